@@ -1,0 +1,87 @@
+"""What Ops see of a model's weights: arrays and the way they are quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a matrix is stored: ``bits`` per value in groups of ``group_size``.
+
+    ``mode`` is one of MLX's quantisation modes (``affine``, ``mxfp4``, ...).
+    """
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One matrix ``[..., O, I]``: dense when ``quantization`` is None.
+
+    Quantised, ``w`` is uint32 ``[..., O, I * bits / 32]`` with ``scales`` (and, for
+    affine, ``biases``) ``[..., O, I / group_size]``. A leading axis, if there is one,
+    counts experts or slots.
+    """
+
+    w: mx.array
+    scales: mx.array | None = None
+    biases: mx.array | None = None
+    quantization: Quantization | None = None
+
+    def __getitem__(self, index: int) -> Weight:
+        """Return the matrix of one expert or slot, without a copy."""
+        return Weight(
+            self.w[index],
+            None if self.scales is None else self.scales[index],
+            None if self.biases is None else self.biases[index],
+            self.quantization,
+        )
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The three projections of the experts at hand, leading axis ``n_slots``."""
+
+    gate: Weight
+    up: Weight
+    down: Weight
+
+
+class ExpertSource(Protocol):
+    """One MoE layer's experts, wherever they are: MoE Ops read them through this.
+
+    Slots handed out stay as they are until the arrays given to ``guard`` have been
+    evaluated, so a lazy graph never reads an overwritten slot.
+    """
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """All slots of the layer's pool as arrays with a leading slot axis."""
+
+    def slots(self, indices: mx.array) -> mx.array:
+        """Map expert ids to slots that hold them, reading what is missing.
+
+        Args:
+            indices: ``[N, K]`` int32 or uint32 expert ids of one step whose distinct
+                experts fit into the pool together (``N = 1`` always does).
+
+        Returns:
+            ``[N, K]`` uint32 slots.
+        """
+
+    def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+        """Yield ``(expert, slot)`` lists that together visit each expert once.
+
+        The caller builds whatever reads a wave's slots and passes it to ``guard``
+        before it asks for the next wave.
+        """
+
+    def guard(self, *outputs: mx.array) -> None:
+        """Evaluate ``outputs`` before any slot handed out so far is overwritten."""

@@ -1,0 +1,114 @@
+"""Small random models in mlx-lm's own checkpoint format, for tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+from mlx_lm.models import qwen3_5_moe
+from mlx_lm.utils import quantize_model, save_config, save_model
+
+TEXT_CONFIG = dict(
+    model_type="qwen3_5_moe_text",
+    hidden_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    rms_norm_eps=1e-6,
+    vocab_size=320,
+    max_position_embeddings=4096,
+    linear_num_value_heads=4,
+    linear_num_key_heads=2,
+    linear_key_head_dim=32,
+    linear_value_head_dim=32,
+    linear_conv_kernel_dim=4,
+    tie_word_embeddings=False,
+    full_attention_interval=4,
+    num_experts=8,
+    num_experts_per_tok=2,
+    shared_expert_intermediate_size=64,
+    moe_intermediate_size=64,
+    norm_topk_prob=True,
+    rope_parameters={
+        "type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+    },
+)
+
+
+def stock_model(seed: int = 0, dtype: mx.Dtype = mx.float32, **overrides) -> nn.Module:
+    """Build mlx-lm's own model with seeded random weights; overrides are config."""
+    mx.random.seed(seed)
+    config = {
+        "model_type": "qwen3_5_moe",
+        "text_config": {**TEXT_CONFIG, **overrides},
+    }
+    model = qwen3_5_moe.Model(qwen3_5_moe.ModelArgs.from_dict(config))
+    # Random normals make routing and logits far from ties; zeros would not.
+    model.update(
+        tree_map(
+            lambda p: (
+                p + 0.05 * mx.random.normal(p.shape) if p.ndim < 3 else p * 1.5
+            ).astype(dtype),
+            model.parameters(),
+        )
+    )
+    mx.eval(model.parameters())
+    return model.eval()
+
+
+def make_checkpoint(
+    path: Path,
+    *,
+    seed: int = 0,
+    bits: int | None = 4,
+    group_size: int = 32,
+    dtype: mx.Dtype = mx.float32,
+    **overrides,
+) -> Path:
+    """Write a random quantised (dense when ``bits`` is None) checkpoint to ``path``."""
+    model = stock_model(seed, dtype, **overrides)
+    config = {
+        "model_type": "qwen3_5_moe",
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "text_config": {**TEXT_CONFIG, **overrides},
+        "eos_token_id": 0,
+    }
+    if bits is not None:
+        model, config = quantize_model(
+            model, config, group_size, bits, quant_predicate=model.quant_predicate
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    save_model(path, model)
+    save_config(config, path / "config.json")
+    write_tokenizer(path, overrides.get("vocab_size", TEXT_CONFIG["vocab_size"]))
+    return path
+
+
+def write_tokenizer(path: Path, vocab_size: int) -> None:
+    """Write a byte-level tokenizer of at most ``vocab_size`` entries, no merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<|endoftext|>": 0}
+    for letter in alphabet[: vocab_size - 1]:
+        vocab[letter] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": "<|endoftext|>",
+                "chat_template": "{% for m in messages %}{{ m['content'] }}\n{% endfor %}",
+            }
+        )
+    )
