@@ -1,0 +1,44 @@
+"""Check that MLX has a library to run on, and say what to install when it has not."""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+
+from .errors import BackendError
+
+_LIBRARIES = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal")
+
+
+def require_backend() -> None:
+    """Import MLX, or say which extra brings the library that is missing.
+
+    Raises:
+        BackendError: ``import mlx.core`` failed; the message names the extra.
+    """
+    try:
+        import mlx.core  # noqa: F401
+    except ImportError as error:
+        raise BackendError(_advice(error)) from error
+
+
+def _advice(error: ImportError) -> str:
+    found = ", ".join(filter(_is_installed, _LIBRARIES)) or "none"
+    if sys.platform == "darwin":
+        fix = "Install it again on Apple silicon: pip install --force-reinstall mlx"
+    else:
+        fix = (
+            "Install one of them, never both: pip install 'moeflux-mlx[cpu]' (any "
+            "machine) or pip install 'moeflux-mlx[cuda]' (NVIDIA)"
+        )
+    return (
+        f"[backend] expected an MLX library but importing mlx.core failed: {error} "
+        f"(libraries installed: {found}). {fix}"
+    )
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        return bool(metadata.version(distribution))
+    except metadata.PackageNotFoundError:
+        return False

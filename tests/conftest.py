@@ -1,0 +1,28 @@
+"""What every test shares: device markers and small checkpoints on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from tiny import make_checkpoint
+
+NEEDS = {
+    "metal": (mx.metal.is_available(), "needs Apple silicon with Metal"),
+    "cuda": (mx.cuda.is_available(), "needs an NVIDIA GPU with MLX's CUDA backend"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked for a device that is not here, saying which."""
+    for item in items:
+        for marker, (is_here, reason) in NEEDS.items():
+            if not is_here and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain mlx-lm checkpoint: random, 4-bit, float32."""
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "plain")
