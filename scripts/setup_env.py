@@ -87,7 +87,7 @@ def nvidia_driver():
     smi = shutil.which("nvidia-smi")
     if smi:
         query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
-        answer = subprocess.run(query, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        answer = subprocess.run(query, capture_output=True)
         found = re.match(r"(\d+)\.", answer.stdout.decode(errors="replace"))
         if found:
             return int(found.group(1))

@@ -1,0 +1,157 @@
+"""``moeflux generate``: mlx-lm's flags and behaviour, plus a table of the cost."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import setup_arg_parser
+from mlx_lm.models.cache import load_prompt_cache
+from mlx_lm.sample_utils import make_sampler
+
+from ..errors import ConfigError
+from ..loading import load
+from .report import generate_and_print
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``generate`` with every flag of ``mlx_lm.generate`` and ours."""
+    parser = subparsers.add_parser(
+        "generate",
+        parents=[setup_arg_parser()],
+        conflict_handler="resolve",
+        description="Generate text; the flags are mlx_lm.generate's and those below.",
+        help="generate text with a packed or plain model",
+    )
+    # mlx-lm falls back on a model of its own, which has no experts to stream.
+    parser.add_argument("--model", help="model directory or Hugging Face repository")
+    add_streaming_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def add_streaming_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where and in how much memory a model runs."""
+    ours = parser.add_argument_group("moeflux")
+    ours.add_argument("--memory", help='bytes for experts, for example "8GB"')
+    ours.add_argument("--executor", help="what runs the graph, for example ops")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate as ``args`` say, the text as it comes, then the table."""
+    if args.image:
+        raise ConfigError("[generate] expected a text prompt but got --image")
+    if args.seed is not None:
+        mx.random.seed(args.seed)
+    cache, saved = _prompt_cache(args)
+    model, tokenizer = load(
+        _model_path(args, saved),
+        memory=args.memory,
+        executor=args.executor,
+        adapter_path=args.adapter_path,
+        tokenizer_config={
+            **json.loads(saved.get("tokenizer_config", "{}")),
+            "trust_remote_code": args.trust_remote_code,
+        },
+        model_config={"quantize_activations": args.quantize_activations},
+        trust_remote_code=args.trust_remote_code,
+    )
+    for token in args.extra_eos_token:
+        tokenizer.add_eos_token(token)
+    generate_and_print(
+        model,
+        tokenizer,
+        _prompt_tokens(args, tokenizer, has_prefix=cache is not None),
+        with_table=args.verbose,
+        max_tokens=args.max_tokens,
+        sampler=_sampler(args, tokenizer),
+        prompt_cache=cache,
+        **_cache_options(args),
+        **_draft_options(args, tokenizer),
+    )
+    return 0
+
+
+def _prompt_cache(args: argparse.Namespace) -> tuple[list | None, dict[str, str]]:
+    if args.prompt_cache_file is None:
+        return None, {}
+    cache, saved = load_prompt_cache(args.prompt_cache_file, return_metadata=True)
+    for name in ("bits", "group_size"):
+        asked, stored = getattr(args, f"kv_{name}"), getattr(cache[0], name, None)
+        if None not in (asked, stored) and asked != stored:
+            raise ConfigError(
+                f"[generate] {args.prompt_cache_file} has kv {name} {stored} "
+                f"but got {asked}"
+            )
+    return cache, saved
+
+
+def _model_path(args: argparse.Namespace, saved: dict[str, str]) -> str:
+    path = args.model or saved.get("model")
+    if path is None:
+        raise ConfigError("[generate] expected --model but got none")
+    if saved and path != saved["model"]:
+        raise ConfigError(
+            f"[generate] {args.prompt_cache_file} is of model {saved['model']} "
+            f"but got --model {path}"
+        )
+    return path
+
+
+def _prompt_tokens(
+    args: argparse.Namespace, tokenizer: Any, *, has_prefix: bool
+) -> list[int]:
+    text = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    text = sys.stdin.read() if text == "-" else text
+    if args.ignore_chat_template or not tokenizer.has_chat_template:
+        return tokenizer.encode(text)
+    chat = _chat_text(args, tokenizer, text)
+    if has_prefix:
+        # A saved cache holds what the template puts before the user's message.
+        chat = chat[_chat_text(args, tokenizer, "<query>").index("<query>") :]
+    return tokenizer.encode(chat, add_special_tokens=False)
+
+
+def _chat_text(args: argparse.Namespace, tokenizer: Any, text: str) -> str:
+    roles = ("system", args.system_prompt), ("user", text)
+    roles += (("assistant", args.prefill_response),)
+    prefilled = args.prefill_response is not None
+    return tokenizer.apply_chat_template(
+        [{"role": role, "content": said} for role, said in roles if said is not None],
+        tokenize=False,
+        continue_final_message=prefilled,
+        add_generation_prompt=not prefilled,
+        **json.loads(args.chat_template_config or "{}"),
+    )
+
+
+def _sampler(args: argparse.Namespace, tokenizer: Any) -> Any:
+    return make_sampler(
+        args.temp,
+        args.top_p,
+        args.min_p,
+        args.min_tokens_to_keep,
+        top_k=args.top_k,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
+    )
+
+
+def _cache_options(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("max_kv_size", "prefill_step_size", "kv_bits", "kv_group_size")
+    return {name: getattr(args, name) for name in (*names, "quantized_kv_start")}
+
+
+def _draft_options(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+    if args.draft_model is None:
+        return {}
+    draft, draft_tokenizer = load(args.draft_model)
+    if draft_tokenizer.vocab_size != tokenizer.vocab_size:
+        raise ConfigError(
+            f"[generate] expected a draft model with {tokenizer.vocab_size} tokens "
+            f"but {args.draft_model} has {draft_tokenizer.vocab_size}"
+        )
+    return {"draft_model": draft, "num_draft_tokens": args.num_draft_tokens}

@@ -1,0 +1,99 @@
+"""The scripts that set a machine up, run as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OLD_PYTHONS = ["python3.9", "python3.8", "python3.7", "python3.6"]
+
+
+def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+    )
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A copy of what the set-up needs, with no environment made yet."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def old_python() -> str | None:
+    """Find a Python older than the package supports that really starts."""
+    found = filter(None, map(shutil.which, OLD_PYTHONS))
+    return next((p for p in found if run(p, "-c", "").returncode == 0), None)
+
+
+def test_an_old_python_is_told_which_one_is_needed(clone):
+    python = old_python()
+    if python is None:
+        pytest.skip("no Python older than 3.10 on this machine")
+    python = run(python, "-c", "import sys; print(sys.executable)").stdout.strip()
+    done = run(python, clone / "scripts" / "test", PATH=str(clone))
+    assert done.returncode == 1
+    assert done.stderr.startswith("Python 3.10 or newer is needed, but this is 3.")
+    assert not (clone / ".venv").exists()
+
+
+def test_a_python_without_ensurepip_is_told_the_package_to_install(clone):
+    missing = clone / "missing"
+    missing.mkdir()
+    (missing / "ensurepip.py").write_text("raise ImportError('not packaged')")
+    done = run(sys.executable, clone / "scripts" / "demo", PYTHONPATH=str(missing))
+    assert done.returncode == 1
+    assert "sudo apt install python3." in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (clone / ".venv").exists()
+
+
+def test_an_environment_of_the_same_project_is_used_again(clone):
+    code = """
+import json, setup_env
+mlx = setup_env._mlx_extra()
+stamp = {"fingerprint": setup_env._fingerprint(mlx), "extras": ["test", *mlx]}
+setup_env.VENV.mkdir()
+setup_env.STAMP.write_text(json.dumps(stamp))
+print(setup_env.ensure_environment(["test"]))
+"""
+    done = run(sys.executable, "-c", code, PYTHONPATH=str(clone / "scripts"))
+    assert done.stdout.splitlines() == [str(clone / ".venv" / "bin" / "python")]
+
+
+def test_a_failed_install_is_not_taken_for_a_finished_one(clone):
+    (clone / "pyproject.toml").write_text("not a project")
+    done = run(sys.executable, clone / "scripts" / "demo")
+    assert done.returncode == 1
+    assert "Failed with exit code" in done.stderr
+    assert (clone / ".venv" / "bin" / "python").exists()
+    assert not (clone / ".venv" / "installed.json").exists()
+
+
+def copy_mlx_without_library(target: Path) -> None:
+    """Lay out what plain ``pip install mlx`` leaves on Linux: no ``libmlx``."""
+    source = Path(mx.__file__).parent
+    shutil.copytree(source, target / "mlx", ignore=shutil.ignore_patterns("lib"))
+
+
+def test_import_without_an_mlx_library_names_the_extra_to_install(tmp_path):
+    copy_mlx_without_library(tmp_path)
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = run(sys.executable, "-c", "import moeflux_mlx", PYTHONPATH=paths)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("moeflux_mlx.errors.BackendError: [backend] expected an MLX")
+    if sys.platform == "linux":
+        assert "pip install 'moeflux-mlx[cpu]'" in last
+        assert "pip install 'moeflux-mlx[cuda]'" in last
