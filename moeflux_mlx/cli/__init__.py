@@ -6,8 +6,8 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 
+from .. import __version__
 from ..errors import MoefluxError
 
 COMMANDS = ("generate", "pack", "verify", "inspect", "compare")
@@ -36,8 +36,9 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         prog="moeflux",
         description="Run Mixture-of-Experts models larger than memory in MLX.",
     )
-    version = f"moeflux-mlx {metadata.version('moeflux-mlx')}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument(
+        "--version", action="version", version=f"moeflux-mlx {__version__}"
+    )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     subparsers.required = True
     # Some commands import much for their flags: only the one asked for pays.

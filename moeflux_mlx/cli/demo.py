@@ -1,0 +1,54 @@
+"""What ``scripts/demo`` runs: pack the demo model, then generate with few experts.
+
+Usage: python -m moeflux_mlx.cli.demo [--prompt TEXT] [--max-tokens N] [--memory BYTES]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import main as moeflux
+
+MODEL = Path("models/demo")
+BUILD = Path("build")
+MEMORY = "2MB"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Generate text with ``models/demo`` in a quarter of its experts' memory.
+
+    The model is packed once into ``build``, under a name made from its contents.
+    """
+    args = _parser().parse_args(argv)
+    packed = BUILD / f"demo-{_digest(MODEL)}"
+    if not packed.exists():
+        code = moeflux(["pack", str(MODEL), str(packed)])
+        if code:
+            return code
+    command = ["generate", "--model", str(packed), "--ignore-chat-template"]
+    command += ["--prompt", args.prompt, "--max-tokens", str(args.max_tokens)]
+    return moeflux([*command, "--memory", args.memory])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scripts/demo", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--prompt", default="def ", help="text to continue")
+    parser.add_argument("--max-tokens", type=int, default=200, help="tokens to generate")
+    parser.add_argument("--memory", default=MEMORY, help="bytes for experts")
+    return parser
+
+
+def _digest(model: Path) -> str:
+    files = sorted(path for path in model.iterdir() if path.is_file())
+    parts = b"".join(path.name.encode() + path.read_bytes() for path in files)
+    return hashlib.sha256(parts).hexdigest()[:12]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
