@@ -1,0 +1,136 @@
+"""The command ``moeflux``, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx_lm
+import moeflux_mlx
+import pytest
+
+PROMPT = "def add(a, b):"
+N_TOKENS = 40
+COMMANDS = ["generate", "pack", "verify", "inspect", "compare"]
+
+
+def moeflux(*args: object, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "moeflux_mlx.cli", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def one_line_error(done: subprocess.CompletedProcess[str]) -> str:
+    """Check that a run failed on purpose, and return what it said."""
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("moeflux: [")
+    return line
+
+
+@pytest.fixture(scope="module")
+def stock_text(checkpoint: Path) -> str:
+    """What stock mlx-lm generates, greedily, from the plain checkpoint."""
+    model, tokenizer = mlx_lm.load(str(checkpoint))
+    return mlx_lm.generate(model, tokenizer, PROMPT, max_tokens=N_TOKENS)
+
+
+def generate(model: Path, *args: object) -> subprocess.CompletedProcess[str]:
+    prompt = ("--prompt", PROMPT, "--ignore-chat-template", "-m", N_TOKENS)
+    return moeflux("generate", "--model", model, *prompt, *args)
+
+
+def test_version_is_the_package_version():
+    assert moeflux("--version").stdout == f"moeflux-mlx {moeflux_mlx.__version__}\n"
+
+
+def test_the_installed_command_is_this_one():
+    script = Path(sys.executable).with_name("moeflux")
+    if not script.exists():
+        pytest.skip("the package is not installed in this environment")
+    done = subprocess.run([script, "--version"], capture_output=True, text=True)
+    assert done.stdout == f"moeflux-mlx {moeflux_mlx.__version__}\n"
+
+
+def test_help_names_every_command():
+    text = moeflux("--help").stdout
+    assert [name for name in COMMANDS if f"    {name} " in text] == COMMANDS
+
+
+def test_no_command_is_an_error_that_shows_the_usage():
+    done = moeflux()
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: moeflux")
+
+
+def test_generate_prints_stock_text_then_the_table(packed, budget, stock_text):
+    done = generate(packed, "--memory", budget)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(stock_text + "\n")
+    table = done.stdout[len(stock_text) :]
+    for row in ("prompt", "generation", "expert cache hits", "bytes read", "peak"):
+        assert row in table
+    assert "100.0%" not in table
+
+
+def test_generate_without_verbose_prints_only_the_text(packed, stock_text):
+    done = generate(packed, "--verbose", "False")
+    assert done.stdout == stock_text + "\n"
+
+
+def test_generate_runs_a_plain_checkpoint_all_in_memory(checkpoint, stock_text):
+    done = generate(checkpoint)
+    assert done.stdout.startswith(stock_text + "\n")
+    assert "all in memory" in done.stdout
+
+
+def test_generate_reads_the_prompt_from_stdin(packed, stock_text):
+    flags = ["--prompt", "-", "--ignore-chat-template", "-m", N_TOKENS]
+    flags += ["--verbose", "False", "--model", packed]
+    assert moeflux("generate", *flags, input=PROMPT).stdout == stock_text + "\n"
+
+
+def test_generate_applies_the_chat_template_as_mlx_lm_does(packed, checkpoint):
+    flags = ["--system-prompt", "be brief", "--prefill-response", "so", "-m", "12"]
+    flags += ["--prompt", "hello\\nyou", "--verbose", "False"]
+    stock = [sys.executable, "-m", "mlx_lm", "generate", "--model", str(checkpoint)]
+    expected = subprocess.run([*stock, *flags], capture_output=True, text=True).stdout
+    assert expected.strip()
+    assert moeflux("generate", "--model", packed, *flags).stdout == expected
+
+
+def test_stock_mlx_lm_generate_runs_a_packed_directory(packed, budget, stock_text):
+    command = [sys.executable, "-m", "mlx_lm", "generate", "--trust-remote-code"]
+    command += ["--model", str(packed), "--prompt", PROMPT, "-m", str(N_TOKENS)]
+    command += ["--ignore-chat-template", "--verbose", "False"]
+    env = {**os.environ, "MOEFLUX_MEMORY": budget}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.stdout == stock_text + "\n", done.stderr
+
+
+def test_a_directory_that_is_not_a_model_is_one_clear_line(tmp_path):
+    for command in (["generate", "--model"], ["inspect"]):
+        assert str(tmp_path) in one_line_error(moeflux(*command, tmp_path))
+
+
+def test_a_missing_model_is_one_clear_line(tmp_path):
+    path = tmp_path / "nowhere"
+    assert str(path) in one_line_error(moeflux("generate", "--model", path))
+
+
+def test_generate_without_a_model_is_one_clear_line():
+    assert "--model" in one_line_error(moeflux("generate"))
+
+
+def test_a_budget_that_holds_no_token_states_the_minimum(packed):
+    summary = json.loads(moeflux("inspect", packed, "--json").stdout)
+    line = one_line_error(generate(packed, "--memory", "1KB"))
+    assert str(summary["minimum_bytes"]) in line
+
+
+def test_the_minimum_that_inspect_states_is_enough(packed, stock_text):
+    summary = json.loads(moeflux("inspect", packed, "--json").stdout)
+    done = generate(packed, "--memory", summary["minimum_bytes"])
+    assert done.stdout.startswith(stock_text + "\n"), done.stderr
