@@ -1,0 +1,171 @@
+"""A plain mlx-lm checkpoint directory: its configuration and tensors by position."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from ..errors import ModelError
+from .safetensors import TensorEntry, fingerprint, read_header
+
+N_EXPERTS_KEYS = ("num_experts", "n_routed_experts", "num_local_experts")
+TOP_K_KEYS = ("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k", "top_k")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a configuration says about the model's shape."""
+
+    model_type: str
+    n_layers: int
+    n_experts: int
+    top_k: int
+
+
+def read_config(directory: Path) -> dict:
+    """Return ``config.json`` of a model directory.
+
+    Raises:
+        ModelError: no such directory, no such file, or not a JSON object.
+    """
+    path = Path(directory) / "config.json"
+    if not Path(directory).is_dir():
+        raise ModelError(f"[model] expected a directory but got {directory}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"[model] expected a model directory but {directory} has no config.json"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"[model] cannot read {path}: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"[model] expected a JSON object in {path}")
+    return config
+
+
+def model_facts(config: dict) -> ModelFacts:
+    """Read layers, experts and experts per token from a model's configuration.
+
+    Raises:
+        ModelError: the configuration is not that of a Mixture-of-Experts model.
+    """
+    nested = config.get("text_config")
+    text = {**config, **(nested if isinstance(nested, dict) else {})}
+    return ModelFacts(
+        str(config.get("model_type")),
+        _count(text, ("num_hidden_layers", "num_layers", "n_layers")),
+        _count(text, N_EXPERTS_KEYS),
+        _count(text, TOP_K_KEYS),
+    )
+
+
+def _count(config: dict, keys: tuple[str, ...]) -> int:
+    value = next((config[k] for k in keys if config.get(k) is not None), None)
+    if type(value) is not int or value < 1:
+        raise ModelError(
+            f"[config.json] expected a positive {' or '.join(keys)} but got {value!r}: "
+            "not a Mixture-of-Experts model that can be streamed"
+        )
+    return value
+
+
+class Checkpoint:
+    """The open safetensors files of a model directory; a context manager."""
+
+    def __init__(self, directory: Path, config: dict, shards: list[Path]):
+        self.directory, self.config, self.shards = directory, config, shards
+        self.tensors: dict[str, TensorEntry] = {}
+        self._fds: dict[Path, int] = {}
+        for shard in shards:
+            for name, entry in read_header(shard).items():
+                if name in self.tensors:
+                    raise ModelError(
+                        f"[checkpoint] {name!r} is both in {shard} and in "
+                        f"{self.tensors[name].file}"
+                    )
+                self.tensors[name] = entry
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike) -> Checkpoint:
+        """Open every ``model*.safetensors`` of a directory and check their headers.
+
+        Raises:
+            ModelError: not a model directory, or a shard is missing or malformed.
+        """
+        directory = Path(directory)
+        config = read_config(directory)
+        shards = sorted(directory.glob("model*.safetensors"))
+        missing = _indexed_shards(directory) - {shard.name for shard in shards}
+        if missing:
+            raise ModelError(
+                f"[checkpoint] {directory / min(missing)} is named by "
+                "model.safetensors.index.json but missing"
+            )
+        if not shards:
+            raise ModelError(f"[checkpoint] no model*.safetensors in {directory}")
+        checkpoint = cls(directory, config, shards)
+        try:
+            for shard in shards:
+                checkpoint._fds[shard] = os.open(shard, os.O_RDONLY)
+        except OSError as error:
+            checkpoint.close()
+            raise ModelError(f"[checkpoint] cannot read {shard}: {error}") from error
+        return checkpoint
+
+    @property
+    def identity(self) -> str:
+        """A hash that tells this checkpoint from any other; reads a few blocks."""
+        digest = xxhash.xxh3_64(json.dumps(self.config, sort_keys=True).encode())
+        for shard in self.shards:
+            digest.update(f"{shard.name} {fingerprint(shard)}\n".encode())
+        return digest.hexdigest()
+
+    def read_into(self, entry: TensorEntry, start: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the bytes of a tensor from ``start`` on.
+
+        Raises:
+            ModelError: the file cannot be read or ends early.
+        """
+        done, n_bytes = 0, len(buffer)
+        if start + n_bytes > entry.n_bytes:
+            raise ModelError(
+                f"[checkpoint] {entry.name!r} has {entry.n_bytes} bytes but "
+                f"{start + n_bytes} were asked for"
+            )
+        try:
+            while done < n_bytes:
+                position = entry.offset + start + done
+                n = os.preadv(self._fds[entry.file], [buffer[done:]], position)
+                if n == 0:
+                    raise OSError("unexpected end of file")
+                done += n
+        except OSError as error:
+            raise ModelError(
+                f"[checkpoint] cannot read {entry.name!r} of {entry.file}: {error}"
+            ) from error
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _indexed_shards(directory: Path) -> set[str]:
+    path = directory / "model.safetensors.index.json"
+    if not path.is_file():
+        return set()
+    try:
+        return set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"[checkpoint] cannot read {path}: {error!r}") from error

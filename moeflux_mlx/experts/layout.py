@@ -1,0 +1,159 @@
+"""Where the tensors of one expert lie inside its record."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from ..errors import ConfigError, ExpertStoreError
+from ..weights import Quantization
+from .safetensors import DTYPE_BYTES
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PARTS = ("weight", "scales", "biases")
+TENSOR_ALIGNMENT = 16
+# Apple's page, and a multiple of every disk's logical block.
+DEFAULT_ALIGNMENT = 16 * 1024
+
+PartShapes = Mapping[tuple[str, str], tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of one expert: ``shape`` has no expert axis, ``offset`` in record."""
+
+    projection: str
+    part: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """The record of one expert: ``[gate w|s|b, up w|s|b, down w|s|b]``.
+
+    ``quantization`` follows ``PROJECTIONS``; None is a dense projection. Records lie
+    ``stride`` bytes apart, a multiple of ``alignment``.
+    """
+
+    tensors: tuple[TensorSpec, ...]
+    quantization: tuple[Quantization | None, ...]
+    alignment: int = DEFAULT_ALIGNMENT
+
+    @classmethod
+    def build(
+        cls,
+        parts: PartShapes,
+        quantization: Mapping[str, Quantization | None],
+        alignment: int = DEFAULT_ALIGNMENT,
+    ) -> ExpertLayout:
+        """Lay out one expert's tensors, given as ``(dtype, shape)`` without experts.
+
+        Raises:
+            ConfigError: ``alignment`` is not a power of two of at least 16.
+        """
+        check_alignment(alignment)
+        tensors: list[TensorSpec] = []
+        end = 0
+        for projection in PROJECTIONS:
+            for part in PARTS:
+                if (projection, part) not in parts:
+                    continue
+                dtype, shape = parts[projection, part]
+                offset = _round_up(end, TENSOR_ALIGNMENT)
+                n_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
+                end = offset + n_bytes
+                tensors.append(
+                    TensorSpec(projection, part, dtype, tuple(shape), offset, n_bytes)
+                )
+        return cls(
+            tuple(tensors), tuple(quantization[p] for p in PROJECTIONS), alignment
+        )
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one expert without the padding after it."""
+        last = self.tensors[-1]
+        return last.offset + last.n_bytes
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one record to the next."""
+        return _round_up(self.record_bytes, self.alignment)
+
+    def to_json(self) -> dict:
+        """Return the layout as plain JSON values."""
+        return {
+            "alignment": self.alignment,
+            "quantization": {
+                projection: None if q is None else asdict(q)
+                for projection, q in zip(PROJECTIONS, self.quantization, strict=True)
+            },
+            "tensors": [
+                {
+                    "projection": t.projection,
+                    "part": t.part,
+                    "dtype": t.dtype,
+                    "shape": list(t.shape),
+                    "offset": t.offset,
+                }
+                for t in self.tensors
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, fields: dict) -> ExpertLayout:
+        """Rebuild a layout and check that its offsets are those it would be given.
+
+        Raises:
+            ExpertStoreError: fields are missing, of a wrong type or inconsistent.
+        """
+        try:
+            parts = {
+                (t["projection"], t["part"]): (t["dtype"], _shape(t["shape"]))
+                for t in fields["tensors"]
+            }
+            quantization = {
+                p: None if q is None else Quantization(**q)
+                for p, q in fields["quantization"].items()
+            }
+            layout = cls.build(parts, quantization, fields["alignment"])
+            offsets = [t["offset"] for t in fields["tensors"]]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ExpertStoreError(
+                f"[layout] expected a record layout but got {error!r}"
+            ) from error
+        if {(p, "weight") for p in PROJECTIONS} - parts.keys():
+            raise ExpertStoreError("[layout] expected a weight of every projection")
+        if [t.offset for t in layout.tensors] != offsets:
+            raise ExpertStoreError(
+                f"[layout] expected offsets {[t.offset for t in layout.tensors]} "
+                f"but got {offsets}"
+            )
+        return layout
+
+
+def check_alignment(alignment: int) -> None:
+    """Raise ConfigError unless ``alignment`` is a power of two of at least 16."""
+    if (
+        type(alignment) is not int
+        or alignment < TENSOR_ALIGNMENT
+        or alignment & (alignment - 1)
+    ):
+        raise ConfigError(
+            "[alignment] expected a power of two of at least "
+            f"{TENSOR_ALIGNMENT} bytes but got {alignment!r}"
+        )
+
+
+def _shape(values: list) -> tuple[int, ...]:
+    if not values or any(type(n) is not int or n < 1 for n in values):
+        raise ValueError(f"shape {values!r}")
+    return tuple(values)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

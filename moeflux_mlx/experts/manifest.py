@@ -1,0 +1,187 @@
+"""``moeflux.json``: what a packed directory holds, in a versioned form."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import ExpertStoreError
+from .checkpoint import ModelFacts
+from .layout import ExpertLayout
+
+MANIFEST_NAME = "moeflux.json"
+FORMAT, VERSION = "moeflux-experts", 1
+
+# A plain name, so no manifest can point outside its own directory.
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LayerFile:
+    """The expert file of one MoE layer; ``checksums`` are xxh3-64 of each record."""
+
+    layer: int
+    file: str
+    n_bytes: int
+    layout: ExpertLayout
+    checksums: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ResidentFile:
+    """The file with everything but routed experts."""
+
+    file: str
+    n_bytes: int
+    fingerprint: str
+    checksum: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a pack says about itself; ``resident`` is None until it is whole."""
+
+    source_name: str
+    source_identity: str
+    model: ModelFacts
+    alignment: int
+    layers: tuple[LayerFile, ...]
+    resident: ResidentFile | None = None
+
+    def to_json(self) -> str:
+        """Return the manifest as the text of ``moeflux.json``."""
+        layouts = list(dict.fromkeys(entry.layout for entry in self.layers))
+        resident = self.resident
+        fields = {
+            "format": FORMAT,
+            "version": VERSION,
+            "source": {"name": self.source_name, "identity": self.source_identity},
+            "model": vars(self.model),
+            "alignment": self.alignment,
+            "resident": resident
+            and {**vars(resident), "checksum": f"{resident.checksum:016x}"},
+            "layouts": [layout.to_json() for layout in layouts],
+            "layers": [
+                {
+                    "layer": entry.layer,
+                    "file": entry.file,
+                    "n_bytes": entry.n_bytes,
+                    "layout": layouts.index(entry.layout),
+                    "checksums": [f"{checksum:016x}" for checksum in entry.checksums],
+                }
+                for entry in self.layers
+            ],
+        }
+        return json.dumps(fields, indent=1)
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Parse and check a manifest.
+
+        Raises:
+            ExpertStoreError: unreadable, of another version, or inconsistent.
+        """
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ExpertStoreError(f"[manifest] cannot read {path}: {error}") from error
+        return _Parser(path).manifest(fields)
+
+
+class _Parser:
+    """Typed look-ups whose errors name the manifest and the field."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def manifest(self, fields: Any) -> Manifest:
+        if self.get(fields, "format", str) != FORMAT:
+            raise self.wrong("format", f"{FORMAT!r}", fields["format"])
+        if self.get(fields, "version", int) != VERSION:
+            raise self.wrong("version", f"{VERSION}", fields["version"])
+        source = self.get(fields, "source", dict)
+        facts = self.get(fields, "model", dict)
+        model = ModelFacts(
+            self.get(facts, "model_type", str),
+            self.count(facts, "n_layers"),
+            self.count(facts, "n_experts"),
+            self.count(facts, "top_k"),
+        )
+        layouts = [ExpertLayout.from_json(f) for f in self.get(fields, "layouts", list)]
+        layers = tuple(
+            self.layer(entry, layouts, model)
+            for entry in self.get(fields, "layers", list)
+        )
+        if len({entry.layer for entry in layers}) != len(layers):
+            raise self.wrong("layers", "every layer once", [e.layer for e in layers])
+        return Manifest(
+            self.get(source, "name", str),
+            self.get(source, "identity", str),
+            model,
+            self.count(fields, "alignment"),
+            layers,
+            self.resident(fields.get("resident")),
+        )
+
+    def layer(
+        self, fields: Any, layouts: list[ExpertLayout], model: ModelFacts
+    ) -> LayerFile:
+        index = self.get(fields, "layout", int)
+        if not 0 <= index < len(layouts):
+            raise self.wrong("layout", f"one of {len(layouts)} layouts", index)
+        checksums = tuple(
+            self.checksum(text) for text in self.get(fields, "checksums", list)
+        )
+        if len(checksums) != model.n_experts:
+            raise self.wrong("checksums", f"{model.n_experts} of them", len(checksums))
+        n_bytes = self.count(fields, "n_bytes")
+        if n_bytes != model.n_experts * layouts[index].stride:
+            expected = f"{model.n_experts} x {layouts[index].stride}"
+            raise self.wrong("n_bytes", expected, n_bytes)
+        number = self.get(fields, "layer", int)
+        if not 0 <= number < model.n_layers:
+            raise self.wrong("layer", f"less than {model.n_layers}", number)
+        return LayerFile(number, self.name(fields), n_bytes, layouts[index], checksums)
+
+    def resident(self, fields: Any) -> ResidentFile | None:
+        if fields is None:
+            return None
+        return ResidentFile(
+            self.name(fields),
+            self.count(fields, "n_bytes"),
+            self.get(fields, "fingerprint", str),
+            self.checksum(self.get(fields, "checksum", str)),
+        )
+
+    def get(self, fields: Any, key: str, kind: type[T]) -> T:
+        value = fields.get(key) if isinstance(fields, dict) else None
+        if type(value) is not kind:
+            raise self.wrong(key, kind.__name__, value)
+        return value
+
+    def count(self, fields: Any, key: str) -> int:
+        value = self.get(fields, key, int)
+        if value < 1:
+            raise self.wrong(key, "a positive number", value)
+        return value
+
+    def name(self, fields: Any) -> str:
+        name = self.get(fields, "file", str)
+        if not PLAIN_NAME.fullmatch(name):
+            raise self.wrong("file", "a plain name inside the directory", name)
+        return name
+
+    def checksum(self, text: object) -> int:
+        if not (isinstance(text, str) and re.fullmatch("[0-9a-f]{16}", text)):
+            raise self.wrong("checksum", "16 hexadecimal digits", text)
+        return int(text, 16)
+
+    def wrong(self, key: str, expected: str, got: object) -> ExpertStoreError:
+        return ExpertStoreError(
+            f"[manifest] {self.path}: expected {key} to be {expected} but got {got!r}"
+        )

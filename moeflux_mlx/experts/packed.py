@@ -1,0 +1,234 @@
+"""A packed model directory: opened, checked, and read back."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import xxhash
+
+from ..errors import ExpertStoreError, ModelError
+from .checkpoint import model_facts, read_config
+from .layout import ExpertLayout
+from .manifest import MANIFEST_NAME, LayerFile, Manifest, ResidentFile
+from .safetensors import fingerprint
+
+# Called with what is being done, the bytes done and the bytes in all.
+Progress = Callable[[str, int, int], None]
+CHUNK_BYTES = 8 * 1024 * 1024
+
+
+def is_packed(directory: str | os.PathLike) -> bool:
+    """Tell whether a directory was made by ``moeflux pack``."""
+    return (Path(directory) / MANIFEST_NAME).is_file()
+
+
+class PackedExperts:
+    """The open expert files of a packed directory; a context manager.
+
+    Expert ``e`` of a layer is the record of ``layout(layer).record_bytes`` bytes at
+    ``offset(layer, e)`` of the file ``fd(layer)``.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest):
+        self.directory, self.manifest = directory, manifest
+        self._files = {entry.layer: entry for entry in manifest.layers}
+        self._fds: dict[int, int] = {}
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike) -> PackedExperts:
+        """Open a pack after every check that does not read all of it.
+
+        Raises:
+            ExpertStoreError: wrong version, a file missing, unreadable or of another
+                size, or weights and configuration of another model.
+            ModelError: not a model directory.
+        """
+        directory = Path(directory)
+        config = read_config(directory)
+        manifest = Manifest.read(directory / MANIFEST_NAME)
+        _check_model(directory, config, manifest)
+        store = cls(directory, manifest)
+        try:
+            for entry in manifest.layers:
+                store._fds[entry.layer] = _open_file(directory, entry)
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have routed experts, ascending."""
+        return tuple(sorted(self._files))
+
+    @property
+    def n_experts(self) -> int:
+        """Routed experts of each layer."""
+        return self.manifest.model.n_experts
+
+    @property
+    def top_k(self) -> int:
+        """Experts that one token uses in one layer."""
+        return self.manifest.model.top_k
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all expert files."""
+        return sum(entry.n_bytes for entry in self.manifest.layers)
+
+    def layout(self, layer: int) -> ExpertLayout:
+        """Return the layout of one layer's records."""
+        return self._files[layer].layout
+
+    def path(self, layer: int) -> Path:
+        """Return the file that holds one layer's experts."""
+        return self.directory / self._files[layer].file
+
+    def fd(self, layer: int) -> int:
+        """Return the open file descriptor of one layer's experts."""
+        return self._fds[layer]
+
+    def offset(self, layer: int, expert: int) -> int:
+        """Return where the record of an expert begins in its file."""
+        return expert * self._files[layer].layout.stride
+
+    def checksum(self, layer: int, expert: int) -> int:
+        """Return the xxh3-64 of an expert's record, without padding."""
+        return self._files[layer].checksums[expert]
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def __enter__(self) -> PackedExperts:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _check_model(directory: Path, config: dict, manifest: Manifest) -> None:
+    if manifest.resident is None:
+        raise ExpertStoreError(f"[pack] {directory} was not packed to its end")
+    try:
+        facts = model_facts(config)
+        found = fingerprint(directory / manifest.resident.file)
+    except ModelError as error:
+        raise ExpertStoreError(f"[pack] {directory}: {error}") from error
+    if facts != manifest.model:
+        raise ExpertStoreError(
+            f"[pack] {directory / 'config.json'}: expected the configuration of "
+            f"{manifest.model} but got {facts}: the experts are of another model"
+        )
+    if found != manifest.resident.fingerprint:
+        raise ExpertStoreError(
+            f"[pack] {directory / manifest.resident.file}: expected the weights "
+            f"{manifest.resident.fingerprint} but got {found}: they are damaged or the "
+            "experts are of another model"
+        )
+
+
+def _open_file(directory: Path, entry: LayerFile) -> int:
+    path = directory / entry.file
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise ExpertStoreError(
+            f"[pack] cannot open {path} of layer {entry.layer}: {error.strerror}"
+        ) from error
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode) and status.st_size == entry.n_bytes:
+        return fd
+    os.close(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise ExpertStoreError(
+            f"[pack] {path} of layer {entry.layer}: expected a file but got something "
+            "else"
+        )
+    raise ExpertStoreError(
+        f"[pack] {path} of layer {entry.layer}: expected {entry.n_bytes} bytes but got "
+        f"{status.st_size}"
+    )
+
+
+@dataclass
+class VerifyReport:
+    """What reading a whole pack back found; ``damaged`` has (file, layer, expert)."""
+
+    layers: list[LayerFile] = field(default_factory=list)
+    damaged: list[tuple[Path, int | None, int | None]] = field(default_factory=list)
+
+    def raise_damage(self) -> None:
+        """Raise ExpertStoreError for the first damaged place, if there is one."""
+        if self.damaged:
+            raise ExpertStoreError(f"[verify] {describe_damage(*self.damaged[0])}")
+
+
+def describe_damage(path: Path, layer: int | None, expert: int | None) -> str:
+    """Say which file, layer and expert does not match its checksum."""
+    if layer is None:
+        return f"{path} does not match its checksum"
+    return f"{path}: expert {expert} of layer {layer} does not match its checksum"
+
+
+def verify(
+    directory: str | os.PathLike, progress: Progress | None = None
+) -> VerifyReport:
+    """Read every record and the resident weights back against their checksums.
+
+    Raises:
+        ExpertStoreError: the pack cannot be opened or read at all.
+        ModelError: not a model directory.
+    """
+    report = VerifyReport()
+    with PackedExperts.open(directory) as store:
+        resident = store.manifest.resident
+        assert resident is not None
+        total = store.expert_bytes + resident.n_bytes
+        done = 0
+        for entry in store.manifest.layers:
+            for expert in damaged_records(store.path(entry.layer), entry):
+                report.damaged.append((store.path(entry.layer), entry.layer, expert))
+            report.layers.append(entry)
+            done += entry.n_bytes
+            if progress:
+                progress(f"layer {entry.layer}", done, total)
+        if not _resident_matches(store.directory / resident.file, resident):
+            report.damaged.append((store.directory / resident.file, None, None))
+        if progress:
+            progress(resident.file, total, total)
+    return report
+
+
+def damaged_records(path: Path, entry: LayerFile) -> list[int]:
+    """Return the experts of one file whose bytes do not match their checksums."""
+    record_bytes, stride = entry.layout.record_bytes, entry.layout.stride
+    damaged = []
+    try:
+        with open(path, "rb") as file:
+            for expert, checksum in enumerate(entry.checksums):
+                record = file.read(stride)
+                found = xxhash.xxh3_64_intdigest(record[:record_bytes])
+                if len(record) != stride or found != checksum:
+                    damaged.append(expert)
+    except OSError as error:
+        raise ExpertStoreError(
+            f"[verify] cannot read {path} of layer {entry.layer}: {error}"
+        ) from error
+    return damaged
+
+
+def _resident_matches(path: Path, resident: ResidentFile) -> bool:
+    digest = xxhash.xxh3_64()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise ExpertStoreError(f"[verify] cannot read {path}: {error}") from error
+    return digest.intdigest() == resident.checksum
