@@ -1,0 +1,91 @@
+"""Turn ``memory=`` into a number of expert slots."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+
+from ..errors import BudgetError, ConfigError
+
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
+
+# Above this share of physical memory experts would push everything else out.
+MEMORY_SHARE = 0.75
+
+
+def parse_bytes(memory: int | float | str, name: str = "memory") -> int:
+    """Read an amount of memory such as ``8GB``, ``512MiB``, ``1.5e9`` or an int.
+
+    Raises:
+        ConfigError: names the argument when the amount is not a positive number of
+            bytes in a known unit.
+    """
+    amount = _amount(memory)
+    if amount is None or not 1 <= amount < math.inf:
+        raise ConfigError(
+            f"[{name}] expected bytes such as 8GB, 512MiB or 1.5e9 but got {memory!r}"
+        )
+    return int(amount)
+
+
+def _amount(memory: object) -> float | None:
+    if isinstance(memory, int | float) and not isinstance(memory, bool):
+        return memory
+    if not isinstance(memory, str) or (found := AMOUNT.fullmatch(memory)) is None:
+        return None
+    unit = UNITS.get(found[2].upper())
+    return None if unit is None else float(found[1]) * unit
+
+
+def physical_memory_bytes() -> int:
+    """Return the bytes of memory this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def count_slots(
+    memory: int | float | str | None,
+    *,
+    stride: int,
+    slack_bytes: int,
+    n_records: int,
+    n_minimum: int,
+) -> int:
+    """Return how many slots of ``stride`` bytes fit into ``memory`` beside the slack.
+
+    Args:
+        memory: the budget for everything; None takes all records, or as many as fit
+            into three quarters of physical memory.
+        slack_bytes: what the pool needs for its alignment.
+        n_records: no more slots than these are of use.
+        n_minimum: fewer slots cannot serve one token.
+
+    Raises:
+        ConfigError: ``memory`` is not an amount of bytes.
+        BudgetError: the minimum does not fit; states it.
+    """
+    if memory is None:
+        budget_bytes = int(MEMORY_SHARE * physical_memory_bytes())
+    else:
+        budget_bytes = parse_bytes(memory)
+    n_slots = min((budget_bytes - slack_bytes) // stride, n_records)
+    if n_slots < n_minimum:
+        minimum_bytes = n_minimum * stride + slack_bytes
+        raise BudgetError(
+            f"[memory] expected at least {minimum_bytes} bytes "
+            f"({minimum_bytes / 2**20:.2f} MiB: {n_minimum} experts of {stride} bytes "
+            f"and {slack_bytes} for alignment) but got {budget_bytes}"
+        )
+    return n_slots

@@ -1,0 +1,143 @@
+"""Memory for experts: one aligned MLX array, written in place, read as tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import BudgetError, ExpertStoreError
+from ..weights import ExpertWeights, Weight
+from .layout import ExpertLayout
+
+POOL_ALIGNMENT = 2 * 1024 * 1024
+# MLX counts elements of one axis in 32 bits, so memory is asked for in rows.
+ROW_BYTES = 16 * 1024
+
+MLX_DTYPES = {
+    "U8": mx.uint8,
+    "I8": mx.int8,
+    "F8_E4M3": mx.uint8,
+    "F8_E8M0": mx.uint8,
+    "U16": mx.uint16,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U32": mx.uint32,
+    "I32": mx.int32,
+    "F32": mx.float32,
+}
+
+
+def aligned_rows(
+    n_rows: int, row_bytes: int, alignment: int = POOL_ALIGNMENT
+) -> mx.array:
+    """Allocate a uint8 array ``[n_rows, row_bytes]`` that begins at a multiple.
+
+    Takes ``alignment`` bytes more than the array holds. Any size works: no axis has
+    more elements than MLX can count as long as both arguments fit into 31 bits.
+
+    Raises:
+        BudgetError: the memory cannot be had.
+    """
+    n_bytes = n_rows * row_bytes + alignment
+    try:
+        raw = mx.zeros((-(-n_bytes // ROW_BYTES), ROW_BYTES), dtype=mx.uint8)
+        mx.eval(raw)
+    except (RuntimeError, MemoryError) as error:
+        raise BudgetError(f"[pool] cannot allocate {n_bytes} bytes: {error}") from error
+    offset = -_address(raw) % alignment
+    # as_strided flattens its input, which is too long to be flattened, but looks at
+    # the buffer only: one row of it stands for all. The slice after it makes MLX
+    # compute the extent anew.
+    grown = mx.as_strided(raw[:1], (n_rows + 1, row_bytes), (row_bytes, 1), offset)
+    rows = grown[:n_rows]
+    mx.eval(rows)
+    return rows
+
+
+def aligned_bytes(n_bytes: int, alignment: int = POOL_ALIGNMENT) -> mx.array:
+    """Allocate a uint8 array ``[n_bytes]`` whose address is a multiple.
+
+    Raises:
+        BudgetError: the memory cannot be had.
+    """
+    rows = aligned_rows(1, n_bytes, alignment)
+    flat = rows.reshape(n_bytes)
+    mx.eval(flat)
+    return flat
+
+
+def _address(array: mx.array) -> int:
+    return np.array(array, copy=False).ctypes.data
+
+
+class SlotPool:
+    """``n_slots`` slots of the largest layout's stride in one aligned MLX array.
+
+    ``array`` is uint8 ``[n_slots, stride]``; ``bytes`` is the same memory for writing.
+    Nothing here knows which expert is in which slot.
+    """
+
+    def __init__(self, layouts: Sequence[ExpertLayout], n_slots: int):
+        self.n_slots = n_slots
+        self.stride = pool_stride(layouts)
+        self.array = aligned_rows(n_slots, self.stride)
+        self.bytes = np.array(self.array, copy=False)
+        if self.bytes.ctypes.data % POOL_ALIGNMENT or not self.bytes.flags.writeable:
+            raise ExpertStoreError(
+                "[pool] expected writable memory at a multiple of "
+                f"{POOL_ALIGNMENT} bytes but got {self.bytes.ctypes.data:#x}"
+            )
+        self._weights: dict[tuple[ExpertLayout, int, int], ExpertWeights] = {}
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes taken in all, with what the alignment costs."""
+        return self.n_slots * self.stride + POOL_ALIGNMENT
+
+    def buffer(self, slot: int, n_bytes: int) -> memoryview:
+        """Return the first bytes of a slot for writing."""
+        return self.bytes[slot, :n_bytes].data
+
+    def weights(
+        self, layout: ExpertLayout, first: int = 0, count: int | None = None
+    ) -> ExpertWeights:
+        """Return slots ``first`` to ``first + count`` as tensors ``[count, O, I]``.
+
+        The tensors are views of the pool: what is written into a slot shows in them.
+        Made once for each layout and range.
+        """
+        key = layout, first, self.n_slots - first if count is None else count
+        if key not in self._weights:
+            self._weights[key] = self._views(*key)
+        return self._weights[key]
+
+    def _views(self, layout: ExpertLayout, first: int, count: int) -> ExpertWeights:
+        slots = self.array[first : first + count]
+        tensors: dict[tuple[str, str], mx.array] = {}
+        for spec in layout.tensors:
+            dtype = MLX_DTYPES[spec.dtype]
+            begin = spec.offset // dtype.size
+            columns = slots.view(dtype)[:, begin : begin + math.prod(spec.shape)]
+            view = mx.unflatten(columns, 1, spec.shape)
+            tensors[spec.projection, spec.part] = view
+        mx.eval(list(tensors.values()))
+        gate, up, down = (
+            Weight(
+                tensors[projection, "weight"],
+                tensors.get((projection, "scales")),
+                tensors.get((projection, "biases")),
+                quantization,
+            )
+            for projection, quantization in zip(
+                ("gate_proj", "up_proj", "down_proj"), layout.quantization, strict=True
+            )
+        )
+        return ExpertWeights(gate, up, down)
+
+
+def pool_stride(layouts: Sequence[ExpertLayout]) -> int:
+    """Return the bytes of a slot that takes a record of any of the layouts."""
+    return max(layout.stride for layout in layouts)

@@ -1,0 +1,147 @@
+"""Threads that read records straight into their slots."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+import xxhash
+
+from ..errors import ExpertStoreError
+
+
+@dataclass
+class Read:
+    """One record on its way: filled in by a thread, ``error`` tells if it failed."""
+
+    fd: int
+    offset: int
+    buffer: memoryview
+    path: Path
+    layer: int
+    expert: int
+    checksum: int | None = None
+    seconds: float = 0.0
+    error: ExpertStoreError | None = None
+
+    def run(self) -> None:
+        """Read the record and, where a checksum is given, compare it."""
+        start = time.perf_counter()
+        try:
+            read_fully(self.fd, self.offset, self.buffer)
+            self._check()
+        except ExpertStoreError as error:
+            self.error = error
+        # A read that ended in any other way must not pass for a record.
+        except Exception as error:
+            self.error = self._failed(str(error))
+            self.error.__cause__ = error
+        self.seconds = time.perf_counter() - start
+
+    def _check(self) -> None:
+        if self.checksum is None:
+            return
+        found = xxhash.xxh3_64_intdigest(self.buffer)
+        if found != self.checksum:
+            raise self._failed(
+                f"expected checksum {self.checksum:016x} but got {found:016x}"
+            )
+
+    def _failed(self, why: str) -> ExpertStoreError:
+        return ExpertStoreError(
+            f"[reader] {self.path}: expert {self.expert} of layer {self.layer} at "
+            f"{self.offset}: {why}"
+        )
+
+
+def read_fully(fd: int, offset: int, buffer: memoryview) -> None:
+    """Fill ``buffer`` from ``offset`` on, going on after short reads.
+
+    Interrupted calls are repeated by Python itself.
+
+    Raises:
+        OSError: the read failed.
+        EOFError: the file ends early.
+    """
+    done = 0
+    while done < len(buffer):
+        n_bytes = os.preadv(fd, [buffer[done:]], offset + done)
+        if n_bytes == 0:
+            raise EOFError(
+                f"expected {len(buffer)} bytes but the file ends after {done}"
+            )
+        done += n_bytes
+
+
+class Batch:
+    """Reads handed over together."""
+
+    def __init__(self, reads: Sequence[Read]):
+        self.reads = reads
+        self._n_left = len(reads)
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+
+    def finish_one(self) -> None:
+        """Count one read as over."""
+        with self._lock:
+            self._n_left -= 1
+            if self._n_left == 0:
+                self._done.set()
+
+    def wait(self) -> None:
+        """Wait until every read is over; Ctrl-C gets through, the reads go on."""
+        self._done.wait()
+
+
+class ReadPool:
+    """A fixed number of reading threads, started at the first use.
+
+    The threads are daemons: a process that is told to end does not wait for a disk.
+    """
+
+    def __init__(self, n_threads: int):
+        self.n_threads = n_threads
+        self._queue: SimpleQueue[tuple[Read, Batch] | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        # Idle threads must not outlive a pool that nobody closed.
+        weakref.finalize(self, _end, self._queue, n_threads)
+
+    def submit(self, reads: Sequence[Read]) -> Batch:
+        """Begin to read; the batch tells when all of it is over."""
+        while len(self._threads) < self.n_threads:
+            thread = threading.Thread(
+                target=_work, args=(self._queue,), name="expert-reader", daemon=True
+            )
+            thread.start()
+            self._threads.append(thread)
+        batch = Batch(reads)
+        for read in reads:
+            self._queue.put((read, batch))
+        return batch
+
+    def close(self) -> None:
+        """Let the threads finish what was submitted, and end them."""
+        _end(self._queue, len(self._threads))
+        while self._threads:
+            self._threads.pop().join()
+
+
+def _end(queue: SimpleQueue[tuple[Read, Batch] | None], n_threads: int) -> None:
+    for _ in range(n_threads):
+        queue.put(None)
+
+
+def _work(queue: SimpleQueue[tuple[Read, Batch] | None]) -> None:
+    while (job := queue.get()) is not None:
+        read, batch = job
+        try:
+            read.run()
+        finally:
+            batch.finish_one()

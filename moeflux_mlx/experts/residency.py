@@ -1,0 +1,74 @@
+"""Which expert is in which slot."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+
+import numpy as np
+
+from .policy import LRU, Policy, PolicyFactory
+
+EMPTY = -1
+
+
+class SlotTable:
+    """Slots shared by all rows of experts, or divided evenly between them.
+
+    A row is one MoE layer, counted from 0. ``rows`` is int32 ``[n_rows, n_experts]``:
+    the slot of each expert, or ``EMPTY``. A claimed slot belongs to nobody until it is
+    placed or released, so a read in flight can be neither found nor evicted.
+    """
+
+    def __init__(
+        self,
+        n_rows: int,
+        n_experts: int,
+        n_slots: int,
+        *,
+        shared: bool = True,
+        policy: PolicyFactory = LRU,
+    ):
+        self.n_experts = n_experts
+        self.rows = np.full((n_rows, n_experts), EMPTY, dtype=np.int32)
+        n_groups = 1 if shared else n_rows
+        self.capacity = n_slots // n_groups
+        self._shared = shared
+        self._policies: list[Policy] = [policy() for _ in range(n_groups)]
+        self._free = [
+            list(reversed(range(g * self.capacity, (g + 1) * self.capacity)))
+            for g in range(n_groups)
+        ]
+
+    def key(self, row: int, expert: int) -> int:
+        """Return the number that stands for an expert of a row."""
+        return row * self.n_experts + expert
+
+    def touch(self, row: int, experts: Sequence[int]) -> None:
+        """Note that the experts, all in memory, are used now."""
+        policy, base = self._policies[self._group(row)], row * self.n_experts
+        for expert in experts:
+            policy.touch(base + expert)
+
+    def claim(self, row: int, keep: Container[int]) -> int | None:
+        """Return a slot to write into, evicting a key not in ``keep`` if need be."""
+        group = self._group(row)
+        if self._free[group]:
+            return self._free[group].pop()
+        if (victim := self._policies[group].victim(keep)) is None:
+            return None
+        victim_row, expert = divmod(victim, self.n_experts)
+        slot = int(self.rows[victim_row, expert])
+        self.rows[victim_row, expert] = EMPTY
+        return slot
+
+    def place(self, row: int, expert: int, slot: int) -> None:
+        """Say that a claimed slot now holds an expert."""
+        self.rows[row, expert] = slot
+        self.touch(row, [expert])
+
+    def release(self, row: int, slot: int) -> None:
+        """Give back a claimed slot that holds nothing."""
+        self._free[self._group(row)].append(slot)
+
+    def _group(self, row: int) -> int:
+        return 0 if self._shared else row

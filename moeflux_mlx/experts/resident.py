@@ -1,0 +1,34 @@
+"""Experts that are in memory for good, behind the streamer's interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+
+from ..weights import ExpertWeights
+
+
+class ResidentExperts:
+    """An ``ExpertSource`` over arrays with a leading expert axis: slot == expert."""
+
+    def __init__(self, weights: ExpertWeights):
+        self._weights = weights
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """All experts of the layer."""
+        return self._weights
+
+    def slots(self, indices: mx.array) -> mx.array:
+        """Return ``indices`` as uint32, without reading them."""
+        return indices.astype(mx.uint32)
+
+    def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+        """Yield one wave with every distinct expert, ascending."""
+        wave = [(int(expert), int(expert)) for expert in sorted(set(experts))]
+        if wave:
+            yield wave
+
+    def guard(self, *outputs: mx.array) -> None:
+        """Do nothing: no slot is ever overwritten."""

@@ -1,0 +1,69 @@
+"""What expert streaming did and how long it took, by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+
+
+@dataclass
+class Counters:
+    """Counts of one layer, or of all.
+
+    ``hits`` and ``misses`` count distinct experts of each call. ``preloaded`` are
+    experts read before anyone asked. ``read_seconds`` adds up over reading threads,
+    ``wait_seconds`` is how long computation stood still.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    preloaded: int = 0
+    read_bytes: int = 0
+    read_seconds: float = 0.0
+    wait_seconds: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of requests that found their expert in memory; 0 without requests."""
+        return self.hits / max(1, self.hits + self.misses)
+
+    def __add__(self, other: Counters) -> Counters:
+        return Counters(
+            *(getattr(self, f.name) + getattr(other, f.name) for f in fields(self))
+        )
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Counters at one moment."""
+
+    layers: dict[int, Counters]
+
+    @property
+    def total(self) -> Counters:
+        """All layers together."""
+        return sum(self.layers.values(), Counters())
+
+
+class StreamStats:
+    """Counters by layer number."""
+
+    def __init__(self, layers: Iterable[int]):
+        self._layers = {layer: Counters() for layer in layers}
+
+    def __getitem__(self, layer: int) -> Counters:
+        return self._layers[layer]
+
+    @property
+    def total(self) -> Counters:
+        """All layers together."""
+        return self.snapshot().total
+
+    def snapshot(self) -> Snapshot:
+        """Return a copy that later reads do not change."""
+        return Snapshot({layer: replace(c) for layer, c in self._layers.items()})
+
+    def reset(self) -> None:
+        """Begin to count from zero."""
+        for counters in self._layers.values():
+            counters.__init__()  # type: ignore[misc]

@@ -1,0 +1,373 @@
+"""Experts on demand: read into slots when asked for, kept while there is room."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from .. import config
+from ..errors import BudgetError, ConfigError, ExpertStoreError
+from ..weights import ExpertSource, ExpertWeights
+from .budget import count_slots
+from .packed import PackedExperts
+from .policy import LRU, PolicyFactory
+from .pool import POOL_ALIGNMENT, SlotPool, pool_stride
+from .reader import Batch, Read, ReadPool
+from .residency import EMPTY, SlotTable
+from .resident import ResidentExperts
+from .stats import Counters, StreamStats
+
+# Experts in a wave: enough to keep every reading thread busy, few enough that the
+# first results do not wait for half the pool.
+WAVE_EXPERTS = 32
+
+
+class ExpertStreamer:
+    """Slots for the experts of all layers of a store, under one memory budget.
+
+    One thread at a time may generate; which thread it is may change. The store stays
+    the caller's to close, after the streamer.
+    """
+
+    def __init__(
+        self,
+        store: PackedExperts,
+        memory: int | float | str | None = None,
+        *,
+        scope: str = "global",
+        policy: PolicyFactory = LRU,
+        read_threads: int | None = None,
+    ):
+        """Allocate the pool; if it holds every expert, read them all now.
+
+        Args:
+            store: the open pack.
+            memory: bytes for all experts (``8GB``, ``512MiB``, an int), alignment
+                included; None: as many as fit into 3/4 of physical memory.
+            scope: ``global``: layers compete for slots; ``layer``: equal shares.
+            policy: makes what decides on evictions, one for each group of slots.
+            read_threads: parallel reads, from the environment by default.
+
+        Raises:
+            ConfigError: an argument has no usable value.
+            BudgetError: the budget cannot hold what one token needs; states the
+                minimum.
+            ExpertStoreError: a record could not be read.
+        """
+        if scope not in ("global", "layer"):
+            raise ConfigError(f"[scope] expected 'global' or 'layer' but got {scope!r}")
+        self._store = store
+        self._rows = {layer: row for row, layer in enumerate(store.layers)}
+        layouts = [store.layout(layer) for layer in store.layers]
+        n_rows, n_records = len(layouts), len(layouts) * store.n_experts
+        groups = 1 if scope == "global" else n_rows
+        n_slots = count_slots(
+            memory,
+            stride=pool_stride(layouts),
+            slack_bytes=POOL_ALIGNMENT,
+            n_records=n_records,
+            n_minimum=groups * store.top_k,
+        )
+        n_slots -= n_slots % groups
+        self._pool = SlotPool(layouts, n_slots)
+        self._table = SlotTable(
+            n_rows, store.n_experts, n_slots, shared=groups == 1, policy=policy
+        )
+        self._checked = np.zeros((n_rows, store.n_experts), dtype=bool)
+        self._reader = ReadPool(read_threads or config.read_threads())
+        self._lock = threading.RLock()
+        self._guards: list[mx.array] = []
+        self._in_flight: list[tuple[Batch, list[int]]] = []
+        self.stats = StreamStats(store.layers)
+        self.resident = n_slots == n_records
+        if self.resident:
+            self._preload()
+
+    @property
+    def n_slots(self) -> int:
+        """Experts that fit into memory at the same time, all layers together."""
+        return self._pool.n_slots
+
+    @property
+    def pool(self) -> SlotPool:
+        """The memory behind the slots."""
+        return self._pool
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes taken for experts, alignment included; never more than the budget."""
+        return self._pool.n_bytes
+
+    def source(self, layer: int) -> ExpertSource:
+        """Return one layer's experts as its MoE Op reads them.
+
+        Raises:
+            ConfigError: the layer has no routed experts.
+        """
+        if layer not in self._rows:
+            raise ConfigError(
+                f"[source] expected one of the layers {list(self._rows)} but got "
+                f"{layer}"
+            )
+        layout = self._store.layout(layer)
+        if not self.resident:
+            return StreamedExperts(self, layer, self._pool.weights(layout))
+        n_experts = self._store.n_experts
+        first = self._rows[layer] * n_experts
+        weights = self._pool.weights(layout, first, n_experts)
+        return PreloadedExperts(weights, self.stats[layer])
+
+    def guard(self, *outputs: mx.array) -> None:
+        """Evaluate ``outputs`` before any slot is overwritten."""
+        with self._lock:
+            self._guards.extend(outputs)
+
+    def close(self) -> None:
+        """Wait for reads in flight and end the reading threads."""
+        with self._lock:
+            self._settle()
+            self._reader.close()
+
+    def __enter__(self) -> ExpertStreamer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _slots(self, layer: int, indices: mx.array) -> mx.array:
+        with self._lock:
+            guards, self._guards = self._guards, []
+            mx.eval(indices, *guards)
+            if not mx.issubdtype(indices.dtype, mx.integer):
+                raise ExpertStoreError(
+                    f"[slots] expected expert ids as integers but got {indices.dtype}"
+                )
+            ids = np.array(indices, copy=False)
+            needed = self._distinct(layer, ids.ravel().tolist())
+            if len(needed) > self._table.capacity:
+                raise BudgetError(
+                    f"[slots] layer {layer}: expected at most {self._table.capacity} "
+                    f"distinct experts in one step but got {len(needed)}: the memory "
+                    "budget is too small for it"
+                )
+            self._settle()
+            row = self._rows[layer]
+            places = self._table.rows[row]
+            missing = [e for e in needed if places[e] == EMPTY]
+            if missing:
+                self._fetch(layer, needed, missing)
+            self._table.touch(row, needed)
+            self.stats[layer].hits += len(needed) - len(missing)
+            return mx.array(places[ids].astype(np.uint32))
+
+    def _fetch(self, layer: int, needed: list[int], missing: list[int]) -> None:
+        row = self._rows[layer]
+        keep = {self._table.key(row, expert) for expert in needed}
+        begun = self._begin(layer, missing, keep)
+        assert begun == len(missing)
+        failed = self._settle(self.stats[layer])
+        if failed:
+            raise failed[min(failed)]
+
+    def _waves(
+        self, layer: int, experts: Sequence[int]
+    ) -> Iterator[list[tuple[int, int]]]:
+        counters, row = self.stats[layer], self._rows[layer]
+        left = dict.fromkeys(self._distinct(layer, experts))
+        n_ahead = min(WAVE_EXPERTS, max(1, self._table.capacity // 2))
+        read: set[int] = set()
+        while left:
+            with self._lock:
+                wave = self._next_wave(layer, left, read)
+                if not wave:
+                    read.update(self._read_ahead(layer, list(left)[:n_ahead], left))
+                    wave = self._next_wave(layer, left, read)
+                for expert, _ in wave:
+                    del left[expert]
+                visited = [expert for expert, _ in wave]
+                self._table.touch(row, visited)
+                counters.hits += sum(expert not in read for expert in visited)
+                if left:
+                    keep = [*visited, *left]
+                    read.update(self._read_ahead(layer, list(left)[:n_ahead], keep))
+            yield wave
+
+    def _next_wave(
+        self, layer: int, left: Collection[int], read: Collection[int]
+    ) -> list[tuple[int, int]]:
+        """Return what is in memory by now, raising if one of ``read`` failed."""
+        if self._in_flight:
+            # What was built on the last wave is computed while the next one is read.
+            self._evaluate_guards()
+        failed = self._settle(self.stats[layer])
+        wanted = [e for e in left if e in read and (layer, e) in failed]
+        if wanted:
+            raise failed[layer, wanted[0]]
+        places = self._table.rows[self._rows[layer]]
+        return [(e, int(places[e])) for e in left if places[e] != EMPTY]
+
+    def _read_ahead(
+        self, layer: int, experts: list[int], keep: Collection[int]
+    ) -> list[int]:
+        """Begin to read as many of ``experts`` as find a slot; return those."""
+        row = self._rows[layer]
+        self._evaluate_guards()
+        begun = self._begin(layer, experts, {self._table.key(row, e) for e in keep})
+        return experts[:begun]
+
+    def _begin(self, layer: int, experts: list[int], keep: set[int]) -> int:
+        """Submit reads into claimed slots until none can be had; return how many."""
+        row = self._rows[layer]
+        slots: list[int] = []
+        for _ in experts:
+            if (slot := self._table.claim(row, keep)) is None:
+                break
+            slots.append(slot)
+        reads = [
+            self._read(layer, expert, slot)
+            for expert, slot in zip(experts, slots, strict=False)
+        ]
+        if reads:
+            self._in_flight.append((self._reader.submit(reads), slots))
+        return len(reads)
+
+    def _read(self, layer: int, expert: int, slot: int) -> Read:
+        store = self._store
+        checked = self._checked[self._rows[layer], expert]
+        return Read(
+            store.fd(layer),
+            store.offset(layer, expert),
+            self._pool.buffer(slot, store.layout(layer).record_bytes),
+            store.path(layer),
+            layer,
+            expert,
+            None if checked else store.checksum(layer, expert),
+        )
+
+    def _settle(
+        self, waiting: Counters | None = None
+    ) -> dict[tuple[int, int], ExpertStoreError]:
+        """Wait for reads in flight and enter them in the table; return failures.
+
+        An interrupt leaves the rest in flight, to be settled by the next call.
+        """
+        failed: dict[tuple[int, int], ExpertStoreError] = {}
+        while self._in_flight:
+            batch, slots = self._in_flight[0]
+            start = time.perf_counter()
+            batch.wait()
+            if waiting is not None:
+                waiting.wait_seconds += time.perf_counter() - start
+            del self._in_flight[0]
+            for read, slot in zip(batch.reads, slots, strict=True):
+                if (error := self._settle_read(read, slot)) is not None:
+                    failed[read.layer, read.expert] = error
+        return failed
+
+    def _settle_read(self, read: Read, slot: int) -> ExpertStoreError | None:
+        row, counters = self._rows[read.layer], self.stats[read.layer]
+        counters.read_seconds += read.seconds
+        if read.error is not None:
+            self._table.release(row, slot)
+            return read.error
+        counters.misses += 1
+        counters.read_bytes += len(read.buffer)
+        self._checked[row, read.expert] = True
+        self._table.place(row, read.expert, slot)
+        return None
+
+    def _evaluate_guards(self) -> None:
+        guards, self._guards = self._guards, []
+        if guards:
+            mx.eval(guards)
+
+    def _preload(self) -> None:
+        """Read every expert into the slot ``row * n_experts + expert``."""
+        n_experts = self._store.n_experts
+        reads = [
+            self._read(layer, expert, row * n_experts + expert)
+            for layer, row in self._rows.items()
+            for expert in range(n_experts)
+        ]
+        try:
+            self._reader.submit(reads).wait()
+        finally:
+            self._reader.close()
+        for read in reads:
+            if read.error is not None:
+                raise read.error
+            counters = self.stats[read.layer]
+            counters.preloaded += 1
+            counters.read_bytes += len(read.buffer)
+            counters.read_seconds += read.seconds
+
+    def _distinct(self, layer: int, ids: Sequence[int]) -> list[int]:
+        distinct = sorted({int(expert) for expert in ids})
+        if distinct and not 0 <= distinct[0] <= distinct[-1] < self._store.n_experts:
+            raise ExpertStoreError(
+                f"[slots] layer {layer}: expected experts from 0 to "
+                f"{self._store.n_experts - 1} but got {distinct[0]} to {distinct[-1]}"
+            )
+        return distinct
+
+
+class StreamedExperts:
+    """One layer of an ``ExpertStreamer`` that does not hold every expert."""
+
+    def __init__(self, streamer: ExpertStreamer, layer: int, weights: ExpertWeights):
+        self._streamer, self._layer, self._weights = streamer, layer, weights
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """All slots of the pool in this layer's layout."""
+        return self._weights
+
+    def slots(self, indices: mx.array) -> mx.array:
+        """Map ``[N, K]`` expert ids to slots, reading what is missing.
+
+        Raises:
+            ExpertStoreError: an id is out of range, or a record cannot be read; what
+                could be read is kept, and the call may be repeated.
+            BudgetError: more distinct experts than slots.
+        """
+        return self._streamer._slots(self._layer, indices)
+
+    def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+        """Yield ``(expert, slot)`` lists: first what is in memory, then what is read.
+
+        While the caller computes with one wave the next one is being read.
+
+        Raises:
+            ExpertStoreError: an id is out of range, or a record cannot be read.
+        """
+        return self._streamer._waves(self._layer, experts)
+
+    def guard(self, *outputs: mx.array) -> None:
+        """Evaluate ``outputs`` before any slot handed out so far is overwritten."""
+        self._streamer.guard(*outputs)
+
+
+class PreloadedExperts(ResidentExperts):
+    """One layer of an ``ExpertStreamer`` that holds every expert.
+
+    Ids are not read back, so each one asked for counts as a hit, repeated or not.
+    """
+
+    def __init__(self, weights: ExpertWeights, counters: Counters):
+        super().__init__(weights)
+        self._counters = counters
+
+    def slots(self, indices: mx.array) -> mx.array:
+        """Return ``indices`` as uint32, without reading them."""
+        self._counters.hits += indices.size
+        return super().slots(indices)
+
+    def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+        """Yield one wave with every distinct expert, ascending."""
+        for wave in super().waves(experts):
+            self._counters.hits += len(wave)
+            yield wave
