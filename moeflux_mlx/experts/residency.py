@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 
-import numpy as np
-
 from .policy import LRU, Policy, PolicyFactory
 
 EMPTY = -1
@@ -14,8 +12,8 @@ EMPTY = -1
 class SlotTable:
     """Slots shared by all rows of experts, or divided evenly between them.
 
-    A row is one MoE layer, counted from 0. ``rows`` is int32 ``[n_rows, n_experts]``:
-    the slot of each expert, or ``EMPTY``. A claimed slot belongs to nobody until it is
+    A row is one MoE layer, counted from 0. ``rows[row][expert]`` is the slot of an
+    expert, or ``EMPTY``. A claimed slot belongs to nobody until it is
     placed or released, so a read in flight can be neither found nor evicted.
     """
 
@@ -29,7 +27,8 @@ class SlotTable:
         policy: PolicyFactory = LRU,
     ):
         self.n_experts = n_experts
-        self.rows = np.full((n_rows, n_experts), EMPTY, dtype=np.int32)
+        # Lists, not an array: a token looks up single experts.
+        self.rows = [[EMPTY] * n_experts for _ in range(n_rows)]
         n_groups = 1 if shared else n_rows
         self.capacity = n_slots // n_groups
         self._shared = shared
@@ -45,9 +44,8 @@ class SlotTable:
 
     def touch(self, row: int, experts: Sequence[int]) -> None:
         """Note that the experts, all in memory, are used now."""
-        policy, base = self._policies[self._group(row)], row * self.n_experts
-        for expert in experts:
-            policy.touch(base + expert)
+        base = row * self.n_experts
+        self._policies[self._group(row)].touch([base + expert for expert in experts])
 
     def claim(self, row: int, keep: Container[int]) -> int | None:
         """Return a slot to write into, evicting a key not in ``keep`` if need be."""
@@ -57,13 +55,13 @@ class SlotTable:
         if (victim := self._policies[group].victim(keep)) is None:
             return None
         victim_row, expert = divmod(victim, self.n_experts)
-        slot = int(self.rows[victim_row, expert])
-        self.rows[victim_row, expert] = EMPTY
+        slot = self.rows[victim_row][expert]
+        self.rows[victim_row][expert] = EMPTY
         return slot
 
     def place(self, row: int, expert: int, slot: int) -> None:
         """Say that a claimed slot now holds an expert."""
-        self.rows[row, expert] = slot
+        self.rows[row][expert] = slot
         self.touch(row, [expert])
 
     def release(self, row: int, slot: int) -> None:

@@ -146,8 +146,8 @@ class ExpertStreamer:
                 raise ExpertStoreError(
                     f"[slots] expected expert ids as integers but got {indices.dtype}"
                 )
-            ids = np.array(indices, copy=False)
-            needed = self._distinct(layer, ids.ravel().tolist())
+            ids = np.array(indices, copy=False).ravel().tolist()
+            needed = self._distinct(layer, ids)
             if len(needed) > self._table.capacity:
                 raise BudgetError(
                     f"[slots] layer {layer}: expected at most {self._table.capacity} "
@@ -162,7 +162,8 @@ class ExpertStreamer:
                 self._fetch(layer, needed, missing)
             self._table.touch(row, needed)
             self.stats[layer].hits += len(needed) - len(missing)
-            return mx.array(places[ids].astype(np.uint32))
+            slots = np.array([places[e] for e in ids], dtype=np.uint32)
+            return mx.array(slots.reshape(indices.shape))
 
     def _fetch(self, layer: int, needed: list[int], missing: list[int]) -> None:
         row = self._rows[layer]
@@ -177,7 +178,7 @@ class ExpertStreamer:
         self, layer: int, experts: Sequence[int]
     ) -> Iterator[list[tuple[int, int]]]:
         counters, row = self.stats[layer], self._rows[layer]
-        left = dict.fromkeys(self._distinct(layer, experts))
+        left = dict.fromkeys(self._distinct(layer, [int(e) for e in experts]))
         n_ahead = min(WAVE_EXPERTS, max(1, self._table.capacity // 2))
         read: set[int] = set()
         while left:
@@ -208,7 +209,7 @@ class ExpertStreamer:
         if wanted:
             raise failed[layer, wanted[0]]
         places = self._table.rows[self._rows[layer]]
-        return [(e, int(places[e])) for e in left if places[e] != EMPTY]
+        return [(e, places[e]) for e in left if places[e] != EMPTY]
 
     def _read_ahead(
         self, layer: int, experts: list[int], keep: Collection[int]
@@ -306,7 +307,7 @@ class ExpertStreamer:
             counters.read_seconds += read.seconds
 
     def _distinct(self, layer: int, ids: Sequence[int]) -> list[int]:
-        distinct = sorted({int(expert) for expert in ids})
+        distinct = sorted(set(ids))
         if distinct and not 0 <= distinct[0] <= distinct[-1] < self._store.n_experts:
             raise ExpertStoreError(
                 f"[slots] layer {layer}: expected experts from 0 to "
