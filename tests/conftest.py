@@ -26,3 +26,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain mlx-lm checkpoint: random, 4-bit, float32."""
     return make_checkpoint(tmp_path_factory.mktemp("models") / "plain")
+
+
+@pytest.fixture(scope="session")
+def packed(checkpoint: Path) -> Path:
+    """The same model, packed: its experts can be streamed."""
+    from moeflux_mlx.experts.pack import pack
+
+    path = checkpoint.with_name("packed")
+    pack(checkpoint, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def budget(packed: Path) -> str:
+    """Memory for a quarter of the packed model's experts."""
+    from moeflux_mlx.cli.inspect import summarize
+
+    summary = summarize(packed)
+    least, full = summary.minimum_bytes, summary.full_bytes
+    return str(least + (full - least) // 4)

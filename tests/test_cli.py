@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import mlx_lm
-import moeflux_mlx
 import pytest
+
+import moeflux_mlx
 
 PROMPT = "def add(a, b):"
 N_TOKENS = 40

@@ -115,11 +115,14 @@ def _prompt_tokens(
 
 
 def _chat_text(args: argparse.Namespace, tokenizer: Any, text: str) -> str:
-    roles = ("system", args.system_prompt), ("user", text)
-    roles += (("assistant", args.prefill_response),)
+    parts = {
+        "system": args.system_prompt,
+        "user": text,
+        "assistant": args.prefill_response,
+    }
     prefilled = args.prefill_response is not None
     return tokenizer.apply_chat_template(
-        [{"role": role, "content": said} for role, said in roles if said is not None],
+        [{"role": k, "content": v} for k, v in parts.items() if v is not None],
         tokenize=False,
         continue_final_message=prefilled,
         add_generation_prompt=not prefilled,

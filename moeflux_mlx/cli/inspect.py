@@ -1,0 +1,151 @@
+"""``moeflux inspect``: what a model consists of and the memory it asks for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from ..experts.checkpoint import Checkpoint, model_facts
+from ..experts.layout import ExpertLayout
+from ..experts.packed import PackedExperts, is_packed
+from ..experts.pool import POOL_ALIGNMENT, pool_stride
+from ..experts.routed import routed_layers
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """A model directory in numbers.
+
+    ``layers`` counts layers by kind. ``resident_bytes`` is everything but routed
+    experts; ``minimum_bytes`` and ``full_bytes`` are the least ``memory`` that serves
+    a token and the least that holds every expert.
+    """
+
+    model_type: str
+    is_packed: bool
+    layers: dict[str, int]
+    n_moe_layers: int
+    n_experts: int
+    top_k: int
+    resident_bytes: int
+    expert_bytes: int
+    bytes_per_expert: int
+    minimum_bytes: int
+    full_bytes: int
+    files: dict[str, int]
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``inspect`` with its flags."""
+    text = "show layers, experts, and the memory a model asks for"
+    parser = subparsers.add_parser("inspect", description=text, help=text)
+    parser.add_argument("model", type=Path, help="plain or packed model directory")
+    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the summary of ``args.model``."""
+    summary = summarize(args.model)
+    if args.json:
+        print(json.dumps(asdict(summary), indent=2))
+    else:
+        Console().print(summary_table(args.model, summary))
+    return 0
+
+
+def summarize(directory: Path) -> ModelSummary:
+    """Count the layers, experts and bytes of a model directory; reads no weights.
+
+    Raises:
+        ModelError: not the directory of a Mixture-of-Experts model.
+        ExpertStoreError: a packed directory with files missing or changed.
+    """
+    with Checkpoint.open(directory) as checkpoint:
+        config = checkpoint.config
+        facts = model_facts(config)
+        tensors = checkpoint.tensors
+    n_bytes = sum(tensor.n_bytes for tensor in tensors.values())
+    if is_packed(directory):
+        with PackedExperts.open(directory) as packed:
+            layouts = [packed.layout(layer) for layer in packed.layers]
+    else:
+        routed = routed_layers(tensors).values()
+        layouts = [layer.layout(config) for layer in routed]
+        stacked = (tensor for layer in routed for tensor in layer.tensors.values())
+        n_bytes -= sum(tensor.n_bytes for tensor in stacked)
+    return ModelSummary(
+        model_type=facts.model_type,
+        is_packed=is_packed(directory),
+        layers=_layer_kinds(config, facts.n_layers),
+        n_moe_layers=len(layouts),
+        n_experts=facts.n_experts,
+        top_k=facts.top_k,
+        resident_bytes=n_bytes,
+        files=_files(directory),
+        **_expert_bytes(layouts, facts.n_experts, facts.top_k),
+    )
+
+
+def summary_table(directory: Path, summary: ModelSummary) -> Table:
+    """Lay a summary out as two columns."""
+    table = Table(str(directory), summary.model_type)
+    kinds = ", ".join(f"{n} {kind}" for kind, n in summary.layers.items())
+    table.add_row("layers", kinds)
+    table.add_row(
+        "experts",
+        f"{summary.n_experts} in each of {summary.n_moe_layers} layers, "
+        f"{summary.top_k} per token",
+    )
+    table.add_section()
+    table.add_row("resident", decimal(summary.resident_bytes))
+    table.add_row("experts", decimal(summary.expert_bytes))
+    table.add_row("one expert", decimal(summary.bytes_per_expert))
+    table.add_row("least memory", _rounded_up(summary.minimum_bytes))
+    table.add_row("memory for all", _rounded_up(summary.full_bytes))
+    table.add_section()
+    for name, n_bytes in summary.files.items():
+        table.add_row(name, decimal(n_bytes))
+    return table
+
+
+def _expert_bytes(
+    layouts: list[ExpertLayout], n_experts: int, top_k: int
+) -> dict[str, int]:
+    slot_bytes = pool_stride(layouts)
+    return {
+        "expert_bytes": n_experts * sum(layout.stride for layout in layouts),
+        "bytes_per_expert": slot_bytes,
+        "minimum_bytes": top_k * slot_bytes + POOL_ALIGNMENT,
+        "full_bytes": len(layouts) * n_experts * slot_bytes + POOL_ALIGNMENT,
+    }
+
+
+def _layer_kinds(config: dict, n_layers: int) -> dict[str, int]:
+    text = {**config, **config.get("text_config", {})}
+    kinds = text.get("layer_types")
+    if kinds is None and (interval := text.get("full_attention_interval")):
+        kinds = ["linear_attention"] * n_layers
+        kinds[interval - 1 :: interval] = ["full_attention"] * (n_layers // interval)
+    counts = Counter(kinds or ["attention"] * n_layers)
+    return {kind.replace("_", " "): n for kind, n in counts.items()}
+
+
+def _rounded_up(n_bytes: int) -> str:
+    # Rounded down, the least amount would be refused when given back as memory.
+    unit = 1000 ** ((len(str(n_bytes)) - 1) // 3)
+    step = max(1, unit // 10)
+    return decimal(-(-n_bytes // step) * step)
+
+
+def _files(directory: Path) -> dict[str, int]:
+    paths = sorted(path for path in directory.iterdir() if path.is_file())
+    return {path.name: path.stat().st_size for path in paths}
