@@ -1,0 +1,53 @@
+"""``moeflux pack``: make a model directory whose experts can be streamed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+
+from ..experts.layout import DEFAULT_ALIGNMENT
+from ..experts.pack import pack
+from .progress import byte_progress
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``pack`` with its flags."""
+    text = "write a model directory whose experts can be streamed from disk"
+    parser = subparsers.add_parser("pack", description=text, help=text)
+    parser.add_argument("src", type=Path, help="mlx-lm checkpoint directory")
+    parser.add_argument("dst", type=Path, help="directory to make")
+    parser.add_argument(
+        "--verify", action="store_true", help="read everything back before it is done"
+    )
+    parser.add_argument(
+        "--alignment",
+        type=int,
+        default=DEFAULT_ALIGNMENT,
+        metavar="BYTES",
+        help="pad each expert to a multiple of this (default: %(default)s)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Pack ``args.src`` into ``args.dst`` and say what was made."""
+    with byte_progress() as progress:
+        manifest = pack(
+            args.src,
+            args.dst,
+            verify=args.verify,
+            alignment=args.alignment,
+            progress=progress,
+        )
+    n_bytes = sum(entry.n_bytes for entry in manifest.layers)
+    Console().print(
+        f"{args.dst}: {manifest.model.n_experts} experts in each of "
+        f"{len(manifest.layers)} layers, {decimal(n_bytes)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0

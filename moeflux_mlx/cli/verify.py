@@ -1,0 +1,52 @@
+"""``moeflux verify``: read a packed directory back against its checksums."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from ..errors import ExpertStoreError
+from ..experts.packed import VerifyReport, describe_damage, verify
+from .progress import byte_progress
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``verify`` with its argument."""
+    text = "read a packed directory back against its checksums"
+    parser = subparsers.add_parser("verify", description=text, help=text)
+    parser.add_argument("dir", type=Path, help="directory made by moeflux pack")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a table of the layers of ``args.dir``; return 1 if anything is damaged."""
+    try:
+        with byte_progress() as progress:
+            report = verify(args.dir, progress)
+    except ExpertStoreError as error:
+        print(f"moeflux: {error}", file=sys.stderr)
+        return 1
+    Console().print(_layer_table(args.dir, report))
+    for place in report.damaged:
+        print(f"moeflux: [verify] {describe_damage(*place)}", file=sys.stderr)
+    return 1 if report.damaged else 0
+
+
+def _layer_table(directory: Path, report: VerifyReport) -> Table:
+    table = Table("layer", "file", "experts", "bytes", "damaged", title=str(directory))
+    for entry in report.layers:
+        n_damaged = sum(layer == entry.layer for _, layer, _ in report.damaged)
+        table.add_row(
+            str(entry.layer),
+            entry.file,
+            str(len(entry.checksums)),
+            decimal(entry.n_bytes),
+            str(n_damaged),
+        )
+    return table
