@@ -1,0 +1,24 @@
+"""Typed graphs: roles, buffers, Ops' base, lifetimes and lowering."""
+
+from .buffers import Buf, BufferPool, BufId
+from .graph import Graph
+from .lifetime import analyze_lifetimes, greedy_color, planned_peak_bytes
+from .op import REGISTRY, Access, Cost, In, InOut, Op, Out, WeightRef
+
+__all__ = [
+    "REGISTRY",
+    "Access",
+    "Buf",
+    "BufId",
+    "BufferPool",
+    "Cost",
+    "Graph",
+    "In",
+    "InOut",
+    "Op",
+    "Out",
+    "WeightRef",
+    "analyze_lifetimes",
+    "greedy_color",
+    "planned_peak_bytes",
+]

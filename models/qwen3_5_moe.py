@@ -1,0 +1,404 @@
+"""Qwen3.5-MoE and Qwen3.6-MoE: gated DeltaNet and full attention layers, all MoE.
+
+A drop-in for ``mlx_lm.models.qwen3_5_moe``: constructor, weight names, caches and
+sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import base, qwen3_5
+from mlx_lm.models import qwen3_5_moe as stock
+
+from moeflux_mlx import blocks, ops
+from moeflux_mlx.blocks import Call, RoutedShape
+from moeflux_mlx.errors import ModelError
+from moeflux_mlx.executors import device
+from moeflux_mlx.experts.resident import ResidentExperts
+from moeflux_mlx.graph import BufId, Op
+from moeflux_mlx.graph import buffers as b
+from moeflux_mlx.graph.lower import Kernel
+from moeflux_mlx.model import (
+    GraphBuilder,
+    LayerGraph,
+    LayerWeights,
+    RunOptions,
+    Runtime,
+    refuse_gradient,
+    run,
+    unpacked_bytes,
+)
+from moeflux_mlx.ops.attention import join_heads, split_heads
+from moeflux_mlx.weights import ExpertSource, ExpertWeights
+
+ModelArgs = stock.ModelArgs
+TextModelArgs = qwen3_5.TextModelArgs
+ROUTED = "switch_mlp"
+
+
+class Model(stock.Model):
+    """Language model over ``language_model``; see ``TextModel`` for the call.
+
+    ``options`` is set by subclasses that ``moeflux_mlx.load`` and packed directories
+    make; without it all experts are ordinary parameters.
+    """
+
+    options: ClassVar[RunOptions] = RunOptions()
+
+    def __init__(self, args: ModelArgs):
+        super().__init__(args)
+        self.runtime = Runtime(self.options)
+        text_args = TextModelArgs.from_dict(args.text_config)
+        self.language_model = TextModel(text_args, self.runtime)
+
+    @property
+    def streamer(self) -> Any:
+        """The expert streamer, or None when experts are parameters."""
+        return self.runtime.streamer
+
+    def layer_graph(self, layer: int, n_tokens: int = 1) -> LayerGraph:
+        """Return the graph that runs ``layer`` for one sequence of ``n_tokens``."""
+        return self.language_model.forward.layer_graph(layer, n_tokens)
+
+    def shard(self, group: Any = None) -> None:
+        """Refuse: experts divided over machines are not supported yet."""
+        raise ModelError("[shard] expected one machine: sharding is not supported yet")
+
+
+class TextModel(qwen3_5.TextModel):
+    """Tokens ``[B, T]`` to logits ``[B, T, V]``."""
+
+    def __init__(self, args: TextModelArgs, runtime: Runtime):
+        if args.num_experts < 1 or args.num_experts_per_tok > args.num_experts:
+            raise ModelError(
+                f"[config] num_experts_per_tok expected 1 to num_experts but got "
+                f"{args.num_experts_per_tok} of {args.num_experts}"
+            )
+        super().__init__(args)
+        self.model = Backbone(args)
+        if runtime.streamer is not None:
+            for layer in self.model.layers:
+                layer.mlp.pop(ROUTED)
+        self.forward = self.model.forward = Forward(self, args, runtime)
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None = None,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
+        return self.forward.logits(self.model(inputs, cache, input_embeddings))
+
+
+class Backbone(qwen3_5.Qwen3_5TextModel):
+    """Tokens ``[B, T]`` to normalised hidden states ``[B, T, D]``."""
+
+    forward: Forward
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None = None,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
+        return self.forward.hidden_states(inputs, cache, input_embeddings)
+
+
+class Forward:
+    """Runs a ``TextModel``: binds weights, states and masks to graphs, layer by layer."""
+
+    def __init__(self, text: nn.Module, args: TextModelArgs, runtime: Runtime):
+        self.text, self.args, self.runtime = text, args, runtime
+        self.layers: list[GraphLayer] = []
+        self._ends = LayerWeights(text, skip="layers")
+        self._chunk = 0
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Type of activations."""
+        return device.activation_dtype(self.text.model.norm.weight.dtype)
+
+    def prepare(self) -> None:
+        """Decide how weights are held; they are quantised only after construction."""
+        unpack = device.on_cpu() and (
+            unpacked_bytes(self.text, skip=ROUTED)
+            <= device.UNPACKED_SHARE * device.physical_memory_bytes()
+        )
+        self._ends = LayerWeights(self.text, skip="layers", unpack=unpack)
+        self.layers = [
+            GraphLayer(module, i, self.args, self.runtime, unpack)
+            for i, module in enumerate(self.text.model.layers)
+        ]
+
+    def layer_graph(self, layer: int, n_tokens: int) -> LayerGraph:
+        """Return one layer's graph for a single sequence; IndexError as for lists."""
+        if not self.layers:
+            self.prepare()
+        return self.layers[layer].graph(Call(1, n_tokens, self.dtype))
+
+    def hidden_states(
+        self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
+    ) -> mx.array:
+        """Return the final norm's output ``[B, T, D]``."""
+        if not self.layers:
+            self.prepare()
+        cache = cache if cache is not None else [None] * len(self.layers)
+        hidden, n_seqs, t = self._embed(inputs, embeddings)
+        steps = Context(self, cache, n_seqs, t)
+        self._chunk = self._chunk + 1 if steps.start.any() else 0
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            self.runtime.executor.begin_layer(self._chunk, layer.index)
+            hidden = layer(hidden, layer_cache, steps)
+        shape = (n_seqs, t, self.args.hidden_size)
+        return self._end("norm", hidden, _build_norm).reshape(shape)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Return logits ``[B, T, V]`` of normalised hidden states."""
+        rows = hidden.reshape(-1, self.args.hidden_size)
+        logits = self._end("logits", rows, _build_logits)
+        if self.runtime.streams:
+            logits = refuse_gradient(logits)
+        return logits.reshape(*hidden.shape[:-1], -1)
+
+    def _embed(
+        self, inputs: mx.array, embeddings: mx.array | None
+    ) -> tuple[mx.array, int, int]:
+        if embeddings is not None:
+            n_seqs, t, dim = embeddings.shape
+            return embeddings.astype(self.dtype).reshape(-1, dim), n_seqs, t
+        n_seqs, t = inputs.shape
+        self._check_tokens(inputs)
+        rows = self._end("embed", inputs.reshape(-1).astype(mx.int32), _build_embed)
+        return rows.astype(self.dtype), n_seqs, t
+
+    def _check_tokens(self, inputs: mx.array) -> None:
+        """Refuse ids outside the vocabulary, where looking costs no extra wait."""
+        if not mx.issubdtype(inputs.dtype, mx.integer) or inputs.size == 0:
+            raise ModelError(
+                f"[tokens] expected at least one integer id but got {inputs.dtype} "
+                f"{inputs.shape}"
+            )
+        waits_anyway = device.on_cpu() or self.runtime.streams or inputs.size > 1
+        if self.text.training or not waits_anyway:
+            return
+        low, high = mx.min(inputs).item(), mx.max(inputs).item()
+        if low < 0 or high >= self.args.vocab_size:
+            raise ModelError(
+                f"[tokens] expected ids from 0 to {self.args.vocab_size - 1} but got "
+                f"{low if low < 0 else high}"
+            )
+
+    def _end(self, name: str, x: mx.array, build: Any) -> mx.array:
+        """Run one of the graphs before and after the layers on rows ``x``."""
+        weights = self._ends.bind(self.dtype)
+        graph = self.runtime.graphs.get(
+            (name, x.shape, self._ends.signature),
+            lambda: build(self, GraphBuilder(name, self.dtype, self._ends.refs), x),
+        )
+        done = run(self.runtime.executor, graph, weights, {"x": x})
+        return done.value(graph.outputs["out"])
+
+
+def _build_embed(forward: Forward, g: GraphBuilder, x: mx.array) -> LayerGraph:
+    weight = g.ref("model.embed_tokens")
+    ids = g.input("x", b.TokenIdsBuf, x.shape)
+    out = g.new("embedding", b.EmbedOutBuf, (x.size, weight.shape[1]))
+    g.push(
+        ops.EmbedGatherNTokens(
+            label="embed",
+            token_ids=ids,
+            weight=weight,
+            hidden_out=out,
+            vocab_size=weight.shape[0],
+            hidden_dim=weight.shape[1],
+            n_tokens=x.size,
+        )
+    )
+    return g.finish(forward.runtime.executor, out=out)
+
+
+def _build_norm(forward: Forward, g: GraphBuilder, x: mx.array) -> LayerGraph:
+    hidden = g.input("x", b.HiddenBuf, x.shape)
+    eps = forward.args.rms_norm_eps
+    out = g.norm("model.norm", hidden, b.FinalNormBuf, eps)
+    return g.finish(forward.runtime.executor, out=out)
+
+
+def _build_logits(forward: Forward, g: GraphBuilder, x: mx.array) -> LayerGraph:
+    tied = forward.args.tie_word_embeddings
+    normed = g.input("x", b.FinalNormBuf, x.shape)
+    name = "model.embed_tokens" if tied else "lm_head"
+    out = g.matvec(name, normed, b.LogitsBuf, label="logits")
+    return g.finish(forward.runtime.executor, out=out)
+
+
+class Context:
+    """What all layers of one call share: positions and masks, made once."""
+
+    def __init__(self, forward: Forward, cache: list[Any], n_seqs: int, t: int):
+        backbone = forward.text.model
+        self.n_seqs, self.t = n_seqs, t
+        self.dtype = forward.dtype
+        self.training = forward.text.training
+        stub = mx.zeros((n_seqs, t, 0))
+        linear, full = cache[backbone.ssm_idx], None
+        if backbone.fa_idx < len(cache):
+            full = cache[backbone.fa_idx]
+        mask = base.create_attention_mask(stub, full)
+        self.attention_mask = mask if isinstance(mask, mx.array) else None
+        if self.attention_mask is not None:
+            while self.attention_mask.ndim < 4:
+                self.attention_mask = self.attention_mask[None]
+        self.sequence_mask = base.create_ssm_mask(stub, linear)
+        offset = mx.array(0 if full is None else full.offset, mx.int32)
+        self.start = mx.broadcast_to(offset.reshape(-1), (n_seqs,))
+
+
+class GraphLayer:
+    """One decoder layer: its weights, its experts and the graphs that run it."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        index: int,
+        args: TextModelArgs,
+        runtime: Runtime,
+        unpack: bool,
+    ):
+        self.module, self.index, self.args, self.runtime = module, index, args, runtime
+        self.weights = LayerWeights(module, skip=ROUTED, unpack=unpack)
+        self.routed = LayerWeights(module.mlp[ROUTED]) if ROUTED in module.mlp else None
+
+    def __call__(self, hidden: mx.array, cache: Any, context: Context) -> mx.array:
+        """Run the layer on rows ``[N, D]``, moving its cache forward."""
+        if self.module.is_linear:
+            return self._run_linear(hidden, cache, context)
+        return self._run_full(hidden, cache, context)
+
+    def graph(self, call: Call) -> LayerGraph:
+        """Return the graph for calls like ``call``, shared by layers of one shape."""
+        self.weights.bind(call.dtype)
+        routed = self._routed_shape(call.dtype)
+        key = (self.module.is_linear, call, routed, self.weights.signature)
+        return self.runtime.graphs.get(key, lambda: self._build(call, routed))
+
+    def _call(self, context: Context, **masks: bool) -> Call:
+        gather = self.routed is not None and (context.training or not device.on_cpu())
+        return Call(
+            context.n_seqs, context.t, context.dtype, gather_by_id=gather, **masks
+        )
+
+    def _run_linear(self, hidden: mx.array, cache: Any, context: Context) -> mx.array:
+        net, seqs = self.module.linear_attn, context.n_seqs
+        conv = delta = lengths = None
+        if cache is not None:
+            conv, delta, lengths = cache[0], cache[1], cache.lengths
+        if conv is None:
+            conv = mx.zeros((seqs, net.conv_kernel_size - 1, net.conv_dim))
+        if delta is None:
+            delta = mx.zeros((seqs, net.num_v_heads, net.head_v_dim, net.head_k_dim))
+        mask = context.sequence_mask
+        call = self._call(
+            context, sequence_mask=mask is not None, lengths=lengths is not None
+        )
+        inputs = {
+            "conv_state": conv.astype(context.dtype),
+            "delta_state": delta.astype(mx.float32),
+            "sequence_mask": mask,
+            "lengths": lengths,
+        }
+        out, state = self._run(hidden, call, inputs)
+        if cache is not None:
+            cache[0], cache[1] = state["conv_state"], state["delta_state"]
+            cache.advance(context.t)
+        return out
+
+    def _run_full(self, hidden: mx.array, cache: Any, context: Context) -> mx.array:
+        mask = context.attention_mask
+        call = self._call(context, attention_mask=mask is not None)
+        inputs = {
+            "start": context.start,
+            "row": context.start[:1],
+            "keys": None,
+            "values": None,
+            "attention_mask": mask,
+        }
+        attn = self.module.self_attn
+        return self._run(hidden, call, inputs, cache_ops(attn, cache, call))[0]
+
+    def _run(
+        self,
+        hidden: mx.array,
+        call: Call,
+        inputs: Mapping[str, Any],
+        host: Mapping[type[Op], Kernel] | None = None,
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        weights = self.weights.bind(call.dtype)
+        graph = self.graph(call)
+        inputs = {**inputs, "hidden": hidden, "experts": self._experts(call.dtype)}
+        done = run(self.runtime.executor, graph, weights, inputs, host)
+        outputs = {name: done.value(buf) for name, buf in graph.outputs.items()}
+        return outputs.pop("hidden"), outputs
+
+    def _experts(self, dtype: mx.Dtype) -> ExpertSource:
+        if self.routed is None:
+            assert self.runtime.streamer is not None
+            return self.runtime.streamer.source(self.index)
+        bound = self.routed.bind(dtype)
+        return ResidentExperts(
+            ExpertWeights(bound["gate_proj"], bound["up_proj"], bound["down_proj"])
+        )
+
+    def _routed_shape(self, dtype: mx.Dtype) -> RoutedShape:
+        dim, width = self.args.hidden_size, self.args.moe_intermediate_size
+        if self.routed is None:
+            assert self.runtime.store is not None
+            n_bytes = self.runtime.store.layout(self.index).record_bytes
+            return RoutedShape(dim, width, n_bytes)
+        self.routed.bind(dtype)
+        total = sum(ref.n_bytes for ref in self.routed.refs.values())
+        return RoutedShape(dim, width, total // self.args.num_experts)
+
+    def _build(self, call: Call, routed: RoutedShape) -> LayerGraph:
+        linear, eps = self.module.is_linear, self.args.rms_norm_eps
+        name = f"{'linear' if linear else 'full'} attention layer"
+        g = GraphBuilder(name, call.dtype, self.weights.refs)
+        hidden = g.input("hidden", b.HiddenBuf, (call.n, routed.dim))
+        x = g.norm("input_layernorm", hidden, b.AttnInputBuf, eps)
+        state: dict[str, BufId[Any]] = {}
+        if linear:
+            mixed, state = blocks.gated_delta_net(g, self.module.linear_attn, x, call)
+        else:
+            mixed = blocks.full_attention(g, self.module.self_attn, x, call)
+        residual = g.residual_add(mixed, hidden)
+        moe_in = g.norm("post_attention_layernorm", residual, b.MoeInputBuf, eps)
+        out = blocks.moe(g, self.module.mlp, residual, moe_in, call, routed)
+        return g.finish(self.runtime.executor, hidden=out, **state)
+
+
+def cache_ops(attn: nn.Module, cache: Any, call: Call) -> dict[type[Op], Kernel]:
+    """Return the Ops that mlx-lm's cache object performs itself."""
+    kv_heads = attn.num_key_value_heads
+
+    def append(k_src, v_src, *_):  # type: ignore[no-untyped-def]
+        keys = split_heads(k_src, call.n_seqs, kv_heads)
+        values = split_heads(v_src, call.n_seqs, kv_heads)
+        return (keys, values) if cache is None else cache.update_and_fetch(keys, values)
+
+    def quantized_attention(q, k, v, mask):  # type: ignore[no-untyped-def]
+        queries = split_heads(q, call.n_seqs, attn.num_attention_heads)
+        causal = "causal" if mask is None and call.t > 1 else mask
+        return join_heads(
+            base.scaled_dot_product_attention(
+                queries, k, v, cache=cache, scale=attn.scale, mask=causal
+            )
+        )
+
+    host: dict[type[Op], Kernel] = {ops.KvCacheAppendNTokens: append}
+    if hasattr(cache, "bits"):
+        host[ops.SdpaCausalTiled] = quantized_attention
+    return host

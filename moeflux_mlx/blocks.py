@@ -1,0 +1,342 @@
+"""Blocks that models share, as Ops pushed onto a graph: mixers and the MoE.
+
+Each takes the block's parameter module as mlx-lm defines it, so one block serves every
+family that uses the module.
+
+Letters: B sequences, T tokens each, N = B T, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from . import ops
+from .errors import ModelError
+from .graph import BufId
+from .graph import buffers as b
+from .model import GraphBuilder
+
+
+@dataclass(frozen=True)
+class Call:
+    """What of one call shapes its graphs: sequences, tokens each, masks, experts."""
+
+    n_seqs: int
+    t: int
+    dtype: mx.Dtype
+    attention_mask: bool = False
+    sequence_mask: bool = False
+    lengths: bool = False
+    gather_by_id: bool = False
+
+    @property
+    def n(self) -> int:
+        """Tokens of all sequences."""
+        return self.n_seqs * self.t
+
+
+def inverse_frequencies(rope: nn.Module) -> mx.array:
+    """Return the rotation per position of each channel pair, ``[rotary_dim / 2]``."""
+    if hasattr(rope, "_freqs") and getattr(rope, "mscale", 1.0) == 1.0:
+        return mx.reciprocal(rope._freqs.astype(mx.float32))
+    if not isinstance(rope, nn.RoPE) or rope.traditional or rope.scale != 1.0:
+        raise ModelError(
+            f"[rope] expected plain or frequency-scaled rotary positions but got {rope}"
+        )
+    half = rope.dims // 2
+    exponent = mx.arange(half, dtype=mx.float32) / half
+    return mx.exp(-exponent * mx.log(mx.array(rope.base, mx.float32)))
+
+
+@dataclass(frozen=True)
+class RoutedShape:
+    """Model width, expert width, and bytes of one routed expert as stored."""
+
+    dim: int
+    expert_dim: int
+    expert_bytes: int
+
+
+def gated_delta_net(
+    g: GraphBuilder, net: nn.Module, x: BufId, call: Call
+) -> tuple[BufId, dict[str, BufId]]:
+    """Push a gated DeltaNet mixer; its states are inputs and outputs of the graph."""
+    hk, hv, dk, dv = net.num_k_heads, net.num_v_heads, net.head_k_dim, net.head_v_dim
+    n, seqs, conv_dim = call.n, call.n_seqs, net.conv_dim
+    qkv = g.matvec("linear_attn.in_proj_qkv", x, b.QkvStackBuf)
+    z = g.matvec("linear_attn.in_proj_z", x, b.ZStackBuf)
+    beta = g.matvec("linear_attn.in_proj_b", x, b.BetaStackBuf)
+    alpha = g.matvec("linear_attn.in_proj_a", x, b.AlphaStackBuf)
+    width = net.conv_kernel_size
+    conv_state = g.input("conv_state", b.ConvStateBuf, (seqs, width - 1, conv_dim))
+    state = g.input("delta_state", b.DeltaStateBuf, (seqs, hv, dv, dk))
+    mask = lengths = None
+    if call.sequence_mask:
+        mask = g.input("sequence_mask", b.SeqMaskBuf, (seqs, call.t))
+    if call.lengths:
+        lengths = g.input("lengths", b.SeqLengthsBuf, (seqs,))
+    conv = g.new("conv", b.ConvOutBuf, (n, conv_dim))
+    g.push(
+        ops.Conv1dStepNTokens(
+            label="conv1d",
+            qkv_in=qkv,
+            conv_state=conv_state,
+            weight=g.ref("linear_attn.conv1d"),
+            mask=mask,
+            lengths=lengths,
+            conv_out=conv,
+            conv_dim=conv_dim,
+            kernel_size=width,
+            n_tokens=n,
+            n_seqs=seqs,
+        )
+    )
+    g.push(
+        ops.RmsNormQkNTokens(
+            label="qk_norm",
+            x=conv,
+            num_k_heads=hk,
+            key_dim=dk,
+            key_offset_per_token=hk * dk,
+            per_token_total=conv_dim,
+            n_tokens=n,
+        )
+    )
+    decay = g.new("decay", b.GDecayBuf, (n, hv))
+    beta_gate = g.new("beta_gate", b.BetaGateBuf, (n, hv))
+    g.push(
+        ops.ComputeDecayBetaNTokens(
+            label="decay_beta",
+            alpha_in=alpha,
+            beta_in=beta,
+            mask=mask,
+            a_log=g.ref("linear_attn.A_log"),
+            dt_bias=g.ref("linear_attn.dt_bias"),
+            g_decay_out=decay,
+            beta_gate_out=beta_gate,
+            num_v_heads=hv,
+            n_tokens=n,
+            n_seqs=seqs,
+        )
+    )
+    delta_out = g.new("delta_out", b.DeltaOutBuf, (n, hv * dv))
+    one_token = call.t == 1
+    rule = ops.GatedDeltaNetStepNTokens if one_token else ops.GatedDeltaNetChunkwise
+    g.push(
+        rule(
+            label="delta_rule",
+            state=state,
+            conv_out=conv,
+            g_decay=decay,
+            beta_gate=beta_gate,
+            output=delta_out,
+            num_v_heads=hv,
+            num_k_heads=hk,
+            key_dim=dk,
+            value_dim=dv,
+            n_tokens=n,
+            n_seqs=seqs,
+        )
+    )
+    gated = g.new("gated_norm", b.ValueOutBuf, (n, hv * dv))
+    g.push(
+        ops.GatedRmsNormNTokens(
+            label="gated_norm",
+            values=delta_out,
+            z=z,
+            weight=g.ref("linear_attn.norm"),
+            output=gated,
+            num_v_heads=hv,
+            value_dim=dv,
+            n_tokens=n,
+            eps=net.layer_norm_epsilon,
+        )
+    )
+    out = g.matvec("linear_attn.out_proj", gated, b.OProjOutBuf)
+    return out, {"conv_state": conv_state, "delta_state": state}
+
+
+def full_attention(g: GraphBuilder, attn: nn.Module, x: BufId, call: Call) -> BufId:
+    """Push gated full attention; the KV cache object appends its rows itself."""
+    heads, kv_heads, d = (
+        attn.num_attention_heads,
+        attn.num_key_value_heads,
+        attn.head_dim,
+    )
+    n, seqs = call.n, call.n_seqs
+    start = g.input("start", b.StartPosBuf, (seqs,))
+    frequencies = inverse_frequencies(attn.rope)
+    inv_freq = g.constant("inv_freq", b.RopeInvFreqBuf, frequencies)
+    q_proj = g.matvec("self_attn.q_proj", x, b.QProjOutBuf)
+    k = g.matvec("self_attn.k_proj", x, b.KProjOutBuf)
+    v = g.matvec("self_attn.v_proj", x, b.VProjOutBuf)
+    q = g.new("q", b.QBuf, (n, heads * d))
+    gate = g.new("q_gate", b.QGateBuf, (n, heads * d))
+    g.push(
+        ops.SplitQGate(
+            label="split_q_gate",
+            q_proj=q_proj,
+            q_out=q,
+            gate_out=gate,
+            num_heads=heads,
+            head_dim=d,
+            n_tokens=n,
+        )
+    )
+    for name, buf, count in (("q", q, heads), ("k", k, kv_heads)):
+        g.push(
+            ops.RmsNormPerHeadNTokens(
+                label=f"{name}_norm",
+                x=buf,
+                weight=g.ref(f"self_attn.{name}_norm"),
+                num_heads=count,
+                head_dim=d,
+                n_tokens=n,
+                eps=attn.q_norm.eps,
+            )
+        )
+        g.push(
+            ops.RopeNTokens(
+                label=f"{name}_rope",
+                x=buf,
+                inv_freq=inv_freq,
+                start=start,
+                n_tokens=n,
+                n_seqs=seqs,
+                num_heads=count,
+                head_dim=d,
+                rotary_dim=2 * frequencies.size,
+            )
+        )
+    cache_shape = (seqs, kv_heads, None, d)
+    keys = g.input("keys", b.KvCacheKBuf, cache_shape)
+    values = g.input("values", b.KvCacheVBuf, cache_shape)
+    row = g.input("row", b.StartPosBuf, (1,))
+    g.push(
+        ops.KvCacheAppendNTokens(
+            label="kv_append",
+            k_src=k,
+            v_src=v,
+            k_cache=keys,
+            v_cache=values,
+            row=row,
+            n_tokens=n,
+            n_seqs=seqs,
+            num_kv_heads=kv_heads,
+            head_dim=d,
+        )
+    )
+    mask = None
+    if call.attention_mask:
+        mask = g.input("attention_mask", b.AttnMaskBuf, (None, 1, call.t, None))
+    attended = g.new("attended", b.AttnOutBuf, (n, heads * d))
+    g.push(
+        ops.SdpaCausalTiled(
+            label="sdpa",
+            q=q,
+            k=keys,
+            v=values,
+            mask=mask,
+            attn_out=attended,
+            n_tokens=n,
+            n_seqs=seqs,
+            num_heads=heads,
+            heads_per_kv=heads // kv_heads,
+            head_dim=d,
+            softmax_scale=attn.scale,
+        )
+    )
+    g.push(
+        ops.SigmoidGateNTokens(
+            label="attention_gate", x=attended, gate=gate, dim=heads * d, n_tokens=n
+        )
+    )
+    return g.matvec("self_attn.o_proj", attended, b.OProjOutBuf)
+
+
+def moe(
+    g: GraphBuilder,
+    block: nn.Module,
+    residual: BufId,
+    x: BufId,
+    call: Call,
+    routed: RoutedShape,
+) -> BufId:
+    """Push router, shared expert, routed experts and the sum with the residual."""
+    n, dim = call.n, routed.dim
+    k, n_experts = block.top_k, block.num_experts
+    logits = g.matvec("mlp.gate", x, b.RouterLogitsBuf, label="router")
+    indices = g.new("expert_indices", b.RouterIdxBuf, (n, k))
+    weights = g.new("expert_weights", b.RouterWeightsBuf, (n, k))
+    g.push(
+        ops.MoeSoftmaxTopK(
+            label="route",
+            logits=logits,
+            indices_out=indices,
+            weights_out=weights,
+            n_tokens=n,
+            n_experts=n_experts,
+            k=k,
+        )
+    )
+    if block.norm_topk_prob:
+        g.push(
+            ops.MoeNormalizeWeights(
+                label="normalize_weights", weights=weights, n_tokens=n, k=k
+            )
+        )
+    shared = "mlp.shared_expert"
+    gate = g.matvec(
+        f"{shared}.gate_proj", x, b.SharedFfnGateBuf, label="shared_gate_proj"
+    )
+    up = g.matvec(f"{shared}.up_proj", x, b.SharedFfnUpBuf, label="shared_up_proj")
+    width = g.ref(f"{shared}.gate_proj").shape[0]
+    act = g.new("shared_act", b.SharedFfnActBuf, (n, width))
+    g.push(
+        ops.SwigluFusedBatched(
+            label="shared_swiglu", gate=gate, up=up, out=act, n_tokens=n, dim=width
+        )
+    )
+    down = g.matvec(
+        f"{shared}.down_proj", act, b.SharedFfnDownBuf, label="shared_down_proj"
+    )
+    shared_gate = g.matvec("mlp.shared_expert_gate", x, b.SharedGateBuf)
+    experts = g.input("experts", b.ExpertBaseBuf, (None,))
+    out_sum = g.new("experts_sum", b.MoeOutSumBuf, (n, dim))
+    kind = ops.MoeDecodeExperts if n == 1 else ops.MoeGatherIdFuse
+    if n > 1 and not call.gather_by_id:
+        g.push(ops.ZeroBuffer(label="zero_sum", buf=out_sum, n_tokens=n, dim=dim))
+        kind = ops.MoeBatchedPermuteFuse
+    g.push(
+        kind(
+            label="experts",
+            mlp_in=x,
+            indices=indices,
+            weights=weights,
+            experts=experts,
+            out_sum=out_sum,
+            n_tokens=n,
+            dim=dim,
+            expert_dim=routed.expert_dim,
+            n_experts=n_experts,
+            k=k,
+            expert_bytes=routed.expert_bytes,
+        )
+    )
+    hidden = g.new("hidden_out", b.HiddenBuf, (n, dim))
+    g.push(
+        ops.MoeCombineResidualNTokens(
+            label="combine",
+            h_mid=residual,
+            moe_sum=out_sum,
+            shared_out=down,
+            shared_gate=shared_gate,
+            hidden_out=hidden,
+            n_tokens=n,
+            dim=dim,
+        )
+    )
+    return hidden

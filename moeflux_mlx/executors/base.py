@@ -1,0 +1,139 @@
+"""The protocol every executor follows: encode Ops lazily, then submit and wait."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import mlx.core as mx
+
+from .. import config
+from ..graph.buffers import BufferPool, BufId
+from ..graph.graph import Graph
+from ..graph.lower import Kernel, Step, lower, lower_op
+from ..graph.op import Op
+from ..graph.profile import Stats
+from ..weights import Weight
+
+
+@dataclass
+class Encoding:
+    """Values of one run over a pool: what is bound, then what the Ops wrote.
+
+    ``host`` replaces an Op's kernel by a function of the caller with the signature of
+    the Op's reference: a KV cache object appends rows itself.
+    """
+
+    pool: BufferPool
+    weights: Mapping[str, Weight]
+    values: list[Any]
+    host: Mapping[type[Op], Kernel]
+
+    def bind(self, buf: BufId[Any], value: Any) -> None:
+        """Set a buffer's value for this run."""
+        self.values[self.pool.physical[buf.index]] = value
+
+    def value(self, buf: BufId[Any]) -> Any:
+        """Return a buffer's value; None when it was dropped after its last use."""
+        return self.values[self.pool.physical[buf.index]]
+
+
+class Executor(ABC):
+    """Runs graphs; subclasses say which function performs an Op."""
+
+    name: ClassVar[str]
+
+    def __init__(self) -> None:
+        self.stats = Stats()
+        self.profile_per_op = config.profile_per_op()
+        if self.profile_per_op:
+            atexit.register(lambda: print(self.stats.table(), file=sys.stderr))
+
+    @classmethod
+    def open(cls) -> Executor:
+        """Return a ready executor.
+
+        Raises:
+            BackendError: when it cannot run on this machine.
+        """
+        return cls()
+
+    @abstractmethod
+    def kernel(self, op: Op) -> Kernel:
+        """Return the function that performs ``op``, with its reference's signature."""
+
+    def lower(self, graph: Graph) -> list[Step]:
+        """Lower a graph once; the result may be encoded any number of times."""
+        return lower(graph, self.kernel)
+
+    def begin_encoding(
+        self,
+        pool: BufferPool,
+        weights: Mapping[str, Weight] | None = None,
+        host: Mapping[type[Op], Kernel] | None = None,
+    ) -> Encoding:
+        """Start a run whose values begin as the pool's."""
+        return Encoding(pool, weights or {}, list(pool.values), host or {})
+
+    def encode_op(self, op: Op, encoding: Encoding) -> None:
+        """Encode one Op by itself; its inputs stay alive."""
+        self._run(lower_op(op, self.kernel(op), encoding.pool.physical), encoding)
+
+    def encode_graph(self, graph: Graph | list[Step], encoding: Encoding) -> None:
+        """Encode all Ops of a graph, or of what ``lower`` made of it."""
+        for step in self.lower(graph) if isinstance(graph, Graph) else graph:
+            self._run(step, encoding)
+
+    def _run(self, step: Step, encoding: Encoding) -> None:
+        kernel = encoding.host.get(type(step.op), step.kernel)
+        if not self.profile_per_op:
+            step.run(encoding.values, encoding.weights, kernel)
+            return
+        start = time.perf_counter_ns()
+        mx.eval(arrays(step.run(encoding.values, encoding.weights, kernel)))
+        self.stats.add(
+            f"{step.op.variant_name} {step.op.label}", time.perf_counter_ns() - start
+        )
+
+    def submit_and_wait(self, encoding: Encoding, label: str) -> None:
+        """Evaluate everything still alive and count the wait under ``label``."""
+        self.wait(label, *arrays(encoding.values))
+        encoding.pool.values[:] = encoding.values
+
+    def wait(self, label: str, *outputs: mx.array) -> None:
+        """Evaluate ``outputs`` and count the wait under ``label``."""
+        start = time.perf_counter_ns()
+        mx.eval(outputs)
+        self.stats.add(label, time.perf_counter_ns() - start)
+
+    def execute(
+        self,
+        graph: Graph,
+        label: str,
+        weights: Mapping[str, Weight] | None = None,
+    ) -> None:
+        """Encode a graph over its pool, evaluate it, and leave results in the pool."""
+        encoding = self.begin_encoding(graph.pool, weights)
+        for index, info in enumerate(graph.pool.infos):
+            if info.persistent and not info.planned:
+                buf = BufId(index, info.role)
+                encoding.bind(buf, graph.pool.handle(buf))
+        self.encode_graph(graph, encoding)
+        self.submit_and_wait(encoding, label)
+
+    def begin_layer(self, chunk: int, layer: int) -> None:  # noqa: B027
+        """Hear that layer ``layer`` of prompt chunk ``chunk`` begins (capture hook)."""
+
+    def drain(self) -> None:
+        """Wait until the device has finished everything given to it."""
+        mx.synchronize()
+
+
+def arrays(values: Any) -> list[mx.array]:
+    """Return the MLX arrays among ``values``."""
+    return [value for value in values if isinstance(value, mx.array)]

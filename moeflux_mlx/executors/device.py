@@ -1,0 +1,55 @@
+"""Facts about the hardware that MLX runs on; every hardware number stands here."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+
+import mlx.core as mx
+
+TWO_MIB = 2 << 20
+# Apple's page, and a multiple of the logical block of every disk.
+PAGE_BYTES = 16 << 10
+
+# MLX's CPU wheel for Linux links the reference BLAS: 1 GFLOP/s a core where NumPy's
+# OpenBLAS does 50. Below this many multiply-adds the hand-over costs more than it saves.
+BLAS_MIN_MACS = 48 << 10
+# From this many rows on, unpacking a quantised matrix once beats MLX's CPU product,
+# which unpacks it again for every row.
+DEQUANTIZE_MIN_ROWS = 6
+# Products with a larger result stay lazy, so that unused ones cost nothing.
+EAGER_MAX_BYTES = 256 << 20
+# Share of memory that resident matrices may take when kept unpacked in float32.
+UNPACKED_SHARE = 1 / 8
+
+
+def on_cpu() -> bool:
+    """Tell whether MLX computes on the CPU by default."""
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+@functools.cache
+def has_slow_cpu_blas() -> bool:
+    """Tell whether MLX's own CPU matrix product is to be avoided."""
+    return sys.platform == "linux"
+
+
+@functools.cache
+def physical_memory_bytes() -> int:
+    """Return the machine's memory, or its control group's limit if that is lower."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with open("/sys/fs/cgroup/memory.max") as file:
+            limit = file.read().strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def activation_dtype(model_dtype: mx.Dtype) -> mx.Dtype:
+    """Return the type of activations: the model's, but float32 on a CPU.
+
+    MLX's CPU products are 9 times slower in bfloat16 than in float32.
+    """
+    return mx.float32 if on_cpu() else model_dtype

@@ -1,0 +1,116 @@
+"""Find, open and load models: packed directories, plain checkpoints, hub ids."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.utils import _download, load_config, load_model, load_tokenizer
+
+from .errors import ModelError
+from .experts.packed import is_packed
+from .model import RunOptions
+
+
+def load(
+    path_or_repo: str | Path,
+    *,
+    memory: int | str | None = None,
+    scope: str = "global",
+    executor: str | None = None,
+    lazy: bool = False,
+    revision: str | None = None,
+    model_config: dict[str, Any] | None = None,
+    tokenizer_config: dict[str, Any] | None = None,
+) -> tuple[nn.Module, Any]:
+    """Load a model whose experts are streamed (packed) or in memory (plain).
+
+    Args:
+        path_or_repo: a directory, or a Hugging Face Hub id to download.
+        memory: bytes (``8000000000`` or ``"8GB"``) that bound all expert memory of a
+            packed model; None takes what fits into 3/4 of the machine's memory.
+        scope: ``"global"`` shares the expert slots between layers, ``"layer"`` gives
+            each layer its own.
+        executor: name of the executor; None takes the environment's choice.
+        lazy: leave parameters unevaluated.
+        revision, model_config, tokenizer_config: as in ``mlx_lm.load``.
+
+    Returns:
+        ``(model, tokenizer)`` as ``mlx_lm.load`` returns them.
+
+    Raises:
+        ModelError: the directory is not a model, or not one of a supported type.
+        ExpertStoreError: expert files are missing, damaged or of another model.
+        BudgetError: ``memory`` cannot hold the experts one token needs.
+    """
+    path = find_model(path_or_repo, revision)
+    options = RunOptions(
+        pack=path if is_packed(path) else None,
+        memory=memory,
+        scope=scope,
+        executor=executor,
+    )
+    model, config = load_model(
+        path,
+        lazy,
+        # A packed directory's model_file names the very class that is loaded here.
+        model_config={**(model_config or {}), "model_file": None},
+        get_model_classes=lambda config: model_classes(config, options),
+    )
+    eos = config.get("eos_token_id")
+    return model, load_tokenizer(path, tokenizer_config, eos_token_ids=eos)
+
+
+def find_model(path_or_repo: str | Path, revision: str | None = None) -> Path:
+    """Return the local directory of a model, downloading a hub id.
+
+    Raises:
+        ModelError: there is no model at the path, or the hub has none of that id.
+    """
+    path = Path(path_or_repo)
+    if not path.exists():
+        path = _from_hub(str(path_or_repo), revision)
+    if not (path / "config.json").is_file():
+        raise ModelError(f"[load] {path}: expected a model directory with config.json")
+    return path
+
+
+def _from_hub(repo: str, revision: str | None) -> Path:
+    patterns = ["*.json", "*.safetensors", "*.py", "*.txt", "*.jinja", "*.bin"]
+    try:
+        return _download(repo, revision, allow_patterns=patterns)
+    except Exception as error:
+        raise ModelError(
+            f"[load] expected a local directory or a hub id but got {repo!r}: {error}"
+        ) from error
+
+
+def model_classes(config: dict[str, Any], options: RunOptions) -> tuple[type, type]:
+    """Return ``(Model, ModelArgs)`` for a configuration, bound to ``options``.
+
+    Raises:
+        ModelError: moeflux-mlx has no model class of that type.
+    """
+    model_type = config.get("model_type")
+    try:
+        module = importlib.import_module(f"moeflux_mlx.models.{model_type}")
+    except ModuleNotFoundError as error:
+        if error.name != f"moeflux_mlx.models.{model_type}":
+            raise
+        raise ModelError(
+            f"[load] expected a supported model type but got {model_type!r}"
+        ) from error
+    bound = type("Model", (module.Model,), {"options": options})
+    return bound, module.ModelArgs
+
+
+def pack_classes(model_file: str) -> tuple[type, type]:
+    """Return the classes of the packed directory that ``model_file`` lies in.
+
+    Stock mlx-lm commands reach a packed model through this with
+    ``--trust-remote-code``; memory and executor come from the environment.
+    """
+    directory = Path(model_file).resolve().parent
+    return model_classes(load_config(directory), RunOptions(pack=directory))

@@ -1,0 +1,295 @@
+"""What model classes share: weights seen by Ops, graph building, and running.
+
+A model file describes its layers as graphs; this module knows neither the model nor
+any kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from . import config
+from .errors import ModelError
+from .executors import Encoding, Executor, device, open_executor
+from .experts.packed import PackedExperts
+from .experts.streamer import ExpertStreamer
+from .graph import Buf, BufferPool, BufId, Graph, Op, WeightRef
+from .graph.buffers import ResidualBuf, Shape
+from .graph.lower import Kernel, Step
+from .ops import MatvecNTokens, ResidualAddNTokens, RmsNormBf16NTokens
+from .ops.products import dequantize
+from .weights import Quantization, Weight
+
+B = TypeVar("B", bound=Buf)
+
+
+class LayerWeights:
+    """The weights below one module by path, as references and as arrays.
+
+    Parameters replaced later (``model.update``, a dtype change) are noticed at the
+    next use. ``unpack`` keeps quantised matrices dense in float32, for CPUs.
+    """
+
+    def __init__(self, module: nn.Module, *, skip: str = "", unpack: bool = False):
+        self._module, self._skip, self._unpack = module, skip, unpack
+        self._seen: list[tuple[Any, str, Any]] = []
+        self.refs: dict[str, WeightRef] = {}
+        self._bound: dict[str, Weight] = {}
+
+    def bind(self, dtype: mx.Dtype) -> Mapping[str, Weight]:
+        """Return weights by path; floating ones as ``dtype`` when on a CPU."""
+        if not self._seen or any(owner[k] is not v for owner, k, v in self._seen):
+            self._collect(dtype)
+        return self._bound
+
+    @property
+    def signature(self) -> Hashable:
+        """A key equal for layers whose graphs are the same."""
+        return tuple(self.refs.values())
+
+    def _collect(self, dtype: mx.Dtype) -> None:
+        self._seen, self.refs, self._bound = [], {}, {}
+        for path, module in self._module.named_modules():
+            if self._skip and self._skip in path.split("."):
+                continue
+            self._seen += [(module, k, v) for k, v in module.items()]
+            self._collect_module(path, module, dtype)
+
+    def _collect_module(self, path: str, module: nn.Module, dtype: mx.Dtype) -> None:
+        arrays = {k: v for k, v in module.items() if isinstance(v, mx.array)}
+        quantization = None
+        if "scales" in arrays:
+            mode = getattr(module, "mode", "affine")
+            quantization = Quantization(module.bits, module.group_size, mode)
+        for key, array in arrays.items():
+            if key in ("scales", "biases"):
+                continue
+            name = path if key == "weight" else f"{path}.{key}".lstrip(".")
+            if key == "weight" and quantization:
+                weight = Weight(
+                    array, arrays["scales"], arrays.get("biases"), quantization
+                )
+            else:
+                weight = Weight(array)
+            self.refs[name] = _ref(name, weight)
+            self._bound[name] = self._prepared(weight, dtype)
+
+    def _prepared(self, weight: Weight, dtype: mx.Dtype) -> Weight:
+        if not device.on_cpu():
+            return weight
+        if weight.quantization is None:
+            return Weight(weight.w.astype(dtype))
+        if self._unpack:
+            return Weight(dequantize(weight).astype(dtype))
+        if weight.quantization.mode != "affine" or weight.scales is None:
+            return weight
+        biases = None if weight.biases is None else weight.biases.astype(dtype)
+        return Weight(
+            weight.w, weight.scales.astype(dtype), biases, weight.quantization
+        )
+
+
+def _ref(name: str, weight: Weight) -> WeightRef:
+    q = weight.quantization
+    if q is None or weight.scales is None:
+        return WeightRef(name, tuple(weight.w.shape), None, weight.w.dtype)
+    shape = (*weight.w.shape[:-1], weight.w.shape[-1] * 32 // q.bits)
+    return WeightRef(name, shape, q, weight.scales.dtype)
+
+
+def unpacked_bytes(module: nn.Module, *, skip: str = "") -> int:
+    """Return the float32 bytes of all quantised matrices below ``module``."""
+    total = 0
+    for path, child in module.named_modules():
+        if "scales" in child and not (skip and skip in path.split(".")):
+            total += 4 * child["weight"].size * 32 // child.bits
+    return total
+
+
+@dataclass
+class LayerGraph:
+    """A graph with its lowered steps and its named inputs and outputs."""
+
+    graph: Graph
+    inputs: dict[str, BufId[Any]]
+    outputs: dict[str, BufId[Any]]
+    steps: list[Step]
+
+
+class GraphBuilder:
+    """Builds one graph over a pool of its own; a thin layer over ``Graph.push``."""
+
+    def __init__(self, name: str, dtype: mx.Dtype, refs: Mapping[str, WeightRef]):
+        self.pool = BufferPool(dtype)
+        self.graph = Graph(self.pool, name)
+        self.refs = refs
+        self.inputs: dict[str, BufId[Any]] = {}
+
+    def input(self, name: str, role: type[B], shape: Shape) -> BufId[B]:
+        """Add a buffer that the caller binds at every run."""
+        buf = self.pool.alloc(role, shape, name, persistent=True)
+        self.inputs[name] = buf
+        return buf
+
+    def constant(self, name: str, role: type[B], array: mx.array) -> BufId[B]:
+        """Add a buffer with a value that never changes."""
+        return self.pool.register_borrowed(role, array, name, persistent=True)
+
+    def new(self, name: str, role: type[B], shape: Shape) -> BufId[B]:
+        """Add a buffer that an Op of this graph writes."""
+        return self.pool.alloc(role, shape, name)
+
+    def push(self, op: Op) -> None:
+        """Append an Op to the graph."""
+        self.graph.push(op)
+
+    def ref(self, name: str) -> WeightRef:
+        """Return a weight by its path; ModelError when the model has none."""
+        if name not in self.refs:
+            raise ModelError(f"[{self.graph.name}] expected a weight {name!r}")
+        return self.refs[name]
+
+    def matvec(
+        self, name: str, x: BufId[Any], role: type[B], *, label: str | None = None
+    ) -> BufId[B]:
+        """Multiply ``x`` by the matrix at path ``name``, with its bias if it has one."""
+        weight = self.ref(name)
+        n_tokens, in_dim = self._rows(x)
+        label = label or name.rsplit(".", 1)[-1]
+        out = self.new(label, role, (n_tokens, weight.shape[0]))
+        op = MatvecNTokens(
+            label=label,
+            weight=weight,
+            input=x,
+            output=out,  # type: ignore[arg-type]
+            in_dim=in_dim,
+            out_dim=weight.shape[0],
+            n_tokens=n_tokens,
+            bias=self.refs.get(f"{name}.bias"),
+        )
+        self.push(op)
+        return out
+
+    def norm(self, name: str, x: BufId[Any], role: type[B], eps: float) -> BufId[B]:
+        """Normalise rows with the weight at path ``name``."""
+        n_tokens, dim = self._rows(x)
+        out = self.new(name, role, (n_tokens, dim))
+        op = RmsNormBf16NTokens(
+            label=name,
+            x=x,
+            weight=self.ref(name),
+            out=out,  # type: ignore[arg-type]
+            dim=dim,
+            n_tokens=n_tokens,
+            eps=eps,
+        )
+        self.push(op)
+        return out
+
+    def residual_add(self, mixed: BufId[Any], stream: BufId[Any]) -> BufId[ResidualBuf]:
+        """Add a mixer's output to the residual stream."""
+        n_tokens, dim = self._rows(stream)
+        out = self.new("residual", ResidualBuf, (n_tokens, dim))
+        op = ResidualAddNTokens(
+            label="residual_add", a=mixed, b=stream, out=out, n_tokens=n_tokens, dim=dim
+        )
+        self.push(op)
+        return out
+
+    def _rows(self, x: BufId[Any]) -> tuple[int, int]:
+        n_tokens, dim = self.pool.info(x).shape
+        assert n_tokens is not None and dim is not None
+        return n_tokens, dim
+
+    def finish(self, executor: Executor, **outputs: BufId[Any]) -> LayerGraph:
+        """Check, plan and lower what was built."""
+        self.graph.verify()
+        self.pool.commit_plan(self.graph)
+        steps = executor.lower(self.graph)
+        return LayerGraph(self.graph, self.inputs, outputs, steps)
+
+
+class GraphCache:
+    """Lowered graphs by key, built on first use; the oldest go when it is full."""
+
+    def __init__(self, max_graphs: int = 64):
+        self._graphs: dict[Hashable, LayerGraph] = {}
+        self._max_graphs = max_graphs
+
+    def get(self, key: Hashable, build: Callable[[], LayerGraph]) -> LayerGraph:
+        """Return the graph of ``key``, building it if there is none."""
+        if key not in self._graphs:
+            if len(self._graphs) >= self._max_graphs:
+                self._graphs.pop(next(iter(self._graphs)))
+            self._graphs[key] = build()
+        return self._graphs[key]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a model is to run: which experts from where, in how much memory, and on what.
+
+    ``pack`` is a packed directory, or None for experts among the model's parameters.
+    """
+
+    pack: Path | None = None
+    memory: int | str | None = None
+    scope: str = "global"
+    executor: str | None = None
+
+
+class Runtime:
+    """What one loaded model needs besides its parameters."""
+
+    def __init__(self, options: RunOptions):
+        self.executor = open_executor(options.executor)
+        self.graphs = GraphCache()
+        self.store: PackedExperts | None = None
+        self.streamer: ExpertStreamer | None = None
+        if options.pack is not None:
+            memory = options.memory if options.memory is not None else config.memory()
+            self.store = PackedExperts.open(options.pack)
+            self.streamer = ExpertStreamer(self.store, memory, scope=options.scope)
+
+    @property
+    def streams(self) -> bool:
+        """Tell whether some experts are not in memory."""
+        return self.streamer is not None and not self.streamer.resident
+
+
+def run(
+    executor: Executor,
+    layer: LayerGraph,
+    weights: Mapping[str, Weight],
+    inputs: Mapping[str, Any],
+    host: Mapping[type[Op], Kernel] | None = None,
+) -> Encoding:
+    """Encode one graph with its inputs bound; absent optional inputs are not in it."""
+    encoding = executor.begin_encoding(layer.graph.pool, weights, host)
+    for name, buf in layer.inputs.items():
+        encoding.bind(buf, inputs[name])
+    executor.encode_graph(layer.steps, encoding)
+    return encoding
+
+
+@mx.custom_function
+def refuse_gradient(x: mx.array) -> mx.array:
+    """Return ``x``; differentiating through it raises ``ModelError``.
+
+    A backward pass would read expert slots that hold other experts by then.
+    """
+    return x
+
+
+@refuse_gradient.vjp
+def _refuse(_primals, _cotangents, _outputs):  # type: ignore[no-untyped-def]
+    raise ModelError(
+        "[gradient] expected every expert in memory but some are streamed: load the "
+        "model with enough memory for all experts to train it"
+    )

@@ -1,0 +1,132 @@
+"""Element by element: residual, gates, SwiGLU, zeroing and de-interleaving."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ..graph.buffers import (
+    AttnOutBuf,
+    MoeOutSumBuf,
+    OProjOutBuf,
+    QBuf,
+    QGateBuf,
+    QProjOutBuf,
+    ResidualBuf,
+    RmsNormIn,
+    Shape,
+    SharedFfnActBuf,
+    SharedFfnGateBuf,
+    SharedFfnUpBuf,
+)
+from ..graph.op import Cost, In, InOut, Op, Out
+from .products import swiglu
+
+
+class ResidualAddNTokens(Op):
+    """Add the mixer's output ``a`` to the residual stream ``b`` over ``[N, D]``."""
+
+    a: In[OProjOutBuf]
+    b: In[RmsNormIn]
+    out: Out[ResidualBuf]
+    n_tokens: int
+    dim: int
+
+    def shapes(self) -> dict[str, Shape]:
+        return dict.fromkeys(("a", "b", "out"), (self.n_tokens, self.dim))
+
+    def cost(self) -> Cost:
+        n = self.n_tokens * self.dim
+        return Cost(flops=n, bytes=12 * n)
+
+    def reference(self, a: mx.array, b: mx.array) -> mx.array:
+        return a + b
+
+
+class ZeroBuffer(Op):
+    """Clear an accumulator ``[N, D]``; it is only written, never read."""
+
+    buf: Out[MoeOutSumBuf]
+    n_tokens: int
+    dim: int
+
+    def shapes(self) -> dict[str, Shape]:
+        return {"buf": (self.n_tokens, self.dim)}
+
+    def cost(self) -> Cost:
+        return Cost(bytes=4 * self.n_tokens * self.dim)
+
+    def reference(self) -> mx.array:
+        return mx.zeros((self.n_tokens, self.dim), mx.float32)
+
+
+class SwigluFusedBatched(Op):
+    """Return ``silu(gate) * up`` over ``[N, F]``; the shared expert's activation."""
+
+    gate: In[SharedFfnGateBuf]
+    up: In[SharedFfnUpBuf]
+    out: Out[SharedFfnActBuf]
+    n_tokens: int
+    dim: int
+
+    def shapes(self) -> dict[str, Shape]:
+        return dict.fromkeys(("gate", "up", "out"), (self.n_tokens, self.dim))
+
+    def cost(self) -> Cost:
+        n = self.n_tokens * self.dim
+        return Cost(flops=5 * n, bytes=12 * n)
+
+    def scratch_bytes(self, itemsize: int) -> int:
+        return self.n_tokens * self.dim * itemsize
+
+    def reference(self, gate: mx.array, up: mx.array) -> mx.array:
+        return swiglu(gate, up)
+
+
+class SigmoidGateNTokens(Op):
+    """Multiply attention output ``[N, D]`` by ``sigmoid(gate)``, in place."""
+
+    x: InOut[AttnOutBuf]
+    gate: In[QGateBuf]
+    dim: int
+    n_tokens: int
+
+    def shapes(self) -> dict[str, Shape]:
+        return dict.fromkeys(("x", "gate"), (self.n_tokens, self.dim))
+
+    def cost(self) -> Cost:
+        n = self.n_tokens * self.dim
+        return Cost(flops=4 * n, bytes=12 * n)
+
+    def scratch_bytes(self, itemsize: int) -> int:
+        return 2 * self.n_tokens * self.dim * itemsize
+
+    def reference(self, x: mx.array, gate: mx.array) -> mx.array:
+        return x * mx.sigmoid(gate)
+
+
+class SplitQGate(Op):
+    """Part ``[N, H, 2d]``, per head q then gate, into two ``[N, H * d]``."""
+
+    q_proj: In[QProjOutBuf]
+    q_out: Out[QBuf]
+    gate_out: Out[QGateBuf]
+    num_heads: int
+    head_dim: int
+    n_tokens: int
+
+    def shapes(self) -> dict[str, Shape]:
+        width = self.num_heads * self.head_dim
+        half = (self.n_tokens, width)
+        return {
+            "q_proj": (self.n_tokens, 2 * width),
+            "q_out": half,
+            "gate_out": half,
+        }
+
+    def cost(self) -> Cost:
+        return Cost(bytes=16 * self.n_tokens * self.num_heads * self.head_dim)
+
+    def reference(self, q_proj: mx.array) -> tuple[mx.array, mx.array]:
+        pairs = q_proj.reshape(self.n_tokens, self.num_heads, 2, self.head_dim)
+        shape = (self.n_tokens, self.num_heads * self.head_dim)
+        return pairs[:, :, 0].reshape(shape), pairs[:, :, 1].reshape(shape)

@@ -1,0 +1,48 @@
+"""Token embedding."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ..graph.buffers import EmbedOutBuf, Shape, TokenIdsBuf
+from ..graph.op import Cost, In, Op, Out, WeightRef
+from ..weights import Weight
+from .products import dequantize
+
+
+class EmbedGatherNTokens(Op):
+    """Unpack row ``token_ids[t]`` of the embedding for each of N tokens.
+
+    Ids must be in range: callers check them before the graph runs.
+    """
+
+    token_ids: In[TokenIdsBuf]
+    weight: WeightRef
+    hidden_out: Out[EmbedOutBuf]
+    vocab_size: int
+    hidden_dim: int
+    n_tokens: int
+
+    def shapes(self) -> dict[str, Shape]:
+        return {
+            "token_ids": (self.n_tokens,),
+            "weight": (self.vocab_size, self.hidden_dim),
+            "hidden_out": (self.n_tokens, self.hidden_dim),
+        }
+
+    def cost(self) -> Cost:
+        n = self.n_tokens * self.hidden_dim
+        row_bytes = self.weight.n_bytes // self.vocab_size
+        return Cost(flops=2 * n, bytes=4 * n + self.n_tokens * row_bytes)
+
+    def reference(self, token_ids: mx.array, weight: Weight) -> mx.array:
+        if weight.quantization is None:
+            return weight.w[token_ids]
+        assert weight.scales is not None
+        rows = Weight(
+            weight.w[token_ids],
+            weight.scales[token_ids],
+            None if weight.biases is None else weight.biases[token_ids],
+            weight.quantization,
+        )
+        return dequantize(rows)

@@ -1,0 +1,43 @@
+"""Products of token rows with a quantised or dense matrix."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ..graph.buffers import MatvecIn, MatvecOut, Shape
+from ..graph.op import Cost, In, Op, Out, WeightRef
+from ..weights import Weight
+from .products import linear
+
+
+class MatvecNTokens(Op):
+    """Multiply ``[N, I]`` rows by the transpose of ``weight`` ``[O, I]``, plus bias."""
+
+    weight: WeightRef
+    input: In[MatvecIn]
+    output: Out[MatvecOut]
+    in_dim: int
+    out_dim: int
+    n_tokens: int
+    bias: WeightRef | None = None
+
+    def shapes(self) -> dict[str, Shape]:
+        return {
+            "weight": (self.out_dim, self.in_dim),
+            "input": (self.n_tokens, self.in_dim),
+            "output": (self.n_tokens, self.out_dim),
+            "bias": (self.out_dim,),
+        }
+
+    def cost(self) -> Cost:
+        rows = self.n_tokens * (self.in_dim + self.out_dim)
+        return Cost(
+            flops=2 * self.n_tokens * self.in_dim * self.out_dim,
+            bytes=4 * rows + self.weight.n_bytes,
+        )
+
+    def reference(
+        self, input: mx.array, weight: Weight, bias: Weight | None
+    ) -> mx.array:
+        out = linear(input, weight)
+        return out if bias is None else out + bias.w
