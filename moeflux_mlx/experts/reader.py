@@ -18,7 +18,7 @@ from ..errors import ExpertStoreError
 
 @dataclass
 class Read:
-    """One record on its way: filled in by a thread, ``error`` tells if it failed."""
+    """One record on its way: ``done`` once a thread is through, well or not."""
 
     fd: int
     offset: int
@@ -29,6 +29,7 @@ class Read:
     checksum: int | None = None
     seconds: float = 0.0
     error: ExpertStoreError | None = None
+    done: bool = False
 
     def run(self) -> None:
         """Read the record and, where a checksum is given, compare it."""
@@ -43,6 +44,7 @@ class Read:
             self.error = self._failed(str(error))
             self.error.__cause__ = error
         self.seconds = time.perf_counter() - start
+        self.done = True
 
     def _check(self) -> None:
         if self.checksum is None:
@@ -84,20 +86,26 @@ class Batch:
 
     def __init__(self, reads: Sequence[Read]):
         self.reads = reads
-        self._n_left = len(reads)
-        self._lock = threading.Lock()
-        self._done = threading.Event()
+        self._n_submitted = self._n_finished = 0
+        self._changed = threading.Condition()
+
+    def submit(self, queue: SimpleQueue[tuple[Read, Batch] | None]) -> None:
+        """Put every read into the queue; what an interrupt leaves out is not done."""
+        for read in self.reads:
+            queue.put((read, self))
+            self._n_submitted += 1
 
     def finish_one(self) -> None:
         """Count one read as over."""
-        with self._lock:
-            self._n_left -= 1
-            if self._n_left == 0:
-                self._done.set()
+        with self._changed:
+            self._n_finished += 1
+            self._changed.notify()
 
     def wait(self) -> None:
         """Wait until every read is over; Ctrl-C gets through, the reads go on."""
-        self._done.wait()
+        with self._changed:
+            while self._n_finished < self._n_submitted:
+                self._changed.wait()
 
 
 class ReadPool:
@@ -113,7 +121,7 @@ class ReadPool:
         # Idle threads must not outlive a pool that nobody closed.
         weakref.finalize(self, _end, self._queue, n_threads)
 
-    def submit(self, reads: Sequence[Read]) -> Batch:
+    def submit(self, batch: Batch) -> None:
         """Begin to read; the batch tells when all of it is over."""
         while len(self._threads) < self.n_threads:
             thread = threading.Thread(
@@ -121,10 +129,7 @@ class ReadPool:
             )
             thread.start()
             self._threads.append(thread)
-        batch = Batch(reads)
-        for read in reads:
-            self._queue.put((read, batch))
-        return batch
+        batch.submit(self._queue)
 
     def close(self) -> None:
         """Let the threads finish what was submitted, and end them."""

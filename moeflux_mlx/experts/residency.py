@@ -32,6 +32,7 @@ class SlotTable:
         n_groups = 1 if shared else n_rows
         self.capacity = n_slots // n_groups
         self._shared = shared
+        self._policy = policy
         self._policies: list[Policy] = [policy() for _ in range(n_groups)]
         self._free = [
             list(reversed(range(g * self.capacity, (g + 1) * self.capacity)))
@@ -67,6 +68,22 @@ class SlotTable:
     def release(self, row: int, slot: int) -> None:
         """Give back a claimed slot that holds nothing."""
         self._free[self._group(row)].append(slot)
+
+    def repair(self) -> None:
+        """Make everything follow from ``rows`` again after an interrupt anywhere.
+
+        No slot may be in flight. Uses are forgotten, contents are not.
+        """
+        groups = range(len(self._free))
+        unused = [
+            set(range(g * self.capacity, (g + 1) * self.capacity)) for g in groups
+        ]
+        self._policies = [self._policy() for _ in groups]
+        for row, slots in enumerate(self.rows):
+            present = [e for e, slot in enumerate(slots) if slot != EMPTY]
+            unused[self._group(row)].difference_update(slots)
+            self.touch(row, present)
+        self._free = [sorted(slots, reverse=True) for slots in unused]
 
     def _group(self, row: int) -> int:
         return 0 if self._shared else row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -10,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import config
-from ..errors import BudgetError, ConfigError, ExpertStoreError
+from ..errors import BudgetError, ConfigError, ExpertStoreError, MoefluxError
 from ..weights import ExpertSource, ExpertWeights
 from .budget import count_slots
 from .packed import PackedExperts
@@ -81,6 +82,7 @@ class ExpertStreamer:
         self._reader = ReadPool(read_threads or config.read_threads())
         self._lock = threading.RLock()
         self._guards: list[mx.array] = []
+        self._interrupted = False
         self._in_flight: list[tuple[Batch, list[int]]] = []
         self.stats = StreamStats(store.layers)
         self.resident = n_slots == n_records
@@ -138,8 +140,23 @@ class ExpertStreamer:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _slots(self, layer: int, indices: mx.array) -> mx.array:
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Hold the lock, and set right what an interrupt in here left half done."""
         with self._lock:
+            if self._interrupted:
+                self._settle()
+                self._table.repair()
+            self._interrupted = True
+            try:
+                yield
+            except MoefluxError:
+                self._interrupted = False
+                raise
+            self._interrupted = False
+
+    def _slots(self, layer: int, indices: mx.array) -> mx.array:
+        with self._exclusive():
             guards, self._guards = self._guards, []
             mx.eval(indices, *guards)
             if not mx.issubdtype(indices.dtype, mx.integer):
@@ -182,7 +199,7 @@ class ExpertStreamer:
         n_ahead = min(WAVE_EXPERTS, max(1, self._table.capacity // 2))
         read: set[int] = set()
         while left:
-            with self._lock:
+            with self._exclusive():
                 wave = self._next_wave(layer, left, read)
                 if not wave:
                     read.update(self._read_ahead(layer, list(left)[:n_ahead], left))
@@ -233,7 +250,9 @@ class ExpertStreamer:
             for expert, slot in zip(experts, slots, strict=False)
         ]
         if reads:
-            self._in_flight.append((self._reader.submit(reads), slots))
+            batch = Batch(reads)
+            self._in_flight.append((batch, slots))
+            self._reader.submit(batch)
         return len(reads)
 
     def _read(self, layer: int, expert: int, slot: int) -> Read:
@@ -263,16 +282,16 @@ class ExpertStreamer:
             batch.wait()
             if waiting is not None:
                 waiting.wait_seconds += time.perf_counter() - start
-            del self._in_flight[0]
             for read, slot in zip(batch.reads, slots, strict=True):
                 if (error := self._settle_read(read, slot)) is not None:
                     failed[read.layer, read.expert] = error
+            del self._in_flight[0]
         return failed
 
     def _settle_read(self, read: Read, slot: int) -> ExpertStoreError | None:
         row, counters = self._rows[read.layer], self.stats[read.layer]
         counters.read_seconds += read.seconds
-        if read.error is not None:
+        if read.error is not None or not read.done:
             self._table.release(row, slot)
             return read.error
         counters.misses += 1
@@ -295,7 +314,9 @@ class ExpertStreamer:
             for expert in range(n_experts)
         ]
         try:
-            self._reader.submit(reads).wait()
+            batch = Batch(reads)
+            self._reader.submit(batch)
+            batch.wait()
         finally:
             self._reader.close()
         for read in reads:
