@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import MoefluxError
+from . import generate, inspect, pack, verify
 
-COMMANDS = ("generate", "pack", "verify", "inspect", "compare")
+COMMANDS = (generate, pack, verify, inspect)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``moeflux`` with ``argv`` (the process's own by default).
 
     Returns:
-        The exit code: 0, what the subcommand returns, or 2 for an error on purpose.
+        The exit code: what the subcommand returns, 2 for an error that is no bug.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = _parser(argv).parse_args(argv)
+    args = _parser().parse_args(argv)
     try:
         return args.run(args)
-    except MoefluxError as error:
+    except (MoefluxError, OSError) as error:
         print(f"moeflux: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -31,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="moeflux",
         description="Run Mixture-of-Experts models larger than memory in MLX.",
@@ -41,7 +40,6 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     subparsers.required = True
-    # Some commands import much for their flags: only the one asked for pays.
-    for name in argv[:1] if argv[:1] and argv[0] in COMMANDS else COMMANDS:
-        importlib.import_module(f".{name}", __package__).add_parser(subparsers)
+    for command in COMMANDS:
+        command.add_parser(subparsers)
     return parser

@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_lm.generate import setup_arg_parser
 from mlx_lm.models.cache import load_prompt_cache
 from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tuner.utils import load_adapters
 
 from ..errors import ConfigError
 from ..loading import load
@@ -36,6 +37,12 @@ def add_streaming_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say where and in how much memory a model runs."""
     ours = parser.add_argument_group("moeflux")
     ours.add_argument("--memory", help='bytes for experts, for example "8GB"')
+    ours.add_argument(
+        "--scope",
+        choices=("global", "layer"),
+        default="global",
+        help="layers share the memory (global) or get equal parts of it (layer)",
+    )
     ours.add_argument("--executor", help="what runs the graph, for example ops")
 
 
@@ -43,23 +50,12 @@ def run(args: argparse.Namespace) -> int:
     """Generate as ``args`` say, the text as it comes, then the table."""
     if args.image:
         raise ConfigError("[generate] expected a text prompt but got --image")
+    if args.max_tokens == 0:
+        raise ConfigError("[generate] expected --max-tokens of 1 or more, or -1")
     if args.seed is not None:
         mx.random.seed(args.seed)
     cache, saved = _prompt_cache(args)
-    model, tokenizer = load(
-        _model_path(args, saved),
-        memory=args.memory,
-        executor=args.executor,
-        adapter_path=args.adapter_path,
-        tokenizer_config={
-            **json.loads(saved.get("tokenizer_config", "{}")),
-            "trust_remote_code": args.trust_remote_code,
-        },
-        model_config={"quantize_activations": args.quantize_activations},
-        trust_remote_code=args.trust_remote_code,
-    )
-    for token in args.extra_eos_token:
-        tokenizer.add_eos_token(token)
+    model, tokenizer = _load(args, saved)
     generate_and_print(
         model,
         tokenizer,
@@ -72,6 +68,25 @@ def run(args: argparse.Namespace) -> int:
         **_draft_options(args, tokenizer),
     )
     return 0
+
+
+def _load(args: argparse.Namespace, saved: dict[str, str]) -> tuple[Any, Any]:
+    model, tokenizer = load(
+        _model_path(args, saved),
+        memory=args.memory,
+        scope=args.scope,
+        executor=args.executor,
+        tokenizer_config={
+            **json.loads(saved.get("tokenizer_config", "{}")),
+            "trust_remote_code": args.trust_remote_code,
+        },
+        model_config={"quantize_activations": args.quantize_activations},
+    )
+    if args.adapter_path is not None:
+        load_adapters(model, args.adapter_path).eval()
+    for token in args.extra_eos_token:
+        tokenizer.add_eos_token(token)
+    return model, tokenizer
 
 
 def _prompt_cache(args: argparse.Namespace) -> tuple[list | None, dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,8 +113,9 @@ def summary_table(directory: Path, summary: ModelSummary) -> Table:
     table.add_row("least memory", _rounded_up(summary.minimum_bytes))
     table.add_row("memory for all", _rounded_up(summary.full_bytes))
     table.add_section()
-    for name, n_bytes in summary.files.items():
-        table.add_row(name, decimal(n_bytes))
+    for name, sizes in _grouped(summary.files).items():
+        n_files = f" in {len(sizes)} files" if len(sizes) > 1 else ""
+        table.add_row(name, decimal(sum(sizes)) + n_files)
     return table
 
 
@@ -137,6 +139,14 @@ def _layer_kinds(config: dict, n_layers: int) -> dict[str, int]:
         kinds[interval - 1 :: interval] = ["full_attention"] * (n_layers // interval)
     counts = Counter(kinds or ["attention"] * n_layers)
     return {kind.replace("_", " "): n for kind, n in counts.items()}
+
+
+def _grouped(files: dict[str, int]) -> dict[str, list[int]]:
+    """Put files whose names differ in numbers only under one name."""
+    groups: dict[str, list[int]] = {}
+    for name, n_bytes in files.items():
+        groups.setdefault(re.sub(r"\d+", "*", name), []).append(n_bytes)
+    return groups
 
 
 def _rounded_up(n_bytes: int) -> str:
