@@ -1,0 +1,115 @@
+"""Reads by position: whole or with an error that says where."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from moeflux_mlx.errors import ExpertStoreError
+from moeflux_mlx.experts.reader import Batch, Read, ReadPool, read_fully
+
+INTERRUPTED = """
+import sys
+from moeflux_mlx.experts.reader import Batch, Read, ReadPool
+file = open(sys.argv[1], "rb")
+buffer = memoryview(bytearray(16 << 20))
+reads = [Read(file.fileno(), 0, buffer, "f", 0, e) for e in range(100_000)]
+pool, batch = ReadPool(3), Batch(reads)
+pool.submit(batch)
+print("reading", flush=True)
+batch.wait()
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "experts.bin"
+    path.write_bytes(bytes(i * 7 % 251 for i in range(100_003)))
+    with open(path, "rb") as opened:
+        yield opened
+
+
+def read_of(file, offset, n_bytes, **fields):
+    buffer = memoryview(bytearray(n_bytes))
+    path = Path(file.name)
+    return Read(file.fileno(), offset, buffer, path, layer=3, expert=17, **fields)
+
+
+def run(reads, n_threads=3):
+    pool, batch = ReadPool(n_threads), Batch(reads)
+    pool.submit(batch)
+    batch.wait()
+    pool.close()
+    return reads
+
+
+def test_many_reads_by_few_threads_fill_every_buffer(file):
+    content = Path(file.name).read_bytes()
+    reads = run([read_of(file, n * 97, n % 7 + 1) for n in range(1_001)])
+    for n, read in enumerate(reads):
+        assert read.error is None and read.done
+        assert bytes(read.buffer) == content[n * 97 : n * 97 + n % 7 + 1]
+
+
+def test_a_read_past_the_end_names_file_layer_and_expert(file):
+    good, bad = run([read_of(file, 0, 63), read_of(file, 100_000, 63)])
+    assert good.error is None
+    assert isinstance(bad.error, ExpertStoreError)
+    for part in (file.name, "expert 17", "layer 3", "ends after 3"):
+        assert part in str(bad.error)
+
+
+def test_a_read_that_the_system_refuses_names_file_layer_and_expert(tmp_path):
+    fd = os.open(tmp_path, os.O_RDONLY)
+    read = Read(fd, 0, memoryview(bytearray(5)), tmp_path, 3, 17)
+    run([read])
+    os.close(fd)
+    assert "expert 17 of layer 3" in str(read.error)
+    assert "directory" in str(read.error)
+
+
+def test_a_checksum_is_compared_when_given(file):
+    content = Path(file.name).read_bytes()[5:68]
+    checksum = xxhash.xxh3_64_intdigest(content)
+    good, bad = run(
+        [
+            read_of(file, 5, 63, checksum=checksum),
+            read_of(file, 6, 63, checksum=checksum),
+        ]
+    )
+    assert good.error is None
+    assert f"expected checksum {checksum:016x}" in str(bad.error)
+
+
+def test_short_reads_are_continued():
+    path = "/proc/kallsyms"
+    if not os.path.exists(path):
+        pytest.skip("no file here whose reads are short")
+    with open(path, "rb") as opened:
+        buffer = memoryview(bytearray(100_003))
+        first = os.preadv(opened.fileno(), [buffer], 0)
+        assert 0 < first < len(buffer), "this file's reads are not short"
+        read_fully(opened.fileno(), 0, buffer)
+    with open(path, "rb") as opened:
+        assert opened.read(100_003) == bytes(buffer)
+
+
+def test_an_interrupt_ends_a_process_that_waits_for_reads(tmp_path):
+    path = tmp_path / "sparse.bin"
+    with open(path, "wb") as sparse:
+        sparse.truncate(16 << 20)
+    command = [sys.executable, "-c", INTERRUPTED, str(path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "reading\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert "KeyboardInterrupt" in errors
+    assert process.returncode != 0
