@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models import base, qwen3_5
 from mlx_lm.models import qwen3_5_moe as stock
 
@@ -33,6 +34,7 @@ from moeflux_mlx.model import (
     unpacked_bytes,
 )
 from moeflux_mlx.ops.attention import join_heads, split_heads
+from moeflux_mlx.ops.functions import Array, to_device, to_host
 from moeflux_mlx.weights import ExpertSource, ExpertWeights
 
 ModelArgs = stock.ModelArgs
@@ -142,38 +144,55 @@ class Forward:
 
     def hidden_states(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
-    ) -> mx.array:
+    ) -> Array:
         """Return the final norm's output ``[B, T, D]``."""
         if not self.layers:
             self.prepare()
         cache = cache if cache is not None else [None] * len(self.layers)
-        hidden, n_seqs, t = self._embed(inputs, embeddings)
-        steps = Context(self, cache, n_seqs, t)
-        self._chunk = self._chunk + 1 if steps.start.any() else 0
+        host = self._runs_on_host(inputs if embeddings is None else embeddings)
+        hidden, n_seqs, t = self._embed(inputs, embeddings, host)
+        steps = Context(self, cache, n_seqs, t, host)
+        self._chunk = self._chunk + 1 if t > 1 else 0
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             self.runtime.executor.begin_layer(self._chunk, layer.index)
             hidden = layer(hidden, layer_cache, steps)
         shape = (n_seqs, t, self.args.hidden_size)
         return self._end("norm", hidden, _build_norm).reshape(shape)
 
-    def logits(self, hidden: mx.array) -> mx.array:
+    def logits(self, hidden: Array) -> mx.array:
         """Return logits ``[B, T, V]`` of normalised hidden states."""
+        on_host = isinstance(hidden, np.ndarray)
         rows = hidden.reshape(-1, self.args.hidden_size)
-        logits = self._end("logits", rows, _build_logits)
-        if self.runtime.streams:
+        if 4 * len(rows) * self.args.vocab_size > device.EAGER_LOGITS_BYTES:
+            rows = to_device(rows)
+        logits = to_device(self._end("logits", rows, _build_logits))
+        if on_host or self.runtime.streams:
             logits = refuse_gradient(logits)
         return logits.reshape(*hidden.shape[:-1], -1)
 
+    def _runs_on_host(self, inputs: mx.array) -> bool:
+        """Tell whether NumPy can do this call: not when training, not when traced."""
+        if self.text.training or not device.prefers_host_arrays():
+            return False
+        try:
+            mx.eval(inputs)
+        except ValueError:  # mx.compile and mx.vmap trace without values
+            return False
+        return True
+
     def _embed(
-        self, inputs: mx.array, embeddings: mx.array | None
-    ) -> tuple[mx.array, int, int]:
+        self, inputs: mx.array, embeddings: mx.array | None, host: bool
+    ) -> tuple[Array, int, int]:
+        move = to_host if host else to_device
         if embeddings is not None:
             n_seqs, t, dim = embeddings.shape
-            return embeddings.astype(self.dtype).reshape(-1, dim), n_seqs, t
+            rows = embeddings.astype(self.dtype).reshape(-1, dim)
+            return move(rows), n_seqs, t
         n_seqs, t = inputs.shape
         self._check_tokens(inputs)
-        rows = self._end("embed", inputs.reshape(-1).astype(mx.int32), _build_embed)
-        return rows.astype(self.dtype), n_seqs, t
+        ids = move(inputs.reshape(-1).astype(mx.int32))
+        rows = self._end("embed", ids, _build_embed)
+        return (rows if host else rows.astype(self.dtype)), n_seqs, t
 
     def _check_tokens(self, inputs: mx.array) -> None:
         """Refuse ids outside the vocabulary, where looking costs no extra wait."""
@@ -192,9 +211,9 @@ class Forward:
                 f"{low if low < 0 else high}"
             )
 
-    def _end(self, name: str, x: mx.array, build: Any) -> mx.array:
+    def _end(self, name: str, x: Array, build: Any) -> Array:
         """Run one of the graphs before and after the layers on rows ``x``."""
-        weights = self._ends.bind(self.dtype)
+        weights = self._ends.bind(self.dtype, host=isinstance(x, np.ndarray))
         graph = self.runtime.graphs.get(
             (name, x.shape, self._ends.signature),
             lambda: build(self, GraphBuilder(name, self.dtype, self._ends.refs), x),
@@ -203,7 +222,7 @@ class Forward:
         return done.value(graph.outputs["out"])
 
 
-def _build_embed(forward: Forward, g: GraphBuilder, x: mx.array) -> LayerGraph:
+def _build_embed(forward: Forward, g: GraphBuilder, x: Array) -> LayerGraph:
     weight = g.ref("model.embed_tokens")
     ids = g.input("x", b.TokenIdsBuf, x.shape)
     out = g.new("embedding", b.EmbedOutBuf, (x.size, weight.shape[1]))
@@ -221,14 +240,14 @@ def _build_embed(forward: Forward, g: GraphBuilder, x: mx.array) -> LayerGraph:
     return g.finish(forward.runtime.executor, out=out)
 
 
-def _build_norm(forward: Forward, g: GraphBuilder, x: mx.array) -> LayerGraph:
+def _build_norm(forward: Forward, g: GraphBuilder, x: Array) -> LayerGraph:
     hidden = g.input("x", b.HiddenBuf, x.shape)
     eps = forward.args.rms_norm_eps
     out = g.norm("model.norm", hidden, b.FinalNormBuf, eps)
     return g.finish(forward.runtime.executor, out=out)
 
 
-def _build_logits(forward: Forward, g: GraphBuilder, x: mx.array) -> LayerGraph:
+def _build_logits(forward: Forward, g: GraphBuilder, x: Array) -> LayerGraph:
     tied = forward.args.tie_word_embeddings
     normed = g.input("x", b.FinalNormBuf, x.shape)
     name = "model.embed_tokens" if tied else "lm_head"
@@ -239,9 +258,12 @@ def _build_logits(forward: Forward, g: GraphBuilder, x: mx.array) -> LayerGraph:
 class Context:
     """What all layers of one call share: positions and masks, made once."""
 
-    def __init__(self, forward: Forward, cache: list[Any], n_seqs: int, t: int):
+    def __init__(
+        self, forward: Forward, cache: list[Any], n_seqs: int, t: int, host: bool
+    ):
         backbone = forward.text.model
-        self.n_seqs, self.t = n_seqs, t
+        self.n_seqs, self.t, self.host = n_seqs, t, host
+        self.move = to_host if host else to_device
         self.dtype = forward.dtype
         self.training = forward.text.training
         stub = mx.zeros((n_seqs, t, 0))
@@ -249,13 +271,12 @@ class Context:
         if backbone.fa_idx < len(cache):
             full = cache[backbone.fa_idx]
         mask = base.create_attention_mask(stub, full)
-        self.attention_mask = mask if isinstance(mask, mx.array) else None
-        if self.attention_mask is not None:
-            while self.attention_mask.ndim < 4:
-                self.attention_mask = self.attention_mask[None]
-        self.sequence_mask = base.create_ssm_mask(stub, linear)
+        if isinstance(mask, mx.array):
+            mask = self.move(mask.reshape((1,) * (4 - mask.ndim) + mask.shape))
+        self.attention_mask = None if isinstance(mask, str) else mask
+        self.sequence_mask = self.move(base.create_ssm_mask(stub, linear))
         offset = mx.array(0 if full is None else full.offset, mx.int32)
-        self.start = mx.broadcast_to(offset.reshape(-1), (n_seqs,))
+        self.start = self.move(mx.broadcast_to(offset.reshape(-1), (n_seqs,)))
 
 
 class GraphLayer:
@@ -273,7 +294,7 @@ class GraphLayer:
         self.weights = LayerWeights(module, skip=ROUTED, unpack=unpack)
         self.routed = LayerWeights(module.mlp[ROUTED]) if ROUTED in module.mlp else None
 
-    def __call__(self, hidden: mx.array, cache: Any, context: Context) -> mx.array:
+    def __call__(self, hidden: Array, cache: Any, context: Context) -> Array:
         """Run the layer on rows ``[N, D]``, moving its cache forward."""
         if self.module.is_linear:
             return self._run_linear(hidden, cache, context)
@@ -292,9 +313,9 @@ class GraphLayer:
             context.n_seqs, context.t, context.dtype, gather_by_id=gather, **masks
         )
 
-    def _run_linear(self, hidden: mx.array, cache: Any, context: Context) -> mx.array:
+    def _run_linear(self, hidden: Array, cache: Any, context: Context) -> Array:
         net, seqs = self.module.linear_attn, context.n_seqs
-        conv = delta = lengths = None
+        conv, delta, lengths = None, None, None
         if cache is not None:
             conv, delta, lengths = cache[0], cache[1], cache.lengths
         if conv is None:
@@ -306,18 +327,19 @@ class GraphLayer:
             context, sequence_mask=mask is not None, lengths=lengths is not None
         )
         inputs = {
-            "conv_state": conv.astype(context.dtype),
-            "delta_state": delta.astype(mx.float32),
+            "conv_state": context.move(conv.astype(context.dtype)),
+            "delta_state": context.move(delta.astype(mx.float32)),
             "sequence_mask": mask,
-            "lengths": lengths,
+            "lengths": context.move(lengths),
         }
         out, state = self._run(hidden, call, inputs)
         if cache is not None:
-            cache[0], cache[1] = state["conv_state"], state["delta_state"]
+            cache[0] = to_device(state["conv_state"])
+            cache[1] = to_device(state["delta_state"])
             cache.advance(context.t)
         return out
 
-    def _run_full(self, hidden: mx.array, cache: Any, context: Context) -> mx.array:
+    def _run_full(self, hidden: Array, cache: Any, context: Context) -> Array:
         mask = context.attention_mask
         call = self._call(context, attention_mask=mask is not None)
         inputs = {
@@ -332,12 +354,12 @@ class GraphLayer:
 
     def _run(
         self,
-        hidden: mx.array,
+        hidden: Array,
         call: Call,
         inputs: Mapping[str, Any],
         host: Mapping[type[Op], Kernel] | None = None,
-    ) -> tuple[mx.array, dict[str, mx.array]]:
-        weights = self.weights.bind(call.dtype)
+    ) -> tuple[Array, dict[str, Array]]:
+        weights = self.weights.bind(call.dtype, host=isinstance(hidden, np.ndarray))
         graph = self.graph(call)
         inputs = {**inputs, "hidden": hidden, "experts": self._experts(call.dtype)}
         done = run(self.runtime.executor, graph, weights, inputs, host)
@@ -387,16 +409,19 @@ def cache_ops(attn: nn.Module, cache: Any, call: Call) -> dict[type[Op], Kernel]
     def append(k_src, v_src, *_):  # type: ignore[no-untyped-def]
         keys = split_heads(k_src, call.n_seqs, kv_heads)
         values = split_heads(v_src, call.n_seqs, kv_heads)
-        return (keys, values) if cache is None else cache.update_and_fetch(keys, values)
+        if cache is None:
+            return keys, values
+        rows = cache.update_and_fetch(to_device(keys), to_device(values))
+        on_host = isinstance(k_src, np.ndarray) and not hasattr(cache, "bits")
+        return (to_host(rows[0]), to_host(rows[1])) if on_host else tuple(rows)
 
     def quantized_attention(q, k, v, mask):  # type: ignore[no-untyped-def]
-        queries = split_heads(q, call.n_seqs, attn.num_attention_heads)
-        causal = "causal" if mask is None and call.t > 1 else mask
-        return join_heads(
-            base.scaled_dot_product_attention(
-                queries, k, v, cache=cache, scale=attn.scale, mask=causal
-            )
+        queries = to_device(split_heads(q, call.n_seqs, attn.num_attention_heads))
+        causal = "causal" if mask is None and call.t > 1 else to_device(mask)
+        out = base.scaled_dot_product_attention(
+            queries, k, v, cache=cache, scale=attn.scale, mask=causal
         )
+        return join_heads(to_host(out) if isinstance(q, np.ndarray) else out)
 
     host: dict[type[Op], Kernel] = {ops.KvCacheAppendNTokens: append}
     if hasattr(cache, "bits"):

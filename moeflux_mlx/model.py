@@ -23,7 +23,7 @@ from .graph import Buf, BufferPool, BufId, Graph, Op, WeightRef
 from .graph.buffers import ResidualBuf, Shape
 from .graph.lower import Kernel, Step
 from .ops import MatvecNTokens, ResidualAddNTokens, RmsNormBf16NTokens
-from .ops.products import dequantize
+from .ops.functions import dequantize, host_view, to_host
 from .weights import Quantization, Weight
 
 B = TypeVar("B", bound=Buf)
@@ -33,35 +33,46 @@ class LayerWeights:
     """The weights below one module by path, as references and as arrays.
 
     Parameters replaced later (``model.update``, a dtype change) are noticed at the
-    next use. ``unpack`` keeps quantised matrices dense in float32, for CPUs.
+    next use. ``unpack`` keeps quantised matrices dense in float32 on the host.
     """
 
     def __init__(self, module: nn.Module, *, skip: str = "", unpack: bool = False):
         self._module, self._skip, self._unpack = module, skip, unpack
         self._seen: list[tuple[Any, str, Any]] = []
+        self._stored: dict[str, Weight] = {}
+        self._bound: dict[bool, dict[str, Weight]] = {}
         self.refs: dict[str, WeightRef] = {}
-        self._bound: dict[str, Weight] = {}
 
-    def bind(self, dtype: mx.Dtype) -> Mapping[str, Weight]:
-        """Return weights by path; floating ones as ``dtype`` when on a CPU."""
+    def bind(self, dtype: mx.Dtype, *, host: bool = False) -> Mapping[str, Weight]:
+        """Return weights by path, ready for activations of type ``dtype``.
+
+        Args:
+            host: as NumPy arrays, for references that run on the host.
+        """
         if not self._seen or any(owner[k] is not v for owner, k, v in self._seen):
-            self._collect(dtype)
-        return self._bound
+            self._collect()
+        if host not in self._bound:
+            prepare = self._for_host if host else self._for_device
+            self._bound[host] = {
+                name: prepare(weight, dtype) for name, weight in self._stored.items()
+            }
+        return self._bound[host]
 
     @property
     def signature(self) -> Hashable:
         """A key equal for layers whose graphs are the same."""
         return tuple(self.refs.values())
 
-    def _collect(self, dtype: mx.Dtype) -> None:
-        self._seen, self.refs, self._bound = [], {}, {}
+    def _collect(self) -> None:
+        self._seen, self._stored, self._bound = [], {}, {}
         for path, module in self._module.named_modules():
             if self._skip and self._skip in path.split("."):
                 continue
             self._seen += [(module, k, v) for k, v in module.items()]
-            self._collect_module(path, module, dtype)
+            self._collect_module(path, module)
+        self.refs = {name: _ref(name, weight) for name, weight in self._stored.items()}
 
-    def _collect_module(self, path: str, module: nn.Module, dtype: mx.Dtype) -> None:
+    def _collect_module(self, path: str, module: nn.Module) -> None:
         arrays = {k: v for k, v in module.items() if isinstance(v, mx.array)}
         quantization = None
         if "scales" in arrays:
@@ -77,16 +88,19 @@ class LayerWeights:
                 )
             else:
                 weight = Weight(array)
-            self.refs[name] = _ref(name, weight)
-            self._bound[name] = self._prepared(weight, dtype)
+            self._stored[name] = weight
 
-    def _prepared(self, weight: Weight, dtype: mx.Dtype) -> Weight:
+    def _for_host(self, weight: Weight, dtype: mx.Dtype) -> Weight:
+        if weight.quantization is None:
+            return Weight(to_host(weight.w.astype(dtype)))
+        view = host_view(weight)
+        return Weight(dequantize(view)) if self._unpack else view
+
+    def _for_device(self, weight: Weight, dtype: mx.Dtype) -> Weight:
         if not device.on_cpu():
             return weight
         if weight.quantization is None:
             return Weight(weight.w.astype(dtype))
-        if self._unpack:
-            return Weight(dequantize(weight).astype(dtype))
         if weight.quantization.mode != "affine" or weight.scales is None:
             return weight
         biases = None if weight.biases is None else weight.biases.astype(dtype)

@@ -12,14 +12,8 @@ TWO_MIB = 2 << 20
 # Apple's page, and a multiple of the logical block of every disk.
 PAGE_BYTES = 16 << 10
 
-# MLX's CPU wheel for Linux links the reference BLAS: 1 GFLOP/s a core where NumPy's
-# OpenBLAS does 50. Below this many multiply-adds the hand-over costs more than it saves.
-BLAS_MIN_MACS = 48 << 10
-# From this many rows on, unpacking a quantised matrix once beats MLX's CPU product,
-# which unpacks it again for every row.
-DEQUANTIZE_MIN_ROWS = 6
-# Products with a larger result stay lazy, so that unused ones cost nothing.
-EAGER_MAX_BYTES = 256 << 20
+# Logits larger than this stay lazy on a CPU: most callers drop a prompt's logits.
+EAGER_LOGITS_BYTES = 64 << 20
 # Share of memory that resident matrices may take when kept unpacked in float32.
 UNPACKED_SHARE = 1 / 8
 
@@ -29,10 +23,13 @@ def on_cpu() -> bool:
     return mx.default_device().type == mx.DeviceType.cpu
 
 
-@functools.cache
-def has_slow_cpu_blas() -> bool:
-    """Tell whether MLX's own CPU matrix product is to be avoided."""
-    return sys.platform == "linux"
+def prefers_host_arrays() -> bool:
+    """Tell whether NumPy arrays beat MLX's here: on a CPU under Linux.
+
+    MLX's CPU wheel for Linux links the reference BLAS (about 1 GFLOP/s a core where
+    NumPy's OpenBLAS does 50) and hands every operation to another thread.
+    """
+    return on_cpu() and sys.platform == "linux"
 
 
 @functools.cache

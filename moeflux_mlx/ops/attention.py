@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ..executors import device
 from ..graph.buffers import (
     AttnMaskBuf,
     AttnOutBuf,
@@ -23,15 +22,15 @@ from ..graph.buffers import (
     VProjOutBuf,
 )
 from ..graph.op import Cost, In, InOut, Op, Out
-from .products import matmul
+from .functions import QUERY_BLOCK, Array, attention, rope
 
 
-def split_heads(x: mx.array, n_seqs: int, num_heads: int) -> mx.array:
+def split_heads(x: Array, n_seqs: int, num_heads: int) -> Array:
     """Turn ``[N, H * d]`` into ``[B, H, T, d]``."""
     return x.reshape(n_seqs, x.shape[0] // n_seqs, num_heads, -1).swapaxes(1, 2)
 
 
-def join_heads(x: mx.array) -> mx.array:
+def join_heads(x: Array) -> Array:
     """Turn ``[B, H, T, d]`` into ``[N, H * d]``."""
     n_seqs, num_heads, t, head_dim = x.shape
     return x.swapaxes(1, 2).reshape(n_seqs * t, num_heads * head_dim)
@@ -67,16 +66,9 @@ class RopeNTokens(Op):
     def scratch_bytes(self, itemsize: int) -> int:
         return self.n_tokens * self.num_heads * self.head_dim * itemsize
 
-    def reference(self, x: mx.array, inv_freq: mx.array, start: mx.array) -> mx.array:
-        rotated = mx.fast.rope(
-            split_heads(x, self.n_seqs, self.num_heads),
-            self.rotary_dim,
-            traditional=False,
-            base=None,
-            scale=1.0,
-            offset=start,
-            freqs=mx.reciprocal(inv_freq),
-        )
+    def reference(self, x: Array, inv_freq: Array, start: Array) -> Array:
+        heads = split_heads(x, self.n_seqs, self.num_heads)
+        rotated = rope(heads, self.rotary_dim, inv_freq, start)
         return join_heads(rotated)
 
 
@@ -113,18 +105,24 @@ class KvCacheAppendNTokens(Op):
 
     def reference(
         self,
-        k_src: mx.array,
-        v_src: mx.array,
-        k_cache: mx.array,
-        v_cache: mx.array,
-        row: mx.array,
-    ) -> tuple[mx.array, mx.array]:
+        k_src: Array,
+        v_src: Array,
+        k_cache: Array,
+        v_cache: Array,
+        row: Array,
+    ) -> tuple[Array, Array]:
         keys = split_heads(k_src, self.n_seqs, self.num_kv_heads)
         values = split_heads(v_src, self.n_seqs, self.num_kv_heads)
-        return (
-            mx.slice_update(k_cache, keys, row, (2,)),
-            mx.slice_update(v_cache, values, row, (2,)),
-        )
+        return _updated(k_cache, keys, row), _updated(v_cache, values, row)
+
+
+def _updated(cache: Array, new: Array, row: Array) -> Array:
+    """Return the cache with ``new`` in its rows from ``row`` on."""
+    if isinstance(cache, mx.array):
+        return mx.slice_update(cache, new, row, (2,))
+    cache = cache.copy()
+    cache[:, :, int(row[0]) : int(row[0]) + new.shape[2]] = new
+    return cache
 
 
 class SdpaCausalTiled(Op):
@@ -169,48 +167,6 @@ class SdpaCausalTiled(Op):
         block = min(t, QUERY_BLOCK)
         return 2 * self.n_seqs * self.num_heads * block * t * itemsize
 
-    def reference(
-        self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None
-    ) -> mx.array:
+    def reference(self, q: Array, k: Array, v: Array, mask: Array | None) -> Array:
         queries = split_heads(q, self.n_seqs, self.num_heads)
-        t = queries.shape[2]
-        if device.on_cpu() and device.has_slow_cpu_blas():
-            return join_heads(_blocked_attention(queries, k, v, mask, self))
-        out = mx.fast.scaled_dot_product_attention(
-            queries,
-            k,
-            v,
-            scale=self.softmax_scale,
-            mask=mask if mask is not None else ("causal" if t > 1 else None),
-        )
-        return join_heads(out)
-
-
-# Queries taken together on a CPU: bounds the score matrix, skips what causality hides.
-QUERY_BLOCK = 256
-
-
-def _blocked_attention(
-    q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None, op: SdpaCausalTiled
-) -> mx.array:
-    """Attend block by block of queries, through ``matmul``'s fast CPU product."""
-    n_seqs, _, t, d = q.shape
-    n_kv, s = k.shape[1], k.shape[2]
-    grouped = (q * op.softmax_scale).reshape(n_seqs, n_kv, op.heads_per_kv, t, d)
-    outs = []
-    for start in range(0, t, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, t)
-        seen = s if mask is not None else s - t + stop
-        keys = k[:, :, None, :seen].swapaxes(-1, -2)
-        scores = matmul(grouped[:, :, :, start:stop], keys)
-        if mask is not None:
-            allowed = mask[:, :, None, start:stop, :seen]
-            scores = mx.where(allowed, scores, mx.finfo(scores.dtype).min)
-        elif stop - start > 1:
-            rows = mx.arange(seen - (stop - start), seen)[:, None]
-            hidden = rows < mx.arange(seen)
-            scores = mx.where(hidden, mx.finfo(scores.dtype).min, scores)
-        weights = mx.softmax(scores, axis=-1, precise=True)
-        outs.append(matmul(weights, v[:, :, None, :seen]))
-    out = outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=-2)
-    return out.reshape(q.shape)
+        return join_heads(attention(queries, k, v, self.softmax_scale, mask))

@@ -19,7 +19,7 @@ from ..graph.buffers import (
     SharedFfnUpBuf,
 )
 from ..graph.op import Cost, In, InOut, Op, Out
-from .products import swiglu
+from .functions import Array, sigmoid, swiglu
 
 
 class ResidualAddNTokens(Op):
@@ -38,7 +38,7 @@ class ResidualAddNTokens(Op):
         n = self.n_tokens * self.dim
         return Cost(flops=n, bytes=12 * n)
 
-    def reference(self, a: mx.array, b: mx.array) -> mx.array:
+    def reference(self, a: Array, b: Array) -> Array:
         return a + b
 
 
@@ -55,7 +55,7 @@ class ZeroBuffer(Op):
     def cost(self) -> Cost:
         return Cost(bytes=4 * self.n_tokens * self.dim)
 
-    def reference(self) -> mx.array:
+    def reference(self) -> Array:
         return mx.zeros((self.n_tokens, self.dim), mx.float32)
 
 
@@ -78,7 +78,7 @@ class SwigluFusedBatched(Op):
     def scratch_bytes(self, itemsize: int) -> int:
         return self.n_tokens * self.dim * itemsize
 
-    def reference(self, gate: mx.array, up: mx.array) -> mx.array:
+    def reference(self, gate: Array, up: Array) -> Array:
         return swiglu(gate, up)
 
 
@@ -100,8 +100,8 @@ class SigmoidGateNTokens(Op):
     def scratch_bytes(self, itemsize: int) -> int:
         return 2 * self.n_tokens * self.dim * itemsize
 
-    def reference(self, x: mx.array, gate: mx.array) -> mx.array:
-        return x * mx.sigmoid(gate)
+    def reference(self, x: Array, gate: Array) -> Array:
+        return x * sigmoid(gate)
 
 
 class SplitQGate(Op):
@@ -126,7 +126,7 @@ class SplitQGate(Op):
     def cost(self) -> Cost:
         return Cost(bytes=16 * self.n_tokens * self.num_heads * self.head_dim)
 
-    def reference(self, q_proj: mx.array) -> tuple[mx.array, mx.array]:
+    def reference(self, q_proj: Array) -> tuple[Array, Array]:
         pairs = q_proj.reshape(self.n_tokens, self.num_heads, 2, self.head_dim)
         shape = (self.n_tokens, self.num_heads * self.head_dim)
         return pairs[:, :, 0].reshape(shape), pairs[:, :, 1].reshape(shape)

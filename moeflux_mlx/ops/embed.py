@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
-
 from ..graph.buffers import EmbedOutBuf, Shape, TokenIdsBuf
 from ..graph.op import Cost, In, Op, Out, WeightRef
 from ..weights import Weight
-from .products import dequantize
+from .functions import Array, dequantize
 
 
 class EmbedGatherNTokens(Op):
@@ -35,7 +33,7 @@ class EmbedGatherNTokens(Op):
         row_bytes = self.weight.n_bytes // self.vocab_size
         return Cost(flops=2 * n, bytes=4 * n + self.n_tokens * row_bytes)
 
-    def reference(self, token_ids: mx.array, weight: Weight) -> mx.array:
+    def reference(self, token_ids: Array, weight: Weight) -> Array:
         if weight.quantization is None:
             return weight.w[token_ids]
         assert weight.scales is not None

@@ -7,7 +7,7 @@ Source: Yang et al., Gated Delta Networks (2024); chunked form after the same.
 
 from __future__ import annotations
 
-import mlx.core as mx
+import numpy as np
 
 from ..graph.buffers import (
     AlphaStackBuf,
@@ -25,7 +25,7 @@ from ..graph.buffers import (
 )
 from ..graph.op import Cost, In, InOut, Op, Out, WeightRef
 from ..weights import Weight
-from .products import matmul
+from .functions import Array, float32, namespace, sigmoid, silu
 
 
 class Conv1dStepNTokens(Op):
@@ -69,28 +69,28 @@ class Conv1dStepNTokens(Op):
 
     def reference(
         self,
-        qkv_in: mx.array,
-        conv_state: mx.array,
-        mask: mx.array | None,
-        lengths: mx.array | None,
+        qkv_in: Array,
+        conv_state: Array,
+        mask: Array | None,
+        lengths: Array | None,
         weight: Weight,
-    ) -> tuple[mx.array, mx.array]:
+    ) -> tuple[Array, Array]:
+        xp = namespace(qkv_in)
         t, keep = self.n_tokens // self.n_seqs, self.kernel_size - 1
         chunk = qkv_in.reshape(self.n_seqs, t, self.conv_dim)
         if mask is not None:
-            chunk = mx.where(mask[..., None], chunk, 0)
-        inputs = mx.concatenate([conv_state.astype(chunk.dtype), chunk], axis=1)
+            chunk = xp.where(mask[..., None], chunk, 0)
+        inputs = xp.concatenate([conv_state.astype(chunk.dtype), chunk], axis=1)
         if lengths is None:
-            state = mx.contiguous(inputs[:, -keep:])
+            state = inputs[:, -keep:]
         else:
-            ends = mx.clip(lengths, 0, t)[:, None] + mx.arange(keep)
-            state = mx.take_along_axis(inputs, ends[..., None], axis=1)
+            ends = xp.clip(lengths, 0, t)[:, None] + xp.arange(keep)
+            state = xp.take_along_axis(inputs, ends[..., None], axis=1)
         taps = weight.w[..., 0].T
         out = inputs[:, :t] * taps[0]
         for i in range(1, self.kernel_size):
             out = out + inputs[:, i : i + t] * taps[i]
-        out = out * mx.sigmoid(out)
-        return state, out.reshape(qkv_in.shape)
+        return state, silu(out).reshape(qkv_in.shape)
 
 
 class ComputeDecayBetaNTokens(Op):
@@ -127,18 +127,18 @@ class ComputeDecayBetaNTokens(Op):
 
     def reference(
         self,
-        alpha_in: mx.array,
-        beta_in: mx.array,
-        mask: mx.array | None,
+        alpha_in: Array,
+        beta_in: Array,
+        mask: Array | None,
         a_log: Weight,
         dt_bias: Weight,
-    ) -> tuple[mx.array, mx.array]:
-        rate = mx.exp(a_log.w.astype(mx.float32))
-        step = mx.logaddexp((alpha_in + dt_bias.w).astype(mx.float32), mx.array(0.0))
-        g, beta = mx.exp(-rate * step), mx.sigmoid(beta_in.astype(mx.float32))
+    ) -> tuple[Array, Array]:
+        xp = namespace(alpha_in)
+        step = xp.logaddexp(float32(alpha_in + dt_bias.w), xp.zeros(1, xp.float32))
+        g, beta = xp.exp(-xp.exp(float32(a_log.w)) * step), sigmoid(float32(beta_in))
         if mask is not None:
-            kept = mask.reshape(-1, 1)
-            g, beta = mx.where(kept, g, 1.0), mx.where(kept, beta, 0.0)
+            kept = float32(mask.reshape(-1, 1))
+            g, beta = g * kept + (1 - kept), beta * kept
         return g, beta
 
 
@@ -169,11 +169,11 @@ class _DeltaRule:
         row += 2 * self.num_v_heads * (self.value_dim + 1)
         return 4 * (state + self.n_tokens * row)
 
-    def parts(self, conv_out: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def parts(self, conv_out: Array) -> tuple[Array, Array, Array]:
         """Split rows into q, k ``[B, T, Hk, dk]`` and v ``[B, T, Hv, dv]`` in float32."""
         t, width = self.n_tokens // self.n_seqs, self.num_k_heads * self.key_dim
-        rows = conv_out.astype(mx.float32).reshape(self.n_seqs, t, -1)
-        q, k, v = mx.split(rows, [width, 2 * width], axis=-1)
+        rows = float32(conv_out).reshape(self.n_seqs, t, -1)
+        q, k, v = namespace(rows).split(rows, [width, 2 * width], axis=-1)
         keys = (self.n_seqs, t, self.num_k_heads, self.key_dim)
         values = (self.n_seqs, t, self.num_v_heads, self.value_dim)
         return q.reshape(keys), k.reshape(keys), v.reshape(values)
@@ -207,26 +207,27 @@ class GatedDeltaNetStepNTokens(_DeltaRule, Op):
 
     def reference(
         self,
-        state: mx.array,
-        conv_out: mx.array,
-        g_decay: mx.array,
-        beta_gate: mx.array,
-    ) -> tuple[mx.array, mx.array]:
+        state: Array,
+        conv_out: Array,
+        g_decay: Array,
+        beta_gate: Array,
+    ) -> tuple[Array, Array]:
+        xp = namespace(conv_out)
         q, k, v = self.parts(conv_out)
         n_seqs, t = q.shape[:2]
         repeats = self.num_v_heads // self.num_k_heads
         if repeats > 1:
-            q, k = mx.repeat(q, repeats, axis=2), mx.repeat(k, repeats, axis=2)
-        g = g_decay.reshape(n_seqs, t, -1, 1)
+            q, k = xp.repeat(q, repeats, axis=2), xp.repeat(k, repeats, axis=2)
+        g = g_decay.reshape(n_seqs, t, -1, 1, 1)
         beta = beta_gate.reshape(n_seqs, t, -1, 1)
         outs = []
         for i in range(t):
-            state = state * g[:, i, :, :, None]
-            key, query = k[:, i, :, None], q[:, i, :, None]
-            delta = beta[:, i] * (v[:, i] - (state * key).sum(-1))
-            state = state + delta[..., None] * key
-            outs.append((state * query).sum(-1))
-        out = outs[0] if t == 1 else mx.stack(outs, axis=1)
+            state = state * g[:, i]
+            recalled = (state @ k[:, i, :, :, None])[..., 0]
+            delta = beta[:, i] * (v[:, i] - recalled)
+            state = state + delta[..., None] * k[:, i, :, None]
+            outs.append((state @ q[:, i, :, :, None])[..., 0])
+        out = outs[0] if t == 1 else xp.stack(outs, axis=1)
         return state, out.reshape(self.n_tokens, -1).astype(conv_out.dtype)
 
 
@@ -266,90 +267,93 @@ class GatedDeltaNetChunkwise(_DeltaRule, Op):
 
     def reference(
         self,
-        state: mx.array,
-        conv_out: mx.array,
-        g_decay: mx.array,
-        beta_gate: mx.array,
-    ) -> tuple[mx.array, mx.array]:
+        state: Array,
+        conv_out: Array,
+        g_decay: Array,
+        beta_gate: Array,
+    ) -> tuple[Array, Array]:
+        xp = namespace(conv_out)
         q, k, v, log_g, beta = self._chunks(conv_out, g_decay, beta_gate)
-        total = mx.cumsum(log_g, axis=-1)
-        lower = mx.tril(mx.ones((self.chunk_size, self.chunk_size), mx.bool_))
-        gaps = mx.where(lower, total[..., :, None] - total[..., None, :], -mx.inf)
-        decay = mx.exp(gaps)
+        total = xp.cumsum(log_g, axis=-1)
+        lower = xp.tril(xp.ones((self.chunk_size, self.chunk_size), xp.float32))
+        gaps = (total[..., :, None] - total[..., None, :]) * lower
+        decay = xp.exp(gaps) * lower
         keys_t = k.swapaxes(-1, -2)
-        coupling = matmul(k, keys_t) * decay * beta[..., None]
+        coupling = (k @ keys_t) * decay * beta[..., None]
         solve = inverse_unit_lower(coupling)
-        grown = mx.exp(total)[..., None]
-        from_values = matmul(solve, v * beta[..., None])
-        from_state = matmul(solve, k * (beta[..., None] * grown))
-        mixing = matmul(q, keys_t) * decay
+        grown = xp.exp(total)[..., None]
+        from_values = solve @ (v * beta[..., None])
+        from_state = solve @ (k * (beta[..., None] * grown))
+        mixing = (q @ keys_t) * decay
         queries = q * grown
-        tail = k * mx.exp(total[..., -1:] - total)[..., None]
-        end = mx.exp(total[..., -1])[..., None, None]
+        tail = k * xp.exp(total[..., -1:] - total)[..., None]
+        end = xp.exp(total[..., -1])[..., None, None]
         heads = (self.num_k_heads, self.num_v_heads // self.num_k_heads)
-        s = mx.unflatten(state, 1, heads)
+        s = state.reshape(self.n_seqs, *heads, self.value_dim, self.key_dim)
         outs = []
         for i in range(q.shape[1]):
             s_t = s.swapaxes(-1, -2)
-            fixes = from_values[:, i] - matmul(from_state[:, i], s_t)
-            outs.append(matmul(queries[:, i], s_t) + matmul(mixing[:, i], fixes))
-            s = end[:, i] * s + matmul(fixes.swapaxes(-1, -2), tail[:, i])
-        return s.flatten(1, 2), self._rows(outs).astype(conv_out.dtype)
+            fixes = from_values[:, i] - from_state[:, i] @ s_t
+            outs.append(queries[:, i] @ s_t + mixing[:, i] @ fixes)
+            s = end[:, i] * s + fixes.swapaxes(-1, -2) @ tail[:, i]
+        rows = self._rows(xp.concatenate(outs, axis=-2))
+        return s.reshape(state.shape), rows.astype(conv_out.dtype)
 
     def _chunks(
-        self, conv_out: mx.array, g_decay: mx.array, beta_gate: mx.array
-    ) -> tuple[mx.array, ...]:
+        self, conv_out: Array, g_decay: Array, beta_gate: Array
+    ) -> tuple[Array, ...]:
         """Arrange rows as ``[B, chunks, Hk, Hv / Hk, C, ...]``, zero-padded.
 
         A padding token has decay 1 and beta 0 and changes nothing.
         """
+        xp = namespace(conv_out)
         q, k, v = self.parts(conv_out)
         n_seqs, t = q.shape[:2]
-        tiny = mx.finfo(mx.float32).smallest_normal
-        log_g = mx.log(mx.maximum(g_decay, tiny)).reshape(n_seqs, t, -1, 1)
+        tiny = float(np.finfo(np.float32).tiny)
+        log_g = xp.log(xp.maximum(g_decay, tiny)).reshape(n_seqs, t, -1, 1)
         beta = beta_gate.reshape(n_seqs, t, -1, 1)
         pad = -t % self.chunk_size
+        n_chunks = (t + pad) // self.chunk_size
 
-        def arrange(x: mx.array) -> mx.array:
+        def arrange(x: Array) -> Array:
             if pad:
-                x = mx.pad(x, [(0, 0), (0, pad), (0, 0), (0, 0)])
-            x = mx.unflatten(x, 1, (-1, self.chunk_size)).swapaxes(2, 3)
-            return mx.unflatten(x, 2, (self.num_k_heads, -1))
+                x = xp.pad(x, [(0, 0), (0, pad), (0, 0), (0, 0)])
+            heads, width = x.shape[2:]
+            x = x.reshape(n_seqs, n_chunks, self.chunk_size, heads, width)
+            x = x.swapaxes(2, 3)
+            return x.reshape(
+                n_seqs, n_chunks, self.num_k_heads, -1, self.chunk_size, width
+            )
 
-        return (
-            arrange(q),
-            arrange(k),
-            arrange(v),
-            arrange(log_g)[..., 0],
-            arrange(beta)[..., 0],
-        )
+        log_g, beta = arrange(log_g)[..., 0], arrange(beta)[..., 0]
+        return arrange(q), arrange(k), arrange(v), log_g, beta
 
-    def _rows(self, outs: list[mx.array]) -> mx.array:
-        """Turn chunks of ``[B, Hk, Hv / Hk, C, dv]`` into rows ``[N, Hv * dv]``."""
+    def _rows(self, out: Array) -> Array:
+        """Turn ``[B, Hk, Hv / Hk, chunks * C, dv]`` into rows ``[N, Hv * dv]``."""
         t = self.n_tokens // self.n_seqs
-        joined = mx.concatenate(outs, axis=-2).flatten(1, 2)[:, :, :t]
-        return joined.swapaxes(1, 2).reshape(self.n_tokens, -1)
+        heads = out.reshape(self.n_seqs, self.num_v_heads, -1, self.value_dim)
+        return heads[:, :, :t].swapaxes(1, 2).reshape(self.n_tokens, -1)
 
 
-def inverse_unit_lower(a: mx.array) -> mx.array:
+def inverse_unit_lower(a: Array) -> Array:
     """Invert ``I + tril(a, -1)`` for ``[..., C, C]``, C a power of two.
 
     Works by blocks of doubling size, ``[[X, 0], [-Y A X, Y]]`` from the inverses X, Y
     of two neighbours: back substitution, so as stable, but made of products.
     """
-    size = a.shape[-1]
-    inverse = mx.ones((*a.shape[:-2], size, 1, 1), a.dtype)
+    xp, batch, size = namespace(a), a.shape[:-2], a.shape[-1]
+    inverse = xp.ones((*batch, size, 1, 1), a.dtype)
     half = 1
     while half < size:
         n_blocks = size // (2 * half)
-        blocks = a.reshape(*a.shape[:-2], n_blocks, 2 * half, n_blocks, 2 * half)
-        index = mx.arange(n_blocks)
-        corner = mx.moveaxis(blocks, -2, -3)[..., index, index, half:, :half]
-        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
-        below = -matmul(matmul(second, corner), first)
-        top = mx.concatenate([first, mx.zeros_like(first)], axis=-1)
-        inverse = mx.concatenate(
-            [top, mx.concatenate([below, second], axis=-1)], axis=-2
+        blocks = a.reshape(*batch, n_blocks, 2 * half, n_blocks, 2 * half)
+        corner = xp.stack(
+            [blocks[..., i, half:, i, :half] for i in range(n_blocks)], axis=-3
         )
+        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        below = -(second @ corner @ first)
+        top = xp.concatenate([first, xp.zeros_like(first)], axis=-1)
+        bottom = xp.concatenate([below, second], axis=-1)
+        inverse = xp.concatenate([top, bottom], axis=-2)
         half *= 2
     return inverse[..., 0, :, :]

@@ -25,7 +25,19 @@ from ..graph.buffers import (
 )
 from ..graph.op import Cost, In, InOut, Op, Out
 from ..weights import ExpertSource, ExpertWeights
-from .products import gated_mlp, gather_linear, swiglu
+from .functions import (
+    Array,
+    argsort,
+    expert_mlp,
+    experts_by_slot,
+    float32,
+    host_experts,
+    namespace,
+    sigmoid,
+    softmax,
+    to_device,
+    to_host,
+)
 
 
 class MoeSoftmaxTopK(Op):
@@ -56,11 +68,13 @@ class MoeSoftmaxTopK(Op):
     def scratch_bytes(self, itemsize: int) -> int:
         return 3 * 4 * self.n_tokens * self.n_experts
 
-    def reference(self, logits: mx.array) -> tuple[mx.array, mx.array]:
-        scores = mx.softmax(logits.astype(mx.float32), axis=-1, precise=True)
-        indices = mx.argsort(-scores, axis=-1)[:, : self.k]
-        indices = mx.stop_gradient(indices.astype(mx.int32))
-        return indices, mx.take_along_axis(scores, indices, axis=-1)
+    def reference(self, logits: Array) -> tuple[Array, Array]:
+        xp = namespace(logits)
+        scores = softmax(float32(logits))
+        indices = argsort(-scores)[:, : self.k].astype(xp.int32)
+        if xp is mx:
+            indices = mx.stop_gradient(indices)
+        return indices, xp.take_along_axis(scores, indices, axis=-1)
 
 
 class MoeNormalizeWeights(Op):
@@ -77,7 +91,7 @@ class MoeNormalizeWeights(Op):
         n = self.n_tokens * self.k
         return Cost(flops=2 * n, bytes=8 * n)
 
-    def reference(self, weights: mx.array) -> mx.array:
+    def reference(self, weights: Array) -> Array:
         return weights / weights.sum(axis=-1, keepdims=True)
 
 
@@ -116,13 +130,14 @@ class _RoutedExperts:
         return 3 * self.n_tokens * self.k * self.dim * itemsize
 
 
-def experts_by_slot(
-    x: mx.array, slots: mx.array, stacks: ExpertWeights, *, in_order: bool = False
-) -> mx.array:
-    """Run each row ``[N, 1 or K, D]`` through the experts in its slots ``[N, K]``."""
-    gate = gather_linear(x, stacks.gate, slots, in_order=in_order)
-    up = gather_linear(x, stacks.up, slots, in_order=in_order)
-    return gather_linear(swiglu(gate, up), stacks.down, slots, in_order=in_order)
+def stacks_and_slots(
+    experts: ExpertSource, indices: Array
+) -> tuple[ExpertWeights, Array]:
+    """Return all slots and those of ``indices``, as arrays of the indices' kind."""
+    slots = experts.slots(to_device(indices))
+    if isinstance(indices, np.ndarray):
+        return host_experts(experts.weights), to_host(slots)
+    return experts.weights, slots
 
 
 class MoeDecodeExperts(_RoutedExperts, Op):
@@ -142,14 +157,14 @@ class MoeDecodeExperts(_RoutedExperts, Op):
 
     def reference(
         self,
-        mlp_in: mx.array,
-        indices: mx.array,
-        weights: mx.array,
+        mlp_in: Array,
+        indices: Array,
+        weights: Array,
         experts: ExpertSource,
-    ) -> mx.array:
-        slots = experts.slots(indices)
-        out = experts_by_slot(mlp_in[:, None], slots, experts.weights)
-        experts.guard(out)
+    ) -> Array:
+        stacks, slots = stacks_and_slots(experts, indices)
+        out = experts_by_slot(mlp_in, slots, stacks)
+        guard(experts, [out])
         return (out * weights[..., None]).sum(axis=1)
 
 
@@ -173,19 +188,18 @@ class MoeGatherIdFuse(_RoutedExperts, Op):
 
     def reference(
         self,
-        mlp_in: mx.array,
-        indices: mx.array,
-        weights: mx.array,
+        mlp_in: Array,
+        indices: Array,
+        weights: Array,
         experts: ExpertSource,
-    ) -> mx.array:
-        slots = experts.slots(indices).reshape(-1)
-        order = mx.argsort(slots)
-        rows = mlp_in[order // self.k][:, None]
-        by_slot = experts_by_slot(
-            rows, slots[order][:, None], experts.weights, in_order=True
-        )
-        out = by_slot[mx.argsort(order)].reshape(self.n_tokens, self.k, self.dim)
-        experts.guard(out)
+    ) -> Array:
+        stacks, slots = stacks_and_slots(experts, indices)
+        slots = slots.reshape(-1)
+        order = argsort(slots)
+        rows, chosen = mlp_in[order // self.k], slots[order][:, None]
+        by_slot = experts_by_slot(rows, chosen, stacks, in_order=True)
+        out = by_slot[argsort(order)].reshape(self.n_tokens, self.k, self.dim)
+        guard(experts, [out])
         return (out * weights[..., None]).sum(axis=1)
 
 
@@ -211,38 +225,54 @@ class MoeBatchedPermuteFuse(_RoutedExperts, Op):
 
     def reference(
         self,
-        mlp_in: mx.array,
-        indices: mx.array,
-        weights: mx.array,
+        mlp_in: Array,
+        indices: Array,
+        weights: Array,
         experts: ExpertSource,
-        out_sum: mx.array,
-    ) -> mx.array:
-        ids = np.array(indices).reshape(-1)
-        order = np.argsort(ids, kind="stable")
-        used, starts = np.unique(ids[order], return_index=True)
-        bounds = dict(
-            zip(
-                used.tolist(),
-                zip(starts, [*starts[1:], ids.size], strict=True),
-                strict=True,
-            )
-        )
-        rows = mlp_in[mx.array(order // self.k)]
-        outs: dict[int, mx.array] = {}
-        for wave in experts.waves(used.tolist()):
+        out_sum: Array,
+    ) -> Array:
+        xp = namespace(mlp_in)
+        order, used, starts = _by_expert(to_host(indices).reshape(-1))
+        rows = mlp_in[xp.array(order // self.k)]
+        stacks = experts.weights if xp is mx else host_experts(experts.weights)
+        outs: dict[int, Array] = {}
+        for wave in experts.waves(used):
             for expert, slot in wave:
-                start, stop = bounds[expert]
-                outs[expert] = gated_mlp(rows[start:stop], experts.weights, slot)
-            experts.guard(*(outs[expert] for expert, _ in wave))
-        sorted_out = mx.concatenate([outs[expert] for expert in used.tolist()])
+                start, stop = starts[expert]
+                outs[expert] = expert_mlp(rows[start:stop], stacks, slot)
+            guard(experts, [outs[expert] for expert, _ in wave])
+        sorted_out = xp.concatenate([outs[expert] for expert in used])
+        position, rising = self._rising(order)
+        weights = xp.take_along_axis(weights, xp.array(rising), axis=1)
+        per_token = sorted_out[xp.array(position)]
+        if xp is np:
+            out_sum = to_host(out_sum)
+        return out_sum + (per_token * weights[..., None]).sum(axis=1)
+
+    def _rising(self, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return where each token's rows are, by rising expert, and that order."""
         position = np.empty_like(order)
         position[order] = np.arange(order.size)
         position = position.reshape(self.n_tokens, self.k)
         rising = np.argsort(position, axis=1)
-        weights = mx.take_along_axis(weights, mx.array(rising), axis=1)
-        position = np.take_along_axis(position, rising, axis=1)
-        per_token = sorted_out[mx.array(position)]
-        return out_sum + (per_token * weights[..., None]).sum(axis=1)
+        return np.take_along_axis(position, rising, axis=1), rising
+
+
+def _by_expert(
+    ids: np.ndarray,
+) -> tuple[np.ndarray, list[int], dict[int, tuple[int, int]]]:
+    """Return the order that sorts ``ids``, the experts used and their row ranges."""
+    order = np.argsort(ids, kind="stable")
+    used, first = np.unique(ids[order], return_index=True)
+    bounds = zip(first.tolist(), [*first[1:].tolist(), ids.size], strict=True)
+    return order, used.tolist(), dict(zip(used.tolist(), bounds, strict=True))
+
+
+def guard(experts: ExpertSource, outputs: list[Array]) -> None:
+    """Have slots kept until lazy ``outputs`` are evaluated; host arrays are already."""
+    lazy = [x for x in outputs if isinstance(x, mx.array)]
+    if lazy:
+        experts.guard(*lazy)
 
 
 class MoeCombineResidualNTokens(Op):
@@ -272,10 +302,10 @@ class MoeCombineResidualNTokens(Op):
 
     def reference(
         self,
-        h_mid: mx.array,
-        moe_sum: mx.array,
-        shared_out: mx.array,
-        shared_gate: mx.array,
-    ) -> mx.array:
-        out = h_mid + moe_sum + mx.sigmoid(shared_gate) * shared_out
+        h_mid: Array,
+        moe_sum: Array,
+        shared_out: Array,
+        shared_gate: Array,
+    ) -> Array:
+        out = h_mid + moe_sum + sigmoid(shared_gate) * shared_out
         return out.astype(h_mid.dtype)

@@ -5,8 +5,6 @@ Letters: N tokens of all sequences together, D row width, H heads, d head width.
 
 from __future__ import annotations
 
-import mlx.core as mx
-
 from ..graph.buffers import (
     ConvOutBuf,
     DeltaOutBuf,
@@ -18,6 +16,7 @@ from ..graph.buffers import (
 )
 from ..graph.op import Cost, In, InOut, Op, Out, WeightRef
 from ..weights import Weight
+from .functions import Array, float32, namespace, rms_norm, silu
 
 
 class RmsNormBf16NTokens(Op):
@@ -38,8 +37,8 @@ class RmsNormBf16NTokens(Op):
         n = self.n_tokens * self.dim
         return Cost(flops=4 * n, bytes=8 * n + self.weight.n_bytes)
 
-    def reference(self, x: mx.array, weight: Weight) -> mx.array:
-        return mx.fast.rms_norm(x, weight.w, self.eps)
+    def reference(self, x: Array, weight: Weight) -> Array:
+        return rms_norm(x, weight.w, self.eps)
 
 
 class RmsNormPerHeadNTokens(Op):
@@ -63,9 +62,9 @@ class RmsNormPerHeadNTokens(Op):
         n = self.n_tokens * self.num_heads * self.head_dim
         return Cost(flops=4 * n, bytes=8 * n + self.weight.n_bytes)
 
-    def reference(self, x: mx.array, weight: Weight) -> mx.array:
+    def reference(self, x: Array, weight: Weight) -> Array:
         heads = x.reshape(self.n_tokens, self.num_heads, self.head_dim)
-        return mx.fast.rms_norm(heads, weight.w, self.eps).reshape(x.shape)
+        return rms_norm(heads, weight.w, self.eps).reshape(x.shape)
 
 
 class RmsNormQkNTokens(Op):
@@ -94,7 +93,7 @@ class RmsNormQkNTokens(Op):
     def scratch_bytes(self, itemsize: int) -> int:
         return self.n_tokens * self.per_token_total * itemsize
 
-    def reference(self, x: mx.array) -> mx.array:
+    def reference(self, x: Array) -> Array:
         width, start = self.num_k_heads * self.key_dim, self.key_offset_per_token
         scale = self.key_dim**-0.5
         parts = [
@@ -103,11 +102,11 @@ class RmsNormQkNTokens(Op):
             self._unit(x[:, start : start + width]) * scale,
             x[:, start + width :],
         ]
-        return mx.concatenate([p for p in parts if p.shape[1]], axis=1)
+        return namespace(x).concatenate([p for p in parts if p.shape[1]], axis=1)
 
-    def _unit(self, x: mx.array) -> mx.array:
+    def _unit(self, x: Array) -> Array:
         heads = x.reshape(self.n_tokens, self.num_k_heads, self.key_dim)
-        return mx.fast.rms_norm(heads, None, self.eps / self.key_dim).reshape(x.shape)
+        return rms_norm(heads, None, self.eps / self.key_dim).reshape(x.shape)
 
 
 class GatedRmsNormNTokens(Op):
@@ -133,9 +132,7 @@ class GatedRmsNormNTokens(Op):
     def scratch_bytes(self, itemsize: int) -> int:
         return 4 * self.n_tokens * self.num_v_heads * self.value_dim
 
-    def reference(self, values: mx.array, z: mx.array, weight: Weight) -> mx.array:
+    def reference(self, values: Array, z: Array, weight: Weight) -> Array:
         heads = values.reshape(self.n_tokens, self.num_v_heads, self.value_dim)
-        normed = mx.fast.rms_norm(heads, weight.w, self.eps).reshape(values.shape)
-        gate = z.astype(mx.float32)
-        gated = gate * mx.sigmoid(gate) * normed.astype(mx.float32)
-        return gated.astype(values.dtype)
+        normed = rms_norm(heads, weight.w, self.eps).reshape(values.shape)
+        return (silu(float32(z)) * float32(normed)).astype(values.dtype)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
-
 from ..graph.buffers import MatvecIn, MatvecOut, Shape
 from ..graph.op import Cost, In, Op, Out, WeightRef
 from ..weights import Weight
-from .products import linear
+from .functions import Array, linear
 
 
 class MatvecNTokens(Op):
@@ -36,8 +34,6 @@ class MatvecNTokens(Op):
             bytes=4 * rows + self.weight.n_bytes,
         )
 
-    def reference(
-        self, input: mx.array, weight: Weight, bias: Weight | None
-    ) -> mx.array:
+    def reference(self, input: Array, weight: Weight, bias: Weight | None) -> Array:
         out = linear(input, weight)
         return out if bias is None else out + bias.w

@@ -1,0 +1,292 @@
+"""Array functions that references are written in, for MLX and for NumPy arrays.
+
+References run on MLX arrays everywhere. On a Linux CPU they may also be given NumPy
+arrays: MLX's CPU library there links the reference BLAS and hands every small
+operation to another thread, which costs 50 times NumPy's time for a product and 10
+times for the rest. The mathematics is written once either way.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..weights import ExpertWeights, Weight
+
+Array = Any
+
+
+def namespace(x: Array) -> Any:
+    """Return the module, ``numpy`` or ``mlx.core``, whose functions take ``x``."""
+    return np if isinstance(x, np.ndarray) else mx
+
+
+def to_host(x: Array) -> Array:
+    """Return an MLX array's memory as a NumPy array; bfloat16 becomes float32."""
+    if not isinstance(x, mx.array):
+        return x
+    return np.asarray(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
+
+
+def to_device(x: Array) -> Array:
+    """Return a NumPy array's values as an MLX array."""
+    return mx.array(x) if isinstance(x, np.ndarray) else x
+
+
+def float32(x: Array) -> Array:
+    """Convert to float32."""
+    return x.astype(namespace(x).float32)
+
+
+def sigmoid(x: Array) -> Array:
+    """Return ``1 / (1 + exp(-x))``."""
+    if isinstance(x, mx.array):
+        return mx.sigmoid(x)
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-x))
+
+
+def silu(x: Array) -> Array:
+    """Return ``x * sigmoid(x)``."""
+    return x * sigmoid(x)
+
+
+def softmax(x: Array) -> Array:
+    """Return the softmax of the last axis, computed in float32."""
+    if isinstance(x, mx.array):
+        return mx.softmax(x, axis=-1, precise=True)
+    grown = np.exp(x - x.max(axis=-1, keepdims=True))
+    grown /= grown.sum(axis=-1, keepdims=True)
+    return grown
+
+
+def argsort(x: Array) -> Array:
+    """Return the stable order of the last axis."""
+    if isinstance(x, mx.array):
+        return mx.argsort(x, axis=-1)
+    return np.argsort(x, axis=-1, kind="stable")
+
+
+def rms_norm(x: Array, weight: Array | None, eps: float) -> Array:
+    """Return ``x * rsqrt(mean(x^2) + eps) * weight`` over the last axis."""
+    if isinstance(x, mx.array):
+        return mx.fast.rms_norm(x, weight, eps)
+    mean = np.einsum("...d,...d->...", x, x)[..., None] / x.shape[-1]
+    normed = x / np.sqrt(mean + eps)
+    return normed if weight is None else normed * weight
+
+
+def rope(x: Array, dims: int, inv_freq: Array, start: Array) -> Array:
+    """Rotate the first ``dims`` channels of ``[B, H, T, d]``, halves paired.
+
+    ``start`` ``[B]`` is the position of each sequence's first token.
+    """
+    if isinstance(x, mx.array):
+        freqs = mx.reciprocal(inv_freq)
+        return mx.fast.rope(
+            x, dims, traditional=False, base=None, scale=1.0, offset=start, freqs=freqs
+        )
+    positions = (start[:, None] + np.arange(x.shape[2])).astype(np.float32)
+    angles = positions[:, None, :, None] * to_host(inv_freq)
+    cos, sin = np.cos(angles), np.sin(angles)
+    half = dims // 2
+    first, second = x[..., :half], x[..., half:dims]
+    rotated = [first * cos - second * sin, first * sin + second * cos, x[..., dims:]]
+    return np.concatenate(rotated, axis=-1)
+
+
+# Queries taken together on the host: bounds the score matrix, skips what is hidden.
+QUERY_BLOCK = 256
+
+
+def attention(q: Array, k: Array, v: Array, scale: float, mask: Array | None) -> Array:
+    """Attend causally, or as ``mask`` ``[B or 1, 1, T, S]`` (true: seen) allows.
+
+    Args:
+        q: ``[B, H, T, d]``, the last T positions.
+        k: ``[B, Hkv, S, d]``; head h reads ``h // (H / Hkv)``.
+        v: as ``k``.
+    """
+    if isinstance(q, mx.array):
+        causal = "causal" if mask is None and q.shape[2] > 1 else mask
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=causal)
+    n_seqs, heads, t, d = q.shape
+    n_kv, s = k.shape[1], k.shape[2]
+    grouped = (q * scale).reshape(n_seqs, n_kv, heads // n_kv, t, d)
+    blocks = []
+    for start in range(0, t, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, t)
+        seen = s if mask is not None else s - t + stop
+        keys = k[:, :, None, :seen].swapaxes(-1, -2)
+        scores = np.matmul(grouped[:, :, :, start:stop], keys)
+        if mask is not None:
+            np.putmask(
+                scores,
+                ~np.broadcast_to(mask[:, :, None, start:stop, :seen], scores.shape),
+                np.finfo(np.float32).min,
+            )
+        elif stop - start > 1:
+            rows = np.arange(seen - (stop - start), seen)[:, None]
+            scores[..., rows < np.arange(seen)] = np.finfo(np.float32).min
+        blocks.append(np.matmul(softmax(scores), v[:, :, None, :seen]))
+    out = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=-2)
+    return out.reshape(q.shape)
+
+
+def linear(x: Array, weight: Weight) -> Array:
+    """Return ``x`` ``[..., I]`` times the transpose of ``weight`` ``[O, I]``."""
+    q = weight.quantization
+    if q is None:
+        return x @ weight.w.T
+    if isinstance(x, np.ndarray):
+        return x @ dequantize(weight).T
+    scales, biases = _scales_like(x, weight)
+    return mx.quantized_matmul(
+        x,
+        weight.w,
+        scales,
+        biases,
+        transpose=True,
+        group_size=q.group_size,
+        bits=q.bits,
+        mode=q.mode,
+    )
+
+
+def _scales_like(x: mx.array, weight: Weight) -> tuple[mx.array, mx.array | None]:
+    scales, biases = weight.scales, weight.biases
+    assert scales is not None
+    if scales.dtype not in (x.dtype, mx.uint8):
+        scales = scales.astype(x.dtype)
+        biases = None if biases is None else biases.astype(x.dtype)
+    return scales, biases
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+    """Return ``silu(gate) * up``."""
+    return silu(gate) * up
+
+
+def expert_mlp(x: Array, experts: ExpertWeights, slot: int) -> Array:
+    """Apply one expert, ``down(silu(gate x) * (up x))``, to rows ``[M, D]``."""
+    act = swiglu(linear(x, experts.gate[slot]), linear(x, experts.up[slot]))
+    return linear(act, experts.down[slot])
+
+
+def experts_by_slot(
+    x: Array, slots: Array, experts: ExpertWeights, *, in_order: bool = False
+) -> Array:
+    """Run rows ``[N, D]`` through the experts in their slots ``[N, K]``.
+
+    Args:
+        in_order: slots never fall from row to row, which lets MLX group rows.
+
+    Returns:
+        ``[N, K, D]``.
+    """
+    if isinstance(x, np.ndarray):
+        rows = [
+            np.concatenate([expert_mlp(row[None], experts, slot) for slot in chosen])
+            for row, chosen in zip(x, slots.tolist(), strict=True)
+        ]
+        return np.stack(rows)
+    x = x[:, None, None]
+    gate = _gather_linear(x, experts.gate, slots, in_order)
+    up = _gather_linear(x, experts.up, slots, in_order)
+    return _gather_linear(swiglu(gate, up), experts.down, slots, in_order).squeeze(-2)
+
+
+def _gather_linear(
+    x: mx.array, weight: Weight, slots: mx.array, in_order: bool
+) -> mx.array:
+    """Multiply rows ``[N, 1 or K, 1, I]`` by the matrices ``[n_slots, O, I]``."""
+    q = weight.quantization
+    if q is None:
+        stacked = weight.w.swapaxes(-1, -2)
+        return mx.gather_mm(x, stacked, rhs_indices=slots, sorted_indices=in_order)
+    scales, biases = _scales_like(x, weight)
+    return mx.gather_qmm(
+        x,
+        weight.w,
+        scales,
+        biases,
+        rhs_indices=slots,
+        transpose=True,
+        group_size=q.group_size,
+        bits=q.bits,
+        mode=q.mode,
+        sorted_indices=in_order,
+    )
+
+
+def host_experts(experts: ExpertWeights) -> ExpertWeights:
+    """Return the same slots as NumPy views, without a copy."""
+    return ExpertWeights(
+        *(host_view(w) for w in (experts.gate, experts.up, experts.down))
+    )
+
+
+def host_view(weight: Weight) -> Weight:
+    """Return a weight's own memory as NumPy arrays; bfloat16 stays as its bits."""
+
+    def view(x: mx.array | None) -> np.ndarray | None:
+        if x is None:
+            return None
+        return np.asarray(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
+
+    w, scales, biases = view(weight.w), view(weight.scales), view(weight.biases)
+    return Weight(w, scales, biases, weight.quantization)  # type: ignore[arg-type]
+
+
+def dequantize(weight: Weight) -> Array:
+    """Unpack ``weight`` to ``[..., O, I]``; float32 when its arrays are NumPy's."""
+    q = weight.quantization
+    assert q is not None
+    if isinstance(weight.w, mx.array):
+        return mx.dequantize(
+            weight.w,
+            weight.scales,
+            weight.biases,
+            group_size=q.group_size,
+            bits=q.bits,
+            mode=q.mode,
+        )
+    if q.mode != "affine" or q.bits not in (2, 4, 8):
+        return _unpack_with_mlx(weight)
+    scales, biases = _widen(weight.scales), _widen(weight.biases)
+    packed = np.ascontiguousarray(weight.w).view(np.uint16)
+    values = np.take(_table(q.bits), packed, axis=0)
+    values = values.reshape(*scales.shape, q.group_size)
+    values *= scales[..., None]
+    values += biases[..., None]
+    return values.reshape(*scales.shape[:-1], math.prod(values.shape[-2:]))
+
+
+def _unpack_with_mlx(weight: Weight) -> np.ndarray:
+    q = weight.quantization
+    assert q is not None and weight.scales is not None
+    is_float = q.mode == "affine"
+    scales = mx.array(_widen(weight.scales) if is_float else weight.scales)
+    biases = None if weight.biases is None else mx.array(_widen(weight.biases))
+    same = Weight(mx.array(weight.w), scales, biases, q)
+    return to_host(dequantize(same).astype(mx.float32))
+
+
+def _widen(x: Any) -> np.ndarray:
+    """Return float32 of float32, float16 or the bits of bfloat16."""
+    if x.dtype == np.uint16:
+        return (x.astype(np.uint32) << 16).view(np.float32)
+    return x.astype(np.float32, copy=False)
+
+
+@functools.cache
+def _table(bits: int) -> np.ndarray:
+    """Map 16 packed bits to their values as float32."""
+    words = np.arange(1 << 16, dtype=np.uint32)
+    shifts = range(0, 16, bits)
+    columns = [(words >> shift) & ((1 << bits) - 1) for shift in shifts]
+    return np.stack(columns, axis=-1).astype(np.float32)
