@@ -8,6 +8,9 @@ import mlx.core as mx
 import pytest
 from tiny import make_checkpoint
 
+from moeflux_mlx.cli.inspect import summarize
+from moeflux_mlx.experts.pack import pack
+
 NEEDS = {
     "metal": (mx.metal.is_available(), "needs Apple silicon with Metal"),
     "cuda": (mx.cuda.is_available(), "needs an NVIDIA GPU with MLX's CUDA backend"),
@@ -31,8 +34,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def packed(checkpoint: Path) -> Path:
     """The same model, packed: its experts can be streamed."""
-    from moeflux_mlx.experts.pack import pack
-
     path = checkpoint.with_name("packed")
     pack(checkpoint, path)
     return path
@@ -41,8 +42,6 @@ def packed(checkpoint: Path) -> Path:
 @pytest.fixture(scope="session")
 def budget(packed: Path) -> str:
     """Memory for a quarter of the packed model's experts."""
-    from moeflux_mlx.cli.inspect import summarize
-
     summary = summarize(packed)
     least, full = summary.minimum_bytes, summary.full_bytes
     return str(least + (full - least) // 4)

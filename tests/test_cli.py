@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import mlx_lm
 import pytest
+from mlx_lm.sample_utils import make_sampler
 
 import moeflux_mlx
 
@@ -109,6 +111,46 @@ def test_stock_mlx_lm_generate_runs_a_packed_directory(packed, budget, stock_tex
     env = {**os.environ, "MOEFLUX_MEMORY": budget}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.stdout == stock_text + "\n", done.stderr
+
+
+def test_a_seed_samples_what_stock_mlx_lm_samples_with_it(packed, checkpoint, budget):
+    flags = ["--temp", "0.9", "--top-p", "0.95", "--seed", "7", "--verbose", "False"]
+    streamed = generate(packed, *flags, "--memory", budget).stdout
+    model, tokenizer = mlx_lm.load(str(checkpoint))
+    mx.random.seed(7)
+    sampler = make_sampler(0.9, 0.95)
+    options = {"max_tokens": N_TOKENS, "sampler": sampler}
+    assert streamed == mlx_lm.generate(model, tokenizer, PROMPT, **options) + "\n"
+
+
+def test_a_saved_prompt_cache_continues_where_it_ended(packed, tmp_path):
+    cache = tmp_path / "cache.safetensors"
+    stock = [sys.executable, "-m", "mlx_lm"]
+    flags = ["--model", str(packed), "--trust-remote-code"]
+    flags += ["--prompt-cache-file", str(cache)]
+    save = [*stock, "cache_prompt", *flags, "--prompt", "be brief"]
+    assert subprocess.run(save, capture_output=True).returncode == 0
+    flags += ["--prompt", "hello", "--verbose", "False", "-m", "12"]
+    expected = subprocess.run([*stock, "generate", *flags], capture_output=True)
+    assert expected.stdout.strip()
+    assert moeflux("generate", *flags).stdout.encode() == expected.stdout
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--image", "x.png"],
+        ["--adapter-path", "adapters"],
+        ["--max-tokens", "0"],
+        ["--draft-model", "draft"],
+        ["--prompt-cache-file", "none.safetensors"],
+        ["--memory", "lots"],
+        ["--executor", "abacus"],
+    ],
+    ids=lambda flags: flags[0].lstrip("-"),
+)
+def test_a_flag_that_cannot_be_used_is_one_clear_line(packed, flags):
+    one_line_error(moeflux("generate", "--model", packed, *flags))
 
 
 def test_a_directory_that_is_not_a_model_is_one_clear_line(tmp_path):

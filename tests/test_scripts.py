@@ -97,3 +97,17 @@ def test_import_without_an_mlx_library_names_the_extra_to_install(tmp_path):
     if sys.platform == "linux":
         assert "pip install 'moeflux-mlx[cpu]'" in last
         assert "pip install 'moeflux-mlx[cuda]'" in last
+
+
+def test_a_test_for_a_device_that_is_not_here_skips_with_a_reason(tmp_path):
+    for name in ("conftest.py", "tiny.py"):
+        shutil.copy(ROOT / "tests" / name, tmp_path)
+    (tmp_path / "test_device.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.metal\ndef test_on_metal(): pass\n"
+        "@pytest.mark.cuda\ndef test_on_cuda(): pass\n"
+    )
+    report = run(sys.executable, "-m", "pytest", "-rs", tmp_path).stdout
+    metal, cuda = mx.metal.is_available(), mx.cuda.is_available()
+    assert ("needs Apple silicon with Metal" in report) != metal
+    assert ("needs an NVIDIA GPU with MLX's CUDA backend" in report) != cuda

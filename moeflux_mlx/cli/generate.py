@@ -8,10 +8,14 @@ import sys
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm
 from mlx_lm.generate import setup_arg_parser
-from mlx_lm.models.cache import load_prompt_cache
+from mlx_lm.models.cache import (
+    can_trim_prompt_cache,
+    load_prompt_cache,
+    make_prompt_cache,
+)
 from mlx_lm.sample_utils import make_sampler
-from mlx_lm.tuner.utils import load_adapters
 
 from ..errors import ConfigError
 from ..loading import load
@@ -48,14 +52,12 @@ def add_streaming_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate as ``args`` say, the text as it comes, then the table."""
-    if args.image:
-        raise ConfigError("[generate] expected a text prompt but got --image")
-    if args.max_tokens == 0:
-        raise ConfigError("[generate] expected --max-tokens of 1 or more, or -1")
-    if args.seed is not None:
-        mx.random.seed(args.seed)
+    _refuse_unusable(args)
     cache, saved = _prompt_cache(args)
     model, tokenizer = _load(args, saved)
+    # Not before loading, which takes random numbers of its own.
+    if args.seed is not None:
+        mx.random.seed(args.seed)
     generate_and_print(
         model,
         tokenizer,
@@ -65,9 +67,21 @@ def run(args: argparse.Namespace) -> int:
         sampler=_sampler(args, tokenizer),
         prompt_cache=cache,
         **_cache_options(args),
-        **_draft_options(args, tokenizer),
+        **_draft_options(args, model, tokenizer),
     )
     return 0
+
+
+def _refuse_unusable(args: argparse.Namespace) -> None:
+    if args.image:
+        raise ConfigError("[generate] expected a text prompt but got --image")
+    if args.adapter_path is not None:
+        raise ConfigError(
+            "[generate] expected a model without adapters but got --adapter-path: "
+            "merge them into the model with mlx_lm.fuse first"
+        )
+    if args.max_tokens == 0:
+        raise ConfigError("[generate] expected --max-tokens of 1 or more, or -1")
 
 
 def _load(args: argparse.Namespace, saved: dict[str, str]) -> tuple[Any, Any]:
@@ -82,8 +96,6 @@ def _load(args: argparse.Namespace, saved: dict[str, str]) -> tuple[Any, Any]:
         },
         model_config={"quantize_activations": args.quantize_activations},
     )
-    if args.adapter_path is not None:
-        load_adapters(model, args.adapter_path).eval()
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
     return model, tokenizer
@@ -92,7 +104,10 @@ def _load(args: argparse.Namespace, saved: dict[str, str]) -> tuple[Any, Any]:
 def _prompt_cache(args: argparse.Namespace) -> tuple[list | None, dict[str, str]]:
     if args.prompt_cache_file is None:
         return None, {}
-    cache, saved = load_prompt_cache(args.prompt_cache_file, return_metadata=True)
+    try:
+        cache, saved = load_prompt_cache(args.prompt_cache_file, return_metadata=True)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise ConfigError(f"[generate] --prompt-cache-file: {error}") from error
     for name in ("bits", "group_size"):
         asked, stored = getattr(args, f"kv_{name}"), getattr(cache[0], name, None)
         if None not in (asked, stored) and asked != stored:
@@ -163,10 +178,17 @@ def _cache_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in (*names, "quantized_kv_start")}
 
 
-def _draft_options(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+def _draft_options(
+    args: argparse.Namespace, model: Any, tokenizer: Any
+) -> dict[str, Any]:
     if args.draft_model is None:
         return {}
-    draft, draft_tokenizer = load(args.draft_model)
+    if not can_trim_prompt_cache(make_prompt_cache(model)):
+        raise ConfigError(
+            "[generate] expected a model that can take tokens back but got "
+            f"--draft-model with {model.model_type}, whose layers cannot"
+        )
+    draft, draft_tokenizer = mlx_lm.load(args.draft_model)[:2]
     if draft_tokenizer.vocab_size != tokenizer.vocab_size:
         raise ConfigError(
             f"[generate] expected a draft model with {tokenizer.vocab_size} tokens "
