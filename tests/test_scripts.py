@@ -82,6 +82,28 @@ def test_a_failed_install_is_not_taken_for_a_finished_one(clone):
     assert not (clone / ".venv" / "installed.json").exists()
 
 
+def test_the_demo_packs_once_and_again_when_the_model_changes(
+    checkpoint, budget, tmp_path
+):
+    model = tmp_path / "models" / "demo"
+    shutil.copytree(checkpoint, model)
+    command = [sys.executable, "-m", "moeflux_mlx.cli.demo", "--max-tokens", "5"]
+    command += ["--prompt", "def sum", "--memory", budget]
+
+    def demo() -> tuple[str, set[str]]:
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, {pack.name for pack in (tmp_path / "build").iterdir()}
+
+    text, packs = demo()
+    assert "def sum" in text
+    assert "expert cache hits" in text
+    assert len(packs) == 1
+    assert demo()[1] == packs
+    (model / "generation_config.json").write_text("{}")
+    assert len(demo()[1]) == 2
+
+
 def copy_mlx_without_library(target: Path) -> None:
     """Lay out what plain ``pip install mlx`` leaves on Linux: no ``libmlx``."""
     source = Path(mx.__file__).parent

@@ -32,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
     command = ["generate", "--model", str(packed), "--ignore-chat-template"]
     command += ["--prompt", args.prompt, "--max-tokens", str(args.max_tokens)]
-    return moeflux([*command, "--memory", args.memory])
+    # So small a model repeats itself when it always takes the likeliest token.
+    command += ["--temp", "0.7", "--seed", "0", "--memory", args.memory]
+    print(args.prompt, end="", flush=True)
+    return moeflux(command)
 
 
 def _parser() -> argparse.ArgumentParser:

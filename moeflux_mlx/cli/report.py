@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from ..experts.stats import Counters
+from ..experts.streamer import ExpertStreamer
 
 
 def generate_and_print(
@@ -36,15 +36,13 @@ def generate_and_print(
         sys.stdout.flush()
     print()
     if with_table:
-        streamer = getattr(model, "streamer", None)
-        experts = None if streamer is None else streamer.stats.total
-        Console().print(cost_table(response, experts))
+        Console().print(cost_table(response, getattr(model, "streamer", None)))
 
 
-def cost_table(last: GenerationResponse, experts: Counters | None) -> Table:
+def cost_table(last: GenerationResponse, streamer: ExpertStreamer | None) -> Table:
     """Lay out speed, expert cache and memory after a generation's ``last`` response.
 
-    ``experts`` counts from loading on; None when no expert is streamed.
+    The expert cache is counted from loading on.
     """
     table = Table("", "tokens", "tokens/s")
     table.add_row("prompt", str(last.prompt_tokens), f"{last.prompt_tps:.1f}")
@@ -52,25 +50,22 @@ def cost_table(last: GenerationResponse, experts: Counters | None) -> Table:
         "generation", str(last.generation_tokens), f"{last.generation_tps:.1f}"
     )
     table.add_section()
-    for name, value in _cost_rows(last, experts):
+    for name, value in _expert_rows(streamer):
         table.add_row(name, value)
+    table.add_section()
+    table.add_row("peak memory of MLX", decimal(round(last.peak_memory * 1e9)))
+    table.add_row("peak memory of the process", decimal(_peak_process_bytes()))
     return table
 
 
-def _cost_rows(
-    last: GenerationResponse, experts: Counters | None
-) -> list[tuple[str, str]]:
-    if experts is None:
-        rows = [("experts", "all in memory")]
-    else:
-        rows = [
-            ("expert cache hits", f"{experts.hit_rate:.1%}"),
-            ("bytes read", decimal(experts.read_bytes)),
-        ]
+def _expert_rows(streamer: ExpertStreamer | None) -> list[tuple[str, str]]:
+    if streamer is None:
+        return [("experts", "all in memory")]
+    total = streamer.stats.total
     return [
-        *rows,
-        ("peak memory of MLX", decimal(round(last.peak_memory * 1e9))),
-        ("peak memory of the process", decimal(_peak_process_bytes())),
+        ("memory for experts", decimal(streamer.memory_bytes)),
+        ("expert cache hits", f"{total.hit_rate:.1%}"),
+        ("bytes read", decimal(total.read_bytes)),
     ]
 
 
