@@ -140,6 +140,7 @@ class Forward:
         """Return one layer's graph for a single sequence; IndexError as for lists."""
         if not self.layers:
             self.prepare()
+        self.layers[layer].weights.refresh()
         return self.layers[layer].graph(Call(1, n_tokens, self.dtype))
 
     def hidden_states(
@@ -293,6 +294,11 @@ class GraphLayer:
         self.module, self.index, self.args, self.runtime = module, index, args, runtime
         self.weights = LayerWeights(module, skip=ROUTED, unpack=unpack)
         self.routed = LayerWeights(module.mlp[ROUTED]) if ROUTED in module.mlp else None
+        self._shape: tuple[int, bool, RoutedShape] | None = None
+        self._streamed: ExpertSource | None = None
+        if self.routed is None:
+            assert runtime.streamer is not None
+            self._streamed = runtime.streamer.source(index)
 
     def __call__(self, hidden: Array, cache: Any, context: Context) -> Array:
         """Run the layer on rows ``[N, D]``, moving its cache forward."""
@@ -302,10 +308,10 @@ class GraphLayer:
 
     def graph(self, call: Call) -> LayerGraph:
         """Return the graph for calls like ``call``, shared by layers of one shape."""
-        self.weights.bind(call.dtype)
-        routed = self._routed_shape(call.dtype)
-        key = (self.module.is_linear, call, routed, self.weights.signature)
-        return self.runtime.graphs.get(key, lambda: self._build(call, routed))
+        if self._shape is None or self._shape[0] != self.weights.signature:
+            routed = self._routed_shape()
+            self._shape = (self.weights.signature, self.module.is_linear, routed)
+        return self.runtime.graphs.get((self._shape, call), lambda: self._build(call))
 
     def _call(self, context: Context, **masks: bool) -> Call:
         gather = self.routed is not None and (context.training or not device.on_cpu())
@@ -368,25 +374,27 @@ class GraphLayer:
 
     def _experts(self, dtype: mx.Dtype) -> ExpertSource:
         if self.routed is None:
-            assert self.runtime.streamer is not None
-            return self.runtime.streamer.source(self.index)
+            assert self._streamed is not None
+            return self._streamed
         bound = self.routed.bind(dtype)
         return ResidentExperts(
             ExpertWeights(bound["gate_proj"], bound["up_proj"], bound["down_proj"])
         )
 
-    def _routed_shape(self, dtype: mx.Dtype) -> RoutedShape:
+    def _routed_shape(self) -> RoutedShape:
         dim, width = self.args.hidden_size, self.args.moe_intermediate_size
         if self.routed is None:
             assert self.runtime.store is not None
             n_bytes = self.runtime.store.layout(self.index).record_bytes
             return RoutedShape(dim, width, n_bytes)
-        self.routed.bind(dtype)
+        self.routed.refresh()
         total = sum(ref.n_bytes for ref in self.routed.refs.values())
         return RoutedShape(dim, width, total // self.args.num_experts)
 
-    def _build(self, call: Call, routed: RoutedShape) -> LayerGraph:
-        linear, eps = self.module.is_linear, self.args.rms_norm_eps
+    def _build(self, call: Call) -> LayerGraph:
+        assert self._shape is not None
+        _, linear, routed = self._shape
+        eps = self.args.rms_norm_eps
         name = f"{'linear' if linear else 'full'} attention layer"
         g = GraphBuilder(name, call.dtype, self.weights.refs)
         hidden = g.input("hidden", b.HiddenBuf, (call.n, routed.dim))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from operator import is_
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,10 +24,13 @@ from .graph import Buf, BufferPool, BufId, Graph, Op, WeightRef
 from .graph.buffers import ResidualBuf, Shape
 from .graph.lower import Kernel, Step
 from .ops import MatvecNTokens, ResidualAddNTokens, RmsNormBf16NTokens
-from .ops.functions import dequantize, host_view, to_host
+from .ops.functions import dequantize, to_host
 from .weights import Quantization, Weight
 
 B = TypeVar("B", bound=Buf)
+
+
+_SIGNATURES: dict[tuple[WeightRef, ...], int] = {}
 
 
 class LayerWeights:
@@ -38,10 +42,12 @@ class LayerWeights:
 
     def __init__(self, module: nn.Module, *, skip: str = "", unpack: bool = False):
         self._module, self._skip, self._unpack = module, skip, unpack
-        self._seen: list[tuple[Any, str, Any]] = []
+        self._seen: list[tuple[nn.Module, tuple[Any, ...]]] = []
         self._stored: dict[str, Weight] = {}
         self._bound: dict[bool, dict[str, Weight]] = {}
         self.refs: dict[str, WeightRef] = {}
+        # Equal for modules whose graphs are the same.
+        self.signature = -1
 
     def bind(self, dtype: mx.Dtype, *, host: bool = False) -> Mapping[str, Weight]:
         """Return weights by path, ready for activations of type ``dtype``.
@@ -49,8 +55,7 @@ class LayerWeights:
         Args:
             host: as NumPy arrays, for references that run on the host.
         """
-        if not self._seen or any(owner[k] is not v for owner, k, v in self._seen):
-            self._collect()
+        self.refresh()
         if host not in self._bound:
             prepare = self._for_host if host else self._for_device
             self._bound[host] = {
@@ -58,19 +63,27 @@ class LayerWeights:
             }
         return self._bound[host]
 
-    @property
-    def signature(self) -> Hashable:
-        """A key equal for layers whose graphs are the same."""
-        return tuple(self.refs.values())
+    def refresh(self) -> None:
+        """Look at the module anew if any of its parameters was replaced."""
+        if not self._seen or self._changed():
+            self._collect()
+
+    def _changed(self) -> bool:
+        return any(
+            len(module) != len(values) or not all(map(is_, module.values(), values))
+            for module, values in self._seen
+        )
 
     def _collect(self) -> None:
         self._seen, self._stored, self._bound = [], {}, {}
         for path, module in self._module.named_modules():
             if self._skip and self._skip in path.split("."):
                 continue
-            self._seen += [(module, k, v) for k, v in module.items()]
+            self._seen.append((module, tuple(module.values())))
             self._collect_module(path, module)
         self.refs = {name: _ref(name, weight) for name, weight in self._stored.items()}
+        refs = tuple(self.refs.values())
+        self.signature = _SIGNATURES.setdefault(refs, len(_SIGNATURES))
 
     def _collect_module(self, path: str, module: nn.Module) -> None:
         arrays = {k: v for k, v in module.items() if isinstance(v, mx.array)}
@@ -93,8 +106,9 @@ class LayerWeights:
     def _for_host(self, weight: Weight, dtype: mx.Dtype) -> Weight:
         if weight.quantization is None:
             return Weight(to_host(weight.w.astype(dtype)))
-        view = host_view(weight)
-        return Weight(dequantize(view)) if self._unpack else view
+        if not self._unpack:
+            return self._for_device(weight, dtype)
+        return Weight(dequantize(weight.on_host))
 
     def _for_device(self, weight: Weight, dtype: mx.Dtype) -> Weight:
         if not device.on_cpu():

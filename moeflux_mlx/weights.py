@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -23,26 +25,35 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Weight:
-    """One matrix ``[..., O, I]``: dense when ``quantization`` is None.
+    """One matrix ``[..., O, I]`` in MLX (or NumPy) arrays; dense without quantization.
 
     Quantised, ``w`` is uint32 ``[..., O, I * bits / 32]`` with ``scales`` (and, for
     affine, ``biases``) ``[..., O, I / group_size]``. A leading axis, if there is one,
     counts experts or slots.
     """
 
-    w: mx.array
-    scales: mx.array | None = None
-    biases: mx.array | None = None
+    w: Any
+    scales: Any = None
+    biases: Any = None
     quantization: Quantization | None = None
 
+    @functools.cached_property
+    def on_host(self) -> Weight:
+        """The same memory as NumPy arrays; bfloat16 as its bits in uint16."""
+        parts = (self.w, self.scales, self.biases)
+        return Weight(*(_host_view(x) for x in parts), self.quantization)
+
+    @functools.cached_property
+    def _by_index(self) -> dict[int, Weight]:
+        return {}
+
     def __getitem__(self, index: int) -> Weight:
-        """Return the matrix of one expert or slot, without a copy."""
-        return Weight(
-            self.w[index],
-            None if self.scales is None else self.scales[index],
-            None if self.biases is None else self.biases[index],
-            self.quantization,
-        )
+        """Return the matrix of one expert or slot: a view, made once, never a copy."""
+        if index not in self._by_index:
+            parts = (self.w, self.scales, self.biases)
+            views = [None if x is None else x[index] for x in parts]
+            self._by_index[index] = Weight(*views, self.quantization)
+        return self._by_index[index]
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,12 @@ class ExpertWeights:
     gate: Weight
     up: Weight
     down: Weight
+
+
+def _host_view(x: mx.array | None) -> Any:
+    if x is None:
+        return None
+    return np.asarray(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
 
 
 class ExpertSource(Protocol):

@@ -14,6 +14,9 @@ PAGE_BYTES = 16 << 10
 
 # Logits larger than this stay lazy on a CPU: most callers drop a prompt's logits.
 EAGER_LOGITS_BYTES = 64 << 20
+# From this many rows on, unpacking a quantised matrix once beats MLX's CPU product,
+# which unpacks it again for every row.
+UNPACK_MIN_ROWS = 6
 # Share of memory that resident matrices may take when kept unpacked in float32.
 UNPACKED_SHARE = 1 / 8
 

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..executors import device
 from ..weights import ExpertWeights, Weight
 
 Array = Any
@@ -46,8 +47,7 @@ def sigmoid(x: Array) -> Array:
     """Return ``1 / (1 + exp(-x))``."""
     if isinstance(x, mx.array):
         return mx.sigmoid(x)
-    with np.errstate(over="ignore"):
-        return 1 / (1 + np.exp(-x))
+    return 1 / (1 + np.exp(-np.maximum(x, -80)))
 
 
 def silu(x: Array) -> Array:
@@ -138,8 +138,17 @@ def attention(q: Array, k: Array, v: Array, scale: float, mask: Array | None) ->
 
 
 def linear(x: Array, weight: Weight) -> Array:
-    """Return ``x`` ``[..., I]`` times the transpose of ``weight`` ``[O, I]``."""
+    """Return ``x`` ``[..., I]`` times the transpose of ``weight`` ``[O, I]``.
+
+    A weight of MLX arrays serves NumPy rows too: few rows go through MLX's quantised
+    product, many through one unpacking.
+    """
     q = weight.quantization
+    if isinstance(x, np.ndarray) and isinstance(weight.w, mx.array):
+        few = x.size < device.UNPACK_MIN_ROWS * x.shape[-1]
+        if few and q is not None:
+            return to_host(linear(mx.array(x), weight))
+        weight = weight.on_host if q is not None else Weight(to_host(weight.w))
     if q is None:
         return x @ weight.w.T
     if isinstance(x, np.ndarray):
@@ -189,15 +198,26 @@ def experts_by_slot(
         ``[N, K, D]``.
     """
     if isinstance(x, np.ndarray):
-        rows = [
-            np.concatenate([expert_mlp(row[None], experts, slot) for slot in chosen])
-            for row, chosen in zip(x, slots.tolist(), strict=True)
-        ]
-        return np.stack(rows)
+        return _experts_on_host(x, slots, experts)
     x = x[:, None, None]
     gate = _gather_linear(x, experts.gate, slots, in_order)
     up = _gather_linear(x, experts.up, slots, in_order)
     return _gather_linear(swiglu(gate, up), experts.down, slots, in_order).squeeze(-2)
+
+
+def _experts_on_host(x: np.ndarray, slots: Array, experts: ExpertWeights) -> Array:
+    """Run all (row, slot) pairs in two evaluations, however many there are."""
+    chosen = slots.reshape(-1).tolist()
+    rows = [mx.array(row[None]) for row in x for _ in range(slots.shape[1])]
+    pairs = list(zip(rows, chosen, strict=True))
+    gate = [linear(row, experts.gate[slot]) for row, slot in pairs]
+    up = [linear(row, experts.up[slot]) for row, slot in pairs]
+    mx.eval(gate, up)
+    act = swiglu(np.concatenate(gate), np.concatenate(up))
+    pairs = [(mx.array(row[None]), slot) for row, slot in zip(act, chosen, strict=True)]
+    down = [linear(row, experts.down[slot]) for row, slot in pairs]
+    mx.eval(down)
+    return np.concatenate(down).reshape(*slots.shape, -1)
 
 
 def _gather_linear(
@@ -221,25 +241,6 @@ def _gather_linear(
         mode=q.mode,
         sorted_indices=in_order,
     )
-
-
-def host_experts(experts: ExpertWeights) -> ExpertWeights:
-    """Return the same slots as NumPy views, without a copy."""
-    return ExpertWeights(
-        *(host_view(w) for w in (experts.gate, experts.up, experts.down))
-    )
-
-
-def host_view(weight: Weight) -> Weight:
-    """Return a weight's own memory as NumPy arrays; bfloat16 stays as its bits."""
-
-    def view(x: mx.array | None) -> np.ndarray | None:
-        if x is None:
-            return None
-        return np.asarray(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
-
-    w, scales, biases = view(weight.w), view(weight.scales), view(weight.biases)
-    return Weight(w, scales, biases, weight.quantization)  # type: ignore[arg-type]
 
 
 def dequantize(weight: Weight) -> Array:

@@ -31,7 +31,6 @@ from .functions import (
     expert_mlp,
     experts_by_slot,
     float32,
-    host_experts,
     namespace,
     sigmoid,
     softmax,
@@ -135,9 +134,8 @@ def stacks_and_slots(
 ) -> tuple[ExpertWeights, Array]:
     """Return all slots and those of ``indices``, as arrays of the indices' kind."""
     slots = experts.slots(to_device(indices))
-    if isinstance(indices, np.ndarray):
-        return host_experts(experts.weights), to_host(slots)
-    return experts.weights, slots
+    host = isinstance(indices, np.ndarray)
+    return experts.weights, to_host(slots) if host else slots
 
 
 class MoeDecodeExperts(_RoutedExperts, Op):
@@ -234,7 +232,7 @@ class MoeBatchedPermuteFuse(_RoutedExperts, Op):
         xp = namespace(mlp_in)
         order, used, starts = _by_expert(to_host(indices).reshape(-1))
         rows = mlp_in[xp.array(order // self.k)]
-        stacks = experts.weights if xp is mx else host_experts(experts.weights)
+        stacks = experts.weights
         outs: dict[int, Array] = {}
         for wave in experts.waves(used):
             for expert, slot in wave:
