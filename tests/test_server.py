@@ -17,8 +17,10 @@ from typing import Any
 import mlx_lm
 import pytest
 
+from moeflux_mlx.cli.inspect import summarize
+
 PROMPTS = ["def add(a, b):", "import", "x"]
-N_TOKENS = 24
+N_TOKENS = 40
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +34,22 @@ def answers(checkpoint: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def server(
-    packed: Path, budget: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    """The address of ``mlx_lm.server`` with the packed model, experts streamed."""
+def server(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of ``mlx_lm.server`` with the packed model in the least memory.
+
+    Requests in one batch need more experts than it holds at a time.
+    """
     port = free_port()
     command = [sys.executable, "-m", "mlx_lm", "server", "--trust-remote-code"]
     command += ["--model", str(packed), "--port", str(port)]
+    memory = str(summarize(packed).minimum_bytes)
     log = tmp_path_factory.mktemp("server") / "log.txt"
     with log.open("w") as out:
         process = subprocess.Popen(
             command,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "MOEFLUX_MEMORY": budget},
+            env={**os.environ, "MOEFLUX_MEMORY": memory},
         )
     try:
         wait_until_healthy(f"http://127.0.0.1:{port}", process, log)
