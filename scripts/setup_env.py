@@ -17,8 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "installed.json"
-OLDEST_PYTHON = (3, 10)
-NEWER_NAMES = ["python3.13", "python3.12", "python3.11", "python3.10", "python3.14"]
+# mlx-lm needs this one.
+OLDEST_PYTHON = (3, 11)
+NEWER_NAMES = ["python3.13", "python3.12", "python3.11", "python3.14"]
 # The first NVIDIA driver that runs programs built with CUDA 13.
 OLDEST_CUDA_DRIVER = 580
 
@@ -31,8 +32,9 @@ def ensure_python():
         path = shutil.which(name)
         if path and _is_new_enough(path):
             os.execv(path, [path, *sys.argv])
+    needed = ".".join(map(str, OLDEST_PYTHON))
     _fail(
-        f"Python 3.10 or newer is needed, but this is {platform.python_version()} "
+        f"Python {needed} or newer is needed, but this is {platform.python_version()} "
         "and no newer one was found.\nInstall one (from python.org, your package "
         "manager or Homebrew) and run this again."
     )

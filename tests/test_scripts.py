@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OLD_PYTHONS = ["python3.9", "python3.8", "python3.7", "python3.6"]
+OLD_PYTHONS = ["python3.10", "python3.9", "python3.8", "python3.7", "python3.6"]
 
 
 def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -41,11 +41,11 @@ def old_python() -> str | None:
 def test_an_old_python_is_told_which_one_is_needed(clone):
     python = old_python()
     if python is None:
-        pytest.skip("no Python older than 3.10 on this machine")
+        pytest.skip("no Python older than 3.11 on this machine")
     python = run(python, "-c", "import sys; print(sys.executable)").stdout.strip()
     done = run(python, clone / "scripts" / "test", PATH=str(clone))
     assert done.returncode == 1
-    assert done.stderr.startswith("Python 3.10 or newer is needed, but this is 3.")
+    assert done.stderr.startswith("Python 3.11 or newer is needed, but this is 3.")
     assert not (clone / ".venv").exists()
 
 
