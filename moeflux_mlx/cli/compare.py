@@ -1,0 +1,162 @@
+"""``moeflux compare``: moeflux-mlx against stock mlx-lm on the same tokens."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from ..compare import TOLERANCES, Comparison, Side, compare
+from ..errors import ConfigError
+from .generate import add_streaming_flags
+
+DEFAULT_PROMPT = "def read_table(path):\n"
+DEFAULT_TOKENS = 64
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``compare`` with its flags."""
+    text = "compare output, speed and memory with stock mlx-lm's"
+    tolerances = ", ".join(
+        f"{value:g} for {name}" for name, value in TOLERANCES.items()
+    )
+    parser = subparsers.add_parser(
+        "compare",
+        description=f"{text}; exits with 1 when the logits differ by more than the "
+        "tolerance",
+        help=text,
+    )
+    parser.add_argument("model", help="plain or packed model directory, or hub id")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", help="text to continue")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="file of it")
+    parser.add_argument(
+        "--max-tokens",
+        "-m",
+        type=int,
+        default=DEFAULT_TOKENS,
+        metavar="N",
+        help="tokens to generate (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="measure both perplexities on a file"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(TOLERANCES),
+        default="float32",
+        help="cast both sides to float32 (default), or leave each the model's type",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="PATH",
+        help="model that stock mlx-lm loads (default: MODEL, a pack's experts stacked "
+        "in memory again)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help=f"largest relative RMS error of the logits (default: {tolerances})",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, not tables")
+    add_streaming_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare as ``args`` say; return 0 within the tolerance, 1 outside."""
+    prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
+    result = compare(
+        args.model,
+        prompt if args.prompt_file is None else _read(args.prompt_file),
+        max_tokens=args.max_tokens,
+        text=None if args.text is None else _read(args.text),
+        against=args.against,
+        dtype=args.dtype,
+        tolerance=args.tolerance,
+        memory=args.memory,
+        scope=args.scope,
+        executor=args.executor,
+    )
+    if args.json:
+        print(json.dumps(result.to_json(), indent=2))
+    else:
+        _print(result)
+    return 0 if result.within_tolerance else 1
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"[compare] {path}: expected UTF-8 text: {error}") from error
+
+
+def _print(result: Comparison) -> None:
+    console = Console(highlight=False)
+    console.print(output_table(result))
+    console.print(cost_table(result))
+    sign = "within" if result.within_tolerance else "outside"
+    console.print(
+        f"relative RMS error {result.logits.relative_rms_error:.2e}: {sign} the "
+        f"tolerance of {result.tolerance:.2e}"
+    )
+
+
+def output_table(result: Comparison) -> Table:
+    """Lay out how far the two outputs are apart."""
+    tokens, logits = result.tokens, result.logits
+    table = Table("output", f"{result.model} ({result.dtype})")
+    table.add_row(
+        "equal tokens", f"{tokens.n_equal} of {tokens.n_tokens} ({tokens.share:.1%})"
+    )
+    table.add_row("first divergence", _divergence(result))
+    table.add_section()
+    table.add_row("compared positions", str(logits.n_positions))
+    table.add_row("equal top-1", f"{logits.top1_agreement:.1%}")
+    table.add_row("KL mean", f"{logits.kl_mean:.2e}")
+    table.add_row("KL max", f"{logits.kl_max:.2e} at {logits.kl_max_position}")
+    table.add_row("logit error max", f"{logits.max_error:.2e}")
+    table.add_row("logit error RMS", f"{logits.rms_error:.2e}")
+    table.add_row("relative RMS error", f"{logits.relative_rms_error:.2e}")
+    return table
+
+
+def _divergence(result: Comparison) -> str:
+    first = result.tokens.first_divergence
+    if first is None:
+        return "none"
+    stock, ours = first.stock, first.ours
+    return (
+        f"token {first.position}: stock {stock.id} {stock.text!r}, "
+        f"ours {ours.id} {ours.text!r}"
+    )
+
+
+def cost_table(result: Comparison) -> Table:
+    """Lay out the speed, memory and perplexity of both sides."""
+    table = Table("", "stock mlx-lm", "moeflux-mlx")
+    columns = zip(_cost(result.stock), _cost(result.ours), strict=True)
+    for (name, stock), (_, ours) in columns:
+        if stock or ours:
+            table.add_row(name, stock, ours)
+    return table
+
+
+def _cost(side: Side) -> list[tuple[str, str]]:
+    ppl, hits, read = side.perplexity, side.expert_hit_rate, side.expert_read_bytes
+    return [
+        ("prompt tokens/s", f"{side.prompt_tps:.1f}"),
+        ("generated tokens/s", f"{side.generation_tps:.1f}"),
+        ("peak memory of the process", decimal(side.peak_process_bytes)),
+        ("peak memory of MLX", decimal(side.peak_mlx_bytes)),
+        ("perplexity", "" if ppl is None else f"{ppl:.6g}"),
+        ("expert cache hits", "" if hits is None else f"{hits:.1%}"),
+        ("bytes read while generating", "" if read is None else decimal(read)),
+    ]
