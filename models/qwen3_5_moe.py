@@ -117,6 +117,7 @@ class Forward:
         self.text, self.args, self.runtime = text, args, runtime
         self.layers: list[GraphLayer] = []
         self._ends = LayerWeights(text, skip="layers")
+        self._sources: list[mx.array] = []
         self._chunk = 0
 
     @property
@@ -151,6 +152,7 @@ class Forward:
             self.prepare()
         cache = cache if cache is not None else [None] * len(self.layers)
         host = self._runs_on_host(inputs if embeddings is None else embeddings)
+        self._sources = [] if embeddings is None else [embeddings]
         hidden, n_seqs, t = self._embed(inputs, embeddings, host)
         steps = Context(self, cache, n_seqs, t, host)
         self._chunk = self._chunk + 1 if t > 1 else 0
@@ -168,8 +170,14 @@ class Forward:
             rows = to_device(rows)
         logits = to_device(self._end("logits", rows, _build_logits))
         if on_host or self.runtime.streams:
-            logits = refuse_gradient(logits)
+            logits = refuse_gradient(logits, *self._sources, *self._replaced())
         return logits.reshape(*hidden.shape[:-1], -1)
+
+    def _replaced(self) -> list[mx.array]:
+        held = [self._ends]
+        for layer in self.layers:
+            held += layer.held
+        return [array for weights in held for array in weights.replaced]
 
     def _runs_on_host(self, inputs: mx.array) -> bool:
         """Tell whether NumPy can do this call: not when training, not when traced."""
@@ -268,9 +276,8 @@ class Context:
         self.dtype = forward.dtype
         self.training = forward.text.training
         stub = mx.zeros((n_seqs, t, 0))
-        linear, full = cache[backbone.ssm_idx], None
-        if backbone.fa_idx < len(cache):
-            full = cache[backbone.fa_idx]
+        linear = _cache_of(backbone.layers, cache, is_linear=True)
+        full = _cache_of(backbone.layers, cache, is_linear=False)
         mask = base.create_attention_mask(stub, full)
         if isinstance(mask, mx.array):
             mask = self.move(mask.reshape((1,) * (4 - mask.ndim) + mask.shape))
@@ -278,6 +285,12 @@ class Context:
         self.sequence_mask = self.move(base.create_ssm_mask(stub, linear))
         offset = mx.array(0 if full is None else full.offset, mx.int32)
         self.start = self.move(mx.broadcast_to(offset.reshape(-1), (n_seqs,)))
+
+
+def _cache_of(layers: list[nn.Module], cache: list[Any], *, is_linear: bool) -> Any:
+    """Return the first cache of a layer kind; None when there is no such layer."""
+    pairs = zip(layers, cache, strict=True)
+    return next((c for layer, c in pairs if layer.is_linear == is_linear), None)
 
 
 class GraphLayer:
@@ -294,6 +307,7 @@ class GraphLayer:
         self.module, self.index, self.args, self.runtime = module, index, args, runtime
         self.weights = LayerWeights(module, skip=ROUTED, unpack=unpack)
         self.routed = LayerWeights(module.mlp[ROUTED]) if ROUTED in module.mlp else None
+        self.held = [w for w in (self.weights, self.routed) if w is not None]
         self._shape: tuple[int, bool, RoutedShape] | None = None
         self._streamed: ExpertSource | None = None
         if self.routed is None:

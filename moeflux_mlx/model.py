@@ -46,6 +46,8 @@ class LayerWeights:
         self._stored: dict[str, Weight] = {}
         self._bound: dict[bool, dict[str, Weight]] = {}
         self.refs: dict[str, WeightRef] = {}
+        # Parameters put in place of others: a gradient may be asked for them.
+        self.replaced: list[mx.array] = []
         # Equal for modules whose graphs are the same.
         self.signature = -1
 
@@ -65,8 +67,14 @@ class LayerWeights:
 
     def refresh(self) -> None:
         """Look at the module anew if any of its parameters was replaced."""
-        if not self._seen or self._changed():
-            self._collect()
+        if self._seen and not self._changed():
+            return
+        before = {id(value) for _, values in self._seen for value in values}
+        self._collect()
+        if before:
+            now = (value for _, values in self._seen for value in values)
+            arrays = (v for v in now if isinstance(v, mx.array))
+            self.replaced = [v for v in arrays if id(v) not in before]
 
     def _changed(self) -> bool:
         return any(
@@ -307,10 +315,11 @@ def run(
 
 
 @mx.custom_function
-def refuse_gradient(x: mx.array) -> mx.array:
-    """Return ``x``; differentiating through it raises ``ModelError``.
+def refuse_gradient(x: mx.array, *sources: mx.array) -> mx.array:
+    """Return ``x``; a gradient through it, or for ``sources``, raises ``ModelError``.
 
-    A backward pass would read expert slots that hold other experts by then.
+    A backward pass would read expert slots that hold other experts by then, and
+    nothing computed on the host has a backward pass.
     """
     return x
 
@@ -318,6 +327,6 @@ def refuse_gradient(x: mx.array) -> mx.array:
 @refuse_gradient.vjp
 def _refuse(_primals, _cotangents, _outputs):  # type: ignore[no-untyped-def]
     raise ModelError(
-        "[gradient] expected every expert in memory but some are streamed: load the "
-        "model with enough memory for all experts to train it"
+        "[gradient] expected a model in training mode with every expert in memory; "
+        "call model.train(), and load a plain checkpoint rather than streamed experts"
     )

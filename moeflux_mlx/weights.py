@@ -40,20 +40,16 @@ class Weight:
     @functools.cached_property
     def on_host(self) -> Weight:
         """The same memory as NumPy arrays; bfloat16 as its bits in uint16."""
+        if isinstance(self.w, np.ndarray):
+            return self
         parts = (self.w, self.scales, self.biases)
         return Weight(*(_host_view(x) for x in parts), self.quantization)
 
-    @functools.cached_property
-    def _by_index(self) -> dict[int, Weight]:
-        return {}
-
-    def __getitem__(self, index: int) -> Weight:
-        """Return the matrix of one expert or slot: a view, made once, never a copy."""
-        if index not in self._by_index:
-            parts = (self.w, self.scales, self.biases)
-            views = [None if x is None else x[index] for x in parts]
-            self._by_index[index] = Weight(*views, self.quantization)
-        return self._by_index[index]
+    def __getitem__(self, index: int | None) -> Weight:
+        """Return one expert's matrix, or with None a stack of one, without a copy."""
+        parts = (self.w, self.scales, self.biases)
+        views = [None if x is None else x[index] for x in parts]
+        return Weight(*views, self.quantization)
 
 
 @dataclass(frozen=True)
@@ -63,6 +59,11 @@ class ExpertWeights:
     gate: Weight
     up: Weight
     down: Weight
+
+    @functools.cached_property
+    def on_host(self) -> ExpertWeights:
+        """The same slots as NumPy views."""
+        return ExpertWeights(self.gate.on_host, self.up.on_host, self.down.on_host)
 
 
 def _host_view(x: mx.array | None) -> Any:

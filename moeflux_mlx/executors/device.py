@@ -17,6 +17,8 @@ EAGER_LOGITS_BYTES = 64 << 20
 # From this many rows on, unpacking a quantised matrix once beats MLX's CPU product,
 # which unpacks it again for every row.
 UNPACK_MIN_ROWS = 6
+# Unpacked values the host handles at once: 1 MiB, half of a common L2 cache.
+HOST_BLOCK_VALUES = 256 << 10
 # Share of memory that resident matrices may take when kept unpacked in float32.
 UNPACKED_SHARE = 1 / 8
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 from ..errors import ConfigError, ExpertStoreError
 from ..weights import Quantization
@@ -73,13 +74,13 @@ class ExpertLayout:
             tuple(tensors), tuple(quantization[p] for p in PROJECTIONS), alignment
         )
 
-    @property
+    @cached_property
     def record_bytes(self) -> int:
         """Bytes of one expert without the padding after it."""
         last = self.tensors[-1]
         return last.offset + last.n_bytes
 
-    @property
+    @cached_property
     def stride(self) -> int:
         """Bytes from one record to the next."""
         return _round_up(self.record_bytes, self.alignment)

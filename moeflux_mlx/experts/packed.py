@@ -36,6 +36,7 @@ class PackedExperts:
     def __init__(self, directory: Path, manifest: Manifest):
         self.directory, self.manifest = directory, manifest
         self._files = {entry.layer: entry for entry in manifest.layers}
+        self._paths = {entry.layer: directory / entry.file for entry in manifest.layers}
         self._fds: dict[int, int] = {}
 
     @classmethod
@@ -86,7 +87,7 @@ class PackedExperts:
 
     def path(self, layer: int) -> Path:
         """Return the file that holds one layer's experts."""
-        return self.directory / self._files[layer].file
+        return self._paths[layer]
 
     def fd(self, layer: int) -> int:
         """Return the open file descriptor of one layer's experts."""

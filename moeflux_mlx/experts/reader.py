@@ -16,7 +16,11 @@ import xxhash
 from ..errors import ExpertStoreError
 
 
-@dataclass
+# Waking a thread takes longer than reading this much from the page cache.
+INLINE_BYTES = 256 * 1024
+
+
+@dataclass(slots=True)
 class Read:
     """One record on its way: ``done`` once a thread is through, well or not."""
 
@@ -122,7 +126,14 @@ class ReadPool:
         weakref.finalize(self, _end, self._queue, n_threads)
 
     def submit(self, batch: Batch) -> None:
-        """Begin to read; the batch tells when all of it is over."""
+        """Begin to read; the batch tells when all of it is over.
+
+        A batch of very few bytes is read by the calling thread at once.
+        """
+        if sum(len(read.buffer) for read in batch.reads) <= INLINE_BYTES:
+            for read in batch.reads:
+                read.run()
+            return
         while len(self._threads) < self.n_threads:
             thread = threading.Thread(
                 target=_work, args=(self._queue,), name="expert-reader", daemon=True

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -140,19 +141,13 @@ def attention(q: Array, k: Array, v: Array, scale: float, mask: Array | None) ->
 def linear(x: Array, weight: Weight) -> Array:
     """Return ``x`` ``[..., I]`` times the transpose of ``weight`` ``[O, I]``.
 
-    A weight of MLX arrays serves NumPy rows too: few rows go through MLX's quantised
-    product, many through one unpacking.
+    A weight of MLX arrays serves NumPy rows too.
     """
+    if isinstance(x, np.ndarray):
+        return _host_linear(x, weight.on_host)
     q = weight.quantization
-    if isinstance(x, np.ndarray) and isinstance(weight.w, mx.array):
-        few = x.size < device.UNPACK_MIN_ROWS * x.shape[-1]
-        if few and q is not None:
-            return to_host(linear(mx.array(x), weight))
-        weight = weight.on_host if q is not None else Weight(to_host(weight.w))
     if q is None:
         return x @ weight.w.T
-    if isinstance(x, np.ndarray):
-        return x @ dequantize(weight).T
     scales, biases = _scales_like(x, weight)
     return mx.quantized_matmul(
         x,
@@ -164,6 +159,52 @@ def linear(x: Array, weight: Weight) -> Array:
         bits=q.bits,
         mode=q.mode,
     )
+
+
+def _host_linear(x: np.ndarray, weight: Weight) -> np.ndarray:
+    if weight.quantization is None:
+        return x @ widen(weight.w).T
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) >= device.UNPACK_MIN_ROWS or not _has_table(weight):
+        return x @ dequantize(weight).T
+    out = row_products(rows, weight[None], [0] * len(rows))
+    return out.reshape(*x.shape[:-1], -1)
+
+
+def row_products(x: np.ndarray, stack: Weight, slots: Sequence[int]) -> np.ndarray:
+    """Multiply row i of ``[K, I]`` by ``stack[slots[i]]`` ``[O, I]`` on the host.
+
+    Packed values are looked up a block at a time, small enough for the cache, and
+    scaled after the products with each group: ``s (q . x) + b sum(x)``.
+
+    Returns:
+        ``[K, O]``.
+    """
+    if not _has_table(stack):
+        rows = [_host_linear(row, stack[s]) for row, s in zip(x, slots, strict=True)]
+        return np.stack(rows)
+    q, (n_out, n_groups) = stack.quantization, stack.scales.shape[1:]
+    assert q is not None
+    table, grouped = _table(q.bits), x.reshape(len(x), n_groups, q.group_size, 1)
+    scales, biases = widen(stack.scales[slots]), widen(stack.biases[slots])
+    out = (biases @ grouped.sum(2))[..., 0]
+    step = max(8, device.HOST_BLOCK_VALUES // x.size)
+    for start in range(0, n_out, step):
+        block = slice(start, min(start + step, n_out))
+        shape = (len(x), block.stop - start, n_groups, q.group_size)
+        values = np.empty(shape, np.float32)
+        for target, slot in zip(values, slots, strict=True):
+            words = stack.w[slot, block].view(np.uint16)
+            rows = target.reshape(*words.shape, table.shape[1])
+            np.take(table, words, axis=0, mode="clip", out=rows)
+        dots = values.swapaxes(1, 2) @ grouped
+        out[:, block] += np.einsum("kgo,kog->ko", dots[..., 0], scales[:, block])
+    return out
+
+
+def _has_table(weight: Weight) -> bool:
+    q = weight.quantization
+    return q is not None and q.mode == "affine" and q.bits in (2, 4, 8)
 
 
 def _scales_like(x: mx.array, weight: Weight) -> tuple[mx.array, mx.array | None]:
@@ -182,6 +223,7 @@ def swiglu(gate: Array, up: Array) -> Array:
 
 def expert_mlp(x: Array, experts: ExpertWeights, slot: int) -> Array:
     """Apply one expert, ``down(silu(gate x) * (up x))``, to rows ``[M, D]``."""
+    experts = experts.on_host if isinstance(x, np.ndarray) else experts
     act = swiglu(linear(x, experts.gate[slot]), linear(x, experts.up[slot]))
     return linear(act, experts.down[slot])
 
@@ -206,18 +248,11 @@ def experts_by_slot(
 
 
 def _experts_on_host(x: np.ndarray, slots: Array, experts: ExpertWeights) -> Array:
-    """Run all (row, slot) pairs in two evaluations, however many there are."""
-    chosen = slots.reshape(-1).tolist()
-    rows = [mx.array(row[None]) for row in x for _ in range(slots.shape[1])]
-    pairs = list(zip(rows, chosen, strict=True))
-    gate = [linear(row, experts.gate[slot]) for row, slot in pairs]
-    up = [linear(row, experts.up[slot]) for row, slot in pairs]
-    mx.eval(gate, up)
-    act = swiglu(np.concatenate(gate), np.concatenate(up))
-    pairs = [(mx.array(row[None]), slot) for row, slot in zip(act, chosen, strict=True)]
-    down = [linear(row, experts.down[slot]) for row, slot in pairs]
-    mx.eval(down)
-    return np.concatenate(down).reshape(*slots.shape, -1)
+    experts, chosen = experts.on_host, slots.reshape(-1).tolist()
+    rows = np.repeat(x, slots.shape[1], axis=0)
+    gate = row_products(rows, experts.gate, chosen)
+    act = swiglu(gate, row_products(rows, experts.up, chosen))
+    return row_products(act, experts.down, chosen).reshape(*slots.shape, -1)
 
 
 def _gather_linear(
@@ -256,11 +291,11 @@ def dequantize(weight: Weight) -> Array:
             bits=q.bits,
             mode=q.mode,
         )
-    if q.mode != "affine" or q.bits not in (2, 4, 8):
+    if not _has_table(weight):
         return _unpack_with_mlx(weight)
-    scales, biases = _widen(weight.scales), _widen(weight.biases)
-    packed = np.ascontiguousarray(weight.w).view(np.uint16)
-    values = np.take(_table(q.bits), packed, axis=0)
+    scales, biases = widen(weight.scales), widen(weight.biases)
+    words = np.ascontiguousarray(weight.w).view(np.uint16)
+    values = np.take(_table(q.bits), words, axis=0, mode="clip")
     values = values.reshape(*scales.shape, q.group_size)
     values *= scales[..., None]
     values += biases[..., None]
@@ -271,14 +306,14 @@ def _unpack_with_mlx(weight: Weight) -> np.ndarray:
     q = weight.quantization
     assert q is not None and weight.scales is not None
     is_float = q.mode == "affine"
-    scales = mx.array(_widen(weight.scales) if is_float else weight.scales)
-    biases = None if weight.biases is None else mx.array(_widen(weight.biases))
+    scales = mx.array(widen(weight.scales) if is_float else weight.scales)
+    biases = None if weight.biases is None else mx.array(widen(weight.biases))
     same = Weight(mx.array(weight.w), scales, biases, q)
     return to_host(dequantize(same).astype(mx.float32))
 
 
-def _widen(x: Any) -> np.ndarray:
-    """Return float32 of float32, float16 or the bits of bfloat16."""
+def widen(x: Any) -> np.ndarray:
+    """Return float32 of float32 or float16 values, or of bfloat16 ones as bits."""
     if x.dtype == np.uint16:
         return (x.astype(np.uint32) << 16).view(np.float32)
     return x.astype(np.float32, copy=False)
