@@ -41,47 +41,55 @@ def read_of(file, offset, n_bytes, **fields):
     return Read(file.fileno(), offset, buffer, path, layer=3, expert=17, **fields)
 
 
-def run(reads, n_threads=3):
-    pool, batch = ReadPool(n_threads), Batch(reads)
+@pytest.fixture(params=[0, 10**9], ids=["threads", "inline"])
+def inline_bytes(request):
+    return request.param
+
+
+def run(reads, inline_bytes):
+    pool, batch = ReadPool(3, inline_bytes), Batch(reads)
     pool.submit(batch)
     batch.wait()
     pool.close()
     return reads
 
 
-def test_many_reads_by_few_threads_fill_every_buffer(file):
+def test_many_reads_by_few_threads_fill_every_buffer(file, inline_bytes):
     content = Path(file.name).read_bytes()
-    reads = run([read_of(file, n * 97, n % 7 + 1) for n in range(1_001)])
+    reads = run([read_of(file, n * 97, n % 7 + 1) for n in range(1_001)], inline_bytes)
     for n, read in enumerate(reads):
         assert read.error is None and read.done
         assert bytes(read.buffer) == content[n * 97 : n * 97 + n % 7 + 1]
 
 
-def test_a_read_past_the_end_names_file_layer_and_expert(file):
-    good, bad = run([read_of(file, 0, 63), read_of(file, 100_000, 63)])
+def test_a_read_past_the_end_names_file_layer_and_expert(file, inline_bytes):
+    good, bad = run([read_of(file, 0, 63), read_of(file, 100_000, 63)], inline_bytes)
     assert good.error is None
     assert isinstance(bad.error, ExpertStoreError)
     for part in (file.name, "expert 17", "layer 3", "ends after 3"):
         assert part in str(bad.error)
 
 
-def test_a_read_that_the_system_refuses_names_file_layer_and_expert(tmp_path):
+def test_a_read_that_the_system_refuses_names_file_layer_and_expert(
+    tmp_path, inline_bytes
+):
     fd = os.open(tmp_path, os.O_RDONLY)
     read = Read(fd, 0, memoryview(bytearray(5)), tmp_path, 3, 17)
-    run([read])
+    run([read], inline_bytes)
     os.close(fd)
     assert "expert 17 of layer 3" in str(read.error)
     assert "directory" in str(read.error)
 
 
-def test_a_checksum_is_compared_when_given(file):
+def test_a_checksum_is_compared_when_given(file, inline_bytes):
     content = Path(file.name).read_bytes()[5:68]
     checksum = xxhash.xxh3_64_intdigest(content)
     good, bad = run(
         [
             read_of(file, 5, 63, checksum=checksum),
             read_of(file, 6, 63, checksum=checksum),
-        ]
+        ],
+        inline_bytes,
     )
     assert good.error is None
     assert f"expected checksum {checksum:016x}" in str(bad.error)

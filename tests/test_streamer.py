@@ -65,6 +65,13 @@ def budget(store: PackedExperts, n_slots: int) -> int:
     return n_slots * stride + POOL_ALIGNMENT
 
 
+def stream(store: PackedExperts, n_slots: int, **options) -> ExpertStreamer:
+    """Stream with room for ``n_slots`` and, unless told otherwise, by threads."""
+    return ExpertStreamer(
+        store, budget(store, n_slots), **{"inline_bytes": 0, **options}
+    )
+
+
 def ids(*rows: list[int]) -> mx.array:
     return mx.array(rows, dtype=mx.uint32)
 
@@ -111,14 +118,16 @@ steps = st.lists(
     n_slots=st.integers(N_LAYERS * TOP_K, N_LAYERS * N_EXPERTS + 2),
     minimal=st.booleans(),
     scope=st.sampled_from(["global", "layer"]),
+    inline_bytes=st.sampled_from([0, 10**9]),
 )
 def test_every_slot_holds_the_expert_asked_for(
-    store, expected, steps, n_slots, minimal, scope
+    store, expected, steps, n_slots, minimal, scope, inline_bytes
 ):
     if minimal:
         n_slots = TOP_K if scope == "global" else N_LAYERS * TOP_K
     n_asked = n_read = 0
-    with ExpertStreamer(store, budget(store, n_slots), scope=scope) as streamer:
+    options = {"scope": scope, "inline_bytes": inline_bytes}
+    with stream(store, n_slots, **options) as streamer:
         for kind, layer, experts in steps:
             source = streamer.source(layer)
             before = streamer.stats.snapshot().layers[layer]
@@ -175,7 +184,7 @@ def test_lazy_graphs_read_their_slots_before_they_are_overwritten(
 ):
     n_slots = data.draw(st.integers(TOP_K, 2 * TOP_K))
     promised = []
-    with ExpertStreamer(store, budget(store, n_slots)) as streamer:
+    with stream(store, n_slots) as streamer:
         for _ in range(data.draw(st.integers(1, 8))):
             layer = data.draw(st.integers(0, N_LAYERS - 1))
             experts = data.draw(
@@ -199,14 +208,14 @@ def test_lazy_graphs_read_their_slots_before_they_are_overwritten(
 
 def test_waves_do_not_depend_on_the_budget_but_in_their_order(store):
     for n_slots in (TOP_K, TOP_K + 1, 7, 32, 33):
-        with ExpertStreamer(store, budget(store, n_slots)) as streamer:
+        with stream(store, n_slots) as streamer:
             waves = list(streamer.source(1).waves([7, 3, 3, 10, 0, 7]))
             assert sorted(e for wave in waves for e, _ in wave) == [0, 3, 7, 10]
             assert all(wave for wave in waves)
 
 
 def test_waves_begin_with_what_is_in_memory(store):
-    with ExpertStreamer(store, budget(store, 5)) as streamer:
+    with stream(store, 5) as streamer:
         source = streamer.source(0)
         source.slots(ids([8, 9, 10]))
         waves = list(source.waves(range(N_EXPERTS)))
@@ -216,7 +225,7 @@ def test_waves_begin_with_what_is_in_memory(store):
 
 
 def test_a_wave_left_early_does_not_harm_what_follows(store, expected):
-    with ExpertStreamer(store, budget(store, 5)) as streamer:
+    with stream(store, 5) as streamer:
         source = streamer.source(0)
         for _ in source.waves(range(N_EXPERTS)):
             break
@@ -227,7 +236,7 @@ def test_a_wave_left_early_does_not_harm_what_follows(store, expected):
 
 
 def test_the_longest_unused_expert_is_evicted(store):
-    with ExpertStreamer(store, budget(store, 3)) as streamer:
+    with stream(store, 3) as streamer:
         source = streamer.source(0)
         for row in ([0, 1, 2], [0, 0, 1], [3, 3, 3]):
             source.slots(ids(row))
@@ -241,7 +250,7 @@ def test_the_longest_unused_expert_is_evicted(store):
 def test_layers_compete_for_slots_or_have_their_own(store):
     misses = {}
     for scope in ("global", "layer"):
-        with ExpertStreamer(store, budget(store, 9), scope=scope) as streamer:
+        with stream(store, 9, scope=scope) as streamer:
             for row in ([0, 1, 2], [3, 4, 5], [6, 7, 8], [0, 1, 2]):
                 streamer.source(0).slots(ids(row))
             misses[scope] = streamer.stats.total.misses
@@ -262,7 +271,7 @@ def test_a_policy_of_one_s_own_decides_on_evictions(store):
                 self.keys.remove(found)
             return found
 
-    with ExpertStreamer(store, budget(store, 3), policy=Newest) as streamer:
+    with stream(store, 3, policy=Newest) as streamer:
         source = streamer.source(0)
         for row in ([0, 1, 2], [3, 3, 3], [0, 1, 3]):
             source.slots(ids(row))
@@ -270,7 +279,7 @@ def test_a_policy_of_one_s_own_decides_on_evictions(store):
 
 
 def test_with_all_experts_in_memory_ids_are_slots(store, expected):
-    with ExpertStreamer(store, budget(store, N_LAYERS * N_EXPERTS)) as streamer:
+    with stream(store, N_LAYERS * N_EXPERTS) as streamer:
         assert streamer.resident
         assert streamer.n_slots == N_LAYERS * N_EXPERTS
         for layer in store.layers:
@@ -305,7 +314,7 @@ def test_without_a_budget_a_small_model_is_held_whole(store):
 def test_the_budget_bounds_all_memory_of_experts(store, n_slots):
     gc.collect()
     before = mx.get_active_memory()
-    with ExpertStreamer(store, budget(store, n_slots)) as streamer:
+    with stream(store, n_slots) as streamer:
         assert streamer.n_slots == n_slots
         assert streamer.memory_bytes <= budget(store, n_slots)
         for layer in store.layers:
@@ -337,7 +346,7 @@ def test_arguments_without_meaning_are_refused(store):
 
 @pytest.mark.parametrize("bad", [-1, N_EXPERTS, 2**31 - 1])
 def test_an_expert_out_of_range_is_refused(store, bad):
-    with ExpertStreamer(store, budget(store, 5)) as streamer:
+    with stream(store, 5) as streamer:
         source = streamer.source(1)
         for ask in (
             lambda: source.slots(mx.array([[0, bad]], dtype=mx.int32)),
@@ -373,7 +382,7 @@ def test_a_failed_read_harms_no_other_expert_and_may_be_repeated(
 ):
     path, whole = breakable.path(1), breakable.path(1).read_bytes()
     os.truncate(path, breakable.offset(1, 4) + 63)
-    with ExpertStreamer(breakable, budget(breakable, 5)) as streamer:
+    with stream(breakable, 5) as streamer:
         source = streamer.source(1)
 
         def visit(experts):
@@ -402,13 +411,13 @@ def test_the_first_read_of_a_record_is_checked(breakable, expected, n_slots):
     last = expected[2, 7]["down_proj.biases"][-1]
     overwrite(breakable.path(2), offset, bytes([last ^ 1]))
     with pytest.raises(ExpertStoreError) as caught:  # noqa: SIM117
-        with ExpertStreamer(breakable, budget(breakable, n_slots)) as streamer:
+        with stream(breakable, n_slots) as streamer:
             assert not streamer.resident
             streamer.source(2).slots(ids([1, 7, 3]))
     for part in (str(breakable.path(2)), "expert 7", "layer 2", "checksum"):
         assert part in str(caught.value)
     overwrite(breakable.path(2), offset, bytes([last]))
-    with ExpertStreamer(breakable, budget(breakable, n_slots)) as streamer:
+    with stream(breakable, n_slots) as streamer:
         source = streamer.source(2)
         slot = source.slots(ids([1, 7, 3]))[0, 1].item()
         assert seen(source, slot) == expected[2, 7]
@@ -416,7 +425,7 @@ def test_the_first_read_of_a_record_is_checked(breakable, expected, n_slots):
 
 def test_a_streamer_may_be_used_from_another_thread(store, expected):
     found = {}
-    with ExpertStreamer(store, budget(store, 4)) as streamer:
+    with stream(store, 4) as streamer:
         source = streamer.source(0)
         source.slots(ids([0, 1, 2]))
 
@@ -447,7 +456,7 @@ def test_an_interrupt_leaves_a_streamer_that_works(store, expected):
 
     previous = signal.signal(signal.SIGALRM, interrupt)
     try:
-        with ExpertStreamer(store, budget(store, 5)) as streamer:
+        with stream(store, 5) as streamer:
             source = streamer.source(1)
             for n in range(63):
                 # Again and again: Python drops what is raised inside a finalizer.
@@ -468,7 +477,7 @@ def test_an_interrupt_leaves_a_streamer_that_works(store, expected):
 
 
 def test_counters_can_be_kept_and_reset(store):
-    with ExpertStreamer(store, budget(store, 5)) as streamer:
+    with stream(store, 5) as streamer:
         streamer.source(0).slots(ids([0, 1, 2]))
         kept = streamer.stats.snapshot()
         streamer.source(0).slots(ids([0, 1, 5]))
@@ -481,7 +490,7 @@ def test_counters_can_be_kept_and_reset(store):
 
 def test_closing_twice_is_harmless_and_ends_the_threads(store):
     before = threading.active_count()
-    streamer = ExpertStreamer(store, budget(store, 5), read_threads=3)
+    streamer = stream(store, 5, read_threads=3)
     streamer.source(0).slots(ids([0, 1, 2]))
     assert threading.active_count() == before + 3
     streamer.close()
@@ -492,7 +501,7 @@ def test_closing_twice_is_harmless_and_ends_the_threads(store):
 def test_a_streamer_that_nobody_closed_frees_memory_and_threads(store):
     gc.collect()
     before, threads = mx.get_active_memory(), set(threading.enumerate())
-    streamer = ExpertStreamer(store, budget(store, 5), read_threads=3)
+    streamer = stream(store, 5, read_threads=3)
     streamer.source(0).slots(ids([0, 1, 2]))
     started = set(threading.enumerate()) - threads
     assert len(started) == 3

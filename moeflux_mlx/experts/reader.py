@@ -15,7 +15,6 @@ import xxhash
 
 from ..errors import ExpertStoreError
 
-
 # Waking a thread takes longer than reading this much from the page cache.
 INLINE_BYTES = 256 * 1024
 
@@ -116,21 +115,19 @@ class ReadPool:
     """A fixed number of reading threads, started at the first use.
 
     The threads are daemons: a process that is told to end does not wait for a disk.
+    Batches of up to ``inline_bytes`` are read by the thread that submits them.
     """
 
-    def __init__(self, n_threads: int):
-        self.n_threads = n_threads
+    def __init__(self, n_threads: int, inline_bytes: int = INLINE_BYTES):
+        self.n_threads, self.inline_bytes = n_threads, inline_bytes
         self._queue: SimpleQueue[tuple[Read, Batch] | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         # Idle threads must not outlive a pool that nobody closed.
         weakref.finalize(self, _end, self._queue, n_threads)
 
     def submit(self, batch: Batch) -> None:
-        """Begin to read; the batch tells when all of it is over.
-
-        A batch of very few bytes is read by the calling thread at once.
-        """
-        if sum(len(read.buffer) for read in batch.reads) <= INLINE_BYTES:
+        """Begin to read; the batch tells when all of it is over."""
+        if sum(len(read.buffer) for read in batch.reads) <= self.inline_bytes:
             for read in batch.reads:
                 read.run()
             return

@@ -17,7 +17,7 @@ from .budget import count_slots
 from .packed import PackedExperts
 from .policy import LRU, PolicyFactory
 from .pool import POOL_ALIGNMENT, SlotPool, pool_stride
-from .reader import Batch, Read, ReadPool
+from .reader import INLINE_BYTES, Batch, Read, ReadPool
 from .residency import EMPTY, SlotTable
 from .resident import ResidentExperts
 from .stats import Counters, StreamStats
@@ -42,6 +42,7 @@ class ExpertStreamer:
         scope: str = "global",
         policy: PolicyFactory = LRU,
         read_threads: int | None = None,
+        inline_bytes: int = INLINE_BYTES,
     ):
         """Allocate the pool; if it holds every expert, read them all now.
 
@@ -52,6 +53,7 @@ class ExpertStreamer:
             scope: ``global``: layers compete for slots; ``layer``: equal shares.
             policy: makes what decides on evictions, one for each group of slots.
             read_threads: parallel reads, from the environment by default.
+            inline_bytes: reads of up to this many bytes together need no thread.
 
         Raises:
             ConfigError: an argument has no usable value.
@@ -79,7 +81,7 @@ class ExpertStreamer:
             n_rows, store.n_experts, n_slots, shared=groups == 1, policy=policy
         )
         self._checked = np.zeros((n_rows, store.n_experts), dtype=bool)
-        self._reader = ReadPool(read_threads or config.read_threads())
+        self._reader = ReadPool(read_threads or config.read_threads(), inline_bytes)
         self._lock = threading.RLock()
         self._guards: list[mx.array] = []
         self._interrupted = False
@@ -252,7 +254,9 @@ class ExpertStreamer:
         if reads:
             batch = Batch(reads)
             self._in_flight.append((batch, slots))
+            start = time.perf_counter()
             self._reader.submit(batch)
+            self.stats[layer].wait_seconds += time.perf_counter() - start
         return len(reads)
 
     def _read(self, layer: int, expert: int, slot: int) -> Read:
