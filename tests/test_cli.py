@@ -17,7 +17,7 @@ import moeflux_mlx
 
 PROMPT = "def add(a, b):"
 N_TOKENS = 40
-COMMANDS = ["generate", "pack", "verify", "inspect"]
+COMMANDS = ["generate", "pack", "verify", "inspect", "compare"]
 
 
 def moeflux(*args: object, **options) -> subprocess.CompletedProcess[str]:

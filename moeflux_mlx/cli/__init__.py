@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import MoefluxError
-from . import generate, inspect, pack, verify
+from . import compare, generate, inspect, pack, verify
 
-COMMANDS = (generate, pack, verify, inspect)
+COMMANDS = (generate, pack, verify, inspect, compare)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

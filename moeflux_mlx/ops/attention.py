@@ -22,7 +22,7 @@ from ..graph.buffers import (
     VProjOutBuf,
 )
 from ..graph.op import Cost, In, InOut, Op, Out
-from .functions import QUERY_BLOCK, Array, attention, rope
+from .functions import Array, attention, rope
 
 
 def split_heads(x: Array, n_seqs: int, num_heads: int) -> Array:
@@ -64,7 +64,7 @@ class RopeNTokens(Op):
         return Cost(flops=3 * n * self.rotary_dim, bytes=8 * n * self.head_dim)
 
     def scratch_bytes(self, itemsize: int) -> int:
-        return self.n_tokens * self.num_heads * self.head_dim * itemsize
+        return 2 * self.n_tokens * self.num_heads * self.head_dim * itemsize
 
     def reference(self, x: Array, inv_freq: Array, start: Array) -> Array:
         heads = split_heads(x, self.n_seqs, self.num_heads)
@@ -164,8 +164,8 @@ class SdpaCausalTiled(Op):
 
     def scratch_bytes(self, itemsize: int) -> int:
         t = self.n_tokens // self.n_seqs
-        block = min(t, QUERY_BLOCK)
-        return 2 * self.n_seqs * self.num_heads * block * t * itemsize
+        scores = self.n_seqs * self.num_heads * t * t
+        return (scores + 3 * self.n_tokens * self.num_heads * self.head_dim) * itemsize
 
     def reference(self, q: Array, k: Array, v: Array, mask: Array | None) -> Array:
         queries = split_heads(q, self.n_seqs, self.num_heads)

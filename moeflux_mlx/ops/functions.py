@@ -39,6 +39,11 @@ def to_device(x: Array) -> Array:
     return mx.array(x) if isinstance(x, np.ndarray) else x
 
 
+def detached(x: Array) -> Array:
+    """Return a part of an array with memory of its own, so that the rest can go."""
+    return mx.contiguous(x) if isinstance(x, mx.array) else x.copy()
+
+
 def float32(x: Array) -> Array:
     """Convert to float32."""
     return x.astype(namespace(x).float32)

@@ -25,7 +25,7 @@ from ..graph.buffers import (
 )
 from ..graph.op import Cost, In, InOut, Op, Out, WeightRef
 from ..weights import Weight
-from .functions import Array, float32, namespace, sigmoid, silu
+from .functions import Array, detached, float32, namespace, sigmoid, silu
 
 
 class Conv1dStepNTokens(Op):
@@ -65,7 +65,7 @@ class Conv1dStepNTokens(Op):
         return Cost(flops=flops, bytes=8 * (n + state) + self.weight.n_bytes)
 
     def scratch_bytes(self, itemsize: int) -> int:
-        return 3 * self.n_tokens * self.conv_dim * itemsize
+        return 5 * self.n_tokens * self.conv_dim * itemsize
 
     def reference(
         self,
@@ -82,7 +82,7 @@ class Conv1dStepNTokens(Op):
             chunk = xp.where(mask[..., None], chunk, 0)
         inputs = xp.concatenate([conv_state.astype(chunk.dtype), chunk], axis=1)
         if lengths is None:
-            state = inputs[:, -keep:]
+            state = detached(inputs[:, -keep:])
         else:
             ends = xp.clip(lengths, 0, t)[:, None] + xp.arange(keep)
             state = xp.take_along_axis(inputs, ends[..., None], axis=1)
@@ -262,7 +262,7 @@ class GatedDeltaNetChunkwise(_DeltaRule, Op):
     def scratch_bytes(self, itemsize: int) -> int:
         c, dk, dv = self.chunk_size, self.key_dim, self.value_dim
         padded = -(-(self.n_tokens // self.n_seqs) // c) * c * self.n_seqs
-        rows = 3 * dk + 4 * dv + 3 * c
+        rows = 3 * dk + 4 * dv + 7 * c
         return 4 * padded * self.num_v_heads * rows
 
     def reference(

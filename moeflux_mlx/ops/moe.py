@@ -65,7 +65,7 @@ class MoeSoftmaxTopK(Op):
         return Cost(flops=5 * n, bytes=4 * n + 8 * self.n_tokens * self.k)
 
     def scratch_bytes(self, itemsize: int) -> int:
-        return 3 * 4 * self.n_tokens * self.n_experts
+        return 2 * 4 * self.n_tokens * self.n_experts
 
     def reference(self, logits: Array) -> tuple[Array, Array]:
         xp = namespace(logits)

@@ -37,6 +37,9 @@ class RmsNormBf16NTokens(Op):
         n = self.n_tokens * self.dim
         return Cost(flops=4 * n, bytes=8 * n + self.weight.n_bytes)
 
+    def scratch_bytes(self, itemsize: int) -> int:
+        return self.n_tokens * self.dim * itemsize
+
     def reference(self, x: Array, weight: Weight) -> Array:
         return rms_norm(x, weight.w, self.eps)
 
@@ -61,6 +64,9 @@ class RmsNormPerHeadNTokens(Op):
     def cost(self) -> Cost:
         n = self.n_tokens * self.num_heads * self.head_dim
         return Cost(flops=4 * n, bytes=8 * n + self.weight.n_bytes)
+
+    def scratch_bytes(self, itemsize: int) -> int:
+        return self.n_tokens * self.num_heads * self.head_dim * itemsize
 
     def reference(self, x: Array, weight: Weight) -> Array:
         heads = x.reshape(self.n_tokens, self.num_heads, self.head_dim)
