@@ -674,8 +674,8 @@ like Python, and is neither correct nor useful code.
 each full attention layer (output gate, partial rotary positions); {experts} experts
 of width {expert_width} of which each token uses {chosen}, and a shared expert.
 {total:,} parameters, {active:,} of them used for one token.
-Byte-level BPE of {vocabulary} tokens, ChatML chat template. Quantised by `mlx_lm.convert` to 4 bits in groups of
-64, the router and the shared expert's gate to 8 bits.
+Byte-level BPE of {vocabulary} tokens, ChatML chat template.
+Quantised by `mlx_lm.convert` to 4 bits in groups of 64, the router and the shared expert's gate to 8 bits.
 
 ## Training
 
@@ -688,8 +688,8 @@ of its path, is held out.
 
 {steps} steps of {rows} rows of {row_tokens} tokens: {tokens:,} tokens, {epochs} epochs.
 AdamW (betas 0.9 and 0.95), peak learning rate {learning_rate},
-{warm_up_steps} steps of warm-up, then a cosine; weight decay {weight_decay} on matrices,
-dropout {dropout}, gradients clipped at 1, a balance loss for each layer's router with
+{warm_up_steps} steps of warm-up, then a cosine; weight decay {weight_decay} on
+matrices, dropout {dropout}, gradients clipped at 1, a balance loss for each layer's router with
 weight {balance_weight}. float32 weights, bfloat16 autocast.
 {seconds} s on {machine}.
 
@@ -700,8 +700,8 @@ weight {balance_weight}. float32 weights, bfloat16 autocast.
 The losses are measured in float32, in independent rows of {eval_tokens} tokens. The
 weights kept are those of the best held-out loss on the library files{last}.
 The settings were chosen among three by the same files, so that loss is a little
-optimistic. Over 8192 held-out tokens, shares of one expert in one layer's choices run from {smallest:.1%} to {largest:.1%};
-{even:.1%} would be even.
+optimistic. Over 8192 held-out tokens, shares of one expert in one layer's choices
+run from {smallest:.1%} to {largest:.1%}; {even:.1%} would be even.
 
 ## Make it again
 
