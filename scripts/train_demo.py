@@ -675,7 +675,8 @@ each full attention layer (output gate, partial rotary positions); {experts} exp
 of width {expert_width} of which each token uses {chosen}, and a shared expert.
 {total:,} parameters, {active:,} of them used for one token.
 Byte-level BPE of {vocabulary} tokens, ChatML chat template.
-Quantised by `mlx_lm.convert` to 4 bits in groups of 64, the router and the shared expert's gate to 8 bits.
+Quantised by `mlx_lm.convert` to 4 bits in groups of 64, the router and the shared
+expert's gate to 8 bits.
 
 ## Training
 
@@ -689,7 +690,8 @@ of its path, is held out.
 {steps} steps of {rows} rows of {row_tokens} tokens: {tokens:,} tokens, {epochs} epochs.
 AdamW (betas 0.9 and 0.95), peak learning rate {learning_rate},
 {warm_up_steps} steps of warm-up, then a cosine; weight decay {weight_decay} on
-matrices, dropout {dropout}, gradients clipped at 1, a balance loss for each layer's router with
+matrices, dropout {dropout}, gradients clipped at 1, a balance loss for each layer's
+router with
 weight {balance_weight}. float32 weights, bfloat16 autocast.
 {seconds} s on {machine}.
 
