@@ -26,6 +26,7 @@ from moeflux_mlx.graph.lower import Kernel
 from moeflux_mlx.model import (
     GraphBuilder,
     LayerGraph,
+    LayerSample,
     LayerWeights,
     RunOptions,
     Runtime,
@@ -52,7 +53,7 @@ class Model(stock.Model):
     options: ClassVar[RunOptions] = RunOptions()
 
     def __init__(self, args: ModelArgs):
-        super().__init__(args)
+        super().__init__(args)  # type: ignore[arg-type]
         self.runtime = Runtime(self.options)
         text_args = TextModelArgs.from_dict(args.text_config)
         self.language_model = TextModel(text_args, self.runtime)
@@ -62,9 +63,10 @@ class Model(stock.Model):
         """The expert streamer, or None when experts are parameters."""
         return self.runtime.streamer
 
-    def layer_graph(self, layer: int, n_tokens: int = 1) -> LayerGraph:
-        """Return the graph that runs ``layer`` for one sequence of ``n_tokens``."""
-        return self.language_model.forward.layer_graph(layer, n_tokens)
+    @property
+    def graph_layers(self) -> list[GraphLayer]:
+        """The decoder layers as graphs."""
+        return self.language_model.forward.graph_layers()
 
     def shard(self, group: Any = None) -> None:
         """Refuse: experts divided over machines are not supported yet."""
@@ -111,7 +113,7 @@ class Backbone(qwen3_5.Qwen3_5TextModel):
 
 
 class Forward:
-    """Runs a ``TextModel``: binds weights, states and masks to graphs, layer by layer."""
+    """Runs a ``TextModel``: weights, states and masks to graphs, layer by layer."""
 
     def __init__(self, text: nn.Module, args: TextModelArgs, runtime: Runtime):
         self.text, self.args, self.runtime = text, args, runtime
@@ -137,26 +139,24 @@ class Forward:
             for i, module in enumerate(self.text.model.layers)
         ]
 
-    def layer_graph(self, layer: int, n_tokens: int) -> LayerGraph:
-        """Return one layer's graph for a single sequence; IndexError as for lists."""
+    def graph_layers(self) -> list[GraphLayer]:
+        """Return the decoder layers, preparing them if no call did so before."""
         if not self.layers:
             self.prepare()
-        self.layers[layer].weights.refresh()
-        return self.layers[layer].graph(Call(1, n_tokens, self.dtype))
+        return self.layers
 
     def hidden_states(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> Array:
         """Return the final norm's output ``[B, T, D]``."""
-        if not self.layers:
-            self.prepare()
-        cache = cache if cache is not None else [None] * len(self.layers)
+        layers = self.graph_layers()
+        cache = cache if cache is not None else [None] * len(layers)
         host = self._runs_on_host(inputs if embeddings is None else embeddings)
         self._sources = [] if embeddings is None else [embeddings]
         hidden, n_seqs, t = self._embed(inputs, embeddings, host)
         steps = Context(self, cache, n_seqs, t, host)
         self._chunk = self._chunk + 1 if t > 1 else 0
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
+        for layer, layer_cache in zip(layers, cache, strict=True):
             self.runtime.executor.begin_layer(self._chunk, layer.index)
             hidden = layer(hidden, layer_cache, steps)
         shape = (n_seqs, t, self.args.hidden_size)
@@ -213,7 +213,7 @@ class Forward:
         waits_anyway = device.on_cpu() or self.runtime.streams or inputs.size > 1
         if self.text.training or not waits_anyway:
             return
-        low, high = mx.min(inputs).item(), mx.max(inputs).item()
+        low, high = int(mx.min(inputs).item()), int(mx.max(inputs).item())
         if low < 0 or high >= self.args.vocab_size:
             raise ModelError(
                 f"[tokens] expected ids from 0 to {self.args.vocab_size - 1} but got "
@@ -319,6 +319,12 @@ class GraphLayer:
         if self.module.is_linear:
             return self._run_linear(hidden, cache, context)
         return self._run_full(hidden, cache, context)
+
+    def sample(self, n_tokens: int, dtype: mx.Dtype) -> LayerSample:
+        """Return the graph for one sequence of ``n_tokens`` with inputs to run it."""
+        weights = self.weights.bind(dtype)
+        graph = self.graph(Call(1, n_tokens, dtype))
+        return LayerSample.make(graph, weights, self._experts(dtype), n_tokens)
 
     def graph(self, call: Call) -> LayerGraph:
         """Return the graph for calls like ``call``, shared by layers of one shape."""

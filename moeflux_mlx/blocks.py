@@ -257,6 +257,23 @@ def full_attention(g: GraphBuilder, attn: nn.Module, x: BufId, call: Call) -> Bu
     return g.matvec("self_attn.o_proj", attended, b.OProjOutBuf)
 
 
+RoutedOp = (
+    type[ops.MoeDecodeExperts]
+    | type[ops.MoeGatherIdFuse]
+    | type[ops.MoeBatchedPermuteFuse]
+)
+
+
+def experts_op(call: Call) -> RoutedOp:
+    """Return the Op that runs the routed experts of such calls.
+
+    The choice never depends on the memory budget, so that results do not either.
+    """
+    if call.n == 1:
+        return ops.MoeDecodeExperts
+    return ops.MoeGatherIdFuse if call.gather_by_id else ops.MoeBatchedPermuteFuse
+
+
 def moe(
     g: GraphBuilder,
     block: nn.Module,
@@ -306,10 +323,9 @@ def moe(
     shared_gate = g.matvec("mlp.shared_expert_gate", x, b.SharedGateBuf)
     experts = g.input("experts", b.ExpertBaseBuf, (None,))
     out_sum = g.new("experts_sum", b.MoeOutSumBuf, (n, dim))
-    kind = ops.MoeDecodeExperts if n == 1 else ops.MoeGatherIdFuse
-    if n > 1 and not call.gather_by_id:
+    kind = experts_op(call)
+    if kind is ops.MoeBatchedPermuteFuse:
         g.push(ops.ZeroBuffer(label="zero_sum", buf=out_sum, n_tokens=n, dim=dim))
-        kind = ops.MoeBatchedPermuteFuse
     g.push(
         kind(
             label="experts",

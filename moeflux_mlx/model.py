@@ -18,14 +18,15 @@ import mlx.nn as nn
 from . import config
 from .errors import ModelError
 from .executors import Encoding, Executor, device, open_executor
+from .executors.base import arrays
 from .experts.packed import PackedExperts
 from .experts.streamer import ExpertStreamer
 from .graph import Buf, BufferPool, BufId, Graph, Op, WeightRef
-from .graph.buffers import ResidualBuf, Shape
+from .graph.buffers import ExpertBaseBuf, ResidualBuf, Shape
 from .graph.lower import Kernel, Step
 from .ops import MatvecNTokens, ResidualAddNTokens, RmsNormBf16NTokens
 from .ops.functions import dequantize, to_host
-from .weights import Quantization, Weight
+from .weights import ExpertSource, Quantization, Weight
 
 B = TypeVar("B", bound=Buf)
 
@@ -194,7 +195,7 @@ class GraphBuilder:
     def matvec(
         self, name: str, x: BufId[Any], role: type[B], *, label: str | None = None
     ) -> BufId[B]:
-        """Multiply ``x`` by the matrix at path ``name``, with its bias if it has one."""
+        """Multiply ``x`` by the matrix at path ``name``, plus its bias if it has one."""
         weight = self.ref(name)
         n_tokens, in_dim = self._rows(x)
         label = label or name.rsplit(".", 1)[-1]
@@ -312,6 +313,54 @@ def run(
         encoding.bind(buf, inputs[name])
     executor.encode_graph(layer.steps, encoding)
     return encoding
+
+
+@dataclass
+class LayerSample:
+    """A layer's graph with made-up inputs, for looking at what running it takes."""
+
+    layer: LayerGraph
+    weights: Mapping[str, Weight]
+    inputs: dict[str, Any]
+
+    @classmethod
+    def make(
+        cls,
+        layer: LayerGraph,
+        weights: Mapping[str, Weight],
+        experts: ExpertSource,
+        n_tokens: int,
+    ) -> LayerSample:
+        """Fill every input with seeded noise, unknown lengths with ``n_tokens``."""
+        inputs: dict[str, Any] = {}
+        for i, (name, buf) in enumerate(layer.inputs.items()):
+            info = layer.graph.pool.info(buf)
+            shape = [n_tokens if d is None else d for d in info.shape]
+            if info.role is ExpertBaseBuf:
+                inputs[name] = experts
+            elif mx.issubdtype(info.dtype, mx.floating):
+                noise = mx.random.normal(shape, key=mx.random.key(i))
+                inputs[name] = noise.astype(info.dtype)
+            else:
+                inputs[name] = mx.zeros(shape, info.dtype)
+        return cls(layer, weights, inputs)
+
+    def peak_bytes(self, executor: Executor) -> int:
+        """Run Op by Op and return the most MLX memory held besides the inputs."""
+        encoding = executor.begin_encoding(self.layer.graph.pool, self.weights)
+        held = [*self.inputs.values()]
+        for weight in self.weights.values():
+            held += [weight.w, weight.scales, weight.biases]
+        mx.eval(arrays(held))
+        for name, buf in self.layer.inputs.items():
+            encoding.bind(buf, self.inputs[name])
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        for step in self.layer.steps:
+            executor.encode_graph([step], encoding)
+            mx.eval(arrays(encoding.values))
+        return mx.get_peak_memory() - before
 
 
 @mx.custom_function

@@ -42,14 +42,14 @@ class Weight:
         """The same memory as NumPy arrays; bfloat16 as its bits in uint16."""
         if isinstance(self.w, np.ndarray):
             return self
-        parts = (self.w, self.scales, self.biases)
-        return Weight(*(_host_view(x) for x in parts), self.quantization)
+        views = map(_host_view, (self.w, self.scales, self.biases))
+        return Weight(*views, quantization=self.quantization)
 
     def __getitem__(self, index: int | None) -> Weight:
         """Return one expert's matrix, or with None a stack of one, without a copy."""
         parts = (self.w, self.scales, self.biases)
         views = [None if x is None else x[index] for x in parts]
-        return Weight(*views, self.quantization)
+        return Weight(*views, quantization=self.quantization)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,9 @@ TEXT_CONFIG = dict(
 )
 
 
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+
+
 def stock_model(seed: int = 0, dtype: mx.Dtype = mx.float32, **overrides) -> nn.Module:
     """Build mlx-lm's own model with seeded random weights; overrides are config."""
     mx.random.seed(seed)
@@ -108,7 +111,7 @@ def write_tokenizer(path: Path, vocab_size: int) -> None:
             {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "eos_token": "<|endoftext|>",
-                "chat_template": "{% for m in messages %}{{ m['content'] }}\n{% endfor %}",
+                "chat_template": CHAT_TEMPLATE,
             }
         )
     )

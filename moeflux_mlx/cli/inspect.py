@@ -19,6 +19,7 @@ from ..experts.layout import ExpertLayout
 from ..experts.packed import PackedExperts, is_packed
 from ..experts.pool import POOL_ALIGNMENT, pool_stride
 from ..experts.routed import routed_layers
+from .inspect_graph import report, report_table
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,25 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("inspect", description=text, help=text)
     parser.add_argument("model", type=Path, help="plain or packed model directory")
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+    graph = "show the Ops of one layer with their costs and planned memory"
+    parser.add_argument("--graph", type=int, metavar="LAYER", help=graph)
+    tokens = "tokens the layer's graph is built for (default: 512)"
+    parser.add_argument("--tokens", type=int, default=512, help=tokens)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the summary of ``args.model``."""
+    """Print the summary of ``args.model``, or one layer's graph."""
     summary = summarize(args.model)
+    if args.graph is not None:
+        memory = summary.minimum_bytes if summary.is_packed else None
+        graph = report(args.model, memory, args.graph, args.tokens)
+        if args.json:
+            print(json.dumps(asdict(graph), indent=2))
+        else:
+            print(graph.dump)
+            Console().print(report_table(graph))
+        return 0
     if args.json:
         print(json.dumps(asdict(summary), indent=2))
     else:

@@ -309,8 +309,9 @@ class BufferPool:
         """Return the buffer's value, zeros when nothing was written yet."""
         info = self.info(buf)
         value = self.values[self.physical[buf.index]]
-        if value is None and None not in info.shape:
-            value = mx.zeros(info.shape, info.dtype)
+        shape = [d for d in info.shape if d is not None]
+        if value is None and len(shape) == len(info.shape):
+            value = mx.zeros(shape, info.dtype)
         return value
 
     def bind(self, buf: BufId[Any], value: Any) -> None:

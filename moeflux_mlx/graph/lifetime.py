@@ -62,11 +62,9 @@ def greedy_color(lifetimes: Mapping[int, Lifetime]) -> Coloring:
     colors: dict[int, int] = {}
     order = sorted(lifetimes.items(), key=lambda item: (item[1].first, item[0]))
     for index, life in order:
-        for color, end in enumerate(free_from):
-            if end < life.first:
-                break
-        else:
-            color = len(free_from)
+        free = (color for color, end in enumerate(free_from) if end < life.first)
+        color = next(free, len(free_from))
+        if color == len(free_from):
             free_from.append(0)
         free_from[color] = life.last
         colors[index] = color

@@ -8,6 +8,7 @@ checks that nothing is missing.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import Flag, auto
@@ -17,13 +18,17 @@ from typing import (
     Any,
     ClassVar,
     Union,
-    dataclass_transform,
     get_args,
     get_origin,
     get_type_hints,
 )
 
 import mlx.core as mx
+
+if sys.version_info >= (3, 11):
+    from typing import dataclass_transform
+else:
+    from typing_extensions import dataclass_transform
 
 from ..weights import Quantization
 from .buffers import B_co, Buf, BufId, Shape
@@ -95,9 +100,15 @@ class BufferField:
 REGISTRY: dict[str, type[Op]] = {}
 
 
-@dataclass_transform(kw_only_default=True, frozen_default=True)
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Op:
+@dataclass_transform(kw_only_default=True, frozen_default=True, eq_default=False)
+class _Declared:
+    """Makes frozen dataclasses of subclasses; a class of its own for type checkers."""
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True, eq=False)(cls)
+
+
+class Op(_Declared):
     """One dispatch: the buffers, weights and scalar dimensions of one kernel call.
 
     Subclasses annotate buffers with ``In``, ``Out`` or ``InOut`` and weights with
@@ -116,7 +127,7 @@ class Op:
     weight_fields: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
-        dataclass(frozen=True, kw_only=True, eq=False)(cls)
+        super().__init_subclass__()
         cls.buffer_fields, cls.weight_fields = _typed_fields(cls)
         _check_complete(cls)
         REGISTRY[cls.__name__] = cls

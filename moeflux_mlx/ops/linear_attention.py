@@ -170,7 +170,7 @@ class _DeltaRule:
         return 4 * (state + self.n_tokens * row)
 
     def parts(self, conv_out: Array) -> tuple[Array, Array, Array]:
-        """Split rows into q, k ``[B, T, Hk, dk]`` and v ``[B, T, Hv, dv]`` in float32."""
+        """Split rows into float32 q, k ``[B, T, Hk, dk]`` and v ``[B, T, Hv, dv]``."""
         t, width = self.n_tokens // self.n_seqs, self.num_k_heads * self.key_dim
         rows = float32(conv_out).reshape(self.n_seqs, t, -1)
         q, k, v = namespace(rows).split(rows, [width, 2 * width], axis=-1)

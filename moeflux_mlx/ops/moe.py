@@ -125,7 +125,7 @@ class _RoutedExperts:
         )
 
     def scratch_bytes(self, itemsize: int) -> int:
-        """Rows by expert, before and after the experts, and once more in token order."""
+        """Rows by expert, before and after the experts, and again in token order."""
         return 3 * self.n_tokens * self.k * self.dim * itemsize
 
 
@@ -274,7 +274,7 @@ def guard(experts: ExpertSource, outputs: list[Array]) -> None:
 
 
 class MoeCombineResidualNTokens(Op):
-    """Return ``h_mid + moe_sum + sigmoid(shared_gate) * shared_out`` over ``[N, D]``."""
+    """Return ``h_mid + moe_sum + sigmoid(shared_gate) * shared_out``, ``[N, D]``."""
 
     h_mid: In[ResidualBuf]
     moe_sum: In[MoeOutSumBuf]
