@@ -213,7 +213,8 @@ class Forward:
         waits_anyway = device.on_cpu() or self.runtime.streams or inputs.size > 1
         if self.text.training or not waits_anyway:
             return
-        low, high = int(mx.min(inputs).item()), int(mx.max(inputs).item())
+        ids = np.array(inputs)
+        low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.args.vocab_size:
             raise ModelError(
                 f"[tokens] expected ids from 0 to {self.args.vocab_size - 1} but got "

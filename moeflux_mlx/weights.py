@@ -42,14 +42,14 @@ class Weight:
         """The same memory as NumPy arrays; bfloat16 as its bits in uint16."""
         if isinstance(self.w, np.ndarray):
             return self
-        views = map(_host_view, (self.w, self.scales, self.biases))
-        return Weight(*views, quantization=self.quantization)
+        w, scales, biases = map(_host_view, (self.w, self.scales, self.biases))
+        return Weight(w, scales, biases, self.quantization)
 
     def __getitem__(self, index: int | None) -> Weight:
         """Return one expert's matrix, or with None a stack of one, without a copy."""
         parts = (self.w, self.scales, self.biases)
-        views = [None if x is None else x[index] for x in parts]
-        return Weight(*views, quantization=self.quantization)
+        w, scales, biases = (None if x is None else x[index] for x in parts)
+        return Weight(w, scales, biases, self.quantization)
 
 
 @dataclass(frozen=True)

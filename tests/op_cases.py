@@ -123,6 +123,12 @@ class Spec:
         form = f"{self.form.bits}bit-g{self.form.group_size}" if self.form else ""
         return "-".join(p for p in (self.op.__name__, sizes, form, self.note) if p)
 
+    @property
+    def gathers_dense(self) -> bool:
+        """Tell whether unpacked experts are gathered on the device."""
+        gathers = (ops.MoeDecodeExperts, ops.MoeGatherIdFuse)
+        return self.form is None and self.op in gathers
+
     def build(self, dtype: mx.Dtype = mx.float32) -> Case:
         """Return a case whose activations and weights are of type ``dtype``."""
         rng = np.random.default_rng(zlib.crc32(self.id.encode()))

@@ -28,6 +28,7 @@ from op_cases import (
 )
 
 from moeflux_mlx import ops
+from moeflux_mlx.executors import device
 from moeflux_mlx.experts.resident import ResidentExperts
 from moeflux_mlx.graph import REGISTRY
 from moeflux_mlx.graph.buffers import fits
@@ -76,6 +77,8 @@ def test_the_reference_gives_the_same_on_numpy_arrays(case):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.id)
 def test_results_have_the_shape_and_type_of_their_buffers(spec, dtype):
+    if dtype == mx.bfloat16 and device.on_cpu() and spec.gathers_dense:
+        pytest.skip("MLX's dense gather on a CPU takes float32 only")
     case = spec.build(dtype)
     results = zip(case.written, case.on_device_result(), case.expected(), strict=True)
     for name, got, expected in results:

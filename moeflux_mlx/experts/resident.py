@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 
 from ..weights import ExpertWeights
+from .stats import Counters
 
 
 class ResidentExperts:
@@ -32,3 +33,25 @@ class ResidentExperts:
 
     def guard(self, *outputs: mx.array) -> None:
         """Do nothing: no slot is ever overwritten."""
+
+
+class PreloadedExperts(ResidentExperts):
+    """One layer of an ``ExpertStreamer`` that holds every expert.
+
+    Ids are not read back, so each one asked for counts as a hit, repeated or not.
+    """
+
+    def __init__(self, weights: ExpertWeights, counters: Counters):
+        super().__init__(weights)
+        self._counters = counters
+
+    def slots(self, indices: mx.array) -> mx.array:
+        """Return ``indices`` as uint32, without reading them."""
+        self._counters.hits += indices.size
+        return super().slots(indices)
+
+    def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+        """Yield one wave with every distinct expert, ascending."""
+        for wave in super().waves(experts):
+            self._counters.hits += len(wave)
+            yield wave

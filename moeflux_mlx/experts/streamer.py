@@ -19,7 +19,7 @@ from .policy import LRU, PolicyFactory
 from .pool import POOL_ALIGNMENT, SlotPool, pool_stride
 from .reader import INLINE_BYTES, Batch, Read, ReadPool
 from .residency import EMPTY, SlotTable
-from .resident import ResidentExperts
+from .resident import PreloadedExperts
 from .stats import Counters, StreamStats
 
 # Experts in a wave: enough to keep every reading thread busy, few enough that the
@@ -375,25 +375,3 @@ class StreamedExperts:
     def guard(self, *outputs: mx.array) -> None:
         """Evaluate ``outputs`` before any slot handed out so far is overwritten."""
         self._streamer.guard(*outputs)
-
-
-class PreloadedExperts(ResidentExperts):
-    """One layer of an ``ExpertStreamer`` that holds every expert.
-
-    Ids are not read back, so each one asked for counts as a hit, repeated or not.
-    """
-
-    def __init__(self, weights: ExpertWeights, counters: Counters):
-        super().__init__(weights)
-        self._counters = counters
-
-    def slots(self, indices: mx.array) -> mx.array:
-        """Return ``indices`` as uint32, without reading them."""
-        self._counters.hits += indices.size
-        return super().slots(indices)
-
-    def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
-        """Yield one wave with every distinct expert, ascending."""
-        for wave in super().waves(experts):
-            self._counters.hits += len(wave)
-            yield wave
