@@ -195,7 +195,7 @@ class GraphBuilder:
     def matvec(
         self, name: str, x: BufId[Any], role: type[B], *, label: str | None = None
     ) -> BufId[B]:
-        """Multiply ``x`` by the matrix at path ``name``, plus its bias if it has one."""
+        """Multiply ``x`` by the matrix at path ``name``, plus its bias if any."""
         weight = self.ref(name)
         n_tokens, in_dim = self._rows(x)
         label = label or name.rsplit(".", 1)[-1]
