@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from operator import is_
 from pathlib import Path
 from typing import Any, TypeVar
@@ -292,7 +293,12 @@ class Runtime:
         if options.pack is not None:
             memory = options.memory if options.memory is not None else config.memory()
             self.store = PackedExperts.open(options.pack)
-            self.streamer = ExpertStreamer(self.store, memory, scope=options.scope)
+            self.streamer = ExpertStreamer(
+                self.store,
+                memory,
+                scope=options.scope,
+                evaluate=partial(self.executor.wait, "routing"),
+            )
 
     @property
     def streams(self) -> bool:

@@ -164,6 +164,15 @@ def test_any_history_of_evictions_gives_the_same_bits(packed, scope, warm_seed):
     assert mx.array_equal(got, expected)
 
 
+def test_every_read_back_of_routing_is_counted_under_its_label(packed):
+    model, _ = moeflux_mlx.load(packed[1], memory=minimum_memory(packed[1]))
+    stats, n_layers = model.runtime.executor.stats, len(model.layers)
+    stats.reset()
+    mx.eval(model(tokens(1)))
+    assert stats.snapshot()["routing"].count == n_layers
+    assert stats.snapshot()["routing"].wait_ns > 0
+
+
 def test_streamed_logits_equal_those_of_the_plain_checkpoint(packed):
     plain, _ = moeflux_mlx.load(packed[0])
     assert plain.streamer is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -43,6 +43,7 @@ class ExpertStreamer:
         policy: PolicyFactory = LRU,
         read_threads: int | None = None,
         inline_bytes: int = INLINE_BYTES,
+        evaluate: Callable[..., None] = mx.eval,
     ):
         """Allocate the pool; if it holds every expert, read them all now.
 
@@ -54,6 +55,8 @@ class ExpertStreamer:
             policy: makes what decides on evictions, one for each group of slots.
             read_threads: parallel reads, from the environment by default.
             inline_bytes: reads of up to this many bytes together need no thread.
+            evaluate: evaluates arrays that must be done before slots change, like
+                ``mx.eval``; an executor's own counts how long that takes.
 
         Raises:
             ConfigError: an argument has no usable value.
@@ -63,7 +66,7 @@ class ExpertStreamer:
         """
         if scope not in ("global", "layer"):
             raise ConfigError(f"[scope] expected 'global' or 'layer' but got {scope!r}")
-        self._store = store
+        self._store, self._evaluate = store, evaluate
         self._rows = {layer: row for row, layer in enumerate(store.layers)}
         layouts = [store.layout(layer) for layer in store.layers]
         n_rows, n_records = len(layouts), len(layouts) * store.n_experts
@@ -160,7 +163,7 @@ class ExpertStreamer:
     def _slots(self, layer: int, indices: mx.array) -> mx.array:
         with self._exclusive():
             guards, self._guards = self._guards, []
-            mx.eval(indices, *guards)
+            self._evaluate(indices, *guards)
             if not mx.issubdtype(indices.dtype, mx.integer):
                 raise ExpertStoreError(
                     f"[slots] expected expert ids as integers but got {indices.dtype}"
@@ -307,7 +310,7 @@ class ExpertStreamer:
     def _evaluate_guards(self) -> None:
         guards, self._guards = self._guards, []
         if guards:
-            mx.eval(guards)
+            self._evaluate(*guards)
 
     def _preload(self) -> None:
         """Read every expert into the slot ``row * n_experts + expert``."""
