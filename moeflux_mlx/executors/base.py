@@ -119,10 +119,12 @@ class Executor(ABC):
     ) -> None:
         """Encode a graph over its pool, evaluate it, and leave results in the pool."""
         encoding = self.begin_encoding(graph.pool, weights)
-        for index, info in enumerate(graph.pool.infos):
-            if info.persistent and not info.planned:
-                buf = BufId(index, info.role)
-                encoding.bind(buf, graph.pool.handle(buf))
+        written: set[int] = set()
+        for op in graph:
+            for buf in op.reads:
+                if buf.index not in written:
+                    encoding.bind(buf, graph.pool.handle(buf))
+            written.update(buf.index for buf in op.writes)
         self.encode_graph(graph, encoding)
         self.submit_and_wait(encoding, label)
 

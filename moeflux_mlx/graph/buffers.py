@@ -169,7 +169,8 @@ class ExpertBaseBuf(Buf):
     dtype = mx.uint8
 
 
-class MoeOutSumBuf(Buf): ...
+class MoeOutSumBuf(Buf):
+    dtype = mx.float32
 
 
 class SharedFfnGateBuf(MatvecOut): ...
@@ -309,6 +310,9 @@ class BufferPool:
         """Return the buffer's value, zeros when nothing was written yet."""
         info = self.info(buf)
         value = self.values[self.physical[buf.index]]
+        if info.planned and isinstance(value, mx.array):
+            is_own = fits(info.shape, value.shape) and value.dtype == info.dtype
+            value = value if is_own else None
         shape = [d for d in info.shape if d is not None]
         if value is None and len(shape) == len(info.shape):
             value = mx.zeros(shape, info.dtype)

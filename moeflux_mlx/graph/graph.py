@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import reduce
 from typing import Any
 
 from ..errors import GraphError
 from .buffers import BufferPool, BufId, fits
-from .op import Access, Cost, Op
+from .op import Access, Cost, Op, WeightRef
 
 
 class Graph:
@@ -27,6 +28,7 @@ class Graph:
                 buffer has the wrong role or shape or a weight the wrong shape.
         """
         self._check_roles(op)
+        self._check_weights(op)
         self._check_shapes(op)
         self.ops.append(op)
 
@@ -41,12 +43,29 @@ class Graph:
                     f"[{op.variant_name}] {op.label!r}: field {field.name!r} expected "
                     f"{field.role.__name__} but got {got.__name__}"
                 )
+            if not 0 <= buf.index < len(self.pool.infos):
+                raise GraphError(
+                    f"[{op.variant_name}] {op.label!r}: field {field.name!r} expected "
+                    f"a buffer of this pool but got {buf} of {len(self.pool.infos)}"
+                )
             info = self.pool.info(buf)
             if info.role is not buf.role:
                 raise GraphError(
                     f"[{op.variant_name}] {op.label!r}: field {field.name!r} is {buf}, "
                     f"which this pool allocated as {info.role.__name__}, not "
                     f"{buf.role.__name__}"
+                )
+
+    def _check_weights(self, op: Op) -> None:
+        for field in fields(op):
+            ref = getattr(op, field.name)
+            is_absent = ref is None and field.default is None
+            if field.name not in op.weight_fields or is_absent:
+                continue
+            if not isinstance(ref, WeightRef):
+                raise GraphError(
+                    f"[{op.variant_name}] {op.label!r}: field {field.name!r} expected "
+                    f"WeightRef but got {type(ref).__name__}"
                 )
 
     def _check_shapes(self, op: Op) -> None:

@@ -266,8 +266,8 @@ def _gather_linear(
     """Multiply rows ``[N, 1 or K, 1, I]`` by the matrices ``[n_slots, O, I]``."""
     q = weight.quantization
     if q is None:
-        stacked = weight.w.swapaxes(-1, -2)
-        return mx.gather_mm(x, stacked, rhs_indices=slots, sorted_indices=in_order)
+        # Not told that slots are in order: MLX's CUDA product is wrong then.
+        return mx.gather_mm(x, weight.w.swapaxes(-1, -2), rhs_indices=slots)
     scales, biases = _scales_like(x, weight)
     return mx.gather_qmm(
         x,

@@ -276,7 +276,8 @@ class GatedDeltaNetChunkwise(_DeltaRule, Op):
         q, k, v, log_g, beta = self._chunks(conv_out, g_decay, beta_gate)
         total = xp.cumsum(log_g, axis=-1)
         lower = xp.tril(xp.ones((self.chunk_size, self.chunk_size), xp.float32))
-        gaps = (total[..., :, None] - total[..., None, :]) * lower
+        # Not as differences of totals, which strong decay makes too large to subtract.
+        gaps = xp.cumsum(log_g[..., None] * xp.tril(lower, -1), axis=-2)
         decay = xp.exp(gaps) * lower
         keys_t = k.swapaxes(-1, -2)
         coupling = (k @ keys_t) * decay * beta[..., None]
@@ -286,7 +287,7 @@ class GatedDeltaNetChunkwise(_DeltaRule, Op):
         from_state = solve @ (k * (beta[..., None] * grown))
         mixing = (q @ keys_t) * decay
         queries = q * grown
-        tail = k * xp.exp(total[..., -1:] - total)[..., None]
+        tail = k * decay[..., -1, :, None]
         end = xp.exp(total[..., -1])[..., None, None]
         heads = (self.num_k_heads, self.num_v_heads // self.num_k_heads)
         s = state.reshape(self.n_seqs, *heads, self.value_dim, self.key_dim)
