@@ -7,6 +7,7 @@ sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -95,7 +96,8 @@ class TextModel(qwen3_5.TextModel):
         cache: list[Any] | None = None,
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
-        return self.forward.logits(self.model(inputs, cache, input_embeddings))
+        with self.forward.threads(inputs):
+            return self.forward.logits(self.model(inputs, cache, input_embeddings))
 
 
 class Backbone(qwen3_5.Qwen3_5TextModel):
@@ -126,6 +128,10 @@ class Forward:
     def dtype(self) -> mx.Dtype:
         """Type of activations."""
         return device.activation_dtype(self.text.model.norm.weight.dtype)
+
+    def threads(self, inputs: mx.array) -> AbstractContextManager[None]:
+        """Give a call on the host the threads that its size deserves."""
+        return device.host_threads(inputs.size * self.args.hidden_size**2)
 
     def prepare(self) -> None:
         """Decide how weights are held; they are quantised only after construction."""

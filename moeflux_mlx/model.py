@@ -44,7 +44,8 @@ class LayerWeights:
 
     def __init__(self, module: nn.Module, *, skip: str = "", unpack: bool = False):
         self._module, self._skip, self._unpack = module, skip, unpack
-        self._seen: list[tuple[nn.Module, tuple[Any, ...]]] = []
+        self._modules: list[nn.Module] = []
+        self._seen: list[Any] = []
         self._stored: dict[str, Weight] = {}
         self._bound: dict[bool, dict[str, Weight]] = {}
         self.refs: dict[str, WeightRef] = {}
@@ -69,28 +70,27 @@ class LayerWeights:
 
     def refresh(self) -> None:
         """Look at the module anew if any of its parameters was replaced."""
-        if self._seen and not self._changed():
+        values = [value for module in self._modules for value in module.values()]
+        seen = self._seen
+        if seen and len(values) == len(seen) and all(map(is_, values, seen)):
             return
-        before = {id(value) for _, values in self._seen for value in values}
+        before = set(map(id, seen))
         self._collect()
         if before:
-            now = (value for _, values in self._seen for value in values)
-            arrays = (v for v in now if isinstance(v, mx.array))
-            self.replaced = [v for v in arrays if id(v) not in before]
-
-    def _changed(self) -> bool:
-        return any(
-            len(module) != len(values) or not all(map(is_, module.values(), values))
-            for module, values in self._seen
-        )
+            self.replaced = [
+                value
+                for value in self._seen
+                if isinstance(value, mx.array) and id(value) not in before
+            ]
 
     def _collect(self) -> None:
-        self._seen, self._stored, self._bound = [], {}, {}
+        self._modules, self._stored, self._bound = [], {}, {}
         for path, module in self._module.named_modules():
             if self._skip and self._skip in path.split("."):
                 continue
-            self._seen.append((module, tuple(module.values())))
+            self._modules.append(module)
             self._collect_module(path, module)
+        self._seen = [value for module in self._modules for value in module.values()]
         self.refs = {name: _ref(name, weight) for name, weight in self._stored.items()}
         refs = tuple(self.refs.values())
         self.signature = _SIGNATURES.setdefault(refs, len(_SIGNATURES))

@@ -48,7 +48,7 @@ class Weight:
     def __getitem__(self, index: int | None) -> Weight:
         """Return one expert's matrix, or with None a stack of one, without a copy."""
         parts = (self.w, self.scales, self.biases)
-        w, scales, biases = (None if x is None else x[index] for x in parts)
+        w, scales, biases = (None if x is None else _pick(x, index) for x in parts)
         return Weight(w, scales, biases, self.quantization)
 
 
@@ -64,6 +64,13 @@ class ExpertWeights:
     def on_host(self) -> ExpertWeights:
         """The same slots as NumPy views."""
         return ExpertWeights(self.gate.on_host, self.up.on_host, self.down.on_host)
+
+
+def _pick(x: Any, index: int | None) -> Any:
+    """Index the first axis; MLX copies for ``x[index]`` but not for a slice of one."""
+    if index is None or isinstance(x, np.ndarray):
+        return x[index]
+    return x[index : index + 1].squeeze(0)
 
 
 def _host_view(x: mx.array | None) -> Any:

@@ -82,23 +82,29 @@ class Executor(ABC):
 
     def encode_op(self, op: Op, encoding: Encoding) -> None:
         """Encode one Op by itself; its inputs stay alive."""
-        self._run(lower_op(op, self.kernel(op), encoding.pool.physical), encoding)
+        step = lower_op(op, self.kernel(op), encoding.pool.physical)
+        self.encode_graph([step], encoding)
 
     def encode_graph(self, graph: Graph | list[Step], encoding: Encoding) -> None:
         """Encode all Ops of a graph, or of what ``lower`` made of it."""
-        for step in self.lower(graph) if isinstance(graph, Graph) else graph:
-            self._run(step, encoding)
+        steps = self.lower(graph) if isinstance(graph, Graph) else graph
+        run_step = self._time_step if self.profile_per_op else Step.run
+        host = encoding.host
+        for step in steps:
+            kernel = host.get(type(step.op), step.kernel)
+            run_step(step, encoding.values, encoding.weights, kernel)
 
-    def _run(self, step: Step, encoding: Encoding) -> None:
-        kernel = encoding.host.get(type(step.op), step.kernel)
-        if not self.profile_per_op:
-            step.run(encoding.values, encoding.weights, kernel)
-            return
+    def _time_step(
+        self,
+        step: Step,
+        values: list[Any],
+        weights: Mapping[str, Weight],
+        kernel: Kernel,
+    ) -> None:
         start = time.perf_counter_ns()
-        mx.eval(arrays(step.run(encoding.values, encoding.weights, kernel)))
-        self.stats.add(
-            f"{step.op.variant_name} {step.op.label}", time.perf_counter_ns() - start
-        )
+        mx.eval(arrays(step.run(values, weights, kernel)))
+        label = f"{step.op.variant_name} {step.op.label}"
+        self.stats.add(label, time.perf_counter_ns() - start)
 
     def submit_and_wait(self, encoding: Encoding, label: str) -> None:
         """Evaluate everything still alive and count the wait under ``label``."""

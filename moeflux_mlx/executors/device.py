@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
+from collections.abc import Iterator
 
 import mlx.core as mx
+from threadpoolctl import ThreadpoolController
 
 TWO_MIB = 2 << 20
 # Apple's page, and a multiple of the logical block of every disk.
@@ -19,6 +22,8 @@ EAGER_LOGITS_BYTES = 64 << 20
 UNPACK_MIN_ROWS = 6
 # Unpacked values the host handles at once: 1 MiB, half of a common L2 cache.
 HOST_BLOCK_VALUES = 256 << 10
+# From this many multiply-adds on, a product of the host is worth several threads.
+THREADED_MIN_MACS = 64 << 20
 # Share of memory that resident matrices may take when kept unpacked in float32.
 UNPACKED_SHARE = 1 / 8
 
@@ -35,6 +40,28 @@ def prefers_host_arrays() -> bool:
     NumPy's OpenBLAS does 50) and hands every operation to another thread.
     """
     return on_cpu() and sys.platform == "linux"
+
+
+@contextlib.contextmanager
+def host_threads(n_macs: int) -> Iterator[None]:
+    """Let NumPy's BLAS use its threads only where products are large enough.
+
+    OpenBLAS wakes a thread for products of a few hundred microseconds, which costs
+    more than it saves and stalls on busy cores.
+
+    Args:
+        n_macs: multiply-adds of a typical product in the block.
+    """
+    if n_macs >= THREADED_MIN_MACS:
+        yield
+        return
+    with _blas().limit(limits=1, user_api="blas"):
+        yield
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 @functools.cache

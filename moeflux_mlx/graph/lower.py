@@ -30,8 +30,9 @@ class Step:
     ) -> tuple[Any, ...]:
         """Call ``kernel``, store what it wrote, drop what nobody reads any more."""
         inputs = [None if i is None else values[i] for i in self.reads]
-        named = [None if name is None else weights[name] for name in self.weights]
-        result = kernel(*inputs, *named)
+        for name in self.weights:
+            inputs.append(None if name is None else weights[name])
+        result = kernel(*inputs)
         outputs = result if isinstance(result, tuple) else (result,)
         for place in self.drops:
             values[place] = None

@@ -46,7 +46,9 @@ def detached(x: Array) -> Array:
 
 def float32(x: Array) -> Array:
     """Convert to float32."""
-    return x.astype(namespace(x).float32)
+    if isinstance(x, mx.array):
+        return x.astype(mx.float32)
+    return x.astype(np.float32, copy=False)
 
 
 def sigmoid(x: Array) -> Array:
@@ -77,12 +79,19 @@ def argsort(x: Array) -> Array:
     return np.argsort(x, axis=-1, kind="stable")
 
 
+def take_columns(x: Array, indices: Array) -> Array:
+    """Return from each row of ``[N, E]`` its entries ``indices`` ``[N, K]``."""
+    if isinstance(x, mx.array):
+        return mx.take_along_axis(x, indices, axis=-1)
+    return x[np.arange(len(x))[:, None], indices]
+
+
 def rms_norm(x: Array, weight: Array | None, eps: float) -> Array:
     """Return ``x * rsqrt(mean(x^2) + eps) * weight`` over the last axis."""
     if isinstance(x, mx.array):
         return mx.fast.rms_norm(x, weight, eps)
-    mean = np.einsum("...d,...d->...", x, x)[..., None] / x.shape[-1]
-    normed = x / np.sqrt(mean + eps)
+    scale = 1 / np.sqrt(np.vecdot(x, x) / x.shape[-1] + eps)
+    normed = x * scale[..., None]
     return normed if weight is None else normed * weight
 
 
@@ -172,39 +181,45 @@ def _host_linear(x: np.ndarray, weight: Weight) -> np.ndarray:
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) >= device.UNPACK_MIN_ROWS or not _has_table(weight):
         return x @ dequantize(weight).T
-    out = row_products(rows, weight[None], [0] * len(rows))
+    (out,) = row_products(rows, [weight[None]], [0] * len(rows))
     return out.reshape(*x.shape[:-1], -1)
 
 
-def row_products(x: np.ndarray, stack: Weight, slots: Sequence[int]) -> np.ndarray:
-    """Multiply row i of ``[K, I]`` by ``stack[slots[i]]`` ``[O, I]`` on the host.
+def row_products(
+    x: np.ndarray, stacks: Sequence[Weight], slots: Sequence[int] | np.ndarray
+) -> list[np.ndarray]:
+    """Multiply row i of ``[K, I]`` by ``stack[slots[i]]`` ``[O, I]`` of each stack.
 
     Packed values are looked up a block at a time, small enough for the cache, and
     scaled after the products with each group: ``s (q . x) + b sum(x)``.
 
     Returns:
-        ``[K, O]``.
+        ``[K, O]`` for each stack; all have the same shape and quantisation.
     """
-    if not _has_table(stack):
-        rows = [_host_linear(row, stack[s]) for row, s in zip(x, slots, strict=True)]
-        return np.stack(rows)
-    q, (n_out, n_groups) = stack.quantization, stack.scales.shape[1:]
+    first = stacks[0]
+    if not _has_table(first):
+        return [
+            np.stack([_host_linear(r, stack[s]) for r, s in zip(x, slots, strict=True)])
+            for stack in stacks
+        ]
+    q, (n_out, n_groups) = first.quantization, first.scales.shape[1:]
     assert q is not None
-    table, grouped = _table(q.bits), x.reshape(len(x), n_groups, q.group_size, 1)
-    scales, biases = widen(stack.scales[slots]), widen(stack.biases[slots])
+    slots = np.asarray(slots)
+    grouped = x.reshape(len(x), n_groups, q.group_size, 1)
+    parts = [s.scales[slots] for s in stacks] + [s.biases[slots] for s in stacks]
+    shape = (2, len(stacks), *parts[0].shape)
+    scales, biases = widen(np.concatenate(parts)).reshape(shape)
     out = (biases @ grouped.sum(2))[..., 0]
-    step = max(8, device.HOST_BLOCK_VALUES // x.size)
+    step = max(8, device.HOST_BLOCK_VALUES // (x.size * len(stacks)))
     for start in range(0, n_out, step):
-        block = slice(start, min(start + step, n_out))
-        shape = (len(x), block.stop - start, n_groups, q.group_size)
-        values = np.empty(shape, np.float32)
-        for target, slot in zip(values, slots, strict=True):
-            words = stack.w[slot, block].view(np.uint16)
-            rows = target.reshape(*words.shape, table.shape[1])
-            np.take(table, words, axis=0, mode="clip", out=rows)
-        dots = values.swapaxes(1, 2) @ grouped
-        out[:, block] += np.einsum("kgo,kog->ko", dots[..., 0], scales[:, block])
-    return out
+        rows = slice(start, min(start + step, n_out))
+        packed = [s.w[slots] if step >= n_out else s.w[slots, rows] for s in stacks]
+        values = _unpacked(np.concatenate(packed), q.bits)
+        shape = (len(stacks), len(x), -1, n_groups, q.group_size)
+        values = values.reshape(shape)
+        dots = (values.swapaxes(2, 3) @ grouped)[..., 0]
+        out[:, :, rows] += np.einsum("skgo,skog->sko", dots, scales[:, :, rows])
+    return list(out)
 
 
 def _has_table(weight: Weight) -> bool:
@@ -255,9 +270,13 @@ def experts_by_slot(
 def _experts_on_host(x: np.ndarray, slots: Array, experts: ExpertWeights) -> Array:
     experts, chosen = experts.on_host, slots.reshape(-1).tolist()
     rows = np.repeat(x, slots.shape[1], axis=0)
-    gate = row_products(rows, experts.gate, chosen)
-    act = swiglu(gate, row_products(rows, experts.up, chosen))
-    return row_products(act, experts.down, chosen).reshape(*slots.shape, -1)
+    if experts.gate.quantization == experts.up.quantization:
+        gate, up = row_products(rows, [experts.gate, experts.up], chosen)
+    else:
+        (gate,) = row_products(rows, [experts.gate], chosen)
+        (up,) = row_products(rows, [experts.up], chosen)
+    (down,) = row_products(swiglu(gate, up), [experts.down], chosen)
+    return down.reshape(*slots.shape, -1)
 
 
 def _gather_linear(
@@ -299,9 +318,7 @@ def dequantize(weight: Weight) -> Array:
     if not _has_table(weight):
         return _unpack_with_mlx(weight)
     scales, biases = widen(weight.scales), widen(weight.biases)
-    words = np.ascontiguousarray(weight.w).view(np.uint16)
-    values = np.take(_table(q.bits), words, axis=0, mode="clip")
-    values = values.reshape(*scales.shape, q.group_size)
+    values = _unpacked(weight.w, q.bits).reshape(*scales.shape, q.group_size)
     values *= scales[..., None]
     values += biases[..., None]
     return values.reshape(*scales.shape[:-1], math.prod(values.shape[-2:]))
@@ -324,10 +341,15 @@ def widen(x: Any) -> np.ndarray:
     return x.astype(np.float32, copy=False)
 
 
+def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Return packed values as float32, in order along a new last axis."""
+    words = np.ascontiguousarray(packed).view(np.uint8)
+    return np.take(_table(bits), words, axis=0, mode="clip")
+
+
 @functools.cache
 def _table(bits: int) -> np.ndarray:
-    """Map 16 packed bits to their values as float32."""
-    words = np.arange(1 << 16, dtype=np.uint32)
-    shifts = range(0, 16, bits)
-    columns = [(words >> shift) & ((1 << bits) - 1) for shift in shifts]
+    """Map a byte to its values as float32; small enough to stay in the cache."""
+    words = np.arange(256, dtype=np.uint32)
+    columns = [(words >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
     return np.stack(columns, axis=-1).astype(np.float32)

@@ -89,7 +89,7 @@ class Conv1dStepNTokens(Op):
         taps = weight.w[..., 0].T
         out = inputs[:, :t] * taps[0]
         for i in range(1, self.kernel_size):
-            out = out + inputs[:, i : i + t] * taps[i]
+            out += inputs[:, i : i + t] * taps[i]
         return state, silu(out).reshape(qkv_in.shape)
 
 
@@ -173,10 +173,10 @@ class _DeltaRule:
         """Split rows into float32 q, k ``[B, T, Hk, dk]`` and v ``[B, T, Hv, dv]``."""
         t, width = self.n_tokens // self.n_seqs, self.num_k_heads * self.key_dim
         rows = float32(conv_out).reshape(self.n_seqs, t, -1)
-        q, k, v = namespace(rows).split(rows, [width, 2 * width], axis=-1)
         keys = (self.n_seqs, t, self.num_k_heads, self.key_dim)
         values = (self.n_seqs, t, self.num_v_heads, self.value_dim)
-        return q.reshape(keys), k.reshape(keys), v.reshape(values)
+        q, k = rows[..., :width].reshape(keys), rows[..., width : 2 * width]
+        return q, k.reshape(keys), rows[..., 2 * width :].reshape(values)
 
 
 class GatedDeltaNetStepNTokens(_DeltaRule, Op):
@@ -218,15 +218,19 @@ class GatedDeltaNetStepNTokens(_DeltaRule, Op):
         repeats = self.num_v_heads // self.num_k_heads
         if repeats > 1:
             q, k = xp.repeat(q, repeats, axis=2), xp.repeat(k, repeats, axis=2)
-        g = g_decay.reshape(n_seqs, t, -1, 1, 1)
+        g = g_decay.reshape(n_seqs, t, -1, 1)
         beta = beta_gate.reshape(n_seqs, t, -1, 1)
         outs = []
         for i in range(t):
-            state = state * g[:, i]
-            recalled = (state @ k[:, i, :, :, None])[..., 0]
+            # The new state's product with q follows from the old one's: S is read once.
+            key, query = k[:, i], q[:, i]
+            decay, overlap = g[:, i], (key * query).sum(-1)[..., None]
+            recalled = (state @ key[..., None])[..., 0] * decay
             delta = beta[:, i] * (v[:, i] - recalled)
-            state = state + delta[..., None] * k[:, i, :, None]
-            outs.append((state @ q[:, i, :, :, None])[..., 0])
+            read = (state @ query[..., None])[..., 0] * decay
+            outs.append(read + delta * overlap)
+            state = state * decay[..., None]
+            state += delta[..., None] * key[:, :, None]
         out = outs[0] if t == 1 else xp.stack(outs, axis=1)
         return state, out.reshape(self.n_tokens, -1).astype(conv_out.dtype)
 

@@ -34,6 +34,7 @@ from .functions import (
     namespace,
     sigmoid,
     softmax,
+    take_columns,
     to_device,
     to_host,
 )
@@ -73,7 +74,7 @@ class MoeSoftmaxTopK(Op):
         indices = argsort(-scores)[:, : self.k].astype(xp.int32)
         if xp is mx:
             indices = mx.stop_gradient(indices)
-        return indices, xp.take_along_axis(scores, indices, axis=-1)
+        return indices, take_columns(scores, indices)
 
 
 class MoeNormalizeWeights(Op):
@@ -241,7 +242,7 @@ class MoeBatchedPermuteFuse(_RoutedExperts, Op):
             guard(experts, [outs[expert] for expert, _ in wave])
         sorted_out = xp.concatenate([outs[expert] for expert in used])
         position, rising = self._rising(order)
-        weights = xp.take_along_axis(weights, xp.array(rising), axis=1)
+        weights = take_columns(weights, xp.array(rising))
         per_token = sorted_out[xp.array(position)]
         if xp is np:
             out_sum = to_host(out_sum)
