@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from operator import is_
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,8 +71,7 @@ class LayerWeights:
 
     def refresh(self) -> None:
         """Look at the module anew if any of its parameters was replaced."""
-        values = [value for module in self._modules for value in module.values()]
-        seen = self._seen
+        values, seen = self._values(), self._seen
         if seen and len(values) == len(seen) and all(map(is_, values, seen)):
             return
         before = set(map(id, seen))
@@ -90,10 +90,13 @@ class LayerWeights:
                 continue
             self._modules.append(module)
             self._collect_module(path, module)
-        self._seen = [value for module in self._modules for value in module.values()]
+        self._seen = self._values()
         self.refs = {name: _ref(name, weight) for name, weight in self._stored.items()}
         refs = tuple(self.refs.values())
         self.signature = _SIGNATURES.setdefault(refs, len(_SIGNATURES))
+
+    def _values(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._modules)))
 
     def _collect_module(self, path: str, module: nn.Module) -> None:
         arrays = {k: v for k, v in module.items() if isinstance(v, mx.array)}
