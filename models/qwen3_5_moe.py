@@ -22,7 +22,7 @@ from moeflux_mlx.errors import ModelError
 from moeflux_mlx.executors import device
 from moeflux_mlx.experts.resident import ResidentExperts
 from moeflux_mlx.graph import BufId, Op
-from moeflux_mlx.graph import buffers as b
+from moeflux_mlx.graph import roles as b
 from moeflux_mlx.graph.lower import Kernel
 from moeflux_mlx.model import (
     GraphBuilder,

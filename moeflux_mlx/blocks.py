@@ -16,7 +16,7 @@ import mlx.nn as nn
 from . import ops
 from .errors import ModelError
 from .graph import BufId
-from .graph import buffers as b
+from .graph import roles as b
 from .model import GraphBuilder
 
 

@@ -24,8 +24,12 @@ from .executors.base import arrays
 from .experts.packed import PackedExperts
 from .experts.streamer import ExpertStreamer
 from .graph import Buf, BufferPool, BufId, Graph, Op, WeightRef
-from .graph.buffers import ExpertBaseBuf, ResidualBuf, Shape
+from .graph.buffers import Shape
 from .graph.lower import Kernel, Step
+from .graph.roles import (
+    ExpertBaseBuf,
+    ResidualBuf,
+)
 from .ops import MatvecNTokens, ResidualAddNTokens, RmsNormBf16NTokens
 from .ops.functions import dequantize, to_host
 from .weights import ExpertSource, Quantization, Weight

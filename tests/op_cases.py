@@ -20,7 +20,7 @@ from moeflux_mlx import ops
 from moeflux_mlx.executors import device
 from moeflux_mlx.experts.resident import ResidentExperts
 from moeflux_mlx.graph import Access, BufferPool, BufId, Op, WeightRef
-from moeflux_mlx.graph import buffers as b
+from moeflux_mlx.graph import roles as b
 from moeflux_mlx.weights import ExpertWeights, Quantization, Weight
 
 Q4, Q4_64 = Quantization(4, 32), Quantization(4, 64)

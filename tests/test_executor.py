@@ -15,7 +15,7 @@ from moeflux_mlx import ops
 from moeflux_mlx.errors import BackendError
 from moeflux_mlx.executors import EXECUTORS, Executor, OpsExecutor, open_executor
 from moeflux_mlx.graph import BufferPool, Graph, WeightRef
-from moeflux_mlx.graph import buffers as b
+from moeflux_mlx.graph import roles as b
 from moeflux_mlx.weights import Weight
 
 N, DIM = 3, 7
@@ -262,7 +262,7 @@ import mlx.core as mx
 from moeflux_mlx import ops
 from moeflux_mlx.executors import open_executor
 from moeflux_mlx.graph import BufferPool, Graph
-from moeflux_mlx.graph import buffers as b
+from moeflux_mlx.graph import roles as b
 
 pool = BufferPool()
 a = pool.alloc(b.OProjOutBuf, (3, 7), "a", persistent=True)

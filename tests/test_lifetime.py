@@ -23,7 +23,7 @@ from moeflux_mlx.graph import (
     greedy_color,
     planned_peak_bytes,
 )
-from moeflux_mlx.graph import buffers as b
+from moeflux_mlx.graph import roles as b
 from moeflux_mlx.graph.lifetime import Lifetime
 from moeflux_mlx.weights import Weight
 

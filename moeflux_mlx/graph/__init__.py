@@ -1,9 +1,12 @@
 """Typed graphs: roles, buffers, Ops' base, lifetimes and lowering."""
 
-from .buffers import Buf, BufferPool, BufId
+from .buffers import BufferPool, BufId
 from .graph import Graph
 from .lifetime import analyze_lifetimes, greedy_color, planned_peak_bytes
 from .op import REGISTRY, Access, Cost, In, InOut, Op, Out, WeightRef
+from .roles import (
+    Buf,
+)
 
 __all__ = [
     "REGISTRY",

@@ -31,7 +31,10 @@ else:
     from typing_extensions import dataclass_transform
 
 from ..weights import Quantization
-from .buffers import B_co, Buf, BufId, Shape
+from .buffers import B_co, BufId, Shape
+from .roles import (
+    Buf,
+)
 
 
 class Access(Flag):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ..graph.buffers import (
+from ..graph.buffers import Shape
+from ..graph.op import Cost, In, InOut, Op, Out
+from ..graph.roles import (
     AttnMaskBuf,
     AttnOutBuf,
     KProjOutBuf,
@@ -17,11 +19,9 @@ from ..graph.buffers import (
     QBuf,
     RmsNormIn,
     RopeInvFreqBuf,
-    Shape,
     StartPosBuf,
     VProjOutBuf,
 )
-from ..graph.op import Cost, In, InOut, Op, Out
 from .functions import Array, attention, rope
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ..graph.buffers import (
+from ..graph.buffers import Shape
+from ..graph.op import Cost, In, InOut, Op, Out
+from ..graph.roles import (
     AttnOutBuf,
     MoeOutSumBuf,
     OProjOutBuf,
@@ -13,12 +15,10 @@ from ..graph.buffers import (
     QProjOutBuf,
     ResidualBuf,
     RmsNormIn,
-    Shape,
     SharedFfnActBuf,
     SharedFfnGateBuf,
     SharedFfnUpBuf,
 )
-from ..graph.op import Cost, In, InOut, Op, Out
 from .functions import Array, sigmoid, swiglu
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from ..graph.buffers import EmbedOutBuf, Shape, TokenIdsBuf
+from ..graph.buffers import Shape
 from ..graph.op import Cost, In, Op, Out, WeightRef
+from ..graph.roles import (
+    EmbedOutBuf,
+    TokenIdsBuf,
+)
 from ..weights import Weight
 from .functions import Array, dequantize
 

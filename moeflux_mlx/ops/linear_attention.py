@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..graph.buffers import (
+from ..graph.buffers import Shape
+from ..graph.op import Cost, In, InOut, Op, Out, WeightRef
+from ..graph.roles import (
     AlphaStackBuf,
     BetaGateBuf,
     BetaStackBuf,
@@ -21,9 +23,7 @@ from ..graph.buffers import (
     QkvStackBuf,
     SeqLengthsBuf,
     SeqMaskBuf,
-    Shape,
 )
-from ..graph.op import Cost, In, InOut, Op, Out, WeightRef
 from ..weights import Weight
 from .functions import Array, detached, float32, namespace, sigmoid, silu
 

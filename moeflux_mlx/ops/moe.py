@@ -10,7 +10,9 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from ..graph.buffers import (
+from ..graph.buffers import Shape
+from ..graph.op import Cost, In, InOut, Op, Out
+from ..graph.roles import (
     ExpertBaseBuf,
     HiddenBuf,
     MoeInputBuf,
@@ -19,11 +21,9 @@ from ..graph.buffers import (
     RouterIdxBuf,
     RouterLogitsBuf,
     RouterWeightsBuf,
-    Shape,
     SharedFfnDownBuf,
     SharedGateBuf,
 )
-from ..graph.op import Cost, In, InOut, Op, Out
 from ..weights import ExpertSource, ExpertWeights
 from .functions import (
     Array,

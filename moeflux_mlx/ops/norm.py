@@ -5,16 +5,16 @@ Letters: N tokens of all sequences together, D row width, H heads, d head width.
 
 from __future__ import annotations
 
-from ..graph.buffers import (
+from ..graph.buffers import Shape
+from ..graph.op import Cost, In, InOut, Op, Out, WeightRef
+from ..graph.roles import (
     ConvOutBuf,
     DeltaOutBuf,
     RmsNormIn,
     RmsNormOut,
-    Shape,
     ValueOutBuf,
     ZStackBuf,
 )
-from ..graph.op import Cost, In, InOut, Op, Out, WeightRef
 from ..weights import Weight
 from .functions import Array, float32, namespace, rms_norm, silu
 

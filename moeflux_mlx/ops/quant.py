@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from ..graph.buffers import MatvecIn, MatvecOut, Shape
+from ..graph.buffers import Shape
 from ..graph.op import Cost, In, Op, Out, WeightRef
+from ..graph.roles import (
+    MatvecIn,
+    MatvecOut,
+)
 from ..weights import Weight
 from .functions import Array, linear
 
