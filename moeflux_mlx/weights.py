@@ -29,13 +29,14 @@ class Weight:
 
     Quantised, ``w`` is uint32 ``[..., O, I * bits / 32]`` with ``scales`` (and, for
     affine, ``biases``) ``[..., O, I / group_size]``. A leading axis, if there is one,
-    counts experts or slots.
+    counts experts or slots; ``strided`` tells that they do not lie end to end.
     """
 
     w: Any
     scales: Any = None
     biases: Any = None
     quantization: Quantization | None = None
+    strided: bool = False
 
     @functools.cached_property
     def on_host(self) -> Weight:

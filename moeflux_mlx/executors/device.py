@@ -42,6 +42,11 @@ def prefers_host_arrays() -> bool:
     return on_cpu() and sys.platform == "linux"
 
 
+def gathers_strided() -> bool:
+    """Tell whether MLX gathers matrices that do not lie end to end; not on CUDA."""
+    return on_cpu() or not mx.cuda.is_available()
+
+
 @contextlib.contextmanager
 def host_threads(n_macs: int) -> Iterator[None]:
     """Let NumPy's BLAS use its threads only where products are large enough.

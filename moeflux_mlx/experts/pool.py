@@ -130,6 +130,7 @@ class SlotPool:
                 tensors.get((projection, "scales")),
                 tensors.get((projection, "biases")),
                 quantization,
+                strided=True,
             )
             for projection, quantization in zip(
                 ("gate_proj", "up_proj", "down_proj"), layout.quantization, strict=True

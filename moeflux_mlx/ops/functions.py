@@ -283,6 +283,8 @@ def _gather_linear(
     x: mx.array, weight: Weight, slots: mx.array, in_order: bool
 ) -> mx.array:
     """Multiply rows ``[N, 1 or K, 1, I]`` by the matrices ``[n_slots, O, I]``."""
+    if weight.strided and not device.gathers_strided():
+        weight, slots = _end_to_end(weight, slots)
     q = weight.quantization
     if q is None:
         # Not told that slots are in order: MLX's CUDA product is wrong then.
@@ -322,6 +324,14 @@ def dequantize(weight: Weight) -> Array:
     values *= scales[..., None]
     values += biases[..., None]
     return values.reshape(*scales.shape[:-1], math.prod(values.shape[-2:]))
+
+
+def _end_to_end(weight: Weight, slots: mx.array) -> tuple[Weight, mx.array]:
+    """Return copies of the matrices in ``slots``, and where each is among them."""
+    parts = (weight.w, weight.scales, weight.biases)
+    w, scales, biases = (None if x is None else x[slots.flatten()] for x in parts)
+    places = mx.arange(slots.size, dtype=mx.uint32).reshape(slots.shape)
+    return Weight(w, scales, biases, weight.quantization), places
 
 
 def _unpack_with_mlx(weight: Weight) -> np.ndarray:
