@@ -183,7 +183,7 @@ def test_logit_errors_follow_their_definitions(monkeypatch):
     random = np.random.default_rng(1)
     stock = random.normal(size=(7, 11)).astype(np.float32)
     ours = stock + random.normal(size=(7, 11)).astype(np.float32) / 8
-    monkeypatch.setattr("moeflux_mlx.compare.COMPARED_VALUES", 22)  # 4 pieces
+    monkeypatch.setattr("moeflux_mlx.compare.metrics.COMPARED_VALUES", 22)  # 4 pieces
     found = logit_errors(stock, ours)
     p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (stock, ours))
     kl = (p * np.log(p / q)).sum(1)
