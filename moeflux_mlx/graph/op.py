@@ -104,14 +104,14 @@ REGISTRY: dict[str, type[Op]] = {}
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, eq_default=False)
-class _Declared:
-    """Makes frozen dataclasses of subclasses; a class of its own for type checkers."""
+class OpFields:
+    """Makes frozen dataclasses of subclasses: Ops, or fields that several Ops share."""
 
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True, kw_only=True, eq=False)(cls)
 
 
-class Op(_Declared):
+class Op(OpFields):
     """One dispatch: the buffers, weights and scalar dimensions of one kernel call.
 
     Subclasses annotate buffers with ``In``, ``Out`` or ``InOut`` and weights with

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..graph.buffers import Shape
-from ..graph.op import Cost, In, InOut, Op, Out, WeightRef
+from ..graph.op import Cost, In, InOut, Op, OpFields, Out, WeightRef
 from ..graph.roles import (
     AlphaStackBuf,
     BetaGateBuf,
@@ -142,15 +142,20 @@ class ComputeDecayBetaNTokens(Op):
         return g, beta
 
 
-class _DeltaRule:
-    """What both forms of the delta rule share: shapes, cost and the row's parts."""
+class _DeltaRule(OpFields):
+    """What both forms of the delta rule share: fields, shapes and the row's parts."""
 
+    state: InOut[DeltaStateBuf]
+    conv_out: In[ConvOutBuf]
+    g_decay: In[GDecayBuf]
+    beta_gate: In[BetaGateBuf]
+    output: Out[DeltaOutBuf]
     num_v_heads: int
     num_k_heads: int
     key_dim: int
     value_dim: int
     n_tokens: int
-    n_seqs: int
+    n_seqs: int = 1
 
     def shapes(self) -> dict[str, Shape]:
         heads, dk, dv = self.num_v_heads, self.key_dim, self.value_dim
@@ -185,18 +190,6 @@ class GatedDeltaNetStepNTokens(_DeltaRule, Op):
     S = g S; S = S + beta (v - S k) k^T; y = S q, per value head, whose key head is
     ``head // (Hv / Hk)``.
     """
-
-    state: InOut[DeltaStateBuf]
-    conv_out: In[ConvOutBuf]
-    g_decay: In[GDecayBuf]
-    beta_gate: In[BetaGateBuf]
-    output: Out[DeltaOutBuf]
-    num_v_heads: int
-    num_k_heads: int
-    key_dim: int
-    value_dim: int
-    n_tokens: int
-    n_seqs: int = 1
 
     def cost(self) -> Cost:
         per_token = self.num_v_heads * self.value_dim * self.key_dim
@@ -244,17 +237,6 @@ class GatedDeltaNetChunkwise(_DeltaRule, Op):
     ``G_C S + D^T (G_C/G K)``. Only the state's way from chunk to chunk is sequential.
     """
 
-    state: InOut[DeltaStateBuf]
-    conv_out: In[ConvOutBuf]
-    g_decay: In[GDecayBuf]
-    beta_gate: In[BetaGateBuf]
-    output: Out[DeltaOutBuf]
-    num_v_heads: int
-    num_k_heads: int
-    key_dim: int
-    value_dim: int
-    n_tokens: int
-    n_seqs: int = 1
     chunk_size: int = 64
 
     def cost(self) -> Cost:

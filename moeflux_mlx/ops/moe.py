@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..graph.buffers import Shape
-from ..graph.op import Cost, In, InOut, Op, Out
+from ..graph.op import Cost, In, InOut, Op, OpFields, Out
 from ..graph.roles import (
     ExpertBaseBuf,
     HiddenBuf,
@@ -95,9 +95,13 @@ class MoeNormalizeWeights(Op):
         return weights / weights.sum(axis=-1, keepdims=True)
 
 
-class _RoutedExperts:
-    """What the Ops over routed experts share: shapes and cost."""
+class _RoutedExperts(OpFields):
+    """What the Ops over routed experts share: fields but the output, shapes, cost."""
 
+    mlp_in: In[MoeInputBuf]
+    indices: In[RouterIdxBuf]
+    weights: In[RouterWeightsBuf]
+    experts: In[ExpertBaseBuf]
     n_tokens: int
     dim: int
     expert_dim: int
@@ -142,17 +146,7 @@ def stacks_and_slots(
 class MoeDecodeExperts(_RoutedExperts, Op):
     """Run one token's K experts against the slots that hold them: ``[1, D]``."""
 
-    mlp_in: In[MoeInputBuf]
-    indices: In[RouterIdxBuf]
-    weights: In[RouterWeightsBuf]
-    experts: In[ExpertBaseBuf]
     out_sum: Out[MoeOutSumBuf]
-    n_tokens: int
-    dim: int
-    expert_dim: int
-    n_experts: int
-    k: int
-    expert_bytes: int
 
     def reference(
         self,
@@ -173,17 +167,7 @@ class MoeGatherIdFuse(_RoutedExperts, Op):
     Every expert must have a slot at the same time; nothing is read back to the host.
     """
 
-    mlp_in: In[MoeInputBuf]
-    indices: In[RouterIdxBuf]
-    weights: In[RouterWeightsBuf]
-    experts: In[ExpertBaseBuf]
     out_sum: Out[MoeOutSumBuf]
-    n_tokens: int
-    dim: int
-    expert_dim: int
-    n_experts: int
-    k: int
-    expert_bytes: int
 
     def reference(
         self,
@@ -210,17 +194,7 @@ class MoeBatchedPermuteFuse(_RoutedExperts, Op):
     result does not depend on the order in which experts were at hand.
     """
 
-    mlp_in: In[MoeInputBuf]
-    indices: In[RouterIdxBuf]
-    weights: In[RouterWeightsBuf]
-    experts: In[ExpertBaseBuf]
     out_sum: InOut[MoeOutSumBuf]
-    n_tokens: int
-    dim: int
-    expert_dim: int
-    n_experts: int
-    k: int
-    expert_bytes: int
 
     def reference(
         self,
