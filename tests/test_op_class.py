@@ -86,6 +86,13 @@ def test_an_op_that_lacks_a_part_does_not_import(changes, missing, registry):
     assert "Double" not in registry
 
 
+def test_a_second_op_of_a_name_is_refused(registry):
+    first = define()
+    with pytest.raises(TypeError, match="Double"):
+        define()
+    assert registry["Double"] is first
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

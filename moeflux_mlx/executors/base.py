@@ -109,7 +109,7 @@ class Executor(ABC):
     def submit_and_wait(self, encoding: Encoding, label: str) -> None:
         """Evaluate everything still alive and count the wait under ``label``."""
         self.wait(label, *arrays(encoding.values))
-        encoding.pool.values[:] = encoding.values
+        encoding.pool.values[: len(encoding.values)] = encoding.values
 
     def wait(self, label: str, *outputs: mx.array) -> None:
         """Evaluate ``outputs`` and count the wait under ``label``."""

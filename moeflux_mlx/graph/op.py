@@ -195,6 +195,8 @@ def _typed_fields(cls: type[Op]) -> tuple[tuple[BufferField, ...], tuple[str, ..
 
 
 def _check_complete(cls: type[Op]) -> None:
+    if cls.__name__ in REGISTRY:
+        raise TypeError(f"[{cls.__name__}] there is an Op of that name already")
     for part in ("shapes", "cost", "reference"):
         if getattr(cls, part, None) is getattr(Op, part, None):
             raise TypeError(f"[{cls.__name__}] Op lacks {part}()")

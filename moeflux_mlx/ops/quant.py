@@ -35,7 +35,7 @@ class MatvecNTokens(Op):
         rows = self.n_tokens * (self.in_dim + self.out_dim)
         return Cost(
             flops=2 * self.n_tokens * self.in_dim * self.out_dim,
-            bytes=4 * rows + self.weight.n_bytes,
+            bytes=4 * rows + sum(ref.n_bytes for ref in self.weight_refs),
         )
 
     def reference(self, input: Array, weight: Weight, bias: Weight | None) -> Array:
