@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models import base, qwen3_5
+from mlx_lm.models import qwen3_5
 from mlx_lm.models import qwen3_5_moe as stock
 
 from moeflux_mlx import blocks, ops
 from moeflux_mlx.blocks import Call, RoutedShape
+from moeflux_mlx.context import Context, cache_ops
 from moeflux_mlx.errors import ModelError
 from moeflux_mlx.executors import device
 from moeflux_mlx.experts.resident import ResidentExperts
@@ -35,7 +36,6 @@ from moeflux_mlx.model import (
     run,
     unpacked_bytes,
 )
-from moeflux_mlx.ops.attention import join_heads, split_heads
 from moeflux_mlx.ops.functions import Array, to_device, to_host
 from moeflux_mlx.weights import ExpertSource, ExpertWeights
 
@@ -160,7 +160,16 @@ class Forward:
         host = self._runs_on_host(inputs if embeddings is None else embeddings)
         self._sources = [] if embeddings is None else [embeddings]
         hidden, n_seqs, t = self._embed(inputs, embeddings, host)
-        steps = Context(self, cache, n_seqs, t, host)
+        training = self.text.training
+        steps = Context(
+            self.text.model.layers,
+            cache,
+            n_seqs,
+            t,
+            self.dtype,
+            host=host,
+            training=training,
+        )
         self._chunk = self._chunk + 1 if t > 1 else 0
         for layer, layer_cache in zip(layers, cache, strict=True):
             self.runtime.executor.begin_layer(self._chunk, layer.index)
@@ -269,35 +278,6 @@ def _build_logits(forward: Forward, g: GraphBuilder, x: Array) -> LayerGraph:
     name = "model.embed_tokens" if tied else "lm_head"
     out = g.matvec(name, normed, b.LogitsBuf, label="logits")
     return g.finish(forward.runtime.executor, out=out)
-
-
-class Context:
-    """What all layers of one call share: positions and masks, made once."""
-
-    def __init__(
-        self, forward: Forward, cache: list[Any], n_seqs: int, t: int, host: bool
-    ):
-        backbone = forward.text.model
-        self.n_seqs, self.t, self.host = n_seqs, t, host
-        self.move = to_host if host else to_device
-        self.dtype = forward.dtype
-        self.training = forward.text.training
-        stub = mx.zeros((n_seqs, t, 0))
-        linear = _cache_of(backbone.layers, cache, is_linear=True)
-        full = _cache_of(backbone.layers, cache, is_linear=False)
-        mask = base.create_attention_mask(stub, full)
-        if isinstance(mask, mx.array):
-            mask = self.move(mask.reshape((1,) * (4 - mask.ndim) + mask.shape))
-        self.attention_mask = None if isinstance(mask, str) else mask
-        self.sequence_mask = self.move(base.create_ssm_mask(stub, linear))
-        offset = mx.array(0 if full is None else full.offset, mx.int32)
-        self.start = self.move(mx.broadcast_to(offset.reshape(-1), (n_seqs,)))
-
-
-def _cache_of(layers: list[nn.Module], cache: list[Any], *, is_linear: bool) -> Any:
-    """Return the first cache of a layer kind; None when there is no such layer."""
-    pairs = zip(layers, cache, strict=True)
-    return next((c for layer, c in pairs if layer.is_linear == is_linear), None)
 
 
 class GraphLayer:
@@ -435,30 +415,3 @@ class GraphLayer:
         moe_in = g.norm("post_attention_layernorm", residual, b.MoeInputBuf, eps)
         out = blocks.moe(g, self.module.mlp, residual, moe_in, call, routed)
         return g.finish(self.runtime.executor, hidden=out, **state)
-
-
-def cache_ops(attn: nn.Module, cache: Any, call: Call) -> dict[type[Op], Kernel]:
-    """Return the Ops that mlx-lm's cache object performs itself."""
-    kv_heads = attn.num_key_value_heads
-
-    def append(k_src, v_src, *_):  # type: ignore[no-untyped-def]
-        keys = split_heads(k_src, call.n_seqs, kv_heads)
-        values = split_heads(v_src, call.n_seqs, kv_heads)
-        if cache is None:
-            return keys, values
-        rows = cache.update_and_fetch(to_device(keys), to_device(values))
-        on_host = isinstance(k_src, np.ndarray) and not hasattr(cache, "bits")
-        return (to_host(rows[0]), to_host(rows[1])) if on_host else tuple(rows)
-
-    def quantized_attention(q, k, v, mask):  # type: ignore[no-untyped-def]
-        queries = to_device(split_heads(q, call.n_seqs, attn.num_attention_heads))
-        causal = "causal" if mask is None and call.t > 1 else to_device(mask)
-        out = base.scaled_dot_product_attention(
-            queries, k, v, cache=cache, scale=attn.scale, mask=causal
-        )
-        return join_heads(to_host(out) if isinstance(q, np.ndarray) else out)
-
-    host: dict[type[Op], Kernel] = {ops.KvCacheAppendNTokens: append}
-    if hasattr(cache, "bits"):
-        host[ops.SdpaCausalTiled] = quantized_attention
-    return host

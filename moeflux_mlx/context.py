@@ -1,0 +1,87 @@
+"""What surrounds a graph in one call of a model: positions, masks and caches.
+
+All of it comes from mlx-lm's own cache objects, and goes back to them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models import base
+
+from . import ops
+from .blocks import Call
+from .graph import Op
+from .graph.lower import Kernel
+from .ops.attention import join_heads, split_heads
+from .ops.functions import to_device, to_host
+
+
+class Context:
+    """What all layers of one call share: positions and masks, made once.
+
+    ``attention_mask`` is bool ``[B or 1, 1, T, S]``, ``sequence_mask`` bool ``[B, T]``,
+    each None when nothing but causality hides tokens; ``start`` int32 ``[B]`` is the
+    position of each sequence's first token. ``move`` takes arrays to where the call
+    runs, NumPy for ``host``.
+    """
+
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        cache: list[Any],
+        n_seqs: int,
+        t: int,
+        dtype: mx.Dtype,
+        *,
+        host: bool,
+        training: bool,
+    ):
+        self.n_seqs, self.t, self.dtype, self.training = n_seqs, t, dtype, training
+        self.move = to_host if host else to_device
+        stub = mx.zeros((n_seqs, t, 0))
+        linear = _cache_of(layers, cache, is_linear=True)
+        full = _cache_of(layers, cache, is_linear=False)
+        mask = base.create_attention_mask(stub, full)
+        if isinstance(mask, mx.array):
+            mask = self.move(mask.reshape((1,) * (4 - mask.ndim) + mask.shape))
+        self.attention_mask = None if isinstance(mask, str) else mask
+        self.sequence_mask = self.move(base.create_ssm_mask(stub, linear))
+        offset = mx.array(0 if full is None else full.offset, mx.int32)
+        self.start = self.move(mx.broadcast_to(offset.reshape(-1), (n_seqs,)))
+
+
+def _cache_of(layers: list[nn.Module], cache: list[Any], *, is_linear: bool) -> Any:
+    """Return the first cache of a layer kind; None when there is no such layer."""
+    pairs = zip(layers, cache, strict=True)
+    return next((c for layer, c in pairs if layer.is_linear == is_linear), None)
+
+
+def cache_ops(attn: nn.Module, cache: Any, call: Call) -> dict[type[Op], Kernel]:
+    """Return the Ops that mlx-lm's cache object performs itself."""
+    kv_heads = attn.num_key_value_heads
+
+    def append(k_src, v_src, *_):  # type: ignore[no-untyped-def]
+        keys = split_heads(k_src, call.n_seqs, kv_heads)
+        values = split_heads(v_src, call.n_seqs, kv_heads)
+        if cache is None:
+            return keys, values
+        rows = cache.update_and_fetch(to_device(keys), to_device(values))
+        on_host = isinstance(k_src, np.ndarray) and not hasattr(cache, "bits")
+        return (to_host(rows[0]), to_host(rows[1])) if on_host else tuple(rows)
+
+    def quantized_attention(q, k, v, mask):  # type: ignore[no-untyped-def]
+        queries = to_device(split_heads(q, call.n_seqs, attn.num_attention_heads))
+        causal = "causal" if mask is None and call.t > 1 else to_device(mask)
+        out = base.scaled_dot_product_attention(
+            queries, k, v, cache=cache, scale=attn.scale, mask=causal
+        )
+        return join_heads(to_host(out) if isinstance(q, np.ndarray) else out)
+
+    host: dict[type[Op], Kernel] = {ops.KvCacheAppendNTokens: append}
+    if hasattr(cache, "bits"):
+        host[ops.SdpaCausalTiled] = quantized_attention
+    return host
