@@ -17,6 +17,8 @@ from ..errors import ExpertStoreError
 
 # Waking a thread takes longer than reading this much from the page cache.
 INLINE_BYTES = 256 * 1024
+# A thread that waits looks again after this long, should it have missed the news.
+WAIT_SECONDS = 0.01
 
 
 @dataclass(slots=True)
@@ -85,30 +87,52 @@ def read_fully(fd: int, offset: int, buffer: memoryview) -> None:
 
 
 class Batch:
-    """Reads handed over together."""
+    """Reads handed over together; threads take them one by one.
+
+    The thread that waits may be interrupted anywhere, so it holds no lock: single
+    operations on ``_left`` and ``_n_running`` are all it needs.
+    """
 
     def __init__(self, reads: Sequence[Read]):
         self.reads = reads
-        self._n_submitted = self._n_finished = 0
-        self._changed = threading.Condition()
+        self._left = list(reversed(reads))
+        self._n_running = 0
+        self._counting = threading.Lock()
+        self._news = threading.Lock()
 
-    def submit(self, queue: SimpleQueue[tuple[Read, Batch] | None]) -> None:
-        """Put every read into the queue; what an interrupt leaves out is not done."""
+    def run_here(self) -> None:
+        """Do every read now; what an interrupt leaves out is not done."""
+        self._left = []
         for read in self.reads:
-            queue.put((read, self))
-            self._n_submitted += 1
+            read.run()
+
+    def take(self) -> tuple[Read | None, bool]:
+        """Return a read to do, if any is left, and whether more are."""
+        with self._counting:
+            # Counted before it is taken: at no moment does it seem to be over.
+            self._n_running += 1
+            left = self._left
+            try:
+                return left.pop(), bool(left)
+            except IndexError:
+                self._n_running -= 1
+                return None, False
 
     def finish_one(self) -> None:
         """Count one read as over."""
-        with self._changed:
-            self._n_finished += 1
-            self._changed.notify()
+        with self._counting:
+            self._n_running -= 1
+            if self._news.locked():
+                self._news.release()
+
+    def cancel(self) -> None:
+        """Leave out what no thread has begun."""
+        self._left.clear()
 
     def wait(self) -> None:
         """Wait until every read is over; Ctrl-C gets through, the reads go on."""
-        with self._changed:
-            while self._n_finished < self._n_submitted:
-                self._changed.wait()
+        while self._left or self._n_running:
+            self._news.acquire(timeout=WAIT_SECONDS)
 
 
 class ReadPool:
@@ -120,7 +144,7 @@ class ReadPool:
 
     def __init__(self, n_threads: int, inline_bytes: int = INLINE_BYTES):
         self.n_threads, self.inline_bytes = n_threads, inline_bytes
-        self._queue: SimpleQueue[tuple[Read, Batch] | None] = SimpleQueue()
+        self._queue: SimpleQueue[Batch | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         # Idle threads must not outlive a pool that nobody closed.
         weakref.finalize(self, _end, self._queue, n_threads)
@@ -128,8 +152,7 @@ class ReadPool:
     def submit(self, batch: Batch) -> None:
         """Begin to read; the batch tells when all of it is over."""
         if sum(len(read.buffer) for read in batch.reads) <= self.inline_bytes:
-            for read in batch.reads:
-                read.run()
+            batch.run_here()
             return
         while len(self._threads) < self.n_threads:
             thread = threading.Thread(
@@ -137,7 +160,7 @@ class ReadPool:
             )
             thread.start()
             self._threads.append(thread)
-        batch.submit(self._queue)
+        self._queue.put(batch)
 
     def close(self) -> None:
         """Let the threads finish what was submitted, and end them."""
@@ -146,14 +169,18 @@ class ReadPool:
             self._threads.pop().join()
 
 
-def _end(queue: SimpleQueue[tuple[Read, Batch] | None], n_threads: int) -> None:
+def _end(queue: SimpleQueue[Batch | None], n_threads: int) -> None:
     for _ in range(n_threads):
         queue.put(None)
 
 
-def _work(queue: SimpleQueue[tuple[Read, Batch] | None]) -> None:
-    while (job := queue.get()) is not None:
-        read, batch = job
+def _work(queue: SimpleQueue[Batch | None]) -> None:
+    while (batch := queue.get()) is not None:
+        read, has_more = batch.take()
+        if has_more:
+            queue.put(batch)
+        if read is None:
+            continue
         try:
             read.run()
         finally:

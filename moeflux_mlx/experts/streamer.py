@@ -136,6 +136,7 @@ class ExpertStreamer:
     def close(self) -> None:
         """Wait for reads in flight and end the reading threads."""
         with self._lock:
+            self._cancel()
             self._settle()
             self._reader.close()
 
@@ -150,6 +151,7 @@ class ExpertStreamer:
         """Hold the lock, and set right what an interrupt in here left half done."""
         with self._lock:
             if self._interrupted:
+                self._cancel()
                 self._settle()
                 self._table.repair()
             self._interrupted = True
@@ -306,6 +308,10 @@ class ExpertStreamer:
         self._checked[row, read.expert] = True
         self._table.place(row, read.expert, slot)
         return None
+
+    def _cancel(self) -> None:
+        for batch, _ in self._in_flight:
+            batch.cancel()
 
     def _evaluate_guards(self) -> None:
         guards, self._guards = self._guards, []
