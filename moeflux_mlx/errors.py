@@ -41,3 +41,7 @@ class ExpertStoreError(MoefluxError):
 
 class BudgetError(ExpertStoreError, ValueError):
     """The memory budget cannot hold the experts that one token needs."""
+
+
+class KernelError(MoefluxError, ValueError):
+    """A kernel's source, arguments or launch are not what its signature says."""

@@ -87,3 +87,8 @@ def activation_dtype(model_dtype: mx.Dtype) -> mx.Dtype:
     MLX's CPU products are 9 times slower in bfloat16 than in float32.
     """
     return mx.float32 if on_cpu() else model_dtype
+
+# Metal's limits for one launch, on every Apple GPU.
+MAX_THREADS_PER_GROUP = 1024
+MAX_THREADGROUP_BYTES = 32 << 10
+MAX_BUFFERS = 31

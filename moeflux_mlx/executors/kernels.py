@@ -1,0 +1,76 @@
+"""What executors that run our kernels share: building, calling, counting."""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from ..launch import KERNELS, Launch, prepare
+from ..launch.base import Prepared
+from ..metal import MetalKernel, library
+from .base import Executor
+
+
+class KernelExecutor(Executor):
+    """Runs every Op as launches of our kernels; subclasses say where.
+
+    A kernel is built when it is first launched.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._built: dict[str, Any] = {}
+
+    @property
+    def kernel_count(self) -> int:
+        """How many kernels were built so far."""
+        return len(self._built)
+
+    def warm_all(self) -> int:
+        """Build every kernel and run its smallest sample; return how many there are."""
+        for kernel in KERNELS.values():
+            launch = kernel(*kernel.arguments(kernel.dtypes[0], **kernel.sizes[0]))
+            mx.eval(self.run(launch))
+        return self.kernel_count
+
+    def run(self, launch: Launch) -> tuple[mx.array, ...]:
+        """Launch a kernel; return its outputs in the signature's order.
+
+        Raises:
+            KernelError: the launch is not what the signature says.
+        """
+        ready = prepare(launch)
+        name = ready.kernel.name
+        if name not in self._built:
+            self._built[name] = self.build(ready.kernel)
+        return tuple(self.call(self._built[name], ready))
+
+    def build(self, kernel: MetalKernel) -> Any:
+        """Return MLX's kernel object of a parsed kernel."""
+        return metal_kernel(kernel.name, lines=False)
+
+    @abstractmethod
+    def call(self, built: Any, ready: Prepared) -> list[mx.array]:
+        """Launch a built kernel with checked arguments."""
+
+
+@functools.cache
+def metal_kernel(name: str, *, lines: bool) -> Callable[..., list[mx.array]]:
+    """Register one of our kernels with MLX from its own signature.
+
+    Args:
+        lines: keep the file and line of every part in the source.
+    """
+    kernels = library()
+    kernel = kernels[name]
+    return mx.fast.metal_kernel(
+        name=f"moeflux_{name}",
+        input_names=[p.name for p in kernel.inputs],
+        output_names=[p.name for p in kernel.outputs],
+        source=kernels.body(kernel, lines=lines),
+        header=kernels.header(kernel, lines=lines),
+    )

@@ -1,0 +1,33 @@
+"""Executor ``metal``: our kernels on Apple silicon through ``mx.fast.metal_kernel``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import BackendError
+from ..launch.base import Prepared
+from .kernels import KernelExecutor
+
+
+class MetalExecutor(KernelExecutor):
+    """Launches lazily: nothing runs before MLX evaluates what depends on it."""
+
+    name = "metal"
+
+    @classmethod
+    def open(cls) -> MetalExecutor:
+        if not mx.metal.is_available():
+            raise BackendError("[metal] expected a Mac with Apple silicon")
+        return cls()
+
+    def call(self, built: Any, ready: Prepared) -> list[mx.array]:
+        return built(
+            inputs=ready.inputs,
+            template=ready.template,
+            grid=ready.grid,
+            threadgroup=ready.threadgroup,
+            output_shapes=ready.output_shapes,
+            output_dtypes=ready.output_dtypes,
+        )

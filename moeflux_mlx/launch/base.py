@@ -1,0 +1,349 @@
+"""What a launch is, how a kernel is registered, and what is checked before one.
+
+A kernel's ``.metal`` signature says names, order and types. Here stands the rest: for
+given arrays the shapes, template numbers, grid and outputs (a ``Launch``), the
+reference in plain MLX operations, and the samples that tests and the doctor run.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import KernelError
+from ..executors.device import (
+    MAX_BUFFERS,
+    MAX_THREADGROUP_BYTES,
+    MAX_THREADS_PER_GROUP,
+)
+from ..metal import Input, MetalKernel, Scalar, library
+from ..metal.signature import DTYPES
+
+Size3 = tuple[int, int, int]
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+# Relative root-mean-square error allowed against the reference, by activation type.
+TOLERANCE: Mapping[mx.Dtype, float] = {
+    mx.float32: 1e-5,
+    mx.float16: 1e-3,
+    mx.bfloat16: 6e-3,
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch, ready to run: nothing about it is left to decide.
+
+    ``inputs`` holds an array, or a Python number for a scalar, for every input of the
+    signature; ``outputs`` the shape of every output; ``template`` the values of the
+    ``int`` and ``bool`` template parameters; ``types`` those type parameters that no
+    input has. ``grid`` counts threads, not threadgroups.
+    """
+
+    kernel: str
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, tuple[int, ...]]
+    grid: Size3
+    threadgroup: Size3
+    template: Mapping[str, int] = field(default_factory=dict)
+    types: Mapping[str, mx.Dtype] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A launch checked against its signature, as MLX's kernel call takes it."""
+
+    kernel: MetalKernel
+    inputs: list[mx.array]
+    template: list[tuple[str, Any]]
+    grid: Size3
+    threadgroup: Size3
+    output_shapes: list[tuple[int, ...]]
+    output_dtypes: list[mx.Dtype]
+
+
+def prepare(launch: Launch) -> Prepared:
+    """Check a launch and put it into the signature's order.
+
+    Raises:
+        KernelError: names, types, shapes or limits are not the signature's; the message
+            names kernel and parameter.
+    """
+    kernel = library()[launch.kernel]
+    _same_names(kernel, "inputs", launch.inputs, [p.name for p in kernel.inputs])
+    _same_names(kernel, "outputs", launch.outputs, [p.name for p in kernel.outputs])
+    _same_names(kernel, "template", launch.template, list(kernel.values))
+    types = dict(launch.types)
+    inputs = [_input(kernel, p, launch.inputs[p.name], types) for p in kernel.inputs]
+    _check_template(kernel, launch.template, types)
+    _check_limits(kernel, launch, types)
+    template: list[tuple[str, Any]] = [
+        (p.name, types[p.name])
+        if p.kind == "typename"
+        else (p.name, (bool if p.kind == "bool" else int)(launch.template[p.name]))
+        for p in kernel.template
+    ]
+    shapes = [tuple(launch.outputs[p.name]) for p in kernel.outputs]
+    for output, shape in zip(kernel.outputs, shapes, strict=True):
+        if any(d <= 0 for d in shape):
+            _fail(kernel, output.name, "a shape of positive sizes", shape)
+    dtypes = [_dtype(p.type, types) for p in kernel.outputs]
+    return Prepared(
+        kernel, inputs, template, launch.grid, launch.threadgroup, shapes, dtypes
+    )
+
+
+def _same_names(
+    kernel: MetalKernel, what: str, given: Mapping[str, Any], wanted: list[str]
+) -> None:
+    if set(given) != set(wanted):
+        _fail(kernel, what, sorted(wanted), sorted(given))
+
+
+def _input(
+    kernel: MetalKernel, parameter: Input | Scalar, value: Any, types: dict
+) -> mx.array:
+    name = parameter.name
+    if isinstance(parameter, Scalar):
+        dtype = DTYPES[parameter.type]
+        if isinstance(value, mx.array):
+            if value.dtype != dtype or value.size != 1:
+                got = f"{value.dtype} {value.shape}"
+                _fail(kernel, name, f"one {dtype} value", got)
+            return value.reshape(())
+        return _scalar(kernel, name, value, dtype)
+    if not isinstance(value, mx.array):
+        _fail(kernel, name, "an mx.array", type(value).__name__)
+    if value.size == 0 or value.ndim == 0:
+        _fail(kernel, name, "an array with elements", f"shape {value.shape}")
+    if parameter.type in kernel.type_parameters:
+        wanted = types.setdefault(parameter.type, value.dtype)
+    else:
+        wanted = DTYPES[parameter.type]
+    if value.dtype != wanted:
+        _fail(kernel, name, wanted, value.dtype)
+    return value
+
+
+def _scalar(kernel: MetalKernel, name: str, value: Any, dtype: mx.Dtype) -> mx.array:
+    if mx.issubdtype(dtype, mx.floating):
+        return constant(float(value), dtype)
+    value = int(value)
+    low = 0 if mx.issubdtype(dtype, mx.unsignedinteger) else -(1 << 8 * dtype.size - 1)
+    high = low + (1 << 8 * dtype.size)
+    if not low <= value < high:
+        _fail(kernel, name, f"a number that fits {dtype}", value)
+    return constant(value, dtype)
+
+
+@functools.lru_cache(maxsize=4096)
+def constant(value: float, dtype: mx.Dtype) -> mx.array:
+    """Return a number as an array without dimensions, made once."""
+    array = mx.array(value, dtype)
+    mx.eval(array)
+    return array
+
+
+def _dtype(name: str, types: Mapping[str, mx.Dtype]) -> mx.Dtype:
+    return types[name] if name in types else DTYPES[name]
+
+
+def _check_template(
+    kernel: MetalKernel, values: Mapping[str, int], types: Mapping[str, mx.Dtype]
+) -> None:
+    for name in kernel.type_parameters:
+        if name not in types:
+            _fail(kernel, name, "a type given by an input or by the launch", "none")
+    unknown = set(types) - set(kernel.type_parameters)
+    if unknown:
+        _fail(kernel, "types", list(kernel.type_parameters), sorted(unknown))
+    for name, value in values.items():
+        if int(value) != value:
+            _fail(kernel, name, "a whole number", value)
+
+
+def _check_limits(
+    kernel: MetalKernel, launch: Launch, types: Mapping[str, mx.Dtype]
+) -> None:
+    for name, size in (("grid", launch.grid), ("threadgroup", launch.threadgroup)):
+        if len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
+            _fail(kernel, name, "three positive numbers of threads", size)
+        if any(n >= 1 << 31 for n in size):
+            _fail(kernel, name, "numbers below 2^31", size)
+    x, y, z = launch.threadgroup
+    if x * y * z > MAX_THREADS_PER_GROUP:
+        _fail(
+            kernel, "threadgroup", f"at most {MAX_THREADS_PER_GROUP} threads", x * y * z
+        )
+    n_buffers = len(kernel.inputs) + len(kernel.outputs)
+    if n_buffers > MAX_BUFFERS:
+        _fail(kernel, "parameters", f"at most {MAX_BUFFERS} buffers", n_buffers)
+    n_bytes = kernel.threadgroup_bytes(launch.template, types)
+    if n_bytes > MAX_THREADGROUP_BYTES:
+        limit = f"at most {MAX_THREADGROUP_BYTES} bytes"
+        _fail(kernel, "threadgroup memory", limit, n_bytes)
+
+
+def _fail(kernel: MetalKernel, part: str, wanted: Any, got: Any) -> None:
+    raise KernelError(f"[{kernel.name}] {part}: expected {wanted} but got {got}")
+
+
+class ShapeError(KernelError):
+    """A kernel's argument has a shape or value it cannot have."""
+
+
+def dims(name: str, array: mx.array, rank: int) -> tuple[int, ...]:
+    """Return the shape of an array that must have ``rank`` dimensions, none empty."""
+    if not isinstance(array, mx.array):
+        raise ShapeError(f"{name}: expected an mx.array but got {type(array).__name__}")
+    if array.ndim != rank or array.size == 0:
+        shape = tuple(array.shape)
+        raise ShapeError(f"{name}: expected {rank} non-empty dimensions but got {shape}")
+    return tuple(array.shape)
+
+
+def expect(name: str, array: mx.array, shape: Sequence[int]) -> None:
+    """Check that an array has exactly this shape."""
+    if not isinstance(array, mx.array):
+        raise ShapeError(f"{name}: expected an mx.array but got {type(array).__name__}")
+    if tuple(array.shape) != tuple(shape):
+        got = tuple(array.shape)
+        raise ShapeError(f"{name}: expected shape {tuple(shape)} but got {got}")
+
+
+def require(name: str, condition: bool, wanted: str, got: Any) -> None:
+    """Check a number or a relation between sizes."""
+    if not condition:
+        raise ShapeError(f"{name}: expected {wanted} but got {got}")
+
+
+Sample = Callable[..., tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A registered kernel: how to launch it, its reference, and how to try it.
+
+    ``build`` maps arguments to a ``Launch``; ``reference`` takes the same arguments and
+    returns what the outputs should be; ``sample(rng, dtype, **sizes)`` makes arguments.
+    """
+
+    name: str
+    family: str
+    build: Callable[..., Launch]
+    reference: Callable[..., Any]
+    sample: Sample
+    sizes: tuple[Mapping[str, int], ...]
+    large: Mapping[str, int]
+    dtypes: tuple[mx.Dtype, ...] = FLOATS
+    tolerance: Mapping[mx.Dtype, float] = field(default_factory=lambda: TOLERANCE)
+
+    def __call__(self, *args: Any, **options: Any) -> Launch:
+        """Return the launch for these arguments.
+
+        Raises:
+            KernelError: an argument the kernel cannot take; names both.
+        """
+        try:
+            return self.build(*args, **options)
+        except ShapeError as error:
+            raise KernelError(f"[{self.name}] {error}") from None
+
+    @property
+    def metal(self) -> MetalKernel:
+        """The parsed ``.metal`` function."""
+        return library()[self.name]
+
+    def arguments(self, dtype: mx.Dtype, seed: int = 0, **sizes: int) -> tuple:
+        """Make seeded arguments of one size."""
+        return self.sample(np.random.default_rng(seed), dtype, **sizes)
+
+    def expected(self, *args: Any) -> tuple[mx.array, ...]:
+        """Return the reference's outputs for the same arguments."""
+        out = self.reference(*args)
+        return out if isinstance(out, tuple) else (out,)
+
+
+KERNELS: dict[str, Kernel] = {}
+
+
+def kernel(
+    *,
+    reference: Callable[..., Any],
+    sample: Sample,
+    sizes: Sequence[Mapping[str, int]],
+    large: Mapping[str, int],
+    dtypes: tuple[mx.Dtype, ...] = FLOATS,
+    tolerance: Mapping[mx.Dtype, float] = TOLERANCE,
+) -> Callable[[Callable[..., Launch]], Kernel]:
+    """Register the decorated function, named as the kernel, as its launch.
+
+    Args:
+        reference: the same mathematics in plain MLX operations, same arguments.
+        sample: ``sample(rng, dtype, **sizes)`` returns arguments.
+        sizes: odd and ragged sizes for tests, small ones first.
+        large: a size worth timing.
+        dtypes: activation types to try.
+        tolerance: relative RMS error allowed for each; integers must be equal.
+    """
+
+    def register(build: Callable[..., Launch]) -> Kernel:
+        name = build.__name__
+        if name in KERNELS:
+            raise TypeError(f"[{name}] there is a kernel of that name already")
+        if not build.__doc__:
+            raise TypeError(f"[{name}] kernel lacks a docstring")
+        taken = list(inspect.signature(build).parameters)
+        if list(inspect.signature(reference).parameters) != taken:
+            raise TypeError(f"[{name}] reference expected parameters {taken}")
+        if not sizes:
+            raise TypeError(f"[{name}] kernel lacks sizes to test")
+        family = build.__module__.rsplit(".", 1)[-1]
+        made = Kernel(
+            name,
+            family,
+            build,
+            reference,
+            sample,
+            tuple(sizes),
+            large,
+            dtypes,
+            tolerance,
+        )
+        KERNELS[name] = made
+        return made
+
+    return register
+
+
+def groups(n: int, per_group: int) -> int:
+    """Return how many groups of ``per_group`` cover ``n``."""
+    return -(-n // per_group)
+
+
+def normal(
+    rng: np.random.Generator, dtype: mx.Dtype, *shape: int, scale: float = 1.0
+) -> mx.array:
+    """Return seeded normal noise, for samples."""
+    return mx.array(scale * rng.standard_normal(shape, np.float32)).astype(dtype)
+
+
+def relative_error(got: mx.array, expected: mx.array) -> float:
+    """Return RMS of the difference over RMS of ``expected``; integers: share unequal.
+
+    Not-a-number anywhere in ``got`` but not in ``expected`` makes it infinite.
+    """
+    if got.shape != expected.shape:
+        return float("inf")
+    if not mx.issubdtype(expected.dtype, mx.floating):
+        return float(np.mean(np.array(got) != np.array(expected)))
+    a = np.array(got.astype(mx.float32)).astype(np.float64)
+    b = np.array(expected.astype(mx.float32)).astype(np.float64)
+    if not np.isfinite(a).all():
+        return float("inf")
+    return float(np.sqrt(np.mean((a - b) ** 2) / max(float(np.mean(b**2)), 1e-30)))

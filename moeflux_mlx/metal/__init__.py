@@ -1,0 +1,15 @@
+"""Metal source as text: declarations, kernel signatures, what to register, lint."""
+
+from .library import Library, library
+from .signature import Attribute, Input, MetalKernel, Output, Scalar, TemplateParameter
+
+__all__ = [
+    "Attribute",
+    "Input",
+    "Library",
+    "MetalKernel",
+    "Output",
+    "Scalar",
+    "TemplateParameter",
+    "library",
+]

@@ -1,0 +1,111 @@
+"""All kernels of ``kernels/`` and the least source that each needs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ..errors import KernelError
+from .signature import MetalKernel, parse
+from .source import Declaration, declarations
+
+HEADER = "moeflux.h"
+
+
+def kernels_folder() -> Path:
+    """Return the folder of the ``.metal`` files, installed or in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    found = package / "kernels"
+    return found if found.is_dir() else package.parent / "kernels"
+
+
+class Library:
+    """The kernels of a folder's ``.metal`` files, by name.
+
+    Raises:
+        KernelError: a file is not understood, or two kernels have one name.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        shared = declarations(folder / HEADER)
+        self._helpers: dict[str, list[Declaration]] = {}
+        self.kernels: dict[str, MetalKernel] = {}
+        for path in sorted(folder.glob("*.metal")):
+            own = declarations(path)
+            helpers = [d for d in [*shared, *own] if d.kind != "kernel"]
+            self._helpers[path.name] = helpers
+            for declaration in own:
+                if declaration.kind == "kernel":
+                    self._add(parse(declaration))
+
+    def _add(self, kernel: MetalKernel) -> None:
+        if kernel.name in self.kernels:
+            other = self.kernels[kernel.name].place
+            raise kernel.place.error(f"kernel {kernel.name!r} stands at {other} too")
+        self.kernels[kernel.name] = kernel
+
+    def __getitem__(self, name: str) -> MetalKernel:
+        if name not in self.kernels:
+            raise KernelError(f"[{name}] expected a kernel of {self.folder}")
+        return self.kernels[name]
+
+    def __iter__(self) -> Iterator[MetalKernel]:
+        return iter(self.kernels.values())
+
+    def header(self, kernel: MetalKernel, *, lines: bool = False) -> str:
+        """Return the declarations that ``kernel`` needs, without comments.
+
+        Args:
+            lines: name file and line of each, for compilers' messages.
+        """
+        used = self._used(kernel)
+        parts = [_text(d.text, d.place.file, d.place.line, lines) for d in used]
+        return "".join(parts)
+
+    def body(self, kernel: MetalKernel, *, lines: bool = False) -> str:
+        """Return the body to register, its thread attributes under our names."""
+        bindings = "".join(f"{a.binding}\n" for a in kernel.attributes if a.binding)
+        text = _text(kernel.body, kernel.place.file, kernel.body_line, lines)
+        return f"{bindings}{{\n{text}}}"
+
+    def _used(self, kernel: MetalKernel) -> list[Declaration]:
+        """Return helpers reached from the kernel, in the order of the files."""
+        helpers = self._helpers[kernel.place.file]
+        by_name: dict[str, list[Declaration]] = {}
+        for helper in helpers:
+            by_name.setdefault(helper.name, []).append(helper)
+        reached: set[str] = set()
+        waiting = set(kernel.declaration.identifiers)
+        while waiting:
+            name = waiting.pop()
+            if name in reached or name not in by_name:
+                continue
+            reached.add(name)
+            for helper in by_name[name]:
+                waiting |= helper.identifiers
+        kept = (h for h in helpers if h.name in reached or _is_system(h))
+        return [h for h in kept if h.kind != "using"]
+
+
+def _is_system(declaration: Declaration) -> bool:
+    return declaration.kind == "include" and declaration.name.startswith("<")
+
+
+def _text(text: str, file: str, line: int, lines: bool) -> str:
+    if lines:
+        return f'\n#line {line} "{file}"\n{text}\n'
+    kept = (" ".join(part.split()) for part in text.splitlines())
+    return "".join(f"{part}\n" for part in kept if part)
+
+
+@functools.cache
+def library() -> Library:
+    """Return moeflux-mlx's own kernels."""
+    return Library(kernels_folder())
+
+
+def all_kernels() -> Mapping[str, MetalKernel]:
+    """Return every kernel by name."""
+    return library().kernels
