@@ -16,11 +16,10 @@ import numpy as np
 from mlx_lm.models import qwen3_5
 from mlx_lm.models import qwen3_5_moe as stock
 
-from moeflux_mlx import blocks, ops
+from moeflux_mlx import blocks, device, ops
 from moeflux_mlx.blocks import Call, RoutedShape
 from moeflux_mlx.context import Context, cache_ops
 from moeflux_mlx.errors import ModelError
-from moeflux_mlx.executors import device
 from moeflux_mlx.experts.resident import ResidentExperts
 from moeflux_mlx.graph import BufId, Op
 from moeflux_mlx.graph import roles as b
@@ -172,7 +171,7 @@ class Forward:
         )
         self._chunk = self._chunk + 1 if t > 1 else 0
         for layer, layer_cache in zip(layers, cache, strict=True):
-            self.runtime.executor.begin_layer(self._chunk, layer.index)
+            self.runtime.executor.begin_layer(self._chunk, layer.index, hidden)
             hidden = layer(hidden, layer_cache, steps)
         shape = (n_seqs, t, self.args.hidden_size)
         return self._end("norm", hidden, _build_norm).reshape(shape)
@@ -196,7 +195,8 @@ class Forward:
 
     def _runs_on_host(self, inputs: mx.array) -> bool:
         """Tell whether NumPy can do this call: not when training, not when traced."""
-        if self.text.training or not device.prefers_host_arrays():
+        takes = self.runtime.executor.takes_host_arrays
+        if self.text.training or not (takes and device.prefers_host_arrays()):
             return False
         try:
             mx.eval(inputs)

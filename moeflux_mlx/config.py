@@ -1,23 +1,29 @@
 """Every environment variable moeflux-mlx reads, in one place.
 
 ============================ =======================================================
-``MOEFLUX_EXECUTOR``         executor to use when none is asked for (default ``ops``)
+``MOEFLUX_EXECUTOR``         executor to use when none is asked for: ``ops``,
+                             ``metal`` or ``sim`` (default: see ``open_executor``)
 ``MOEFLUX_MEMORY``           expert memory when ``load(memory=)`` is not given
 ``MOEFLUX_READ_THREADS``     parallel reads of expert records (default 8)
 ``MOEFLUX_PROFILE_PER_OP``   ``1``: evaluate Op by Op and print a table at exit
+``MOEFLUX_LOWERING``         kernels to use instead of the table's choice, as
+                             ``Op=way,Op=way`` (``moeflux kernels --lowering`` lists)
+``MOEFLUX_CAPTURE``          ``PATH.gputrace:FIRST-LAST``: record these layers once
+``MOEFLUX_SIM_CHECKED``      ``1``: executor ``sim`` also looks for races and the like
 ============================ =======================================================
 """
 
 from __future__ import annotations
 
 import os
+import re
 
 from .errors import ConfigError
 
 
-def executor_name() -> str:
-    """Return the executor named by the environment, ``ops`` by default."""
-    return os.environ.get("MOEFLUX_EXECUTOR", "ops")
+def executor_name() -> str | None:
+    """Return the executor named by the environment, if any."""
+    return os.environ.get("MOEFLUX_EXECUTOR") or None
 
 
 def memory() -> str | None:
@@ -37,4 +43,38 @@ def read_threads() -> int:
 
 def profile_per_op() -> bool:
     """Tell whether every Op is to be evaluated and timed on its own."""
-    return os.environ.get("MOEFLUX_PROFILE_PER_OP", "0") not in ("", "0")
+    return _is_set("MOEFLUX_PROFILE_PER_OP")
+
+
+def sim_checked() -> bool:
+    """Tell whether the simulator is to check every access."""
+    return _is_set("MOEFLUX_SIM_CHECKED")
+
+
+def lowering() -> dict[str, str]:
+    """Return the ways asked for by Op name."""
+    text = os.environ.get("MOEFLUX_LOWERING", "")
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    for op, _, way in pairs:
+        if not op or not way:
+            raise ConfigError(
+                f"[MOEFLUX_LOWERING] expected Op=way,Op=way but got {text!r}"
+            )
+    return {op.strip(): way.strip() for op, _, way in pairs}
+
+
+def capture() -> tuple[str, int, int] | None:
+    """Return file, first and last layer of the GPU trace to record, if any."""
+    text = os.environ.get("MOEFLUX_CAPTURE", "")
+    if not text:
+        return None
+    found = re.fullmatch(r"(.+\.gputrace):(\d+)-(\d+)", text)
+    if not found or int(found[2]) > int(found[3]):
+        raise ConfigError(
+            f"[MOEFLUX_CAPTURE] expected PATH.gputrace:FIRST-LAST but got {text!r}"
+        )
+    return found[1], int(found[2]), int(found[3])
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")

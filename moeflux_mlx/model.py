@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import config
+from . import config, device
 from .errors import ModelError
-from .executors import Encoding, Executor, device, open_executor
+from .executors import Encoding, Executor, open_executor
 from .executors.base import arrays
 from .experts.packed import PackedExperts
 from .experts.streamer import ExpertStreamer

@@ -24,19 +24,47 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class Records:
+    """One tensor of every slot: row ``slot`` of ``array``, from element ``base`` on.
+
+    ``array`` is ``[n_slots, row]`` of the tensor's type and lies end to end, so kernels
+    take it as it is.
+    """
+
+    array: mx.array
+    base: int
+
+
+@dataclass(frozen=True)
 class Weight:
     """One matrix ``[..., O, I]`` in MLX (or NumPy) arrays; dense without quantization.
 
     Quantised, ``w`` is uint32 ``[..., O, I * bits / 32]`` with ``scales`` (and, for
     affine, ``biases``) ``[..., O, I / group_size]``. A leading axis, if there is one,
-    counts experts or slots; ``strided`` tells that they do not lie end to end.
+    counts experts or slots; where they do not lie end to end, ``in_pool`` says how
+    the parts lie in their records.
     """
 
     w: Any
     scales: Any = None
     biases: Any = None
     quantization: Quantization | None = None
-    strided: bool = False
+    in_pool: tuple[Records | None, ...] | None = None
+
+    @property
+    def strided(self) -> bool:
+        """Tell whether slots do not lie end to end."""
+        return self.in_pool is not None
+
+    @functools.cached_property
+    def records(self) -> tuple[Records | None, ...]:
+        """``w``, ``scales`` and ``biases`` of all slots for kernels, never copied."""
+        if self.in_pool is not None:
+            return self.in_pool
+        parts = (self.w, self.scales, self.biases)
+        return tuple(
+            None if x is None else Records(x.reshape(x.shape[0], -1), 0) for x in parts
+        )
 
     @functools.cached_property
     def on_host(self) -> Weight:

@@ -16,8 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from moeflux_mlx import ops
-from moeflux_mlx.executors import device
+from moeflux_mlx import device, ops
 from moeflux_mlx.experts.resident import ResidentExperts
 from moeflux_mlx.graph import Access, BufferPool, BufId, Op, WeightRef
 from moeflux_mlx.graph import roles as b

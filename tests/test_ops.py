@@ -27,8 +27,7 @@ from op_cases import (
     spec,
 )
 
-from moeflux_mlx import ops
-from moeflux_mlx.executors import device
+from moeflux_mlx import device, ops
 from moeflux_mlx.experts.resident import ResidentExperts
 from moeflux_mlx.graph import REGISTRY
 from moeflux_mlx.graph.buffers import fits

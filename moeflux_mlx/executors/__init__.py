@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
+
 from .. import config
 from ..errors import BackendError
 from .base import Encoding, Executor
+from .metal import MetalExecutor
 from .ops import OpsExecutor
+from .sim import SimExecutor
+from .verified import is_verified
 
-EXECUTORS: dict[str, type[Executor]] = {OpsExecutor.name: OpsExecutor}
+EXECUTORS: dict[str, type[Executor]] = {
+    executor.name: executor for executor in (OpsExecutor, MetalExecutor, SimExecutor)
+}
 
 
 def open_executor(name: str | None = None) -> Executor:
-    """Open the executor called ``name``, by default the environment's choice.
+    """Open the executor called ``name``, or the environment's choice, or the default.
+
+    The default is ``metal`` where ``moeflux doctor`` has found every kernel of this
+    version right on this machine, and ``ops`` everywhere else.
 
     Raises:
         BackendError: when there is none of that name or it cannot run here.
     """
-    name = name or config.executor_name()
+    name = name or config.executor_name() or default_executor()
     if name not in EXECUTORS:
         raise BackendError(
             f"[executor] expected one of {', '.join(EXECUTORS)} but got {name!r}"
@@ -24,4 +34,16 @@ def open_executor(name: str | None = None) -> Executor:
     return EXECUTORS[name].open()
 
 
-__all__ = ["EXECUTORS", "Encoding", "Executor", "OpsExecutor", "open_executor"]
+def default_executor() -> str:
+    """Name the executor used when nobody asks for one."""
+    return "metal" if mx.metal.is_available() and is_verified("metal") else "ops"
+
+
+__all__ = [
+    "EXECUTORS",
+    "Encoding",
+    "Executor",
+    "OpsExecutor",
+    "default_executor",
+    "open_executor",
+]

@@ -47,6 +47,8 @@ class Executor(ABC):
     """Runs graphs; subclasses say which function performs an Op."""
 
     name: ClassVar[str]
+    # Whether Ops may be given NumPy arrays where the machine prefers them.
+    takes_host_arrays: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.stats = Stats()
@@ -134,8 +136,13 @@ class Executor(ABC):
         self.encode_graph(graph, encoding)
         self.submit_and_wait(encoding, label)
 
-    def begin_layer(self, chunk: int, layer: int) -> None:  # noqa: B027
-        """Hear that layer ``layer`` of prompt chunk ``chunk`` begins (capture hook)."""
+    def begin_layer(  # noqa: B027
+        self, chunk: int, layer: int, *inputs: mx.array
+    ) -> None:
+        """Hear that layer ``layer`` of prompt chunk ``chunk`` begins on ``inputs``.
+
+        Executors that record GPU traces open and close their window here.
+        """
 
     def drain(self) -> None:
         """Wait until the device has finished everything given to it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -59,7 +58,7 @@ class KernelExecutor(Executor):
 
 
 @functools.cache
-def metal_kernel(name: str, *, lines: bool) -> Callable[..., list[mx.array]]:
+def metal_kernel(name: str, *, lines: bool) -> Any:
     """Register one of our kernels with MLX from its own signature.
 
     Args:

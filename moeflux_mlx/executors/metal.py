@@ -6,8 +6,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from .. import config
 from ..errors import BackendError
 from ..launch.base import Prepared
+from .capture import CaptureWindow
 from .kernels import KernelExecutor
 
 
@@ -15,6 +17,11 @@ class MetalExecutor(KernelExecutor):
     """Launches lazily: nothing runs before MLX evaluates what depends on it."""
 
     name = "metal"
+
+    def __init__(self) -> None:
+        super().__init__()
+        window = config.capture()
+        self.capture = CaptureWindow(*window) if window else None
 
     @classmethod
     def open(cls) -> MetalExecutor:
@@ -31,3 +38,9 @@ class MetalExecutor(KernelExecutor):
             output_shapes=ready.output_shapes,
             output_dtypes=ready.output_dtypes,
         )
+
+    def begin_layer(self, chunk: int, layer: int, *inputs: mx.array) -> None:
+        if self.capture is not None and self.capture.waits_for_work:
+            mx.eval(inputs)
+            self.drain()
+            self.capture.begin_layer(layer)

@@ -11,6 +11,7 @@ class OpsExecutor(Executor):
     """Runs on any device; it is the CPU path, the gradient path and the oracle."""
 
     name = "ops"
+    takes_host_arrays = True
 
     def kernel(self, op: Op) -> Kernel:
         return op.reference  # type: ignore[attr-defined,no-any-return]

@@ -9,13 +9,14 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import BudgetError, ExpertStoreError
-from ..weights import ExpertWeights, Weight
+from ..weights import ExpertWeights, Records, Weight
 from .layout import ExpertLayout
 
 POOL_ALIGNMENT = 2 * 1024 * 1024
 # MLX counts elements of one axis in 32 bits, so memory is asked for in rows.
 ROW_BYTES = 16 * 1024
 
+PARTS = ("weight", "scales", "biases")
 MLX_DTYPES = {
     "U8": mx.uint8,
     "I8": mx.int8,
@@ -117,20 +118,23 @@ class SlotPool:
     def _views(self, layout: ExpertLayout, first: int, count: int) -> ExpertWeights:
         slots = self.array[first : first + count]
         tensors: dict[tuple[str, str], mx.array] = {}
+        records: dict[tuple[str, str], Records] = {}
         for spec in layout.tensors:
             dtype = MLX_DTYPES[spec.dtype]
             begin = spec.offset // dtype.size
-            columns = slots.view(dtype)[:, begin : begin + math.prod(spec.shape)]
-            view = mx.unflatten(columns, 1, spec.shape)
-            tensors[spec.projection, spec.part] = view
-        mx.eval(list(tensors.values()))
+            rows = slots.view(dtype)
+            columns = rows[:, begin : begin + math.prod(spec.shape)]
+            name = spec.projection, spec.part
+            tensors[name] = mx.unflatten(columns, 1, spec.shape)
+            records[name] = Records(rows, begin)
+        mx.eval([*tensors.values(), *(r.array for r in records.values())])
         gate, up, down = (
             Weight(
                 tensors[projection, "weight"],
                 tensors.get((projection, "scales")),
                 tensors.get((projection, "biases")),
                 quantization,
-                strided=True,
+                in_pool=tuple(records.get((projection, part)) for part in PARTS),
             )
             for projection, quantization in zip(
                 ("gate_proj", "up_proj", "down_proj"), layout.quantization, strict=True

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import KernelError
-from ..executors.device import (
+from ..device import (
     MAX_BUFFERS,
     MAX_THREADGROUP_BYTES,
     MAX_THREADS_PER_GROUP,
@@ -259,6 +259,11 @@ class Kernel:
         """The parsed ``.metal`` function."""
         return library()[self.name]
 
+    @property
+    def source(self) -> str:
+        """The Python text of the launch."""
+        return inspect.getsource(self.build)
+
     def arguments(self, dtype: mx.Dtype, seed: int = 0, **sizes: int) -> tuple:
         """Make seeded arguments of one size."""
         return self.sample(np.random.default_rng(seed), dtype, **sizes)
@@ -331,19 +336,3 @@ def normal(
 ) -> mx.array:
     """Return seeded normal noise, for samples."""
     return mx.array(scale * rng.standard_normal(shape, np.float32)).astype(dtype)
-
-
-def relative_error(got: mx.array, expected: mx.array) -> float:
-    """Return RMS of the difference over RMS of ``expected``; integers: share unequal.
-
-    Not-a-number anywhere in ``got`` but not in ``expected`` makes it infinite.
-    """
-    if got.shape != expected.shape:
-        return float("inf")
-    if not mx.issubdtype(expected.dtype, mx.floating):
-        return float(np.mean(np.array(got) != np.array(expected)))
-    a = np.array(got.astype(mx.float32)).astype(np.float64)
-    b = np.array(expected.astype(mx.float32)).astype(np.float64)
-    if not np.isfinite(a).all():
-        return float("inf")
-    return float(np.sqrt(np.mean((a - b) ** 2) / max(float(np.mean(b**2)), 1e-30)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -69,6 +70,12 @@ class Library:
         bindings = "".join(f"{a.binding}\n" for a in kernel.attributes if a.binding)
         text = _text(kernel.body, kernel.place.file, kernel.body_line, lines)
         return f"{bindings}{{\n{text}}}"
+
+    def fingerprint(self, name: str, *more: str) -> str:
+        """Return a digest of a kernel, of all that it uses and of ``more`` texts."""
+        kernel = self[name]
+        parts = (self.header(kernel), kernel.declaration.text, *more)
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def _used(self, kernel: MetalKernel) -> list[Declaration]:
         """Return helpers reached from the kernel, in the order of the files."""

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..executors import device
+from .. import device
 from ..weights import ExpertWeights, Weight
 
 Array = Any

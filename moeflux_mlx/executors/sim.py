@@ -1,0 +1,59 @@
+"""Executor ``sim``: our Metal kernels on a simulator, on any Linux machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from .. import config
+from ..errors import BackendError
+from ..launch.base import Prepared
+from ..metal import MetalKernel
+from .kernels import KernelExecutor, metal_kernel
+
+
+class SimExecutor(KernelExecutor):
+    """Runs the source that MLX writes for Metal, compiled for the CPU; slow.
+
+    Args:
+        checked: look for races, bad accesses and uninitialised reads as well.
+        seed: order in which threads, simdgroups and threadgroups take turns.
+    """
+
+    name = "sim"
+
+    def __init__(self, checked: bool | None = None, seed: int = 0):
+        super().__init__()
+        self.checked = config.sim_checked() if checked is None else checked
+        self.seed = seed
+
+    @classmethod
+    def open(cls) -> SimExecutor:
+        from .. import simulator
+
+        if not simulator.available():
+            raise BackendError(
+                "[sim] expected the packages ziglang and pyelftools: "
+                "pip install moeflux-mlx[sim]"
+            )
+        return cls()
+
+    def build(self, kernel: MetalKernel) -> Any:
+        return metal_kernel(kernel.name, lines=True)
+
+    def call(self, built: Any, ready: Prepared) -> list[mx.array]:
+        from .. import simulator
+
+        mx.eval(ready.inputs)
+        return simulator.call(
+            built,
+            inputs=ready.inputs,
+            template=ready.template,
+            grid=ready.grid,
+            threadgroup=ready.threadgroup,
+            output_shapes=ready.output_shapes,
+            output_dtypes=ready.output_dtypes,
+            checked=self.checked,
+            seed=self.seed,
+        )
