@@ -95,7 +95,7 @@ class LayerWeights:
             self._modules.append(module)
             self._collect_module(path, module)
         self._seen = self._values()
-        self.refs = {name: _ref(name, weight) for name, weight in self._stored.items()}
+        self.refs = {name: WeightRef.of(name, w) for name, w in self._stored.items()}
         refs = tuple(self.refs.values())
         self.signature = _SIGNATURES.setdefault(refs, len(_SIGNATURES))
 
@@ -138,14 +138,6 @@ class LayerWeights:
         return Weight(
             weight.w, weight.scales.astype(dtype), biases, weight.quantization
         )
-
-
-def _ref(name: str, weight: Weight) -> WeightRef:
-    q = weight.quantization
-    if q is None or weight.scales is None:
-        return WeightRef(name, tuple(weight.w.shape), None, weight.w.dtype)
-    shape = (*weight.w.shape[:-1], weight.w.shape[-1] * 32 // q.bits)
-    return WeightRef(name, shape, q, weight.scales.dtype)
 
 
 def unpacked_bytes(module: nn.Module, *, skip: str = "") -> int:

@@ -30,7 +30,7 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import dataclass_transform
 
-from ..weights import Quantization
+from ..weights import Quantization, Weight
 from .buffers import B_co, BufId, Shape
 from .roles import (
     Buf,
@@ -60,6 +60,15 @@ class WeightRef:
     shape: tuple[int, ...]
     quantization: Quantization | None = None
     dtype: mx.Dtype = mx.bfloat16
+
+    @classmethod
+    def of(cls, name: str, weight: Weight) -> WeightRef:
+        """Describe a weight's arrays."""
+        q = weight.quantization
+        if q is None or weight.scales is None:
+            return cls(name, tuple(weight.w.shape), None, weight.w.dtype)
+        shape = (*weight.w.shape[:-1], weight.w.shape[-1] * 32 // q.bits)
+        return cls(name, shape, q, weight.scales.dtype)
 
     @property
     def n_bytes(self) -> int:

@@ -1,6 +1,10 @@
-"""Every Op, one class each, in the families of ``kernels/``."""
+"""Every Op, one class each in the families of ``kernels/``, and as functions.
+
+The classes are what graphs are made of; the functions take MLX arrays.
+"""
 
 from ..graph.op import REGISTRY
+from .apply import quantize
 from .attention import KvCacheAppendNTokens, RopeNTokens, SdpaCausalTiled
 from .elementwise import (
     ResidualAddNTokens,
@@ -10,6 +14,32 @@ from .elementwise import (
     ZeroBuffer,
 )
 from .embed import EmbedGatherNTokens
+from .functional import (
+    batched_experts,
+    causal_attention,
+    combine_residual,
+    conv1d_step,
+    decay_beta,
+    decode_experts,
+    embedding,
+    gated_delta_chunkwise,
+    gated_delta_step,
+    gated_rms_norm,
+    gather_experts,
+    kv_cache_append,
+    linear,
+    normalize_weights,
+    residual_add,
+    rms_norm,
+    rms_norm_per_head,
+    rms_norm_qk,
+    rope,
+    sigmoid_gate,
+    softmax_topk,
+    split_q_gate,
+    swiglu,
+    zero_buffer,
+)
 from .linear_attention import (
     ComputeDecayBetaNTokens,
     Conv1dStepNTokens,
@@ -58,4 +88,29 @@ __all__ = [
     "SplitQGate",
     "SwigluFusedBatched",
     "ZeroBuffer",
+    "batched_experts",
+    "causal_attention",
+    "combine_residual",
+    "conv1d_step",
+    "decay_beta",
+    "decode_experts",
+    "embedding",
+    "gated_delta_chunkwise",
+    "gated_delta_step",
+    "gated_rms_norm",
+    "gather_experts",
+    "kv_cache_append",
+    "linear",
+    "normalize_weights",
+    "quantize",
+    "residual_add",
+    "rms_norm",
+    "rms_norm_per_head",
+    "rms_norm_qk",
+    "rope",
+    "sigmoid_gate",
+    "softmax_topk",
+    "split_q_gate",
+    "swiglu",
+    "zero_buffer",
 ]

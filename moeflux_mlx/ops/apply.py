@@ -1,0 +1,184 @@
+"""Apply one Op to arrays outside a graph, with gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import GraphError
+from ..experts.resident import ResidentExperts
+from ..graph.buffers import BufId, fits
+from ..graph.op import Access, Op, WeightRef
+from ..graph.roles import ExpertBaseBuf
+from ..weights import ExpertWeights, Quantization, Weight
+
+Function = Callable[..., Any]
+
+
+def apply(op_type: type[Op], fields: Mapping[str, Any], **values: Any) -> Any:
+    """Run one Op on arrays and return its output, or the tuple of its outputs.
+
+    The default executor's kernel runs where there is one; gradients go through the
+    Op's reference. ``values`` holds by field name what the Op reads: arrays, weights
+    (a ``Weight`` or a dense array), experts (``ExpertWeights`` or an
+    ``ExpertSource``), None for an absent optional field.
+
+    Raises:
+        GraphError: a value's type or shape is not the Op's; names Op and field.
+    """
+    reads = [f.name for f in op_type.buffer_fields if f.access & Access.READ]
+    given: dict[str, Any]
+    given = {name: values.get(name) for name in (*reads, *op_type.weight_fields)}
+    for name in op_type.weight_fields:
+        if isinstance(given[name], mx.array):
+            given[name] = Weight(given[name])
+    for field in op_type.buffer_fields:
+        if field.role is ExpertBaseBuf and isinstance(given[field.name], ExpertWeights):
+            given[field.name] = ResidentExperts(given[field.name])
+    op = _op(op_type, fields, given)
+    _check(op, given)
+    executor = _executor()
+    reference: Function = op.reference  # type: ignore[attr-defined]
+    if executor.takes_host_arrays:
+        return reference(*given.values())
+    return _differentiable(executor.kernel(op), reference, list(given.values()))
+
+
+@functools.cache
+def _executor() -> Any:
+    from ..executors import open_executor
+
+    return open_executor()
+
+
+def _op(op_type: type[Op], fields: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    """Make the Op; buffers are only told apart by their index."""
+    parts: dict[str, Any] = {"label": op_type.__name__}
+    for i, field in enumerate(op_type.buffer_fields):
+        absent = field.optional and given.get(field.name) is None
+        parts[field.name] = None if absent else BufId(i, field.role)
+    for name in op_type.weight_fields:
+        parts[name] = _ref(op_type, name, given[name])
+    return op_type(**parts, **fields)
+
+
+def _ref(op_type: type[Op], name: str, weight: Any) -> WeightRef | None:
+    if weight is None:
+        optional = {f.name for f in dataclasses.fields(op_type) if f.default is None}  # type: ignore[arg-type]
+        if name in optional:
+            return None
+    if not isinstance(weight, Weight):
+        got = type(weight).__name__
+        _fail(op_type.__name__, name, "a Weight or an mx.array", got)
+    return WeightRef.of(name, weight)
+
+
+def _check(op: Op, given: Mapping[str, Any]) -> None:
+    name_of_op, shapes = op.variant_name, op.shapes()
+    for field in op.buffer_fields:
+        value: Any = given.get(field.name)
+        if field.name not in given or field.role is ExpertBaseBuf:
+            continue
+        if value is None and field.optional:
+            continue
+        if not isinstance(value, mx.array):
+            _fail(name_of_op, field.name, "an mx.array", type(value).__name__)
+        if not fits(shapes[field.name], value.shape):
+            _fail(name_of_op, field.name, shapes[field.name], tuple(value.shape))
+        wanted = field.role.dtype
+        if wanted is not None and value.dtype != wanted:
+            _fail(name_of_op, field.name, wanted, value.dtype)
+    for name in op.weight_fields:
+        ref = getattr(op, name)
+        if ref is not None and not fits(shapes[name], ref.shape):
+            _fail(name_of_op, name, shapes[name], ref.shape)
+
+
+def _fail(op: str, field: str, wanted: Any, got: Any) -> None:
+    raise GraphError(f"[{op}] {field}: expected {wanted} but got {got}")
+
+
+def _differentiable(kernel: Function, reference: Function, values: list[Any]) -> Any:
+    """Call ``kernel``, with the gradient of ``reference``."""
+    arrays, rebuild = _flatten(values)
+
+    @mx.custom_function
+    def call(*flat: mx.array) -> Any:
+        return kernel(*rebuild(flat))
+
+    @call.vjp  # type: ignore[misc]
+    def vjp(primals: Any, cotangents: Any, _outputs: Any) -> tuple[mx.array, ...]:
+        wanted = [i for i, x in enumerate(primals) if _is_float(x)]
+
+        def of_floats(*floats: mx.array) -> Any:
+            flat = list(primals)
+            for i, x in zip(wanted, floats, strict=True):
+                flat[i] = x
+            return _floats(reference(*rebuild(flat)))
+
+        grown = _floats(cotangents)
+        _, found = mx.vjp(of_floats, [primals[i] for i in wanted], grown)
+        gradients = [mx.zeros_like(x) for x in primals]
+        for i, gradient in zip(wanted, found, strict=True):
+            gradients[i] = gradient
+        return tuple(gradients)
+
+    return call(*arrays)
+
+
+def _is_float(x: mx.array) -> bool:
+    return mx.issubdtype(x.dtype, mx.floating)
+
+
+def _floats(values: Any) -> list[mx.array]:
+    parts = values if isinstance(values, (tuple, list)) else [values]
+    return [x for x in parts if _is_float(x)]
+
+
+def _flatten(
+    values: Sequence[Any],
+) -> tuple[list[mx.array], Callable[[Sequence[mx.array]], list[Any]]]:
+    """Return the arrays among ``values``, in weights too, and how to put others in."""
+    arrays: list[mx.array] = []
+
+    def visit(value: Any, take: Callable[[mx.array], mx.array]) -> Any:
+        if isinstance(value, mx.array):
+            return take(value)
+        if isinstance(value, Weight) and value.in_pool is None:
+            parts = (value.w, value.scales, value.biases)
+            w, scales, biases = [visit(x, take) for x in parts]
+            return Weight(w, scales, biases, value.quantization)
+        if type(value) is ResidentExperts:
+            stacks = value.weights
+            gate, up, down = (
+                visit(x, take) for x in (stacks.gate, stacks.up, stacks.down)
+            )
+            return ResidentExperts(ExpertWeights(gate, up, down))
+        return value
+
+    def keep(x: mx.array) -> mx.array:
+        arrays.append(x)
+        return x
+
+    for value in values:
+        visit(value, keep)
+
+    def rebuild(flat: Sequence[mx.array]) -> list[Any]:
+        rest = iter(flat)
+        return [visit(value, lambda _: next(rest)) for value in values]
+
+    return arrays, rebuild
+
+
+def quantize(w: mx.array, group_size: int = 64, bits: int = 4) -> Weight:
+    """Quantise a dense matrix ``[..., O, I]`` in MLX's affine mode.
+
+    Returns:
+        A ``Weight`` for the functions of this package.
+    """
+    parts = mx.quantize(w, group_size=group_size, bits=bits)
+    return Weight(*parts, Quantization(bits, group_size))
