@@ -36,7 +36,11 @@ CHOSEN = mx.array([[0, 2, 4], [1, 2, 3], [5, 0, 1], [3, 4, 5], [2, 1, 0], [0, 5,
 CHOSEN = CHOSEN.astype(mx.int32)
 SHARES = mx.softmax(noise(4, N, K), axis=-1)
 START = mx.array([3, 0], mx.int32)
+X, Y = noise(1, N, D), noise(2, N, D)
+QKV, WIDE, NARROW = noise(1, N, 5 * 32), noise(1, N, 2 * D), noise(1, N, 32)
+HEADS, LOGITS, ONE = noise(1, N, 4), noise(1, N, E), noise(1, 1, D)
 DELTA = dict(state=noise(5, B, 4, 32, 32), qkv=noise(6, N, 2 * 2 * 32 + 4 * 32))
+DELTA_IN = DELTA["qkv"]
 GATES = dict(decay=mx.sigmoid(noise(7, N, 4)), beta=mx.sigmoid(noise(8, N, 4)))
 IDS = mx.array([3, 0, 9, 9, 1, 2], mx.int32)
 CACHE = noise(9, B, 1, 7, 32)
@@ -44,41 +48,33 @@ CACHE = noise(9, B, 1, 7, 32)
 # Each function with arguments; the first floating one is differentiated.
 CALLS = {
     "embedding": lambda f: f(IDS, ops.quantize(noise(1, 11, D), 32)),
-    "linear": lambda f, x=noise(1, N, D): f(x, ops.quantize(noise(2, 40, D), 32)),
-    "rms_norm": lambda f, x=noise(1, N, D): f(x, noise(2, D)),
-    "rms_norm_per_head": lambda f, x=noise(1, N, D): f(x, noise(2, 32)),
-    "rms_norm_qk": lambda f, x=noise(1, N, 5 * 32): f(x, 2, 32),
-    "gated_rms_norm": lambda f, x=noise(1, N, D): f(x, noise(2, N, D), noise(3, 32)),
-    "rope": lambda f, x=noise(1, N, D): f(x, mx.exp(noise(2, 8)), START, H),
-    "kv_cache_append": lambda f, x=noise(1, N, 32): f(x, x, CACHE, CACHE, START[:1]),
-    "causal_attention": lambda f, x=noise(1, N, D): f(x, CACHE, CACHE),
-    "residual_add": lambda f, x=noise(1, N, D): f(x, noise(2, N, D)),
+    "linear": lambda f, x=X: f(x, ops.quantize(noise(2, 40, D), 32)),
+    "rms_norm": lambda f, x=X: f(x, noise(2, D)),
+    "rms_norm_per_head": lambda f, x=X: f(x, noise(2, 32)),
+    "rms_norm_qk": lambda f, x=QKV: f(x, 2, 32),
+    "gated_rms_norm": lambda f, x=X: f(x, Y, noise(3, 32)),
+    "rope": lambda f, x=X: f(x, mx.exp(noise(2, 8)), START, H),
+    "kv_cache_append": lambda f, x=NARROW: f(x, x, CACHE, CACHE, START[:1]),
+    "causal_attention": lambda f, x=X: f(x, CACHE, CACHE),
+    "residual_add": lambda f, x=X: f(x, Y),
     "zero_buffer": lambda f: f(N, D),
-    "swiglu": lambda f, x=noise(1, N, D): f(x, noise(2, N, D)),
-    "sigmoid_gate": lambda f, x=noise(1, N, D): f(x, noise(2, N, D)),
-    "split_q_gate": lambda f, x=noise(1, N, 2 * D): f(x, H),
-    "conv1d_step": lambda f, x=noise(1, N, D): f(
-        x, noise(2, B, 3, D), noise(3, D, 4, 1)
-    ),
-    "decay_beta": lambda f, x=noise(1, N, 4): f(x, x + 1, noise(2, 4), noise(3, 4)),
-    "gated_delta_step": lambda f, x=DELTA["qkv"]: f(
+    "swiglu": lambda f, x=X: f(x, Y),
+    "sigmoid_gate": lambda f, x=X: f(x, Y),
+    "split_q_gate": lambda f, x=WIDE: f(x, H),
+    "conv1d_step": lambda f, x=X: f(x, noise(2, B, 3, D), noise(3, D, 4, 1)),
+    "decay_beta": lambda f, x=HEADS: f(x, x + 1, noise(2, 4), noise(3, 4)),
+    "gated_delta_step": lambda f, x=DELTA_IN: f(
         DELTA["state"], x, **GATES, num_k_heads=2
     ),
-    "gated_delta_chunkwise": lambda f, x=DELTA["qkv"]: f(
+    "gated_delta_chunkwise": lambda f, x=DELTA_IN: f(
         DELTA["state"], x, **GATES, num_k_heads=2, chunk_size=16
     ),
-    "softmax_topk": lambda f, x=noise(1, N, E): f(x, K),
+    "softmax_topk": lambda f, x=LOGITS: f(x, K),
     "normalize_weights": lambda f, x=SHARES: f(x),
-    "decode_experts": lambda f, x=noise(1, 1, D): f(
-        x, CHOSEN[:1], SHARES[:1], experts()
-    ),
-    "gather_experts": lambda f, x=noise(1, N, D): f(x, CHOSEN, SHARES, experts()),
-    "batched_experts": lambda f, x=noise(1, N, D): f(
-        x, CHOSEN, SHARES, experts(), mx.zeros((N, D))
-    ),
-    "combine_residual": lambda f, x=noise(1, N, D): f(
-        x, noise(2, N, D), noise(3, N, D), noise(4, N, 1)
-    ),
+    "decode_experts": lambda f, x=ONE: f(x, CHOSEN[:1], SHARES[:1], experts()),
+    "gather_experts": lambda f, x=X: f(x, CHOSEN, SHARES, experts()),
+    "batched_experts": lambda f, x=X: f(x, CHOSEN, SHARES, experts(), mx.zeros((N, D))),
+    "combine_residual": lambda f, x=X: f(x, Y, noise(3, N, D), noise(4, N, 1)),
 }
 DIFFERENTIABLE = [
     name
@@ -183,7 +179,7 @@ def test_a_training_loop_learns_through_the_functions(executor):
 
 def test_scales_of_a_quantised_matrix_have_gradients(executor):
     w = ops.quantize(noise(2, 40, D), 32)
-    x = noise(1, N, D)
+    x = X
 
     def loss(scales):
         return ops.linear(x, Weight(w.w, scales, w.biases, w.quantization)).sum()
@@ -198,27 +194,43 @@ def test_scales_of_a_quantised_matrix_have_gradients(executor):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: ops.rms_norm(noise(1, D), noise(2, D)), "RmsNormBf16NTokens. x: expected 2"),
-        (lambda: ops.rms_norm(noise(1, N, D), noise(2, D + 1)), "weight: expected"),
+        (
+            lambda: ops.rms_norm(noise(1, D), noise(2, D)),
+            "RmsNormBf16NTokens. x: expected 2",
+        ),
+        (lambda: ops.rms_norm(X, noise(2, D + 1)), "weight: expected"),
         (lambda: ops.rms_norm([1.0], noise(2, D)), "x: expected 2"),
-        (lambda: ops.linear(noise(1, N, D), noise(2, 8, D - 1)), "weight: expected"),
-        (lambda: ops.linear(noise(1, N, D), "w"), "weight: expected"),
-        (lambda: ops.linear(noise(1, N, D), noise(2, 8, D), noise(3, 9)), "bias: expected"),
-        (lambda: ops.rope(noise(1, N, D), noise(2, 8), START, 5), "num_heads: expected"),
-        (lambda: ops.rope(noise(1, N, D), noise(2, 8), START * 1.0, 2), "start: expected"),
+        (lambda: ops.linear(X, noise(2, 8, D - 1)), "weight: expected"),
+        (lambda: ops.linear(X, "w"), "weight: expected"),
+        (lambda: ops.linear(X, noise(2, 8, D), noise(3, 9)), "bias: expected"),
+        (lambda: ops.rope(X, noise(2, 8), START, 5), "num_heads: expected"),
+        (lambda: ops.rope(X, noise(2, 8), START * 1.0, 2), "start: expected"),
         (lambda: ops.softmax_topk(noise(1, N, E), E + 1), "k: expected 1 to 6"),
-        (lambda: ops.causal_attention(noise(1, N, D), CACHE, CACHE[:, :, 1:, :31]), "v: ex"),
+        (lambda: ops.causal_attention(X, CACHE, CACHE[:, :, 1:, :31]), "v: ex"),
         (lambda: ops.causal_attention(noise(1, N, D + 1), CACHE, CACHE), "k: expected"),
-        (lambda: ops.split_q_gate(noise(1, N, D), -1), "num_heads: expected"),
-        (lambda: ops.decode_experts(noise(1, 2, D), CHOSEN[:2], SHARES[:2], experts()), "mlp"),
-        (lambda: ops.gated_delta_chunkwise(DELTA["state"], DELTA["qkv"], **GATES,
-                                           num_k_heads=2, chunk_size=12), "chunk_size"),
-        (lambda: ops.gated_delta_step(DELTA["state"][0], DELTA["qkv"], **GATES,
-                                      num_k_heads=2), "state: expected 4"),
+        (lambda: ops.split_q_gate(X, -1), "num_heads: expected"),
+        (
+            lambda: ops.decode_experts(
+                noise(1, 2, D), CHOSEN[:2], SHARES[:2], experts()
+            ),
+            "mlp",
+        ),
+        (
+            lambda: ops.gated_delta_chunkwise(
+                DELTA["state"], DELTA["qkv"], **GATES, num_k_heads=2, chunk_size=12
+            ),
+            "chunk_size",
+        ),
+        (
+            lambda: ops.gated_delta_step(
+                DELTA["state"][0], DELTA["qkv"], **GATES, num_k_heads=2
+            ),
+            "state: expected 4",
+        ),
         (lambda: ops.embedding(IDS.astype(mx.float32), noise(1, 11, D)), "token_ids"),
         (lambda: ops.residual_add(mx.zeros((0, D)), mx.zeros((0, D))), "a: expected 2"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_an_error_that_names_op_and_argument(wrong, message):
     with pytest.raises(GraphError, match=message):
         wrong()
