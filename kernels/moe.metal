@@ -1,0 +1,840 @@
+// Mixture of experts: routing, decode over slots, prefill grouped by expert, combination.
+#include "moeflux.h"
+
+// Map floats to integers of the same order, so that ties and maxima are exact and a
+// simd_max is one operation. Both zeros are one number; the result is never 0 (removed).
+inline uint ordered(float x) {
+  uint bits = as_type<uint>(x);
+  bits = bits == 0x80000000u ? 0u : bits;
+  return max(bits ^ ((bits >> 31) != 0u ? 0xffffffffu : 0x80000000u), 1u);
+}
+
+inline float unordered(uint key) {
+  return as_type<float>(key ^ ((key >> 31) != 0u ? 0x80000000u : 0xffffffffu));
+}
+
+// Take the largest key out of those of a simdgroup, the lowest expert among equals. A
+// lane's i-th key belongs to expert `first + i * step`; all lanes get key and expert.
+template <int PER_LANE>
+inline uint take_largest(thread uint* keys, uint first, uint step, thread uint& expert) {
+  uint best = 0;
+  uint owner = 0xffffffffu;
+#pragma unroll
+  for (int i = 0; i < PER_LANE; ++i) {
+    owner = keys[i] > best ? first + uint(i) * step : owner;
+    best = max(best, keys[i]);
+  }
+  uint largest = simd_max(best);
+  expert = simd_min(best == largest ? owner : 0xffffffffu);
+#pragma unroll
+  for (int i = 0; i < PER_LANE; ++i) {
+    keys[i] = first + uint(i) * step == expert ? 0u : keys[i];
+  }
+  return largest;
+}
+
+// Four values in a row as float32. Those in `device` memory lie at a multiple of four
+// elements and are read at once; the few in `constant` memory one by one.
+template <typename P>
+inline float4 load4(P p) {
+  return float4(float(p[0]), float(p[1]), float(p[2]), float(p[3]));
+}
+inline float4 load4(device const float* p) {
+  return *(device const float4*)p;
+}
+inline float4 load4(device const half* p) {
+  return float4(*(device const half4*)p);
+}
+inline float4 load4(device const bfloat* p) {
+  return float4(*(device const bfloat4*)p);
+}
+
+// Columns i to i + 3 of a row of n; rows are aligned when n is a multiple of 4, which is
+// the same for all threads. Columns past the end are 0.
+template <typename P>
+inline float4 load_columns(P row, uint i, uint n) {
+  if (n % 4 == 0) {
+    return load4(row + i);
+  }
+  float4 values = float4(0.0f);
+#pragma unroll
+  for (uint j = 0; j < 4; ++j) {
+    if (i + j < n) {
+      values[j] = float(row[i + j]);
+    }
+  }
+  return values;
+}
+
+template <typename T>
+inline void store_columns(device T* row, uint i, uint n, float4 values) {
+  if (n % 4 == 0) {
+    *(device vec<T, 4>*)(row + i) = vec<T, 4>(values);
+    return;
+  }
+#pragma unroll
+  for (uint j = 0; j < 4; ++j) {
+    if (i + j < n) {
+      row[i + j] = T(values[j]);
+    }
+  }
+}
+
+// WORDS packed words at once: in `device` memory they lie at a multiple of WORDS words.
+template <int WORDS, typename P>
+inline void load_words(P p, thread uint* words) {
+#pragma unroll
+  for (int i = 0; i < WORDS; ++i) {
+    words[i] = p[i];
+  }
+}
+template <int WORDS>
+inline void load_words(device const uint* p, thread uint* words) {
+  if (WORDS == 4) {
+    uint4 v = *(device const uint4*)p;
+    words[0] = v.x;
+    words[1] = v.y;
+    words[2] = v.z;
+    words[3] = v.w;
+  } else if (WORDS == 2) {
+    uint2 v = *(device const uint2*)p;
+    words[0] = v.x;
+    words[1] = v.y;
+  } else {
+    words[0] = p[0];
+  }
+}
+
+// The values that meet WORDS packed words, times `factor`; returns their sum. Each is
+// divided by the power of two that its packed partner keeps when it is masked in place,
+// which is exact and saves a shift for every row that the values meet.
+template <int BITS, int WORDS, typename P>
+inline float load_partners(P x, float factor, thread float* partners) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < WORDS * (32 / BITS); ++i) {
+    float value = factor * float(x[i]);
+    sum += value;
+    partners[i] = value * (1.0f / float(1 << (BITS * (i % (16 / BITS)))));
+  }
+  return sum;
+}
+
+// Sum of packed values times their partners. Halves of words, because 16-bit registers
+// are cheaper and every masked value is still exact in float32.
+template <int BITS, int WORDS>
+inline float dot_words(thread const uint* words, thread const float* partners) {
+  constexpr int HALF = 16 / BITS;
+  constexpr int MASK = (1 << BITS) - 1;
+  float sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < WORDS; ++w) {
+    ushort2 halves = as_type<ushort2>(words[w]);
+#pragma unroll
+    for (int i = 0; i < HALF; ++i) {
+      ushort low = ushort(halves.x & (MASK << (BITS * i)));
+      sum = fma(float(low), partners[2 * HALF * w + i], sum);
+    }
+#pragma unroll
+    for (int i = 0; i < HALF; ++i) {
+      ushort high = ushort(halves.y & (MASK << (BITS * i)));
+      sum = fma(float(high), partners[2 * HALF * w + HALF + i], sum);
+    }
+  }
+  return sum;
+}
+
+// Softmax over the experts in float32 and the K largest in falling order, ties to the
+// lower index.
+//
+// logits: [T,E]; indices, weights: [T,K]. E <= 512, K <= 16. PER_LANE = ceil(E / 32).
+// Launch: one simdgroup a token, four a threadgroup. A row lives in registers; it is
+// ranked by its logits, because exp would make equal what is not, and only the K weights
+// kept are ever computed, one by each lane.
+template <typename T, int PER_LANE>
+[[kernel]] void moe_softmax_topk(
+    device const T* logits,
+    constant uint& n_tokens,
+    constant uint& n_experts,
+    constant uint& k,
+    device int* indices,
+    device float* weights,
+    uint i [[thread_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  uint token = i / SIMD;
+  if (token >= n_tokens) {
+    return;
+  }
+  auto row = logits + ulong(token) * n_experts;
+  uint keys[PER_LANE];
+  float values[PER_LANE];
+  float largest = -INFINITY;
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) {
+    uint e = lane + uint(j) * SIMD;
+    values[j] = e < n_experts ? float(row[e]) : -INFINITY;
+    keys[j] = e < n_experts ? ordered(values[j]) : 0u;
+    largest = max(largest, values[j]);
+  }
+  largest = simd_max(largest);
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) {
+    sum += exp(values[j] - largest);
+  }
+  sum = simd_sum(sum);
+  uint chosen = 0;
+  uint chosen_key = 0;
+  for (uint n = 0; n < k; ++n) {
+    uint expert;
+    uint key = take_largest<PER_LANE>(keys, lane, SIMD, expert);
+    chosen = lane == n ? expert : chosen;
+    chosen_key = lane == n ? key : chosen_key;
+  }
+  if (lane < k) {
+    ulong at = ulong(token) * k + lane;
+    indices[at] = int(chosen);
+    weights[at] = exp(unordered(chosen_key) - largest) / sum;
+  }
+}
+
+// Each token's K weights divided by their sum.
+//
+// weights, out: [T,K]. K <= 16. Launch: one thread a weight. Every thread adds up its
+// token's weights itself: they share a cache line, and no lane waits for another.
+[[kernel]] void moe_normalize_weights(
+    device const float* weights,
+    constant uint& n,
+    constant uint& k,
+    device float* out,
+    uint i [[thread_position_in_grid]]) {
+  if (i >= n) {
+    return;
+  }
+  auto row = weights + i / k * k;
+  float sum = 0.0f;
+  for (uint j = 0; j < k; ++j) {
+    sum += row[j];
+  }
+  out[i] = weights[i] / sum;
+}
+
+// DeepSeek-V3 routing: scores are sigmoids; with a correction bias added, only for
+// choosing, the best topk_group of n_group groups by the sum of their two best, and the
+// K best experts there, ties to the lower index. Weights are the scores, divided by
+// their sum if NORMALIZE, times `scale`. Scores of groups left out count as 0.
+//
+// logits: [T,E]; bias: [E]; indices, weights: [T,K]. E <= 512, K <= 16, n_group divides
+// 32 and E. Launch: one simdgroup a token, four a threadgroup. A group belongs to
+// L = 32 / n_group neighbouring lanes, PER_LANE = ceil(E / n_group / L) experts each, so
+// the two best of all groups are found together by log2(L) exchanges.
+template <typename T, typename S, int PER_LANE, bool NORMALIZE>
+[[kernel]] void moe_noaux_topk(
+    device const T* logits,
+    device const S* bias,
+    constant uint& n_tokens,
+    constant uint& n_experts,
+    constant uint& n_group,
+    constant uint& topk_group,
+    constant uint& k,
+    constant float& scale,
+    device int* indices,
+    device float* weights,
+    uint i [[thread_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  uint token = i / SIMD;
+  if (token >= n_tokens) {
+    return;
+  }
+  auto row = logits + ulong(token) * n_experts;
+  uint group_experts = n_experts / n_group;
+  uint n_lanes = SIMD / n_group;
+  uint group = lane / n_lanes;
+  uint within = lane % n_lanes;
+  uint first = group * group_experts + within;
+  uint keys[PER_LANE];
+  float best = -INFINITY;
+  float second = -INFINITY;
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) {
+    keys[j] = 0;
+    uint at = uint(j) * n_lanes;
+    if (within + at < group_experts) {
+      float score = sigmoid(float(row[first + at])) + float(bias[first + at]);
+      keys[j] = ordered(score);
+      second = max(second, min(best, score));
+      best = max(best, score);
+    }
+  }
+  for (ushort distance = ushort(n_lanes / 2); distance > 0; distance /= 2) {
+    float other_best = simd_shuffle_xor(best, distance);
+    float other_second = simd_shuffle_xor(second, distance);
+    second = max(min(best, other_best), max(second, other_second));
+    best = max(best, other_best);
+  }
+  float group_score = best + second;
+  uint n_better = 0;
+  for (uint g = 0; g < n_group; ++g) {
+    float other = simd_shuffle(group_score, ushort(g * n_lanes));
+    n_better += uint(other > group_score || (other == group_score && g < group));
+  }
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) {
+    bool dropped = n_better >= topk_group && keys[j] != 0;
+    keys[j] = dropped ? ordered(0.0f) : keys[j];
+  }
+  uint chosen = 0;
+  for (uint n = 0; n < k; ++n) {
+    uint expert;
+    take_largest<PER_LANE>(keys, first, n_lanes, expert);
+    chosen = lane == n ? expert : chosen;
+  }
+  float weight = lane < k ? sigmoid(float(row[chosen])) : 0.0f;
+  if (NORMALIZE) {
+    weight /= simd_sum(weight);
+  }
+  if (lane < k) {
+    ulong at = ulong(token) * k + lane;
+    indices[at] = int(chosen);
+    weights[at] = weight * scale;
+  }
+}
+
+// One token's h + sum of w_k * e_k + sigmoid(gate) * shared, experts in their own
+// buffers.
+//
+// h, shared, e0 to e15, out: [D]; weights: [K]; gate: [1]. Inputs e of K and more are not
+// read. Launch: one thread a column. K is a template number, so that what is not read
+// costs nothing; 16 experts and the rest stay below Metal's 31 buffers.
+template <typename T, int K>
+[[kernel]] void moe_combine_residual(
+    device const T* h,
+    device const T* shared,
+    device const T* gate,
+    device const float* weights,
+    device const T* e0,
+    device const T* e1,
+    device const T* e2,
+    device const T* e3,
+    device const T* e4,
+    device const T* e5,
+    device const T* e6,
+    device const T* e7,
+    device const T* e8,
+    device const T* e9,
+    device const T* e10,
+    device const T* e11,
+    device const T* e12,
+    device const T* e13,
+    device const T* e14,
+    device const T* e15,
+    constant uint& n,
+    device T* out,
+    uint i [[thread_position_in_grid]]) {
+  if (i >= n) {
+    return;
+  }
+  float sum = weights[0] * float(e0[i]);
+  sum += K > 1 ? weights[1] * float(e1[i]) : 0.0f;
+  sum += K > 2 ? weights[2] * float(e2[i]) : 0.0f;
+  sum += K > 3 ? weights[3] * float(e3[i]) : 0.0f;
+  sum += K > 4 ? weights[4] * float(e4[i]) : 0.0f;
+  sum += K > 5 ? weights[5] * float(e5[i]) : 0.0f;
+  sum += K > 6 ? weights[6] * float(e6[i]) : 0.0f;
+  sum += K > 7 ? weights[7] * float(e7[i]) : 0.0f;
+  sum += K > 8 ? weights[8] * float(e8[i]) : 0.0f;
+  sum += K > 9 ? weights[9] * float(e9[i]) : 0.0f;
+  sum += K > 10 ? weights[10] * float(e10[i]) : 0.0f;
+  sum += K > 11 ? weights[11] * float(e11[i]) : 0.0f;
+  sum += K > 12 ? weights[12] * float(e12[i]) : 0.0f;
+  sum += K > 13 ? weights[13] * float(e13[i]) : 0.0f;
+  sum += K > 14 ? weights[14] * float(e14[i]) : 0.0f;
+  sum += K > 15 ? weights[15] * float(e15[i]) : 0.0f;
+  out[i] = T(float(h[i]) + sum + sigmoid(float(gate[0])) * float(shared[i]));
+}
+
+// Sum over k of weights[k] * experts[k,i].
+template <typename W, typename P>
+inline float weighted_column(W weights, P experts, uint k, uint n, uint i) {
+  float sum = 0.0f;
+  for (uint j = 0; j < k; ++j) {
+    sum += weights[j] * float(experts[j * n + i]);
+  }
+  return sum;
+}
+
+// One token's h + sum of w_k * e_k + sigmoid(gate) * shared, experts in one buffer.
+//
+// h, shared, out: [D]; experts: [K,D]; weights: [K]; gate: [1]. Launch: one thread a
+// column. The K loads of a thread do not depend on each other, so they are all under way
+// at once and hide the latency that so few threads otherwise would not.
+template <typename T>
+[[kernel]] void moe_combine_residual_flat(
+    device const T* h,
+    device const T* shared,
+    device const T* gate,
+    device const float* weights,
+    device const T* experts,
+    constant uint& k,
+    constant uint& n,
+    device T* out,
+    uint i [[thread_position_in_grid]]) {
+  if (i >= n) {
+    return;
+  }
+  float sum = weighted_column(weights, experts, k, n, i);
+  out[i] = T(float(h[i]) + sum + sigmoid(float(gate[0])) * float(shared[i]));
+}
+
+// One token's h + sum of w_k * e_k + shared, experts in one buffer (DeepSeek: the shared
+// expert has no gate).
+//
+// h, shared, out: [D]; experts: [K,D]; weights: [K]. Launch: one thread a column, for
+// the reason given above `moe_combine_residual_flat`.
+template <typename T>
+[[kernel]] void moe_combine_residual_unscaled(
+    device const T* h,
+    device const T* shared,
+    device const float* weights,
+    device const T* experts,
+    constant uint& k,
+    constant uint& n,
+    device T* out,
+    uint i [[thread_position_in_grid]]) {
+  if (i >= n) {
+    return;
+  }
+  float sum = weighted_column(weights, experts, k, n, i);
+  out[i] = T(float(h[i]) + sum + float(shared[i]));
+}
+
+// h + moe_sum + sigmoid(gate) * shared for T tokens.
+//
+// h, shared, out: T [T,D]; moe_sum: S [T,D], float32 or T; gate: [T,1]. Launch: four
+// columns a thread, one row of the grid a token. The experts' sum may still be float32:
+// its only rounding is then the one here.
+template <typename T, typename S>
+[[kernel]] void moe_combine_residual_n_tokens(
+    device const T* h,
+    device const S* moe_sum,
+    device const T* shared,
+    device const T* gate,
+    constant uint& n,
+    device T* out,
+    uint2 position [[thread_position_in_grid]]) {
+  uint i = 4 * position.x;
+  if (i >= n) {
+    return;
+  }
+  ulong row = ulong(position.y) * n;
+  float4 sum = load_columns(h + row, i, n) + load_columns(moe_sum + row, i, n);
+  float open = sigmoid(float(gate[position.y]));
+  store_columns(out + row, i, n, sum + open * load_columns(shared + row, i, n));
+}
+
+// acc with weights[row] * bucket[row] added to row tokens[row]: one expert's rows, or
+// any bucket in which no token comes twice.
+//
+// acc, out: float32 [T,D]; bucket: [M,D]; tokens, weights: [M], M <= T. Launch: four
+// columns a thread, one row of the grid a token, 128 threads a threadgroup. Each
+// simdgroup looks for its token among the M itself: rows are gathered, not scattered, so
+// buckets given one after another add up in that order and nothing is atomic.
+template <typename T>
+[[kernel]] void moe_bucket_accumulate(
+    device const float* acc,
+    device const T* bucket,
+    device const uint* tokens,
+    device const float* weights,
+    constant uint& m,
+    constant uint& n,
+    device float* out,
+    uint2 position [[thread_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  uint found = 0;
+  for (uint j = lane; j < m; j += SIMD) {
+    found = tokens[j] == position.y ? j + 1 : found;
+  }
+  found = simd_max(found);
+  uint i = 4 * position.x;
+  if (i >= n) {
+    return;
+  }
+  ulong row = ulong(position.y) * n;
+  float4 sum = load_columns(acc + row, i, n);
+  if (found > 0) {
+    auto added = bucket + ulong(found - 1) * n;
+    sum += weights[found - 1] * load_columns(added, i, n);
+  }
+  store_columns(out + row, i, n, sum);
+}
+
+// Who chose which expert: per expert how many tokens, and their assignments
+// token * K + slot in rising order, the rest of the list 0xffffffff.
+//
+// indices: [T,K], distinct within a token; counts: [E]; lists: [E,T]. Launch: one
+// simdgroup an expert, four a threadgroup. A lane looks at the K choices of one token,
+// so one vote orders 32 tokens and no counter is shared.
+[[kernel]] void moe_id_map(
+    device const int* indices,
+    constant uint& n_tokens,
+    constant uint& k,
+    constant uint& n_experts,
+    device uint* counts,
+    device uint* lists,
+    uint i [[thread_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  uint expert = i / SIMD;
+  if (expert >= n_experts) {
+    return;
+  }
+  device uint* list = lists + ulong(expert) * n_tokens;
+  uint n_found = 0;
+  for (uint start = 0; start < n_tokens; start += SIMD) {
+    uint token = start + lane;
+    uint assignment = 0xffffffffu;
+    if (token < n_tokens) {
+      for (uint slot = 0; slot < k; ++slot) {
+        uint at = token * k + slot;
+        assignment = uint(indices[at]) == expert ? at : assignment;
+      }
+    }
+    bool chosen = assignment != 0xffffffffu;
+    uint votes = uint(ulong(simd_ballot(chosen)));
+    if (chosen) {
+      list[n_found + popcount(votes & ((1u << lane) - 1u))] = assignment;
+    }
+    n_found += popcount(votes);
+  }
+  if (lane == 0) {
+    counts[expert] = n_found;
+  }
+  for (uint j = n_found + lane; j < n_tokens; j += SIMD) {
+    list[j] = 0xffffffffu;
+  }
+}
+
+// One projection of all experts over the assignments of `moe_id_map`:
+// out[token, slot] = W_expert * x, W quantised and in the expert's slot of the pool.
+//
+// x: [T,I], or [T*K,I] if PER_ASSIGNMENT; w: [n_slots, w_row] words and scales, biases:
+// [n_slots, s_row], [n_slots, b_row], a matrix [O,I] lying in each row from its base on;
+// counts: [E]; lists: [E,T]; slot_of_expert: [E]; out: [T,K,O]. I is a multiple of G, G
+// of 32. Launch: threadgroups of 128 on (O / 64, T / 32, E): 32 assignments by 64
+// outputs in steps of 32 inputs. A tile past its expert's count leaves at once. Every
+// simdgroup takes all rows of 16 columns, so tiles that are not full (most are) leave
+// the work of all four equally short, by 8 rows at a time.
+template <typename T, typename S, int BITS, int G, bool PER_ASSIGNMENT>
+[[kernel]] void moe_mm_id(
+    device const T* x,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    device const uint* counts,
+    device const uint* lists,
+    device const uint* slot_of_expert,
+    constant uint& w_base,
+    constant uint& s_base,
+    constant uint& b_base,
+    constant uint& w_row,
+    constant uint& s_row,
+    constant uint& b_row,
+    constant uint& n_tokens,
+    constant uint& k,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* out,
+    uint3 tile [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+  constexpr int ROWS = 32;
+  constexpr int COLUMNS = 64;
+  constexpr int STEP = 32;
+  // Rows of tiles lie 36 or 68 values apart, so that 8 of them use different banks.
+  constexpr int PITCH = 36;
+  constexpr int OUT_PITCH = 68;
+  constexpr int WORDS = BITS / 2;
+  constexpr int PER_WORD = 32 / BITS;
+  constexpr int X_VECTORS = ROWS * PITCH / 4;
+  constexpr int W_VECTORS = COLUMNS * PITCH / 4;
+  threadgroup float4 x_tile[X_VECTORS];
+  threadgroup float4 w_tile[W_VECTORS];
+  threadgroup float* xs = (threadgroup float*)x_tile;
+  threadgroup float* ws = (threadgroup float*)w_tile;
+
+  uint expert = tile.z;
+  uint count = counts[expert];
+  if (tile.y * ROWS >= count) {
+    return;
+  }
+  uint n_rows = min(count - tile.y * ROWS, uint(ROWS));
+  auto list = lists + ulong(expert) * n_tokens + tile.y * ROWS;
+  ulong slot = slot_of_expert[expert];
+
+  // Four threads read a row of x, two a row of W: each thread stays with its row.
+  uint x_row = thread_index / 4;
+  uint x_column = thread_index % 4 * 8;
+  bool has_row = x_row < n_rows;
+  uint assignment = has_row ? list[x_row] : 0u;
+  auto x_at = x + ulong(PER_ASSIGNMENT ? assignment : assignment / k) * n_in + x_column;
+  uint w_line = thread_index / 2;
+  uint w_half = thread_index % 2;
+  ulong o = min(tile.x * COLUMNS + w_line, n_out - 1);
+  auto w_at = w + slot * w_row + w_base + o * (n_in / PER_WORD) + w_half * WORDS;
+  auto s_at = scales + slot * s_row + s_base + o * (n_in / G);
+  auto b_at = biases + slot * b_row + b_base + o * (n_in / G);
+
+  simdgroup_float8x8 sums[ROWS / 8][2];
+#pragma unroll
+  for (int m = 0; m < ROWS / 8; ++m) {
+    sums[m][0] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    sums[m][1] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  }
+  for (uint start = 0; start < n_in; start += STEP) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    threadgroup float* x_to = xs + x_row * PITCH + x_column;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      x_to[j] = has_row ? float(x_at[start + j]) : 0.0f;
+    }
+    float scale = float(s_at[start / G]);
+    float bias = float(b_at[start / G]);
+    threadgroup float* w_to = ws + w_line * PITCH + w_half * (STEP / 2);
+#pragma unroll
+    for (int word = 0; word < WORDS; ++word) {
+      uint packed = w_at[start / PER_WORD + word];
+#pragma unroll
+      for (int j = 0; j < PER_WORD; ++j) {
+        uint q = (packed >> (BITS * j)) & ((1u << BITS) - 1u);
+        w_to[word * PER_WORD + j] = fma(scale, float(q), bias);
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+    for (int inner = 0; inner < STEP; inner += 8) {
+      simdgroup_float8x8 left;
+      simdgroup_float8x8 right[2];
+      threadgroup float* columns = ws + simdgroup * 16 * PITCH + inner;
+      simdgroup_load(right[0], columns, PITCH, ulong2(0, 0), true);
+      simdgroup_load(right[1], columns + 8 * PITCH, PITCH, ulong2(0, 0), true);
+#pragma unroll
+      for (int m = 0; m < ROWS / 8; ++m) {
+        if (uint(8 * m) < n_rows) {
+          simdgroup_load(left, xs + 8 * m * PITCH + inner, PITCH);
+          simdgroup_multiply_accumulate(sums[m][0], left, right[0], sums[m][0]);
+          simdgroup_multiply_accumulate(sums[m][1], left, right[1], sums[m][1]);
+        }
+      }
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+  for (int m = 0; m < ROWS / 8; ++m) {
+    if (uint(8 * m) < n_rows) {
+      threadgroup float* to = ws + 8 * m * OUT_PITCH + simdgroup * 16;
+      simdgroup_store(sums[m][0], to, OUT_PITCH);
+      simdgroup_store(sums[m][1], to + 8, OUT_PITCH);
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  uint column = thread_index % COLUMNS;
+  if (tile.x * COLUMNS + column < n_out) {
+    for (uint r = thread_index / COLUMNS; r < n_rows; r += 2) {
+      ulong at = ulong(list[r]) * n_out + tile.x * COLUMNS + column;
+      out[at] = T(ws[r * OUT_PITCH + column]);
+    }
+  }
+}
+
+// Sum over a token's slots of weight * mid, in the order of the slots.
+//
+// mid: [T,K,D]; weights: [T,K]; out: [T,D]. Launch: four columns a thread, one row of
+// the grid a token. Gathers where an addition into the token's row would need atomics or
+// a fixed order of experts.
+template <typename T>
+[[kernel]] void moe_combine_topk(
+    device const T* mid,
+    device const float* weights,
+    constant uint& k,
+    constant uint& n,
+    device T* out,
+    uint2 position [[thread_position_in_grid]]) {
+  uint i = 4 * position.x;
+  if (i >= n) {
+    return;
+  }
+  ulong token = position.y;
+  float4 sum = float4(0.0f);
+  for (uint slot = 0; slot < k; ++slot) {
+    ulong at = token * k + slot;
+    sum += weights[at] * load_columns(mid + at * n, i, n);
+  }
+  store_columns(out + token * n, i, n, sum);
+}
+
+// One token through the gate and up projections of its K experts:
+// act[k] = silu(Wg x) * (Wu x), the matrices lying in slots of a pool.
+//
+// x: [I]; slots: [K]; *_w: [n_slots, w_row] words, *_scales and *_biases: [n_slots,
+// s_row], [n_slots, b_row], a matrix [N,I] in each row from its base on; act: [K,N]. I is
+// a multiple of G, G of 32. Launch: threadgroups of 64 on (N / 4, K), two rows of both
+// matrices a simdgroup. A lane reads WORDS words (16 bytes where I and the bases permit)
+// of four rows before it computes, which keeps enough loads under way for the memory's
+// bandwidth, and reads x once for the four. WORDS words are at most 32 values, so they
+// share one scale.
+template <typename T, typename S, int BITS, int G, int WORDS>
+[[kernel]] void experts_gate_up_swiglu(
+    device const T* x,
+    device const uint* slots,
+    device const uint* gate_w,
+    device const S* gate_scales,
+    device const S* gate_biases,
+    device const uint* up_w,
+    device const S* up_scales,
+    device const S* up_biases,
+    constant uint& gate_w_base,
+    constant uint& gate_s_base,
+    constant uint& gate_b_base,
+    constant uint& up_w_base,
+    constant uint& up_s_base,
+    constant uint& up_b_base,
+    constant uint& w_row,
+    constant uint& s_row,
+    constant uint& b_row,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* act,
+    uint2 group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  constexpr int ROWS = 2;
+  constexpr int VALUES = WORDS * (32 / BITS);
+  uint row = (group.x * 2 + simdgroup) * ROWS;
+  if (row >= n_out) {
+    return;
+  }
+  ulong slot = slots[group.y];
+  auto gate_at = gate_w + slot * w_row + gate_w_base;
+  auto gate_s = gate_scales + slot * s_row + gate_s_base;
+  auto gate_b = gate_biases + slot * b_row + gate_b_base;
+  auto up_at = up_w + slot * w_row + up_w_base;
+  auto up_s = up_scales + slot * s_row + up_s_base;
+  auto up_b = up_biases + slot * b_row + up_b_base;
+  uint row_words = n_in / (32 / BITS);
+  uint row_groups = n_in / G;
+  uint n_chunks = n_in / VALUES;
+  // A row past the end is read as the last one and not written.
+  uint rows[ROWS] = {row, min(row + 1, n_out - 1)};
+  float gate[ROWS] = {0.0f, 0.0f};
+  float up[ROWS] = {0.0f, 0.0f};
+  for (uint chunk = lane; chunk < n_chunks; chunk += SIMD) {
+    uint gate_words[ROWS][WORDS];
+    uint up_words[ROWS][WORDS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      uint at = rows[r] * row_words + chunk * WORDS;
+      load_words<WORDS>(gate_at + at, gate_words[r]);
+      load_words<WORDS>(up_at + at, up_words[r]);
+    }
+    float partners[VALUES];
+    float sum = load_partners<BITS, WORDS>(x + chunk * VALUES, 1.0f, partners);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      uint at = rows[r] * row_groups + chunk * VALUES / G;
+      float dot = dot_words<BITS, WORDS>(gate_words[r], partners);
+      gate[r] += float(gate_s[at]) * dot + float(gate_b[at]) * sum;
+      dot = dot_words<BITS, WORDS>(up_words[r], partners);
+      up[r] += float(up_s[at]) * dot + float(up_b[at]) * sum;
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    float opened = silu(simd_sum(gate[r])) * simd_sum(up[r]);
+    if (lane == 0 && row + r < n_out) {
+      act[group.y * n_out + row + r] = T(opened);
+    }
+  }
+}
+
+// The K experts' down projections of one token and their weighted sum:
+// out = sum over k of weights[k] * (Wd_k act[k]), the matrices lying in slots of a pool.
+//
+// act: [K,N]; slots, weights: [K]; w: [n_slots, w_row] words, scales and biases:
+// [n_slots, s_row], [n_slots, b_row], a matrix [D,N] in each row from its base on; out:
+// [D]. N is a multiple of G, G of 32. Launch: threadgroups of 64 on D / 8, four rows of
+// D a simdgroup, WORDS words a load. The K rows of an output are walked as one long row, each value
+// of act times its expert's weight: rows of experts are short (N), so lanes would idle
+// at 16 bytes each if every expert began anew, and one simd_sum serves all K. A lane
+// meets the experts in rising k, so the result is always the same.
+template <typename T, typename S, int BITS, int G, int WORDS>
+[[kernel]] void experts_down_sum(
+    device const T* act,
+    device const uint* slots,
+    device const float* weights,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    constant uint& w_base,
+    constant uint& s_base,
+    constant uint& b_base,
+    constant uint& w_row,
+    constant uint& s_row,
+    constant uint& b_row,
+    constant uint& k,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* out,
+    uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  constexpr int ROWS = 4;
+  constexpr int VALUES = WORDS * (32 / BITS);
+  uint row = (group * 2 + simdgroup) * ROWS;
+  if (row >= n_out) {
+    return;
+  }
+  uint row_words = n_in / (32 / BITS);
+  uint row_groups = n_in / G;
+  uint n_chunks = n_in / VALUES;
+  // A row past the end is read as the last one and not written.
+  uint rows[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    rows[r] = min(row + r, n_out - 1);
+  }
+  float sums[ROWS] = {0.0f, 0.0f, 0.0f, 0.0f};
+  uint chunk = lane;
+  uint expert = 0;
+  for (uint at = lane; at < k * n_chunks; at += SIMD) {
+    while (chunk >= n_chunks) {
+      chunk -= n_chunks;
+      ++expert;
+    }
+    ulong slot = slots[expert];
+    auto w_at = w + slot * w_row + w_base + chunk * WORDS;
+    uint words[ROWS][WORDS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      load_words<WORDS>(w_at + rows[r] * row_words, words[r]);
+    }
+    uint in_group = chunk * VALUES / G;
+    auto s_at = scales + slot * s_row + s_base + in_group;
+    auto b_at = biases + slot * b_row + b_base + in_group;
+    auto x = act + expert * n_in + chunk * VALUES;
+    float partners[VALUES];
+    float sum = load_partners<BITS, WORDS>(x, weights[expert], partners);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      float dot = dot_words<BITS, WORDS>(words[r], partners);
+      float scale = float(s_at[rows[r] * row_groups]);
+      sums[r] += scale * dot + float(b_at[rows[r] * row_groups]) * sum;
+    }
+    chunk += SIMD;
+  }
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    float total = simd_sum(sums[r]);
+    if (lane == 0 && row + r < n_out) {
+      out[row + r] = T(total);
+    }
+  }
+}

@@ -1,0 +1,948 @@
+"""Launches of ``kernels/moe.metal``.
+
+Letters: T tokens, D model width, E experts, K experts a token, N expert width, I and O
+input and output width of a projection, G quantisation group. Where experts lie in slots
+of a pool, one projection is given as ``Weight.records``: words, scales and biases, row
+``slot`` of each array, the matrix from the base on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..weights import Records
+from .base import Launch, dims, expect, groups, kernel, normal, require
+
+MAX_EXPERTS = 512
+MAX_K = 16
+SIMD = 32
+FLOAT32 = (mx.float32,)
+UNUSED = 0xFFFFFFFF
+
+Matrix = tuple[Records, Records, Records]
+
+
+def _check_routing(logits: mx.array, k: int) -> tuple[int, int]:
+    n_tokens, n_experts = dims("logits", logits, 2)
+    require("logits", n_experts <= MAX_EXPERTS, f"E <= {MAX_EXPERTS}", n_experts)
+    require("k", 1 <= k <= min(MAX_K, n_experts), f"1 to {MAX_K}, at most E", k)
+    return n_tokens, n_experts
+
+
+def _one_simdgroup_each(n: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Return grid and threadgroup for ``n`` simdgroups, four a threadgroup."""
+    return (groups(n, 4) * 4 * SIMD, 1, 1), (4 * SIMD, 1, 1)
+
+
+def _softmax_topk(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
+    scores = mx.softmax(logits.astype(mx.float32), axis=-1, precise=True)
+    indices = mx.argsort(-scores, axis=-1)[:, :k].astype(mx.int32)
+    return indices, mx.take_along_axis(scores, indices, axis=-1)
+
+
+def _logits(rng: np.random.Generator, dtype: mx.Dtype, *shape: int) -> mx.array:
+    """Return logits of which some are equal, one of them the largest."""
+    logits = rng.standard_normal(shape, np.float32)
+    largest = logits.argmax(axis=-1)
+    logits[np.arange(shape[0]), (largest + 3) % shape[1]] = logits.max(axis=-1)
+    return mx.array(logits).astype(dtype)
+
+
+def _some_logits(
+    rng: np.random.Generator, dtype: mx.Dtype, t: int, e: int, k: int
+) -> tuple[Any, ...]:
+    return _logits(rng, dtype, t, e), k
+
+
+@kernel(
+    reference=_softmax_topk,
+    sample=_some_logits,
+    sizes=[
+        {"t": 1, "e": 3, "k": 1},
+        {"t": 5, "e": 33, "k": 10},
+        {"t": 3, "e": 512, "k": 16},
+        {"t": 9, "e": 128, "k": 8},
+    ],
+    large={"t": 4096, "e": 512, "k": 10},
+)
+def moe_softmax_topk(logits: mx.array, k: int) -> Launch:
+    """Softmax of ``[T, E]``, the K largest: ``indices`` and ``weights`` ``[T, K]``."""
+    n_tokens, n_experts = _check_routing(logits, k)
+    grid, threadgroup = _one_simdgroup_each(n_tokens)
+    return Launch(
+        "moe_softmax_topk",
+        {"logits": logits, "n_tokens": n_tokens, "n_experts": n_experts, "k": k},
+        {"indices": (n_tokens, k), "weights": (n_tokens, k)},
+        grid,
+        threadgroup,
+        {"PER_LANE": groups(n_experts, SIMD)},
+    )
+
+
+def _normalize(weights: mx.array) -> mx.array:
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def _weights(rng: np.random.Generator, *shape: int) -> mx.array:
+    return mx.array(rng.uniform(0.05, 1.0, shape).astype(np.float32))
+
+
+def _some_weights(
+    rng: np.random.Generator, dtype: mx.Dtype, t: int, k: int
+) -> tuple[Any, ...]:
+    return (_weights(rng, t, k),)
+
+
+@kernel(
+    reference=_normalize,
+    sample=_some_weights,
+    sizes=[{"t": 1, "k": 1}, {"t": 1, "k": 10}, {"t": 61, "k": 10}, {"t": 33, "k": 8}],
+    large={"t": 4096, "k": 10},
+    dtypes=FLOAT32,
+)
+def moe_normalize_weights(weights: mx.array) -> Launch:
+    """Each row of ``[T, K]`` divided by its sum."""
+    n_tokens, k = dims("weights", weights, 2)
+    require("weights", k <= MAX_K, f"K <= {MAX_K}", k)
+    n = n_tokens * k
+    require("weights", n < 1 << 31, "T * K < 2^31", n)
+    return Launch(
+        "moe_normalize_weights",
+        {"weights": weights, "n": n, "k": k},
+        {"out": (n_tokens, k)},
+        (n, 1, 1),
+        (256, 1, 1),
+    )
+
+
+def _noaux_topk(
+    logits: mx.array,
+    bias: mx.array,
+    k: int,
+    n_group: int,
+    topk_group: int,
+    scale: float,
+    normalize: bool,
+) -> tuple[mx.array, mx.array]:
+    scores = mx.sigmoid(logits.astype(mx.float32))
+    biased = scores + bias.astype(mx.float32)
+    by_group = mx.unflatten(biased, -1, (n_group, -1))
+    best_two = mx.sort(by_group, axis=-1)[..., -2:].sum(axis=-1)
+    rank = mx.argsort(mx.argsort(-best_two, axis=-1), axis=-1)
+    biased = mx.where((rank < topk_group)[..., None], by_group, 0.0).flatten(-2)
+    indices = mx.argsort(-biased, axis=-1)[:, :k].astype(mx.int32)
+    weights = mx.take_along_axis(scores, indices, axis=-1)
+    return indices, (_normalize(weights) if normalize else weights) * scale
+
+
+def _some_noaux(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    t: int,
+    e: int,
+    k: int,
+    groups: int,
+    best: int,
+    s: int,
+    normalize: int = 1,
+) -> tuple[Any, ...]:
+    bias = normal(rng, (dtype, mx.float32)[s], e, scale=0.1)
+    logits = _logits(rng, dtype, t, e)
+    return logits, bias, k, groups, best, 2.5, bool(normalize)
+
+
+@kernel(
+    reference=_noaux_topk,
+    sample=_some_noaux,
+    sizes=[
+        {"t": 1, "e": 2, "k": 1, "groups": 1, "best": 1, "s": 0, "normalize": 0},
+        {"t": 5, "e": 40, "k": 6, "groups": 8, "best": 3, "s": 1},
+        {"t": 5, "e": 256, "k": 8, "groups": 8, "best": 4, "s": 1},
+        {"t": 3, "e": 384, "k": 10, "groups": 1, "best": 1, "s": 1},
+        {"t": 6, "e": 160, "k": 6, "groups": 32, "best": 3, "s": 0, "normalize": 0},
+    ],
+    large={"t": 4096, "e": 256, "k": 8, "groups": 8, "best": 4, "s": 1},
+)
+def moe_noaux_topk(
+    logits: mx.array,
+    bias: mx.array,
+    k: int,
+    n_group: int,
+    topk_group: int,
+    scale: float,
+    normalize: bool,
+) -> Launch:
+    """DeepSeek-V3's choice of K of ``[T, E]``: ``indices``, ``weights`` ``[T, K]``.
+
+    mlx-lm never normalises for K = 1: then ``normalize`` must be false.
+    """
+    n_tokens, n_experts = _check_routing(logits, k)
+    expect("bias", bias, (n_experts,))
+    require("n_group", n_group > 0 and SIMD % n_group == 0, "a divisor of 32", n_group)
+    require(
+        "n_group", n_experts % n_group == 0, f"a divisor of E = {n_experts}", n_group
+    )
+    per_group = n_experts // n_group
+    require("n_group", n_group == 1 or per_group > 1, "two experts a group", n_group)
+    known = 1 <= topk_group <= n_group
+    require("topk_group", known, f"1 to n_group = {n_group}", topk_group)
+    grid, threadgroup = _one_simdgroup_each(n_tokens)
+    return Launch(
+        "moe_noaux_topk",
+        {
+            "logits": logits,
+            "bias": bias,
+            "n_tokens": n_tokens,
+            "n_experts": n_experts,
+            "n_group": n_group,
+            "topk_group": topk_group,
+            "k": k,
+            "scale": scale,
+        },
+        {"indices": (n_tokens, k), "weights": (n_tokens, k)},
+        grid,
+        threadgroup,
+        {
+            "PER_LANE": groups(per_group, SIMD // n_group),
+            "NORMALIZE": int(normalize),
+        },
+    )
+
+
+def _combine(
+    h: mx.array,
+    shared: mx.array,
+    gate: mx.array | None,
+    weights: mx.array,
+    experts: mx.array,
+) -> mx.array:
+    h32, shared32, experts32 = (x.astype(mx.float32) for x in (h, shared, experts))
+    if gate is not None:
+        shared32 = mx.sigmoid(gate.astype(mx.float32)) * shared32
+    out = h32 + (weights[:, None] * experts32).sum(axis=0) + shared32
+    return out.astype(h.dtype)
+
+
+def _combine_apart(
+    h: mx.array,
+    shared: mx.array,
+    gate: mx.array,
+    weights: mx.array,
+    experts: list[mx.array],
+) -> mx.array:
+    return _combine(h, shared, gate, weights, mx.stack(experts))
+
+
+def _combine_unscaled(
+    h: mx.array, shared: mx.array, weights: mx.array, experts: mx.array
+) -> mx.array:
+    return _combine(h, shared, None, weights, experts)
+
+
+def _one_token(
+    rng: np.random.Generator, dtype: mx.Dtype, k: int, d: int
+) -> tuple[Any, ...]:
+    h, shared, gate = (normal(rng, dtype, n) for n in (d, d, 1))
+    return h, shared, gate, _weights(rng, k), normal(rng, dtype, k, d)
+
+
+def _one_token_apart(
+    rng: np.random.Generator, dtype: mx.Dtype, k: int, d: int
+) -> tuple[Any, ...]:
+    *rest, experts = _one_token(rng, dtype, k, d)
+    return (*rest, [experts[j] for j in range(k)])
+
+
+def _one_token_unscaled(
+    rng: np.random.Generator, dtype: mx.Dtype, k: int, d: int
+) -> tuple[Any, ...]:
+    h, shared, _, weights, experts = _one_token(rng, dtype, k, d)
+    return h, shared, weights, experts
+
+
+def _check_token(h: mx.array, shared: mx.array, weights: mx.array) -> tuple[int, int]:
+    (n,) = dims("h", h, 1)
+    expect("shared", shared, (n,))
+    (k,) = dims("weights", weights, 1)
+    require("weights", k <= MAX_K, f"K <= {MAX_K}", k)
+    return n, k
+
+
+@kernel(
+    reference=_combine_apart,
+    sample=_one_token_apart,
+    sizes=[{"k": 1, "d": 1}, {"k": 10, "d": 261}, {"k": 16, "d": 96}],
+    large={"k": 8, "d": 1 << 20},
+)
+def moe_combine_residual(
+    h: mx.array,
+    shared: mx.array,
+    gate: mx.array,
+    weights: mx.array,
+    experts: list[mx.array],
+) -> Launch:
+    """``h + sum(w * e) + sigmoid(gate) * shared``, all ``[D]``, K experts apart."""
+    n, k = _check_token(h, shared, weights)
+    expect("gate", gate, (1,))
+    require("experts", len(experts) == k, f"K = {k} arrays", len(experts))
+    for j, expert in enumerate(experts):
+        expect(f"experts[{j}]", expert, (n,))
+    # Buffers that no one reads, but Metal wants bound.
+    bound = [*experts, *[gate] * (MAX_K - k)]
+    return Launch(
+        "moe_combine_residual",
+        {
+            "h": h,
+            "shared": shared,
+            "gate": gate,
+            "weights": weights,
+            **{f"e{j}": expert for j, expert in enumerate(bound)},
+            "n": n,
+        },
+        {"out": (n,)},
+        (n, 1, 1),
+        (256, 1, 1),
+        {"K": k},
+    )
+
+
+@kernel(
+    reference=_combine,
+    sample=_one_token,
+    sizes=[{"k": 1, "d": 1}, {"k": 10, "d": 261}, {"k": 16, "d": 96}],
+    large={"k": 8, "d": 1 << 20},
+)
+def moe_combine_residual_flat(
+    h: mx.array,
+    shared: mx.array,
+    gate: mx.array,
+    weights: mx.array,
+    experts: mx.array,
+) -> Launch:
+    """``h + sum(w * e) + sigmoid(gate) * shared``, ``[D]``, experts ``[K, D]``."""
+    n, k = _check_token(h, shared, weights)
+    expect("gate", gate, (1,))
+    expect("experts", experts, (k, n))
+    require("experts", k * n < 1 << 31, "K * D < 2^31", k * n)
+    return Launch(
+        "moe_combine_residual_flat",
+        {
+            "h": h,
+            "shared": shared,
+            "gate": gate,
+            "weights": weights,
+            "experts": experts,
+            "k": k,
+            "n": n,
+        },
+        {"out": (n,)},
+        (n, 1, 1),
+        (256, 1, 1),
+    )
+
+
+@kernel(
+    reference=_combine_unscaled,
+    sample=_one_token_unscaled,
+    sizes=[{"k": 1, "d": 1}, {"k": 10, "d": 261}, {"k": 16, "d": 96}],
+    large={"k": 8, "d": 1 << 20},
+)
+def moe_combine_residual_unscaled(
+    h: mx.array, shared: mx.array, weights: mx.array, experts: mx.array
+) -> Launch:
+    """``h + sum(w * e) + shared``, ``[D]``, experts ``[K, D]``."""
+    n, k = _check_token(h, shared, weights)
+    expect("experts", experts, (k, n))
+    require("experts", k * n < 1 << 31, "K * D < 2^31", k * n)
+    return Launch(
+        "moe_combine_residual_unscaled",
+        {
+            "h": h,
+            "shared": shared,
+            "weights": weights,
+            "experts": experts,
+            "k": k,
+            "n": n,
+        },
+        {"out": (n,)},
+        (n, 1, 1),
+        (256, 1, 1),
+    )
+
+
+def _combine_tokens(
+    h: mx.array, moe_sum: mx.array, shared: mx.array, gate: mx.array
+) -> mx.array:
+    h32, sum32, shared32, gate32 = (
+        x.astype(mx.float32) for x in (h, moe_sum, shared, gate)
+    )
+    return (h32 + sum32 + mx.sigmoid(gate32) * shared32).astype(h.dtype)
+
+
+def _some_tokens(
+    rng: np.random.Generator, dtype: mx.Dtype, t: int, d: int, s: int
+) -> tuple[Any, ...]:
+    h, shared = (normal(rng, dtype, t, d) for _ in range(2))
+    moe_sum = normal(rng, (dtype, mx.float32)[s], t, d)
+    return h, moe_sum, shared, normal(rng, dtype, t, 1)
+
+
+@kernel(
+    reference=_combine_tokens,
+    sample=_some_tokens,
+    sizes=[
+        {"t": 1, "d": 1, "s": 0},
+        {"t": 3, "d": 130, "s": 1},
+        {"t": 7, "d": 516, "s": 1},
+        {"t": 2, "d": 1028, "s": 0},
+    ],
+    large={"t": 2048, "d": 4096, "s": 1},
+)
+def moe_combine_residual_n_tokens(
+    h: mx.array, moe_sum: mx.array, shared: mx.array, gate: mx.array
+) -> Launch:
+    """``h + moe_sum + sigmoid(gate) * shared`` over ``[T, D]``, gate ``[T, 1]``."""
+    n_tokens, n = dims("h", h, 2)
+    expect("moe_sum", moe_sum, (n_tokens, n))
+    expect("shared", shared, (n_tokens, n))
+    expect("gate", gate, (n_tokens, 1))
+    return Launch(
+        "moe_combine_residual_n_tokens",
+        {"h": h, "moe_sum": moe_sum, "shared": shared, "gate": gate, "n": n},
+        {"out": (n_tokens, n)},
+        (groups(n, 4), n_tokens, 1),
+        (256, 1, 1),
+    )
+
+
+def _accumulate(
+    acc: mx.array, bucket: mx.array, tokens: mx.array, weights: mx.array
+) -> mx.array:
+    return acc.at[tokens].add(weights[:, None] * bucket.astype(mx.float32))
+
+
+def _some_bucket(
+    rng: np.random.Generator, dtype: mx.Dtype, t: int, m: int, d: int
+) -> tuple[Any, ...]:
+    tokens = mx.array(rng.permutation(t)[:m].astype(np.uint32))
+    acc, bucket = normal(rng, mx.float32, t, d), normal(rng, dtype, m, d)
+    return acc, bucket, tokens, _weights(rng, m)
+
+
+@kernel(
+    reference=_accumulate,
+    sample=_some_bucket,
+    sizes=[
+        {"t": 1, "m": 1, "d": 1},
+        {"t": 5, "m": 3, "d": 514},
+        {"t": 41, "m": 37, "d": 20},
+        {"t": 9, "m": 9, "d": 516},
+    ],
+    large={"t": 2048, "m": 512, "d": 4096},
+)
+def moe_bucket_accumulate(
+    acc: mx.array, bucket: mx.array, tokens: mx.array, weights: mx.array
+) -> Launch:
+    """Float32 ``acc`` ``[T, D]`` plus ``weights * bucket`` at ``tokens`` ``[M]``."""
+    n_tokens, n = dims("acc", acc, 2)
+    m, _ = dims("bucket", bucket, 2)
+    expect("bucket", bucket, (m, n))
+    expect("tokens", tokens, (m,))
+    expect("weights", weights, (m,))
+    require("tokens", m <= n_tokens, f"at most T = {n_tokens}", m)
+    return Launch(
+        "moe_bucket_accumulate",
+        {
+            "acc": acc,
+            "bucket": bucket,
+            "tokens": tokens,
+            "weights": weights,
+            "m": m,
+            "n": n,
+        },
+        {"out": (n_tokens, n)},
+        (groups(n, 4 * 128) * 128, n_tokens, 1),
+        (128, 1, 1),
+    )
+
+
+def _id_map(indices: mx.array, n_experts: int) -> tuple[mx.array, mx.array]:
+    n_tokens, k = indices.shape
+    chosen = indices[..., None] == mx.arange(n_experts)
+    slots = mx.argmax(chosen, axis=1)
+    assignments = mx.arange(n_tokens)[:, None] * k + slots
+    lists = mx.where(chosen.any(axis=1), assignments, UNUSED).astype(mx.uint32)
+    counts = chosen.sum(axis=(0, 1)).astype(mx.uint32)
+    return counts, mx.sort(lists, axis=0).T
+
+
+def _choices(rng: np.random.Generator, t: int, k: int, e: int) -> mx.array:
+    """Return K distinct experts a token, the lower ones more often."""
+    share = 1.0 / np.arange(1, e + 1)
+    share /= share.sum()
+    rows = [rng.choice(e, k, replace=False, p=share) for _ in range(t)]
+    return mx.array(np.stack(rows).astype(np.int32))
+
+
+def _some_choices(
+    rng: np.random.Generator, dtype: mx.Dtype, t: int, k: int, e: int
+) -> tuple[Any, ...]:
+    return _choices(rng, t, k, e), e
+
+
+@kernel(
+    reference=_id_map,
+    sample=_some_choices,
+    sizes=[
+        {"t": 1, "k": 1, "e": 2},
+        {"t": 37, "k": 3, "e": 7},
+        {"t": 129, "k": 10, "e": 64},
+        {"t": 5, "k": 16, "e": 300},
+    ],
+    large={"t": 4096, "k": 10, "e": 512},
+    dtypes=FLOAT32,
+)
+def moe_id_map(indices: mx.array, n_experts: int) -> Launch:
+    """``[T, K]`` experts to ``counts`` ``[E]`` and lists of assignments ``[E, T]``."""
+    n_tokens, k = dims("indices", indices, 2)
+    known = 1 <= n_experts <= MAX_EXPERTS
+    require("n_experts", known, f"1 to {MAX_EXPERTS}", n_experts)
+    require("indices", k <= min(MAX_K, n_experts), f"K <= {MAX_K}, at most E", k)
+    # Assignments are uint32, and one value stands for none.
+    require("indices", n_tokens * k < 1 << 31, "T * K < 2^31", n_tokens * k)
+    grid, threadgroup = _one_simdgroup_each(n_experts)
+    return Launch(
+        "moe_id_map",
+        {"indices": indices, "n_tokens": n_tokens, "k": k, "n_experts": n_experts},
+        {"counts": (n_experts,), "lists": (n_experts, n_tokens)},
+        grid,
+        threadgroup,
+    )
+
+
+def _check_matrix(
+    name: str, matrix: Matrix, n_out: int, n_in: int, bits: int, group_size: int
+) -> tuple[int, int, int]:
+    """Check that the matrix lies within every record; return the records' lengths."""
+    require("bits", bits in (2, 4, 8), "2, 4 or 8", bits)
+    require("group_size", group_size in (32, 64, 128), "32, 64 or 128", group_size)
+    whole = n_in > 0 and n_in % group_size == 0
+    require(name, whole, f"an input width in groups of {group_size}", n_in)
+    require(name, 0 < n_out < 1 << 31, "an output width", n_out)
+    require(name, len(matrix) == 3, "words, scales and biases", len(matrix))
+    n_words, n_groups = n_out * n_in * bits // 32, n_out * n_in // group_size
+    n_slots, lengths = None, []
+    sizes = ("w", n_words), ("scales", n_groups), ("biases", n_groups)
+    for (part, n), records in zip(sizes, matrix, strict=True):
+        where = f"{name} {part}"
+        require(where, isinstance(records, Records), "records", type(records).__name__)
+        slots, length = dims(where, records.array, 2)
+        n_slots = n_slots or slots
+        require(where, slots == n_slots, f"{n_slots} slots", slots)
+        inside = 0 <= records.base <= length - n
+        wanted = f"{n} values of a row of {length}"
+        require(where, inside, wanted, f"base {records.base}")
+        lengths.append(length)
+    return lengths[0], lengths[1], lengths[2]
+
+
+def _matrix(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    n_slots: int,
+    o: int,
+    i: int,
+    bits: int,
+    g: int,
+    base: int,
+) -> Matrix:
+    """Return a random matrix a slot, ``base`` values from the start of its record."""
+    n_words, n_groups = o * i * bits // 32, o * i // g
+    words = rng.integers(0, 1 << 32, (n_slots, n_words + 2 * base), np.uint32)
+    length = n_groups + base + base // 2
+    scales = rng.uniform(0.5, 1.0, (n_slots, length)).astype(np.float32)
+    scales *= 2 / ((1 << bits) * i**0.5)
+    biases = -scales * ((1 << bits) - 1) / 2 * rng.uniform(0.8, 1.2, scales.shape)
+    return (
+        Records(mx.array(words), base),
+        Records(mx.array(scales).astype(dtype), base),
+        Records(mx.array(biases.astype(np.float32)).astype(dtype), base),
+    )
+
+
+def _unpacked(
+    matrix: Matrix, slot: int, n_out: int, n_in: int, bits: int, group_size: int
+) -> mx.array:
+    """Return one slot's matrix ``[O, I]`` as float32."""
+    w, scales, biases = (
+        r.array[slot, r.base : r.base + n_out * width].reshape(n_out, width)
+        for r, width in zip(
+            matrix,
+            (n_in * bits // 32, n_in // group_size, n_in // group_size),
+            strict=True,
+        )
+    )
+    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(w, scales, biases, group_size=group_size, bits=bits)
+
+
+def _numbers(x: mx.array) -> list[int]:
+    return [int(n) for n in np.array(x)]
+
+
+def _mm_id(
+    x: mx.array,
+    matrix: Matrix,
+    counts: mx.array,
+    lists: mx.array,
+    slot_of_expert: mx.array,
+    k: int,
+    n_out: int,
+    bits: int,
+    group_size: int,
+) -> mx.array:
+    n_tokens = lists.shape[1]
+    per_assignment = x.shape[0] != n_tokens
+    out = mx.zeros((n_tokens * k, n_out))
+    slots = _numbers(slot_of_expert)
+    for expert, count in enumerate(_numbers(counts)):
+        if count:
+            chosen, slot = lists[expert, :count], slots[expert]
+            w = _unpacked(matrix, slot, n_out, x.shape[1], bits, group_size)
+            rows = x[chosen if per_assignment else chosen // k].astype(mx.float32)
+            out[chosen] = rows @ w.T
+    return out.reshape(n_tokens, k, n_out).astype(x.dtype)
+
+
+def _some_assignments(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    t: int,
+    k: int,
+    e: int,
+    i: int,
+    o: int,
+    bits: int,
+    g: int,
+    s: int,
+    each: int = 0,
+    base: int = 0,
+) -> tuple[Any, ...]:
+    counts, lists = _id_map(_choices(rng, t, k, e), e)
+    x = normal(rng, dtype, t * k if each else t, i)
+    matrix = _matrix(rng, (dtype, mx.bfloat16)[s], e + 1, o, i, bits, g, base)
+    slots = mx.array(rng.permutation(e + 1)[:e].astype(np.uint32))
+    return x, matrix, counts, lists, slots, k, o, bits, g
+
+
+@kernel(
+    reference=_mm_id,
+    sample=_some_assignments,
+    sizes=[
+        dict(t=1, k=1, e=2, i=32, o=1, bits=2, g=32, s=0),
+        dict(t=5, k=2, e=3, i=64, o=67, bits=4, g=64, s=1, base=1),
+        dict(t=37, k=2, e=3, i=96, o=40, bits=8, g=32, s=0, each=1, base=3),
+        dict(t=34, k=1, e=2, i=256, o=130, bits=4, g=128, s=1, base=8),
+    ],
+    large=dict(t=1024, k=8, e=64, i=2048, o=768, bits=4, g=64, s=1),
+)
+def moe_mm_id(
+    x: mx.array,
+    matrix: Matrix,
+    counts: mx.array,
+    lists: mx.array,
+    slot_of_expert: mx.array,
+    k: int,
+    n_out: int,
+    bits: int,
+    group_size: int,
+) -> Launch:
+    """Experts' products with the rows that ``moe_id_map`` lists: ``[T, K, O]``.
+
+    ``x`` is ``[T, I]``, shared by a token's K experts, or ``[T * K, I]``.
+    """
+    n_experts, n_tokens = dims("lists", lists, 2)
+    n_rows, n_in = dims("x", x, 2)
+    require("k", 1 <= k <= min(MAX_K, n_experts), f"1 to {MAX_K}, at most E", k)
+    require("x", n_rows in (n_tokens, n_tokens * k), "T or T * K rows", n_rows)
+    require("lists", n_tokens * k < 1 << 31, "T * K < 2^31", n_tokens * k)
+    expect("counts", counts, (n_experts,))
+    expect("slot_of_expert", slot_of_expert, (n_experts,))
+    w_row, s_row, b_row = _check_matrix("matrix", matrix, n_out, n_in, bits, group_size)
+    w, scales, biases = matrix
+    return Launch(
+        "moe_mm_id",
+        {
+            "x": x,
+            "w": w.array,
+            "scales": scales.array,
+            "biases": biases.array,
+            "counts": counts,
+            "lists": lists,
+            "slot_of_expert": slot_of_expert,
+            "w_base": w.base,
+            "s_base": scales.base,
+            "b_base": biases.base,
+            "w_row": w_row,
+            "s_row": s_row,
+            "b_row": b_row,
+            "n_tokens": n_tokens,
+            "k": k,
+            "n_in": n_in,
+            "n_out": n_out,
+        },
+        {"out": (n_tokens, k, n_out)},
+        (128 * groups(n_out, 64), groups(n_tokens, 32), n_experts),
+        (128, 1, 1),
+        {
+            "BITS": bits,
+            "G": group_size,
+            "PER_ASSIGNMENT": int(n_rows != n_tokens),
+        },
+    )
+
+
+def _combine_slots(mid: mx.array, weights: mx.array) -> mx.array:
+    out = (weights[..., None] * mid.astype(mx.float32)).sum(axis=1)
+    return out.astype(mid.dtype)
+
+
+def _some_slots(
+    rng: np.random.Generator, dtype: mx.Dtype, t: int, k: int, d: int
+) -> tuple[Any, ...]:
+    return normal(rng, dtype, t, k, d), _weights(rng, t, k)
+
+
+@kernel(
+    reference=_combine_slots,
+    sample=_some_slots,
+    sizes=[
+        {"t": 1, "k": 1, "d": 1},
+        {"t": 3, "k": 10, "d": 131},
+        {"t": 5, "k": 8, "d": 260},
+        {"t": 2, "k": 16, "d": 1028},
+    ],
+    large={"t": 2048, "k": 8, "d": 4096},
+)
+def moe_combine_topk(mid: mx.array, weights: mx.array) -> Launch:
+    """Weighted sum over the slots of ``[T, K, D]``, weights ``[T, K]``: ``[T, D]``."""
+    n_tokens, k, n = dims("mid", mid, 3)
+    expect("weights", weights, (n_tokens, k))
+    return Launch(
+        "moe_combine_topk",
+        {"mid": mid, "weights": weights, "k": k, "n": n},
+        {"out": (n_tokens, n)},
+        (groups(n, 4), n_tokens, 1),
+        (256, 1, 1),
+    )
+
+
+def _words_a_load(matrices: list[Matrix], n_rows: int, n_in: int, bits: int) -> int:
+    """Return the widest aligned load that leaves no lane of a simdgroup idle.
+
+    At most 32 values, so that they have one scale. ``n_rows`` are walked as one.
+    """
+    row_words = n_in * bits // 32
+    words = min(4, bits)
+    while words > 1:
+        offsets = [row_words]
+        for w, _, _ in matrices:
+            offsets += [w.base, w.array.shape[1]]
+        if n_rows * row_words >= SIMD * words and all(n % words == 0 for n in offsets):
+            break
+        words //= 2
+    return words
+
+
+def _gate_up(
+    x: mx.array,
+    slots: mx.array,
+    gate: Matrix,
+    up: Matrix,
+    n_out: int,
+    bits: int,
+    group_size: int,
+) -> mx.array:
+    x32, rows = x.astype(mx.float32), []
+    for slot in _numbers(slots):
+        g, u = (
+            _unpacked(m, slot, n_out, x.size, bits, group_size) @ x32
+            for m in (gate, up)
+        )
+        rows.append(g * mx.sigmoid(g) * u)
+    return mx.stack(rows).astype(x.dtype)
+
+
+def _slots(rng: np.random.Generator, k: int) -> mx.array:
+    """Return K distinct ones of K + 1 slots."""
+    return mx.array(rng.permutation(k + 1)[:k].astype(np.uint32))
+
+
+def _some_gate_up(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    k: int,
+    i: int,
+    n: int,
+    bits: int,
+    g: int,
+    s: int,
+    base: int = 0,
+) -> tuple[Any, ...]:
+    gate, up = (
+        _matrix(rng, (dtype, mx.bfloat16)[s], k + 1, n, i, bits, g, base)
+        for _ in range(2)
+    )
+    return normal(rng, dtype, i), _slots(rng, k), gate, up, n, bits, g
+
+
+@kernel(
+    reference=_gate_up,
+    sample=_some_gate_up,
+    sizes=[
+        dict(k=1, i=32, n=1, bits=2, g=32, s=0),
+        dict(k=2, i=576, n=7, bits=4, g=64, s=1, base=2),
+        dict(k=2, i=1152, n=5, bits=4, g=128, s=1, base=4),
+        dict(k=10, i=1056, n=6, bits=8, g=32, s=0, base=3),
+    ],
+    large=dict(k=8, i=2048, n=768, bits=4, g=64, s=1),
+)
+def experts_gate_up_swiglu(
+    x: mx.array,
+    slots: mx.array,
+    gate: Matrix,
+    up: Matrix,
+    n_out: int,
+    bits: int,
+    group_size: int,
+) -> Launch:
+    """``silu(Wg x) * (Wu x)`` of the experts in ``slots`` ``[K]``: ``[K, N]``."""
+    (n_in,) = dims("x", x, 1)
+    (k,) = dims("slots", slots, 1)
+    rows = _check_matrix("gate", gate, n_out, n_in, bits, group_size)
+    up_rows = _check_matrix("up", up, n_out, n_in, bits, group_size)
+    require("up", up_rows == rows, f"rows as long as gate's {rows}", up_rows)
+    return Launch(
+        "experts_gate_up_swiglu",
+        {
+            "x": x,
+            "slots": slots,
+            "gate_w": gate[0].array,
+            "gate_scales": gate[1].array,
+            "gate_biases": gate[2].array,
+            "up_w": up[0].array,
+            "up_scales": up[1].array,
+            "up_biases": up[2].array,
+            "gate_w_base": gate[0].base,
+            "gate_s_base": gate[1].base,
+            "gate_b_base": gate[2].base,
+            "up_w_base": up[0].base,
+            "up_s_base": up[1].base,
+            "up_b_base": up[2].base,
+            "w_row": rows[0],
+            "s_row": rows[1],
+            "b_row": rows[2],
+            "n_in": n_in,
+            "n_out": n_out,
+        },
+        {"act": (k, n_out)},
+        (64 * groups(n_out, 4), k, 1),
+        (64, 1, 1),
+        {
+            "BITS": bits,
+            "G": group_size,
+            "WORDS": _words_a_load([gate, up], 1, n_in, bits),
+        },
+    )
+
+
+def _down_sum(
+    act: mx.array,
+    slots: mx.array,
+    weights: mx.array,
+    down: Matrix,
+    n_out: int,
+    bits: int,
+    group_size: int,
+) -> mx.array:
+    act32, total = act.astype(mx.float32), mx.zeros(n_out)
+    for j, slot in enumerate(_numbers(slots)):
+        w = _unpacked(down, slot, n_out, act.shape[1], bits, group_size)
+        total = total + weights[j] * (w @ act32[j])
+    return total.astype(act.dtype)
+
+
+def _some_down(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    k: int,
+    n: int,
+    d: int,
+    bits: int,
+    g: int,
+    s: int,
+    base: int = 0,
+) -> tuple[Any, ...]:
+    down = _matrix(rng, (dtype, mx.bfloat16)[s], k + 1, d, n, bits, g, base)
+    act = normal(rng, dtype, k, n)
+    return act, _slots(rng, k), _weights(rng, k), down, d, bits, g
+
+
+@kernel(
+    reference=_down_sum,
+    sample=_some_down,
+    sizes=[
+        dict(k=1, n=32, d=1, bits=2, g=32, s=0),
+        dict(k=10, n=96, d=13, bits=4, g=32, s=1, base=2),
+        dict(k=3, n=512, d=18, bits=4, g=128, s=1, base=4),
+        dict(k=8, n=64, d=9, bits=8, g=64, s=0, base=3),
+    ],
+    large=dict(k=8, n=768, d=2048, bits=4, g=64, s=1),
+)
+def experts_down_sum(
+    act: mx.array,
+    slots: mx.array,
+    weights: mx.array,
+    down: Matrix,
+    n_out: int,
+    bits: int,
+    group_size: int,
+) -> Launch:
+    """``sum(weights * (Wd act))`` over the experts in ``slots`` ``[K]``: ``[D]``."""
+    k, n_in = dims("act", act, 2)
+    expect("slots", slots, (k,))
+    expect("weights", weights, (k,))
+    require("act", k * n_in < 1 << 31, "K * N < 2^31", k * n_in)
+    w_row, s_row, b_row = _check_matrix("down", down, n_out, n_in, bits, group_size)
+    w, scales, biases = down
+    return Launch(
+        "experts_down_sum",
+        {
+            "act": act,
+            "slots": slots,
+            "weights": weights,
+            "w": w.array,
+            "scales": scales.array,
+            "biases": biases.array,
+            "w_base": w.base,
+            "s_base": scales.base,
+            "b_base": biases.base,
+            "w_row": w_row,
+            "s_row": s_row,
+            "b_row": b_row,
+            "k": k,
+            "n_in": n_in,
+            "n_out": n_out,
+        },
+        {"out": (n_out,)},
+        (64 * groups(n_out, 8), 1, 1),
+        (64, 1, 1),
+        {
+            "BITS": bits,
+            "G": group_size,
+            "WORDS": _words_a_load([down], k, n_in, bits),
+        },
+    )
