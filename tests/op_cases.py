@@ -329,6 +329,49 @@ SPECS = [
 ]  # fmt: skip
 
 
+# Sizes that kernels take: widths of whole groups and simdgroups, rows still ragged.
+DELTA_32 = dict(num_v_heads=4, num_k_heads=2, key_dim=32, value_dim=33)
+HEADS_64 = dict(num_heads=8, head_dim=64, softmax_scale=0.125)
+
+
+def cache_64(n_seqs: int, n_heads: int, n_rows: int) -> dict[str, Maker]:
+    return cache(n_seqs, n_heads, n_rows, 64)
+
+
+KERNEL_SPECS = [
+    spec(ops.EmbedGatherNTokens, Q4, n_tokens=5, vocab_size=11, hidden_dim=96,
+         token_ids=integers(11)),
+    spec(ops.EmbedGatherNTokens, Q8, n_tokens=1, vocab_size=7, hidden_dim=64,
+         token_ids=integers(7)),
+    spec(ops.MatvecNTokens, Q4, n_tokens=1, in_dim=96, out_dim=37),
+    spec(ops.MatvecNTokens, Q4, n_tokens=1, in_dim=4128, out_dim=5),
+    spec(ops.MatvecNTokens, Q4, n_tokens=7, in_dim=64, out_dim=37, bias=normal()),
+    spec(ops.MatvecNTokens, Q4, n_tokens=3, in_dim=4128, out_dim=5),
+    spec(ops.MatvecNTokens, Q8, n_tokens=1, in_dim=96, out_dim=37),
+    spec(ops.MatvecNTokens, Q8, n_tokens=5, in_dim=96, out_dim=9),
+    spec(ops.MatvecNTokens, Q2, n_tokens=1, in_dim=64, out_dim=9),
+    spec(ops.MatvecNTokens, n_tokens=1, in_dim=33, out_dim=9),
+    spec(ops.MatvecNTokens, n_tokens=5, in_dim=33, out_dim=9),
+    spec(ops.SdpaCausalTiled, n_tokens=5, heads_per_kv=1, **HEADS_64,
+         **cache_64(1, 8, 11)),
+    spec(ops.SdpaCausalTiled, n_tokens=6, n_seqs=2, heads_per_kv=2, **HEADS_64,
+         **cache_64(2, 4, 7)),
+    spec(ops.SdpaCausalTiled, n_tokens=3, heads_per_kv=4, **HEADS_64,
+         **cache_64(1, 2, 9)),
+    spec(ops.SdpaCausalTiled, n_tokens=3, heads_per_kv=8, **HEADS_64,
+         **cache_64(1, 1, 9)),
+    spec(ops.SdpaCausalTiled, n_tokens=1, heads_per_kv=8, **HEADS_64,
+         **cache_64(1, 1, 37)),
+    spec(ops.SdpaCausalTiled, n_tokens=2, n_seqs=2, heads_per_kv=2, **HEADS_64,
+         **cache_64(2, 4, 37)),
+    spec(ops.GatedDeltaNetStepNTokens, n_tokens=1, **DELTA_32, **DELTA_INPUTS),
+    spec(ops.GatedDeltaNetStepNTokens, n_tokens=6, n_seqs=2, **DELTA_32, **DELTA_INPUTS),
+    spec(ops.GatedDeltaNetChunkwise, n_tokens=37, **DELTA_32, **DELTA_INPUTS),
+    spec(ops.RmsNormQkNTokens, n_tokens=3, num_k_heads=2, key_dim=32,
+         key_offset_per_token=64, per_token_total=2 * 64 + 33),
+]  # fmt: skip
+
+
 # Oracles: NumPy, float64, one formula each.
 def widen(x: Any) -> Any:
     if isinstance(x, ResidentExperts):

@@ -12,6 +12,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 import moeflux_mlx
+from moeflux_mlx import lowering, simulator
 from moeflux_mlx.experts.pack import pack
 from moeflux_mlx.graph import planned_peak_bytes
 
@@ -87,3 +88,22 @@ def test_a_layers_buffers_share_fewer_places(layer):
     model, _ = moeflux_mlx.load(DEMO)
     pool = model.graph_layers[layer].sample(64, mx.float32).layer.graph.pool
     assert pool.physical_buffer_count < 0.6 * len(pool.infos)
+
+
+@pytest.mark.skipif(not simulator.available(), reason="the simulator needs ziglang")
+def test_16_tokens_on_simulated_kernels_are_those_of_the_references(packed):
+    references, tokenizer = moeflux_mlx.load(packed, memory="4MB", executor="ops")
+    kernels, _ = moeflux_mlx.load(packed, memory="4MB", executor="sim")
+    want, _ = greedy(references, tokenizer, "def ", 16)
+    got, _ = greedy(kernels, tokenizer, "def ", 16)
+    assert got == want
+    built = kernels.runtime.executor.built
+    assert {"experts_gate_up_swiglu", "experts_down_sum", "qmm_t"} <= set(built)
+    for ways in lowering.TABLE.values():
+        on_device = {way.name for way in ways} & set(built)
+        assert on_device or ways[0].name in HOST_KERNELS
+
+
+# mlx-lm's cache object appends keys and values, and the experts of a prompt are run
+# one after the other where they are streamed.
+HOST_KERNELS = {"kv_cache_append_n_tokens", "moe_mm_id"}

@@ -8,8 +8,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..graph.lower import Kernel
+from ..graph.op import Op
 from ..launch import KERNELS, Launch, prepare
 from ..launch.base import Prepared
+from ..lowering import lowered
 from ..metal import MetalKernel, library
 from .base import Executor
 
@@ -25,6 +28,11 @@ class KernelExecutor(Executor):
         self._built: dict[str, Any] = {}
 
     @property
+    def built(self) -> tuple[str, ...]:
+        """Names of the kernels built so far, in order."""
+        return tuple(self._built)
+
+    @property
     def kernel_count(self) -> int:
         """How many kernels were built so far."""
         return len(self._built)
@@ -35,6 +43,9 @@ class KernelExecutor(Executor):
             launch = kernel(*kernel.arguments(kernel.dtypes[0], **kernel.sizes[0]))
             mx.eval(self.run(launch))
         return self.kernel_count
+
+    def kernel(self, op: Op) -> Kernel:
+        return lowered(op, self.run)
 
     def run(self, launch: Launch) -> tuple[mx.array, ...]:
         """Launch a kernel; return its outputs in the signature's order.

@@ -205,7 +205,7 @@ class MoeBatchedPermuteFuse(_RoutedExperts, Op):
         out_sum: Array,
     ) -> Array:
         xp = namespace(mlp_in)
-        order, used, starts = _by_expert(to_host(indices).reshape(-1))
+        order, used, starts = by_expert(to_host(indices).reshape(-1))
         rows = mlp_in[xp.array(order // self.k)]
         stacks = experts.weights
         outs: dict[int, Array] = {}
@@ -215,14 +215,14 @@ class MoeBatchedPermuteFuse(_RoutedExperts, Op):
                 outs[expert] = expert_mlp(rows[start:stop], stacks, slot)
             guard(experts, [outs[expert] for expert, _ in wave])
         sorted_out = xp.concatenate([outs[expert] for expert in used])
-        position, rising = self._rising(order)
+        position, rising = self.rising(order)
         weights = take_columns(weights, xp.array(rising))
         per_token = sorted_out[xp.array(position)]
         if xp is np:
             out_sum = to_host(out_sum)
         return out_sum + (per_token * weights[..., None]).sum(axis=1)
 
-    def _rising(self, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def rising(self, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return where each token's rows are, by rising expert, and that order."""
         position = np.empty_like(order)
         position[order] = np.arange(order.size)
@@ -231,7 +231,7 @@ class MoeBatchedPermuteFuse(_RoutedExperts, Op):
         return np.take_along_axis(position, rising, axis=1), rising
 
 
-def _by_expert(
+def by_expert(
     ids: np.ndarray,
 ) -> tuple[np.ndarray, list[int], dict[int, tuple[int, int]]]:
     """Return the order that sorts ``ids``, the experts used and their row ranges."""

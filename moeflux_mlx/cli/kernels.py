@@ -1,0 +1,85 @@
+"""``moeflux kernels``: every kernel, its signature, its launch, its verification."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..executors.verified import Record, records
+from ..launch import KERNELS, Kernel, Launch, prepare
+from ..lowering import TABLE
+from ..metal import Scalar
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``kernels`` with its options."""
+    text = "list all kernels and what has verified them where"
+    parser = subparsers.add_parser("kernels", description=text, help=text)
+    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+    parser.add_argument(
+        "--lowering", action="store_true", help="list which kernels an Op may use"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table of kernels, or of lowerings."""
+    if args.lowering:
+        rows = [
+            {"op": op.__name__, "ways": [way.name for way in ways]}
+            for op, ways in TABLE.items()
+        ]
+    else:
+        known = records()
+        rows = [describe(kernel, known) for kernel in KERNELS.values()]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        Console().print(_table(rows))
+    return 0
+
+
+def describe(kernel: Kernel, known: list[Record]) -> dict[str, Any]:
+    """Return one row: what the signature says, and one launch as an example."""
+    metal = kernel.metal
+    launch = kernel(*kernel.arguments(kernel.dtypes[0], **kernel.sizes[-1]))
+    types = dict(v for v in prepare(launch).template if not isinstance(v[1], int))
+    return {
+        "family": kernel.family,
+        "kernel": kernel.name,
+        "inputs": [
+            f"{p.type}& {p.name}" if isinstance(p, Scalar) else f"{p.type} {p.name}"
+            for p in metal.inputs
+        ],
+        "outputs": [f"{p.type} {p.name}" for p in metal.outputs],
+        "template": [f"{p.kind} {p.name}" for p in metal.template],
+        "threadgroup_bytes": metal.threadgroup_bytes(launch.template, types),
+        "launch": _launch(launch),
+        "verified": _verified(kernel.name, known),
+    }
+
+
+def _launch(launch: Launch) -> str:
+    grid = "x".join(map(str, launch.grid))
+    group = "x".join(str(n) for n in launch.threadgroup)
+    return f"{grid} / {group}"
+
+
+def _verified(name: str, known: list[Record]) -> list[str]:
+    return [
+        f"{record.executor}: {record.machine}, {record.date}"
+        for record in known
+        if record.holds(name)
+    ]
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(*(name.replace("_", " ") for name in rows[0]), show_lines=True)
+    for row in rows:
+        cells = (v if isinstance(v, list) else [str(v)] for v in row.values())
+        table.add_row(*("\n".join(cell) for cell in cells))
+    return table

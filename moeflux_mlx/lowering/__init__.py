@@ -1,0 +1,25 @@
+"""From Ops to launches: the one table of which kernel runs what.
+
+One module per family; in each, the preferred way of an Op stands first.
+"""
+
+from ..graph.op import REGISTRY
+from . import attention, linear_attention, moe, rows
+from .table import MLX, TABLE, Way, choose, lowered, ways
+
+_missing = sorted(set(REGISTRY) - {op.__name__ for op in TABLE})
+if _missing:
+    raise TypeError(f"[lowering] Ops without a kernel: {', '.join(_missing)}")
+
+__all__ = [
+    "MLX",
+    "TABLE",
+    "Way",
+    "attention",
+    "choose",
+    "linear_attention",
+    "lowered",
+    "moe",
+    "rows",
+    "ways",
+]

@@ -1,0 +1,212 @@
+"""Ways of routing and of the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..launch import elementwise, quant
+from ..launch import moe as kernels
+from ..ops import moe as ops
+from ..weights import ExpertSource, ExpertWeights, Weight
+from .table import Run, way
+
+KERNEL_BITS = (2, 4, 8)
+KERNEL_GROUPS = (32, 64, 128)
+
+
+def _routing_fits(op: ops.MoeSoftmaxTopK) -> bool:
+    return op.n_experts <= kernels.MAX_EXPERTS and op.k <= kernels.MAX_K
+
+
+@way(ops.MoeSoftmaxTopK, "moe_softmax_topk", _routing_fits)
+def softmax_topk(op: Any, run: Run, logits: mx.array) -> tuple[mx.array, ...]:
+    return run(kernels.moe_softmax_topk(logits, op.k))
+
+
+@way(ops.MoeNormalizeWeights, "moe_normalize_weights")
+def normalize_weights(_op: Any, run: Run, weights: mx.array) -> mx.array:
+    return run(kernels.moe_normalize_weights(weights))[0]
+
+
+@way(ops.MoeCombineResidualNTokens, "moe_combine_residual_n_tokens")
+def combine(
+    _op: Any, run: Run, h: mx.array, moe_sum: mx.array, shared: mx.array, gate: mx.array
+) -> mx.array:
+    launch = kernels.moe_combine_residual_n_tokens(h, moe_sum, shared, gate)
+    return run(launch)[0]
+
+
+def kernel_form(weight: Weight) -> bool:
+    """Tell whether our kernels know how a matrix is quantised."""
+    q = weight.quantization
+    return (
+        q is not None
+        and q.mode == "affine"
+        and q.bits in KERNEL_BITS
+        and q.group_size in KERNEL_GROUPS
+    )
+
+
+def _all_known(experts: ExpertWeights) -> bool:
+    stacks = (experts.gate, experts.up, experts.down)
+    same = experts.gate.quantization == experts.up.quantization
+    return same and all(kernel_form(weight) for weight in stacks)
+
+
+def _with_known_experts(
+    call: Callable[..., mx.array],
+) -> Callable[..., mx.array]:
+    """Go MLX's way for experts of a form that no kernel knows, or of two forms.
+
+    How experts are stored is only known once there are some.
+    """
+
+    def go(op: Any, run: Run, *values: Any) -> mx.array:
+        experts: ExpertSource = values[3]
+        if not _all_known(experts.weights):
+            return op.reference(*values)
+        return call(op, run, *values)
+
+    return go
+
+
+def _form(weight: Weight) -> tuple[int, int]:
+    q = weight.quantization
+    assert q is not None
+    return q.bits, q.group_size
+
+
+@way(ops.MoeDecodeExperts, "experts_gate_up_swiglu")
+@_with_known_experts
+def decode_experts(
+    op: Any,
+    run: Run,
+    x: mx.array,
+    indices: mx.array,
+    weights: mx.array,
+    source: ExpertSource,
+) -> mx.array:
+    """Run two launches over the slots: gate, up and SwiGLU; down and the sum."""
+    slots, experts = source.slots(indices).reshape(-1), source.weights
+    gate, up, down = (w.records for w in (experts.gate, experts.up, experts.down))
+    form = _form(experts.gate)
+    launch = kernels.experts_gate_up_swiglu(
+        x.reshape(-1), slots, gate, up, op.expert_dim, *form
+    )
+    (act,) = run(launch)
+    chosen = weights.reshape(-1)
+    form = _form(experts.down)
+    (out,) = run(kernels.experts_down_sum(act, slots, chosen, down, op.dim, *form))
+    ops.guard(source, [out])
+    return out.reshape(1, -1)
+
+
+@way(ops.MoeGatherIdFuse, "moe_mm_id")
+@_with_known_experts
+def gather_experts(
+    op: Any,
+    run: Run,
+    x: mx.array,
+    indices: mx.array,
+    weights: mx.array,
+    source: ExpertSource,
+) -> mx.array:
+    """Run each projection of all experts as one launch."""
+    every = mx.arange(op.n_experts, dtype=mx.int32)
+    slots, experts = source.slots(every[None]).reshape(-1), source.weights
+    counts, lists = run(kernels.moe_id_map(indices, op.n_experts))
+
+    def product(rows: mx.array, weight: Weight, n_out: int) -> mx.array:
+        launch = kernels.moe_mm_id(
+            rows, weight.records, counts, lists, slots, op.k, n_out, *_form(weight)
+        )
+        return run(launch)[0]
+
+    gate = product(x, experts.gate, op.expert_dim)
+    up = product(x, experts.up, op.expert_dim)
+    n_rows = op.n_tokens * op.k
+    rows = (part.reshape(n_rows, op.expert_dim) for part in (gate, up))
+    (act,) = run(elementwise.swiglu_fused_batched(*rows))
+    down = product(act, experts.down, op.dim)
+    ops.guard(source, [down])
+    return run(kernels.moe_combine_topk(down, weights))[0]
+
+
+def expert_rows(
+    run: Run, rows: mx.array, experts: ExpertWeights, slot: int
+) -> mx.array:
+    """Apply one expert to rows ``[M, D]``."""
+    gate = matmul(run, rows, experts.gate[slot])
+    up = matmul(run, rows, experts.up[slot])
+    (act,) = run(elementwise.swiglu_fused_batched(gate, up))
+    return matmul(run, act, experts.down[slot])
+
+
+def matmul(run: Run, rows: mx.array, weight: Weight) -> mx.array:
+    """Multiply rows by a quantised matrix, as tiles."""
+    bits, group_size = _form(weight)
+    parts = (weight.w, weight.scales, weight.biases)
+    return run(quant.qmm_t(rows, *parts, bits, group_size))[0]
+
+
+@way(ops.MoeBatchedPermuteFuse, "qmm_t")
+@_with_known_experts
+def batched_experts(
+    op: Any,
+    run: Run,
+    x: mx.array,
+    indices: mx.array,
+    weights: mx.array,
+    source: ExpertSource,
+    out_sum: mx.array,
+) -> mx.array:
+    """Run expert after expert, then sum each token's rows by rising expert."""
+    order, outs, used = _by_expert(op, run, x, indices, source)
+    position, rising = op.rising(order)
+    mid = mx.concatenate([outs[expert] for expert in used])[mx.array(position)]
+    shares = mx.take_along_axis(weights, mx.array(rising), axis=-1)
+    return out_sum + run(kernels.moe_combine_topk(mid, shares))[0]
+
+
+@way(ops.MoeBatchedPermuteFuse, "moe_bucket_accumulate")
+@_with_known_experts
+def bucket_experts(
+    op: Any,
+    run: Run,
+    x: mx.array,
+    indices: mx.array,
+    weights: mx.array,
+    source: ExpertSource,
+    out_sum: mx.array,
+) -> mx.array:
+    """Run expert after expert and add each one's rows to the sum as a bucket."""
+    order, outs, used = _by_expert(op, run, x, indices, source)
+    shares = weights.reshape(-1)[mx.array(order)]
+    tokens = mx.array((order // op.k).astype(np.uint32))
+    start = 0
+    for expert in used:
+        stop = start + outs[expert].shape[0]
+        launch = kernels.moe_bucket_accumulate(
+            out_sum, outs[expert], tokens[start:stop], shares[start:stop]
+        )
+        (out_sum,) = run(launch)
+        start = stop
+    return out_sum
+
+
+def _by_expert(
+    op: Any, run: Run, x: mx.array, indices: mx.array, source: ExpertSource
+) -> tuple[np.ndarray, dict[int, mx.array], list[int]]:
+    """Return the order of rows by expert, each one's output, and those used."""
+    order, used, ranges = ops.by_expert(np.array(indices).reshape(-1))
+    rows, outs = x[mx.array(order // op.k)], {}
+    for wave in source.waves(used):
+        for expert, slot in wave:
+            start, stop = ranges[expert]
+            outs[expert] = expert_rows(run, rows[start:stop], source.weights, slot)
+        ops.guard(source, [outs[expert] for expert, _ in wave])
+    return order, outs, used

@@ -1,0 +1,94 @@
+"""Which kernels an Op may run as, which it does, and who decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+from .. import config
+from ..errors import ConfigError
+from ..graph.lower import Kernel
+from ..graph.op import REGISTRY, Op
+from ..launch import Launch
+
+Run = Callable[[Launch], tuple[mx.array, ...]]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run an Op: launches over its values, where ``fits`` allows.
+
+    ``call(op, run, *values)`` takes the values that the Op's reference takes and
+    returns what it returns.
+    """
+
+    name: str
+    fits: Callable[[Any], bool]
+    call: Callable[..., Any]
+
+
+# MLX's own operations: every Op's last way.
+MLX = "mlx"
+TABLE: dict[type[Op], tuple[Way, ...]] = {}
+
+
+def _always(_op: Any) -> bool:
+    return True
+
+
+def way(
+    op_type: type[Op], name: str, fits: Callable[[Any], bool] = _always
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the decorated function to an Op's ways; earlier ones are preferred.
+
+    Args:
+        op_type: the Op.
+        name: of the way: that of its kernel, or of its first one.
+        fits: whether an Op of this type can go this way.
+    """
+
+    def add(call: Callable[..., Any]) -> Callable[..., Any]:
+        TABLE[op_type] = (*TABLE.get(op_type, ()), Way(name, fits, call))
+        return call
+
+    return add
+
+
+def ways(op: Op) -> tuple[Way, ...]:
+    """Return the ways open to an Op, the preferred one first, MLX's own last."""
+    last = Way(MLX, _always, lambda op, _run, *values: op.reference(*values))
+    return (*(w for w in TABLE[type(op)] if w.fits(op)), last)
+
+
+def choose(op: Op) -> Way:
+    """Return the way an Op goes: the environment's choice, or the first that fits.
+
+    Raises:
+        ConfigError: the environment names an Op or a way that does not exist. A way
+            that does not fit this Op's shape is passed over.
+    """
+    open_to_op, asked = ways(op), _asked().get(op.variant_name)
+    return next((w for w in open_to_op if w.name == asked), open_to_op[0])
+
+
+def _asked() -> dict[str, str]:
+    wanted = config.lowering()
+    for op, name in wanted.items():
+        if op not in REGISTRY:
+            raise ConfigError(f"[MOEFLUX_LOWERING] expected an Op but got {op!r}")
+        names = [w.name for w in TABLE[REGISTRY[op]]] + [MLX]
+        if name not in names:
+            raise ConfigError(
+                f"[MOEFLUX_LOWERING] {op}: expected one of {', '.join(names)} but got "
+                f"{name!r}"
+            )
+    return wanted
+
+
+def lowered(op: Op, run: Run) -> Kernel:
+    """Return the function that performs ``op`` with launches given to ``run``."""
+    return partial(choose(op).call, op, run)

@@ -1,0 +1,78 @@
+"""Every Op by every way it can go, on the simulator, against its reference."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+from op_cases import KERNEL_SPECS, SPECS, Spec, as_list
+
+from moeflux_mlx import lowering, simulator
+from moeflux_mlx.errors import ConfigError
+from moeflux_mlx.executors.sim import SimExecutor
+from moeflux_mlx.graph import REGISTRY
+from moeflux_mlx.launch import KERNELS
+from moeflux_mlx.launch.check import relative_error
+from moeflux_mlx.lowering import MLX, TABLE
+
+simulated = pytest.mark.skipif(
+    not simulator.available(), reason="the simulator needs ziglang and pyelftools"
+)
+ALL_SPECS = [*SPECS, *KERNEL_SPECS]
+WAYS = [
+    pytest.param(spec, way.name, id=f"{spec.id}-{way.name}")
+    for spec in ALL_SPECS
+    for way in lowering.ways(spec.build().op)
+    if way.name != MLX
+]
+
+
+@simulated
+@pytest.mark.parametrize(("spec", "way"), WAYS)
+def test_an_op_on_the_simulator_gives_what_its_reference_gives(
+    spec: Spec, way: str, monkeypatch
+):
+    case = spec.build()
+    monkeypatch.setenv("MOEFLUX_LOWERING", f"{case.op.variant_name}={way}")
+    kernel = SimExecutor().kernel(case.op)
+    weights = [case.weights.get(name) for name in case.op.weight_fields]
+    inputs = [case.on_device(name) for name in case.inputs]
+    got = as_list(kernel(*inputs, *weights))
+    wanted = case.on_device_result()
+    assert len(got) == len(wanted) == len(case.written)
+    for name, a, b in zip(case.written, got, wanted, strict=True):
+        assert a.dtype == b.dtype, name
+        limit = 2e-5 if mx.issubdtype(b.dtype, mx.floating) else 0
+        assert relative_error(a, b) <= limit, name
+
+
+def test_every_op_has_kernels_and_a_case_that_runs_them():
+    assert set(TABLE) == set(REGISTRY.values())
+    tried = {(type(p.values[0].build().op), p.values[1]) for p in WAYS}
+    assert tried == {(op, way.name) for op, ways in TABLE.items() for way in ways}
+
+
+def test_a_way_is_named_after_a_kernel():
+    names = {way.name for ways in TABLE.values() for way in ways}
+    assert names <= set(KERNELS)
+
+
+def test_the_environment_chooses_a_way(monkeypatch):
+    op = next(s for s in KERNEL_SPECS if s.op.__name__ == "MatvecNTokens").build().op
+    for way in lowering.ways(op):
+        monkeypatch.setenv("MOEFLUX_LOWERING", f"MatvecNTokens={way.name}")
+        assert lowering.choose(op).name == way.name
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("Matvec=mlx", "expected an Op but got 'Matvec'"),
+        ("MatvecNTokens=fastest", "MatvecNTokens: expected one of .*qmm_t.*mlx"),
+        ("MatvecNTokens", "expected Op=way"),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_refused(value, message, monkeypatch):
+    monkeypatch.setenv("MOEFLUX_LOWERING", value)
+    op = SPECS[0].build().op
+    with pytest.raises(ConfigError, match=message):
+        lowering.choose(op)
