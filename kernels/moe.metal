@@ -49,6 +49,16 @@ inline float4 load4(device const bfloat* p) {
   return float4(*(device const bfloat4*)p);
 }
 
+inline void store4(device float* p, float4 values) {
+  *(device float4*)p = values;
+}
+inline void store4(device half* p, float4 values) {
+  *(device half4*)p = half4(values);
+}
+inline void store4(device bfloat* p, float4 values) {
+  *(device bfloat4*)p = bfloat4(values);
+}
+
 // Columns i to i + 3 of a row of n; rows are aligned when n is a multiple of 4, which is
 // the same for all threads. Columns past the end are 0.
 template <typename P>
@@ -69,7 +79,7 @@ inline float4 load_columns(P row, uint i, uint n) {
 template <typename T>
 inline void store_columns(device T* row, uint i, uint n, float4 values) {
   if (n % 4 == 0) {
-    *(device vec<T, 4>*)(row + i) = vec<T, 4>(values);
+    store4(row + i, values);
     return;
   }
 #pragma unroll
@@ -549,11 +559,12 @@ template <typename T, typename S, int BITS, int G, bool PER_ASSIGNMENT>
   constexpr int ROWS = 32;
   constexpr int COLUMNS = 64;
   constexpr int STEP = 32;
-  // Rows of tiles lie 36 or 68 values apart, so that 8 of them use different banks.
+  // Rows of tiles lie 36 or 68 values apart, which spreads 8 of them over all banks.
   constexpr int PITCH = 36;
   constexpr int OUT_PITCH = 68;
   constexpr int WORDS = BITS / 2;
   constexpr int PER_WORD = 32 / BITS;
+  constexpr uint MASK = (1u << BITS) - 1u;
   constexpr int X_VECTORS = ROWS * PITCH / 4;
   constexpr int W_VECTORS = COLUMNS * PITCH / 4;
   threadgroup float4 x_tile[X_VECTORS];
@@ -591,21 +602,24 @@ template <typename T, typename S, int BITS, int G, bool PER_ASSIGNMENT>
   }
   for (uint start = 0; start < n_in; start += STEP) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    threadgroup float* x_to = xs + x_row * PITCH + x_column;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      x_to[j] = has_row ? float(x_at[start + j]) : 0.0f;
-    }
+    threadgroup float4* x_to = x_tile + (x_row * PITCH + x_column) / 4;
+    x_to[0] = has_row ? load4(x_at + start) : float4(0.0f);
+    x_to[1] = has_row ? load4(x_at + start + 4) : float4(0.0f);
     float scale = float(s_at[start / G]);
     float bias = float(b_at[start / G]);
-    threadgroup float* w_to = ws + w_line * PITCH + w_half * (STEP / 2);
+    threadgroup float4* w_to = w_tile + (w_line * PITCH + w_half * (STEP / 2)) / 4;
 #pragma unroll
     for (int word = 0; word < WORDS; ++word) {
       uint packed = w_at[start / PER_WORD + word];
 #pragma unroll
-      for (int j = 0; j < PER_WORD; ++j) {
-        uint q = (packed >> (BITS * j)) & ((1u << BITS) - 1u);
-        w_to[word * PER_WORD + j] = fma(scale, float(q), bias);
+      for (int j = 0; j < PER_WORD / 4; ++j) {
+        uint q = packed >> (4 * BITS * j);
+        float4 values = float4(
+            float(q & MASK),
+            float((q >> BITS) & MASK),
+            float((q >> (2 * BITS)) & MASK),
+            float((q >> (3 * BITS)) & MASK));
+        w_to[word * (PER_WORD / 4) + j] = scale * values + bias;
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);

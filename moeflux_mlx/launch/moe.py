@@ -13,16 +13,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..weights import Records
 from .base import Launch, dims, expect, groups, kernel, normal, require
+from .slots import Matrix, check_matrix, numbers, random_matrix, unpacked
 
 MAX_EXPERTS = 512
 MAX_K = 16
 SIMD = 32
 FLOAT32 = (mx.float32,)
 UNUSED = 0xFFFFFFFF
-
-Matrix = tuple[Records, Records, Records]
 
 
 def _check_routing(logits: mx.array, k: int) -> tuple[int, int]:
@@ -523,76 +521,6 @@ def moe_id_map(indices: mx.array, n_experts: int) -> Launch:
     )
 
 
-def _check_matrix(
-    name: str, matrix: Matrix, n_out: int, n_in: int, bits: int, group_size: int
-) -> tuple[int, int, int]:
-    """Check that the matrix lies within every record; return the records' lengths."""
-    require("bits", bits in (2, 4, 8), "2, 4 or 8", bits)
-    require("group_size", group_size in (32, 64, 128), "32, 64 or 128", group_size)
-    whole = n_in > 0 and n_in % group_size == 0
-    require(name, whole, f"an input width in groups of {group_size}", n_in)
-    require(name, 0 < n_out < 1 << 31, "an output width", n_out)
-    require(name, len(matrix) == 3, "words, scales and biases", len(matrix))
-    n_words, n_groups = n_out * n_in * bits // 32, n_out * n_in // group_size
-    n_slots, lengths = None, []
-    sizes = ("w", n_words), ("scales", n_groups), ("biases", n_groups)
-    for (part, n), records in zip(sizes, matrix, strict=True):
-        where = f"{name} {part}"
-        require(where, isinstance(records, Records), "records", type(records).__name__)
-        slots, length = dims(where, records.array, 2)
-        n_slots = n_slots or slots
-        require(where, slots == n_slots, f"{n_slots} slots", slots)
-        inside = 0 <= records.base <= length - n
-        wanted = f"{n} values of a row of {length}"
-        require(where, inside, wanted, f"base {records.base}")
-        lengths.append(length)
-    return lengths[0], lengths[1], lengths[2]
-
-
-def _matrix(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    n_slots: int,
-    o: int,
-    i: int,
-    bits: int,
-    g: int,
-    base: int,
-) -> Matrix:
-    """Return a random matrix a slot, ``base`` values from the start of its record."""
-    n_words, n_groups = o * i * bits // 32, o * i // g
-    words = rng.integers(0, 1 << 32, (n_slots, n_words + 2 * base), np.uint32)
-    length = n_groups + base + base // 2
-    scales = rng.uniform(0.5, 1.0, (n_slots, length)).astype(np.float32)
-    scales *= 2 / ((1 << bits) * i**0.5)
-    biases = -scales * ((1 << bits) - 1) / 2 * rng.uniform(0.8, 1.2, scales.shape)
-    return (
-        Records(mx.array(words), base),
-        Records(mx.array(scales).astype(dtype), base),
-        Records(mx.array(biases.astype(np.float32)).astype(dtype), base),
-    )
-
-
-def _unpacked(
-    matrix: Matrix, slot: int, n_out: int, n_in: int, bits: int, group_size: int
-) -> mx.array:
-    """Return one slot's matrix ``[O, I]`` as float32."""
-    w, scales, biases = (
-        r.array[slot, r.base : r.base + n_out * width].reshape(n_out, width)
-        for r, width in zip(
-            matrix,
-            (n_in * bits // 32, n_in // group_size, n_in // group_size),
-            strict=True,
-        )
-    )
-    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    return mx.dequantize(w, scales, biases, group_size=group_size, bits=bits)
-
-
-def _numbers(x: mx.array) -> list[int]:
-    return [int(n) for n in np.array(x)]
-
-
 def _mm_id(
     x: mx.array,
     matrix: Matrix,
@@ -607,11 +535,11 @@ def _mm_id(
     n_tokens = lists.shape[1]
     per_assignment = x.shape[0] != n_tokens
     out = mx.zeros((n_tokens * k, n_out))
-    slots = _numbers(slot_of_expert)
-    for expert, count in enumerate(_numbers(counts)):
+    slots = numbers(slot_of_expert)
+    for expert, count in enumerate(numbers(counts)):
         if count:
             chosen, slot = lists[expert, :count], slots[expert]
-            w = _unpacked(matrix, slot, n_out, x.shape[1], bits, group_size)
+            w = unpacked(matrix, slot, n_out, x.shape[1], bits, group_size)
             rows = x[chosen if per_assignment else chosen // k].astype(mx.float32)
             out[chosen] = rows @ w.T
     return out.reshape(n_tokens, k, n_out).astype(x.dtype)
@@ -633,7 +561,7 @@ def _some_assignments(
 ) -> tuple[Any, ...]:
     counts, lists = _id_map(_choices(rng, t, k, e), e)
     x = normal(rng, dtype, t * k if each else t, i)
-    matrix = _matrix(rng, (dtype, mx.bfloat16)[s], e + 1, o, i, bits, g, base)
+    matrix = random_matrix(rng, (dtype, mx.bfloat16)[s], e + 1, (o, i), bits, g, base)
     slots = mx.array(rng.permutation(e + 1)[:e].astype(np.uint32))
     return x, matrix, counts, lists, slots, k, o, bits, g
 
@@ -671,7 +599,7 @@ def moe_mm_id(
     require("lists", n_tokens * k < 1 << 31, "T * K < 2^31", n_tokens * k)
     expect("counts", counts, (n_experts,))
     expect("slot_of_expert", slot_of_expert, (n_experts,))
-    w_row, s_row, b_row = _check_matrix("matrix", matrix, n_out, n_in, bits, group_size)
+    w_row, s_row, b_row = check_matrix("matrix", matrix, n_out, n_in, bits, group_size)
     w, scales, biases = matrix
     return Launch(
         "moe_mm_id",
@@ -767,10 +695,9 @@ def _gate_up(
     group_size: int,
 ) -> mx.array:
     x32, rows = x.astype(mx.float32), []
-    for slot in _numbers(slots):
+    for slot in numbers(slots):
         g, u = (
-            _unpacked(m, slot, n_out, x.size, bits, group_size) @ x32
-            for m in (gate, up)
+            unpacked(m, slot, n_out, x.size, bits, group_size) @ x32 for m in (gate, up)
         )
         rows.append(g * mx.sigmoid(g) * u)
     return mx.stack(rows).astype(x.dtype)
@@ -793,7 +720,7 @@ def _some_gate_up(
     base: int = 0,
 ) -> tuple[Any, ...]:
     gate, up = (
-        _matrix(rng, (dtype, mx.bfloat16)[s], k + 1, n, i, bits, g, base)
+        random_matrix(rng, (dtype, mx.bfloat16)[s], k + 1, (n, i), bits, g, base)
         for _ in range(2)
     )
     return normal(rng, dtype, i), _slots(rng, k), gate, up, n, bits, g
@@ -822,8 +749,8 @@ def experts_gate_up_swiglu(
     """``silu(Wg x) * (Wu x)`` of the experts in ``slots`` ``[K]``: ``[K, N]``."""
     (n_in,) = dims("x", x, 1)
     (k,) = dims("slots", slots, 1)
-    rows = _check_matrix("gate", gate, n_out, n_in, bits, group_size)
-    up_rows = _check_matrix("up", up, n_out, n_in, bits, group_size)
+    rows = check_matrix("gate", gate, n_out, n_in, bits, group_size)
+    up_rows = check_matrix("up", up, n_out, n_in, bits, group_size)
     require("up", up_rows == rows, f"rows as long as gate's {rows}", up_rows)
     return Launch(
         "experts_gate_up_swiglu",
@@ -869,8 +796,8 @@ def _down_sum(
     group_size: int,
 ) -> mx.array:
     act32, total = act.astype(mx.float32), mx.zeros(n_out)
-    for j, slot in enumerate(_numbers(slots)):
-        w = _unpacked(down, slot, n_out, act.shape[1], bits, group_size)
+    for j, slot in enumerate(numbers(slots)):
+        w = unpacked(down, slot, n_out, act.shape[1], bits, group_size)
         total = total + weights[j] * (w @ act32[j])
     return total.astype(act.dtype)
 
@@ -886,7 +813,7 @@ def _some_down(
     s: int,
     base: int = 0,
 ) -> tuple[Any, ...]:
-    down = _matrix(rng, (dtype, mx.bfloat16)[s], k + 1, d, n, bits, g, base)
+    down = random_matrix(rng, (dtype, mx.bfloat16)[s], k + 1, (d, n), bits, g, base)
     act = normal(rng, dtype, k, n)
     return act, _slots(rng, k), _weights(rng, k), down, d, bits, g
 
@@ -916,7 +843,7 @@ def experts_down_sum(
     expect("slots", slots, (k,))
     expect("weights", weights, (k,))
     require("act", k * n_in < 1 << 31, "K * N < 2^31", k * n_in)
-    w_row, s_row, b_row = _check_matrix("down", down, n_out, n_in, bits, group_size)
+    w_row, s_row, b_row = check_matrix("down", down, n_out, n_in, bits, group_size)
     w, scales, biases = down
     return Launch(
         "experts_down_sum",
