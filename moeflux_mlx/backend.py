@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import metadata
 
@@ -13,9 +14,13 @@ _LIBRARIES = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal")
 def require_backend() -> None:
     """Import MLX, or say which extra brings the library that is missing.
 
+    Before it, macOS is told not to stop GPU work that takes long, as a long prompt's
+    does; MLX must not have opened the device yet.
+
     Raises:
         BackendError: ``import mlx.core`` failed; the message names the extra.
     """
+    os.environ.setdefault("AGX_RELAX_CDM_CTXSTORE_TIMEOUT", "1")
     try:
         import mlx.core  # noqa: F401
     except ImportError as error:

@@ -177,7 +177,9 @@ def _print(executor: str, findings: list[Finding], passed: bool) -> None:
 
 
 def _table(findings: list[Finding]) -> Table:
-    table = Table("family", "kernel", "cases", "error / limit", "build ms", "us", "GB/s")
+    table = Table(
+        "family", "kernel", "cases", "error / limit", "build ms", "us", "GB/s"
+    )
     for f in findings:
         style = None if f.passed else "red"
         table.add_row(

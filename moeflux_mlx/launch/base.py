@@ -16,12 +16,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import KernelError
 from ..device import (
     MAX_BUFFERS,
     MAX_THREADGROUP_BYTES,
     MAX_THREADS_PER_GROUP,
 )
+from ..errors import KernelError
 from ..metal import Input, MetalKernel, Scalar, library
 from ..metal.signature import DTYPES
 
@@ -203,7 +203,9 @@ def dims(name: str, array: mx.array, rank: int) -> tuple[int, ...]:
         raise ShapeError(f"{name}: expected an mx.array but got {type(array).__name__}")
     if array.ndim != rank or array.size == 0:
         shape = tuple(array.shape)
-        raise ShapeError(f"{name}: expected {rank} non-empty dimensions but got {shape}")
+        raise ShapeError(
+            f"{name}: expected {rank} non-empty dimensions but got {shape}"
+        )
     return tuple(array.shape)
 
 

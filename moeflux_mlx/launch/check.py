@@ -60,7 +60,9 @@ def relative_error(got: mx.array, expected: mx.array) -> float:
     return float(np.sqrt(np.mean((a - b) ** 2) / max(float(np.mean(b**2)), 1e-30)))
 
 
-def check(kernel: Kernel, dtype: mx.Dtype, sizes: Mapping[str, int], run: Run) -> Result:
+def check(
+    kernel: Kernel, dtype: mx.Dtype, sizes: Mapping[str, int], run: Run
+) -> Result:
     """Run one case and compare every output with the reference."""
     args = kernel.arguments(dtype, **sizes)
     outputs, expected = run(kernel(*args)), kernel.expected(*args)
