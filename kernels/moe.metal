@@ -34,7 +34,8 @@ inline uint take_largest(thread uint* keys, uint first, uint step, thread uint& 
 }
 
 // Four values in a row as float32. Those in `device` memory lie at a multiple of four
-// elements and are read at once; the few in `constant` memory one by one.
+// elements, as activations do whose width is one, and are read at once; the few in
+// `constant` memory one by one.
 template <typename P>
 inline float4 load4(P p) {
   return float4(float(p[0]), float(p[1]), float(p[2]), float(p[3]));
@@ -120,12 +121,16 @@ inline void load_words(device const uint* p, thread uint* words) {
 // which is exact and saves a shift for every row that the values meet.
 template <int BITS, int WORDS, typename P>
 inline float load_partners(P x, float factor, thread float* partners) {
+  constexpr int HALF = 16 / BITS;
   float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < WORDS * (32 / BITS); ++i) {
-    float value = factor * float(x[i]);
-    sum += value;
-    partners[i] = value * (1.0f / float(1 << (BITS * (i % (16 / BITS)))));
+  for (int i = 0; i < WORDS * 2 * HALF; i += 4) {
+    float4 values = factor * load4(x + i);
+    sum += (values.x + values.y) + (values.z + values.w);
+    partners[i] = values.x * (1.0f / float(1 << (BITS * (i % HALF))));
+    partners[i + 1] = values.y * (1.0f / float(1 << (BITS * ((i + 1) % HALF))));
+    partners[i + 2] = values.z * (1.0f / float(1 << (BITS * ((i + 2) % HALF))));
+    partners[i + 3] = values.w * (1.0f / float(1 << (BITS * ((i + 3) % HALF))));
   }
   return sum;
 }

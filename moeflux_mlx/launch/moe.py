@@ -97,7 +97,7 @@ def _some_weights(
 @kernel(
     reference=_normalize,
     sample=_some_weights,
-    sizes=[{"t": 1, "k": 1}, {"t": 1, "k": 10}, {"t": 61, "k": 10}, {"t": 33, "k": 8}],
+    sizes=[{"t": 1, "k": 1}, {"t": 61, "k": 10}, {"t": 1, "k": 10}, {"t": 33, "k": 8}],
     large={"t": 4096, "k": 10},
     dtypes=FLOAT32,
 )
