@@ -29,3 +29,61 @@ inline float threadgroup_sum(
   float total = lane < n_simdgroups ? scratch[lane] : 0.0f;
   return simd_sum(total);
 }
+
+// Four values in a row as float32, and back. Packed vectors need no more alignment than one
+// element, which is all that a view into an array or a file has. The few values that come
+// in `constant` memory are read one by one.
+template <typename P>
+inline float4 read4(P p) {
+  return float4(float(p[0]), float(p[1]), float(p[2]), float(p[3]));
+}
+inline float4 read4(device const float* p) {
+  return float4(*(device const packed_float4*)p);
+}
+inline float4 read4(device const half* p) {
+  return float4(half4(*(device const packed_half4*)p));
+}
+inline float4 read4(device const bfloat* p) {
+  return float4(bfloat4(*(device const packed_bfloat4*)p));
+}
+
+inline void write4(device float* p, float4 values) {
+  *(device packed_float4*)p = packed_float4(values);
+}
+inline void write4(device half* p, float4 values) {
+  *(device packed_half4*)p = packed_half4(half4(values));
+}
+inline void write4(device bfloat* p, float4 values) {
+  *(device packed_bfloat4*)p = packed_bfloat4(bfloat4(values));
+}
+
+// Columns i to i + 3 of a row of n as float32, and back; those past the end are 0 and are
+// not written.
+template <typename P>
+inline float4 read_columns(P row, uint i, uint n) {
+  if (i + 4 <= n) {
+    return read4(row + i);
+  }
+  float4 values = float4(0.0f);
+#pragma unroll
+  for (uint j = 0; j < 3; ++j) {
+    if (i + j < n) {
+      values[j] = float(row[i + j]);
+    }
+  }
+  return values;
+}
+
+template <typename T>
+inline void write_columns(device T* row, uint i, uint n, float4 values) {
+  if (i + 4 <= n) {
+    write4(row + i, values);
+    return;
+  }
+#pragma unroll
+  for (uint j = 0; j < 3; ++j) {
+    if (i + j < n) {
+      row[i + j] = T(values[j]);
+    }
+  }
+}

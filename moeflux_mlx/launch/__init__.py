@@ -1,6 +1,6 @@
 """How every kernel of ``kernels/`` is launched, in the same families."""
 
-from . import elementwise, moe
+from . import elementwise, moe, norm
 from .base import KERNELS, Kernel, Launch, prepare
 
-__all__ = ["KERNELS", "Kernel", "Launch", "elementwise", "moe", "prepare"]
+__all__ = ["KERNELS", "Kernel", "Launch", "elementwise", "moe", "norm", "prepare"]

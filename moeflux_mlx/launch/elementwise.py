@@ -1,4 +1,8 @@
-"""Launches of ``kernels/elementwise.metal``."""
+"""Launches of ``kernels/elementwise.metal``.
+
+Letters: T tokens, D model width, F width of an activation, K experts a token, H heads,
+d head width.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +11,199 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .base import Launch, dims, expect, kernel, normal
+from .base import Launch, dims, expect, groups, kernel, normal, require
+
+# Threads of a group that only share their start.
+THREADS = 256
+MAX_VALUES = 1 << 31
 
 
-def _add(a: mx.array, b: mx.array) -> mx.array:
-    return a + b
+def _pair(
+    name: str, inputs: dict[str, mx.array], rank: int, per_thread: int = 1
+) -> Launch:
+    """Return the launch over two arrays of one shape, which is also the output's."""
+    (first, a), (second, b) = inputs.items()
+    shape = dims(first, a, rank)
+    expect(second, b, shape)
+    require(first, a.size < MAX_VALUES, "fewer than 2^31 values", a.size)
+    grid = (groups(a.size, per_thread), 1, 1)
+    inputs_and_n: dict[str, Any] = {**inputs, "n": a.size}
+    return Launch(name, inputs_and_n, {"out": shape}, grid, (THREADS, 1, 1))
 
 
 def _two_vectors(rng: np.random.Generator, dtype: mx.Dtype, n: int) -> tuple[Any, ...]:
     return normal(rng, dtype, n), normal(rng, dtype, n)
 
 
-@kernel(
-    reference=_add,
-    sample=_two_vectors,
-    sizes=[{"n": 1}, {"n": 37}, {"n": 1025}],
-    large={"n": 1 << 24},
-)
+def _two_matrices(
+    rng: np.random.Generator, dtype: mx.Dtype, t: int, d: int
+) -> tuple[Any, ...]:
+    return normal(rng, dtype, t, d), normal(rng, dtype, t, d)
+
+
+VECTORS = [{"n": 1}, {"n": 37}, {"n": 1025}]
+MATRICES = [{"t": 1, "d": 1}, {"t": 3, "d": 7}, {"t": 5, "d": 411}, {"t": 1, "d": 2048}]
+LARGE_VECTOR = {"n": 1 << 24}
+LARGE_MATRIX = {"t": 4096, "d": 4096}
+
+
+def _add(a: mx.array, b: mx.array) -> mx.array:
+    return (a.astype(mx.float32) + b.astype(mx.float32)).astype(a.dtype)
+
+
+@kernel(reference=_add, sample=_two_vectors, sizes=VECTORS, large=LARGE_VECTOR)
 def residual_add(a: mx.array, b: mx.array) -> Launch:
     """``a + b`` over ``[n]``."""
-    (n,) = dims("a", a, 1)
-    expect("b", b, (n,))
+    return _pair("residual_add", {"a": a, "b": b}, 1)
+
+
+@kernel(reference=_add, sample=_two_matrices, sizes=MATRICES, large=LARGE_MATRIX)
+def residual_add_n_tokens(a: mx.array, b: mx.array) -> Launch:
+    """``a + b`` over ``[T, D]``."""
+    return _pair("residual_add_n_tokens", {"a": a, "b": b}, 2, per_thread=4)
+
+
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    wide = gate.astype(mx.float32)
+    return (wide * mx.sigmoid(wide) * up.astype(mx.float32)).astype(gate.dtype)
+
+
+@kernel(reference=_swiglu, sample=_two_vectors, sizes=VECTORS, large=LARGE_VECTOR)
+def swiglu_fused(gate: mx.array, up: mx.array) -> Launch:
+    """``silu(gate) * up`` over ``[n]``, one thread a value."""
+    return _pair("swiglu_fused", {"gate": gate, "up": up}, 1)
+
+
+@kernel(
+    reference=_swiglu,
+    sample=_two_vectors,
+    sizes=[{"n": 4}, {"n": 36}, {"n": 1028}],
+    large=LARGE_VECTOR,
+)
+def swiglu_fused_vec4(gate: mx.array, up: mx.array) -> Launch:
+    """``silu(gate) * up`` over ``[n]``, a multiple of four, four values a thread."""
+    (n,) = dims("gate", gate, 1)
+    require("gate", n % 4 == 0, "a multiple of 4 values", n)
+    return _pair("swiglu_fused_vec4", {"gate": gate, "up": up}, 1, per_thread=4)
+
+
+@kernel(reference=_swiglu, sample=_two_matrices, sizes=MATRICES, large=LARGE_MATRIX)
+def swiglu_fused_batched(gate: mx.array, up: mx.array) -> Launch:
+    """``silu(gate) * up`` over ``[T, F]``."""
+    return _pair("swiglu_fused_batched", {"gate": gate, "up": up}, 2, per_thread=4)
+
+
+def _sigmoid_gate(x: mx.array, gate: mx.array) -> mx.array:
+    open_by = mx.sigmoid(gate.astype(mx.float32))
+    return (x.astype(mx.float32) * open_by).astype(x.dtype)
+
+
+@kernel(
+    reference=_sigmoid_gate, sample=_two_matrices, sizes=MATRICES, large=LARGE_MATRIX
+)
+def sigmoid_gate(x: mx.array, gate: mx.array) -> Launch:
+    """``x * sigmoid(gate)`` over ``[T, D]``."""
+    return _pair("sigmoid_gate", {"x": x, "gate": gate}, 2, per_thread=4)
+
+
+def _split(q_proj: mx.array, num_heads: int) -> tuple[mx.array, mx.array]:
+    n_tokens, width = q_proj.shape
+    pairs = q_proj.reshape(n_tokens, num_heads, 2, -1)
+    shape = (n_tokens, width // 2)
+    return pairs[:, :, 0].reshape(shape), pairs[:, :, 1].reshape(shape)
+
+
+def _some_q_proj(
+    rng: np.random.Generator, dtype: mx.Dtype, t: int, h: int, d: int
+) -> tuple[Any, ...]:
+    return normal(rng, dtype, t, 2 * h * d), h
+
+
+@kernel(
+    reference=_split,
+    sample=_some_q_proj,
+    sizes=[
+        {"t": 1, "h": 1, "d": 1},
+        {"t": 3, "h": 2, "d": 5},
+        {"t": 1, "h": 16, "d": 64},
+        {"t": 5, "h": 3, "d": 80},
+        {"t": 3, "h": 2, "d": 256},
+    ],
+    large={"t": 4096, "h": 16, "d": 256},
+)
+def split_q_gate(q_proj: mx.array, num_heads: int) -> Launch:
+    """``[T, H * 2d]``, per head q then gate, as two ``[T, H * d]``."""
+    n_tokens, width = dims("q_proj", q_proj, 2)
+    require("num_heads", num_heads > 0, "a positive number", num_heads)
+    require("q_proj", width % (2 * num_heads) == 0, f"{num_heads} times 2d", width)
+    head_dim, n_slices = width // num_heads // 2, n_tokens * num_heads
+    n_threads = groups(head_dim, 4)
+    wide = min(n_threads, THREADS)
+    half = (n_tokens, width // 2)
     return Launch(
-        "residual_add", {"a": a, "b": b, "n": n}, {"out": (n,)}, (n, 1, 1), (256, 1, 1)
+        "split_q_gate",
+        {"q_proj": q_proj, "n_slices": n_slices, "dim": head_dim},
+        {"q": half, "gate": half},
+        (n_threads, n_slices, 1),
+        (wide, THREADS // wide, 1),
+    )
+
+
+def _weighted_sum(values: mx.array, weights: mx.array) -> mx.array:
+    return (
+        (weights[:, None] * values.astype(mx.float32)).sum(axis=0).astype(values.dtype)
+    )
+
+
+def _some_values(
+    rng: np.random.Generator, dtype: mx.Dtype, k: int, d: int
+) -> tuple[Any, ...]:
+    weights = mx.array(rng.uniform(0.05, 1.0, k).astype(np.float32))
+    return normal(rng, dtype, k, d), weights
+
+
+@kernel(
+    reference=_weighted_sum,
+    sample=_some_values,
+    sizes=[
+        {"k": 1, "d": 1},
+        {"k": 2, "d": 3},
+        {"k": 10, "d": 301},
+        {"k": 8, "d": 2048},
+    ],
+    large={"k": 10, "d": 1 << 20},
+)
+def weighted_sum(values: mx.array, weights: mx.array) -> Launch:
+    """Sum of ``weights[k] * values[k]`` over ``[K, D]``; weights are float32."""
+    k, dim = dims("values", values, 2)
+    expect("weights", weights, (k,))
+    return Launch(
+        "weighted_sum",
+        {"values": values, "weights": weights, "k": k, "dim": dim},
+        {"out": (dim,)},
+        (dim, 1, 1),
+        (64, 1, 1),
+    )
+
+
+def _zeros(n: int) -> mx.array:
+    return mx.zeros((n,), mx.float32)
+
+
+def _count(rng: np.random.Generator, dtype: mx.Dtype, n: int) -> tuple[Any, ...]:
+    return (n,)
+
+
+@kernel(
+    reference=_zeros,
+    sample=_count,
+    sizes=VECTORS,
+    large=LARGE_VECTOR,
+    dtypes=(mx.float32,),
+)
+def zero_buffer(n: int) -> Launch:
+    """Zeros ``[n]`` in float32."""
+    require("n", 0 < n < MAX_VALUES, "a positive number below 2^31", n)
+    return Launch(
+        "zero_buffer", {"n": n}, {"out": (n,)}, (groups(n, 4), 1, 1), (THREADS, 1, 1)
     )
