@@ -60,8 +60,8 @@ template <typename T>
 
 // out = silu(gate) * up over n values, a multiple of four.
 //
-// gate, up, out: [n]. Launch: one thread four values. No remainder, so no bound but the
-// grid's own is ever compared.
+// gate, up, out: [n]. Launch: one thread four values. There is no remainder, so no thread
+// ever looks at single ones.
 template <typename T>
 [[kernel]] void swiglu_fused_vec4(
     device const T* gate,

@@ -13,9 +13,14 @@ import numpy as np
 
 from .base import Launch, dims, expect, groups, kernel, normal, require
 
-# Threads of a group that only share their start.
+# Threads of a group that only share their start. Groups are always whole.
 THREADS = 256
 MAX_VALUES = 1 << 31
+
+
+def _whole_groups(n: int, n_threads: int) -> int:
+    """Return ``n`` threads rounded up to whole groups of ``n_threads``."""
+    return groups(n, n_threads) * n_threads
 
 
 def _pair(
@@ -26,7 +31,7 @@ def _pair(
     shape = dims(first, a, rank)
     expect(second, b, shape)
     require(first, a.size < MAX_VALUES, "fewer than 2^31 values", a.size)
-    grid = (groups(a.size, per_thread), 1, 1)
+    grid = (_whole_groups(groups(a.size, per_thread), THREADS), 1, 1)
     inputs_and_n: dict[str, Any] = {**inputs, "n": a.size}
     return Launch(name, inputs_and_n, {"out": shape}, grid, (THREADS, 1, 1))
 
@@ -137,15 +142,14 @@ def split_q_gate(q_proj: mx.array, num_heads: int) -> Launch:
     require("num_heads", num_heads > 0, "a positive number", num_heads)
     require("q_proj", width % (2 * num_heads) == 0, f"{num_heads} times 2d", width)
     head_dim, n_slices = width // num_heads // 2, n_tokens * num_heads
-    n_threads = groups(head_dim, 4)
-    wide = min(n_threads, THREADS)
-    half = (n_tokens, width // 2)
+    wide = min(groups(head_dim, 4), THREADS)
+    high, half = THREADS // wide, (n_tokens, width // 2)
     return Launch(
         "split_q_gate",
         {"q_proj": q_proj, "n_slices": n_slices, "dim": head_dim},
         {"q": half, "gate": half},
-        (n_threads, n_slices, 1),
-        (wide, THREADS // wide, 1),
+        (_whole_groups(groups(head_dim, 4), wide), _whole_groups(n_slices, high), 1),
+        (wide, high, 1),
     )
 
 
@@ -181,7 +185,7 @@ def weighted_sum(values: mx.array, weights: mx.array) -> Launch:
         "weighted_sum",
         {"values": values, "weights": weights, "k": k, "dim": dim},
         {"out": (dim,)},
-        (dim, 1, 1),
+        (_whole_groups(dim, 64), 1, 1),
         (64, 1, 1),
     )
 
@@ -204,6 +208,5 @@ def _count(rng: np.random.Generator, dtype: mx.Dtype, n: int) -> tuple[Any, ...]
 def zero_buffer(n: int) -> Launch:
     """Zeros ``[n]`` in float32."""
     require("n", 0 < n < MAX_VALUES, "a positive number below 2^31", n)
-    return Launch(
-        "zero_buffer", {"n": n}, {"out": (n,)}, (groups(n, 4), 1, 1), (THREADS, 1, 1)
-    )
+    grid = (_whole_groups(groups(n, 4), THREADS), 1, 1)
+    return Launch("zero_buffer", {"n": n}, {"out": (n,)}, grid, (THREADS, 1, 1))

@@ -117,12 +117,14 @@ def _apply_launch(
     expect("sum_sq", sum_sq, (n_tokens,))
     expect("weight", weight, (dim,))
     _check_eps(eps)
+    n_threads = min(256, groups(dim, per_thread * SIMD) * SIMD)
+    wide = groups(dim, per_thread * n_threads) * n_threads
     return Launch(
         name,
         {"x": x, "sum_sq": sum_sq, "weight": weight, "dim": dim, "eps": eps},
         {"out": (n_tokens, dim)},
-        (groups(dim, per_thread), n_tokens, 1),
-        (256, 1, 1),
+        (wide, n_tokens, 1),
+        (n_threads, 1, 1),
     )
 
 
