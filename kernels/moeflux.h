@@ -48,13 +48,13 @@ inline float4 read4(device const bfloat* p) {
 }
 
 inline void write4(device float* p, float4 values) {
-  *(device packed_float4*)p = packed_float4(values);
+  *(device packed_float4*)p = values;
 }
 inline void write4(device half* p, float4 values) {
-  *(device packed_half4*)p = packed_half4(half4(values));
+  *(device packed_half4*)p = half4(values);
 }
 inline void write4(device bfloat* p, float4 values) {
-  *(device packed_bfloat4*)p = packed_bfloat4(bfloat4(values));
+  *(device packed_bfloat4*)p = bfloat4(values);
 }
 
 // Columns i to i + 3 of a row of n as float32, and back; those past the end are 0 and are
