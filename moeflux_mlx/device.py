@@ -88,6 +88,7 @@ def activation_dtype(model_dtype: mx.Dtype) -> mx.Dtype:
     """
     return mx.float32 if on_cpu() else model_dtype
 
+
 # Metal's limits for one launch, on every Apple GPU.
 MAX_THREADS_PER_GROUP = 1024
 MAX_THREADGROUP_BYTES = 32 << 10

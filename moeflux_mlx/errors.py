@@ -45,3 +45,7 @@ class BudgetError(ExpertStoreError, ValueError):
 
 class KernelError(MoefluxError, ValueError):
     """A kernel's source, arguments or launch are not what its signature says."""
+
+
+class SimulatorError(MoefluxError):
+    """A kernel does not compile for the simulator, or did something wrong there."""

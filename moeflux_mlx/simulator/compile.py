@@ -1,0 +1,280 @@
+"""From Metal source to a shared library: clang from the package ``ziglang``."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import SimulatorError
+from ..metal.source import matching, split_commas
+
+HERE = Path(__file__).resolve().parent
+INCLUDE = HERE / "include"
+RUNTIME = HERE / "runtime.cpp"
+_MACHINE = platform.machine()
+_CPU = ["-mavx2", "-mfma", "-mf16c"] if _MACHINE == "x86_64" else []
+# Contraction off, so that two kernels can be compared bit by bit.
+FLAGS = [
+    *("-std=c++17", "-O2", "-g1", "-fPIC", *_CPU, "-ffp-contract=off"),
+    *("-Xclang", "-ffloat16-excess-precision=none"),
+    *("-Xclang", "-cl-single-precision-constant", "-fno-math-errno"),
+    *("-fno-sanitize=all", "-fno-exceptions", "-fno-rtti", "-nostdinc"),
+    *("-Wno-unknown-attributes", "-Wno-user-defined-literals", "-Wno-macro-redefined"),
+    *("-Wno-unused-value", "-Wno-ignored-attributes", "-Wno-unknown-pragmas"),
+    *("-Wno-deprecated-volatile", "-Wno-reserved-user-defined-literal"),
+]
+CHECKED_FLAGS = [
+    # Told to the compiler only: the driver would link a runtime of its own.
+    *("-Xclang", "-fsanitize=thread,array-bounds,integer-divide-by-zero"),
+    *("-Xclang", "-fsanitize-trap=array-bounds,integer-divide-by-zero"),
+    *("-Xclang", "-fno-sanitize-merge=array-bounds,integer-divide-by-zero"),
+    *("-mllvm", "-tsan-instrument-func-entry-exit=0"),
+    *("-mllvm", "-tsan-instrument-read-before-write=1"),
+]
+
+
+def available() -> bool:
+    """Tell whether kernels can be simulated on this machine."""
+    known = sys.platform == "linux" and _MACHINE in ("x86_64", "aarch64")
+    found = all(importlib.util.find_spec(name) for name in ("ziglang", "elftools"))
+    return known and found
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a kernel: ``buffer``, ``reference``, ``threadgroup`` or ids."""
+
+    kind: str
+    type: str
+    name: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Function:
+    """A kernel that can be run: its name for callers and as C++ spells it."""
+
+    name: str
+    spelling: str
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def n_buffers(self) -> int:
+        """Number of buffers that a launch binds."""
+        return 1 + max((p.index for p in self.parameters if p.index >= 0), default=-1)
+
+
+_KERNEL = re.compile(
+    r"(?:\[\[\s*kernel\s*\]\]|\bkernel\b)(?:\s*\[\[[^\]]*\]\])*\s+void\s+(\w+)\s*\("
+)
+_INSTANCE = re.compile(
+    r"template\s*\[\[\s*host_name\(\"([^\"]+)\"\)\s*\]\]\s*(?:\[\[kernel\]\]|kernel)\s*"
+    r"(?:decltype\((.*?)\)\s*\w+<.*?>|void\s+(\w+(?:<[^;(]*>)?)\s*\(.*?\))\s*;",
+    re.S,
+)
+_SHARED = re.compile(
+    r"^(\s*|.*[;{]\s*)(threadgroup\s+(?:alignas\([^)]*\)\s*)?[\w:<>,\s]*?\w[\w:<>]*\s+\w+[^;()*&=]*;)",
+    re.M,
+)
+_ATTRIBUTES = {
+    "thread_position_in_grid": "position",
+    "thread_position_in_threadgroup": "in_group",
+    "threadgroup_position_in_grid": "group",
+    "threads_per_threadgroup": "group_size",
+    "dispatch_threads_per_threadgroup": "group_size",
+    "threads_per_grid": "grid",
+    "threadgroups_per_grid": "n_groups",
+    "thread_index_in_threadgroup": "index",
+    "thread_index_in_simdgroup": "lane",
+    "simdgroup_index_in_threadgroup": "simdgroup",
+    "simdgroups_per_threadgroup": "n_simdgroups",
+    "dispatch_simdgroups_per_threadgroup": "n_simdgroups",
+    "threads_per_simdgroup": "width",
+}
+
+
+def blank(text: str) -> str:
+    """Return as many lines of nothing."""
+    return "\n" * text.count("\n")
+
+
+def without_comments(text: str) -> str:
+    """Replace comments by nothing; lines stay."""
+    return re.sub(r"//[^\n]*|/\*.*?\*/", lambda m: blank(m[0]) or " ", text, flags=re.S)
+
+
+def functions(source: str) -> list[Function]:
+    """Find the kernels of a source that can be run: plain ones and instances."""
+    signatures: dict[str, tuple[Parameter, ...]] = {}
+    plain = []
+    for found in _KERNEL.finditer(source):
+        close = matching(source, found.end() - 1, "()")
+        if source[close + 1 :].lstrip()[:1] != "{":
+            continue
+        signatures[found[1]] = _parameters(source[found.end() : close])
+        before = source[: found.start()].rstrip()
+        if not re.search(r"template\s*<[^;{}]*>$", before):
+            plain.append(Function(found[1], found[1], signatures[found[1]]))
+    made = []
+    for found in _INSTANCE.finditer(source):
+        spelling = (found[2] or found[3]).strip()
+        name = spelling.split("<")[0].strip()
+        if name in signatures:
+            made.append(Function(found[1], spelling, signatures[name]))
+    return plain + made
+
+
+def _parameters(text: str) -> tuple[Parameter, ...]:
+    found, next_buffer = [], 0
+    for part in split_commas(text):
+        attribute = re.search(r"\[\[\s*(\w+)\s*(?:\(([^)]*)\))?\s*\]\]", part)
+        head = re.sub(r"\[\[.*?\]\]", " ", part).strip()
+        name = re.findall(r"\w+", head)[-1]
+        kind, index = "ids", -1
+        if attribute and attribute[1] == "threadgroup":
+            kind = "threadgroup"
+        elif "*" in head or "&" in head:
+            kind = "reference" if "&" in head else "buffer"
+            given = attribute and attribute[1] == "buffer" and attribute[2].isdigit()
+            index = int(attribute[2]) if attribute and given else next_buffer
+            next_buffer = index + 1
+        type_name = attribute[1] if attribute and kind == "ids" else ""
+        if kind == "ids" and type_name not in _ATTRIBUTES:
+            raise SimulatorError(f"[simulator] cannot bind parameter {part.strip()!r}")
+        declared = head.split()[-2] if kind == "ids" else ""
+        found.append(Parameter(kind, declared, type_name or name, index))
+    return tuple(found)
+
+
+def translate(source: str, name: str) -> tuple[str, list[Function]]:
+    """Return C++ of a Metal source, with an entry for each kernel."""
+    text = without_comments(source)
+    found = functions(text)
+    text = _INSTANCE.sub(lambda m: blank(m[0]), text)
+    text = re.sub(r"\[\[\s*kernel\s*\]\]", "", text)
+    text = _static_threadgroup(text)
+    entries = [_entry(i, function) for i, function in enumerate(found)]
+    head = f'#include <metal_stdlib>\nusing namespace metal;\n#line 1 "{name}"\n'
+    tail = '\n#line 1 "entry"\n' + _PROXIES + "\n".join(entries) + "\n"
+    return head + text + tail, found
+
+
+def _static_threadgroup(text: str) -> str:
+    """Make threadgroup arrays of kernels statics, as clang wants them."""
+
+    def add(match: re.Match[str]) -> str:
+        return f"{match[1]}static {match[2]}"
+
+    return _SHARED.sub(add, text)
+
+
+_PROXIES = """
+#undef kernel
+namespace __msl {
+struct Pointer {
+  unsigned long at;
+  template <typename T> operator T*() const { return (T*)at; }
+};
+struct Reference {
+  unsigned long at;
+  template <typename T> operator T&() const { return *(T*)at; }
+};
+}
+"""
+
+
+def _entry(i: int, function: Function) -> str:
+    arguments = []
+    for p in function.parameters:
+        if p.kind == "buffer":
+            arguments.append(f"__msl::Pointer{{b[{p.index}]}}")
+        elif p.kind == "reference":
+            arguments.append(f"__msl::Reference{{b[{p.index}]}}")
+        elif p.kind == "threadgroup":
+            arguments.append("nullptr")
+        else:
+            arguments.append(_id(p))
+    joined = ", ".join(arguments)
+    return (
+        f'extern "C" void __run_{i}(const unsigned long* b, const __msl::Ids* t) '
+        f"{{ {function.spelling}({joined}); }}"
+    )
+
+
+def _id(p: Parameter) -> str:
+    part = _ATTRIBUTES[p.name]
+    if part == "width":
+        return "32u"
+    if part in ("index", "lane", "simdgroup", "n_simdgroups"):
+        return f"t->{part}"
+    width = int(p.type[-1]) if p.type[-1] in "23" else 1
+    values = ", ".join(f"t->{part}[{d}]" for d in range(width))
+    return f"{p.type}({values})"
+
+
+def cache_folder() -> Path:
+    """Return where compiled kernels are kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "moeflux-mlx" / "simulator"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@functools.cache
+def _base_digest() -> bytes:
+    from importlib.metadata import version
+
+    parts = [version("ziglang"), platform.machine(), *FLAGS, *CHECKED_FLAGS]
+    files = [RUNTIME, *sorted(p for p in INCLUDE.rglob("*") if p.is_file())]
+    digest = hashlib.sha256("\0".join(parts).encode())
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.digest()
+
+
+def built(key: str, text: str, flags: list[str], libraries: list[str]) -> Path:
+    """Return the library of a C++ text, compiling it unless it is cached.
+
+    Raises:
+        SimulatorError: the compiler refuses it; the message is the compiler's.
+    """
+    parts = "\0".join([key, text, *flags]).encode()
+    digest = hashlib.sha256(_base_digest() + parts).hexdigest()[:32]
+    path = cache_folder() / f"{key}-{digest}.so"
+    if path.is_file():
+        return path
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        source, out = Path(folder) / "kernel.cpp", Path(folder) / "out.so"
+        source.write_text(text)
+        zig = [sys.executable, "-m", "ziglang", "c++"]
+        command = [*zig, *flags, "-shared", "-o", str(out), str(source), *libraries]
+        env = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(path.parent / "zig")}
+        env["ZIG_LOCAL_CACHE_DIR"] = folder
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        if done.returncode:
+            message = done.stderr.replace(str(source), "kernel").strip()
+            raise SimulatorError(f"[simulator] {message}")
+        os.replace(out, path)
+    return path
+
+
+@functools.cache
+def runtime() -> Path:
+    """Return the runtime's library."""
+    flags = ["-std=c++17", "-O2", "-g1", "-fPIC", *_CPU, "-fno-sanitize=all"]
+    return built("runtime", RUNTIME.read_text(), flags, [])
+
+
+def library(text: str, checked: bool) -> Path:
+    """Return the library of a translated source."""
+    flags = [*FLAGS, "-isystem", str(INCLUDE), *(CHECKED_FLAGS if checked else [])]
+    return built("checked" if checked else "fast", text, flags, [str(runtime())])
