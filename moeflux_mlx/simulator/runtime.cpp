@@ -489,9 +489,10 @@ void touch(std::vector<Shadow>& shadow, Space space, uint32_t region, uint64_t o
   }
 }
 
-void access(uint64_t at, unsigned size, bool is_write, bool is_atomic, uint64_t pc) {
+// `alignment` is what the code relies on: packed vectors rely on none that is told here.
+void access(uint64_t at, unsigned size, bool is_write, bool is_atomic, uint64_t pc,
+            unsigned alignment = 1) {
   if (!checking || !current || stopping) return;
-  unsigned alignment = size;
   for (uint64_t i = 0; i < request->n_device; ++i) {
     const Region& r = request->device[i];
     if (at >= r.begin && at + size <= r.begin + r.size) {
@@ -618,17 +619,20 @@ unsigned msl_run(const Request* what) {
 
 #define PC reinterpret_cast<uint64_t>(__builtin_return_address(0))
 #define HOOKS(n) \
-  void __tsan_read##n(void* p) { access((uint64_t)p, n, false, false, PC); } \
-  void __tsan_write##n(void* p) { access((uint64_t)p, n, true, false, PC); } \
+  void __tsan_read##n(void* p) { access((uint64_t)p, n, false, false, PC, n); } \
+  void __tsan_write##n(void* p) { access((uint64_t)p, n, true, false, PC, n); } \
   void __tsan_unaligned_read##n(void* p) { access((uint64_t)p, n, false, false, PC); } \
   void __tsan_unaligned_write##n(void* p) { access((uint64_t)p, n, true, false, PC); } \
   void __tsan_read_write##n(void* p) { \
+    access((uint64_t)p, n, false, false, PC, n); \
+    access((uint64_t)p, n, true, false, PC, n); \
+  } \
+  void __tsan_unaligned_read_write##n(void* p) { \
     access((uint64_t)p, n, false, false, PC); \
     access((uint64_t)p, n, true, false, PC); \
   } \
-  void __tsan_unaligned_read_write##n(void* p) { __tsan_read_write##n(p); } \
-  void __tsan_volatile_read##n(void* p) { access((uint64_t)p, n, false, false, PC); } \
-  void __tsan_volatile_write##n(void* p) { access((uint64_t)p, n, true, false, PC); }
+  void __tsan_volatile_read##n(void* p) { access((uint64_t)p, n, false, false, PC, n); } \
+  void __tsan_volatile_write##n(void* p) { access((uint64_t)p, n, true, false, PC, n); }
 HOOKS(1)
 HOOKS(2)
 HOOKS(4)
@@ -661,15 +665,15 @@ void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 #define ATOMICS(bits, T) \
   T __tsan_atomic##bits##_load(const volatile T* p, int) { \
-    access((uint64_t)p, bits / 8, false, true, PC); \
+    access((uint64_t)p, bits / 8, false, true, PC, bits / 8); \
     return *p; \
   } \
   void __tsan_atomic##bits##_store(volatile T* p, T v, int) { \
-    access((uint64_t)p, bits / 8, true, true, PC); \
+    access((uint64_t)p, bits / 8, true, true, PC, bits / 8); \
     *p = v; \
   } \
   T __tsan_atomic##bits##_exchange(volatile T* p, T v, int) { \
-    access((uint64_t)p, bits / 8, true, true, PC); \
+    access((uint64_t)p, bits / 8, true, true, PC, bits / 8); \
     T old = *p; \
     *p = v; \
     return old; \
