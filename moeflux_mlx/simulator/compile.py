@@ -102,6 +102,24 @@ _ATTRIBUTES = {
 }
 
 
+def with_includes(path: Path, seen: set[Path] | None = None) -> str:
+    """Return a file's text with the quoted files that it includes put in place."""
+    seen = set() if seen is None else seen
+    seen.add(path.resolve())
+    lines = []
+    for number, line in enumerate(path.read_text().split("\n"), 1):
+        found = re.match(r'\s*#\s*include\s+"([^"]+)"', line)
+        if not found:
+            lines.append(line)
+            continue
+        inner = path.parent / found[1]
+        if inner.resolve() not in seen:
+            text = with_includes(inner, seen)
+            lines.append(f'#line 1 "{inner.name}"\n{text}')
+        lines.append(f'#line {number + 1} "{path.name}"')
+    return "\n".join(lines)
+
+
 def blank(text: str) -> str:
     """Return as many lines of nothing."""
     return "\n" * text.count("\n")
@@ -160,7 +178,7 @@ def translate(source: str, name: str) -> tuple[str, list[Function]]:
     text = without_comments(source)
     found = functions(text)
     text = _INSTANCE.sub(lambda m: blank(m[0]), text)
-    text = re.sub(r"\[\[\s*kernel\s*\]\]", "", text)
+    text = re.sub(r"\[\[\s*kernel\s*\]\]|#\s*pragma\s+once", "", text)
     text = _static_threadgroup(text)
     entries = [_entry(i, function) for i, function in enumerate(found)]
     head = f'#include <metal_stdlib>\nusing namespace metal;\n#line 1 "{name}"\n'

@@ -97,6 +97,17 @@ class Program:
         self._base = _base_address(self._path)
         self._shared = shared_arrays(self._path)
 
+    @classmethod
+    def of_file(cls, path: Path, *, checked: bool = False) -> Program:
+        """Compile a ``.metal`` file as it stands, with what it includes beside it.
+
+        Raises:
+            OSError: the file cannot be read.
+            SimulatorError: it does not compile.
+        """
+        source = compiler.with_includes(path)
+        return cls(source, checked=checked, name=path.name)
+
     @property
     def kernels(self) -> tuple[str, ...]:
         """Names of the kernels that can be run."""
