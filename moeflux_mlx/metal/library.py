@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..errors import KernelError
-from .signature import MetalKernel, parse
+from .signature import MetalKernel, constants, parse
 from .source import Declaration, declarations
 
 HEADER = "moeflux.h"
@@ -34,12 +34,17 @@ class Library:
         self._helpers: dict[str, list[Declaration]] = {}
         self.kernels: dict[str, MetalKernel] = {}
         for path in sorted(folder.glob("*.metal")):
-            own = declarations(path)
-            helpers = [d for d in [*shared, *own] if d.kind != "kernel"]
+            every = [*shared, *declarations(path)]
+            helpers = [d for d in every if d.kind != "kernel"]
             self._helpers[path.name] = helpers
-            for declaration in own:
-                if declaration.kind == "kernel":
-                    self._add(parse(declaration))
+            numbers: dict[str, int] = {}
+            for declaration in every:
+                if declaration.kind == "include":
+                    _check_include(declaration)
+                elif declaration.kind == "value":
+                    numbers |= constants(declaration.text, numbers)
+                elif declaration.kind == "kernel":
+                    self._add(parse(declaration, dict(numbers)))
 
     def _add(self, kernel: MetalKernel) -> None:
         if kernel.name in self.kernels:
@@ -94,6 +99,14 @@ class Library:
                 waiting |= helper.identifiers
         kept = (h for h in helpers if h.name in reached or _is_system(h))
         return [h for h in kept if h.kind != "using"]
+
+
+def _check_include(declaration: Declaration) -> None:
+    """Refuse another header of ours: its helpers would not be found."""
+    if not _is_system(declaration) and declaration.name != f'"{HEADER}"':
+        raise declaration.place.error(
+            f"expected {HEADER} or a system header but got {declaration.name}"
+        )
 
 
 def _is_system(declaration: Declaration) -> bool:

@@ -6,15 +6,16 @@ Inputs are ``device const T* name`` or, for one value, ``constant uint& name``; 
 
 from __future__ import annotations
 
-import ast
+import contextlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import mlx.core as mx
 
 from ..errors import KernelError
+from .expression import evaluate
 from .source import Declaration, Place, matching, split_commas, without_template
 
 # Types that a parameter may have besides the template's, and MLX's type for each.
@@ -47,13 +48,20 @@ ATTRIBUTES: Mapping[str, int] = {
 _SPACE = r"\s*"
 _INPUT = re.compile(r"(?:device\s+const|const\s+device)\s+(\w+)\s*\*\s*(\w+)")
 _OUTPUT = re.compile(r"device\s+(\w+)\s*\*\s*(\w+)")
-_SCALAR = re.compile(r"(?:constant\s+(?:const\s+)?|const\s+constant\s+)(\w+)\s*&\s*(\w+)")
+_SCALAR = re.compile(
+    r"(?:constant\s+(?:const\s+)?|const\s+constant\s+)(\w+)\s*&\s*(\w+)"
+)
 _ATTRIBUTE = re.compile(r"(uint[23]?)\s+(\w+)\s*\[\[\s*(\w+)\s*\]\]")
-_THREADGROUP = re.compile(r"\bthreadgroup\s+(?:_?alignas\(\d+\)\s+)?(\w+)\s+([^;*&()]+);")
+_THREADGROUP = re.compile(r"\bthreadgroup\s+(?:alignas\(\d+\)\s*)?([^;]*)")
+_EXTENTS = r"(?:\[[^\]]*\]\s*)*"
+_ARRAYS = re.compile(rf"(\w+)\s+(\w+\s*{_EXTENTS}(?:,\s*\w+\s*{_EXTENTS})*)")
 _CONSTEXPR = re.compile(r"\bconstexpr\s+(?:constant\s+)?(?:\w+)\s+(\w+)\s*=\s*([^;]+);")
 _SIZES = {"float": 4, "half": 2, "bfloat": 2, "uint": 4, "int": 4, "ushort": 2}
 _SIZES |= {"uchar": 1, "char": 1, "bool": 1, "ulong": 8, "long": 8}
-_SIZES |= {f"{t}{n}": s * n for t, s in tuple(_SIZES.items()) for n in (2, 4)}
+_SIZES |= {
+    f"{t}{n}": s * (n + n % 2) for t, s in tuple(_SIZES.items()) for n in (2, 3, 4)
+}
+_SIZES |= {"atomic_uint": 4, "atomic_int": 4}
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,7 @@ class MetalKernel:
     body: str
     body_line: int
     declaration: Declaration
+    constants: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def inputs(self) -> tuple[Input | Scalar, ...]:
@@ -147,6 +156,10 @@ class MetalKernel:
         """The template's numbers by name: ``int`` or ``bool``."""
         return {p.name: p.kind for p in self.template if p.kind != "typename"}
 
+    def place_in_body(self, at: int) -> Place:
+        """Return where a character of the body stands."""
+        return Place(self.place.file, self.body_line + self.body.count("\n", 0, at))
+
     def threadgroup_bytes(
         self, template: Mapping[str, int], types: Mapping[str, mx.Dtype]
     ) -> int:
@@ -155,18 +168,22 @@ class MetalKernel:
         Raises:
             KernelError: for a size that is not made of template and constexpr numbers.
         """
-        known: dict[str, int] = dict(template)
-        for name, value in _CONSTEXPR.findall(self.body):
-            try:
-                known[name] = evaluate(value, known)
-            except (ValueError, KeyError):
-                continue
+        known = self._known(template)
         total = 0
         for found in _THREADGROUP.finditer(self.body):
-            line = self.body_line + self.body.count("\n", 0, found.start())
-            place = Place(self.place.file, line)
-            total += _array_bytes(found[1], found[2], known, types, place)
+            if re.search(r"[*&]", re.split(r"[\[=();]", found[1])[0]):
+                continue
+            place = self.place_in_body(found.start())
+            arrays = _ARRAYS.fullmatch(found[1].strip())
+            if arrays is None:
+                raise place.error(f"expected threadgroup arrays but got {found[1]!r}")
+            total += _array_bytes(arrays[1], arrays[2], known, types, place)
         return total
+
+    def _known(self, template: Mapping[str, int]) -> dict[str, int]:
+        """Return the numbers of the template, the file and the body by name."""
+        known = {**self.constants, **template}
+        return known | constants(self.body, known)
 
 
 def _array_bytes(
@@ -185,101 +202,76 @@ def _array_bytes(
         for extent in re.findall(r"\[([^\]]*)\]", declarator):
             try:
                 count *= evaluate(extent, known)
-            except (ValueError, KeyError, SyntaxError) as error:
+            except ValueError as error:
                 raise place.error(f"cannot tell the size [{extent}]: {error}") from None
         total += count * size
     return total
 
 
-def evaluate(expression: str, known: Mapping[str, int]) -> int:
-    """Compute a constant C expression of integers.
-
-    Raises:
-        ValueError: for anything but numbers, known names and ``+ - * / % << >> ?:``.
-    """
-    text = expression.strip()
-    ternary = re.fullmatch(r"(.+?)\?(.+):(.+)", text, re.S)
-    if ternary:
-        chosen = ternary[2] if evaluate(ternary[1], known) else ternary[3]
-        return evaluate(chosen, known)
-    text = re.sub(r"\b(\d+)u\b", r"\1", text)
-    try:
-        return _value(ast.parse(text, mode="eval").body, known)
-    except SyntaxError:
-        raise ValueError(f"cannot read {expression!r}") from None
+def constants(text: str, known: Mapping[str, int]) -> dict[str, int]:
+    """Return the ``constexpr`` integers that a text defines, from those known."""
+    found: dict[str, int] = {}
+    for name, value in _CONSTEXPR.findall(text):
+        # What is not made of known integers may still be of no use to a size.
+        with contextlib.suppress(ValueError):
+            found[name] = evaluate(value, {**known, **found})
+    return found
 
 
-def _value(node: ast.expr, known: Mapping[str, int]) -> int:
-    if isinstance(node, ast.Constant) and isinstance(node.value, int):
-        return int(node.value)
-    if isinstance(node, ast.Name) and node.id in known:
-        return int(known[node.id])
-    if isinstance(node, ast.BinOp):
-        left, right = _value(node.left, known), _value(node.right, known)
-        operation = _OPERATIONS.get(type(node.op))
-        if operation is not None:
-            return operation(left, right)
-    if isinstance(node, ast.Compare) and len(node.ops) == 1:
-        left, right = _value(node.left, known), _value(node.comparators[0], known)
-        comparison = _COMPARISONS.get(type(node.ops[0]))
-        if comparison is not None:
-            return int(comparison(left, right))
-    raise ValueError(f"cannot compute {ast.unparse(node)!r}")
-
-
-_OPERATIONS = {
-    ast.Add: lambda a, b: a + b,
-    ast.Sub: lambda a, b: a - b,
-    ast.Mult: lambda a, b: a * b,
-    ast.Div: lambda a, b: a // b,
-    ast.Mod: lambda a, b: a % b,
-    ast.LShift: lambda a, b: a << b,
-    ast.RShift: lambda a, b: a >> b,
-}
-_COMPARISONS = {
-    ast.Lt: lambda a, b: a < b,
-    ast.LtE: lambda a, b: a <= b,
-    ast.Gt: lambda a, b: a > b,
-    ast.GtE: lambda a, b: a >= b,
-    ast.Eq: lambda a, b: a == b,
-}
-
-
-def parse(declaration: Declaration) -> MetalKernel:
+def parse(
+    declaration: Declaration, constants: Mapping[str, int] | None = None
+) -> MetalKernel:
     """Read a kernel's signature.
+
+    Args:
+        declaration: the kernel's text.
+        constants: integers defined before it, for the sizes of its arrays.
 
     Raises:
         KernelError: for anything not understood, with file and line.
     """
     text, place = declaration.text, declaration.place
     head = without_template(text)
-    template = _template(text[: len(text) - len(head)], place)
+    first = len(text) - len(head)
+    template = _template(text[:first], place)
+    types = {p.name for p in template if p.kind == "typename"}
     opening = head.index("(")
     closing = matching(head, opening, "()")
-    first = len(text) - len(head)
-    types = {p.name for p in template if p.kind == "typename"}
-    parameters, line_of = [], lambda at: place.line + text.count("\n", 0, first + at)
-    at = opening + 1
+
+    def place_of(at: int) -> Place:
+        return Place(place.file, place.line + text.count("\n", 0, first + at))
+
+    parameters, at = [], opening + 1
     for part in split_commas(head[opening + 1 : closing]):
-        begin = head.index(part, at)
-        at = begin + len(part)
-        begin += len(part) - len(part.lstrip())
-        where = Place(place.file, line_of(begin))
-        parameters.append(_parameter(" ".join(part.split()), types, where))
+        at = head.index(part, at) + len(part) - len(part.lstrip())
+        parameters.append(_parameter(" ".join(part.split()), types, place_of(at)))
+        at += len(part.strip())
+    _check_commas(head[opening + 1 : closing], len(parameters), place)
     _check_order(parameters, place)
-    body_at = head.index("{", closing) + 1
-    body = head[body_at : head.rindex("}")]
+    _check_names([p.name for p in (*template, *parameters)], parameters, place)
+    body_at = head.find("{", closing) + 1
+    between = head[closing + 1 : body_at - 1] if body_at else head[closing + 1 :]
+    if between.strip():
+        got = between.strip()
+        raise place_of(closing).error(f"expected '{{' after the parameters: {got!r}")
     kernel = MetalKernel(
         declaration.name,
         place,
         template,
         tuple(parameters),
-        body,
-        line_of(body_at),
+        head[body_at : head.rindex("}")],
+        place_of(body_at).line,
         declaration,
+        constants or {},
     )
     _check_body(kernel)
     return kernel
+
+
+def _check_commas(text: str, n_parameters: int, place: Place) -> None:
+    """Refuse a comma too many: splitting passes over it, no parameter contains one."""
+    if text.count(",") > max(0, n_parameters - 1):
+        raise place.error("expected a parameter between every two commas")
 
 
 def _template(text: str, place: Place) -> tuple[TemplateParameter, ...]:
@@ -287,12 +279,12 @@ def _template(text: str, place: Place) -> tuple[TemplateParameter, ...]:
         return ()
     found = []
     for part in split_commas(text[text.index("<") + 1 : text.rindex(">")]):
-        words = part.split()
-        if len(words) != 2 or words[0] not in ("typename", "int", "bool"):
+        words = re.fullmatch(r"\s*(typename|int|bool)\s+(\w+)\s*", part)
+        if words is None:
             raise place.error(
                 f"expected typename, int or bool and a name but got {part.strip()!r}"
             )
-        found.append(TemplateParameter(*words))
+        found.append(TemplateParameter(words[1], words[2]))
     return tuple(found)
 
 
@@ -302,7 +294,9 @@ def _parameter(text: str, types: set[str], place: Place) -> Parameter:
     for rule, make in rules:
         found = rule.fullmatch(text)
         if found:
-            if found[1] not in DTYPES and found[1] not in types:
+            # One number is given as Python's, which has no type for a template.
+            known = DTYPES if make is Scalar else {*DTYPES, *types}
+            if found[1] not in known:
                 raise place.error(f"expected a known type but got {found[1]!r}")
             return make(found[1], found[2])
     found = _ATTRIBUTE.fullmatch(text)
@@ -321,25 +315,33 @@ def _check_order(parameters: list[Parameter], place: Place) -> None:
     ranks = [max(1, order.index(type(p))) for p in parameters]
     if ranks != sorted(ranks):
         raise place.error("expected inputs, then outputs, then thread attributes")
-    names = [p.name for p in parameters]
-    if len(set(names)) != len(names):
-        raise place.error(f"expected distinct parameter names but got {names}")
     if not any(isinstance(p, Output) for p in parameters):
         raise place.error("expected at least one output")
 
 
+def _check_names(names: list[str], parameters: list[Parameter], place: Place) -> None:
+    """Refuse two of a name, and names that MLX's own parameters have."""
+    if len(set(names)) != len(names):
+        raise place.error(f"expected distinct parameter names but got {names}")
+    for p in parameters:
+        is_own = isinstance(p, Attribute) and not p.binding
+        if p.name in ATTRIBUTES and not is_own:
+            raise place.error(f"{p.name} is MLX's name of a thread attribute")
+
+
 def _check_body(kernel: MetalKernel) -> None:
     """Refuse what would mean something else once MLX has written the signature."""
-    for p in kernel.parameters:
-        for suffix in ("_shape", "_strides", "_ndim"):
-            if re.search(rf"\b{p.name}{suffix}\b", kernel.body):
-                raise kernel.place.error(f"{p.name}{suffix} has a meaning to MLX")
+    names = "|".join(p.name for p in kernel.inputs)
+    found = re.search(rf"\b(?:{names})_(?:shape|strides|ndim)\b", kernel.body)
+    if names and found:
+        raise kernel.place_in_body(found.start()).error(
+            f"{found[0]} has a meaning to MLX"
+        )
     found = re.search(r"\b(device\s+const|const\s+device)\b", kernel.body)
     if found:
-        line = kernel.body_line + kernel.body.count("\n", 0, found.start())
-        raise Place(kernel.place.file, line).error(
+        raise kernel.place_in_body(found.start()).error(
             "inputs of fewer than 8 elements are in constant memory: expected 'auto' "
-            f"but got {found[0]!r}"
+            f"but got {' '.join(found[0].split())!r}"
         )
 
 

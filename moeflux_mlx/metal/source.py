@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import KernelError
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
-_IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
+_IDENTIFIER = re.compile(r"\b[A-Za-z_]\w*")
 _DIRECTIVES = ("include", "pragma", "define")
 
 
@@ -92,12 +92,11 @@ def _end_of_directive(text: str, begin: int) -> int:
 
 def _end_of_declaration(text: str, begin: int, place: Place) -> int:
     """Return where a declaration ends: after its ``;`` or its function's ``}``."""
-    depth, braced = 0, False
+    depth = 0
     for i in range(begin, len(text)):
         c = text[i]
         if c in "({[":
             depth += 1
-            braced = braced or (c == "{" and depth == 1)
         elif c in ")}]":
             depth -= 1
             if c == "}" and depth == 0 and _is_function(text[begin:i]):
@@ -107,46 +106,68 @@ def _end_of_declaration(text: str, begin: int, place: Place) -> int:
     raise place.error("expected a declaration that ends but reached the end of file")
 
 
+_FUNCTION_HEAD = re.compile(r"\)\s*(?:const\s*|\[\[[^\]]*\]\]\s*)*$")
+
+
 def _is_function(text: str) -> bool:
     """Tell whether a braced text is a function's: its head ends in ``)``."""
-    head = text[: text.index("{")].rstrip() if "{" in text else text
-    return head.endswith(")")
+    return _FUNCTION_HEAD.search(text[: text.index("{")]) is not None
 
 
 def _directive(text: str, place: Place) -> Declaration | None:
-    words = text[1:].split(None, 2)
+    got = text.strip()
+    words = got[1:].split(None, 2)
     if not words or words[0] not in _DIRECTIVES:
-        raise place.error(f"expected #include, #pragma once or #define but got {text!r}")
+        raise place.error(f"expected #include, #pragma once or #define but got {got!r}")
     if words[0] == "pragma":
         if words[1:] != ["once"]:
-            raise place.error(f"expected #pragma once but got {text!r}")
+            raise place.error(f"expected #pragma once but got {got!r}")
         return None
     if words[0] == "include":
+        if len(words) != 2 or not re.fullmatch(r'<[\w./]+>|"[\w./]+"', words[1]):
+            raise place.error(f"expected one file to include but got {got!r}")
         return Declaration("include", words[1], text, place)
-    name = _IDENTIFIER.match(words[1])
+    name = _IDENTIFIER.match(words[1]) if len(words) > 1 else None
     if name is None:
-        raise place.error(f"expected a name after #define but got {text!r}")
+        raise place.error(f"expected a name after #define but got {got!r}")
     return Declaration("macro", name[0], text, place)
 
 
 _NAME_RULES = (
     ("using", r"using\s+namespace\s+(\w+)\s*;"),
     ("type", r"using\s+(\w+)\s*="),
-    ("type", r"(?:struct|enum(?:\s+class)?|union)\s+(\w+)\s*[:{]"),
+    ("type", r"(?:struct|enum\s+class|union)\s+(\w+)\s*(?:<[^{;]*>\s*)?[:{]"),
     ("type", r"typedef\s.*?(\w+)\s*;"),
-    ("kernel", r"(?:\[\[kernel\]\]|kernel)\s+void\s+(\w+)\s*\("),
+    ("kernel", r"(?:\[\[\s*kernel\s*\]\]\s*|kernel\s+)void\s+(\w+)\s*\("),
     ("value", r"(?:constant|constexpr|static|inline|const)\b[^({;]*?(\w+)\s*(?:\[|=)"),
     ("function", r"(?:[\w:<>,&*\s]|\[\[[^\]]*\]\])*?(\w+)\s*\("),
 )
 
 
 def _declaration(text: str, place: Place) -> Declaration:
-    head = without_template(text)
+    got = " ".join(text.split())[:60]
+    try:
+        head = without_template(text)
+    except ValueError as error:
+        raise place.error(f"expected a template's parameters: {error}") from None
     for kind, rule in _NAME_RULES:
         found = re.match(rule, head, re.S)
         if found:
+            _check_declaration(kind, found, head, place)
             return Declaration(kind, found[1], text, place)
-    raise place.error(f"expected a declaration but got {text.strip()[:60]!r}")
+    raise place.error(f"expected a declaration but got {got!r}")
+
+
+def _check_declaration(
+    kind: str, found: re.Match[str], head: str, place: Place
+) -> None:
+    """Refuse what would be lost without a word: a kernel not seen, a second name."""
+    if kind == "function" and re.search(r"\bkernel\b", found[0]):
+        got = " ".join(found[0].split())
+        raise place.error(f"expected '[[kernel]] void name(' but got {got!r}")
+    if kind == "value" and len(split_commas(head)) > 1:
+        got = " ".join(head.split())[:60]
+        raise place.error(f"expected one value a declaration but got {got!r}")
 
 
 def without_template(text: str) -> str:
