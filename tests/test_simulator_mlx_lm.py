@@ -92,7 +92,7 @@ def test_gated_delta_kernels_give_what_mlx_lms_operations_give(
     mask = mx.array([[1, 1, 0, 1, 1], [0, 1, 1, 1, 0]], mx.bool_) if masked else None
     if masked and checked:
         # Every lane writes the same zero for a masked token: harmless, but a race.
-        with pytest.raises(SimulatorError, match="race: .* writes .* \\(buffer 'y'"):
+        with pytest.raises(SimulatorError, match=r"race: .* writes .* \(buffer 'y'"):
             getattr(module, name)(*inputs, mask=mask)
         return
     y, state = getattr(module, name)(*inputs, mask=mask)

@@ -19,7 +19,7 @@ def main(paths: list[str]) -> int:
             print(f"{path}: {error}", file=sys.stderr)
             failed = True
             continue
-        print(f"{path}: {len(program.kernels)} kernels can run")
+        print(f"{path}: {len(program.kernels)} kernels can be run as they stand")
         for name in program.kernels:
             print(f"  {name}")
     return int(failed)

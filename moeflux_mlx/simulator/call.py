@@ -93,9 +93,7 @@ def _program(
         return _PROGRAMS[key][1]
 
 
-def written_source(
-    kernel: Any, arrays: list[mx.array], options: dict[str, Any]
-) -> str:
+def written_source(kernel: Any, arrays: list[mx.array], options: dict[str, Any]) -> str:
     """Return the Metal source that MLX writes for a call, without running it."""
 
     def trace(*inputs: mx.array) -> Any:
@@ -105,7 +103,9 @@ def written_source(
         with _standard_output(Path(folder) / "out") as text:
             mx.export_function(str(Path(folder) / "trace.mlxfn"), trace, *arrays)
         printed = text.read_text()
-    found = re.search(r"Generated source code for `[^`]*`:\s*```\n(.*)```", printed, re.S)
+    found = re.search(
+        r"Generated source code for `[^`]*`:\s*```\n(.*)```", printed, re.S
+    )
     if found is None:
         raise SimulatorError(f"[simulator] expected MLX to print a kernel: {printed!r}")
     return found[1]

@@ -172,7 +172,7 @@ class Program:
             *(_Region(self._base + s.address, s.n_bytes, 0, 0) for s in arrays)
         )
         findings = (_Finding * _MAX_FINDINGS)()
-        code = _mapped(self._path)
+        code = _mapped(self._path, read_only=True)
         request = _Request(
             ctypes.cast(getattr(self._library, f"__run_{index}"), ctypes.c_void_p),
             pointers,
@@ -228,9 +228,13 @@ class Program:
             if not buffer.flags.c_contiguous:
                 fail(f"buffer {i}: expected a C-contiguous array")
 
-    def _describe(self, f: _Finding, function, arrays: list[Shared]) -> str:  # type: ignore[no-untyped-def]
+    def _describe(
+        self, f: _Finding, function: compiler.Function, arrays: list[Shared]
+    ) -> str:
         where = self._place(f.pc)
         if f.kind == 4:
+            # The call stands at the site's line, whatever is inlined there.
+            where = f"{where.rpartition(':')[0]}:{f.offset // 1000}"
             return (
                 f"divergent barrier: {where} reached by {f.extra} of {f.size} threads"
             )
@@ -252,9 +256,12 @@ class Program:
                 f"race: {where} thread {f.thread} {verb} what {other} {did} at "
                 f"{self._place(f.other_pc)} ({target})"
             )
-        return f"{_KINDS[f.kind]}: {where} thread {f.thread} {verb} {f.size} bytes ({target})"
+        access = f"thread {f.thread} {verb} {f.size} bytes"
+        return f"{_KINDS[f.kind]}: {where} {access} ({target})"
 
-    def _target(self, f: _Finding, function, arrays: list[Shared]) -> str:  # type: ignore[no-untyped-def]
+    def _target(
+        self, f: _Finding, function: compiler.Function, arrays: list[Shared]
+    ) -> str:
         offset = ctypes.c_int64(f.offset).value
         if f.space == 0:
             names = {p.index: p.name for p in function.parameters if p.index >= 0}
@@ -283,9 +290,8 @@ class _Guarded:
             libc.mprotect(ctypes.c_void_p(guard), page, 0)
         # As aligned as Metal's buffers are, at the cost of up to 15 bytes of slack.
         self.address = start + page + (whole - self.n_bytes) // 16 * 16
-        self._view = np.frombuffer(
-            (ctypes.c_char * max(1, self.n_bytes)).from_address(self.address), np.uint8
-        )[: self.n_bytes]
+        memory = (ctypes.c_uint8 * max(1, self.n_bytes)).from_address(self.address)
+        self._view = np.ctypeslib.as_array(memory)[: self.n_bytes]
         self._view[:] = array.reshape(-1).view(np.uint8)
 
     def back_to(self, array: np.ndarray) -> None:
@@ -294,11 +300,13 @@ class _Guarded:
             array.reshape(-1).view(np.uint8)[:] = self._view
 
 
-def _mapped(path: Path) -> tuple[int, int]:
+def _mapped(path: Path, *, read_only: bool = False) -> tuple[int, int]:
+    """Return from where to where a library is mapped, or only what it cannot change."""
     begin, end = 2**64 - 1, 0
     with open("/proc/self/maps") as file:
         for line in file:
-            if line.rstrip().endswith(str(path)):
+            writable = "w" in line.split()[1]
+            if line.rstrip().endswith(str(path)) and not (read_only and writable):
                 first, last = (int(x, 16) for x in line.split()[0].split("-"))
                 begin, end = min(begin, first), max(end, last)
     return begin, end

@@ -245,6 +245,7 @@ bool release_simdgroup(unsigned s, unsigned first, unsigned last) {
     if (others && checking) {
       current = &fibers[first + __builtin_ctz(mask)];
       if (Finding* f = report(DIVERGENT_BARRIER, current->pc)) {
+        f->offset = lowest;
         f->extra = __builtin_popcount(mask);
         f->size = last - first;
       }
@@ -277,6 +278,7 @@ bool release_barrier() {
   if (arrived == 0) return false;
   if (done || !same) {
     if (Finding* f = report(DIVERGENT_BARRIER, pc)) {
+      f->offset = site;
       f->extra = arrived;
       f->size = n_threads;
     }

@@ -6,8 +6,10 @@ import bisect
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import SymbolTableSection
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ def shared_arrays(path: Path) -> list[Shared]:
     found: dict[int, Shared] = {}
     with path.open("rb") as file:
         table = ELFFile(file).get_section_by_name(".symtab")
+        assert isinstance(table, SymbolTableSection)
         for symbol in table.iter_symbols():
             if symbol["st_info"]["type"] != "STT_OBJECT" or not symbol["st_size"]:
                 continue
@@ -60,7 +63,7 @@ class Lines:
         self._rows.sort()
         self._addresses = [row[0] for row in self._rows]
 
-    def _read(self, dwarf) -> None:  # type: ignore[no-untyped-def]
+    def _read(self, dwarf: Any) -> None:
         for unit in dwarf.iter_CUs():
             program = dwarf.line_program_for_CU(unit)
             if program is None:
