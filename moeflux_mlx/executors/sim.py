@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import config
+from .. import config, simulator
 from ..errors import BackendError
 from ..launch.base import Prepared
 from ..metal import MetalKernel
@@ -30,8 +30,6 @@ class SimExecutor(KernelExecutor):
 
     @classmethod
     def open(cls) -> SimExecutor:
-        from .. import simulator
-
         if not simulator.available():
             raise BackendError(
                 "[sim] expected the packages ziglang and pyelftools: "
@@ -43,8 +41,6 @@ class SimExecutor(KernelExecutor):
         return metal_kernel(kernel.name, lines=True)
 
     def call(self, built: Any, ready: Prepared) -> list[mx.array]:
-        from .. import simulator
-
         mx.eval(ready.inputs)
         return simulator.call(
             built,

@@ -1,4 +1,7 @@
-"""What a compiled kernel's own debug information says: lines and threadgroup arrays."""
+"""What a compiled kernel's own debug information says: lines and threadgroup arrays.
+
+The package that reads it is optional, and imported only where it is used.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from elftools.elf.elffile import ELFFile
-from elftools.elf.sections import SymbolTableSection
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,9 @@ class Shared:
 
 def shared_arrays(path: Path) -> list[Shared]:
     """Return every threadgroup array of a library: the statics of its functions."""
+    from elftools.elf.elffile import ELFFile
+    from elftools.elf.sections import SymbolTableSection
+
     found: dict[int, Shared] = {}
     with path.open("rb") as file:
         table = ELFFile(file).get_section_by_name(".symtab")
@@ -55,6 +58,8 @@ class Lines:
     """Finds file and line of an address in a library."""
 
     def __init__(self, path: Path):
+        from elftools.elf.elffile import ELFFile
+
         self._rows: list[tuple[int, str, int]] = []
         with path.open("rb") as file:
             elf = ELFFile(file)
