@@ -28,7 +28,11 @@ _LEVELS: tuple[Mapping[str, Binary], ...] = (
     {"+": operator.add, "-": operator.sub},
     {"*": operator.mul, "/": _divide, "%": lambda a, b: a - b * _divide(a, b)},
 )
-_UNARY = {"-": operator.neg, "+": operator.pos, "!": operator.not_}
+_UNARY: Mapping[str, Callable[[int], int]] = {
+    "-": operator.neg,
+    "+": operator.pos,
+    "!": operator.not_,
+}
 _CASTS = ("int", "uint", "short", "ushort", "long", "ulong")
 
 
