@@ -33,64 +33,6 @@ inline uint take_largest(thread uint* keys, uint first, uint step, thread uint& 
   return largest;
 }
 
-// Four values in a row as float32. Those in `device` memory lie at a multiple of four
-// elements, as activations do whose width is one, and are read at once; the few in
-// `constant` memory one by one.
-template <typename P>
-inline float4 load4(P p) {
-  return float4(float(p[0]), float(p[1]), float(p[2]), float(p[3]));
-}
-inline float4 load4(device const float* p) {
-  return *(device const float4*)p;
-}
-inline float4 load4(device const half* p) {
-  return float4(*(device const half4*)p);
-}
-inline float4 load4(device const bfloat* p) {
-  return float4(*(device const bfloat4*)p);
-}
-
-inline void store4(device float* p, float4 values) {
-  *(device float4*)p = values;
-}
-inline void store4(device half* p, float4 values) {
-  *(device half4*)p = half4(values);
-}
-inline void store4(device bfloat* p, float4 values) {
-  *(device bfloat4*)p = bfloat4(values);
-}
-
-// Columns i to i + 3 of a row of n; rows are aligned when n is a multiple of 4, which is
-// the same for all threads. Columns past the end are 0.
-template <typename P>
-inline float4 load_columns(P row, uint i, uint n) {
-  if (n % 4 == 0) {
-    return load4(row + i);
-  }
-  float4 values = float4(0.0f);
-#pragma unroll
-  for (uint j = 0; j < 4; ++j) {
-    if (i + j < n) {
-      values[j] = float(row[i + j]);
-    }
-  }
-  return values;
-}
-
-template <typename T>
-inline void store_columns(device T* row, uint i, uint n, float4 values) {
-  if (n % 4 == 0) {
-    store4(row + i, values);
-    return;
-  }
-#pragma unroll
-  for (uint j = 0; j < 4; ++j) {
-    if (i + j < n) {
-      row[i + j] = T(values[j]);
-    }
-  }
-}
-
 // WORDS packed words at once: in `device` memory they lie at a multiple of WORDS words.
 template <int WORDS, typename P>
 inline void load_words(P p, thread uint* words) {
@@ -125,7 +67,7 @@ inline float load_partners(P x, float factor, thread float* partners) {
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < WORDS * 2 * HALF; i += 4) {
-    float4 values = factor * load4(x + i);
+    float4 values = factor * read4(x + i);
     sum += (values.x + values.y) + (values.z + values.w);
     partners[i] = values.x * (1.0f / float(1 << (BITS * (i % HALF))));
     partners[i + 1] = values.y * (1.0f / float(1 << (BITS * ((i + 1) % HALF))));
@@ -442,9 +384,9 @@ template <typename T, typename S>
     return;
   }
   ulong row = ulong(position.y) * n;
-  float4 sum = load_columns(h + row, i, n) + load_columns(moe_sum + row, i, n);
+  float4 sum = read_columns(h + row, i, n) + read_columns(moe_sum + row, i, n);
   float open = sigmoid(float(gate[position.y]));
-  store_columns(out + row, i, n, sum + open * load_columns(shared + row, i, n));
+  write_columns(out + row, i, n, sum + open * read_columns(shared + row, i, n));
 }
 
 // acc with weights[row] * bucket[row] added to row tokens[row]: one expert's rows, or
@@ -475,12 +417,12 @@ template <typename T>
     return;
   }
   ulong row = ulong(position.y) * n;
-  float4 sum = load_columns(acc + row, i, n);
+  float4 sum = read_columns(acc + row, i, n);
   if (found > 0) {
     auto added = bucket + ulong(found - 1) * n;
-    sum += weights[found - 1] * load_columns(added, i, n);
+    sum += weights[found - 1] * read_columns(added, i, n);
   }
-  store_columns(out + row, i, n, sum);
+  write_columns(out + row, i, n, sum);
 }
 
 // Who chose which expert: per expert how many tokens, and their assignments
@@ -608,8 +550,8 @@ template <typename T, typename S, int BITS, int G, bool PER_ASSIGNMENT>
   for (uint start = 0; start < n_in; start += STEP) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     threadgroup float4* x_to = x_tile + (x_row * PITCH + x_column) / 4;
-    x_to[0] = has_row ? load4(x_at + start) : float4(0.0f);
-    x_to[1] = has_row ? load4(x_at + start + 4) : float4(0.0f);
+    x_to[0] = has_row ? read4(x_at + start) : float4(0.0f);
+    x_to[1] = has_row ? read4(x_at + start + 4) : float4(0.0f);
     float scale = float(s_at[start / G]);
     float bias = float(b_at[start / G]);
     threadgroup float4* w_to = w_tile + (w_line * PITCH + w_half * (STEP / 2)) / 4;
@@ -633,8 +575,8 @@ template <typename T, typename S, int BITS, int G, bool PER_ASSIGNMENT>
       simdgroup_float8x8 left;
       simdgroup_float8x8 right[2];
       threadgroup float* columns = ws + simdgroup * 16 * PITCH + inner;
-      simdgroup_load(right[0], columns, PITCH, ulong2(0, 0), true);
-      simdgroup_load(right[1], columns + 8 * PITCH, PITCH, ulong2(0, 0), true);
+      simdgroup_load(right[0], columns, PITCH, 0, true);
+      simdgroup_load(right[1], columns + 8 * PITCH, PITCH, 0, true);
 #pragma unroll
       for (int m = 0; m < ROWS / 8; ++m) {
         if (uint(8 * m) < n_rows) {
@@ -685,9 +627,9 @@ template <typename T>
   float4 sum = float4(0.0f);
   for (uint slot = 0; slot < k; ++slot) {
     ulong at = token * k + slot;
-    sum += weights[at] * load_columns(mid + at * n, i, n);
+    sum += weights[at] * read_columns(mid + at * n, i, n);
   }
-  store_columns(out + token * n, i, n, sum);
+  write_columns(out + token * n, i, n, sum);
 }
 
 // One token through the gate and up projections of its K experts:
