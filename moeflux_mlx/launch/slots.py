@@ -35,9 +35,10 @@ def check_matrix(
         slots, length = dims(where, records.array, 2)
         n_slots = n_slots or slots
         require(where, slots == n_slots, f"{n_slots} slots", slots)
-        inside = 0 <= records.base <= length - n
+        base = records.base
+        inside = isinstance(base, int) and 0 <= base <= length - n
         wanted = f"{n} values of a row of {length}"
-        require(where, inside, wanted, f"base {records.base}")
+        require(where, inside, wanted, f"base {base}")
         lengths.append(length)
     return lengths[0], lengths[1], lengths[2]
 
