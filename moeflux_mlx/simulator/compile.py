@@ -274,7 +274,9 @@ def built(key: str, text: str, flags: list[str], libraries: list[str]) -> Path:
         source, out = Path(folder) / "kernel.cpp", Path(folder) / "out.so"
         source.write_text(text)
         zig = [sys.executable, "-m", "ziglang", "c++"]
-        command = [*zig, *flags, "-shared", "-o", str(out), str(source), *libraries]
+        # Without libraries: zig would build a whole C++ one first.
+        link = ["-shared", "-nostdlib", "-o", str(out), str(source)]
+        command = [*zig, *flags, *link, *libraries]
         env = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(path.parent / "zig")}
         env["ZIG_LOCAL_CACHE_DIR"] = folder
         done = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -289,6 +291,7 @@ def built(key: str, text: str, flags: list[str], libraries: list[str]) -> Path:
 def runtime() -> Path:
     """Return the runtime's library."""
     flags = ["-std=c++17", "-O2", "-g1", "-fPIC", *_CPU, "-fno-sanitize=all"]
+    flags += ["-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
     return built("runtime", RUNTIME.read_text(), flags, [])
 
 

@@ -67,6 +67,7 @@ class _Request(ctypes.Structure):
 
 @functools.cache
 def _runtime() -> ctypes.CDLL:
+    ctypes.CDLL("libm.so.6", mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(str(compiler.runtime()), mode=ctypes.RTLD_GLOBAL)
     library.msl_run.restype = ctypes.c_uint32
     return library

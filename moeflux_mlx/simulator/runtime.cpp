@@ -9,8 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-
-#include <vector>
+#include <ucontext.h>
 
 namespace {
 
@@ -58,6 +57,24 @@ struct Request {
   Finding* findings;
 };
 
+// Memory that only grows. No standard C++ library is linked: building one would cost the
+// first user two minutes.
+template <typename T>
+struct Array {
+  T* data;
+  size_t n, room;
+  T& operator[](size_t i) { return data[i]; }
+  void resize(size_t wanted) {
+    if (wanted > room) {
+      data = static_cast<T*>(realloc(data, wanted * sizeof(T)));
+      if (!data) abort();
+      memset(static_cast<void*>(data + room), 0, (wanted - room) * sizeof(T));
+      room = wanted;
+    }
+    n = wanted;
+  }
+};
+
 enum State : uint8_t { READY, IN_EXCHANGE, IN_SIMD_BARRIER, IN_BARRIER, DONE };
 
 struct Fiber {
@@ -98,7 +115,8 @@ const Request* request;
 unsigned n_threads, n_findings;
 uint32_t group_number, epoch_device, epoch_shared;
 bool checking, stopping;
-std::vector<std::vector<Shadow>> device_shadow, shared_shadow;
+Array<Array<Shadow>> device_shadow, shared_shadow;
+Array<unsigned> groups, order;
 sigjmp_buf escape;
 volatile sig_atomic_t running;
 
@@ -207,10 +225,21 @@ uint64_t next_random(uint64_t& state) {
   return state;
 }
 
-void shuffle(std::vector<unsigned>& order, uint64_t& state) {
-  for (size_t i = order.size(); i > 1; --i) {
-    std::swap(order[i - 1], order[next_random(state) % i]);
+void number(Array<unsigned>& array, size_t n, bool shuffled, uint64_t& state) {
+  array.resize(n);
+  for (size_t i = 0; i < n; ++i) array[i] = i;
+  for (size_t i = shuffled ? n : 0; i > 1; --i) {
+    size_t j = next_random(state) % i;
+    unsigned other = array[j];
+    array[j] = array[i - 1];
+    array[i - 1] = other;
   }
+}
+
+void begin_shadow(Array<Shadow>& shadow, size_t n, bool initialised) {
+  shadow.resize(n);
+  memset(static_cast<void*>(shadow.data), 0, n * sizeof(Shadow));
+  for (size_t i = 0; initialised && i < n; ++i) shadow[i].initialised = 1;
 }
 
 // Let lanes that wait at the lowest of their sites go on together.
@@ -291,7 +320,7 @@ bool release_barrier() {
   return true;
 }
 
-void run_group(const std::vector<unsigned>& order) {
+void run_group() {
   unsigned n_simdgroups = (n_threads + SIMD - 1) / SIMD;
   for (unsigned s = 0; s < n_simdgroups; ++s) {
     simdgroups[s].turn = 0;
@@ -300,7 +329,8 @@ void run_group(const std::vector<unsigned>& order) {
   epoch_device = epoch_shared = 0;
   while (!stopping) {
     bool ran = false;
-    for (unsigned i : order) {
+    for (size_t at = 0; at < order.n; ++at) {
+      unsigned i = order[at];
       if (fibers[i].state != READY) continue;
       ran = true;
       current = &fibers[i];
@@ -378,9 +408,7 @@ void fill_shared() {
   for (uint64_t i = 0; i < request->n_shared; ++i) {
     const Region& r = request->shared[i];
     memset(reinterpret_cast<void*>(r.begin), 0xff, r.size);
-    if (checking) {
-      shared_shadow[i].assign(r.size, Shadow{});
-    }
+    if (checking) begin_shadow(shared_shadow[i], r.size, false);
   }
 }
 
@@ -389,12 +417,11 @@ void run_grid() {
   uint32_t n[3];
   for (int d = 0; d < 3; ++d) n[d] = (grid[d] + group[d] - 1) / group[d];
   uint64_t state = request->seed * 0x9e3779b97f4a7c15ull + 0x2545f4914f6cdd1dull;
-  std::vector<unsigned> groups(uint64_t(n[0]) * n[1] * n[2]);
-  for (size_t i = 0; i < groups.size(); ++i) groups[i] = i;
-  if (request->seed) shuffle(groups, state);
-  std::vector<unsigned> order;
-  for (unsigned at : groups) {
+  number(groups, size_t(n[0]) * n[1] * n[2], request->seed != 0, state);
+  order.n = 0;
+  for (size_t g = 0; g < groups.n; ++g) {
     if (stopping) return;
+    unsigned at = groups[g];
     group_number = at + 1;
     uint32_t where[3] = {at % n[0], at / n[0] % n[1], at / n[0] / n[1]}, size[3];
     for (int d = 0; d < 3; ++d) {
@@ -402,10 +429,8 @@ void run_grid() {
       size[d] = left < group[d] ? left : group[d];
     }
     n_threads = size[0] * size[1] * size[2];
-    if (order.size() != n_threads || request->seed) {
-      order.resize(n_threads);
-      for (unsigned i = 0; i < n_threads; ++i) order[i] = i;
-      if (request->seed) shuffle(order, state);
+    if (order.n != n_threads || request->seed) {
+      number(order, n_threads, request->seed != 0, state);
     }
     fill_shared();
     for (unsigned i = 0; i < n_threads; ++i) {
@@ -425,7 +450,7 @@ void run_grid() {
       f.ids.n_simdgroups = (n_threads + SIMD - 1) / SIMD;
       prepare(f, i);
     }
-    run_group(order);
+    run_group();
   }
 }
 
@@ -454,7 +479,7 @@ void fill(Finding* f, Space space, uint32_t region, uint64_t offset, unsigned si
   }
 }
 
-void touch(std::vector<Shadow>& shadow, Space space, uint32_t region, uint64_t offset,
+void touch(Array<Shadow>& shadow, Space space, uint32_t region, uint64_t offset,
            unsigned size, bool is_write, bool is_atomic, uint64_t pc) {
   Touch now = {group_number,
                static_cast<uint16_t>(current->ids.index),
@@ -602,13 +627,12 @@ unsigned msl_run(const Request* what) {
   checking = what->checked;
   current = nullptr;
   if (checking) {
-    device_shadow.assign(what->n_device, {});
+    device_shadow.resize(what->n_device);
     for (uint64_t i = 0; i < what->n_device; ++i) {
-      Shadow fresh = {};
-      fresh.initialised = what->device[i].initialised;
-      device_shadow[i].assign(what->device[i].size, fresh);
+      const Region& r = what->device[i];
+      begin_shadow(device_shadow[i], r.size, r.initialised);
     }
-    shared_shadow.assign(what->n_shared, {});
+    shared_shadow.resize(what->n_shared);
   }
   catch_signals(true);
   running = 1;
