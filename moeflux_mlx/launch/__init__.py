@@ -1,6 +1,15 @@
 """How every kernel of ``kernels/`` is launched, in the same families."""
 
-from . import elementwise, moe, norm
+from . import elementwise, mla, moe, norm
 from .base import KERNELS, Kernel, Launch, prepare
 
-__all__ = ["KERNELS", "Kernel", "Launch", "elementwise", "moe", "norm", "prepare"]
+__all__ = [
+    "KERNELS",
+    "Kernel",
+    "Launch",
+    "elementwise",
+    "mla",
+    "moe",
+    "norm",
+    "prepare",
+]

@@ -1,0 +1,605 @@
+// Multi-head latent attention: projections per head, rotary positions, cache, attention.
+#include "moeflux.h"
+
+// A row copied by the lanes of a simdgroup, four columns a lane.
+template <typename P, typename T>
+inline void copy_row(P from, device T* to, uint n, uint lane) {
+  for (uint i = 4 * lane; i < n; i += 4 * SIMD) {
+    write_columns(to, i, n, read_columns(from, i, n));
+  }
+}
+
+// Part every head's query into nope and rope, and a token's key-value row into latent
+// and rope key.
+//
+// q: [T,H*(N+R)], in each head nope then rope; kv: [T,L+R]; q_nope: [T,H*N]; q_pe:
+// [T,H*R]; latent: [T,L]; k_pe: [T,R]. Launch: one simdgroup a head and one more for the
+// key-value row of a token, four a threadgroup. The parts' widths are no multiple of each
+// other, so a simdgroup a row wastes fewer threads than a rectangle of columns.
+template <typename T>
+[[kernel]] void mla_split_q_kv(
+    device const T* q,
+    device const T* kv,
+    constant uint& n_tokens,
+    constant uint& n_heads,
+    constant uint& nope_dim,
+    constant uint& rope_dim,
+    constant uint& latent_dim,
+    device T* q_nope,
+    device T* q_pe,
+    device T* latent,
+    device T* k_pe,
+    uint2 at [[thread_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  uint slice = at.x / SIMD;
+  ulong token = at.y;
+  if (slice < n_heads) {
+    ulong head = token * n_heads + slice;
+    auto row = q + head * (nope_dim + rope_dim);
+    copy_row(row, q_nope + head * nope_dim, nope_dim, lane);
+    copy_row(row + nope_dim, q_pe + head * rope_dim, rope_dim, lane);
+  } else if (slice == n_heads) {
+    auto row = kv + token * (latent_dim + rope_dim);
+    copy_row(row, latent + token * latent_dim, latent_dim, lane);
+    copy_row(row + latent_dim, k_pe + token * rope_dim, rope_dim, lane);
+  }
+}
+
+// Heads that one thread rotates: they share the angles' sines and cosines.
+constexpr constant uint HEADS_PER_THREAD = 4;
+
+// Rotate neighbouring pairs of every head, after scaling by mscale.
+//
+// x, out: [T,H*R]; inv_freq: [R/2] float32, the angle of a pair per position, YaRN's ramp
+// and factor within; token t stands at start + t. R is even. Launch: one thread two pairs
+// of four heads, a plane of the grid a token. Sine and cosine cost more than all else, so
+// heads share them, but only four, because one token must still fill the machine.
+template <typename T>
+[[kernel]] void yarn_rope_apply(
+    device const T* x,
+    device const float* inv_freq,
+    constant int& start,
+    constant float& mscale,
+    constant uint& n_heads,
+    constant uint& rope_dim,
+    device T* out,
+    uint3 at [[thread_position_in_grid]]) {
+  uint i = 4 * at.x;
+  uint first = HEADS_PER_THREAD * at.y;
+  if (i >= rope_dim || first >= n_heads) {
+    return;
+  }
+  float position = float(start + int(at.z));
+  float2 angle = position * float2(inv_freq[i / 2], inv_freq[min(i / 2 + 1, rope_dim / 2 - 1)]);
+  float2 c = mscale * cos(angle);
+  float2 s = mscale * sin(angle);
+  uint last = min(first + HEADS_PER_THREAD, n_heads);
+  for (uint head = first; head < last; ++head) {
+    ulong row = (ulong(at.z) * n_heads + head) * rope_dim;
+    float4 v = read_columns(x + row, i, rope_dim);
+    float2 even = v.xz * c - v.yw * s;
+    float2 odd = v.xz * s + v.yw * c;
+    write_columns(out + row, i, rope_dim, float4(even.x, odd.x, even.y, odd.y));
+  }
+}
+
+// Both caches with new rows in [start, start + T).
+//
+// latent_cache, latent_out: [S,L]; rope_cache, rope_out: [S,R]; latent: [T,L]; k_pe: [T,R].
+// Launch: one simdgroup a row of the caches, four a threadgroup. MLX's arrays do not
+// change, so every row is written; a model whose cache object writes in place uses that.
+template <typename T>
+[[kernel]] void mla_kv_cache_append(
+    device const T* latent_cache,
+    device const T* rope_cache,
+    device const T* latent,
+    device const T* k_pe,
+    constant int& start,
+    constant uint& n_rows,
+    constant uint& n_new,
+    constant uint& latent_dim,
+    constant uint& rope_dim,
+    device T* latent_out,
+    device T* rope_out,
+    uint i [[thread_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  uint row = i / SIMD;
+  if (row >= n_rows) {
+    return;
+  }
+  auto to_latent = latent_out + ulong(row) * latent_dim;
+  auto to_rope = rope_out + ulong(row) * rope_dim;
+  int token = int(row) - start;
+  if (token >= 0 && token < int(n_new)) {
+    copy_row(latent + ulong(token) * latent_dim, to_latent, latent_dim, lane);
+    copy_row(k_pe + ulong(token) * rope_dim, to_rope, rope_dim, lane);
+  } else {
+    copy_row(latent_cache + ulong(row) * latent_dim, to_latent, latent_dim, lane);
+    copy_row(rope_cache + ulong(row) * rope_dim, to_rope, rope_dim, lane);
+  }
+}
+
+// Four packed words. A row has a multiple of four, so in `device` memory they are aligned.
+template <typename P>
+inline uint4 read_words(P p) {
+  return uint4(p[0], p[1], p[2], p[3]);
+}
+inline uint4 read_words(device const uint* p) {
+  return *(device const uint4*)p;
+}
+
+// The four 4-bit values of half a word, each times the power of 16 that its place gives:
+// a mask in place costs one operation where a shift and a mask cost two, and the values
+// are exact in float32 either way. What they meet is divided by that power once.
+inline float4 packed_values(ushort half_word) {
+  return float4(ushort4(half_word) & ushort4(0x000f, 0x00f0, 0x0f00, 0xf000));
+}
+
+// Rows of weights that a lane holds at once: that many loads are under way together.
+constexpr constant int ROWS = 4;
+
+// One head's matrix times that head's slice of every token.
+//
+// x: [T,H*I]; w: [H,O,I/8]; scales, biases: [H,O,I/G]; out: [T,H*O]. I <= 1024, a multiple
+// of 32. A lane takes 32 columns, so LANES = I / 32 rounded up to a power of two take a
+// row, and a simdgroup ROWS * 32 / LANES rows. Rows of one head are short: a simdgroup a
+// row would leave most lanes without work. Weights stay in registers while tokens pass.
+template <int LANES, typename T, typename X, typename W, typename P>
+inline void multiply_per_head(
+    X x,
+    W w,
+    P scales,
+    P biases,
+    uint n_tokens,
+    uint n_heads,
+    uint n_out,
+    uint n_in,
+    uint n_groups,
+    device T* out,
+    uint simdgroup,
+    uint head,
+    uint lane) {
+  constexpr uint TOGETHER = 32 / LANES;
+  uint first = simdgroup * ROWS * TOGETHER;
+  if (first >= n_out) {
+    return;
+  }
+  first += lane / LANES;
+  uint within = lane % LANES;
+  uint n_chunks = n_in / 32;
+  bool has_columns = within < n_chunks;
+  uint chunk = has_columns ? within : 0;
+  uint group = chunk / (n_chunks / n_groups);
+  uint4 words[ROWS];
+  float scale[ROWS];
+  float bias[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    ulong row = ulong(head) * n_out + min(first + r * TOGETHER, n_out - 1);
+    words[r] = read_words(w + row * (n_in / 8) + 4 * chunk);
+    scale[r] = has_columns ? float(scales[row * n_groups + group]) : 0.0f;
+    bias[r] = has_columns ? float(biases[row * n_groups + group]) : 0.0f;
+  }
+  const float4 divisors = float4(1.0f, 1.0f / 16.0f, 1.0f / 256.0f, 1.0f / 4096.0f);
+  for (uint token = 0; token < n_tokens; ++token) {
+    ulong slice = ulong(token) * n_heads + head;
+    auto columns = x + slice * n_in + 32 * chunk;
+    float4 partners[8];
+    float4 totals = float4(0.0f);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float4 values = read4(columns + 4 * i);
+      totals += values;
+      partners[i] = values * divisors;
+    }
+    float total = (totals.x + totals.y) + (totals.z + totals.w);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      float4 sums = float4(0.0f);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        ushort2 halves = as_type<ushort2>(words[r][i]);
+        sums = fma(packed_values(halves.x), partners[2 * i], sums);
+        sums = fma(packed_values(halves.y), partners[2 * i + 1], sums);
+      }
+      float sum = (sums.x + sums.y) + (sums.z + sums.w);
+      sum = fma(scale[r], sum, bias[r] * total);
+#pragma unroll
+      for (ushort distance = LANES / 2; distance > 0; distance /= 2) {
+        sum += simd_shuffle_xor(sum, distance);
+      }
+      uint row = first + r * TOGETHER;
+      if (within == uint(r % LANES) && row < n_out) {
+        out[slice * n_out + row] = T(sum);
+      }
+    }
+  }
+}
+
+// Queries in the latent space: q_prime = W_uk * q_nope for every head.
+//
+// q_nope: [T,H*N]; w: [H,L,N/8]; scales, biases: [H,L,N/G]; q_prime: [T,H*L]. N <= 1024, a
+// multiple of 32 and of G. Launch: a row of the grid a head, four simdgroups a threadgroup;
+// LANES and rows a simdgroup as above. Keys then stay as the latents that are cached, one
+// row for all heads.
+template <typename T, typename S, int LANES>
+[[kernel]] void mla_q_prime_4bit(
+    device const T* q_nope,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    constant uint& n_tokens,
+    constant uint& n_heads,
+    constant uint& latent_dim,
+    constant uint& nope_dim,
+    constant uint& n_groups,
+    device T* q_prime,
+    uint2 at [[thread_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  multiply_per_head<LANES, T>(
+      q_nope, w, scales, biases, n_tokens, n_heads, latent_dim, nope_dim, n_groups, q_prime,
+      at.x / SIMD, at.y, lane);
+}
+
+// Heads' outputs from latent ones: out = W_uv * context for every head.
+//
+// context: [T,H*L]; w: [H,V,L/8]; scales, biases: [H,V,L/G]; out: [T,H*V]. L <= 1024, a
+// multiple of 32 and of G. Launch: as mla_q_prime_4bit. Rows are longer and fewer here: at
+// L = 512 half a simdgroup takes one.
+template <typename T, typename S, int LANES>
+[[kernel]] void mla_out_per_head_4bit(
+    device const T* context,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    constant uint& n_tokens,
+    constant uint& n_heads,
+    constant uint& value_dim,
+    constant uint& latent_dim,
+    constant uint& n_groups,
+    device T* out,
+    uint2 at [[thread_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  multiply_per_head<LANES, T>(
+      context, w, scales, biases, n_tokens, n_heads, value_dim, latent_dim, n_groups, out,
+      at.x / SIMD, at.y, lane);
+}
+
+// Attention of eight heads over one cache row after another, by 8x8 matrices.
+//
+// All heads read the same latents, so eight of them make the rows of a matrix and every
+// cached value that is loaded serves eight heads, as key and as value. Simdgroups part the
+// columns: block b of 32 belongs to simdgroup b % n_simdgroups, which keeps its columns of
+// the queries and of the outputs in registers and adds its share of the scores to the
+// others' in threadgroup memory, the only thing that is shared.
+//
+// A lane has two neighbouring elements of a matrix. Which columns a matrix has is free, as
+// long as queries and keys agree, so a block's four matrices take two each of the eight
+// neighbouring columns that a lane loads at once.
+constexpr constant int MAX_SIMDGROUPS = 8;
+constexpr constant int STEP = 16;
+constexpr constant int SCORES = STEP * 8;
+constexpr constant int SCRATCH = 2 * MAX_SIMDGROUPS * SCORES;
+
+inline float2 multiply_add(float2 a, float2 b, float2 c) {
+  simdgroup_float8x8 left;
+  simdgroup_float8x8 right;
+  simdgroup_float8x8 sum;
+  left.thread_elements()[0] = a.x;
+  left.thread_elements()[1] = a.y;
+  right.thread_elements()[0] = b.x;
+  right.thread_elements()[1] = b.y;
+  sum.thread_elements()[0] = c.x;
+  sum.thread_elements()[1] = c.y;
+  simdgroup_multiply_accumulate(sum, left, right, sum);
+  return float2(sum.thread_elements()[0], sum.thread_elements()[1]);
+}
+
+// A lane's place in an 8x8 matrix: its row, and the first of its two columns.
+inline uint matrix_row(uint lane) {
+  return (lane / 16) * 4 + (lane % 8) / 2;
+}
+inline uint matrix_column(uint lane) {
+  return (lane % 16) / 8 * 4 + (lane % 2) * 2;
+}
+
+// A lane's eight columns of a block, zeros past the row's end.
+template <typename P>
+inline void load_block(P row, uint column, uint n, thread float2* values) {
+  float4 first = read_columns(row, column, n);
+  float4 second = read_columns(row, column + 4, n);
+  values[0] = first.xy;
+  values[1] = first.zw;
+  values[2] = second.xy;
+  values[3] = second.zw;
+}
+
+// A block of eight heads' queries as the right side of keys * queries, scaled.
+template <typename P>
+inline void load_queries(
+    P q, uint head, uint n_heads, uint block, uint n, float scale, uint lane, thread float2* to) {
+  uint row = matrix_row(lane);
+  uint first = head + matrix_column(lane);
+#pragma unroll
+  for (uint j = 0; j < 4; ++j) {
+    uint column = 32 * block + row / 2 * 8 + 2 * j + row % 2;
+    bool inside = column < n;
+    to[j].x = inside && first < n_heads ? scale * float(q[first * n + column]) : 0.0f;
+    to[j].y =
+        inside && first + 1 < n_heads ? scale * float(q[(first + 1) * n + column]) : 0.0f;
+  }
+}
+
+// What a lane has of attention: its head's maximum and denominator, and for its head the
+// eight columns of each of its blocks.
+template <int BLOCKS>
+struct Attended {
+  float largest;
+  float denominator;
+  float2 sums[BLOCKS][4];
+};
+
+// Rows [begin, end) of the cache for heads [head, head + 8) of one token.
+template <int BLOCKS, int ROPE_BLOCKS, typename Q, typename QR, typename K, typename KR>
+inline void attend(
+    Q q,
+    QR q_pe,
+    K latent,
+    KR rope,
+    uint head,
+    uint n_heads,
+    uint latent_dim,
+    uint rope_dim,
+    float scale,
+    uint begin,
+    uint end,
+    threadgroup float* scratch,
+    uint lane,
+    uint simdgroup,
+    uint n_simdgroups,
+    thread Attended<BLOCKS>& result) {
+  uint row = matrix_row(lane);
+  uint column = matrix_column(lane);
+  float2 queries[BLOCKS][4];
+  float2 rope_queries[ROPE_BLOCKS][4];
+#pragma unroll
+  for (int b = 0; b < BLOCKS; ++b) {
+    uint block = simdgroup + b * n_simdgroups;
+    load_queries(q, head, n_heads, block, latent_dim, scale, lane, queries[b]);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      result.sums[b][j] = float2(0.0f);
+    }
+  }
+#pragma unroll
+  for (int b = 0; b < ROPE_BLOCKS; ++b) {
+    uint block = simdgroup + b * n_simdgroups;
+    load_queries(q_pe, head, n_heads, block, rope_dim, scale, lane, rope_queries[b]);
+  }
+  float largest = -INFINITY;
+  float denominator = 0.0f;
+  // Two halves of the scratch take turns, so that one barrier a step is enough.
+  uint turn = 0;
+  for (uint first = begin; first < end; first += STEP) {
+    threadgroup float* scores = scratch + turn * MAX_SIMDGROUPS * SCORES;
+    turn = 1 - turn;
+    float2 keys[2][BLOCKS][4];
+#pragma unroll
+    for (int half_step = 0; half_step < 2; ++half_step) {
+      uint at = first + 8 * half_step + row;
+      bool seen = at < end;
+      ulong from = seen ? at : first;
+      float2 score = float2(0.0f);
+#pragma unroll
+      for (int b = 0; b < BLOCKS; ++b) {
+        uint i = 32 * (simdgroup + b * n_simdgroups) + 4 * column;
+        load_block(latent + from * latent_dim, i, latent_dim, keys[half_step][b]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          score = multiply_add(keys[half_step][b][j], queries[b][j], score);
+        }
+      }
+#pragma unroll
+      for (int b = 0; b < ROPE_BLOCKS; ++b) {
+        uint i = 32 * (simdgroup + b * n_simdgroups) + 4 * column;
+        float2 rope_keys[4];
+        load_block(rope + from * rope_dim, i, rope_dim, rope_keys);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          score = multiply_add(rope_keys[j], rope_queries[b][j], score);
+        }
+      }
+      uint to = simdgroup * SCORES + (8 * half_step + row) * 8 + column;
+      scores[to] = score.x;
+      scores[to + 1] = score.y;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    float2 weights[2];
+    float step_largest = largest;
+#pragma unroll
+    for (int half_step = 0; half_step < 2; ++half_step) {
+      uint at = 8 * half_step + column;
+      float2 score = float2(0.0f);
+      for (uint s = 0; s < n_simdgroups; ++s) {
+        score.x += scores[s * SCORES + at * 8 + row];
+        score.y += scores[s * SCORES + (at + 1) * 8 + row];
+      }
+      score.x = first + at < end ? score.x : -INFINITY;
+      score.y = first + at + 1 < end ? score.y : -INFINITY;
+      weights[half_step] = score;
+      step_largest = max(step_largest, max(score.x, score.y));
+    }
+    // Lanes whose numbers differ in bits 0 and 3 have one head's other columns.
+    step_largest = max(step_largest, simd_shuffle_xor(step_largest, 1));
+    step_largest = max(step_largest, simd_shuffle_xor(step_largest, 8));
+    float shrink = exp(largest - step_largest);
+    largest = step_largest;
+    denominator *= shrink;
+    // The maximum soon stops rising: then there is nothing to rescale.
+    if (!simd_all(shrink == 1.0f)) {
+#pragma unroll
+      for (int b = 0; b < BLOCKS; ++b) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          result.sums[b][j] *= shrink;
+        }
+      }
+    }
+#pragma unroll
+    for (int half_step = 0; half_step < 2; ++half_step) {
+      float2 weight = exp(weights[half_step] - float2(largest));
+      denominator += weight.x + weight.y;
+#pragma unroll
+      for (int b = 0; b < BLOCKS; ++b) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          result.sums[b][j] = multiply_add(weight, keys[half_step][b][j], result.sums[b][j]);
+        }
+      }
+    }
+  }
+  denominator += simd_shuffle_xor(denominator, 1);
+  denominator += simd_shuffle_xor(denominator, 8);
+  result.largest = largest;
+  result.denominator = denominator;
+}
+
+// A lane's columns of all its blocks, times a factor, to its head's row.
+template <int BLOCKS, typename T>
+inline void write_blocks(
+    device T* row,
+    thread const Attended<BLOCKS>& result,
+    float factor,
+    uint latent_dim,
+    uint lane,
+    uint simdgroup,
+    uint n_simdgroups) {
+#pragma unroll
+  for (int b = 0; b < BLOCKS; ++b) {
+    uint i = 32 * (simdgroup + b * n_simdgroups) + 4 * matrix_column(lane);
+    if (i < latent_dim) {
+      write4(row + i, factor * float4(result.sums[b][0], result.sums[b][1]));
+      write4(row + i + 4, factor * float4(result.sums[b][2], result.sums[b][3]));
+    }
+  }
+}
+
+// Causal attention in the latent space over a short cache, in one launch.
+//
+// q_prime: [T,H*L]; q_pe: [T,H*R]; latent: [S,L], the last T rows the tokens' own; rope:
+// [S,R]; context: [T,H*L]. L is a multiple of 32. Launch: one threadgroup of up to 8
+// simdgroups for eight heads of a token; BLOCKS and ROPE_BLOCKS blocks of 32 columns a
+// simdgroup. Folding eight heads on a row makes the cache's bytes, not the heads, the cost.
+template <typename T, int BLOCKS, int ROPE_BLOCKS>
+[[kernel]] void mla_sdpa_folded(
+    device const T* q_prime,
+    device const T* q_pe,
+    device const T* latent,
+    device const T* rope,
+    constant float& scale,
+    constant uint& n_tokens,
+    constant uint& n_heads,
+    constant uint& n_rows,
+    constant uint& latent_dim,
+    constant uint& rope_dim,
+    device T* context,
+    uint2 group [[threadgroup_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint n_simdgroups [[simdgroups_per_threadgroup]]) {
+  threadgroup float scratch[SCRATCH];
+  ulong token_heads = ulong(group.y) * n_heads;
+  uint head = 8 * group.x;
+  Attended<BLOCKS> result;
+  attend<BLOCKS, ROPE_BLOCKS>(
+      q_prime + token_heads * latent_dim, q_pe + token_heads * rope_dim, latent, rope, head,
+      n_heads, latent_dim, rope_dim, scale, 0, n_rows - n_tokens + group.y + 1, scratch, lane,
+      simdgroup, n_simdgroups, result);
+  head += matrix_row(lane);
+  if (head < n_heads) {
+    write_blocks(
+        context + (token_heads + head) * latent_dim, result, 1.0f / result.denominator,
+        latent_dim, lane, simdgroup, n_simdgroups);
+  }
+}
+
+// The same over tiles of a long cache: every tile's maximum, denominator and sums.
+//
+// Inputs as mla_sdpa_folded; n = ceil(S / TILE) tiles; maxima, denominators: [n,T*H]
+// float32; sums: [n,T*H,L] float32, of exp(score - maximum) * latent. A tile that a token
+// does not see has -inf, 0 and zeros. Launch: one threadgroup as there for a tile of eight
+// heads of a token. Tiles run at once: with few tokens, heads alone would not fill the GPU.
+template <typename T, int BLOCKS, int ROPE_BLOCKS, int TILE>
+[[kernel]] void mla_sdpa_tile_accumulate(
+    device const T* q_prime,
+    device const T* q_pe,
+    device const T* latent,
+    device const T* rope,
+    constant float& scale,
+    constant uint& n_tokens,
+    constant uint& n_heads,
+    constant uint& n_rows,
+    constant uint& latent_dim,
+    constant uint& rope_dim,
+    device float* maxima,
+    device float* denominators,
+    device float* sums,
+    uint3 group [[threadgroup_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint n_simdgroups [[simdgroups_per_threadgroup]]) {
+  threadgroup float scratch[SCRATCH];
+  ulong token_heads = ulong(group.y) * n_heads;
+  uint head = 8 * group.x;
+  uint begin = group.z * TILE;
+  uint end = min(begin + TILE, n_rows - n_tokens + group.y + 1);
+  Attended<BLOCKS> result;
+  attend<BLOCKS, ROPE_BLOCKS>(
+      q_prime + token_heads * latent_dim, q_pe + token_heads * rope_dim, latent, rope, head,
+      n_heads, latent_dim, rope_dim, scale, begin, end, scratch, lane, simdgroup,
+      n_simdgroups, result);
+  head += matrix_row(lane);
+  if (head < n_heads) {
+    ulong row = ulong(group.z) * n_tokens * n_heads + token_heads + head;
+    write_blocks(
+        sums + row * latent_dim, result, 1.0f, latent_dim, lane, simdgroup, n_simdgroups);
+    if (simdgroup == 0 && matrix_column(lane) == 0) {
+      maxima[row] = result.largest;
+      denominators[row] = result.denominator;
+    }
+  }
+}
+
+// Tiles' sums brought to one maximum, added up and divided by the denominator.
+//
+// maxima, denominators: [n,T*H] float32; sums: [n,T*H,L] float32; context: [T*H,L]. L is a
+// multiple of 4. Launch: a row of the grid a head of a token, one thread four columns.
+// Every thread finds the maximum itself: tiles are few, and no thread waits for another.
+template <typename T>
+[[kernel]] void mla_sdpa_tile_finalize(
+    device const float* maxima,
+    device const float* denominators,
+    device const float* sums,
+    constant uint& n_tiles,
+    constant uint& n_slices,
+    constant uint& latent_dim,
+    device T* context,
+    uint2 at [[thread_position_in_grid]]) {
+  uint i = 4 * at.x;
+  if (i >= latent_dim || at.y >= n_slices) {
+    return;
+  }
+  float largest = -INFINITY;
+  for (uint tile = 0; tile < n_tiles; ++tile) {
+    largest = max(largest, maxima[tile * n_slices + at.y]);
+  }
+  float denominator = 0.0f;
+  float4 sum = float4(0.0f);
+  for (uint tile = 0; tile < n_tiles; ++tile) {
+    uint slice = tile * n_slices + at.y;
+    float factor = exp(maxima[slice] - largest);
+    denominator = fma(factor, denominators[slice], denominator);
+    sum += factor * read4(sums + ulong(slice) * latent_dim + i);
+  }
+  write4(context + ulong(at.y) * latent_dim + i, sum / denominator);
+}
