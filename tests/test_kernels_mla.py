@@ -1,0 +1,226 @@
+"""The kernels of latent attention together: mlx-lm's DeepSeek-V3 attention."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import KVCache
+from mlx_lm.models.deepseek_v3 import DeepseekV3Attention, ModelArgs
+from mlx_lm.models.mla import MultiLinear
+from mlx_lm.models.rope_utils import YarnRoPE
+
+from moeflux_mlx import simulator
+from moeflux_mlx.errors import KernelError
+from moeflux_mlx.executors.sim import SimExecutor
+from moeflux_mlx.launch import mla
+from moeflux_mlx.launch.check import relative_error
+
+pytestmark = pytest.mark.skipif(
+    not simulator.available(), reason="the simulator needs ziglang and pyelftools"
+)
+# Nine heads: one more than a matrix has rows. 24: no multiple of anything.
+D, H, L, N, R, V = 48, 9, 64, 32, 16, 24
+YARN = {
+    "type": "yarn",
+    "factor": 40,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+}
+N_ROWS = 37
+TILES = [None, 16, 32, 4096]
+
+
+def run(launch):
+    outputs = SimExecutor(checked=False).run(launch)
+    return outputs if len(outputs) > 1 else outputs[0]
+
+
+def normal(*shape, seed=0, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return mx.array(scale * rng.standard_normal(shape, np.float32))
+
+
+def attention_layer(seed: int) -> DeepseekV3Attention:
+    """Return mlx-lm's layer with random weights, the heads' matrices in 4 bits."""
+    mx.random.seed(seed)
+    args = ModelArgs(
+        hidden_size=D,
+        num_attention_heads=H,
+        q_lora_rank=None,
+        kv_lora_rank=L,
+        qk_rope_head_dim=R,
+        qk_nope_head_dim=N,
+        v_head_dim=V,
+        rope_scaling=YARN,
+        max_position_embeddings=2048,
+    )
+    layer = DeepseekV3Attention(args)
+    layer.kv_a_layernorm.weight = 1 + 0.1 * normal(L)
+    layer.q_proj.weight = 3 * layer.q_proj.weight
+    nn.quantize(layer, 32, 4, class_predicate=lambda _, m: isinstance(m, MultiLinear))
+    return layer
+
+
+def attend(queries, cache, scale, tile):
+    """Attend with the folded kernel, or with tiles of ``tile`` rows."""
+    if tile is None:
+        return run(mla.mla_sdpa_folded(*queries, *cache, scale))
+    parts = run(mla.mla_sdpa_tile_accumulate(*queries, *cache, scale, tile))
+    return run(mla.mla_sdpa_tile_finalize(*parts, H, queries[0].dtype))
+
+
+def by_kernels(layer, x, caches, start, tile):
+    """Return the layer's output for tokens ``[T, D]`` and the new caches."""
+    inv_freq = mx.reciprocal(layer.rope._freqs)
+    q, kv = layer.q_proj(x), layer.kv_a_proj_with_mqa(x)
+    q_nope, q_pe, latent, k_pe = run(mla.mla_split_q_kv(q, kv, H, N))
+    latent = layer.kv_a_layernorm(latent)
+    mscale = layer.rope.mscale
+    q_pe = run(mla.yarn_rope_apply(q_pe, inv_freq, start, mscale))
+    k_pe = run(mla.yarn_rope_apply(k_pe, inv_freq, start, mscale))
+    caches = run(mla.mla_kv_cache_append(*caches, latent, k_pe, start))
+    w_uk, w_uv = layer.embed_q, layer.unembed_out
+    launch = mla.mla_q_prime_4bit(q_nope, w_uk.weight, w_uk.scales, w_uk.biases)
+    q_prime = run(launch)
+    seen = tuple(cache[: start + x.shape[0]] for cache in caches)
+    context = attend((q_prime, q_pe), seen, layer.scale, tile)
+    launch = mla.mla_out_per_head_4bit(context, w_uv.weight, w_uv.scales, w_uv.biases)
+    return layer.o_proj(run(launch)), caches
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda t: f"tile {t}" if t else "folded")
+def test_a_prompt_and_its_next_tokens_give_what_mlx_lm_gives(tile):
+    """mlx-lm takes a prompt with keys and values unfolded, a token in latent form."""
+    layer, cache = attention_layer(3), KVCache()
+    caches = mx.zeros((N_ROWS, L)), mx.zeros((N_ROWS, R))
+    start = 0
+    for n_tokens in (30, 1, 5, 1):
+        x = normal(n_tokens, D, seed=start)
+        mask = create_attention_mask(x[None], cache, return_array=True)
+        wanted = layer(x[None], mask, cache)[0]
+        got, caches = by_kernels(layer, x, caches, start, tile)
+        assert relative_error(got, wanted) < 3e-6
+        start += n_tokens
+    assert start == N_ROWS
+    assert relative_error(caches[0], cache.keys[0, 0, :N_ROWS]) < 1e-6
+    assert relative_error(caches[1], cache.values[0, 0, :N_ROWS]) < 1e-6
+
+
+def test_yarn_rotates_as_mlx_lm_does_far_from_the_start():
+    rope = YarnRoPE(
+        64,
+        traditional=True,
+        base=10000,
+        scaling_factor=40,
+        mscale=1.3,
+        mscale_all_dim=0.5,
+    )
+    assert rope.mscale != 1.0
+    x = normal(3, 5 * 64)
+    launch = mla.yarn_rope_apply(x, mx.reciprocal(rope._freqs), 9000, rope.mscale)
+    wanted = rope(x.reshape(3, 5, 64).swapaxes(0, 1)[None], 9000)[0]
+    wanted = wanted.swapaxes(0, 1).reshape(3, -1)
+    assert relative_error(run(launch), wanted) < 1e-5
+
+
+def random_attention(t, h, s, l=64, r=32, seed=0):
+    queries = normal(t, h * l, seed=seed), normal(t, h * r, seed=seed + 1)
+    return queries, (normal(s, l, seed=seed + 2), normal(s, r, seed=seed + 3))
+
+
+def test_scores_that_rise_beyond_what_exp_can_hold_keep_their_softmax():
+    queries, (latent, rope) = random_attention(1, H, 61)
+    grown = latent * (1 + mx.arange(61))[:, None]
+    for tile in TILES:
+        wanted = mla.mla_sdpa_folded.expected(*queries, grown, rope, 3.0)[0]
+        got = attend(queries, (grown, rope), 3.0, tile)
+        assert relative_error(got, wanted) < 1e-5
+
+
+def test_rows_behind_those_given_do_not_matter():
+    """A model's cache is longer than what it holds: the rest may be anything."""
+    queries, (latent, rope) = random_attention(2, H, 40)
+    spoiled = [mx.concatenate([x[:19], x[19:] * mx.nan]) for x in (latent, rope)]
+    for tile in TILES:
+        clean = attend(queries, (latent[:19], rope[:19]), 0.1, tile)
+        got = attend(queries, tuple(x[:19] for x in spoiled), 0.1, tile)
+        assert mx.array_equal(clean, got)
+
+
+def test_a_token_gets_the_same_bits_whatever_comes_along():
+    queries, cache = random_attention(5, H, 29)
+    w, scales, biases = mx.quantize(normal(H * 40, 64).reshape(H, 40, 64), 32, 4)
+    for build in (mla.mla_q_prime_4bit, mla.mla_out_per_head_4bit):
+        together = run(build(queries[0], w, scales, biases))
+        alone = run(build(queries[0][3:4], w, scales, biases))
+        assert mx.array_equal(together[3:4], alone)
+    together = run(mla.mla_sdpa_folded(*queries, *cache, 0.1))
+    alone = tuple(x[3:4] for x in queries), tuple(x[:28] for x in cache)
+    assert mx.array_equal(
+        together[3:4], run(mla.mla_sdpa_folded(*alone[0], *alone[1], 0.1))
+    )
+
+
+def test_rows_that_an_array_puts_outside_the_cache_are_dropped():
+    caches, new = (normal(6, 8), normal(6, 4)), (normal(2, 8), normal(2, 4))
+    for start, kept in ((5, slice(0, 5)), (-1, slice(1, 6)), (9, slice(0, 6))):
+        at = mx.array([start], mx.int32)
+        out = run(mla.mla_kv_cache_append(*caches, *new, at))
+        for cache, after in zip(caches, out, strict=True):
+            assert mx.array_equal(after[kept], cache[kept])
+
+
+W = mx.zeros((2, 4, 8), mx.uint32)
+SCALES = mx.zeros((2, 4, 2))
+Q, QR = mx.zeros((3, 2 * 64)), mx.zeros((3, 2 * 8))
+LATENT, ROPE = mx.zeros((5, 64)), mx.zeros((5, 8))
+# What is wrong, and the argument that the message must name.
+REFUSED = {
+    "q: expected a multiple": lambda: mla.mla_split_q_kv(Q, Q, 3, 8),
+    "nope_dim": lambda: mla.mla_split_q_kv(Q, Q, 2, 64),
+    "kv: expected 3 rows": lambda: mla.mla_split_q_kv(Q, ROPE, 2, 32),
+    "kv: expected more": lambda: mla.mla_split_q_kv(Q, mx.zeros((3, 32)), 2, 32),
+    "x": lambda: mla.yarn_rope_apply(Q, mx.zeros((5,)), 0, 1.0),
+    "start": lambda: mla.yarn_rope_apply(Q, mx.zeros((4,)), -1, 1.0),
+    "start: expected 0 to 2": lambda: mla.mla_kv_cache_append(
+        LATENT, ROPE, LATENT[:3], ROPE[:3], 3
+    ),
+    "k_pe": lambda: mla.mla_kv_cache_append(LATENT, ROPE, LATENT[:3], ROPE[:2], 0),
+    "latent: expected at most": lambda: mla.mla_kv_cache_append(
+        LATENT[:2], ROPE[:2], LATENT, ROPE, 0
+    ),
+    "q_nope": lambda: mla.mla_q_prime_4bit(Q[:, :64], W, SCALES, SCALES),
+    "w: expected an input": lambda: mla.mla_q_prime_4bit(Q, W[..., :6], SCALES, SCALES),
+    "w: expected I <=": lambda: mla.mla_q_prime_4bit(
+        Q, mx.zeros((2, 4, 132), mx.uint32), SCALES, SCALES
+    ),
+    "scales: expected 64": lambda: mla.mla_out_per_head_4bit(
+        Q, W, mx.zeros((2, 4, 4)), mx.zeros((2, 4, 4))
+    ),
+    "biases": lambda: mla.mla_out_per_head_4bit(Q, W, SCALES, SCALES[:1]),
+    "latent: expected L": lambda: mla.mla_sdpa_folded(Q, QR, ROPE, ROPE, 1.0),
+    "q_prime: expected at most": lambda: mla.mla_sdpa_folded(
+        Q, QR, LATENT[:2], ROPE[:2], 1.0
+    ),
+    "q_pe": lambda: mla.mla_sdpa_folded(Q, Q, LATENT, ROPE, 1.0),
+    "rope: expected 5 rows": lambda: mla.mla_sdpa_folded(Q, QR, LATENT, ROPE[:4], 1.0),
+    "rope: expected R <=": lambda: mla.mla_sdpa_folded(
+        Q, QR, LATENT, mx.zeros((5, 264)), 1.0
+    ),
+    "tile": lambda: mla.mla_sdpa_tile_accumulate(Q, QR, LATENT, ROPE, 1.0, 24),
+    "num_heads": lambda: mla.mla_sdpa_tile_finalize(
+        *[mx.zeros((2, 6))] * 2, mx.zeros((2, 6, 64)), 4, mx.float32
+    ),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_a_launch_names_the_argument_that_does_not_fit(message):
+    with pytest.raises(KernelError, match=rf"^\[\w+\] {message}"):
+        REFUSED[message]()
