@@ -52,8 +52,9 @@ constexpr constant uint HEADS_PER_THREAD = 4;
 //
 // x, out: [T,H*R]; inv_freq: [R/2] float32, the angle of a pair per position, YaRN's ramp
 // and factor within; token t stands at start + t. R is even. Launch: one thread two pairs
-// of four heads, a plane of the grid a token. Sine and cosine cost more than all else, so
-// heads share them, but only four, because one token must still fill the machine.
+// of four heads, a plane of the grid a token. Sine and cosine cost more than all else, also
+// because angles of long contexts need the precise ones, so heads share them, but only
+// four, because one token must still fill the machine.
 template <typename T>
 [[kernel]] void yarn_rope_apply(
     device const T* x,
@@ -71,8 +72,8 @@ template <typename T>
   }
   float position = float(start + int(at.z));
   float2 angle = position * float2(inv_freq[i / 2], inv_freq[min(i / 2 + 1, rope_dim / 2 - 1)]);
-  float2 c = mscale * cos(angle);
-  float2 s = mscale * sin(angle);
+  float2 c = mscale * precise::cos(angle);
+  float2 s = mscale * precise::sin(angle);
   uint last = min(first + HEADS_PER_THREAD, n_heads);
   for (uint head = first; head < last; ++head) {
     ulong row = (ulong(at.z) * n_heads + head) * rope_dim;
@@ -401,12 +402,15 @@ inline void attend(
       }
 #pragma unroll
       for (int b = 0; b < ROPE_BLOCKS; ++b) {
-        uint i = 32 * (simdgroup + b * n_simdgroups) + 4 * column;
-        float2 rope_keys[4];
-        load_block(rope + from * rope_dim, i, rope_dim, rope_keys);
+        // Few simdgroups have rope columns; the others leave their matrices alone.
+        uint block = simdgroup + b * n_simdgroups;
+        if (32 * block < rope_dim) {
+          float2 rope_keys[4];
+          load_block(rope + from * rope_dim, 32 * block + 4 * column, rope_dim, rope_keys);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          score = multiply_add(rope_keys[j], rope_queries[b][j], score);
+          for (int j = 0; j < 4; ++j) {
+            score = multiply_add(rope_keys[j], rope_queries[b][j], score);
+          }
         }
       }
       uint to = simdgroup * SCORES + (8 * half_step + row) * 8 + column;
