@@ -29,9 +29,7 @@ template <typename T>
     device T* out,
     uint thread_index [[thread_position_in_grid]]) {
   uint i = 4 * thread_index;
-  if (i < n) {
-    write_columns(out, i, n, read_columns(a, i, n) + read_columns(b, i, n));
-  }
+  write_columns(out, i, n, read_columns(a, i, n) + read_columns(b, i, n));
 }
 
 inline float4 swiglu4(float4 gate, float4 up) {
@@ -86,9 +84,7 @@ template <typename T>
     device T* out,
     uint thread_index [[thread_position_in_grid]]) {
   uint i = 4 * thread_index;
-  if (i < n) {
-    write_columns(out, i, n, swiglu4(read_columns(gate, i, n), read_columns(up, i, n)));
-  }
+  write_columns(out, i, n, swiglu4(read_columns(gate, i, n), read_columns(up, i, n)));
 }
 
 // out = x * sigmoid(gate).
@@ -102,15 +98,13 @@ template <typename T>
     device T* out,
     uint thread_index [[thread_position_in_grid]]) {
   uint i = 4 * thread_index;
-  if (i < n) {
-    float4 values = read_columns(x, i, n);
-    float4 gates = read_columns(gate, i, n);
+  float4 values = read_columns(x, i, n);
+  float4 gates = read_columns(gate, i, n);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      values[j] *= sigmoid(gates[j]);
-    }
-    write_columns(out, i, n, values);
+  for (int j = 0; j < 4; ++j) {
+    values[j] *= sigmoid(gates[j]);
   }
+  write_columns(out, i, n, values);
 }
 
 // Part q from gate, which take turns head by head.
@@ -126,10 +120,10 @@ template <typename T>
     device T* q,
     device T* gate,
     uint2 at [[thread_position_in_grid]]) {
-  uint i = 4 * at.x;
-  if (i >= dim || at.y >= n_slices) {
+  if (at.y >= n_slices) {
     return;
   }
+  uint i = 4 * at.x;
   ulong to = ulong(at.y) * dim;
   auto pair = q_proj + 2 * to;
   write_columns(q + to, i, dim, read_columns(pair, i, dim));
@@ -166,8 +160,5 @@ template <typename T>
     constant uint& n,
     device float* out,
     uint thread_index [[thread_position_in_grid]]) {
-  uint i = 4 * thread_index;
-  if (i < n) {
-    write_columns(out, i, n, float4(0.0f));
-  }
+  write_columns(out, 4 * thread_index, n, float4(0.0f));
 }

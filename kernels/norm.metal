@@ -78,9 +78,6 @@ template <typename T, typename W>
     device T* out,
     uint2 at [[thread_position_in_grid]]) {
   uint i = 4 * at.x;
-  if (i >= dim) {
-    return;
-  }
   ulong row = ulong(at.y) * dim;
   float scale = rsqrt(sum_sq[at.y] / float(dim) + eps);
   float4 values = scale * read_columns(x + row, i, dim);

@@ -46,8 +46,14 @@ def _two_matrices(
     return normal(rng, dtype, t, d), normal(rng, dtype, t, d)
 
 
-VECTORS = [{"n": 1}, {"n": 37}, {"n": 1025}]
-MATRICES = [{"t": 1, "d": 1}, {"t": 3, "d": 7}, {"t": 5, "d": 411}, {"t": 1, "d": 2048}]
+VECTORS = [{"n": 1}, {"n": 7}, {"n": 37}, {"n": 1025}]
+MATRICES = [
+    {"t": 1, "d": 1},
+    {"t": 1, "d": 7},
+    {"t": 3, "d": 7},
+    {"t": 5, "d": 411},
+    {"t": 1, "d": 2048},
+]
 LARGE_VECTOR = {"n": 1 << 24}
 LARGE_MATRIX = {"t": 4096, "d": 4096}
 
@@ -130,6 +136,7 @@ def _some_q_proj(
     sizes=[
         {"t": 1, "h": 1, "d": 1},
         {"t": 3, "h": 2, "d": 5},
+        {"t": 257, "h": 1, "d": 3},
         {"t": 1, "h": 16, "d": 64},
         {"t": 5, "h": 3, "d": 80},
         {"t": 3, "h": 2, "d": 256},

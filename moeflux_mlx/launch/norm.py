@@ -57,6 +57,7 @@ def _weight(rng: np.random.Generator, dtype: mx.Dtype, n: int, s: int) -> mx.arr
 
 ROWS: list[dict[str, int]] = [
     {"t": 1, "d": 1, "s": 0},
+    {"t": 1, "d": 7, "s": 0},
     {"t": 3, "d": 7, "s": 1},
     {"t": 2, "d": 301, "s": 0},
     {"t": 1, "d": 2048, "s": 1},
@@ -185,6 +186,7 @@ def _some_heads(
 
 HEADS: list[dict[str, int]] = [
     {"t": 1, "h": 1, "d": 1, "s": 0},
+    {"t": 1, "h": 1, "d": 7, "s": 1},
     {"t": 3, "h": 2, "d": 5, "s": 1},
     {"t": 1, "h": 3, "d": 1024, "s": 0},
     {"t": 3, "h": 7, "d": 77, "s": 0},
@@ -246,6 +248,7 @@ def _some_qkv(
     sample=_some_qkv,
     sizes=[
         {"t": 1, "h": 1, "d": 1, "gap": 0, "v": 0},
+        {"t": 1, "h": 1, "d": 3, "gap": 0, "v": 1},
         {"t": 3, "h": 2, "d": 5, "gap": 3, "v": 11},
         {"t": 2, "h": 3, "d": 36, "gap": 131, "v": 257},
         {"t": 1, "h": 2, "d": 128, "gap": 0, "v": 512},
