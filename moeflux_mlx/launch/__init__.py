@@ -1,6 +1,6 @@
 """How every kernel of ``kernels/`` is launched, in the same families."""
 
-from . import elementwise, mla, moe, norm
+from . import elementwise, linear_attention, mla, moe, norm
 from .base import KERNELS, Kernel, Launch, prepare
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "Kernel",
     "Launch",
     "elementwise",
+    "linear_attention",
     "mla",
     "moe",
     "norm",

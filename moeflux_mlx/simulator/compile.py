@@ -81,8 +81,10 @@ _INSTANCE = re.compile(
     r"(?:decltype\((.*?)\)\s*\w+<.*?>|void\s+(\w+(?:<[^;(]*>)?)\s*\(.*?\))\s*;",
     re.S,
 )
+_ARRAYS = r"\w+(?:\s*\[[^\]]*\])*"
 _SHARED = re.compile(
-    r"^(\s*|.*[;{]\s*)(threadgroup\s+(?:alignas\([^)]*\)\s*)?[\w:<>,\s]*?\w[\w:<>]*\s+\w+[^;()*&=]*;)",
+    r"^(\s*|.*[;{]\s*)(threadgroup\s+(?:alignas\([^)]*\)\s*)?[\w:<>,\s]*?\w[\w:<>]*\s+"
+    rf"{_ARRAYS}(?:\s*,\s*{_ARRAYS})*\s*;)",
     re.M,
 )
 _ATTRIBUTES = {

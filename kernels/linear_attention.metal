@@ -1,0 +1,523 @@
+// Gated DeltaNet: causal convolution, decay, and the delta rule in three forms.
+//
+// B sequences of T tokens, N = B T rows; Hk key heads, Hv value heads, dk and dv their widths;
+// W the convolution's width, C its channels.
+#include "moeflux.h"
+
+// log(1 + y) for y in [0, 1], as 2 atanh(y / (2 + y)): a series that no compiler's fast
+// mathematics can cancel, unlike (1 + y) - 1.
+inline float log1p_of_unit(float y) {
+  float z = y / (2.0f + y);
+  float s = z * z;
+  float sum = 1.0f / 15.0f;
+  sum = fma(sum, s, 1.0f / 13.0f);
+  sum = fma(sum, s, 1.0f / 11.0f);
+  sum = fma(sum, s, 1.0f / 9.0f);
+  sum = fma(sum, s, 1.0f / 7.0f);
+  sum = fma(sum, s, 1.0f / 5.0f);
+  sum = fma(sum, s, 1.0f / 3.0f);
+  return 2.0f * fma(sum * s, z, z);
+}
+
+// exp only ever sees a number that is not positive.
+inline float softplus(float x) {
+  return fmax(x, 0.0f) + log1p_of_unit(exp(-fabs(x)));
+}
+
+// Decay exp(-exp(a_log) softplus(alpha + dt_bias)) and beta sigmoid(b), for every token and
+// value head. A masked token gets decay 1 and beta 0: it leaves the state as it is.
+//
+// alpha, b: [N,Hv]; a_log, dt_bias: [Hv]; mask: [N], read if HAS_MASK; g, beta: float32
+// [N,Hv]. Launch: one thread a value. Both in one launch: each is too small for its own.
+template <typename T, typename W, bool HAS_MASK>
+[[kernel]] void compute_decay_beta(
+    device const T* alpha,
+    device const T* b,
+    device const W* a_log,
+    device const W* dt_bias,
+    device const bool* mask,
+    constant uint& n,
+    constant uint& n_heads,
+    device float* g,
+    device float* beta,
+    uint i [[thread_position_in_grid]]) {
+  if (i >= n) {
+    return;
+  }
+  uint head = i % n_heads;
+  float step = softplus(float(alpha[i]) + float(dt_bias[head]));
+  float decay = exp(-exp(float(a_log[head])) * step);
+  float gate = sigmoid(float(b[i]));
+  bool kept = true;
+  if (HAS_MASK) {
+    kept = mask[i / n_heads];
+  }
+  g[i] = kept ? decay : 1.0f;
+  beta[i] = kept ? gate : 0.0f;
+}
+
+// Causal convolution of each channel over history and chunk, then SiLU.
+//
+// x, out: [B,T,C]; state: [B,W-1,C], the inputs before the chunk; weight: [C,W], the oldest
+// input's tap first; mask: [B,T], read if HAS_MASK: a masked token counts as zeros. Launch:
+// one thread a channel and RUN tokens, grid (C, T / RUN, B). A thread walks its tokens with
+// the last W inputs in registers, so that each is read once and not W times.
+template <typename T, typename S, typename P, int W, bool HAS_MASK>
+[[kernel]] void conv1d_step(
+    device const T* x,
+    device const S* state,
+    device const P* weight,
+    device const bool* mask,
+    constant uint& n_tokens,
+    constant uint& n_channels,
+    device T* out,
+    uint3 position [[thread_position_in_grid]]) {
+  constexpr int RUN = 8;
+  uint channel = position.x;
+  if (channel >= n_channels) {
+    return;
+  }
+  uint first = position.y * RUN;
+  ulong sequence = position.z;
+  auto inputs = x + sequence * n_tokens * n_channels + channel;
+  auto history = state + sequence * (W - 1) * n_channels + channel;
+  auto kept = mask + (HAS_MASK ? sequence * n_tokens : 0);
+  device T* row = out + sequence * n_tokens * n_channels + channel;
+  float taps[W];
+  float window[W];
+#pragma unroll
+  for (int j = 0; j < W; ++j) {
+    taps[j] = float(weight[ulong(channel) * W + j]);
+  }
+  // window[j] is the input j - (W - 1) tokens from the one to come.
+#pragma unroll
+  for (int j = 1; j < W; ++j) {
+    int token = int(first) + j - W;
+    if (token < 0) {
+      window[j] = float(history[ulong(token + W - 1) * n_channels]);
+    } else {
+      bool counts = true;
+      if (HAS_MASK) {
+        counts = kept[token];
+      }
+      window[j] = counts ? float(inputs[ulong(token) * n_channels]) : 0.0f;
+    }
+  }
+  uint last = min(first + uint(RUN), n_tokens);
+  for (uint token = first; token < last; ++token) {
+    bool counts = true;
+    if (HAS_MASK) {
+      counts = kept[token];
+    }
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < W - 1; ++j) {
+      window[j] = window[j + 1];
+      sum = fma(window[j], taps[j], sum);
+    }
+    window[W - 1] = counts ? float(inputs[ulong(token) * n_channels]) : 0.0f;
+    sum = fma(window[W - 1], taps[W - 1], sum);
+    row[ulong(token) * n_channels] = T(silu(sum));
+  }
+}
+
+// The last W - 1 inputs become the history of the next chunk.
+//
+// x: [B,T,C]; state, out: [B,W-1,C]; mask: [B,T], read if HAS_MASK; lengths: [B], read if
+// HAS_LENGTHS: a sequence ends after so many tokens of this chunk, at most T. Launch: one
+// thread a value, grid (C, W - 1, B). Apart from the convolution, whose threads still read
+// the old state.
+template <typename T, typename S, bool HAS_MASK, bool HAS_LENGTHS>
+[[kernel]] void conv1d_state_update(
+    device const T* x,
+    device const S* state,
+    device const bool* mask,
+    device const int* lengths,
+    constant uint& n_tokens,
+    constant uint& n_channels,
+    constant uint& n_history,
+    device S* out,
+    uint3 position [[thread_position_in_grid]]) {
+  if (position.x >= n_channels) {
+    return;
+  }
+  ulong sequence = position.z;
+  uint end = n_tokens;
+  if (HAS_LENGTHS) {
+    end = uint(clamp(lengths[sequence], 0, int(n_tokens)));
+  }
+  uint at = end + position.y;
+  ulong to = (sequence * n_history + position.y) * n_channels + position.x;
+  if (at < n_history) {
+    out[to] = state[(sequence * n_history + at) * n_channels + position.x];
+    return;
+  }
+  ulong token = sequence * n_tokens + (at - n_history);
+  bool counts = true;
+  if (HAS_MASK) {
+    counts = mask[token];
+  }
+  out[to] = S(counts ? float(x[token * n_channels + position.x]) : 0.0f);
+}
+
+// Lane l's share of a row of 32 * PER values.
+template <int PER, typename P>
+inline void read_share(thread float* share, P row, uint lane) {
+  if (PER % 4 == 0) {
+#pragma unroll
+    for (int j = 0; j < PER; j += 4) {
+      float4 values = read4(row + lane * PER + j);
+#pragma unroll
+      for (int i = 0; i < 4 && i < PER; ++i) {
+        share[j + i] = values[i];
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < PER; ++j) {
+    share[j] = float(row[lane * PER + j]);
+  }
+}
+
+// The delta rule over n_tokens tokens for ROWS rows of one head's state, by one simdgroup:
+// S = g S; S = S + beta (v - S k) k^T; y = S q. Lane l holds DK / 32 columns of each row in
+// registers from the first token to the last.
+template <typename T, int DK, int ROWS, typename Q, typename S, typename G, typename B>
+inline void delta_rows(
+    Q qkv,
+    S state,
+    G g,
+    B beta,
+    device float* state_out,
+    device T* out,
+    uint n_tokens,
+    uint n_key_heads,
+    uint n_heads,
+    uint dv,
+    uint3 where,
+    uint lane) {
+  constexpr int PER = DK / SIMD;
+  uint row = where.y * ROWS;
+  if (row >= dv) {
+    return;
+  }
+  uint head = where.z % n_heads;
+  ulong sequence = where.z / n_heads;
+  uint key_head = head / (n_heads / n_key_heads);
+  uint width = 2 * n_key_heads * DK + n_heads * dv;
+  ulong first = (ulong(where.z) * dv + row) * DK;
+  float s[ROWS][PER];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    if (row + r < dv) {
+      read_share<PER>(s[r], state + first + r * DK, lane);
+    }
+  }
+  for (uint t = 0; t < n_tokens; ++t) {
+    ulong token = sequence * n_tokens + t;
+    auto from = qkv + token * width;
+    float q[PER];
+    float k[PER];
+    read_share<PER>(q, from + key_head * DK, lane);
+    read_share<PER>(k, from + (n_key_heads + key_head) * DK, lane);
+    auto v = from + 2 * n_key_heads * DK + head * dv + row;
+    float decay = g[token * n_heads + head];
+    float rate = beta[token * n_heads + head];
+    device T* y = out + (token * n_heads + head) * dv + row;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      if (row + r < dv) {
+        float recalled = 0.0f;
+#pragma unroll
+        for (int j = 0; j < PER; ++j) {
+          s[r][j] *= decay;
+          recalled = fma(s[r][j], k[j], recalled);
+        }
+        float change = rate * (float(v[r]) - simd_sum(recalled));
+        float read = 0.0f;
+#pragma unroll
+        for (int j = 0; j < PER; ++j) {
+          s[r][j] = fma(change, k[j], s[r][j]);
+          read = fma(s[r][j], q[j], read);
+        }
+        read = simd_sum(read);
+        if (lane == uint(r)) {
+          y[r] = T(read);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    if (row + r < dv) {
+#pragma unroll
+      for (int j = 0; j < PER; ++j) {
+        state_out[first + r * DK + lane * PER + j] = s[r][j];
+      }
+    }
+  }
+}
+
+// The delta rule for one token of each sequence.
+//
+// qkv: [B, 2 Hk dk + Hv dv], per row q, k, v; state, state_out: float32 [B,Hv,dv,dk]; g,
+// beta: float32 [B,Hv]; out: [B, Hv dv]. Key head = value head / (Hv / Hk). Launch: one
+// simdgroup for four rows of the state, four simdgroups a threadgroup, grid
+// (32, dv / 4, B Hv). The state is all there is to read: each value is read and written
+// once, 16 bytes at a time, and q and k serve four rows.
+template <typename T, int DK>
+[[kernel]] void gated_delta_net_step(
+    device const T* qkv,
+    device const float* state,
+    device const float* g,
+    device const float* beta,
+    constant uint& n_key_heads,
+    constant uint& n_heads,
+    constant uint& dv,
+    device float* state_out,
+    device T* out,
+    uint3 where [[thread_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  delta_rows<T, DK, 4>(
+      qkv, state, g, beta, state_out, out, 1u, n_key_heads, n_heads, dv, where, lane);
+}
+
+// The delta rule for T tokens of each sequence, token by token.
+//
+// Arguments as of `gated_delta_net_step`, with N = B T rows of qkv, g, beta and out. Launch
+// as there. The state never leaves the registers between tokens, and no thread waits for
+// another but within its simdgroup.
+template <typename T, int DK>
+[[kernel]] void gated_delta_net_sequential(
+    device const T* qkv,
+    device const float* state,
+    device const float* g,
+    device const float* beta,
+    constant uint& n_tokens,
+    constant uint& n_key_heads,
+    constant uint& n_heads,
+    constant uint& dv,
+    device float* state_out,
+    device T* out,
+    uint3 where [[thread_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  delta_rows<T, DK, 4>(
+      qkv, state, g, beta, state_out, out, n_tokens, n_key_heads, n_heads, dv, where, lane);
+}
+
+// The delta rule for T tokens of each sequence, 16 at a time, by matrix products.
+//
+// Arguments as of `gated_delta_net_sequential`. Within a chunk, with gap(i, j) the sum of
+// log g over tokens j + 1 to i and total(i) that over tokens up to i, the corrections D solve
+// (I + tril(beta_i exp(gap) K K^T, -1)) D = beta (V - exp(total) K S^T); then
+// Y = exp(total) Q S^T + tril(exp(gap) Q K^T) D and S = exp(total(15)) S +
+// (exp(gap(15, j)) D)^T K. Launch: 4 simdgroups of 8 value columns each, grid
+// (128, dv / 32, B Hv). A simdgroup keeps the transpose of its part of S in matrix
+// registers through all chunks; gaps are summed, never differences of totals, which strong
+// decay makes too large to subtract. DK is at most 192: 30 KiB of threadgroup memory.
+template <typename T, int DK>
+[[kernel]] void gated_delta_net_chunkwise(
+    device const T* qkv,
+    device const float* state,
+    device const float* g,
+    device const float* beta,
+    constant uint& n_tokens,
+    constant uint& n_key_heads,
+    constant uint& n_heads,
+    constant uint& dv,
+    device float* state_out,
+    device T* out,
+    uint3 where [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  constexpr int CHUNK = 16;
+  constexpr int BLOCKS = DK / 8;
+  constexpr int THREADS = 128;
+  constexpr int TILE = 32;
+  // Rows of k, then of q; at the ends the threadgroup's part of the state.
+  threadgroup float keys[32 * DK];
+  threadgroup float coupling[CHUNK * CHUNK];
+  threadgroup float mixing[CHUNK * CHUNK];
+  threadgroup float fixes[4 * CHUNK * 8];
+  threadgroup float reads[4 * CHUNK * 8];
+  threadgroup float log_g[CHUNK];
+  threadgroup float rates[CHUNK];
+  threadgroup float totals[CHUNK];
+  threadgroup float tails[CHUNK];
+  threadgroup float* queries = keys + CHUNK * DK;
+  threadgroup float* fix = fixes + simdgroup * CHUNK * 8;
+  threadgroup float* read = reads + simdgroup * CHUNK * 8;
+
+  uint head = where.z % n_heads;
+  ulong sequence = where.z / n_heads;
+  uint key_head = head / (n_heads / n_key_heads);
+  uint width = 2 * n_key_heads * DK + n_heads * dv;
+  uint first_row = where.y * TILE;
+  ulong state_at = (ulong(where.z) * dv + first_row) * DK;
+  uint n_rows = min(uint(TILE), dv - first_row);
+
+  for (uint i = thread_index; i < TILE * DK; i += THREADS) {
+    keys[i] = i < n_rows * DK ? state[state_at + i] : 0.0f;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  simdgroup_float8x8 s[BLOCKS];
+#pragma unroll
+  for (int j = 0; j < BLOCKS; ++j) {
+    simdgroup_load(s[j], keys + simdgroup * 8 * DK + 8 * j, DK, 0, true);
+  }
+
+  for (uint start = 0; start < n_tokens; start += CHUNK) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    uint n_here = min(uint(CHUNK), n_tokens - start);
+    ulong token = sequence * n_tokens + start;
+    for (uint i = thread_index; i < CHUNK * DK; i += THREADS) {
+      bool there = i / DK < n_here;
+      auto row = qkv + (token + (there ? i / DK : 0)) * width + key_head * DK + i % DK;
+      queries[i] = there ? float(row[0]) : 0.0f;
+      keys[i] = there ? float(row[n_key_heads * DK]) : 0.0f;
+    }
+    if (thread_index < CHUNK) {
+      bool there = thread_index < n_here;
+      ulong at = (token + (there ? thread_index : 0)) * n_heads + head;
+      log_g[thread_index] = there ? log(fmax(g[at], FLT_MIN)) : 0.0f;
+      rates[thread_index] = there ? beta[at] : 0.0f;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    // A simdgroup makes one 8x8 block of both K K^T and Q K^T, and its own K S^T and Q S^T.
+    {
+      uint block_row = simdgroup / 2;
+      uint block_column = simdgroup % 2;
+      simdgroup_float8x8 kk = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+      simdgroup_float8x8 qk = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+      simdgroup_float8x8 ks[2];
+      simdgroup_float8x8 qs[2];
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        ks[m] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+        qs[m] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+      }
+#pragma unroll
+      for (int j = 0; j < BLOCKS; ++j) {
+        simdgroup_float8x8 left;
+        simdgroup_float8x8 right;
+        simdgroup_load(right, keys + block_column * 8 * DK + 8 * j, DK, 0, true);
+        simdgroup_load(left, keys + block_row * 8 * DK + 8 * j, DK);
+        simdgroup_multiply_accumulate(kk, left, right, kk);
+        simdgroup_load(left, queries + block_row * 8 * DK + 8 * j, DK);
+        simdgroup_multiply_accumulate(qk, left, right, qk);
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          simdgroup_load(left, keys + m * 8 * DK + 8 * j, DK);
+          simdgroup_multiply_accumulate(ks[m], left, s[j], ks[m]);
+          simdgroup_load(left, queries + m * 8 * DK + 8 * j, DK);
+          simdgroup_multiply_accumulate(qs[m], left, s[j], qs[m]);
+        }
+      }
+      simdgroup_store(kk, coupling + block_row * 8 * CHUNK + block_column * 8, CHUNK);
+      simdgroup_store(qk, mixing + block_row * 8 * CHUNK + block_column * 8, CHUNK);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        simdgroup_store(ks[m], fix + 64 * m, 8);
+        simdgroup_store(qs[m], read + 64 * m, 8);
+      }
+    }
+    if (thread_index < CHUNK) {
+      float total = 0.0f;
+      float tail = 0.0f;
+      for (uint m = 0; m < CHUNK; ++m) {
+        total += m <= thread_index ? log_g[m] : 0.0f;
+        tail += m > thread_index ? log_g[m] : 0.0f;
+      }
+      totals[thread_index] = exp(total);
+      tails[thread_index] = exp(tail);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    for (uint pair = thread_index; pair < CHUNK * CHUNK; pair += THREADS) {
+      uint i = pair / CHUNK;
+      uint j = pair % CHUNK;
+      float gap = 0.0f;
+      for (uint m = j + 1; m <= i; ++m) {
+        gap += log_g[m];
+      }
+      float decay = j <= i ? exp(gap) : 0.0f;
+      coupling[pair] = j < i ? rates[i] * decay * coupling[pair] : 0.0f;
+      mixing[pair] = decay * mixing[pair];
+    }
+    uint first_value = first_row + simdgroup * 8;
+    for (uint at = lane; at < CHUNK * 8; at += SIMD) {
+      uint i = at / 8;
+      uint column = first_value + at % 8;
+      bool there = i < n_here && column < dv;
+      ulong from = (token + (there ? i : 0)) * width + 2 * n_key_heads * DK;
+      float v = there ? float(qkv[from + head * dv + column]) : 0.0f;
+      fix[at] = rates[i] * (v - totals[i] * fix[at]);
+      read[at] *= totals[i];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    // Forward substitution, one value column a lane.
+    if (lane < 8) {
+      for (uint i = 1; i < CHUNK; ++i) {
+        float sum = fix[8 * i + lane];
+        for (uint j = 0; j < i; ++j) {
+          sum = fma(-coupling[CHUNK * i + j], fix[8 * j + lane], sum);
+        }
+        fix[8 * i + lane] = sum;
+      }
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      simdgroup_float8x8 y;
+      simdgroup_load(y, read + 64 * m, 8);
+#pragma unroll
+      for (int j = 0; j <= m; ++j) {
+        simdgroup_float8x8 left;
+        simdgroup_float8x8 right;
+        simdgroup_load(left, mixing + m * 8 * CHUNK + 8 * j, CHUNK);
+        simdgroup_load(right, fix + 64 * j, 8);
+        simdgroup_multiply_accumulate(y, left, right, y);
+      }
+      simdgroup_store(y, read + 64 * m, 8);
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint at = lane; at < CHUNK * 8; at += SIMD) {
+      uint i = at / 8;
+      uint column = first_value + at % 8;
+      if (i < n_here && column < dv) {
+        out[((token + i) * n_heads + head) * dv + column] = T(read[at]);
+      }
+      fix[at] *= tails[i];
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    simdgroup_float8x8 corrections[2];
+    simdgroup_load(corrections[0], fix, 8);
+    simdgroup_load(corrections[1], fix + 64, 8);
+    float end = totals[CHUNK - 1];
+#pragma unroll
+    for (int j = 0; j < BLOCKS; ++j) {
+      s[j].thread_elements()[0] *= end;
+      s[j].thread_elements()[1] *= end;
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        simdgroup_float8x8 left;
+        simdgroup_load(left, keys + m * 8 * DK + 8 * j, DK, 0, true);
+        simdgroup_multiply_accumulate(s[j], left, corrections[m], s[j]);
+      }
+    }
+  }
+
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+  for (int j = 0; j < BLOCKS; ++j) {
+    simdgroup_store(s[j], keys + simdgroup * 8 * DK + 8 * j, DK, 0, true);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint i = thread_index; i < n_rows * DK; i += THREADS) {
+    state_out[state_at + i] = keys[i];
+  }
+}
