@@ -257,6 +257,12 @@ template <typename T, typename S, int PER_LANE, bool NORMALIZE>
   }
 }
 
+// What the J-th of K experts adds to column i.
+template <int K, int J, typename W, typename P>
+inline float expert_share(W weights, P expert, uint i) {
+  return K > J ? weights[J] * float(expert[i]) : 0.0f;
+}
+
 // One token's h + sum of w_k * e_k + sigmoid(gate) * shared, experts in their own
 // buffers.
 //
@@ -291,22 +297,22 @@ template <typename T, int K>
   if (i >= n) {
     return;
   }
-  float sum = weights[0] * float(e0[i]);
-  sum += K > 1 ? weights[1] * float(e1[i]) : 0.0f;
-  sum += K > 2 ? weights[2] * float(e2[i]) : 0.0f;
-  sum += K > 3 ? weights[3] * float(e3[i]) : 0.0f;
-  sum += K > 4 ? weights[4] * float(e4[i]) : 0.0f;
-  sum += K > 5 ? weights[5] * float(e5[i]) : 0.0f;
-  sum += K > 6 ? weights[6] * float(e6[i]) : 0.0f;
-  sum += K > 7 ? weights[7] * float(e7[i]) : 0.0f;
-  sum += K > 8 ? weights[8] * float(e8[i]) : 0.0f;
-  sum += K > 9 ? weights[9] * float(e9[i]) : 0.0f;
-  sum += K > 10 ? weights[10] * float(e10[i]) : 0.0f;
-  sum += K > 11 ? weights[11] * float(e11[i]) : 0.0f;
-  sum += K > 12 ? weights[12] * float(e12[i]) : 0.0f;
-  sum += K > 13 ? weights[13] * float(e13[i]) : 0.0f;
-  sum += K > 14 ? weights[14] * float(e14[i]) : 0.0f;
-  sum += K > 15 ? weights[15] * float(e15[i]) : 0.0f;
+  float sum = expert_share<K, 0>(weights, e0, i);
+  sum += expert_share<K, 1>(weights, e1, i);
+  sum += expert_share<K, 2>(weights, e2, i);
+  sum += expert_share<K, 3>(weights, e3, i);
+  sum += expert_share<K, 4>(weights, e4, i);
+  sum += expert_share<K, 5>(weights, e5, i);
+  sum += expert_share<K, 6>(weights, e6, i);
+  sum += expert_share<K, 7>(weights, e7, i);
+  sum += expert_share<K, 8>(weights, e8, i);
+  sum += expert_share<K, 9>(weights, e9, i);
+  sum += expert_share<K, 10>(weights, e10, i);
+  sum += expert_share<K, 11>(weights, e11, i);
+  sum += expert_share<K, 12>(weights, e12, i);
+  sum += expert_share<K, 13>(weights, e13, i);
+  sum += expert_share<K, 14>(weights, e14, i);
+  sum += expert_share<K, 15>(weights, e15, i);
   out[i] = T(float(h[i]) + sum + sigmoid(float(gate[0])) * float(shared[i]));
 }
 
@@ -380,9 +386,6 @@ template <typename T, typename S>
     device T* out,
     uint2 position [[thread_position_in_grid]]) {
   uint i = 4 * position.x;
-  if (i >= n) {
-    return;
-  }
   ulong row = ulong(position.y) * n;
   float4 sum = read_columns(h + row, i, n) + read_columns(moe_sum + row, i, n);
   float open = sigmoid(float(gate[position.y]));
@@ -413,9 +416,6 @@ template <typename T>
   }
   found = simd_max(found);
   uint i = 4 * position.x;
-  if (i >= n) {
-    return;
-  }
   ulong row = ulong(position.y) * n;
   float4 sum = read_columns(acc + row, i, n);
   if (found > 0) {
@@ -620,9 +620,6 @@ template <typename T>
     device T* out,
     uint2 position [[thread_position_in_grid]]) {
   uint i = 4 * position.x;
-  if (i >= n) {
-    return;
-  }
   ulong token = position.y;
   float4 sum = float4(0.0f);
   for (uint slot = 0; slot < k; ++slot) {

@@ -111,7 +111,7 @@ def moe_normalize_weights(weights: mx.array) -> Launch:
         "moe_normalize_weights",
         {"weights": weights, "n": n, "k": k},
         {"out": (n_tokens, k)},
-        (n, 1, 1),
+        (groups(n, 256) * 256, 1, 1),
         (256, 1, 1),
     )
 
@@ -301,7 +301,7 @@ def moe_combine_residual(
             "n": n,
         },
         {"out": (n,)},
-        (n, 1, 1),
+        (groups(n, 256) * 256, 1, 1),
         (256, 1, 1),
         {"K": k},
     )
@@ -337,7 +337,7 @@ def moe_combine_residual_flat(
             "n": n,
         },
         {"out": (n,)},
-        (n, 1, 1),
+        (groups(n, 256) * 256, 1, 1),
         (256, 1, 1),
     )
 
@@ -366,7 +366,7 @@ def moe_combine_residual_unscaled(
             "n": n,
         },
         {"out": (n,)},
-        (n, 1, 1),
+        (groups(n, 256) * 256, 1, 1),
         (256, 1, 1),
     )
 
