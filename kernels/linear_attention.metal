@@ -160,26 +160,6 @@ template <typename T, typename S, bool HAS_MASK, bool HAS_LENGTHS>
   out[to] = S(counts ? float(x[token * n_channels + position.x]) : 0.0f);
 }
 
-// Lane l's share of a row of 32 * PER values.
-template <int PER, typename P>
-inline void read_share(thread float* share, P row, uint lane) {
-  if (PER % 4 == 0) {
-#pragma unroll
-    for (int j = 0; j < PER; j += 4) {
-      float4 values = read4(row + lane * PER + j);
-#pragma unroll
-      for (int i = 0; i < 4 && i < PER; ++i) {
-        share[j + i] = values[i];
-      }
-    }
-    return;
-  }
-#pragma unroll
-  for (int j = 0; j < PER; ++j) {
-    share[j] = float(row[lane * PER + j]);
-  }
-}
-
 // The delta rule over n_tokens tokens for ROWS rows of one head's state, by one simdgroup:
 // S = g S; S = S + beta (v - S k) k^T; y = S q. Lane l holds DK / 32 columns of each row in
 // registers from the first token to the last.

@@ -87,3 +87,23 @@ inline void write_columns(device T* row, uint i, uint n, float4 values) {
     }
   }
 }
+
+// Lane l's share of a row of 32 * PER values.
+template <int PER, typename P>
+inline void read_share(thread float* share, P row, uint lane) {
+  if (PER % 4 == 0) {
+#pragma unroll
+    for (int j = 0; j < PER; j += 4) {
+      float4 values = read4(row + lane * PER + j);
+#pragma unroll
+      for (int i = 0; i < 4 && i < PER; ++i) {
+        share[j + i] = values[i];
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < PER; ++j) {
+    share[j] = float(row[lane * PER + j]);
+  }
+}

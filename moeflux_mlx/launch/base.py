@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import numbers
+import operator
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,6 +82,8 @@ def prepare(launch: Launch) -> Prepared:
     _same_names(kernel, "outputs", launch.outputs, [p.name for p in kernel.outputs])
     _same_names(kernel, "template", launch.template, list(kernel.values))
     types = dict(launch.types)
+    for name, dtype in types.items():
+        _check_float(kernel, name, dtype)
     inputs = [_input(kernel, p, launch.inputs[p.name], types) for p in kernel.inputs]
     _check_template(kernel, launch.template, types)
     _check_limits(kernel, launch, types)
@@ -88,10 +93,7 @@ def prepare(launch: Launch) -> Prepared:
         else (p.name, (bool if p.kind == "bool" else int)(launch.template[p.name]))
         for p in kernel.template
     ]
-    shapes = [tuple(launch.outputs[p.name]) for p in kernel.outputs]
-    for output, shape in zip(kernel.outputs, shapes, strict=True):
-        if any(d <= 0 for d in shape):
-            _fail(kernel, output.name, "a shape of positive sizes", shape)
+    shapes = [_shape(kernel, p.name, launch.outputs[p.name]) for p in kernel.outputs]
     dtypes = [_dtype(p.type, types) for p in kernel.outputs]
     return Prepared(
         kernel, inputs, template, launch.grid, launch.threadgroup, shapes, dtypes
@@ -123,6 +125,7 @@ def _input(
         _fail(kernel, name, "an array with elements", f"shape {value.shape}")
     if parameter.type in kernel.type_parameters:
         wanted = types.setdefault(parameter.type, value.dtype)
+        _check_float(kernel, name, wanted)
     else:
         wanted = DTYPES[parameter.type]
     if value.dtype != wanted:
@@ -132,13 +135,34 @@ def _input(
 
 def _scalar(kernel: MetalKernel, name: str, value: Any, dtype: mx.Dtype) -> mx.array:
     if mx.issubdtype(dtype, mx.floating):
+        if not isinstance(value, int | float | np.number):
+            _fail(kernel, name, "a number", value)
         return constant(float(value), dtype)
-    value = int(value)
+    value = _whole(kernel, name, value)
     low = 0 if mx.issubdtype(dtype, mx.unsignedinteger) else -(1 << 8 * dtype.size - 1)
     high = low + (1 << 8 * dtype.size)
     if not low <= value < high:
         _fail(kernel, name, f"a number that fits {dtype}", value)
     return constant(value, dtype)
+
+
+def _whole(kernel: MetalKernel, name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        _fail(kernel, name, "a whole number", value)
+
+
+def _shape(kernel: MetalKernel, name: str, shape: Any) -> tuple[int, ...]:
+    sizes = shape if isinstance(shape, tuple) else (0,)
+    if not all(isinstance(n, int) and n > 0 for n in sizes):
+        _fail(kernel, name, "a shape of positive sizes", shape)
+    return sizes
+
+
+def _check_float(kernel: MetalKernel, name: str, dtype: mx.Dtype) -> None:
+    if dtype not in FLOATS:
+        _fail(kernel, name, " or ".join(map(str, FLOATS)), dtype)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -163,8 +187,9 @@ def _check_template(
     if unknown:
         _fail(kernel, "types", list(kernel.type_parameters), sorted(unknown))
     for name, value in values.items():
-        if int(value) != value:
-            _fail(kernel, name, "a whole number", value)
+        whole = _whole(kernel, name, value)
+        if kernel.values[name] == "bool" and whole not in (0, 1):
+            _fail(kernel, name, "0 or 1", value)
 
 
 def _check_limits(
@@ -189,7 +214,7 @@ def _check_limits(
         _fail(kernel, "threadgroup memory", limit, n_bytes)
 
 
-def _fail(kernel: MetalKernel, part: str, wanted: Any, got: Any) -> None:
+def _fail(kernel: MetalKernel, part: str, wanted: Any, got: Any) -> typing.NoReturn:
     raise KernelError(f"[{kernel.name}] {part}: expected {wanted} but got {got}")
 
 
@@ -224,6 +249,22 @@ def require(name: str, condition: bool, wanted: str, got: Any) -> None:
         raise ShapeError(f"{name}: expected {wanted} but got {got}")
 
 
+def _misfit(build: Callable[..., Launch], args: Any, options: Any) -> str:
+    """Say which argument is not of the type that the launch function asks for."""
+    try:
+        given = inspect.signature(build).bind(*args, **options).arguments
+    except TypeError as error:
+        return str(error)
+    hints = typing.get_type_hints(build)
+    for name, value in given.items():
+        wanted = hints[name]
+        fits = {int: numbers.Integral, float: numbers.Real}.get(wanted, wanted)
+        if isinstance(fits, type) and not isinstance(value, fits):
+            got = type(value).__name__
+            return f"{name}: expected {wanted.__name__} but got {got}"
+    return ""
+
+
 Sample = Callable[..., tuple[Any, ...]]
 
 
@@ -255,6 +296,9 @@ class Kernel:
             return self.build(*args, **options)
         except ShapeError as error:
             raise KernelError(f"[{self.name}] {error}") from None
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            misfit = _misfit(self.build, args, options) or str(error)
+            raise KernelError(f"[{self.name}] {misfit}") from error
 
     @property
     def metal(self) -> MetalKernel:

@@ -1,0 +1,559 @@
+// Full attention: rotary positions, the KV cache, and causal attention over it.
+//
+// B sequences of T tokens, N = B T rows; H query heads, Hkv key heads, D head width, S rows in
+// the cache. Query head h reads key head h / (H / Hkv).
+#include "moeflux.h"
+
+// Rotation of the first 2 n_pairs channels of each head, first half paired with second
+// (NeoX); the other channels are copied.
+//
+// x, out: [N, H d]; inv_freq: float32 [n_pairs], angle per position; start: [B], position of
+// each sequence's first token. Launch: one thread a pair or copied channel, grid
+// (d - n_pairs, H, N). Angles reach thousands of turns, which only the precise functions
+// reduce well.
+template <typename T>
+[[kernel]] void rope_n_tokens(
+    device const T* x,
+    device const float* inv_freq,
+    device const int* start,
+    constant uint& n_tokens,
+    constant uint& n_heads,
+    constant uint& head_dim,
+    constant uint& n_pairs,
+    device T* out,
+    uint3 position [[thread_position_in_grid]]) {
+  uint channel = position.x;
+  if (channel >= head_dim - n_pairs) {
+    return;
+  }
+  ulong at = (ulong(position.z) * n_heads + position.y) * head_dim + channel;
+  if (channel >= n_pairs) {
+    out[at + n_pairs] = x[at + n_pairs];
+    return;
+  }
+  int where = start[position.z / n_tokens] + int(position.z % n_tokens);
+  float angle = float(where) * inv_freq[channel];
+  float c = precise::cos(angle);
+  float s = precise::sin(angle);
+  float first = float(x[at]);
+  float second = float(x[at + n_pairs]);
+  out[at] = T(first * c - second * s);
+  out[at + n_pairs] = T(first * s + second * c);
+}
+
+// Both caches with T new rows from `row` on; rows outside of them are dropped.
+//
+// keys, values: [N, Hkv d]; k_cache, v_cache and outputs: [B,Hkv,S,d]; row: [1]. Launch: four
+// channels a thread, grid (d / 4, S, B Hkv). An MLX array is a value, so the whole cache is
+// written; a model's own cache object appends in place instead.
+template <typename T, typename C>
+[[kernel]] void kv_cache_append_n_tokens(
+    device const T* keys,
+    device const T* values,
+    device const C* k_cache,
+    device const C* v_cache,
+    device const int* row,
+    constant uint& n_tokens,
+    constant uint& n_kv_heads,
+    constant uint& n_rows,
+    constant uint& head_dim,
+    device C* k_out,
+    device C* v_out,
+    uint3 position [[thread_position_in_grid]]) {
+  uint channel = 4 * position.x;
+  if (channel >= head_dim) {
+    return;
+  }
+  ulong sequence = position.z / n_kv_heads;
+  uint head = position.z % n_kv_heads;
+  ulong to = (ulong(position.z) * n_rows + position.y) * head_dim;
+  int token = int(position.y) - row[0];
+  if (token >= 0 && token < int(n_tokens)) {
+    ulong from = ((sequence * n_tokens + token) * n_kv_heads + head) * head_dim;
+    write_columns(k_out + to, channel, head_dim, read_columns(keys + from, channel, head_dim));
+    write_columns(v_out + to, channel, head_dim, read_columns(values + from, channel, head_dim));
+  } else {
+    write_columns(k_out + to, channel, head_dim, read_columns(k_cache + to, channel, head_dim));
+    write_columns(v_out + to, channel, head_dim, read_columns(v_cache + to, channel, head_dim));
+  }
+}
+
+// Scores of one query a sequence with all rows of the cache: the first of three passes.
+//
+// q: [B, H D]; k: [B,Hkv,S,D]; scores: float32 [B,H,S]. Launch: one simdgroup a row of the
+// cache, 8 a threadgroup, grid (32, S, B Hkv). The row is read once for all heads of its group.
+template <typename T, typename C, int D>
+[[kernel]] void attn_scores_batched(
+    device const T* q,
+    device const C* k,
+    constant float& scale,
+    constant uint& n_heads,
+    constant uint& heads_per_kv,
+    constant uint& n_rows,
+    device float* scores,
+    uint3 position [[thread_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  constexpr int PER = D / SIMD;
+  if (position.y >= n_rows) {
+    return;
+  }
+  uint n_kv_heads = n_heads / heads_per_kv;
+  ulong sequence = position.z / n_kv_heads;
+  uint first = position.z % n_kv_heads * heads_per_kv;
+  float key[PER];
+  read_share<PER>(key, k + (ulong(position.z) * n_rows + position.y) * D, lane);
+  for (uint head = first; head < first + heads_per_kv; ++head) {
+    float query[PER];
+    read_share<PER>(query, q + (sequence * n_heads + head) * D, lane);
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < PER; ++j) {
+      sum = fma(query[j], key[j], sum);
+    }
+    sum = simd_sum(sum);
+    if (lane == 0) {
+      scores[(sequence * n_heads + head) * n_rows + position.y] = scale * sum;
+    }
+  }
+}
+
+// Softmax of each row: the second pass.
+//
+// scores, out: float32 [R,S]. Launch: one threadgroup of 256 a row. Three walks over the row
+// instead of values kept: S has no bound.
+[[kernel]] void attn_softmax_batched(
+    device const float* scores,
+    constant uint& n_rows,
+    device float* out,
+    uint row [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float scratch[8];
+  threadgroup float tops[8];
+  auto from = scores + ulong(row) * n_rows;
+  device float* to = out + ulong(row) * n_rows;
+  float top = -INFINITY;
+  for (uint i = thread_index; i < n_rows; i += 256) {
+    top = fmax(top, from[i]);
+  }
+  top = simd_max(top);
+  if (lane == 0) {
+    tops[simdgroup] = top;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  top = simd_max(tops[lane % 8]);
+  float sum = 0.0f;
+  for (uint i = thread_index; i < n_rows; i += 256) {
+    sum += exp(from[i] - top);
+  }
+  sum = threadgroup_sum(sum, scratch, lane, simdgroup, 8);
+  for (uint i = thread_index; i < n_rows; i += 256) {
+    to[i] = exp(from[i] - top) / sum;
+  }
+}
+
+// Values weighted by probabilities: the third pass.
+//
+// p: float32 [B,H,S]; v: [B,Hkv,S,D]; out: [B, H D]. Launch: one threadgroup of 8 simdgroups a
+// head; each takes every eighth row, a lane D / 32 channels, and the eight sums meet at the end.
+template <typename C, typename T, int D>
+[[kernel]] void attn_values_batched(
+    device const float* p,
+    device const C* v,
+    constant uint& n_heads,
+    constant uint& heads_per_kv,
+    constant uint& n_rows,
+    device T* out,
+    uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  constexpr int PER = D / SIMD;
+  threadgroup float sums[8 * D];
+  ulong sequence = group / n_heads;
+  ulong kv_head = sequence * (n_heads / heads_per_kv) + group % n_heads / heads_per_kv;
+  auto weights = p + ulong(group) * n_rows;
+  float sum[PER];
+#pragma unroll
+  for (int j = 0; j < PER; ++j) {
+    sum[j] = 0.0f;
+  }
+  for (uint row = simdgroup; row < n_rows; row += 8) {
+    float value[PER];
+    read_share<PER>(value, v + (kv_head * n_rows + row) * D, lane);
+    float weight = weights[row];
+#pragma unroll
+    for (int j = 0; j < PER; ++j) {
+      sum[j] = fma(weight, value[j], sum[j]);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < PER; ++j) {
+    sums[simdgroup * D + lane * PER + j] = sum[j];
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint i = thread_index; i < D; i += 256) {
+    float total = 0.0f;
+    for (uint s = 0; s < 8; ++s) {
+      total += sums[s * D + i];
+    }
+    out[ulong(group) * D + i] = T(total);
+  }
+}
+
+// One row of keys and values into the running softmax of FOLD queries that share it: the
+// largest score so far, the sum of exponentials, and the values weighted by them. Lane l holds
+// PER channels of each query and sum. Queries come scaled.
+template <int PER, int FOLD, typename K, typename V>
+inline void attend_row(
+    thread const float* query,
+    thread float* sum,
+    thread float* top,
+    thread float* total,
+    K key_row,
+    V value_row,
+    uint lane) {
+  float key[PER];
+  float value[PER];
+  read_share<PER>(key, key_row, lane);
+  read_share<PER>(value, value_row, lane);
+#pragma unroll
+  for (int f = 0; f < FOLD; ++f) {
+    float score = 0.0f;
+#pragma unroll
+    for (int j = 0; j < PER; ++j) {
+      score = fma(query[f * PER + j], key[j], score);
+    }
+    score = simd_sum(score);
+    float higher = fmax(top[f], score);
+    float shrink = exp(top[f] - higher);
+    float weight = exp(score - higher);
+    top[f] = higher;
+    total[f] = fma(total[f], shrink, weight);
+#pragma unroll
+    for (int j = 0; j < PER; ++j) {
+      sum[f * PER + j] = fma(sum[f * PER + j], shrink, weight * value[j]);
+    }
+  }
+}
+
+// FOLD queries of neighbouring heads, scaled, and an empty running softmax for each.
+template <int PER, int FOLD, typename Q>
+inline void begin_attention(
+    thread float* query,
+    thread float* sum,
+    thread float* top,
+    thread float* total,
+    Q q,
+    float scale,
+    uint lane) {
+#pragma unroll
+  for (int f = 0; f < FOLD; ++f) {
+    read_share<PER>(query + f * PER, q + f * PER * SIMD, lane);
+    top[f] = -INFINITY;
+    total[f] = 0.0f;
+#pragma unroll
+    for (int j = 0; j < PER; ++j) {
+      query[f * PER + j] *= scale;
+      sum[f * PER + j] = 0.0f;
+    }
+  }
+}
+
+// One token's queries of FOLD heads over all rows that they see, by one simdgroup.
+template <int D, int FOLD, bool HAS_MASK, typename T, typename Q, typename C, typename M>
+inline void attend_direct(
+    Q q,
+    C k,
+    C v,
+    M mask,
+    float scale,
+    uint n_tokens,
+    uint n_heads,
+    uint heads_per_kv,
+    uint n_rows,
+    uint n_masks,
+    device T* out,
+    uint3 position,
+    uint lane) {
+  constexpr int PER = D / SIMD;
+  uint token = position.y;
+  if (token >= n_tokens) {
+    return;
+  }
+  uint n_folds = n_heads / FOLD;
+  ulong sequence = position.z / n_folds;
+  uint head = position.z % n_folds * FOLD;
+  ulong at = ((sequence * n_tokens + token) * n_heads + head) * D;
+  ulong kv_at = (sequence * (n_heads / heads_per_kv) + head / heads_per_kv) * n_rows * D;
+  auto kept = mask + (HAS_MASK ? ((n_masks > 1 ? sequence : 0) * n_tokens + token) * n_rows : 0);
+  uint n_seen = HAS_MASK ? n_rows : n_rows - n_tokens + token + 1;
+  float query[FOLD * PER];
+  float sum[FOLD * PER];
+  float top[FOLD];
+  float total[FOLD];
+  begin_attention<PER, FOLD>(query, sum, top, total, q + at, scale, lane);
+  for (uint row = 0; row < n_seen; ++row) {
+    bool seen = true;
+    if (HAS_MASK) {
+      seen = kept[row];
+    }
+    if (seen) {
+      ulong from = kv_at + ulong(row) * D;
+      attend_row<PER, FOLD>(query, sum, top, total, k + from, v + from, lane);
+    }
+  }
+#pragma unroll
+  for (int f = 0; f < FOLD; ++f) {
+    // Who sees nothing gets zeros.
+    float share = total[f] > 0.0f ? 1.0f / total[f] : 0.0f;
+#pragma unroll
+    for (int j = 0; j < PER; ++j) {
+      out[at + f * D + lane * PER + j] = T(sum[f * PER + j] * share);
+    }
+  }
+}
+
+// Causal attention, rows of the cache read straight from device memory.
+//
+// q, out: [N, H D]; k, v: [B,Hkv,S,D], the last T rows being the queries' own: query t sees
+// rows 0 to S - T + t, or what mask [1 or B, 1, T, S] says if HAS_MASK. Launch: one simdgroup a
+// token and head, four tokens a threadgroup, grid (32, T, B H). Neighbouring tokens read the
+// same rows at the same time, which the cache serves better than copies in threadgroup memory,
+// and nobody waits at a barrier.
+template <typename T, typename C, int D, bool HAS_MASK>
+[[kernel]] void sdpa_causal_direct(
+    device const T* q,
+    device const C* k,
+    device const C* v,
+    device const bool* mask,
+    constant float& scale,
+    constant uint& n_tokens,
+    constant uint& n_heads,
+    constant uint& heads_per_kv,
+    constant uint& n_rows,
+    constant uint& n_masks,
+    device T* out,
+    uint3 position [[thread_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  attend_direct<D, 1, HAS_MASK>(
+      q, k, v, mask, scale, n_tokens, n_heads, heads_per_kv, n_rows, n_masks, out, position,
+      lane);
+}
+
+// The same, two heads of one key head a simdgroup: each row is read once for both. Grid
+// (32, T, B H / 2).
+template <typename T, typename C, int D, bool HAS_MASK>
+[[kernel]] void sdpa_causal_direct_fold2(
+    device const T* q,
+    device const C* k,
+    device const C* v,
+    device const bool* mask,
+    constant float& scale,
+    constant uint& n_tokens,
+    constant uint& n_heads,
+    constant uint& heads_per_kv,
+    constant uint& n_rows,
+    constant uint& n_masks,
+    device T* out,
+    uint3 position [[thread_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  attend_direct<D, 2, HAS_MASK>(
+      q, k, v, mask, scale, n_tokens, n_heads, heads_per_kv, n_rows, n_masks, out, position,
+      lane);
+}
+
+// The same, four heads a simdgroup. Grid (32, T, B H / 4).
+template <typename T, typename C, int D, bool HAS_MASK>
+[[kernel]] void sdpa_causal_direct_fold4(
+    device const T* q,
+    device const C* k,
+    device const C* v,
+    device const bool* mask,
+    constant float& scale,
+    constant uint& n_tokens,
+    constant uint& n_heads,
+    constant uint& heads_per_kv,
+    constant uint& n_rows,
+    constant uint& n_masks,
+    device T* out,
+    uint3 position [[thread_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  attend_direct<D, 4, HAS_MASK>(
+      q, k, v, mask, scale, n_tokens, n_heads, heads_per_kv, n_rows, n_masks, out, position,
+      lane);
+}
+
+// The same, eight heads a simdgroup: 16 registers a channel of a lane. Grid (32, T, B H / 8).
+template <typename T, typename C, int D, bool HAS_MASK>
+[[kernel]] void sdpa_causal_direct_fold8(
+    device const T* q,
+    device const C* k,
+    device const C* v,
+    device const bool* mask,
+    constant float& scale,
+    constant uint& n_tokens,
+    constant uint& n_heads,
+    constant uint& heads_per_kv,
+    constant uint& n_rows,
+    constant uint& n_masks,
+    device T* out,
+    uint3 position [[thread_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  attend_direct<D, 8, HAS_MASK>(
+      q, k, v, mask, scale, n_tokens, n_heads, heads_per_kv, n_rows, n_masks, out, position,
+      lane);
+}
+
+// Causal attention, rows of the cache staged in threadgroup memory, 8 at a time.
+//
+// Arguments as of `sdpa_causal_direct`. Launch: 8 simdgroups, one token each, of one head,
+// grid (32, T, B H). Reads each row once for eight tokens whatever the caches do, at the price
+// of two barriers a tile.
+template <typename T, typename C, int D, bool HAS_MASK>
+[[kernel]] void sdpa_causal_staged(
+    device const T* q,
+    device const C* k,
+    device const C* v,
+    device const bool* mask,
+    constant float& scale,
+    constant uint& n_tokens,
+    constant uint& n_heads,
+    constant uint& heads_per_kv,
+    constant uint& n_rows,
+    constant uint& n_masks,
+    device T* out,
+    uint3 position [[thread_position_in_grid]],
+    uint3 group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  constexpr int PER = D / SIMD;
+  constexpr int BLOCK = 8;
+  threadgroup C keys[BLOCK * D];
+  threadgroup C values[BLOCK * D];
+  ulong sequence = position.z / n_heads;
+  uint head = position.z % n_heads;
+  // A token past the end goes along, for the barriers' sake, and writes nothing.
+  bool there = position.y < n_tokens;
+  uint token = there ? position.y : n_tokens - 1;
+  uint last_token = min(group.y * 8 + 7, n_tokens - 1);
+  ulong at = ((sequence * n_tokens + token) * n_heads + head) * D;
+  ulong kv_at = (sequence * (n_heads / heads_per_kv) + head / heads_per_kv) * n_rows * D;
+  auto kept = mask + (HAS_MASK ? ((n_masks > 1 ? sequence : 0) * n_tokens + token) * n_rows : 0);
+  uint n_staged = HAS_MASK ? n_rows : n_rows - n_tokens + last_token + 1;
+  uint n_seen = HAS_MASK ? n_rows : n_rows - n_tokens + token + 1;
+  float query[PER];
+  float sum[PER];
+  float top[1];
+  float total[1];
+  begin_attention<PER, 1>(query, sum, top, total, q + at, scale, lane);
+  for (uint start = 0; start < n_staged; start += BLOCK) {
+    uint n_here = min(uint(BLOCK), n_staged - start);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint i = thread_index; i < n_here * D; i += 256) {
+      keys[i] = k[kv_at + ulong(start) * D + i];
+      values[i] = v[kv_at + ulong(start) * D + i];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint row = 0; row < n_here; ++row) {
+      bool seen = start + row < n_seen;
+      if (HAS_MASK) {
+        seen = kept[start + row];
+      }
+      if (seen) {
+        threadgroup const C* key = keys + row * D;
+        threadgroup const C* value = values + row * D;
+        attend_row<PER, 1>(query, sum, top, total, key, value, lane);
+      }
+    }
+  }
+  if (there) {
+    float share = total[0] > 0.0f ? 1.0f / total[0] : 0.0f;
+#pragma unroll
+    for (int j = 0; j < PER; ++j) {
+      out[at + lane * PER + j] = T(sum[j] * share);
+    }
+  }
+}
+
+// Attention of one token a sequence, the cache's rows parted between simdgroups.
+//
+// Arguments as of `sdpa_causal_direct`, T = 1. Launch: one threadgroup of 8 simdgroups for FOLD
+// heads of one key head, grid (256, B H / FOLD). Each simdgroup takes every eighth row with a
+// softmax of its own; at the end the eight are brought to one largest score. A single token
+// has no other work to fill the GPU with than the rows themselves.
+template <typename T, typename C, int D, int FOLD, bool HAS_MASK>
+[[kernel]] void sdpa_decode(
+    device const T* q,
+    device const C* k,
+    device const C* v,
+    device const bool* mask,
+    constant float& scale,
+    constant uint& n_heads,
+    constant uint& heads_per_kv,
+    constant uint& n_rows,
+    constant uint& n_masks,
+    device T* out,
+    uint2 group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  constexpr int PER = D / SIMD;
+  threadgroup float sums[8 * D];
+  threadgroup float tops[8 * FOLD];
+  threadgroup float totals[8 * FOLD];
+  uint n_folds = n_heads / FOLD;
+  ulong sequence = group.y / n_folds;
+  uint head = group.y % n_folds * FOLD;
+  ulong at = (sequence * n_heads + head) * D;
+  ulong kv_at = (sequence * (n_heads / heads_per_kv) + head / heads_per_kv) * n_rows * D;
+  auto kept = mask + (HAS_MASK ? (n_masks > 1 ? sequence : 0) * n_rows : 0);
+  float query[FOLD * PER];
+  float sum[FOLD * PER];
+  float top[FOLD];
+  float total[FOLD];
+  begin_attention<PER, FOLD>(query, sum, top, total, q + at, scale, lane);
+  for (uint row = simdgroup; row < n_rows; row += 8) {
+    bool seen = true;
+    if (HAS_MASK) {
+      seen = kept[row];
+    }
+    if (seen) {
+      ulong from = kv_at + ulong(row) * D;
+      attend_row<PER, FOLD>(query, sum, top, total, k + from, v + from, lane);
+    }
+  }
+  if (lane == 0) {
+#pragma unroll
+    for (int f = 0; f < FOLD; ++f) {
+      tops[simdgroup * FOLD + f] = top[f];
+      totals[simdgroup * FOLD + f] = total[f];
+    }
+  }
+#pragma unroll
+  for (int f = 0; f < FOLD; ++f) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+    for (int j = 0; j < PER; ++j) {
+      sums[simdgroup * D + lane * PER + j] = sum[f * PER + j];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    float highest = -INFINITY;
+    for (int s = 0; s < 8; ++s) {
+      highest = fmax(highest, tops[s * FOLD + f]);
+    }
+    for (uint i = thread_index; i < D; i += 256) {
+      float value = 0.0f;
+      float weight = 0.0f;
+      for (int s = 0; s < 8; ++s) {
+        // A simdgroup that saw nothing has neither a largest score nor a share.
+        float had = totals[s * FOLD + f];
+        float part = had > 0.0f ? exp(tops[s * FOLD + f] - highest) : 0.0f;
+        value = fma(part, sums[s * D + i], value);
+        weight = fma(part, had, weight);
+      }
+      out[at + f * D + i] = T(weight > 0.0f ? value / weight : 0.0f);
+    }
+  }
+}

@@ -1,0 +1,504 @@
+"""Launches of ``kernels/attention.metal``.
+
+Letters: N = B sequences x T tokens, H query heads, Hkv key heads, d head width, S rows
+in the cache. Caches are ``[B, Hkv, S, d]``; MLX copies one that is a slice of a longer
+one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .base import Kernel, Launch, dims, expect, groups, kernel, normal, require
+
+SIMD = 32
+MAX_HEAD_DIM = 256
+FLOAT32 = mx.float32
+FOLDS = (8, 4, 2, 1)
+
+
+def _rope(x: mx.array, inv_freq: mx.array, start: mx.array, num_heads: int) -> mx.array:
+    n, pairs, n_seqs = x.shape[0], inv_freq.size, start.size
+    heads = x.astype(FLOAT32).reshape(n_seqs, n // n_seqs, num_heads, -1)
+    token = mx.arange(n // n_seqs)
+    position = (start[:, None] + token).astype(FLOAT32)
+    angle = position[..., None, None] * inv_freq
+    c, s = mx.cos(angle), mx.sin(angle)
+    a, b, rest = mx.split(heads, [pairs, 2 * pairs], axis=-1)
+    out = mx.concatenate([a * c - b * s, a * s + b * c, rest], axis=-1)
+    return out.reshape(x.shape).astype(x.dtype)
+
+
+def _some_rope(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    b: int,
+    t: int,
+    h: int,
+    d: int,
+    pairs: int,
+    at: int,
+) -> tuple[Any, ...]:
+    inv_freq = mx.array((100.0 ** -(np.arange(pairs) / pairs)).astype(np.float32))
+    start = mx.array((at + np.arange(b) * 3).astype(np.int32))
+    return normal(rng, dtype, b * t, h * d), inv_freq, start, h
+
+
+@kernel(
+    reference=_rope,
+    sample=_some_rope,
+    sizes=[
+        dict(b=1, t=1, h=1, d=2, pairs=1, at=0),
+        dict(b=2, t=3, h=3, d=37, pairs=9, at=5),
+        dict(b=1, t=5, h=2, d=64, pairs=32, at=1000),
+        dict(b=9, t=1, h=1, d=96, pairs=16, at=70),
+    ],
+    large=dict(b=1, t=2048, h=32, d=128, pairs=64, at=0),
+)
+def rope_n_tokens(
+    x: mx.array, inv_freq: mx.array, start: mx.array, num_heads: int
+) -> Launch:
+    """Rotate the first channels of each head of ``[N, H * d]``, halves paired.
+
+    ``inv_freq`` float32 ``[rotary / 2]``; ``start`` int32 ``[B]``.
+    """
+    n, width = dims("x", x, 2)
+    (pairs,) = dims("inv_freq", inv_freq, 1)
+    (n_seqs,) = dims("start", start, 1)
+    require("start", n % n_seqs == 0, f"a divisor of {n} rows", n_seqs)
+    divides = isinstance(num_heads, int) and num_heads > 0 and width % num_heads == 0
+    require("num_heads", divides, f"a divisor of {width}", num_heads)
+    d = width // num_heads
+    require("inv_freq", 2 * pairs <= d, f"at most {d // 2} pairs", pairs)
+    return Launch(
+        "rope_n_tokens",
+        {
+            "x": x,
+            "inv_freq": inv_freq,
+            "start": start,
+            "n_tokens": n // n_seqs,
+            "n_heads": num_heads,
+            "head_dim": d,
+            "n_pairs": pairs,
+        },
+        {"out": (n, width)},
+        (32 * groups(d - pairs, 32), num_heads, n),
+        (32, 1, 1),
+    )
+
+
+def _append(
+    keys: mx.array,
+    values: mx.array,
+    k_cache: mx.array,
+    v_cache: mx.array,
+    row: mx.array,
+) -> tuple[mx.array, mx.array]:
+    n_seqs, heads, n_rows, d = k_cache.shape
+    t, first = keys.shape[0] // n_seqs, int(row.item())
+
+    def updated(cache: mx.array, new: mx.array) -> mx.array:
+        rows = new.reshape(n_seqs, t, heads, d).swapaxes(1, 2).astype(cache.dtype)
+        parts = [
+            rows[:, :, i - first] if 0 <= i - first < t else cache[:, :, i]
+            for i in range(n_rows)
+        ]
+        return mx.stack(parts, axis=2)
+
+    return updated(k_cache, keys), updated(v_cache, values)
+
+
+def _some_append(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    b: int,
+    t: int,
+    h: int,
+    s: int,
+    d: int,
+    row: int,
+) -> tuple[Any, ...]:
+    rows = [normal(rng, dtype, b * t, h * d) for _ in range(2)]
+    caches = [normal(rng, dtype, b, h, s, d) for _ in range(2)]
+    return *rows, *caches, mx.array([row], mx.int32)
+
+
+@kernel(
+    reference=_append,
+    sample=_some_append,
+    sizes=[
+        dict(b=1, t=1, h=1, s=1, d=2, row=0),
+        dict(b=2, t=3, h=2, s=7, d=37, row=2),
+        dict(b=1, t=5, h=3, s=9, d=64, row=6),
+        dict(b=2, t=2, h=1, s=5, d=96, row=-1),
+    ],
+    large=dict(b=1, t=64, h=8, s=8192, d=128, row=100),
+)
+def kv_cache_append_n_tokens(
+    keys: mx.array,
+    values: mx.array,
+    k_cache: mx.array,
+    v_cache: mx.array,
+    row: mx.array,
+) -> Launch:
+    """Both caches with rows ``[N, Hkv * d]`` from ``row`` (int32 ``[1]``) on."""
+    n_seqs, heads, n_rows, d = dims("k_cache", k_cache, 4)
+    expect("v_cache", v_cache, k_cache.shape)
+    n, _ = dims("keys", keys, 2)
+    require("keys", n % n_seqs == 0, f"rows of {n_seqs} sequences", n)
+    expect("keys", keys, (n, heads * d))
+    expect("values", values, (n, heads * d))
+    expect("row", row, (1,))
+    return Launch(
+        "kv_cache_append_n_tokens",
+        {
+            "keys": keys,
+            "values": values,
+            "k_cache": k_cache,
+            "v_cache": v_cache,
+            "row": row,
+            "n_tokens": n // n_seqs,
+            "n_kv_heads": heads,
+            "n_rows": n_rows,
+            "head_dim": d,
+        },
+        dict.fromkeys(("k_out", "v_out"), (n_seqs, heads, n_rows, d)),
+        (32 * groups(d, 128), n_rows, n_seqs * heads),
+        (32, 1, 1),
+    )
+
+
+def _check_cache(name: str, cache: mx.array) -> tuple[int, int, int, int]:
+    """Return B, Hkv, S and d of a cache whose width a simdgroup can share."""
+    n_seqs, heads, n_rows, d = dims(name, cache, 4)
+    known = d % SIMD == 0 and d <= MAX_HEAD_DIM
+    require(name, known, f"d a multiple of {SIMD}, at most {MAX_HEAD_DIM}", d)
+    return n_seqs, heads, n_rows, d
+
+
+def _heads(q: mx.array, kv_heads: int, d: int) -> tuple[int, int, int]:
+    """Return N, H and heads per key head of queries ``[N, H * d]``."""
+    n, width = dims("q", q, 2)
+    fits = width % (kv_heads * d) == 0
+    require("q", fits, f"a multiple of {kv_heads * d} columns", width)
+    return n, width // d, width // d // kv_heads
+
+
+def _scores(q: mx.array, k: mx.array, scale: float) -> mx.array:
+    n_seqs, kv_heads, n_rows, d = k.shape
+    queries = q.astype(FLOAT32).reshape(n_seqs, kv_heads, -1, d) * scale
+    scores = queries @ k.astype(FLOAT32).swapaxes(-1, -2)
+    return scores.reshape(n_seqs, -1, n_rows)
+
+
+def _some_scores(
+    rng: np.random.Generator, dtype: mx.Dtype, b: int, h: int, per: int, s: int, d: int
+) -> tuple[Any, ...]:
+    return normal(rng, dtype, b, h * per * d), normal(rng, dtype, b, h, s, d), d**-0.5
+
+
+DECODE_SIZES = [
+    dict(b=1, h=1, per=1, s=1, d=32),
+    dict(b=2, h=2, per=3, s=11, d=64),
+    dict(b=1, h=1, per=8, s=37, d=96),
+    dict(b=1, h=1, per=2, s=9, d=256),
+]
+DECODE_LARGE = dict(b=1, h=2, per=8, s=32768, d=256)
+
+
+@kernel(reference=_scores, sample=_some_scores, sizes=DECODE_SIZES, large=DECODE_LARGE)
+def attn_scores_batched(q: mx.array, k: mx.array, scale: float) -> Launch:
+    """Scores float32 ``[B, H, S]`` of one query a sequence, ``q`` ``[B, H * d]``."""
+    n_seqs, kv_heads, n_rows, d = _check_cache("k", k)
+    n, heads, per = _heads(q, kv_heads, d)
+    require("q", n == n_seqs, f"{n_seqs} rows", n)
+    return Launch(
+        "attn_scores_batched",
+        {
+            "q": q,
+            "k": k,
+            "scale": scale,
+            "n_heads": heads,
+            "heads_per_kv": per,
+            "n_rows": n_rows,
+        },
+        {"scores": (n_seqs, heads, n_rows)},
+        (SIMD, 8 * groups(n_rows, 8), n_seqs * kv_heads),
+        (SIMD, 8, 1),
+        {"D": d},
+    )
+
+
+def _softmax(scores: mx.array) -> mx.array:
+    return mx.softmax(scores, axis=-1, precise=True)
+
+
+def _some_softmax(
+    rng: np.random.Generator, dtype: mx.Dtype, r: int, s: int
+) -> tuple[Any, ...]:
+    return (normal(rng, dtype, r, s, scale=5.0),)
+
+
+@kernel(
+    reference=_softmax,
+    sample=_some_softmax,
+    sizes=[dict(r=1, s=1), dict(r=3, s=37), dict(r=2, s=300), dict(r=5, s=256)],
+    large=dict(r=64, s=32768),
+    dtypes=(FLOAT32,),
+)
+def attn_softmax_batched(scores: mx.array) -> Launch:
+    """Softmax of each row, float32 ``[R, S]``."""
+    rows, n_rows = dims("scores", scores, 2)
+    return Launch(
+        "attn_softmax_batched",
+        {"scores": scores, "n_rows": n_rows},
+        {"out": (rows, n_rows)},
+        (256 * rows, 1, 1),
+        (256, 1, 1),
+    )
+
+
+def _values(p: mx.array, v: mx.array, dtype: mx.Dtype) -> mx.array:
+    n_seqs, kv_heads, n_rows, _ = v.shape
+    weights = p.reshape(n_seqs, kv_heads, -1, n_rows)
+    return (weights @ v.astype(FLOAT32)).reshape(n_seqs, -1).astype(dtype)
+
+
+def _some_values(
+    rng: np.random.Generator, dtype: mx.Dtype, b: int, h: int, per: int, s: int, d: int
+) -> tuple[Any, ...]:
+    p = mx.softmax(normal(rng, FLOAT32, b, h * per, s, scale=2.0), axis=-1)
+    return p, normal(rng, dtype, b, h, s, d), dtype
+
+
+@kernel(reference=_values, sample=_some_values, sizes=DECODE_SIZES, large=DECODE_LARGE)
+def attn_values_batched(p: mx.array, v: mx.array, dtype: mx.Dtype) -> Launch:
+    """Values weighted by ``p`` float32 ``[B, H, S]``: ``[B, H * d]`` in ``dtype``."""
+    n_seqs, kv_heads, n_rows, d = _check_cache("v", v)
+    _, heads, _ = dims("p", p, 3)
+    require("p", heads % kv_heads == 0, f"a multiple of {kv_heads} heads", heads)
+    expect("p", p, (n_seqs, heads, n_rows))
+    return Launch(
+        "attn_values_batched",
+        {
+            "p": p,
+            "v": v,
+            "n_heads": heads,
+            "heads_per_kv": heads // kv_heads,
+            "n_rows": n_rows,
+        },
+        {"out": (n_seqs, heads * d)},
+        (256 * n_seqs * heads, 1, 1),
+        (256, 1, 1),
+        {"D": d},
+        {"T": dtype},
+    )
+
+
+def _attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    mask: mx.array | None = None,
+) -> mx.array:
+    n_seqs, kv_heads, n_rows, d = k.shape
+    t = q.shape[0] // n_seqs
+    heads = q.astype(FLOAT32).reshape(n_seqs, t, kv_heads, -1, d)
+    queries = heads.transpose(0, 2, 3, 1, 4) * scale
+    scores = queries @ k.astype(FLOAT32)[:, :, None].swapaxes(-1, -2)
+    if mask is None:
+        seen = mx.arange(n_rows) <= mx.arange(n_rows - t, n_rows)[:, None]
+    else:
+        seen = mask[:, :, None]
+    scores = mx.where(seen, scores, mx.array(-3e38))
+    p = mx.where(seen, mx.softmax(scores, axis=-1), 0)
+    out = p @ v.astype(FLOAT32)[:, :, None]
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+
+
+def _some_attention(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    b: int,
+    t: int,
+    h: int,
+    per: int,
+    s: int,
+    d: int,
+    masks: int = 0,
+) -> tuple[Any, ...]:
+    q = normal(rng, dtype, b * t, h * per * d, scale=2.0)
+    k, v = (normal(rng, dtype, b, h, s, d) for _ in range(2))
+    mask = mx.array(rng.random((masks, 1, t, s)) < 0.6) if masks else None
+    return q, k, v, d**-0.5, mask
+
+
+def _check_attention(
+    q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None, fold: int
+) -> tuple[dict[str, Any], tuple[int, int, int], dict[str, int]]:
+    """Return inputs but the scale, (B, T, H), and the template's numbers."""
+    n_seqs, kv_heads, n_rows, d = _check_cache("k", k)
+    expect("v", v, k.shape)
+    n, heads, per = _heads(q, kv_heads, d)
+    require("q", n % n_seqs == 0, f"rows of {n_seqs} sequences", n)
+    require("q", per % fold == 0, f"heads per key head a multiple of {fold}", per)
+    t = n // n_seqs
+    require("k", n_rows >= t, f"at least {t} rows", n_rows)
+    n_masks = 0
+    if mask is not None:
+        n_masks = dims("mask", mask, 4)[0]
+        require("mask", n_masks in (1, n_seqs), f"1 or {n_seqs} masks", n_masks)
+        expect("mask", mask, (n_masks, 1, t, n_rows))
+    inputs = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "mask": mx.zeros(1, mx.bool_) if mask is None else mask,
+        "n_heads": heads,
+        "heads_per_kv": per,
+        "n_rows": n_rows,
+        "n_masks": n_masks,
+    }
+    template = {"D": d, "HAS_MASK": int(mask is not None)}
+    return inputs, (n_seqs, t, heads), template
+
+
+PREFILL_SIZES = [
+    dict(b=1, t=1, h=1, per=1, s=1, d=32),
+    dict(b=2, t=5, h=1, per=2, s=11, d=64, masks=1),
+    dict(b=1, t=3, h=2, per=1, s=9, d=96),
+    dict(b=2, t=9, h=1, per=1, s=17, d=256, masks=2),
+]
+PREFILL_LARGE = dict(b=1, t=512, h=2, per=8, s=2048, d=128)
+
+
+def _folded(fold: int) -> Any:
+    """Return a registration of the direct form that folds ``fold`` heads."""
+    sizes = [{**size, "per": size["per"] * fold} for size in PREFILL_SIZES]
+    return kernel(
+        reference=_attention,
+        sample=_some_attention,
+        sizes=sizes if fold < 8 else sizes[:3],
+        large=PREFILL_LARGE,
+    )
+
+
+def _direct(
+    name: str,
+    fold: int,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    mask: mx.array | None,
+) -> Launch:
+    inputs, (n_seqs, t, heads), template = _check_attention(q, k, v, mask, fold)
+    return Launch(
+        name,
+        {**inputs, "scale": scale, "n_tokens": t},
+        {"out": tuple(q.shape)},
+        (SIMD, 4 * groups(t, 4), n_seqs * heads // fold),
+        (SIMD, 4, 1),
+        template,
+    )
+
+
+@_folded(1)
+def sdpa_causal_direct(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None
+) -> Launch:
+    """Causal attention of ``q`` ``[N, H * d]``; ``mask`` bool ``[1 or B, 1, T, S]``."""
+    return _direct("sdpa_causal_direct", 1, q, k, v, scale, mask)
+
+
+@_folded(2)
+def sdpa_causal_direct_fold2(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None
+) -> Launch:
+    """As ``sdpa_causal_direct``, two heads of a key head together."""
+    return _direct("sdpa_causal_direct_fold2", 2, q, k, v, scale, mask)
+
+
+@_folded(4)
+def sdpa_causal_direct_fold4(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None
+) -> Launch:
+    """As ``sdpa_causal_direct``, four heads of a key head together."""
+    return _direct("sdpa_causal_direct_fold4", 4, q, k, v, scale, mask)
+
+
+@_folded(8)
+def sdpa_causal_direct_fold8(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None
+) -> Launch:
+    """As ``sdpa_causal_direct``, eight heads of a key head together."""
+    return _direct("sdpa_causal_direct_fold8", 8, q, k, v, scale, mask)
+
+
+@_folded(1)
+def sdpa_causal_staged(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None
+) -> Launch:
+    """As ``sdpa_causal_direct``, with the cache's rows in threadgroup memory."""
+    inputs, (n_seqs, t, heads), template = _check_attention(q, k, v, mask, 1)
+    return Launch(
+        "sdpa_causal_staged",
+        {**inputs, "scale": scale, "n_tokens": t},
+        {"out": tuple(q.shape)},
+        (SIMD, 8 * groups(t, 8), n_seqs * heads),
+        (SIMD, 8, 1),
+        template,
+    )
+
+
+def _some_decode(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    b: int,
+    h: int,
+    per: int,
+    s: int,
+    d: int,
+    masks: int = 0,
+) -> tuple[Any, ...]:
+    return _some_attention(rng, dtype, b, 1, h, per, s, d, masks)
+
+
+@kernel(
+    reference=_attention,
+    sample=_some_decode,
+    sizes=[
+        dict(b=1, h=1, per=1, s=1, d=32),
+        dict(b=2, h=2, per=3, s=11, d=64, masks=2),
+        dict(b=1, h=1, per=8, s=37, d=64),
+        dict(b=2, h=1, per=4, s=19, d=256, masks=1),
+    ],
+    large=DECODE_LARGE,
+)
+def sdpa_decode(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None
+) -> Launch:
+    """Attention of one token a sequence, ``q`` ``[B, H * d]``."""
+    inputs, (n_seqs, t, heads), template = _check_attention(q, k, v, mask, 1)
+    require("q", t == 1, "one token of each sequence", t)
+    fold = next(f for f in FOLDS if inputs["heads_per_kv"] % f == 0)
+    return Launch(
+        "sdpa_decode",
+        {**inputs, "scale": scale},
+        {"out": tuple(q.shape)},
+        (256, n_seqs * heads // fold, 1),
+        (256, 1, 1),
+        {**template, "FOLD": fold},
+    )
+
+
+FOLDED: dict[int, Kernel] = {
+    1: sdpa_causal_direct,
+    2: sdpa_causal_direct_fold2,
+    4: sdpa_causal_direct_fold4,
+    8: sdpa_causal_direct_fold8,
+}
