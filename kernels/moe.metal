@@ -608,7 +608,7 @@ template <typename T, typename S, int BITS, int G, bool PER_ASSIGNMENT>
 
 // Sum over a token's slots of weight * mid, in the order of the slots.
 //
-// mid: [T,K,D]; weights: [T,K]; out: [T,D]. Launch: four columns a thread, one row of
+// mid: [T,K,D]; weights: [T,K]; out: float32 [T,D]. Launch: four columns a thread, one row of
 // the grid a token. Gathers where an addition into the token's row would need atomics or
 // a fixed order of experts.
 template <typename T>
@@ -617,7 +617,7 @@ template <typename T>
     device const float* weights,
     constant uint& k,
     constant uint& n,
-    device T* out,
+    device float* out,
     uint2 position [[thread_position_in_grid]]) {
   uint i = 4 * position.x;
   ulong token = position.y;
@@ -718,7 +718,7 @@ template <typename T, typename S, int BITS, int G, int WORDS>
 //
 // act: [K,N]; slots, weights: [K]; w: [n_slots, w_row] words, scales and biases:
 // [n_slots, s_row], [n_slots, b_row], a matrix [D,N] in each row from its base on; out:
-// [D]. N is a multiple of G, G of 32. Launch: threadgroups of 64 on D / 8, four rows of
+// float32 [D], rounded only when the residual is added. N is a multiple of G, G of 32. Launch: threadgroups of 64 on D / 8, four rows of
 // D a simdgroup, WORDS words a load. The K rows of an output are walked as one long row, each value
 // of act times its expert's weight: rows of experts are short (N), so lanes would idle
 // at 16 bytes each if every expert began anew, and one simd_sum serves all K. A lane
@@ -740,7 +740,7 @@ template <typename T, typename S, int BITS, int G, int WORDS>
     constant uint& k,
     constant uint& n_in,
     constant uint& n_out,
-    device T* out,
+    device float* out,
     uint group [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
@@ -792,7 +792,7 @@ template <typename T, typename S, int BITS, int G, int WORDS>
   for (int r = 0; r < ROWS; ++r) {
     float total = simd_sum(sums[r]);
     if (lane == 0 && row + r < n_out) {
-      out[row + r] = T(total);
+      out[row + r] = total;
     }
   }
 }

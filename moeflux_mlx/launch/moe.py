@@ -634,8 +634,7 @@ def moe_mm_id(
 
 
 def _combine_slots(mid: mx.array, weights: mx.array) -> mx.array:
-    out = (weights[..., None] * mid.astype(mx.float32)).sum(axis=1)
-    return out.astype(mid.dtype)
+    return (weights[..., None] * mid.astype(mx.float32)).sum(axis=1)
 
 
 def _some_slots(
@@ -799,7 +798,7 @@ def _down_sum(
     for j, slot in enumerate(numbers(slots)):
         w = unpacked(down, slot, n_out, act.shape[1], bits, group_size)
         total = total + weights[j] * (w @ act32[j])
-    return total.astype(act.dtype)
+    return total
 
 
 def _some_down(

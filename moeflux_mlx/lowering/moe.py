@@ -12,10 +12,8 @@ from ..launch import elementwise, quant
 from ..launch import moe as kernels
 from ..ops import moe as ops
 from ..weights import ExpertSource, ExpertWeights, Weight
+from .rows import form, kernel_form, parts
 from .table import Run, way
-
-KERNEL_BITS = (2, 4, 8)
-KERNEL_GROUPS = (32, 64, 128)
 
 
 def _routing_fits(op: ops.MoeSoftmaxTopK) -> bool:
@@ -38,17 +36,6 @@ def combine(
 ) -> mx.array:
     launch = kernels.moe_combine_residual_n_tokens(h, moe_sum, shared, gate)
     return run(launch)[0]
-
-
-def kernel_form(weight: Weight) -> bool:
-    """Tell whether our kernels know how a matrix is quantised."""
-    q = weight.quantization
-    return (
-        q is not None
-        and q.mode == "affine"
-        and q.bits in KERNEL_BITS
-        and q.group_size in KERNEL_GROUPS
-    )
 
 
 def _all_known(experts: ExpertWeights) -> bool:
@@ -74,12 +61,6 @@ def _with_known_experts(
     return go
 
 
-def _form(weight: Weight) -> tuple[int, int]:
-    q = weight.quantization
-    assert q is not None
-    return q.bits, q.group_size
-
-
 @way(ops.MoeDecodeExperts, "experts_gate_up_swiglu")
 @_with_known_experts
 def decode_experts(
@@ -93,14 +74,11 @@ def decode_experts(
     """Run two launches over the slots: gate, up and SwiGLU; down and the sum."""
     slots, experts = source.slots(indices).reshape(-1), source.weights
     gate, up, down = (w.records for w in (experts.gate, experts.up, experts.down))
-    form = _form(experts.gate)
-    launch = kernels.experts_gate_up_swiglu(
-        x.reshape(-1), slots, gate, up, op.expert_dim, *form
-    )
+    row, sizes = x.reshape(-1), (op.expert_dim, *form(experts.gate))
+    launch = kernels.experts_gate_up_swiglu(row, slots, gate, up, *sizes)
     (act,) = run(launch)
-    chosen = weights.reshape(-1)
-    form = _form(experts.down)
-    (out,) = run(kernels.experts_down_sum(act, slots, chosen, down, op.dim, *form))
+    shares, sizes = weights.reshape(-1), (op.dim, *form(experts.down))
+    (out,) = run(kernels.experts_down_sum(act, slots, shares, down, *sizes))
     ops.guard(source, [out])
     return out.reshape(1, -1)
 
@@ -122,7 +100,7 @@ def gather_experts(
 
     def product(rows: mx.array, weight: Weight, n_out: int) -> mx.array:
         launch = kernels.moe_mm_id(
-            rows, weight.records, counts, lists, slots, op.k, n_out, *_form(weight)
+            rows, weight.records, counts, lists, slots, op.k, n_out, *form(weight)
         )
         return run(launch)[0]
 
@@ -148,9 +126,7 @@ def expert_rows(
 
 def matmul(run: Run, rows: mx.array, weight: Weight) -> mx.array:
     """Multiply rows by a quantised matrix, as tiles."""
-    bits, group_size = _form(weight)
-    parts = (weight.w, weight.scales, weight.biases)
-    return run(quant.qmm_t(rows, *parts, bits, group_size))[0]
+    return run(quant.qmm_t(rows, *parts(weight), *form(weight)))[0]
 
 
 @way(ops.MoeBatchedPermuteFuse, "qmm_t")
