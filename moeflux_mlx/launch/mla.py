@@ -472,11 +472,22 @@ def _folded(
 
 
 def _some_attention(
-    rng: np.random.Generator, dtype: mx.Dtype, t: int, h: int, s: int, l: int, r: int
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    t: int,
+    h: int,
+    s: int,
+    l: int,
+    r: int,
+    rise: int = 0,
 ) -> tuple[Any, ...]:
-    queries = normal(rng, dtype, t, h * l), normal(rng, dtype, t, h * r)
-    cache = normal(rng, dtype, s, l), normal(rng, dtype, s, r)
-    return *queries, *cache, 2.0 * (l + r) ** -0.5
+    """Return queries, cache and scale; with ``rise``, all heads' scores rise by row."""
+    queries, latent = rng.standard_normal((t, h, l)), rng.standard_normal((s, l))
+    if rise:
+        queries[..., 0], latent[:, 0] = 3.0, np.linspace(-12.0, 12.0, s)
+    q_prime = mx.array(queries.astype(np.float32)).reshape(t, h * l).astype(dtype)
+    cache = mx.array(latent.astype(np.float32)).astype(dtype), normal(rng, dtype, s, r)
+    return q_prime, normal(rng, dtype, t, h * r), *cache, 2.0 * (l + r) ** -0.5
 
 
 @kernel(
@@ -484,9 +495,10 @@ def _some_attention(
     sample=_some_attention,
     sizes=[
         {"t": 1, "h": 1, "s": 1, "l": 32, "r": 2},
-        {"t": 3, "h": 9, "s": 19, "l": 96, "r": 40},
+        {"t": 3, "h": 9, "s": 39, "l": 96, "r": 40, "rise": 1},
         {"t": 1, "h": 5, "s": 70, "l": 512, "r": 64},
         {"t": 5, "h": 3, "s": 33, "l": 288, "r": 64},
+        {"t": 1, "h": 2, "s": 17, "l": 32, "r": 42},
     ],
     large={"t": 1, "h": 128, "s": 4096, "l": 512, "r": 64},
 )
@@ -541,8 +553,9 @@ def _some_tiled_attention(
     l: int,
     r: int,
     tile: int,
+    rise: int = 0,
 ) -> tuple[Any, ...]:
-    return *_some_attention(rng, dtype, t, h, s, l, r), tile
+    return *_some_attention(rng, dtype, t, h, s, l, r, rise), tile
 
 
 @kernel(
@@ -550,9 +563,10 @@ def _some_tiled_attention(
     sample=_some_tiled_attention,
     sizes=[
         {"t": 1, "h": 1, "s": 1, "l": 32, "r": 2, "tile": 16},
-        {"t": 4, "h": 9, "s": 35, "l": 64, "r": 8, "tile": 16},
+        {"t": 2, "h": 9, "s": 75, "l": 64, "r": 8, "tile": 32, "rise": 1},
         {"t": 1, "h": 5, "s": 70, "l": 512, "r": 64, "tile": 32},
-        {"t": 3, "h": 3, "s": 33, "l": 288, "r": 64, "tile": 32},
+        {"t": 3, "h": 3, "s": 34, "l": 288, "r": 64, "tile": 16},
+        {"t": 1, "h": 2, "s": 17, "l": 32, "r": 42, "tile": 48},
     ],
     large={"t": 1, "h": 128, "s": 32768, "l": 512, "r": 64, "tile": TILE},
 )
