@@ -33,74 +33,6 @@ inline uint take_largest(thread uint* keys, uint first, uint step, thread uint& 
   return largest;
 }
 
-// WORDS packed words at once: in `device` memory they lie at a multiple of WORDS words.
-template <int WORDS, typename P>
-inline void load_words(P p, thread uint* words) {
-#pragma unroll
-  for (int i = 0; i < WORDS; ++i) {
-    words[i] = p[i];
-  }
-}
-template <int WORDS>
-inline void load_words(device const uint* p, thread uint* words) {
-  if (WORDS == 4) {
-    uint4 v = *(device const uint4*)p;
-    words[0] = v.x;
-    words[1] = v.y;
-    words[2] = v.z;
-    words[3] = v.w;
-  } else if (WORDS == 2) {
-    uint2 v = *(device const uint2*)p;
-    words[0] = v.x;
-    words[1] = v.y;
-  } else {
-    words[0] = p[0];
-  }
-}
-
-// The values that meet WORDS packed words, times `factor`; returns their sum. Each is
-// divided by the power of two that its packed partner keeps when it is masked in place,
-// which is exact and saves a shift for every row that the values meet.
-template <int BITS, int WORDS, typename P>
-inline float load_partners(P x, float factor, thread float* partners) {
-  constexpr int HALF = 16 / BITS;
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < WORDS * 2 * HALF; i += 4) {
-    float4 values = factor * read4(x + i);
-    sum += (values.x + values.y) + (values.z + values.w);
-    partners[i] = values.x * (1.0f / float(1 << (BITS * (i % HALF))));
-    partners[i + 1] = values.y * (1.0f / float(1 << (BITS * ((i + 1) % HALF))));
-    partners[i + 2] = values.z * (1.0f / float(1 << (BITS * ((i + 2) % HALF))));
-    partners[i + 3] = values.w * (1.0f / float(1 << (BITS * ((i + 3) % HALF))));
-  }
-  return sum;
-}
-
-// Sum of packed values times their partners. Halves of words, because 16-bit registers
-// are cheaper and every masked value is still exact in float32.
-template <int BITS, int WORDS>
-inline float dot_words(thread const uint* words, thread const float* partners) {
-  constexpr int HALF = 16 / BITS;
-  constexpr int MASK = (1 << BITS) - 1;
-  float sum = 0.0f;
-#pragma unroll
-  for (int w = 0; w < WORDS; ++w) {
-    ushort2 halves = as_type<ushort2>(words[w]);
-#pragma unroll
-    for (int i = 0; i < HALF; ++i) {
-      ushort low = ushort(halves.x & (MASK << (BITS * i)));
-      sum = fma(float(low), partners[2 * HALF * w + i], sum);
-    }
-#pragma unroll
-    for (int i = 0; i < HALF; ++i) {
-      ushort high = ushort(halves.y & (MASK << (BITS * i)));
-      sum = fma(float(high), partners[2 * HALF * w + HALF + i], sum);
-    }
-  }
-  return sum;
-}
-
 // Softmax over the experts in float32 and the K largest in falling order, ties to the
 // lower index.
 //
@@ -503,20 +435,10 @@ template <typename T, typename S, int BITS, int G, bool PER_ASSIGNMENT>
     uint3 tile [[threadgroup_position_in_grid]],
     uint thread_index [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]]) {
-  constexpr int ROWS = 32;
-  constexpr int COLUMNS = 64;
-  constexpr int STEP = 32;
-  // Rows of tiles lie 36 or 68 values apart, which spreads 8 of them over all banks.
-  constexpr int PITCH = 36;
-  constexpr int OUT_PITCH = 68;
-  constexpr int WORDS = BITS / 2;
-  constexpr int PER_WORD = 32 / BITS;
-  constexpr uint MASK = (1u << BITS) - 1u;
-  constexpr int X_VECTORS = ROWS * PITCH / 4;
-  constexpr int W_VECTORS = COLUMNS * PITCH / 4;
-  threadgroup float4 x_tile[X_VECTORS];
-  threadgroup float4 w_tile[W_VECTORS];
-  threadgroup float* xs = (threadgroup float*)x_tile;
+  constexpr int ROWS = TILE_ROWS;
+  constexpr int COLUMNS = TILE_COLUMNS;
+  threadgroup float4 x_tile[TILE_ROWS * TILE_PITCH / 4];
+  threadgroup float4 w_tile[TILE_COLUMNS * TILE_PITCH / 4];
   threadgroup float* ws = (threadgroup float*)w_tile;
 
   uint expert = tile.z;
@@ -530,78 +452,20 @@ template <typename T, typename S, int BITS, int G, bool PER_ASSIGNMENT>
 
   // Four threads read a row of x, two a row of W: each thread stays with its row.
   uint x_row = thread_index / 4;
-  uint x_column = thread_index % 4 * 8;
   bool has_row = x_row < n_rows;
   uint assignment = has_row ? list[x_row] : 0u;
-  auto x_at = x + ulong(PER_ASSIGNMENT ? assignment : assignment / k) * n_in + x_column;
-  uint w_line = thread_index / 2;
-  uint w_half = thread_index % 2;
-  ulong o = min(tile.x * COLUMNS + w_line, n_out - 1);
-  auto w_at = w + slot * w_row + w_base + o * (n_in / PER_WORD) + w_half * WORDS;
+  auto x_at = x + ulong(PER_ASSIGNMENT ? assignment : assignment / k) * n_in;
+  ulong o = min(tile.x * COLUMNS + thread_index / 2, n_out - 1);
+  auto w_at = w + slot * w_row + w_base + o * (n_in * BITS / 32);
   auto s_at = scales + slot * s_row + s_base + o * (n_in / G);
   auto b_at = biases + slot * b_row + b_base + o * (n_in / G);
-
-  simdgroup_float8x8 sums[ROWS / 8][2];
-#pragma unroll
-  for (int m = 0; m < ROWS / 8; ++m) {
-    sums[m][0] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-    sums[m][1] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-  }
-  for (uint start = 0; start < n_in; start += STEP) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    threadgroup float4* x_to = x_tile + (x_row * PITCH + x_column) / 4;
-    x_to[0] = has_row ? read4(x_at + start) : float4(0.0f);
-    x_to[1] = has_row ? read4(x_at + start + 4) : float4(0.0f);
-    float scale = float(s_at[start / G]);
-    float bias = float(b_at[start / G]);
-    threadgroup float4* w_to = w_tile + (w_line * PITCH + w_half * (STEP / 2)) / 4;
-#pragma unroll
-    for (int word = 0; word < WORDS; ++word) {
-      uint packed = w_at[start / PER_WORD + word];
-#pragma unroll
-      for (int j = 0; j < PER_WORD / 4; ++j) {
-        uint q = packed >> (4 * BITS * j);
-        float4 values = float4(
-            float(q & MASK),
-            float((q >> BITS) & MASK),
-            float((q >> (2 * BITS)) & MASK),
-            float((q >> (3 * BITS)) & MASK));
-        w_to[word * (PER_WORD / 4) + j] = scale * values + bias;
-      }
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-#pragma unroll
-    for (int inner = 0; inner < STEP; inner += 8) {
-      simdgroup_float8x8 left;
-      simdgroup_float8x8 right[2];
-      threadgroup float* columns = ws + simdgroup * 16 * PITCH + inner;
-      simdgroup_load(right[0], columns, PITCH, 0, true);
-      simdgroup_load(right[1], columns + 8 * PITCH, PITCH, 0, true);
-#pragma unroll
-      for (int m = 0; m < ROWS / 8; ++m) {
-        if (uint(8 * m) < n_rows) {
-          simdgroup_load(left, xs + 8 * m * PITCH + inner, PITCH);
-          simdgroup_multiply_accumulate(sums[m][0], left, right[0], sums[m][0]);
-          simdgroup_multiply_accumulate(sums[m][1], left, right[1], sums[m][1]);
-        }
-      }
-    }
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-#pragma unroll
-  for (int m = 0; m < ROWS / 8; ++m) {
-    if (uint(8 * m) < n_rows) {
-      threadgroup float* to = ws + 8 * m * OUT_PITCH + simdgroup * 16;
-      simdgroup_store(sums[m][0], to, OUT_PITCH);
-      simdgroup_store(sums[m][1], to + 8, OUT_PITCH);
-    }
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  multiply_tile<BITS, G>(
+      x_at, has_row, w_at, s_at, b_at, n_in, n_rows, x_tile, w_tile, thread_index, simdgroup);
   uint column = thread_index % COLUMNS;
   if (tile.x * COLUMNS + column < n_out) {
     for (uint r = thread_index / COLUMNS; r < n_rows; r += 2) {
       ulong at = ulong(list[r]) * n_out + tile.x * COLUMNS + column;
-      out[at] = T(ws[r * OUT_PITCH + column]);
+      out[at] = T(ws[r * TILE_OUT_PITCH + column]);
     }
   }
 }

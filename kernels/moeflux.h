@@ -107,3 +107,169 @@ inline void read_share(thread float* share, P row, uint lane) {
     share[j] = float(row[lane * PER + j]);
   }
 }
+
+// WORDS packed words at once: in `device` memory they lie at a multiple of WORDS words.
+template <int WORDS, typename P>
+inline void load_words(P p, thread uint* words) {
+#pragma unroll
+  for (int i = 0; i < WORDS; ++i) {
+    words[i] = p[i];
+  }
+}
+template <int WORDS>
+inline void load_words(device const uint* p, thread uint* words) {
+  if (WORDS == 4) {
+    uint4 v = *(device const uint4*)p;
+    words[0] = v.x;
+    words[1] = v.y;
+    words[2] = v.z;
+    words[3] = v.w;
+  } else if (WORDS == 2) {
+    uint2 v = *(device const uint2*)p;
+    words[0] = v.x;
+    words[1] = v.y;
+  } else {
+    words[0] = p[0];
+  }
+}
+
+// The values that meet WORDS packed words, times `factor`; returns their sum. Each is
+// divided by the power of two that its packed partner keeps when it is masked in place,
+// which is exact and saves a shift for every row that the values meet.
+template <int BITS, int WORDS, typename P>
+inline float load_partners(P x, float factor, thread float* partners) {
+  constexpr int HALF = 16 / BITS;
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < WORDS * 2 * HALF; i += 4) {
+    float4 values = factor * read4(x + i);
+    sum += (values.x + values.y) + (values.z + values.w);
+    partners[i] = values.x * (1.0f / float(1 << (BITS * (i % HALF))));
+    partners[i + 1] = values.y * (1.0f / float(1 << (BITS * ((i + 1) % HALF))));
+    partners[i + 2] = values.z * (1.0f / float(1 << (BITS * ((i + 2) % HALF))));
+    partners[i + 3] = values.w * (1.0f / float(1 << (BITS * ((i + 3) % HALF))));
+  }
+  return sum;
+}
+
+// Sum of packed values times their partners. Halves of words, because 16-bit registers
+// are cheaper and every masked value is still exact in float32.
+template <int BITS, int WORDS>
+inline float dot_words(thread const uint* words, thread const float* partners) {
+  constexpr int HALF = 16 / BITS;
+  constexpr int MASK = (1 << BITS) - 1;
+  float sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < WORDS; ++w) {
+    ushort2 halves = as_type<ushort2>(words[w]);
+#pragma unroll
+    for (int i = 0; i < HALF; ++i) {
+      ushort low = ushort(halves.x & (MASK << (BITS * i)));
+      sum = fma(float(low), partners[2 * HALF * w + i], sum);
+    }
+#pragma unroll
+    for (int i = 0; i < HALF; ++i) {
+      ushort high = ushort(halves.y & (MASK << (BITS * i)));
+      sum = fma(float(high), partners[2 * HALF * w + HALF + i], sum);
+    }
+  }
+  return sum;
+}
+
+// Tiles of products with a quantised matrix: rows of x by columns of the result (rows of the
+// matrix), STEP inputs at a time. Rows of tiles lie 36 or 68 values apart, which spreads 8 of
+// them over all banks of threadgroup memory.
+constexpr constant int TILE_ROWS = 32;
+constexpr constant int TILE_COLUMNS = 64;
+constexpr constant int TILE_PITCH = 36;
+constexpr constant int TILE_OUT_PITCH = 68;
+
+// One tile by a threadgroup of 128: rows of x times 64 rows of a quantised matrix. Four
+// threads read a row of x, two a row of the matrix: `x_at`, `has_row` are those of row
+// thread / 4, `w_at`, `s_at`, `b_at` those of matrix row thread / 2. The result is left in
+// w_tile, row r from r * TILE_OUT_PITCH on. Every simdgroup takes all rows of 16 columns, so a
+// tile that is not full leaves the work of all four equally short, by 8 rows at a time.
+// Contains barriers: all threads must come.
+template <int BITS, int G, typename X, typename W, typename S>
+inline void multiply_tile(
+    X x_row_at,
+    bool has_row,
+    W w_row_at,
+    S s_at,
+    S b_at,
+    uint n_in,
+    uint n_rows,
+    threadgroup float4* x_tile,
+    threadgroup float4* w_tile,
+    uint thread_index,
+    uint simdgroup) {
+  constexpr int STEP = 32;
+  constexpr int WORDS = BITS / 2;
+  constexpr int PER_WORD = 32 / BITS;
+  constexpr uint MASK = (1u << BITS) - 1u;
+  threadgroup float* xs = (threadgroup float*)x_tile;
+  threadgroup float* ws = (threadgroup float*)w_tile;
+  uint x_row = thread_index / 4;
+  uint x_column = thread_index % 4 * 8;
+  uint w_line = thread_index / 2;
+  uint w_half = thread_index % 2;
+  auto x_at = x_row_at + x_column;
+  auto w_at = w_row_at + w_half * WORDS;
+
+  simdgroup_float8x8 sums[TILE_ROWS / 8][2];
+#pragma unroll
+  for (int m = 0; m < TILE_ROWS / 8; ++m) {
+    sums[m][0] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    sums[m][1] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  }
+  for (uint start = 0; start < n_in; start += STEP) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    threadgroup float4* x_to = x_tile + (x_row * TILE_PITCH + x_column) / 4;
+    x_to[0] = has_row ? read4(x_at + start) : float4(0.0f);
+    x_to[1] = has_row ? read4(x_at + start + 4) : float4(0.0f);
+    float scale = float(s_at[start / G]);
+    float bias = float(b_at[start / G]);
+    threadgroup float4* w_to = w_tile + (w_line * TILE_PITCH + w_half * (STEP / 2)) / 4;
+#pragma unroll
+    for (int word = 0; word < WORDS; ++word) {
+      uint packed = w_at[start / PER_WORD + word];
+#pragma unroll
+      for (int j = 0; j < PER_WORD / 4; ++j) {
+        uint q = packed >> (4 * BITS * j);
+        float4 values = float4(
+            float(q & MASK),
+            float((q >> BITS) & MASK),
+            float((q >> (2 * BITS)) & MASK),
+            float((q >> (3 * BITS)) & MASK));
+        w_to[word * (PER_WORD / 4) + j] = scale * values + bias;
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+    for (int inner = 0; inner < STEP; inner += 8) {
+      simdgroup_float8x8 left;
+      simdgroup_float8x8 right[2];
+      threadgroup float* columns = ws + simdgroup * 16 * TILE_PITCH + inner;
+      simdgroup_load(right[0], columns, TILE_PITCH, 0, true);
+      simdgroup_load(right[1], columns + 8 * TILE_PITCH, TILE_PITCH, 0, true);
+#pragma unroll
+      for (int m = 0; m < TILE_ROWS / 8; ++m) {
+        if (uint(8 * m) < n_rows) {
+          simdgroup_load(left, xs + 8 * m * TILE_PITCH + inner, TILE_PITCH);
+          simdgroup_multiply_accumulate(sums[m][0], left, right[0], sums[m][0]);
+          simdgroup_multiply_accumulate(sums[m][1], left, right[1], sums[m][1]);
+        }
+      }
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+  for (int m = 0; m < TILE_ROWS / 8; ++m) {
+    if (uint(8 * m) < n_rows) {
+      threadgroup float* to = ws + 8 * m * TILE_OUT_PITCH + simdgroup * 16;
+      simdgroup_store(sums[m][0], to, TILE_OUT_PITCH);
+      simdgroup_store(sums[m][1], to + 8, TILE_OUT_PITCH);
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
