@@ -1,6 +1,15 @@
 """How every kernel of ``kernels/`` is launched, in the same families."""
 
-from . import attention, elementwise, linear_attention, mla, moe, norm
+from . import (
+    attention,
+    elementwise,
+    embed,
+    linear_attention,
+    mla,
+    moe,
+    norm,
+    quant,
+)
 from .base import KERNELS, Kernel, Launch, prepare
 
 __all__ = [
@@ -9,9 +18,11 @@ __all__ = [
     "Launch",
     "attention",
     "elementwise",
+    "embed",
     "linear_attention",
     "mla",
     "moe",
     "norm",
     "prepare",
+    "quant",
 ]

@@ -1,0 +1,623 @@
+// Products with quantised and with dense matrices.
+//
+// A matrix [O,I] in 2, 4 or 8 bits: row o is I * bits / 32 words, lowest bits first, and
+// I / G scales and biases; value = scale * q + bias. I is a multiple of G, G of 32.
+#include "moeflux.h"
+
+// Inputs that the kernels of the v3 kind keep in threadgroup memory.
+constexpr constant int CACHED = 4096;
+
+// One row by one thread: the readable baseline.
+//
+// x: [I]; w, scales, biases: a matrix [O,I] in 4 bits; out: [O]. Launch: one thread a row.
+template <typename T, typename S, int G>
+[[kernel]] void dequant_matvec_4bit(
+    device const T* x,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* out,
+    uint row [[thread_position_in_grid]]) {
+  if (row >= n_out) {
+    return;
+  }
+  float sum = 0.0f;
+  for (uint i = 0; i < n_in; ++i) {
+    ulong at = ulong(row) * n_in + i;
+    uint q = (w[at / 8] >> (4 * (i % 8))) & 15u;
+    float value = fma(float(scales[at / G]), float(q), float(biases[at / G]));
+    sum = fma(value, float(x[i]), sum);
+  }
+  out[row] = T(sum);
+}
+
+// Words of one row times values in threadgroup or device memory, a word a lane at a time:
+// each value is worth fma(q, scale * x, bias * x).
+template <int BITS, int G, typename X, typename W, typename S>
+inline float dot_row(X x, W w, S scales, S biases, uint n_in, uint first, uint step) {
+  constexpr int PER_WORD = 32 / BITS;
+  constexpr uint MASK = (1u << BITS) - 1u;
+  float sum = 0.0f;
+  for (uint word = first; word < n_in / PER_WORD; word += step) {
+    uint packed = w[word];
+    float scale = float(scales[word * PER_WORD / G]);
+    float bias = float(biases[word * PER_WORD / G]);
+#pragma unroll
+    for (int j = 0; j < PER_WORD; ++j) {
+      float value = float(x[word * PER_WORD + j]);
+      float q = float((packed >> (BITS * j)) & MASK);
+      sum += fma(q, scale * value, bias * value);
+    }
+  }
+  return sum;
+}
+
+// x into threadgroup memory, by 256 threads.
+template <typename P>
+inline void cache_row(P x, threadgroup float* cached, uint n_in, uint thread_index) {
+  for (uint i = thread_index; i < n_in; i += 256) {
+    cached[i] = float(x[i]);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+// One row by one threadgroup of 64, x read from device memory: for rows of any length.
+//
+// Arguments as of `dequant_matvec_4bit`. Launch: 64 threads a row. Two simdgroups halve the
+// walk along a long row; x is read by all, so the caches hold it.
+template <typename T, typename S, int G>
+[[kernel]] void dequant_matvec_4bit_fast(
+    device const T* x,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    constant uint& n_in,
+    device T* out,
+    uint row [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+  threadgroup float halves[2];
+  ulong at = ulong(row) * n_in;
+  float sum =
+      dot_row<4, G>(x, w + at / 8, scales + at / G, biases + at / G, n_in, thread_index, 64);
+  sum = simd_sum(sum);
+  if (thread_index % SIMD == 0) {
+    halves[simdgroup] = sum;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (thread_index == 0) {
+    out[row] = T(halves[0] + halves[1]);
+  }
+}
+
+// `dequant_matvec_4bit_fast` for each of T tokens: the same bits at T = 1.
+//
+// x: [T,I]; out: [T,O]. Launch: 64 threads a row and token, grid (64 O, T).
+template <typename T, typename S, int G>
+[[kernel]] void dequant_matvec_4bit_fast_n_tokens(
+    device const T* x,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* out,
+    uint2 group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+  threadgroup float halves[2];
+  ulong at = ulong(group.x) * n_in;
+  auto row = x + ulong(group.y) * n_in;
+  float sum =
+      dot_row<4, G>(row, w + at / 8, scales + at / G, biases + at / G, n_in, thread_index, 64);
+  sum = simd_sum(sum);
+  if (thread_index % SIMD == 0) {
+    halves[simdgroup] = sum;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (thread_index == 0) {
+    out[ulong(group.y) * n_out + group.x] = T(halves[0] + halves[1]);
+  }
+}
+
+// A row of the result by each of 8 simdgroups, x cached once for all.
+template <typename T, int BITS, int G, typename X, typename W, typename S>
+inline void cached_rows(
+    X x,
+    W w,
+    S scales,
+    S biases,
+    device T* out,
+    threadgroup float* cached,
+    uint n_in,
+    uint n_out,
+    uint row,
+    uint thread_index,
+    uint lane) {
+  cache_row(x, cached, n_in, thread_index);
+  // Only now: a thread that leaves before a barrier hangs the others.
+  if (row >= n_out) {
+    return;
+  }
+  ulong at = ulong(row) * n_in;
+  float sum = dot_row<BITS, G>(
+      cached, w + at * BITS / 32, scales + at / G, biases + at / G, n_in, lane, SIMD);
+  sum = simd_sum(sum);
+  if (lane == 0) {
+    out[row] = T(sum);
+  }
+}
+
+// One row by one simdgroup, x cached in threadgroup memory for the 8 of a threadgroup.
+//
+// Arguments as of `dequant_matvec_4bit`, I at most 4096. Launch: 256 threads for 8 rows. The
+// 8 rows share the reads of x, which are twice the bytes of a row in bfloat16.
+template <typename T, typename S, int G>
+[[kernel]] void dequant_matvec_4bit_v3(
+    device const T* x,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* out,
+    uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float cached[CACHED];
+  cached_rows<T, 4, G>(
+      x, w, scales, biases, out, cached, n_in, n_out, 8 * group + simdgroup, thread_index, lane);
+}
+
+// `dequant_matvec_4bit_v3` for each of T tokens: the same bits at T = 1.
+//
+// x: [T,I]; out: [T,O]. Launch: 256 threads for 8 rows and a token, grid (256 O / 8, T).
+template <typename T, typename S, int G>
+[[kernel]] void dequant_matvec_4bit_v3_n_tokens(
+    device const T* x,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* out,
+    uint2 group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float cached[CACHED];
+  auto row = x + ulong(group.y) * n_in;
+  device T* to = out + ulong(group.y) * n_out;
+  cached_rows<T, 4, G>(
+      row, w, scales, biases, to, cached, n_in, n_out, 8 * group.x + simdgroup, thread_index,
+      lane);
+}
+
+// `dequant_matvec_4bit_v3` in 8 bits: routers and gates of shared experts.
+//
+// Launch as there.
+template <typename T, typename S, int G>
+[[kernel]] void dequant_matvec_8bit_v3(
+    device const T* x,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* out,
+    uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float cached[CACHED];
+  cached_rows<T, 8, G>(
+      x, w, scales, biases, out, cached, n_in, n_out, 8 * group + simdgroup, thread_index, lane);
+}
+
+// `dequant_matvec_8bit_v3` for each of T tokens: the same bits at T = 1.
+//
+// x: [T,I]; out: [T,O]. Launch: 256 threads for 8 rows and a token, grid (256 O / 8, T).
+template <typename T, typename S, int G>
+[[kernel]] void dequant_matvec_8bit_v3_n_tokens(
+    device const T* x,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* out,
+    uint2 group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float cached[CACHED];
+  auto row = x + ulong(group.y) * n_in;
+  device T* to = out + ulong(group.y) * n_out;
+  cached_rows<T, 8, G>(
+      row, w, scales, biases, to, cached, n_in, n_out, 8 * group.x + simdgroup, thread_index,
+      lane);
+}
+
+// `dequant_matvec_4bit_v3` with 128-bit loads of the weights.
+//
+// Launch as there. A lane takes 32 values of one row, which have one scale, so a row needs a
+// quarter of the loads; rows are whole multiples of 16 bytes because I is one of 32.
+template <typename T, typename S, int G>
+[[kernel]] void dequant_matvec_4bit_v4(
+    device const T* x,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* out,
+    uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float cached[CACHED];
+  cache_row(x, cached, n_in, thread_index);
+  uint row = 8 * group + simdgroup;
+  if (row >= n_out) {
+    return;
+  }
+  ulong at = ulong(row) * n_in;
+  float sum = 0.0f;
+  for (uint start = 32 * lane; start < n_in; start += 32 * SIMD) {
+    uint words[4];
+    float partners[32];
+    load_words<4>(w + (at + start) / 8, words);
+    float total = load_partners<4, 4>(cached + start, 1.0f, partners);
+    float dot = dot_words<4, 4>(words, partners);
+    sum += float(scales[(at + start) / G]) * dot + float(biases[(at + start) / G]) * total;
+  }
+  sum = simd_sum(sum);
+  if (lane == 0) {
+    out[row] = T(sum);
+  }
+}
+
+// `dequant_matvec_4bit_v3` with the 16 values of a group looked up.
+//
+// Launch as there. A lane computes the 16 values that its 32 packed ones can have, then only
+// looks up: it pays where conversions to float are slower than indexed registers.
+template <typename T, typename S, int G>
+[[kernel]] void dequant_matvec_4bit_v5(
+    device const T* x,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* out,
+    uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float cached[CACHED];
+  cache_row(x, cached, n_in, thread_index);
+  uint row = 8 * group + simdgroup;
+  if (row >= n_out) {
+    return;
+  }
+  ulong at = ulong(row) * n_in;
+  float sum = 0.0f;
+  for (uint start = 32 * lane; start < n_in; start += 32 * SIMD) {
+    float scale = float(scales[(at + start) / G]);
+    float bias = float(biases[(at + start) / G]);
+    float table[16];
+#pragma unroll
+    for (int q = 0; q < 16; ++q) {
+      table[q] = fma(scale, float(q), bias);
+    }
+    for (uint i = 0; i < 32; i += 8) {
+      uint packed = w[(at + start + i) / 8];
+#pragma unroll
+      for (uint j = 0; j < 8; ++j) {
+        sum = fma(table[(packed >> (4 * j)) & 15u], cached[start + i + j], sum);
+      }
+    }
+  }
+  sum = simd_sum(sum);
+  if (lane == 0) {
+    out[row] = T(sum);
+  }
+}
+
+// K products with matrices that lie anywhere in one buffer.
+//
+// x: [K,I]; w, scales, biases: flat; offsets: [3 K], for each product the first word, scale and
+// bias; out: [K,O]. I at most 4096. Launch: 256 threads for 8 rows of a product, grid
+// (256 O / 8, K), rows past the end masked after the barrier.
+template <typename T, typename S, int G>
+[[kernel]] void dequant_matvec_4bit_batched(
+    device const T* x,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    device const uint* offsets,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* out,
+    uint2 group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float cached[CACHED];
+  auto row = x + ulong(group.y) * n_in;
+  device T* to = out + ulong(group.y) * n_out;
+  auto at = offsets + 3 * group.y;
+  cached_rows<T, 4, G>(
+      row, w + at[0], scales + at[1], biases + at[2], to, cached, n_in, n_out,
+      8 * group.x + simdgroup, thread_index, lane);
+}
+
+// K products with matrices in slots of a pool.
+//
+// x: [I], shared, or [K,I] if PER_EXPERT; slots: [K]; w: [n_slots, w_row] words, scales and
+// biases: [n_slots, s_row], [n_slots, b_row], a matrix [O,I] in each row from its base on; out:
+// [K,O]. I at most 4096. Launch: 256 threads for 8 rows of a product, grid (256 O / 8, K).
+template <typename T, typename S, int G, bool PER_EXPERT>
+[[kernel]] void dequant_matvec_4bit_v3_experts(
+    device const T* x,
+    device const uint* slots,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    constant uint& w_base,
+    constant uint& s_base,
+    constant uint& b_base,
+    constant uint& w_row,
+    constant uint& s_row,
+    constant uint& b_row,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* out,
+    uint2 group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float cached[CACHED];
+  auto row = x + (PER_EXPERT ? ulong(group.y) * n_in : 0);
+  device T* to = out + ulong(group.y) * n_out;
+  ulong slot = slots[group.y];
+  auto w_at = w + slot * w_row + w_base;
+  auto s_at = scales + slot * s_row + s_base;
+  auto b_at = biases + slot * b_row + b_base;
+  cached_rows<T, 4, G>(
+      row, w_at, s_at, b_at, to, cached, n_in, n_out, 8 * group.x + simdgroup, thread_index,
+      lane);
+}
+
+// One row of 2-bit values by one simdgroup, 16 values a word.
+//
+// Arguments as of `dequant_matvec_4bit`. Launch: one simdgroup a row, four a threadgroup. x is
+// read from device memory: a row has so few bytes that copying x would cost more.
+template <typename T, typename S, int G>
+[[kernel]] void dequant_matvec_2bit(
+    device const T* x,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* out,
+    uint i [[thread_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  uint row = i / SIMD;
+  if (row >= n_out) {
+    return;
+  }
+  ulong at = ulong(row) * n_in;
+  float sum =
+      dot_row<2, G>(x, w + at / 16, scales + at / G, biases + at / G, n_in, lane, SIMD);
+  sum = simd_sum(sum);
+  if (lane == 0) {
+    out[row] = T(sum);
+  }
+}
+
+// silu(Wg x) * (Wu x), both matrices in one pass over x.
+//
+// x: [I], I at most 4096; gate_*, up_*: matrices [O,I] in 4 bits; out: [O]. Launch: 256 threads
+// for 8 rows, x cached for them; the simdgroup of a row multiplies it by both matrices.
+template <typename T, typename S, int G>
+[[kernel]] void fused_gate_up_swiglu(
+    device const T* x,
+    device const uint* gate_w,
+    device const S* gate_scales,
+    device const S* gate_biases,
+    device const uint* up_w,
+    device const S* up_scales,
+    device const S* up_biases,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* out,
+    uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float cached[CACHED];
+  cache_row(x, cached, n_in, thread_index);
+  uint row = 8 * group + simdgroup;
+  if (row >= n_out) {
+    return;
+  }
+  ulong at = ulong(row) * n_in;
+  float gate = dot_row<4, G>(
+      cached, gate_w + at / 8, gate_scales + at / G, gate_biases + at / G, n_in, lane, SIMD);
+  float up = dot_row<4, G>(
+      cached, up_w + at / 8, up_scales + at / G, up_biases + at / G, n_in, lane, SIMD);
+  gate = simd_sum(gate);
+  up = simd_sum(up);
+  if (lane == 0) {
+    out[row] = T(silu(gate) * up);
+  }
+}
+
+// One row of a dense matrix by one simdgroup, four values a lane at a time.
+//
+// x: [I]; w: [O,I], bfloat16 as a rule; out: [O]. Launch: one simdgroup a row, four a
+// threadgroup.
+template <typename T, typename W>
+[[kernel]] void bf16_matvec(
+    device const T* x,
+    device const W* w,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* out,
+    uint i [[thread_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  uint row = i / SIMD;
+  if (row >= n_out) {
+    return;
+  }
+  auto from = w + ulong(row) * n_in;
+  float4 sums = float4(0.0f);
+  for (uint at = 4 * lane; at < n_in; at += 4 * SIMD) {
+    sums = fma(read_columns(from, at, n_in), read_columns(x, at, n_in), sums);
+  }
+  float sum = simd_sum((sums.x + sums.y) + (sums.z + sums.w));
+  if (lane == 0) {
+    out[row] = T(sum);
+  }
+}
+
+// A dense matrix times T tokens.
+//
+// x: [T,I]; w: [O,I]; out: [T,O]. Launch: one simdgroup for a row of the matrix and four tokens,
+// four a threadgroup, grid (32 O, T / 4): the row is read once for the four.
+template <typename T, typename W>
+[[kernel]] void bf16_matmul_n_tokens(
+    device const T* x,
+    device const W* w,
+    constant uint& n_tokens,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* out,
+    uint2 position [[thread_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  constexpr int TOKENS = 4;
+  uint row = position.x / SIMD;
+  if (row >= n_out) {
+    return;
+  }
+  uint first = position.y * TOKENS;
+  auto from = w + ulong(row) * n_in;
+  float sums[TOKENS] = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (uint at = 4 * lane; at < n_in; at += 4 * SIMD) {
+    float4 values = read_columns(from, at, n_in);
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) {
+      // A token past the end is read as the last one and not written.
+      uint token = min(first + t, n_tokens - 1);
+      sums[t] += dot(values, read_columns(x + ulong(token) * n_in, at, n_in));
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < TOKENS; ++t) {
+    float sum = simd_sum(sums[t]);
+    if (lane == 0 && first + t < n_tokens) {
+      out[ulong(first + t) * n_out + row] = T(sum);
+    }
+  }
+}
+
+// T tokens times a quantised matrix, as tiles of matrix products.
+//
+// x: [T,I]; w, scales, biases: a matrix [O,I] in BITS bits; out: [T,O]. Launch: threadgroups of
+// 128 on (O / 64, T / 32). Unpacked values meet 32 tokens, so unpacking costs nothing.
+template <typename T, typename S, int BITS, int G>
+[[kernel]] void qmm_t(
+    device const T* x,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    constant uint& n_tokens,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* out,
+    uint2 tile [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+  threadgroup float4 x_tile[TILE_ROWS * TILE_PITCH / 4];
+  threadgroup float4 w_tile[TILE_COLUMNS * TILE_PITCH / 4];
+  threadgroup float* result = (threadgroup float*)w_tile;
+  uint first = tile.y * TILE_ROWS;
+  uint n_rows = min(n_tokens - first, uint(TILE_ROWS));
+  uint x_row = thread_index / 4;
+  bool has_row = x_row < n_rows;
+  auto x_at = x + ulong(first + (has_row ? x_row : 0)) * n_in;
+  ulong o = min(tile.x * TILE_COLUMNS + thread_index / 2, n_out - 1);
+  multiply_tile<BITS, G>(
+      x_at, has_row, w + o * (n_in * BITS / 32), scales + o * (n_in / G),
+      biases + o * (n_in / G), n_in, n_rows, x_tile, w_tile, thread_index, simdgroup);
+  uint column = tile.x * TILE_COLUMNS + thread_index % TILE_COLUMNS;
+  if (column < n_out) {
+    for (uint r = thread_index / TILE_COLUMNS; r < n_rows; r += 2) {
+      float value = result[r * TILE_OUT_PITCH + thread_index % TILE_COLUMNS];
+      out[ulong(first + r) * n_out + column] = T(value);
+    }
+  }
+}
+
+// Rows grouped by matrix, each times the matrix in its slot of a pool.
+//
+// x: [T,I]; slots: [T], equal ones next to each other; matrices as of
+// `dequant_matvec_4bit_v3_experts`, in BITS bits; out: [T,O]. Launch as of `qmm_t`. A tile goes
+// through the slots that begin in it one after the other: rows of others count as zeros, so
+// where groups end is exact and nothing needs padding.
+template <typename T, typename S, int BITS, int G>
+[[kernel]] void gather_qmm_rhs(
+    device const T* x,
+    device const uint* slots,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    constant uint& w_base,
+    constant uint& s_base,
+    constant uint& b_base,
+    constant uint& w_row,
+    constant uint& s_row,
+    constant uint& b_row,
+    constant uint& n_tokens,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* out,
+    uint2 tile [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+  threadgroup float4 x_tile[TILE_ROWS * TILE_PITCH / 4];
+  threadgroup float4 w_tile[TILE_COLUMNS * TILE_PITCH / 4];
+  threadgroup float* result = (threadgroup float*)w_tile;
+  uint first = tile.y * TILE_ROWS;
+  uint n_rows = min(n_tokens - first, uint(TILE_ROWS));
+  uint x_row = thread_index / 4;
+  ulong o = min(tile.x * TILE_COLUMNS + thread_index / 2, n_out - 1);
+  uint column = tile.x * TILE_COLUMNS + thread_index % TILE_COLUMNS;
+  uint begin = 0;
+  while (begin < n_rows) {
+    uint end = begin + 1;
+    while (end < n_rows && slots[first + end] == slots[first + begin]) {
+      ++end;
+    }
+    ulong slot = slots[first + begin];
+    bool has_row = x_row >= begin && x_row < end;
+    auto x_at = x + ulong(first + (has_row ? x_row : 0)) * n_in;
+    multiply_tile<BITS, G>(
+        x_at, has_row, w + slot * w_row + w_base + o * (n_in * BITS / 32),
+        scales + slot * s_row + s_base + o * (n_in / G),
+        biases + slot * b_row + b_base + o * (n_in / G), n_in, end, x_tile, w_tile,
+        thread_index, simdgroup);
+    if (column < n_out) {
+      for (uint r = begin + thread_index / TILE_COLUMNS; r < end; r += 2) {
+        float value = result[r * TILE_OUT_PITCH + thread_index % TILE_COLUMNS];
+        out[ulong(first + r) * n_out + column] = T(value);
+      }
+    }
+    begin = end;
+  }
+}
