@@ -23,7 +23,8 @@ def apply(op_type: type[Op], fields: Mapping[str, Any], **values: Any) -> Any:
     """Run one Op on arrays and return its output, or the tuple of its outputs.
 
     The default executor's kernel runs where there is one; gradients go through the
-    Op's reference. ``values`` holds by field name what the Op reads: arrays, weights
+    Op's reference, to arrays, to weights and to experts that are not quantised.
+    ``values`` holds by field name what the Op reads: arrays, weights
     (a ``Weight`` or a dense array), experts (``ExpertWeights`` or an
     ``ExpertSource``), None for an absent optional field.
 
@@ -112,6 +113,7 @@ def _differentiable(kernel: Function, reference: Function, values: list[Any]) ->
 
     @call.vjp  # type: ignore[misc]
     def vjp(primals: Any, cotangents: Any, _outputs: Any) -> tuple[mx.array, ...]:
+        primals = _as_list(primals)
         wanted = [i for i, x in enumerate(primals) if _is_float(x)]
 
         def of_floats(*floats: mx.array) -> Any:
@@ -135,8 +137,12 @@ def _is_float(x: mx.array) -> bool:
 
 
 def _floats(values: Any) -> list[mx.array]:
-    parts = values if isinstance(values, (tuple, list)) else [values]
-    return [x for x in parts if _is_float(x)]
+    return [x for x in _as_list(values) if _is_float(x)]
+
+
+def _as_list(values: Any) -> list[mx.array]:
+    """Return several arrays as a list: MLX gives one of its own as it is."""
+    return list(values) if isinstance(values, (tuple, list)) else [values]
 
 
 def _flatten(
@@ -152,7 +158,8 @@ def _flatten(
             parts = (value.w, value.scales, value.biases)
             w, scales, biases = [visit(x, take) for x in parts]
             return Weight(w, scales, biases, value.quantization)
-        if type(value) is ResidentExperts:
+        # Quantised experts are constants: MLX has no gradient of gathered scales.
+        if type(value) is ResidentExperts and not value.weights.gate.quantization:
             stacks = value.weights
             gate, up, down = (
                 visit(x, take) for x in (stacks.gate, stacks.up, stacks.down)
