@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..executors.verified import Record, records
 from ..launch import KERNELS, Kernel, Launch, prepare
+from ..lowering import TABLE
 from ..metal import Scalar
 
 
@@ -28,8 +29,6 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table of kernels, or of lowerings."""
     if args.lowering:
-        from ..lowering import TABLE
-
         rows = [
             {"op": op.__name__, "ways": [way.name for way in ways]}
             for op, ways in TABLE.items()

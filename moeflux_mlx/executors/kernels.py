@@ -12,6 +12,7 @@ from ..graph.lower import Kernel
 from ..graph.op import Op
 from ..launch import KERNELS, Launch, prepare
 from ..launch.base import Prepared
+from ..lowering import lowered
 from ..metal import MetalKernel, library
 from .base import Executor
 
@@ -44,8 +45,6 @@ class KernelExecutor(Executor):
         return self.kernel_count
 
     def kernel(self, op: Op) -> Kernel:
-        from ..lowering import lowered
-
         return lowered(op, self.run)
 
     def run(self, launch: Launch) -> tuple[mx.array, ...]:

@@ -98,7 +98,7 @@ def _append(
     row: mx.array,
 ) -> tuple[mx.array, mx.array]:
     n_seqs, heads, n_rows, d = k_cache.shape
-    t, first = keys.shape[0] // n_seqs, int(row.item())
+    t, first = keys.shape[0] // n_seqs, int(np.array(row)[0])
 
     def updated(cache: mx.array, new: mx.array) -> mx.array:
         rows = new.reshape(n_seqs, t, heads, d).swapaxes(1, 2).astype(cache.dtype)

@@ -201,11 +201,8 @@ def _conv_state(
     chunk = _masked(x, n_seqs, mask)
     inputs = mx.concatenate([state.astype(FLOAT32), chunk], axis=1)
     t = chunk.shape[1]
-    ends = [t] * n_seqs if lengths is None else lengths.tolist()
-    kept = [
-        inputs[i, min(max(e, 0), t) : min(max(e, 0), t) + keep]
-        for i, e in enumerate(ends)
-    ]
+    ends = np.full(n_seqs, t) if lengths is None else np.clip(np.array(lengths), 0, t)
+    kept = [inputs[i, int(end) : int(end) + keep] for i, end in enumerate(ends)]
     return mx.stack(kept).astype(state.dtype)
 
 

@@ -311,13 +311,13 @@ def _batched(
     n_in, outs = x.shape[1], []
     sizes = (n_out * n_in // 8, n_out * n_in // group_size, n_out * n_in // group_size)
     for row, begins in zip(x, np.array(offsets), strict=True):
-        parts = (
+        own, s_own, b_own = (
             flat[int(begin) : int(begin) + size].reshape(n_out, -1)
             for flat, begin, size in zip(
                 (w, scales, biases), begins, sizes, strict=True
             )
         )
-        dense = _dense(*parts, 4, group_size)
+        dense = _dense(own, s_own, b_own, 4, group_size)
         outs.append(row.astype(mx.float32) @ dense.T)
     return mx.stack(outs).astype(x.dtype)
 
