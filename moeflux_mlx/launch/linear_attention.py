@@ -126,7 +126,9 @@ def _conv(
     chunk = _masked(x, n_seqs, mask)
     inputs = mx.concatenate([state.astype(FLOAT32), chunk], axis=1)
     taps, t = weight.astype(FLOAT32), chunk.shape[1]
-    out = sum(inputs[:, j : j + t] * taps[:, j] for j in range(width))
+    out = inputs[:, :t] * taps[:, 0]
+    for j in range(1, width):
+        out = out + inputs[:, j : j + t] * taps[:, j]
     out = out * mx.sigmoid(out)
     return out.reshape(x.shape).astype(x.dtype)
 
