@@ -262,11 +262,12 @@ inline void begin_attention(
 }
 
 // One token's queries of FOLD heads over all rows that they see, by one simdgroup.
-template <int D, int FOLD, bool HAS_MASK, typename T, typename Q, typename C, typename M>
+template <
+    int D, int FOLD, bool HAS_MASK, typename T, typename Q, typename K, typename V, typename M>
 inline void attend_direct(
     Q q,
-    C k,
-    C v,
+    K k,
+    V v,
     M mask,
     float scale,
     uint n_tokens,

@@ -145,12 +145,12 @@ constexpr constant int ROWS = 4;
 // of 32. A lane takes 32 columns, so LANES = I / 32 rounded up to a power of two take a
 // row, and a simdgroup ROWS * 32 / LANES rows. Rows of one head are short: a simdgroup a
 // row would leave most lanes without work. Weights stay in registers while tokens pass.
-template <int LANES, typename T, typename X, typename W, typename P>
+template <int LANES, typename T, typename X, typename W, typename S, typename B>
 inline void multiply_per_head(
     X x,
     W w,
-    P scales,
-    P biases,
+    S scales,
+    B biases,
     uint n_tokens,
     uint n_heads,
     uint n_out,

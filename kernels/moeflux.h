@@ -190,13 +190,13 @@ constexpr constant int TILE_OUT_PITCH = 68;
 // w_tile, row r from r * TILE_OUT_PITCH on. Every simdgroup takes all rows of 16 columns, so a
 // tile that is not full leaves the work of all four equally short, by 8 rows at a time.
 // Contains barriers: all threads must come.
-template <int BITS, int G, typename X, typename W, typename S>
+template <int BITS, int G, typename X, typename W, typename S, typename B>
 inline void multiply_tile(
     X x_row_at,
     bool has_row,
     W w_row_at,
     S s_at,
-    S b_at,
+    B b_at,
     uint n_in,
     uint n_rows,
     threadgroup float4* x_tile,

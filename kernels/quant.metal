@@ -35,8 +35,8 @@ template <typename T, typename S, int G>
 
 // Words of one row times values in threadgroup or device memory, a word a lane at a time:
 // each value is worth fma(q, scale * x, bias * x).
-template <int BITS, int G, typename X, typename W, typename S>
-inline float dot_row(X x, W w, S scales, S biases, uint n_in, uint first, uint step) {
+template <int BITS, int G, typename X, typename W, typename S, typename B>
+inline float dot_row(X x, W w, S scales, B biases, uint n_in, uint first, uint step) {
   constexpr int PER_WORD = 32 / BITS;
   constexpr uint MASK = (1u << BITS) - 1u;
   float sum = 0.0f;
@@ -123,12 +123,12 @@ template <typename T, typename S, int G>
 }
 
 // A row of the result by each of 8 simdgroups, x cached once for all.
-template <typename T, int BITS, int G, typename X, typename W, typename S>
+template <typename T, int BITS, int G, typename X, typename W, typename S, typename B>
 inline void cached_rows(
     X x,
     W w,
     S scales,
-    S biases,
+    B biases,
     device T* out,
     threadgroup float* cached,
     uint n_in,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from moeflux_mlx import simulator
+from moeflux_mlx.executors.kernels import metal_kernel
 from moeflux_mlx.executors.sim import SimExecutor
-from moeflux_mlx.launch import KERNELS
+from moeflux_mlx.launch import KERNELS, prepare
 from moeflux_mlx.launch.check import check, relative_error
+from moeflux_mlx.metal import Input, library
 
 pytestmark = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"
@@ -45,10 +49,39 @@ def test_a_kernel_has_no_race_and_touches_only_its_own_memory(kernel, sizes):
 
 
 def test_every_metal_function_is_registered_and_every_registration_has_one():
-    from moeflux_mlx.metal import library
-
     assert set(KERNELS) == set(library().kernels)
 
 
 def test_not_a_number_in_an_output_is_an_infinite_error():
     assert relative_error(mx.array([np.nan, 1.0]), mx.array([0.0, 1.0])) == np.inf
+
+
+def in_constant_memory(kernel, names: set[str]) -> str:
+    """Return the source that MLX writes when these inputs have few elements."""
+    ready = prepare(kernel(*kernel.arguments(kernel.dtypes[-1], **kernel.sizes[-1])))
+    arrays = [
+        mx.zeros(1 if p.name in names else 8, x.dtype) if isinstance(p, Input) else x
+        for p, x in zip(ready.kernel.inputs, ready.inputs, strict=True)
+    ]
+    options = {
+        "template": ready.template,
+        "grid": ready.grid,
+        "threadgroup": ready.threadgroup,
+        "output_shapes": ready.output_shapes,
+        "output_dtypes": ready.output_dtypes,
+    }
+    return simulator.written_source(
+        metal_kernel(kernel.name, lines=True), arrays, options
+    )
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_any_input_may_lie_in_constant_memory(name):
+    """MLX puts inputs of fewer than 8 elements there: each alone, and all of them."""
+    kernel = KERNELS[name]
+    names = [p.name for p in kernel.metal.inputs if isinstance(p, Input)]
+    for chosen in {frozenset(names), *(frozenset([n]) for n in names)}:
+        source = in_constant_memory(kernel, set(chosen))
+        for n in chosen:
+            assert re.search(rf"const constant \w+\* {n} \[\[buffer", source)
+        simulator.Program(source)
