@@ -330,8 +330,10 @@ template <typename T, typename S, int G>
 // K products with matrices that lie anywhere in one buffer.
 //
 // x: [K,I]; w, scales, biases: flat; offsets: [3 K], for each product the first word, scale and
-// bias; out: [K,O]. I at most 4096. Launch: 256 threads for 8 rows of a product, grid
-// (256 O / 8, K), rows past the end masked after the barrier.
+// bias, at most w_last, s_last and b_last, where the last matrix that fits begins: a wrong
+// offset reads a wrong matrix, never other memory; out: [K,O]. I at most 4096. Launch: 256
+// threads for 8 rows of a product, grid (256 O / 8, K), rows past the end masked after the
+// barrier.
 template <typename T, typename S, int G>
 [[kernel]] void dequant_matvec_4bit_batched(
     device const T* x,
@@ -341,6 +343,9 @@ template <typename T, typename S, int G>
     device const uint* offsets,
     constant uint& n_in,
     constant uint& n_out,
+    constant uint& w_last,
+    constant uint& s_last,
+    constant uint& b_last,
     device T* out,
     uint2 group [[threadgroup_position_in_grid]],
     uint thread_index [[thread_index_in_threadgroup]],
@@ -351,8 +356,9 @@ template <typename T, typename S, int G>
   device T* to = out + ulong(group.y) * n_out;
   auto at = offsets + 3 * group.y;
   cached_rows<T, 4, G>(
-      row, w + at[0], scales + at[1], biases + at[2], to, cached, n_in, n_out,
-      8 * group.x + simdgroup, thread_index, lane);
+      row, w + min(at[0], w_last), scales + min(at[1], s_last),
+      biases + min(at[2], b_last), to, cached, n_in, n_out, 8 * group.x + simdgroup,
+      thread_index, lane);
 }
 
 // K products with matrices in slots of a pool.

@@ -309,15 +309,17 @@ def _batched(
     group_size: int,
 ) -> mx.array:
     n_in, outs = x.shape[1], []
-    sizes = (n_out * n_in // 8, n_out * n_in // group_size, n_out * n_in // group_size)
-    for row, begins in zip(x, np.array(offsets), strict=True):
-        own, s_own, b_own = (
-            flat[int(begin) : int(begin) + size].reshape(n_out, -1)
-            for flat, begin, size in zip(
-                (w, scales, biases), begins, sizes, strict=True
-            )
+    words, pairs = n_out * n_in // 8, n_out * n_in // group_size
+    last = [w.size - words, scales.size - pairs, biases.size - pairs]
+    for row, begins in zip(x, np.minimum(np.array(offsets), last), strict=True):
+        at_w, at_s, at_b = (int(begin) for begin in begins)
+        dense = _dense(
+            w[at_w : at_w + words].reshape(n_out, -1),
+            scales[at_s : at_s + pairs].reshape(n_out, -1),
+            biases[at_b : at_b + pairs].reshape(n_out, -1),
+            4,
+            group_size,
         )
-        dense = _dense(own, s_own, b_own, 4, group_size)
         outs.append(row.astype(mx.float32) @ dense.T)
     return mx.stack(outs).astype(x.dtype)
 
@@ -329,8 +331,9 @@ def _some_batched(
     flat = [mx.concatenate([m[part].reshape(-1) for m in stacks]) for part in range(3)]
     order = rng.permutation(k + 1)[:k]
     steps = np.array([o * i // 8, o * i // g, o * i // g])
-    offsets = mx.array((order[:, None] * steps).astype(np.uint32))
-    return normal(rng, dtype, k, i), *flat, offsets, o, g
+    offsets = (order[:, None] * steps).astype(np.uint32)
+    offsets[-1] += s * 2**31  # past the end
+    return normal(rng, dtype, k, i), *flat, mx.array(offsets), o, g
 
 
 PRODUCTS = [
@@ -353,14 +356,15 @@ def dequant_matvec_4bit_batched(
 ) -> Launch:
     """K products ``[K, O]`` of ``[K, I]`` with matrices anywhere in flat buffers.
 
-    ``offsets`` uint32 ``[K, 3]``: first word, scale and bias of each matrix; they are
-    the caller's to check, being data.
+    ``offsets`` uint32 ``[K, 3]``: first word, scale and bias of each matrix. One past
+    the last matrix that fits is taken for it: offsets are data, not checked here.
     """
     k, n_in = dims("x", x, 2)
     require("x", n_in <= CACHED, f"a width up to {CACHED}", n_in)
     require("group_size", group_size in GROUP_SIZES, "32, 64 or 128", group_size)
     require("x", n_in % group_size == 0, f"a width in groups of {group_size}", n_in)
     require("n_out", isinstance(n_out, int) and n_out > 0, "a positive number", n_out)
+    last = {}
     for name, flat, n in (
         ("w", w, n_out * n_in // 8),
         ("scales", scales, n_out * n_in // group_size),
@@ -368,11 +372,12 @@ def dequant_matvec_4bit_batched(
     ):
         (length,) = dims(name, flat, 1)
         require(name, length >= n, f"at least {n} values", length)
+        last[f"{name[0]}_last"] = length - n
     expect("offsets", offsets, (k, 3))
     inputs: dict[str, Any] = {"x": x, "w": w, "scales": scales, "biases": biases}
     return Launch(
         "dequant_matvec_4bit_batched",
-        {**inputs, "offsets": offsets, "n_in": n_in, "n_out": n_out},
+        {**inputs, "offsets": offsets, "n_in": n_in, "n_out": n_out, **last},
         {"out": (k, n_out)},
         (256 * groups(n_out, 8), k, 1),
         (256, 1, 1),
