@@ -178,6 +178,12 @@ def test_a_whole_number_is_not_rounded(use, value):
         prepare(changed("template", N=value))
 
 
+@pytest.mark.parametrize("value", [2**31, -(2**31) - 1, 2**64])
+def test_a_template_number_fits_int(use, value):
+    with pytest.raises(KernelError, match=r"^\[every\] N: expected a number that fits"):
+        prepare(changed("template", N=value))
+
+
 def test_a_number_is_a_number(use):
     with pytest.raises(KernelError, match=r"^\[every\] eps: expected a number"):
         prepare(changed("inputs", eps="small"))

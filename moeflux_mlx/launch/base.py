@@ -190,6 +190,8 @@ def _check_template(
         whole = _whole(kernel, name, value)
         if kernel.values[name] == "bool" and whole not in (0, 1):
             _fail(kernel, name, "0 or 1", value)
+        if not -(1 << 31) <= whole < 1 << 31:
+            _fail(kernel, name, "a number that fits int", value)
 
 
 def _check_limits(
