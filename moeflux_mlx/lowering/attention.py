@@ -40,15 +40,20 @@ def sdpa_decode(
     return run(kernels.sdpa_decode(q, k, v, op.softmax_scale, mask))[0]
 
 
+# A lane holds its share of the queries and of the sums: fold * d / 16 registers of float.
+# More than 64 of them would spill.
+FOLDED_CHANNELS = 1024
+
+
 def _direct(fold: int) -> None:
     """Add the way that folds ``fold`` query heads of one key head."""
     kernel = kernels.FOLDED[fold]
 
-    @way(
-        ops.SdpaCausalTiled,
-        kernel.name,
-        lambda op: _width_fits(op) and op.heads_per_kv % fold == 0,
-    )
+    def folds(op: ops.SdpaCausalTiled) -> bool:
+        few = fold * op.head_dim <= FOLDED_CHANNELS
+        return few and _width_fits(op) and op.heads_per_kv % fold == 0
+
+    @way(ops.SdpaCausalTiled, kernel.name, folds)
     def sdpa(
         op: Any, run: Run, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None
     ) -> mx.array:
