@@ -15,13 +15,11 @@ inline float silu(float x) {
   return x / (1.0f + exp(-x));
 }
 
-// Sum over a threadgroup; every thread gets it. `scratch` holds one value a simdgroup.
-// All threads of the group must call it: it contains barriers, also one before the
-// scratch is written, so that it can be called again with the same scratch.
+// Sum over a threadgroup; every thread gets it. `scratch` holds one value a simdgroup and
+// is not read before. All threads of the group must call it: it contains a barrier.
 inline float threadgroup_sum(
     float value, threadgroup float* scratch, uint lane, uint simdgroup, uint n_simdgroups) {
   value = simd_sum(value);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
   if (lane == 0) {
     scratch[simdgroup] = value;
   }

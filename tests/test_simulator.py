@@ -127,6 +127,7 @@ UNARY = {
     "floor": np.floor, "ceil": np.ceil, "rint": np.rint, "trunc": np.trunc,
     "fabs": np.abs, "abs": np.abs, "sign": np.sign, "fract": lambda x: x - np.floor(x),
     "saturate": lambda x: np.clip(x, 0, 1), "precise::exp": np.exp, "fast::exp": np.exp,
+    "asinh": np.arcsinh,
 }  # fmt: skip
 
 
@@ -166,6 +167,24 @@ INTEGER = {
 def test_functions_of_integers(expression):
     got = lanes(expression, INTEGER, U, out="u4")
     assert got.tolist() == INTEGER[expression]
+
+
+PARTS = {
+    "ldexp(a[i], 3)": np.ldexp(X, 3),
+    "({ int p; float x = frexp(a[i], p); x * 8.0f + float(p); })": np.frexp(X)[0] * 8
+    + np.frexp(X)[1],
+    "({ float n; float x = modf(b[i], n); x + 8.0f * n; })": np.modf(Y)[0]
+    + 8 * np.modf(Y)[1],
+    "({ float c; float x = sincos(b[i], c); x + 2.0f * c; })": np.sin(Y)
+    + 2 * np.cos(Y),
+    "float(0.5h)": np.full_like(X, 0.5),
+}
+
+
+@pytest.mark.parametrize("expression", PARTS)
+def test_functions_that_part_a_value(expression):
+    got = lanes(expression, PARTS, X, Y)
+    np.testing.assert_allclose(got, PARTS[expression], rtol=3e-6)
 
 
 VECTORS = {
