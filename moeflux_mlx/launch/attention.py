@@ -333,8 +333,11 @@ def _some_attention(
 ) -> tuple[Any, ...]:
     q = normal(rng, dtype, b * t, h * per * d, scale=2.0)
     k, v = (normal(rng, dtype, b, h, s, d) for _ in range(2))
-    mask = mx.array(rng.random((masks, 1, t, s)) < 0.6) if masks else None
-    return q, k, v, d**-0.5, mask
+    if not masks:
+        return q, k, v, d**-0.5, None
+    seen = rng.random((masks, 1, t, s)) < 0.6
+    seen[0, 0, -1] = False
+    return q, k, v, d**-0.5, mx.array(seen)
 
 
 def _check_attention(
@@ -376,9 +379,9 @@ PREFILL_SIZES = [
 PREFILL_LARGE = dict(b=1, t=512, h=2, per=8, s=2048, d=128)
 
 
-def _folded(fold: int) -> Any:
+def _folded(fold: int, *more: dict[str, int]) -> Any:
     """Return a registration of the direct form that folds ``fold`` heads."""
-    sizes = [{**size, "per": size["per"] * fold} for size in PREFILL_SIZES]
+    sizes = [{**size, "per": size["per"] * fold} for size in PREFILL_SIZES] + [*more]
     return kernel(
         reference=_attention,
         sample=_some_attention,
@@ -439,7 +442,7 @@ def sdpa_causal_direct_fold8(
     return _direct("sdpa_causal_direct_fold8", 8, q, k, v, scale, mask)
 
 
-@_folded(1)
+@_folded(1, dict(b=1, t=20, h=1, per=1, s=23, d=32))
 def sdpa_causal_staged(
     q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None
 ) -> Launch:

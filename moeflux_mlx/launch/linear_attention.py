@@ -62,6 +62,8 @@ def _some_gates(
     other = (dtype, mx.bfloat16)[s]
     alpha = normal(rng, dtype, n, h, scale=12.0)
     vectors = [normal(rng, other, h) for _ in range(2)]
+    # Softplus of zero, where its series is longest.
+    alpha[0] = -vectors[1].astype(dtype)
     mask = mx.array(rng.random(n) < 0.5) if masked else None
     return alpha, normal(rng, dtype, n, h), *vectors, mask
 

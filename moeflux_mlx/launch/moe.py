@@ -42,10 +42,11 @@ def _softmax_topk(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
 
 
 def _logits(rng: np.random.Generator, dtype: mx.Dtype, *shape: int) -> mx.array:
-    """Return logits of which some are equal, one of them the largest."""
+    """Return logits of which three are the largest, two of them 32 apart."""
     logits = rng.standard_normal(shape, np.float32)
-    largest = logits.argmax(axis=-1)
-    logits[np.arange(shape[0]), (largest + 3) % shape[1]] = logits.max(axis=-1)
+    tokens, largest, top = np.arange(shape[0]), logits.argmax(-1), logits.max(-1)
+    for distance in (3, SIMD):
+        logits[tokens, (largest + distance) % shape[1]] = top
     return mx.array(logits).astype(dtype)
 
 
