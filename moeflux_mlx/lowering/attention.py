@@ -40,8 +40,8 @@ def sdpa_decode(
     return run(kernels.sdpa_decode(q, k, v, op.softmax_scale, mask))[0]
 
 
-# A lane holds its share of the queries and of the sums: fold * d / 16 registers of float.
-# More than 64 of them would spill.
+# A lane holds its share of the queries and of the sums in fold * d / 16 registers; more
+# than 64 of them would spill.
 FOLDED_CHANNELS = 1024
 
 

@@ -130,8 +130,8 @@ class SdpaCausalTiled(Op):
 
     Query t of each sequence sees rows ``[0, S - T + t]``, or what ``mask`` (true: seen)
     allows when there is one. Query head h reads key head ``h // heads_per_kv``. What a
-    query gets that sees no row, as one of padding, is finite and of no meaning: zeros from
-    a kernel, the mean of the values from MLX.
+    query gets that sees no row, as one of padding, is finite and means nothing: zeros
+    from a kernel, the mean of the values from MLX.
     """
 
     q: In[QBuf]
