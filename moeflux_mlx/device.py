@@ -93,3 +93,5 @@ def activation_dtype(model_dtype: mx.Dtype) -> mx.Dtype:
 MAX_THREADS_PER_GROUP = 1024
 MAX_THREADGROUP_BYTES = 32 << 10
 MAX_BUFFERS = 31
+# CUDA's, of threadgroups along y and z.
+MAX_CUDA_GRID_YZ = 65535

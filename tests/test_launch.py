@@ -116,7 +116,9 @@ def test_a_number_becomes_an_array_once(use):
 
 
 def test_the_limits_themselves_are_allowed(use):
-    most = dataclasses.replace(EVERY, threadgroup=(1024, 1, 1), grid=(2**31 - 1, 1, 1))
+    most = dataclasses.replace(
+        EVERY, threadgroup=(1024, 1, 1), grid=(2**31 - 1024, 1, 1)
+    )
     assert prepare(most).threadgroup == (1024, 1, 1)
     assert prepare(changed("template", N=16 << 10))
     assert prepare(changed("inputs", n=2**32 - 1, offset=-(2**31)))
@@ -237,7 +239,14 @@ def test_threads_are_counted_in_three_positive_numbers(use, part, size, message)
 def test_a_threadgroup_has_at_most_1024_threads(use, size):
     wanted = r"^\[every\] threadgroup: expected at most 1024 threads but got \d+"
     with pytest.raises(KernelError, match=wanted):
-        prepare(dataclasses.replace(EVERY, threadgroup=size))
+        prepare(dataclasses.replace(EVERY, grid=size, threadgroup=size))
+
+
+@pytest.mark.parametrize("grid", [(31, 1, 1), (32, 3, 1), (33, 1, 1)])
+def test_a_grid_is_whole_threadgroups(use, grid):
+    wanted = r"^\[every\] grid: expected whole threadgroups of \(32, 2, 1\) but got"
+    with pytest.raises(KernelError, match=wanted):
+        prepare(dataclasses.replace(EVERY, grid=grid, threadgroup=(32, 2, 1)))
 
 
 def test_threadgroup_memory_is_32_kib_for_these_types_and_numbers(use):

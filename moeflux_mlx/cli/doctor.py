@@ -14,14 +14,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from .. import __version__, device
 from ..errors import BackendError, ConfigError, MoefluxError
-from ..executors import open_executor
+from ..executors import gpu_executor, open_executor
 from ..executors.kernels import KernelExecutor
 from ..executors.verified import Record, fingerprint, machine_name, mlx_version, save
 from ..launch import KERNELS, Kernel
@@ -58,7 +57,7 @@ def add_parser(subparsers: Any) -> None:
     """Add ``doctor`` with its options."""
     text = "build every kernel here and check it against its reference"
     parser = subparsers.add_parser("doctor", description=text, help=text)
-    parser.add_argument("--executor", help="metal or sim (default: what runs here)")
+    parser.add_argument("--executor", help="metal, cuda or sim (default: what is here)")
     parser.add_argument(
         "--only", default="*", metavar="PATTERN", help="kernels to check, as moe_*"
     )
@@ -95,10 +94,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _executor(name: str | None) -> KernelExecutor:
     if name is None:
-        name = "metal" if mx.metal.is_available() else "sim"
+        name = gpu_executor() or "sim"
     executor = open_executor(name)
     if not isinstance(executor, KernelExecutor):
-        raise BackendError(f"[doctor] expected metal or sim: {name!r} has no kernels")
+        raise BackendError(
+            f"[doctor] expected metal, cuda or sim: {name!r} has no kernels"
+        )
     return executor
 
 
@@ -130,7 +131,7 @@ def examine(kernel: Kernel, executor: KernelExecutor) -> Finding:
 
 def make_record(executor: str, findings: list[Finding]) -> Record:
     """Return which kernels agreed, with the fingerprint of each."""
-    good = {f.kernel: fingerprint(f.kernel) for f in findings if f.passed}
+    good = {f.kernel: fingerprint(f.kernel, executor) for f in findings if f.passed}
     today = datetime.date.today().isoformat()
     return Record(executor, machine_name(), today, mlx_version(), good)
 

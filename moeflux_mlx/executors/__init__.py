@@ -7,21 +7,23 @@ import mlx.core as mx
 from .. import config
 from ..errors import BackendError
 from .base import Encoding, Executor
+from .cuda import CudaExecutor
 from .metal import MetalExecutor
 from .ops import OpsExecutor
 from .sim import SimExecutor
 from .verified import is_verified
 
 EXECUTORS: dict[str, type[Executor]] = {
-    executor.name: executor for executor in (OpsExecutor, MetalExecutor, SimExecutor)
+    executor.name: executor
+    for executor in (OpsExecutor, MetalExecutor, CudaExecutor, SimExecutor)
 }
 
 
 def open_executor(name: str | None = None) -> Executor:
     """Open the executor called ``name``, or the environment's choice, or the default.
 
-    The default is ``metal`` where ``moeflux doctor`` has found every kernel of this
-    version right on this machine, and ``ops`` everywhere else.
+    The default is ``metal`` or ``cuda`` where ``moeflux doctor`` has found every kernel
+    of this version right on this machine, and ``ops`` everywhere else.
 
     Raises:
         BackendError: when there is none of that name or it cannot run here.
@@ -36,7 +38,15 @@ def open_executor(name: str | None = None) -> Executor:
 
 def default_executor() -> str:
     """Name the executor used when nobody asks for one."""
-    return "metal" if mx.metal.is_available() and is_verified("metal") else "ops"
+    name = gpu_executor()
+    return name if name and is_verified(name) else "ops"
+
+
+def gpu_executor() -> str | None:
+    """Name the executor that runs our kernels on a GPU here; None without one."""
+    if mx.metal.is_available():
+        return "metal"
+    return "cuda" if mx.cuda.is_available() else None
 
 
 __all__ = [
@@ -45,5 +55,6 @@ __all__ = [
     "Executor",
     "OpsExecutor",
     "default_executor",
+    "gpu_executor",
     "open_executor",
 ]

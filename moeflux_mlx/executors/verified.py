@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..launch import KERNELS
+from ..metal import cuda
 from ..metal.library import kernels_folder, library
 
 
@@ -34,12 +35,15 @@ class Record:
 
     def holds(self, name: str) -> bool:
         """Tell whether the kernel, as it is now, was found right."""
-        return self.kernels.get(name) == fingerprint(name)
+        return self.kernels.get(name) == fingerprint(name, self.executor)
 
 
-def fingerprint(name: str) -> str:
+def fingerprint(name: str, executor: str) -> str:
     """Return a digest of a kernel's source with all it uses, and of its launch."""
-    return library().fingerprint(name, KERNELS[name].source)
+    texts = [KERNELS[name].source]
+    if executor == "cuda":
+        texts.append(cuda.header(library(), library()[name]))
+    return library().fingerprint(name, *texts)
 
 
 def machine_name() -> str:

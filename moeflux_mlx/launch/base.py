@@ -45,7 +45,8 @@ class Launch:
     ``inputs`` holds an array, or a Python number for a scalar, for every input of the
     signature; ``outputs`` the shape of every output; ``template`` the values of the
     ``int`` and ``bool`` template parameters; ``types`` those type parameters that no
-    input has. ``grid`` counts threads, not threadgroups.
+    input has. ``grid`` counts threads, not threadgroups, of
+    which it is a whole number: CUDA would add the missing threads.
     """
 
     kernel: str
@@ -59,7 +60,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A launch checked against its signature, as MLX's kernel call takes it."""
+    """A launch checked against its signature, as MLX's kernel call takes it.
+
+    ``numbers`` holds those of the inputs that were given as Python numbers.
+    """
 
     kernel: MetalKernel
     inputs: list[mx.array]
@@ -68,6 +72,7 @@ class Prepared:
     threadgroup: Size3
     output_shapes: list[tuple[int, ...]]
     output_dtypes: list[mx.Dtype]
+    numbers: Mapping[str, int | float]
 
 
 def prepare(launch: Launch) -> Prepared:
@@ -95,8 +100,18 @@ def prepare(launch: Launch) -> Prepared:
     ]
     shapes = [_shape(kernel, p.name, launch.outputs[p.name]) for p in kernel.outputs]
     dtypes = [_dtype(p.type, types) for p in kernel.outputs]
+    numbers = {
+        name: x for name, x in launch.inputs.items() if not isinstance(x, mx.array)
+    }
     return Prepared(
-        kernel, inputs, template, launch.grid, launch.threadgroup, shapes, dtypes
+        kernel,
+        inputs,
+        template,
+        launch.grid,
+        launch.threadgroup,
+        shapes,
+        dtypes,
+        numbers,
     )
 
 
@@ -202,6 +217,10 @@ def _check_limits(
             _fail(kernel, name, "three positive numbers of threads", size)
         if any(n >= 1 << 31 for n in size):
             _fail(kernel, name, "numbers below 2^31", size)
+    if any(n % m for n, m in zip(launch.grid, launch.threadgroup, strict=True)):
+        _fail(
+            kernel, "grid", f"whole threadgroups of {launch.threadgroup}", launch.grid
+        )
     x, y, z = launch.threadgroup
     if x * y * z > MAX_THREADS_PER_GROUP:
         _fail(

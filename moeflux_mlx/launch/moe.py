@@ -412,7 +412,7 @@ def moe_combine_residual_n_tokens(
         "moe_combine_residual_n_tokens",
         {"h": h, "moe_sum": moe_sum, "shared": shared, "gate": gate, "n": n},
         {"out": (n_tokens, n)},
-        (groups(n, 4), n_tokens, 1),
+        (256 * groups(n, 4 * 256), n_tokens, 1),
         (256, 1, 1),
     )
 
@@ -663,7 +663,7 @@ def moe_combine_topk(mid: mx.array, weights: mx.array) -> Launch:
         "moe_combine_topk",
         {"mid": mid, "weights": weights, "k": k, "n": n},
         {"out": (n_tokens, n)},
-        (groups(n, 4), n_tokens, 1),
+        (256 * groups(n, 4 * 256), n_tokens, 1),
         (256, 1, 1),
     )
 

@@ -66,7 +66,7 @@ class Library:
         Args:
             lines: name file and line of each, for compilers' messages.
         """
-        used = self._used(kernel)
+        used = self.used(kernel)
         parts = [_text(d.text, d.place.file, d.place.line, lines) for d in used]
         return "".join(parts)
 
@@ -82,7 +82,7 @@ class Library:
         parts = (self.header(kernel), kernel.declaration.text, *more)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
-    def _used(self, kernel: MetalKernel) -> list[Declaration]:
+    def used(self, kernel: MetalKernel) -> list[Declaration]:
         """Return helpers reached from the kernel, in the order of the files."""
         helpers = self._helpers[kernel.place.file]
         by_name: dict[str, list[Declaration]] = {}

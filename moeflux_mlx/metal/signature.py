@@ -105,14 +105,22 @@ class Attribute:
     attribute: str
 
     @property
+    def type_name(self) -> str:
+        """``uint``, ``uint2`` or ``uint3``."""
+        return "uint" if self.width == 1 else f"uint{self.width}"
+
+    @property
+    def part(self) -> str:
+        """What of the attribute's numbers is wanted: ``.x``, ``.xy`` or all."""
+        given = ATTRIBUTES[self.attribute]
+        return {1: ".x", 2: ".xy", 3: ""}[self.width] if given == 3 else ""
+
+    @property
     def binding(self) -> str:
         """Statement that makes our name from MLX's, empty when they are the same."""
-        given = ATTRIBUTES[self.attribute]
-        if self.width == given and self.name == self.attribute:
+        if self.name == self.attribute and not self.part:
             return ""
-        type_name = "uint" if self.width == 1 else f"uint{self.width}"
-        part = {1: ".x", 2: ".xy", 3: ""}[self.width] if given == 3 else ""
-        return f"const {type_name} {self.name} = {self.attribute}{part};"
+        return f"const {self.type_name} {self.name} = {self.attribute}{self.part};"
 
 
 Parameter = Input | Scalar | Output | Attribute

@@ -1,0 +1,130 @@
+"""Executor ``cuda``: our kernels on NVIDIA GPUs through ``mx.fast.cuda_kernel``."""
+
+from __future__ import annotations
+
+import functools
+import struct
+import sys
+from typing import Any
+
+import mlx.core as mx
+
+from ..device import MAX_CUDA_GRID_YZ
+from ..errors import BackendError, KernelError
+from ..launch.base import Prepared
+from ..metal import MetalKernel, cuda, library
+from .kernels import KernelExecutor
+
+# Scalars that a model's geometry fixes: compiled in, so that no thread reads them and
+# loops have known ends. All others change with the number of tokens.
+GEOMETRY = frozenset(
+    (
+        "n_in",
+        "n_out",
+        "n_heads",
+        "n_key_heads",
+        "n_kv_heads",
+        "heads_per_kv",
+        "head_dim",
+        "dim",
+        "dv",
+        "value_dim",
+        "latent_dim",
+        "rope_dim",
+        "nope_dim",
+        "key_offset",
+        "n_channels",
+        "n_history",
+        "n_pairs",
+        "n_groups",
+        "n_experts",
+        "k",
+        "n_group",
+        "topk_group",
+        "scale",
+        "eps",
+        "mscale",
+        "w_row",
+        "s_row",
+        "b_row",
+        "w_base",
+        "s_base",
+        "b_base",
+        "gate_w_base",
+        "gate_s_base",
+        "gate_b_base",
+        "up_w_base",
+        "up_s_base",
+        "up_b_base",
+    )
+)
+
+
+class CudaExecutor(KernelExecutor):
+    """Launches lazily, as ``metal`` does; MLX keeps what it compiled on disk."""
+
+    name = "cuda"
+
+    @classmethod
+    def open(cls) -> CudaExecutor:
+        if not mx.cuda.is_available():
+            raise BackendError(
+                "[cuda] expected an NVIDIA GPU and the package mlx[cuda]"
+            )
+        return cls()
+
+    def build(self, kernel: MetalKernel) -> Any:
+        if sys.stderr.isatty():
+            print(f"\r\033[Kbuilding {kernel.name}", end="\r", file=sys.stderr)
+        return kernel
+
+    def call(self, built: MetalKernel, ready: Prepared) -> list[mx.array]:
+        _check_grid(ready)
+        baked = frozenset(ready.numbers) & GEOMETRY
+        template = list(ready.template)
+        inputs = []
+        for parameter, array in zip(built.inputs, ready.inputs, strict=True):
+            if parameter.name in baked:
+                number = _as_int(ready.numbers[parameter.name], parameter.type)
+                template.append((cuda.baked_name(built, parameter.name), number))
+            else:
+                inputs.append(array)
+        return _cuda_kernel(built.name, baked)(
+            inputs=inputs,
+            template=template,
+            grid=ready.grid,
+            threadgroup=ready.threadgroup,
+            output_shapes=ready.output_shapes,
+            output_dtypes=ready.output_dtypes,
+        )
+
+
+def _check_grid(ready: Prepared) -> None:
+    """Refuse a grid that Metal takes and CUDA does not."""
+    for axis in (1, 2):
+        n = ready.grid[axis] // ready.threadgroup[axis]
+        if n > MAX_CUDA_GRID_YZ:
+            raise KernelError(
+                f"[{ready.kernel.name}] grid: expected at most {MAX_CUDA_GRID_YZ} "
+                f"threadgroups along {'xyz'[axis]} but got {n}"
+            )
+
+
+def _as_int(value: float, kind: str) -> int:
+    """Return a number as an int of a template: a float by its bits, a uint wrapped."""
+    if kind == "float":
+        return struct.unpack("<i", struct.pack("<f", value))[0]
+    return struct.unpack("<i", struct.pack("<I", int(value) % (1 << 32)))[0]
+
+
+@functools.cache
+def _cuda_kernel(name: str, baked: frozenset[str]) -> Any:
+    kernels = library()
+    kernel = kernels[name]
+    return mx.fast.cuda_kernel(
+        name=f"moeflux_{name}",
+        input_names=[p.name for p in kernel.inputs if p.name not in baked],
+        output_names=[p.name for p in kernel.outputs],
+        source=cuda.body(kernel, baked),
+        header=cuda.header(kernels, kernel),
+    )
