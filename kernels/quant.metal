@@ -241,11 +241,45 @@ template <typename T, typename S, int G>
       lane);
 }
 
-// `dequant_matvec_4bit_v3` with 128-bit loads of the weights.
+// ROWS rows of a matrix times x, by one simdgroup; every lane has its share of the sums.
+// A lane reads WORDS words of all rows before it computes, which keeps enough loads under way
+// for the memory's bandwidth, and reads x once for all rows. WORDS words are at most 32
+// values, so they share one scale.
+template <int BITS, int G, int WORDS, int ROWS, typename X, typename W, typename S, typename B>
+inline void dot_rows(
+    X x, W w, S scales, B biases, uint row, uint n_in, uint n_out, uint lane, thread float* sums) {
+  constexpr int VALUES = WORDS * (32 / BITS);
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    sums[r] = 0.0f;
+  }
+  for (uint start = VALUES * lane; start < n_in; start += VALUES * SIMD) {
+    uint words[ROWS][WORDS];
+    float scale[ROWS];
+    float bias[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      // A row past the end is read as the last one; its sum is not written.
+      ulong at = ulong(min(row + r, n_out - 1)) * n_in + start;
+      load_words<WORDS>(w + at / (32 / BITS), words[r]);
+      scale[r] = float(scales[at / G]);
+      bias[r] = float(biases[at / G]);
+    }
+    float partners[VALUES];
+    float sum = load_partners<BITS, WORDS>(x + start, 1.0f, partners);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      sums[r] += scale[r] * dot_words<BITS, WORDS>(words[r], partners) + bias[r] * sum;
+    }
+  }
+}
+
+// ROWS rows by one simdgroup, with 128-bit loads where rows are long enough: no threadgroup
+// memory, no barrier.
 //
-// Launch as there. A lane takes 32 values of one row, which have one scale, so a row needs a
-// quarter of the loads; rows are whole multiples of 16 bytes because I is one of 32.
-template <typename T, typename S, int G>
+// Arguments as of `dequant_matvec_4bit`. Launch: 64 threads for 2 ROWS rows, few of them for
+// a matrix of few rows, so that it still fills the GPU.
+template <typename T, typename S, int G, int WORDS, int ROWS>
 [[kernel]] void dequant_matvec_4bit_v4(
     device const T* x,
     device const uint* w,
@@ -255,28 +289,20 @@ template <typename T, typename S, int G>
     constant uint& n_out,
     device T* out,
     uint group [[threadgroup_position_in_grid]],
-    uint thread_index [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup float cached[CACHED];
-  cache_row(x, cached, n_in, thread_index);
-  uint row = 8 * group + simdgroup;
+  uint row = (2 * group + simdgroup) * ROWS;
   if (row >= n_out) {
     return;
   }
-  ulong at = ulong(row) * n_in;
-  float sum = 0.0f;
-  for (uint start = 32 * lane; start < n_in; start += 32 * SIMD) {
-    uint words[4];
-    float partners[32];
-    load_words<4>(w + (at + start) / 8, words);
-    float total = load_partners<4, 4>(cached + start, 1.0f, partners);
-    float dot = dot_words<4, 4>(words, partners);
-    sum += float(scales[(at + start) / G]) * dot + float(biases[(at + start) / G]) * total;
-  }
-  sum = simd_sum(sum);
-  if (lane == 0) {
-    out[row] = T(sum);
+  float sums[ROWS];
+  dot_rows<4, G, WORDS, ROWS>(x, w, scales, biases, row, n_in, n_out, lane, sums);
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    float sum = simd_sum(sums[r]);
+    if (lane == 0 && row + r < n_out) {
+      out[row + r] = T(sum);
+    }
   }
 }
 

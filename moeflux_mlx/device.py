@@ -89,6 +89,8 @@ def activation_dtype(model_dtype: mx.Dtype) -> mx.Dtype:
     return mx.float32 if on_cpu() else model_dtype
 
 
+# Threads of a simdgroup, and of CUDA's warp.
+SIMD = 32
 # Metal's limits for one launch, on every Apple GPU.
 MAX_THREADS_PER_GROUP = 1024
 MAX_THREADGROUP_BYTES = 32 << 10

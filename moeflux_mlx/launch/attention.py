@@ -12,9 +12,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..device import SIMD
 from .base import Kernel, Launch, dims, expect, groups, kernel, normal, require
 
-SIMD = 32
 MAX_HEAD_DIM = 256
 FLOAT32 = mx.float32
 FOLDS = (8, 4, 2, 1)

@@ -14,9 +14,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..device import SIMD
 from .base import Launch, Size3, dims, expect, groups, kernel, normal, require
 
-SIMD = 32
 MAX_SIMDGROUPS = 8
 # Heads that fold onto one cache row: the rows of a matrix.
 FOLD = 8
@@ -65,7 +65,7 @@ def _some_q_kv(
     sample=_some_q_kv,
     sizes=[
         {"t": 1, "h": 1, "n": 1, "r": 1, "l": 1},
-        {"t": 3, "h": 5, "n": 6, "r": 10, "l": 33},
+        {"t": 3, "h": 5, "n": 6, "r": 10, "l": 161},
         {"t": 1, "h": 16, "n": 128, "r": 64, "l": 512},
         {"t": 7, "h": 3, "n": 192, "r": 32, "l": 96},
     ],

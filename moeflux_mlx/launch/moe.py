@@ -13,12 +13,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..device import SIMD
 from .base import Launch, dims, expect, groups, kernel, normal, require
 from .slots import Matrix, check_matrix, numbers, random_matrix, unpacked
 
 MAX_EXPERTS = 512
 MAX_K = 16
-SIMD = 32
 FLOAT32 = (mx.float32,)
 UNUSED = 0xFFFFFFFF
 

@@ -12,9 +12,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..device import SIMD
 from .base import Launch, dims, expect, groups, kernel, normal, require
 
-SIMD = 32
 MAX_THREADS = 1024
 # Columns of a row that a simdgroup, or 1024 threads, keep in registers.
 MAX_HEAD_DIM = 1024

@@ -12,10 +12,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..device import SIMD
 from .base import Launch, dims, expect, groups, kernel, normal, require
 from .slots import Matrix, check_matrix, numbers, random_matrix, unpacked
 
-SIMD = 32
 # Inputs that the kernels of the v3 kind keep in threadgroup memory.
 CACHED = 4096
 GROUP_SIZES = (32, 64, 128)
@@ -202,13 +202,43 @@ def dequant_matvec_4bit_v3(
     return _matvec(name, 4, arrays, group_size, 8, 256)
 
 
-@_one_token(4)
+# Rows that a simdgroup takes from so many on: it then reads x less often, and still
+# leaves a GPU's cores enough simdgroups each.
+ROWS_FROM = ((8192, 4), (2048, 2), (1, 1))
+ROWS = [
+    dict(i=32, o=1, g=32, s=0),
+    dict(i=576, o=11, g=64, s=1),
+    dict(i=96, o=2049, g=32, s=1),
+    dict(i=2176, o=9, g=128, s=1),
+    dict(i=32, o=8195, g=32, s=0),
+]
+
+
+@_one_token(4, ROWS)
 def dequant_matvec_4bit_v4(
     x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int
 ) -> Launch:
-    """``W x`` of ``[I]``, I at most 4096, with 128-bit loads."""
-    name, arrays = "dequant_matvec_4bit_v4", (x, w, scales, biases)
-    return _matvec(name, 4, arrays, group_size, 8, 256)
+    """``W x`` of ``[I]`` of any width, with 128-bit loads."""
+    (n_in,) = dims("x", x, 1)
+    n_out = _check(w, scales, biases, n_in, 4, group_size)
+    rows = next(rows for least, rows in ROWS_FROM if n_out >= least)
+    # As wide as leaves no lane without work.
+    words = next(n for n in (4, 2, 1) if n == 1 or n_in >= 8 * n * SIMD)
+    return Launch(
+        "dequant_matvec_4bit_v4",
+        {
+            "x": x,
+            "w": w,
+            "scales": scales,
+            "biases": biases,
+            "n_in": n_in,
+            "n_out": n_out,
+        },
+        {"out": (n_out,)},
+        (64 * groups(n_out, 2 * rows), 1, 1),
+        (64, 1, 1),
+        {"G": group_size, "WORDS": words, "ROWS": rows},
+    )
 
 
 @_one_token(4)
