@@ -336,8 +336,12 @@ class Kernel:
         return self.sample(np.random.default_rng(seed), dtype, **sizes)
 
     def expected(self, *args: Any) -> tuple[mx.array, ...]:
-        """Return the reference's outputs for the same arguments."""
-        out = self.reference(*args)
+        """Return the reference's outputs for the same arguments.
+
+        Computed on the CPU: GPUs multiply float32 with fewer bits than it has.
+        """
+        with mx.stream(mx.cpu):
+            out = self.reference(*args)
         return out if isinstance(out, tuple) else (out,)
 
 
