@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moeflux_mlx.metal import lint
-from moeflux_mlx.metal.library import kernels_folder
+from moeflux_mlx.metal.library import metal_files
 
 # Rule, what it refuses with the line it refuses, and what looks alike and is right.
 CASES = [
@@ -461,11 +461,7 @@ def test_every_rule_has_a_case():
     assert {rule.name for rule in lint.RULES} == {case[0] for case in CASES}
 
 
-@pytest.mark.parametrize(
-    "path",
-    sorted((*kernels_folder().glob("*.metal"), *kernels_folder().glob("*.h"))),
-    ids=lambda path: path.name,
-)
+@pytest.mark.parametrize("path", metal_files(), ids=lambda path: path.name)
 def test_our_kernels_have_no_finding(path):
     assert [str(f) for f in lint.check(path)] == []
 

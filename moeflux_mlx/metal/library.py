@@ -21,6 +21,16 @@ def kernels_folder() -> Path:
     return found if found.is_dir() else package.parent / "kernels"
 
 
+def metal_files() -> list[Path]:
+    """Return our Metal files; headers that end in ``_cuda.h`` are of CUDA."""
+    files = sorted(kernels_folder().iterdir())
+    return [
+        file
+        for file in files
+        if file.suffix in {".metal", ".h"} and not file.name.endswith("_cuda.h")
+    ]
+
+
 class Library:
     """The kernels of a folder's ``.metal`` files, by name.
 

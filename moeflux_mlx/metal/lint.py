@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import lint_rules as rules
+from .library import metal_files
 from .lint_bfloat import implicit_bfloat
 from .tokens import Scan, scan
 
@@ -118,8 +119,9 @@ def _add_includes(source: Scan, folder: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the findings of files; return 1 if there is any."""
-    found = [finding for name in arguments for finding in check(Path(name))]
+    """Print the findings of files, or of our own; return 1 if there is any."""
+    paths = [Path(name) for name in arguments] or metal_files()
+    found = [finding for path in paths for finding in check(path)]
     for finding in found:
         print(finding)
     return int(bool(found))
