@@ -14,6 +14,7 @@ from moeflux_mlx.ops import functions
 from moeflux_mlx.ops.functions import (
     QUERY_BLOCK,
     dequantize,
+    embed,
     linear,
     to_device,
     to_host,
@@ -108,6 +109,17 @@ def test_products_on_the_host_equal_those_with_unpacked_weights(n, form, dtype):
     expected = x @ to_host(to_device(unpacked)).astype(np.float32).T
     assert relative_rms(linear(x, weight), expected) < 1e-5
     assert relative_rms(linear(x, weight.on_host), expected) < 1e-5
+
+
+@on_both
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("form", [None, *FORMS], ids=lambda f: f and form_id(f))
+def test_rows_of_an_embedding_are_those_of_the_unpacked_matrix(form, dtype, to):
+    dense = mx.array(random(9, 128)).astype(dtype)
+    weight = quantized(dense, form)
+    unpacked = to_host(dense if form is None else dequantize(weight))
+    rows = to_host(embed(to([3, 0, 3, 8]), weight))
+    assert relative_rms(rows, unpacked[[3, 0, 3, 8]]) < 1e-2
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3)], ids=str)

@@ -18,6 +18,7 @@ from mlx_lm.models.cache import (
 from tiny import make_checkpoint
 
 import moeflux_mlx
+from moeflux_mlx import device
 from moeflux_mlx.errors import BackendError, ModelError
 from moeflux_mlx.experts.pack import pack
 from moeflux_mlx.experts.packed import PackedExperts
@@ -90,6 +91,14 @@ def test_200_greedy_tokens_are_those_of_mlx_lm(checkpoint):
     ours, _ = moeflux_mlx.load(checkpoint)
     tokenizer.eos_token_ids = set()
     assert greedy(ours, tokenizer, 200) == greedy(expected, tokenizer, 200)
+
+
+def test_matrices_too_large_to_keep_unpacked_give_the_same(checkpoint, monkeypatch):
+    unpacked, _ = moeflux_mlx.load(checkpoint)
+    expected = unpacked(tokens(37))
+    monkeypatch.setattr(device, "UNPACKED_SHARE", 0)
+    ours, _ = moeflux_mlx.load(checkpoint)
+    assert relative_rms(ours(tokens(37)), expected) < 1e-5
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 63, 64, 65, 130])

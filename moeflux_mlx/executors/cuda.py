@@ -121,10 +121,13 @@ def _as_int(value: float, kind: str) -> int:
 def _cuda_kernel(name: str, baked: frozenset[str]) -> Any:
     kernels = library()
     kernel = kernels[name]
+    # MLX tells compiled kernels apart by name alone, in memory and on disk.
+    header = cuda.header(kernels, kernel)
+    digest = kernels.fingerprint(name, header, *sorted(baked))
     return mx.fast.cuda_kernel(
-        name=f"moeflux_{name}",
+        name=f"moeflux_{name}_{digest}",
         input_names=[p.name for p in kernel.inputs if p.name not in baked],
         output_names=[p.name for p in kernel.outputs],
         source=cuda.body(kernel, baked),
-        header=cuda.header(kernels, kernel),
+        header=header,
     )

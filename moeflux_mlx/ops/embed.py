@@ -9,7 +9,7 @@ from ..graph.roles import (
     TokenIdsBuf,
 )
 from ..weights import Weight
-from .functions import Array, dequantize
+from .functions import Array, embed
 
 
 class EmbedGatherNTokens(Op):
@@ -38,13 +38,4 @@ class EmbedGatherNTokens(Op):
         return Cost(flops=2 * n, bytes=4 * n + self.n_tokens * row_bytes)
 
     def reference(self, token_ids: Array, weight: Weight) -> Array:
-        if weight.quantization is None:
-            return weight.w[token_ids]
-        assert weight.scales is not None
-        rows = Weight(
-            weight.w[token_ids],
-            weight.scales[token_ids],
-            None if weight.biases is None else weight.biases[token_ids],
-            weight.quantization,
-        )
-        return dequantize(rows)
+        return embed(token_ids, weight)

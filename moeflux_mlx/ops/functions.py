@@ -175,6 +175,20 @@ def linear(x: Array, weight: Weight) -> Array:
     )
 
 
+def embed(token_ids: Array, weight: Weight) -> Array:
+    """Return rows ``token_ids`` ``[N]`` of ``weight`` ``[V, D]``, unpacked.
+
+    A weight of MLX arrays serves NumPy ids too.
+    """
+    on_host = isinstance(token_ids, np.ndarray)
+    weight = weight.on_host if on_host else weight
+    parts = (weight.w, weight.scales, weight.biases)
+    w, scales, biases = (None if x is None else x[token_ids] for x in parts)
+    if weight.quantization is None:
+        return widen(w) if on_host else w
+    return dequantize(Weight(w, scales, biases, weight.quantization))
+
+
 def _host_linear(x: np.ndarray, weight: Weight) -> np.ndarray:
     if weight.quantization is None:
         return x @ widen(weight.w).T
