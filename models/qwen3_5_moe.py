@@ -26,13 +26,13 @@ from moeflux_mlx.graph import roles as b
 from moeflux_mlx.graph.lower import Kernel
 from moeflux_mlx.model import (
     GraphBuilder,
+    GraphRunner,
     LayerGraph,
     LayerSample,
     LayerWeights,
     RunOptions,
     Runtime,
     refuse_gradient,
-    run,
     unpacked_bytes,
 )
 from moeflux_mlx.ops.functions import Array, to_device, to_host
@@ -120,6 +120,7 @@ class Forward:
         self.text, self.args, self.runtime = text, args, runtime
         self.layers: list[GraphLayer] = []
         self._ends = LayerWeights(text, skip="layers")
+        self._runner = GraphRunner(runtime.executor)
         self._sources: list[mx.array] = []
         self._chunk = 0
 
@@ -183,7 +184,9 @@ class Forward:
         if 4 * len(rows) * self.args.vocab_size > device.EAGER_LOGITS_BYTES:
             rows = to_device(rows)
         logits = to_device(self._end("logits", rows, _build_logits))
-        if on_host or self.runtime.streams:
+        # Kernels and traces have no gradient, and traces would keep it from weights.
+        compiles = self.runtime.executor.compiles and not self.text.training
+        if on_host or self.runtime.streams or compiles:
             logits = refuse_gradient(logits, *self._sources, *self._replaced())
         return logits.reshape(*hidden.shape[:-1], -1)
 
@@ -196,13 +199,8 @@ class Forward:
     def _runs_on_host(self, inputs: mx.array) -> bool:
         """Tell whether NumPy can do this call: not when training, not when traced."""
         takes = self.runtime.executor.takes_host_arrays
-        if self.text.training or not (takes and device.prefers_host_arrays()):
-            return False
-        try:
-            mx.eval(inputs)
-        except ValueError:  # mx.compile and mx.vmap trace without values
-            return False
-        return True
+        wanted = takes and device.prefers_host_arrays() and not self.text.training
+        return wanted and _has_values(inputs)
 
     def _embed(
         self, inputs: mx.array, embeddings: mx.array | None, host: bool
@@ -226,7 +224,7 @@ class Forward:
                 f"{inputs.shape}"
             )
         waits_anyway = device.on_cpu() or self.runtime.streams or inputs.size > 1
-        if self.text.training or not waits_anyway:
+        if self.text.training or not waits_anyway or not _has_values(inputs):
             return
         ids = np.array(inputs)
         low, high = int(ids.min()), int(ids.max())
@@ -243,8 +241,18 @@ class Forward:
             (name, x.shape, self._ends.signature),
             lambda: build(self, GraphBuilder(name, self.dtype, self._ends.refs), x),
         )
-        done = run(self.runtime.executor, graph, weights, {"x": x})
+        recurs = len(x) == 1 and not self.text.training
+        done = self._runner.run(graph, weights, {"x": x}, recurs=recurs)
         return done.value(graph.outputs["out"])
+
+
+def _has_values(x: mx.array) -> bool:
+    """Evaluate ``x`` if it can be: ``mx.compile`` and ``mx.vmap`` trace without."""
+    try:
+        mx.eval(x)
+    except ValueError:
+        return False
+    return True
 
 
 def _build_embed(forward: Forward, g: GraphBuilder, x: Array) -> LayerGraph:
@@ -295,6 +303,8 @@ class GraphLayer:
         self.weights = LayerWeights(module, skip=ROUTED, unpack=unpack)
         self.routed = LayerWeights(module.mlp[ROUTED]) if ROUTED in module.mlp else None
         self.held = [w for w in (self.weights, self.routed) if w is not None]
+        self._runner = GraphRunner(runtime.executor)
+        self._resident: tuple[Any, ExpertSource] | None = None
         self._shape: tuple[int, bool, RoutedShape] | None = None
         self._streamed: ExpertSource | None = None
         if self.routed is None:
@@ -345,7 +355,7 @@ class GraphLayer:
             "sequence_mask": mask,
             "lengths": context.move(lengths),
         }
-        out, state = self._run(hidden, call, inputs)
+        out, state = self._run(hidden, call, inputs, context)
         if cache is not None:
             cache[0] = to_device(state["conv_state"])
             cache[1] = to_device(state["delta_state"])
@@ -363,19 +373,23 @@ class GraphLayer:
             "attention_mask": mask,
         }
         attn = self.module.self_attn
-        return self._run(hidden, call, inputs, cache_ops(attn, cache, call))[0]
+        host = cache_ops(attn, cache, call)
+        return self._run(hidden, call, inputs, context, host)[0]
 
     def _run(
         self,
         hidden: Array,
         call: Call,
         inputs: Mapping[str, Any],
+        context: Context,
         host: Mapping[type[Op], Kernel] | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         weights = self.weights.bind(call.dtype, host=isinstance(hidden, np.ndarray))
         graph = self.graph(call)
         inputs = {**inputs, "hidden": hidden, "experts": self._experts(call.dtype)}
-        done = run(self.runtime.executor, graph, weights, inputs, host)
+        # Prompts come in any length: only single tokens are sure to come again.
+        recurs = call.t == 1 and not context.training
+        done = self._runner.run(graph, weights, inputs, host, recurs=recurs)
         outputs = {name: done.value(buf) for name, buf in graph.outputs.items()}
         return outputs.pop("hidden"), outputs
 
@@ -384,9 +398,11 @@ class GraphLayer:
             assert self._streamed is not None
             return self._streamed
         bound = self.routed.bind(dtype)
-        return ResidentExperts(
-            ExpertWeights(bound["gate_proj"], bound["up_proj"], bound["down_proj"])
-        )
+        if self._resident is None or self._resident[0] is not bound:
+            names = ("gate_proj", "up_proj", "down_proj")
+            experts = ExpertWeights(*(bound[name] for name in names))
+            self._resident = bound, ResidentExperts(experts)
+        return self._resident[1]
 
     def _routed_shape(self) -> RoutedShape:
         dim, width = self.args.hidden_size, self.args.moe_intermediate_size

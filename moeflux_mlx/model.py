@@ -12,7 +12,7 @@ from functools import partial
 from itertools import chain
 from operator import is_
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,6 +21,7 @@ from . import config, device
 from .errors import ModelError
 from .executors import Encoding, Executor, open_executor
 from .executors.base import arrays
+from .executors.compiled import CompiledSteps
 from .experts.packed import PackedExperts
 from .experts.streamer import ExpertStreamer
 from .graph import Buf, BufferPool, BufId, Graph, Op, WeightRef
@@ -35,6 +36,7 @@ from .ops.functions import dequantize, to_host
 from .weights import ExpertSource, Quantization, Weight
 
 B = TypeVar("B", bound=Buf)
+T = TypeVar("T")
 
 
 _SIGNATURES: dict[tuple[WeightRef, ...], int] = {}
@@ -44,7 +46,7 @@ class LayerWeights:
     """The weights below one module by path, as references and as arrays.
 
     Parameters replaced later (``model.update``, a dtype change) are noticed at the
-    next use. ``unpack`` keeps quantised matrices dense in float32 on the host.
+    next use; values changed in place (``weight[0] = 1``) are not. ``unpack`` keeps quantised matrices dense in float32 on the host.
     """
 
     def __init__(self, module: nn.Module, *, skip: str = "", unpack: bool = False):
@@ -149,7 +151,7 @@ def unpacked_bytes(module: nn.Module, *, skip: str = "") -> int:
     return total
 
 
-@dataclass
+@dataclass(eq=False)
 class LayerGraph:
     """A graph with its lowered steps and its named inputs and outputs."""
 
@@ -252,20 +254,20 @@ class GraphBuilder:
         return LayerGraph(self.graph, self.inputs, outputs, steps)
 
 
-class GraphCache:
-    """Lowered graphs by key, built on first use; the oldest go when it is full."""
+class BuiltOnce(Generic[T]):
+    """What was built by key, on first use; the oldest goes when it is full."""
 
-    def __init__(self, max_graphs: int = 64):
-        self._graphs: dict[Hashable, LayerGraph] = {}
-        self._max_graphs = max_graphs
+    def __init__(self, max_size: int):
+        self._built: dict[Hashable, T] = {}
+        self._max_size = max_size
 
-    def get(self, key: Hashable, build: Callable[[], LayerGraph]) -> LayerGraph:
-        """Return the graph of ``key``, building it if there is none."""
-        if key not in self._graphs:
-            if len(self._graphs) >= self._max_graphs:
-                self._graphs.pop(next(iter(self._graphs)))
-            self._graphs[key] = build()
-        return self._graphs[key]
+    def get(self, key: Hashable, build: Callable[[], T]) -> T:
+        """Return what stands under ``key``, building it if there is nothing."""
+        if key not in self._built:
+            if len(self._built) >= self._max_size:
+                self._built.pop(next(iter(self._built)))
+            self._built[key] = build()
+        return self._built[key]
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,7 @@ class Runtime:
 
     def __init__(self, options: RunOptions):
         self.executor = open_executor(options.executor)
-        self.graphs = GraphCache()
+        self.graphs: BuiltOnce[LayerGraph] = BuiltOnce(64)
         self.store: PackedExperts | None = None
         self.streamer: ExpertStreamer | None = None
         if options.pack is not None:
@@ -305,19 +307,46 @@ class Runtime:
         return self.streamer is not None and not self.streamer.resident
 
 
-def run(
-    executor: Executor,
-    layer: LayerGraph,
-    weights: Mapping[str, Weight],
-    inputs: Mapping[str, Any],
-    host: Mapping[type[Op], Kernel] | None = None,
-) -> Encoding:
-    """Encode one graph with its inputs bound; absent optional inputs are not in it."""
-    encoding = executor.begin_encoding(layer.graph.pool, weights, host)
-    for name, buf in layer.inputs.items():
-        encoding.bind(buf, inputs[name])
-    executor.encode_graph(layer.steps, encoding)
-    return encoding
+class GraphRunner:
+    """Runs the graphs of one layer, and keeps traces of those that recur."""
+
+    def __init__(self, executor: Executor):
+        self._executor = executor
+        self._traces: BuiltOnce[CompiledSteps] = BuiltOnce(8)
+
+    def run(
+        self,
+        layer: LayerGraph,
+        weights: Mapping[str, Weight],
+        inputs: Mapping[str, Any],
+        host: Mapping[type[Op], Kernel] | None = None,
+        *,
+        recurs: bool = False,
+    ) -> Encoding:
+        """Encode a graph with its inputs bound; absent optional inputs are not in it.
+
+        Args:
+            host: Ops that the caller performs.
+            recurs: the same graph comes again with the same weights, as in decoding.
+        """
+        executor = self._executor
+        encoding = executor.begin_encoding(layer.graph.pool, weights, host)
+        for name, buf in layer.inputs.items():
+            encoding.bind(buf, inputs[name])
+        if recurs and executor.compiles and not executor.profile_per_op:
+            self._trace(layer, encoding, inputs.get("experts")).run(encoding)
+        else:
+            executor.encode_graph(layer.steps, encoding)
+        return encoding
+
+    def _trace(
+        self, layer: LayerGraph, encoding: Encoding, experts: ExpertSource | None
+    ) -> CompiledSteps:
+        # What ids stand for is kept by the trace, so no id is used again meanwhile.
+        same = (id(encoding.weights), id(experts), frozenset(encoding.host))
+        return self._traces.get(
+            (layer, same), lambda: CompiledSteps(layer.steps, encoding)
+        )
 
 
 @dataclass

@@ -119,6 +119,16 @@ class ExpertSource(Protocol):
     def weights(self) -> ExpertWeights:
         """All slots of the layer's pool as arrays with a leading slot axis."""
 
+    @property
+    def settled(self) -> ExpertSource | None:
+        """These experts, if none is ever read again and each is its own slot.
+
+        It counts nothing: who keeps it tells ``asked`` how many experts a run used.
+        """
+
+    def asked(self, n: int) -> None:
+        """Hear that a run asked for ``n`` experts without calling ``slots``."""
+
     def slots(self, indices: mx.array) -> mx.array:
         """Map expert ids to slots that hold them, reading what is missing.
 

@@ -49,6 +49,9 @@ class Executor(ABC):
     name: ClassVar[str]
     # Whether Ops may be given NumPy arrays where the machine prefers them.
     takes_host_arrays: ClassVar[bool] = False
+    # Whether steps that recur are worth a trace: where launches cost more in Python
+    # than on the device.
+    compiles: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.stats = Stats()

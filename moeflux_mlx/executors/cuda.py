@@ -64,6 +64,7 @@ class CudaExecutor(KernelExecutor):
     """Launches lazily, as ``metal`` does; MLX keeps what it compiled on disk."""
 
     name = "cuda"
+    compiles = True
 
     @classmethod
     def open(cls) -> CudaExecutor:

@@ -17,6 +17,7 @@ class MetalExecutor(KernelExecutor):
     """Launches lazily: nothing runs before MLX evaluates what depends on it."""
 
     name = "metal"
+    compiles = True
 
     def __init__(self) -> None:
         super().__init__()

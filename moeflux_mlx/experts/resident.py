@@ -21,6 +21,14 @@ class ResidentExperts:
         """All experts of the layer."""
         return self._weights
 
+    @property
+    def settled(self) -> ResidentExperts | None:
+        """These experts without whatever counts their use."""
+        return self
+
+    def asked(self, n: int) -> None:
+        """Hear that a run asked for ``n`` experts without calling ``slots``."""
+
     def slots(self, indices: mx.array) -> mx.array:
         """Return ``indices`` as uint32, without reading them."""
         return indices.astype(mx.uint32)
@@ -45,9 +53,18 @@ class PreloadedExperts(ResidentExperts):
         super().__init__(weights)
         self._counters = counters
 
+    @property
+    def settled(self) -> ResidentExperts | None:
+        """The same experts, uncounted."""
+        return ResidentExperts(self._weights)
+
+    def asked(self, n: int) -> None:
+        """Count ``n`` hits."""
+        self._counters.hits += n
+
     def slots(self, indices: mx.array) -> mx.array:
         """Return ``indices`` as uint32, without reading them."""
-        self._counters.hits += indices.size
+        self.asked(indices.size)
         return super().slots(indices)
 
     def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:

@@ -361,6 +361,14 @@ class StreamedExperts:
         """All slots of the pool in this layer's layout."""
         return self._weights
 
+    @property
+    def settled(self) -> None:
+        """Experts come and go."""
+        return None
+
+    def asked(self, n: int) -> None:
+        """Hear of nothing: whoever asks calls ``slots``, which counts."""
+
     def slots(self, indices: mx.array) -> mx.array:
         """Map ``[N, K]`` expert ids to slots, reading what is missing.
 

@@ -135,6 +135,8 @@ class Op(OpFields):
 
     label: str
 
+    # Whether performing it looks at values on the host, which a trace does not have.
+    reads_back: ClassVar[bool] = False
     buffer_fields: ClassVar[tuple[BufferField, ...]] = ()
     weight_fields: ClassVar[tuple[str, ...]] = ()
 
@@ -148,6 +150,11 @@ class Op(OpFields):
     def variant_name(self) -> str:
         """The Op's name as printed by ``Graph.dump``."""
         return type(self).__name__
+
+    @property
+    def n_experts_used(self) -> int:
+        """Experts that one execution asks an ``ExpertSource`` for."""
+        return 0
 
     @property
     def reads(self) -> tuple[BufId[Any], ...]:

@@ -7,6 +7,8 @@ changes when they are read, never what is computed.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import mlx.core as mx
 import numpy as np
 
@@ -129,6 +131,11 @@ class _RoutedExperts(OpFields):
             ssd_bytes=visited * self.expert_bytes,
         )
 
+    @property
+    def n_experts_used(self) -> int:
+        """K for each token."""
+        return self.n_tokens * self.k
+
     def scratch_bytes(self, itemsize: int) -> int:
         """Rows by expert, before and after the experts, and again in token order."""
         return 3 * self.n_tokens * self.k * self.dim * itemsize
@@ -194,6 +201,7 @@ class MoeBatchedPermuteFuse(_RoutedExperts, Op):
     result does not depend on the order in which experts were at hand.
     """
 
+    reads_back: ClassVar[bool] = True
     out_sum: InOut[MoeOutSumBuf]
 
     def reference(

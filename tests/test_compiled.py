@@ -1,0 +1,188 @@
+"""Traced steps give what steps run one by one give, and notice what changes."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from tiny import make_checkpoint
+
+import moeflux_mlx
+from moeflux_mlx.errors import ModelError
+from moeflux_mlx.executors import EXECUTORS, OpsExecutor
+from moeflux_mlx.executors.compiled import CompiledSteps
+from moeflux_mlx.experts.pack import pack
+from moeflux_mlx.experts.packed import PackedExperts
+from moeflux_mlx.experts.pool import POOL_ALIGNMENT
+
+
+class Lazy(OpsExecutor):
+    """The references on MLX arrays, as a GPU runs them."""
+
+    name = "lazy"
+    takes_host_arrays = False
+
+
+class Traced(Lazy):
+    """The same, traced."""
+
+    name = "traced"
+    compiles = True
+
+
+@pytest.fixture(autouse=True)
+def executors(monkeypatch):
+    for executor in (Lazy, Traced):
+        monkeypatch.setitem(EXECUTORS, executor.name, executor)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("compiled") / "plain", seed=5)
+
+
+@pytest.fixture(scope="module")
+def packed(plain):
+    target = plain.parent / "packed"
+    pack(plain, target)
+    return target
+
+
+@pytest.fixture
+def traces(monkeypatch) -> list[CompiledSteps]:
+    """Collect the traces made."""
+    made: list[CompiledSteps] = []
+    original = CompiledSteps.__init__
+
+    def init(self, *args):
+        original(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(CompiledSteps, "__init__", init)
+    return made
+
+
+def tokens(n: int, seed: int = 0, n_seqs: int = 1) -> mx.array:
+    return mx.array(np.random.RandomState(seed).randint(1, 320, (n_seqs, n)))
+
+
+def logits(model, n_prompt: int = 5, n_steps: int = 4, n_seqs: int = 1) -> mx.array:
+    """Return the logits of a prompt and of single tokens after it."""
+    cache = make_prompt_cache(model)
+    parts = [model(tokens(n_prompt, n_seqs=n_seqs), cache=cache)]
+    for i in range(n_steps):
+        parts.append(model(tokens(1, i, n_seqs), cache=cache))
+    out = mx.concatenate(parts, axis=1)
+    mx.eval(out)
+    return out
+
+
+def models(path, **options):
+    return [
+        moeflux_mlx.load(path, executor=name, **options)[0]
+        for name in ("lazy", "traced")
+    ]
+
+
+def relative_rms(got: mx.array, expected: mx.array) -> float:
+    return (mx.linalg.norm(got - expected) / mx.linalg.norm(expected)).item()
+
+
+@pytest.mark.parametrize("n_seqs", [1, 3])
+def test_a_resident_model_gives_the_same_logits(plain, traces, n_seqs):
+    lazy, traced = models(plain)
+    expected = logits(lazy, n_seqs=n_seqs)
+    assert not traces
+    assert relative_rms(logits(traced, n_seqs=n_seqs), expected) < 1e-5
+    # One a layer, and with one row the embedding, the last norm and the head.
+    assert len(traces) == 4 + 3 * (n_seqs == 1)
+
+
+def test_steps_are_traced_once_for_any_number_of_tokens(plain, traces):
+    _, traced = models(plain)
+    logits(traced, n_steps=2)
+    n_traces = len(traces)
+    logits(traced, n_prompt=7, n_steps=9)
+    assert len(traces) == n_traces > 0
+
+
+@pytest.mark.parametrize("n_slots", [2, 5])
+def test_streamed_experts_are_read_outside_the_traces(packed, traces, n_slots):
+    with PackedExperts.open(packed) as store:
+        memory = n_slots * store.layout(0).stride + POOL_ALIGNMENT
+    lazy, traced = models(packed, memory=memory)
+    assert relative_rms(logits(traced), logits(lazy)) < 1e-5
+    assert traces
+    got, expected = traced.streamer.stats.total, lazy.streamer.stats.total
+    assert (got.hits, got.misses) == (expected.hits, expected.misses)
+    assert got.misses > 0
+
+
+def test_hits_of_preloaded_experts_are_counted(packed, traces):
+    lazy, traced = models(packed)
+    assert relative_rms(logits(traced), logits(lazy)) < 1e-5
+    assert traces
+    hits = [model.streamer.stats.total.hits for model in (lazy, traced)]
+    # The trace itself asks a source that counts nothing.
+    assert hits[0] == hits[1] > 0
+
+
+def test_without_a_cache_and_with_a_quantised_one(plain):
+    lazy, traced = models(plain)
+    for model in (lazy, traced):
+        model(tokens(1))
+    assert relative_rms(traced(tokens(1)), lazy(tokens(1))) < 1e-5
+    outs = []
+    for model in (lazy, traced):
+        cache = make_prompt_cache(model)
+        model(tokens(5), cache=cache)
+        cache = [c.to_quantized(32) if hasattr(c, "to_quantized") else c for c in cache]
+        outs.append([model(tokens(1, i), cache=cache) for i in range(3)])
+    for got, expected in zip(*reversed(outs), strict=True):
+        assert relative_rms(got, expected) < 1e-5
+
+
+def test_replaced_weights_are_noticed(plain):
+    lazy, traced = models(plain)
+    before = logits(traced)
+    for model in (lazy, traced):
+        layer = model.language_model.model.layers[1]
+        norm, proj = layer.input_layernorm, layer.linear_attn.out_proj
+        norm.weight = norm.weight * 2
+        proj.scales = proj.scales * 1.5
+    assert relative_rms(logits(traced), before) > 1e-3
+    assert relative_rms(logits(traced), logits(lazy)) < 1e-5
+
+
+def test_a_users_own_compile_takes_a_traced_model(plain):
+    lazy, traced = models(plain)
+    step = mx.compile(lambda x: traced(x))
+    for seed in range(3):
+        x = tokens(1, seed)
+        assert relative_rms(step(x), lazy(x)) < 1e-5
+
+
+def test_gradients_in_training_do_not_meet_a_trace(plain, traces):
+    lazy, traced = models(plain)
+    grads = []
+    for model in (lazy, traced):
+        model.train()
+        model.freeze()
+        model.language_model.model.norm.unfreeze()
+        loss = nn.value_and_grad(model, lambda m: (m(tokens(1)) ** 2).mean())
+        value, grad = loss(model)
+        grads.append((value, grad["language_model"]["model"]["norm"]["weight"]))
+    assert not traces
+    assert relative_rms(grads[1][1], grads[0][1]) < 1e-5
+
+
+def test_a_gradient_outside_training_is_refused(plain):
+    _, traced = models(plain)
+    traced.freeze()
+    traced.language_model.model.norm.unfreeze()
+    logits(traced)
+    loss = nn.value_and_grad(traced, lambda m: (m(tokens(1)) ** 2).mean())
+    with pytest.raises(ModelError, match="training"):
+        mx.eval(loss(traced))
