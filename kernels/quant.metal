@@ -244,10 +244,21 @@ template <typename T, typename S, int G>
 // ROWS rows of a matrix times x, by one simdgroup; every lane has its share of the sums.
 // A lane reads WORDS words of all rows before it computes, which keeps enough loads under way
 // for the memory's bandwidth, and reads x once for all rows. WORDS words are at most 32
-// values, so they share one scale.
-template <int BITS, int G, int WORDS, int ROWS, typename X, typename W, typename S, typename B>
+// values, so they share one scale. If NORM, x counts times `norm`.
+template <
+    int BITS, int G, int WORDS, int ROWS, bool NORM,
+    typename X, typename N, typename W, typename S, typename B>
 inline void dot_rows(
-    X x, W w, S scales, B biases, uint row, uint n_in, uint n_out, uint lane, thread float* sums) {
+    X x,
+    N norm,
+    W w,
+    S scales,
+    B biases,
+    uint row,
+    uint n_in,
+    uint n_out,
+    uint lane,
+    thread float* sums) {
   constexpr int VALUES = WORDS * (32 / BITS);
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
@@ -266,7 +277,21 @@ inline void dot_rows(
       bias[r] = float(biases[at / G]);
     }
     float partners[VALUES];
-    float sum = load_partners<BITS, WORDS>(x + start, 1.0f, partners);
+    float sum;
+    if (NORM) {
+      float weighted[VALUES];
+#pragma unroll
+      for (int i = 0; i < VALUES; i += 4) {
+        float4 values = read4(x + start + i) * read4(norm + start + i);
+        weighted[i] = values.x;
+        weighted[i + 1] = values.y;
+        weighted[i + 2] = values.z;
+        weighted[i + 3] = values.w;
+      }
+      sum = load_partners<BITS, WORDS>((thread const float*)weighted, 1.0f, partners);
+    } else {
+      sum = load_partners<BITS, WORDS>(x + start, 1.0f, partners);
+    }
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       sums[r] += scale[r] * dot_words<BITS, WORDS>(words[r], partners) + bias[r] * sum;
@@ -296,12 +321,159 @@ template <typename T, typename S, int G, int WORDS, int ROWS>
     return;
   }
   float sums[ROWS];
-  dot_rows<4, G, WORDS, ROWS>(x, w, scales, biases, row, n_in, n_out, lane, sums);
+  dot_rows<4, G, WORDS, ROWS, false>(x, x, w, scales, biases, row, n_in, n_out, lane, sums);
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     float sum = simd_sum(sums[r]);
     if (lane == 0 && row + r < n_out) {
       out[row + r] = T(sum);
+    }
+  }
+}
+
+// A product added to the residual stream: out = residual + W x.
+//
+// Arguments as of `dequant_matvec_4bit`, BITS bits; residual: [O]. Launch as of
+// `dequant_matvec_4bit_v4`. Saves a launch that would do next to nothing.
+template <typename T, typename S, int BITS, int G, int WORDS, int ROWS>
+[[kernel]] void matvec_residual(
+    device const T* x,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    device const T* residual,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* out,
+    uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  uint row = (2 * group + simdgroup) * ROWS;
+  if (row >= n_out) {
+    return;
+  }
+  float sums[ROWS];
+  dot_rows<BITS, G, WORDS, ROWS, false>(x, x, w, scales, biases, row, n_in, n_out, lane, sums);
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    float sum = simd_sum(sums[r]);
+    if (lane == 0 && row + r < n_out) {
+      out[row + r] = T(float(residual[row + r]) + sum);
+    }
+  }
+}
+
+// ROWS rows of a matrix times a row that its norm scales by `scale` and weighs by `norm`.
+template <
+    typename T, int BITS, int G, int WORDS, int ROWS,
+    typename X, typename N, typename W, typename S, typename B>
+inline void norm_rows(
+    X x,
+    N norm,
+    W w,
+    S scales,
+    B biases,
+    device T* out,
+    float scale,
+    uint row,
+    uint n_in,
+    uint n_out,
+    uint lane) {
+  // Words that hold more than 32 values would not share one scale.
+  constexpr int AT_ONCE = BITS < WORDS ? BITS : WORDS;
+  if (row >= n_out) {
+    return;
+  }
+  float sums[ROWS];
+  dot_rows<BITS, G, AT_ONCE, ROWS, true>(
+      x, norm, w, scales, biases, row, n_in, n_out, lane, sums);
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    float sum = simd_sum(sums[r]);
+    if (lane == 0 && row + r < n_out) {
+      out[row + r] = T(scale * sum);
+    }
+  }
+}
+
+// RMS norm of a row, and the products of up to four matrices with it.
+//
+// x: [I]; norm: its weight, [I]; w<i>, scales<i>, biases<i>: matrix i, [n<i>, I] in BITS<i>
+// bits; n<i> is 0 for a matrix that is not there, whose y<i> is one 0; normed: [I]; y<i>:
+// [n<i>]. Launch: threadgroups of 64 for 2 ROWS rows of one matrix, one matrix after the other,
+// and a last one for `normed`. Every simdgroup finds the norm's scale itself: it needs all of x
+// anyway, which is less than its rows of a matrix, and no other launch has to go before.
+template <
+    typename T, typename N, typename S, int G, int BITS0, int BITS1, int BITS2, int BITS3,
+    int WORDS, int ROWS>
+[[kernel]] void norm_matvecs(
+    device const T* x,
+    device const N* norm,
+    device const uint* w0,
+    device const S* scales0,
+    device const S* biases0,
+    device const uint* w1,
+    device const S* scales1,
+    device const S* biases1,
+    device const uint* w2,
+    device const S* scales2,
+    device const S* biases2,
+    device const uint* w3,
+    device const S* scales3,
+    device const S* biases3,
+    constant float& eps,
+    constant uint& n_in,
+    constant uint& n0,
+    constant uint& n1,
+    constant uint& n2,
+    constant uint& n3,
+    device T* normed,
+    device T* y0,
+    device T* y1,
+    device T* y2,
+    device T* y3,
+    uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  constexpr uint BLOCK = 2 * ROWS;
+  float squares = 0.0f;
+  for (uint i = 4 * lane; i < n_in; i += 4 * SIMD) {
+    float4 values = read4(x + i);
+    squares += dot(values, values);
+  }
+  float scale = rsqrt(simd_sum(squares) / float(n_in) + eps);
+  uint row = group * BLOCK + simdgroup * ROWS;
+  uint rows0 = (n0 + BLOCK - 1) / BLOCK * BLOCK;
+  uint rows1 = rows0 + (n1 + BLOCK - 1) / BLOCK * BLOCK;
+  uint rows2 = rows1 + (n2 + BLOCK - 1) / BLOCK * BLOCK;
+  uint rows3 = rows2 + (n3 + BLOCK - 1) / BLOCK * BLOCK;
+  if (row < rows0) {
+    norm_rows<T, BITS0, G, WORDS, ROWS>(
+        x, norm, w0, scales0, biases0, y0, scale, row, n_in, n0, lane);
+  } else if (row < rows1) {
+    norm_rows<T, BITS1, G, WORDS, ROWS>(
+        x, norm, w1, scales1, biases1, y1, scale, row - rows0, n_in, n1, lane);
+  } else if (row < rows2) {
+    norm_rows<T, BITS2, G, WORDS, ROWS>(
+        x, norm, w2, scales2, biases2, y2, scale, row - rows1, n_in, n2, lane);
+  } else if (row < rows3) {
+    norm_rows<T, BITS3, G, WORDS, ROWS>(
+        x, norm, w3, scales3, biases3, y3, scale, row - rows2, n_in, n3, lane);
+  } else {
+    for (uint i = 4 * thread_index; i < n_in; i += 4 * 64) {
+      write4(normed + i, scale * read4(x + i) * read4(norm + i));
+    }
+    if (thread_index == 0) {
+      if (n1 == 0) {
+        y1[0] = T(0.0f);
+      }
+      if (n2 == 0) {
+        y2[0] = T(0.0f);
+      }
+      if (n3 == 0) {
+        y3[0] = T(0.0f);
+      }
     }
   }
 }

@@ -8,6 +8,7 @@
 ``MOEFLUX_PROFILE_PER_OP``   ``1``: evaluate Op by Op and print a table at exit
 ``MOEFLUX_LOWERING``         kernels to use instead of the table's choice, as
                              ``Op=way,Op=way`` (``moeflux kernels --lowering`` lists)
+``MOEFLUX_FUSE``             ``0``: perform every Op by itself
 ``MOEFLUX_CAPTURE``          ``PATH.gputrace:FIRST-LAST``: record these layers once
 ``MOEFLUX_SIM_CHECKED``      ``1``: executor ``sim`` also looks for races and the like
 ============================ =======================================================
@@ -49,6 +50,11 @@ def profile_per_op() -> bool:
 def sim_checked() -> bool:
     """Tell whether the simulator is to check every access."""
     return _is_set("MOEFLUX_SIM_CHECKED")
+
+
+def fuse() -> bool:
+    """Tell whether launches may perform several Ops together."""
+    return os.environ.get("MOEFLUX_FUSE") != "0"
 
 
 def lowering() -> dict[str, str]:

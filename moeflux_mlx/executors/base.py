@@ -94,22 +94,19 @@ class Executor(ABC):
         """Encode all Ops of a graph, or of what ``lower`` made of it."""
         steps = self.lower(graph) if isinstance(graph, Graph) else graph
         run_step = self._time_step if self.profile_per_op else Step.run
-        host = encoding.host
         for step in steps:
-            kernel = host.get(type(step.op), step.kernel)
-            run_step(step, encoding.values, encoding.weights, kernel)
+            run_step(step, encoding.values, encoding.weights, encoding.host)
 
     def _time_step(
         self,
         step: Step,
         values: list[Any],
         weights: Mapping[str, Weight],
-        kernel: Kernel,
+        host: Mapping[type[Op], Kernel],
     ) -> None:
         start = time.perf_counter_ns()
-        mx.eval(arrays(step.run(values, weights, kernel)))
-        label = f"{step.op.variant_name} {step.op.label}"
-        self.stats.add(label, time.perf_counter_ns() - start)
+        mx.eval(arrays(step.run(values, weights, host)))
+        self.stats.add(step.label, time.perf_counter_ns() - start)
 
     def submit_and_wait(self, encoding: Encoding, label: str) -> None:
         """Evaluate everything still alive and count the wait under ``label``."""

@@ -49,7 +49,8 @@ class CompiledSteps:
         def is_traceable(step: Step) -> bool:
             places = (place for place in step.reads if place is not None)
             settled = all(self._sources.get(place, True) for place in places)
-            return settled and type(step.op) not in host and not step.op.reads_back
+            reads_back = any(op.reads_back for op in step.ops)
+            return settled and not reads_back and not step.is_performed_by(host)
 
         # Sources of experts are the only values that are no arrays.
         self._sources = {
@@ -75,7 +76,8 @@ class CompiledSteps:
         for step in steps:
             for place in step.reads:
                 if place in self._sources:
-                    asks.append((place, step.op.n_experts_used))
+                    n_experts = sum(op.n_experts_used for op in step.ops)
+                    asks.append((place, n_experts))
                 elif place is not None and place not in alive:
                     takes[place] = None
             for place in step.drops:
@@ -99,7 +101,7 @@ class CompiledSteps:
             for place, value in zip(part.takes, taken, strict=True):
                 values[place] = value
             for step in part.steps:
-                step.run(values, weights, step.kernel)
+                step.run(values, weights)
             return [values[place] for place in part.gives]
 
         return call
@@ -110,8 +112,7 @@ class CompiledSteps:
         for part in self._parts:
             if part.call is None:
                 for step in part.steps:
-                    kernel = host.get(type(step.op), step.kernel)
-                    step.run(values, weights, kernel)
+                    step.run(values, weights, host)
                 continue
             given = part.call(*[values[place] for place in part.takes])
             for place, n in part.asks:

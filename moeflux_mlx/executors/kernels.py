@@ -8,11 +8,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..graph.lower import Kernel
+from ..graph.graph import Graph
+from ..graph.lower import Kernel, Step, lower
 from ..graph.op import Op
 from ..launch import KERNELS, Launch, prepare
 from ..launch.base import Prepared
-from ..lowering import lowered
+from ..lowering import fused, lowered
 from ..metal import MetalKernel, library
 from .base import Executor
 
@@ -46,6 +47,9 @@ class KernelExecutor(Executor):
 
     def kernel(self, op: Op) -> Kernel:
         return lowered(op, self.run)
+
+    def lower(self, graph: Graph) -> list[Step]:
+        return lower(graph, self.kernel, lambda ops: fused(ops, self.run))
 
     def run(self, launch: Launch) -> tuple[mx.array, ...]:
         """Launch a kernel; return its outputs in the signature's order.

@@ -1,8 +1,11 @@
-"""From a graph to a list of calls: what each Op runs, reads, writes and lets go."""
+"""From a graph to a list of calls: what each runs, reads, writes and lets go.
+
+A call performs one Op, or several consecutive ones together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,23 +15,46 @@ from .lifetime import analyze_lifetimes
 from .op import Access, Op
 
 Kernel = Callable[..., Any]
+# Performs Ops together: takes the values of their buffers and weights by ``BufId`` and
+# ``WeightRef`` (None by None), returns those of the buffers it wrote.
+Together = Callable[[Mapping[Any, Any]], Mapping[Any, Any]]
+# Tells how many of the Ops ahead can be performed together, and by what; None: one.
+Fuse = Callable[[Sequence[Op]], tuple[int, Together] | None]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One lowered Op over physical places; a read of None is an absent buffer."""
+    """Lowered Ops over physical places; a read of None is an absent buffer."""
 
-    op: Op
+    ops: tuple[Op, ...]
     kernel: Kernel
     reads: tuple[int | None, ...]
     weights: tuple[str | None, ...]
     writes: tuple[int, ...]
     drops: tuple[int, ...]
 
+    @property
+    def label(self) -> str:
+        """Names and labels of the Ops."""
+        names = "+".join(op.variant_name for op in self.ops)
+        return f"{names} {'+'.join(op.label for op in self.ops)}"
+
+    def is_performed_by(self, host: Mapping[type[Op], Kernel]) -> bool:
+        """Tell whether the caller's functions ``host`` perform it."""
+        return type(self.ops[0]) in host
+
     def run(
-        self, values: list[Any], weights: Mapping[str, Weight], kernel: Kernel
+        self,
+        values: list[Any],
+        weights: Mapping[str, Weight],
+        host: Mapping[type[Op], Kernel] | None = None,
     ) -> tuple[Any, ...]:
-        """Call ``kernel``, store what it wrote, drop what nobody reads any more."""
+        """Perform it, store what it wrote, drop what nobody reads any more.
+
+        Args:
+            host: functions of the caller that perform Ops of their types instead.
+        """
+        kernel = (host or {}).get(type(self.ops[0]), self.kernel)
         inputs = [None if i is None else values[i] for i in self.reads]
         for name in self.weights:
             inputs.append(None if name is None else weights[name])
@@ -41,17 +67,76 @@ class Step:
         return outputs
 
 
-def lower(graph: Graph, kernel_of: Callable[[Op], Kernel]) -> list[Step]:
-    """Lower every Op with ``kernel_of``, dropping each value at its last use."""
+def lower(
+    graph: Graph, kernel_of: Callable[[Op], Kernel], fuse: Fuse = lambda ops: None
+) -> list[Step]:
+    """Lower every Op with ``kernel_of``, dropping each value at its last use.
+
+    Args:
+        fuse: asked first; Ops that it performs together become one step.
+    """
     physical = graph.pool.physical
-    last_use: dict[int, list[int]] = {}
-    for index, life in analyze_lifetimes(graph).items():
-        if life.last < len(graph.ops) - 1 or not _is_result(graph, index):
-            last_use.setdefault(life.last, []).append(physical[index])
-    return [
-        lower_op(op, kernel_of(op), physical, tuple(last_use.get(i, ())))
-        for i, op in enumerate(graph.ops)
-    ]
+    # A buffer that is not here lives on after the graph.
+    last_use = {
+        index: life.last
+        for index, life in analyze_lifetimes(graph).items()
+        if life.last < len(graph.ops) - 1 or not _is_result(graph, index)
+    }
+    steps: list[Step] = []
+    first = 0
+    while first < len(graph.ops):
+        fused = fuse(graph.ops[first:])
+        n, together = fused or (1, None)
+        drops = tuple(
+            physical[index]
+            for index, last in last_use.items()
+            if first <= last < first + n
+        )
+        ops = tuple(graph.ops[first : first + n])
+        if together is None:
+            steps.append(lower_op(ops[0], kernel_of(ops[0]), physical, drops))
+        else:
+            alive = {
+                buf
+                for op in ops
+                for buf in op.writes
+                if last_use.get(buf.index, len(graph.ops)) >= first + n
+            }
+            steps.append(_lower_together(ops, together, physical, drops, alive))
+        first += n
+    return steps
+
+
+def _lower_together(
+    ops: tuple[Op, ...],
+    together: Together,
+    physical: list[int],
+    drops: tuple[int, ...],
+    alive: set[Any],
+) -> Step:
+    """Lower Ops that are performed together; only ``alive`` buffers are written."""
+    reads: dict[Any, None] = {}
+    written: set[Any] = set()
+    for op in ops:
+        reads |= {buf: None for buf in op.reads if buf not in written}
+        written.update(op.writes)
+    refs = list(dict.fromkeys(ref for op in ops for ref in op.weight_refs))
+    writes = sorted(alive, key=lambda buf: buf.index)
+
+    def kernel(*inputs: Any) -> tuple[Any, ...]:
+        values = dict(zip((*reads, *refs), inputs, strict=True))
+        outputs = together({None: None, **values})
+        return tuple(outputs[buf] for buf in writes)
+
+    places = tuple(physical[buf.index] for buf in writes)
+    return Step(
+        ops=ops,
+        kernel=kernel,
+        reads=tuple(physical[buf.index] for buf in reads),
+        weights=tuple(ref.name for ref in refs),
+        writes=places,
+        drops=tuple(place for place in drops if place not in places),
+    )
 
 
 def lower_op(
@@ -63,7 +148,7 @@ def lower_op(
     writes = tuple(physical[buf.index] for buf in op.writes)
     refs = [getattr(op, name) for name in op.weight_fields]
     return Step(
-        op=op,
+        ops=(op,),
         kernel=kernel,
         reads=tuple(None if b is None else physical[b.index] for b in buffers),
         weights=tuple(None if ref is None else ref.name for ref in refs),

@@ -7,6 +7,7 @@ quantised matrix ``[O, I]`` is words ``[O, I * bits / 32]`` with scales and bias
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -221,9 +222,7 @@ def dequant_matvec_4bit_v4(
     """``W x`` of ``[I]`` of any width, with 128-bit loads."""
     (n_in,) = dims("x", x, 1)
     n_out = _check(w, scales, biases, n_in, 4, group_size)
-    rows = next(rows for least, rows in ROWS_FROM if n_out >= least)
-    # As wide as leaves no lane without work.
-    words = next(n for n in (4, 2, 1) if n == 1 or n_in >= 8 * n * SIMD)
+    sizes = _rows_and_words(n_in, n_out)
     return Launch(
         "dequant_matvec_4bit_v4",
         {
@@ -235,9 +234,173 @@ def dequant_matvec_4bit_v4(
             "n_out": n_out,
         },
         {"out": (n_out,)},
-        (64 * groups(n_out, 2 * rows), 1, 1),
+        (64 * groups(n_out, 2 * sizes["ROWS"]), 1, 1),
         (64, 1, 1),
-        {"G": group_size, "WORDS": words, "ROWS": rows},
+        {"G": group_size, **sizes},
+    )
+
+
+def _rows_and_words(n_in: int, n_out: int) -> dict[str, int]:
+    """Return the rows of a simdgroup and the words of a load, for rows of a matrix."""
+    rows = next(rows for least, rows in ROWS_FROM if n_out >= least)
+    # As wide as leaves no lane without work.
+    words = next(n for n in (4, 2, 1) if n == 1 or n_in >= 8 * n * SIMD)
+    return {"ROWS": rows, "WORDS": words}
+
+
+def _added(
+    x: mx.array,
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    residual: mx.array,
+    bits: int,
+    group_size: int,
+) -> mx.array:
+    dense = _dense(w, scales, biases, bits, group_size)
+    product = x.astype(mx.float32) @ dense.T
+    return (residual.astype(mx.float32) + product).astype(x.dtype)
+
+
+def _some_added(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    i: int,
+    o: int,
+    g: int,
+    s: int,
+    bits: int = 4,
+) -> tuple[Any, ...]:
+    parts = quantised(rng, _other(dtype, s), o, i, bits, g)
+    return normal(rng, dtype, i), *parts, normal(rng, dtype, o), bits, g
+
+
+@kernel(
+    reference=_added,
+    sample=_some_added,
+    sizes=[
+        dict(i=32, o=1, g=32, s=0),
+        dict(i=576, o=11, g=64, s=1, bits=8),
+        dict(i=96, o=2049, g=32, s=1, bits=2),
+        dict(i=2176, o=9, g=128, s=1),
+        dict(i=32, o=8195, g=32, s=0),
+    ],
+    large=dict(i=4096, o=2048, g=64, s=0),
+)
+def matvec_residual(
+    x: mx.array,
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    residual: mx.array,
+    bits: int,
+    group_size: int,
+) -> Launch:
+    """``residual + W x`` of ``[I]`` and ``[O]``."""
+    (n_in,) = dims("x", x, 1)
+    n_out = _check(w, scales, biases, n_in, bits, group_size)
+    expect("residual", residual, (n_out,))
+    inputs: dict[str, Any] = {"x": x, "w": w, "scales": scales, "biases": biases}
+    sizes = _rows_and_words(n_in, n_out)
+    # Words that hold more than 32 values would not share one scale.
+    sizes["WORDS"] = min(sizes["WORDS"], bits)
+    return Launch(
+        "matvec_residual",
+        {**inputs, "residual": residual, "n_in": n_in, "n_out": n_out},
+        {"out": (n_out,)},
+        (64 * groups(n_out, 2 * sizes["ROWS"]), 1, 1),
+        (64, 1, 1),
+        {"BITS": bits, "G": group_size, **sizes},
+    )
+
+
+# Words, scales, biases and bits.
+Product = tuple[mx.array, mx.array, mx.array, int]
+MAX_PRODUCTS = 4
+
+
+def _norm_products(
+    x: mx.array,
+    norm: mx.array,
+    products: Sequence[Product],
+    eps: float,
+    group_size: int,
+) -> tuple[mx.array, ...]:
+    row, weight = x.astype(mx.float32), norm.astype(mx.float32)
+    normed = row * mx.rsqrt((row * row).mean() + eps) * weight
+    outs = [normed]
+    for w, scales, biases, bits in products:
+        outs.append(normed @ _dense(w, scales, biases, bits, group_size).T)
+    outs += [mx.zeros((1,))] * (MAX_PRODUCTS - len(products))
+    return tuple(out.astype(x.dtype) for out in outs)
+
+
+def _some_norm_products(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    i: int,
+    o: tuple[int, ...],
+    bits: tuple[int, ...],
+    g: int,
+    s: int,
+) -> tuple[Any, ...]:
+    products = [
+        (*quantised(rng, _other(dtype, s), rows, i, b, g), b)
+        for rows, b in zip(o, bits, strict=True)
+    ]
+    weight = 1 + normal(rng, _other(dtype, s), i, scale=0.1)
+    return normal(rng, dtype, i), weight, products, 1e-6, g
+
+
+@kernel(
+    reference=_norm_products,
+    sample=_some_norm_products,
+    sizes=[
+        dict(i=32, o=(1,), bits=(4,), g=32, s=0),
+        dict(i=192, o=(11, 3, 1, 4), bits=(8, 2, 8, 4), g=64, s=1),
+        dict(i=2176, o=(9, 2), bits=(4, 8), g=128, s=1),
+        dict(i=96, o=(2049, 5, 37), bits=(4, 4, 2), g=32, s=0),
+        dict(i=32, o=(8195, 1, 9, 3), bits=(2, 4, 4, 4), g=32, s=0),
+    ],
+    large=dict(i=2048, o=(8192, 4096, 32, 32), bits=(4, 4, 4, 4), g=64, s=0),
+)
+def norm_matvecs(
+    x: mx.array,
+    norm: mx.array,
+    products: Sequence[Product],
+    eps: float,
+    group_size: int,
+) -> Launch:
+    """The norm of a row ``[I]``, and one to four products ``[O_i]`` with it.
+
+    Of matrices that are not there one 0 comes.
+    """
+    (n_in,) = dims("x", x, 1)
+    expect("norm", norm, (n_in,))
+    few = isinstance(products, list | tuple) and 1 <= len(products) <= MAX_PRODUCTS
+    require("products", few, f"1 to {MAX_PRODUCTS} matrices", products)
+    every = [*products, *[products[0]] * (MAX_PRODUCTS - len(products))]
+    inputs: dict[str, Any] = {"x": x, "norm": norm, "eps": eps, "n_in": n_in}
+    outputs = {"normed": (n_in,)}
+    rows, bits = [], {}
+    for i, product in enumerate(every):
+        four = isinstance(product, tuple) and len(product) == 4
+        require("products", four, "words, scales, biases and bits", product)
+        n_out = _check(*product[:3], n_in, product[3], group_size)
+        rows.append(n_out if i < len(products) else 0)
+        inputs |= {f"w{i}": product[0], f"n{i}": rows[-1]}
+        inputs |= {f"scales{i}": product[1], f"biases{i}": product[2]}
+        outputs[f"y{i}"] = (max(rows[-1], 1),)
+        bits[f"BITS{i}"] = product[3]
+    sizes = _rows_and_words(n_in, sum(rows))
+    n_groups = 1 + sum(groups(n, 2 * sizes["ROWS"]) for n in rows)
+    return Launch(
+        "norm_matvecs",
+        inputs,
+        outputs,
+        (64 * n_groups, 1, 1),
+        (64, 1, 1),
+        {"G": group_size, **bits, **sizes},
     )
 
 

@@ -4,19 +4,23 @@ One module per family; in each, the preferred way of an Op stands first.
 """
 
 from ..graph.op import REGISTRY
-from . import attention, linear_attention, moe, rows
-from .table import MLX, TABLE, Way, choose, lowered, ways
+from . import attention, groups, linear_attention, moe, rows
+from .table import GROUPS, MLX, TABLE, Group, Way, choose, fused, lowered, ways
 
 _missing = sorted(set(REGISTRY) - {op.__name__ for op in TABLE})
 if _missing:
     raise TypeError(f"[lowering] Ops without a kernel: {', '.join(_missing)}")
 
 __all__ = [
+    "GROUPS",
     "MLX",
     "TABLE",
+    "Group",
     "Way",
     "attention",
     "choose",
+    "fused",
+    "groups",
     "linear_attention",
     "lowered",
     "moe",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -87,6 +87,53 @@ def _asked() -> dict[str, str]:
                 f"{name!r}"
             )
     return wanted
+
+
+Values = Mapping[Any, Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Consecutive Ops that launches perform together, for less than one by one.
+
+    ``takes(ops)`` tells how many of the Ops ahead it performs, 0 for none;
+    ``call(ops, run, values)`` takes what their buffers and weights hold by ``BufId``
+    and ``WeightRef`` and returns by ``BufId`` what it wrote of buffers read later.
+    """
+
+    name: str
+    takes: Callable[[Sequence[Op]], int]
+    call: Callable[[Sequence[Op], Run, Values], Values]
+
+
+GROUPS: list[Group] = []
+
+
+def group(
+    name: str, takes: Callable[[Sequence[Op]], int]
+) -> Callable[[Callable[..., Values]], Callable[..., Values]]:
+    """Add the decorated function as a group, named after its kernel."""
+
+    def add(call: Callable[..., Values]) -> Callable[..., Values]:
+        GROUPS.append(Group(name, takes, call))
+        return call
+
+    return add
+
+
+def fused(ops: Sequence[Op], run: Run) -> tuple[int, Callable[[Values], Values]] | None:
+    """Return how many of the Ops ahead are performed together, and by what.
+
+    An Op whose way the environment chose is left alone.
+    """
+    if not config.fuse():
+        return None
+    asked = _asked()
+    for each in GROUPS:
+        n = each.takes(ops)
+        if n and not any(op.variant_name in asked for op in ops[:n]):
+            return n, partial(each.call, ops[:n], run)
+    return None
 
 
 def lowered(op: Op, run: Run) -> Kernel:
