@@ -558,3 +558,197 @@ template <typename T, typename C, int D, int FOLD, bool HAS_MASK>
     }
   }
 }
+
+// A token's queries, keys and the gate of its heads as attention takes them: q_proj's heads
+// parted into query and gate, queries and keys normalised and rotated.
+//
+// q_proj: [B, H 2 d], per head query then gate; k_proj, k: [B, Hkv d]; q_norm, k_norm: [d];
+// inv_freq: float32 [n_pairs]; start: [B], each token's position; q, gate: [B, H d]. d <= 256.
+// Launch: one simdgroup a head, those of queries before those of keys, four a threadgroup, grid
+// (32, H + Hkv, B). Neighbouring Ops on slices of a few hundred bytes, in one launch.
+template <typename T, typename N>
+[[kernel]] void attention_inputs(
+    device const T* q_proj,
+    device const T* k_proj,
+    device const N* q_norm,
+    device const N* k_norm,
+    device const float* inv_freq,
+    device const int* start,
+    constant float& eps,
+    constant uint& n_heads,
+    constant uint& n_kv_heads,
+    constant uint& head_dim,
+    constant uint& n_pairs,
+    device T* q,
+    device T* gate,
+    device T* k,
+    uint3 group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float slices[4 * 256];
+  threadgroup float* slice = slices + simdgroup * 256;
+  ulong sequence = group.z;
+  uint head = 4 * group.y + simdgroup;
+  bool there = head < n_heads + n_kv_heads;
+  bool is_query = head < n_heads;
+  // Simdgroups without a head do the last one's work and write nothing.
+  uint own = is_query ? head : min(head - n_heads, n_kv_heads - 1);
+  ulong from = is_query ? (sequence * n_heads + own) * 2 * head_dim
+                        : (sequence * n_kv_heads + own) * head_dim;
+  ulong to = (sequence * (is_query ? n_heads : n_kv_heads) + own) * head_dim;
+  float squares = 0.0f;
+  for (uint i = lane; i < head_dim; i += SIMD) {
+    float value = float(is_query ? q_proj[from + i] : k_proj[from + i]);
+    squares = fma(value, value, squares);
+    slice[i] = value;
+  }
+  float scale = rsqrt(simd_sum(squares) / float(head_dim) + eps);
+  for (uint i = lane; i < head_dim; i += SIMD) {
+    slice[i] *= scale * float(is_query ? q_norm[i] : k_norm[i]);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (!there) {
+    return;
+  }
+  device T* out = is_query ? q : k;
+  float where = float(start[sequence]);
+  for (uint i = lane; i < head_dim; i += SIMD) {
+    float value = slice[i];
+    if (i < 2 * n_pairs) {
+      uint pair = i % n_pairs;
+      float angle = where * inv_freq[pair];
+      float other = i < n_pairs ? -slice[i + n_pairs] : slice[pair];
+      value = value * precise::cos(angle) + other * precise::sin(angle);
+    }
+    out[to + i] = T(value);
+    if (is_query) {
+      gate[to + i] = q_proj[from + head_dim + i];
+    }
+  }
+}
+
+// Attention of one token a sequence over a part of the cache, which may have spare rows.
+//
+// q: [B, H D]; k, v: [B,Hkv,S,D]; start: [B]: rows up to and with this one are seen; sums:
+// float32 [B,H,P,D] and stats: float32 [B,H,P,2], what `sdpa_decode_join` makes attention of:
+// for each of P parts of part_rows rows the sum of values weighted by exp(score - top), then top
+// and the sum of the weights, all 0 for a part that is not seen. Launch: one threadgroup of 8
+// simdgroups for FOLD heads of one key head and a part, grid (256, P, B H / FOLD): a single token
+// has no other work to fill the GPU with than the rows themselves. The number of rows seen is
+// read from memory, so that neither shapes nor launches change from token to token.
+template <typename T, typename C, int D, int FOLD>
+[[kernel]] void sdpa_decode_parts(
+    device const T* q,
+    device const C* k,
+    device const C* v,
+    device const int* start,
+    constant float& scale,
+    constant uint& n_heads,
+    constant uint& heads_per_kv,
+    constant uint& n_rows,
+    constant uint& part_rows,
+    constant uint& n_parts,
+    device float* sums,
+    device float* stats,
+    uint3 group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  constexpr int PER = D / SIMD;
+  threadgroup float own[8 * D];
+  threadgroup float tops[8 * FOLD];
+  threadgroup float totals[8 * FOLD];
+  uint n_folds = n_heads / FOLD;
+  ulong sequence = group.z / n_folds;
+  uint head = group.z % n_folds * FOLD;
+  ulong q_at = (sequence * n_heads + head) * D;
+  ulong kv_at = (sequence * (n_heads / heads_per_kv) + head / heads_per_kv) * n_rows * D;
+  uint first = group.y * part_rows;
+  uint n_seen = min(uint(max(start[sequence] + 1, 0)), n_rows);
+  uint end = min(first + part_rows, n_seen);
+  float query[FOLD * PER];
+  float sum[FOLD * PER];
+  float top[FOLD];
+  float total[FOLD];
+  begin_attention<PER, FOLD>(query, sum, top, total, q + q_at, scale, lane);
+  for (uint row = first + simdgroup; row < end; row += 8) {
+    ulong from = kv_at + ulong(row) * D;
+    attend_row<PER, FOLD>(query, sum, top, total, k + from, v + from, lane);
+  }
+  if (lane == 0) {
+#pragma unroll
+    for (int f = 0; f < FOLD; ++f) {
+      tops[simdgroup * FOLD + f] = top[f];
+      totals[simdgroup * FOLD + f] = total[f];
+    }
+  }
+#pragma unroll
+  for (int f = 0; f < FOLD; ++f) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+    for (int j = 0; j < PER; ++j) {
+      own[simdgroup * D + lane * PER + j] = sum[f * PER + j];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    ulong part = (sequence * n_heads + head + f) * n_parts + group.y;
+    float highest = -INFINITY;
+    float all = 0.0f;
+    for (int s = 0; s < 8; ++s) {
+      highest = fmax(highest, tops[s * FOLD + f]);
+    }
+    for (uint i = thread_index; i < D; i += 256) {
+      float value = 0.0f;
+      all = 0.0f;
+      for (int s = 0; s < 8; ++s) {
+        // A simdgroup that saw nothing has neither a largest score nor a share.
+        float had = totals[s * FOLD + f];
+        float share = had > 0.0f ? exp(tops[s * FOLD + f] - highest) : 0.0f;
+        value = fma(share, own[s * D + i], value);
+        all = fma(share, had, all);
+      }
+      sums[part * D + i] = value;
+    }
+    if (thread_index == 0) {
+      stats[2 * part] = all > 0.0f ? highest : 0.0f;
+      stats[2 * part + 1] = all;
+    }
+  }
+}
+
+// The parts of `sdpa_decode_parts` brought to one largest score, and gated.
+//
+// sums: float32 [B,H,P,D]; stats: float32 [B,H,P,2]; gate, out: [B, H D]; gate is read if
+// HAS_GATE: out = attention * sigmoid(gate). Launch: one thread a value, one threadgroup a head,
+// grid (D, B H).
+template <typename T, bool HAS_GATE>
+[[kernel]] void sdpa_decode_join(
+    device const float* sums,
+    device const float* stats,
+    device const T* gate,
+    constant uint& n_parts,
+    constant uint& head_dim,
+    device T* out,
+    uint2 position [[thread_position_in_grid]]) {
+  ulong first = ulong(position.y) * n_parts;
+  float highest = -INFINITY;
+  for (uint part = 0; part < n_parts; ++part) {
+    ulong at = 2 * (first + part);
+    highest = stats[at + 1] > 0.0f ? fmax(highest, stats[at]) : highest;
+  }
+  float value = 0.0f;
+  float total = 0.0f;
+  for (uint part = 0; part < n_parts; ++part) {
+    float had = stats[2 * (first + part) + 1];
+    if (had > 0.0f) {
+      float share = exp(stats[2 * (first + part)] - highest);
+      value = fma(share, sums[(first + part) * head_dim + position.x], value);
+      total = fma(share, had, total);
+    }
+  }
+  ulong at = ulong(position.y) * head_dim + position.x;
+  float opened = 1.0f;
+  if (HAS_GATE) {
+    opened = sigmoid(float(gate[at]));
+  }
+  out[at] = T(total > 0.0f ? opened * value / total : 0.0f);
+}

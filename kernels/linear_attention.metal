@@ -239,6 +239,145 @@ inline void delta_rows(
   }
 }
 
+// One channel's convolution with one input after its history, with SiLU.
+template <int W, typename X, typename S, typename P>
+inline float convolved(X x, S history, P taps, uint channel, uint n_channels) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < W - 1; ++j) {
+    sum = fma(float(history[ulong(j) * n_channels + channel]), float(taps[j]), sum);
+  }
+  return silu(fma(float(x[channel]), float(taps[W - 1]), sum));
+}
+
+// All of a gated DeltaNet between its projections, for one token of each sequence:
+// convolution and history, unit-length q and k, decay and beta, the delta rule, gated norm.
+//
+// qkv: [B,C], C = 2 Hk DK + Hv dv, per row q, k, v; history, history_out: [B,W-1,C]; taps: [C,W];
+// alpha, b: [B,Hv]; a_log, dt_bias: [Hv]; state, state_out: float32 [B,Hv,dv,DK]; z, out:
+// [B, Hv dv]; norm: [dv]. dv <= 256. Launch: one threadgroup of 512 a value head, grid
+// (512, Hv, B), four rows of the state a simdgroup at a time. One launch for five Ops: what
+// they hand on is a head's own, but for q and k, which the heads of one key head compute each.
+template <typename T, typename S, typename P, typename V, typename N, int DK, int W>
+[[kernel]] void gated_delta_decode(
+    device const T* qkv,
+    device const S* history,
+    device const P* taps,
+    device const T* alpha,
+    device const T* b,
+    device const V* a_log,
+    device const V* dt_bias,
+    device const float* state,
+    device const T* z,
+    device const N* norm,
+    constant float& eps,
+    constant float& qk_eps,
+    constant uint& n_key_heads,
+    constant uint& n_heads,
+    constant uint& dv,
+    device S* history_out,
+    device float* state_out,
+    device T* out,
+    uint3 group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  constexpr int PER = DK / SIMD;
+  constexpr int ROWS = 4;
+  constexpr uint MAX_DV = 256;
+  threadgroup float channels[2 * DK + MAX_DV];
+  threadgroup float read[MAX_DV];
+  uint head = group.y;
+  ulong sequence = group.z;
+  uint per_key = n_heads / n_key_heads;
+  uint key_head = head / per_key;
+  uint n_channels = 2 * n_key_heads * DK + n_heads * dv;
+  auto x = qkv + sequence * n_channels;
+  auto before = history + sequence * (W - 1) * n_channels;
+  device S* after = history_out + sequence * (W - 1) * n_channels;
+  for (uint i = thread_index; i < 2 * DK + dv; i += 512) {
+    bool is_key = i < 2 * DK;
+    uint at = is_key ? (i / DK * n_key_heads + key_head) * DK + i % DK
+                     : 2 * n_key_heads * DK + head * dv + i - 2 * DK;
+    channels[i] = convolved<W>(x, before, taps + ulong(at) * W, at, n_channels);
+    // The heads of one key head share its channels; the first of them moves these on.
+    if (!is_key || head % per_key == 0) {
+#pragma unroll
+      for (int j = 0; j < W - 2; ++j) {
+        after[ulong(j) * n_channels + at] = before[ulong(j + 1) * n_channels + at];
+      }
+      after[ulong(W - 2) * n_channels + at] = S(float(x[at]));
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  float q[PER];
+  float k[PER];
+  float q_squares = 0.0f;
+  float k_squares = 0.0f;
+#pragma unroll
+  for (int j = 0; j < PER; ++j) {
+    q[j] = channels[lane * PER + j];
+    k[j] = channels[DK + lane * PER + j];
+    q_squares = fma(q[j], q[j], q_squares);
+    k_squares = fma(k[j], k[j], k_squares);
+  }
+  float q_scale = rsqrt(simd_sum(q_squares) + qk_eps) * rsqrt(float(DK));
+  float k_scale = rsqrt(simd_sum(k_squares) + qk_eps);
+#pragma unroll
+  for (int j = 0; j < PER; ++j) {
+    q[j] *= q_scale;
+    k[j] *= k_scale;
+  }
+  ulong gate_at = sequence * n_heads + head;
+  float step = softplus(float(alpha[gate_at]) + float(dt_bias[head]));
+  float decay = exp(-exp(float(a_log[head])) * step);
+  float rate = sigmoid(float(b[gate_at]));
+  ulong first = gate_at * dv * DK;
+  for (uint row = simdgroup * ROWS; row < dv; row += 16 * ROWS) {
+    float s[ROWS][PER];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      // A row past the end is read as the last one and not written.
+      read_share<PER>(s[r], state + first + ulong(min(row + r, dv - 1)) * DK, lane);
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      float recalled = 0.0f;
+#pragma unroll
+      for (int j = 0; j < PER; ++j) {
+        s[r][j] *= decay;
+        recalled = fma(s[r][j], k[j], recalled);
+      }
+      float v = channels[2 * DK + min(row + r, dv - 1)];
+      float change = rate * (v - simd_sum(recalled));
+      float sum = 0.0f;
+#pragma unroll
+      for (int j = 0; j < PER; ++j) {
+        s[r][j] = fma(change, k[j], s[r][j]);
+        sum = fma(s[r][j], q[j], sum);
+      }
+      sum = simd_sum(sum);
+      if (row + r < dv) {
+        if (lane == 0) {
+          read[row + r] = sum;
+        }
+        write_share<PER>(state_out + first + ulong(row + r) * DK, s[r], lane);
+      }
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  float squares = 0.0f;
+  for (uint i = lane; i < dv; i += SIMD) {
+    squares = fma(read[i], read[i], squares);
+  }
+  float scale = rsqrt(simd_sum(squares) / float(dv) + eps);
+  if (thread_index < dv) {
+    ulong at = gate_at * dv + thread_index;
+    float normed = scale * read[thread_index] * float(norm[thread_index]);
+    out[at] = T(normed * silu(float(z[at])));
+  }
+}
+
 // The delta rule for one token of each sequence.
 //
 // qkv: [B, 2 Hk dk + Hv dv], per row q, k, v; state, state_out: float32 [B,Hv,dv,dk]; g,

@@ -39,8 +39,9 @@ inline uint take_largest(thread uint* keys, uint first, uint step, thread uint& 
 // logits: [T,E]; indices, weights: [T,K]. E <= 512, K <= 16. PER_LANE = ceil(E / 32).
 // Launch: one simdgroup a token, four a threadgroup. A row lives in registers; it is
 // ranked by its logits, because exp would make equal what is not, and only the K weights
-// kept are ever computed, one by each lane.
-template <typename T, int PER_LANE>
+// kept are ever computed, one by each lane. If NORMALIZE, they are divided by their sum,
+// which makes that over all experts needless.
+template <typename T, int PER_LANE, bool NORMALIZE>
 [[kernel]] void moe_softmax_topk(
     device const T* logits,
     constant uint& n_tokens,
@@ -67,11 +68,12 @@ template <typename T, int PER_LANE>
   }
   largest = simd_max(largest);
   float sum = 0.0f;
+  if (!NORMALIZE) {
 #pragma unroll
-  for (int j = 0; j < PER_LANE; ++j) {
-    sum += exp(values[j] - largest);
+    for (int j = 0; j < PER_LANE; ++j) {
+      sum += exp(values[j] - largest);
+    }
   }
-  sum = simd_sum(sum);
   uint chosen = 0;
   uint chosen_key = 0;
   for (uint n = 0; n < k; ++n) {
@@ -80,10 +82,12 @@ template <typename T, int PER_LANE>
     chosen = lane == n ? expert : chosen;
     chosen_key = lane == n ? key : chosen_key;
   }
+  float weight = lane < k ? exp(unordered(chosen_key) - largest) : 0.0f;
+  sum = simd_sum(NORMALIZE ? weight : sum);
   if (lane < k) {
     ulong at = ulong(token) * k + lane;
     indices[at] = int(chosen);
-    weights[at] = exp(unordered(chosen_key) - largest) / sum;
+    weights[at] = weight / sum;
   }
 }
 
@@ -658,5 +662,118 @@ template <typename T, typename S, int BITS, int G, int WORDS>
     if (lane == 0 && row + r < n_out) {
       out[row + r] = total;
     }
+  }
+}
+
+// `experts_down_sum`, the shared expert's down projection and the residual stream together:
+// out = residual + sum over k of weights[k] * (Wd_k act[k])
+//       + sigmoid(shared_gate) * Ws (silu(gate) * up).
+//
+// Arguments as there; gate, up: [F]; shared_*: a matrix [D,F] in SHARED_BITS bits and groups of
+// G; shared_gate: [1]; residual, out: [D]. Launch: threadgroups of 128 for ROWS rows of D. The
+// four simdgroups part the long row of K * N between them, and F likewise, so that all its
+// loads are under way at once; their sums are added in one order.
+template <
+    typename T, typename S, typename H, int BITS, int SHARED_BITS, int G, int WORDS, int ROWS>
+[[kernel]] void experts_down_combine(
+    device const T* act,
+    device const uint* slots,
+    device const float* weights,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    device const T* gate,
+    device const T* up,
+    device const uint* shared_w,
+    device const H* shared_scales,
+    device const H* shared_biases,
+    device const T* shared_gate,
+    device const T* residual,
+    constant uint& w_base,
+    constant uint& s_base,
+    constant uint& b_base,
+    constant uint& w_row,
+    constant uint& s_row,
+    constant uint& b_row,
+    constant uint& k,
+    constant uint& n_in,
+    constant uint& n_shared,
+    constant uint& n_out,
+    device T* out,
+    uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  constexpr int VALUES = WORDS * (32 / BITS);
+  threadgroup float quarters[4 * ROWS];
+  uint row = group * ROWS;
+  uint row_words = n_in / (32 / BITS);
+  uint row_groups = n_in / G;
+  uint n_chunks = n_in / VALUES;
+  // A row past the end is read as the last one and not written.
+  uint rows[ROWS];
+  float sums[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    rows[r] = min(row + r, n_out - 1);
+    sums[r] = 0.0f;
+  }
+  for (uint at = thread_index; at < k * n_chunks; at += 128) {
+    uint expert = at / n_chunks;
+    uint chunk = at % n_chunks;
+    ulong slot = slots[expert];
+    auto w_at = w + slot * w_row + w_base + chunk * WORDS;
+    uint words[ROWS][WORDS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      load_words<WORDS>(w_at + rows[r] * row_words, words[r]);
+    }
+    uint in_group = chunk * VALUES / G;
+    auto s_at = scales + slot * s_row + s_base + in_group;
+    auto b_at = biases + slot * b_row + b_base + in_group;
+    auto x = act + expert * n_in + chunk * VALUES;
+    float partners[VALUES];
+    float sum = load_partners<BITS, WORDS>(x, weights[expert], partners);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      float dot = dot_words<BITS, WORDS>(words[r], partners);
+      float scale = float(s_at[rows[r] * row_groups]);
+      sums[r] += scale * dot + float(b_at[rows[r] * row_groups]) * sum;
+    }
+  }
+  float opened = sigmoid(float(shared_gate[0]));
+  for (uint word = thread_index; word < n_shared / (32 / SHARED_BITS); word += 128) {
+    constexpr int SHARED_VALUES = 32 / SHARED_BITS;
+    uint start = word * SHARED_VALUES;
+    float values[SHARED_VALUES];
+#pragma unroll
+    for (int i = 0; i < SHARED_VALUES; ++i) {
+      values[i] = silu(float(gate[start + i])) * float(up[start + i]);
+    }
+    float partners[SHARED_VALUES];
+    float sum = load_partners<SHARED_BITS, 1>((thread const float*)values, opened, partners);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      ulong at = ulong(rows[r]) * n_shared + start;
+      uint packed = shared_w[at / SHARED_VALUES];
+      float dot = dot_words<SHARED_BITS, 1>(&packed, partners);
+      sums[r] += float(shared_scales[at / G]) * dot + float(shared_biases[at / G]) * sum;
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    float total = simd_sum(sums[r]);
+    if (lane == 0) {
+      quarters[simdgroup * ROWS + r] = total;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (thread_index < ROWS && row + thread_index < n_out) {
+    float total = float(residual[row + thread_index]);
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      total += quarters[part * ROWS + thread_index];
+    }
+    out[row + thread_index] = T(total);
   }
 }

@@ -106,6 +106,22 @@ inline void read_share(thread float* share, P row, uint lane) {
   }
 }
 
+// Such a share back into its row.
+template <int PER>
+inline void write_share(device float* row, thread const float* share, uint lane) {
+  if (PER % 4 == 0) {
+#pragma unroll
+    for (int j = 0; j + 3 < PER; j += 4) {
+      write4(row + lane * PER + j, float4(share[j], share[j + 1], share[j + 2], share[j + 3]));
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < PER; ++j) {
+    row[lane * PER + j] = share[j];
+  }
+}
+
 // WORDS packed words at once: in `device` memory they lie at a multiple of WORDS words.
 template <int WORDS, typename P>
 inline void load_words(P p, thread uint* words) {

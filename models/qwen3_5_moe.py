@@ -18,7 +18,7 @@ from mlx_lm.models import qwen3_5_moe as stock
 
 from moeflux_mlx import blocks, device, ops
 from moeflux_mlx.blocks import Call, RoutedShape
-from moeflux_mlx.context import Context, cache_ops
+from moeflux_mlx.context import Context, cache_ops, has_spare_rows
 from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.resident import ResidentExperts
 from moeflux_mlx.graph import BufId, Op
@@ -364,7 +364,13 @@ class GraphLayer:
 
     def _run_full(self, hidden: Array, cache: Any, context: Context) -> Array:
         mask = context.attention_mask
-        call = self._call(context, attention_mask=mask is not None)
+        # Slices of a growing cache would be copied, and traced anew, at every token.
+        spare = mask is None and context.t == 1 and has_spare_rows(cache)
+        call = self._call(
+            context,
+            attention_mask=mask is not None,
+            spare_rows=spare and self.runtime.executor.spare_rows,
+        )
         inputs = {
             "start": context.start,
             "row": context.start[:1],

@@ -30,6 +30,7 @@ class Call:
     attention_mask: bool = False
     sequence_mask: bool = False
     lengths: bool = False
+    spare_rows: bool = False
     gather_by_id: bool = False
 
     @property
@@ -240,6 +241,7 @@ def full_attention(g: GraphBuilder, attn: nn.Module, x: BufId, call: Call) -> Bu
             k=keys,
             v=values,
             mask=mask,
+            start=start if call.spare_rows else None,
             attn_out=attended,
             n_tokens=n,
             n_seqs=seqs,
@@ -285,7 +287,14 @@ def moe(
     """Push router, shared expert, routed experts and the sum with the residual."""
     n, dim = call.n, routed.dim
     k, n_experts = block.top_k, block.num_experts
+    # In an order in which launches can perform neighbours together.
     logits = g.matvec("mlp.gate", x, b.RouterLogitsBuf, label="router")
+    shared = "mlp.shared_expert"
+    shared_gate = g.matvec("mlp.shared_expert_gate", x, b.SharedGateBuf)
+    gate = g.matvec(
+        f"{shared}.gate_proj", x, b.SharedFfnGateBuf, label="shared_gate_proj"
+    )
+    up = g.matvec(f"{shared}.up_proj", x, b.SharedFfnUpBuf, label="shared_up_proj")
     indices = g.new("expert_indices", b.RouterIdxBuf, (n, k))
     weights = g.new("expert_weights", b.RouterWeightsBuf, (n, k))
     g.push(
@@ -305,22 +314,6 @@ def moe(
                 label="normalize_weights", weights=weights, n_tokens=n, k=k
             )
         )
-    shared = "mlp.shared_expert"
-    gate = g.matvec(
-        f"{shared}.gate_proj", x, b.SharedFfnGateBuf, label="shared_gate_proj"
-    )
-    up = g.matvec(f"{shared}.up_proj", x, b.SharedFfnUpBuf, label="shared_up_proj")
-    width = g.ref(f"{shared}.gate_proj").shape[0]
-    act = g.new("shared_act", b.SharedFfnActBuf, (n, width))
-    g.push(
-        ops.SwigluFusedBatched(
-            label="shared_swiglu", gate=gate, up=up, out=act, n_tokens=n, dim=width
-        )
-    )
-    down = g.matvec(
-        f"{shared}.down_proj", act, b.SharedFfnDownBuf, label="shared_down_proj"
-    )
-    shared_gate = g.matvec("mlp.shared_expert_gate", x, b.SharedGateBuf)
     experts = g.input("experts", b.ExpertBaseBuf, (None,))
     out_sum = g.new("experts_sum", b.MoeOutSumBuf, (n, dim))
     kind = experts_op(call)
@@ -341,6 +334,16 @@ def moe(
             k=k,
             expert_bytes=routed.expert_bytes,
         )
+    )
+    width = g.ref(f"{shared}.gate_proj").shape[0]
+    act = g.new("shared_act", b.SharedFfnActBuf, (n, width))
+    g.push(
+        ops.SwigluFusedBatched(
+            label="shared_swiglu", gate=gate, up=up, out=act, n_tokens=n, dim=width
+        )
+    )
+    down = g.matvec(
+        f"{shared}.down_proj", act, b.SharedFfnDownBuf, label="shared_down_proj"
     )
     hidden = g.new("hidden_out", b.HiddenBuf, (n, dim))
     g.push(

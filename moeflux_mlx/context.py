@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import base
+from mlx_lm.models.cache import KVCache
 
 from . import ops
 from .blocks import Call
@@ -60,6 +61,11 @@ def _cache_of(layers: list[nn.Module], cache: list[Any], *, is_linear: bool) -> 
     return next((c for layer, c in pairs if layer.is_linear == is_linear), None)
 
 
+def has_spare_rows(cache: Any) -> bool:
+    """Tell whether a cache's rows lie in arrays that also have room for later ones."""
+    return type(cache) is KVCache
+
+
 def cache_ops(attn: nn.Module, cache: Any, call: Call) -> dict[type[Op], Kernel]:
     """Return the Ops that mlx-lm's cache object performs itself."""
     kv_heads = attn.num_key_value_heads
@@ -70,10 +76,12 @@ def cache_ops(attn: nn.Module, cache: Any, call: Call) -> dict[type[Op], Kernel]
         if cache is None:
             return keys, values
         rows = cache.update_and_fetch(to_device(keys), to_device(values))
+        if call.spare_rows:
+            return cache.keys, cache.values
         on_host = isinstance(k_src, np.ndarray) and not hasattr(cache, "bits")
         return (to_host(rows[0]), to_host(rows[1])) if on_host else tuple(rows)
 
-    def quantized_attention(q, k, v, mask):  # type: ignore[no-untyped-def]
+    def quantized_attention(q, k, v, mask, *_):  # type: ignore[no-untyped-def]
         queries = to_device(split_heads(q, call.n_seqs, attn.num_attention_heads))
         causal = "causal" if mask is None and call.t > 1 else to_device(mask)
         out = base.scaled_dot_product_attention(

@@ -46,7 +46,8 @@ class LayerWeights:
     """The weights below one module by path, as references and as arrays.
 
     Parameters replaced later (``model.update``, a dtype change) are noticed at the
-    next use; values changed in place (``weight[0] = 1``) are not. ``unpack`` keeps quantised matrices dense in float32 on the host.
+    next use; values changed in place (``weight[0] = 1``) are not. ``unpack`` keeps
+    quantised matrices dense in float32 on the host.
     """
 
     def __init__(self, module: nn.Module, *, skip: str = "", unpack: bool = False):

@@ -297,6 +297,8 @@ SPECS = [
     spec(ops.SdpaCausalTiled, n_tokens=6, n_seqs=2, heads_per_kv=3, **HEADS,
          **cache(2, 2, 5, 7), note="mask",
          mask=lambda rng, _: (rng.random((2, 1, 3, 5)) < 0.5) | (np.arange(5) == 1)),
+    spec(ops.SdpaCausalTiled, n_tokens=6, n_seqs=2, heads_per_kv=3, **HEADS,
+         **cache(2, 2, 11, 7), note="start", start=value(6, 2)),
     spec(ops.MoeSoftmaxTopK, n_tokens=5, n_experts=7, k=3),
     spec(ops.MoeSoftmaxTopK, n_tokens=3, n_experts=11, k=10),
     spec(ops.MoeNormalizeWeights, n_tokens=3, k=7, weights=uniform(0.1, 1)),
@@ -364,6 +366,8 @@ KERNEL_SPECS = [
          **cache_64(1, 1, 37)),
     spec(ops.SdpaCausalTiled, n_tokens=2, n_seqs=2, heads_per_kv=2, **HEADS_64,
          **cache_64(2, 4, 37)),
+    spec(ops.SdpaCausalTiled, n_tokens=2, n_seqs=2, heads_per_kv=4, **HEADS_64,
+         **cache_64(2, 2, 130), note="start", start=value(100, 63)),
     spec(ops.GatedDeltaNetStepNTokens, n_tokens=1, **DELTA_32, **DELTA_INPUTS),
     spec(ops.GatedDeltaNetStepNTokens, n_tokens=6, n_seqs=2, **DELTA_32,
          **DELTA_INPUTS),
@@ -463,7 +467,7 @@ def append(op, k_src, v_src, k_cache, v_cache, row):
     return caches
 
 
-def attend(op, q, k, v, mask):
+def attend(op, q, k, v, mask, start):
     """One query and one head at a time."""
     t, s = op.n_tokens // op.n_seqs, k.shape[2]
     queries = q.reshape(op.n_tokens, op.num_heads, op.head_dim)
@@ -473,6 +477,8 @@ def attend(op, q, k, v, mask):
         seen = np.arange(s) <= s - t + step
         if mask is not None:
             seen = mask[seq % len(mask), 0, step]
+        if start is not None:
+            seen = np.arange(s) <= start[seq] + step
         for head in range(op.num_heads):
             group = head // op.heads_per_kv
             keys, values = k[seq, group][seen], v[seq, group][seen]

@@ -30,6 +30,7 @@ class Traced(Lazy):
 
     name = "traced"
     compiles = True
+    spare_rows = True
 
 
 @pytest.fixture(autouse=True)

@@ -52,6 +52,9 @@ class Executor(ABC):
     # Whether steps that recur are worth a trace: where launches cost more in Python
     # than on the device.
     compiles: ClassVar[bool] = False
+    # Whether attention is given whole caches, spare rows included, so that no shape
+    # changes from token to token.
+    spare_rows: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.stats = Stats()

@@ -40,7 +40,7 @@ class CompiledSteps:
 
     Args:
         encoding: the first run's, with its inputs bound. The weights and the sources of
-            experts in it are part of the traces, so that a call passes only activations.
+            experts in it are part of the traces: a call passes only activations.
     """
 
     def __init__(self, steps: Sequence[Step], encoding: Encoding):

@@ -24,6 +24,8 @@ class KernelExecutor(Executor):
     A kernel is built when it is first launched.
     """
 
+    spare_rows = True
+
     def __init__(self) -> None:
         super().__init__()
         self._built: dict[str, Any] = {}

@@ -30,8 +30,8 @@ class ResidentExperts:
         """Hear that a run asked for ``n`` experts without calling ``slots``."""
 
     def slots(self, indices: mx.array) -> mx.array:
-        """Return ``indices`` as uint32, without reading them."""
-        return indices.astype(mx.uint32)
+        """Return ``indices`` as uint32, without reading or copying them."""
+        return indices.view(mx.uint32)
 
     def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         """Yield one wave with every distinct expert, ascending."""

@@ -505,3 +505,269 @@ FOLDED: dict[int, Kernel] = {
     4: sdpa_causal_direct_fold4,
     8: sdpa_causal_direct_fold8,
 }
+
+
+def _normed(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    return x * mx.rsqrt((x * x).mean(-1, keepdims=True) + eps) * weight.astype(FLOAT32)
+
+
+def _inputs(
+    q_proj: mx.array,
+    k_proj: mx.array,
+    q_norm: mx.array,
+    k_norm: mx.array,
+    inv_freq: mx.array,
+    start: mx.array,
+    eps: float,
+) -> tuple[mx.array, ...]:
+    n, d = start.size, q_norm.size
+    wide = q_proj.astype(FLOAT32).reshape(n, -1, 2, d)
+    keys = k_proj.astype(FLOAT32).reshape(n, -1, d)
+    outs = []
+    for heads, weight in ((wide[:, :, 0], q_norm), (keys, k_norm)):
+        rows = _normed(heads, weight, eps).reshape(n, -1)
+        outs.append(_rope(rows, inv_freq, start, heads.shape[1]))
+    gate = wide[:, :, 1].reshape(n, -1)
+    return tuple(x.astype(q_proj.dtype) for x in (outs[0], gate, outs[1]))
+
+
+def _some_inputs(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    b: int,
+    h: int,
+    hk: int,
+    d: int,
+    pairs: int,
+    at: int,
+    s: int,
+) -> tuple[Any, ...]:
+    other = (dtype, mx.bfloat16)[s]
+    _, inv_freq, start, _ = _some_rope(rng, dtype, b, 1, h, d, pairs, at)
+    rows = normal(rng, dtype, b, 2 * h * d), normal(rng, dtype, b, hk * d)
+    norms = [1 + normal(rng, other, d, scale=0.1) for _ in range(2)]
+    return *rows, *norms, inv_freq, start, 1e-6
+
+
+@kernel(
+    reference=_inputs,
+    sample=_some_inputs,
+    sizes=[
+        dict(b=1, h=1, hk=1, d=2, pairs=1, at=0, s=0),
+        dict(b=2, h=3, hk=1, d=37, pairs=9, at=5, s=1),
+        dict(b=1, h=6, hk=3, d=64, pairs=32, at=1000, s=0),
+        dict(b=3, h=4, hk=2, d=256, pairs=32, at=70, s=1),
+    ],
+    large=dict(b=1, h=16, hk=2, d=256, pairs=32, at=8000, s=0),
+)
+def attention_inputs(
+    q_proj: mx.array,
+    k_proj: mx.array,
+    q_norm: mx.array,
+    k_norm: mx.array,
+    inv_freq: mx.array,
+    start: mx.array,
+    eps: float,
+) -> Launch:
+    """Queries ``[B, H * d]``, their gate and keys ``[B, Hkv * d]`` of one token each.
+
+    ``q_proj`` ``[B, H * 2 * d]`` holds query then gate of each head; norms are ``[d]``;
+    ``inv_freq`` float32 ``[rotary / 2]``; ``start`` int32 ``[B]``.
+    """
+    (d,) = dims("q_norm", q_norm, 1)
+    require("q_norm", d <= MAX_HEAD_DIM, f"a width up to {MAX_HEAD_DIM}", d)
+    expect("k_norm", k_norm, (d,))
+    (n,) = dims("start", start, 1)
+    (pairs,) = dims("inv_freq", inv_freq, 1)
+    require("inv_freq", 2 * pairs <= d, f"at most {d // 2} pairs", pairs)
+    heads, kv_heads = (
+        _whole_heads(name, x, n, width)
+        for name, x, width in (("q_proj", q_proj, 2 * d), ("k_proj", k_proj, d))
+    )
+    arrays = {"q_proj": q_proj, "k_proj": k_proj, "q_norm": q_norm, "k_norm": k_norm}
+    sizes = {"n_heads": heads, "n_kv_heads": kv_heads, "head_dim": d, "n_pairs": pairs}
+    return Launch(
+        "attention_inputs",
+        {**arrays, "inv_freq": inv_freq, "start": start, "eps": eps, **sizes},
+        {"q": (n, heads * d), "gate": (n, heads * d), "k": (n, kv_heads * d)},
+        (SIMD, 4 * groups(heads + kv_heads, 4), n),
+        (SIMD, 4, 1),
+    )
+
+
+def _whole_heads(name: str, x: mx.array, n: int, width: int) -> int:
+    """Return the heads of ``[n, heads * width]``."""
+    rows, columns = dims(name, x, 2)
+    require(name, rows == n, f"{n} rows", rows)
+    require(name, columns % width == 0, f"heads of {width}", columns)
+    return columns // width
+
+
+# Rows of the cache that a threadgroup takes at least, and the parts there are at most.
+PART_ROWS = 64
+MAX_PARTS = 64
+
+
+def part_rows(n_rows: int) -> int:
+    """Return how many rows of a cache of ``n_rows`` make a part."""
+    return max(PART_ROWS, groups(n_rows, MAX_PARTS))
+
+
+def _parts(
+    q: mx.array, k: mx.array, v: mx.array, start: mx.array, scale: float
+) -> tuple[mx.array, mx.array]:
+    n_seqs, kv_heads, n_rows, d = k.shape
+    per = q.shape[1] // (kv_heads * d)
+    size = part_rows(n_rows)
+    n_parts = groups(n_rows, size)
+    grown = [(0, 0), (0, 0), (0, n_parts * size - n_rows), (0, 0)]
+    keys, values = (
+        mx.repeat(mx.pad(x.astype(FLOAT32), grown), per, axis=1) for x in (k, v)
+    )
+    query = q.astype(FLOAT32).reshape(n_seqs, -1, 1, d) * scale
+    scores = (query * keys).sum(-1).reshape(n_seqs, -1, n_parts, size)
+    rows = mx.arange(n_parts * size).reshape(n_parts, size)
+    seen = (rows <= start.reshape(-1, 1, 1, 1)) & (rows < n_rows)
+    some = seen.any(-1, keepdims=True)
+    top = mx.where(seen, scores, -mx.inf).max(-1, keepdims=True)
+    top = mx.where(some, top, 0.0)
+    weights = mx.where(seen, mx.exp(scores - top), 0.0)
+    parted = values.reshape(n_seqs, -1, n_parts, size, d)
+    sums = (weights[..., None] * parted).sum(-2)
+    return sums, mx.concatenate([top, weights.sum(-1, keepdims=True)], -1)
+
+
+def _some_parts(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    b: int,
+    h: int,
+    per: int,
+    s: int,
+    d: int,
+    at: int,
+) -> tuple[Any, ...]:
+    q, k, v, scale, _ = _some_decode(rng, dtype, b, h, per, s, d)
+    start = mx.array(np.maximum(at - 5 * np.arange(b), 0).astype(np.int32))
+    return q, k, v, start, scale
+
+
+@kernel(
+    reference=_parts,
+    sample=_some_parts,
+    sizes=[
+        dict(b=1, h=1, per=1, s=1, d=32, at=0),
+        dict(b=2, h=2, per=3, s=130, d=64, at=64),
+        dict(b=1, h=1, per=8, s=67, d=32, at=66),
+        dict(b=1, h=1, per=4, s=200, d=256, at=37),
+    ],
+    large=dict(b=1, h=2, per=8, s=32768, d=256, at=32767),
+)
+def sdpa_decode_parts(
+    q: mx.array, k: mx.array, v: mx.array, start: mx.array, scale: float
+) -> Launch:
+    """Attention of one token a sequence over parts of a cache with spare rows.
+
+    ``start`` int32 ``[B]`` is the last row seen. Returns what ``sdpa_decode_join``
+    takes: ``[B, H, P, d]`` and ``[B, H, P, 2]``.
+    """
+    inputs, (n_seqs, t, heads), template = _check_attention(q, k, v, None, 1)
+    require("q", t == 1, "one token of each sequence", t)
+    expect("start", start, (n_seqs,))
+    d, per, n_rows = template["D"], inputs["heads_per_kv"], inputs["n_rows"]
+    # A lane's share of queries and sums should stay in registers.
+    fold = next(f for f in FOLDS if per % f == 0 and (f == 1 or f * d <= 1024))
+    size = part_rows(n_rows)
+    n_parts = groups(n_rows, size)
+    names = ("q", "k", "v", "n_heads", "heads_per_kv", "n_rows")
+    return Launch(
+        "sdpa_decode_parts",
+        {
+            **{name: inputs[name] for name in names},
+            "start": start,
+            "scale": scale,
+            "part_rows": size,
+            "n_parts": n_parts,
+        },
+        {
+            "sums": (n_seqs, heads, n_parts, d),
+            "stats": (n_seqs, heads, n_parts, 2),
+        },
+        (256, n_parts, n_seqs * heads // fold),
+        (256, 1, 1),
+        {"D": d, "FOLD": fold},
+    )
+
+
+def _joined(
+    sums: mx.array, stats: mx.array, dtype: mx.Dtype, gate: mx.array | None = None
+) -> mx.array:
+    n_seqs, heads, _, d = sums.shape
+    top, total = stats[..., :1], stats[..., 1:]
+    highest = mx.where(total > 0, top, -mx.inf).max(2, keepdims=True)
+    share = mx.where(total > 0, mx.exp(top - highest), 0.0)
+    weight = (share * total).sum(2)
+    out = mx.where(weight > 0, (share * sums).sum(2) / weight, 0.0)
+    out = out.reshape(n_seqs, heads * d)
+    if gate is not None:
+        out = out * mx.sigmoid(gate.astype(FLOAT32))
+    return out.astype(dtype)
+
+
+def _some_joined(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    b: int,
+    h: int,
+    p: int,
+    d: int,
+    gated: int,
+    blind: int = 0,
+) -> tuple[Any, ...]:
+    sums = normal(rng, FLOAT32, b, h, p, d)
+    total = rng.uniform(0.5, 20.0, (b, h, p)).astype(np.float32)
+    top = rng.standard_normal((b, h, p)).astype(np.float32)
+    # Parts that saw nothing, their tops above all others'.
+    total[:, :, p - blind :] = 0
+    top[:, :, p - blind :] = 30
+    stats = mx.array(np.stack([top, total], -1))
+    gate = normal(rng, dtype, b, h * d) if gated else None
+    return sums, stats, dtype, gate
+
+
+@kernel(
+    reference=_joined,
+    sample=_some_joined,
+    sizes=[
+        dict(b=1, h=1, p=1, d=32, gated=0),
+        dict(b=2, h=3, p=5, d=64, gated=1, blind=2),
+        dict(b=1, h=2, p=64, d=96, gated=1),
+        dict(b=1, h=1, p=3, d=256, gated=0, blind=3),
+    ],
+    large=dict(b=1, h=16, p=64, d=256, gated=1),
+)
+def sdpa_decode_join(
+    sums: mx.array, stats: mx.array, dtype: mx.Dtype, gate: mx.array | None = None
+) -> Launch:
+    """Attention ``[B, H * d]`` of ``sdpa_decode_parts``, times a gate's sigmoid."""
+    n_seqs, heads, n_parts, d = dims("sums", sums, 4)
+    expect("stats", stats, (n_seqs, heads, n_parts, 2))
+    require("sums", d <= MAX_HEAD_DIM, f"a width up to {MAX_HEAD_DIM}", d)
+    shape = (n_seqs, heads * d)
+    if gate is not None:
+        expect("gate", gate, shape)
+    return Launch(
+        "sdpa_decode_join",
+        {
+            "sums": sums,
+            "stats": stats,
+            "gate": mx.zeros(1, dtype) if gate is None else gate,
+            "n_parts": n_parts,
+            "head_dim": d,
+        },
+        {"out": shape},
+        (d, n_seqs * heads, 1),
+        (d, 1, 1),
+        {"HAS_GATE": int(gate is not None)},
+        {"T": dtype},
+    )

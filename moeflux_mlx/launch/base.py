@@ -302,8 +302,8 @@ class Kernel:
     build: Callable[..., Launch]
     reference: Callable[..., Any]
     sample: Sample
-    sizes: tuple[Mapping[str, int], ...]
-    large: Mapping[str, int]
+    sizes: tuple[Mapping[str, Any], ...]
+    large: Mapping[str, Any]
     dtypes: tuple[mx.Dtype, ...] = FLOATS
     tolerance: Mapping[mx.Dtype, float] = field(default_factory=lambda: TOLERANCE)
 
@@ -331,7 +331,7 @@ class Kernel:
         """The Python text of the launch."""
         return inspect.getsource(self.build)
 
-    def arguments(self, dtype: mx.Dtype, seed: int = 0, **sizes: int) -> tuple:
+    def arguments(self, dtype: mx.Dtype, seed: int = 0, **sizes: Any) -> tuple:
         """Make seeded arguments of one size."""
         return self.sample(np.random.default_rng(seed), dtype, **sizes)
 
@@ -352,8 +352,8 @@ def kernel(
     *,
     reference: Callable[..., Any],
     sample: Sample,
-    sizes: Sequence[Mapping[str, int]],
-    large: Mapping[str, int],
+    sizes: Sequence[Mapping[str, Any]],
+    large: Mapping[str, Any],
     dtypes: tuple[mx.Dtype, ...] = FLOATS,
     tolerance: Mapping[mx.Dtype, float] = TOLERANCE,
 ) -> Callable[[Callable[..., Launch]], Kernel]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -23,7 +24,7 @@ class Result:
 
     kernel: str
     dtype: mx.Dtype
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, Any]
     errors: Mapping[str, float]
     limits: Mapping[str, float]
 
@@ -61,7 +62,7 @@ def relative_error(got: mx.array, expected: mx.array) -> float:
 
 
 def check(
-    kernel: Kernel, dtype: mx.Dtype, sizes: Mapping[str, int], run: Run
+    kernel: Kernel, dtype: mx.Dtype, sizes: Mapping[str, Any], run: Run
 ) -> Result:
     """Run one case and compare every output with the reference."""
     args = kernel.arguments(dtype, **sizes)

@@ -17,6 +17,7 @@ from .base import Launch, dims, expect, groups, kernel, normal, require
 ROWS = 4
 MAX_WIDTH = 8
 MAX_KEY_DIM = 256
+MAX_VALUE_DIM = 256
 # The chunked form keeps a chunk's keys and queries in threadgroup memory.
 MAX_CHUNKED_KEY_DIM = 192
 FLOAT32 = mx.float32
@@ -450,4 +451,133 @@ def gated_delta_net_chunkwise(
         (128, groups(dv, 32), n_seqs * heads),
         (128, 1, 1),
         {"DK": dk},
+    )
+
+
+def _decode(
+    qkv: mx.array,
+    history: mx.array,
+    taps: mx.array,
+    alpha: mx.array,
+    b: mx.array,
+    a_log: mx.array,
+    dt_bias: mx.array,
+    state: mx.array,
+    z: mx.array,
+    norm: mx.array,
+    num_k_heads: int,
+    eps: float,
+    qk_eps: float,
+) -> tuple[mx.array, ...]:
+    n_seqs, heads, dv, dk = state.shape
+    wide = qkv.astype(FLOAT32)
+    conv = _conv(wide, history, taps)
+    width = num_k_heads * dk
+
+    def unit(part: mx.array) -> mx.array:
+        rows = part.reshape(n_seqs, num_k_heads, dk)
+        scale = mx.rsqrt((rows * rows).sum(-1, keepdims=True) + qk_eps)
+        return (rows * scale).reshape(n_seqs, width)
+
+    q, k = unit(conv[:, :width]) * dk**-0.5, unit(conv[:, width : 2 * width])
+    rows = mx.concatenate([q, k, conv[:, 2 * width :]], axis=1)
+    g, beta = _decay_beta(alpha, b, a_log, dt_bias)
+    new_state, out = _delta_rule(rows, state, g, beta, num_k_heads)
+    values = out.reshape(n_seqs, heads, dv)
+    values = values * mx.rsqrt((values * values).mean(-1, keepdims=True) + eps)
+    gate = z.astype(FLOAT32).reshape(n_seqs, heads, dv)
+    gated = values * norm.astype(FLOAT32) * gate * mx.sigmoid(gate)
+    after = _conv_state(wide, history)
+    return after, new_state, gated.reshape(z.shape).astype(qkv.dtype)
+
+
+def _some_decode(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    b: int,
+    hk: int,
+    hv: int,
+    dk: int,
+    dv: int,
+    w: int,
+    s: int,
+) -> tuple[Any, ...]:
+    other, channels = (dtype, mx.bfloat16)[s], 2 * hk * dk + hv * dv
+    rows = normal(rng, dtype, b, channels), normal(rng, dtype, b, w - 1, channels)
+    taps = normal(rng, other, channels, w, scale=w**-0.5)
+    gates = [normal(rng, dtype, b, hv) for _ in range(2)]
+    vectors = [normal(rng, other, hv) for _ in range(2)]
+    state = normal(rng, FLOAT32, b, hv, dv, dk, scale=0.3)
+    ends = normal(rng, dtype, b, hv * dv), normal(rng, other, dv)
+    return *rows, taps, *gates, *vectors, state, *ends, hk, 1e-6, 1e-6
+
+
+@kernel(
+    reference=_decode,
+    sample=_some_decode,
+    sizes=[
+        dict(b=1, hk=1, hv=1, dk=32, dv=1, w=4, s=0),
+        dict(b=2, hk=2, hv=4, dk=64, dv=19, w=2, s=1),
+        dict(b=1, hk=1, hv=3, dk=96, dv=67, w=3, s=0),
+        dict(b=1, hk=1, hv=2, dk=128, dv=256, w=4, s=1),
+    ],
+    large=dict(b=1, hk=16, hv=32, dk=128, dv=128, w=4, s=0),
+    tolerance=RECURRENT,
+)
+def gated_delta_decode(
+    qkv: mx.array,
+    history: mx.array,
+    taps: mx.array,
+    alpha: mx.array,
+    b: mx.array,
+    a_log: mx.array,
+    dt_bias: mx.array,
+    state: mx.array,
+    z: mx.array,
+    norm: mx.array,
+    num_k_heads: int,
+    eps: float,
+    qk_eps: float,
+) -> Launch:
+    """History, state and rows ``[B, Hv * dv]`` after one token of each sequence.
+
+    ``qkv`` ``[B, C]`` and ``z`` ``[B, Hv * dv]`` are projections; ``history``
+    ``[B, W - 1, C]`` the inputs before; ``taps`` ``[C, W]``, the oldest first;
+    ``alpha`` and ``b`` ``[B, Hv]``; ``norm`` ``[dv]``. ``eps`` is the norm's,
+    ``qk_eps`` is added to the sums of squares of queries and keys.
+    """
+    n_seqs, channels = dims("qkv", qkv, 2)
+    _, heads, dv, dk = dims("state", state, 4)
+    require("state", dk % SIMD == 0, f"dk a multiple of {SIMD}", dk)
+    require("state", dk <= MAX_KEY_DIM, f"dk at most {MAX_KEY_DIM}", dk)
+    require("state", dv <= MAX_VALUE_DIM, f"dv at most {MAX_VALUE_DIM}", dv)
+    divides = isinstance(num_k_heads, int) and num_k_heads >= 1
+    divides = divides and heads % num_k_heads == 0
+    require("num_k_heads", divides, f"a divisor of {heads}", num_k_heads)
+    expect("state", state, (n_seqs, heads, dv, dk))
+    expect("qkv", qkv, (n_seqs, 2 * num_k_heads * dk + heads * dv))
+    _, width = dims("taps", taps, 2)
+    require("taps", 2 <= width <= MAX_WIDTH, f"a width of 2 to {MAX_WIDTH}", width)
+    expect("taps", taps, (channels, width))
+    expect("history", history, (n_seqs, width - 1, channels))
+    for name, array in (("alpha", alpha), ("b", b)):
+        expect(name, array, (n_seqs, heads))
+    for name, array in (("a_log", a_log), ("dt_bias", dt_bias)):
+        expect(name, array, (heads,))
+    expect("z", z, (n_seqs, heads * dv))
+    expect("norm", norm, (dv,))
+    arrays = {"qkv": qkv, "history": history, "taps": taps, "alpha": alpha, "b": b}
+    arrays |= {"a_log": a_log, "dt_bias": dt_bias, "state": state, "z": z, "norm": norm}
+    sizes = {"n_key_heads": num_k_heads, "n_heads": heads, "dv": dv}
+    return Launch(
+        "gated_delta_decode",
+        {**arrays, "eps": eps, "qk_eps": qk_eps, **sizes},
+        {
+            "history_out": tuple(history.shape),
+            "state_out": tuple(state.shape),
+            "out": (n_seqs, heads * dv),
+        },
+        (512, heads, n_seqs),
+        (512, 1, 1),
+        {"DK": dk, "W": width},
     )

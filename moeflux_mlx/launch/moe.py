@@ -15,6 +15,7 @@ import numpy as np
 
 from ..device import SIMD
 from .base import Launch, dims, expect, groups, kernel, normal, require
+from .quant import check_rows, dense_matrix, quantised
 from .slots import Matrix, check_matrix, numbers, random_matrix, unpacked
 
 MAX_EXPERTS = 512
@@ -35,10 +36,13 @@ def _one_simdgroup_each(n: int) -> tuple[tuple[int, int, int], tuple[int, int, i
     return (groups(n, 4) * 4 * SIMD, 1, 1), (4 * SIMD, 1, 1)
 
 
-def _softmax_topk(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
+def _softmax_topk(
+    logits: mx.array, k: int, normalize: bool = False
+) -> tuple[mx.array, mx.array]:
     scores = mx.softmax(logits.astype(mx.float32), axis=-1, precise=True)
     indices = mx.argsort(-scores, axis=-1)[:, :k].astype(mx.int32)
-    return indices, mx.take_along_axis(scores, indices, axis=-1)
+    weights = mx.take_along_axis(scores, indices, axis=-1)
+    return indices, _normalize(weights) if normalize else weights
 
 
 def _logits(rng: np.random.Generator, dtype: mx.Dtype, *shape: int) -> mx.array:
@@ -51,9 +55,9 @@ def _logits(rng: np.random.Generator, dtype: mx.Dtype, *shape: int) -> mx.array:
 
 
 def _some_logits(
-    rng: np.random.Generator, dtype: mx.Dtype, t: int, e: int, k: int
+    rng: np.random.Generator, dtype: mx.Dtype, t: int, e: int, k: int, unit: int = 0
 ) -> tuple[Any, ...]:
-    return _logits(rng, dtype, t, e), k
+    return _logits(rng, dtype, t, e), k, bool(unit)
 
 
 @kernel(
@@ -64,11 +68,15 @@ def _some_logits(
         {"t": 5, "e": 33, "k": 10},
         {"t": 3, "e": 512, "k": 16},
         {"t": 9, "e": 128, "k": 8},
+        {"t": 6, "e": 65, "k": 7, "unit": 1},
     ],
     large={"t": 4096, "e": 512, "k": 10},
 )
-def moe_softmax_topk(logits: mx.array, k: int) -> Launch:
-    """Softmax of ``[T, E]``, the K largest: ``indices`` and ``weights`` ``[T, K]``."""
+def moe_softmax_topk(logits: mx.array, k: int, normalize: bool = False) -> Launch:
+    """Softmax of ``[T, E]``, the K largest: ``indices`` and ``weights`` ``[T, K]``.
+
+    ``normalize`` divides each token's weights by their sum.
+    """
     n_tokens, n_experts = _check_routing(logits, k)
     grid, threadgroup = _one_simdgroup_each(n_tokens)
     return Launch(
@@ -77,7 +85,7 @@ def moe_softmax_topk(logits: mx.array, k: int) -> Launch:
         {"indices": (n_tokens, k), "weights": (n_tokens, k)},
         grid,
         threadgroup,
-        {"PER_LANE": groups(n_experts, SIMD)},
+        {"PER_LANE": groups(n_experts, SIMD), "NORMALIZE": int(normalize)},
     )
 
 
@@ -872,4 +880,101 @@ def experts_down_sum(
             "G": group_size,
             "WORDS": _words_a_load([down], k, n_in, bits),
         },
+    )
+
+
+# Words, scales, biases and bits of a matrix in arrays of its own.
+Shared = tuple[mx.array, mx.array, mx.array, int]
+
+
+def _combined(
+    act: mx.array,
+    slots: mx.array,
+    weights: mx.array,
+    down: Matrix,
+    gate: mx.array,
+    up: mx.array,
+    shared: Shared,
+    shared_gate: mx.array,
+    residual: mx.array,
+    bits: int,
+    group_size: int,
+) -> mx.array:
+    total = _down_sum(act, slots, weights, down, residual.size, bits, group_size)
+    g, u, h, opened = (x.astype(mx.float32) for x in (gate, up, residual, shared_gate))
+    w = dense_matrix(*shared, group_size)
+    out = h + total + mx.sigmoid(opened) * (w @ (g * mx.sigmoid(g) * u))
+    return out.astype(act.dtype)
+
+
+def _some_combined(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    k: int,
+    n: int,
+    f: int,
+    d: int,
+    bits: int,
+    shared_bits: int,
+    g: int,
+    s: int,
+    base: int = 0,
+) -> tuple[Any, ...]:
+    act, slots, weights, down, *_ = _some_down(rng, dtype, k, n, d, bits, g, s, base)
+    shared = (*quantised(rng, dtype, d, f, shared_bits, g), shared_bits)
+    rows = normal(rng, dtype, f), normal(rng, dtype, f)
+    ends = normal(rng, dtype, 1), normal(rng, dtype, d)
+    return act, slots, weights, down, *rows, shared, *ends, bits, g
+
+
+@kernel(
+    reference=_combined,
+    sample=_some_combined,
+    sizes=[
+        dict(k=1, n=32, f=32, d=1, bits=2, shared_bits=4, g=32, s=0),
+        dict(k=10, n=96, f=160, d=13, bits=4, shared_bits=8, g=32, s=1, base=2),
+        dict(k=3, n=512, f=1152, d=18, bits=4, shared_bits=4, g=128, s=1, base=4),
+        dict(k=8, n=64, f=64, d=9, bits=8, shared_bits=2, g=64, s=0, base=3),
+    ],
+    large=dict(k=8, n=512, f=512, d=2048, bits=4, shared_bits=4, g=64, s=0),
+)
+def experts_down_combine(
+    act: mx.array,
+    slots: mx.array,
+    weights: mx.array,
+    down: Matrix,
+    gate: mx.array,
+    up: mx.array,
+    shared: Shared,
+    shared_gate: mx.array,
+    residual: mx.array,
+    bits: int,
+    group_size: int,
+) -> Launch:
+    """``residual`` ``[D]``, the experts' sum and the gated shared expert's output.
+
+    ``gate`` and ``up`` ``[F]`` are the shared expert's projections, ``shared`` its down
+    matrix ``[D, F]`` in groups of ``group_size`` like the experts'; ``shared_gate``
+    ``[1]``.
+    """
+    (n_out,) = dims("residual", residual, 1)
+    (n_shared,) = dims("gate", gate, 1)
+    expect("up", up, (n_shared,))
+    expect("shared_gate", shared_gate, (1,))
+    four = isinstance(shared, tuple) and len(shared) == 4
+    require("shared", four, "words, scales, biases and bits", shared)
+    w, scales, biases, shared_bits = shared
+    rows = check_rows(w, scales, biases, n_shared, shared_bits, group_size)
+    require("shared", rows == n_out, f"{n_out} rows", rows)
+    launch = experts_down_sum(act, slots, weights, down, n_out, bits, group_size)
+    more: dict[str, Any] = {"gate": gate, "up": up, "shared_gate": shared_gate}
+    more |= {"shared_w": w, "shared_scales": scales, "shared_biases": biases}
+    more |= {"residual": residual, "n_shared": n_shared}
+    return Launch(
+        "experts_down_combine",
+        {**launch.inputs, **more},
+        launch.outputs,
+        (128 * groups(n_out, 4), 1, 1),
+        (128, 1, 1),
+        {**launch.template, "SHARED_BITS": shared_bits, "ROWS": 4},
     )

@@ -22,7 +22,7 @@ CACHED = 4096
 GROUP_SIZES = (32, 64, 128)
 
 
-def _check(
+def check_rows(
     w: mx.array, scales: mx.array, biases: mx.array, n_in: int, bits: int, group: int
 ) -> int:
     """Check a matrix and return its rows."""
@@ -36,7 +36,7 @@ def _check(
     return n_out
 
 
-def _dense(
+def dense_matrix(
     w: mx.array, scales: mx.array, biases: mx.array, bits: int, group: int
 ) -> mx.array:
     scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
@@ -62,7 +62,7 @@ def _matvec_reference(bits: int) -> Any:
     def reference(
         x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int
     ) -> mx.array:
-        dense = _dense(w, scales, biases, bits, group_size)
+        dense = dense_matrix(w, scales, biases, bits, group_size)
         return (x.astype(mx.float32) @ dense.T).astype(x.dtype)
 
     return reference
@@ -127,7 +127,7 @@ def _matvec(
     x, w, scales, biases = arrays
     (n_in,) = dims("x", x, 1)
     require("x", max_in is None or n_in <= max_in, f"a width up to {max_in}", n_in)
-    n_out = _check(w, scales, biases, n_in, bits, group_size)
+    n_out = check_rows(w, scales, biases, n_in, bits, group_size)
     inputs: dict[str, Any] = {"x": x, "w": w, "scales": scales, "biases": biases}
     inputs |= {"n_in": n_in}
     if name != "dequant_matvec_4bit_fast":
@@ -155,7 +155,7 @@ def _matvec_n_tokens(
     x, w, scales, biases = arrays
     n_tokens, n_in = dims("x", x, 2)
     require("x", max_in is None or n_in <= max_in, f"a width up to {max_in}", n_in)
-    n_out = _check(w, scales, biases, n_in, bits, group_size)
+    n_out = check_rows(w, scales, biases, n_in, bits, group_size)
     inputs: dict[str, Any] = {"x": x, "w": w, "scales": scales, "biases": biases}
     return Launch(
         name,
@@ -221,7 +221,7 @@ def dequant_matvec_4bit_v4(
 ) -> Launch:
     """``W x`` of ``[I]`` of any width, with 128-bit loads."""
     (n_in,) = dims("x", x, 1)
-    n_out = _check(w, scales, biases, n_in, 4, group_size)
+    n_out = check_rows(w, scales, biases, n_in, 4, group_size)
     sizes = _rows_and_words(n_in, n_out)
     return Launch(
         "dequant_matvec_4bit_v4",
@@ -257,7 +257,7 @@ def _added(
     bits: int,
     group_size: int,
 ) -> mx.array:
-    dense = _dense(w, scales, biases, bits, group_size)
+    dense = dense_matrix(w, scales, biases, bits, group_size)
     product = x.astype(mx.float32) @ dense.T
     return (residual.astype(mx.float32) + product).astype(x.dtype)
 
@@ -298,7 +298,7 @@ def matvec_residual(
 ) -> Launch:
     """``residual + W x`` of ``[I]`` and ``[O]``."""
     (n_in,) = dims("x", x, 1)
-    n_out = _check(w, scales, biases, n_in, bits, group_size)
+    n_out = check_rows(w, scales, biases, n_in, bits, group_size)
     expect("residual", residual, (n_out,))
     inputs: dict[str, Any] = {"x": x, "w": w, "scales": scales, "biases": biases}
     sizes = _rows_and_words(n_in, n_out)
@@ -330,7 +330,7 @@ def _norm_products(
     normed = row * mx.rsqrt((row * row).mean() + eps) * weight
     outs = [normed]
     for w, scales, biases, bits in products:
-        outs.append(normed @ _dense(w, scales, biases, bits, group_size).T)
+        outs.append(normed @ dense_matrix(w, scales, biases, bits, group_size).T)
     outs += [mx.zeros((1,))] * (MAX_PRODUCTS - len(products))
     return tuple(out.astype(x.dtype) for out in outs)
 
@@ -386,7 +386,7 @@ def norm_matvecs(
     for i, product in enumerate(every):
         four = isinstance(product, tuple) and len(product) == 4
         require("products", four, "words, scales, biases and bits", product)
-        n_out = _check(*product[:3], n_in, product[3], group_size)
+        n_out = check_rows(*product[:3], n_in, product[3], group_size)
         rows.append(n_out if i < len(products) else 0)
         inputs |= {f"w{i}": product[0], f"n{i}": rows[-1]}
         inputs |= {f"scales{i}": product[1], f"biases{i}": product[2]}
@@ -455,7 +455,7 @@ Parts = tuple[mx.array, mx.array, mx.array]
 
 def _gate_up(x: mx.array, gate: Parts, up: Parts, group_size: int) -> mx.array:
     wide = x.astype(mx.float32)
-    a, b = (wide @ _dense(*m, 4, group_size).T for m in (gate, up))
+    a, b = (wide @ dense_matrix(*m, 4, group_size).T for m in (gate, up))
     return (a * mx.sigmoid(a) * b).astype(x.dtype)
 
 
@@ -476,8 +476,8 @@ def fused_gate_up_swiglu(
     for name, parts in (("gate", gate), ("up", up)):
         three = isinstance(parts, tuple) and len(parts) == 3
         require(name, three, "words, scales and biases", type(parts).__name__)
-    n_out = _check(*gate, n_in, 4, group_size)
-    others = _check(*up, n_in, 4, group_size)
+    n_out = check_rows(*gate, n_in, 4, group_size)
+    others = check_rows(*up, n_in, 4, group_size)
     require("up", others == n_out, f"{n_out} rows", others)
     names = ("w", "scales", "biases")
     arrays = {f"gate_{n}": a for n, a in zip(names, gate, strict=True)}
@@ -506,7 +506,7 @@ def _batched(
     last = [w.size - words, scales.size - pairs, biases.size - pairs]
     for row, begins in zip(x, np.minimum(np.array(offsets), last), strict=True):
         at_w, at_s, at_b = (int(begin) for begin in begins)
-        dense = _dense(
+        dense = dense_matrix(
             w[at_w : at_w + words].reshape(n_out, -1),
             scales[at_s : at_s + pairs].reshape(n_out, -1),
             biases[at_b : at_b + pairs].reshape(n_out, -1),
@@ -733,7 +733,7 @@ def _qmm(
     bits: int,
     group_size: int,
 ) -> mx.array:
-    dense = _dense(w, scales, biases, bits, group_size)
+    dense = dense_matrix(w, scales, biases, bits, group_size)
     return (x.astype(mx.float32) @ dense.T).astype(x.dtype)
 
 
@@ -772,7 +772,7 @@ def qmm_t(
 ) -> Launch:
     """``x W^T`` of ``[T, I]`` in tiles; 2, 4 or 8 bits."""
     n_tokens, n_in = dims("x", x, 2)
-    n_out = _check(w, scales, biases, n_in, bits, group_size)
+    n_out = check_rows(w, scales, biases, n_in, bits, group_size)
     inputs: dict[str, Any] = {"x": x, "w": w, "scales": scales, "biases": biases}
     return Launch(
         "qmm_t",

@@ -23,9 +23,41 @@ def kv_cache_append(_op: Any, run: Run, *values: mx.array) -> tuple[mx.array, ..
     return run(kernels.kv_cache_append_n_tokens(*values))
 
 
-def _width_fits(op: ops.SdpaCausalTiled) -> bool:
+def _known_width(op: ops.SdpaCausalTiled) -> bool:
     d = op.head_dim
     return d % kernels.SIMD == 0 and d <= kernels.MAX_HEAD_DIM
+
+
+def takes_spare(op: ops.SdpaCausalTiled) -> bool:
+    """Tell whether kernels can attend over a cache with spare rows."""
+    one_each = op.n_tokens == op.n_seqs
+    return op.start is not None and one_each and _known_width(op)
+
+
+def attend_spare(
+    run: Run,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    start: mx.array,
+    scale: float,
+    gate: mx.array | None = None,
+) -> mx.array:
+    """Attend over parts of a cache with spare rows, then join them, and gate."""
+    sums, stats = run(kernels.sdpa_decode_parts(q, k, v, start, scale))
+    return run(kernels.sdpa_decode_join(sums, stats, q.dtype, gate))[0]
+
+
+@way(ops.SdpaCausalTiled, "sdpa_decode_parts", takes_spare)
+def sdpa_parts(
+    op: Any, run: Run, q: mx.array, k: mx.array, v: mx.array, _: None, start: mx.array
+) -> mx.array:
+    """One token, however many rows are seen: launches never change."""
+    return attend_spare(run, q, k, v, start, op.softmax_scale)
+
+
+def _width_fits(op: ops.SdpaCausalTiled) -> bool:
+    return op.start is None and _known_width(op)
 
 
 def _one_token(op: ops.SdpaCausalTiled) -> bool:
@@ -34,7 +66,13 @@ def _one_token(op: ops.SdpaCausalTiled) -> bool:
 
 @way(ops.SdpaCausalTiled, "sdpa_decode", _one_token)
 def sdpa_decode(
-    op: Any, run: Run, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None
+    op: Any,
+    run: Run,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    mask: mx.array | None,
+    _: None,
 ) -> mx.array:
     """One token: the rows of the cache are parted between simdgroups."""
     return run(kernels.sdpa_decode(q, k, v, op.softmax_scale, mask))[0]
@@ -55,7 +93,13 @@ def _direct(fold: int) -> None:
 
     @way(ops.SdpaCausalTiled, kernel.name, folds)
     def sdpa(
-        op: Any, run: Run, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None
+        op: Any,
+        run: Run,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        mask: mx.array | None,
+        _: None,
     ) -> mx.array:
         return run(kernel(q, k, v, op.softmax_scale, mask))[0]
 
@@ -66,7 +110,13 @@ for fold in kernels.FOLDS:
 
 @way(ops.SdpaCausalTiled, "sdpa_causal_staged", _width_fits)
 def sdpa_staged(
-    op: Any, run: Run, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None
+    op: Any,
+    run: Run,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    mask: mx.array | None,
+    _: None,
 ) -> mx.array:
     return run(kernels.sdpa_causal_staged(q, k, v, op.softmax_scale, mask))[0]
 
@@ -77,7 +127,7 @@ def sdpa_staged(
     lambda op: _one_token(op) and op.mask is None,
 )
 def sdpa_three_passes(
-    op: Any, run: Run, q: mx.array, k: mx.array, v: mx.array, _mask: None
+    op: Any, run: Run, q: mx.array, k: mx.array, v: mx.array, *_: None
 ) -> mx.array:
     (scores,) = run(kernels.attn_scores_batched(q, k, op.softmax_scale))
     rows = scores.reshape(-1, scores.shape[-1])

@@ -16,11 +16,11 @@ from .rows import form, kernel_form, parts
 from .table import Run, way
 
 
-def _routing_fits(op: ops.MoeSoftmaxTopK) -> bool:
+def routing_fits(op: ops.MoeSoftmaxTopK) -> bool:
     return op.n_experts <= kernels.MAX_EXPERTS and op.k <= kernels.MAX_K
 
 
-@way(ops.MoeSoftmaxTopK, "moe_softmax_topk", _routing_fits)
+@way(ops.MoeSoftmaxTopK, "moe_softmax_topk", routing_fits)
 def softmax_topk(op: Any, run: Run, logits: mx.array) -> tuple[mx.array, ...]:
     return run(kernels.moe_softmax_topk(logits, op.k))
 
@@ -38,7 +38,8 @@ def combine(
     return run(launch)[0]
 
 
-def _all_known(experts: ExpertWeights) -> bool:
+def all_known(experts: ExpertWeights) -> bool:
+    """Tell whether our kernels know how experts are quantised."""
     stacks = (experts.gate, experts.up, experts.down)
     same = experts.gate.quantization == experts.up.quantization
     return same and all(kernel_form(weight) for weight in stacks)
@@ -54,7 +55,7 @@ def _with_known_experts(
 
     def go(op: Any, run: Run, *values: Any) -> mx.array:
         experts: ExpertSource = values[3]
-        if not _all_known(experts.weights):
+        if not all_known(experts.weights):
             return op.reference(*values)
         return call(op, run, *values)
 
@@ -72,15 +73,27 @@ def decode_experts(
     source: ExpertSource,
 ) -> mx.array:
     """Run two launches over the slots: gate, up and SwiGLU; down and the sum."""
-    slots, experts = source.slots(indices).reshape(-1), source.weights
-    gate, up, down = (w.records for w in (experts.gate, experts.up, experts.down))
-    row, sizes = x.reshape(-1), (op.expert_dim, *form(experts.gate))
-    launch = kernels.experts_gate_up_swiglu(row, slots, gate, up, *sizes)
-    (act,) = run(launch)
-    shares, sizes = weights.reshape(-1), (op.dim, *form(experts.down))
-    (out,) = run(kernels.experts_down_sum(act, slots, shares, down, *sizes))
+    slots, act = experts_act(op, run, x, indices, source)
+    down, shares = source.weights.down, weights.reshape(-1)
+    sizes = (op.dim, *form(down))
+    (out,) = run(kernels.experts_down_sum(act, slots, shares, down.records, *sizes))
     ops.guard(source, [out])
     return out.reshape(1, -1)
+
+
+def experts_act(
+    op: ops.MoeDecodeExperts,
+    run: Run,
+    x: mx.array,
+    indices: mx.array,
+    source: ExpertSource,
+) -> tuple[mx.array, mx.array]:
+    """Return the slots ``[K]`` of a token's experts and their opened gates."""
+    slots, experts = source.slots(indices).reshape(-1), source.weights
+    gate, up = experts.gate.records, experts.up.records
+    row, sizes = x.reshape(-1), (op.expert_dim, *form(experts.gate))
+    (act,) = run(kernels.experts_gate_up_swiglu(row, slots, gate, up, *sizes))
+    return slots, act
 
 
 @way(ops.MoeGatherIdFuse, "moe_mm_id")

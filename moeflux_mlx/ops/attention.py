@@ -22,7 +22,7 @@ from ..graph.roles import (
     StartPosBuf,
     VProjOutBuf,
 )
-from .functions import Array, attention, rope
+from .functions import Array, attention, namespace, rope
 
 
 def split_heads(x: Array, n_seqs: int, num_heads: int) -> Array:
@@ -129,7 +129,9 @@ class SdpaCausalTiled(Op):
     """Attend causally: T queries over a cache whose last T rows are their own.
 
     Query t of each sequence sees rows ``[0, S - T + t]``, or what ``mask`` (true: seen)
-    allows when there is one. Query head h reads key head ``h // heads_per_kv``. What a
+    allows when there is one. With ``start``, the position of each sequence's first new
+    token, the cache has spare rows after the new ones, and there is no mask. Query head
+    h reads key head ``h // heads_per_kv``. What a
     query gets that sees no row, as one of padding, is finite and means nothing: zeros
     from a kernel, the mean of the values from MLX.
     """
@@ -138,6 +140,7 @@ class SdpaCausalTiled(Op):
     k: In[KvCacheKBuf]
     v: In[KvCacheVBuf]
     mask: In[AttnMaskBuf] | None = None
+    start: In[StartPosBuf] | None = None
     attn_out: Out[AttnOutBuf]
     n_tokens: int
     n_seqs: int = 1
@@ -151,7 +154,14 @@ class SdpaCausalTiled(Op):
         num_kv_heads = self.num_heads // self.heads_per_kv
         cache = (self.n_seqs, num_kv_heads, None, self.head_dim)
         mask = (None, 1, self.n_tokens // self.n_seqs, None)
-        return {"q": rows, "k": cache, "v": cache, "mask": mask, "attn_out": rows}
+        return {
+            "q": rows,
+            "k": cache,
+            "v": cache,
+            "mask": mask,
+            "start": (self.n_seqs,),
+            "attn_out": rows,
+        }
 
     def cost(self) -> Cost:
         """Count the T new rows only: the cache's length is data, not a field."""
@@ -169,6 +179,13 @@ class SdpaCausalTiled(Op):
         scores = self.n_seqs * self.num_heads * t * t
         return (scores + 3 * self.n_tokens * self.num_heads * self.head_dim) * itemsize
 
-    def reference(self, q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    def reference(
+        self, q: Array, k: Array, v: Array, mask: Array | None, start: Array | None
+    ) -> Array:
+        if start is not None:
+            at = namespace(q)
+            token = at.arange(self.n_tokens // self.n_seqs)[:, None]
+            row = at.arange(k.shape[2])
+            mask = row <= start[:, None, None, None] + token
         queries = split_heads(q, self.n_seqs, self.num_heads)
         return join_heads(attention(queries, k, v, self.softmax_scale, mask))

@@ -206,6 +206,7 @@ def causal_attention(
     *,
     scale: float | None = None,
     mask: mx.array | None = None,
+    start: mx.array | None = None,
 ) -> mx.array:
     """Attend with T queries to caches whose last T rows are their own.
 
@@ -215,6 +216,8 @@ def causal_attention(
         v: as ``k``.
         scale: of the scores, ``d^-1/2`` by default.
         mask: bool ``[B or 1, 1, T, S]``, true where seen, instead of causality.
+        start: int32 ``[B]``, the row of each first query where the caches have spare
+            rows after the queries' own; not together with ``mask``.
 
     Returns:
         ``[N, H * d]``.
@@ -232,7 +235,9 @@ def causal_attention(
         "head_dim": head_dim,
         "softmax_scale": head_dim**-0.5 if scale is None else scale,
     }
-    return apply(op, fields, q=q, k=k, v=v, mask=mask)
+    if mask is not None and start is not None:
+        raise GraphError(f"[{op.__name__}] expected a mask or a start but got both")
+    return apply(op, fields, q=q, k=k, v=v, mask=mask, start=start)
 
 
 def residual_add(a: mx.array, b: mx.array) -> mx.array:
