@@ -12,7 +12,7 @@ from moeflux_mlx.executors.sim import SimExecutor
 from moeflux_mlx.graph import REGISTRY
 from moeflux_mlx.launch import KERNELS
 from moeflux_mlx.launch.check import relative_error
-from moeflux_mlx.lowering import MLX, TABLE
+from moeflux_mlx.lowering import MLX, PREFERRED, TABLE
 
 simulated = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"
@@ -61,6 +61,22 @@ def test_the_environment_chooses_a_way(monkeypatch):
     for way in lowering.ways(op):
         monkeypatch.setenv("MOEFLUX_LOWERING", f"MatvecNTokens={way.name}")
         assert lowering.choose(op).name == way.name
+
+
+def test_what_is_preferred_on_an_executor_exists_and_goes_first(monkeypatch):
+    for op_name, names in (
+        pair for each in PREFERRED.values() for pair in each.items()
+    ):
+        known = {way.name for way in TABLE[REGISTRY[op_name]]} | {MLX}
+        assert set(names) <= known
+    builds = (s.build().op for s in KERNEL_SPECS if s.op.__name__ == "MatvecNTokens")
+    ops = {(op.n_tokens > 1, op.weight.quantization is None): op for op in builds}
+    many, one = ops[True, False], ops[False, False]
+    assert lowering.choose(many, "cuda").name == MLX
+    assert lowering.choose(many, "metal").name == "qmm_t"
+    monkeypatch.setenv("MOEFLUX_LOWERING", "MatvecNTokens=qmm_t")
+    assert lowering.choose(many, "cuda").name == "qmm_t"
+    assert lowering.choose(one, "cuda").name == "qmm_t"
 
 
 @pytest.mark.parametrize(

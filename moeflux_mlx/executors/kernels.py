@@ -48,7 +48,7 @@ class KernelExecutor(Executor):
         return self.kernel_count
 
     def kernel(self, op: Op) -> Kernel:
-        return lowered(op, self.run)
+        return lowered(op, self.run, self.name)
 
     def lower(self, graph: Graph) -> list[Step]:
         return lower(graph, self.kernel, lambda ops: fused(ops, self.run))

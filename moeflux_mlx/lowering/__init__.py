@@ -5,7 +5,18 @@ One module per family; in each, the preferred way of an Op stands first.
 
 from ..graph.op import REGISTRY
 from . import attention, groups, linear_attention, moe, rows
-from .table import GROUPS, MLX, TABLE, Group, Way, choose, fused, lowered, ways
+from .table import (
+    GROUPS,
+    MLX,
+    PREFERRED,
+    TABLE,
+    Group,
+    Way,
+    choose,
+    fused,
+    lowered,
+    ways,
+)
 
 _missing = sorted(set(REGISTRY) - {op.__name__ for op in TABLE})
 if _missing:
@@ -14,6 +25,7 @@ if _missing:
 __all__ = [
     "GROUPS",
     "MLX",
+    "PREFERRED",
     "TABLE",
     "Group",
     "Way",

@@ -98,7 +98,7 @@ def qmm_t(
     return _with_bias(out, x, bias)
 
 
-_matvec("dequant_matvec_4bit_v4", lambda op: _one_token(op, 4, V3_MAX_IN_DIM))
+_matvec("dequant_matvec_4bit_v4", lambda op: _one_token(op, 4))
 _matvec("dequant_matvec_4bit_v5", lambda op: _one_token(op, 4, V3_MAX_IN_DIM))
 _matvec("dequant_matvec_4bit", lambda op: _one_token(op, 4))
 _matvec_n_tokens(

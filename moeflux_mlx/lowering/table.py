@@ -64,15 +64,35 @@ def ways(op: Op) -> tuple[Way, ...]:
     return (*(w for w in TABLE[type(op)] if w.fits(op)), last)
 
 
-def choose(op: Op) -> Way:
-    """Return the way an Op goes: the environment's choice, or the first that fits.
+# What goes before the table's order on an executor, as measured there.
+PREFERRED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "cuda": {
+        # Of many tokens MLX's own product has tensor cores.
+        "MatvecNTokens": (
+            "dequant_matvec_4bit_v4",
+            "dequant_matvec_8bit_v3",
+            "dequant_matvec_2bit",
+            MLX,
+        ),
+        "GatedDeltaNetChunkwise": ("gated_delta_net_chunkwise",),
+    }
+}
+
+
+def choose(op: Op, executor: str = "") -> Way:
+    """Return the way an Op goes on an executor.
+
+    That is the environment's choice, or what is preferred there, or the table's first;
+    a way that does not fit this Op's shape is passed over.
 
     Raises:
-        ConfigError: the environment names an Op or a way that does not exist. A way
-            that does not fit this Op's shape is passed over.
+        ConfigError: the environment names an Op or a way that does not exist.
     """
-    open_to_op, asked = ways(op), _asked().get(op.variant_name)
-    return next((w for w in open_to_op if w.name == asked), open_to_op[0])
+    by_name = {way.name: way for way in ways(op)}
+    name, asked = op.variant_name, _asked()
+    preferred = PREFERRED.get(executor, {}).get(name, ())
+    names = (asked.get(name), *preferred, *by_name)
+    return next(by_name[name] for name in names if name in by_name)
 
 
 def _asked() -> dict[str, str]:
@@ -136,6 +156,6 @@ def fused(ops: Sequence[Op], run: Run) -> tuple[int, Callable[[Values], Values]]
     return None
 
 
-def lowered(op: Op, run: Run) -> Kernel:
+def lowered(op: Op, run: Run, executor: str = "") -> Kernel:
     """Return the function that performs ``op`` with launches given to ``run``."""
-    return partial(choose(op).call, op, run)
+    return partial(choose(op, executor).call, op, run)
