@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,7 +21,7 @@ from moeflux_mlx.blocks import Call, RoutedShape
 from moeflux_mlx.context import Context, cache_ops, has_spare_rows
 from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.resident import ResidentExperts
-from moeflux_mlx.graph import BufId, Op
+from moeflux_mlx.graph import Op
 from moeflux_mlx.graph import roles as b
 from moeflux_mlx.graph.lower import Kernel
 from moeflux_mlx.model import (
@@ -36,6 +36,7 @@ from moeflux_mlx.model import (
     unpacked_bytes,
 )
 from moeflux_mlx.ops.functions import Array, to_device, to_host
+from moeflux_mlx.trace import StepTracer
 from moeflux_mlx.weights import ExpertSource, ExpertWeights
 
 ModelArgs = stock.ModelArgs
@@ -95,6 +96,9 @@ class TextModel(qwen3_5.TextModel):
         cache: list[Any] | None = None,
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
+        step = self.forward.step(inputs, cache, input_embeddings)
+        if step is not None:
+            return step
         with self.forward.threads(inputs):
             return self.forward.logits(self.model(inputs, cache, input_embeddings))
 
@@ -123,6 +127,8 @@ class Forward:
         self._runner = GraphRunner(runtime.executor)
         self._sources: list[mx.array] = []
         self._chunk = 0
+        self._tracer = StepTracer(self._traced)
+        self._in_trace = False
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -151,6 +157,39 @@ class Forward:
             self.prepare()
         return self.layers
 
+    def step(
+        self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
+    ) -> mx.array | None:
+        """Return the logits of one token each from a trace, or None without one."""
+        executor = self.runtime.executor
+        wanted = executor.compiles and not executor.profile_per_op
+        if cache is None or embeddings is not None or inputs.shape[-1] != 1:
+            return None
+        if not wanted or self.text.training:
+            return None
+        layers, dtype = self.graph_layers(), self.dtype
+        sources = [layer.experts(dtype) for layer in layers]
+        on_device = inputs.size == 1 or all(layer.gathers(False) for layer in layers)
+        if not on_device or any(source.settled is None for source in sources):
+            return None
+        self._check_tokens(inputs)
+        weights = [self._ends.bind(dtype), *(x.weights.bind(dtype) for x in layers)]
+        logits = self._tracer(inputs, cache, [*weights, *sources])
+        if logits is not None:
+            for source in sources:
+                source.asked(inputs.size * self.args.num_experts_per_tok)
+            return cast(mx.array, refuse_gradient(logits, *self._replaced()))
+        return None
+
+    def _traced(self, inputs: mx.array, cache: list[Any]) -> mx.array:
+        self._in_trace = True
+        try:
+            hidden = self.hidden_states(inputs, cache, None)
+            logits = self._head(hidden.reshape(inputs.size, -1))
+        finally:
+            self._in_trace = False
+        return logits.reshape(*inputs.shape, -1)
+
     def hidden_states(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> Array:
@@ -169,6 +208,7 @@ class Forward:
             self.dtype,
             host=host,
             training=training,
+            traced=self._in_trace,
         )
         self._chunk = self._chunk + 1 if t > 1 else 0
         for layer, layer_cache in zip(layers, cache, strict=True):
@@ -183,12 +223,16 @@ class Forward:
         rows = hidden.reshape(-1, self.args.hidden_size)
         if 4 * len(rows) * self.args.vocab_size > device.EAGER_LOGITS_BYTES:
             rows = to_device(rows)
-        logits = to_device(self._end("logits", rows, _build_logits))
+        logits = self._head(rows)
         # Kernels and traces have no gradient, and traces would keep it from weights.
         compiles = self.runtime.executor.compiles and not self.text.training
         if on_host or self.runtime.streams or compiles:
-            logits = refuse_gradient(logits, *self._sources, *self._replaced())
+            sources = (*self._sources, *self._replaced())
+            logits = cast(mx.array, refuse_gradient(logits, *sources))
         return logits.reshape(*hidden.shape[:-1], -1)
+
+    def _head(self, rows: Array) -> mx.array:
+        return to_device(self._end("logits", rows, _build_logits))
 
     def _replaced(self) -> list[mx.array]:
         held = [self._ends]
@@ -241,7 +285,7 @@ class Forward:
             (name, x.shape, self._ends.signature),
             lambda: build(self, GraphBuilder(name, self.dtype, self._ends.refs), x),
         )
-        recurs = len(x) == 1 and not self.text.training
+        recurs = len(x) == 1 and not self.text.training and not self._in_trace
         done = self._runner.run(graph, weights, {"x": x}, recurs=recurs)
         return done.value(graph.outputs["out"])
 
@@ -321,7 +365,7 @@ class GraphLayer:
         """Return the graph for one sequence of ``n_tokens`` with inputs to run it."""
         weights = self.weights.bind(dtype)
         graph = self.graph(Call(1, n_tokens, dtype))
-        return LayerSample.make(graph, weights, self._experts(dtype), n_tokens)
+        return LayerSample.make(graph, weights, self.experts(dtype), n_tokens)
 
     def graph(self, call: Call) -> LayerGraph:
         """Return the graph for calls like ``call``, shared by layers of one shape."""
@@ -330,8 +374,12 @@ class GraphLayer:
             self._shape = (self.weights.signature, self.module.is_linear, routed)
         return self.runtime.graphs.get((self._shape, call), lambda: self._build(call))
 
+    def gathers(self, training: bool) -> bool:
+        """Tell whether the experts of several tokens are gathered on the device."""
+        return self.routed is not None and (training or not device.on_cpu())
+
     def _call(self, context: Context, **masks: bool) -> Call:
-        gather = self.routed is not None and (context.training or not device.on_cpu())
+        gather = self.gathers(context.training)
         return Call(
             context.n_seqs, context.t, context.dtype, gather_by_id=gather, **masks
         )
@@ -369,18 +417,21 @@ class GraphLayer:
         call = self._call(
             context,
             attention_mask=mask is not None,
-            spare_rows=spare and self.runtime.executor.spare_rows,
+            spare_rows=context.traced or (spare and self.runtime.executor.spare_rows),
         )
         inputs = {
             "start": context.start,
             "row": context.start[:1],
-            "keys": None,
-            "values": None,
+            "keys": cache.keys if context.traced else None,
+            "values": cache.values if context.traced else None,
             "attention_mask": mask,
         }
         attn = self.module.self_attn
-        host = cache_ops(attn, cache, call)
-        return self._run(hidden, call, inputs, context, host)[0]
+        host = None if context.traced else cache_ops(attn, cache, call)
+        out, state = self._run(hidden, call, inputs, context, host)
+        if context.traced:
+            cache.keys, cache.values = state["keys"], state["values"]
+        return out
 
     def _run(
         self,
@@ -392,14 +443,19 @@ class GraphLayer:
     ) -> tuple[Array, dict[str, Array]]:
         weights = self.weights.bind(call.dtype, host=isinstance(hidden, np.ndarray))
         graph = self.graph(call)
-        inputs = {**inputs, "hidden": hidden, "experts": self._experts(call.dtype)}
+        experts = self.experts(call.dtype)
+        if context.traced:
+            assert experts.settled is not None
+            experts = experts.settled
+        inputs = {**inputs, "hidden": hidden, "experts": experts}
         # Prompts come in any length: only single tokens are sure to come again.
-        recurs = call.t == 1 and not context.training
+        recurs = call.t == 1 and not context.training and not context.traced
         done = self._runner.run(graph, weights, inputs, host, recurs=recurs)
         outputs = {name: done.value(buf) for name, buf in graph.outputs.items()}
         return outputs.pop("hidden"), outputs
 
-    def _experts(self, dtype: mx.Dtype) -> ExpertSource:
+    def experts(self, dtype: mx.Dtype) -> ExpertSource:
+        """Return the layer's routed experts."""
         if self.routed is None:
             assert self._streamed is not None
             return self._streamed
@@ -428,11 +484,10 @@ class GraphLayer:
         g = GraphBuilder(name, call.dtype, self.weights.refs)
         hidden = g.input("hidden", b.HiddenBuf, (call.n, routed.dim))
         x = g.norm("input_layernorm", hidden, b.AttnInputBuf, eps)
-        state: dict[str, BufId[Any]] = {}
         if linear:
             mixed, state = blocks.gated_delta_net(g, self.module.linear_attn, x, call)
         else:
-            mixed = blocks.full_attention(g, self.module.self_attn, x, call)
+            mixed, state = blocks.full_attention(g, self.module.self_attn, x, call)
         residual = g.residual_add(mixed, hidden)
         moe_in = g.norm("post_attention_layernorm", residual, b.MoeInputBuf, eps)
         out = blocks.moe(g, self.module.mlp, residual, moe_in, call, routed)

@@ -160,8 +160,13 @@ def gated_delta_net(
     return out, {"conv_state": conv_state, "delta_state": state}
 
 
-def full_attention(g: GraphBuilder, attn: nn.Module, x: BufId, call: Call) -> BufId:
-    """Push gated full attention; the KV cache object appends its rows itself."""
+def full_attention(
+    g: GraphBuilder, attn: nn.Module, x: BufId, call: Call
+) -> tuple[BufId, dict[str, BufId]]:
+    """Push gated full attention; its caches are inputs and outputs of the graph.
+
+    Outside of traces the KV cache object appends its rows itself.
+    """
     heads, kv_heads, d = (
         attn.num_attention_heads,
         attn.num_key_value_heads,
@@ -256,7 +261,8 @@ def full_attention(g: GraphBuilder, attn: nn.Module, x: BufId, call: Call) -> Bu
             label="attention_gate", x=attended, gate=gate, dim=heads * d, n_tokens=n
         )
     )
-    return g.matvec("self_attn.o_proj", attended, b.OProjOutBuf)
+    out = g.matvec("self_attn.o_proj", attended, b.OProjOutBuf)
+    return out, {"keys": keys, "values": values}
 
 
 RoutedOp = (

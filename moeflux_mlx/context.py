@@ -27,7 +27,8 @@ class Context:
     ``attention_mask`` is bool ``[B or 1, 1, T, S]``, ``sequence_mask`` bool ``[B, T]``,
     each None when nothing but causality hides tokens; ``start`` int32 ``[B]`` is the
     position of each sequence's first token. ``move`` takes arrays to where the call
-    runs, NumPy for ``host``.
+    runs, NumPy for ``host``. ``traced``: the whole call becomes one trace, so that
+    nothing in it needs one of its own, and every cache is a ``TracedKV`` or of arrays.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class Context:
         *,
         host: bool,
         training: bool,
+        traced: bool = False,
     ):
         self.n_seqs, self.t, self.dtype, self.training = n_seqs, t, dtype, training
+        self.traced = traced
         self.move = to_host if host else to_device
         stub = mx.zeros((n_seqs, t, 0))
         linear = _cache_of(layers, cache, is_linear=True)

@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 from tiny import make_checkpoint
 
 import moeflux_mlx
@@ -16,6 +16,8 @@ from moeflux_mlx.executors.compiled import CompiledSteps
 from moeflux_mlx.experts.pack import pack
 from moeflux_mlx.experts.packed import PackedExperts
 from moeflux_mlx.experts.pool import POOL_ALIGNMENT
+from moeflux_mlx.ops import RmsNormBf16NTokens
+from moeflux_mlx.trace import StepTracer
 
 
 class Lazy(OpsExecutor):
@@ -52,16 +54,21 @@ def packed(plain):
 
 
 @pytest.fixture
-def traces(monkeypatch) -> list[CompiledSteps]:
-    """Collect the traces made."""
-    made: list[CompiledSteps] = []
-    original = CompiledSteps.__init__
+def traces(monkeypatch) -> list[object]:
+    """Collect the traces made: of layers, and of whole steps."""
+    made: list[object] = []
 
-    def init(self, *args):
-        original(self, *args)
-        made.append(self)
+    def collect(cls, name):
+        original = getattr(cls, name)
 
-    monkeypatch.setattr(CompiledSteps, "__init__", init)
+        def call(self, *args):
+            made.append(self)
+            return original(self, *args)
+
+        monkeypatch.setattr(cls, name, call)
+
+    collect(CompiledSteps, "__init__")
+    collect(StepTracer, "_function")
     return made
 
 
@@ -97,8 +104,62 @@ def test_a_resident_model_gives_the_same_logits(plain, traces, n_seqs):
     expected = logits(lazy, n_seqs=n_seqs)
     assert not traces
     assert relative_rms(logits(traced, n_seqs=n_seqs), expected) < 1e-5
-    # One a layer, and with one row the embedding, the last norm and the head.
-    assert len(traces) == 4 + 3 * (n_seqs == 1)
+    # Of the whole step, or where several tokens' experts are read back, of each layer.
+    kinds = [StepTracer] if n_seqs == 1 else [CompiledSteps] * 4
+    assert [type(trace) for trace in traces] == kinds
+
+
+def test_a_step_without_a_cache_is_traced_layer_by_layer(plain, traces):
+    lazy, traced = models(plain)
+    assert relative_rms(traced(tokens(1)), lazy(tokens(1))) < 1e-5
+    assert {type(trace) for trace in traces} == {CompiledSteps}
+
+
+def test_a_trace_holds_until_a_cache_grows(plain, traces):
+    lazy, traced = models(plain)
+    logits(traced, n_prompt=250, n_steps=3)
+    assert len(traces) == 1
+    got = logits(traced, n_prompt=250, n_steps=12)
+    assert relative_rms(got, logits(lazy, n_prompt=250, n_steps=12)) < 1e-5
+    # The token that makes it grow goes layer by layer, then the step is traced anew.
+    steps = [trace for trace in traces if isinstance(trace, StepTracer)]
+    assert len(steps) == 2
+
+
+def test_caches_hold_after_a_step_what_they_hold_without_traces(plain):
+    states = []
+    for model in models(plain):
+        cache = make_prompt_cache(model)
+        model(tokens(5), cache=cache)
+        for seed in range(3):
+            model(tokens(1, seed), cache=cache)
+        states.append(cache)
+    for got, expected in zip(*reversed(states), strict=True):
+        assert type(got) is type(expected)
+        if isinstance(got, KVCache):
+            assert got.offset == expected.offset == 8
+            pairs = zip(got.keys_and_values(), expected.keys_and_values(), strict=True)
+        else:
+            pairs = zip(got.cache, expected.cache, strict=True)
+        for a, b in pairs:
+            assert a.shape == b.shape
+            assert relative_rms(a, b) < 1e-5
+
+
+def test_a_cache_left_behind_by_a_failed_step_can_be_used(plain, monkeypatch):
+    lazy, traced = models(plain)
+    cache, expected = make_prompt_cache(traced), make_prompt_cache(lazy)
+    for model, each in ((traced, cache), (lazy, expected)):
+        model(tokens(5), cache=each)
+    with monkeypatch.context() as patch:
+        patch.setattr(RmsNormBf16NTokens, "reference", None)
+        with pytest.raises(TypeError):
+            traced.language_model.forward.runtime.graphs._built.clear()
+            traced(tokens(1), cache=cache)
+    assert cache[-1].offset == 5
+    traced.language_model.forward.runtime.graphs._built.clear()
+    got = traced(tokens(1), cache=cache)
+    assert relative_rms(got, lazy(tokens(1), cache=expected)) < 1e-5
 
 
 def test_steps_are_traced_once_for_any_number_of_tokens(plain, traces):
