@@ -745,13 +745,18 @@ template <
   for (uint word = thread_index; word < n_shared / (32 / SHARED_BITS); word += 128) {
     constexpr int SHARED_VALUES = 32 / SHARED_BITS;
     uint start = word * SHARED_VALUES;
-    float values[SHARED_VALUES];
-#pragma unroll
-    for (int i = 0; i < SHARED_VALUES; ++i) {
-      values[i] = silu(float(gate[start + i])) * float(up[start + i]);
-    }
     float partners[SHARED_VALUES];
-    float sum = load_partners<SHARED_BITS, 1>((thread const float*)values, opened, partners);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < SHARED_VALUES; i += 4) {
+      float4 values = read4(gate + start + i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        values[j] = silu(values[j]);
+      }
+      values *= opened * read4(up + start + i);
+      sum += set_partners<SHARED_BITS>(partners, i, values);
+    }
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       ulong at = ulong(rows[r]) * n_shared + start;

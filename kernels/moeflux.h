@@ -147,21 +147,26 @@ inline void load_words(device const uint* p, thread uint* words) {
   }
 }
 
-// The values that meet WORDS packed words, times `factor`; returns their sum. Each is
-// divided by the power of two that its packed partner keeps when it is masked in place,
+// Values i to i + 3 that meet packed words, ready for `dot_words`; returns their sum. Each
+// is divided by the power of two that its packed partner keeps when it is masked in place,
 // which is exact and saves a shift for every row that the values meet.
+template <int BITS>
+inline float set_partners(thread float* partners, int i, float4 values) {
+  constexpr int HALF = 16 / BITS;
+  partners[i] = values.x * (1.0f / float(1 << (BITS * (i % HALF))));
+  partners[i + 1] = values.y * (1.0f / float(1 << (BITS * ((i + 1) % HALF))));
+  partners[i + 2] = values.z * (1.0f / float(1 << (BITS * ((i + 2) % HALF))));
+  partners[i + 3] = values.w * (1.0f / float(1 << (BITS * ((i + 3) % HALF))));
+  return (values.x + values.y) + (values.z + values.w);
+}
+
+// The values that meet WORDS packed words, times `factor`; returns their sum.
 template <int BITS, int WORDS, typename P>
 inline float load_partners(P x, float factor, thread float* partners) {
-  constexpr int HALF = 16 / BITS;
   float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < WORDS * 2 * HALF; i += 4) {
-    float4 values = factor * read4(x + i);
-    sum += (values.x + values.y) + (values.z + values.w);
-    partners[i] = values.x * (1.0f / float(1 << (BITS * (i % HALF))));
-    partners[i + 1] = values.y * (1.0f / float(1 << (BITS * ((i + 1) % HALF))));
-    partners[i + 2] = values.z * (1.0f / float(1 << (BITS * ((i + 2) % HALF))));
-    partners[i + 3] = values.w * (1.0f / float(1 << (BITS * ((i + 3) % HALF))));
+  for (int i = 0; i < WORDS * (32 / BITS); i += 4) {
+    sum += set_partners<BITS>(partners, i, factor * read4(x + i));
   }
   return sum;
 }

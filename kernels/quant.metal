@@ -277,20 +277,14 @@ inline void dot_rows(
       bias[r] = float(biases[at / G]);
     }
     float partners[VALUES];
-    float sum;
-    if (NORM) {
-      float weighted[VALUES];
+    float sum = 0.0f;
 #pragma unroll
-      for (int i = 0; i < VALUES; i += 4) {
-        float4 values = read4(x + start + i) * read4(norm + start + i);
-        weighted[i] = values.x;
-        weighted[i + 1] = values.y;
-        weighted[i + 2] = values.z;
-        weighted[i + 3] = values.w;
+    for (int i = 0; i < VALUES; i += 4) {
+      float4 values = read4(x + start + i);
+      if (NORM) {
+        values *= read4(norm + start + i);
       }
-      sum = load_partners<BITS, WORDS>((thread const float*)weighted, 1.0f, partners);
-    } else {
-      sum = load_partners<BITS, WORDS>(x + start, 1.0f, partners);
+      sum += set_partners<BITS>(partners, i, values);
     }
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {

@@ -13,7 +13,7 @@ import numpy as np
 from mlx_lm.models import base
 from mlx_lm.models.cache import KVCache
 
-from . import ops
+from . import device, ops
 from .blocks import Call
 from .graph import Op
 from .graph.lower import Kernel
@@ -55,7 +55,11 @@ class Context:
         self.attention_mask = None if isinstance(mask, str) else mask
         self.sequence_mask = self.move(base.create_ssm_mask(stub, linear))
         offset = mx.array(0 if full is None else full.offset, mx.int32)
-        self.start = self.move(mx.broadcast_to(offset.reshape(-1), (n_seqs,)))
+        start = mx.broadcast_to(offset.reshape(-1), (n_seqs,))
+        if not host and not device.on_cpu():
+            # MLX keeps arrays of up to 8 bytes where a GPU reads them over the bus.
+            start = mx.concatenate([start, mx.zeros(4, mx.int32)])[:n_seqs]
+        self.start = self.move(start)
 
 
 def _cache_of(layers: list[nn.Module], cache: list[Any], *, is_linear: bool) -> Any:

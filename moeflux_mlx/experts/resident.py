@@ -15,6 +15,9 @@ class ResidentExperts:
 
     def __init__(self, weights: ExpertWeights):
         self._weights = weights
+        # Now, so that no trace repeats what makes them.
+        for stack in (weights.gate, weights.up, weights.down):
+            mx.eval([records.array for records in stack.records if records is not None])
 
     @property
     def weights(self) -> ExpertWeights:

@@ -255,6 +255,15 @@ def dims(name: str, array: mx.array, rank: int) -> tuple[int, ...]:
     return tuple(array.shape)
 
 
+def one_row(name: str, array: mx.array, width: int | None = None) -> int:
+    """Return the width of ``[n]`` or ``[1, n]``: neither form needs a reshape."""
+    rank = 2 if isinstance(array, mx.array) and array.ndim == 2 else 1
+    *rows, n = dims(name, array, rank)
+    require(name, rows in ([], [1]), "one row", tuple(array.shape))
+    require(name, width in (None, n), f"{width} values", n)
+    return n
+
+
 def expect(name: str, array: mx.array, shape: Sequence[int]) -> None:
     """Check that an array has exactly this shape."""
     if not isinstance(array, mx.array):

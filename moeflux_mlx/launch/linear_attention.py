@@ -471,7 +471,7 @@ def _decode(
 ) -> tuple[mx.array, ...]:
     n_seqs, heads, dv, dk = state.shape
     wide = qkv.astype(FLOAT32)
-    conv = _conv(wide, history, taps)
+    conv = _conv(wide, history, taps.reshape(taps.shape[:2]))
     width = num_k_heads * dk
 
     def unit(part: mx.array) -> mx.array:
@@ -504,7 +504,7 @@ def _some_decode(
 ) -> tuple[Any, ...]:
     other, channels = (dtype, mx.bfloat16)[s], 2 * hk * dk + hv * dv
     rows = normal(rng, dtype, b, channels), normal(rng, dtype, b, w - 1, channels)
-    taps = normal(rng, other, channels, w, scale=w**-0.5)
+    taps = normal(rng, other, channels, w, *[1] * s, scale=w**-0.5)
     gates = [normal(rng, dtype, b, hv) for _ in range(2)]
     vectors = [normal(rng, other, hv) for _ in range(2)]
     state = normal(rng, FLOAT32, b, hv, dv, dk, scale=0.3)
@@ -542,7 +542,8 @@ def gated_delta_decode(
     """History, state and rows ``[B, Hv * dv]`` after one token of each sequence.
 
     ``qkv`` ``[B, C]`` and ``z`` ``[B, Hv * dv]`` are projections; ``history``
-    ``[B, W - 1, C]`` the inputs before; ``taps`` ``[C, W]``, the oldest first;
+    ``[B, W - 1, C]`` the inputs before; ``taps`` ``[C, W]`` or, as layers keep them,
+    ``[C, W, 1]``, the oldest first;
     ``alpha`` and ``b`` ``[B, Hv]``; ``norm`` ``[dv]``. ``eps`` is the norm's,
     ``qk_eps`` is added to the sums of squares of queries and keys.
     """
@@ -556,9 +557,10 @@ def gated_delta_decode(
     require("num_k_heads", divides, f"a divisor of {heads}", num_k_heads)
     expect("state", state, (n_seqs, heads, dv, dk))
     expect("qkv", qkv, (n_seqs, 2 * num_k_heads * dk + heads * dv))
-    _, width = dims("taps", taps, 2)
+    flat = isinstance(taps, mx.array) and taps.ndim == 2
+    width = dims("taps", taps, 2 if flat else 3)[1]
     require("taps", 2 <= width <= MAX_WIDTH, f"a width of 2 to {MAX_WIDTH}", width)
-    expect("taps", taps, (channels, width))
+    expect("taps", taps, (channels, width) if flat else (channels, width, 1))
     expect("history", history, (n_seqs, width - 1, channels))
     for name, array in (("alpha", alpha), ("b", b)):
         expect(name, array, (n_seqs, heads))

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..device import SIMD
-from .base import Launch, dims, expect, groups, kernel, normal, require
+from .base import Launch, dims, expect, groups, kernel, normal, one_row, require
 from .quant import check_rows, dense_matrix, quantised
 from .slots import Matrix, check_matrix, numbers, random_matrix, unpacked
 
@@ -754,9 +754,11 @@ def experts_gate_up_swiglu(
     bits: int,
     group_size: int,
 ) -> Launch:
-    """``silu(Wg x) * (Wu x)`` of the experts in ``slots`` ``[K]``: ``[K, N]``."""
-    (n_in,) = dims("x", x, 1)
-    (k,) = dims("slots", slots, 1)
+    """``silu(Wg x) * (Wu x)`` of the experts in ``slots``: ``[K, N]``.
+
+    ``x`` is ``[I]`` or ``[1, I]``, ``slots`` ``[K]`` or ``[1, K]``.
+    """
+    n_in, k = one_row("x", x), one_row("slots", slots)
     rows = check_matrix("gate", gate, n_out, n_in, bits, group_size)
     up_rows = check_matrix("up", up, n_out, n_in, bits, group_size)
     require("up", up_rows == rows, f"rows as long as gate's {rows}", up_rows)
@@ -846,10 +848,13 @@ def experts_down_sum(
     bits: int,
     group_size: int,
 ) -> Launch:
-    """``sum(weights * (Wd act))`` over the experts in ``slots`` ``[K]``: ``[D]``."""
+    """``sum(weights * (Wd act))`` over the experts in ``slots``: ``[D]``.
+
+    ``slots`` and ``weights`` are ``[K]`` or ``[1, K]``.
+    """
     k, n_in = dims("act", act, 2)
-    expect("slots", slots, (k,))
-    expect("weights", weights, (k,))
+    one_row("slots", slots, k)
+    one_row("weights", weights, k)
     require("act", k * n_in < 1 << 31, "K * N < 2^31", k * n_in)
     w_row, s_row, b_row = check_matrix("down", down, n_out, n_in, bits, group_size)
     w, scales, biases = down
@@ -904,7 +909,7 @@ def _combined(
     g, u, h, opened = (x.astype(mx.float32) for x in (gate, up, residual, shared_gate))
     w = dense_matrix(*shared, group_size)
     out = h + total + mx.sigmoid(opened) * (w @ (g * mx.sigmoid(g) * u))
-    return out.astype(act.dtype)
+    return out.reshape(residual.shape).astype(act.dtype)
 
 
 def _some_combined(
@@ -923,7 +928,7 @@ def _some_combined(
     act, slots, weights, down, *_ = _some_down(rng, dtype, k, n, d, bits, g, s, base)
     shared = (*quantised(rng, dtype, d, f, shared_bits, g), shared_bits)
     rows = normal(rng, dtype, f), normal(rng, dtype, f)
-    ends = normal(rng, dtype, 1), normal(rng, dtype, d)
+    ends = normal(rng, dtype, 1), normal(rng, dtype, *[1] * s, d)
     return act, slots, weights, down, *rows, shared, *ends, bits, g
 
 
@@ -955,12 +960,11 @@ def experts_down_combine(
 
     ``gate`` and ``up`` ``[F]`` are the shared expert's projections, ``shared`` its down
     matrix ``[D, F]`` in groups of ``group_size`` like the experts'; ``shared_gate``
-    ``[1]``.
+    ``[1]``. Any row may be ``[1, n]``; the result is shaped as ``residual``.
     """
-    (n_out,) = dims("residual", residual, 1)
-    (n_shared,) = dims("gate", gate, 1)
-    expect("up", up, (n_shared,))
-    expect("shared_gate", shared_gate, (1,))
+    n_out, n_shared = one_row("residual", residual), one_row("gate", gate)
+    one_row("up", up, n_shared)
+    one_row("shared_gate", shared_gate, 1)
     four = isinstance(shared, tuple) and len(shared) == 4
     require("shared", four, "words, scales, biases and bits", shared)
     w, scales, biases, shared_bits = shared
@@ -973,7 +977,7 @@ def experts_down_combine(
     return Launch(
         "experts_down_combine",
         {**launch.inputs, **more},
-        launch.outputs,
+        {"out": tuple(residual.shape)},
         (128 * groups(n_out, 4), 1, 1),
         (128, 1, 1),
         {**launch.template, "SHARED_BITS": shared_bits, "ROWS": 4},

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..device import SIMD
-from .base import Launch, dims, expect, groups, kernel, normal, require
+from .base import Launch, dims, expect, groups, kernel, normal, one_row, require
 from .slots import Matrix, check_matrix, numbers, random_matrix, unpacked
 
 # Inputs that the kernels of the v3 kind keep in threadgroup memory.
@@ -296,10 +296,10 @@ def matvec_residual(
     bits: int,
     group_size: int,
 ) -> Launch:
-    """``residual + W x`` of ``[I]`` and ``[O]``."""
-    (n_in,) = dims("x", x, 1)
+    """``residual + W x``: rows ``[I]`` and ``[O]``, or ``[1, I]`` and ``[1, O]``."""
+    n_in = one_row("x", x)
     n_out = check_rows(w, scales, biases, n_in, bits, group_size)
-    expect("residual", residual, (n_out,))
+    one_row("residual", residual, n_out)
     inputs: dict[str, Any] = {"x": x, "w": w, "scales": scales, "biases": biases}
     sizes = _rows_and_words(n_in, n_out)
     # Words that hold more than 32 values would not share one scale.
@@ -307,7 +307,7 @@ def matvec_residual(
     return Launch(
         "matvec_residual",
         {**inputs, "residual": residual, "n_in": n_in, "n_out": n_out},
-        {"out": (n_out,)},
+        {"out": tuple(residual.shape)},
         (64 * groups(n_out, 2 * sizes["ROWS"]), 1, 1),
         (64, 1, 1),
         {"BITS": bits, "G": group_size, **sizes},
@@ -331,7 +331,7 @@ def _norm_products(
     outs = [normed]
     for w, scales, biases, bits in products:
         outs.append(normed @ dense_matrix(w, scales, biases, bits, group_size).T)
-    outs += [mx.zeros((1,))] * (MAX_PRODUCTS - len(products))
+    outs += [mx.zeros((*x.shape[:-1], 1))] * (MAX_PRODUCTS - len(products))
     return tuple(out.astype(x.dtype) for out in outs)
 
 
@@ -349,7 +349,8 @@ def _some_norm_products(
         for rows, b in zip(o, bits, strict=True)
     ]
     weight = 1 + normal(rng, _other(dtype, s), i, scale=0.1)
-    return normal(rng, dtype, i), weight, products, 1e-6, g
+    x = normal(rng, dtype, 1, i) if s else normal(rng, dtype, i)
+    return x, weight, products, 1e-6, g
 
 
 @kernel(
@@ -373,15 +374,17 @@ def norm_matvecs(
 ) -> Launch:
     """The norm of a row ``[I]``, and one to four products ``[O_i]`` with it.
 
-    Of matrices that are not there one 0 comes.
+    Of matrices that are not there one 0 comes. A row ``[1, I]`` gives rows
+    ``[1, O_i]``.
     """
-    (n_in,) = dims("x", x, 1)
+    n_in = one_row("x", x)
+    lead = tuple(x.shape[:-1])
     expect("norm", norm, (n_in,))
     few = isinstance(products, list | tuple) and 1 <= len(products) <= MAX_PRODUCTS
     require("products", few, f"1 to {MAX_PRODUCTS} matrices", products)
     every = [*products, *[products[0]] * (MAX_PRODUCTS - len(products))]
     inputs: dict[str, Any] = {"x": x, "norm": norm, "eps": eps, "n_in": n_in}
-    outputs = {"normed": (n_in,)}
+    outputs = {"normed": tuple(x.shape)}
     rows, bits = [], {}
     for i, product in enumerate(every):
         four = isinstance(product, tuple) and len(product) == 4
@@ -390,7 +393,7 @@ def norm_matvecs(
         rows.append(n_out if i < len(products) else 0)
         inputs |= {f"w{i}": product[0], f"n{i}": rows[-1]}
         inputs |= {f"scales{i}": product[1], f"biases{i}": product[2]}
-        outputs[f"y{i}"] = (max(rows[-1], 1),)
+        outputs[f"y{i}"] = (*lead, max(rows[-1], 1))
         bits[f"BITS{i}"] = product[3]
     sizes = _rows_and_words(n_in, sum(rows))
     n_groups = 1 + sum(groups(n, 2 * sizes["ROWS"]) for n in rows)

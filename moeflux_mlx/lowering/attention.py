@@ -18,8 +18,15 @@ def rope(
     return run(kernels.rope_n_tokens(x, inv_freq, start, op.num_heads))[0]
 
 
+# A cache up to this size is copied by one launch in less time than MLX needs to update
+# one in place, which takes two launches for keys and two for values.
+COPIED_CACHE_BYTES = 4 << 20
+
+
 @way(ops.KvCacheAppendNTokens, "kv_cache_append_n_tokens")
-def kv_cache_append(_op: Any, run: Run, *values: mx.array) -> tuple[mx.array, ...]:
+def kv_cache_append(op: Any, run: Run, *values: mx.array) -> tuple[mx.array, ...]:
+    if values[2].nbytes > COPIED_CACHE_BYTES:
+        return op.reference(*values)
     return run(kernels.kv_cache_append_n_tokens(*values))
 
 

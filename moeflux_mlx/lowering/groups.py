@@ -82,14 +82,11 @@ def norm_matvecs(ops: Sequence[Any], run: Run, values: Values) -> Values:
     for op in products:
         weight = values[op.weight]
         matrices.append((*parts(weight), form(weight)[0]))
-    x, weight = values[norm.x], values[norm.weight]
+    x, weight = values[norm.x], values[norm.weight].w
     group_size = form(values[products[0].weight])[1]
-    launch = quant.norm_matvecs(x.reshape(-1), weight.w, matrices, norm.eps, group_size)
-    normed, *outs = run(launch)
-    written = {norm.out: normed.reshape(x.shape)}
-    for op, out in zip(products, outs, strict=False):
-        written[op.output] = out.reshape(1, -1)
-    return written
+    launch = quant.norm_matvecs(x, weight, matrices, norm.eps, group_size)
+    written = (norm.out, *(op.output for op in products))
+    return dict(zip(written, run(launch), strict=False))
 
 
 def _product_and_residual(ops: Sequence[Any]) -> int:
@@ -102,14 +99,9 @@ def _product_and_residual(ops: Sequence[Any]) -> int:
 def matvec_residual(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Run a product that is added to the residual stream."""
     product, add = ops
-    weight, residual = values[product.weight], values[add.b]
-    launch = quant.matvec_residual(
-        values[product.input].reshape(-1),
-        *parts(weight),
-        residual.reshape(-1),
-        *form(weight),
-    )
-    return {add.out: run(launch)[0].reshape(residual.shape)}
+    weight, x, residual = values[product.weight], values[product.input], values[add.b]
+    launch = quant.matvec_residual(x, *parts(weight), residual, *form(weight))
+    return {add.out: run(launch)[0]}
 
 
 GATED_DELTA = (
@@ -153,7 +145,7 @@ def gated_delta_decode(ops: Sequence[Any], run: Run, values: Values) -> Values:
     launch = linear_attention.gated_delta_decode(
         qkv,
         values[conv.conv_state].astype(qkv.dtype),
-        values[conv.weight].w.reshape(conv.conv_dim, conv.kernel_size),
+        values[conv.weight].w,
         values[gates.alpha_in],
         values[gates.beta_in],
         a_log,
@@ -274,18 +266,18 @@ def experts_and_shared(ops: Sequence[Any], run: Run, values: Values) -> Values:
     launch = moe.experts_down_combine(
         opened,
         slots,
-        values[experts.weights].reshape(-1),
+        values[experts.weights],
         stacks.down.records,
-        values[act.gate].reshape(-1),
-        values[act.up].reshape(-1),
+        values[act.gate],
+        values[act.up],
         (*parts(shared), bits),
-        values[combine.shared_gate].reshape(-1),
-        values[combine.h_mid].reshape(-1),
+        values[combine.shared_gate],
+        values[combine.h_mid],
         *form(stacks.down),
     )
     (out,) = run(launch)
     guard(source, [out])
-    return {combine.hidden_out: out.reshape(1, -1)}
+    return {combine.hidden_out: out}
 
 
 def _one_by_one(ops: Sequence[Any], values: Values) -> Values:

@@ -74,9 +74,9 @@ def decode_experts(
 ) -> mx.array:
     """Run two launches over the slots: gate, up and SwiGLU; down and the sum."""
     slots, act = experts_act(op, run, x, indices, source)
-    down, shares = source.weights.down, weights.reshape(-1)
+    down = source.weights.down
     sizes = (op.dim, *form(down))
-    (out,) = run(kernels.experts_down_sum(act, slots, shares, down.records, *sizes))
+    (out,) = run(kernels.experts_down_sum(act, slots, weights, down.records, *sizes))
     ops.guard(source, [out])
     return out.reshape(1, -1)
 
@@ -88,11 +88,11 @@ def experts_act(
     indices: mx.array,
     source: ExpertSource,
 ) -> tuple[mx.array, mx.array]:
-    """Return the slots ``[K]`` of a token's experts and their opened gates."""
-    slots, experts = source.slots(indices).reshape(-1), source.weights
+    """Return the slots ``[1, K]`` of a token's experts and their opened gates."""
+    slots, experts = source.slots(indices), source.weights
     gate, up = experts.gate.records, experts.up.records
-    row, sizes = x.reshape(-1), (op.expert_dim, *form(experts.gate))
-    (act,) = run(kernels.experts_gate_up_swiglu(row, slots, gate, up, *sizes))
+    sizes = (op.expert_dim, *form(experts.gate))
+    (act,) = run(kernels.experts_gate_up_swiglu(x, slots, gate, up, *sizes))
     return slots, act
 
 

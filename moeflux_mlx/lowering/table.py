@@ -66,8 +66,6 @@ def ways(op: Op) -> tuple[Way, ...]:
 
 # What goes before the table's order on an executor, as measured there.
 PREFERRED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    # MLX's update writes only the new rows where nobody else holds the cache.
-    "metal": {"KvCacheAppendNTokens": (MLX,)},
     "cuda": {
         # Of many tokens MLX's own product has tensor cores.
         "MatvecNTokens": (
@@ -77,7 +75,6 @@ PREFERRED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             MLX,
         ),
         "GatedDeltaNetChunkwise": ("gated_delta_net_chunkwise",),
-        "KvCacheAppendNTokens": (MLX,),
     },
 }
 
