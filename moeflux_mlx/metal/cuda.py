@@ -5,12 +5,16 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Collection
+from pathlib import Path
 
 from .library import Library
 from .signature import Attribute, Input, MetalKernel, Output, Scalar
 from .source import without_comments
 
 DIALECT = "msl_cuda.h"
+# Helpers that have a twin of their own in CUDA, for types that tensor cores take. It
+# overloads the helper and stands in the file named here.
+TWINS = {"multiply_tile": "tiles_cuda.h"}
 # ``threadgroup T x[n], y[m];`` declares storage; any other address space qualifies what
 # a pointer points to, which in CUDA needs no word.
 _SHARED = re.compile(r"\bthreadgroup(?=\s+(?:alignas\(\d+\)\s*)?\w+\s+\w+\s*\[)")
@@ -26,8 +30,8 @@ def baked_name(kernel: MetalKernel, name: str) -> str:
 
 def header(library: Library, kernel: MetalKernel) -> str:
     """Return the dialect, all that ``kernel`` uses, and itself as a device function."""
-    used = library.used(kernel)
-    helpers = "\n".join(d.text for d in used if d.kind != "include")
+    used = (d for d in library.used(kernel) if d.kind != "include")
+    helpers = "\n".join(f"{d.text}\n{_twin(library, d.name)}" for d in used)
     template = ", ".join(f"{p.kind} {p.name}" for p in kernel.template)
     parameters = ", ".join(_parameter(p) for p in kernel.parameters)
     function = (
@@ -35,7 +39,7 @@ def header(library: Library, kernel: MetalKernel) -> str:
         f"inline void {kernel.name}({parameters}) {{{kernel.body}}}\n"
     )
     code = _SPACE.sub("", _SHARED.sub("MSL_SHARED", f"{helpers}\n{function}"))
-    return f"{_dialect(str(library.folder / DIALECT))}\nnamespace msl {{\n{code}}}\n"
+    return f"{_text(library.folder / DIALECT)}\nnamespace msl {{\n{code}}}\n"
 
 
 def body(kernel: MetalKernel, baked: Collection[str]) -> str:
@@ -49,11 +53,14 @@ def body(kernel: MetalKernel, baked: Collection[str]) -> str:
     return f"msl::{kernel.name}{f'<{template}>' if template else ''}({arguments});"
 
 
+def _twin(library: Library, helper: str) -> str:
+    return _text(library.folder / TWINS[helper]) if helper in TWINS else ""
+
+
 @functools.cache
-def _dialect(path: str) -> str:
-    """Return the adapter's text without comments and indentation."""
-    with open(path) as file:
-        lines = without_comments(file.read()).splitlines()
+def _text(path: Path) -> str:
+    """Return a file of CUDA without comments and indentation."""
+    lines = without_comments(path.read_text()).splitlines()
     return "\n".join(line.strip() for line in lines if line.strip())
 
 

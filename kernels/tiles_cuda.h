@@ -1,0 +1,223 @@
+// Tensor-core twin of `multiply_tile` for rows in 16 bits, in CUDA C++: the same arguments, the
+// same result in the same place. Metal's simdgroup matrices are emulated on CUDA, which is
+// exact and slow; these sums are float32 too, of weights rounded to the rows' type.
+//
+// 64 inputs at a time lie in threadgroup memory as 16-bit values, rows 72 values apart: eight
+// rows then spread over all banks. What comes next is read while the tensor cores work.
+
+template <typename T>
+inline uint packed_pair(float a, float b);
+template <>
+inline uint packed_pair<bfloat>(float a, float b) {
+  __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  return *(uint*)&pair;
+}
+template <>
+inline uint packed_pair<half>(float a, float b) {
+  __half2 pair = __floats2half2_rn(a, b);
+  return *(uint*)&pair;
+}
+
+// c += a b for 16x16 by 16x8.
+inline void multiply_fragments(float* c, const uint* a, const uint* b, bfloat) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+inline void multiply_fragments(float* c, const uint* a, const uint* b, half) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Four 8x8 matrices of 16-bit values; lane l points at row l % 8 of matrix l / 8.
+template <typename T>
+inline void load_fragments(uint* to, const T* row) {
+  uint at = uint(__cvta_generic_to_shared(row));
+  asm volatile(
+      "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+      : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+      : "r"(at));
+}
+
+// N words, in accesses of 16 bytes where they are aligned.
+template <int N>
+inline void read_words(const uint* from, uint* to) {
+  if (N % 4 == 0 && ((ulong)from) % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i) {
+      uint4 four = ((const uint4*)from)[i];
+      to[4 * i] = four.x;
+      to[4 * i + 1] = four.y;
+      to[4 * i + 2] = four.z;
+      to[4 * i + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      to[i] = from[i];
+    }
+  }
+}
+
+template <typename T>
+inline void read_values(const T* from, uint* to) {
+  if (((ulong)from) % 4 == 0) {
+    read_words<8>((const uint*)from, to);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      to[i] = packed_pair<T>(float(from[2 * i]), float(from[2 * i + 1]));
+    }
+  }
+}
+
+template <int BITS, int G, typename T, typename S, typename B>
+inline void multiply_tile_16_bits(
+    const T* x_row_at,
+    bool has_row,
+    const uint* w_row_at,
+    S s_at,
+    B b_at,
+    uint n_in,
+    uint n_rows,
+    float4* x_tile,
+    float4* w_tile,
+    uint thread_index,
+    uint simdgroup) {
+  constexpr int STEP = 64;
+  constexpr int PITCH = 72;
+  constexpr int PER_WORD = 32 / BITS;
+  constexpr uint MASK = (1u << BITS) - 1u;
+  T* xs = (T*)x_tile;
+  T* ws = (T*)w_tile;
+  uint lane = thread_index % 32;
+  uint x_column = thread_index % 4 * 16;
+  uint w_column = thread_index % 2 * 32;
+  uint4* x_to = (uint4*)(xs + thread_index / 4 * PITCH + x_column);
+  uint4* w_to = (uint4*)(ws + thread_index / 2 * PITCH + w_column);
+  uint x_next[8];
+  uint w_next[BITS];
+  float scale = 0.0f;
+  float bias = 0.0f;
+  // n_in is a multiple of 32: past its end both sides are zeros.
+  auto read = [&](uint start) {
+    if (has_row && start + x_column < n_in) {
+      read_values(x_row_at + start + x_column, x_next);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        x_next[i] = 0u;
+      }
+    }
+    if (start + w_column < n_in) {
+      read_words<BITS>(w_row_at + (start + w_column) / PER_WORD, w_next);
+      scale = float(s_at[(start + w_column) / G]);
+      bias = float(b_at[(start + w_column) / G]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < BITS; ++i) {
+        w_next[i] = 0u;
+      }
+      scale = 0.0f;
+      bias = 0.0f;
+    }
+  };
+  float sums[2][2][4];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    sums[i / 8][i / 4 % 2][i % 4] = 0.0f;
+  }
+  const T* x_from = xs + lane % 16 * PITCH + lane / 16 * 8;
+  const T* w_from =
+      ws + (simdgroup * 16 + lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 8;
+  read(0);
+  for (uint start = 0; start < n_in; start += STEP) {
+    __syncthreads();
+    x_to[0] = uint4(x_next[0], x_next[1], x_next[2], x_next[3]);
+    x_to[1] = uint4(x_next[4], x_next[5], x_next[6], x_next[7]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint pairs[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        int at = 8 * i + 2 * j;
+        uint first = (w_next[at / PER_WORD] >> (BITS * (at % PER_WORD))) & MASK;
+        uint second = (w_next[at / PER_WORD] >> (BITS * (at % PER_WORD + 1))) & MASK;
+        pairs[j] = packed_pair<T>(
+            fmaf(scale, float(first), bias), fmaf(scale, float(second), bias));
+      }
+      w_to[i] = uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
+    __syncthreads();
+    if (start + STEP < n_in) {
+      read(start + STEP);
+    }
+#pragma unroll
+    for (int k = 0; k < STEP; k += 16) {
+      uint right[4];
+      load_fragments(right, w_from + k);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        if (uint(16 * m) < n_rows) {
+          uint left[4];
+          load_fragments(left, x_from + m * 16 * PITCH + k);
+          multiply_fragments(sums[m][0], left, right, T());
+          multiply_fragments(sums[m][1], left, right + 2, T());
+        }
+      }
+    }
+  }
+  __syncthreads();
+  float* out = (float*)w_tile + lane / 4 * TILE_OUT_PITCH + simdgroup * 16 + lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    int m = i / 4;
+    int low = i / 2 % 2;
+    int n = i % 2;
+    float* to = out + (16 * m + 8 * low) * TILE_OUT_PITCH + 8 * n;
+    to[0] = sums[m][n][2 * low];
+    to[1] = sums[m][n][2 * low + 1];
+  }
+  __syncthreads();
+}
+
+template <int BITS, int G, typename S, typename B>
+inline void multiply_tile(
+    const bfloat* x_row_at,
+    bool has_row,
+    const uint* w_row_at,
+    S s_at,
+    B b_at,
+    uint n_in,
+    uint n_rows,
+    float4* x_tile,
+    float4* w_tile,
+    uint thread_index,
+    uint simdgroup) {
+  multiply_tile_16_bits<BITS, G>(
+      x_row_at, has_row, w_row_at, s_at, b_at, n_in, n_rows, x_tile, w_tile, thread_index,
+      simdgroup);
+}
+
+template <int BITS, int G, typename S, typename B>
+inline void multiply_tile(
+    const half* x_row_at,
+    bool has_row,
+    const uint* w_row_at,
+    S s_at,
+    B b_at,
+    uint n_in,
+    uint n_rows,
+    float4* x_tile,
+    float4* w_tile,
+    uint thread_index,
+    uint simdgroup) {
+  multiply_tile_16_bits<BITS, G>(
+      x_row_at, has_row, w_row_at, s_at, b_at, n_in, n_rows, x_tile, w_tile, thread_index,
+      simdgroup);
+}
