@@ -87,17 +87,7 @@ class CudaExecutor(KernelExecutor):
 
     def call(self, built: MetalKernel, ready: Prepared) -> list[mx.array]:
         _check_grid(ready)
-        baked = frozenset(ready.numbers) & GEOMETRY
-        template = list(ready.template)
-        inputs = []
-        for parameter, array in zip(built.inputs, ready.inputs, strict=True):
-            if parameter.name in baked:
-                number = _as_int(ready.numbers[parameter.name], parameter.type)
-                template.append((cuda.baked_name(built, parameter.name), number))
-            elif parameter.name in ready.numbers:
-                inputs.append(_on_device(ready.numbers[parameter.name], array.dtype))
-            else:
-                inputs.append(array)
+        baked, template, inputs = bind(ready)
         return _cuda_kernel(built.name, baked)(
             inputs=inputs,
             template=template,
@@ -106,6 +96,27 @@ class CudaExecutor(KernelExecutor):
             output_shapes=ready.output_shapes,
             output_dtypes=ready.output_dtypes,
         )
+
+
+def bind(
+    ready: Prepared,
+) -> tuple[frozenset[str], list[tuple[str, Any]], list[mx.array]]:
+    """Return the names of baked numbers, the template with them, and the inputs left.
+
+    Numbers that are not baked become arrays in the GPU's memory where there is one.
+    """
+    baked = frozenset(ready.numbers) & GEOMETRY
+    template, inputs = list(ready.template), []
+    for parameter, array in zip(ready.kernel.inputs, ready.inputs, strict=True):
+        name = parameter.name
+        if name in baked:
+            number = _as_int(ready.numbers[name], parameter.type)
+            template.append((cuda.baked_name(ready.kernel, name), number))
+        elif name in ready.numbers:
+            inputs.append(_on_device(ready.numbers[name], array.dtype))
+        else:
+            inputs.append(array)
+    return baked, template, inputs
 
 
 def _check_grid(ready: Prepared) -> None:

@@ -1,0 +1,115 @@
+"""Every instantiation of every kernel compiles as CUDA, where there is a compiler."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from moeflux_mlx.executors.cuda import GEOMETRY, bind
+from moeflux_mlx.launch import KERNELS, prepare
+from moeflux_mlx.launch.base import Prepared
+from moeflux_mlx.metal import cuda, library
+
+TYPES = {
+    mx.float32: "float",
+    mx.float16: "__half",
+    mx.bfloat16: "__nv_bfloat16",
+    mx.uint32: "unsigned int",
+    mx.int32: "int",
+    mx.bool_: "bool",
+    mx.uint8: "unsigned char",
+}
+FAMILIES = sorted({kernel.metal.place.file for kernel in KERNELS.values()})
+OPEN = "\nnamespace msl {\n"
+
+
+def compiler() -> str | None:
+    """Find nvcc where its installers put it."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [Path(home) / "bin/nvcc"] if home else []
+    places += sorted(Path("/usr/local").glob("cuda*/bin/nvcc"), reverse=True)
+    found = (str(path) for path in places if path.is_file())
+    return shutil.which("nvcc") or next(found, None)
+
+
+def samples(family: str) -> Iterator[Prepared]:
+    """Prepare one launch of each instantiation that the registry's samples have."""
+    seen = set()
+    for kernel in KERNELS.values():
+        if kernel.metal.place.file != family:
+            continue
+        for dtype, sizes in itertools.product(kernel.dtypes, kernel.sizes):
+            ready = prepare(kernel(*kernel.arguments(dtype, **sizes)))
+            key = kernel.name, tuple(ready.template)
+            if key not in seen:
+                seen.add(key)
+                yield ready
+
+
+def translation_unit(family: str) -> str:
+    """Return all of a family as MLX would hand it over, one kernel after the other."""
+    parts = ["#include <cuda_fp16.h>\n#include <cuda_bf16.h>\n"]
+    seen: set[str] = set()
+    for number, ready in enumerate(samples(family)):
+        kernel = ready.kernel
+        dialect, code = cuda.header(library(), kernel).rsplit(OPEN, 1)
+        if not seen:
+            parts.append(dialect)
+        # Helpers stand before each kernel that uses them, so each has its own space.
+        space = f"of_{kernel.name}"
+        if kernel.name not in seen:
+            seen.add(kernel.name)
+            parts.append(f"namespace msl {{ namespace {space} {{\n{code}}}\n")
+        baked, template, inputs = bind(ready)
+        names = [p.name for p in kernel.inputs if p.name not in baked]
+        pairs = zip(names, inputs, strict=True)
+        arguments = [f"const {TYPES[x.dtype]}* {name}" for name, x in pairs]
+        outputs = zip(kernel.outputs, ready.output_dtypes, strict=True)
+        arguments += [f"{TYPES[dtype]}* {p.name}" for p, dtype in outputs]
+        values = "".join(
+            f"using {name} = {TYPES[value]};\n"
+            if isinstance(value, mx.Dtype)
+            else f"constexpr auto {name} = {str(value).lower()};\n"
+            for name, value in template
+        )
+        call = cuda.body(kernel, baked).replace("msl::", f"msl::{space}::", 1)
+        header = f"__global__ void entry_{number}({', '.join(arguments)})"
+        parts.append(f"{header} {{\n{values}{call}\n}}\n")
+    return "\n".join(parts)
+
+
+@pytest.mark.skipif(compiler() is None, reason="no nvcc found")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_compiles(family, tmp_path):
+    source = tmp_path / f"{Path(family).stem}.cu"
+    source.write_text(translation_unit(family))
+    options = ["-std=c++17", "-arch=compute_90a", "-ptx", "-o", str(tmp_path / "out")]
+    done = subprocess.run(
+        [compiler(), *options, str(source)], capture_output=True, text=True
+    )
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    assert (done.returncode, errors) == (0, [])
+    assert (tmp_path / "out").read_text().count(".entry") > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_instantiation_is_in_the_source(family):
+    text, count = translation_unit(family), len(list(samples(family)))
+    assert text.count("__global__") == count > 0
+    # No word of Metal is left that CUDA does not know.
+    assert re.search(r"\b(threadgroup|device|constant|thread)\s|\[\[", text) is None
+
+
+def test_numbers_that_are_baked_are_scalars_of_some_kernel():
+    scalars = {
+        p.name for k in KERNELS.values() for p in k.metal.inputs if hasattr(p, "type")
+    }
+    assert scalars >= GEOMETRY
