@@ -725,11 +725,13 @@ def _some_joined(
     blind: int = 0,
 ) -> tuple[Any, ...]:
     sums = normal(rng, FLOAT32, b, h, p, d)
-    total = rng.uniform(0.5, 20.0, (b, h, p)).astype(np.float32)
-    top = rng.standard_normal((b, h, p)).astype(np.float32)
+    # A part that saw one row has a total of 1; tops are far from zero.
+    total = rng.uniform(1.0, 20.0, (b, h, p)).astype(np.float32) if p > 1 else 1.0
+    total = np.broadcast_to(np.float32(total), (b, h, p)).copy()
+    top = (60 + rng.standard_normal((b, h, p))).astype(np.float32)
     # Parts that saw nothing, their tops above all others'.
     total[:, :, p - blind :] = 0
-    top[:, :, p - blind :] = 30
+    top[:, :, p - blind :] = 90
     stats = mx.array(np.stack([top, total], -1))
     gate = normal(rng, dtype, b, h * d) if gated else None
     return sums, stats, dtype, gate

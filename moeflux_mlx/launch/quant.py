@@ -208,8 +208,8 @@ def dequant_matvec_4bit_v3(
 ROWS_FROM = ((8192, 4), (2048, 2), (1, 1))
 ROWS = [
     dict(i=32, o=1, g=32, s=0),
-    dict(i=576, o=11, g=64, s=1),
-    dict(i=96, o=2049, g=32, s=1),
+    dict(i=32, o=2051, g=32, s=1),
+    dict(i=576, o=12, g=64, s=1),
     dict(i=2176, o=9, g=128, s=1),
     dict(i=32, o=8195, g=32, s=0),
 ]
@@ -280,8 +280,8 @@ def _some_added(
     sample=_some_added,
     sizes=[
         dict(i=32, o=1, g=32, s=0),
-        dict(i=576, o=11, g=64, s=1, bits=8),
-        dict(i=96, o=2049, g=32, s=1, bits=2),
+        dict(i=32, o=2051, g=32, s=1, bits=2),
+        dict(i=576, o=12, g=64, s=1, bits=8),
         dict(i=2176, o=9, g=128, s=1),
         dict(i=32, o=8195, g=32, s=0),
     ],
@@ -358,9 +358,9 @@ def _some_norm_products(
     sample=_some_norm_products,
     sizes=[
         dict(i=32, o=(1,), bits=(4,), g=32, s=0),
+        dict(i=32, o=(2051, 5, 37), bits=(4, 4, 2), g=32, s=0),
         dict(i=192, o=(11, 3, 1, 4), bits=(8, 2, 8, 4), g=64, s=1),
         dict(i=2176, o=(9, 2), bits=(4, 8), g=128, s=1),
-        dict(i=96, o=(2049, 5, 37), bits=(4, 4, 2), g=32, s=0),
         dict(i=32, o=(8195, 1, 9, 3), bits=(2, 4, 4, 4), g=32, s=0),
     ],
     large=dict(i=2048, o=(8192, 4096, 32, 32), bits=(4, 4, 4, 4), g=64, s=0),
