@@ -9,8 +9,7 @@
 inline float log1p_of_unit(float y) {
   float z = y / (2.0f + y);
   float s = z * z;
-  float sum = 1.0f / 15.0f;
-  sum = fma(sum, s, 1.0f / 13.0f);
+  float sum = 1.0f / 13.0f;
   sum = fma(sum, s, 1.0f / 11.0f);
   sum = fma(sum, s, 1.0f / 9.0f);
   sum = fma(sum, s, 1.0f / 7.0f);

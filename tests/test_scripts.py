@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import csv
+import importlib
 import os
 import shutil
 import subprocess
@@ -22,6 +25,45 @@ def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
         text=True,
         env={**os.environ, **env},
     )
+
+
+def test_a_geometry_is_measured_and_written(tmp_path, monkeypatch):
+    """On the CPU, tiny: stock's bfloat16 is imprecise there, so the gate is opened."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    bench = importlib.import_module("bench_geometry")
+    tiny = dict(
+        bench.GEOMETRIES["qwen3.6-35b-a3b"],
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        head_dim=64,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        num_experts=16,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        vocab_size=512,
+    )
+    monkeypatch.setitem(bench.GEOMETRIES, "tiny", tiny)
+    parser = argparse.ArgumentParser()
+    for name in ("--repeats", "--decode-tokens"):
+        parser.add_argument(name, type=int, default=2)
+    bench.add_arguments(parser)
+    rows = tmp_path / "rows.csv"
+    flags = ["--geometry", "tiny", "--executor", "ops", "--context", "9"]
+    args = parser.parse_args([*flags, "--prefill", "5", "--csv", str(rows)])
+    monkeypatch.setattr(bench, "MAX_RMS", 0)
+    assert bench.main(args) == 1 and not rows.exists()
+    monkeypatch.setattr(bench, "MAX_RMS", 2)
+    assert bench.main(args) == 0
+    stock, ours = csv.DictReader(rows.read_text().splitlines())
+    assert (stock["side"], ours["side"]) == ("stock", "ops")
+    assert float(stock["decode_ratio"]) == 1
+    assert float(ours["decode_tokens_per_s"]) > 0
+    assert float(ours["prefill_tokens_per_s"]) > 0
+    assert stock["prefill_tokens_per_s"] == ""
 
 
 @pytest.fixture

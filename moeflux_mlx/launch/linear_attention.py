@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..device import SIMD
-from .base import Launch, dims, expect, groups, kernel, normal, require
+from .base import FLOATS, Launch, dims, expect, groups, kernel, normal, require
 
 ROWS = 4
 MAX_WIDTH = 8
@@ -79,6 +79,7 @@ def _some_gates(
         dict(n=3, h=64, s=1, masked=1),
     ],
     large=dict(n=2048, h=32, s=0, masked=0),
+    tolerance=dict.fromkeys(FLOATS, 5e-6),
 )
 def compute_decay_beta(
     alpha: mx.array,

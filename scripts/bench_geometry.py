@@ -1,0 +1,255 @@
+"""Decode and prefill of a published geometry with random 4-bit weights, all resident.
+
+Part of ``scripts/bench_decode``: both models hold the same arrays, made on the device.
+Decoding starts from caches of noise, because stock mlx-lm takes minutes for a prompt of
+a few hundred tokens on CUDA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import qwen3_5_moe as stock
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+from moeflux_mlx.models import qwen3_5_moe as ours
+from rich.console import Console
+from rich.table import Table
+
+from moeflux_mlx.executors import gpu_executor
+from moeflux_mlx.executors.verified import machine_name
+from moeflux_mlx.model import RunOptions
+
+GROUP_SIZE, BITS, ROUTER_BITS = 64, 4, 8
+# As published in the model's config.json.
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "qwen3.6-35b-a3b": dict(
+        hidden_size=2048,
+        num_hidden_layers=40,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        head_dim=256,
+        linear_num_value_heads=32,
+        linear_num_key_heads=16,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        linear_conv_kernel_dim=4,
+        full_attention_interval=4,
+        num_experts=256,
+        num_experts_per_tok=8,
+        moe_intermediate_size=512,
+        shared_expert_intermediate_size=512,
+        norm_topk_prob=True,
+        rms_norm_eps=1e-6,
+        vocab_size=248320,
+        max_position_embeddings=262144,
+        tie_word_embeddings=False,
+        rope_parameters={
+            "type": "default",
+            "rope_theta": 10_000_000.0,
+            "partial_rotary_factor": 0.25,
+        },
+    ),
+}
+# Far more than two orders of rounding in bfloat16 differ by after all layers of random
+# weights, some of whose routers stand near ties; far less than a mistake.
+MAX_RMS = 0.3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this mode."""
+    group = parser.add_argument_group("random weights of a published geometry")
+    group.add_argument("--geometry", choices=GEOMETRIES)
+    group.add_argument("--layers", type=int, help="fewer than published")
+    group.add_argument("--context", type=int, default=512, help="tokens before decode")
+    group.add_argument("--prefill", type=int, default=2048, help="prompt of prefill")
+    group.add_argument("--stock-prefill", type=int, default=0, help="stock's prompt")
+    group.add_argument("--executor", help="of ours (default: the GPU's)")
+    group.add_argument("--csv", help="also write the rows to this file")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Build both models, compare them, measure in turns and print."""
+    config = dict(GEOMETRIES[args.geometry], model_type="qwen3_5_moe_text")
+    if args.layers:
+        config["num_hidden_layers"] = args.layers
+    executor = args.executor or gpu_executor()
+    if executor is None:
+        print("bench_decode: --geometry needs a GPU or --executor", file=sys.stderr)
+        return 2
+    models = build(config, executor)
+    rms = disagreement(models, config)
+    print(f"relative RMS of logits, ours against stock: {rms:.1e}", flush=True)
+    if not rms < MAX_RMS:
+        print("bench_decode: no speeds, logits differ", file=sys.stderr)
+        return 1
+    decodes: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(args.repeats):
+        for name, model in models.items():
+            step_s = decode(model, config, args.context, args.decode_tokens)
+            decodes[name].append(step_s)
+    prefills = {
+        name: prefill(models[name], config, n_tokens)
+        for name, n_tokens in (("stock", args.stock_prefill), (executor, args.prefill))
+        if n_tokens
+    }
+    report(args, decodes, prefills)
+    return 0
+
+
+def build(config: dict[str, Any], executor: str) -> dict[str, nn.Module]:
+    """Return stock and ours with the same random quantised arrays."""
+    args = {"model_type": "qwen3_5_moe", "text_config": config}
+    mx.random.seed(0)
+    theirs = stock.Model(stock.ModelArgs.from_dict(args))
+    theirs.set_dtype(mx.bfloat16)
+    nn.quantize(theirs, GROUP_SIZE, BITS, class_predicate=_quantization)
+
+    class Chosen(ours.Model):
+        options = RunOptions(executor=executor)
+
+    mine = Chosen(ours.ModelArgs.from_dict(args))
+    nn.quantize(mine, GROUP_SIZE, BITS, class_predicate=_quantization)
+    for layer in theirs.language_model.model.layers:
+        mx.eval(layer.parameters())
+    mx.eval(theirs.parameters())
+    mine.update(theirs.parameters())
+    theirs.eval()
+    mine.eval()
+    return {"stock": theirs, executor: mine}
+
+
+def _quantization(path: str, module: nn.Module) -> Any:
+    """Quantise as mlx-lm does for this family: routers in 8 bits."""
+    if not hasattr(module, "to_quantized"):
+        return False
+    if path.endswith(("mlp.gate", "shared_expert_gate")):
+        return {"group_size": GROUP_SIZE, "bits": ROUTER_BITS}
+    return True
+
+
+def disagreement(models: dict[str, nn.Module], config: dict[str, Any]) -> float:
+    """Return the relative RMS between both models' logits, token by token."""
+    tokens = mx.random.randint(0, config["vocab_size"], (1, 4), key=mx.random.key(1))
+    outs = []
+    for model in models.values():
+        cache = make_prompt_cache(model)
+        rows = [model(tokens[:, i : i + 1], cache=cache) for i in range(4)]
+        outs.append(mx.concatenate(rows, axis=1).astype(mx.float32))
+        mx.eval(outs[-1])
+    return (mx.linalg.norm(outs[1] - outs[0]) / mx.linalg.norm(outs[0])).item()
+
+
+def primed(model: nn.Module, config: dict[str, Any], context: int) -> list[Any]:
+    """Return caches as after ``context`` tokens, of noise."""
+    caches = make_prompt_cache(model)
+    heads, width = config["num_key_value_heads"], config["head_dim"]
+    key_heads, value_heads = (
+        config["linear_num_key_heads"],
+        config["linear_num_value_heads"],
+    )
+    dk, dv = config["linear_key_head_dim"], config["linear_value_head_dim"]
+    channels = 2 * key_heads * dk + value_heads * dv
+    history = config["linear_conv_kernel_dim"] - 1
+    for cache in caches:
+        if isinstance(cache, KVCache):
+            rows = [
+                mx.random.normal((1, heads, context, width)).astype(mx.bfloat16)
+                for _ in range(2)
+            ]
+            cache.update_and_fetch(*rows)
+        else:
+            cache[0] = mx.random.normal((1, history, channels)).astype(mx.bfloat16)
+            cache[1] = 0.1 * mx.random.normal((1, value_heads, dv, dk))
+    mx.eval([cache.state for cache in caches])
+    return caches
+
+
+def decode(
+    model: nn.Module, config: dict[str, Any], context: int, n_tokens: int
+) -> float:
+    """Return seconds a token, greedy, the next step prepared while one runs."""
+    caches = primed(model, config, context)
+
+    def step(token: mx.array) -> mx.array:
+        return mx.argmax(model(token, cache=caches)[:, -1], axis=-1)[None]
+
+    token = mx.array([[1]])
+    for _ in range(3):
+        token = step(token)
+        mx.eval(token)
+    start = time.perf_counter()
+    for _ in range(n_tokens):
+        following = step(token)
+        mx.async_eval(following)
+        mx.eval(token)
+        token = following
+    mx.eval(token)
+    return (time.perf_counter() - start) / n_tokens
+
+
+def prefill(model: nn.Module, config: dict[str, Any], n_tokens: int) -> float:
+    """Return tokens a second of a prompt, the better of two runs."""
+    tokens = mx.random.randint(0, config["vocab_size"], (1, n_tokens))
+
+    def run() -> None:
+        caches = make_prompt_cache(model)
+        logits = model(tokens, cache=caches)
+        mx.eval(logits[:, -1], [cache.state for cache in caches])
+
+    return n_tokens / min(_seconds(run) for _ in range(3))
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def report(
+    args: argparse.Namespace,
+    decodes: dict[str, list[float]],
+    prefills: dict[str, float],
+) -> None:
+    """Print medians and ratios, and write them where asked."""
+    layers = args.layers or GEOMETRIES[args.geometry]["num_hidden_layers"]
+    medians = {name: statistics.median(times) for name, times in decodes.items()}
+    rows = [
+        {
+            "machine": machine_name(),
+            "date": datetime.now(timezone.utc).date().isoformat(),
+            "mlx": version("mlx"),
+            "mlx_lm": version("mlx-lm"),
+            "geometry": args.geometry,
+            "layers": layers,
+            "context": args.context,
+            "side": name,
+            "decode_tokens_per_s": round(1 / median, 1),
+            "decode_ratio": round(medians["stock"] / median, 2),
+            "decode_ms_spread": round(1e3 * (max(times) - min(times)), 3),
+            "prefill_tokens_per_s": round(prefills.get(name, 0), 1) or "",
+        }
+        for (name, times), median in zip(decodes.items(), medians.values(), strict=True)
+    ]
+    title = f"{args.geometry}, {layers} layers, {rows[0]['machine']}"
+    table = Table(title=title)
+    names = [n for n in rows[0] if n not in ("machine", "date", "geometry", "layers")]
+    for name in names:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*(str(row[name]) for name in names))
+    Console(width=160).print(table)
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
