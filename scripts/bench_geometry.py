@@ -60,9 +60,10 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         },
     ),
 }
-# Far more than two orders of rounding in bfloat16 differ by after all layers of random
-# weights, some of whose routers stand near ties; far less than a mistake.
-MAX_RMS = 0.3
+# Random layers let differences of rounding grow without end, so logits are compared on
+# a few of them; in bfloat16 on an H200, stock differs from itself by 0.03 between prompt
+# and single tokens there.
+COMPARED_LAYERS, MAX_RMS = 4, 0.1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,12 +87,15 @@ def main(args: argparse.Namespace) -> int:
     if executor is None:
         print("bench_decode: --geometry needs a GPU or --executor", file=sys.stderr)
         return 2
-    models = build(config, executor)
-    rms = disagreement(models, config)
-    print(f"relative RMS of logits, ours against stock: {rms:.1e}", flush=True)
+    few = dict(config)
+    few["num_hidden_layers"] = min(COMPARED_LAYERS, config["num_hidden_layers"])
+    rms = disagreement(build(few, executor), few)
+    of = f"{few['num_hidden_layers']} layers"
+    print(f"relative RMS of logits, ours against stock, {of}: {rms:.1e}", flush=True)
     if not rms < MAX_RMS:
         print("bench_decode: no speeds, logits differ", file=sys.stderr)
         return 1
+    models = build(config, executor)
     decodes: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(args.repeats):
         for name, model in models.items():
