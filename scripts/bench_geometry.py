@@ -61,8 +61,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     ),
 }
 # Random layers let differences of rounding grow without end, so logits are compared on
-# a few of them; in bfloat16 on an H200, stock differs from itself by 0.03 between prompt
-# and single tokens there.
+# a few; there stock in bfloat16 differs by 0.03 between a prompt and single tokens.
 COMPARED_LAYERS, MAX_RMS = 4, 0.1
 
 
