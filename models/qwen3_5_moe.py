@@ -162,7 +162,7 @@ class Forward:
     ) -> mx.array | None:
         """Return the logits of one token each from a trace, or None without one."""
         executor = self.runtime.executor
-        wanted = executor.compiles and not executor.profile_per_op
+        wanted = executor.compiles and not executor.watches_layers
         if cache is None or embeddings is not None or inputs.shape[-1] != 1:
             return None
         if not wanted or self.text.training:

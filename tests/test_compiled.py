@@ -115,6 +115,15 @@ def test_a_step_without_a_cache_is_traced_layer_by_layer(plain, traces):
     assert {type(trace) for trace in traces} == {CompiledSteps}
 
 
+def test_a_step_whose_layers_are_watched_is_not_traced_as_a_whole(
+    plain, traces, monkeypatch
+):
+    lazy, traced = models(plain)
+    monkeypatch.setattr(Traced, "watches_layers", True)
+    assert relative_rms(logits(traced), logits(lazy)) < 1e-5
+    assert {type(trace) for trace in traces} == {CompiledSteps}
+
+
 def test_a_trace_holds_until_a_cache_grows(plain, traces):
     lazy, traced = models(plain)
     logits(traced, n_prompt=250, n_steps=3)

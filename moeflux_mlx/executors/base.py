@@ -147,6 +147,11 @@ class Executor(ABC):
         Executors that record GPU traces open and close their window here.
         """
 
+    @property
+    def watches_layers(self) -> bool:
+        """Tell whether ``begin_layer`` must be heard when work is really done."""
+        return self.profile_per_op
+
     def drain(self) -> None:
         """Wait until the device has finished everything given to it."""
         mx.synchronize()

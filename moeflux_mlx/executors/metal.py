@@ -40,6 +40,11 @@ class MetalExecutor(KernelExecutor):
             output_dtypes=ready.output_dtypes,
         )
 
+    @property
+    def watches_layers(self) -> bool:
+        waits = self.capture is not None and self.capture.waits_for_work
+        return waits or super().watches_layers
+
     def begin_layer(self, chunk: int, layer: int, *inputs: mx.array) -> None:
         if self.capture is not None and self.capture.waits_for_work:
             mx.eval(inputs)
