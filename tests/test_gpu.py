@@ -1,0 +1,110 @@
+"""On a GPU, where there is one: the registry's checks, every way, whole models."""
+
+from __future__ import annotations
+
+import itertools
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from op_cases import KERNEL_SPECS, SPECS, as_list
+from tiny import make_checkpoint
+
+import moeflux_mlx
+from moeflux_mlx import lowering
+from moeflux_mlx.executors import open_executor
+from moeflux_mlx.experts.pack import pack
+from moeflux_mlx.experts.packed import PackedExperts
+from moeflux_mlx.experts.pool import POOL_ALIGNMENT
+from moeflux_mlx.launch import KERNELS
+from moeflux_mlx.launch.check import check, relative_error
+
+on_gpu = pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("metal", marks=pytest.mark.metal),
+        pytest.param("cuda", marks=pytest.mark.cuda),
+    ],
+)
+FAMILIES = sorted({kernel.metal.place.file for kernel in KERNELS.values()})
+# References run on the GPU too, which multiplies float32 with 11 bits.
+LIMIT = 2e-3
+
+
+@on_gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_give_what_their_references_give(device, family):
+    executor = open_executor(device)
+    wrong, n_cases = [], 0
+    for kernel in KERNELS.values():
+        if kernel.metal.place.file != family:
+            continue
+        for dtype, sizes in itertools.product(kernel.dtypes, kernel.sizes):
+            result = check(kernel, dtype, sizes, executor.run)
+            n_cases += 1
+            if not result.passed:
+                wrong.append(str(result))
+    assert wrong == []
+    assert n_cases > 0
+
+
+@on_gpu
+def test_ops_give_by_every_way_what_their_references_give(device, monkeypatch):
+    executor, wrong = open_executor(device), []
+    for spec in (*SPECS, *KERNEL_SPECS):
+        case = spec.build()
+        for way in lowering.ways(case.op):
+            name = case.op.variant_name
+            monkeypatch.setenv("MOEFLUX_LOWERING", f"{name}={way.name}")
+            weights = [case.weights.get(n) for n in case.op.weight_fields]
+            inputs = [case.on_device(n) for n in case.inputs]
+            got = as_list(executor.kernel(case.op)(*inputs, *weights))
+            for a, b in zip(got, case.on_device_result(), strict=True):
+                exact = not mx.issubdtype(b.dtype, mx.floating)
+                if not relative_error(a, b) <= (0 if exact else LIMIT):
+                    wrong.append(f"{spec.id} {way.name}: {relative_error(a, b)}")
+    assert wrong == []
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    # Widths that tensor cores and simdgroups meet in real models, few layers.
+    sizes = dict(hidden_size=256, moe_intermediate_size=128, num_experts=16)
+    return make_checkpoint(tmp_path_factory.mktemp("gpu") / "plain", seed=3, **sizes)
+
+
+def logits(model, n_seqs: int = 1) -> mx.array:
+    """Return the logits of a prompt and of tokens after it, each alone."""
+    tokens = mx.random.randint(1, 320, (n_seqs, 46), key=mx.random.key(4))
+    cache = make_prompt_cache(model)
+    parts = [model(tokens[:, :37], cache=cache)]
+    parts += [model(tokens[:, i : i + 1], cache=cache) for i in range(37, 46)]
+    out = mx.concatenate(parts, axis=1)
+    mx.eval(out)
+    return out
+
+
+@on_gpu
+@pytest.mark.parametrize("n_seqs", [1, 3])
+@pytest.mark.parametrize("fuse", ["0", "1"])
+def test_a_model_gives_the_logits_of_the_references(
+    device, plain, n_seqs, fuse, monkeypatch
+):
+    monkeypatch.setenv("MOEFLUX_FUSE", fuse)
+    kernels, references = (
+        moeflux_mlx.load(plain, executor=name)[0] for name in (device, "ops")
+    )
+    expected = logits(references, n_seqs)
+    assert relative_error(logits(kernels, n_seqs), expected) < 10 * LIMIT
+
+
+@on_gpu
+def test_any_budget_gives_the_same_bits(device, plain):
+    packed = plain.parent / "packed"
+    pack(plain, packed)
+    whole, _ = moeflux_mlx.load(packed, executor=device)
+    with PackedExperts.open(packed) as store:
+        memory = 3 * store.layout(0).stride + POOL_ALIGNMENT
+    few, _ = moeflux_mlx.load(packed, memory=memory, executor=device)
+    assert mx.array_equal(logits(few), logits(whole))
+    assert few.streamer.stats.total.misses > 0
