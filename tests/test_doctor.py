@@ -156,6 +156,9 @@ def test_lowering_lists_every_ops_ways(capsys):
     out = capsys.readouterr().out
     assert "MatvecNTokens" in out
     assert "qmm_t" in out
+    main(["kernels", "--lowering", "--json"])
+    rows = {row["op"]: row["ways"] for row in json.loads(capsys.readouterr().out)}
+    assert rows["MatvecNTokens + ResidualAddNTokens"] == ["matvec_residual"]
 
 
 def test_the_watchdog_is_relaxed_before_mlx_opens_a_device():

@@ -6,13 +6,14 @@ import mlx.core as mx
 import pytest
 from op_cases import KERNEL_SPECS, SPECS, Spec, as_list
 
-from moeflux_mlx import lowering, simulator
+from moeflux_mlx import lowering, ops, simulator
 from moeflux_mlx.errors import ConfigError
 from moeflux_mlx.executors.sim import SimExecutor
-from moeflux_mlx.graph import REGISTRY
+from moeflux_mlx.graph import REGISTRY, BufferPool, WeightRef, roles
 from moeflux_mlx.launch import KERNELS
 from moeflux_mlx.launch.check import relative_error
 from moeflux_mlx.lowering import MLX, PREFERRED, TABLE
+from moeflux_mlx.weights import Quantization
 
 simulated = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"
@@ -63,6 +64,41 @@ def test_the_environment_chooses_a_way(monkeypatch):
         assert lowering.choose(op).name == way.name
 
 
+def test_ops_run_together_unless_the_environment_says_otherwise(monkeypatch):
+    pool = BufferPool(mx.float32)
+    ref = WeightRef("w", (8, 32), Quantization(4, 32, "affine"), mx.float32)
+    x, out, stream, total = (
+        pool.alloc(role, (1, n), str(n))
+        for role, n in (
+            (roles.AttnOutBuf, 32),
+            (roles.OProjOutBuf, 8),
+            (roles.HiddenBuf, 8),
+            (roles.ResidualBuf, 8),
+        )
+    )
+    product = ops.MatvecNTokens(
+        label="product",
+        weight=ref,
+        input=x,
+        output=out,
+        in_dim=32,
+        out_dim=8,
+        n_tokens=1,
+    )
+    add = ops.ResidualAddNTokens(
+        label="add", a=out, b=stream, out=total, n_tokens=1, dim=8
+    )
+    found = lowering.fused([product, add], None)
+    assert found is not None and found[0] == 2
+    assert lowering.fused([product], None) is None
+    assert lowering.fused([add, product], None) is None
+    with monkeypatch.context() as patch:
+        patch.setenv("MOEFLUX_FUSE", "0")
+        assert lowering.fused([product, add], None) is None
+    monkeypatch.setenv("MOEFLUX_LOWERING", "MatvecNTokens=qmm_t")
+    assert lowering.fused([product, add], None) is None
+
+
 def test_what_is_preferred_on_an_executor_exists_and_goes_first(monkeypatch):
     for op_name, names in (
         pair for each in PREFERRED.values() for pair in each.items()
@@ -70,8 +106,8 @@ def test_what_is_preferred_on_an_executor_exists_and_goes_first(monkeypatch):
         known = {way.name for way in TABLE[REGISTRY[op_name]]} | {MLX}
         assert set(names) <= known
     builds = (s.build().op for s in KERNEL_SPECS if s.op.__name__ == "MatvecNTokens")
-    ops = {(op.n_tokens > 1, op.weight.quantization is None): op for op in builds}
-    many, one = ops[True, False], ops[False, False]
+    found = {(op.n_tokens > 1, op.weight.quantization is None): op for op in builds}
+    many, one = found[True, False], found[False, False]
     assert lowering.choose(many, "cuda").name == MLX
     assert lowering.choose(many, "metal").name == "qmm_t"
     monkeypatch.setenv("MOEFLUX_LOWERING", "MatvecNTokens=qmm_t")

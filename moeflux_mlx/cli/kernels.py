@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..executors.verified import Record, records
 from ..launch import KERNELS, Kernel, Launch, prepare
-from ..lowering import TABLE
+from ..lowering import GROUPS, TABLE
 from ..metal import Scalar
 
 
@@ -33,6 +33,9 @@ def run(args: argparse.Namespace) -> int:
             {"op": op.__name__, "ways": [way.name for way in ways]}
             for op, ways in TABLE.items()
         ]
+        for group in GROUPS:
+            names = " + ".join(op.__name__ for op in group.types)
+            rows.append({"op": names, "ways": [group.name]})
     else:
         known = records()
         rows = [describe(kernel, known) for kernel in KERNELS.values()]

@@ -43,11 +43,6 @@ from .rows import form, kernel_form, parts
 from .table import Run, Values, group
 
 
-def _are(ops: Sequence[Any], *types: type[Op]) -> bool:
-    """Tell whether the Ops ahead are of these types."""
-    return len(ops) >= len(types) and all(map(isinstance, ops, types))
-
-
 def _is_product(op: Op) -> bool:
     return (
         isinstance(op, MatvecNTokens)
@@ -60,7 +55,7 @@ def _is_product(op: Op) -> bool:
 def _norm_and_products(ops: Sequence[Any]) -> int:
     """Count a norm and the products that read it, quantised in groups of one size."""
     norm = ops[0]
-    if not _are(ops, RmsNormBf16NTokens) or norm.n_tokens > 1:
+    if norm.n_tokens > 1:
         return 0
     n = 1
     for op in ops[1 : 1 + quant.MAX_PRODUCTS]:
@@ -74,7 +69,7 @@ def _norm_and_products(ops: Sequence[Any]) -> int:
     return n if n > 1 else 0
 
 
-@group("norm_matvecs", _norm_and_products)
+@group("norm_matvecs", (RmsNormBf16NTokens, MatvecNTokens), _norm_and_products)
 def norm_matvecs(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Run a norm and up to four products with its row."""
     norm, *products = ops
@@ -90,12 +85,10 @@ def norm_matvecs(ops: Sequence[Any], run: Run, values: Values) -> Values:
 
 
 def _product_and_residual(ops: Sequence[Any]) -> int:
-    if not _are(ops, MatvecNTokens, ResidualAddNTokens) or not _is_product(ops[0]):
-        return 0
-    return 2 * (ops[1].a == ops[0].output)
+    return 2 * (_is_product(ops[0]) and ops[1].a == ops[0].output)
 
 
-@group("matvec_residual", _product_and_residual)
+@group("matvec_residual", (MatvecNTokens, ResidualAddNTokens), _product_and_residual)
 def matvec_residual(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Run a product that is added to the residual stream."""
     product, add = ops
@@ -114,8 +107,6 @@ GATED_DELTA = (
 
 
 def _gated_delta(ops: Sequence[Any]) -> int:
-    if not _are(ops, *GATED_DELTA):
-        return 0
     conv, unit, gates, rule, norm = ops[:5]
     limits = linear_attention
     fits = (
@@ -136,7 +127,7 @@ def _gated_delta(ops: Sequence[Any]) -> int:
     return len(GATED_DELTA) if fits and linked else 0
 
 
-@group("gated_delta_decode", _gated_delta)
+@group("gated_delta_decode", GATED_DELTA, _gated_delta)
 def gated_delta_decode(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Run all of a gated DeltaNet between its projections."""
     conv, unit, gates, rule, norm = ops
@@ -171,8 +162,6 @@ ATTENTION_INPUTS = (
 
 
 def _attention_inputs(ops: Sequence[Any]) -> int:
-    if not _are(ops, *ATTENTION_INPUTS):
-        return 0
     split, q_norm, q_rope, k_norm, k_rope = ops[:5]
     linked = (
         q_norm.x == q_rope.x == split.q_out
@@ -186,7 +175,7 @@ def _attention_inputs(ops: Sequence[Any]) -> int:
     return len(ATTENTION_INPUTS) if linked and one_each and narrow else 0
 
 
-@group("attention_inputs", _attention_inputs)
+@group("attention_inputs", ATTENTION_INPUTS, _attention_inputs)
 def attention_inputs(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Part queries from their gate, normalise and rotate queries and keys."""
     split, q_norm, q_rope, k_norm, _ = ops
@@ -204,11 +193,10 @@ def attention_inputs(ops: Sequence[Any], run: Run, values: Values) -> Values:
 
 
 def _gated_attention(ops: Sequence[Any]) -> int:
-    linked = _are(ops, SdpaCausalTiled, SigmoidGateNTokens) and takes_spare(ops[0])
-    return 2 * (linked and ops[1].x == ops[0].attn_out)
+    return 2 * (takes_spare(ops[0]) and ops[1].x == ops[0].attn_out)
 
 
-@group("sdpa_decode_parts", _gated_attention)
+@group("sdpa_decode_parts", (SdpaCausalTiled, SigmoidGateNTokens), _gated_attention)
 def gated_attention(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Attend over parts of the cache, then join and gate them."""
     attend, gate = ops
@@ -218,11 +206,10 @@ def gated_attention(ops: Sequence[Any], run: Run, values: Values) -> Values:
 
 
 def _routing(ops: Sequence[Any]) -> int:
-    linked = _are(ops, MoeSoftmaxTopK, MoeNormalizeWeights) and routing_fits(ops[0])
-    return 2 * (linked and ops[1].weights == ops[0].weights_out)
+    return 2 * (routing_fits(ops[0]) and ops[1].weights == ops[0].weights_out)
 
 
-@group("moe_softmax_topk", _routing)
+@group("moe_softmax_topk", (MoeSoftmaxTopK, MoeNormalizeWeights), _routing)
 def route(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Choose experts and divide their weights by the sum."""
     top, _ = ops
@@ -240,8 +227,6 @@ EXPERTS = (
 
 
 def _experts(ops: Sequence[Any]) -> int:
-    if not _are(ops, *EXPERTS):
-        return 0
     experts, act, down, combine = ops[:4]
     linked = (
         _is_product(down)
@@ -252,7 +237,7 @@ def _experts(ops: Sequence[Any]) -> int:
     return len(EXPERTS) if linked else 0
 
 
-@group("experts_down_combine", _experts)
+@group("experts_down_combine", EXPERTS, _experts)
 def experts_and_shared(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Run the experts' first half, then theirs and the shared expert's second."""
     experts, act, down, combine = ops

@@ -116,12 +116,14 @@ Values = Mapping[Any, Any]
 class Group:
     """Consecutive Ops that launches perform together, for less than one by one.
 
-    ``takes(ops)`` tells how many of the Ops ahead it performs, 0 for none;
+    ``types`` are those of the Ops, of which the last may come again; ``takes(ops)``
+    tells how many of the Ops ahead it performs, 0 for none;
     ``call(ops, run, values)`` takes what their buffers and weights hold by ``BufId``
     and ``WeightRef`` and returns by ``BufId`` what it wrote of buffers read later.
     """
 
     name: str
+    types: tuple[type[Op], ...]
     takes: Callable[[Sequence[Op]], int]
     call: Callable[[Sequence[Op], Run, Values], Values]
 
@@ -130,12 +132,12 @@ GROUPS: list[Group] = []
 
 
 def group(
-    name: str, takes: Callable[[Sequence[Op]], int]
+    name: str, types: tuple[type[Op], ...], takes: Callable[[Sequence[Op]], int]
 ) -> Callable[[Callable[..., Values]], Callable[..., Values]]:
     """Add the decorated function as a group, named after its kernel."""
 
     def add(call: Callable[..., Values]) -> Callable[..., Values]:
-        GROUPS.append(Group(name, takes, call))
+        GROUPS.append(Group(name, types, takes, call))
         return call
 
     return add
@@ -150,7 +152,9 @@ def fused(ops: Sequence[Op], run: Run) -> tuple[int, Callable[[Values], Values]]
         return None
     asked = _asked()
     for each in GROUPS:
-        n = each.takes(ops)
+        ahead = zip(ops, each.types, strict=False)
+        here = len(ops) >= len(each.types) and all(isinstance(*pair) for pair in ahead)
+        n = each.takes(ops) if here else 0
         if n and not any(op.variant_name in asked for op in ops[:n]):
             return n, partial(each.call, ops[:n], run)
     return None
