@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,38 @@ def test_many_reads_by_few_threads_fill_every_buffer(file, inline_bytes):
     for n, read in enumerate(reads):
         assert read.error is None and read.done
         assert bytes(read.buffer) == content[n * 97 : n * 97 + n % 7 + 1]
+
+
+def test_closing_ends_a_thread_whose_start_was_interrupted(file, monkeypatch):
+    """Ctrl-C may come when a thread runs and nobody has noted it down."""
+    start, started = threading.Thread.start, []
+
+    def interrupted(thread):
+        start(thread)
+        started.append(thread)
+        if len(started) == 1:
+            raise KeyboardInterrupt
+
+    pool, reads = ReadPool(2, inline_bytes=0), [read_of(file, 0, 63)]
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pool.submit(Batch(reads))
+    batch = Batch(reads)
+    pool.submit(batch)
+    batch.wait()
+    monkeypatch.undo()
+    # Closing would wait for ever where a thread is left over.
+    closing = threading.Thread(target=pool.close, daemon=True)
+    for thread in (closing, *started):
+        if thread is closing:
+            thread.start()
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+    assert len(started) == 3
+    # A closed pool may be used again.
+    pool.submit(batch := Batch(reads))
+    batch.wait()
+    pool.close()
 
 
 def test_a_read_past_the_end_names_file_layer_and_expert(file, inline_bytes):

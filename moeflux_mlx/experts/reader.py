@@ -144,10 +144,13 @@ class ReadPool:
 
     def __init__(self, n_threads: int, inline_bytes: int = INLINE_BYTES):
         self.n_threads, self.inline_bytes = n_threads, inline_bytes
+        self._open()
+
+    def _open(self) -> None:
         self._queue: SimpleQueue[Batch | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         # Idle threads must not outlive a pool that nobody closed.
-        weakref.finalize(self, _end, self._queue, n_threads)
+        weakref.finalize(self, self._queue.put, None)
 
     def submit(self, batch: Batch) -> None:
         """Begin to read; the batch tells when all of it is over."""
@@ -164,17 +167,19 @@ class ReadPool:
 
     def close(self) -> None:
         """Let the threads finish what was submitted, and end them."""
-        _end(self._queue, len(self._threads))
-        while self._threads:
-            self._threads.pop().join()
-
-
-def _end(queue: SimpleQueue[Batch | None], n_threads: int) -> None:
-    for _ in range(n_threads):
+        queue, threads = self._queue, self._threads
+        self._open()
         queue.put(None)
+        for thread in threads:
+            thread.join()
 
 
 def _work(queue: SimpleQueue[Batch | None]) -> None:
+    """Do reads until None comes, and leave that to the other threads.
+
+    How many there are nobody knows for sure: Ctrl-C may come between the start of one
+    and its being noted down.
+    """
     while (batch := queue.get()) is not None:
         read, has_more = batch.take()
         if has_more:
@@ -185,3 +190,4 @@ def _work(queue: SimpleQueue[Batch | None]) -> None:
             read.run()
         finally:
             batch.finish_one()
+    queue.put(None)
