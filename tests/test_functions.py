@@ -224,9 +224,9 @@ def test_a_mask_of_the_causal_order_changes_nothing():
 def test_a_query_that_may_see_nothing_stays_finite(to):
     """Padding tokens of a batch: a NaN of theirs would spread by 0 * NaN."""
     case = attention_case(5, 5, mask=lambda *_: np.tri(5, dtype=bool)[None, None])
-    q, k, v, mask = case.inputs.values()
+    q, k, v, mask = (case.inputs[name] for name in ("q", "k", "v", "mask"))
     mask[0, 0, :2] = False
-    out = np.array(case.op.reference(to(q), to(k), to(v), to(mask)))
+    out = np.array(case.op.reference(to(q), to(k), to(v), to(mask), None))
     assert np.isfinite(out).all()
     expected = case.expected(mask=mask | np.eye(5, dtype=bool)[None, None])[0]
     assert relative_rms(out[2:], expected[2:]) < TOLERANCE

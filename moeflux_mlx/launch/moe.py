@@ -702,7 +702,7 @@ def _gate_up(
     bits: int,
     group_size: int,
 ) -> mx.array:
-    x32, rows = x.astype(mx.float32), []
+    x32, rows = x.astype(mx.float32).reshape(-1), []
     for slot in numbers(slots):
         g, u = (
             unpacked(m, slot, n_out, x.size, bits, group_size) @ x32 for m in (gate, up)
@@ -808,7 +808,7 @@ def _down_sum(
     act32, total = act.astype(mx.float32), mx.zeros(n_out)
     for j, slot in enumerate(numbers(slots)):
         w = unpacked(down, slot, n_out, act.shape[1], bits, group_size)
-        total = total + weights[j] * (w @ act32[j])
+        total = total + weights.reshape(-1)[j] * (w @ act32[j])
     return total
 
 
@@ -906,7 +906,9 @@ def _combined(
     group_size: int,
 ) -> mx.array:
     total = _down_sum(act, slots, weights, down, residual.size, bits, group_size)
-    g, u, h, opened = (x.astype(mx.float32) for x in (gate, up, residual, shared_gate))
+    g, u, h, opened = (
+        x.reshape(-1).astype(mx.float32) for x in (gate, up, residual, shared_gate)
+    )
     w = dense_matrix(*shared, group_size)
     out = h + total + mx.sigmoid(opened) * (w @ (g * mx.sigmoid(g) * u))
     return out.reshape(residual.shape).astype(act.dtype)

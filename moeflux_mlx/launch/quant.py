@@ -258,7 +258,7 @@ def _added(
     group_size: int,
 ) -> mx.array:
     dense = dense_matrix(w, scales, biases, bits, group_size)
-    product = x.astype(mx.float32) @ dense.T
+    product = (x.astype(mx.float32) @ dense.T).reshape(residual.shape)
     return (residual.astype(mx.float32) + product).astype(x.dtype)
 
 

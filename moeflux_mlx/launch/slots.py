@@ -81,4 +81,4 @@ def unpacked(
 
 def numbers(x: mx.array) -> list[int]:
     """Return an array's integers, for references that go expert by expert."""
-    return [int(n) for n in np.array(x)]
+    return [int(n) for n in np.array(x).reshape(-1)]
