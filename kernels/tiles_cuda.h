@@ -5,6 +5,18 @@
 // 64 inputs at a time lie in threadgroup memory as 16-bit values, rows 72 values apart: eight
 // rows then spread over all banks. What comes next is read while the tensor cores work.
 
+// Rows that tensor cores take; of others the helper itself is called.
+template <typename T>
+struct SixteenBits {};
+template <>
+struct SixteenBits<bfloat> {
+  using result = void;
+};
+template <>
+struct SixteenBits<half> {
+  using result = void;
+};
+
 template <typename T>
 inline uint packed_pair(float a, float b);
 template <>
@@ -77,7 +89,7 @@ inline void read_values(const T* from, uint* to) {
 }
 
 template <int BITS, int G, typename T, typename S, typename B>
-inline void multiply_tile_16_bits(
+inline typename SixteenBits<T>::result multiply_tile(
     const T* x_row_at,
     bool has_row,
     const uint* w_row_at,
@@ -184,40 +196,4 @@ inline void multiply_tile_16_bits(
     to[1] = sums[m][n][2 * low + 1];
   }
   __syncthreads();
-}
-
-template <int BITS, int G, typename S, typename B>
-inline void multiply_tile(
-    const bfloat* x_row_at,
-    bool has_row,
-    const uint* w_row_at,
-    S s_at,
-    B b_at,
-    uint n_in,
-    uint n_rows,
-    float4* x_tile,
-    float4* w_tile,
-    uint thread_index,
-    uint simdgroup) {
-  multiply_tile_16_bits<BITS, G>(
-      x_row_at, has_row, w_row_at, s_at, b_at, n_in, n_rows, x_tile, w_tile, thread_index,
-      simdgroup);
-}
-
-template <int BITS, int G, typename S, typename B>
-inline void multiply_tile(
-    const half* x_row_at,
-    bool has_row,
-    const uint* w_row_at,
-    S s_at,
-    B b_at,
-    uint n_in,
-    uint n_rows,
-    float4* x_tile,
-    float4* w_tile,
-    uint thread_index,
-    uint simdgroup) {
-  multiply_tile_16_bits<BITS, G>(
-      x_row_at, has_row, w_row_at, s_at, b_at, n_in, n_rows, x_tile, w_tile, thread_index,
-      simdgroup);
 }

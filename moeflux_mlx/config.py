@@ -2,7 +2,8 @@
 
 ============================ =======================================================
 ``MOEFLUX_EXECUTOR``         executor to use when none is asked for: ``ops``,
-                             ``metal`` or ``sim`` (default: see ``open_executor``)
+                             ``metal``, ``cuda`` or ``sim`` (default: see
+                             ``open_executor``)
 ``MOEFLUX_MEMORY``           expert memory when ``load(memory=)`` is not given
 ``MOEFLUX_READ_THREADS``     parallel reads of expert records (default 8)
 ``MOEFLUX_PROFILE_PER_OP``   ``1``: evaluate Op by Op and print a table at exit

@@ -24,6 +24,9 @@ UNPACK_MIN_ROWS = 6
 HOST_BLOCK_VALUES = 256 << 10
 # From this many multiply-adds on, a product of the host is worth several threads.
 THREADED_MIN_MACS = 64 << 20
+# Keys up to this size are copied by one launch, values with them, in less time than MLX
+# needs to update both in place, which takes it two launches each.
+COPIED_CACHE_BYTES = 4 << 20
 # Share of memory that resident matrices may take when kept unpacked in float32.
 UNPACKED_SHARE = 1 / 8
 

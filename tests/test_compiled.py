@@ -235,6 +235,15 @@ def test_a_users_own_compile_takes_a_traced_model(plain):
         assert relative_rms(step(x), lazy(x)) < 1e-5
 
 
+def test_a_users_compiled_training_step_can_be_traced(plain):
+    """Its parameters have no values then: nothing may ask for them."""
+    model, _ = models(plain)
+    model.train()
+    loss = nn.value_and_grad(model, lambda m, x: (m(x) ** 2).mean())
+    step = mx.compile(lambda x: loss(model, x)[0], inputs=[model.state])
+    assert step(tokens(3)).shape == ()
+
+
 def test_gradients_in_training_do_not_meet_a_trace(plain, traces):
     lazy, traced = models(plain)
     grads = []

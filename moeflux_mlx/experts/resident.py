@@ -15,9 +15,6 @@ class ResidentExperts:
 
     def __init__(self, weights: ExpertWeights):
         self._weights = weights
-        # Now, so that no trace repeats what makes them.
-        for stack in (weights.gate, weights.up, weights.down):
-            mx.eval([records.array for records in stack.records if records is not None])
 
     @property
     def weights(self) -> ExpertWeights:
@@ -55,11 +52,12 @@ class PreloadedExperts(ResidentExperts):
     def __init__(self, weights: ExpertWeights, counters: Counters):
         super().__init__(weights)
         self._counters = counters
+        self._settled = ResidentExperts(weights)
 
     @property
     def settled(self) -> ResidentExperts | None:
         """The same experts, uncounted."""
-        return ResidentExperts(self._weights)
+        return self._settled
 
     def asked(self, n: int) -> None:
         """Count ``n`` hits."""

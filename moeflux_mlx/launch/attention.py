@@ -18,6 +18,9 @@ from .base import Kernel, Launch, dims, expect, groups, kernel, normal, require
 MAX_HEAD_DIM = 256
 FLOAT32 = mx.float32
 FOLDS = (8, 4, 2, 1)
+# A lane holds its share of the queries and of the sums in fold * d / 16 registers; more
+# than 64 of them would spill.
+FOLDED_CHANNELS = 1024
 
 
 def _rope(x: mx.array, inv_freq: mx.array, start: mx.array, num_heads: int) -> mx.array:
@@ -675,8 +678,7 @@ def sdpa_decode_parts(
     require("q", t == 1, "one token of each sequence", t)
     expect("start", start, (n_seqs,))
     d, per, n_rows = template["D"], inputs["heads_per_kv"], inputs["n_rows"]
-    # A lane's share of queries and sums should stay in registers.
-    fold = next(f for f in FOLDS if per % f == 0 and (f == 1 or f * d <= 1024))
+    fold = next(f for f in FOLDS if per % f == 0 and f * d <= FOLDED_CHANNELS)
     size = part_rows(n_rows)
     n_parts = groups(n_rows, size)
     names = ("q", "k", "v", "n_heads", "heads_per_kv", "n_rows")

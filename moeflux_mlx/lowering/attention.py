@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 
+from .. import device
+from ..launch import Kernel
 from ..launch import attention as kernels
 from ..ops import attention as ops
 from .table import Run, way
@@ -18,14 +21,9 @@ def rope(
     return run(kernels.rope_n_tokens(x, inv_freq, start, op.num_heads))[0]
 
 
-# A cache up to this size is copied by one launch in less time than MLX needs to update
-# one in place, which takes two launches for keys and two for values.
-COPIED_CACHE_BYTES = 4 << 20
-
-
 @way(ops.KvCacheAppendNTokens, "kv_cache_append_n_tokens")
 def kv_cache_append(op: Any, run: Run, *values: mx.array) -> tuple[mx.array, ...]:
-    if values[2].nbytes > COPIED_CACHE_BYTES:
+    if values[2].nbytes > device.COPIED_CACHE_BYTES:
         return op.reference(*values)
     return run(kernels.kv_cache_append_n_tokens(*values))
 
@@ -71,35 +69,11 @@ def _one_token(op: ops.SdpaCausalTiled) -> bool:
     return _width_fits(op) and op.n_tokens == op.n_seqs
 
 
-@way(ops.SdpaCausalTiled, "sdpa_decode", _one_token)
-def sdpa_decode(
-    op: Any,
-    run: Run,
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    mask: mx.array | None,
-    _: None,
-) -> mx.array:
-    """One token: the rows of the cache are parted between simdgroups."""
-    return run(kernels.sdpa_decode(q, k, v, op.softmax_scale, mask))[0]
+def _one_launch(kernel: Kernel, fits: Callable[[Any], bool]) -> None:
+    """Add a way that is one launch over the whole cache."""
 
-
-# A lane holds its share of the queries and of the sums in fold * d / 16 registers; more
-# than 64 of them would spill.
-FOLDED_CHANNELS = 1024
-
-
-def _direct(fold: int) -> None:
-    """Add the way that folds ``fold`` query heads of one key head."""
-    kernel = kernels.FOLDED[fold]
-
-    def folds(op: ops.SdpaCausalTiled) -> bool:
-        few = fold * op.head_dim <= FOLDED_CHANNELS
-        return few and _width_fits(op) and op.heads_per_kv % fold == 0
-
-    @way(ops.SdpaCausalTiled, kernel.name, folds)
-    def sdpa(
+    @way(ops.SdpaCausalTiled, kernel.name, fits)
+    def attend(
         op: Any,
         run: Run,
         q: mx.array,
@@ -111,21 +85,20 @@ def _direct(fold: int) -> None:
         return run(kernel(q, k, v, op.softmax_scale, mask))[0]
 
 
+def _folds(fold: int) -> Callable[[Any], bool]:
+    """Tell whether ``fold`` query heads of one key head can be taken together."""
+
+    def fits(op: ops.SdpaCausalTiled) -> bool:
+        few = fold * op.head_dim <= kernels.FOLDED_CHANNELS
+        return few and _width_fits(op) and op.heads_per_kv % fold == 0
+
+    return fits
+
+
+_one_launch(kernels.sdpa_decode, _one_token)
 for fold in kernels.FOLDS:
-    _direct(fold)
-
-
-@way(ops.SdpaCausalTiled, "sdpa_causal_staged", _width_fits)
-def sdpa_staged(
-    op: Any,
-    run: Run,
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    mask: mx.array | None,
-    _: None,
-) -> mx.array:
-    return run(kernels.sdpa_causal_staged(q, k, v, op.softmax_scale, mask))[0]
+    _one_launch(kernels.FOLDED[fold], _folds(fold))
+_one_launch(kernels.sdpa_causal_staged, _width_fits)
 
 
 @way(
