@@ -252,23 +252,26 @@ inline float convolved(X x, S history, P taps, uint channel, uint n_channels) {
 // All of a gated DeltaNet between its projections, for one token of each sequence:
 // convolution and history, unit-length q and k, decay and beta, the delta rule, gated norm.
 //
-// qkv: [B,C], C = 2 Hk DK + Hv dv, per row q, k, v; history, history_out: [B,W-1,C]; taps: [C,W];
-// alpha, b: [B,Hv]; a_log, dt_bias: [Hv]; state, state_out: float32 [B,Hv,dv,DK]; z, out:
+// rows: [B, row_width], in each the projections: q, k, v [C], C = 2 Hk DK + Hv dv, from qkv_at
+// on, z [Hv dv] from z_at, beta's and alpha's [Hv] from b_at and a_at; history, history_out:
+// [B,W-1,C]; taps: [C,W]; a_log, dt_bias: [Hv]; state, state_out: float32 [B,Hv,dv,DK]; out:
 // [B, Hv dv]; norm: [dv]. dv <= 256. Launch: one threadgroup of 512 a value head, grid
 // (512, Hv, B), four rows of the state a simdgroup at a time. One launch for five Ops: what
 // they hand on is a head's own, but for q and k, which the heads of one key head compute each.
 template <typename T, typename S, typename P, typename V, typename N, int DK, int W>
 [[kernel]] void gated_delta_decode(
-    device const T* qkv,
+    device const T* rows,
     device const S* history,
     device const P* taps,
-    device const T* alpha,
-    device const T* b,
     device const V* a_log,
     device const V* dt_bias,
     device const float* state,
-    device const T* z,
     device const N* norm,
+    constant uint& row_width,
+    constant uint& qkv_at,
+    constant uint& z_at,
+    constant uint& b_at,
+    constant uint& a_at,
     constant float& eps,
     constant float& qk_eps,
     constant uint& n_key_heads,
@@ -291,7 +294,8 @@ template <typename T, typename S, typename P, typename V, typename N, int DK, in
   uint per_key = n_heads / n_key_heads;
   uint key_head = head / per_key;
   uint n_channels = 2 * n_key_heads * DK + n_heads * dv;
-  auto x = qkv + sequence * n_channels;
+  auto projected = rows + sequence * row_width;
+  auto x = projected + qkv_at;
   auto before = history + sequence * (W - 1) * n_channels;
   device S* after = history_out + sequence * (W - 1) * n_channels;
   for (uint i = thread_index; i < 2 * DK + dv; i += 512) {
@@ -327,11 +331,10 @@ template <typename T, typename S, typename P, typename V, typename N, int DK, in
     q[j] *= q_scale;
     k[j] *= k_scale;
   }
-  ulong gate_at = sequence * n_heads + head;
-  float step = softplus(float(alpha[gate_at]) + float(dt_bias[head]));
+  float step = softplus(float(projected[a_at + head]) + float(dt_bias[head]));
   float decay = exp(-exp(float(a_log[head])) * step);
-  float rate = sigmoid(float(b[gate_at]));
-  ulong first = gate_at * dv * DK;
+  float rate = sigmoid(float(projected[b_at + head]));
+  ulong first = (sequence * n_heads + head) * dv * DK;
   for (uint row = simdgroup * ROWS; row < dv; row += 16 * ROWS) {
     float s[ROWS][PER];
 #pragma unroll
@@ -371,9 +374,10 @@ template <typename T, typename S, typename P, typename V, typename N, int DK, in
   }
   float scale = rsqrt(simd_sum(squares) / float(dv) + eps);
   if (thread_index < dv) {
-    ulong at = gate_at * dv + thread_index;
+    uint at = head * dv + thread_index;
     float normed = scale * read[thread_index] * float(norm[thread_index]);
-    out[at] = T(normed * silu(float(z[at])));
+    float gate = silu(float(projected[z_at + at]));
+    out[sequence * n_heads * dv + at] = T(normed * gate);
   }
 }
 

@@ -500,13 +500,10 @@ template <typename T>
 // One token through the gate and up projections of its K experts:
 // act[k] = silu(Wg x) * (Wu x), the matrices lying in slots of a pool.
 //
-// x: [I]; slots: [K]; *_w: [n_slots, w_row] words, *_scales and *_biases: [n_slots,
-// s_row], [n_slots, b_row], a matrix [N,I] in each row from its base on; act: [K,N]. I is
-// a multiple of G, G of 32. Launch: threadgroups of 64 on (N / 4, K), two rows of both
-// matrices a simdgroup. A lane reads WORDS words (16 bytes where I and the bases permit)
-// of four rows before it computes, which keeps enough loads under way for the memory's
-// bandwidth, and reads x once for the four. WORDS words are at most 32 values, so they
-// share one scale.
+// x: a row with the token's [I] from x_at on; slots: [K]; *_w: [n_slots, w_row] words, *_scales
+// and *_biases: [n_slots, s_row], [n_slots, b_row], a matrix [N,I] in each row from its base
+// on; act: [K,N]. I is a multiple of G, G of 32. Launch: threadgroups of 256 on (N / 16, K), of
+// which the first half takes 16 rows of gate and the second the same rows of up.
 template <typename T, typename S, int BITS, int G, int WORDS>
 [[kernel]] void experts_gate_up_swiglu(
     device const T* x,
@@ -517,6 +514,7 @@ template <typename T, typename S, int BITS, int G, int WORDS>
     device const uint* up_w,
     device const S* up_scales,
     device const S* up_biases,
+    constant uint& x_at,
     constant uint& gate_w_base,
     constant uint& gate_s_base,
     constant uint& gate_b_base,
@@ -530,54 +528,24 @@ template <typename T, typename S, int BITS, int G, int WORDS>
     constant uint& n_out,
     device T* act,
     uint2 group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  constexpr int ROWS = 2;
-  constexpr int VALUES = WORDS * (32 / BITS);
-  uint row = (group.x * 2 + simdgroup) * ROWS;
-  if (row >= n_out) {
-    return;
-  }
+  constexpr int ROWS = 16;
+  threadgroup float sums[2 * ROWS];
+  uint row = group.x * ROWS;
   ulong slot = slots[group.y];
-  auto gate_at = gate_w + slot * w_row + gate_w_base;
-  auto gate_s = gate_scales + slot * s_row + gate_s_base;
-  auto gate_b = gate_biases + slot * b_row + gate_b_base;
-  auto up_at = up_w + slot * w_row + up_w_base;
-  auto up_s = up_scales + slot * s_row + up_s_base;
-  auto up_b = up_biases + slot * b_row + up_b_base;
-  uint row_words = n_in / (32 / BITS);
-  uint row_groups = n_in / G;
-  uint n_chunks = n_in / VALUES;
-  // A row past the end is read as the last one and not written.
-  uint rows[ROWS] = {row, min(row + 1, n_out - 1)};
-  float gate[ROWS] = {0.0f, 0.0f};
-  float up[ROWS] = {0.0f, 0.0f};
-  for (uint chunk = lane; chunk < n_chunks; chunk += SIMD) {
-    uint gate_words[ROWS][WORDS];
-    uint up_words[ROWS][WORDS];
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      uint at = rows[r] * row_words + chunk * WORDS;
-      load_words<WORDS>(gate_at + at, gate_words[r]);
-      load_words<WORDS>(up_at + at, up_words[r]);
-    }
-    float partners[VALUES];
-    float sum = load_partners<BITS, WORDS>(x + chunk * VALUES, 1.0f, partners);
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      uint at = rows[r] * row_groups + chunk * VALUES / G;
-      float dot = dot_words<BITS, WORDS>(gate_words[r], partners);
-      gate[r] += float(gate_s[at]) * dot + float(gate_b[at]) * sum;
-      dot = dot_words<BITS, WORDS>(up_words[r], partners);
-      up[r] += float(up_s[at]) * dot + float(up_b[at]) * sum;
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    float opened = silu(simd_sum(gate[r])) * simd_sum(up[r]);
-    if (lane == 0 && row + r < n_out) {
-      act[group.y * n_out + row + r] = T(opened);
-    }
+  bool is_up = simdgroup >= 4;
+  auto w = is_up ? up_w + slot * w_row + up_w_base : gate_w + slot * w_row + gate_w_base;
+  auto scales = is_up ? up_scales + slot * s_row + up_s_base
+                      : gate_scales + slot * s_row + gate_s_base;
+  auto biases = is_up ? up_biases + slot * b_row + up_b_base
+                      : gate_biases + slot * b_row + gate_b_base;
+  block_rows<BITS, G, WORDS, ROWS, 2, false>(
+      x + x_at, x, 0.0f, w, scales, biases, row, n_in, n_out, sums, simdgroup, lane);
+  if (thread_index < ROWS && row + thread_index < n_out) {
+    float opened = silu(sums[thread_index]) * sums[ROWS + thread_index];
+    act[group.y * n_out + row + thread_index] = T(opened);
   }
 }
 
@@ -665,84 +633,77 @@ template <typename T, typename S, int BITS, int G, int WORDS>
   }
 }
 
-// `experts_down_sum`, the shared expert's down projection and the residual stream together:
-// out = residual + sum over k of weights[k] * (Wd_k act[k])
-//       + sigmoid(shared_gate) * Ws (silu(gate) * up).
-//
-// Arguments as there; gate, up: [F]; shared_*: a matrix [D,F] in SHARED_BITS bits and groups of
-// G; shared_gate: [1]; residual, out: [D]. Launch: threadgroups of 128 for ROWS rows of D. The
-// four simdgroups part the long row of K * N between them, and F likewise, so that all its
-// loads are under way at once; their sums are added in one order.
+// Rows of the K experts' down projections and of the shared expert's, from `row` on, left in
+// sums[0] to sums[15]: sum over k of weights[k] * (Wd_k act[k]) + opened * Ws (silu(gate) * up).
+// By 8 simdgroups, of which two part the long row of K * N inputs between them for every four
+// rows, and F likewise, so that all loads are under way at once. `w`, `scales` and `biases` point
+// at the matrix of slot 0. Contains barriers: all threads must come.
 template <
-    typename T, typename S, typename H, int BITS, int SHARED_BITS, int G, int WORDS, int ROWS>
-[[kernel]] void experts_down_combine(
-    device const T* act,
-    device const uint* slots,
-    device const float* weights,
-    device const uint* w,
-    device const S* scales,
-    device const S* biases,
-    device const T* gate,
-    device const T* up,
-    device const uint* shared_w,
-    device const H* shared_scales,
-    device const H* shared_biases,
-    device const T* shared_gate,
-    device const T* residual,
-    constant uint& w_base,
-    constant uint& s_base,
-    constant uint& b_base,
-    constant uint& w_row,
-    constant uint& s_row,
-    constant uint& b_row,
-    constant uint& k,
-    constant uint& n_in,
-    constant uint& n_shared,
-    constant uint& n_out,
-    device T* out,
-    uint group [[threadgroup_position_in_grid]],
-    uint thread_index [[thread_index_in_threadgroup]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
+    int BITS, int SHARED_BITS, int G, int WORDS, typename X, typename I, typename E, typename W,
+    typename S, typename B, typename U, typename V, typename Y>
+inline void combined_rows(
+    X act,
+    I slots,
+    E weights,
+    W w,
+    S scales,
+    B biases,
+    uint w_row,
+    uint s_row,
+    uint b_row,
+    X gate,
+    X up,
+    U shared_w,
+    V shared_scales,
+    Y shared_biases,
+    float opened,
+    uint row,
+    uint k,
+    uint n_in,
+    uint n_shared,
+    uint n_out,
+    threadgroup float* sums,
+    uint thread_index,
+    uint simdgroup,
+    uint lane) {
   constexpr int VALUES = WORDS * (32 / BITS);
-  threadgroup float quarters[4 * ROWS];
-  uint row = group * ROWS;
+  constexpr int ROWS = 4;
   uint row_words = n_in / (32 / BITS);
   uint row_groups = n_in / G;
   uint n_chunks = n_in / VALUES;
   // A row past the end is read as the last one and not written.
   uint rows[ROWS];
-  float sums[ROWS];
+  float own[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    rows[r] = min(row + r, n_out - 1);
-    sums[r] = 0.0f;
+    rows[r] = min(row + simdgroup % 4 * ROWS + r, n_out - 1);
+    own[r] = 0.0f;
   }
-  for (uint at = thread_index; at < k * n_chunks; at += 128) {
+  uint first = simdgroup / 4 * SIMD + lane;
+  for (uint at = first; at < k * n_chunks; at += 2 * SIMD) {
     uint expert = at / n_chunks;
     uint chunk = at % n_chunks;
     ulong slot = slots[expert];
-    auto w_at = w + slot * w_row + w_base + chunk * WORDS;
+    auto w_at = w + slot * w_row + chunk * WORDS;
     uint words[ROWS][WORDS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       load_words<WORDS>(w_at + rows[r] * row_words, words[r]);
     }
     uint in_group = chunk * VALUES / G;
-    auto s_at = scales + slot * s_row + s_base + in_group;
-    auto b_at = biases + slot * b_row + b_base + in_group;
-    auto x = act + expert * n_in + chunk * VALUES;
+    auto s_at = scales + slot * s_row + in_group;
+    auto b_at = biases + slot * b_row + in_group;
     float partners[VALUES];
-    float sum = load_partners<BITS, WORDS>(x, weights[expert], partners);
+    float sum =
+        load_partners<BITS, WORDS>(act + expert * n_in + chunk * VALUES, weights[expert], partners);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       float dot = dot_words<BITS, WORDS>(words[r], partners);
       float scale = float(s_at[rows[r] * row_groups]);
-      sums[r] += scale * dot + float(b_at[rows[r] * row_groups]) * sum;
+      own[r] += scale * dot + float(b_at[rows[r] * row_groups]) * sum;
     }
   }
-  float opened = sigmoid(float(shared_gate[0]));
-  for (uint word = thread_index; word < n_shared / (32 / SHARED_BITS); word += 128) {
+  for (uint word = first; word < n_shared / (32 / SHARED_BITS); word += 2 * SIMD) {
     constexpr int SHARED_VALUES = 32 / SHARED_BITS;
     uint start = word * SHARED_VALUES;
     float partners[SHARED_VALUES];
@@ -762,23 +723,68 @@ template <
       ulong at = ulong(rows[r]) * n_shared + start;
       uint packed = shared_w[at / SHARED_VALUES];
       float dot = dot_words<SHARED_BITS, 1>(&packed, partners);
-      sums[r] += float(shared_scales[at / G]) * dot + float(shared_biases[at / G]) * sum;
+      own[r] += float(shared_scales[at / G]) * dot + float(shared_biases[at / G]) * sum;
     }
   }
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    float total = simd_sum(sums[r]);
+    float total = simd_sum(own[r]);
     if (lane == 0) {
-      quarters[simdgroup * ROWS + r] = total;
+      sums[simdgroup * ROWS + r] = total;
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (thread_index < ROWS && row + thread_index < n_out) {
-    float total = float(residual[row + thread_index]);
-#pragma unroll
-    for (int part = 0; part < 4; ++part) {
-      total += quarters[part * ROWS + thread_index];
-    }
-    out[row + thread_index] = T(total);
+  if (thread_index < 16) {
+    sums[thread_index] += sums[16 + thread_index];
+  }
+}
+
+// `experts_down_sum`, the shared expert's down projection and the residual stream together:
+// out = residual + sum over k of weights[k] * (Wd_k act[k])
+//       + sigmoid(shared_gate) * Ws (silu(gate) * up).
+//
+// Arguments as there; shared: a row with gate [F] from gate_at on, up [F] from up_at and
+// shared_gate [1] at opens_at; shared_*: a matrix [D,F] in SHARED_BITS bits and groups of G;
+// residual, out: [D]. Launch: threadgroups of 256 for 16 rows of D.
+template <typename T, typename S, typename H, int BITS, int SHARED_BITS, int G, int WORDS>
+[[kernel]] void experts_down_combine(
+    device const T* act,
+    device const uint* slots,
+    device const float* weights,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    device const T* shared,
+    device const uint* shared_w,
+    device const H* shared_scales,
+    device const H* shared_biases,
+    device const T* residual,
+    constant uint& gate_at,
+    constant uint& up_at,
+    constant uint& opens_at,
+    constant uint& w_base,
+    constant uint& s_base,
+    constant uint& b_base,
+    constant uint& w_row,
+    constant uint& s_row,
+    constant uint& b_row,
+    constant uint& k,
+    constant uint& n_in,
+    constant uint& n_shared,
+    constant uint& n_out,
+    device T* out,
+    uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float sums[32];
+  uint row = group * 16;
+  combined_rows<BITS, SHARED_BITS, G, WORDS>(
+      act, slots, weights, w + w_base, scales + s_base, biases + b_base, w_row, s_row, b_row,
+      shared + gate_at, shared + up_at, shared_w, shared_scales, shared_biases,
+      sigmoid(float(shared[opens_at])), row, k, n_in, n_shared, n_out, sums, thread_index,
+      simdgroup, lane);
+  if (thread_index < 16 && row + thread_index < n_out) {
+    out[row + thread_index] = T(float(residual[row + thread_index]) + sums[thread_index]);
   }
 }

@@ -195,6 +195,113 @@ inline float dot_words(thread const uint* words, thread const float* partners) {
   return sum;
 }
 
+// ROWS rows of a matrix times x, by one simdgroup; every lane has its share of the sums.
+// A lane reads WORDS words of all rows before it computes, which keeps enough loads under way
+// for the memory's bandwidth, and reads x once for all rows. WORDS words are at most 32
+// values, so they share one scale. If NORM, x counts times `norm`.
+template <
+    int BITS, int G, int WORDS, int ROWS, bool NORM,
+    typename X, typename N, typename W, typename S, typename B>
+inline void dot_rows(
+    X x,
+    N norm,
+    W w,
+    S scales,
+    B biases,
+    uint row,
+    uint n_in,
+    uint n_out,
+    uint lane,
+    thread float* sums) {
+  constexpr int VALUES = WORDS * (32 / BITS);
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    sums[r] = 0.0f;
+  }
+  for (uint start = VALUES * lane; start < n_in; start += VALUES * SIMD) {
+    uint words[ROWS][WORDS];
+    float scale[ROWS];
+    float bias[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      // A row past the end is read as the last one; its sum is not written.
+      ulong at = ulong(min(row + r, n_out - 1)) * n_in + start;
+      load_words<WORDS>(w + at / (32 / BITS), words[r]);
+      scale[r] = float(scales[at / G]);
+      bias[r] = float(biases[at / G]);
+    }
+    float partners[VALUES];
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < VALUES; i += 4) {
+      float4 values = read4(x + start + i);
+      if (NORM) {
+        values *= read4(norm + start + i);
+      }
+      sum += set_partners<BITS>(partners, i, values);
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      sums[r] += scale[r] * dot_words<BITS, WORDS>(words[r], partners) + bias[r] * sum;
+    }
+  }
+}
+
+// The scale of a row's RMS norm, found by every simdgroup itself.
+template <typename P>
+inline float rms_scale(P x, uint n, float eps, uint lane) {
+  float squares = 0.0f;
+  for (uint i = 4 * lane; i < n; i += 4 * SIMD) {
+    float4 values = read4(x + i);
+    squares += dot(values, values);
+  }
+  return rsqrt(simd_sum(squares) / float(n) + eps);
+}
+
+// Rows of a matrix from `row` on times x, ROWS (a multiple of 16) by four simdgroups: they
+// are left in sums[0] to sums[ROWS - 1]. If NORM, x counts as its RMS norm with the weight
+// `norm`. In a threadgroup of 4 PARTS simdgroups, simdgroups 4 p to 4 p + 3 come with a matrix
+// of their own, of as many inputs, and leave its sums from sums[ROWS * p] on. Contains
+// barriers: all threads must come.
+template <
+    int BITS, int G, int WORDS, int ROWS, int PARTS, bool NORM,
+    typename X, typename N, typename W, typename S, typename B>
+inline void block_rows(
+    X x,
+    N norm,
+    float eps,
+    W w,
+    S scales,
+    B biases,
+    uint row,
+    uint n_in,
+    uint n_out,
+    threadgroup float* sums,
+    uint simdgroup,
+    uint lane) {
+  // Words that hold more than 32 values would not share one scale.
+  constexpr int AT_ONCE = BITS < WORDS ? BITS : WORDS;
+  float scale = 1.0f;
+  if (NORM) {
+    scale = rms_scale(x, n_in, eps, lane);
+  }
+  uint at = simdgroup / 4 * ROWS + simdgroup % 4 * 4;
+  for (uint own = simdgroup % 4 * 4; own < ROWS; own += 16) {
+    float totals[4];
+    dot_rows<BITS, G, AT_ONCE, 4, NORM>(
+        x, norm, w, scales, biases, row + own, n_in, n_out, lane, totals);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      float total = scale * simd_sum(totals[r]);
+      if (lane == 0) {
+        sums[at + r] = total;
+      }
+    }
+    at += 16;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
 // Tiles of products with a quantised matrix: rows of x by columns of the result (rows of the
 // matrix), STEP inputs at a time. Rows of tiles lie 36 or 68 values apart, which spreads 8 of
 // them over all banks of threadgroup memory.

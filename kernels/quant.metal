@@ -241,63 +241,10 @@ template <typename T, typename S, int G>
       lane);
 }
 
-// ROWS rows of a matrix times x, by one simdgroup; every lane has its share of the sums.
-// A lane reads WORDS words of all rows before it computes, which keeps enough loads under way
-// for the memory's bandwidth, and reads x once for all rows. WORDS words are at most 32
-// values, so they share one scale. If NORM, x counts times `norm`.
-template <
-    int BITS, int G, int WORDS, int ROWS, bool NORM,
-    typename X, typename N, typename W, typename S, typename B>
-inline void dot_rows(
-    X x,
-    N norm,
-    W w,
-    S scales,
-    B biases,
-    uint row,
-    uint n_in,
-    uint n_out,
-    uint lane,
-    thread float* sums) {
-  constexpr int VALUES = WORDS * (32 / BITS);
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    sums[r] = 0.0f;
-  }
-  for (uint start = VALUES * lane; start < n_in; start += VALUES * SIMD) {
-    uint words[ROWS][WORDS];
-    float scale[ROWS];
-    float bias[ROWS];
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      // A row past the end is read as the last one; its sum is not written.
-      ulong at = ulong(min(row + r, n_out - 1)) * n_in + start;
-      load_words<WORDS>(w + at / (32 / BITS), words[r]);
-      scale[r] = float(scales[at / G]);
-      bias[r] = float(biases[at / G]);
-    }
-    float partners[VALUES];
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < VALUES; i += 4) {
-      float4 values = read4(x + start + i);
-      if (NORM) {
-        values *= read4(norm + start + i);
-      }
-      sum += set_partners<BITS>(partners, i, values);
-    }
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      sums[r] += scale[r] * dot_words<BITS, WORDS>(words[r], partners) + bias[r] * sum;
-    }
-  }
-}
-
-// ROWS rows by one simdgroup, with 128-bit loads where rows are long enough: no threadgroup
-// memory, no barrier.
+// ROWS rows by one threadgroup, with 128-bit loads where rows are long enough.
 //
-// Arguments as of `dequant_matvec_4bit`. Launch: 64 threads for 2 ROWS rows, few of them for
-// a matrix of few rows, so that it still fills the GPU.
+// Arguments as of `dequant_matvec_4bit`. Launch: 128 threads for ROWS rows, more of them for a
+// matrix of many rows, so that x is read less often.
 template <typename T, typename S, int G, int WORDS, int ROWS>
 [[kernel]] void dequant_matvec_4bit_v4(
     device const T* x,
@@ -308,20 +255,15 @@ template <typename T, typename S, int G, int WORDS, int ROWS>
     constant uint& n_out,
     device T* out,
     uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  uint row = (2 * group + simdgroup) * ROWS;
-  if (row >= n_out) {
-    return;
-  }
-  float sums[ROWS];
-  dot_rows<4, G, WORDS, ROWS, false>(x, x, w, scales, biases, row, n_in, n_out, lane, sums);
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    float sum = simd_sum(sums[r]);
-    if (lane == 0 && row + r < n_out) {
-      out[row + r] = T(sum);
-    }
+  threadgroup float sums[ROWS];
+  uint row = group * ROWS;
+  block_rows<4, G, WORDS, ROWS, 1, false>(
+      x, x, 0.0f, w, scales, biases, row, n_in, n_out, sums, simdgroup, lane);
+  if (thread_index < ROWS && row + thread_index < n_out) {
+    out[row + thread_index] = T(sums[thread_index]);
   }
 }
 
@@ -340,66 +282,26 @@ template <typename T, typename S, int BITS, int G, int WORDS, int ROWS>
     constant uint& n_out,
     device T* out,
     uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  uint row = (2 * group + simdgroup) * ROWS;
-  if (row >= n_out) {
-    return;
-  }
-  float sums[ROWS];
-  dot_rows<BITS, G, WORDS, ROWS, false>(x, x, w, scales, biases, row, n_in, n_out, lane, sums);
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    float sum = simd_sum(sums[r]);
-    if (lane == 0 && row + r < n_out) {
-      out[row + r] = T(float(residual[row + r]) + sum);
-    }
+  threadgroup float sums[ROWS];
+  uint row = group * ROWS;
+  block_rows<BITS, G, WORDS, ROWS, 1, false>(
+      x, x, 0.0f, w, scales, biases, row, n_in, n_out, sums, simdgroup, lane);
+  if (thread_index < ROWS && row + thread_index < n_out) {
+    out[row + thread_index] = T(float(residual[row + thread_index]) + sums[thread_index]);
   }
 }
 
-// ROWS rows of a matrix times a row that its norm scales by `scale` and weighs by `norm`.
-template <
-    typename T, int BITS, int G, int WORDS, int ROWS,
-    typename X, typename N, typename W, typename S, typename B>
-inline void norm_rows(
-    X x,
-    N norm,
-    W w,
-    S scales,
-    B biases,
-    device T* out,
-    float scale,
-    uint row,
-    uint n_in,
-    uint n_out,
-    uint lane) {
-  // Words that hold more than 32 values would not share one scale.
-  constexpr int AT_ONCE = BITS < WORDS ? BITS : WORDS;
-  if (row >= n_out) {
-    return;
-  }
-  float sums[ROWS];
-  dot_rows<BITS, G, AT_ONCE, ROWS, true>(
-      x, norm, w, scales, biases, row, n_in, n_out, lane, sums);
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    float sum = simd_sum(sums[r]);
-    if (lane == 0 && row + r < n_out) {
-      out[row + r] = T(scale * sum);
-    }
-  }
-}
-
-// RMS norm of a row, and the products of up to four matrices with it.
+// RMS norm of a row, and the products of one or two matrices with it, in one row.
 //
 // x: [I]; norm: its weight, [I]; w<i>, scales<i>, biases<i>: matrix i, [n<i>, I] in BITS<i>
-// bits; n<i> is 0 for a matrix that is not there, whose y<i> is one 0; normed: [I]; y<i>:
-// [n<i>]. Launch: threadgroups of 64 for 2 ROWS rows of one matrix, one matrix after the other,
-// and a last one for `normed`. Every simdgroup finds the norm's scale itself: it needs all of x
-// anyway, which is less than its rows of a matrix, and no other launch has to go before.
-template <
-    typename T, typename N, typename S, int G, int BITS0, int BITS1, int BITS2, int BITS3,
-    int WORDS, int ROWS>
+// bits; n1 is 0 for one matrix; out: [at_normed + I], the first product from 0 on, the second
+// from at1, the norm from at_normed. Launch: threadgroups of 128 for ROWS rows of one matrix,
+// then the other, and a last one for the norm. Every threadgroup finds the norm's scale
+// itself: it needs all of x anyway, and no other launch has to go before.
+template <typename T, typename N, typename S, int G, int BITS0, int BITS1, int WORDS, int ROWS>
 [[kernel]] void norm_matvecs(
     device const T* x,
     device const N* norm,
@@ -409,65 +311,45 @@ template <
     device const uint* w1,
     device const S* scales1,
     device const S* biases1,
-    device const uint* w2,
-    device const S* scales2,
-    device const S* biases2,
-    device const uint* w3,
-    device const S* scales3,
-    device const S* biases3,
     constant float& eps,
     constant uint& n_in,
     constant uint& n0,
     constant uint& n1,
-    constant uint& n2,
-    constant uint& n3,
-    device T* normed,
-    device T* y0,
-    device T* y1,
-    device T* y2,
-    device T* y3,
+    constant uint& at1,
+    constant uint& at_normed,
+    device T* out,
     uint group [[threadgroup_position_in_grid]],
     uint thread_index [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  constexpr uint BLOCK = 2 * ROWS;
-  float squares = 0.0f;
-  for (uint i = 4 * lane; i < n_in; i += 4 * SIMD) {
-    float4 values = read4(x + i);
-    squares += dot(values, values);
-  }
-  float scale = rsqrt(simd_sum(squares) / float(n_in) + eps);
-  uint row = group * BLOCK + simdgroup * ROWS;
-  uint rows0 = (n0 + BLOCK - 1) / BLOCK * BLOCK;
-  uint rows1 = rows0 + (n1 + BLOCK - 1) / BLOCK * BLOCK;
-  uint rows2 = rows1 + (n2 + BLOCK - 1) / BLOCK * BLOCK;
-  uint rows3 = rows2 + (n3 + BLOCK - 1) / BLOCK * BLOCK;
-  if (row < rows0) {
-    norm_rows<T, BITS0, G, WORDS, ROWS>(
-        x, norm, w0, scales0, biases0, y0, scale, row, n_in, n0, lane);
-  } else if (row < rows1) {
-    norm_rows<T, BITS1, G, WORDS, ROWS>(
-        x, norm, w1, scales1, biases1, y1, scale, row - rows0, n_in, n1, lane);
-  } else if (row < rows2) {
-    norm_rows<T, BITS2, G, WORDS, ROWS>(
-        x, norm, w2, scales2, biases2, y2, scale, row - rows1, n_in, n2, lane);
-  } else if (row < rows3) {
-    norm_rows<T, BITS3, G, WORDS, ROWS>(
-        x, norm, w3, scales3, biases3, y3, scale, row - rows2, n_in, n3, lane);
-  } else {
-    for (uint i = 4 * thread_index; i < n_in; i += 4 * 64) {
-      write4(normed + i, scale * read4(x + i) * read4(norm + i));
+  threadgroup float sums[ROWS];
+  uint first1 = (n0 + ROWS - 1) / ROWS;
+  uint last = first1 + (n1 + ROWS - 1) / ROWS;
+  if (group < first1) {
+    uint row = group * ROWS;
+    block_rows<BITS0, G, WORDS, ROWS, 1, true>(
+        x, norm, eps, w0, scales0, biases0, row, n_in, n0, sums, simdgroup, lane);
+    if (thread_index < ROWS && row + thread_index < n0) {
+      out[row + thread_index] = T(sums[thread_index]);
     }
-    if (thread_index == 0) {
-      if (n1 == 0) {
-        y1[0] = T(0.0f);
-      }
-      if (n2 == 0) {
-        y2[0] = T(0.0f);
-      }
-      if (n3 == 0) {
-        y3[0] = T(0.0f);
-      }
+  } else if (group < last) {
+    uint row = (group - first1) * ROWS;
+    block_rows<BITS1, G, WORDS, ROWS, 1, true>(
+        x, norm, eps, w1, scales1, biases1, row, n_in, n1, sums, simdgroup, lane);
+    if (thread_index < ROWS && row + thread_index < n1) {
+      out[at1 + row + thread_index] = T(sums[thread_index]);
+    }
+  } else {
+    float scale = rms_scale(x, n_in, eps, lane);
+    for (uint i = 4 * thread_index; i < n_in; i += 4 * 128) {
+      write4(out + at_normed + i, scale * read4(x + i) * read4(norm + i));
+    }
+    // What lies between the parts of the row.
+    if (thread_index < at1 - n0) {
+      out[n0 + thread_index] = T(0.0f);
+    }
+    if (thread_index < at_normed - at1 - n1) {
+      out[at1 + n1 + thread_index] = T(0.0f);
     }
   }
 }

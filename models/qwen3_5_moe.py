@@ -29,15 +29,14 @@ from moeflux_mlx.model import (
     GraphRunner,
     LayerGraph,
     LayerSample,
-    LayerWeights,
     RunOptions,
     Runtime,
     refuse_gradient,
-    unpacked_bytes,
 )
 from moeflux_mlx.ops.functions import Array, to_device, to_host
+from moeflux_mlx.parameters import LayerWeights, unpacked_bytes
 from moeflux_mlx.trace import StepTracer
-from moeflux_mlx.weights import ExpertSource, ExpertWeights
+from moeflux_mlx.weights import ExpertSource, ExpertWeights, has_values
 
 ModelArgs = stock.ModelArgs
 TextModelArgs = qwen3_5.TextModelArgs
@@ -244,7 +243,7 @@ class Forward:
         """Tell whether NumPy can do this call: not when training, not when traced."""
         takes = self.runtime.executor.takes_host_arrays
         wanted = takes and device.prefers_host_arrays() and not self.text.training
-        return wanted and _has_values(inputs)
+        return wanted and has_values(inputs)
 
     def _embed(
         self, inputs: mx.array, embeddings: mx.array | None, host: bool
@@ -268,7 +267,7 @@ class Forward:
                 f"{inputs.shape}"
             )
         waits_anyway = device.on_cpu() or self.runtime.streams or inputs.size > 1
-        if self.text.training or not waits_anyway or not _has_values(inputs):
+        if self.text.training or not waits_anyway or not has_values(inputs):
             return
         ids = np.array(inputs)
         low, high = int(ids.min()), int(ids.max())
@@ -288,15 +287,6 @@ class Forward:
         recurs = len(x) == 1 and not self.text.training and not self._in_trace
         done = self._runner.run(graph, weights, {"x": x}, recurs=recurs)
         return done.value(graph.outputs["out"])
-
-
-def _has_values(x: mx.array) -> bool:
-    """Evaluate ``x`` if it can be: ``mx.compile`` and ``mx.vmap`` trace without."""
-    try:
-        mx.eval(x)
-    except ValueError:
-        return False
-    return True
 
 
 def _build_embed(forward: Forward, g: GraphBuilder, x: Array) -> LayerGraph:
@@ -344,7 +334,8 @@ class GraphLayer:
         unpack: bool,
     ):
         self.module, self.index, self.args, self.runtime = module, index, args, runtime
-        self.weights = LayerWeights(module, skip=ROUTED, unpack=unpack)
+        joined = blocks.SAME_INPUT if runtime.executor.joins_matrices else ()
+        self.weights = LayerWeights(module, skip=ROUTED, unpack=unpack, joined=joined)
         self.routed = LayerWeights(module.mlp[ROUTED]) if ROUTED in module.mlp else None
         self.held = [w for w in (self.weights, self.routed) if w is not None]
         self._runner = GraphRunner(runtime.executor)

@@ -39,6 +39,15 @@ class Call:
         return self.n_seqs * self.t
 
 
+# Matrices that multiply the same row one after the other, by path.
+SAME_INPUT = (
+    tuple(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")),
+    tuple(f"self_attn.{part}_proj" for part in "qkv"),
+    ("mlp.gate", "mlp.shared_expert_gate"),
+    ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+)
+
+
 def inverse_frequencies(rope: nn.Module) -> mx.array:
     """Return the rotation per position of each channel pair, ``[rotary_dim / 2]``."""
     if hasattr(rope, "_freqs") and getattr(rope, "mscale", 1.0) == 1.0:

@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
-from operator import is_
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from . import config, device
+from . import config
 from .errors import ModelError
 from .executors import Encoding, Executor, open_executor
 from .executors.base import arrays
@@ -32,124 +29,10 @@ from .graph.roles import (
     ResidualBuf,
 )
 from .ops import MatvecNTokens, ResidualAddNTokens, RmsNormBf16NTokens
-from .ops.functions import dequantize, to_host
-from .weights import ExpertSource, Quantization, Weight
+from .weights import ExpertSource, Weight
 
 B = TypeVar("B", bound=Buf)
 T = TypeVar("T")
-
-
-_SIGNATURES: dict[tuple[WeightRef, ...], int] = {}
-
-
-class LayerWeights:
-    """The weights below one module by path, as references and as arrays.
-
-    Parameters replaced later (``model.update``, a dtype change) are noticed at the
-    next use; values changed in place (``weight[0] = 1``) are not. ``unpack`` keeps
-    quantised matrices dense in float32 on the host.
-    """
-
-    def __init__(self, module: nn.Module, *, skip: str = "", unpack: bool = False):
-        self._module, self._skip, self._unpack = module, skip, unpack
-        self._modules: list[nn.Module] = []
-        self._seen: list[Any] = []
-        self._stored: dict[str, Weight] = {}
-        self._bound: dict[bool, dict[str, Weight]] = {}
-        self.refs: dict[str, WeightRef] = {}
-        # Parameters put in place of others: a gradient may be asked for them.
-        self.replaced: list[mx.array] = []
-        # Equal for modules whose graphs are the same.
-        self.signature = -1
-
-    def bind(self, dtype: mx.Dtype, *, host: bool = False) -> Mapping[str, Weight]:
-        """Return weights by path, ready for activations of type ``dtype``.
-
-        Args:
-            host: as NumPy arrays, for references that run on the host.
-        """
-        self.refresh()
-        if host not in self._bound:
-            prepare = self._for_host if host else self._for_device
-            self._bound[host] = {
-                name: prepare(weight, dtype) for name, weight in self._stored.items()
-            }
-        return self._bound[host]
-
-    def refresh(self) -> None:
-        """Look at the module anew if any of its parameters was replaced."""
-        values, seen = self._values(), self._seen
-        if seen and len(values) == len(seen) and all(map(is_, values, seen)):
-            return
-        before = set(map(id, seen))
-        self._collect()
-        if before:
-            self.replaced = [
-                value
-                for value in self._seen
-                if isinstance(value, mx.array) and id(value) not in before
-            ]
-
-    def _collect(self) -> None:
-        self._modules, self._stored, self._bound = [], {}, {}
-        for path, module in self._module.named_modules():
-            if self._skip and self._skip in path.split("."):
-                continue
-            self._modules.append(module)
-            self._collect_module(path, module)
-        self._seen = self._values()
-        self.refs = {name: WeightRef.of(name, w) for name, w in self._stored.items()}
-        refs = tuple(self.refs.values())
-        self.signature = _SIGNATURES.setdefault(refs, len(_SIGNATURES))
-
-    def _values(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self._modules)))
-
-    def _collect_module(self, path: str, module: nn.Module) -> None:
-        arrays = {k: v for k, v in module.items() if isinstance(v, mx.array)}
-        quantization = None
-        if "scales" in arrays:
-            mode = getattr(module, "mode", "affine")
-            quantization = Quantization(module.bits, module.group_size, mode)
-        for key, array in arrays.items():
-            if key in ("scales", "biases"):
-                continue
-            name = path if key == "weight" else f"{path}.{key}".lstrip(".")
-            if key == "weight" and quantization:
-                weight = Weight(
-                    array, arrays["scales"], arrays.get("biases"), quantization
-                )
-            else:
-                weight = Weight(array)
-            self._stored[name] = weight
-
-    def _for_host(self, weight: Weight, dtype: mx.Dtype) -> Weight:
-        if weight.quantization is None:
-            return Weight(to_host(weight.w.astype(dtype)))
-        if not self._unpack:
-            return self._for_device(weight, dtype)
-        return Weight(dequantize(weight.on_host))
-
-    def _for_device(self, weight: Weight, dtype: mx.Dtype) -> Weight:
-        if not device.on_cpu():
-            return weight
-        if weight.quantization is None:
-            return Weight(weight.w.astype(dtype))
-        if weight.quantization.mode != "affine" or weight.scales is None:
-            return weight
-        biases = None if weight.biases is None else weight.biases.astype(dtype)
-        return Weight(
-            weight.w, weight.scales.astype(dtype), biases, weight.quantization
-        )
-
-
-def unpacked_bytes(module: nn.Module, *, skip: str = "") -> int:
-    """Return the float32 bytes of all quantised matrices below ``module``."""
-    total = 0
-    for path, child in module.named_modules():
-        if "scales" in child and not (skip and skip in path.split(".")):
-            total += 4 * child["weight"].size * 32 // child.bits
-    return total
 
 
 @dataclass(eq=False)

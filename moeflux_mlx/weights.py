@@ -108,6 +108,15 @@ def _host_view(x: mx.array | None) -> Any:
     return np.asarray(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
 
 
+def has_values(*arrays: mx.array) -> bool:
+    """Evaluate ``arrays`` if they can be: ``mx.compile`` and others trace without."""
+    try:
+        mx.eval(arrays)
+    except ValueError:
+        return False
+    return True
+
+
 class ExpertSource(Protocol):
     """One MoE layer's experts, wherever they are: MoE Ops read them through this.
 

@@ -89,7 +89,7 @@ def test_ops_run_together_unless_the_environment_says_otherwise(monkeypatch):
         label="add", a=out, b=stream, out=total, n_tokens=1, dim=8
     )
     found = lowering.fused([product, add], None)
-    assert found is not None and found[0] == 2
+    assert found is not None and found.n == 2
     assert lowering.fused([product], None) is None
     assert lowering.fused([add, product], None) is None
     with monkeypatch.context() as patch:

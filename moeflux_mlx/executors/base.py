@@ -18,6 +18,7 @@ from ..graph.graph import Graph
 from ..graph.lower import Kernel, Step, lower, lower_op
 from ..graph.op import Op
 from ..graph.profile import Stats
+from ..graph.rows import RowPart, whole
 from ..weights import Weight
 
 
@@ -40,7 +41,7 @@ class Encoding:
 
     def value(self, buf: BufId[Any]) -> Any:
         """Return a buffer's value; None when it was dropped after its last use."""
-        return self.values[self.pool.physical[buf.index]]
+        return whole(self.values[self.pool.physical[buf.index]])
 
 
 class Executor(ABC):
@@ -55,6 +56,8 @@ class Executor(ABC):
     # Whether attention is given whole caches, spare rows included, so that no shape
     # changes from token to token.
     spare_rows: ClassVar[bool] = False
+    # Whether matrices that multiply the same row are best kept as one.
+    joins_matrices: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.stats = Stats()
@@ -114,7 +117,7 @@ class Executor(ABC):
     def submit_and_wait(self, encoding: Encoding, label: str) -> None:
         """Evaluate everything still alive and count the wait under ``label``."""
         self.wait(label, *arrays(encoding.values))
-        encoding.pool.values[: len(encoding.values)] = encoding.values
+        encoding.pool.values[: len(encoding.values)] = map(whole, encoding.values)
 
     def wait(self, label: str, *outputs: mx.array) -> None:
         """Evaluate ``outputs`` and count the wait under ``label``."""
@@ -158,5 +161,6 @@ class Executor(ABC):
 
 
 def arrays(values: Any) -> list[mx.array]:
-    """Return the MLX arrays among ``values``."""
-    return [value for value in values if isinstance(value, mx.array)]
+    """Return the MLX arrays among ``values``, and the rows of which some are parts."""
+    held = (value.row if isinstance(value, RowPart) else value for value in values)
+    return [value for value in held if isinstance(value, mx.array)]

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..graph.lower import Step
+from ..graph.rows import whole
 from ..weights import Weight
 from .base import Encoding
 
@@ -102,7 +103,7 @@ class CompiledSteps:
                 values[place] = value
             for step in part.steps:
                 step.run(values, weights)
-            return [values[place] for place in part.gives]
+            return [whole(values[place]) for place in part.gives]
 
         return call
 

@@ -25,6 +25,7 @@ class KernelExecutor(Executor):
     """
 
     spare_rows = True
+    joins_matrices = True
 
     def __init__(self) -> None:
         super().__init__()

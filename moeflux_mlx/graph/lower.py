@@ -13,13 +13,28 @@ from ..weights import Weight
 from .graph import Graph
 from .lifetime import analyze_lifetimes
 from .op import Access, Op
+from .rows import whole
 
 Kernel = Callable[..., Any]
-# Performs Ops together: takes the values of their buffers and weights by ``BufId`` and
-# ``WeightRef`` (None by None), returns those of the buffers it wrote.
-Together = Callable[[Mapping[Any, Any]], Mapping[Any, Any]]
-# Tells how many of the Ops ahead can be performed together, and by what; None: one.
-Fuse = Callable[[Sequence[Op]], tuple[int, Together] | None]
+
+
+@dataclass(frozen=True)
+class Together:
+    """How ``n`` Ops are performed together.
+
+    ``call`` takes the values of their buffers and weights by ``BufId`` and name (None
+    by None) and returns those of the buffers it wrote. ``weights`` names what it reads
+    of the layer's. Whether it ``takes_parts`` of rows as they are.
+    """
+
+    n: int
+    call: Callable[[Mapping[Any, Any]], Mapping[Any, Any]]
+    weights: tuple[str, ...]
+    takes_parts: bool = False
+
+
+# Tells how the Ops ahead can be performed together; None: the first by itself.
+Fuse = Callable[[Sequence[Op]], Together | None]
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,7 @@ class Step:
     weights: tuple[str | None, ...]
     writes: tuple[int, ...]
     drops: tuple[int, ...]
+    takes_parts: bool = False
 
     @property
     def label(self) -> str:
@@ -56,6 +72,8 @@ class Step:
         """
         kernel = (host or {}).get(type(self.ops[0]), self.kernel)
         inputs = [None if i is None else values[i] for i in self.reads]
+        if not self.takes_parts:
+            inputs = [whole(value) for value in inputs]
         for name in self.weights:
             inputs.append(None if name is None else weights[name])
         result = kernel(*inputs)
@@ -85,8 +103,8 @@ def lower(
     steps: list[Step] = []
     first = 0
     while first < len(graph.ops):
-        fused = fuse(graph.ops[first:])
-        n, together = fused or (1, None)
+        together = fuse(graph.ops[first:])
+        n = together.n if together else 1
         drops = tuple(
             physical[index]
             for index, last in last_use.items()
@@ -120,12 +138,11 @@ def _lower_together(
     for op in ops:
         reads |= {buf: None for buf in op.reads if buf not in written}
         written.update(op.writes)
-    refs = list(dict.fromkeys(ref for op in ops for ref in op.weight_refs))
     writes = sorted(alive, key=lambda buf: buf.index)
 
     def kernel(*inputs: Any) -> tuple[Any, ...]:
-        values = dict(zip((*reads, *refs), inputs, strict=True))
-        outputs = together({None: None, **values})
+        values = dict(zip((*reads, *together.weights), inputs, strict=True))
+        outputs = together.call({None: None, **values})
         return tuple(outputs[buf] for buf in writes)
 
     places = tuple(physical[buf.index] for buf in writes)
@@ -133,9 +150,10 @@ def _lower_together(
         ops=ops,
         kernel=kernel,
         reads=tuple(physical[buf.index] for buf in reads),
-        weights=tuple(ref.name for ref in refs),
+        weights=together.weights,
         writes=places,
         drops=tuple(place for place in drops if place not in places),
+        takes_parts=together.takes_parts,
     )
 
 

@@ -50,25 +50,39 @@ InOut = Annotated[BufId[B_co], Access.READ | Access.WRITE]
 
 
 @dataclass(frozen=True)
+class JointRows:
+    """Where a matrix lies in one that holds several: from row ``first`` of ``n_rows``.
+
+    ``name`` is the joint matrix's among the layer's weights.
+    """
+
+    name: str
+    first: int
+    n_rows: int
+
+
+@dataclass(frozen=True)
 class WeightRef:
     """A matrix or vector of the model, by its path below the layer.
 
     ``shape`` is the unpacked one, ``[O, I]``; ``quantization`` None means dense.
+    ``joint`` says which rows of a joint matrix it is, if any.
     """
 
     name: str
     shape: tuple[int, ...]
     quantization: Quantization | None = None
     dtype: mx.Dtype = mx.bfloat16
+    joint: JointRows | None = None
 
     @classmethod
-    def of(cls, name: str, weight: Weight) -> WeightRef:
+    def of(cls, name: str, weight: Weight, joint: JointRows | None = None) -> WeightRef:
         """Describe a weight's arrays."""
         q = weight.quantization
         if q is None or weight.scales is None:
             return cls(name, tuple(weight.w.shape), None, weight.w.dtype)
         shape = (*weight.w.shape[:-1], weight.w.shape[-1] * 32 // q.bits)
-        return cls(name, shape, q, weight.scales.dtype)
+        return cls(name, shape, q, weight.scales.dtype, joint)
 
     @property
     def n_bytes(self) -> int:

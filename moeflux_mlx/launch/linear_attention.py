@@ -456,21 +456,22 @@ def gated_delta_net_chunkwise(
 
 
 def _decode(
-    qkv: mx.array,
+    rows: mx.array,
+    starts: tuple[int, int, int, int],
     history: mx.array,
     taps: mx.array,
-    alpha: mx.array,
-    b: mx.array,
     a_log: mx.array,
     dt_bias: mx.array,
     state: mx.array,
-    z: mx.array,
     norm: mx.array,
     num_k_heads: int,
     eps: float,
     qk_eps: float,
 ) -> tuple[mx.array, ...]:
     n_seqs, heads, dv, dk = state.shape
+    sizes = (history.shape[-1], heads * dv, heads, heads)
+    parts = zip(starts, sizes, strict=True)
+    qkv, z, b, alpha = (rows[:, at : at + size] for at, size in parts)
     wide = qkv.astype(FLOAT32)
     conv = _conv(wide, history, taps.reshape(taps.shape[:2]))
     width = num_k_heads * dk
@@ -481,9 +482,9 @@ def _decode(
         return (rows * scale).reshape(n_seqs, width)
 
     q, k = unit(conv[:, :width]) * dk**-0.5, unit(conv[:, width : 2 * width])
-    rows = mx.concatenate([q, k, conv[:, 2 * width :]], axis=1)
+    mixed = mx.concatenate([q, k, conv[:, 2 * width :]], axis=1)
     g, beta = _decay_beta(alpha, b, a_log, dt_bias)
-    new_state, out = _delta_rule(rows, state, g, beta, num_k_heads)
+    new_state, out = _delta_rule(mixed, state, g, beta, num_k_heads)
     values = out.reshape(n_seqs, heads, dv)
     values = values * mx.rsqrt((values * values).mean(-1, keepdims=True) + eps)
     gate = z.astype(FLOAT32).reshape(n_seqs, heads, dv)
@@ -504,13 +505,14 @@ def _some_decode(
     s: int,
 ) -> tuple[Any, ...]:
     other, channels = (dtype, mx.bfloat16)[s], 2 * hk * dk + hv * dv
-    rows = normal(rng, dtype, b, channels), normal(rng, dtype, b, w - 1, channels)
+    starts = (s, s + channels, s + channels + hv * dv, 2 * s + channels + hv * (dv + 1))
+    rows = normal(rng, dtype, b, starts[-1] + hv + s)
+    history = normal(rng, dtype, b, w - 1, channels)
     taps = normal(rng, other, channels, w, *[1] * s, scale=w**-0.5)
-    gates = [normal(rng, dtype, b, hv) for _ in range(2)]
     vectors = [normal(rng, other, hv) for _ in range(2)]
     state = normal(rng, FLOAT32, b, hv, dv, dk, scale=0.3)
-    ends = normal(rng, dtype, b, hv * dv), normal(rng, other, dv)
-    return *rows, taps, *gates, *vectors, state, *ends, hk, 1e-6, 1e-6
+    norm = normal(rng, other, dv)
+    return rows, starts, history, taps, *vectors, state, norm, hk, 1e-6, 1e-6
 
 
 @kernel(
@@ -526,15 +528,13 @@ def _some_decode(
     tolerance=RECURRENT,
 )
 def gated_delta_decode(
-    qkv: mx.array,
+    rows: mx.array,
+    starts: tuple[int, int, int, int],
     history: mx.array,
     taps: mx.array,
-    alpha: mx.array,
-    b: mx.array,
     a_log: mx.array,
     dt_bias: mx.array,
     state: mx.array,
-    z: mx.array,
     norm: mx.array,
     num_k_heads: int,
     eps: float,
@@ -542,13 +542,13 @@ def gated_delta_decode(
 ) -> Launch:
     """History, state and rows ``[B, Hv * dv]`` after one token of each sequence.
 
-    ``qkv`` ``[B, C]`` and ``z`` ``[B, Hv * dv]`` are projections; ``history``
-    ``[B, W - 1, C]`` the inputs before; ``taps`` ``[C, W]`` or, as layers keep them,
-    ``[C, W, 1]``, the oldest first;
-    ``alpha`` and ``b`` ``[B, Hv]``; ``norm`` ``[dv]``. ``eps`` is the norm's,
-    ``qk_eps`` is added to the sums of squares of queries and keys.
+    ``rows`` ``[B, width]`` hold the projections: q, k and v ``[C]``, z ``[Hv * dv]``,
+    b and alpha ``[Hv]``, which begin at ``starts``; ``history`` ``[B, W - 1, C]`` the
+    inputs before; ``taps`` ``[C, W]`` or, as layers keep them, ``[C, W, 1]``, the
+    oldest first; ``norm`` ``[dv]``. ``eps`` is the norm's, ``qk_eps`` is added to the
+    sums of squares of queries and keys.
     """
-    n_seqs, channels = dims("qkv", qkv, 2)
+    n_seqs, row_width = dims("rows", rows, 2)
     _, heads, dv, dk = dims("state", state, 4)
     require("state", dk % SIMD == 0, f"dk a multiple of {SIMD}", dk)
     require("state", dk <= MAX_KEY_DIM, f"dk at most {MAX_KEY_DIM}", dk)
@@ -557,24 +557,29 @@ def gated_delta_decode(
     divides = divides and heads % num_k_heads == 0
     require("num_k_heads", divides, f"a divisor of {heads}", num_k_heads)
     expect("state", state, (n_seqs, heads, dv, dk))
-    expect("qkv", qkv, (n_seqs, 2 * num_k_heads * dk + heads * dv))
+    channels = 2 * num_k_heads * dk + heads * dv
+    sizes = (channels, heads * dv, heads, heads)
+    four = isinstance(starts, tuple) and len(starts) == len(sizes)
+    require("starts", four, "where four parts begin", starts)
+    for at, size in zip(starts, sizes, strict=True):
+        inside = isinstance(at, int) and 0 <= at <= row_width - size
+        require("starts", inside, f"{size} values of a row of {row_width}", at)
     flat = isinstance(taps, mx.array) and taps.ndim == 2
     width = dims("taps", taps, 2 if flat else 3)[1]
     require("taps", 2 <= width <= MAX_WIDTH, f"a width of 2 to {MAX_WIDTH}", width)
     expect("taps", taps, (channels, width) if flat else (channels, width, 1))
     expect("history", history, (n_seqs, width - 1, channels))
-    for name, array in (("alpha", alpha), ("b", b)):
-        expect(name, array, (n_seqs, heads))
     for name, array in (("a_log", a_log), ("dt_bias", dt_bias)):
         expect(name, array, (heads,))
-    expect("z", z, (n_seqs, heads * dv))
     expect("norm", norm, (dv,))
-    arrays = {"qkv": qkv, "history": history, "taps": taps, "alpha": alpha, "b": b}
-    arrays |= {"a_log": a_log, "dt_bias": dt_bias, "state": state, "z": z, "norm": norm}
-    sizes = {"n_key_heads": num_k_heads, "n_heads": heads, "dv": dv}
+    inputs: dict[str, Any] = {"rows": rows, "history": history, "taps": taps}
+    inputs |= {"a_log": a_log, "dt_bias": dt_bias, "state": state, "norm": norm}
+    names = ("qkv_at", "z_at", "b_at", "a_at")
+    inputs |= {"row_width": row_width, **dict(zip(names, starts, strict=True))}
+    inputs |= {"n_key_heads": num_k_heads, "n_heads": heads, "dv": dv}
     return Launch(
         "gated_delta_decode",
-        {**arrays, "eps": eps, "qk_eps": qk_eps, **sizes},
+        {**inputs, "eps": eps, "qk_eps": qk_eps},
         {
             "history_out": tuple(history.shape),
             "state_out": tuple(state.shape),

@@ -24,8 +24,15 @@ FLOAT32 = (mx.float32,)
 UNUSED = 0xFFFFFFFF
 
 
-def _check_routing(logits: mx.array, k: int) -> tuple[int, int]:
+def _check_routing(
+    logits: mx.array, k: int, first: int | None = None
+) -> tuple[int, int]:
+    """Return tokens and experts; with ``first`` only so many values are logits."""
     n_tokens, n_experts = dims("logits", logits, 2)
+    if first is not None:
+        fits = n_tokens == 1 and 1 <= first <= n_experts
+        require("n_experts", fits, f"one row of at least {first} values", logits.shape)
+        n_experts = first
     require("logits", n_experts <= MAX_EXPERTS, f"E <= {MAX_EXPERTS}", n_experts)
     require("k", 1 <= k <= min(MAX_K, n_experts), f"1 to {MAX_K}, at most E", k)
     return n_tokens, n_experts
@@ -37,8 +44,9 @@ def _one_simdgroup_each(n: int) -> tuple[tuple[int, int, int], tuple[int, int, i
 
 
 def _softmax_topk(
-    logits: mx.array, k: int, normalize: bool = False
+    logits: mx.array, k: int, normalize: bool = False, n_experts: int | None = None
 ) -> tuple[mx.array, mx.array]:
+    logits = logits[:, :n_experts]
     scores = mx.softmax(logits.astype(mx.float32), axis=-1, precise=True)
     indices = mx.argsort(-scores, axis=-1)[:, :k].astype(mx.int32)
     weights = mx.take_along_axis(scores, indices, axis=-1)
@@ -57,7 +65,7 @@ def _logits(rng: np.random.Generator, dtype: mx.Dtype, *shape: int) -> mx.array:
 def _some_logits(
     rng: np.random.Generator, dtype: mx.Dtype, t: int, e: int, k: int, unit: int = 0
 ) -> tuple[Any, ...]:
-    return _logits(rng, dtype, t, e), k, bool(unit)
+    return _logits(rng, dtype, t, e), k, bool(unit), e - 3 * unit if t == 1 else None
 
 
 @kernel(
@@ -69,15 +77,19 @@ def _some_logits(
         {"t": 3, "e": 512, "k": 16},
         {"t": 9, "e": 128, "k": 8},
         {"t": 6, "e": 65, "k": 7, "unit": 1},
+        {"t": 1, "e": 71, "k": 7, "unit": 1},
     ],
     large={"t": 4096, "e": 512, "k": 10},
 )
-def moe_softmax_topk(logits: mx.array, k: int, normalize: bool = False) -> Launch:
+def moe_softmax_topk(
+    logits: mx.array, k: int, normalize: bool = False, n_experts: int | None = None
+) -> Launch:
     """Softmax of ``[T, E]``, the K largest: ``indices`` and ``weights`` ``[T, K]``.
 
-    ``normalize`` divides each token's weights by their sum.
+    ``normalize`` divides each token's weights by their sum. With ``n_experts`` logits
+    are the first values of one row ``[1, n]``.
     """
-    n_tokens, n_experts = _check_routing(logits, k)
+    n_tokens, n_experts = _check_routing(logits, k, n_experts)
     grid, threadgroup = _one_simdgroup_each(n_tokens)
     return Launch(
         "moe_softmax_topk",
@@ -701,11 +713,15 @@ def _gate_up(
     n_out: int,
     bits: int,
     group_size: int,
+    x_at: int = 0,
+    n_in: int | None = None,
 ) -> mx.array:
     x32, rows = x.astype(mx.float32).reshape(-1), []
+    x32 = x32[x_at : x_at + (n_in or x32.size)]
     for slot in numbers(slots):
         g, u = (
-            unpacked(m, slot, n_out, x.size, bits, group_size) @ x32 for m in (gate, up)
+            unpacked(m, slot, n_out, x32.size, bits, group_size) @ x32
+            for m in (gate, up)
         )
         rows.append(g * mx.sigmoid(g) * u)
     return mx.stack(rows).astype(x.dtype)
@@ -731,7 +747,8 @@ def _some_gate_up(
         random_matrix(rng, (dtype, mx.bfloat16)[s], k + 1, (n, i), bits, g, base)
         for _ in range(2)
     )
-    return normal(rng, dtype, i), _slots(rng, k), gate, up, n, bits, g
+    x = normal(rng, dtype, i + 2 * base)
+    return x, _slots(rng, k), gate, up, n, bits, g, base, i
 
 
 @kernel(
@@ -753,12 +770,18 @@ def experts_gate_up_swiglu(
     n_out: int,
     bits: int,
     group_size: int,
+    x_at: int = 0,
+    n_in: int | None = None,
 ) -> Launch:
     """``silu(Wg x) * (Wu x)`` of the experts in ``slots``: ``[K, N]``.
 
-    ``x`` is ``[I]`` or ``[1, I]``, ``slots`` ``[K]`` or ``[1, K]``.
+    ``x`` is ``[I]`` or ``[1, I]``, or a row in which the ``n_in`` values begin at
+    ``x_at``; ``slots`` ``[K]`` or ``[1, K]``.
     """
-    n_in, k = one_row("x", x), one_row("slots", slots)
+    width, k = one_row("x", x), one_row("slots", slots)
+    n_in = width if n_in is None else n_in
+    inside = 0 <= x_at <= width - n_in
+    require("x_at", inside, f"{n_in} values of a row of {width}", x_at)
     rows = check_matrix("gate", gate, n_out, n_in, bits, group_size)
     up_rows = check_matrix("up", up, n_out, n_in, bits, group_size)
     require("up", up_rows == rows, f"rows as long as gate's {rows}", up_rows)
@@ -773,6 +796,7 @@ def experts_gate_up_swiglu(
             "up_w": up[0].array,
             "up_scales": up[1].array,
             "up_biases": up[2].array,
+            "x_at": x_at,
             "gate_w_base": gate[0].base,
             "gate_s_base": gate[1].base,
             "gate_b_base": gate[2].base,
@@ -786,8 +810,8 @@ def experts_gate_up_swiglu(
             "n_out": n_out,
         },
         {"act": (k, n_out)},
-        (64 * groups(n_out, 4), k, 1),
-        (64, 1, 1),
+        (256 * groups(n_out, 16), k, 1),
+        (256, 1, 1),
         {
             "BITS": bits,
             "G": group_size,
@@ -897,19 +921,18 @@ def _combined(
     slots: mx.array,
     weights: mx.array,
     down: Matrix,
-    gate: mx.array,
-    up: mx.array,
+    row: mx.array,
+    starts: tuple[int, int, int],
     shared: Shared,
-    shared_gate: mx.array,
     residual: mx.array,
     bits: int,
     group_size: int,
 ) -> mx.array:
     total = _down_sum(act, slots, weights, down, residual.size, bits, group_size)
-    g, u, h, opened = (
-        x.reshape(-1).astype(mx.float32) for x in (gate, up, residual, shared_gate)
-    )
+    wide, h = (x.reshape(-1).astype(mx.float32) for x in (row, residual))
     w = dense_matrix(*shared, group_size)
+    g, u = (wide[at : at + w.shape[1]] for at in starts[:2])
+    opened = wide[starts[2]]
     out = h + total + mx.sigmoid(opened) * (w @ (g * mx.sigmoid(g) * u))
     return out.reshape(residual.shape).astype(act.dtype)
 
@@ -929,9 +952,10 @@ def _some_combined(
 ) -> tuple[Any, ...]:
     act, slots, weights, down, *_ = _some_down(rng, dtype, k, n, d, bits, g, s, base)
     shared = (*quantised(rng, dtype, d, f, shared_bits, g), shared_bits)
-    rows = normal(rng, dtype, f), normal(rng, dtype, f)
-    ends = normal(rng, dtype, 1), normal(rng, dtype, *[1] * s, d)
-    return act, slots, weights, down, *rows, shared, *ends, bits, g
+    starts = (s, 2 * s + f, 0) if s else (0, f, 2 * f)
+    row = normal(rng, dtype, *[1] * s, 2 * f + 1 + s)
+    residual = normal(rng, dtype, *[1] * s, d)
+    return act, slots, weights, down, row, starts, shared, residual, bits, g
 
 
 @kernel(
@@ -950,37 +974,44 @@ def experts_down_combine(
     slots: mx.array,
     weights: mx.array,
     down: Matrix,
-    gate: mx.array,
-    up: mx.array,
+    row: mx.array,
+    starts: tuple[int, int, int],
     shared: Shared,
-    shared_gate: mx.array,
     residual: mx.array,
     bits: int,
     group_size: int,
 ) -> Launch:
     """``residual`` ``[D]``, the experts' sum and the gated shared expert's output.
 
-    ``gate`` and ``up`` ``[F]`` are the shared expert's projections, ``shared`` its down
-    matrix ``[D, F]`` in groups of ``group_size`` like the experts'; ``shared_gate``
-    ``[1]``. Any row may be ``[1, n]``; the result is shaped as ``residual``.
+    ``row`` holds the shared expert's projections: gate and up ``[F]`` and the gate's
+    ``[1]`` value, which begin at ``starts``; ``shared`` is its down matrix ``[D, F]``
+    in groups of ``group_size`` like the experts'. Any row may be ``[1, n]``; the
+    result is shaped as ``residual``.
     """
-    n_out, n_shared = one_row("residual", residual), one_row("gate", gate)
-    one_row("up", up, n_shared)
-    one_row("shared_gate", shared_gate, 1)
+    n_out, width = one_row("residual", residual), one_row("row", row)
     four = isinstance(shared, tuple) and len(shared) == 4
     require("shared", four, "words, scales, biases and bits", shared)
     w, scales, biases, shared_bits = shared
+    n_shared = dims("shared scales", scales, 2)[1] * group_size
+    three = isinstance(starts, tuple) and len(starts) == 3
+    require("starts", three, "where three parts begin", starts)
+    for at, size in zip(starts, (n_shared, n_shared, 1), strict=True):
+        inside = isinstance(at, int) and 0 <= at <= width - size
+        require("starts", inside, f"{size} values of a row of {width}", at)
     rows = check_rows(w, scales, biases, n_shared, shared_bits, group_size)
     require("shared", rows == n_out, f"{n_out} rows", rows)
     launch = experts_down_sum(act, slots, weights, down, n_out, bits, group_size)
-    more: dict[str, Any] = {"gate": gate, "up": up, "shared_gate": shared_gate}
+    more: dict[str, Any] = dict(
+        zip(("gate_at", "up_at", "opens_at"), starts, strict=True)
+    )
+    more |= {"shared": row}
     more |= {"shared_w": w, "shared_scales": scales, "shared_biases": biases}
     more |= {"residual": residual, "n_shared": n_shared}
     return Launch(
         "experts_down_combine",
         {**launch.inputs, **more},
         {"out": tuple(residual.shape)},
-        (128 * groups(n_out, 4), 1, 1),
-        (128, 1, 1),
-        {**launch.template, "SHARED_BITS": shared_bits, "ROWS": 4},
+        (256 * groups(n_out, 16), 1, 1),
+        (256, 1, 1),
+        {**launch.template, "SHARED_BITS": shared_bits},
     )

@@ -203,9 +203,9 @@ def dequant_matvec_4bit_v3(
     return _matvec(name, 4, arrays, group_size, 8, 256)
 
 
-# Rows that a simdgroup takes from so many on: it then reads x less often, and still
-# leaves a GPU's cores enough simdgroups each.
-ROWS_FROM = ((8192, 4), (2048, 2), (1, 1))
+# Rows that a threadgroup takes from so many on: it then reads x less often, and still
+# leaves a GPU's cores enough threadgroups each.
+ROWS_FROM = ((65536, 64), (8192, 32), (1, 16))
 ROWS = [
     dict(i=32, o=1, g=32, s=0),
     dict(i=32, o=2051, g=32, s=1),
@@ -234,14 +234,14 @@ def dequant_matvec_4bit_v4(
             "n_out": n_out,
         },
         {"out": (n_out,)},
-        (64 * groups(n_out, 2 * sizes["ROWS"]), 1, 1),
-        (64, 1, 1),
+        (128 * groups(n_out, sizes["ROWS"]), 1, 1),
+        (128, 1, 1),
         {"G": group_size, **sizes},
     )
 
 
 def _rows_and_words(n_in: int, n_out: int) -> dict[str, int]:
-    """Return the rows of a simdgroup and the words of a load, for rows of a matrix."""
+    """Return the rows of a threadgroup and the words of a load, for a matrix."""
     rows = next(rows for least, rows in ROWS_FROM if n_out >= least)
     # As wide as leaves no lane without work.
     words = next(n for n in (4, 2, 1) if n == 1 or n_in >= 8 * n * SIMD)
@@ -302,21 +302,33 @@ def matvec_residual(
     one_row("residual", residual, n_out)
     inputs: dict[str, Any] = {"x": x, "w": w, "scales": scales, "biases": biases}
     sizes = _rows_and_words(n_in, n_out)
-    # Words that hold more than 32 values would not share one scale.
-    sizes["WORDS"] = min(sizes["WORDS"], bits)
     return Launch(
         "matvec_residual",
         {**inputs, "residual": residual, "n_in": n_in, "n_out": n_out},
         {"out": tuple(residual.shape)},
-        (64 * groups(n_out, 2 * sizes["ROWS"]), 1, 1),
-        (64, 1, 1),
+        (128 * groups(n_out, sizes["ROWS"]), 1, 1),
+        (128, 1, 1),
         {"BITS": bits, "G": group_size, **sizes},
     )
 
 
 # Words, scales, biases and bits.
 Product = tuple[mx.array, mx.array, mx.array, int]
-MAX_PRODUCTS = 4
+MAX_PRODUCTS = 2
+# Parts of a row begin at whole multiples of so many values: one access of 16 bytes.
+ALIGNED = 8
+
+
+def norm_row(n_in: int, rows: Sequence[int]) -> list[int]:
+    """Return where each part of the row of ``norm_matvecs`` begins, and its width.
+
+    Args:
+        rows: of each matrix; the norm itself, ``n_in`` values, is the last part.
+    """
+    starts = [0]
+    for n in (*rows, n_in):
+        starts.append(ALIGNED * groups(starts[-1] + n, ALIGNED))
+    return [*starts[:-1], starts[-2] + n_in]
 
 
 def _norm_products(
@@ -325,14 +337,17 @@ def _norm_products(
     products: Sequence[Product],
     eps: float,
     group_size: int,
-) -> tuple[mx.array, ...]:
-    row, weight = x.astype(mx.float32), norm.astype(mx.float32)
+) -> mx.array:
+    row, weight = x.astype(mx.float32).reshape(-1), norm.astype(mx.float32)
     normed = row * mx.rsqrt((row * row).mean() + eps) * weight
-    outs = [normed]
+    parts = []
     for w, scales, biases, bits in products:
-        outs.append(normed @ dense_matrix(w, scales, biases, bits, group_size).T)
-    outs += [mx.zeros((*x.shape[:-1], 1))] * (MAX_PRODUCTS - len(products))
-    return tuple(out.astype(x.dtype) for out in outs)
+        parts.append(normed @ dense_matrix(w, scales, biases, bits, group_size).T)
+    *starts, width = norm_row(x.size, [part.size for part in parts])
+    out = mx.zeros(width)
+    for start, part in zip(starts, (*parts, normed), strict=True):
+        out[start : start + part.size] = part
+    return out.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
 def _some_norm_products(
@@ -358,12 +373,12 @@ def _some_norm_products(
     sample=_some_norm_products,
     sizes=[
         dict(i=32, o=(1,), bits=(4,), g=32, s=0),
-        dict(i=32, o=(2051, 5, 37), bits=(4, 4, 2), g=32, s=0),
-        dict(i=192, o=(11, 3, 1, 4), bits=(8, 2, 8, 4), g=64, s=1),
+        dict(i=32, o=(2051, 37), bits=(4, 2), g=32, s=0),
+        dict(i=192, o=(11, 4), bits=(8, 4), g=64, s=1),
         dict(i=2176, o=(9, 2), bits=(4, 8), g=128, s=1),
-        dict(i=32, o=(8195, 1, 9, 3), bits=(2, 4, 4, 4), g=32, s=0),
+        dict(i=32, o=(8195, 1), bits=(2, 4), g=32, s=0),
     ],
-    large=dict(i=2048, o=(8192, 4096, 32, 32), bits=(4, 4, 4, 4), g=64, s=0),
+    large=dict(i=2048, o=(12352,), bits=(4,), g=64, s=0),
 )
 def norm_matvecs(
     x: mx.array,
@@ -372,37 +387,34 @@ def norm_matvecs(
     eps: float,
     group_size: int,
 ) -> Launch:
-    """The norm of a row ``[I]``, and one to four products ``[O_i]`` with it.
+    """One row of one or two products ``[O_i]`` with the norm of ``[I]``, and the norm.
 
-    Of matrices that are not there one 0 comes. A row ``[1, I]`` gives rows
-    ``[1, O_i]``.
+    Where each part lies says ``norm_row``; what lies between is 0. Of a row ``[1, I]``
+    comes ``[1, width]``.
     """
     n_in = one_row("x", x)
-    lead = tuple(x.shape[:-1])
     expect("norm", norm, (n_in,))
     few = isinstance(products, list | tuple) and 1 <= len(products) <= MAX_PRODUCTS
     require("products", few, f"1 to {MAX_PRODUCTS} matrices", products)
-    every = [*products, *[products[0]] * (MAX_PRODUCTS - len(products))]
     inputs: dict[str, Any] = {"x": x, "norm": norm, "eps": eps, "n_in": n_in}
-    outputs = {"normed": tuple(x.shape)}
     rows, bits = [], {}
-    for i, product in enumerate(every):
+    for i, product in enumerate([*products, products[-1]][:MAX_PRODUCTS]):
         four = isinstance(product, tuple) and len(product) == 4
         require("products", four, "words, scales, biases and bits", product)
         n_out = check_rows(*product[:3], n_in, product[3], group_size)
         rows.append(n_out if i < len(products) else 0)
         inputs |= {f"w{i}": product[0], f"n{i}": rows[-1]}
         inputs |= {f"scales{i}": product[1], f"biases{i}": product[2]}
-        outputs[f"y{i}"] = (*lead, max(rows[-1], 1))
         bits[f"BITS{i}"] = product[3]
+    _, inputs["at1"], inputs["at_normed"], width = norm_row(n_in, rows)
     sizes = _rows_and_words(n_in, sum(rows))
-    n_groups = 1 + sum(groups(n, 2 * sizes["ROWS"]) for n in rows)
+    n_groups = 1 + sum(groups(n, sizes["ROWS"]) for n in rows)
     return Launch(
         "norm_matvecs",
         inputs,
-        outputs,
-        (64 * n_groups, 1, 1),
-        (64, 1, 1),
+        {"out": (*x.shape[:-1], width)},
+        (128 * n_groups, 1, 1),
+        (128, 1, 1),
         {"G": group_size, **bits, **sizes},
     )
 

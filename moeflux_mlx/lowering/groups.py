@@ -6,10 +6,14 @@ twenty Ops of which most do next to nothing. All groups here are of one token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..graph.op import Access, Op
+import mlx.core as mx
+
+from ..graph.op import Access, JointRows, Op
+from ..graph.rows import RowPart, whole
 from ..launch import attention, linear_attention, moe, quant
 from ..ops.attention import RopeNTokens, SdpaCausalTiled
 from ..ops.elementwise import (
@@ -53,35 +57,73 @@ def _is_product(op: Op) -> bool:
 
 
 def _norm_and_products(ops: Sequence[Any]) -> int:
-    """Count a norm and the products that read it, quantised in groups of one size."""
+    """Count a norm and the products that read it: all of one or two matrices."""
     norm = ops[0]
     if norm.n_tokens > 1:
         return 0
-    n = 1
-    for op in ops[1 : 1 + quant.MAX_PRODUCTS]:
-        if not _is_product(op) or op.input != norm.out:
-            break
-        first, own = ops[1].weight, op.weight
+    n, first = 1, ops[1].weight
+    matrices = itertools.islice(_matrices(ops[1:], norm.out), quant.MAX_PRODUCTS)
+    for matrix in matrices:
+        own = matrix[0].weight
         same_group = own.quantization.group_size == first.quantization.group_size
         if not same_group or own.dtype != first.dtype:
             break
-        n += 1
+        n += len(matrix)
     return n if n > 1 else 0
 
 
-@group("norm_matvecs", (RmsNormBf16NTokens, MatvecNTokens), _norm_and_products)
+def _matrices(ops: Sequence[Any], x: Any) -> Iterator[list[Any]]:
+    """Yield the products ahead that read ``x``, all of a joint matrix at a time."""
+    while ops and _is_product(ops[0]) and ops[0].input == x:
+        joint = ops[0].weight.joint
+        n, rows = 0, 0
+        for op in ops:
+            own = op.weight.joint if _is_product(op) and op.input == x else None
+            if joint is None or own != JointRows(joint.name, rows, joint.n_rows):
+                break
+            n, rows = n + 1, rows + op.out_dim
+        if joint is not None and rows != joint.n_rows:
+            return
+        yield list(ops[: n or 1])
+        ops = ops[n or 1 :]
+
+
+@group(
+    "norm_matvecs",
+    (RmsNormBf16NTokens, MatvecNTokens),
+    _norm_and_products,
+    joint=True,
+)
 def norm_matvecs(ops: Sequence[Any], run: Run, values: Values) -> Values:
-    """Run a norm and up to four products with its row."""
+    """Run a norm and the products with its row; all come as parts of one row."""
     norm, *products = ops
-    matrices = []
-    for op in products:
-        weight = values[op.weight]
-        matrices.append((*parts(weight), form(weight)[0]))
-    x, weight = values[norm.x], values[norm.weight].w
-    group_size = form(values[products[0].weight])[1]
+    x, weight = values[norm.x], values[norm.weight.name].w
+    matrices, parts_of = [], []
+    for same in _matrices(products, norm.out):
+        ref = same[0].weight
+        matrix = values[ref.joint.name if ref.joint else ref.name]
+        group_size = form(matrix)[1]
+        matrices.append((*parts(matrix), form(matrix)[0]))
+        parts_of.append(same)
     launch = quant.norm_matvecs(x, weight, matrices, norm.eps, group_size)
-    written = (norm.out, *(op.output for op in products))
-    return dict(zip(written, run(launch), strict=False))
+    (row,) = run(launch)
+    *starts, _ = quant.norm_row(norm.dim, [m[0].shape[0] for m in matrices])
+    out: dict[Any, Any] = {norm.out: RowPart(row, starts[-1], norm.dim)}
+    for start, same in zip(starts, parts_of, strict=False):
+        for op in same:
+            first = op.weight.joint.first if op.weight.joint else 0
+            out[op.output] = RowPart(row, start + first, op.out_dim)
+    return out
+
+
+def _one_row(*parts: Any) -> tuple[mx.array, tuple[int, ...]]:
+    """Return one array ``[B, width]`` with all parts and where each begins."""
+    rows = {id(part.row) for part in parts if isinstance(part, RowPart)}
+    if len(rows) == 1 and all(isinstance(part, RowPart) for part in parts):
+        return parts[0].row, tuple(part.start for part in parts)
+    arrays = [whole(part) for part in parts]
+    starts = itertools.accumulate((x.shape[-1] for x in arrays[:-1]), initial=0)
+    return mx.concatenate(arrays, axis=-1), tuple(starts)
 
 
 def _product_and_residual(ops: Sequence[Any]) -> int:
@@ -92,7 +134,11 @@ def _product_and_residual(ops: Sequence[Any]) -> int:
 def matvec_residual(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Run a product that is added to the residual stream."""
     product, add = ops
-    weight, x, residual = values[product.weight], values[product.input], values[add.b]
+    weight, x, residual = (
+        values[product.weight.name],
+        values[product.input],
+        values[add.b],
+    )
     launch = quant.matvec_residual(x, *parts(weight), residual, *form(weight))
     return {add.out: run(launch)[0]}
 
@@ -127,23 +173,22 @@ def _gated_delta(ops: Sequence[Any]) -> int:
     return len(GATED_DELTA) if fits and linked else 0
 
 
-@group("gated_delta_decode", GATED_DELTA, _gated_delta)
+@group("gated_delta_decode", GATED_DELTA, _gated_delta, takes_parts=True)
 def gated_delta_decode(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Run all of a gated DeltaNet between its projections."""
     conv, unit, gates, rule, norm = ops
-    qkv = values[conv.qkv_in]
-    a_log = values[gates.a_log].w
+    projected = (conv.qkv_in, norm.z, gates.beta_in, gates.alpha_in)
+    rows, starts = _one_row(*(values[buf] for buf in projected))
+    a_log = values[gates.a_log.name].w
     launch = linear_attention.gated_delta_decode(
-        qkv,
-        values[conv.conv_state].astype(qkv.dtype),
-        values[conv.weight].w,
-        values[gates.alpha_in],
-        values[gates.beta_in],
+        rows,
+        starts,
+        values[conv.conv_state].astype(rows.dtype),
+        values[conv.weight.name].w,
         a_log,
-        values[gates.dt_bias].w.astype(a_log.dtype),
+        values[gates.dt_bias.name].w.astype(a_log.dtype),
         values[rule.state],
-        values[norm.z],
-        values[norm.weight].w,
+        values[norm.weight.name].w,
         rule.num_k_heads,
         norm.eps,
         unit.eps,
@@ -182,8 +227,8 @@ def attention_inputs(ops: Sequence[Any], run: Run, values: Values) -> Values:
     launch = attention.attention_inputs(
         values[split.q_proj],
         values[k_norm.x],
-        values[q_norm.weight].w,
-        values[k_norm.weight].w.astype(values[q_norm.weight].w.dtype),
+        values[q_norm.weight.name].w,
+        values[k_norm.weight.name].w.astype(values[q_norm.weight.name].w.dtype),
         values[q_rope.inv_freq],
         values[q_rope.start],
         q_norm.eps,
@@ -209,11 +254,19 @@ def _routing(ops: Sequence[Any]) -> int:
     return 2 * (routing_fits(ops[0]) and ops[1].weights == ops[0].weights_out)
 
 
-@group("moe_softmax_topk", (MoeSoftmaxTopK, MoeNormalizeWeights), _routing)
+@group(
+    "moe_softmax_topk",
+    (MoeSoftmaxTopK, MoeNormalizeWeights),
+    _routing,
+    takes_parts=True,
+)
 def route(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Choose experts and divide their weights by the sum."""
     top, _ = ops
-    launch = moe.moe_softmax_topk(values[top.logits], top.k, normalize=True)
+    logits, n_experts = values[top.logits], None
+    if isinstance(logits, RowPart) and logits.start == 0:
+        logits, n_experts = logits.row, top.n_experts
+    launch = moe.moe_softmax_topk(whole(logits), top.k, True, n_experts)
     indices, weights = run(launch)
     return {top.indices_out: indices, top.weights_out: weights}
 
@@ -237,26 +290,28 @@ def _experts(ops: Sequence[Any]) -> int:
     return len(EXPERTS) if linked else 0
 
 
-@group("experts_down_combine", EXPERTS, _experts)
+@group("experts_down_combine", EXPERTS, _experts, takes_parts=True)
 def experts_and_shared(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Run the experts' first half, then theirs and the shared expert's second."""
     experts, act, down, combine = ops
-    source, shared = values[experts.experts], values[down.weight]
+    source, shared = values[experts.experts], values[down.weight.name]
     bits, group_size = form(shared)
     stacks = source.weights
     if not all_known(stacks) or form(stacks.down)[1] != group_size:
         return _one_by_one(ops, values)
-    row, indices = values[experts.mlp_in], values[experts.indices]
-    slots, opened = experts_act(experts, run, row, indices, source)
+    x, indices = values[experts.mlp_in], values[experts.indices]
+    slots, opened = experts_act(experts, run, x, indices, source)
+    row, starts = _one_row(
+        values[act.gate], values[act.up], values[combine.shared_gate]
+    )
     launch = moe.experts_down_combine(
         opened,
         slots,
         values[experts.weights],
         stacks.down.records,
-        values[act.gate],
-        values[act.up],
+        row,
+        starts,
         (*parts(shared), bits),
-        values[combine.shared_gate],
         values[combine.h_mid],
         *form(stacks.down),
     )
@@ -267,11 +322,13 @@ def experts_and_shared(ops: Sequence[Any], run: Run, values: Values) -> Values:
 
 def _one_by_one(ops: Sequence[Any], values: Values) -> Values:
     """Perform Ops by their references."""
-    held = dict(values)
+    held = {key: whole(value) for key, value in values.items()}
     for op in ops:
         names = [f.name for f in op.buffer_fields if f.access & Access.READ]
-        fields = (getattr(op, name) for name in (*names, *op.weight_fields))
-        out = op.reference(*(held[field] for field in fields))
+        refs = (getattr(op, name) for name in op.weight_fields)
+        keys = [getattr(op, name) for name in names]
+        keys += [None if ref is None else ref.name for ref in refs]
+        out = op.reference(*(held[key] for key in keys))
         outs = out if isinstance(out, tuple) else (out,)
         held |= dict(zip(op.writes, outs, strict=True))
     return held

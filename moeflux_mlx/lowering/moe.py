@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..graph.rows import RowPart
 from ..launch import elementwise, quant
 from ..launch import moe as kernels
 from ..ops import moe as ops
@@ -84,15 +85,16 @@ def decode_experts(
 def experts_act(
     op: ops.MoeDecodeExperts,
     run: Run,
-    x: mx.array,
+    x: mx.array | RowPart,
     indices: mx.array,
     source: ExpertSource,
 ) -> tuple[mx.array, mx.array]:
     """Return the slots ``[1, K]`` of a token's experts and their opened gates."""
     slots, experts = source.slots(indices), source.weights
     gate, up = experts.gate.records, experts.up.records
-    sizes = (op.expert_dim, *form(experts.gate))
-    (act,) = run(kernels.experts_gate_up_swiglu(x, slots, gate, up, *sizes))
+    row, start = (x.row, x.start) if isinstance(x, RowPart) else (x, 0)
+    sizes = (op.expert_dim, *form(experts.gate), start, op.dim)
+    (act,) = run(kernels.experts_gate_up_swiglu(row, slots, gate, up, *sizes))
     return slots, act
 
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from .. import config
 from ..errors import ConfigError
-from ..graph.lower import Kernel
+from ..graph.lower import Kernel, Together
 from ..graph.op import REGISTRY, Op
 from ..launch import Launch
 
@@ -119,32 +119,49 @@ class Group:
     ``types`` are those of the Ops, of which the last may come again; ``takes(ops)``
     tells how many of the Ops ahead it performs, 0 for none;
     ``call(ops, run, values)`` takes what their buffers and weights hold by ``BufId``
-    and ``WeightRef`` and returns by ``BufId`` what it wrote of buffers read later.
+    and name and returns by ``BufId`` what it wrote of buffers read later. Whether it
+    ``takes_parts`` of rows as they are; ``joint``: matrices come as those that hold
+    them.
     """
 
     name: str
     types: tuple[type[Op], ...]
     takes: Callable[[Sequence[Op]], int]
     call: Callable[[Sequence[Op], Run, Values], Values]
+    takes_parts: bool
+    joint: bool
+
+    def weights(self, ops: Sequence[Op]) -> tuple[str, ...]:
+        """Return the names of what it reads of the layer's weights."""
+        refs = (ref for op in ops for ref in op.weight_refs)
+        names = (
+            ref.joint.name if self.joint and ref.joint else ref.name for ref in refs
+        )
+        return tuple(dict.fromkeys(names))
 
 
 GROUPS: list[Group] = []
 
 
 def group(
-    name: str, types: tuple[type[Op], ...], takes: Callable[[Sequence[Op]], int]
+    name: str,
+    types: tuple[type[Op], ...],
+    takes: Callable[[Sequence[Op]], int],
+    *,
+    takes_parts: bool = False,
+    joint: bool = False,
 ) -> Callable[[Callable[..., Values]], Callable[..., Values]]:
     """Add the decorated function as a group, named after its kernel."""
 
     def add(call: Callable[..., Values]) -> Callable[..., Values]:
-        GROUPS.append(Group(name, types, takes, call))
+        GROUPS.append(Group(name, types, takes, call, takes_parts, joint))
         return call
 
     return add
 
 
-def fused(ops: Sequence[Op], run: Run) -> tuple[int, Callable[[Values], Values]] | None:
-    """Return how many of the Ops ahead are performed together, and by what.
+def fused(ops: Sequence[Op], run: Run) -> Together | None:
+    """Return how the Ops ahead are performed together, or None.
 
     An Op whose way the environment chose is left alone.
     """
@@ -156,7 +173,8 @@ def fused(ops: Sequence[Op], run: Run) -> tuple[int, Callable[[Values], Values]]
         here = len(ops) >= len(each.types) and all(isinstance(*pair) for pair in ahead)
         n = each.takes(ops) if here else 0
         if n and not any(op.variant_name in asked for op in ops[:n]):
-            return n, partial(each.call, ops[:n], run)
+            call = partial(each.call, ops[:n], run)
+            return Together(n, call, each.weights(ops[:n]), each.takes_parts)
     return None
 
 

@@ -1,0 +1,30 @@
+"""Values that are part of a longer row, because one launch wrote several of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class RowPart:
+    """``size`` values of ``row`` ``[1, width]`` from ``start`` on.
+
+    Launches that know where to look take the row as it is; cutting the part out is an
+    operation of its own for MLX, which takes as long as a small launch.
+    """
+
+    row: mx.array
+    start: int
+    size: int
+
+    def array(self) -> mx.array:
+        """Return the part as ``[1, size]``."""
+        return self.row[:, self.start : self.start + self.size]
+
+
+def whole(value: Any) -> Any:
+    """Return a value, a part of a row as an array of its own."""
+    return value.array() if isinstance(value, RowPart) else value
