@@ -549,91 +549,7 @@ template <typename T, typename S, int BITS, int G, int WORDS>
   }
 }
 
-// The K experts' down projections of one token and their weighted sum:
-// out = sum over k of weights[k] * (Wd_k act[k]), the matrices lying in slots of a pool.
-//
-// act: [K,N]; slots, weights: [K]; w: [n_slots, w_row] words, scales and biases:
-// [n_slots, s_row], [n_slots, b_row], a matrix [D,N] in each row from its base on; out:
-// float32 [D], rounded only when the residual is added. N is a multiple of G, G of 32. Launch: threadgroups of 64 on D / 8, four rows of
-// D a simdgroup, WORDS words a load. The K rows of an output are walked as one long row, each value
-// of act times its expert's weight: rows of experts are short (N), so lanes would idle
-// at 16 bytes each if every expert began anew, and one simd_sum serves all K. A lane
-// meets the experts in rising k, so the result is always the same.
-template <typename T, typename S, int BITS, int G, int WORDS>
-[[kernel]] void experts_down_sum(
-    device const T* act,
-    device const uint* slots,
-    device const float* weights,
-    device const uint* w,
-    device const S* scales,
-    device const S* biases,
-    constant uint& w_base,
-    constant uint& s_base,
-    constant uint& b_base,
-    constant uint& w_row,
-    constant uint& s_row,
-    constant uint& b_row,
-    constant uint& k,
-    constant uint& n_in,
-    constant uint& n_out,
-    device float* out,
-    uint group [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
-  constexpr int ROWS = 4;
-  constexpr int VALUES = WORDS * (32 / BITS);
-  uint row = (group * 2 + simdgroup) * ROWS;
-  if (row >= n_out) {
-    return;
-  }
-  uint row_words = n_in / (32 / BITS);
-  uint row_groups = n_in / G;
-  uint n_chunks = n_in / VALUES;
-  // A row past the end is read as the last one and not written.
-  uint rows[ROWS];
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    rows[r] = min(row + r, n_out - 1);
-  }
-  float sums[ROWS] = {0.0f, 0.0f, 0.0f, 0.0f};
-  uint chunk = lane;
-  uint expert = 0;
-  for (uint at = lane; at < k * n_chunks; at += SIMD) {
-    while (chunk >= n_chunks) {
-      chunk -= n_chunks;
-      ++expert;
-    }
-    ulong slot = slots[expert];
-    auto w_at = w + slot * w_row + w_base + chunk * WORDS;
-    uint words[ROWS][WORDS];
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      load_words<WORDS>(w_at + rows[r] * row_words, words[r]);
-    }
-    uint in_group = chunk * VALUES / G;
-    auto s_at = scales + slot * s_row + s_base + in_group;
-    auto b_at = biases + slot * b_row + b_base + in_group;
-    auto x = act + expert * n_in + chunk * VALUES;
-    float partners[VALUES];
-    float sum = load_partners<BITS, WORDS>(x, weights[expert], partners);
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      float dot = dot_words<BITS, WORDS>(words[r], partners);
-      float scale = float(s_at[rows[r] * row_groups]);
-      sums[r] += scale * dot + float(b_at[rows[r] * row_groups]) * sum;
-    }
-    chunk += SIMD;
-  }
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    float total = simd_sum(sums[r]);
-    if (lane == 0 && row + r < n_out) {
-      out[row + r] = total;
-    }
-  }
-}
-
-// Rows of the K experts' down projections and of the shared expert's, from `row` on, left in
+// Rows of K experts' down projections and of a shared expert's, from `row` on, left in
 // sums[0] to sums[15]: sum over k of weights[k] * (Wd_k act[k]) + opened * Ws (silu(gate) * up).
 // By 8 simdgroups, of which two part the long row of K * N inputs between them for every four
 // rows, and F likewise, so that all loads are under way at once. `w`, `scales` and `biases` point
@@ -736,6 +652,47 @@ inline void combined_rows(
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (thread_index < 16) {
     sums[thread_index] += sums[16 + thread_index];
+  }
+}
+
+// The K experts' down projections of one token and their weighted sum:
+// out = sum over k of weights[k] * (Wd_k act[k]), the matrices lying in slots of a pool.
+//
+// act: [K,N]; slots, weights: [K]; w: [n_slots, w_row] words, scales and biases:
+// [n_slots, s_row], [n_slots, b_row], a matrix [D,N] in each row from its base on; out:
+// float32 [D], rounded only when the residual is added. N is a multiple of G, G of 32. Launch:
+// threadgroups of 256 for 16 rows of D. The K rows of an output are walked as one long row:
+// rows of experts are short (N), so lanes would idle if every expert began anew, and one
+// simd_sum serves all K. A lane meets the experts in rising k, so the result is always the same.
+template <typename T, typename S, int BITS, int G, int WORDS>
+[[kernel]] void experts_down_sum(
+    device const T* act,
+    device const uint* slots,
+    device const float* weights,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    constant uint& w_base,
+    constant uint& s_base,
+    constant uint& b_base,
+    constant uint& w_row,
+    constant uint& s_row,
+    constant uint& b_row,
+    constant uint& k,
+    constant uint& n_in,
+    constant uint& n_out,
+    device float* out,
+    uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float sums[32];
+  uint row = group * 16;
+  combined_rows<BITS, BITS, G, WORDS>(
+      act, slots, weights, w + w_base, scales + s_base, biases + b_base, w_row, s_row, b_row, act,
+      act, w, scales, biases, 0.0f, row, k, n_in, 0u, n_out, sums, thread_index, simdgroup, lane);
+  if (thread_index < 16 && row + thread_index < n_out) {
+    out[row + thread_index] = sums[thread_index];
   }
 }
 

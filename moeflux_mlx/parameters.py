@@ -168,7 +168,7 @@ class LayerWeights:
 
 
 def _joinable(members: Sequence[Weight]) -> bool:
-    """Tell whether matrices can be one: quantised alike, and beginning where loads may."""
+    """Tell whether matrices can be one: quantised alike, in rows that loads allow."""
     if len(members) < 2 or any(w.biases is None for w in members):
         return False
     first = members[0]

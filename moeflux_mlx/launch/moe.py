@@ -902,8 +902,8 @@ def experts_down_sum(
             "n_out": n_out,
         },
         {"out": (n_out,)},
-        (64 * groups(n_out, 8), 1, 1),
-        (64, 1, 1),
+        (256 * groups(n_out, 16), 1, 1),
+        (256, 1, 1),
         {
             "BITS": bits,
             "G": group_size,
@@ -964,7 +964,7 @@ def _some_combined(
     sizes=[
         dict(k=1, n=32, f=32, d=1, bits=2, shared_bits=4, g=32, s=0),
         dict(k=10, n=96, f=160, d=13, bits=4, shared_bits=8, g=32, s=1, base=2),
-        dict(k=10, n=512, f=1152, d=18, bits=4, shared_bits=4, g=128, s=1, base=4),
+        dict(k=10, n=512, f=2304, d=18, bits=4, shared_bits=4, g=128, s=1, base=4),
         dict(k=8, n=64, f=64, d=9, bits=8, shared_bits=2, g=64, s=0, base=3),
     ],
     large=dict(k=8, n=512, f=512, d=2048, bits=4, shared_bits=4, g=64, s=0),

@@ -13,8 +13,12 @@ from .source import without_comments
 
 DIALECT = "msl_cuda.h"
 # Helpers that have a twin of their own in CUDA, for types that tensor cores take. It
-# overloads the helper and stands in the file named here.
-TWINS = {"multiply_tile": "tiles_cuda.h"}
+# overloads the helper and stands in the last of the files named here.
+TWINS = {
+    "multiply_tile": ("fragments_cuda.h", "tiles_cuda.h"),
+    "block_rows": ("fragments_cuda.h", "rows_cuda.h"),
+    "combined_rows": ("fragments_cuda.h", "rows_cuda.h", "experts_cuda.h"),
+}
 # ``threadgroup T x[n], y[m];`` declares storage; any other address space qualifies what
 # a pointer points to, which in CUDA needs no word.
 _SHARED = re.compile(r"\bthreadgroup(?=\s+(?:alignas\(\d+\)\s*)?\w+\s+\w+\s*\[)")
@@ -30,8 +34,11 @@ def baked_name(kernel: MetalKernel, name: str) -> str:
 
 def header(library: Library, kernel: MetalKernel) -> str:
     """Return the dialect, all that ``kernel`` uses, and itself as a device function."""
-    used = (d for d in library.used(kernel) if d.kind != "include")
-    helpers = "\n".join(f"{d.text}\n{_twin(library, d.name)}" for d in used)
+    used = [d for d in library.used(kernel) if d.kind != "include"]
+    texts = [d.text for d in used]
+    files = dict.fromkeys(file for d in used for file in TWINS.get(d.name, ()))
+    texts += [_text(library.folder / file) for file in files]
+    helpers = "\n".join(texts)
     template = ", ".join(f"{p.kind} {p.name}" for p in kernel.template)
     parameters = ", ".join(_parameter(p) for p in kernel.parameters)
     function = (
@@ -51,10 +58,6 @@ def body(kernel: MetalKernel, baked: Collection[str]) -> str:
     template = ", ".join(p.name for p in kernel.template)
     arguments = ", ".join(_argument(kernel, p, baked) for p in kernel.parameters)
     return f"msl::{kernel.name}{f'<{template}>' if template else ''}({arguments});"
-
-
-def _twin(library: Library, helper: str) -> str:
-    return _text(library.folder / TWINS[helper]) if helper in TWINS else ""
 
 
 @functools.cache

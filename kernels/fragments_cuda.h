@@ -1,0 +1,62 @@
+// Tensor cores' fragments of 16-bit rows, in CUDA C++: what the twins of helpers share.
+
+// Rows that tensor cores take; of others the helper itself is called.
+template <typename T>
+struct SixteenBits {};
+template <>
+struct SixteenBits<bfloat> {
+  using result = void;
+};
+template <>
+struct SixteenBits<half> {
+  using result = void;
+};
+
+template <typename T>
+inline uint packed_pair(float a, float b);
+template <>
+inline uint packed_pair<bfloat>(float a, float b) {
+  __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  return *(uint*)&pair;
+}
+template <>
+inline uint packed_pair<half>(float a, float b) {
+  __half2 pair = __floats2half2_rn(a, b);
+  return *(uint*)&pair;
+}
+
+// c += a b for 16x16 by 16x8.
+inline void multiply_fragments(float* c, const uint* a, const uint* b, bfloat) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+inline void multiply_fragments(float* c, const uint* a, const uint* b, half) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// N words, in accesses of 16 bytes where they are aligned.
+template <int N>
+inline void read_words(const uint* from, uint* to) {
+  if (N % 4 == 0 && ((ulong)from) % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i) {
+      uint4 four = ((const uint4*)from)[i];
+      to[4 * i] = four.x;
+      to[4 * i + 1] = four.y;
+      to[4 * i + 2] = four.z;
+      to[4 * i + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      to[i] = from[i];
+    }
+  }
+}

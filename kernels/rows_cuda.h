@@ -1,0 +1,470 @@
+// Tensor-core twins of `block_rows` and `combined_rows` for rows in 16 bits and matrices in 4
+// or 8 bits, in CUDA C++: the same arguments, the same sums in the same place. One token has no
+// use for a tensor core's eight columns, but a packed weight then costs one instruction rather
+// than four, and the loads of a matrix are what remains.
+//
+// A warp takes 16 rows and a quarter of the inputs. A lane (n = lane / 4, c = lane % 4) reads
+// four words of rows n and n + 8: of every chunk of four times as many inputs those from c on. Two
+// packed values become two 16-bit ones by putting them into the mantissa of OFFSET, whose share
+// (OFFSET times the sum of x) is taken off in the end. x lies in shared memory in the order in
+// which words give their values, and reaches column n only in lanes whose inputs belong to the
+// column's unit: the inputs of a chunk that share a scale. So the eight columns are the sums of
+// eight units, and lane (n, c) finds those of units 2 c and 2 c + 1.
+
+constexpr int STAGED = 6144;
+constexpr int STAGED_WORDS = STAGED / 32 * 20;
+
+struct Staged {
+  uint4 x[(STAGED_WORDS + 16) / 4];
+  float sums[STAGED / 16];
+  float parts[8 * 64];
+  float squares[32];
+};
+
+inline Staged& staged() {
+  __shared__ Staged memory;
+  return memory;
+}
+
+template <typename T, int BITS>
+struct TensorRows {};
+template <>
+struct TensorRows<bfloat, 4> {
+  using result = void;
+};
+template <>
+struct TensorRows<bfloat, 8> {
+  using result = void;
+};
+template <>
+struct TensorRows<half, 4> {
+  using result = void;
+};
+template <>
+struct TensorRows<half, 8> {
+  using result = void;
+};
+
+// What packed values are put into, twice in a word, and its value.
+template <typename T>
+struct Offset;
+template <>
+struct Offset<bfloat> {
+  static constexpr uint BITS = 0x43004300u;
+  static constexpr float VALUE = 128.0f;
+};
+template <>
+struct Offset<half> {
+  static constexpr uint BITS = 0x64006400u;
+  static constexpr float VALUE = 1024.0f;
+};
+
+template <int BITS, int G>
+struct Shape {
+  static constexpr int LANE = 128 / BITS;
+  static constexpr int CHUNK = 4 * LANE;
+  static constexpr int UNIT = G < CHUNK ? G : CHUNK;
+  static constexpr int UNITS = CHUNK / UNIT;
+  static constexpr int COLUMNS = UNITS < 2 ? 2 : UNITS;
+  // Chunks whose sums fill the columns.
+  static constexpr int SET = 8 / COLUMNS;
+};
+
+// Four words that are read once, WORDS at a time.
+template <int WORDS>
+inline void stream_words(const uint* from, uint* to) {
+  if (WORDS == 4) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "l"(from));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; i += WORDS) {
+      load_words<WORDS>(from + i, to + i);
+    }
+  }
+}
+
+// The low four bits of both halves of word >> SHIFT, in the mantissa of T's offset. Volatile: to
+// be computed when it is needed, not for all words ahead of the barrier that x waits for.
+template <typename T, int SHIFT>
+inline uint into_mantissa(uint word) {
+  uint pair;
+  asm volatile(
+      "{ .reg .b32 s; shr.b32 s, %1, %2; lop3.b32 %0, s, %3, %4, 0xea; }"
+      : "=r"(pair)
+      : "r"(word), "n"(SHIFT), "n"(0x000f000f), "n"(Offset<T>::BITS));
+  return pair;
+}
+
+inline bool is_aligned(const void* at) {
+  return ((ulong)at) % 16 == 0;
+}
+
+// Eight values, in one access if they are aligned.
+template <typename T>
+inline void read_eight(const T* from, bool aligned, float* to) {
+  if (aligned) {
+    uint words[4];
+    uint4 v = *(const uint4*)from;
+    words[0] = v.x;
+    words[1] = v.y;
+    words[2] = v.z;
+    words[3] = v.w;
+    const T* values = (const T*)words;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      to[i] = float(values[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      to[i] = float(from[i]);
+    }
+  }
+}
+
+// Values 8 u to 8 u + 7 of x, if `there`: all lanes of a warp come together, with u in a row.
+template <typename T, int UNIT>
+inline void stage_eight(const float* values, uint u, bool there) {
+  Staged& memory = staged();
+  uint4 pairs;
+  pairs.x = packed_pair<T>(values[0], values[4]);
+  pairs.y = packed_pair<T>(values[1], values[5]);
+  pairs.z = packed_pair<T>(values[2], values[6]);
+  pairs.w = packed_pair<T>(values[3], values[7]);
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    sum += float(T(values[i]));
+  }
+#pragma unroll
+  for (int lanes = 1; lanes < UNIT / 8; lanes *= 2) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+  }
+  if (there) {
+    memory.x[u / 4 * 5 + u % 4] = pairs;
+    if (u % (UNIT / 8) == 0) {
+      memory.sums[u / 2] = sum;
+    }
+  }
+}
+
+// n_in values from value `to` on, and zeros up to a whole chunk. `read(i, values)` gives eight
+// from i on. By `threads` threads, whole warps in step.
+template <typename T, int BITS, int G, typename Read>
+inline void stage(const Read& read, uint n_in, uint to, uint thread_index, uint threads) {
+  using S = Shape<BITS, G>;
+  uint n = (n_in + S::CHUNK - 1) / S::CHUNK * S::CHUNK / 8;
+  for (uint first = thread_index / 32 * 32; first < n; first += threads) {
+    uint u = first + thread_index % 32;
+    float values[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      values[i] = 0.0f;
+    }
+    if (8 * u < n_in) {
+      read(8 * u, values);
+    }
+    stage_eight<T, S::UNIT>(values, to / 8 + u, u < n);
+  }
+}
+
+inline void stage_zeros(uint thread_index) {
+  if (thread_index < 4) {
+    staged().x[STAGED_WORDS / 4 + thread_index] = uint4(0u, 0u, 0u, 0u);
+  }
+}
+
+// Chunks of the rows of one matrix.
+template <typename F>
+struct OneMatrix {
+  const uint* w;
+  const F* scales;
+  const F* biases;
+  uint n_in;
+  uint n_chunks;
+
+  inline uint place(uint chunk) const {
+    return chunk;
+  }
+  inline const uint* w_at(uint) const {
+    return w;
+  }
+  inline const F* scales_at(uint) const {
+    return scales;
+  }
+  inline const F* biases_at(uint) const {
+    return biases;
+  }
+  inline float factor(uint) const {
+    return 1.0f;
+  }
+};
+
+// Chunks of the rows of several experts' matrices, one after the other.
+template <typename I, typename E, typename F>
+struct ExpertMatrices {
+  I slots;
+  E weights;
+  const uint* w;
+  const F* scales;
+  const F* biases;
+  uint w_row;
+  uint s_row;
+  uint b_row;
+  uint n_in;
+  uint n_chunks;
+  uint each;
+
+  inline uint place(uint chunk) const {
+    return chunk % each;
+  }
+  inline const uint* w_at(uint chunk) const {
+    return w + ulong(slots[chunk / each]) * w_row;
+  }
+  inline const F* scales_at(uint chunk) const {
+    return scales + ulong(slots[chunk / each]) * s_row;
+  }
+  inline const F* biases_at(uint chunk) const {
+    return biases + ulong(slots[chunk / each]) * b_row;
+  }
+  inline float factor(uint chunk) const {
+    return weights[chunk / each];
+  }
+};
+
+// A set of chunks of two rows: their words, and scales and biases of this lane's two units.
+template <int BITS, int G, int WORDS>
+struct RowSet {
+  using S = Shape<BITS, G>;
+  uint words[S::SET][2][4];
+  float scales[2][2];
+  float biases[2][2];
+
+  // Chunks first, first + step, ... of `from`.
+  template <typename From>
+  inline void load(const From& from, const uint* rows, uint first, uint step, uint lane) {
+    uint c = lane % 4;
+#pragma unroll
+    for (int i = 0; i < S::SET; ++i) {
+      uint chunk = first + i * step;
+      uint input = from.place(chunk) * S::CHUNK + c * S::LANE;
+      if (chunk < from.n_chunks && input < from.n_in) {
+        const uint* w = from.w_at(chunk) + input / (32 / BITS);
+        stream_words<WORDS>(w + ulong(rows[0]) * (from.n_in * BITS / 32), words[i][0]);
+        stream_words<WORDS>(w + ulong(rows[1]) * (from.n_in * BITS / 32), words[i][1]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          words[i][0][j] = 0u;
+          words[i][1][j] = 0u;
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      uint column = 2 * c + j;
+      uint chunk = first + column / S::COLUMNS * step;
+      uint input = from.place(chunk) * S::CHUNK + column % S::COLUMNS * S::UNIT;
+      bool there = column % S::COLUMNS < S::UNITS && chunk < from.n_chunks && input < from.n_in;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        ulong at = ulong(rows[r]) * (from.n_in / G) + input / G;
+        scales[r][j] = there ? float(from.scales_at(chunk)[at]) : 0.0f;
+        biases[r][j] = there ? float(from.biases_at(chunk)[at]) : 0.0f;
+      }
+    }
+  }
+
+  // Adds to y the products with n chunks of values that are staged from `at` on: those from
+  // chunk `start` of `from` on.
+  template <typename T, typename From>
+  inline void add(
+      float* y, const From& from, uint at, uint start, uint first, uint step, uint n, uint lane,
+      T) const {
+    constexpr float OFFSET = Offset<T>::VALUE * (BITS == 4 ? 1.0f : 17.0f);
+    Staged& memory = staged();
+    uint c = lane % 4;
+    float low[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float high[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < S::SET; ++i) {
+      uint chunk = first + i * step;
+      bool mine = chunk < n && lane / 4 == i * S::COLUMNS + c * S::LANE / S::UNIT;
+      uint u = (at + chunk * S::CHUNK + c * S::LANE) / 8;
+      const uint4* x = memory.x + (mine ? u / 4 * 5 + u % 4 : STAGED_WORDS / 4);
+#pragma unroll
+      for (int j = 0; j < S::LANE / 8; ++j) {
+        uint4 v = x[j];
+        uint right[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int p = 0; p < 2; ++p) {
+          // Registers of a fragment: rows n and n + 8 of one pair of inputs, then of the next.
+          uint left[2][4];
+#pragma unroll
+          for (int q = 0; q < 4; ++q) {
+            const uint* row = words[i][q % 2];
+            uint pair = 2 * p + q / 2;
+            if (BITS == 4) {
+              left[0][q] = pair == 0   ? into_mantissa<T, 0>(row[j])
+                           : pair == 1 ? into_mantissa<T, 4>(row[j])
+                           : pair == 2 ? into_mantissa<T, 8>(row[j])
+                                       : into_mantissa<T, 12>(row[j]);
+            } else {
+              // The same byte of two words.
+              uint bytes = __byte_perm(row[2 * j % 4], row[2 * j % 4 + 1], pair * 0x1111 + 0x4400);
+              left[0][q] = into_mantissa<T, 0>(bytes);
+              left[1][q] = into_mantissa<T, 4>(bytes);
+            }
+          }
+          multiply_fragments(low, left[0], right + 2 * p, T());
+          if (BITS == 8) {
+            multiply_fragments(high, left[1], right + 2 * p, T());
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      uint column = 2 * c + j;
+      uint chunk = first + column / S::COLUMNS * step;
+      bool there = column % S::COLUMNS < S::UNITS && chunk < n;
+      uint unit = at + chunk * S::CHUNK + column % S::COLUMNS * S::UNIT;
+      float sum = there ? memory.sums[unit / 16] : 0.0f;
+      float factor = there ? from.factor(start + chunk) : 0.0f;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float dot = low[2 * r + j] + (BITS == 4 ? 0.0f : 16.0f * high[2 * r + j]);
+        y[r] += factor * (scales[r][j] * (dot - OFFSET * sum) + biases[r][j] * sum);
+      }
+    }
+  }
+};
+
+// Leaves the sums of a warp's rows n and n + 8 from `at` on.
+inline void leave_rows(float* y, uint at, uint lane) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    y[r] += __shfl_xor_sync(0xffffffffu, y[r], 1);
+    y[r] += __shfl_xor_sync(0xffffffffu, y[r], 2);
+    if (lane % 4 == 0) {
+      staged().parts[at + lane / 4 + 8 * r] = y[r];
+    }
+  }
+}
+
+// A row's sum of squares, by 32 * N threads.
+template <int N, typename T>
+inline float sum_squares(const T* x, uint n, uint simdgroup, uint lane) {
+  float squares = 0.0f;
+  bool aligned = is_aligned(x);
+  for (uint i = 8 * (32 * simdgroup + lane); i < n; i += 8 * 32 * N) {
+    float values[8];
+    read_eight(x + i, aligned, values);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      squares = fmaf(values[j], values[j], squares);
+    }
+  }
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    squares += __shfl_xor_sync(0xffffffffu, squares, lanes);
+  }
+  float* all = staged().squares;
+  if (lane == 0) {
+    all[simdgroup] = squares;
+  }
+  __syncthreads();
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    sum += all[i];
+  }
+  return sum;
+}
+
+template <
+    int BITS, int G, int WORDS, int ROWS, int PARTS, bool NORM, typename T, typename N, typename F>
+inline typename TensorRows<T, BITS>::result block_rows(
+    const T* x,
+    const N* norm,
+    float eps,
+    const uint* w,
+    const F* scales,
+    const F* biases,
+    uint row,
+    uint n_in,
+    uint n_out,
+    float* sums,
+    uint simdgroup,
+    uint lane) {
+  using S = Shape<BITS, G>;
+  constexpr int TILES = ROWS / 16;
+  constexpr uint AT_ONCE = 4096;
+  uint warp = simdgroup % 4;
+  bool aligned = is_aligned(x);
+  uint thread_index = simdgroup * 32 + lane;
+  OneMatrix<F> matrix = {w, scales, biases, n_in, (n_in + S::CHUNK - 1) / S::CHUNK};
+  float y[TILES][2];
+#pragma unroll
+  for (int tile = 0; tile < TILES; ++tile) {
+    y[tile][0] = 0.0f;
+    y[tile][1] = 0.0f;
+  }
+  RowSet<BITS, G, WORDS> next;
+  auto load = [&](uint tile, uint first) {
+    uint n = row + 16 * tile + lane / 4;
+    uint rows[2] = {min(n, n_out - 1), min(n + 8, n_out - 1)};
+    next.load(matrix, rows, first, 4u, lane);
+  };
+  load(0, warp);
+  float scale = 1.0f;
+  if (NORM) {
+    scale = rsqrt(sum_squares<4 * PARTS>(x, n_in, simdgroup, lane) / float(n_in) + eps);
+  }
+  stage_zeros(thread_index);
+  for (uint start = 0; start < n_in; start += AT_ONCE) {
+    uint first_chunk = start / S::CHUNK;
+    uint n_here = min(n_in - start, AT_ONCE);
+    uint n = (n_here + S::CHUNK - 1) / S::CHUNK;
+    if (start > 0) {
+      __syncthreads();
+      load(0, first_chunk + warp);
+    }
+    auto read = [&](uint i, float* values) {
+      read_eight(x + start + i, aligned, values);
+      if (NORM) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          values[j] *= scale * float(norm[start + i + j]);
+        }
+      }
+    };
+    stage<T, BITS, G>(read, n_here, 0u, thread_index, 128 * PARTS);
+    __syncthreads();
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      for (uint first = warp; first < n; first += 4 * S::SET) {
+        RowSet<BITS, G, WORDS> set = next;
+        if (first + 4 * S::SET < n) {
+          load(tile, first_chunk + first + 4 * S::SET);
+        } else if (tile + 1 < TILES) {
+          load(tile + 1, first_chunk + warp);
+        }
+        set.add(y[tile], matrix, 0u, first_chunk, first, 4u, n, lane, T());
+      }
+    }
+  }
+#pragma unroll
+  for (int tile = 0; tile < TILES; ++tile) {
+    leave_rows(y[tile], simdgroup * ROWS + 16 * tile, lane);
+  }
+  __syncthreads();
+  if (thread_index < PARTS * ROWS) {
+    const float* parts =
+        staged().parts + thread_index / ROWS * 4 * ROWS + thread_index % ROWS;
+    sums[thread_index] = (parts[0] + parts[ROWS]) + (parts[2 * ROWS] + parts[3 * ROWS]);
+  }
+  __syncthreads();
+}
