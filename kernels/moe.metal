@@ -497,13 +497,39 @@ template <typename T>
   write_columns(out + token * n, i, n, sum);
 }
 
+// 16 rows of one expert's opened gate, from `row` on: silu(Wg x) * (Wu x), in thread i < 16 that of
+// row i. By 8 simdgroups, of which the first four take gate and the others the same rows of up;
+// `sums` holds 32. Contains barriers: all threads must come.
+template <int BITS, int G, int WORDS, typename X, typename W, typename S, typename B>
+inline float opened_rows(
+    X x,
+    W gate_w,
+    S gate_scales,
+    B gate_biases,
+    W up_w,
+    S up_scales,
+    B up_biases,
+    uint row,
+    uint n_in,
+    uint n_out,
+    threadgroup float* sums,
+    uint thread_index,
+    uint simdgroup,
+    uint lane) {
+  bool is_up = simdgroup >= 4;
+  block_rows<BITS, G, WORDS, 16, 2, false>(
+      x, x, 0.0f, is_up ? up_w : gate_w, is_up ? up_scales : gate_scales,
+      is_up ? up_biases : gate_biases, row, n_in, n_out, sums, simdgroup, lane);
+  uint own = thread_index % 16;
+  return silu(sums[own]) * sums[16 + own];
+}
+
 // One token through the gate and up projections of its K experts:
 // act[k] = silu(Wg x) * (Wu x), the matrices lying in slots of a pool.
 //
 // x: a row with the token's [I] from x_at on; slots: [K]; *_w: [n_slots, w_row] words, *_scales
 // and *_biases: [n_slots, s_row], [n_slots, b_row], a matrix [N,I] in each row from its base
-// on; act: [K,N]. I is a multiple of G, G of 32. Launch: threadgroups of 256 on (N / 16, K), of
-// which the first half takes 16 rows of gate and the second the same rows of up.
+// on; act: [K,N]. I is a multiple of G, G of 32. Launch: threadgroups of 256 on (N / 16, K).
 template <typename T, typename S, int BITS, int G, int WORDS>
 [[kernel]] void experts_gate_up_swiglu(
     device const T* x,
@@ -531,20 +557,89 @@ template <typename T, typename S, int BITS, int G, int WORDS>
     uint thread_index [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  constexpr int ROWS = 16;
-  threadgroup float sums[2 * ROWS];
-  uint row = group.x * ROWS;
+  threadgroup float sums[32];
+  uint row = group.x * 16;
   ulong slot = slots[group.y];
-  bool is_up = simdgroup >= 4;
-  auto w = is_up ? up_w + slot * w_row + up_w_base : gate_w + slot * w_row + gate_w_base;
-  auto scales = is_up ? up_scales + slot * s_row + up_s_base
-                      : gate_scales + slot * s_row + gate_s_base;
-  auto biases = is_up ? up_biases + slot * b_row + up_b_base
-                      : gate_biases + slot * b_row + gate_b_base;
-  block_rows<BITS, G, WORDS, ROWS, 2, false>(
-      x + x_at, x, 0.0f, w, scales, biases, row, n_in, n_out, sums, simdgroup, lane);
-  if (thread_index < ROWS && row + thread_index < n_out) {
-    float opened = silu(sums[thread_index]) * sums[ROWS + thread_index];
+  float opened = opened_rows<BITS, G, WORDS>(
+      x + x_at, gate_w + slot * w_row + gate_w_base, gate_scales + slot * s_row + gate_s_base,
+      gate_biases + slot * b_row + gate_b_base, up_w + slot * w_row + up_w_base,
+      up_scales + slot * s_row + up_s_base, up_biases + slot * b_row + up_b_base, row, n_in, n_out,
+      sums, thread_index, simdgroup, lane);
+  if (thread_index < 16 && row + thread_index < n_out) {
+    act[group.y * n_out + row + thread_index] = T(opened);
+  }
+}
+
+// `moe_softmax_topk` for one token, its weights divided by their sum, and
+// `experts_gate_up_swiglu` of the experts chosen, each in the slot of its number.
+//
+// x: a row with the logits [E] from 0 on and the token's [I] from x_at on; others as there;
+// chosen, weights: [K]. E <= 512, PER_LANE = ceil(E / 32). Launch as there. Every simdgroup finds
+// its threadgroup's expert itself, which takes less than a launch.
+template <typename T, typename S, int BITS, int G, int WORDS, int PER_LANE>
+[[kernel]] void experts_route_gate_up(
+    device const T* x,
+    device const uint* gate_w,
+    device const S* gate_scales,
+    device const S* gate_biases,
+    device const uint* up_w,
+    device const S* up_scales,
+    device const S* up_biases,
+    constant uint& x_at,
+    constant uint& gate_w_base,
+    constant uint& gate_s_base,
+    constant uint& gate_b_base,
+    constant uint& up_w_base,
+    constant uint& up_s_base,
+    constant uint& up_b_base,
+    constant uint& w_row,
+    constant uint& s_row,
+    constant uint& b_row,
+    constant uint& n_experts,
+    constant uint& k,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* act,
+    device uint* chosen,
+    device float* weights,
+    uint2 group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float sums[32];
+  uint keys[PER_LANE];
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) {
+    uint e = lane + uint(j) * SIMD;
+    keys[j] = e < n_experts ? ordered(float(x[e])) : 0u;
+  }
+  // The threadgroups of the last expert know them all, and the first of these says which.
+  uint expert = 0;
+  uint own_expert = 0;
+  uint own_key = 0;
+  uint largest = 0;
+  for (uint n = 0; n <= group.y; ++n) {
+    uint key = take_largest<PER_LANE>(keys, lane, SIMD, expert);
+    largest = n == 0 ? key : largest;
+    own_expert = lane == n ? expert : own_expert;
+    own_key = lane == n ? key : own_key;
+  }
+  if (group.x == 0 && group.y == k - 1 && simdgroup == 0) {
+    float weight = lane < k ? exp(unordered(own_key) - unordered(largest)) : 0.0f;
+    float sum = simd_sum(weight);
+    if (lane < k) {
+      chosen[lane] = own_expert;
+      weights[lane] = weight / sum;
+    }
+  }
+  uint row = group.x * 16;
+  ulong slot = expert;
+  float opened = opened_rows<BITS, G, WORDS>(
+      x + x_at, gate_w + slot * w_row + gate_w_base, gate_scales + slot * s_row + gate_s_base,
+      gate_biases + slot * b_row + gate_b_base, up_w + slot * w_row + up_w_base,
+      up_scales + slot * s_row + up_s_base, up_biases + slot * b_row + up_b_base, row, n_in, n_out,
+      sums, thread_index, simdgroup, lane);
+  if (thread_index < 16 && row + thread_index < n_out) {
     act[group.y * n_out + row + thread_index] = T(opened);
   }
 }

@@ -19,8 +19,18 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 from .errors import ConfigError
+
+
+def cache_folder() -> Path:
+    """Return the folder for what this machine can make again.
+
+    That is ``moeflux-mlx`` below ``XDG_CACHE_HOME``, by default ``~/.cache``.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "moeflux-mlx"
 
 
 def executor_name() -> str | None:

@@ -68,21 +68,15 @@ def translation_unit(family: str) -> str:
         if kernel.name not in seen:
             seen.add(kernel.name)
             parts.append(f"namespace msl {{ namespace {space} {{\n{code}}}\n")
-        baked, template, inputs = bind(ready)
-        names = [p.name for p in kernel.inputs if p.name not in baked]
+        values, inputs = bind(ready)
+        names = [p.name for p in kernel.inputs if p.name not in values]
         pairs = zip(names, inputs, strict=True)
         arguments = [f"const {TYPES[x.dtype]}* {name}" for name, x in pairs]
         outputs = zip(kernel.outputs, ready.output_dtypes, strict=True)
         arguments += [f"{TYPES[dtype]}* {p.name}" for p, dtype in outputs]
-        values = "".join(
-            f"using {name} = {TYPES[value]};\n"
-            if isinstance(value, mx.Dtype)
-            else f"constexpr auto {name} = {str(value).lower()};\n"
-            for name, value in template
-        )
-        call = cuda.body(kernel, baked).replace("msl::", f"msl::{space}::", 1)
+        call = cuda.body(kernel, values).replace("msl::", f"msl::{space}::", 1)
         header = f"__global__ void entry_{number}({', '.join(arguments)})"
-        parts.append(f"{header} {{\n{values}{call}\n}}\n")
+        parts.append(f"{header} {{\n{call}\n}}\n")
     return "\n".join(parts)
 
 

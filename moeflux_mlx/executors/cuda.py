@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
-import struct
+import hashlib
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from .. import config
 from ..device import MAX_CUDA_GRID_YZ
 from ..errors import BackendError, KernelError
 from ..launch.base import Prepared
@@ -96,10 +99,9 @@ class CudaExecutor(KernelExecutor):
 
     def call(self, built: MetalKernel, ready: Prepared) -> list[mx.array]:
         _check_grid(ready)
-        baked, template, inputs = bind(ready)
-        return _cuda_kernel(built.name, baked)(
+        values, inputs = bind(ready)
+        return _cuda_kernel(built.name, tuple(values.items()))(
             inputs=inputs,
-            template=template,
             grid=ready.grid,
             threadgroup=ready.threadgroup,
             output_shapes=ready.output_shapes,
@@ -107,25 +109,23 @@ class CudaExecutor(KernelExecutor):
         )
 
 
-def bind(
-    ready: Prepared,
-) -> tuple[frozenset[str], list[tuple[str, Any]], list[mx.array]]:
-    """Return the names of baked numbers, the template with them, and the inputs left.
+def bind(ready: Prepared) -> tuple[dict[str, Any], list[mx.array]]:
+    """Return the values that are compiled in, and the inputs left.
 
-    Numbers that are not baked become arrays in the GPU's memory where there is one.
+    Numbers that are not compiled in become arrays in the GPU's memory.
     """
-    baked = frozenset(ready.numbers) & GEOMETRY
-    template, inputs = list(ready.template), []
+    values, inputs = dict(ready.template), []
     for parameter, array in zip(ready.kernel.inputs, ready.inputs, strict=True):
         name = parameter.name
-        if name in baked:
-            number = _as_int(ready.numbers[name], parameter.type)
-            template.append((cuda.baked_name(ready.kernel, name), number))
+        if name in ready.numbers and name in GEOMETRY:
+            number = ready.numbers[name]
+            is_float = getattr(parameter, "type", "") == "float"
+            values[name] = number if is_float else int(number)
         elif name in ready.numbers:
             inputs.append(_on_device(ready.numbers[name], array.dtype))
         else:
             inputs.append(array)
-    return baked, template, inputs
+    return values, inputs
 
 
 def _check_grid(ready: Prepared) -> None:
@@ -150,24 +150,39 @@ def _on_device(value: float, dtype: mx.Dtype) -> mx.array:
     return array
 
 
-def _as_int(value: float, kind: str) -> int:
-    """Return a number as an int of a template: a float by its bits, a uint wrapped."""
-    if kind == "float":
-        return struct.unpack("<i", struct.pack("<f", value))[0]
-    return struct.unpack("<i", struct.pack("<I", int(value) % (1 << 32)))[0]
+@functools.cache
+def _cuda_kernel(name: str, values: tuple[tuple[str, Any], ...]) -> Any:
+    """Register a kernel with its template and numbers compiled in.
+
+    At every launch MLX hashes all of the source and looks the name up: both are short.
+    """
+    kernel = library()[name]
+    body = cuda.body(kernel, dict(values))
+    header = cuda.header(library(), kernel)
+    # MLX tells compiled kernels apart by name, in memory and on disk.
+    digest = hashlib.sha256(f"{header}\0{body}".encode()).hexdigest()[:16]
+    compiled_in = dict(values)
+    return mx.fast.cuda_kernel(
+        name=f"moeflux_{name}_{digest}",
+        input_names=[p.name for p in kernel.inputs if p.name not in compiled_in],
+        output_names=[p.name for p in kernel.outputs],
+        source=body,
+        header=_included(header),
+    )
 
 
 @functools.cache
-def _cuda_kernel(name: str, baked: frozenset[str]) -> Any:
-    kernels = library()
-    kernel = kernels[name]
-    # MLX tells compiled kernels apart by name alone, in memory and on disk.
-    header = cuda.header(kernels, kernel)
-    digest = kernels.fingerprint(name, header, *sorted(baked))
-    return mx.fast.cuda_kernel(
-        name=f"moeflux_{name}_{digest}",
-        input_names=[p.name for p in kernel.inputs if p.name not in baked],
-        output_names=[p.name for p in kernel.outputs],
-        source=cuda.body(kernel, baked),
-        header=header,
-    )
+def _included(header: str) -> str:
+    """Return an include of a file that holds a header, or the header."""
+    digest = hashlib.sha256(header.encode()).hexdigest()[:16]
+    path = config.cache_folder() / "cuda" / f"{digest}.h"
+    try:
+        if not path.is_file() or path.read_text() != header:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                part = Path(folder) / path.name
+                part.write_text(header)
+                part.replace(path)
+    except OSError:
+        return header
+    return f'#include "{path.resolve()}"\n'

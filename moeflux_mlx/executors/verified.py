@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..config import cache_folder
 from ..launch import KERNELS
 from ..metal import cuda
 from ..metal.library import kernels_folder, library
@@ -66,12 +66,6 @@ def _processor() -> str:
         return line.partition(":")[2].strip()
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def cache_folder() -> Path:
-    """Return the folder for what this machine can make again."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "moeflux-mlx"
 
 
 def _own_path(executor: str) -> Path:

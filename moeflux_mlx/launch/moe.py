@@ -780,43 +780,124 @@ def experts_gate_up_swiglu(
     """
     width, k = one_row("x", x), one_row("slots", slots)
     n_in = width if n_in is None else n_in
+    inputs, template = _gate_and_up(x, gate, up, n_out, bits, group_size, x_at, n_in)
+    return Launch(
+        "experts_gate_up_swiglu",
+        {**inputs, "slots": slots},
+        {"act": (k, n_out)},
+        (256 * groups(n_out, 16), k, 1),
+        (256, 1, 1),
+        template,
+    )
+
+
+def _gate_and_up(
+    x: mx.array,
+    gate: Matrix,
+    up: Matrix,
+    n_out: int,
+    bits: int,
+    group_size: int,
+    x_at: int,
+    n_in: int,
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Check what both kernels of gate and up take; return inputs and template."""
+    width = one_row("x", x)
     inside = 0 <= x_at <= width - n_in
     require("x_at", inside, f"{n_in} values of a row of {width}", x_at)
     rows = check_matrix("gate", gate, n_out, n_in, bits, group_size)
     up_rows = check_matrix("up", up, n_out, n_in, bits, group_size)
     require("up", up_rows == rows, f"rows as long as gate's {rows}", up_rows)
+    inputs: dict[str, Any] = {"x": x, "x_at": x_at, "n_in": n_in, "n_out": n_out}
+    for name, matrix in (("gate", gate), ("up", up)):
+        parts = zip(("w", "scales", "biases"), matrix, strict=True)
+        for part, records in parts:
+            inputs[f"{name}_{part}"] = records.array
+            inputs[f"{name}_{part[0]}_base"] = records.base
+    inputs |= {"w_row": rows[0], "s_row": rows[1], "b_row": rows[2]}
+    words = _words_a_load([gate, up], 1, n_in, bits)
+    return inputs, {"BITS": bits, "G": group_size, "WORDS": words}
+
+
+def _routed_gate_up(
+    x: mx.array,
+    n_experts: int,
+    k: int,
+    gate: Matrix,
+    up: Matrix,
+    n_out: int,
+    bits: int,
+    group_size: int,
+    x_at: int,
+    n_in: int,
+) -> tuple[mx.array, mx.array, mx.array]:
+    chosen, weights = _softmax_topk(x.reshape(1, -1), k, True, n_experts)
+    chosen = chosen.astype(mx.uint32)
+    act = _gate_up(x, chosen, gate, up, n_out, bits, group_size, x_at, n_in)
+    return act, chosen, weights
+
+
+def _some_routed(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    e: int,
+    k: int,
+    i: int,
+    n: int,
+    bits: int,
+    g: int,
+    s: int,
+    base: int = 0,
+) -> tuple[Any, ...]:
+    gate, up = (
+        random_matrix(rng, (dtype, mx.bfloat16)[s], e, (n, i), bits, g, base)
+        for _ in range(2)
+    )
+    x_at = e + base
+    x = mx.concatenate([_logits(rng, dtype, 1, e), normal(rng, dtype, 1, i + base)], 1)
+    return x, e, k, gate, up, n, bits, g, x_at, i
+
+
+@kernel(
+    reference=_routed_gate_up,
+    sample=_some_routed,
+    sizes=[
+        dict(e=3, k=1, i=32, n=1, bits=2, g=32, s=0),
+        dict(e=33, k=2, i=576, n=7, bits=4, g=64, s=1, base=2),
+        dict(e=9, k=8, i=1152, n=18, bits=4, g=128, s=1, base=4),
+        dict(e=65, k=10, i=1056, n=6, bits=8, g=32, s=0, base=3),
+    ],
+    large=dict(e=128, k=8, i=2048, n=512, bits=4, g=64, s=0),
+)
+def experts_route_gate_up(
+    x: mx.array,
+    n_experts: int,
+    k: int,
+    gate: Matrix,
+    up: Matrix,
+    n_out: int,
+    bits: int,
+    group_size: int,
+    x_at: int,
+    n_in: int,
+) -> Launch:
+    """``silu(Wg x) * (Wu x)`` of the ``k`` best experts: ``[K, N]``, and which.
+
+    ``x`` is a row ``[1, n]`` with the logits first and the ``n_in`` values from
+    ``x_at`` on. Expert e lies in slot e. ``chosen`` and ``weights`` ``[1, K]`` are
+    those of ``moe_softmax_topk``, the weights divided by their sum.
+    """
+    _, n_experts = _check_routing(x, k, n_experts)
+    inputs, template = _gate_and_up(x, gate, up, n_out, bits, group_size, x_at, n_in)
+    n_slots = gate[0].array.shape[0]
+    require("gate", n_slots >= n_experts, f"{n_experts} slots", n_slots)
     return Launch(
-        "experts_gate_up_swiglu",
-        {
-            "x": x,
-            "slots": slots,
-            "gate_w": gate[0].array,
-            "gate_scales": gate[1].array,
-            "gate_biases": gate[2].array,
-            "up_w": up[0].array,
-            "up_scales": up[1].array,
-            "up_biases": up[2].array,
-            "x_at": x_at,
-            "gate_w_base": gate[0].base,
-            "gate_s_base": gate[1].base,
-            "gate_b_base": gate[2].base,
-            "up_w_base": up[0].base,
-            "up_s_base": up[1].base,
-            "up_b_base": up[2].base,
-            "w_row": rows[0],
-            "s_row": rows[1],
-            "b_row": rows[2],
-            "n_in": n_in,
-            "n_out": n_out,
-        },
-        {"act": (k, n_out)},
+        "experts_route_gate_up",
+        {**inputs, "n_experts": n_experts, "k": k},
+        {"act": (k, n_out), "chosen": (1, k), "weights": (1, k)},
         (256 * groups(n_out, 16), k, 1),
         (256, 1, 1),
-        {
-            "BITS": bits,
-            "G": group_size,
-            "WORDS": _words_a_load([gate, up], 1, n_in, bits),
-        },
+        {**template, "PER_LANE": groups(n_experts, SIMD)},
     )
 
 

@@ -280,6 +280,7 @@ EXPERTS = (
 
 
 def _experts(ops: Sequence[Any]) -> int:
+    """Count what follows routing: routed and shared experts, and their sum."""
     experts, act, down, combine = ops[:4]
     linked = (
         _is_product(down)
@@ -293,31 +294,78 @@ def _experts(ops: Sequence[Any]) -> int:
 @group("experts_down_combine", EXPERTS, _experts, takes_parts=True)
 def experts_and_shared(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Run the experts' first half, then theirs and the shared expert's second."""
-    experts, act, down, combine = ops
-    source, shared = values[experts.experts], values[down.weight.name]
-    bits, group_size = form(shared)
-    stacks = source.weights
-    if not all_known(stacks) or form(stacks.down)[1] != group_size:
+    experts, source = ops[0], values[ops[0].experts]
+    if not _all_alike(ops, values):
         return _one_by_one(ops, values)
     x, indices = values[experts.mlp_in], values[experts.indices]
     slots, opened = experts_act(experts, run, x, indices, source)
-    row, starts = _one_row(
-        values[act.gate], values[act.up], values[combine.shared_gate]
-    )
+    return _second_half(ops, run, values, opened, slots, values[experts.weights])
+
+
+def _all_alike(ops: Sequence[Any], values: Values) -> bool:
+    """Tell whether kernels know all matrices, which is known only with the experts."""
+    stacks, shared = values[ops[0].experts].weights, values[ops[2].weight.name]
+    return all_known(stacks) and form(stacks.down)[1] == form(shared)[1]
+
+
+def _second_half(
+    ops: Sequence[Any],
+    run: Run,
+    values: Values,
+    opened: mx.array,
+    slots: mx.array,
+    weights: mx.array,
+) -> Values:
+    experts, act, down, combine = ops
+    source, shared = values[experts.experts], values[down.weight.name]
+    projected = (act.gate, act.up, combine.shared_gate)
+    row, starts = _one_row(*(values[buf] for buf in projected))
+    stack = source.weights.down
     launch = moe.experts_down_combine(
         opened,
         slots,
-        values[experts.weights],
-        stacks.down.records,
+        weights,
+        stack.records,
         row,
         starts,
-        (*parts(shared), bits),
+        (*parts(shared), form(shared)[0]),
         values[combine.h_mid],
-        *form(stacks.down),
+        *form(stack),
     )
     (out,) = run(launch)
     guard(source, [out])
     return {combine.hidden_out: out}
+
+
+ROUTED = (MoeSoftmaxTopK, MoeNormalizeWeights, *EXPERTS)
+
+
+def _routed(ops: Sequence[Any]) -> int:
+    """Count routing and all that follows it."""
+    top, experts = ops[0], ops[2]
+    linked = experts.indices == top.indices_out and experts.weights == top.weights_out
+    return len(ROUTED) if linked and _routing(ops) and _experts(ops[2:]) else 0
+
+
+@group("experts_route_gate_up", ROUTED, _routed, takes_parts=True)
+def routed_experts(ops: Sequence[Any], run: Run, values: Values) -> Values:
+    """Route within the experts' first launch, where each expert is its own slot."""
+    top, experts, source = ops[0], ops[2], values[ops[2].experts]
+    x, logits = values[experts.mlp_in], values[top.logits]
+    both = isinstance(x, RowPart) and isinstance(logits, RowPart)
+    in_row = both and x.row is logits.row and logits.start == 0
+    if source.settled is None or not in_row or not _all_alike(ops[2:], values):
+        routed = route(ops[:2], run, values)
+        return {**routed, **experts_and_shared(ops[2:], run, {**values, **routed})}
+    stacks = source.weights
+    sizes = (experts.expert_dim, *form(stacks.gate), x.start, x.size)
+    matrices = stacks.gate.records, stacks.up.records
+    launch = moe.experts_route_gate_up(x.row, top.n_experts, top.k, *matrices, *sizes)
+    opened, chosen, weights = run(launch)
+    source.asked(top.k)
+    out = _second_half(ops[2:], run, values, opened, chosen, weights)
+    indices = chosen.view(mx.int32)
+    return {**out, top.indices_out: indices, top.weights_out: weights}
 
 
 def _one_by_one(ops: Sequence[Any], values: Values) -> Values:

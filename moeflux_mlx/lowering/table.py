@@ -155,6 +155,8 @@ def group(
 
     def add(call: Callable[..., Values]) -> Callable[..., Values]:
         GROUPS.append(Group(name, types, takes, call, takes_parts, joint))
+        # Where several fit, that of most Ops.
+        GROUPS.sort(key=lambda each: -len(each.types))
         return call
 
     return add

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection
+import struct
+from collections.abc import Mapping
 from pathlib import Path
+
+import mlx.core as mx
 
 from .library import Library
 from .signature import Attribute, Input, MetalKernel, Output, Scalar
@@ -23,21 +26,31 @@ TWINS = {
 # a pointer points to, which in CUDA needs no word.
 _SHARED = re.compile(r"\bthreadgroup(?=\s+(?:alignas\(\d+\)\s*)?\w+\s+\w+\s*\[)")
 _SPACE = re.compile(r"\b(?:device|constant|thread|threadgroup)\b\s*")
-_BITS = "_bits"
 
 
-def baked_name(kernel: MetalKernel, name: str) -> str:
-    """Return the template number that holds a baked scalar: of a float, its bits."""
-    scalar = next(p for p in kernel.inputs if p.name == name)
-    return name + _BITS if scalar.type == "float" else name
+# What MLX's types are called in the dialect.
+TYPES = {
+    mx.float32: "float",
+    mx.float16: "msl::half",
+    mx.bfloat16: "msl::bfloat",
+    mx.uint32: "msl::uint",
+    mx.int32: "int",
+    mx.uint16: "msl::ushort",
+    mx.uint8: "msl::uchar",
+    mx.bool_: "bool",
+}
+# Values of a kernel's template, and of scalars that are compiled in.
+Values = Mapping[str, int | float | bool | mx.Dtype]
 
 
 def header(library: Library, kernel: MetalKernel) -> str:
     """Return the dialect, all that ``kernel`` uses, and itself as a device function."""
-    used = [d for d in library.used(kernel) if d.kind != "include"]
-    texts = [d.text for d in used]
-    files = dict.fromkeys(file for d in used for file in TWINS.get(d.name, ()))
-    texts += [_text(library.folder / file) for file in files]
+    # A twin comes right behind its helper, so that whatever calls one sees both.
+    texts: dict[str, None] = {}
+    for helper in (d for d in library.used(kernel) if d.kind != "include"):
+        texts[helper.text] = None
+        for file in TWINS.get(helper.name, ()):
+            texts[_text(library.folder / file)] = None
     helpers = "\n".join(texts)
     template = ", ".join(f"{p.kind} {p.name}" for p in kernel.template)
     parameters = ", ".join(_parameter(p) for p in kernel.parameters)
@@ -49,15 +62,21 @@ def header(library: Library, kernel: MetalKernel) -> str:
     return f"{_text(library.folder / DIALECT)}\nnamespace msl {{\n{code}}}\n"
 
 
-def body(kernel: MetalKernel, baked: Collection[str]) -> str:
+def body(kernel: MetalKernel, values: Values) -> str:
     """Return the body to register: one call of the device function.
 
     Args:
-        baked: scalars given as template numbers rather than as inputs.
+        values: of the whole template, and of the scalars that are compiled in.
     """
-    template = ", ".join(p.name for p in kernel.template)
-    arguments = ", ".join(_argument(kernel, p, baked) for p in kernel.parameters)
+    template = ", ".join(_literal(values[p.name]) for p in kernel.template)
+    arguments = ", ".join(_argument(p, values) for p in kernel.parameters)
     return f"msl::{kernel.name}{f'<{template}>' if template else ''}({arguments});"
+
+
+def _literal(value: int | float | bool | mx.Dtype) -> str:
+    if isinstance(value, mx.Dtype):
+        return TYPES[value]
+    return str(value).lower() if isinstance(value, bool) else str(int(value))
 
 
 @functools.cache
@@ -79,16 +98,13 @@ def _parameter(p: Input | Scalar | Output | Attribute) -> str:
             return f"const {p.type_name} {p.name}"
 
 
-def _argument(
-    kernel: MetalKernel,
-    p: Input | Scalar | Output | Attribute,
-    baked: Collection[str],
-) -> str:
+def _argument(p: Input | Scalar | Output | Attribute, values: Values) -> str:
     match p:
-        case Scalar() if p.name in baked and p.type == "float":
-            return f"msl::as_type<float>({baked_name(kernel, p.name)})"
-        case Scalar() if p.name in baked:
-            return f"msl::{p.type}({p.name})"
+        case Scalar() if p.name in values and p.type == "float":
+            (bits,) = struct.unpack("<I", struct.pack("<f", values[p.name]))
+            return f"msl::as_type<float>({bits:#x}u)"
+        case Scalar() if p.name in values:
+            return f"msl::{p.type}({_literal(values[p.name])})"
         case Scalar():
             return f"*{p.name}"
         case Attribute():
