@@ -6,7 +6,7 @@ import atexit
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -43,6 +43,9 @@ class Encoding:
         return self.values[self.pool.physical[buf.index]]
 
 
+Observer = Callable[[Sequence[Step], Encoding], None]
+
+
 class Executor(ABC):
     """Runs graphs; subclasses say which function performs an Op."""
 
@@ -58,6 +61,8 @@ class Executor(ABC):
 
     def __init__(self) -> None:
         self.stats = Stats()
+        # Encodes steps in place of ``encode_graph``, to look at each.
+        self.observer: Observer | None = None
         self.profile_per_op = config.profile_per_op()
         if self.profile_per_op:
             atexit.register(lambda: print(self.stats.table(), file=sys.stderr))
@@ -96,6 +101,9 @@ class Executor(ABC):
     def encode_graph(self, graph: Graph | list[Step], encoding: Encoding) -> None:
         """Encode all Ops of a graph, or of what ``lower`` made of it."""
         steps = self.lower(graph) if isinstance(graph, Graph) else graph
+        if self.observer is not None:
+            self.observer(steps, encoding)
+            return
         run_step = self._time_step if self.profile_per_op else Step.run
         for step in steps:
             run_step(step, encoding.values, encoding.weights, encoding.host)
@@ -146,6 +154,11 @@ class Executor(ABC):
 
         Executors that record GPU traces open and close their window here.
         """
+
+    @property
+    def watches_steps(self) -> bool:
+        """Tell whether every step is looked at, so that none may be traced."""
+        return self.profile_per_op or self.observer is not None
 
     @property
     def watches_layers(self) -> bool:

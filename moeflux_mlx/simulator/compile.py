@@ -14,6 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import config
 from ..errors import SimulatorError
 from ..metal.source import matching, split_commas
 
@@ -243,8 +244,7 @@ def _id(p: Parameter) -> str:
 
 def cache_folder() -> Path:
     """Return where compiled kernels are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "moeflux-mlx" / "simulator"
+    folder = config.cache_folder() / "simulator"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
