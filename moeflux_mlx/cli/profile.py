@@ -13,6 +13,7 @@ from rich.table import Table
 from ..loading import load
 from ..profiling import Profile, Row, check_plot, profile, save_plot, write_csv
 from .generate import add_streaming_flags
+from .report import wide_console
 
 
 def add_parser(subparsers: Any) -> None:
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     found = profile(
         model, context=args.context, prefill=args.prefill, repeats=args.repeats
     )
-    print_profile(found, Console())
+    print_profile(found, wide_console())
     if args.csv:
         write_csv(found, args.csv)
     if args.plot:

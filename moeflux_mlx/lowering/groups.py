@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..graph.lower import Kernel
 from ..graph.op import Access, Op
 from ..launch import attention, linear_attention, moe, quant
 from ..ops.attention import RopeNTokens, SdpaCausalTiled
@@ -245,7 +246,8 @@ def experts_and_shared(ops: Sequence[Any], run: Run, values: Values) -> Values:
     bits, group_size = form(shared)
     stacks = source.weights
     if not all_known(stacks) or form(stacks.down)[1] != group_size:
-        return _one_by_one(ops, values)
+        kernels = [op.reference for op in ops]
+        return one_by_one(ops, kernels, values)
     row, indices = values[experts.mlp_in], values[experts.indices]
     slots, opened = experts_act(experts, run, row, indices, source)
     launch = moe.experts_down_combine(
@@ -265,13 +267,13 @@ def experts_and_shared(ops: Sequence[Any], run: Run, values: Values) -> Values:
     return {combine.hidden_out: out}
 
 
-def _one_by_one(ops: Sequence[Any], values: Values) -> Values:
-    """Perform Ops by their references."""
+def one_by_one(ops: Sequence[Op], kernels: Sequence[Kernel], values: Values) -> Values:
+    """Perform Ops, each by its kernel, in place of their group."""
     held = dict(values)
-    for op in ops:
+    for op, kernel in zip(ops, kernels, strict=True):
         names = [f.name for f in op.buffer_fields if f.access & Access.READ]
         fields = (getattr(op, name) for name in (*names, *op.weight_fields))
-        out = op.reference(*(held[field] for field in fields))
+        out = kernel(*(held[field] for field in fields))
         outs = out if isinstance(out, tuple) else (out,)
         held |= dict(zip(op.writes, outs, strict=True))
     return held

@@ -108,9 +108,12 @@ class Tuning:
 def shape_of(ops: Sequence[Op]) -> str:
     """Return what of Ops decides which way is fast, except the number of tokens.
 
-    Dimensions by name, how weights are stored, which optional fields are there.
+    Dimensions by name, how weights are stored, which optional fields are there; of
+    several Ops their names as well.
     """
-    return " | ".join(" ".join(_parts(op)) for op in ops)
+    if len(ops) == 1:
+        return " ".join(_parts(ops[0]))
+    return " | ".join(" ".join([op.variant_name, *_parts(op)]) for op in ops)
 
 
 def _parts(op: Op) -> Iterable[str]:

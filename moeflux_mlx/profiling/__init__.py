@@ -2,5 +2,16 @@
 
 from .plot import check_plot, save_plot
 from .profile import Profile, Row, profile, write_csv
+from .tune import PROMPTS, decide, tune
 
-__all__ = ["Profile", "Row", "check_plot", "profile", "save_plot", "write_csv"]
+__all__ = [
+    "PROMPTS",
+    "Profile",
+    "Row",
+    "check_plot",
+    "decide",
+    "profile",
+    "save_plot",
+    "tune",
+    "write_csv",
+]

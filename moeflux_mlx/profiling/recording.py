@@ -31,10 +31,10 @@ def runtime_of(model: Any) -> Runtime:
     runtime = getattr(model, "runtime", None)
     if not isinstance(runtime, Runtime):
         got = type(model).__name__
-        raise ModelError(f"[profile] expected a model of moeflux_mlx but got {got}")
+        raise ModelError(f"[model] expected a model of moeflux_mlx but got {got}")
     if runtime.streams:
         raise ModelError(
-            "[profile] expected every expert in memory, for reading would hide what "
+            "[experts] expected every expert in memory, for reading would hide what "
             "computing costs, but this memory holds a part: give more (moeflux inspect "
             "says how much) or the plain checkpoint"
         )
@@ -93,7 +93,7 @@ class Recorder:
         work = Work(
             kernel,
             inputs,
-            carried=() if on_host else _states(step, layer),
+            carried=() if on_host else states(step, layer),
             before=self._before if on_host else None,
             waits=any(op.reads_back for op in step.ops),
         )
@@ -136,10 +136,10 @@ def shared(first: Sequence[Any], own: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _states(step: Step, layer: LayerGraph) -> tuple[tuple[int, int], ...]:
+def states(step: Step, layer: LayerGraph) -> tuple[tuple[int, int], ...]:
     """Pair the outputs of a step with its inputs that are states of the model."""
     places = layer.graph.pool.physical
-    states = {
+    found = {
         buf
         for op in step.ops
         for buf in op.writes
@@ -147,7 +147,7 @@ def _states(step: Step, layer: LayerGraph) -> tuple[tuple[int, int], ...]:
     }
     return tuple(
         (step.writes.index(places[buf.index]), step.reads.index(places[buf.index]))
-        for buf in sorted(states, key=lambda buf: buf.index)
+        for buf in sorted(found, key=lambda buf: buf.index)
         if places[buf.index] in step.writes
     )
 
