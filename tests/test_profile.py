@@ -130,7 +130,8 @@ def test_our_launches_are_counted_where_ops_run_together(packed):
     assert rows["full attention layer", "kv_append"].kernels == ()
     assert found.n_launches == sum(r.count * len(r.kernels) for r in found.rows)
     layers = [row for row in found.rows if row.graph == "linear attention layer"]
-    assert sum(len(row.kernels) for row in layers) == 7
+    # Two products more than a norm takes along: they are quantised in another group.
+    assert sum(len(row.kernels) for row in layers) == 9
 
 
 @pytest.mark.parametrize("executor", ["ops", "traced"])
@@ -196,6 +197,13 @@ def test_a_host_timer_divides_by_all_works():
     assert HostTimer(3, clock).time(works).seconds == pytest.approx(3)
 
 
+class NoBlocker:
+    """Blocks for no time at all."""
+
+    def lasting(self, seconds: float):
+        return lambda: [mx.ones(1)]
+
+
 def test_a_device_timer_takes_links_off_and_says_when_the_host_was_in_it():
     clock, x = Clock(), mx.ones(64)
 
@@ -203,11 +211,13 @@ def test_a_device_timer_takes_links_off_and_says_when_the_host_was_in_it():
         clock.seconds += 1e-4
         return x + 1
 
-    timing = DeviceTimer(3, clock).time([Work(slow_to_launch, [x]) for _ in range(4)])
+    timer = DeviceTimer(3, clock)
+    timer._blocker = NoBlocker()
+    timing = timer.time([Work(slow_to_launch, [x]) for _ in range(4)])
     assert timing.seconds == pytest.approx(1e-4)
     assert not timing.is_hidden
     # Blockers and steps that take no time by this clock.
-    timing = DeviceTimer(3, clock).time([Work(lambda x: x + 1, [x])])
+    timing = timer.time([Work(lambda x: x + 1, [x])])
     assert timing == Timing(0.0, False)
 
 
@@ -298,7 +308,7 @@ def test_a_plot_has_a_bar_for_every_kind_of_step(checkpoint, tmp_path):
     save_plot(found, path)
     svg = path.read_text()
     assert "<!-- linear: delta_rule -->" in svg
-    assert "<!-- sampling: argmax -->" in svg
+    assert "smaller kinds -->" in svg
     save_plot(replace(found, rows=found.rows * 2), tmp_path / "many.png")
     with pytest.raises(ConfigError, match="expected a file of"):
         check_plot(tmp_path / "plot.docx")

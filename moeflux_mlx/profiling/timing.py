@@ -26,7 +26,7 @@ from ..executors.base import Executor, arrays
 MAX_QUEUED = 64
 # What is timed at once takes about this long, where so few steps do.
 WANTED_S = 0.01
-MAX_BLOCKER_S = 0.4
+MIN_BLOCKER_S, MAX_BLOCKER_S = 1e-3, 0.4
 # The host encodes any step in far less: it cannot be what was timed.
 LONG_S = 1e-3
 COPIED_BYTES = 512 << 20
@@ -184,7 +184,7 @@ class DeviceTimer(StepTimer):
         once = self.elapsed(lambda: self._steps(works, 1, []))
         n = min(_rounds(once, len(works)), max(1, MAX_QUEUED // len(works)))
         _, encode_s = self._queued(list, lambda x: self._steps(works, n, x))
-        blocker_s = min(MAX_BLOCKER_S, 1.5 * encode_s)
+        blocker_s = min(MAX_BLOCKER_S, max(MIN_BLOCKER_S, 1.5 * encode_s))
         while True:
             timing = self._behind(works, n, blocker_s)
             if timing.is_hidden or blocker_s >= MAX_BLOCKER_S:
