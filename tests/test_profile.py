@@ -236,7 +236,7 @@ def test_a_device_timer_queues_until_the_host_is_hidden():
 
     timing = Scripted(1).time([Work(lambda x: x + 1, [mx.ones(64)])])
     assert timing.is_hidden
-    assert asked == pytest.approx([1.5e-3, 3e-3, 6e-3])
+    assert asked == pytest.approx([1.5e-3, 6e-3])
 
 
 def test_a_blocker_lasts_at_least_as_long_as_asked():

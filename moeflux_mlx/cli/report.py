@@ -15,7 +15,6 @@ from rich.table import Table
 
 from ..experts.streamer import ExpertStreamer
 
-
 WIDE = 140
 
 

@@ -26,7 +26,7 @@ from ..executors.base import Executor, arrays
 MAX_QUEUED = 64
 # What is timed at once takes about this long, where so few steps do.
 WANTED_S = 0.01
-MIN_BLOCKER_S, MAX_BLOCKER_S = 1e-3, 0.4
+MIN_BLOCKER_S, MAX_BLOCKER_S = 1e-3, 0.1
 # The host encodes any step in far less: it cannot be what was timed.
 LONG_S = 1e-3
 COPIED_BYTES = 512 << 20
@@ -189,7 +189,7 @@ class DeviceTimer(StepTimer):
             timing = self._behind(works, n, blocker_s)
             if timing.is_hidden or blocker_s >= MAX_BLOCKER_S:
                 return timing
-            blocker_s = min(MAX_BLOCKER_S, 2 * blocker_s)
+            blocker_s = min(MAX_BLOCKER_S, 4 * blocker_s)
 
     def _behind(self, works: Sequence[Work], n: int, blocker_s: float) -> Timing:
         blocker = self._blocker.lasting(blocker_s)
