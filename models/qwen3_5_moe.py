@@ -173,7 +173,9 @@ class Forward:
             return None
         self._check_tokens(inputs)
         weights = [self._ends.bind(dtype), *(x.weights.bind(dtype) for x in layers)]
-        logits = self._tracer(inputs, cache, [*weights, *sources])
+        held = [*weights, *sources]
+        traced = not executor.watches_steps
+        logits = self._tracer(inputs, cache, held, traced=traced)
         if logits is not None:
             for source in sources:
                 source.asked(inputs.size * self.args.num_experts_per_tok)

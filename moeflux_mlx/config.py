@@ -10,6 +10,8 @@
 ``MOEFLUX_LOWERING``         kernels to use instead of the table's choice, as
                              ``Op=way,Op=way`` (``moeflux kernels --lowering`` lists)
 ``MOEFLUX_FUSE``             ``0``: perform every Op by itself
+``MOEFLUX_TUNING``           file that ``moeflux tune`` wrote, instead of this machine's
+                             own; empty or ``0``: none
 ``MOEFLUX_CAPTURE``          ``PATH.gputrace:FIRST-LAST``: record these layers once
 ``MOEFLUX_SIM_CHECKED``      ``1``: executor ``sim`` also looks for races and the like
 ============================ =======================================================
@@ -78,6 +80,14 @@ def lowering() -> dict[str, str]:
                 f"[MOEFLUX_LOWERING] expected Op=way,Op=way but got {text!r}"
             )
     return {op.strip(): way.strip() for op, _, way in pairs}
+
+
+def tuning() -> Path | bool:
+    """Return the file of tuned ways to use, True for this machine's, False for none."""
+    text = os.environ.get("MOEFLUX_TUNING")
+    if text is None:
+        return True
+    return False if text in ("", "0") else Path(text)
 
 
 def capture() -> tuple[str, int, int] | None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import platform
 import sys
 from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from threadpoolctl import ThreadpoolController
@@ -34,6 +38,28 @@ UNPACKED_SHARE = 1 / 8
 def on_cpu() -> bool:
     """Tell whether MLX computes on the CPU by default."""
     return mx.default_device().type == mx.DeviceType.cpu
+
+
+def machine_name() -> str:
+    """Name the device that MLX computes on."""
+    info: dict[str, Any] = {}
+    if mx.metal.is_available() or mx.cuda.is_available():
+        info = mx.device_info()
+    return str(info.get("device_name") or _processor())
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        line = next(x for x in text.splitlines() if x.startswith("model name"))
+        return line.partition(":")[2].strip()
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def mlx_version() -> str:
+    """Return the version of the installed MLX."""
+    return metadata.version("mlx")
 
 
 def prefers_host_arrays() -> bool:

@@ -153,6 +153,10 @@ class BuiltOnce(Generic[T]):
             self._built[key] = build()
         return self._built[key]
 
+    def values(self) -> list[T]:
+        """Return everything built and still here."""
+        return list(self._built.values())
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -217,7 +221,7 @@ class GraphRunner:
         encoding = executor.begin_encoding(layer.graph.pool, weights, host)
         for name, buf in layer.inputs.items():
             encoding.bind(buf, inputs[name])
-        if recurs and executor.compiles and not executor.profile_per_op:
+        if recurs and executor.compiles and not executor.watches_steps:
             self._trace(layer, encoding, inputs.get("experts")).run(encoding)
         else:
             executor.encode_graph(layer.steps, encoding)

@@ -17,9 +17,6 @@ from .weights import Quantization, Weight, has_values
 
 # What a quantised ``Weight`` consists of, and the same among a module's parameters.
 PARTS, KEYS = ("w", "scales", "biases"), ("weight", "scales", "biases")
-# A matrix in a joint one begins at a multiple of so many rows, so that its part of a
-# product begins where a load of 16 bytes can.
-ALIGNED_ROWS = 8
 _SIGNATURES: dict[tuple[WeightRef, ...], int] = {}
 
 
@@ -168,7 +165,7 @@ class LayerWeights:
 
 
 def _joinable(members: Sequence[Weight]) -> bool:
-    """Tell whether matrices can be one: quantised alike, in rows that loads allow."""
+    """Tell whether matrices can be one: quantised alike, and there to be joined."""
     if len(members) < 2 or any(w.biases is None for w in members):
         return False
     first = members[0]
@@ -177,8 +174,7 @@ def _joinable(members: Sequence[Weight]) -> bool:
         == (first.quantization, first.scales.dtype, first.w.shape[1])
         for w in members
     )
-    aligned = all(w.w.shape[0] % ALIGNED_ROWS == 0 for w in members[:-1])
-    return alike and aligned and has_values(*(w.w for w in members))
+    return alike and has_values(*(w.w for w in members))
 
 
 def unpacked_bytes(module: nn.Module, *, skip: str = "") -> int:

@@ -44,7 +44,12 @@ class StepTracer:
         self._traces = BuiltOnce(MAX_TRACES)
 
     def __call__(
-        self, tokens: mx.array, caches: Sequence[Any], held: Sequence[object]
+        self,
+        tokens: mx.array,
+        caches: Sequence[Any],
+        held: Sequence[object],
+        *,
+        traced: bool = True,
     ) -> mx.array | None:
         """Return the logits ``[B, 1, V]``, or None where only an ordinary call can.
 
@@ -55,6 +60,7 @@ class StepTracer:
             tokens: ``[B, 1]``.
             held: what is part of a trace and not an argument, as weights: a trace
                 serves as long as these are the same objects, and keeps them.
+            traced: False makes the same call without a trace, to look into it.
         """
         kinds = tuple(_kind(cache) for cache in caches)
         if None in kinds:
@@ -62,9 +68,12 @@ class StepTracer:
         states = [array for cache in caches for array in _states(cache)]
         shapes = tuple(state.shape for state in states)
         key = (tuple(map(id, held)), tokens.shape, kinds, shapes)
-        call, _ = self._traces.get(
-            key, lambda: (mx.compile(self._function(kinds)), held)
-        )
+        if traced:
+            call, _ = self._traces.get(
+                key, lambda: (mx.compile(self._function(kinds)), held)
+            )
+        else:
+            call = self._function(kinds)
         offset = next(c.offset for c in caches if isinstance(c, KVCache))
         # Nobody else may hold the states when MLX evaluates: it updates them in place.
         for cache in caches:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -25,9 +26,11 @@ from moeflux_mlx.models import qwen3_5_moe as ours
 from rich.console import Console
 from rich.table import Table
 
+from moeflux_mlx.cli.profile import print_profile
+from moeflux_mlx.device import machine_name
 from moeflux_mlx.executors import gpu_executor
-from moeflux_mlx.executors.verified import machine_name
 from moeflux_mlx.model import RunOptions
+from moeflux_mlx.profiling import check_plot, profile, save_plot, write_csv
 
 GROUP_SIZE, BITS, ROUTER_BITS = 64, 4, 8
 # As published in the model's config.json.
@@ -75,10 +78,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stock-prefill", type=int, default=0, help="stock's prompt")
     group.add_argument("--executor", help="of ours (default: the GPU's)")
     group.add_argument("--csv", help="also write the rows to this file")
+    group.add_argument(
+        "--profile", type=Path, help="also profile our decode step into this .csv"
+    )
+    group.add_argument("--plot", type=Path, help="and draw it into this .png or .svg")
 
 
 def main(args: argparse.Namespace) -> int:
     """Build both models, compare them, measure in turns and print."""
+    if args.plot:
+        check_plot(args.plot)
     config = dict(GEOMETRIES[args.geometry], model_type="qwen3_5_moe_text")
     if args.layers:
         config["num_hidden_layers"] = args.layers
@@ -106,7 +115,19 @@ def main(args: argparse.Namespace) -> int:
         if n_tokens
     }
     report(args, decodes, prefills)
+    if args.profile or args.plot:
+        profile_ours(models[executor], args)
     return 0
+
+
+def profile_ours(model: nn.Module, args: argparse.Namespace) -> None:
+    """Print, write and draw where the time of our decode step goes, as asked."""
+    found = profile(model, context=args.context)
+    print_profile(found, Console(width=160))
+    if args.profile:
+        write_csv(found, args.profile)
+    if args.plot:
+        save_plot(found, args.plot)
 
 
 def build(config: dict[str, Any], executor: str) -> dict[str, nn.Module]:

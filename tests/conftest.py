@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,6 +16,10 @@ NEEDS = {
     "metal": (mx.metal.is_available(), "needs Apple silicon with Metal"),
     "cuda": (mx.cuda.is_available(), "needs an NVIDIA GPU with MLX's CUDA backend"),
 }
+
+
+# What was tuned on this machine decides nothing here, nor in processes started here.
+os.environ["MOEFLUX_TUNING"] = "0"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,7 +17,7 @@ import moeflux_mlx
 
 PROMPT = "def add(a, b):"
 N_TOKENS = 40
-COMMANDS = ["generate", "pack", "verify", "inspect", "compare"]
+COMMANDS = ["generate", "pack", "verify", "inspect", "compare", "profile", "tune"]
 
 
 def moeflux(*args: object, **options) -> subprocess.CompletedProcess[str]:

@@ -53,7 +53,9 @@ def test_a_geometry_is_measured_and_written(tmp_path, monkeypatch):
     bench.add_arguments(parser)
     rows = tmp_path / "rows.csv"
     flags = ["--geometry", "tiny", "--executor", "ops", "--context", "9"]
-    args = parser.parse_args([*flags, "--prefill", "5", "--csv", str(rows)])
+    profile = tmp_path / "profile.csv"
+    flags += ["--prefill", "5", "--profile", str(profile)]
+    args = parser.parse_args([*flags, "--csv", str(rows)])
     monkeypatch.setattr(bench, "MAX_RMS", 0)
     assert bench.main(args) == 1 and not rows.exists()
     monkeypatch.setattr(bench, "MAX_RMS", 2)
@@ -64,6 +66,8 @@ def test_a_geometry_is_measured_and_written(tmp_path, monkeypatch):
     assert float(ours["decode_tokens_per_s"]) > 0
     assert float(ours["prefill_tokens_per_s"]) > 0
     assert stock["prefill_tokens_per_s"] == ""
+    graphs = [row["graph"] for row in csv.DictReader(profile.read_text().splitlines())]
+    assert graphs[0] == "embed" and graphs[-1] == "remainder"
 
 
 @pytest.fixture

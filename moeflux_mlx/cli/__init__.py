@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import MoefluxError
-from . import compare, doctor, generate, inspect, kernels, pack, verify
+from . import compare, doctor, generate, inspect, kernels, pack, profile, tune, verify
 
-COMMANDS = (generate, pack, verify, inspect, compare, doctor, kernels)
+COMMANDS = (generate, pack, verify, inspect, compare, doctor, kernels, profile, tune)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,9 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .. import config
+from ..executors import gpu_executor
 from ..executors.verified import Record, records
 from ..launch import KERNELS, Kernel, Launch, prepare
 from ..lowering import GROUPS, TABLE
+from ..lowering.tuned import Tuning, current
 from ..metal import Scalar
 
 
@@ -29,13 +32,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table of kernels, or of lowerings."""
     if args.lowering:
-        rows = [
-            {"op": op.__name__, "ways": [way.name for way in ways]}
-            for op, ways in TABLE.items()
-        ]
-        for group in GROUPS:
-            names = " + ".join(op.__name__ for op in group.types)
-            rows.append({"op": names, "ways": [group.name]})
+        rows = lowering_rows(tuning_in_force())
     else:
         known = records()
         rows = [describe(kernel, known) for kernel in KERNELS.values()]
@@ -44,6 +41,35 @@ def run(args: argparse.Namespace) -> int:
     else:
         Console().print(_table(rows))
     return 0
+
+
+def tuning_in_force() -> Tuning | None:
+    """Return what was tuned for the executor that our kernels run on here."""
+    executor = config.executor_name() or gpu_executor()
+    return current(executor) if executor else None
+
+
+def lowering_rows(tuning: Tuning | None) -> list[dict[str, Any]]:
+    """Return a row for each Op and each group: its ways, and where tuning chose one."""
+    names = {op.__name__: [way.name for way in ways] for op, ways in TABLE.items()}
+    rows = [
+        {"op": op, "ways": ways, "tuned": _tuned(op, tuning)}
+        for op, ways in names.items()
+    ]
+    for group in GROUPS:
+        ops = " + ".join(op.__name__ for op in group.types)
+        tuned = _tuned(group.name, tuning)
+        rows.append({"op": ops, "ways": [group.name], "tuned": tuned})
+    return rows
+
+
+def _tuned(name: str, tuning: Tuning | None) -> list[str]:
+    """Say where something else than the default was found faster."""
+    return [
+        f"{e.winner}: {e.n_tokens} tokens, {e.shape}"
+        for e in (tuning.entries if tuning else ())
+        if e.name == name and e.winner != e.default
+    ]
 
 
 def describe(kernel: Kernel, known: list[Record]) -> dict[str, Any]:

@@ -15,6 +15,13 @@ from rich.table import Table
 
 from ..experts.streamer import ExpertStreamer
 
+WIDE = 140
+
+
+def wide_console() -> Console:
+    """Return a console for tables that would be unreadable in 80 columns."""
+    return Console(width=max(WIDE, Console().width))
+
 
 def generate_and_print(
     model: Any,

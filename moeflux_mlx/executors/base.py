@@ -6,7 +6,7 @@ import atexit
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,6 +44,9 @@ class Encoding:
         return whole(self.values[self.pool.physical[buf.index]])
 
 
+Observer = Callable[[Sequence[Step], Encoding], None]
+
+
 class Executor(ABC):
     """Runs graphs; subclasses say which function performs an Op."""
 
@@ -61,6 +64,8 @@ class Executor(ABC):
 
     def __init__(self) -> None:
         self.stats = Stats()
+        # Encodes steps in place of ``encode_graph``, to look at each.
+        self.observer: Observer | None = None
         self.profile_per_op = config.profile_per_op()
         if self.profile_per_op:
             atexit.register(lambda: print(self.stats.table(), file=sys.stderr))
@@ -99,6 +104,9 @@ class Executor(ABC):
     def encode_graph(self, graph: Graph | list[Step], encoding: Encoding) -> None:
         """Encode all Ops of a graph, or of what ``lower`` made of it."""
         steps = self.lower(graph) if isinstance(graph, Graph) else graph
+        if self.observer is not None:
+            self.observer(steps, encoding)
+            return
         run_step = self._time_step if self.profile_per_op else Step.run
         for step in steps:
             run_step(step, encoding.values, encoding.weights, encoding.host)
@@ -151,6 +159,11 @@ class Executor(ABC):
         """
 
     @property
+    def watches_steps(self) -> bool:
+        """Tell whether every step is looked at, so that none may be traced."""
+        return self.profile_per_op or self.observer is not None
+
+    @property
     def watches_layers(self) -> bool:
         """Tell whether ``begin_layer`` must be heard when work is really done."""
         return self.profile_per_op
@@ -161,6 +174,7 @@ class Executor(ABC):
 
 
 def arrays(values: Any) -> list[mx.array]:
-    """Return the MLX arrays among ``values``, and the rows of which some are parts."""
+    """Return the MLX arrays among ``values``, each row of parts once."""
     held = (value.row if isinstance(value, RowPart) else value for value in values)
-    return [value for value in held if isinstance(value, mx.array)]
+    found = {id(value): value for value in held if isinstance(value, mx.array)}
+    return [*found.values()]

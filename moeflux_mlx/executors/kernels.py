@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -30,6 +31,8 @@ class KernelExecutor(Executor):
     def __init__(self) -> None:
         super().__init__()
         self._built: dict[str, Any] = {}
+        # Hears the name of every kernel launched.
+        self.on_launch: Callable[[str], None] | None = None
 
     @property
     def built(self) -> tuple[str, ...]:
@@ -52,7 +55,7 @@ class KernelExecutor(Executor):
         return lowered(op, self.run, self.name)
 
     def lower(self, graph: Graph) -> list[Step]:
-        return lower(graph, self.kernel, lambda ops: fused(ops, self.run))
+        return lower(graph, self.kernel, lambda ops: fused(ops, self.run, self.name))
 
     def run(self, launch: Launch) -> tuple[mx.array, ...]:
         """Launch a kernel; return its outputs in the signature's order.
@@ -62,6 +65,8 @@ class KernelExecutor(Executor):
         """
         ready = prepare(launch)
         name = ready.kernel.name
+        if self.on_launch is not None:
+            self.on_launch(name)
         if name not in self._built:
             self._built[name] = self.build(ready.kernel)
         return tuple(self.call(self._built[name], ready))

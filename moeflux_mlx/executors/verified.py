@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import functools
 import json
-import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import mlx.core as mx
 
 from ..config import cache_folder
+from ..device import machine_name, mlx_version
 from ..launch import KERNELS
 from ..metal import cuda
 from ..metal.library import kernels_folder, library
@@ -44,28 +40,6 @@ def fingerprint(name: str, executor: str) -> str:
     if executor == "cuda":
         texts.append(cuda.header(library(), library()[name]))
     return library().fingerprint(name, *texts)
-
-
-def machine_name() -> str:
-    """Name the device that MLX computes on."""
-    info: dict[str, Any] = {}
-    if mx.metal.is_available() or mx.cuda.is_available():
-        info = mx.device_info()
-    return str(info.get("device_name") or _processor())
-
-
-def mlx_version() -> str:
-    """Return the version of the installed MLX."""
-    return metadata.version("mlx")
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        line = next(x for x in text.splitlines() if x.startswith("model name"))
-        return line.partition(":")[2].strip()
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _own_path(executor: str) -> Path:

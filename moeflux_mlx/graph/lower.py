@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..weights import Weight
+from .buffers import BufId
 from .graph import Graph
 from .lifetime import analyze_lifetimes
 from .op import Access, Op
@@ -59,6 +60,13 @@ class Step:
         """Tell whether the caller's functions ``host`` perform it."""
         return type(self.ops[0]) in host
 
+    def inputs(self, values: Sequence[Any], weights: Mapping[str, Weight]) -> list[Any]:
+        """Return what its kernel is called with: what it reads, then its weights."""
+        read = [None if i is None else values[i] for i in self.reads]
+        if not self.takes_parts:
+            read = [whole(value) for value in read]
+        return [*read, *(None if n is None else weights[n] for n in self.weights)]
+
     def run(
         self,
         values: list[Any],
@@ -71,12 +79,7 @@ class Step:
             host: functions of the caller that perform Ops of their types instead.
         """
         kernel = (host or {}).get(type(self.ops[0]), self.kernel)
-        inputs = [None if i is None else values[i] for i in self.reads]
-        if not self.takes_parts:
-            inputs = [whole(value) for value in inputs]
-        for name in self.weights:
-            inputs.append(None if name is None else weights[name])
-        result = kernel(*inputs)
+        result = kernel(*self.inputs(values, weights))
         outputs = result if isinstance(result, tuple) else (result,)
         for place in self.drops:
             values[place] = None
@@ -133,11 +136,7 @@ def _lower_together(
     alive: set[Any],
 ) -> Step:
     """Lower Ops that are performed together; only ``alive`` buffers are written."""
-    reads: dict[Any, None] = {}
-    written: set[Any] = set()
-    for op in ops:
-        reads |= {buf: None for buf in op.reads if buf not in written}
-        written.update(op.writes)
+    reads = buffers_read(ops)
     writes = sorted(alive, key=lambda buf: buf.index)
 
     def kernel(*inputs: Any) -> tuple[Any, ...]:
@@ -149,7 +148,7 @@ def _lower_together(
     return Step(
         ops=ops,
         kernel=kernel,
-        reads=tuple(physical[buf.index] for buf in reads),
+        reads=tuple(None if buf is None else physical[buf.index] for buf in reads),
         weights=together.weights,
         writes=places,
         drops=tuple(place for place in drops if place not in places),
@@ -157,12 +156,28 @@ def _lower_together(
     )
 
 
+def buffers_read(ops: Sequence[Op]) -> list[BufId[Any] | None]:
+    """Return what Ops performed together read, in the order of their step's reads.
+
+    Of one Op that is every field, None where an optional one is absent; of several,
+    what none of them wrote before, each once.
+    """
+    if len(ops) == 1:
+        fields = (f for f in ops[0].buffer_fields if f.access & Access.READ)
+        return [getattr(ops[0], field.name) for field in fields]
+    reads: dict[BufId[Any], None] = {}
+    written: set[BufId[Any]] = set()
+    for op in ops:
+        reads |= {buf: None for buf in op.reads if buf not in written}
+        written.update(op.writes)
+    return [*reads]
+
+
 def lower_op(
     op: Op, kernel: Kernel, physical: list[int], drops: tuple[int, ...] = ()
 ) -> Step:
     """Lower one Op to a call over physical places."""
-    fields = [f for f in op.buffer_fields if f.access & Access.READ]
-    buffers = [getattr(op, f.name) for f in fields]
+    buffers = buffers_read((op,))
     writes = tuple(physical[buf.index] for buf in op.writes)
     refs = [getattr(op, name) for name in op.weight_fields]
     return Step(

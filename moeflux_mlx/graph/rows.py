@@ -20,6 +20,11 @@ class RowPart:
     start: int
     size: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the part."""
+        return self.size * self.row.itemsize
+
     def array(self) -> mx.array:
         """Return the part as ``[1, size]``."""
         return self.row[:, self.start : self.start + self.size]

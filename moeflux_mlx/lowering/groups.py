@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..graph.lower import Kernel
 from ..graph.op import Access, JointRows, Op
 from ..graph.rows import RowPart, whole
 from ..launch import attention, linear_attention, moe, quant
@@ -296,7 +297,7 @@ def experts_and_shared(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Run the experts' first half, then theirs and the shared expert's second."""
     experts, source = ops[0], values[ops[0].experts]
     if not _all_alike(ops, values):
-        return _one_by_one(ops, values)
+        return one_by_one(ops, [op.reference for op in ops], values)
     x, indices = values[experts.mlp_in], values[experts.indices]
     slots, opened = experts_act(experts, run, x, indices, source)
     return _second_half(ops, run, values, opened, slots, values[experts.weights])
@@ -368,15 +369,15 @@ def routed_experts(ops: Sequence[Any], run: Run, values: Values) -> Values:
     return {**out, top.indices_out: indices, top.weights_out: weights}
 
 
-def _one_by_one(ops: Sequence[Any], values: Values) -> Values:
-    """Perform Ops by their references."""
+def one_by_one(ops: Sequence[Op], kernels: Sequence[Kernel], values: Values) -> Values:
+    """Perform Ops, each by its kernel, in place of their group."""
     held = {key: whole(value) for key, value in values.items()}
-    for op in ops:
+    for op, kernel in zip(ops, kernels, strict=True):
         names = [f.name for f in op.buffer_fields if f.access & Access.READ]
         refs = (getattr(op, name) for name in op.weight_fields)
         keys = [getattr(op, name) for name in names]
         keys += [None if ref is None else ref.name for ref in refs]
-        out = op.reference(*(held[key] for key in keys))
+        out = kernel(*(held[key] for key in keys))
         outs = out if isinstance(out, tuple) else (out,)
         held |= dict(zip(op.writes, outs, strict=True))
     return held

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..graph.lower import Kernel, Together
 from ..graph.op import REGISTRY, Op
 from ..launch import Launch
+from .tuned import ONE_BY_ONE, tuned
 
 Run = Callable[[Launch], tuple[mx.array, ...]]
 
@@ -82,17 +83,27 @@ PREFERRED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 def choose(op: Op, executor: str = "") -> Way:
     """Return the way an Op goes on an executor.
 
-    That is the environment's choice, or what is preferred there, or the table's first;
-    a way that does not fit this Op's shape is passed over.
+    That is the environment's choice, or what was found fastest on this device, or what
+    is preferred on the executor, or the table's first; a way that does not fit this
+    Op's shape is passed over.
 
     Raises:
         ConfigError: the environment names an Op or a way that does not exist.
     """
     by_name = {way.name: way for way in ways(op)}
-    name, asked = op.variant_name, _asked()
-    preferred = PREFERRED.get(executor, {}).get(name, ())
-    names = (asked.get(name), *preferred, *by_name)
-    return next(by_name[name] for name in names if name in by_name)
+    names = (_asked().get(op.variant_name), tuned(op.variant_name, [op], executor))
+    found = (by_name[name] for name in names if name in by_name)
+    return next(found, None) or default_way(op, executor)
+
+
+def default_way(op: Op, executor: str = "") -> Way:
+    """Return the way an Op goes on an executor where nobody chose and nothing is tuned.
+
+    That is what is preferred there, or the table's first that fits.
+    """
+    by_name = {way.name: way for way in ways(op)}
+    preferred = PREFERRED.get(executor, {}).get(op.variant_name, ())
+    return next(by_name[name] for name in (*preferred, *by_name) if name in by_name)
 
 
 def _asked() -> dict[str, str]:
@@ -162,22 +173,32 @@ def group(
     return add
 
 
-def fused(ops: Sequence[Op], run: Run) -> Together | None:
+def fused(ops: Sequence[Op], run: Run, executor: str = "") -> Together | None:
     """Return how the Ops ahead are performed together, or None.
 
-    An Op whose way the environment chose is left alone.
+    An Op whose way the environment chose is left alone, as are Ops that were found
+    faster one by one on this device.
     """
     if not config.fuse():
         return None
     asked = _asked()
+    for each, n in groups_ahead(ops):
+        if any(op.variant_name in asked for op in ops[:n]):
+            continue
+        if tuned(each.name, ops[:n], executor) != ONE_BY_ONE:
+            call = partial(each.call, ops[:n], run)
+            return Together(n, call, each.weights(ops[:n]), each.takes_parts)
+    return None
+
+
+def groups_ahead(ops: Sequence[Op]) -> Iterator[tuple[Group, int]]:
+    """Yield the groups that can perform Ops ahead, and how many of them."""
     for each in GROUPS:
         ahead = zip(ops, each.types, strict=False)
         here = len(ops) >= len(each.types) and all(isinstance(*pair) for pair in ahead)
         n = each.takes(ops) if here else 0
-        if n and not any(op.variant_name in asked for op in ops[:n]):
-            call = partial(each.call, ops[:n], run)
-            return Together(n, call, each.weights(ops[:n]), each.takes_parts)
-    return None
+        if n:
+            yield each, n
 
 
 def lowered(op: Op, run: Run, executor: str = "") -> Kernel:

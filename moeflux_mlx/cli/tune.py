@@ -1,0 +1,135 @@
+"""``moeflux tune``: time the ways of every Op here and keep the winners."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from .. import config
+from ..errors import ConfigError
+from ..executors import gpu_executor
+from ..loading import load
+from ..lowering.tuned import Entry, Tuning, default_path, read, save
+from ..profiling import PROMPTS, tune
+from ..profiling.choices import Choice
+from .generate import add_streaming_flags
+from .report import wide_console
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``tune`` with its flags."""
+    text = "time the ways of every Op on this device, and keep the fastest"
+    parser = subparsers.add_parser("tune", description=text, help=text)
+    parser.add_argument("model", help="plain or packed model directory, or hub id")
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        nargs="*",
+        default=PROMPTS,
+        metavar="T",
+        help=f"lengths of prompts, besides one token (default: {_spaced(PROMPTS)})",
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens before the single one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=5,
+        help="measurements of each way; the median counts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--file",
+        type=Path,
+        help="file to keep the winners in, where MOEFLUX_TUNING finds them (default: "
+        "this device's own, which needs no variable; none for the simulator)",
+    )
+    add_streaming_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tune on the model's shapes, print what was found, and keep it."""
+    executor = args.executor or config.executor_name() or gpu_executor() or "sim"
+    path = args.file or (None if executor == "sim" else default_path(executor))
+    model, _ = load(args.model, memory=args.memory, scope=args.scope, executor=executor)
+    console = Console(stderr=True)
+
+    def progress(choices: Sequence[Choice], what: str) -> Iterable[Choice]:
+        return track(choices, what, console=console, transient=True)
+
+    found = tune(
+        model,
+        prompts=args.prompts,
+        context=args.context,
+        repeats=args.repeats,
+        progress=progress,
+    )
+    print_tuning(found, wide_console())
+    if path is None:
+        print("Times of a simulator mean nothing: nothing is kept without --file.")
+        return 0
+    older = None
+    with contextlib.suppress(ConfigError):
+        older = read(path)
+    save(found.merged(older), path)
+    print(f"Kept in {path}")
+    return 0
+
+
+def print_tuning(found: Tuning, console: Console) -> None:
+    """Print the table, then every way that was refused, and why."""
+    console.print(tuning_table(found))
+    for entry in found.entries:
+        for way, reason in entry.refused.items():
+            console.print(
+                f"refused {way}: {entry.name}, {_tokens(entry)}, {entry.shape}: "
+                f"{reason}",
+                highlight=False,
+                markup=False,
+                style="red",
+            )
+    n_changed = sum(entry.winner != entry.default for entry in found.entries)
+    console.print(f"{n_changed} of {len(found.entries)} go another way than by default")
+
+
+def tuning_table(found: Tuning) -> Table:
+    """Lay out each Op and group at each shape: all times, winner, default, gain."""
+    table = Table(title=f"{found.executor}, {found.device}, MLX {found.mlx}")
+    table.add_column("Op\nits shape", overflow="fold")
+    for name in ("tokens", "us by way", "winner", "default", "gain"):
+        table.add_column(
+            name, justify="right" if name in ("tokens", "gain") else "left"
+        )
+    for entry in found.entries:
+        fastest_first = sorted(entry.us.items(), key=lambda item: item[1])
+        table.add_row(
+            f"{entry.name}\n[dim]{entry.shape}[/dim]",
+            str(entry.n_tokens),
+            "\n".join(f"{us:.1f} {way}" for way, us in fastest_first),
+            entry.winner,
+            entry.default,
+            f"{entry.gain:.2f} x",
+            style="bold" if entry.winner != entry.default else None,
+        )
+        table.add_section()
+    return table
+
+
+def _tokens(entry: Entry) -> str:
+    return "1 token" if entry.n_tokens == 1 else f"{entry.n_tokens} tokens"
+
+
+def _spaced(numbers: Iterable[int]) -> str:
+    return " ".join(map(str, numbers))

@@ -1,0 +1,307 @@
+"""Where each microsecond of a step of decoding, or of a prompt, goes."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+from ..device import machine_name, mlx_version
+from ..errors import ConfigError
+from .recording import (
+    Record,
+    Recorder,
+    filled_caches,
+    next_token,
+    prompt,
+    restorer,
+    runtime_of,
+    step,
+)
+from .timing import HostTimer, StepTimer, Work, timer_for
+
+# Single tokens timed in a row: as many as take a second, at most these.
+DECODED = 32
+DECODED_S = 1.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kind of step costs: the same step of all layers that share a graph.
+
+    ``us`` is the time of one, ``count`` how many there are in a whole step;
+    ``n_bytes`` what one must move. ``kernels`` are our launches, in order: none where
+    MLX's own operations or a cache object perform it. ``is_hidden``: the host's time
+    is not in ``us``.
+    """
+
+    graph: str
+    ops: tuple[str, ...]
+    labels: tuple[str, ...]
+    kernels: tuple[str, ...]
+    count: int
+    n_bytes: int
+    us: float
+    is_hidden: bool = True
+
+    @property
+    def label(self) -> str:
+        """Labels of the Ops."""
+        return " + ".join(self.labels)
+
+    @property
+    def us_per_step(self) -> float:
+        """Microseconds of all of this kind in a whole step."""
+        return self.us * self.count
+
+    @property
+    def gbps(self) -> float:
+        """Bandwidth achieved, in GB/s."""
+        return self.n_bytes / max(self.us, 1e-3) / 1e3
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a whole step costs, and the kinds of steps it consists of, in their order.
+
+    A step of decoding has ``n_tokens`` 1 and ``context`` tokens before it, a prompt
+    none. ``whole_us`` is measured end to end, sampling included; ``host_us`` is what of
+    it Python and encoding take where they run beside the device, None where the host
+    computes itself.
+    """
+
+    machine: str
+    executor: str
+    mlx: str
+    n_tokens: int
+    context: int
+    rows: tuple[Row, ...]
+    copy_gbps: float
+    whole_us: float
+    host_us: float | None
+
+    @property
+    def kernels_us(self) -> float:
+        """Sum over all rows."""
+        return sum(row.us_per_step for row in self.rows)
+
+    @property
+    def remainder_us(self) -> float:
+        """What of the whole step no row accounts for; negative where rows overlap."""
+        return self.whole_us - self.kernels_us
+
+    @property
+    def n_launches(self) -> int:
+        """Launches of our kernels in a whole step."""
+        return sum(row.count * len(row.kernels) for row in self.rows)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that a whole step must move."""
+        return sum(row.count * row.n_bytes for row in self.rows)
+
+    @property
+    def title(self) -> str:
+        """What was profiled, where."""
+        what = f"a prompt of {self.n_tokens} tokens"
+        if self.n_tokens == 1:
+            what = f"one token after {self.context}"
+        return f"{what}, executor {self.executor}, {self.machine}"
+
+    def largest_first(self) -> list[Row]:
+        """Return the rows by falling share of a whole step."""
+        return sorted(self.rows, key=lambda row: -row.us_per_step)
+
+
+def profile(
+    model: Any,
+    *,
+    context: int = 512,
+    prefill: int = 0,
+    repeats: int = 5,
+    timer: StepTimer | None = None,
+) -> Profile:
+    """Profile a step of decoding, or a prompt, of a loaded model of ours.
+
+    Args:
+        context: tokens in the caches before the step, noise where it does not matter.
+        prefill: profile a prompt of this many tokens instead.
+        repeats: measurements of each figure, of which the median counts.
+        timer: what times; by default what fits the model's executor.
+
+    Raises:
+        ModelError: a model of another package, or one whose experts are not all in
+            memory.
+        ConfigError: a number that cannot be used.
+    """
+    for name, value, least in (("--prefill", prefill, 0), ("--repeats", repeats, 1)):
+        if value < least:
+            raise ConfigError(f"[{name}] expected at least {least} but got {value}")
+    runtime = runtime_of(model)
+    timer = timer or timer_for(runtime.executor, repeats)
+    model.eval()
+    vocab_size = model.language_model.args.vocab_size
+    tokens = prompt(prefill, vocab_size) if prefill else mx.array([[1]])
+    caches = make_prompt_cache(model) if prefill else filled_caches(model, context)
+    recorder = Recorder(runtime, caches, share=bool(prefill))
+    with recorder.attached():
+        logits = model(tokens, cache=caches)
+    mx.eval(logits)
+    with model.language_model.forward.threads(tokens):
+        rows = [_row(records, timer) for records in _by_kind(recorder.records)]
+        rows.append(_sampling(logits, timer))
+    recorder.records.clear()
+    del caches, logits
+    if prefill:
+        whole, host = _prompt_seconds(model, tokens, timer), None
+    else:
+        whole = _decode_seconds(model, context, timer)
+        waits = isinstance(timer, HostTimer)
+        host = None if waits else _host_seconds(model, context, timer)
+    return Profile(
+        machine=machine_name(),
+        executor=runtime.executor.name,
+        mlx=mlx_version(),
+        n_tokens=prefill or 1,
+        context=0 if prefill else context,
+        rows=tuple(rows),
+        copy_gbps=timer.copy_bytes_per_s() / 1e9,
+        whole_us=1e6 * whole,
+        host_us=None if host is None else 1e6 * host,
+    )
+
+
+def _by_kind(records: Iterable[Record]) -> list[list[Record]]:
+    """Put the same step of all layers that share a graph together, in order."""
+    kinds: dict[int, list[Record]] = {}
+    for record in records:
+        kinds.setdefault(id(record.step), []).append(record)
+    return list(kinds.values())
+
+
+def _row(records: list[Record], timer: StepTimer) -> Row:
+    first = records[0]
+    timing = timer.time([record.work for record in records])
+    return Row(
+        graph=first.graph,
+        ops=tuple(op.variant_name for op in first.step.ops),
+        labels=tuple(op.label for op in first.step.ops),
+        kernels=first.launched,
+        count=len(records),
+        n_bytes=sum(record.n_bytes for record in records) // len(records),
+        us=1e6 * timing.seconds,
+        is_hidden=timing.is_hidden,
+    )
+
+
+def _sampling(logits: mx.array, timer: StepTimer) -> Row:
+    timing = timer.time([Work(next_token, [logits])])
+    n_bytes = logits.nbytes // logits.shape[1]
+    labels = ("argmax",)
+    us = 1e6 * timing.seconds
+    return Row("sampling", labels, labels, (), 1, n_bytes, us, timing.is_hidden)
+
+
+def _decode_seconds(model: Any, context: int, timer: StepTimer) -> float:
+    """Return the seconds of a token, the next one prepared while one is computed."""
+    caches, token = filled_caches(model, context), mx.array([[1]])
+    once = timer.elapsed(lambda: [step(model, caches, token)])
+    n = int(min(DECODED, max(2, DECODED_S / max(once, 1e-6))))
+    return statistics.median(
+        _decode(model, caches, token, n, timer) / n for _ in range(timer.repeats)
+    )
+
+
+def _decode(
+    model: Any, caches: list[Any], token: mx.array, n: int, timer: StepTimer
+) -> float:
+    restore = restorer(caches)
+    mx.synchronize()
+    start = timer.now()
+    for _ in range(n):
+        following = step(model, caches, token)
+        mx.async_eval(following)
+        mx.eval(token)
+        token = following
+    mx.eval(token)
+    seconds = timer.now() - start
+    restore()
+    return seconds
+
+
+def _host_seconds(model: Any, context: int, timer: StepTimer) -> float:
+    """Return the seconds until a step is encoded, with nothing in the way."""
+    caches, token = filled_caches(model, context), mx.array([[1]])
+    times = []
+    for _ in range(timer.repeats):
+        mx.synchronize()
+        start = timer.now()
+        token = step(model, caches, token)
+        mx.async_eval(token)
+        times.append(timer.now() - start)
+        mx.eval(token)
+    return statistics.median(times)
+
+
+def _prompt_seconds(model: Any, tokens: mx.array, timer: StepTimer) -> float:
+    """Return the seconds of a prompt from empty caches."""
+
+    def run() -> list[mx.array]:
+        caches = make_prompt_cache(model)
+        first = next_token(model(tokens, cache=caches))
+        mx.eval(first, [cache.state for cache in caches])
+        return [first]
+
+    timer.elapsed(run)
+    return statistics.median(timer.elapsed(run) for _ in range(timer.repeats))
+
+
+def write_csv(found: Profile, path: Path) -> None:
+    """Write every row, then the sum, the whole step, the host's part, the remainder."""
+    lines = [_cells(found, row) for row in found.rows]
+    whole = {
+        "sum": found.kernels_us,
+        "whole step": found.whole_us,
+        "host": found.host_us,
+        "remainder": found.remainder_us,
+    }
+    for name, us in whole.items():
+        if us is not None:
+            blank = dict.fromkeys(lines[0], "")
+            lines.append({**blank, "graph": name, "us_per_step": f"{us:.3f}"})
+    facts = {
+        "machine": found.machine,
+        "executor": found.executor,
+        "mlx": found.mlx,
+        "n_tokens": found.n_tokens,
+        "context": found.context,
+        "copy_gbps": f"{found.copy_gbps:.1f}",
+    }
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*facts, *lines[0]], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**facts, **line} for line in lines)
+
+
+def _cells(found: Profile, row: Row) -> dict[str, Any]:
+    return {
+        "graph": row.graph,
+        "ops": "+".join(row.ops),
+        "labels": "+".join(row.labels),
+        "kernels": "+".join(row.kernels),
+        "count": row.count,
+        "launches": len(row.kernels),
+        "bytes": row.n_bytes,
+        "us": f"{row.us:.3f}",
+        "us_per_step": f"{row.us_per_step:.3f}",
+        "share": f"{row.us_per_step / max(found.kernels_us, 1e-9):.4f}",
+        "gbps": f"{row.gbps:.1f}",
+        "of_copy": f"{row.gbps / found.copy_gbps:.4f}",
+        "is_hidden": int(row.is_hidden),
+    }

@@ -1,0 +1,160 @@
+"""Find the fastest right way of every Op of a model, on this device."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+from ..device import machine_name, mlx_version
+from ..errors import BackendError, ConfigError
+from ..executors.kernels import KernelExecutor
+from ..graph.lower import Kernel
+from ..graph.op import Op
+from ..lowering import default_way, ways
+from ..lowering.tuned import Entry, Tuning, n_tokens_of, shape_of
+from ..model import Runtime
+from .choices import Choice, Collector, Key
+from .recording import filled_caches, observing, prompt, runtime_of
+from .timing import StepTimer, timer_for
+
+# By how much of the default's time a way must be faster to displace it: less is noise.
+MARGIN = 0.05
+PROMPTS = (64, 512, 2048)
+Progress = Callable[[Sequence[Choice], str], Iterable[Choice]]
+
+
+def decide(default: str, us: Mapping[str, float], margin: float = MARGIN) -> str:
+    """Return the winner: the fastest way if it beats the default by the margin.
+
+    Args:
+        default: the way gone without tuning; it need not be among those timed.
+        us: microseconds of every way that gave right results, at least one.
+        margin: share of the default's time.
+    """
+    best = min(us, key=lambda way: us[way])
+    if default not in us or us[best] < (1 - margin) * us[default]:
+        return best
+    return default
+
+
+def tune(
+    model: Any,
+    *,
+    prompts: Sequence[int] = PROMPTS,
+    context: int = 512,
+    repeats: int = 5,
+    timer: StepTimer | None = None,
+    progress: Progress = lambda choices, _: choices,
+) -> Tuning:
+    """Time every way of every Op of a loaded model, and of its groups of Ops.
+
+    That is for one token after ``context`` others, and for prompts of the lengths
+    ``prompts``. A way takes part if its result is as near to the Op's reference as
+    ``moeflux doctor`` asks for; one that is not, or that raises, is refused.
+
+    Args:
+        repeats: measurements of each way, of which the median counts.
+        timer: what times; by default what fits the model's executor.
+        progress: wraps choices as they are tried, told what they are of.
+
+    Raises:
+        BackendError: the model's executor has no kernels.
+        ModelError: a model of another package, or one whose experts are not all in
+            memory.
+        ConfigError: a number that cannot be used.
+    """
+    for name, least, values in (("--repeats", 1, [repeats]), ("--prompts", 2, prompts)):
+        if any(value < least for value in values):
+            raise ConfigError(f"[{name}] expected at least {least} but got {values}")
+    runtime = runtime_of(model)
+    if not isinstance(runtime.executor, KernelExecutor):
+        raise BackendError(
+            f"[tune] expected executor metal, cuda or sim: {runtime.executor.name!r} "
+            "has no kernels"
+        )
+    model.eval()
+    tuner = Tuner(runtime, timer or timer_for(runtime.executor, repeats))
+    caches = filled_caches(model, context)
+    tuner.tune(model, mx.array([[1]]), caches, "one token", progress)
+    del caches
+    vocab_size = model.language_model.args.vocab_size
+    for n_tokens in sorted(set(prompts)):
+        tokens, caches = prompt(n_tokens, vocab_size), make_prompt_cache(model)
+        tuner.tune(model, tokens, caches, f"{n_tokens} tokens", progress)
+    return Tuning(
+        device=machine_name(),
+        executor=runtime.executor.name,
+        mlx=mlx_version(),
+        date=datetime.date.today().isoformat(),
+        entries=tuple(tuner.entries.values()),
+    )
+
+
+class Tuner:
+    """Tries choices, and remembers what won: groups are compared with the winners."""
+
+    def __init__(self, runtime: Runtime, timer: StepTimer):
+        assert isinstance(runtime.executor, KernelExecutor)
+        self.entries: dict[Key, Entry] = {}
+        self._runtime, self._timer = runtime, timer
+        self._executor = runtime.executor
+
+    def tune(
+        self,
+        model: Any,
+        tokens: mx.array,
+        caches: list[Any],
+        what: str,
+        progress: Progress,
+    ) -> None:
+        """Run the model once and try every choice it meets and that is new."""
+        collector = Collector(self._runtime, self._best)
+        with observing(self._executor, collector):
+            mx.eval(model(tokens, cache=caches))
+        new = [c for key, c in collector.choices.items() if key not in self.entries]
+        # Ops before groups, whose Ops go their fastest ways when taken apart.
+        new.sort(key=lambda choice: choice.is_group)
+        for choice in progress(new, what):
+            entry = self._try(choice)
+            if entry is not None:
+                self.entries[choice.key] = entry
+            choice.samples.clear()
+
+    def _try(self, choice: Choice) -> Entry | None:
+        """Check and time every way; None where none is right."""
+        us, refused = {}, {}
+        expected = choice.expected()
+        for way in choice.ways:
+            # Whatever goes wrong with one way, the others are still worth knowing.
+            try:
+                wrong = choice.error(way, expected)
+                if not wrong:
+                    us[way] = 1e6 * self._timer.time(choice.works(way)).seconds
+            except Exception as error:
+                wrong = f"{type(error).__name__}: {error}"
+            if wrong:
+                refused[way] = wrong
+        if not us:
+            return None
+        return Entry(
+            name=choice.name,
+            shape=choice.shape,
+            n_tokens=choice.n_tokens,
+            default=choice.default,
+            winner=decide(choice.default, us),
+            us={way: round(t, 3) for way, t in us.items()},
+            refused=refused,
+        )
+
+    def _best(self, op: Op) -> Kernel:
+        """Return the fastest way of an Op, as far as it is known."""
+        entry = self.entries.get((op.variant_name, shape_of([op]), n_tokens_of([op])))
+        default = default_way(op, self._executor.name)
+        by_name = {way.name: way for way in ways(op)}
+        chosen = by_name[entry.winner] if entry else default
+        return partial(chosen.call, op, self._executor.run)
