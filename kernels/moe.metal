@@ -500,15 +500,17 @@ template <typename T>
 // 16 rows of one expert's opened gate, from `row` on: silu(Wg x) * (Wu x), in thread i < 16 that of
 // row i. By 8 simdgroups, of which the first four take gate and the others the same rows of up;
 // `sums` holds 32. Contains barriers: all threads must come.
-template <int BITS, int G, int WORDS, typename X, typename W, typename S, typename B>
+template <
+    int BITS, int G, int WORDS, typename X, typename W, typename S, typename B, typename W1,
+    typename S1, typename B1>
 inline float opened_rows(
     X x,
     W gate_w,
     S gate_scales,
     B gate_biases,
-    W up_w,
-    S up_scales,
-    B up_biases,
+    W1 up_w,
+    S1 up_scales,
+    B1 up_biases,
     uint row,
     uint n_in,
     uint n_out,
@@ -516,10 +518,9 @@ inline float opened_rows(
     uint thread_index,
     uint simdgroup,
     uint lane) {
-  bool is_up = simdgroup >= 4;
-  block_rows<BITS, G, WORDS, 16, 2, false>(
-      x, x, 0.0f, is_up ? up_w : gate_w, is_up ? up_scales : gate_scales,
-      is_up ? up_biases : gate_biases, row, n_in, n_out, sums, simdgroup, lane);
+  rows_of_matrices<BITS, G, WORDS, 16, 2, false>(
+      x, x, 0.0f, gate_w, gate_scales, gate_biases, up_w, up_scales, up_biases, row, n_in, n_out,
+      sums, simdgroup, lane);
   uint own = thread_index % 16;
   return silu(sums[own]) * sums[16 + own];
 }
@@ -651,7 +652,7 @@ template <typename T, typename S, int BITS, int G, int WORDS, int PER_LANE>
 // at the matrix of slot 0. Contains barriers: all threads must come.
 template <
     int BITS, int SHARED_BITS, int G, int WORDS, typename X, typename I, typename E, typename W,
-    typename S, typename B, typename U, typename V, typename Y>
+    typename S, typename B, typename Z, typename U, typename V, typename Y>
 inline void combined_rows(
     X act,
     I slots,
@@ -662,8 +663,8 @@ inline void combined_rows(
     uint w_row,
     uint s_row,
     uint b_row,
-    X gate,
-    X up,
+    Z gate,
+    Z up,
     U shared_w,
     V shared_scales,
     Y shared_biases,

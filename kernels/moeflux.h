@@ -258,21 +258,24 @@ inline float rms_scale(P x, uint n, float eps, uint lane) {
   return rsqrt(simd_sum(squares) / float(n) + eps);
 }
 
-// Rows of a matrix from `row` on times x, ROWS (a multiple of 16) by four simdgroups: they
-// are left in sums[0] to sums[ROWS - 1]. If NORM, x counts as its RMS norm with the weight
-// `norm`. In a threadgroup of 4 PARTS simdgroups, simdgroups 4 p to 4 p + 3 come with a matrix
-// of their own, of as many inputs, and leave its sums from sums[ROWS * p] on. Contains
-// barriers: all threads must come.
+// Rows of PARTS matrices from `row` on times x, ROWS (a multiple of 16) of each by four
+// simdgroups: those of the first are left in sums[0] to sums[ROWS - 1], those of a second behind
+// them. If NORM, x counts as its RMS norm with the weight `norm`. Contains barriers: all threads
+// of 4 PARTS simdgroups must come.
 template <
     int BITS, int G, int WORDS, int ROWS, int PARTS, bool NORM,
-    typename X, typename N, typename W, typename S, typename B>
-inline void block_rows(
+    typename X, typename N, typename W, typename S, typename B, typename W1, typename S1,
+    typename B1>
+inline void rows_of_matrices(
     X x,
     N norm,
     float eps,
     W w,
     S scales,
     B biases,
+    W1 w1,
+    S1 scales1,
+    B1 biases1,
     uint row,
     uint n_in,
     uint n_out,
@@ -288,8 +291,13 @@ inline void block_rows(
   uint at = simdgroup / 4 * ROWS + simdgroup % 4 * 4;
   for (uint own = simdgroup % 4 * 4; own < ROWS; own += 16) {
     float totals[4];
-    dot_rows<BITS, G, AT_ONCE, 4, NORM>(
-        x, norm, w, scales, biases, row + own, n_in, n_out, lane, totals);
+    if (PARTS == 1 || simdgroup < 4) {
+      dot_rows<BITS, G, AT_ONCE, 4, NORM>(
+          x, norm, w, scales, biases, row + own, n_in, n_out, lane, totals);
+    } else {
+      dot_rows<BITS, G, AT_ONCE, 4, NORM>(
+          x, norm, w1, scales1, biases1, row + own, n_in, n_out, lane, totals);
+    }
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       float total = scale * simd_sum(totals[r]);
@@ -300,6 +308,27 @@ inline void block_rows(
     at += 16;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+// `rows_of_matrices` for one.
+template <
+    int BITS, int G, int WORDS, int ROWS, bool NORM,
+    typename X, typename N, typename W, typename S, typename B>
+inline void block_rows(
+    X x,
+    N norm,
+    float eps,
+    W w,
+    S scales,
+    B biases,
+    uint row,
+    uint n_in,
+    uint n_out,
+    threadgroup float* sums,
+    uint simdgroup,
+    uint lane) {
+  rows_of_matrices<BITS, G, WORDS, ROWS, 1, NORM>(
+      x, norm, eps, w, scales, biases, w, scales, biases, row, n_in, n_out, sums, simdgroup, lane);
 }
 
 // Tiles of products with a quantised matrix: rows of x by columns of the result (rows of the

@@ -260,7 +260,7 @@ template <typename T, typename S, int G, int WORDS, int ROWS>
     uint lane [[thread_index_in_simdgroup]]) {
   threadgroup float sums[ROWS];
   uint row = group * ROWS;
-  block_rows<4, G, WORDS, ROWS, 1, false>(
+  block_rows<4, G, WORDS, ROWS, false>(
       x, x, 0.0f, w, scales, biases, row, n_in, n_out, sums, simdgroup, lane);
   if (thread_index < ROWS && row + thread_index < n_out) {
     out[row + thread_index] = T(sums[thread_index]);
@@ -287,7 +287,7 @@ template <typename T, typename S, int BITS, int G, int WORDS, int ROWS>
     uint lane [[thread_index_in_simdgroup]]) {
   threadgroup float sums[ROWS];
   uint row = group * ROWS;
-  block_rows<BITS, G, WORDS, ROWS, 1, false>(
+  block_rows<BITS, G, WORDS, ROWS, false>(
       x, x, 0.0f, w, scales, biases, row, n_in, n_out, sums, simdgroup, lane);
   if (thread_index < ROWS && row + thread_index < n_out) {
     out[row + thread_index] = T(float(residual[row + thread_index]) + sums[thread_index]);
@@ -327,14 +327,14 @@ template <typename T, typename N, typename S, int G, int BITS0, int BITS1, int W
   uint last = first1 + (n1 + ROWS - 1) / ROWS;
   if (group < first1) {
     uint row = group * ROWS;
-    block_rows<BITS0, G, WORDS, ROWS, 1, true>(
+    block_rows<BITS0, G, WORDS, ROWS, true>(
         x, norm, eps, w0, scales0, biases0, row, n_in, n0, sums, simdgroup, lane);
     if (thread_index < ROWS && row + thread_index < n0) {
       out[row + thread_index] = T(sums[thread_index]);
     }
   } else if (group < last) {
     uint row = (group - first1) * ROWS;
-    block_rows<BITS1, G, WORDS, ROWS, 1, true>(
+    block_rows<BITS1, G, WORDS, ROWS, true>(
         x, norm, eps, w1, scales1, biases1, row, n_in, n1, sums, simdgroup, lane);
     if (thread_index < ROWS && row + thread_index < n1) {
       out[at1 + row + thread_index] = T(sums[thread_index]);

@@ -1,5 +1,5 @@
-// Tensor-core twins of `block_rows` and `combined_rows` for rows in 16 bits and matrices in 4
-// or 8 bits, in CUDA C++: the same arguments, the same sums in the same place. One token has no
+// Tensor-core twin of `rows_of_matrices` for rows in 16 bits and matrices in 4 or 8 bits, in
+// CUDA C++: the same arguments, the same sums in the same place. One token has no
 // use for a tensor core's eight columns, but a packed weight then costs one instruction rather
 // than four, and the loads of a matrix are what remains.
 //
@@ -386,13 +386,16 @@ inline float sum_squares(const T* x, uint n, uint simdgroup, uint lane) {
 
 template <
     int BITS, int G, int WORDS, int ROWS, int PARTS, bool NORM, typename T, typename N, typename F>
-inline typename TensorRows<T, BITS>::result block_rows(
+inline typename TensorRows<T, BITS>::result rows_of_matrices(
     const T* x,
     const N* norm,
     float eps,
     const uint* w,
     const F* scales,
     const F* biases,
+    const uint* w1,
+    const F* scales1,
+    const F* biases1,
     uint row,
     uint n_in,
     uint n_out,
@@ -405,7 +408,10 @@ inline typename TensorRows<T, BITS>::result block_rows(
   uint warp = simdgroup % 4;
   bool aligned = is_aligned(x);
   uint thread_index = simdgroup * 32 + lane;
-  OneMatrix<F> matrix = {w, scales, biases, n_in, (n_in + S::CHUNK - 1) / S::CHUNK};
+  uint n_chunks = (n_in + S::CHUNK - 1) / S::CHUNK;
+  bool second = PARTS == 2 && simdgroup >= 4;
+  OneMatrix<F> matrix = {
+      second ? w1 : w, second ? scales1 : scales, second ? biases1 : biases, n_in, n_chunks};
   float y[TILES][2];
 #pragma unroll
   for (int tile = 0; tile < TILES; ++tile) {

@@ -19,7 +19,7 @@ DIALECT = "msl_cuda.h"
 # overloads the helper and stands in the last of the files named here.
 TWINS = {
     "multiply_tile": ("fragments_cuda.h", "tiles_cuda.h"),
-    "block_rows": ("fragments_cuda.h", "rows_cuda.h"),
+    "rows_of_matrices": ("fragments_cuda.h", "rows_cuda.h"),
     "combined_rows": ("fragments_cuda.h", "rows_cuda.h", "experts_cuda.h"),
 }
 # ``threadgroup T x[n], y[m];`` declares storage; any other address space qualifies what
