@@ -20,6 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models import qwen3_5_moe as stock
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from moeflux_mlx.models import qwen3_5_moe as ours
@@ -63,9 +64,9 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         },
     ),
 }
-# Random layers let differences of rounding grow without end, so logits are compared on
-# a few; there stock in bfloat16 differs by 0.03 between a prompt and single tokens.
-COMPARED_LAYERS, MAX_RMS = 4, 0.1
+# Random layers let differences of rounding grow without end, and near ties of random
+# routers choose other experts, so ours must be about as near to float32 as stock is.
+COMPARED_LAYERS, COMPARED_TOKENS, MAX_RATIO = 4, 8, 1.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,11 +98,12 @@ def main(args: argparse.Namespace) -> int:
         return 2
     few = dict(config)
     few["num_hidden_layers"] = min(COMPARED_LAYERS, config["num_hidden_layers"])
-    rms = disagreement(build(few, executor), few)
-    of = f"{few['num_hidden_layers']} layers"
-    print(f"relative RMS of logits, ours against stock, {of}: {rms:.1e}", flush=True)
-    if not rms < MAX_RMS:
-        print("bench_decode: no speeds, logits differ", file=sys.stderr)
+    off = errors(build(few, executor), few)
+    each = ", ".join(f"{name} {error:.1e}" for name, error in off.items())
+    n = few["num_hidden_layers"]
+    print(f"relative RMS of logits from float32, {n} layers: {each}", flush=True)
+    if not off[executor] <= MAX_RATIO * off["stock"]:
+        print("bench_decode: no speeds, our logits are worse", file=sys.stderr)
         return 1
     models = build(config, executor)
     decodes: dict[str, list[float]] = {name: [] for name in models}
@@ -132,7 +134,7 @@ def profile_ours(model: nn.Module, args: argparse.Namespace) -> None:
 
 def build(config: dict[str, Any], executor: str) -> dict[str, nn.Module]:
     """Return stock and ours with the same random quantised arrays."""
-    args = {"model_type": "qwen3_5_moe", "text_config": config}
+    args = _arguments(config)
     mx.random.seed(0)
     theirs = stock.Model(stock.ModelArgs.from_dict(args))
     theirs.set_dtype(mx.bfloat16)
@@ -161,16 +163,39 @@ def _quantization(path: str, module: nn.Module) -> Any:
     return True
 
 
-def disagreement(models: dict[str, nn.Module], config: dict[str, Any]) -> float:
-    """Return the relative RMS between both models' logits, token by token."""
-    tokens = mx.random.randint(0, config["vocab_size"], (1, 4), key=mx.random.key(1))
-    outs = []
-    for model in models.values():
-        cache = make_prompt_cache(model)
-        rows = [model(tokens[:, i : i + 1], cache=cache) for i in range(4)]
-        outs.append(mx.concatenate(rows, axis=1).astype(mx.float32))
-        mx.eval(outs[-1])
-    return (mx.linalg.norm(outs[1] - outs[0]) / mx.linalg.norm(outs[0])).item()
+def errors(models: dict[str, nn.Module], config: dict[str, Any]) -> dict[str, float]:
+    """Return how far each model's logits are from stock's in float32 on the CPU.
+
+    That is the median over single tokens of the relative RMS.
+    """
+    exact = stock.Model(stock.ModelArgs.from_dict(_arguments(config)))
+    nn.quantize(exact, GROUP_SIZE, BITS, class_predicate=_quantization)
+    exact.update(models["stock"].parameters())
+    exact.set_dtype(mx.float32)
+    exact.eval()
+    with mx.stream(mx.cpu):
+        wanted = _logits(exact, config)
+    found = {}
+    for name, model in models.items():
+        difference = mx.linalg.norm(_logits(model, config) - wanted, axis=-1)
+        relative = difference / mx.linalg.norm(wanted, axis=-1)
+        found[name] = float(np.median(np.array(relative)))
+    return found
+
+
+def _logits(model: nn.Module, config: dict[str, Any]) -> mx.array:
+    """Return float32 logits ``[1, COMPARED_TOKENS, V]``, token by token."""
+    shape = (1, COMPARED_TOKENS)
+    tokens = mx.random.randint(0, config["vocab_size"], shape, key=mx.random.key(1))
+    cache = make_prompt_cache(model)
+    rows = [model(token, cache=cache) for token in mx.split(tokens, shape[1], axis=1)]
+    logits = mx.concatenate(rows, axis=1).astype(mx.float32)
+    mx.eval(logits)
+    return logits
+
+
+def _arguments(config: dict[str, Any]) -> dict[str, Any]:
+    return {"model_type": "qwen3_5_moe", "text_config": config}
 
 
 def primed(model: nn.Module, config: dict[str, Any], context: int) -> list[Any]:

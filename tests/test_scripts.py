@@ -56,9 +56,9 @@ def test_a_geometry_is_measured_and_written(tmp_path, monkeypatch):
     profile = tmp_path / "profile.csv"
     flags += ["--prefill", "5", "--profile", str(profile)]
     args = parser.parse_args([*flags, "--csv", str(rows)])
-    monkeypatch.setattr(bench, "MAX_RMS", 0)
+    monkeypatch.setattr(bench, "MAX_RATIO", 0)
     assert bench.main(args) == 1 and not rows.exists()
-    monkeypatch.setattr(bench, "MAX_RMS", 2)
+    monkeypatch.setattr(bench, "MAX_RATIO", 1.5)
     assert bench.main(args) == 0
     stock, ours = csv.DictReader(rows.read_text().splitlines())
     assert (stock["side"], ours["side"]) == ("stock", "ops")
