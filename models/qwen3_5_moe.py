@@ -34,9 +34,9 @@ from moeflux_mlx.model import (
     refuse_gradient,
 )
 from moeflux_mlx.ops.functions import Array, to_device, to_host
-from moeflux_mlx.parameters import LayerWeights, unpacked_bytes
+from moeflux_mlx.parameters import LayerWeights, Watch, unpacked_bytes
 from moeflux_mlx.trace import StepTracer
-from moeflux_mlx.weights import ExpertSource, ExpertWeights, has_values
+from moeflux_mlx.weights import ExpertSource, ExpertWeights, Weight, has_values
 
 ModelArgs = stock.ModelArgs
 TextModelArgs = qwen3_5.TextModelArgs
@@ -127,6 +127,7 @@ class Forward:
         self._sources: list[mx.array] = []
         self._chunk = 0
         self._tracer = StepTracer(self._traced)
+        self._bound: tuple[Watch, list[Any], list[ExpertSource]] | None = None
         self._in_trace = False
 
     @property
@@ -166,13 +167,12 @@ class Forward:
             return None
         if not wanted or self.text.training:
             return None
-        layers, dtype = self.graph_layers(), self.dtype
-        sources = [layer.experts(dtype) for layer in layers]
+        layers = self.graph_layers()
+        weights, sources = self._bind()
         on_device = inputs.size == 1 or all(layer.gathers(False) for layer in layers)
         if not on_device or any(source.settled is None for source in sources):
             return None
         self._check_tokens(inputs)
-        weights = [self._ends.bind(dtype), *(x.weights.bind(dtype) for x in layers)]
         held = [*weights, *sources]
         traced = not executor.watches_steps
         logits = self._tracer(inputs, cache, held, traced=traced)
@@ -181,6 +181,16 @@ class Forward:
                 source.asked(inputs.size * self.args.num_experts_per_tok)
             return cast(mx.array, refuse_gradient(logits, *self._replaced()))
         return None
+
+    def _bind(self) -> tuple[list[Mapping[str, Weight]], list[ExpertSource]]:
+        """Return all weights and experts, looking anew where a parameter changed."""
+        if self._bound is None or not self._bound[0].holds():
+            dtype = self.dtype
+            sources = [layer.experts(dtype) for layer in self.layers]
+            weights = [layer.weights.bind(dtype) for layer in self.layers]
+            weights.append(self._ends.bind(dtype))
+            self._bound = Watch(self.text.modules()), weights, sources
+        return self._bound[1:]
 
     def _traced(self, inputs: mx.array, cache: list[Any]) -> mx.array:
         self._in_trace = True

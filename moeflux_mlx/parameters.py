@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -17,6 +17,24 @@ from .weights import Quantization, Weight, has_values
 
 # What a quantised ``Weight`` consists of, and the same among a module's parameters.
 PARTS, KEYS = ("w", "scales", "biases"), ("weight", "scales", "biases")
+
+
+class Watch:
+    """Tells whether a parameter or a module was replaced in some modules."""
+
+    def __init__(self, modules: Iterable[nn.Module]):
+        self._modules = list(modules)
+        self.seen = self._values()
+
+    def holds(self) -> bool:
+        """Tell whether every value is still the same object."""
+        values = self._values()
+        return len(values) == len(self.seen) and all(map(is_, values, self.seen))
+
+    def _values(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._modules)))
+
+
 _SIGNATURES: dict[tuple[WeightRef, ...], int] = {}
 
 
@@ -41,8 +59,7 @@ class LayerWeights:
         self._module, self._skip, self._unpack = module, skip, unpack
         self._joined = joined
         self._joints: dict[str, Weight] = {}
-        self._modules: list[nn.Module] = []
-        self._seen: list[Any] = []
+        self._watch: Watch | None = None
         self._stored: dict[str, Weight] = {}
         self._bound: dict[bool, dict[str, Weight]] = {}
         self.refs: dict[str, WeightRef] = {}
@@ -68,33 +85,35 @@ class LayerWeights:
 
     def refresh(self) -> None:
         """Look at the module anew if any of its parameters was replaced."""
-        values, seen = self._values(), self._seen
-        if seen and len(values) == len(seen) and all(map(is_, values, seen)):
+        if self._watch is not None and self._watch.holds():
             return
-        before = set(map(id, seen))
-        self._collect()
-        if before:
+        before = None if self._watch is None else set(map(id, self._watch.seen))
+        seen = self._collect()
+        if before is not None:
             self.replaced = [
                 value
-                for value in self._seen
+                for value in seen
                 if isinstance(value, mx.array) and id(value) not in before
             ]
 
-    def _collect(self) -> None:
-        self._modules, self._stored, self._bound = [], {}, {}
+    def _collect(self) -> list[Any]:
+        """Look at the module; return all that is watched from now on."""
+        modules = []
+        self._stored, self._bound = {}, {}
         for path, module in self._module.named_modules():
             if self._skip and self._skip in path.split("."):
                 continue
-            self._modules.append(module)
+            modules.append(module)
             self._collect_module(path, module)
         places = self._join()
-        self._seen = self._values()
+        self._watch = Watch(modules)
         self.refs = {
             name: WeightRef.of(name, weight, places.get(name))
             for name, weight in self._stored.items()
         }
         refs = tuple(self.refs.values())
         self.signature = _SIGNATURES.setdefault(refs, len(_SIGNATURES))
+        return self._watch.seen
 
     def _join(self) -> dict[str, JointRows]:
         """Make matrices one and return where each lies by path."""
@@ -122,9 +141,6 @@ class LayerWeights:
                 places[path] = JointRows(name, first, w.shape[0])
                 first += n
         return places
-
-    def _values(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self._modules)))
 
     def _collect_module(self, path: str, module: nn.Module) -> None:
         arrays = {k: v for k, v in module.items() if isinstance(v, mx.array)}

@@ -352,6 +352,7 @@ KERNEL_SPECS = [
     spec(ops.MatvecNTokens, Q8, n_tokens=1, in_dim=96, out_dim=37),
     spec(ops.MatvecNTokens, Q8, n_tokens=5, in_dim=96, out_dim=9),
     spec(ops.MatvecNTokens, Q2, n_tokens=1, in_dim=64, out_dim=9),
+    spec(ops.MatvecNTokens, Q4, n_tokens=257, in_dim=64, out_dim=9, bias=normal()),
     spec(ops.MatvecNTokens, n_tokens=1, in_dim=33, out_dim=9),
     spec(ops.MatvecNTokens, n_tokens=5, in_dim=33, out_dim=9),
     spec(ops.SdpaCausalTiled, n_tokens=5, heads_per_kv=1, **HEADS_64,

@@ -112,6 +112,25 @@ _matvec_n_tokens(
 )
 
 
+# Tokens from which, and values up to which, a matrix is worth unpacking first.
+UNPACKED_TOKENS, UNPACKED_VALUES = 256, 1 << 26
+
+
+def _worth_unpacking(op: MatvecNTokens) -> bool:
+    small = op.in_dim * op.out_dim <= UNPACKED_VALUES
+    return kernel_form(op.weight) and op.n_tokens >= UNPACKED_TOKENS and small
+
+
+@way(MatvecNTokens, "mlx_dequantize", _worth_unpacking)
+def unpacked_product(
+    _op: Any, _run: Run, x: mx.array, weight: Weight, bias: Weight | None
+) -> mx.array:
+    """Unpack the matrix to the rows' type, then multiply as MLX does dense ones."""
+    bits, group_size = form(weight)
+    dense = mx.dequantize(*parts(weight), group_size=group_size, bits=bits)
+    return _with_bias(x @ dense.astype(x.dtype).T, x, bias)
+
+
 def _dense(op: MatvecNTokens) -> bool:
     return op.weight.quantization is None
 

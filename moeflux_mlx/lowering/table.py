@@ -68,13 +68,17 @@ def ways(op: Op) -> tuple[Way, ...]:
 # What goes before the table's order on an executor, as measured there.
 PREFERRED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "cuda": {
-        # Of many tokens MLX's own product has tensor cores.
+        # Of many tokens MLX's own products have tensor cores; its dense one is several
+        # times its quantised one.
         "MatvecNTokens": (
             "dequant_matvec_4bit_v4",
             "dequant_matvec_8bit_v3",
             "dequant_matvec_2bit",
+            "mlx_dequantize",
             MLX,
         ),
+        # 0.43 ms for 2048 tokens, where ours without tensor cores take 3.6.
+        "SdpaCausalTiled": ("sdpa_decode_parts", "sdpa_decode", MLX),
         "GatedDeltaNetChunkwise": ("gated_delta_net_chunkwise",),
     },
 }
