@@ -239,6 +239,21 @@ def test_a_device_timer_queues_until_the_host_is_hidden():
     assert asked == pytest.approx([1.5e-3, 6e-3])
 
 
+def test_a_device_timer_queues_as_many_steps_as_it_may():
+    queued = []
+
+    class Scripted(DeviceTimer):
+        def _behind(self, works, n, blocker_s):
+            queued.append(n * len(works))
+            return Timing(1.0)
+
+    for limit in (64, 8, 1):
+        timer = Scripted(1, Clock(), limit)
+        timer._blocker = NoBlocker()
+        timer.time([Work(lambda x: x + 1, [mx.ones(64)]) for _ in range(3)])
+    assert queued == [63, 6, 3]
+
+
 def test_a_blocker_lasts_at_least_as_long_as_asked():
     widths = []
 

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import importlib
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 
 import mlx.core as mx
 import pytest
+
+from moeflux_mlx.executors import open_executor
+from moeflux_mlx.profiling.timing import Timing
 
 ROOT = Path(__file__).resolve().parent.parent
 OLD_PYTHONS = ["python3.10", "python3.9", "python3.8", "python3.7", "python3.6"]
@@ -68,6 +75,137 @@ def test_a_geometry_is_measured_and_written(tmp_path, monkeypatch):
     assert stock["prefill_tokens_per_s"] == ""
     graphs = [row["graph"] for row in csv.DictReader(profile.read_text().splitlines())]
     assert graphs[0] == "embed" and graphs[-1] == "remainder"
+
+
+TINY_EXPERTS = dict(n_experts=12, k=4, dim=128, width=64)
+TINY_DELTA = dict(hk=1, hv=2, d=32)
+# Families of scripts/bench_kernels at sizes that the simulator runs in a moment.
+TINY = {
+    "matvec": [dict(n_out=24, n_in=128)],
+    "norm": [dict(n_out=24, n_in=128)],
+    "residual": [dict(n_out=24, n_in=128)],
+    "experts": [TINY_EXPERTS],
+    "routed": [TINY_EXPERTS],
+    "attention": [dict(n_rows=70, heads=8, kv=2, d=64)],
+    "delta": [dict(t=t, **TINY_DELTA) for t in (1, 19)],
+    "delta_layer": [dict(taps=4, **TINY_DELTA)],
+    "product": [dict(t=33, n_out=40, n_in=64)],
+    "gather": [dict(t=9, **TINY_EXPERTS)],
+}
+
+
+@pytest.fixture
+def bench(monkeypatch) -> ModuleType:
+    """scripts/bench_kernels, turning through two sets of weights only."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    loader = SourceFileLoader("bench_kernels", str(ROOT / "scripts" / "bench_kernels"))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    module = importlib.util.module_from_spec(spec)
+    # Where dataclasses look their module up.
+    monkeypatch.setitem(sys.modules, loader.name, module)
+    loader.exec_module(module)
+    monkeypatch.setattr(module, "MAX_TURNS", 2)
+    monkeypatch.setattr(module, "CHOICES", 2)
+    mx.random.seed(0)
+    return module
+
+
+def slightly_off(step):
+    return lambda x, i: [1.01 * y for y in step(x, i)]
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_all_sides_of_a_timed_case_compute_the_same(bench, monkeypatch, family):
+    """In float32: MLX's bfloat16 is imprecise on the CPU."""
+    monkeypatch.setattr(bench, "DTYPE", mx.float32)
+    monkeypatch.setattr(bench, "LIMIT", 1e-5)
+    assert set(TINY) == set(bench.FAMILIES)
+    make, _ = bench.FAMILIES[family]
+    for sizes in TINY[family]:
+        case = make(open_executor("sim").run, **sizes)
+        assert bench.wrong(case) == {}
+        *_, (last, ours) = case.sides.items()
+        sides = {**case.sides, last: slightly_off(ours)}
+        assert set(bench.wrong(dataclasses.replace(case, sides=sides))) == {last}
+
+
+def test_kernels_are_timed_and_written_beside_the_ceilings(
+    bench, monkeypatch, tmp_path
+):
+    families = {
+        name: (bench.FAMILIES[name][0], TINY[name]) for name in ("norm", "delta")
+    }
+    monkeypatch.setattr(bench, "FAMILIES", families)
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+    monkeypatch.setattr(bench, "gpu_executor", lambda: "sim")
+    monkeypatch.setattr(bench, "ceilings", lambda: (4e9, 2e12))
+    monkeypatch.delattr(mx.fast, "gated_delta_update", raising=False)
+    path = tmp_path / "rows.csv"
+    assert bench.main(["--csv", str(path), "--only", "n*"]) == 0
+    mlx, ours = csv.DictReader(path.read_text().splitlines())
+    assert (mlx["side"], ours["side"]) == ("mlx", "norm_matvecs")
+    assert ours["against"] == "mlx" and float(mlx["x_mlx"]) == 1
+    ratio = float(mlx["us"]) / float(ours["us"])
+    assert float(ours["x_mlx"]) == pytest.approx(ratio)
+    assert float(ours["of_copy"]) == pytest.approx(float(ours["GBps"]) / 4)
+    assert (ours["copy_GBps"], ours["bf16_TFLOPps"]) == ("4.0", "2.0")
+    assert ours["host_hidden"] in ("yes", "no")
+    assert all(ours.values())
+    # Without MLX's own operation mlx-lm's loop is what counts as MLX's.
+    assert bench.main(["--csv", str(path), "--only", "delta"]) == 0
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert {row["against"] for row in rows} == {"mlx-lm"}
+
+
+def test_a_step_is_timed_as_its_length_asks(bench, monkeypatch):
+    asked = []
+
+    class Scripted:
+        def __init__(self, hidden: bool):
+            self.hidden = hidden
+
+        def time(self, works):
+            asked.append(len(works))
+            return Timing(1e-6, self.hidden)
+
+    monkeypatch.setattr(bench, "QUEUED", (4, 2, 1))
+    timers = [Scripted(False), Scripted(True), Scripted(True)]
+    case = bench.Case("copy", 3 * [mx.ones(64)], {}, 1)
+
+    def timed(seconds: float) -> tuple[Timing, list[int]]:
+        chains: list[int] = []
+
+        def chained(works):
+            chains.append(len(works))
+            return Timing(seconds, True)
+
+        monkeypatch.setattr(bench, "chained", chained)
+        return bench.time_side(timers, case, lambda x, _: [x + 1]), chains
+
+    assert timed(1e-5) == (Timing(1e-6, True), [1, 1])
+    assert asked == [3, 2]
+    assert timed(6e-3) == (Timing(6e-3, True), [1, 1, *bench.ROUNDS * [3]])
+    assert timed(9.0) == (Timing(9.0, True), [1, 1])
+    assert asked == [3, 2]
+
+
+def test_ceilings_are_measured(bench):
+    copy, bf16 = bench.ceilings(n_bytes=1 << 20, width=64)
+    assert copy > 0 and bf16 > 0
+
+
+def test_chained_steps_follow_one_another(bench):
+    seen = []
+
+    def step(x, i):
+        seen.append((x, i))
+        return [x + 1]
+
+    start = mx.ones(64)
+    works = [bench.Work(lambda x, i=i: step(x, i), [start]) for i in range(3)]
+    assert bench.chained(works).seconds > 0
+    assert [i for _, i in seen] == [0, 1, 2]
+    assert seen[0][0] is start and seen[1][0] is not start
 
 
 @pytest.fixture

@@ -183,10 +183,19 @@ class HostTimer(StepTimer):
 
 
 class DeviceTimer(StepTimer):
-    """Queues steps behind a blocker: for GPUs, which run behind the host."""
+    """Queues steps behind a blocker: for GPUs, which run behind the host.
 
-    def __init__(self, repeats: int = 5, now: Callable[[], float] = time.perf_counter):
+    At most ``max_queued`` at a time, or each of the works once.
+    """
+
+    def __init__(
+        self,
+        repeats: int = 5,
+        now: Callable[[], float] = time.perf_counter,
+        max_queued: int = MAX_QUEUED,
+    ):
         super().__init__(repeats, now)
+        self.max_queued = max_queued
         self._blocker = Blocker(self.elapsed)
 
     def time(self, works: Sequence[Work]) -> Timing:
@@ -196,7 +205,7 @@ class DeviceTimer(StepTimer):
         for _ in range(2):
             self.elapsed(lambda: self._steps(works, 1, []))
         once = self.elapsed(lambda: self._steps(works, 1, []))
-        n = min(_rounds(once, len(works)), max(1, MAX_QUEUED // len(works)))
+        n = min(_rounds(once, len(works)), max(1, self.max_queued // len(works)))
         _, encode_s = self._queued(list, lambda x: self._steps(works, n, x))
         blocker_s = min(MAX_BLOCKER_S, max(MIN_BLOCKER_S, 1.5 * encode_s))
         while True:
@@ -315,7 +324,10 @@ def _rounds(once: float, n_works: int) -> int:
     return int(min(max(1, wanted), max(1, 4 * MAX_QUEUED // n_works)))
 
 
-def timer_for(executor: Executor, repeats: int) -> StepTimer:
+def timer_for(
+    executor: Executor, repeats: int, max_queued: int = MAX_QUEUED
+) -> StepTimer:
     """Return the timer that fits where an executor computes."""
-    on_host = device.on_cpu() or executor.name == "sim"
-    return HostTimer(repeats) if on_host else DeviceTimer(repeats)
+    if device.on_cpu() or executor.name == "sim":
+        return HostTimer(repeats)
+    return DeviceTimer(repeats, max_queued=max_queued)
