@@ -221,6 +221,41 @@ def test_a_device_timer_takes_links_off_and_says_when_the_host_was_in_it():
     assert timing == Timing(0.0, False)
 
 
+def test_a_device_timer_reads_the_devices_clock_where_it_can():
+    """On this one a step takes 7 us, a link 2, and blockers any time."""
+    device_ns, read = 0, []
+
+    def step(x):
+        nonlocal device_ns
+        device_ns += 7_000
+        return x + 1
+
+    class Linked(Work):
+        def link(self, after):
+            nonlocal device_ns
+            device_ns += 2_000
+            return super().link(after)
+
+    class AnyBlocker:
+        def lasting(self, seconds: float):
+            def run():
+                nonlocal device_ns
+                device_ns += 1_000_000 * (len(read) % 7)
+                return [mx.ones(1)]
+
+            return run
+
+    def clock(after):
+        read.append(device_ns)
+        return mx.array([device_ns, 0], mx.uint64)
+
+    timer = DeviceTimer(3, Clock(), clock=clock)
+    timer._blocker = AnyBlocker()
+    timing = timer.time([Linked(step, [mx.ones(64)]) for _ in range(4)])
+    assert timing.seconds == pytest.approx(7e-6)
+    assert len(set(read)) > 6
+
+
 def test_a_device_timer_queues_until_the_host_is_hidden():
     """The blocker moves the clock when it is evaluated, launches when encoded."""
     asked = []

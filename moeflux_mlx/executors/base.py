@@ -168,6 +168,14 @@ class Executor(ABC):
         """Tell whether ``begin_layer`` must be heard when work is really done."""
         return self.profile_per_op
 
+    def clock(self) -> Callable[[mx.array], mx.array] | None:
+        """Return what reads the device's clock, if it can be read.
+
+        Given an array it returns uint64, of which the first is the nanoseconds on the
+        device when the array had been computed.
+        """
+        return None
+
     def drain(self) -> None:
         """Wait until the device has finished everything given to it."""
         mx.synchronize()

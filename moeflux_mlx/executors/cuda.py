@@ -6,6 +6,7 @@ import functools
 import hashlib
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,9 @@ class CudaExecutor(KernelExecutor):
             )
         return cls()
 
+    def clock(self) -> Callable[[mx.array], mx.array] | None:
+        return _nanoseconds
+
     def build(self, kernel: MetalKernel) -> Any:
         if sys.stderr.isatty():
             print(f"\r\033[Kbuilding {kernel.name}", end="\r", file=sys.stderr)
@@ -126,6 +130,33 @@ def bind(ready: Prepared) -> tuple[dict[str, Any], list[mx.array]]:
         else:
             inputs.append(array)
     return values, inputs
+
+
+def _nanoseconds(after: mx.array) -> mx.array:
+    (ns,) = _clock()(
+        inputs=[after],
+        grid=(1, 1, 1),
+        threadgroup=(1, 1, 1),
+        output_shapes=[(2,)],
+        output_dtypes=[mx.uint64],
+    )
+    return ns  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _clock() -> Any:
+    source = """
+        unsigned long long now;
+        asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+        ns[0] = now;
+        ns[1] = after[0];
+    """
+    return mx.fast.cuda_kernel(
+        name="moeflux_clock",
+        input_names=["after"],
+        output_names=["ns"],
+        source=source,
+    )
 
 
 def _check_grid(ready: Prepared) -> None:

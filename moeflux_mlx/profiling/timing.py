@@ -4,7 +4,8 @@ On a GPU a kernel of one token takes less time than the host needs to launch it.
 steps are queued behind a blocker, products that keep the GPU busy until the last of
 them is encoded, and each reads a value of the one before: as in a model, they run one
 after the other. A tiny launch makes that link. The same queue with the links alone is
-timed in turns with the whole, and taken off.
+timed in turns with the whole, and taken off. Where the executor can read the GPU's own
+clock, it is read before and after the steps: how long the blocker took is no matter.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ COPIED_BYTES = 512 << 20
 COPIED_ON_CPU_BYTES = 64 << 20
 # Smaller arrays are read over the bus on CUDA.
 LINKED_MIN_BYTES = 64
+
+
+Clock = Callable[[mx.array], mx.array]
 
 
 @dataclass
@@ -185,7 +189,8 @@ class HostTimer(StepTimer):
 class DeviceTimer(StepTimer):
     """Queues steps behind a blocker: for GPUs, which run behind the host.
 
-    At most ``max_queued`` at a time, or each of the works once.
+    At most ``max_queued`` at a time, or each of the works once. ``clock``
+    reads the device's own, as ``Executor.clock`` says.
     """
 
     def __init__(
@@ -193,9 +198,10 @@ class DeviceTimer(StepTimer):
         repeats: int = 5,
         now: Callable[[], float] = time.perf_counter,
         max_queued: int = MAX_QUEUED,
+        clock: Clock | None = None,
     ):
         super().__init__(repeats, now)
-        self.max_queued = max_queued
+        self.max_queued, self.clock = max_queued, clock
         self._blocker = Blocker(self.elapsed)
 
     def time(self, works: Sequence[Work]) -> Timing:
@@ -234,17 +240,33 @@ class DeviceTimer(StepTimer):
         blocker: Callable[[], list[mx.array]],
         encode: Callable[[list[mx.array]], list[mx.array]],
     ) -> tuple[float, float]:
-        """Return the seconds of blocker and steps, and until all was encoded."""
+        """Return the seconds of the steps, and until all was encoded.
+
+        Without a clock on the device those of the blocker are in them.
+        """
         mx.synchronize()
         start = self.now()
-        first = blocker()
-        mx.async_eval(first)
-        last = encode(first)
-        mx.async_eval(last)
+        stamps = [self._stamp(blocker())]
+        mx.async_eval(stamps[0])
+        last = encode(stamps[0])
+        stamps.append(self._stamp(last))
+        mx.async_eval(stamps[1], last)
         encoded = self.now()
-        mx.eval(last)
+        mx.eval(stamps[1], last)
         mx.synchronize()
-        return self.now() - start, encoded - start
+        total = self.now() - start
+        if self.clock is not None and all(stamps):
+            began, ended = (int(np.array(stamp)[0]) for (stamp,) in stamps)
+            total = (ended - began) / 1e9
+        return total, encoded - start
+
+    def _stamp(self, after: list[mx.array]) -> list[mx.array]:
+        """Return the time on the device when ``after`` is there, or just ``after``."""
+        if self.clock is None or not after:
+            return after
+        zero = mx.zeros(LINKED_MIN_BYTES, mx.uint8)
+        firsts = [a[(slice(0, 1),) * a.ndim].reshape(-1) for a in after if a.size]
+        return [self.clock(_after(zero, *firsts))]
 
     def _steps(
         self, works: Sequence[Work], n: int, after: list[mx.array]
@@ -330,4 +352,4 @@ def timer_for(
     """Return the timer that fits where an executor computes."""
     if device.on_cpu() or executor.name == "sim":
         return HostTimer(repeats)
-    return DeviceTimer(repeats, max_queued=max_queued)
+    return DeviceTimer(repeats, max_queued=max_queued, clock=executor.clock())
