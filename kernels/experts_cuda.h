@@ -98,7 +98,7 @@ inline typename TensorExperts<T, BITS, SHARED_BITS>::result combined_rows(
       if (first + WARPS * S::SET < n) {
         next.load(experts, rows, start + first + WARPS * S::SET, WARPS, lane);
       }
-      set.add(y, experts, 0u, start, first, WARPS, n, lane, T());
+      set.template add<2>(y, experts, 0u, start, first, WARPS, n, lane, T());
     }
   }
   float own[2] = {0.0f, 0.0f};
@@ -116,7 +116,7 @@ inline typename TensorExperts<T, BITS, SHARED_BITS>::result combined_rows(
       if (first + WARPS * Z::SET < n) {
         next_shared.load(shared, rows, start + first + WARPS * Z::SET, WARPS, lane);
       }
-      set.add(own, shared, EXPERTS_STAGED, start, first, WARPS, n, lane, T());
+      set.template add<2>(own, shared, EXPERTS_STAGED, start, first, WARPS, n, lane, T());
     }
   }
   y[0] += opened * own[0];

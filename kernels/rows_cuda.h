@@ -278,16 +278,22 @@ struct RowSet {
   }
 
   // Adds to y the products with n chunks of values that are staged from `at` on: those from
-  // chunk `start` of `from` on.
-  template <typename T, typename From>
+  // chunk `start` of `from` on. Chunks take turns in CHAINS: a multiplication waits for the one
+  // before it that adds to its sums.
+  template <int CHAINS, typename T, typename From>
   inline void add(
       float* y, const From& from, uint at, uint start, uint first, uint step, uint n, uint lane,
       T) const {
     constexpr float OFFSET = Offset<T>::VALUE * (BITS == 4 ? 1.0f : 17.0f);
     Staged& memory = staged();
     uint c = lane % 4;
-    float low[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    float high[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float low[CHAINS][4];
+    float high[CHAINS][4];
+#pragma unroll
+    for (int q = 0; q < 4 * CHAINS; ++q) {
+      low[q / 4][q % 4] = 0.0f;
+      high[q / 4][q % 4] = 0.0f;
+    }
 #pragma unroll
     for (int i = 0; i < S::SET; ++i) {
       uint chunk = first + i * step;
@@ -318,9 +324,9 @@ struct RowSet {
               left[1][q] = into_mantissa<T, 4>(bytes);
             }
           }
-          multiply_fragments(low, left[0], right + 2 * p, T());
+          multiply_fragments(low[i % CHAINS], left[0], right + 2 * p, T());
           if (BITS == 8) {
-            multiply_fragments(high, left[1], right + 2 * p, T());
+            multiply_fragments(high[i % CHAINS], left[1], right + 2 * p, T());
           }
         }
       }
@@ -335,7 +341,12 @@ struct RowSet {
       float factor = there ? from.factor(start + chunk) : 0.0f;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float dot = low[2 * r + j] + (BITS == 4 ? 0.0f : 16.0f * high[2 * r + j]);
+        int at = 2 * r + j;
+        float dot = 0.0f;
+#pragma unroll
+        for (int i = 0; i < CHAINS; ++i) {
+          dot += low[i][at] + (BITS == 4 ? 0.0f : 16.0f * high[i][at]);
+        }
         y[r] += factor * (scales[r][j] * (dot - OFFSET * sum) + biases[r][j] * sum);
       }
     }
@@ -458,7 +469,8 @@ inline typename TensorRows<T, BITS>::result rows_of_matrices(
         } else if (tile + 1 < TILES) {
           load(tile + 1, first_chunk + warp);
         }
-        set.add(y[tile], matrix, 0u, first_chunk, first, 4u, n, lane, T());
+        set.template add<TILES == 1 ? 2 : 1>(
+            y[tile], matrix, 0u, first_chunk, first, 4u, n, lane, T());
       }
     }
   }
