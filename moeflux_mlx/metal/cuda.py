@@ -15,12 +15,13 @@ from .signature import Attribute, Input, MetalKernel, Output, Scalar
 from .source import without_comments
 
 DIALECT = "msl_cuda.h"
+_ROWS = ("fragments_cuda.h", "staged_cuda.h", "rows_cuda.h")
 # Helpers that have a twin of their own in CUDA, for types that tensor cores take. It
 # overloads the helper and stands in the last of the files named here.
 TWINS = {
     "multiply_tile": ("fragments_cuda.h", "tiles_cuda.h"),
-    "rows_of_matrices": ("fragments_cuda.h", "rows_cuda.h"),
-    "combined_rows": ("fragments_cuda.h", "rows_cuda.h", "experts_cuda.h"),
+    "rows_of_matrices": _ROWS,
+    "combined_rows": (*_ROWS, "experts_cuda.h"),
 }
 # ``threadgroup T x[n], y[m];`` declares storage; any other address space qualifies what
 # a pointer points to, which in CUDA needs no word.
