@@ -44,8 +44,8 @@ class LayerWeights:
     Parameters replaced later (``model.update``, a dtype change) are noticed at the
     next use; values changed in place (``weight[0] = 1``) are not. ``unpack`` keeps
     quantised matrices dense in float32 on the host. Of each sequence of paths in
-    ``joined`` the matrices become one, where they are quantised alike: the module's
-    parameters are then views of its rows.
+    ``joined`` the matrices become one, where they are quantised alike, unless the
+    module trains: its parameters are then views of the joint rows.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class LayerWeights:
         self._joined = joined
         self._joints: dict[str, Weight] = {}
         self._watch: Watch | None = None
+        self._trains = False
         self._stored: dict[str, Weight] = {}
         self._bound: dict[bool, dict[str, Weight]] = {}
         self.refs: dict[str, WeightRef] = {}
@@ -85,7 +86,8 @@ class LayerWeights:
 
     def refresh(self) -> None:
         """Look at the module anew if any of its parameters was replaced."""
-        if self._watch is not None and self._watch.holds():
+        same_mode = self._trains == self._module.training
+        if self._watch is not None and same_mode and self._watch.holds():
             return
         before = None if self._watch is None else set(map(id, self._watch.seen))
         seen = self._collect()
@@ -100,6 +102,7 @@ class LayerWeights:
         """Look at the module; return all that is watched from now on."""
         modules = []
         self._stored, self._bound = {}, {}
+        self._trains = self._module.training
         for path, module in self._module.named_modules():
             if self._skip and self._skip in path.split("."):
                 continue
@@ -119,6 +122,8 @@ class LayerWeights:
         """Make matrices one and return where each lies by path."""
         places: dict[str, JointRows] = {}
         self._joints = {}
+        if self._trains:
+            return places
         modules = dict(self._module.named_modules())
         for paths in self._joined:
             members = [self._stored[path] for path in paths if path in self._stored]

@@ -88,6 +88,9 @@ ANY_SIZES: dict[str, st.SearchStrategy[dict[str, int]]] = {
         "i",
         400,
     ),
+    "matvec_residual": in_groups(
+        sizes_of(o=st.integers(1, 80), bits=BITS, **QUANTISED), "i", 1500
+    ),
     "experts_gate_up_swiglu": in_groups(
         sizes_of(k=FEW, n=st.integers(1, 40), base=FEW, bits=BITS, **QUANTISED),
         "i",

@@ -1,0 +1,74 @@
+"""Parameters as Ops see them: matrices of one input as one, and what is noticed."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+from tiny import make_checkpoint
+
+import moeflux_mlx
+from moeflux_mlx import simulator
+
+pytestmark = pytest.mark.skipif(
+    not simulator.available(), reason="the simulator needs ziglang and pyelftools"
+)
+SHARED = "mlp.shared_expert.gate_proj+mlp.shared_expert.up_proj"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("parameters"))
+
+
+@pytest.fixture
+def model(checkpoint):
+    return moeflux_mlx.load(checkpoint, executor="sim")[0]
+
+
+def parameters(module):
+    return dict(tree_flatten(module.parameters()))
+
+
+def test_matrices_of_one_input_are_one_and_parameters_its_rows(model):
+    layer = model.graph_layers[0]
+    before = {name: mx.array(x) for name, x in parameters(layer.module).items()}
+    joint = layer.weights.bind(mx.float32)[SHARED]
+    gate, up = (layer.module.mlp.shared_expert[f"{n}_proj"] for n in ("gate", "up"))
+    for part, key in (("w", "weight"), ("scales", "scales"), ("biases", "biases")):
+        rows = mx.concatenate([gate[key], up[key]])
+        assert mx.array_equal(getattr(joint, part), rows)
+    ref = layer.weights.refs["mlp.shared_expert.up_proj"]
+    assert (ref.joint.name, ref.joint.first) == (SHARED, gate.weight.shape[0])
+    assert ref.joint.n_rows == joint.w.shape[0]
+    after = parameters(layer.module)
+    assert set(after) == set(before)
+    assert all(mx.array_equal(after[name], before[name]) for name in before)
+
+
+def test_a_replaced_parameter_is_in_the_joint_matrix_and_in_the_next_token(model):
+    def logits():
+        cache = make_prompt_cache(model)
+        model(mx.array([[3]]), cache=cache)
+        return model(mx.array([[5]]), cache=cache)
+
+    before, layer = logits(), model.graph_layers[0]
+    weights = layer.weights.bind(mx.float32)
+    assert layer.weights.bind(mx.float32) is weights
+    up = layer.module.mlp.shared_expert.up_proj
+    up.scales = 2 * up.scales
+    n = layer.module.mlp.shared_expert.gate_proj.weight.shape[0]
+    assert mx.array_equal(layer.weights.bind(mx.float32)[SHARED].scales[n:], up.scales)
+    assert not mx.allclose(logits(), before, atol=1e-4)
+    up.scales = up.scales / 2
+    assert mx.allclose(logits(), before, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_is_joined_while_a_model_trains(model):
+    layer = model.graph_layers[0]
+    model.train()
+    assert not any("+" in name for name in layer.weights.bind(mx.float32))
+    assert all(ref.joint is None for ref in layer.weights.refs.values())
+    model.eval()
+    assert SHARED in layer.weights.bind(mx.float32)
