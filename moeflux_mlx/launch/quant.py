@@ -367,7 +367,7 @@ def _some_norm_products(
     ]
     weight = 1 + normal(rng, _other(dtype, s), i, scale=0.1)
     x = normal(rng, dtype, 1, i) if s else normal(rng, dtype, i)
-    return x, weight, products, 1e-6, g
+    return x, weight, products, 0.05, g
 
 
 @kernel(
