@@ -5,21 +5,11 @@
 constexpr uint EXPERTS_STAGED = 4096;
 constexpr uint SHARED_STAGED = STAGED - EXPERTS_STAGED;
 
-template <typename T, int BITS, int SHARED_BITS>
-struct TensorExperts {};
-template <typename T>
-struct TensorExperts<T, 4, 4> : TensorRows<T, 4> {};
-template <typename T>
-struct TensorExperts<T, 4, 8> : TensorRows<T, 4> {};
-template <typename T>
-struct TensorExperts<T, 8, 4> : TensorRows<T, 4> {};
-template <typename T>
-struct TensorExperts<T, 8, 8> : TensorRows<T, 4> {};
-
+// No tensor core takes 2 bits, whichever of both matrices has them.
 template <
     int BITS, int SHARED_BITS, int G, int WORDS, typename T, typename I, typename E, typename F,
     typename H>
-inline typename TensorExperts<T, BITS, SHARED_BITS>::result combined_rows(
+inline typename TensorRows<T, BITS == 2 ? BITS : SHARED_BITS>::result combined_rows(
     const T* act,
     I slots,
     E weights,
@@ -49,12 +39,12 @@ inline typename TensorExperts<T, BITS, SHARED_BITS>::result combined_rows(
   constexpr uint WARPS = 8;
   bool act_aligned = is_aligned(act);
   bool aligned = is_aligned(gate) && is_aligned(up);
-  uint each = (n_in + S::CHUNK - 1) / S::CHUNK;
+  uint each = S::chunks(n_in);
   uint rows[2] = {min(row + lane / 4, n_out - 1), min(row + lane / 4 + 8, n_out - 1)};
   ExpertMatrices<I, E, F> experts = {
       slots, weights, w, scales, biases, w_row, s_row, b_row, n_in, k * each, each};
   OneMatrix<H> shared = {
-      shared_w, shared_scales, shared_biases, n_shared, (n_shared + Z::CHUNK - 1) / Z::CHUNK};
+      shared_w, shared_scales, shared_biases, n_shared, Z::chunks(n_shared)};
   float y[2] = {0.0f, 0.0f};
   RowSet<BITS, G, WORDS> next;
   RowSet<SHARED_BITS, G, 4> next_shared;

@@ -13,22 +13,10 @@
 
 template <typename T, int BITS>
 struct TensorRows {};
-template <>
-struct TensorRows<bfloat, 4> {
-  using result = void;
-};
-template <>
-struct TensorRows<bfloat, 8> {
-  using result = void;
-};
-template <>
-struct TensorRows<half, 4> {
-  using result = void;
-};
-template <>
-struct TensorRows<half, 8> {
-  using result = void;
-};
+template <typename T>
+struct TensorRows<T, 4> : SixteenBits<T> {};
+template <typename T>
+struct TensorRows<T, 8> : SixteenBits<T> {};
 
 // What packed values are put into, twice in a word, and its value.
 template <typename T>
@@ -314,7 +302,7 @@ inline typename TensorRows<T, BITS>::result rows_of_matrices(
   uint warp = simdgroup % 4;
   bool aligned = is_aligned(x);
   uint thread_index = simdgroup * 32 + lane;
-  uint n_chunks = (n_in + S::CHUNK - 1) / S::CHUNK;
+  uint n_chunks = S::chunks(n_in);
   bool second = PARTS == 2 && simdgroup >= 4;
   OneMatrix<F> matrix = {
       second ? w1 : w, second ? scales1 : scales, second ? biases1 : biases, n_in, n_chunks};
@@ -339,7 +327,7 @@ inline typename TensorRows<T, BITS>::result rows_of_matrices(
   for (uint start = 0; start < n_in; start += AT_ONCE) {
     uint first_chunk = start / S::CHUNK;
     uint n_here = min(n_in - start, AT_ONCE);
-    uint n = (n_here + S::CHUNK - 1) / S::CHUNK;
+    uint n = S::chunks(n_here);
     if (start > 0) {
       __syncthreads();
       load(0, first_chunk + warp);

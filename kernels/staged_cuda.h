@@ -26,6 +26,10 @@ struct Shape {
   static constexpr int COLUMNS = UNITS < 2 ? 2 : UNITS;
   // Chunks whose sums fill the columns.
   static constexpr int SET = 8 / COLUMNS;
+
+  static inline uint chunks(uint n) {
+    return (n + CHUNK - 1) / CHUNK;
+  }
 };
 
 inline bool is_aligned(const void* at) {
@@ -86,7 +90,7 @@ inline void stage_eight(const float* values, uint u, bool there) {
 template <typename T, int BITS, int G, typename Read>
 inline void stage(const Read& read, uint n_in, uint to, uint thread_index, uint threads) {
   using S = Shape<BITS, G>;
-  uint n = (n_in + S::CHUNK - 1) / S::CHUNK * S::CHUNK / 8;
+  uint n = S::chunks(n_in) * S::CHUNK / 8;
   for (uint first = thread_index / 32 * 32; first < n; first += threads) {
     uint u = first + thread_index % 32;
     float values[8];

@@ -279,6 +279,12 @@ def require(name: str, condition: bool, wanted: str, got: Any) -> None:
         raise ShapeError(f"{name}: expected {wanted} but got {got}")
 
 
+def require_part(name: str, at: Any, size: int, width: int) -> None:
+    """Refuse a part of ``size`` values that does not lie within a row."""
+    inside = isinstance(at, int) and 0 <= at <= width - size
+    require(name, inside, f"{size} values of a row of {width}", at)
+
+
 def _misfit(build: Callable[..., Launch], args: Any, options: Any) -> str:
     """Say which argument is not of the type that the launch function asks for."""
     try:

@@ -12,7 +12,17 @@ import mlx.core as mx
 import numpy as np
 
 from ..device import SIMD
-from .base import FLOATS, Launch, dims, expect, groups, kernel, normal, require
+from .base import (
+    FLOATS,
+    Launch,
+    dims,
+    expect,
+    groups,
+    kernel,
+    normal,
+    require,
+    require_part,
+)
 
 ROWS = 4
 MAX_WIDTH = 8
@@ -562,8 +572,7 @@ def gated_delta_decode(
     four = isinstance(starts, tuple) and len(starts) == len(sizes)
     require("starts", four, "where four parts begin", starts)
     for at, size in zip(starts, sizes, strict=True):
-        inside = isinstance(at, int) and 0 <= at <= row_width - size
-        require("starts", inside, f"{size} values of a row of {row_width}", at)
+        require_part("starts", at, size, row_width)
     flat = isinstance(taps, mx.array) and taps.ndim == 2
     width = dims("taps", taps, 2 if flat else 3)[1]
     require("taps", 2 <= width <= MAX_WIDTH, f"a width of 2 to {MAX_WIDTH}", width)

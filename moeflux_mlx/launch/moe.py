@@ -14,7 +14,17 @@ import mlx.core as mx
 import numpy as np
 
 from ..device import SIMD
-from .base import Launch, dims, expect, groups, kernel, normal, one_row, require
+from .base import (
+    Launch,
+    dims,
+    expect,
+    groups,
+    kernel,
+    normal,
+    one_row,
+    require,
+    require_part,
+)
 from .quant import check_rows, dense_matrix, quantised
 from .slots import Matrix, check_matrix, numbers, random_matrix, unpacked
 
@@ -802,9 +812,7 @@ def _gate_and_up(
     n_in: int,
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Check what both kernels of gate and up take; return inputs and template."""
-    width = one_row("x", x)
-    inside = 0 <= x_at <= width - n_in
-    require("x_at", inside, f"{n_in} values of a row of {width}", x_at)
+    require_part("x_at", x_at, n_in, one_row("x", x))
     rows = check_matrix("gate", gate, n_out, n_in, bits, group_size)
     up_rows = check_matrix("up", up, n_out, n_in, bits, group_size)
     require("up", up_rows == rows, f"rows as long as gate's {rows}", up_rows)
@@ -1077,8 +1085,7 @@ def experts_down_combine(
     three = isinstance(starts, tuple) and len(starts) == 3
     require("starts", three, "where three parts begin", starts)
     for at, size in zip(starts, (n_shared, n_shared, 1), strict=True):
-        inside = isinstance(at, int) and 0 <= at <= width - size
-        require("starts", inside, f"{size} values of a row of {width}", at)
+        require_part("starts", at, size, width)
     rows = check_rows(w, scales, biases, n_shared, shared_bits, group_size)
     require("shared", rows == n_out, f"{n_out} rows", rows)
     launch = experts_down_sum(act, slots, weights, down, n_out, bits, group_size)
