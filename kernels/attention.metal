@@ -202,38 +202,57 @@ template <typename C, typename T, int D>
   }
 }
 
-// One row of keys and values into the running softmax of FOLD queries that share it: the
+// ROWS rows of keys and values into the running softmax of FOLD queries that share them: the
 // largest score so far, the sum of exponentials, and the values weighted by them. Lane l holds
 // PER channels of each query and sum. Queries come scaled.
-template <int PER, int FOLD, typename K, typename V>
-inline void attend_row(
+template <int PER, int FOLD, int ROWS, typename K, typename V>
+inline void attend_rows(
     thread const float* query,
     thread float* sum,
     thread float* top,
     thread float* total,
-    K key_row,
-    V value_row,
+    K keys,
+    V values,
     uint lane) {
-  float key[PER];
-  float value[PER];
-  read_share<PER>(key, key_row, lane);
-  read_share<PER>(value, value_row, lane);
+  float key[ROWS * PER];
+  float value[ROWS * PER];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    read_share<PER>(key + r * PER, keys + r * PER * SIMD, lane);
+  }
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    read_share<PER>(value + r * PER, values + r * PER * SIMD, lane);
+  }
 #pragma unroll
   for (int f = 0; f < FOLD; ++f) {
-    float score = 0.0f;
+    float scores[ROWS];
+    float higher = top[f];
 #pragma unroll
-    for (int j = 0; j < PER; ++j) {
-      score = fma(query[f * PER + j], key[j], score);
+    for (int r = 0; r < ROWS; ++r) {
+      float score = 0.0f;
+#pragma unroll
+      for (int j = 0; j < PER; ++j) {
+        score = fma(query[f * PER + j], key[r * PER + j], score);
+      }
+      scores[r] = simd_sum(score);
+      higher = fmax(higher, scores[r]);
     }
-    score = simd_sum(score);
-    float higher = fmax(top[f], score);
-    float shrink = exp(top[f] - higher);
-    float weight = exp(score - higher);
+    float shrink = fast::exp(top[f] - higher);
     top[f] = higher;
-    total[f] = fma(total[f], shrink, weight);
+    total[f] *= shrink;
 #pragma unroll
     for (int j = 0; j < PER; ++j) {
-      sum[f * PER + j] = fma(sum[f * PER + j], shrink, weight * value[j]);
+      sum[f * PER + j] *= shrink;
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      float weight = fast::exp(scores[r] - higher);
+      total[f] += weight;
+#pragma unroll
+      for (int j = 0; j < PER; ++j) {
+        sum[f * PER + j] = fma(weight, value[r * PER + j], sum[f * PER + j]);
+      }
     }
   }
 }
@@ -302,7 +321,7 @@ inline void attend_direct(
     }
     if (seen) {
       ulong from = kv_at + ulong(row) * D;
-      attend_row<PER, FOLD>(query, sum, top, total, k + from, v + from, lane);
+      attend_rows<PER, FOLD, 1>(query, sum, top, total, k + from, v + from, lane);
     }
   }
 #pragma unroll
@@ -465,7 +484,7 @@ template <typename T, typename C, int D, bool HAS_MASK>
       if (seen) {
         threadgroup const C* key = keys + row * D;
         threadgroup const C* value = values + row * D;
-        attend_row<PER, 1>(query, sum, top, total, key, value, lane);
+        attend_rows<PER, 1, 1>(query, sum, top, total, key, value, lane);
       }
     }
   }
@@ -522,7 +541,7 @@ template <typename T, typename C, int D, int FOLD, bool HAS_MASK>
     }
     if (seen) {
       ulong from = kv_at + ulong(row) * D;
-      attend_row<PER, FOLD>(query, sum, top, total, k + from, v + from, lane);
+      attend_rows<PER, FOLD, 1>(query, sum, top, total, k + from, v + from, lane);
     }
   }
   if (lane == 0) {
@@ -671,9 +690,13 @@ template <typename T, typename C, int D, int FOLD>
   float top[FOLD];
   float total[FOLD];
   begin_attention<PER, FOLD>(query, sum, top, total, q + q_at, scale, lane);
-  for (uint row = first + simdgroup; row < end; row += 8) {
+  for (uint row = first + 2 * simdgroup; row < end; row += 16) {
     ulong from = kv_at + ulong(row) * D;
-    attend_row<PER, FOLD>(query, sum, top, total, k + from, v + from, lane);
+    if (row + 1 < end) {
+      attend_rows<PER, FOLD, 2>(query, sum, top, total, k + from, v + from, lane);
+    } else {
+      attend_rows<PER, FOLD, 1>(query, sum, top, total, k + from, v + from, lane);
+    }
   }
   if (lane == 0) {
 #pragma unroll
@@ -718,8 +741,8 @@ template <typename T, typename C, int D, int FOLD>
 // The parts of `sdpa_decode_parts` brought to one largest score, and gated.
 //
 // sums: float32 [B,H,P,D]; stats: float32 [B,H,P,2]; gate, out: [B, H D]; gate is read if
-// HAS_GATE: out = attention * sigmoid(gate). Launch: one thread a value, one threadgroup a head,
-// grid (D, B H).
+// HAS_GATE: out = attention * sigmoid(gate). P <= 256. Launch: one threadgroup of 8 simdgroups for
+// 32 values of a head, grid (D, 8 B H); each simdgroup takes every eighth part.
 template <typename T, bool HAS_GATE>
 [[kernel]] void sdpa_decode_join(
     device const float* sums,
@@ -728,24 +751,47 @@ template <typename T, bool HAS_GATE>
     constant uint& n_parts,
     constant uint& head_dim,
     device T* out,
-    uint2 position [[thread_position_in_grid]]) {
-  ulong first = ulong(position.y) * n_parts;
+    uint2 group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  constexpr uint MAX_PARTS = 256;
+  threadgroup float values[8 * SIMD];
+  threadgroup float shares[MAX_PARTS];
+  auto own_stats = stats + ulong(group.y) * n_parts * 2;
+  auto own_sums = sums + ulong(group.y) * n_parts * head_dim;
+  uint i = group.x * SIMD + lane;
   float highest = -INFINITY;
-  for (uint part = 0; part < n_parts; ++part) {
-    ulong at = 2 * (first + part);
-    highest = stats[at + 1] > 0.0f ? fmax(highest, stats[at]) : highest;
+  for (uint part = lane; part < n_parts; part += SIMD) {
+    // A part that saw nothing has neither a largest score nor a share.
+    highest = fmax(highest, own_stats[2 * part + 1] > 0.0f ? own_stats[2 * part] : -INFINITY);
   }
-  float value = 0.0f;
+  highest = simd_max(highest);
   float total = 0.0f;
-  for (uint part = 0; part < n_parts; ++part) {
-    float had = stats[2 * (first + part) + 1];
-    if (had > 0.0f) {
-      float share = exp(stats[2 * (first + part)] - highest);
-      value = fma(share, sums[(first + part) * head_dim + position.x], value);
-      total = fma(share, had, total);
+  for (uint part = lane; part < n_parts; part += SIMD) {
+    float had = own_stats[2 * part + 1];
+    float share = had > 0.0f ? exp(own_stats[2 * part] - highest) : 0.0f;
+    total = fma(share, had, total);
+    if (simdgroup == 0) {
+      shares[part] = share;
     }
   }
-  ulong at = ulong(position.y) * head_dim + position.x;
+  total = simd_sum(total);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  float value = 0.0f;
+#pragma unroll 8
+  for (uint part = simdgroup; part < n_parts; part += 8) {
+    value = fma(shares[part], own_sums[part * head_dim + i], value);
+  }
+  values[simdgroup * SIMD + lane] = value;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (simdgroup > 0) {
+    return;
+  }
+#pragma unroll
+  for (uint s = 1; s < 8; ++s) {
+    value += values[s * SIMD + lane];
+  }
+  ulong at = ulong(group.y) * head_dim + i;
   float opened = 1.0f;
   if (HAS_GATE) {
     opened = sigmoid(float(gate[at]));

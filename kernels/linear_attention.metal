@@ -159,6 +159,62 @@ template <typename T, typename S, bool HAS_MASK, bool HAS_LENGTHS>
   out[to] = S(counts ? float(x[token * n_channels + position.x]) : 0.0f);
 }
 
+// Rows row to row + ROWS - 1 of a head's state [dv, 32 PER], as lanes share each; rows past the end
+// are read as the last one.
+template <int ROWS, int PER, typename S>
+inline void read_rows(thread float* s, S state, uint row, uint dv, uint lane) {
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    read_share<PER>(s + r * PER, state + ulong(min(row + r, dv - 1)) * (PER * SIMD), lane);
+  }
+}
+
+// Such rows back, but none past the end.
+template <int ROWS, int PER>
+inline void write_rows(device float* state, thread const float* s, uint row, uint dv, uint lane) {
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    if (row + r < dv) {
+      write_share<PER>(state + ulong(row + r) * (PER * SIMD), s + r * PER, lane);
+    }
+  }
+}
+
+// One token's step of ROWS rows of the state: s = g s; s = s + beta (v - s k) k^T; v = s q.
+template <int ROWS, int PER>
+inline void delta_step(
+    thread float* s,
+    thread float* v,
+    thread const float* q,
+    thread const float* k,
+    float decay,
+    float rate) {
+  float sums[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    sums[r] = 0.0f;
+#pragma unroll
+    for (int j = 0; j < PER; ++j) {
+      s[r * PER + j] *= decay;
+      sums[r] = fma(s[r * PER + j], k[j], sums[r]);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    float change = rate * (v[r] - simd_sum(sums[r]));
+    sums[r] = 0.0f;
+#pragma unroll
+    for (int j = 0; j < PER; ++j) {
+      s[r * PER + j] = fma(change, k[j], s[r * PER + j]);
+      sums[r] = fma(s[r * PER + j], q[j], sums[r]);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    v[r] = simd_sum(sums[r]);
+  }
+}
+
 // The delta rule over n_tokens tokens for ROWS rows of one head's state, by one simdgroup:
 // S = g S; S = S + beta (v - S k) k^T; y = S q. Lane l holds DK / 32 columns of each row in
 // registers from the first token to the last.
@@ -185,57 +241,34 @@ inline void delta_rows(
   ulong sequence = where.z / n_heads;
   uint key_head = head / (n_heads / n_key_heads);
   uint width = 2 * n_key_heads * DK + n_heads * dv;
-  ulong first = (ulong(where.z) * dv + row) * DK;
-  float s[ROWS][PER];
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    if (row + r < dv) {
-      read_share<PER>(s[r], state + first + r * DK, lane);
-    }
-  }
+  ulong first = ulong(where.z) * dv * DK;
+  float s[ROWS * PER];
+  read_rows<ROWS, PER>(s, state + first, row, dv, lane);
   for (uint t = 0; t < n_tokens; ++t) {
     ulong token = sequence * n_tokens + t;
     auto from = qkv + token * width;
     float q[PER];
     float k[PER];
+    float v[ROWS];
     read_share<PER>(q, from + key_head * DK, lane);
     read_share<PER>(k, from + (n_key_heads + key_head) * DK, lane);
-    auto v = from + 2 * n_key_heads * DK + head * dv + row;
+    auto values = from + 2 * n_key_heads * DK + head * dv;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      v[r] = float(values[min(row + r, dv - 1)]);
+    }
     float decay = g[token * n_heads + head];
     float rate = beta[token * n_heads + head];
+    delta_step<ROWS, PER>(s, v, q, k, decay, rate);
     device T* y = out + (token * n_heads + head) * dv + row;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      if (row + r < dv) {
-        float recalled = 0.0f;
-#pragma unroll
-        for (int j = 0; j < PER; ++j) {
-          s[r][j] *= decay;
-          recalled = fma(s[r][j], k[j], recalled);
-        }
-        float change = rate * (float(v[r]) - simd_sum(recalled));
-        float read = 0.0f;
-#pragma unroll
-        for (int j = 0; j < PER; ++j) {
-          s[r][j] = fma(change, k[j], s[r][j]);
-          read = fma(s[r][j], q[j], read);
-        }
-        read = simd_sum(read);
-        if (lane == uint(r)) {
-          y[r] = T(read);
-        }
+      if (lane == uint(r) && row + r < dv) {
+        y[r] = T(v[r]);
       }
     }
   }
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    if (row + r < dv) {
-#pragma unroll
-      for (int j = 0; j < PER; ++j) {
-        state_out[first + r * DK + lane * PER + j] = s[r][j];
-      }
-    }
-  }
+  write_rows<ROWS, PER>(state_out + first, s, row, dv, lane);
 }
 
 // One channel's convolution with one input after its history, with SiLU.
@@ -256,7 +289,7 @@ inline float convolved(X x, S history, P taps, uint channel, uint n_channels) {
 // on, z [Hv dv] from z_at, beta's and alpha's [Hv] from b_at and a_at; history, history_out:
 // [B,W-1,C]; taps: [C,W]; a_log, dt_bias: [Hv]; state, state_out: float32 [B,Hv,dv,DK]; out:
 // [B, Hv dv]; norm: [dv]. dv <= 256. Launch: one threadgroup of 512 a value head, grid
-// (512, Hv, B), four rows of the state a simdgroup at a time. One launch for five Ops: what
+// (512, Hv, B), eight rows of the state a simdgroup at a time. One launch for five Ops: what
 // they hand on is a head's own, but for q and k, which the heads of one key head compute each.
 template <typename T, typename S, typename P, typename V, typename N, int DK, int W>
 [[kernel]] void gated_delta_decode(
@@ -285,7 +318,7 @@ template <typename T, typename S, typename P, typename V, typename N, int DK, in
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
   constexpr int PER = DK / SIMD;
-  constexpr int ROWS = 4;
+  constexpr int ROWS = 8;
   constexpr uint MAX_DV = 256;
   threadgroup float channels[2 * DK + MAX_DV];
   threadgroup float read[MAX_DV];
@@ -298,6 +331,11 @@ template <typename T, typename S, typename P, typename V, typename N, int DK, in
   auto x = projected + qkv_at;
   auto before = history + sequence * (W - 1) * n_channels;
   device S* after = history_out + sequence * (W - 1) * n_channels;
+  ulong first = (sequence * n_heads + head) * dv * DK;
+  uint row = simdgroup * ROWS;
+  // Most of what there is to read: asked for before anything waits.
+  float s[ROWS * PER];
+  read_rows<ROWS, PER>(s, state + first, row, dv, lane);
   for (uint i = thread_index; i < 2 * DK + dv; i += 512) {
     bool is_key = i < 2 * DK;
     uint at = is_key ? (i / DK * n_key_heads + key_head) * DK + i % DK
@@ -334,37 +372,23 @@ template <typename T, typename S, typename P, typename V, typename N, int DK, in
   float step = softplus(float(projected[a_at + head]) + float(dt_bias[head]));
   float decay = exp(-exp(float(a_log[head])) * step);
   float rate = sigmoid(float(projected[b_at + head]));
-  ulong first = (sequence * n_heads + head) * dv * DK;
-  for (uint row = simdgroup * ROWS; row < dv; row += 16 * ROWS) {
-    float s[ROWS][PER];
+  while (row < dv) {
+    float v[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      // A row past the end is read as the last one and not written.
-      read_share<PER>(s[r], state + first + ulong(min(row + r, dv - 1)) * DK, lane);
+      v[r] = channels[2 * DK + min(row + r, dv - 1)];
     }
+    delta_step<ROWS, PER>(s, v, q, k, decay, rate);
+    write_rows<ROWS, PER>(state_out + first, s, row, dv, lane);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      float recalled = 0.0f;
-#pragma unroll
-      for (int j = 0; j < PER; ++j) {
-        s[r][j] *= decay;
-        recalled = fma(s[r][j], k[j], recalled);
+      if (lane == uint(r) && row + r < dv) {
+        read[row + r] = v[r];
       }
-      float v = channels[2 * DK + min(row + r, dv - 1)];
-      float change = rate * (v - simd_sum(recalled));
-      float sum = 0.0f;
-#pragma unroll
-      for (int j = 0; j < PER; ++j) {
-        s[r][j] = fma(change, k[j], s[r][j]);
-        sum = fma(s[r][j], q[j], sum);
-      }
-      sum = simd_sum(sum);
-      if (row + r < dv) {
-        if (lane == 0) {
-          read[row + r] = sum;
-        }
-        write_share<PER>(state_out + first + ulong(row + r) * DK, s[r], lane);
-      }
+    }
+    row += 16 * ROWS;
+    if (row < dv) {
+      read_rows<ROWS, PER>(s, state + first, row, dv, lane);
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);

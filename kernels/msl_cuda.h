@@ -160,6 +160,18 @@ using uint4 = Vec<uint, 4>;
 using ushort2 = Vec<ushort, 2>;
 using ushort4 = Vec<ushort, 4>;
 
+// Words in one access. As assembly: the compiler would make it and single stores beside it one.
+template <int N>
+struct Words {};
+inline void store_words(unsigned int* to, const unsigned int* from, Words<4>) {
+  asm volatile("st.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(from[0]), "r"(from[1]),
+               "r"(from[2]), "r"(from[3])
+               : "memory");
+}
+inline void store_words(unsigned int* to, const unsigned int* from, Words<2>) {
+  asm volatile("st.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(from[0]), "r"(from[1]) : "memory");
+}
+
 // Four values without alignment. One access where they happen to be aligned, as rows of
 // whole multiples of four are: every thread of a warp takes the same branch.
 template <typename T>
@@ -180,7 +192,7 @@ struct Packed4 {
   }
   inline Packed4& operator=(const Vec<T, 4>& values) {
     if (aligned()) {
-      *(Vec<T, 4>*)this = values;
+      store_words((unsigned int*)this, (const unsigned int*)&values, Words<sizeof(values) / 4>());
     } else {
       for (int i = 0; i < 4; ++i) {
         all[i] = values[i];

@@ -107,13 +107,17 @@ def test_what_is_preferred_on_an_executor_exists_and_goes_first(monkeypatch):
         pair for each in PREFERRED.values() for pair in each.items()
     ):
         known = {way.name for way in TABLE[REGISTRY[op_name]]} | {MLX}
-        assert set(names) <= known
+        assert {preferred.name for preferred in names} <= known
     builds = (s.build().op for s in KERNEL_SPECS if s.op.__name__ == "MatvecNTokens")
     found = {(op.n_tokens > 1, op.weight.quantization is None): op for op in builds}
     many, one = found[True, False], found[False, False]
     many = dataclasses.replace(many, n_tokens=5)
     assert lowering.choose(many, "cuda").name == MLX
     assert lowering.choose(many, "metal").name == "qmm_t"
+    four_bits = dataclasses.replace(many, n_tokens=1)
+    assert lowering.choose(four_bits, "cuda").name == "dequant_matvec_4bit_fast"
+    large = dataclasses.replace(four_bits, out_dim=4096, in_dim=2048)
+    assert lowering.choose(large, "cuda").name == "dequant_matvec_4bit_v4"
     prompt = dataclasses.replace(many, n_tokens=512)
     assert lowering.choose(prompt, "cuda").name == "mlx_dequantize"
     assert lowering.choose(prompt, "metal").name == "qmm_t"

@@ -121,7 +121,7 @@ def test_the_environment_goes_before_tuning_and_tuning_before_preference(
 ):
     op, other = product(), product(out_dim=16)
     default = lowering.choose(op, "cuda").name
-    assert default == lowering.PREFERRED["cuda"]["MatvecNTokens"][0]
+    assert default == lowering.PREFERRED["cuda"]["MatvecNTokens"][0].name
     in_force(tuning(entry([op], "dequant_matvec_4bit")))
     assert lowering.choose(op, "cuda").name == "dequant_matvec_4bit"
     assert lowering.choose(other, "cuda").name == default

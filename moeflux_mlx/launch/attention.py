@@ -607,8 +607,10 @@ def _whole_heads(name: str, x: mx.array, n: int, width: int) -> int:
 
 
 # Rows of the cache that a threadgroup takes at least, and the parts there are at most.
-PART_ROWS = 64
+PART_ROWS = 32
 MAX_PARTS = 64
+# Parts that can be joined.
+MAX_JOINED = 256
 
 
 def part_rows(n_rows: int) -> int:
@@ -756,7 +758,8 @@ def sdpa_decode_join(
     """Attention ``[B, H * d]`` of ``sdpa_decode_parts``, times a gate's sigmoid."""
     n_seqs, heads, n_parts, d = dims("sums", sums, 4)
     expect("stats", stats, (n_seqs, heads, n_parts, 2))
-    require("sums", d <= MAX_HEAD_DIM, f"a width up to {MAX_HEAD_DIM}", d)
+    require("sums", d % SIMD == 0, f"a width that is a multiple of {SIMD}", d)
+    require("sums", n_parts <= MAX_JOINED, f"up to {MAX_JOINED} parts", n_parts)
     shape = (n_seqs, heads * d)
     if gate is not None:
         expect("gate", gate, shape)
@@ -770,8 +773,8 @@ def sdpa_decode_join(
             "head_dim": d,
         },
         {"out": shape},
-        (d, n_seqs * heads, 1),
-        (d, 1, 1),
+        (d, 8 * n_seqs * heads, 1),
+        (SIMD, 8, 1),
         {"HAS_GATE": int(gate is not None)},
         {"T": dtype},
     )

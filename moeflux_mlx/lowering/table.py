@@ -65,21 +65,42 @@ def ways(op: Op) -> tuple[Way, ...]:
     return (*(w for w in TABLE[type(op)] if w.fits(op)), last)
 
 
+# Values of a matrix too small for what tensor cores save to pay for staging its input.
+SMALL_MATRIX = 1 << 20
+
+
+def _is_small(op: Any) -> bool:
+    return bool(op.out_dim * op.in_dim <= SMALL_MATRIX)
+
+
+@dataclass(frozen=True)
+class Preferred:
+    """The name of a way, and the Ops that it is preferred for."""
+
+    name: str
+    fits: Callable[[Any], bool] = lambda op: True
+
+
 # What goes before the table's order on an executor, as measured there.
-PREFERRED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+PREFERRED: Mapping[str, Mapping[str, tuple[Preferred, ...]]] = {
     "cuda": {
         # Of many tokens MLX's own products have tensor cores; its dense one is several
         # times its quantised one.
         "MatvecNTokens": (
-            "dequant_matvec_4bit_v4",
-            "dequant_matvec_8bit_v3",
-            "dequant_matvec_2bit",
-            "mlx_dequantize",
-            MLX,
+            Preferred("dequant_matvec_4bit_fast", _is_small),
+            Preferred("dequant_matvec_4bit_v4"),
+            Preferred("dequant_matvec_8bit_v3"),
+            Preferred("dequant_matvec_2bit"),
+            Preferred("mlx_dequantize"),
+            Preferred(MLX),
         ),
         # Of many tokens MLX's has tensor cores and ours do not.
-        "SdpaCausalTiled": ("sdpa_decode_parts", "sdpa_decode", MLX),
-        "GatedDeltaNetChunkwise": ("gated_delta_net_chunkwise",),
+        "SdpaCausalTiled": (
+            Preferred("sdpa_decode_parts"),
+            Preferred("sdpa_decode"),
+            Preferred(MLX),
+        ),
+        "GatedDeltaNetChunkwise": (Preferred("gated_delta_net_chunkwise"),),
     },
 }
 
@@ -106,7 +127,8 @@ def default_way(op: Op, executor: str = "") -> Way:
     That is what is preferred there, or the table's first that fits.
     """
     by_name = {way.name: way for way in ways(op)}
-    preferred = PREFERRED.get(executor, {}).get(op.variant_name, ())
+    entries = PREFERRED.get(executor, {}).get(op.variant_name, ())
+    preferred = [e.name for e in entries if e.fits(op)]
     return next(by_name[name] for name in (*preferred, *by_name) if name in by_name)
 
 
