@@ -65,12 +65,12 @@ def ways(op: Op) -> tuple[Way, ...]:
     return (*(w for w in TABLE[type(op)] if w.fits(op)), last)
 
 
-# Values of a matrix too small for what tensor cores save to pay for staging its input.
-SMALL_MATRIX = 1 << 20
+# Values of a row too short for what tensor cores save to pay for staging an input.
+SHORT_ROW = 512
 
 
-def _is_small(op: Any) -> bool:
-    return bool(op.out_dim * op.in_dim <= SMALL_MATRIX)
+def _has_short_rows(op: Any) -> bool:
+    return bool(op.in_dim <= SHORT_ROW)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ PREFERRED: Mapping[str, Mapping[str, tuple[Preferred, ...]]] = {
         # Of many tokens MLX's own products have tensor cores; its dense one is several
         # times its quantised one.
         "MatvecNTokens": (
-            Preferred("dequant_matvec_4bit_fast", _is_small),
+            Preferred("dequant_matvec_4bit_fast", _has_short_rows),
             Preferred("dequant_matvec_4bit_v4"),
             Preferred("dequant_matvec_8bit_v3"),
             Preferred("dequant_matvec_2bit"),
