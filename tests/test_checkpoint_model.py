@@ -163,3 +163,23 @@ def test_inspect_says_what_streaming_costs(form, reads, checkpoint, packed, tmp_
     shown = moeflux("inspect", path).stdout
     assert f"{reads} (1 once packed)" in shown
     assert json.loads(moeflux("inspect", path, "--json").stdout) == vars(plain)
+
+
+def test_a_name_on_the_hub_is_streamed_from_the_download_cache(checkpoint, tmp_path):
+    """No hub is asked: the cache has the links that huggingface_hub makes."""
+    repo, revision = tmp_path / "models--owner--name", "0" * 40
+    snapshot = repo / "snapshots" / revision
+    for folder in (snapshot, repo / "blobs", repo / "refs"):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text(revision)
+    for i, file in enumerate(sorted(checkpoint.iterdir())):
+        shutil.copyfile(file, repo / "blobs" / f"{i:040x}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{i:040x}")
+    offline = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    flags = ["--prompt", PROMPT, "--ignore-chat-template", "-m", "5"]
+    flags += ["--memory", memory_for(checkpoint, 5)]
+    done = moeflux("generate", "--model", "owner/name", *flags, env=offline)
+    assert done.returncode == 0, done.stderr
+    assert "expert cache hits" in done.stdout
+    local = moeflux("generate", "--model", checkpoint, *flags)
+    assert done.stdout.splitlines()[0] == local.stdout.splitlines()[0]

@@ -1,4 +1,4 @@
-"""The experts of a plain checkpoint, read from where mlx-lm keeps them."""
+"""The experts of a plain checkpoint, read from where they lie."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ FUSED_HALVES = ("gate_proj", "up_proj")
 CONVERT = "convert it with mlx_lm.convert first"
 
 DENSE_DTYPES = ("F32", "F16", "BF16")
-AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (16, 32, 64, 128)
+AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 # Bits and group of the modes whose scales are one byte each.
 BYTE_SCALED = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
@@ -109,7 +109,7 @@ class RoutedLayer:
         n_inputs = self.tensors[source, "weight"].shape[0]
         if scales is None:
             if weight.shape[1] != n_inputs:
-                raise _unusable(entry, f"{n_inputs} columns but got {weight.shape[1]}")
+                raise _unusable(entry, f"{n_inputs} columns")
             if weight.dtype not in DENSE_DTYPES or biases is not None:
                 raise _unusable(entry, f"one of {DENSE_DTYPES}, or scales beside it")
             return None
@@ -122,7 +122,7 @@ class RoutedLayer:
         if found.mode != "affine":
             return found
         if bits not in AFFINE_BITS or group_size not in AFFINE_GROUPS:
-            raise _unusable(entry, f"a known quantisation but got {found}")
+            raise _unusable(entry, f"a known quantisation, not {found},")
         if biases is None or biases.shape != scales.shape:
             raise _unusable(entry, "biases beside its affine scales")
         return found
@@ -137,12 +137,12 @@ class RoutedLayer:
             return
         modes = ("affine", *BYTE_SCALED)
         if (default := table.get("mode", "affine")) not in modes:
-            raise _unusable(entry, f"a known quantisation but config.json: {default!r}")
+            raise _unusable(entry, f"a known quantisation, not {default!r},")
         stem = self.path.removesuffix(".experts").removesuffix(".switch_mlp")
         own = table.get(f"{stem}.switch_mlp.{projection}")
         named = own.get("mode", "affine") if isinstance(own, dict) else found.mode
         if named != found.mode:
-            raise _unusable(entry, f"mode {named!r} as in config.json, not {found}")
+            raise _unusable(entry, f"mode {named!r} as in config.json, not {found},")
 
 
 @dataclass
@@ -251,7 +251,7 @@ def _mode(scales: ExpertTensors, bits: int, group_size: int) -> str:
             return mode
     raise _unusable(
         scales.entries[0],
-        f"a known quantisation but got {bits} bits in groups of {group_size}",
+        f"a known quantisation, not {bits} bits in groups of {group_size},",
     )
 
 
