@@ -165,7 +165,7 @@ def test_merged_pieces_are_the_pieces_in_the_order_of_the_file(gaps):
     pieces, offset, start = [], 0, 0
     for gap, n_bytes in gaps:
         offset, start = offset + gap, start + gap // 2
-        pieces.append(Piece(Path("f"), offset, start, n_bytes))
+        pieces.append(Piece(3, offset, start, n_bytes))
         offset, start = offset + n_bytes, start + n_bytes
     runs = merge(random.Random(len(gaps)).sample(pieces, len(pieces)))
     moved = {

@@ -27,6 +27,8 @@ class CheckpointExperts:
         """
         self.checkpoint = checkpoint
         self.routed = routed_layers(checkpoint.tensors)
+        self._spans: dict[tuple[int, int], tuple[Span, ...]] = {}
+        self._paths = {checkpoint.fd(shard): shard for shard in checkpoint.shards}
         self.model = _checked_facts(checkpoint, self.routed)
         self._layouts = {
             number: layer.layout(checkpoint.config, alignment)
@@ -77,17 +79,22 @@ class CheckpointExperts:
 
     def spans(self, layer: int, expert: int) -> tuple[Span, ...]:
         """Return the reads that together fill an expert's record."""
-        tensors, pieces = self.routed[layer].tensors, []
+        # Kept, for finding them takes as long as a third of a read from the page cache.
+        if (spans := self._spans.get((layer, expert))) is None:
+            spans = self._spans[layer, expert] = self._find(layer, expert)
+        return spans
+
+    def _find(self, layer: int, expert: int) -> tuple[Span, ...]:
+        tensors, fd = self.routed[layer].tensors, self.checkpoint.fd
+        pieces = []
         for spec in self._layouts[layer].tensors:
             entry, start = tensors[spec.projection, spec.part].locate(expert)
             offset = entry.offset + start
-            pieces.append(Piece(entry.file, offset, spec.offset, spec.n_bytes))
-        return tuple(self._span(run) for run in merge(pieces))
-
-    def _span(self, run: list[Piece]) -> Span:
-        first = run[0]
-        places = tuple((piece.start, piece.n_bytes) for piece in run)
-        return Span(self.checkpoint.fd(first.path), first.path, first.offset, places)
+            pieces.append(Piece(fd(entry.file), offset, spec.offset, spec.n_bytes))
+        return tuple(
+            Span(run[0].fd, self._paths[run[0].fd], run[0].offset, _places(run))
+            for run in merge(pieces)
+        )
 
     def checksum(self, layer: int, expert: int) -> None:
         """Return None: a checkpoint has no checksums."""
@@ -116,6 +123,10 @@ class CheckpointExperts:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _places(run: list[Piece]) -> tuple[tuple[int, int], ...]:
+    return tuple([(start, n_bytes) for _, _, start, n_bytes in run])
 
 
 def _checked_facts(

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """``n_bytes`` at ``offset`` of a file that go to ``start`` of a record."""
+    """``n_bytes`` at ``offset`` of an open file that go to ``start`` of a record."""
 
-    path: Path
+    fd: int
     offset: int
     start: int
     n_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Bytes that lie end to end in an open file, from ``offset`` on: one read.
 
     ``pieces`` are ``(start, n_bytes)`` in the record, in the order of the file.
@@ -47,14 +45,17 @@ def merge(pieces: Iterable[Piece]) -> list[list[Piece]]:
     Pieces that also follow each other in the record become one.
     """
     runs: list[list[Piece]] = []
+    next_fd = next_offset = next_start = -1
     for piece in sorted(pieces):
-        last = runs[-1][-1] if runs else None
-        if last is None or (last.path, last.offset + last.n_bytes) != piece[:2]:
+        fd, offset, start, n_bytes = piece
+        if (fd, offset) != (next_fd, next_offset):
             runs.append([piece])
-        elif last.start + last.n_bytes == piece.start:
-            runs[-1][-1] = last._replace(n_bytes=last.n_bytes + piece.n_bytes)
+        elif start == next_start:
+            last = runs[-1][-1]
+            runs[-1][-1] = last._replace(n_bytes=last.n_bytes + n_bytes)
         else:
             runs[-1].append(piece)
+        next_fd, next_offset, next_start = fd, offset + n_bytes, start + n_bytes
     return runs
 
 
