@@ -58,6 +58,10 @@ class Model(stock.Model):
         text_args = TextModelArgs.from_dict(args.text_config)
         self.language_model = TextModel(text_args, self.runtime)
 
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Rename weights as mlx-lm does; streamed experts are none of them."""
+        return super().sanitize(self.runtime.without_streamed(weights))
+
     @property
     def streamer(self) -> Any:
         """The expert streamer, or None when experts are parameters."""
@@ -85,6 +89,7 @@ class TextModel(qwen3_5.TextModel):
         super().__init__(args)
         self.model = Backbone(args)
         if runtime.streamer is not None:
+            runtime.check_layers(range(args.num_hidden_layers))
             for layer in self.model.layers:
                 layer.mlp.pop(ROUTED)
         self.forward = self.model.forward = Forward(self, args, runtime)

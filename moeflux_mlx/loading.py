@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.utils import _download, load_config, load_model, load_tokenizer
 
+from . import config
 from .errors import ModelError
-from .experts.packed import is_packed
+from .experts.packed import PackedExperts, is_packed
+from .experts.store import open_store
 from .model import RunOptions
 
 
@@ -25,12 +28,15 @@ def load(
     model_config: dict[str, Any] | None = None,
     tokenizer_config: dict[str, Any] | None = None,
 ) -> tuple[nn.Module, Any]:
-    """Load a model whose experts are streamed (packed) or in memory (plain).
+    """Load a model, its experts streamed or among its parameters.
+
+    Experts of a packed directory are always streamed, those of a plain checkpoint if
+    ``memory`` (or ``MOEFLUX_MEMORY``) bounds them.
 
     Args:
         path_or_repo: a directory, or a Hugging Face Hub id to download.
-        memory: bytes (``8000000000`` or ``"8GB"``) that bound all expert memory of a
-            packed model; None takes what fits into 3/4 of the machine's memory.
+        memory: bytes (``8000000000`` or ``"8GB"``) that bound all expert memory;
+            None takes, of a packed model, what fits into 3/4 of the machine's.
         scope: ``"global"`` shares the expert slots between layers, ``"layer"`` gives
             each layer its own.
         executor: name of the executor; None takes the environment's choice.
@@ -41,25 +47,31 @@ def load(
         ``(model, tokenizer)`` as ``mlx_lm.load`` returns them.
 
     Raises:
-        ModelError: the directory is not a model, or not one of a supported type.
-        ExpertStoreError: expert files are missing, damaged or of another model.
+        ModelError: the directory is not a model, or not one of a supported type; a
+            checkpoint's experts are missing, truncated or of no usable form.
+        ExpertStoreError: a pack's files are missing, damaged or of another model; a
+            file cannot be read.
         BudgetError: ``memory`` cannot hold the experts one token needs.
     """
     path = find_model(path_or_repo, revision)
-    options = RunOptions(
-        pack=path if is_packed(path) else None,
-        memory=memory,
-        scope=scope,
-        executor=executor,
-    )
-    model, config = load_model(
-        path,
-        lazy,
-        # A packed directory's model_file names the very class that is loaded here.
-        model_config={**(model_config or {}), "model_file": None},
-        get_model_classes=lambda config: model_classes(config, options),
-    )
-    eos = config.get("eos_token_id")
+    asked = memory is not None or config.memory() is not None
+    # Opened first: mlx-lm's own errors do not say which file or expert is at fault.
+    store = open_store(path) if asked or is_packed(path) else None
+    opened = (lambda: store) if store is not None else None
+    options = RunOptions(opened, memory, scope, executor)
+    try:
+        model, loaded = load_model(
+            path,
+            lazy,
+            # A packed directory's model_file names the very class that is loaded here.
+            model_config={**(model_config or {}), "model_file": None},
+            get_model_classes=lambda config: model_classes(config, options),
+        )
+    except BaseException:
+        if store is not None:
+            store.close()
+        raise
+    eos = loaded.get("eos_token_id")
     return model, load_tokenizer(path, tokenizer_config, eos_token_ids=eos)
 
 
@@ -113,4 +125,5 @@ def pack_classes(model_file: str) -> tuple[type, type]:
     ``--trust-remote-code``; memory and executor come from the environment.
     """
     directory = Path(model_file).resolve().parent
-    return model_classes(load_config(directory), RunOptions(pack=directory))
+    options = RunOptions(partial(PackedExperts.open, directory))
+    return model_classes(load_config(directory), options)

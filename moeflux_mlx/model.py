@@ -6,10 +6,9 @@ any kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
@@ -19,7 +18,7 @@ from .errors import ModelError
 from .executors import Encoding, Executor, open_executor
 from .executors.base import arrays
 from .executors.compiled import CompiledSteps
-from .experts.packed import PackedExperts
+from .experts.store import ExpertStore
 from .experts.streamer import ExpertStreamer
 from .graph import Buf, BufferPool, BufId, Graph, Op, WeightRef
 from .graph.buffers import Shape
@@ -162,10 +161,11 @@ class BuiltOnce(Generic[T]):
 class RunOptions:
     """How a model is to run: which experts from where, in how much memory, and on what.
 
-    ``pack`` is a packed directory, or None for experts among the model's parameters.
+    ``open_experts`` opens what experts are streamed from; None: they are among the
+    model's parameters.
     """
 
-    pack: Path | None = None
+    open_experts: Callable[[], ExpertStore] | None = None
     memory: int | str | None = None
     scope: str = "global"
     executor: str | None = None
@@ -177,11 +177,11 @@ class Runtime:
     def __init__(self, options: RunOptions):
         self.executor = open_executor(options.executor)
         self.graphs: BuiltOnce[LayerGraph] = BuiltOnce(64)
-        self.store: PackedExperts | None = None
+        self.store: ExpertStore | None = None
         self.streamer: ExpertStreamer | None = None
-        if options.pack is not None:
+        if options.open_experts is not None:
             memory = options.memory if options.memory is not None else config.memory()
-            self.store = PackedExperts.open(options.pack)
+            self.store = options.open_experts()
             self.streamer = ExpertStreamer(
                 self.store,
                 memory,
@@ -193,6 +193,20 @@ class Runtime:
     def streams(self) -> bool:
         """Tell whether some experts are not in memory."""
         return self.streamer is not None and not self.streamer.resident
+
+    def without_streamed(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Leave out of a checkpoint's weights what the streamer reads itself."""
+        streamed = self.store.tensor_names if self.store is not None else ()
+        return {name: w for name, w in weights.items() if name not in streamed}
+
+    def check_layers(self, routed: Collection[int]) -> None:
+        """Raise ModelError unless the files have experts for every routed layer."""
+        missing = set(routed) - set(self.store.layers if self.store else routed)
+        if missing:
+            raise ModelError(
+                f"[experts] expected experts of layer {min(missing)} but the files "
+                "have none: is a shard missing?"
+            )
 
 
 class GraphRunner:

@@ -243,8 +243,9 @@ def a_dense_model(path):
     mx.save_safetensors(str(path / "model.safetensors"), {"a.weight": mx.zeros((3, 5))})
 
 
-def experts_one_by_one(path):
+def experts_in_part(path):
     names = [f"model.layers.0.mlp.experts.{e}.up_proj.weight" for e in range(3)]
+    names.append("model.layers.0.mlp.experts.1.gate_proj.weight")
     tensors = {name: mx.zeros((3, 5)) for name in names}
     mx.save_safetensors(str(path / "model.safetensors"), tensors)
 
@@ -274,7 +275,7 @@ def a_shard_is_missing(path):
         (no_weights, r"no model\*\.safetensors"),
         (truncated_weights, "truncated"),
         (a_dense_model, r"mlx_lm\.convert"),
-        (experts_one_by_one, r"mlx_lm\.convert"),
+        (experts_in_part, r"experts\.0\.gate_proj\.weight is missing"),
         (other_number_of_experts, "expected 6 experts"),
         (no_top_k, "num_experts_per_tok"),
         (a_shard_is_missing, r"model-00002-of-00002\.safetensors"),

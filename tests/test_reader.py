@@ -13,14 +13,17 @@ import pytest
 import xxhash
 
 from moeflux_mlx.errors import ExpertStoreError
-from moeflux_mlx.experts.reader import Batch, Read, ReadPool, read_fully
+from moeflux_mlx.experts.reader import Batch, Read, ReadPool
+from moeflux_mlx.experts.spans import Span, read_fully
 
 INTERRUPTED = """
 import sys
 from moeflux_mlx.experts.reader import Batch, Read, ReadPool
+from moeflux_mlx.experts.spans import Span
 file = open(sys.argv[1], "rb")
 buffer = memoryview(bytearray(16 << 20))
-reads = [Read(file.fileno(), 0, buffer, "f", 0, e) for e in range(100_000)]
+span = Span(file.fileno(), "f", 0, ((0, len(buffer)),))
+reads = [Read((span,), buffer, 0, e) for e in range(100_000)]
 pool, batch = ReadPool(3), Batch(reads)
 pool.submit(batch)
 print("reading", flush=True)
@@ -38,8 +41,8 @@ def file(tmp_path):
 
 def read_of(file, offset, n_bytes, **fields):
     buffer = memoryview(bytearray(n_bytes))
-    path = Path(file.name)
-    return Read(file.fileno(), offset, buffer, path, layer=3, expert=17, **fields)
+    span = Span(file.fileno(), Path(file.name), offset, ((0, n_bytes),))
+    return Read((span,), buffer, layer=3, expert=17, **fields)
 
 
 @pytest.fixture(params=[0, 10**9], ids=["threads", "inline"])
@@ -107,7 +110,8 @@ def test_a_read_that_the_system_refuses_names_file_layer_and_expert(
     tmp_path, inline_bytes
 ):
     fd = os.open(tmp_path, os.O_RDONLY)
-    read = Read(fd, 0, memoryview(bytearray(5)), tmp_path, 3, 17)
+    span = Span(fd, tmp_path, 0, ((0, 5),))
+    read = Read((span,), memoryview(bytearray(5)), 3, 17)
     run([read], inline_bytes)
     os.close(fd)
     assert "expert 17 of layer 3" in str(read.error)
@@ -154,3 +158,37 @@ def test_an_interrupt_ends_a_process_that_waits_for_reads(tmp_path):
         _, errors = process.communicate(timeout=60)
     assert "KeyboardInterrupt" in errors
     assert process.returncode != 0
+
+
+def test_short_scatter_reads_are_continued_in_the_middle_of_a_buffer():
+    path = "/proc/kallsyms"
+    if not os.path.exists(path):
+        pytest.skip("no file here whose reads are short")
+    sizes = [1, 4_093, 17, 50_000, 3, 45_889]
+    buffers = [memoryview(bytearray(n_bytes)) for n_bytes in sizes]
+    with open(path, "rb") as opened:
+        first = os.preadv(opened.fileno(), buffers, 0)
+        assert 0 < first < sum(sizes), "this file's reads are not short"
+        read_fully(opened.fileno(), 0, *buffers)
+    with open(path, "rb") as opened:
+        assert opened.read(sum(sizes)) == b"".join(map(bytes, buffers))
+
+
+def test_a_read_of_several_spans_names_the_file_that_ends_early(
+    file, tmp_path, inline_bytes
+):
+    short = tmp_path / "short.bin"
+    short.write_bytes(b"x" * 5)
+    with open(short, "rb") as other:
+        good = Span(file.fileno(), Path(file.name), 7, ((10, 3), (0, 10)))
+        bad = Span(other.fileno(), short, 0, ((13, 6),))
+        reads = [
+            Read((good,), memoryview(bytearray(19)), 3, 17),
+            Read((good, bad), memoryview(bytearray(19)), 3, 17),
+        ]
+        run(reads, inline_bytes)
+    content = Path(file.name).read_bytes()
+    expected = content[10:20] + content[7:10] + bytes(6)
+    assert reads[0].error is None and bytes(reads[0].buffer) == expected
+    for part in (str(short), "expert 17", "layer 3", "ends after 5"):
+        assert part in str(reads[1].error)

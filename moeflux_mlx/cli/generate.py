@@ -40,7 +40,8 @@ def add_parser(subparsers: Any) -> None:
 def add_streaming_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say where and in how much memory a model runs."""
     ours = parser.add_argument_group("moeflux")
-    ours.add_argument("--memory", help='bytes for experts, for example "8GB"')
+    memory = 'bytes for experts, for example "8GB"; the others are streamed from disk'
+    ours.add_argument("--memory", help=memory)
     ours.add_argument(
         "--scope",
         choices=("global", "layer"),

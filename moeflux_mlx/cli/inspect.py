@@ -16,9 +16,9 @@ from rich.table import Table
 
 from ..experts.checkpoint import Checkpoint, model_facts
 from ..experts.layout import ExpertLayout
-from ..experts.packed import PackedExperts, is_packed
+from ..experts.packed import is_packed
 from ..experts.pool import POOL_ALIGNMENT, pool_stride
-from ..experts.routed import routed_layers
+from ..experts.store import ExpertStore, open_store
 from .inspect_graph import report, report_table
 
 
@@ -28,7 +28,8 @@ class ModelSummary:
 
     ``layers`` counts layers by kind. ``resident_bytes`` is everything but routed
     experts; ``minimum_bytes`` and ``full_bytes`` are the least ``memory`` that serves
-    a token and the least that holds every expert.
+    a token and the least that holds every expert. ``reads_per_expert`` is how many
+    spans of bytes an expert lies in, the mean of all: 1 in a packed directory.
     """
 
     model_type: str
@@ -40,6 +41,7 @@ class ModelSummary:
     resident_bytes: int
     expert_bytes: int
     bytes_per_expert: int
+    reads_per_expert: float
     minimum_bytes: int
     full_bytes: int
     files: dict[str, int]
@@ -88,15 +90,10 @@ def summarize(directory: Path) -> ModelSummary:
         config = checkpoint.config
         facts = model_facts(config)
         tensors = checkpoint.tensors
-    n_bytes = sum(tensor.n_bytes for tensor in tensors.values())
-    if is_packed(directory):
-        with PackedExperts.open(directory) as packed:
-            layouts = [packed.layout(layer) for layer in packed.layers]
-    else:
-        routed = routed_layers(tensors).values()
-        layouts = [layer.layout(config) for layer in routed]
-        stacked = (tensor for layer in routed for tensor in layer.tensors.values())
-        n_bytes -= sum(tensor.n_bytes for tensor in stacked)
+    with open_store(directory) as store:
+        layouts = [store.layout(layer) for layer in store.layers]
+        resident = tensors.keys() - store.tensor_names
+        reads = _reads_per_expert(store)
     return ModelSummary(
         model_type=facts.model_type,
         is_packed=is_packed(directory),
@@ -104,7 +101,8 @@ def summarize(directory: Path) -> ModelSummary:
         n_moe_layers=len(layouts),
         n_experts=facts.n_experts,
         top_k=facts.top_k,
-        resident_bytes=n_bytes,
+        resident_bytes=sum(tensors[name].n_bytes for name in resident),
+        reads_per_expert=reads,
         files=_files(directory),
         **_expert_bytes(layouts, facts.n_experts, facts.top_k),
     )
@@ -124,6 +122,7 @@ def summary_table(directory: Path, summary: ModelSummary) -> Table:
     table.add_row("resident", decimal(summary.resident_bytes))
     table.add_row("experts", decimal(summary.expert_bytes))
     table.add_row("one expert", decimal(summary.bytes_per_expert))
+    table.add_row("reads per expert", _reads(summary))
     table.add_row("least memory", _rounded_up(summary.minimum_bytes))
     table.add_row("memory for all", _rounded_up(summary.full_bytes))
     table.add_section()
@@ -131,6 +130,20 @@ def summary_table(directory: Path, summary: ModelSummary) -> Table:
         n_files = f" in {len(sizes)} files" if len(sizes) > 1 else ""
         table.add_row(name, decimal(sum(sizes)) + n_files)
     return table
+
+
+def _reads_per_expert(store: ExpertStore) -> float:
+    spans = [
+        len(store.spans(layer, expert))
+        for layer in store.layers
+        for expert in range(store.n_experts)
+    ]
+    return sum(spans) / len(spans)
+
+
+def _reads(summary: ModelSummary) -> str:
+    found = f"{summary.reads_per_expert:.3g}"
+    return found if summary.is_packed else f"{found} (1 once packed)"
 
 
 def _expert_bytes(

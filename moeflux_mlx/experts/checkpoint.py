@@ -11,6 +11,7 @@ import xxhash
 
 from ..errors import ModelError
 from .safetensors import TensorEntry, fingerprint, read_header
+from .spans import read_fully
 
 N_EXPERTS_KEYS = ("num_experts", "n_routed_experts", "num_local_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k", "top_k")
@@ -54,14 +55,19 @@ def model_facts(config: dict) -> ModelFacts:
     Raises:
         ModelError: the configuration is not that of a Mixture-of-Experts model.
     """
-    nested = config.get("text_config")
-    text = {**config, **(nested if isinstance(nested, dict) else {})}
+    text = text_config(config)
     return ModelFacts(
         str(config.get("model_type")),
         _count(text, ("num_hidden_layers", "num_layers", "n_layers")),
         _count(text, N_EXPERTS_KEYS),
         _count(text, TOP_K_KEYS),
     )
+
+
+def text_config(config: dict) -> dict:
+    """Return the configuration of the language model, what is around it included."""
+    nested = config.get("text_config")
+    return {**config, **(nested if isinstance(nested, dict) else {})}
 
 
 def _count(config: dict, keys: tuple[str, ...]) -> int:
@@ -100,7 +106,8 @@ class Checkpoint:
         directory = Path(directory)
         config = read_config(directory)
         shards = sorted(directory.glob("model*.safetensors"))
-        missing = _indexed_shards(directory) - {shard.name for shard in shards}
+        weight_map = _weight_map(directory)
+        missing = set(weight_map.values()) - {shard.name for shard in shards}
         if missing:
             raise ModelError(
                 f"[checkpoint] {directory / min(missing)} is named by "
@@ -109,6 +116,12 @@ class Checkpoint:
         if not shards:
             raise ModelError(f"[checkpoint] no model*.safetensors in {directory}")
         checkpoint = cls(directory, config, shards)
+        for name, shard_name in weight_map.items():
+            if name not in checkpoint.tensors:
+                raise ModelError(
+                    f"[checkpoint] {name!r} is named by model.safetensors.index.json "
+                    f"but missing from {directory / shard_name}"
+                )
         try:
             for shard in shards:
                 checkpoint._fds[shard] = os.open(shard, os.O_RDONLY)
@@ -125,26 +138,25 @@ class Checkpoint:
             digest.update(f"{shard.name} {fingerprint(shard)}\n".encode())
         return digest.hexdigest()
 
+    def fd(self, shard: Path) -> int:
+        """Return the open file descriptor of one of the files."""
+        return self._fds[shard]
+
     def read_into(self, entry: TensorEntry, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of a tensor from ``start`` on.
 
         Raises:
             ModelError: the file cannot be read or ends early.
         """
-        done, n_bytes = 0, len(buffer)
+        n_bytes = len(buffer)
         if start + n_bytes > entry.n_bytes:
             raise ModelError(
                 f"[checkpoint] {entry.name!r} has {entry.n_bytes} bytes but "
                 f"{start + n_bytes} were asked for"
             )
         try:
-            while done < n_bytes:
-                position = entry.offset + start + done
-                n = os.preadv(self._fds[entry.file], [buffer[done:]], position)
-                if n == 0:
-                    raise OSError("unexpected end of file")
-                done += n
-        except OSError as error:
+            read_fully(self._fds[entry.file], entry.offset + start, buffer)
+        except (OSError, EOFError) as error:
             raise ModelError(
                 f"[checkpoint] cannot read {entry.name!r} of {entry.file}: {error}"
             ) from error
@@ -161,11 +173,13 @@ class Checkpoint:
         self.close()
 
 
-def _indexed_shards(directory: Path) -> set[str]:
+def _weight_map(directory: Path) -> dict[str, str]:
+    """Return the file of each tensor as the index says, empty without an index."""
     path = directory / "model.safetensors.index.json"
     if not path.is_file():
-        return set()
+        return {}
     try:
-        return set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(shard) for name, shard in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"[checkpoint] cannot read {path}: {error!r}") from error

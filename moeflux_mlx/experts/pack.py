@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ExpertStoreError, ModelError
-from .checkpoint import Checkpoint, ModelFacts, model_facts
-from .layout import DEFAULT_ALIGNMENT, ExpertLayout, check_alignment
+from .checkpoint import Checkpoint
+from .checkpoint_store import CheckpointExperts
+from .layout import DEFAULT_ALIGNMENT, check_alignment
 from .manifest import MANIFEST_NAME, LayerFile, Manifest
 from .packed import Progress, damaged_records, is_packed
 from .packed import verify as verify_pack
-from .routed import RoutedLayer, routed_layers
 from .safetensors import TensorEntry
 from .writer import (
     check_space,
@@ -53,7 +53,7 @@ def pack(
     crash the same call goes on with the first unfinished layer.
 
     Args:
-        src: mlx-lm checkpoint directory with stacked experts.
+        src: checkpoint directory, its experts stacked or one by one.
         dst: directory to make; it must not exist.
         verify: read everything back before the directory takes its name.
         alignment: records are padded to a multiple of this many bytes.
@@ -95,29 +95,27 @@ class _Job:
                 "but got one that is packed or brings its own model file"
             )
         self.checkpoint, self.alignment, self.progress = checkpoint, alignment, progress
-        self.routed = routed_layers(checkpoint.tensors)
-        self.facts = _checked_facts(checkpoint, self.routed)
-        self.layouts = {
-            number: layer.layout(checkpoint.config, alignment)
-            for number, layer in self.routed.items()
-        }
+        self.experts = CheckpointExperts(checkpoint, alignment)
         self.done_bytes = 0
 
     @property
     def resident_entries(self) -> list[TensorEntry]:
-        routed = {t.name for r in self.routed.values() for t in r.tensors.values()}
-        return [t for t in self.checkpoint.tensors.values() if t.name not in routed]
+        tensors, routed = self.checkpoint.tensors, self.experts.tensor_names
+        return [entry for name, entry in tensors.items() if name not in routed]
 
     @property
     def total_bytes(self) -> int:
-        experts = sum(s.stride for s in self.layouts.values()) * self.facts.n_experts
-        return experts + sum(entry.n_bytes for entry in self.resident_entries)
+        experts = self.experts
+        strides = sum(experts.layout(layer).stride for layer in experts.layers)
+        return experts.n_experts * strides + sum(
+            entry.n_bytes for entry in self.resident_entries
+        )
 
     def run(self, partial: Path) -> Manifest:
         fresh = Manifest(
             self.checkpoint.directory.absolute().name,
             self.checkpoint.identity,
-            self.facts,
+            self.experts.model,
             self.alignment,
             (),
         )
@@ -130,10 +128,10 @@ class _Job:
         # Without the old name no half-made directory can pass for a whole one.
         (partial / MANIFEST_NAME).unlink(missing_ok=True)
         write_text(journal, manifest.to_json())
-        for number, layer in self.routed.items():
-            if number in {entry.layer for entry in manifest.layers}:
+        for layer in self.experts.layers:
+            if layer in {entry.layer for entry in manifest.layers}:
                 continue
-            entry = self.write_layer(partial, layer, self.layouts[number])
+            entry = self.write_layer(partial, layer)
             layers = sorted((*manifest.layers, entry), key=lambda e: e.layer)
             manifest = dataclasses.replace(manifest, layers=tuple(layers))
             write_text(journal, manifest.to_json())
@@ -154,7 +152,8 @@ class _Job:
         for entry in earlier.layers:
             file = partial / entry.file
             if (
-                entry.layout == self.layouts.get(entry.layer)
+                entry.layer in self.experts.layers
+                and entry.layout == self.experts.layout(entry.layer)
                 and file.is_file()
                 and file.stat().st_size == entry.n_bytes
                 and not damaged_records(file, entry)
@@ -162,14 +161,9 @@ class _Job:
                 self.advance(f"layer {entry.layer} kept", entry.n_bytes)
                 yield entry
 
-    def write_layer(
-        self, partial: Path, layer: RoutedLayer, layout: ExpertLayout
-    ) -> LayerFile:
-        path = partial / f"experts-{layer.layer:03d}.bin"
-        what = f"layer {layer.layer}"
-        return write_layer(
-            self.checkpoint, layer, layout, path, lambda n: self.advance(what, n)
-        )
+    def write_layer(self, partial: Path, layer: int) -> LayerFile:
+        path, what = partial / f"experts-{layer:03d}.bin", f"layer {layer}"
+        return write_layer(self.experts, layer, path, lambda n: self.advance(what, n))
 
     def finish(self, partial: Path, manifest: Manifest) -> Manifest:
         """Write all that is not experts, the manifest last."""
@@ -192,25 +186,3 @@ class _Job:
     def advance(self, what: str, n_bytes: int) -> None:
         self.done_bytes += n_bytes
         self.progress(what, self.done_bytes, self.total_bytes)
-
-
-def _checked_facts(
-    checkpoint: Checkpoint, routed: dict[int, RoutedLayer]
-) -> ModelFacts:
-    facts = model_facts(checkpoint.config)
-    for layer in routed.values():
-        if layer.n_experts != facts.n_experts:
-            raise ModelError(
-                f"[pack] {layer.path}: expected {facts.n_experts} experts as in "
-                f"config.json but got {layer.n_experts}"
-            )
-        if layer.layer >= facts.n_layers:
-            raise ModelError(
-                f"[pack] {layer.path}: expected fewer than {facts.n_layers} layers"
-            )
-    if facts.top_k > facts.n_experts:
-        raise ModelError(
-            f"[pack] expected at most {facts.n_experts} experts per token but got "
-            f"{facts.top_k}"
-        )
-    return facts

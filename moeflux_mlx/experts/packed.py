@@ -15,6 +15,7 @@ from .checkpoint import model_facts, read_config
 from .layout import ExpertLayout
 from .manifest import MANIFEST_NAME, LayerFile, Manifest, ResidentFile
 from .safetensors import fingerprint
+from .spans import Span
 
 # Called with what is being done, the bytes done and the bytes in all.
 Progress = Callable[[str, int, int], None]
@@ -77,6 +78,11 @@ class PackedExperts:
         return self.manifest.model.top_k
 
     @property
+    def tensor_names(self) -> frozenset[str]:
+        """No names: a pack's weights are without the experts."""
+        return frozenset()
+
+    @property
     def expert_bytes(self) -> int:
         """Bytes of all expert files."""
         return sum(entry.n_bytes for entry in self.manifest.layers)
@@ -96,6 +102,12 @@ class PackedExperts:
     def offset(self, layer: int, expert: int) -> int:
         """Return where the record of an expert begins in its file."""
         return expert * self._files[layer].layout.stride
+
+    def spans(self, layer: int, expert: int) -> tuple[Span, ...]:
+        """Return the one read that fills an expert's record."""
+        pieces = ((0, self.layout(layer).record_bytes),)
+        offset = self.offset(layer, expert)
+        return (Span(self._fds[layer], self._paths[layer], offset, pieces),)
 
     def checksum(self, layer: int, expert: int) -> int:
         """Return the xxh3-64 of an expert's record, without padding."""

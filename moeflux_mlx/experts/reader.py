@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
 
 import xxhash
 
 from ..errors import ExpertStoreError
+from .spans import Span
 
 # Waking a thread takes longer than reading this much from the page cache.
 INLINE_BYTES = 256 * 1024
@@ -25,10 +24,8 @@ WAIT_SECONDS = 0.01
 class Read:
     """One record on its way: ``done`` once a thread is through, well or not."""
 
-    fd: int
-    offset: int
+    spans: tuple[Span, ...]
     buffer: memoryview
-    path: Path
     layer: int
     expert: int
     checksum: int | None = None
@@ -40,16 +37,20 @@ class Read:
         """Read the record and, where a checksum is given, compare it."""
         start = time.perf_counter()
         try:
-            read_fully(self.fd, self.offset, self.buffer)
+            for span in self.spans:
+                self._fill(span)
             self._check()
         except ExpertStoreError as error:
             self.error = error
-        # A read that ended in any other way must not pass for a record.
-        except Exception as error:
-            self.error = self._failed(str(error))
-            self.error.__cause__ = error
         self.seconds = time.perf_counter() - start
         self.done = True
+
+    def _fill(self, span: Span) -> None:
+        try:
+            span.read(self.buffer)
+        # A read that ended in any other way must not pass for a record.
+        except Exception as error:
+            raise self._failed(span, str(error)) from error
 
     def _check(self) -> None:
         if self.checksum is None:
@@ -57,33 +58,15 @@ class Read:
         found = xxhash.xxh3_64_intdigest(self.buffer)
         if found != self.checksum:
             raise self._failed(
-                f"expected checksum {self.checksum:016x} but got {found:016x}"
+                self.spans[0],
+                f"expected checksum {self.checksum:016x} but got {found:016x}",
             )
 
-    def _failed(self, why: str) -> ExpertStoreError:
+    def _failed(self, span: Span, why: str) -> ExpertStoreError:
         return ExpertStoreError(
-            f"[reader] {self.path}: expert {self.expert} of layer {self.layer} at "
-            f"{self.offset}: {why}"
+            f"[reader] {span.path}: expert {self.expert} of layer {self.layer} at "
+            f"{span.offset}: {why}"
         )
-
-
-def read_fully(fd: int, offset: int, buffer: memoryview) -> None:
-    """Fill ``buffer`` from ``offset`` on, going on after short reads.
-
-    Interrupted calls are repeated by Python itself.
-
-    Raises:
-        OSError: the read failed.
-        EOFError: the file ends early.
-    """
-    done = 0
-    while done < len(buffer):
-        n_bytes = os.preadv(fd, [buffer[done:]], offset + done)
-        if n_bytes == 0:
-            raise EOFError(
-                f"expected {len(buffer)} bytes but the file ends after {done}"
-            )
-        done += n_bytes
 
 
 class Batch:

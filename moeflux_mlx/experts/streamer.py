@@ -14,13 +14,13 @@ from .. import config
 from ..errors import BudgetError, ConfigError, ExpertStoreError, MoefluxError
 from ..weights import ExpertSource, ExpertWeights
 from .budget import count_slots
-from .packed import PackedExperts
 from .policy import LRU, PolicyFactory
 from .pool import POOL_ALIGNMENT, SlotPool, pool_stride
 from .reader import INLINE_BYTES, Batch, Read, ReadPool
 from .residency import EMPTY, SlotTable
 from .resident import PreloadedExperts
 from .stats import Counters, StreamStats
+from .store import ExpertStore
 
 # Experts in a wave: enough to keep every reading thread busy, few enough that the
 # first results do not wait for half the pool.
@@ -36,7 +36,7 @@ class ExpertStreamer:
 
     def __init__(
         self,
-        store: PackedExperts,
+        store: ExpertStore,
         memory: int | float | str | None = None,
         *,
         scope: str = "global",
@@ -48,7 +48,7 @@ class ExpertStreamer:
         """Allocate the pool; if it holds every expert, read them all now.
 
         Args:
-            store: the open pack.
+            store: the open files that experts are read from.
             memory: bytes for all experts (``8GB``, ``512MiB``, an int), alignment
                 included; None: as many as fit into 3/4 of physical memory.
             scope: ``global``: layers compete for slots; ``layer``: equal shares.
@@ -268,10 +268,8 @@ class ExpertStreamer:
         store = self._store
         checked = self._checked[self._rows[layer], expert]
         return Read(
-            store.fd(layer),
-            store.offset(layer, expert),
+            store.spans(layer, expert),
             self._pool.buffer(slot, store.layout(layer).record_bytes),
-            store.path(layer),
             layer,
             expert,
             None if checked else store.checksum(layer, expert),

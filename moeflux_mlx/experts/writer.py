@@ -14,10 +14,9 @@ import xxhash
 
 from ..errors import ExpertStoreError
 from .checkpoint import Checkpoint
-from .layout import ExpertLayout
+from .checkpoint_store import CheckpointExperts
 from .manifest import LayerFile, ResidentFile
 from .packed import CHUNK_BYTES
-from .routed import RoutedLayer
 from .safetensors import TensorEntry, fingerprint, header_bytes
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz", ".h5"}
@@ -65,29 +64,21 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def write_layer(
-    checkpoint: Checkpoint,
-    layer: RoutedLayer,
-    layout: ExpertLayout,
-    path: Path,
-    advance: Advance,
+    experts: CheckpointExperts, layer: int, path: Path, advance: Advance
 ) -> LayerFile:
     """Write one layer's experts, holding a single record in memory."""
+    layout = experts.layout(layer)
     record = memoryview(bytearray(layout.stride))
     checksums = []
     with disk_errors(path), open(path, "wb", buffering=0) as file:
-        for expert in range(layer.n_experts):
-            for spec in layout.tensors:
-                checkpoint.read_into(
-                    layer.tensors[spec.projection, spec.part],
-                    expert * spec.n_bytes,
-                    record[spec.offset : spec.offset + spec.n_bytes],
-                )
+        for expert in range(experts.n_experts):
+            experts.read_record(layer, expert, record)
             checksums.append(xxhash.xxh3_64_intdigest(record[: layout.record_bytes]))
             _write_all(file.fileno(), record)
             advance(layout.stride)
         os.fsync(file.fileno())
-    n_bytes = layer.n_experts * layout.stride
-    return LayerFile(layer.layer, path.name, n_bytes, layout, tuple(checksums))
+    n_bytes = experts.n_experts * layout.stride
+    return LayerFile(layer, path.name, n_bytes, layout, tuple(checksums))
 
 
 def write_resident(

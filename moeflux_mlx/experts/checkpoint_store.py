@@ -1,0 +1,166 @@
+"""The experts of a plain checkpoint, read from where they lie."""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import ExpertStoreError, ModelError
+from .checkpoint import Checkpoint, ModelFacts, model_facts, text_config
+from .layout import DEFAULT_ALIGNMENT, ExpertLayout
+from .routed import RoutedLayer, routed_layers
+from .spans import Piece, Span, merge
+
+
+class CheckpointExperts:
+    """The experts in a checkpoint's safetensors files; a context manager.
+
+    Records have the layout that packing would give them, but lie scattered: each
+    tensor of an expert is a span of its own unless it follows another in a file.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, alignment: int = DEFAULT_ALIGNMENT):
+        """Find the experts among a checkpoint's tensors; the checkpoint is kept.
+
+        Raises:
+            ModelError: there are none, some are missing, their form is unknown, or
+                they do not fit each other or ``config.json``; names the tensor.
+        """
+        self.checkpoint = checkpoint
+        self.routed = routed_layers(checkpoint.tensors)
+        self._spans: dict[tuple[int, int], tuple[Span, ...]] = {}
+        self._paths = {checkpoint.fd(shard): shard for shard in checkpoint.shards}
+        self.model = _checked_facts(checkpoint, self.routed)
+        self._layouts = {
+            number: layer.layout(checkpoint.config, alignment)
+            for number, layer in self.routed.items()
+        }
+        for number, layout in self._layouts.items():
+            _check_sizes(checkpoint.config, self.routed[number], layout)
+        self.tensor_names = frozenset(
+            entry.name
+            for layer in self.routed.values()
+            for tensors in layer.tensors.values()
+            for entry in tensors.entries
+        )
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike) -> CheckpointExperts:
+        """Open a checkpoint after every check that reads no more than headers.
+
+        Raises:
+            ModelError: not a model directory, a file missing or truncated, or experts
+                of no usable form.
+        """
+        checkpoint = Checkpoint.open(directory)
+        try:
+            return cls(checkpoint)
+        except BaseException:
+            checkpoint.close()
+            raise
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have routed experts, ascending."""
+        return tuple(self.routed)
+
+    @property
+    def n_experts(self) -> int:
+        """Routed experts of each layer."""
+        return self.model.n_experts
+
+    @property
+    def top_k(self) -> int:
+        """Experts that one token uses in one layer."""
+        return self.model.top_k
+
+    def layout(self, layer: int) -> ExpertLayout:
+        """Return the layout of one layer's records."""
+        return self._layouts[layer]
+
+    def spans(self, layer: int, expert: int) -> tuple[Span, ...]:
+        """Return the reads that together fill an expert's record."""
+        # Kept, for finding them takes as long as a third of a read from the page cache.
+        if (spans := self._spans.get((layer, expert))) is None:
+            spans = self._spans[layer, expert] = self._find(layer, expert)
+        return spans
+
+    def _find(self, layer: int, expert: int) -> tuple[Span, ...]:
+        tensors, fd = self.routed[layer].tensors, self.checkpoint.fd
+        pieces = []
+        for spec in self._layouts[layer].tensors:
+            entry, start = tensors[spec.projection, spec.part].locate(expert)
+            offset = entry.offset + start
+            pieces.append(Piece(fd(entry.file), offset, spec.offset, spec.n_bytes))
+        return tuple(
+            Span(run[0].fd, self._paths[run[0].fd], run[0].offset, _places(run))
+            for run in merge(pieces)
+        )
+
+    def checksum(self, layer: int, expert: int) -> None:
+        """Return None: a checkpoint has no checksums."""
+
+    def read_record(self, layer: int, expert: int, record: memoryview) -> None:
+        """Fill ``record`` with an expert's tensors; padding stays as it is.
+
+        Raises:
+            ExpertStoreError: a file cannot be read or ends early.
+        """
+        for span in self.spans(layer, expert):
+            try:
+                span.read(record)
+            except (OSError, EOFError) as error:
+                raise ExpertStoreError(
+                    f"[experts] {span.path}: expert {expert} of layer {layer} at "
+                    f"{span.offset}: {error}"
+                ) from error
+
+    def close(self) -> None:
+        """Close the files."""
+        self.checkpoint.close()
+
+    def __enter__(self) -> CheckpointExperts:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _places(run: list[Piece]) -> tuple[tuple[int, int], ...]:
+    return tuple([(start, n_bytes) for _, _, start, n_bytes in run])
+
+
+def _checked_facts(
+    checkpoint: Checkpoint, routed: dict[int, RoutedLayer]
+) -> ModelFacts:
+    facts = model_facts(checkpoint.config)
+    for layer in routed.values():
+        if layer.n_experts != facts.n_experts:
+            raise ModelError(
+                f"[experts] {layer.path}: expected {facts.n_experts} experts as in "
+                f"config.json but got {layer.n_experts}"
+            )
+        if layer.layer >= facts.n_layers:
+            raise ModelError(
+                f"[experts] {layer.path}: expected fewer than {facts.n_layers} layers"
+            )
+    if facts.top_k > facts.n_experts:
+        raise ModelError(
+            f"[experts] expected at most {facts.n_experts} experts per token but got "
+            f"{facts.top_k}"
+        )
+    return facts
+
+
+def _check_sizes(config: dict, layer: RoutedLayer, layout: ExpertLayout) -> None:
+    """Hold the rows of gate, up and down against the configuration's sizes."""
+    sizes = text_config(config)
+    inner, hidden = sizes.get("moe_intermediate_size"), sizes.get("hidden_size")
+    expected = {"gate_proj": inner, "up_proj": inner, "down_proj": hidden}
+    for spec in layout.tensors:
+        rows = expected[spec.projection]
+        if spec.part == "weight" and rows not in (None, spec.shape[0]):
+            entry = layer.tensors[spec.projection, spec.part].entries[0]
+            raise ModelError(
+                f"[experts] {entry.name!r} of {entry.file}: expected {rows} rows of "
+                f"{spec.projection} as in config.json but got {spec.shape[0]}"
+            )

@@ -1,0 +1,87 @@
+"""Runs of bytes in files, and where in an expert's record they go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Piece(NamedTuple):
+    """``n_bytes`` at ``offset`` of an open file that go to ``start`` of a record."""
+
+    fd: int
+    offset: int
+    start: int
+    n_bytes: int
+
+
+class Span(NamedTuple):
+    """Bytes that lie end to end in an open file, from ``offset`` on: one read.
+
+    ``pieces`` are ``(start, n_bytes)`` in the record, in the order of the file.
+    """
+
+    fd: int
+    path: Path
+    offset: int
+    pieces: tuple[tuple[int, int], ...]
+
+    def read(self, record: memoryview) -> None:
+        """Read the bytes into their places in ``record``.
+
+        Raises:
+            OSError: the read failed.
+            EOFError: the file ends early.
+        """
+        places = [record[start : start + n_bytes] for start, n_bytes in self.pieces]
+        read_fully(self.fd, self.offset, *places)
+
+
+def merge(pieces: Iterable[Piece]) -> list[list[Piece]]:
+    """Group pieces that follow each other in a file, in the order of files and bytes.
+
+    Pieces that also follow each other in the record become one.
+    """
+    runs: list[list[Piece]] = []
+    next_fd = next_offset = next_start = -1
+    for piece in sorted(pieces):
+        fd, offset, start, n_bytes = piece
+        if (fd, offset) != (next_fd, next_offset):
+            runs.append([piece])
+        elif start == next_start:
+            last = runs[-1][-1]
+            runs[-1][-1] = last._replace(n_bytes=last.n_bytes + n_bytes)
+        else:
+            runs[-1].append(piece)
+        next_fd, next_offset, next_start = fd, offset + n_bytes, start + n_bytes
+    return runs
+
+
+def read_fully(fd: int, offset: int, *buffers: memoryview) -> None:
+    """Fill ``buffers`` one after the other from ``offset`` on, by scatter reads.
+
+    Short reads are continued; interrupted calls are repeated by Python itself.
+
+    Raises:
+        OSError: the read failed.
+        EOFError: the file ends early.
+    """
+    left, done = list(buffers), 0
+    while left:
+        n_bytes = os.preadv(fd, left, offset + done)
+        if n_bytes == 0 and any(left):
+            expected = sum(map(len, buffers))
+            raise EOFError(f"expected {expected} bytes but the file ends after {done}")
+        done += n_bytes
+        left = _rest(left, n_bytes)
+
+
+def _rest(buffers: list[memoryview], n_bytes: int) -> list[memoryview]:
+    """Return what is left of ``buffers`` once the first ``n_bytes`` are filled."""
+    for i, buffer in enumerate(buffers):
+        if n_bytes < len(buffer):
+            return [buffer[n_bytes:], *buffers[i + 1 :]]
+        n_bytes -= len(buffer)
+    return []
