@@ -162,13 +162,15 @@ class RunOptions:
     """How a model is to run: which experts from where, in how much memory, and on what.
 
     ``open_experts`` opens what experts are streamed from; None: they are among the
-    model's parameters.
+    model's parameters. ``optimistic``: whether tokens run ahead of reading experts, as
+    ``config.optimistic`` has it; None takes the environment's choice.
     """
 
     open_experts: Callable[[], ExpertStore] | None = None
     memory: int | str | None = None
     scope: str = "global"
     executor: str | None = None
+    optimistic: str | None = None
 
 
 class Runtime:
@@ -176,6 +178,7 @@ class Runtime:
 
     def __init__(self, options: RunOptions):
         self.executor = open_executor(options.executor)
+        self._optimistic = config.optimistic(options.optimistic)
         self.graphs: BuiltOnce[LayerGraph] = BuiltOnce(64)
         self.store: ExpertStore | None = None
         self.streamer: ExpertStreamer | None = None
@@ -193,6 +196,21 @@ class Runtime:
     def streams(self) -> bool:
         """Tell whether some experts are not in memory."""
         return self.streamer is not None and not self.streamer.resident
+
+    @property
+    def steps(self) -> bool:
+        """Tell whether single tokens go through all layers without a read-back.
+
+        That is where launches are worth a trace: elsewhere reading back costs nothing.
+        """
+        if self._optimistic == "off" and self.streams:
+            return False
+        return self.executor.compiles or self.runs_ahead
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Tell whether tokens do so however many experts are missing."""
+        return self._optimistic == "on"
 
     def without_streamed(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Leave out of a checkpoint's weights what the streamer reads itself."""

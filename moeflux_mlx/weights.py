@@ -135,6 +135,14 @@ class ExpertSource(Protocol):
         It counts nothing: who keeps it tells ``asked`` how many experts a run used.
         """
 
+    def assumed(self, slots: mx.array | None) -> ExpertSource:
+        """Return these experts for a trace: nothing read, nothing counted.
+
+        Args:
+            slots: uint32 ``[n_layers, n_experts]``: where to look up those that are
+                not ``settled``, by the layers of their streamer.
+        """
+
     def asked(self, n: int) -> None:
         """Hear that a run asked for ``n`` experts without calling ``slots``."""
 

@@ -22,9 +22,13 @@ class ResidentExperts:
         return self._weights
 
     @property
-    def settled(self) -> ResidentExperts | None:
+    def settled(self) -> ResidentExperts:
         """These experts without whatever counts their use."""
         return self
+
+    def assumed(self, slots: mx.array | None) -> ResidentExperts:
+        """Return the same experts, uncounted: each is its own slot."""
+        return self.settled
 
     def asked(self, n: int) -> None:
         """Hear that a run asked for ``n`` experts without calling ``slots``."""
@@ -55,7 +59,7 @@ class PreloadedExperts(ResidentExperts):
         self._settled = ResidentExperts(weights)
 
     @property
-    def settled(self) -> ResidentExperts | None:
+    def settled(self) -> ResidentExperts:
         """The same experts, uncounted."""
         return self._settled
 

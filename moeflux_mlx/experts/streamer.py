@@ -12,8 +12,9 @@ import numpy as np
 
 from .. import config
 from ..errors import BudgetError, ConfigError, ExpertStoreError, MoefluxError
-from ..weights import ExpertSource, ExpertWeights
+from ..weights import ExpertSource
 from .budget import count_slots
+from .device_table import DeviceTable
 from .policy import LRU, PolicyFactory
 from .pool import POOL_ALIGNMENT, SlotPool, pool_stride
 from .reader import INLINE_BYTES, Batch, Read, ReadPool
@@ -21,10 +22,13 @@ from .residency import EMPTY, SlotTable
 from .resident import PreloadedExperts
 from .stats import Counters, StreamStats
 from .store import ExpertStore
+from .streamed import StreamedExperts
 
 # Experts in a wave: enough to keep every reading thread busy, few enough that the
 # first results do not wait for half the pool.
 WAVE_EXPERTS = 32
+# How many tokens the miss rate remembers: it follows a change of topic at once.
+MISS_RATE_TOKENS = 2
 
 
 class ExpertStreamer:
@@ -83,6 +87,9 @@ class ExpertStreamer:
         self._table = SlotTable(
             n_rows, store.n_experts, n_slots, shared=groups == 1, policy=policy
         )
+        self._on_device = DeviceTable(self._table)
+        # Share of layers, of one token or a batch each, that missed an expert lately.
+        self.miss_rate = 1.0
         self._checked = np.zeros((n_rows, store.n_experts), dtype=bool)
         self._reader = ReadPool(read_threads or config.read_threads(), inline_bytes)
         self._lock = threading.RLock()
@@ -122,7 +129,8 @@ class ExpertStreamer:
             )
         layout = self._store.layout(layer)
         if not self.resident:
-            return StreamedExperts(self, layer, self._pool.weights(layout))
+            row = self._rows[layer]
+            return StreamedExperts(self, layer, row, self._pool.weights(layout))
         n_experts = self._store.n_experts
         first = self._rows[layer] * n_experts
         weights = self._pool.weights(layout, first, n_experts)
@@ -162,32 +170,86 @@ class ExpertStreamer:
                 raise
             self._interrupted = False
 
-    def _slots(self, layer: int, indices: mx.array) -> mx.array:
+    def slots(self, layer: int, indices: mx.array) -> mx.array:
+        """Do what ``StreamedExperts.slots`` promises for a layer."""
         with self._exclusive():
-            guards, self._guards = self._guards, []
-            self._evaluate(indices, *guards)
+            ids = self._read_back([indices])[0].ravel().tolist()
+            self._settle()
+            self._provide(layer, ids)
+            places = self._table.rows[self._rows[layer]]
+            slots = np.array([places[e] for e in ids], dtype=np.uint32)
+            return mx.array(slots.reshape(indices.shape))
+
+    def slots_on_device(self) -> mx.array:
+        """Return each expert's slot now, uint32 ``[n_layers, n_experts]``.
+
+        Absent experts have slot 0; layers are in the store's order.
+        """
+        with self._exclusive():
+            self._settle()
+            return self._on_device.array()
+
+    def confirm(
+        self, layers: Sequence[int], chosen: Sequence[mx.array], *, again: bool = False
+    ) -> int:
+        """Enter what a run that looked slots up on the device asked for.
+
+        The first layer that lacked an expert gets it; what later ones chose is then
+        of no meaning.
+
+        Args:
+            layers: those that ran, in order.
+            chosen: arrays ``[n, ...]`` of expert ids, together a row for each layer.
+            again: the first layer's were entered before, when it lacked some.
+
+        Returns:
+            How many of the layers, from the first on, had all they asked for.
+
+        Raises:
+            ExpertStoreError, BudgetError: as ``StreamedExperts.slots``.
+        """
+        with self._exclusive():
+            rows = np.concatenate(self._read_back(chosen))
+            self._settle()
+            for n, (layer, row) in enumerate(zip(layers, rows, strict=True)):
+                ids = row.ravel().tolist()
+                places = self._table.rows[self._rows[layer]]
+                if again and n == 0 and all(places[e] != EMPTY for e in ids):
+                    continue
+                if self._provide(layer, ids):
+                    return n
+            return len(layers)
+
+    def _read_back(self, chosen: Sequence[mx.array]) -> list[np.ndarray]:
+        """Wait for expert ids, and for all that still reads slots."""
+        guards, self._guards = self._guards, []
+        self._evaluate(*chosen, *guards)
+        for indices in chosen:
             if not mx.issubdtype(indices.dtype, mx.integer):
                 raise ExpertStoreError(
                     f"[slots] expected expert ids as integers but got {indices.dtype}"
                 )
-            ids = np.array(indices, copy=False).ravel().tolist()
-            needed = self._distinct(layer, ids)
-            if len(needed) > self._table.capacity:
-                raise BudgetError(
-                    f"[slots] layer {layer}: expected at most {self._table.capacity} "
-                    f"distinct experts in one step but got {len(needed)}: the memory "
-                    "budget is too small for it"
-                )
-            self._settle()
-            row = self._rows[layer]
-            places = self._table.rows[row]
-            missing = [e for e in needed if places[e] == EMPTY]
-            if missing:
-                self._fetch(layer, needed, missing)
-            self._table.touch(row, needed)
-            self.stats[layer].hits += len(needed) - len(missing)
-            slots = np.array([places[e] for e in ids], dtype=np.uint32)
-            return mx.array(slots.reshape(indices.shape))
+        return [np.array(indices, copy=False) for indices in chosen]
+
+    def _provide(self, layer: int, ids: Sequence[int]) -> list[int]:
+        """Have a step's experts in memory and count them; return those missing."""
+        needed = self._distinct(layer, ids)
+        if len(needed) > self._table.capacity:
+            raise BudgetError(
+                f"[slots] layer {layer}: expected at most {self._table.capacity} "
+                f"distinct experts in one step but got {len(needed)}: the memory "
+                "budget is too small for it"
+            )
+        row = self._rows[layer]
+        places = self._table.rows[row]
+        missing = [e for e in needed if places[e] == EMPTY]
+        if missing:
+            self._fetch(layer, needed, missing)
+        self._table.touch(row, needed)
+        self.stats[layer].hits += len(needed) - len(missing)
+        share = 1 / (MISS_RATE_TOKENS * len(self._rows))
+        self.miss_rate += share * (bool(missing) - self.miss_rate)
+        return missing
 
     def _fetch(self, layer: int, needed: list[int], missing: list[int]) -> None:
         row = self._rows[layer]
@@ -198,7 +260,7 @@ class ExpertStreamer:
         if failed:
             raise failed[min(failed)]
 
-    def _waves(
+    def waves(
         self, layer: int, experts: Sequence[int]
     ) -> Iterator[list[tuple[int, int]]]:
         counters, row = self.stats[layer], self._rows[layer]
@@ -346,47 +408,3 @@ class ExpertStreamer:
                 f"{self._store.n_experts - 1} but got {distinct[0]} to {distinct[-1]}"
             )
         return distinct
-
-
-class StreamedExperts:
-    """One layer of an ``ExpertStreamer`` that does not hold every expert."""
-
-    def __init__(self, streamer: ExpertStreamer, layer: int, weights: ExpertWeights):
-        self._streamer, self._layer, self._weights = streamer, layer, weights
-
-    @property
-    def weights(self) -> ExpertWeights:
-        """All slots of the pool in this layer's layout."""
-        return self._weights
-
-    @property
-    def settled(self) -> None:
-        """Experts come and go."""
-        return None
-
-    def asked(self, n: int) -> None:
-        """Hear of nothing: whoever asks calls ``slots``, which counts."""
-
-    def slots(self, indices: mx.array) -> mx.array:
-        """Map ``[N, K]`` expert ids to slots, reading what is missing.
-
-        Raises:
-            ExpertStoreError: an id is out of range, or a record cannot be read; what
-                could be read is kept, and the call may be repeated.
-            BudgetError: more distinct experts than slots.
-        """
-        return self._streamer._slots(self._layer, indices)
-
-    def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
-        """Yield ``(expert, slot)`` lists: first what is in memory, then what is read.
-
-        While the caller computes with one wave the next one is being read.
-
-        Raises:
-            ExpertStoreError: an id is out of range, or a record cannot be read.
-        """
-        return self._streamer._waves(self._layer, experts)
-
-    def guard(self, *outputs: mx.array) -> None:
-        """Evaluate ``outputs`` before any slot handed out so far is overwritten."""
-        self._streamer.guard(*outputs)
