@@ -26,7 +26,8 @@ class Passed:
 
     ``out`` is what the last of them gave, or the logits after a model's last.
     Where slots were looked up, ``inputs`` are what a run from each layer on begins
-    with, tokens before the first, and ``chosen`` int32 ``[n, B, K]`` the experts asked for, a row for each layer that did.
+    with, tokens before the first, and ``chosen`` int32 ``[n, B, K]`` the experts asked
+    for, a row for each layer that did.
     """
 
     out: mx.array

@@ -213,8 +213,7 @@ class ExpertStreamer:
             self._settle()
             for n, (layer, row) in enumerate(zip(layers, rows, strict=True)):
                 ids = row.ravel().tolist()
-                places = self._table.rows[self._rows[layer]]
-                if again and n == 0 and all(places[e] != EMPTY for e in ids):
+                if again and n == 0 and not self._missing(layer, ids):
                     continue
                 if self._provide(layer, ids):
                     return n
@@ -240,16 +239,18 @@ class ExpertStreamer:
                 f"distinct experts in one step but got {len(needed)}: the memory "
                 "budget is too small for it"
             )
-        row = self._rows[layer]
-        places = self._table.rows[row]
-        missing = [e for e in needed if places[e] == EMPTY]
+        missing = self._missing(layer, needed)
         if missing:
             self._fetch(layer, needed, missing)
-        self._table.touch(row, needed)
+        self._table.touch(self._rows[layer], needed)
         self.stats[layer].hits += len(needed) - len(missing)
         share = 1 / (MISS_RATE_TOKENS * len(self._rows))
         self.miss_rate += share * (bool(missing) - self.miss_rate)
         return missing
+
+    def _missing(self, layer: int, ids: Sequence[int]) -> list[int]:
+        places = self._table.rows[self._rows[layer]]
+        return [e for e in self._distinct(layer, ids) if places[e] == EMPTY]
 
     def _fetch(self, layer: int, needed: list[int], missing: list[int]) -> None:
         row = self._rows[layer]
