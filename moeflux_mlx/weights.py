@@ -157,6 +157,15 @@ class ExpertSource(Protocol):
             ``[N, K]`` uint32 slots.
         """
 
+    def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield columns of ``indices`` and the slots of their experts, as they come.
+
+        While the caller computes with those in memory the others are being read.
+
+        Args:
+            indices: ``[1, K]`` expert ids of one token.
+        """
+
     def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         """Yield ``(expert, slot)`` lists that together visit each expert once.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from ..weights import ExpertWeights
 from .stats import Counters
@@ -36,6 +37,11 @@ class ResidentExperts:
     def slots(self, indices: mx.array) -> mx.array:
         """Return ``indices`` as uint32, without reading or copying them."""
         return indices.view(mx.uint32)
+
+    def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield all columns and slots at once."""
+        slots = np.array(self.slots(indices)).ravel().tolist()
+        yield [*range(len(slots))], slots
 
     def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         """Yield one wave with every distinct expert, ascending."""

@@ -16,6 +16,11 @@ class Streamer(Protocol):
     def slots(self, layer: int, indices: mx.array) -> mx.array:
         """See ``StreamedExperts.slots``."""
 
+    def parts(
+        self, layer: int, indices: mx.array
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        """See ``StreamedExperts.parts``."""
+
     def waves(
         self, layer: int, experts: Sequence[int]
     ) -> Iterator[list[tuple[int, int]]]:
@@ -65,6 +70,14 @@ class StreamedExperts:
         """
         return self._streamer.slots(self._layer, indices)
 
+    def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield columns of ``indices`` and their slots: in memory first, then read.
+
+        Raises:
+            ExpertStoreError, BudgetError: as ``slots``.
+        """
+        return self._streamer.parts(self._layer, indices)
+
     def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         """Yield ``(expert, slot)`` lists: first what is in memory, then what is read.
 
@@ -106,6 +119,10 @@ class AssumedExperts:
         # What follows from a missing expert may be no number, nor any id from it.
         last = self._slot_of.size - 1
         return self._slot_of[mx.minimum(indices.view(mx.uint32), last)]
+
+    def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
+        """Refuse: who takes experts as they come has read their ids back."""
+        raise NotImplementedError
 
     def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         """Refuse: who visits experts one by one has read their ids back."""

@@ -180,6 +180,26 @@ class ExpertStreamer:
             slots = np.array([places[e] for e in ids], dtype=np.uint32)
             return mx.array(slots.reshape(indices.shape))
 
+    def parts(
+        self, layer: int, indices: mx.array
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        """Do what ``StreamedExperts.parts`` promises for a layer."""
+        places = self._table.rows[self._rows[layer]]
+        with self._exclusive():
+            ids = self._read_back([indices])[0].ravel().tolist()
+            self._settle()
+            missing = self._request(layer, ids)
+            here = [i for i, e in enumerate(ids) if e not in missing]
+            slots = [places[ids[i]] for i in here]
+        if here:
+            yield here, slots
+        with self._exclusive():
+            self._receive(layer, ids, missing)
+            later = [i for i, e in enumerate(ids) if e in missing]
+            slots = [places[ids[i]] for i in later]
+        if later:
+            yield later, slots
+
     def slots_on_device(self) -> mx.array:
         """Return each expert's slot now, uint32 ``[n_layers, n_experts]``.
 
@@ -213,7 +233,11 @@ class ExpertStreamer:
             self._settle()
             for n, (layer, row) in enumerate(zip(layers, rows, strict=True)):
                 ids = row.ravel().tolist()
-                if again and n == 0 and not self._missing(layer, ids):
+                if (
+                    again
+                    and n == 0
+                    and not self._missing(layer, self._distinct(layer, ids))
+                ):
                     continue
                 if self._provide(layer, ids):
                     return n
@@ -230,8 +254,14 @@ class ExpertStreamer:
                 )
         return [np.array(indices, copy=False) for indices in chosen]
 
-    def _provide(self, layer: int, ids: Sequence[int]) -> list[int]:
-        """Have a step's experts in memory and count them; return those missing."""
+    def _provide(self, layer: int, ids: Sequence[int]) -> bool:
+        """Have a step's experts in memory and count them; tell if some were not."""
+        missing = self._request(layer, ids)
+        self._receive(layer, ids, missing)
+        return bool(missing)
+
+    def _request(self, layer: int, ids: Sequence[int]) -> list[int]:
+        """Begin to read those of a step's experts that are missing; return these."""
         needed = self._distinct(layer, ids)
         if len(needed) > self._table.capacity:
             raise BudgetError(
@@ -241,25 +271,27 @@ class ExpertStreamer:
             )
         missing = self._missing(layer, needed)
         if missing:
-            self._fetch(layer, needed, missing)
+            row = self._rows[layer]
+            keep = {self._table.key(row, expert) for expert in needed}
+            begun = self._begin(layer, missing, keep)
+            assert begun == len(missing)
+        return missing
+
+    def _receive(self, layer: int, ids: Sequence[int], missing: list[int]) -> None:
+        """Wait for what was requested, and count all of the step's experts."""
+        if missing:
+            failed = self._settle(self.stats[layer])
+            if failed:
+                raise failed[min(failed)]
+        needed = self._distinct(layer, ids)
         self._table.touch(self._rows[layer], needed)
         self.stats[layer].hits += len(needed) - len(missing)
         share = 1 / (MISS_RATE_TOKENS * len(self._rows))
         self.miss_rate += share * (bool(missing) - self.miss_rate)
-        return missing
 
-    def _missing(self, layer: int, ids: Sequence[int]) -> list[int]:
+    def _missing(self, layer: int, experts: Sequence[int]) -> list[int]:
         places = self._table.rows[self._rows[layer]]
-        return [e for e in self._distinct(layer, ids) if places[e] == EMPTY]
-
-    def _fetch(self, layer: int, needed: list[int], missing: list[int]) -> None:
-        row = self._rows[layer]
-        keep = {self._table.key(row, expert) for expert in needed}
-        begun = self._begin(layer, missing, keep)
-        assert begun == len(missing)
-        failed = self._settle(self.stats[layer])
-        if failed:
-            raise failed[min(failed)]
+        return [e for e in experts if places[e] == EMPTY]
 
     def waves(
         self, layer: int, experts: Sequence[int]
