@@ -241,9 +241,12 @@ class Forward:
         hidden, n_seqs, t = self._embed(inputs, embeddings, host)
         steps = self._context(range(len(layers)), cache, n_seqs, t, host=host)
         self._chunk = self._chunk + 1 if t > 1 else 0
-        for layer, layer_cache in zip(layers, cache, strict=True):
-            self.runtime.executor.begin_layer(self._chunk, layer.index, hidden)
-            hidden = layer(hidden, layer_cache, steps)
+        with self.runtime.reading_ahead(one_token=n_seqs == t == 1) as ahead:
+            for layer, layer_cache in zip(layers, cache, strict=True):
+                if ahead and layer.index:
+                    layer.foresee(hidden)
+                self.runtime.executor.begin_layer(self._chunk, layer.index, hidden)
+                hidden = layer(hidden, layer_cache, steps)
         shape = (n_seqs, t, self.args.hidden_size)
         return self._end("norm", hidden, _build_norm).reshape(shape)
 
@@ -392,6 +395,22 @@ class GraphLayer:
             return self._run_linear(hidden, cache, context)
         return self._run_full(hidden, cache, context)
 
+    def foresee(self, hidden: Array) -> None:
+        """Begin to read the experts that the layer will likely choose.
+
+        Its router says so on what the layer begins with ``[N, D]``: less its own mixer,
+        that is the row it will see.
+        """
+        streamer, n = self.runtime.streamer, hidden.shape[0]
+        assert streamer is not None
+        on_host = isinstance(hidden, np.ndarray)
+        dtype = mx.float32 if on_host else hidden.dtype
+        weights = self.weights.bind(dtype, host=on_host)
+        key = ("foresee", self.weights.signature, n, dtype)
+        graph = self.runtime.graphs.get(key, lambda: self._build_foresee(n, dtype))
+        done = self._runner.run(graph, weights, {"hidden": hidden}, recurs=True)
+        streamer.foresee(self.index, to_device(done.value(graph.outputs["experts"])))
+
     def sample(self, n_tokens: int, dtype: mx.Dtype) -> LayerSample:
         """Return the graph for one sequence of ``n_tokens`` with inputs to run it."""
         weights = self.weights.bind(dtype)
@@ -506,6 +525,14 @@ class GraphLayer:
         self.routed.refresh()
         total = sum(ref.n_bytes for ref in self.routed.refs.values())
         return RoutedShape(dim, width, total // self.args.num_experts)
+
+    def _build_foresee(self, n: int, dtype: mx.Dtype) -> LayerGraph:
+        eps = self.args.rms_norm_eps
+        g = GraphBuilder("router of the layer ahead", dtype, self.weights.refs)
+        hidden = g.input("hidden", b.HiddenBuf, (n, self.args.hidden_size))
+        x = g.norm("post_attention_layernorm", hidden, b.MoeInputBuf, eps)
+        experts = blocks.expected_experts(g, self.module.mlp, x, n)
+        return g.finish(self.runtime.executor, experts=experts)
 
     def _build(self, call: Call) -> LayerGraph:
         assert self._shape is not None

@@ -6,7 +6,8 @@ any kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -163,7 +164,9 @@ class RunOptions:
 
     ``open_experts`` opens what experts are streamed from; None: they are among the
     model's parameters. ``optimistic``: whether tokens run ahead of reading experts, as
-    ``config.optimistic`` has it; None takes the environment's choice.
+    ``config.optimistic`` has it; None takes the environment's choice. ``read_ahead``:
+    whether experts are read before they are asked for: ``on``, ``off``, or ``auto``
+    where that was measured to pay.
     """
 
     open_experts: Callable[[], ExpertStore] | None = None
@@ -171,6 +174,7 @@ class RunOptions:
     scope: str = "global"
     executor: str | None = None
     optimistic: str | None = None
+    read_ahead: str = "auto"
 
 
 class Runtime:
@@ -189,6 +193,7 @@ class Runtime:
                 self.store,
                 memory,
                 scope=options.scope,
+                read_ahead=options.read_ahead,
                 evaluate=partial(self.executor.wait, "routing"),
             )
 
@@ -211,6 +216,16 @@ class Runtime:
     def runs_ahead(self) -> bool:
         """Tell whether tokens do so however many experts are missing."""
         return self._optimistic == "on"
+
+    @contextlib.contextmanager
+    def reading_ahead(self, *, one_token: bool) -> Iterator[bool]:
+        """Tell whether to read ahead in a call, which is timed to find that out."""
+        if self.streamer is None or self.streamer.resident or not one_token:
+            yield False
+            return
+        ahead = self.streamer.read_ahead.begin()
+        yield ahead
+        self.streamer.read_ahead.end()
 
     def without_streamed(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Leave out of a checkpoint's weights what the streamer reads itself."""

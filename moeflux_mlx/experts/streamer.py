@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import mlx.core as mx
@@ -15,12 +14,14 @@ from ..errors import BudgetError, ConfigError, ExpertStoreError, MoefluxError
 from ..weights import ExpertSource
 from .budget import count_slots
 from .device_table import DeviceTable
+from .in_flight import InFlight
 from .policy import LRU, PolicyFactory
 from .pool import POOL_ALIGNMENT, SlotPool, pool_stride
-from .reader import INLINE_BYTES, Batch, Read, ReadPool
+from .read_ahead import ReadAhead
+from .reader import INLINE_BYTES, ReadPool
 from .residency import EMPTY, SlotTable
 from .resident import PreloadedExperts
-from .stats import Counters, StreamStats
+from .stats import StreamStats
 from .store import ExpertStore
 from .streamed import StreamedExperts
 
@@ -47,6 +48,7 @@ class ExpertStreamer:
         policy: PolicyFactory = LRU,
         read_threads: int | None = None,
         inline_bytes: int = INLINE_BYTES,
+        read_ahead: str = "auto",
         evaluate: Callable[..., None] = mx.eval,
     ):
         """Allocate the pool; if it holds every expert, read them all now.
@@ -59,6 +61,7 @@ class ExpertStreamer:
             policy: makes what decides on evictions, one for each group of slots.
             read_threads: parallel reads, from the environment by default.
             inline_bytes: reads of up to this many bytes together need no thread.
+            read_ahead: ``on``, ``off``, or ``auto``: as measured.
             evaluate: evaluates arrays that must be done before slots change, like
                 ``mx.eval``; an executor's own counts how long that takes.
 
@@ -87,19 +90,29 @@ class ExpertStreamer:
         self._table = SlotTable(
             n_rows, store.n_experts, n_slots, shared=groups == 1, policy=policy
         )
+        self._foreseen: dict[int, frozenset[int]] = {}
         self._on_device = DeviceTable(self._table)
         # Share of layers, of one token or a batch each, that missed an expert lately.
         self.miss_rate = 1.0
-        self._checked = np.zeros((n_rows, store.n_experts), dtype=bool)
         self._reader = ReadPool(read_threads or config.read_threads(), inline_bytes)
         self._lock = threading.RLock()
         self._guards: list[mx.array] = []
         self._interrupted = False
-        self._in_flight: list[tuple[Batch, list[int]]] = []
         self.stats = StreamStats(store.layers)
+        self._in_flight = InFlight(
+            store, self._rows, self._pool, self._table, self._reader, self.stats
+        )
+        # What needs no thread is not read ahead of anything.
+        record_bytes = min(layout.record_bytes for layout in layouts)
+        if read_ahead == "auto" and record_bytes <= inline_bytes:
+            read_ahead = "off"
+        self.read_ahead = ReadAhead(read_ahead, lambda: self.stats.total.wait_seconds)
         self.resident = n_slots == n_records
         if self.resident:
-            self._preload()
+            try:
+                self._in_flight.preload()
+            finally:
+                self._reader.close()
 
     @property
     def n_slots(self) -> int:
@@ -144,8 +157,8 @@ class ExpertStreamer:
     def close(self) -> None:
         """Wait for reads in flight and end the reading threads."""
         with self._lock:
-            self._cancel()
-            self._settle()
+            self._in_flight.cancel()
+            self._in_flight.settle()
             self._reader.close()
 
     def __enter__(self) -> ExpertStreamer:
@@ -159,8 +172,8 @@ class ExpertStreamer:
         """Hold the lock, and set right what an interrupt in here left half done."""
         with self._lock:
             if self._interrupted:
-                self._cancel()
-                self._settle()
+                self._in_flight.cancel()
+                self._in_flight.settle()
                 self._table.repair()
             self._interrupted = True
             try:
@@ -174,7 +187,7 @@ class ExpertStreamer:
         """Do what ``StreamedExperts.slots`` promises for a layer."""
         with self._exclusive():
             ids = self._read_back([indices])[0].ravel().tolist()
-            self._settle()
+            self._in_flight.settle(wanted=())
             self._provide(layer, ids)
             places = self._table.rows[self._rows[layer]]
             slots = np.array([places[e] for e in ids], dtype=np.uint32)
@@ -187,7 +200,7 @@ class ExpertStreamer:
         places = self._table.rows[self._rows[layer]]
         with self._exclusive():
             ids = self._read_back([indices])[0].ravel().tolist()
-            self._settle()
+            self._in_flight.settle(wanted=())
             missing = self._request(layer, ids)
             here = [i for i, e in enumerate(ids) if e not in missing]
             slots = [places[ids[i]] for i in here]
@@ -206,7 +219,7 @@ class ExpertStreamer:
         Absent experts have slot 0; layers are in the store's order.
         """
         with self._exclusive():
-            self._settle()
+            self._in_flight.settle(wanted=())
             return self._on_device.array()
 
     def confirm(
@@ -230,7 +243,7 @@ class ExpertStreamer:
         """
         with self._exclusive():
             rows = np.concatenate(self._read_back(chosen))
-            self._settle()
+            self._in_flight.settle(wanted=())
             for n, (layer, row) in enumerate(zip(layers, rows, strict=True)):
                 ids = row.ravel().tolist()
                 if (
@@ -242,6 +255,24 @@ class ExpertStreamer:
                 if self._provide(layer, ids):
                     return n
             return len(layers)
+
+    def foresee(self, layer: int, indices: mx.array) -> None:
+        """Begin to read experts that a layer is expected to ask for next.
+
+        A failed read is of no consequence: whoever asks reads again.
+
+        Args:
+            indices: expert ids, any shape.
+        """
+        with self._exclusive():
+            ids = self._read_back([indices])[0].ravel().tolist()
+            self._in_flight.settle(wanted=())
+            expected = self._distinct(layer, ids)
+            coming = self._in_flight.coming(layer)
+            missing = [e for e in self._missing(layer, expected) if e not in coming]
+            keys = {self._table.key(self._rows[layer], e) for e in expected}
+            begun = self._in_flight.begin(layer, missing, keys, ahead=True)
+            self._foreseen[layer] = frozenset(missing[:begun])
 
     def _read_back(self, chosen: Sequence[mx.array]) -> list[np.ndarray]:
         """Wait for expert ids, and for all that still reads slots."""
@@ -270,22 +301,33 @@ class ExpertStreamer:
                 "budget is too small for it"
             )
         missing = self._missing(layer, needed)
-        if missing:
-            row = self._rows[layer]
-            keep = {self._table.key(row, expert) for expert in needed}
-            begun = self._begin(layer, missing, keep)
-            assert begun == len(missing)
+        coming = self._in_flight.coming(layer)
+        to_read = [e for e in missing if e not in coming]
+        if to_read:
+            self._begin(layer, to_read, needed)
+        counters, ahead = self.stats[layer], self._foreseen.pop(layer, frozenset())
+        counters.hits += len(needed) - len(to_read)
+        counters.read_ahead_used += len(ahead.intersection(needed).difference(to_read))
         return missing
 
+    def _begin(self, layer: int, experts: list[int], keep: Collection[int]) -> None:
+        """Submit reads of experts, all of which find slots."""
+        keys = {self._table.key(self._rows[layer], expert) for expert in keep}
+        begun = self._in_flight.begin(layer, experts, keys)
+        if begun < len(experts):
+            # What is read ahead holds slots until it is there.
+            self._in_flight.settle()
+            begun += self._in_flight.begin(layer, experts[begun:], keys)
+        assert begun == len(experts)
+
     def _receive(self, layer: int, ids: Sequence[int], missing: list[int]) -> None:
-        """Wait for what was requested, and count all of the step's experts."""
-        if missing:
-            failed = self._settle(self.stats[layer])
-            if failed:
-                raise failed[min(failed)]
-        needed = self._distinct(layer, ids)
-        self._table.touch(self._rows[layer], needed)
-        self.stats[layer].hits += len(needed) - len(missing)
+        """Wait for what was requested, and note the use of all the experts."""
+        wanted = {(layer, expert) for expert in missing}
+        if wanted:
+            failed = self._in_flight.settle(self.stats[layer], wanted)
+            if failed_wanted := wanted & failed.keys():
+                raise failed[min(failed_wanted)]
+        self._table.touch(self._rows[layer], self._distinct(layer, ids))
         share = 1 / (MISS_RATE_TOKENS * len(self._rows))
         self.miss_rate += share * (bool(missing) - self.miss_rate)
 
@@ -304,7 +346,7 @@ class ExpertStreamer:
             with self._exclusive():
                 wave = self._next_wave(layer, left, read)
                 if not wave:
-                    read.update(self._read_ahead(layer, list(left)[:n_ahead], left))
+                    read.update(self._begin_some(layer, list(left)[:n_ahead], left))
                     wave = self._next_wave(layer, left, read)
                 for expert, _ in wave:
                     del left[expert]
@@ -313,7 +355,7 @@ class ExpertStreamer:
                 counters.hits += sum(expert not in read for expert in visited)
                 if left:
                     keep = [*visited, *left]
-                    read.update(self._read_ahead(layer, list(left)[:n_ahead], keep))
+                    read.update(self._begin_some(layer, list(left)[:n_ahead], keep))
             yield wave
 
     def _next_wave(
@@ -323,115 +365,26 @@ class ExpertStreamer:
         if self._in_flight:
             # What was built on the last wave is computed while the next one is read.
             self._evaluate_guards()
-        failed = self._settle(self.stats[layer])
+        failed = self._in_flight.settle(self.stats[layer])
         wanted = [e for e in left if e in read and (layer, e) in failed]
         if wanted:
             raise failed[layer, wanted[0]]
         places = self._table.rows[self._rows[layer]]
         return [(e, places[e]) for e in left if places[e] != EMPTY]
 
-    def _read_ahead(
+    def _begin_some(
         self, layer: int, experts: list[int], keep: Collection[int]
     ) -> list[int]:
         """Begin to read as many of ``experts`` as find a slot; return those."""
         row = self._rows[layer]
         self._evaluate_guards()
-        begun = self._begin(layer, experts, {self._table.key(row, e) for e in keep})
-        return experts[:begun]
-
-    def _begin(self, layer: int, experts: list[int], keep: set[int]) -> int:
-        """Submit reads into claimed slots until none can be had; return how many."""
-        row = self._rows[layer]
-        slots: list[int] = []
-        for _ in experts:
-            if (slot := self._table.claim(row, keep)) is None:
-                break
-            slots.append(slot)
-        reads = [
-            self._read(layer, expert, slot)
-            for expert, slot in zip(experts, slots, strict=False)
-        ]
-        if reads:
-            batch = Batch(reads)
-            self._in_flight.append((batch, slots))
-            start = time.perf_counter()
-            self._reader.submit(batch)
-            self.stats[layer].wait_seconds += time.perf_counter() - start
-        return len(reads)
-
-    def _read(self, layer: int, expert: int, slot: int) -> Read:
-        store = self._store
-        checked = self._checked[self._rows[layer], expert]
-        return Read(
-            store.spans(layer, expert),
-            self._pool.buffer(slot, store.layout(layer).record_bytes),
-            layer,
-            expert,
-            None if checked else store.checksum(layer, expert),
-        )
-
-    def _settle(
-        self, waiting: Counters | None = None
-    ) -> dict[tuple[int, int], ExpertStoreError]:
-        """Wait for reads in flight and enter them in the table; return failures.
-
-        An interrupt leaves the rest in flight, to be settled by the next call.
-        """
-        failed: dict[tuple[int, int], ExpertStoreError] = {}
-        while self._in_flight:
-            batch, slots = self._in_flight[0]
-            start = time.perf_counter()
-            batch.wait()
-            if waiting is not None:
-                waiting.wait_seconds += time.perf_counter() - start
-            for read, slot in zip(batch.reads, slots, strict=True):
-                if (error := self._settle_read(read, slot)) is not None:
-                    failed[read.layer, read.expert] = error
-            del self._in_flight[0]
-        return failed
-
-    def _settle_read(self, read: Read, slot: int) -> ExpertStoreError | None:
-        row, counters = self._rows[read.layer], self.stats[read.layer]
-        counters.read_seconds += read.seconds
-        if read.error is not None or not read.done:
-            self._table.release(row, slot)
-            return read.error
-        counters.misses += 1
-        counters.read_bytes += len(read.buffer)
-        self._checked[row, read.expert] = True
-        self._table.place(row, read.expert, slot)
-        return None
-
-    def _cancel(self) -> None:
-        for batch, _ in self._in_flight:
-            batch.cancel()
+        keys = {self._table.key(row, e) for e in keep}
+        return experts[: self._in_flight.begin(layer, experts, keys)]
 
     def _evaluate_guards(self) -> None:
         guards, self._guards = self._guards, []
         if guards:
             self._evaluate(*guards)
-
-    def _preload(self) -> None:
-        """Read every expert into the slot ``row * n_experts + expert``."""
-        n_experts = self._store.n_experts
-        reads = [
-            self._read(layer, expert, row * n_experts + expert)
-            for layer, row in self._rows.items()
-            for expert in range(n_experts)
-        ]
-        try:
-            batch = Batch(reads)
-            self._reader.submit(batch)
-            batch.wait()
-        finally:
-            self._reader.close()
-        for read in reads:
-            if read.error is not None:
-                raise read.error
-            counters = self.stats[read.layer]
-            counters.preloaded += 1
-            counters.read_bytes += len(read.buffer)
-            counters.read_seconds += read.seconds
 
     def _distinct(self, layer: int, ids: Sequence[int]) -> list[int]:
         distinct = sorted(set(ids))
