@@ -21,6 +21,7 @@ from moeflux_mlx.blocks import Call, RoutedShape
 from moeflux_mlx.context import Context, cache_ops, has_spare_rows
 from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.resident import ResidentExperts
+from moeflux_mlx.experts.streamed import AssumedExperts
 from moeflux_mlx.graph import Op
 from moeflux_mlx.graph import roles as b
 from moeflux_mlx.graph.lower import Kernel
@@ -35,7 +36,8 @@ from moeflux_mlx.model import (
 )
 from moeflux_mlx.ops.functions import Array, to_device, to_host
 from moeflux_mlx.parameters import LayerWeights, Watch, unpacked_bytes
-from moeflux_mlx.trace import StepTracer
+from moeflux_mlx.steps import TokenSteps
+from moeflux_mlx.trace import Passed, StepTracer
 from moeflux_mlx.weights import ExpertSource, ExpertWeights, Weight, has_values
 
 ModelArgs = stock.ModelArgs
@@ -131,7 +133,9 @@ class Forward:
         self._runner = GraphRunner(runtime.executor)
         self._sources: list[mx.array] = []
         self._chunk = 0
-        self._tracer = StepTracer(self._traced)
+        self._steps = TokenSteps(
+            StepTracer(self._traced), runtime.streamer, always=runtime.runs_ahead
+        )
         self._bound: tuple[Watch, list[Any], list[ExpertSource]] | None = None
         self._in_trace = False
 
@@ -165,9 +169,9 @@ class Forward:
     def step(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> mx.array | None:
-        """Return the logits of one token each from a trace, or None without one."""
+        """Return the logits of one token each from traces, or None without them."""
         executor = self.runtime.executor
-        wanted = executor.compiles and not executor.watches_layers
+        wanted = self.runtime.steps and not executor.watches_layers
         if cache is None or embeddings is not None or inputs.shape[-1] != 1:
             return None
         if not wanted or self.text.training:
@@ -175,17 +179,16 @@ class Forward:
         layers = self.graph_layers()
         weights, sources = self._bind()
         on_device = inputs.size == 1 or all(layer.gathers(False) for layer in layers)
-        if not on_device or any(source.settled is None for source in sources):
+        if not on_device:
             return None
         self._check_tokens(inputs)
-        held = [*weights, *sources]
-        traced = not executor.watches_steps
-        logits = self._tracer(inputs, cache, held, traced=traced)
-        if logits is not None:
-            for source in sources:
-                source.asked(inputs.size * self.args.num_experts_per_tok)
-            return cast(mx.array, refuse_gradient(logits, *self._replaced()))
-        return None
+        traced = executor.compiles and not executor.watches_steps
+        logits = self._steps(inputs, cache, sources, weights, traced=traced)
+        if logits is None:
+            return None
+        for source in sources:
+            source.asked(inputs.size * self.args.num_experts_per_tok)
+        return cast(mx.array, refuse_gradient(logits, *self._replaced()))
 
     def _bind(self) -> tuple[list[Mapping[str, Weight]], list[ExpertSource]]:
         """Return all weights and experts, looking anew where a parameter changed."""
@@ -197,14 +200,35 @@ class Forward:
             self._bound = Watch(self.text.modules()), weights, sources
         return self._bound[1:]
 
-    def _traced(self, inputs: mx.array, cache: list[Any]) -> mx.array:
+    def _traced(
+        self, span: range, x: mx.array, cache: list[Any], slots: mx.array | None
+    ) -> Passed:
+        """Run some layers as a ``StepTracer`` has them, and what is before and after.
+
+        Args:
+            x: tokens ``[B, 1]`` before the first layer, else rows ``[B, D]``.
+        """
+        n_seqs = x.shape[0]
+        _, sources = self._bind()
+        experts = {i: sources[i].assumed(slots) for i in span}
         self._in_trace = True
         try:
-            hidden = self.hidden_states(inputs, cache, None)
-            logits = self._head(hidden.reshape(inputs.size, -1))
+            hidden = x if span.start else self._embed(x, None, False)[0]
+            steps = self._context(span, cache, n_seqs, 1, host=False, experts=experts)
+            inputs = [x]
+            for i, layer_cache in zip(span, cache, strict=True):
+                hidden = self.layers[i](hidden, layer_cache, steps)
+                inputs.append(hidden)
+            if span.stop == len(self.layers):
+                hidden = self._head(self._end("norm", hidden, _build_norm))
+                hidden = hidden.reshape(n_seqs, 1, -1)
         finally:
             self._in_trace = False
-        return logits.reshape(*inputs.shape, -1)
+        assumed = (e for e in experts.values() if isinstance(e, AssumedExperts))
+        chosen = [indices for source in assumed for indices in source.chosen]
+        if not chosen:
+            return Passed(hidden, [], None)
+        return Passed(hidden, inputs[:-1], mx.stack(chosen))
 
     def hidden_states(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
@@ -215,23 +239,25 @@ class Forward:
         host = self._runs_on_host(inputs if embeddings is None else embeddings)
         self._sources = [] if embeddings is None else [embeddings]
         hidden, n_seqs, t = self._embed(inputs, embeddings, host)
-        training = self.text.training
-        steps = Context(
-            self.text.model.layers,
-            cache,
-            n_seqs,
-            t,
-            self.dtype,
-            host=host,
-            training=training,
-            traced=self._in_trace,
-        )
+        steps = self._context(range(len(layers)), cache, n_seqs, t, host=host)
         self._chunk = self._chunk + 1 if t > 1 else 0
-        for layer, layer_cache in zip(layers, cache, strict=True):
-            self.runtime.executor.begin_layer(self._chunk, layer.index, hidden)
-            hidden = layer(hidden, layer_cache, steps)
+        with self.runtime.reading_ahead(one_token=n_seqs == t == 1) as ahead:
+            for layer, layer_cache in zip(layers, cache, strict=True):
+                if ahead and layer.index:
+                    layer.foresee(hidden)
+                self.runtime.executor.begin_layer(self._chunk, layer.index, hidden)
+                hidden = layer(hidden, layer_cache, steps)
         shape = (n_seqs, t, self.args.hidden_size)
         return self._end("norm", hidden, _build_norm).reshape(shape)
+
+    def _context(
+        self, span: range, cache: list[Any], n_seqs: int, t: int, **options: Any
+    ) -> Context:
+        modules = self.text.model.layers[span.start : span.stop]
+        training = self.text.training
+        return Context(
+            modules, cache, n_seqs, t, self.dtype, training=training, **options
+        )
 
     def logits(self, hidden: Array) -> mx.array:
         """Return logits ``[B, T, V]`` of normalised hidden states."""
@@ -369,6 +395,22 @@ class GraphLayer:
             return self._run_linear(hidden, cache, context)
         return self._run_full(hidden, cache, context)
 
+    def foresee(self, hidden: Array) -> None:
+        """Begin to read the experts that the layer will likely choose.
+
+        Its router says so on what the layer begins with ``[N, D]``: less its own mixer,
+        that is the row it will see.
+        """
+        streamer, n = self.runtime.streamer, hidden.shape[0]
+        assert streamer is not None
+        on_host = isinstance(hidden, np.ndarray)
+        dtype = mx.float32 if on_host else hidden.dtype
+        weights = self.weights.bind(dtype, host=on_host)
+        key = ("foresee", self.weights.signature, n, dtype)
+        graph = self.runtime.graphs.get(key, lambda: self._build_foresee(n, dtype))
+        done = self._runner.run(graph, weights, {"hidden": hidden}, recurs=True)
+        streamer.foresee(self.index, to_device(done.value(graph.outputs["experts"])))
+
     def sample(self, n_tokens: int, dtype: mx.Dtype) -> LayerSample:
         """Return the graph for one sequence of ``n_tokens`` with inputs to run it."""
         weights = self.weights.bind(dtype)
@@ -451,10 +493,10 @@ class GraphLayer:
     ) -> tuple[Array, dict[str, Array]]:
         weights = self.weights.bind(call.dtype, host=isinstance(hidden, np.ndarray))
         graph = self.graph(call)
-        experts = self.experts(call.dtype)
-        if context.traced:
-            assert experts.settled is not None
-            experts = experts.settled
+        if context.experts is None:
+            experts = self.experts(call.dtype)
+        else:
+            experts = context.experts[self.index]
         inputs = {**inputs, "hidden": hidden, "experts": experts}
         # Prompts come in any length: only single tokens are sure to come again.
         recurs = call.t == 1 and not context.training and not context.traced
@@ -483,6 +525,14 @@ class GraphLayer:
         self.routed.refresh()
         total = sum(ref.n_bytes for ref in self.routed.refs.values())
         return RoutedShape(dim, width, total // self.args.num_experts)
+
+    def _build_foresee(self, n: int, dtype: mx.Dtype) -> LayerGraph:
+        eps = self.args.rms_norm_eps
+        g = GraphBuilder("router of the layer ahead", dtype, self.weights.refs)
+        hidden = g.input("hidden", b.HiddenBuf, (n, self.args.hidden_size))
+        x = g.norm("post_attention_layernorm", hidden, b.MoeInputBuf, eps)
+        experts = blocks.expected_experts(g, self.module.mlp, x, n)
+        return g.finish(self.runtime.executor, experts=experts)
 
     def _build(self, call: Call) -> LayerGraph:
         assert self._shape is not None

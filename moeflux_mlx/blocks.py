@@ -291,25 +291,11 @@ def experts_op(call: Call) -> RoutedOp:
     return ops.MoeGatherIdFuse if call.gather_by_id else ops.MoeBatchedPermuteFuse
 
 
-def moe(
-    g: GraphBuilder,
-    block: nn.Module,
-    residual: BufId,
-    x: BufId,
-    call: Call,
-    routed: RoutedShape,
-) -> BufId:
-    """Push router, shared expert, routed experts and the sum with the residual."""
-    n, dim = call.n, routed.dim
+def choose_experts(
+    g: GraphBuilder, block: nn.Module, logits: BufId, n: int
+) -> tuple[BufId, BufId]:
+    """Push the choice of each token's K experts, and their weights."""
     k, n_experts = block.top_k, block.num_experts
-    # In an order in which launches can perform neighbours together.
-    logits = g.matvec("mlp.gate", x, b.RouterLogitsBuf, label="router")
-    shared = "mlp.shared_expert"
-    shared_gate = g.matvec("mlp.shared_expert_gate", x, b.SharedGateBuf)
-    gate = g.matvec(
-        f"{shared}.gate_proj", x, b.SharedFfnGateBuf, label="shared_gate_proj"
-    )
-    up = g.matvec(f"{shared}.up_proj", x, b.SharedFfnUpBuf, label="shared_up_proj")
     indices = g.new("expert_indices", b.RouterIdxBuf, (n, k))
     weights = g.new("expert_weights", b.RouterWeightsBuf, (n, k))
     g.push(
@@ -329,6 +315,35 @@ def moe(
                 label="normalize_weights", weights=weights, n_tokens=n, k=k
             )
         )
+    return indices, weights
+
+
+def expected_experts(g: GraphBuilder, block: nn.Module, x: BufId, n: int) -> BufId:
+    """Push a router on rows that are not quite its own: what it may choose soon."""
+    logits = g.matvec("mlp.gate", x, b.RouterLogitsBuf, label="router")
+    return choose_experts(g, block, logits, n)[0]
+
+
+def moe(
+    g: GraphBuilder,
+    block: nn.Module,
+    residual: BufId,
+    x: BufId,
+    call: Call,
+    routed: RoutedShape,
+) -> BufId:
+    """Push router, shared expert, routed experts and the sum with the residual."""
+    n, dim = call.n, routed.dim
+    k, n_experts = block.top_k, block.num_experts
+    # In an order in which launches can perform neighbours together.
+    logits = g.matvec("mlp.gate", x, b.RouterLogitsBuf, label="router")
+    shared = "mlp.shared_expert"
+    shared_gate = g.matvec("mlp.shared_expert_gate", x, b.SharedGateBuf)
+    gate = g.matvec(
+        f"{shared}.gate_proj", x, b.SharedFfnGateBuf, label="shared_gate_proj"
+    )
+    up = g.matvec(f"{shared}.up_proj", x, b.SharedFfnUpBuf, label="shared_up_proj")
+    indices, weights = choose_experts(g, block, logits, n)
     experts = g.input("experts", b.ExpertBaseBuf, (None,))
     out_sum = g.new("experts_sum", b.MoeOutSumBuf, (n, dim))
     kind = experts_op(call)

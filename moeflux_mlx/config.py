@@ -6,6 +6,9 @@
                              ``open_executor``)
 ``MOEFLUX_MEMORY``           expert memory when ``load(memory=)`` is not given
 ``MOEFLUX_READ_THREADS``     parallel reads of expert records (default 8)
+``MOEFLUX_OPTIMISTIC``       ``auto`` (default), ``on`` or ``off``: whether a token runs
+                             ahead of reading experts; ``auto``: on GPUs, while few
+                             are missing
 ``MOEFLUX_PROFILE_PER_OP``   ``1``: evaluate Op by Op and print a table at exit
 ``MOEFLUX_LOWERING``         kernels to use instead of the table's choice, as
                              ``Op=way,Op=way`` (``moeflux kernels --lowering`` lists)
@@ -53,6 +56,16 @@ def read_threads() -> int:
             f"[MOEFLUX_READ_THREADS] expected a number from 1 to 256 but got {text!r}"
         )
     return int(text)
+
+
+def optimistic(choice: str | None = None) -> str:
+    """Return ``auto``, ``on`` or ``off``: the choice made, or the environment's."""
+    choice = choice or os.environ.get("MOEFLUX_OPTIMISTIC") or "auto"
+    if choice not in ("auto", "on", "off"):
+        raise ConfigError(
+            f"[MOEFLUX_OPTIMISTIC] expected auto, on or off but got {choice!r}"
+        )
+    return choice
 
 
 def profile_per_op() -> bool:

@@ -5,6 +5,7 @@ All of it comes from mlx-lm's own cache objects, and goes back to them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from .graph import Op
 from .graph.lower import Kernel
 from .ops.attention import join_heads, split_heads
 from .ops.functions import to_device, to_host
+from .weights import ExpertSource
 
 
 class Context:
@@ -28,7 +30,8 @@ class Context:
     each None when nothing but causality hides tokens; ``start`` int32 ``[B]`` is the
     position of each sequence's first token. ``move`` takes arrays to where the call
     runs, NumPy for ``host``. ``traced``: the whole call becomes one trace, so that
-    nothing in it needs one of its own, and every cache is a ``TracedKV`` or of arrays.
+    nothing in it needs one of its own, every cache is a ``TracedKV`` or of arrays, and
+    ``experts`` by layer stand for the layers' own.
     """
 
     def __init__(
@@ -41,10 +44,10 @@ class Context:
         *,
         host: bool,
         training: bool,
-        traced: bool = False,
+        experts: Mapping[int, ExpertSource] | None = None,
     ):
         self.n_seqs, self.t, self.dtype, self.training = n_seqs, t, dtype, training
-        self.traced = traced
+        self.experts, self.traced = experts, experts is not None
         self.move = to_host if host else to_device
         stub = mx.zeros((n_seqs, t, 0))
         linear = _cache_of(layers, cache, is_linear=True)

@@ -23,6 +23,8 @@ def load(
     memory: int | str | None = None,
     scope: str = "global",
     executor: str | None = None,
+    optimistic: str | None = None,
+    read_ahead: str = "auto",
     lazy: bool = False,
     revision: str | None = None,
     model_config: dict[str, Any] | None = None,
@@ -40,6 +42,10 @@ def load(
         scope: ``"global"`` shares the expert slots between layers, ``"layer"`` gives
             each layer its own.
         executor: name of the executor; None takes the environment's choice.
+        optimistic: ``"auto"``, ``"on"`` or ``"off"``: whether tokens run ahead of
+            reading experts; None takes the environment's choice.
+        read_ahead: ``"on"``, ``"off"`` or ``"auto"``: whether experts are read before
+            a layer asks for them; ``auto`` tries both for some tokens.
         lazy: leave parameters unevaluated.
         revision, model_config, tokenizer_config: as in ``mlx_lm.load``.
 
@@ -58,7 +64,7 @@ def load(
     # Opened first: mlx-lm's own errors do not say which file or expert is at fault.
     store = open_store(path) if asked or is_packed(path) else None
     opened = (lambda: store) if store is not None else None
-    options = RunOptions(opened, memory, scope, executor)
+    options = RunOptions(opened, memory, scope, executor, optimistic, read_ahead)
     try:
         model, loaded = load_model(
             path,

@@ -6,7 +6,8 @@ any kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -162,13 +163,18 @@ class RunOptions:
     """How a model is to run: which experts from where, in how much memory, and on what.
 
     ``open_experts`` opens what experts are streamed from; None: they are among the
-    model's parameters.
+    model's parameters. ``optimistic``: whether tokens run ahead of reading experts, as
+    ``config.optimistic`` has it; None takes the environment's choice. ``read_ahead``:
+    whether experts are read before they are asked for: ``on``, ``off``, or ``auto``
+    where that was measured to pay.
     """
 
     open_experts: Callable[[], ExpertStore] | None = None
     memory: int | str | None = None
     scope: str = "global"
     executor: str | None = None
+    optimistic: str | None = None
+    read_ahead: str = "auto"
 
 
 class Runtime:
@@ -176,6 +182,7 @@ class Runtime:
 
     def __init__(self, options: RunOptions):
         self.executor = open_executor(options.executor)
+        self._optimistic = config.optimistic(options.optimistic)
         self.graphs: BuiltOnce[LayerGraph] = BuiltOnce(64)
         self.store: ExpertStore | None = None
         self.streamer: ExpertStreamer | None = None
@@ -186,6 +193,7 @@ class Runtime:
                 self.store,
                 memory,
                 scope=options.scope,
+                read_ahead=options.read_ahead,
                 evaluate=partial(self.executor.wait, "routing"),
             )
 
@@ -193,6 +201,31 @@ class Runtime:
     def streams(self) -> bool:
         """Tell whether some experts are not in memory."""
         return self.streamer is not None and not self.streamer.resident
+
+    @property
+    def steps(self) -> bool:
+        """Tell whether single tokens go through all layers without a read-back.
+
+        That is where launches are worth a trace: elsewhere reading back costs nothing.
+        """
+        if self._optimistic == "off" and self.streams:
+            return False
+        return self.executor.compiles or self.runs_ahead
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Tell whether tokens do so however many experts are missing."""
+        return self._optimistic == "on"
+
+    @contextlib.contextmanager
+    def reading_ahead(self, *, one_token: bool) -> Iterator[bool]:
+        """Tell whether to read ahead in a call, which is timed to find that out."""
+        if self.streamer is None or self.streamer.resident or not one_token:
+            yield False
+            return
+        ahead = self.streamer.read_ahead.begin()
+        yield ahead
+        self.streamer.read_ahead.end()
 
     def without_streamed(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Leave out of a checkpoint's weights what the streamer reads itself."""

@@ -1,13 +1,14 @@
-"""One token through a whole model as one function that MLX traced once.
+"""One token through layers of a model as one function that MLX traced once.
 
 Python then only hands states over; MLX replays the same launches. What would change a
 launch from token to token is kept from it: caches come whole, with spare rows, and
-where they end is an array.
+where they end is an array; which expert lies in which slot is an array too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -15,9 +16,26 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 
 from .model import BuiltOnce
 
-Forward = Callable[[mx.array, list[Any]], mx.array]
-# Traces of one model: as many shapes of caches and numbers of sequences at a time.
+# Traces of some layers: as many shapes of caches and numbers of sequences at a time.
 MAX_TRACES = 4
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What came of one token of each sequence in some layers.
+
+    ``out`` is what the last of them gave, or the logits after a model's last.
+    Where slots were looked up, ``inputs`` are what a run from each layer on begins
+    with, tokens before the first, and ``chosen`` int32 ``[n, B, K]`` the experts asked
+    for, a row for each layer that did.
+    """
+
+    out: mx.array
+    inputs: list[mx.array]
+    chosen: mx.array | None
+
+
+Forward = Callable[[range, mx.array, list[Any], mx.array | None], Passed]
 
 
 class TracedKV:
@@ -31,68 +49,72 @@ class TracedKV:
 
 
 class StepTracer:
-    """Runs ``forward(tokens, caches)`` for one token of each sequence from a trace.
+    """Runs ``forward(layers, x, caches, slots)`` for one token of each sequence.
 
     Args:
-        forward: an ordinary call of the model, lazy throughout, that takes ``TracedKV``
-            for ``KVCache`` and moves all caches on.
+        forward: an ordinary call of some layers of the model, lazy throughout, that
+            takes ``TracedKV`` for ``KVCache`` and moves all caches on.
     """
 
     def __init__(self, forward: Forward):
         self._forward = forward
-        self._traces: BuiltOnce[tuple[Callable[..., list[mx.array]], Any]]
-        self._traces = BuiltOnce(MAX_TRACES)
+        self._traces: dict[range, BuiltOnce[tuple[Callable[..., Any], Any]]] = {}
 
     def __call__(
         self,
-        tokens: mx.array,
+        layers: range,
+        x: mx.array,
         caches: Sequence[Any],
         held: Sequence[object],
+        slots: mx.array | None = None,
         *,
         traced: bool = True,
-    ) -> mx.array | None:
-        """Return the logits ``[B, 1, V]``, or None where only an ordinary call can.
+    ) -> Passed:
+        """Run layers from a trace; caches are given new states, not moved on.
 
-        That is: before the first token, when a cache has no room for one more, or for
-        other caches than mlx-lm's plain ones.
+        Their own row is thus written again by whoever runs the layers again, and
+        states that are to be put back later the caller keeps.
 
         Args:
-            tokens: ``[B, 1]``.
+            x: tokens ``[B, 1]`` before the first layer, else what the layer before
+                gave.
+            caches: of these layers, all of which ``can_trace``.
             held: what is part of a trace and not an argument, as weights: a trace
                 serves as long as these are the same objects, and keeps them.
+            slots: uint32 ``[n, E]``, where experts that are not in memory for good
+                lie; None if all are.
             traced: False makes the same call without a trace, to look into it.
         """
-        kinds = tuple(_kind(cache) for cache in caches)
-        if None in kinds:
-            return None
-        states = [array for cache in caches for array in _states(cache)]
+        kinds = [type(cache) for cache in caches]
+        states = [state for cache in caches for state in states_of(cache)]
         shapes = tuple(state.shape for state in states)
-        key = (tuple(map(id, held)), tokens.shape, kinds, shapes)
+        key = (tuple(map(id, held)), x.shape, tuple(kinds), shapes, slots is None)
         if traced:
-            call, _ = self._traces.get(
-                key, lambda: (mx.compile(self._function(kinds)), held)
+            traces = self._traces.setdefault(layers, BuiltOnce(MAX_TRACES))
+            call, _ = traces.get(
+                key, lambda: (mx.compile(self._function(layers, kinds)), held)
             )
         else:
-            call = self._function(kinds)
-        offset = next(c.offset for c in caches if isinstance(c, KVCache))
-        # Nobody else may hold the states when MLX evaluates: it updates them in place.
-        for cache in caches:
-            _set_states(cache, [None, None])
+            call = self._function(layers, kinds)
+        offset = next((c.offset for c in caches if isinstance(c, KVCache)), 0)
         new = states
         try:
-            logits, *new = call(tokens, mx.array(offset, mx.int32), *states)
+            # Nobody else may hold them when MLX evaluates: it updates them in place.
+            for cache in caches:
+                set_states(cache, [None, None])
+            passed, new = call(x, mx.array(offset, mx.int32), slots, states)
         finally:
             for i, cache in enumerate(caches):
-                _set_states(cache, new[2 * i : 2 * i + 2])
-        for cache in caches:
-            if isinstance(cache, KVCache):
-                cache.offset += 1
-        return logits
+                set_states(cache, new[2 * i : 2 * i + 2])
+        return Passed(*passed)
 
-    def _function(self, kinds: Sequence[Any]) -> Callable[..., list[mx.array]]:
+    def _function(self, layers: range, kinds: Sequence[type]) -> Callable[..., Any]:
         def step(
-            tokens: mx.array, offset: mx.array, *states: mx.array
-        ) -> list[mx.array]:
+            x: mx.array,
+            offset: mx.array,
+            slots: mx.array | None,
+            states: list[mx.array],
+        ) -> tuple[tuple[Any, ...], list[mx.array]]:
             caches: list[Any] = []
             for i, kind in enumerate(kinds):
                 first, second = states[2 * i : 2 * i + 2]
@@ -100,32 +122,37 @@ class StepTracer:
                     caches.append(TracedKV(first, second, offset))
                 else:
                     caches.append(ArraysCache(2))
-                    _set_states(caches[-1], [first, second])
-            logits = self._forward(tokens, caches)
-            return [logits, *(state for cache in caches for state in _states(cache))]
+                    set_states(caches[-1], [first, second])
+            passed = self._forward(layers, x, caches, slots)
+            parts = passed.out, passed.inputs, passed.chosen
+            return parts, [state for cache in caches for state in states_of(cache)]
 
         return step
 
 
-def _kind(cache: Any) -> type | None:
-    """Return the class of a cache that a trace can move on by one token."""
+def can_trace(cache: Any) -> bool:
+    """Tell whether a trace can move a cache on by one token.
+
+    Not before the first one, nor when there is no room for one more, nor others than
+    mlx-lm's plain caches.
+    """
     if type(cache) is KVCache:
-        has_room = cache.keys is not None and cache.offset < cache.keys.shape[2]
-        return KVCache if has_room else None
+        return cache.keys is not None and cache.offset < cache.keys.shape[2]
     if type(cache) is ArraysCache and len(cache.cache) == 2:
         plain = cache.left_padding is None and cache.lengths is None
-        begun = all(state is not None for state in cache.cache)
-        return ArraysCache if plain and begun else None
-    return None
+        return plain and all(state is not None for state in cache.cache)
+    return False
 
 
-def _states(cache: Any) -> list[Any]:
+def states_of(cache: Any) -> list[Any]:
+    """Return the two arrays that a cache holds."""
     if isinstance(cache, ArraysCache):
         return [*cache.cache]
     return [cache.keys, cache.values]
 
 
-def _set_states(cache: Any, states: list[Any]) -> None:
+def set_states(cache: Any, states: list[Any]) -> None:
+    """Give a cache its two arrays."""
     if isinstance(cache, ArraysCache):
         cache.cache = states
     else:

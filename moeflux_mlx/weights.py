@@ -135,6 +135,14 @@ class ExpertSource(Protocol):
         It counts nothing: who keeps it tells ``asked`` how many experts a run used.
         """
 
+    def assumed(self, slots: mx.array | None) -> ExpertSource:
+        """Return these experts for a trace: nothing read, nothing counted.
+
+        Args:
+            slots: uint32 ``[n_layers, n_experts]``: where to look up those that are
+                not ``settled``, by the layers of their streamer.
+        """
+
     def asked(self, n: int) -> None:
         """Hear that a run asked for ``n`` experts without calling ``slots``."""
 
@@ -147,6 +155,15 @@ class ExpertSource(Protocol):
 
         Returns:
             ``[N, K]`` uint32 slots.
+        """
+
+    def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield columns of ``indices`` and the slots of their experts, as they come.
+
+        While the caller computes with those in memory the others are being read.
+
+        Args:
+            indices: ``[1, K]`` expert ids of one token.
         """
 
     def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:

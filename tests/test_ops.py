@@ -161,6 +161,14 @@ class ShuffledExperts:
     def slots(self, indices: mx.array) -> mx.array:
         return mx.array(self.slot_of)[indices].astype(mx.uint32)
 
+    def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
+        slots = np.array(self.slots(indices)).ravel()
+        left = self.rng.permutation(slots.size).tolist()
+        while left:
+            n = int(self.rng.integers(1, 4))
+            columns, left = left[:n], left[n:]
+            yield columns, slots[columns].tolist()
+
     def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         left = self.rng.permutation(experts).tolist()
         while left:

@@ -235,6 +235,46 @@ def test_a_wave_left_early_does_not_harm_what_follows(store, expected):
         check_counters(streamer, store)
 
 
+def test_parts_are_first_what_is_in_memory_and_count_as_slots_do(store, expected):
+    rows = ([8, 9, 10], [9, 2, 8], [2, 2, 9], [5, 6, 7], [10, 5, 0])
+    with stream(store, 5) as streamer, stream(store, 5) as other:
+        source = streamer.source(0)
+        parts = []
+        for row in rows:
+            found = {}
+            parts.append([])
+            for columns, slots in source.parts(ids(row)):
+                parts[-1].append(columns)
+                for column, slot in zip(columns, slots, strict=True):
+                    assert seen(source, slot) == expected[0, row[column]]
+                    found[column] = slot
+            assert sorted(found) == [0, 1, 2]
+            other.source(0).slots(ids(row))
+        assert parts == [
+            [[0, 1, 2]],
+            [[0, 2], [1]],
+            [[0, 1, 2]],
+            [[0, 1, 2]],
+            [[1], [0, 2]],
+        ]
+        counts = [(s.stats[0].hits, s.stats[0].misses) for s in (streamer, other)]
+        assert counts[0] == counts[1]
+        assert streamer._table.rows == other._table.rows
+
+
+def test_parts_left_early_do_not_harm_what_follows(store, expected):
+    with stream(store, 5) as streamer:
+        source = streamer.source(0)
+        source.slots(ids([0, 1, 2]))
+        next(source.parts(ids([0, 7, 8])))
+        for row in ([7, 8, 9], [0, 10, 7]):
+            for expert, slot in zip(
+                row, source.slots(ids(row))[0].tolist(), strict=True
+            ):
+                assert seen(source, slot) == expected[0, expert]
+        check_counters(streamer, store)
+
+
 def test_the_longest_unused_expert_is_evicted(store):
     with stream(store, 3) as streamer:
         source = streamer.source(0)

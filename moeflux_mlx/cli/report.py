@@ -69,11 +69,18 @@ def _expert_rows(streamer: ExpertStreamer | None) -> list[tuple[str, str]]:
     if streamer is None:
         return [("experts", "all in memory")]
     total = streamer.stats.total
-    return [
+    rows = [
         ("memory for experts", decimal(streamer.memory_bytes)),
         ("expert cache hits", f"{total.hit_rate:.1%}"),
         ("bytes read", decimal(total.read_bytes)),
     ]
+    if total.read_ahead:
+        rows += [
+            ("missing experts read ahead", f"{total.recall:.1%}"),
+            ("read ahead and used", f"{total.precision:.1%}"),
+            ("bytes read ahead in vain", decimal(total.wasted_bytes)),
+        ]
+    return rows
 
 
 def _peak_process_bytes() -> int:

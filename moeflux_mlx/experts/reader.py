@@ -112,9 +112,14 @@ class Batch:
         """Leave out what no thread has begun."""
         self._left.clear()
 
+    @property
+    def over(self) -> bool:
+        """Tell whether every read is over."""
+        return not (self._left or self._n_running)
+
     def wait(self) -> None:
         """Wait until every read is over; Ctrl-C gets through, the reads go on."""
-        while self._left or self._n_running:
+        while not self.over:
             self._news.acquire(timeout=WAIT_SECONDS)
 
 

@@ -15,6 +15,7 @@ class SlotTable:
     A row is one MoE layer, counted from 0. ``rows[row][expert]`` is the slot of an
     expert, or ``EMPTY``. A claimed slot belongs to nobody until it is
     placed or released, so a read in flight can be neither found nor evicted.
+    ``changed`` collects the rows that differ from what a copy of them says.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class SlotTable:
         self.n_experts = n_experts
         # Lists, not an array: a token looks up single experts.
         self.rows = [[EMPTY] * n_experts for _ in range(n_rows)]
+        self.changed = set(range(n_rows))
         n_groups = 1 if shared else n_rows
         self.capacity = n_slots // n_groups
         self._shared = shared
@@ -57,11 +59,13 @@ class SlotTable:
             return None
         victim_row, expert = divmod(victim, self.n_experts)
         slot = self.rows[victim_row][expert]
+        self.changed.add(victim_row)
         self.rows[victim_row][expert] = EMPTY
         return slot
 
     def place(self, row: int, expert: int, slot: int) -> None:
         """Say that a claimed slot now holds an expert."""
+        self.changed.add(row)
         self.rows[row][expert] = slot
         self.touch(row, [expert])
 
@@ -75,6 +79,7 @@ class SlotTable:
         No slot may be in flight. Uses are forgotten, contents are not.
         """
         groups = range(len(self._free))
+        self.changed.update(range(len(self.rows)))
         unused = [
             set(range(g * self.capacity, (g + 1) * self.capacity)) for g in groups
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from ..weights import ExpertWeights
 from .stats import Counters
@@ -22,9 +23,13 @@ class ResidentExperts:
         return self._weights
 
     @property
-    def settled(self) -> ResidentExperts | None:
+    def settled(self) -> ResidentExperts:
         """These experts without whatever counts their use."""
         return self
+
+    def assumed(self, slots: mx.array | None) -> ResidentExperts:
+        """Return the same experts, uncounted: each is its own slot."""
+        return self.settled
 
     def asked(self, n: int) -> None:
         """Hear that a run asked for ``n`` experts without calling ``slots``."""
@@ -32,6 +37,11 @@ class ResidentExperts:
     def slots(self, indices: mx.array) -> mx.array:
         """Return ``indices`` as uint32, without reading or copying them."""
         return indices.view(mx.uint32)
+
+    def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield all columns and slots at once."""
+        slots = np.array(self.slots(indices)).ravel().tolist()
+        yield [*range(len(slots))], slots
 
     def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         """Yield one wave with every distinct expert, ascending."""
@@ -55,7 +65,7 @@ class PreloadedExperts(ResidentExperts):
         self._settled = ResidentExperts(weights)
 
     @property
-    def settled(self) -> ResidentExperts | None:
+    def settled(self) -> ResidentExperts:
         """The same experts, uncounted."""
         return self._settled
 

@@ -11,13 +11,17 @@ class Counters:
     """Counts of one layer, or of all.
 
     ``hits`` and ``misses`` count distinct experts of each call. ``preloaded`` are
-    experts read before anyone asked. ``read_seconds`` adds up over reading threads,
+    experts read before anyone asked. ``read_ahead`` were read because the layer was
+    expected to ask for them next, of which it did for ``read_ahead_used``: these count
+    as hits. ``read_seconds`` adds up over reading threads,
     ``wait_seconds`` is how long computation stood still.
     """
 
     hits: int = 0
     misses: int = 0
     preloaded: int = 0
+    read_ahead: int = 0
+    read_ahead_used: int = 0
     read_bytes: int = 0
     read_seconds: float = 0.0
     wait_seconds: float = 0.0
@@ -26,6 +30,23 @@ class Counters:
     def hit_rate(self) -> float:
         """Share of requests that found their expert in memory; 0 without requests."""
         return self.hits / max(1, self.hits + self.misses)
+
+    @property
+    def recall(self) -> float:
+        """Share of the experts not in memory that were read ahead; 0 without any."""
+        return self.read_ahead_used / max(1, self.read_ahead_used + self.misses)
+
+    @property
+    def precision(self) -> float:
+        """Share of the experts read ahead that were asked for; 0 without any."""
+        return self.read_ahead_used / max(1, self.read_ahead)
+
+    @property
+    def wasted_bytes(self) -> int:
+        """Bytes read ahead in vain."""
+        n_reads = self.misses + self.preloaded + self.read_ahead
+        n_wasted = self.read_ahead - self.read_ahead_used
+        return self.read_bytes * n_wasted // max(1, n_reads)
 
     def __add__(self, other: Counters) -> Counters:
         return Counters(

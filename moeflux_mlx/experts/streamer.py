@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import mlx.core as mx
@@ -12,19 +11,25 @@ import numpy as np
 
 from .. import config
 from ..errors import BudgetError, ConfigError, ExpertStoreError, MoefluxError
-from ..weights import ExpertSource, ExpertWeights
+from ..weights import ExpertSource
 from .budget import count_slots
+from .device_table import DeviceTable
+from .in_flight import InFlight
 from .policy import LRU, PolicyFactory
 from .pool import POOL_ALIGNMENT, SlotPool, pool_stride
-from .reader import INLINE_BYTES, Batch, Read, ReadPool
+from .read_ahead import ReadAhead
+from .reader import INLINE_BYTES, ReadPool
 from .residency import EMPTY, SlotTable
 from .resident import PreloadedExperts
-from .stats import Counters, StreamStats
+from .stats import StreamStats
 from .store import ExpertStore
+from .streamed import StreamedExperts
 
 # Experts in a wave: enough to keep every reading thread busy, few enough that the
 # first results do not wait for half the pool.
 WAVE_EXPERTS = 32
+# How many tokens the miss rate remembers: it follows a change of topic at once.
+MISS_RATE_TOKENS = 2
 
 
 class ExpertStreamer:
@@ -43,6 +48,7 @@ class ExpertStreamer:
         policy: PolicyFactory = LRU,
         read_threads: int | None = None,
         inline_bytes: int = INLINE_BYTES,
+        read_ahead: str = "auto",
         evaluate: Callable[..., None] = mx.eval,
     ):
         """Allocate the pool; if it holds every expert, read them all now.
@@ -55,6 +61,7 @@ class ExpertStreamer:
             policy: makes what decides on evictions, one for each group of slots.
             read_threads: parallel reads, from the environment by default.
             inline_bytes: reads of up to this many bytes together need no thread.
+            read_ahead: ``on``, ``off``, or ``auto``: as measured.
             evaluate: evaluates arrays that must be done before slots change, like
                 ``mx.eval``; an executor's own counts how long that takes.
 
@@ -83,16 +90,29 @@ class ExpertStreamer:
         self._table = SlotTable(
             n_rows, store.n_experts, n_slots, shared=groups == 1, policy=policy
         )
-        self._checked = np.zeros((n_rows, store.n_experts), dtype=bool)
+        self._foreseen: dict[int, frozenset[int]] = {}
+        self._on_device = DeviceTable(self._table)
+        # Share of layers, of one token or a batch each, that missed an expert lately.
+        self.miss_rate = 1.0
         self._reader = ReadPool(read_threads or config.read_threads(), inline_bytes)
         self._lock = threading.RLock()
         self._guards: list[mx.array] = []
         self._interrupted = False
-        self._in_flight: list[tuple[Batch, list[int]]] = []
         self.stats = StreamStats(store.layers)
+        self._in_flight = InFlight(
+            store, self._rows, self._pool, self._table, self._reader, self.stats
+        )
+        # What needs no thread is not read ahead of anything.
+        record_bytes = min(layout.record_bytes for layout in layouts)
+        if read_ahead == "auto" and record_bytes <= inline_bytes:
+            read_ahead = "off"
+        self.read_ahead = ReadAhead(read_ahead, lambda: self.stats.total.wait_seconds)
         self.resident = n_slots == n_records
         if self.resident:
-            self._preload()
+            try:
+                self._in_flight.preload()
+            finally:
+                self._reader.close()
 
     @property
     def n_slots(self) -> int:
@@ -122,7 +142,8 @@ class ExpertStreamer:
             )
         layout = self._store.layout(layer)
         if not self.resident:
-            return StreamedExperts(self, layer, self._pool.weights(layout))
+            row = self._rows[layer]
+            return StreamedExperts(self, layer, row, self._pool.weights(layout))
         n_experts = self._store.n_experts
         first = self._rows[layer] * n_experts
         weights = self._pool.weights(layout, first, n_experts)
@@ -136,8 +157,8 @@ class ExpertStreamer:
     def close(self) -> None:
         """Wait for reads in flight and end the reading threads."""
         with self._lock:
-            self._cancel()
-            self._settle()
+            self._in_flight.cancel()
+            self._in_flight.settle()
             self._reader.close()
 
     def __enter__(self) -> ExpertStreamer:
@@ -151,8 +172,8 @@ class ExpertStreamer:
         """Hold the lock, and set right what an interrupt in here left half done."""
         with self._lock:
             if self._interrupted:
-                self._cancel()
-                self._settle()
+                self._in_flight.cancel()
+                self._in_flight.settle()
                 self._table.repair()
             self._interrupted = True
             try:
@@ -162,43 +183,159 @@ class ExpertStreamer:
                 raise
             self._interrupted = False
 
-    def _slots(self, layer: int, indices: mx.array) -> mx.array:
+    def slots(self, layer: int, indices: mx.array) -> mx.array:
+        """Do what ``StreamedExperts.slots`` promises for a layer."""
         with self._exclusive():
-            guards, self._guards = self._guards, []
-            self._evaluate(indices, *guards)
+            ids = self._read_back([indices])[0].ravel().tolist()
+            self._in_flight.settle(wanted=())
+            self._provide(layer, ids)
+            places = self._table.rows[self._rows[layer]]
+            slots = np.array([places[e] for e in ids], dtype=np.uint32)
+            return mx.array(slots.reshape(indices.shape))
+
+    def parts(
+        self, layer: int, indices: mx.array
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        """Do what ``StreamedExperts.parts`` promises for a layer."""
+        places = self._table.rows[self._rows[layer]]
+        with self._exclusive():
+            ids = self._read_back([indices])[0].ravel().tolist()
+            self._in_flight.settle(wanted=())
+            missing = self._request(layer, ids)
+            here = [i for i, e in enumerate(ids) if e not in missing]
+            slots = [places[ids[i]] for i in here]
+        if here:
+            yield here, slots
+        with self._exclusive():
+            self._receive(layer, ids, missing)
+            later = [i for i, e in enumerate(ids) if e in missing]
+            slots = [places[ids[i]] for i in later]
+        if later:
+            yield later, slots
+
+    def slots_on_device(self) -> mx.array:
+        """Return each expert's slot now, uint32 ``[n_layers, n_experts]``.
+
+        Absent experts have slot 0; layers are in the store's order.
+        """
+        with self._exclusive():
+            self._in_flight.settle(wanted=())
+            return self._on_device.array()
+
+    def confirm(
+        self, layers: Sequence[int], chosen: Sequence[mx.array], *, again: bool = False
+    ) -> int:
+        """Enter what a run that looked slots up on the device asked for.
+
+        The first layer that lacked an expert gets it; what later ones chose is then
+        of no meaning.
+
+        Args:
+            layers: those that ran, in order.
+            chosen: arrays ``[n, ...]`` of expert ids, together a row for each layer.
+            again: the first layer's were entered before, when it lacked some.
+
+        Returns:
+            How many of the layers, from the first on, had all they asked for.
+
+        Raises:
+            ExpertStoreError, BudgetError: as ``StreamedExperts.slots``.
+        """
+        with self._exclusive():
+            rows = np.concatenate(self._read_back(chosen))
+            self._in_flight.settle(wanted=())
+            for n, (layer, row) in enumerate(zip(layers, rows, strict=True)):
+                ids = row.ravel().tolist()
+                if (
+                    again
+                    and n == 0
+                    and not self._missing(layer, self._distinct(layer, ids))
+                ):
+                    continue
+                if self._provide(layer, ids):
+                    return n
+            return len(layers)
+
+    def foresee(self, layer: int, indices: mx.array) -> None:
+        """Begin to read experts that a layer is expected to ask for next.
+
+        A failed read is of no consequence: whoever asks reads again.
+
+        Args:
+            indices: expert ids, any shape.
+        """
+        with self._exclusive():
+            ids = self._read_back([indices])[0].ravel().tolist()
+            self._in_flight.settle(wanted=())
+            expected = self._distinct(layer, ids)
+            coming = self._in_flight.coming(layer)
+            missing = [e for e in self._missing(layer, expected) if e not in coming]
+            keys = {self._table.key(self._rows[layer], e) for e in expected}
+            begun = self._in_flight.begin(layer, missing, keys, ahead=True)
+            self._foreseen[layer] = frozenset(missing[:begun])
+
+    def _read_back(self, chosen: Sequence[mx.array]) -> list[np.ndarray]:
+        """Wait for expert ids, and for all that still reads slots."""
+        guards, self._guards = self._guards, []
+        self._evaluate(*chosen, *guards)
+        for indices in chosen:
             if not mx.issubdtype(indices.dtype, mx.integer):
                 raise ExpertStoreError(
                     f"[slots] expected expert ids as integers but got {indices.dtype}"
                 )
-            ids = np.array(indices, copy=False).ravel().tolist()
-            needed = self._distinct(layer, ids)
-            if len(needed) > self._table.capacity:
-                raise BudgetError(
-                    f"[slots] layer {layer}: expected at most {self._table.capacity} "
-                    f"distinct experts in one step but got {len(needed)}: the memory "
-                    "budget is too small for it"
-                )
-            self._settle()
-            row = self._rows[layer]
-            places = self._table.rows[row]
-            missing = [e for e in needed if places[e] == EMPTY]
-            if missing:
-                self._fetch(layer, needed, missing)
-            self._table.touch(row, needed)
-            self.stats[layer].hits += len(needed) - len(missing)
-            slots = np.array([places[e] for e in ids], dtype=np.uint32)
-            return mx.array(slots.reshape(indices.shape))
+        return [np.array(indices, copy=False) for indices in chosen]
 
-    def _fetch(self, layer: int, needed: list[int], missing: list[int]) -> None:
-        row = self._rows[layer]
-        keep = {self._table.key(row, expert) for expert in needed}
-        begun = self._begin(layer, missing, keep)
-        assert begun == len(missing)
-        failed = self._settle(self.stats[layer])
-        if failed:
-            raise failed[min(failed)]
+    def _provide(self, layer: int, ids: Sequence[int]) -> bool:
+        """Have a step's experts in memory and count them; tell if some were not."""
+        missing = self._request(layer, ids)
+        self._receive(layer, ids, missing)
+        return bool(missing)
 
-    def _waves(
+    def _request(self, layer: int, ids: Sequence[int]) -> list[int]:
+        """Begin to read those of a step's experts that are missing; return these."""
+        needed = self._distinct(layer, ids)
+        if len(needed) > self._table.capacity:
+            raise BudgetError(
+                f"[slots] layer {layer}: expected at most {self._table.capacity} "
+                f"distinct experts in one step but got {len(needed)}: the memory "
+                "budget is too small for it"
+            )
+        missing = self._missing(layer, needed)
+        coming = self._in_flight.coming(layer)
+        to_read = [e for e in missing if e not in coming]
+        if to_read:
+            self._begin(layer, to_read, needed)
+        counters, ahead = self.stats[layer], self._foreseen.pop(layer, frozenset())
+        counters.hits += len(needed) - len(to_read)
+        counters.read_ahead_used += len(ahead.intersection(needed).difference(to_read))
+        return missing
+
+    def _begin(self, layer: int, experts: list[int], keep: Collection[int]) -> None:
+        """Submit reads of experts, all of which find slots."""
+        keys = {self._table.key(self._rows[layer], expert) for expert in keep}
+        begun = self._in_flight.begin(layer, experts, keys)
+        if begun < len(experts):
+            # What is read ahead holds slots until it is there.
+            self._in_flight.settle()
+            begun += self._in_flight.begin(layer, experts[begun:], keys)
+        assert begun == len(experts)
+
+    def _receive(self, layer: int, ids: Sequence[int], missing: list[int]) -> None:
+        """Wait for what was requested, and note the use of all the experts."""
+        wanted = {(layer, expert) for expert in missing}
+        if wanted:
+            failed = self._in_flight.settle(self.stats[layer], wanted)
+            if failed_wanted := wanted & failed.keys():
+                raise failed[min(failed_wanted)]
+        self._table.touch(self._rows[layer], self._distinct(layer, ids))
+        share = 1 / (MISS_RATE_TOKENS * len(self._rows))
+        self.miss_rate += share * (bool(missing) - self.miss_rate)
+
+    def _missing(self, layer: int, experts: Sequence[int]) -> list[int]:
+        places = self._table.rows[self._rows[layer]]
+        return [e for e in experts if places[e] == EMPTY]
+
+    def waves(
         self, layer: int, experts: Sequence[int]
     ) -> Iterator[list[tuple[int, int]]]:
         counters, row = self.stats[layer], self._rows[layer]
@@ -209,7 +346,7 @@ class ExpertStreamer:
             with self._exclusive():
                 wave = self._next_wave(layer, left, read)
                 if not wave:
-                    read.update(self._read_ahead(layer, list(left)[:n_ahead], left))
+                    read.update(self._begin_some(layer, list(left)[:n_ahead], left))
                     wave = self._next_wave(layer, left, read)
                 for expert, _ in wave:
                     del left[expert]
@@ -218,7 +355,7 @@ class ExpertStreamer:
                 counters.hits += sum(expert not in read for expert in visited)
                 if left:
                     keep = [*visited, *left]
-                    read.update(self._read_ahead(layer, list(left)[:n_ahead], keep))
+                    read.update(self._begin_some(layer, list(left)[:n_ahead], keep))
             yield wave
 
     def _next_wave(
@@ -228,115 +365,26 @@ class ExpertStreamer:
         if self._in_flight:
             # What was built on the last wave is computed while the next one is read.
             self._evaluate_guards()
-        failed = self._settle(self.stats[layer])
+        failed = self._in_flight.settle(self.stats[layer])
         wanted = [e for e in left if e in read and (layer, e) in failed]
         if wanted:
             raise failed[layer, wanted[0]]
         places = self._table.rows[self._rows[layer]]
         return [(e, places[e]) for e in left if places[e] != EMPTY]
 
-    def _read_ahead(
+    def _begin_some(
         self, layer: int, experts: list[int], keep: Collection[int]
     ) -> list[int]:
         """Begin to read as many of ``experts`` as find a slot; return those."""
         row = self._rows[layer]
         self._evaluate_guards()
-        begun = self._begin(layer, experts, {self._table.key(row, e) for e in keep})
-        return experts[:begun]
-
-    def _begin(self, layer: int, experts: list[int], keep: set[int]) -> int:
-        """Submit reads into claimed slots until none can be had; return how many."""
-        row = self._rows[layer]
-        slots: list[int] = []
-        for _ in experts:
-            if (slot := self._table.claim(row, keep)) is None:
-                break
-            slots.append(slot)
-        reads = [
-            self._read(layer, expert, slot)
-            for expert, slot in zip(experts, slots, strict=False)
-        ]
-        if reads:
-            batch = Batch(reads)
-            self._in_flight.append((batch, slots))
-            start = time.perf_counter()
-            self._reader.submit(batch)
-            self.stats[layer].wait_seconds += time.perf_counter() - start
-        return len(reads)
-
-    def _read(self, layer: int, expert: int, slot: int) -> Read:
-        store = self._store
-        checked = self._checked[self._rows[layer], expert]
-        return Read(
-            store.spans(layer, expert),
-            self._pool.buffer(slot, store.layout(layer).record_bytes),
-            layer,
-            expert,
-            None if checked else store.checksum(layer, expert),
-        )
-
-    def _settle(
-        self, waiting: Counters | None = None
-    ) -> dict[tuple[int, int], ExpertStoreError]:
-        """Wait for reads in flight and enter them in the table; return failures.
-
-        An interrupt leaves the rest in flight, to be settled by the next call.
-        """
-        failed: dict[tuple[int, int], ExpertStoreError] = {}
-        while self._in_flight:
-            batch, slots = self._in_flight[0]
-            start = time.perf_counter()
-            batch.wait()
-            if waiting is not None:
-                waiting.wait_seconds += time.perf_counter() - start
-            for read, slot in zip(batch.reads, slots, strict=True):
-                if (error := self._settle_read(read, slot)) is not None:
-                    failed[read.layer, read.expert] = error
-            del self._in_flight[0]
-        return failed
-
-    def _settle_read(self, read: Read, slot: int) -> ExpertStoreError | None:
-        row, counters = self._rows[read.layer], self.stats[read.layer]
-        counters.read_seconds += read.seconds
-        if read.error is not None or not read.done:
-            self._table.release(row, slot)
-            return read.error
-        counters.misses += 1
-        counters.read_bytes += len(read.buffer)
-        self._checked[row, read.expert] = True
-        self._table.place(row, read.expert, slot)
-        return None
-
-    def _cancel(self) -> None:
-        for batch, _ in self._in_flight:
-            batch.cancel()
+        keys = {self._table.key(row, e) for e in keep}
+        return experts[: self._in_flight.begin(layer, experts, keys)]
 
     def _evaluate_guards(self) -> None:
         guards, self._guards = self._guards, []
         if guards:
             self._evaluate(*guards)
-
-    def _preload(self) -> None:
-        """Read every expert into the slot ``row * n_experts + expert``."""
-        n_experts = self._store.n_experts
-        reads = [
-            self._read(layer, expert, row * n_experts + expert)
-            for layer, row in self._rows.items()
-            for expert in range(n_experts)
-        ]
-        try:
-            batch = Batch(reads)
-            self._reader.submit(batch)
-            batch.wait()
-        finally:
-            self._reader.close()
-        for read in reads:
-            if read.error is not None:
-                raise read.error
-            counters = self.stats[read.layer]
-            counters.preloaded += 1
-            counters.read_bytes += len(read.buffer)
-            counters.read_seconds += read.seconds
 
     def _distinct(self, layer: int, ids: Sequence[int]) -> list[int]:
         distinct = sorted(set(ids))
@@ -346,47 +394,3 @@ class ExpertStreamer:
                 f"{self._store.n_experts - 1} but got {distinct[0]} to {distinct[-1]}"
             )
         return distinct
-
-
-class StreamedExperts:
-    """One layer of an ``ExpertStreamer`` that does not hold every expert."""
-
-    def __init__(self, streamer: ExpertStreamer, layer: int, weights: ExpertWeights):
-        self._streamer, self._layer, self._weights = streamer, layer, weights
-
-    @property
-    def weights(self) -> ExpertWeights:
-        """All slots of the pool in this layer's layout."""
-        return self._weights
-
-    @property
-    def settled(self) -> None:
-        """Experts come and go."""
-        return None
-
-    def asked(self, n: int) -> None:
-        """Hear of nothing: whoever asks calls ``slots``, which counts."""
-
-    def slots(self, indices: mx.array) -> mx.array:
-        """Map ``[N, K]`` expert ids to slots, reading what is missing.
-
-        Raises:
-            ExpertStoreError: an id is out of range, or a record cannot be read; what
-                could be read is kept, and the call may be repeated.
-            BudgetError: more distinct experts than slots.
-        """
-        return self._streamer._slots(self._layer, indices)
-
-    def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
-        """Yield ``(expert, slot)`` lists: first what is in memory, then what is read.
-
-        While the caller computes with one wave the next one is being read.
-
-        Raises:
-            ExpertStoreError: an id is out of range, or a record cannot be read.
-        """
-        return self._streamer._waves(self._layer, experts)
-
-    def guard(self, *outputs: mx.array) -> None:
-        """Evaluate ``outputs`` before any slot handed out so far is overwritten."""
-        self._streamer.guard(*outputs)

@@ -200,12 +200,19 @@ def _host_linear(x: np.ndarray, weight: Weight) -> np.ndarray:
 
 
 def row_products(
-    x: np.ndarray, stacks: Sequence[Weight], slots: Sequence[int] | np.ndarray
+    x: np.ndarray,
+    stacks: Sequence[Weight],
+    slots: Sequence[int] | np.ndarray,
+    n_total: int | None = None,
 ) -> list[np.ndarray]:
     """Multiply row i of ``[K, I]`` by ``stack[slots[i]]`` ``[O, I]`` of each stack.
 
     Packed values are looked up a block at a time, small enough for the cache, and
     scaled after the products with each group: ``s (q . x) + b sum(x)``.
+
+    Args:
+        n_total: how many rows there are in all, if these are some of them: the bits
+            of a row are then the same whichever others come with it.
 
     Returns:
         ``[K, O]`` for each stack; all have the same shape and quantisation.
@@ -224,7 +231,8 @@ def row_products(
     shape = (2, len(stacks), *parts[0].shape)
     scales, biases = widen(np.concatenate(parts)).reshape(shape)
     out = (biases @ grouped.sum(2))[..., 0]
-    step = max(8, device.HOST_BLOCK_VALUES // (x.size * len(stacks)))
+    n_values = (n_total or len(x)) * x.shape[1] * len(stacks)
+    step = max(8, device.HOST_BLOCK_VALUES // n_values)
     for start in range(0, n_out, step):
         rows = slice(start, min(start + step, n_out))
         packed = [s.w[slots] if step >= n_out else s.w[slots, rows] for s in stacks]
@@ -263,33 +271,42 @@ def expert_mlp(x: Array, experts: ExpertWeights, slot: int) -> Array:
 
 
 def experts_by_slot(
-    x: Array, slots: Array, experts: ExpertWeights, *, in_order: bool = False
+    x: Array,
+    slots: Array,
+    experts: ExpertWeights,
+    *,
+    in_order: bool = False,
+    n_total: int | None = None,
 ) -> Array:
     """Run rows ``[N, D]`` through the experts in their slots ``[N, K]``.
 
     Args:
         in_order: slots never fall from row to row, which lets MLX group rows.
+        n_total: on the host, how many slots there are in all, if these are some of
+            them: results then do not depend on which.
 
     Returns:
         ``[N, K, D]``.
     """
     if isinstance(x, np.ndarray):
-        return _experts_on_host(x, slots, experts)
+        return _experts_on_host(x, slots, experts, n_total)
     x = x[:, None, None]
     gate = _gather_linear(x, experts.gate, slots, in_order)
     up = _gather_linear(x, experts.up, slots, in_order)
     return _gather_linear(swiglu(gate, up), experts.down, slots, in_order).squeeze(-2)
 
 
-def _experts_on_host(x: np.ndarray, slots: Array, experts: ExpertWeights) -> Array:
+def _experts_on_host(
+    x: np.ndarray, slots: Array, experts: ExpertWeights, n_total: int | None
+) -> Array:
     experts, chosen = experts.on_host, slots.reshape(-1).tolist()
     rows = np.repeat(x, slots.shape[1], axis=0)
     if experts.gate.quantization == experts.up.quantization:
-        gate, up = row_products(rows, [experts.gate, experts.up], chosen)
+        gate, up = row_products(rows, [experts.gate, experts.up], chosen, n_total)
     else:
-        (gate,) = row_products(rows, [experts.gate], chosen)
-        (up,) = row_products(rows, [experts.up], chosen)
-    (down,) = row_products(swiglu(gate, up), [experts.down], chosen)
+        (gate,) = row_products(rows, [experts.gate], chosen, n_total)
+        (up,) = row_products(rows, [experts.up], chosen, n_total)
+    (down,) = row_products(swiglu(gate, up), [experts.down], chosen, n_total)
     return down.reshape(*slots.shape, -1)
 
 

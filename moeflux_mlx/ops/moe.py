@@ -162,10 +162,28 @@ class MoeDecodeExperts(_RoutedExperts, Op):
         weights: Array,
         experts: ExpertSource,
     ) -> Array:
-        stacks, slots = stacks_and_slots(experts, indices)
-        out = experts_by_slot(mlp_in, slots, stacks)
-        guard(experts, [out])
+        if isinstance(mlp_in, np.ndarray):
+            out = as_they_come(mlp_in, indices, experts)
+        else:
+            out = experts_by_slot(mlp_in, experts.slots(indices), experts.weights)
+            guard(experts, [out])
         return (out * weights[..., None]).sum(axis=1)
+
+
+def as_they_come(
+    mlp_in: np.ndarray, indices: np.ndarray, experts: ExpertSource
+) -> np.ndarray:
+    """Run one row through its experts ``[1, K]``, some while others are being read.
+
+    Returns:
+        ``[1, K, D]``, the same bits whatever was in memory.
+    """
+    n_total, out = indices.size, np.empty((1, indices.size, mlp_in.shape[1]), "f4")
+    for columns, slots in experts.parts(to_device(indices)):
+        stacks, chosen = experts.weights, np.array([slots])
+        part = experts_by_slot(mlp_in, chosen, stacks, n_total=n_total)
+        out[:, columns] = part
+    return out
 
 
 class MoeGatherIdFuse(_RoutedExperts, Op):

@@ -1,0 +1,86 @@
+"""Whether to read experts before they are asked for: found out by trying both."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+from ..errors import ConfigError
+
+# Tokens timed with reading ahead, and as many without, the two in turns.
+TRIAL_TOKENS = 32
+TURN_TOKENS = 8
+# Tokens for which the outcome holds.
+HOLD_TOKENS = 512
+# Least share of a token's time that must be waiting, and that must be saved.
+LEAST_SHARE = 0.02
+
+
+class ReadAhead:
+    """Says for each token whether to read ahead.
+
+    Args:
+        choice: ``on``, ``off``, or ``auto`` for what takes less time here.
+        waited: returns the seconds waited for reads so far.
+        clock: returns seconds.
+
+    Raises:
+        ConfigError: there is no such choice.
+    """
+
+    def __init__(
+        self,
+        choice: str,
+        waited: Callable[[], float],
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        if choice not in ("auto", "on", "off"):
+            raise ConfigError(
+                f"[read_ahead] expected 'auto', 'on' or 'off' but got {choice!r}"
+            )
+        self._choice, self._waited, self._clock = choice, waited, clock
+        self._winner, self._left = False, 0
+        self._began = 0.0, 0.0
+        self._active = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._times: dict[bool, list[float]] = {False: [], True: []}
+        self._waits = 0.0
+
+    def begin(self) -> bool:
+        """Hear that a token begins; tell whether to read ahead for it."""
+        self._began = self._clock(), self._waited()
+        if self._choice != "auto":
+            return self._choice == "on"
+        if self._left:
+            self._active = self._winner
+        else:
+            n = sum(map(len, self._times.values()))
+            self._active = n // TURN_TOKENS % 2 == 1
+        return self._active
+
+    def end(self) -> None:
+        """Hear that the token is over."""
+        if self._choice != "auto":
+            return
+        if self._left:
+            self._left -= 1
+            return
+        seconds = self._clock() - self._began[0]
+        self._times[self._active].append(seconds)
+        if not self._active:
+            self._waits += self._waited() - self._began[1]
+        without, ahead = self._times[False], self._times[True]
+        if len(without) == TURN_TOKENS and not ahead:
+            # Nothing to hide: no need to try.
+            if self._waits < LEAST_SHARE * sum(without):
+                self._decide(False)
+        elif len(without) + len(ahead) == 2 * TRIAL_TOKENS:
+            limit = (1 - LEAST_SHARE) * statistics.median(without)
+            self._decide(statistics.median(ahead) < limit)
+
+    def _decide(self, winner: bool) -> None:
+        self._winner, self._left = winner, HOLD_TOKENS
+        self._forget()

@@ -1,0 +1,132 @@
+"""One layer's streamed experts, as its MoE Op sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import mlx.core as mx
+
+from ..weights import ExpertWeights
+
+
+class Streamer(Protocol):
+    """What the experts of a layer ask of the streamer of all layers."""
+
+    def slots(self, layer: int, indices: mx.array) -> mx.array:
+        """See ``StreamedExperts.slots``."""
+
+    def parts(
+        self, layer: int, indices: mx.array
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        """See ``StreamedExperts.parts``."""
+
+    def waves(
+        self, layer: int, experts: Sequence[int]
+    ) -> Iterator[list[tuple[int, int]]]:
+        """See ``StreamedExperts.waves``."""
+
+    def guard(self, *outputs: mx.array) -> None:
+        """See ``StreamedExperts.guard``."""
+
+
+class StreamedExperts:
+    """One layer of a streamer that does not hold every expert.
+
+    ``row`` is the layer's in the streamer's table of slots.
+    """
+
+    def __init__(
+        self, streamer: Streamer, layer: int, row: int, weights: ExpertWeights
+    ):
+        self._streamer, self._layer, self._row = streamer, layer, row
+        self._weights = weights
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """All slots of the pool in this layer's layout."""
+        return self._weights
+
+    @property
+    def settled(self) -> None:
+        """Experts come and go."""
+        return None
+
+    def assumed(self, slots: mx.array | None) -> AssumedExperts:
+        """Return these experts as if each lay where the table ``slots`` says."""
+        assert slots is not None
+        return AssumedExperts(self._weights, slots[self._row])
+
+    def asked(self, n: int) -> None:
+        """Hear of nothing: whoever asks calls ``slots``, which counts."""
+
+    def slots(self, indices: mx.array) -> mx.array:
+        """Map ``[N, K]`` expert ids to slots, reading what is missing.
+
+        Raises:
+            ExpertStoreError: an id is out of range, or a record cannot be read; what
+                could be read is kept, and the call may be repeated.
+            BudgetError: more distinct experts than slots.
+        """
+        return self._streamer.slots(self._layer, indices)
+
+    def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield columns of ``indices`` and their slots: in memory first, then read.
+
+        Raises:
+            ExpertStoreError, BudgetError: as ``slots``.
+        """
+        return self._streamer.parts(self._layer, indices)
+
+    def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+        """Yield ``(expert, slot)`` lists: first what is in memory, then what is read.
+
+        While the caller computes with one wave the next one is being read.
+
+        Raises:
+            ExpertStoreError: an id is out of range, or a record cannot be read.
+        """
+        return self._streamer.waves(self._layer, experts)
+
+    def guard(self, *outputs: mx.array) -> None:
+        """Evaluate ``outputs`` before any slot handed out so far is overwritten."""
+        self._streamer.guard(*outputs)
+
+
+class AssumedExperts:
+    """Experts of a run that reads nothing back: slots are looked up on the device.
+
+    ``slot_of`` is uint32 ``[n_experts]``. Whether the experts really were there the
+    host finds out from ``chosen``: what each ``slots`` was asked for.
+    """
+
+    settled = None
+
+    def __init__(self, weights: ExpertWeights, slot_of: mx.array):
+        self.weights, self._slot_of = weights, slot_of
+        self.chosen: list[mx.array] = []
+
+    def assumed(self, slots: mx.array | None) -> AssumedExperts:
+        """Return itself."""
+        return self
+
+    def asked(self, n: int) -> None:
+        """Hear of nothing: the host counts what was chosen."""
+
+    def slots(self, indices: mx.array) -> mx.array:
+        """Look up ``[N, K]`` expert ids, any number, without reading anything."""
+        self.chosen.append(indices)
+        # What follows from a missing expert may be no number, nor any id from it.
+        last = self._slot_of.size - 1
+        return self._slot_of[mx.minimum(indices.view(mx.uint32), last)]
+
+    def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
+        """Refuse: who takes experts as they come has read their ids back."""
+        raise NotImplementedError
+
+    def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+        """Refuse: who visits experts one by one has read their ids back."""
+        raise NotImplementedError
+
+    def guard(self, *outputs: mx.array) -> None:
+        """Do nothing: whoever runs all of it guards what comes out."""

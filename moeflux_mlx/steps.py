@@ -1,0 +1,200 @@
+"""One token of each sequence through all layers, with as few waits as experts allow.
+
+Where every expert is in memory that is one traced call. Where some are not, layers run
+ahead as if all were: slots are looked up on the device, and which experts were asked
+for is read back once for a window of layers. What the first layer that lacked one gave,
+and all after it, is thrown away; the expert is read, and that layer begins again from
+its input, which is still there. So nothing depends on what was in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache, KVCache
+
+from .experts.streamer import ExpertStreamer
+from .trace import Passed, StepTracer, can_trace, set_states, states_of
+from .weights import ExpertSource
+
+# Spans of layers that have traces of their own: 1, 4, 16, ..., and all.
+SPAN_GROWTH = 4
+# How long reading back takes, and the pause in which the device waits for what comes
+# next, in layers.
+READ_BACK_LAYERS = 1
+
+
+class TokenSteps:
+    """Runs single tokens from traces of a model's layers.
+
+    Args:
+        tracer: runs some of the layers.
+        streamer: of the experts that are not in memory for good; None: all are.
+        always: run ahead however many experts are missing.
+    """
+
+    def __init__(
+        self, tracer: StepTracer, streamer: ExpertStreamer | None, *, always: bool
+    ):
+        self._tracer, self._streamer, self._always = tracer, streamer, always
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        caches: Sequence[Any],
+        sources: Sequence[ExpertSource],
+        weights: Sequence[object],
+        *,
+        traced: bool = True,
+    ) -> mx.array | None:
+        """Return the logits ``[B, 1, V]``, or None where only an ordinary call can.
+
+        That is, besides caches that no trace knows, when so many experts are missing
+        that running ahead does not pay. A step that fails leaves the caches as they
+        were.
+
+        Args:
+            tokens: ``[B, 1]``.
+            caches: one for each layer, as are ``sources``.
+            weights: what is part of the traces besides ``sources``.
+            traced: False makes the same calls without traces, to look into them.
+
+        Raises:
+            ExpertStoreError: an expert could not be read.
+        """
+        if not all(map(can_trace, caches)):
+            return None
+        run = _Run(self._tracer, caches, sources, weights, traced)
+        before = [states_of(c) if isinstance(c, ArraysCache) else None for c in caches]
+        try:
+            if all(source.settled is not None for source in sources):
+                logits = run(range(len(caches)), tokens, None)[0].out
+            else:
+                assert self._streamer is not None
+                window = self._window(len(caches))
+                if window is None:
+                    return None
+                logits = _RunAhead(run, self._streamer, before)(tokens, window)
+        except BaseException:
+            run.put_back(before)
+            raise
+        for cache in caches:
+            if isinstance(cache, KVCache):
+                cache.offset += 1
+        return logits
+
+    def _window(self, n_layers: int) -> int | None:
+        assert self._streamer is not None
+        window = window_of(self._streamer.miss_rate, n_layers)
+        return window if window > 1 or self._always else None
+
+
+class _Run:
+    """A step's calls of the tracer."""
+
+    def __init__(
+        self,
+        tracer: StepTracer,
+        caches: Sequence[Any],
+        sources: Sequence[ExpertSource],
+        weights: Sequence[object],
+        traced: bool,
+    ):
+        self.caches, self.n_layers = caches, len(caches)
+        self.asking = [i for i, s in enumerate(sources) if s.settled is None]
+        self._tracer, self._held, self._traced = tracer, [*weights, *sources], traced
+
+    def __call__(
+        self, layers: range, x: mx.array, slots: mx.array | None
+    ) -> list[Passed]:
+        """Run layers span by span, each beginning with what the last one gave."""
+        passed: list[Passed] = []
+        for span in spans(layers, self.n_layers):
+            caches = self.caches[span.start : span.stop]
+            x = passed[-1].out if passed else x
+            call = self._tracer(span, x, caches, self._held, slots, traced=self._traced)
+            passed.append(call)
+        return passed
+
+    def put_back(self, states: Sequence[list[Any] | None], first: int = 0) -> None:
+        """Give caches from layer ``first`` on the states they had; None: nothing.
+
+        Rows of a ``KVCache`` need none: those after its offset do not count.
+        """
+        for i in range(first, self.n_layers):
+            if (held := states[i]) is not None:
+                set_states(self.caches[i], held)
+
+
+class _RunAhead:
+    """A step whose experts may be missing."""
+
+    def __init__(
+        self, run: _Run, streamer: ExpertStreamer, before: Sequence[list[Any] | None]
+    ):
+        self._run, self._streamer, self._before = run, streamer, before
+
+    def __call__(self, tokens: mx.array, window: int) -> mx.array:
+        x, first, again = tokens, 0, False
+        n_layers = self._run.n_layers
+        while first < n_layers:
+            layers = range(first, min(n_layers, first - first % window + window))
+            passed = self._run(layers, x, self._streamer.slots_on_device())
+            missed = self._missed(layers, passed, again=again)
+            if missed is None:
+                x, first, again = passed[-1].out, layers.stop, False
+                continue
+            inputs = [value for part in passed for value in part.inputs]
+            x, first, again = inputs[missed - first], missed, True
+            self._run.put_back(self._before, first)
+        self._streamer.guard(x)
+        return x
+
+    def _missed(
+        self, layers: range, passed: Sequence[Passed], *, again: bool
+    ) -> int | None:
+        """Wait for what layers chose; return the first that lacked an expert."""
+        asking = [layer for layer in self._run.asking if layer in layers]
+        chosen = [part.chosen for part in passed if part.chosen is not None]
+        mx.async_eval(chosen)
+        # The rest goes on while the host looks at what was chosen.
+        mx.async_eval(passed[-1].out)
+        n_right = self._streamer.confirm(
+            asking, chosen, again=again and asking[:1] == [layers.start]
+        )
+        return None if n_right == len(asking) else asking[n_right]
+
+
+def window_of(miss_rate: float, n_layers: int) -> int:
+    """Return how many layers run before experts are read back: the cheapest span.
+
+    Of a window of ``w`` layers, each of which lacks an expert at the rate ``p``, one
+    reading back costs ``r / w`` a layer, and half the window thrown away for each miss
+    ``p w / 2``: least at ``w = sqrt(2 r / p)``.
+    """
+    best = math.sqrt(2 * READ_BACK_LAYERS / max(miss_rate, 1e-9))
+    return max(size for size in _sizes(n_layers) if size <= max(1, best))
+
+
+def spans(layers: range, n_layers: int) -> Iterator[range]:
+    """Part layers into the largest spans: few traces serve wherever a run begins."""
+    first = layers.start
+    while first < layers.stop:
+        ends = (
+            min(first + size, n_layers)
+            for size in _sizes(n_layers)
+            if first % size == 0
+        )
+        stop = max(end for end in ends if end <= layers.stop)
+        yield range(first, stop)
+        first = stop
+
+
+def _sizes(n_layers: int) -> list[int]:
+    sizes = [1]
+    while sizes[-1] * SPAN_GROWTH < n_layers:
+        sizes.append(sizes[-1] * SPAN_GROWTH)
+    return [*sizes, n_layers] if n_layers > 1 else sizes

@@ -1,0 +1,177 @@
+"""Experts read before they are asked for: nothing but time and bytes read changes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from synthetic import expert_bytes, slot_bytes, write_checkpoint
+
+import moeflux_mlx
+from moeflux_mlx.errors import ConfigError
+from moeflux_mlx.experts.pack import pack
+from moeflux_mlx.experts.packed import PackedExperts
+from moeflux_mlx.experts.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.read_ahead import HOLD_TOKENS, TURN_TOKENS, ReadAhead
+from moeflux_mlx.experts.streamer import ExpertStreamer
+
+N_EXPERTS, TOP_K = 11, 3
+
+
+def memory_of(path, n_slots: int) -> int:
+    with PackedExperts.open(path) as store:
+        return n_slots * store.layout(0).stride + POOL_ALIGNMENT
+
+
+def decode(path, n_slots: int, read_ahead: str):
+    """Return the logits of a prompt and ten tokens, and the counters of the tokens."""
+    memory = memory_of(path, n_slots)
+    model, _ = moeflux_mlx.load(path, memory=memory, read_ahead=read_ahead)
+    rng, cache = np.random.default_rng(3), make_prompt_cache(model)
+    parts = [model(mx.array(rng.integers(1, 320, (1, 5))), cache=cache)]
+    model.streamer.stats.reset()
+    for _ in range(10):
+        parts.append(model(mx.array(rng.integers(1, 320, (1, 1))), cache=cache))
+    out = mx.concatenate(parts, axis=1)
+    mx.eval(out)
+    return out, model.streamer.stats.total
+
+
+@pytest.mark.parametrize("n_slots", [2, 3, 9, 20])
+def test_logits_are_the_same_bits_with_and_without(packed, n_slots):
+    ahead, counts = decode(packed, n_slots, "on")
+    without, plain = decode(packed, n_slots, "off")
+    assert mx.array_equal(ahead, without)
+    assert counts.hits + counts.misses == plain.hits + plain.misses
+    assert plain.read_ahead == plain.recall == plain.precision == 0
+    assert 0 < counts.read_ahead_used <= counts.read_ahead
+    assert 0 < counts.recall <= 1 and 0 < counts.precision <= 1
+    record = counts.read_bytes // (counts.misses + counts.read_ahead)
+    n_wasted = counts.read_ahead - counts.read_ahead_used
+    assert counts.wasted_bytes == n_wasted * record
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ahead")
+    write_checkpoint(path / "plain", n_layers=2, n_experts=N_EXPERTS, top_k=TOP_K)
+    pack(path / "plain", path / "packed")
+    with PackedExperts.open(path / "packed") as opened:
+        yield opened
+
+
+@pytest.fixture
+def streamer(store):
+    stride = store.layout(0).stride
+    memory = 7 * stride + POOL_ALIGNMENT
+    with ExpertStreamer(store, memory, inline_bytes=0, read_ahead="on") as opened:
+        yield opened
+
+
+def ids(*experts: int) -> mx.array:
+    return mx.array([experts])
+
+
+def holds(streamer, store, layer: int, expert: int, slot: int) -> bool:
+    weights = streamer.source(layer).weights
+    plain = store.path(0).parents[1] / "plain"
+    expected = expert_bytes(plain, layer, expert)
+    found = slot_bytes(weights.gate, slot)
+    return all(found[part] == expected[f"gate_proj.{part}"] for part in found)
+
+
+@pytest.mark.parametrize("ask", ["slots", "parts"])
+def test_what_was_foreseen_is_a_hit_and_what_was_not_a_miss(streamer, store, ask):
+    streamer.foresee(1, ids(4, 5, 6))
+    source = streamer.source(1)
+    if ask == "slots":
+        slots = dict(
+            zip((4, 6, 9), source.slots(ids(4, 6, 9))[0].tolist(), strict=True)
+        )
+    else:
+        slots = {}
+        for columns, found in source.parts(ids(4, 6, 9)):
+            slots |= {(4, 6, 9)[c]: s for c, s in zip(columns, found, strict=True)}
+    for expert, slot in slots.items():
+        assert holds(streamer, store, 1, expert, slot)
+    streamer.close()
+    counts = streamer.stats[1]
+    assert (counts.hits, counts.misses) == (2, 1)
+    assert (counts.read_ahead, counts.read_ahead_used) == (3, 2)
+    assert counts.recall == counts.precision == 2 / 3
+    assert counts.wasted_bytes == store.layout(1).record_bytes
+
+
+def test_what_is_in_memory_or_on_its_way_is_not_read_again(streamer):
+    streamer.source(1).slots(ids(4, 5, 6))
+    for _ in range(2):
+        streamer.foresee(1, ids(5, 6, 7))
+    streamer.source(1).slots(ids(5, 6, 7))
+    assert (streamer.stats[1].misses, streamer.stats[1].read_ahead) == (3, 1)
+
+
+def test_slots_held_by_reads_ahead_are_had_when_they_are_needed(streamer, store):
+    streamer.foresee(0, ids(0, 1, 2, 3))
+    streamer.foresee(1, ids(0, 1, 2, 3))
+    slots = streamer.source(1).slots(ids(8, 9, 10))[0].tolist()
+    for expert, slot in zip((8, 9, 10), slots, strict=True):
+        assert holds(streamer, store, 1, expert, slot)
+
+
+def test_a_read_ahead_that_fails_is_nobodys_error(store, tmp_path):
+    folder = store.path(0).parents[1]
+    shutil.copytree(folder, tmp_path / "all")
+    path = tmp_path / "all" / store.path(1).relative_to(folder)
+    packed = tmp_path / "all" / "packed"
+    with PackedExperts.open(packed) as broken:
+        memory = 7 * broken.layout(0).stride + POOL_ALIGNMENT
+        with ExpertStreamer(broken, memory, inline_bytes=0, read_ahead="on") as opened:
+            whole = path.read_bytes()
+            os.truncate(path, broken.offset(1, 4) + 63)
+            opened.foresee(1, ids(3, 4, 5))
+            opened.source(0).slots(ids(0, 1, 2))
+            path.write_bytes(whole)
+            slot = opened.source(1).slots(ids(4))[0, 0].item()
+            assert holds(opened, broken, 1, 4, slot)
+
+
+class Machine:
+    """A clock on which a token takes as long as it is told."""
+
+    def __init__(self, without: float, ahead: float, waits: float):
+        self.seconds = {False: without, True: ahead}
+        self.waits = waits
+        self.now = self.waited = 0.0
+        self.chooser = ReadAhead("auto", lambda: self.waited, lambda: self.now)
+
+    def token(self) -> bool:
+        active = self.chooser.begin()
+        self.now += self.seconds[active]
+        self.waited += 0 if active else self.waits
+        self.chooser.end()
+        return active
+
+
+def test_both_ways_are_tried_in_turns_and_the_faster_one_is_kept():
+    for without, ahead in ((1.0, 0.9), (1.0, 0.99), (1.0, 1.2)):
+        machine = Machine(without, ahead, waits=0.2)
+        tried = [machine.token() for _ in range(8 * TURN_TOKENS)]
+        turns = [tried[i : i + TURN_TOKENS] for i in range(0, len(tried), TURN_TOKENS)]
+        assert turns == [[i % 2 == 1] * TURN_TOKENS for i in range(8)]
+        kept = [machine.token() for _ in range(HOLD_TOKENS)]
+        assert set(kept) == {ahead == 0.9}
+        assert not machine.token()
+
+
+def test_nothing_is_tried_where_nothing_is_waited_for():
+    machine = Machine(1.0, 0.5, waits=0.001)
+    assert not any(machine.token() for _ in range(TURN_TOKENS + HOLD_TOKENS))
+
+
+def test_a_choice_without_meaning_is_refused():
+    with pytest.raises(ConfigError, match="'maybe'"):
+        ReadAhead("maybe", float)

@@ -1,0 +1,340 @@
+"""A token that runs ahead of its experts gives what one that waits for them gives."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import KVCache, make_prompt_cache, trim_prompt_cache
+from tiny import make_checkpoint
+
+import moeflux_mlx
+from moeflux_mlx import config
+from moeflux_mlx.errors import ConfigError, ExpertStoreError
+from moeflux_mlx.executors import EXECUTORS, OpsExecutor
+from moeflux_mlx.experts.pack import pack
+from moeflux_mlx.experts.packed import PackedExperts
+from moeflux_mlx.experts.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.streamer import ExpertStreamer
+from moeflux_mlx.steps import spans, window_of
+from moeflux_mlx.trace import StepTracer
+
+N_LAYERS, N_EXPERTS = 6, 8
+
+
+class Lazy(OpsExecutor):
+    """The references on MLX arrays, as a GPU runs them, without traces."""
+
+    name = "lazy"
+    takes_host_arrays = False
+    spare_rows = True
+
+
+class Traced(Lazy):
+    """The same, traced."""
+
+    name = "traced"
+    compiles = True
+
+
+@pytest.fixture(autouse=True)
+def executors(monkeypatch):
+    for executor in (Lazy, Traced):
+        monkeypatch.setitem(EXECUTORS, executor.name, executor)
+
+
+def make_packed(path, **options):
+    make_checkpoint(path / "plain", seed=11, num_hidden_layers=N_LAYERS, **options)
+    pack(path / "plain", path / "packed")
+    return path / "packed"
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    return make_packed(tmp_path_factory.mktemp("steps"))
+
+
+def load(path, n_slots: int, optimistic: str, executor: str = "lazy"):
+    """Load a model whose pool has ``n_slots`` slots."""
+    with PackedExperts.open(path) as store:
+        memory = n_slots * store.layout(0).stride + POOL_ALIGNMENT
+    return moeflux_mlx.load(
+        path, memory=memory, executor=executor, optimistic=optimistic
+    )[0]
+
+
+def tokens(n: int, seed: int = 0) -> mx.array:
+    return mx.array(np.random.RandomState(seed).randint(1, 320, (1, n)))
+
+
+def generate(model, cache, seeds) -> mx.array:
+    """Return the logits of single tokens, one after the other."""
+    out = mx.concatenate([model(tokens(1, seed), cache=cache) for seed in seeds])
+    mx.eval(out)
+    return out
+
+
+def begin(model, n_prompt: int = 5):
+    cache = make_prompt_cache(model)
+    mx.eval(model(tokens(n_prompt, 77), cache=cache))
+    return cache
+
+
+def state_of(cache) -> list[np.ndarray]:
+    """Return what a cache holds that counts."""
+    if isinstance(cache, KVCache):
+        return [np.array(x) for x in cache.keys_and_values()]
+    return [np.array(x) for x in cache.cache]
+
+
+def check_same(model, cache, other, other_cache) -> None:
+    """Compare caches, counters, and which experts are in memory in which order."""
+    for ours, theirs in zip(cache, other_cache, strict=True):
+        assert getattr(ours, "offset", None) == getattr(theirs, "offset", None)
+        for a, b in zip(state_of(ours), state_of(theirs), strict=True):
+            assert np.array_equal(a, b)
+    for a, b in zip(*(counters(m).values() for m in (model, other)), strict=True):
+        assert a == b
+    tables = [m.streamer._table for m in (model, other)]
+    assert tables[0].rows == tables[1].rows
+    uses = [list(table._policies[0]._uses) for table in tables]
+    assert uses[0] == uses[1]
+
+
+def counters(model) -> dict[int, tuple[int, int, int]]:
+    layers = model.streamer.stats.snapshot().layers
+    return {i: (c.hits, c.misses, c.read_bytes) for i, c in layers.items()}
+
+
+@pytest.mark.parametrize("n_slots", [2, 7, 40])
+def test_logits_caches_and_counts_are_those_of_waiting(packed, n_slots):
+    ahead, waiting = load(packed, n_slots, "on"), load(packed, n_slots, "off")
+    caches = [begin(model) for model in (ahead, waiting)]
+    got, expected = (
+        generate(*pair, range(8)) for pair in zip((ahead, waiting), caches, strict=True)
+    )
+    assert mx.array_equal(got, expected)
+    assert waiting.streamer.stats.total.misses > 0
+    check_same(ahead, caches[0], waiting, caches[1])
+
+
+def test_of_all_experts_in_memory_it_is_the_same_step(packed):
+    ahead, waiting = load(packed, 999, "on"), load(packed, 30, "off")
+    got, expected = (generate(m, begin(m), range(5)) for m in (ahead, waiting))
+    assert ahead.streamer.resident
+    assert mx.array_equal(got, expected)
+
+
+class Script:
+    """A model with nearly all experts in memory, and one token to run again."""
+
+    def __init__(self, path, executor: str = "lazy"):
+        self.model = load(path, N_LAYERS * N_EXPERTS - 1, "on", executor)
+        self.streamer = self.model.streamer
+        for layer in range(N_LAYERS):
+            for _ in self.streamer.source(layer).waves(range(N_EXPERTS)):
+                pass
+        self.cache = begin(self.model)
+        self.chosen: dict[int, list[int]] = {}
+        self.expected = self.run()
+
+    def run(self) -> mx.array:
+        """Run the token with a copy of the cache, which is then as after it."""
+        self.after = copy.deepcopy(self.cache)
+        provide = ExpertStreamer._provide
+
+        def note(streamer, layer, ids):
+            self.chosen[layer] = ids
+            return provide(streamer, layer, ids)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ExpertStreamer, "_provide", note)
+            return generate(self.model, self.after, [3])
+
+    def forget(self, layer: int) -> None:
+        """Evict one of the experts that the token needs in a layer."""
+        table = self.streamer._table
+        key = table.key(layer, self.chosen[layer][0])
+        while table._free[0]:
+            table._free[0].pop()
+        slot = table.claim(layer, AllBut(key))
+        table.release(layer, slot)
+
+
+class AllBut:
+    """Every key but one."""
+
+    def __init__(self, key: int):
+        self.key = key
+
+    def __contains__(self, key: int) -> bool:
+        return key != self.key
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[range]:
+    """Collect the layers of each call of a tracer."""
+    made: list[range] = []
+    call = StepTracer.__call__
+
+    def collect(self, layers, *args, **options):
+        made.append(layers)
+        return call(self, layers, *args, **options)
+
+    monkeypatch.setattr(StepTracer, "__call__", collect)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("missing", "again"),
+    [
+        ([], []),
+        ([0], [range(6)]),
+        ([3], [range(3, 4), range(4, 6)]),
+        ([5], [range(5, 6)]),
+        ([1, 4], [range(1, 2), range(2, 3), range(3, 4), range(4, 6), range(4, 6)]),
+        ([0, 5], [range(6), range(5, 6)]),
+        ([2, 3], None),
+    ],
+)
+def test_a_step_begins_again_where_an_expert_was_missing(packed, calls, missing, again):
+    script = Script(packed)
+    script.run()
+    script.streamer.miss_rate = 0
+    states = [state_of(cache) for cache in script.after]
+    for layer in missing:
+        script.forget(layer)
+    before = script.streamer.stats.snapshot()
+    calls.clear()
+    assert mx.array_equal(script.run(), script.expected)
+    assert calls[0] == range(N_LAYERS)
+    assert again is None or calls[1:] == again
+    for cache, expected in zip(script.after, states, strict=True):
+        for a, b in zip(state_of(cache), expected, strict=True):
+            assert np.array_equal(a, b)
+    for layer, counted in script.streamer.stats.snapshot().layers.items():
+        assert counted.misses - before.layers[layer].misses == (layer in missing)
+        n_chosen = len(set(script.chosen[layer]))
+        n_hits = counted.hits - before.layers[layer].hits
+        assert n_hits == n_chosen - (layer in missing)
+
+
+def test_where_everything_hits_a_token_is_one_trace_and_one_read_back(packed, calls):
+    script = Script(packed, "traced")
+    script.streamer.miss_rate = 0
+    calls.clear()
+    stats = script.model.runtime.executor.stats
+    stats.reset()
+    misses = script.streamer.stats.total.misses
+    assert mx.array_equal(script.run(), script.expected)
+    assert script.streamer.stats.total.misses == misses
+    assert calls == [range(N_LAYERS)]
+    assert stats.snapshot()["routing"].count == 1
+
+
+def test_traces_give_what_waiting_gives(packed):
+    ahead, waiting = (load(packed, 30, mode, "traced") for mode in ("on", "off"))
+    got, expected = (generate(m, begin(m), range(5)) for m in (ahead, waiting))
+    assert mx.array_equal(got, expected)
+
+
+def test_a_window_of_one_layer_serves_where_misses_are_frequent(packed, calls):
+    ahead, waiting = load(packed, 3, "on"), load(packed, 3, "off")
+    got, expected = (generate(m, begin(m), [4]) for m in (ahead, waiting))
+    assert mx.array_equal(got, expected)
+    assert set(calls) == {range(i, i + 1) for i in range(N_LAYERS)}
+
+
+def test_left_to_itself_a_model_waits_while_many_experts_are_missing(packed, calls):
+    model = load(packed, N_LAYERS * N_EXPERTS - 1, "auto", "traced")
+    cache = begin(model)
+    generate(model, cache, [3])
+    assert not calls
+    model.streamer.miss_rate = 0
+    generate(model, cache, [3])
+    assert calls
+
+
+def test_caches_may_be_trimmed_in_between(tmp_path):
+    path = make_packed(tmp_path, full_attention_interval=1)
+    pairs = [(m, begin(m)) for m in (load(path, 20, x) for x in ("on", "off"))]
+    outs = []
+    for model, cache in pairs:
+        parts = [generate(model, cache, range(4))]
+        assert trim_prompt_cache(cache, 3) == 3
+        parts.append(generate(model, cache, range(10, 14)))
+        outs.append(mx.concatenate(parts))
+    assert mx.array_equal(*outs)
+    check_same(*pairs[0], *pairs[1])
+
+
+def test_a_read_error_leaves_model_and_caches_usable(packed, tmp_path):
+    shutil.copytree(packed, tmp_path / "packed")
+    script = Script(tmp_path / "packed")
+    with PackedExperts.open(tmp_path / "packed") as store:
+        path, offset = store.path(4), store.offset(4, script.chosen[4][0])
+    whole = path.read_bytes()
+    os.truncate(path, offset + 63)
+    script.forget(4)
+    for _ in range(2):
+        with pytest.raises(ExpertStoreError, match=r"expert \d+ of layer 4"):
+            script.run()
+        for cache, expected in zip(script.after, script.cache, strict=True):
+            assert getattr(cache, "offset", None) == getattr(expected, "offset", None)
+    path.write_bytes(whole)
+    # The very caches that the failed step was given.
+    assert mx.array_equal(generate(script.model, script.after, [3]), script.expected)
+
+
+@pytest.mark.parametrize("n_calls", [1, 2, 3])
+def test_an_interrupt_leaves_model_and_caches_usable(packed, n_calls):
+    script = Script(packed)
+    script.run()
+    script.streamer.miss_rate = 0
+    for layer in (1, 3):
+        script.forget(layer)
+    confirm, left = ExpertStreamer.confirm, [n_calls]
+
+    def interrupted(streamer, *args, **options):
+        n = confirm(streamer, *args, **options)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return n
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ExpertStreamer, "confirm", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            script.run()
+    assert mx.array_equal(generate(script.model, script.after, [3]), script.expected)
+
+
+@pytest.mark.parametrize("n_layers", [1, 2, 4, 5, 16, 17, 40, 61])
+def test_spans_cover_layers_in_few_pieces_of_few_kinds(n_layers):
+    kinds = set()
+    for first in range(n_layers):
+        found = list(spans(range(first, n_layers), n_layers))
+        assert [i for span in found for i in span] == [*range(first, n_layers)]
+        kinds.update((span.start, span.stop) for span in found)
+        assert len(found) <= 10
+    assert list(spans(range(n_layers), n_layers)) == [range(n_layers)]
+    assert len(kinds) <= 2 * n_layers
+
+
+def test_the_window_is_the_wider_the_rarer_misses_are():
+    windows = [window_of(rate, 40) for rate in (1, 0.5, 0.1, 0.02, 0.007, 0.001, 0)]
+    assert windows == [1, 1, 4, 4, 16, 40, 40]
+    assert window_of(0, 1) == 1
+
+
+def test_a_choice_without_meaning_is_refused(packed, monkeypatch):
+    assert config.optimistic() == "auto"
+    monkeypatch.setenv("MOEFLUX_OPTIMISTIC", "off")
+    assert config.optimistic() == "off"
+    assert config.optimistic("on") == "on"
+    with pytest.raises(ConfigError, match="'perhaps'"):
+        load(packed, 9, "perhaps")
