@@ -23,6 +23,7 @@ def load(
     memory: int | str | None = None,
     scope: str = "global",
     executor: str | None = None,
+    expert_io: str | None = None,
     lazy: bool = False,
     revision: str | None = None,
     model_config: dict[str, Any] | None = None,
@@ -40,6 +41,9 @@ def load(
         scope: ``"global"`` shares the expert slots between layers, ``"layer"`` gives
             each layer its own.
         executor: name of the executor; None takes the environment's choice.
+        expert_io: ``"pread"`` reads experts through the page cache, ``"direct"`` past
+            it, for which they must be packed on Linux; None takes the environment's
+            choice, else ``"auto"``, which is ``"pread"``.
         lazy: leave parameters unevaluated.
         revision, model_config, tokenizer_config: as in ``mlx_lm.load``.
 
@@ -52,11 +56,13 @@ def load(
         ExpertStoreError: a pack's files are missing, damaged or of another model; a
             file cannot be read.
         BudgetError: ``memory`` cannot hold the experts one token needs.
+        ConfigError: ``expert_io`` is none of these.
     """
+    direct = config.expert_io(expert_io) == "direct"
     path = find_model(path_or_repo, revision)
     asked = memory is not None or config.memory() is not None
     # Opened first: mlx-lm's own errors do not say which file or expert is at fault.
-    store = open_store(path) if asked or is_packed(path) else None
+    store = open_store(path, direct=direct) if asked or is_packed(path) else None
     opened = (lambda: store) if store is not None else None
     options = RunOptions(opened, memory, scope, executor)
     try:
@@ -125,5 +131,6 @@ def pack_classes(model_file: str) -> tuple[type, type]:
     ``--trust-remote-code``; memory and executor come from the environment.
     """
     directory = Path(model_file).resolve().parent
-    options = RunOptions(partial(PackedExperts.open, directory))
+    direct = config.expert_io() == "direct"
+    options = RunOptions(partial(PackedExperts.open, directory, direct=direct))
     return model_classes(load_config(directory), options)

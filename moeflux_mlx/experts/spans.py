@@ -76,7 +76,8 @@ def read_fully(fd: int, offset: int, *buffers: memoryview) -> int:
         OSError: the read failed.
         EOFError: the file ends early.
     """
-    left, done, expected = buffers, 0, sum(map(len, buffers))
+    left: Sequence[memoryview] = buffers
+    done, expected = 0, sum(map(len, buffers))
     while True:
         n_bytes = os.preadv(fd, left, offset + done)
         done += n_bytes
