@@ -9,6 +9,8 @@
 ``MOEFLUX_OPTIMISTIC``       ``auto`` (default), ``on`` or ``off``: whether a token runs
                              ahead of reading experts; ``auto``: on GPUs, while few
                              are missing
+``MOEFLUX_EXPERT_IO``        how experts are read: ``pread`` through the page cache,
+                             ``direct`` past it (default ``auto``: ``pread``)
 ``MOEFLUX_PROFILE_PER_OP``   ``1``: evaluate Op by Op and print a table at exit
 ``MOEFLUX_LOWERING``         kernels to use instead of the table's choice, as
                              ``Op=way,Op=way`` (``moeflux kernels --lowering`` lists)
@@ -27,6 +29,9 @@ import re
 from pathlib import Path
 
 from .errors import ConfigError
+
+EXPERT_IO = ("auto", "pread", "direct")
+SWITCH = ("auto", "on", "off")
 
 
 def cache_folder() -> Path:
@@ -58,14 +63,23 @@ def read_threads() -> int:
     return int(text)
 
 
-def optimistic(choice: str | None = None) -> str:
-    """Return ``auto``, ``on`` or ``off``: the choice made, or the environment's."""
-    choice = choice or os.environ.get("MOEFLUX_OPTIMISTIC") or "auto"
-    if choice not in ("auto", "on", "off"):
-        raise ConfigError(
-            f"[MOEFLUX_OPTIMISTIC] expected auto, on or off but got {choice!r}"
-        )
-    return choice
+def optimistic(asked: str | None = None) -> str:
+    """Return whether tokens run ahead: as asked for, else as the environment says."""
+    return _choice("optimistic", asked, SWITCH)
+
+
+def expert_io(asked: str | None = None) -> str:
+    """Return how experts are to be read: as asked for, else as the environment says."""
+    return _choice("expert_io", asked, EXPERT_IO)
+
+
+def _choice(name: str, asked: str | None, choices: tuple[str, ...]) -> str:
+    variable = f"MOEFLUX_{name.upper()}"
+    value = os.environ.get(variable) or "auto" if asked is None else asked
+    if value not in choices:
+        name = variable if asked is None else name
+        raise ConfigError(f"[{name}] expected one of {choices} but got {value!r}")
+    return value
 
 
 def profile_per_op() -> bool:

@@ -18,6 +18,8 @@ from threadpoolctl import ThreadpoolController
 TWO_MIB = 2 << 20
 # Apple's page, and a multiple of the logical block of every disk.
 PAGE_BYTES = 16 << 10
+# Direct reads begin and end at multiples of this: no disk's logical block is larger.
+DISK_BLOCK_BYTES = 4 << 10
 
 # Logits larger than this stay lazy on a CPU: most callers drop a prompt's logits.
 EAGER_LOGITS_BYTES = 64 << 20

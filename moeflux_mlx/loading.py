@@ -25,6 +25,7 @@ def load(
     executor: str | None = None,
     optimistic: str | None = None,
     read_ahead: str = "auto",
+    expert_io: str | None = None,
     lazy: bool = False,
     revision: str | None = None,
     model_config: dict[str, Any] | None = None,
@@ -46,6 +47,9 @@ def load(
             reading experts; None takes the environment's choice.
         read_ahead: ``"on"``, ``"off"`` or ``"auto"``: whether experts are read before
             a layer asks for them; ``auto`` tries both for some tokens.
+        expert_io: ``"pread"`` reads experts through the page cache, ``"direct"`` past
+            it, for which they must be packed on Linux; None takes the environment's
+            choice, else ``"auto"``, which is ``"pread"``.
         lazy: leave parameters unevaluated.
         revision, model_config, tokenizer_config: as in ``mlx_lm.load``.
 
@@ -58,11 +62,13 @@ def load(
         ExpertStoreError: a pack's files are missing, damaged or of another model; a
             file cannot be read.
         BudgetError: ``memory`` cannot hold the experts one token needs.
+        ConfigError: ``expert_io`` is none of these.
     """
+    direct = config.expert_io(expert_io) == "direct"
     path = find_model(path_or_repo, revision)
     asked = memory is not None or config.memory() is not None
     # Opened first: mlx-lm's own errors do not say which file or expert is at fault.
-    store = open_store(path) if asked or is_packed(path) else None
+    store = open_store(path, direct=direct) if asked or is_packed(path) else None
     opened = (lambda: store) if store is not None else None
     options = RunOptions(opened, memory, scope, executor, optimistic, read_ahead)
     try:
@@ -131,5 +137,6 @@ def pack_classes(model_file: str) -> tuple[type, type]:
     ``--trust-remote-code``; memory and executor come from the environment.
     """
     directory = Path(model_file).resolve().parent
-    options = RunOptions(partial(PackedExperts.open, directory))
+    direct = config.expert_io() == "direct"
+    options = RunOptions(partial(PackedExperts.open, directory, direct=direct))
     return model_classes(load_config(directory), options)

@@ -66,36 +66,105 @@ def test_many_reads_by_few_threads_fill_every_buffer(file, inline_bytes):
         assert bytes(read.buffer) == content[n * 97 : n * 97 + n % 7 + 1]
 
 
-def test_closing_ends_a_thread_whose_start_was_interrupted(file, monkeypatch):
-    """Ctrl-C may come when a thread runs and nobody has noted it down."""
+def test_an_interrupt_while_threads_start_leaves_none_behind(monkeypatch):
+    """Ctrl-C may come when a thread runs and its start has not returned."""
     start, started = threading.Thread.start, []
 
     def interrupted(thread):
         start(thread)
         started.append(thread)
-        if len(started) == 1:
+        if len(started) == 2:
             raise KeyboardInterrupt
 
-    pool, reads = ReadPool(2, inline_bytes=0), [read_of(file, 0, 63)]
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pool.submit(Batch(reads))
-    batch = Batch(reads)
-    pool.submit(batch)
-    batch.wait()
-    monkeypatch.undo()
-    # Closing would wait for ever where a thread is left over.
-    closing = threading.Thread(target=pool.close, daemon=True)
-    for thread in (closing, *started):
-        if thread is closing:
-            thread.start()
+        ReadPool(3)
+    assert len(started) == 2
+    for thread in started:
         thread.join(timeout=10)
         assert not thread.is_alive()
-    assert len(started) == 3
-    # A closed pool may be used again.
-    pool.submit(batch := Batch(reads))
-    batch.wait()
+
+
+def test_a_closed_pool_reads_without_threads(file):
+    content = Path(file.name).read_bytes()
+    pool = ReadPool(3, inline_bytes=0)
     pool.close()
+    pool.submit(batch := Batch([read_of(file, 5, 63), read_of(file, 6, 63)]))
+    assert batch.over
+    assert [bytes(read.buffer) for read in batch.reads] == [
+        content[5:68],
+        content[6:69],
+    ]
+
+
+def test_reads_are_told_of_as_they_arrive(file, inline_bytes, monkeypatch):
+    """The second of three reads may only end once the others have been told of."""
+    content, preadv, told = Path(file.name).read_bytes(), os.preadv, threading.Event()
+
+    def held(fd, buffers, offset):
+        if offset == 100 and inline_bytes == 0:
+            assert told.wait(timeout=60)
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", held)
+    reads = [read_of(file, 100 * n, 63) for n in range(3)]
+    pool, batch = ReadPool(2, inline_bytes), Batch(reads)
+    pool.submit(batch)
+    arrived = []
+    for read in batch.arrivals():
+        assert read.done
+        assert bytes(read.buffer) == content[read.spans[0].offset :][:63]
+        arrived.append(read)
+        if len(arrived) == 2 and inline_bytes == 0:
+            assert not batch.over
+            assert not reads[1].done
+            told.set()
+    assert batch.over
+    expected = reads if inline_bytes else [reads[0], reads[2], reads[1]]
+    assert all(a is b for a, b in zip(arrived, expected, strict=True))
+    # Whoever was interrupted may ask again.
+    assert list(batch.arrivals()) == arrived
+    pool.close()
+
+
+def test_what_is_cancelled_neither_arrives_nor_is_waited_for(file, monkeypatch):
+    preadv, begun, go_on = os.preadv, threading.Event(), threading.Event()
+
+    def held(*args):
+        begun.set()
+        assert go_on.wait(timeout=60)
+        return preadv(*args)
+
+    monkeypatch.setattr(os, "preadv", held)
+    reads = [read_of(file, 0, 63) for _ in range(5)]
+    pool, batch = ReadPool(1, inline_bytes=0), Batch(reads)
+    pool.submit(batch)
+    assert begun.wait(timeout=60)
+    batch.cancel()
+    go_on.set()
+    assert list(batch.arrivals()) == [reads[0]]
+    batch.wait()
+    assert [read.done for read in reads] == [True] + [False] * 4
+    pool.close()
+
+
+def test_the_spans_of_one_read_are_read_at_the_same_time(file, monkeypatch):
+    """Each read waits for the other one to have begun."""
+    content, preadv = Path(file.name).read_bytes(), os.preadv
+    both = threading.Barrier(2, timeout=60)
+
+    def held(*args):
+        both.wait()
+        return preadv(*args)
+
+    monkeypatch.setattr(os, "preadv", held)
+    fd, path = file.fileno(), Path(file.name)
+    spans = Span(fd, path, 50, ((30, 33),)), Span(fd, path, 0, ((0, 30),))
+    read = Read(spans, memoryview(bytearray(70)), 3, 17, padding=7)
+    expected = content[:30] + content[50:83]
+    read.checksum = xxhash.xxh3_64_intdigest(expected)
+    run([read], inline_bytes=0)
+    assert read.error is None and bytes(read.buffer) == expected + bytes(7)
 
 
 def test_a_read_past_the_end_names_file_layer_and_expert(file, inline_bytes):

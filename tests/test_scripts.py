@@ -317,3 +317,25 @@ def test_a_test_for_a_device_that_is_not_here_skips_with_a_reason(tmp_path):
     metal, cuda = mx.metal.is_available(), mx.cuda.is_available()
     assert ("needs Apple silicon with Metal" in report) != metal
     assert ("needs an NVIDIA GPU with MLX's CUDA backend" in report) != cuda
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_the_reader_is_measured_beside_a_loop_in_c(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    raw = importlib.import_module("streaming_raw")
+    monkeypatch.setattr(raw, "RECORD_BYTES", 16_384)
+    monkeypatch.setattr(raw, "N_CACHED", 33)
+    parser = argparse.ArgumentParser()
+    raw.add_arguments(parser)
+    csv_file = tmp_path / "raw.csv"
+    flags = ["--size", "1500KB", "--repeats", "2", "--threads", "3"]
+    places = ["--csv", str(csv_file), "--directory", str(tmp_path)]
+    assert raw.run(parser.parse_args([*flags, *places])) == 0
+    with open(csv_file, newline="") as file:
+        rows = list(csv.DictReader(file))
+    sources = {row["source"] for row in rows}
+    assert sources >= {"direct", "cached"}
+    assert len(rows) == 2 * 2 * len({(row["source"], row["case"]) for row in rows})
+    assert {row["side"] for row in rows} == {"ours", "C"}
+    assert all(float(row["gbps"]) > 0 for row in rows)
+    assert list(tmp_path.iterdir()) == [csv_file]

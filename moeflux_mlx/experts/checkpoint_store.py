@@ -6,6 +6,7 @@ import os
 
 from ..errors import ExpertStoreError, ModelError
 from .checkpoint import Checkpoint, ModelFacts, model_facts, text_config
+from .direct import bypass_cache
 from .layout import DEFAULT_ALIGNMENT, ExpertLayout
 from .routed import RoutedLayer, routed_layers
 from .spans import Piece, Span, merge
@@ -44,8 +45,15 @@ class CheckpointExperts:
         )
 
     @classmethod
-    def open(cls, directory: str | os.PathLike) -> CheckpointExperts:
+    def open(
+        cls, directory: str | os.PathLike, *, direct: bool = False
+    ) -> CheckpointExperts:
         """Open a checkpoint after every check that reads no more than headers.
+
+        Args:
+            directory: with ``config.json`` and safetensors files.
+            direct: read past the page cache, which macOS alone can do with tensors
+                at any offset; elsewhere warn and do not.
 
         Raises:
             ModelError: not a model directory, a file missing or truncated, or experts
@@ -53,7 +61,10 @@ class CheckpointExperts:
         """
         checkpoint = Checkpoint.open(directory)
         try:
-            return cls(checkpoint)
+            store = cls(checkpoint)
+            if direct:
+                bypass_cache(list(store._paths), checkpoint.directory, aligned=False)
+            return store
         except BaseException:
             checkpoint.close()
             raise

@@ -151,18 +151,19 @@ class InFlight:
                 raise read.error
             counters = self._stats[read.layer]
             counters.preloaded += 1
-            counters.read_bytes += len(read.buffer)
+            counters.read_bytes += read.n_bytes
             counters.read_seconds += read.seconds
 
     def _read(self, layer: int, expert: int, slot: int) -> Read:
-        store = self._store
+        store, layout = self._store, self._store.layout(layer)
         checked = self._checked[self._rows[layer], expert]
         return Read(
             store.spans(layer, expert),
-            self._pool.buffer(slot, store.layout(layer).record_bytes),
+            self._pool.buffer(slot, layout.stride),
             layer,
             expert,
             None if checked else store.checksum(layer, expert),
+            layout.stride - layout.record_bytes,
         )
 
     def _settle_read(
@@ -172,12 +173,15 @@ class InFlight:
         counters.read_seconds += read.seconds
         if read.error is not None or not read.done:
             self._table.release(row, slot)
+            if read.error is not None:
+                # Once mended, the file may hold anything.
+                self._checked[row] = False
             return read.error
         if ahead:
             counters.read_ahead += 1
         else:
             counters.misses += 1
-        counters.read_bytes += len(read.buffer)
+        counters.read_bytes += read.n_bytes
         self._checked[row, read.expert] = True
         self._table.place(row, read.expert, slot)
         return None

@@ -12,6 +12,7 @@ import xxhash
 
 from ..errors import ExpertStoreError, ModelError
 from .checkpoint import model_facts, read_config
+from .direct import are_aligned, bypass_cache
 from .layout import ExpertLayout
 from .manifest import MANIFEST_NAME, LayerFile, Manifest, ResidentFile
 from .safetensors import fingerprint
@@ -39,10 +40,17 @@ class PackedExperts:
         self._files = {entry.layer: entry for entry in manifest.layers}
         self._paths = {entry.layer: directory / entry.file for entry in manifest.layers}
         self._fds: dict[int, int] = {}
+        self._direct = False
 
     @classmethod
-    def open(cls, directory: str | os.PathLike) -> PackedExperts:
+    def open(
+        cls, directory: str | os.PathLike, *, direct: bool = False
+    ) -> PackedExperts:
         """Open a pack after every check that does not read all of it.
+
+        Args:
+            directory: made by ``moeflux pack``.
+            direct: read past the page cache; where that cannot be, warn and do not.
 
         Raises:
             ExpertStoreError: wrong version, a file missing, unreadable or of another
@@ -57,6 +65,10 @@ class PackedExperts:
         try:
             for entry in manifest.layers:
                 store._fds[entry.layer] = _open_file(directory, entry)
+            if direct:
+                aligned = are_aligned([entry.layout for entry in manifest.layers])
+                fds = store._fds.values()
+                store._direct = bypass_cache(fds, directory, aligned=aligned)
         except BaseException:
             store.close()
             raise
@@ -104,8 +116,12 @@ class PackedExperts:
         return expert * self._files[layer].layout.stride
 
     def spans(self, layer: int, expert: int) -> tuple[Span, ...]:
-        """Return the one read that fills an expert's record."""
-        pieces = ((0, self.layout(layer).record_bytes),)
+        """Return the one read that fills an expert's record.
+
+        A direct one also takes the padding, so that it ends with a block.
+        """
+        layout = self.layout(layer)
+        pieces = ((0, layout.stride if self._direct else layout.record_bytes),)
         offset = self.offset(layer, expert)
         return (Span(self._fds[layer], self._paths[layer], offset, pieces),)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 import xxhash
@@ -16,51 +16,58 @@ from .spans import Span
 
 # Waking a thread takes longer than reading this much from the page cache.
 INLINE_BYTES = 256 * 1024
-# A thread that waits looks again after this long, should it have missed the news.
-WAIT_SECONDS = 0.01
 
 
 @dataclass(slots=True)
 class Read:
-    """One record on its way: ``done`` once a thread is through, well or not."""
+    """One record on its way: ``done`` once all of it was read, well or not.
+
+    ``buffer`` is the record's memory and ``padding`` bytes after it, which direct
+    reads fill too.
+    """
 
     spans: tuple[Span, ...]
     buffer: memoryview
     layer: int
     expert: int
     checksum: int | None = None
+    padding: int = 0
     seconds: float = 0.0
     error: ExpertStoreError | None = None
     done: bool = False
+    n_left: int = field(init=False)
 
-    def run(self) -> None:
-        """Read the record and, where a checksum is given, compare it."""
-        start = time.perf_counter()
-        try:
-            for span in self.spans:
-                self._fill(span)
-            self._check()
-        except ExpertStoreError as error:
-            self.error = error
-        self.seconds = time.perf_counter() - start
-        self.done = True
+    def __post_init__(self) -> None:
+        self.n_left = len(self.spans)
 
-    def _fill(self, span: Span) -> None:
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the record, without padding."""
+        return len(self.buffer) - self.padding
+
+    def read(self, span: Span) -> None:
+        """Read one of the spans, unless another one has failed."""
+        if self.error is not None:
+            return
         try:
             span.read(self.buffer)
         # A read that ended in any other way must not pass for a record.
         except Exception as error:
-            raise self._failed(span, str(error)) from error
+            self.error = self._failed(span, str(error))
+            self.error.__cause__ = error
 
-    def _check(self) -> None:
-        if self.checksum is None:
-            return
-        found = xxhash.xxh3_64_intdigest(self.buffer)
-        if found != self.checksum:
-            raise self._failed(
-                self.spans[0],
-                f"expected checksum {self.checksum:016x} but got {found:016x}",
-            )
+    def finish(self) -> None:
+        """Compare the checksum, where one is given, once every span was read."""
+        if self.error is None and self.checksum is not None:
+            start = time.perf_counter()
+            found = xxhash.xxh3_64_intdigest(self.buffer[: self.n_bytes])
+            if found != self.checksum:
+                self.error = self._failed(
+                    self.spans[0],
+                    f"expected checksum {self.checksum:016x} but got {found:016x}",
+                )
+            self.seconds += time.perf_counter() - start
+        self.done = True
 
     def _failed(self, span: Span, why: str) -> ExpertStoreError:
         return ExpertStoreError(
@@ -70,112 +77,138 @@ class Read:
 
 
 class Batch:
-    """Reads handed over together; threads take them one by one.
+    """Reads handed over together; threads take their spans one by one.
 
-    The thread that waits may be interrupted anywhere, so it holds no lock: single
-    operations on ``_left`` and ``_n_running`` are all it needs.
+    The thread that waits may be interrupted anywhere, so it holds no lock, and what it
+    waits for is a state: news only say that it is time to look at it again.
     """
 
     def __init__(self, reads: Sequence[Read]):
         self.reads = reads
-        self._left = list(reversed(reads))
-        self._n_running = 0
+        self._left = [
+            (read, span) for read in reversed(reads) for span in reversed(read.spans)
+        ]
+        self.n_spans = len(self._left)
+        self._n_threads = 0
         self._counting = threading.Lock()
-        self._news = threading.Lock()
-
-    def run_here(self) -> None:
-        """Do every read now; what an interrupt leaves out is not done."""
-        self._left = []
-        for read in self.reads:
-            read.run()
-
-    def take(self) -> tuple[Read | None, bool]:
-        """Return a read to do, if any is left, and whether more are."""
-        with self._counting:
-            # Counted before it is taken: at no moment does it seem to be over.
-            self._n_running += 1
-            left = self._left
-            try:
-                return left.pop(), bool(left)
-            except IndexError:
-                self._n_running -= 1
-                return None, False
-
-    def finish_one(self) -> None:
-        """Count one read as over."""
-        with self._counting:
-            self._n_running -= 1
-            if self._news.locked():
-                self._news.release()
-
-    def cancel(self) -> None:
-        """Leave out what no thread has begun."""
-        self._left.clear()
+        self._arrived: list[Read] = []
+        self._news: SimpleQueue[None] = SimpleQueue()
+        self._tell_each = False
 
     @property
     def over(self) -> bool:
-        """Tell whether every read is over."""
-        return not (self._left or self._n_running)
+        """Whether nothing is left to read and no thread is at it."""
+        return not (self._left or self._n_threads)
+
+    def cancel(self) -> None:
+        """Leave out what no thread has begun; such reads are never ``done``."""
+        self._left.clear()
 
     def wait(self) -> None:
         """Wait until every read is over; Ctrl-C gets through, the reads go on."""
         while not self.over:
-            self._news.acquire(timeout=WAIT_SECONDS)
+            self._news.get()
+
+    def arrivals(self) -> Iterator[Read]:
+        """Yield every read as soon as it is done, well or not, in that order.
+
+        What was cancelled is left out. One thread at a time may wait.
+        """
+        self._tell_each = True
+        n_seen = 0
+        while True:
+            over = self.over
+            arrived = self._arrived[n_seen:]
+            yield from arrived
+            n_seen += len(arrived)
+            if over:
+                return
+            if not arrived:
+                self._news.get()
+
+    def run_here(self) -> None:
+        """Do every read now; what an interrupt leaves out is not done."""
+        left, self._left = self._left, []
+        while left:
+            self._run(*left.pop())
+
+    def run_some(self) -> None:
+        """Read spans until none is left: what every reading thread does."""
+        with self._counting:
+            # Before any is taken: at no moment does it seem to be over.
+            self._n_threads += 1
+        while (part := self._take()) is not None:
+            self._run(*part)
+        with self._counting:
+            self._n_threads -= 1
+        if self.over:
+            self._news.put(None)
+
+    def _take(self) -> tuple[Read, Span] | None:
+        try:
+            return self._left.pop()
+        except IndexError:
+            return None
+
+    def _run(self, read: Read, span: Span) -> None:
+        start = time.perf_counter()
+        read.read(span)
+        with self._counting:
+            read.seconds += time.perf_counter() - start
+            read.n_left -= 1
+            if read.n_left:
+                return
+        read.finish()
+        self._arrived.append(read)
+        if self._tell_each:
+            self._news.put(None)
 
 
 class ReadPool:
-    """A fixed number of reading threads, started at the first use.
+    """A fixed number of reading threads: so many reads are under way at a time.
 
     The threads are daemons: a process that is told to end does not wait for a disk.
-    Batches of up to ``inline_bytes`` are read by the thread that submits them.
+    Batches of up to ``inline_bytes`` are read by the thread that submits them, and all
+    are once the pool is closed.
     """
 
     def __init__(self, n_threads: int, inline_bytes: int = INLINE_BYTES):
-        self.n_threads, self.inline_bytes = n_threads, inline_bytes
-        self._open()
-
-    def _open(self) -> None:
+        self.inline_bytes = inline_bytes
         self._queue: SimpleQueue[Batch | None] = SimpleQueue()
-        self._threads: list[threading.Thread] = []
         # Idle threads must not outlive a pool that nobody closed.
         weakref.finalize(self, self._queue.put, None)
-
-    def submit(self, batch: Batch) -> None:
-        """Begin to read; the batch tells when all of it is over."""
-        if sum(len(read.buffer) for read in batch.reads) <= self.inline_bytes:
-            batch.run_here()
-            return
-        while len(self._threads) < self.n_threads:
-            thread = threading.Thread(
+        self._threads = [
+            threading.Thread(
                 target=_work, args=(self._queue,), name="expert-reader", daemon=True
             )
+            for _ in range(n_threads)
+        ]
+        # Not at the first read: Ctrl-C in Thread.start may come out of it as another
+        # error, and must leave every request with its own.
+        for thread in self._threads:
             thread.start()
-            self._threads.append(thread)
-        self._queue.put(batch)
+
+    def submit(self, batch: Batch) -> None:
+        """Begin to read; the batch tells what has arrived."""
+        n_bytes = sum(read.n_bytes for read in batch.reads)
+        if n_bytes <= self.inline_bytes or not self._threads:
+            batch.run_here()
+            return
+        for _ in range(min(len(self._threads), batch.n_spans)):
+            self._queue.put(batch)
 
     def close(self) -> None:
         """Let the threads finish what was submitted, and end them."""
-        queue, threads = self._queue, self._threads
-        self._open()
-        queue.put(None)
-        for thread in threads:
+        self._queue.put(None)
+        for thread in self._threads:
             thread.join()
+        self._threads = []
 
 
 def _work(queue: SimpleQueue[Batch | None]) -> None:
-    """Do reads until None comes, and leave that to the other threads.
-
-    How many there are nobody knows for sure: Ctrl-C may come between the start of one
-    and its being noted down.
-    """
+    """Do reads until None comes, and leave that to the other threads."""
     while (batch := queue.get()) is not None:
-        read, has_more = batch.take()
-        if has_more:
-            queue.put(batch)
-        if read is None:
-            continue
-        try:
-            read.run()
-        finally:
-            batch.finish_one()
+        batch.run_some()
+        # An idle thread keeps no slot's memory.
+        del batch
     queue.put(None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +36,12 @@ class Span(NamedTuple):
             EOFError: the file ends early.
         """
         places = [record[start : start + n_bytes] for start, n_bytes in self.pieces]
-        read_fully(self.fd, self.offset, *places)
+        end = self.offset + read_fully(self.fd, self.offset, *places)
+        # A file that is cut during a read may give zeros for its last bytes, but not
+        # before its size has changed.
+        file_bytes = os.lseek(self.fd, 0, os.SEEK_END)
+        if file_bytes < end:
+            raise EOFError(f"the file was cut to {file_bytes} bytes during the read")
 
 
 def merge(pieces: Iterable[Piece]) -> list[list[Piece]]:
@@ -59,26 +64,31 @@ def merge(pieces: Iterable[Piece]) -> list[list[Piece]]:
     return runs
 
 
-def read_fully(fd: int, offset: int, *buffers: memoryview) -> None:
+def read_fully(fd: int, offset: int, *buffers: memoryview) -> int:
     """Fill ``buffers`` one after the other from ``offset`` on, by scatter reads.
 
     Short reads are continued; interrupted calls are repeated by Python itself.
+
+    Returns:
+        The bytes read, which are those of all buffers.
 
     Raises:
         OSError: the read failed.
         EOFError: the file ends early.
     """
-    left, done = list(buffers), 0
-    while left:
+    left: Sequence[memoryview] = buffers
+    done, expected = 0, sum(map(len, buffers))
+    while True:
         n_bytes = os.preadv(fd, left, offset + done)
-        if n_bytes == 0 and any(left):
-            expected = sum(map(len, buffers))
-            raise EOFError(f"expected {expected} bytes but the file ends after {done}")
         done += n_bytes
+        if done == expected:
+            return done
+        if n_bytes == 0:
+            raise EOFError(f"expected {expected} bytes but the file ends after {done}")
         left = _rest(left, n_bytes)
 
 
-def _rest(buffers: list[memoryview], n_bytes: int) -> list[memoryview]:
+def _rest(buffers: Sequence[memoryview], n_bytes: int) -> Sequence[memoryview]:
     """Return what is left of ``buffers`` once the first ``n_bytes`` are filled."""
     for i, buffer in enumerate(buffers):
         if n_bytes < len(buffer):

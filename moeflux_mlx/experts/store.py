@@ -35,7 +35,10 @@ class ExpertStore(Protocol):
         """Return the layout of one layer's records."""
 
     def spans(self, layer: int, expert: int) -> tuple[Span, ...]:
-        """Return the reads that together fill an expert's record."""
+        """Return the reads that together fill an expert's record.
+
+        They may go on into the padding after it.
+        """
 
     def checksum(self, layer: int, expert: int) -> int | None:
         """Return the xxh3-64 of an expert's record, without padding, if known."""
@@ -44,12 +47,16 @@ class ExpertStore(Protocol):
         """Close the files."""
 
 
-def open_store(directory: str | os.PathLike) -> PackedExperts | CheckpointExperts:
+def open_store(
+    directory: str | os.PathLike, *, direct: bool = False
+) -> PackedExperts | CheckpointExperts:
     """Open the experts of a packed directory or of a plain checkpoint.
+
+    ``direct`` asks for reads past the page cache; a warning says where it cannot be.
 
     Raises:
         ExpertStoreError: a packed directory with something missing or changed.
         ModelError: not a model directory, or a checkpoint of no usable form.
     """
     store = PackedExperts if is_packed(directory) else CheckpointExperts
-    return store.open(directory)
+    return store.open(directory, direct=direct)
