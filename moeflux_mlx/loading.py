@@ -22,6 +22,7 @@ def load(
     *,
     memory: int | str | None = None,
     scope: str = "global",
+    policy: str | None = None,
     executor: str | None = None,
     lazy: bool = False,
     revision: str | None = None,
@@ -39,6 +40,9 @@ def load(
             None takes, of a packed model, what fits into 3/4 of the machine's.
         scope: ``"global"`` shares the expert slots between layers, ``"layer"`` gives
             each layer its own.
+        policy: which experts stay in memory: ``"lfu"``, ``"lru"``, or ``"pins:TRACE"``
+            with a file of ``moeflux trace`` (see ``policy_factory``); None takes the
+            environment's choice, else ``"lfu"``.
         executor: name of the executor; None takes the environment's choice.
         lazy: leave parameters unevaluated.
         revision, model_config, tokenizer_config: as in ``mlx_lm.load``.
@@ -52,13 +56,15 @@ def load(
         ExpertStoreError: a pack's files are missing, damaged or of another model; a
             file cannot be read.
         BudgetError: ``memory`` cannot hold the experts one token needs.
+        ConfigError: an argument has no usable value.
+        TraceError: the recording that ``policy`` names is not usable.
     """
     path = find_model(path_or_repo, revision)
     asked = memory is not None or config.memory() is not None
     # Opened first: mlx-lm's own errors do not say which file or expert is at fault.
     store = open_store(path) if asked or is_packed(path) else None
     opened = (lambda: store) if store is not None else None
-    options = RunOptions(opened, memory, scope, executor)
+    options = RunOptions(opened, memory, scope, policy, executor)
     try:
         model, loaded = load_model(
             path,
