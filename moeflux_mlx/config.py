@@ -5,6 +5,7 @@
                              ``metal``, ``cuda`` or ``sim`` (default: see
                              ``open_executor``)
 ``MOEFLUX_MEMORY``           expert memory when ``load(memory=)`` is not given
+``MOEFLUX_POLICY``           eviction policy when ``load(policy=)`` is not given
 ``MOEFLUX_READ_THREADS``     parallel reads of expert records (default 8)
 ``MOEFLUX_OPTIMISTIC``       ``auto`` (default), ``on`` or ``off``: whether a token runs
                              ahead of reading experts; ``auto``: on GPUs, while few
@@ -51,6 +52,11 @@ def executor_name() -> str | None:
 def memory() -> str | None:
     """Return the expert memory asked for by the environment, if any."""
     return os.environ.get("MOEFLUX_MEMORY") or None
+
+
+def policy() -> str | None:
+    """Return the eviction policy asked for by the environment, if any."""
+    return os.environ.get("MOEFLUX_POLICY") or None
 
 
 def read_threads() -> int:

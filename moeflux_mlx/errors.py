@@ -43,6 +43,10 @@ class BudgetError(ExpertStoreError, ValueError):
     """The memory budget cannot hold the experts that one token needs."""
 
 
+class TraceError(MoefluxError, ValueError):
+    """A recording of routing is missing, damaged or of another model."""
+
+
 class KernelError(MoefluxError, ValueError):
     """A kernel's source, arguments or launch are not what its signature says."""
 

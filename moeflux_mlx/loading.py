@@ -22,6 +22,7 @@ def load(
     *,
     memory: int | str | None = None,
     scope: str = "global",
+    policy: str | None = None,
     executor: str | None = None,
     optimistic: str | None = None,
     read_ahead: str = "auto",
@@ -42,6 +43,9 @@ def load(
             None takes, of a packed model, what fits into 3/4 of the machine's.
         scope: ``"global"`` shares the expert slots between layers, ``"layer"`` gives
             each layer its own.
+        policy: which experts stay in memory: ``"lfu"``, ``"lru"``, or ``"pins:TRACE"``
+            with a file of ``moeflux trace`` (see ``policy_factory``); None takes the
+            environment's choice, else ``"lfu"``.
         executor: name of the executor; None takes the environment's choice.
         optimistic: ``"auto"``, ``"on"`` or ``"off"``: whether tokens run ahead of
             reading experts; None takes the environment's choice.
@@ -62,7 +66,8 @@ def load(
         ExpertStoreError: a pack's files are missing, damaged or of another model; a
             file cannot be read.
         BudgetError: ``memory`` cannot hold the experts one token needs.
-        ConfigError: ``expert_io`` is none of these.
+        ConfigError: an argument has no usable value.
+        TraceError: the recording that ``policy`` names is not usable.
     """
     direct = config.expert_io(expert_io) == "direct"
     path = find_model(path_or_repo, revision)
@@ -70,7 +75,9 @@ def load(
     # Opened first: mlx-lm's own errors do not say which file or expert is at fault.
     store = open_store(path, direct=direct) if asked or is_packed(path) else None
     opened = (lambda: store) if store is not None else None
-    options = RunOptions(opened, memory, scope, executor, optimistic, read_ahead)
+    options = RunOptions(
+        opened, memory, scope, policy, executor, optimistic, read_ahead
+    )
     try:
         model, loaded = load_model(
             path,

@@ -19,6 +19,7 @@ from .errors import ModelError
 from .executors import Encoding, Executor, open_executor
 from .executors.base import arrays
 from .executors.compiled import CompiledSteps
+from .experts.policy import DEFAULT_POLICY
 from .experts.store import ExpertStore
 from .experts.streamer import ExpertStreamer
 from .graph import Buf, BufferPool, BufId, Graph, Op, WeightRef
@@ -172,6 +173,7 @@ class RunOptions:
     open_experts: Callable[[], ExpertStore] | None = None
     memory: int | str | None = None
     scope: str = "global"
+    policy: str | None = None
     executor: str | None = None
     optimistic: str | None = None
     read_ahead: str = "auto"
@@ -194,6 +196,7 @@ class Runtime:
                 memory,
                 scope=options.scope,
                 read_ahead=options.read_ahead,
+                policy=options.policy or config.policy() or DEFAULT_POLICY,
                 evaluate=partial(self.executor.wait, "routing"),
             )
 

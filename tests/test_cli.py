@@ -18,6 +18,7 @@ import moeflux_mlx
 PROMPT = "def add(a, b):"
 N_TOKENS = 40
 COMMANDS = ["generate", "pack", "verify", "inspect", "compare", "profile", "tune"]
+COMMANDS += ["trace", "cachesim"]
 
 
 def moeflux(*args: object, **options) -> subprocess.CompletedProcess[str]:
@@ -145,6 +146,7 @@ def test_a_saved_prompt_cache_continues_where_it_ended(packed, tmp_path):
         ["--draft-model", "draft"],
         ["--prompt-cache-file", "none.safetensors"],
         ["--memory", "lots"],
+        ["--policy", "newest"],
         ["--executor", "abacus"],
     ],
     ids=lambda flags: flags[0].lstrip("-"),

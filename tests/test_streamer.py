@@ -19,6 +19,7 @@ from synthetic import expert_bytes, slot_bytes, write_checkpoint
 from moeflux_mlx.errors import BudgetError, ConfigError, ExpertStoreError
 from moeflux_mlx.experts.pack import pack
 from moeflux_mlx.experts.packed import PackedExperts
+from moeflux_mlx.experts.policy import Policy, PoolShape
 from moeflux_mlx.experts.pool import POOL_ALIGNMENT
 from moeflux_mlx.experts.resident import ResidentExperts
 from moeflux_mlx.experts.stats import Counters
@@ -118,15 +119,16 @@ steps = st.lists(
     n_slots=st.integers(N_LAYERS * TOP_K, N_LAYERS * N_EXPERTS + 2),
     minimal=st.booleans(),
     scope=st.sampled_from(["global", "layer"]),
+    policy=st.sampled_from(["lru", "lfu"]),
     inline_bytes=st.sampled_from([0, 10**9]),
 )
 def test_every_slot_holds_the_expert_asked_for(
-    store, expected, steps, n_slots, minimal, scope, inline_bytes
+    store, expected, steps, n_slots, minimal, scope, policy, inline_bytes
 ):
     if minimal:
         n_slots = TOP_K if scope == "global" else N_LAYERS * TOP_K
     n_asked = n_read = 0
-    options = {"scope": scope, "inline_bytes": inline_bytes}
+    options = {"scope": scope, "policy": policy, "inline_bytes": inline_bytes}
     with stream(store, n_slots, **options) as streamer:
         for kind, layer, experts in steps:
             source = streamer.source(layer)
@@ -276,7 +278,7 @@ def test_parts_left_early_do_not_harm_what_follows(store, expected):
 
 
 def test_the_longest_unused_expert_is_evicted(store):
-    with stream(store, 3) as streamer:
+    with stream(store, 3, policy="lru") as streamer:
         source = streamer.source(0)
         for row in ([0, 1, 2], [0, 0, 1], [3, 3, 3]):
             source.slots(ids(row))
@@ -290,7 +292,7 @@ def test_the_longest_unused_expert_is_evicted(store):
 def test_layers_compete_for_slots_or_have_their_own(store):
     misses = {}
     for scope in ("global", "layer"):
-        with stream(store, 9, scope=scope) as streamer:
+        with stream(store, 9, scope=scope, policy="lru") as streamer:
             for row in ([0, 1, 2], [3, 4, 5], [6, 7, 8], [0, 1, 2]):
                 streamer.source(0).slots(ids(row))
             misses[scope] = streamer.stats.total.misses
@@ -298,18 +300,22 @@ def test_layers_compete_for_slots_or_have_their_own(store):
 
 
 def test_a_policy_of_one_s_own_decides_on_evictions(store):
-    class Newest:
-        def __init__(self):
+    class Newest(Policy):
+        def __init__(self, shape):
+            assert shape == PoolShape(N_LAYERS, N_EXPERTS, TOP_K, 3)
             self.keys = []
 
-        def touch(self, keys):
-            self.keys += [key for key in keys if key not in self.keys]
+        def use(self, row, keys):
+            assert set(keys) <= set(self.keys)
 
-        def victim(self, keep):
-            found = next((k for k in reversed(self.keys) if k not in keep), None)
-            if found is not None:
-                self.keys.remove(found)
-            return found
+        def admit(self, row, key):
+            self.keys.append(key)
+
+        def forget(self, row, key):
+            self.keys.remove(key)
+
+        def victim(self, row, rows, keep):
+            return next((k for k in reversed(self.keys) if k not in keep), None)
 
     with stream(store, 3, policy=Newest) as streamer:
         source = streamer.source(0)
@@ -378,6 +384,8 @@ def test_a_budget_too_small_for_a_token_states_the_minimum(store, scope, n_minim
 def test_arguments_without_meaning_are_refused(store):
     with pytest.raises(ConfigError, match=r"\[scope\]"):
         ExpertStreamer(store, scope="token")
+    with pytest.raises(ConfigError, match=r"\[policy\].*lru.*'newest'"):
+        ExpertStreamer(store, policy="newest")
     with pytest.raises(ConfigError, match=r"\[memory\]"):
         ExpertStreamer(store, "much")
     with ExpertStreamer(store) as streamer, pytest.raises(ConfigError, match="layers"):

@@ -8,9 +8,33 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import MoefluxError
-from . import compare, doctor, generate, inspect, kernels, pack, profile, tune, verify
+from . import (
+    cachesim,
+    compare,
+    doctor,
+    generate,
+    inspect,
+    kernels,
+    pack,
+    profile,
+    trace,
+    tune,
+    verify,
+)
 
-COMMANDS = (generate, pack, verify, inspect, compare, doctor, kernels, profile, tune)
+COMMANDS = (
+    generate,
+    pack,
+    verify,
+    inspect,
+    compare,
+    doctor,
+    kernels,
+    profile,
+    tune,
+    trace,
+    cachesim,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

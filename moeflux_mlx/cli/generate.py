@@ -18,6 +18,7 @@ from mlx_lm.models.cache import (
 from mlx_lm.sample_utils import make_sampler
 
 from ..errors import ConfigError
+from ..experts.policy import DEFAULT_POLICY, POLICY_FORMS
 from ..loading import load
 from .report import generate_and_print
 
@@ -48,7 +49,17 @@ def add_streaming_flags(parser: argparse.ArgumentParser) -> None:
         default="global",
         help="layers share the memory (global) or get equal parts of it (layer)",
     )
+    ours.add_argument(
+        "--policy",
+        help=f"which experts stay: {POLICY_FORMS} (default: {DEFAULT_POLICY})",
+    )
     ours.add_argument("--executor", help="what runs the graph, for example ops")
+
+
+def streaming_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what these flags mean to ``load``."""
+    names = ("memory", "scope", "policy", "executor")
+    return {name: getattr(args, name) for name in names}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,9 +99,7 @@ def _refuse_unusable(args: argparse.Namespace) -> None:
 def _load(args: argparse.Namespace, saved: dict[str, str]) -> tuple[Any, Any]:
     model, tokenizer = load(
         _model_path(args, saved),
-        memory=args.memory,
-        scope=args.scope,
-        executor=args.executor,
+        **streaming_options(args),
         tokenizer_config={
             **json.loads(saved.get("tokenizer_config", "{}")),
             "trust_remote_code": args.trust_remote_code,

@@ -78,6 +78,7 @@ def compare(
     tolerance: float | None = None,
     memory: int | str | None = None,
     scope: str = "global",
+    policy: str | None = None,
     executor: str | None = None,
 ) -> Comparison:
     """Compare moeflux-mlx with stock mlx-lm; each side runs in its own process.
@@ -93,7 +94,7 @@ def compare(
             stacked in memory again when it is packed.
         dtype: ``float32`` casts both sides; ``model`` leaves each its own type.
         tolerance: largest relative RMS error, by default that of ``TOLERANCES``.
-        memory, scope, executor: as for ``load``.
+        memory, scope, policy, executor: as for ``load``.
 
     Raises:
         ConfigError: an argument is not usable.
@@ -113,7 +114,12 @@ def compare(
     )
     with tempfile.TemporaryDirectory(prefix="moeflux-compare-") as directory:
         stock = run_job(job, Path(directory))
-        options = {"memory": memory, "scope": scope, "executor": executor}
+        options = {
+            "memory": memory,
+            "scope": scope,
+            "policy": policy,
+            "executor": executor,
+        }
         job = replace(
             job, side="ours", path=str(path), forced=stock.tokens, options=options
         )

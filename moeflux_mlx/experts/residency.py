@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 
-from .policy import LRU, Policy, PolicyFactory
+from .policy import Policy, PolicyFactory, PoolShape
 
 EMPTY = -1
 
@@ -16,6 +16,15 @@ class SlotTable:
     expert, or ``EMPTY``. A claimed slot belongs to nobody until it is
     placed or released, so a read in flight can be neither found nor evicted.
     ``changed`` collects the rows that differ from what a copy of them says.
+
+    Where rows share, no row loses a slot to another one that leaves it fewer than
+    ``floor``.
+
+    To take slots away later, claim them, which evicts as the policy says, and never
+    give them back; then lower ``capacity``, and tell ``repair``, which takes every slot
+    for its own, which are gone. A certain slot is emptied by what ``claim`` does to its
+    victim. Floors and pins were set for the first number of slots: where they leave no
+    victim, they are passed over.
     """
 
     def __init__(
@@ -24,18 +33,29 @@ class SlotTable:
         n_experts: int,
         n_slots: int,
         *,
+        top_k: int,
+        policy: PolicyFactory,
         shared: bool = True,
-        policy: PolicyFactory = LRU,
+        floor: int | None = None,
     ):
+        """Begin with empty slots.
+
+        Args:
+            top_k: experts of a row that one token uses.
+            floor: by default ``top_k``, or half an even share if that is less.
+        """
         self.n_experts = n_experts
         # Lists, not an array: a token looks up single experts.
         self.rows = [[EMPTY] * n_experts for _ in range(n_rows)]
         self.changed = set(range(n_rows))
         n_groups = 1 if shared else n_rows
         self.capacity = n_slots // n_groups
+        self.floor = min(top_k, n_slots // (2 * n_rows)) if floor is None else floor
         self._shared = shared
-        self._policy = policy
-        self._policies: list[Policy] = [policy() for _ in range(n_groups)]
+        shape = PoolShape(n_rows, n_experts, top_k, n_slots)
+        self._make_policy = lambda: policy(shape)
+        self._policy: Policy = policy(shape)
+        self._n_held = [0] * n_rows
         self._free = [
             list(reversed(range(g * self.capacity, (g + 1) * self.capacity)))
             for g in range(n_groups)
@@ -46,28 +66,30 @@ class SlotTable:
         return row * self.n_experts + expert
 
     def touch(self, row: int, experts: Sequence[int]) -> None:
-        """Note that the experts, all in memory, are used now."""
+        """Note that the experts are used now."""
         base = row * self.n_experts
-        self._policies[self._group(row)].touch([base + expert for expert in experts])
+        self._policy.use(row, [base + expert for expert in experts])
 
     def claim(self, row: int, keep: Container[int]) -> int | None:
         """Return a slot to write into, evicting a key not in ``keep`` if need be."""
-        group = self._group(row)
-        if self._free[group]:
-            return self._free[group].pop()
-        if (victim := self._policies[group].victim(keep)) is None:
+        if free := self._free[self._group(row)]:
+            return free.pop()
+        if (victim := self._victim(row, keep)) is None:
             return None
         victim_row, expert = divmod(victim, self.n_experts)
         slot = self.rows[victim_row][expert]
         self.changed.add(victim_row)
         self.rows[victim_row][expert] = EMPTY
+        self._n_held[victim_row] -= 1
+        self._policy.forget(victim_row, victim)
         return slot
 
     def place(self, row: int, expert: int, slot: int) -> None:
         """Say that a claimed slot now holds an expert."""
         self.changed.add(row)
         self.rows[row][expert] = slot
-        self.touch(row, [expert])
+        self._n_held[row] += 1
+        self._policy.admit(row, self.key(row, expert))
 
     def release(self, row: int, slot: int) -> None:
         """Give back a claimed slot that holds nothing."""
@@ -83,12 +105,24 @@ class SlotTable:
         unused = [
             set(range(g * self.capacity, (g + 1) * self.capacity)) for g in groups
         ]
-        self._policies = [self._policy() for _ in groups]
+        self._policy = self._make_policy()
         for row, slots in enumerate(self.rows):
             present = [e for e, slot in enumerate(slots) if slot != EMPTY]
             unused[self._group(row)].difference_update(slots)
-            self.touch(row, present)
+            self._n_held[row] = len(present)
+            for expert in present:
+                self._policy.admit(row, self.key(row, expert))
         self._free = [sorted(slots, reverse=True) for slots in unused]
+
+    def _victim(self, row: int, keep: Container[int]) -> int | None:
+        if not self._shared:
+            return self._policy.victim(row, (row,), keep)
+        floor = self.floor
+        rows = [r for r, n in enumerate(self._n_held) if n > floor or r == row]
+        found = self._policy.victim(row, rows, keep)
+        # A floor is no reason to fail.
+        every = range(len(self.rows))
+        return self._policy.victim(row, every, keep) if found is None else found
 
     def _group(self, row: int) -> int:
         return 0 if self._shared else row

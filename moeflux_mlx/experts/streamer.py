@@ -15,7 +15,7 @@ from ..weights import ExpertSource
 from .budget import count_slots
 from .device_table import DeviceTable
 from .in_flight import InFlight
-from .policy import LRU, PolicyFactory
+from .policy import DEFAULT_POLICY, PolicyFactory, policy_factory
 from .pool import POOL_ALIGNMENT, SlotPool, pool_stride
 from .read_ahead import ReadAhead
 from .reader import INLINE_BYTES, ReadPool
@@ -45,7 +45,8 @@ class ExpertStreamer:
         memory: int | float | str | None = None,
         *,
         scope: str = "global",
-        policy: PolicyFactory = LRU,
+        policy: str | PolicyFactory = DEFAULT_POLICY,
+        floor: int | None = None,
         read_threads: int | None = None,
         inline_bytes: int = INLINE_BYTES,
         read_ahead: str = "auto",
@@ -58,7 +59,10 @@ class ExpertStreamer:
             memory: bytes for all experts (``8GB``, ``512MiB``, an int), alignment
                 included; None: as many as fit into 3/4 of physical memory.
             scope: ``global``: layers compete for slots; ``layer``: equal shares.
-            policy: makes what decides on evictions, one for each group of slots.
+            policy: decides on evictions: a name that ``policy_factory`` knows, or what
+                makes one.
+            floor: slots below which no layer falls in favour of others, by default
+                what a token needs.
             read_threads: parallel reads, from the environment by default.
             inline_bytes: reads of up to this many bytes together need no thread.
             read_ahead: ``on``, ``off``, or ``auto``: as measured.
@@ -67,6 +71,7 @@ class ExpertStreamer:
 
         Raises:
             ConfigError: an argument has no usable value.
+            TraceError: the recording that ``policy`` names is not usable.
             BudgetError: the budget cannot hold what one token needs; states the
                 minimum.
             ExpertStoreError: a record could not be read.
@@ -88,7 +93,13 @@ class ExpertStreamer:
         n_slots -= n_slots % groups
         self._pool = SlotPool(layouts, n_slots)
         self._table = SlotTable(
-            n_rows, store.n_experts, n_slots, shared=groups == 1, policy=policy
+            n_rows,
+            store.n_experts,
+            n_slots,
+            top_k=store.top_k,
+            policy=policy_factory(policy) if isinstance(policy, str) else policy,
+            shared=groups == 1,
+            floor=floor,
         )
         self._foreseen: dict[int, frozenset[int]] = {}
         self._on_device = DeviceTable(self._table)

@@ -97,7 +97,7 @@ class MoeNormalizeWeights(Op):
         return weights / weights.sum(axis=-1, keepdims=True)
 
 
-class _RoutedExperts(OpFields):
+class RoutedExperts(OpFields):
     """What the Ops over routed experts share: fields but the output, shapes, cost."""
 
     mlp_in: In[MoeInputBuf]
@@ -150,7 +150,7 @@ def stacks_and_slots(
     return experts.weights, to_host(slots) if host else slots
 
 
-class MoeDecodeExperts(_RoutedExperts, Op):
+class MoeDecodeExperts(RoutedExperts, Op):
     """Run one token's K experts against the slots that hold them: ``[1, D]``."""
 
     out_sum: Out[MoeOutSumBuf]
@@ -186,7 +186,7 @@ def as_they_come(
     return out
 
 
-class MoeGatherIdFuse(_RoutedExperts, Op):
+class MoeGatherIdFuse(RoutedExperts, Op):
     """Run all N tokens' experts at once, rows sorted by expert on the device.
 
     Every expert must have a slot at the same time; nothing is read back to the host.
@@ -211,7 +211,7 @@ class MoeGatherIdFuse(_RoutedExperts, Op):
         return (out * weights[..., None]).sum(axis=1)
 
 
-class MoeBatchedPermuteFuse(_RoutedExperts, Op):
+class MoeBatchedPermuteFuse(RoutedExperts, Op):
     """Run expert after expert over the tokens that chose it, adding to ``out_sum``.
 
     Tokens are sorted by expert on the host, so each needed expert is visited once

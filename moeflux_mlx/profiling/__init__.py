@@ -1,7 +1,8 @@
 """Measure what a model's steps cost, and find the fastest ways to perform its Ops."""
 
-from .plot import check_plot, save_plot
+from .plot import check_plot, save_hit_rates, save_plot
 from .profile import Profile, Row, profile, write_csv
+from .routing import record_routing
 from .tune import PROMPTS, decide, tune
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "check_plot",
     "decide",
     "profile",
+    "record_routing",
+    "save_hit_rates",
     "save_plot",
     "tune",
     "write_csv",

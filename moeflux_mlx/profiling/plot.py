@@ -1,15 +1,18 @@
-"""Draw a profile: what of a step goes where."""
+"""Draw a profile, what of a step goes where, or the hit rates of policies."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..experts.cachesim import OPTIMUM, Outcome
 from .profile import Profile, Row
 
 MAX_BARS = 40
 BAR_INCHES, MARGIN_INCHES, WIDTH_INCHES = 0.28, 1.6, 11.0
+CURVES_INCHES = 6.0
 
 
 def check_plot(path: Path) -> None:
@@ -18,7 +21,7 @@ def check_plot(path: Path) -> None:
     Raises:
         ConfigError: matplotlib is missing, or it writes no files of that kind.
     """
-    figure = _figure(1)
+    figure = _figure(MARGIN_INCHES)
     suffix = path.suffix.lstrip(".").lower()
     known = figure.canvas.get_supported_filetypes()
     if suffix not in known:
@@ -39,7 +42,7 @@ def save_plot(profile: Profile, path: Path) -> None:
         bars.append((f"{len(rest)} smaller kinds", us, ""))
     if profile.remainder_us > 0:
         bars.append(("remainder", profile.remainder_us, "between steps, and the host"))
-    figure = _figure(len(bars))
+    figure = _figure(MARGIN_INCHES + BAR_INCHES * len(bars))
     axes = figure.add_subplot()
     names, widths, notes = zip(*bars, strict=True)
     colors = ["tab:gray" if n == "remainder" else "tab:blue" for n in names]
@@ -57,15 +60,40 @@ def save_plot(profile: Profile, path: Path) -> None:
     figure.savefig(path)
 
 
-def _figure(n_bars: int) -> Any:
+def save_hit_rates(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
+    """Draw each policy's steady hit rate over the share of experts in memory.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    figure = _figure(CURVES_INCHES)
+    axes = figure.add_subplot()
+    for policy in dict.fromkeys(outcome.policy for outcome in outcomes):
+        points = sorted(
+            (100 * outcome.share, 100 * outcome.steady_hit_rate)
+            for outcome in outcomes
+            if outcome.policy == policy
+        )
+        style = {"color": "black", "linestyle": "--"} if policy == OPTIMUM else {}
+        axes.plot(*zip(*points, strict=True), marker="o", label=policy, **style)
+    axes.set_xlabel("% of experts in memory")
+    axes.set_ylabel("% hits, second half of the generated tokens")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylim(0, 100)
+    axes.legend()
+    axes.set_title(title, fontsize=10, loc="left")
+    figure.savefig(path)
+
+
+def _figure(height_inches: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError(
             "[--plot] expected matplotlib: pip install 'moeflux-mlx[plot]'"
         ) from error
-    height = MARGIN_INCHES + BAR_INCHES * n_bars
-    return Figure(figsize=(WIDTH_INCHES, height), dpi=150, layout="constrained")
+    size = (WIDTH_INCHES, height_inches)
+    return Figure(figsize=size, dpi=150, layout="constrained")
 
 
 def _name(row: Row) -> str:

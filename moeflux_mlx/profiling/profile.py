@@ -20,8 +20,8 @@ from .recording import (
     filled_caches,
     next_token,
     prompt,
+    resident_runtime_of,
     restorer,
-    runtime_of,
     step,
 )
 from .timing import HostTimer, StepTimer, Work, timer_for
@@ -143,7 +143,7 @@ def profile(
     for name, value, least in (("--prefill", prefill, 0), ("--repeats", repeats, 1)):
         if value < least:
             raise ConfigError(f"[{name}] expected at least {least} but got {value}")
-    runtime = runtime_of(model)
+    runtime = resident_runtime_of(model)
     timer = timer or timer_for(runtime.executor, repeats)
     model.eval()
     vocab_size = model.language_model.args.vocab_size

@@ -26,12 +26,22 @@ def runtime_of(model: Any) -> Runtime:
     """Return what runs a model's graphs.
 
     Raises:
-        ModelError: it is none of ours, or its experts are not all in memory.
+        ModelError: it is none of ours.
     """
     runtime = getattr(model, "runtime", None)
     if not isinstance(runtime, Runtime):
         got = type(model).__name__
         raise ModelError(f"[model] expected a model of moeflux_mlx but got {got}")
+    return runtime
+
+
+def resident_runtime_of(model: Any) -> Runtime:
+    """Return what runs a model's graphs with all experts in memory.
+
+    Raises:
+        ModelError: it is none of ours, or its experts are not all in memory.
+    """
+    runtime = runtime_of(model)
     if runtime.streams:
         raise ModelError(
             "[experts] expected every expert in memory, for reading would hide what "

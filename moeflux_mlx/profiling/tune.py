@@ -19,7 +19,7 @@ from ..lowering import default_way, ways
 from ..lowering.tuned import Entry, Tuning, n_tokens_of, shape_of
 from ..model import Runtime
 from .choices import Choice, Collector, Key
-from .recording import filled_caches, observing, prompt, runtime_of
+from .recording import filled_caches, observing, prompt, resident_runtime_of
 from .timing import StepTimer, timer_for
 
 # By how much of the default's time a way must be faster to displace it: less is noise.
@@ -71,7 +71,7 @@ def tune(
     for name, least, values in (("--repeats", 1, [repeats]), ("--prompts", 2, prompts)):
         if any(value < least for value in values):
             raise ConfigError(f"[{name}] expected at least {least} but got {values}")
-    runtime = runtime_of(model)
+    runtime = resident_runtime_of(model)
     if not isinstance(runtime.executor, KernelExecutor):
         raise BackendError(
             f"[tune] expected executor metal, cuda or sim: {runtime.executor.name!r} "

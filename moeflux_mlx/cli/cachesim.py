@@ -1,0 +1,108 @@
+"""``moeflux cachesim``: what each eviction policy makes of recorded routing."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from ..experts.cachesim import OPTIMUM, Outcome, simulate
+from ..experts.policy import POLICIES, POLICY_FORMS, policy_factory
+from ..experts.routing_trace import RoutingTrace
+from ..profiling import check_plot, save_hit_rates
+
+BUDGETS = (75.0, 50.0, 37.5, 25.0, 18.75, 12.5)
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``cachesim`` with its flags."""
+    text = "replay a trace for every eviction policy and budget"
+    parser = subparsers.add_parser("cachesim", description=text, help=text)
+    parser.add_argument("trace", type=Path, help="a file of moeflux trace")
+    parser.add_argument(
+        "--policy",
+        action="append",
+        metavar="NAME",
+        help=f"{POLICY_FORMS}; may be repeated (default: {' and '.join(POLICIES)})",
+    )
+    parser.add_argument(
+        "--budgets",
+        type=float,
+        nargs="+",
+        default=BUDGETS,
+        metavar="PERCENT",
+        help="experts in memory, of all of them (default: "
+        f"{' '.join(f'{budget:g}' for budget in BUDGETS)})",
+    )
+    parser.add_argument(
+        "--scope",
+        choices=("global", "layer"),
+        default="global",
+        help="layers share the slots (global) or get equal parts (layer)",
+    )
+    parser.add_argument(
+        "--floor",
+        type=int,
+        metavar="N",
+        help="slots that others leave a layer (default: what a token needs, or half an "
+        "even share)",
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="also draw it, as .png or .svg"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Replay the trace, print the table, draw the curves."""
+    if args.plot:
+        check_plot(args.plot)
+    trace = RoutingTrace.load(args.trace)
+    policies = {name: policy_factory(name) for name in args.policy or POLICIES}
+    shares = [budget / 100 for budget in args.budgets]
+    found = simulate(trace, policies, shares, scope=args.scope, floor=args.floor)
+    title = (
+        f"{trace.model_type}, {trace.top_k} of {trace.n_experts} experts in "
+        f"{len(trace.layers)} layers, {trace.n_prompt_tokens} tokens of a prompt and "
+        f"{trace.n_tokens - trace.n_prompt_tokens} generated, scope {args.scope}"
+    )
+    Console(highlight=False).print(hits_table(found, title))
+    if args.plot:
+        save_hit_rates(found, title, args.plot)
+    return 0
+
+
+def hits_table(found: Sequence[Outcome], title: str) -> Table:
+    """Lay out hit rates by budget, each beside the optimum's."""
+    caption = (
+        "steady: the second half of the generated tokens; all: from empty slots on"
+    )
+    table = Table(title=title, caption=caption)
+    table.add_column("experts\nin memory", justify="right")
+    table.add_column("policy", overflow="fold")
+    for name in ("hits\nsteady", "of the\noptimum's", "hits\nall", "of the\noptimum's"):
+        table.add_column(name, justify="right")
+    table.add_column("read a token\nsteady", justify="right")
+    for outcome in found:
+        if outcome.policy == OPTIMUM:
+            best = outcome
+            table.add_section()
+        table.add_row(
+            f"{outcome.n_slots} ({outcome.share:.2%})",
+            outcome.policy,
+            f"{outcome.steady_hit_rate:.1%}",
+            _ratio(outcome.steady_hit_rate, best.steady_hit_rate),
+            f"{outcome.hit_rate:.1%}",
+            _ratio(outcome.hit_rate, best.hit_rate),
+            decimal(round(outcome.bytes_per_token)),
+        )
+    return table
+
+
+def _ratio(hit_rate: float, best: float) -> str:
+    return f"{hit_rate / best:.1%}" if best else "-"

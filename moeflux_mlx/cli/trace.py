@@ -1,0 +1,76 @@
+"""``moeflux trace``: record which experts a model's routers choose."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.sample_utils import make_sampler
+from rich.filesize import decimal
+
+from ..errors import ConfigError
+from ..loading import load
+from ..profiling import record_routing
+from .generate import add_streaming_flags, streaming_options
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``trace`` with its flags."""
+    text = "record which experts each layer chooses for each token of a run"
+    parser = subparsers.add_parser("trace", description=text, help=text)
+    parser.add_argument("model", help="plain or packed model directory, or hub id")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="text to continue, as it is")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--max-tokens",
+        "-m",
+        type=int,
+        default=256,
+        metavar="N",
+        help="tokens to generate (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temp",
+        type=float,
+        default=0.0,
+        help="sampling temperature; 0 takes the likeliest token (default)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="for sampling (default: 0)")
+    parser.add_argument(
+        "--output", "-o", type=Path, required=True, metavar="FILE", help="an .npz file"
+    )
+    add_streaming_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate, and write the trace."""
+    text = _prompt(args)
+    model, tokenizer = load(args.model, **streaming_options(args))
+    mx.random.seed(args.seed)
+    trace = record_routing(
+        model,
+        tokenizer.encode(text),
+        max_tokens=args.max_tokens,
+        sampler=make_sampler(args.temp),
+        eos_tokens=tokenizer.eos_token_ids,
+    )
+    trace.save(args.output)
+    print(
+        f"{args.output}: {trace.n_tokens} tokens, {trace.n_prompt_tokens} of them the "
+        f"prompt's, {trace.top_k} of {trace.n_experts} experts in each of "
+        f"{len(trace.layers)} layers, {decimal(args.output.stat().st_size)}"
+    )
+    return 0
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.prompt_file is None:
+        return args.prompt
+    try:
+        return args.prompt_file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"[--prompt-file] {args.prompt_file}: {error}") from error

@@ -1,0 +1,113 @@
+"""Run a model and keep which experts its routers chose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import generate_step
+
+from ..errors import ConfigError
+from ..executors.base import Encoding
+from ..experts.routing_trace import RoutingTrace
+from ..graph.lower import Step, lower
+from ..model import Runtime
+from ..ops.moe import RoutedExperts
+from .recording import layer_of, observing, runtime_of
+
+
+def record_routing(
+    model: Any,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int,
+    sampler: Callable[[mx.array], mx.array] | None = None,
+    eos_tokens: Collection[int] = (),
+    **options: Any,
+) -> RoutingTrace:
+    """Generate as mlx-lm does and return every choice of every router.
+
+    Args:
+        prompt: token ids.
+        max_tokens: tokens to generate after it.
+        sampler: takes log-probabilities ``[1, V]``; None takes the likeliest token.
+        eos_tokens: ids that end the text before.
+        options: passed on to mlx-lm's ``generate_step``.
+
+    Raises:
+        ConfigError: there is no prompt, or nothing to generate.
+        ModelError: the model is none of ours.
+    """
+    if not prompt or max_tokens < 1:
+        raise ConfigError(
+            "[trace] expected at least 1 token of a prompt and 1 to generate but got "
+            f"{len(prompt)} and {max_tokens}"
+        )
+    runtime = runtime_of(model)
+    recorder = RoutingRecorder(runtime)
+    recorded: Any = RecordedModel(model, recorder)
+    with observing(runtime.executor, recorder):
+        options = {**options, "max_tokens": max_tokens, "sampler": sampler}
+        for token, _ in generate_step(mx.array([*prompt]), recorded, **options):
+            if token in eos_tokens:
+                break
+    return RoutingTrace(
+        model_type=model.model_type,
+        layers=tuple(layer.index for layer in model.graph_layers),
+        n_experts=recorded.routed[0].n_experts,
+        record_bytes=tuple(op.expert_bytes for op in recorded.routed),
+        n_prompt_tokens=len(prompt),
+        passes=np.array([len(chosen) for chosen in recorded.passes], np.uint32),
+        chosen=np.concatenate(recorded.passes),
+    )
+
+
+class RoutingRecorder:
+    """Observes an executor: performs every step and keeps what experts were asked for.
+
+    Ops are performed one by one: several together may keep the choice to themselves.
+    """
+
+    def __init__(self, runtime: Runtime):
+        self._runtime = runtime
+        self._steps: dict[int, list[Step]] = {}
+        # By layer, in the order in which they are run.
+        self._routed: list[RoutedExperts] = []
+        self._chosen: list[Any] = []
+
+    def __call__(self, steps: Sequence[Step], encoding: Encoding) -> None:
+        layer = layer_of(self._runtime, steps)
+        if id(layer) not in self._steps:
+            lowered = lower(layer.graph, self._runtime.executor.kernel)
+            self._steps[id(layer)] = lowered
+        for step in self._steps[id(layer)]:
+            if isinstance(op := step.ops[0], RoutedExperts):
+                self._routed.append(op)
+                self._chosen.append(encoding.value(op.indices))
+            step.run(encoding.values, encoding.weights, encoding.host)
+
+    def take(self) -> tuple[list[RoutedExperts], np.ndarray]:
+        """Return each layer's Op of one pass, and what it chose: ``[N, L, K]``."""
+        routed, chosen = self._routed, self._chosen
+        self._routed, self._chosen = [], []
+        return routed, np.stack([np.array(choice) for choice in chosen], axis=1)
+
+
+class RecordedModel:
+    """A model that keeps the routing of every call; else it is the model."""
+
+    def __init__(self, model: Any, recorder: RoutingRecorder):
+        self.passes: list[np.ndarray] = []
+        self.routed: list[RoutedExperts] = []
+        self._model, self._recorder = model, recorder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, *args: Any, **options: Any) -> mx.array:
+        logits = self._model(*args, **options)
+        self.routed, chosen = self._recorder.take()
+        self.passes.append(chosen)
+        return logits

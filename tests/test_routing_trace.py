@@ -1,0 +1,226 @@
+"""Recordings of routing: what routers really chose, and files that are checked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.generate import generate_step
+
+import moeflux_mlx
+from moeflux_mlx.cli import main
+from moeflux_mlx.errors import ConfigError, ModelError, TraceError
+from moeflux_mlx.experts.routing_trace import RoutingTrace
+from moeflux_mlx.profiling import record_routing
+
+PROMPT = [5, 17, 60, 3, 44, 44, 9]
+N_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def trace(checkpoint):
+    model, _ = moeflux_mlx.load(checkpoint)
+    return record_routing(model, PROMPT, max_tokens=N_TOKENS)
+
+
+class Listening:
+    """Stands for a stock model's experts and keeps what they are asked for."""
+
+    def __init__(self, experts, heard):
+        self.experts, self.heard = experts, heard
+
+    def __call__(self, x, indices):
+        self.heard.append(np.array(indices[0]))
+        return self.experts(x, indices)
+
+
+def test_a_trace_holds_what_stock_mlx_lm_s_routers_choose(checkpoint, trace):
+    model, _ = mlx_lm.load(str(checkpoint))
+    heard = [[] for _ in trace.layers]
+    for layer, kept in zip(model.layers, heard, strict=True):
+        layer.mlp.switch_mlp = Listening(layer.mlp.switch_mlp, kept)
+    for _ in generate_step(mx.array(PROMPT), model, max_tokens=N_TOKENS):
+        pass
+    chosen = np.stack([np.concatenate(kept) for kept in heard], axis=1)
+    # Stock mlx-lm does not order the experts of a token.
+    assert np.sort(trace.chosen).tolist() == np.sort(chosen).tolist()
+    assert trace.passes.tolist() == [len(PROMPT) - 1, 1] + [1] * N_TOKENS
+    assert trace.n_prompt_tokens == len(PROMPT)
+    assert trace.layers == (0, 1, 2, 3)
+    assert (trace.n_experts, trace.top_k) == (8, 2)
+
+
+def test_streamed_models_are_traced_alike(packed, budget, trace):
+    model, _ = moeflux_mlx.load(packed, memory=budget)
+    with model.streamer as streamer:
+        assert not streamer.resident
+        streamed = record_routing(model, PROMPT, max_tokens=N_TOKENS)
+        layouts = [model.runtime.store.layout(layer) for layer in trace.layers]
+    assert streamed.chosen.tolist() == trace.chosen.tolist()
+    assert streamed.passes.tolist() == trace.passes.tolist()
+    assert streamed.record_bytes == tuple(layout.record_bytes for layout in layouts)
+    assert model.runtime.executor.observer is None
+
+
+def test_generation_ends_at_an_end_of_text_token(checkpoint, trace):
+    model, _ = moeflux_mlx.load(checkpoint)
+    steps = generate_step(mx.array(PROMPT), model, max_tokens=N_TOKENS)
+    tokens = [token for token, _ in steps]
+    found = record_routing(model, PROMPT, max_tokens=N_TOKENS, eos_tokens={tokens[3]})
+    # The pass of the token after it had begun.
+    n = len(PROMPT) + tokens.index(tokens[3]) + 1
+    assert found.chosen.tolist() == trace.chosen[:n].tolist()
+
+
+def test_needed_and_counts_say_the_same(trace):
+    counts = np.zeros((4, 8), int)
+    first = 0
+    for n_tokens, layers in trace.needed():
+        for row, needed in enumerate(layers):
+            chosen = trace.chosen[first : first + n_tokens, row].ravel().tolist()
+            assert needed == sorted(set(chosen))
+            for expert in chosen:
+                counts[row, expert] += 1
+        first += n_tokens
+    assert first == trace.n_tokens
+    assert counts.tolist() == trace.counts().tolist()
+
+
+@pytest.mark.parametrize("n_experts", [8, 300])
+def test_a_file_gives_back_what_was_saved(trace, tmp_path, n_experts):
+    path = tmp_path / "any name"
+    replace(trace, n_experts=n_experts).save(path)
+    found = RoutingTrace.load(path)
+    assert found.n_experts == n_experts
+    assert found.chosen.dtype == (np.uint8 if n_experts == 8 else np.uint16)
+    assert found.chosen.tolist() == trace.chosen.tolist()
+    assert found.passes.tolist() == trace.passes.tolist()
+    for name in ("model_type", "layers", "record_bytes", "n_prompt_tokens"):
+        assert getattr(found, name) == getattr(trace, name)
+
+
+@pytest.fixture(scope="module")
+def saved(trace, tmp_path_factory):
+    path = tmp_path_factory.mktemp("traces") / "trace.npz"
+    trace.save(path)
+    return path
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_damage_is_an_error_or_changes_nothing(saved, trace, data):
+    raw = bytearray(saved.read_bytes())
+    at = data.draw(st.integers(0, len(raw) - 1))
+    if data.draw(st.booleans()):
+        raw = raw[:at]
+    else:
+        raw[at] ^= data.draw(st.integers(1, 255))
+    path = saved.with_name("damaged.npz")
+    path.write_bytes(raw)
+    try:
+        found = RoutingTrace.load(path)
+    except TraceError as error:
+        assert str(path) in str(error)
+    else:
+        # Zip files have fields that nobody reads.
+        assert found.chosen.tolist() == trace.chosen.tolist()
+        assert found.passes.tolist() == trace.passes.tolist()
+        assert found.layers == trace.layers
+
+
+def arrays(path):
+    with np.load(path) as archive:
+        return dict(archive)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: a.pop("header"),
+        lambda a: a.pop("chosen"),
+        lambda a: a.update(header=np.array("[]")),
+        lambda a: a.update(header=np.array("{")),
+        lambda a: edit(a, version=2),
+        lambda a: edit(a, format="other"),
+        lambda a: edit(a, layers=[]),
+        lambda a: edit(a, layers=None),
+        lambda a: edit(a, n_experts=3),
+        lambda a: edit(a, n_prompt_tokens=1000),
+        lambda a: edit(a, record_bytes=[1]),
+        lambda a: a.update(passes=a["passes"][1:]),
+        lambda a: a.update(passes=a["passes"].astype(np.float32)),
+        lambda a: a.update(chosen=a["chosen"][:, 0]),
+        lambda a: a.update(chosen=a["chosen"][:0], passes=a["passes"][:0]),
+        lambda a: a.update(chosen=a["chosen"].astype(np.float32)),
+    ],
+)
+def test_a_file_whose_parts_do_not_fit_is_refused(saved, tmp_path, change):
+    parts = arrays(saved)
+    change(parts)
+    path = tmp_path / "changed.npz"
+    np.savez(path, **parts)
+    with pytest.raises(TraceError, match=r"changed\.npz: expected"):
+        RoutingTrace.load(path)
+
+
+def edit(parts, **fields):
+    header = json.loads(str(parts["header"]))
+    parts["header"] = np.array(json.dumps({**header, **fields}))
+
+
+def test_foreign_and_missing_files_are_refused(tmp_path, checkpoint):
+    (tmp_path / "text").write_text("hello")
+    np.save(tmp_path / "one.npy", np.arange(3))
+    names = [tmp_path / "text", tmp_path / "one.npy", tmp_path / "none", tmp_path]
+    for path in [*names, checkpoint / "model.safetensors"]:
+        with pytest.raises(TraceError, match=r"\[trace\]"):
+            RoutingTrace.load(path)
+
+
+def test_what_cannot_be_recorded_is_refused(checkpoint):
+    model, _ = moeflux_mlx.load(checkpoint)
+    for prompt, n in (([], 3), ([1], 0)):
+        with pytest.raises(ConfigError, match="at least 1 token"):
+            record_routing(model, prompt, max_tokens=n)
+    stock, _ = mlx_lm.load(str(checkpoint))
+    with pytest.raises(ModelError, match="a model of moeflux_mlx"):
+        record_routing(stock, [1], max_tokens=1)
+
+
+def test_the_command_writes_a_trace_that_pins_come_from(
+    packed, budget, tmp_path, capsys
+):
+    path, prompt = tmp_path / "trace.npz", tmp_path / "prompt.txt"
+    prompt.write_text("def add(a, b):")
+    flags = ["--prompt-file", str(prompt), "-m", "9", "--memory", budget]
+    assert main(["trace", str(packed), *flags, "-o", str(path)]) == 0
+    assert "23 tokens, 14 of them the prompt's" in capsys.readouterr().out
+    trace = RoutingTrace.load(path)
+    assert trace.n_prompt_tokens == 14
+    model, tokenizer = moeflux_mlx.load(
+        packed, memory=budget, policy=f"lru+pins:{path}"
+    )
+    with model.streamer as streamer:
+        again = record_routing(model, tokenizer.encode("def add(a, b):"), max_tokens=9)
+        assert streamer.stats.total.hits > 0
+    assert again.chosen.tolist() == trace.chosen.tolist()
+
+
+def test_the_environment_names_a_policy(packed, budget, monkeypatch):
+    monkeypatch.setenv("MOEFLUX_POLICY", "newest")
+    with pytest.raises(ConfigError, match="newest"):
+        moeflux_mlx.load(packed, memory=budget)
+    model, _ = moeflux_mlx.load(packed, memory=budget, policy="lru")
+    model.streamer.close()
+
+
+def test_a_prompt_file_that_cannot_be_read_is_one_clear_line(packed, tmp_path, capsys):
+    flags = ["--prompt-file", str(tmp_path / "none"), "-o", str(tmp_path / "t.npz")]
+    assert main(["trace", str(packed), *flags]) == 2
+    assert "--prompt-file" in capsys.readouterr().err
