@@ -302,7 +302,7 @@ def test_layers_compete_for_slots_or_have_their_own(store):
 def test_a_policy_of_one_s_own_decides_on_evictions(store):
     class Newest(Policy):
         def __init__(self, shape):
-            assert shape == PoolShape(N_LAYERS, N_EXPERTS, TOP_K, 3)
+            assert shape == PoolShape(N_LAYERS, N_EXPERTS, 3)
             self.keys = []
 
         def use(self, row, keys):

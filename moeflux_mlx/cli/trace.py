@@ -71,6 +71,6 @@ def _prompt(args: argparse.Namespace) -> str:
     if args.prompt_file is None:
         return args.prompt
     try:
-        return args.prompt_file.read_text()
+        return args.prompt_file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"[--prompt-file] {args.prompt_file}: {error}") from error

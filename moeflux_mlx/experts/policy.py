@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
@@ -20,14 +20,23 @@ DEFAULT_POLICY = "lfu"
 class PoolShape:
     """What a policy decides about: slots, and the rows of experts that share them.
 
-    A row is one MoE layer, counted from 0; rows are visited in rising order, over and
-    over. Of ``n_experts`` in a row a token uses ``top_k``.
+    A row is one MoE layer, counted from 0, of ``n_experts``. Rows are ``shared``, or
+    each has its own part of the slots.
     """
 
     n_rows: int
     n_experts: int
-    top_k: int
     n_slots: int
+    shared: bool = True
+
+    def group(self, row: int) -> int:
+        """Return which group of slots a row takes part in."""
+        return 0 if self.shared else row
+
+    @property
+    def n_groups(self) -> int:
+        """How many groups of slots there are."""
+        return 1 if self.shared else self.n_rows
 
 
 class Policy(ABC):
@@ -49,12 +58,13 @@ class Policy(ABC):
         """Note that an expert is in memory no more."""
 
     @abstractmethod
-    def victim(self, row: int, rows: Iterable[int], keep: Container[int]) -> int | None:
+    def victim(
+        self, row: int, rows: Container[int], keep: Container[int]
+    ) -> int | None:
         """Return the key to evict for an expert of ``row``; None if there is none.
 
         Args:
-            row: the layer at work.
-            rows: layers that may give up a slot.
+            rows: those of its group that may give up a slot.
             keep: keys that may not.
         """
 
@@ -66,119 +76,109 @@ class LRU(Policy):
     """Evict the expert whose last use is the longest ago."""
 
     def __init__(self, shape: PoolShape):
+        self._shape = shape
         # A dict keeps insertion order: the oldest use comes first.
-        self._uses: list[dict[int, int]] = [{} for _ in range(shape.n_rows)]
-        self._now = 0
+        self._uses: list[dict[int, None]] = [{} for _ in range(shape.n_groups)]
 
     def use(self, row: int, keys: Iterable[int]) -> None:
         """Move the keys that are in memory to the end of the line."""
-        uses = self._uses[row]
+        uses = self._uses[self._shape.group(row)]
         for key in keys:
-            if uses.pop(key, None) is not None:
-                self.admit(row, key)
+            if key in uses:
+                del uses[key]
+                uses[key] = None
 
     def admit(self, row: int, key: int) -> None:
         """Put a key at the end of the line."""
-        self._now += 1
-        self._uses[row][key] = self._now
+        self._uses[self._shape.group(row)][key] = None
 
     def forget(self, row: int, key: int) -> None:
         """Take a key out of the line."""
-        del self._uses[row][key]
+        del self._uses[self._shape.group(row)][key]
 
-    def victim(self, row: int, rows: Iterable[int], keep: Container[int]) -> int | None:
-        """Return the oldest key that is not kept."""
-        oldest, found = math.inf, None
-        for candidate in rows:
-            for key, time in self._uses[candidate].items():
-                if time >= oldest:
-                    break
-                if key not in keep:
-                    oldest, found = time, key
-                    break
-        return found
+    def victim(
+        self, row: int, rows: Container[int], keep: Container[int]
+    ) -> int | None:
+        """Return the oldest key that may go."""
+        n_experts = self._shape.n_experts
+        for key in self._uses[self._shape.group(row)]:
+            if key not in keep and key // n_experts in rows:
+                return key
+        return None
 
 
 class LFU(Policy):
-    """Evict the expert that is expected to be needed last.
+    """Evict the expert used least often, with ageing.
 
-    How often an expert of a layer is used is counted with ageing: a use counts half
-    once every expert has, on average, been used ``HALF_LIFE`` times since. With a share
-    p of tokens that use it, an expert's next use is 1/p tokens away, counted from the
-    last visit of its layer; and as layers come in turns, of two layers' experts with
-    the same share the one is needed later whose layer comes later.
-    Counts outlive eviction.
+    A use counts half once every expert has, on average, been used ``HALF_LIFE`` times
+    since. Counts outlive eviction.
     """
 
     HALF_LIFE: ClassVar[float] = 4.0
     _LARGEST: ClassVar[float] = 1e200
 
     def __init__(self, shape: PoolShape):
-        n_rows, n_keys = shape.n_rows, shape.n_rows * shape.n_experts
-        self._n_rows = n_rows
-        self._held: list[set[int]] = [set() for _ in range(n_rows)]
-        # The key of least count in each row; None where that is to be looked up.
-        self._least: list[int | None] = [None] * n_rows
+        n_keys = shape.n_rows * shape.n_experts
+        self._shape = shape
         # Instead of older uses counting less, newer ones count more.
         self._counts = [0.0] * n_keys
         self._weight = 1.0
         self._growth = 2 ** (1 / (self.HALF_LIFE * n_keys))
-        # Layers between two uses, times count, over the weight of a use.
-        self._n_layers_per_count = 1 / (shape.top_k * (1 - 1 / self._growth))
+        self._held: list[dict[int, None]] = [{} for _ in range(shape.n_groups)]
+        # Heaps of keys with their counts as they were, for counts only grow; one entry
+        # for each key, which may stay when the key is forgotten.
+        self._queues: list[list[tuple[float, int]]] = [[] for _ in self._held]
+        self._queued: list[set[int]] = [set() for _ in self._held]
 
     def use(self, row: int, keys: Iterable[int]) -> None:
         """Count a use of each key, in memory or not."""
-        counts, least = self._counts, self._least[row]
+        counts = self._counts
         for key in keys:
             counts[key] += self._weight
             self._weight *= self._growth
-            if key == least:
-                self._least[row] = None
         if self._weight > self._LARGEST:
-            self._counts = [count / self._weight for count in counts]
-            self._weight = 1.0
+            self._rescale()
 
     def admit(self, row: int, key: int) -> None:
         """Let a key be evicted, by the uses counted so far."""
-        self._held[row].add(key)
-        least = self._least[row]
-        if least is not None and self._counts[key] < self._counts[least]:
-            self._least[row] = key
+        group = self._shape.group(row)
+        self._held[group][key] = None
+        if key not in self._queued[group]:
+            self._queued[group].add(key)
+            heapq.heappush(self._queues[group], (self._counts[key], key))
 
     def forget(self, row: int, key: int) -> None:
         """Let a key be no victim; its count stays."""
-        self._held[row].remove(key)
-        if self._least[row] == key:
-            self._least[row] = None
+        del self._held[self._shape.group(row)][key]
 
-    def victim(self, row: int, rows: Iterable[int], keep: Container[int]) -> int | None:
-        """Return the key whose next use is the farthest away."""
-        farthest, found = -math.inf, None
-        scale = self._weight * self._n_layers_per_count
-        for candidate in rows:
-            key = self._least[candidate]
-            if key is None or key in keep:
-                key = self._find_least(candidate, keep)
-            if key is None:
-                continue
-            count = self._counts[key]
-            to_layer = (candidate - row - 1) % self._n_rows
-            n_layers = to_layer + scale / count if count else math.inf
-            if n_layers > farthest:
-                farthest, found = n_layers, key
+    def victim(
+        self, row: int, rows: Container[int], keep: Container[int]
+    ) -> int | None:
+        """Return the key of least count that may go."""
+        group, n_experts = self._shape.group(row), self._shape.n_experts
+        counts, held, queue = self._counts, self._held[group], self._queues[group]
+        found, passed = None, []
+        while queue and found is None:
+            count, key = queue[0]
+            if key not in held:
+                heapq.heappop(queue)
+                self._queued[group].remove(key)
+            elif count != counts[key]:
+                heapq.heapreplace(queue, (counts[key], key))
+            elif key in keep or key // n_experts not in rows:
+                passed.append(heapq.heappop(queue))
+            else:
+                found = key
+        for entry in passed:
+            heapq.heappush(queue, entry)
         return found
 
-    def _find_least(self, row: int, keep: Container[int]) -> int | None:
-        counts, held = self._counts, self._held[row]
-        if not held:
-            return None
-        # Ids break ties, so that the order within a set does not show.
-        least = min(held, key=lambda key: (counts[key], key))
-        self._least[row] = least
-        if least not in keep:
-            return least
-        free = (key for key in held if key not in keep)
-        return min(free, key=lambda key: (counts[key], key), default=None)
+    def _rescale(self) -> None:
+        self._counts = [count / self._weight for count in self._counts]
+        self._weight = 1.0
+        for queue in self._queues:
+            queue[:] = [(self._counts[key], key) for _, key in queue]
+            heapq.heapify(queue)
 
 
 class Pins(Policy):
@@ -201,7 +201,8 @@ class Pins(Policy):
             )
         order = (-counts.ravel()).argsort(kind="stable").tolist()
         self._pins = frozenset(order[: int(self.SHARE * shape.n_slots)])
-        self._held: list[dict[int, None]] = [{} for _ in range(shape.n_rows)]
+        self._shape = shape
+        self._held: list[dict[int, None]] = [{} for _ in range(shape.n_groups)]
         self._rest = rest(shape)
 
     def use(self, row: int, keys: Iterable[int]) -> None:
@@ -211,24 +212,27 @@ class Pins(Policy):
     def admit(self, row: int, key: int) -> None:
         """Pin a key, or leave it to the other policy."""
         if key in self._pins:
-            self._held[row][key] = None
+            self._held[self._shape.group(row)][key] = None
         else:
             self._rest.admit(row, key)
 
     def forget(self, row: int, key: int) -> None:
         """Note that a key, pinned or not, is in memory no more."""
         if key in self._pins:
-            del self._held[row][key]
+            del self._held[self._shape.group(row)][key]
         else:
             self._rest.forget(row, key)
 
-    def victim(self, row: int, rows: Iterable[int], keep: Container[int]) -> int | None:
+    def victim(
+        self, row: int, rows: Container[int], keep: Container[int]
+    ) -> int | None:
         """Return the other policy's victim; a pinned key where it has none."""
-        rows = list(rows)
         if (found := self._rest.victim(row, rows, keep)) is not None:
             return found
-        held = (key for r in rows for key in self._held[r])
-        return next((key for key in held if key not in keep), None)
+        n_experts = self._shape.n_experts
+        held = self._held[self._shape.group(row)]
+        free = (key for key in held if key not in keep and key // n_experts in rows)
+        return next(free, None)
 
 
 POLICIES: dict[str, PolicyFactory] = {"lru": LRU, "lfu": LFU}

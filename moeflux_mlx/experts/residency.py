@@ -48,17 +48,16 @@ class SlotTable:
         # Lists, not an array: a token looks up single experts.
         self.rows = [[EMPTY] * n_experts for _ in range(n_rows)]
         self.changed = set(range(n_rows))
-        n_groups = 1 if shared else n_rows
-        self.capacity = n_slots // n_groups
+        self._shape = PoolShape(n_rows, n_experts, n_slots, shared)
+        self.capacity = n_slots // self._shape.n_groups
         self.floor = min(top_k, n_slots // (2 * n_rows)) if floor is None else floor
-        self._shared = shared
-        shape = PoolShape(n_rows, n_experts, top_k, n_slots)
-        self._make_policy = lambda: policy(shape)
-        self._policy: Policy = policy(shape)
+        self._make_policy = policy
+        self._policy: Policy = policy(self._shape)
         self._n_held = [0] * n_rows
+        self._above_floor: set[int] = set()
         self._free = [
             list(reversed(range(g * self.capacity, (g + 1) * self.capacity)))
-            for g in range(n_groups)
+            for g in range(self._shape.n_groups)
         ]
 
     def key(self, row: int, expert: int) -> int:
@@ -72,7 +71,7 @@ class SlotTable:
 
     def claim(self, row: int, keep: Container[int]) -> int | None:
         """Return a slot to write into, evicting a key not in ``keep`` if need be."""
-        if free := self._free[self._group(row)]:
+        if free := self._free[self._shape.group(row)]:
             return free.pop()
         if (victim := self._victim(row, keep)) is None:
             return None
@@ -80,7 +79,7 @@ class SlotTable:
         slot = self.rows[victim_row][expert]
         self.changed.add(victim_row)
         self.rows[victim_row][expert] = EMPTY
-        self._n_held[victim_row] -= 1
+        self._hold(victim_row, self._n_held[victim_row] - 1)
         self._policy.forget(victim_row, victim)
         return slot
 
@@ -88,12 +87,12 @@ class SlotTable:
         """Say that a claimed slot now holds an expert."""
         self.changed.add(row)
         self.rows[row][expert] = slot
-        self._n_held[row] += 1
+        self._hold(row, self._n_held[row] + 1)
         self._policy.admit(row, self.key(row, expert))
 
     def release(self, row: int, slot: int) -> None:
         """Give back a claimed slot that holds nothing."""
-        self._free[self._group(row)].append(slot)
+        self._free[self._shape.group(row)].append(slot)
 
     def repair(self) -> None:
         """Make everything follow from ``rows`` again after an interrupt anywhere.
@@ -105,24 +104,26 @@ class SlotTable:
         unused = [
             set(range(g * self.capacity, (g + 1) * self.capacity)) for g in groups
         ]
-        self._policy = self._make_policy()
+        self._policy = self._make_policy(self._shape)
         for row, slots in enumerate(self.rows):
             present = [e for e, slot in enumerate(slots) if slot != EMPTY]
-            unused[self._group(row)].difference_update(slots)
-            self._n_held[row] = len(present)
+            unused[self._shape.group(row)].difference_update(slots)
+            self._hold(row, len(present))
             for expert in present:
                 self._policy.admit(row, self.key(row, expert))
         self._free = [sorted(slots, reverse=True) for slots in unused]
 
     def _victim(self, row: int, keep: Container[int]) -> int | None:
-        if not self._shared:
-            return self._policy.victim(row, (row,), keep)
-        floor = self.floor
-        rows = [r for r, n in enumerate(self._n_held) if n > floor or r == row]
-        found = self._policy.victim(row, rows, keep)
+        rows = self._above_floor
+        found = self._policy.victim(row, rows if row in rows else {*rows, row}, keep)
+        if found is not None:
+            return found
         # A floor is no reason to fail.
-        every = range(len(self.rows))
-        return self._policy.victim(row, every, keep) if found is None else found
+        return self._policy.victim(row, range(len(self.rows)), keep)
 
-    def _group(self, row: int) -> int:
-        return 0 if self._shared else row
+    def _hold(self, row: int, n_held: int) -> None:
+        self._n_held[row] = n_held
+        if n_held > self.floor:
+            self._above_floor.add(row)
+        else:
+            self._above_floor.discard(row)

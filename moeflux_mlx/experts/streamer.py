@@ -61,8 +61,7 @@ class ExpertStreamer:
             scope: ``global``: layers compete for slots; ``layer``: equal shares.
             policy: decides on evictions: a name that ``policy_factory`` knows, or what
                 makes one.
-            floor: slots below which no layer falls in favour of others, by default
-                what a token needs.
+            floor: as for ``SlotTable``.
             read_threads: parallel reads, from the environment by default.
             inline_bytes: reads of up to this many bytes together need no thread.
             read_ahead: ``on``, ``off``, or ``auto``: as measured.
