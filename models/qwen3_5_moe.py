@@ -176,10 +176,11 @@ class Forward:
             return None
         if not wanted or self.text.training:
             return None
-        layers = self.graph_layers()
+        self.graph_layers()
         weights, sources = self._bind()
-        on_device = inputs.size == 1 or all(layer.gathers(False) for layer in layers)
-        if not on_device:
+        n_experts = inputs.size * self.args.num_experts_per_tok
+        streamer = self.runtime.streamer
+        if streamer is not None and not streamer.fits(n_experts):
             return None
         self._check_tokens(inputs)
         traced = executor.compiles and not executor.watches_steps
@@ -187,7 +188,7 @@ class Forward:
         if logits is None:
             return None
         for source in sources:
-            source.asked(inputs.size * self.args.num_experts_per_tok)
+            source.asked(n_experts)
         return cast(mx.array, refuse_gradient(logits, *self._replaced()))
 
     def _bind(self) -> tuple[list[Mapping[str, Weight]], list[ExpertSource]]:
@@ -424,12 +425,11 @@ class GraphLayer:
             self._shape = (self.weights.signature, self.module.is_linear, routed)
         return self.runtime.graphs.get((self._shape, call), lambda: self._build(call))
 
-    def gathers(self, training: bool) -> bool:
-        """Tell whether the experts of several tokens are gathered on the device."""
-        return self.routed is not None and (training or not device.on_cpu())
-
     def _call(self, context: Context, **masks: bool) -> Call:
-        gather = self.gathers(context.training)
+        # Gathered on the device, experts of several tokens are not read back.
+        steps = context.t == 1 and self.runtime.traces_steps and not context.training
+        parameters = self.routed is not None
+        gather = steps or (parameters and (context.training or not device.on_cpu()))
         return Call(
             context.n_seqs, context.t, context.dtype, gather_by_id=gather, **masks
         )

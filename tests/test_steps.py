@@ -67,8 +67,8 @@ def load(path, n_slots: int, optimistic: str, executor: str = "lazy"):
     )[0]
 
 
-def tokens(n: int, seed: int = 0) -> mx.array:
-    return mx.array(np.random.RandomState(seed).randint(1, 320, (1, n)))
+def tokens(n: int, seed: int = 0, n_seqs: int = 1) -> mx.array:
+    return mx.array(np.random.RandomState(seed).randint(1, 320, (n_seqs, n)))
 
 
 def generate(model, cache, seeds) -> mx.array:
@@ -240,6 +240,24 @@ def test_traces_give_what_waiting_gives(packed):
     ahead, waiting = (load(packed, 30, mode, "traced") for mode in ("on", "off"))
     got, expected = (generate(m, begin(m), range(5)) for m in (ahead, waiting))
     assert mx.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("n_slots", [2, 5, 9, 30])
+def test_several_sequences_give_what_waiting_gives(packed, n_slots, calls):
+    """Also where the pool is too small for all of a step's experts."""
+    pairs = []
+    for mode in ("on", "off"):
+        model = load(packed, n_slots, mode, "traced")
+        cache = make_prompt_cache(model)
+        parts = [model(tokens(5, 77, n_seqs=3), cache=cache)]
+        parts += [model(tokens(1, seed, n_seqs=3), cache=cache) for seed in range(4)]
+        out = mx.concatenate(parts, axis=1)
+        mx.eval(out)
+        pairs.append((model, cache, out))
+        assert bool(calls) == (n_slots > 5)
+    (ahead, cache, got), (waiting, other_cache, expected) = pairs
+    assert mx.array_equal(got, expected)
+    check_same(ahead, cache, waiting, other_cache)
 
 
 def test_a_window_of_one_layer_serves_where_misses_are_frequent(packed, calls):

@@ -119,6 +119,10 @@ class ExpertStreamer:
         """Experts that fit into memory at the same time, all layers together."""
         return self._pool.n_slots
 
+    def fits(self, n_experts: int) -> bool:
+        """Tell whether so many experts of a layer, if it has them, fit into memory."""
+        return min(n_experts, self._store.n_experts) <= self._table.capacity
+
     @property
     def pool(self) -> SlotPool:
         """The memory behind the slots."""
@@ -192,6 +196,22 @@ class ExpertStreamer:
             places = self._table.rows[self._rows[layer]]
             slots = np.array([places[e] for e in ids], dtype=np.uint32)
             return mx.array(slots.reshape(indices.shape))
+
+    def batches(
+        self, layer: int, indices: mx.array
+    ) -> Iterator[tuple[slice, mx.array]]:
+        """Do what ``StreamedExperts.batches`` promises for a layer."""
+        with self._exclusive():
+            rows = self._read_back([indices])[0].tolist()
+        first = 0
+        while first < len(rows):
+            stop, needed = first, set(rows[first])
+            while stop < len(rows) and len(needed) <= self._table.capacity:
+                stop += 1
+                needed = needed.union(*rows[stop : stop + 1])
+            batch = slice(first, max(stop, first + 1))
+            yield batch, self.slots(layer, indices[batch])
+            first = batch.stop
 
     def parts(
         self, layer: int, indices: mx.array
