@@ -18,7 +18,12 @@ from mlx_lm.models import qwen3_5_moe as stock
 
 from moeflux_mlx import blocks, device, ops
 from moeflux_mlx.blocks import Call, RoutedShape
-from moeflux_mlx.context import Context, cache_ops, has_spare_rows
+from moeflux_mlx.context import (
+    Context,
+    cache_ops,
+    has_spare_rows,
+    put_back_on_failure,
+)
 from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.resident import ResidentExperts
 from moeflux_mlx.experts.streamed import AssumedExperts
@@ -242,7 +247,8 @@ class Forward:
         hidden, n_seqs, t = self._embed(inputs, embeddings, host)
         steps = self._context(range(len(layers)), cache, n_seqs, t, host=host)
         self._chunk = self._chunk + 1 if t > 1 else 0
-        with self.runtime.reading_ahead(one_token=n_seqs == t == 1) as ahead:
+        reading_ahead = self.runtime.reading_ahead(one_token=n_seqs == t == 1)
+        with put_back_on_failure(cache), reading_ahead as ahead:
             for layer, layer_cache in zip(layers, cache, strict=True):
                 if ahead and layer.index:
                     layer.foresee(hidden)

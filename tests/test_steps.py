@@ -13,7 +13,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache, trim_prompt_cache
 from tiny import make_checkpoint
 
 import moeflux_mlx
-from moeflux_mlx import config
+from moeflux_mlx import config, simulator
 from moeflux_mlx.errors import ConfigError, ExpertStoreError
 from moeflux_mlx.executors import EXECUTORS, OpsExecutor
 from moeflux_mlx.experts.pack import pack
@@ -132,8 +132,8 @@ def test_of_all_experts_in_memory_it_is_the_same_step(packed):
 class Script:
     """A model with nearly all experts in memory, and one token to run again."""
 
-    def __init__(self, path, executor: str = "lazy"):
-        self.model = load(path, N_LAYERS * N_EXPERTS - 1, "on", executor)
+    def __init__(self, path, executor: str = "lazy", optimistic: str = "on"):
+        self.model = load(path, N_LAYERS * N_EXPERTS - 1, optimistic, executor)
         self.streamer = self.model.streamer
         for layer in range(N_LAYERS):
             for _ in self.streamer.source(layer).waves(range(N_EXPERTS)):
@@ -290,9 +290,10 @@ def test_caches_may_be_trimmed_in_between(tmp_path):
     check_same(*pairs[0], *pairs[1])
 
 
-def test_a_read_error_leaves_model_and_caches_usable(packed, tmp_path):
+@pytest.mark.parametrize("optimistic", ["on", "off"])
+def test_a_read_error_leaves_model_and_caches_usable(packed, tmp_path, optimistic):
     shutil.copytree(packed, tmp_path / "packed")
-    script = Script(tmp_path / "packed")
+    script = Script(tmp_path / "packed", optimistic=optimistic)
     with PackedExperts.open(tmp_path / "packed") as store:
         path, offset = store.path(4), store.offset(4, script.chosen[4][0])
     whole = path.read_bytes()
@@ -329,6 +330,17 @@ def test_an_interrupt_leaves_model_and_caches_usable(packed, n_calls):
         with pytest.raises(KeyboardInterrupt):
             script.run()
     assert mx.array_equal(generate(script.model, script.after, [3]), script.expected)
+
+
+@pytest.mark.skipif(not simulator.available(), reason="needs the simulator")
+def test_kernels_look_slots_up_too(tmp_path):
+    make_checkpoint(tmp_path / "plain", num_hidden_layers=2, full_attention_interval=2)
+    pack(tmp_path / "plain", tmp_path / "packed")
+    models = [load(tmp_path / "packed", 9, mode, "sim") for mode in ("on", "off")]
+    got, expected = (generate(m, begin(m, 2), range(3)) for m in models)
+    assert mx.array_equal(got, expected)
+    assert counters(models[0]) == counters(models[1])
+    assert models[1].streamer.stats.total.misses > 0
 
 
 @pytest.mark.parametrize("n_layers", [1, 2, 4, 5, 16, 17, 40, 61])
