@@ -18,7 +18,12 @@ from mlx_lm.models import qwen3_5_moe as stock
 
 from moeflux_mlx import blocks, device, ops
 from moeflux_mlx.blocks import Call, RoutedShape
-from moeflux_mlx.context import Context, cache_ops, has_spare_rows
+from moeflux_mlx.context import (
+    Context,
+    cache_ops,
+    has_spare_rows,
+    put_back_on_failure,
+)
 from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.resident import ResidentExperts
 from moeflux_mlx.experts.streamed import AssumedExperts
@@ -176,10 +181,11 @@ class Forward:
             return None
         if not wanted or self.text.training:
             return None
-        layers = self.graph_layers()
+        self.graph_layers()
         weights, sources = self._bind()
-        on_device = inputs.size == 1 or all(layer.gathers(False) for layer in layers)
-        if not on_device:
+        n_experts = inputs.size * self.args.num_experts_per_tok
+        streamer = self.runtime.streamer
+        if streamer is not None and not streamer.fits(n_experts):
             return None
         self._check_tokens(inputs)
         traced = executor.compiles and not executor.watches_steps
@@ -187,7 +193,7 @@ class Forward:
         if logits is None:
             return None
         for source in sources:
-            source.asked(inputs.size * self.args.num_experts_per_tok)
+            source.asked(n_experts)
         return cast(mx.array, refuse_gradient(logits, *self._replaced()))
 
     def _bind(self) -> tuple[list[Mapping[str, Weight]], list[ExpertSource]]:
@@ -241,7 +247,8 @@ class Forward:
         hidden, n_seqs, t = self._embed(inputs, embeddings, host)
         steps = self._context(range(len(layers)), cache, n_seqs, t, host=host)
         self._chunk = self._chunk + 1 if t > 1 else 0
-        with self.runtime.reading_ahead(one_token=n_seqs == t == 1) as ahead:
+        reading_ahead = self.runtime.reading_ahead(one_token=n_seqs == t == 1)
+        with put_back_on_failure(cache), reading_ahead as ahead:
             for layer, layer_cache in zip(layers, cache, strict=True):
                 if ahead and layer.index:
                     layer.foresee(hidden)
@@ -424,12 +431,11 @@ class GraphLayer:
             self._shape = (self.weights.signature, self.module.is_linear, routed)
         return self.runtime.graphs.get((self._shape, call), lambda: self._build(call))
 
-    def gathers(self, training: bool) -> bool:
-        """Tell whether the experts of several tokens are gathered on the device."""
-        return self.routed is not None and (training or not device.on_cpu())
-
     def _call(self, context: Context, **masks: bool) -> Call:
-        gather = self.gathers(context.training)
+        # Gathered on the device, experts of several tokens are not read back.
+        steps = context.t == 1 and self.runtime.traces_steps and not context.training
+        parameters = self.routed is not None
+        gather = steps or (parameters and (context.training or not device.on_cpu()))
         return Call(
             context.n_seqs, context.t, context.dtype, gather_by_id=gather, **masks
         )

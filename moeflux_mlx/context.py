@@ -5,14 +5,15 @@ All of it comes from mlx-lm's own cache objects, and goes back to them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import base
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache
 
 from . import device, ops
 from .blocks import Call
@@ -69,6 +70,26 @@ def _cache_of(layers: list[nn.Module], cache: list[Any], *, is_linear: bool) -> 
     """Return the first cache of a layer kind; None when there is no such layer."""
     pairs = zip(layers, cache, strict=True)
     return next((c for layer, c in pairs if layer.is_linear == is_linear), None)
+
+
+@contextlib.contextmanager
+def put_back_on_failure(caches: Iterable[Any]) -> Iterator[None]:
+    """Leave mlx-lm's plain caches as they were if what is done with them fails.
+
+    Rows that a KV cache took meanwhile stay, after its end, until others replace them.
+    """
+    held: list[tuple[Any, str, Any]] = []
+    for cache in caches:
+        if isinstance(cache, ArraysCache):
+            held.append((cache, "cache", [*cache.cache]))
+        elif isinstance(cache, KVCache | QuantizedKVCache):
+            held.append((cache, "offset", cache.offset))
+    try:
+        yield
+    except BaseException:
+        for cache, name, value in held:
+            setattr(cache, name, value)
+        raise
 
 
 def has_spare_rows(cache: Any) -> bool:

@@ -211,8 +211,11 @@ class Runtime:
 
         That is where launches are worth a trace: elsewhere reading back costs nothing.
         """
-        if self._optimistic == "off" and self.streams:
-            return False
+        return self.traces_steps and not (self._optimistic == "off" and self.streams)
+
+    @property
+    def traces_steps(self) -> bool:
+        """Tell whether single tokens do so when all their experts are in memory."""
         return self.executor.compiles or self.runs_ahead
 
     @property

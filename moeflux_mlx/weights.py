@@ -157,6 +157,16 @@ class ExpertSource(Protocol):
             ``[N, K]`` uint32 slots.
         """
 
+    def batches(self, indices: mx.array) -> Iterator[tuple[slice, mx.array]]:
+        """Yield which rows of ``indices``, in order, and the slots of their experts.
+
+        The caller builds whatever reads them and passes it to ``guard`` before it asks
+        for the next: each batch's experts fit into the pool together.
+
+        Args:
+            indices: ``[N, K]`` expert ids.
+        """
+
     def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
         """Yield columns of ``indices`` and the slots of their experts, as they come.
 

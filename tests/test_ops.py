@@ -161,6 +161,11 @@ class ShuffledExperts:
     def slots(self, indices: mx.array) -> mx.array:
         return mx.array(self.slot_of)[indices].astype(mx.uint32)
 
+    def batches(self, indices: mx.array) -> Iterator[tuple[slice, mx.array]]:
+        for first in range(0, indices.shape[0], 2):
+            rows = slice(first, first + 2)
+            yield rows, self.slots(indices[rows])
+
     def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
         slots = np.array(self.slots(indices)).ravel()
         left = self.rng.permutation(slots.size).tolist()

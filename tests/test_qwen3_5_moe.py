@@ -23,6 +23,7 @@ from moeflux_mlx.errors import BackendError, ModelError
 from moeflux_mlx.experts.pack import pack
 from moeflux_mlx.experts.packed import PackedExperts
 from moeflux_mlx.experts.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.reader import Read
 
 # Odd expert counts, top-k 1 to 10, one to three full attention layers, tied or not.
 CONFIGS = {
@@ -171,6 +172,23 @@ def test_any_history_of_evictions_gives_the_same_bits(packed, scope, warm_seed):
     got, streamer = logits_at(path, memory_for(path, 12), 20, scope, warm_seed)
     assert not streamer.resident
     assert mx.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("n_slots", [2, 3, 19, 31])
+def test_a_chunk_of_a_prompt_reads_no_expert_twice(packed, n_slots, monkeypatch):
+    model, _ = moeflux_mlx.load(packed[1], memory=memory_for(packed[1], n_slots))
+    cache, read, run = make_prompt_cache(model), [], Read.run
+
+    def note(self):
+        read.append((self.layer, self.expert))
+        run(self)
+
+    monkeypatch.setattr(Read, "run", note)
+    for seed in range(3):
+        read.clear()
+        mx.eval(model(tokens(130, seed=seed), cache=cache))
+        assert read
+        assert len(set(read)) == len(read)
 
 
 def test_every_read_back_of_routing_is_counted_under_its_label(packed):

@@ -13,7 +13,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache, trim_prompt_cache
 from tiny import make_checkpoint
 
 import moeflux_mlx
-from moeflux_mlx import config
+from moeflux_mlx import config, simulator
 from moeflux_mlx.errors import ConfigError, ExpertStoreError
 from moeflux_mlx.executors import EXECUTORS, OpsExecutor
 from moeflux_mlx.experts.pack import pack
@@ -67,8 +67,8 @@ def load(path, n_slots: int, optimistic: str, executor: str = "lazy"):
     )[0]
 
 
-def tokens(n: int, seed: int = 0) -> mx.array:
-    return mx.array(np.random.RandomState(seed).randint(1, 320, (1, n)))
+def tokens(n: int, seed: int = 0, n_seqs: int = 1) -> mx.array:
+    return mx.array(np.random.RandomState(seed).randint(1, 320, (n_seqs, n)))
 
 
 def generate(model, cache, seeds) -> mx.array:
@@ -140,8 +140,8 @@ def test_of_all_experts_in_memory_it_is_the_same_step(packed):
 class Script:
     """A model with nearly all experts in memory, and one token to run again."""
 
-    def __init__(self, path, executor: str = "lazy"):
-        self.model = load(path, N_LAYERS * N_EXPERTS - 1, "on", executor)
+    def __init__(self, path, executor: str = "lazy", optimistic: str = "on"):
+        self.model = load(path, N_LAYERS * N_EXPERTS - 1, optimistic, executor)
         self.streamer = self.model.streamer
         for layer in range(N_LAYERS):
             for _ in self.streamer.source(layer).waves(range(N_EXPERTS)):
@@ -153,14 +153,14 @@ class Script:
     def run(self) -> mx.array:
         """Run the token with a copy of the cache, which is then as after it."""
         self.after = copy.deepcopy(self.cache)
-        provide = ExpertStreamer._provide
+        note_use = ExpertStreamer._note_use
 
-        def note(streamer, layer, ids):
-            self.chosen[layer] = ids
-            return provide(streamer, layer, ids)
+        def note(streamer, layer, experts, n_read=0):
+            self.chosen[layer] = experts
+            note_use(streamer, layer, experts, n_read)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ExpertStreamer, "_provide", note)
+            patch.setattr(ExpertStreamer, "_note_use", note)
             return generate(self.model, self.after, [3])
 
     def forget(self, layer: int) -> None:
@@ -226,7 +226,7 @@ def test_a_step_begins_again_where_an_expert_was_missing(packed, calls, missing,
             assert np.array_equal(a, b)
     for layer, counted in script.streamer.stats.snapshot().layers.items():
         assert counted.misses - before.layers[layer].misses == (layer in missing)
-        n_chosen = len(set(script.chosen[layer]))
+        n_chosen = len(script.chosen[layer])
         n_hits = counted.hits - before.layers[layer].hits
         assert n_hits == n_chosen - (layer in missing)
 
@@ -248,6 +248,24 @@ def test_traces_give_what_waiting_gives(packed):
     ahead, waiting = (load(packed, 30, mode, "traced") for mode in ("on", "off"))
     got, expected = (generate(m, begin(m), range(5)) for m in (ahead, waiting))
     assert mx.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("n_slots", [2, 5, 9, 30])
+def test_several_sequences_give_what_waiting_gives(packed, n_slots, calls):
+    """Also where the pool is too small for all of a step's experts."""
+    pairs = []
+    for mode in ("on", "off"):
+        model = load(packed, n_slots, mode, "traced")
+        cache = make_prompt_cache(model)
+        parts = [model(tokens(5, 77, n_seqs=3), cache=cache)]
+        parts += [model(tokens(1, seed, n_seqs=3), cache=cache) for seed in range(4)]
+        out = mx.concatenate(parts, axis=1)
+        mx.eval(out)
+        pairs.append((model, cache, out))
+        assert bool(calls) == (n_slots > 5)
+    (ahead, cache, got), (waiting, other_cache, expected) = pairs
+    assert mx.array_equal(got, expected)
+    check_same(ahead, cache, waiting, other_cache)
 
 
 def test_a_window_of_one_layer_serves_where_misses_are_frequent(packed, calls):
@@ -280,9 +298,10 @@ def test_caches_may_be_trimmed_in_between(tmp_path):
     check_same(*pairs[0], *pairs[1])
 
 
-def test_a_read_error_leaves_model_and_caches_usable(packed, tmp_path):
+@pytest.mark.parametrize("optimistic", ["on", "off"])
+def test_a_read_error_leaves_model_and_caches_usable(packed, tmp_path, optimistic):
     shutil.copytree(packed, tmp_path / "packed")
-    script = Script(tmp_path / "packed")
+    script = Script(tmp_path / "packed", optimistic=optimistic)
     with PackedExperts.open(tmp_path / "packed") as store:
         path, offset = store.path(4), store.offset(4, script.chosen[4][0])
     whole = path.read_bytes()
@@ -319,6 +338,17 @@ def test_an_interrupt_leaves_model_and_caches_usable(packed, n_calls):
         with pytest.raises(KeyboardInterrupt):
             script.run()
     assert mx.array_equal(generate(script.model, script.after, [3]), script.expected)
+
+
+@pytest.mark.skipif(not simulator.available(), reason="needs the simulator")
+def test_kernels_look_slots_up_too(tmp_path):
+    make_checkpoint(tmp_path / "plain", num_hidden_layers=2, full_attention_interval=2)
+    pack(tmp_path / "plain", tmp_path / "packed")
+    models = [load(tmp_path / "packed", 9, mode, "sim") for mode in ("on", "off")]
+    got, expected = (generate(m, begin(m, 2), range(3)) for m in models)
+    assert mx.array_equal(got, expected)
+    assert counters(models[0]) == counters(models[1])
+    assert models[1].streamer.stats.total.misses > 0
 
 
 @pytest.mark.parametrize("n_layers", [1, 2, 4, 5, 16, 17, 40, 61])

@@ -38,6 +38,10 @@ class ResidentExperts:
         """Return ``indices`` as uint32, without reading or copying them."""
         return indices.view(mx.uint32)
 
+    def batches(self, indices: mx.array) -> Iterator[tuple[slice, mx.array]]:
+        """Yield all tokens and their slots at once."""
+        yield slice(indices.shape[0]), self.slots(indices)
+
     def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
         """Yield all columns and slots at once."""
         slots = np.array(self.slots(indices)).ravel().tolist()

@@ -16,6 +16,11 @@ class Streamer(Protocol):
     def slots(self, layer: int, indices: mx.array) -> mx.array:
         """See ``StreamedExperts.slots``."""
 
+    def batches(
+        self, layer: int, indices: mx.array
+    ) -> Iterator[tuple[slice, mx.array]]:
+        """See ``StreamedExperts.batches``."""
+
     def parts(
         self, layer: int, indices: mx.array
     ) -> Iterator[tuple[list[int], list[int]]]:
@@ -70,6 +75,14 @@ class StreamedExperts:
         """
         return self._streamer.slots(self._layer, indices)
 
+    def batches(self, indices: mx.array) -> Iterator[tuple[slice, mx.array]]:
+        """Yield tokens whose experts fit into memory together, and their slots.
+
+        Raises:
+            ExpertStoreError: as ``slots``.
+        """
+        return self._streamer.batches(self._layer, indices)
+
     def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
         """Yield columns of ``indices`` and their slots: in memory first, then read.
 
@@ -119,6 +132,10 @@ class AssumedExperts:
         # What follows from a missing expert may be no number, nor any id from it.
         last = self._slot_of.size - 1
         return self._slot_of[mx.minimum(indices.view(mx.uint32), last)]
+
+    def batches(self, indices: mx.array) -> Iterator[tuple[slice, mx.array]]:
+        """Yield all tokens and their slots at once."""
+        yield slice(indices.shape[0]), self.slots(indices)
 
     def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
         """Refuse: who takes experts as they come has read their ids back."""

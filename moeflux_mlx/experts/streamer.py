@@ -13,7 +13,6 @@ from .. import config
 from ..errors import BudgetError, ConfigError, ExpertStoreError, MoefluxError
 from ..weights import ExpertSource
 from .budget import count_slots
-from .device_table import DeviceTable
 from .in_flight import InFlight
 from .policy import DEFAULT_POLICY, PolicyFactory, policy_factory
 from .pool import POOL_ALIGNMENT, SlotPool, pool_stride
@@ -24,6 +23,7 @@ from .resident import PreloadedExperts
 from .stats import StreamStats
 from .store import ExpertStore
 from .streamed import StreamedExperts
+from .table_copy import TableCopy
 
 # Experts in a wave: enough to keep every reading thread busy, few enough that the
 # first results do not wait for half the pool.
@@ -101,7 +101,7 @@ class ExpertStreamer:
             floor=floor,
         )
         self._foreseen: dict[int, frozenset[int]] = {}
-        self._on_device = DeviceTable(self._table)
+        self._copy = TableCopy(self._table)
         # Share of layers, of one token or a batch each, that missed an expert lately.
         self.miss_rate = 1.0
         self._reader = ReadPool(read_threads or config.read_threads(), inline_bytes)
@@ -128,6 +128,10 @@ class ExpertStreamer:
     def n_slots(self) -> int:
         """Experts that fit into memory at the same time, all layers together."""
         return self._pool.n_slots
+
+    def fits(self, n_experts: int) -> bool:
+        """Tell whether so many experts of a layer, if it has them, fit into memory."""
+        return min(n_experts, self._store.n_experts) <= self._table.capacity
 
     @property
     def pool(self) -> SlotPool:
@@ -203,6 +207,22 @@ class ExpertStreamer:
             slots = np.array([places[e] for e in ids], dtype=np.uint32)
             return mx.array(slots.reshape(indices.shape))
 
+    def batches(
+        self, layer: int, indices: mx.array
+    ) -> Iterator[tuple[slice, mx.array]]:
+        """Do what ``StreamedExperts.batches`` promises for a layer."""
+        with self._exclusive():
+            rows = self._read_back([indices])[0].tolist()
+        first = 0
+        while first < len(rows):
+            stop, needed = first, set(rows[first])
+            while stop < len(rows) and len(needed) <= self._table.capacity:
+                stop += 1
+                needed = needed.union(*rows[stop : stop + 1])
+            batch = slice(first, max(stop, first + 1))
+            yield batch, self.slots(layer, indices[batch])
+            first = batch.stop
+
     def parts(
         self, layer: int, indices: mx.array
     ) -> Iterator[tuple[list[int], list[int]]]:
@@ -230,7 +250,7 @@ class ExpertStreamer:
         """
         with self._exclusive():
             self._in_flight.settle(wanted=())
-            return self._on_device.array()
+            return self._copy.on_device()
 
     def confirm(
         self, layers: Sequence[int], chosen: Sequence[mx.array], *, again: bool = False
@@ -252,19 +272,16 @@ class ExpertStreamer:
             ExpertStoreError, BudgetError: as ``StreamedExperts.slots``.
         """
         with self._exclusive():
-            rows = np.concatenate(self._read_back(chosen))
+            ids = np.concatenate(self._read_back(chosen)).reshape(len(layers), -1)
             self._in_flight.settle(wanted=())
-            for n, (layer, row) in enumerate(zip(layers, rows, strict=True)):
-                ids = row.ravel().tolist()
-                if (
-                    again
-                    and n == 0
-                    and not self._missing(layer, self._distinct(layer, ids))
-                ):
-                    continue
-                if self._provide(layer, ids):
-                    return n
-            return len(layers)
+            rows = [self._rows[layer] for layer in layers]
+            n_right = self._copy.n_complete(rows, ids)
+            for n in range(int(again and n_right > 0), n_right):
+                self._note_use(layers[n], sorted(set(ids[n].tolist())))
+                self._note_rate(False)
+            if n_right < len(layers):
+                self._provide(layers[n_right], ids[n_right].tolist())
+            return n_right
 
     def foresee(self, layer: int, indices: mx.array) -> None:
         """Begin to read experts that a layer is expected to ask for next.
@@ -315,9 +332,9 @@ class ExpertStreamer:
         to_read = [e for e in missing if e not in coming]
         if to_read:
             self._begin(layer, to_read, needed)
-        counters, ahead = self.stats[layer], self._foreseen.pop(layer, frozenset())
-        counters.hits += len(needed) - len(to_read)
-        counters.read_ahead_used += len(ahead.intersection(needed).difference(to_read))
+        used = self._foreseen.pop(layer, frozenset()).intersection(needed)
+        self.stats[layer].read_ahead_used += len(used.difference(to_read))
+        self._note_rate(bool(used or to_read))
         return missing
 
     def _begin(self, layer: int, experts: list[int], keep: Collection[int]) -> None:
@@ -332,14 +349,24 @@ class ExpertStreamer:
 
     def _receive(self, layer: int, ids: Sequence[int], missing: list[int]) -> None:
         """Wait for what was requested, and note the use of all the experts."""
+        counters, n_read = self.stats[layer], 0
         wanted = {(layer, expert) for expert in missing}
         if wanted:
-            failed = self._in_flight.settle(self.stats[layer], wanted)
+            before = counters.misses
+            failed = self._in_flight.settle(counters, wanted)
             if failed_wanted := wanted & failed.keys():
                 raise failed[min(failed_wanted)]
-        self._table.touch(self._rows[layer], self._distinct(layer, ids))
+            n_read = counters.misses - before
+        self._note_use(layer, self._distinct(layer, ids), n_read)
+
+    def _note_use(self, layer: int, experts: list[int], n_read: int = 0) -> None:
+        """Count a step's experts, all in memory by now, ``n_read`` not before it."""
+        self._table.touch(self._rows[layer], experts)
+        self.stats[layer].hits += len(experts) - n_read
+
+    def _note_rate(self, missed: bool) -> None:
         share = 1 / (MISS_RATE_TOKENS * len(self._rows))
-        self.miss_rate += share * (bool(missing) - self.miss_rate)
+        self.miss_rate += share * (missed - self.miss_rate)
 
     def _missing(self, layer: int, experts: Sequence[int]) -> list[int]:
         places = self._table.rows[self._rows[layer]]

@@ -109,24 +109,40 @@ def gather_experts(
     source: ExpertSource,
 ) -> mx.array:
     """Run each projection of all experts as one launch."""
-    every = mx.arange(op.n_experts, dtype=mx.int32)
-    slots, experts = source.slots(every[None]).reshape(-1), source.weights
+    outs = []
+    for rows, slots in source.batches(indices):
+        outs.append(_gather(op, run, x[rows], indices[rows], slots, source))
+        ops.guard(source, outs[-1:])
+    mid = outs[0] if len(outs) == 1 else mx.concatenate(outs)
+    return run(kernels.moe_combine_topk(mid, weights))[0]
+
+
+def _gather(
+    op: ops.MoeGatherIdFuse,
+    run: Run,
+    x: mx.array,
+    indices: mx.array,
+    slots: mx.array,
+    source: ExpertSource,
+) -> mx.array:
+    """Return the experts' rows ``[N, K, D]``."""
+    experts, n_rows = source.weights, indices.size
+    slot_of = mx.arange(op.n_experts, dtype=mx.uint32)
+    if source.settled is None:
+        slot_of[indices.reshape(-1)] = slots.reshape(-1)
     counts, lists = run(kernels.moe_id_map(indices, op.n_experts))
 
     def product(rows: mx.array, weight: Weight, n_out: int) -> mx.array:
         launch = kernels.moe_mm_id(
-            rows, weight.records, counts, lists, slots, op.k, n_out, *form(weight)
+            rows, weight.records, counts, lists, slot_of, op.k, n_out, *form(weight)
         )
         return run(launch)[0]
 
     gate = product(x, experts.gate, op.expert_dim)
     up = product(x, experts.up, op.expert_dim)
-    n_rows = op.n_tokens * op.k
-    rows = (part.reshape(n_rows, op.expert_dim) for part in (gate, up))
-    (act,) = run(elementwise.swiglu_fused_batched(*rows))
-    down = product(act, experts.down, op.dim)
-    ops.guard(source, [down])
-    return run(kernels.moe_combine_topk(down, weights))[0]
+    opened = (part.reshape(n_rows, op.expert_dim) for part in (gate, up))
+    (act,) = run(elementwise.swiglu_fused_batched(*opened))
+    return product(act, experts.down, op.dim)
 
 
 def expert_rows(

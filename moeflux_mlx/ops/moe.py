@@ -141,15 +141,6 @@ class RoutedExperts(OpFields):
         return 3 * self.n_tokens * self.k * self.dim * itemsize
 
 
-def stacks_and_slots(
-    experts: ExpertSource, indices: Array
-) -> tuple[ExpertWeights, Array]:
-    """Return all slots and those of ``indices``, as arrays of the indices' kind."""
-    slots = experts.slots(to_device(indices))
-    host = isinstance(indices, np.ndarray)
-    return experts.weights, to_host(slots) if host else slots
-
-
 class MoeDecodeExperts(RoutedExperts, Op):
     """Run one token's K experts against the slots that hold them: ``[1, D]``."""
 
@@ -187,9 +178,10 @@ def as_they_come(
 
 
 class MoeGatherIdFuse(RoutedExperts, Op):
-    """Run all N tokens' experts at once, rows sorted by expert on the device.
+    """Run all N tokens' experts at once, rows sorted by slot on the device.
 
-    Every expert must have a slot at the same time; nothing is read back to the host.
+    Where not all of them fit into memory together it is as many tokens as do; which,
+    changes no bit.
     """
 
     out_sum: Out[MoeOutSumBuf]
@@ -201,14 +193,20 @@ class MoeGatherIdFuse(RoutedExperts, Op):
         weights: Array,
         experts: ExpertSource,
     ) -> Array:
-        stacks, slots = stacks_and_slots(experts, indices)
-        slots = slots.reshape(-1)
+        outs = []
+        for rows, slots in experts.batches(to_device(indices)):
+            slots = to_host(slots) if isinstance(mlp_in, np.ndarray) else slots
+            outs.append(self._gather(mlp_in[rows], slots, experts.weights))
+            guard(experts, outs[-1:])
+        out = outs[0] if len(outs) == 1 else namespace(mlp_in).concatenate(outs)
+        return (out * weights[..., None]).sum(axis=1)
+
+    def _gather(self, mlp_in: Array, slots: Array, stacks: ExpertWeights) -> Array:
+        shape, slots = slots.shape, slots.reshape(-1)
         order = argsort(slots)
         rows, chosen = mlp_in[order // self.k], slots[order][:, None]
         by_slot = experts_by_slot(rows, chosen, stacks, in_order=True)
-        out = by_slot[argsort(order)].reshape(self.n_tokens, self.k, self.dim)
-        guard(experts, [out])
-        return (out * weights[..., None]).sum(axis=1)
+        return by_slot[argsort(order)].reshape(*shape, self.dim)
 
 
 class MoeBatchedPermuteFuse(RoutedExperts, Op):
