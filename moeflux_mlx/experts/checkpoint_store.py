@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 
-from ..errors import ExpertStoreError, ModelError
+from ..errors import ModelError
 from .checkpoint import Checkpoint, ModelFacts, model_facts, text_config
 from .direct import bypass_cache
 from .layout import DEFAULT_ALIGNMENT, ExpertLayout
+from .reader import Batch, Read
 from .routed import RoutedLayer, routed_layers
 from .spans import Piece, Span, merge
 
@@ -116,14 +117,10 @@ class CheckpointExperts:
         Raises:
             ExpertStoreError: a file cannot be read or ends early.
         """
-        for span in self.spans(layer, expert):
-            try:
-                span.read(record)
-            except (OSError, EOFError) as error:
-                raise ExpertStoreError(
-                    f"[experts] {span.path}: expert {expert} of layer {layer} at "
-                    f"{span.offset}: {error}"
-                ) from error
+        read = Read(self.spans(layer, expert), record, layer, expert)
+        Batch([read]).run_here()
+        if read.error is not None:
+            raise read.error
 
     def close(self) -> None:
         """Close the files."""
