@@ -6,6 +6,8 @@
                              ``open_executor``)
 ``MOEFLUX_MEMORY``           expert memory when ``load(memory=)`` is not given
 ``MOEFLUX_READ_THREADS``     parallel reads of expert records (default 8)
+``MOEFLUX_EXPERT_IO``        ``mmap``: map packed experts; ``pread``: read them into
+                             memory (default ``auto``: map where all of them fit)
 ``MOEFLUX_PROFILE_PER_OP``   ``1``: evaluate Op by Op and print a table at exit
 ``MOEFLUX_LOWERING``         kernels to use instead of the table's choice, as
                              ``Op=way,Op=way`` (``moeflux kernels --lowering`` lists)
@@ -24,6 +26,8 @@ import re
 from pathlib import Path
 
 from .errors import ConfigError
+
+EXPERT_IO = ("auto", "mmap", "pread")
 
 
 def cache_folder() -> Path:
@@ -53,6 +57,15 @@ def read_threads() -> int:
             f"[MOEFLUX_READ_THREADS] expected a number from 1 to 256 but got {text!r}"
         )
     return int(text)
+
+
+def expert_io(asked: str | None = None) -> str:
+    """Return how experts are to be read: as asked for, else as the environment says."""
+    name = "MOEFLUX_EXPERT_IO" if asked is None else "expert_io"
+    value = os.environ.get(name) or "auto" if asked is None else asked
+    if value not in EXPERT_IO:
+        raise ConfigError(f"[{name}] expected one of {EXPERT_IO} but got {value!r}")
+    return value
 
 
 def profile_per_op() -> bool:

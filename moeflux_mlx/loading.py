@@ -23,6 +23,7 @@ def load(
     memory: int | str | None = None,
     scope: str = "global",
     executor: str | None = None,
+    expert_io: str | None = None,
     lazy: bool = False,
     revision: str | None = None,
     model_config: dict[str, Any] | None = None,
@@ -40,6 +41,9 @@ def load(
         scope: ``"global"`` shares the expert slots between layers, ``"layer"`` gives
             each layer its own.
         executor: name of the executor; None takes the environment's choice.
+        expert_io: ``"mmap"`` maps the experts of a packed directory, ``"pread"`` reads
+            them into memory; None takes the environment's choice, else ``"auto"``:
+            mapped where all of them fit. A mapped file that is cut ends the process.
         lazy: leave parameters unevaluated.
         revision, model_config, tokenizer_config: as in ``mlx_lm.load``.
 
@@ -51,14 +55,16 @@ def load(
             checkpoint's experts are missing, truncated or of no usable form.
         ExpertStoreError: a pack's files are missing, damaged or of another model; a
             file cannot be read.
-        BudgetError: ``memory`` cannot hold the experts one token needs.
+        BudgetError: ``memory`` cannot hold the experts one token needs, or all of
+            those to be mapped.
+        ConfigError: ``expert_io`` is none of these, or cannot be here.
     """
     path = find_model(path_or_repo, revision)
     asked = memory is not None or config.memory() is not None
     # Opened first: mlx-lm's own errors do not say which file or expert is at fault.
     store = open_store(path) if asked or is_packed(path) else None
     opened = (lambda: store) if store is not None else None
-    options = RunOptions(opened, memory, scope, executor)
+    options = RunOptions(opened, memory, scope, executor, expert_io)
     try:
         model, loaded = load_model(
             path,

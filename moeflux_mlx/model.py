@@ -13,11 +13,13 @@ from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
 
-from . import config
+from . import config, device
 from .errors import ModelError
 from .executors import Encoding, Executor, open_executor
 from .executors.base import arrays
 from .executors.compiled import CompiledSteps
+from .experts.access import open_experts
+from .experts.mapped import MappedExperts
 from .experts.store import ExpertStore
 from .experts.streamer import ExpertStreamer
 from .graph import Buf, BufferPool, BufId, Graph, Op, WeightRef
@@ -162,13 +164,14 @@ class RunOptions:
     """How a model is to run: which experts from where, in how much memory, and on what.
 
     ``open_experts`` opens what experts are streamed from; None: they are among the
-    model's parameters.
+    model's parameters. ``expert_io`` is one of ``config.EXPERT_IO``.
     """
 
     open_experts: Callable[[], ExpertStore] | None = None
     memory: int | str | None = None
     scope: str = "global"
     executor: str | None = None
+    expert_io: str | None = None
 
 
 class Runtime:
@@ -178,13 +181,16 @@ class Runtime:
         self.executor = open_executor(options.executor)
         self.graphs: BuiltOnce[LayerGraph] = BuiltOnce(64)
         self.store: ExpertStore | None = None
-        self.streamer: ExpertStreamer | None = None
+        self.streamer: ExpertStreamer | MappedExperts | None = None
         if options.open_experts is not None:
             memory = options.memory if options.memory is not None else config.memory()
             self.store = options.open_experts()
-            self.streamer = ExpertStreamer(
+            on_host = self.executor.takes_host_arrays and device.prefers_host_arrays()
+            self.streamer = open_experts(
                 self.store,
                 memory,
+                io=options.expert_io,
+                on_host=on_host,
                 scope=options.scope,
                 evaluate=partial(self.executor.wait, "routing"),
             )

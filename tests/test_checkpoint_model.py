@@ -163,6 +163,8 @@ def test_inspect_says_what_streaming_costs(form, reads, checkpoint, packed, tmp_
     assert plain.resident_bytes == pack.resident_bytes
     shown = moeflux("inspect", path).stdout
     assert f"{reads} (1 once packed)" in shown
+    assert f"{8 * reads} reads" in shown and "once packed:" in shown
+    assert "affine 4 bits/32 (12 x)" in shown
     assert json.loads(moeflux("inspect", path, "--json").stdout) == vars(plain)
 
 

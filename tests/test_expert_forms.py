@@ -23,6 +23,7 @@ from moeflux_mlx.experts.layout import PARTS, ExpertLayout
 from moeflux_mlx.experts.pack import pack
 from moeflux_mlx.experts.packed import verify
 from moeflux_mlx.experts.pool import SlotPool
+from moeflux_mlx.experts.store import open_store
 from moeflux_mlx.lowering.moe import all_known
 from moeflux_mlx.ops.functions import expert_mlp, experts_by_slot
 from moeflux_mlx.ops.host import unpack, widen
@@ -79,9 +80,12 @@ def test_logits_are_the_same_at_every_budget_and_those_of_stock(mixed, tmp_path)
     n_records = N_LAYERS * 8
     for path in (mixed, packed):
         for n_slots in (2, 7, n_records):
-            model, _ = moeflux_mlx.load(path, memory=memory_for(mixed, n_slots))
+            memory = memory_for(mixed, n_slots)
+            model, _ = moeflux_mlx.load(path, memory=memory, expert_io="pread")
             assert model.runtime.streams == (n_slots < n_records)
             assert mx.array_equal(logits(model, 9), expected), (path, n_slots)
+    mapped, _ = moeflux_mlx.load(packed, expert_io="mmap")
+    assert mx.array_equal(logits(mapped, 9), expected)
 
 
 def test_inspect_counts_the_bytes_of_mixed_experts(mixed, tmp_path):
@@ -90,6 +94,11 @@ def test_inspect_counts_the_bytes_of_mixed_experts(mixed, tmp_path):
     files = (tmp_path / "packed").glob("experts-*.bin")
     assert packed.expert_bytes == plain.expert_bytes
     assert packed.expert_bytes == sum(file.stat().st_size for file in files)
+    assert sum(packed.forms.values()) == len(PLACES) == len(packed.forms)
+    with open_store(mixed) as store:
+        records = [store.layout(layer).record_bytes for layer in store.layers]
+    assert plain.token_bytes == packed.token_bytes == 2 * sum(records)
+    assert packed.token_reads == 2 * N_LAYERS < plain.token_reads
 
 
 # Op by Op, so that a form that fails is named.

@@ -153,10 +153,11 @@ def attention(q: Array, k: Array, v: Array, scale: float, mask: Array | None) ->
 def linear(x: Array, weight: Weight) -> Array:
     """Return ``x`` ``[..., I]`` times the transpose of ``weight`` ``[O, I]``.
 
-    A weight of MLX arrays serves NumPy rows too.
+    A weight of either kind of arrays serves rows of both.
     """
     if isinstance(x, np.ndarray):
         return host_linear(x, weight.on_host)
+    weight = weight.on_device
     q = weight.quantization
     if q is None:
         return x @ weight.w.T
@@ -243,6 +244,7 @@ def _gather_linear(
     x: mx.array, weight: Weight, slots: mx.array, in_order: bool
 ) -> mx.array:
     """Multiply rows ``[N, 1 or K, 1, I]`` by the matrices ``[n_slots, O, I]``."""
+    weight = weight.on_device
     if weight.strided and not _gathers_in_place(weight, x.dtype):
         weight, slots = _end_to_end(weight, slots)
     q = weight.quantization
