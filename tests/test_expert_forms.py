@@ -176,6 +176,25 @@ def test_scales_of_two_types_are_not_mixed_up(to):
     assert not all_known(experts)
 
 
+@pytest.mark.parametrize(
+    ("gate", "up", "down", "known"),
+    [
+        ("4bit-g64", "4bit-g64", "4bit-g64", True),
+        ("4bit-g64", "4bit-g64", "8bit-g32", True),
+        ("4bit-g64", "8bit-g64", "8bit-g64", False),
+        ("4bit-g64", "4bit-g64", "6bit-g64", False),
+        ("3bit-g32", "3bit-g32", "3bit-g32", False),
+        ("mxfp4", "mxfp4", "mxfp4", False),
+        ("bf16", "bf16", "bf16", False),
+    ],
+)
+def test_our_kernels_run_experts_of_the_forms_they_know(gate, up, down, known):
+    shapes = (WIDTH, DIM), (WIDTH, DIM), (DIM, WIDTH)
+    forms = zip((gate, up, down), shapes, strict=True)
+    weights = [stored(FORMS[form], shape) for form, shape in forms]
+    assert all_known(ExpertWeights(*weights)) == known
+
+
 # What cannot be done says so.
 def test_a_scale_of_the_whole_matrix_is_refused_by_name(tmp_path):
     """mlx-lm can write one beside nvfp4: leaving it out would be another model."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import time
 
 import mlx.core as mx
 import numpy as np
@@ -184,6 +186,24 @@ def test_a_damaged_record_is_named_before_it_is_used(packed, tmp_path):
         with pytest.raises(ExpertStoreError, match="expected checksum") as caught:
             opened(store)
     assert f"{store.path(1)}: expert 3 of layer 1" in str(caught.value)
+
+
+def test_a_disk_that_fails_is_an_error_and_nothing_more_is_read(store, monkeypatch):
+    begun = []
+
+    def fail_at_once(*args):
+        begun.append(args)
+        if len(begun) > 1:
+            time.sleep(0.05)
+            return
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setenv("MOEFLUX_READ_THREADS", "1")
+    monkeypatch.setattr(module, "read_fully", fail_at_once)
+    with pytest.raises(ExpertStoreError, match="Input/output error") as caught:
+        opened(store)
+    assert f"{store.path(0)}: expert 0 of layer 0" in str(caught.value)
+    assert len(begun) < N_RECORDS
 
 
 def test_a_layer_without_experts_is_refused(store):

@@ -92,12 +92,15 @@ class MappedExperts:
             return _check_record(store, *place, own.buffer)
 
         places = [(n, e) for n in store.layers for e in range(store.n_experts)]
-        with ThreadPoolExecutor(config.read_threads()) as threads:
-            for (layer, _), n_bytes in zip(
-                places, threads.map(check, places), strict=True
-            ):
+        threads = ThreadPoolExecutor(config.read_threads())
+        try:
+            checked = zip(places, threads.map(check, places), strict=True)
+            for (layer, _), n_bytes in checked:
                 self.stats[layer].preloaded += 1
                 self.stats[layer].read_bytes += n_bytes
+        finally:
+            # After an error or Ctrl-C nobody waits for what has not begun.
+            threads.shutdown(cancel_futures=True)
 
 
 def host_weights(rows: np.ndarray, layout: ExpertLayout) -> ExpertWeights:
