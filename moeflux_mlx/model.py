@@ -185,14 +185,16 @@ class Runtime:
         if options.open_experts is not None:
             memory = options.memory if options.memory is not None else config.memory()
             self.store = options.open_experts()
-            on_host = self.executor.takes_host_arrays and device.prefers_host_arrays()
-            self.streamer = open_experts(
+            stream = partial(
+                ExpertStreamer,
                 self.store,
                 memory,
-                io=options.expert_io,
-                on_host=on_host,
                 scope=options.scope,
                 evaluate=partial(self.executor.wait, "routing"),
+            )
+            on_host = self.executor.takes_host_arrays and device.prefers_host_arrays()
+            self.streamer = open_experts(
+                self.store, memory, stream, io=options.expert_io, on_host=on_host
             )
 
     @property

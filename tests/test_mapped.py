@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import time
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -38,7 +39,8 @@ def store(packed):
 
 
 def opened(store, memory=None, io=None, *, on_host=True):
-    return open_experts(store, memory, io=io, on_host=on_host, evaluate=mx.eval)
+    stream = partial(ExpertStreamer, store, memory)
+    return open_experts(store, memory, stream, io=io, on_host=on_host)
 
 
 # What is the same, and what is not taken.

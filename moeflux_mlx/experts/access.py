@@ -21,22 +21,20 @@ Memory = int | float | str | None
 
 def open_experts(
     store: ExpertStore,
-    memory: Memory = None,
+    memory: Memory,
+    stream: Callable[[], ExpertStreamer],
     *,
     io: str | None = None,
     on_host: bool = False,
-    scope: str = "global",
-    evaluate: Callable[..., None],
 ) -> ExpertStreamer | MappedExperts:
     """Map a pack of which every expert fits, else stream; say which, and why.
 
     Args:
         store: the open files that experts come from.
         memory: bytes for experts, as for ``ExpertStreamer``.
+        stream: opens the store's streamer with that memory.
         io: one of ``config.EXPERT_IO``; None takes the environment's choice.
         on_host: MoE Ops take NumPy arrays here.
-        scope: as for ``ExpertStreamer``.
-        evaluate: as for ``ExpertStreamer``.
 
     Raises:
         ConfigError: ``io`` is none of these, or experts are to be mapped that cannot.
@@ -57,7 +55,7 @@ def open_experts(
         else:
             notice(f"experts mapped: {_decision(store)}")
             return experts
-    streamer = ExpertStreamer(store, memory, scope=scope, evaluate=evaluate)
+    streamer = stream()
     held = "all of them" if streamer.resident else f"{streamer.n_slots} at a time"
     notice(f"experts read into memory, {held}: {_decision(store)}")
     return streamer
