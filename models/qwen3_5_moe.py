@@ -138,9 +138,7 @@ class Forward:
         self._runner = GraphRunner(runtime.executor)
         self._sources: list[mx.array] = []
         self._chunk = 0
-        self._steps = TokenSteps(
-            StepTracer(self._traced), runtime.streamer, always=runtime.runs_ahead
-        )
+        self._steps = TokenSteps(StepTracer(self._traced), always=runtime.runs_ahead)
         self._bound: tuple[Watch, list[Any], list[ExpertSource]] | None = None
         self._in_trace = False
 
@@ -184,12 +182,12 @@ class Forward:
         self.graph_layers()
         weights, sources = self._bind()
         n_experts = inputs.size * self.args.num_experts_per_tok
-        streamer = self.runtime.streamer
+        streamer = self.runtime.streaming
         if streamer is not None and not streamer.fits(n_experts):
             return None
         self._check_tokens(inputs)
         traced = executor.compiles and not executor.watches_steps
-        logits = self._steps(inputs, cache, sources, weights, traced=traced)
+        logits = self._steps(inputs, cache, sources, weights, streamer, traced=traced)
         if logits is None:
             return None
         for source in sources:
@@ -408,7 +406,7 @@ class GraphLayer:
         Its router says so on what the layer begins with ``[N, D]``: less its own mixer,
         that is the row it will see.
         """
-        streamer, n = self.runtime.streamer, hidden.shape[0]
+        streamer, n = self.runtime.streaming, hidden.shape[0]
         assert streamer is not None
         on_host = isinstance(hidden, np.ndarray)
         dtype = mx.float32 if on_host else hidden.dtype

@@ -10,8 +10,10 @@
 ``MOEFLUX_OPTIMISTIC``       ``auto`` (default), ``on`` or ``off``: whether a token runs
                              ahead of reading experts; ``auto``: on GPUs, while few
                              are missing
-``MOEFLUX_EXPERT_IO``        how experts are read: ``pread`` through the page cache,
-                             ``direct`` past it (default ``auto``: ``pread``)
+``MOEFLUX_EXPERT_IO``        ``mmap``: map packed experts; ``pread``: read them into
+                             memory through the page cache, ``direct``: past it
+                             (default ``auto``: map where all of them fit, else
+                             ``pread``)
 ``MOEFLUX_PROFILE_PER_OP``   ``1``: evaluate Op by Op and print a table at exit
 ``MOEFLUX_LOWERING``         kernels to use instead of the table's choice, as
                              ``Op=way,Op=way`` (``moeflux kernels --lowering`` lists)
@@ -31,7 +33,7 @@ from pathlib import Path
 
 from .errors import ConfigError
 
-EXPERT_IO = ("auto", "pread", "direct")
+EXPERT_IO = ("auto", "mmap", "pread", "direct")
 SWITCH = ("auto", "on", "off")
 
 

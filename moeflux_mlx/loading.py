@@ -51,9 +51,11 @@ def load(
             reading experts; None takes the environment's choice.
         read_ahead: ``"on"``, ``"off"`` or ``"auto"``: whether experts are read before
             a layer asks for them; ``auto`` tries both for some tokens.
-        expert_io: ``"pread"`` reads experts through the page cache, ``"direct"`` past
-            it, for which they must be packed on Linux; None takes the environment's
-            choice, else ``"auto"``, which is ``"pread"``.
+        expert_io: ``"mmap"`` maps the experts of a packed directory; ``"pread"`` reads
+            them into memory through the page cache, ``"direct"`` past it, for which
+            they must be packed on Linux. None takes the environment's choice, else
+            ``"auto"``: mapped where all of them fit. A mapped file that is cut ends
+            the process.
         lazy: leave parameters unevaluated.
         revision, model_config, tokenizer_config: as in ``mlx_lm.load``.
 
@@ -65,7 +67,8 @@ def load(
             checkpoint's experts are missing, truncated or of no usable form.
         ExpertStoreError: a pack's files are missing, damaged or of another model; a
             file cannot be read.
-        BudgetError: ``memory`` cannot hold the experts one token needs.
+        BudgetError: ``memory`` cannot hold the experts one token needs, or all of
+            those to be mapped.
         ConfigError: an argument has no usable value.
         TraceError: the recording that ``policy`` names is not usable.
     """
@@ -76,7 +79,7 @@ def load(
     store = open_store(path, direct=direct) if asked or is_packed(path) else None
     opened = (lambda: store) if store is not None else None
     options = RunOptions(
-        opened, memory, scope, policy, executor, optimistic, read_ahead
+        opened, memory, scope, policy, executor, optimistic, read_ahead, expert_io
     )
     try:
         model, loaded = load_model(

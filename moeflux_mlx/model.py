@@ -14,11 +14,13 @@ from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
 
-from . import config
+from . import config, device
 from .errors import ModelError
 from .executors import Encoding, Executor, open_executor
 from .executors.base import arrays
 from .executors.compiled import CompiledSteps
+from .experts.access import open_experts
+from .experts.mapped import MappedExperts
 from .experts.policy import DEFAULT_POLICY
 from .experts.store import ExpertStore
 from .experts.streamer import ExpertStreamer
@@ -167,7 +169,7 @@ class RunOptions:
     model's parameters. ``optimistic``: whether tokens run ahead of reading experts, as
     ``config.optimistic`` has it; None takes the environment's choice. ``read_ahead``:
     whether experts are read before they are asked for: ``on``, ``off``, or ``auto``
-    where that was measured to pay.
+    where that was measured to pay. ``expert_io`` is one of ``config.EXPERT_IO``.
     """
 
     open_experts: Callable[[], ExpertStore] | None = None
@@ -177,6 +179,7 @@ class RunOptions:
     executor: str | None = None
     optimistic: str | None = None
     read_ahead: str = "auto"
+    expert_io: str | None = None
 
 
 class Runtime:
@@ -187,11 +190,12 @@ class Runtime:
         self._optimistic = config.optimistic(options.optimistic)
         self.graphs: BuiltOnce[LayerGraph] = BuiltOnce(64)
         self.store: ExpertStore | None = None
-        self.streamer: ExpertStreamer | None = None
+        self.streamer: ExpertStreamer | MappedExperts | None = None
         if options.open_experts is not None:
             memory = options.memory if options.memory is not None else config.memory()
             self.store = options.open_experts()
-            self.streamer = ExpertStreamer(
+            stream = partial(
+                ExpertStreamer,
                 self.store,
                 memory,
                 scope=options.scope,
@@ -199,11 +203,21 @@ class Runtime:
                 policy=options.policy or config.policy() or DEFAULT_POLICY,
                 evaluate=partial(self.executor.wait, "routing"),
             )
+            on_host = self.executor.takes_host_arrays and device.prefers_host_arrays()
+            self.streamer = open_experts(
+                self.store, memory, stream, io=options.expert_io, on_host=on_host
+            )
+
+    @property
+    def streaming(self) -> ExpertStreamer | None:
+        """The streamer, while some experts are not in memory."""
+        streams = isinstance(self.streamer, ExpertStreamer)
+        return self.streamer if streams and not self.streamer.resident else None
 
     @property
     def streams(self) -> bool:
         """Tell whether some experts are not in memory."""
-        return self.streamer is not None and not self.streamer.resident
+        return self.streaming is not None
 
     @property
     def steps(self) -> bool:
@@ -226,12 +240,11 @@ class Runtime:
     @contextlib.contextmanager
     def reading_ahead(self, *, one_token: bool) -> Iterator[bool]:
         """Tell whether to read ahead in a call, which is timed to find that out."""
-        if self.streamer is None or self.streamer.resident or not one_token:
+        if (streamer := self.streaming) is None or not one_token:
             yield False
             return
-        ahead = self.streamer.read_ahead.begin()
-        yield ahead
-        self.streamer.read_ahead.end()
+        yield streamer.read_ahead.begin()
+        streamer.read_ahead.end()
 
     def without_streamed(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Leave out of a checkpoint's weights what the streamer reads itself."""

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import device
+from .errors import ModelError
 from .graph.op import JointRows, WeightRef
 from .ops.functions import dequantize, to_host
 from .weights import Quantization, Weight, has_values
@@ -150,6 +151,11 @@ class LayerWeights:
     def _collect_module(self, path: str, module: nn.Module) -> None:
         arrays = {k: v for k, v in module.items() if isinstance(v, mx.array)}
         quantization = None
+        if "global_scale" in arrays:
+            raise ModelError(
+                f"[weights] {path}.global_scale: expected none beside scales; quantise "
+                "without a global scale"
+            )
         if "scales" in arrays:
             mode = getattr(module, "mode", "affine")
             quantization = Quantization(module.bits, module.group_size, mode)

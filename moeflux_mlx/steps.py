@@ -32,14 +32,11 @@ class TokenSteps:
 
     Args:
         tracer: runs some of the layers.
-        streamer: of the experts that are not in memory for good; None: all are.
         always: run ahead however many experts are missing.
     """
 
-    def __init__(
-        self, tracer: StepTracer, streamer: ExpertStreamer | None, *, always: bool
-    ):
-        self._tracer, self._streamer, self._always = tracer, streamer, always
+    def __init__(self, tracer: StepTracer, *, always: bool):
+        self._tracer, self._always = tracer, always
 
     def __call__(
         self,
@@ -47,6 +44,7 @@ class TokenSteps:
         caches: Sequence[Any],
         sources: Sequence[ExpertSource],
         weights: Sequence[object],
+        streamer: ExpertStreamer | None,
         *,
         traced: bool = True,
     ) -> mx.array | None:
@@ -60,6 +58,7 @@ class TokenSteps:
             tokens: ``[B, 1]``.
             caches: one for each layer, as are ``sources``.
             weights: what is part of the traces besides ``sources``.
+            streamer: of the experts that are not in memory for good; None: all are.
             traced: False makes the same calls without traces, to look into them.
 
         Raises:
@@ -70,14 +69,13 @@ class TokenSteps:
         run = _Run(self._tracer, caches, sources, weights, traced)
         before = [states_of(c) if isinstance(c, ArraysCache) else None for c in caches]
         try:
-            if all(source.settled is not None for source in sources):
+            if streamer is None:
                 logits = run(range(len(caches)), tokens, None)[0].out
             else:
-                assert self._streamer is not None
-                window = self._window(len(caches))
-                if window is None:
+                window = window_of(streamer.miss_rate, len(caches))
+                if window == 1 and not self._always:
                     return None
-                logits = _RunAhead(run, self._streamer, before)(tokens, window)
+                logits = _RunAhead(run, streamer, before)(tokens, window)
         except BaseException:
             run.put_back(before)
             raise
@@ -85,11 +83,6 @@ class TokenSteps:
             if isinstance(cache, KVCache):
                 cache.offset += 1
         return logits
-
-    def _window(self, n_layers: int) -> int | None:
-        assert self._streamer is not None
-        window = window_of(self._streamer.miss_rate, n_layers)
-        return window if window > 1 or self._always else None
 
 
 class _Run:

@@ -74,6 +74,14 @@ class Weight:
         w, scales, biases = map(_host_view, (self.w, self.scales, self.biases))
         return Weight(w, scales, biases, self.quantization)
 
+    @functools.cached_property
+    def on_device(self) -> Weight:
+        """The same values as MLX arrays: copies where they are NumPy's."""
+        if isinstance(self.w, mx.array):
+            return self
+        w, scales, biases = map(_device_copy, (self.w, self.scales, self.biases))
+        return Weight(w, scales, biases, self.quantization)
+
     def __getitem__(self, index: int | None) -> Weight:
         """Return one expert's matrix, or with None a stack of one, without a copy."""
         parts = (self.w, self.scales, self.biases)
@@ -106,6 +114,12 @@ def _host_view(x: mx.array | None) -> Any:
     if x is None:
         return None
     return np.asarray(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
+
+
+def _device_copy(x: np.ndarray | None) -> mx.array | None:
+    if x is None:
+        return None
+    return mx.array(x).view(mx.bfloat16) if x.dtype == np.uint16 else mx.array(x)
 
 
 def has_values(*arrays: mx.array) -> bool:

@@ -20,7 +20,7 @@ import moeflux_mlx
 from moeflux_mlx.cli.inspect import summarize
 from moeflux_mlx.errors import BudgetError, ExpertStoreError, ModelError
 from moeflux_mlx.experts.checkpoint_store import CheckpointExperts
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.pool import POOL_ALIGNMENT, pool_stride
 
 
 def tokens(n: int, seed: int = 0) -> mx.array:
@@ -39,7 +39,8 @@ def logits(model, n_tokens: int) -> mx.array:
 
 def memory_for(path, n_slots: int) -> int:
     with CheckpointExperts.open(path) as store:
-        return n_slots * store.layout(0).stride + POOL_ALIGNMENT
+        stride = pool_stride([store.layout(layer) for layer in store.layers])
+    return n_slots * stride + POOL_ALIGNMENT
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 65])
@@ -162,6 +163,8 @@ def test_inspect_says_what_streaming_costs(form, reads, checkpoint, packed, tmp_
     assert plain.resident_bytes == pack.resident_bytes
     shown = moeflux("inspect", path).stdout
     assert f"{reads} (1 once packed)" in shown
+    assert f"{8 * reads} reads" in shown and "once packed:" in shown
+    assert "affine 4 bits/32 (12 x)" in shown
     assert json.loads(moeflux("inspect", path, "--json").stdout) == vars(plain)
 
 

@@ -29,7 +29,8 @@ def moeflux(*args: object, **options) -> subprocess.CompletedProcess[str]:
 def one_line_error(done: subprocess.CompletedProcess[str]) -> str:
     """Check that a run failed on purpose, and return what it said."""
     assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
+    *decisions, line = done.stderr.splitlines()
+    assert all(text.startswith("moeflux: experts ") for text in decisions)
     assert line.startswith("moeflux: [")
     return line
 

@@ -26,8 +26,11 @@ FORMS = [
     *(Quantization(bits, 32) for bits in (2, 3, 4, 5, 6, 8)),
     Quantization(4, 64),
     Quantization(8, 128),
+    Quantization(3, 64),
+    Quantization(5, 128),
     Quantization(4, 32, "mxfp4"),
     Quantization(8, 32, "mxfp8"),
+    Quantization(4, 16, "nvfp4"),
 ]
 
 
@@ -97,6 +100,20 @@ def test_unpacking_on_the_host_equals_mlx_dequantize(shape, form, dtype):
     assert got.dtype == np.float32 and got.shape == shape
     assert relative_rms(got, expected) < 1e-6
     assert relative_rms(to_host(dequantize(weight)), got) < 1e-2
+
+
+@pytest.mark.parametrize("form", [f for f in FORMS if f.mode != "affine"], ids=form_id)
+def test_every_byte_and_every_scale_means_on_the_host_what_it_means_to_mlx(form):
+    n_bytes = form.group_size * form.bits // 8
+    codes = np.tile(np.arange(256, dtype=np.uint8), 256).view(np.uint32)
+    words = np.ascontiguousarray(codes).reshape(256, -1)
+    scales = np.arange(256, dtype=np.uint8)[:, None].repeat(256 // n_bytes, axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        got = dequantize(Weight(words, scales, None, form))
+    parts = (mx.array(words), mx.array(scales), None)
+    named = dict(group_size=form.group_size, bits=form.bits, mode=form.mode)
+    expected = mx.dequantize(*parts, **named, dtype=mx.float32)
+    assert np.array_equal(got, np.array(expected), equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,6 +12,8 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 from mlx_lm.models import qwen3_5_moe
 from mlx_lm.utils import quantize_model, save_config, save_model
+
+from moeflux_mlx.weights import Quantization
 
 TEXT_CONFIG = dict(
     model_type="qwen3_5_moe_text",
@@ -40,6 +44,9 @@ TEXT_CONFIG = dict(
     },
 )
 
+
+# How a projection of a layer's experts is stored; a type is dense.
+ExpertForms = Mapping[tuple[int, str], Quantization | mx.Dtype]
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 
@@ -72,9 +79,13 @@ def make_checkpoint(
     bits: int | None = 4,
     group_size: int = 32,
     dtype: mx.Dtype = mx.float32,
+    experts: ExpertForms | None = None,
     **overrides,
 ) -> Path:
-    """Write a random quantised (dense when ``bits`` is None) checkpoint to ``path``."""
+    """Write a random quantised (dense when ``bits`` is None) checkpoint to ``path``.
+
+    ``experts`` says how the routed experts are stored, if not like everything else.
+    """
     model = stock_model(seed, dtype, **overrides)
     config = {
         "model_type": "qwen3_5_moe",
@@ -83,14 +94,33 @@ def make_checkpoint(
         "eos_token_id": 0,
     }
     if bits is not None:
+        predicate = model.quant_predicate
+        if experts is not None:
+            predicate = forms_of_experts(model, experts)
         model, config = quantize_model(
-            model, config, group_size, bits, quant_predicate=model.quant_predicate
+            model, config, group_size, bits, quant_predicate=predicate
         )
     path.mkdir(parents=True, exist_ok=True)
     save_model(path, model)
     save_config(config, path / "config.json")
     write_tokenizer(path, overrides.get("vocab_size", TEXT_CONFIG["vocab_size"]))
     return path
+
+
+def forms_of_experts(model: nn.Module, experts: ExpertForms):
+    """Return what tells ``quantize_model`` of each matrix; casts those left dense."""
+
+    def predicate(path: str, module: nn.Module) -> bool | dict:
+        found = re.search(r"layers\.(\d+)\..*switch_mlp\.(\w+)", path)
+        if found is None:
+            return model.quant_predicate(path, module)
+        form = experts[int(found[1]), found[2]]
+        if isinstance(form, Quantization):
+            return dict(vars(form))
+        module.weight = module.weight.astype(form)
+        return False
+
+    return predicate
 
 
 def write_tokenizer(path: Path, vocab_size: int) -> None:

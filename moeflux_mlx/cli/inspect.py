@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from ..experts.access import all_fit
 from ..experts.checkpoint import Checkpoint, model_facts
 from ..experts.layout import ExpertLayout
 from ..experts.packed import is_packed
-from ..experts.pool import POOL_ALIGNMENT, pool_stride
+from ..experts.pool import pool_bytes, pool_stride
 from ..experts.store import ExpertStore, open_store
 from .inspect_graph import report, report_table
 
@@ -30,6 +31,9 @@ class ModelSummary:
     experts; ``minimum_bytes`` and ``full_bytes`` are the least ``memory`` that serves
     a token and the least that holds every expert. ``reads_per_expert`` is how many
     spans of bytes an expert lies in, the mean of all: 1 in a packed directory.
+    ``token_reads`` and ``token_bytes`` are what a token reads with no expert in memory.
+    ``forms`` counts the experts' projections by how they are stored. ``all_fit`` tells
+    whether all experts fit into the memory that is taken where none is asked for.
     """
 
     model_type: str
@@ -42,6 +46,10 @@ class ModelSummary:
     expert_bytes: int
     bytes_per_expert: int
     reads_per_expert: float
+    token_reads: int
+    token_bytes: int
+    forms: dict[str, int]
+    all_fit: bool
     minimum_bytes: int
     full_bytes: int
     files: dict[str, int]
@@ -94,6 +102,7 @@ def summarize(directory: Path) -> ModelSummary:
         layouts = [store.layout(layer) for layer in store.layers]
         resident = tensors.keys() - store.tensor_names
         reads = _reads_per_expert(store)
+        fit = all_fit(store, None)
     return ModelSummary(
         model_type=facts.model_type,
         is_packed=is_packed(directory),
@@ -103,6 +112,10 @@ def summarize(directory: Path) -> ModelSummary:
         top_k=facts.top_k,
         resident_bytes=sum(tensors[name].n_bytes for name in resident),
         reads_per_expert=reads,
+        token_reads=round(facts.top_k * len(layouts) * reads),
+        token_bytes=facts.top_k * sum(layout.record_bytes for layout in layouts),
+        forms=dict(Counter(form for layout in layouts for form in _forms(layout))),
+        all_fit=fit,
         files=_files(directory),
         **_expert_bytes(layouts, facts.n_experts, facts.top_k),
     )
@@ -121,10 +134,15 @@ def summary_table(directory: Path, summary: ModelSummary) -> Table:
     table.add_section()
     table.add_row("resident", decimal(summary.resident_bytes))
     table.add_row("experts", decimal(summary.expert_bytes))
+    forms = sorted(summary.forms.items(), key=lambda item: -item[1])
+    table.add_row("stored as", ", ".join(f"{form} ({n} x)" for form, n in forms))
     table.add_row("one expert", decimal(summary.bytes_per_expert))
     table.add_row("reads per expert", _reads(summary))
+    cold = f"{summary.token_reads} reads, {decimal(summary.token_bytes)}"
+    table.add_row("one token, cold", cold)
     table.add_row("least memory", _rounded_up(summary.minimum_bytes))
     table.add_row("memory for all", _rounded_up(summary.full_bytes))
+    table.add_row("mapped", _mapped(summary))
     table.add_section()
     for name, sizes in _grouped(summary.files).items():
         n_files = f" in {len(sizes)} files" if len(sizes) > 1 else ""
@@ -146,15 +164,31 @@ def _reads(summary: ModelSummary) -> str:
     return found if summary.is_packed else f"{found} (1 once packed)"
 
 
+def _mapped(summary: ModelSummary) -> str:
+    """Say whether the files serve as memory, and how much of it that is."""
+    if not summary.all_fit:
+        return "no: more than is taken of this machine's memory"
+    pages = f"{decimal(summary.expert_bytes)} of page cache, no slots"
+    return pages if summary.is_packed else f"once packed: {pages}"
+
+
+def _forms(layout: ExpertLayout) -> list[str]:
+    """Say how each projection of a layer's experts is stored."""
+    weights = [spec for spec in layout.tensors if spec.part == "weight"]
+    return [
+        spec.dtype if q is None else f"{q.mode} {q.bits} bits/{q.group_size}"
+        for spec, q in zip(weights, layout.quantization, strict=True)
+    ]
+
+
 def _expert_bytes(
     layouts: list[ExpertLayout], n_experts: int, top_k: int
 ) -> dict[str, int]:
-    slot_bytes = pool_stride(layouts)
     return {
         "expert_bytes": n_experts * sum(layout.stride for layout in layouts),
-        "bytes_per_expert": slot_bytes,
-        "minimum_bytes": top_k * slot_bytes + POOL_ALIGNMENT,
-        "full_bytes": len(layouts) * n_experts * slot_bytes + POOL_ALIGNMENT,
+        "bytes_per_expert": pool_stride(layouts),
+        "minimum_bytes": pool_bytes(layouts, top_k),
+        "full_bytes": pool_bytes(layouts, len(layouts) * n_experts),
     }
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from ..experts.mapped import MappedExperts
 from ..experts.streamer import ExpertStreamer
 
 WIDE = 140
@@ -46,7 +47,9 @@ def generate_and_print(
         Console().print(cost_table(response, getattr(model, "streamer", None)))
 
 
-def cost_table(last: GenerationResponse, streamer: ExpertStreamer | None) -> Table:
+def cost_table(
+    last: GenerationResponse, streamer: ExpertStreamer | MappedExperts | None
+) -> Table:
     """Lay out speed, expert cache and memory after a generation's ``last`` response.
 
     The expert cache is counted from loading on.
@@ -65,7 +68,9 @@ def cost_table(last: GenerationResponse, streamer: ExpertStreamer | None) -> Tab
     return table
 
 
-def _expert_rows(streamer: ExpertStreamer | None) -> list[tuple[str, str]]:
+def _expert_rows(
+    streamer: ExpertStreamer | MappedExperts | None,
+) -> list[tuple[str, str]]:
     if streamer is None:
         return [("experts", "all in memory")]
     total = streamer.stats.total

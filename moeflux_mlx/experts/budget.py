@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 
+from .. import device
 from ..errors import BudgetError, ConfigError
 
 UNITS = {
@@ -50,9 +50,9 @@ def _amount(memory: object) -> float | None:
     return None if unit is None else float(found[1]) * unit
 
 
-def physical_memory_bytes() -> int:
-    """Return the bytes of memory this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def most_bytes() -> int:
+    """Return the memory to take where none is asked for."""
+    return int(MEMORY_SHARE * device.physical_memory_bytes())
 
 
 def count_slots(
@@ -76,10 +76,7 @@ def count_slots(
         ConfigError: ``memory`` is not an amount of bytes.
         BudgetError: the minimum does not fit; states it.
     """
-    if memory is None:
-        budget_bytes = int(MEMORY_SHARE * physical_memory_bytes())
-    else:
-        budget_bytes = parse_bytes(memory)
+    budget_bytes = most_bytes() if memory is None else parse_bytes(memory)
     n_slots = min((budget_bytes - slack_bytes) // stride, n_records)
     if n_slots < n_minimum:
         minimum_bytes = n_minimum * stride + slack_bytes

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import BudgetError, ExpertStoreError
 from ..weights import ExpertWeights, Records, Weight
-from .layout import ExpertLayout
+from .layout import PARTS, PROJECTIONS, ExpertLayout
 
 POOL_ALIGNMENT = 2 * 1024 * 1024
 # MLX counts elements of one axis in 32 bits, so memory is asked for in rows.
 ROW_BYTES = 16 * 1024
 
-PARTS = ("weight", "scales", "biases")
 MLX_DTYPES = {
     "U8": mx.uint8,
     "I8": mx.int8,
@@ -116,33 +116,57 @@ class SlotPool:
         return self._weights[key]
 
     def _views(self, layout: ExpertLayout, first: int, count: int) -> ExpertWeights:
-        slots = self.array[first : first + count]
-        tensors: dict[tuple[str, str], mx.array] = {}
-        records: dict[tuple[str, str], Records] = {}
-        for spec in layout.tensors:
-            dtype = MLX_DTYPES[spec.dtype]
-            begin = spec.offset // dtype.size
-            rows = slots.view(dtype)
-            columns = rows[:, begin : begin + math.prod(spec.shape)]
-            name = spec.projection, spec.part
-            tensors[name] = mx.unflatten(columns, 1, spec.shape)
-            records[name] = Records(rows, begin)
-        mx.eval([*tensors.values(), *(r.array for r in records.values())])
-        gate, up, down = (
-            Weight(
-                tensors[projection, "weight"],
-                tensors.get((projection, "scales")),
-                tensors.get((projection, "biases")),
-                quantization,
-                in_pool=tuple(records.get((projection, part)) for part in PARTS),
-            )
-            for projection, quantization in zip(
-                ("gate_proj", "up_proj", "down_proj"), layout.quantization, strict=True
-            )
+        return slot_weights(self.array[first : first + count], layout)
+
+
+def slot_weights(slots: mx.array, layout: ExpertLayout) -> ExpertWeights:
+    """Return records, uint8 ``[n, stride]``, as tensors ``[n, O, I]``, views."""
+    tensors: dict[tuple[str, str], mx.array] = {}
+    records: dict[tuple[str, str], Records] = {}
+    for spec in layout.tensors:
+        dtype = MLX_DTYPES[spec.dtype]
+        begin = spec.offset // dtype.size
+        rows = slots.view(dtype)
+        columns = rows[:, begin : begin + math.prod(spec.shape)]
+        name = spec.projection, spec.part
+        tensors[name] = mx.unflatten(columns, 1, spec.shape)
+        records[name] = Records(rows, begin)
+    mx.eval([*tensors.values(), *(r.array for r in records.values())])
+    return weights_of(layout, tensors, records)
+
+
+def weights_of(
+    layout: ExpertLayout,
+    tensors: Mapping[tuple[str, str], Any],
+    records: Mapping[tuple[str, str], Records] | None = None,
+) -> ExpertWeights:
+    """Put tensors by projection and part together as weights."""
+
+    def in_pool(projection: str) -> tuple[Records | None, ...] | None:
+        if records is None:
+            return None
+        return tuple(records.get((projection, part)) for part in PARTS)
+
+    gate, up, down = (
+        Weight(
+            tensors[projection, "weight"],
+            tensors.get((projection, "scales")),
+            tensors.get((projection, "biases")),
+            quantization,
+            in_pool(projection),
         )
-        return ExpertWeights(gate, up, down)
+        for projection, quantization in zip(
+            PROJECTIONS, layout.quantization, strict=True
+        )
+    )
+    return ExpertWeights(gate, up, down)
 
 
 def pool_stride(layouts: Sequence[ExpertLayout]) -> int:
     """Return the bytes of a slot that takes a record of any of the layouts."""
     return max(layout.stride for layout in layouts)
+
+
+def pool_bytes(layouts: Sequence[ExpertLayout], n_slots: int) -> int:
+    """Return the memory of so many slots, with what the alignment costs."""
+    return n_slots * pool_stride(layouts) + POOL_ALIGNMENT

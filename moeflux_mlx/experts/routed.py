@@ -125,6 +125,8 @@ class RoutedLayer:
             raise _unusable(entry, f"a known quantisation, not {found},")
         if biases is None or biases.shape != scales.shape:
             raise _unusable(entry, "biases beside its affine scales")
+        if biases.dtype != scales.dtype:
+            raise _unusable(biases.entries[0], f"{scales.dtype} as of its scales")
         return found
 
     def _check_named_mode(

@@ -41,9 +41,11 @@ def combine(
 
 def all_known(experts: ExpertWeights) -> bool:
     """Tell whether our kernels know how experts are quantised."""
-    stacks = (experts.gate, experts.up, experts.down)
-    same = experts.gate.quantization == experts.up.quantization
-    return same and all(kernel_form(weight) for weight in stacks)
+    gate, up, down = experts.gate, experts.up, experts.down
+    if not all(kernel_form(weight) for weight in (gate, up, down)):
+        return False
+    same_type = gate.scales.dtype == up.scales.dtype
+    return same_type and gate.quantization == up.quantization
 
 
 def _with_known_experts(

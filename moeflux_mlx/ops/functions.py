@@ -8,9 +8,6 @@ times for the rest. The mathematics is written once either way.
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +15,7 @@ import numpy as np
 
 from .. import device
 from ..weights import ExpertWeights, Weight
+from .host import host_linear, row_products, unpack, widen
 
 Array = Any
 
@@ -155,10 +153,11 @@ def attention(q: Array, k: Array, v: Array, scale: float, mask: Array | None) ->
 def linear(x: Array, weight: Weight) -> Array:
     """Return ``x`` ``[..., I]`` times the transpose of ``weight`` ``[O, I]``.
 
-    A weight of MLX arrays serves NumPy rows too.
+    A weight of either kind of arrays serves rows of both.
     """
     if isinstance(x, np.ndarray):
-        return _host_linear(x, weight.on_host)
+        return host_linear(x, weight.on_host)
+    weight = weight.on_device
     q = weight.quantization
     if q is None:
         return x @ weight.w.T
@@ -187,66 +186,6 @@ def embed(token_ids: Array, weight: Weight) -> Array:
     if weight.quantization is None:
         return widen(w) if on_host else w
     return dequantize(Weight(w, scales, biases, weight.quantization))
-
-
-def _host_linear(x: np.ndarray, weight: Weight) -> np.ndarray:
-    if weight.quantization is None:
-        return x @ widen(weight.w).T
-    rows = x.reshape(-1, x.shape[-1])
-    if len(rows) >= device.UNPACK_MIN_ROWS or not _has_table(weight):
-        return x @ dequantize(weight).T
-    (out,) = row_products(rows, [weight[None]], [0] * len(rows))
-    return out.reshape(*x.shape[:-1], -1)
-
-
-def row_products(
-    x: np.ndarray,
-    stacks: Sequence[Weight],
-    slots: Sequence[int] | np.ndarray,
-    n_total: int | None = None,
-) -> list[np.ndarray]:
-    """Multiply row i of ``[K, I]`` by ``stack[slots[i]]`` ``[O, I]`` of each stack.
-
-    Packed values are looked up a block at a time, small enough for the cache, and
-    scaled after the products with each group: ``s (q . x) + b sum(x)``.
-
-    Args:
-        n_total: how many rows there are in all, if these are some of them: the bits
-            of a row are then the same whichever others come with it.
-
-    Returns:
-        ``[K, O]`` for each stack; all have the same shape and quantisation.
-    """
-    first = stacks[0]
-    if not _has_table(first):
-        return [
-            np.stack([_host_linear(r, stack[s]) for r, s in zip(x, slots, strict=True)])
-            for stack in stacks
-        ]
-    q, (n_out, n_groups) = first.quantization, first.scales.shape[1:]
-    assert q is not None
-    slots = np.asarray(slots)
-    grouped = x.reshape(len(x), n_groups, q.group_size, 1)
-    parts = [s.scales[slots] for s in stacks] + [s.biases[slots] for s in stacks]
-    shape = (2, len(stacks), *parts[0].shape)
-    scales, biases = widen(np.concatenate(parts)).reshape(shape)
-    out = (biases @ grouped.sum(2))[..., 0]
-    n_values = (n_total or len(x)) * x.shape[1] * len(stacks)
-    step = max(8, device.HOST_BLOCK_VALUES // n_values)
-    for start in range(0, n_out, step):
-        rows = slice(start, min(start + step, n_out))
-        packed = [s.w[slots] if step >= n_out else s.w[slots, rows] for s in stacks]
-        values = _unpacked(np.concatenate(packed), q.bits)
-        shape = (len(stacks), len(x), -1, n_groups, q.group_size)
-        values = values.reshape(shape)
-        dots = (values.swapaxes(2, 3) @ grouped)[..., 0]
-        out[:, :, rows] += np.einsum("skgo,skog->sko", dots, scales[:, :, rows])
-    return list(out)
-
-
-def _has_table(weight: Weight) -> bool:
-    q = weight.quantization
-    return q is not None and q.mode == "affine" and q.bits in (2, 4, 8)
 
 
 def _scales_like(x: mx.array, weight: Weight) -> tuple[mx.array, mx.array | None]:
@@ -314,7 +253,8 @@ def _gather_linear(
     x: mx.array, weight: Weight, slots: mx.array, in_order: bool
 ) -> mx.array:
     """Multiply rows ``[N, 1 or K, 1, I]`` by the matrices ``[n_slots, O, I]``."""
-    if weight.strided and not device.gathers_strided():
+    weight = weight.on_device
+    if weight.strided and not _gathers_in_place(weight, x.dtype):
         weight, slots = _end_to_end(weight, slots)
     q = weight.quantization
     if q is None:
@@ -335,6 +275,12 @@ def _gather_linear(
     )
 
 
+def _gathers_in_place(weight: Weight, dtype: mx.Dtype) -> bool:
+    """Tell whether MLX takes slots as they are; another type would convert them all."""
+    own = weight.w if weight.quantization is None else weight.scales
+    return device.gathers_strided() and own.dtype in (dtype, mx.uint8)
+
+
 def dequantize(weight: Weight) -> Array:
     """Unpack ``weight`` to ``[..., O, I]``; float32 when its arrays are NumPy's."""
     q = weight.quantization
@@ -348,13 +294,7 @@ def dequantize(weight: Weight) -> Array:
             bits=q.bits,
             mode=q.mode,
         )
-    if not _has_table(weight):
-        return _unpack_with_mlx(weight)
-    scales, biases = widen(weight.scales), widen(weight.biases)
-    values = _unpacked(weight.w, q.bits).reshape(*scales.shape, q.group_size)
-    values *= scales[..., None]
-    values += biases[..., None]
-    return values.reshape(*scales.shape[:-1], math.prod(values.shape[-2:]))
+    return unpack(weight)
 
 
 def _end_to_end(weight: Weight, slots: mx.array) -> tuple[Weight, mx.array]:
@@ -363,34 +303,3 @@ def _end_to_end(weight: Weight, slots: mx.array) -> tuple[Weight, mx.array]:
     w, scales, biases = (None if x is None else x[slots.flatten()] for x in parts)
     places = mx.arange(slots.size, dtype=mx.uint32).reshape(slots.shape)
     return Weight(w, scales, biases, weight.quantization), places
-
-
-def _unpack_with_mlx(weight: Weight) -> np.ndarray:
-    q = weight.quantization
-    assert q is not None and weight.scales is not None
-    is_float = q.mode == "affine"
-    scales = mx.array(widen(weight.scales) if is_float else weight.scales)
-    biases = None if weight.biases is None else mx.array(widen(weight.biases))
-    same = Weight(mx.array(weight.w), scales, biases, q)
-    return to_host(dequantize(same).astype(mx.float32))
-
-
-def widen(x: Any) -> np.ndarray:
-    """Return float32 of float32 or float16 values, or of bfloat16 ones as bits."""
-    if x.dtype == np.uint16:
-        return (x.astype(np.uint32) << 16).view(np.float32)
-    return x.astype(np.float32, copy=False)
-
-
-def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
-    """Return packed values as float32, in order along a new last axis."""
-    words = np.ascontiguousarray(packed).view(np.uint8)
-    return np.take(_table(bits), words, axis=0, mode="clip")
-
-
-@functools.cache
-def _table(bits: int) -> np.ndarray:
-    """Map a byte to its values as float32; small enough to stay in the cache."""
-    words = np.arange(256, dtype=np.uint32)
-    columns = [(words >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
-    return np.stack(columns, axis=-1).astype(np.float32)

@@ -1,0 +1,100 @@
+"""How experts are reached: mapped where all of them fit, else read into slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.filesize import decimal
+
+from .. import config
+from ..errors import BudgetError, ConfigError
+from ..progress import notice
+from .budget import MEMORY_SHARE, most_bytes, parse_bytes
+from .mapped import MappedExperts
+from .packed import PackedExperts
+from .pool import pool_bytes
+from .store import ExpertStore
+from .streamer import ExpertStreamer
+
+Memory = int | float | str | None
+
+
+def open_experts(
+    store: ExpertStore,
+    memory: Memory,
+    stream: Callable[[], ExpertStreamer],
+    *,
+    io: str | None = None,
+    on_host: bool = False,
+) -> ExpertStreamer | MappedExperts:
+    """Map a pack of which every expert fits, else stream; say which, and why.
+
+    Args:
+        store: the open files that experts come from.
+        memory: bytes for experts, as for ``ExpertStreamer``.
+        stream: opens the store's streamer with that memory.
+        io: one of ``config.EXPERT_IO``; None takes the environment's choice.
+        on_host: MoE Ops take NumPy arrays here.
+
+    Raises:
+        ConfigError: ``io`` is none of these, or experts are to be mapped that cannot.
+        BudgetError: ``memory`` is too small, for what is to be mapped or for a token.
+        ExpertStoreError: a record could not be read.
+    """
+    io = config.expert_io(io)
+    if io == "mmap":
+        experts = MappedExperts(_mappable(store, memory), on_host=on_host)
+        notice(f"experts mapped as asked: {_decision(store)}")
+        return experts
+    if io == "auto" and isinstance(store, PackedExperts) and all_fit(store, memory):
+        try:
+            experts = MappedExperts(store, on_host=on_host)
+        except ConfigError:
+            # MLX wants memory of its own here: they are read once, into the pool.
+            pass
+        else:
+            notice(f"experts mapped: {_decision(store)}")
+            return experts
+    streamer = stream()
+    held = "all of them" if streamer.resident else f"{streamer.n_slots} at a time"
+    notice(f"experts read into memory, {held}: {_decision(store)}")
+    return streamer
+
+
+def all_fit(store: ExpertStore, memory: Memory) -> bool:
+    """Tell whether slots for all experts fit into ``memory`` and the machine's share.
+
+    These are the slots that an ``ExpertStreamer`` would read them all into, and the
+    share is what it takes where no ``memory`` is given.
+    """
+    layouts = [store.layout(layer) for layer in store.layers]
+    gate = most_bytes()
+    asked = gate if memory is None else parse_bytes(memory)
+    return pool_bytes(layouts, len(layouts) * store.n_experts) <= min(asked, gate)
+
+
+def all_bytes(store: ExpertStore) -> int:
+    """Return the bytes of all records of a store."""
+    strides = sum(store.layout(layer).stride for layer in store.layers)
+    return store.n_experts * strides
+
+
+def _mappable(store: ExpertStore, memory: Memory) -> PackedExperts:
+    if not isinstance(store, PackedExperts):
+        raise ConfigError(
+            "[expert_io] expected a packed directory for 'mmap' but got a plain "
+            "checkpoint: pack it first, or use 'pread'"
+        )
+    if memory is not None and parse_bytes(memory) < all_bytes(store):
+        raise BudgetError(
+            f"[expert_io] expected memory of at least {all_bytes(store)} bytes, all "
+            f"experts, for 'mmap' but got {parse_bytes(memory)}: use 'pread'"
+        )
+    return store
+
+
+def _decision(store: ExpertStore) -> str:
+    return (
+        f"{decimal(all_bytes(store))} in all; the gate is {decimal(most_bytes())}, "
+        f"{MEMORY_SHARE:.0%} of this machine's memory"
+    )
