@@ -211,8 +211,10 @@ class Runtime:
     @property
     def streaming(self) -> ExpertStreamer | None:
         """The streamer, while some experts are not in memory."""
-        streams = isinstance(self.streamer, ExpertStreamer)
-        return self.streamer if streams and not self.streamer.resident else None
+        streamer = self.streamer
+        if isinstance(streamer, ExpertStreamer) and not streamer.resident:
+            return streamer
+        return None
 
     @property
     def streams(self) -> bool:
