@@ -358,10 +358,6 @@ class GraphLayer:
         self._runner = GraphRunner(runtime.executor)
         self._resident: tuple[Any, ExpertSource] | None = None
         self._shape: tuple[int, bool, RoutedShape] | None = None
-        self._streamed: ExpertSource | None = None
-        if self.routed is None:
-            assert runtime.streamer is not None
-            self._streamed = runtime.streamer.source(index)
 
     def __call__(self, hidden: Array, cache: Any, context: Context) -> Array:
         """Run the layer on rows ``[N, D]``, moving its cache forward."""
@@ -465,8 +461,8 @@ class GraphLayer:
     def experts(self, dtype: mx.Dtype) -> ExpertSource:
         """Return the layer's routed experts."""
         if self.routed is None:
-            assert self._streamed is not None
-            return self._streamed
+            assert self.runtime.streamer is not None
+            return self.runtime.streamer.source(self.index)
         bound = self.routed.bind(dtype)
         if self._resident is None or self._resident[0] is not bound:
             names = ("gate_proj", "up_proj", "down_proj")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import mmap
 import os
 import platform
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from threadpoolctl import ThreadpoolController
 
 TWO_MIB = 2 << 20
@@ -108,6 +111,42 @@ def physical_memory_bytes() -> int:
     except OSError:
         return total
     return min(total, int(limit)) if limit.isdigit() else total
+
+
+def process_bytes() -> int | None:
+    """Return the physical memory this process has now; None where nobody counts it."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
+
+
+def return_memory(array: np.ndarray) -> bool:
+    """Return the whole pages of an array to the system; its values are lost.
+
+    Tells whether the system took them: of an array on a CUDA device it does not.
+    """
+    page = mmap.PAGESIZE
+    begin = -(-array.ctypes.data // page) * page
+    end = (array.ctypes.data + array.nbytes) // page * page
+    # macOS counts pages as free at once only with an advice of its own.
+    advice = getattr(mmap, "MADV_FREE_REUSABLE", mmap.MADV_DONTNEED)
+    return end <= begin or not _c().madvise(
+        ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice
+    )
+
+
+def trim_heap() -> None:
+    """Have the C library return what it keeps of freed memory, where it can."""
+    trim = getattr(_c(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _c() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def activation_dtype(model_dtype: mx.Dtype) -> mx.Dtype:

@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -84,7 +85,11 @@ class ExpertStreamer:
             n_rows, store.n_experts, n_slots, shared=groups == 1, policy=policy
         )
         self._checked = np.zeros((n_rows, store.n_experts), dtype=bool)
-        self._reader = ReadPool(read_threads or config.read_threads(), inline_bytes)
+        self._new_reader = partial(
+            ReadPool, read_threads or config.read_threads(), inline_bytes
+        )
+        self._reader = self._new_reader()
+        self._sources: dict[tuple[int, bool], ExpertSource] = {}
         self._lock = threading.RLock()
         self._guards: list[mx.array] = []
         self._interrupted = False
@@ -97,7 +102,12 @@ class ExpertStreamer:
     @property
     def n_slots(self) -> int:
         """Experts that fit into memory at the same time, all layers together."""
-        return self._pool.n_slots
+        return self._table.capacity * self._table.n_groups
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one expert in memory."""
+        return self._pool.stride
 
     @property
     def pool(self) -> SlotPool:
@@ -109,8 +119,45 @@ class ExpertStreamer:
         """Bytes taken for experts, alignment included; never more than the budget."""
         return self._pool.n_bytes
 
+    def resize(self, n_slots: int) -> None:
+        """Use ``n_slots`` slots, within the memory taken at first; not in the middle of
+        a token.
+
+        Of slots given up the memory goes back to the system. The experts that the
+        policy would evict first are forgotten, the others stay in memory.
+
+        Raises:
+            BudgetError: fewer slots than one token needs, or more than there were at
+                first.
+        """
+        table = self._table
+        capacity = n_slots // table.n_groups
+        if not self._store.top_k <= capacity <= table.slots_per_group:
+            raise BudgetError(
+                f"[resize] expected {self._store.top_k * table.n_groups} to "
+                f"{self._pool.n_slots} slots but got {n_slots}"
+            )
+        with self._exclusive():
+            self._evaluate_guards()
+            self._settle()
+            if self.resident and capacity < table.slots_per_group:
+                self._unsettle()
+            table.resize(capacity, self._pool.move)
+            self._pool.give_up(
+                [
+                    range(first + capacity, first + table.slots_per_group)
+                    for first in range(0, self._pool.n_slots, table.slots_per_group)
+                ]
+            )
+
+    def _unsettle(self) -> None:
+        """Stream from now on what was all in memory."""
+        self._reader = self._new_reader()
+        self._table.fill()
+        self.resident = False
+
     def source(self, layer: int) -> ExpertSource:
-        """Return one layer's experts as its MoE Op reads them.
+        """Return one layer's experts as its MoE Op reads them, until ``resize``.
 
         Raises:
             ConfigError: the layer has no routed experts.
@@ -120,6 +167,12 @@ class ExpertStreamer:
                 f"[source] expected one of the layers {list(self._rows)} but got "
                 f"{layer}"
             )
+        key = layer, self.resident
+        if key not in self._sources:
+            self._sources[key] = self._new_source(layer)
+        return self._sources[key]
+
+    def _new_source(self, layer: int) -> ExpertSource:
         layout = self._store.layout(layer)
         if not self.resident:
             return StreamedExperts(self, layer, self._pool.weights(layout))
