@@ -6,6 +6,7 @@ sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, cast
@@ -21,9 +22,10 @@ from moeflux_mlx.blocks import Call, RoutedShape
 from moeflux_mlx.context import Context, cache_ops, has_spare_rows
 from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.resident import ResidentExperts
-from moeflux_mlx.graph import Op
+from moeflux_mlx.graph import Op, planned_peak_bytes
 from moeflux_mlx.graph import roles as b
 from moeflux_mlx.graph.lower import Kernel
+from moeflux_mlx.memory import Needs, affords_unpacked
 from moeflux_mlx.model import (
     GraphBuilder,
     GraphRunner,
@@ -33,8 +35,14 @@ from moeflux_mlx.model import (
     Runtime,
     refuse_gradient,
 )
-from moeflux_mlx.ops.functions import Array, to_device, to_host
-from moeflux_mlx.parameters import LayerWeights, Watch, unpacked_bytes
+from moeflux_mlx.ops.functions import (
+    QUERY_BLOCK,
+    Array,
+    namespace,
+    to_device,
+    to_host,
+)
+from moeflux_mlx.parameters import LayerWeights, Watch, dense_bytes, held_bytes
 from moeflux_mlx.trace import StepTracer
 from moeflux_mlx.weights import ExpertSource, ExpertWeights, Weight, has_values
 
@@ -65,7 +73,13 @@ class Model(stock.Model):
     @property
     def streamer(self) -> Any:
         """The expert streamer, or None when experts are parameters."""
+        self.runtime.open(self.needs)
         return self.runtime.streamer
+
+    @property
+    def needs(self) -> Needs:
+        """What the model says of its memory."""
+        return self.language_model.forward
 
     @property
     def graph_layers(self) -> list[GraphLayer]:
@@ -88,7 +102,7 @@ class TextModel(qwen3_5.TextModel):
             )
         super().__init__(args)
         self.model = Backbone(args)
-        if runtime.streamer is not None:
+        if runtime.store is not None:
             runtime.check_layers(range(args.num_hidden_layers))
             for layer in self.model.layers:
                 layer.mlp.pop(ROUTED)
@@ -100,6 +114,7 @@ class TextModel(qwen3_5.TextModel):
         cache: list[Any] | None = None,
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
+        self.forward.make_room(inputs, cache)
         step = self.forward.step(inputs, cache, input_embeddings)
         if step is not None:
             return step
@@ -132,7 +147,9 @@ class Forward:
         self._sources: list[mx.array] = []
         self._chunk = 0
         self._tracer = StepTracer(self._traced)
-        self._bound: tuple[Watch, list[Any], list[ExpertSource]] | None = None
+        self._bound: tuple[Watch, bool, list[Any], list[ExpertSource]] | None = None
+        self._peaks: dict[int, int] = {}
+        self._most_tokens: int | None = None
         self._in_trace = False
 
     @property
@@ -146,10 +163,9 @@ class Forward:
 
     def prepare(self) -> None:
         """Decide how weights are held; they are quantised only after construction."""
-        unpack = device.on_cpu() and (
-            unpacked_bytes(self.text, skip=ROUTED)
-            <= device.UNPACKED_SHARE * device.physical_memory_bytes()
-        )
+        self.runtime.open(self)
+        plan = self.runtime.plan
+        unpack = plan.unpack if plan else affords_unpacked(self)
         self._ends = LayerWeights(self.text, skip="layers", unpack=unpack)
         self.layers = [
             GraphLayer(module, i, self.args, self.runtime, unpack)
@@ -161,6 +177,69 @@ class Forward:
         if not self.layers:
             self.prepare()
         return self.layers
+
+    def resident_bytes(self, unpack: bool) -> int:
+        """See ``memory.Needs``."""
+        return held_bytes(self.text, skip=ROUTED, unpack=unpack)
+
+    def scratch_bytes(self, n_tokens: int, n_cached: int) -> int:
+        """See ``memory.Needs``."""
+        args, vocabulary = self.args, 4 * n_tokens * self.args.vocab_size
+        own = self._peak_bytes(n_tokens) + 16 * n_tokens * args.hidden_size
+        own += 2 * min(vocabulary, device.EAGER_LOGITS_BYTES)
+        if device.on_cpu():
+            own += self._largest_block
+            queries = min(n_tokens, QUERY_BLOCK)
+            own += 3 * 4 * queries * args.num_attention_heads * n_cached
+        # One layer's rows while its cache grows, and as they are handed on.
+        return own + 3 * self.cache_row_bytes * n_cached // max(1, self._n_full)
+
+    @property
+    def cache_row_bytes(self) -> int:
+        """See ``memory.Needs``."""
+        nets = [m.self_attn for m in self.text.model.layers if not m.is_linear]
+        return sum(
+            2 * net.num_key_value_heads * net.head_dim * self.dtype.size for net in nets
+        )
+
+    @property
+    def cache_state_bytes(self) -> int:
+        """See ``memory.Needs``."""
+        nets = [m.linear_attn for m in self.text.model.layers if m.is_linear]
+        return sum(
+            (net.conv_kernel_size - 1) * net.conv_dim * self.dtype.size
+            + 4 * net.num_v_heads * net.head_v_dim * net.head_k_dim
+            for net in nets
+        )
+
+    @property
+    def _n_full(self) -> int:
+        return sum(not module.is_linear for module in self.text.model.layers)
+
+    def _peak_bytes(self, n_tokens: int) -> int:
+        """Return the planned peak of a layer's graph."""
+        if n_tokens not in self._peaks:
+            modules, call = self.text.model.layers, Call(1, n_tokens, self.dtype)
+            kinds = {module.is_linear: i for i, module in enumerate(modules)}
+            layers = [
+                GraphLayer(modules[i], i, self.args, self.runtime, False)
+                for i in kinds.values()
+            ]
+            self._peaks[n_tokens] = max(layer.planned_bytes(call) for layer in layers)
+        return self._peaks[n_tokens]
+
+    @functools.cached_property
+    def _largest_block(self) -> int:
+        """Bytes of a matrix, or of a block of one, that is unpacked for one product."""
+        most = max(dense_bytes(module) for _, module in self.text.named_modules())
+        return 2 * min(most, device.UNPACKED_BLOCK_BYTES)
+
+    def make_room(self, inputs: mx.array, cache: list[Any] | None) -> None:
+        """Let experts give way to what the caches of a call will take."""
+        self.graph_layers()
+        keeper = self.runtime.keeper
+        if keeper is not None and cache is not None and not self._in_trace:
+            self._most_tokens = keeper.make_room(cache, *inputs.shape[:2])
 
     def step(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
@@ -189,13 +268,15 @@ class Forward:
 
     def _bind(self) -> tuple[list[Mapping[str, Weight]], list[ExpertSource]]:
         """Return all weights and experts, looking anew where a parameter changed."""
-        if self._bound is None or not self._bound[0].holds():
+        streams = self.runtime.streams
+        bound = self._bound
+        if bound is None or bound[1] != streams or not bound[0].holds():
             dtype = self.dtype
             sources = [layer.experts(dtype) for layer in self.layers]
             weights = [layer.weights.bind(dtype) for layer in self.layers]
             weights.append(self._ends.bind(dtype))
-            self._bound = Watch(self.text.modules()), weights, sources
-        return self._bound[1:]
+            bound = self._bound = Watch(self.text.modules()), streams, weights, sources
+        return bound[2:]
 
     def _traced(self, inputs: mx.array, cache: list[Any]) -> mx.array:
         self._in_trace = True
@@ -209,11 +290,30 @@ class Forward:
     def hidden_states(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> Array:
-        """Return the final norm's output ``[B, T, D]``."""
+        """Return the final norm's output ``[B, T, D]``.
+
+        With caches and planned memory a long call is divided into chunks.
+        """
+        self.graph_layers()
+        self._sources = [] if embeddings is None else [embeddings]
+        n_seqs, t = (inputs if embeddings is None else embeddings).shape[:2]
+        most = self._most_tokens
+        step = max(1, most // n_seqs) if most is not None and cache else t
+        if t <= step or self.text.training:
+            return self._hidden_states(inputs, cache, embeddings)
+        parts = []
+        for start in range(0, t, step):
+            chunk = slice(start, start + step)
+            rows = None if embeddings is None else embeddings[:, chunk]
+            parts.append(self._hidden_states(inputs[:, chunk], cache, rows))
+        return namespace(parts[0]).concatenate(parts, axis=1)
+
+    def _hidden_states(
+        self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
+    ) -> Array:
         layers = self.graph_layers()
         cache = cache if cache is not None else [None] * len(layers)
         host = self._runs_on_host(inputs if embeddings is None else embeddings)
-        self._sources = [] if embeddings is None else [embeddings]
         hidden, n_seqs, t = self._embed(inputs, embeddings, host)
         training = self.text.training
         steps = Context(
@@ -377,6 +477,11 @@ class GraphLayer:
             routed = self._routed_shape()
             self._shape = (self.weights.signature, self.module.is_linear, routed)
         return self.runtime.graphs.get((self._shape, call), lambda: self._build(call))
+
+    def planned_bytes(self, call: Call) -> int:
+        """Return the planned peak of a call's graph; needs no weight's value."""
+        self.weights.refresh()
+        return planned_peak_bytes(self.graph(call).graph)
 
     def gathers(self, training: bool) -> bool:
         """Tell whether the experts of several tokens are gathered on the device."""

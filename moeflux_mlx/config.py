@@ -4,7 +4,8 @@
 ``MOEFLUX_EXECUTOR``         executor to use when none is asked for: ``ops``,
                              ``metal``, ``cuda`` or ``sim`` (default: see
                              ``open_executor``)
-``MOEFLUX_MEMORY``           expert memory when ``load(memory=)`` is not given
+``MOEFLUX_MEMORY``           memory of the process, and
+``MOEFLUX_EXPERT_MEMORY``    of experts alone, when ``load`` is given neither
 ``MOEFLUX_READ_THREADS``     parallel reads of expert records (default 8)
 ``MOEFLUX_PROFILE_PER_OP``   ``1``: evaluate Op by Op and print a table at exit
 ``MOEFLUX_LOWERING``         kernels to use instead of the table's choice, as
@@ -41,8 +42,13 @@ def executor_name() -> str | None:
 
 
 def memory() -> str | None:
-    """Return the expert memory asked for by the environment, if any."""
+    """Return the process's memory asked for by the environment, if any."""
     return os.environ.get("MOEFLUX_MEMORY") or None
+
+
+def expert_memory() -> str | None:
+    """Return the experts' memory asked for by the environment, if any."""
+    return os.environ.get("MOEFLUX_EXPERT_MEMORY") or None
 
 
 def read_threads() -> int:

@@ -34,6 +34,10 @@ THREADED_MIN_MACS = 64 << 20
 # Keys up to this size are copied by one launch, values with them, in less time than MLX
 # needs to update both in place, which takes it two launches each.
 COPIED_CACHE_BYTES = 4 << 20
+# A matrix that is larger unpacked is unpacked in blocks of this size.
+UNPACKED_BLOCK_BYTES = 64 << 20
+# What an interpreter grows by once it runs: stacks, buffers of BLAS, Python's objects.
+PROCESS_GROWTH_BYTES = 48 << 20
 # Share of memory that resident matrices may take when kept unpacked in float32.
 UNPACKED_SHARE = 1 / 8
 

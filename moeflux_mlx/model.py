@@ -18,6 +18,8 @@ from .errors import ModelError
 from .executors import Encoding, Executor, open_executor
 from .executors.base import arrays
 from .executors.compiled import CompiledSteps
+from .experts.budget import AUTO, most_bytes, parse_bytes
+from .experts.packed import Progress
 from .experts.store import ExpertStore
 from .experts.streamer import ExpertStreamer
 from .graph import Buf, BufferPool, BufId, Graph, Op, WeightRef
@@ -27,6 +29,7 @@ from .graph.roles import (
     ExpertBaseBuf,
     ResidualBuf,
 )
+from .memory import MemoryKeeper, MemoryPlan, Needs, plan_memory
 from .ops import MatvecNTokens, ResidualAddNTokens, RmsNormBf16NTokens
 from .weights import ExpertSource, Weight
 
@@ -162,13 +165,21 @@ class RunOptions:
     """How a model is to run: which experts from where, in how much memory, and on what.
 
     ``open_experts`` opens what experts are streamed from; None: they are among the
-    model's parameters.
+    model's parameters. ``memory`` bounds the process, ``expert_memory`` the experts.
     """
 
     open_experts: Callable[[], ExpertStore] | None = None
     memory: int | str | None = None
+    expert_memory: int | str | None = None
     scope: str = "global"
     executor: str | None = None
+
+    @property
+    def bounds(self) -> tuple[int | str | None, int | str | None]:
+        """The process's memory and the experts', by the environment if not given."""
+        if self.memory is None and self.expert_memory is None:
+            return config.memory(), config.expert_memory()
+        return self.memory, self.expert_memory
 
 
 class Runtime:
@@ -177,17 +188,50 @@ class Runtime:
     def __init__(self, options: RunOptions):
         self.executor = open_executor(options.executor)
         self.graphs: BuiltOnce[LayerGraph] = BuiltOnce(64)
+        self.options = options
         self.store: ExpertStore | None = None
         self.streamer: ExpertStreamer | None = None
+        self.keeper: MemoryKeeper | None = None
+        self.plan: MemoryPlan | None = None
         if options.open_experts is not None:
-            memory = options.memory if options.memory is not None else config.memory()
             self.store = options.open_experts()
-            self.streamer = ExpertStreamer(
-                self.store,
-                memory,
-                scope=options.scope,
-                evaluate=partial(self.executor.wait, "routing"),
-            )
+
+    def open(self, needs: Needs, report: Progress | None = None) -> None:
+        """Plan memory if it is bounded, and take the experts' share; once.
+
+        Args:
+            report: hears how far reading has come where all experts fit.
+
+        Raises:
+            ConfigError: a bound is not an amount of bytes.
+            BudgetError: what one token needs does not fit.
+            ExpertStoreError: an expert could not be read.
+        """
+        if self.store is None or self.streamer is not None:
+            return
+        self.plan = self.plan or self.make_plan(needs)
+        self.streamer = ExpertStreamer(
+            self.store,
+            self.plan.expert_bytes if self.plan else self.options.bounds[1],
+            scope=self.options.scope,
+            evaluate=partial(self.executor.wait, "routing"),
+            report=report,
+        )
+        if self.plan is not None:
+            self.keeper = MemoryKeeper(self.plan, needs, self.streamer)
+
+    def make_plan(self, needs: Needs) -> MemoryPlan | None:
+        """Return what a bounded process's memory goes to; takes none of it."""
+        memory, most = self.options.bounds
+        if self.store is None or memory is None:
+            return None
+        return plan_memory(
+            most_bytes() if memory == AUTO else parse_bytes(memory),
+            needs,
+            self.store,
+            scope=self.options.scope,
+            most_expert_bytes=parse_bytes(most, "expert_memory") if most else None,
+        )
 
     @property
     def streams(self) -> bool:

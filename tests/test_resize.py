@@ -1,4 +1,4 @@
-"""Fewer slots, and more again: right bytes throughout, and the memory really returned."""
+"""Fewer slots, and more again: right bytes throughout, memory really returned."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..compare import TOLERANCES, Comparison, Side, compare
 from ..errors import ConfigError
-from .generate import add_streaming_flags
+from .generate import add_streaming_flags, streaming_options
 
 DEFAULT_PROMPT = "def read_table(path):\n"
 DEFAULT_TOKENS = 64
@@ -80,9 +80,7 @@ def run(args: argparse.Namespace) -> int:
         against=args.against,
         dtype=args.dtype,
         tolerance=args.tolerance,
-        memory=args.memory,
-        scope=args.scope,
-        executor=args.executor,
+        **streaming_options(args),
     )
     if args.json:
         print(json.dumps(result.to_json(), indent=2))

@@ -40,8 +40,12 @@ def add_parser(subparsers: Any) -> None:
 def add_streaming_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say where and in how much memory a model runs."""
     ours = parser.add_argument_group("moeflux")
-    memory = 'bytes for experts, for example "8GB"; the others are streamed from disk'
+    memory = (
+        'bytes for the whole process, for example "8GB": experts get what the rest '
+        "leaves, the others are streamed from disk; auto: find the fastest amount"
+    )
     ours.add_argument("--memory", help=memory)
+    ours.add_argument("--expert-memory", help="bytes for experts alone")
     ours.add_argument(
         "--scope",
         choices=("global", "layer"),
@@ -49,6 +53,12 @@ def add_streaming_flags(parser: argparse.ArgumentParser) -> None:
         help="layers share the memory (global) or get equal parts of it (layer)",
     )
     ours.add_argument("--executor", help="what runs the graph, for example ops")
+
+
+def streaming_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what those flags say, as ``load`` takes it."""
+    names = ("memory", "expert_memory", "scope", "executor")
+    return {name: getattr(args, name) for name in names}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,9 +98,7 @@ def _refuse_unusable(args: argparse.Namespace) -> None:
 def _load(args: argparse.Namespace, saved: dict[str, str]) -> tuple[Any, Any]:
     model, tokenizer = load(
         _model_path(args, saved),
-        memory=args.memory,
-        scope=args.scope,
-        executor=args.executor,
+        **streaming_options(args),
         tokenizer_config={
             **json.loads(saved.get("tokenizer_config", "{}")),
             "trust_remote_code": args.trust_remote_code,

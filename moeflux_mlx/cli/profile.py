@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..loading import load
 from ..profiling import Profile, Row, check_plot, profile, save_plot, write_csv
-from .generate import add_streaming_flags
+from .generate import add_streaming_flags, streaming_options
 from .report import wide_console
 
 
@@ -53,9 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Profile the model and print the table."""
     if args.plot:
         check_plot(args.plot)
-    model, _ = load(
-        args.model, memory=args.memory, scope=args.scope, executor=args.executor
-    )
+    model, _ = load(args.model, **streaming_options(args))
     found = profile(
         model, context=args.context, prefill=args.prefill, repeats=args.repeats
     )

@@ -19,7 +19,7 @@ from ..loading import load
 from ..lowering.tuned import Entry, Tuning, default_path, read, save
 from ..profiling import PROMPTS, tune
 from ..profiling.choices import Choice
-from .generate import add_streaming_flags
+from .generate import add_streaming_flags, streaming_options
 from .report import wide_console
 
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """Tune on the model's shapes, print what was found, and keep it."""
     executor = args.executor or config.executor_name() or gpu_executor() or "sim"
     path = args.file or (None if executor == "sim" else default_path(executor))
-    model, _ = load(args.model, memory=args.memory, scope=args.scope, executor=executor)
+    model, _ = load(args.model, **{**streaming_options(args), "executor": executor})
     console = Console(stderr=True)
 
     def progress(choices: Sequence[Choice], what: str) -> Iterable[Choice]:

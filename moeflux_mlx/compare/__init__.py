@@ -77,6 +77,7 @@ def compare(
     dtype: str = "float32",
     tolerance: float | None = None,
     memory: int | str | None = None,
+    expert_memory: int | str | None = None,
     scope: str = "global",
     executor: str | None = None,
 ) -> Comparison:
@@ -93,7 +94,7 @@ def compare(
             stacked in memory again when it is packed.
         dtype: ``float32`` casts both sides; ``model`` leaves each its own type.
         tolerance: largest relative RMS error, by default that of ``TOLERANCES``.
-        memory, scope, executor: as for ``load``.
+        memory, expert_memory, scope, executor: as for ``load``.
 
     Raises:
         ConfigError: an argument is not usable.
@@ -113,7 +114,12 @@ def compare(
     )
     with tempfile.TemporaryDirectory(prefix="moeflux-compare-") as directory:
         stock = run_job(job, Path(directory))
-        options = {"memory": memory, "scope": scope, "executor": executor}
+        options = {
+            "memory": memory,
+            "expert_memory": expert_memory,
+            "scope": scope,
+            "executor": executor,
+        }
         job = replace(
             job, side="ours", path=str(path), forced=stock.tokens, options=options
         )

@@ -1,11 +1,11 @@
-"""Turn ``memory=`` into a number of expert slots."""
+"""Read amounts of memory, and turn experts' share into a number of slots."""
 
 from __future__ import annotations
 
 import math
-import os
 import re
 
+from .. import device
 from ..errors import BudgetError, ConfigError
 
 UNITS = {
@@ -24,6 +24,8 @@ AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", re.AS
 
 # Above this share of physical memory experts would push everything else out.
 MEMORY_SHARE = 0.75
+# Instead of an amount: as much as is found to be the fastest.
+AUTO = "auto"
 
 
 def parse_bytes(memory: int | float | str, name: str = "memory") -> int:
@@ -50,9 +52,9 @@ def _amount(memory: object) -> float | None:
     return None if unit is None else float(found[1]) * unit
 
 
-def physical_memory_bytes() -> int:
-    """Return the bytes of memory this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def most_bytes() -> int:
+    """Return the memory to take where none is asked for."""
+    return int(MEMORY_SHARE * device.physical_memory_bytes())
 
 
 def count_slots(
@@ -66,7 +68,7 @@ def count_slots(
     """Return how many slots of ``stride`` bytes fit into ``memory`` beside the slack.
 
     Args:
-        memory: the budget for everything; None takes all records, or as many as fit
+        memory: the budget for experts; None takes all records, or as many as fit
             into three quarters of physical memory.
         slack_bytes: what the pool needs for its alignment.
         n_records: no more slots than these are of use.
@@ -77,14 +79,14 @@ def count_slots(
         BudgetError: the minimum does not fit; states it.
     """
     if memory is None:
-        budget_bytes = int(MEMORY_SHARE * physical_memory_bytes())
+        budget_bytes = most_bytes()
     else:
-        budget_bytes = parse_bytes(memory)
+        budget_bytes = parse_bytes(memory, "expert_memory")
     n_slots = min((budget_bytes - slack_bytes) // stride, n_records)
     if n_slots < n_minimum:
         minimum_bytes = n_minimum * stride + slack_bytes
         raise BudgetError(
-            f"[memory] expected at least {minimum_bytes} bytes "
+            f"[expert_memory] expected at least {minimum_bytes} bytes "
             f"({minimum_bytes / 2**20:.2f} MiB: {n_minimum} experts of {stride} bytes "
             f"and {slack_bytes} for alignment) but got {budget_bytes}"
         )

@@ -69,7 +69,7 @@ class SlotTable:
         self._free[self._group(row)].append(slot)
 
     def resize(self, capacity: int, move: Callable[[int, int], None]) -> None:
-        """Use only the first ``capacity`` slots of each group; no slot may be in flight.
+        """Use only the first ``capacity`` slots of each group; none may be in flight.
 
         What no longer fits is forgotten, in the policy's order of eviction. ``move``
         copies from one slot to another.

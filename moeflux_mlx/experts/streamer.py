@@ -15,6 +15,7 @@ from .. import config
 from ..errors import BudgetError, ConfigError, ExpertStoreError, MoefluxError
 from ..weights import ExpertSource, ExpertWeights
 from .budget import count_slots
+from .packed import Progress
 from .policy import LRU, PolicyFactory
 from .pool import POOL_ALIGNMENT, SlotPool, pool_stride
 from .reader import INLINE_BYTES, Batch, Read, ReadPool
@@ -45,6 +46,7 @@ class ExpertStreamer:
         read_threads: int | None = None,
         inline_bytes: int = INLINE_BYTES,
         evaluate: Callable[..., None] = mx.eval,
+        report: Progress | None = None,
     ):
         """Allocate the pool; if it holds every expert, read them all now.
 
@@ -58,6 +60,7 @@ class ExpertStreamer:
             inline_bytes: reads of up to this many bytes together need no thread.
             evaluate: evaluates arrays that must be done before slots change, like
                 ``mx.eval``; an executor's own counts how long that takes.
+            report: hears how far reading all experts has come.
 
         Raises:
             ConfigError: an argument has no usable value.
@@ -97,12 +100,22 @@ class ExpertStreamer:
         self.stats = StreamStats(store.layers)
         self.resident = n_slots == n_records
         if self.resident:
-            self._preload()
+            self._preload(report)
 
     @property
     def n_slots(self) -> int:
         """Experts that fit into memory at the same time, all layers together."""
         return self._table.capacity * self._table.n_groups
+
+    @property
+    def n_groups(self) -> int:
+        """Groups of layers that share slots; all have equally many."""
+        return self._table.n_groups
+
+    @property
+    def least_slots(self) -> int:
+        """Slots that one token needs."""
+        return self._table.n_groups * self._store.top_k
 
     @property
     def slot_bytes(self) -> int:
@@ -134,8 +147,8 @@ class ExpertStreamer:
         capacity = n_slots // table.n_groups
         if not self._store.top_k <= capacity <= table.slots_per_group:
             raise BudgetError(
-                f"[resize] expected {self._store.top_k * table.n_groups} to "
-                f"{self._pool.n_slots} slots but got {n_slots}"
+                f"[resize] expected {self.least_slots} to {self._pool.n_slots} slots "
+                f"but got {n_slots}"
             )
         with self._exclusive():
             self._evaluate_guards()
@@ -369,20 +382,24 @@ class ExpertStreamer:
         if guards:
             self._evaluate(*guards)
 
-    def _preload(self) -> None:
+    def _preload(self, report: Progress | None) -> None:
         """Read every expert into the slot ``row * n_experts + expert``."""
         n_experts = self._store.n_experts
-        reads = [
-            self._read(layer, expert, row * n_experts + expert)
-            for layer, row in self._rows.items()
-            for expert in range(n_experts)
-        ]
         try:
-            batch = Batch(reads)
-            self._reader.submit(batch)
-            batch.wait()
+            for layer, row in self._rows.items():
+                slots = range(row * n_experts, (row + 1) * n_experts)
+                reads = [self._read(layer, e, slot) for e, slot in enumerate(slots)]
+                batch = Batch(reads)
+                self._reader.submit(batch)
+                batch.wait()
+                self._count_preloaded(reads)
+                if report is not None:
+                    done = (row + 1) * n_experts * self.slot_bytes
+                    report("reading experts", done, self.n_slots * self.slot_bytes)
         finally:
             self._reader.close()
+
+    def _count_preloaded(self, reads: list[Read]) -> None:
         for read in reads:
             if read.error is not None:
                 raise read.error

@@ -1,0 +1,61 @@
+"""Standard error: decisions, and on terminals progress while something takes long."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from .experts.packed import Progress as Report
+
+
+def notice(text: str) -> None:
+    """Print a line about a decision on standard error."""
+    print(f"moeflux: {text}", file=sys.stderr)
+
+
+def byte_progress() -> contextlib.AbstractContextManager[Report]:
+    """Show a bar of bytes while inside; yields what moves it on."""
+    return _bar(DownloadColumn(), TransferSpeedColumn())
+
+
+def step_progress() -> contextlib.AbstractContextManager[Report]:
+    """Show a bar of steps while inside; yields what moves it on."""
+    return _bar(MofNCompleteColumn())
+
+
+@contextlib.contextmanager
+def _bar(*amounts: ProgressColumn) -> Iterator[Report]:
+    text = TextColumn("{task.description:<24}")
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda what, done, total: None
+        return
+    # Transient: what is left on the screen is the outcome.
+    bar = Progress(
+        text,
+        BarColumn(),
+        *amounts,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("")
+
+        def report(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield report
