@@ -7,6 +7,7 @@ sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, cast
@@ -195,22 +196,36 @@ class Forward:
         return own + 3 * self.cache_row_bytes * n_cached // max(1, self._n_full)
 
     @property
+    def cache_shapes(self) -> list[tuple[tuple[int | None, ...], ...]]:
+        """See ``memory.Needs``."""
+        return [
+            _state_shapes(module.linear_attn)
+            if module.is_linear
+            else _rows_shapes(module.self_attn)
+            for module in self.text.model.layers
+        ]
+
+    @property
+    def cache_dtype(self) -> mx.Dtype:
+        """See ``memory.Needs``."""
+        return self.dtype
+
+    @property
+    def most_tokens(self) -> int:
+        """See ``memory.Needs``."""
+        return self.args.max_position_embeddings
+
+    @property
     def cache_row_bytes(self) -> int:
         """See ``memory.Needs``."""
-        nets = [m.self_attn for m in self.text.model.layers if not m.is_linear]
-        return sum(
-            2 * net.num_key_value_heads * net.head_dim * self.dtype.size for net in nets
-        )
+        rows = [s for shapes in self.cache_shapes for s in shapes if s[2] is None]
+        return sum(math.prod(d or 1 for d in s) for s in rows) * self.dtype.size
 
     @property
     def cache_state_bytes(self) -> int:
-        """See ``memory.Needs``."""
-        nets = [m.linear_attn for m in self.text.model.layers if m.is_linear]
-        return sum(
-            (net.conv_kernel_size - 1) * net.conv_dim * self.dtype.size
-            + 4 * net.num_v_heads * net.head_v_dim * net.head_k_dim
-            for net in nets
-        )
+        """See ``memory.Needs``; states are float32 at most."""
+        states = [s for shapes in self.cache_shapes for s in shapes if s[2] is not None]
+        return 4 * sum(math.prod(d or 1 for d in s) for s in states)
 
     @property
     def _n_full(self) -> int:
@@ -404,6 +419,15 @@ class Forward:
         recurs = len(x) == 1 and not self.text.training and not self._in_trace
         done = self._runner.run(graph, weights, {"x": x}, recurs=recurs)
         return done.value(graph.outputs["out"])
+
+
+def _rows_shapes(attn: nn.Module) -> tuple[tuple[int | None, ...], ...]:
+    return ((1, attn.num_key_value_heads, None, attn.head_dim),) * 2
+
+
+def _state_shapes(net: nn.Module) -> tuple[tuple[int | None, ...], ...]:
+    conv = (1, net.conv_kernel_size - 1, net.conv_dim)
+    return conv, (1, net.num_v_heads, net.head_v_dim, net.head_k_dim)
 
 
 def _build_embed(forward: Forward, g: GraphBuilder, x: Array) -> LayerGraph:

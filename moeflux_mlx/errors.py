@@ -43,6 +43,10 @@ class BudgetError(ExpertStoreError, ValueError):
     """The memory budget cannot hold the experts that one token needs."""
 
 
+class StateError(MoefluxError, ValueError):
+    """A saved state is damaged or of another model, or caches cannot be kept."""
+
+
 class KernelError(MoefluxError, ValueError):
     """A kernel's source, arguments or launch are not what its signature says."""
 

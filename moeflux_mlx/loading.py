@@ -111,7 +111,7 @@ def _built(
     # Opened first: mlx-lm's own errors do not say which file or expert is at fault.
     store = open_store(path) if streams else None
     opened = (lambda: store) if store is not None else None
-    options = replace(options, open_experts=opened)
+    options = replace(options, open_experts=opened, directory=path)
     try:
         yield load_model(
             path,
@@ -185,5 +185,5 @@ def pack_classes(model_file: str) -> tuple[type, type]:
     ``--trust-remote-code``; memory and executor come from the environment.
     """
     directory = Path(model_file).resolve().parent
-    options = RunOptions(partial(PackedExperts.open, directory))
+    options = RunOptions(partial(PackedExperts.open, directory), directory=directory)
     return model_classes(load_config(directory), options)

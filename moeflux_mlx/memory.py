@@ -48,6 +48,18 @@ class Needs(Protocol):
         """Return the peak of one call beside weights, caches and experts."""
 
     @property
+    def cache_shapes(self) -> list[tuple[tuple[int | None, ...], ...]]:
+        """The arrays of each layer's cache, ``[1, H, None, d]`` if they grow."""
+
+    @property
+    def cache_dtype(self) -> mx.Dtype:
+        """The type of keys and values."""
+
+    @property
+    def most_tokens(self) -> int:
+        """How long a sequence may become."""
+
+    @property
     def cache_row_bytes(self) -> int:
         """What each token of a sequence takes in KV caches."""
 

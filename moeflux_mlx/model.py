@@ -6,9 +6,11 @@ any kernel.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
@@ -20,7 +22,7 @@ from .executors.base import arrays
 from .executors.compiled import CompiledSteps
 from .experts.budget import AUTO, most_bytes, parse_bytes
 from .experts.packed import Progress
-from .experts.store import ExpertStore
+from .experts.store import ExpertStore, model_identity
 from .experts.streamer import ExpertStreamer
 from .graph import Buf, BufferPool, BufId, Graph, Op, WeightRef
 from .graph.buffers import Shape
@@ -166,6 +168,7 @@ class RunOptions:
 
     ``open_experts`` opens what experts are streamed from; None: they are among the
     model's parameters. ``memory`` bounds the process, ``expert_memory`` the experts.
+    ``directory`` is where the model is from.
     """
 
     open_experts: Callable[[], ExpertStore] | None = None
@@ -173,6 +176,7 @@ class RunOptions:
     expert_memory: int | str | None = None
     scope: str = "global"
     executor: str | None = None
+    directory: Path | None = None
 
     @property
     def bounds(self) -> tuple[int | str | None, int | str | None]:
@@ -232,6 +236,17 @@ class Runtime:
             scope=self.options.scope,
             most_expert_bytes=parse_bytes(most, "expert_memory") if most else None,
         )
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """A hash that tells the model from any other, packed or not.
+
+        Raises:
+            ModelError: the model is from no directory, or that is gone.
+        """
+        if self.options.directory is None:
+            raise ModelError("[model] expected a model that load() read from files")
+        return model_identity(self.options.directory)
 
     @property
     def streams(self) -> bool:

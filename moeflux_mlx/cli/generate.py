@@ -19,6 +19,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from ..errors import ConfigError
 from ..loading import load
+from ..state import load_state, save_state
 from .report import generate_and_print
 
 
@@ -34,6 +35,7 @@ def add_parser(subparsers: Any) -> None:
     # mlx-lm falls back on a model of its own, which has no experts to stream.
     parser.add_argument("--model", help="model directory or Hugging Face repository")
     add_streaming_flags(parser)
+    add_state_flags(parser)
     parser.set_defaults(run=run)
 
 
@@ -55,6 +57,15 @@ def add_streaming_flags(parser: argparse.ArgumentParser) -> None:
     ours.add_argument("--executor", help="what runs the graph, for example ops")
 
 
+def add_state_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what state to begin with and to leave."""
+    ours = parser.add_argument_group("state of a run")
+    load = "continue after the prompt and text whose state FILE keeps"
+    ours.add_argument("--load-state", metavar="FILE", help=load)
+    save = "keep prompt, text and the experts in memory, not to be read again"
+    ours.add_argument("--save-state", metavar="FILE", help=save)
+
+
 def streaming_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return what those flags say, as ``load`` takes it."""
     names = ("memory", "expert_memory", "scope", "executor")
@@ -66,13 +77,22 @@ def run(args: argparse.Namespace) -> int:
     _refuse_unusable(args)
     cache, saved = _prompt_cache(args)
     model, tokenizer = _load(args, saved)
+    tokens: list[int] = []
+    if args.load_state is not None:
+        state = load_state(args.load_state, model)
+        cache, tokens = state.cache, state.tokens
+    has_prefix = cache is not None
+    if args.save_state is not None and cache is None:
+        cache = make_prompt_cache(model)
     # Not before loading, which takes random numbers of its own.
     if args.seed is not None:
         mx.random.seed(args.seed)
-    generate_and_print(
+    prompt = _prompt_tokens(args, tokenizer, has_prefix=has_prefix)
+    tokens += prompt
+    tokens += generate_and_print(
         model,
         tokenizer,
-        _prompt_tokens(args, tokenizer, has_prefix=cache is not None),
+        prompt,
         with_table=args.verbose,
         max_tokens=args.max_tokens,
         sampler=_sampler(args, tokenizer),
@@ -80,6 +100,9 @@ def run(args: argparse.Namespace) -> int:
         **_cache_options(args),
         **_draft_options(args, model, tokenizer),
     )
+    if args.save_state is not None:
+        assert cache is not None
+        save_state(args.save_state, model, cache, tokens)
     return 0
 
 
@@ -91,6 +114,11 @@ def _refuse_unusable(args: argparse.Namespace) -> None:
             "[generate] expected a model without adapters but got --adapter-path: "
             "merge them into the model with mlx_lm.fuse first"
         )
+    states = args.load_state is not None or args.save_state is not None
+    for flag in ("prompt_cache_file", "draft_model"):
+        if states and getattr(args, flag) is not None:
+            name = flag.replace("_", "-")
+            raise ConfigError(f"[generate] expected --{name} or a state but got both")
     if args.max_tokens == 0:
         raise ConfigError("[generate] expected --max-tokens of 1 or more, or -1")
 

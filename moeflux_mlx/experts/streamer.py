@@ -163,6 +163,64 @@ class ExpertStreamer:
                 ]
             )
 
+    @property
+    def experts(self) -> list[tuple[int, int]]:
+        """All experts there are, as ``(layer, expert)``."""
+        return [
+            (layer, e) for layer in self._rows for e in range(self._store.n_experts)
+        ]
+
+    @property
+    def held(self) -> list[tuple[int, int]]:
+        """The experts in memory."""
+        with self._exclusive():
+            self._settle()
+            rows = self._table.rows
+            return [
+                (layer, e)
+                for layer, e in self.experts
+                if self.resident or rows[self._rows[layer]][e] != EMPTY
+            ]
+
+    def preload(self, experts: Collection[tuple[int, int]]) -> None:
+        """Read ``(layer, expert)`` pairs at once; the layers share what room there is.
+
+        Raises:
+            ExpertStoreError: one could not be read; what could be is kept.
+        """
+        if self.resident:
+            return
+        wanted = self._fitting(experts)
+        with self._exclusive():
+            self._evaluate_guards()
+            self._settle()
+            before = self.stats.snapshot().layers
+            key = self._table.key
+            keep = {
+                key(self._rows[layer], e) for layer in wanted for e in wanted[layer]
+            }
+            for layer, chosen in wanted.items():
+                places = self._table.rows[self._rows[layer]]
+                self._begin(layer, [e for e in chosen if places[e] == EMPTY], keep)
+            failed = self._settle()
+            for layer, counters in before.items():
+                # Nobody has asked for them: they are no misses.
+                self.stats[layer].preloaded += (
+                    self.stats[layer].misses - counters.misses
+                )
+                self.stats[layer].misses = counters.misses
+            if failed:
+                raise failed[min(failed)]
+
+    def _fitting(self, experts: Collection[tuple[int, int]]) -> dict[int, list[int]]:
+        wanted: dict[int, list[int]] = {layer: [] for layer in self._rows}
+        for layer, expert in experts:
+            if len(wanted[layer]) < self._table.capacity:
+                wanted[layer].append(expert)
+        while sum(map(len, wanted.values())) > self.n_slots:
+            max(wanted.values(), key=len).pop()
+        return wanted
+
     def _unsettle(self) -> None:
         """Stream from now on what was all in memory."""
         self._reader = self._new_reader()
