@@ -6,8 +6,6 @@ sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, cast
@@ -36,14 +34,10 @@ from moeflux_mlx.model import (
     Runtime,
     refuse_gradient,
 )
-from moeflux_mlx.ops.functions import (
-    QUERY_BLOCK,
-    Array,
-    namespace,
-    to_device,
-    to_host,
-)
-from moeflux_mlx.parameters import LayerWeights, Watch, dense_bytes, held_bytes
+from moeflux_mlx.needs import TextNeeds
+from moeflux_mlx.ops.functions import Array, namespace, to_device, to_host
+from moeflux_mlx.parameters import LayerWeights, Watch
+from moeflux_mlx.progress import prompt_progress
 from moeflux_mlx.trace import StepTracer
 from moeflux_mlx.weights import ExpertSource, ExpertWeights, Weight, has_values
 
@@ -80,7 +74,7 @@ class Model(stock.Model):
     @property
     def needs(self) -> Needs:
         """What the model says of its memory."""
-        return self.language_model.forward
+        return self.language_model.forward.needs
 
     @property
     def graph_layers(self) -> list[GraphLayer]:
@@ -149,8 +143,10 @@ class Forward:
         self._chunk = 0
         self._tracer = StepTracer(self._traced)
         self._bound: tuple[Watch, bool, list[Any], list[ExpertSource]] | None = None
-        self._peaks: dict[int, int] = {}
         self._most_tokens: int | None = None
+        self.needs = TextNeeds(
+            text, args, ROUTED, self._planned_bytes, lambda: self.dtype
+        )
         self._in_trace = False
 
     @property
@@ -164,9 +160,9 @@ class Forward:
 
     def prepare(self) -> None:
         """Decide how weights are held; they are quantised only after construction."""
-        self.runtime.open(self)
+        self.runtime.open(self.needs)
         plan = self.runtime.plan
-        unpack = plan.unpack if plan else affords_unpacked(self)
+        unpack = plan.unpack if plan else affords_unpacked(self.needs)
         self._ends = LayerWeights(self.text, skip="layers", unpack=unpack)
         self.layers = [
             GraphLayer(module, i, self.args, self.runtime, unpack)
@@ -179,75 +175,10 @@ class Forward:
             self.prepare()
         return self.layers
 
-    def resident_bytes(self, unpack: bool) -> int:
-        """See ``memory.Needs``."""
-        return held_bytes(self.text, skip=ROUTED, unpack=unpack)
-
-    def scratch_bytes(self, n_tokens: int, n_cached: int) -> int:
-        """See ``memory.Needs``."""
-        args, vocabulary = self.args, 4 * n_tokens * self.args.vocab_size
-        own = self._peak_bytes(n_tokens) + 16 * n_tokens * args.hidden_size
-        own += 2 * min(vocabulary, device.EAGER_LOGITS_BYTES)
-        if device.on_cpu():
-            own += self._largest_block
-            queries = min(n_tokens, QUERY_BLOCK)
-            own += 3 * 4 * queries * args.num_attention_heads * n_cached
-        # One layer's rows while its cache grows, and as they are handed on.
-        return own + 3 * self.cache_row_bytes * n_cached // max(1, self._n_full)
-
-    @property
-    def cache_shapes(self) -> list[tuple[tuple[int | None, ...], ...]]:
-        """See ``memory.Needs``."""
-        return [
-            _state_shapes(module.linear_attn)
-            if module.is_linear
-            else _rows_shapes(module.self_attn)
-            for module in self.text.model.layers
-        ]
-
-    @property
-    def cache_dtype(self) -> mx.Dtype:
-        """See ``memory.Needs``."""
-        return self.dtype
-
-    @property
-    def most_tokens(self) -> int:
-        """See ``memory.Needs``."""
-        return self.args.max_position_embeddings
-
-    @property
-    def cache_row_bytes(self) -> int:
-        """See ``memory.Needs``."""
-        rows = [s for shapes in self.cache_shapes for s in shapes if s[2] is None]
-        return sum(math.prod(d or 1 for d in s) for s in rows) * self.dtype.size
-
-    @property
-    def cache_state_bytes(self) -> int:
-        """See ``memory.Needs``; states are float32 at most."""
-        states = [s for shapes in self.cache_shapes for s in shapes if s[2] is not None]
-        return 4 * sum(math.prod(d or 1 for d in s) for s in states)
-
-    @property
-    def _n_full(self) -> int:
-        return sum(not module.is_linear for module in self.text.model.layers)
-
-    def _peak_bytes(self, n_tokens: int) -> int:
-        """Return the planned peak of a layer's graph."""
-        if n_tokens not in self._peaks:
-            modules, call = self.text.model.layers, Call(1, n_tokens, self.dtype)
-            kinds = {module.is_linear: i for i, module in enumerate(modules)}
-            layers = [
-                GraphLayer(modules[i], i, self.args, self.runtime, False)
-                for i in kinds.values()
-            ]
-            self._peaks[n_tokens] = max(layer.planned_bytes(call) for layer in layers)
-        return self._peaks[n_tokens]
-
-    @functools.cached_property
-    def _largest_block(self) -> int:
-        """Bytes of a matrix, or of a block of one, that is unpacked for one product."""
-        most = max(dense_bytes(module) for _, module in self.text.named_modules())
-        return 2 * min(most, device.UNPACKED_BLOCK_BYTES)
+    def _planned_bytes(self, index: int, call: Call) -> int:
+        module = self.text.model.layers[index]
+        layer = GraphLayer(module, index, self.args, self.runtime, False)
+        return layer.planned_bytes(call)
 
     def make_room(self, inputs: mx.array, cache: list[Any] | None) -> None:
         """Let experts give way to what the caches of a call will take."""
@@ -342,9 +273,12 @@ class Forward:
             traced=self._in_trace,
         )
         self._chunk = self._chunk + 1 if t > 1 else 0
-        for layer, layer_cache in zip(layers, cache, strict=True):
-            self.runtime.executor.begin_layer(self._chunk, layer.index, hidden)
-            hidden = layer(hidden, layer_cache, steps)
+        shown = t if self.runtime.streams and not training else 0
+        with prompt_progress(shown, len(layers)) as report:
+            for layer, layer_cache in zip(layers, cache, strict=True):
+                self.runtime.executor.begin_layer(self._chunk, layer.index, hidden)
+                hidden = layer(hidden, layer_cache, steps)
+                report(layer.index)
         shape = (n_seqs, t, self.args.hidden_size)
         return self._end("norm", hidden, _build_norm).reshape(shape)
 
@@ -419,15 +353,6 @@ class Forward:
         recurs = len(x) == 1 and not self.text.training and not self._in_trace
         done = self._runner.run(graph, weights, {"x": x}, recurs=recurs)
         return done.value(graph.outputs["out"])
-
-
-def _rows_shapes(attn: nn.Module) -> tuple[tuple[int | None, ...], ...]:
-    return ((1, attn.num_key_value_heads, None, attn.head_dim),) * 2
-
-
-def _state_shapes(net: nn.Module) -> tuple[tuple[int | None, ...], ...]:
-    conv = (1, net.conv_kernel_size - 1, net.conv_dim)
-    return conv, (1, net.num_v_heads, net.head_v_dim, net.head_k_dim)
 
 
 def _build_embed(forward: Forward, g: GraphBuilder, x: Array) -> LayerGraph:

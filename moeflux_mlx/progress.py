@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import (
@@ -20,6 +20,9 @@ from rich.progress import (
 
 from .experts.packed import Progress as Report
 
+# Prompts of fewer tokens are done before anyone could read what is shown.
+SHOWN_TOKENS = 64
+
 
 def notice(text: str) -> None:
     """Print a line about a decision on standard error."""
@@ -31,9 +34,18 @@ def byte_progress() -> contextlib.AbstractContextManager[Report]:
     return _bar(DownloadColumn(), TransferSpeedColumn())
 
 
-def step_progress() -> contextlib.AbstractContextManager[Report]:
-    """Show a bar of steps while inside; yields what moves it on."""
-    return _bar(MofNCompleteColumn())
+@contextlib.contextmanager
+def prompt_progress(n_tokens: int, n_layers: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar of layers while a prompt of some length goes through them.
+
+    Yields what is called with the number of each layer once it is done.
+    """
+    if n_tokens < SHOWN_TOKENS:
+        yield lambda layer: None
+        return
+    with _bar(MofNCompleteColumn()) as report:
+        what = f"prompt, {n_tokens} tokens"
+        yield lambda layer: report(what, layer + 1, n_layers)
 
 
 @contextlib.contextmanager
