@@ -40,7 +40,7 @@ class ExpertStoreError(MoefluxError):
 
 
 class BudgetError(ExpertStoreError, ValueError):
-    """The memory budget cannot hold the experts that one token needs."""
+    """The memory budget cannot hold what one token needs."""
 
 
 class StateError(MoefluxError, ValueError):
