@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from sparse import make_sparse_checkpoint
+from tiny import make_checkpoint
 
 import moeflux_mlx
 from moeflux_mlx import device, memory
 from moeflux_mlx.cli import main as moeflux
 from moeflux_mlx.errors import BudgetError
+from moeflux_mlx.executors.base import leaves
 from moeflux_mlx.loading import plan_load
-from moeflux_mlx.pool_search import Trial, choose, find_fastest
+from moeflux_mlx.parameters import LayerWeights, held_bytes
+from moeflux_mlx.pool_search import Trial, choose
 
 OWN_BYTES = 100 << 20
 
@@ -158,15 +161,16 @@ def test_what_no_plan_knew_of_makes_experts_give_way(packed, monkeypatch):
     assert surplus % step == 0 and 0 < surplus <= 2 * step
 
 
-def test_the_fastest_size_is_kept(packed, least):
-    model, tokenizer = moeflux_mlx.load(packed, memory="1GB")
-    said = find_fastest(model, tokenizer)
+def test_auto_tries_several_sizes_and_keeps_one(packed, own_bytes, capsys):
+    model = load(packed, "auto")
+    plan, said = capsys.readouterr().err.splitlines()
+    assert plan.startswith("moeflux: memory ") and "experts" in plan
     sizes = {32, 24, 16, 8}
-    assert model.streamer.n_slots in sizes
-    assert said.startswith("memory auto: ") and said.count("tokens/s") == len(sizes)
-    before = model.streamer.n_slots
+    assert said.startswith("moeflux: memory auto: ")
+    assert said.count("tokens/s") == len(sizes)
+    assert (n_slots := model.streamer.n_slots) in sizes
     decode(model, [1, 2, 3], 3)
-    assert model.streamer.n_slots == before
+    assert model.streamer.n_slots == n_slots
 
 
 @pytest.mark.parametrize(
@@ -175,6 +179,27 @@ def test_the_fastest_size_is_kept(packed, least):
 def test_a_smaller_pool_must_be_clearly_faster(speeds, best):
     trials = [Trial(9 - i, 9 - i, speed, 1.0) for i, speed in enumerate(speeds)]
     assert choose(trials) is trials[best]
+
+
+@pytest.mark.skipif(not device.prefers_host_arrays(), reason="copies are a CPU's")
+@pytest.mark.parametrize("unpack", [False, True], ids=["packed", "unpacked"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_weights_take_what_the_plan_counts(tmp_path, dtype, unpack):
+    path = make_checkpoint(tmp_path / "model", dtype=dtype)
+    model = moeflux_mlx.load(path)[0]
+    text = model.language_model
+    parameters = [np.asarray(x.view(mx.uint8)) for x in leaves(text.parameters())]
+    weights = LayerWeights(text, unpack=unpack).bind(mx.float32, host=True)
+    bound = [x for w in weights.values() for x in (w.w, w.scales, w.biases)]
+    copies = [
+        x for x in bound if x is not None and not any(_same(x, p) for p in parameters)
+    ]
+    taken = sum(x.nbytes for x in [*parameters, *copies])
+    assert held_bytes(text, unpack=unpack) == taken
+
+
+def _same(x, parameter: np.ndarray) -> bool:
+    return np.shares_memory(np.asarray(x), parameter)
 
 
 def test_inspect_shows_the_plan_without_loading(packed, own_bytes, capsys):
