@@ -129,8 +129,10 @@ def process_bytes() -> int | None:
 def return_memory(array: np.ndarray) -> bool:
     """Return the whole pages of an array to the system; its values are lost.
 
-    Tells whether the system took them: of an array on a CUDA device it does not.
+    Tells whether the system took them. What CUDA manages is not the system's.
     """
+    if mx.cuda.is_available() and not on_cpu():
+        return False
     page = mmap.PAGESIZE
     begin = -(-array.ctypes.data // page) * page
     end = (array.ctypes.data + array.nbytes) // page * page

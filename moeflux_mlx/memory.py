@@ -224,7 +224,6 @@ class MemoryKeeper:
         if t == 1 and n_tokens > 0 and last() is cache[0]:
             self._foreseen = (last, n_tokens - 1)
             return self.plan.chunk_tokens
-        self._foreseen = (weakref.ref(cache[0]), LOOKAHEAD - 1)
         self._caches.update(c for c in cache if c is not None)
         held = sum(c.nbytes for c in self._caches)
         fixed = self.plan.process_bytes + self.plan.resident_bytes
@@ -233,6 +232,7 @@ class MemoryKeeper:
         n_rows = max((_rows(c)[1] for c in cache), default=0) + max(t, LOOKAHEAD)
         chunk, scratch = self._chunk(n_seqs * t, n_seqs * n_rows, room)
         self._resize(room - scratch, cache)
+        self._foreseen = (weakref.ref(cache[0]), LOOKAHEAD - 1)
         return chunk
 
     def _chunk(self, n_tokens: int, n_cached: int, room: int) -> tuple[int, int]:

@@ -134,6 +134,11 @@ def test_caches_that_cannot_fit_are_an_error_that_says_so(packed, least):
     with pytest.raises(BudgetError, match=r"\[memory\] expected \d+ bytes more"):
         for _ in range(40):
             model(mx.array([list(range(1, 300))]), cache=cache)
+    with pytest.raises(BudgetError, match=r"\[memory\] expected"):
+        model(mx.array([[1] * 300]), cache=cache)
+    # A new cache has the room that the old one had.
+    del cache
+    decode(model, [1, 2, 3], 3)
 
 
 def test_a_long_prompt_is_computed_in_chunks_that_fit(packed, least):

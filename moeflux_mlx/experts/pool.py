@@ -105,9 +105,12 @@ class SlotPool:
 
         What they held is lost. They may be written again: then they take memory anew.
         """
-        self.n_given_up = sum(map(len, slots))
-        for part in filter(len, slots):
-            device.return_memory(self.bytes[part.start : part.stop])
+        returned = [
+            len(part)
+            for part in filter(len, slots)
+            if device.return_memory(self.bytes[part.start : part.stop])
+        ]
+        self.n_given_up = sum(returned)
 
     def move(self, source: int, target: int) -> None:
         """Copy one slot's bytes to another."""
