@@ -13,6 +13,7 @@ from tiny import make_checkpoint
 
 import moeflux_mlx
 from moeflux_mlx import CacheCheckpoint, load_state, save_state
+from moeflux_mlx.cli import main as moeflux
 from moeflux_mlx.errors import StateError
 from moeflux_mlx.experts.pack import pack
 
@@ -239,3 +240,18 @@ def test_generate_goes_on_from_a_file(packed, tmp_path):
     options = {"max_tokens": 8, "prompt_cache": state.cache}
     expected = moeflux_mlx.generate(model, tokenizer, "(x):", **options)
     assert second.stdout == expected + "\n"
+
+
+@pytest.mark.parametrize("flag", ["--prompt-cache-file", "--draft-model"])
+def test_a_state_goes_with_no_other_cache(packed, tmp_path, capsys, flag):
+    flags = ["--save-state", str(tmp_path / "state"), flag, "other"]
+    assert moeflux(["generate", "--model", str(packed), *flags]) == 2
+    assert f"expected {flag} or a state but got both" in capsys.readouterr().err
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_state_file_that_is_missing_is_one_clear_line(packed, tmp_path, capsys):
+    path = str(tmp_path / "nowhere")
+    assert moeflux(["generate", "--model", str(packed), "--load-state", path]) == 2
+    error = capsys.readouterr().err
+    assert path in error and error.count("\n") == 1
