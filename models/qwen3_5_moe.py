@@ -27,9 +27,10 @@ from moeflux_mlx.context import (
 from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.resident import ResidentExperts
 from moeflux_mlx.experts.streamed import AssumedExperts
-from moeflux_mlx.graph import Op
+from moeflux_mlx.graph import Op, planned_peak_bytes
 from moeflux_mlx.graph import roles as b
 from moeflux_mlx.graph.lower import Kernel
+from moeflux_mlx.memory import Needs, affords_unpacked
 from moeflux_mlx.model import (
     GraphBuilder,
     GraphRunner,
@@ -39,8 +40,10 @@ from moeflux_mlx.model import (
     Runtime,
     refuse_gradient,
 )
-from moeflux_mlx.ops.functions import Array, to_device, to_host
-from moeflux_mlx.parameters import LayerWeights, Watch, unpacked_bytes
+from moeflux_mlx.needs import TextNeeds
+from moeflux_mlx.ops.functions import Array, namespace, to_device, to_host
+from moeflux_mlx.parameters import LayerWeights, Watch
+from moeflux_mlx.progress import prompt_progress
 from moeflux_mlx.steps import TokenSteps
 from moeflux_mlx.trace import Passed, StepTracer
 from moeflux_mlx.weights import ExpertSource, ExpertWeights, Weight, has_values
@@ -72,7 +75,13 @@ class Model(stock.Model):
     @property
     def streamer(self) -> Any:
         """The expert streamer, or None when experts are parameters."""
+        self.runtime.open(self.needs)
         return self.runtime.streamer
+
+    @property
+    def needs(self) -> Needs:
+        """What the model says of its memory."""
+        return self.language_model.forward.needs
 
     @property
     def graph_layers(self) -> list[GraphLayer]:
@@ -95,7 +104,7 @@ class TextModel(qwen3_5.TextModel):
             )
         super().__init__(args)
         self.model = Backbone(args)
-        if runtime.streamer is not None:
+        if runtime.store is not None:
             runtime.check_layers(range(args.num_hidden_layers))
             for layer in self.model.layers:
                 layer.mlp.pop(ROUTED)
@@ -107,6 +116,7 @@ class TextModel(qwen3_5.TextModel):
         cache: list[Any] | None = None,
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
+        self.forward.make_room(inputs, cache)
         step = self.forward.step(inputs, cache, input_embeddings)
         if step is not None:
             return step
@@ -139,7 +149,11 @@ class Forward:
         self._sources: list[mx.array] = []
         self._chunk = 0
         self._steps = TokenSteps(StepTracer(self._traced), always=runtime.runs_ahead)
-        self._bound: tuple[Watch, list[Any], list[ExpertSource]] | None = None
+        self._bound: tuple[Watch, bool, list[Any], list[ExpertSource]] | None = None
+        self._most_tokens: int | None = None
+        self.needs = TextNeeds(
+            text, args, ROUTED, self._planned_bytes, lambda: self.dtype
+        )
         self._in_trace = False
 
     @property
@@ -153,10 +167,9 @@ class Forward:
 
     def prepare(self) -> None:
         """Decide how weights are held; they are quantised only after construction."""
-        unpack = device.on_cpu() and (
-            unpacked_bytes(self.text, skip=ROUTED)
-            <= device.UNPACKED_SHARE * device.physical_memory_bytes()
-        )
+        self.runtime.open(self.needs)
+        plan = self.runtime.plan
+        unpack = plan.unpack if plan else affords_unpacked(self.needs)
         self._ends = LayerWeights(self.text, skip="layers", unpack=unpack)
         self.layers = [
             GraphLayer(module, i, self.args, self.runtime, unpack)
@@ -168,6 +181,18 @@ class Forward:
         if not self.layers:
             self.prepare()
         return self.layers
+
+    def _planned_bytes(self, index: int, call: Call) -> int:
+        module = self.text.model.layers[index]
+        layer = GraphLayer(module, index, self.args, self.runtime, False)
+        return layer.planned_bytes(call)
+
+    def make_room(self, inputs: mx.array, cache: list[Any] | None) -> None:
+        """Let experts give way to what the caches of a call will take."""
+        self.graph_layers()
+        keeper = self.runtime.keeper
+        if keeper is not None and cache is not None and not self._in_trace:
+            self._most_tokens = keeper.make_room(cache, *inputs.shape[:2])
 
     def step(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
@@ -196,13 +221,15 @@ class Forward:
 
     def _bind(self) -> tuple[list[Mapping[str, Weight]], list[ExpertSource]]:
         """Return all weights and experts, looking anew where a parameter changed."""
-        if self._bound is None or not self._bound[0].holds():
+        streams = self.runtime.streams
+        bound = self._bound
+        if bound is None or bound[1] != streams or not bound[0].holds():
             dtype = self.dtype
             sources = [layer.experts(dtype) for layer in self.layers]
             weights = [layer.weights.bind(dtype) for layer in self.layers]
             weights.append(self._ends.bind(dtype))
-            self._bound = Watch(self.text.modules()), weights, sources
-        return self._bound[1:]
+            bound = self._bound = Watch(self.text.modules()), streams, weights, sources
+        return bound[2:]
 
     def _traced(
         self, span: range, x: mx.array, cache: list[Any], slots: mx.array | None
@@ -237,21 +264,43 @@ class Forward:
     def hidden_states(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> Array:
-        """Return the final norm's output ``[B, T, D]``."""
+        """Return the final norm's output ``[B, T, D]``.
+
+        With caches and planned memory a long call is divided into chunks.
+        """
+        self.graph_layers()
+        self._sources = [] if embeddings is None else [embeddings]
+        n_seqs, t = (inputs if embeddings is None else embeddings).shape[:2]
+        most = self._most_tokens
+        step = max(1, most // n_seqs) if most is not None and cache else t
+        if t <= step or self.text.training:
+            return self._hidden_states(inputs, cache, embeddings)
+        parts = []
+        for start in range(0, t, step):
+            chunk = slice(start, start + step)
+            rows = None if embeddings is None else embeddings[:, chunk]
+            parts.append(self._hidden_states(inputs[:, chunk], cache, rows))
+        return namespace(parts[0]).concatenate(parts, axis=1)
+
+    def _hidden_states(
+        self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
+    ) -> Array:
         layers = self.graph_layers()
         cache = cache if cache is not None else [None] * len(layers)
         host = self._runs_on_host(inputs if embeddings is None else embeddings)
-        self._sources = [] if embeddings is None else [embeddings]
         hidden, n_seqs, t = self._embed(inputs, embeddings, host)
         steps = self._context(range(len(layers)), cache, n_seqs, t, host=host)
         self._chunk = self._chunk + 1 if t > 1 else 0
         reading_ahead = self.runtime.reading_ahead(one_token=n_seqs == t == 1)
-        with put_back_on_failure(cache), reading_ahead as ahead:
+        shown = t if self.runtime.streams and not self.text.training else 0
+        progress = prompt_progress(shown, len(layers))
+        with put_back_on_failure(cache), reading_ahead as ahead, progress as report:
             for layer, layer_cache in zip(layers, cache, strict=True):
                 if ahead and layer.index:
                     layer.foresee(hidden)
                 self.runtime.executor.begin_layer(self._chunk, layer.index, hidden)
                 hidden = layer(hidden, layer_cache, steps)
+                report(layer.index)
         shape = (n_seqs, t, self.args.hidden_size)
         return self._end("norm", hidden, _build_norm).reshape(shape)
 
@@ -389,10 +438,6 @@ class GraphLayer:
         self._runner = GraphRunner(runtime.executor)
         self._resident: tuple[Any, ExpertSource] | None = None
         self._shape: tuple[int, bool, RoutedShape] | None = None
-        self._streamed: ExpertSource | None = None
-        if self.routed is None:
-            assert runtime.streamer is not None
-            self._streamed = runtime.streamer.source(index)
 
     def __call__(self, hidden: Array, cache: Any, context: Context) -> Array:
         """Run the layer on rows ``[N, D]``, moving its cache forward."""
@@ -428,6 +473,11 @@ class GraphLayer:
             routed = self._routed_shape()
             self._shape = (self.weights.signature, self.module.is_linear, routed)
         return self.runtime.graphs.get((self._shape, call), lambda: self._build(call))
+
+    def planned_bytes(self, call: Call) -> int:
+        """Return the planned peak of a call's graph; needs no weight's value."""
+        self.weights.refresh()
+        return planned_peak_bytes(self.graph(call).graph)
 
     def _call(self, context: Context, **masks: bool) -> Call:
         # Gathered on the device, experts of several tokens are not read back.
@@ -511,8 +561,8 @@ class GraphLayer:
     def experts(self, dtype: mx.Dtype) -> ExpertSource:
         """Return the layer's routed experts."""
         if self.routed is None:
-            assert self._streamed is not None
-            return self._streamed
+            assert self.runtime.streamer is not None
+            return self.runtime.streamer.source(self.index)
         bound = self.routed.bind(dtype)
         if self._resident is None or self._resident[0] is not bound:
             names = ("gate_proj", "up_proj", "down_proj")

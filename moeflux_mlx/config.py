@@ -4,7 +4,8 @@
 ``MOEFLUX_EXECUTOR``         executor to use when none is asked for: ``ops``,
                              ``metal``, ``cuda`` or ``sim`` (default: see
                              ``open_executor``)
-``MOEFLUX_MEMORY``           expert memory when ``load(memory=)`` is not given
+``MOEFLUX_MEMORY``           memory of the process, and
+``MOEFLUX_EXPERT_MEMORY``    of experts alone, when ``load`` is given neither
 ``MOEFLUX_POLICY``           eviction policy when ``load(policy=)`` is not given
 ``MOEFLUX_READ_THREADS``     parallel reads of expert records (default 8)
 ``MOEFLUX_OPTIMISTIC``       ``auto`` (default), ``on`` or ``off``: whether a token runs
@@ -52,13 +53,18 @@ def executor_name() -> str | None:
 
 
 def memory() -> str | None:
-    """Return the expert memory asked for by the environment, if any."""
+    """Return the process's memory asked for by the environment, if any."""
     return os.environ.get("MOEFLUX_MEMORY") or None
 
 
 def policy() -> str | None:
     """Return the eviction policy asked for by the environment, if any."""
     return os.environ.get("MOEFLUX_POLICY") or None
+
+
+def expert_memory() -> str | None:
+    """Return the experts' memory asked for by the environment, if any."""
+    return os.environ.get("MOEFLUX_EXPERT_MEMORY") or None
 
 
 def read_threads() -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import mmap
 import os
 import platform
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from threadpoolctl import ThreadpoolController
 
 TWO_MIB = 2 << 20
@@ -33,6 +36,10 @@ THREADED_MIN_MACS = 64 << 20
 # Keys up to this size are copied by one launch, values with them, in less time than MLX
 # needs to update both in place, which takes it two launches each.
 COPIED_CACHE_BYTES = 4 << 20
+# A matrix that is larger unpacked is unpacked in blocks of this size.
+UNPACKED_BLOCK_BYTES = 64 << 20
+# What an interpreter grows by once it runs: stacks, buffers of BLAS, Python's objects.
+PROCESS_GROWTH_BYTES = 48 << 20
 # Share of memory that resident matrices may take when kept unpacked in float32.
 UNPACKED_SHARE = 1 / 8
 
@@ -110,6 +117,44 @@ def physical_memory_bytes() -> int:
     except OSError:
         return total
     return min(total, int(limit)) if limit.isdigit() else total
+
+
+def process_bytes() -> int | None:
+    """Return the physical memory this process has now; None where nobody counts it."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
+
+
+def return_memory(array: np.ndarray) -> bool:
+    """Return the whole pages of an array to the system; its values are lost.
+
+    Tells whether the system took them. What CUDA manages is not the system's.
+    """
+    if mx.cuda.is_available() and not on_cpu():
+        return False
+    page = mmap.PAGESIZE
+    begin = -(-array.ctypes.data // page) * page
+    end = (array.ctypes.data + array.nbytes) // page * page
+    # macOS counts pages as free at once only with an advice of its own.
+    advice = getattr(mmap, "MADV_FREE_REUSABLE", mmap.MADV_DONTNEED)
+    return end <= begin or not _c().madvise(
+        ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice
+    )
+
+
+def trim_heap() -> None:
+    """Have the C library return what it keeps of freed memory, where it can."""
+    trim = getattr(_c(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _c() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def activation_dtype(model_dtype: mx.Dtype) -> mx.Dtype:

@@ -40,7 +40,11 @@ class ExpertStoreError(MoefluxError):
 
 
 class BudgetError(ExpertStoreError, ValueError):
-    """The memory budget cannot hold the experts that one token needs."""
+    """The memory budget cannot hold what one token needs."""
+
+
+class StateError(MoefluxError, ValueError):
+    """A saved state is damaged or of another model, or caches cannot be kept."""
 
 
 class TraceError(MoefluxError, ValueError):

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import _download, load_config, load_model, load_tokenizer
 
 from . import config
 from .errors import ModelError
+from .executors.base import leaves
+from .experts.budget import AUTO
 from .experts.packed import PackedExperts, is_packed
 from .experts.store import open_store
+from .memory import MemoryPlan
 from .model import RunOptions
+from .pool_search import find_fastest
+from .progress import Report, byte_progress, notice
 
 
 def load(
     path_or_repo: str | Path,
     *,
     memory: int | str | None = None,
+    expert_memory: int | str | None = None,
     scope: str = "global",
     policy: str | None = None,
     executor: str | None = None,
@@ -35,12 +45,17 @@ def load(
     """Load a model, its experts streamed or among its parameters.
 
     Experts of a packed directory are always streamed, those of a plain checkpoint if
-    ``memory`` (or ``MOEFLUX_MEMORY``) bounds them.
+    ``memory`` or ``expert_memory`` bounds them.
 
     Args:
         path_or_repo: a directory, or a Hugging Face Hub id to download.
-        memory: bytes (``8000000000`` or ``"8GB"``) that bound all expert memory;
-            None takes, of a packed model, what fits into 3/4 of the machine's.
+        memory: bytes (``8000000000`` or ``"8GB"``) that the process takes in all:
+            experts get what the rest leaves, less as caches grow. The plan is printed
+            on standard error. ``"auto"`` tries several amounts of up to 3/4 of the
+            machine's memory for a few seconds and takes the fastest.
+        expert_memory: bytes that bound the experts alone, whatever else is taken. With
+            neither, ``MOEFLUX_MEMORY`` and ``MOEFLUX_EXPERT_MEMORY`` say it, or else a
+            packed model's experts take up to 3/4 of the machine's memory.
         scope: ``"global"`` shares the expert slots between layers, ``"layer"`` gives
             each layer its own.
         policy: which experts stay in memory: ``"lfu"``, ``"lru"``, or ``"pins:TRACE"``
@@ -67,24 +82,71 @@ def load(
             checkpoint's experts are missing, truncated or of no usable form.
         ExpertStoreError: a pack's files are missing, damaged or of another model; a
             file cannot be read.
-        BudgetError: ``memory`` cannot hold the experts one token needs, or all of
-            those to be mapped.
+        BudgetError: ``memory`` or ``expert_memory`` cannot hold what one token needs,
+            or all the experts that are to be mapped.
         ConfigError: an argument has no usable value.
         TraceError: the recording that ``policy`` names is not usable.
     """
-    direct = config.expert_io(expert_io) == "direct"
     path = find_model(path_or_repo, revision)
-    asked = memory is not None or config.memory() is not None
-    # Opened first: mlx-lm's own errors do not say which file or expert is at fault.
-    store = open_store(path, direct=direct) if asked or is_packed(path) else None
-    opened = (lambda: store) if store is not None else None
     options = RunOptions(
-        opened, memory, scope, policy, executor, optimistic, read_ahead, expert_io
+        None,
+        memory,
+        expert_memory,
+        scope,
+        policy,
+        executor,
+        optimistic,
+        read_ahead,
+        expert_io,
     )
+    with _built(path, options, model_config) as (model, loaded):
+        # Before memory is planned: it takes some too.
+        eos = loaded.get("eos_token_id")
+        tokenizer = load_tokenizer(path, tokenizer_config, eos_token_ids=eos)
+        with byte_progress() as report:
+            model.runtime.open(model.needs, report)
+            if not lazy:
+                _read_parameters(model, report)
+    if (plan := model.runtime.plan) is not None:
+        notice(str(plan))
+        if AUTO in options.bounds:
+            notice(find_fastest(model, tokenizer))
+    return model, tokenizer
+
+
+def plan_load(
+    path_or_repo: str | Path, memory: int | str, *, scope: str = "global"
+) -> MemoryPlan:
+    """Return what ``load`` with this ``memory`` would take it for; loads nothing.
+
+    Raises:
+        ModelError, ExpertStoreError, BudgetError: as ``load``.
+    """
+    path = find_model(path_or_repo)
+    options = RunOptions(None, memory, scope=scope)
+    with _built(path, options) as (model, loaded):
+        load_tokenizer(path, eos_token_ids=loaded.get("eos_token_id"))
+        plan = model.runtime.make_plan(model.needs)
+        model.runtime.store.close()
+    assert plan is not None
+    return plan
+
+
+@contextlib.contextmanager
+def _built(
+    path: Path, options: RunOptions, model_config: dict[str, Any] | None = None
+) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+    """Build a model without reading weights; an error in here closes its files."""
+    streams = any(bound is not None for bound in options.bounds) or is_packed(path)
+    # Opened first: mlx-lm's own errors do not say which file or expert is at fault.
+    direct = config.expert_io(options.expert_io) == "direct"
+    store = open_store(path, direct=direct) if streams else None
+    opened = (lambda: store) if store is not None else None
+    options = replace(options, open_experts=opened, directory=path)
     try:
-        model, loaded = load_model(
+        yield load_model(
             path,
-            lazy,
+            lazy=True,
             # A packed directory's model_file names the very class that is loaded here.
             model_config={**(model_config or {}), "model_file": None},
             get_model_classes=lambda config: model_classes(config, options),
@@ -93,8 +155,15 @@ def load(
         if store is not None:
             store.close()
         raise
-    eos = loaded.get("eos_token_id")
-    return model, load_tokenizer(path, tokenizer_config, eos_token_ids=eos)
+
+
+def _read_parameters(model: nn.Module, report: Report) -> None:
+    parameters = leaves(model.parameters())
+    total, done = sum(array.nbytes for array in parameters), 0
+    for array in parameters:
+        mx.eval(array)
+        done += array.nbytes
+        report("reading weights", done, total)
 
 
 def find_model(path_or_repo: str | Path, revision: str | None = None) -> Path:
@@ -148,5 +217,6 @@ def pack_classes(model_file: str) -> tuple[type, type]:
     """
     directory = Path(model_file).resolve().parent
     direct = config.expert_io() == "direct"
-    options = RunOptions(partial(PackedExperts.open, directory, direct=direct))
+    opened = partial(PackedExperts.open, directory, direct=direct)
+    options = RunOptions(opened, directory=directory)
     return model_classes(load_config(directory), options)

@@ -7,9 +7,11 @@ any kernel.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
@@ -20,9 +22,11 @@ from .executors import Encoding, Executor, open_executor
 from .executors.base import arrays
 from .executors.compiled import CompiledSteps
 from .experts.access import open_experts
+from .experts.budget import AUTO, most_bytes, parse_bytes
 from .experts.mapped import MappedExperts
+from .experts.packed import Progress
 from .experts.policy import DEFAULT_POLICY
-from .experts.store import ExpertStore
+from .experts.store import ExpertStore, model_identity
 from .experts.streamer import ExpertStreamer
 from .graph import Buf, BufferPool, BufId, Graph, Op, WeightRef
 from .graph.buffers import Shape
@@ -31,6 +35,7 @@ from .graph.roles import (
     ExpertBaseBuf,
     ResidualBuf,
 )
+from .memory import MemoryKeeper, MemoryPlan, Needs, plan_memory
 from .ops import MatvecNTokens, ResidualAddNTokens, RmsNormBf16NTokens
 from .weights import ExpertSource, Weight
 
@@ -166,20 +171,31 @@ class RunOptions:
     """How a model is to run: which experts from where, in how much memory, and on what.
 
     ``open_experts`` opens what experts are streamed from; None: they are among the
-    model's parameters. ``optimistic``: whether tokens run ahead of reading experts, as
+    model's parameters. ``memory`` bounds the process, ``expert_memory`` the experts.
+    ``optimistic``: whether tokens run ahead of reading experts, as
     ``config.optimistic`` has it; None takes the environment's choice. ``read_ahead``:
     whether experts are read before they are asked for: ``on``, ``off``, or ``auto``
     where that was measured to pay. ``expert_io`` is one of ``config.EXPERT_IO``.
+    ``directory`` is where the model is from.
     """
 
     open_experts: Callable[[], ExpertStore] | None = None
     memory: int | str | None = None
+    expert_memory: int | str | None = None
     scope: str = "global"
     policy: str | None = None
     executor: str | None = None
     optimistic: str | None = None
     read_ahead: str = "auto"
     expert_io: str | None = None
+    directory: Path | None = None
+
+    @property
+    def bounds(self) -> tuple[int | str | None, int | str | None]:
+        """The process's memory and the experts', by the environment if not given."""
+        if self.memory is None and self.expert_memory is None:
+            return config.memory(), config.expert_memory()
+        return self.memory, self.expert_memory
 
 
 class Runtime:
@@ -189,24 +205,71 @@ class Runtime:
         self.executor = open_executor(options.executor)
         self._optimistic = config.optimistic(options.optimistic)
         self.graphs: BuiltOnce[LayerGraph] = BuiltOnce(64)
+        self.options = options
         self.store: ExpertStore | None = None
         self.streamer: ExpertStreamer | MappedExperts | None = None
+        self.keeper: MemoryKeeper | None = None
+        self.plan: MemoryPlan | None = None
         if options.open_experts is not None:
-            memory = options.memory if options.memory is not None else config.memory()
             self.store = options.open_experts()
-            stream = partial(
-                ExpertStreamer,
-                self.store,
-                memory,
-                scope=options.scope,
-                read_ahead=options.read_ahead,
-                policy=options.policy or config.policy() or DEFAULT_POLICY,
-                evaluate=partial(self.executor.wait, "routing"),
-            )
-            on_host = self.executor.takes_host_arrays and device.prefers_host_arrays()
-            self.streamer = open_experts(
-                self.store, memory, stream, io=options.expert_io, on_host=on_host
-            )
+
+    def open(self, needs: Needs, report: Progress | None = None) -> None:
+        """Plan memory if it is bounded, and take the experts' share; once.
+
+        Args:
+            report: hears how far reading has come where all experts fit.
+
+        Raises:
+            ConfigError: a bound is not an amount of bytes.
+            BudgetError: what one token needs does not fit.
+            ExpertStoreError: an expert could not be read.
+        """
+        if self.store is None or self.streamer is not None:
+            return
+        self.plan = self.plan or self.make_plan(needs)
+        options, plan = self.options, self.plan
+        memory = plan.expert_bytes if plan else options.bounds[1]
+        stream = partial(
+            ExpertStreamer,
+            self.store,
+            memory,
+            scope=options.scope,
+            policy=options.policy or config.policy() or DEFAULT_POLICY,
+            read_ahead=options.read_ahead,
+            evaluate=partial(self.executor.wait, "routing"),
+            report=report,
+        )
+        on_host = self.executor.takes_host_arrays and device.prefers_host_arrays()
+        self.streamer = open_experts(
+            self.store, memory, stream, io=options.expert_io, on_host=on_host
+        )
+        # Mapped experts have nothing to give up.
+        if plan is not None and isinstance(self.streamer, ExpertStreamer):
+            self.keeper = MemoryKeeper(plan, needs, self.streamer)
+
+    def make_plan(self, needs: Needs) -> MemoryPlan | None:
+        """Return what a bounded process's memory goes to; takes none of it."""
+        memory, most = self.options.bounds
+        if self.store is None or memory is None:
+            return None
+        return plan_memory(
+            most_bytes() if memory == AUTO else parse_bytes(memory),
+            needs,
+            self.store,
+            scope=self.options.scope,
+            most_expert_bytes=parse_bytes(most, "expert_memory") if most else None,
+        )
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """A hash that tells the model from any other, packed or not.
+
+        Raises:
+            ModelError: the model is from no directory, or that is gone.
+        """
+        if self.options.directory is None:
+            raise ModelError("[model] expected a model that load() read from files")
+        return model_identity(self.options.directory)
 
     @property
     def streaming(self) -> ExpertStreamer | None:

@@ -204,10 +204,32 @@ def _joinable(members: Sequence[Weight]) -> bool:
     return alike and has_values(*(w.w for w in members))
 
 
-def unpacked_bytes(module: nn.Module, *, skip: str = "") -> int:
-    """Return the float32 bytes of all quantised matrices below ``module``."""
+def dense_bytes(module: nn.Module) -> int:
+    """Return the float32 bytes of a quantised module's matrix; 0 of any other's."""
+    return 4 * module["weight"].size * 32 // module.bits if "scales" in module else 0
+
+
+def held_bytes(module: nn.Module, *, skip: str = "", unpack: bool = False) -> int:
+    """Return the bytes of all parameters below a module, and of copies for a CPU.
+
+    Args:
+        skip: leave out what has this name in its path.
+        unpack: as for ``LayerWeights``.
+    """
     total = 0
     for path, child in module.named_modules():
-        if "scales" in child and not (skip and skip in path.split(".")):
-            total += 4 * child["weight"].size * 32 // child.bits
+        if not (skip and skip in path.split(".")):
+            parameters = {k: v for k, v in child.items() if isinstance(v, mx.array)}
+            total += sum(array.nbytes for array in parameters.values())
+            if device.on_cpu():
+                total += _copied_bytes(child, parameters, unpack)
     return total
+
+
+def _copied_bytes(
+    module: nn.Module, parameters: Mapping[str, mx.array], unpack: bool
+) -> int:
+    if unpack and "scales" in parameters:
+        return dense_bytes(module)
+    short = (mx.bfloat16, mx.float16)
+    return sum(4 * a.size for a in parameters.values() if a.dtype in short)

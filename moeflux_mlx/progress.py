@@ -1,10 +1,73 @@
-"""Standard error: what was decided."""
+"""Standard error: decisions, and on terminals progress while something takes long."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from .experts.packed import Progress as Report
+
+# Prompts of fewer tokens are done before anyone could read what is shown.
+SHOWN_TOKENS = 64
 
 
 def notice(text: str) -> None:
     """Print a line about a decision on standard error."""
     print(f"moeflux: {text}", file=sys.stderr)
+
+
+def byte_progress() -> contextlib.AbstractContextManager[Report]:
+    """Show a bar of bytes while inside; yields what moves it on."""
+    return _bar(DownloadColumn(), TransferSpeedColumn())
+
+
+@contextlib.contextmanager
+def prompt_progress(n_tokens: int, n_layers: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar of layers while a prompt of some length goes through them.
+
+    Yields what is called with the number of each layer once it is done.
+    """
+    if n_tokens < SHOWN_TOKENS:
+        yield lambda layer: None
+        return
+    with _bar(MofNCompleteColumn()) as report:
+        what = f"prompt, {n_tokens} tokens"
+        yield lambda layer: report(what, layer + 1, n_layers)
+
+
+@contextlib.contextmanager
+def _bar(*amounts: ProgressColumn) -> Iterator[Report]:
+    text = TextColumn("{task.description:<24}")
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda what, done, total: None
+        return
+    # Transient: what is left on the screen is the outcome.
+    bar = Progress(
+        text,
+        BarColumn(),
+        *amounts,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("")
+
+        def report(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield report

@@ -82,8 +82,11 @@ class Weight:
         w, scales, biases = map(_device_copy, (self.w, self.scales, self.biases))
         return Weight(w, scales, biases, self.quantization)
 
-    def __getitem__(self, index: int | None) -> Weight:
-        """Return one expert's matrix, or with None a stack of one, without a copy."""
+    def __getitem__(self, index: int | slice | None) -> Weight:
+        """Return one expert's matrix, or with None a stack of one, without a copy.
+
+        A slice of the first axis is for NumPy arrays only.
+        """
         parts = (self.w, self.scales, self.biases)
         w, scales, biases = (None if x is None else _pick(x, index) for x in parts)
         return Weight(w, scales, biases, self.quantization)
@@ -103,7 +106,7 @@ class ExpertWeights:
         return ExpertWeights(self.gate.on_host, self.up.on_host, self.down.on_host)
 
 
-def _pick(x: Any, index: int | None) -> Any:
+def _pick(x: Any, index: Any) -> Any:
     """Index the first axis; MLX copies for ``x[index]`` but not for a slice of one."""
     if index is None or isinstance(x, np.ndarray):
         return x[index]

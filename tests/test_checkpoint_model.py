@@ -52,10 +52,10 @@ def test_logits_are_those_of_the_pack_and_of_all_in_memory(
     expected = logits(resident, n_tokens)
     for n_slots in (2, 3, 7, 19, 32):
         memory = memory_for(checkpoint, n_slots)
-        streamed, _ = moeflux_mlx.load(checkpoint, memory=memory)
+        streamed, _ = moeflux_mlx.load(checkpoint, expert_memory=memory)
         assert streamed.streamer.n_slots == n_slots
         assert mx.array_equal(logits(streamed, n_tokens), expected), n_slots
-        from_pack, _ = moeflux_mlx.load(packed, memory=memory)
+        from_pack, _ = moeflux_mlx.load(packed, expert_memory=memory)
         assert mx.array_equal(logits(from_pack, n_tokens), expected), n_slots
         counts, others = streamed.streamer.stats.total, from_pack.streamer.stats.total
         assert (counts.hits, counts.misses) == (others.hits, others.misses)
@@ -67,8 +67,8 @@ def test_logits_are_those_of_the_pack_and_of_all_in_memory(
 def test_every_form_gives_the_same_logits(form, n_shards, checkpoint, packed, tmp_path):
     path = reform(checkpoint, tmp_path / "other", form, n_shards)
     memory = memory_for(path, 5)
-    expected, _ = moeflux_mlx.load(packed, memory=memory)
-    streamed, _ = moeflux_mlx.load(path, memory=memory)
+    expected, _ = moeflux_mlx.load(packed, expert_memory=memory)
+    streamed, _ = moeflux_mlx.load(path, expert_memory=memory)
     assert mx.array_equal(logits(streamed, 19), logits(expected, 19))
 
 
@@ -78,7 +78,7 @@ def test_fused_dense_experts_are_what_mlx_lm_makes_of_them(dtype, tmp_path):
     path = reform(plain, tmp_path / "fused", "fused", 2)
     resident, _ = moeflux_mlx.load(path)
     assert resident.streamer is None
-    streamed, _ = moeflux_mlx.load(path, memory=memory_for(path, 5))
+    streamed, _ = moeflux_mlx.load(path, expert_memory=memory_for(path, 5))
     assert streamed.streamer is not None
     for n_tokens in (1, 37):
         got, expected = logits(streamed, n_tokens), logits(resident, n_tokens)
@@ -95,7 +95,7 @@ def test_loading_and_running_never_holds_the_experts(tmp_path):
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    model, _ = moeflux_mlx.load(path, memory=memory)
+    model, _ = moeflux_mlx.load(path, expert_memory=memory)
     loading = mx.get_peak_memory() - before
     # MLX rounds each parameter up to whole pages.
     n_parameters = len(read_raw(path))
@@ -107,7 +107,7 @@ def test_loading_and_running_never_holds_the_experts(tmp_path):
 
 def test_the_environment_asks_for_streaming_too(checkpoint, monkeypatch):
     memory = memory_for(checkpoint, 5)
-    monkeypatch.setenv("MOEFLUX_MEMORY", str(memory))
+    monkeypatch.setenv("MOEFLUX_EXPERT_MEMORY", str(memory))
     model, _ = moeflux_mlx.load(checkpoint)
     assert model.streamer.n_slots == 5
 
@@ -115,7 +115,9 @@ def test_the_environment_asks_for_streaming_too(checkpoint, monkeypatch):
 def test_a_budget_that_holds_no_token_leaves_no_file_open(checkpoint):
     n_open = len(os.listdir("/dev/fd"))
     with pytest.raises(BudgetError, match="at least"):
-        moeflux_mlx.load(checkpoint, memory="1KB")
+        moeflux_mlx.load(checkpoint, expert_memory="1KB")
+    # Weights that nobody has read yet keep their file open.
+    gc.collect()
     assert len(os.listdir("/dev/fd")) == n_open
 
 
@@ -125,7 +127,7 @@ def test_a_layer_without_experts_is_named(checkpoint, tmp_path):
     kept = {n: raw for n, raw in read_raw(path).items() if ".layers.2.mlp.s" not in n}
     write_raw(path, kept)
     with pytest.raises(ModelError, match="experts of layer 2"):
-        moeflux_mlx.load(path, memory="1GB")
+        moeflux_mlx.load(path, expert_memory="1GB")
 
 
 def test_a_truncated_checkpoint_is_a_typed_error_before_and_after_loading(
@@ -134,23 +136,25 @@ def test_a_truncated_checkpoint_is_a_typed_error_before_and_after_loading(
     path = tmp_path / "broken"
     shutil.copytree(checkpoint, path)
     file = path / "model.safetensors"
-    model, _ = moeflux_mlx.load(path, memory=memory_for(path, 2))
+    model, _ = moeflux_mlx.load(path, expert_memory=memory_for(path, 2))
     os.truncate(file, 10_001)
     with pytest.raises(ExpertStoreError, match="the file ends after") as caught:
         model(tokens(9))
     assert str(file) in str(caught.value)
     with pytest.raises(ModelError, match="truncated") as refused:
-        moeflux_mlx.load(path, memory=memory_for(checkpoint, 2))
+        moeflux_mlx.load(path, expert_memory=memory_for(checkpoint, 2))
     assert str(file) in str(refused.value)
 
 
 def test_generate_streams_a_plain_checkpoint_and_prints_stock_text(checkpoint):
     model, tokenizer = mlx_lm.load(str(checkpoint))
     expected = mlx_lm.generate(model, tokenizer, PROMPT, max_tokens=N_TOKENS)
-    done = generate(checkpoint, "--memory", memory_for(checkpoint, 5))
+    done = generate(checkpoint, "--expert-memory", memory_for(checkpoint, 5))
     assert done.stdout.startswith(expected + "\n"), done.stderr
     assert "expert cache hits" in done.stdout and "all in memory" not in done.stdout
-    assert "[memory]" in one_line_error(generate(checkpoint, "--memory", "1KB"))
+    assert "[expert_memory]" in one_line_error(
+        generate(checkpoint, "--expert-memory", "1KB")
+    )
 
 
 @pytest.mark.parametrize(("form", "reads"), [("stacked", 9), ("fused", 6), ("each", 1)])
@@ -180,7 +184,7 @@ def test_a_name_on_the_hub_is_streamed_from_the_download_cache(checkpoint, tmp_p
         (snapshot / file.name).symlink_to(f"../../blobs/{i:040x}")
     offline = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     flags = ["--prompt", PROMPT, "--ignore-chat-template", "-m", "5"]
-    flags += ["--memory", memory_for(checkpoint, 5)]
+    flags += ["--expert-memory", memory_for(checkpoint, 5)]
     done = moeflux("generate", "--model", "owner/name", *flags, env=offline)
     assert done.returncode == 0, done.stderr
     assert "expert cache hits" in done.stdout

@@ -71,7 +71,7 @@ def test_no_command_is_an_error_that_shows_the_usage():
 
 
 def test_generate_prints_stock_text_then_the_table(packed, budget, stock_text):
-    done = generate(packed, "--memory", budget)
+    done = generate(packed, "--expert-memory", budget)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(stock_text + "\n")
     table = done.stdout[len(stock_text) :]
@@ -110,14 +110,14 @@ def test_stock_mlx_lm_generate_runs_a_packed_directory(packed, budget, stock_tex
     command = [sys.executable, "-m", "mlx_lm", "generate", "--trust-remote-code"]
     command += ["--model", str(packed), "--prompt", PROMPT, "-m", str(N_TOKENS)]
     command += ["--ignore-chat-template", "--verbose", "False"]
-    env = {**os.environ, "MOEFLUX_MEMORY": budget}
+    env = {**os.environ, "MOEFLUX_EXPERT_MEMORY": budget}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.stdout == stock_text + "\n", done.stderr
 
 
 def test_a_seed_samples_what_stock_mlx_lm_samples_with_it(packed, checkpoint, budget):
     flags = ["--temp", "0.9", "--top-p", "0.95", "--seed", "7", "--verbose", "False"]
-    streamed = generate(packed, *flags, "--memory", budget).stdout
+    streamed = generate(packed, *flags, "--expert-memory", budget).stdout
     model, tokenizer = mlx_lm.load(str(checkpoint))
     mx.random.seed(7)
     sampler = make_sampler(0.9, 0.95)
@@ -172,11 +172,11 @@ def test_generate_without_a_model_is_one_clear_line():
 
 def test_a_budget_that_holds_no_token_states_the_minimum(packed):
     summary = json.loads(moeflux("inspect", packed, "--json").stdout)
-    line = one_line_error(generate(packed, "--memory", "1KB"))
+    line = one_line_error(generate(packed, "--expert-memory", "1KB"))
     assert str(summary["minimum_bytes"]) in line
 
 
 def test_the_minimum_that_inspect_states_is_enough(packed, stock_text):
     summary = json.loads(moeflux("inspect", packed, "--json").stdout)
-    done = generate(packed, "--memory", summary["minimum_bytes"])
+    done = generate(packed, "--expert-memory", summary["minimum_bytes"])
     assert done.stdout.startswith(stock_text + "\n"), done.stderr

@@ -106,7 +106,7 @@ def test_each_side_reports_its_own_speed_and_memory(identical):
 def test_a_streamed_pack_agrees_with_its_own_experts_stacked_again(
     packed, budget, capsys
 ):
-    flags = ["--prompt", PROMPT, "-m", N_TOKENS, "--memory", budget]
+    flags = ["--prompt", PROMPT, "-m", N_TOKENS, "--expert-memory", budget]
     assert run(packed, *flags, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found.keys() == {

@@ -181,7 +181,7 @@ def test_steps_are_traced_once_for_any_number_of_tokens(plain, traces):
 def test_streamed_experts_are_read_outside_the_traces(packed, traces, n_slots):
     with PackedExperts.open(packed) as store:
         memory = n_slots * store.layout(0).stride + POOL_ALIGNMENT
-    lazy, traced = models(packed, memory=memory)
+    lazy, traced = models(packed, expert_memory=memory)
     assert relative_rms(logits(traced), logits(lazy)) < 1e-5
     assert traces
     got, expected = traced.streamer.stats.total, lazy.streamer.stats.total

@@ -47,7 +47,7 @@ def test_it_is_what_the_model_card_says():
 def test_200_greedy_tokens_are_those_of_mlx_lm_in_float32(packed):
     expected, tokenizer = mlx_lm.load(str(DEMO))
     expected.set_dtype(mx.float32)
-    ours, _ = moeflux_mlx.load(packed, memory="4MB")
+    ours, _ = moeflux_mlx.load(packed, expert_memory="4MB")
     tokenizer.eos_token_ids = set()
     want, _ = greedy(expected, tokenizer, "def ", 200)
     got, _ = greedy(ours, tokenizer, "def ", 200)
@@ -59,7 +59,7 @@ def test_200_greedy_tokens_are_those_of_mlx_lm_in_float32(packed):
 def test_logits_are_within_1e_4_of_mlx_lm_in_float32(packed):
     expected, tokenizer = mlx_lm.load(str(DEMO))
     expected.set_dtype(mx.float32)
-    ours, _ = moeflux_mlx.load(packed, memory="4MB")
+    ours, _ = moeflux_mlx.load(packed, expert_memory="4MB")
     text = Path(__file__).read_text()[:300]
     ids = mx.array([tokenizer.encode(text)])
     want = expected(ids, cache=make_prompt_cache(expected))
@@ -69,7 +69,7 @@ def test_logits_are_within_1e_4_of_mlx_lm_in_float32(packed):
 
 
 def test_it_continues_def_into_a_function_with_an_indented_body(packed):
-    ours, tokenizer = moeflux_mlx.load(packed, memory="4MB")
+    ours, tokenizer = moeflux_mlx.load(packed, expert_memory="4MB")
     _, text = greedy(ours, tokenizer, "def ", 60)
     assert re.match(r"\s*\w+\([^)]*\):\s*\n\s+\S", text), text
 
@@ -96,8 +96,10 @@ def test_16_tokens_on_simulated_kernels_are_those_of_the_references(
     packed, fuse, monkeypatch
 ):
     monkeypatch.setenv("MOEFLUX_FUSE", fuse)
-    references, tokenizer = moeflux_mlx.load(packed, memory="4MB", executor="ops")
-    kernels, _ = moeflux_mlx.load(packed, memory="4MB", executor="sim")
+    references, tokenizer = moeflux_mlx.load(
+        packed, expert_memory="4MB", executor="ops"
+    )
+    kernels, _ = moeflux_mlx.load(packed, expert_memory="4MB", executor="sim")
     want, _ = greedy(references, tokenizer, "def total(values):", 16)
     got, _ = greedy(kernels, tokenizer, "def total(values):", 16)
     assert got == want

@@ -38,7 +38,7 @@ def ours(request, checkpoint: Path, packed: Path, budget: str):
     if request.param == "plain":
         return moeflux_mlx.load(checkpoint)[0]
     memory = budget if request.param == "streamed" else None
-    return moeflux_mlx.load(packed, memory=memory)[0]
+    return moeflux_mlx.load(packed, expert_memory=memory)[0]
 
 
 def greedy(model, prompt: list[int]) -> list[int]:

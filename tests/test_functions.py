@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from op_cases import TOLERANCE, quantized, relative_rms, spec
 
-from moeflux_mlx import ops
+from moeflux_mlx import device, ops
 from moeflux_mlx.blocks import inverse_frequencies
 from moeflux_mlx.ops import functions
 from moeflux_mlx.ops.functions import (
@@ -152,6 +152,16 @@ def test_a_large_matrix_is_multiplied_to_its_last_row():
     x = random(1, 2048, seed=1)
     expected = x.astype(np.float64) @ dequantize(weight.on_host).T
     assert relative_rms(linear(x, weight), expected) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6, 400, 517])
+def test_a_matrix_too_large_to_unpack_is_unpacked_in_blocks(monkeypatch, rows):
+    weight = quantized(mx.array(random(517, 64)), FORMS[2])
+    x = random(2, 9, 64, seed=1)
+    whole = linear(x, weight)
+    monkeypatch.setattr(device, "UNPACKED_BLOCK_BYTES", 4 * 64 * rows)
+    assert linear(x, weight).shape == (2, 9, 517)
+    assert relative_rms(linear(x, weight), whole) < 1e-6
 
 
 def test_one_expert_of_a_stack_is_a_view_of_it():

@@ -116,6 +116,6 @@ def test_any_budget_gives_the_same_bits(device, plain):
     whole, _ = moeflux_mlx.load(packed, executor=device)
     with PackedExperts.open(packed) as store:
         memory = 3 * store.layout(0).stride + POOL_ALIGNMENT
-    few, _ = moeflux_mlx.load(packed, memory=memory, executor=device)
+    few, _ = moeflux_mlx.load(packed, expert_memory=memory, executor=device)
     assert mx.array_equal(logits(few), logits(whole))
     assert few.streamer.stats.total.misses > 0

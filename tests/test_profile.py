@@ -161,7 +161,7 @@ def test_a_model_goes_on_as_if_it_had_not_been_profiled(checkpoint, executor):
 
 def test_streamed_experts_are_refused(packed, budget):
     with pytest.raises(ModelError, match=r"\[experts\] expected every expert in mem"):
-        profile(load(packed, memory=budget))
+        profile(load(packed, expert_memory=budget))
     assert profile(load(packed), context=2, timer=Fixed()).rows
 
 

@@ -131,7 +131,7 @@ def test_a_prompt_in_pieces_leaves_the_state_of_one_in_whole(packed):
 
 
 def logits_at(path, memory, n_tokens, scope="global", warm_seed=None):
-    model, _ = moeflux_mlx.load(path, memory=memory, scope=scope)
+    model, _ = moeflux_mlx.load(path, expert_memory=memory, scope=scope)
     if warm_seed is not None:
         model(tokens(9, seed=warm_seed))
     cache = make_prompt_cache(model)
@@ -192,7 +192,7 @@ def test_a_chunk_of_a_prompt_reads_no_expert_twice(packed, n_slots, monkeypatch)
 
 
 def test_every_read_back_of_routing_is_counted_under_its_label(packed):
-    model, _ = moeflux_mlx.load(packed[1], memory=minimum_memory(packed[1]))
+    model, _ = moeflux_mlx.load(packed[1], expert_memory=minimum_memory(packed[1]))
     stats, n_layers = model.runtime.executor.stats, len(model.layers)
     stats.reset()
     mx.eval(model(tokens(1)))
@@ -211,7 +211,7 @@ def test_streamed_logits_equal_those_of_the_plain_checkpoint(packed):
 
 
 def test_lazy_logits_of_two_sequences_survive_each_others_evictions(packed):
-    model, _ = moeflux_mlx.load(packed[1], memory=minimum_memory(packed[1]))
+    model, _ = moeflux_mlx.load(packed[1], expert_memory=minimum_memory(packed[1]))
     first, second = tokens(3, seed=1), tokens(3, seed=2)
     expected = [mx.array(model(t)) for t in (first, second)]
     mx.eval(expected)
@@ -233,7 +233,7 @@ def test_names_of_weights_and_types_of_caches_are_mlx_lms(checkpoint):
 
 
 def test_a_prompt_cache_saved_and_loaded_goes_on_where_it_was(packed, tmp_path):
-    model, _ = moeflux_mlx.load(packed[1], memory=minimum_memory(packed[1]))
+    model, _ = moeflux_mlx.load(packed[1], expert_memory=minimum_memory(packed[1]))
     cache = make_prompt_cache(model)
     mx.eval(model(tokens(21), cache=cache))
     save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
@@ -311,7 +311,7 @@ def test_tokens_that_are_no_integers_are_refused(packed):
 
 
 def test_a_gradient_through_streamed_experts_is_refused(packed):
-    ours, _ = moeflux_mlx.load(packed[1], memory=minimum_memory(packed[1]))
+    ours, _ = moeflux_mlx.load(packed[1], expert_memory=minimum_memory(packed[1]))
     rows = ours.model.embed_tokens(tokens(3))
 
     def loss(embeddings):

@@ -272,7 +272,7 @@ def test_the_demo_packs_once_and_again_when_the_model_changes(
     model = tmp_path / "models" / "demo"
     shutil.copytree(checkpoint, model)
     command = [sys.executable, "-m", "moeflux_mlx.cli.demo", "--max-tokens", "5"]
-    command += ["--prompt", "def sum", "--memory", budget]
+    command += ["--prompt", "def sum", "--expert-memory", budget]
 
     def demo() -> tuple[str, set[str]]:
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -49,7 +49,7 @@ def server(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
             command,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "MOEFLUX_MEMORY": memory},
+            env={**os.environ, "MOEFLUX_EXPERT_MEMORY": memory},
         )
     try:
         wait_until_healthy(f"http://127.0.0.1:{port}", process, log)

@@ -307,7 +307,7 @@ def test_an_executor_without_kernels_is_refused(checkpoint):
 
 @simulated
 def test_what_cannot_be_tuned_is_refused(packed, budget, checkpoint):
-    streamed = moeflux_mlx.load(packed, executor="sim", memory=budget)[0]
+    streamed = moeflux_mlx.load(packed, executor="sim", expert_memory=budget)[0]
     with pytest.raises(ModelError, match="expected every expert in memory"):
         tune(streamed)
     model = moeflux_mlx.load(checkpoint, executor="sim")[0]

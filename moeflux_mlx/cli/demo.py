@@ -1,6 +1,7 @@
 """What ``scripts/demo`` runs: pack the demo model, then generate with few experts.
 
-Usage: python -m moeflux_mlx.cli.demo [--prompt TEXT] [--max-tokens N] [--memory BYTES]
+Usage: python -m moeflux_mlx.cli.demo [--prompt TEXT] [--max-tokens N]
+                                      [--expert-memory BYTES]
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = ["generate", "--model", str(packed), "--ignore-chat-template"]
     command += ["--prompt", args.prompt, "--max-tokens", str(args.max_tokens)]
     # So small a model repeats itself when it always takes the likeliest token.
-    command += ["--temp", "0.7", "--seed", "0", "--memory", args.memory]
+    command += ["--temp", "0.7", "--seed", "0"]
+    command += ["--expert-memory", args.expert_memory]
     print(args.prompt, end="", flush=True)
     return moeflux(command)
 
@@ -46,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-tokens", type=int, default=200, help="tokens to generate"
     )
-    parser.add_argument("--memory", default=MEMORY, help="bytes for experts")
+    parser.add_argument("--expert-memory", default=MEMORY, help="bytes for experts")
     return parser
 
 

@@ -20,6 +20,7 @@ from mlx_lm.sample_utils import make_sampler
 from ..errors import ConfigError
 from ..experts.policy import DEFAULT_POLICY, POLICY_FORMS
 from ..loading import load
+from ..state import load_state, save_state
 from .report import generate_and_print
 
 
@@ -35,14 +36,19 @@ def add_parser(subparsers: Any) -> None:
     # mlx-lm falls back on a model of its own, which has no experts to stream.
     parser.add_argument("--model", help="model directory or Hugging Face repository")
     add_streaming_flags(parser)
+    add_state_flags(parser)
     parser.set_defaults(run=run)
 
 
 def add_streaming_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say where and in how much memory a model runs."""
     ours = parser.add_argument_group("moeflux")
-    memory = 'bytes for experts, for example "8GB"; the others are streamed from disk'
+    memory = (
+        'bytes for the whole process, for example "8GB": experts get what the rest '
+        "leaves, the others are streamed from disk; auto: find the fastest amount"
+    )
     ours.add_argument("--memory", help=memory)
+    ours.add_argument("--expert-memory", help="bytes for experts alone")
     ours.add_argument(
         "--scope",
         choices=("global", "layer"),
@@ -56,9 +62,18 @@ def add_streaming_flags(parser: argparse.ArgumentParser) -> None:
     ours.add_argument("--executor", help="what runs the graph, for example ops")
 
 
+def add_state_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what state to begin with and to leave."""
+    ours = parser.add_argument_group("state of a run")
+    load = "continue after the prompt and text whose state FILE keeps"
+    ours.add_argument("--load-state", metavar="FILE", help=load)
+    save = "keep prompt, text and the experts in memory, not to be read again"
+    ours.add_argument("--save-state", metavar="FILE", help=save)
+
+
 def streaming_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what these flags mean to ``load``."""
-    names = ("memory", "scope", "policy", "executor")
+    """Return what those flags say, as ``load`` takes it."""
+    names = ("memory", "expert_memory", "scope", "policy", "executor")
     return {name: getattr(args, name) for name in names}
 
 
@@ -67,13 +82,22 @@ def run(args: argparse.Namespace) -> int:
     _refuse_unusable(args)
     cache, saved = _prompt_cache(args)
     model, tokenizer = _load(args, saved)
+    tokens: list[int] = []
+    if args.load_state is not None:
+        state = load_state(args.load_state, model)
+        cache, tokens = state.cache, state.tokens
+    has_prefix = cache is not None
+    if args.save_state is not None and cache is None:
+        cache = make_prompt_cache(model)
     # Not before loading, which takes random numbers of its own.
     if args.seed is not None:
         mx.random.seed(args.seed)
-    generate_and_print(
+    prompt = _prompt_tokens(args, tokenizer, has_prefix=has_prefix)
+    tokens += prompt
+    tokens += generate_and_print(
         model,
         tokenizer,
-        _prompt_tokens(args, tokenizer, has_prefix=cache is not None),
+        prompt,
         with_table=args.verbose,
         max_tokens=args.max_tokens,
         sampler=_sampler(args, tokenizer),
@@ -81,6 +105,9 @@ def run(args: argparse.Namespace) -> int:
         **_cache_options(args),
         **_draft_options(args, model, tokenizer),
     )
+    if args.save_state is not None:
+        assert cache is not None
+        save_state(args.save_state, model, cache, tokens)
     return 0
 
 
@@ -92,6 +119,11 @@ def _refuse_unusable(args: argparse.Namespace) -> None:
             "[generate] expected a model without adapters but got --adapter-path: "
             "merge them into the model with mlx_lm.fuse first"
         )
+    states = args.load_state is not None or args.save_state is not None
+    for flag in ("prompt_cache_file", "draft_model"):
+        if states and getattr(args, flag) is not None:
+            name = flag.replace("_", "-")
+            raise ConfigError(f"[generate] expected --{name} or a state but got both")
     if args.max_tokens == 0:
         raise ConfigError("[generate] expected --max-tokens of 1 or more, or -1")
 

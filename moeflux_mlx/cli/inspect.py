@@ -20,6 +20,7 @@ from ..experts.layout import ExpertLayout
 from ..experts.packed import is_packed
 from ..experts.pool import pool_bytes, pool_stride
 from ..experts.store import ExpertStore, open_store
+from ..loading import plan_load
 from .inspect_graph import report, report_table
 
 
@@ -28,9 +29,9 @@ class ModelSummary:
     """A model directory in numbers.
 
     ``layers`` counts layers by kind. ``resident_bytes`` is everything but routed
-    experts; ``minimum_bytes`` and ``full_bytes`` are the least ``memory`` that serves
-    a token and the least that holds every expert. ``reads_per_expert`` is how many
-    spans of bytes an expert lies in, the mean of all: 1 in a packed directory.
+    experts; ``minimum_bytes`` and ``full_bytes`` are the least ``expert_memory`` that
+    serves a token and the least that holds every expert. ``reads_per_expert`` is how
+    many spans of bytes an expert lies in, the mean of all: 1 in a packed directory.
     ``token_reads`` and ``token_bytes`` are what a token reads with no expert in memory.
     ``forms`` counts the experts' projections by how they are stored. ``all_fit`` tells
     whether all experts fit into the memory that is taken where none is asked for.
@@ -65,11 +66,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--graph", type=int, metavar="LAYER", help=graph)
     tokens = "tokens the layer's graph is built for (default: 512)"
     parser.add_argument("--tokens", type=int, default=512, help=tokens)
+    memory = "show what the memory of a process of this size would go to"
+    parser.add_argument("--memory", metavar="BYTES", help=memory)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the summary of ``args.model``, or one layer's graph."""
+    """Print the summary of ``args.model``, a plan of memory, or one layer's graph."""
     summary = summarize(args.model)
     if args.graph is not None:
         memory = summary.minimum_bytes if summary.is_packed else None
@@ -80,10 +83,14 @@ def run(args: argparse.Namespace) -> int:
             print(graph.dump)
             Console().print(report_table(graph))
         return 0
+    plan = None if args.memory is None else plan_load(args.model, args.memory)
     if args.json:
-        print(json.dumps(asdict(summary), indent=2))
+        planned = {} if plan is None else {"plan": asdict(plan)}
+        print(json.dumps({**asdict(summary), **planned}, indent=2))
     else:
         Console().print(summary_table(args.model, summary))
+        if plan is not None:
+            print(plan)
     return 0
 
 
@@ -140,8 +147,8 @@ def summary_table(directory: Path, summary: ModelSummary) -> Table:
     table.add_row("reads per expert", _reads(summary))
     cold = f"{summary.token_reads} reads, {decimal(summary.token_bytes)}"
     table.add_row("one token, cold", cold)
-    table.add_row("least memory", _rounded_up(summary.minimum_bytes))
-    table.add_row("memory for all", _rounded_up(summary.full_bytes))
+    table.add_row("least expert memory", _rounded_up(summary.minimum_bytes))
+    table.add_row("memory for all experts", _rounded_up(summary.full_bytes))
     table.add_row("mapped", _mapped(summary))
     table.add_section()
     for name, sizes in _grouped(summary.files).items():

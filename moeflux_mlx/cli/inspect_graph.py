@@ -46,12 +46,12 @@ class GraphReport:
 
 
 def report(
-    model_path: Path, memory: int | None, layer: int, n_tokens: int
+    model_path: Path, expert_memory: int | None, layer: int, n_tokens: int
 ) -> GraphReport:
     """Build, run and describe one layer of a model.
 
     Args:
-        memory: for a packed model, bytes for experts.
+        expert_memory: for a packed model, bytes for experts.
 
     Raises:
         ConfigError: there is no such layer or no token.
@@ -59,7 +59,7 @@ def report(
     """
     if n_tokens < 1:
         raise ConfigError(f"[--tokens] expected at least 1 but got {n_tokens}")
-    model, _ = load(model_path, memory=memory, lazy=True)
+    model, _ = load(model_path, expert_memory=expert_memory, lazy=True)
     layers = model.graph_layers
     if not 0 <= layer < len(layers):
         raise ConfigError(

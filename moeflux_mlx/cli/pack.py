@@ -11,7 +11,7 @@ from rich.filesize import decimal
 
 from ..experts.layout import DEFAULT_ALIGNMENT
 from ..experts.pack import pack
-from .progress import byte_progress
+from ..progress import byte_progress
 
 
 def add_parser(subparsers: Any) -> None:

@@ -31,20 +31,26 @@ def generate_and_print(
     *,
     with_table: bool = True,
     **options: Any,
-) -> None:
+) -> list[int]:
     """Print a continuation of ``prompt`` as it comes, then the table of its cost.
 
     Args:
         prompt: Token ids.
         with_table: Print the table too.
         options: Passed on to ``mlx_lm.stream_generate``.
+
+    Returns:
+        The ids of the continuation.
     """
+    tokens = []
     for response in stream_generate(model, tokenizer, list(prompt), **options):
+        tokens.append(response.token)
         sys.stdout.write(response.text)
         sys.stdout.flush()
     print()
     if with_table:
         Console().print(cost_table(response, getattr(model, "streamer", None)))
+    return tokens
 
 
 def cost_table(

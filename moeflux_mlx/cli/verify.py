@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..errors import ExpertStoreError
 from ..experts.packed import VerifyReport, describe_damage, verify
-from .progress import byte_progress
+from ..progress import byte_progress
 
 
 def add_parser(subparsers: Any) -> None:

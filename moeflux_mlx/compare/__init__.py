@@ -77,6 +77,7 @@ def compare(
     dtype: str = "float32",
     tolerance: float | None = None,
     memory: int | str | None = None,
+    expert_memory: int | str | None = None,
     scope: str = "global",
     policy: str | None = None,
     executor: str | None = None,
@@ -94,7 +95,7 @@ def compare(
             stacked in memory again when it is packed.
         dtype: ``float32`` casts both sides; ``model`` leaves each its own type.
         tolerance: largest relative RMS error, by default that of ``TOLERANCES``.
-        memory, scope, policy, executor: as for ``load``.
+        memory, expert_memory, scope, policy, executor: as for ``load``.
 
     Raises:
         ConfigError: an argument is not usable.
@@ -116,6 +117,7 @@ def compare(
         stock = run_job(job, Path(directory))
         options = {
             "memory": memory,
+            "expert_memory": expert_memory,
             "scope": scope,
             "policy": policy,
             "executor": executor,

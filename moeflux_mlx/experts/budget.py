@@ -1,4 +1,4 @@
-"""Turn ``memory=`` into a number of expert slots."""
+"""Read amounts of memory, and turn experts' share into a number of slots."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", re.AS
 
 # Above this share of physical memory experts would push everything else out.
 MEMORY_SHARE = 0.75
+# Instead of an amount: as much as is found to be the fastest.
+AUTO = "auto"
 
 
 def parse_bytes(memory: int | float | str, name: str = "memory") -> int:
@@ -66,7 +68,7 @@ def count_slots(
     """Return how many slots of ``stride`` bytes fit into ``memory`` beside the slack.
 
     Args:
-        memory: the budget for everything; None takes all records, or as many as fit
+        memory: the budget for experts; None takes all records, or as many as fit
             into three quarters of physical memory.
         slack_bytes: what the pool needs for its alignment.
         n_records: no more slots than these are of use.
@@ -76,13 +78,13 @@ def count_slots(
         ConfigError: ``memory`` is not an amount of bytes.
         BudgetError: the minimum does not fit; states it.
     """
-    budget_bytes = most_bytes() if memory is None else parse_bytes(memory)
-    n_slots = min((budget_bytes - slack_bytes) // stride, n_records)
+    asked = most_bytes() if memory is None else parse_bytes(memory, "expert_memory")
+    n_slots = min((asked - slack_bytes) // stride, n_records)
     if n_slots < n_minimum:
         minimum_bytes = n_minimum * stride + slack_bytes
         raise BudgetError(
-            f"[memory] expected at least {minimum_bytes} bytes "
+            f"[expert_memory] expected at least {minimum_bytes} bytes "
             f"({minimum_bytes / 2**20:.2f} MiB: {n_minimum} experts of {stride} bytes "
-            f"and {slack_bytes} for alignment) but got {budget_bytes}"
+            f"and {slack_bytes} for alignment) but got {asked}"
         )
     return n_slots

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import ExpertStoreError
+from .packed import Progress
 from .pool import SlotPool
 from .reader import Batch, Read, ReadPool
 from .residency import SlotTable
@@ -50,7 +51,7 @@ class InFlight:
         stats: StreamStats,
     ):
         self._store, self._rows, self._pool = store, rows, pool
-        self._table, self._reader, self._stats = table, reader, stats
+        self._table, self.reader, self._stats = table, reader, stats
         self._checked = np.zeros((len(rows), store.n_experts), dtype=bool)
         self._begun: list[Begun] = []
 
@@ -92,7 +93,7 @@ class InFlight:
             batch = Batch(reads[first : first + size])
             self._begun.append(Begun(batch, slots[first : first + size], ahead))
             start = time.perf_counter()
-            self._reader.submit(batch)
+            self.reader.submit(batch)
             self._stats[layer].wait_seconds += time.perf_counter() - start
         return len(reads)
 
@@ -131,21 +132,28 @@ class InFlight:
         for begun in self._begun:
             begun.batch.cancel()
 
-    def preload(self) -> None:
+    def preload(self, report: Progress | None = None) -> None:
         """Read every expert into the slot ``row * n_experts + expert``.
+
+        Args:
+            report: hears how far it has come.
 
         Raises:
             ExpertStoreError: one could not be read.
         """
-        n_experts = self._store.n_experts
-        reads = [
-            self._read(layer, expert, row * n_experts + expert)
-            for layer, row in self._rows.items()
-            for expert in range(n_experts)
-        ]
-        batch = Batch(reads)
-        self._reader.submit(batch)
-        batch.wait()
+        n_experts, n_rows = self._store.n_experts, len(self._rows)
+        for layer, row in self._rows.items():
+            slots = range(row * n_experts, (row + 1) * n_experts)
+            reads = [self._read(layer, e, slot) for e, slot in enumerate(slots)]
+            batch = Batch(reads)
+            self.reader.submit(batch)
+            batch.wait()
+            self._count_preloaded(reads)
+            if report is not None:
+                n_bytes = n_experts * self._pool.stride
+                report("reading experts", (row + 1) * n_bytes, n_rows * n_bytes)
+
+    def _count_preloaded(self, reads: list[Read]) -> None:
         for read in reads:
             if read.error is not None:
                 raise read.error

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .. import device
 from ..errors import BudgetError, ExpertStoreError
 from ..weights import ExpertWeights, Records, Weight
 from .layout import PARTS, PROJECTIONS, ExpertLayout
@@ -83,6 +84,7 @@ class SlotPool:
 
     def __init__(self, layouts: Sequence[ExpertLayout], n_slots: int):
         self.n_slots = n_slots
+        self.n_given_up = 0
         self.stride = pool_stride(layouts)
         self.array = aligned_rows(n_slots, self.stride)
         self.bytes = np.array(self.array, copy=False)
@@ -96,7 +98,23 @@ class SlotPool:
     @property
     def n_bytes(self) -> int:
         """Bytes taken in all, with what the alignment costs."""
-        return self.n_slots * self.stride + POOL_ALIGNMENT
+        return (self.n_slots - self.n_given_up) * self.stride + POOL_ALIGNMENT
+
+    def give_up(self, slots: Sequence[range]) -> None:
+        """Return the memory of these slots, and of no others, to the system.
+
+        What they held is lost. They may be written again: then they take memory anew.
+        """
+        returned = [
+            len(part)
+            for part in filter(len, slots)
+            if device.return_memory(self.bytes[part.start : part.stop])
+        ]
+        self.n_given_up = sum(returned)
+
+    def move(self, source: int, target: int) -> None:
+        """Copy one slot's bytes to another."""
+        self.bytes[target] = self.bytes[source]
 
     def buffer(self, slot: int, n_bytes: int) -> memoryview:
         """Return the first bytes of a slot for writing."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from .policy import Policy, PolicyFactory, PoolShape
 
@@ -20,11 +20,8 @@ class SlotTable:
     Where rows share, no row loses a slot to another one that leaves it fewer than
     ``floor``.
 
-    To take slots away later, claim them, which evicts as the policy says, and never
-    give them back; then lower ``capacity``, and tell ``repair``, which takes every slot
-    for its own, which are gone. A certain slot is emptied by what ``claim`` does to its
-    victim. Floors and pins were set for the first number of slots: where they leave no
-    victim, they are passed over.
+    Floors and pins were set for the first number of slots: where they leave no victim
+    they are passed over.
     """
 
     def __init__(
@@ -49,16 +46,20 @@ class SlotTable:
         self.rows = [[EMPTY] * n_experts for _ in range(n_rows)]
         self.changed = set(range(n_rows))
         self._shape = PoolShape(n_rows, n_experts, n_slots, shared)
-        self.capacity = n_slots // self._shape.n_groups
+        self.slots_per_group = n_slots // self._shape.n_groups
+        # Of each group's slots the first ones are in use.
+        self.capacity = self.slots_per_group
         self.floor = min(top_k, n_slots // (2 * n_rows)) if floor is None else floor
         self._make_policy = policy
         self._policy: Policy = policy(self._shape)
         self._n_held = [0] * n_rows
         self._above_floor: set[int] = set()
-        self._free = [
-            list(reversed(range(g * self.capacity, (g + 1) * self.capacity)))
-            for g in range(self._shape.n_groups)
-        ]
+        self._free = [list(reversed(self._slots(g))) for g in range(self.n_groups)]
+
+    @property
+    def n_groups(self) -> int:
+        """Groups of rows that share slots; all have equally many."""
+        return self._shape.n_groups
 
     def key(self, row: int, expert: int) -> int:
         """Return the number that stands for an expert of a row."""
@@ -73,15 +74,8 @@ class SlotTable:
         """Return a slot to write into, evicting a key not in ``keep`` if need be."""
         if free := self._free[self._shape.group(row)]:
             return free.pop()
-        if (victim := self._victim(row, keep)) is None:
-            return None
-        victim_row, expert = divmod(victim, self.n_experts)
-        slot = self.rows[victim_row][expert]
-        self.changed.add(victim_row)
-        self.rows[victim_row][expert] = EMPTY
-        self._hold(victim_row, self._n_held[victim_row] - 1)
-        self._policy.forget(victim_row, victim)
-        return slot
+        victim = self._victim(row, keep)
+        return None if victim is None else self._evict(victim)
 
     def place(self, row: int, expert: int, slot: int) -> None:
         """Say that a claimed slot now holds an expert."""
@@ -94,16 +88,52 @@ class SlotTable:
         """Give back a claimed slot that holds nothing."""
         self._free[self._shape.group(row)].append(slot)
 
+    def resize(self, capacity: int, move: Callable[[int, int], None]) -> None:
+        """Use only the first ``capacity`` slots of each group; none may be in flight.
+
+        What no longer fits is forgotten, in the policy's order of eviction. ``move``
+        copies from one slot to another.
+        """
+        self.capacity = capacity
+        for group in range(self.n_groups):
+            self._pack(group, move)
+
+    def _pack(self, group: int, move: Callable[[int, int], None]) -> None:
+        rows = [r for r in range(len(self.rows)) if self._shape.group(r) == group]
+        held = {
+            slot: (row, expert)
+            for row in rows
+            for expert, slot in enumerate(self.rows[row])
+            if slot != EMPTY
+        }
+        for _ in range(len(held) - self.capacity):
+            victim = self._policy.victim(rows[0], rows, ())
+            assert victim is not None
+            del held[self._evict(victim)]
+        inside = self._slots(group)
+        free = sorted(set(inside) - held.keys(), reverse=True)
+        for slot in sorted(held.keys() - set(inside)):
+            row, expert = held[slot]
+            # Copied first: an interrupt here leaves the expert where it was.
+            move(slot, free[-1])
+            self.changed.add(row)
+            self.rows[row][expert] = free.pop()
+        self._free[group] = free
+
+    def fill(self) -> None:
+        """Say that every expert of every row has its slot, one after the other."""
+        for row in range(len(self.rows)):
+            base = row * self.n_experts
+            self.rows[row] = list(range(base, base + self.n_experts))
+        self.repair()
+
     def repair(self) -> None:
         """Make everything follow from ``rows`` again after an interrupt anywhere.
 
         No slot may be in flight. Uses are forgotten, contents are not.
         """
-        groups = range(len(self._free))
         self.changed.update(range(len(self.rows)))
-        unused = [
-            set(range(g * self.capacity, (g + 1) * self.capacity)) for g in groups
-        ]
+        unused = [set(self._slots(g)) for g in range(self.n_groups)]
         self._policy = self._make_policy(self._shape)
         for row, slots in enumerate(self.rows):
             present = [e for e, slot in enumerate(slots) if slot != EMPTY]
@@ -120,6 +150,20 @@ class SlotTable:
             return found
         # A floor is no reason to fail.
         return self._policy.victim(row, range(len(self.rows)), keep)
+
+    def _evict(self, key: int) -> int:
+        """Forget an expert; return its slot."""
+        row, expert = divmod(key, self.n_experts)
+        slot = self.rows[row][expert]
+        self.changed.add(row)
+        self.rows[row][expert] = EMPTY
+        self._hold(row, self._n_held[row] - 1)
+        self._policy.forget(row, key)
+        return slot
+
+    def _slots(self, group: int) -> range:
+        first = group * self.slots_per_group
+        return range(first, first + self.capacity)
 
     def _hold(self, row: int, n_held: int) -> None:
         self._n_held[row] = n_held

@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection
 from typing import Protocol
 
+from .checkpoint import Checkpoint
 from .checkpoint_store import CheckpointExperts
 from .layout import ExpertLayout
 from .packed import PackedExperts, is_packed
@@ -60,3 +61,16 @@ def open_store(
     """
     store = PackedExperts if is_packed(directory) else CheckpointExperts
     return store.open(directory, direct=direct)
+
+
+def model_identity(directory: str | os.PathLike) -> str:
+    """Return a hash that tells a model from any other, the same once it is packed.
+
+    Raises:
+        ExpertStoreError, ModelError: as ``open_store``.
+    """
+    if is_packed(directory):
+        with PackedExperts.open(directory) as pack:
+            return pack.manifest.source_identity
+    with Checkpoint.open(directory) as checkpoint:
+        return checkpoint.identity

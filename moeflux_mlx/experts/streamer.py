@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +15,7 @@ from ..errors import BudgetError, ConfigError, ExpertStoreError, MoefluxError
 from ..weights import ExpertSource
 from .budget import count_slots
 from .in_flight import InFlight
+from .packed import Progress
 from .policy import DEFAULT_POLICY, PolicyFactory, policy_factory
 from .pool import POOL_ALIGNMENT, SlotPool, pool_stride
 from .read_ahead import ReadAhead
@@ -51,6 +53,7 @@ class ExpertStreamer:
         inline_bytes: int = INLINE_BYTES,
         read_ahead: str = "auto",
         evaluate: Callable[..., None] = mx.eval,
+        report: Progress | None = None,
     ):
         """Allocate the pool; if it holds every expert, read them all now.
 
@@ -67,6 +70,7 @@ class ExpertStreamer:
             read_ahead: ``on``, ``off``, or ``auto``: as measured.
             evaluate: evaluates arrays that must be done before slots change, like
                 ``mx.eval``; an executor's own counts how long that takes.
+            report: hears how far reading all experts has come.
 
         Raises:
             ConfigError: an argument has no usable value.
@@ -104,13 +108,16 @@ class ExpertStreamer:
         self._copy = TableCopy(self._table)
         # Share of layers, of one token or a batch each, that missed an expert lately.
         self.miss_rate = 1.0
-        self._reader = ReadPool(read_threads or config.read_threads(), inline_bytes)
+        self._new_reader = partial(
+            ReadPool, read_threads or config.read_threads(), inline_bytes
+        )
+        self._sources: dict[tuple[int, bool], ExpertSource] = {}
         self._lock = threading.RLock()
         self._guards: list[mx.array] = []
         self._interrupted = False
         self.stats = StreamStats(store.layers)
         self._in_flight = InFlight(
-            store, self._rows, self._pool, self._table, self._reader, self.stats
+            store, self._rows, self._pool, self._table, self._new_reader(), self.stats
         )
         # What needs no thread is not read ahead of anything.
         record_bytes = min(layout.record_bytes for layout in layouts)
@@ -120,14 +127,29 @@ class ExpertStreamer:
         self.resident = n_slots == n_records
         if self.resident:
             try:
-                self._in_flight.preload()
+                self._in_flight.preload(report)
             finally:
-                self._reader.close()
+                self._in_flight.reader.close()
 
     @property
     def n_slots(self) -> int:
         """Experts that fit into memory at the same time, all layers together."""
-        return self._pool.n_slots
+        return self._table.capacity * self._table.n_groups
+
+    @property
+    def n_groups(self) -> int:
+        """Groups of layers that share slots; all have equally many."""
+        return self._table.n_groups
+
+    @property
+    def least_slots(self) -> int:
+        """Slots that one token needs."""
+        return self._table.n_groups * self._store.top_k
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one expert in memory."""
+        return self._pool.stride
 
     def fits(self, n_experts: int) -> bool:
         """Tell whether so many experts of a layer, if it has them, fit into memory."""
@@ -143,8 +165,104 @@ class ExpertStreamer:
         """Bytes taken for experts, alignment included; never more than the budget."""
         return self._pool.n_bytes
 
+    def resize(self, n_slots: int) -> None:
+        """Use ``n_slots`` slots, within the memory taken at first; not in the middle of
+        a token.
+
+        Of slots given up the memory goes back to the system. The experts that the
+        policy would evict first are forgotten, the others stay in memory.
+
+        Raises:
+            BudgetError: fewer slots than one token needs, or more than there were at
+                first.
+        """
+        table = self._table
+        capacity = n_slots // table.n_groups
+        if not self._store.top_k <= capacity <= table.slots_per_group:
+            raise BudgetError(
+                f"[resize] expected {self.least_slots} to {self._pool.n_slots} slots "
+                f"but got {n_slots}"
+            )
+        with self._exclusive():
+            self._evaluate_guards()
+            self._in_flight.settle()
+            if self.resident and capacity < table.slots_per_group:
+                self._unsettle()
+            table.resize(capacity, self._pool.move)
+            self._pool.give_up(
+                [
+                    range(first + capacity, first + table.slots_per_group)
+                    for first in range(0, self._pool.n_slots, table.slots_per_group)
+                ]
+            )
+
+    @property
+    def experts(self) -> list[tuple[int, int]]:
+        """All experts there are, as ``(layer, expert)``."""
+        return [
+            (layer, e) for layer in self._rows for e in range(self._store.n_experts)
+        ]
+
+    @property
+    def held(self) -> list[tuple[int, int]]:
+        """The experts in memory."""
+        with self._exclusive():
+            self._in_flight.settle()
+            rows = self._table.rows
+            return [
+                (layer, e)
+                for layer, e in self.experts
+                if self.resident or rows[self._rows[layer]][e] != EMPTY
+            ]
+
+    def preload(self, experts: Collection[tuple[int, int]]) -> None:
+        """Read ``(layer, expert)`` pairs at once; the layers share what room there is.
+
+        Raises:
+            ExpertStoreError: one could not be read; what could be is kept.
+        """
+        if self.resident:
+            return
+        wanted = self._fitting(experts)
+        with self._exclusive():
+            self._evaluate_guards()
+            self._in_flight.settle()
+            before = self.stats.snapshot().layers
+            key = self._table.key
+            keep = {
+                key(self._rows[layer], e) for layer in wanted for e in wanted[layer]
+            }
+            for layer, chosen in wanted.items():
+                places = self._table.rows[self._rows[layer]]
+                missing = [e for e in chosen if places[e] == EMPTY]
+                self._in_flight.begin(layer, missing, keep)
+            failed = self._in_flight.settle()
+            for layer, counters in before.items():
+                # Nobody has asked for them: they are no misses.
+                self.stats[layer].preloaded += (
+                    self.stats[layer].misses - counters.misses
+                )
+                self.stats[layer].misses = counters.misses
+            if failed:
+                raise failed[min(failed)]
+
+    def _fitting(self, experts: Collection[tuple[int, int]]) -> dict[int, list[int]]:
+        wanted: dict[int, list[int]] = {layer: [] for layer in self._rows}
+        for layer, expert in experts:
+            if len(wanted[layer]) < self._table.capacity:
+                wanted[layer].append(expert)
+        while sum(map(len, wanted.values())) > self.n_slots:
+            max(wanted.values(), key=len).pop()
+        return wanted
+
+    def _unsettle(self) -> None:
+        """Stream from now on what was all in memory."""
+        self._in_flight.reader = self._new_reader()
+        self._table.fill()
+        self.resident = False
+
     def source(self, layer: int) -> ExpertSource:
-        """Return one layer's experts as its MoE Op reads them.
+        """Return one layer's experts as its MoE Op reads them, until ``resize``.
 
         Raises:
             ConfigError: the layer has no routed experts.
@@ -154,6 +272,12 @@ class ExpertStreamer:
                 f"[source] expected one of the layers {list(self._rows)} but got "
                 f"{layer}"
             )
+        key = layer, self.resident
+        if key not in self._sources:
+            self._sources[key] = self._new_source(layer)
+        return self._sources[key]
+
+    def _new_source(self, layer: int) -> ExpertSource:
         layout = self._store.layout(layer)
         if not self.resident:
             row = self._rows[layer]
@@ -173,7 +297,7 @@ class ExpertStreamer:
         with self._lock:
             self._in_flight.cancel()
             self._in_flight.settle()
-            self._reader.close()
+            self._in_flight.reader.close()
 
     def __enter__(self) -> ExpertStreamer:
         return self

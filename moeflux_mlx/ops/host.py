@@ -29,9 +29,21 @@ def host_linear(x: np.ndarray, weight: Weight) -> np.ndarray:
         return x @ widen(weight.w).T
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) >= device.UNPACK_MIN_ROWS:
-        return x @ unpack(weight).T
+        return _unpacked_product(x, weight)
     (out,) = row_products(rows, [weight[None]], [0] * len(rows))
     return out.reshape(*x.shape[:-1], -1)
+
+
+def _unpacked_product(x: np.ndarray, weight: Weight) -> np.ndarray:
+    step = max(1, device.UNPACKED_BLOCK_BYTES // (4 * x.shape[-1]))
+    n_out = weight.w.shape[-2]
+    if n_out <= step:
+        return x @ unpack(weight).T
+    out = np.empty((*x.shape[:-1], n_out), np.float32)
+    for start in range(0, n_out, step):
+        block = slice(start, start + step)
+        np.matmul(x, unpack(weight[block]).T, out=out[..., block])
+    return out
 
 
 def row_products(

@@ -1,0 +1,121 @@
+"""What a language model's memory comes to, from its modules and graphs alone."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from . import device
+from .blocks import Call
+from .ops.functions import QUERY_BLOCK
+from .parameters import dense_bytes, held_bytes
+
+CacheShape = tuple[tuple[int | None, ...], ...]
+
+
+class TextNeeds:
+    """The memory of a model of linear and full attention layers; see ``memory.Needs``.
+
+    Args:
+        text: mlx-lm's module with ``model.layers``.
+        skip: what routed experts have in their path.
+        planned_bytes: returns the planned peak of the layer at a place for a call.
+        dtype: type of activations, and of what caches keep of them.
+    """
+
+    def __init__(
+        self,
+        text: nn.Module,
+        args: Any,
+        skip: str,
+        planned_bytes: Callable[[int, Call], int],
+        dtype: Callable[[], mx.Dtype],
+    ):
+        self._text, self._args, self._skip = text, args, skip
+        self._planned_bytes, self._dtype = planned_bytes, dtype
+        self._peaks: dict[int, int] = {}
+
+    def resident_bytes(self, unpack: bool) -> int:
+        """Return what parameters take once they are ready for use."""
+        return held_bytes(self._text, skip=self._skip, unpack=unpack)
+
+    def scratch_bytes(self, n_tokens: int, n_cached: int) -> int:
+        """Return the peak of one call beside weights, caches and experts."""
+        logits_bytes = 4 * n_tokens * self._args.vocab_size
+        own = self._peak_bytes(n_tokens) + 16 * n_tokens * self._args.hidden_size
+        own += 2 * min(logits_bytes, device.EAGER_LOGITS_BYTES)
+        if device.on_cpu():
+            queries = min(n_tokens, QUERY_BLOCK)
+            scores_bytes = 4 * queries * self._args.num_attention_heads * n_cached
+            own += self._largest_block + 3 * scores_bytes
+        # One layer's rows while its cache grows, and as they are handed on.
+        n_full = sum(_grows(shape) for shape in self.cache_shapes)
+        return own + 3 * self.cache_row_bytes * n_cached // max(1, n_full)
+
+    @property
+    def most_tokens(self) -> int:
+        """How long a sequence may become."""
+        return self._args.max_position_embeddings
+
+    @property
+    def cache_dtype(self) -> mx.Dtype:
+        """The type of keys and values."""
+        return self._dtype()
+
+    @functools.cached_property
+    def cache_shapes(self) -> list[CacheShape]:
+        """The arrays of each layer's cache, ``[1, H, None, d]`` if they grow."""
+        return [
+            _state_shapes(layer.linear_attn)
+            if layer.is_linear
+            else _rows_shapes(layer.self_attn)
+            for layer in self._text.model.layers
+        ]
+
+    @property
+    def cache_row_bytes(self) -> int:
+        """What each token of a sequence takes in KV caches."""
+        rows = [shapes for shapes in self.cache_shapes if _grows(shapes)]
+        return self.cache_dtype.size * sum(map(_n_values, rows))
+
+    @property
+    def cache_state_bytes(self) -> int:
+        """What each sequence takes in states, which are float32 at most."""
+        states = [shapes for shapes in self.cache_shapes if not _grows(shapes)]
+        return 4 * sum(map(_n_values, states))
+
+    def _peak_bytes(self, n_tokens: int) -> int:
+        if n_tokens not in self._peaks:
+            layers, call = self._text.model.layers, Call(1, n_tokens, self._dtype())
+            kinds = {layer.is_linear: i for i, layer in enumerate(layers)}
+            peaks = [self._planned_bytes(i, call) for i in kinds.values()]
+            self._peaks[n_tokens] = max(peaks)
+        return self._peaks[n_tokens]
+
+    @functools.cached_property
+    def _largest_block(self) -> int:
+        """Bytes of a matrix, or of a block of one, unpacked for one product."""
+        most = max(dense_bytes(module) for _, module in self._text.named_modules())
+        return 2 * min(most, device.UNPACKED_BLOCK_BYTES)
+
+
+def _grows(shapes: CacheShape) -> bool:
+    return shapes[0][2] is None
+
+
+def _n_values(shapes: CacheShape) -> int:
+    return sum(math.prod(d or 1 for d in shape) for shape in shapes)
+
+
+def _rows_shapes(attn: nn.Module) -> CacheShape:
+    return ((1, attn.num_key_value_heads, None, attn.head_dim),) * 2
+
+
+def _state_shapes(net: nn.Module) -> CacheShape:
+    conv = (1, net.conv_kernel_size - 1, net.conv_dim)
+    return conv, (1, net.num_v_heads, net.head_v_dim, net.head_k_dim)

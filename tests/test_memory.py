@@ -1,0 +1,268 @@
+"""A process's memory: planned before loading, kept to while caches grow."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from sparse import make_sparse_checkpoint
+from tiny import make_checkpoint
+
+import moeflux_mlx
+from moeflux_mlx import device, memory
+from moeflux_mlx.cli import main as moeflux
+from moeflux_mlx.errors import BudgetError
+from moeflux_mlx.executors.base import leaves
+from moeflux_mlx.loading import plan_load
+from moeflux_mlx.parameters import LayerWeights, held_bytes
+from moeflux_mlx.pool_search import Trial, choose
+
+OWN_BYTES = 100 << 20
+
+
+@pytest.fixture
+def own_bytes(monkeypatch):
+    """What the interpreter takes, always the same: the tests' own grows."""
+    monkeypatch.setattr(memory, "own_bytes", lambda: OWN_BYTES)
+    monkeypatch.setattr(device, "process_bytes", lambda: None)
+
+
+@pytest.fixture
+def least(packed, own_bytes) -> int:
+    """The least memory that the packed model runs in."""
+    with pytest.raises(BudgetError) as caught:
+        plan_load(packed, 1)
+    return int(re.search(r"at least (\d+) bytes", str(caught.value))[1])
+
+
+def load(path, budget, **options):
+    return moeflux_mlx.load(path, memory=budget, **options)[0]
+
+
+def parts(plan: memory.MemoryPlan) -> int:
+    fixed = plan.process_bytes + plan.resident_bytes
+    return fixed + plan.scratch_bytes + plan.cache_bytes + plan.expert_bytes
+
+
+def test_a_plan_gives_experts_what_the_rest_leaves(packed, least):
+    slot = load(packed, "1GB").streamer.slot_bytes
+    for n_more in (0, 1, 5):
+        plan = plan_load(packed, least + n_more * slot)
+        assert plan.n_slots == 2 + n_more
+        assert 0 <= plan.budget_bytes - parts(plan) < slot
+        assert plan.process_bytes == OWN_BYTES + device.PROCESS_GROWTH_BYTES
+
+
+def test_with_memory_to_spare_everything_is_held(packed, own_bytes):
+    plan = plan_load(packed, "1GB")
+    assert plan.n_slots == plan.n_experts == 32
+    assert plan.chunk_tokens == 2048 and plan.unpack
+    assert parts(plan) < plan.budget_bytes
+
+
+def test_too_little_memory_states_the_least_and_what_takes_it(packed, least):
+    with pytest.raises(BudgetError) as caught:
+        load(packed, least - 1)
+    message = str(caught.value)
+    assert f"[memory] expected at least {least} bytes" in message
+    for part in ("process", "weights", "caches", "scratch for 64 tokens", "2 experts"):
+        assert part in message
+    load(packed, least)
+
+
+def test_experts_can_be_bounded_alone_or_besides(packed, own_bytes):
+    alone = moeflux_mlx.load(packed, expert_memory="2200KB")[0]
+    both = load(packed, "1GB", expert_memory="2200KB")
+    assert alone.runtime.plan is None and both.runtime.plan is not None
+    assert alone.streamer.n_slots == both.streamer.n_slots < 32
+
+
+def test_the_plan_is_printed_once(packed, own_bytes, capsys):
+    load(packed, "1GB")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("moeflux: memory 1.0 GB = process ")
+    assert printed.err.count("\n") == 1
+
+
+def decode(model, prompt, n_tokens):
+    """Greedy tokens, and how many experts fitted into memory at each."""
+    cache = make_prompt_cache(model)
+    logits, tokens, sizes = model(mx.array([prompt]), cache=cache), [], []
+    for _ in range(n_tokens):
+        tokens.append(int(mx.argmax(logits[0, -1])))
+        logits = model(mx.array([tokens[-1:]]), cache=cache)
+        sizes.append(model.streamer.n_slots)
+    return tokens, sizes
+
+
+def test_experts_give_way_to_a_growing_cache_and_come_back(packed, least):
+    model = load(packed, least + (1 << 18))
+    prompt = list(range(1, 250))
+    tokens, sizes = decode(model, prompt, 40)
+    # The cache's second 256 rows are foreseen 16 tokens ahead.
+    assert sizes[0] > sizes[-1] >= 2
+    plan, streamer = model.runtime.plan, model.streamer
+    grown = (plan.n_slots - streamer.n_slots) * streamer.slot_bytes
+    assert grown >= 256 * model.needs.cache_row_bytes
+    _, sizes = decode(model, [5, 6, 7], 4)
+    assert sizes[-1] == plan.n_slots
+    expected, _ = decode(load(packed, "1GB"), prompt, 40)
+    assert tokens == expected
+
+
+def test_experts_all_in_memory_give_way_too(packed, least):
+    prompt = list(range(1, 250))
+    everything, expected = load(packed, "1GB"), load(packed, "1GB")
+    assert everything.streamer.resident
+    keeper = everything.runtime.keeper
+    tokens, _ = decode(everything, prompt, 3)
+    keeper.limit(4)
+    assert not everything.streamer.resident
+    assert decode(everything, prompt, 3)[0] == tokens == decode(expected, prompt, 3)[0]
+
+
+def test_caches_that_cannot_fit_are_an_error_that_says_so(packed, least):
+    model = load(packed, least)
+    cache = make_prompt_cache(model)
+    with pytest.raises(BudgetError, match=r"\[memory\] expected \d+ bytes more"):
+        for _ in range(40):
+            model(mx.array([list(range(1, 300))]), cache=cache)
+    with pytest.raises(BudgetError, match=r"\[memory\] expected"):
+        model(mx.array([[1] * 300]), cache=cache)
+    # A new cache has the room that the old one had.
+    del cache
+    decode(model, [1, 2, 3], 3)
+
+
+def test_a_long_prompt_is_computed_in_chunks_that_fit(packed, least):
+    model, whole = load(packed, least + (1 << 21)), load(packed, "1GB")
+    assert model.runtime.plan.chunk_tokens < 300 < whole.runtime.plan.chunk_tokens
+    prompt = mx.array([np.random.default_rng(1).integers(1, 300, 300).tolist()])
+    caches = make_prompt_cache(model), make_prompt_cache(whole)
+    got, expected = model(prompt, cache=caches[0]), whole(prompt, cache=caches[1])
+    assert got.shape == expected.shape
+    np.testing.assert_allclose(np.array(got), np.array(expected), rtol=0, atol=2e-4)
+    assert [c.nbytes for c in caches[0]] == [c.nbytes for c in caches[1]]
+
+
+def test_what_no_plan_knew_of_makes_experts_give_way(packed, monkeypatch):
+    plan = plan_load(packed, "1GB")
+    model = load(packed, parts(plan) + (24 << 20))
+    if device.process_bytes() is None:
+        pytest.skip("nobody counts a process's memory here")
+    keeper = model.runtime.keeper
+    used = device.process_bytes()
+    expected = keeper.plan.process_bytes + keeper.plan.resident_bytes
+    assert keeper._surplus(expected + 10**9) == 0
+    step = memory.SURPLUS_STEP_BYTES
+    surplus = keeper._surplus(used - model.streamer.memory_bytes - step // 2)
+    assert surplus % step == 0 and 0 < surplus <= 2 * step
+
+
+def test_auto_tries_several_sizes_and_keeps_one(packed, own_bytes, capsys):
+    model = load(packed, "auto")
+    plan, said = capsys.readouterr().err.splitlines()
+    assert plan.startswith("moeflux: memory ") and "experts" in plan
+    sizes = {32, 24, 16, 8}
+    assert said.startswith("moeflux: memory auto: ")
+    assert said.count("tokens/s") == len(sizes)
+    assert (n_slots := model.streamer.n_slots) in sizes
+    decode(model, [1, 2, 3], 3)
+    assert model.streamer.n_slots == n_slots
+
+
+@pytest.mark.parametrize(
+    ("speeds", "best"), [((10, 10.1, 10.2), 0), ((10, 12, 11), 1), ((5, 6, 7), 2)]
+)
+def test_a_smaller_pool_must_be_clearly_faster(speeds, best):
+    trials = [Trial(9 - i, 9 - i, speed, 1.0) for i, speed in enumerate(speeds)]
+    assert choose(trials) is trials[best]
+
+
+@pytest.mark.skipif(not device.prefers_host_arrays(), reason="copies are a CPU's")
+@pytest.mark.parametrize("unpack", [False, True], ids=["packed", "unpacked"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_weights_take_what_the_plan_counts(tmp_path, dtype, unpack):
+    path = make_checkpoint(tmp_path / "model", dtype=dtype)
+    model = moeflux_mlx.load(path)[0]
+    text = model.language_model
+    parameters = [np.asarray(x.view(mx.uint8)) for x in leaves(text.parameters())]
+    weights = LayerWeights(text, unpack=unpack).bind(mx.float32, host=True)
+    bound = [x for w in weights.values() for x in (w.w, w.scales, w.biases)]
+    copies = [
+        x for x in bound if x is not None and not any(_same(x, p) for p in parameters)
+    ]
+    taken = sum(x.nbytes for x in [*parameters, *copies])
+    assert held_bytes(text, unpack=unpack) == taken
+
+
+def _same(x, parameter: np.ndarray) -> bool:
+    return np.shares_memory(np.asarray(x), parameter)
+
+
+def test_inspect_shows_the_plan_without_loading(packed, own_bytes, capsys):
+    assert moeflux(["inspect", str(packed), "--memory", "1GB", "--json"]) == 0
+    plan = memory.MemoryPlan(**json.loads(capsys.readouterr().out)["plan"])
+    assert plan == plan_load(packed, "1GB") and plan.n_slots == 32
+    assert moeflux(["inspect", str(packed), "--memory", "1GB"]) == 0
+    assert str(plan) in capsys.readouterr().out
+    assert moeflux(["inspect", str(packed), "--memory", "1KB"]) == 2
+    assert "[memory] expected at least" in capsys.readouterr().err
+
+
+BUDGET = 200 << 20
+# Under the limit of memory that the process may still map, but for stacks, whose
+# pages are never touched.
+UNDER_LIMIT = """
+import json, os, resource, sys
+import mlx.core as mx
+import moeflux_mlx
+from mlx_lm import stream_generate
+from moeflux_mlx import device
+
+path, budget, limited = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+
+def data_bytes():
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return {k: int(lines[k].split()[0]) * 1024 for k in ("VmData", "VmHWM")}
+
+room = budget - device.process_bytes() + (96 << 20)
+if limited:
+    most = data_bytes()["VmData"] + room
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+model, tokenizer = moeflux_mlx.load(path, memory=None if limited == 1 else budget)
+prompt = [5, 77, 200, 31]
+tokens = [r.token for r in stream_generate(model, tokenizer, prompt, max_tokens=4)]
+print(json.dumps({"tokens": tokens, "peak": data_bytes()["VmHWM"]}))
+"""
+
+
+def run_under_limit(path, limited: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", UNDER_LIMIT, str(path), str(BUDGET), str(limited)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_a_process_stays_under_its_budget_where_it_would_fail_without(tmp_path):
+    path = tmp_path / "large"
+    sizes = dict(hidden_size=256, moe_intermediate_size=256, num_experts=384)
+    n_bytes = make_sparse_checkpoint(path, **sizes, num_hidden_layers=16)
+    assert n_bytes > 3 * BUDGET
+    without = run_under_limit(path, limited=1)
+    # MLX says it cannot read: it was not given the memory to read into.
+    assert without.returncode != 0 and "RuntimeError" in without.stderr
+    within = run_under_limit(path, limited=2)
+    assert within.returncode == 0, within.stderr
+    found = json.loads(within.stdout)
+    assert found["peak"] < BUDGET
+    unlimited, tokenizer = moeflux_mlx.load(path)
+    options = {"prompt": [5, 77, 200, 31], "max_tokens": 4}
+    responses = moeflux_mlx.stream_generate(unlimited, tokenizer, **options)
+    assert found["tokens"] == [response.token for response in responses]
