@@ -199,7 +199,11 @@ class Forward:
     ) -> mx.array | None:
         """Return the logits of one token each from traces, or None without them."""
         executor = self.runtime.executor
-        wanted = self.runtime.steps and not executor.watches_layers
+        # Whoever looks at steps is to see each layer's once.
+        watched = executor.watches_layers or (
+            executor.watches_steps and self.runtime.streams
+        )
+        wanted = self.runtime.steps and not watched
         if cache is None or embeddings is not None or inputs.shape[-1] != 1:
             return None
         if not wanted or self.text.training:
