@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from streaming_side import memory_for
 import moeflux_mlx
 from moeflux_mlx.experts.pack import pack
 from moeflux_mlx.experts.packed import is_packed
+from moeflux_mlx.experts.streamer import ExpertStreamer
 
 N_PROMPTS, PROMPT_TOKENS = 5, 16
 # Share of the first rounds during which caches fill, not looked at for growth.
@@ -47,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shares", type=float, nargs="+", default=shares, metavar="P", help=text)
     text = "tokens until the next budget (default: 125)"
     add("--every", type=int, default=125, metavar="N", help=text)
-    text = "growth of memory that passes (default: 256)"
-    add("--bytes-per-token", type=float, default=256, metavar="N", help=text)
+    text = "growth of memory that passes (default: 64)"
+    add("--bytes-per-token", type=float, default=64, metavar="N", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,28 +63,27 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, packed: Path, console: Console) -> int:
-    n_tokens = args.every * len(args.shares)
     soak = Soak(packed, args.shares, args.every)
-    tokens = prompts(packed)
-    expected = {p: resident(args.model, p, n_tokens) for p in tokens}
-    n_rounds = max(1, -(-args.tokens // n_tokens))
-    for i, prompt in enumerate(islice(cycle(tokens), n_rounds)):
+    prompts = prompts_for(packed)
+    expected = continued(args.model, prompts, soak.round_tokens)
+    n_rounds = max(1, -(-args.tokens // soak.round_tokens))
+    for i, prompt in enumerate(islice(cycle(prompts), n_rounds)):
         wrong = soak.round(prompt, expected[prompt], first=i)
         if wrong is not None:
             print(f"soak: {wrong}", file=sys.stderr)
             return 1
-        memory = soak.memory[-1] / 2**20
-        console.print(f"[dim]{(i + 1) * n_tokens} tokens, {memory:.1f} MiB[/dim]")
-    counts = f"{soak.n_tokens} tokens as resident, {soak.n_changes} changes of budget"
-    growth = growth_per_token(soak.memory, n_tokens)
-    console.print(f"{counts}; memory grows by {growth:.0f} bytes a token")
+        held = f"{soak.memory[-1] / 2**20:.1f} MiB"
+        console.print(f"[dim]{soak.n_tokens} tokens, {held}[/dim]")
+    growth = growth_per_token(soak.memory, soak.round_tokens)
+    console.print(f"{soak.n_tokens} tokens as resident, {soak.n_changes} budgets")
+    console.print(f"memory grows by {growth:.0f} bytes a token")
     if growth > args.bytes_per_token:
         print(f"soak: expected at most {args.bytes_per_token:.0f}", file=sys.stderr)
         return 1
     return 0
 
 
-def prompts(model: Path) -> list[tuple[int, ...]]:
+def prompts_for(model: Path) -> list[tuple[int, ...]]:
     """Return the first tokens of some files of the package."""
     tokenizer = load_tokenizer(model)
     files = sorted((ROOT / "moeflux_mlx").glob("*.py"))[-N_PROMPTS:]
@@ -91,74 +91,75 @@ def prompts(model: Path) -> list[tuple[int, ...]]:
     return [tuple(tokenizer.encode(text)[:PROMPT_TOKENS]) for text in texts]
 
 
-def resident(path: Path, prompt: tuple[int, ...], n: int) -> list[int]:
-    """Return ``n`` tokens of the model with every expert in memory."""
+def continued(
+    path: Path, prompts: list[tuple[int, ...]], n: int
+) -> dict[tuple[int, ...], list[int]]:
+    """Continue each prompt by ``n`` tokens with every expert in memory."""
     memory = memory_for(path, 100) if is_packed(path) else None
-    text = Text(moeflux_mlx.load(path, memory=memory)[0], prompt)
-    return list(islice(text, n))
+    model = moeflux_mlx.load(path, memory=memory)[0]
+    return {prompt: list(islice(continuation(model, prompt), n)) for prompt in prompts}
 
 
-class Text:
-    """A prompt being continued greedily by ``model``, which may be changed midway."""
-
-    def __init__(self, model: Any, prompt: tuple[int, ...]):
-        self.model, self._cache = model, make_prompt_cache(model)
-        self._next = self._step(list(prompt))
-
-    def __iter__(self) -> Iterator[int]:
-        while True:
-            yield self._next
-            self._next = self._step([self._next])
-
-    def _step(self, tokens: list[int]) -> int:
-        logits = self.model(mx.array([tokens]), cache=self._cache)
-        return int(mx.argmax(logits[0, -1]))
+def continuation(model: Any, prompt: tuple[int, ...]) -> Iterator[int]:
+    """Yield the tokens of greedy decoding, without end; memory may change between."""
+    cache, tokens = make_prompt_cache(model), list(prompt)
+    while True:
+        tokens = [int(mx.argmax(model(mx.array([tokens]), cache=cache)[0, -1]))]
+        yield tokens[0]
 
 
-def resized(model: Any, packed: Path, memory: int) -> Any:
-    """Return the model with another amount of memory for experts."""
-    # The only way to another amount so far is to load anew.
-    model = None  # noqa: F841
-    return moeflux_mlx.load(packed, memory=memory)[0]
+def resize(model: Any, memory: int) -> None:
+    """Give a model's experts another amount of memory, between two tokens."""
+    runtime = model.runtime
+    runtime.streamer.close()
+    wait = partial(runtime.executor.wait, "routing")
+    runtime.streamer = ExpertStreamer(runtime.store, memory, evaluate=wait)
+    for layer in model.graph_layers:
+        layer._streamed = runtime.streamer.source(layer.index)
 
 
-@dataclass
 class Soak:
-    """Rounds of generation; ``memory`` has bytes held after each."""
+    """Rounds of generation by one model; ``memory`` has bytes held after each."""
 
-    packed: Path
-    shares: list[float]
-    every: int
-    memory: list[int] = field(default_factory=list)
-    n_tokens: int = 0
-    n_changes: int = 0
+    def __init__(self, packed: Path, shares: list[float], every: int):
+        self._memory = {share: memory_for(packed, share) for share in shares}
+        self._shares, self._every = shares, every
+        largest = max(self._memory.values())
+        self._model = moeflux_mlx.load(packed, memory=largest)[0]
+        self.round_tokens = every * len(shares)
+        self.memory: list[int] = []
+        self.n_tokens = self.n_changes = 0
 
     def round(
         self, prompt: tuple[int, ...], expected: list[int], first: int
     ) -> str | None:
-        """Continue a prompt under every budget in turn; say which token is wrong."""
-        first %= len(self.shares)
-        order = self.shares[first:] + self.shares[:first]
-        text = Text(self._with(None, order[0]), prompt)
-        for i, token in enumerate(islice(text, len(expected))):
-            if token != expected[i]:
-                share = order[i // self.every]
+        """Continue a prompt under every budget in turn; say which token is wrong.
+
+        Args:
+            expected: the tokens to come.
+            first: counts rounds, each beginning with another budget.
+        """
+        tokens = continuation(self._model, prompt)
+        for i, wanted in enumerate(expected):
+            share = self._shares[(first + i // self._every) % len(self._shares)]
+            if i % self._every == 0:
+                self._resize(share)
+            if (token := next(tokens)) != wanted:
                 return (
-                    f"token {self.n_tokens + i} at {share:g} % of experts is {token}, "
-                    f"expected {expected[i]}"
+                    f"token {self.n_tokens} is {token} with {share:g} % of experts in "
+                    f"memory, expected {wanted}"
                 )
-            if (i + 1) % self.every == 0 and i + 1 < len(expected):
-                text.model = self._with(text.model, order[(i + 1) // self.every])
-        text.model = self._with(text.model, min(self.shares))
-        self.n_tokens += len(expected)
+            self.n_tokens += 1
+        tokens.close()
+        self._resize(min(self._shares))
         gc.collect()
         mx.clear_cache()
         self.memory.append(process_bytes() + device_bytes())
         return None
 
-    def _with(self, model: Any, share: float) -> Any:
+    def _resize(self, share: float) -> None:
         self.n_changes += 1
-        return resized(model, self.packed, memory_for(self.packed, share))
+        resize(self._model, self._memory[share])
 
 
 def growth_per_token(memory: list[int], n_tokens: int) -> float:
