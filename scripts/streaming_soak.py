@@ -73,7 +73,7 @@ def _run(args: argparse.Namespace, packed: Path, console: Console) -> int:
             print(f"soak: {wrong}", file=sys.stderr)
             return 1
         held = f"{soak.memory[-1] / 2**20:.1f} MiB"
-        console.print(f"[dim]{soak.n_tokens} tokens, {held}[/dim]")
+        print(f"{soak.n_tokens} tokens, {held}", file=sys.stderr)
     growth = growth_per_token(soak.memory, soak.round_tokens)
     console.print(f"{soak.n_tokens} tokens as resident, {soak.n_changes} budgets")
     console.print(f"memory grows by {growth:.0f} bytes a token")
