@@ -1,0 +1,365 @@
+"""``scripts/bench_streaming decode``: decode with part of the experts in memory.
+
+A random model of a published layer geometry, cut to a few layers, follows a Zipf-like
+trace of routing and a recorded one (see ``streaming_model.py``). For each share of
+experts in memory ours stands beside mlx-vlm's ``moe_offload``, and both beside their
+resident selves and stock mlx-lm. Cold: the page cache is dropped before each token;
+warm: the token's experts are read into it. Sides take turns token by token, each in a
+process of its own; no speed is printed unless their logits agree on every token: ours
+bit by bit whatever the share, all sides nearly with stock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from bench_geometry import GEOMETRIES
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from streaming_files import can_drop, disk_bytes_per_s, sync
+from streaming_model import TracedModel, make_model
+from streaming_side import (
+    STATES,
+    Plan,
+    Side,
+    Step,
+    follow,
+    has_mlx_vlm,
+    open_follower,
+    repacked,
+)
+
+from moeflux_mlx.device import machine_name
+from moeflux_mlx.experts.packed import PackedExperts
+from moeflux_mlx.experts.stats import Counters
+
+# Relative RMS of logits from stock's, by the type of activations.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
+# What the streaming is meant to reach, each as a ratio.
+AIM_OF_MLX_VLM, AIM_OF_DISK, AIM_OF_RESIDENT = 1 / 3, 1.25, 1.03
+# Records read to learn the disk's speed, and timed tokens from one time to the next.
+DISK_READS, STEPS_PER_DISK_SAMPLE = 64, 4
+PROGRESS = Console(stderr=True)
+# The traces a model is made for, so that it serves runs of several lengths.
+TRACE_STEPS = 128
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this part."""
+    add = parser.add_argument
+    add("--directory", type=Path, help="where the model is kept (default: nowhere)")
+    add("--geometry", choices=GEOMETRIES, default="qwen3.6-35b-a3b")
+    add("--layers", type=int, default=8, metavar="N")
+    shares = [100.0, 50.0, 25.0, 12.5]
+    text = "percentages of experts in memory (default: 100 50 25 12.5)"
+    add("--shares", type=float, nargs="+", default=shares, metavar="P", help=text)
+    traces = ("zipf", "recorded")
+    add("--traces", nargs="+", choices=traces, default=traces)
+    add("--warm-up", type=int, default=48, metavar="N", help="untimed tokens")
+    text = "tokens of a trace that are timed cold, and as many warm (default: 24)"
+    add("--tokens", type=int, default=24, metavar="N", help=text)
+    device = "gpu" if mx.metal.is_available() or mx.cuda.is_available() else "cpu"
+    add("--device", choices=("cpu", "gpu"), default=device)
+    add("--executor", help="of ours (default: as in moeflux_mlx.load)")
+    add("--without-mlx-vlm", action="store_true", help="leave it out")
+    add("--csv", type=Path, help="also write the rows to this file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the model, let all sides take turns, check and print."""
+    if args.directory:
+        return _run(args, args.directory)
+    with tempfile.TemporaryDirectory(prefix="moeflux-bench-") as directory:
+        return _run(args, Path(directory))
+
+
+def _run(args: argparse.Namespace, directory: Path) -> int:
+    console = Console(highlight=False, width=160)
+    states = STATES if can_drop() else STATES[1:]
+    plan = Plan(
+        tuple(args.traces),
+        args.warm_up,
+        args.tokens,
+        states,
+        args.device,
+        args.executor,
+    )
+    for what in left_out(args):
+        console.print(f"Left out: {what}")
+    dtype = mx.float32 if args.device == "cpu" else mx.bfloat16
+    n_steps = max(TRACE_STEPS, plan.n_steps)
+    traced = make_model(directory, args.geometry, args.layers, dtype, n_steps)
+    runs = []
+    for sides in groups(args, has_mlx_vlm() and not args.without_mlx_vlm):
+        runs.append(measure(sides, traced, plan))
+    if wrong := disagreement(runs, TOLERANCES[str(dtype).removeprefix("mlx.core.")]):
+        print(f"bench_streaming: no speeds, {wrong}", file=sys.stderr)
+        return 1
+    rows = [
+        row
+        for trace in plan.traces
+        for state in plan.states
+        for run in runs
+        for row in summarize(run, plan, trace, state)
+    ]
+    report(rows, runs, console, args)
+    if args.csv:
+        _write_csv(rows, args)
+    return 0
+
+
+def left_out(args: argparse.Namespace) -> Iterator[str]:
+    """Yield what cannot be measured here, and why."""
+    if not can_drop():
+        yield "cold; this system cannot drop pages from its cache."
+    if args.without_mlx_vlm:
+        yield "mlx-vlm, as asked."
+    elif not has_mlx_vlm():
+        yield "mlx-vlm, which is not installed: pip install mlx-vlm"
+
+
+def groups(args: argparse.Namespace, with_mlx_vlm: bool) -> Iterator[list[Side]]:
+    """Yield the sides to be held side by side, for each share of experts.
+
+    No more models than that are in memory together. mlx-vlm with all experts is its
+    resident side; stock goes with the largest share.
+    """
+    for i, share in enumerate(sorted(args.shares, reverse=True)):
+        sides = [Side("mlx-lm")] if i == 0 else []
+        sides += [Side("ours"), Side("ours", share)]
+        if with_mlx_vlm and share < 100:
+            sides += [Side("mlx-vlm"), Side("mlx-vlm", share)]
+        yield sides
+
+
+@dataclass
+class Run:
+    """The steps of sides held side by side, and the disk's speed meanwhile."""
+
+    steps: dict[Side, dict[str, list[Step]]]
+    disk_bytes_per_s: list[float]
+
+
+def measure(sides: list[Side], traced: TracedModel, plan: Plan) -> Run:
+    """Let the sides follow the traces token by token, each in a process of its own.
+
+    Who goes first changes from token to token.
+    """
+    if any(side.engine == "mlx-vlm" for side in sides):
+        repacked(traced)
+    sync(path for path in traced.plain.parent.rglob("*") if path.is_file())
+    run = Run({side: {trace: [] for trace in plan.traces} for side in sides}, [])
+    names = "; ".join(side.name for side in sides)
+    with ExitStack() as stack:
+        workers = {
+            side: stack.enter_context(
+                ProcessPoolExecutor(
+                    1, get_context("spawn"), open_follower, (side, traced, plan)
+                )
+            )
+            for side in sides
+        }
+        for trace in plan.traces:
+            for i in track(range(plan.n_steps), f"{trace}: {names}", console=PROGRESS):
+                if plan.state(i) is not None and i % STEPS_PER_DISK_SAMPLE == 0:
+                    run.disk_bytes_per_s.append(_disk_sample(traced))
+                first = i % len(sides)
+                for side in sides[first:] + sides[:first]:
+                    step = workers[side].submit(follow, trace, i).result()
+                    run.steps[side][trace].append(step)
+    return run
+
+
+def _disk_sample(traced: TracedModel) -> float:
+    with PackedExperts.open(traced.packed) as store:
+        paths = [store.path(layer) for layer in store.layers]
+        record_bytes = store.layout(store.layers[0]).record_bytes
+    return disk_bytes_per_s(paths, record_bytes, DISK_READS)
+
+
+def disagreement(runs: list[Run], tolerance: float) -> str | None:
+    """Say which side's logits are wrong where, if any are.
+
+    Ours must be the same bit by bit whatever its share, and all near stock's.
+    """
+    stock = runs[0].steps[Side("mlx-lm")]
+    same: dict[str, np.ndarray] = {}
+    for run in runs:
+        for side, traces in run.steps.items():
+            for trace, steps in traces.items():
+                logits, wanted = _logits(steps), _logits(stock[trace])
+                off = np.linalg.norm(logits - wanted, axis=-1)
+                worst = (off / np.linalg.norm(wanted, axis=-1)).max()
+                if not worst <= tolerance:
+                    return f"{side.name} is off by {worst:.1e} on {trace}"
+                if side.engine != "ours" or side.share is None:
+                    continue
+                if not np.array_equal(logits, same.setdefault(trace, logits)):
+                    return f"{side.name} has other bits than another share on {trace}"
+    return None
+
+
+def _logits(steps: list[Step]) -> np.ndarray:
+    return np.stack([step.logits for step in steps])
+
+
+def summarize(run: Run, plan: Plan, trace: str, state: str) -> Iterator[dict[str, Any]]:
+    """Yield a row for each side: medians over the tokens timed in one state.
+
+    ``over_ms`` is the median of what a token took longer than the same token did on
+    the engine's resident side just before or after, ``over_spread_ms`` the range of
+    the middle half.
+    """
+    timed = {
+        side: [s for i, s in enumerate(traces[trace]) if plan.state(i) == state]
+        for side, traces in run.steps.items()
+    }
+    differences = {
+        side: [
+            a.seconds - b.seconds
+            for a, b in zip(steps, timed.get(Side(side.engine), steps), strict=True)
+        ]
+        for side, steps in timed.items()
+    }
+    over = {side: median(seconds) for side, seconds in differences.items()}
+    for side, steps in timed.items():
+        seconds = median(step.seconds for step in steps)
+        row: dict[str, Any] = {
+            "trace": trace,
+            "state": state,
+            "side": side.name,
+            "tokens_per_s": round(1 / seconds, 2),
+            "ms": round(1e3 * seconds, 2),
+            "cpu_ms": round(1e3 * median(step.cpu_seconds for step in steps), 2),
+        }
+        if side.share is not None:
+            resident = median(step.seconds for step in timed[Side(side.engine)])
+            row["over_ms"] = round(1e3 * over[side], 2)
+            quarters = np.percentile(differences[side], [25, 75])
+            row["over_spread_ms"] = round(1e3 * float(np.ptp(quarters)), 2)
+            row["of_resident"] = round(1 + over[side] / resident, 3)
+            row |= _experts(steps, over[side], run, state)
+            peer = Side("mlx-vlm", side.share)
+            if side.engine == "ours":
+                waited = sum(step.counters.wait_seconds for step in steps)
+                row["wait_share"] = round(waited / sum(s.seconds for s in steps), 4)
+                if peer in over:
+                    row["of_mlx_vlm"] = _ratio(over[side], over[peer])
+        yield row
+
+
+def _experts(
+    steps: list[Step], over_s: float, run: Run, state: str
+) -> dict[str, float]:
+    """Return hits and bytes of some steps, and the time taken beside the disk's."""
+    total = sum((step.counters for step in steps), Counters())
+    n_bytes = total.read_bytes / len(steps)
+    found = {
+        "hit_rate": round(total.hit_rate, 4),
+        "mb_per_token": round(n_bytes / 1e6, 2),
+    }
+    if state == "cold" and n_bytes:
+        found["of_disk"] = _ratio(over_s, n_bytes / median(run.disk_bytes_per_s))
+    return found
+
+
+def _ratio(a: float, b: float) -> float:
+    """Return ``a / b``, not a number where noise hides ``b``."""
+    return round(a / b, 3) if b > 0 else math.nan
+
+
+COLUMNS = {
+    "side": "side",
+    "tokens_per_s": "tokens/s",
+    "ms": "ms",
+    "cpu_ms": "CPU ms",
+    "over_ms": "over resident, ms",
+    "over_spread_ms": "spread",
+    "of_resident": "x resident",
+    "hit_rate": "hits",
+    "mb_per_token": "MB/token",
+    "wait_share": "waiting",
+    "of_mlx_vlm": "over, x mlx-vlm",
+    "of_disk": "over, x disk",
+}
+
+
+def report(
+    rows: list[dict[str, Any]],
+    runs: list[Run],
+    console: Console,
+    args: argparse.Namespace,
+) -> None:
+    """Print a table for each trace and state, then the aims and the facts."""
+    for trace, state in dict.fromkeys((row["trace"], row["state"]) for row in rows):
+        table = Table(title=f"{trace}, {state}")
+        for i, heading in enumerate(COLUMNS.values()):
+            table.add_column(heading, justify="right" if i else "left")
+        for row in rows:
+            if (row["trace"], row["state"]) == (trace, state):
+                table.add_row(*(str(row.get(name, "")) for name in COLUMNS))
+        console.print(table)
+    for name, (worst, aim) in aims(rows).items():
+        verdict = "met" if worst <= aim else "missed"
+        if not worst > 0:
+            verdict = "not to be told, the machine is too noisy"
+        console.print(f"{name}: at worst {worst:.2f}, aim {aim:.2f}: {verdict}")
+    disk = median(gbps / 1e9 for run in runs for gbps in run.disk_bytes_per_s)
+    console.print(f"disk: {disk:.2f} GB/s, eight random uncached reads at a time")
+    console.print(f"{args.geometry}, {args.layers} layers, {_facts()}")
+
+
+def aims(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Return our worst ratio and the aim, of each aim that was measured."""
+    wanted = {
+        "over resident, of mlx-vlm's": ("of_mlx_vlm", AIM_OF_MLX_VLM),
+        "over resident when cold, of the disk's time": ("of_disk", AIM_OF_DISK),
+        "all experts in the pool, of resident": ("of_resident", AIM_OF_RESIDENT),
+    }
+    found = {}
+    for name, (column, aim) in wanted.items():
+        partial = column != "of_resident"
+        ratios = [
+            row[column]
+            for row in rows
+            if row["side"].startswith("ours")
+            and row["side"].endswith(" 100 %") != partial
+            and column in row
+        ]
+        if ratios:
+            # Not a number is worst of all.
+            found[name] = max(ratios, key=lambda x: math.inf if x != x else x), aim
+    return found
+
+
+def _facts() -> str:
+    packages = ("mlx", "mlx-lm", *(("mlx-vlm",) if has_mlx_vlm() else ()))
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    date = datetime.now(timezone.utc).date().isoformat()
+    return f"{machine_name()}, {versions}, {date}"
+
+
+def _write_csv(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    facts = {"geometry": args.geometry, "layers": args.layers, "machine": _facts()}
+    with open(args.csv, "w", newline="") as file:
+        names = [*facts, "trace", "state", *COLUMNS]
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**facts, **row} for row in rows)

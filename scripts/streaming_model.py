@@ -1,0 +1,283 @@
+"""A large checkpoint of random weights whose tokens choose experts decided beforehand.
+
+Part of ``scripts/bench_streaming decode``. The layers have a published geometry; the
+routing is that of a given trace, through the model's own routers, so that no engine
+needs to know of it. Token t stands for step t of a trace: embeddings dominate the
+residual stream (what layers add is small), and a router's rows are solved for from the
+embeddings so that token t scores exactly the trace's experts highest.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from bench_geometry import BITS, GEOMETRIES, GROUP_SIZE, ROUTER_BITS
+from mlx.utils import tree_flatten
+from mlx_lm.models import qwen3_5_moe
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_tokenizer, quantize_model, save_config
+
+import moeflux_mlx
+from moeflux_mlx.experts.pack import pack
+from moeflux_mlx.experts.packed import is_packed
+from moeflux_mlx.graph.lower import Step
+from moeflux_mlx.ops import MoeSoftmaxTopK
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "models" / "demo"
+# Of a uniform 4-bit value; divides the scale out of a matrix's deviation.
+DEVIATION, MIDDLE = 4.61, 7.5
+# What matrices that write into the residual stream add to it, relative to the rest.
+ADDED = 0.1
+WRITERS = ("o_proj", "out_proj", "down_proj")
+# Router logits of the chosen experts over all others, and between their ranks.
+LEAD, RANK_STEP = 8.0, 0.2
+TRACE_NAME = "routing.npz"
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """Where the checkpoint and its pack are, and the experts that tokens choose.
+
+    ``routing`` has ``[N, layers, K]`` expert ids for each trace.
+    """
+
+    plain: Path
+    packed: Path
+    routing: dict[str, np.ndarray]
+
+    def tokens(self, trace: str) -> list[int]:
+        """Return the N tokens that stand for the steps of a trace."""
+        names = list(self.routing)
+        n = len(self.routing[trace])
+        first = names.index(trace) * n
+        return list(range(first, first + n))
+
+
+def make_model(
+    directory: Path, geometry: str, n_layers: int, dtype: mx.Dtype, n_steps: int
+) -> TracedModel:
+    """Write the checkpoint and its pack below ``directory`` unless they are there."""
+    kind = str(dtype).removeprefix("mlx.core.")
+    home = directory / f"{geometry}-{n_layers}-layers-{kind}-{n_steps}-steps"
+    plain, packed = home / "plain", home / "packed"
+    if not is_packed(packed):
+        shutil.rmtree(plain, ignore_errors=True)
+        config = geometry_config(geometry, n_layers)
+        routing = make_traces(config, n_steps)
+        write_checkpoint(plain, config, dtype, routing)
+        pack(plain, packed)
+    with np.load(plain / TRACE_NAME) as arrays:
+        return TracedModel(plain, packed, {name: arrays[name] for name in arrays})
+
+
+def geometry_config(geometry: str, n_layers: int) -> dict[str, Any]:
+    """Return the text configuration: the geometry, its depth and vocabulary cut.
+
+    The vocabulary is the demo model's: on a CPU an output matrix of 248 thousand rows
+    would take longer than all layers.
+    """
+    published = GEOMETRIES[geometry]
+    return dict(
+        published,
+        model_type="qwen3_5_moe_text",
+        num_hidden_layers=n_layers,
+        vocab_size=load_tokenizer(DEMO).vocab_size,
+        # As published too; without images nothing but mlx-vlm's loader looks at it.
+        rope_parameters={**published["rope_parameters"], "mrope_section": [11, 11, 10]},
+    )
+
+
+def make_traces(config: dict[str, Any], n_steps: int) -> dict[str, np.ndarray]:
+    """Return the Zipf-like and the recorded trace, ``[n_steps, layers, K]`` each."""
+    shape = (n_steps, config["num_hidden_layers"])
+    n_experts, k = config["num_experts"], config["num_experts_per_tok"]
+    return {
+        "zipf": zipf_trace(*shape, n_experts, k),
+        "recorded": recorded_trace(*shape, n_experts, k),
+    }
+
+
+def zipf_trace(n_steps: int, n_layers: int, n_experts: int, k: int) -> np.ndarray:
+    """Draw K distinct experts a step; the r-th favourite weighs 1/r, in each layer.
+
+    Steps are independent, so nothing but popularity makes an expert come again.
+    """
+    rng = np.random.default_rng(0)
+    weights = -np.log(np.arange(1, n_experts + 1))
+    # The K largest of log-weights with Gumbel noise are K draws without replacement.
+    noisy = weights + rng.gumbel(size=(n_steps, n_layers, n_experts))
+    favourites = np.argsort(-noisy, axis=-1)[..., :k]
+    orders = np.stack([rng.permutation(n_experts) for _ in range(n_layers)])
+    return np.stack([orders[i][favourites[:, i]] for i in range(n_layers)], axis=1)
+
+
+def recorded_trace(n_steps: int, n_layers: int, n_experts: int, k: int) -> np.ndarray:
+    """Return choices the demo model made on K texts, side by side.
+
+    Each text gives one of the K experts and has ``n_experts / K`` experts to itself:
+    all choices and their order in time are recorded ones, at the share of experts a
+    token uses. Ranks and layers of the demo model take turns.
+    """
+    model, tokenizer = moeflux_mlx.load(DEMO, executor="ops")
+    texts = sorted(
+        (ROOT / "moeflux_mlx").rglob("*.py"), key=lambda p: -p.stat().st_size
+    )
+    columns = []
+    for i, path in enumerate(texts[:k]):
+        tokens = tokenizer.encode(path.read_text()[: 8 * n_steps])[:n_steps]
+        choices = record_routing(model, tokens)
+        _, n_recorded, n_ranks = choices.shape
+        own = n_experts // k
+        layers = np.arange(n_layers) % n_recorded
+        columns.append(choices[:, layers, i % n_ranks] % own + i * own)
+    return np.stack(columns, axis=-1)
+
+
+def record_routing(model: nn.Module, tokens: list[int]) -> np.ndarray:
+    """Run tokens as one prompt and return the experts chosen, ``[N, layers, K]``."""
+    chosen: list[np.ndarray] = []
+
+    def observe(steps: list[Step], encoding: Any) -> None:
+        for step in steps:
+            step.run(encoding.values, encoding.weights, encoding.host)
+            if isinstance(op := step.ops[0], MoeSoftmaxTopK):
+                chosen.append(np.array(encoding.value(op.indices_out)))
+
+    executor = model.runtime.executor
+    executor.observer = observe
+    try:
+        mx.eval(model(mx.array([tokens]), cache=make_prompt_cache(model)))
+    finally:
+        executor.observer = None
+    return np.stack(chosen, axis=1)
+
+
+def write_checkpoint(
+    path: Path,
+    config: dict[str, Any],
+    dtype: mx.Dtype,
+    routing: dict[str, np.ndarray],
+) -> None:
+    """Write an mlx-lm checkpoint in 4 bits, routers in 8, one layer at a time."""
+    model, full_config = _skeleton(config, dtype)
+    rng = np.random.default_rng(0)
+    path.mkdir(parents=True)
+    shards = _by_shard(tree_flatten(model.parameters()), config["num_hidden_layers"])
+    scores = np.concatenate(
+        [_scores(t, config["num_experts"]) for t in routing.values()]
+    )
+    inputs = None
+    for i, names in enumerate(shards):
+        tensors = dict(_tensors(names, rng, dtype))
+        if inputs is None:
+            # The first shard holds the embedding.
+            inputs = _normed_embeddings(tensors, len(scores))
+            solved = np.linalg.solve(inputs @ inputs.T, inputs)
+        else:
+            rows = scores[:, i - 1].T @ solved
+            tensors.update(_router(_prefix(names), rows, dtype))
+        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        mx.save_safetensors(str(path / name), tensors, {"format": "mlx"})
+    save_config(full_config, path / "config.json")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO / name, path / name)
+    np.savez(path / TRACE_NAME, **routing)
+
+
+def _skeleton(
+    config: dict[str, Any], dtype: mx.Dtype
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return mlx-lm's model, quantised but not evaluated, and its configuration."""
+    full = {
+        "model_type": "qwen3_5_moe",
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "text_config": config,
+        "eos_token_id": 0,
+    }
+    args = qwen3_5_moe.ModelArgs.from_dict(copy.deepcopy(full))
+    model = qwen3_5_moe.Model(args)
+    model.set_dtype(dtype)
+    with redirect_stdout(StringIO()):
+        return quantize_model(
+            model, full, GROUP_SIZE, BITS, quant_predicate=model.quant_predicate
+        )
+
+
+def _by_shard(
+    parameters: list[tuple[str, mx.array]], n_layers: int
+) -> list[dict[str, mx.array]]:
+    """Deal parameters out: what is outside layers first, then layer by layer."""
+    shards: list[dict[str, mx.array]] = [{} for _ in range(n_layers + 1)]
+    for name, value in parameters:
+        after = name.partition(".layers.")[2]
+        shards[int(after.split(".")[0]) + 1 if after else 0][name] = value
+    return shards
+
+
+def _tensors(
+    names: dict[str, mx.array], rng: np.random.Generator, dtype: mx.Dtype
+) -> Iterator[tuple[str, mx.array]]:
+    """Yield each parameter: packed matrices drawn anew, others as they are."""
+    for name, value in names.items():
+        stem, _, part = name.rpartition(".")
+        if f"{stem}.scales" not in names:
+            yield name, value
+        elif part == "weight":
+            words = rng.integers(0, 2**32, value.shape, dtype=np.uint32)
+            yield name, mx.array(words)
+            scales = _scale(stem, names) * rng.uniform(
+                0.5, 1.5, names[f"{stem}.scales"].shape
+            ).astype(np.float32)
+            yield f"{stem}.scales", mx.array(scales).astype(dtype)
+            yield f"{stem}.biases", (-MIDDLE * mx.array(scales)).astype(dtype)
+
+
+def _scale(stem: str, names: dict[str, mx.array]) -> float:
+    """Return the scale at which outputs are about as large as inputs, or ``ADDED``."""
+    if stem.endswith("embed_tokens"):
+        return 1 / DEVIATION
+    n_inputs = names[f"{stem}.scales"].shape[-1] * GROUP_SIZE
+    gain = ADDED if stem.endswith(WRITERS) else 1.0
+    return gain / DEVIATION / n_inputs**0.5
+
+
+def _normed_embeddings(tensors: dict[str, mx.array], n_tokens: int) -> np.ndarray:
+    """Return what a norm of weight 1 makes of the first embeddings, ``[N, D]``."""
+    stem = next(name for name in tensors if name.endswith("embed_tokens.weight"))[:-7]
+    parts = [tensors[f"{stem}.{p}"][:n_tokens] for p in ("weight", "scales", "biases")]
+    rows = np.array(mx.dequantize(*parts, GROUP_SIZE, BITS).astype(mx.float32))
+    return rows / np.sqrt((rows**2).mean(axis=-1, keepdims=True))
+
+
+def _scores(trace: np.ndarray, n_experts: int) -> np.ndarray:
+    """Return router logits ``[N, layers, E]``: chosen experts lead, by rank."""
+    k = trace.shape[-1]
+    scores = np.zeros((*trace.shape[:-1], n_experts))
+    leads = LEAD + RANK_STEP * np.arange(k, 0, -1)
+    np.put_along_axis(scores, trace, np.broadcast_to(leads, trace.shape), axis=-1)
+    return scores
+
+
+def _prefix(names: dict[str, mx.array]) -> str:
+    return next(name for name in names if name.endswith(".mlp.gate.weight"))[:-7]
+
+
+def _router(
+    stem: str, rows: np.ndarray, dtype: mx.Dtype
+) -> Iterator[tuple[str, mx.array]]:
+    rows = mx.array(rows.astype(np.float32))
+    w, scales, biases = mx.quantize(rows, GROUP_SIZE, ROUTER_BITS)
+    yield f"{stem}.weight", w
+    yield f"{stem}.scales", scales.astype(dtype)
+    yield f"{stem}.biases", biases.astype(dtype)

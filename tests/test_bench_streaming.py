@@ -1,0 +1,180 @@
+"""scripts/bench_streaming: tokens route as traced, and no figure is of wrong ones."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+from collections import OrderedDict
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+import moeflux_mlx
+from moeflux_mlx.experts.stats import Counters
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = dict(
+    hidden_size=128,
+    num_attention_heads=4,
+    head_dim=64,
+    linear_num_value_heads=4,
+    linear_num_key_heads=2,
+    linear_key_head_dim=64,
+    linear_value_head_dim=64,
+    num_experts=16,
+    num_experts_per_tok=4,
+    moe_intermediate_size=64,
+    shared_expert_intermediate_size=64,
+)
+N_STEPS = 8
+
+
+@pytest.fixture
+def scripts(monkeypatch) -> None:
+    """Let the scripts' modules be imported, with a tiny geometry to choose."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    geometries = importlib.import_module("bench_geometry").GEOMETRIES
+    tiny = {**geometries["qwen3.6-35b-a3b"], **TINY}
+    monkeypatch.setitem(geometries, "tiny", tiny)
+
+
+@pytest.fixture
+def decode(scripts, monkeypatch) -> ModuleType:
+    module = importlib.import_module("streaming_decode")
+    monkeypatch.setattr(module, "TRACE_STEPS", N_STEPS)
+    return module
+
+
+@pytest.fixture
+def soak(scripts) -> ModuleType:
+    return importlib.import_module("streaming_soak")
+
+
+def run(part: ModuleType, *flags: object) -> int:
+    parser = argparse.ArgumentParser()
+    part.add_arguments(parser)
+    return part.run(parser.parse_args([str(flag) for flag in flags]))
+
+
+def hits_of_lru(trace: np.ndarray, n_slots: int, n_warm_up: int) -> float:
+    """Return the hit rate of one pool for all layers after the first steps."""
+    held: OrderedDict[tuple[int, int], None] = OrderedDict()
+    hits = []
+    for step in trace.tolist():
+        hits.append(0)
+        for layer, experts in enumerate(step):
+            asked = [(layer, expert) for expert in sorted(experts)]
+            hits[-1] += sum(key in held for key in asked)
+            for key in asked:
+                held[key] = None
+                held.move_to_end(key)
+            while len(held) > n_slots:
+                held.popitem(last=False)
+    return sum(hits[n_warm_up:]) / trace[n_warm_up:].size
+
+
+def test_decoding_is_measured_on_the_traced_routing(decode, tmp_path):
+    rows = tmp_path / "rows.csv"
+    flags = ["--directory", tmp_path, "--geometry", "tiny", "--layers", 4]
+    flags += ["--shares", 50, "--warm-up", 4, "--tokens", 2, "--without-mlx-vlm"]
+    assert run(decode, *flags, "--device", "cpu", "--csv", rows) == 0
+    found = list(csv.DictReader(rows.read_text().splitlines()))
+    sides = ["mlx-lm, resident", "ours, resident", "ours, 50 %"]
+    cells = [(t, s) for t in ("zipf", "recorded") for s in ("cold", "warm")]
+    assert [(r["trace"], r["state"]) for r in found[::3]] == cells
+    assert [row["side"] for row in found] == 4 * sides
+    assert all(float(row["tokens_per_s"]) > 0 for row in found)
+    traces = importlib.import_module("streaming_model")
+    config = traces.geometry_config("tiny", 4)
+    for name, trace in traces.make_traces(config, N_STEPS).items():
+        ours = [r for r in found if r["trace"] == name and r["side"] == "ours, 50 %"]
+        rate = np.mean([float(row["hit_rate"]) for row in ours])
+        assert rate == pytest.approx(hits_of_lru(trace, 32, 4), abs=1e-4)
+        assert all(float(row["mb_per_token"]) > 0 for row in ours)
+
+
+def test_tokens_choose_the_experts_of_their_traces(scripts, tmp_path):
+    mx = importlib.import_module("mlx.core")
+    models = importlib.import_module("streaming_model")
+    traced = models.make_model(tmp_path, "tiny", 4, mx.float32, N_STEPS)
+    model, _ = moeflux_mlx.load(traced.packed, memory="3MB")
+    for name, trace in traced.routing.items():
+        found = models.record_routing(model, traced.tokens(name))
+        assert np.array_equal(np.sort(found), np.sort(trace))
+    again = models.make_model(tmp_path, "tiny", 4, mx.float32, N_STEPS)
+    assert again.plain == traced.plain
+    assert np.array_equal(again.routing["zipf"], traced.routing["zipf"])
+
+
+def test_traces_are_skewed_and_recorded_ones_keep_to_their_experts(scripts):
+    models = importlib.import_module("streaming_model")
+    zipf = models.zipf_trace(300, 3, 64, 4)
+    assert zipf.shape == (300, 3, 4)
+    assert all(len(set(row)) == 4 for row in zipf.reshape(-1, 4).tolist())
+    counts = np.sort(np.bincount(zipf[:, 0].ravel(), minlength=64))[::-1]
+    assert counts[0] > 2 * counts[7] > 4 * counts[63]
+    recorded = models.recorded_trace(9, 10, 32, 4)
+    assert np.array_equal(recorded // 8, np.broadcast_to(np.arange(4), (9, 10, 4)))
+    assert len(np.unique(recorded)) > 8
+
+
+def test_no_speed_is_printed_of_other_logits(decode):
+    side, step = decode.Side, decode.Step
+    right, near = np.ones(5, np.float32), np.full(5, 1 + 1e-6, np.float32)
+
+    def runs(logits: np.ndarray) -> list:
+        sides = {side("mlx-lm"): right, side("ours", 50.0): near}
+        sides[side("ours", 25.0)] = logits
+        steps = {s: {"zipf": [step(1.0, 1.0, Counters(), x)]} for s, x in sides.items()}
+        return [decode.Run(steps, [1.0])]
+
+    assert decode.disagreement(runs(near), 1e-4) is None
+    assert "other bits" in decode.disagreement(runs(right), 1e-4)
+    assert "ours, 25 % is off" in decode.disagreement(runs(2 * right), 1e-4)
+    assert "is off" in decode.disagreement(runs(np.nan * right), 1e-4)
+
+
+def test_the_worst_ratio_is_held_against_its_aim(decode):
+    rows = [
+        {"side": "ours, 100 %", "of_resident": 1.01},
+        {"side": "ours, 50 %", "of_resident": 1.5, "of_mlx_vlm": 0.2, "of_disk": 1.1},
+        {"side": "ours, 25 %", "of_mlx_vlm": float("nan")},
+        {"side": "mlx-vlm, 50 %", "of_disk": 9.0},
+    ]
+    found = decode.aims(rows)
+    vlm, disk, full = (worst for worst, _ in found.values())
+    assert np.isnan(vlm) and (disk, full) == (1.1, 1.01)
+
+
+def test_a_short_soak_gives_the_resident_tokens(soak, packed, capsys):
+    flags = ["--model", packed, "--tokens", 240, "--every", 12]
+    assert run(soak, *flags) == 0
+    assert "240 tokens as resident, 25 budgets" in capsys.readouterr().out
+
+
+def test_a_soak_tells_a_wrong_token_and_growing_memory(
+    soak, packed, capsys, monkeypatch
+):
+    flags = ["--model", packed, "--tokens", 120, "--every", 5]
+    assert run(soak, *flags, "--bytes-per-token", -1e9) == 1
+    assert "expected at most" in capsys.readouterr().err
+    right = soak.continued
+
+    def other(*args):
+        texts = right(*args)
+        next(iter(texts.values()))[7] += 1
+        return texts
+
+    monkeypatch.setattr(soak, "continued", other)
+    assert run(soak, *flags) == 1
+    assert "token 7 is" in capsys.readouterr().err
+
+
+def test_growth_is_the_slope_after_settling(soak):
+    steady = [900, 500, *(100 + 30 * i for i in range(6))]
+    assert soak.growth_per_token(steady, 10) == pytest.approx(3)
+    assert soak.growth_per_token([100], 10) == 0
+    assert soak.process_bytes() > 1e6
