@@ -100,7 +100,7 @@ def test_tokens_choose_the_experts_of_their_traces(scripts, tmp_path):
     mx = importlib.import_module("mlx.core")
     models = importlib.import_module("streaming_model")
     traced = models.make_model(tmp_path, "tiny", 4, mx.float32, N_STEPS)
-    model, _ = moeflux_mlx.load(traced.packed, memory="3MB")
+    model, _ = moeflux_mlx.load(traced.packed, expert_memory="3MB")
     for name, trace in traced.routing.items():
         found = models.record_routing(model, traced.tokens(name))
         assert np.array_equal(np.sort(found), np.sort(trace))

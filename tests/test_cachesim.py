@@ -119,7 +119,7 @@ def trace(checkpoint):
 def test_hits_are_those_that_the_streamer_counts(packed, trace, n_slots, policy, scope):
     name = {LRU: "lru", LFU: "lfu"}[policy]
     memory = n_slots * stride(packed) + POOL_ALIGNMENT
-    model, _ = moeflux_mlx.load(packed, memory=memory, scope=scope, policy=name)
+    model, _ = moeflux_mlx.load(packed, expert_memory=memory, scope=scope, policy=name)
     with model.streamer as streamer:
         assert streamer.n_slots == n_slots
         prompt = mx.array(PROMPT)

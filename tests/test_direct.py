@@ -143,16 +143,16 @@ def test_where_one_file_refuses_none_is_read_directly(small):
 @linux
 def test_a_model_is_read_directly_when_asked_to(packed, budget, monkeypatch):
     open_directly(packed).close()
-    loaded, _ = moeflux_mlx.load(packed, memory=budget)
+    loaded, _ = moeflux_mlx.load(packed, expert_memory=budget)
     assert not is_direct(loaded.runtime.store)
     tokens = greedy(loaded, [5, 99, 300], 7)[0]
-    loaded, _ = moeflux_mlx.load(packed, memory=budget, expert_io="direct")
+    loaded, _ = moeflux_mlx.load(packed, expert_memory=budget, expert_io="direct")
     assert is_direct(loaded.runtime.store)
     assert greedy(loaded, [5, 99, 300], 7)[0] == tokens
     monkeypatch.setenv("MOEFLUX_EXPERT_IO", "direct")
-    loaded, _ = moeflux_mlx.load(packed, memory=budget)
+    loaded, _ = moeflux_mlx.load(packed, expert_memory=budget)
     assert is_direct(loaded.runtime.store)
-    loaded, _ = moeflux_mlx.load(packed, memory=budget, expert_io="pread")
+    loaded, _ = moeflux_mlx.load(packed, expert_memory=budget, expert_io="pread")
     assert not is_direct(loaded.runtime.store)
 
 

@@ -81,7 +81,7 @@ def test_logits_are_the_same_at_every_budget_and_those_of_stock(mixed, tmp_path)
     for path in (mixed, packed):
         for n_slots in (2, 7, n_records):
             memory = memory_for(mixed, n_slots)
-            model, _ = moeflux_mlx.load(path, memory=memory, expert_io="pread")
+            model, _ = moeflux_mlx.load(path, expert_memory=memory, expert_io="pread")
             assert model.runtime.streams == (n_slots < n_records)
             assert mx.array_equal(logits(model, 9), expected), (path, n_slots)
     mapped, _ = moeflux_mlx.load(packed, expert_io="mmap")
@@ -210,7 +210,7 @@ def test_a_scale_of_the_whole_matrix_is_refused_by_name(tmp_path):
     (path / "config.json").write_text(json.dumps(config))
     for memory in ("1GB", None):
         with pytest.raises(ModelError, match=r"up_proj\.global_scale"):
-            model, _ = moeflux_mlx.load(path, memory=memory)
+            model, _ = moeflux_mlx.load(path, expert_memory=memory)
             model(mx.array([[1]]))
 
 
@@ -224,4 +224,4 @@ def test_biases_of_another_type_than_their_scales_are_refused_by_name(
     tensors[name] = Raw("F16", raw.shape, raw.data[: len(raw.data) // 2])
     write_raw(path, tensors)
     with pytest.raises(ModelError, match=rf"{re.escape(name)}.*F32 as of its scales"):
-        moeflux_mlx.load(path, memory="1GB")
+        moeflux_mlx.load(path, expert_memory="1GB")

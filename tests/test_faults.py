@@ -52,7 +52,7 @@ def directory(request, checkpoint, packed, tmp_path):
 
 @pytest.fixture(params=[0, 10**9], ids=["threads", "inline"])
 def model(request, directory, budget):
-    loaded, _ = moeflux_mlx.load(directory, memory=budget)
+    loaded, _ = moeflux_mlx.load(directory, expert_memory=budget)
     loaded.streamer._reader.inline_bytes = request.param
     assert not loaded.streamer.resident
     yield loaded
@@ -134,7 +134,7 @@ def test_files_deleted_while_open_are_still_read(model, directory, budget, expec
         file.unlink()
     assert generated(model) == expected
     with pytest.raises(MoefluxError, match=re.escape(str(directory))):
-        moeflux_mlx.load(directory, memory=budget)
+        moeflux_mlx.load(directory, expert_memory=budget)
 
 
 def test_files_replaced_while_open_are_read_as_they_were(model, directory, expected):
@@ -248,7 +248,7 @@ def test_a_file_cut_before_it_is_opened_is_refused(n_bytes, directory, budget):
     size = file.stat().st_size
     os.truncate(file, size - 1 if n_bytes < 0 else n_bytes)
     with pytest.raises(MoefluxError, match=re.escape(str(file))):
-        moeflux_mlx.load(directory, memory=budget)
+        moeflux_mlx.load(directory, expert_memory=budget)
 
 
 def test_records_are_checked_again_after_their_file_failed(tmp_path):

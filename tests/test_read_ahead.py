@@ -30,7 +30,7 @@ def memory_of(path, n_slots: int) -> int:
 def decode(path, n_slots: int, read_ahead: str):
     """Return the logits of a prompt and ten tokens, and the counters of the tokens."""
     memory = memory_of(path, n_slots)
-    model, _ = moeflux_mlx.load(path, memory=memory, read_ahead=read_ahead)
+    model, _ = moeflux_mlx.load(path, expert_memory=memory, read_ahead=read_ahead)
     rng, cache = np.random.default_rng(3), make_prompt_cache(model)
     parts = [model(mx.array(rng.integers(1, 320, (1, 5))), cache=cache)]
     model.streamer.stats.reset()

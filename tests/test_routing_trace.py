@@ -57,7 +57,7 @@ def test_a_trace_holds_what_stock_mlx_lm_s_routers_choose(checkpoint, trace):
 
 
 def test_streamed_models_are_traced_alike(packed, budget, trace):
-    model, _ = moeflux_mlx.load(packed, memory=budget)
+    model, _ = moeflux_mlx.load(packed, expert_memory=budget)
     with model.streamer as streamer:
         assert not streamer.resident
         streamed = record_routing(model, PROMPT, max_tokens=N_TOKENS)
@@ -204,7 +204,7 @@ def test_the_command_writes_a_trace_that_pins_come_from(
     trace = RoutingTrace.load(path)
     assert trace.n_prompt_tokens == 14
     model, tokenizer = moeflux_mlx.load(
-        packed, memory=budget, policy=f"lru+pins:{path}"
+        packed, expert_memory=budget, policy=f"lru+pins:{path}"
     )
     with model.streamer as streamer:
         again = record_routing(model, tokenizer.encode("def add(a, b):"), max_tokens=9)
@@ -215,8 +215,8 @@ def test_the_command_writes_a_trace_that_pins_come_from(
 def test_the_environment_names_a_policy(packed, budget, monkeypatch):
     monkeypatch.setenv("MOEFLUX_POLICY", "newest")
     with pytest.raises(ConfigError, match="newest"):
-        moeflux_mlx.load(packed, memory=budget)
-    model, _ = moeflux_mlx.load(packed, memory=budget, policy="lru")
+        moeflux_mlx.load(packed, expert_memory=budget)
+    model, _ = moeflux_mlx.load(packed, expert_memory=budget, policy="lru")
     model.streamer.close()
 
 

@@ -63,7 +63,7 @@ def load(path, n_slots: int, optimistic: str, executor: str = "lazy"):
     with PackedExperts.open(path) as store:
         memory = n_slots * store.layout(0).stride + POOL_ALIGNMENT
     return moeflux_mlx.load(
-        path, memory=memory, executor=executor, optimistic=optimistic
+        path, expert_memory=memory, executor=executor, optimistic=optimistic
     )[0]
 
 
