@@ -239,11 +239,12 @@ class Runtime:
             evaluate=partial(self.executor.wait, "routing"),
             report=report,
         )
+        io = config.expert_io(options.expert_io)
+        if io == "auto" and plan is not None:
+            # What is mapped cannot give way to growing caches.
+            io = "pread"
         on_host = self.executor.takes_host_arrays and device.prefers_host_arrays()
-        self.streamer = open_experts(
-            self.store, memory, stream, io=options.expert_io, on_host=on_host
-        )
-        # Mapped experts have nothing to give up.
+        self.streamer = open_experts(self.store, memory, stream, io=io, on_host=on_host)
         if plan is not None and isinstance(self.streamer, ExpertStreamer):
             self.keeper = MemoryKeeper(plan, needs, self.streamer)
 

@@ -69,7 +69,7 @@ def all_fit(store: ExpertStore, memory: Memory) -> bool:
     """
     layouts = [store.layout(layer) for layer in store.layers]
     gate = most_bytes()
-    asked = gate if memory is None else parse_bytes(memory)
+    asked = gate if memory is None else parse_bytes(memory, "expert_memory")
     return pool_bytes(layouts, len(layouts) * store.n_experts) <= min(asked, gate)
 
 
@@ -85,10 +85,10 @@ def _mappable(store: ExpertStore, memory: Memory) -> PackedExperts:
             "[expert_io] expected a packed directory for 'mmap' but got a plain "
             "checkpoint: pack it first, or use 'pread'"
         )
-    if memory is not None and parse_bytes(memory) < all_bytes(store):
+    if memory is not None and parse_bytes(memory, "expert_memory") < all_bytes(store):
         raise BudgetError(
             f"[expert_io] expected memory of at least {all_bytes(store)} bytes, all "
-            f"experts, for 'mmap' but got {parse_bytes(memory)}: use 'pread'"
+            f"experts, for 'mmap' but got {parse_bytes(memory, 'expert_memory')}: use 'pread'"
         )
     return store
 

@@ -6,6 +6,7 @@ import math
 import mmap
 import os
 import threading
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
@@ -45,7 +46,8 @@ class MappedExperts:
             ConfigError: MLX cannot use mapped memory here.
             ExpertStoreError: a file is too short, cannot be read or is damaged.
         """
-        self.n_slots = len(store.layers) * store.n_experts
+        self.experts = [(i, e) for i in store.layers for e in range(store.n_experts)]
+        self.n_slots = len(self.experts)
         self.stats = StreamStats(store.layers)
         rows = {layer: _map(store, layer) for layer in store.layers}
         as_weights = host_weights if on_host else device_weights
@@ -54,6 +56,14 @@ class MappedExperts:
         }
         self._check(store)
         self.memory_bytes = sum(mapped.nbytes for mapped in rows.values())
+
+    @property
+    def held(self) -> list[tuple[int, int]]:
+        """The experts in memory, as ``(layer, expert)``: all there are."""
+        return self.experts
+
+    def preload(self, experts: Collection[tuple[int, int]]) -> None:
+        """Do nothing: they are there."""
 
     def source(self, layer: int) -> ExpertSource:
         """Return one layer's experts as its MoE Op reads them.
