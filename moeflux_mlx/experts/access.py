@@ -85,10 +85,11 @@ def _mappable(store: ExpertStore, memory: Memory) -> PackedExperts:
             "[expert_io] expected a packed directory for 'mmap' but got a plain "
             "checkpoint: pack it first, or use 'pread'"
         )
-    if memory is not None and parse_bytes(memory, "expert_memory") < all_bytes(store):
+    asked = None if memory is None else parse_bytes(memory, "expert_memory")
+    if asked is not None and asked < all_bytes(store):
         raise BudgetError(
             f"[expert_io] expected memory of at least {all_bytes(store)} bytes, all "
-            f"experts, for 'mmap' but got {parse_bytes(memory, 'expert_memory')}: use 'pread'"
+            f"experts, for 'mmap' but got {asked}: use 'pread'"
         )
     return store
 
