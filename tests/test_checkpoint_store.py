@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -398,3 +399,21 @@ def test_a_file_truncated_after_opening_is_an_error_and_no_wrong_expert(
             ):
                 found = streamer.pool.buffer(int(slot), store.layout(1).record_bytes)
                 assert bytes(found) == expected[1, expert]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no list of open files")
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_files_of_a_store_that_nobody_closes_are_closed(plain, tmp_path, is_packed):
+    def count() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    path = plain
+    if is_packed:
+        path = tmp_path / "packed"
+        pack(plain, path)
+    before = count()
+    store = open_store(path)
+    assert count() > before
+    del store
+    gc.collect()
+    assert count() == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import xxhash
 
 from ..errors import ModelError
 from .safetensors import TensorEntry, fingerprint, read_header
-from .spans import read_fully
+from .spans import close_files, read_fully
 
 N_EXPERTS_KEYS = ("num_experts", "n_routed_experts", "num_local_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k", "top_k")
@@ -87,6 +88,8 @@ class Checkpoint:
         self.directory, self.config, self.shards = directory, config, shards
         self.tensors: dict[str, TensorEntry] = {}
         self._fds: dict[Path, int] = {}
+        # For who never closes: models are dropped, not closed.
+        weakref.finalize(self, close_files, self._fds)
         for shard in shards:
             for name, entry in read_header(shard).items():
                 if name in self.tensors:
@@ -163,8 +166,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close the files."""
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        close_files(self._fds)
 
     def __enter__(self) -> Checkpoint:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from .direct import are_aligned, bypass_cache
 from .layout import ExpertLayout
 from .manifest import MANIFEST_NAME, LayerFile, Manifest, ResidentFile
 from .safetensors import fingerprint
-from .spans import Span
+from .spans import Span, close_files
 
 # Called with what is being done, the bytes done and the bytes in all.
 Progress = Callable[[str, int, int], None]
@@ -40,6 +41,8 @@ class PackedExperts:
         self._files = {entry.layer: entry for entry in manifest.layers}
         self._paths = {entry.layer: directory / entry.file for entry in manifest.layers}
         self._fds: dict[int, int] = {}
+        # For who never closes: models are dropped, not closed.
+        weakref.finalize(self, close_files, self._fds)
         self._direct = False
 
     @classmethod
@@ -131,8 +134,7 @@ class PackedExperts:
 
     def close(self) -> None:
         """Close the files."""
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        close_files(self._fds)
 
     def __enter__(self) -> PackedExperts:
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Piece(NamedTuple):
@@ -42,6 +42,12 @@ class Span(NamedTuple):
         file_bytes = os.lseek(self.fd, 0, os.SEEK_END)
         if file_bytes < end:
             raise EOFError(f"the file was cut to {file_bytes} bytes during the read")
+
+
+def close_files(files: dict[Any, int]) -> None:
+    """Close the descriptors in ``files`` and take them out."""
+    while files:
+        os.close(files.popitem()[1])
 
 
 def merge(pieces: Iterable[Piece]) -> list[list[Piece]]:
