@@ -40,6 +40,8 @@ class Call:
 
 
 # Matrices that multiply the same row one after the other, by path.
+# mlx-lm's name for the stacked experts of a layer's MoE block.
+ROUTED = "switch_mlp"
 SAME_INPUT = (
     tuple(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")),
     tuple(f"self_attn.{part}_proj" for part in "qkv"),

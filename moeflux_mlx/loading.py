@@ -21,9 +21,9 @@ from .experts.budget import AUTO
 from .experts.packed import PackedExperts, is_packed
 from .experts.store import open_store
 from .memory import MemoryPlan
-from .model import RunOptions
 from .pool_search import find_fastest
 from .progress import Report, byte_progress, notice
+from .runtime import RunOptions
 
 
 def load(

@@ -6,28 +6,16 @@ any kernel.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
 
-from . import config, device
 from .errors import ModelError
-from .executors import Encoding, Executor, open_executor
+from .executors import Encoding, Executor
 from .executors.base import arrays
 from .executors.compiled import CompiledSteps
-from .experts.access import open_experts
-from .experts.budget import AUTO, most_bytes, parse_bytes
-from .experts.mapped import MappedExperts
-from .experts.packed import Progress
-from .experts.policy import DEFAULT_POLICY
-from .experts.store import ExpertStore, model_identity
-from .experts.streamer import ExpertStreamer
 from .graph import Buf, BufferPool, BufId, Graph, Op, WeightRef
 from .graph.buffers import Shape
 from .graph.lower import Kernel, Step
@@ -35,7 +23,6 @@ from .graph.roles import (
     ExpertBaseBuf,
     ResidualBuf,
 )
-from .memory import MemoryKeeper, MemoryPlan, Needs, plan_memory
 from .ops import MatvecNTokens, ResidualAddNTokens, RmsNormBf16NTokens
 from .weights import ExpertSource, Weight
 
@@ -164,167 +151,6 @@ class BuiltOnce(Generic[T]):
     def values(self) -> list[T]:
         """Return everything built and still here."""
         return list(self._built.values())
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a model is to run: which experts from where, in how much memory, and on what.
-
-    ``open_experts`` opens what experts are streamed from; None: they are among the
-    model's parameters. ``memory`` bounds the process, ``expert_memory`` the experts.
-    ``optimistic``: whether tokens run ahead of reading experts, as
-    ``config.optimistic`` has it; None takes the environment's choice. ``read_ahead``:
-    whether experts are read before they are asked for: ``on``, ``off``, or ``auto``
-    where that was measured to pay. ``expert_io`` is one of ``config.EXPERT_IO``.
-    ``directory`` is where the model is from.
-    """
-
-    open_experts: Callable[[], ExpertStore] | None = None
-    memory: int | str | None = None
-    expert_memory: int | str | None = None
-    scope: str = "global"
-    policy: str | None = None
-    executor: str | None = None
-    optimistic: str | None = None
-    read_ahead: str = "auto"
-    expert_io: str | None = None
-    directory: Path | None = None
-
-    @property
-    def bounds(self) -> tuple[int | str | None, int | str | None]:
-        """The process's memory and the experts', by the environment if not given."""
-        if self.memory is None and self.expert_memory is None:
-            return config.memory(), config.expert_memory()
-        return self.memory, self.expert_memory
-
-
-class Runtime:
-    """What one loaded model needs besides its parameters."""
-
-    def __init__(self, options: RunOptions):
-        self.executor = open_executor(options.executor)
-        self._optimistic = config.optimistic(options.optimistic)
-        self.graphs: BuiltOnce[LayerGraph] = BuiltOnce(64)
-        self.options = options
-        self.store: ExpertStore | None = None
-        self.streamer: ExpertStreamer | MappedExperts | None = None
-        self.keeper: MemoryKeeper | None = None
-        self.plan: MemoryPlan | None = None
-        if options.open_experts is not None:
-            self.store = options.open_experts()
-
-    def open(self, needs: Needs, report: Progress | None = None) -> None:
-        """Plan memory if it is bounded, and take the experts' share; once.
-
-        Args:
-            report: hears how far reading has come where all experts fit.
-
-        Raises:
-            ConfigError: a bound is not an amount of bytes.
-            BudgetError: what one token needs does not fit.
-            ExpertStoreError: an expert could not be read.
-        """
-        if self.store is None or self.streamer is not None:
-            return
-        self.plan = self.plan or self.make_plan(needs)
-        options, plan = self.options, self.plan
-        memory = plan.expert_bytes if plan else options.bounds[1]
-        stream = partial(
-            ExpertStreamer,
-            self.store,
-            memory,
-            scope=options.scope,
-            policy=options.policy or config.policy() or DEFAULT_POLICY,
-            read_ahead=options.read_ahead,
-            evaluate=partial(self.executor.wait, "routing"),
-            report=report,
-        )
-        io = config.expert_io(options.expert_io)
-        if io == "auto" and plan is not None:
-            # What is mapped cannot give way to growing caches.
-            io = "pread"
-        on_host = self.executor.takes_host_arrays and device.prefers_host_arrays()
-        self.streamer = open_experts(self.store, memory, stream, io=io, on_host=on_host)
-        if plan is not None and isinstance(self.streamer, ExpertStreamer):
-            self.keeper = MemoryKeeper(plan, needs, self.streamer)
-
-    def make_plan(self, needs: Needs) -> MemoryPlan | None:
-        """Return what a bounded process's memory goes to; takes none of it."""
-        memory, most = self.options.bounds
-        if self.store is None or memory is None:
-            return None
-        return plan_memory(
-            most_bytes() if memory == AUTO else parse_bytes(memory),
-            needs,
-            self.store,
-            scope=self.options.scope,
-            most_expert_bytes=parse_bytes(most, "expert_memory") if most else None,
-        )
-
-    @functools.cached_property
-    def identity(self) -> str:
-        """A hash that tells the model from any other, packed or not.
-
-        Raises:
-            ModelError: the model is from no directory, or that is gone.
-        """
-        if self.options.directory is None:
-            raise ModelError("[model] expected a model that load() read from files")
-        return model_identity(self.options.directory)
-
-    @property
-    def streaming(self) -> ExpertStreamer | None:
-        """The streamer, while some experts are not in memory."""
-        streamer = self.streamer
-        if isinstance(streamer, ExpertStreamer) and not streamer.resident:
-            return streamer
-        return None
-
-    @property
-    def streams(self) -> bool:
-        """Tell whether some experts are not in memory."""
-        return self.streaming is not None
-
-    @property
-    def steps(self) -> bool:
-        """Tell whether single tokens go through all layers without a read-back.
-
-        That is where launches are worth a trace: elsewhere reading back costs nothing.
-        """
-        return self.traces_steps and not (self._optimistic == "off" and self.streams)
-
-    @property
-    def traces_steps(self) -> bool:
-        """Tell whether single tokens do so when all their experts are in memory."""
-        return self.executor.compiles or self.runs_ahead
-
-    @property
-    def runs_ahead(self) -> bool:
-        """Tell whether tokens do so however many experts are missing."""
-        return self._optimistic == "on"
-
-    @contextlib.contextmanager
-    def reading_ahead(self, *, one_token: bool) -> Iterator[bool]:
-        """Tell whether to read ahead in a call, which is timed to find that out."""
-        if (streamer := self.streaming) is None or not one_token:
-            yield False
-            return
-        yield streamer.read_ahead.begin()
-        streamer.read_ahead.end()
-
-    def without_streamed(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Leave out of a checkpoint's weights what the streamer reads itself."""
-        streamed = self.store.tensor_names if self.store is not None else ()
-        return {name: w for name, w in weights.items() if name not in streamed}
-
-    def check_layers(self, routed: Collection[int]) -> None:
-        """Raise ModelError unless the files have experts for every routed layer."""
-        missing = set(routed) - set(self.store.layers if self.store else routed)
-        if missing:
-            raise ModelError(
-                f"[experts] expected experts of layer {min(missing)} but the files "
-                "have none: is a shard missing?"
-            )
 
 
 class GraphRunner:

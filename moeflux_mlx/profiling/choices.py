@@ -25,7 +25,8 @@ from ..launch.check import relative_error
 from ..lowering import GROUPS, Group, default_way, groups_ahead, ways
 from ..lowering.groups import one_by_one
 from ..lowering.tuned import ONE_BY_ONE, TOGETHER, n_tokens_of, shape_of
-from ..model import LayerGraph, Runtime
+from ..model import LayerGraph
+from ..runtime import Runtime
 from ..weights import ExpertWeights, Weight
 from .recording import layer_of, shared, states
 from .timing import Work

@@ -14,7 +14,8 @@ from ..errors import ConfigError, ModelError
 from ..executors.base import Encoding, Executor, Observer, arrays
 from ..executors.kernels import KernelExecutor
 from ..graph.lower import Step, buffers_read
-from ..model import LayerGraph, Runtime
+from ..model import LayerGraph
+from ..runtime import Runtime
 from .timing import Work
 from .traffic import moved_bytes
 

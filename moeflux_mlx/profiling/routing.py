@@ -13,8 +13,8 @@ from ..errors import ConfigError
 from ..executors.base import Encoding
 from ..experts.routing_trace import RoutingTrace
 from ..graph.lower import Step, lower
-from ..model import Runtime
 from ..ops.moe import RoutedExperts
+from ..runtime import Runtime
 from .recording import layer_of, observing, runtime_of
 
 

@@ -17,7 +17,7 @@ from ..graph.lower import Kernel
 from ..graph.op import Op
 from ..lowering import default_way, ways
 from ..lowering.tuned import Entry, Tuning, n_tokens_of, shape_of
-from ..model import Runtime
+from ..runtime import Runtime
 from .choices import Choice, Collector, Key
 from .recording import filled_caches, observing, prompt, resident_runtime_of
 from .timing import StepTimer, timer_for
