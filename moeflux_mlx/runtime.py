@@ -18,9 +18,9 @@ from .experts.access import open_experts
 from .experts.budget import AUTO, most_bytes, parse_bytes
 from .experts.mapped import MappedExperts
 from .experts.packed import Progress
-from .experts.policy import DEFAULT_POLICY
+from .experts.policy import DEFAULT_POLICY, policy_factory
 from .experts.store import ExpertStore, model_identity
-from .experts.streamer import ExpertStreamer
+from .experts.streamer import ExpertStreamer, check_scope
 from .memory import MemoryKeeper, MemoryPlan, Needs, plan_memory
 from .model import BuiltOnce, LayerGraph
 
@@ -87,13 +87,16 @@ class Runtime:
             return
         self.plan = self.plan or self.make_plan(needs)
         options, plan = self.options, self.plan
+        # Wrong names are errors even where experts are mapped and nothing is evicted.
+        check_scope(options.scope)
+        policy = policy_factory(options.policy or config.policy() or DEFAULT_POLICY)
         memory = plan.expert_bytes if plan else options.bounds[1]
         stream = partial(
             ExpertStreamer,
             self.store,
             memory,
             scope=options.scope,
-            policy=options.policy or config.policy() or DEFAULT_POLICY,
+            policy=policy,
             read_ahead=options.read_ahead,
             evaluate=partial(self.executor.wait, "routing"),
             report=report,
@@ -103,7 +106,9 @@ class Runtime:
             # What is mapped cannot give way to growing caches.
             io = "pread"
         on_host = self.executor.takes_host_arrays and device.prefers_host_arrays()
-        self.streamer = open_experts(self.store, memory, stream, io=io, on_host=on_host)
+        self.streamer = open_experts(
+            self.store, memory, stream, io=io, on_host=on_host, report=report
+        )
         if plan is not None and isinstance(self.streamer, ExpertStreamer):
             self.keeper = MemoryKeeper(plan, needs, self.streamer)
 

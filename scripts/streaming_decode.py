@@ -78,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     device = "gpu" if mx.metal.is_available() or mx.cuda.is_available() else "cpu"
     add("--device", choices=("cpu", "gpu"), default=device)
     add("--executor", help="of ours (default: as in moeflux_mlx.load)")
+    add("--policy", help="of eviction, likewise")
     add("--without-mlx-vlm", action="store_true", help="leave it out")
     add("--csv", type=Path, help="also write the rows to this file")
 
@@ -100,6 +101,7 @@ def _run(args: argparse.Namespace, directory: Path) -> int:
         states,
         args.device,
         args.executor,
+        args.policy,
     )
     for what in left_out(args):
         console.print(f"Left out: {what}")

@@ -58,6 +58,7 @@ class Plan:
     states: tuple[str, ...] = STATES
     device: str = "cpu"
     executor: str | None = None
+    policy: str | None = None
 
     @property
     def n_steps(self) -> int:
@@ -117,7 +118,10 @@ class Ours(MlxLm):
             memory = memory_for(traced.packed, side.share)
         path = traced.plain if memory is None else traced.packed
         self.model = moeflux_mlx.load(
-            path, expert_memory=memory, executor=plan.executor
+            path,
+            expert_memory=memory,
+            executor=plan.executor,
+            policy=plan.policy,
         )[0]
         self._runtime = self.model.runtime
 

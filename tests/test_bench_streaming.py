@@ -80,6 +80,7 @@ def test_decoding_is_measured_on_the_traced_routing(decode, tmp_path):
     rows = tmp_path / "rows.csv"
     flags = ["--directory", tmp_path, "--geometry", "tiny", "--layers", 4]
     flags += ["--shares", 50, "--warm-up", 4, "--tokens", 2, "--without-mlx-vlm"]
+    flags += ["--policy", "lru"]
     assert run(decode, *flags, "--device", "cpu", "--csv", rows) == 0
     found = list(csv.DictReader(rows.read_text().splitlines()))
     sides = ["mlx-lm, resident", "ours, resident", "ours, 50 %"]

@@ -134,7 +134,7 @@ def test_hits_are_those_that_the_streamer_counts(packed, trace, n_slots, policy,
 
 
 def stride(packed) -> int:
-    model, _ = moeflux_mlx.load(packed)
+    model, _ = moeflux_mlx.load(packed, expert_io="pread")
     with model.streamer as streamer:
         return (streamer.memory_bytes - POOL_ALIGNMENT) // streamer.n_slots
 

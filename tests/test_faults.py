@@ -53,7 +53,7 @@ def directory(request, checkpoint, packed, tmp_path):
 @pytest.fixture(params=[0, 10**9], ids=["threads", "inline"])
 def model(request, directory, budget):
     loaded, _ = moeflux_mlx.load(directory, expert_memory=budget)
-    loaded.streamer._reader.inline_bytes = request.param
+    loaded.streamer._in_flight.reader.inline_bytes = request.param
     assert not loaded.streamer.resident
     yield loaded
     loaded.streamer.close()

@@ -71,7 +71,11 @@ def test_reading_all_experts_shows_progress(packed, monkeypatch):
 
 def test_nothing_is_shown_where_there_is_no_terminal(packed, budget, capfd):
     run(packed, budget, 70)
-    assert capfd.readouterr() == ("", "")
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    # What was decided, and nothing that moves.
+    assert shown.err.splitlines() and "\x1b" not in shown.err
+    assert all(line.startswith("moeflux: ") for line in shown.err.splitlines())
 
 
 def test_progress_is_wiped_away_at_its_end(monkeypatch):

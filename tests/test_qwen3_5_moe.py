@@ -177,13 +177,13 @@ def test_any_history_of_evictions_gives_the_same_bits(packed, scope, warm_seed):
 @pytest.mark.parametrize("n_slots", [2, 3, 19, 31])
 def test_a_chunk_of_a_prompt_reads_no_expert_twice(packed, n_slots, monkeypatch):
     model, _ = moeflux_mlx.load(packed[1], expert_memory=memory_for(packed[1], n_slots))
-    cache, read, run = make_prompt_cache(model), [], Read.run
+    cache, read, finish = make_prompt_cache(model), [], Read.finish
 
     def note(self):
         read.append((self.layer, self.expert))
-        run(self)
+        finish(self)
 
-    monkeypatch.setattr(Read, "run", note)
+    monkeypatch.setattr(Read, "finish", note)
     for seed in range(3):
         read.clear()
         mx.eval(model(tokens(130, seed=seed), cache=cache))

@@ -14,6 +14,7 @@ from synthetic import expert_bytes, slot_bytes, write_checkpoint
 from moeflux_mlx import device
 from moeflux_mlx.errors import BudgetError
 from moeflux_mlx.experts.checkpoint_store import CheckpointExperts
+from moeflux_mlx.experts.policy import LRU
 from moeflux_mlx.experts.pool import POOL_ALIGNMENT
 from moeflux_mlx.experts.residency import EMPTY, SlotTable
 from moeflux_mlx.experts.streamer import ExpertStreamer
@@ -137,7 +138,7 @@ def test_whole_pages_go_back_to_the_system():
 
 
 def test_an_interrupted_move_loses_nothing():
-    table = SlotTable(1, 4, 4)
+    table = SlotTable(1, 4, 4, top_k=1, policy=LRU)
     for expert in range(4):
         slot = table.claim(0, ())
         table.place(0, expert, slot)

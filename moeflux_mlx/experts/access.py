@@ -11,7 +11,7 @@ from ..errors import BudgetError, ConfigError
 from ..progress import notice
 from .budget import MEMORY_SHARE, most_bytes, parse_bytes
 from .mapped import MappedExperts
-from .packed import PackedExperts
+from .packed import PackedExperts, Progress
 from .pool import pool_bytes
 from .store import ExpertStore
 from .streamer import ExpertStreamer
@@ -26,6 +26,7 @@ def open_experts(
     *,
     io: str | None = None,
     on_host: bool = False,
+    report: Progress | None = None,
 ) -> ExpertStreamer | MappedExperts:
     """Map a pack of which every expert fits, else stream; say which, and why.
 
@@ -35,6 +36,7 @@ def open_experts(
         stream: opens the store's streamer with that memory.
         io: one of ``config.EXPERT_IO``; None takes the environment's choice.
         on_host: MoE Ops take NumPy arrays here.
+        report: hears how far reading what is mapped has come.
 
     Raises:
         ConfigError: ``io`` is none of these, or experts are to be mapped that cannot.
@@ -43,12 +45,14 @@ def open_experts(
     """
     io = config.expert_io(io)
     if io == "mmap":
-        experts = MappedExperts(_mappable(store, memory), on_host=on_host)
+        experts = MappedExperts(
+            _mappable(store, memory), on_host=on_host, report=report
+        )
         notice(f"experts mapped as asked: {_decision(store)}")
         return experts
     if io == "auto" and isinstance(store, PackedExperts) and all_fit(store, memory):
         try:
-            experts = MappedExperts(store, on_host=on_host)
+            experts = MappedExperts(store, on_host=on_host, report=report)
         except ConfigError:
             # MLX wants memory of its own here: they are read once, into the pool.
             pass

@@ -17,7 +17,7 @@ from .. import config
 from ..errors import ConfigError, ExpertStoreError
 from ..weights import ExpertSource, ExpertWeights
 from .layout import ExpertLayout
-from .packed import PackedExperts
+from .packed import PackedExperts, Progress
 from .pool import MLX_DTYPES, slot_weights, weights_of
 from .resident import PreloadedExperts
 from .spans import read_fully
@@ -34,13 +34,16 @@ class MappedExperts:
 
     resident = True
 
-    def __init__(self, store: PackedExperts, *, on_host: bool):
+    def __init__(
+        self, store: PackedExperts, *, on_host: bool, report: Progress | None = None
+    ):
         """Check and map every expert file; the store stays the caller's to close.
 
         Args:
             store: the open pack.
             on_host: make NumPy arrays, for references that run on the host; else MLX's
                 over the same memory.
+            report: hears how far reading has come.
 
         Raises:
             ConfigError: MLX cannot use mapped memory here.
@@ -54,7 +57,7 @@ class MappedExperts:
         self._weights = {
             layer: as_weights(rows[layer], store.layout(layer)) for layer in rows
         }
-        self._check(store)
+        self._check(store, report)
         self.memory_bytes = sum(mapped.nbytes for mapped in rows.values())
 
     @property
@@ -91,7 +94,7 @@ class MappedExperts:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _check(self, store: PackedExperts) -> None:
+    def _check(self, store: PackedExperts, report: Progress | None) -> None:
         """Read every record through the page cache and compare its checksum."""
         largest = max(store.layout(layer).record_bytes for layer in store.layers)
         own = threading.local()
@@ -101,13 +104,22 @@ class MappedExperts:
                 own.buffer = memoryview(bytearray(largest))
             return _check_record(store, *place, own.buffer)
 
-        places = [(n, e) for n in store.layers for e in range(store.n_experts)]
+        n_done, n_all = (
+            0,
+            sum(
+                store.n_experts * store.layout(layer).record_bytes
+                for layer in store.layers
+            ),
+        )
         threads = ThreadPoolExecutor(config.read_threads())
         try:
-            checked = zip(places, threads.map(check, places), strict=True)
+            checked = zip(self.experts, threads.map(check, self.experts), strict=True)
             for (layer, _), n_bytes in checked:
                 self.stats[layer].preloaded += 1
                 self.stats[layer].read_bytes += n_bytes
+                n_done += n_bytes
+                if report is not None:
+                    report("reading experts", n_done, n_all)
         finally:
             # After an error or Ctrl-C nobody waits for what has not begun.
             threads.shutdown(cancel_futures=True)

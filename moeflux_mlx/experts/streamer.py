@@ -34,6 +34,12 @@ WAVE_EXPERTS = 32
 MISS_RATE_TOKENS = 2
 
 
+def check_scope(scope: str) -> None:
+    """Raise ConfigError unless it says how layers share slots."""
+    if scope not in ("global", "layer"):
+        raise ConfigError(f"[scope] expected 'global' or 'layer' but got {scope!r}")
+
+
 class ExpertStreamer:
     """Slots for the experts of all layers of a store, under one memory budget.
 
@@ -79,8 +85,7 @@ class ExpertStreamer:
                 minimum.
             ExpertStoreError: a record could not be read.
         """
-        if scope not in ("global", "layer"):
-            raise ConfigError(f"[scope] expected 'global' or 'layer' but got {scope!r}")
+        check_scope(scope)
         self._store, self._evaluate = store, evaluate
         self._rows = {layer: row for row, layer in enumerate(store.layers)}
         layouts = [store.layout(layer) for layer in store.layers]
