@@ -125,7 +125,9 @@ def test_all_sides_of_a_timed_case_compute_the_same(bench, monkeypatch, family):
     for sizes in TINY[family]:
         case = make(open_executor("sim").run, **sizes)
         assert bench.wrong(case) == {}
-        *_, (last, ours) = case.sides.items()
+        *others, (last, ours) = case.sides.items()
+        if not others:
+            continue
         sides = {**case.sides, last: slightly_off(ours)}
         assert set(bench.wrong(dataclasses.replace(case, sides=sides))) == {last}
 

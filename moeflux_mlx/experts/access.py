@@ -60,8 +60,9 @@ def open_experts(
             notice(f"experts mapped: {_decision(store)}")
             return experts
     streamer = stream()
-    held = "all of them" if streamer.resident else f"{streamer.n_slots} at a time"
-    notice(f"experts read into memory, {held}: {_decision(store)}")
+    if io == "auto":
+        held = "all of them" if streamer.resident else f"{streamer.n_slots} at a time"
+        notice(f"experts read into memory, {held}: {_decision(store)}")
     return streamer
 
 
