@@ -16,6 +16,7 @@ import moeflux_mlx
 from moeflux_mlx import config, simulator
 from moeflux_mlx.errors import ConfigError, ExpertStoreError
 from moeflux_mlx.executors import EXECUTORS, OpsExecutor
+from moeflux_mlx.experts.demand import Demand
 from moeflux_mlx.experts.pack import pack
 from moeflux_mlx.experts.packed import PackedExperts
 from moeflux_mlx.experts.pool import POOL_ALIGNMENT
@@ -153,14 +154,14 @@ class Script:
     def run(self) -> mx.array:
         """Run the token with a copy of the cache, which is then as after it."""
         self.after = copy.deepcopy(self.cache)
-        note_use = ExpertStreamer._note_use
+        note_use = Demand._note_use
 
         def note(streamer, layer, experts, n_read=0):
             self.chosen[layer] = experts
             note_use(streamer, layer, experts, n_read)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ExpertStreamer, "_note_use", note)
+            patch.setattr(Demand, "_note_use", note)
             return generate(self.model, self.after, [3])
 
     def forget(self, layer: int) -> None:
@@ -212,7 +213,7 @@ def calls(monkeypatch) -> list[range]:
 def test_a_step_begins_again_where_an_expert_was_missing(packed, calls, missing, again):
     script = Script(packed)
     script.run()
-    script.streamer.miss_rate = 0
+    script.streamer._demand.miss_rate = 0
     states = [state_of(cache) for cache in script.after]
     for layer in missing:
         script.forget(layer)
@@ -233,7 +234,7 @@ def test_a_step_begins_again_where_an_expert_was_missing(packed, calls, missing,
 
 def test_where_everything_hits_a_token_is_one_trace_and_one_read_back(packed, calls):
     script = Script(packed, "traced")
-    script.streamer.miss_rate = 0
+    script.streamer._demand.miss_rate = 0
     calls.clear()
     stats = script.model.runtime.executor.stats
     stats.reset()
@@ -280,7 +281,7 @@ def test_left_to_itself_a_model_waits_while_many_experts_are_missing(packed, cal
     cache = begin(model)
     generate(model, cache, [3])
     assert not calls
-    model.streamer.miss_rate = 0
+    model.streamer._demand.miss_rate = 0
     generate(model, cache, [3])
     assert calls
 
@@ -321,7 +322,7 @@ def test_a_read_error_leaves_model_and_caches_usable(packed, tmp_path, optimisti
 def test_an_interrupt_leaves_model_and_caches_usable(packed, n_calls):
     script = Script(packed)
     script.run()
-    script.streamer.miss_rate = 0
+    script.streamer._demand.miss_rate = 0
     for layer in (1, 3):
         script.forget(layer)
     confirm, left = ExpertStreamer.confirm, [n_calls]

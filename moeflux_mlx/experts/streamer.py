@@ -14,6 +14,7 @@ from .. import config
 from ..errors import BudgetError, ConfigError, ExpertStoreError, MoefluxError
 from ..weights import ExpertSource
 from .budget import count_slots
+from .demand import Demand
 from .in_flight import InFlight
 from .packed import Progress
 from .policy import DEFAULT_POLICY, PolicyFactory, policy_factory
@@ -30,8 +31,6 @@ from .table_copy import TableCopy
 # Experts in a wave: enough to keep every reading thread busy, few enough that the
 # first results do not wait for half the pool.
 WAVE_EXPERTS = 32
-# How many tokens the miss rate remembers: it follows a change of topic at once.
-MISS_RATE_TOKENS = 2
 
 
 def check_scope(scope: str) -> None:
@@ -109,10 +108,7 @@ class ExpertStreamer:
             shared=groups == 1,
             floor=floor,
         )
-        self._foreseen: dict[int, frozenset[int]] = {}
         self._copy = TableCopy(self._table)
-        # Share of layers, of one token or a batch each, that missed an expert lately.
-        self.miss_rate = 1.0
         self._new_reader = partial(
             ReadPool, read_threads or config.read_threads(), inline_bytes
         )
@@ -124,6 +120,7 @@ class ExpertStreamer:
         self._in_flight = InFlight(
             store, self._rows, self._pool, self._table, self._new_reader(), self.stats
         )
+        self._demand = Demand(self._rows, self._table, self._in_flight, self.stats)
         # What needs no thread is not read ahead of anything.
         record_bytes = min(layout.record_bytes for layout in layouts)
         if read_ahead == "auto" and record_bytes <= inline_bytes:
@@ -159,6 +156,11 @@ class ExpertStreamer:
     def fits(self, n_experts: int) -> bool:
         """Tell whether so many experts of a layer, if it has them, fit into memory."""
         return min(n_experts, self._store.n_experts) <= self._table.capacity
+
+    @property
+    def miss_rate(self) -> float:
+        """Share of layers, of one token or a batch each, that missed experts lately."""
+        return self._demand.miss_rate
 
     @property
     def pool(self) -> SlotPool:
@@ -228,37 +230,10 @@ class ExpertStreamer:
         """
         if self.resident:
             return
-        wanted = self._fitting(experts)
         with self._exclusive():
             self._evaluate_guards()
             self._in_flight.settle()
-            before = self.stats.snapshot().layers
-            key = self._table.key
-            keep = {
-                key(self._rows[layer], e) for layer in wanted for e in wanted[layer]
-            }
-            for layer, chosen in wanted.items():
-                places = self._table.rows[self._rows[layer]]
-                missing = [e for e in chosen if places[e] == EMPTY]
-                self._in_flight.begin(layer, missing, keep)
-            failed = self._in_flight.settle()
-            for layer, counters in before.items():
-                # Nobody has asked for them: they are no misses.
-                self.stats[layer].preloaded += (
-                    self.stats[layer].misses - counters.misses
-                )
-                self.stats[layer].misses = counters.misses
-            if failed:
-                raise failed[min(failed)]
-
-    def _fitting(self, experts: Collection[tuple[int, int]]) -> dict[int, list[int]]:
-        wanted: dict[int, list[int]] = {layer: [] for layer in self._rows}
-        for layer, expert in experts:
-            if len(wanted[layer]) < self._table.capacity:
-                wanted[layer].append(expert)
-        while sum(map(len, wanted.values())) > self.n_slots:
-            max(wanted.values(), key=len).pop()
-        return wanted
+            self._demand.preload(experts)
 
     def _unsettle(self) -> None:
         """Stream from now on what was all in memory."""
@@ -331,7 +306,7 @@ class ExpertStreamer:
         with self._exclusive():
             ids = self._read_back([indices])[0].ravel().tolist()
             self._in_flight.settle(wanted=())
-            self._provide(layer, ids)
+            self._demand.provide(layer, ids)
             places = self._table.rows[self._rows[layer]]
             slots = np.array([places[e] for e in ids], dtype=np.uint32)
             return mx.array(slots.reshape(indices.shape))
@@ -360,13 +335,13 @@ class ExpertStreamer:
         with self._exclusive():
             ids = self._read_back([indices])[0].ravel().tolist()
             self._in_flight.settle(wanted=())
-            missing = self._request(layer, ids)
+            missing = self._demand.request(layer, ids)
             here = [i for i, e in enumerate(ids) if e not in missing]
             slots = [places[ids[i]] for i in here]
         if here:
             yield here, slots
         with self._exclusive():
-            self._receive(layer, ids, missing)
+            self._demand.receive(layer, ids, missing)
             later = [i for i, e in enumerate(ids) if e in missing]
             slots = [places[ids[i]] for i in later]
         if later:
@@ -406,10 +381,9 @@ class ExpertStreamer:
             rows = [self._rows[layer] for layer in layers]
             n_right = self._copy.n_complete(rows, ids)
             for n in range(int(again and n_right > 0), n_right):
-                self._note_use(layers[n], sorted(set(ids[n].tolist())))
-                self._note_rate(False)
+                self._demand.confirm(layers[n], ids[n].tolist())
             if n_right < len(layers):
-                self._provide(layers[n_right], ids[n_right].tolist())
+                self._demand.provide(layers[n_right], ids[n_right].tolist())
             return n_right
 
     def foresee(self, layer: int, indices: mx.array) -> None:
@@ -423,12 +397,7 @@ class ExpertStreamer:
         with self._exclusive():
             ids = self._read_back([indices])[0].ravel().tolist()
             self._in_flight.settle(wanted=())
-            expected = self._distinct(layer, ids)
-            coming = self._in_flight.coming(layer)
-            missing = [e for e in self._missing(layer, expected) if e not in coming]
-            keys = {self._table.key(self._rows[layer], e) for e in expected}
-            begun = self._in_flight.begin(layer, missing, keys, ahead=True)
-            self._foreseen[layer] = frozenset(missing[:begun])
+            self._demand.foresee(layer, ids)
 
     def _read_back(self, chosen: Sequence[mx.array]) -> list[np.ndarray]:
         """Wait for expert ids, and for all that still reads slots."""
@@ -441,71 +410,12 @@ class ExpertStreamer:
                 )
         return [np.array(indices, copy=False) for indices in chosen]
 
-    def _provide(self, layer: int, ids: Sequence[int]) -> bool:
-        """Have a step's experts in memory and count them; tell if some were not."""
-        missing = self._request(layer, ids)
-        self._receive(layer, ids, missing)
-        return bool(missing)
-
-    def _request(self, layer: int, ids: Sequence[int]) -> list[int]:
-        """Begin to read those of a step's experts that are missing; return these."""
-        needed = self._distinct(layer, ids)
-        if len(needed) > self._table.capacity:
-            raise BudgetError(
-                f"[slots] layer {layer}: expected at most {self._table.capacity} "
-                f"distinct experts in one step but got {len(needed)}: the memory "
-                "budget is too small for it"
-            )
-        missing = self._missing(layer, needed)
-        coming = self._in_flight.coming(layer)
-        to_read = [e for e in missing if e not in coming]
-        if to_read:
-            self._begin(layer, to_read, needed)
-        used = self._foreseen.pop(layer, frozenset()).intersection(needed)
-        self.stats[layer].read_ahead_used += len(used.difference(to_read))
-        self._note_rate(bool(used or to_read))
-        return missing
-
-    def _begin(self, layer: int, experts: list[int], keep: Collection[int]) -> None:
-        """Submit reads of experts, all of which find slots."""
-        keys = {self._table.key(self._rows[layer], expert) for expert in keep}
-        begun = self._in_flight.begin(layer, experts, keys)
-        if begun < len(experts):
-            # What is read ahead holds slots until it is there.
-            self._in_flight.settle()
-            begun += self._in_flight.begin(layer, experts[begun:], keys)
-        assert begun == len(experts)
-
-    def _receive(self, layer: int, ids: Sequence[int], missing: list[int]) -> None:
-        """Wait for what was requested, and note the use of all the experts."""
-        counters, n_read = self.stats[layer], 0
-        wanted = {(layer, expert) for expert in missing}
-        if wanted:
-            before = counters.misses
-            failed = self._in_flight.settle(counters, wanted)
-            if failed_wanted := wanted & failed.keys():
-                raise failed[min(failed_wanted)]
-            n_read = counters.misses - before
-        self._note_use(layer, self._distinct(layer, ids), n_read)
-
-    def _note_use(self, layer: int, experts: list[int], n_read: int = 0) -> None:
-        """Count a step's experts, all in memory by now, ``n_read`` not before it."""
-        self._table.touch(self._rows[layer], experts)
-        self.stats[layer].hits += len(experts) - n_read
-
-    def _note_rate(self, missed: bool) -> None:
-        share = 1 / (MISS_RATE_TOKENS * len(self._rows))
-        self.miss_rate += share * (missed - self.miss_rate)
-
-    def _missing(self, layer: int, experts: Sequence[int]) -> list[int]:
-        places = self._table.rows[self._rows[layer]]
-        return [e for e in experts if places[e] == EMPTY]
-
     def waves(
         self, layer: int, experts: Sequence[int]
     ) -> Iterator[list[tuple[int, int]]]:
         counters, row = self.stats[layer], self._rows[layer]
-        left = dict.fromkeys(self._distinct(layer, [int(e) for e in experts]))
+        wanted = self._demand.distinct(layer, [int(e) for e in experts])
+        left = dict.fromkeys(wanted)
         n_ahead = min(WAVE_EXPERTS, max(1, self._table.capacity // 2))
         read: set[int] = set()
         while left:
@@ -542,21 +452,11 @@ class ExpertStreamer:
         self, layer: int, experts: list[int], keep: Collection[int]
     ) -> list[int]:
         """Begin to read as many of ``experts`` as find a slot; return those."""
-        row = self._rows[layer]
         self._evaluate_guards()
-        keys = {self._table.key(row, e) for e in keep}
+        keys = self._demand.keys(layer, keep)
         return experts[: self._in_flight.begin(layer, experts, keys)]
 
     def _evaluate_guards(self) -> None:
         guards, self._guards = self._guards, []
         if guards:
             self._evaluate(*guards)
-
-    def _distinct(self, layer: int, ids: Sequence[int]) -> list[int]:
-        distinct = sorted(set(ids))
-        if distinct and not 0 <= distinct[0] <= distinct[-1] < self._store.n_experts:
-            raise ExpertStoreError(
-                f"[slots] layer {layer}: expected experts from 0 to "
-                f"{self._store.n_experts - 1} but got {distinct[0]} to {distinct[-1]}"
-            )
-        return distinct

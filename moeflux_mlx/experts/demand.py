@@ -1,0 +1,160 @@
+"""What steps ask for: which experts to read, which to keep, what counts as used."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from ..errors import BudgetError, ExpertStoreError
+from .in_flight import InFlight
+from .residency import EMPTY, SlotTable
+from .stats import StreamStats
+
+# How many tokens the miss rate remembers: it follows a change of topic at once.
+MISS_RATE_TOKENS = 2
+
+
+class Demand:
+    """Has the experts of one step after the other in memory, and counts them.
+
+    A step is what one layer asks for at a time, for a token or for a batch.
+    ``miss_rate`` is the share of steps that missed an expert lately.
+
+    Args:
+        rows: row of the table by layer.
+    """
+
+    def __init__(
+        self,
+        rows: Mapping[int, int],
+        table: SlotTable,
+        in_flight: InFlight,
+        stats: StreamStats,
+    ):
+        self._rows, self._table = rows, table
+        self._in_flight, self._stats = in_flight, stats
+        self._foreseen: dict[int, frozenset[int]] = {}
+        self.miss_rate = 1.0
+
+    def distinct(self, layer: int, ids: Sequence[int]) -> list[int]:
+        """Return each of the experts once, in rising order.
+
+        Raises:
+            ExpertStoreError: there is no such expert.
+        """
+        distinct, n_experts = sorted(set(ids)), self._table.n_experts
+        if distinct and not 0 <= distinct[0] <= distinct[-1] < n_experts:
+            raise ExpertStoreError(
+                f"[slots] layer {layer}: expected experts from 0 to {n_experts - 1} "
+                f"but got {distinct[0]} to {distinct[-1]}"
+            )
+        return distinct
+
+    def keys(self, layer: int, experts: Collection[int]) -> set[int]:
+        """Return the table's keys of a layer's experts."""
+        return {self._table.key(self._rows[layer], expert) for expert in experts}
+
+    def provide(self, layer: int, ids: Sequence[int]) -> None:
+        """Have a step's experts in memory.
+
+        Raises:
+            ExpertStoreError, BudgetError: as ``StreamedExperts.slots``.
+        """
+        self.receive(layer, ids, self.request(layer, ids))
+
+    def request(self, layer: int, ids: Sequence[int]) -> list[int]:
+        """Begin to read those of a step's experts that are missing; return these."""
+        needed = self.distinct(layer, ids)
+        if len(needed) > self._table.capacity:
+            raise BudgetError(
+                f"[slots] layer {layer}: expected at most {self._table.capacity} "
+                f"distinct experts in one step but got {len(needed)}: the memory "
+                "budget is too small for it"
+            )
+        missing = self._missing(layer, needed)
+        coming = self._in_flight.coming(layer)
+        to_read = [e for e in missing if e not in coming]
+        if to_read:
+            self._begin(layer, to_read, needed)
+        used = self._foreseen.pop(layer, frozenset()).intersection(needed)
+        self._stats[layer].read_ahead_used += len(used.difference(to_read))
+        self._note_rate(bool(used or to_read))
+        return missing
+
+    def receive(self, layer: int, ids: Sequence[int], missing: list[int]) -> None:
+        """Wait for what was requested, and note the use of all the experts."""
+        counters, n_read = self._stats[layer], 0
+        wanted = {(layer, expert) for expert in missing}
+        if wanted:
+            before = counters.misses
+            failed = self._in_flight.settle(counters, wanted)
+            if failed_wanted := wanted & failed.keys():
+                raise failed[min(failed_wanted)]
+            n_read = counters.misses - before
+        self._note_use(layer, self.distinct(layer, ids), n_read)
+
+    def confirm(self, layer: int, ids: Sequence[int]) -> None:
+        """Enter a step whose experts were all in memory."""
+        self._note_use(layer, self.distinct(layer, ids))
+        self._note_rate(False)
+
+    def foresee(self, layer: int, ids: Sequence[int]) -> None:
+        """Begin to read experts that a layer is expected to ask for next."""
+        expected = self.distinct(layer, ids)
+        coming = self._in_flight.coming(layer)
+        missing = [e for e in self._missing(layer, expected) if e not in coming]
+        keys = self.keys(layer, expected)
+        begun = self._in_flight.begin(layer, missing, keys, ahead=True)
+        self._foreseen[layer] = frozenset(missing[:begun])
+
+    def preload(self, experts: Collection[tuple[int, int]]) -> None:
+        """Read ``(layer, expert)`` pairs that nobody asked for: they are no misses.
+
+        Raises:
+            ExpertStoreError: one could not be read; what could be is kept.
+        """
+        wanted = self._fitting(experts)
+        before = self._stats.snapshot().layers
+        keep = {key for layer in wanted for key in self.keys(layer, wanted[layer])}
+        for layer, chosen in wanted.items():
+            self._in_flight.begin(layer, self._missing(layer, chosen), keep)
+        failed = self._in_flight.settle()
+        for layer, old in before.items():
+            counters = self._stats[layer]
+            counters.preloaded += counters.misses - old.misses
+            counters.misses = old.misses
+        if failed:
+            raise failed[min(failed)]
+
+    def _fitting(self, experts: Collection[tuple[int, int]]) -> dict[int, list[int]]:
+        """Return experts by layer, no more than there are slots, layers sharing."""
+        wanted: dict[int, list[int]] = {layer: [] for layer in self._rows}
+        for layer, expert in experts:
+            if len(wanted[layer]) < self._table.capacity:
+                wanted[layer].append(expert)
+        n_slots = self._table.capacity * self._table.n_groups
+        while sum(map(len, wanted.values())) > n_slots:
+            max(wanted.values(), key=len).pop()
+        return wanted
+
+    def _begin(self, layer: int, experts: list[int], keep: Collection[int]) -> None:
+        """Submit reads of experts, all of which find slots."""
+        keys = self.keys(layer, keep)
+        begun = self._in_flight.begin(layer, experts, keys)
+        if begun < len(experts):
+            # What is read ahead holds slots until it is there.
+            self._in_flight.settle()
+            begun += self._in_flight.begin(layer, experts[begun:], keys)
+        assert begun == len(experts)
+
+    def _note_use(self, layer: int, experts: list[int], n_read: int = 0) -> None:
+        """Count a step's experts, all in memory by now, ``n_read`` not before it."""
+        self._table.touch(self._rows[layer], experts)
+        self._stats[layer].hits += len(experts) - n_read
+
+    def _note_rate(self, missed: bool) -> None:
+        share = 1 / (MISS_RATE_TOKENS * len(self._rows))
+        self.miss_rate += share * (missed - self.miss_rate)
+
+    def _missing(self, layer: int, experts: Sequence[int]) -> list[int]:
+        places = self._table.rows[self._rows[layer]]
+        return [e for e in experts if places[e] == EMPTY]
