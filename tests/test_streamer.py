@@ -386,7 +386,7 @@ def test_arguments_without_meaning_are_refused(store):
         ExpertStreamer(store, scope="token")
     with pytest.raises(ConfigError, match=r"\[policy\].*lru.*'newest'"):
         ExpertStreamer(store, policy="newest")
-    with pytest.raises(ConfigError, match=r"\[memory\]"):
+    with pytest.raises(ConfigError, match=r"\[expert_memory\]"):
         ExpertStreamer(store, "much")
     with ExpertStreamer(store) as streamer, pytest.raises(ConfigError, match="layers"):
         streamer.source(N_LAYERS)
