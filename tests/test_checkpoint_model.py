@@ -113,6 +113,7 @@ def test_the_environment_asks_for_streaming_too(checkpoint, monkeypatch):
 
 
 def test_a_budget_that_holds_no_token_leaves_no_file_open(checkpoint):
+    gc.collect()
     n_open = len(os.listdir("/dev/fd"))
     with pytest.raises(BudgetError, match="at least"):
         moeflux_mlx.load(checkpoint, expert_memory="1KB")

@@ -411,6 +411,7 @@ def test_files_of_a_store_that_nobody_closes_are_closed(plain, tmp_path, is_pack
     if is_packed:
         path = tmp_path / "packed"
         pack(plain, path)
+    gc.collect()
     before = count()
     store = open_store(path)
     assert count() > before
