@@ -122,7 +122,10 @@ def test_a_file_cut_during_a_read_is_an_error(model, directory, expected, monkey
 
     with preadv_of(monkeypatch, cut), pytest.raises(ExpertStoreError) as caught:
         generated(model)
-    check_named(caught.value, files, "cut to 0 bytes during the read")
+    check_named(caught.value, files)
+    # The second is what another thread may meet that begins after the cut.
+    seen = "cut to 0 bytes during the read", "the file ends after"
+    assert any(words in str(caught.value) for words in seen)
     for file, data in zip(files, whole, strict=True):
         file.write_bytes(data)
     assert generated(model) == expected
