@@ -63,6 +63,15 @@ class InFlight:
         experts = (expert for begun in self._begun for expert in begun.experts)
         return {expert for of_layer, expert in experts if of_layer == layer}
 
+    def is_over(self, layer: int, experts: Collection[int]) -> bool:
+        """Tell whether no read of a layer's experts is under way any more."""
+        wanted = {(layer, expert) for expert in experts}
+        return all(
+            begun.batch.over
+            for begun in self._begun
+            if not wanted.isdisjoint(begun.experts)
+        )
+
     def begin(
         self,
         layer: int,

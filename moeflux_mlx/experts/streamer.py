@@ -336,16 +336,21 @@ class ExpertStreamer:
             ids = self._read_back([indices])[0].ravel().tolist()
             self._in_flight.settle(wanted=())
             missing = self._demand.request(layer, ids)
+            if self._in_flight.is_over(layer, missing):
+                # Nothing to wait for, as where no thread was needed: one part.
+                self._demand.receive(layer, ids, missing)
+                missing = []
             here = [i for i, e in enumerate(ids) if e not in missing]
             slots = [places[ids[i]] for i in here]
         if here:
             yield here, slots
+        if not missing:
+            return
         with self._exclusive():
             self._demand.receive(layer, ids, missing)
             later = [i for i, e in enumerate(ids) if e in missing]
             slots = [places[ids[i]] for i in later]
-        if later:
-            yield later, slots
+        yield later, slots
 
     def slots_on_device(self) -> mx.array:
         """Return each expert's slot now, uint32 ``[n_layers, n_experts]``.
