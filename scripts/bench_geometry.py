@@ -23,13 +23,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import qwen3_5_moe as stock
 from mlx_lm.models.cache import KVCache, make_prompt_cache
+from moeflux_mlx.models import qwen3_5_moe as ours
 from rich.console import Console
 from rich.table import Table
 
 from moeflux_mlx.cli.profile import print_profile
 from moeflux_mlx.device import machine_name
 from moeflux_mlx.executors import gpu_executor
-from moeflux_mlx.models import qwen3_5_moe as ours
 from moeflux_mlx.profiling import check_plot, profile, save_plot, write_csv
 from moeflux_mlx.runtime import RunOptions
 
