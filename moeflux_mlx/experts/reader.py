@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -91,9 +91,7 @@ class Batch:
         self.n_spans = len(self._left)
         self._n_threads = 0
         self._counting = threading.Lock()
-        self._arrived: list[Read] = []
         self._news: SimpleQueue[None] = SimpleQueue()
-        self._tell_each = False
 
     @property
     def over(self) -> bool:
@@ -108,23 +106,6 @@ class Batch:
         """Wait until every read is over; Ctrl-C gets through, the reads go on."""
         while not self.over:
             self._news.get()
-
-    def arrivals(self) -> Iterator[Read]:
-        """Yield every read as soon as it is done, well or not, in that order.
-
-        What was cancelled is left out. One thread at a time may wait.
-        """
-        self._tell_each = True
-        n_seen = 0
-        while True:
-            over = self.over
-            arrived = self._arrived[n_seen:]
-            yield from arrived
-            n_seen += len(arrived)
-            if over:
-                return
-            if not arrived:
-                self._news.get()
 
     def run_here(self) -> None:
         """Do every read now; what an interrupt leaves out is not done."""
@@ -159,9 +140,6 @@ class Batch:
             if read.n_left:
                 return
         read.finish()
-        self._arrived.append(read)
-        if self._tell_each:
-            self._news.put(None)
 
 
 class ReadPool:
