@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import random
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import open_files
 import pytest
 from forms import FORMS, Raw, in_form, read_raw, reform, write_raw
 from hypothesis import HealthCheck, given, settings
@@ -68,10 +68,8 @@ def records(store: ExpertStore) -> dict[tuple[int, int], bytes]:
 
 def refused(directory: Path) -> str:
     """Open a checkpoint that cannot be opened, and return why."""
-    n_open = len(os.listdir("/dev/fd"))
-    with pytest.raises(ModelError) as caught:
+    with open_files.none_left(), pytest.raises(ModelError) as caught:
         CheckpointExperts.open(directory)
-    assert len(os.listdir("/dev/fd")) == n_open, "files were left open"
     return str(caught.value)
 
 
@@ -401,20 +399,14 @@ def test_a_file_truncated_after_opening_is_an_error_and_no_wrong_expert(
                 assert bytes(found) == expected[1, expert]
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no list of open files")
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_files_of_a_store_that_nobody_closes_are_closed(plain, tmp_path, is_packed):
-    def count() -> int:
-        return len(os.listdir("/proc/self/fd"))
-
     path = plain
     if is_packed:
         path = tmp_path / "packed"
         pack(plain, path)
-    gc.collect()
-    before = count()
+    before = open_files.count()
     store = open_store(path)
-    assert count() > before
+    assert open_files.count() > before
     del store
-    gc.collect()
-    assert count() == before
+    assert open_files.count() == before

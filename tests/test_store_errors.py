@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import open_files
 import pytest
 from synthetic import write_checkpoint
 
@@ -50,10 +51,8 @@ def packed(model, tmp_path):
 
 def refused(directory: Path) -> str:
     """Open a pack that cannot be opened, and return why."""
-    n_open = len(os.listdir("/dev/fd"))
-    with pytest.raises(ExpertStoreError) as caught:
+    with open_files.none_left(), pytest.raises(ExpertStoreError) as caught:
         PackedExperts.open(directory)
-    assert len(os.listdir("/dev/fd")) == n_open, "files were left open"
     return str(caught.value)
 
 
@@ -65,12 +64,12 @@ def edit_manifest(directory: Path, edit) -> None:
 
 
 def test_a_whole_pack_opens_and_closes(packed):
-    n_open = len(os.listdir("/dev/fd"))
+    n_open = open_files.count()
     with PackedExperts.open(packed) as store:
         assert store.layers == (0, 1, 2)
         assert (store.n_experts, store.top_k) == (5, 2)
-        assert len(os.listdir("/dev/fd")) == n_open + 3
-    assert len(os.listdir("/dev/fd")) == n_open
+        assert open_files.count() == n_open + 3
+    assert open_files.count() == n_open
 
 
 @pytest.mark.parametrize("n_bytes", [0, 1, 16384 * 5 - 1, 16384 * 5 + 1, 10**9])

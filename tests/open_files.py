@@ -1,0 +1,22 @@
+"""Which files this process has open."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+
+
+def count() -> int:
+    """Return how many files are open, but those that only garbage holds."""
+    gc.collect()
+    return len(os.listdir("/dev/fd"))
+
+
+@contextlib.contextmanager
+def none_left() -> Iterator[None]:
+    """Fail if more files are open, or fewer, after what is done in here."""
+    before = count()
+    yield
+    assert count() == before, "files were left open"
