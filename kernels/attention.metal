@@ -646,6 +646,81 @@ template <typename T, typename N>
   }
 }
 
+// Attention of FOLD queries of neighbouring heads over n_rows rows, by 8 simdgroups: for each
+// query the sum of values weighted by exp(score - top), then top and the sum of the weights, all
+// 0 without a row. q: [FOLD,D]; k, v: [n_rows,D]; query f's results lie n_parts places after
+// those of query f - 1. The simdgroups take turns at two rows, each with a softmax of its own,
+// and at the end are brought to one largest score.
+template <int D, int FOLD, typename Q, typename K, typename V>
+inline void attend_part(
+    Q q,
+    K k,
+    V v,
+    float scale,
+    uint n_rows,
+    uint n_parts,
+    device float* sums,
+    device float* stats,
+    threadgroup float* own,
+    threadgroup float* tops,
+    threadgroup float* totals,
+    uint thread_index,
+    uint simdgroup,
+    uint lane) {
+  constexpr int PER = D / SIMD;
+  float query[FOLD * PER];
+  float sum[FOLD * PER];
+  float top[FOLD];
+  float total[FOLD];
+  begin_attention<PER, FOLD>(query, sum, top, total, q, scale, lane);
+  for (uint row = 2 * simdgroup; row < n_rows; row += 16) {
+    ulong from = ulong(row) * D;
+    if (row + 1 < n_rows) {
+      attend_rows<PER, FOLD, 2>(query, sum, top, total, k + from, v + from, lane);
+    } else {
+      attend_rows<PER, FOLD, 1>(query, sum, top, total, k + from, v + from, lane);
+    }
+  }
+  if (lane == 0) {
+#pragma unroll
+    for (int f = 0; f < FOLD; ++f) {
+      tops[simdgroup * FOLD + f] = top[f];
+      totals[simdgroup * FOLD + f] = total[f];
+    }
+  }
+#pragma unroll
+  for (int f = 0; f < FOLD; ++f) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+    for (int j = 0; j < PER; ++j) {
+      own[simdgroup * D + lane * PER + j] = sum[f * PER + j];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    ulong part = ulong(f) * n_parts;
+    float highest = -INFINITY;
+    float all = 0.0f;
+    for (int s = 0; s < 8; ++s) {
+      highest = fmax(highest, tops[s * FOLD + f]);
+    }
+    for (uint i = thread_index; i < D; i += 256) {
+      float value = 0.0f;
+      all = 0.0f;
+      for (int s = 0; s < 8; ++s) {
+        // A simdgroup that saw nothing has neither a largest score nor a share.
+        float had = totals[s * FOLD + f];
+        float share = had > 0.0f ? exp(tops[s * FOLD + f] - highest) : 0.0f;
+        value = fma(share, own[s * D + i], value);
+        all = fma(share, had, all);
+      }
+      sums[part * D + i] = value;
+    }
+    if (thread_index == 0) {
+      stats[2 * part] = all > 0.0f ? highest : 0.0f;
+      stats[2 * part + 1] = all;
+    }
+  }
+}
+
 // Attention of one token a sequence over a part of the cache, which may have spare rows.
 //
 // q: [B, H D]; k, v: [B,Hkv,S,D]; start: [B]: rows up to and with this one are seen; sums:
@@ -673,69 +748,21 @@ template <typename T, typename C, int D, int FOLD>
     uint thread_index [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  constexpr int PER = D / SIMD;
   threadgroup float own[8 * D];
   threadgroup float tops[8 * FOLD];
   threadgroup float totals[8 * FOLD];
   uint n_folds = n_heads / FOLD;
   ulong sequence = group.z / n_folds;
   uint head = group.z % n_folds * FOLD;
-  ulong q_at = (sequence * n_heads + head) * D;
-  ulong kv_at = (sequence * (n_heads / heads_per_kv) + head / heads_per_kv) * n_rows * D;
+  ulong kv_head = sequence * (n_heads / heads_per_kv) + head / heads_per_kv;
   uint first = group.y * part_rows;
   uint n_seen = min(uint(max(start[sequence] + 1, 0)), n_rows);
-  uint end = min(first + part_rows, n_seen);
-  float query[FOLD * PER];
-  float sum[FOLD * PER];
-  float top[FOLD];
-  float total[FOLD];
-  begin_attention<PER, FOLD>(query, sum, top, total, q + q_at, scale, lane);
-  for (uint row = first + 2 * simdgroup; row < end; row += 16) {
-    ulong from = kv_at + ulong(row) * D;
-    if (row + 1 < end) {
-      attend_rows<PER, FOLD, 2>(query, sum, top, total, k + from, v + from, lane);
-    } else {
-      attend_rows<PER, FOLD, 1>(query, sum, top, total, k + from, v + from, lane);
-    }
-  }
-  if (lane == 0) {
-#pragma unroll
-    for (int f = 0; f < FOLD; ++f) {
-      tops[simdgroup * FOLD + f] = top[f];
-      totals[simdgroup * FOLD + f] = total[f];
-    }
-  }
-#pragma unroll
-  for (int f = 0; f < FOLD; ++f) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-#pragma unroll
-    for (int j = 0; j < PER; ++j) {
-      own[simdgroup * D + lane * PER + j] = sum[f * PER + j];
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    ulong part = (sequence * n_heads + head + f) * n_parts + group.y;
-    float highest = -INFINITY;
-    float all = 0.0f;
-    for (int s = 0; s < 8; ++s) {
-      highest = fmax(highest, tops[s * FOLD + f]);
-    }
-    for (uint i = thread_index; i < D; i += 256) {
-      float value = 0.0f;
-      all = 0.0f;
-      for (int s = 0; s < 8; ++s) {
-        // A simdgroup that saw nothing has neither a largest score nor a share.
-        float had = totals[s * FOLD + f];
-        float share = had > 0.0f ? exp(tops[s * FOLD + f] - highest) : 0.0f;
-        value = fma(share, own[s * D + i], value);
-        all = fma(share, had, all);
-      }
-      sums[part * D + i] = value;
-    }
-    if (thread_index == 0) {
-      stats[2 * part] = all > 0.0f ? highest : 0.0f;
-      stats[2 * part + 1] = all;
-    }
-  }
+  ulong q_at = (sequence * n_heads + head) * D;
+  ulong kv_at = (kv_head * n_rows + first) * D;
+  ulong part = (sequence * n_heads + head) * n_parts + group.y;
+  attend_part<D, FOLD>(
+      q + q_at, k + kv_at, v + kv_at, scale, min(part_rows, max(n_seen, first) - first), n_parts,
+      sums + part * D, stats + 2 * part, own, tops, totals, thread_index, simdgroup, lane);
 }
 
 // The parts of `sdpa_decode_parts` brought to one largest score, and gated.
@@ -760,6 +787,13 @@ template <typename T, bool HAS_GATE>
   auto own_stats = stats + ulong(group.y) * n_parts * 2;
   auto own_sums = sums + ulong(group.y) * n_parts * head_dim;
   uint i = group.x * SIMD + lane;
+  // Asked for before anything is waited for: as many as `sdpa_decode_parts` makes.
+  float firsts[8];
+#pragma unroll
+  for (uint j = 0; j < 8; ++j) {
+    uint part = simdgroup + 8 * j;
+    firsts[j] = part < n_parts ? own_sums[part * head_dim + i] : 0.0f;
+  }
   float highest = -INFINITY;
   for (uint part = lane; part < n_parts; part += SIMD) {
     // A part that saw nothing has neither a largest score nor a share.
@@ -778,8 +812,12 @@ template <typename T, bool HAS_GATE>
   total = simd_sum(total);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   float value = 0.0f;
-#pragma unroll 8
-  for (uint part = simdgroup; part < n_parts; part += 8) {
+#pragma unroll
+  for (uint j = 0; j < 8; ++j) {
+    uint part = simdgroup + 8 * j;
+    value = fma(part < n_parts ? shares[part] : 0.0f, firsts[j], value);
+  }
+  for (uint part = 64 + simdgroup; part < n_parts; part += 8) {
     value = fma(shares[part], own_sums[part * head_dim + i], value);
   }
   values[simdgroup * SIMD + lane] = value;

@@ -41,7 +41,7 @@ inline void multiply_fragments(float* c, const uint* a, const uint* b, half) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// N words, in accesses of 16 bytes where they are aligned.
+// N words, in the widest accesses that their number and place allow.
 template <int N>
 inline void read_words(const uint* from, uint* to) {
   if (N % 4 == 0 && ((ulong)from) % 16 == 0) {
@@ -53,10 +53,30 @@ inline void read_words(const uint* from, uint* to) {
       to[4 * i + 2] = four.z;
       to[4 * i + 3] = four.w;
     }
+  } else if (N % 2 == 0 && ((ulong)from) % 8 == 0) {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      uint2 two = ((const uint2*)from)[i];
+      to[2 * i] = two.x;
+      to[2 * i + 1] = two.y;
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       to[i] = from[i];
+    }
+  }
+}
+
+// 2 N values as N words, from any place that such values may stand at.
+template <int N, typename T>
+inline void read_values(const T* from, uint* to) {
+  if (((ulong)from) % 4 == 0) {
+    read_words<N>((const uint*)from, to);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      to[i] = packed_pair<T>(float(from[2 * i]), float(from[2 * i + 1]));
     }
   }
 }

@@ -15,18 +15,6 @@ inline void load_fragments(uint* to, const T* row) {
       : "r"(at));
 }
 
-template <typename T>
-inline void read_values(const T* from, uint* to) {
-  if (((ulong)from) % 4 == 0) {
-    read_words<8>((const uint*)from, to);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      to[i] = packed_pair<T>(float(from[2 * i]), float(from[2 * i + 1]));
-    }
-  }
-}
-
 template <int BITS, int G, typename T, typename S, typename B>
 inline typename SixteenBits<T>::result multiply_tile(
     const T* x_row_at,
@@ -58,7 +46,7 @@ inline typename SixteenBits<T>::result multiply_tile(
   // n_in is a multiple of 32: past its end both sides are zeros.
   auto read = [&](uint start) {
     if (has_row && start + x_column < n_in) {
-      read_values(x_row_at + start + x_column, x_next);
+      read_values<8>(x_row_at + start + x_column, x_next);
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {

@@ -748,6 +748,7 @@ def _some_joined(
         dict(b=1, h=1, p=1, d=32, gated=0),
         dict(b=2, h=3, p=5, d=64, gated=1, blind=2),
         dict(b=1, h=2, p=64, d=96, gated=1),
+        dict(b=1, h=1, p=83, d=32, gated=0),
         dict(b=1, h=1, p=3, d=256, gated=0, blind=3),
     ],
     large=dict(b=1, h=16, p=64, d=256, gated=1),

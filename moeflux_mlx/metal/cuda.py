@@ -20,6 +20,7 @@ _ROWS = ("fragments_cuda.h", "staged_cuda.h", "rows_cuda.h")
 # overloads the helper and stands in the last of the files named here.
 TWINS = {
     "multiply_tile": ("fragments_cuda.h", "tiles_cuda.h"),
+    "attend_part": ("fragments_cuda.h", "attention_cuda.h"),
     "rows_of_matrices": _ROWS,
     "combined_rows": (*_ROWS, "experts_cuda.h"),
 }
