@@ -26,18 +26,18 @@ DISK_BLOCK_BYTES = 4 << 10
 
 # Logits larger than this stay lazy on a CPU: most callers drop a prompt's logits.
 EAGER_LOGITS_BYTES = 64 << 20
-# From this many rows on, unpacking a quantised matrix once beats MLX's CPU product,
-# which unpacks it again for every row.
-UNPACK_MIN_ROWS = 6
+# From this many rows on, unpacking a quantised matrix once beats doing it for each row,
+# values left unscaled.
+UNPACK_MIN_ROWS = 3
 # Unpacked values the host handles at once: 1 MiB, half of a common L2 cache.
 HOST_BLOCK_VALUES = 256 << 10
+# Rows times packed matrices of so many values are worth several threads.
+HOST_THREADED_VALUES = 4 << 20
 # From this many multiply-adds on, a product of the host is worth several threads.
 THREADED_MIN_MACS = 64 << 20
 # Keys up to this size are copied by one launch, values with them, in less time than MLX
 # needs to update both in place, which takes it two launches each.
 COPIED_CACHE_BYTES = 4 << 20
-# A matrix that is larger unpacked is unpacked in blocks of this size.
-UNPACKED_BLOCK_BYTES = 64 << 20
 # What an interpreter grows by once it runs: stacks, buffers of BLAS, Python's objects.
 PROCESS_GROWTH_BYTES = 48 << 20
 # Share of memory that resident matrices may take when kept unpacked in float32.
@@ -100,6 +100,13 @@ def host_threads(n_macs: int) -> Iterator[None]:
         return
     with _blas().limit(limits=1, user_api="blas"):
         yield
+
+
+def n_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @functools.cache

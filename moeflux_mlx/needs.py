@@ -100,8 +100,9 @@ class TextNeeds:
     @functools.cached_property
     def _largest_block(self) -> int:
         """Bytes of a matrix, or of a block of one, unpacked for one product."""
-        most = max(dense_bytes(module) for _, module in self._text.named_modules())
-        return 2 * min(most, device.UNPACKED_BLOCK_BYTES)
+        if device.prefers_host_arrays():
+            return 2 * device.n_cores() * 4 * device.HOST_BLOCK_VALUES
+        return 2 * max(dense_bytes(module) for _, module in self._text.named_modules())
 
 
 def _grows(shapes: CacheShape) -> bool:

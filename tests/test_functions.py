@@ -19,6 +19,7 @@ from moeflux_mlx.ops.functions import (
     to_device,
     to_host,
 )
+from moeflux_mlx.ops.host import row_products
 from moeflux_mlx.weights import Quantization, Weight
 
 on_both = pytest.mark.parametrize("to", [mx.array, np.array], ids=["mlx", "numpy"])
@@ -154,14 +155,40 @@ def test_a_large_matrix_is_multiplied_to_its_last_row():
     assert relative_rms(linear(x, weight), expected) < 1e-5
 
 
-@pytest.mark.parametrize("rows", [1, 5, 6, 400, 517])
-def test_a_matrix_too_large_to_unpack_is_unpacked_in_blocks(monkeypatch, rows):
-    weight = quantized(mx.array(random(517, 64)), FORMS[2])
-    x = random(2, 9, 64, seed=1)
+@pytest.mark.parametrize("n_rows", [1, 2, 18])
+@pytest.mark.parametrize("step", [8, 9, 400, 517])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_matrix_too_large_to_unpack_is_unpacked_in_blocks(
+    monkeypatch, form, step, n_rows
+):
+    weight = quantized(mx.array(random(517, 128)), form)
+    x = random(n_rows, 128, seed=1)
     whole = linear(x, weight)
-    monkeypatch.setattr(device, "UNPACKED_BLOCK_BYTES", 4 * 64 * rows)
-    assert linear(x, weight).shape == (2, 9, 517)
+    monkeypatch.setattr(device, "HOST_BLOCK_VALUES", 128 * step)
+    assert linear(x, weight).shape == (n_rows, 517)
     assert relative_rms(linear(x, weight), whole) < 1e-6
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize("step", [8, 40, 2_000])
+def test_a_row_has_the_same_bits_whichever_others_come_with_it(
+    monkeypatch, step, threaded
+):
+    monkeypatch.setattr(device, "HOST_BLOCK_VALUES", 128 * step)
+    monkeypatch.setattr(device, "HOST_THREADED_VALUES", 0 if threaded else 1 << 60)
+    stacks = [
+        quantized(mx.array(random(7, 96, 128, seed=s)), FORMS[2]).on_host
+        for s in (2, 3)
+    ]
+    x, slots = random(5, 128, seed=1), [6, 0, 3, 3, 1]
+    whole = row_products(x, stacks, slots)
+    for chosen in ([0], [4], [1, 3], [3, 2, 0, 4]):
+        some = row_products(x[chosen], stacks, [slots[i] for i in chosen])
+        for part, products in zip(some, whole, strict=True):
+            assert np.array_equal(part, products[chosen])
+    for stack, products in zip(stacks, whole, strict=True):
+        expected = np.einsum("koi,ki->ko", dequantize(stack)[slots], x)
+        assert relative_rms(products, expected) < 1e-5
 
 
 def test_one_expert_of_a_stack_is_a_view_of_it():

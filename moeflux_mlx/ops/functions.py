@@ -215,37 +215,32 @@ def experts_by_slot(
     experts: ExpertWeights,
     *,
     in_order: bool = False,
-    n_total: int | None = None,
 ) -> Array:
     """Run rows ``[N, D]`` through the experts in their slots ``[N, K]``.
 
     Args:
         in_order: slots never fall from row to row, which lets MLX group rows.
-        n_total: on the host, how many slots there are in all, if these are some of
-            them: results then do not depend on which.
 
     Returns:
         ``[N, K, D]``.
     """
     if isinstance(x, np.ndarray):
-        return _experts_on_host(x, slots, experts, n_total)
+        return _experts_on_host(x, slots, experts)
     x = x[:, None, None]
     gate = _gather_linear(x, experts.gate, slots, in_order)
     up = _gather_linear(x, experts.up, slots, in_order)
     return _gather_linear(swiglu(gate, up), experts.down, slots, in_order).squeeze(-2)
 
 
-def _experts_on_host(
-    x: np.ndarray, slots: Array, experts: ExpertWeights, n_total: int | None
-) -> Array:
+def _experts_on_host(x: np.ndarray, slots: Array, experts: ExpertWeights) -> Array:
     experts, chosen = experts.on_host, slots.reshape(-1).tolist()
     rows = np.repeat(x, slots.shape[1], axis=0)
     if experts.gate.quantization == experts.up.quantization:
-        gate, up = row_products(rows, [experts.gate, experts.up], chosen, n_total)
+        gate, up = row_products(rows, [experts.gate, experts.up], chosen)
     else:
-        (gate,) = row_products(rows, [experts.gate], chosen, n_total)
-        (up,) = row_products(rows, [experts.up], chosen, n_total)
-    (down,) = row_products(swiglu(gate, up), [experts.down], chosen, n_total)
+        (gate,) = row_products(rows, [experts.gate], chosen)
+        (up,) = row_products(rows, [experts.up], chosen)
+    (down,) = row_products(swiglu(gate, up), [experts.down], chosen)
     return down.reshape(*slots.shape, -1)
 
 

@@ -1,4 +1,4 @@
-"""Products with matrices on the host: packed values are looked up in tables.
+"""Products with matrices on the host: packed values are cut out or looked up.
 
 NumPy has neither bfloat16 nor packed values, and MLX unpacks on a CPU value by value,
 up to 30 times slower than what follows.
@@ -7,9 +7,12 @@ up to 30 times slower than what follows.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -29,37 +32,32 @@ def host_linear(x: np.ndarray, weight: Weight) -> np.ndarray:
         return x @ widen(weight.w).T
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) >= device.UNPACK_MIN_ROWS:
-        return _unpacked_product(x, weight)
-    (out,) = row_products(rows, [weight[None]], [0] * len(rows))
+        out = _unpacked_product(rows, weight)
+    else:
+        (out,) = row_products(rows, [weight[None]], [0] * len(rows))
     return out.reshape(*x.shape[:-1], -1)
 
 
 def _unpacked_product(x: np.ndarray, weight: Weight) -> np.ndarray:
-    step = max(1, device.UNPACKED_BLOCK_BYTES // (4 * x.shape[-1]))
-    n_out = weight.w.shape[-2]
-    if n_out <= step:
-        return x @ unpack(weight).T
-    out = np.empty((*x.shape[:-1], n_out), np.float32)
+    """Unpack a block of the matrix at a time, small enough for the cache."""
+    n_out, n_in = weight.w.shape[0], x.shape[1]
+    step = max(8, device.HOST_BLOCK_VALUES // n_in)
+    out = np.empty((len(x), n_out), np.float32)
     for start in range(0, n_out, step):
-        block = slice(start, start + step)
-        np.matmul(x, unpack(weight[block]).T, out=out[..., block])
+        block = weight[start : start + step]
+        values = unpack(block, _scratch.values((len(block.w), n_in)))
+        np.matmul(x, values.T, out=out[:, start : start + step])
     return out
 
 
 def row_products(
-    x: np.ndarray,
-    stacks: Sequence[Weight],
-    slots: Sequence[int] | np.ndarray,
-    n_total: int | None = None,
+    x: np.ndarray, stacks: Sequence[Weight], slots: Sequence[int] | np.ndarray
 ) -> list[np.ndarray]:
     """Multiply row i of ``[K, I]`` by ``stack[slots[i]]`` ``[O, I]`` of each stack.
 
-    Packed values are looked up a block at a time, small enough for the cache, and
-    scaled after the products with each group: ``s (q . x) + b sum(x)``.
-
-    Args:
-        n_total: how many rows there are in all, if these are some of them: the bits
-            of a row are then the same whichever others come with it.
+    Values are scaled after the products with each group: ``s (q . x) + b sum(x)``.
+    Small matrices are taken together, large ones in blocks by several threads; the bits
+    of a row are the same whichever others come with it.
 
     Returns:
         ``[K, O]`` for each stack; all have the same shape and quantisation.
@@ -71,35 +69,136 @@ def row_products(
             for stack in stacks
         ]
     n_out, n_groups = stacks[0].scales.shape[1:]
-    slots = np.asarray(slots)
+    ids = [int(slot) for slot in slots]
     grouped = x.reshape(len(x), n_groups, q.group_size, 1)
-    scales = np.stack([_scales(s.scales[slots], q) for s in stacks])
-    out = np.zeros((len(stacks), len(x), n_out), np.float32)
-    if q.mode == "affine":
-        biases = np.stack([widen(s.biases[slots]) for s in stacks])
-        out = (biases @ grouped.sum(2))[..., 0]
-    n_values = (n_total or len(x)) * x.shape[1] * len(stacks)
-    step = max(8, device.HOST_BLOCK_VALUES // n_values)
-    for start in range(0, n_out, step):
-        rows = slice(start, min(start + step, n_out))
-        packed = [s.w[slots] if step >= n_out else s.w[slots, rows] for s in stacks]
-        values = _values(np.concatenate(packed), q)
-        shape = (len(stacks), len(x), -1, n_groups, q.group_size)
-        dots = (values.reshape(shape).swapaxes(2, 3) @ grouped)[..., 0]
-        out[:, :, rows] += np.einsum("skgo,skog->sko", dots, scales[:, :, rows])
+    sums, n_planes = grouped.sum(2), _n_planes(q)
+    partners = [grouped[:, :, i::n_planes] for i in range(n_planes)]
+    out = np.empty((len(stacks), len(x), n_out), np.float32)
+
+    def multiply(block: Block) -> None:
+        chosen, which = stacks[block.stacks], block.which
+        picked = ids[which]
+        at = picked if len(picked) > 1 else slice(picked[0], picked[0] + 1)
+        scales = _stack(_scales(s.scales[at, block.rows], q) for s in chosen)
+        planes = _planes(_stack(s.w[at, block.rows] for s in chosen), q)
+        shape = (*scales.shape, q.group_size // n_planes)
+        dots = sum(
+            plane.reshape(shape).swapaxes(2, 3) @ partner[which]
+            for plane, partner in zip(planes, partners, strict=True)
+        )
+        product = np.einsum("skgo,skog->sko", dots[..., 0], scales)
+        if q.mode == "affine":
+            biases = _stack(widen(s.biases[at, block.rows]) for s in chosen)
+            product += (biases @ sums[which])[..., 0]
+        out[block.stacks, which, block.rows] = product
+
+    blocks = [*_blocks(len(stacks), len(x), n_out, x.shape[1] // n_planes)]
+    if out.size * x.shape[1] < device.HOST_THREADED_VALUES:
+        for block in blocks:
+            multiply(block)
+    else:
+        list(_threads().map(multiply, blocks))
     return list(out)
 
 
-def unpack(weight: Weight) -> np.ndarray:
-    """Return a quantised weight of NumPy arrays as float32 ``[..., O, I]``."""
+class Block(NamedTuple):
+    """A part of several products: of which matrices, of which rows, which outputs."""
+
+    stacks: slice
+    which: slice
+    rows: slice
+
+
+def _blocks(n_stacks: int, n_rows: int, n_out: int, n_in: int) -> Iterator[Block]:
+    """Divide products into blocks whose values, ``n_in`` a row, fit a cache."""
+    step = max(8, device.HOST_BLOCK_VALUES // n_in)
+    if n_stacks * n_out <= step:
+        together = step // (n_stacks * n_out)
+        for first in range(0, n_rows, together):
+            which = slice(first, first + together)
+            yield Block(slice(n_stacks), which, slice(n_out))
+        return
+    for stack, first in itertools.product(range(n_stacks), range(n_rows)):
+        for start in range(0, n_out, step):
+            one = slice(stack, stack + 1), slice(first, first + 1)
+            yield Block(*one, slice(start, start + step))
+
+
+def _stack(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    """Stack arrays; one alone is not copied."""
+    found = [*arrays]
+    return found[0][None] if len(found) == 1 else np.stack(found)
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(device.n_cores(), thread_name_prefix="moeflux-product")
+
+
+class Scratch(threading.local):
+    """Memory of each thread, to be written over: what is new costs a fault a page."""
+
+    def __init__(self) -> None:
+        self._octets = np.empty(0, np.uint8)
+        self._values = np.empty(0, np.float32)
+
+    def octets(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Return bytes of a shape."""
+        if self._octets.size < math.prod(shape):
+            self._octets = np.empty(math.prod(shape), np.uint8)
+        return self._octets[: math.prod(shape)].reshape(shape)
+
+    def values(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Return float32 of a shape."""
+        if self._values.size < math.prod(shape):
+            self._values = np.empty(math.prod(shape), np.float32)
+        return self._values[: math.prod(shape)].reshape(shape)
+
+
+_scratch = Scratch()
+
+
+def _n_planes(q: Quantization) -> int:
+    """Return in how many arrays ``_planes`` gives values: those of a byte apart."""
+    return 8 // q.bits if q.mode == "affine" and FIELD_BITS[q.bits] == 8 else 1
+
+
+def _planes(packed: np.ndarray, q: Quantization) -> Iterator[np.ndarray]:
+    """Yield packed values, unscaled, as float32: plane i has every n-th from i on.
+
+    Each is written over by the next one, and by whatever this thread does next.
+    """
+    fields, n_planes = _fields(packed, q.bits), _n_planes(q)
+    if n_planes == 1:
+        values = _scratch.values((*packed.shape[:-1], packed.shape[-1] * 32 // q.bits))
+        _look_up(fields, q, values)
+        yield values
+        return
+    values, octets = _scratch.values(fields.shape), _scratch.octets(fields.shape)
+    for i in range(n_planes):
+        np.right_shift(fields, i * q.bits, out=octets)
+        np.bitwise_and(octets, (1 << q.bits) - 1, out=octets)
+        np.copyto(values, octets)
+        yield values
+
+
+def unpack(weight: Weight, out: np.ndarray | None = None) -> np.ndarray:
+    """Return a quantised weight of NumPy arrays as float32 ``[..., O, I]``.
+
+    Args:
+        out: memory of that shape to use.
+    """
     q = weight.quantization
     assert q is not None
     scales = _scales(weight.scales, q)
-    values = _values(weight.w, q).reshape(*scales.shape, q.group_size)
-    values *= scales[..., None]
+    shape = (*scales.shape[:-1], scales.shape[-1] * q.group_size)
+    out = np.empty(shape, np.float32) if out is None else out
+    _look_up(_fields(weight.w, q.bits), q, out)
+    groups = out.reshape(*scales.shape, q.group_size)
+    groups *= scales[..., None]
     if weight.biases is not None:
-        values += widen(weight.biases)[..., None]
-    return values.reshape(*scales.shape[:-1], math.prod(values.shape[-2:]))
+        groups += widen(weight.biases)[..., None]
+    return out
 
 
 def widen(x: Any) -> np.ndarray:
@@ -113,12 +212,14 @@ def _scales(scales: np.ndarray, q: Quantization) -> np.ndarray:
     return widen(scales) if q.mode == "affine" else _scale_table(q)[scales]
 
 
-def _values(packed: np.ndarray, q: Quantization) -> np.ndarray:
-    """Return packed values, unscaled, as float32; trailing axes are as they come."""
-    fields = _fields(packed, q.bits)
+def _look_up(fields: np.ndarray, q: Quantization, out: np.ndarray) -> None:
+    """Write the values of fields, unscaled, in their order."""
     if q.mode == "affine" and q.bits == FIELD_BITS[q.bits]:
-        return fields.astype(np.float32)
-    return np.take(_value_table(q), fields, axis=0, mode="clip")
+        np.copyto(out, fields.reshape(out.shape))
+        return
+    table = _value_table(q)
+    values = out.reshape(*fields.shape, table.shape[1])
+    np.take(table, fields, axis=0, mode="clip", out=values)
 
 
 def _fields(packed: np.ndarray, bits: int) -> np.ndarray:

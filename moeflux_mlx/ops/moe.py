@@ -71,12 +71,17 @@ class MoeSoftmaxTopK(Op):
         return 2 * 4 * self.n_tokens * self.n_experts
 
     def reference(self, logits: Array) -> tuple[Array, Array]:
-        xp = namespace(logits)
-        scores = softmax(float32(logits))
-        indices = argsort(-scores)[:, : self.k].astype(xp.int32)
-        if xp is mx:
-            indices = mx.stop_gradient(indices)
-        return indices, take_columns(scores, indices)
+        return softmax_topk(logits, self.k)
+
+
+def softmax_topk(logits: Array, k: int) -> tuple[Array, Array]:
+    """Return ids and weights ``[N, k]`` as ``MoeSoftmaxTopK`` does for ``[N, E]``."""
+    xp = namespace(logits)
+    scores = softmax(float32(logits))
+    indices = argsort(-scores)[:, :k].astype(xp.int32)
+    if xp is mx:
+        indices = mx.stop_gradient(indices)
+    return indices, take_columns(scores, indices)
 
 
 class MoeNormalizeWeights(Op):
@@ -169,10 +174,10 @@ def as_they_come(
     Returns:
         ``[1, K, D]``, the same bits whatever was in memory.
     """
-    n_total, out = indices.size, np.empty((1, indices.size, mlp_in.shape[1]), "f4")
+    out = np.empty((1, indices.size, mlp_in.shape[1]), "f4")
     for columns, slots in experts.parts(to_device(indices)):
         stacks, chosen = experts.weights, np.array([slots])
-        part = experts_by_slot(mlp_in, chosen, stacks, n_total=n_total)
+        part = experts_by_slot(mlp_in, chosen, stacks)
         out[:, columns] = part
     return out
 
