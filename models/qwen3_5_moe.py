@@ -35,6 +35,7 @@ from moeflux_mlx.model import (
     LayerGraph,
     LayerSample,
 )
+from moeflux_mlx.ops import MoeSoftmaxTopK
 from moeflux_mlx.ops.functions import Array, to_device
 from moeflux_mlx.parameters import LayerWeights
 from moeflux_mlx.runtime import RunOptions, Runtime
@@ -199,8 +200,16 @@ class GraphLayer:
         steps = context.t == 1 and self.runtime.traces_steps and not context.training
         parameters = self.routed is not None
         gather = steps or (parameters and (context.training or not device.on_cpu()))
+        one_token = context.n_seqs == context.t == 1
+        streamer = None if parameters else self.runtime.streaming
+        waits = streamer is not None and streamer.reads_aside
         return Call(
-            context.n_seqs, context.t, context.dtype, gather_by_id=gather, **masks
+            context.n_seqs,
+            context.t,
+            context.dtype,
+            gather_by_id=gather,
+            asks_at_once=one_token and context.on_host and waits,
+            **masks,
         )
 
     def _run_linear(self, hidden: Array, cache: Any, context: Context) -> Array:
@@ -267,6 +276,9 @@ class GraphLayer:
         else:
             experts = context.experts[self.index]
         inputs = {**inputs, "hidden": hidden, "experts": experts}
+        if call.asks_at_once:
+            route = blocks.asking(experts, self.module.mlp.top_k)
+            host = {**(host or {}), MoeSoftmaxTopK: route}
         # Prompts come in any length: only single tokens are sure to come again.
         recurs = call.t == 1 and not context.training and not context.traced
         done = self._runner.run(graph, weights, inputs, host, recurs=recurs)

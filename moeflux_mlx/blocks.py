@@ -17,12 +17,19 @@ from . import ops
 from .errors import ModelError
 from .graph import BufId
 from .graph import roles as b
+from .graph.lower import Kernel
 from .model import GraphBuilder
+from .ops.functions import Array, to_device
+from .ops.moe import softmax_topk
+from .weights import ExpertSource
 
 
 @dataclass(frozen=True)
 class Call:
-    """What of one call shapes its graphs: sequences, tokens each, masks, experts."""
+    """What of one call shapes its graphs: sequences, tokens each, masks, experts.
+
+    ``asks_at_once``: experts are asked for when they are chosen, see ``asking``.
+    """
 
     n_seqs: int
     t: int
@@ -32,6 +39,7 @@ class Call:
     lengths: bool = False
     spare_rows: bool = False
     gather_by_id: bool = False
+    asks_at_once: bool = False
 
     @property
     def n(self) -> int:
@@ -320,33 +328,62 @@ def choose_experts(
     return indices, weights
 
 
+def asking(experts: ExpertSource, k: int) -> Kernel:
+    """Return a function that performs ``MoeSoftmaxTopK`` and has them read."""
+
+    def choose(logits: Array) -> tuple[Array, Array]:
+        indices, weights = softmax_topk(logits, k)
+        experts.ask(to_device(indices))
+        return indices, weights
+
+    return choose
+
+
 def expected_experts(g: GraphBuilder, block: nn.Module, x: BufId, n: int) -> BufId:
     """Push a router on rows that are not quite its own: what it may choose soon."""
     logits = g.matvec("mlp.gate", x, b.RouterLogitsBuf, label="router")
     return choose_experts(g, block, logits, n)[0]
 
 
-def moe(
+SHARED = "mlp.shared_expert"
+
+
+def _shared_inputs(g: GraphBuilder, x: BufId) -> tuple[BufId, BufId, BufId]:
+    """Push the shared expert's gate over all of it, and its first two matrices."""
+    return (
+        g.matvec(f"{SHARED}_gate", x, b.SharedGateBuf),
+        g.matvec(
+            f"{SHARED}.gate_proj", x, b.SharedFfnGateBuf, label="shared_gate_proj"
+        ),
+        g.matvec(f"{SHARED}.up_proj", x, b.SharedFfnUpBuf, label="shared_up_proj"),
+    )
+
+
+def _shared_output(g: GraphBuilder, gate: BufId, up: BufId, n: int) -> BufId:
+    """Push the rest of the shared expert."""
+    width = g.ref(f"{SHARED}.gate_proj").shape[0]
+    act = g.new("shared_act", b.SharedFfnActBuf, (n, width))
+    g.push(
+        ops.SwigluFusedBatched(
+            label="shared_swiglu", gate=gate, up=up, out=act, n_tokens=n, dim=width
+        )
+    )
+    label = "shared_down_proj"
+    return g.matvec(f"{SHARED}.down_proj", act, b.SharedFfnDownBuf, label=label)
+
+
+def _experts_sum(
     g: GraphBuilder,
     block: nn.Module,
-    residual: BufId,
     x: BufId,
+    indices: BufId,
+    weights: BufId,
+    experts: BufId,
     call: Call,
     routed: RoutedShape,
 ) -> BufId:
-    """Push router, shared expert, routed experts and the sum with the residual."""
+    """Push the weighted sum of the routed experts."""
     n, dim = call.n, routed.dim
-    k, n_experts = block.top_k, block.num_experts
-    # In an order in which launches can perform neighbours together.
-    logits = g.matvec("mlp.gate", x, b.RouterLogitsBuf, label="router")
-    shared = "mlp.shared_expert"
-    shared_gate = g.matvec("mlp.shared_expert_gate", x, b.SharedGateBuf)
-    gate = g.matvec(
-        f"{shared}.gate_proj", x, b.SharedFfnGateBuf, label="shared_gate_proj"
-    )
-    up = g.matvec(f"{shared}.up_proj", x, b.SharedFfnUpBuf, label="shared_up_proj")
-    indices, weights = choose_experts(g, block, logits, n)
-    experts = g.input("experts", b.ExpertBaseBuf, (None,))
     out_sum = g.new("experts_sum", b.MoeOutSumBuf, (n, dim))
     kind = experts_op(call)
     if kind is ops.MoeBatchedPermuteFuse:
@@ -362,21 +399,38 @@ def moe(
             n_tokens=n,
             dim=dim,
             expert_dim=routed.expert_dim,
-            n_experts=n_experts,
-            k=k,
+            n_experts=block.num_experts,
+            k=block.top_k,
             expert_bytes=routed.expert_bytes,
         )
     )
-    width = g.ref(f"{shared}.gate_proj").shape[0]
-    act = g.new("shared_act", b.SharedFfnActBuf, (n, width))
-    g.push(
-        ops.SwigluFusedBatched(
-            label="shared_swiglu", gate=gate, up=up, out=act, n_tokens=n, dim=width
-        )
-    )
-    down = g.matvec(
-        f"{shared}.down_proj", act, b.SharedFfnDownBuf, label="shared_down_proj"
-    )
+    return out_sum
+
+
+def moe(
+    g: GraphBuilder,
+    block: nn.Module,
+    residual: BufId,
+    x: BufId,
+    call: Call,
+    routed: RoutedShape,
+) -> BufId:
+    """Push router, shared expert, routed experts and the sum with the residual."""
+    n, dim = call.n, routed.dim
+    logits = g.matvec("mlp.gate", x, b.RouterLogitsBuf, label="router")
+    experts = g.input("experts", b.ExpertBaseBuf, (None,))
+    if call.asks_at_once:
+        # What does not need them is computed while they are being read.
+        indices, weights = choose_experts(g, block, logits, n)
+        shared_gate, gate, up = _shared_inputs(g, x)
+        down = _shared_output(g, gate, up, n)
+        out_sum = _experts_sum(g, block, x, indices, weights, experts, call, routed)
+    else:
+        # In an order in which launches can perform neighbours together.
+        shared_gate, gate, up = _shared_inputs(g, x)
+        indices, weights = choose_experts(g, block, logits, n)
+        out_sum = _experts_sum(g, block, x, indices, weights, experts, call, routed)
+        down = _shared_output(g, gate, up, n)
     hidden = g.new("hidden_out", b.HiddenBuf, (n, dim))
     g.push(
         ops.MoeCombineResidualNTokens(

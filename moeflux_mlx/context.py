@@ -30,7 +30,7 @@ class Context:
     ``attention_mask`` is bool ``[B or 1, 1, T, S]``, ``sequence_mask`` bool ``[B, T]``,
     each None when nothing but causality hides tokens; ``start`` int32 ``[B]`` is the
     position of each sequence's first token. ``move`` takes arrays to where the call
-    runs, NumPy for ``host``. ``traced``: the whole call becomes one trace, so that
+    runs: NumPy ``on_host``. ``traced``: the whole call becomes one trace, so that
     nothing in it needs one of its own, every cache is a ``TracedKV`` or of arrays, and
     ``experts`` by layer stand for the layers' own.
     """
@@ -49,7 +49,7 @@ class Context:
     ):
         self.n_seqs, self.t, self.dtype, self.training = n_seqs, t, dtype, training
         self.experts, self.traced = experts, experts is not None
-        self.move = to_host if host else to_device
+        self.on_host, self.move = host, to_host if host else to_device
         stub = mx.zeros((n_seqs, t, 0))
         linear = _cache_of(layers, cache, is_linear=True)
         full = _cache_of(layers, cache, is_linear=False)

@@ -163,6 +163,13 @@ class ExpertSource(Protocol):
     def asked(self, n: int) -> None:
         """Hear that a run asked for ``n`` experts without calling ``slots``."""
 
+    def ask(self, indices: mx.array) -> None:
+        """Begin to read what ``slots`` or ``parts`` will be called for next.
+
+        Args:
+            indices: ``[1, K]`` expert ids of one token.
+        """
+
     def slots(self, indices: mx.array) -> mx.array:
         """Map expert ids to slots that hold them, reading what is missing.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +19,7 @@ from moeflux_mlx.experts.packed import PackedExperts
 from moeflux_mlx.experts.pool import POOL_ALIGNMENT
 from moeflux_mlx.experts.read_ahead import HOLD_TOKENS, TURN_TOKENS, ReadAhead
 from moeflux_mlx.experts.streamer import ExpertStreamer
+from moeflux_mlx.ops import SwigluFusedBatched
 
 N_EXPERTS, TOP_K = 11, 3
 
@@ -53,6 +55,39 @@ def test_logits_are_the_same_bits_with_and_without(packed, n_slots):
     record = counts.read_bytes // (counts.misses + counts.read_ahead)
     n_wasted = counts.read_ahead - counts.read_ahead_used
     assert counts.wasted_bytes == n_wasted * record
+
+
+def test_the_shared_expert_is_computed_while_others_are_read(packed, monkeypatch):
+    monkeypatch.setenv("MOEFLUX_EXECUTOR", "ops")
+    model, _ = moeflux_mlx.load(packed, expert_memory=memory_of(packed, 2))
+    streamer, reference = model.streamer, SwigluFusedBatched.reference
+    streamer._in_flight.reader.inline_bytes = 0
+    progress, in_time = threading.Condition(), []
+    layers_asked, layers_shared = [], []
+
+    def ask(layer, indices):
+        layers_asked.append(layer)
+        ExpertStreamer.ask(streamer, layer, indices)
+
+    def shared(*values):
+        with progress:
+            layers_shared.append(layers_asked[-1])
+            progress.notify_all()
+        return reference(*values)
+
+    def held(preadv, *args):
+        with progress:
+            done = progress.wait_for(lambda: layers_shared == layers_asked, timeout=10)
+        in_time.append(done)
+        return preadv(*args)
+
+    preadv = os.preadv
+    monkeypatch.setattr(streamer, "ask", ask)
+    monkeypatch.setattr(SwigluFusedBatched, "reference", shared)
+    monkeypatch.setattr(os, "preadv", lambda *args: held(preadv, *args))
+    model(mx.array([[7]]), cache=make_prompt_cache(model))
+    assert layers_asked == [0, 1, 2, 3] and len(in_time) > 0 and all(in_time)
+    assert streamer.stats.total.misses == 8
 
 
 @pytest.fixture(scope="module")

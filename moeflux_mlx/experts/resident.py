@@ -34,6 +34,9 @@ class ResidentExperts:
     def asked(self, n: int) -> None:
         """Hear that a run asked for ``n`` experts without calling ``slots``."""
 
+    def ask(self, indices: mx.array) -> None:
+        """Do nothing: they are here."""
+
     def slots(self, indices: mx.array) -> mx.array:
         """Return ``indices`` as uint32, without reading or copying them."""
         return indices.view(mx.uint32)

@@ -13,6 +13,9 @@ from ..weights import ExpertWeights
 class Streamer(Protocol):
     """What the experts of a layer ask of the streamer of all layers."""
 
+    def ask(self, layer: int, indices: mx.array) -> None:
+        """See ``StreamedExperts.ask``."""
+
     def slots(self, layer: int, indices: mx.array) -> mx.array:
         """See ``StreamedExperts.slots``."""
 
@@ -64,6 +67,16 @@ class StreamedExperts:
 
     def asked(self, n: int) -> None:
         """Hear of nothing: whoever asks calls ``slots``, which counts."""
+
+    def ask(self, indices: mx.array) -> None:
+        """Begin to read those of ``[1, K]`` experts that are missing.
+
+        Raises:
+            ExpertStoreError: an id is out of range. That one cannot be read, who asks
+                for slots will hear.
+            BudgetError: more distinct experts than slots.
+        """
+        self._streamer.ask(self._layer, indices)
 
     def slots(self, indices: mx.array) -> mx.array:
         """Map ``[N, K]`` expert ids to slots, reading what is missing.
@@ -125,6 +138,9 @@ class AssumedExperts:
 
     def asked(self, n: int) -> None:
         """Hear of nothing: the host counts what was chosen."""
+
+    def ask(self, indices: mx.array) -> None:
+        """Do nothing: what is missing, the host finds out afterwards."""
 
     def slots(self, indices: mx.array) -> mx.array:
         """Look up ``[N, K]`` expert ids, any number, without reading anything."""

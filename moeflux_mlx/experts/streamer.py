@@ -115,6 +115,8 @@ class ExpertStreamer:
         self._sources: dict[tuple[int, bool], ExpertSource] = {}
         self._lock = threading.RLock()
         self._guards: list[mx.array] = []
+        # The last ``ask``: layer, ids, and those that were missing.
+        self._asked: tuple[int, list[int], list[int]] | None = None
         self._interrupted = False
         self.stats = StreamStats(store.layers)
         self._in_flight = InFlight(
@@ -122,8 +124,8 @@ class ExpertStreamer:
         )
         self._demand = Demand(self._rows, self._table, self._in_flight, self.stats)
         # What needs no thread is not read ahead of anything.
-        record_bytes = min(layout.record_bytes for layout in layouts)
-        if read_ahead == "auto" and record_bytes <= inline_bytes:
+        self._least_record = min(layout.record_bytes for layout in layouts)
+        if read_ahead == "auto" and not self.reads_aside:
             read_ahead = "off"
         self.read_ahead = ReadAhead(read_ahead, lambda: self.stats.total.wait_seconds)
         self.resident = n_slots == n_records
@@ -137,6 +139,11 @@ class ExpertStreamer:
     def n_slots(self) -> int:
         """Experts that fit into memory at the same time, all layers together."""
         return self._table.capacity * self._table.n_groups
+
+    @property
+    def reads_aside(self) -> bool:
+        """Whether threads read experts, so that others may compute meanwhile."""
+        return self._least_record > self._in_flight.reader.inline_bytes
 
     @property
     def n_groups(self) -> int:
@@ -301,12 +308,28 @@ class ExpertStreamer:
                 raise
             self._interrupted = False
 
+    def ask(self, layer: int, indices: mx.array) -> None:
+        """Do what ``StreamedExperts.ask`` promises for a layer."""
+        with self._exclusive():
+            ids = self._read_back([indices])[0].ravel().tolist()
+            self._asked = layer, ids, self._request(layer, ids)
+
+    def _request(self, layer: int, ids: list[int]) -> list[int]:
+        """Begin to read a step's missing experts, or go on if they were asked for."""
+        asked, self._asked = self._asked, None
+        if asked is not None and asked[:2] == (layer, ids):
+            missing = asked[2]
+            # Another call may have waited for them, and not minded a failure.
+            if self._in_flight.coming(layer).issuperset(missing):
+                return missing
+        self._in_flight.settle(wanted=())
+        return self._demand.request(layer, ids)
+
     def slots(self, layer: int, indices: mx.array) -> mx.array:
         """Do what ``StreamedExperts.slots`` promises for a layer."""
         with self._exclusive():
             ids = self._read_back([indices])[0].ravel().tolist()
-            self._in_flight.settle(wanted=())
-            self._demand.provide(layer, ids)
+            self._demand.receive(layer, ids, self._request(layer, ids))
             places = self._table.rows[self._rows[layer]]
             slots = np.array([places[e] for e in ids], dtype=np.uint32)
             return mx.array(slots.reshape(indices.shape))
@@ -334,8 +357,7 @@ class ExpertStreamer:
         places = self._table.rows[self._rows[layer]]
         with self._exclusive():
             ids = self._read_back([indices])[0].ravel().tolist()
-            self._in_flight.settle(wanted=())
-            missing = self._demand.request(layer, ids)
+            missing = self._request(layer, ids)
             if self._in_flight.is_over(layer, missing):
                 # Nothing to wait for, as where no thread was needed: one part.
                 self._demand.receive(layer, ids, missing)
