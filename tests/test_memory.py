@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -223,22 +226,26 @@ def test_inspect_shows_the_plan_without_loading(packed, own_bytes, capsys):
 
 BUDGET = 200 << 20
 # Under the limit of memory that the process may still map, but for stacks, whose
-# pages are never touched.
+# pages are never touched, or in a control group from its beginning.
 UNDER_LIMIT = """
 import json, os, resource, sys
+
+path, budget, limited, group = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4]
+if group:
+    with open(os.path.join(group, "cgroup.procs"), "w") as procs:
+        procs.write(str(os.getpid()))
+
 import mlx.core as mx
 import moeflux_mlx
 from mlx_lm import stream_generate
 from moeflux_mlx import device
-
-path, budget, limited = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 
 def data_bytes():
     lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return {k: int(lines[k].split()[0]) * 1024 for k in ("VmData", "VmHWM")}
 
 room = budget - device.process_bytes() + (96 << 20)
-if limited:
+if limited and not group:
     most = data_bytes()["VmData"] + room
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 model, tokenizer = moeflux_mlx.load(path, memory=None if limited == 1 else budget)
@@ -248,17 +255,30 @@ print(json.dumps({"tokens": tokens, "peak": data_bytes()["VmHWM"]}))
 """
 
 
-def run_under_limit(path, limited: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", UNDER_LIMIT, str(path), str(BUDGET), str(limited)]
+def run_under_limit(
+    path: Path, limited: int, group: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    arguments = (path, BUDGET, limited, group or "")
+    command = [sys.executable, "-c", UNDER_LIMIT, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
-def test_a_process_stays_under_its_budget_where_it_would_fail_without(tmp_path):
-    path = tmp_path / "large"
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A model of three budgets, and the tokens it gives without a limit."""
+    path = tmp_path_factory.mktemp("memory") / "large"
     sizes = dict(hidden_size=256, moe_intermediate_size=256, num_experts=384)
     n_bytes = make_sparse_checkpoint(path, **sizes, num_hidden_layers=16)
     assert n_bytes > 3 * BUDGET
+    unlimited, tokenizer = moeflux_mlx.load(path)
+    options = {"prompt": [5, 77, 200, 31], "max_tokens": 4}
+    responses = moeflux_mlx.stream_generate(unlimited, tokenizer, **options)
+    return path, [response.token for response in responses]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_a_process_stays_under_its_budget_where_it_would_fail_without(large):
+    path, tokens = large
     without = run_under_limit(path, limited=1)
     # MLX says it cannot read: it was not given the memory to read into.
     assert without.returncode != 0 and "RuntimeError" in without.stderr
@@ -266,7 +286,33 @@ def test_a_process_stays_under_its_budget_where_it_would_fail_without(tmp_path):
     assert within.returncode == 0, within.stderr
     found = json.loads(within.stdout)
     assert found["peak"] < BUDGET
-    unlimited, tokenizer = moeflux_mlx.load(path)
-    options = {"prompt": [5, 77, 200, 31], "max_tokens": 4}
-    responses = moeflux_mlx.stream_generate(unlimited, tokenizer, **options)
-    assert found["tokens"] == [response.token for response in responses]
+    assert found["tokens"] == tokens
+
+
+@pytest.fixture
+def control_group():
+    """A control group that ends processes which hold more than the budget."""
+    version_1 = Path("/sys/fs/cgroup/memory")
+    parent = version_1 if version_1.is_dir() else Path("/sys/fs/cgroup")
+    limit = "memory.limit_in_bytes" if version_1.is_dir() else "memory.max"
+    group = parent / f"moeflux-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as e:
+        pytest.skip(f"no control group can be made here: {e}")
+    try:
+        if not (group / limit).exists():
+            pytest.skip("control groups do not limit memory here")
+        (group / limit).write_text(str(BUDGET))
+        yield group
+    finally:
+        group.rmdir()
+
+
+def test_a_control_group_that_ends_others_lets_it_live(large, control_group):
+    path, tokens = large
+    without = run_under_limit(path, limited=1, group=control_group)
+    assert without.returncode == -signal.SIGKILL
+    within = run_under_limit(path, limited=2, group=control_group)
+    assert within.returncode == 0, within.stderr
+    assert json.loads(within.stdout)["tokens"] == tokens
