@@ -239,7 +239,11 @@ def tuned_tiny(checkpoint):
     with pytest.MonkeyPatch.context() as patch:
         known = lowering.TABLE[ResidualAddNTokens]
         patch.setitem(lowering.TABLE, ResidualAddNTokens, (*known, *bad))
-        return tune(model, prompts=[3], context=3, timer=LastIsBest())
+        kept: list[Tuning] = []
+        timer = LastIsBest()
+        found = tune(model, prompts=[3], context=3, timer=timer, keep=kept.append)
+        assert kept == [replace(found, entries=(entry,)) for entry in found.entries]
+        return found
 
 
 @simulated
@@ -320,7 +324,16 @@ def test_the_command_keeps_what_it_found_only_where_times_mean_something(
     checkpoint, tuned_tiny, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("moeflux_mlx.cli.tune.tune", lambda *_, **__: tuned_tiny)
+    n_found = len(tuned_tiny.entries)
+
+    def found(_model, *, keep, **_):
+        for entry in tuned_tiny.entries[:n_found]:
+            keep(replace(tuned_tiny, entries=(entry,)))
+        if n_found < len(tuned_tiny.entries):
+            raise KeyboardInterrupt
+        return tuned_tiny
+
+    monkeypatch.setattr("moeflux_mlx.cli.tune.tune", found)
     command = ["tune", str(checkpoint), "--executor", "sim"]
     assert main(command) == 0
     assert "nothing is kept" in capsys.readouterr().out
@@ -328,6 +341,10 @@ def test_the_command_keeps_what_it_found_only_where_times_mean_something(
     path = tmp_path / "mine.json"
     assert main([*command, "--file", str(path)]) == 0
     assert len(json.loads(path.read_text())["entries"]) == len(tuned_tiny.entries)
+    path.unlink()
+    n_found = 2
+    assert main([*command, "--file", str(path)]) == 130
+    assert len(json.loads(path.read_text())["entries"]) == 2
 
 
 def test_the_list_of_lowerings_shows_what_is_tuned(in_force, monkeypatch, capsys):

@@ -69,22 +69,35 @@ def run(args: argparse.Namespace) -> int:
     def progress(choices: Sequence[Choice], what: str) -> Iterable[Choice]:
         return track(choices, what, console=console, transient=True)
 
+    older = None
+    if path is not None:
+        with contextlib.suppress(ConfigError):
+            older = read(path)
+
+    def keep(winner: Tuning) -> None:
+        """Save it at once: compiling takes minutes, and whoever stops loses nothing."""
+        nonlocal older
+        if path is not None:
+            older = winner.merged(older)
+            save(older, path)
+        if not console.is_terminal:
+            (entry,) = winner.entries
+            us = f"{entry.us[entry.winner]:.1f} us"
+            console.print(f"{entry.name}, {_tokens(entry)}: {entry.winner}, {us}")
+
     found = tune(
         model,
         prompts=args.prompts,
         context=args.context,
         repeats=args.repeats,
         progress=progress,
+        keep=keep,
     )
     print_tuning(found, wide_console())
     if path is None:
         print("Times of a simulator mean nothing: nothing is kept without --file.")
-        return 0
-    older = None
-    with contextlib.suppress(ConfigError):
-        older = read(path)
-    save(found.merged(older), path)
-    print(f"Kept in {path}")
+    else:
+        print(f"Kept in {path}")
     return 0
 
 

@@ -50,6 +50,7 @@ def tune(
     repeats: int = 5,
     timer: StepTimer | None = None,
     progress: Progress = lambda choices, _: choices,
+    keep: Callable[[Tuning], None] = lambda found: None,
 ) -> Tuning:
     """Time every way of every Op of a loaded model, and of its groups of Ops.
 
@@ -61,6 +62,7 @@ def tune(
         repeats: measurements of each way, of which the median counts.
         timer: what times; by default what fits the model's executor.
         progress: wraps choices as they are tried, told what they are of.
+        keep: is given each winner when it is found, the entry of a tuning of one.
 
     Raises:
         BackendError: the model's executor has no kernels.
@@ -78,7 +80,7 @@ def tune(
             "has no kernels"
         )
     model.eval()
-    tuner = Tuner(runtime, timer or timer_for(runtime.executor, repeats))
+    tuner = Tuner(runtime, timer or timer_for(runtime.executor, repeats), keep)
     caches = filled_caches(model, context)
     tuner.tune(model, mx.array([[1]]), caches, "one token", progress)
     del caches
@@ -86,23 +88,29 @@ def tune(
     for n_tokens in sorted(set(prompts)):
         tokens, caches = prompt(n_tokens, vocab_size), make_prompt_cache(model)
         tuner.tune(model, tokens, caches, f"{n_tokens} tokens", progress)
-    return Tuning(
-        device=machine_name(),
-        executor=runtime.executor.name,
-        mlx=mlx_version(),
-        date=datetime.date.today().isoformat(),
-        entries=tuple(tuner.entries.values()),
-    )
+    return tuner.found(*tuner.entries.values())
 
 
 class Tuner:
     """Tries choices, and remembers what won: groups are compared with the winners."""
 
-    def __init__(self, runtime: Runtime, timer: StepTimer):
+    def __init__(
+        self, runtime: Runtime, timer: StepTimer, keep: Callable[[Tuning], None]
+    ):
         assert isinstance(runtime.executor, KernelExecutor)
         self.entries: dict[Key, Entry] = {}
-        self._runtime, self._timer = runtime, timer
+        self._runtime, self._timer, self._keep = runtime, timer, keep
         self._executor = runtime.executor
+
+    def found(self, *entries: Entry) -> Tuning:
+        """Return entries with what they are of."""
+        return Tuning(
+            device=machine_name(),
+            executor=self._executor.name,
+            mlx=mlx_version(),
+            date=datetime.date.today().isoformat(),
+            entries=entries,
+        )
 
     def tune(
         self,
@@ -123,6 +131,7 @@ class Tuner:
             entry = self._try(choice)
             if entry is not None:
                 self.entries[choice.key] = entry
+                self._keep(self.found(entry))
             choice.samples.clear()
 
     def _try(self, choice: Choice) -> Entry | None:
