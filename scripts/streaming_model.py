@@ -129,6 +129,8 @@ def recorded_trace(n_steps: int, n_layers: int, n_experts: int, k: int) -> np.nd
     all choices and their order in time are recorded ones, at the share of experts a
     token uses. Ranks and layers of the demo model take turns.
     """
+    # Where it runs, as anywhere: every device follows the same trace.
+    mx.set_default_device(mx.cpu)
     model, tokenizer = moeflux_mlx.load(DEMO, executor="ops")
     texts = sorted(
         (ROOT / "moeflux_mlx").rglob("*.py"), key=lambda p: -p.stat().st_size
