@@ -23,7 +23,7 @@ from moeflux_mlx.experts.cachesim import (
     replay_optimum,
     simulate,
 )
-from moeflux_mlx.experts.policy import LFU, LRU
+from moeflux_mlx.experts.policy import LFU, LRU, POLICIES
 from moeflux_mlx.experts.pool import POOL_ALIGNMENT
 from moeflux_mlx.experts.routing_trace import RoutingTrace
 from moeflux_mlx.profiling import record_routing
@@ -90,7 +90,7 @@ def traces(draw) -> RoutingTrace:
 @given(
     trace=traces(),
     share=st.floats(0, 1),
-    policy=st.sampled_from([LRU, LFU]),
+    policy=st.sampled_from([*POLICIES.values()]),
     scope=st.sampled_from(["global", "layer"]),
     floor=st.sampled_from([None, 0]),
 )
@@ -114,10 +114,9 @@ def trace(checkpoint):
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
-@pytest.mark.parametrize("policy", [LRU, LFU])
+@pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("n_slots", [8, 12, 20])
-def test_hits_are_those_that_the_streamer_counts(packed, trace, n_slots, policy, scope):
-    name = {LRU: "lru", LFU: "lfu"}[policy]
+def test_hits_are_those_that_the_streamer_counts(packed, trace, n_slots, name, scope):
     memory = n_slots * stride(packed) + POOL_ALIGNMENT
     model, _ = moeflux_mlx.load(packed, expert_memory=memory, scope=scope, policy=name)
     with model.streamer as streamer:
@@ -125,7 +124,7 @@ def test_hits_are_those_that_the_streamer_counts(packed, trace, n_slots, policy,
         prompt = mx.array(PROMPT)
         for _ in generate_step(prompt, model, max_tokens=30, prefill_step_size=4):
             pass
-        simulated = replay(trace, n_slots, policy, scope=scope)
+        simulated = replay(trace, n_slots, POLICIES[name], scope=scope)
         for row, layer in enumerate(trace.layers):
             counted = streamer.stats[layer]
             n_misses = simulated.misses[:, row].sum()

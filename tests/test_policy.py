@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeflux_mlx.errors import ConfigError, TraceError
-from moeflux_mlx.experts.policy import LFU, LRU, Pins, PoolShape, policy_factory
+from moeflux_mlx.experts.policy import (
+    LFU,
+    LRU,
+    POLICIES,
+    Markov,
+    Pins,
+    PoolShape,
+    policy_factory,
+)
 from moeflux_mlx.experts.residency import EMPTY, SlotTable
 from moeflux_mlx.experts.routing_trace import RoutingTrace
 
@@ -109,6 +117,95 @@ def test_lfu_evicts_what_its_definition_says(uses, admitted, keep, rows, largest
         assert free[found] == pytest.approx(min(free.values()), rel=1e-9)
 
 
+def test_markov_keeps_what_followed_the_experts_used_now():
+    policy = held(Markov(SHAPE), 0, 1, 2, 3)
+    # 0 then 1, 2 then 3, each as often as the other.
+    for _ in range(20):
+        for expert in (0, 1, 2, 3):
+            policy.use(0, [expert])
+    policy.use(0, [0])
+    # After 0 come 1, then 2, then 3, then 0 again.
+    order = []
+    while (key := policy.victim(0, ROWS, keep={0})) is not None:
+        order.append(key)
+        policy.forget(0, key)
+    assert order == [3, 2, 1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    uses=st.lists(
+        st.tuples(
+            st.sampled_from(ROWS),
+            st.sets(st.integers(0, N_EXPERTS - 1), min_size=1, max_size=4),
+        ),
+        max_size=30,
+    ),
+    admitted=st.sets(keys, min_size=1),
+    keep=st.sets(keys, max_size=4),
+    rows=st.sets(st.sampled_from(ROWS)),
+    shared=st.booleans(),
+)
+def test_markov_evicts_what_its_definition_says(uses, admitted, keep, rows, shared):
+    policy = Markov(PoolShape(N_ROWS, N_EXPERTS, n_slots=9, shared=shared))
+    for i, (row, experts) in enumerate(uses):
+        policy.use(row, [row * N_EXPERTS + e for e in sorted(experts)])
+        if i == len(uses) // 2:
+            held(policy, *sorted(admitted))
+    if not uses:
+        held(policy, *sorted(admitted))
+
+    def value(key: int) -> float:
+        row, expert = divmod(key, N_EXPERTS)
+        steps = [experts for r, experts in uses if r == row]
+        fading = 0.5 ** (1 / Markov.LATELY)
+        ages = [len(steps) - 1 - i for i, s in enumerate(steps) if expert in s]
+        lately = (1 - fading) * sum(fading**age for age in ages)
+        base = (1 - Markov.FOLLOWING) * lately / (1 - Markov.DISCOUNT)
+        if not steps or 2 * len(steps[-1]) > N_EXPERTS:
+            return base
+        means = []
+        for before in steps[-1]:
+            worth, n_uses = 0.0, 0
+            for i, step in enumerate(steps):
+                if before not in step or 2 * len(step) > N_EXPERTS:
+                    continue
+                n_uses += 1
+                for ahead, later in enumerate(steps[i + 1 :]):
+                    if 2 * len(later) > N_EXPERTS:
+                        break
+                    worth += (expert in later) * Markov.DISCOUNT**ahead
+            means.append(worth / n_uses)
+        return Markov.FOLLOWING * sum(means) / len(means) + base
+
+    asked = 1
+    group = ROWS if shared else [asked]
+    free = {
+        key: value(key)
+        for key in admitted - keep
+        if key // N_EXPERTS in rows and key // N_EXPERTS in group
+    }
+    for _ in range(2):
+        found = policy.victim(asked, rows, keep)
+        if not free:
+            assert found is None
+        else:
+            assert free[found] == pytest.approx(min(free.values()), rel=1e-4, abs=1e-6)
+
+
+def test_markov_forgets_what_followed_long_ago(monkeypatch):
+    monkeypatch.setattr(Markov, "FOLLOWED", 16.0)
+    policy = held(Markov(SHAPE), 1, 2)
+    for _ in range(64):
+        policy.use(0, [0])
+        policy.use(0, [1])
+    for _ in range(64):
+        policy.use(0, [0])
+        policy.use(0, [2])
+    policy.use(0, [0])
+    assert policy.victim(0, ROWS, keep=()) == 1
+
+
 def test_pins_stay_while_there_is_anything_else_to_evict():
     chosen = np.array([[[3, 1], [0, 1], [0, 4]]] * 4, np.uint8)
     policy = Pins(SHAPE, trace_of(chosen), rest=LRU)
@@ -140,7 +237,13 @@ def test_policies_have_names(tmp_path):
     assert policy_factory("lfu") is LFU
     path = tmp_path / "a+pins:b.npz"
     trace_of(np.zeros((4, N_ROWS, TOP_K), np.uint8)).save(path)
-    for name, rest in (("pins", LFU), ("lru+pins", LRU), ("lfu+pins", LFU)):
+    assert policy_factory("markov") is Markov
+    for name, rest in (
+        ("pins", LFU),
+        ("lru+pins", LRU),
+        ("lfu+pins", LFU),
+        ("markov+pins", Markov),
+    ):
         policy = policy_factory(f"{name}:{path}")(SHAPE)
         assert isinstance(policy, Pins) and isinstance(policy._rest, rest)
     with pytest.raises(TraceError, match="No such file"):
@@ -162,7 +265,7 @@ visits = st.lists(
     n_slots=st.integers(TOP_K, 12),
     floor=st.integers(0, 4),
     shared=st.booleans(),
-    policy=st.sampled_from([LRU, LFU]),
+    policy=st.sampled_from([*POLICIES.values()]),
 )
 def test_no_layer_falls_below_its_floor_for_another(
     visits, n_slots, floor, shared, policy

@@ -19,7 +19,7 @@ from synthetic import expert_bytes, slot_bytes, write_checkpoint
 from moeflux_mlx.errors import BudgetError, ConfigError, ExpertStoreError
 from moeflux_mlx.experts.pack import pack
 from moeflux_mlx.experts.packed import PackedExperts
-from moeflux_mlx.experts.policy import Policy, PoolShape
+from moeflux_mlx.experts.policy import POLICIES, Policy, PoolShape
 from moeflux_mlx.experts.pool import POOL_ALIGNMENT
 from moeflux_mlx.experts.resident import ResidentExperts
 from moeflux_mlx.experts.stats import Counters
@@ -119,7 +119,7 @@ steps = st.lists(
     n_slots=st.integers(N_LAYERS * TOP_K, N_LAYERS * N_EXPERTS + 2),
     minimal=st.booleans(),
     scope=st.sampled_from(["global", "layer"]),
-    policy=st.sampled_from(["lru", "lfu"]),
+    policy=st.sampled_from([*POLICIES]),
     inline_bytes=st.sampled_from([0, 10**9]),
 )
 def test_every_slot_holds_the_expert_asked_for(

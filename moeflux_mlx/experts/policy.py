@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
+import numpy as np
+
 from ..errors import ConfigError, TraceError
 from .routing_trace import RoutingTrace
 
@@ -181,6 +183,102 @@ class LFU(Policy):
             heapq.heapify(queue)
 
 
+class Markov(Policy):
+    """Evict the expert that is least expected soon, by which experts follow which.
+
+    A use that comes t tokens later is worth ``DISCOUNT ** t``. How much an expert is
+    expected to be worth, counts tell for each expert that its layer has just used: what
+    came after that one before. ``FOLLOWING`` of an expert's value is the mean of these,
+    the rest how often it was used lately. Counts are float32
+    ``[n_rows, n_experts, n_experts]`` and outlive eviction.
+    """
+
+    DISCOUNT: ClassVar[float] = 0.6
+    FOLLOWING: ClassVar[float] = 0.7
+    # Steps of a layer after which a use counts half: lately, and as one that followed.
+    LATELY: ClassVar[float] = 30.0
+    FOLLOWED: ClassVar[float] = 1400.0
+    _AGEING_STEPS: ClassVar[int] = 64
+
+    def __init__(self, shape: PoolShape):
+        n, e = shape.n_rows, shape.n_experts
+        self._shape = shape
+        # Of each row: what followed each expert, by what followed; how often each was
+        # used; how recently, discounted; how often lately; and what that makes of it.
+        self._followed = np.zeros((n, e, e), np.float32)
+        self._uses = np.full((n, e), 1e-9, np.float32)
+        self._recent = np.zeros((n, e), np.float32)
+        self._lately = np.zeros((n, e), np.float32)
+        self._values = np.zeros((n, e), np.float32)
+        # The values of what is in memory, infinite for all else.
+        self._standing = np.full((n, e), np.inf, np.float32)
+        self._steps = [0] * n
+
+    def use(self, row: int, keys: Iterable[int]) -> None:
+        """Count what followed what, and expect what followed these."""
+        used = [key - row * self._shape.n_experts for key in keys]
+        if not used:
+            return
+        fading = 0.5 ** (1 / self.LATELY)
+        lately, values = self._lately[row], self._values[row]
+        lately *= fading
+        lately[used] += 1 - fading
+        # By the discount's sum, so that both parts of a value are worth alike.
+        np.multiply(lately, (1 - self.FOLLOWING) / (1 - self.DISCOUNT), out=values)
+        if 2 * len(used) > self._shape.n_experts:
+            # Most experts, as a prompt uses: that says nothing of what follows what.
+            self._recent[row] = 0
+        else:
+            values += self._follow(row, used)
+        standing = self._standing[row]
+        np.copyto(standing, values, where=standing < np.inf)
+
+    def _follow(self, row: int, used: list[int]) -> np.ndarray:
+        """Count experts after those before them; return what to expect after them."""
+        followed, uses, recent = self._followed[row], self._uses[row], self._recent[row]
+        followed[used] += recent
+        recent *= self.DISCOUNT
+        recent[used] += 1
+        uses[used] += 1
+        self._steps[row] += 1
+        if self._steps[row] % self._AGEING_STEPS == 0:
+            ageing = 0.5 ** (self._AGEING_STEPS / self.FOLLOWED)
+            followed *= ageing
+            uses *= ageing
+        shares = np.zeros_like(uses)
+        shares[used] = self.FOLLOWING / len(used) / uses[used]
+        return followed @ shares
+
+    def admit(self, row: int, key: int) -> None:
+        """Let a key be evicted."""
+        self._standing.flat[key] = self._values.flat[key]
+
+    def forget(self, row: int, key: int) -> None:
+        """Let a key be no victim; what is known of it stays."""
+        self._standing.flat[key] = np.inf
+
+    def victim(
+        self, row: int, rows: Container[int], keep: Container[int]
+    ) -> int | None:
+        """Return the key of least value that may go, the first of several."""
+        n_experts = self._shape.n_experts
+        first = 0 if self._shape.shared else row
+        last = self._shape.n_rows if self._shape.shared else row + 1
+        standing = self._standing[first:last].reshape(-1)
+        passed: list[tuple[int, float]] = []
+        found = None
+        while found is None and standing[place := int(standing.argmin())] < np.inf:
+            key = first * n_experts + place
+            if key not in keep and key // n_experts in rows:
+                found = key
+            else:
+                passed.append((place, standing[place]))
+                standing[place] = np.inf
+        for place, value in passed:
+            standing[place] = value
+        return found
+
+
 class Pins(Policy):
     """Keep the experts that a recorded run used most; the rest is another policy's.
 
@@ -235,16 +333,17 @@ class Pins(Policy):
         return next(free, None)
 
 
-POLICIES: dict[str, PolicyFactory] = {"lru": LRU, "lfu": LFU}
-POLICY_FORMS = "lru, lfu, pins:TRACE, lru+pins:TRACE or lfu+pins:TRACE"
+POLICIES: dict[str, PolicyFactory] = {"lru": LRU, "lfu": LFU, "markov": Markov}
+POLICY_FORMS = "lru, lfu, markov, pins:TRACE, or one of the first with +pins:TRACE"
 
 
 def policy_factory(name: str) -> PolicyFactory:
     """Return what makes the policy of a name.
 
     Args:
-        name: ``lru``, ``lfu``, or ``pins:TRACE`` with a file of ``moeflux trace``,
-            after ``lru+`` or ``lfu+`` if the rest is not to go by the default.
+        name: ``lru``, ``lfu``, ``markov``, or ``pins:TRACE`` with a file of ``moeflux
+            trace``, after one of these and ``+`` if the rest is not to go by the
+            default.
 
     Raises:
         ConfigError: there is no policy of that name.
