@@ -59,6 +59,13 @@ def add_streaming_flags(parser: argparse.ArgumentParser) -> None:
         "--policy",
         help=f"which experts stay: {POLICY_FORMS} (default: {DEFAULT_POLICY})",
     )
+    ours.add_argument(
+        "--read-ahead",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="read experts that the next layer will likely choose (default: where that "
+        "was measured to pay)",
+    )
     ours.add_argument("--executor", help="what runs the graph, for example ops")
 
 
@@ -73,7 +80,7 @@ def add_state_flags(parser: argparse.ArgumentParser) -> None:
 
 def streaming_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return what those flags say, as ``load`` takes it."""
-    names = ("memory", "expert_memory", "scope", "policy", "executor")
+    names = ("memory", "expert_memory", "scope", "policy", "read_ahead", "executor")
     return {name: getattr(args, name) for name in names}
 
 
