@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -167,6 +170,21 @@ def test_a_matrix_too_large_to_unpack_is_unpacked_in_blocks(
     monkeypatch.setattr(device, "HOST_BLOCK_VALUES", 128 * step)
     assert linear(x, weight).shape == (n_rows, 517)
     assert relative_rms(linear(x, weight), whole) < 1e-6
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes do not fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_process_multiplies_with_threads_of_its_own(monkeypatch):
+    monkeypatch.setattr(device, "HOST_THREADED_VALUES", 0)
+    weight = quantized(mx.array(random(3, 16, 64)), FORMS[2]).on_host
+    x = random(1, 64, seed=1)
+    (expected,) = row_products(x, [weight], [2])
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)
+        (got,) = row_products(x, [weight], [2])
+        os._exit(0 if np.array_equal(got, expected) else 1)
+    assert os.waitpid(pid, 0)[1] == 0
 
 
 @pytest.mark.parametrize("threaded", [False, True])

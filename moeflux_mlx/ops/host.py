@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -133,6 +134,11 @@ def _stack(arrays: Iterable[np.ndarray]) -> np.ndarray:
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(device.n_cores(), thread_name_prefix="moeflux-product")
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked process has none of its parent's threads.
+    os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 class Scratch(threading.local):
