@@ -80,6 +80,7 @@ def compare(
     expert_memory: int | str | None = None,
     scope: str = "global",
     policy: str | None = None,
+    read_ahead: str = "auto",
     executor: str | None = None,
 ) -> Comparison:
     """Compare moeflux-mlx with stock mlx-lm; each side runs in its own process.
@@ -95,7 +96,7 @@ def compare(
             stacked in memory again when it is packed.
         dtype: ``float32`` casts both sides; ``model`` leaves each its own type.
         tolerance: largest relative RMS error, by default that of ``TOLERANCES``.
-        memory, expert_memory, scope, policy, executor: as for ``load``.
+        memory, expert_memory, scope, policy, read_ahead, executor: as for ``load``.
 
     Raises:
         ConfigError: an argument is not usable.
@@ -120,6 +121,7 @@ def compare(
             "expert_memory": expert_memory,
             "scope": scope,
             "policy": policy,
+            "read_ahead": read_ahead,
             "executor": executor,
         }
         job = replace(
