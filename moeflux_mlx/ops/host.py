@@ -46,7 +46,7 @@ def _unpacked_product(x: np.ndarray, weight: Weight) -> np.ndarray:
     out = np.empty((len(x), n_out), np.float32)
     for start in range(0, n_out, step):
         block = weight[start : start + step]
-        values = unpack(block, _scratch.values((len(block.w), n_in)))
+        values = unpack(block, _scratch.array((len(block.w), n_in), np.float32))
         np.matmul(x, values.T, out=out[:, start : start + step])
     return out
 
@@ -145,20 +145,14 @@ class Scratch(threading.local):
     """Memory of each thread, to be written over: what is new costs a fault a page."""
 
     def __init__(self) -> None:
-        self._octets = np.empty(0, np.uint8)
-        self._values = np.empty(0, np.float32)
+        self._held: dict[type, np.ndarray] = {}
 
-    def octets(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Return bytes of a shape."""
-        if self._octets.size < math.prod(shape):
-            self._octets = np.empty(math.prod(shape), np.uint8)
-        return self._octets[: math.prod(shape)].reshape(shape)
-
-    def values(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Return float32 of a shape."""
-        if self._values.size < math.prod(shape):
-            self._values = np.empty(math.prod(shape), np.float32)
-        return self._values[: math.prod(shape)].reshape(shape)
+    def array(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        """Return an array with anything in it; there is one of each type."""
+        n, held = math.prod(shape), self._held.get(dtype)
+        if held is None or held.size < n:
+            held = self._held[dtype] = np.empty(n, dtype)
+        return held[:n].reshape(shape)
 
 
 _scratch = Scratch()
@@ -176,11 +170,13 @@ def _planes(packed: np.ndarray, q: Quantization) -> Iterator[np.ndarray]:
     """
     fields, n_planes = _fields(packed, q.bits), _n_planes(q)
     if n_planes == 1:
-        values = _scratch.values((*packed.shape[:-1], packed.shape[-1] * 32 // q.bits))
+        shape = (*packed.shape[:-1], packed.shape[-1] * 32 // q.bits)
+        values = _scratch.array(shape, np.float32)
         _look_up(fields, q, values)
         yield values
         return
-    values, octets = _scratch.values(fields.shape), _scratch.octets(fields.shape)
+    values = _scratch.array(fields.shape, np.float32)
+    octets = _scratch.array(fields.shape, np.uint8)
     for i in range(n_planes):
         np.right_shift(fields, i * q.bits, out=octets)
         np.bitwise_and(octets, (1 << q.bits) - 1, out=octets)
