@@ -102,9 +102,12 @@ def make_traces(config: dict[str, Any], n_steps: int) -> dict[str, np.ndarray]:
     """Return the Zipf-like and the recorded trace, ``[n_steps, layers, K]`` each."""
     shape = (n_steps, config["num_hidden_layers"])
     n_experts, k = config["num_experts"], config["num_experts_per_tok"]
+    # On the CPU, so that every device follows the same trace.
+    with mx.stream(mx.cpu):
+        recorded = recorded_trace(*shape, n_experts, k)
     return {
         "zipf": zipf_trace(*shape, n_experts, k),
-        "recorded": recorded_trace(*shape, n_experts, k),
+        "recorded": recorded,
     }
 
 
@@ -129,8 +132,6 @@ def recorded_trace(n_steps: int, n_layers: int, n_experts: int, k: int) -> np.nd
     all choices and their order in time are recorded ones, at the share of experts a
     token uses. Ranks and layers of the demo model take turns.
     """
-    # Where it runs, as anywhere: every device follows the same trace.
-    mx.set_default_device(mx.cpu)
     model, tokenizer = moeflux_mlx.load(DEMO, executor="ops")
     texts = sorted(
         (ROOT / "moeflux_mlx").rglob("*.py"), key=lambda p: -p.stat().st_size
