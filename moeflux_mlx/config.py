@@ -13,8 +13,8 @@
                              are missing
 ``MOEFLUX_EXPERT_IO``        ``mmap``: map packed experts; ``pread``: read them into
                              memory through the page cache, ``direct``: past it
-                             (default ``auto``: map where all of them fit, else
-                             ``pread``)
+                             (default ``auto``: map on Metal where all of them fit,
+                             else ``pread``)
 ``MOEFLUX_PROFILE_PER_OP``   ``1``: evaluate Op by Op and print a table at exit
 ``MOEFLUX_LOWERING``         kernels to use instead of the table's choice, as
                              ``Op=way,Op=way`` (``moeflux kernels --lowering`` lists)

@@ -69,8 +69,8 @@ def load(
         expert_io: ``"mmap"`` maps the experts of a packed directory; ``"pread"`` reads
             them into memory through the page cache, ``"direct"`` past it, for which
             they must be packed on Linux. None takes the environment's choice, else
-            ``"auto"``: mapped where all of them fit. A mapped file that is cut ends
-            the process.
+            ``"auto"``: mapped on Metal where all of them fit, else ``"pread"``. A
+            mapped file that is cut ends the process.
         lazy: leave parameters unevaluated.
         revision, model_config, tokenizer_config: as in ``mlx_lm.load``.
 

@@ -38,6 +38,13 @@ def store(packed):
         yield store
 
 
+@pytest.fixture
+def on_metal(monkeypatch):
+    """Have views of the host's memory stand for Metal's, which computes on pages."""
+    monkeypatch.setattr(module, "device_weights", host_weights)
+    return partial(opened, on_host=False)
+
+
 def opened(store, memory=None, io=None, *, on_host=True):
     stream = partial(ExpertStreamer, store, memory)
     return open_experts(store, memory, stream, io=io, on_host=on_host)
@@ -90,7 +97,7 @@ def test_tensors_on_the_host_are_the_bytes_of_the_file_uncopied(store):
 def test_a_pack_deleted_while_mapped_goes_on(checkpoint, packed, tmp_path):
     path = tmp_path / "packed"
     shutil.copytree(packed, path)
-    model, _ = moeflux_mlx.load(path)
+    model, _ = moeflux_mlx.load(path, expert_io="mmap")
     expected = logits(model, 5)
     model.runtime.store.close()
     shutil.rmtree(path)
@@ -103,32 +110,41 @@ def full_bytes(store):
     return memory_for(store.directory.with_name("plain"), N_RECORDS)
 
 
-def test_packed_experts_that_all_fit_are_mapped(store, capfd):
+def test_packed_experts_that_all_fit_are_mapped_on_metal(store, on_metal, capfd):
     for memory in (None, full_bytes(store), "1GB"):
-        assert isinstance(opened(store, memory), MappedExperts), memory
+        assert isinstance(on_metal(store, memory), MappedExperts), memory
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 3 and len(set(said)) == 1
     n_bytes = decimal(all_bytes(store))
     assert "experts mapped" in said[0] and n_bytes in said[0] and "75%" in said[0]
 
 
-def test_experts_beyond_the_budget_or_the_gate_are_read(store, monkeypatch, capfd):
-    with opened(store, full_bytes(store) - 1) as most:
+def test_on_a_cpu_experts_that_all_fit_are_read_once(store, capfd):
+    with opened(store) as read:
+        assert isinstance(read, ExpertStreamer) and read.resident
+    assert "into memory, all of them" in capfd.readouterr().err
+
+
+def test_experts_beyond_the_budget_or_the_gate_are_read(
+    store, on_metal, monkeypatch, capfd
+):
+    with on_metal(store, full_bytes(store) - 1) as most:
         assert isinstance(most, ExpertStreamer) and most.n_slots == N_RECORDS - 1
     assert f"{N_RECORDS - 1} at a time" in capfd.readouterr().err
     limit = int(full_bytes(store) / MEMORY_SHARE)
     monkeypatch.setattr(device, "physical_memory_bytes", lambda: limit)
-    with opened(store, 2**30) as all_of_them:
+    with on_metal(store, 2**30) as all_of_them:
         assert isinstance(all_of_them, ExpertStreamer) and all_of_them.resident
     assert "all of them" in capfd.readouterr().err
-    assert isinstance(opened(store, io="mmap"), MappedExperts)
+    assert isinstance(on_metal(store, io="mmap"), MappedExperts)
     monkeypatch.setattr(device, "physical_memory_bytes", lambda: limit + 2)
-    assert isinstance(opened(store, 2**30), MappedExperts)
+    assert isinstance(on_metal(store, 2**30), MappedExperts)
 
 
-def test_the_environment_chooses_unless_an_argument_does(store, monkeypatch):
+def test_the_environment_chooses_unless_an_argument_does(store, on_metal, monkeypatch):
+    assert isinstance(on_metal(store), MappedExperts)
     monkeypatch.setenv("MOEFLUX_EXPERT_IO", "pread")
-    with opened(store) as read:
+    with on_metal(store) as read:
         assert isinstance(read, ExpertStreamer)
     assert isinstance(opened(store, io="mmap"), MappedExperts)
     monkeypatch.setenv("MOEFLUX_EXPERT_IO", "floppy")
@@ -173,7 +189,7 @@ def test_a_file_cut_after_opening_is_never_mapped(n_left, packed, tmp_path):
     with PackedExperts.open(path) as store:
         os.truncate(store.path(2), n_left)
         with pytest.raises(ExpertStoreError, match="bytes but got") as caught:
-            opened(store)
+            opened(store, io="mmap")
     assert f"{store.path(2)} of layer 2" in str(caught.value)
     assert str(n_left) in str(caught.value)
 
@@ -186,7 +202,7 @@ def test_a_damaged_record_is_named_before_it_is_used(packed, tmp_path):
             file.seek(store.offset(1, 3) + 100)
             file.write(b"\xff\x00\xff")
         with pytest.raises(ExpertStoreError, match="expected checksum") as caught:
-            opened(store)
+            opened(store, io="mmap")
     assert f"{store.path(1)}: expert 3 of layer 1" in str(caught.value)
 
 
@@ -203,11 +219,11 @@ def test_a_disk_that_fails_is_an_error_and_nothing_more_is_read(store, monkeypat
     monkeypatch.setenv("MOEFLUX_READ_THREADS", "1")
     monkeypatch.setattr(module, "read_fully", fail_at_once)
     with pytest.raises(ExpertStoreError, match="Input/output error") as caught:
-        opened(store)
+        opened(store, io="mmap")
     assert f"{store.path(0)}: expert 0 of layer 0" in str(caught.value)
     assert len(begun) < N_RECORDS
 
 
 def test_a_layer_without_experts_is_refused(store):
     with pytest.raises(ConfigError, match=r"\[source\].*got 9"):
-        opened(store).source(9)
+        opened(store, io="mmap").source(9)

@@ -255,4 +255,4 @@ def test_a_state_file_that_is_missing_is_one_clear_line(packed, tmp_path, capsys
     assert moeflux(["generate", "--model", str(packed), "--load-state", path]) == 2
     *decisions, error = capsys.readouterr().err.splitlines()
     assert path in error and "[state]" in error
-    assert all("experts mapped" in line for line in decisions)
+    assert all("experts read into memory" in line for line in decisions)

@@ -172,11 +172,13 @@ def _reads(summary: ModelSummary) -> str:
 
 
 def _mapped(summary: ModelSummary) -> str:
-    """Say whether the files serve as memory, and how much of it that is."""
+    """Say whether the files can serve as memory, and how much of it that is."""
     if not summary.all_fit:
         return "no: more than is taken of this machine's memory"
     pages = f"{decimal(summary.expert_bytes)} of page cache, no slots"
-    return pages if summary.is_packed else f"once packed: {pages}"
+    where = "by itself on Metal, else with MOEFLUX_EXPERT_IO=mmap"
+    found = f"{pages}; {where}"
+    return found if summary.is_packed else f"once packed: {found}"
 
 
 def _forms(layout: ExpertLayout) -> list[str]:

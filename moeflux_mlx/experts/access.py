@@ -1,4 +1,4 @@
-"""How experts are reached: mapped where all of them fit, else read into slots."""
+"""How experts are reached: mapped where files can be the memory, else in slots."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def open_experts(
     on_host: bool = False,
     report: Progress | None = None,
 ) -> ExpertStreamer | MappedExperts:
-    """Map a pack of which every expert fits, else stream; say which, and why.
+    """Map a pack that fits where MLX computes on its pages, else stream; say which.
+
+    On a CPU all that fit are read into slots once: the system takes idle pages of files
+    away, and then a token waits for the disk again.
 
     Args:
         store: the open files that experts come from.
@@ -50,9 +53,10 @@ def open_experts(
         )
         notice(f"experts mapped as asked: {_decision(store)}")
         return experts
-    if io == "auto" and isinstance(store, PackedExperts) and all_fit(store, memory):
+    fits = io == "auto" and all_fit(store, memory)
+    if fits and not on_host and isinstance(store, PackedExperts):
         try:
-            experts = MappedExperts(store, on_host=on_host, report=report)
+            experts = MappedExperts(store, on_host=False, report=report)
         except ConfigError:
             # MLX wants memory of its own here: they are read once, into the pool.
             pass
