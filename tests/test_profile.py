@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from moeflux_mlx.errors import ConfigError, ModelError
 from moeflux_mlx.executors import EXECUTORS, OpsExecutor
 from moeflux_mlx.profiling import check_plot, profile, save_plot
 from moeflux_mlx.profiling.timing import (
+    TIMED_LAUNCHES,
     Blocker,
     DeviceTimer,
     HostTimer,
@@ -219,6 +221,13 @@ def test_a_device_timer_takes_links_off_and_says_when_the_host_was_in_it():
     # Blockers and steps that take no time by this clock.
     timing = timer.time([Work(lambda x: x + 1, [x])])
     assert timing == Timing(0.0, False)
+
+
+def test_only_where_the_host_is_not_what_computes_do_launches_cost_extra():
+    ticks = itertools.count()
+    assert HostTimer(3, lambda: next(ticks)).launch_seconds() == 0
+    found = DeviceTimer(3, lambda: next(ticks)).launch_seconds()
+    assert found == 1 / TIMED_LAUNCHES
 
 
 def test_a_device_timer_reads_the_devices_clock_where_it_can():

@@ -95,6 +95,14 @@ def test_only_what_beats_the_default_by_the_margin_displaces_it(us, winner):
     assert decide("a", us, margin=0.05) == winner
 
 
+def test_a_way_of_more_launches_costs_the_host_more():
+    us, launches = {"one": 10.0, "three": 8.0}, {"one": 1, "three": 3}
+    found = Entry("Op", "", 1, "three", "one", us, launches, launch_us=4.0)
+    assert (found.cost("one"), found.cost("three")) == (14.0, 20.0)
+    assert found.gain == 20 / 14
+    assert decide("three", {way: found.cost(way) for way in us}) == "one"
+
+
 def test_one_token_takes_its_own_entry_and_prompts_the_nearest_length():
     op = [product()]
     found = tuning(
@@ -162,7 +170,7 @@ def test_a_file_is_read_back_as_it_was_written(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"format": 2}', '{"format": 1, "entries": [{"name": 1}]}'],
+    ["", "[]", "{}", '{"format": 1}', '{"format": 2, "entries": [{"name": 1}]}'],
 )
 def test_a_broken_file_is_an_error_where_it_was_named(text, tmp_path, monkeypatch):
     path = tmp_path / "tuned.json"
@@ -212,16 +220,15 @@ def test_a_second_model_keeps_what_the_first_one_found():
 
 
 class LastIsBest(StepTimer):
-    """Says that each piece of work is faster than the one before; performs nothing."""
+    """Says that each way is faster than those it met before; performs nothing."""
 
     def __init__(self):
         super().__init__()
-        self.seconds = 1.0
+        self.seconds = {}
 
     def time(self, works: Sequence[Work]) -> Timing:
-        assert works
-        self.seconds *= 0.9
-        return Timing(self.seconds)
+        call = works[0].call
+        return Timing(self.seconds.setdefault(call, 1e9 * 0.9 ** len(self.seconds)))
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +272,10 @@ def test_every_op_and_group_is_tried_at_every_length(tuned_tiny):
         group = {TOGETHER, ONE_BY_ONE}
         assert e.winner == (ONE_BY_ONE if set(e.us) == group else lowering.MLX)
         assert e.default in e.us and e.gain >= 1
+        assert set(e.launches) == set(e.us)
+    launches = {e.name: e.launches for e in tuned_tiny.entries if e.n_tokens == 1}
+    assert launches["gated_delta_decode"] == {TOGETHER: 1, ONE_BY_ONE: 5}
+    assert launches["SdpaCausalTiled"] == {"sdpa_decode_parts": 2, lowering.MLX: 1}
     keys = [(e.name, e.shape, e.n_tokens) for e in tuned_tiny.entries]
     assert len(set(keys)) == len(keys)
 

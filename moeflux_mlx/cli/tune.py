@@ -46,8 +46,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--repeats",
         type=int,
-        default=5,
-        help="measurements of each way; the median counts (default: %(default)s)",
+        default=3,
+        help="turns of each way; the median counts (default: %(default)s)",
     )
     parser.add_argument(
         "--file",
@@ -119,7 +119,9 @@ def print_tuning(found: Tuning, console: Console) -> None:
 
 def tuning_table(found: Tuning) -> Table:
     """Lay out each Op and group at each shape: all times, winner, default, gain."""
-    table = Table(title=f"{found.executor}, {found.device}, MLX {found.mlx}")
+    launch_us = max((entry.launch_us for entry in found.entries), default=0.0)
+    origin = f"{found.executor}, {found.device}, MLX {found.mlx}"
+    table = Table(title=f"{origin}; a launch takes the host {launch_us:.1f} us")
     table.add_column("Op\nits shape", overflow="fold")
     for name in ("tokens", "us by way", "winner", "default", "gain"):
         table.add_column(
@@ -130,7 +132,9 @@ def tuning_table(found: Tuning) -> Table:
         table.add_row(
             f"{entry.name}\n[dim]{entry.shape}[/dim]",
             str(entry.n_tokens),
-            "\n".join(f"{us:.1f} {way}" for way, us in fastest_first),
+            "\n".join(
+                f"{us:.1f} {way}{_launches(entry, way)}" for way, us in fastest_first
+            ),
             entry.winner,
             entry.default,
             f"{entry.gain:.2f} x",
@@ -138,6 +142,11 @@ def tuning_table(found: Tuning) -> Table:
         )
         table.add_section()
     return table
+
+
+def _launches(entry: Entry, way: str) -> str:
+    n = entry.launches.get(way, 1)
+    return f", {n} launches" if n > 1 else ""
 
 
 def _tokens(entry: Entry) -> str:

@@ -26,7 +26,7 @@ from ..device import machine_name, mlx_version
 from ..errors import ConfigError
 from ..graph.op import Op, WeightRef
 
-FORMAT = 1
+FORMAT = 2
 # What wins in the entry of a group: one launch for all, or each Op by itself.
 TOGETHER, ONE_BY_ONE = "together", "one by one"
 
@@ -35,8 +35,10 @@ TOGETHER, ONE_BY_ONE = "together", "one by one"
 class Entry:
     """What is fastest for an Op, or a group of them, at one shape.
 
-    ``us`` holds the microseconds of every way that gave right results; ``refused`` why
-    each other one is out of the question.
+    ``us`` holds the microseconds on the device of every way that gave right results,
+    ``launches`` how many launches it takes, one for an Op that MLX performs itself, and
+    ``launch_us`` what one took the host; ``refused`` says why each other way is out of
+    the question.
     """
 
     name: str
@@ -45,14 +47,23 @@ class Entry:
     default: str
     winner: str
     us: Mapping[str, float]
+    launches: Mapping[str, int] = field(default_factory=dict)
+    launch_us: float = 0.0
     refused: Mapping[str, str] = field(default_factory=dict)
+
+    def cost(self, way: str) -> float:
+        """Return a way's microseconds on the device and on the host that launches it.
+
+        Their sum, for either may be what a token waits for.
+        """
+        return self.us[way] + self.launches.get(way, 1) * self.launch_us
 
     @property
     def gain(self) -> float:
-        """How many times faster the winner is than the default."""
+        """How many times less the winner costs than the default."""
         if self.winner == self.default or self.default not in self.us:
             return 1.0
-        return self.us[self.default] / self.us[self.winner]
+        return self.cost(self.default) / self.cost(self.winner)
 
 
 @dataclass(frozen=True)

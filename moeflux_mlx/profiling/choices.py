@@ -57,6 +57,7 @@ class Choice:
     dtype: mx.Dtype
     carried: tuple[tuple[int, int], ...]
     reads_back: bool
+    n_ops: int = 1
     samples: list[list[Any]] = field(default_factory=list)
 
     @property
@@ -83,6 +84,13 @@ class Choice:
             Work(call, list(inputs), self.carried, waits=self.reads_back)
             for inputs in self.samples
         ]
+
+    def n_launches(self, way: str, launched: Sequence[str]) -> int:
+        """Return how many launches a way counts for that launched these of our kernels.
+
+        What MLX performs itself counts as one for each Op.
+        """
+        return max(self.n_ops if way == ONE_BY_ONE else 1, len(launched))
 
     def expected(self) -> list[mx.array]:
         """Return the reference's outputs for the first sample, computed in float32.
@@ -237,6 +245,7 @@ class Collector:
                     dtype=layer.graph.pool.activation_dtype,
                     carried=states(step, layer),
                     reads_back=any(op.reads_back for op in step.ops),
+                    n_ops=len(step.ops),
                 )
             yield step, choice
 

@@ -35,6 +35,8 @@ COPIED_BYTES = 512 << 20
 COPIED_ON_CPU_BYTES = 64 << 20
 # Smaller arrays are read over the bus on CUDA.
 LINKED_MIN_BYTES = 64
+# Launches that follow each other when the host's part of one is timed.
+TIMED_LAUNCHES = 64
 
 
 Clock = Callable[[mx.array], mx.array]
@@ -151,6 +153,10 @@ class StepTimer(ABC):
         mx.synchronize()
         return self.now() - start
 
+    def launch_seconds(self) -> float:
+        """Return what the host takes for a launch beyond the times of steps."""
+        return 0.0
+
     def copy_bytes_per_s(self) -> float:
         """Return the bandwidth of a large copy, bytes read and bytes written."""
         if device.prefers_host_arrays():
@@ -219,6 +225,25 @@ class DeviceTimer(StepTimer):
             if timing.is_hidden or blocker_s >= MAX_BLOCKER_S:
                 return timing
             blocker_s = min(MAX_BLOCKER_S, 4 * blocker_s)
+
+    def launch_seconds(self) -> float:
+        """Return what the host takes for one launch of a function MLX traced once."""
+        weight = mx.ones(LINKED_MIN_BYTES)
+
+        def chain(x: mx.array) -> mx.array:
+            for _ in range(TIMED_LAUNCHES):
+                x = mx.fast.rms_norm(x, weight, 1e-5)
+            return x
+
+        traced = mx.compile(chain)
+        self.elapsed(lambda: [traced(weight)])
+        times = []
+        for _ in range(self.repeats):
+            mx.synchronize()
+            start = self.now()
+            mx.async_eval(traced(weight))
+            times.append(self.now() - start)
+        return statistics.median(times) / TIMED_LAUNCHES
 
     def _behind(self, works: Sequence[Work], n: int, blocker_s: float) -> Timing:
         blocker = self._blocker.lasting(blocker_s)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,20 +26,22 @@ from .timing import StepTimer, timer_for
 
 # By how much of the default's time a way must be faster to displace it: less is noise.
 MARGIN = 0.05
+# Measurements of a way in a row, each time its turn comes.
+PER_TURN = 3
 PROMPTS = (64, 512, 2048)
 Progress = Callable[[Sequence[Choice], str], Iterable[Choice]]
 
 
-def decide(default: str, us: Mapping[str, float], margin: float = MARGIN) -> str:
-    """Return the winner: the fastest way if it beats the default by the margin.
+def decide(default: str, costs: Mapping[str, float], margin: float = MARGIN) -> str:
+    """Return the winner: the cheapest way if it beats the default by the margin.
 
     Args:
         default: the way gone without tuning; it need not be among those timed.
-        us: microseconds of every way that gave right results, at least one.
-        margin: share of the default's time.
+        costs: microseconds of every way that gave right results, at least one.
+        margin: share of the default's.
     """
-    best = min(us, key=lambda way: us[way])
-    if default not in us or us[best] < (1 - margin) * us[default]:
+    best = min(costs, key=lambda way: costs[way])
+    if default not in costs or costs[best] < (1 - margin) * costs[default]:
         return best
     return default
 
@@ -47,7 +51,7 @@ def tune(
     *,
     prompts: Sequence[int] = PROMPTS,
     context: int = 512,
-    repeats: int = 5,
+    repeats: int = 3,
     timer: StepTimer | None = None,
     progress: Progress = lambda choices, _: choices,
     keep: Callable[[Tuning], None] = lambda found: None,
@@ -59,7 +63,9 @@ def tune(
     ``moeflux doctor`` asks for; one that is not, or that raises, is refused.
 
     Args:
-        repeats: measurements of each way, of which the median counts.
+        repeats: turns of each way, of which the median counts. All ways of an Op are
+            compiled first and then take turns, so that a device that grows faster or
+            slower meanwhile favours none.
         timer: what times; by default what fits the model's executor.
         progress: wraps choices as they are tried, told what they are of.
         keep: is given each winner when it is found, the entry of a tuning of one.
@@ -80,7 +86,8 @@ def tune(
             "has no kernels"
         )
     model.eval()
-    tuner = Tuner(runtime, timer or timer_for(runtime.executor, repeats), keep)
+    timer = timer or timer_for(runtime.executor, PER_TURN)
+    tuner = Tuner(runtime, timer, repeats, keep)
     caches = filled_caches(model, context)
     tuner.tune(model, mx.array([[1]]), caches, "one token", progress)
     del caches
@@ -95,12 +102,17 @@ class Tuner:
     """Tries choices, and remembers what won: groups are compared with the winners."""
 
     def __init__(
-        self, runtime: Runtime, timer: StepTimer, keep: Callable[[Tuning], None]
+        self,
+        runtime: Runtime,
+        timer: StepTimer,
+        repeats: int,
+        keep: Callable[[Tuning], None],
     ):
         assert isinstance(runtime.executor, KernelExecutor)
         self.entries: dict[Key, Entry] = {}
         self._runtime, self._timer, self._keep = runtime, timer, keep
-        self._executor = runtime.executor
+        self._executor, self._repeats = runtime.executor, repeats
+        self._launch_us = round(1e6 * timer.launch_seconds(), 3)
 
     def found(self, *entries: Entry) -> Tuning:
         """Return entries with what they are of."""
@@ -136,29 +148,57 @@ class Tuner:
 
     def _try(self, choice: Choice) -> Entry | None:
         """Check and time every way; None where none is right."""
-        us, refused = {}, {}
+        times: dict[str, list[float]] = {}
+        launches: dict[str, int] = {}
+        refused: dict[str, str] = {}
         expected = choice.expected()
-        for way in choice.ways:
+
+        def attempt(way: str, act: Callable[[str], str]) -> None:
             # Whatever goes wrong with one way, the others are still worth knowing.
             try:
-                wrong = choice.error(way, expected)
-                if not wrong:
-                    us[way] = 1e6 * self._timer.time(choice.works(way)).seconds
+                wrong = act(way)
             except Exception as error:
                 wrong = f"{type(error).__name__}: {error}"
             if wrong:
                 refused[way] = wrong
-        if not us:
+
+        def check(way: str) -> str:
+            launched: list[str] = []
+            self._executor.on_launch = launched.append
+            try:
+                wrong = choice.error(way, expected)
+            finally:
+                self._executor.on_launch = None
+            launches[way] = choice.n_launches(way, launched)
+            return wrong
+
+        def take_turn(way: str) -> str:
+            timing = self._timer.time(choice.works(way))
+            times.setdefault(way, []).append(1e6 * timing.seconds)
+            return ""
+
+        for way in choice.ways:
+            attempt(way, check)
+        for _ in range(self._repeats):
+            for way in choice.ways:
+                if way not in refused:
+                    attempt(way, take_turn)
+        right = [way for way in choice.ways if way not in refused]
+        if not right:
             return None
-        return Entry(
+        entry = Entry(
             name=choice.name,
             shape=choice.shape,
             n_tokens=choice.n_tokens,
             default=choice.default,
-            winner=decide(choice.default, us),
-            us={way: round(t, 3) for way, t in us.items()},
+            winner="",
+            us={way: round(statistics.median(times[way]), 3) for way in right},
+            launches={way: launches[way] for way in right},
+            launch_us=self._launch_us,
             refused=refused,
         )
+        costs = {way: entry.cost(way) for way in right}
+        return replace(entry, winner=decide(choice.default, costs))
 
     def _best(self, op: Op) -> Kernel:
         """Return the fastest way of an Op, as far as it is known."""
