@@ -6,7 +6,8 @@ experts in memory ours stands beside mlx-vlm's ``moe_offload``, and both beside 
 resident selves and stock mlx-lm. Cold: the page cache is dropped before each token;
 warm: the token's experts are read into it. Sides take turns token by token, each in a
 process of its own; no speed is printed unless their logits agree on every token: ours
-bit by bit whatever the share, all sides nearly with stock.
+bit by bit whatever the share, all sides nearly with stock. What is found for a share is
+printed, and written, before the next share is begun.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -108,22 +110,21 @@ def _run(args: argparse.Namespace, directory: Path) -> int:
     dtype = mx.float32 if args.device == "cpu" else mx.bfloat16
     n_steps = max(TRACE_STEPS, plan.n_steps)
     traced = make_model(directory, args.geometry, args.layers, dtype, n_steps)
-    runs = []
+    tolerance = TOLERANCES[str(dtype).removeprefix("mlx.core.")]
+    runs: list[Run] = []
+    rows: list[dict[str, Any]] = []
     for sides in groups(args, has_mlx_vlm() and not args.without_mlx_vlm):
         runs.append(measure(sides, traced, plan))
-    if wrong := disagreement(runs, TOLERANCES[str(dtype).removeprefix("mlx.core.")]):
-        print(f"bench_streaming: no speeds, {wrong}", file=sys.stderr)
-        return 1
-    rows = [
-        row
-        for trace in plan.traces
-        for state in plan.states
-        for run in runs
-        for row in summarize(run, plan, trace, state)
-    ]
-    report(rows, runs, console, args)
-    if args.csv:
-        _write_csv(rows, args)
+        if wrong := disagreement(runs, tolerance):
+            print(f"bench_streaming: no speeds, {wrong}", file=sys.stderr)
+            return 1
+        cells = ((trace, state) for trace in plan.traces for state in plan.states)
+        new = [row for cell in cells for row in summarize(runs[-1], plan, *cell)]
+        print_rows(new, console)
+        rows += new
+        if args.csv:
+            _write_csv(rows, args)
+    report_aims(rows, runs, console, args)
     return 0
 
 
@@ -178,6 +179,9 @@ def measure(sides: list[Side], traced: TracedModel, plan: Plan) -> Run:
             )
             for side in sides
         }
+        # All load at the same time.
+        for loaded in [worker.submit(os.getpid) for worker in workers.values()]:
+            loaded.result()
         for trace in plan.traces:
             for i in track(range(plan.n_steps), f"{trace}: {names}", console=PROGRESS):
                 if plan.state(i) is not None and i % STEPS_PER_DISK_SAMPLE == 0:
@@ -303,13 +307,8 @@ COLUMNS = {
 }
 
 
-def report(
-    rows: list[dict[str, Any]],
-    runs: list[Run],
-    console: Console,
-    args: argparse.Namespace,
-) -> None:
-    """Print a table for each trace and state, then the aims and the facts."""
+def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
+    """Print a table for each trace and state."""
     for trace, state in dict.fromkeys((row["trace"], row["state"]) for row in rows):
         table = Table(title=f"{trace}, {state}")
         for i, heading in enumerate(COLUMNS.values()):
@@ -318,6 +317,15 @@ def report(
             if (row["trace"], row["state"]) == (trace, state):
                 table.add_row(*(str(row.get(name, "")) for name in COLUMNS))
         console.print(table)
+
+
+def report_aims(
+    rows: list[dict[str, Any]],
+    runs: list[Run],
+    console: Console,
+    args: argparse.Namespace,
+) -> None:
+    """Print whether the aims were met, and what was measured where."""
     for name, (worst, aim) in aims(rows).items():
         verdict = "met" if worst <= aim else "missed"
         if not worst > 0:
