@@ -428,3 +428,35 @@ inline void multiply_tile(
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
+
+// Map floats to integers of the same order, so that ties and maxima are exact and a
+// simd_max is one operation. Both zeros are one number; the result is never 0 (removed).
+inline uint ordered(float x) {
+  uint bits = as_type<uint>(x);
+  bits = bits == 0x80000000u ? 0u : bits;
+  return max(bits ^ ((bits >> 31) != 0u ? 0xffffffffu : 0x80000000u), 1u);
+}
+
+inline float unordered(uint key) {
+  return as_type<float>(key ^ ((key >> 31) != 0u ? 0x80000000u : 0xffffffffu));
+}
+
+// Take the largest key out of those of a simdgroup, the lowest expert among equals. A
+// lane's i-th key belongs to expert `first + i * step`; all lanes get key and expert.
+template <int PER_LANE>
+inline uint take_largest(thread uint* keys, uint first, uint step, thread uint& expert) {
+  uint best = 0;
+  uint owner = 0xffffffffu;
+#pragma unroll
+  for (int i = 0; i < PER_LANE; ++i) {
+    owner = keys[i] > best ? first + uint(i) * step : owner;
+    best = max(best, keys[i]);
+  }
+  uint largest = simd_max(best);
+  expert = simd_min(best == largest ? owner : 0xffffffffu);
+#pragma unroll
+  for (int i = 0; i < PER_LANE; ++i) {
+    keys[i] = first + uint(i) * step == expert ? 0u : keys[i];
+  }
+  return largest;
+}

@@ -12,7 +12,7 @@ from moeflux_mlx.errors import KernelError
 from moeflux_mlx.executors.sim import SimExecutor
 from moeflux_mlx.experts.layout import PARTS, PROJECTIONS, ExpertLayout
 from moeflux_mlx.experts.pool import SlotPool
-from moeflux_mlx.launch import moe
+from moeflux_mlx.launch import experts, moe
 from moeflux_mlx.launch.check import relative_error
 from moeflux_mlx.ops.functions import experts_by_slot
 from moeflux_mlx.weights import Quantization
@@ -134,10 +134,10 @@ def test_one_token_through_its_slots_in_two_launches(pool):
     slots = mx.array(SLOTS)[indices[0]]
     gate, up, down = (w.records for w in (pool.gate, pool.up, pool.down))
     act = run(
-        moe.experts_gate_up_swiglu(x[0], slots, gate, up, N, Q.bits, Q.group_size)
+        experts.experts_gate_up_swiglu(x[0], slots, gate, up, N, Q.bits, Q.group_size)
     )
     out = run(
-        moe.experts_down_sum(act, slots, weights[0], down, D, Q.bits, Q.group_size)
+        experts.experts_down_sum(act, slots, weights[0], down, D, Q.bits, Q.group_size)
     )
     assert relative_error(out[None], wanted(x, indices, weights, pool)) < 1e-5
 
@@ -178,11 +178,11 @@ def test_arguments_that_no_launch_may_see_are_refused(pool):
     with pytest.raises(KernelError, match=r"moe_noaux_topk.*a divisor of E = 40"):
         moe.moe_noaux_topk(normal(1, 40), normal(40), 2, 16, 2, 1.0, True)
     with pytest.raises(KernelError, match=r"gate: .*groups of 128"):
-        moe.experts_gate_up_swiglu(x, slots, up, up, N, 4, 128)
+        experts.experts_gate_up_swiglu(x, slots, up, up, N, 4, 128)
     with pytest.raises(KernelError, match=r"gate w: expected \d+ values of a row"):
-        moe.experts_gate_up_swiglu(x, slots, up, up, 1 << 20, 4, 32)
+        experts.experts_gate_up_swiglu(x, slots, up, up, 1 << 20, 4, 32)
     with pytest.raises(KernelError, match=r"bits: expected 2, 4 or 8 but got 3"):
-        moe.experts_gate_up_swiglu(x, slots, up, up, N, 3, 32)
+        experts.experts_gate_up_swiglu(x, slots, up, up, N, 3, 32)
     with pytest.raises(KernelError, match=r"tokens: expected at most T = 2"):
         moe.moe_bucket_accumulate(
             normal(2, 8), normal(3, 8), mx.zeros(3, mx.uint32), normal(3)

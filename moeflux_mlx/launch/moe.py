@@ -21,11 +21,8 @@ from .base import (
     groups,
     kernel,
     normal,
-    one_row,
     require,
-    require_part,
 )
-from .quant import check_rows, dense_matrix, quantised
 from .slots import Matrix, check_matrix, numbers, random_matrix, unpacked
 
 MAX_EXPERTS = 512
@@ -34,7 +31,7 @@ FLOAT32 = (mx.float32,)
 UNUSED = 0xFFFFFFFF
 
 
-def _check_routing(
+def check_routing(
     logits: mx.array, k: int, first: int | None = None
 ) -> tuple[int, int]:
     """Return tokens and experts; with ``first`` only so many values are logits."""
@@ -53,7 +50,7 @@ def _one_simdgroup_each(n: int) -> tuple[tuple[int, int, int], tuple[int, int, i
     return (groups(n, 4) * 4 * SIMD, 1, 1), (4 * SIMD, 1, 1)
 
 
-def _softmax_topk(
+def softmax_topk(
     logits: mx.array, k: int, normalize: bool = False, n_experts: int | None = None
 ) -> tuple[mx.array, mx.array]:
     logits = logits[:, :n_experts]
@@ -63,7 +60,7 @@ def _softmax_topk(
     return indices, _normalize(weights) if normalize else weights
 
 
-def _logits(rng: np.random.Generator, dtype: mx.Dtype, *shape: int) -> mx.array:
+def random_logits(rng: np.random.Generator, dtype: mx.Dtype, *shape: int) -> mx.array:
     """Return logits of which three are the largest, two of them 32 apart."""
     logits = rng.standard_normal(shape, np.float32)
     tokens, largest, top = np.arange(shape[0]), logits.argmax(-1), logits.max(-1)
@@ -75,11 +72,12 @@ def _logits(rng: np.random.Generator, dtype: mx.Dtype, *shape: int) -> mx.array:
 def _some_logits(
     rng: np.random.Generator, dtype: mx.Dtype, t: int, e: int, k: int, unit: int = 0
 ) -> tuple[Any, ...]:
-    return _logits(rng, dtype, t, e), k, bool(unit), e - 3 * unit if t == 1 else None
+    first = e - 3 * unit if t == 1 else None
+    return random_logits(rng, dtype, t, e), k, bool(unit), first
 
 
 @kernel(
-    reference=_softmax_topk,
+    reference=softmax_topk,
     sample=_some_logits,
     sizes=[
         {"t": 1, "e": 3, "k": 1},
@@ -99,7 +97,7 @@ def moe_softmax_topk(
     ``normalize`` divides each token's weights by their sum. With ``n_experts`` logits
     are the first values of one row ``[1, n]``.
     """
-    n_tokens, n_experts = _check_routing(logits, k, n_experts)
+    n_tokens, n_experts = check_routing(logits, k, n_experts)
     grid, threadgroup = _one_simdgroup_each(n_tokens)
     return Launch(
         "moe_softmax_topk",
@@ -115,14 +113,14 @@ def _normalize(weights: mx.array) -> mx.array:
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def _weights(rng: np.random.Generator, *shape: int) -> mx.array:
+def random_weights(rng: np.random.Generator, *shape: int) -> mx.array:
     return mx.array(rng.uniform(0.05, 1.0, shape).astype(np.float32))
 
 
 def _some_weights(
     rng: np.random.Generator, dtype: mx.Dtype, t: int, k: int
 ) -> tuple[Any, ...]:
-    return (_weights(rng, t, k),)
+    return (random_weights(rng, t, k),)
 
 
 @kernel(
@@ -179,7 +177,7 @@ def _some_noaux(
     normalize: int = 1,
 ) -> tuple[Any, ...]:
     bias = normal(rng, (dtype, mx.float32)[s], e, scale=0.1)
-    logits = _logits(rng, dtype, t, e)
+    logits = random_logits(rng, dtype, t, e)
     return logits, bias, k, groups, best, 2.5, bool(normalize)
 
 
@@ -208,7 +206,7 @@ def moe_noaux_topk(
 
     mlx-lm never normalises for K = 1: then ``normalize`` must be false.
     """
-    n_tokens, n_experts = _check_routing(logits, k)
+    n_tokens, n_experts = check_routing(logits, k)
     expect("bias", bias, (n_experts,))
     require("n_group", n_group > 0 and SIMD % n_group == 0, "a divisor of 32", n_group)
     require(
@@ -275,7 +273,7 @@ def _one_token(
     rng: np.random.Generator, dtype: mx.Dtype, k: int, d: int
 ) -> tuple[Any, ...]:
     h, shared, gate = (normal(rng, dtype, n) for n in (d, d, 1))
-    return h, shared, gate, _weights(rng, k), normal(rng, dtype, k, d)
+    return h, shared, gate, random_weights(rng, k), normal(rng, dtype, k, d)
 
 
 def _one_token_apart(
@@ -458,7 +456,7 @@ def _some_bucket(
 ) -> tuple[Any, ...]:
     tokens = mx.array(rng.permutation(t)[:m].astype(np.uint32))
     acc, bucket = normal(rng, mx.float32, t, d), normal(rng, dtype, m, d)
-    return acc, bucket, tokens, _weights(rng, m)
+    return acc, bucket, tokens, random_weights(rng, m)
 
 
 @kernel(
@@ -671,7 +669,7 @@ def _combine_slots(mid: mx.array, weights: mx.array) -> mx.array:
 def _some_slots(
     rng: np.random.Generator, dtype: mx.Dtype, t: int, k: int, d: int
 ) -> tuple[Any, ...]:
-    return normal(rng, dtype, t, k, d), _weights(rng, t, k)
+    return normal(rng, dtype, t, k, d), random_weights(rng, t, k)
 
 
 @kernel(
@@ -695,411 +693,4 @@ def moe_combine_topk(mid: mx.array, weights: mx.array) -> Launch:
         {"out": (n_tokens, n)},
         (256 * groups(n, 4 * 256), n_tokens, 1),
         (256, 1, 1),
-    )
-
-
-def _words_a_load(matrices: list[Matrix], n_rows: int, n_in: int, bits: int) -> int:
-    """Return the widest aligned load that leaves no lane of a simdgroup idle.
-
-    At most 32 values, so that they have one scale. ``n_rows`` are walked as one.
-    """
-    row_words = n_in * bits // 32
-    words = min(4, bits)
-    while words > 1:
-        offsets = [row_words]
-        for w, _, _ in matrices:
-            offsets += [w.base, w.array.shape[1]]
-        if n_rows * row_words >= SIMD * words and all(n % words == 0 for n in offsets):
-            break
-        words //= 2
-    return words
-
-
-def _gate_up(
-    x: mx.array,
-    slots: mx.array,
-    gate: Matrix,
-    up: Matrix,
-    n_out: int,
-    bits: int,
-    group_size: int,
-    x_at: int = 0,
-    n_in: int | None = None,
-) -> mx.array:
-    x32, rows = x.astype(mx.float32).reshape(-1), []
-    x32 = x32[x_at : x_at + (n_in or x32.size)]
-    for slot in numbers(slots):
-        g, u = (
-            unpacked(m, slot, n_out, x32.size, bits, group_size) @ x32
-            for m in (gate, up)
-        )
-        rows.append(g * mx.sigmoid(g) * u)
-    return mx.stack(rows).astype(x.dtype)
-
-
-def _slots(rng: np.random.Generator, k: int) -> mx.array:
-    """Return K distinct ones of K + 1 slots."""
-    return mx.array(rng.permutation(k + 1)[:k].astype(np.uint32))
-
-
-def _some_gate_up(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    k: int,
-    i: int,
-    n: int,
-    bits: int,
-    g: int,
-    s: int,
-    base: int = 0,
-) -> tuple[Any, ...]:
-    gate, up = (
-        random_matrix(rng, (dtype, mx.bfloat16)[s], k + 1, (n, i), bits, g, base)
-        for _ in range(2)
-    )
-    x = normal(rng, dtype, i + 2 * base)
-    return x, _slots(rng, k), gate, up, n, bits, g, base, i
-
-
-@kernel(
-    reference=_gate_up,
-    sample=_some_gate_up,
-    sizes=[
-        dict(k=1, i=32, n=1, bits=2, g=32, s=0),
-        dict(k=2, i=576, n=7, bits=4, g=64, s=1, base=2),
-        dict(k=2, i=1152, n=5, bits=4, g=128, s=1, base=4),
-        dict(k=10, i=1056, n=6, bits=8, g=32, s=0, base=3),
-    ],
-    large=dict(k=8, i=2048, n=768, bits=4, g=64, s=1),
-)
-def experts_gate_up_swiglu(
-    x: mx.array,
-    slots: mx.array,
-    gate: Matrix,
-    up: Matrix,
-    n_out: int,
-    bits: int,
-    group_size: int,
-    x_at: int = 0,
-    n_in: int | None = None,
-) -> Launch:
-    """``silu(Wg x) * (Wu x)`` of the experts in ``slots``: ``[K, N]``.
-
-    ``x`` is ``[I]`` or ``[1, I]``, or a row in which the ``n_in`` values begin at
-    ``x_at``; ``slots`` ``[K]`` or ``[1, K]``.
-    """
-    width, k = one_row("x", x), one_row("slots", slots)
-    n_in = width if n_in is None else n_in
-    inputs, template = _gate_and_up(x, gate, up, n_out, bits, group_size, x_at, n_in)
-    return Launch(
-        "experts_gate_up_swiglu",
-        {**inputs, "slots": slots},
-        {"act": (k, n_out)},
-        (256 * groups(n_out, 16), k, 1),
-        (256, 1, 1),
-        template,
-    )
-
-
-def _gate_and_up(
-    x: mx.array,
-    gate: Matrix,
-    up: Matrix,
-    n_out: int,
-    bits: int,
-    group_size: int,
-    x_at: int,
-    n_in: int,
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """Check what both kernels of gate and up take; return inputs and template."""
-    require_part("x_at", x_at, n_in, one_row("x", x))
-    rows = check_matrix("gate", gate, n_out, n_in, bits, group_size)
-    up_rows = check_matrix("up", up, n_out, n_in, bits, group_size)
-    require("up", up_rows == rows, f"rows as long as gate's {rows}", up_rows)
-    inputs: dict[str, Any] = {"x": x, "x_at": x_at, "n_in": n_in, "n_out": n_out}
-    for name, matrix in (("gate", gate), ("up", up)):
-        parts = zip(("w", "scales", "biases"), matrix, strict=True)
-        for part, records in parts:
-            inputs[f"{name}_{part}"] = records.array
-            inputs[f"{name}_{part[0]}_base"] = records.base
-    inputs |= {"w_row": rows[0], "s_row": rows[1], "b_row": rows[2]}
-    words = _words_a_load([gate, up], 1, n_in, bits)
-    return inputs, {"BITS": bits, "G": group_size, "WORDS": words}
-
-
-def _routed_gate_up(
-    x: mx.array,
-    n_experts: int,
-    k: int,
-    gate: Matrix,
-    up: Matrix,
-    n_out: int,
-    bits: int,
-    group_size: int,
-    x_at: int,
-    n_in: int,
-) -> tuple[mx.array, mx.array, mx.array]:
-    chosen, weights = _softmax_topk(x.reshape(1, -1), k, True, n_experts)
-    chosen = chosen.astype(mx.uint32)
-    act = _gate_up(x, chosen, gate, up, n_out, bits, group_size, x_at, n_in)
-    return act, chosen, weights
-
-
-def _some_routed(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    e: int,
-    k: int,
-    i: int,
-    n: int,
-    bits: int,
-    g: int,
-    s: int,
-    base: int = 0,
-) -> tuple[Any, ...]:
-    gate, up = (
-        random_matrix(rng, (dtype, mx.bfloat16)[s], e, (n, i), bits, g, base)
-        for _ in range(2)
-    )
-    x_at = e + base
-    x = mx.concatenate([_logits(rng, dtype, 1, e), normal(rng, dtype, 1, i + base)], 1)
-    return x, e, k, gate, up, n, bits, g, x_at, i
-
-
-@kernel(
-    reference=_routed_gate_up,
-    sample=_some_routed,
-    sizes=[
-        dict(e=3, k=1, i=32, n=1, bits=2, g=32, s=0),
-        dict(e=33, k=2, i=576, n=7, bits=4, g=64, s=1, base=2),
-        dict(e=9, k=8, i=1152, n=18, bits=4, g=128, s=1, base=4),
-        dict(e=65, k=10, i=1056, n=6, bits=8, g=32, s=0, base=3),
-    ],
-    large=dict(e=128, k=8, i=2048, n=512, bits=4, g=64, s=0),
-)
-def experts_route_gate_up(
-    x: mx.array,
-    n_experts: int,
-    k: int,
-    gate: Matrix,
-    up: Matrix,
-    n_out: int,
-    bits: int,
-    group_size: int,
-    x_at: int,
-    n_in: int,
-) -> Launch:
-    """``silu(Wg x) * (Wu x)`` of the ``k`` best experts: ``[K, N]``, and which.
-
-    ``x`` is a row ``[1, n]`` with the logits first and the ``n_in`` values from
-    ``x_at`` on. Expert e lies in slot e. ``chosen`` and ``weights`` ``[1, K]`` are
-    those of ``moe_softmax_topk``, the weights divided by their sum.
-    """
-    _, n_experts = _check_routing(x, k, n_experts)
-    inputs, template = _gate_and_up(x, gate, up, n_out, bits, group_size, x_at, n_in)
-    n_slots = gate[0].array.shape[0]
-    require("gate", n_slots >= n_experts, f"{n_experts} slots", n_slots)
-    return Launch(
-        "experts_route_gate_up",
-        {**inputs, "n_experts": n_experts, "k": k},
-        {"act": (k, n_out), "chosen": (1, k), "weights": (1, k)},
-        (256 * groups(n_out, 16), k, 1),
-        (256, 1, 1),
-        {**template, "PER_LANE": groups(n_experts, SIMD)},
-    )
-
-
-def _down_sum(
-    act: mx.array,
-    slots: mx.array,
-    weights: mx.array,
-    down: Matrix,
-    n_out: int,
-    bits: int,
-    group_size: int,
-) -> mx.array:
-    act32, total = act.astype(mx.float32), mx.zeros(n_out)
-    for j, slot in enumerate(numbers(slots)):
-        w = unpacked(down, slot, n_out, act.shape[1], bits, group_size)
-        total = total + weights.reshape(-1)[j] * (w @ act32[j])
-    return total
-
-
-def _some_down(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    k: int,
-    n: int,
-    d: int,
-    bits: int,
-    g: int,
-    s: int,
-    base: int = 0,
-) -> tuple[Any, ...]:
-    down = random_matrix(rng, (dtype, mx.bfloat16)[s], k + 1, (d, n), bits, g, base)
-    act = normal(rng, dtype, k, n)
-    return act, _slots(rng, k), _weights(rng, k), down, d, bits, g
-
-
-@kernel(
-    reference=_down_sum,
-    sample=_some_down,
-    sizes=[
-        dict(k=1, n=32, d=1, bits=2, g=32, s=0),
-        dict(k=10, n=96, d=13, bits=4, g=32, s=1, base=2),
-        dict(k=3, n=512, d=18, bits=4, g=128, s=1, base=4),
-        dict(k=8, n=64, d=9, bits=8, g=64, s=0, base=3),
-    ],
-    large=dict(k=8, n=768, d=2048, bits=4, g=64, s=1),
-)
-def experts_down_sum(
-    act: mx.array,
-    slots: mx.array,
-    weights: mx.array,
-    down: Matrix,
-    n_out: int,
-    bits: int,
-    group_size: int,
-) -> Launch:
-    """``sum(weights * (Wd act))`` over the experts in ``slots``: ``[D]``.
-
-    ``slots`` and ``weights`` are ``[K]`` or ``[1, K]``.
-    """
-    k, n_in = dims("act", act, 2)
-    one_row("slots", slots, k)
-    one_row("weights", weights, k)
-    require("act", k * n_in < 1 << 31, "K * N < 2^31", k * n_in)
-    w_row, s_row, b_row = check_matrix("down", down, n_out, n_in, bits, group_size)
-    w, scales, biases = down
-    return Launch(
-        "experts_down_sum",
-        {
-            "act": act,
-            "slots": slots,
-            "weights": weights,
-            "w": w.array,
-            "scales": scales.array,
-            "biases": biases.array,
-            "w_base": w.base,
-            "s_base": scales.base,
-            "b_base": biases.base,
-            "w_row": w_row,
-            "s_row": s_row,
-            "b_row": b_row,
-            "k": k,
-            "n_in": n_in,
-            "n_out": n_out,
-        },
-        {"out": (n_out,)},
-        (256 * groups(n_out, 16), 1, 1),
-        (256, 1, 1),
-        {
-            "BITS": bits,
-            "G": group_size,
-            "WORDS": _words_a_load([down], k, n_in, bits),
-        },
-    )
-
-
-# Words, scales, biases and bits of a matrix in arrays of its own.
-Shared = tuple[mx.array, mx.array, mx.array, int]
-
-
-def _combined(
-    act: mx.array,
-    slots: mx.array,
-    weights: mx.array,
-    down: Matrix,
-    row: mx.array,
-    starts: tuple[int, int, int],
-    shared: Shared,
-    residual: mx.array,
-    bits: int,
-    group_size: int,
-) -> mx.array:
-    total = _down_sum(act, slots, weights, down, residual.size, bits, group_size)
-    wide, h = (x.reshape(-1).astype(mx.float32) for x in (row, residual))
-    w = dense_matrix(*shared, group_size)
-    g, u = (wide[at : at + w.shape[1]] for at in starts[:2])
-    opened = wide[starts[2]]
-    out = h + total + mx.sigmoid(opened) * (w @ (g * mx.sigmoid(g) * u))
-    return out.reshape(residual.shape).astype(act.dtype)
-
-
-def _some_combined(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    k: int,
-    n: int,
-    f: int,
-    d: int,
-    bits: int,
-    shared_bits: int,
-    g: int,
-    s: int,
-    base: int = 0,
-) -> tuple[Any, ...]:
-    act, slots, weights, down, *_ = _some_down(rng, dtype, k, n, d, bits, g, s, base)
-    shared = (*quantised(rng, dtype, d, f, shared_bits, g), shared_bits)
-    starts = (s, 2 * s + f, 0) if s else (0, f, 2 * f)
-    row = normal(rng, dtype, *[1] * s, 2 * f + 1 + s)
-    residual = normal(rng, dtype, *[1] * s, d)
-    return act, slots, weights, down, row, starts, shared, residual, bits, g
-
-
-@kernel(
-    reference=_combined,
-    sample=_some_combined,
-    sizes=[
-        dict(k=1, n=32, f=32, d=1, bits=2, shared_bits=4, g=32, s=0),
-        dict(k=10, n=96, f=160, d=13, bits=4, shared_bits=8, g=32, s=1, base=2),
-        dict(k=10, n=512, f=2304, d=18, bits=4, shared_bits=4, g=128, s=1, base=4),
-        dict(k=8, n=64, f=64, d=9, bits=8, shared_bits=2, g=64, s=0, base=3),
-    ],
-    large=dict(k=8, n=512, f=512, d=2048, bits=4, shared_bits=4, g=64, s=0),
-)
-def experts_down_combine(
-    act: mx.array,
-    slots: mx.array,
-    weights: mx.array,
-    down: Matrix,
-    row: mx.array,
-    starts: tuple[int, int, int],
-    shared: Shared,
-    residual: mx.array,
-    bits: int,
-    group_size: int,
-) -> Launch:
-    """``residual`` ``[D]``, the experts' sum and the gated shared expert's output.
-
-    ``row`` holds the shared expert's projections: gate and up ``[F]`` and the gate's
-    ``[1]`` value, which begin at ``starts``; ``shared`` is its down matrix ``[D, F]``
-    in groups of ``group_size`` like the experts'. Any row may be ``[1, n]``; the
-    result is shaped as ``residual``.
-    """
-    n_out, width = one_row("residual", residual), one_row("row", row)
-    four = isinstance(shared, tuple) and len(shared) == 4
-    require("shared", four, "words, scales, biases and bits", shared)
-    w, scales, biases, shared_bits = shared
-    n_shared = dims("shared scales", scales, 2)[1] * group_size
-    three = isinstance(starts, tuple) and len(starts) == 3
-    require("starts", three, "where three parts begin", starts)
-    for at, size in zip(starts, (n_shared, n_shared, 1), strict=True):
-        require_part("starts", at, size, width)
-    rows = check_rows(w, scales, biases, n_shared, shared_bits, group_size)
-    require("shared", rows == n_out, f"{n_out} rows", rows)
-    launch = experts_down_sum(act, slots, weights, down, n_out, bits, group_size)
-    more: dict[str, Any] = dict(
-        zip(("gate_at", "up_at", "opens_at"), starts, strict=True)
-    )
-    more |= {"shared": row}
-    more |= {"shared_w": w, "shared_scales": scales, "shared_biases": biases}
-    more |= {"residual": residual, "n_shared": n_shared}
-    return Launch(
-        "experts_down_combine",
-        {**launch.inputs, **more},
-        {"out": tuple(residual.shape)},
-        (256 * groups(n_out, 16), 1, 1),
-        (256, 1, 1),
-        {**launch.template, "SHARED_BITS": shared_bits},
     )

@@ -16,6 +16,7 @@ from ..graph.lower import Kernel
 from ..graph.op import Access, JointRows, Op
 from ..graph.rows import RowPart, whole
 from ..launch import attention, linear_attention, moe, quant
+from ..launch import experts as expert_kernels
 from ..ops.attention import RopeNTokens, SdpaCausalTiled
 from ..ops.elementwise import (
     ResidualAddNTokens,
@@ -322,7 +323,7 @@ def _second_half(
     projected = (act.gate, act.up, combine.shared_gate)
     row, starts = _one_row(*(values[buf] for buf in projected))
     stack = source.weights.down
-    launch = moe.experts_down_combine(
+    launch = expert_kernels.experts_down_combine(
         opened,
         slots,
         weights,
@@ -361,7 +362,9 @@ def routed_experts(ops: Sequence[Any], run: Run, values: Values) -> Values:
     stacks = source.weights
     sizes = (experts.expert_dim, *form(stacks.gate), x.start, x.size)
     matrices = stacks.gate.records, stacks.up.records
-    launch = moe.experts_route_gate_up(x.row, top.n_experts, top.k, *matrices, *sizes)
+    launch = expert_kernels.experts_route_gate_up(
+        x.row, top.n_experts, top.k, *matrices, *sizes
+    )
     opened, chosen, weights = run(launch)
     source.asked(top.k)
     out = _second_half(ops[2:], run, values, opened, chosen, weights)

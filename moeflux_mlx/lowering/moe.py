@@ -10,6 +10,7 @@ import numpy as np
 
 from ..graph.rows import RowPart
 from ..launch import elementwise, quant
+from ..launch import experts as expert_kernels
 from ..launch import moe as kernels
 from ..ops import moe as ops
 from ..weights import ExpertSource, ExpertWeights, Weight
@@ -79,7 +80,9 @@ def decode_experts(
     slots, act = experts_act(op, run, x, indices, source)
     down = source.weights.down
     sizes = (op.dim, *form(down))
-    (out,) = run(kernels.experts_down_sum(act, slots, weights, down.records, *sizes))
+    (out,) = run(
+        expert_kernels.experts_down_sum(act, slots, weights, down.records, *sizes)
+    )
     ops.guard(source, [out])
     return out.reshape(1, -1)
 
@@ -96,7 +99,7 @@ def experts_act(
     gate, up = experts.gate.records, experts.up.records
     row, start = (x.row, x.start) if isinstance(x, RowPart) else (x, 0)
     sizes = (op.expert_dim, *form(experts.gate), start, op.dim)
-    (act,) = run(kernels.experts_gate_up_swiglu(row, slots, gate, up, *sizes))
+    (act,) = run(expert_kernels.experts_gate_up_swiglu(row, slots, gate, up, *sizes))
     return slots, act
 
 
