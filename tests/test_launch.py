@@ -115,6 +115,16 @@ def test_a_number_becomes_an_array_once(use):
     assert prepare(EVERY).inputs[3] is prepare(EVERY).inputs[3]
 
 
+def test_a_launch_like_an_earlier_one_has_arrays_and_numbers_of_its_own(use):
+    prepare(EVERY)
+    other = X + 1
+    found = prepare(changed("inputs", x=other, n=5))
+    assert found.inputs[0] is other
+    assert (found.inputs[3].item(), found.numbers["n"]) == (5, 5)
+    with pytest.raises(KernelError, match="n: expected a number that fits"):
+        prepare(changed("inputs", x=other, n=-1))
+
+
 def test_the_limits_themselves_are_allowed(use):
     most = dataclasses.replace(
         EVERY, threadgroup=(1024, 1, 1), grid=(2**31 - 1024, 1, 1)

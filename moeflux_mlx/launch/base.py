@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import numbers
 import operator
 import typing
@@ -25,7 +26,7 @@ from ..device import (
     MAX_THREADS_PER_GROUP,
 )
 from ..errors import KernelError
-from ..metal import Input, MetalKernel, Scalar, library
+from ..metal import Input, Library, MetalKernel, Scalar, library
 from ..metal.signature import DTYPES
 
 Size3 = tuple[int, int, int]
@@ -78,40 +79,109 @@ class Prepared:
 def prepare(launch: Launch) -> Prepared:
     """Check a launch and put it into the signature's order.
 
+    Of launches alike but for numbers and the values in arrays only the first is looked
+    at whole: prompts run every kernel once a layer, and checking takes the host longer
+    than launching.
+
     Raises:
         KernelError: names, types, shapes or limits are not the signature's; the message
             names kernel and parameter.
     """
-    kernel = library()[launch.kernel]
-    _same_names(kernel, "inputs", launch.inputs, [p.name for p in kernel.inputs])
-    _same_names(kernel, "outputs", launch.outputs, [p.name for p in kernel.outputs])
-    _same_names(kernel, "template", launch.template, list(kernel.values))
-    types = dict(launch.types)
-    for name, dtype in types.items():
-        _check_float(kernel, name, dtype)
-    inputs = [_input(kernel, p, launch.inputs[p.name], types) for p in kernel.inputs]
-    _check_template(kernel, launch.template, types)
-    _check_limits(kernel, launch, types)
-    template: list[tuple[str, Any]] = [
-        (p.name, types[p.name])
-        if p.kind == "typename"
-        else (p.name, (bool if p.kind == "bool" else int)(launch.template[p.name]))
-        for p in kernel.template
-    ]
-    shapes = [_shape(kernel, p.name, launch.outputs[p.name]) for p in kernel.outputs]
-    dtypes = [_dtype(p.type, types) for p in kernel.outputs]
-    numbers = {
-        name: x for name, x in launch.inputs.items() if not isinstance(x, mx.array)
-    }
+    given = launch.inputs
+    form = (
+        library(),
+        launch.kernel,
+        launch.grid,
+        launch.threadgroup,
+        tuple(launch.template.items()),
+        tuple(launch.types.items()),
+        tuple(launch.outputs.items()),
+        tuple([(name, *_form(value)) for name, value in given.items()]),
+    )
+    try:
+        checked = _checked(*form)
+    except TypeError:
+        # What cannot be hashed is no launch either: let the checks say why.
+        checked = _checked.__wrapped__(*form)
+    kernel = checked.kernel
+    inputs: list[mx.array] = []
+    numbers: dict[str, int | float] = {}
+    for parameter in kernel.inputs:
+        name = parameter.name
+        value = given[name]
+        if not isinstance(value, mx.array):
+            numbers[name] = value
+            value = _scalar(kernel, name, value, DTYPES[parameter.type])
+        elif isinstance(parameter, Scalar):
+            value = value.reshape(())
+        inputs.append(value)
     return Prepared(
         kernel,
         inputs,
-        template,
+        checked.template,
         launch.grid,
         launch.threadgroup,
-        shapes,
-        dtypes,
+        checked.output_shapes,
+        checked.output_dtypes,
         numbers,
+    )
+
+
+# Type and shape of an array; for anything else the name of its type.
+Form = tuple[mx.Dtype, tuple[int, ...]] | tuple[str]
+
+
+def _form(value: Any) -> Form:
+    if isinstance(value, mx.array):
+        return value.dtype, value.shape
+    return (type(value).__name__,)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What all launches of one form share, as MLX's kernel call takes it."""
+
+    kernel: MetalKernel
+    template: list[tuple[str, Any]]
+    output_shapes: list[tuple[int, ...]]
+    output_dtypes: list[mx.Dtype]
+
+
+@functools.lru_cache(maxsize=4096)
+def _checked(
+    kernels: Library,
+    name: str,
+    grid: Size3,
+    threadgroup: Size3,
+    template: tuple[tuple[str, int], ...],
+    types: tuple[tuple[str, mx.Dtype], ...],
+    outputs: tuple[tuple[str, tuple[int, ...]], ...],
+    inputs: tuple[tuple[Any, ...], ...],
+) -> Checked:
+    """Check all of a launch but its numbers."""
+    kernel = kernels[name]
+    numbers, shapes = dict(template), dict(outputs)
+    forms = {key: form for key, *form in inputs}
+    _same_names(kernel, "inputs", forms, [p.name for p in kernel.inputs])
+    _same_names(kernel, "outputs", shapes, [p.name for p in kernel.outputs])
+    _same_names(kernel, "template", numbers, list(kernel.values))
+    known = dict(types)
+    for key, dtype in types:
+        _check_float(kernel, key, dtype)
+    for p in kernel.inputs:
+        _check_input(kernel, p, forms[p.name], known)
+    _check_template(kernel, numbers, known)
+    _check_limits(kernel, grid, threadgroup, numbers, known)
+    return Checked(
+        kernel,
+        [
+            (p.name, known[p.name])
+            if p.kind == "typename"
+            else (p.name, (bool if p.kind == "bool" else int)(numbers[p.name]))
+            for p in kernel.template
+        ],
+        [_shape(kernel, p.name, shapes[p.name]) for p in kernel.outputs],
+        [_dtype(p.type, known) for p in kernel.outputs],
     )
 
 
@@ -122,43 +192,64 @@ def _same_names(
         _fail(kernel, what, sorted(wanted), sorted(given))
 
 
-def _input(
-    kernel: MetalKernel, parameter: Input | Scalar, value: Any, types: dict
-) -> mx.array:
+def _check_input(
+    kernel: MetalKernel,
+    parameter: Input | Scalar,
+    form: Sequence[Any],
+    types: dict[str, mx.Dtype],
+) -> None:
+    """Check an input by its form, and note the type that it gives a type parameter."""
     name = parameter.name
+    if len(form) == 1:
+        if not isinstance(parameter, Scalar):
+            _fail(kernel, name, "an mx.array", form[0])
+        return
+    dtype, shape = form
     if isinstance(parameter, Scalar):
-        dtype = DTYPES[parameter.type]
-        if isinstance(value, mx.array):
-            if value.dtype != dtype or value.size != 1:
-                got = f"{value.dtype} {value.shape}"
-                _fail(kernel, name, f"one {dtype} value", got)
-            return value.reshape(())
-        return _scalar(kernel, name, value, dtype)
-    if not isinstance(value, mx.array):
-        _fail(kernel, name, "an mx.array", type(value).__name__)
-    if value.size == 0 or value.ndim == 0:
-        _fail(kernel, name, "an array with elements", f"shape {value.shape}")
+        wanted = DTYPES[parameter.type]
+        if dtype != wanted or math.prod(shape) != 1:
+            _fail(kernel, name, f"one {wanted} value", f"{dtype} {shape}")
+        return
+    if not shape or 0 in shape:
+        _fail(kernel, name, "an array with elements", f"shape {shape}")
     if parameter.type in kernel.type_parameters:
-        wanted = types.setdefault(parameter.type, value.dtype)
+        wanted = types.setdefault(parameter.type, dtype)
         _check_float(kernel, name, wanted)
     else:
         wanted = DTYPES[parameter.type]
-    if value.dtype != wanted:
-        _fail(kernel, name, wanted, value.dtype)
-    return value
+    if dtype != wanted:
+        _fail(kernel, name, wanted, dtype)
 
 
 def _scalar(kernel: MetalKernel, name: str, value: Any, dtype: mx.Dtype) -> mx.array:
+    try:
+        found = _number(value, dtype)
+    except TypeError:
+        found = "a number"
+    if isinstance(found, str):
+        _fail(kernel, name, found, value)
+    return found
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _number(value: Any, dtype: mx.Dtype) -> mx.array | str:
+    """Return a number as an array without dimensions, or what was expected instead."""
     if mx.issubdtype(dtype, mx.floating):
         if not isinstance(value, int | float | np.number):
-            _fail(kernel, name, "a number", value)
-        return constant(float(value), dtype)
-    value = _whole(kernel, name, value)
-    low = 0 if mx.issubdtype(dtype, mx.unsignedinteger) else -(1 << 8 * dtype.size - 1)
-    high = low + (1 << 8 * dtype.size)
-    if not low <= value < high:
-        _fail(kernel, name, f"a number that fits {dtype}", value)
-    return constant(value, dtype)
+            return "a number"
+        value = float(value)
+    else:
+        try:
+            value = operator.index(value)
+        except TypeError:
+            return "a whole number"
+        signed = not mx.issubdtype(dtype, mx.unsignedinteger)
+        low = -(1 << 8 * dtype.size - 1) if signed else 0
+        if not low <= value < low + (1 << 8 * dtype.size):
+            return f"a number that fits {dtype}"
+    array = mx.array(value, dtype)
+    mx.eval(array)
+    return array
 
 
 def _whole(kernel: MetalKernel, name: str, value: Any) -> int:
@@ -178,14 +269,6 @@ def _shape(kernel: MetalKernel, name: str, shape: Any) -> tuple[int, ...]:
 def _check_float(kernel: MetalKernel, name: str, dtype: mx.Dtype) -> None:
     if dtype not in FLOATS:
         _fail(kernel, name, " or ".join(map(str, FLOATS)), dtype)
-
-
-@functools.lru_cache(maxsize=4096)
-def constant(value: float, dtype: mx.Dtype) -> mx.array:
-    """Return a number as an array without dimensions, made once."""
-    array = mx.array(value, dtype)
-    mx.eval(array)
-    return array
 
 
 def _dtype(name: str, types: Mapping[str, mx.Dtype]) -> mx.Dtype:
@@ -210,26 +293,27 @@ def _check_template(
 
 
 def _check_limits(
-    kernel: MetalKernel, launch: Launch, types: Mapping[str, mx.Dtype]
+    kernel: MetalKernel,
+    grid: Size3,
+    threadgroup: Size3,
+    template: Mapping[str, int],
+    types: Mapping[str, mx.Dtype],
 ) -> None:
-    for name, size in (("grid", launch.grid), ("threadgroup", launch.threadgroup)):
+    for name, size in (("grid", grid), ("threadgroup", threadgroup)):
         if len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
             _fail(kernel, name, "three positive numbers of threads", size)
         if any(n >= 1 << 31 for n in size):
             _fail(kernel, name, "numbers below 2^31", size)
-    if any(n % m for n, m in zip(launch.grid, launch.threadgroup, strict=True)):
-        _fail(
-            kernel, "grid", f"whole threadgroups of {launch.threadgroup}", launch.grid
-        )
-    x, y, z = launch.threadgroup
-    if x * y * z > MAX_THREADS_PER_GROUP:
-        _fail(
-            kernel, "threadgroup", f"at most {MAX_THREADS_PER_GROUP} threads", x * y * z
-        )
+    if any(n % m for n, m in zip(grid, threadgroup, strict=True)):
+        _fail(kernel, "grid", f"whole threadgroups of {threadgroup}", grid)
+    n_threads = math.prod(threadgroup)
+    if n_threads > MAX_THREADS_PER_GROUP:
+        limit = f"at most {MAX_THREADS_PER_GROUP} threads"
+        _fail(kernel, "threadgroup", limit, n_threads)
     n_buffers = len(kernel.inputs) + len(kernel.outputs)
     if n_buffers > MAX_BUFFERS:
         _fail(kernel, "parameters", f"at most {MAX_BUFFERS} buffers", n_buffers)
-    n_bytes = kernel.threadgroup_bytes(launch.template, types)
+    n_bytes = kernel.threadgroup_bytes(template, types)
     if n_bytes > MAX_THREADGROUP_BYTES:
         limit = f"at most {MAX_THREADGROUP_BYTES} bytes"
         _fail(kernel, "threadgroup memory", limit, n_bytes)
