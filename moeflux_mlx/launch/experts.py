@@ -26,7 +26,7 @@ from .base import (
 )
 from .moe import check_routing, random_logits, random_weights, softmax_topk
 from .quant import check_rows, dense_matrix, quantised
-from .slots import Matrix, check_matrix, numbers, random_matrix, unpacked
+from .slots import Matrix, check_matrix, in_slots, numbers, random_matrix, unpacked
 
 
 def _words_a_load(matrices: list[Matrix], n_rows: int, n_in: int, bits: int) -> int:
@@ -301,23 +301,14 @@ def experts_down_sum(
     one_row("slots", slots, k)
     one_row("weights", weights, k)
     require("act", k * n_in < 1 << 31, "K * N < 2^31", k * n_in)
-    w_row, s_row, b_row = check_matrix("down", down, n_out, n_in, bits, group_size)
-    w, scales, biases = down
+    stored = in_slots("down", down, n_out, n_in, bits, group_size)
     return Launch(
         "experts_down_sum",
         {
             "act": act,
             "slots": slots,
             "weights": weights,
-            "w": w.array,
-            "scales": scales.array,
-            "biases": biases.array,
-            "w_base": w.base,
-            "s_base": scales.base,
-            "b_base": biases.base,
-            "w_row": w_row,
-            "s_row": s_row,
-            "b_row": b_row,
+            **stored,
             "k": k,
             "n_in": n_in,
             "n_out": n_out,

@@ -23,7 +23,7 @@ from .base import (
     normal,
     require,
 )
-from .slots import Matrix, check_matrix, numbers, random_matrix, unpacked
+from .slots import Matrix, in_slots, numbers, random_matrix, unpacked
 
 MAX_EXPERTS = 512
 MAX_K = 16
@@ -628,24 +628,15 @@ def moe_mm_id(
     require("lists", n_tokens * k < 1 << 31, "T * K < 2^31", n_tokens * k)
     expect("counts", counts, (n_experts,))
     expect("slot_of_expert", slot_of_expert, (n_experts,))
-    w_row, s_row, b_row = check_matrix("matrix", matrix, n_out, n_in, bits, group_size)
-    w, scales, biases = matrix
+    stored = in_slots("matrix", matrix, n_out, n_in, bits, group_size)
     return Launch(
         "moe_mm_id",
         {
             "x": x,
-            "w": w.array,
-            "scales": scales.array,
-            "biases": biases.array,
+            **stored,
             "counts": counts,
             "lists": lists,
             "slot_of_expert": slot_of_expert,
-            "w_base": w.base,
-            "s_base": scales.base,
-            "b_base": biases.base,
-            "w_row": w_row,
-            "s_row": s_row,
-            "b_row": b_row,
             "n_tokens": n_tokens,
             "k": k,
             "n_in": n_in,

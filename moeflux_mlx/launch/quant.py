@@ -15,7 +15,7 @@ import numpy as np
 
 from ..device import SIMD
 from .base import Launch, dims, expect, groups, kernel, normal, one_row, require
-from .slots import Matrix, check_matrix, numbers, random_matrix, unpacked
+from .slots import Matrix, in_slots, numbers, random_matrix, unpacked
 
 # Inputs that the kernels of the v3 kind keep in threadgroup memory.
 CACHED = 4096
@@ -623,22 +623,6 @@ def _some_experts(
     return x, slots, matrix, o, g
 
 
-def _in_slots(matrix: Matrix, rows: tuple[int, int, int]) -> dict[str, Any]:
-    """Return the inputs of a matrix in slots."""
-    w, scales, biases = matrix
-    return {
-        "w": w.array,
-        "scales": scales.array,
-        "biases": biases.array,
-        "w_base": w.base,
-        "s_base": scales.base,
-        "b_base": biases.base,
-        "w_row": rows[0],
-        "s_row": rows[1],
-        "b_row": rows[2],
-    }
-
-
 @kernel(
     reference=_experts,
     sample=_some_experts,
@@ -662,13 +646,13 @@ def dequant_matvec_4bit_v3_experts(
     if per_expert:
         expect("x", x, (k, n_in))
     require("x", n_in <= CACHED, f"a width up to {CACHED}", n_in)
-    rows = check_matrix("matrix", matrix, n_out, n_in, 4, group_size)
+    stored = in_slots("matrix", matrix, n_out, n_in, 4, group_size)
     return Launch(
         "dequant_matvec_4bit_v3_experts",
         {
             "x": x,
             "slots": slots,
-            **_in_slots(matrix, rows),
+            **stored,
             "n_in": n_in,
             "n_out": n_out,
         },
@@ -858,11 +842,11 @@ def gather_qmm_rhs(
     """
     n_tokens, n_in = dims("x", x, 2)
     expect("slots", slots, (n_tokens,))
-    rows = check_matrix("matrix", matrix, n_out, n_in, bits, group_size)
+    stored = in_slots("matrix", matrix, n_out, n_in, bits, group_size)
     sizes = {"n_tokens": n_tokens, "n_in": n_in, "n_out": n_out}
     return Launch(
         "gather_qmm_rhs",
-        {"x": x, "slots": slots, **_in_slots(matrix, rows), **sizes},
+        {"x": x, "slots": slots, **stored, **sizes},
         {"out": (n_tokens, n_out)},
         (128 * groups(n_out, 64), groups(n_tokens, 32), 1),
         (128, 1, 1),

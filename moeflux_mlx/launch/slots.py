@@ -6,6 +6,8 @@ the matrix ``[O, I]`` from ``base`` on in every row.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 
@@ -41,6 +43,25 @@ def check_matrix(
         require(where, inside, wanted, f"base {base}")
         lengths.append(length)
     return lengths[0], lengths[1], lengths[2]
+
+
+def in_slots(
+    name: str, matrix: Matrix, n_out: int, n_in: int, bits: int, group_size: int
+) -> dict[str, Any]:
+    """Check a kernel's one matrix as ``check_matrix`` does; return its inputs."""
+    w_row, s_row, b_row = check_matrix(name, matrix, n_out, n_in, bits, group_size)
+    w, scales, biases = matrix
+    return {
+        "w": w.array,
+        "scales": scales.array,
+        "biases": biases.array,
+        "w_base": w.base,
+        "s_base": scales.base,
+        "b_base": biases.base,
+        "w_row": w_row,
+        "s_row": s_row,
+        "b_row": b_row,
+    }
 
 
 def random_matrix(
