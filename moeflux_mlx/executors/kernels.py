@@ -32,7 +32,7 @@ class KernelExecutor(Executor):
         super().__init__()
         self._built: dict[str, Any] = {}
         # Hears the name of every kernel launched.
-        self.on_launch: Callable[[str], None] | None = None
+        self.on_launch: Callable[[str], object] | None = None
 
     @property
     def built(self) -> tuple[str, ...]:

@@ -114,14 +114,8 @@ class Recorder:
     def attached(self) -> Iterator[Recorder]:
         """Record what the executor is given to encode while inside."""
         executor = self._runtime.executor
-        with observing(executor, self):
-            if isinstance(executor, KernelExecutor):
-                executor.on_launch = self._launched.append
-            try:
-                yield self
-            finally:
-                if isinstance(executor, KernelExecutor):
-                    executor.on_launch = None
+        with observing(executor, self), hearing(executor, self._launched.append):
+            yield self
 
 
 @contextlib.contextmanager
@@ -132,6 +126,19 @@ def observing(executor: Executor, observer: Observer) -> Iterator[None]:
         yield
     finally:
         executor.observer = None
+
+
+@contextlib.contextmanager
+def hearing(executor: Executor, hear: Callable[[str], object]) -> Iterator[None]:
+    """Tell ``hear`` the name of every kernel of ours that is launched while inside."""
+    if not isinstance(executor, KernelExecutor):
+        yield
+        return
+    executor.on_launch = hear
+    try:
+        yield
+    finally:
+        executor.on_launch = None
 
 
 def layer_of(runtime: Runtime, steps: Sequence[Step]) -> LayerGraph:

@@ -21,7 +21,7 @@ from ..lowering import default_way, ways
 from ..lowering.tuned import Entry, Tuning, n_tokens_of, shape_of
 from ..runtime import Runtime
 from .choices import Choice, Collector, Key
-from .recording import filled_caches, observing, prompt, resident_runtime_of
+from .recording import filled_caches, hearing, observing, prompt, resident_runtime_of
 from .timing import StepTimer, timer_for
 
 # By how much of the default's time a way must be faster to displace it: less is noise.
@@ -164,11 +164,8 @@ class Tuner:
 
         def check(way: str) -> str:
             launched: list[str] = []
-            self._executor.on_launch = launched.append
-            try:
+            with hearing(self._executor, launched.append):
                 wrong = choice.error(way, expected)
-            finally:
-                self._executor.on_launch = None
             launches[way] = choice.n_launches(way, launched)
             return wrong
 
