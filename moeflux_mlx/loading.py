@@ -58,9 +58,9 @@ def load(
             packed model's experts take up to 3/4 of the machine's memory.
         scope: ``"global"`` shares the expert slots between layers, ``"layer"`` gives
             each layer its own.
-        policy: which experts stay in memory: ``"lfu"``, ``"lru"``, or ``"pins:TRACE"``
-            with a file of ``moeflux trace`` (see ``policy_factory``); None takes the
-            environment's choice, else ``"lfu"``.
+        policy: which experts stay in memory: ``"lfu"``, ``"lru"``, ``"markov"``, or
+            ``"pins:TRACE"`` with a file of ``moeflux trace`` (see ``policy_factory``);
+            None takes the environment's choice, else ``"lfu"``.
         executor: name of the executor; None takes the environment's choice.
         optimistic: ``"auto"``, ``"on"`` or ``"off"``: whether tokens run ahead of
             reading experts; None takes the environment's choice.
