@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,6 +21,10 @@ NEEDS = {
 
 # What was tuned on this machine decides nothing here, nor in processes started here.
 os.environ["MOEFLUX_TUNING"] = "0"
+
+# A shell has what it runs in the background ignore Ctrl-C, which tests press.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
