@@ -50,9 +50,9 @@ class TokenSteps:
     ) -> mx.array | None:
         """Return the logits ``[B, 1, V]``, or None where only an ordinary call can.
 
-        That is, besides caches that no trace knows, when so many experts are missing
-        that running ahead does not pay. A step that fails leaves the caches as they
-        were.
+        That is for caches that no trace knows, and where nearly every layer misses
+        experts and waiting for each layer's, the next one's being read meanwhile, takes
+        less time. A step that fails leaves the caches as they were.
 
         Args:
             tokens: ``[B, 1]``.
@@ -73,9 +73,13 @@ class TokenSteps:
                 logits = run(range(len(caches)), tokens, None)[0].out
             else:
                 window = window_of(streamer.miss_rate, len(caches))
-                if window == 1 and not self._always:
+                timed = window == 1 and tokens.size == 1 and not self._always
+                # Who waits will ask this again.
+                if timed and streamer.read_ahead.begin():
                     return None
                 logits = _RunAhead(run, streamer, before)(tokens, window)
+                if timed:
+                    streamer.read_ahead.end()
         except BaseException:
             run.put_back(before)
             raise
@@ -134,9 +138,16 @@ class _RunAhead:
         x, first, again = tokens, 0, False
         n_layers = self._run.n_layers
         while first < n_layers:
-            layers = range(first, min(n_layers, first - first % window + window))
+            stop = first - first % window + window
+            if again:
+                # It has its experts now: only the next one can tell anything.
+                stop = max(stop, first + 2)
+            layers = range(first, min(n_layers, stop))
             passed = self._run(layers, x, self._streamer.slots_on_device())
-            missed = self._missed(layers, passed, again=again)
+            if again and len(layers) == 1:
+                missed = None
+            else:
+                missed = self._missed(layers, passed, again=again)
             if missed is None:
                 x, first, again = passed[-1].out, layers.stop, False
                 continue

@@ -36,7 +36,7 @@ from moeflux_mlx.errors import ConfigError
 from moeflux_mlx.experts.budget import parse_bytes
 from moeflux_mlx.experts.direct import bypass_cache
 from moeflux_mlx.experts.pool import aligned_rows
-from moeflux_mlx.experts.reader import Batch, Read, ReadPool
+from moeflux_mlx.experts.reader import Batch, HostPlace, Read, ReadPool
 from moeflux_mlx.experts.spans import Span
 
 # An expert of Qwen3.6-35B-A3B in 4 bits, and how many of them a token takes.
@@ -98,7 +98,7 @@ class Sides:
             reads = [
                 Read(
                     (Span(fd, self.path, n * RECORD_BYTES, ((0, RECORD_BYTES),)),),
-                    self.slots[i % N_SLOTS].data,
+                    HostPlace(self.slots[i % N_SLOTS].data),
                     layer=0,
                     expert=n,
                     checksum=checksums.get(n),

@@ -14,17 +14,17 @@ import pytest
 import xxhash
 
 from moeflux_mlx.errors import ExpertStoreError
-from moeflux_mlx.experts.reader import Batch, Read, ReadPool
+from moeflux_mlx.experts.reader import Batch, HostPlace, Read, ReadPool
 from moeflux_mlx.experts.spans import Span, read_fully
 
 INTERRUPTED = """
 import sys
-from moeflux_mlx.experts.reader import Batch, Read, ReadPool
+from moeflux_mlx.experts.reader import Batch, HostPlace, Read, ReadPool
 from moeflux_mlx.experts.spans import Span
 file = open(sys.argv[1], "rb")
 buffer = memoryview(bytearray(16 << 20))
 span = Span(file.fileno(), "f", 0, ((0, len(buffer)),))
-reads = [Read((span,), buffer, 0, e) for e in range(100_000)]
+reads = [Read((span,), HostPlace(buffer), 0, e) for e in range(100_000)]
 pool, batch = ReadPool(3), Batch(reads)
 pool.submit(batch)
 print("reading", flush=True)
@@ -41,9 +41,9 @@ def file(tmp_path):
 
 
 def read_of(file, offset, n_bytes, **fields):
-    buffer = memoryview(bytearray(n_bytes))
+    place = HostPlace(memoryview(bytearray(n_bytes)))
     span = Span(file.fileno(), Path(file.name), offset, ((0, n_bytes),))
-    return Read((span,), buffer, layer=3, expert=17, **fields)
+    return Read((span,), place, layer=3, expert=17, **fields)
 
 
 @pytest.fixture(params=[0, 10**9], ids=["threads", "inline"])
@@ -64,7 +64,7 @@ def test_many_reads_by_few_threads_fill_every_buffer(file, inline_bytes):
     reads = run([read_of(file, n * 97, n % 7 + 1) for n in range(1_001)], inline_bytes)
     for n, read in enumerate(reads):
         assert read.error is None and read.done
-        assert bytes(read.buffer) == content[n * 97 : n * 97 + n % 7 + 1]
+        assert bytes(read.place.open()) == content[n * 97 : n * 97 + n % 7 + 1]
 
 
 def test_an_interrupt_while_threads_start_leaves_none_behind(monkeypatch):
@@ -92,7 +92,7 @@ def test_a_closed_pool_reads_without_threads(file):
     pool.close()
     pool.submit(batch := Batch([read_of(file, 5, 63), read_of(file, 6, 63)]))
     assert batch.over
-    assert [bytes(read.buffer) for read in batch.reads] == [
+    assert [bytes(read.place.open()) for read in batch.reads] == [
         content[5:68],
         content[6:69],
     ]
@@ -120,7 +120,7 @@ def test_reads_of_a_batch_end_in_any_order(file, monkeypatch):
     batch.wait()
     assert batch.over and all(read.done for read in reads)
     for read in reads:
-        assert bytes(read.buffer) == content[read.spans[0].offset :][:63]
+        assert bytes(read.place.open()) == content[read.spans[0].offset :][:63]
     pool.close()
 
 
@@ -156,11 +156,11 @@ def test_the_spans_of_one_read_are_read_at_the_same_time(file, monkeypatch):
     monkeypatch.setattr(os, "preadv", held)
     fd, path = file.fileno(), Path(file.name)
     spans = Span(fd, path, 50, ((30, 33),)), Span(fd, path, 0, ((0, 30),))
-    read = Read(spans, memoryview(bytearray(70)), 3, 17, padding=7)
+    read = Read(spans, HostPlace(memoryview(bytearray(70))), 3, 17, padding=7)
     expected = content[:30] + content[50:83]
     read.checksum = xxhash.xxh3_64_intdigest(expected)
     run([read], inline_bytes=0)
-    assert read.error is None and bytes(read.buffer) == expected + bytes(7)
+    assert read.error is None and bytes(read.place.open()) == expected + bytes(7)
 
 
 def test_a_read_past_the_end_names_file_layer_and_expert(file, inline_bytes):
@@ -176,7 +176,7 @@ def test_a_read_that_the_system_refuses_names_file_layer_and_expert(
 ):
     fd = os.open(tmp_path, os.O_RDONLY)
     span = Span(fd, tmp_path, 0, ((0, 5),))
-    read = Read((span,), memoryview(bytearray(5)), 3, 17)
+    read = Read((span,), HostPlace(memoryview(bytearray(5))), 3, 17)
     run([read], inline_bytes)
     os.close(fd)
     assert "expert 17 of layer 3" in str(read.error)
@@ -248,12 +248,12 @@ def test_a_read_of_several_spans_names_the_file_that_ends_early(
         good = Span(file.fileno(), Path(file.name), 7, ((10, 3), (0, 10)))
         bad = Span(other.fileno(), short, 0, ((13, 6),))
         reads = [
-            Read((good,), memoryview(bytearray(19)), 3, 17),
-            Read((good, bad), memoryview(bytearray(19)), 3, 17),
+            Read((good,), HostPlace(memoryview(bytearray(19))), 3, 17),
+            Read((good, bad), HostPlace(memoryview(bytearray(19))), 3, 17),
         ]
         run(reads, inline_bytes)
     content = Path(file.name).read_bytes()
     expected = content[10:20] + content[7:10] + bytes(6)
-    assert reads[0].error is None and bytes(reads[0].buffer) == expected
+    assert reads[0].error is None and bytes(reads[0].place.open()) == expected
     for part in (str(short), "expert 17", "layer 3", "ends after 5"):
         assert part in str(reads[1].error)

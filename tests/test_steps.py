@@ -20,6 +20,7 @@ from moeflux_mlx.experts.demand import Demand
 from moeflux_mlx.experts.pack import pack
 from moeflux_mlx.experts.packed import PackedExperts
 from moeflux_mlx.experts.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.read_ahead import TURN_TOKENS, ReadAhead
 from moeflux_mlx.experts.streamer import ExpertStreamer
 from moeflux_mlx.steps import spans, window_of
 from moeflux_mlx.trace import StepTracer
@@ -269,21 +270,55 @@ def test_several_sequences_give_what_waiting_gives(packed, n_slots, calls):
     check_same(ahead, cache, waiting, other_cache)
 
 
-def test_a_window_of_one_layer_serves_where_misses_are_frequent(packed, calls):
+def test_where_every_layer_misses_each_is_read_back_once(packed, calls):
+    """What begins again goes one layer further, and that is then read back."""
     ahead, waiting = load(packed, 3, "on"), load(packed, 3, "off")
-    got, expected = (generate(m, begin(m), [4]) for m in (ahead, waiting))
+    caches = [begin(model) for model in (ahead, waiting)]
+    stats = ahead.runtime.executor.stats
+    stats.reset()
+    missed = ahead.streamer.stats.snapshot().layers
+    got, expected = (
+        generate(*pair, [4]) for pair in zip((ahead, waiting), caches, strict=True)
+    )
     assert mx.array_equal(got, expected)
-    assert set(calls) == {range(i, i + 1) for i in range(N_LAYERS)}
+    for layer, counted in ahead.streamer.stats.snapshot().layers.items():
+        assert counted.misses > missed[layer].misses
+    assert stats.snapshot()["routing"].count == N_LAYERS
+    assert max(map(len, calls)) <= 2
 
 
-def test_left_to_itself_a_model_waits_while_many_experts_are_missing(packed, calls):
+def test_while_many_are_missing_a_model_waits_if_it_reads_ahead(packed, calls):
     model = load(packed, N_LAYERS * N_EXPERTS - 1, "auto", "traced")
-    cache = begin(model)
-    generate(model, cache, [3])
-    assert not calls
-    model.streamer._demand.miss_rate = 0
+    cache, streamer = begin(model), model.streamer
+    for choice, runs_ahead in (("on", False), ("off", True)):
+        streamer.read_ahead = ReadAhead(choice, lambda: 0.0)
+        streamer._demand.miss_rate = 1
+        calls.clear()
+        generate(model, cache, [3])
+        assert bool(calls) == runs_ahead
+    streamer.read_ahead = ReadAhead("on", lambda: 0.0)
+    streamer._demand.miss_rate = 0
+    calls.clear()
     generate(model, cache, [3])
     assert calls
+
+
+def test_running_ahead_and_reading_ahead_are_timed_in_turns(packed, calls):
+    model = load(packed, 12, "auto", "traced")
+    cache, streamer = begin(model), model.streamer
+    # Each look at the clock is a second later, half of which was waiting.
+    seconds = iter(range(10**9))
+    streamer.read_ahead = ReadAhead(
+        "auto", lambda: next(seconds) / 2, lambda: next(seconds)
+    )
+    ran_ahead = []
+    for seed in range(3 * TURN_TOKENS):
+        streamer._demand.miss_rate = 1
+        calls.clear()
+        generate(model, cache, [seed])
+        ran_ahead.append(bool(calls))
+    turn = TURN_TOKENS
+    assert ran_ahead == [True] * turn + [False] * turn + [True] * turn
 
 
 def test_caches_may_be_trimmed_in_between(tmp_path):

@@ -8,7 +8,7 @@ from ..errors import ModelError
 from .checkpoint import Checkpoint, ModelFacts, model_facts, text_config
 from .direct import bypass_cache
 from .layout import DEFAULT_ALIGNMENT, ExpertLayout
-from .reader import Batch, Read
+from .reader import Batch, HostPlace, Read
 from .routed import RoutedLayer, routed_layers
 from .spans import Piece, Span, merge
 
@@ -117,7 +117,7 @@ class CheckpointExperts:
         Raises:
             ExpertStoreError: a file cannot be read or ends early.
         """
-        read = Read(self.spans(layer, expert), record, layer, expert)
+        read = Read(self.spans(layer, expert), HostPlace(record), layer, expert)
         Batch([read]).run_here()
         if read.error is not None:
             raise read.error

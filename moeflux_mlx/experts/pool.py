@@ -13,6 +13,8 @@ from .. import device
 from ..errors import BudgetError, ExpertStoreError
 from ..weights import ExpertWeights, Records, Weight
 from .layout import PARTS, PROJECTIONS, ExpertLayout
+from .reader import HostPlace, Place
+from .staging import StagedPlace, open_staging
 
 POOL_ALIGNMENT = 2 * 1024 * 1024
 # MLX counts elements of one axis in 32 bits, so memory is asked for in rows.
@@ -78,8 +80,8 @@ def _address(array: mx.array) -> int:
 class SlotPool:
     """``n_slots`` slots of the largest layout's stride in one aligned MLX array.
 
-    ``array`` is uint8 ``[n_slots, stride]``; ``bytes`` is the same memory for writing.
-    Nothing here knows which expert is in which slot.
+    ``array`` is uint8 ``[n_slots, stride]``; ``bytes`` is the same memory as the host
+    sees it. Nothing here knows which expert is in which slot.
     """
 
     def __init__(self, layouts: Sequence[ExpertLayout], n_slots: int):
@@ -88,11 +90,13 @@ class SlotPool:
         self.stride = pool_stride(layouts)
         self.array = aligned_rows(n_slots, self.stride)
         self.bytes = np.array(self.array, copy=False)
-        if self.bytes.ctypes.data % POOL_ALIGNMENT or not self.bytes.flags.writeable:
+        self._begin = self.bytes.ctypes.data
+        if self._begin % POOL_ALIGNMENT or not self.bytes.flags.writeable:
             raise ExpertStoreError(
                 "[pool] expected writable memory at a multiple of "
-                f"{POOL_ALIGNMENT} bytes but got {self.bytes.ctypes.data:#x}"
+                f"{POOL_ALIGNMENT} bytes but got {self._begin:#x}"
             )
+        self._staging = open_staging(self.stride)
         self._weights: dict[tuple[ExpertLayout, int, int], ExpertWeights] = {}
 
     @property
@@ -114,11 +118,24 @@ class SlotPool:
 
     def move(self, source: int, target: int) -> None:
         """Copy one slot's bytes to another."""
-        self.bytes[target] = self.bytes[source]
+        if self._staging is None:
+            self.bytes[target] = self.bytes[source]
+        else:
+            addresses = self._address(target), self._address(source)
+            self._staging.move(*addresses, self.stride)
 
     def buffer(self, slot: int, n_bytes: int) -> memoryview:
-        """Return the first bytes of a slot for writing."""
+        """Return the first bytes of a slot as the host sees them."""
         return self.bytes[slot, :n_bytes].data
+
+    def place(self, slot: int, n_bytes: int) -> Place:
+        """Return the first bytes of a slot as the place of a record."""
+        if self._staging is None:
+            return HostPlace(self.buffer(slot, n_bytes))
+        return StagedPlace(self._staging, self._address(slot), n_bytes)
+
+    def _address(self, slot: int) -> int:
+        return self._begin + slot * self.stride
 
     def weights(
         self, layout: ExpertLayout, first: int = 0, count: int | None = None

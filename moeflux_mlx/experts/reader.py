@@ -16,18 +16,48 @@ from .spans import Span
 
 # Waking a thread takes longer than reading this much from the page cache.
 INLINE_BYTES = 256 * 1024
+# A thread's part of a record.
+PART_BYTES = 256 * 1024
+
+
+class Place:
+    """Where a record goes: ``n_bytes`` that are read into between open and close."""
+
+    def __init__(self, n_bytes: int):
+        self.n_bytes = n_bytes
+
+    def open(self) -> memoryview:
+        """Return host memory to read the record into."""
+        raise NotImplementedError
+
+    def arrived(self, start: int, n_bytes: int) -> None:
+        """Hear that these bytes of the memory are read."""
+
+    def close(self) -> None:
+        """Have all that was read arrive; nobody reads into the memory any more."""
+
+
+class HostPlace(Place):
+    """Memory that the host writes where it is."""
+
+    def __init__(self, buffer: memoryview):
+        super().__init__(len(buffer))
+        self._buffer = buffer
+
+    def open(self) -> memoryview:
+        return self._buffer
 
 
 @dataclass(slots=True)
 class Read:
     """One record on its way: ``done`` once all of it was read, well or not.
 
-    ``buffer`` is the record's memory and ``padding`` bytes after it, which direct
-    reads fill too.
+    ``place`` takes the record and ``padding`` bytes after it, which direct reads fill
+    too.
     """
 
     spans: tuple[Span, ...]
-    buffer: memoryview
+    place: Place
     layer: int
     expert: int
     checksum: int | None = None
@@ -35,45 +65,64 @@ class Read:
     seconds: float = 0.0
     error: ExpertStoreError | None = None
     done: bool = False
-    n_left: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.n_left = len(self.spans)
+    n_left: int = field(default=0, init=False)
+    _memory: memoryview | None = field(default=None, init=False)
 
     @property
     def n_bytes(self) -> int:
         """Bytes of the record, without padding."""
-        return len(self.buffer) - self.padding
+        return self.place.n_bytes - self.padding
+
+    def begin(self) -> None:
+        """Have memory to read into; for one thread at a time, before each span."""
+        if self._memory is None and self.error is None:
+            try:
+                self._memory = self.place.open()
+            except Exception as error:
+                self._fail(self.spans[0], error)
 
     def read(self, span: Span) -> None:
         """Read one of the spans, unless another one has failed."""
         if self.error is not None:
             return
+        assert self._memory is not None
         try:
-            span.read(self.buffer)
+            span.read(self._memory)
+            for piece in span.pieces:
+                self.place.arrived(*piece)
         # A read that ended in any other way must not pass for a record.
         except Exception as error:
-            self.error = self._failed(span, str(error))
-            self.error.__cause__ = error
+            self._fail(span, error)
 
     def finish(self) -> None:
-        """Compare the checksum, where one is given, once every span was read."""
+        """Once every span was read, compare the checksum, if any, and let it arrive."""
+        start = time.perf_counter()
+        try:
+            self._compare()
+            self.place.close()
+        except Exception as error:
+            self._fail(self.spans[0], error)
+        self._memory = None
+        self.seconds += time.perf_counter() - start
+        self.done = True
+
+    def _compare(self) -> None:
         if self.error is None and self.checksum is not None:
-            start = time.perf_counter()
-            found = xxhash.xxh3_64_intdigest(self.buffer[: self.n_bytes])
+            assert self._memory is not None
+            found = xxhash.xxh3_64_intdigest(self._memory[: self.n_bytes])
             if found != self.checksum:
-                self.error = self._failed(
+                self._fail(
                     self.spans[0],
                     f"expected checksum {self.checksum:016x} but got {found:016x}",
                 )
-            self.seconds += time.perf_counter() - start
-        self.done = True
 
-    def _failed(self, span: Span, why: str) -> ExpertStoreError:
-        return ExpertStoreError(
+    def _fail(self, span: Span, why: Exception | str) -> None:
+        self.error = ExpertStoreError(
             f"[reader] {span.path}: expert {self.expert} of layer {self.layer} at "
             f"{span.offset}: {why}"
         )
+        if isinstance(why, Exception):
+            self.error.__cause__ = why
 
 
 class Batch:
@@ -85,13 +134,24 @@ class Batch:
 
     def __init__(self, reads: Sequence[Read]):
         self.reads = reads
-        self._left = [
-            (read, span) for read in reversed(reads) for span in reversed(read.spans)
-        ]
-        self.n_spans = len(self._left)
+        self._left: list[tuple[Read, Span]] = []
+        self.divide(1, 1)
         self._n_threads = 0
         self._counting = threading.Lock()
         self._news: SimpleQueue[None] = SimpleQueue()
+
+    @property
+    def n_left(self) -> int:
+        """Reads by position that no thread has begun."""
+        return len(self._left)
+
+    def divide(self, n_parts: int, least_bytes: int) -> None:
+        """Before anything is read: read each span in up to n parts of so many bytes."""
+        self._left.clear()
+        for read in reversed(self.reads):
+            parts = [p for s in read.spans for p in s.divide(n_parts, least_bytes)]
+            read.n_left = len(parts)
+            self._left += [(read, part) for part in reversed(parts)]
 
     @property
     def over(self) -> bool:
@@ -133,6 +193,8 @@ class Batch:
 
     def _run(self, read: Read, span: Span) -> None:
         start = time.perf_counter()
+        with self._counting:
+            read.begin()
         read.read(span)
         with self._counting:
             read.seconds += time.perf_counter() - start
@@ -147,7 +209,9 @@ class ReadPool:
 
     The threads are daemons: a process that is told to end does not wait for a disk.
     Batches of up to ``inline_bytes`` are read by the thread that submits them, and all
-    are once the pool is closed.
+    are once the pool is closed. Where there are fewer spans than threads, these take
+    parts of them, of ``PART_BYTES`` at least: a disk is faster when asked for more at a
+    time.
     """
 
     def __init__(self, n_threads: int, inline_bytes: int = INLINE_BYTES):
@@ -172,7 +236,10 @@ class ReadPool:
         if n_bytes <= self.inline_bytes or not self._threads:
             batch.run_here()
             return
-        for _ in range(min(len(self._threads), batch.n_spans)):
+        n_threads = len(self._threads)
+        if (n_parts := n_threads // batch.n_left) > 1:
+            batch.divide(n_parts, PART_BYTES)
+        for _ in range(min(n_threads, batch.n_left)):
             self._queue.put(batch)
 
     def close(self) -> None:

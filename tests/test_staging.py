@@ -1,0 +1,273 @@
+"""Records that reach slots through pinned memory: all of them, whole, and in time."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import shutil
+import sys
+import threading
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from synthetic import expert_bytes, slot_bytes, write_checkpoint
+
+from moeflux_mlx import device
+from moeflux_mlx.errors import BackendError, ExpertStoreError
+from moeflux_mlx.experts import pool, staging
+from moeflux_mlx.experts.checkpoint_store import CheckpointExperts
+from moeflux_mlx.experts.pack import pack
+from moeflux_mlx.experts.packed import PackedExperts
+from moeflux_mlx.experts.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.staging import Copier, Staging, open_staging
+from moeflux_mlx.experts.streamer import ExpertStreamer
+from moeflux_mlx.weights import Quantization
+
+N_LAYERS, N_EXPERTS, TOP_K, N_THREADS = 2, 9, 2, 3
+
+
+class Runtime:
+    """CUDA's functions over host memory: a copy is done when its stream is waited for.
+
+    ``failing`` names a function that reports an error.
+    """
+
+    cudaStreamNonBlocking = 1
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyDefault=4)
+
+    def __init__(self):
+        self.pinned: dict[int, int] = {}
+        self.streams: dict[int, list[tuple[int, int, int]]] = {}
+        self.n_stages, self.failing = 0, ""
+        self._lock = threading.Lock()
+
+    def _done(self, name, *results):
+        if self.failing == name:
+            return (SimpleNamespace(name="cudaErrorUnknown"),)
+        return 0, *results
+
+    def cudaHostRegister(self, address, n_bytes, flags):
+        with self._lock:
+            self.n_stages += 1
+            self.pinned[address] = n_bytes
+        return self._done("cudaHostRegister")
+
+    def cudaHostUnregister(self, address):
+        del self.pinned[address]
+        return self._done("cudaHostUnregister")
+
+    def cudaStreamCreateWithFlags(self, flags):
+        assert flags == self.cudaStreamNonBlocking
+        with self._lock:
+            number = len(self.streams)
+            self.streams[number] = []
+        return self._done("cudaStreamCreateWithFlags", number)
+
+    def cudaStreamDestroy(self, stream):
+        assert not self.streams.pop(stream)
+        return self._done("cudaStreamDestroy")
+
+    def cudaMemcpyAsync(self, target, source, n_bytes, kind, stream):
+        assert kind == 4
+        self.streams[stream].append((target, source, n_bytes))
+        return self._done("cudaMemcpyAsync")
+
+    def cudaStreamSynchronize(self, stream):
+        while self.streams[stream]:
+            ctypes.memmove(*self.streams[stream].pop(0))
+        return self._done("cudaStreamSynchronize")
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    made = Runtime()
+    monkeypatch.setattr(
+        pool, "open_staging", lambda n_bytes: Staging(Copier(made), n_bytes)
+    )
+    return made
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return write_checkpoint(
+        tmp_path_factory.mktemp("staging") / "plain",
+        n_layers=N_LAYERS,
+        n_experts=N_EXPERTS,
+        top_k=TOP_K,
+        quantization=[Quantization(4, 32)] * N_LAYERS,
+    )
+
+
+@pytest.fixture(params=["checkpoint", "pack"])
+def store(request, plain, tmp_path):
+    if request.param == "checkpoint":
+        copy = shutil.copytree(plain, tmp_path / "plain")
+        opened = CheckpointExperts.open(copy)
+    else:
+        pack(plain, tmp_path / "packed")
+        opened = PackedExperts.open(tmp_path / "packed")
+    with opened:
+        yield opened
+
+
+@pytest.fixture(params=[0, 10**9], ids=["threads", "inline"])
+def inline_bytes(request):
+    return request.param
+
+
+def stream(store, n_slots, **options):
+    memory = n_slots * store.layout(0).stride + POOL_ALIGNMENT
+    return ExpertStreamer(store, memory, read_threads=N_THREADS, **options)
+
+
+def check(streamer, plain, layer, experts) -> None:
+    """Ask for experts, and hold what is in their slots against the checkpoint."""
+    source = streamer.source(layer)
+    slots = source.slots(mx.array([experts])).tolist()[0]
+    for expert, slot in zip(experts, slots, strict=True):
+        expected = expert_bytes(plain, layer, expert)
+        for projection in ("gate", "up", "down"):
+            found = slot_bytes(getattr(source.weights, projection), slot)
+            for part, content in found.items():
+                assert content == expected[f"{projection}_proj.{part}"]
+
+
+def test_slots_hold_what_was_asked_for(runtime, store, plain, inline_bytes):
+    rng = np.random.default_rng(1)
+    with stream(store, 5, inline_bytes=inline_bytes) as streamer:
+        for _ in range(60):
+            experts = rng.permutation(N_EXPERTS)[:TOP_K].tolist()
+            check(streamer, plain, int(rng.integers(N_LAYERS)), experts)
+        assert streamer.stats.total.misses > 20
+        assert 1 <= runtime.n_stages <= N_THREADS
+
+
+def test_all_experts_pass_through_few_stages(runtime, store, plain):
+    with stream(store, N_LAYERS * N_EXPERTS, inline_bytes=0) as streamer:
+        assert streamer.resident
+        for layer in range(N_LAYERS):
+            check(streamer, plain, layer, [0, N_EXPERTS - 1])
+    assert 1 <= runtime.n_stages <= N_THREADS
+
+
+def test_memory_and_streams_are_given_back(runtime, store):
+    with stream(store, 5, inline_bytes=0) as streamer:
+        streamer.source(0).slots(mx.array([[1, 2]]))
+    assert runtime.pinned and runtime.streams
+    del streamer
+    gc.collect()
+    assert not runtime.pinned and not runtime.streams
+
+
+def test_experts_that_move_are_copied_on_the_device(runtime, store, plain):
+    with stream(store, 6, inline_bytes=0) as streamer:
+        for layer, experts in ((0, [1, 2]), (1, [3, 4]), (0, [5, 6])):
+            check(streamer, plain, layer, experts)
+        streamer.resize(2)
+        misses = streamer.stats.total.misses
+        for layer, expert in streamer.held:
+            check(streamer, plain, layer, [expert])
+        assert streamer.stats.total.misses == misses
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [
+        "cudaHostRegister",
+        "cudaStreamCreateWithFlags",
+        "cudaMemcpyAsync",
+        "cudaStreamSynchronize",
+    ],
+)
+def test_what_cuda_refuses_is_an_error_of_that_read(
+    runtime, store, plain, inline_bytes, failing
+):
+    with stream(store, 5, inline_bytes=inline_bytes) as streamer:
+        runtime.failing = failing
+        with pytest.raises(ExpertStoreError, match=f"layer 1.*{failing}: cudaError"):
+            streamer.source(1).slots(mx.array([[3, 4]]))
+        runtime.failing = ""
+        check(streamer, plain, 1, [3, 4])
+
+
+def test_a_file_that_ends_early_harms_no_slot(runtime, store, plain, inline_bytes):
+    path = store.spans(1, 4)[0].path
+    with stream(store, 2, inline_bytes=inline_bytes) as streamer:
+        check(streamer, plain, 1, [3, 4])
+        n_bytes = path.stat().st_size
+        kept = path.read_bytes()
+        os.truncate(path, n_bytes // 3)
+        with pytest.raises(ExpertStoreError, match="of layer"):
+            streamer.source(1).slots(mx.array([[N_EXPERTS - 1, N_EXPERTS - 2]]))
+        path.write_bytes(kept)
+        assert not any(runtime.streams.values())
+        check(streamer, plain, 1, [N_EXPERTS - 1, N_EXPERTS - 2])
+
+
+def test_nothing_is_on_its_way_to_a_slot_that_an_interrupt_freed(
+    runtime, store, monkeypatch
+):
+    preadv, left = os.preadv, [1]
+
+    def interrupted(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return preadv(*args)
+
+    with stream(store, 2, inline_bytes=10**9) as streamer:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                streamer.source(0).slots(mx.array([[3, 4]]))
+        streamer.held  # noqa: B018
+        assert not any(runtime.streams.values())
+
+
+def test_without_a_gpu_the_host_writes_slots(monkeypatch):
+    for on_cpu, has_cuda in ((True, True), (False, False)):
+        monkeypatch.setattr(device, "on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        monkeypatch.setattr(mx.cuda, "is_available", lambda has=has_cuda: has)
+        assert open_staging(64) is None
+
+
+def test_without_cuda_bindings_the_host_writes_slots_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(device, "on_cpu", lambda: False)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    staging._runtime.cache_clear()
+    try:
+        assert open_staging(64) is None
+        assert open_staging(64) is None
+    finally:
+        staging._runtime.cache_clear()
+    assert capsys.readouterr().err.count("cuda-bindings") == 1
+
+
+def test_an_error_of_cuda_names_call_and_code():
+    runtime = Runtime()
+    runtime.failing = "cudaHostUnregister"
+    runtime.pinned[5] = 1
+    with pytest.raises(BackendError, match="cudaHostUnregister: cudaErrorUnknown"):
+        Copier(runtime).unpin(5)
+
+
+@pytest.mark.cuda
+def test_records_arrive_in_the_memory_of_a_gpu(store, plain, inline_bytes):
+    rng = np.random.default_rng(2)
+    assert open_staging(64) is not None
+    with stream(store, 5, inline_bytes=inline_bytes) as streamer:
+        for i in range(40):
+            layer = int(rng.integers(N_LAYERS))
+            experts = rng.permutation(N_EXPERTS)[:TOP_K].tolist()
+            source = streamer.source(layer)
+            slots = source.slots(mx.array([experts]))
+            found = np.array(source.weights.gate.w[slots[0]])
+            for expert, rows in zip(experts, found, strict=True):
+                expected = expert_bytes(plain, layer, expert)["gate_proj.weight"]
+                assert rows.tobytes() == expected
+            if i == 20:
+                streamer.resize(4)
