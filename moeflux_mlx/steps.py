@@ -163,9 +163,7 @@ class _RunAhead:
         """Wait for what layers chose; return the first that lacked an expert."""
         asking = [layer for layer in self._run.asking if layer in layers]
         chosen = [part.chosen for part in passed if part.chosen is not None]
-        mx.async_eval(chosen)
-        # The rest goes on while the host looks at what was chosen.
-        mx.async_eval(passed[-1].out)
+        mx.async_eval(chosen, passed[-1].out)
         n_right = self._streamer.confirm(
             asking, chosen, again=again and asking[:1] == [layers.start]
         )

@@ -189,8 +189,6 @@ class InFlight:
         row, counters = self._rows[read.layer], self._stats[read.layer]
         counters.read_seconds += read.seconds
         if read.error is not None or not read.done:
-            # The slot is somebody else's next: nothing may be on its way to it.
-            read.place.close()
             self._table.release(row, slot)
             if read.error is not None:
                 # Once mended, the file may hold anything.

@@ -16,8 +16,6 @@ from .spans import Span
 
 # Waking a thread takes longer than reading this much from the page cache.
 INLINE_BYTES = 256 * 1024
-# A thread's part of a record.
-PART_BYTES = 256 * 1024
 
 
 class Place:
@@ -30,11 +28,8 @@ class Place:
         """Return host memory to read the record into."""
         raise NotImplementedError
 
-    def arrived(self, start: int, n_bytes: int) -> None:
-        """Hear that these bytes of the memory are read."""
-
-    def close(self) -> None:
-        """Have all that was read arrive; nobody reads into the memory any more."""
+    def close(self, whole: bool) -> None:
+        """Have what was read arrive if it is whole; nobody reads into it any more."""
 
 
 class HostPlace(Place):
@@ -65,8 +60,11 @@ class Read:
     seconds: float = 0.0
     error: ExpertStoreError | None = None
     done: bool = False
-    n_left: int = field(default=0, init=False)
+    n_left: int = field(init=False)
     _memory: memoryview | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.n_left = len(self.spans)
 
     @property
     def n_bytes(self) -> int:
@@ -88,8 +86,6 @@ class Read:
         assert self._memory is not None
         try:
             span.read(self._memory)
-            for piece in span.pieces:
-                self.place.arrived(*piece)
         # A read that ended in any other way must not pass for a record.
         except Exception as error:
             self._fail(span, error)
@@ -99,7 +95,7 @@ class Read:
         start = time.perf_counter()
         try:
             self._compare()
-            self.place.close()
+            self.place.close(self.error is None)
         except Exception as error:
             self._fail(self.spans[0], error)
         self._memory = None
@@ -134,24 +130,13 @@ class Batch:
 
     def __init__(self, reads: Sequence[Read]):
         self.reads = reads
-        self._left: list[tuple[Read, Span]] = []
-        self.divide(1, 1)
+        self._left = [
+            (read, span) for read in reversed(reads) for span in reversed(read.spans)
+        ]
+        self.n_spans = len(self._left)
         self._n_threads = 0
         self._counting = threading.Lock()
         self._news: SimpleQueue[None] = SimpleQueue()
-
-    @property
-    def n_left(self) -> int:
-        """Reads by position that no thread has begun."""
-        return len(self._left)
-
-    def divide(self, n_parts: int, least_bytes: int) -> None:
-        """Before anything is read: read each span in up to n parts of so many bytes."""
-        self._left.clear()
-        for read in reversed(self.reads):
-            parts = [p for s in read.spans for p in s.divide(n_parts, least_bytes)]
-            read.n_left = len(parts)
-            self._left += [(read, part) for part in reversed(parts)]
 
     @property
     def over(self) -> bool:
@@ -209,9 +194,7 @@ class ReadPool:
 
     The threads are daemons: a process that is told to end does not wait for a disk.
     Batches of up to ``inline_bytes`` are read by the thread that submits them, and all
-    are once the pool is closed. Where there are fewer spans than threads, these take
-    parts of them, of ``PART_BYTES`` at least: a disk is faster when asked for more at a
-    time.
+    are once the pool is closed.
     """
 
     def __init__(self, n_threads: int, inline_bytes: int = INLINE_BYTES):
@@ -236,10 +219,7 @@ class ReadPool:
         if n_bytes <= self.inline_bytes or not self._threads:
             batch.run_here()
             return
-        n_threads = len(self._threads)
-        if (n_parts := n_threads // batch.n_left) > 1:
-            batch.divide(n_parts, PART_BYTES)
-        for _ in range(min(n_threads, batch.n_left)):
+        for _ in range(min(len(self._threads), batch.n_spans)):
             self._queue.put(batch)
 
     def close(self) -> None:

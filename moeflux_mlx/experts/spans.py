@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..device import PAGE_BYTES
-
 
 class Piece(NamedTuple):
     """``n_bytes`` at ``offset`` of an open file that go to ``start`` of a record."""
@@ -29,28 +27,6 @@ class Span(NamedTuple):
     path: Path
     offset: int
     pieces: tuple[tuple[int, int], ...]
-
-    def divide(self, n_parts: int, least_bytes: int) -> list[Span]:
-        """Cut at whole pages into up to n parts of at least so many bytes each."""
-        n_bytes = sum(n for _, n in self.pieces)
-        n_parts = min(n_parts, n_bytes // least_bytes)
-        if n_parts < 2:
-            return [self]
-        step = -(-n_bytes // n_parts // PAGE_BYTES) * PAGE_BYTES
-        return [
-            self._replace(offset=self.offset + begin, pieces=self._cut(begin, step))
-            for begin in range(0, n_bytes, step)
-        ]
-
-    def _cut(self, begin: int, n_bytes: int) -> tuple[tuple[int, int], ...]:
-        """Return the pieces of the bytes from ``begin`` of the span on."""
-        cut, end, at = [], begin + n_bytes, 0
-        for start, length in self.pieces:
-            first, last = max(begin, at), min(end, at + length)
-            if first < last:
-                cut.append((start + first - at, last - first))
-            at += length
-        return tuple(cut)
 
     def read(self, record: memoryview) -> None:
         """Read the bytes into their places in ``record``.

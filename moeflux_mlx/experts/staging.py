@@ -53,12 +53,9 @@ class Copier:
         self._call("cudaStreamDestroy", stream)
 
     def copy(self, target: int, source: int, n_bytes: int, stream: Any) -> None:
-        """Begin to copy between addresses, host's or GPU's."""
+        """Copy between addresses, host's or GPU's, and wait until that is done."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
         self._call("cudaMemcpyAsync", target, source, n_bytes, kind, stream)
-
-    def wait(self, stream: Any) -> None:
-        """Wait until all copies of a stream are done."""
         self._call("cudaStreamSynchronize", stream)
 
     def _call(self, name: str, *arguments: Any) -> Any:
@@ -81,17 +78,13 @@ class Stage:
         # Not before the last of the views is gone: they keep the mapping.
         weakref.finalize(self, _release, copier, self._address, self._stream)
 
-    def send(self, start: int, address: int, n_bytes: int) -> None:
-        """Begin to copy bytes from ``start`` on to a GPU's address."""
-        self.copy(address, self._address + start, n_bytes)
+    def send(self, address: int, n_bytes: int) -> None:
+        """Copy the first bytes to a GPU's address; they are there on return."""
+        self.copy(address, self._address, n_bytes)
 
     def copy(self, target: int, source: int, n_bytes: int) -> None:
-        """Begin to copy between a GPU's addresses."""
+        """Copy between a GPU's addresses."""
         self._copier.copy(target, source, n_bytes, self._stream)
-
-    def wait(self) -> None:
-        """Wait until all copies are done."""
-        self._copier.wait(self._stream)
 
 
 def _release(copier: Copier, address: int, stream: Any) -> None:
@@ -125,7 +118,6 @@ class Staging:
         """Copy between addresses of the GPU's memory."""
         stage = self.take()
         stage.copy(target, source, n_bytes)
-        stage.wait()
         self.give(stage)
 
 
@@ -141,14 +133,11 @@ class StagedPlace(Place):
         self._stage = self._staging.take()
         return self._stage.buffer[: self.n_bytes]
 
-    def arrived(self, start: int, n_bytes: int) -> None:
-        assert self._stage is not None
-        self._stage.send(start, self._address + start, n_bytes)
-
-    def close(self) -> None:
+    def close(self, whole: bool) -> None:
         stage, self._stage = self._stage, None
         if stage is not None:
-            stage.wait()
+            if whole:
+                stage.send(self._address, self.n_bytes)
             self._staging.give(stage)
 
 
