@@ -41,7 +41,8 @@ class Runtime:
     def __init__(self):
         self.pinned: dict[int, int] = {}
         self.streams: dict[int, list[tuple[int, int, int]]] = {}
-        self.n_stages, self.failing = 0, ""
+        self.n_stages = self.n_streams = 0
+        self.failing = ""
         self._lock = threading.Lock()
 
     def _done(self, name, *results):
@@ -50,9 +51,10 @@ class Runtime:
         return 0, *results
 
     def cudaHostRegister(self, address, n_bytes, flags):
-        with self._lock:
-            self.n_stages += 1
-            self.pinned[address] = n_bytes
+        if self.failing != "cudaHostRegister":
+            with self._lock:
+                self.n_stages += 1
+                self.pinned[address] = n_bytes
         return self._done("cudaHostRegister")
 
     def cudaHostUnregister(self, address):
@@ -62,7 +64,8 @@ class Runtime:
     def cudaStreamCreateWithFlags(self, flags):
         assert flags == self.cudaStreamNonBlocking
         with self._lock:
-            number = len(self.streams)
+            self.n_streams += 1
+            number = self.n_streams
             self.streams[number] = []
         return self._done("cudaStreamCreateWithFlags", number)
 
@@ -72,7 +75,8 @@ class Runtime:
 
     def cudaMemcpyAsync(self, target, source, n_bytes, kind, stream):
         assert kind == 4
-        self.streams[stream].append((target, source, n_bytes))
+        if self.failing != "cudaMemcpyAsync":
+            self.streams[stream].append((target, source, n_bytes))
         return self._done("cudaMemcpyAsync")
 
     def cudaStreamSynchronize(self, stream):
@@ -192,6 +196,9 @@ def test_what_cuda_refuses_is_an_error_of_that_read(
             streamer.source(1).slots(mx.array([[3, 4]]))
         runtime.failing = ""
         check(streamer, plain, 1, [3, 4])
+    del streamer
+    gc.collect()
+    assert not runtime.pinned and not any(runtime.streams.values())
 
 
 def test_a_file_that_ends_early_harms_no_slot(runtime, store, plain, inline_bytes):

@@ -287,23 +287,63 @@ def test_where_every_layer_misses_each_is_read_back_once(packed, calls):
     assert max(map(len, calls)) <= 2
 
 
-def test_while_many_are_missing_a_model_waits_if_it_reads_ahead(packed, calls):
-    model = load(packed, N_LAYERS * N_EXPERTS - 1, "auto", "traced")
+class Ahead(ReadAhead):
+    """Reads ahead or not, as told, whatever that takes."""
+
+    def __init__(self, choice: str):
+        super().__init__(choice, lambda: 0.0)
+
+
+@pytest.mark.parametrize("executor", ["lazy", "traced"])
+def test_what_a_first_run_foresees_is_read_at_once(packed, executor):
+    """Of a token with nothing in memory each layer would be read back, but for that."""
+    logits, n_read_back, n_asked = [], [], []
+    for choice in ("off", "on"):
+        model = load(packed, N_LAYERS * N_EXPERTS - 1, "on", executor)
+        cache, streamer = begin(model), model.streamer
+        streamer.read_ahead = Ahead(choice)
+        streamer.resize(streamer.least_slots)
+        streamer.resize(N_LAYERS * N_EXPERTS - 1)
+        streamer._demand.miss_rate = 0
+        stats = model.runtime.executor.stats
+        stats.reset()
+        streamer.stats.reset()
+        logits.append(generate(model, cache, [3]))
+        n_read_back.append(stats.snapshot()["routing"].count)
+        total = streamer.stats.total
+        n_asked.append(total.hits + total.misses)
+        assert bool(total.read_ahead) == (choice == "on")
+        assert total.read_ahead_used <= total.read_ahead
+    assert mx.array_equal(*logits)
+    assert n_read_back[1] < n_read_back[0]
+    assert n_asked[0] == n_asked[1]
+    assert total.recall > 0.3 and total.precision > 0.3
+
+
+@pytest.mark.parametrize("n_slots", [2, 5, 9, 30])
+def test_reading_ahead_changes_no_logits(packed, n_slots):
+    outs = []
+    for mode, choice in (("on", "on"), ("off", "off")):
+        model = load(packed, n_slots, mode, "traced")
+        cache = begin(model)
+        model.streamer.read_ahead = Ahead(choice)
+        outs.append(generate(model, cache, range(12)))
+    assert mx.array_equal(*outs)
+
+
+def test_only_what_was_foreseen_wrongly_makes_windows_smaller(packed):
+    model = load(packed, 9, "on")
     cache, streamer = begin(model), model.streamer
-    for choice, runs_ahead in (("on", False), ("off", True)):
-        streamer.read_ahead = ReadAhead(choice, lambda: 0.0)
-        streamer._demand.miss_rate = 1
-        calls.clear()
-        generate(model, cache, [3])
-        assert bool(calls) == runs_ahead
-    streamer.read_ahead = ReadAhead("on", lambda: 0.0)
-    streamer._demand.miss_rate = 0
-    calls.clear()
-    generate(model, cache, [3])
-    assert calls
+    rates = {}
+    for choice in ("off", "on"):
+        streamer.read_ahead = Ahead(choice)
+        for seed in range(6):
+            generate(model, cache, [seed])
+        rates[choice] = streamer.miss_rate
+    assert rates["off"] > 0.9 and rates["on"] < 0.6
 
 
-def test_running_ahead_and_reading_ahead_are_timed_in_turns(packed, calls):
+def test_with_and_without_reading_ahead_are_timed_in_turns(packed):
     model = load(packed, 12, "auto", "traced")
     cache, streamer = begin(model), model.streamer
     # Each look at the clock is a second later, half of which was waiting.
@@ -311,14 +351,13 @@ def test_running_ahead_and_reading_ahead_are_timed_in_turns(packed, calls):
     streamer.read_ahead = ReadAhead(
         "auto", lambda: next(seconds) / 2, lambda: next(seconds)
     )
-    ran_ahead = []
+    read_ahead = []
     for seed in range(3 * TURN_TOKENS):
-        streamer._demand.miss_rate = 1
-        calls.clear()
+        streamer.stats.reset()
         generate(model, cache, [seed])
-        ran_ahead.append(bool(calls))
+        read_ahead.append(streamer.stats.total.read_ahead > 0)
     turn = TURN_TOKENS
-    assert ran_ahead == [True] * turn + [False] * turn + [True] * turn
+    assert read_ahead == [False] * turn + [True] * turn + [False] * turn
 
 
 def test_caches_may_be_trimmed_in_between(tmp_path):
@@ -400,9 +439,12 @@ def test_spans_cover_layers_in_few_pieces_of_few_kinds(n_layers):
 
 
 def test_the_window_is_the_wider_the_rarer_misses_are():
-    windows = [window_of(rate, 40) for rate in (1, 0.5, 0.1, 0.02, 0.007, 0.001, 0)]
-    assert windows == [1, 1, 4, 4, 16, 40, 40]
+    rates = (1, 0.6, 0.4, 0.1, 0.02, 0.007, 0.001, 0)
+    assert [window_of(rate, 40) for rate in rates] == [1, 1, 4, 4, 16, 16, 40, 40]
     assert window_of(0, 1) == 1
+    windows = [window_of(rate, 40, ahead=True) for rate in rates]
+    assert windows == [4, 4, 4, 4, 16, 16, 40, 40]
+    assert window_of(1, 2, ahead=True) == 2
 
 
 def test_a_choice_without_meaning_is_refused(packed, monkeypatch):

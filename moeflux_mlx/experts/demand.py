@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 
 from ..errors import BudgetError, ExpertStoreError
 from .in_flight import InFlight
@@ -17,7 +17,8 @@ class Demand:
     """Has the experts of one step after the other in memory, and counts them.
 
     A step is what one layer asks for at a time, for a token or for a batch.
-    ``miss_rate`` is the share of steps that missed an expert lately.
+    ``miss_rate`` is the share of steps that lately missed an expert which nobody had
+    foreseen.
 
     Args:
         rows: row of the table by layer.
@@ -32,7 +33,7 @@ class Demand:
     ):
         self._rows, self._table = rows, table
         self._in_flight, self._stats = in_flight, stats
-        self._foreseen: dict[int, frozenset[int]] = {}
+        self._foreseen: dict[int, set[int]] = {}
         self.miss_rate = 1.0
 
     def distinct(self, layer: int, ids: Sequence[int]) -> list[int]:
@@ -53,16 +54,53 @@ class Demand:
         """Return the table's keys of a layer's experts."""
         return {self._table.key(self._rows[layer], expert) for expert in experts}
 
-    def provide(self, layer: int, ids: Sequence[int]) -> None:
-        """Have a step's experts in memory.
+    def provide(
+        self,
+        layer: int,
+        ids: Sequence[int],
+        likely: Mapping[int, Sequence[int]] | None = None,
+        *,
+        surprising: bool = True,
+    ) -> None:
+        """Have a step's experts in memory, and those of later layers' next steps.
+
+        Args:
+            likely: by layer, ids that it will ask for if nothing changes its mind;
+                some may be of no expert.
+            surprising: whether what is missing could have been foreseen.
 
         Raises:
             ExpertStoreError, BudgetError: as ``StreamedExperts.slots``.
         """
-        self.receive(layer, ids, self.request(layer, ids))
+        last = self._table.n_experts - 1
+        later = {
+            other: [e for e in sorted(set(ids)) if 0 <= e <= last]
+            for other, ids in (likely or {}).items()
+        }
+        keys = {key for other in later for key in self.keys(other, later[other])}
+        missing = self.request(layer, ids, keys, surprising=surprising)
+        keys |= self.keys(layer, self.distinct(layer, ids))
+        for other, experts in later.items():
+            self._foresee(other, experts, keys)
+        self.receive(layer, ids, missing)
+        wanted = {(other, e) for other in later for e in later[other]}
+        # One that failed is read again when it is really asked for.
+        self._in_flight.settle(self._stats[layer], wanted)
 
-    def request(self, layer: int, ids: Sequence[int]) -> list[int]:
-        """Begin to read those of a step's experts that are missing; return these."""
+    def request(
+        self,
+        layer: int,
+        ids: Sequence[int],
+        likely: Set[int] = frozenset(),
+        *,
+        surprising: bool = True,
+    ) -> list[int]:
+        """Begin to read those of a step's experts that are missing; return these.
+
+        Args:
+            likely: keys of the table that are evicted for it only if nothing else is.
+            surprising: as for ``provide``.
+        """
         needed = self.distinct(layer, ids)
         if len(needed) > self._table.capacity:
             raise BudgetError(
@@ -74,10 +112,9 @@ class Demand:
         coming = self._in_flight.coming(layer)
         to_read = [e for e in missing if e not in coming]
         if to_read:
-            self._begin(layer, to_read, needed)
-        used = self._foreseen.pop(layer, frozenset()).intersection(needed)
-        self._stats[layer].read_ahead_used += len(used.difference(to_read))
-        self._note_rate(bool(used or to_read))
+            self._begin(layer, to_read, self.keys(layer, needed), likely)
+        self._note_foreseen(layer, set(needed).difference(to_read))
+        self._note_rate(surprising and bool(to_read))
         return missing
 
     def receive(self, layer: int, ids: Sequence[int], missing: list[int]) -> None:
@@ -94,17 +131,21 @@ class Demand:
 
     def confirm(self, layer: int, ids: Sequence[int]) -> None:
         """Enter a step whose experts were all in memory."""
-        self._note_use(layer, self.distinct(layer, ids))
+        needed = self.distinct(layer, ids)
+        self._note_use(layer, needed)
+        self._note_foreseen(layer, needed)
         self._note_rate(False)
 
     def foresee(self, layer: int, ids: Sequence[int]) -> None:
         """Begin to read experts that a layer is expected to ask for next."""
         expected = self.distinct(layer, ids)
+        self._foresee(layer, expected, self.keys(layer, expected))
+
+    def _foresee(self, layer: int, experts: list[int], keep: Set[int]) -> None:
         coming = self._in_flight.coming(layer)
-        missing = [e for e in self._missing(layer, expected) if e not in coming]
-        keys = self.keys(layer, expected)
-        begun = self._in_flight.begin(layer, missing, keys, ahead=True)
-        self._foreseen[layer] = frozenset(missing[:begun])
+        missing = [e for e in self._missing(layer, experts) if e not in coming]
+        begun = self._in_flight.begin(layer, missing, keep, ahead=True)
+        self._foreseen.setdefault(layer, set()).update(missing[:begun])
 
     def preload(self, experts: Collection[tuple[int, int]]) -> None:
         """Read ``(layer, expert)`` pairs that nobody asked for: they are no misses.
@@ -136,20 +177,26 @@ class Demand:
             max(wanted.values(), key=len).pop()
         return wanted
 
-    def _begin(self, layer: int, experts: list[int], keep: Collection[int]) -> None:
+    def _begin(
+        self, layer: int, experts: list[int], keep: Set[int], likely: Set[int]
+    ) -> None:
         """Submit reads of experts, all of which find slots."""
-        keys = self.keys(layer, keep)
-        begun = self._in_flight.begin(layer, experts, keys)
+        begun = self._in_flight.begin(layer, experts, keep | likely)
         if begun < len(experts):
             # What is read ahead holds slots until it is there.
             self._in_flight.settle()
-            begun += self._in_flight.begin(layer, experts[begun:], keys)
+            begun += self._in_flight.begin(layer, experts[begun:], keep)
         assert begun == len(experts)
 
     def _note_use(self, layer: int, experts: list[int], n_read: int = 0) -> None:
         """Count a step's experts, all in memory by now, ``n_read`` not before it."""
         self._table.touch(self._rows[layer], experts)
         self._stats[layer].hits += len(experts) - n_read
+
+    def _note_foreseen(self, layer: int, found: Collection[int]) -> None:
+        """Count those of a step's experts that were read ahead of it."""
+        used = self._foreseen.pop(layer, set()).intersection(found)
+        self._stats[layer].read_ahead_used += len(used)
 
     def _note_rate(self, missed: bool) -> None:
         share = 1 / (MISS_RATE_TOKENS * len(self._rows))

@@ -70,13 +70,13 @@ class Stage:
 
     def __init__(self, copier: Copier, n_bytes: int):
         self._copier = copier
+        self._stream = copier.stream()
+        weakref.finalize(self, copier.close, self._stream)
         memory = mmap.mmap(-1, n_bytes)
         self.buffer = memoryview(memory)
         self._address = np.frombuffer(memory, np.uint8).ctypes.data
         copier.pin(self._address, n_bytes)
-        self._stream = copier.stream()
-        # Not before the last of the views is gone: they keep the mapping.
-        weakref.finalize(self, _release, copier, self._address, self._stream)
+        weakref.finalize(self, copier.unpin, self._address)
 
     def send(self, address: int, n_bytes: int) -> None:
         """Copy the first bytes to a GPU's address; they are there on return."""
@@ -85,11 +85,6 @@ class Stage:
     def copy(self, target: int, source: int, n_bytes: int) -> None:
         """Copy between a GPU's addresses."""
         self._copier.copy(target, source, n_bytes, self._stream)
-
-
-def _release(copier: Copier, address: int, stream: Any) -> None:
-    copier.close(stream)
-    copier.unpin(address)
 
 
 class Staging:

@@ -166,7 +166,8 @@ class ExpertStreamer:
 
     @property
     def miss_rate(self) -> float:
-        """Share of layers, of one token or a batch each, that missed experts lately."""
+        """Share of layers, of one token or a batch each, that lately missed experts
+        which nobody had foreseen."""
         return self._demand.miss_rate
 
     @property
@@ -384,17 +385,25 @@ class ExpertStreamer:
             return self._copy.on_device()
 
     def confirm(
-        self, layers: Sequence[int], chosen: Sequence[mx.array], *, again: bool = False
+        self,
+        layers: Sequence[int],
+        chosen: Sequence[mx.array],
+        *,
+        again: bool = False,
+        n_foreseen: int | None = None,
     ) -> int:
         """Enter what a run that looked slots up on the device asked for.
 
         The first layer that lacked an expert gets it; what later ones chose is then
-        of no meaning.
+        no more than likely.
 
         Args:
             layers: those that ran, in order.
             chosen: arrays ``[n, ...]`` of expert ids, together a row for each layer.
             again: the first layer's were entered before, when it lacked some.
+            n_foreseen: how many of the layers, from the first on, have run before for
+                this token, and were read ahead for; what is missing of them is a
+                surprise. None: do not read ahead for those after the one that lacked.
 
         Returns:
             How many of the layers, from the first on, had all they asked for.
@@ -410,7 +419,15 @@ class ExpertStreamer:
             for n in range(int(again and n_right > 0), n_right):
                 self._demand.confirm(layers[n], ids[n].tolist())
             if n_right < len(layers):
-                self._demand.provide(layers[n_right], ids[n_right].tolist())
+                asked = [row.tolist() for row in ids]
+                ahead = n_foreseen is not None
+                later = range(n_right + 1, len(layers)) if ahead else ()
+                self._demand.provide(
+                    layers[n_right],
+                    asked[n_right],
+                    {layers[n]: asked[n] for n in later},
+                    surprising=n_foreseen is None or n_right < n_foreseen,
+                )
             return n_right
 
     def foresee(self, layer: int, indices: mx.array) -> None:
