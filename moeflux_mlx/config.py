@@ -9,8 +9,7 @@
 ``MOEFLUX_POLICY``           eviction policy when ``load(policy=)`` is not given
 ``MOEFLUX_READ_THREADS``     parallel reads of expert records (default 8)
 ``MOEFLUX_OPTIMISTIC``       ``auto`` (default), ``on`` or ``off``: whether a token runs
-                             ahead of reading experts; ``auto``: on GPUs, while few
-                             are missing
+                             ahead of reading experts; ``auto``: on GPUs
 ``MOEFLUX_EXPERT_IO``        ``mmap``: map packed experts; ``pread``: read them into
                              memory through the page cache, ``direct``: past it
                              (default ``auto``: map on Metal where all of them fit,

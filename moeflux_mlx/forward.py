@@ -75,7 +75,7 @@ class Forward:
         self._runner = GraphRunner(runtime.executor)
         self._sources: list[mx.array] = []
         self._chunk = 0
-        self._steps = TokenSteps(StepTracer(self._traced), always=runtime.runs_ahead)
+        self._steps = TokenSteps(StepTracer(self._traced))
         self._bound: tuple[Watch, bool, list[Any], list[ExpertSource]] | None = None
         self._most_tokens: int | None = None
         self.needs = TextNeeds(

@@ -35,11 +35,10 @@ class TokenSteps:
 
     Args:
         tracer: runs some of the layers.
-        always: run ahead however many experts are missing.
     """
 
-    def __init__(self, tracer: StepTracer, *, always: bool):
-        self._tracer, self._always = tracer, always
+    def __init__(self, tracer: StepTracer):
+        self._tracer = tracer
 
     def __call__(
         self,
