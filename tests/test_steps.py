@@ -331,6 +331,25 @@ def test_reading_ahead_changes_no_logits(packed, n_slots):
     assert mx.array_equal(*outs)
 
 
+def test_what_cannot_be_read_ahead_is_an_error_once_it_is_needed(packed, tmp_path):
+    shutil.copytree(packed, tmp_path / "packed")
+    models = [load(path, 9, "on") for path in (packed, tmp_path / "packed")]
+    caches = [begin(model) for model in models]
+    for model in models:
+        model.streamer.read_ahead = Ahead("on")
+        model.streamer._demand.miss_rate = 0
+    expected = generate(models[0], caches[0], [3, 4])
+    with PackedExperts.open(tmp_path / "packed") as store:
+        path = store.path(4)
+    whole = path.read_bytes()
+    os.truncate(path, 63)
+    for _ in range(2):
+        with pytest.raises(ExpertStoreError, match=r"expert \d+ of layer 4"):
+            generate(models[1], caches[1], [3, 4])
+    path.write_bytes(whole)
+    assert mx.array_equal(generate(models[1], caches[1], [3, 4]), expected)
+
+
 def test_only_what_was_foreseen_wrongly_makes_windows_smaller(packed):
     model = load(packed, 9, "on")
     cache, streamer = begin(model), model.streamer

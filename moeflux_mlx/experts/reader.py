@@ -92,25 +92,23 @@ class Read:
 
     def finish(self) -> None:
         """Once every span was read, compare the checksum, if any, and let it arrive."""
-        start = time.perf_counter()
-        try:
+        if self.error is None and self.checksum is not None:
             self._compare()
+        try:
             self.place.close(self.error is None)
         except Exception as error:
             self._fail(self.spans[0], error)
         self._memory = None
-        self.seconds += time.perf_counter() - start
         self.done = True
 
     def _compare(self) -> None:
-        if self.error is None and self.checksum is not None:
-            assert self._memory is not None
-            found = xxhash.xxh3_64_intdigest(self._memory[: self.n_bytes])
-            if found != self.checksum:
-                self._fail(
-                    self.spans[0],
-                    f"expected checksum {self.checksum:016x} but got {found:016x}",
-                )
+        assert self._memory is not None
+        found = xxhash.xxh3_64_intdigest(self._memory[: self.n_bytes])
+        if found != self.checksum:
+            self._fail(
+                self.spans[0],
+                f"expected checksum {self.checksum:016x} but got {found:016x}",
+            )
 
     def _fail(self, span: Span, why: Exception | str) -> None:
         self.error = ExpertStoreError(
@@ -182,11 +180,12 @@ class Batch:
             read.begin()
         read.read(span)
         with self._counting:
-            read.seconds += time.perf_counter() - start
             read.n_left -= 1
             if read.n_left:
+                read.seconds += time.perf_counter() - start
                 return
         read.finish()
+        read.seconds += time.perf_counter() - start
 
 
 class ReadPool:
