@@ -153,6 +153,8 @@ def run(args: argparse.Namespace) -> int:
     if n_records < 2 * N_CACHED or args.repeats < 1 or not 1 <= args.threads <= 256:
         least = 2 * N_CACHED * RECORD_BYTES
         raise ConfigError(f"expected {least} bytes, a repeat and 1 to 256 threads")
+    if args.directory:
+        args.directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
         loop = compile_loop(Path(directory))
         path = write_file(Path(directory) / "experts.bin", n_records)
