@@ -109,13 +109,23 @@ def test_a_model_gives_the_logits_of_the_references(
     assert relative_error(logits(kernels, n_seqs), expected) < 10 * LIMIT
 
 
+@pytest.fixture(scope="module")
+def packed(plain):
+    path = plain.with_name("packed")
+    pack(plain, path)
+    return path
+
+
 @on_gpu
-def test_any_budget_gives_the_same_bits(device, plain):
-    packed = plain.parent / "packed"
-    pack(plain, packed)
+@pytest.mark.parametrize("read_ahead", ["off", "on"])
+@pytest.mark.parametrize("n_slots", [3, 30])
+def test_any_budget_gives_the_same_bits(device, packed, n_slots, read_ahead):
     whole, _ = moeflux_mlx.load(packed, executor=device)
     with PackedExperts.open(packed) as store:
-        memory = 3 * store.layout(0).stride + POOL_ALIGNMENT
-    few, _ = moeflux_mlx.load(packed, expert_memory=memory, executor=device)
+        memory = n_slots * store.layout(0).stride + POOL_ALIGNMENT
+    few, _ = moeflux_mlx.load(
+        packed, expert_memory=memory, executor=device, read_ahead=read_ahead
+    )
     assert mx.array_equal(logits(few), logits(whole))
+    assert bool(few.streamer.stats.total.read_ahead) == (read_ahead == "on")
     assert few.streamer.stats.total.misses > 0
