@@ -85,6 +85,13 @@ def test_generate_without_verbose_prints_only_the_text(packed, stock_text):
     assert done.stdout == stock_text + "\n"
 
 
+@pytest.mark.parametrize("io", ["mmap", "pread", "direct"])
+def test_generate_gives_the_same_text_however_experts_are_read(packed, io, stock_text):
+    done = generate(packed, "--expert-io", io)
+    assert done.stdout.startswith(stock_text + "\n"), done.stderr
+    assert ("experts mapped" in done.stderr) == (io == "mmap")
+
+
 def test_generate_runs_a_plain_checkpoint_all_in_memory(checkpoint, stock_text):
     done = generate(checkpoint)
     assert done.stdout.startswith(stock_text + "\n")

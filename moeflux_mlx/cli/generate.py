@@ -17,6 +17,7 @@ from mlx_lm.models.cache import (
 )
 from mlx_lm.sample_utils import make_sampler
 
+from ..config import EXPERT_IO
 from ..errors import ConfigError
 from ..experts.policy import DEFAULT_POLICY, POLICY_FORMS
 from ..loading import load
@@ -66,6 +67,12 @@ def add_streaming_flags(parser: argparse.ArgumentParser) -> None:
         help="read experts that the next layer will likely choose (default: where that "
         "was measured to pay)",
     )
+    ours.add_argument(
+        "--expert-io",
+        choices=EXPERT_IO,
+        help="map experts, read them through the page cache, or past it (default: map "
+        "on Metal what fits, else pread)",
+    )
     ours.add_argument("--executor", help="what runs the graph, for example ops")
 
 
@@ -80,8 +87,8 @@ def add_state_flags(parser: argparse.ArgumentParser) -> None:
 
 def streaming_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return what those flags say, as ``load`` takes it."""
-    names = ("memory", "expert_memory", "scope", "policy", "read_ahead", "executor")
-    return {name: getattr(args, name) for name in names}
+    names = ("memory", "expert_memory", "scope", "policy", "read_ahead", "expert_io")
+    return {name: getattr(args, name) for name in (*names, "executor")}
 
 
 def run(args: argparse.Namespace) -> int:

@@ -176,7 +176,7 @@ def _mapped(summary: ModelSummary) -> str:
     if not summary.all_fit:
         return "no: more than is taken of this machine's memory"
     pages = f"{decimal(summary.expert_bytes)} of page cache, no slots"
-    where = "by itself on Metal, else with MOEFLUX_EXPERT_IO=mmap"
+    where = "by itself on Metal, else with --expert-io mmap"
     found = f"{pages}; {where}"
     return found if summary.is_packed else f"once packed: {found}"
 

@@ -81,6 +81,7 @@ def compare(
     scope: str = "global",
     policy: str | None = None,
     read_ahead: str = "auto",
+    expert_io: str | None = None,
     executor: str | None = None,
 ) -> Comparison:
     """Compare moeflux-mlx with stock mlx-lm; each side runs in its own process.
@@ -96,7 +97,8 @@ def compare(
             stacked in memory again when it is packed.
         dtype: ``float32`` casts both sides; ``model`` leaves each its own type.
         tolerance: largest relative RMS error, by default that of ``TOLERANCES``.
-        memory, expert_memory, scope, policy, read_ahead, executor: as for ``load``.
+        memory, expert_memory, scope, policy, read_ahead, expert_io, executor: as for
+            ``load``.
 
     Raises:
         ConfigError: an argument is not usable.
@@ -122,6 +124,7 @@ def compare(
             "scope": scope,
             "policy": policy,
             "read_ahead": read_ahead,
+            "expert_io": expert_io,
             "executor": executor,
         }
         job = replace(
