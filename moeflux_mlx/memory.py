@@ -271,7 +271,8 @@ class MemoryKeeper:
 
     def _resize(self, room: int, cache: list[Any]) -> None:
         streamer = self._streamer
-        n_slots = min((room - POOL_ALIGNMENT) // streamer.slot_bytes, self._most_slots)
+        n_slots = (room - streamer.slack_bytes) // streamer.slot_bytes
+        n_slots = min(n_slots, self._most_slots)
         n_slots -= n_slots % streamer.n_groups
         if n_slots == streamer.n_slots:
             return

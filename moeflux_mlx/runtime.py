@@ -98,6 +98,7 @@ class Runtime:
             scope=options.scope,
             policy=policy,
             read_ahead=options.read_ahead,
+            runs_ahead=self.traces_steps and self._optimistic != "off",
             evaluate=partial(self.executor.wait, "routing"),
             report=report,
         )

@@ -356,6 +356,34 @@ def test_without_a_budget_a_small_model_is_held_whole(store):
         assert streamer.resident
 
 
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_who_runs_ahead_has_a_blank_slot_for_what_is_missing(store, scope):
+    groups = N_LAYERS if scope == "layer" else 1
+    least, everything = groups * TOP_K, N_LAYERS * N_EXPERTS
+    for n_slots in (least, least + 1, 20, everything - 1, everything):
+        options = {"scope": scope, "runs_ahead": True}
+        with stream(store, n_slots, **options) as streamer:
+            assert streamer.memory_bytes <= budget(store, n_slots)
+            has_blank = least < n_slots < everything
+            fits = n_slots - has_blank
+            assert streamer.n_slots == fits - fits % groups
+            taken = streamer.n_slots * streamer.slot_bytes + streamer.slack_bytes
+            assert taken == streamer.memory_bytes
+            if not has_blank:
+                continue
+            streamer.resize(least)
+            for layer in (0, 1, 2, 0):
+                streamer.source(layer).slots(mx.array([[1, 5, 7]]))
+            table = np.array(streamer.slots_on_device())
+            present = {(layer, expert) for layer, expert in streamer.held}
+            for layer, expert in streamer.experts:
+                slot = table[layer, expert]
+                assert (slot != streamer.pool.n_slots) == ((layer, expert) in present)
+            assert not streamer.pool.bytes[streamer.pool.n_slots].any()
+            used = [table[expert] for expert in present]
+            assert streamer.pool.bytes[used].any(axis=1).all()
+
+
 @pytest.mark.parametrize("n_slots", [TOP_K, 7, N_LAYERS * N_EXPERTS])
 def test_the_budget_bounds_all_memory_of_experts(store, n_slots):
     gc.collect()

@@ -81,14 +81,18 @@ class SlotPool:
     """``n_slots`` slots of the largest layout's stride in one aligned MLX array.
 
     ``array`` is uint8 ``[n_slots, stride]``; ``bytes`` is the same memory as the host
-    sees it. Nothing here knows which expert is in which slot.
+    sees it. With ``blank`` one more slot follows: zeros, an expert that adds nothing.
+    Nothing here knows which expert is in which slot.
     """
 
-    def __init__(self, layouts: Sequence[ExpertLayout], n_slots: int):
+    def __init__(
+        self, layouts: Sequence[ExpertLayout], n_slots: int, *, blank: bool = False
+    ):
         self.n_slots = n_slots
         self.n_given_up = 0
         self.stride = pool_stride(layouts)
-        self.array = aligned_rows(n_slots, self.stride)
+        self.slack_bytes = POOL_ALIGNMENT + blank * self.stride
+        self.array = aligned_rows(n_slots + blank, self.stride)
         self.bytes = np.array(self.array, copy=False)
         self._begin = self.bytes.ctypes.data
         if self._begin % POOL_ALIGNMENT or not self.bytes.flags.writeable:
@@ -101,8 +105,8 @@ class SlotPool:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes taken in all, with what the alignment costs."""
-        return (self.n_slots - self.n_given_up) * self.stride + POOL_ALIGNMENT
+        """Bytes taken in all, with the blank slot and what the alignment costs."""
+        return (self.n_slots - self.n_given_up) * self.stride + self.slack_bytes
 
     def give_up(self, slots: Sequence[range]) -> None:
         """Return the memory of these slots, and of no others, to the system.
@@ -143,9 +147,10 @@ class SlotPool:
         """Return slots ``first`` to ``first + count`` as tensors ``[count, O, I]``.
 
         The tensors are views of the pool: what is written into a slot shows in them.
-        Made once for each layout and range.
+        Without ``count`` the blank slot is the last. Made once for each layout and
+        range.
         """
-        key = layout, first, self.n_slots - first if count is None else count
+        key = layout, first, len(self.bytes) - first if count is None else count
         if key not in self._weights:
             self._weights[key] = self._views(*key)
         return self._weights[key]

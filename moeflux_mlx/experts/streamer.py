@@ -57,6 +57,7 @@ class ExpertStreamer:
         read_threads: int | None = None,
         inline_bytes: int = INLINE_BYTES,
         read_ahead: str = "auto",
+        runs_ahead: bool = False,
         evaluate: Callable[..., None] = mx.eval,
         report: Progress | None = None,
     ):
@@ -73,6 +74,9 @@ class ExpertStreamer:
             read_threads: parallel reads, from the environment by default.
             inline_bytes: reads of up to this many bytes together need no thread.
             read_ahead: ``on``, ``off``, or ``auto``: as measured.
+            runs_ahead: tokens run as if no expert were missing. A slot, if one can be
+                spared, then stays blank for those that are: without them layers choose
+                more like with them than with others in their place.
             evaluate: evaluates arrays that must be done before slots change, like
                 ``mx.eval``; an executor's own counts how long that takes.
             report: hears how far reading all experts has come.
@@ -97,8 +101,10 @@ class ExpertStreamer:
             n_records=n_records,
             n_minimum=groups * store.top_k,
         )
-        n_slots -= n_slots % groups
-        self._pool = SlotPool(layouts, n_slots)
+        rest = n_slots - 1 - (n_slots - 1) % groups
+        blank = runs_ahead and n_slots < n_records and rest >= groups * store.top_k
+        n_slots = rest if blank else n_slots - n_slots % groups
+        self._pool = SlotPool(layouts, n_slots, blank=blank)
         self._table = SlotTable(
             n_rows,
             store.n_experts,
@@ -108,7 +114,7 @@ class ExpertStreamer:
             shared=groups == 1,
             floor=floor,
         )
-        self._copy = TableCopy(self._table)
+        self._copy = TableCopy(self._table, n_slots if blank else 0)
         self._new_reader = partial(
             ReadPool, read_threads or config.read_threads(), inline_bytes
         )
@@ -174,6 +180,11 @@ class ExpertStreamer:
     def pool(self) -> SlotPool:
         """The memory behind the slots."""
         return self._pool
+
+    @property
+    def slack_bytes(self) -> int:
+        """Bytes taken beside those of ``n_slots`` slots."""
+        return self._pool.slack_bytes
 
     @property
     def memory_bytes(self) -> int:
@@ -378,7 +389,7 @@ class ExpertStreamer:
     def slots_on_device(self) -> mx.array:
         """Return each expert's slot now, uint32 ``[n_layers, n_experts]``.
 
-        Absent experts have slot 0; layers are in the store's order.
+        Absent experts have the blank one, or slot 0; layers are in the store's order.
         """
         with self._exclusive():
             self._in_flight.settle(wanted=())

@@ -11,22 +11,27 @@ from .residency import EMPTY, SlotTable
 
 
 class TableCopy:
-    """A copy of a ``SlotTable`` in arrays, brought up to date where that changed."""
+    """A copy of a ``SlotTable`` in arrays, brought up to date where that changed.
 
-    def __init__(self, table: SlotTable):
-        self._table = table
+    Args:
+        absent: slot of experts that have none.
+    """
+
+    def __init__(self, table: SlotTable, absent: int = 0):
+        self._table, self._absent = table, absent
         self._slots = np.full((len(table.rows), table.n_experts), EMPTY, np.int32)
         self._array: mx.array | None = None
 
     def on_device(self) -> mx.array:
         """Return uint32 ``[n_rows, n_experts]``: each expert's slot at this moment.
 
-        An absent expert has slot 0: what a device computes with it can be thrown away
-        once the host has seen which experts were asked for.
+        What a device computes with an absent expert can be thrown away once the host
+        has seen which experts were asked for.
         """
         slots = self._refreshed()
         if self._array is None:
-            self._array = mx.array(np.maximum(slots, 0).astype(np.uint32))
+            found = np.where(slots == EMPTY, self._absent, slots)
+            self._array = mx.array(found.astype(np.uint32))
         return self._array
 
     def n_complete(self, rows: Sequence[int], ids: np.ndarray) -> int:
