@@ -192,7 +192,7 @@ class Machine:
 
 
 def test_both_ways_are_tried_in_turns_and_the_faster_one_is_kept():
-    for without, ahead in ((1.0, 0.9), (1.0, 0.99), (1.0, 1.2)):
+    for without, ahead in ((1.0, 0.9), (1.0, 0.99), (1.0, 1.1)):
         machine = Machine(without, ahead, waits=0.2)
         tried = [machine.token() for _ in range(8 * TURN_TOKENS)]
         turns = [tried[i : i + TURN_TOKENS] for i in range(0, len(tried), TURN_TOKENS)]
@@ -200,6 +200,15 @@ def test_both_ways_are_tried_in_turns_and_the_faster_one_is_kept():
         kept = [machine.token() for _ in range(HOLD_TOKENS)]
         assert set(kept) == {ahead == 0.9}
         assert not machine.token()
+
+
+@pytest.mark.parametrize("ahead", [0.7, 1.4])
+def test_one_turn_of_each_is_enough_where_one_is_much_faster(ahead):
+    machine = Machine(1.0, ahead, waits=0.2)
+    tried = [machine.token() for _ in range(2 * TURN_TOKENS)]
+    assert tried == [False] * TURN_TOKENS + [True] * TURN_TOKENS
+    kept = [machine.token() for _ in range(HOLD_TOKENS)]
+    assert set(kept) == {ahead < 1}
 
 
 def test_nothing_is_tried_where_nothing_is_waited_for():

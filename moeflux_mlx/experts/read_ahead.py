@@ -8,9 +8,11 @@ from collections.abc import Callable
 
 from ..errors import ConfigError
 
-# Tokens timed with reading ahead, and as many without, the two in turns.
+# Tokens timed with reading ahead, and as many without, the two in turns. One turn of
+# each is enough where a way saves this share.
 TRIAL_TOKENS = 32
 TURN_TOKENS = 8
+CLEAR_SHARE = 0.2
 # Tokens for which the outcome holds.
 HOLD_TOKENS = 512
 # Least share of a token's time that must be waiting, and that must be saved.
@@ -77,9 +79,14 @@ class ReadAhead:
             # Nothing to hide: no need to try.
             if self._waits < LEAST_SHARE * sum(without):
                 self._decide(False)
-        elif len(without) + len(ahead) == 2 * TRIAL_TOKENS:
-            limit = (1 - LEAST_SHARE) * statistics.median(without)
-            self._decide(statistics.median(ahead) < limit)
+        elif len(without) == len(ahead):
+            self._compare(*map(statistics.median, (without, ahead)))
+
+    def _compare(self, without: float, ahead: float) -> None:
+        """Decide after equally many tokens of each, unless the two are too alike yet."""
+        is_clear = min(without, ahead) < (1 - CLEAR_SHARE) * max(without, ahead)
+        if is_clear or len(self._times[True]) == TRIAL_TOKENS:
+            self._decide(ahead < (1 - LEAST_SHARE) * without)
 
     def _decide(self, winner: bool) -> None:
         self._winner, self._left = winner, HOLD_TOKENS
