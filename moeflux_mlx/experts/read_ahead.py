@@ -83,7 +83,7 @@ class ReadAhead:
             self._compare(*map(statistics.median, (without, ahead)))
 
     def _compare(self, without: float, ahead: float) -> None:
-        """Decide after equally many tokens of each, unless the two are too alike yet."""
+        """Decide after as many tokens of each, unless the two are too alike yet."""
         is_clear = min(without, ahead) < (1 - CLEAR_SHARE) * max(without, ahead)
         if is_clear or len(self._times[True]) == TRIAL_TOKENS:
             self._decide(ahead < (1 - LEAST_SHARE) * without)
