@@ -13,7 +13,17 @@ import mlx.core as mx
 import numpy as np
 
 from ..device import SIMD
-from .base import Kernel, Launch, dims, expect, groups, kernel, normal, require
+from .base import (
+    Kernel,
+    Launch,
+    dims,
+    expect,
+    groups,
+    kernel,
+    normal,
+    other_dtype,
+    require,
+)
 
 MAX_HEAD_DIM = 256
 FLOAT32 = mx.float32
@@ -545,7 +555,7 @@ def _some_inputs(
     at: int,
     s: int,
 ) -> tuple[Any, ...]:
-    other = (dtype, mx.bfloat16)[s]
+    other = other_dtype(dtype, s)
     _, inv_freq, start, _ = _some_rope(rng, dtype, b, 1, h, d, pairs, at)
     rows = normal(rng, dtype, b, 2 * h * d), normal(rng, dtype, b, hk * d)
     norms = [1 + normal(rng, other, d, scale=0.1) for _ in range(2)]

@@ -506,3 +506,8 @@ def normal(
 ) -> mx.array:
     """Return seeded normal noise, for samples."""
     return mx.array(scale * rng.standard_normal(shape, np.float32)).astype(dtype)
+
+
+def other_dtype(dtype: mx.Dtype, s: int) -> mx.Dtype:
+    """Return a sample's second type: the activations', or, if ``s``, bfloat16."""
+    return mx.bfloat16 if s else dtype

@@ -21,6 +21,7 @@ from .base import (
     kernel,
     normal,
     one_row,
+    other_dtype,
     require,
     require_part,
 )
@@ -85,7 +86,7 @@ def _some_gate_up(
     base: int = 0,
 ) -> tuple[Any, ...]:
     gate, up = (
-        random_matrix(rng, (dtype, mx.bfloat16)[s], k + 1, (n, i), bits, g, base)
+        random_matrix(rng, other_dtype(dtype, s), k + 1, (n, i), bits, g, base)
         for _ in range(2)
     )
     x = normal(rng, dtype, i + 2 * base)
@@ -189,7 +190,7 @@ def _some_routed(
     base: int = 0,
 ) -> tuple[Any, ...]:
     gate, up = (
-        random_matrix(rng, (dtype, mx.bfloat16)[s], e, (n, i), bits, g, base)
+        random_matrix(rng, other_dtype(dtype, s), e, (n, i), bits, g, base)
         for _ in range(2)
     )
     x_at = e + base
@@ -268,7 +269,7 @@ def _some_down(
     s: int,
     base: int = 0,
 ) -> tuple[Any, ...]:
-    down = random_matrix(rng, (dtype, mx.bfloat16)[s], k + 1, (d, n), bits, g, base)
+    down = random_matrix(rng, other_dtype(dtype, s), k + 1, (d, n), bits, g, base)
     act = normal(rng, dtype, k, n)
     return act, _slots(rng, k), random_weights(rng, k), down, d, bits, g
 

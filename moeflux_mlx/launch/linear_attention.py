@@ -20,6 +20,7 @@ from .base import (
     groups,
     kernel,
     normal,
+    other_dtype,
     require,
     require_part,
 )
@@ -70,7 +71,7 @@ def _decay_beta(
 def _some_gates(
     rng: np.random.Generator, dtype: mx.Dtype, n: int, h: int, s: int, masked: int
 ) -> tuple[Any, ...]:
-    other = (dtype, mx.bfloat16)[s]
+    other = other_dtype(dtype, s)
     alpha = normal(rng, dtype, n, h, scale=12.0)
     vectors = [normal(rng, other, h) for _ in range(2)]
     # Softplus of zero, where its series is longest.
@@ -158,7 +159,7 @@ def _some_conv(
     s: int,
 ) -> tuple[Any, ...]:
     x, state = normal(rng, dtype, b * t, c), normal(rng, dtype, b, w - 1, c)
-    weight = normal(rng, (dtype, mx.bfloat16)[s], c, w)
+    weight = normal(rng, other_dtype(dtype, s), c, w)
     mask = mx.array(rng.random((b, t)) < 0.6) if masked else None
     return x, state, weight, mask
 
@@ -514,7 +515,7 @@ def _some_decode(
     w: int,
     s: int,
 ) -> tuple[Any, ...]:
-    other, channels = (dtype, mx.bfloat16)[s], 2 * hk * dk + hv * dv
+    other, channels = other_dtype(dtype, s), 2 * hk * dk + hv * dv
     starts = (s, s + channels, s + channels + hv * dv, 2 * s + channels + hv * (dv + 1))
     rows = normal(rng, dtype, b, starts[-1] + hv + s)
     history = normal(rng, dtype, b, w - 1, channels)

@@ -21,6 +21,7 @@ from .base import (
     groups,
     kernel,
     normal,
+    other_dtype,
     require,
 )
 from .slots import Matrix, in_slots, numbers, random_matrix, unpacked
@@ -590,7 +591,7 @@ def _some_assignments(
 ) -> tuple[Any, ...]:
     counts, lists = _id_map(_choices(rng, t, k, e), e)
     x = normal(rng, dtype, t * k if each else t, i)
-    matrix = random_matrix(rng, (dtype, mx.bfloat16)[s], e + 1, (o, i), bits, g, base)
+    matrix = random_matrix(rng, other_dtype(dtype, s), e + 1, (o, i), bits, g, base)
     slots = mx.array(rng.permutation(e + 1)[:e].astype(np.uint32))
     return x, matrix, counts, lists, slots, k, o, bits, g
 

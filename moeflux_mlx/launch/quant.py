@@ -14,7 +14,17 @@ import mlx.core as mx
 import numpy as np
 
 from ..device import SIMD
-from .base import Launch, dims, expect, groups, kernel, normal, one_row, require
+from .base import (
+    Launch,
+    dims,
+    expect,
+    groups,
+    kernel,
+    normal,
+    one_row,
+    other_dtype,
+    require,
+)
 from .slots import Matrix, in_slots, numbers, random_matrix, unpacked
 
 # Inputs that the kernels of the v3 kind keep in threadgroup memory.
@@ -52,11 +62,6 @@ def quantised(
     return w, scales.astype(dtype), biases.astype(dtype)
 
 
-def _other(dtype: mx.Dtype, s: int) -> mx.Dtype:
-    """Return the scales' type: the activations', or, if ``s``, bfloat16."""
-    return mx.bfloat16 if s else dtype
-
-
 # One token.
 def _matvec_reference(bits: int) -> Any:
     def reference(
@@ -79,7 +84,7 @@ def _matvec_sample(bits: int, n_tokens: bool) -> Any:
         t: int = 1,
     ) -> tuple[Any, ...]:
         x = normal(rng, dtype, t, i) if n_tokens else normal(rng, dtype, i)
-        return x, *quantised(rng, _other(dtype, s), o, i, bits, g), g
+        return x, *quantised(rng, other_dtype(dtype, s), o, i, bits, g), g
 
     return sample
 
@@ -273,7 +278,7 @@ def _some_added(
     s: int,
     bits: int = 4,
 ) -> tuple[Any, ...]:
-    parts = quantised(rng, _other(dtype, s), o, i, bits, g)
+    parts = quantised(rng, other_dtype(dtype, s), o, i, bits, g)
     return normal(rng, dtype, i), *parts, normal(rng, dtype, o), bits, g
 
 
@@ -362,10 +367,10 @@ def _some_norm_products(
     s: int,
 ) -> tuple[Any, ...]:
     products = [
-        (*quantised(rng, _other(dtype, s), rows, i, b, g), b)
+        (*quantised(rng, other_dtype(dtype, s), rows, i, b, g), b)
         for rows, b in zip(o, bits, strict=True)
     ]
-    weight = 1 + normal(rng, _other(dtype, s), i, scale=0.1)
+    weight = 1 + normal(rng, other_dtype(dtype, s), i, scale=0.1)
     x = normal(rng, dtype, 1, i) if s else normal(rng, dtype, i)
     return x, weight, products, 0.05, g
 
@@ -480,7 +485,7 @@ def _gate_up(x: mx.array, gate: Parts, up: Parts, group_size: int) -> mx.array:
 def _some_gate_up(
     rng: np.random.Generator, dtype: mx.Dtype, i: int, o: int, g: int, s: int
 ) -> tuple[Any, ...]:
-    gate, up = (quantised(rng, _other(dtype, s), o, i, 4, g) for _ in range(2))
+    gate, up = (quantised(rng, other_dtype(dtype, s), o, i, 4, g) for _ in range(2))
     return normal(rng, dtype, i), gate, up, g
 
 
@@ -538,7 +543,7 @@ def _batched(
 def _some_batched(
     rng: np.random.Generator, dtype: mx.Dtype, k: int, i: int, o: int, g: int, s: int
 ) -> tuple[Any, ...]:
-    stacks = [quantised(rng, _other(dtype, s), o, i, 4, g) for _ in range(k + 1)]
+    stacks = [quantised(rng, other_dtype(dtype, s), o, i, 4, g) for _ in range(k + 1)]
     flat = [mx.concatenate([m[part].reshape(-1) for m in stacks]) for part in range(3)]
     order = rng.permutation(k + 1)[:k]
     steps = np.array([o * i // 8, o * i // g, o * i // g])
@@ -617,7 +622,7 @@ def _some_experts(
     each: int = 0,
     base: int = 0,
 ) -> tuple[Any, ...]:
-    matrix = random_matrix(rng, _other(dtype, s), k + 1, (o, i), 4, g, base)
+    matrix = random_matrix(rng, other_dtype(dtype, s), k + 1, (o, i), 4, g, base)
     slots = mx.array(rng.permutation(k + 1)[:k].astype(np.uint32))
     x = normal(rng, dtype, k, i) if each else normal(rng, dtype, i)
     return x, slots, matrix, o, g
@@ -673,7 +678,7 @@ def _some_dense(many: bool) -> Any:
         rng: np.random.Generator, dtype: mx.Dtype, i: int, o: int, s: int, t: int = 1
     ) -> tuple[Any, ...]:
         x = normal(rng, dtype, t, i) if many else normal(rng, dtype, i)
-        return x, normal(rng, _other(dtype, s), o, i, scale=i**-0.5)
+        return x, normal(rng, other_dtype(dtype, s), o, i, scale=i**-0.5)
 
     return sample
 
@@ -749,7 +754,7 @@ def _some_qmm(
     g: int,
     s: int,
 ) -> tuple[Any, ...]:
-    parts = quantised(rng, _other(dtype, s), o, i, bits, g)
+    parts = quantised(rng, other_dtype(dtype, s), o, i, bits, g)
     return normal(rng, dtype, t, i), *parts, bits, g
 
 
@@ -813,7 +818,7 @@ def _some_gather(
     s: int,
     base: int = 0,
 ) -> tuple[Any, ...]:
-    matrix = random_matrix(rng, _other(dtype, s), e, (o, i), bits, g, base)
+    matrix = random_matrix(rng, other_dtype(dtype, s), e, (o, i), bits, g, base)
     slots = mx.array(np.sort(rng.integers(0, e, t)).astype(np.uint32))
     return normal(rng, dtype, t, i), slots, matrix, o, bits, g
 
