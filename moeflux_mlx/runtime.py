@@ -98,7 +98,7 @@ class Runtime:
             scope=options.scope,
             policy=policy,
             read_ahead=options.read_ahead,
-            runs_ahead=self.traces_steps and self._optimistic != "off",
+            runs_ahead=self.runs_ahead,
             evaluate=partial(self.executor.wait, "routing"),
             report=report,
         )
@@ -156,17 +156,17 @@ class Runtime:
 
         That is where launches are worth a trace: elsewhere reading back costs nothing.
         """
-        return self.traces_steps and not (self._optimistic == "off" and self.streams)
+        return self.runs_ahead if self.streams else self.traces_steps
 
     @property
     def traces_steps(self) -> bool:
         """Tell whether single tokens do so when all their experts are in memory."""
-        return self.executor.compiles or self.runs_ahead
+        return self.executor.compiles or self._optimistic == "on"
 
     @property
     def runs_ahead(self) -> bool:
-        """Tell whether tokens do so however many experts are missing."""
-        return self._optimistic == "on"
+        """Tell whether single tokens do so when experts may be missing."""
+        return self.traces_steps and self._optimistic != "off"
 
     @contextlib.contextmanager
     def reading_ahead(self, *, one_token: bool) -> Iterator[bool]:

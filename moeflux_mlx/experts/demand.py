@@ -72,16 +72,16 @@ class Demand:
         Raises:
             ExpertStoreError, BudgetError: as ``StreamedExperts.slots``.
         """
-        last = self._table.n_experts - 1
+        there_are = range(self._table.n_experts)
         later = {
-            other: [e for e in sorted(set(ids)) if 0 <= e <= last]
-            for other, ids in (likely or {}).items()
+            other: [e for e in sorted(set(chosen)) if e in there_are]
+            for other, chosen in (likely or {}).items()
         }
-        keys = {key for other in later for key in self.keys(other, later[other])}
-        missing = self.request(layer, ids, keys, surprising=surprising)
-        keys |= self.keys(layer, self.distinct(layer, ids))
+        keep = {key for other in later for key in self.keys(other, later[other])}
+        missing = self.request(layer, ids, keep, surprising=surprising)
+        keep |= self.keys(layer, ids)
         for other, experts in later.items():
-            self._foresee(other, experts, keys)
+            self._foresee(other, experts, keep)
         self.receive(layer, ids, missing)
         wanted = {(other, e) for other in later for e in later[other]}
         # One that failed is read again when it is really asked for.
