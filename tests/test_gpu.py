@@ -26,26 +26,20 @@ on_gpu = pytest.mark.parametrize(
         pytest.param("cuda", marks=pytest.mark.cuda),
     ],
 )
-FAMILIES = sorted({kernel.metal.place.file for kernel in KERNELS.values()})
 # References run on the GPU too, which multiplies float32 with 11 bits.
 LIMIT = 2e-3
 
 
 @on_gpu
-@pytest.mark.parametrize("family", FAMILIES)
-def test_kernels_give_what_their_references_give(device, family):
-    executor = open_executor(device)
-    wrong, n_cases = [], 0
-    for kernel in KERNELS.values():
-        if kernel.metal.place.file != family:
-            continue
-        for dtype, sizes in itertools.product(kernel.dtypes, kernel.sizes):
-            result = check(kernel, dtype, sizes, executor.run)
-            n_cases += 1
-            if not result.passed:
-                wrong.append(str(result))
-    assert wrong == []
-    assert n_cases > 0
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_gives_what_its_reference_gives(device, name):
+    executor, kernel = open_executor(device), KERNELS[name]
+    results = [
+        check(kernel, dtype, sizes, executor.run)
+        for dtype, sizes in itertools.product(kernel.dtypes, kernel.sizes)
+    ]
+    assert results != []
+    assert [str(result) for result in results if not result.passed] == []
 
 
 @on_gpu
@@ -118,7 +112,7 @@ def packed(plain):
 
 @on_gpu
 @pytest.mark.parametrize("read_ahead", ["off", "on"])
-@pytest.mark.parametrize("n_slots", [3, 30])
+@pytest.mark.parametrize("n_slots", [4, 30])
 def test_any_budget_gives_the_same_bits(device, packed, n_slots, read_ahead):
     whole, _ = moeflux_mlx.load(packed, executor=device)
     with PackedExperts.open(packed) as store:
