@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -172,16 +171,16 @@ def measure(sides: list[Side], traced: TracedModel, plan: Plan) -> Run:
     names = "; ".join(side.name for side in sides)
     with ExitStack() as stack:
         workers = {
-            side: stack.enter_context(
-                ProcessPoolExecutor(
-                    1, get_context("spawn"), open_follower, (side, traced, plan)
-                )
-            )
+            side: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
             for side in sides
         }
-        # All load at the same time.
-        for loaded in [worker.submit(os.getpid) for worker in workers.values()]:
-            loaded.result()
+        # All load at the same time. As arguments of an initializer a model's traces
+        # would have each process begin only after the one before has imported MLX.
+        for opened in [
+            worker.submit(open_follower, side, traced, plan)
+            for side, worker in workers.items()
+        ]:
+            opened.result()
         for trace in plan.traces:
             for i in track(range(plan.n_steps), f"{trace}: {names}", console=PROGRESS):
                 if plan.state(i) is not None and i % STEPS_PER_DISK_SAMPLE == 0:

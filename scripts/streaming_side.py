@@ -240,6 +240,9 @@ class Follower:
         self._side, self._traced, self._plan = side, traced, plan
         self._engine = ENGINES[side.engine](traced, side, plan)
         self._files = self._engine.files()
+        # Kernels are compiled now, by all sides at the same time.
+        self._engine.begin()
+        mx.eval(self._engine.step(traced.tokens(plan.traces[0])[0]))
 
     def step(self, trace: str, i: int) -> Step:
         """Do step ``i`` of a trace, the page cache as the plan says; 0 begins anew.
