@@ -183,9 +183,9 @@ class Machine:
         self.now = self.waited = 0.0
         self.chooser = ReadAhead("auto", lambda: self.waited, lambda: self.now)
 
-    def token(self) -> bool:
+    def token(self, compiling: float = 0.0) -> bool:
         active = self.chooser.begin()
-        self.now += self.seconds[active]
+        self.now += self.seconds[active] + compiling
         self.waited += 0 if active else self.waits
         self.chooser.end()
         return active
@@ -209,6 +209,15 @@ def test_one_turn_of_each_is_enough_where_one_is_much_faster(ahead):
     assert tried == [False] * TURN_TOKENS + [True] * TURN_TOKENS
     kept = [machine.token() for _ in range(HOLD_TOKENS)]
     assert set(kept) == {ahead < 1}
+
+
+@pytest.mark.parametrize("ahead", [0.7, 1.4])
+def test_a_first_token_that_takes_long_decides_nothing(ahead):
+    machine = Machine(1.0, ahead, waits=0.2)
+    tried = [machine.token(compiling=1000.0)]
+    tried += [machine.token() for _ in range(2 * TURN_TOKENS - 1)]
+    assert tried == [False] * TURN_TOKENS + [True] * TURN_TOKENS
+    assert machine.token() == (ahead < 1)
 
 
 def test_nothing_is_tried_where_nothing_is_waited_for():

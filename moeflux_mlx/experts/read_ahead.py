@@ -49,7 +49,7 @@ class ReadAhead:
 
     def _forget(self) -> None:
         self._times: dict[bool, list[float]] = {False: [], True: []}
-        self._waits = 0.0
+        self._waits: list[float] = []
 
     def begin(self) -> bool:
         """Hear that a token begins; tell whether to read ahead for it."""
@@ -73,11 +73,13 @@ class ReadAhead:
         seconds = self._clock() - self._began[0]
         self._times[self._active].append(seconds)
         if not self._active:
-            self._waits += self._waited() - self._began[1]
+            self._waits.append(self._waited() - self._began[1])
+        # Medians: a first token may take seconds, in which kernels are compiled.
         without, ahead = self._times[False], self._times[True]
         if len(without) == TURN_TOKENS and not ahead:
             # Nothing to hide: no need to try.
-            if self._waits < LEAST_SHARE * sum(without):
+            least = LEAST_SHARE * statistics.median(without)
+            if statistics.median(self._waits) < least:
                 self._decide(False)
         elif len(without) == len(ahead):
             self._compare(*map(statistics.median, (without, ahead)))
