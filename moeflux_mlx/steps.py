@@ -7,13 +7,14 @@ and all after it, is thrown away; the expert is read, and that layer begins agai
 its input, which is still there. So nothing depends on what was in memory.
 
 What later layers asked for in vain they will likely ask for again: it is read with what
-the first one lacked, all at once, where that takes less time.
+the first one lacked, all at once, where that takes less time. Layers whose experts have
+arrived are computed while those of the next ones are read.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -71,7 +72,7 @@ class TokenSteps:
         before = [states_of(c) if isinstance(c, ArraysCache) else None for c in caches]
         try:
             if streamer is None:
-                logits = run(range(len(caches)), tokens, None)[0].out
+                logits = run(range(len(caches)), tokens, None).out
             else:
                 ahead = streamer.read_ahead.begin()
                 window = window_of(streamer.miss_rate, len(caches), ahead=ahead)
@@ -101,17 +102,10 @@ class _Run:
         self.asking = [i for i, s in enumerate(sources) if s.settled is None]
         self._tracer, self._held, self._traced = tracer, [*weights, *sources], traced
 
-    def __call__(
-        self, layers: range, x: mx.array, slots: mx.array | None
-    ) -> list[Passed]:
-        """Run layers span by span, each beginning with what the last one gave."""
-        passed: list[Passed] = []
-        for span in spans(layers, self.n_layers):
-            caches = self.caches[span.start : span.stop]
-            x = passed[-1].out if passed else x
-            call = self._tracer(span, x, caches, self._held, slots, traced=self._traced)
-            passed.append(call)
-        return passed
+    def __call__(self, span: range, x: mx.array, slots: mx.array | None) -> Passed:
+        """Run a span of layers, beginning with ``x``."""
+        caches = self.caches[span.start : span.stop]
+        return self._tracer(span, x, caches, self._held, slots, traced=self._traced)
 
     def put_back(self, states: Sequence[list[Any] | None], first: int = 0) -> None:
         """Give caches from layer ``first`` on the states they had; None: nothing.
@@ -145,7 +139,7 @@ class _RunAhead:
                 # It has its experts now: only the next one can tell anything.
                 stop = max(stop, first + 2)
             layers = range(first, min(n_layers, stop))
-            passed = self._run(layers, x, self._streamer.slots_on_device())
+            passed = self._pass(layers, x)
             if again and len(layers) == 1:
                 missed = None
             else:
@@ -160,6 +154,22 @@ class _RunAhead:
         self._streamer.guard(x)
         return x
 
+    def _pass(self, layers: range, x: mx.array) -> list[Passed]:
+        """Run layers span by span, each beginning with what the last one gave.
+
+        Spans are small while experts are on their way: what is there is computed.
+        """
+        passed: list[Passed] = []
+        n_layers = self._run.n_layers
+        while layers:
+            most = SPAN_GROWTH if self._streamer.is_reading else n_layers
+            span = first_span(layers, n_layers, most)
+            slots = self._streamer.slots_on_device(span)
+            passed.append(self._run(span, x, slots))
+            mx.async_eval(passed[-1].chosen, passed[-1].out)
+            x, layers = passed[-1].out, layers[len(span) :]
+        return passed
+
     def _missed(
         self, layers: range, passed: Sequence[Passed], reached: int, *, again: bool
     ) -> int | None:
@@ -170,7 +180,6 @@ class _RunAhead:
         """
         asking = [layer for layer in self._run.asking if layer in layers]
         chosen = [part.chosen for part in passed if part.chosen is not None]
-        mx.async_eval(chosen, passed[-1].out)
         n_foreseen = sum(layer < reached for layer in asking)
         n_right = self._streamer.confirm(
             asking,
@@ -197,18 +206,19 @@ def window_of(miss_rate: float, n_layers: int, *, ahead: bool = False) -> int:
     return max(size for size in _sizes(n_layers) if size <= max(least, best))
 
 
-def spans(layers: range, n_layers: int) -> Iterator[range]:
-    """Part layers into the largest spans: few traces serve wherever a run begins."""
+def first_span(layers: range, n_layers: int, most: int) -> range:
+    """Return the largest span of up to ``most`` layers that layers begin with.
+
+    Few traces serve wherever a run begins and ends: a span begins at a multiple of its
+    size.
+    """
     first = layers.start
-    while first < layers.stop:
-        ends = (
-            min(first + size, n_layers)
-            for size in _sizes(n_layers)
-            if first % size == 0
-        )
-        stop = max(end for end in ends if end <= layers.stop)
-        yield range(first, stop)
-        first = stop
+    ends = (
+        min(first + size, n_layers)
+        for size in _sizes(n_layers)
+        if first % size == 0 and size <= most
+    )
+    return range(first, max(end for end in ends if end <= layers.stop))
 
 
 def _sizes(n_layers: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import time
 
 import mlx.core as mx
 import numpy as np
@@ -21,8 +22,9 @@ from moeflux_mlx.experts.pack import pack
 from moeflux_mlx.experts.packed import PackedExperts
 from moeflux_mlx.experts.pool import POOL_ALIGNMENT
 from moeflux_mlx.experts.read_ahead import TURN_TOKENS, ReadAhead
+from moeflux_mlx.experts.reader import Read
 from moeflux_mlx.experts.streamer import ExpertStreamer
-from moeflux_mlx.steps import spans, window_of
+from moeflux_mlx.steps import first_span, window_of
 from moeflux_mlx.trace import StepTracer
 
 N_LAYERS, N_EXPERTS = 6, 8
@@ -325,6 +327,38 @@ def test_what_a_first_run_foresees_is_read_at_once(packed, executor):
     assert total.recall > 0.3 and total.precision > 0.3
 
 
+def test_layers_run_again_while_the_experts_of_later_ones_are_read(
+    packed, calls, monkeypatch
+):
+    late, read = [], Read.read
+
+    def wait_for_layers_before(self, span):
+        # First the run that foresees, then that of the layers that have their experts.
+        deadline = time.monotonic() + 20
+        while self.layer > 3 and len(calls) < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        if self.layer > 3:
+            late.append(len(calls) >= 2)
+        read(self, span)
+
+    outs = []
+    for choice in ("off", "on"):
+        model = load(packed, N_LAYERS * N_EXPERTS - 1, "on")
+        cache, streamer = begin(model), model.streamer
+        streamer.read_ahead, streamer._in_flight.reader.inline_bytes = Ahead(choice), 0
+        n_slots = streamer.n_slots
+        streamer.resize(streamer.least_slots)
+        streamer.resize(n_slots)
+        streamer._demand.miss_rate = 0
+        if choice == "on":
+            calls.clear()
+            monkeypatch.setattr(Read, "read", wait_for_layers_before)
+        outs.append(generate(model, cache, [3]))
+    assert late and all(late)
+    assert calls[:3] == [range(N_LAYERS), range(4), range(4, 6)]
+    assert mx.array_equal(*outs)
+
+
 @pytest.mark.parametrize("n_slots", [2, 5, 9, 30])
 def test_reading_ahead_changes_no_logits(packed, n_slots):
     outs = []
@@ -450,15 +484,27 @@ def test_kernels_look_slots_up_too(tmp_path):
     assert models[1].streamer.stats.total.misses > 0
 
 
+def spans(layers: range, n_layers: int, most: int) -> list[range]:
+    """Part layers as a run does."""
+    found = []
+    while layers:
+        found.append(first_span(layers, n_layers, most))
+        layers = layers[len(found[-1]) :]
+    return found
+
+
 @pytest.mark.parametrize("n_layers", [1, 2, 4, 5, 16, 17, 40, 61])
 def test_spans_cover_layers_in_few_pieces_of_few_kinds(n_layers):
     kinds = set()
     for first in range(n_layers):
-        found = list(spans(range(first, n_layers), n_layers))
-        assert [i for span in found for i in span] == [*range(first, n_layers)]
-        kinds.update((span.start, span.stop) for span in found)
+        layers = range(first, n_layers)
+        for most in (1, 4, n_layers):
+            found = spans(layers, n_layers, most)
+            assert [i for span in found for i in span] == [*layers]
+            assert max(map(len, found)) <= most
+            kinds.update((span.start, span.stop) for span in found)
         assert len(found) <= 10
-    assert list(spans(range(n_layers), n_layers)) == [range(n_layers)]
+    assert spans(range(n_layers), n_layers, n_layers) == [range(n_layers)]
     assert len(kinds) <= 2 * n_layers
 
 

@@ -62,7 +62,7 @@ class Demand:
         *,
         surprising: bool = True,
     ) -> None:
-        """Have a step's experts in memory, and those of later layers' next steps.
+        """Have a step's experts in memory, and begin to read what later layers need.
 
         Args:
             likely: by layer, ids that it will ask for if nothing changes its mind;
@@ -83,9 +83,15 @@ class Demand:
         for other, experts in later.items():
             self._foresee(other, experts, keep)
         self.receive(layer, ids, missing)
-        wanted = {(other, e) for other in later for e in later[other]}
-        # One that failed is read again when it is really asked for.
-        self._in_flight.settle(self._stats[layer], wanted)
+
+    def await_foreseen(self, layer: int) -> None:
+        """Wait for what is being read ahead for a layer.
+
+        What failed is read again when it is really asked for.
+        """
+        if coming := self._in_flight.coming(layer):
+            wanted = {(layer, expert) for expert in coming}
+            self._in_flight.settle(self._stats[layer], wanted)
 
     def request(
         self,

@@ -386,13 +386,25 @@ class ExpertStreamer:
             slots = [places[ids[i]] for i in later]
         yield later, slots
 
-    def slots_on_device(self) -> mx.array:
-        """Return each expert's slot now, uint32 ``[n_layers, n_experts]``.
+    @property
+    def is_reading(self) -> bool:
+        """Whether something is still being read ahead."""
+        with self._exclusive():
+            self._in_flight.settle(wanted=())
+            return bool(self._in_flight)
+
+    def slots_on_device(self, layers: Collection[int] = ()) -> mx.array:
+        """Return each expert's slot, uint32 ``[n_layers, n_experts]``.
 
         Absent experts have the blank one, or slot 0; layers are in the store's order.
+
+        Args:
+            layers: what is being read ahead for these is waited for.
         """
         with self._exclusive():
             self._in_flight.settle(wanted=())
+            for layer in self._rows.keys() & layers:
+                self._demand.await_foreseen(layer)
             return self._copy.on_device()
 
     def confirm(
@@ -406,7 +418,7 @@ class ExpertStreamer:
         """Enter what a run that looked slots up on the device asked for.
 
         The first layer that lacked an expert gets it; what later ones chose is then
-        no more than likely.
+        no more than likely, and may still be being read on return.
 
         Args:
             layers: those that ran, in order.
