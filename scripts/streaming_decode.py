@@ -80,6 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("cpu", "gpu"), default=device)
     add("--executor", help="of ours (default: as in moeflux_mlx.load)")
     add("--policy", help="of eviction, likewise")
+    choices = ("auto", "on", "off")
+    add("--read-ahead", choices=choices, default="auto", help="of ours")
     add("--without-mlx-vlm", action="store_true", help="leave it out")
     add("--csv", type=Path, help="also write the rows to this file")
 
@@ -103,6 +105,7 @@ def _run(args: argparse.Namespace, directory: Path) -> int:
         args.device,
         args.executor,
         args.policy,
+        args.read_ahead,
     )
     for what in left_out(args):
         console.print(f"Left out: {what}")
@@ -230,7 +233,8 @@ def summarize(run: Run, plan: Plan, trace: str, state: str) -> Iterator[dict[str
 
     ``over_ms`` is the median of what a token took longer than the same token did on
     the engine's resident side just before or after, ``over_spread_ms`` the range of
-    the middle half.
+    the middle half. ``recall`` is the share of experts not in memory that were read
+    before they were asked for; these count as hits.
     """
     timed = {
         side: [s for i, s in enumerate(traces[trace]) if plan.state(i) == state]
@@ -265,6 +269,8 @@ def summarize(run: Run, plan: Plan, trace: str, state: str) -> Iterator[dict[str
             if side.engine == "ours":
                 waited = sum(step.counters.wait_seconds for step in steps)
                 row["wait_share"] = round(waited / sum(s.seconds for s in steps), 4)
+                total = sum((step.counters for step in steps), Counters())
+                row["recall"] = round(total.recall, 4)
                 if peer in over:
                     row["of_mlx_vlm"] = _ratio(over[side], over[peer])
         yield row
@@ -300,6 +306,7 @@ COLUMNS = {
     "of_resident": "x resident",
     "hit_rate": "hits",
     "mb_per_token": "MB/token",
+    "recall": "read ahead",
     "wait_share": "waiting",
     "of_mlx_vlm": "over, x mlx-vlm",
     "of_disk": "over, x disk",

@@ -59,6 +59,7 @@ class Plan:
     device: str = "cpu"
     executor: str | None = None
     policy: str | None = None
+    read_ahead: str = "auto"
 
     @property
     def n_steps(self) -> int:
@@ -122,6 +123,7 @@ class Ours(MlxLm):
             expert_memory=memory,
             executor=plan.executor,
             policy=plan.policy,
+            read_ahead=plan.read_ahead,
         )[0]
         self._runtime = self.model.runtime
 

@@ -80,7 +80,7 @@ def test_decoding_is_measured_on_the_traced_routing(decode, tmp_path):
     rows = tmp_path / "rows.csv"
     flags = ["--directory", tmp_path, "--geometry", "tiny", "--layers", 4]
     flags += ["--shares", 50, "--warm-up", 4, "--tokens", 2, "--without-mlx-vlm"]
-    flags += ["--policy", "lru"]
+    flags += ["--policy", "lru", "--read-ahead", "off"]
     assert run(decode, *flags, "--device", "cpu", "--csv", rows) == 0
     found = list(csv.DictReader(rows.read_text().splitlines()))
     sides = ["mlx-lm, resident", "ours, resident", "ours, 50 %"]
@@ -95,6 +95,13 @@ def test_decoding_is_measured_on_the_traced_routing(decode, tmp_path):
         rate = np.mean([float(row["hit_rate"]) for row in ours])
         assert rate == pytest.approx(hits_of_lru(trace, 32, 4), abs=1e-4)
         assert all(float(row["mb_per_token"]) > 0 for row in ours)
+        assert all(float(row["recall"]) == 0 for row in ours)
+    # The same model again, read otherwise.
+    flags += ["--read-ahead", "on", "--traces", "zipf"]
+    assert run(decode, *flags, "--device", "cpu", "--csv", rows) == 0
+    found = list(csv.DictReader(rows.read_text().splitlines()))
+    recalls = [float(row["recall"]) for row in found if row["side"] == "ours, 50 %"]
+    assert len(recalls) == 2 and min(recalls) > 0
 
 
 def test_tokens_choose_the_experts_of_their_traces(scripts, tmp_path):
