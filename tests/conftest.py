@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,6 +21,9 @@ NEEDS = {
 }
 
 
+# What needs no GPU runs on the CPU, as it does where there is nothing else.
+mx.set_default_device(mx.cpu)
+
 # What was tuned on this machine decides nothing here, nor in processes started here.
 os.environ["MOEFLUX_TUNING"] = "0"
 
@@ -33,6 +38,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, (is_here, reason) in NEEDS.items():
             if not is_here and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def on_gpu_if_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run tests marked for a GPU there."""
+    marked = any(map(request.node.get_closest_marker, NEEDS))
+    with mx.stream(mx.gpu) if marked else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")
