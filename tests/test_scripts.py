@@ -88,7 +88,7 @@ TINY = {
     "routed": [TINY_EXPERTS],
     "attention": [dict(n_rows=70, heads=8, kv=2, d=64)],
     "copy": [dict(heads=1, d=32)],
-    "delta": [dict(t=t, **TINY_DELTA) for t in (1, 19)],
+    "delta": [dict(t=t, b=b, **TINY_DELTA) for t, b in ((1, 1), (1, 3), (19, 1))],
     "delta_layer": [dict(taps=4, **TINY_DELTA)],
     "product": [dict(t=33, n_out=40, n_in=64)],
     "gather": [dict(t=9, **TINY_EXPERTS)],
