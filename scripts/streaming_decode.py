@@ -264,12 +264,12 @@ def summarize(run: Run, plan: Plan, trace: str, state: str) -> Iterator[dict[str
             quarters = np.percentile(differences[side], [25, 75])
             row["over_spread_ms"] = round(1e3 * float(np.ptp(quarters)), 2)
             row["of_resident"] = round(1 + over[side] / resident, 3)
-            row |= _experts(steps, over[side], run, state)
+            total = sum((step.counters for step in steps), Counters())
+            row |= _experts(total, len(steps), over[side], run, state)
             peer = Side("mlx-vlm", side.share)
             if side.engine == "ours":
-                waited = sum(step.counters.wait_seconds for step in steps)
-                row["wait_share"] = round(waited / sum(s.seconds for s in steps), 4)
-                total = sum((step.counters for step in steps), Counters())
+                waiting = total.wait_seconds / sum(step.seconds for step in steps)
+                row["wait_share"] = round(waiting, 4)
                 row["recall"] = round(total.recall, 4)
                 if peer in over:
                     row["of_mlx_vlm"] = _ratio(over[side], over[peer])
@@ -277,11 +277,10 @@ def summarize(run: Run, plan: Plan, trace: str, state: str) -> Iterator[dict[str
 
 
 def _experts(
-    steps: list[Step], over_s: float, run: Run, state: str
+    total: Counters, n_steps: int, over_s: float, run: Run, state: str
 ) -> dict[str, float]:
     """Return hits and bytes of some steps, and the time taken beside the disk's."""
-    total = sum((step.counters for step in steps), Counters())
-    n_bytes = total.read_bytes / len(steps)
+    n_bytes = total.read_bytes / n_steps
     found = {
         "hit_rate": round(total.hit_rate, 4),
         "mb_per_token": round(n_bytes / 1e6, 2),

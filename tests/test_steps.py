@@ -301,6 +301,14 @@ class Ahead(ReadAhead):
         super().__init__(choice, lambda: 0.0)
 
 
+def forget_experts(streamer) -> None:
+    """Keep next to none in memory, and have a token run through all layers at once."""
+    n_slots = streamer.n_slots
+    streamer.resize(streamer.least_slots)
+    streamer.resize(n_slots)
+    streamer._demand.miss_rate = 0
+
+
 @pytest.mark.parametrize("executor", ["lazy", "traced"])
 def test_what_a_first_run_foresees_is_read_at_once(packed, executor):
     """Of a token with nothing in memory each layer would be read back, but for that."""
@@ -308,10 +316,8 @@ def test_what_a_first_run_foresees_is_read_at_once(packed, executor):
     for choice in ("off", "on"):
         model = load(packed, N_LAYERS * N_EXPERTS - 1, "on", executor)
         cache, streamer = begin(model), model.streamer
-        streamer.read_ahead, n_slots = Ahead(choice), streamer.n_slots
-        streamer.resize(streamer.least_slots)
-        streamer.resize(n_slots)
-        streamer._demand.miss_rate = 0
+        streamer.read_ahead = Ahead(choice)
+        forget_experts(streamer)
         stats = model.runtime.executor.stats
         stats.reset()
         streamer.stats.reset()
@@ -346,10 +352,7 @@ def test_layers_run_again_while_the_experts_of_later_ones_are_read(
         model = load(packed, N_LAYERS * N_EXPERTS - 1, "on")
         cache, streamer = begin(model), model.streamer
         streamer.read_ahead, streamer._in_flight.reader.inline_bytes = Ahead(choice), 0
-        n_slots = streamer.n_slots
-        streamer.resize(streamer.least_slots)
-        streamer.resize(n_slots)
-        streamer._demand.miss_rate = 0
+        forget_experts(streamer)
         if choice == "on":
             calls.clear()
             monkeypatch.setattr(Read, "read", wait_for_layers_before)

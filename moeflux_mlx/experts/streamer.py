@@ -442,13 +442,12 @@ class ExpertStreamer:
             for n in range(int(again and n_right > 0), n_right):
                 self._demand.confirm(layers[n], ids[n].tolist())
             if n_right < len(layers):
-                asked = [row.tolist() for row in ids]
                 ahead = n_foreseen is not None
                 later = range(n_right + 1, len(layers)) if ahead else ()
                 self._demand.provide(
                     layers[n_right],
-                    asked[n_right],
-                    {layers[n]: asked[n] for n in later},
+                    ids[n_right].tolist(),
+                    {layers[n]: ids[n].tolist() for n in later},
                     surprising=n_foreseen is None or n_right < n_foreseen,
                 )
             return n_right
