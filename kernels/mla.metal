@@ -296,12 +296,26 @@ inline float2 multiply_add(float2 a, float2 b, float2 c) {
   return float2(sum.thread_elements()[0], sum.thread_elements()[1]);
 }
 
-// A lane's place in an 8x8 matrix: its row, and the first of its two columns.
-inline uint matrix_row(uint lane) {
+// A lane's place in an 8x8 matrix on Apple's GPUs: its row, and the first of its two columns.
+// CUDA has another order, and functions of these names that are no templates.
+template <typename L>
+inline uint matrix_row(L lane) {
   return (lane / 16) * 4 + (lane % 8) / 2;
 }
-inline uint matrix_column(uint lane) {
+template <typename L>
+inline uint matrix_column(L lane) {
   return (lane % 16) / 8 * 4 + (lane % 2) * 2;
+}
+// Over the four lanes that share a row: their numbers differ in bits 0 and 3.
+template <typename F>
+inline F matrix_row_sum(F x) {
+  x += simd_shuffle_xor(x, 1);
+  return x + simd_shuffle_xor(x, 8);
+}
+template <typename F>
+inline F matrix_row_max(F x) {
+  x = max(x, simd_shuffle_xor(x, 1));
+  return max(x, simd_shuffle_xor(x, 8));
 }
 
 // A lane's eight columns of a block, zeros past the row's end.
@@ -433,9 +447,8 @@ inline void attend(
       weights[half_step] = score;
       step_largest = max(step_largest, max(score.x, score.y));
     }
-    // Lanes whose numbers differ in bits 0 and 3 have one head's other columns.
-    step_largest = max(step_largest, simd_shuffle_xor(step_largest, 1));
-    step_largest = max(step_largest, simd_shuffle_xor(step_largest, 8));
+    // A row is a head here.
+    step_largest = matrix_row_max(step_largest);
     float shrink = exp(largest - step_largest);
     largest = step_largest;
     denominator *= shrink;
@@ -462,10 +475,8 @@ inline void attend(
       }
     }
   }
-  denominator += simd_shuffle_xor(denominator, 1);
-  denominator += simd_shuffle_xor(denominator, 8);
   result.largest = largest;
-  result.denominator = denominator;
+  result.denominator = matrix_row_sum(denominator);
 }
 
 // A lane's columns of all its blocks, times a factor, to its head's row.

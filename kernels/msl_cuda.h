@@ -427,19 +427,20 @@ inline bool simd_is_first() {
   return thread_index_in_simdgroup() == 0;
 }
 
-// 8x8 matrices: a lane holds two neighbours of a row, in Apple's order, which a kernel may
-// rely on through thread_elements(). Products in float32, exactly as there; tensor cores take
-// no float32, so where speed matters a kernel has a body of its own.
-inline uint matrix_lane_row() {
-  uint lane = thread_index_in_simdgroup();
-  return lane / 16 * 4 + lane % 8 / 2;
+// 8x8 matrices: a lane holds two neighbours of a row, in the order in which tensor cores want
+// a left factor and a sum. Metal promises no order: a kernel that has to know it asks for a
+// lane's place by these functions, and gives Apple's as templates of the same names.
+inline uint matrix_row(uint lane) {
+  return lane / 4;
 }
-inline uint matrix_lane_column() {
-  uint lane = thread_index_in_simdgroup();
-  return lane % 16 / 8 * 4 + lane % 2 * 2;
+inline uint matrix_column(uint lane) {
+  return lane % 4 * 2;
 }
-inline uint matrix_lane(uint row, uint column) {
-  return row / 4 * 16 + column / 4 * 8 + row % 4 * 2 + column % 4 / 2;
+inline float matrix_row_sum(float x) {
+  return quad_sum(x);
+}
+inline float matrix_row_max(float x) {
+  return quad_max(x);
 }
 template <typename T, int R, int C>
 struct simdgroup_matrix {
@@ -465,7 +466,8 @@ template <typename T, typename P>
 inline void simdgroup_load(
     simdgroup_matrix<T, 8, 8>& m, P source, ulong stride = 8, int = 0, bool transposed = false) {
   __syncwarp();
-  uint row = matrix_lane_row(), column = matrix_lane_column();
+  uint lane = thread_index_in_simdgroup();
+  uint row = matrix_row(lane), column = matrix_column(lane);
   for (int i = 0; i < 2; ++i) {
     m.elements[i] = transposed ? source[(column + i) * stride + row]
                                : source[row * stride + column + i];
@@ -479,27 +481,61 @@ inline void simdgroup_store(
     int = 0,
     bool transposed = false) {
   __syncwarp();
-  uint row = matrix_lane_row(), column = matrix_lane_column();
+  uint lane = thread_index_in_simdgroup();
+  uint row = matrix_row(lane), column = matrix_column(lane);
   for (int i = 0; i < 2; ++i) {
     target[transposed ? (column + i) * stride + row : row * stride + column + i] = m.elements[i];
   }
 }
+
+// What the 11 bits that tensor cores take of a float32 hold, and the next 11 of the rest.
+struct Split {
+  uint high, low;
+  inline explicit Split(float x) {
+    high = __float_as_uint(x) & 0xffffe000u;
+    low = __float_as_uint(x - __uint_as_float(high)) & 0xffffe000u;
+  }
+};
+// top += first right, bottom += second right, for 8x8 factors in 11 bits. Of a left factor a
+// lane has columns 2t and 2t + 1 of a row, of the right one rows 2t and 2t + 1 of a column.
+inline void multiply_halves(
+    float* top, float* bottom, const uint* first, const uint* second, const uint* right) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(top[0]), "+f"(top[1]), "+f"(bottom[0]), "+f"(bottom[1])
+      : "r"(first[0]), "r"(second[0]), "r"(first[1]), "r"(second[1]), "r"(right[0]),
+        "r"(right[1]));
+}
+// Values in two parts each, without the product of both low ones: right to 2^-21 of the
+// largest product. Values must be finite, as they are in our kernels.
 template <typename D, typename A, typename B, typename S>
 inline void simdgroup_multiply_accumulate(
     simdgroup_matrix<D, 8, 8>& d,
     simdgroup_matrix<A, 8, 8> a,
     simdgroup_matrix<B, 8, 8> b,
     simdgroup_matrix<S, 8, 8> c) {
-  uint row = matrix_lane_row(), column = matrix_lane_column();
+  // Lanes of even rows hand out one element while those of odd rows hand out the other: two
+  // shuffles turn rows of b into columns.
+  uint lane = thread_index_in_simdgroup();
+  bool odd = lane / 4 % 2;
+  ushort from = lane % 4 * 8 + odd * 4 + lane / 8;
+  float b0 = float(b.elements[0]), b1 = float(b.elements[1]);
+  float same = simd_shuffle(odd ? b1 : b0, from);
+  float other = simd_shuffle(odd ? b0 : b1, from ^ 4);
+  Split left[2] = {Split(float(a.elements[0])), Split(float(a.elements[1]))};
+  Split right[2] = {Split(odd ? other : same), Split(odd ? same : other)};
+  uint left_high[2] = {left[0].high, left[1].high};
+  uint left_low[2] = {left[0].low, left[1].low};
+  uint right_high[2] = {right[0].high, right[1].high};
+  uint right_low[2] = {right[0].low, right[1].low};
+  uint none[2] = {0, 0};
   float sum[2] = {float(c.elements[0]), float(c.elements[1])};
-  for (int k = 0; k < 8; ++k) {
-    float left = simd_shuffle(float(a.elements[k % 2]), matrix_lane(row, k));
-    ushort from = matrix_lane(k, column);
-    sum[0] = ::fmaf(left, simd_shuffle(float(b.elements[0]), from), sum[0]);
-    sum[1] = ::fmaf(left, simd_shuffle(float(b.elements[1]), from), sum[1]);
-  }
-  d.elements[0] = D(sum[0]);
-  d.elements[1] = D(sum[1]);
+  float rest[2] = {0.0f, 0.0f};
+  multiply_halves(sum, rest, left_high, left_low, right_high);
+  multiply_halves(sum, rest, left_high, none, right_low);
+  d.elements[0] = D(sum[0] + rest[0]);
+  d.elements[1] = D(sum[1] + rest[1]);
 }
 template <typename D, typename A, typename B>
 inline void simdgroup_multiply(
