@@ -461,7 +461,7 @@ template <typename T, int DK>
 // (exp(gap(15, j)) D)^T K. Launch: 4 simdgroups of 8 value columns each, grid
 // (128, dv / 32, B Hv). A simdgroup keeps the transpose of its part of S in matrix
 // registers through all chunks; gaps are summed, never differences of totals, which strong
-// decay makes too large to subtract. DK is at most 192: 30 KiB of threadgroup memory.
+// decay makes too large to subtract. DK is at most 192: 31 KiB of threadgroup memory.
 template <typename T, int DK>
 [[kernel]] void gated_delta_net_chunkwise(
     device const T* qkv,
@@ -482,8 +482,10 @@ template <typename T, int DK>
   constexpr int BLOCKS = DK / 8;
   constexpr int THREADS = 128;
   constexpr int TILE = 32;
+  // Eight rows side by side lie in different banks.
+  constexpr int PITCH = DK + 4;
   // Rows of k, then of q; at the ends the threadgroup's part of the state.
-  threadgroup float keys[32 * DK];
+  threadgroup float keys[TILE * PITCH];
   threadgroup float coupling[CHUNK * CHUNK];
   threadgroup float mixing[CHUNK * CHUNK];
   threadgroup float fixes[4 * CHUNK * 8];
@@ -492,7 +494,7 @@ template <typename T, int DK>
   threadgroup float rates[CHUNK];
   threadgroup float totals[CHUNK];
   threadgroup float tails[CHUNK];
-  threadgroup float* queries = keys + CHUNK * DK;
+  threadgroup float* queries = keys + CHUNK * PITCH;
   threadgroup float* fix = fixes + simdgroup * CHUNK * 8;
   threadgroup float* read = reads + simdgroup * CHUNK * 8;
 
@@ -503,26 +505,38 @@ template <typename T, int DK>
   uint first_row = where.y * TILE;
   ulong state_at = (ulong(where.z) * dv + first_row) * DK;
   uint n_rows = min(uint(TILE), dv - first_row);
+  uint column = first_row + simdgroup * 8 + lane % 8;
 
   for (uint i = thread_index; i < TILE * DK; i += THREADS) {
-    keys[i] = i < n_rows * DK ? state[state_at + i] : 0.0f;
+    keys[i / DK * PITCH + i % DK] = i < n_rows * DK ? state[state_at + i] : 0.0f;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   simdgroup_float8x8 s[BLOCKS];
 #pragma unroll
   for (int j = 0; j < BLOCKS; ++j) {
-    simdgroup_load(s[j], keys + simdgroup * 8 * DK + 8 * j, DK, 0, true);
+    simdgroup_load(s[j], keys + simdgroup * 8 * PITCH + 8 * j, PITCH, 0, true);
   }
 
   for (uint start = 0; start < n_tokens; start += CHUNK) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     uint n_here = min(uint(CHUNK), n_tokens - start);
     ulong token = sequence * n_tokens + start;
-    for (uint i = thread_index; i < CHUNK * DK; i += THREADS) {
+#pragma unroll
+    for (uint n = 0; n < CHUNK * DK; n += THREADS) {
+      uint i = n + thread_index;
+      uint to = i / DK * PITCH + i % DK;
       bool there = i / DK < n_here;
       auto row = qkv + (token + (there ? i / DK : 0)) * width + key_head * DK + i % DK;
-      queries[i] = there ? float(row[0]) : 0.0f;
-      keys[i] = there ? float(row[n_key_heads * DK]) : 0.0f;
+      queries[to] = there ? float(row[0]) : 0.0f;
+      keys[to] = there ? float(row[n_key_heads * DK]) : 0.0f;
+    }
+    float values[CHUNK / 4];
+#pragma unroll
+    for (uint r = 0; r < CHUNK / 4; ++r) {
+      uint i = 4 * r + lane / 8;
+      bool there = i < n_here && column < dv;
+      ulong from = (token + (there ? i : 0)) * width + 2 * n_key_heads * DK;
+      values[r] = there ? float(qkv[from + head * dv + column]) : 0.0f;
     }
     if (thread_index < CHUNK) {
       bool there = thread_index < n_here;
@@ -549,16 +563,16 @@ template <typename T, int DK>
       for (int j = 0; j < BLOCKS; ++j) {
         simdgroup_float8x8 left;
         simdgroup_float8x8 right;
-        simdgroup_load(right, keys + block_column * 8 * DK + 8 * j, DK, 0, true);
-        simdgroup_load(left, keys + block_row * 8 * DK + 8 * j, DK);
+        simdgroup_load(right, keys + block_column * 8 * PITCH + 8 * j, PITCH, 0, true);
+        simdgroup_load(left, keys + block_row * 8 * PITCH + 8 * j, PITCH);
         simdgroup_multiply_accumulate(kk, left, right, kk);
-        simdgroup_load(left, queries + block_row * 8 * DK + 8 * j, DK);
+        simdgroup_load(left, queries + block_row * 8 * PITCH + 8 * j, PITCH);
         simdgroup_multiply_accumulate(qk, left, right, qk);
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          simdgroup_load(left, keys + m * 8 * DK + 8 * j, DK);
+          simdgroup_load(left, keys + m * 8 * PITCH + 8 * j, PITCH);
           simdgroup_multiply_accumulate(ks[m], left, s[j], ks[m]);
-          simdgroup_load(left, queries + m * 8 * DK + 8 * j, DK);
+          simdgroup_load(left, queries + m * 8 * PITCH + 8 * j, PITCH);
           simdgroup_multiply_accumulate(qs[m], left, s[j], qs[m]);
         }
       }
@@ -586,34 +600,36 @@ template <typename T, int DK>
       uint i = pair / CHUNK;
       uint j = pair % CHUNK;
       float gap = 0.0f;
-      for (uint m = j + 1; m <= i; ++m) {
-        gap += log_g[m];
+#pragma unroll
+      for (uint m = 1; m < CHUNK; ++m) {
+        gap += m > j && m <= i ? log_g[m] : 0.0f;
       }
       float decay = j <= i ? exp(gap) : 0.0f;
       coupling[pair] = j < i ? rates[i] * decay * coupling[pair] : 0.0f;
       mixing[pair] = decay * mixing[pair];
     }
-    uint first_value = first_row + simdgroup * 8;
-    for (uint at = lane; at < CHUNK * 8; at += SIMD) {
-      uint i = at / 8;
-      uint column = first_value + at % 8;
-      bool there = i < n_here && column < dv;
-      ulong from = (token + (there ? i : 0)) * width + 2 * n_key_heads * DK;
-      float v = there ? float(qkv[from + head * dv + column]) : 0.0f;
-      fix[at] = rates[i] * (v - totals[i] * fix[at]);
-      read[at] *= totals[i];
+    // A lane has every fourth token of one value column.
+    float corrected[CHUNK / 4];
+#pragma unroll
+    for (uint r = 0; r < CHUNK / 4; ++r) {
+      uint i = 4 * r + lane / 8;
+      corrected[r] = rates[i] * (values[r] - totals[i] * fix[SIMD * r + lane]);
+      read[SIMD * r + lane] *= totals[i];
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    // Forward substitution, one value column a lane.
-    if (lane < 8) {
-      for (uint i = 1; i < CHUNK; ++i) {
-        float sum = fix[8 * i + lane];
-        for (uint j = 0; j < i; ++j) {
-          sum = fma(-coupling[CHUNK * i + j], fix[8 * j + lane], sum);
-        }
-        fix[8 * i + lane] = sum;
+    // Forward substitution: each token, once it is done, goes to those after it.
+#pragma unroll
+    for (uint j = 0; j < CHUNK; ++j) {
+      float done = simd_shuffle(corrected[j / 4], j % 4 * 8 + lane % 8);
+#pragma unroll
+      for (uint r = j / 4; r < CHUNK / 4; ++r) {
+        corrected[r] = fma(-coupling[CHUNK * (4 * r + lane / 8) + j], done, corrected[r]);
       }
+    }
+#pragma unroll
+    for (uint r = 0; r < CHUNK / 4; ++r) {
+      fix[SIMD * r + lane] = corrected[r];
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
@@ -631,13 +647,13 @@ template <typename T, int DK>
       simdgroup_store(y, read + 64 * m, 8);
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    for (uint at = lane; at < CHUNK * 8; at += SIMD) {
-      uint i = at / 8;
-      uint column = first_value + at % 8;
+#pragma unroll
+    for (uint r = 0; r < CHUNK / 4; ++r) {
+      uint i = 4 * r + lane / 8;
       if (i < n_here && column < dv) {
-        out[((token + i) * n_heads + head) * dv + column] = T(read[at]);
+        out[((token + i) * n_heads + head) * dv + column] = T(read[SIMD * r + lane]);
       }
-      fix[at] *= tails[i];
+      fix[SIMD * r + lane] = tails[i] * corrected[r];
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     simdgroup_float8x8 corrections[2];
@@ -651,7 +667,7 @@ template <typename T, int DK>
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         simdgroup_float8x8 left;
-        simdgroup_load(left, keys + m * 8 * DK + 8 * j, DK, 0, true);
+        simdgroup_load(left, keys + m * 8 * PITCH + 8 * j, PITCH, 0, true);
         simdgroup_multiply_accumulate(s[j], left, corrections[m], s[j]);
       }
     }
@@ -660,10 +676,10 @@ template <typename T, int DK>
   threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
   for (int j = 0; j < BLOCKS; ++j) {
-    simdgroup_store(s[j], keys + simdgroup * 8 * DK + 8 * j, DK, 0, true);
+    simdgroup_store(s[j], keys + simdgroup * 8 * PITCH + 8 * j, PITCH, 0, true);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (uint i = thread_index; i < n_rows * DK; i += THREADS) {
-    state_out[state_at + i] = keys[i];
+    state_out[state_at + i] = keys[i / DK * PITCH + i % DK];
   }
 }

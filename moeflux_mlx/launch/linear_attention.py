@@ -406,7 +406,7 @@ def gated_delta_net_step(
     sample=_some_delta,
     sizes=[
         dict(b=1, t=1, hk=1, hv=1, dk=32, dv=1),
-        dict(b=2, t=7, hk=1, hv=2, dk=128, dv=19),
+        dict(b=2, t=7, hk=2, hv=4, dk=128, dv=19),
         dict(b=1, t=5, hk=1, hv=1, dk=96, dv=6, strong=1),
         dict(b=1, t=33, hk=1, hv=1, dk=64, dv=5),
     ],
@@ -441,7 +441,7 @@ def _delta_sizes(t: int, key_heads: int, heads: int, dv: int) -> dict[str, int]:
     sample=_some_delta,
     sizes=[
         dict(b=1, t=1, hk=1, hv=1, dk=32, dv=1),
-        dict(b=2, t=19, hk=1, hv=2, dk=64, dv=37),
+        dict(b=2, t=19, hk=2, hv=4, dk=64, dv=37),
         dict(b=1, t=16, hk=1, hv=1, dk=128, dv=33),
         dict(b=1, t=41, hk=1, hv=1, dk=32, dv=40, strong=1),
     ],
