@@ -161,21 +161,20 @@ class GraphLayer:
             return self._run_linear(hidden, cache, context)
         return self._run_full(hidden, cache, context)
 
-    def foresee(self, hidden: Array) -> None:
-        """Begin to read the experts that the layer will likely choose.
+    def expected(self, hidden: Array) -> Array:
+        """Return the experts ``[N, K]`` that the layer will likely choose.
 
         Its router says so on what the layer begins with ``[N, D]``: less its own mixer,
         that is the row it will see.
         """
-        streamer, n = self.runtime.streaming, hidden.shape[0]
-        assert streamer is not None
+        n = hidden.shape[0]
         on_host = isinstance(hidden, np.ndarray)
         dtype = mx.float32 if on_host else hidden.dtype
         weights = self.weights.bind(dtype, host=on_host)
-        key = ("foresee", self.weights.signature, n, dtype)
-        graph = self.runtime.graphs.get(key, lambda: self._build_foresee(n, dtype))
+        key = ("expected", self.weights.signature, n, dtype)
+        graph = self.runtime.graphs.get(key, lambda: self._build_expected(n, dtype))
         done = self._runner.run(graph, weights, {"hidden": hidden}, recurs=True)
-        streamer.foresee(self.index, to_device(done.value(graph.outputs["experts"])))
+        return done.value(graph.outputs["experts"])
 
     def sample(self, n_tokens: int, dtype: mx.Dtype) -> LayerSample:
         """Return the graph for one sequence of ``n_tokens`` with inputs to run it."""
@@ -307,7 +306,7 @@ class GraphLayer:
         total = sum(ref.n_bytes for ref in self.routed.refs.values())
         return RoutedShape(dim, width, total // self.args.num_experts)
 
-    def _build_foresee(self, n: int, dtype: mx.Dtype) -> LayerGraph:
+    def _build_expected(self, n: int, dtype: mx.Dtype) -> LayerGraph:
         eps = self.args.rms_norm_eps
         g = GraphBuilder("router of the layer ahead", dtype, self.weights.refs)
         hidden = g.input("hidden", b.HiddenBuf, (n, self.args.hidden_size))

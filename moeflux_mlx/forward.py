@@ -44,8 +44,8 @@ class DecoderLayer(Protocol):
     def experts(self, dtype: mx.Dtype) -> ExpertSource:
         """Return the experts that its routed Op asks."""
 
-    def foresee(self, hidden: Array) -> None:
-        """Begin to read the experts that it will likely choose."""
+    def expected(self, hidden: Array) -> Array:
+        """Return the experts ``[N, K]`` that it will likely choose, before it runs."""
 
     def planned_bytes(self, call: Call) -> int:
         """Return the planned peak of a call's graph; needs no weight's value."""
@@ -227,7 +227,9 @@ class Forward:
         with put_back_on_failure(cache), reading_ahead as ahead, progress as report:
             for layer, layer_cache in zip(layers, cache, strict=True):
                 if ahead and layer.index:
-                    layer.foresee(hidden)
+                    assert self.runtime.streaming is not None
+                    expected = to_device(layer.expected(hidden))
+                    self.runtime.streaming.foresee(layer.index, expected)
                 self.runtime.executor.begin_layer(self._chunk, layer.index, hidden)
                 hidden = layer(hidden, layer_cache, steps)
                 report(layer.index)

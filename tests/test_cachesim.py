@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from functools import cache
 
 import mlx.core as mx
@@ -132,6 +133,26 @@ def test_hits_are_those_that_the_streamer_counts(packed, trace, n_slots, name, s
             assert counted.hits == simulated.requests[:, row].sum() - n_misses
 
 
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("n_slots", [12, 20])
+def test_reads_ahead_are_those_that_the_streamer_counts(packed, trace, n_slots, name):
+    memory = n_slots * stride(packed) + POOL_ALIGNMENT
+    model, _ = moeflux_mlx.load(
+        packed, expert_memory=memory, policy=name, read_ahead="on"
+    )
+    with model.streamer as streamer:
+        prompt = mx.array(PROMPT)
+        for _ in generate_step(prompt, model, max_tokens=30, prefill_step_size=4):
+            pass
+        counted = [streamer.stats[layer] for layer in trace.layers]
+        simulated = replay(trace, n_slots, POLICIES[name], read_ahead=True)
+    assert [c.misses for c in counted] == simulated.misses.sum(axis=0).tolist()
+    assert [c.read_ahead for c in counted] == simulated.ahead.sum(axis=0).tolist()
+    assert simulated.ahead[:, 0].sum() == 0 < simulated.ahead[:, 1:].sum()
+    without = replay(trace, n_slots, POLICIES[name])
+    assert without.ahead.sum() == 0 and simulated.hit_rate() > without.hit_rate()
+
+
 def stride(packed) -> int:
     model, _ = moeflux_mlx.load(packed, expert_io="pread")
     with model.streamer as streamer:
@@ -161,7 +182,7 @@ def test_steady_figures_are_of_the_second_half_of_what_was_generated():
 
 
 def test_rates_without_requests_are_no_error():
-    assert Replay(np.zeros((0, 1)), np.zeros((0, 1))).hit_rate() == 0
+    assert Replay(*[np.zeros((0, 1))] * 3).hit_rate() == 0
 
 
 @pytest.mark.parametrize(
@@ -181,6 +202,36 @@ def test_the_command_prints_every_policy_and_draws_the_curves(trace, tmp_path, c
     for text in ("16", "8", "lru", "lfu", OPTIMUM, "100.0%"):
         assert text in table
     assert plot.stat().st_size > 1000
+
+
+def test_the_command_shows_each_policy_without_and_with_reading_ahead(
+    trace, tmp_path, capsys
+):
+    path = tmp_path / "trace.npz"
+    trace.save(path)
+    command = ["cachesim", str(path), "--budgets", "50", "--policy", "lru"]
+    assert main(command) == 0
+    assert "ahead" not in capsys.readouterr().out.partition("hits:")[0]
+    assert main([*command, "--read-ahead"]) == 0
+    assert "lru, ahead" in capsys.readouterr().out
+
+
+def test_reading_ahead_costs_the_bytes_that_it_reads(trace):
+    best, without, ahead = simulate(trace, {"lru": LRU}, [0.5], read_ahead=True)
+    assert (without.policy, ahead.policy) == ("lru", "lru, ahead")
+    assert ahead.steady_hit_rate > without.steady_hit_rate
+    n_slots = best.n_slots
+    done = replay(trace, n_slots, LRU, read_ahead=True)
+    first = len(trace.passes) - 31 // 2
+    n_read = (done.misses + done.ahead)[first:].sum()
+    assert ahead.bytes_per_token == n_read * trace.record_bytes[0] / (31 // 2)
+
+
+def test_a_trace_without_what_was_foreseen_is_refused(trace, tmp_path, capsys):
+    path = tmp_path / "trace.npz"
+    replace(trace, likely=None).save(path)
+    assert main(["cachesim", str(path), "--read-ahead"]) == 2
+    assert "record it again" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_trace_is_one_clear_line(tmp_path, capsys):

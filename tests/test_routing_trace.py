@@ -68,6 +68,27 @@ def test_streamed_models_are_traced_alike(packed, budget, trace):
     assert model.runtime.executor.observer is None
 
 
+def test_what_is_likely_is_what_the_streamer_is_told(packed, budget, trace):
+    model, _ = moeflux_mlx.load(packed, expert_memory=budget, read_ahead="on")
+    told = []
+    with model.streamer as streamer:
+        foresee = streamer.foresee
+
+        def listening(layer, indices):
+            told.append((layer, np.array(indices).ravel().tolist()))
+            foresee(layer, indices)
+
+        streamer.foresee = listening
+        for _ in generate_step(mx.array(PROMPT), model, max_tokens=N_TOKENS):
+            pass
+    assert trace.likely.shape == (1 + N_TOKENS, 3, 2)
+    flat = trace.likely.reshape(-1, 2).tolist()
+    assert told == list(zip([1, 2, 3] * (1 + N_TOKENS), flat, strict=True))
+    rows = list(trace.foreseen())
+    assert rows[0] is None
+    assert rows[1:] == [[[], *map(sorted, token)] for token in trace.likely.tolist()]
+
+
 def test_generation_ends_at_an_end_of_text_token(checkpoint, trace):
     model, _ = moeflux_mlx.load(checkpoint)
     steps = generate_step(mx.array(PROMPT), model, max_tokens=N_TOKENS)
@@ -101,6 +122,8 @@ def test_a_file_gives_back_what_was_saved(trace, tmp_path, n_experts):
     assert found.chosen.dtype == (np.uint8 if n_experts == 8 else np.uint16)
     assert found.chosen.tolist() == trace.chosen.tolist()
     assert found.passes.tolist() == trace.passes.tolist()
+    assert found.likely.dtype == found.chosen.dtype
+    assert found.likely.tolist() == trace.likely.tolist()
     for name in ("model_type", "layers", "record_bytes", "n_prompt_tokens"):
         assert getattr(found, name) == getattr(trace, name)
 
@@ -131,6 +154,7 @@ def test_damage_is_an_error_or_changes_nothing(saved, trace, data):
         # Zip files have fields that nobody reads.
         assert found.chosen.tolist() == trace.chosen.tolist()
         assert found.passes.tolist() == trace.passes.tolist()
+        assert found.likely is None or found.likely.tolist() == trace.likely.tolist()
         assert found.layers == trace.layers
 
 
@@ -158,6 +182,11 @@ def arrays(path):
         lambda a: a.update(chosen=a["chosen"][:, 0]),
         lambda a: a.update(chosen=a["chosen"][:0], passes=a["passes"][:0]),
         lambda a: a.update(chosen=a["chosen"].astype(np.float32)),
+        lambda a: a.update(likely=a["likely"][1:]),
+        lambda a: a.update(likely=a["likely"][:, 1:]),
+        lambda a: a.update(likely=a["likely"][0]),
+        lambda a: a.update(likely=a["likely"].astype(np.uint16)),
+        lambda a: a.update(likely=a["likely"] + np.uint8(8)),
     ],
 )
 def test_a_file_whose_parts_do_not_fit_is_refused(saved, tmp_path, change):

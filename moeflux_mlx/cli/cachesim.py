@@ -53,6 +53,11 @@ def add_parser(subparsers: Any) -> None:
         "even share)",
     )
     parser.add_argument(
+        "--read-ahead",
+        action="store_true",
+        help="also let each policy read what the next layer's router foresaw",
+    )
+    parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="also draw it, as .png or .svg"
     )
     parser.set_defaults(run=run)
@@ -65,7 +70,14 @@ def run(args: argparse.Namespace) -> int:
     trace = RoutingTrace.load(args.trace)
     policies = {name: policy_factory(name) for name in args.policy or POLICIES}
     shares = [budget / 100 for budget in args.budgets]
-    found = simulate(trace, policies, shares, scope=args.scope, floor=args.floor)
+    found = simulate(
+        trace,
+        policies,
+        shares,
+        scope=args.scope,
+        floor=args.floor,
+        read_ahead=args.read_ahead,
+    )
     title = (
         f"{trace.model_type}, {trace.top_k} of {trace.n_experts} experts in "
         f"{len(trace.layers)} layers, {trace.n_prompt_tokens} tokens of a prompt and "
@@ -80,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
 def hits_table(found: Sequence[Outcome], title: str) -> Table:
     """Lay out hit rates by budget, each beside the optimum's."""
     caption = (
-        "steady: the second half of the generated tokens; all: from empty slots on"
+        "hits: in memory when asked for; steady: the second half of the generated "
+        "tokens; all: from empty slots on; the optimum reads nothing ahead"
     )
     table = Table(title=title, caption=caption)
     table.add_column("experts\nin memory", justify="right")

@@ -20,10 +20,12 @@ class Replay:
     """What one replay found, by pass and layer: ``[S, L]``.
 
     Requests are distinct experts of a layer in a pass, as the streamer counts them.
+    ``ahead`` are experts read before they were asked for, needed or not.
     """
 
     requests: np.ndarray
     misses: np.ndarray
+    ahead: np.ndarray
 
     def hit_rate(self, first: int = 0) -> float:
         """Return the share of requests from pass ``first`` on that were no misses."""
@@ -35,9 +37,10 @@ class Replay:
 class Outcome:
     """How a policy, or the optimum, fares with slots for a ``share`` of all experts.
 
-    ``hit_rate`` is that of the whole run, from empty slots on. The steady one, and
-    ``bytes_per_token``, are those of the second half of the generated tokens: by then
-    slots are full, and what a policy counts has been counted.
+    ``hit_rate`` is that of the whole run, from empty slots on: what was in memory, or
+    on its way, when it was asked for. The steady one, and ``bytes_per_token``, are
+    those of the second half of the generated tokens: by then slots are full, and what a
+    policy counts has been counted.
     """
 
     policy: str
@@ -49,6 +52,8 @@ class Outcome:
 
 
 OPTIMUM = "optimum"
+# Follows the name of a policy.
+READING_AHEAD = ", ahead"
 
 
 def simulate(
@@ -58,24 +63,36 @@ def simulate(
     *,
     scope: str = "global",
     floor: int | None = None,
+    read_ahead: bool = False,
 ) -> list[Outcome]:
     """Return what every policy, and the optimum first, make of each share of slots.
 
     Args:
         shares: of all experts, more than 0 and less than 1.
         scope, floor: as for ``ExpertStreamer``.
+        read_ahead: let each policy also read ahead; the optimum never does.
 
     Raises:
-        ConfigError: a share is out of range, or too small for a token.
+        ConfigError: a share is out of range, or too small for a token, or the trace
+            does not say what could have been read ahead.
     """
+    if read_ahead and trace.likely is None:
+        raise ConfigError(
+            "[cachesim] expected a trace that says what each layer was expected to "
+            "choose, to read ahead: record it again"
+        )
     found: list[Outcome] = []
     for share in shares:
         n_slots = _count_slots(trace, share, scope)
         optimum = replay_optimum(trace, n_slots, scope=scope)
         found.append(_outcome(trace, OPTIMUM, share, n_slots, optimum))
         for name, policy in policies.items():
-            done = replay(trace, n_slots, policy, scope=scope, floor=floor)
-            found.append(_outcome(trace, name, share, n_slots, done))
+            for ahead in (False, True) if read_ahead else (False,):
+                done = replay(
+                    trace, n_slots, policy, scope=scope, floor=floor, read_ahead=ahead
+                )
+                label = name + READING_AHEAD if ahead else name
+                found.append(_outcome(trace, label, share, n_slots, done))
     return found
 
 
@@ -97,7 +114,8 @@ def _outcome(
 ) -> Outcome:
     n_generated = int((trace.passes == 1).sum())
     first = min(len(trace.passes) - n_generated // 2, len(trace.passes) - 1)
-    n_bytes = (done.misses[first:] @ np.array(trace.record_bytes)).sum()
+    n_read = done.misses[first:] + done.ahead[first:]
+    n_bytes = (n_read @ np.array(trace.record_bytes)).sum()
     return Outcome(
         policy=policy,
         share=share,
@@ -115,12 +133,15 @@ def replay(
     *,
     scope: str = "global",
     floor: int | None = None,
+    read_ahead: bool = False,
 ) -> Replay:
     """Return what an ``ExpertStreamer`` with as many slots counts on this routing.
 
     Args:
         n_slots: of all layers together, fewer than there are experts.
         policy, scope, floor: as for ``ExpertStreamer``.
+        read_ahead: read what ``trace.likely`` says before each layer asks; all of it
+            arrives in time, where the streamer might have to wait.
     """
     table = SlotTable(
         len(trace.layers),
@@ -131,15 +152,18 @@ def replay(
         shared=scope == "global",
         floor=floor,
     )
-
-    misses = [
-        [
-            (use_at_once if n_tokens == 1 else use_in_waves)(table, row, needed)
-            for row, needed in enumerate(rows)
-        ]
-        for n_tokens, rows in trace.needed()
-    ]
-    return _by_pass(trace, np.array(misses))
+    requests, misses, ahead = (
+        np.zeros((len(trace.passes), len(trace.layers)), int) for _ in range(3)
+    )
+    passes = zip(trace.needed(), trace.foreseen(), strict=True)
+    for i, ((n_tokens, rows), likely) in enumerate(passes):
+        use = use_at_once if n_tokens == 1 else use_in_waves
+        for row, needed in enumerate(rows):
+            if read_ahead and likely is not None:
+                ahead[i, row] = read_before_use(table, row, likely[row])
+            requests[i, row] = len(needed)
+            misses[i, row] = use(table, row, needed)
+    return Replay(requests, misses, ahead)
 
 
 def replay_optimum(
@@ -163,7 +187,14 @@ def replay_optimum(
             for row in range(n_rows)
         ]
         misses = np.array(columns).T
-    return _by_pass(trace, misses)
+    requests = [[len(needed) for needed in rows] for rows in keys]
+    return Replay(np.array(requests), misses, np.zeros_like(misses))
+
+
+def read_before_use(table: SlotTable, row: int, likely: Sequence[int]) -> int:
+    """Read what a layer is expected to ask for next; return how many."""
+    missing = [e for e in likely if table.rows[row][e] == EMPTY]
+    return _read(table, row, missing, likely)
 
 
 def use_at_once(table: SlotTable, row: int, needed: Sequence[int]) -> int:
@@ -210,8 +241,3 @@ def _read(
 
 def _present(table: SlotTable, row: int, experts: Sequence[int]) -> list[int]:
     return [e for e in experts if table.rows[row][e] != EMPTY]
-
-
-def _by_pass(trace: RoutingTrace, misses: np.ndarray) -> Replay:
-    requests = [[len(needed) for needed in rows] for _, rows in trace.needed()]
-    return Replay(np.array(requests), misses)

@@ -1,6 +1,6 @@
 """Which experts every layer's router chose, token by token: a recording in a file.
 
-The file is a compressed NumPy archive (``.npz``) of three arrays:
+The file is a compressed NumPy archive (``.npz``) of these arrays:
 
 ========== =========================================================================
 ``header`` JSON: ``format`` and ``version``; ``model_type``; ``layers``, the numbers of
@@ -10,6 +10,8 @@ The file is a compressed NumPy archive (``.npz``) of three arrays:
            goes through in chunks, what is generated token by token
 ``chosen`` ``[N, L, K]`` uint8 (uint16 from 257 experts on): the experts of each token
            in each layer, by falling weight
+``likely`` ``[S1, L - 1, K]``, of the S1 passes of one token: what each layer but the
+           first was expected to choose one layer before; may be missing
 ========== =========================================================================
 """
 
@@ -33,8 +35,8 @@ FORMAT, VERSION = "moeflux routing trace", 1
 class RoutingTrace:
     """The routing of one run: prompt and generated tokens, all routed layers.
 
-    ``passes`` and ``chosen`` are as in the file; ``record_bytes`` has one number for
-    each of ``layers``.
+    ``passes``, ``chosen`` and ``likely`` are as in the file; ``record_bytes`` has one
+    number for each of ``layers``.
     """
 
     model_type: str
@@ -44,6 +46,7 @@ class RoutingTrace:
     n_prompt_tokens: int
     passes: np.ndarray
     chosen: np.ndarray
+    likely: np.ndarray | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -64,6 +67,16 @@ class RoutingTrace:
             yield n_tokens, [sorted({*chosen[:, r].ravel().tolist()}) for r in layers]
             first += n_tokens
 
+    def foreseen(self) -> Iterator[list[list[int]] | None]:
+        """Yield for each pass what layers were expected to choose, or None.
+
+        That is, for one token, by layer, distinct experts, rising; none for the first.
+        """
+        left = iter(() if self.likely is None else self.likely)
+        for n_tokens in self.passes.tolist():
+            rows = next(left, None) if n_tokens == 1 else None
+            yield None if rows is None else [[], *(sorted({*r}) for r in rows.tolist())]
+
     def counts(self) -> np.ndarray:
         """Return how many tokens chose each expert: ``[L, E]``."""
         n_layers, n_experts = len(self.layers), self.n_experts
@@ -83,12 +96,18 @@ class RoutingTrace:
             "n_prompt_tokens": self.n_prompt_tokens,
         }
         dtype = np.uint8 if self.n_experts <= 256 else np.uint16
+        arrays: dict[str, Any] = {
+            "passes": self.passes.astype(np.uint32),
+            "chosen": self.chosen.astype(dtype),
+        }
+        if self.likely is not None:
+            arrays["likely"] = self.likely.astype(dtype)
         with open(path, "wb") as file:
             np.savez_compressed(
                 file,
+                allow_pickle=False,
                 header=np.array(json.dumps(header)),
-                passes=self.passes.astype(np.uint32),
-                chosen=self.chosen.astype(dtype),
+                **arrays,
             )
 
     @classmethod
@@ -98,7 +117,7 @@ class RoutingTrace:
         Raises:
             TraceError: it is no such file, of another version, or damaged.
         """
-        header, passes, chosen = _read(Path(path))
+        header, arrays = _read(Path(path))
         try:
             found = cls(
                 model_type=str(header["model_type"]),
@@ -106,8 +125,7 @@ class RoutingTrace:
                 n_experts=int(header["n_experts"]),
                 record_bytes=tuple(map(int, header["record_bytes"])),
                 n_prompt_tokens=int(header["n_prompt_tokens"]),
-                passes=passes,
-                chosen=chosen,
+                **arrays,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise TraceError(
@@ -129,6 +147,7 @@ class RoutingTrace:
             and self.passes.dtype == np.uint32
             and self.passes.min(initial=1) > 0
             and int(self.passes.sum()) == len(self.chosen),
+            "likely experts as [S1, L - 1, K] of these": self._are_likely_whole(),
             "a prompt within the tokens": 0 <= self.n_prompt_tokens <= len(self.chosen),
         }
         for expected, holds in whole.items():
@@ -139,12 +158,24 @@ class RoutingTrace:
                     f"chosen {self.chosen.dtype} {self.chosen.shape}"
                 )
 
+    def _are_likely_whole(self) -> bool:
+        if self.likely is None:
+            return True
+        n_single, n_layers = int((self.passes == 1).sum()), len(self.layers)
+        return (
+            self.likely.shape == (n_single, n_layers - 1, *self.chosen.shape[2:])
+            and self.likely.dtype == self.chosen.dtype
+            and self.likely.max(initial=0) < self.n_experts
+        )
 
-def _read(path: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             header = json.loads(str(archive["header"][()]))
-            passes, chosen = archive["passes"], archive["chosen"]
+            arrays = {name: archive[name] for name in ("passes", "chosen")}
+            if "likely" in archive:
+                arrays["likely"] = archive["likely"]
     # zipfile and NumPy raise nearly anything for bytes that are none of theirs.
     except Exception as error:
         raise TraceError(
@@ -156,4 +187,4 @@ def _read(path: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
             f"[trace] {path}: expected {FORMAT!r} version {VERSION} but got "
             f"{named.get('format')!r} version {named.get('version')!r}"
         )
-    return named, passes, chosen
+    return named, arrays

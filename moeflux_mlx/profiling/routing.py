@@ -12,6 +12,7 @@ from mlx_lm.generate import generate_step
 from ..errors import ConfigError
 from ..executors.base import Encoding
 from ..experts.routing_trace import RoutingTrace
+from ..forward import DecoderLayer
 from ..graph.lower import Step, lower
 from ..ops.moe import RoutedExperts
 from ..runtime import Runtime
@@ -28,6 +29,8 @@ def record_routing(
     **options: Any,
 ) -> RoutingTrace:
     """Generate as mlx-lm does and return every choice of every router.
+
+    Of single tokens also what the layer before would have had read ahead.
 
     Args:
         prompt: token ids.
@@ -46,7 +49,7 @@ def record_routing(
             f"{len(prompt)} and {max_tokens}"
         )
     runtime = runtime_of(model)
-    recorder = RoutingRecorder(runtime)
+    recorder = RoutingRecorder(runtime, model.graph_layers)
     recorded: Any = RecordedModel(model, recorder)
     with observing(runtime.executor, recorder):
         options = {**options, "max_tokens": max_tokens, "sampler": sampler}
@@ -61,6 +64,7 @@ def record_routing(
         n_prompt_tokens=len(prompt),
         passes=np.array([len(chosen) for chosen in recorded.passes], np.uint32),
         chosen=np.concatenate(recorded.passes),
+        likely=np.stack(recorded.likely) if recorded.likely else None,
     )
 
 
@@ -70,29 +74,39 @@ class RoutingRecorder:
     Ops are performed one by one: several together may keep the choice to themselves.
     """
 
-    def __init__(self, runtime: Runtime):
-        self._runtime = runtime
+    def __init__(self, runtime: Runtime, layers: Sequence[DecoderLayer]):
+        self._runtime, self._layers = runtime, layers
         self._steps: dict[int, list[Step]] = {}
         # By layer, in the order in which they are run.
         self._routed: list[RoutedExperts] = []
         self._chosen: list[Any] = []
+        self._likely: list[Any] = []
 
     def __call__(self, steps: Sequence[Step], encoding: Encoding) -> None:
         layer = layer_of(self._runtime, steps)
         if id(layer) not in self._steps:
             lowered = lower(layer.graph, self._runtime.executor.kernel)
             self._steps[id(layer)] = lowered
-        for step in self._steps[id(layer)]:
+        lowered, before = self._steps[id(layer)], len(self._chosen)
+        if before and any(isinstance(step.ops[0], RoutedExperts) for step in lowered):
+            hidden = encoding.value(layer.inputs["hidden"])
+            if len(hidden) == 1:
+                self._likely.append(self._layers[before].expected(hidden))
+        for step in lowered:
             if isinstance(op := step.ops[0], RoutedExperts):
                 self._routed.append(op)
                 self._chosen.append(encoding.value(op.indices))
             step.run(encoding.values, encoding.weights, encoding.host)
 
-    def take(self) -> tuple[list[RoutedExperts], np.ndarray]:
-        """Return each layer's Op of one pass, and what it chose: ``[N, L, K]``."""
-        routed, chosen = self._routed, self._chosen
-        self._routed, self._chosen = [], []
-        return routed, np.stack([np.array(choice) for choice in chosen], axis=1)
+    def take(self) -> tuple[list[RoutedExperts], np.ndarray, np.ndarray | None]:
+        """Return one pass: each layer's Op, what it chose and was expected to.
+
+        That is ``[N, L, K]`` and, of one token, ``[L - 1, K]``.
+        """
+        routed, chosen, likely = self._routed, self._chosen, self._likely
+        self._routed, self._chosen, self._likely = [], [], []
+        expected = np.concatenate([np.array(x) for x in likely]) if likely else None
+        return routed, np.stack([np.array(x) for x in chosen], axis=1), expected
 
 
 class RecordedModel:
@@ -100,6 +114,7 @@ class RecordedModel:
 
     def __init__(self, model: Any, recorder: RoutingRecorder):
         self.passes: list[np.ndarray] = []
+        self.likely: list[np.ndarray] = []
         self.routed: list[RoutedExperts] = []
         self._model, self._recorder = model, recorder
 
@@ -108,6 +123,8 @@ class RecordedModel:
 
     def __call__(self, *args: Any, **options: Any) -> mx.array:
         logits = self._model(*args, **options)
-        self.routed, chosen = self._recorder.take()
+        self.routed, chosen, likely = self._recorder.take()
         self.passes.append(chosen)
+        if likely is not None:
+            self.likely.append(likely)
         return logits
