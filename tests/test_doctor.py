@@ -86,6 +86,24 @@ def test_what_passed_is_recorded_until_the_kernel_changes(tmp_path, monkeypatch)
     assert not record.holds("residual_add")
 
 
+def test_a_record_keeps_what_it_says_of_kernels_not_examined(tmp_path):
+    path = tmp_path / "record.json"
+    findings = [
+        doctor.Finding(name, "family", 1, 0.0, complaints, 0.0)
+        for name, complaints in (("residual_add", []), ("swiglu_fused", []))
+    ]
+    first = doctor.make_record("sim", findings)
+    verified.save(first, path)
+    broken = dataclasses.replace(findings[1], complaints=["wrong"])
+    now = doctor.make_record("sim", [broken])
+    kept = verified.with_earlier(now, path, ["swiglu_fused"])
+    assert kept.kernels == {"residual_add": first.kernels["residual_add"]}
+    assert verified.with_earlier(now, tmp_path / "none", []) == now
+    for other in ({"machine": "another"}, {"mlx": "0.1"}, {"executor": "metal"}):
+        verified.save(dataclasses.replace(first, **other), path)
+        assert verified.with_earlier(now, path, ["swiglu_fused"]) == now
+
+
 def test_metal_is_the_default_only_where_every_kernel_was_found_right(monkeypatch):
     monkeypatch.delenv("MOEFLUX_EXECUTOR", raising=False)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)

@@ -22,7 +22,14 @@ from .. import __version__, device
 from ..errors import BackendError, ConfigError, MoefluxError
 from ..executors import gpu_executor, open_executor
 from ..executors.kernels import KernelExecutor
-from ..executors.verified import Record, fingerprint, machine_name, mlx_version, save
+from ..executors.verified import (
+    Record,
+    fingerprint,
+    machine_name,
+    mlx_version,
+    save,
+    with_earlier,
+)
 from ..launch import KERNELS, Kernel
 from ..launch.check import check, measure
 
@@ -63,7 +70,10 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
     parser.add_argument(
-        "--record", type=Path, metavar="FILE", help="also write what passed to FILE"
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="also write what passed to FILE; what it says of other kernels stays",
     )
     parser.set_defaults(run=run)
 
@@ -84,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     if passed and len(chosen) == len(KERNELS):
         save(record)
     if args.record:
-        save(record, args.record)
+        names = [kernel.name for kernel in chosen]
+        save(with_earlier(record, args.record, names), args.record)
     if args.json:
         print(json.dumps(_as_json(executor.name, findings, passed), indent=1))
     else:

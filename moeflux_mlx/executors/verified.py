@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..config import cache_folder
@@ -29,6 +29,11 @@ class Record:
     mlx: str
     kernels: Mapping[str, str]
 
+    @property
+    def where(self) -> tuple[str, str, str]:
+        """What ran the kernels: executor, machine and MLX."""
+        return self.executor, self.machine, self.mlx
+
     def holds(self, name: str) -> bool:
         """Tell whether the kernel, as it is now, was found right."""
         return self.kernels.get(name) == fingerprint(name, self.executor)
@@ -44,6 +49,18 @@ def fingerprint(name: str, executor: str) -> str:
 
 def _own_path(executor: str) -> Path:
     return cache_folder() / f"verified-{executor}.json"
+
+
+def with_earlier(record: Record, path: Path, examined: Collection[str]) -> Record:
+    """Add what the record at ``path``, if any, says of kernels not examined now.
+
+    That is a record of the same executor, machine and MLX.
+    """
+    earlier = _read(path)
+    if earlier is None or earlier.where != record.where:
+        return record
+    kept = {n: digest for n, digest in earlier.kernels.items() if n not in examined}
+    return replace(record, kernels={**kept, **record.kernels})
 
 
 def save(record: Record, path: Path | None = None) -> Path:
