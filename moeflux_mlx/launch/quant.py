@@ -381,7 +381,7 @@ def _some_norm_products(
     sizes=[
         dict(i=32, o=(1,), bits=(4,), g=32, s=0),
         dict(i=32, o=(2051, 37), bits=(4, 2), g=32, s=0),
-        dict(i=192, o=(11, 4), bits=(8, 4), g=64, s=1),
+        dict(i=192, o=(16, 32), bits=(8, 4), g=64, s=1),
         dict(i=2176, o=(9, 2), bits=(4, 8), g=128, s=1),
         dict(i=4224, o=(3, 19), bits=(4, 8), g=64, s=0),
         dict(i=32, o=(8195, 1), bits=(2, 4), g=32, s=0),
