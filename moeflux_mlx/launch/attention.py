@@ -480,8 +480,12 @@ def _some_decode(
     s: int,
     d: int,
     masks: int = 0,
+    level: float = 0.0,
 ) -> tuple[Any, ...]:
-    return _some_attention(rng, dtype, b, 1, h, per, s, d, masks)
+    q, k, v, scale, mask = _some_attention(rng, dtype, b, 1, h, per, s, d, masks)
+    # Scores lie around the level, which no power of e may be taken of by itself.
+    common = (level / (scale * d)) ** 0.5
+    return (q + common).astype(dtype), (k + common).astype(dtype), v, scale, mask
 
 
 @kernel(
@@ -490,7 +494,7 @@ def _some_decode(
     sizes=[
         dict(b=1, h=1, per=1, s=1, d=32),
         dict(b=2, h=2, per=3, s=11, d=64, masks=2),
-        dict(b=1, h=1, per=8, s=37, d=64),
+        dict(b=1, h=1, per=8, s=37, d=64, level=60.0),
         dict(b=2, h=1, per=4, s=19, d=256, masks=1),
     ],
     large=DECODE_LARGE,
@@ -673,7 +677,7 @@ def _some_parts(
     sizes=[
         dict(b=1, h=1, per=1, s=1, d=32, at=0),
         dict(b=2, h=2, per=3, s=130, d=64, at=64),
-        dict(b=1, h=1, per=8, s=67, d=32, at=66),
+        dict(b=2, h=1, per=8, s=67, d=32, at=66),
         dict(b=1, h=1, per=4, s=200, d=256, at=37),
     ],
     large=dict(b=1, h=2, per=8, s=32768, d=256, at=32767),

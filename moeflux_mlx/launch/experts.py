@@ -98,8 +98,8 @@ def _some_gate_up(
     sample=_some_gate_up,
     sizes=[
         dict(k=1, i=32, n=1, bits=2, g=32, s=0),
-        dict(k=2, i=576, n=7, bits=4, g=64, s=1, base=2),
-        dict(k=2, i=1152, n=5, bits=4, g=128, s=1, base=4),
+        dict(k=2, i=576, n=23, bits=4, g=64, s=1, base=2),
+        dict(k=2, i=1152, n=32, bits=4, g=128, s=1, base=4),
         dict(k=10, i=1056, n=6, bits=8, g=32, s=0, base=3),
     ],
     large=dict(k=8, i=2048, n=768, bits=4, g=64, s=1),
