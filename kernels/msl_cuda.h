@@ -488,12 +488,15 @@ inline void simdgroup_store(
   }
 }
 
-// What the 11 bits that tensor cores take of a float32 hold, and the next 11 of the rest.
+// Of two float32 the 11 bits that tensor cores take, and the next 11 of what is left.
 struct Split {
-  uint high, low;
-  inline explicit Split(float x) {
-    high = __float_as_uint(x) & 0xffffe000u;
-    low = __float_as_uint(x - __uint_as_float(high)) & 0xffffe000u;
+  uint high[2], low[2];
+  inline Split(float x, float y) {
+    float values[2] = {x, y};
+    for (int i = 0; i < 2; ++i) {
+      high[i] = __float_as_uint(values[i]) & 0xffffe000u;
+      low[i] = __float_as_uint(values[i] - __uint_as_float(high[i])) & 0xffffe000u;
+    }
   }
 };
 // top += first right, bottom += second right, for 8x8 factors in 11 bits. Of a left factor a
@@ -523,17 +526,13 @@ inline void simdgroup_multiply_accumulate(
   float b0 = float(b.elements[0]), b1 = float(b.elements[1]);
   float same = simd_shuffle(odd ? b1 : b0, from);
   float other = simd_shuffle(odd ? b0 : b1, from ^ 4);
-  Split left[2] = {Split(float(a.elements[0])), Split(float(a.elements[1]))};
-  Split right[2] = {Split(odd ? other : same), Split(odd ? same : other)};
-  uint left_high[2] = {left[0].high, left[1].high};
-  uint left_low[2] = {left[0].low, left[1].low};
-  uint right_high[2] = {right[0].high, right[1].high};
-  uint right_low[2] = {right[0].low, right[1].low};
+  Split left(float(a.elements[0]), float(a.elements[1]));
+  Split right(odd ? other : same, odd ? same : other);
   uint none[2] = {0, 0};
   float sum[2] = {float(c.elements[0]), float(c.elements[1])};
   float rest[2] = {0.0f, 0.0f};
-  multiply_halves(sum, rest, left_high, left_low, right_high);
-  multiply_halves(sum, rest, left_high, none, right_low);
+  multiply_halves(sum, rest, left.high, left.low, right.high);
+  multiply_halves(sum, rest, left.high, none, right.low);
   d.elements[0] = D(sum[0] + rest[0]);
   d.elements[1] = D(sum[1] + rest[1]);
 }

@@ -224,12 +224,11 @@ class Forward:
         reading_ahead = self.runtime.reading_ahead(one_token=n_seqs == t == 1)
         shown = t if self.runtime.streams and not self.text.training else 0
         progress = prompt_progress(shown, len(layers))
-        with put_back_on_failure(cache), reading_ahead as ahead, progress as report:
+        with put_back_on_failure(cache), reading_ahead as streamer, progress as report:
             for layer, layer_cache in zip(layers, cache, strict=True):
-                if ahead and layer.index:
-                    assert self.runtime.streaming is not None
+                if streamer is not None and layer.index:
                     expected = to_device(layer.expected(hidden))
-                    self.runtime.streaming.foresee(layer.index, expected)
+                    streamer.foresee(layer.index, expected)
                 self.runtime.executor.begin_layer(self._chunk, layer.index, hidden)
                 hidden = layer(hidden, layer_cache, steps)
                 report(layer.index)

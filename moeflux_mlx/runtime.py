@@ -169,12 +169,12 @@ class Runtime:
         return self.traces_steps and self._optimistic != "off"
 
     @contextlib.contextmanager
-    def reading_ahead(self, *, one_token: bool) -> Iterator[bool]:
-        """Tell whether to read ahead in a call, which is timed to find that out."""
+    def reading_ahead(self, *, one_token: bool) -> Iterator[ExpertStreamer | None]:
+        """Give the streamer if a call, which is timed to find that out, reads ahead."""
         if (streamer := self.streaming) is None or not one_token:
-            yield False
+            yield None
             return
-        yield streamer.read_ahead.begin()
+        yield streamer if streamer.read_ahead.begin() else None
         streamer.read_ahead.end()
 
     def without_streamed(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:

@@ -96,9 +96,6 @@ def _read(path: Path) -> Record | None:
 def is_verified(executor: str) -> bool:
     """Tell whether every kernel, as it is now, was found right on this machine."""
     record = _read(_own_path(executor))
-    if record is None or (record.machine, record.mlx) != (
-        machine_name(),
-        mlx_version(),
-    ):
+    if record is None or record.where != (executor, machine_name(), mlx_version()):
         return False
     return all(record.holds(name) for name in KERNELS)
