@@ -194,6 +194,16 @@ class Op(OpFields):
         """Return the shape every buffer and weight field must have."""
         raise NotImplementedError
 
+    def index_limits(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, int]:
+        """Return which buffers hold indices, and the number above the highest.
+
+        Kernels trust indices: whoever takes them from outside checks them.
+
+        Args:
+            shapes: of the arrays read, by field: those declared leave lengths open.
+        """
+        return {}
+
     def cost(self) -> Cost:
         """Return the work of one execution."""
         raise NotImplementedError

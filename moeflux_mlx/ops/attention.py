@@ -6,6 +6,8 @@ S rows in the cache.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import mlx.core as mx
 
 from ..graph.buffers import Shape
@@ -76,7 +78,8 @@ class KvCacheAppendNTokens(Op):
     """Write rows ``[row, row + T)`` of the caches ``[B, Hkv, S, d]``.
 
     In a model mlx-lm's own cache object does this, so that prompt caches, trimming and
-    batches keep working; it may return a cache of another length.
+    batches keep working; it may return a cache of another length. All rows must lie
+    within the caches: kernels drop others, MLX ends the process.
     """
 
     k_src: In[KProjOutBuf]
@@ -99,6 +102,9 @@ class KvCacheAppendNTokens(Op):
             "v_cache": cache,
             "row": (1,),
         }
+
+    def index_limits(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        return {"row": shapes["k_cache"][2] - self.n_tokens // self.n_seqs + 1}
 
     def cost(self) -> Cost:
         return Cost(bytes=16 * self.n_tokens * self.num_kv_heads * self.head_dim)
@@ -162,6 +168,9 @@ class SdpaCausalTiled(Op):
             "start": (self.n_seqs,),
             "attn_out": rows,
         }
+
+    def index_limits(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        return {"start": shapes["k"][2] - self.n_tokens // self.n_seqs + 1}
 
     def cost(self) -> Cost:
         """Count the T new rows only: the cache's length is data, not a field."""
