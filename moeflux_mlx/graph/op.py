@@ -194,8 +194,10 @@ class Op(OpFields):
         """Return the shape every buffer and weight field must have."""
         raise NotImplementedError
 
-    def index_limits(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, int]:
-        """Return which buffers hold indices, and the number above the highest.
+    def index_ranges(
+        self, shapes: Mapping[str, tuple[int, ...]]
+    ) -> Mapping[str, range]:
+        """Return which buffers hold indices or positions, and which these may be.
 
         Kernels trust indices: whoever takes them from outside checks them.
 

@@ -26,6 +26,9 @@ from ..graph.roles import (
 )
 from .functions import Array, attention, namespace, rope
 
+# Whole numbers above this float32 skips.
+MAX_POSITION = 1 << 24
+
 
 def split_heads(x: Array, n_seqs: int, num_heads: int) -> Array:
     """Turn ``[N, H * d]`` into ``[B, H, T, d]``."""
@@ -60,6 +63,11 @@ class RopeNTokens(Op):
             "inv_freq": (self.rotary_dim // 2,),
             "start": (self.n_seqs,),
         }
+
+    def index_ranges(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, range]:
+        """Return positions that float32 holds; padding may begin below 0."""
+        last = MAX_POSITION - self.n_tokens // self.n_seqs
+        return {"start": range(-MAX_POSITION, last + 1)}
 
     def cost(self) -> Cost:
         n = self.n_tokens * self.num_heads
@@ -103,8 +111,9 @@ class KvCacheAppendNTokens(Op):
             "row": (1,),
         }
 
-    def index_limits(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-        return {"row": shapes["k_cache"][2] - self.n_tokens // self.n_seqs + 1}
+    def index_ranges(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, range]:
+        last = shapes["k_cache"][2] - self.n_tokens // self.n_seqs
+        return {"row": range(last + 1)}
 
     def cost(self) -> Cost:
         return Cost(bytes=16 * self.n_tokens * self.num_kv_heads * self.head_dim)
@@ -169,8 +178,9 @@ class SdpaCausalTiled(Op):
             "attn_out": rows,
         }
 
-    def index_limits(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-        return {"start": shapes["k"][2] - self.n_tokens // self.n_seqs + 1}
+    def index_ranges(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, range]:
+        last = shapes["k"][2] - self.n_tokens // self.n_seqs
+        return {"start": range(last + 1)}
 
     def cost(self) -> Cost:
         """Count the T new rows only: the cache's length is data, not a field."""

@@ -73,8 +73,8 @@ def checked(**arguments: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             except Misfit as misfit:
                 field, dot, part = misfit.name.partition(".")
                 at = arguments.get(field, field) + dot + part
-                found = Misfit(f"[ops.{name}] {at}", misfit.wanted, misfit.got)
-                raise found from None
+                why = f"expected {misfit.wanted} but got {misfit.got}"
+                raise GraphError(f"[ops.{name}] {at}: {why}") from None
 
         return call
 
@@ -249,8 +249,8 @@ def experts(name: str, value: Any) -> ExpertWeights | ExpertSource:
         weight(f"{name}.{part}", getattr(stacks, part))
         for part in ("gate", "up", "down")
     )
-    if gate.w.ndim != 3:
-        raise Misfit(f"{name}.gate", "3 dimensions", got(gate.w))
+    for part, found in (("gate", gate), ("up", up), ("down", down)):
+        rows(f"{name}.{part}", found.w, 3)
     n_experts, expert_dim, dim = unpacked(gate)
     wanted = {"up": (n_experts, expert_dim, dim), "down": (n_experts, dim, expert_dim)}
     for part, found in (("up", up), ("down", down)):
@@ -324,20 +324,20 @@ def bound(op: Op, given: Mapping[str, Any]) -> Bounded:
     """
     bounded, inside = dict(given), None
     shapes = {k: tuple(x.shape) for k, x in given.items() if isinstance(x, mx.array)}
-    limits = op.index_limits(shapes)
+    ranges = op.index_ranges(shapes)
     for field in op.buffer_fields:
         x = given.get(field.name)
-        if field.name not in limits or x is None:
+        if field.name not in ranges or x is None:
             continue
-        limit, distinct = limits[field.name], field.role is RouterIdxBuf
+        known, distinct = ranges[field.name], field.role is RouterIdxBuf
         if has_values(x):
-            _refuse_outside(field.name, np.array(x), limit, distinct)
+            _refuse_outside(field.name, np.array(x), known, distinct)
             continue
         if op.reads_back:
             refuse_trace(field.name)
-        found = _all_inside(x, limit, distinct)
+        found = _all_inside(x, known, distinct)
         inside = found if inside is None else inside & found
-        bounded[field.name] = mx.clip(x, 0, limit - 1)
+        bounded[field.name] = mx.clip(x, known[0], known[-1])
     return bounded, inside
 
 
@@ -346,10 +346,12 @@ def refuse_trace(name: str) -> NoReturn:
     raise Misfit(name, "indices with values", "those of a trace: do not compile this")
 
 
-def _refuse_outside(name: str, indices: np.ndarray, limit: int, distinct: bool) -> None:
-    wrong = indices[(indices < 0) | (indices >= limit)]
+def _refuse_outside(
+    name: str, indices: np.ndarray, known: range, distinct: bool
+) -> None:
+    wrong = indices[(indices < known[0]) | (indices > known[-1])]
     if wrong.size:
-        raise Misfit(name, f"values from 0 to {limit - 1}", wrong[0])
+        raise Misfit(name, f"values from {known[0]} to {known[-1]}", wrong[0])
     if distinct:
         ordered = np.sort(indices, axis=-1)
         twice = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
@@ -357,8 +359,8 @@ def _refuse_outside(name: str, indices: np.ndarray, limit: int, distinct: bool) 
             raise Misfit(name, "distinct experts in each row", f"{twice[0]} twice")
 
 
-def _all_inside(x: mx.array, limit: int, distinct: bool) -> mx.array:
-    inside = ((x >= 0) & (x < limit)).all()
+def _all_inside(x: mx.array, known: range, distinct: bool) -> mx.array:
+    inside = ((x >= known[0]) & (x <= known[-1])).all()
     if distinct:
         ordered = mx.sort(x, axis=-1)
         inside = inside & (ordered[..., 1:] != ordered[..., :-1]).all()

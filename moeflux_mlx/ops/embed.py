@@ -34,8 +34,8 @@ class EmbedGatherNTokens(Op):
             "hidden_out": (self.n_tokens, self.hidden_dim),
         }
 
-    def index_limits(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-        return {"token_ids": self.vocab_size}
+    def index_ranges(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, range]:
+        return {"token_ids": range(self.vocab_size)}
 
     def cost(self) -> Cost:
         n = self.n_tokens * self.hidden_dim

@@ -74,7 +74,7 @@ from .quant import MatvecNTokens
 AnyWeight = Weight | mx.array
 Experts = ExpertWeights | ExpertSource
 # Tokens of a chunk of the delta rule, which makes matrices of their square.
-MAX_CHUNK = 1024
+MAX_CHUNK = 256
 
 
 @checked()
@@ -167,7 +167,7 @@ def rope(x: mx.array, inv_freq: mx.array, start: mx.array, num_heads: int) -> mx
     Args:
         x: ``[N, num_heads * d]``.
         inv_freq: float32 ``[rotary / 2]``, angle per position of each channel pair.
-        start: int32 ``[B]``, position of each sequence's first token.
+        start: int32 ``[B]``, position of each sequence's first token, up to 2^24.
         num_heads: heads in a row.
     """
     n, width = rows("x", x)
@@ -401,7 +401,7 @@ def gated_delta_chunkwise(
         decay: float32 ``[N, Hv]``.
         beta: float32 ``[N, Hv]``.
         num_k_heads: Hk, a divisor of Hv.
-        chunk_size: tokens taken together, a power of two up to 1024.
+        chunk_size: tokens taken together, a power of two up to 256.
 
     Returns:
         The new state and ``[N, Hv * dv]``.
@@ -516,7 +516,8 @@ def _routed(
     **more: mx.array,
 ) -> mx.array:
     n, dim = rows("x", x)
-    _, k = rows("indices", indices)
+    like("indices", indices, (n, None), (mx.int32,))
+    k = indices.shape[1]
     if op is MoeDecodeExperts:
         at_most("x", "row", n, 1)
     n_experts, expert_dim, width = _sizes(experts, indices)

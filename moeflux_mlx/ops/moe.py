@@ -127,8 +127,8 @@ class RoutedExperts(OpFields):
             "out_sum": rows,
         }
 
-    def index_limits(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-        return {"indices": self.n_experts}
+    def index_ranges(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, range]:
+        return {"indices": range(self.n_experts)}
 
     def cost(self) -> Cost:
         """Count every expert that can be asked for as read from disk once."""
