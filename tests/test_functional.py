@@ -196,16 +196,22 @@ def test_scales_of_a_quantised_matrix_have_gradients(executor):
     [
         (
             lambda: ops.rms_norm(noise(1, D), noise(2, D)),
-            "RmsNormBf16NTokens. x: expected 2",
+            r"^\[ops.rms_norm\] x: expected 2 dimensions but got shape \[64\]$",
         ),
-        (lambda: ops.rms_norm(X, noise(2, D + 1)), "weight: expected"),
-        (lambda: ops.rms_norm([1.0], noise(2, D)), "x: expected 2"),
+        (
+            lambda: ops.rms_norm(X, noise(2, D + 1)),
+            r"^\[ops.rms_norm\] weight: expected shape \[64\] but got \[65\]$",
+        ),
+        (lambda: ops.rms_norm([1.0], noise(2, D)), "x: expected an mx.array but got l"),
         (lambda: ops.linear(X, noise(2, 8, D - 1)), "weight: expected"),
         (lambda: ops.linear(X, "w"), "weight: expected"),
         (lambda: ops.linear(X, noise(2, 8, D), noise(3, 9)), "bias: expected"),
         (lambda: ops.rope(X, noise(2, 8), START, 5), "num_heads: expected"),
         (lambda: ops.rope(X, noise(2, 8), START * 1.0, 2), "start: expected"),
-        (lambda: ops.softmax_topk(noise(1, N, E), E + 1), "k: expected 1 to 6"),
+        (
+            lambda: ops.softmax_topk(noise(1, N, E), E + 1),
+            "k: expected at most 6 experts but got 7",
+        ),
         (lambda: ops.causal_attention(X, CACHE, CACHE[:, :, 1:, :31]), "v: ex"),
         (lambda: ops.causal_attention(noise(1, N, D + 1), CACHE, CACHE), "k: expected"),
         (lambda: ops.split_q_gate(X, -1), "num_heads: expected"),
@@ -213,7 +219,7 @@ def test_scales_of_a_quantised_matrix_have_gradients(executor):
             lambda: ops.decode_experts(
                 noise(1, 2, D), CHOSEN[:2], SHARES[:2], experts()
             ),
-            "mlp",
+            "x: expected at most 1 row but got 2",
         ),
         (
             lambda: ops.gated_delta_chunkwise(
@@ -228,7 +234,10 @@ def test_scales_of_a_quantised_matrix_have_gradients(executor):
             "state: expected 4",
         ),
         (lambda: ops.embedding(IDS.astype(mx.float32), noise(1, 11, D)), "token_ids"),
-        (lambda: ops.residual_add(mx.zeros((0, D)), mx.zeros((0, D))), "a: expected 2"),
+        (
+            lambda: ops.residual_add(mx.zeros((0, D)), mx.zeros((0, D))),
+            "a: expected a non",
+        ),
     ],
 )
 def test_what_does_not_fit_is_an_error_that_names_op_and_argument(wrong, message):

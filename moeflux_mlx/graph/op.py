@@ -194,6 +194,18 @@ class Op(OpFields):
         """Return the shape every buffer and weight field must have."""
         raise NotImplementedError
 
+    def index_ranges(
+        self, shapes: Mapping[str, tuple[int, ...]]
+    ) -> Mapping[str, range]:
+        """Return which buffers hold indices or positions, and which these may be.
+
+        Kernels trust indices: whoever takes them from outside checks them.
+
+        Args:
+            shapes: of the arrays read, by field: those declared leave lengths open.
+        """
+        return {}
+
     def cost(self) -> Cost:
         """Return the work of one execution."""
         raise NotImplementedError

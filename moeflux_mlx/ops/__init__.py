@@ -4,7 +4,6 @@ The classes are what graphs are made of; the functions take MLX arrays.
 """
 
 from ..graph.op import REGISTRY
-from .apply import quantize
 from .attention import KvCacheAppendNTokens, RopeNTokens, SdpaCausalTiled
 from .elementwise import (
     ResidualAddNTokens,
@@ -29,6 +28,7 @@ from .functional import (
     kv_cache_append,
     linear,
     normalize_weights,
+    quantize,
     residual_add,
     rms_norm,
     rms_norm_per_head,

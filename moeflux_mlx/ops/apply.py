@@ -9,12 +9,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import GraphError
 from ..experts.resident import ResidentExperts
-from ..graph.buffers import BufId, fits
+from ..graph.buffers import BufId
 from ..graph.op import Access, Op, WeightRef
 from ..graph.roles import ExpertBaseBuf
-from ..weights import ExpertWeights, Quantization, Weight
+from ..weights import ExpertWeights, Weight
+from .checks import bound, check, nan_unless, weight
 
 Function = Callable[..., Any]
 
@@ -29,7 +29,8 @@ def apply(op_type: type[Op], fields: Mapping[str, Any], **values: Any) -> Any:
     ``ExpertSource``), None for an absent optional field.
 
     Raises:
-        GraphError: a value's type or shape is not the Op's; names Op and field.
+        Misfit: a value's type or shape is not the Op's, or an index is out of range;
+            names the field.
     """
     reads = [f.name for f in op_type.buffer_fields if f.access & Access.READ]
     given: dict[str, Any]
@@ -41,12 +42,16 @@ def apply(op_type: type[Op], fields: Mapping[str, Any], **values: Any) -> Any:
         if field.role is ExpertBaseBuf and isinstance(given[field.name], ExpertWeights):
             given[field.name] = ResidentExperts(given[field.name])
     op = _op(op_type, fields, given)
-    _check(op, given)
+    check(op, given)
+    bounded, inside = bound(op, given)
     executor = _executor()
     reference: Function = op.reference  # type: ignore[attr-defined]
     if executor.takes_host_arrays:
-        return reference(*given.values())
-    return _differentiable(executor.kernel(op), reference, list(given.values()))
+        outputs = reference(*bounded.values())
+    else:
+        kernel, inputs = executor.kernel(op), list(bounded.values())
+        outputs = _differentiable(kernel, reference, inputs)
+    return nan_unless(inside, outputs)
 
 
 @functools.cache
@@ -67,40 +72,11 @@ def _op(op_type: type[Op], fields: Mapping[str, Any], given: Mapping[str, Any]) 
     return op_type(**parts, **fields)
 
 
-def _ref(op_type: type[Op], name: str, weight: Any) -> WeightRef | None:
-    if weight is None:
-        optional = {f.name for f in dataclasses.fields(op_type) if f.default is None}  # type: ignore[arg-type]
-        if name in optional:
-            return None
-    if not isinstance(weight, Weight):
-        got = type(weight).__name__
-        _fail(op_type.__name__, name, "a Weight or an mx.array", got)
-    return WeightRef.of(name, weight)
-
-
-def _check(op: Op, given: Mapping[str, Any]) -> None:
-    name_of_op, shapes = op.variant_name, op.shapes()
-    for field in op.buffer_fields:
-        value: Any = given.get(field.name)
-        if field.name not in given or field.role is ExpertBaseBuf:
-            continue
-        if value is None and field.optional:
-            continue
-        if not isinstance(value, mx.array):
-            _fail(name_of_op, field.name, "an mx.array", type(value).__name__)
-        if not fits(shapes[field.name], value.shape):
-            _fail(name_of_op, field.name, shapes[field.name], tuple(value.shape))
-        wanted = field.role.dtype
-        if wanted is not None and value.dtype != wanted:
-            _fail(name_of_op, field.name, wanted, value.dtype)
-    for name in op.weight_fields:
-        ref = getattr(op, name)
-        if ref is not None and not fits(shapes[name], ref.shape):
-            _fail(name_of_op, name, shapes[name], ref.shape)
-
-
-def _fail(op: str, field: str, wanted: Any, got: Any) -> None:
-    raise GraphError(f"[{op}] {field}: expected {wanted} but got {got}")
+def _ref(op_type: type[Op], name: str, value: Any) -> WeightRef | None:
+    optional = {f.name for f in dataclasses.fields(op_type) if f.default is None}  # type: ignore[arg-type]
+    if value is None and name in optional:
+        return None
+    return WeightRef.of(name, weight(name, value))
 
 
 def _differentiable(kernel: Function, reference: Function, values: list[Any]) -> Any:
@@ -179,13 +155,3 @@ def _flatten(
         return [visit(value, lambda _: next(rest)) for value in values]
 
     return arrays, rebuild
-
-
-def quantize(w: mx.array, group_size: int = 64, bits: int = 4) -> Weight:
-    """Quantise a dense matrix ``[..., O, I]`` in MLX's affine mode.
-
-    Returns:
-        A ``Weight`` for the functions of this package.
-    """
-    parts = mx.quantize(w, group_size=group_size, bits=bits)
-    return Weight(*parts, Quantization(bits, group_size))

@@ -6,6 +6,8 @@ S rows in the cache.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import mlx.core as mx
 
 from ..graph.buffers import Shape
@@ -23,6 +25,9 @@ from ..graph.roles import (
     VProjOutBuf,
 )
 from .functions import Array, attention, namespace, rope
+
+# Whole numbers above this float32 skips.
+MAX_POSITION = 1 << 24
 
 
 def split_heads(x: Array, n_seqs: int, num_heads: int) -> Array:
@@ -59,6 +64,11 @@ class RopeNTokens(Op):
             "start": (self.n_seqs,),
         }
 
+    def index_ranges(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, range]:
+        """Return positions that float32 holds; padding may begin below 0."""
+        last = MAX_POSITION - self.n_tokens // self.n_seqs
+        return {"start": range(-MAX_POSITION, last + 1)}
+
     def cost(self) -> Cost:
         n = self.n_tokens * self.num_heads
         return Cost(flops=3 * n * self.rotary_dim, bytes=8 * n * self.head_dim)
@@ -76,7 +86,8 @@ class KvCacheAppendNTokens(Op):
     """Write rows ``[row, row + T)`` of the caches ``[B, Hkv, S, d]``.
 
     In a model mlx-lm's own cache object does this, so that prompt caches, trimming and
-    batches keep working; it may return a cache of another length.
+    batches keep working; it may return a cache of another length. All rows must lie
+    within the caches: kernels drop others, MLX ends the process.
     """
 
     k_src: In[KProjOutBuf]
@@ -99,6 +110,10 @@ class KvCacheAppendNTokens(Op):
             "v_cache": cache,
             "row": (1,),
         }
+
+    def index_ranges(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, range]:
+        last = shapes["k_cache"][2] - self.n_tokens // self.n_seqs
+        return {"row": range(last + 1)}
 
     def cost(self) -> Cost:
         return Cost(bytes=16 * self.n_tokens * self.num_kv_heads * self.head_dim)
@@ -162,6 +177,10 @@ class SdpaCausalTiled(Op):
             "start": (self.n_seqs,),
             "attn_out": rows,
         }
+
+    def index_ranges(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, range]:
+        last = shapes["k"][2] - self.n_tokens // self.n_seqs
+        return {"start": range(last + 1)}
 
     def cost(self) -> Cost:
         """Count the T new rows only: the cache's length is data, not a field."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..graph.buffers import Shape
 from ..graph.op import Cost, In, Op, Out, WeightRef
 from ..graph.roles import (
@@ -15,7 +17,7 @@ from .functions import Array, embed
 class EmbedGatherNTokens(Op):
     """Unpack row ``token_ids[t]`` of the embedding for each of N tokens.
 
-    Ids must be in range: callers check them before the graph runs.
+    Kernels trust ids to be in range: callers check them before the graph runs.
     """
 
     token_ids: In[TokenIdsBuf]
@@ -31,6 +33,9 @@ class EmbedGatherNTokens(Op):
             "weight": (self.vocab_size, self.hidden_dim),
             "hidden_out": (self.n_tokens, self.hidden_dim),
         }
+
+    def index_ranges(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, range]:
+        return {"token_ids": range(self.vocab_size)}
 
     def cost(self) -> Cost:
         n = self.n_tokens * self.hidden_dim

@@ -5,8 +5,10 @@ sequences x T tokens, told apart by ``n_seqs`` = B where it matters. A weight is
 array or a ``Weight`` (see ``quantize``). Where the machine has kernels the forward pass
 runs on them; gradients go through the Op's reference.
 
-Every function raises GraphError, naming Op and argument, for a shape or type that does
-not fit.
+Every function raises GraphError, naming function and argument, for whatever does not
+fit: shapes, types, numbers, parts of a quantised weight, indices out of range. Indices
+are read for that. In a trace, as of ``mx.compile``, they have no values: there all that
+an index out of range leads to is NaN.
 """
 
 from __future__ import annotations
@@ -15,10 +17,29 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import GraphError
-from ..weights import ExpertSource, ExpertWeights, Weight
+from .. import device
+from ..experts.resident import ResidentExperts
+from ..weights import (
+    ExpertSource,
+    ExpertWeights,
+    Quantization,
+    Weight,
+    has_values,
+)
 from .apply import apply
 from .attention import KvCacheAppendNTokens, RopeNTokens, SdpaCausalTiled
+from .checks import (
+    Misfit,
+    at_most,
+    checked,
+    like,
+    packable,
+    parts,
+    quantization,
+    refuse_trace,
+    rows,
+    unpacked,
+)
 from .elementwise import (
     ResidualAddNTokens,
     SigmoidGateNTokens,
@@ -27,6 +48,7 @@ from .elementwise import (
     ZeroBuffer,
 )
 from .embed import EmbedGatherNTokens
+from .functions import to_host
 from .linear_attention import (
     ComputeDecayBetaNTokens,
     Conv1dStepNTokens,
@@ -51,26 +73,11 @@ from .quant import MatvecNTokens
 
 AnyWeight = Weight | mx.array
 Experts = ExpertWeights | ExpertSource
+# Tokens of a chunk of the delta rule, which makes matrices of their square.
+MAX_CHUNK = 256
 
 
-def _rows(op: type, name: str, x: mx.array, rank: int = 2) -> tuple[int, ...]:
-    """Return the shape of an array that must have ``rank`` dimensions."""
-    if not isinstance(x, mx.array) or x.ndim != rank or x.size == 0:
-        got = tuple(x.shape) if isinstance(x, mx.array) else type(x).__name__
-        wanted = f"{rank} non-empty dimensions"
-        raise GraphError(f"[{op.__name__}] {name}: expected {wanted} but got {got}")
-    return tuple(x.shape)
-
-
-def _whole(op: type, name: str, total: int, part: int) -> int:
-    """Return how often ``part`` goes into ``total``, which it must."""
-    if not isinstance(part, int) or part < 1 or total % part:
-        raise GraphError(
-            f"[{op.__name__}] {name}: expected a divisor of {total} but got {part}"
-        )
-    return total // part
-
-
+@checked()
 def embedding(token_ids: mx.array, weight: AnyWeight) -> mx.array:
     """Look up rows of an embedding.
 
@@ -81,37 +88,41 @@ def embedding(token_ids: mx.array, weight: AnyWeight) -> mx.array:
     Returns:
         ``[N, D]``.
     """
-    (n,) = _rows(EmbedGatherNTokens, "token_ids", token_ids, 1)
-    vocab, dim = _matrix(EmbedGatherNTokens, weight)
+    (n,) = rows("token_ids", token_ids, 1)
+    vocab, dim = _matrix(weight)
     fields = {"vocab_size": vocab, "hidden_dim": dim, "n_tokens": n}
     return apply(EmbedGatherNTokens, fields, token_ids=token_ids, weight=weight)
 
 
+@checked(input="x")
 def linear(x: mx.array, weight: AnyWeight, bias: mx.array | None = None) -> mx.array:
     """Multiply rows ``[N, I]`` by ``weight`` ``[O, I]`` transposed: ``[N, O]``."""
-    n, in_dim = _rows(MatvecNTokens, "input", x)
-    out_dim, _ = _matrix(MatvecNTokens, weight)
+    n, in_dim = rows("x", x)
+    out_dim, _ = _matrix(weight)
     fields = {"in_dim": in_dim, "out_dim": out_dim, "n_tokens": n}
     return apply(MatvecNTokens, fields, input=x, weight=weight, bias=bias)
 
 
+@checked()
 def rms_norm(x: mx.array, weight: mx.array, eps: float = 1e-6) -> mx.array:
     """Normalise rows: ``x * rsqrt(mean(x^2) + eps) * weight`` over ``[N, D]``."""
-    n, dim = _rows(RmsNormBf16NTokens, "x", x)
+    n, dim = rows("x", x)
     fields = {"dim": dim, "n_tokens": n, "eps": eps}
     return apply(RmsNormBf16NTokens, fields, x=x, weight=weight)
 
 
+@checked()
 def rms_norm_per_head(x: mx.array, weight: mx.array, eps: float = 1e-6) -> mx.array:
     """Normalise each head's d channels of ``[N, H * d]`` with ``weight`` ``[d]``."""
     op = RmsNormPerHeadNTokens
-    n, width = _rows(op, "x", x)
-    (head_dim,) = _rows(op, "weight", weight, 1)
-    heads = _whole(op, "weight", width, head_dim)
+    n, width = rows("x", x)
+    (head_dim,) = rows("weight", weight, 1)
+    heads = parts("weight", width, head_dim)
     fields = {"num_heads": heads, "head_dim": head_dim, "n_tokens": n, "eps": eps}
     return apply(op, fields, x=x, weight=weight)
 
 
+@checked()
 def rms_norm_qk(
     x: mx.array, num_k_heads: int, key_dim: int, eps: float = 1e-6
 ) -> mx.array:
@@ -123,7 +134,8 @@ def rms_norm_qk(
         key_dim: their width d.
         eps: added to the sum of squares.
     """
-    n, width = _rows(RmsNormQkNTokens, "x", x)
+    n, width = rows("x", x)
+    at_most("key_dim", "channels a head", key_dim, width // 2 // num_k_heads)
     fields = {
         "num_k_heads": num_k_heads,
         "key_dim": key_dim,
@@ -135,41 +147,46 @@ def rms_norm_qk(
     return apply(RmsNormQkNTokens, fields, x=x)
 
 
+@checked()
 def gated_rms_norm(
     values: mx.array, z: mx.array, weight: mx.array, eps: float = 1e-6
 ) -> mx.array:
     """Return ``rms_norm(values) * weight * silu(z)`` per head: ``[N, H * d]``."""
     op = GatedRmsNormNTokens
-    n, width = _rows(op, "values", values)
-    (value_dim,) = _rows(op, "weight", weight, 1)
-    heads = _whole(op, "weight", width, value_dim)
+    n, width = rows("values", values)
+    (value_dim,) = rows("weight", weight, 1)
+    heads = parts("weight", width, value_dim)
     fields = {"num_v_heads": heads, "value_dim": value_dim, "n_tokens": n, "eps": eps}
     return apply(op, fields, values=values, z=z, weight=weight)
 
 
+@checked()
 def rope(x: mx.array, inv_freq: mx.array, start: mx.array, num_heads: int) -> mx.array:
     """Rotate the first channels of each head, halves paired (NeoX).
 
     Args:
         x: ``[N, num_heads * d]``.
         inv_freq: float32 ``[rotary / 2]``, angle per position of each channel pair.
-        start: int32 ``[B]``, position of each sequence's first token.
+        start: int32 ``[B]``, position of each sequence's first token, up to 2^24.
         num_heads: heads in a row.
     """
-    n, width = _rows(RopeNTokens, "x", x)
-    (half,) = _rows(RopeNTokens, "inv_freq", inv_freq, 1)
-    (n_seqs,) = _rows(RopeNTokens, "start", start, 1)
-    _whole(RopeNTokens, "start", n, n_seqs)
+    n, width = rows("x", x)
+    (half,) = rows("inv_freq", inv_freq, 1)
+    (n_seqs,) = rows("start", start, 1)
+    parts("start", n, n_seqs)
+    head_dim = parts("num_heads", width, num_heads)
+    at_most("inv_freq", "channel pairs", half, head_dim // 2)
     fields = {
         "n_tokens": n,
         "n_seqs": n_seqs,
         "num_heads": num_heads,
-        "head_dim": _whole(RopeNTokens, "num_heads", width, num_heads),
+        "head_dim": head_dim,
         "rotary_dim": 2 * half,
     }
     return apply(RopeNTokens, fields, x=x, inv_freq=inv_freq, start=start)
 
 
+@checked(k_src="keys", v_src="values")
 def kv_cache_append(
     keys: mx.array,
     values: mx.array,
@@ -187,8 +204,10 @@ def kv_cache_append(
         row: int32 ``[1]``.
     """
     op = KvCacheAppendNTokens
-    n, _ = _rows(op, "k_src", keys)
-    n_seqs, kv_heads, _, head_dim = _rows(op, "k_cache", k_cache, 4)
+    n, _ = rows("keys", keys)
+    n_seqs, kv_heads, n_rows, head_dim = rows("k_cache", k_cache, 4)
+    like("v_cache", v_cache, k_cache.shape)
+    at_most("keys", "tokens a sequence", parts("k_cache", n, n_seqs), n_rows)
     fields = {
         "n_tokens": n,
         "n_seqs": n_seqs,
@@ -199,6 +218,7 @@ def kv_cache_append(
     return apply(op, fields, k_src=keys, v_src=values, row=row, **caches)
 
 
+@checked()
 def causal_attention(
     q: mx.array,
     k: mx.array,
@@ -223,54 +243,67 @@ def causal_attention(
         ``[N, H * d]``.
     """
     op = SdpaCausalTiled
-    n, width = _rows(op, "q", q)
-    n_seqs, kv_heads, _, head_dim = _rows(op, "k", k, 4)
-    heads = _whole(op, "k", width, head_dim)
-    _whole(op, "k", n, n_seqs)
+    n, width = rows("q", q)
+    n_seqs, kv_heads, n_rows, head_dim = rows("k", k, 4)
+    heads = parts("k", width, head_dim)
+    parts("k", n, n_seqs)
     fields = {
         "n_tokens": n,
         "n_seqs": n_seqs,
         "num_heads": heads,
-        "heads_per_kv": _whole(op, "k", heads, kv_heads),
+        "heads_per_kv": parts("k", heads, kv_heads),
         "head_dim": head_dim,
         "softmax_scale": head_dim**-0.5 if scale is None else scale,
     }
     if mask is not None and start is not None:
-        raise GraphError(f"[{op.__name__}] expected a mask or a start but got both")
+        raise Misfit("start", "None beside a mask", "both")
+    like("v", v, k.shape)
+    at_most("q", "tokens a sequence", n // n_seqs, n_rows)
+    if mask is not None:
+        like("mask", mask, (None, 1, n // n_seqs, n_rows))
+        parts("mask", n_seqs if mask.shape[0] > 1 else 1, mask.shape[0])
     return apply(op, fields, q=q, k=k, v=v, mask=mask, start=start)
 
 
+@checked()
 def residual_add(a: mx.array, b: mx.array) -> mx.array:
     """Return ``a + b`` over ``[N, D]``."""
-    n, dim = _rows(ResidualAddNTokens, "a", a)
+    n, dim = rows("a", a)
     return apply(ResidualAddNTokens, {"n_tokens": n, "dim": dim}, a=a, b=b)
 
 
+@checked()
 def zero_buffer(n_tokens: int, dim: int) -> mx.array:
     """Return float32 zeros ``[n_tokens, dim]``."""
+    memory = device.physical_memory_bytes()
+    at_most("n_tokens", "rows that memory holds", n_tokens, memory // (4 * dim))
     return apply(ZeroBuffer, {"n_tokens": n_tokens, "dim": dim})
 
 
+@checked()
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """Return ``silu(gate) * up`` over ``[N, F]``."""
-    n, dim = _rows(SwigluFusedBatched, "gate", gate)
+    n, dim = rows("gate", gate)
     return apply(SwigluFusedBatched, {"n_tokens": n, "dim": dim}, gate=gate, up=up)
 
 
+@checked()
 def sigmoid_gate(x: mx.array, gate: mx.array) -> mx.array:
     """Return ``x * sigmoid(gate)`` over ``[N, D]``."""
-    n, dim = _rows(SigmoidGateNTokens, "x", x)
+    n, dim = rows("x", x)
     return apply(SigmoidGateNTokens, {"n_tokens": n, "dim": dim}, x=x, gate=gate)
 
 
+@checked()
 def split_q_gate(q_proj: mx.array, num_heads: int) -> tuple[mx.array, mx.array]:
     """Part ``[N, H * 2d]``, per head q then gate, into q and gate ``[N, H * d]``."""
-    n, width = _rows(SplitQGate, "q_proj", q_proj)
-    head_dim = _whole(SplitQGate, "num_heads", width, 2 * num_heads)
+    n, width = rows("q_proj", q_proj)
+    head_dim = parts("num_heads", width, 2 * num_heads)
     fields = {"num_heads": num_heads, "head_dim": head_dim, "n_tokens": n}
     return apply(SplitQGate, fields, q_proj=q_proj)
 
 
+@checked(qkv_in="x", conv_state="state")
 def conv1d_step(
     x: mx.array,
     state: mx.array,
@@ -292,9 +325,9 @@ def conv1d_step(
         The new state and ``[N, C]``.
     """
     op = Conv1dStepNTokens
-    n, channels = _rows(op, "qkv_in", x)
-    n_seqs, history, _ = _rows(op, "conv_state", state, 3)
-    _whole(op, "conv_state", n, n_seqs)
+    n, channels = rows("x", x)
+    n_seqs, history, _ = rows("state", state, 3)
+    parts("state", n, n_seqs)
     fields = {
         "conv_dim": channels,
         "kernel_size": history + 1,
@@ -305,6 +338,7 @@ def conv1d_step(
     return apply(op, fields, qkv_in=x, conv_state=state, weight=weight, **optional)
 
 
+@checked(alpha_in="alpha", beta_in="beta")
 def decay_beta(
     alpha: mx.array,
     beta: mx.array,
@@ -326,14 +360,15 @@ def decay_beta(
         Two float32 ``[N, Hv]``.
     """
     op = ComputeDecayBetaNTokens
-    n, heads = _rows(op, "alpha_in", alpha)
-    n_seqs = 1 if mask is None else _rows(op, "mask", mask)[0]
-    _whole(op, "mask", n, n_seqs)
+    n, heads = rows("alpha", alpha)
+    n_seqs = 1 if mask is None else rows("mask", mask)[0]
+    parts("mask", n, n_seqs)
     fields = {"num_v_heads": heads, "n_tokens": n, "n_seqs": n_seqs}
     weights = {"a_log": a_log, "dt_bias": dt_bias}
     return apply(op, fields, alpha_in=alpha, beta_in=beta, mask=mask, **weights)
 
 
+@checked(conv_out="qkv", g_decay="decay", beta_gate="beta")
 def gated_delta_step(
     state: mx.array,
     qkv: mx.array,
@@ -346,6 +381,7 @@ def gated_delta_step(
     return _delta_rule(op, state, qkv, decay, beta, num_k_heads)
 
 
+@checked(conv_out="qkv", g_decay="decay", beta_gate="beta")
 def gated_delta_chunkwise(
     state: mx.array,
     qkv: mx.array,
@@ -365,16 +401,15 @@ def gated_delta_chunkwise(
         decay: float32 ``[N, Hv]``.
         beta: float32 ``[N, Hv]``.
         num_k_heads: Hk, a divisor of Hv.
-        chunk_size: tokens taken together, a power of two.
+        chunk_size: tokens taken together, a power of two up to 256.
 
     Returns:
         The new state and ``[N, Hv * dv]``.
     """
     op = GatedDeltaNetChunkwise
-    if chunk_size < 1 or chunk_size & (chunk_size - 1):
-        raise GraphError(
-            f"[{op.__name__}] chunk_size: expected a power of two but got {chunk_size}"
-        )
+    if chunk_size & (chunk_size - 1):
+        raise Misfit("chunk_size", "a power of two", chunk_size)
+    at_most("chunk_size", "tokens", chunk_size, MAX_CHUNK)
     more = {"chunk_size": chunk_size}
     return _delta_rule(op, state, qkv, decay, beta, num_k_heads, **more)
 
@@ -388,10 +423,10 @@ def _delta_rule(
     num_k_heads: int,
     **more: int,
 ) -> tuple[mx.array, mx.array]:
-    n, _ = _rows(op, "conv_out", qkv)
-    n_seqs, heads, value_dim, key_dim = _rows(op, "state", state, 4)
-    _whole(op, "state", n, n_seqs)
-    _whole(op, "num_k_heads", heads, num_k_heads)
+    n, _ = rows("qkv", qkv)
+    n_seqs, heads, value_dim, key_dim = rows("state", state, 4)
+    parts("state", n, n_seqs)
+    parts("num_k_heads", heads, num_k_heads)
     fields = {
         "num_v_heads": heads,
         "num_k_heads": num_k_heads,
@@ -405,6 +440,7 @@ def _delta_rule(
     return apply(op, fields, state=state, conv_out=qkv, **gates)
 
 
+@checked()
 def softmax_topk(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
     """Return the k experts of largest softmax and their weights.
 
@@ -415,19 +451,20 @@ def softmax_topk(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
     Returns:
         int32 ``[N, k]``, ties to the lower index, and float32 ``[N, k]``, falling.
     """
-    n, n_experts = _rows(MoeSoftmaxTopK, "logits", logits)
-    if not 1 <= k <= n_experts:
-        raise GraphError(f"[MoeSoftmaxTopK] k: expected 1 to {n_experts} but got {k}")
+    n, n_experts = rows("logits", logits)
+    at_most("k", "experts", k, n_experts)
     fields = {"n_tokens": n, "n_experts": n_experts, "k": k}
     return apply(MoeSoftmaxTopK, fields, logits=logits)
 
 
+@checked()
 def normalize_weights(weights: mx.array) -> mx.array:
     """Divide each token's weights, float32 ``[N, K]``, by their sum."""
-    n, k = _rows(MoeNormalizeWeights, "weights", weights)
+    n, k = rows("weights", weights)
     return apply(MoeNormalizeWeights, {"n_tokens": n, "k": k}, weights=weights)
 
 
+@checked(mlp_in="x")
 def decode_experts(
     x: mx.array, indices: mx.array, weights: mx.array, experts: Experts
 ) -> mx.array:
@@ -435,6 +472,7 @@ def decode_experts(
     return _routed(MoeDecodeExperts, x, indices, weights, experts)
 
 
+@checked(mlp_in="x")
 def gather_experts(
     x: mx.array, indices: mx.array, weights: mx.array, experts: Experts
 ) -> mx.array:
@@ -452,6 +490,7 @@ def gather_experts(
     return _routed(MoeGatherIdFuse, x, indices, weights, experts)
 
 
+@checked(mlp_in="x")
 def batched_experts(
     x: mx.array,
     indices: mx.array,
@@ -476,12 +515,14 @@ def _routed(
     experts: Experts,
     **more: mx.array,
 ) -> mx.array:
-    n, dim = _rows(op, "mlp_in", x)
-    _, k = _rows(op, "indices", indices)
+    n, dim = rows("x", x)
+    like("indices", indices, (n, None), (mx.int32,))
+    k = indices.shape[1]
     if op is MoeDecodeExperts:
-        _whole(op, "mlp_in", 1, n)
-    stacks = experts if isinstance(experts, ExpertWeights) else experts.weights
-    n_experts, expert_dim = stacks.gate.w.shape[:2]
+        at_most("x", "row", n, 1)
+    n_experts, expert_dim, width = _sizes(experts, indices)
+    at_most("indices", "experts a token", k, n_experts)
+    like("x", x, (None, width))
     fields = {
         "n_tokens": n,
         "dim": dim,
@@ -494,6 +535,21 @@ def _routed(
     return apply(op, fields, experts=experts, **inputs, **more)
 
 
+def _sizes(experts: Experts, indices: mx.array) -> tuple[int, int, int]:
+    """Return how many experts there are, and their matrices' sizes F and D.
+
+    A streamer alone knows how many: it checks ids when it reads, which no trace can.
+    """
+    source = ResidentExperts(experts) if isinstance(experts, ExpertWeights) else experts
+    n_experts, expert_dim, dim = unpacked(source.weights.gate)
+    if source.settled is None:
+        if not has_values(indices):
+            refuse_trace("indices")
+        n_experts = max(int(to_host(indices).max()) + 1, indices.shape[1])
+    return n_experts, expert_dim, dim
+
+
+@checked(h_mid="residual", moe_sum="experts_sum", shared_out="shared")
 def combine_residual(
     residual: mx.array,
     experts_sum: mx.array,
@@ -509,14 +565,32 @@ def combine_residual(
         shared_gate: ``[N, 1]``.
     """
     op = MoeCombineResidualNTokens
-    n, dim = _rows(op, "h_mid", residual)
+    n, dim = rows("residual", residual)
     parts = {"moe_sum": experts_sum, "shared_out": shared, "shared_gate": shared_gate}
     return apply(op, {"n_tokens": n, "dim": dim}, h_mid=residual, **parts)
 
 
-def _matrix(op: type, weight: AnyWeight) -> tuple[int, int]:
+def _matrix(weight: AnyWeight) -> tuple[int, int]:
     """Return the unpacked shape ``(O, I)`` of a matrix."""
-    array = weight.w if isinstance(weight, Weight) else weight
-    rows, columns = _rows(op, "weight", array)
-    q = weight.quantization if isinstance(weight, Weight) else None
-    return rows, columns if q is None else columns * 32 // q.bits
+    found = weight if isinstance(weight, Weight) else Weight(weight)
+    rows("weight", found.w)
+    n_out, n_in = unpacked(found)
+    return n_out, n_in
+
+
+@checked()
+def quantize(w: mx.array, group_size: int = 64, bits: int = 4) -> Weight:
+    """Quantise a dense matrix ``[..., O, I]`` in MLX's affine mode.
+
+    Args:
+        w: I is a multiple of ``group_size``.
+        group_size: 32, 64 or 128.
+        bits: 2, 3, 4, 5, 6 or 8.
+
+    Returns:
+        A ``Weight`` for the functions of this package.
+    """
+    form = quantization("", Quantization(bits, group_size))
+    packable("w", w, form)
+    parts = mx.quantize(w, group_size=group_size, bits=bits)
+    return Weight(*parts, form)

@@ -7,6 +7,7 @@ changes when they are read, never what is computed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import mlx.core as mx
@@ -125,6 +126,9 @@ class RoutedExperts(OpFields):
             "experts": (None,),
             "out_sum": rows,
         }
+
+    def index_ranges(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, range]:
+        return {"indices": range(self.n_experts)}
 
     def cost(self) -> Cost:
         """Count every expert that can be asked for as read from disk once."""
