@@ -11,6 +11,7 @@ from pathlib import Path
 import xxhash
 
 from ..errors import ModelError
+from ..files import CONFIG_BYTES, INDEX_BYTES, read_json
 from .safetensors import TensorEntry, fingerprint, read_header
 from .spans import close_files, read_fully
 
@@ -38,7 +39,7 @@ def read_config(directory: Path) -> dict:
     if not Path(directory).is_dir():
         raise ModelError(f"[model] expected a directory but got {directory}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path, CONFIG_BYTES, exact=False)
     except FileNotFoundError as error:
         raise ModelError(
             f"[model] expected a model directory but {directory} has no config.json"
@@ -181,7 +182,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(path, INDEX_BYTES)["weight_map"]
         return {str(name): str(shard) for name, shard in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"[checkpoint] cannot read {path}: {error!r}") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import ExpertStoreError
+from ..files import MANIFEST_BYTES, read_json, short
 from .checkpoint import ModelFacts
 from .layout import ExpertLayout
 
@@ -87,7 +88,7 @@ class Manifest:
             ExpertStoreError: unreadable, of another version, or inconsistent.
         """
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = read_json(path, MANIFEST_BYTES)
         except (OSError, ValueError) as error:
             raise ExpertStoreError(f"[manifest] cannot read {path}: {error}") from error
         return _Parser(path).manifest(fields)
@@ -183,5 +184,6 @@ class _Parser:
 
     def wrong(self, key: str, expected: str, got: object) -> ExpertStoreError:
         return ExpertStoreError(
-            f"[manifest] {self.path}: expected {key} to be {expected} but got {got!r}"
+            f"[manifest] {self.path}: expected {key} to be {expected} but got "
+            f"{short(got)}"
         )
