@@ -37,7 +37,7 @@ class CheckpointExperts:
             for number, layer in self.routed.items()
         }
         for number, layout in self._layouts.items():
-            _check_sizes(checkpoint.config, self.routed[number], layout)
+            check_sizes(checkpoint.config, self.routed[number], layout)
         self.tensor_names = frozenset(
             entry.name
             for layer in self.routed.values()
@@ -159,7 +159,7 @@ def _checked_facts(
     return facts
 
 
-def _check_sizes(config: dict, layer: RoutedLayer, layout: ExpertLayout) -> None:
+def check_sizes(config: dict, layer: RoutedLayer, layout: ExpertLayout) -> None:
     """Hold the rows of gate, up and down against the configuration's sizes."""
     sizes = text_config(config)
     inner, hidden = sizes.get("moe_intermediate_size"), sizes.get("hidden_size")

@@ -120,6 +120,8 @@ class RoutedLayer:
         found = Quantization(bits, group_size, _mode(scales, bits, group_size))
         self._check_named_mode(projection, found, config)
         if found.mode != "affine":
+            if biases is not None:
+                raise _unusable(biases.entries[0], f"no biases of {found.mode} scales")
             return found
         if bits not in AFFINE_BITS or group_size not in AFFINE_GROUPS:
             raise _unusable(entry, f"a known quantisation, not {found},")
@@ -173,7 +175,7 @@ class _Found:
                 if (name, part) in layer.tensors:
                     raise _unusable(own.entries[0], f"one {name}.{part}, not two")
                 layer.tensors[name, part] = own
-        _check_rows(layer)
+        check_rows(layer)
         return layer
 
     def _tensors(
@@ -229,7 +231,8 @@ def routed_layers(tensors: Mapping[str, TensorEntry]) -> dict[int, RoutedLayer]:
     return {number: layer.collect() for number, layer in sorted(found.items())}
 
 
-def _check_rows(layer: RoutedLayer) -> None:
+def check_rows(layer: RoutedLayer) -> None:
+    """Raise ModelError unless a layer's tensors are of as many rows and experts."""
     for projection in PROJECTIONS:
         if (projection, "weight") not in layer.tensors:
             raise ModelError(f"[experts] {layer.path}.{projection}.weight is missing")
