@@ -110,7 +110,7 @@ def short(value: object) -> str:
 
 
 _SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxstring = _SHORT.maxother = 300
 
 
 def _any_integer(digits: str) -> int:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import socket
 import struct
-import subprocess
-import sys
 
 import pytest
 
@@ -120,7 +119,7 @@ def test_names_given_twice_are_found_among_many():
 
 def test_what_an_error_shows_is_short():
     for value in ("x" * 10**6, ["y" * 10**6] * 1000, {"a": {"b": [[[[1]]]]}}, 10**3999):
-        assert len(short(value)) < 700 and "\n" not in short(value)
+        assert len(short(value)) < 2500 and "\n" not in short(value)
     assert short("a\nb") == "'a\\nb'"
 
 
@@ -221,21 +220,14 @@ def test_an_error_leaves_what_was_there(tmp_path, kind):
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from moeflux_mlx.files import replacing
-with replacing(Path(sys.argv[1])) as file:
-    file.write(b"half")
-    file.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
 def test_the_part_of_a_killed_process_goes_with_the_next_call(tmp_path):
     path = tmp_path / "state[1]"
-    command = [sys.executable, "-c", KILLED, str(path)]
-    assert subprocess.run(command, check=False).returncode == -9
+    if not (child := os.fork()):
+        with replacing(path) as file:
+            file.write(b"half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".state[1].") and left.stat().st_mode & 0o77 == 0
     mine = tmp_path / ".state[1].part"

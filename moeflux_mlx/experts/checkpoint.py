@@ -11,7 +11,7 @@ from pathlib import Path
 import xxhash
 
 from ..errors import ModelError
-from ..files import CONFIG_BYTES, INDEX_BYTES, read_json
+from ..files import CONFIG_BYTES, INDEX_BYTES, read_json, short
 from .safetensors import TensorEntry, fingerprint, read_header
 from .spans import close_files, read_fully
 
@@ -76,8 +76,8 @@ def _count(config: dict, keys: tuple[str, ...]) -> int:
     value = next((config[k] for k in keys if config.get(k) is not None), None)
     if type(value) is not int or value < 1:
         raise ModelError(
-            f"[config.json] expected a positive {' or '.join(keys)} but got {value!r}: "
-            "not a Mixture-of-Experts model that can be streamed"
+            f"[config.json] expected a positive {' or '.join(keys)} but got "
+            f"{short(value)}: not a Mixture-of-Experts model that can be streamed"
         )
     return value
 
@@ -113,8 +113,9 @@ class Checkpoint:
         weight_map = _weight_map(directory)
         missing = set(weight_map.values()) - {shard.name for shard in shards}
         if missing:
+            path = short(str(directory / min(missing)))[1:-1]
             raise ModelError(
-                f"[checkpoint] {directory / min(missing)} is named by "
+                f"[checkpoint] {path} is named by "
                 "model.safetensors.index.json but missing"
             )
         if not shards:
@@ -123,7 +124,8 @@ class Checkpoint:
         for name, shard_name in weight_map.items():
             if name not in checkpoint.tensors:
                 raise ModelError(
-                    f"[checkpoint] {name!r} is named by model.safetensors.index.json "
+                    f"[checkpoint] {short(name)} is named by "
+                    "model.safetensors.index.json "
                     f"but missing from {directory / shard_name}"
                 )
         try:
