@@ -109,6 +109,12 @@ def short(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def brief(error: BaseException) -> str:
+    """Return what an error says, in one line that is never long."""
+    text = str(error)
+    return text if len(text) < 300 and text.isprintable() else short(text)
+
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 300
 

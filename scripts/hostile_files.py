@@ -26,6 +26,9 @@ class Raw:
     def __init__(self, text: str):
         self.text = text
 
+    def __repr__(self) -> str:
+        return self.text
+
 
 RAW = (
     "9" * 5000,
@@ -200,12 +203,14 @@ def mutate_npz(data: bytes, rng: random.Random) -> bytes:
         members[name] = mutate_bytes(members[name], rng)
     out = io.BytesIO()
     methods = (zipfile.ZIP_DEFLATED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
-    with zipfile.ZipFile(out, "w", rng.choice(methods)) as archive:
+    how_packed = rng.choice(methods)
+    with zipfile.ZipFile(out, "w") as archive:
         for name, raw in members.items():
             if rng.random() < 0.98:
-                archive.writestr(name, raw)
+                archive.writestr(zipfile.ZipInfo(name), raw, how_packed)
             if rng.random() < 0.02:
-                archive.writestr(rng.choice(("../x.npy", "more.npy", "x" * 900)), raw)
+                more = rng.choice(("../x.npy", "more.npy", "x" * 900))
+                archive.writestr(zipfile.ZipInfo(more), raw, how_packed)
     return out.getvalue()
 
 

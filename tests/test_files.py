@@ -16,6 +16,7 @@ from moeflux_mlx.experts.checkpoint import read_config
 from moeflux_mlx.experts.safetensors import header_bytes, parse_header, read_header
 from moeflux_mlx.files import (
     MOST_DEPTH,
+    brief,
     open_file,
     parse_json,
     read_file,
@@ -121,6 +122,9 @@ def test_what_an_error_shows_is_short():
     for value in ("x" * 10**6, ["y" * 10**6] * 1000, {"a": {"b": [[[[1]]]]}}, 10**3999):
         assert len(short(value)) < 2500 and "\n" not in short(value)
     assert short("a\nb") == "'a\\nb'"
+    assert brief(ValueError("a b")) == "a b"
+    assert brief(ValueError("a\nb")) == "'a\\nb'"
+    assert len(brief(ValueError("x" * 10**6))) < 400
 
 
 @pytest.mark.parametrize("name", ["config.json"])

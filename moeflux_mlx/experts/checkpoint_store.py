@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from ..errors import ModelError
+from ..files import short
 from .checkpoint import Checkpoint, ModelFacts, model_facts, text_config
 from .direct import bypass_cache
 from .layout import DEFAULT_ALIGNMENT, ExpertLayout
@@ -169,6 +170,6 @@ def check_sizes(config: dict, layer: RoutedLayer, layout: ExpertLayout) -> None:
         if spec.part == "weight" and rows not in (None, spec.shape[0]):
             entry = layer.tensors[spec.projection, spec.part].entries[0]
             raise ModelError(
-                f"[experts] {entry.name!r} of {entry.file}: expected {rows} rows of "
-                f"{spec.projection} as in config.json but got {spec.shape[0]}"
+                f"[experts] {entry.name!r} of {entry.file}: expected {short(rows)} "
+                f"rows of {spec.projection} as in config.json but got {spec.shape[0]}"
             )

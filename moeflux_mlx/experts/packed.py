@@ -11,7 +11,7 @@ from pathlib import Path
 import xxhash
 
 from ..errors import ExpertStoreError, ModelError
-from ..files import open_file
+from ..files import open_file, short
 from .checkpoint import model_facts, read_config
 from .checkpoint_store import check_sizes
 from .direct import are_aligned, bypass_cache
@@ -170,7 +170,8 @@ def _check_model(directory: Path, config: dict, manifest: Manifest) -> None:
     if facts != manifest.model:
         raise ExpertStoreError(
             f"[pack] {directory / 'config.json'}: expected the configuration of "
-            f"{manifest.model} but got {facts}: the experts are of another model"
+            f"{short(manifest.model)} but got {short(facts)}: the experts are of "
+            "another model"
         )
     if found != manifest.resident.fingerprint:
         raise ExpertStoreError(
@@ -187,7 +188,9 @@ def _check_layouts(directory: Path, config: dict, manifest: Manifest) -> None:
         try:
             for spec in entry.layout.tensors:
                 if len(spec.shape) != 2:
-                    raise ModelError(f"[layout] expected rows and columns of {spec}")
+                    raise ModelError(
+                        f"[layout] expected rows and columns of {short(spec)}"
+                    )
             check_rows(layer)
             expected = layer.layout(config, entry.layout.alignment)
             check_sizes(config, layer, expected)
@@ -199,7 +202,7 @@ def _check_layouts(directory: Path, config: dict, manifest: Manifest) -> None:
             raise ExpertStoreError(
                 f"[pack] {directory / MANIFEST_NAME}, layer {entry.layer}: expected "
                 f"{expected.quantization} as the shapes show but got "
-                f"{entry.layout.quantization}: pack the model again"
+                f"{short(entry.layout.quantization)}: pack the model again"
             )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..errors import ModelError
+from ..files import short
 from ..weights import Quantization
 from .layout import DEFAULT_ALIGNMENT, PARTS, PROJECTIONS, ExpertLayout
 from .safetensors import DTYPE_BYTES, TensorEntry
@@ -141,12 +142,14 @@ class RoutedLayer:
             return
         modes = ("affine", *BYTE_SCALED)
         if (default := table.get("mode", "affine")) not in modes:
-            raise _unusable(entry, f"a known quantisation, not {default!r},")
+            raise _unusable(entry, f"a known quantisation, not {short(default)},")
         stem = self.path.removesuffix(".experts").removesuffix(".switch_mlp")
         own = table.get(f"{stem}.switch_mlp.{projection}")
         named = own.get("mode", "affine") if isinstance(own, dict) else found.mode
         if named != found.mode:
-            raise _unusable(entry, f"mode {named!r} as in config.json, not {found},")
+            raise _unusable(
+                entry, f"mode {short(named)} as in config.json, not {found},"
+            )
 
 
 @dataclass

@@ -30,7 +30,7 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 
 from ..errors import TraceError
-from ..files import open_file, parse_json, replacing, short
+from ..files import brief, open_file, parse_json, replacing, short
 
 FORMAT, VERSION = "moeflux routing trace", 1
 MEMBERS = ("header", "passes", "chosen", "likely")
@@ -217,7 +217,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     # zipfile and NumPy raise nearly anything for bytes that are none of theirs.
     except Exception as error:
         raise TraceError(
-            f"[trace] {path}: expected a file of moeflux trace: {error}"
+            f"[trace] {path}: expected a file of moeflux trace: {brief(error)}"
         ) from error
     named = header if isinstance(header, dict) else {}
     if named.get("format") != FORMAT or named.get("version") != VERSION:
