@@ -7,6 +7,7 @@ import io
 import json
 import random
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable
 from typing import Any
@@ -204,7 +205,8 @@ def mutate_npz(data: bytes, rng: random.Random) -> bytes:
     out = io.BytesIO()
     methods = (zipfile.ZIP_DEFLATED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
     how_packed = rng.choice(methods)
-    with zipfile.ZipFile(out, "w") as archive:
+    with warnings.catch_warnings(), zipfile.ZipFile(out, "w") as archive:
+        warnings.filterwarnings("ignore", "Duplicate name")
         for name, raw in members.items():
             if rng.random() < 0.98:
                 archive.writestr(zipfile.ZipInfo(name), raw, how_packed)
