@@ -63,6 +63,11 @@ class TextNeeds:
         return self._args.max_position_embeddings
 
     @property
+    def vocab_size(self) -> int:
+        """How many tokens the model knows."""
+        return self._args.vocab_size
+
+    @property
     def cache_dtype(self) -> mx.Dtype:
         """The type of keys and values."""
         return self._dtype()

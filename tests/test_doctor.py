@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -125,9 +126,20 @@ def test_a_record_of_another_machine_or_mlx_counts_for_nothing(own_folder):
         verified.save(dataclasses.replace(record, **other))
         verified.is_verified.cache_clear()
         assert not verified.is_verified("metal")
-    (own_folder / "verified-metal.json").write_text("{")
+    path = own_folder / "verified-metal.json"
+    whole = json.loads(path.read_text())
+    nonsense = [{**whole, "date": 1}, {**whole, "kernels": {"a": 1}}, [], {}]
+    nonsense += [{**whole, "kernels": 7}, {**whole, "more": ""}]
+    for text in ("{", "[" * 100_000, "9" * 5000, *map(json.dumps, nonsense)):
+        path.write_text(text)
+        verified.is_verified.cache_clear()
+        with pytest.warns(UserWarning, match="run moeflux doctor again"):
+            assert not verified.is_verified("metal")
+    path.unlink()
+    os.mkfifo(path)
     verified.is_verified.cache_clear()
-    assert not verified.is_verified("metal")
+    with pytest.warns(UserWarning, match="expected a regular file"):
+        assert not verified.is_verified("metal")
 
 
 def test_doctor_refuses_an_executor_without_kernels(capsys):

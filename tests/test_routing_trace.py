@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import struct
+import warnings
+import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
@@ -177,6 +184,18 @@ def arrays(path):
         lambda a: edit(a, n_experts=3),
         lambda a: edit(a, n_prompt_tokens=1000),
         lambda a: edit(a, record_bytes=[1]),
+        lambda a: edit(a, record_bytes=["1"] * 4),
+        lambda a: edit(a, record_bytes=[0] * 4),
+        lambda a: edit(a, layers=[0, 1, 2, 2]),
+        lambda a: edit(a, layers=[0, 1, 2, -3]),
+        lambda a: edit(a, layers=[0, 1, 2, 10**9]),
+        lambda a: edit(a, n_experts=10**12),
+        lambda a: edit(a, n_experts=1e400),
+        lambda a: edit(a, n_prompt_tokens=float("nan")),
+        lambda a: a.update(header=np.array("[" * 100_000)),
+        lambda a: a.update(header=np.array('{"n_experts": ' + "9" * 5000 + "}")),
+        lambda a: a.update(chosen=np.array("x")),
+        lambda a: a.update(chosen=np.asfortranarray(a["chosen"])),
         lambda a: a.update(passes=a["passes"][1:]),
         lambda a: a.update(passes=a["passes"].astype(np.float32)),
         lambda a: a.update(chosen=a["chosen"][:, 0]),
@@ -196,6 +215,105 @@ def test_a_file_whose_parts_do_not_fit_is_refused(saved, tmp_path, change):
     np.savez(path, **parts)
     with pytest.raises(TraceError, match=r"changed\.npz: expected"):
         RoutingTrace.load(path)
+
+
+def patched(path, name, offset, value):
+    """Write a number into the directory of a zip file, where it speaks of a member."""
+    raw = bytearray(path.read_bytes())
+    at = raw.rindex(f"{name}.npy".encode()) - 46
+    assert raw[at : at + 4] == b"PK\1\2"
+    struct.pack_into("<I", raw, at + offset, value)
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_bytes", "error"),
+    [
+        ("chosen", 2**31, "at most 268435456 bytes, 1048576 of them the header's"),
+        ("passes", 2**32 - 2, "at most 268435456 bytes"),
+        ("header", 2**20 + 1, "at most 268435456 bytes, 1048576 of them"),
+        ("chosen", 100, "expected a file of moeflux trace"),
+    ],
+)
+def test_what_a_trace_would_unpack_to_is_known_before(
+    saved, tmp_path, name, n_bytes, error
+):
+    path = shutil.copyfile(saved, tmp_path / "changed.npz")
+    patched(path, name, 24, n_bytes)
+    with pytest.raises(TraceError, match=error):
+        RoutingTrace.load(path)
+
+
+def test_an_array_that_claims_to_be_larger_is_refused(saved, tmp_path):
+    with zipfile.ZipFile(saved) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    data = members["chosen.npy"]
+    members["chosen.npy"] = re.sub(rb"\((\d+), ", rb"(90000000000000, ", data)
+    path = tmp_path / "large.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, raw in members.items():
+            archive.writestr(name, raw)
+    with pytest.raises(TraceError, match="an array of uint8"):
+        RoutingTrace.load(path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_what_unpacks_without_bounds_is_refused(saved, tmp_path, method):
+    path = tmp_path / "other.npz"
+    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(path, "w", method) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(TraceError, match="expected header deflated"):
+        RoutingTrace.load(path)
+
+
+def test_members_beyond_those_of_a_trace_are_refused(saved, tmp_path):
+    parts = arrays(saved)
+    np.savez(tmp_path / "one.npz", **parts, more=np.zeros(1, np.uint8))
+    for name in ("more.npy", "chosen.npy", "chosen"):
+        path = tmp_path / "more.npz"
+        shutil.copyfile(saved, path)
+        with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as z:
+            warnings.simplefilter("ignore")
+            z.writestr(name, b"")
+        with pytest.raises(TraceError, match=r"more\.npz: expected"):
+            RoutingTrace.load(path)
+    with pytest.raises(TraceError, match="at most 4 members but 5"):
+        RoutingTrace.load(tmp_path / "one.npz")
+
+
+def test_nothing_is_unpickled(saved, tmp_path):
+    parts = arrays(saved)
+    mark = tmp_path / "mark"
+
+    class Leave:
+        def __reduce__(self):
+            return (Path.touch, (mark,))
+
+    for name in ("header", "chosen"):
+        path = tmp_path / "pickle.npz"
+        bad = np.array([Leave()], object)
+        np.savez(path, allow_pickle=True, **{**parts, name: bad})
+        with pytest.raises(TraceError, match=r"pickle\.npz"):
+            RoutingTrace.load(path)
+    assert not mark.exists()
+
+
+def test_something_else_in_the_place_of_a_trace_is_an_error(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path):
+        with pytest.raises(TraceError, match="expected a regular file"):
+            RoutingTrace.load(path)
+
+
+def test_a_trace_that_could_not_be_read_again_is_not_written(trace, tmp_path):
+    many = np.broadcast_to(np.uint8(0), (1 << 26, *trace.chosen.shape[1:]))
+    large = replace(trace, chosen=many)
+    with pytest.raises(TraceError, match="record fewer tokens"):
+        large.save(tmp_path / "large.npz")
+    with pytest.raises(TraceError, match="cannot write"):
+        trace.save(tmp_path / "none" / "trace.npz")
+    assert list(tmp_path.iterdir()) == []
 
 
 def edit(parts, **fields):

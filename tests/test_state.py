@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
+import struct
 import subprocess
 import sys
 
 import mlx.core as mx
 import numpy as np
 import pytest
+import xxhash
 from mlx_lm.models.cache import ConcatenateKVCache, make_prompt_cache
 from tiny import make_checkpoint
 
 import moeflux_mlx
 from moeflux_mlx import CacheCheckpoint, load_state, save_state
 from moeflux_mlx.cli import main as moeflux
-from moeflux_mlx.errors import StateError
+from moeflux_mlx.errors import BudgetError, StateError
 from moeflux_mlx.experts.pack import pack
+from moeflux_mlx.experts.safetensors import parse_header
 
 PROMPT = [7, 31, 200, 5, 90, 90, 12, 250, 1, 66]
 FOLLOW_UP = [44, 3, 101]
@@ -113,27 +119,189 @@ def test_a_state_of_another_model_is_refused(saved, tmp_path):
         load_state(saved, other)
 
 
-def rewrite(path, change):
-    tensors, about = mx.load(str(path), format="safetensors", return_metadata=True)
+def rewrite(path, change, checksum="right"):
+    """Write a state with changes, by hand; its checksum is right but for ``old``."""
+    with open(path, "rb") as file:
+        entries, about = parse_header(path, file)
+        data = path.read_bytes()
+    tensors = {
+        name: (e.dtype, list(e.shape), data[e.offset : e.offset + e.n_bytes])
+        for name, e in entries.items()
+    }
     change(tensors, about)
-    mx.eval(tensors)
-    mx.save_safetensors(str(path) + ".safetensors", tensors, about)
-    return path.with_name(path.name + ".safetensors")
+    if checksum == "right":
+        rest = {k: v for k, v in about.items() if k != "checksum"}
+        digest = xxhash.xxh3_64(json.dumps(rest, sort_keys=True).encode())
+        for name in sorted(tensors):
+            dtype, shape, raw = tensors[name]
+            digest.update(f"{name} {dtype} {tuple(shape)}\n".encode() + raw)
+        about["checksum"] = digest.hexdigest()
+    fields, begin = {"__metadata__": about}, 0
+    for name, (dtype, shape, raw) in tensors.items():
+        end = begin + len(raw)
+        fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        begin = end
+    header = json.dumps(fields).encode()
+    raws = b"".join(raw for _, _, raw in tensors.values())
+    changed = path.with_name("changed")
+    changed.write_bytes(struct.pack("<Q", len(header)) + header + raws)
+    return changed
+
+
+def layers(about, index, **fields):
+    found = json.loads(about["layers"])
+    found[index].update(fields)
+    about["layers"] = json.dumps(found)
+
+
+def experts(tensors, rows):
+    raw = np.array(rows, np.int32).tobytes()
+    tensors["experts"] = ("I32", [len(rows), 2], raw)
+
+
+def test_what_is_rewritten_unchanged_is_the_state(model, saved):
+    state = load_state(rewrite(saved, lambda *_: None), model)
+    assert state.tokens == load_state(saved, model).tokens
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda t, a: layers(a, 3, n_parts=10**12), "layer 3: fields"),
+        (lambda t, a: layers(a, 3, offset=-1), "layer 3: fields"),
+        (lambda t, a: layers(a, 3, kind="ArraysCache"), "layer 3: growing True"),
+        (lambda t, a: layers(a, 0, kind="KVCache"), "layer 0: growing False"),
+        (lambda t, a: layers(a, 3, kind=["KVCache"]), "layer 3: kind one of"),
+        (lambda t, a: layers(a, 3, kind="QuantizedKVCache"), "layer 3: fields"),
+        *[
+            (
+                lambda t, a, b=bits, g=group: layers(
+                    a, 3, kind="QuantizedKVCache", bits=b, group_size=g
+                ),
+                error,
+            )
+            for bits, group, error in [
+                (0, 32, "layer 3: bits one of .* but got 0"),
+                (True, 32, "layer 3: bits one of"),
+                (3, 32, "layer 3: bits one of"),
+                (8, 0, r"layer 3: group_size one of .* but got 0"),
+                (8, 64, "layer 3: group_size a part of 32 but got 64"),
+                (8, 32, "expected tensors"),
+            ]
+        ],
+        (lambda t, a: t.pop("experts"), "expected tensors"),
+        (lambda t, a: t.pop("tokens"), "expected 1 to 4096 tokens"),
+        (lambda t, a: t.update(more=t["tokens"]), "expected tensors"),
+        (lambda t, a: t.update(tokens=("U32", [0], b"")), "1 to 4096 tokens"),
+        (lambda t, a: t.update(tokens=("U32", [], bytes(4))), "1 to 4096 tokens"),
+        (lambda t, a: t.update(tokens=("U32", [5000], bytes(20000))), "1 to 4096"),
+        (
+            lambda t, a: t.update(tokens=("U32", [21], bytes(84))),
+            r"shape of layers.3.0",
+        ),
+        (
+            lambda t, a: t.update(tokens=("U32", [22], b"\x40\1\0\0" * 22)),
+            "tokens less than 320 but got 320",
+        ),
+        (lambda t, a: t.update(tokens=("I32", *t["tokens"][1:])), "type of tokens"),
+        (lambda t, a: experts(t, [(1, 2)] * 2), "experts each once but got one twice"),
+        (lambda t, a: experts(t, [(4, 0)]), "experts of this model"),
+        (lambda t, a: experts(t, [(0, -1)]), "experts of this model"),
+        (lambda t, a: experts(t, [(1, 2)] * 33), "shape of experts"),
+        (lambda t, a: t.update(experts=("U32", *t["experts"][1:])), "type of experts"),
+        *[
+            (
+                lambda t, a, n=name: t.update({n: ("F16", [1, 1], bytes(2))}),
+                f"shape of {name}",
+            )
+            for name in ("layers.0.0", "layers.0.1", "layers.3.0", "layers.3.1")
+        ],
+        (
+            lambda t, a: t.update({"layers.3.0": ("U32", *t["layers.3.0"][1:])}),
+            "type of layers.3.0",
+        ),
+        (
+            lambda t, a: t.update({"layers.0.0": ("I32", *t["layers.0.0"][1:])}),
+            "type of layers.0.0",
+        ),
+    ],
+)
+def test_a_state_that_is_none_of_the_models_changes_nothing(
+    model, saved, change, error
+):
+    held = model.streamer.held
+    with pytest.raises(StateError, match=error) as caught:
+        load_state(rewrite(saved, change), model)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+    assert model.streamer.held == held
+    assert continued(model, load_state(saved, model).cache, FOLLOW_UP, 2)
+
+
+def test_what_a_state_says_of_its_size_is_not_believed(model, saved):
+    # A hole in the file costs its writer nothing.
+    n_bytes = 1 << 40
+    path = rewrite(
+        saved, lambda t, a: t.update({"layers.3.0": ("F32", [n_bytes // 4], b"")})
+    )
+    data = path.read_bytes()
+    n_header = struct.unpack("<Q", data[:8])[0]
+    fields = json.loads(data[8 : 8 + n_header])
+    fields["layers.3.0"]["data_offsets"] = [1 << 30, (1 << 30) + n_bytes]
+    header = json.dumps(fields).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(path, n_bytes + (1 << 31))
+    with pytest.raises(StateError, match=r"shape of layers.3.0"):
+        load_state(path, model)
+
+
+def test_a_state_that_memory_has_no_room_for_is_not_read(packed, saved):
+    small = moeflux_mlx.load(packed, memory="2GB")[0]
+    keeper = small.runtime.keeper
+    keeper.plan = dataclasses.replace(keeper.plan, budget_bytes=1 << 20)
+    n_slots = small.streamer.n_slots
+    with pytest.raises(BudgetError, match=r"\[memory\]"):
+        load_state(saved, small)
+    assert small.streamer.n_slots == n_slots
+
+
+def test_something_else_in_the_place_of_a_state_is_an_error(model, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for path in (tmp_path / "fifo", tmp_path / "device", tmp_path):
+        with pytest.raises(StateError, match=f"cannot read {path}: .*regular file"):
+            load_state(path, model)
+
+
+def test_a_state_is_for_its_owner_alone(saved):
+    assert saved.stat().st_mode & 0o777 == 0o600
+
+
+def test_tokens_that_are_none_are_refused(model, tmp_path):
+    cache, tokens = run(model)
+    for wrong in ([-1], [2**32], ["x"], [None], [[1]]):
+        with pytest.raises(StateError, match="token"):
+            save_state(tmp_path / "state", model, cache, tokens[:-1] + wrong)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("key", "value", "error"),
     [
         ("format", "other", "expected format moeflux-state but got other"),
-        ("version", "2", "expected version 1 but got 2"),
+        ("version", "1", "expected version 2 but got 1: save the state anew"),
+        ("version", "3", "expected version 2 but got 3"),
         ("checksum", "0", "damaged: its checksum is another"),
+        ("more", "0", "damaged: its checksum is another"),
         ("layers", "[]", "expected number of layers 4 but got 0"),
-        ("layers", "[{}]", "is damaged"),
+        ("layers", "[{}, {}, {}, {}]", r"layer 0: kind one of .* but got None"),
         ("layers", "nonsense", "is damaged"),
+        ("layers", "[" * 100_000, "is damaged: expected at most 64 levels"),
+        ("layers", "[" + "9" * 5000 + "]", "is damaged: expected an integer"),
+        ("layers", "{}", "expected layers a list"),
     ],
 )
 def test_what_is_not_as_written_is_refused(model, saved, key, value, error):
-    path = rewrite(saved, lambda tensors, about: about.update({key: value}))
+    path = rewrite(saved, lambda tensors, about: about.update({key: value}), "old")
     with pytest.raises(StateError, match=error):
         load_state(path, model)
 

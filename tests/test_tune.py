@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -170,7 +172,20 @@ def test_a_file_is_read_back_as_it_was_written(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"format": 1}', '{"format": 2, "entries": [{"name": 1}]}'],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": 1}',
+        '{"format": true}',
+        '{"format": 2.0}',
+        '{"format": 2, "entries": [{"name": 1}]}',
+        '{"format": 2, "entries": []}',
+        '{"format": 2, "entries": {}, "device": 1}',
+        "[" * 100_000,
+        '{"format": ' + "9" * 5000 + "}",
+        "\ufeff{}",
+    ],
 )
 def test_a_broken_file_is_an_error_where_it_was_named(text, tmp_path, monkeypatch):
     path = tmp_path / "tuned.json"
@@ -178,6 +193,53 @@ def test_a_broken_file_is_an_error_where_it_was_named(text, tmp_path, monkeypatc
     monkeypatch.setenv("MOEFLUX_TUNING", str(path))
     with pytest.raises(ConfigError, match=r"\[tuning\] .*tuned.json: expected"):
         lowering.choose(product(), "cuda")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"n_tokens": True},
+        {"n_tokens": -1},
+        {"n_tokens": 1.0},
+        {"shape": None},
+        {"default": 1},
+        {"winner": "another"},
+        {"winner": ["mlx"]},
+        {"us": {"qmm_t": 0, "mlx": 1}},
+        {"us": {"qmm_t": -1.0}},
+        {"us": {"qmm_t": "1"}},
+        {"us": {"qmm_t": 1e300}},
+        {"us": ["qmm_t"]},
+        {"launches": {"qmm_t": 1.5}},
+        {"launches": {"qmm_t": -1}},
+        {"launches": None},
+        {"launch_us": -1},
+        {"launch_us": "1"},
+        {"refused": {"mlx": 1}},
+        {"more": 1},
+    ],
+)
+def test_an_entry_of_nonsense_is_an_error_where_it_was_named(
+    wrong, tmp_path, monkeypatch
+):
+    path = tmp_path / "tuned.json"
+    right = tuning(entry([product()], "qmm_t"))
+    fields = json.loads(json.dumps(dataclasses.asdict(right)))
+    path.write_text(json.dumps(fields))
+    assert tuned.read(path) == right
+    fields["entries"][0].update(wrong)
+    path.write_text(json.dumps(fields))
+    monkeypatch.setenv("MOEFLUX_TUNING", str(path))
+    with pytest.raises(ConfigError, match=r"\[tuning\] .*tuned.json: expected"):
+        lowering.choose(product(), "cuda")
+
+
+def test_a_tuning_file_that_is_none_is_an_error_at_once(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path):
+        monkeypatch.setenv("MOEFLUX_TUNING", str(path))
+        with pytest.raises(ConfigError, match="regular file"):
+            tuned.current("cuda")
 
 
 def test_a_broken_file_of_this_machine_is_passed_over_with_one_warning(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import Any
 
@@ -20,6 +19,7 @@ from mlx_lm.sample_utils import make_sampler
 from ..config import EXPERT_IO
 from ..errors import ConfigError
 from ..experts.policy import DEFAULT_POLICY, POLICY_FORMS
+from ..files import open_file, parse_json, short
 from ..loading import load
 from ..state import load_state, save_state
 from .report import generate_and_print
@@ -147,7 +147,7 @@ def _load(args: argparse.Namespace, saved: dict[str, str]) -> tuple[Any, Any]:
         _model_path(args, saved),
         **streaming_options(args),
         tokenizer_config={
-            **json.loads(saved.get("tokenizer_config", "{}")),
+            **_object("--prompt-cache-file", saved.get("tokenizer_config")),
             "trust_remote_code": args.trust_remote_code,
         },
         model_config={"quantize_activations": args.quantize_activations},
@@ -161,6 +161,8 @@ def _prompt_cache(args: argparse.Namespace) -> tuple[list | None, dict[str, str]
     if args.prompt_cache_file is None:
         return None, {}
     try:
+        # MLX would wait for a FIFO.
+        open_file(args.prompt_cache_file).close()
         cache, saved = load_prompt_cache(args.prompt_cache_file, return_metadata=True)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise ConfigError(f"[generate] --prompt-cache-file: {error}") from error
@@ -212,8 +214,20 @@ def _chat_text(args: argparse.Namespace, tokenizer: Any, text: str) -> str:
         tokenize=False,
         continue_final_message=prefilled,
         add_generation_prompt=not prefilled,
-        **json.loads(args.chat_template_config or "{}"),
+        **_object("--chat-template-config", args.chat_template_config),
     )
+
+
+def _object(flag: str, text: str | None) -> dict[str, Any]:
+    """Return the object of JSON that a flag holds, or the file that it names."""
+    try:
+        found = parse_json(text or "{}", exact=False)
+        if isinstance(found, dict):
+            return found
+        why = short(found)
+    except ValueError as error:
+        why = str(error)
+    raise ConfigError(f"[generate] {flag}: expected a JSON object but got {why}")
 
 
 def _sampler(args: argparse.Namespace, tokenizer: Any) -> Any:

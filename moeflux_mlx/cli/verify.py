@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from ..errors import ExpertStoreError
-from ..experts.packed import VerifyReport, describe_damage, verify
+from ..experts.packed import VerifyReport, verify
 from ..progress import byte_progress
 
 
@@ -33,9 +33,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"moeflux: {error}", file=sys.stderr)
         return 1
     Console().print(_layer_table(args.dir, report))
-    for place in report.damaged:
-        print(f"moeflux: [verify] {describe_damage(*place)}", file=sys.stderr)
-    return 1 if report.damaged else 0
+    for problem in report.problems:
+        print(f"moeflux: [verify] {problem}", file=sys.stderr)
+    return 1 if report.problems else 0
 
 
 def _layer_table(directory: Path, report: VerifyReport) -> Table:

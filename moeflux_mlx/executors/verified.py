@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..config import cache_folder
 from ..device import machine_name, mlx_version
+from ..files import RECORD_BYTES, read_json, short
 from ..launch import KERNELS
 from ..metal import cuda
 from ..metal.library import kernels_folder, library
@@ -86,10 +88,23 @@ def _readable(folder: Path) -> Iterator[Record]:
 
 
 def _read(path: Path) -> Record | None:
+    """Return a record, or None where there is none or, with a warning, nonsense."""
     try:
-        return Record(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        record = Record(**read_json(path, RECORD_BYTES))
+        pairs = dict(record.kernels).items()
+        texts = (*record.where, record.date, *(text for pair in pairs for text in pair))
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("something else in place of a text")
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError, TypeError) as error:
+        warnings.warn(
+            f"[verified] {path}: expected a record of moeflux doctor but got "
+            f"{short(error)}: run moeflux doctor again",
+            stacklevel=2,
+        )
+        return None
+    return record
 
 
 @functools.cache

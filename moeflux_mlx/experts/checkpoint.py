@@ -11,6 +11,7 @@ from pathlib import Path
 import xxhash
 
 from ..errors import ModelError
+from ..files import CONFIG_BYTES, INDEX_BYTES, read_json, short
 from .safetensors import TensorEntry, fingerprint, read_header
 from .spans import close_files, read_fully
 
@@ -38,7 +39,7 @@ def read_config(directory: Path) -> dict:
     if not Path(directory).is_dir():
         raise ModelError(f"[model] expected a directory but got {directory}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path, CONFIG_BYTES, exact=False)
     except FileNotFoundError as error:
         raise ModelError(
             f"[model] expected a model directory but {directory} has no config.json"
@@ -75,8 +76,8 @@ def _count(config: dict, keys: tuple[str, ...]) -> int:
     value = next((config[k] for k in keys if config.get(k) is not None), None)
     if type(value) is not int or value < 1:
         raise ModelError(
-            f"[config.json] expected a positive {' or '.join(keys)} but got {value!r}: "
-            "not a Mixture-of-Experts model that can be streamed"
+            f"[config.json] expected a positive {' or '.join(keys)} but got "
+            f"{short(value)}: not a Mixture-of-Experts model that can be streamed"
         )
     return value
 
@@ -112,8 +113,9 @@ class Checkpoint:
         weight_map = _weight_map(directory)
         missing = set(weight_map.values()) - {shard.name for shard in shards}
         if missing:
+            path = short(str(directory / min(missing)))[1:-1]
             raise ModelError(
-                f"[checkpoint] {directory / min(missing)} is named by "
+                f"[checkpoint] {path} is named by "
                 "model.safetensors.index.json but missing"
             )
         if not shards:
@@ -122,7 +124,8 @@ class Checkpoint:
         for name, shard_name in weight_map.items():
             if name not in checkpoint.tensors:
                 raise ModelError(
-                    f"[checkpoint] {name!r} is named by model.safetensors.index.json "
+                    f"[checkpoint] {short(name)} is named by "
+                    "model.safetensors.index.json "
                     f"but missing from {directory / shard_name}"
                 )
         try:
@@ -181,7 +184,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(path, INDEX_BYTES)["weight_map"]
         return {str(name): str(shard) for name, shard in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"[checkpoint] cannot read {path}: {error!r}") from error

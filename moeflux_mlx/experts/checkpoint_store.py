@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from ..errors import ModelError
+from ..files import short
 from .checkpoint import Checkpoint, ModelFacts, model_facts, text_config
 from .direct import bypass_cache
 from .layout import DEFAULT_ALIGNMENT, ExpertLayout
@@ -37,7 +38,7 @@ class CheckpointExperts:
             for number, layer in self.routed.items()
         }
         for number, layout in self._layouts.items():
-            _check_sizes(checkpoint.config, self.routed[number], layout)
+            check_sizes(checkpoint.config, self.routed[number], layout)
         self.tensor_names = frozenset(
             entry.name
             for layer in self.routed.values()
@@ -159,7 +160,7 @@ def _checked_facts(
     return facts
 
 
-def _check_sizes(config: dict, layer: RoutedLayer, layout: ExpertLayout) -> None:
+def check_sizes(config: dict, layer: RoutedLayer, layout: ExpertLayout) -> None:
     """Hold the rows of gate, up and down against the configuration's sizes."""
     sizes = text_config(config)
     inner, hidden = sizes.get("moe_intermediate_size"), sizes.get("hidden_size")
@@ -169,6 +170,6 @@ def _check_sizes(config: dict, layer: RoutedLayer, layout: ExpertLayout) -> None
         if spec.part == "weight" and rows not in (None, spec.shape[0]):
             entry = layer.tensors[spec.projection, spec.part].entries[0]
             raise ModelError(
-                f"[experts] {entry.name!r} of {entry.file}: expected {rows} rows of "
-                f"{spec.projection} as in config.json but got {spec.shape[0]}"
+                f"[experts] {entry.name!r} of {entry.file}: expected {short(rows)} "
+                f"rows of {spec.projection} as in config.json but got {spec.shape[0]}"
             )

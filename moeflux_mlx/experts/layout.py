@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from ..errors import ConfigError, ExpertStoreError
+from ..files import short
 from ..weights import Quantization
-from .safetensors import DTYPE_BYTES
+from .safetensors import DTYPE_BYTES, MAX_RANK
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PARTS = ("weight", "scales", "biases")
@@ -125,14 +126,14 @@ class ExpertLayout:
             offsets = [t["offset"] for t in fields["tensors"]]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ExpertStoreError(
-                f"[layout] expected a record layout but got {error!r}"
+                f"[layout] expected a record layout but got {short(error)}"
             ) from error
         if {(p, "weight") for p in PROJECTIONS} - parts.keys():
             raise ExpertStoreError("[layout] expected a weight of every projection")
         if [t.offset for t in layout.tensors] != offsets:
             raise ExpertStoreError(
                 f"[layout] expected offsets {[t.offset for t in layout.tensors]} "
-                f"but got {offsets}"
+                f"but got {short(offsets)}"
             )
         return layout
 
@@ -151,8 +152,11 @@ def check_alignment(alignment: int) -> None:
 
 
 def _shape(values: list) -> tuple[int, ...]:
-    if not values or any(type(n) is not int or n < 1 for n in values):
-        raise ValueError(f"shape {values!r}")
+    # Products of more sizes take time that grows faster than what states them.
+    if not 0 < len(values) <= MAX_RANK or any(
+        type(n) is not int or n < 1 for n in values
+    ):
+        raise ValueError(f"shape {short(values)}")
     return tuple(values)
 
 

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import xxhash
+
 from ..errors import ExpertStoreError
+from ..files import MANIFEST_BYTES, read_json, short
 from .checkpoint import ModelFacts
 from .layout import ExpertLayout
 
 MANIFEST_NAME = "moeflux.json"
-FORMAT, VERSION = "moeflux-experts", 1
+FORMAT, VERSION = "moeflux-experts", 2
 
 # A plain name, so no manifest can point outside its own directory.
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+# Other files have the names that their authors gave them.
+INSIDE = re.compile(r"[^./\\\0][^/\\\0]*(/[^./\\\0][^/\\\0]*)*")
 
 T = TypeVar("T")
 
@@ -43,6 +50,15 @@ class ResidentFile:
 
 
 @dataclass(frozen=True)
+class SmallFile:
+    """Another file that loading reads; ``file`` may lie in a folder of the pack."""
+
+    file: str
+    n_bytes: int
+    checksum: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a pack says about itself; ``resident`` is None until it is whole."""
 
@@ -52,12 +68,13 @@ class Manifest:
     alignment: int
     layers: tuple[LayerFile, ...]
     resident: ResidentFile | None = None
+    files: tuple[SmallFile, ...] = ()
 
     def to_json(self) -> str:
         """Return the manifest as the text of ``moeflux.json``."""
         layouts = list(dict.fromkeys(entry.layout for entry in self.layers))
         resident = self.resident
-        fields = {
+        fields: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "source": {"name": self.source_name, "identity": self.source_identity},
@@ -77,7 +94,10 @@ class Manifest:
                 for entry in self.layers
             ],
         }
-        return json.dumps(fields, indent=1)
+        fields["files"] = [
+            {**vars(file), "checksum": f"{file.checksum:016x}"} for file in self.files
+        ]
+        return json.dumps({**fields, "checksum": checksum_of(fields)}, indent=1)
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -87,10 +107,16 @@ class Manifest:
             ExpertStoreError: unreadable, of another version, or inconsistent.
         """
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = read_json(path, MANIFEST_BYTES)
         except (OSError, ValueError) as error:
             raise ExpertStoreError(f"[manifest] cannot read {path}: {error}") from error
         return _Parser(path).manifest(fields)
+
+
+def checksum_of(fields: Mapping[str, Any]) -> str:
+    """Return the checksum that a manifest has of its other fields."""
+    rest = {name: value for name, value in fields.items() if name != "checksum"}
+    return xxhash.xxh3_64_hexdigest(json.dumps(rest, sort_keys=True).encode())
 
 
 class _Parser:
@@ -103,7 +129,11 @@ class _Parser:
         if self.get(fields, "format", str) != FORMAT:
             raise self.wrong("format", f"{FORMAT!r}", fields["format"])
         if self.get(fields, "version", int) != VERSION:
-            raise self.wrong("version", f"{VERSION}", fields["version"])
+            raise self.wrong(
+                "version", f"{VERSION}, so pack the model again,", fields["version"]
+            )
+        if self.get(fields, "checksum", str) != checksum_of(fields):
+            raise self.wrong("checksum", "that of the other fields", fields["checksum"])
         source = self.get(fields, "source", dict)
         facts = self.get(fields, "model", dict)
         model = ModelFacts(
@@ -112,21 +142,49 @@ class _Parser:
             self.count(facts, "n_experts"),
             self.count(facts, "top_k"),
         )
-        layouts = [ExpertLayout.from_json(f) for f in self.get(fields, "layouts", list)]
+        if model.top_k > model.n_experts:
+            raise self.wrong("top_k", f"at most {model.n_experts}", model.top_k)
+        alignment = self.count(fields, "alignment")
+        layouts = [
+            self.layout(entry, alignment) for entry in self.get(fields, "layouts", list)
+        ]
         layers = tuple(
             self.layer(entry, layouts, model)
             for entry in self.get(fields, "layers", list)
         )
         if len({entry.layer for entry in layers}) != len(layers):
             raise self.wrong("layers", "every layer once", [e.layer for e in layers])
+        resident = self.resident(fields.get("resident"))
+        files = tuple(self.small(file) for file in self.get(fields, "files", list))
+        names = [entry.file for entry in layers] + [file.file for file in files]
+        names += [resident.file] if resident else []
+        if len({*names, MANIFEST_NAME}) != len(names) + 1:
+            raise self.wrong("file", "a name of its own everywhere", sorted(names))
         return Manifest(
             self.get(source, "name", str),
             self.get(source, "identity", str),
             model,
-            self.count(fields, "alignment"),
+            alignment,
             layers,
-            self.resident(fields.get("resident")),
+            resident,
+            files,
         )
+
+    def layout(self, fields: Any, alignment: int) -> ExpertLayout:
+        try:
+            layout = ExpertLayout.from_json(fields)
+        except ExpertStoreError as error:
+            raise ExpertStoreError(f"[manifest] {self.path}: {error}") from error
+        if layout.alignment != alignment:
+            raise self.wrong("alignment", f"{alignment} everywhere", layout.alignment)
+        return layout
+
+    def small(self, fields: Any) -> SmallFile:
+        name = self.get(fields, "file", str)
+        if not INSIDE.fullmatch(name):
+            raise self.wrong("file", "a name inside the directory", name)
+        n_bytes = self.get(fields, "n_bytes", int)
+        return SmallFile(name, n_bytes, self.checksum(fields.get("checksum")))
 
     def layer(
         self, fields: Any, layouts: list[ExpertLayout], model: ModelFacts
@@ -183,5 +241,6 @@ class _Parser:
 
     def wrong(self, key: str, expected: str, got: object) -> ExpertStoreError:
         return ExpertStoreError(
-            f"[manifest] {self.path}: expected {key} to be {expected} but got {got!r}"
+            f"[manifest] {self.path}: expected {key} to be {expected} but got "
+            f"{short(got)}"
         )

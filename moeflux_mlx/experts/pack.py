@@ -13,6 +13,7 @@ from .checkpoint import Checkpoint
 from .checkpoint_store import CheckpointExperts
 from .layout import DEFAULT_ALIGNMENT, check_alignment
 from .manifest import MANIFEST_NAME, LayerFile, Manifest
+from .pack_files import list_files
 from .packed import Progress, damaged_records, is_packed
 from .packed import verify as verify_pack
 from .safetensors import TensorEntry
@@ -144,7 +145,7 @@ class _Job:
         if path is None:
             return
         earlier = Manifest.read(path)
-        if dataclasses.replace(earlier, layers=(), resident=None) != fresh:
+        if dataclasses.replace(earlier, layers=(), resident=None, files=()) != fresh:
             raise ExpertStoreError(
                 f"[pack] {partial} was begun from another source or alignment "
                 f"({earlier.source_name}, {earlier.alignment}): remove it first"
@@ -177,7 +178,8 @@ class _Job:
         write_text(partial / MODEL_FILE, SHIM)
         config = {**self.checkpoint.config, "model_file": MODEL_FILE}
         write_text(partial / "config.json", json.dumps(config, indent=4))
-        manifest = dataclasses.replace(manifest, resident=resident)
+        files = list_files(partial, JOURNAL_NAME, RESIDENT_FILE)
+        manifest = dataclasses.replace(manifest, resident=resident, files=files)
         write_text(partial / JOURNAL_NAME, manifest.to_json())
         os.replace(partial / JOURNAL_NAME, partial / MANIFEST_NAME)
         sync(partial)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,11 +11,15 @@ from pathlib import Path
 import xxhash
 
 from ..errors import ExpertStoreError, ModelError
+from ..files import open_file, short
 from .checkpoint import model_facts, read_config
+from .checkpoint_store import check_sizes
 from .direct import are_aligned, bypass_cache
 from .layout import ExpertLayout
 from .manifest import MANIFEST_NAME, LayerFile, Manifest, ResidentFile
-from .safetensors import fingerprint
+from .pack_files import changes
+from .routed import ROUTED, ExpertTensors, RoutedLayer, check_rows
+from .safetensors import TensorEntry, fingerprint
 from .spans import Span, close_files
 
 # Called with what is being done, the bytes done and the bytes in all.
@@ -56,14 +59,27 @@ class PackedExperts:
             direct: read past the page cache; where that cannot be, warn and do not.
 
         Raises:
-            ExpertStoreError: wrong version, a file missing, unreadable or of another
-                size, or weights and configuration of another model.
+            ExpertStoreError: wrong version, a file missing, unreadable, changed or of
+                another size, one too many, layouts that no expert has, or weights and
+                configuration of another model.
             ModelError: not a model directory.
         """
-        directory = Path(directory)
+        store = cls._open(Path(directory), direct)
+        try:
+            for change in changes(store.directory, store.manifest):
+                raise ExpertStoreError(f"[pack] {change}")
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    @classmethod
+    def _open(cls, directory: Path, direct: bool = False) -> PackedExperts:
+        """Open a pack of which files besides weights may have been changed."""
         config = read_config(directory)
         manifest = Manifest.read(directory / MANIFEST_NAME)
         _check_model(directory, config, manifest)
+        _check_layouts(directory, config, manifest)
         store = cls(directory, manifest)
         try:
             for entry in manifest.layers:
@@ -154,7 +170,8 @@ def _check_model(directory: Path, config: dict, manifest: Manifest) -> None:
     if facts != manifest.model:
         raise ExpertStoreError(
             f"[pack] {directory / 'config.json'}: expected the configuration of "
-            f"{manifest.model} but got {facts}: the experts are of another model"
+            f"{short(manifest.model)} but got {short(facts)}: the experts are of "
+            "another model"
         )
     if found != manifest.resident.fingerprint:
         raise ExpertStoreError(
@@ -164,40 +181,87 @@ def _check_model(directory: Path, config: dict, manifest: Manifest) -> None:
         )
 
 
+def _check_layouts(directory: Path, config: dict, manifest: Manifest) -> None:
+    """Hold the layouts against what a plain checkpoint of such tensors would give."""
+    for entry in manifest.layers:
+        layer = _as_routed(directory, entry, config)
+        try:
+            for spec in entry.layout.tensors:
+                if len(spec.shape) != 2:
+                    raise ModelError(
+                        f"[layout] expected rows and columns of {short(spec)}"
+                    )
+            check_rows(layer)
+            expected = layer.layout(config, entry.layout.alignment)
+            check_sizes(config, layer, expected)
+        except ModelError as error:
+            raise ExpertStoreError(
+                f"[pack] {directory / MANIFEST_NAME}, layer {entry.layer}: {error}"
+            ) from error
+        if expected != entry.layout:
+            raise ExpertStoreError(
+                f"[pack] {directory / MANIFEST_NAME}, layer {entry.layer}: expected "
+                f"{expected.quantization} as the shapes show but got "
+                f"{short(entry.layout.quantization)}: pack the model again"
+            )
+
+
+def _as_routed(directory: Path, entry: LayerFile, config: dict) -> RoutedLayer:
+    """Return a layer's experts as a checkpoint would have them."""
+    layout, n_experts = entry.layout, len(entry.checksums)
+    table = config.get("quantization") or config.get("quantization_config")
+    names = table if isinstance(table, dict) else {}
+    matches = (ROUTED.fullmatch(name) for name in names)
+    paths = (m["path"] for m in matches if m and m["layer"] == str(entry.layer))
+    path = next(paths, f"model.layers.{entry.layer}.mlp.switch_mlp")
+    tensors = {}
+    for spec in layout.tensors:
+        name = f"{path}.{spec.projection}.{spec.part}"
+        file, offset, shape = directory / entry.file, spec.offset, spec.shape
+        tensor = TensorEntry(file, name, spec.dtype, shape, offset, spec.n_bytes)
+        tensors[spec.projection, spec.part] = ExpertTensors(
+            (tensor,), n_experts, shape, offset, layout.stride
+        )
+    return RoutedLayer(entry.layer, path, tensors)
+
+
 def _open_file(directory: Path, entry: LayerFile) -> int:
     path = directory / entry.file
     try:
-        fd = os.open(path, os.O_RDONLY)
+        with open_file(path) as file:
+            n_bytes = os.fstat(file.fileno()).st_size
+            if n_bytes == entry.n_bytes:
+                return os.dup(file.fileno())
     except OSError as error:
         raise ExpertStoreError(
             f"[pack] cannot open {path} of layer {entry.layer}: {error.strerror}"
         ) from error
-    status = os.fstat(fd)
-    if stat.S_ISREG(status.st_mode) and status.st_size == entry.n_bytes:
-        return fd
-    os.close(fd)
-    if not stat.S_ISREG(status.st_mode):
-        raise ExpertStoreError(
-            f"[pack] {path} of layer {entry.layer}: expected a file but got something "
-            "else"
-        )
     raise ExpertStoreError(
         f"[pack] {path} of layer {entry.layer}: expected {entry.n_bytes} bytes but got "
-        f"{status.st_size}"
+        f"{n_bytes}"
     )
 
 
 @dataclass
 class VerifyReport:
-    """What reading a whole pack back found; ``damaged`` has (file, layer, expert)."""
+    """What reading a whole pack back found; ``damaged`` has (file, layer, expert).
+
+    ``changes`` says which files besides weights are not as they were packed.
+    """
 
     layers: list[LayerFile] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
     damaged: list[tuple[Path, int | None, int | None]] = field(default_factory=list)
 
     def raise_damage(self) -> None:
         """Raise ExpertStoreError for the first damaged place, if there is one."""
-        if self.damaged:
-            raise ExpertStoreError(f"[verify] {describe_damage(*self.damaged[0])}")
+        for problem in self.problems:
+            raise ExpertStoreError(f"[verify] {problem}")
+
+    @property
+    def problems(self) -> list[str]:
+        """All that is wrong, a line each."""
+        return [*(describe_damage(*place) for place in self.damaged), *self.changes]
 
 
 def describe_damage(path: Path, layer: int | None, expert: int | None) -> str:
@@ -210,14 +274,15 @@ def describe_damage(path: Path, layer: int | None, expert: int | None) -> str:
 def verify(
     directory: str | os.PathLike, progress: Progress | None = None
 ) -> VerifyReport:
-    """Read every record and the resident weights back against their checksums.
+    """Read every file of a pack back against its checksums.
 
     Raises:
         ExpertStoreError: the pack cannot be opened or read at all.
         ModelError: not a model directory.
     """
     report = VerifyReport()
-    with PackedExperts.open(directory) as store:
+    with PackedExperts._open(Path(directory)) as store:
+        report.changes += changes(store.directory, store.manifest)
         resident = store.manifest.resident
         assert resident is not None
         total = store.expert_bytes + resident.n_bytes
@@ -241,7 +306,7 @@ def damaged_records(path: Path, entry: LayerFile) -> list[int]:
     record_bytes, stride = entry.layout.record_bytes, entry.layout.stride
     damaged = []
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             for expert, checksum in enumerate(entry.checksums):
                 record = file.read(stride)
                 found = xxhash.xxh3_64_intdigest(record[:record_bytes])
@@ -257,7 +322,7 @@ def damaged_records(path: Path, entry: LayerFile) -> list[int]:
 def _resident_matches(path: Path, resident: ResidentFile) -> bool:
     digest = xxhash.xxh3_64()
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             while chunk := file.read(CHUNK_BYTES):
                 digest.update(chunk)
     except OSError as error:

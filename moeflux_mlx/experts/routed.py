@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..errors import ModelError
+from ..files import short
 from ..weights import Quantization
 from .layout import DEFAULT_ALIGNMENT, PARTS, PROJECTIONS, ExpertLayout
 from .safetensors import DTYPE_BYTES, TensorEntry
@@ -120,6 +121,8 @@ class RoutedLayer:
         found = Quantization(bits, group_size, _mode(scales, bits, group_size))
         self._check_named_mode(projection, found, config)
         if found.mode != "affine":
+            if biases is not None:
+                raise _unusable(biases.entries[0], f"no biases of {found.mode} scales")
             return found
         if bits not in AFFINE_BITS or group_size not in AFFINE_GROUPS:
             raise _unusable(entry, f"a known quantisation, not {found},")
@@ -139,12 +142,14 @@ class RoutedLayer:
             return
         modes = ("affine", *BYTE_SCALED)
         if (default := table.get("mode", "affine")) not in modes:
-            raise _unusable(entry, f"a known quantisation, not {default!r},")
+            raise _unusable(entry, f"a known quantisation, not {short(default)},")
         stem = self.path.removesuffix(".experts").removesuffix(".switch_mlp")
         own = table.get(f"{stem}.switch_mlp.{projection}")
         named = own.get("mode", "affine") if isinstance(own, dict) else found.mode
         if named != found.mode:
-            raise _unusable(entry, f"mode {named!r} as in config.json, not {found},")
+            raise _unusable(
+                entry, f"mode {short(named)} as in config.json, not {found},"
+            )
 
 
 @dataclass
@@ -173,7 +178,7 @@ class _Found:
                 if (name, part) in layer.tensors:
                     raise _unusable(own.entries[0], f"one {name}.{part}, not two")
                 layer.tensors[name, part] = own
-        _check_rows(layer)
+        check_rows(layer)
         return layer
 
     def _tensors(
@@ -229,7 +234,8 @@ def routed_layers(tensors: Mapping[str, TensorEntry]) -> dict[int, RoutedLayer]:
     return {number: layer.collect() for number, layer in sorted(found.items())}
 
 
-def _check_rows(layer: RoutedLayer) -> None:
+def check_rows(layer: RoutedLayer) -> None:
+    """Raise ModelError unless a layer's tensors are of as many rows and experts."""
     for projection in PROJECTIONS:
         if (projection, "weight") not in layer.tensors:
             raise ModelError(f"[experts] {layer.path}.{projection}.weight is missing")

@@ -24,9 +24,12 @@ from typing import Any
 from .. import config
 from ..device import machine_name, mlx_version
 from ..errors import ConfigError
+from ..files import RECORD_BYTES, read_json, short
 from ..graph.op import Op, WeightRef
 
 FORMAT = 2
+# A day: no way takes so long.
+MOST_US = 24 * 3600 * 10**6
 # What wins in the entry of a group: one launch for all, or each Op by itself.
 TOGETHER, ONE_BY_ONE = "together", "one by one"
 
@@ -218,29 +221,43 @@ def read(path: Path) -> Tuning:
         ConfigError: it cannot be read, or is not what ``save`` writes.
     """
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        if found["format"] != FORMAT:
+        found: dict[str, Any] = read_json(path, RECORD_BYTES)
+        if type(found["format"]) is not int or found["format"] != FORMAT:
             raise ConfigError(
-                f"[tuning] {path}: expected format {FORMAT} but got {found['format']}"
+                f"[tuning] {path}: expected format {FORMAT} but got "
+                f"{short(found['format'])}"
             )
         entries = tuple(_entry(**entry) for entry in found.pop("entries"))
-        return Tuning(**found, entries=entries)
+        tuning = Tuning(**found, entries=entries)
+        _check_texts(tuning.device, tuning.executor, tuning.mlx, tuning.date)
+        return tuning
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"[tuning] {path}: expected a file of moeflux tune but got {error!r}"
+            f"[tuning] {path}: expected a file of moeflux tune but got {short(error)}"
         ) from error
 
 
 def _entry(**values: Any) -> Entry:
     entry = Entry(**values)
-    right = isinstance(entry.n_tokens, int) and all(
-        isinstance(x, str) for x in (entry.name, entry.shape, entry.winner)
-    )
-    if not right or entry.winner not in entry.us:
-        raise ValueError(f"entry {entry.name} without a timed winner")
+    names = (*entry.us, *entry.launches, *entry.refused, *entry.refused.values())
+    _check_texts(entry.name, entry.shape, entry.default, entry.winner, *names)
+    counts = (entry.n_tokens, *entry.launches.values())
+    times = (entry.launch_us, *entry.us.values())
+    if any(type(n) is not int or n < 0 for n in counts):
+        raise ValueError(f"counts {short(counts)}")
+    if any(type(t) not in (int, float) or not 0 <= t <= MOST_US for t in times):
+        raise ValueError(f"times {short(times)}")
+    if entry.winner not in entry.us or not entry.cost(entry.winner):
+        raise ValueError(f"entry {short(entry.name)} without a timed winner")
     return entry
+
+
+def _check_texts(*values: object) -> None:
+    for value in values:
+        if not isinstance(value, str):
+            raise TypeError(f"{short(value)} in place of a text")
 
 
 def save(tuning: Tuning, path: Path) -> None:
