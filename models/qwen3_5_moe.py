@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3_5
 from mlx_lm.models import qwen3_5_moe as stock
 
@@ -39,10 +40,19 @@ from moeflux_mlx.ops import MoeSoftmaxTopK
 from moeflux_mlx.ops.functions import Array, to_device
 from moeflux_mlx.parameters import LayerWeights
 from moeflux_mlx.runtime import RunOptions, Runtime
+from moeflux_mlx.saving import (
+    StreamedElsewhere,
+    guard_saving,
+    refuse_experts,
+    refuse_saving,
+    refuse_saving_now,
+)
 from moeflux_mlx.weights import ExpertSource, ExpertWeights
 
 ModelArgs = stock.ModelArgs
 TextModelArgs = qwen3_5.TextModelArgs
+
+guard_saving()
 
 
 class Model(stock.Model):
@@ -63,6 +73,34 @@ class Model(stock.Model):
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Rename weights as mlx-lm does; streamed experts are none of them."""
         return super().sanitize(self.runtime.without_streamed(weights))
+
+    def parameters(self) -> Any:
+        """Return all arrays; streamed experts are none, so these are not to be saved.
+
+        Raises:
+            ModelError: mlx-lm is about to save a model without its experts.
+        """
+        refuse_saving_now(self)
+        return super().parameters()
+
+    def save_weights(self, file: str) -> None:
+        """Save all parameters to one file.
+
+        Raises:
+            ModelError: streamed experts are none of them; nothing is written.
+        """
+        refuse_saving(self)
+        super().save_weights(file)
+
+    def update(self, parameters: Any, strict: bool = True) -> Any:  # type: ignore[override]
+        """Replace parameters.
+
+        Raises:
+            ModelError: some are of streamed experts; nothing is replaced.
+        """
+        if self.runtime.store is not None:
+            refuse_experts(dict(tree_flatten(parameters)))
+        return super().update(parameters, strict)
 
     @property
     def streamer(self) -> Any:
@@ -100,8 +138,12 @@ class TextModel(qwen3_5.TextModel):
             runtime.check_layers(range(args.num_hidden_layers))
             for layer in self.model.layers:
                 layer.mlp.pop(ROUTED)
+                # No parameter, and found by who calls a layer's module by itself.
+                object.__setattr__(layer.mlp, ROUTED, StreamedElsewhere())
 
-        def make_layer(module: nn.Module, index: int, unpack: bool) -> GraphLayer:
+        def make_layer(
+            runtime: Runtime, module: nn.Module, index: int, unpack: bool
+        ) -> GraphLayer:
             return GraphLayer(module, index, args, runtime, unpack)
 
         self.forward = Forward(self, args, runtime, make_layer)
@@ -113,12 +155,7 @@ class TextModel(qwen3_5.TextModel):
         cache: list[Any] | None = None,
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
-        self.forward.make_room(inputs, cache)
-        step = self.forward.step(inputs, cache, input_embeddings)
-        if step is not None:
-            return step
-        with self.forward.threads(inputs):
-            return self.forward.logits(self.model(inputs, cache, input_embeddings))
+        return self.forward(inputs, cache, input_embeddings)
 
 
 class Backbone(qwen3_5.Qwen3_5TextModel):
@@ -132,7 +169,7 @@ class Backbone(qwen3_5.Qwen3_5TextModel):
         cache: list[Any] | None = None,
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
-        return self.forward.hidden_states(inputs, cache, input_embeddings)
+        return self.forward.rows(inputs, cache, input_embeddings)
 
 
 class GraphLayer:
@@ -150,7 +187,6 @@ class GraphLayer:
         joined = blocks.SAME_INPUT if runtime.executor.joins_matrices else ()
         self.weights = LayerWeights(module, skip=ROUTED, unpack=unpack, joined=joined)
         self.routed = LayerWeights(module.mlp[ROUTED]) if ROUTED in module.mlp else None
-        self.held = [w for w in (self.weights, self.routed) if w is not None]
         self._runner = GraphRunner(runtime.executor)
         self._resident: tuple[Any, ExpertSource] | None = None
         self._shape: tuple[int, bool, RoutedShape] | None = None
@@ -196,9 +232,10 @@ class GraphLayer:
 
     def _call(self, context: Context, **masks: bool) -> Call:
         # Gathered on the device, experts of several tokens are not read back.
-        steps = context.t == 1 and self.runtime.traces_steps and not context.training
+        steps = context.t == 1 and self.runtime.traces_steps
         parameters = self.routed is not None
-        gather = steps or (parameters and (context.training or not device.on_cpu()))
+        lazy = parameters and not device.on_cpu()
+        gather = steps or lazy or self.runtime.is_reference
         one_token = context.n_seqs == context.t == 1
         streamer = None if parameters else self.runtime.streaming
         waits = streamer is not None and streamer.reads_aside
@@ -279,7 +316,7 @@ class GraphLayer:
             route = blocks.asking(experts, self.module.mlp.top_k)
             host = {**(host or {}), MoeSoftmaxTopK: route}
         # Prompts come in any length: only single tokens are sure to come again.
-        recurs = call.t == 1 and not context.training and not context.traced
+        recurs = call.t == 1 and not context.traced
         done = self._runner.run(graph, weights, inputs, host, recurs=recurs)
         outputs = {name: done.value(buf) for name, buf in graph.outputs.items()}
         return outputs.pop("hidden"), outputs

@@ -44,10 +44,9 @@ class Context:
         dtype: mx.Dtype,
         *,
         host: bool,
-        training: bool,
         experts: Mapping[int, ExpertSource] | None = None,
     ):
-        self.n_seqs, self.t, self.dtype, self.training = n_seqs, t, dtype, training
+        self.n_seqs, self.t, self.dtype = n_seqs, t, dtype
         self.experts, self.traced = experts, experts is not None
         self.on_host, self.move = host, to_host if host else to_device
         stub = mx.zeros((n_seqs, t, 0))

@@ -5,9 +5,11 @@ Model classes bring their decoder layers; nothing here knows how those mix or ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,23 +22,23 @@ from .errors import ModelError
 from .experts.streamed import AssumedExperts
 from .graph import roles as b
 from .memory import affords_unpacked
-from .model import GraphBuilder, GraphRunner, LayerGraph, refuse_gradient
+from .model import GraphBuilder, GraphRunner, LayerGraph
 from .needs import TextNeeds
 from .ops.functions import Array, namespace, to_device, to_host
 from .parameters import LayerWeights, Watch
 from .progress import prompt_progress
 from .runtime import Runtime
 from .steps import TokenSteps
-from .trace import Passed, StepTracer
+from .trace import Passed, StepTracer, arrays_of
+from .transforms import is_traced
 from .weights import ExpertSource, Weight, has_values
 
 
 class DecoderLayer(Protocol):
-    """What a model's layer is for a call; ``held`` are its parameters."""
+    """What a model's layer is for a call."""
 
     index: int
     weights: LayerWeights
-    held: list[LayerWeights]
 
     def __call__(self, hidden: Array, cache: Any, context: Context) -> Array:
         """Return rows ``[N, D]`` after the layer, its cache moved on."""
@@ -51,8 +53,9 @@ class DecoderLayer(Protocol):
         """Return the planned peak of a call's graph; needs no weight's value."""
 
 
-# From a decoder layer's module, its number, and whether matrices are kept unpacked.
-MakeLayer = Callable[[nn.Module, int, bool], DecoderLayer]
+# From what a call runs on, a decoder layer's module, its number, and whether matrices
+# are kept unpacked.
+MakeLayer = Callable[[Runtime, nn.Module, int, bool], DecoderLayer]
 
 
 class Forward:
@@ -73,20 +76,91 @@ class Forward:
         self.layers: list[DecoderLayer] = []
         self._ends = LayerWeights(text, skip="layers")
         self._runner = GraphRunner(runtime.executor)
-        self._sources: list[mx.array] = []
         self._chunk = 0
         self._steps = TokenSteps(StepTracer(self._traced))
-        self._bound: tuple[Watch, bool, list[Any], list[ExpertSource]] | None = None
+        # The parameters of the last call that no transformation followed.
+        self._parameters: Watch | None = None
+        self._bound: tuple[bool, list[Any], list[ExpertSource]] | None = None
         self._most_tokens: int | None = None
         self.needs = TextNeeds(
             text, args, ROUTED, self._planned_bytes, lambda: self.dtype
         )
         self._in_trace = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
+        text, runtime = copy.deepcopy((self.text, self.runtime), memo)
+        return Forward(text, self.args, runtime, self._make_layer)
+
     @property
     def dtype(self) -> mx.Dtype:
         """Type of activations."""
         return device.activation_dtype(self.text.model.norm.weight.dtype)
+
+    def __call__(
+        self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
+    ) -> mx.array:
+        """Return the logits ``[B, T, V]`` of a call, the only one at this time."""
+        with self._only_call():
+            if followed := self._followed(inputs, cache, embeddings):
+                reference = self._reference(followed)
+                rows = reference.hidden_states(inputs, cache, embeddings)
+                return reference.logits(rows)
+            self.make_room(inputs, cache)
+            step = self.step(inputs, cache, embeddings)
+            if step is not None:
+                return step
+            with self.threads(inputs):
+                return self.logits(self.text.model(inputs, cache, embeddings))
+
+    def rows(
+        self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
+    ) -> Array:
+        """Return the rows ``[B, T, D]`` that logits are made of; as ``__call__``."""
+        with self._only_call():
+            if followed := self._followed(inputs, cache, embeddings):
+                reference = self._reference(followed)
+                return reference.hidden_states(inputs, cache, embeddings)
+            return self.hidden_states(inputs, cache, embeddings)
+
+    @contextlib.contextmanager
+    def _only_call(self) -> Iterator[None]:
+        """Wait until no other thread calls the model; what is lazy may outlive this."""
+        with self.runtime.lock:
+            try:
+                yield
+            finally:
+                if (streamer := self.runtime.streaming) is not None:
+                    streamer.hand_over()
+
+    def _followed(
+        self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
+    ) -> list[mx.array]:
+        """Return what a call depends on if a transformation follows any of it."""
+        given = [inputs] if embeddings is None else [inputs, embeddings]
+        if cache is not None:
+            given += arrays_of(cache)
+        if is_traced(given):
+            return given
+        if self._parameters is not None and self._parameters.holds():
+            return []
+        known = self._parameters.seen if self._parameters is not None else []
+        parameters = Watch(self.text.modules())
+        if is_traced(changed := parameters.arrays_beside(known)):
+            return changed
+        self._parameters, self._bound = parameters, None
+        return []
+
+    def _reference(self, followed: list[mx.array]) -> Forward:
+        """Return what runs a call that a transformation follows: all of it lazy.
+
+        It serves one call: its weights may be another transformation's next time.
+
+        Raises:
+            ModelError: experts come and go, or cannot be part of a function.
+        """
+        self.runtime.open(self.needs)
+        runtime = self.runtime.reference(has_values=has_values(*followed))
+        return Forward(self.text, self.args, runtime, self._make_layer)
 
     def threads(self, inputs: mx.array) -> AbstractContextManager[None]:
         """Give a call on the host the threads that its size deserves."""
@@ -99,7 +173,7 @@ class Forward:
         unpack = plan.unpack if plan else affords_unpacked(self.needs)
         self._ends = LayerWeights(self.text, skip="layers", unpack=unpack)
         self.layers = [
-            self._make_layer(module, i, unpack)
+            self._make_layer(self.runtime, module, i, unpack)
             for i, module in enumerate(self.text.model.layers)
         ]
 
@@ -111,7 +185,8 @@ class Forward:
 
     def _planned_bytes(self, index: int, call: Call) -> int:
         module = self.text.model.layers[index]
-        return self._make_layer(module, index, False).planned_bytes(call)
+        layer = self._make_layer(self.runtime, module, index, False)
+        return layer.planned_bytes(call)
 
     def make_room(self, inputs: mx.array, cache: list[Any] | None) -> None:
         """Let experts give way to what the caches of a call will take."""
@@ -132,7 +207,7 @@ class Forward:
         wanted = self.runtime.steps and not watched
         if cache is None or embeddings is not None or inputs.shape[-1] != 1:
             return None
-        if not wanted or self.text.training:
+        if not wanted:
             return None
         self.graph_layers()
         weights, sources = self._bind()
@@ -147,19 +222,18 @@ class Forward:
             return None
         for source in sources:
             source.asked(n_experts)
-        return cast(mx.array, refuse_gradient(logits, *self._replaced()))
+        return logits
 
     def _bind(self) -> tuple[list[Mapping[str, Weight]], list[ExpertSource]]:
-        """Return all weights and experts, looking anew where a parameter changed."""
-        streams = self.runtime.streams
-        bound = self._bound
-        if bound is None or bound[1] != streams or not bound[0].holds():
+        """Return all weights and experts; anew if a call found that one changed."""
+        streams, bound = self.runtime.streams, self._bound
+        if bound is None or bound[0] != streams:
             dtype = self.dtype
             sources = [layer.experts(dtype) for layer in self.layers]
             weights = [layer.weights.bind(dtype) for layer in self.layers]
             weights.append(self._ends.bind(dtype))
-            bound = self._bound = Watch(self.text.modules()), streams, weights, sources
-        return bound[2:]
+            bound = self._bound = streams, weights, sources
+        return bound[1:]
 
     def _traced(
         self, span: range, x: mx.array, cache: list[Any], slots: mx.array | None
@@ -199,11 +273,10 @@ class Forward:
         With caches and planned memory a long call is divided into chunks.
         """
         self.graph_layers()
-        self._sources = [] if embeddings is None else [embeddings]
         n_seqs, t = (inputs if embeddings is None else embeddings).shape[:2]
         most = self._most_tokens
         step = max(1, most // n_seqs) if most is not None and cache else t
-        if t <= step or self.text.training:
+        if t <= step:
             return self._hidden_states(inputs, cache, embeddings)
         parts = []
         for start in range(0, t, step):
@@ -222,7 +295,7 @@ class Forward:
         steps = self._context(range(len(layers)), cache, n_seqs, t, host=host)
         self._chunk = self._chunk + 1 if t > 1 else 0
         reading_ahead = self.runtime.reading_ahead(one_token=n_seqs == t == 1)
-        shown = t if self.runtime.streams and not self.text.training else 0
+        shown = t if self.runtime.streams else 0
         progress = prompt_progress(shown, len(layers))
         with put_back_on_failure(cache), reading_ahead as streamer, progress as report:
             for layer, layer_cache in zip(layers, cache, strict=True):
@@ -239,39 +312,23 @@ class Forward:
         self, span: range, cache: list[Any], n_seqs: int, t: int, **options: Any
     ) -> Context:
         modules = self.text.model.layers[span.start : span.stop]
-        training = self.text.training
-        return Context(
-            modules, cache, n_seqs, t, self.dtype, training=training, **options
-        )
+        return Context(modules, cache, n_seqs, t, self.dtype, **options)
 
     def logits(self, hidden: Array) -> mx.array:
         """Return logits ``[B, T, V]`` of normalised hidden states."""
-        on_host = isinstance(hidden, np.ndarray)
         rows = hidden.reshape(-1, self.args.hidden_size)
         if 4 * len(rows) * self.args.vocab_size > device.EAGER_LOGITS_BYTES:
             rows = to_device(rows)
         logits = self._head(rows)
-        # Kernels and traces have no gradient, and traces would keep it from weights.
-        compiles = self.runtime.executor.compiles and not self.text.training
-        if on_host or self.runtime.streams or compiles:
-            sources = (*self._sources, *self._replaced())
-            logits = cast(mx.array, refuse_gradient(logits, *sources))
         return logits.reshape(*hidden.shape[:-1], -1)
 
     def _head(self, rows: Array) -> mx.array:
         return to_device(self._end("logits", rows, _build_logits))
 
-    def _replaced(self) -> list[mx.array]:
-        held = [self._ends]
-        for layer in self.layers:
-            held += layer.held
-        return [array for weights in held for array in weights.replaced]
-
     def _runs_on_host(self, inputs: mx.array) -> bool:
-        """Tell whether NumPy can do this call: not when training, not when traced."""
+        """Tell whether NumPy can do this call."""
         takes = self.runtime.executor.takes_host_arrays
-        wanted = takes and device.prefers_host_arrays() and not self.text.training
-        return wanted and has_values(inputs)
+        return takes and device.prefers_host_arrays() and has_values(inputs)
 
     def _embed(
         self, inputs: mx.array, embeddings: mx.array | None, host: bool
@@ -295,7 +352,7 @@ class Forward:
                 f"{inputs.shape}"
             )
         waits_anyway = device.on_cpu() or self.runtime.streams or inputs.size > 1
-        if self.text.training or not waits_anyway or not has_values(inputs):
+        if not waits_anyway or not has_values(inputs):
             return
         ids = np.array(inputs)
         low, high = int(ids.min()), int(ids.max())
@@ -312,7 +369,7 @@ class Forward:
             (name, x.shape, self._ends.signature),
             lambda: build(self, GraphBuilder(name, self.dtype, self._ends.refs), x),
         )
-        recurs = len(x) == 1 and not self.text.training and not self._in_trace
+        recurs = len(x) == 1 and not self._in_trace
         done = self._runner.run(graph, weights, {"x": x}, recurs=recurs)
         return done.value(graph.outputs["out"])
 

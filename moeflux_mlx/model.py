@@ -24,7 +24,7 @@ from .graph.roles import (
     ResidualBuf,
 )
 from .ops import MatvecNTokens, ResidualAddNTokens, RmsNormBf16NTokens
-from .weights import ExpertSource, Weight
+from .weights import ExpertSource, Weight, has_values
 
 B = TypeVar("B", bound=Buf)
 T = TypeVar("T")
@@ -57,6 +57,8 @@ class GraphBuilder:
 
     def constant(self, name: str, role: type[B], array: mx.array) -> BufId[B]:
         """Add a buffer with a value that never changes."""
+        # Graphs are shared by threads, and a lazy array belongs to its own.
+        has_values(array)
         return self.pool.register_borrowed(role, array, name, persistent=True)
 
     def new(self, name: str, role: type[B], shape: Shape) -> BufId[B]:
@@ -241,21 +243,3 @@ class LayerSample:
             executor.encode_graph([step], encoding)
             mx.eval(arrays(encoding.values))
         return mx.get_peak_memory() - before
-
-
-@mx.custom_function
-def refuse_gradient(x: mx.array, *sources: mx.array) -> mx.array:
-    """Return ``x``; a gradient through it, or for ``sources``, raises ``ModelError``.
-
-    A backward pass would read expert slots that hold other experts by then, and
-    nothing computed on the host has a backward pass.
-    """
-    return x
-
-
-@refuse_gradient.vjp
-def _refuse(_primals, _cotangents, _outputs):  # type: ignore[no-untyped-def]
-    raise ModelError(
-        "[gradient] expected a model in training mode with every expert in memory; "
-        "call model.train(), and load a plain checkpoint rather than streamed experts"
-    )

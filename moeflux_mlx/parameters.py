@@ -32,6 +32,12 @@ class Watch:
         values = self._values()
         return len(values) == len(self.seen) and all(map(is_, values, self.seen))
 
+    def arrays_beside(self, known: Iterable[Any]) -> list[mx.array]:
+        """Return the arrays that are none of ``known``."""
+        ids = set(map(id, known))
+        arrays = (value for value in self.seen if isinstance(value, mx.array))
+        return [array for array in arrays if id(array) not in ids]
+
     def _values(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self._modules)))
 
@@ -65,8 +71,6 @@ class LayerWeights:
         self._stored: dict[str, Weight] = {}
         self._bound: dict[bool, dict[str, Weight]] = {}
         self.refs: dict[str, WeightRef] = {}
-        # Parameters put in place of others: a gradient may be asked for them.
-        self.replaced: list[mx.array] = []
         # Equal for modules whose graphs are the same.
         self.signature = -1
 
@@ -83,6 +87,9 @@ class LayerWeights:
             self._bound[host] = {
                 name: prepare(weight, dtype) for name, weight in stored.items()
             }
+            # What is lazy could be computed by none but the thread that is here.
+            bound = self._bound[host].values()
+            has_values(*(x for w in bound for x in w.arrays))
         return self._bound[host]
 
     def refresh(self) -> None:
@@ -90,17 +97,9 @@ class LayerWeights:
         same_mode = self._trains == self._module.training
         if self._watch is not None and same_mode and self._watch.holds():
             return
-        before = None if self._watch is None else set(map(id, self._watch.seen))
-        seen = self._collect()
-        if before is not None:
-            self.replaced = [
-                value
-                for value in seen
-                if isinstance(value, mx.array) and id(value) not in before
-            ]
+        self._collect()
 
-    def _collect(self) -> list[Any]:
-        """Look at the module; return all that is watched from now on."""
+    def _collect(self) -> None:
         modules = []
         self._stored, self._bound = {}, {}
         self._trains = self._module.training
@@ -117,7 +116,6 @@ class LayerWeights:
         }
         refs = tuple(self.refs.values())
         self.signature = _SIGNATURES.setdefault(refs, len(_SIGNATURES))
-        return self._watch.seen
 
     def _join(self) -> dict[str, JointRows]:
         """Make matrices one and return where each lies by path."""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from . import config, device
 from .errors import ModelError
 from .executors import open_executor
+from .executors.ops import LazyOpsExecutor
 from .experts.access import open_experts
 from .experts.budget import AUTO, most_bytes, parse_bytes
 from .experts.mapped import MappedExperts
@@ -65,6 +69,11 @@ class Runtime:
         self._optimistic = config.optimistic(options.optimistic)
         self.graphs: BuiltOnce[LayerGraph] = BuiltOnce(64)
         self.options = options
+        # Held by each call: one at a time, whichever thread makes it.
+        self.lock = threading.RLock()
+        # Whether this is the ``reference`` of another one.
+        self.is_reference = False
+        self._reference: Runtime | None = None
         self.store: ExpertStore | None = None
         self.streamer: ExpertStreamer | MappedExperts | None = None
         self.keeper: MemoryKeeper | None = None
@@ -101,6 +110,7 @@ class Runtime:
             runs_ahead=self.runs_ahead,
             evaluate=partial(self.executor.wait, "routing"),
             report=report,
+            lock=self.lock,
         )
         io = config.expert_io(options.expert_io)
         if io == "auto" and plan is not None:
@@ -125,6 +135,37 @@ class Runtime:
             scope=self.options.scope,
             most_expert_bytes=parse_bytes(most, "expert_memory") if most else None,
         )
+
+    def reference(self, *, has_values: bool) -> Runtime:
+        """Return the same with Ops as MLX can transform them: references, all lazy.
+
+        Args:
+            has_values: False if what the transformation follows stands for any values,
+                as in a function that is compiled or exported.
+
+        Raises:
+            ModelError: experts come and go, so what MLX computes later would read
+                others in their place; or MLX would write memory that many experts
+                share as if it were one's own.
+        """
+        comes_and_goes = self.streams or self.keeper is not None
+        if comes_and_goes or (self.streamer is not None and not has_values):
+            why = "streamed" if comes_and_goes else "read from a pack"
+            raise ModelError(
+                "[transform] expected experts among the parameters but got a call "
+                f"under mx.grad, mx.compile or the like while experts are {why}: load "
+                "a plain checkpoint without a memory budget"
+            )
+        if self._reference is None:
+            self._reference = copy.copy(self)
+            self._reference.is_reference = True
+            self._reference.executor = LazyOpsExecutor()
+            self._reference.graphs = BuiltOnce(64)
+            self._reference._optimistic = "off"
+        self._reference.streamer = self.streamer
+        if isinstance(self.streamer, ExpertStreamer):
+            self.streamer.stay()
+        return self._reference
 
     @functools.cached_property
     def identity(self) -> str:
@@ -176,6 +217,14 @@ class Runtime:
             return
         yield streamer if streamer.read_ahead.begin() else None
         streamer.read_ahead.end()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
+        if self.store is not None:
+            raise ModelError(
+                "[copy] expected a model with its experts among its parameters but got "
+                "one that reads them from files: load it a second time"
+            )
+        return Runtime(self.options)
 
     def without_streamed(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Leave out of a checkpoint's weights what the streamer reads itself."""

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, KVCache
 
+from .executors.base import leaves
 from .model import BuiltOnce
 
 # Traces of some layers: as many shapes of caches and numbers of sequences at a time.
@@ -149,6 +150,14 @@ def states_of(cache: Any) -> list[Any]:
     if isinstance(cache, ArraysCache):
         return [*cache.cache]
     return [cache.keys, cache.values]
+
+
+def arrays_of(caches: Sequence[Any]) -> list[mx.array]:
+    """Return every array that caches hold, of whatever kind they are."""
+    plain = [c for c in caches if type(c) is KVCache]
+    held = [x for c in plain for x in (c.keys, c.values) if x is not None]
+    others = [vars(c) for c in caches if c is not None and type(c) is not KVCache]
+    return held + leaves(others)
 
 
 def set_states(cache: Any, states: list[Any]) -> None:

@@ -56,15 +56,21 @@ class Weight:
         """Tell whether slots do not lie end to end."""
         return self.in_pool is not None
 
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Those of its parts that are MLX arrays."""
+        parts = (self.w, self.scales, self.biases)
+        return [x for x in parts if isinstance(x, mx.array)]
+
     @functools.cached_property
     def records(self) -> tuple[Records | None, ...]:
         """``w``, ``scales`` and ``biases`` of all slots for kernels, never copied."""
         if self.in_pool is not None:
             return self.in_pool
         parts = (self.w, self.scales, self.biases)
-        return tuple(
-            None if x is None else Records(x.reshape(x.shape[0], -1), 0) for x in parts
-        )
+        rows = [None if x is None else x.reshape(x.shape[0], -1) for x in parts]
+        has_values(*(x for x in rows if x is not None))
+        return tuple(None if x is None else Records(x, 0) for x in rows)
 
     @functools.cached_property
     def on_host(self) -> Weight:
@@ -80,7 +86,9 @@ class Weight:
         if isinstance(self.w, mx.array):
             return self
         w, scales, biases = map(_device_copy, (self.w, self.scales, self.biases))
-        return Weight(w, scales, biases, self.quantization)
+        copied = Weight(w, scales, biases, self.quantization)
+        has_values(*copied.arrays)
+        return copied
 
     def __getitem__(self, index: int | slice | None) -> Weight:
         """Return one expert's matrix, or with None a stack of one, without a copy.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
@@ -308,44 +307,6 @@ def test_tokens_that_are_no_integers_are_refused(packed):
     ours, _ = moeflux_mlx.load(packed[1])
     with pytest.raises(ModelError, match="integer"):
         ours(mx.zeros((1, 3)))
-
-
-def test_a_gradient_through_streamed_experts_is_refused(packed):
-    ours, _ = moeflux_mlx.load(packed[1], expert_memory=minimum_memory(packed[1]))
-    rows = ours.model.embed_tokens(tokens(3))
-
-    def loss(embeddings):
-        return ours(tokens(3), input_embeddings=embeddings).sum()
-
-    with pytest.raises(ModelError, match="streamed"):
-        mx.eval(mx.grad(loss)(rows))
-
-
-def test_a_gradient_for_weights_of_a_model_not_in_training_is_refused(packed):
-    ours, _ = moeflux_mlx.load(packed[0])
-    mx.eval(ours(tokens(3)))
-
-    def loss(model):
-        return model(tokens(3)).sum()
-
-    with pytest.raises(ModelError, match="training mode"):
-        mx.eval(nn.value_and_grad(ours, loss)(ours))
-
-
-def test_gradients_of_a_resident_model_in_training_are_mlx_lms(packed):
-    theirs, _ = mlx_lm.load(str(packed[0]))
-    ours, _ = moeflux_mlx.load(packed[0])
-    rows = theirs.model.embed_tokens(tokens(5))
-    grads = []
-    for model in (theirs, ours):
-        model.train()
-
-        def loss(embeddings, model=model):
-            logits = model(tokens(5), input_embeddings=embeddings)
-            return (logits**2).mean()
-
-        grads.append(mx.grad(loss)(rows))
-    assert relative_rms(grads[1], grads[0]) < 1e-3
 
 
 def test_an_unknown_executor_is_refused_by_name(packed):

@@ -42,8 +42,9 @@ def check_scope(scope: str) -> None:
 class ExpertStreamer:
     """Slots for the experts of all layers of a store, under one memory budget.
 
-    One thread at a time may generate; which thread it is may change. The store stays
-    the caller's to close, after the streamer.
+    One thread at a time may use slots, from asking for them until it has guarded what
+    it made of them: it holds ``lock`` meanwhile, as a call of a model does. Which
+    thread it is may change. The store stays the caller's to close, after the streamer.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class ExpertStreamer:
         runs_ahead: bool = False,
         evaluate: Callable[..., None] = mx.eval,
         report: Progress | None = None,
+        lock: threading.RLock | None = None,
     ):
         """Allocate the pool; if it holds every expert, read them all now.
 
@@ -80,6 +82,7 @@ class ExpertStreamer:
             evaluate: evaluates arrays that must be done before slots change, like
                 ``mx.eval``; an executor's own counts how long that takes.
             report: hears how far reading all experts has come.
+            lock: what the calls of a model hold; one of its own by default.
 
         Raises:
             ConfigError: an argument has no usable value.
@@ -119,7 +122,7 @@ class ExpertStreamer:
             ReadPool, read_threads or config.read_threads(), inline_bytes
         )
         self._sources: dict[tuple[int, bool], ExpertSource] = {}
-        self._lock = threading.RLock()
+        self.lock = lock or threading.RLock()
         self._guards: list[mx.array] = []
         # The last ``ask``: layer, ids, and those that were missing.
         self._asked: tuple[int, list[int], list[int]] | None = None
@@ -135,6 +138,7 @@ class ExpertStreamer:
             read_ahead = "off"
         self.read_ahead = ReadAhead(read_ahead, lambda: self.stats.total.wait_seconds)
         self.resident = n_slots == n_records
+        self._stays = False
         if self.resident:
             try:
                 self._in_flight.preload(report)
@@ -200,7 +204,7 @@ class ExpertStreamer:
 
         Raises:
             BudgetError: fewer slots than one token needs, or more than there were at
-                first.
+                first; or experts must ``stay``.
         """
         table = self._table
         capacity = n_slots // table.n_groups
@@ -208,6 +212,11 @@ class ExpertStreamer:
             raise BudgetError(
                 f"[resize] expected {self.least_slots} to {self._pool.n_slots} slots "
                 f"but got {n_slots}"
+            )
+        if self._stays:
+            raise BudgetError(
+                "[resize] expected no call under mx.grad, mx.compile or the like "
+                "before: what it gave reads all experts; load the model anew"
             )
         with self._exclusive():
             self._evaluate_guards()
@@ -288,12 +297,24 @@ class ExpertStreamer:
 
     def guard(self, *outputs: mx.array) -> None:
         """Evaluate ``outputs`` before any slot is overwritten."""
-        with self._lock:
+        with self.lock:
             self._guards.extend(outputs)
+
+    def stay(self) -> None:
+        """Refuse to ``resize`` from now on: arrays without a guard read all slots."""
+        self._stays = True
+
+    def hand_over(self) -> None:
+        """Begin to compute what still reads slots, so that any thread can wait for it.
+
+        Only the thread that made a lazy array can compute it.
+        """
+        with self.lock:
+            mx.async_eval(self._guards)
 
     def close(self) -> None:
         """Wait for reads in flight and end the reading threads."""
-        with self._lock:
+        with self.lock:
             self._in_flight.cancel()
             self._in_flight.settle()
             self._in_flight.reader.close()
@@ -307,7 +328,7 @@ class ExpertStreamer:
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
         """Hold the lock, and set right what an interrupt in here left half done."""
-        with self._lock:
+        with self.lock:
             if self._interrupted:
                 self._in_flight.cancel()
                 self._in_flight.settle()

@@ -1,0 +1,75 @@
+"""Keep streamed models from being saved as if they were whole.
+
+Experts that are read from files are not among a model's parameters, and mlx-lm saves
+what ``parameters()`` returns: ``mlx_lm.convert``, ``mlx_lm.fuse`` and scripts would
+write a model without experts.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from mlx_lm import utils
+
+from .blocks import ROUTED
+from .errors import ModelError
+
+_SAVE_MODEL = utils.save_model
+
+
+def refuse_saving(model: Any) -> None:
+    """Raise ModelError if a model's experts are not among its parameters."""
+    runtime = getattr(model, "runtime", None)
+    store = getattr(runtime, "store", None)
+    if store is not None:
+        raise ModelError(
+            "[save] expected a model with its experts among its parameters but got one "
+            "that reads them from files, nothing is written: convert or fuse the plain "
+            "checkpoint, and pack what comes of it"
+        )
+
+
+def refuse_experts(weights: Iterable[str]) -> None:
+    """Raise ModelError if any of weights by name is of experts read from files.
+
+    None of a streamed model's parameters takes it.
+    """
+    for name in weights:
+        if f".{ROUTED}." in name:
+            raise ModelError(
+                f"[weights] {name}: expected no experts' weights for a model that "
+                "reads experts from files: change the checkpoint and pack it again"
+            )
+
+
+class StreamedElsewhere:
+    """Stands where a layer of mlx-lm looks for experts that are read from files."""
+
+    def __call__(self, *_arguments: Any, **_options: Any) -> Any:
+        """Refuse: only a call of the model reads experts."""
+        raise ModelError(
+            "[experts] expected a call of the model but got one of a layer's own "
+            "module, which has no experts: they are read from files"
+        )
+
+
+def refuse_saving_now(model: Any) -> None:
+    """Do the same if mlx-lm's ``save_model`` asks: a script may have kept its own."""
+    frame = sys._getframe(2)
+    if frame.f_code is _SAVE_MODEL.__code__:
+        refuse_saving(model)
+
+
+@functools.wraps(_SAVE_MODEL)
+def _save_model(save_path: Any, model: Any, **options: Any) -> None:
+    # mlx-lm makes the directory before it looks at the model.
+    refuse_saving(model)
+    _SAVE_MODEL(save_path, model, **options)
+
+
+def guard_saving() -> None:
+    """Have mlx-lm's ``save_model`` refuse models without their experts."""
+    utils.save_model = _save_model
