@@ -96,6 +96,9 @@ class TextModel(qwen3_5.TextModel):
             )
         super().__init__(args)
         self.model = Backbone(args)
+        for layer in self.model.layers:
+            if not layer.is_linear:
+                blocks.rotation(layer.self_attn.rope)
         if runtime.store is not None:
             runtime.check_layers(range(args.num_hidden_layers))
             for layer in self.model.layers:
