@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import qwen3_5
 from mlx_lm.models import qwen3_5_moe as stock
+from moeflux_mlx.models import qwen3_5_tensors
 
 from moeflux_mlx import blocks, device
 from moeflux_mlx.blocks import ROUTED, Call, RoutedShape
@@ -43,6 +44,7 @@ from moeflux_mlx.weights import ExpertSource, ExpertWeights
 
 ModelArgs = stock.ModelArgs
 TextModelArgs = qwen3_5.TextModelArgs
+check = qwen3_5_tensors.check
 
 
 class Model(stock.Model):

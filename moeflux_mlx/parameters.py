@@ -158,7 +158,7 @@ class LayerWeights:
             )
         if "scales" in arrays:
             mode = getattr(module, "mode", "affine")
-            quantization = Quantization(module.bits, module.group_size, mode)
+            quantization = Quantization.of(module.bits, module.group_size, mode)
         for key, array in arrays.items():
             if key in ("scales", "biases"):
                 continue

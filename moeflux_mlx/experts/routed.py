@@ -66,6 +66,12 @@ class ExpertTensors:
             return self.entries[expert], self.first
         return self.entries[0], self.first + expert * self.stride
 
+    @property
+    def is_half(self) -> bool:
+        """Tell whether the entries also hold another projection's rows."""
+        rows = self.entries[0].shape[-2]
+        return rows != self.shape[0]
+
     def halves(self) -> tuple[ExpertTensors, ExpertTensors]:
         """Split the rows of each expert in two, without reading any."""
         shape = (self.shape[0] // 2, *self.shape[1:])
