@@ -38,12 +38,17 @@ def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | No
     if not isinstance(rope := config.fields.get("rope_parameters"), dict | None):
         raise config.wrong("rope_parameters", "an object or null", rope)
     args = TextModelArgs.from_dict(copy.deepcopy(config.fields))
-    check_numbers(config, args)
+    if args.num_experts < 1:
+        raise config.wrong("num_experts", "a positive whole number", args.num_experts)
     # Files from before conversion have the axes of convolutions the other way round.
     convs = [e for name, e in tensors.items() if name.endswith("conv1d.weight")]
     converted = all(e.shape and e.shape[-1] == 1 for e in convs)
     shapes = expected_tensors(args, converted=converted)
-    return check_tensors(config, tensors, shapes, optional=(ROUTED,))
+    missing = check_tensors(config, tensors, shapes, optional=(ROUTED,))
+    if missing is None:
+        # Not before sizes are known to be those of the files: positions take memory.
+        check_numbers(config, args)
+    return missing
 
 
 def check_numbers(config: Configuration, args: TextModelArgs) -> None:
@@ -53,8 +58,8 @@ def check_numbers(config: Configuration, args: TextModelArgs) -> None:
     config.check_number("rms_norm_eps", args.rms_norm_eps, zero=True)
     config.check_number("rope_theta", args.rope_theta)
     config.check_number("partial_rotary_factor", args.partial_rotary_factor, 1)
-    if args.num_experts_per_tok > args.num_experts:
-        expected = f"at most num_experts ({args.num_experts})"
+    if not 1 <= args.num_experts_per_tok <= args.num_experts:
+        expected = f"from 1 to num_experts ({args.num_experts})"
         raise config.wrong("num_experts_per_tok", expected, args.num_experts_per_tok)
     for key, divisor in (
         ("num_attention_heads", "num_key_value_heads"),

@@ -8,6 +8,7 @@ Letters: B sequences, T tokens each, N = B T, H heads, d head width.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -87,11 +88,8 @@ def rotation(rope: nn.Module) -> tuple[mx.array, float]:
         )
     dims = getattr(rope, "dims", getattr(rope, "dim", None))
     found = np.array(angles)
-    if (
-        found.size == 0
-        or 2 * found.size != dims
-        or not np.isfinite([*found, scale]).all()
-    ):
+    is_finite = math.isfinite(scale) and bool(np.isfinite(found).all())
+    if found.size == 0 or 2 * found.size != dims or not is_finite:
         raise ModelError(
             f"[rope] expected an even number of rotated channels with finite angles "
             f"but got {dims} channels and angles {found[:4].tolist()}: mend "

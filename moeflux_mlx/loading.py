@@ -15,7 +15,7 @@ from mlx_lm.utils import load_config, load_model, load_tokenizer
 
 from . import config
 from .download import find_model
-from .errors import ModelError, MoefluxError
+from .errors import ConfigError, ModelError, MoefluxError
 from .executors.base import leaves
 from .experts.budget import AUTO
 from .experts.packed import PackedExperts, is_packed
@@ -91,7 +91,13 @@ def load(
         ConfigError: an argument has no usable value.
         TraceError: the recording that ``policy`` names is not usable.
     """
-    path = find_model(path_or_repo, revision)
+    for name, value, kind in (
+        ("revision", revision, str),
+        ("model_config", model_config, dict),
+        ("tokenizer_config", tokenizer_config, dict),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise ConfigError(f"[{name}] expected a {kind.__name__} but got {value!r}")
     options = RunOptions(
         None,
         memory,
@@ -103,6 +109,7 @@ def load(
         read_ahead,
         expert_io,
     )
+    path = find_model(path_or_repo, revision)
     with _built(path, options, model_config) as (model, loaded):
         # Before memory is planned: it takes some too.
         eos = loaded.get("eos_token_id")
@@ -126,8 +133,8 @@ def plan_load(
     Raises:
         ModelError, ExpertStoreError, BudgetError: as ``load``.
     """
-    path = find_model(path_or_repo)
     options = RunOptions(None, memory, scope=scope)
+    path = find_model(path_or_repo)
     with _built(path, options) as (model, loaded):
         read_tokenizer(path, None, loaded.get("eos_token_id"))
         plan = model.runtime.make_plan(model.needs)

@@ -59,6 +59,16 @@ def read_weights(
     return reads
 
 
+def check_directory(path: Path) -> None:
+    """Refuse a directory that ``load`` would refuse by its headers.
+
+    Raises:
+        ModelError: as ``check_model``; a file is missing or broken.
+    """
+    with Checkpoint.open(path) as checkpoint:
+        check_model(checkpoint, checkpoint.config)
+
+
 def check_model(checkpoint: Checkpoint, fields: dict[str, Any]) -> None:
     """Hold a configuration against a checkpoint's tensors.
 
