@@ -14,7 +14,6 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import qwen3_5
 from mlx_lm.models import qwen3_5_moe as stock
-from moeflux_mlx.models import qwen3_5_tensors
 
 from moeflux_mlx import blocks, device
 from moeflux_mlx.blocks import ROUTED, Call, RoutedShape
@@ -41,6 +40,8 @@ from moeflux_mlx.ops.functions import Array, to_device
 from moeflux_mlx.parameters import LayerWeights
 from moeflux_mlx.runtime import RunOptions, Runtime
 from moeflux_mlx.weights import ExpertSource, ExpertWeights
+
+from . import qwen3_5_tensors
 
 ModelArgs = stock.ModelArgs
 TextModelArgs = qwen3_5.TextModelArgs

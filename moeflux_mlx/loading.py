@@ -28,6 +28,7 @@ from .runtime import RunOptions
 
 # How much of another library's error a line of ours repeats.
 MOST_TOLD = 400
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 
 
 def load(
@@ -209,6 +210,12 @@ def read_tokenizer(path: Path, extra: dict[str, Any] | None, eos: Any) -> Any:
         raise ModelError(
             f"[load] {path}: expected eos_token_id to be a token or a list of them but "
             f"got {eos!r}: mend config.json or generation_config.json"
+        )
+    if not any(any(path.glob(pattern)) for pattern in VOCABULARIES):
+        # Without one the tokenizer would come up empty.
+        raise ModelError(
+            f"[tokenizer] {path}: expected one of {', '.join(VOCABULARIES)} but got "
+            "none: download the tokenizer too"
         )
     with one_line_errors(f"[tokenizer] {path}"):
         return load_tokenizer(path, extra, eos_token_ids=eos)

@@ -7,7 +7,7 @@ import copy
 import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -46,17 +46,18 @@ def read_weights(
 
     def reads(weights: dict[str, mx.array]) -> dict[str, mx.array]:
         # mlx-lm keeps whichever file came last.
-        files = {file: mx.load(str(file)) for file in set(chosen.values())}
-        found = {
-            **weights,
-            **{name: files[file][name] for name, file in chosen.items()},
-        }
+        files = {file: _load(file) for file in set(chosen.values())}
+        found = {**weights, **{name: files[f][name] for name, f in chosen.items()}}
         for layer in routed.values():
             if not _is_known_to_mlx_lm(layer):
                 _stack(found, layer)
         return found
 
     return reads
+
+
+def _load(file: Path) -> dict[str, mx.array]:
+    return cast(dict[str, mx.array], mx.load(str(file)))
 
 
 def check_directory(path: Path) -> None:

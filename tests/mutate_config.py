@@ -22,7 +22,24 @@ from moeflux_mlx.errors import MoefluxError
 
 GONE = "gone"
 NUMBERS = [0, 1, -1, 10**9, 10**400, 2.5, float("nan"), True, "4", None, [1], GONE]
-SIZES = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "linear_num_value_heads", "linear_num_key_heads", "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim", "full_attention_interval", "num_experts", "num_experts_per_tok", "shared_expert_intermediate_size", "moe_intermediate_size"]
+SIZES = [
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "linear_num_value_heads",
+    "linear_num_key_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+    "full_attention_interval",
+    "num_experts",
+    "num_experts_per_tok",
+    "shared_expert_intermediate_size",
+    "moe_intermediate_size",
+]
 OTHERS = ["rms_norm_eps", "intermediate_size", "layer_types", "rope_parameters"]
 GATE = "language_model.model.layers.3.mlp.gate"
 

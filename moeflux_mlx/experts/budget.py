@@ -39,7 +39,8 @@ def parse_bytes(memory: int | float | str, name: str = "memory") -> int:
     amount = _amount(memory)
     if amount is None or not 1 <= amount < MOST:
         raise ConfigError(
-            f"[{name}] expected bytes such as 8GB, 512MiB or 1.5e9 but got {_shown(memory)}"
+            f"[{name}] expected bytes such as 8GB, 512MiB or 1.5e9 but got "
+            f"{_shown(memory)}"
         )
     return int(amount)
 
