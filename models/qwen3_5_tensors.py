@@ -79,10 +79,9 @@ def check_numbers(config: Configuration, args: TextModelArgs) -> None:
     except ModelError:
         raise
     except Exception as error:
-        got = f"{args.rope_scaling} ({error!r})"
-        raise config.wrong(
-            "rope_parameters", "those of a known rope_type", got
-        ) from error
+        known = "those of a rope_type that mlx-lm has"
+        told = f"{type(error).__name__}: {error}"
+        raise config.wrong("rope_parameters", known, told) from error
 
 
 def expected_tensors(args: TextModelArgs, *, converted: bool) -> Iterator[Expected]:

@@ -31,8 +31,8 @@ class ModelSummary:
 
     ``layers`` counts layers by kind. ``resident_bytes`` is everything that is used but
     routed experts; ``minimum_bytes`` and ``full_bytes`` are the least ``expert_memory``
-    that serves a token and the least that holds every expert. ``reads_per_expert`` is how
-    many spans of bytes an expert lies in, the mean of all: 1 in a packed directory.
+    that serves a token and the least that holds every expert. ``reads_per_expert`` is
+    how many spans of bytes an expert lies in, the mean of all: 1 in a packed directory.
     ``token_reads`` and ``token_bytes`` are what a token reads with no expert in memory.
     ``forms`` counts the experts' projections by how they are stored. ``all_fit`` tells
     whether all experts fit into the memory that is taken where none is asked for.
