@@ -187,7 +187,7 @@ def one_line_errors(where: str) -> Iterator[None]:
     except Exception as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())
         told = told if len(told) <= MOST_TOLD else f"{told[:MOST_TOLD]}..."
-        raise ModelError(f"{where}: cannot load it: {told}") from error
+        raise ModelError(f"{where}: cannot use it: {told}") from error
 
 
 def _read_parameters(model: nn.Module, report: Report) -> None:

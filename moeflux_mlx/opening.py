@@ -63,11 +63,22 @@ def _load(file: Path) -> dict[str, mx.array]:
 def check_directory(path: Path) -> None:
     """Refuse a directory that ``load`` would refuse by its headers.
 
+    A model of a type that has no class here yet is looked at no further.
+
     Raises:
         ModelError: as ``check_model``; a file is missing or broken.
     """
     with Checkpoint.open(path) as checkpoint:
-        check_model(checkpoint, checkpoint.config)
+        if _has_class(checkpoint.config.get("model_type")):
+            check_model(checkpoint, checkpoint.config)
+
+
+def _has_class(model_type: object) -> bool:
+    try:
+        model_module(model_type)
+    except ModelError:
+        return False
+    return True
 
 
 def check_model(checkpoint: Checkpoint, fields: dict[str, Any]) -> None:

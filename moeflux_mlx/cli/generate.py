@@ -20,7 +20,7 @@ from mlx_lm.sample_utils import make_sampler
 from ..config import EXPERT_IO
 from ..errors import ConfigError
 from ..experts.policy import DEFAULT_POLICY, POLICY_FORMS
-from ..loading import load
+from ..loading import load, one_line_errors
 from ..state import load_state, save_state
 from .report import generate_and_print
 
@@ -207,13 +207,14 @@ def _chat_text(args: argparse.Namespace, tokenizer: Any, text: str) -> str:
         "assistant": args.prefill_response,
     }
     prefilled = args.prefill_response is not None
-    return tokenizer.apply_chat_template(
-        [{"role": k, "content": v} for k, v in parts.items() if v is not None],
-        tokenize=False,
-        continue_final_message=prefilled,
-        add_generation_prompt=not prefilled,
-        **json.loads(args.chat_template_config or "{}"),
-    )
+    with one_line_errors(f"[chat template] {args.model}"):
+        return tokenizer.apply_chat_template(
+            [{"role": k, "content": v} for k, v in parts.items() if v is not None],
+            tokenize=False,
+            continue_final_message=prefilled,
+            add_generation_prompt=not prefilled,
+            **json.loads(args.chat_template_config or "{}"),
+        )
 
 
 def _sampler(args: argparse.Namespace, tokenizer: Any) -> Any:
