@@ -49,8 +49,11 @@ from moeflux_mlx.saving import (
 )
 from moeflux_mlx.weights import ExpertSource, ExpertWeights
 
+from . import qwen3_5_tensors
+
 ModelArgs = stock.ModelArgs
 TextModelArgs = qwen3_5.TextModelArgs
+check = qwen3_5_tensors.check
 
 guard_saving()
 
@@ -134,6 +137,9 @@ class TextModel(qwen3_5.TextModel):
             )
         super().__init__(args)
         self.model = Backbone(args)
+        for layer in self.model.layers:
+            if not layer.is_linear:
+                blocks.rotation(layer.self_attn.rope)
         if runtime.store is not None:
             runtime.check_layers(range(args.num_hidden_layers))
             for layer in self.model.layers:

@@ -8,10 +8,12 @@ Letters: B sequences, T tokens each, N = B T, H heads, d head width.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from . import ops
 from .errors import ModelError
@@ -58,17 +60,42 @@ SAME_INPUT = (
 )
 
 
-def inverse_frequencies(rope: nn.Module) -> mx.array:
-    """Return the rotation per position of each channel pair, ``[rotary_dim / 2]``."""
-    if hasattr(rope, "_freqs") and getattr(rope, "mscale", 1.0) == 1.0:
-        return mx.reciprocal(rope._freqs.astype(mx.float32))
-    if not isinstance(rope, nn.RoPE) or rope.traditional or rope.scale != 1.0:
+def rotation(rope: nn.Module) -> tuple[mx.array, float]:
+    """Return how one of mlx-lm's rotary modules turns and scales channels.
+
+    Returns:
+        The angle per position of each channel pair, ``[rotary_dim / 2]``, and what the
+        rotated channels are multiplied by.
+
+    Raises:
+        ModelError: angles depend on the length of the sequence, or are no numbers.
+    """
+    scale = getattr(rope, "mscale", getattr(rope, "_scale", 1.0))
+    traditional = getattr(rope, "traditional", False)
+    if hasattr(rope, "_freqs") and not traditional:
+        angles = mx.reciprocal(rope._freqs.astype(mx.float32))
+    elif isinstance(rope, nn.RoPE) and not traditional:
+        half = rope.dims // 2
+        exponent = mx.arange(half, dtype=mx.float32) / half
+        angles = mx.exp(-exponent * mx.log(mx.array(rope.base, mx.float32)))
+        if rope.scale != 1.0:
+            angles = angles * rope.scale
+    else:
         raise ModelError(
-            f"[rope] expected plain or frequency-scaled rotary positions but got {rope}"
+            "[rope] expected rotary positions that do not depend on the length of the "
+            f"sequence but got {type(rope).__name__}: choose another rope_type in "
+            "config.json"
         )
-    half = rope.dims // 2
-    exponent = mx.arange(half, dtype=mx.float32) / half
-    return mx.exp(-exponent * mx.log(mx.array(rope.base, mx.float32)))
+    dims = getattr(rope, "dims", getattr(rope, "dim", None))
+    found = np.array(angles)
+    is_finite = math.isfinite(scale) and bool(np.isfinite(found).all())
+    if found.size == 0 or 2 * found.size != dims or not is_finite:
+        raise ModelError(
+            f"[rope] expected an even number of rotated channels with finite angles "
+            f"but got {dims} channels and angles {found[:4].tolist()}: mend "
+            "rope_parameters in config.json"
+        )
+    return angles, float(scale)
 
 
 @dataclass(frozen=True)
@@ -193,7 +220,7 @@ def full_attention(
     )
     n, seqs = call.n, call.n_seqs
     start = g.input("start", b.StartPosBuf, (seqs,))
-    frequencies = inverse_frequencies(attn.rope)
+    frequencies, rope_scale = rotation(attn.rope)
     inv_freq = g.constant("inv_freq", b.RopeInvFreqBuf, frequencies)
     q_proj = g.matvec("self_attn.q_proj", x, b.QProjOutBuf)
     k = g.matvec("self_attn.k_proj", x, b.KProjOutBuf)
@@ -234,6 +261,7 @@ def full_attention(
                 num_heads=count,
                 head_dim=d,
                 rotary_dim=2 * frequencies.size,
+                scale=rope_scale,
             )
         )
     cache_shape = (seqs, kv_heads, None, d)

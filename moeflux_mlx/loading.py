@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.utils import _download, load_config, load_model, load_tokenizer
+from mlx_lm.utils import load_config, load_model, load_tokenizer
 
 from . import config
-from .errors import ModelError
+from .download import find_model
+from .errors import ConfigError, ModelError, MoefluxError
 from .executors.base import leaves
 from .experts.budget import AUTO
 from .experts.packed import PackedExperts, is_packed
 from .experts.store import open_store
 from .memory import MemoryPlan
+from .opening import Reads, model_module, read_weights
 from .pool_search import find_fastest
 from .progress import Report, byte_progress, notice
 from .runtime import RunOptions
+
+# How much of another library's error a line of ours repeats.
+MOST_TOLD = 400
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 
 
 def load(
@@ -87,7 +92,13 @@ def load(
         ConfigError: an argument has no usable value.
         TraceError: the recording that ``policy`` names is not usable.
     """
-    path = find_model(path_or_repo, revision)
+    for name, value, kind in (
+        ("revision", revision, str),
+        ("model_config", model_config, dict),
+        ("tokenizer_config", tokenizer_config, dict),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise ConfigError(f"[{name}] expected a {kind.__name__} but got {value!r}")
     options = RunOptions(
         None,
         memory,
@@ -99,10 +110,11 @@ def load(
         read_ahead,
         expert_io,
     )
+    path = find_model(path_or_repo, revision)
     with _built(path, options, model_config) as (model, loaded):
         # Before memory is planned: it takes some too.
         eos = loaded.get("eos_token_id")
-        tokenizer = load_tokenizer(path, tokenizer_config, eos_token_ids=eos)
+        tokenizer = read_tokenizer(path, tokenizer_config, eos)
         with byte_progress() as report:
             model.runtime.open(model.needs, report)
             if not lazy:
@@ -122,10 +134,10 @@ def plan_load(
     Raises:
         ModelError, ExpertStoreError, BudgetError: as ``load``.
     """
-    path = find_model(path_or_repo)
     options = RunOptions(None, memory, scope=scope)
+    path = find_model(path_or_repo)
     with _built(path, options) as (model, loaded):
-        load_tokenizer(path, eos_token_ids=loaded.get("eos_token_id"))
+        read_tokenizer(path, None, loaded.get("eos_token_id"))
         plan = model.runtime.make_plan(model.needs)
         model.runtime.store.close()
     assert plan is not None
@@ -143,18 +155,39 @@ def _built(
     store = open_store(path, direct=direct) if streams else None
     opened = (lambda: store) if store is not None else None
     options = replace(options, open_experts=opened, directory=path)
+    # A packed directory's model_file names the very class that is loaded here.
+    changes = {**(model_config or {}), "model_file": None}
     try:
-        yield load_model(
-            path,
-            lazy=True,
-            # A packed directory's model_file names the very class that is loaded here.
-            model_config={**(model_config or {}), "model_file": None},
-            get_model_classes=lambda config: model_classes(config, options),
-        )
+        reads = read_weights(path, changes, store)
+        with one_line_errors(f"[load] {path}"):
+            built = load_model(
+                path,
+                lazy=True,
+                model_config=changes,
+                get_model_classes=lambda config: model_classes(config, options, reads),
+            )
+        yield built
     except BaseException:
         if store is not None:
             store.close()
         raise
+
+
+@contextlib.contextmanager
+def one_line_errors(where: str) -> Iterator[None]:
+    """Turn what other libraries raise into one line that says where it was.
+
+    Raises:
+        ModelError: with the library's error as its cause.
+    """
+    try:
+        yield
+    except (MoefluxError, MemoryError):
+        raise
+    except Exception as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        told = told if len(told) <= MOST_TOLD else f"{told[:MOST_TOLD]}..."
+        raise ModelError(f"{where}: cannot use it: {told}") from error
 
 
 def _read_parameters(model: nn.Module, report: Report) -> None:
@@ -166,47 +199,48 @@ def _read_parameters(model: nn.Module, report: Report) -> None:
         report("reading weights", done, total)
 
 
-def find_model(path_or_repo: str | Path, revision: str | None = None) -> Path:
-    """Return the local directory of a model, downloading a hub id.
+def read_tokenizer(path: Path, extra: dict[str, Any] | None, eos: Any) -> Any:
+    """Return the tokenizer of a model directory as mlx-lm wraps it.
 
     Raises:
-        ModelError: there is no model at the path, or the hub has none of that id.
+        ModelError: its files are missing or broken, or ``eos`` is no token or tokens.
     """
-    path = Path(path_or_repo)
-    if not path.exists():
-        path = _from_hub(str(path_or_repo), revision)
-    if not (path / "config.json").is_file():
-        raise ModelError(f"[load] {path}: expected a model directory with config.json")
-    return path
-
-
-def _from_hub(repo: str, revision: str | None) -> Path:
-    patterns = ["*.json", "*.safetensors", "*.py", "*.txt", "*.jinja", "*.bin"]
-    try:
-        return _download(repo, revision, allow_patterns=patterns)
-    except Exception as error:
+    ids = eos if isinstance(eos, list) else [eos]
+    if any(type(i) is not int for i in ids) and eos is not None:
         raise ModelError(
-            f"[load] expected a local directory or a hub id but got {repo!r}: {error}"
-        ) from error
+            f"[load] {path}: expected eos_token_id to be a token or a list of them but "
+            f"got {eos!r}: mend config.json or generation_config.json"
+        )
+    if not any(any(path.glob(pattern)) for pattern in VOCABULARIES):
+        # Without one the tokenizer would come up empty.
+        raise ModelError(
+            f"[tokenizer] {path}: expected one of {', '.join(VOCABULARIES)} but got "
+            "none: download the tokenizer too"
+        )
+    with one_line_errors(f"[tokenizer] {path}"):
+        return load_tokenizer(path, extra, eos_token_ids=eos)
 
 
-def model_classes(config: dict[str, Any], options: RunOptions) -> tuple[type, type]:
+def model_classes(
+    config: dict[str, Any], options: RunOptions, reads: Reads | None = None
+) -> tuple[type, type]:
     """Return ``(Model, ModelArgs)`` for a configuration, bound to ``options``.
+
+    Args:
+        reads: changes weights as files have them before the model renames them.
 
     Raises:
         ModelError: moeflux-mlx has no model class of that type.
     """
-    model_type = config.get("model_type")
-    try:
-        module = importlib.import_module(f"moeflux_mlx.models.{model_type}")
-    except ModuleNotFoundError as error:
-        if error.name != f"moeflux_mlx.models.{model_type}":
-            raise
-        raise ModelError(
-            f"[load] expected a supported model type but got {model_type!r}"
-        ) from error
-    bound = type("Model", (module.Model,), {"options": options})
-    return bound, module.ModelArgs
+    module = model_module(config.get("model_type"))
+
+    class Model(module.Model):  # type: ignore[misc, name-defined]
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            found = weights if reads is None else reads(weights)
+            return cast(dict[str, mx.array], super().sanitize(found))
+
+    Model.options = options
+    return Model, module.ModelArgs
 
 
 def pack_classes(model_file: str) -> tuple[type, type]:

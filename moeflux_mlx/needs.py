@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +61,7 @@ class TextNeeds:
     @property
     def most_tokens(self) -> int:
         """How long a sequence may become."""
-        return self._args.max_position_embeddings
+        return self._args.max_position_embeddings or sys.maxsize
 
     @property
     def vocab_size(self) -> int:

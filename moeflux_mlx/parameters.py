@@ -14,7 +14,7 @@ from . import device
 from .errors import ModelError
 from .graph.op import JointRows, WeightRef
 from .ops.functions import dequantize, to_host
-from .weights import Quantization, Weight, has_values
+from .weights import OWN_FORM, Quantization, Weight, has_values
 
 # What a quantised ``Weight`` consists of, and the same among a module's parameters.
 PARTS, KEYS = ("w", "scales", "biases"), ("weight", "scales", "biases")
@@ -156,7 +156,7 @@ class LayerWeights:
             )
         if "scales" in arrays:
             mode = getattr(module, "mode", "affine")
-            quantization = Quantization(module.bits, module.group_size, mode)
+            quantization = Quantization.of(module.bits, module.group_size, mode)
         for key, array in arrays.items():
             if key in ("scales", "biases"):
                 continue
@@ -204,7 +204,10 @@ def _joinable(members: Sequence[Weight]) -> bool:
 
 def dense_bytes(module: nn.Module) -> int:
     """Return the float32 bytes of a quantised module's matrix; 0 of any other's."""
-    return 4 * module["weight"].size * 32 // module.bits if "scales" in module else 0
+    if "scales" not in module:
+        return 0
+    bits = module.bits or OWN_FORM[getattr(module, "mode", "affine")][0]
+    return 4 * int(module["weight"].size) * 32 // bits
 
 
 def held_bytes(module: nn.Module, *, skip: str = "", unpack: bool = False) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import config, device
-from .errors import ModelError
+from .errors import ConfigError, ModelError
 from .executors import open_executor
 from .executors.ops import LazyOpsExecutor
 from .experts.access import open_experts
@@ -23,6 +23,7 @@ from .experts.budget import AUTO, most_bytes, parse_bytes
 from .experts.mapped import MappedExperts
 from .experts.packed import Progress
 from .experts.policy import DEFAULT_POLICY, policy_factory
+from .experts.read_ahead import check_read_ahead
 from .experts.store import ExpertStore, model_identity
 from .experts.streamer import ExpertStreamer, check_scope
 from .memory import MemoryKeeper, MemoryPlan, Needs, plan_memory
@@ -52,6 +53,19 @@ class RunOptions:
     read_ahead: str = "auto"
     expert_io: str | None = None
     directory: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for arguments of no usable value, before any is used."""
+        check_scope(self.scope)
+        check_read_ahead(self.read_ahead)
+        for name in ("memory", "expert_memory"):
+            bound = getattr(self, name)
+            if bound is not None and bound != AUTO:
+                parse_bytes(bound, name)
+        for name in ("policy", "executor", "optimistic", "expert_io"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ConfigError(f"[{name}] expected a name but got {value!r}")
 
     @property
     def bounds(self) -> tuple[int | str | None, int | str | None]:

@@ -10,6 +10,9 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
+# Bits and group of MLX's modes where none are given.
+OWN_FORM = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+
 
 @dataclass(frozen=True)
 class Quantization:
@@ -21,6 +24,12 @@ class Quantization:
     bits: int
     group_size: int
     mode: str = "affine"
+
+    @classmethod
+    def of(cls, bits: int | None, group_size: int | None, mode: str) -> Quantization:
+        """Return a form of which None, as in mixed recipes, is what MLX takes then."""
+        own_bits, own_group_size = OWN_FORM.get(mode, (4, 64))
+        return cls(bits or own_bits, group_size or own_group_size, mode)
 
 
 @dataclass(frozen=True)

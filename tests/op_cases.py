@@ -274,6 +274,8 @@ SPECS = [
     spec(ops.RmsNormPerHeadNTokens, n_tokens=5, num_heads=3, head_dim=7, eps=EPS),
     spec(ops.RopeNTokens, n_tokens=6, n_seqs=2, num_heads=3, head_dim=10,
          rotary_dim=6, start=value(0, 37), inv_freq=value(1, 0.1, 0.01)),
+    spec(ops.RopeNTokens, n_tokens=2, num_heads=1, head_dim=7, rotary_dim=4, scale=1.25,
+         start=value(9), inv_freq=value(1, 0.1), note="scaled"),
     spec(ops.SplitQGate, n_tokens=3, num_heads=3, head_dim=5),
     spec(ops.MatvecNTokens, n_tokens=3, in_dim=33, out_dim=7),
     spec(ops.MatvecNTokens, Q4, n_tokens=1, in_dim=96, out_dim=7),
@@ -447,7 +449,7 @@ def rotate(op, x, inv_freq, start):
         position = start[token // t] + token % t
         turn = np.exp(1j * position * inv_freq)
         first, second = heads[token, :, :half], heads[token, :, half : 2 * half]
-        turned = (first + 1j * second) * turn
+        turned = (first + 1j * second) * turn * op.scale
         heads[token, :, :half] = turned.real
         heads[token, :, half : 2 * half] = turned.imag
     return heads.reshape(x.shape)

@@ -347,15 +347,68 @@ def test_a_missing_shard_is_named(plain, tmp_path):
     assert str(shard) in refused(path)
 
 
-def test_a_tensor_that_only_the_index_has_is_named(plain, tmp_path):
+def test_a_missing_shard_is_named_without_an_index_too(plain, tmp_path):
     path = reform(plain, tmp_path / "shards", "stacked", 3)
-    index = path / "model.safetensors.index.json"
-    fields = json.loads(index.read_text())
-    name, shard = "model.layers.7.mlp.gate.weight", "model-00002-of-00003.safetensors"
-    fields["weight_map"][name] = shard
-    index.write_text(json.dumps(fields))
+    (path / "model.safetensors.index.json").unlink()
+    for number in (2, 3):
+        shard = path / f"model-0000{number}-of-00003.safetensors"
+        data = shard.read_bytes()
+        shard.unlink()
+        assert f"{shard} missing" in refused(path)
+        shard.write_bytes(data)
+
+
+def test_a_pointer_to_weights_is_named(plain, tmp_path):
+    path = reform(plain, tmp_path / "shards", "stacked", 3)
+    shard = path / "model-00002-of-00003.safetensors"
+    shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
     message = refused(path)
-    assert name in message and str(path / shard) in message
+    assert str(shard) in message and "Git LFS" in message
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"weight_map": {"mtp.fc.weight": "mtp.safetensors"}},
+        {"weight_map": {"old.name": "model-00001-of-00009.safetensors"}},
+        {"weight_map": {"model.norm.weight": "../../etc/passwd"}},
+        {"weight_map": ["model.norm.weight"]},
+        {"weight_map": None},
+        [],
+        "[" * 100_000,
+        "{",
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_an_index_is_a_hint(index, plain, tmp_path):
+    path = Path(shutil.copytree(plain, tmp_path / "other"))
+    text = index if isinstance(index, str) else json.dumps(index)
+    (path / "model.safetensors.index.json").write_text(text)
+    with CheckpointExperts.open(plain) as one, CheckpointExperts.open(path) as other:
+        assert records(one) == records(other)
+
+
+@pytest.mark.parametrize("wrong", ["model.safetensors", "model-0.safetensors"])
+def test_the_index_decides_between_files_with_the_same_tensor(wrong, plain, tmp_path):
+    right = {"model.safetensors", "model-0.safetensors"} - {wrong}
+    path = Path(shutil.copytree(plain, tmp_path / "other"))
+    name = f"{STEM}.up_proj.weight"
+    raws = read_raw(plain)
+    raw = raws[name]
+    zeros = {name: Raw(raw.dtype, raw.shape, bytes(len(raw.data)))}
+    whole = (path / "model.safetensors").read_bytes()
+    write_raw(path, zeros)
+    (path / "model.safetensors").rename(path / wrong)
+    (path / right.copy().pop()).write_bytes(whole)
+    for file in (None, "model-7.safetensors"):
+        index = {"weight_map": {} if file is None else {name: file}}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+        message = refused(path)
+        assert all(str(path / f) in message for f in (wrong, *right)), message
+    index = {"weight_map": dict.fromkeys(raws, right.pop())}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with CheckpointExperts.open(plain) as one, CheckpointExperts.open(path) as other:
+        assert records(one) == records(other)
 
 
 def test_an_offset_out_of_the_file_names_file_and_tensor(broken):

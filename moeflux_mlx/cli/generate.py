@@ -20,7 +20,7 @@ from ..config import EXPERT_IO
 from ..errors import ConfigError
 from ..experts.policy import DEFAULT_POLICY, POLICY_FORMS
 from ..files import open_file, parse_json, short
-from ..loading import load
+from ..loading import load, one_line_errors
 from ..state import load_state, save_state
 from .report import generate_and_print
 
@@ -209,13 +209,14 @@ def _chat_text(args: argparse.Namespace, tokenizer: Any, text: str) -> str:
         "assistant": args.prefill_response,
     }
     prefilled = args.prefill_response is not None
-    return tokenizer.apply_chat_template(
-        [{"role": k, "content": v} for k, v in parts.items() if v is not None],
-        tokenize=False,
-        continue_final_message=prefilled,
-        add_generation_prompt=not prefilled,
-        **_object("--chat-template-config", args.chat_template_config),
-    )
+    with one_line_errors(f"[chat template] {args.model}"):
+        return tokenizer.apply_chat_template(
+            [{"role": k, "content": v} for k, v in parts.items() if v is not None],
+            tokenize=False,
+            continue_final_message=prefilled,
+            add_generation_prompt=not prefilled,
+            **_object("--chat-template-config", args.chat_template_config),
+        )
 
 
 def _object(flag: str, text: str | None) -> dict[str, Any]:

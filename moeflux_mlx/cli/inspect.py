@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from ..experts.access import all_fit
-from ..experts.checkpoint import Checkpoint, model_facts
+from ..experts.checkpoint import Checkpoint, is_used, model_facts, text_config
 from ..experts.layout import ExpertLayout
 from ..experts.packed import is_packed
 from ..experts.pool import pool_bytes, pool_stride
@@ -28,10 +29,10 @@ from .inspect_graph import report, report_table
 class ModelSummary:
     """A model directory in numbers.
 
-    ``layers`` counts layers by kind. ``resident_bytes`` is everything but routed
-    experts; ``minimum_bytes`` and ``full_bytes`` are the least ``expert_memory`` that
-    serves a token and the least that holds every expert. ``reads_per_expert`` is how
-    many spans of bytes an expert lies in, the mean of all: 1 in a packed directory.
+    ``layers`` counts layers by kind. ``resident_bytes`` is everything that is used but
+    routed experts; ``minimum_bytes`` and ``full_bytes`` are the least ``expert_memory``
+    that serves a token and the least that holds every expert. ``reads_per_expert`` is
+    how many spans of bytes an expert lies in, the mean of all: 1 in a packed directory.
     ``token_reads`` and ``token_bytes`` are what a token reads with no expert in memory.
     ``forms`` counts the experts' projections by how they are stored. ``all_fit`` tells
     whether all experts fit into the memory that is taken where none is asked for.
@@ -107,7 +108,7 @@ def summarize(directory: Path) -> ModelSummary:
         tensors = checkpoint.tensors
     with open_store(directory) as store:
         layouts = [store.layout(layer) for layer in store.layers]
-        resident = tensors.keys() - store.tensor_names
+        resident = used_tensors(tensors, config) - set(store.tensor_names)
         reads = _reads_per_expert(store)
         fit = all_fit(store, None)
     return ModelSummary(
@@ -126,6 +127,20 @@ def summarize(directory: Path) -> ModelSummary:
         files=_files(directory),
         **_expert_bytes(layouts, facts.n_experts, facts.top_k),
     )
+
+
+def used_tensors(tensors: Collection[str], config: dict[str, Any]) -> set[str]:
+    """Return the tensors that stay in memory if experts are no others.
+
+    Not the layers that predict several tokens, nor what sees pictures, nor a last
+    matrix that the embedding serves as too.
+    """
+    tied = text_config(config).get("tie_word_embeddings")
+    return {
+        name
+        for name in tensors
+        if is_used(name) and not (tied and name.endswith("lm_head.weight"))
+    }
 
 
 def summary_table(directory: Path, summary: ModelSummary) -> Table:
@@ -202,12 +217,16 @@ def _expert_bytes(
 
 
 def _layer_kinds(config: dict, n_layers: int) -> dict[str, int]:
-    text = {**config, **config.get("text_config", {})}
-    kinds = text.get("layer_types")
-    if kinds is None and (interval := text.get("full_attention_interval")):
-        kinds = ["linear_attention"] * n_layers
-        kinds[interval - 1 :: interval] = ["full_attention"] * (n_layers // interval)
-    counts = Counter(kinds or ["attention"] * n_layers)
+    text = text_config(config)
+    kinds, interval = text.get("layer_types"), text.get("full_attention_interval")
+    if not isinstance(kinds, list) or len(kinds) != n_layers:
+        kinds = ["attention"] * n_layers
+        if type(interval) is int and interval > 0:
+            kinds = ["linear_attention"] * n_layers
+            full = range(interval - 1, n_layers, interval)
+            for layer in full:
+                kinds[layer] = "full_attention"
+    counts = Counter(map(str, kinds))
     return {kind.replace("_", " "): n for kind, n in counts.items()}
 
 

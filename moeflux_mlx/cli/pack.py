@@ -11,6 +11,7 @@ from rich.filesize import decimal
 
 from ..experts.layout import DEFAULT_ALIGNMENT
 from ..experts.pack import pack
+from ..opening import check_directory
 from ..progress import byte_progress
 
 
@@ -35,6 +36,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Pack ``args.src`` into ``args.dst`` and say what was made."""
+    check_directory(args.src)
     with byte_progress() as progress:
         manifest = pack(
             args.src,

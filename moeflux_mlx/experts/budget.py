@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 from .. import device
@@ -22,6 +21,8 @@ UNITS = {
 }
 AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
 
+# What no machine has, and no counter of bytes can hold.
+MOST = 2**63
 # Above this share of physical memory experts would push everything else out.
 MEMORY_SHARE = 0.75
 # Instead of an amount: as much as is found to be the fastest.
@@ -36,11 +37,19 @@ def parse_bytes(memory: int | float | str, name: str = "memory") -> int:
             bytes in a known unit.
     """
     amount = _amount(memory)
-    if amount is None or not 1 <= amount < math.inf:
+    if amount is None or not 1 <= amount < MOST:
         raise ConfigError(
-            f"[{name}] expected bytes such as 8GB, 512MiB or 1.5e9 but got {memory!r}"
+            f"[{name}] expected bytes such as 8GB, 512MiB or 1.5e9 but got "
+            f"{_shown(memory)}"
         )
     return int(amount)
+
+
+def _shown(value: object) -> str:
+    # Python refuses to write whole numbers of more than 4,300 digits.
+    if isinstance(value, int) and abs(value) >= MOST:
+        return "more bytes than there are"
+    return repr(value)
 
 
 def _amount(memory: object) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,30 @@ from pathlib import Path
 import xxhash
 
 from ..errors import ModelError
-from ..files import CONFIG_BYTES, INDEX_BYTES, read_json, short
+from ..files import CONFIG_BYTES, INDEX_BYTES, open_file, read_json, short
 from .safetensors import TensorEntry, fingerprint, read_header
 from .spans import close_files, read_fully
 
 N_EXPERTS_KEYS = ("num_experts", "n_routed_experts", "num_local_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k", "top_k")
+
+INDEX_NAME = "model.safetensors.index.json"
+NUMBERED = re.compile(
+    r"(?P<stem>model.*)-(?P<number>\d+)-of-(?P<all>\d+)\.safetensors", re.ASCII
+)
+LAYER = re.compile(r"(?:.*\.)?layers\.(?P<layer>\d{1,9})\.", re.ASCII)
+# More files than any model has: numbers in names are not to be trusted.
+MOST_SHARDS = 1000
+LFS_POINTER = b"version https://git-lfs"
+# How names of what the text model does not use begin, or what they hold.
+UNUSED_STARTS = ("vision_tower", "model.visual")
+# As mlx-lm names layers that predict several tokens, and leaves them out.
+UNUSED_PART = "mtp."
+
+
+def is_used(name: str) -> bool:
+    """Tell whether a text model has a place for a tensor of this name."""
+    return not name.startswith(UNUSED_STARTS) and UNUSED_PART not in name
 
 
 @dataclass(frozen=True)
@@ -83,51 +102,59 @@ def _count(config: dict, keys: tuple[str, ...]) -> int:
 
 
 class Checkpoint:
-    """The open safetensors files of a model directory; a context manager."""
+    """The open safetensors files of a model directory; a context manager.
+
+    ``index`` says which file holds a tensor: it decides where several do, as they do
+    those in ``twice``.
+    """
 
     def __init__(self, directory: Path, config: dict, shards: list[Path]):
         self.directory, self.config, self.shards = directory, config, shards
         self.tensors: dict[str, TensorEntry] = {}
+        self.index = read_index(directory)
+        self.twice: dict[str, list[TensorEntry]] = {}
         self._fds: dict[Path, int] = {}
         # For who never closes: models are dropped, not closed.
         weakref.finalize(self, close_files, self._fds)
         for shard in shards:
+            _refuse_pointer(shard)
             for name, entry in read_header(shard).items():
-                if name in self.tensors:
-                    raise ModelError(
-                        f"[checkpoint] {name!r} is both in {shard} and in "
-                        f"{self.tensors[name].file}"
-                    )
-                self.tensors[name] = entry
+                first = self.tensors.setdefault(name, entry)
+                if first is not entry:
+                    self.twice.setdefault(name, [first]).append(entry)
+        for name, entries in self.twice.items():
+            self.tensors[name] = self._chosen(name, entries)
+
+    def _chosen(self, name: str, entries: list[TensorEntry]) -> TensorEntry:
+        """Return the tensor that the index means; refuse to guess without it."""
+        for entry in entries:
+            if entry.file.name == self.index.get(name) or not is_used(name):
+                return entry
+        files = " and in ".join(str(entry.file) for entry in entries)
+        raise ModelError(
+            f"[checkpoint] {name!r} is in {files}, and {INDEX_NAME} names neither: "
+            "remove the file that is not of this model"
+        )
 
     @classmethod
     def open(cls, directory: str | os.PathLike) -> Checkpoint:
         """Open every ``model*.safetensors`` of a directory and check their headers.
 
+        These are the files that mlx-lm reads. Whether all that a model needs is in them
+        is for ``missing`` to tell.
+
         Raises:
-            ModelError: not a model directory, or a shard is missing or malformed.
+            ModelError: not a model directory, or a file is malformed or cut.
         """
         directory = Path(directory)
         config = read_config(directory)
         shards = sorted(directory.glob("model*.safetensors"))
-        weight_map = _weight_map(directory)
-        missing = set(weight_map.values()) - {shard.name for shard in shards}
-        if missing:
-            path = short(str(directory / min(missing)))[1:-1]
-            raise ModelError(
-                f"[checkpoint] {path} is named by "
-                "model.safetensors.index.json but missing"
-            )
         if not shards:
-            raise ModelError(f"[checkpoint] no model*.safetensors in {directory}")
+            raise ModelError(
+                f"[checkpoint] no model*.safetensors in {directory}: download the "
+                "weights too"
+            )
         checkpoint = cls(directory, config, shards)
-        for name, shard_name in weight_map.items():
-            if name not in checkpoint.tensors:
-                raise ModelError(
-                    f"[checkpoint] {short(name)} is named by "
-                    "model.safetensors.index.json "
-                    f"but missing from {directory / shard_name}"
-                )
         try:
             for shard in shards:
                 checkpoint._fds[shard] = os.open(shard, os.O_RDONLY)
@@ -135,6 +162,46 @@ class Checkpoint:
             checkpoint.close()
             raise ModelError(f"[checkpoint] cannot read {shard}: {error}") from error
         return checkpoint
+
+    @property
+    def layers(self) -> set[int]:
+        """Numbers of the layers that tensors of the text model name."""
+        matches = (LAYER.match(name) for name in self.tensors if is_used(name))
+        return {int(match["layer"]) for match in matches if match}
+
+    @property
+    def absent(self) -> list[Path]:
+        """Files that the index or the numbers of others name, and that are not there.
+
+        That matters only where a tensor is missing too.
+        """
+        names = set(self.index.values())
+        for shard in self.shards:
+            if match := NUMBERED.fullmatch(shard.name):
+                numbers = range(1, 1 + min(int(match["all"]), MOST_SHARDS))
+                width = len(match["number"])
+                names |= {
+                    f"{match['stem']}-{i:0{width}d}-of-{match['all']}.safetensors"
+                    for i in numbers
+                }
+        there = {shard.name for shard in self.shards}
+        # An index may say anything.
+        plain = {n for n in names - there if n == os.path.basename(n)}
+        return [
+            self.directory / name
+            for name in sorted(plain)
+            if not (self.directory / name).exists()
+        ]
+
+    def missing(self, what: str) -> ModelError:
+        """Return the error that something is in none of the files; says which lack."""
+        absent = self.absent
+        if not absent:
+            return ModelError(f"[checkpoint] {self.directory}: {what}")
+        more = f" and {len(absent) - 1} other files" if len(absent) > 1 else ""
+        return ModelError(
+            f"[checkpoint] {absent[0]}{more} missing: {what}; download the model again"
+        )
 
     @property
     def identity(self) -> str:
@@ -178,13 +245,26 @@ class Checkpoint:
         self.close()
 
 
-def _weight_map(directory: Path) -> dict[str, str]:
-    """Return the file of each tensor as the index says, empty without an index."""
-    path = directory / "model.safetensors.index.json"
-    if not path.is_file():
-        return {}
+def _refuse_pointer(shard: Path) -> None:
     try:
-        weight_map = read_json(path, INDEX_BYTES)["weight_map"]
+        with open_file(shard) as file:
+            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError as error:
+        raise ModelError(f"[checkpoint] cannot read {shard}: {error}") from error
+    if is_pointer:
+        raise ModelError(
+            f"[checkpoint] {shard}: expected weights but got a Git LFS pointer to "
+            "them: run 'git lfs pull' there, or download the model with hf"
+        )
+
+
+def read_index(directory: Path) -> dict[str, str]:
+    """Return the file of each tensor as the index says; empty without a usable one.
+
+    No model needs an index, so a broken one is none.
+    """
+    try:
+        weight_map = read_json(directory / INDEX_NAME, INDEX_BYTES)["weight_map"]
         return {str(name): str(shard) for name, shard in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"[checkpoint] cannot read {path}: {error!r}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}

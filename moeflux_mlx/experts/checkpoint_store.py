@@ -29,7 +29,7 @@ class CheckpointExperts:
                 they do not fit each other or ``config.json``; names the tensor.
         """
         self.checkpoint = checkpoint
-        self.routed = routed_layers(checkpoint.tensors)
+        self.routed = find_routed(checkpoint)
         self._spans: dict[tuple[int, int], tuple[Span, ...]] = {}
         self._paths = {checkpoint.fd(shard): shard for shard in checkpoint.shards}
         self.model = _checked_facts(checkpoint, self.routed)
@@ -134,6 +134,20 @@ class CheckpointExperts:
         self.close()
 
 
+def find_routed(checkpoint: Checkpoint) -> dict[int, RoutedLayer]:
+    """Collect the experts of a checkpoint and hold them against ``config.json``.
+
+    Raises:
+        ModelError: as ``routed_layers``; also names files that are missing.
+    """
+    try:
+        return routed_layers(checkpoint.tensors)
+    except ModelError as error:
+        if not checkpoint.absent:
+            raise
+        raise checkpoint.missing(str(error)) from error
+
+
 def _places(run: list[Piece]) -> tuple[tuple[int, int], ...]:
     return tuple([(start, n_bytes) for _, _, start, n_bytes in run])
 
@@ -142,6 +156,13 @@ def _checked_facts(
     checkpoint: Checkpoint, routed: dict[int, RoutedLayer]
 ) -> ModelFacts:
     facts = model_facts(checkpoint.config)
+    there = checkpoint.layers
+    for number in range(facts.n_layers):
+        if number not in there:
+            raise checkpoint.missing(
+                f"expected {facts.n_layers} layers as in config.json but no file has "
+                f"any tensor of layer {number}"
+            )
     for layer in routed.values():
         if layer.n_experts != facts.n_experts:
             raise ModelError(

@@ -19,6 +19,14 @@ HOLD_TOKENS = 512
 LEAST_SHARE = 0.02
 
 
+def check_read_ahead(choice: str) -> None:
+    """Raise ConfigError unless it says whether to read ahead."""
+    if choice not in ("auto", "on", "off"):
+        raise ConfigError(
+            f"[read_ahead] expected 'auto', 'on' or 'off' but got {choice!r}"
+        )
+
+
 class ReadAhead:
     """Says for each token whether to read ahead.
 
@@ -37,10 +45,7 @@ class ReadAhead:
         waited: Callable[[], float],
         clock: Callable[[], float] = time.perf_counter,
     ):
-        if choice not in ("auto", "on", "off"):
-            raise ConfigError(
-                f"[read_ahead] expected 'auto', 'on' or 'off' but got {choice!r}"
-            )
+        check_read_ahead(choice)
         self._choice, self._waited, self._clock = choice, waited, clock
         self._winner, self._left = False, 0
         self._began = 0.0, 0.0

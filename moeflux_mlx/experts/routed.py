@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from ..errors import ModelError
 from ..files import short
 from ..weights import Quantization
+from .checkpoint import is_used
 from .layout import DEFAULT_ALIGNMENT, PARTS, PROJECTIONS, ExpertLayout
 from .safetensors import DTYPE_BYTES, TensorEntry
 
@@ -21,12 +22,14 @@ ROUTED = re.compile(
     r"(?:switch_mlp|experts(?=\.(?P<expert>\d+)\.)|experts))"
     r"(?:\.\d+)?\.(?P<projection>[a-z]\w*)(?:\.(?P<part>\w+))?"
 )
-# As mlx-lm names layers that predict several tokens, and leaves them out.
-IGNORED = "mtp."
 # The rows of both, one after the other.
 FUSED = "gate_up_proj"
 FUSED_HALVES = ("gate_proj", "up_proj")
-CONVERT = "convert it with mlx_lm.convert first"
+OTHER_RELEASE = (
+    "use a release of the model with experts in bfloat16, float16, float32 or one of "
+    "MLX's quantisations"
+)
+FLOATS_OF_8_BITS = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
 
 DENSE_DTYPES = ("F32", "F16", "BF16")
 AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
@@ -63,6 +66,12 @@ class ExpertTensors:
         if len(self.entries) == self.n_experts and not self.stride:
             return self.entries[expert], self.first
         return self.entries[0], self.first + expert * self.stride
+
+    @property
+    def is_half(self) -> bool:
+        """Tell whether the entries also hold another projection's rows."""
+        rows = self.entries[0].shape[-2]
+        return rows != self.shape[0]
 
     def halves(self) -> tuple[ExpertTensors, ExpertTensors]:
         """Split the rows of each expert in two, without reading any."""
@@ -141,11 +150,11 @@ class RoutedLayer:
         if not isinstance(table, dict):
             return
         modes = ("affine", *BYTE_SCALED)
-        if (default := table.get("mode", "affine")) not in modes:
+        if (default := table.get("mode") or "affine") not in modes:
             raise _unusable(entry, f"a known quantisation, not {short(default)},")
         stem = self.path.removesuffix(".experts").removesuffix(".switch_mlp")
         own = table.get(f"{stem}.switch_mlp.{projection}")
-        named = own.get("mode", "affine") if isinstance(own, dict) else found.mode
+        named = own.get("mode") or "affine" if isinstance(own, dict) else found.mode
         if named != found.mode:
             raise _unusable(
                 entry, f"mode {short(named)} as in config.json, not {found},"
@@ -203,6 +212,16 @@ class _Found:
         return ExpertTensors(ordered, n_each, first.shape)
 
 
+def refuse_floats_of_8_bits(tensors: Mapping[str, TensorEntry]) -> None:
+    """Raise ModelError if weights are 8-bit floats, which MLX has no products for."""
+    for entry in tensors.values():
+        if is_used(entry.name) and entry.dtype in FLOATS_OF_8_BITS:
+            raise ModelError(
+                f"[checkpoint] {entry.file}: expected weights that MLX can multiply "
+                f"but got FP8 ({entry.name!r} is {entry.dtype}): {OTHER_RELEASE}"
+            )
+
+
 def routed_layers(tensors: Mapping[str, TensorEntry]) -> dict[int, RoutedLayer]:
     """Collect the experts of every MoE layer, by layer number.
 
@@ -213,8 +232,9 @@ def routed_layers(tensors: Mapping[str, TensorEntry]) -> dict[int, RoutedLayer]:
         ModelError: there are none, some are missing, or they are of another form.
     """
     found: dict[int, _Found] = {}
+    refuse_floats_of_8_bits(tensors)
     for name, entry in tensors.items():
-        if IGNORED in name or (match := ROUTED.fullmatch(name)) is None:
+        if not is_used(name) or (match := ROUTED.fullmatch(name)) is None:
             continue
         number, projection = int(match["layer"]), match["projection"]
         part = match["part"] or "weight"
@@ -229,7 +249,8 @@ def routed_layers(tensors: Mapping[str, TensorEntry]) -> dict[int, RoutedLayer]:
     if not found:
         raise ModelError(
             "[experts] expected experts (layers.N.mlp.switch_mlp.* or .experts.*) but "
-            f"found none: if this is a Mixture-of-Experts model, {CONVERT}"
+            "found none: not a Mixture-of-Experts model, or not one whose experts "
+            "moeflux-mlx knows by these names"
         )
     return {number: layer.collect() for number, layer in sorted(found.items())}
 
@@ -266,5 +287,5 @@ def _mode(scales: ExpertTensors, bits: int, group_size: int) -> str:
 def _unusable(entry: TensorEntry, expected: str) -> ModelError:
     return ModelError(
         f"[experts] {entry.name!r} of {entry.file}: expected {expected} but got "
-        f"{entry.dtype} {list(entry.shape)}; {CONVERT} or use a model of that form"
+        f"{entry.dtype} {list(entry.shape)}: {OTHER_RELEASE}"
     )

@@ -203,9 +203,14 @@ class ExpertStreamer:
         policy would evict first are forgotten, the others stay in memory.
 
         Raises:
+            ConfigError: ``n_slots`` is no int.
             BudgetError: fewer slots than one token needs, or more than there were at
                 first; or experts must ``stay``.
         """
+        if type(n_slots) is not int:
+            raise ConfigError(
+                f"[resize] expected n_slots as an int but got {n_slots!r}"
+            )
         table = self._table
         capacity = n_slots // table.n_groups
         if not self._store.top_k <= capacity <= table.slots_per_group:
@@ -254,14 +259,30 @@ class ExpertStreamer:
         """Read ``(layer, expert)`` pairs at once; the layers share what room there is.
 
         Raises:
+            ConfigError: there is no such layer or expert.
             ExpertStoreError: one could not be read; what could be is kept.
         """
+        self._check_experts(experts)
         if self.resident:
             return
         with self._exclusive():
             self._evaluate_guards()
             self._in_flight.settle()
             self._demand.preload(experts)
+
+    def _check_experts(self, experts: Collection[tuple[int, int]]) -> None:
+        n_experts = self._store.n_experts
+        listed = experts if isinstance(experts, Collection) else [experts]
+        for pair in listed:
+            match pair:
+                case (int(layer), int(expert)):
+                    if layer in self._rows and 0 <= expert < n_experts:
+                        continue
+            raise ConfigError(
+                f"[preload] expected experts as (layer, expert) of layers "
+                f"{min(self._rows)} to {max(self._rows)} and experts 0 to "
+                f"{n_experts - 1} but got {pair!r}"
+            )
 
     def _unsettle(self) -> None:
         """Stream from now on what was all in memory."""

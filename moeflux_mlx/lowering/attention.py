@@ -14,7 +14,11 @@ from ..ops import attention as ops
 from .table import Run, way
 
 
-@way(ops.RopeNTokens, "rope_n_tokens")
+def _keeps_length(op: ops.RopeNTokens) -> bool:
+    return op.scale == 1.0
+
+
+@way(ops.RopeNTokens, "rope_n_tokens", _keeps_length)
 def rope(
     op: Any, run: Run, x: mx.array, inv_freq: mx.array, start: mx.array
 ) -> mx.array:

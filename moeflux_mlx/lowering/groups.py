@@ -215,6 +215,7 @@ def _attention_inputs(ops: Sequence[Any]) -> int:
         and k_norm.x == k_rope.x
         and q_rope.inv_freq == k_rope.inv_freq
         and q_rope.start == k_rope.start
+        and q_rope.scale == k_rope.scale == 1.0
         and q_norm.eps == k_norm.eps
     )
     one_each = q_rope.n_tokens == q_rope.n_seqs

@@ -45,7 +45,8 @@ class RopeNTokens(Op):
     """Rotate the first ``rotary_dim`` channels of each head, halves paired (NeoX).
 
     Token t of sequence b stands at ``start[b] + t``; ``inv_freq[i]`` is the angle of
-    channel pair i per position, so the Op is the same for every scaling rule.
+    channel pair i per position and ``scale`` multiplies what is rotated, so the Op is
+    the same for every scaling rule.
     """
 
     x: InOut[RmsNormIn]
@@ -56,6 +57,7 @@ class RopeNTokens(Op):
     num_heads: int
     head_dim: int
     rotary_dim: int
+    scale: float = 1.0
 
     def shapes(self) -> dict[str, Shape]:
         return {
@@ -78,7 +80,7 @@ class RopeNTokens(Op):
 
     def reference(self, x: Array, inv_freq: Array, start: Array) -> Array:
         heads = split_heads(x, self.n_seqs, self.num_heads)
-        rotated = rope(heads, self.rotary_dim, inv_freq, start)
+        rotated = rope(heads, self.rotary_dim, inv_freq, start, self.scale)
         return join_heads(rotated)
 
 

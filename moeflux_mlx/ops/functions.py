@@ -93,12 +93,17 @@ def rms_norm(x: Array, weight: Array | None, eps: float) -> Array:
     return normed if weight is None else normed * weight
 
 
-def rope(x: Array, dims: int, inv_freq: Array, start: Array) -> Array:
+def rope(
+    x: Array, dims: int, inv_freq: Array, start: Array, scale: float = 1.0
+) -> Array:
     """Rotate the first ``dims`` channels of ``[B, H, T, d]``, halves paired.
 
-    ``start`` ``[B]`` is the position of each sequence's first token.
+    ``start`` ``[B]`` is the position of each sequence's first token; ``scale``
+    multiplies the rotated channels.
     """
     if isinstance(x, mx.array):
+        if scale != 1.0:
+            x = x.at[..., :dims].multiply(scale)
         freqs = mx.reciprocal(inv_freq)
         return mx.fast.rope(
             x, dims, traditional=False, base=None, scale=1.0, offset=start, freqs=freqs
@@ -106,6 +111,8 @@ def rope(x: Array, dims: int, inv_freq: Array, start: Array) -> Array:
     positions = (start[:, None] + np.arange(x.shape[2])).astype(np.float32)
     angles = positions[:, None, :, None] * to_host(inv_freq)
     cos, sin = np.cos(angles), np.sin(angles)
+    if scale != 1.0:
+        cos, sin = cos * np.float32(scale), sin * np.float32(scale)
     half = dims // 2
     first, second = x[..., :half], x[..., half:dims]
     rotated = [first * cos - second * sin, first * sin + second * cos, x[..., dims:]]
