@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.utils import _download, load_config, load_model, load_tokenizer
+from mlx_lm.utils import _download, load_config, load_model
 
 from . import config
 from .errors import ModelError
@@ -24,6 +24,7 @@ from .memory import MemoryPlan
 from .pool_search import find_fastest
 from .progress import Report, byte_progress, notice
 from .runtime import RunOptions
+from .tokenizer import open_tokenizer
 
 
 def load(
@@ -72,7 +73,8 @@ def load(
             ``"auto"``: mapped on Metal where all of them fit, else ``"pread"``. A
             mapped file that is cut ends the process.
         lazy: leave parameters unevaluated.
-        revision, model_config, tokenizer_config: as in ``mlx_lm.load``.
+        revision, model_config, tokenizer_config: as in ``mlx_lm.load``. A tokenizer's
+            own code runs only if ``tokenizer_config`` has ``trust_remote_code=True``.
 
     Returns:
         ``(model, tokenizer)`` as ``mlx_lm.load`` returns them.
@@ -102,7 +104,7 @@ def load(
     with _built(path, options, model_config) as (model, loaded):
         # Before memory is planned: it takes some too.
         eos = loaded.get("eos_token_id")
-        tokenizer = load_tokenizer(path, tokenizer_config, eos_token_ids=eos)
+        tokenizer = open_tokenizer(path, tokenizer_config, eos)
         with byte_progress() as report:
             model.runtime.open(model.needs, report)
             if not lazy:
@@ -125,7 +127,7 @@ def plan_load(
     path = find_model(path_or_repo)
     options = RunOptions(None, memory, scope=scope)
     with _built(path, options) as (model, loaded):
-        load_tokenizer(path, eos_token_ids=loaded.get("eos_token_id"))
+        open_tokenizer(path, eos_token_ids=loaded.get("eos_token_id"))
         plan = model.runtime.make_plan(model.needs)
         model.runtime.store.close()
     assert plan is not None
@@ -197,6 +199,10 @@ def model_classes(config: dict[str, Any], options: RunOptions) -> tuple[type, ty
         ModelError: moeflux-mlx has no model class of that type.
     """
     model_type = config.get("model_type")
+    if not str(model_type).isidentifier():
+        raise ModelError(
+            f"[load] expected the name of a model type but got {model_type!r}"
+        )
     try:
         module = importlib.import_module(f"moeflux_mlx.models.{model_type}")
     except ModuleNotFoundError as error:

@@ -244,7 +244,9 @@ def _draft_options(
             "[generate] expected a model that can take tokens back but got "
             f"--draft-model with {model.model_type}, whose layers cannot"
         )
-    draft, draft_tokenizer = mlx_lm.load(args.draft_model)[:2]
+    # Left to itself transformers asks whether to run code that the model brings.
+    trusted = {"trust_remote_code": args.trust_remote_code}
+    draft, draft_tokenizer = mlx_lm.load(args.draft_model, trusted)[:2]
     if draft_tokenizer.vocab_size != tokenizer.vocab_size:
         raise ConfigError(
             f"[generate] expected a draft model with {tokenizer.vocab_size} tokens "
