@@ -16,6 +16,7 @@ from .checkpoint import model_facts, read_config
 from .direct import are_aligned, bypass_cache
 from .layout import ExpertLayout
 from .manifest import MANIFEST_NAME, LayerFile, Manifest, ResidentFile
+from .model_file import check_model_file
 from .safetensors import fingerprint
 from .spans import Span, close_files
 
@@ -64,6 +65,7 @@ class PackedExperts:
         config = read_config(directory)
         manifest = Manifest.read(directory / MANIFEST_NAME)
         _check_model(directory, config, manifest)
+        check_model_file(directory, config)
         store = cls(directory, manifest)
         try:
             for entry in manifest.layers:
