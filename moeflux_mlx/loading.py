@@ -134,6 +134,17 @@ def plan_load(
     return plan
 
 
+def check_loadable(directory: Path) -> None:
+    """Raise what loading a checkpoint would raise before it reads weights.
+
+    Raises:
+        ModelError, ExpertStoreError: as ``load``.
+    """
+    options = RunOptions(expert_memory=1, executor="ops")
+    with _built(directory, options) as (model, _):
+        model.runtime.store.close()
+
+
 @contextlib.contextmanager
 def _built(
     path: Path, options: RunOptions, model_config: dict[str, Any] | None = None

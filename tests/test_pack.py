@@ -414,14 +414,14 @@ def cli(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
-def test_the_commands_pack_and_verify_tell_what_they_did(tmp_path, plain):
+def test_the_commands_pack_and_verify_tell_what_they_did(tmp_path, checkpoint):
     packed = tmp_path / "packed"
-    done = cli("pack", plain, packed, "--verify", "--alignment", 4096)
+    done = cli("pack", checkpoint, packed, "--verify", "--alignment", 4096)
     assert done.returncode == 0, done.stderr
-    assert "5 experts in each of 3 layers" in done.stdout
+    assert "8 experts in each of 4 layers" in done.stdout
     done = cli("verify", packed)
     assert done.returncode == 0, done.stderr
-    assert all(f"experts-00{layer}.bin" in done.stdout for layer in range(3))
+    assert all(f"experts-00{layer}.bin" in done.stdout for layer in range(4))
 
 
 def test_the_command_verify_fails_on_damage_and_says_where(tmp_path, plain):

@@ -19,7 +19,7 @@ from .model_file import MODEL_FILE, SHIM
 from .packed import Progress, damaged_records, is_packed
 from .packed import verify as verify_pack
 from .safetensors import TensorEntry
-from .source import TEMPLATES, SourceFiles, source_files
+from .source import JOURNAL_NAME, OWN_NAMES, TEMPLATES, SourceFiles, source_files
 from .volume import lock
 from .writer import (
     RESIDENT_FILE,
@@ -30,8 +30,6 @@ from .writer import (
     write_layer,
     write_resident,
 )
-
-JOURNAL_NAME = "moeflux.partial.json"
 
 
 def pack(
@@ -126,6 +124,11 @@ class _Job:
             entry.n_bytes for entry in self.resident_entries
         )
 
+    @property
+    def config_text(self) -> str:
+        config = {**self.checkpoint.config, "model_file": MODEL_FILE}
+        return json.dumps(config, indent=4)
+
     def run(self, folder: Folder) -> Manifest:
         fresh = Manifest(
             self.checkpoint.directory.absolute().name,
@@ -145,7 +148,7 @@ class _Job:
         kept = list(self.finished_layers(folder.path, fresh))
         stale = set(names) - {JOURNAL_NAME, *(entry.file for entry in kept)}
         needed = self.total_bytes - sum(e.n_bytes for e in kept)
-        needed += files.n_bytes + len(SHIM)
+        needed += files.n_bytes + len(SHIM) + len(self.config_text.encode())
         # What an earlier run left and this one writes again makes room for itself.
         check_space(folder, needed - sum(map(folder.n_bytes, stale)))
         manifest = dataclasses.replace(fresh, layers=tuple(kept))
@@ -165,9 +168,9 @@ class _Job:
 
     def known_names(self, files: SourceFiles) -> set[str]:
         """Return the names that a run writes, half-written ones too."""
-        ours = {JOURNAL_NAME, MANIFEST_NAME, MODEL_FILE, RESIDENT_FILE, "config.json"}
-        known = ours | {layer_name(n) for n in self.experts.layers} | {*files.copied}
-        return known | {f"{name}.tmp" for name in ours}
+        known = OWN_NAMES | {RESIDENT_FILE} | {*files.copied}
+        known |= {layer_name(number) for number in self.experts.layers}
+        return known | {f"{name}.tmp" for name in OWN_NAMES}
 
     def empty_templates(self, folder: Folder) -> None:
         """Remove what an earlier run copied into the one folder inside."""
@@ -217,8 +220,7 @@ class _Job:
         )
         copy_small_files(files, folder)
         folder.write_text(MODEL_FILE, SHIM)
-        config = {**self.checkpoint.config, "model_file": MODEL_FILE}
-        folder.write_text("config.json", json.dumps(config, indent=4))
+        folder.write_text("config.json", self.config_text)
         manifest = dataclasses.replace(manifest, resident=resident)
         folder.write_text(JOURNAL_NAME, manifest.to_json())
         folder.rename(JOURNAL_NAME, MANIFEST_NAME)

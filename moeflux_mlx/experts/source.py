@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import ModelError
+from .manifest import MANIFEST_NAME
+from .model_file import MODEL_FILE
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz", ".h5"}
 WEIGHT_SUFFIXES |= {".onnx", ".msgpack", ".ckpt", ".pkl"}
+# What packing writes itself.
+JOURNAL_NAME = "moeflux.partial.json"
+OWN_NAMES = {"config.json", JOURNAL_NAME, MANIFEST_NAME, MODEL_FILE}
 # Where transformers looks for templates by name.
 TEMPLATES = "additional_chat_templates"
 
@@ -65,7 +70,7 @@ def source_files(directory: Path) -> SourceFiles:
             left_out.append(name)
         else:
             inside = _inside(path, roots)
-            if not name.endswith(".index.json"):
+            if name not in OWN_NAMES and not name.endswith(".index.json"):
                 copied[name] = inside
     return SourceFiles(copied, tuple(left_out))
 
