@@ -17,20 +17,28 @@ def guard() -> None:
     in the folder for temporary files by its name alone. This takes that name before
     anybody else does; where somebody has, MLX gets a folder below our cache.
     """
-    path = os.path.join(tempfile.gettempdir(), "mlx")
+    # Python settles on its own folder now, so that it is not moved below.
+    tempfile.gettempdir()
+    path = os.path.join(_temporary_folder(), "mlx")
     with contextlib.suppress(OSError):
         os.mkdir(path, 0o755)
     try:
         owners = {status.st_uid for status in private.open_places(path)}
     except OSError:
-        # It cannot be looked into, or a process of ours is just writing there.
-        owners = {-1}
+        # It cannot be made or looked into, so MLX could not use it either.
+        owners = {os.geteuid()}
     if not owners:
         return
-    # MLX asks for it at each use. Python has settled on its own above.
+    # MLX looks it up at each use.
     os.environ["TMPDIR"] = str(private.made("tmp"))
     if owners != {os.geteuid()}:
         notice(
             f"[mlx] {path} is not yours alone: MLX keeps what it compiles in "
             f"{os.environ['TMPDIR']} instead"
         )
+
+
+def _temporary_folder() -> str:
+    """Return the folder for temporary files as C++ finds it."""
+    names = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")
+    return next(filter(None, map(os.environ.get, names)), "/tmp")

@@ -74,7 +74,10 @@ def open_places(top: str) -> Iterator[os.stat_result]:
         yield status
         return
     for entry in os.scandir(top):
-        status = entry.stat(follow_symlinks=False)
+        try:
+            status = entry.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            continue
         if stat.S_ISDIR(status.st_mode):
             yield from open_places(entry.path)
         elif not (stat.S_ISREG(status.st_mode) and _is_closed(status)):

@@ -175,11 +175,30 @@ def test_python_m_imports_nothing_of_ours_from_the_working_directory(model, mark
     assert "residual_add" in done.stdout, done.stderr
 
 
-def test_a_child_does_not_import_from_the_working_directory(model, mark, monkeypatch):
-    monkeypatch.chdir(model)
-    done = children.run_module("moeflux_mlx.simulator", "no-such-file")
+@pytest.mark.parametrize("flag", ["1", ""], ids=["safe path", "as Python 3.10"])
+def test_a_child_does_not_import_from_the_working_directory(flag, model, mark):
+    script = "from moeflux_mlx import children as c\n"
+    script += "print(c.run_module('moeflux_mlx.simulator', 'no-such-file').stderr)"
+    if not flag:
+        script = "import sys; sys.argv[1:] = ['moeflux_mlx.simulator', 'no-such-file']"
+        script = f"{script}\n{children._BOOT}"
+    command = [sys.executable, "-c", script]
+    if flag:
+        command.insert(1, "-P")
+    done = run_there(model, *command)
     assert not mark.exists()
-    assert (done.returncode, "no-such-file" in done.stderr) == (1, True)
+    assert "no-such-file" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("key", ["tool_parser_type", "chat_template_type"])
+def test_a_name_of_a_parser_is_no_path_to_a_file(key, model, mark):
+    file = with_own_tokenizer(model) / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    for name in (str(model / "evil"), "../evil", "..evil", "evil"):
+        file.write_text(json.dumps({**settings, key: name}))
+        with pytest.raises(ModelError, match=r"\[tokenizer\]"):
+            open_tokenizer(model)
+    assert not mark.exists()
 
 
 def test_one_function_starts_every_child():
