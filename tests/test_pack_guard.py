@@ -24,7 +24,7 @@ from moeflux_mlx.experts import volume
 from moeflux_mlx.experts.model_file import MODEL_FILE, SHIM
 from moeflux_mlx.experts.pack import JOURNAL_NAME, pack
 from moeflux_mlx.experts.packed import PackedExperts, verify
-from moeflux_mlx.experts.source import source_files
+from moeflux_mlx.experts.sidecars import source_files
 
 
 @pytest.fixture

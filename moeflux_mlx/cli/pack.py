@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from ..experts.layout import DEFAULT_ALIGNMENT
 from ..experts.pack import pack
 from ..experts.packed import is_packed
-from ..experts.source import source_files
+from ..experts.sidecars import source_files
 from ..loading import check_loadable
 from ..progress import byte_progress, notice
 

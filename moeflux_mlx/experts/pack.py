@@ -19,7 +19,7 @@ from .model_file import MODEL_FILE, SHIM
 from .packed import Progress, damaged_records, is_packed
 from .packed import verify as verify_pack
 from .safetensors import TensorEntry
-from .source import JOURNAL_NAME, OWN_NAMES, TEMPLATES, SourceFiles, source_files
+from .sidecars import JOURNAL_NAME, OWN_NAMES, TEMPLATES, SourceFiles, source_files
 from .volume import lock
 from .writer import (
     RESIDENT_FILE,

@@ -16,7 +16,7 @@ from .folder import Folder, write_all
 from .manifest import LayerFile, ResidentFile
 from .packed import CHUNK_BYTES
 from .safetensors import TensorEntry, fingerprint, header_bytes
-from .source import SourceFiles, open_inside
+from .sidecars import SourceFiles, open_inside
 from .volume import free_bytes, sync
 
 RESIDENT_FILE = "model.safetensors"
