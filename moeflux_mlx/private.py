@@ -2,7 +2,8 @@
 
 What lies in a cache is loaded into the process, or decides which kernels run. So it is
 believed only where no other user could have put it: folder and file are this user's,
-neither is a link, and only the owner may write. Where the cache is not like that, a
+neither is a link, and only the owner may write. Who can write the folder above may put
+another in its place, but none that is this user's. Where the cache is not like that, a
 folder of this process takes its place.
 """
 
