@@ -1,14 +1,20 @@
 """Mixture-of-Experts models larger than memory in MLX, experts streamed from disk."""
 
-from .backend import require_backend
+from . import working_directory
+
+working_directory.forget()
+
+from .backend import require_backend  # noqa: E402
 
 require_backend()
 
 from mlx_lm import generate, stream_generate  # noqa: E402
 
-from . import ops  # noqa: E402
+from . import mlx_cache, ops  # noqa: E402
 from .loading import load  # noqa: E402
 from .state import CacheCheckpoint, State, load_state, save_state  # noqa: E402
+
+mlx_cache.guard()
 
 __version__ = "0.1.0"
 

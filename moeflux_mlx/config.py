@@ -40,10 +40,15 @@ SWITCH = ("auto", "on", "off")
 def cache_folder() -> Path:
     """Return the folder for what this machine can make again.
 
-    That is ``moeflux-mlx`` below ``XDG_CACHE_HOME``, by default ``~/.cache``.
+    That is ``moeflux-mlx`` below ``XDG_CACHE_HOME``, by default ``~/.cache``. Use it
+    through ``private``, which looks whose it is.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "moeflux-mlx"
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The working directory may be anybody's; its standard too says to pass that over.
+    if not os.path.isabs(base):
+        base = os.path.expanduser("~/.cache")
+    # A user without a home has a folder that nothing can be made in.
+    return Path(base if os.path.isabs(base) else os.devnull) / "moeflux-mlx"
 
 
 def executor_name() -> str | None:

@@ -4,6 +4,14 @@ Messages read ``[part] what was expected but got what`` and name the file, layer
 expert or argument at fault.
 """
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+# How much of another library's error a line of ours repeats.
+MOST_TOLD = 400
+
 
 class MoefluxError(Exception):
     """Base of every error raised on purpose by moeflux-mlx."""
@@ -57,3 +65,20 @@ class KernelError(MoefluxError, ValueError):
 
 class SimulatorError(MoefluxError):
     """A kernel does not compile for the simulator, or did something wrong there."""
+
+
+@contextlib.contextmanager
+def one_line_errors(where: str) -> Iterator[None]:
+    """Turn what other libraries raise into one line that says where it was.
+
+    Raises:
+        ModelError: with the library's error as its cause.
+    """
+    try:
+        yield
+    except (MoefluxError, MemoryError):
+        raise
+    except Exception as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        told = told if len(told) <= MOST_TOLD else f"{told[:MOST_TOLD]}..."
+        raise ModelError(f"{where}: cannot use it: {told}") from error

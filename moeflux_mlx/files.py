@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .experts.volume import sync
+
 # The most that is parsed of each kind of file; the largest known take a tenth of it.
 CONFIG_BYTES = 16 << 20
 INDEX_BYTES = 128 << 20
@@ -179,7 +181,7 @@ def replacing(path: Path, mode: int = 0o600) -> Iterator[BinaryIO]:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()
-            os.fsync(fd)
+            sync(fd)
             os.replace(part, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -11,11 +11,11 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.utils import load_config, load_model, load_tokenizer
+from mlx_lm.utils import load_config, load_model
 
 from . import config
 from .download import find_model
-from .errors import ConfigError, ModelError, MoefluxError
+from .errors import ConfigError, one_line_errors
 from .executors.base import leaves
 from .experts.budget import AUTO
 from .experts.packed import PackedExperts, is_packed
@@ -25,10 +25,7 @@ from .opening import Reads, model_module, read_weights
 from .pool_search import find_fastest
 from .progress import Report, byte_progress, notice
 from .runtime import RunOptions
-
-# How much of another library's error a line of ours repeats.
-MOST_TOLD = 400
-VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
+from .tokenizer import open_tokenizer
 
 
 def load(
@@ -77,7 +74,8 @@ def load(
             ``"auto"``: mapped on Metal where all of them fit, else ``"pread"``. A
             mapped file that is cut ends the process.
         lazy: leave parameters unevaluated.
-        revision, model_config, tokenizer_config: as in ``mlx_lm.load``.
+        revision, model_config, tokenizer_config: as in ``mlx_lm.load``. A tokenizer's
+            own code runs only if ``tokenizer_config`` has ``trust_remote_code=True``.
 
     Returns:
         ``(model, tokenizer)`` as ``mlx_lm.load`` returns them.
@@ -114,7 +112,7 @@ def load(
     with _built(path, options, model_config) as (model, loaded):
         # Before memory is planned: it takes some too.
         eos = loaded.get("eos_token_id")
-        tokenizer = read_tokenizer(path, tokenizer_config, eos)
+        tokenizer = open_tokenizer(path, tokenizer_config, eos)
         with byte_progress() as report:
             model.runtime.open(model.needs, report)
             if not lazy:
@@ -137,11 +135,22 @@ def plan_load(
     options = RunOptions(None, memory, scope=scope)
     path = find_model(path_or_repo)
     with _built(path, options) as (model, loaded):
-        read_tokenizer(path, None, loaded.get("eos_token_id"))
+        open_tokenizer(path, eos_token_ids=loaded.get("eos_token_id"))
         plan = model.runtime.make_plan(model.needs)
         model.runtime.store.close()
     assert plan is not None
     return plan
+
+
+def check_loadable(directory: Path) -> None:
+    """Raise what loading a checkpoint would raise before it reads weights.
+
+    Raises:
+        ModelError, ExpertStoreError: as ``load``.
+    """
+    options = RunOptions(expert_memory=1, executor="ops")
+    with _built(directory, options) as (model, _):
+        model.runtime.store.close()
 
 
 @contextlib.contextmanager
@@ -173,23 +182,6 @@ def _built(
         raise
 
 
-@contextlib.contextmanager
-def one_line_errors(where: str) -> Iterator[None]:
-    """Turn what other libraries raise into one line that says where it was.
-
-    Raises:
-        ModelError: with the library's error as its cause.
-    """
-    try:
-        yield
-    except (MoefluxError, MemoryError):
-        raise
-    except Exception as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        told = told if len(told) <= MOST_TOLD else f"{told[:MOST_TOLD]}..."
-        raise ModelError(f"{where}: cannot use it: {told}") from error
-
-
 def _read_parameters(model: nn.Module, report: Report) -> None:
     parameters = leaves(model.parameters())
     total, done = sum(array.nbytes for array in parameters), 0
@@ -197,28 +189,6 @@ def _read_parameters(model: nn.Module, report: Report) -> None:
         mx.eval(array)
         done += array.nbytes
         report("reading weights", done, total)
-
-
-def read_tokenizer(path: Path, extra: dict[str, Any] | None, eos: Any) -> Any:
-    """Return the tokenizer of a model directory as mlx-lm wraps it.
-
-    Raises:
-        ModelError: its files are missing or broken, or ``eos`` is no token or tokens.
-    """
-    ids = eos if isinstance(eos, list) else [eos]
-    if any(type(i) is not int for i in ids) and eos is not None:
-        raise ModelError(
-            f"[load] {path}: expected eos_token_id to be a token or a list of them but "
-            f"got {eos!r}: mend config.json or generation_config.json"
-        )
-    if not any(any(path.glob(pattern)) for pattern in VOCABULARIES):
-        # Without one the tokenizer would come up empty.
-        raise ModelError(
-            f"[tokenizer] {path}: expected one of {', '.join(VOCABULARIES)} but got "
-            "none: download the tokenizer too"
-        )
-    with one_line_errors(f"[tokenizer] {path}"):
-        return load_tokenizer(path, extra, eos_token_ids=eos)
 
 
 def model_classes(

@@ -60,27 +60,6 @@ def _load(file: Path) -> dict[str, mx.array]:
     return cast(dict[str, mx.array], mx.load(str(file)))
 
 
-def check_directory(path: Path) -> None:
-    """Refuse a directory that ``load`` would refuse by its headers.
-
-    A model of a type that has no class here yet is looked at no further.
-
-    Raises:
-        ModelError: as ``check_model``; a file is missing or broken.
-    """
-    with Checkpoint.open(path) as checkpoint:
-        if _has_class(checkpoint.config.get("model_type")):
-            check_model(checkpoint, checkpoint.config)
-
-
-def _has_class(model_type: object) -> bool:
-    try:
-        model_module(model_type)
-    except ModelError:
-        return False
-    return True
-
-
 def check_model(checkpoint: Checkpoint, fields: dict[str, Any]) -> None:
     """Hold a configuration against a checkpoint's tensors.
 

@@ -138,7 +138,8 @@ def _is_new_enough(python):
 
 
 def _run(*command):
-    done = subprocess.run(command)
+    # Not where it was started: Python looks there for modules first.
+    done = subprocess.run(command, cwd=str(ROOT))
     if done.returncode:
         _fail("Failed with exit code {}: {}".format(done.returncode, " ".join(command)))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import mmap
 import os
 import sys
 import warnings
@@ -111,6 +113,42 @@ def test_a_direct_read_past_the_end_names_file_layer_and_expert(plain, tmp_path)
                 streamer.source(1).slots(ask)
     for word in (str(store.path(1)), "expert 4 of layer 1", "ends after 63"):
         assert word in str(caught.value)
+
+
+@linux
+@pytest.mark.parametrize("lost", [1, 700, 4096, 5000])
+def test_a_direct_read_that_comes_back_short_goes_on_from_a_whole_block(
+    lost, small, expected, monkeypatch
+):
+    """Each second read loses its end; a read from within a block is refused."""
+    preadv, n_reads, n_short = os.preadv, 0, 0
+
+    def short(fd, buffers, offset):
+        nonlocal n_reads, n_short
+        if offset % 512:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        n_bytes, n_reads = preadv(fd, buffers, offset), n_reads + 1
+        if n_reads % 2 == 0 or n_bytes <= lost:
+            return n_bytes
+        n_short += 1
+        assert len(buffers) == 1
+        buffers[0][n_bytes - lost : n_bytes] = b"\xa5" * lost
+        return n_bytes - lost
+
+    with open_directly(small) as store:
+        monkeypatch.setattr(os, "preadv", short)
+        assert streamed(store) == expected
+    assert n_short >= N_EXPERTS
+
+
+@linux
+def test_direct_reads_that_never_get_past_a_place_end_in_an_error(small, monkeypatch):
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *args: min(preadv(*args), 100))
+    with open_directly(small) as store:
+        record = memoryview(mmap.mmap(-1, store.layout(0).stride))
+        with pytest.raises(OSError, match="stops at 100 bytes"):
+            store.spans(0, 1)[0].read(record)
 
 
 @linux

@@ -26,10 +26,9 @@ simulated = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     """Keep what doctor remembers out of this machine's own cache."""
-    folder = tmp_path / "cache"
-    monkeypatch.setattr(verified, "cache_folder", lambda: folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     verified.is_verified.cache_clear()
-    yield folder
+    yield tmp_path / "moeflux-mlx"
     verified.is_verified.cache_clear()
 
 

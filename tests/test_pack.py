@@ -22,7 +22,7 @@ from moeflux_mlx.errors import ConfigError, ExpertStoreError, ModelError
 from moeflux_mlx.experts.pack import pack
 from moeflux_mlx.experts.packed import PackedExperts, is_packed, verify
 from moeflux_mlx.experts.safetensors import read_header
-from moeflux_mlx.experts.writer import locked
+from moeflux_mlx.experts.volume import lock
 from moeflux_mlx.weights import Quantization
 
 ROOT = Path(__file__).parent.parent
@@ -152,14 +152,30 @@ def test_shards_make_the_same_experts_as_one_file(tmp_path, plain):
         assert one[name] == three[name]
 
 
+def hub_cache(path: Path, model: Path) -> Path:
+    """Lay a model out as a hub's cache does; return the folder of links."""
+    links = path / "models--a--b" / "snapshots" / "0123abcd"
+    links.mkdir(parents=True)
+    (path / "models--a--b" / "blobs").mkdir()
+    for i, file in enumerate(p for p in model.rglob("*") if p.is_file()):
+        file.rename(path / "models--a--b" / "blobs" / f"{i:040x}")
+        link = links / file.relative_to(model)
+        link.parent.mkdir(exist_ok=True)
+        up = "../" * len(file.relative_to(model).parts)
+        link.symlink_to(f"{up}../blobs/{i:040x}")
+    return links
+
+
 def test_symbolic_links_of_a_download_cache_become_files(tmp_path, plain):
-    links = tmp_path / "snapshot"
-    links.mkdir()
-    for path in plain.iterdir():
-        (links / path.name).symlink_to(path)
+    (plain / "additional_chat_templates").mkdir()
+    (plain / "additional_chat_templates" / "tool.jinja").write_text("tool")
+    links = hub_cache(tmp_path / "hub", plain)
     pack(links, tmp_path / "packed", verify=True)
-    shutil.rmtree(plain)
+    shutil.rmtree(tmp_path / "hub")
     assert verify(tmp_path / "packed").damaged == []
+    inside = tmp_path / "packed" / "additional_chat_templates"
+    assert (inside / "tool.jinja").read_text() == "tool"
+    assert not any(path.is_symlink() for path in (tmp_path / "packed").rglob("*"))
 
 
 @pytest.mark.parametrize("alignment", [16, 4096, 65536])
@@ -369,8 +385,11 @@ def test_a_pack_begun_from_another_source_is_not_continued(killed, tmp_path):
 def test_two_processes_do_not_pack_into_one_directory(tmp_path, plain):
     partial = tmp_path / "packed.partial"
     partial.mkdir()
-    with locked(partial), pytest.raises(ExpertStoreError, match="another process"):
+    held = os.open(partial, os.O_RDONLY)
+    lock(held, partial)
+    with pytest.raises(ExpertStoreError, match="another process"):
         pack(plain, tmp_path / "packed")
+    os.close(held)
     pack(plain, tmp_path / "packed")
     assert is_packed(tmp_path / "packed")
 
@@ -398,14 +417,14 @@ def cli(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
-def test_the_commands_pack_and_verify_tell_what_they_did(tmp_path, plain):
+def test_the_commands_pack_and_verify_tell_what_they_did(tmp_path, checkpoint):
     packed = tmp_path / "packed"
-    done = cli("pack", plain, packed, "--verify", "--alignment", 4096)
+    done = cli("pack", checkpoint, packed, "--verify", "--alignment", 4096)
     assert done.returncode == 0, done.stderr
-    assert "5 experts in each of 3 layers" in done.stdout
+    assert "8 experts in each of 4 layers" in done.stdout
     done = cli("verify", packed)
     assert done.returncode == 0, done.stderr
-    assert all(f"experts-00{layer}.bin" in done.stdout for layer in range(3))
+    assert all(f"experts-00{layer}.bin" in done.stdout for layer in range(4))
 
 
 def test_the_command_verify_fails_on_damage_and_says_where(tmp_path, plain):

@@ -17,7 +17,6 @@ import pytest
 from moeflux_mlx import simulator
 from moeflux_mlx.errors import SimulatorError
 from moeflux_mlx.metal.library import kernels_folder
-from moeflux_mlx.simulator import compile as compiler
 
 pytestmark = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"
@@ -360,14 +359,15 @@ def test_too_much_threadgroup_memory_is_refused():
 
 
 def test_compiled_objects_are_kept_by_content(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiler, "cache_folder", lambda: tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept = tmp_path / "moeflux-mlx" / "simulator"
     source = f"{HEAD}kernel void k(device float* y) {{ y[0] = 1; }}"
     simulator.Program(source)
-    first = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("fast-*.so")}
+    first = {p.name: p.stat().st_mtime_ns for p in kept.glob("fast-*.so")}
     simulator.Program(source)
-    assert {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("fast-*.so")} == first
+    assert {p.name: p.stat().st_mtime_ns for p in kept.glob("fast-*.so")} == first
     simulator.Program(source.replace("= 1", "= 2"))
-    assert len(list(tmp_path.glob("fast-*.so"))) == len(first) + 1 == 2
+    assert len(list(kept.glob("fast-*.so"))) == len(first) + 1 == 2
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,6 @@ def test_a_broken_file_of_this_machine_is_passed_over_with_one_warning(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert tuned.current("cuda") is None
     path = tuned.default_path("cuda")
-    path.parent.mkdir(parents=True)
     path.write_text("{")
     with pytest.warns(UserWarning, match="run moeflux tune again"):
         assert tuned.current("cuda") is None

@@ -17,10 +17,10 @@ from mlx_lm.models.cache import (
 from mlx_lm.sample_utils import make_sampler
 
 from ..config import EXPERT_IO
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line_errors
 from ..experts.policy import DEFAULT_POLICY, POLICY_FORMS
 from ..files import open_file, parse_json, short
-from ..loading import load, one_line_errors
+from ..loading import load
 from ..state import load_state, save_state
 from .report import generate_and_print
 
@@ -259,7 +259,9 @@ def _draft_options(
             "[generate] expected a model that can take tokens back but got "
             f"--draft-model with {model.model_type}, whose layers cannot"
         )
-    draft, draft_tokenizer = mlx_lm.load(args.draft_model)[:2]
+    # Left to itself transformers asks whether to run code that the model brings.
+    trusted = {"trust_remote_code": args.trust_remote_code}
+    draft, draft_tokenizer = mlx_lm.load(args.draft_model, trusted)[:2]
     if draft_tokenizer.vocab_size != tokenizer.vocab_size:
         raise ConfigError(
             f"[generate] expected a draft model with {tokenizer.vocab_size} tokens "

@@ -11,8 +11,10 @@ from rich.filesize import decimal
 
 from ..experts.layout import DEFAULT_ALIGNMENT
 from ..experts.pack import pack
-from ..opening import check_directory
-from ..progress import byte_progress
+from ..experts.packed import is_packed
+from ..experts.sidecars import source_files
+from ..loading import check_loadable
+from ..progress import byte_progress, notice
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,7 +38,10 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Pack ``args.src`` into ``args.dst`` and say what was made."""
-    check_directory(args.src)
+    files = source_files(args.src)
+    if not is_packed(args.src):
+        # Gigabytes of what nothing can load would be no use to anybody.
+        check_loadable(args.src)
     with byte_progress() as progress:
         manifest = pack(
             args.src,
@@ -44,6 +49,13 @@ def run(args: argparse.Namespace) -> int:
             verify=args.verify,
             alignment=args.alignment,
             progress=progress,
+        )
+    if files.left_out:
+        notice(f"[pack] not copied: {', '.join(files.left_out)}")
+    if files.code:
+        notice(
+            f"[pack] {', '.join(files.code)}: code that the model brings was copied: "
+            "mlx-lm runs it too where --trust-remote-code is given"
         )
     n_bytes = sum(entry.n_bytes for entry in manifest.layers)
     Console().print(

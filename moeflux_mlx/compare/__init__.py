@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mlx_lm.utils import load_tokenizer
 
 from ..errors import ConfigError
 from ..loading import find_model
+from ..tokenizer import open_tokenizer
 from .measurement import (
     Job,
     greedy,
@@ -107,7 +107,7 @@ def compare(
     """
     path, reference = find_model(model), find_model(against or model)
     _check_arguments(dtype, max_tokens)
-    tokenizer = load_tokenizer(path)
+    tokenizer = open_tokenizer(path)
     job = Job(
         side="stock",
         path=str(reference),

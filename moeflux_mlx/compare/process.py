@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ..children import run_module
 from ..errors import (
     BackendError,
     BudgetError,
@@ -55,8 +55,7 @@ def run_job(job: Job, directory: Path) -> Measured:
     """Do a job in a process of its own and read what it left."""
     path = directory / f"{job.side}.json"
     path.write_text(json.dumps(asdict(job)))
-    command = [sys.executable, "-m", "moeflux_mlx.compare", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_module("moeflux_mlx.compare", str(path))
     if done.returncode:
         raise _failure(job, done)
     with np.load(path.with_suffix(".npz")) as arrays:

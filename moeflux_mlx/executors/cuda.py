@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from .. import config
+from .. import private
 from ..device import MAX_CUDA_GRID_YZ
 from ..errors import BackendError, KernelError
 from ..launch.base import Prepared
@@ -206,14 +204,10 @@ def _cuda_kernel(name: str, values: tuple[tuple[str, Any], ...]) -> Any:
 def _included(header: str) -> str:
     """Return an include of a file that holds a header, or the header."""
     digest = hashlib.sha256(header.encode()).hexdigest()[:16]
-    path = config.cache_folder() / "cuda" / f"{digest}.h"
     try:
-        if not path.is_file() or path.read_text() != header:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                part = Path(folder) / path.name
-                part.write_text(header)
-                part.replace(path)
+        path = private.made("cuda") / f"{digest}.h"
+        if not private.is_private(path) or path.read_text() != header:
+            private.write_text(path, header)
     except OSError:
         return header
     return f'#include "{path.resolve()}"\n'

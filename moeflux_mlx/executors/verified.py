@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import json
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..config import cache_folder
+from .. import private
 from ..device import machine_name, mlx_version
 from ..files import RECORD_BYTES, read_json, short
 from ..launch import KERNELS
@@ -49,8 +49,8 @@ def fingerprint(name: str, executor: str) -> str:
     return library().fingerprint(name, *texts)
 
 
-def _own_path(executor: str) -> Path:
-    return cache_folder() / f"verified-{executor}.json"
+def _own_name(executor: str) -> str:
+    return f"verified-{executor}.json"
 
 
 def with_earlier(record: Record, path: Path, examined: Collection[str]) -> Record:
@@ -67,24 +67,22 @@ def with_earlier(record: Record, path: Path, examined: Collection[str]) -> Recor
 
 def save(record: Record, path: Path | None = None) -> Path:
     """Write a record, by default where ``is_verified`` looks for this machine's."""
-    path = path or _own_path(record.executor)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(record), indent=1, sort_keys=True) + "\n")
+    text = json.dumps(asdict(record), indent=1, sort_keys=True) + "\n"
+    if path is None:
+        path = private.made() / _own_name(record.executor)
+        private.write_text(path, text)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
     return path
 
 
 def records() -> list[Record]:
     """Return the shipped records and this machine's own; unreadable ones are none."""
-    return list(_readable(kernels_folder() / "verified")) + list(
-        _readable(cache_folder())
-    )
-
-
-def _readable(folder: Path) -> Iterator[Record]:
-    for path in sorted(folder.glob("*.json")):
-        record = _read(path)
-        if record is not None:
-            yield record
+    shipped = sorted((kernels_folder() / "verified").glob("*.json"))
+    own = private.found()
+    kept = filter(private.is_private, sorted(own.glob("*.json")) if own else ())
+    return [record for path in (*shipped, *kept) if (record := _read(path))]
 
 
 def _read(path: Path) -> Record | None:
@@ -110,7 +108,10 @@ def _read(path: Path) -> Record | None:
 @functools.cache
 def is_verified(executor: str) -> bool:
     """Tell whether every kernel, as it is now, was found right on this machine."""
-    record = _read(_own_path(executor))
+    folder = private.found()
+    path = folder / _own_name(executor) if folder else None
+    # Kernels run instead of MLX's own operations on this file's word.
+    record = _read(path) if path and private.is_private(path) else None
     if record is None or record.where != (executor, machine_name(), mlx_version()):
         return False
     return all(record.holds(name) for name in KERNELS)

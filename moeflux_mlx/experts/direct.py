@@ -46,7 +46,20 @@ def bypass_cache(fds: Collection[int], directory: Path, *, aligned: bool) -> boo
     return True
 
 
+def direct_excess(fd: int, position: int) -> int:
+    """Return how far a position of a file is past where a read may begin.
+
+    Direct reads on Linux begin with a block; a read may end early anywhere, for a
+    signal, a quota or a network's sake.
+    """
+    excess = position % DISK_BLOCK_BYTES
+    return excess if excess and _is_direct(fd) else 0
+
+
 if sys.platform == "darwin":
+
+    def _is_direct(fd: int) -> bool:
+        return False
 
     def _set_direct(fd: int, aligned: bool) -> None:
         # What is not aligned macOS reads through the cache by itself.
@@ -56,6 +69,9 @@ if sys.platform == "darwin":
         fcntl.fcntl(fd, fcntl.F_NOCACHE, 0)
 
 else:
+
+    def _is_direct(fd: int) -> bool:
+        return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
 
     def _set_direct(fd: int, aligned: bool) -> None:
         if not aligned:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,33 +12,25 @@ from pathlib import Path
 from ..errors import ExpertStoreError, ModelError
 from .checkpoint import Checkpoint
 from .checkpoint_store import CheckpointExperts
+from .folder import Folder, open_parent
 from .layout import DEFAULT_ALIGNMENT, check_alignment
 from .manifest import MANIFEST_NAME, LayerFile, Manifest
+from .model_file import MODEL_FILE, SHIM
 from .pack_files import list_files
 from .packed import Progress, damaged_records, is_packed
 from .packed import verify as verify_pack
 from .safetensors import TensorEntry
+from .sidecars import JOURNAL_NAME, OWN_NAMES, TEMPLATES, SourceFiles, source_files
+from .volume import lock
 from .writer import (
+    RESIDENT_FILE,
     check_space,
     copy_small_files,
     disk_errors,
-    locked,
-    sync,
+    layer_name,
     write_layer,
     write_resident,
-    write_text,
 )
-
-JOURNAL_NAME = "moeflux.partial.json"
-MODEL_FILE = "moeflux_model.py"
-RESIDENT_FILE = "model.safetensors"
-SHIM = '''\
-"""Load this packed model through moeflux-mlx; written by ``moeflux pack``."""
-
-from moeflux_mlx.loading import pack_classes
-
-Model, ModelArgs = pack_classes(__file__)
-'''
 
 
 def pack(
@@ -61,29 +54,49 @@ def pack(
         progress: called with a text, the bytes done and the bytes in all.
 
     Raises:
-        ModelError: ``src`` is not a checkpoint of the right form.
+        ModelError: ``src`` is not a checkpoint of the right form, or a file in it is a
+            link that leaves it, or no plain file.
         ExpertStoreError: ``dst`` exists, the disk is full, or ``dst.partial`` is of
-            another source.
+            another source or holds what no earlier run wrote.
         ConfigError: ``alignment`` is not a power of two of at least 16.
     """
     source, target = Path(src), Path(dst).absolute()
     check_alignment(alignment)
     if os.path.lexists(target):
         raise ExpertStoreError(f"[pack] expected no {target} but it exists already")
-    with Checkpoint.open(source) as checkpoint:
+    # Before anything is opened: a pipe among the files would be waited for.
+    source_files(source)
+    partial = target.with_name(target.name + ".partial")
+    with Checkpoint.open(source) as checkpoint, disk_errors(partial):
         job = _Job(checkpoint, alignment, progress or (lambda *_: None))
-        partial = target.with_name(target.name + ".partial")
-        with disk_errors(partial):
-            partial.mkdir(parents=True, exist_ok=True)
-        with disk_errors(partial), locked(partial):
-            manifest = job.run(partial)
+        with open_parent(partial) as parent, _own_folder(parent, partial) as folder:
+            manifest = job.run(folder)
             if verify:
                 verify_pack(partial, progress).raise_damage()
             if os.path.lexists(target):
                 raise ExpertStoreError(f"[pack] {target} appeared during packing")
-            os.rename(partial, target)
-            sync(target.parent)
+            if not folder.is_at(parent, partial.name):
+                raise ExpertStoreError(f"[pack] {partial} was replaced during packing")
+            parent.rename(partial.name, target.name)
     return manifest
+
+
+@contextlib.contextmanager
+def _own_folder(parent: Folder, path: Path) -> Iterator[Folder]:
+    """Make or open the folder that is packed into, and hold it."""
+    if path.is_symlink():
+        raise ExpertStoreError(
+            f"[pack] {path}: expected a folder of an earlier run but got a link: "
+            "remove it"
+        )
+    with parent.inner(path.name) as folder:
+        if os.fstat(folder.fd).st_uid != os.geteuid():
+            raise ExpertStoreError(
+                f"[pack] {path}: expected a folder of an earlier run but another user "
+                "made it: remove it"
+            )
+        lock(folder.fd, path)
+        yield folder
 
 
 class _Job:
@@ -112,7 +125,12 @@ class _Job:
             entry.n_bytes for entry in self.resident_entries
         )
 
-    def run(self, partial: Path) -> Manifest:
+    @property
+    def config_text(self) -> str:
+        config = {**self.checkpoint.config, "model_file": MODEL_FILE}
+        return json.dumps(config, indent=4)
+
+    def run(self, folder: Folder) -> Manifest:
         fresh = Manifest(
             self.checkpoint.directory.absolute().name,
             self.checkpoint.identity,
@@ -120,23 +138,48 @@ class _Job:
             self.alignment,
             (),
         )
-        journal = partial / JOURNAL_NAME
-        kept = list(self.finished_layers(partial, fresh))
-        check_space(
-            partial, self.total_bytes - sum(e.n_bytes for e in kept) + len(SHIM)
-        )
+        files = source_files(self.checkpoint.directory)
+        known = self.known_names(files)
+        names = folder.plain_names(frozenset({TEMPLATES}))
+        if strange := sorted(set(names) - known):
+            raise ExpertStoreError(
+                f"[pack] {folder.path / strange[0]}: expected nothing but files of an "
+                f"earlier run: move it, or remove {folder.path}"
+            )
+        kept = list(self.finished_layers(folder.path, fresh))
+        stale = set(names) - {JOURNAL_NAME, *(entry.file for entry in kept)}
+        needed = self.total_bytes - sum(e.n_bytes for e in kept)
+        needed += files.n_bytes + len(SHIM) + len(self.config_text.encode())
+        # What an earlier run left and this one writes again makes room for itself.
+        check_space(folder, needed - sum(map(folder.n_bytes, stale)))
         manifest = dataclasses.replace(fresh, layers=tuple(kept))
-        # Without the old name no half-made directory can pass for a whole one.
-        (partial / MANIFEST_NAME).unlink(missing_ok=True)
-        write_text(journal, manifest.to_json())
+        folder.write_text(JOURNAL_NAME, manifest.to_json())
+        # The manifest too, so that no half-made directory can pass for a whole one.
+        for name in stale:
+            folder.remove(name)
+        self.empty_templates(folder)
         for layer in self.experts.layers:
             if layer in {entry.layer for entry in manifest.layers}:
                 continue
-            entry = self.write_layer(partial, layer)
+            entry = self.write_layer(folder, layer)
             layers = sorted((*manifest.layers, entry), key=lambda e: e.layer)
             manifest = dataclasses.replace(manifest, layers=tuple(layers))
-            write_text(journal, manifest.to_json())
-        return self.finish(partial, manifest)
+            folder.write_text(JOURNAL_NAME, manifest.to_json())
+        return self.finish(folder, files, manifest)
+
+    def known_names(self, files: SourceFiles) -> set[str]:
+        """Return the names that a run writes, half-written ones too."""
+        known = OWN_NAMES | {RESIDENT_FILE} | {*files.copied}
+        known |= {layer_name(number) for number in self.experts.layers}
+        return known | {f"{name}.tmp" for name in OWN_NAMES}
+
+    def empty_templates(self, folder: Folder) -> None:
+        """Remove what an earlier run copied into the one folder inside."""
+        if TEMPLATES in os.listdir(folder.fd):
+            with folder.inner(TEMPLATES) as templates:
+                for name in templates.plain_names():
+                    templates.remove(name)
+            os.rmdir(TEMPLATES, dir_fd=folder.fd)
 
     def finished_layers(self, partial: Path, fresh: Manifest) -> Iterator[LayerFile]:
         """Yield the layers of an earlier run whose bytes still match."""
@@ -162,27 +205,27 @@ class _Job:
                 self.advance(f"layer {entry.layer} kept", entry.n_bytes)
                 yield entry
 
-    def write_layer(self, partial: Path, layer: int) -> LayerFile:
-        path, what = partial / f"experts-{layer:03d}.bin", f"layer {layer}"
-        return write_layer(self.experts, layer, path, lambda n: self.advance(what, n))
+    def write_layer(self, folder: Folder, layer: int) -> LayerFile:
+        what = f"layer {layer}"
+        return write_layer(self.experts, layer, folder, lambda n: self.advance(what, n))
 
-    def finish(self, partial: Path, manifest: Manifest) -> Manifest:
+    def finish(
+        self, folder: Folder, files: SourceFiles, manifest: Manifest
+    ) -> Manifest:
         """Write all that is not experts, the manifest last."""
         resident = write_resident(
             self.checkpoint,
             self.resident_entries,
-            partial / RESIDENT_FILE,
+            folder,
             lambda n: self.advance(RESIDENT_FILE, n),
         )
-        copy_small_files(self.checkpoint.directory, partial)
-        write_text(partial / MODEL_FILE, SHIM)
-        config = {**self.checkpoint.config, "model_file": MODEL_FILE}
-        write_text(partial / "config.json", json.dumps(config, indent=4))
-        files = list_files(partial, JOURNAL_NAME, RESIDENT_FILE)
-        manifest = dataclasses.replace(manifest, resident=resident, files=files)
-        write_text(partial / JOURNAL_NAME, manifest.to_json())
-        os.replace(partial / JOURNAL_NAME, partial / MANIFEST_NAME)
-        sync(partial)
+        copy_small_files(files, folder)
+        folder.write_text(MODEL_FILE, SHIM)
+        folder.write_text("config.json", self.config_text)
+        listed = list_files(folder.path, JOURNAL_NAME, RESIDENT_FILE)
+        manifest = dataclasses.replace(manifest, resident=resident, files=listed)
+        folder.write_text(JOURNAL_NAME, manifest.to_json())
+        folder.rename(JOURNAL_NAME, MANIFEST_NAME)
         return manifest
 
     def advance(self, what: str, n_bytes: int) -> None:

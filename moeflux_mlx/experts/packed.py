@@ -17,6 +17,7 @@ from .checkpoint_store import check_sizes
 from .direct import are_aligned, bypass_cache
 from .layout import ExpertLayout
 from .manifest import MANIFEST_NAME, LayerFile, Manifest, ResidentFile
+from .model_file import check_model_file
 from .pack_files import changes
 from .routed import ROUTED, ExpertTensors, RoutedLayer, check_rows
 from .safetensors import TensorEntry, fingerprint
@@ -80,6 +81,7 @@ class PackedExperts:
         manifest = Manifest.read(directory / MANIFEST_NAME)
         _check_model(directory, config, manifest)
         _check_layouts(directory, config, manifest)
+        check_model_file(directory, config)
         store = cls(directory, manifest)
         try:
             for entry in manifest.layers:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from .direct import direct_excess
 
 
 class Piece(NamedTuple):
@@ -73,7 +76,8 @@ def merge(pieces: Iterable[Piece]) -> list[list[Piece]]:
 def read_fully(fd: int, offset: int, *buffers: memoryview) -> int:
     """Fill ``buffers`` one after the other from ``offset`` on, by scatter reads.
 
-    Short reads are continued; interrupted calls are repeated by Python itself.
+    Short reads are continued, direct ones from the last whole block; interrupted calls
+    are repeated by Python itself.
 
     Returns:
         The bytes read, which are those of all buffers.
@@ -82,20 +86,27 @@ def read_fully(fd: int, offset: int, *buffers: memoryview) -> int:
         OSError: the read failed.
         EOFError: the file ends early.
     """
-    left: Sequence[memoryview] = buffers
-    done, expected = 0, sum(map(len, buffers))
+    expected = sum(map(len, buffers))
+    done = 0
     while True:
-        n_bytes = os.preadv(fd, left, offset + done)
-        done += n_bytes
-        if done == expected:
-            return done
-        if n_bytes == 0:
-            raise EOFError(f"expected {expected} bytes but the file ends after {done}")
-        left = _rest(left, n_bytes)
+        # A direct read has to begin with a block, where an earlier one need not end.
+        start = done - direct_excess(fd, offset + done) if done else 0
+        n_bytes = os.preadv(fd, _rest(buffers, start), offset + start)
+        if start + n_bytes == expected:
+            return expected
+        if start + n_bytes <= done:
+            if start == done or os.fstat(fd).st_size <= offset + done:
+                raise EOFError(
+                    f"expected {expected} bytes but the file ends after {done}"
+                )
+            raise OSError(errno.EIO, f"a direct read stops at {done} bytes each time")
+        done = start + n_bytes
 
 
 def _rest(buffers: Sequence[memoryview], n_bytes: int) -> Sequence[memoryview]:
     """Return what is left of ``buffers`` once the first ``n_bytes`` are filled."""
+    if not n_bytes:
+        return buffers
     for i, buffer in enumerate(buffers):
         if n_bytes < len(buffer):
             return [buffer[n_bytes:], *buffers[i + 1 :]]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .. import config
+from .. import config, private
 from ..device import machine_name, mlx_version
 from ..errors import ConfigError
 from ..files import RECORD_BYTES, read_json, short
@@ -177,16 +176,27 @@ def current(executor: str) -> Tuning | None:
     if chosen is False:
         return None
     named = isinstance(chosen, Path)
-    path = chosen if isinstance(chosen, Path) else default_path(executor)
-    if not named and not path.exists():
+    path = chosen if isinstance(chosen, Path) else _own_file(executor)
+    if path is None:
         return None
     return _usable(path, executor, named)
 
 
 def default_path(executor: str) -> Path:
-    """Return where this device's own file is."""
+    """Return where this device's own file is written, its folder made."""
+    return private.made("tuned") / _own_name(executor)
+
+
+def _own_file(executor: str) -> Path | None:
+    """Return this device's own file, unless there is none or others may write it."""
+    folder = private.found("tuned")
+    path = folder / _own_name(executor) if folder else None
+    return path if path and private.is_private(path) else None
+
+
+def _own_name(executor: str) -> str:
     device = re.sub(r"[^a-z0-9]+", "-", machine_name().lower()).strip("-")
-    return config.cache_folder() / "tuned" / f"{device}-{executor}.json"
+    return f"{device}-{executor}.json"
 
 
 @functools.cache
@@ -263,7 +273,5 @@ def _check_texts(*values: object) -> None:
 def save(tuning: Tuning, path: Path) -> None:
     """Write a file; what reads it next sees all of it or the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    part.write_text(json.dumps(asdict(tuning), indent=1) + "\n")
-    os.replace(part, path)
+    private.write_text(path, json.dumps(asdict(tuning), indent=1) + "\n")
     _usable.cache_clear()

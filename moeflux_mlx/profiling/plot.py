@@ -87,11 +87,15 @@ def save_hit_rates(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
 
 def _figure(height_inches: float) -> Any:
     try:
+        import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError(
             "[--plot] expected matplotlib: pip install 'moeflux-mlx[plot]'"
         ) from error
+    # A file of settings in the working directory came with whatever lies there.
+    if Path(matplotlib.matplotlib_fname()).resolve().parent == Path.cwd():
+        matplotlib.rcdefaults()
     size = (WIDTH_INCHES, height_inches)
     return Figure(figsize=size, dpi=150, layout="constrained")
 

@@ -8,13 +8,12 @@ import importlib.util
 import os
 import platform
 import re
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import config
+from .. import children, private
 from ..errors import SimulatorError
 from ..metal.source import matching, split_commas
 
@@ -242,11 +241,15 @@ def _id(p: Parameter) -> str:
     return f"{p.type}({values})"
 
 
-def cache_folder() -> Path:
-    """Return where compiled kernels are kept."""
-    folder = config.cache_folder() / "simulator"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _zig() -> Path:
+    """Return the compiler's program: its Python module would only start it."""
+    found = importlib.util.find_spec("ziglang")
+    if found is None or found.origin is None:
+        raise SimulatorError(
+            "[simulator] expected the package ziglang but found none: "
+            "pip install 'moeflux-mlx[sim]'"
+        )
+    return Path(found.origin).with_name("zig")
 
 
 @functools.cache
@@ -269,22 +272,23 @@ def built(key: str, text: str, flags: list[str], libraries: list[str]) -> Path:
     """
     parts = "\0".join([key, text, *flags]).encode()
     digest = hashlib.sha256(_base_digest() + parts).hexdigest()[:32]
-    path = cache_folder() / f"{key}-{digest}.so"
-    if path.is_file():
+    path = private.made("simulator") / f"{key}-{digest}.so"
+    if private.is_private(path):
         return path
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         source, out = Path(folder) / "kernel.cpp", Path(folder) / "out.so"
         source.write_text(text)
-        zig = [sys.executable, "-m", "ziglang", "c++"]
+        zig = [str(_zig()), "c++"]
         # Without libraries: zig would build a whole C++ one first.
         link = ["-shared", "-nostdlib", "-o", str(out), str(source)]
         command = [*zig, *flags, *link, *libraries]
-        env = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(path.parent / "zig")}
-        env["ZIG_LOCAL_CACHE_DIR"] = folder
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        caches = {"ZIG_GLOBAL_CACHE_DIR": str(path.parent / "zig")}
+        caches["ZIG_LOCAL_CACHE_DIR"] = folder
+        done = children.run(command, Path(folder), caches)
         if done.returncode:
             message = done.stderr.replace(str(source), "kernel").strip()
             raise SimulatorError(f"[simulator] {message}")
+        out.chmod(0o600)
         os.replace(out, path)
     return path
 

@@ -1,0 +1,45 @@
+"""``moeflux_model.py``: the one file of a pack that is run, by stock mlx-lm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import ExpertStoreError
+
+MODEL_FILE = "moeflux_model.py"
+SHIM = '''\
+"""Load this packed model through moeflux-mlx; written by ``moeflux pack``."""
+
+from moeflux_mlx.loading import pack_classes
+
+Model, ModelArgs = pack_classes(__file__)
+'''
+
+
+def check_model_file(directory: Path, config: dict[str, Any]) -> None:
+    """Compare the file that a pack's configuration names with what packing writes.
+
+    Raises:
+        ExpertStoreError: it is missing, another, or of other contents.
+    """
+    name = config.get("model_file")
+    path = directory / MODEL_FILE
+    if name != MODEL_FILE:
+        raise ExpertStoreError(
+            f"[pack] {directory / 'config.json'}: expected model_file to be "
+            f"{MODEL_FILE!r} but got {name!r}: pack the model again"
+        )
+    try:
+        # One byte more than is right tells what is longer, however long it is.
+        found = None
+        if path.is_file():
+            with open(path, "rb") as file:
+                found = file.read(len(SHIM.encode()) + 1)
+    except OSError as error:
+        raise ExpertStoreError(f"[pack] cannot read {path}: {error}") from error
+    if found != SHIM.encode():
+        raise ExpertStoreError(
+            f"[pack] {path}: expected the file that moeflux pack writes but got "
+            "another: stock mlx-lm would run it: pack the model again"
+        )
