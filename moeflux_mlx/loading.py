@@ -22,6 +22,7 @@ from .experts.packed import PackedExperts, is_packed
 from .experts.store import open_store
 from .memory import MemoryPlan
 from .pool_search import find_fastest
+from .preflight import check_fits
 from .progress import Report, byte_progress, notice
 from .runtime import RunOptions
 
@@ -71,7 +72,7 @@ def load(
             they must be packed on Linux. None takes the environment's choice, else
             ``"auto"``: mapped on Metal where all of them fit, else ``"pread"``. A
             mapped file that is cut ends the process.
-        lazy: leave parameters unevaluated.
+        lazy: leave parameters unevaluated; whether they fit is not looked at either.
         revision, model_config, tokenizer_config: as in ``mlx_lm.load``.
 
     Returns:
@@ -83,7 +84,8 @@ def load(
         ExpertStoreError: a pack's files are missing, damaged or of another model; a
             file cannot be read.
         BudgetError: ``memory`` or ``expert_memory`` cannot hold what one token needs,
-            or all the experts that are to be mapped.
+            or all the experts that are to be mapped; without either, what is loaded
+            whole does not fit into the memory that is left.
         ConfigError: an argument has no usable value.
         TraceError: the recording that ``policy`` names is not usable.
     """
@@ -100,6 +102,8 @@ def load(
         expert_io,
     )
     with _built(path, options, model_config) as (model, loaded):
+        if not lazy and options.bounds == (None, None):
+            check_fits(path, model)
         # Before memory is planned: it takes some too.
         eos = loaded.get("eos_token_id")
         tokenizer = load_tokenizer(path, tokenizer_config, eos_token_ids=eos)

@@ -23,6 +23,7 @@ from .experts.store import ExpertStore, model_identity
 from .experts.streamer import ExpertStreamer, check_scope
 from .memory import MemoryKeeper, MemoryPlan, Needs, plan_memory
 from .model import BuiltOnce, LayerGraph
+from .preflight import unasked_expert_bytes
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ class Runtime:
         check_scope(options.scope)
         policy = policy_factory(options.policy or config.policy() or DEFAULT_POLICY)
         memory = plan.expert_bytes if plan else options.bounds[1]
+        if memory is None:
+            memory = unasked_expert_bytes(needs)
         stream = partial(
             ExpertStreamer,
             self.store,
