@@ -46,6 +46,22 @@ def cache_folder() -> Path:
     return Path(base) / "moeflux-mlx"
 
 
+def check() -> None:
+    """Read every variable whose values stand here.
+
+    Raises:
+        ConfigError: one has a value that cannot be used.
+    """
+    read_threads()
+    optimistic()
+    expert_io()
+    lowering()
+    capture()
+    profile_per_op()
+    sim_checked()
+    fuse()
+
+
 def executor_name() -> str | None:
     """Return the executor named by the environment, if any."""
     return os.environ.get("MOEFLUX_EXECUTOR") or None
@@ -107,7 +123,7 @@ def sim_checked() -> bool:
 
 def fuse() -> bool:
     """Tell whether launches may perform several Ops together."""
-    return os.environ.get("MOEFLUX_FUSE") != "0"
+    return _is_set("MOEFLUX_FUSE", "1")
 
 
 def lowering() -> dict[str, str]:
@@ -143,5 +159,8 @@ def capture() -> tuple[str, int, int] | None:
     return found[1], int(found[2]), int(found[3])
 
 
-def _is_set(name: str) -> bool:
-    return os.environ.get(name, "0") not in ("", "0")
+def _is_set(name: str, default: str = "0") -> bool:
+    text = os.environ.get(name) or default
+    if text not in ("0", "1"):
+        raise ConfigError(f"[{name}] expected 0 or 1 but got {text!r}")
+    return text == "1"

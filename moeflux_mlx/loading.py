@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import _download, load_config, load_model, load_tokenizer
 
-from . import config
+from . import config, serving
 from .errors import ModelError
 from .executors.base import leaves
 from .experts.budget import AUTO
@@ -25,6 +25,7 @@ from .pool_search import find_fastest
 from .preflight import check_fits
 from .progress import Report, byte_progress, notice
 from .runtime import RunOptions
+from .settings import check_settings
 
 
 def load(
@@ -86,9 +87,10 @@ def load(
         BudgetError: ``memory`` or ``expert_memory`` cannot hold what one token needs,
             or all the experts that are to be mapped; without either, what is loaded
             whole does not fit into the memory that is left.
-        ConfigError: an argument has no usable value.
+        ConfigError: an argument or environment variable has no usable value.
         TraceError: the recording that ``policy`` names is not usable.
     """
+    check_settings()
     path = find_model(path_or_repo, revision)
     options = RunOptions(
         None,
@@ -126,6 +128,7 @@ def plan_load(
     Raises:
         ModelError, ExpertStoreError, BudgetError: as ``load``.
     """
+    check_settings()
     path = find_model(path_or_repo)
     options = RunOptions(None, memory, scope=scope)
     with _built(path, options) as (model, loaded):
@@ -220,7 +223,25 @@ def pack_classes(model_file: str) -> tuple[type, type]:
     ``--trust-remote-code``; memory and executor come from the environment.
     """
     directory = Path(model_file).resolve().parent
+    give_way = None
+    if (server := serving.running_server()) is not None:
+        serving.install(server)
+        give_way = serving.release_oldest_prompt
+    check_settings()
     direct = config.expert_io() == "direct"
     opened = partial(PackedExperts.open, directory, direct=direct)
-    options = RunOptions(opened, directory=directory)
-    return model_classes(load_config(directory), options)
+    options = RunOptions(opened, directory=directory, give_way=give_way)
+    bound, arguments = model_classes(load_config(directory), options)
+
+    class Model(bound):  # type: ignore[misc, valid-type]
+        """Refuses what does not fit when it is loaded, not at the first request."""
+
+        def load_weights(self, *args: Any, **kwargs: Any) -> nn.Module:
+            super().load_weights(*args, **kwargs)
+            if options.bounds == (None, None):
+                check_fits(directory, self)
+            if self.runtime.make_plan(self.needs) is None:
+                self.runtime.open(self.needs)
+            return self
+
+    return Model, arguments

@@ -8,11 +8,12 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from . import config, device
-from .errors import ModelError
+from .errors import BudgetError, ModelError
 from .executors import open_executor
 from .experts.access import open_experts
 from .experts.budget import AUTO, most_bytes, parse_bytes
@@ -36,7 +37,8 @@ class RunOptions:
     ``config.optimistic`` has it; None takes the environment's choice. ``read_ahead``:
     whether experts are read before they are asked for: ``on``, ``off``, or ``auto``
     where that was measured to pay. ``expert_io`` is one of ``config.EXPERT_IO``.
-    ``directory`` is where the model is from.
+    ``directory`` is where the model is from. ``give_way`` frees some memory that the
+    model's caller keeps for later, and tells whether it did.
     """
 
     open_experts: Callable[[], ExpertStore] | None = None
@@ -49,6 +51,7 @@ class RunOptions:
     read_ahead: str = "auto"
     expert_io: str | None = None
     directory: Path | None = None
+    give_way: Callable[[], bool] | None = None
 
     @property
     def bounds(self) -> tuple[int | str | None, int | str | None]:
@@ -128,6 +131,24 @@ class Runtime:
             scope=self.options.scope,
             most_expert_bytes=parse_bytes(most, "expert_memory") if most else None,
         )
+
+    def make_room(self, cache: list[Any], n_seqs: int, t: int) -> int | None:
+        """Give the caches of a call room; see ``MemoryKeeper.make_room``.
+
+        Returns:
+            How many tokens are to be computed together; None without a plan.
+
+        Raises:
+            BudgetError: they do not fit, whatever gives way.
+        """
+        give_way = self.options.give_way
+        while self.keeper is not None:
+            try:
+                return self.keeper.make_room(cache, n_seqs, t)
+            except BudgetError:
+                if give_way is None or not give_way():
+                    raise
+        return None
 
     @functools.cached_property
     def identity(self) -> str:
