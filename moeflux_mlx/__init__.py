@@ -1,10 +1,11 @@
 """Mixture-of-Experts models larger than memory in MLX, experts streamed from disk."""
 
-from .backend import require_backend
+from .backend import own_file_limit, require_backend
 
 require_backend()
 
-from mlx_lm import generate, stream_generate  # noqa: E402
+with own_file_limit():
+    from mlx_lm import generate, stream_generate
 
 from . import ops  # noqa: E402
 from .loading import load  # noqa: E402

@@ -22,6 +22,8 @@
                              own; empty or ``0``: none
 ``MOEFLUX_CAPTURE``          ``PATH.gputrace:FIRST-LAST``: record these layers once
 ``MOEFLUX_SIM_CHECKED``      ``1``: executor ``sim`` also looks for races and the like
+``MOEFLUX_TRACEBACK``        ``1``: commands also print where an error arose that nobody
+                             foresaw
 ============================ =======================================================
 """
 
@@ -42,8 +44,11 @@ def cache_folder() -> Path:
 
     That is ``moeflux-mlx`` below ``XDG_CACHE_HOME``, by default ``~/.cache``.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "moeflux-mlx"
+    base = os.environ.get("XDG_CACHE_HOME")
+    home = os.path.expanduser("~")
+    # Without a home nothing is found there and nothing can be kept.
+    home = os.devnull if home == "~" else home
+    return Path(base or Path(home) / ".cache") / "moeflux-mlx"
 
 
 def check() -> None:
@@ -119,6 +124,11 @@ def profile_per_op() -> bool:
 def sim_checked() -> bool:
     """Tell whether the simulator is to check every access."""
     return _is_set("MOEFLUX_SIM_CHECKED")
+
+
+def traceback() -> bool:
+    """Tell whether commands say where an error arose that nobody foresaw."""
+    return os.environ.get("MOEFLUX_TRACEBACK") == "1"
 
 
 def fuse() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -27,6 +28,18 @@ SHOWN_TOKENS = 64
 def notice(text: str) -> None:
     """Print a line about a decision on standard error."""
     print(f"moeflux: {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def kept_if_possible(what: str, path: Path) -> Iterator[None]:
+    """Go on where what is optional cannot be written, and say what and where."""
+    try:
+        yield
+    except OSError as error:
+        notice(
+            f"{what} cannot be kept in {path}: {error.strerror}: set XDG_CACHE_HOME to "
+            "a folder that can be written"
+        )
 
 
 def byte_progress() -> contextlib.AbstractContextManager[Report]:

@@ -27,11 +27,13 @@ from ..executors.verified import (
     fingerprint,
     machine_name,
     mlx_version,
+    own_path,
     save,
     with_earlier,
 )
 from ..launch import KERNELS, Kernel
 from ..launch.check import check, measure
+from ..progress import kept_if_possible
 
 N_ERRORS_SHOWN = 3
 
@@ -92,7 +94,9 @@ def run(args: argparse.Namespace) -> int:
     passed = all(f.passed for f in findings)
     record = make_record(executor.name, findings)
     if passed and len(chosen) == len(KERNELS):
-        save(record)
+        path = own_path(executor.name)
+        with kept_if_possible("the record of verified kernels", path):
+            save(record, path)
     if args.record:
         names = [kernel.name for kernel in chosen]
         save(with_earlier(record, args.record, names), args.record)

@@ -19,6 +19,7 @@ from ..loading import load
 from ..lowering.tuned import Entry, Tuning, default_path, read, save
 from ..profiling import PROMPTS, tune
 from ..profiling.choices import Choice
+from ..progress import kept_if_possible
 from .generate import add_streaming_flags, streaming_options
 from .report import wide_console
 
@@ -63,6 +64,10 @@ def run(args: argparse.Namespace) -> int:
     """Tune on the model's shapes, print what was found, and keep it."""
     executor = args.executor or config.executor_name() or gpu_executor() or "sim"
     path = args.file or (None if executor == "sim" else default_path(executor))
+    if path is not None and args.file is None:
+        with kept_if_possible("what is found", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        path = path if path.parent.is_dir() else None
     model, _ = load(args.model, **{**streaming_options(args), "executor": executor})
     console = Console(stderr=True)
 
@@ -94,8 +99,10 @@ def run(args: argparse.Namespace) -> int:
         keep=keep,
     )
     print_tuning(found, wide_console())
-    if path is None:
+    if path is None and executor == "sim":
         print("Times of a simulator mean nothing: nothing is kept without --file.")
+    elif path is None:
+        print("Nothing is kept without --file.")
     else:
         print(f"Kept in {path}")
     return 0

@@ -47,7 +47,8 @@ def fingerprint(name: str, executor: str) -> str:
     return library().fingerprint(name, *texts)
 
 
-def _own_path(executor: str) -> Path:
+def own_path(executor: str) -> Path:
+    """Return where this machine's own record is."""
     return cache_folder() / f"verified-{executor}.json"
 
 
@@ -65,7 +66,7 @@ def with_earlier(record: Record, path: Path, examined: Collection[str]) -> Recor
 
 def save(record: Record, path: Path | None = None) -> Path:
     """Write a record, by default where ``is_verified`` looks for this machine's."""
-    path = path or _own_path(record.executor)
+    path = path or own_path(record.executor)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(record), indent=1, sort_keys=True) + "\n")
     return path
@@ -95,7 +96,7 @@ def _read(path: Path) -> Record | None:
 @functools.cache
 def is_verified(executor: str) -> bool:
     """Tell whether every kernel, as it is now, was found right on this machine."""
-    record = _read(_own_path(executor))
+    record = _read(own_path(executor))
     if record is None or record.where != (executor, machine_name(), mlx_version()):
         return False
     return all(record.holds(name) for name in KERNELS)

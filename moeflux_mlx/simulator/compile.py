@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import importlib.util
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,6 +19,7 @@ from pathlib import Path
 from .. import config
 from ..errors import SimulatorError
 from ..metal.source import matching, split_commas
+from ..progress import kept_if_possible
 
 HERE = Path(__file__).resolve().parent
 INCLUDE = HERE / "include"
@@ -243,10 +246,22 @@ def _id(p: Parameter) -> str:
 
 
 def cache_folder() -> Path:
-    """Return where compiled kernels are kept."""
+    """Return where compiled kernels are kept: where that cannot be, until the end."""
     folder = config.cache_folder() / "simulator"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return _passing_folder(folder)
     return folder
+
+
+@functools.cache
+def _passing_folder(instead_of: Path) -> Path:
+    with kept_if_possible("compiled kernels", instead_of):
+        instead_of.mkdir(parents=True)
+    folder = tempfile.mkdtemp(prefix="moeflux-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 @functools.cache
