@@ -4,11 +4,12 @@ from . import working_directory
 
 working_directory.forget()
 
-from .backend import require_backend  # noqa: E402
+from .backend import own_file_limit, require_backend  # noqa: E402
 
 require_backend()
 
-from mlx_lm import generate, stream_generate  # noqa: E402
+with own_file_limit():
+    from mlx_lm import generate, stream_generate
 
 from . import mlx_cache, ops  # noqa: E402
 from .loading import load  # noqa: E402

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 
 from .errors import BackendError
@@ -25,6 +28,29 @@ def require_backend() -> None:
         import mlx.core  # noqa: F401
     except ImportError as error:
         raise BackendError(_advice(error)) from error
+
+
+@contextlib.contextmanager
+def own_file_limit() -> Iterator[None]:
+    """Let what is imported in here ask for more open files than there may be.
+
+    mlx-lm sets the limit when it is imported, and where a lower hard limit holds that
+    is an exception. Then as many as are allowed have to do.
+    """
+    set_limit = resource.setrlimit
+
+    def set_if_allowed(which: int, limits: tuple[int, int]) -> None:
+        try:
+            set_limit(which, limits)
+        except (ValueError, OSError):
+            hard = resource.getrlimit(which)[1]
+            set_limit(which, (hard, hard))
+
+    resource.setrlimit = set_if_allowed
+    try:
+        yield
+    finally:
+        resource.setrlimit = set_limit
 
 
 def _advice(error: ImportError) -> str:

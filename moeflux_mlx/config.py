@@ -22,6 +22,8 @@
                              own; empty or ``0``: none
 ``MOEFLUX_CAPTURE``          ``PATH.gputrace:FIRST-LAST``: record these layers once
 ``MOEFLUX_SIM_CHECKED``      ``1``: executor ``sim`` also looks for races and the like
+``MOEFLUX_TRACEBACK``        ``1``: commands also print where an error arose that nobody
+                             foresaw
 ============================ =======================================================
 """
 
@@ -49,6 +51,22 @@ def cache_folder() -> Path:
         base = os.path.expanduser("~/.cache")
     # A user without a home has a folder that nothing can be made in.
     return Path(base if os.path.isabs(base) else os.devnull) / "moeflux-mlx"
+
+
+def check() -> None:
+    """Read every variable whose values stand here.
+
+    Raises:
+        ConfigError: one has a value that cannot be used.
+    """
+    read_threads()
+    optimistic()
+    expert_io()
+    lowering()
+    capture()
+    profile_per_op()
+    sim_checked()
+    fuse()
 
 
 def executor_name() -> str | None:
@@ -110,9 +128,14 @@ def sim_checked() -> bool:
     return _is_set("MOEFLUX_SIM_CHECKED")
 
 
+def traceback() -> bool:
+    """Tell whether commands say where an error arose that nobody foresaw."""
+    return os.environ.get("MOEFLUX_TRACEBACK") == "1"
+
+
 def fuse() -> bool:
     """Tell whether launches may perform several Ops together."""
-    return os.environ.get("MOEFLUX_FUSE") != "0"
+    return _is_set("MOEFLUX_FUSE", "1")
 
 
 def lowering() -> dict[str, str]:
@@ -148,5 +171,8 @@ def capture() -> tuple[str, int, int] | None:
     return found[1], int(found[2]), int(found[3])
 
 
-def _is_set(name: str) -> bool:
-    return os.environ.get(name, "0") not in ("", "0")
+def _is_set(name: str, default: str = "0") -> bool:
+    text = os.environ.get(name) or default
+    if text not in ("0", "1"):
+        raise ConfigError(f"[{name}] expected 0 or 1 but got {text!r}")
+    return text == "1"

@@ -18,6 +18,10 @@ import mlx.core as mx
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from .errors import BudgetError
+from .limits import memory_left_bytes, memory_limit_bytes
+from .limits import process_bytes as process_bytes
+
 TWO_MIB = 2 << 20
 # Apple's page, and a multiple of the logical block of every disk.
 PAGE_BYTES = 16 << 10
@@ -40,6 +44,8 @@ THREADED_MIN_MACS = 64 << 20
 COPIED_CACHE_BYTES = 4 << 20
 # What an interpreter grows by once it runs: stacks, buffers of BLAS, Python's objects.
 PROCESS_GROWTH_BYTES = 48 << 20
+# What an allocation takes besides: its pages' ends and the allocator's own records.
+ALLOCATION_SLACK_BYTES = 1 << 20
 # Share of memory that resident matrices may take when kept unpacked in float32.
 UNPACKED_SHARE = 1 / 8
 
@@ -116,23 +122,38 @@ def _blas() -> ThreadpoolController:
 
 @functools.cache
 def physical_memory_bytes() -> int:
-    """Return the machine's memory, or its control group's limit if that is lower."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        with open("/sys/fs/cgroup/memory.max") as file:
-            limit = file.read().strip()
-    except OSError:
-        return total
-    return min(total, int(limit)) if limit.isdigit() else total
+    """Return the machine's memory, or what limits leave this process if that is less.
+
+    Limits are those of control groups, ``ulimit -v`` and ``ulimit -d``.
+    """
+    return memory_limit_bytes()
 
 
-def process_bytes() -> int | None:
-    """Return the physical memory this process has now; None where nobody counts it."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
+def left_bytes() -> int | None:
+    """Return the memory that arrays can still take; None where the GPU has its own."""
+    if mx.cuda.is_available() and not on_cpu():
         return None
+    return memory_left_bytes()
+
+
+def check_allocation(n_bytes: int, part: str) -> None:
+    """Raise BudgetError unless the system would give so much memory now.
+
+    MLX writes to what its allocator returns without looking: where memory cannot be
+    had, that ends the process.
+
+    Args:
+        part: what asks, for the message.
+    """
+    try:
+        # Private like the allocator's own, or limits of data would not count it.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        mmap.mmap(-1, n_bytes + ALLOCATION_SLACK_BYTES, flags).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise BudgetError(
+            f"[{part}] cannot allocate {n_bytes} bytes: {error}; this process can take "
+            f"{memory_left_bytes()} more: give less memory, or raise the limit"
+        ) from error
 
 
 def return_memory(array: np.ndarray) -> bool:

@@ -191,9 +191,8 @@ class Forward:
     def make_room(self, inputs: mx.array, cache: list[Any] | None) -> None:
         """Let experts give way to what the caches of a call will take."""
         self.graph_layers()
-        keeper = self.runtime.keeper
-        if keeper is not None and cache is not None and not self._in_trace:
-            self._most_tokens = keeper.make_room(cache, *inputs.shape[:2])
+        if cache is not None and not self._in_trace:
+            self._most_tokens = self.runtime.make_room(cache, *inputs.shape[:2])
 
     def step(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load_config, load_model
 
-from . import config
+from . import config, serving
 from .download import find_model
 from .errors import ConfigError, one_line_errors
 from .executors.base import leaves
@@ -23,8 +23,10 @@ from .experts.store import open_store
 from .memory import MemoryPlan
 from .opening import Reads, model_module, read_weights
 from .pool_search import find_fastest
+from .preflight import check_fits
 from .progress import Report, byte_progress, notice
 from .runtime import RunOptions
+from .settings import check_settings
 from .tokenizer import open_tokenizer
 
 
@@ -73,7 +75,7 @@ def load(
             they must be packed on Linux. None takes the environment's choice, else
             ``"auto"``: mapped on Metal where all of them fit, else ``"pread"``. A
             mapped file that is cut ends the process.
-        lazy: leave parameters unevaluated.
+        lazy: leave parameters unevaluated; whether they fit is not looked at either.
         revision, model_config, tokenizer_config: as in ``mlx_lm.load``. A tokenizer's
             own code runs only if ``tokenizer_config`` has ``trust_remote_code=True``.
 
@@ -86,10 +88,12 @@ def load(
         ExpertStoreError: a pack's files are missing, damaged or of another model; a
             file cannot be read.
         BudgetError: ``memory`` or ``expert_memory`` cannot hold what one token needs,
-            or all the experts that are to be mapped.
-        ConfigError: an argument has no usable value.
+            or all the experts that are to be mapped; without either, what is loaded
+            whole does not fit into the memory that is left.
+        ConfigError: an argument or environment variable has no usable value.
         TraceError: the recording that ``policy`` names is not usable.
     """
+    check_settings()
     for name, value, kind in (
         ("revision", revision, str),
         ("model_config", model_config, dict),
@@ -110,6 +114,8 @@ def load(
     )
     path = find_model(path_or_repo, revision)
     with _built(path, options, model_config) as (model, loaded):
+        if not lazy and options.bounds == (None, None):
+            check_fits(path, model)
         # Before memory is planned: it takes some too.
         eos = loaded.get("eos_token_id")
         tokenizer = open_tokenizer(path, tokenizer_config, eos)
@@ -132,6 +138,7 @@ def plan_load(
     Raises:
         ModelError, ExpertStoreError, BudgetError: as ``load``.
     """
+    check_settings()
     options = RunOptions(None, memory, scope=scope)
     path = find_model(path_or_repo)
     with _built(path, options) as (model, loaded):
@@ -220,7 +227,25 @@ def pack_classes(model_file: str) -> tuple[type, type]:
     ``--trust-remote-code``; memory and executor come from the environment.
     """
     directory = Path(model_file).resolve().parent
+    give_way = None
+    if (server := serving.running_server()) is not None:
+        serving.install(server)
+        give_way = serving.release_oldest_prompt
+    check_settings()
     direct = config.expert_io() == "direct"
     opened = partial(PackedExperts.open, directory, direct=direct)
-    options = RunOptions(opened, directory=directory)
-    return model_classes(load_config(directory), options)
+    options = RunOptions(opened, directory=directory, give_way=give_way)
+    bound, arguments = model_classes(load_config(directory), options)
+
+    class Model(bound):  # type: ignore[misc, valid-type]
+        """Refuses what does not fit when it is loaded, not at the first request."""
+
+        def load_weights(self, *args: Any, **kwargs: Any) -> nn.Module:
+            super().load_weights(*args, **kwargs)
+            if options.bounds == (None, None):
+                check_fits(directory, self)
+            if self.runtime.make_plan(self.needs) is None:
+                self.runtime.open(self.needs)
+            return self
+
+    return Model, arguments

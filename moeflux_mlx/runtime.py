@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import config, device
-from .errors import ConfigError, ModelError
+from .errors import BudgetError, ConfigError, ModelError
 from .executors import open_executor
 from .executors.ops import LazyOpsExecutor
 from .experts.access import open_experts
@@ -28,6 +28,7 @@ from .experts.store import ExpertStore, model_identity
 from .experts.streamer import ExpertStreamer, check_scope
 from .memory import MemoryKeeper, MemoryPlan, Needs, plan_memory
 from .model import BuiltOnce, LayerGraph
+from .preflight import unasked_expert_bytes
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class RunOptions:
     ``config.optimistic`` has it; None takes the environment's choice. ``read_ahead``:
     whether experts are read before they are asked for: ``on``, ``off``, or ``auto``
     where that was measured to pay. ``expert_io`` is one of ``config.EXPERT_IO``.
-    ``directory`` is where the model is from.
+    ``directory`` is where the model is from. ``give_way`` frees some memory that the
+    model's caller keeps for later, and tells whether it did.
     """
 
     open_experts: Callable[[], ExpertStore] | None = None
@@ -53,6 +55,7 @@ class RunOptions:
     read_ahead: str = "auto"
     expert_io: str | None = None
     directory: Path | None = None
+    give_way: Callable[[], bool] | None = None
 
     def __post_init__(self) -> None:
         """Raise ConfigError for arguments of no usable value, before any is used."""
@@ -114,6 +117,8 @@ class Runtime:
         check_scope(options.scope)
         policy = policy_factory(options.policy or config.policy() or DEFAULT_POLICY)
         memory = plan.expert_bytes if plan else options.bounds[1]
+        if memory is None:
+            memory = unasked_expert_bytes(needs)
         stream = partial(
             ExpertStreamer,
             self.store,
@@ -180,6 +185,24 @@ class Runtime:
         if isinstance(self.streamer, ExpertStreamer):
             self.streamer.stay()
         return self._reference
+
+    def make_room(self, cache: list[Any], n_seqs: int, t: int) -> int | None:
+        """Give the caches of a call room; see ``MemoryKeeper.make_room``.
+
+        Returns:
+            How many tokens are to be computed together; None without a plan.
+
+        Raises:
+            BudgetError: they do not fit, whatever gives way.
+        """
+        give_way = self.options.give_way
+        while self.keeper is not None:
+            try:
+                return self.keeper.make_room(cache, n_seqs, t)
+            except BudgetError:
+                if give_way is None or not give_way():
+                    raise
+        return None
 
     @functools.cached_property
     def identity(self) -> str:

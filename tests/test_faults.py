@@ -191,6 +191,48 @@ def test_an_error_after_some_reads_harms_none_of_them(
     assert generated(model) == expected
 
 
+TRANSIENT = (errno.EIO, errno.EINTR, errno.EAGAIN, errno.ESTALE, None)
+
+
+@pytest.mark.parametrize("code", TRANSIENT, ids=lambda c: errno.errorcode.get(c, "end"))
+def test_a_read_that_fails_once_is_tried_again_and_counted(
+    code, model, expected, monkeypatch
+):
+    """Every other read fails; None stands for a file that seems to end."""
+    tried: set[tuple[int, int]] = set()
+    failures = []
+
+    def fail_first(preadv, fd, buffers, offset):
+        if (fd, offset) in tried:
+            tried.remove((fd, offset))
+            return preadv(fd, buffers, offset)
+        tried.add((fd, offset))
+        failures.append(offset)
+        if code is None:
+            return 0
+        raise OSError(code, os.strerror(code))
+
+    before = model.streamer.stats.total.second_tries
+    with preadv_of(monkeypatch, fail_first):
+        assert generated(model) == expected
+    assert model.streamer.stats.total.second_tries - before == len(failures) > 20
+
+
+def test_an_error_that_no_second_try_mends_is_not_tried_again(
+    model, directory, monkeypatch
+):
+    tries: list[tuple[int, int]] = []
+
+    def refuse(preadv, fd, buffers, offset):
+        tries.append((fd, offset))
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with preadv_of(monkeypatch, refuse), pytest.raises(ExpertStoreError) as caught:
+        generated(model)
+    check_named(caught.value, expert_files(directory), os.strerror(errno.EACCES))
+    assert len(tries) == len(set(tries)) > 0
+
+
 def test_short_reads_are_continued(model, expected, monkeypatch):
     def short(preadv, fd, buffers, offset):
         return preadv(fd, [buffers[0][:1_009]], offset)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +20,10 @@ from typing import Any
 
 import mlx_lm
 import pytest
+from tiny import make_checkpoint
 
 from moeflux_mlx.cli.inspect import summarize
+from moeflux_mlx.experts.pack import pack
 
 PROMPTS = ["def add(a, b):", "import", "x"]
 N_TOKENS = 40
@@ -39,24 +45,36 @@ def server(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 
     Requests in one batch need more experts than it holds at a time.
     """
-    port = free_port()
-    command = [sys.executable, "-m", "mlx_lm", "server", "--trust-remote-code"]
-    command += ["--model", str(packed), "--port", str(port)]
     memory = str(summarize(packed).minimum_bytes)
     log = tmp_path_factory.mktemp("server") / "log.txt"
+    with served(packed, log, MOEFLUX_EXPERT_MEMORY=memory) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def served(model: Path, log: Path, **variables: str) -> Iterator[str]:
+    """Run ``mlx_lm.server``; give its address once it is healthy."""
+    address, process = start(model, log, **variables)
+    try:
+        wait_until_healthy(address, process, log)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def start(model: Path, log: Path, **variables: str) -> tuple[str, subprocess.Popen]:
+    port = free_port()
+    command = [sys.executable, "-m", "mlx_lm", "server", "--trust-remote-code"]
+    command += ["--model", str(model), "--port", str(port)]
     with log.open("w") as out:
         process = subprocess.Popen(
             command,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "MOEFLUX_EXPERT_MEMORY": memory},
+            env={**os.environ, **variables},
         )
-    try:
-        wait_until_healthy(f"http://127.0.0.1:{port}", process, log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
+    return f"http://127.0.0.1:{port}", process
 
 
 def free_port() -> int:
@@ -119,3 +137,66 @@ def test_requests_at_the_same_time_get_the_answers_they_get_alone(server, answer
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
         together = list(pool.map(lambda prompt: complete(server, prompt), PROMPTS))
     assert together == [answers[prompt] for prompt in PROMPTS]
+
+
+def refused(address: str, **body: Any) -> tuple[int, str]:
+    """Return status and message of a completion that is to fail."""
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        post(address, "/v1/completions", **body)
+    return caught.value.code, json.loads(caught.value.read())["error"]
+
+
+def test_requests_that_fail_are_told_why_and_harm_nobody(
+    checkpoint, packed, answers, tmp_path
+):
+    model = Path(shutil.copytree(packed, tmp_path / "model"))
+    memory = str(summarize(packed).minimum_bytes)
+    with served(model, tmp_path / "log", MOEFLUX_EXPERT_MEMORY=memory) as address:
+        assert complete(address, PROMPTS[0]) == answers[PROMPTS[0]]
+        status, message = refused(address, prompt="")
+        assert 400 <= status < 500 and "the prompt is empty" in message
+        for wrong in ({"stop": [1]}, {"stop": 5}, {"logit_bias": {"1": "x"}}):
+            assert 400 <= refused(address, prompt="x", **wrong)[0] < 600
+        # The answer's own text, repeated as a prompt, is a prompt like any other.
+        once = json.loads(post(address, "/v1/completions", prompt="x", max_tokens=1))
+        complete(address, "x" + once["choices"][0]["text"])
+        whole = {file: file.read_bytes() for file in model.glob("experts-*.bin")}
+        for file in whole:
+            os.truncate(file, 0)
+        status, message = refused(address, prompt=PROMPTS[1])
+        assert status == 500 and "expert " in message and str(model) in message
+        body = post(address, "/v1/completions", prompt=PROMPTS[1], stream=True)
+        assert "expert " in json.loads(body.decode().split("data: ")[1])["error"]
+        for file, data in whole.items():
+            file.write_bytes(data)
+        assert {prompt: complete(address, prompt) for prompt in PROMPTS} == answers
+
+
+def test_long_chats_give_way_and_one_too_long_fails_alone(tmp_path):
+    plain = make_checkpoint(
+        tmp_path / "plain",
+        num_key_value_heads=4,
+        head_dim=512,
+        full_attention_interval=2,
+        max_position_embeddings=1 << 20,
+    )
+    pack(plain, tmp_path / "packed")
+    stock, tokenizer = mlx_lm.load(str(plain))
+    log = tmp_path / "log"
+    chats = [f"{i} " + "word " * 250 for i in range(6)]
+    with served(tmp_path / "packed", log, MOEFLUX_MEMORY="340MB") as address:
+        for chat in chats:
+            post(address, "/v1/completions", prompt=chat, max_tokens=2)
+        status, message = refused(address, prompt="word " * 1500, max_tokens=2)
+        assert status == 503 and "[memory]" in message
+        answer = json.loads(post(address, "/v1/completions", prompt="x"))
+        text = mlx_lm.generate(stock, tokenizer, "x", max_tokens=N_TOKENS)
+        assert answer["choices"][0]["text"] == text
+    kept = re.findall(r"Prompt Cache: (\d+) sequences", log.read_text())
+    assert int(kept[-1]) < len(chats)
+
+
+def test_a_setting_that_cannot_be_used_ends_the_server_with_its_name(packed, tmp_path):
+    _, process = start(packed, tmp_path / "log", MOEFLUX_EXPERT_MEMORY="much")
+    assert process.wait(timeout=120) != 0
+    assert "[MOEFLUX_EXPERT_MEMORY] expected bytes" in (tmp_path / "log").read_text()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
-from .. import __version__
+from .. import __version__, config
 from ..errors import MoefluxError
 from . import (
     cachesim,
@@ -41,17 +44,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``moeflux`` with ``argv`` (the process's own by default).
 
     Returns:
-        The exit code: what the subcommand returns, 2 for an error that is no bug.
+        The exit code: what the subcommand returns, 2 for an error of its input, 1 for
+        one that nobody foresaw.
     """
-    args = _parser().parse_args(argv)
+    _degrade_output()
     try:
-        return args.run(args)
+        args = _parser().parse_args(argv)
+        code = args.run(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read the output has enough; nothing may be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except (MoefluxError, OSError) as error:
-        print(f"moeflux: {error}", file=sys.stderr)
+        print(f"moeflux: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("moeflux: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if config.traceback():
+            traceback.print_exc()
+        name = type(error).__name__
+        print(
+            f"moeflux: {name}: {_one_line(error)} (MOEFLUX_TRACEBACK=1 says where)",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _degrade_output() -> None:
+    """Have what the output's encoding lacks replaced, and a closed output ignored."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _parser() -> argparse.ArgumentParser:

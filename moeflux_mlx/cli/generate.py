@@ -107,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
     if args.seed is not None:
         mx.random.seed(args.seed)
     prompt = _prompt_tokens(args, tokenizer, has_prefix=has_prefix)
+    if not prompt:
+        raise ConfigError("[generate] expected a prompt of some tokens but it is empty")
     tokens += prompt
     tokens += generate_and_print(
         model,

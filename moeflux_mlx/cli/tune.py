@@ -94,8 +94,10 @@ def run(args: argparse.Namespace) -> int:
         keep=keep,
     )
     print_tuning(found, wide_console())
-    if path is None:
+    if path is None and executor == "sim":
         print("Times of a simulator mean nothing: nothing is kept without --file.")
+    elif path is None:
+        print("Nothing is kept without --file.")
     else:
         print(f"Kept in {path}")
     return 0

@@ -15,6 +15,7 @@ from mlx_lm.utils import _get_classes, load_model
 from ..errors import ModelError, MoefluxError
 from ..experts.packed import PackedExperts, is_packed
 from ..experts.pool import MLX_DTYPES
+from ..preflight import check_fits
 
 ROUTED = re.compile(r"(?:.*\.)?layers\.(?P<layer>\d+)\.\w+\.switch_mlp")
 
@@ -29,7 +30,10 @@ def load_stock(path: str | Path) -> nn.Module:
     path = Path(path)
     try:
         if not is_packed(path):
-            return load_model(path)[0]
+            model = load_model(path, lazy=True)[0]
+            check_fits(path, model)
+            mx.eval(model.parameters())
+            return model
         with PackedExperts.open(path) as store:
             return load_model(
                 path,

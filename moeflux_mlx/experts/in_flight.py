@@ -168,6 +168,7 @@ class InFlight:
                 raise read.error
             counters = self._stats[read.layer]
             counters.preloaded += 1
+            counters.second_tries += read.second_tries
             counters.read_bytes += read.n_bytes
             counters.read_seconds += read.seconds
 
@@ -188,6 +189,7 @@ class InFlight:
     ) -> ExpertStoreError | None:
         row, counters = self._rows[read.layer], self._stats[read.layer]
         counters.read_seconds += read.seconds
+        counters.second_tries += read.second_tries
         if read.error is not None or not read.done:
             self._table.release(row, slot)
             if read.error is not None:

@@ -337,13 +337,14 @@ POLICIES: dict[str, PolicyFactory] = {"lru": LRU, "lfu": LFU, "markov": Markov}
 POLICY_FORMS = "lru, lfu, markov, pins:TRACE, or one of the first with +pins:TRACE"
 
 
-def policy_factory(name: str) -> PolicyFactory:
+def policy_factory(name: str, argument: str = "policy") -> PolicyFactory:
     """Return what makes the policy of a name.
 
     Args:
         name: ``lru``, ``lfu``, ``markov``, or ``pins:TRACE`` with a file of ``moeflux
             trace``, after one of these and ``+`` if the rest is not to go by the
             default.
+        argument: what an error calls it.
 
     Raises:
         ConfigError: there is no policy of that name.
@@ -354,6 +355,6 @@ def policy_factory(name: str) -> PolicyFactory:
     rest, pins, path = name.partition("pins:")
     rest = rest.removesuffix("+") or DEFAULT_POLICY
     if not pins or not path or rest not in POLICIES:
-        raise ConfigError(f"[policy] expected {POLICY_FORMS} but got {name!r}")
+        raise ConfigError(f"[{argument}] expected {POLICY_FORMS} but got {name!r}")
     trace = RoutingTrace.load(path)
     return partial(Pins, trace=trace, rest=POLICIES[rest])

@@ -46,6 +46,7 @@ def aligned_rows(
         BudgetError: the memory cannot be had.
     """
     n_bytes = n_rows * row_bytes + alignment
+    device.check_allocation(n_bytes, "pool")
     try:
         raw = mx.zeros((-(-n_bytes // ROW_BYTES), ROW_BYTES), dtype=mx.uint8)
         mx.eval(raw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 import weakref
@@ -16,6 +17,8 @@ from .spans import Span
 
 # Waking a thread takes longer than reading this much from the page cache.
 INLINE_BYTES = 256 * 1024
+# Disks and networks give these for what a moment later they read.
+TRANSIENT = {errno.EIO, errno.EINTR, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT}
 
 
 class Place:
@@ -48,7 +51,7 @@ class Read:
     """One record on its way: ``done`` once all of it was read, well or not.
 
     ``place`` takes the record and ``padding`` bytes after it, which direct reads fill
-    too.
+    too. ``second_tries`` counts spans whose first read failed.
     """
 
     spans: tuple[Span, ...]
@@ -58,6 +61,7 @@ class Read:
     checksum: int | None = None
     padding: int = 0
     seconds: float = 0.0
+    second_tries: int = 0
     error: ExpertStoreError | None = None
     done: bool = False
     n_left: int = field(init=False)
@@ -79,16 +83,27 @@ class Read:
             except Exception as error:
                 self._fail(self.spans[0], error)
 
-    def read(self, span: Span) -> None:
-        """Read one of the spans, unless another one has failed."""
+    def read(self, span: Span) -> bool:
+        """Read one of the spans, unless another one has failed.
+
+        Returns:
+            Whether it took a second try.
+        """
         if self.error is not None:
-            return
+            return False
         assert self._memory is not None
         try:
-            span.read(self._memory)
+            try:
+                span.read(self._memory)
+            except (OSError, EOFError) as error:
+                if isinstance(error, OSError) and error.errno not in TRANSIENT:
+                    raise
+                span.read(self._memory)
+                return True
         # A read that ended in any other way must not pass for a record.
         except Exception as error:
             self._fail(span, error)
+        return False
 
     def finish(self) -> None:
         """Once every span was read, compare the checksum, if any, and let it arrive."""
@@ -178,8 +193,9 @@ class Batch:
         start = time.perf_counter()
         with self._counting:
             read.begin()
-        read.read(span)
+        second_try = read.read(span)
         with self._counting:
+            read.second_tries += second_try
             read.n_left -= 1
             if read.n_left:
                 read.seconds += time.perf_counter() - start

@@ -14,7 +14,8 @@ class Counters:
     experts read before anyone asked. ``read_ahead`` were read because the layer was
     expected to ask for them next, of which it did for ``read_ahead_used``: these count
     as hits. ``read_seconds`` adds up over reading threads,
-    ``wait_seconds`` is how long computation stood still.
+    ``wait_seconds`` is how long computation stood still. ``second_tries`` are reads
+    that failed at first and then did not.
     """
 
     hits: int = 0
@@ -25,6 +26,7 @@ class Counters:
     read_bytes: int = 0
     read_seconds: float = 0.0
     wait_seconds: float = 0.0
+    second_tries: int = 0
 
     @property
     def hit_rate(self) -> float:

@@ -116,7 +116,7 @@ def choose(op: Op, executor: str = "") -> Way:
         ConfigError: the environment names an Op or a way that does not exist.
     """
     by_name = {way.name: way for way in ways(op)}
-    names = (_asked().get(op.variant_name), tuned(op.variant_name, [op], executor))
+    names = (asked_ways().get(op.variant_name), tuned(op.variant_name, [op], executor))
     found = (by_name[name] for name in names if name in by_name)
     return next(found, None) or default_way(op, executor)
 
@@ -132,7 +132,12 @@ def default_way(op: Op, executor: str = "") -> Way:
     return next(by_name[name] for name in (*preferred, *by_name) if name in by_name)
 
 
-def _asked() -> dict[str, str]:
+def asked_ways() -> dict[str, str]:
+    """Return the ways that the environment asks for by Op name.
+
+    Raises:
+        ConfigError: there is no such Op or way.
+    """
     wanted = config.lowering()
     for op, name in wanted.items():
         if op not in REGISTRY:
@@ -207,7 +212,7 @@ def fused(ops: Sequence[Op], run: Run, executor: str = "") -> Together | None:
     """
     if not config.fuse():
         return None
-    asked = _asked()
+    asked = asked_ways()
     for each, n in groups_ahead(ops):
         if any(op.variant_name in asked for op in ops[:n]):
             continue
