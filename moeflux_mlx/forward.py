@@ -19,7 +19,7 @@ from .context import Context, put_back_on_failure
 from .errors import ModelError
 from .experts.streamed import AssumedExperts
 from .graph import roles as b
-from .memory import affords_unpacked
+from .memory import MemoryKeeper, affords_unpacked
 from .model import GraphBuilder, GraphRunner, LayerGraph, refuse_gradient
 from .needs import TextNeeds
 from .ops.functions import Array, namespace, to_device, to_host
@@ -201,15 +201,43 @@ class Forward:
         self.graph_layers()
         self._sources = [] if embeddings is None else [embeddings]
         n_seqs, t = (inputs if embeddings is None else embeddings).shape[:2]
-        most = self._most_tokens
-        step = max(1, most // n_seqs) if most is not None and cache else t
-        if t <= step or self.text.training:
+        keeper = None if self.text.training else self.runtime.keeper
+        if keeper is None:
             return self._hidden_states(inputs, cache, embeddings)
-        parts = []
-        for start in range(0, t, step):
-            chunk = slice(start, start + step)
-            rows = None if embeddings is None else embeddings[:, chunk]
-            parts.append(self._hidden_states(inputs[:, chunk], cache, rows))
+        if not cache:
+            # Whoever keeps no cache wants logits; a long call needs one meanwhile.
+            cache = self.text.make_cache()
+            most = keeper.make_room(cache, n_seqs, t, logits=True)
+        else:
+            most = self._most_tokens or n_seqs * t
+        return self._in_chunks(inputs, cache, embeddings, keeper, most // n_seqs)
+
+    def _in_chunks(
+        self,
+        inputs: mx.array,
+        cache: list[Any],
+        embeddings: mx.array | None,
+        keeper: MemoryKeeper,
+        step: int,
+    ) -> Array:
+        """Compute a call ``step`` tokens at a time, looking at memory before each."""
+        n_seqs, t = (inputs if embeddings is None else embeddings).shape[:2]
+        if t <= step:
+            return self._hidden_states(inputs, cache, embeddings)
+        parts: list[Array] = []
+        start = 0
+        with put_back_on_failure(cache):
+            while start < t:
+                if start:
+                    most = keeper.make_room(cache, n_seqs, t - start, most=n_seqs * step)
+                    step = most // n_seqs
+                chunk = slice(start, start + step)
+                rows = None if embeddings is None else embeddings[:, chunk]
+                part = self._hidden_states(inputs[:, chunk], cache, rows)
+                if isinstance(part, mx.array):
+                    mx.eval(part)
+                parts.append(part)
+                start += step
         return namespace(parts[0]).concatenate(parts, axis=1)
 
     def _hidden_states(
@@ -248,7 +276,11 @@ class Forward:
         """Return logits ``[B, T, V]`` of normalised hidden states."""
         on_host = isinstance(hidden, np.ndarray)
         rows = hidden.reshape(-1, self.args.hidden_size)
-        if 4 * len(rows) * self.args.vocab_size > device.EAGER_LOGITS_BYTES:
+        most = device.EAGER_LOGITS_BYTES
+        if (keeper := self.runtime.keeper) is not None:
+            # Computed on the host they are copied.
+            most = min(most, keeper.scratch_bytes // 2)
+        if self.needs.logits_bytes(len(rows)) > most:
             rows = to_device(rows)
         logits = self._head(rows)
         # Kernels and traces have no gradient, and traces would keep it from weights.

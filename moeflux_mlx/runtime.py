@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from . import config, device
-from .errors import ModelError
+from .errors import ConfigError, ModelError
 from .executors import open_executor
 from .experts.access import open_experts
 from .experts.budget import AUTO, most_bytes, parse_bytes
@@ -85,8 +85,15 @@ class Runtime:
         """
         if self.store is None or self.streamer is not None:
             return
-        self.plan = self.plan or self.make_plan(needs)
-        options, plan = self.options, self.plan
+        options = self.options
+        io = config.expert_io(options.expert_io)
+        if io == "mmap" and options.bounds[0] is not None:
+            raise ConfigError(
+                "[expert_io] expected 'pread' or 'direct' with memory= but got 'mmap': "
+                "mapped experts cannot give way to caches; bound them with "
+                "expert_memory= instead"
+            )
+        self.plan = plan = self.plan or self.make_plan(needs)
         # Wrong names are errors even where experts are mapped and nothing is evicted.
         check_scope(options.scope)
         policy = policy_factory(options.policy or config.policy() or DEFAULT_POLICY)
@@ -102,7 +109,6 @@ class Runtime:
             evaluate=partial(self.executor.wait, "routing"),
             report=report,
         )
-        io = config.expert_io(options.expert_io)
         if io == "auto" and plan is not None:
             # What is mapped cannot give way to growing caches.
             io = "pread"
@@ -123,7 +129,9 @@ class Runtime:
             needs,
             self.store,
             scope=self.options.scope,
-            most_expert_bytes=parse_bytes(most, "expert_memory") if most else None,
+            most_expert_bytes=parse_bytes(most, "expert_memory")
+            if most is not None
+            else None,
         )
 
     @functools.cached_property

@@ -106,19 +106,62 @@ def decode(model, prompt, n_tokens):
     return tokens, sizes
 
 
+def long_cache(model, n_rows):
+    """A run's caches of so many tokens, as if they had been computed."""
+    cache = make_prompt_cache(model)
+    model(mx.array([[1, 2]]), cache=cache)
+    for c in cache:
+        if hasattr(c, "offset"):
+            shape = (*c.keys.shape[:2], n_rows, c.keys.shape[3])
+            c.keys, c.values, c.offset = mx.zeros(shape), mx.zeros(shape), n_rows
+            mx.eval(c.keys, c.values)
+    return cache
+
+
 def test_experts_give_way_to_a_growing_cache_and_come_back(packed, least):
     model = load(packed, least + (1 << 18))
+    plan, needs, streamer = model.runtime.plan, model.needs, model.streamer
+    n_rows = (plan.context_tokens // 2 - 1) * 2
+    cache = long_cache(model, n_rows - n_rows % memory.CACHE_STEP)
+    model(mx.array([[3]]), cache=cache)
+    assert 2 <= streamer.n_slots < plan.n_slots
+    room = plan.budget_bytes - plan.process_bytes - plan.resident_bytes
+    room -= sum(c.nbytes for c in cache) + needs.output_bytes(1)
+    room -= needs.scratch_bytes(1, cache[-1].keys.shape[2])
+    held = streamer.n_slots * streamer.slot_bytes + streamer.slack_bytes
+    assert 0 <= room - held < streamer.slot_bytes
+    del cache
     prompt = list(range(1, 250))
-    tokens, sizes = decode(model, prompt, 40)
-    # The cache's second 256 rows are foreseen 16 tokens ahead.
-    assert sizes[0] > sizes[-1] >= 2
-    plan, streamer = model.runtime.plan, model.streamer
-    grown = (plan.n_slots - streamer.n_slots) * streamer.slot_bytes
-    assert grown >= 256 * model.needs.cache_row_bytes
-    _, sizes = decode(model, [5, 6, 7], 4)
+    tokens, sizes = decode(model, prompt, 4)
     assert sizes[-1] == plan.n_slots
-    expected, _ = decode(load(packed, "1GB"), prompt, 40)
+    expected, _ = decode(load(packed, "1GB"), prompt, 4)
     assert tokens == expected
+
+
+def test_a_prompt_takes_the_chunk_that_reads_the_fewest_experts(packed, least):
+    model = load(packed, least + (1 << 18))
+    keeper, streamer, needs = model.runtime.keeper, model.streamer, model.needs
+    plan, most = model.runtime.plan, model.streamer.n_slots
+    cache = make_prompt_cache(model)
+    room = plan.budget_bytes - plan.process_bytes - plan.resident_bytes
+    room -= needs.cache_state_bytes + 512 * needs.cache_row_bytes
+    reads = {}
+    for chunk in (300, 256, 128, 64, 32, 16):
+        taken = needs.scratch_bytes(chunk, 512) + needs.output_bytes(300)
+        taken = max(taken, needs.logits_bytes(300))
+        n_slots = (room - taken - streamer.slack_bytes) // streamer.slot_bytes
+        n_slots = min(n_slots, most)
+        if n_slots >= streamer.least_slots:
+            # All 8 experts of 4 layers are asked for by any of these chunks.
+            n_chunks, given_up = -(-300 // chunk), most - n_slots
+            reads[chunk] = n_chunks * (32 - n_slots) + given_up
+    best = min(reads.values())
+    assert len(reads) > 2 and max(reads.values()) > best
+    expected = max(chunk for chunk, n in reads.items() if n == best)
+    assert keeper.make_room(cache, 1, 300) == expected
+    given_up = streamer.n_slots
+    model(mx.array([[3]]), cache=cache)
+    assert streamer.n_slots == most >= given_up
 
 
 def test_experts_all_in_memory_give_way_too(packed, least):
