@@ -63,7 +63,7 @@ class TextNeeds:
         # One layer's rows while its cache grows, and as they are handed on.
         n_full = sum(_grows(shape) for shape in self.cache_shapes)
         rows_bytes = self.cache_row_bytes * n_seqs * n_cached
-        return own + 3 * rows_bytes // max(1, n_full)
+        return own + 2 * rows_bytes // max(1, n_full)
 
     def output_bytes(self, n_tokens: int) -> int:
         """Return what a call's hidden states take until their logits are known.

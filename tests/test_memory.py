@@ -21,7 +21,7 @@ from tiny import make_checkpoint
 import moeflux_mlx
 from moeflux_mlx import device, memory
 from moeflux_mlx.cli import main as moeflux
-from moeflux_mlx.errors import BudgetError
+from moeflux_mlx.errors import BudgetError, ConfigError
 from moeflux_mlx.executors.base import leaves
 from moeflux_mlx.loading import plan_load
 from moeflux_mlx.parameters import LayerWeights, held_bytes
@@ -118,50 +118,113 @@ def long_cache(model, n_rows):
     return cache
 
 
+def long_cache(model, n_rows):
+    """A run's caches of so many tokens, as if they had been computed."""
+    cache = make_prompt_cache(model)
+    model(mx.array([[1, 2]]), cache=cache)
+    for c in cache:
+        if hasattr(c, "offset"):
+            shape = (*c.keys.shape[:2], n_rows, c.keys.shape[3])
+            c.keys, c.values = mx.zeros(shape), mx.zeros(shape)
+            c.offset = n_rows - memory.LOOKAHEAD
+            mx.eval(c.keys, c.values)
+    return cache
+
+
+def slots_left(model, n_tokens, n_rows, *, chunk):
+    """How many experts fit beside a call of one sequence, by the plan's own parts."""
+    plan, needs, streamer = model.runtime.plan, model.needs, model.streamer
+    room = plan.budget_bytes - plan.process_bytes - plan.resident_bytes
+    room -= needs.cache_state_bytes + n_rows * needs.cache_row_bytes
+    room -= needs.scratch_bytes(chunk, n_rows) + needs.output_bytes(n_tokens)
+    return (room - streamer.slack_bytes) // streamer.slot_bytes
+
+
 def test_experts_give_way_to_a_growing_cache_and_come_back(packed, least):
     model = load(packed, least + (1 << 18))
-    plan, needs, streamer = model.runtime.plan, model.needs, model.streamer
-    n_rows = (plan.context_tokens // 2 - 1) * 2
-    cache = long_cache(model, n_rows - n_rows % memory.CACHE_STEP)
+    plan, streamer = model.runtime.plan, model.streamer
+    sizes = range(memory.CACHE_STEP, 4096, memory.CACHE_STEP)
+    left = {n: slots_left(model, 1, n, chunk=1) for n in sizes}
+    n_rows = next(n for n, n_slots in left.items() if n_slots < plan.n_slots)
+    cache = long_cache(model, n_rows)
     model(mx.array([[3]]), cache=cache)
-    assert 2 <= streamer.n_slots < plan.n_slots
-    room = plan.budget_bytes - plan.process_bytes - plan.resident_bytes
-    room -= sum(c.nbytes for c in cache) + needs.output_bytes(1)
-    room -= needs.scratch_bytes(1, cache[-1].keys.shape[2])
-    held = streamer.n_slots * streamer.slot_bytes + streamer.slack_bytes
-    assert 0 <= room - held < streamer.slot_bytes
+    assert streamer.n_slots == left[n_rows] >= 2
     del cache
     prompt = list(range(1, 250))
     tokens, sizes = decode(model, prompt, 4)
-    assert sizes[-1] == plan.n_slots
+    assert sizes[0] == plan.n_slots
     expected, _ = decode(load(packed, "1GB"), prompt, 4)
     assert tokens == expected
 
 
-def test_a_prompt_takes_the_chunk_that_reads_the_fewest_experts(packed, least):
-    model = load(packed, least + (1 << 18))
-    keeper, streamer, needs = model.runtime.keeper, model.streamer, model.needs
-    plan, most = model.runtime.plan, model.streamer.n_slots
-    cache = make_prompt_cache(model)
-    room = plan.budget_bytes - plan.process_bytes - plan.resident_bytes
-    room -= needs.cache_state_bytes + 512 * needs.cache_row_bytes
-    reads = {}
-    for chunk in (300, 256, 128, 64, 32, 16):
-        taken = needs.scratch_bytes(chunk, 512) + needs.output_bytes(300)
-        taken = max(taken, needs.logits_bytes(300))
-        n_slots = (room - taken - streamer.slack_bytes) // streamer.slot_bytes
-        n_slots = min(n_slots, most)
-        if n_slots >= streamer.least_slots:
-            # All 8 experts of 4 layers are asked for by any of these chunks.
-            n_chunks, given_up = -(-300 // chunk), most - n_slots
-            reads[chunk] = n_chunks * (32 - n_slots) + given_up
-    best = min(reads.values())
-    assert len(reads) > 2 and max(reads.values()) > best
-    expected = max(chunk for chunk, n in reads.items() if n == best)
-    assert keeper.make_room(cache, 1, 300) == expected
-    given_up = streamer.n_slots
+@pytest.mark.parametrize(
+    ("most", "chunk", "n_slots"),
+    # Of 32 experts 256 + 44 tokens read 2 x 22 and then the 2 that gave way, less than
+    # 3 chunks of up to 128 that read 20 each; those read none if all can be held.
+    [(12, 256, 10), (32, 128, 32)],
+)
+def test_experts_give_way_to_a_prompt_if_fewer_are_read(
+    packed, least, most, chunk, n_slots
+):
+    model = load(packed, "1GB")
+    budget = model.runtime.plan.budget_bytes
+    spare = slots_left(model, 300, 512, chunk=256) - 10
+    del model
+    budget -= spare * load(packed, "1GB").streamer.slot_bytes
+    model = load(packed, budget)
+    keeper, cache = model.runtime.keeper, make_prompt_cache(model)
+    keeper.limit(most)
+    assert keeper.make_room(cache, 1, 300) == chunk
+    assert model.streamer.n_slots == n_slots
     model(mx.array([[3]]), cache=cache)
-    assert streamer.n_slots == most >= given_up
+    assert model.streamer.n_slots == most
+
+
+def test_a_batch_is_divided_into_fewer_tokens_of_each_sequence(packed, least):
+    model = load(packed, least + (4 << 20))
+    assert memory._chunks(8, 300, None) == [2048, 1024, 512, 256, 128, 64, 32, 16]
+    assert memory._chunks(24, 2, None) == [48, 24]
+    assert memory._chunks(3, 100, 30) == [30, 15]
+    prompts = np.random.default_rng(2).integers(1, 300, (6, 50))
+    caches = make_prompt_cache(model)
+    logits = model(mx.array(prompts.tolist()), cache=caches)
+    for prompt, row in zip(prompts.tolist(), logits, strict=True):
+        cache = make_prompt_cache(model)
+        expected = model(mx.array([prompt]), cache=cache)[0]
+        np.testing.assert_allclose(np.array(row), np.array(expected), atol=2e-4)
+
+
+def test_a_call_without_caches_keeps_to_the_plan_too(packed, least):
+    model = load(packed, least + (1 << 20))
+    tokens = mx.array([np.random.default_rng(3).integers(1, 300, 300).tolist()])
+    chunks = []
+    forward = model.language_model.forward
+    compute = forward._hidden_states
+    forward._hidden_states = lambda inputs, *rest: (
+        chunks.append(inputs.shape[1]) or compute(inputs, *rest)
+    )
+    logits = model(tokens)
+    assert len(chunks) > 1 and sum(chunks) == 300
+    expected = load(packed, "1GB")(tokens)
+    np.testing.assert_allclose(np.array(logits), np.array(expected), atol=2e-4)
+    with pytest.raises(BudgetError, match=r"1 x 20000 tokens .* shorten the prompt"):
+        model(mx.zeros((1, 20000), mx.int32))
+    model(tokens[:, :8])
+
+
+def test_what_can_not_be_kept_is_refused(packed, own_bytes):
+    with pytest.raises(ConfigError, match=r"\[expert_io\] expected 'pread'"):
+        load(packed, "1GB", expert_io="mmap")
+    with pytest.raises(ConfigError, match=r"\[expert_memory\] expected bytes"):
+        load(packed, "1GB", expert_memory=0)
+
+
+def test_a_limit_that_is_refused_changes_nothing(packed, own_bytes):
+    model = load(packed, "1GB")
+    with pytest.raises(BudgetError, match=r"\[resize\]"):
+        model.runtime.keeper.limit(1)
+    decode(model, [1, 2, 3], 2)
+    assert model.streamer.n_slots == 32
 
 
 def test_experts_all_in_memory_give_way_too(packed, least):
@@ -178,14 +241,29 @@ def test_experts_all_in_memory_give_way_too(packed, least):
 def test_caches_that_cannot_fit_are_an_error_that_says_so(packed, least):
     model = load(packed, least)
     cache = make_prompt_cache(model)
-    with pytest.raises(BudgetError, match=r"\[memory\] expected \d+ bytes more"):
+    with pytest.raises(BudgetError, match=r"\[memory\] expected at least") as caught:
         for _ in range(40):
+            n_before = [c.nbytes for c in cache], cache[-1].offset
             model(mx.array([list(range(1, 300))]), cache=cache)
+    assert ([c.nbytes for c in cache], cache[-1].offset) == n_before
+    context = model.runtime.plan.context_tokens
+    assert f"room for {context} tokens: drop old caches" in str(caught.value)
     with pytest.raises(BudgetError, match=r"\[memory\] expected"):
         model(mx.array([[1] * 300]), cache=cache)
     # A new cache has the room that the old one had.
     del cache
     decode(model, [1, 2, 3], 3)
+
+
+@pytest.mark.parametrize("n_more", [0, 1 << 20])
+def test_the_plan_says_how_long_a_context_may_become(packed, least, n_more):
+    model = load(packed, least + n_more)
+    plan, keeper = model.runtime.plan, model.runtime.keeper
+    assert f"room for {plan.context_tokens} tokens" in str(plan)
+    cache = make_prompt_cache(model)
+    keeper.make_room(cache, 1, plan.context_tokens - memory.CACHE_STEP)
+    with pytest.raises(BudgetError, match="context|room"):
+        keeper.make_room(cache, 1, plan.context_tokens + memory.CACHE_STEP)
 
 
 def test_a_long_prompt_is_computed_in_chunks_that_fit(packed, least):
