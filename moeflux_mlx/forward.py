@@ -229,7 +229,9 @@ class Forward:
         with put_back_on_failure(cache):
             while start < t:
                 if start:
-                    most = keeper.make_room(cache, n_seqs, t - start, most=n_seqs * step)
+                    most = keeper.make_room(
+                        cache, n_seqs, t - start, most=n_seqs * step
+                    )
                     step = most // n_seqs
                 chunk = slice(start, start + step)
                 rows = None if embeddings is None else embeddings[:, chunk]

@@ -237,6 +237,8 @@ class MemoryKeeper:
         self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
         # The first cache of a call, its sequences, and how many more tokens have room.
         self._foreseen: tuple[Callable[[], Any], int, int] = (lambda: None, 0, 0)
+        # Whether the process has grown by what a first prompt makes it grow.
+        self._has_grown = False
         # What the last call was given beside caches and experts.
         self.scratch_bytes = plan.scratch_bytes
 
@@ -280,14 +282,17 @@ class MemoryKeeper:
         self._caches.update(c for c in cache if c is not None)
         parts = self._parts(cache, n_seqs, t)
         choice = self._choose(parts, cache, n_seqs, t, most, logits)
-        if choice is None and gc.collect():
+        if choice is None:
             # Caches in reference cycles live on until they are collected.
+            gc.collect()
             parts = self._parts(cache, n_seqs, t)
+            parts["process"] = self._measured_process(parts["process"])
             choice = self._choose(parts, cache, n_seqs, t, most, logits)
         if choice is None:
             raise self._too_little(parts, cache, n_seqs, t, logits)
         chunk, self.scratch_bytes, n_slots = choice
         self._resize(n_slots, cache)
+        self._has_grown |= t > 1
         # After a prompt experts come back at once.
         n_tokens = LOOKAHEAD - 1 if t == 1 else 0
         self._foreseen = (weakref.ref(cache[0]), n_seqs, n_tokens)
@@ -371,6 +376,21 @@ class MemoryKeeper:
         device.trim_heap()
         surplus = max(0, (device.process_bytes() or 0) - expected)
         return -(-surplus // SURPLUS_STEP_BYTES) * SURPLUS_STEP_BYTES
+
+    def _measured_process(self, planned: int) -> int:
+        """Return what the process really takes, and a step more, if that is less.
+
+        Slots without an expert may never have been written, so they do not count.
+        """
+        taken = device.process_bytes() if device.on_cpu() else None
+        if taken is None or not self._has_grown:
+            return planned
+        device.trim_heap()
+        streamer = self._streamer
+        known = len(streamer.held) * streamer.slot_bytes + self.plan.resident_bytes
+        known += sum(c.nbytes for c in self._caches)
+        taken = max(0, (device.process_bytes() or 0) - known)
+        return min(planned, taken + SURPLUS_STEP_BYTES)
 
     def _too_little(
         self, parts: dict[str, int], cache: list[Any], n_seqs: int, t: int, logits: bool

@@ -113,18 +113,6 @@ def long_cache(model, n_rows):
     for c in cache:
         if hasattr(c, "offset"):
             shape = (*c.keys.shape[:2], n_rows, c.keys.shape[3])
-            c.keys, c.values, c.offset = mx.zeros(shape), mx.zeros(shape), n_rows
-            mx.eval(c.keys, c.values)
-    return cache
-
-
-def long_cache(model, n_rows):
-    """A run's caches of so many tokens, as if they had been computed."""
-    cache = make_prompt_cache(model)
-    model(mx.array([[1, 2]]), cache=cache)
-    for c in cache:
-        if hasattr(c, "offset"):
-            shape = (*c.keys.shape[:2], n_rows, c.keys.shape[3])
             c.keys, c.values = mx.zeros(shape), mx.zeros(shape)
             c.offset = n_rows - memory.LOOKAHEAD
             mx.eval(c.keys, c.values)
@@ -262,7 +250,7 @@ def test_the_plan_says_how_long_a_context_may_become(packed, least, n_more):
     assert f"room for {plan.context_tokens} tokens" in str(plan)
     cache = make_prompt_cache(model)
     keeper.make_room(cache, 1, plan.context_tokens - memory.CACHE_STEP)
-    with pytest.raises(BudgetError, match="context|room"):
+    with pytest.raises(BudgetError, match=r"alone has room for"):
         keeper.make_room(cache, 1, plan.context_tokens + memory.CACHE_STEP)
 
 
