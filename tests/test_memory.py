@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,6 +29,7 @@ from moeflux_mlx.loading import plan_load
 from moeflux_mlx.parameters import LayerWeights, held_bytes
 from moeflux_mlx.pool_search import Trial, choose
 
+ROOT = Path(__file__).resolve().parent.parent
 OWN_BYTES = 100 << 20
 
 
@@ -425,3 +428,33 @@ def test_a_control_group_that_ends_others_lets_it_live(large, control_group):
     within = run_under_limit(path, limited=2, group=control_group)
     assert within.returncode == 0, within.stderr
     assert json.loads(within.stdout)["tokens"] == tokens
+
+
+@pytest.fixture
+def measure(monkeypatch):
+    """What ``scripts/measure_budget`` does for each of its rows."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    path = ROOT / "scripts" / "measure_budget"
+    loader = SourceFileLoader("measure_budget", str(path))
+    module = importlib.util.module_from_spec(
+        importlib.util.spec_from_loader(loader.name, loader)
+    )
+    loader.exec_module(module)
+    return module.measure
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is as Linux counts it")
+@pytest.mark.parametrize(
+    ("case", "budget", "outcome"),
+    [
+        ("prompt:3900", 200, "4 tokens"),
+        ("prompt:3900", 175, "BudgetError: [memory] expected at least"),
+        ("batch:3x200", 200, "3 texts"),
+        ("state:600", 200, "4 tokens"),
+        ("logits:1000", 200, "logits (1, 1000, 4096)"),
+    ],
+)
+def test_no_process_ever_takes_more_than_its_budget(measure, case, budget, outcome):
+    row = measure(ROOT / "models" / "demo", budget * 10**6, case)
+    assert row["outcome"].startswith(outcome)
+    assert row["peak"] <= budget * 10**6, row
