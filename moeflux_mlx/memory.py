@@ -280,13 +280,12 @@ class MemoryKeeper:
             self._foreseen = (last, n_seqs, n_tokens - 1)
             return n_seqs
         self._caches.update(c for c in cache if c is not None)
-        parts = self._parts(cache, n_seqs, t)
+        parts = self._parts(cache, n_seqs, t, measured=t > 1)
         choice = self._choose(parts, cache, n_seqs, t, most, logits)
         if choice is None:
             # Caches in reference cycles live on until they are collected.
             gc.collect()
-            parts = self._parts(cache, n_seqs, t)
-            parts["process"] = self._measured_process(parts["process"])
+            parts = self._parts(cache, n_seqs, t, measured=True)
             choice = self._choose(parts, cache, n_seqs, t, most, logits)
         if choice is None:
             raise self._too_little(parts, cache, n_seqs, t, logits)
@@ -298,12 +297,19 @@ class MemoryKeeper:
         self._foreseen = (weakref.ref(cache[0]), n_seqs, n_tokens)
         return chunk
 
-    def _parts(self, cache: list[Any], n_seqs: int, t: int) -> dict[str, int]:
-        """Return what takes memory beside scratch and experts once a call is done."""
+    def _parts(
+        self, cache: list[Any], n_seqs: int, t: int, *, measured: bool
+    ) -> dict[str, int]:
+        """Return what takes memory beside scratch and experts once a call is done.
+
+        Args:
+            measured: look whether the process takes less than was planned.
+        """
         held = sum(c.nbytes for c in self._caches)
-        fixed = self.plan.process_bytes + self.plan.resident_bytes
+        process = self.plan.process_bytes
+        fixed = process + self.plan.resident_bytes
         return {
-            "process": self.plan.process_bytes,
+            "process": self._measured_process(process) if measured else process,
             "weights": self.plan.resident_bytes,
             "what no plan knew of": self._surplus(fixed + held),
             "caches": held + self._growth(cache, n_seqs, max(t, LOOKAHEAD)),
