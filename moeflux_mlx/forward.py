@@ -77,7 +77,6 @@ class Forward:
         self._chunk = 0
         self._steps = TokenSteps(StepTracer(self._traced))
         self._bound: tuple[Watch, bool, list[Any], list[ExpertSource]] | None = None
-        self._most_tokens: int | None = None
         self.needs = TextNeeds(
             text, args, ROUTED, self._planned_bytes, lambda: self.dtype
         )
@@ -118,7 +117,7 @@ class Forward:
         self.graph_layers()
         keeper = self.runtime.keeper
         if keeper is not None and cache is not None and not self._in_trace:
-            self._most_tokens = keeper.make_room(cache, *inputs.shape[:2])
+            keeper.make_room(cache, *inputs.shape[:2])
 
     def step(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
@@ -202,14 +201,12 @@ class Forward:
         self._sources = [] if embeddings is None else [embeddings]
         n_seqs, t = (inputs if embeddings is None else embeddings).shape[:2]
         keeper = None if self.text.training else self.runtime.keeper
-        if keeper is None:
+        if keeper is None or (cache and t == 1):
             return self._hidden_states(inputs, cache, embeddings)
-        if not cache:
-            # Whoever keeps no cache wants logits; a long call needs one meanwhile.
-            cache = self.text.make_cache()
-            most = keeper.make_room(cache, n_seqs, t, logits=True)
-        else:
-            most = self._most_tokens or n_seqs * t
+        # Whoever keeps no cache wants logits; a long call needs one meanwhile.
+        logits = not cache
+        cache = cache or self.text.make_cache()
+        most = keeper.make_room(cache, n_seqs, t, logits=logits)
         return self._in_chunks(inputs, cache, embeddings, keeper, most // n_seqs)
 
     def _in_chunks(
