@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Protocol, cast
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ from .context import Context, put_back_on_failure
 from .errors import ModelError
 from .experts.streamed import AssumedExperts
 from .graph import roles as b
-from .memory import MemoryKeeper, affords_unpacked
+from .memory import affords_unpacked
 from .model import GraphBuilder, GraphRunner, LayerGraph, refuse_gradient
 from .needs import TextNeeds
 from .ops.functions import Array, namespace, to_device, to_host
@@ -207,28 +208,28 @@ class Forward:
         logits = not cache
         cache = cache or self.text.make_cache()
         most = keeper.make_room(cache, n_seqs, t, logits=logits)
-        return self._in_chunks(inputs, cache, embeddings, keeper, most // n_seqs)
+        step = most // n_seqs
+        if t <= step:
+            return self._hidden_states(inputs, cache, embeddings)
+        room = partial(keeper.make_room, cache, n_seqs, whole=t, logits=logits)
+        return self._in_chunks(inputs, cache, embeddings, room, step)
 
     def _in_chunks(
         self,
         inputs: mx.array,
         cache: list[Any],
         embeddings: mx.array | None,
-        keeper: MemoryKeeper,
+        make_room: Callable[..., int],
         step: int,
     ) -> Array:
         """Compute a call ``step`` tokens at a time, looking at memory before each."""
         n_seqs, t = (inputs if embeddings is None else embeddings).shape[:2]
-        if t <= step:
-            return self._hidden_states(inputs, cache, embeddings)
         parts: list[Array] = []
         start = 0
         with put_back_on_failure(cache):
             while start < t:
                 if start:
-                    most = keeper.make_room(
-                        cache, n_seqs, t - start, most=n_seqs * step
-                    )
+                    most = make_room(t - start, most=n_seqs * step)
                     step = most // n_seqs
                 chunk = slice(start, start + step)
                 rows = None if embeddings is None else embeddings[:, chunk]

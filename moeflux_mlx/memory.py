@@ -257,6 +257,7 @@ class MemoryKeeper:
         n_seqs: int,
         t: int,
         *,
+        whole: int | None = None,
         most: int | None = None,
         logits: bool = False,
     ) -> int:
@@ -266,6 +267,7 @@ class MemoryKeeper:
         a prompt are mostly thrown away unseen.
 
         Args:
+            whole: tokens of each sequence in the whole call, if ``t`` are left of it.
             most: tokens to compute together at most.
             logits: they are asked for, so there is room for all of them or an error.
 
@@ -280,15 +282,16 @@ class MemoryKeeper:
             self._foreseen = (last, n_seqs, n_tokens - 1)
             return n_seqs
         self._caches.update(c for c in cache if c is not None)
+        n_out = n_seqs * (whole or t)
         parts = self._parts(cache, n_seqs, t, measured=t > 1)
-        choice = self._choose(parts, cache, n_seqs, t, most, logits)
+        choice = self._choose(parts, cache, n_seqs, t, n_out, most, logits)
         if choice is None:
             # Caches in reference cycles live on until they are collected.
             gc.collect()
             parts = self._parts(cache, n_seqs, t, measured=True)
-            choice = self._choose(parts, cache, n_seqs, t, most, logits)
+            choice = self._choose(parts, cache, n_seqs, t, n_out, most, logits)
         if choice is None:
-            raise self._too_little(parts, cache, n_seqs, t, logits)
+            raise self._too_little(parts, cache, n_seqs, t, n_out, logits)
         chunk, self.scratch_bytes, n_slots = choice
         self._resize(n_slots, cache)
         self._has_grown |= t > 1
@@ -321,6 +324,7 @@ class MemoryKeeper:
         cache: list[Any],
         n_seqs: int,
         t: int,
+        n_out: int,
         most: int | None,
         logits: bool,
     ) -> tuple[int, int, int] | None:
@@ -334,8 +338,8 @@ class MemoryKeeper:
         n_rows = _n_rows(cache, t)
         choices: list[tuple[int, int, int, int]] = []
         for chunk in _chunks(n_seqs, t, most):
-            least = self._scratch(chunk, n_rows, n_seqs, t)
-            with_logits = max(least, self._needs.logits_bytes(n_tokens))
+            least = self._scratch(chunk, n_rows, n_seqs, n_out)
+            with_logits = max(least, self._needs.logits_bytes(n_out))
             for scratch in {with_logits: 0, **({} if logits else {least: 0})}:
                 n_slots = self._n_slots(room - scratch)
                 if n_slots < self._streamer.least_slots:
@@ -349,9 +353,9 @@ class MemoryKeeper:
         # The first of equals is the longest.
         return min(choices, key=lambda choice: choice[0])[1:]
 
-    def _scratch(self, chunk: int, n_rows: int, n_seqs: int, t: int) -> int:
+    def _scratch(self, chunk: int, n_rows: int, n_seqs: int, n_out: int) -> int:
         scratch = self._needs.scratch_bytes(chunk, n_rows, n_seqs)
-        return scratch + self._needs.output_bytes(n_seqs * t)
+        return scratch + self._needs.output_bytes(n_out)
 
     def _n_slots(self, room: int) -> int:
         """Return how many slots ``room`` is enough for, no more than are wanted."""
@@ -399,13 +403,19 @@ class MemoryKeeper:
         return min(planned, taken + SURPLUS_STEP_BYTES)
 
     def _too_little(
-        self, parts: dict[str, int], cache: list[Any], n_seqs: int, t: int, logits: bool
+        self,
+        parts: dict[str, int],
+        cache: list[Any],
+        n_seqs: int,
+        t: int,
+        n_out: int,
+        logits: bool,
     ) -> BudgetError:
         streamer, n_rows = self._streamer, _n_rows(cache, t)
         *_, chunk = _chunks(n_seqs, t, None)
-        scratch = self._scratch(chunk, n_rows, n_seqs, t)
+        scratch = self._scratch(chunk, n_rows, n_seqs, n_out)
         if logits:
-            scratch = max(scratch, self._needs.logits_bytes(n_seqs * t))
+            scratch = max(scratch, self._needs.logits_bytes(n_out))
         n_least = streamer.least_slots
         least_bytes = n_least * streamer.slot_bytes + streamer.slack_bytes
         others = sum(c.nbytes for c in self._caches) - sum(
