@@ -35,6 +35,8 @@ EAGER_LOGITS_BYTES = 64 << 20
 UNPACK_MIN_ROWS = 3
 # Unpacked values the host handles at once: 1 MiB, half of a common L2 cache.
 HOST_BLOCK_VALUES = 256 << 10
+# Attention's scores that the host handles at once, 8 MiB, unless one head has more.
+HOST_SCORES = 2 << 20
 # Rows times packed matrices of so many values are worth several threads.
 HOST_THREADED_VALUES = 4 << 20
 # From this many multiply-adds on, a product of the host is worth several threads.

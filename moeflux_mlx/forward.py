@@ -9,6 +9,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -81,7 +82,6 @@ class Forward:
         # The parameters of the last call that no transformation followed.
         self._parameters: Watch | None = None
         self._bound: tuple[bool, list[Any], list[ExpertSource]] | None = None
-        self._most_tokens: int | None = None
         self.needs = TextNeeds(
             text, args, ROUTED, self._planned_bytes, lambda: self.dtype
         )
@@ -192,7 +192,7 @@ class Forward:
         """Let experts give way to what the caches of a call will take."""
         self.graph_layers()
         if cache is not None and not self._in_trace:
-            self._most_tokens = self.runtime.make_room(cache, *inputs.shape[:2])
+            self.runtime.make_room(cache, *inputs.shape[:2])
 
     def step(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
@@ -273,15 +273,41 @@ class Forward:
         """
         self.graph_layers()
         n_seqs, t = (inputs if embeddings is None else embeddings).shape[:2]
-        most = self._most_tokens
-        step = max(1, most // n_seqs) if most is not None and cache else t
+        if self.runtime.keeper is None or (cache and t == 1):
+            return self._hidden_states(inputs, cache, embeddings)
+        # Whoever keeps no cache wants logits; a long call needs one meanwhile.
+        logits = not cache
+        cache = cache or self.text.make_cache()
+        step = self.runtime.make_room(cache, n_seqs, t, logits=logits) // n_seqs
         if t <= step:
             return self._hidden_states(inputs, cache, embeddings)
-        parts = []
-        for start in range(0, t, step):
-            chunk = slice(start, start + step)
-            rows = None if embeddings is None else embeddings[:, chunk]
-            parts.append(self._hidden_states(inputs[:, chunk], cache, rows))
+        room = partial(self.runtime.make_room, cache, n_seqs, whole=t, logits=logits)
+        return self._in_chunks(inputs, cache, embeddings, room, step)
+
+    def _in_chunks(
+        self,
+        inputs: mx.array,
+        cache: list[Any],
+        embeddings: mx.array | None,
+        make_room: Callable[..., int],
+        step: int,
+    ) -> Array:
+        """Compute a call ``step`` tokens at a time, looking at memory before each."""
+        n_seqs, t = (inputs if embeddings is None else embeddings).shape[:2]
+        parts: list[Array] = []
+        start = 0
+        with put_back_on_failure(cache):
+            while start < t:
+                if start:
+                    most = make_room(t - start, most=n_seqs * step)
+                    step = most // n_seqs
+                chunk = slice(start, start + step)
+                rows = None if embeddings is None else embeddings[:, chunk]
+                part = self._hidden_states(inputs[:, chunk], cache, rows)
+                if isinstance(part, mx.array):
+                    mx.eval(part)
+                parts.append(part)
+                start += step
         return namespace(parts[0]).concatenate(parts, axis=1)
 
     def _hidden_states(
@@ -316,7 +342,11 @@ class Forward:
     def logits(self, hidden: Array) -> mx.array:
         """Return logits ``[B, T, V]`` of normalised hidden states."""
         rows = hidden.reshape(-1, self.args.hidden_size)
-        if 4 * len(rows) * self.args.vocab_size > device.EAGER_LOGITS_BYTES:
+        most = device.EAGER_LOGITS_BYTES
+        if (keeper := self.runtime.keeper) is not None:
+            # Computed on the host they are copied.
+            most = min(most, keeper.scratch_bytes // 2)
+        if self.needs.logits_bytes(len(rows)) > most:
             rows = to_device(rows)
         logits = self._head(rows)
         return logits.reshape(*hidden.shape[:-1], -1)

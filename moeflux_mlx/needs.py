@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from . import device
 from .blocks import Call
-from .ops.functions import QUERY_BLOCK
+from .ops.functions import score_bytes
 from .parameters import dense_bytes, held_bytes
 
 CacheShape = tuple[tuple[int | None, ...], ...]
@@ -45,18 +45,37 @@ class TextNeeds:
         """Return what parameters take once they are ready for use."""
         return held_bytes(self._text, skip=self._skip, unpack=unpack)
 
-    def scratch_bytes(self, n_tokens: int, n_cached: int) -> int:
-        """Return the peak of one call beside weights, caches and experts."""
-        logits_bytes = 4 * n_tokens * self._args.vocab_size
+    def scratch_bytes(self, n_tokens: int, n_cached: int, n_seqs: int = 1) -> int:
+        """Return the peak of one call beside weights, caches and experts.
+
+        Args:
+            n_tokens: of all ``n_seqs`` sequences together.
+            n_cached: rows of each sequence's cache.
+        """
         own = self._peak_bytes(n_tokens) + 16 * n_tokens * self._args.hidden_size
-        own += 2 * min(logits_bytes, device.EAGER_LOGITS_BYTES)
+        # Logits of one token each are copied from the host; the mask of a batch.
+        own += 2 * self.logits_bytes(n_seqs)
+        own += 2 * n_tokens * n_cached if n_seqs > 1 else 0
         if device.on_cpu():
-            queries = min(n_tokens, QUERY_BLOCK)
-            scores_bytes = 4 * queries * self._args.num_attention_heads * n_cached
-            own += self._largest_block + 3 * scores_bytes
+            own += self._largest_block
+            own += score_bytes(
+                self._args.num_attention_heads, n_tokens // n_seqs, n_cached
+            )
         # One layer's rows while its cache grows, and as they are handed on.
         n_full = sum(_grows(shape) for shape in self.cache_shapes)
-        return own + 3 * self.cache_row_bytes * n_cached // max(1, n_full)
+        rows_bytes = self.cache_row_bytes * n_seqs * n_cached
+        return own + 2 * rows_bytes // max(1, n_full)
+
+    def output_bytes(self, n_tokens: int) -> int:
+        """Return what a call's hidden states take until their logits are known.
+
+        They are copied once for MLX.
+        """
+        return 2 * 4 * n_tokens * self._args.hidden_size
+
+    def logits_bytes(self, n_tokens: int) -> int:
+        """Return what the logits of so many tokens take."""
+        return 4 * n_tokens * self._args.vocab_size
 
     @property
     def most_tokens(self) -> int:

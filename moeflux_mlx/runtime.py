@@ -111,8 +111,15 @@ class Runtime:
         """
         if self.store is None or self.streamer is not None:
             return
-        self.plan = self.plan or self.make_plan(needs)
-        options, plan = self.options, self.plan
+        options = self.options
+        io = config.expert_io(options.expert_io)
+        if io == "mmap" and options.bounds[0] is not None:
+            raise ConfigError(
+                "[expert_io] expected 'pread' or 'direct' with memory= but got 'mmap': "
+                "mapped experts cannot give way to caches; bound them with "
+                "expert_memory= instead"
+            )
+        self.plan = plan = self.plan or self.make_plan(needs)
         # Wrong names are errors even where experts are mapped and nothing is evicted.
         check_scope(options.scope)
         policy = policy_factory(options.policy or config.policy() or DEFAULT_POLICY)
@@ -131,7 +138,6 @@ class Runtime:
             report=report,
             lock=self.lock,
         )
-        io = config.expert_io(options.expert_io)
         if io == "auto" and plan is not None:
             # What is mapped cannot give way to growing caches.
             io = "pread"
@@ -152,7 +158,9 @@ class Runtime:
             needs,
             self.store,
             scope=self.options.scope,
-            most_expert_bytes=parse_bytes(most, "expert_memory") if most else None,
+            most_expert_bytes=parse_bytes(most, "expert_memory")
+            if most is not None
+            else None,
         )
 
     def reference(self, *, has_values: bool) -> Runtime:
@@ -186,11 +194,11 @@ class Runtime:
             self.streamer.stay()
         return self._reference
 
-    def make_room(self, cache: list[Any], n_seqs: int, t: int) -> int | None:
+    def make_room(self, cache: list[Any], n_seqs: int, t: int, **options: Any) -> int:
         """Give the caches of a call room; see ``MemoryKeeper.make_room``.
 
         Returns:
-            How many tokens are to be computed together; None without a plan.
+            How many tokens are to be computed together: all of them without a plan.
 
         Raises:
             BudgetError: they do not fit, whatever gives way.
@@ -198,11 +206,11 @@ class Runtime:
         give_way = self.options.give_way
         while self.keeper is not None:
             try:
-                return self.keeper.make_room(cache, n_seqs, t)
+                return self.keeper.make_room(cache, n_seqs, t, **options)
             except BudgetError:
                 if give_way is None or not give_way():
                     raise
-        return None
+        return n_seqs * t
 
     @functools.cached_property
     def identity(self) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,12 +22,13 @@ from tiny import make_checkpoint
 import moeflux_mlx
 from moeflux_mlx import device, memory
 from moeflux_mlx.cli import main as moeflux
-from moeflux_mlx.errors import BudgetError
+from moeflux_mlx.errors import BudgetError, ConfigError
 from moeflux_mlx.executors.base import leaves
 from moeflux_mlx.loading import plan_load
 from moeflux_mlx.parameters import LayerWeights, held_bytes
 from moeflux_mlx.pool_search import Trial, choose
 
+ROOT = Path(__file__).resolve().parent.parent
 OWN_BYTES = 100 << 20
 
 
@@ -105,19 +108,113 @@ def decode(model, prompt, n_tokens):
     return tokens, sizes
 
 
+def long_cache(model, n_rows):
+    """A run's caches of so many tokens, as if they had been computed."""
+    cache = make_prompt_cache(model)
+    model(mx.array([[1, 2]]), cache=cache)
+    for c in cache:
+        if hasattr(c, "offset"):
+            shape = (*c.keys.shape[:2], n_rows, c.keys.shape[3])
+            c.keys, c.values = mx.zeros(shape), mx.zeros(shape)
+            c.offset = n_rows - memory.LOOKAHEAD
+            mx.eval(c.keys, c.values)
+    return cache
+
+
+def slots_left(model, n_tokens, n_rows, *, chunk):
+    """How many experts fit beside a call of one sequence, by the plan's own parts."""
+    plan, needs, streamer = model.runtime.plan, model.needs, model.streamer
+    room = plan.budget_bytes - plan.process_bytes - plan.resident_bytes
+    room -= needs.cache_state_bytes + n_rows * needs.cache_row_bytes
+    room -= needs.scratch_bytes(chunk, n_rows) + needs.output_bytes(n_tokens)
+    return (room - streamer.slack_bytes) // streamer.slot_bytes
+
+
 def test_experts_give_way_to_a_growing_cache_and_come_back(packed, least):
     model = load(packed, least + (1 << 18))
-    prompt = list(range(1, 250))
-    tokens, sizes = decode(model, prompt, 40)
-    # The cache's second 256 rows are foreseen 16 tokens ahead.
-    assert sizes[0] > sizes[-1] >= 2
     plan, streamer = model.runtime.plan, model.streamer
-    grown = (plan.n_slots - streamer.n_slots) * streamer.slot_bytes
-    assert grown >= 256 * model.needs.cache_row_bytes
-    _, sizes = decode(model, [5, 6, 7], 4)
-    assert sizes[-1] == plan.n_slots
-    expected, _ = decode(load(packed, "1GB"), prompt, 40)
+    sizes = range(memory.CACHE_STEP, 4096, memory.CACHE_STEP)
+    left = {n: slots_left(model, 1, n, chunk=1) for n in sizes}
+    n_rows = next(n for n, n_slots in left.items() if n_slots < plan.n_slots)
+    cache = long_cache(model, n_rows)
+    model(mx.array([[3]]), cache=cache)
+    assert streamer.n_slots == left[n_rows] >= 2
+    del cache
+    prompt = list(range(1, 250))
+    tokens, sizes = decode(model, prompt, 4)
+    assert sizes[0] == plan.n_slots
+    expected, _ = decode(load(packed, "1GB"), prompt, 4)
     assert tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("most", "chunk", "n_slots"),
+    # Of 32 experts 256 + 44 tokens read 2 x 22 and then the 2 that gave way, less than
+    # 3 chunks of up to 128 that read 20 each; those read none if all can be held.
+    [(12, 256, 10), (32, 128, 32)],
+)
+def test_experts_give_way_to_a_prompt_if_fewer_are_read(
+    packed, least, most, chunk, n_slots
+):
+    model = load(packed, "1GB")
+    budget = model.runtime.plan.budget_bytes
+    spare = slots_left(model, 300, 512, chunk=256) - 10
+    del model
+    budget -= spare * load(packed, "1GB").streamer.slot_bytes
+    model = load(packed, budget)
+    keeper, cache = model.runtime.keeper, make_prompt_cache(model)
+    keeper.limit(most)
+    assert keeper.make_room(cache, 1, 300) == chunk
+    assert model.streamer.n_slots == n_slots
+    model(mx.array([[3]]), cache=cache)
+    assert model.streamer.n_slots == most
+
+
+def test_a_batch_is_divided_into_fewer_tokens_of_each_sequence(packed, least):
+    model = load(packed, least + (4 << 20))
+    assert memory._chunks(8, 300, None) == [2048, 1024, 512, 256, 128, 64, 32, 16]
+    assert memory._chunks(24, 2, None) == [48, 24]
+    assert memory._chunks(3, 100, 30) == [30, 15]
+    prompts = np.random.default_rng(2).integers(1, 300, (6, 50))
+    caches = make_prompt_cache(model)
+    logits = model(mx.array(prompts.tolist()), cache=caches)
+    for prompt, row in zip(prompts.tolist(), logits, strict=True):
+        cache = make_prompt_cache(model)
+        expected = model(mx.array([prompt]), cache=cache)[0]
+        np.testing.assert_allclose(np.array(row), np.array(expected), atol=2e-4)
+
+
+def test_a_call_without_caches_keeps_to_the_plan_too(packed, least):
+    model = load(packed, least + (1 << 20))
+    tokens = mx.array([np.random.default_rng(3).integers(1, 300, 300).tolist()])
+    chunks = []
+    forward = model.language_model.forward
+    compute = forward._hidden_states
+    forward._hidden_states = lambda inputs, *rest: (
+        chunks.append(inputs.shape[1]) or compute(inputs, *rest)
+    )
+    logits = model(tokens)
+    assert len(chunks) > 1 and sum(chunks) == 300
+    expected = load(packed, "1GB")(tokens)
+    np.testing.assert_allclose(np.array(logits), np.array(expected), atol=2e-4)
+    with pytest.raises(BudgetError, match=r"1 x 20000 tokens .* shorten the prompt"):
+        model(mx.zeros((1, 20000), mx.int32))
+    model(tokens[:, :8])
+
+
+def test_what_can_not_be_kept_is_refused(packed, own_bytes):
+    with pytest.raises(ConfigError, match=r"\[expert_io\] expected 'pread'"):
+        load(packed, "1GB", expert_io="mmap")
+    with pytest.raises(ConfigError, match=r"\[expert_memory\] expected bytes"):
+        load(packed, "1GB", expert_memory=0)
+
+
+def test_a_limit_that_is_refused_changes_nothing(packed, own_bytes):
+    model = load(packed, "1GB")
+    with pytest.raises(BudgetError, match=r"\[resize\]"):
+        model.runtime.keeper.limit(1)
+    decode(model, [1, 2, 3], 2)
+    assert model.streamer.n_slots == 32
 
 
 def test_experts_all_in_memory_give_way_too(packed, least):
@@ -134,14 +231,29 @@ def test_experts_all_in_memory_give_way_too(packed, least):
 def test_caches_that_cannot_fit_are_an_error_that_says_so(packed, least):
     model = load(packed, least)
     cache = make_prompt_cache(model)
-    with pytest.raises(BudgetError, match=r"\[memory\] expected \d+ bytes more"):
+    with pytest.raises(BudgetError, match=r"\[memory\] expected at least") as caught:
         for _ in range(40):
+            n_before = [c.nbytes for c in cache], cache[-1].offset
             model(mx.array([list(range(1, 300))]), cache=cache)
+    assert ([c.nbytes for c in cache], cache[-1].offset) == n_before
+    context = model.runtime.plan.context_tokens
+    assert f"room for {context} tokens: drop old caches" in str(caught.value)
     with pytest.raises(BudgetError, match=r"\[memory\] expected"):
         model(mx.array([[1] * 300]), cache=cache)
     # A new cache has the room that the old one had.
     del cache
     decode(model, [1, 2, 3], 3)
+
+
+@pytest.mark.parametrize("n_more", [0, 1 << 20])
+def test_the_plan_says_how_long_a_context_may_become(packed, least, n_more):
+    model = load(packed, least + n_more)
+    plan, keeper = model.runtime.plan, model.runtime.keeper
+    assert f"room for {plan.context_tokens} tokens" in str(plan)
+    cache = make_prompt_cache(model)
+    keeper.make_room(cache, 1, plan.context_tokens - memory.CACHE_STEP)
+    with pytest.raises(BudgetError, match=r"alone has room for"):
+        keeper.make_room(cache, 1, plan.context_tokens + memory.CACHE_STEP)
 
 
 def test_a_long_prompt_is_computed_in_chunks_that_fit(packed, least):
@@ -314,3 +426,33 @@ def test_a_control_group_lets_it_live_and_has_it_refused_without(large, control_
     within = run_under_limit(path, limited=2, group=control_group)
     assert within.returncode == 0, within.stderr
     assert json.loads(within.stdout)["tokens"] == tokens
+
+
+@pytest.fixture
+def measure(monkeypatch):
+    """What ``scripts/measure_budget`` does for each of its rows."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    path = ROOT / "scripts" / "measure_budget"
+    loader = SourceFileLoader("measure_budget", str(path))
+    module = importlib.util.module_from_spec(
+        importlib.util.spec_from_loader(loader.name, loader)
+    )
+    loader.exec_module(module)
+    return module.measure
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is as Linux counts it")
+@pytest.mark.parametrize(
+    ("case", "budget", "outcome"),
+    [
+        ("prompt:3900", 200, "4 tokens"),
+        ("prompt:3900", 175, "BudgetError: [memory] expected at least"),
+        ("batch:3x200", 200, "3 texts"),
+        ("state:600", 200, "4 tokens"),
+        ("logits:1000", 200, "logits (1, 1000, 4096)"),
+    ],
+)
+def test_no_process_ever_takes_more_than_its_budget(measure, case, budget, outcome):
+    row = measure(ROOT / "models" / "demo", budget * 10**6, case)
+    assert row["outcome"].startswith(outcome)
+    assert row["peak"] <= budget * 10**6, row

@@ -174,6 +174,11 @@ class ExpertStreamer:
         """Tell whether so many experts of a layer, if it has them, fit into memory."""
         return min(n_experts, self._store.n_experts) <= self._table.capacity
 
+    def most_asked(self, n_tokens: int) -> int:
+        """Return the most experts that tokens ask for, all layers together."""
+        most = min(n_tokens * self._store.top_k, self._store.n_experts)
+        return len(self._rows) * most
+
     @property
     def miss_rate(self) -> float:
         """Share of layers, of one token or a batch each, that lately missed experts

@@ -24,7 +24,7 @@ from ..graph.roles import (
     StartPosBuf,
     VProjOutBuf,
 )
-from .functions import Array, attention, namespace, rope
+from .functions import QUERY_BLOCK, Array, attention, namespace, rope
 
 # Whole numbers above this float32 skips.
 MAX_POSITION = 1 << 24
@@ -197,7 +197,7 @@ class SdpaCausalTiled(Op):
 
     def scratch_bytes(self, itemsize: int) -> int:
         t = self.n_tokens // self.n_seqs
-        scores = self.n_seqs * self.num_heads * t * t
+        scores = self.n_seqs * self.num_heads * min(t, QUERY_BLOCK) * t
         return (scores + 3 * self.n_tokens * self.num_heads * self.head_dim) * itemsize
 
     def reference(

@@ -123,6 +123,13 @@ def rope(
 QUERY_BLOCK = 256
 
 
+def score_bytes(n_heads: int, t: int, s: int) -> int:
+    """Return what attention's scores of T queries over S rows take on the host."""
+    n_scores = min(t, QUERY_BLOCK) * s
+    # Four bytes a score, and one where a mask hides it.
+    return 5 * max(n_scores, min(n_heads * n_scores, device.HOST_SCORES))
+
+
 def attention(q: Array, k: Array, v: Array, scale: float, mask: Array | None) -> Array:
     """Attend causally, or as ``mask`` ``[B or 1, 1, T, S]`` (true: seen) allows.
 
@@ -134,27 +141,40 @@ def attention(q: Array, k: Array, v: Array, scale: float, mask: Array | None) ->
     if isinstance(q, mx.array):
         causal = "causal" if mask is None and q.shape[2] > 1 else mask
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=causal)
-    n_seqs, heads, t, d = q.shape
+    out = np.empty(q.shape, np.float32)
     n_kv, s = k.shape[1], k.shape[2]
-    grouped = (q * scale).reshape(n_seqs, n_kv, heads // n_kv, t, d)
-    blocks = []
+    each = q.shape[1] // n_kv
+    together = max(1, device.HOST_SCORES // (min(q.shape[2], QUERY_BLOCK) * s))
+    for seq, kv in np.ndindex(len(q), n_kv):
+        seen = None if mask is None else mask[seq % len(mask), 0]
+        for first in range(kv * each, (kv + 1) * each, together):
+            heads = slice(first, min(first + together, (kv + 1) * each))
+            out[seq, heads] = _attend(
+                q[seq, heads] * scale, k[seq, kv], v[seq, kv], seen
+            )
+    return out
+
+
+def _attend(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None
+) -> np.ndarray:
+    """Attend with heads ``[H, T, d]`` that read the same rows ``[S, d]``."""
+    t, s, lowest = q.shape[1], len(k), np.finfo(np.float32).min
+    out = np.empty(q.shape, np.float32)
     for start in range(0, t, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, t)
         seen = s if mask is not None else s - t + stop
-        keys = k[:, :, None, :seen].swapaxes(-1, -2)
-        scores = np.matmul(grouped[:, :, :, start:stop], keys)
+        scores = np.matmul(q[:, start:stop], k[:seen].T)
         if mask is not None:
-            np.putmask(
-                scores,
-                ~np.broadcast_to(mask[:, :, None, start:stop, :seen], scores.shape),
-                np.finfo(np.float32).min,
-            )
+            np.copyto(scores, lowest, where=~mask[start:stop, :seen])
         elif stop - start > 1:
-            rows = np.arange(seen - (stop - start), seen)[:, None]
-            scores[..., rows < np.arange(seen)] = np.finfo(np.float32).min
-        blocks.append(np.matmul(softmax(scores), v[:, :, None, :seen]))
-    out = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=-2)
-    return out.reshape(q.shape)
+            ahead = np.tri(stop - start, k=-1, dtype=bool).T
+            np.copyto(scores[..., seen - len(ahead) :], lowest, where=ahead)
+        scores -= scores.max(axis=-1, keepdims=True)
+        np.exp(scores, out=scores)
+        scores /= scores.sum(axis=-1, keepdims=True)
+        np.matmul(scores, v[:seen], out=out[:, start:stop])
+    return out
 
 
 def linear(x: Array, weight: Weight) -> Array:

@@ -13,6 +13,7 @@ from typing import ClassVar
 import mlx.core as mx
 import numpy as np
 
+from .. import device
 from ..graph.buffers import Shape
 from ..graph.op import Cost, In, InOut, Op, OpFields, Out
 from ..graph.roles import (
@@ -147,7 +148,10 @@ class RoutedExperts(OpFields):
 
     def scratch_bytes(self, itemsize: int) -> int:
         """Rows by expert, before and after the experts, and again in token order."""
-        return 3 * self.n_tokens * self.k * self.dim * itemsize
+        chosen = self.n_tokens * self.k * self.dim
+        # At worst all tokens choose the same expert.
+        one = self.n_tokens * (6 * self.expert_dim + 3 * self.dim)
+        return max(3 * chosen, chosen + one) * itemsize
 
 
 class MoeDecodeExperts(RoutedExperts, Op):
@@ -237,23 +241,52 @@ class MoeBatchedPermuteFuse(RoutedExperts, Op):
         experts: ExpertSource,
         out_sum: Array,
     ) -> Array:
-        xp = namespace(mlp_in)
         order, used, starts = by_expert(to_host(indices).reshape(-1))
-        rows = mlp_in[xp.array(order // self.k)]
-        stacks = experts.weights
+        if isinstance(mlp_in, np.ndarray):
+            rows = self._on_host(mlp_in, order, used, starts, experts)
+            return self._combined(rows, order, weights, to_host(out_sum))
+        rows, stacks = mlp_in[mx.array(order // self.k)], experts.weights
         outs: dict[int, Array] = {}
         for wave in experts.waves(used):
             for expert, slot in wave:
                 start, stop = starts[expert]
                 outs[expert] = expert_mlp(rows[start:stop], stacks, slot)
             guard(experts, [outs[expert] for expert, _ in wave])
-        sorted_out = xp.concatenate([outs[expert] for expert in used])
+        sorted_out = mx.concatenate([outs[expert] for expert in used])
         position, rising = self.rising(order)
-        weights = take_columns(weights, xp.array(rising))
-        per_token = sorted_out[xp.array(position)]
-        if xp is np:
-            out_sum = to_host(out_sum)
+        weights = take_columns(weights, mx.array(rising))
+        per_token = sorted_out[mx.array(position)]
         return out_sum + (per_token * weights[..., None]).sum(axis=1)
+
+    def _on_host(
+        self,
+        mlp_in: np.ndarray,
+        order: np.ndarray,
+        used: list[int],
+        starts: dict[int, tuple[int, int]],
+        experts: ExpertSource,
+    ) -> np.ndarray:
+        """Return rows ``[N * K, D]`` by expert; there is no other copy of them."""
+        out, tokens = np.empty((order.size, self.dim), np.float32), order // self.k
+        for wave in experts.waves(used):
+            for expert, slot in wave:
+                rows = slice(*starts[expert])
+                out[rows] = expert_mlp(mlp_in[tokens[rows]], experts.weights, slot)
+        return out
+
+    def _combined(
+        self, rows: np.ndarray, order: np.ndarray, weights: Array, out_sum: np.ndarray
+    ) -> np.ndarray:
+        """Add each token's rows, as many tokens at a time as fit a cache."""
+        position, rising = self.rising(order)
+        weights = take_columns(weights, rising)
+        step = max(1, device.HOST_BLOCK_VALUES // (self.k * self.dim))
+        total = np.empty((self.n_tokens, self.dim), np.float32)
+        for start in range(0, self.n_tokens, step):
+            part = slice(start, start + step)
+            weighted = rows[position[part]] * weights[part, :, None]
+            np.add(out_sum[part], weighted.sum(axis=1), out=total[part])
+        return total
 
     def rising(self, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return where each token's rows are, by rising expert, and that order."""
