@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,7 +42,8 @@ class Weight:
     Quantised, ``w`` is uint32 ``[..., O, I * bits / 32]`` with ``scales`` (and, for
     affine, ``biases``) ``[..., O, I / group_size]``. A leading axis, if there is one,
     counts experts or slots; where they do not lie end to end, ``in_pool`` says how
-    the parts lie in their records.
+    the parts lie in their records. ``bias`` ``[..., O]`` and ``global_scale`` ``[...]``
+    are for mlx-lm's modules: no Op has either.
     """
 
     w: Any
@@ -50,6 +51,8 @@ class Weight:
     biases: Any = None
     quantization: Quantization | None = None
     in_pool: tuple[Records | None, ...] | None = None
+    bias: Any = None
+    global_scale: Any = None
 
     @property
     def strided(self) -> bool:
@@ -92,13 +95,36 @@ class Weight:
         return Weight(w, scales, biases, self.quantization)
 
 
-@dataclass(frozen=True)
 class ExpertWeights:
-    """The three projections of the experts at hand, leading axis ``n_slots``."""
+    """The projections of the experts at hand, leading axis ``n_slots``.
 
-    gate: Weight
-    up: Weight
-    down: Weight
+    ``by_name`` has them under the names of mlx-lm's modules.
+    """
+
+    def __init__(self, gate: Weight, up: Weight, down: Weight):
+        self.by_name = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+
+    @classmethod
+    def named(cls, projections: Mapping[str, Weight]) -> ExpertWeights:
+        """Put together what may be other projections than gate, up and down."""
+        weights = cls.__new__(cls)
+        weights.by_name = dict(projections)
+        return weights
+
+    @property
+    def gate(self) -> Weight:
+        """What the activation is applied to."""
+        return self.by_name["gate_proj"]
+
+    @property
+    def up(self) -> Weight:
+        """What is multiplied by the activation."""
+        return self.by_name["up_proj"]
+
+    @property
+    def down(self) -> Weight:
+        """What leads back to the model's width."""
+        return self.by_name["down_proj"]
 
     @functools.cached_property
     def on_host(self) -> ExpertWeights:

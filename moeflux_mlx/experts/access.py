@@ -79,13 +79,13 @@ def all_fit(store: ExpertStore, memory: Memory) -> bool:
     layouts = [store.layout(layer) for layer in store.layers]
     gate = most_bytes()
     asked = gate if memory is None else parse_bytes(memory, "expert_memory")
-    return pool_bytes(layouts, len(layouts) * store.n_experts) <= min(asked, gate)
+    n_experts = sum(store.count(layer) for layer in store.layers)
+    return pool_bytes(layouts, n_experts) <= min(asked, gate)
 
 
 def all_bytes(store: ExpertStore) -> int:
     """Return the bytes of all records of a store."""
-    strides = sum(store.layout(layer).stride for layer in store.layers)
-    return store.n_experts * strides
+    return sum(store.count(i) * store.layout(i).stride for i in store.layers)
 
 
 def _mappable(store: ExpertStore, memory: Memory) -> PackedExperts:

@@ -49,7 +49,7 @@ class MappedExperts:
             ConfigError: MLX cannot use mapped memory here.
             ExpertStoreError: a file is too short, cannot be read or is damaged.
         """
-        self.experts = [(i, e) for i in store.layers for e in range(store.n_experts)]
+        self.experts = [(i, e) for i in store.layers for e in range(store.count(i))]
         self.n_slots = len(self.experts)
         self.stats = StreamStats(store.layers)
         rows = {layer: _map(store, layer) for layer in store.layers}
@@ -107,7 +107,7 @@ class MappedExperts:
         n_done, n_all = (
             0,
             sum(
-                store.n_experts * store.layout(layer).record_bytes
+                store.count(layer) * store.layout(layer).record_bytes
                 for layer in store.layers
             ),
         )
@@ -153,7 +153,7 @@ def device_weights(rows: np.ndarray, layout: ExpertLayout) -> ExpertWeights:
 
 def _map(store: PackedExperts, layer: int) -> np.ndarray:
     """Map the file of one layer's experts: uint8 ``[n_experts, stride]``, read-only."""
-    shape = store.n_experts, store.layout(layer).stride
+    shape = store.count(layer), store.layout(layer).stride
     n_bytes, path = math.prod(shape), store.path(layer)
     # Beyond a file's end lies a signal that ends the process.
     found = os.fstat(store.fd(layer)).st_size

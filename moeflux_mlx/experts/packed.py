@@ -92,6 +92,14 @@ class PackedExperts:
         """Experts that one token uses in one layer."""
         return self.manifest.model.top_k
 
+    def count(self, layer: int) -> int:
+        """Return how many experts one layer has."""
+        return self.n_experts
+
+    def name(self, layer: int) -> str:
+        """Return what errors call a layer."""
+        return f"layer {layer}"
+
     @property
     def tensor_names(self) -> frozenset[str]:
         """No names: a pack's weights are without the experts."""

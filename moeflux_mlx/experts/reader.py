@@ -48,7 +48,7 @@ class Read:
     """One record on its way: ``done`` once all of it was read, well or not.
 
     ``place`` takes the record and ``padding`` bytes after it, which direct reads fill
-    too.
+    too. ``name`` is what errors call the layer.
     """
 
     spans: tuple[Span, ...]
@@ -57,6 +57,7 @@ class Read:
     expert: int
     checksum: int | None = None
     padding: int = 0
+    name: str = ""
     seconds: float = 0.0
     error: ExpertStoreError | None = None
     done: bool = False
@@ -112,8 +113,8 @@ class Read:
 
     def _fail(self, span: Span, why: Exception | str) -> None:
         self.error = ExpertStoreError(
-            f"[reader] {span.path}: expert {self.expert} of layer {self.layer} at "
-            f"{span.offset}: {why}"
+            f"[reader] {span.path}: expert {self.expert} of "
+            f"{self.name or f'layer {self.layer}'} at {span.offset}: {why}"
         )
         if isinstance(why, Exception):
             self.error.__cause__ = why

@@ -92,7 +92,8 @@ class ExpertStreamer:
         self._store, self._evaluate = store, evaluate
         self._rows = {layer: row for row, layer in enumerate(store.layers)}
         layouts = [store.layout(layer) for layer in store.layers]
-        n_rows, n_records = len(layouts), len(layouts) * store.n_experts
+        counts = [store.count(layer) for layer in store.layers]
+        n_rows, n_records = len(layouts), sum(counts)
         groups = 1 if scope == "global" else n_rows
         n_slots = count_slots(
             memory,
@@ -113,6 +114,7 @@ class ExpertStreamer:
             policy=policy_factory(policy) if isinstance(policy, str) else policy,
             shared=groups == 1,
             floor=floor,
+            counts=counts,
         )
         self._copy = TableCopy(self._table, n_slots if blank else 0)
         self._new_reader = partial(
@@ -226,7 +228,7 @@ class ExpertStreamer:
     def experts(self) -> list[tuple[int, int]]:
         """All experts there are, as ``(layer, expert)``."""
         return [
-            (layer, e) for layer in self._rows for e in range(self._store.n_experts)
+            (layer, e) for layer in self._rows for e in range(self._store.count(layer))
         ]
 
     @property
@@ -281,9 +283,8 @@ class ExpertStreamer:
         if not self.resident:
             row = self._rows[layer]
             return StreamedExperts(self, layer, row, self._pool.weights(layout))
-        n_experts = self._store.n_experts
-        first = self._rows[layer] * n_experts
-        weights = self._pool.weights(layout, first, n_experts)
+        slots = self._table.all_slots(self._rows[layer])
+        weights = self._pool.weights(layout, slots.start, len(slots))
         return PreloadedExperts(weights, self.stats[layer])
 
     def guard(self, *outputs: mx.array) -> None:
