@@ -18,10 +18,10 @@ from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache
 from . import device, ops
 from .blocks import Call
 from .graph import Op
+from .graph.experts import GraphExperts
 from .graph.lower import Kernel
 from .ops.attention import join_heads, split_heads
 from .ops.functions import to_device, to_host
-from .weights import ExpertSource
 
 
 class Context:
@@ -45,7 +45,7 @@ class Context:
         *,
         host: bool,
         training: bool,
-        experts: Mapping[int, ExpertSource] | None = None,
+        experts: Mapping[int, GraphExperts] | None = None,
     ):
         self.n_seqs, self.t, self.dtype, self.training = n_seqs, t, dtype, training
         self.experts, self.traced = experts, experts is not None

@@ -19,6 +19,7 @@ from .context import Context, put_back_on_failure
 from .errors import ModelError
 from .experts.streamed import AssumedExperts
 from .graph import roles as b
+from .graph.experts import GraphExperts
 from .memory import affords_unpacked
 from .model import GraphBuilder, GraphRunner, LayerGraph, refuse_gradient
 from .needs import TextNeeds
@@ -28,7 +29,7 @@ from .progress import prompt_progress
 from .runtime import Runtime
 from .steps import TokenSteps
 from .trace import Passed, StepTracer
-from .weights import ExpertSource, Weight, has_values
+from .weights import Weight, has_values
 
 
 class DecoderLayer(Protocol):
@@ -41,7 +42,7 @@ class DecoderLayer(Protocol):
     def __call__(self, hidden: Array, cache: Any, context: Context) -> Array:
         """Return rows ``[N, D]`` after the layer, its cache moved on."""
 
-    def experts(self, dtype: mx.Dtype) -> ExpertSource:
+    def experts(self, dtype: mx.Dtype) -> GraphExperts:
         """Return the experts that its routed Op asks."""
 
     def expected(self, hidden: Array) -> Array:
@@ -76,7 +77,7 @@ class Forward:
         self._sources: list[mx.array] = []
         self._chunk = 0
         self._steps = TokenSteps(StepTracer(self._traced))
-        self._bound: tuple[Watch, bool, list[Any], list[ExpertSource]] | None = None
+        self._bound: tuple[Watch, bool, list[Any], list[GraphExperts]] | None = None
         self._most_tokens: int | None = None
         self.needs = TextNeeds(
             text, args, ROUTED, self._planned_bytes, lambda: self.dtype
@@ -149,7 +150,7 @@ class Forward:
             source.asked(n_experts)
         return cast(mx.array, refuse_gradient(logits, *self._replaced()))
 
-    def _bind(self) -> tuple[list[Mapping[str, Weight]], list[ExpertSource]]:
+    def _bind(self) -> tuple[list[Mapping[str, Weight]], list[GraphExperts]]:
         """Return all weights and experts, looking anew where a parameter changed."""
         streams = self.runtime.streams
         bound = self._bound

@@ -45,8 +45,8 @@ class Demand:
         distinct, n_experts = sorted(set(ids)), self._n_experts(layer)
         if distinct and not 0 <= distinct[0] <= distinct[-1] < n_experts:
             raise ExpertStoreError(
-                f"[slots] {self._in_flight.name(layer)}: expected experts from 0 to {n_experts - 1} "
-                f"but got {distinct[0]} to {distinct[-1]}"
+                f"[slots] {self._in_flight.name(layer)}: expected experts from 0 to "
+                f"{n_experts - 1} but got {distinct[0]} to {distinct[-1]}"
             )
         return distinct
 
@@ -109,8 +109,8 @@ class Demand:
         needed = self.distinct(layer, ids)
         if len(needed) > self._table.capacity:
             raise BudgetError(
-                f"[slots] {self._in_flight.name(layer)}: expected at most {self._table.capacity} "
-                f"distinct experts in one step but got {len(needed)}: the memory "
+                f"[slots] {self._in_flight.name(layer)}: expected at most "
+                f"{self._table.capacity} distinct experts in one step but got {len(needed)}: the memory "
                 "budget is too small for it"
             )
         missing = self._missing(layer, needed)

@@ -15,7 +15,7 @@ import xxhash
 
 from .. import config
 from ..errors import ConfigError, ExpertStoreError
-from ..weights import ExpertSource, ExpertWeights
+from ..weights import ExpertWeights
 from .layout import ExpertLayout
 from .packed import PackedExperts, Progress
 from .pool import MLX_DTYPES, slot_weights, weights_of
@@ -68,7 +68,7 @@ class MappedExperts:
     def preload(self, experts: Collection[tuple[int, int]]) -> None:
         """Do nothing: they are there."""
 
-    def source(self, layer: int) -> ExpertSource:
+    def source(self, layer: int) -> PreloadedExperts:
         """Return one layer's experts as its MoE Op reads them.
 
         Raises:
@@ -83,6 +83,9 @@ class MappedExperts:
 
     def guard(self, *outputs: mx.array) -> None:
         """Do nothing: no expert is ever overwritten."""
+
+    def release(self) -> None:
+        """Do nothing: no slot is ever overwritten."""
 
     def close(self) -> None:
         """Let go of the files; they stay mapped while arrays of theirs are in use."""

@@ -12,7 +12,6 @@ import numpy as np
 
 from .. import config
 from ..errors import BudgetError, ConfigError, ExpertStoreError, MoefluxError
-from ..weights import ExpertSource
 from .budget import count_slots
 from .demand import Demand
 from .in_flight import InFlight
@@ -31,6 +30,8 @@ from .table_copy import TableCopy
 # Experts in a wave: enough to keep every reading thread busy, few enough that the
 # first results do not wait for half the pool.
 WAVE_EXPERTS = 32
+
+Source = StreamedExperts | PreloadedExperts
 
 
 def check_scope(scope: str) -> None:
@@ -120,7 +121,7 @@ class ExpertStreamer:
         self._new_reader = partial(
             ReadPool, read_threads or config.read_threads(), inline_bytes
         )
-        self._sources: dict[tuple[int, bool], ExpertSource] = {}
+        self._sources: dict[tuple[int, bool], Source] = {}
         self._lock = threading.RLock()
         self._guards: list[mx.array] = []
         # The last ``ask``: layer, ids, and those that were missing.
@@ -167,6 +168,16 @@ class ExpertStreamer:
     def slot_bytes(self) -> int:
         """Bytes of one expert in memory."""
         return self._pool.stride
+
+    @property
+    def capacity(self) -> int:
+        """Experts of one layer that fit into memory together."""
+        return self._table.capacity
+
+    def release(self) -> None:
+        """Begin to compute what still reads slots: another thread may be next."""
+        with self._lock:
+            mx.async_eval(*self._guards)
 
     def fits(self, n_experts: int) -> bool:
         """Tell whether so many experts of a layer, if it has them, fit into memory."""
@@ -262,7 +273,7 @@ class ExpertStreamer:
         self._table.fill()
         self.resident = False
 
-    def source(self, layer: int) -> ExpertSource:
+    def source(self, layer: int) -> Source:
         """Return one layer's experts as its MoE Op reads them, until ``resize``.
 
         Raises:
@@ -278,7 +289,7 @@ class ExpertStreamer:
             self._sources[key] = self._new_source(layer)
         return self._sources[key]
 
-    def _new_source(self, layer: int) -> ExpertSource:
+    def _new_source(self, layer: int) -> Source:
         layout = self._store.layout(layer)
         if not self.resident:
             row = self._rows[layer]

@@ -1,7 +1,7 @@
 """Mixture of experts: routing, the routed experts three ways, and the combination.
 
 Letters: N tokens, D model width, E experts, K experts a token, F expert width.
-The routed experts come as an ``ExpertSource``: whether they are in memory or on disk
+The routed experts come as an ``GraphExperts``: whether they are in memory or on disk
 changes when they are read, never what is computed.
 """
 
@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..graph.buffers import Shape
+from ..graph.experts import GraphExperts
 from ..graph.op import Cost, In, InOut, Op, OpFields, Out
 from ..graph.roles import (
     ExpertBaseBuf,
@@ -27,7 +28,7 @@ from ..graph.roles import (
     SharedFfnDownBuf,
     SharedGateBuf,
 )
-from ..weights import ExpertSource, ExpertWeights
+from ..weights import ExpertWeights
 from .functions import (
     Array,
     argsort,
@@ -160,7 +161,7 @@ class MoeDecodeExperts(RoutedExperts, Op):
         mlp_in: Array,
         indices: Array,
         weights: Array,
-        experts: ExpertSource,
+        experts: GraphExperts,
     ) -> Array:
         if isinstance(mlp_in, np.ndarray):
             out = as_they_come(mlp_in, indices, experts)
@@ -171,7 +172,7 @@ class MoeDecodeExperts(RoutedExperts, Op):
 
 
 def as_they_come(
-    mlp_in: np.ndarray, indices: np.ndarray, experts: ExpertSource
+    mlp_in: np.ndarray, indices: np.ndarray, experts: GraphExperts
 ) -> np.ndarray:
     """Run one row through its experts ``[1, K]``, some while others are being read.
 
@@ -200,7 +201,7 @@ class MoeGatherIdFuse(RoutedExperts, Op):
         mlp_in: Array,
         indices: Array,
         weights: Array,
-        experts: ExpertSource,
+        experts: GraphExperts,
     ) -> Array:
         outs = []
         for rows, slots in experts.batches(to_device(indices)):
@@ -234,7 +235,7 @@ class MoeBatchedPermuteFuse(RoutedExperts, Op):
         mlp_in: Array,
         indices: Array,
         weights: Array,
-        experts: ExpertSource,
+        experts: GraphExperts,
         out_sum: Array,
     ) -> Array:
         xp = namespace(mlp_in)
@@ -274,7 +275,7 @@ def by_expert(
     return order, used.tolist(), dict(zip(used.tolist(), bounds, strict=True))
 
 
-def guard(experts: ExpertSource, outputs: list[Array]) -> None:
+def guard(experts: GraphExperts, outputs: list[Array]) -> None:
     """Have slots kept until lazy ``outputs`` are evaluated; host arrays are already."""
     lazy = [x for x in outputs if isinstance(x, mx.array)]
     if lazy:
