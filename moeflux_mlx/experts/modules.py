@@ -19,8 +19,11 @@ from ..errors import ModelError
 from ..weights import Quantization
 from .layout import ALL_PARTS
 
-# Blocks whose call does nothing with the experts' ids but choose matrices.
-KNOWN_CALLS = (SwitchGLU.__call__, SwitchMLP.__call__)
+# Calls that do nothing with the experts' ids but choose these matrices.
+KNOWN_CALLS = {
+    SwitchGLU.__call__: ("gate_proj", "up_proj", "down_proj"),
+    SwitchMLP.__call__: ("fc1", "fc2"),
+}
 PROJECTION = (SwitchLinear, QuantizedSwitchLinear)
 
 
@@ -76,24 +79,26 @@ def projections_of(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_block(path: str, module: nn.Module) -> bool:
+    names = KNOWN_CALLS.get(type(module).__call__)
+    if names is not None:
+        for name in names:
+            if not isinstance(module.get(name), PROJECTION):
+                raise ModelError(
+                    f"[stream] {path}.{name}: expected a SwitchLinear but got "
+                    f"{type(module.get(name)).__name__}: stream the model before it is "
+                    "changed"
+                )
+        return True
     projections = projections_of(module)
-    if isinstance(module, SwitchGLU | SwitchMLP):
-        odd = sorted(_with_parameters(module) - projections.keys())
-        if odd:
-            raise ModelError(
-                f"[stream] {path}.{odd[0]}: expected a SwitchLinear but got "
-                f"{type(module[odd[0]]).__name__}: stream the model before it is changed"
-            )
-    elif not projections or _with_parameters(module) - projections.keys():
-        return False
-    if type(module).__call__ not in KNOWN_CALLS:
+    made_of_them = projections and not _with_parameters(module) - projections.keys()
+    if made_of_them or isinstance(module, (SwitchGLU, SwitchMLP)):
         kind = type(module)
         raise ModelError(
             f"[stream] {path}: expected SwitchGLU or SwitchMLP but got "
             f"{kind.__module__}.{kind.__name__} with a call of its own: its experts "
             "cannot be streamed, load the model with all of them in memory"
         )
-    return True
+    return False
 
 
 def _with_parameters(module: nn.Module) -> set[str]:

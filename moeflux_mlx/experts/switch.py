@@ -35,7 +35,7 @@ class RoutedWeightsError(ModelError, AttributeError):
 
 
 class StreamedSwitch(nn.Module):
-    """In the place of a routed block; has no parameters.
+    """In the place of a routed block; has none of the experts' parameters.
 
     Args:
         source: returns the block's experts as they are reached now.
@@ -51,6 +51,10 @@ class StreamedSwitch(nn.Module):
         super().__init__()
         self.path, self.slot_block = block.path, SlotBlock(block)
         self._source, self._lock = source, lock
+        # The activation, and whatever a model has put there besides.
+        for name, child in block.module.items():
+            if name not in block.projections:
+                self[name] = child
 
     def __getattr__(self, name: str) -> Any:
         if (block := self.__dict__.get("slot_block")) and name in block.projections:
