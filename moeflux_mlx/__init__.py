@@ -9,6 +9,7 @@ from mlx_lm import generate, stream_generate  # noqa: E402
 from . import ops  # noqa: E402
 from .loading import load  # noqa: E402
 from .state import CacheCheckpoint, State, load_state, save_state  # noqa: E402
+from .streaming import stream  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -21,5 +22,6 @@ __all__ = [
     "load_state",
     "ops",
     "save_state",
+    "stream",
     "stream_generate",
 ]

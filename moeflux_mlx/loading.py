@@ -15,9 +15,10 @@ import mlx.nn as nn
 from mlx_lm.utils import _download, load_config, load_model, load_tokenizer
 
 from . import config
+from .door import load_through_door, takes_door
 from .errors import ModelError
 from .executors.base import leaves
-from .experts.budget import AUTO
+from .experts.budget import Amounts
 from .experts.packed import PackedExperts, is_packed
 from .experts.store import open_store
 from .memory import MemoryPlan
@@ -37,6 +38,7 @@ def load(
     optimistic: str | None = None,
     read_ahead: str = "auto",
     expert_io: str | None = None,
+    native: bool | None = None,
     lazy: bool = False,
     revision: str | None = None,
     model_config: dict[str, Any] | None = None,
@@ -71,6 +73,9 @@ def load(
             they must be packed on Linux. None takes the environment's choice, else
             ``"auto"``: mapped on Metal where all of them fit, else ``"pread"``. A
             mapped file that is cut ends the process.
+        native: True for our own class of the model, False for mlx-lm's, its experts
+            streamed if ``expert_memory`` bounds them; None takes our own where there
+            is one.
         lazy: leave parameters unevaluated.
         revision, model_config, tokenizer_config: as in ``mlx_lm.load``.
 
@@ -99,6 +104,12 @@ def load(
         read_ahead,
         expert_io,
     )
+    if takes_door(path, native):
+        model, loaded = load_through_door(
+            path, options, lazy=lazy, model_config=model_config
+        )
+        eos = loaded.get("eos_token_id")
+        return model, load_tokenizer(path, tokenizer_config, eos_token_ids=eos)
     with _built(path, options, model_config) as (model, loaded):
         # Before memory is planned: it takes some too.
         eos = loaded.get("eos_token_id")
@@ -109,7 +120,7 @@ def load(
                 _read_parameters(model, report)
     if (plan := model.runtime.plan) is not None:
         notice(str(plan))
-        if AUTO in options.bounds:
+        if model.runtime.amounts.fastest:
             notice(find_fastest(model, tokenizer))
     return model, tokenizer
 
@@ -137,7 +148,8 @@ def _built(
     path: Path, options: RunOptions, model_config: dict[str, Any] | None = None
 ) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     """Build a model without reading weights; an error in here closes its files."""
-    streams = any(bound is not None for bound in options.bounds) or is_packed(path)
+    amounts = Amounts.read(options.memory, options.expert_memory)
+    streams = amounts != Amounts() or is_packed(path)
     # Opened first: mlx-lm's own errors do not say which file or expert is at fault.
     direct = config.expert_io(options.expert_io) == "direct"
     store = open_store(path, direct=direct) if streams else None

@@ -15,14 +15,14 @@ from . import config, device
 from .errors import ModelError
 from .executors import open_executor
 from .experts.access import open_experts
-from .experts.budget import AUTO, most_bytes, parse_bytes
+from .experts.budget import Amounts
 from .experts.mapped import MappedExperts
-from .experts.packed import Progress
 from .experts.policy import DEFAULT_POLICY, policy_factory
 from .experts.store import ExpertStore, model_identity
 from .experts.streamer import ExpertStreamer, check_scope
 from .memory import MemoryKeeper, MemoryPlan, Needs, plan_memory
 from .model import BuiltOnce, LayerGraph
+from .progress import Report
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,6 @@ class RunOptions:
     expert_io: str | None = None
     directory: Path | None = None
 
-    @property
-    def bounds(self) -> tuple[int | str | None, int | str | None]:
-        """The process's memory and the experts', by the environment if not given."""
-        if self.memory is None and self.expert_memory is None:
-            return config.memory(), config.expert_memory()
-        return self.memory, self.expert_memory
-
 
 class Runtime:
     """What one loaded model needs besides its parameters."""
@@ -65,6 +58,7 @@ class Runtime:
         self._optimistic = config.optimistic(options.optimistic)
         self.graphs: BuiltOnce[LayerGraph] = BuiltOnce(64)
         self.options = options
+        self.amounts = Amounts.read(options.memory, options.expert_memory)
         self.store: ExpertStore | None = None
         self.streamer: ExpertStreamer | MappedExperts | None = None
         self.keeper: MemoryKeeper | None = None
@@ -72,7 +66,7 @@ class Runtime:
         if options.open_experts is not None:
             self.store = options.open_experts()
 
-    def open(self, needs: Needs, report: Progress | None = None) -> None:
+    def open(self, needs: Needs, report: Report | None = None) -> None:
         """Plan memory if it is bounded, and take the experts' share; once.
 
         Args:
@@ -90,7 +84,7 @@ class Runtime:
         # Wrong names are errors even where experts are mapped and nothing is evicted.
         check_scope(options.scope)
         policy = policy_factory(options.policy or config.policy() or DEFAULT_POLICY)
-        memory = plan.expert_bytes if plan else options.bounds[1]
+        memory = plan.expert_bytes if plan else self.amounts.experts
         stream = partial(
             ExpertStreamer,
             self.store,
@@ -115,15 +109,14 @@ class Runtime:
 
     def make_plan(self, needs: Needs) -> MemoryPlan | None:
         """Return what a bounded process's memory goes to; takes none of it."""
-        memory, most = self.options.bounds
-        if self.store is None or memory is None:
+        if self.store is None or self.amounts.process is None:
             return None
         return plan_memory(
-            most_bytes() if memory == AUTO else parse_bytes(memory),
+            self.amounts.process,
             needs,
             self.store,
             scope=self.options.scope,
-            most_expert_bytes=parse_bytes(most, "expert_memory") if most else None,
+            most_expert_bytes=self.amounts.experts,
         )
 
     @functools.cached_property

@@ -53,7 +53,7 @@ def save_state(
         StateError: the caches are not this model's or not of these tokens, or the file
             cannot be written.
     """
-    path = Path(path)
+    path, identity = Path(path), _identity(model)
     layers = [_Layer.of(i, c) for i, c in enumerate(cache)]
     tensors = {name: x for layer in layers for name, x in layer.tensors.items()}
     tensors[TOKENS] = mx.array(np.asarray(tokens, np.uint32))
@@ -64,7 +64,7 @@ def save_state(
     about = {
         "format": FORMAT,
         "version": str(VERSION),
-        "model": model.runtime.identity,
+        "model": identity,
         "layers": json.dumps([layer.about for layer in layers]),
         "checksum": _checksum(tensors),
     }
@@ -79,6 +79,17 @@ def save_state(
         with contextlib.suppress(OSError):
             part.unlink()
         raise StateError(f"[state] cannot write {path}: {error}") from error
+
+
+def _identity(model: nn.Module) -> str:
+    runtime = getattr(model, "runtime", None)
+    if runtime is None:
+        kind = type(model)
+        raise StateError(
+            "[state] expected a model of moeflux-mlx's own class but got "
+            f"{kind.__module__}.{kind.__name__}: its state cannot be kept"
+        )
+    return str(runtime.identity)
 
 
 def load_state(path: str | os.PathLike, model: nn.Module) -> State:
@@ -96,7 +107,7 @@ def load_state(path: str | os.PathLike, model: nn.Module) -> State:
     tensors, about = _read(path)
     _expect(path, "format", FORMAT, about.get("format"))
     _expect(path, "version", str(VERSION), about.get("version"))
-    _expect(path, "model", model.runtime.identity, about.get("model"))
+    _expect(path, "model", _identity(model), about.get("model"))
     with _as_damage(path):
         if about["checksum"] != _checksum(tensors):
             raise StateError(f"[state] {path} is damaged: its checksum is another")

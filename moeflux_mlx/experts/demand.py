@@ -110,8 +110,8 @@ class Demand:
         if len(needed) > self._table.capacity:
             raise BudgetError(
                 f"[slots] {self._in_flight.name(layer)}: expected at most "
-                f"{self._table.capacity} distinct experts in one step but got {len(needed)}: the memory "
-                "budget is too small for it"
+                f"{self._table.capacity} distinct experts in one step but got "
+                f"{len(needed)}: the memory budget is too small for it"
             )
         missing = self._missing(layer, needed)
         coming = self._in_flight.coming(layer)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import ExpertStoreError
-from .packed import Progress
+from ..progress import Report
 from .pool import SlotPool
 from .reader import Batch, Read, ReadPool
 from .residency import SlotTable
@@ -145,7 +145,7 @@ class InFlight:
         for begun in self._begun:
             begun.batch.cancel()
 
-    def preload(self, report: Progress | None = None) -> None:
+    def preload(self, report: Report | None = None) -> None:
         """Read every expert into its slot, one row after the other.
 
         Args:

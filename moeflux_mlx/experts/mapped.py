@@ -15,9 +15,10 @@ import xxhash
 
 from .. import config
 from ..errors import ConfigError, ExpertStoreError
+from ..progress import Report
 from ..weights import ExpertWeights
 from .layout import ExpertLayout
-from .packed import PackedExperts, Progress
+from .packed import PackedExperts
 from .pool import MLX_DTYPES, slot_weights, weights_of
 from .resident import PreloadedExperts
 from .spans import read_fully
@@ -35,7 +36,7 @@ class MappedExperts:
     resident = True
 
     def __init__(
-        self, store: PackedExperts, *, on_host: bool, report: Progress | None = None
+        self, store: PackedExperts, *, on_host: bool, report: Report | None = None
     ):
         """Check and map every expert file; the store stays the caller's to close.
 
@@ -97,7 +98,7 @@ class MappedExperts:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _check(self, store: PackedExperts, report: Progress | None) -> None:
+    def _check(self, store: PackedExperts, report: Report | None) -> None:
         """Read every record through the page cache and compare its checksum."""
         largest = max(store.layout(layer).record_bytes for layer in store.layers)
         own = threading.local()

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ExpertStoreError, ModelError
+from ..progress import Report
 from .checkpoint import Checkpoint
 from .checkpoint_store import CheckpointExperts
 from .layout import DEFAULT_ALIGNMENT, check_alignment
 from .manifest import MANIFEST_NAME, LayerFile, Manifest
-from .packed import Progress, damaged_records, is_packed
+from .packed import damaged_records, is_packed
 from .packed import verify as verify_pack
 from .safetensors import TensorEntry
 from .writer import (
@@ -45,7 +46,7 @@ def pack(
     *,
     verify: bool = False,
     alignment: int = DEFAULT_ALIGNMENT,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> Manifest:
     """Write ``dst``, a model directory whose routed experts can be streamed.
 
@@ -88,7 +89,7 @@ def pack(
 class _Job:
     """One checkpoint on its way into one directory."""
 
-    def __init__(self, checkpoint: Checkpoint, alignment: int, progress: Progress):
+    def __init__(self, checkpoint: Checkpoint, alignment: int, progress: Report):
         if is_packed(checkpoint.directory) or "model_file" in checkpoint.config:
             raise ModelError(
                 f"[pack] {checkpoint.directory}: expected a plain mlx-lm checkpoint "

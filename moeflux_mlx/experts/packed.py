@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import stat
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
 
 from ..errors import ExpertStoreError, ModelError
+from ..progress import Report
 from .checkpoint import model_facts, read_config
 from .direct import are_aligned, bypass_cache
 from .layout import ExpertLayout
@@ -19,8 +19,6 @@ from .manifest import MANIFEST_NAME, LayerFile, Manifest, ResidentFile
 from .safetensors import fingerprint
 from .spans import Span, close_files
 
-# Called with what is being done, the bytes done and the bytes in all.
-Progress = Callable[[str, int, int], None]
 CHUNK_BYTES = 8 * 1024 * 1024
 
 
@@ -216,7 +214,7 @@ def describe_damage(path: Path, layer: int | None, expert: int | None) -> str:
 
 
 def verify(
-    directory: str | os.PathLike, progress: Progress | None = None
+    directory: str | os.PathLike, progress: Report | None = None
 ) -> VerifyReport:
     """Read every record and the resident weights back against their checksums.
 

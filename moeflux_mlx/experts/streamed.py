@@ -8,8 +8,7 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from ..errors import ModelError
-from ..weights import ExpertWeights, has_values
+from ..weights import ExpertWeights
 
 
 class Streamer(Protocol):
@@ -109,13 +108,7 @@ class StreamedExperts:
 
         Raises:
             ExpertStoreError: as ``slots``.
-            ModelError: the ids cannot be read back, as inside ``mx.compile``.
         """
-        if not has_values(indices):
-            raise ModelError(
-                "[experts] expected ids with values but got a trace: call a model "
-                "with streamed experts outside mx.compile and mx.vmap"
-            )
         streamer, layer = self._streamer, self._layer
         if indices.size <= streamer.capacity:
             yield None, self.slots(indices)

@@ -12,10 +12,10 @@ import numpy as np
 
 from .. import config
 from ..errors import BudgetError, ConfigError, ExpertStoreError, MoefluxError
+from ..progress import Report
 from .budget import count_slots
 from .demand import Demand
 from .in_flight import InFlight
-from .packed import Progress
 from .policy import DEFAULT_POLICY, PolicyFactory, policy_factory
 from .pool import POOL_ALIGNMENT, SlotPool, pool_stride
 from .read_ahead import ReadAhead
@@ -50,7 +50,7 @@ class ExpertStreamer:
     def __init__(
         self,
         store: ExpertStore,
-        memory: int | float | str | None = None,
+        memory: int | None = None,
         *,
         scope: str = "global",
         policy: str | PolicyFactory = DEFAULT_POLICY,
@@ -60,14 +60,14 @@ class ExpertStreamer:
         read_ahead: str = "auto",
         runs_ahead: bool = False,
         evaluate: Callable[..., None] = mx.eval,
-        report: Progress | None = None,
+        report: Report | None = None,
     ):
         """Allocate the pool; if it holds every expert, read them all now.
 
         Args:
             store: the open files that experts are read from.
-            memory: bytes for all experts (``8GB``, ``512MiB``, an int), alignment
-                included; None: as many as fit into 3/4 of physical memory.
+            memory: bytes for all experts, alignment included; None: as many as fit
+                into 3/4 of physical memory.
             scope: ``global``: layers compete for slots; ``layer``: equal shares.
             policy: decides on evictions: a name that ``policy_factory`` knows, or what
                 makes one.
@@ -177,7 +177,11 @@ class ExpertStreamer:
     def release(self) -> None:
         """Begin to compute what still reads slots: another thread may be next."""
         with self._lock:
-            mx.async_eval(*self._guards)
+            try:
+                mx.async_eval(*self._guards)
+            except ValueError:
+                # As inside mx.grad, where waiting is allowed.
+                mx.eval(*self._guards)
 
     def fits(self, n_experts: int) -> bool:
         """Tell whether so many experts of a layer, if it has them, fit into memory."""

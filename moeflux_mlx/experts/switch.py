@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import device
 from ..errors import ModelError
-from ..weights import ExpertWeights, Weight
+from ..weights import ExpertWeights, Weight, has_values
 from .layout import ALL_PARTS
 from .modules import RoutedBlock
 from .source import ExpertSource
@@ -76,6 +76,11 @@ class StreamedSwitch(nn.Module):
         self, source: ExpertSource, x: mx.array, indices: mx.array
     ) -> mx.array:
         """Do what ``_run`` does, with a gradient that reads the experts once more."""
+        if not has_values(x, indices):
+            raise ModelError(
+                f"[stream] {self.path}: expected rows with values but got a trace: "
+                "call a model with streamed experts outside mx.compile and mx.vmap"
+            )
 
         @mx.custom_function  # type: ignore[untyped-decorator]
         def run(x: mx.array, indices: mx.array) -> mx.array:

@@ -12,14 +12,16 @@ import mlx.nn as nn
 from . import config
 from .errors import ConfigError, ModelError
 from .experts.access import open_experts
+from .experts.budget import Amounts
 from .experts.checkpoint import Checkpoint
 from .experts.mapped import MappedExperts
 from .experts.module_store import ModuleExperts, unchanged
 from .experts.modules import RoutedBlock, find_blocks
-from .experts.packed import Progress, is_packed
+from .experts.packed import is_packed
 from .experts.policy import DEFAULT_POLICY, policy_factory
 from .experts.streamer import ExpertStreamer, check_scope
 from .experts.switch import StreamedSwitch
+from .progress import Report
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -51,12 +53,13 @@ def stream(
     model: M,
     directory: str | Path,
     *,
+    memory: int | str | None = None,
     expert_memory: int | str | None = None,
     scope: str = "global",
     policy: str | None = None,
     read_ahead: str = "auto",
     expert_io: str | None = None,
-    report: Progress | None = None,
+    report: Report | None = None,
 ) -> M:
     """Stream the experts of a model that mlx-lm loaded with ``lazy=True``.
 
@@ -66,6 +69,7 @@ def stream(
     Args:
         model: changed in place, its class too.
         directory: where the model was loaded from.
+        memory: must be None: what a model needs besides experts is not known yet.
         expert_memory, scope, policy, read_ahead, expert_io: as for ``load``.
         report: hears how far reading has come where all experts fit.
 
@@ -91,15 +95,21 @@ def stream(
             "but found none: load it with mlx_lm.load"
         )
     direct = config.expert_io(expert_io) == "direct"
+    amounts = Amounts.read(memory, expert_memory)
+    if amounts.process is not None:
+        raise ConfigError(
+            "[memory] expected expert_memory for mlx-lm's class but got memory of "
+            f"{amounts.process} bytes: what the rest of it needs is not known"
+        )
     store = _open(model, blocks, directory, direct=direct)
     try:
         streamer = open_experts(
             store,
-            expert_memory,
+            amounts.experts,
             functools.partial(
                 ExpertStreamer,
                 store,
-                expert_memory,
+                amounts.experts,
                 scope=scope,
                 policy=policy_factory(policy or config.policy() or DEFAULT_POLICY),
                 read_ahead=read_ahead,
