@@ -28,6 +28,7 @@ from moeflux_mlx.experts.resident import ResidentExperts
 from moeflux_mlx.forward import Forward
 from moeflux_mlx.graph import Op, planned_peak_bytes
 from moeflux_mlx.graph import roles as b
+from moeflux_mlx.graph.experts import GraphExperts
 from moeflux_mlx.graph.lower import Kernel
 from moeflux_mlx.memory import Needs
 from moeflux_mlx.model import (
@@ -47,7 +48,7 @@ from moeflux_mlx.saving import (
     refuse_saving,
     refuse_saving_now,
 )
-from moeflux_mlx.weights import ExpertSource, ExpertWeights
+from moeflux_mlx.weights import ExpertWeights
 
 from . import qwen3_5_tensors
 
@@ -194,7 +195,7 @@ class GraphLayer:
         self.weights = LayerWeights(module, skip=ROUTED, unpack=unpack, joined=joined)
         self.routed = LayerWeights(module.mlp[ROUTED]) if ROUTED in module.mlp else None
         self._runner = GraphRunner(runtime.executor)
-        self._resident: tuple[Any, ExpertSource] | None = None
+        self._resident: tuple[Any, GraphExperts] | None = None
         self._shape: tuple[int, bool, RoutedShape] | None = None
 
     def __call__(self, hidden: Array, cache: Any, context: Context) -> Array:
@@ -327,7 +328,7 @@ class GraphLayer:
         outputs = {name: done.value(buf) for name, buf in graph.outputs.items()}
         return outputs.pop("hidden"), outputs
 
-    def experts(self, dtype: mx.Dtype) -> ExpertSource:
+    def experts(self, dtype: mx.Dtype) -> GraphExperts:
         """Return the layer's routed experts."""
         if self.routed is None:
             assert self.runtime.streamer is not None

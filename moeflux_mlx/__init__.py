@@ -14,6 +14,7 @@ with own_file_limit():
 from . import mlx_cache, ops  # noqa: E402
 from .loading import load  # noqa: E402
 from .state import CacheCheckpoint, State, load_state, save_state  # noqa: E402
+from .streaming import stream  # noqa: E402
 
 mlx_cache.guard()
 
@@ -28,5 +29,6 @@ __all__ = [
     "load_state",
     "ops",
     "save_state",
+    "stream",
     "stream_generate",
 ]

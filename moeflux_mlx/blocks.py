@@ -19,11 +19,11 @@ from . import ops
 from .errors import ModelError
 from .graph import BufId
 from .graph import roles as b
+from .graph.experts import GraphExperts
 from .graph.lower import Kernel
 from .model import GraphBuilder
 from .ops.functions import Array, to_device
 from .ops.moe import softmax_topk
-from .weights import ExpertSource
 
 
 @dataclass(frozen=True)
@@ -356,7 +356,7 @@ def choose_experts(
     return indices, weights
 
 
-def asking(experts: ExpertSource, k: int) -> Kernel:
+def asking(experts: GraphExperts, k: int) -> Kernel:
     """Return a function that performs ``MoeSoftmaxTopK`` and has them read."""
 
     def choose(logits: Array) -> tuple[Array, Array]:

@@ -23,10 +23,10 @@ from mlx_lm.models.cache import (
 from . import device, ops
 from .blocks import Call
 from .graph import Op
+from .graph.experts import GraphExperts
 from .graph.lower import Kernel
 from .ops.attention import join_heads, split_heads
 from .ops.functions import to_device, to_host
-from .weights import ExpertSource
 
 # Their rows lie after each other, so that a mark of the end is enough to go back.
 HELD_CACHES = (ArraysCache, KVCache, QuantizedKVCache, BatchKVCache)
@@ -52,7 +52,7 @@ class Context:
         dtype: mx.Dtype,
         *,
         host: bool,
-        experts: Mapping[int, ExpertSource] | None = None,
+        experts: Mapping[int, GraphExperts] | None = None,
     ):
         self.n_seqs, self.t, self.dtype = n_seqs, t, dtype
         self.experts, self.traced = experts, experts is not None

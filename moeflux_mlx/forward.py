@@ -22,6 +22,7 @@ from .context import Context, put_back_on_failure
 from .errors import ModelError
 from .experts.streamed import AssumedExperts
 from .graph import roles as b
+from .graph.experts import GraphExperts
 from .memory import affords_unpacked
 from .model import GraphBuilder, GraphRunner, LayerGraph
 from .needs import TextNeeds
@@ -32,7 +33,7 @@ from .runtime import Runtime
 from .steps import TokenSteps
 from .trace import Passed, StepTracer, arrays_of
 from .transforms import is_traced
-from .weights import ExpertSource, Weight, has_values
+from .weights import Weight, has_values
 
 
 class DecoderLayer(Protocol):
@@ -44,7 +45,7 @@ class DecoderLayer(Protocol):
     def __call__(self, hidden: Array, cache: Any, context: Context) -> Array:
         """Return rows ``[N, D]`` after the layer, its cache moved on."""
 
-    def experts(self, dtype: mx.Dtype) -> ExpertSource:
+    def experts(self, dtype: mx.Dtype) -> GraphExperts:
         """Return the experts that its routed Op asks."""
 
     def expected(self, hidden: Array) -> Array:
@@ -81,7 +82,7 @@ class Forward:
         self._steps = TokenSteps(StepTracer(self._traced))
         # The parameters of the last call that no transformation followed.
         self._parameters: Watch | None = None
-        self._bound: tuple[bool, list[Any], list[ExpertSource]] | None = None
+        self._bound: tuple[bool, list[Any], list[GraphExperts]] | None = None
         self.needs = TextNeeds(
             text, args, ROUTED, self._planned_bytes, lambda: self.dtype
         )
@@ -223,7 +224,7 @@ class Forward:
             source.asked(n_experts)
         return logits
 
-    def _bind(self) -> tuple[list[Mapping[str, Weight]], list[ExpertSource]]:
+    def _bind(self) -> tuple[list[Mapping[str, Weight]], list[GraphExperts]]:
         """Return all weights and experts; anew if a call found that one changed."""
         streams, bound = self.runtime.streams, self._bound
         if bound is None or bound[0] != streams:

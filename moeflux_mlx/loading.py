@@ -14,10 +14,11 @@ import mlx.nn as nn
 from mlx_lm.utils import load_config, load_model
 
 from . import config, serving
+from .door import load_through_door, takes_door
 from .download import find_model
 from .errors import ConfigError, one_line_errors
 from .executors.base import leaves
-from .experts.budget import AUTO
+from .experts.budget import Amounts
 from .experts.packed import PackedExperts, is_packed
 from .experts.store import open_store
 from .memory import MemoryPlan
@@ -41,6 +42,7 @@ def load(
     optimistic: str | None = None,
     read_ahead: str = "auto",
     expert_io: str | None = None,
+    native: bool | None = None,
     lazy: bool = False,
     revision: str | None = None,
     model_config: dict[str, Any] | None = None,
@@ -75,6 +77,9 @@ def load(
             they must be packed on Linux. None takes the environment's choice, else
             ``"auto"``: mapped on Metal where all of them fit, else ``"pread"``. A
             mapped file that is cut ends the process.
+        native: True for our own class of the model, False for mlx-lm's, its experts
+            streamed if ``expert_memory`` bounds them; None takes our own where there
+            is one.
         lazy: leave parameters unevaluated; whether they fit is not looked at either.
         revision, model_config, tokenizer_config: as in ``mlx_lm.load``. A tokenizer's
             own code runs only if ``tokenizer_config`` has ``trust_remote_code=True``.
@@ -113,8 +118,14 @@ def load(
         expert_io,
     )
     path = find_model(path_or_repo, revision)
+    if takes_door(path, native):
+        model, loaded = load_through_door(
+            path, options, lazy=lazy, model_config=model_config
+        )
+        eos = loaded.get("eos_token_id")
+        return model, open_tokenizer(path, tokenizer_config, eos)
     with _built(path, options, model_config) as (model, loaded):
-        if not lazy and options.bounds == (None, None):
+        if not lazy and options.amounts == Amounts():
             check_fits(path, model)
         # Before memory is planned: it takes some too.
         eos = loaded.get("eos_token_id")
@@ -125,7 +136,7 @@ def load(
                 _read_parameters(model, report)
     if (plan := model.runtime.plan) is not None:
         notice(str(plan))
-        if AUTO in options.bounds:
+        if model.runtime.amounts.fastest:
             notice(find_fastest(model, tokenizer))
     return model, tokenizer
 
@@ -165,7 +176,7 @@ def _built(
     path: Path, options: RunOptions, model_config: dict[str, Any] | None = None
 ) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     """Build a model without reading weights; an error in here closes its files."""
-    streams = any(bound is not None for bound in options.bounds) or is_packed(path)
+    streams = options.amounts != Amounts() or is_packed(path)
     # Opened first: mlx-lm's own errors do not say which file or expert is at fault.
     direct = config.expert_io(options.expert_io) == "direct"
     store = open_store(path, direct=direct) if streams else None
@@ -242,7 +253,7 @@ def pack_classes(model_file: str) -> tuple[type, type]:
 
         def load_weights(self, *args: Any, **kwargs: Any) -> nn.Module:
             super().load_weights(*args, **kwargs)
-            if options.bounds == (None, None):
+            if options.amounts == Amounts():
                 check_fits(directory, self)
             if self.runtime.make_plan(self.needs) is None:
                 self.runtime.open(self.needs)

@@ -136,7 +136,7 @@ def plan_memory(
             what each part takes.
     """
     stride = pool_stride([store.layout(layer) for layer in store.layers])
-    n_records = len(store.layers) * store.n_experts
+    n_records = sum(store.count(layer) for layer in store.layers)
     groups = 1 if scope == "global" else len(store.layers)
     least_bytes = groups * store.top_k * stride + POOL_ALIGNMENT
     unpack = False

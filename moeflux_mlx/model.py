@@ -18,13 +18,14 @@ from .executors.base import arrays
 from .executors.compiled import CompiledSteps
 from .graph import Buf, BufferPool, BufId, Graph, Op, WeightRef
 from .graph.buffers import Shape
+from .graph.experts import GraphExperts
 from .graph.lower import Kernel, Step
 from .graph.roles import (
     ExpertBaseBuf,
     ResidualBuf,
 )
 from .ops import MatvecNTokens, ResidualAddNTokens, RmsNormBf16NTokens
-from .weights import ExpertSource, Weight, has_values
+from .weights import Weight, has_values
 
 B = TypeVar("B", bound=Buf)
 T = TypeVar("T")
@@ -188,7 +189,7 @@ class GraphRunner:
         return encoding
 
     def _trace(
-        self, layer: LayerGraph, encoding: Encoding, experts: ExpertSource | None
+        self, layer: LayerGraph, encoding: Encoding, experts: GraphExperts | None
     ) -> CompiledSteps:
         # What ids stand for is kept by the trace, so no id is used again meanwhile.
         same = (id(encoding.weights), id(experts), frozenset(encoding.host))
@@ -210,7 +211,7 @@ class LayerSample:
         cls,
         layer: LayerGraph,
         weights: Mapping[str, Weight],
-        experts: ExpertSource,
+        experts: GraphExperts,
         n_tokens: int,
     ) -> LayerSample:
         """Fill every input with seeded noise, unknown lengths with ``n_tokens``."""

@@ -18,8 +18,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from .experts.packed import Progress as Report
-
+# Called with what is being done, the bytes done and the bytes in all.
+Report = Callable[[str, int, int], None]
 # Prompts of fewer tokens are done before anyone could read what is shown.
 SHOWN_TOKENS = 64
 

@@ -19,9 +19,8 @@ from .errors import BudgetError, ConfigError, ModelError
 from .executors import open_executor
 from .executors.ops import LazyOpsExecutor
 from .experts.access import open_experts
-from .experts.budget import AUTO, most_bytes, parse_bytes
+from .experts.budget import AUTO, Amounts, parse_bytes
 from .experts.mapped import MappedExperts
-from .experts.packed import Progress
 from .experts.policy import DEFAULT_POLICY, policy_factory
 from .experts.read_ahead import check_read_ahead
 from .experts.store import ExpertStore, model_identity
@@ -29,6 +28,7 @@ from .experts.streamer import ExpertStreamer, check_scope
 from .memory import MemoryKeeper, MemoryPlan, Needs, plan_memory
 from .model import BuiltOnce, LayerGraph
 from .preflight import unasked_expert_bytes
+from .progress import Report
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,9 @@ class RunOptions:
                 raise ConfigError(f"[{name}] expected a name but got {value!r}")
 
     @property
-    def bounds(self) -> tuple[int | str | None, int | str | None]:
-        """The process's memory and the experts', by the environment if not given."""
-        if self.memory is None and self.expert_memory is None:
-            return config.memory(), config.expert_memory()
-        return self.memory, self.expert_memory
+    def amounts(self) -> Amounts:
+        """The bounds in bytes, by the environment if none is given."""
+        return Amounts.read(self.memory, self.expert_memory)
 
 
 class Runtime:
@@ -86,6 +84,7 @@ class Runtime:
         self._optimistic = config.optimistic(options.optimistic)
         self.graphs: BuiltOnce[LayerGraph] = BuiltOnce(64)
         self.options = options
+        self.amounts = options.amounts
         # Held by each call: one at a time, whichever thread makes it.
         self.lock = threading.RLock()
         # Whether this is the ``reference`` of another one.
@@ -98,7 +97,7 @@ class Runtime:
         if options.open_experts is not None:
             self.store = options.open_experts()
 
-    def open(self, needs: Needs, report: Progress | None = None) -> None:
+    def open(self, needs: Needs, report: Report | None = None) -> None:
         """Plan memory if it is bounded, and take the experts' share; once.
 
         Args:
@@ -113,7 +112,7 @@ class Runtime:
             return
         options = self.options
         io = config.expert_io(options.expert_io)
-        if io == "mmap" and options.bounds[0] is not None:
+        if io == "mmap" and self.amounts.process is not None:
             raise ConfigError(
                 "[expert_io] expected 'pread' or 'direct' with memory= but got 'mmap': "
                 "mapped experts cannot give way to caches; bound them with "
@@ -123,7 +122,7 @@ class Runtime:
         # Wrong names are errors even where experts are mapped and nothing is evicted.
         check_scope(options.scope)
         policy = policy_factory(options.policy or config.policy() or DEFAULT_POLICY)
-        memory = plan.expert_bytes if plan else options.bounds[1]
+        memory = plan.expert_bytes if plan else self.amounts.experts
         if memory is None:
             memory = unasked_expert_bytes(needs)
         stream = partial(
@@ -150,17 +149,14 @@ class Runtime:
 
     def make_plan(self, needs: Needs) -> MemoryPlan | None:
         """Return what a bounded process's memory goes to; takes none of it."""
-        memory, most = self.options.bounds
-        if self.store is None or memory is None:
+        if self.store is None or self.amounts.process is None:
             return None
         return plan_memory(
-            most_bytes() if memory == AUTO else parse_bytes(memory),
+            self.amounts.process,
             needs,
             self.store,
             scope=self.options.scope,
-            most_expert_bytes=parse_bytes(most, "expert_memory")
-            if most is not None
-            else None,
+            most_expert_bytes=self.amounts.experts,
         )
 
     def reference(self, *, has_values: bool) -> Runtime:

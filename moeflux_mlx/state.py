@@ -62,7 +62,7 @@ def save_state(
         StateError: the caches are not this model's or not of these tokens, or the file
             cannot be written.
     """
-    path = Path(path)
+    path, identity = Path(path), _identity(model)
     layers = [_describe(i, c) for i, c in enumerate(cache)]
     arrays = {name: x for _, parts in layers for name, x in parts.items()}
     arrays[TOKENS] = mx.array(_token_ids(path, tokens))
@@ -73,7 +73,7 @@ def save_state(
     about = {
         "format": FORMAT,
         "version": str(VERSION),
-        "model": model.runtime.identity,
+        "model": identity,
         "layers": json.dumps([about for about, _ in layers]),
     }
     for i, c in enumerate(cache):
@@ -92,6 +92,17 @@ def save_state(
                 file.write(_bytes_of(arrays[name]))
     except (OSError, ValueError) as error:
         raise StateError(f"[state] cannot write {path}: {error}") from error
+
+
+def _identity(model: nn.Module) -> str:
+    runtime = getattr(model, "runtime", None)
+    if runtime is None:
+        kind = type(model)
+        raise StateError(
+            "[state] expected a model of moeflux-mlx's own class but got "
+            f"{kind.__module__}.{kind.__name__}: its state cannot be kept"
+        )
+    return str(runtime.identity)
 
 
 def load_state(path: str | os.PathLike, model: nn.Module) -> State:
@@ -163,7 +174,7 @@ class _Checked:
                 f"[state] {path}: expected version {VERSION} but got {got}: save the "
                 "state anew"
             )
-        self._expect("model", model.runtime.identity, about.get("model"))
+        self._expect("model", _identity(model), about.get("model"))
         needs = model.needs
         self._n_tokens = self._count(entries)
         found = self._json(about.get("layers", ""))

@@ -21,8 +21,8 @@ import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, KVCache
 
 from .experts.streamer import ExpertStreamer
+from .graph.experts import GraphExperts
 from .trace import Passed, StepTracer, can_trace, set_states, states_of
-from .weights import ExpertSource
 
 # Spans of layers that have traces of their own: 1, 4, 16, ..., and all.
 SPAN_GROWTH = 4
@@ -45,7 +45,7 @@ class TokenSteps:
         self,
         tokens: mx.array,
         caches: Sequence[Any],
-        sources: Sequence[ExpertSource],
+        sources: Sequence[GraphExperts],
         weights: Sequence[object],
         streamer: ExpertStreamer | None,
         *,
@@ -94,7 +94,7 @@ class _Run:
         self,
         tracer: StepTracer,
         caches: Sequence[Any],
-        sources: Sequence[ExpertSource],
+        sources: Sequence[GraphExperts],
         weights: Sequence[object],
         traced: bool,
     ):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -51,7 +51,8 @@ class Weight:
     Quantised, ``w`` is uint32 ``[..., O, I * bits / 32]`` with ``scales`` (and, for
     affine, ``biases``) ``[..., O, I / group_size]``. A leading axis, if there is one,
     counts experts or slots; where they do not lie end to end, ``in_pool`` says how
-    the parts lie in their records.
+    the parts lie in their records. ``bias`` ``[..., O]`` and ``global_scale`` ``[...]``
+    are for mlx-lm's modules: no Op has either.
     """
 
     w: Any
@@ -59,6 +60,8 @@ class Weight:
     biases: Any = None
     quantization: Quantization | None = None
     in_pool: tuple[Records | None, ...] | None = None
+    bias: Any = None
+    global_scale: Any = None
 
     @property
     def strided(self) -> bool:
@@ -109,13 +112,36 @@ class Weight:
         return Weight(w, scales, biases, self.quantization)
 
 
-@dataclass(frozen=True)
 class ExpertWeights:
-    """The three projections of the experts at hand, leading axis ``n_slots``."""
+    """The projections of the experts at hand, leading axis ``n_slots``.
 
-    gate: Weight
-    up: Weight
-    down: Weight
+    ``by_name`` has them under the names of mlx-lm's modules.
+    """
+
+    def __init__(self, gate: Weight, up: Weight, down: Weight):
+        self.by_name = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+
+    @classmethod
+    def named(cls, projections: Mapping[str, Weight]) -> ExpertWeights:
+        """Put together what may be other projections than gate, up and down."""
+        weights = cls.__new__(cls)
+        weights.by_name = dict(projections)
+        return weights
+
+    @property
+    def gate(self) -> Weight:
+        """What the activation is applied to."""
+        return self.by_name["gate_proj"]
+
+    @property
+    def up(self) -> Weight:
+        """What is multiplied by the activation."""
+        return self.by_name["up_proj"]
+
+    @property
+    def down(self) -> Weight:
+        """What leads back to the model's width."""
+        return self.by_name["down_proj"]
 
     @functools.cached_property
     def on_host(self) -> ExpertWeights:
@@ -149,80 +175,3 @@ def has_values(*arrays: mx.array) -> bool:
     except ValueError:
         return False
     return True
-
-
-class ExpertSource(Protocol):
-    """One MoE layer's experts, wherever they are: MoE Ops read them through this.
-
-    Slots handed out stay as they are until the arrays given to ``guard`` have been
-    evaluated, so a lazy graph never reads an overwritten slot.
-    """
-
-    @property
-    def weights(self) -> ExpertWeights:
-        """All slots of the layer's pool as arrays with a leading slot axis."""
-
-    @property
-    def settled(self) -> ExpertSource | None:
-        """These experts, if none is ever read again and each is its own slot.
-
-        It counts nothing: who keeps it tells ``asked`` how many experts a run used.
-        """
-
-    def assumed(self, slots: mx.array | None) -> ExpertSource:
-        """Return these experts for a trace: nothing read, nothing counted.
-
-        Args:
-            slots: uint32 ``[n_layers, n_experts]``: where to look up those that are
-                not ``settled``, by the layers of their streamer.
-        """
-
-    def asked(self, n: int) -> None:
-        """Hear that a run asked for ``n`` experts without calling ``slots``."""
-
-    def ask(self, indices: mx.array) -> None:
-        """Begin to read what ``slots`` or ``parts`` will be called for next.
-
-        Args:
-            indices: ``[1, K]`` expert ids of one token.
-        """
-
-    def slots(self, indices: mx.array) -> mx.array:
-        """Map expert ids to slots that hold them, reading what is missing.
-
-        Args:
-            indices: ``[N, K]`` int32 or uint32 expert ids of one step whose distinct
-                experts fit into the pool together (``N = 1`` always does).
-
-        Returns:
-            ``[N, K]`` uint32 slots.
-        """
-
-    def batches(self, indices: mx.array) -> Iterator[tuple[slice, mx.array]]:
-        """Yield which rows of ``indices``, in order, and the slots of their experts.
-
-        The caller builds whatever reads them and passes it to ``guard`` before it asks
-        for the next: each batch's experts fit into the pool together.
-
-        Args:
-            indices: ``[N, K]`` expert ids.
-        """
-
-    def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield columns of ``indices`` and the slots of their experts, as they come.
-
-        While the caller computes with those in memory the others are being read.
-
-        Args:
-            indices: ``[1, K]`` expert ids of one token.
-        """
-
-    def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
-        """Yield ``(expert, slot)`` lists that together visit each expert once.
-
-        The caller builds whatever reads a wave's slots and passes it to ``guard``
-        before it asks for the next wave.
-        """
-
-    def guard(self, *outputs: mx.array) -> None:
-        """Evaluate ``outputs`` before any slot handed out so far is overwritten."""

@@ -111,7 +111,7 @@ def full_bytes(store):
 
 
 def test_packed_experts_that_all_fit_are_mapped_on_metal(store, on_metal, capfd):
-    for memory in (None, full_bytes(store), "1GB"):
+    for memory in (None, full_bytes(store), 10**9):
         assert isinstance(on_metal(store, memory), MappedExperts), memory
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 3 and len(set(said)) == 1

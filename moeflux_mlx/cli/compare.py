@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..compare import TOLERANCES, Comparison, Side, compare
 from ..errors import ConfigError
-from .generate import add_streaming_flags, streaming_options
+from .generate import add_native_flag, add_streaming_flags, streaming_options
 
 DEFAULT_PROMPT = "def read_table(path):\n"
 DEFAULT_TOKENS = 64
@@ -66,6 +66,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON, not tables")
     add_streaming_flags(parser)
+    add_native_flag(parser)
     parser.set_defaults(run=run)
 
 

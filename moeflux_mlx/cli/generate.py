@@ -37,6 +37,7 @@ def add_parser(subparsers: Any) -> None:
     # mlx-lm falls back on a model of its own, which has no experts to stream.
     parser.add_argument("--model", help="model directory or Hugging Face repository")
     add_streaming_flags(parser)
+    add_native_flag(parser)
     add_state_flags(parser)
     parser.set_defaults(run=run)
 
@@ -76,6 +77,17 @@ def add_streaming_flags(parser: argparse.ArgumentParser) -> None:
     ours.add_argument("--executor", help="what runs the graph, for example ops")
 
 
+def add_native_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that asks for mlx-lm's own class of a model."""
+    parser.add_argument(
+        "--no-native",
+        dest="native",
+        action="store_const",
+        const=False,
+        help="run mlx-lm's own class of the model, also where there is one of ours",
+    )
+
+
 def add_state_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what state to begin with and to leave."""
     ours = parser.add_argument_group("state of a run")
@@ -88,7 +100,8 @@ def add_state_flags(parser: argparse.ArgumentParser) -> None:
 def streaming_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return what those flags say, as ``load`` takes it."""
     names = ("memory", "expert_memory", "scope", "policy", "read_ahead", "expert_io")
-    return {name: getattr(args, name) for name in (*names, "executor")}
+    options = {name: getattr(args, name) for name in (*names, "executor")}
+    return {**options, "native": getattr(args, "native", None)}
 
 
 def run(args: argparse.Namespace) -> int:

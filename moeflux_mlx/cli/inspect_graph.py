@@ -59,7 +59,7 @@ def report(
     """
     if n_tokens < 1:
         raise ConfigError(f"[--tokens] expected at least 1 but got {n_tokens}")
-    model, _ = load(model_path, expert_memory=expert_memory, lazy=True)
+    model, _ = load(model_path, expert_memory=expert_memory, native=True, lazy=True)
     layers = model.graph_layers
     if not 0 <= layer < len(layers):
         raise ConfigError(

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Profile the model and print the table."""
     if args.plot:
         check_plot(args.plot)
-    model, _ = load(args.model, **streaming_options(args))
+    model, _ = load(args.model, **{**streaming_options(args), "native": True})
     found = profile(
         model, context=args.context, prefill=args.prefill, repeats=args.repeats
     )

@@ -49,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate, and write the trace."""
     text = _prompt(args)
-    model, tokenizer = load(args.model, **streaming_options(args))
+    model, tokenizer = load(args.model, **{**streaming_options(args), "native": True})
     mx.random.seed(args.seed)
     trace = record_routing(
         model,

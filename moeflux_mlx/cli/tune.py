@@ -63,7 +63,10 @@ def run(args: argparse.Namespace) -> int:
     """Tune on the model's shapes, print what was found, and keep it."""
     executor = args.executor or config.executor_name() or gpu_executor() or "sim"
     path = args.file or (None if executor == "sim" else default_path(executor))
-    model, _ = load(args.model, **{**streaming_options(args), "executor": executor})
+    model, _ = load(
+        args.model,
+        **{**streaming_options(args), "executor": executor, "native": True},
+    )
     console = Console(stderr=True)
 
     def progress(choices: Sequence[Choice], what: str) -> Iterable[Choice]:

@@ -83,6 +83,7 @@ def compare(
     read_ahead: str = "auto",
     expert_io: str | None = None,
     executor: str | None = None,
+    native: bool | None = None,
 ) -> Comparison:
     """Compare moeflux-mlx with stock mlx-lm; each side runs in its own process.
 
@@ -97,8 +98,8 @@ def compare(
             stacked in memory again when it is packed.
         dtype: ``float32`` casts both sides; ``model`` leaves each its own type.
         tolerance: largest relative RMS error, by default that of ``TOLERANCES``.
-        memory, expert_memory, scope, policy, read_ahead, expert_io, executor: as for
-            ``load``.
+        memory, expert_memory, scope, policy, read_ahead, expert_io, executor, native:
+            as for ``load``.
 
     Raises:
         ConfigError: an argument is not usable.
@@ -126,6 +127,7 @@ def compare(
             "read_ahead": read_ahead,
             "expert_io": expert_io,
             "executor": executor,
+            "native": native,
         }
         job = replace(
             job, side="ours", path=str(path), forced=stock.tokens, options=options

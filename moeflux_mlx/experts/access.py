@@ -8,25 +8,23 @@ from rich.filesize import decimal
 
 from .. import config
 from ..errors import BudgetError, ConfigError
-from ..progress import notice
-from .budget import MEMORY_SHARE, most_bytes, parse_bytes
+from ..progress import Report, notice
+from .budget import MEMORY_SHARE, most_bytes
 from .mapped import MappedExperts
-from .packed import PackedExperts, Progress
+from .packed import PackedExperts
 from .pool import pool_bytes
 from .store import ExpertStore
 from .streamer import ExpertStreamer
 
-Memory = int | float | str | None
-
 
 def open_experts(
     store: ExpertStore,
-    memory: Memory,
+    memory: int | None,
     stream: Callable[[], ExpertStreamer],
     *,
     io: str | None = None,
     on_host: bool = False,
-    report: Progress | None = None,
+    report: Report | None = None,
 ) -> ExpertStreamer | MappedExperts:
     """Map a pack that fits where MLX computes on its pages, else stream; say which.
 
@@ -70,7 +68,7 @@ def open_experts(
     return streamer
 
 
-def all_fit(store: ExpertStore, memory: Memory) -> bool:
+def all_fit(store: ExpertStore, memory: int | None) -> bool:
     """Tell whether slots for all experts fit into ``memory`` and the machine's share.
 
     These are the slots that an ``ExpertStreamer`` would read them all into, and the
@@ -78,27 +76,26 @@ def all_fit(store: ExpertStore, memory: Memory) -> bool:
     """
     layouts = [store.layout(layer) for layer in store.layers]
     gate = most_bytes()
-    asked = gate if memory is None else parse_bytes(memory, "expert_memory")
-    return pool_bytes(layouts, len(layouts) * store.n_experts) <= min(asked, gate)
+    asked = gate if memory is None else memory
+    n_experts = sum(store.count(layer) for layer in store.layers)
+    return pool_bytes(layouts, n_experts) <= min(asked, gate)
 
 
 def all_bytes(store: ExpertStore) -> int:
     """Return the bytes of all records of a store."""
-    strides = sum(store.layout(layer).stride for layer in store.layers)
-    return store.n_experts * strides
+    return sum(store.count(i) * store.layout(i).stride for i in store.layers)
 
 
-def _mappable(store: ExpertStore, memory: Memory) -> PackedExperts:
+def _mappable(store: ExpertStore, memory: int | None) -> PackedExperts:
     if not isinstance(store, PackedExperts):
         raise ConfigError(
             "[expert_io] expected a packed directory for 'mmap' but got a plain "
             "checkpoint: pack it first, or use 'pread'"
         )
-    asked = None if memory is None else parse_bytes(memory, "expert_memory")
-    if asked is not None and asked < all_bytes(store):
+    if memory is not None and memory < all_bytes(store):
         raise BudgetError(
             f"[expert_io] expected memory of at least {all_bytes(store)} bytes, all "
-            f"experts, for 'mmap' but got {asked}: use 'pread'"
+            f"experts, for 'mmap' but got {memory}: use 'pread'"
         )
     return store
 

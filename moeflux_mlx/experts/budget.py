@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
-from .. import device
+from .. import config, device
 from ..errors import BudgetError, ConfigError
 
 UNITS = {
@@ -25,11 +26,13 @@ AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", re.AS
 MOST = 2**63
 # Above this share of physical memory experts would push everything else out.
 MEMORY_SHARE = 0.75
+# What users give as an amount.
+Amount = int | float | str
 # Instead of an amount: as much as is found to be the fastest.
 AUTO = "auto"
 
 
-def parse_bytes(memory: int | float | str, name: str = "memory") -> int:
+def parse_bytes(memory: Amount, name: str = "memory") -> int:
     """Read an amount of memory such as ``8GB``, ``512MiB``, ``1.5e9`` or an int.
 
     Raises:
@@ -66,8 +69,38 @@ def most_bytes() -> int:
     return int(MEMORY_SHARE * device.physical_memory_bytes())
 
 
+@dataclass(frozen=True)
+class Amounts:
+    """Bounds on memory in bytes: on the process, and on its experts; None: neither.
+
+    ``fastest``: the process takes what is found to be the fastest, within its bound.
+    """
+
+    process: int | None = None
+    experts: int | None = None
+    fastest: bool = False
+
+    @classmethod
+    def read(cls, memory: Amount | None, expert_memory: Amount | None) -> Amounts:
+        """Read what a user asks for; the environment says it where that is nothing.
+
+        Raises:
+            ConfigError: as ``parse_bytes``.
+        """
+        if memory is None and expert_memory is None:
+            memory, expert_memory = config.memory(), config.expert_memory()
+        most = (
+            None
+            if expert_memory is None
+            else parse_bytes(expert_memory, "expert_memory")
+        )
+        if memory == AUTO:
+            return cls(most_bytes(), most, fastest=True)
+        return cls(None if memory is None else parse_bytes(memory), most)
+
+
 def count_slots(
-    memory: int | float | str | None,
+    memory: int | None,
     *,
     stride: int,
     slack_bytes: int,
@@ -84,10 +117,9 @@ def count_slots(
         n_minimum: fewer slots cannot serve one token.
 
     Raises:
-        ConfigError: ``memory`` is not an amount of bytes.
         BudgetError: the minimum does not fit; states it.
     """
-    asked = most_bytes() if memory is None else parse_bytes(memory, "expert_memory")
+    asked = most_bytes() if memory is None else memory
     n_slots = min((asked - slack_bytes) // stride, n_records)
     if n_slots < n_minimum:
         minimum_bytes = n_minimum * stride + slack_bytes

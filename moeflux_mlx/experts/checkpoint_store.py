@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from ..errors import ModelError
 from ..files import short
@@ -13,32 +14,31 @@ from .reader import Batch, HostPlace, Read
 from .routed import RoutedLayer, routed_layers
 from .spans import Piece, Span, merge
 
+if sys.version_info >= (3, 11):
+    from typing import Self
+else:
+    from typing_extensions import Self
 
-class CheckpointExperts:
-    """The experts in a checkpoint's safetensors files; a context manager.
+
+class TensorExperts:
+    """Experts that lie scattered over the tensors of a checkpoint; a context manager.
 
     Records have the layout that packing would give them, but lie scattered: each
     tensor of an expert is a span of its own unless it follows another in a file.
     """
 
-    def __init__(self, checkpoint: Checkpoint, alignment: int = DEFAULT_ALIGNMENT):
-        """Find the experts among a checkpoint's tensors; the checkpoint is kept.
-
-        Raises:
-            ModelError: there are none, some are missing, their form is unknown, or
-                they do not fit each other or ``config.json``; names the tensor.
-        """
-        self.checkpoint = checkpoint
-        self.routed = find_routed(checkpoint)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        routed: dict[int, RoutedLayer],
+        layouts: dict[int, ExpertLayout],
+        top_k: int,
+    ):
+        self.checkpoint, self.routed, self.top_k = checkpoint, routed, top_k
+        self.n_experts = max(layer.n_experts for layer in routed.values())
+        self._layouts = layouts
         self._spans: dict[tuple[int, int], tuple[Span, ...]] = {}
         self._paths = {checkpoint.fd(shard): shard for shard in checkpoint.shards}
-        self.model = _checked_facts(checkpoint, self.routed)
-        self._layouts = {
-            number: layer.layout(checkpoint.config, alignment)
-            for number, layer in self.routed.items()
-        }
-        for number, layout in self._layouts.items():
-            check_sizes(checkpoint.config, self.routed[number], layout)
         self.tensor_names = frozenset(
             entry.name
             for layer in self.routed.values()
@@ -46,45 +46,18 @@ class CheckpointExperts:
             for entry in tensors.entries
         )
 
-    @classmethod
-    def open(
-        cls, directory: str | os.PathLike, *, direct: bool = False
-    ) -> CheckpointExperts:
-        """Open a checkpoint after every check that reads no more than headers.
-
-        Args:
-            directory: with ``config.json`` and safetensors files.
-            direct: read past the page cache, which macOS alone can do with tensors
-                at any offset; elsewhere warn and do not.
-
-        Raises:
-            ModelError: not a model directory, a file missing or truncated, or experts
-                of no usable form.
-        """
-        checkpoint = Checkpoint.open(directory)
-        try:
-            store = cls(checkpoint)
-            if direct:
-                bypass_cache(list(store._paths), checkpoint.directory, aligned=False)
-            return store
-        except BaseException:
-            checkpoint.close()
-            raise
-
     @property
     def layers(self) -> tuple[int, ...]:
         """Numbers of the layers that have routed experts, ascending."""
         return tuple(self.routed)
 
-    @property
-    def n_experts(self) -> int:
-        """Routed experts of each layer."""
-        return self.model.n_experts
+    def count(self, layer: int) -> int:
+        """Return how many experts one layer has."""
+        return self.routed[layer].n_experts
 
-    @property
-    def top_k(self) -> int:
-        """Experts that one token uses in one layer."""
-        return self.model.top_k
+    def name(self, layer: int) -> str:
+        """Return what errors call a layer."""
+        return f"layer {layer}"
 
     def layout(self, layer: int) -> ExpertLayout:
         """Return the layout of one layer's records."""
@@ -112,6 +85,11 @@ class CheckpointExperts:
     def checksum(self, layer: int, expert: int) -> None:
         """Return None: a checkpoint has no checksums."""
 
+    def bypass_cache(self) -> None:
+        """Read past the page cache, which macOS alone can do with tensors at any
+        offset; elsewhere warn and do not."""
+        bypass_cache(list(self._paths), self.checkpoint.directory, aligned=False)
+
     def read_record(self, layer: int, expert: int, record: memoryview) -> None:
         """Fill ``record`` with an expert's tensors; padding stays as it is.
 
@@ -127,11 +105,56 @@ class CheckpointExperts:
         """Close the files."""
         self.checkpoint.close()
 
-    def __enter__(self) -> CheckpointExperts:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class CheckpointExperts(TensorExperts):
+    """The experts in a checkpoint's safetensors files, found by their names."""
+
+    def __init__(self, checkpoint: Checkpoint, alignment: int = DEFAULT_ALIGNMENT):
+        """Find the experts among a checkpoint's tensors; the checkpoint is kept.
+
+        Raises:
+            ModelError: there are none, some are missing, their form is unknown, or
+                they do not fit each other or ``config.json``; names the tensor.
+        """
+        routed = find_routed(checkpoint)
+        self.model = _checked_facts(checkpoint, routed)
+        layouts = {
+            number: layer.layout(checkpoint.config, alignment)
+            for number, layer in routed.items()
+        }
+        for number, layout in layouts.items():
+            check_sizes(checkpoint.config, routed[number], layout)
+        super().__init__(checkpoint, routed, layouts, self.model.top_k)
+
+    @classmethod
+    def open(
+        cls, directory: str | os.PathLike, *, direct: bool = False
+    ) -> CheckpointExperts:
+        """Open a checkpoint after every check that reads no more than headers.
+
+        Args:
+            directory: with ``config.json`` and safetensors files.
+            direct: as ``bypass_cache``.
+
+        Raises:
+            ModelError: not a model directory, a file missing or truncated, or experts
+                of no usable form.
+        """
+        checkpoint = Checkpoint.open(directory)
+        try:
+            store = cls(checkpoint)
+            if direct:
+                store.bypass_cache()
+            return store
+        except BaseException:
+            checkpoint.close()
+            raise
 
 
 def find_routed(checkpoint: Checkpoint) -> dict[int, RoutedLayer]:

@@ -42,11 +42,11 @@ class Demand:
         Raises:
             ExpertStoreError: there is no such expert.
         """
-        distinct, n_experts = sorted(set(ids)), self._table.n_experts
+        distinct, n_experts = sorted(set(ids)), self._n_experts(layer)
         if distinct and not 0 <= distinct[0] <= distinct[-1] < n_experts:
             raise ExpertStoreError(
-                f"[slots] layer {layer}: expected experts from 0 to {n_experts - 1} "
-                f"but got {distinct[0]} to {distinct[-1]}"
+                f"[slots] {self._in_flight.name(layer)}: expected experts from 0 to "
+                f"{n_experts - 1} but got {distinct[0]} to {distinct[-1]}"
             )
         return distinct
 
@@ -72,9 +72,8 @@ class Demand:
         Raises:
             ExpertStoreError, BudgetError: as ``StreamedExperts.slots``.
         """
-        there_are = range(self._table.n_experts)
         later = {
-            other: [e for e in sorted(set(chosen)) if e in there_are]
+            other: [e for e in sorted(set(chosen)) if 0 <= e < self._n_experts(other)]
             for other, chosen in (likely or {}).items()
         }
         keep = {key for other in later for key in self.keys(other, later[other])}
@@ -110,9 +109,9 @@ class Demand:
         needed = self.distinct(layer, ids)
         if len(needed) > self._table.capacity:
             raise BudgetError(
-                f"[slots] layer {layer}: expected at most {self._table.capacity} "
-                f"distinct experts in one step but got {len(needed)}: the memory "
-                "budget is too small for it"
+                f"[slots] {self._in_flight.name(layer)}: expected at most "
+                f"{self._table.capacity} distinct experts in one step but got "
+                f"{len(needed)}: the memory budget is too small for it"
             )
         missing = self._missing(layer, needed)
         coming = self._in_flight.coming(layer)
@@ -207,6 +206,9 @@ class Demand:
     def _note_rate(self, missed: bool) -> None:
         share = 1 / (MISS_RATE_TOKENS * len(self._rows))
         self.miss_rate += share * (missed - self.miss_rate)
+
+    def _n_experts(self, layer: int) -> int:
+        return len(self._table.rows[self._rows[layer]])
 
     def _missing(self, layer: int, experts: Sequence[int]) -> list[int]:
         places = self._table.rows[self._rows[layer]]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import ExpertStoreError
-from .packed import Progress
+from ..progress import Report
 from .pool import SlotPool
 from .reader import Batch, Read, ReadPool
 from .residency import SlotTable
@@ -57,6 +57,10 @@ class InFlight:
 
     def __bool__(self) -> bool:
         return bool(self._begun)
+
+    def name(self, layer: int) -> str:
+        """Return what errors call a layer."""
+        return self._store.name(layer)
 
     def coming(self, layer: int) -> set[int]:
         """Return a layer's experts that are being read."""
@@ -141,8 +145,8 @@ class InFlight:
         for begun in self._begun:
             begun.batch.cancel()
 
-    def preload(self, report: Progress | None = None) -> None:
-        """Read every expert into the slot ``row * n_experts + expert``.
+    def preload(self, report: Report | None = None) -> None:
+        """Read every expert into its slot, one row after the other.
 
         Args:
             report: hears how far it has come.
@@ -150,17 +154,17 @@ class InFlight:
         Raises:
             ExpertStoreError: one could not be read.
         """
-        n_experts, n_rows = self._store.n_experts, len(self._rows)
+        n_records = sum(self._store.count(layer) for layer in self._rows)
         for layer, row in self._rows.items():
-            slots = range(row * n_experts, (row + 1) * n_experts)
+            slots = self._table.all_slots(row)
             reads = [self._read(layer, e, slot) for e, slot in enumerate(slots)]
             batch = Batch(reads)
             self.reader.submit(batch)
             batch.wait()
             self._count_preloaded(reads)
             if report is not None:
-                n_bytes = n_experts * self._pool.stride
-                report("reading experts", (row + 1) * n_bytes, n_rows * n_bytes)
+                stride = self._pool.stride
+                report("reading experts", slots.stop * stride, n_records * stride)
 
     def _count_preloaded(self, reads: list[Read]) -> None:
         for read in reads:
@@ -182,6 +186,7 @@ class InFlight:
             expert,
             None if checked else store.checksum(layer, expert),
             layout.stride - layout.record_bytes,
+            name=store.name(layer),
         )
 
     def _settle_read(

@@ -14,6 +14,8 @@ from .safetensors import DTYPE_BYTES, MAX_RANK
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PARTS = ("weight", "scales", "biases")
+# All that a projection of mlx-lm can have.
+ALL_PARTS = (*PARTS, "bias", "global_scale")
 TENSOR_ALIGNMENT = 16
 # Apple's page, and a multiple of every disk's logical block.
 DEFAULT_ALIGNMENT = 16 * 1024
@@ -37,8 +39,9 @@ class TensorSpec:
 class ExpertLayout:
     """The record of one expert: ``[gate w|s|b, up w|s|b, down w|s|b]``.
 
-    ``quantization`` follows ``PROJECTIONS``; None is a dense projection. Records lie
-    ``stride`` bytes apart, a multiple of ``alignment``.
+    Blocks with other projections have those in their place. ``quantization`` follows
+    ``projections``; None is a dense one. Records lie ``stride`` bytes apart, a multiple
+    of ``alignment``.
     """
 
     tensors: tuple[TensorSpec, ...]
@@ -54,14 +57,17 @@ class ExpertLayout:
     ) -> ExpertLayout:
         """Lay out one expert's tensors, given as ``(dtype, shape)`` without experts.
 
+        Args:
+            quantization: by projection, in the order of the record.
+
         Raises:
             ConfigError: ``alignment`` is not a power of two of at least 16.
         """
         check_alignment(alignment)
         tensors: list[TensorSpec] = []
         end = 0
-        for projection in PROJECTIONS:
-            for part in PARTS:
+        for projection in quantization:
+            for part in ALL_PARTS:
                 if (projection, part) not in parts:
                     continue
                 dtype, shape = parts[projection, part]
@@ -71,9 +77,12 @@ class ExpertLayout:
                 tensors.append(
                     TensorSpec(projection, part, dtype, tuple(shape), offset, n_bytes)
                 )
-        return cls(
-            tuple(tensors), tuple(quantization[p] for p in PROJECTIONS), alignment
-        )
+        return cls(tuple(tensors), tuple(quantization.values()), alignment)
+
+    @cached_property
+    def projections(self) -> tuple[str, ...]:
+        """Names of the projections, in the order of the record."""
+        return tuple(dict.fromkeys(t.projection for t in self.tensors))
 
     @cached_property
     def record_bytes(self) -> int:
@@ -92,7 +101,9 @@ class ExpertLayout:
             "alignment": self.alignment,
             "quantization": {
                 projection: None if q is None else asdict(q)
-                for projection, q in zip(PROJECTIONS, self.quantization, strict=True)
+                for projection, q in zip(
+                    self.projections, self.quantization, strict=True
+                )
             },
             "tensors": [
                 {
@@ -128,7 +139,7 @@ class ExpertLayout:
             raise ExpertStoreError(
                 f"[layout] expected a record layout but got {short(error)}"
             ) from error
-        if {(p, "weight") for p in PROJECTIONS} - parts.keys():
+        if {(p, "weight") for p in quantization} - parts.keys() or not parts:
             raise ExpertStoreError("[layout] expected a weight of every projection")
         if [t.offset for t in layout.tensors] != offsets:
             raise ExpertStoreError(
@@ -153,9 +164,7 @@ def check_alignment(alignment: int) -> None:
 
 def _shape(values: list) -> tuple[int, ...]:
     # Products of more sizes take time that grows faster than what states them.
-    if not 0 < len(values) <= MAX_RANK or any(
-        type(n) is not int or n < 1 for n in values
-    ):
+    if len(values) > MAX_RANK or any(type(n) is not int or n < 1 for n in values):
         raise ValueError(f"shape {short(values)}")
     return tuple(values)
 

@@ -15,9 +15,10 @@ import xxhash
 
 from .. import config
 from ..errors import ConfigError, ExpertStoreError
-from ..weights import ExpertSource, ExpertWeights
+from ..progress import Report
+from ..weights import ExpertWeights
 from .layout import ExpertLayout
-from .packed import PackedExperts, Progress
+from .packed import PackedExperts
 from .pool import MLX_DTYPES, slot_weights, weights_of
 from .resident import PreloadedExperts
 from .spans import read_fully
@@ -35,7 +36,7 @@ class MappedExperts:
     resident = True
 
     def __init__(
-        self, store: PackedExperts, *, on_host: bool, report: Progress | None = None
+        self, store: PackedExperts, *, on_host: bool, report: Report | None = None
     ):
         """Check and map every expert file; the store stays the caller's to close.
 
@@ -49,7 +50,7 @@ class MappedExperts:
             ConfigError: MLX cannot use mapped memory here.
             ExpertStoreError: a file is too short, cannot be read or is damaged.
         """
-        self.experts = [(i, e) for i in store.layers for e in range(store.n_experts)]
+        self.experts = [(i, e) for i in store.layers for e in range(store.count(i))]
         self.n_slots = len(self.experts)
         self.stats = StreamStats(store.layers)
         rows = {layer: _map(store, layer) for layer in store.layers}
@@ -68,7 +69,7 @@ class MappedExperts:
     def preload(self, experts: Collection[tuple[int, int]]) -> None:
         """Do nothing: they are there."""
 
-    def source(self, layer: int) -> ExpertSource:
+    def source(self, layer: int) -> PreloadedExperts:
         """Return one layer's experts as its MoE Op reads them.
 
         Raises:
@@ -84,6 +85,9 @@ class MappedExperts:
     def guard(self, *outputs: mx.array) -> None:
         """Do nothing: no expert is ever overwritten."""
 
+    def hand_over(self) -> None:
+        """Do nothing: no slot is ever overwritten."""
+
     def close(self) -> None:
         """Let go of the files; they stay mapped while arrays of theirs are in use."""
         self._weights.clear()
@@ -94,7 +98,7 @@ class MappedExperts:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _check(self, store: PackedExperts, report: Progress | None) -> None:
+    def _check(self, store: PackedExperts, report: Report | None) -> None:
         """Read every record through the page cache and compare its checksum."""
         largest = max(store.layout(layer).record_bytes for layer in store.layers)
         own = threading.local()
@@ -107,7 +111,7 @@ class MappedExperts:
         n_done, n_all = (
             0,
             sum(
-                store.n_experts * store.layout(layer).record_bytes
+                store.count(layer) * store.layout(layer).record_bytes
                 for layer in store.layers
             ),
         )
@@ -153,7 +157,7 @@ def device_weights(rows: np.ndarray, layout: ExpertLayout) -> ExpertWeights:
 
 def _map(store: PackedExperts, layer: int) -> np.ndarray:
     """Map the file of one layer's experts: uint8 ``[n_experts, stride]``, read-only."""
-    shape = store.n_experts, store.layout(layer).stride
+    shape = store.count(layer), store.layout(layer).stride
     n_bytes, path = math.prod(shape), store.path(layer)
     # Beyond a file's end lies a signal that ends the process.
     found = os.fstat(store.fd(layer)).st_size

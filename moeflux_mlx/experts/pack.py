@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ExpertStoreError, ModelError
+from ..progress import Report
 from .checkpoint import Checkpoint
 from .checkpoint_store import CheckpointExperts
 from .folder import Folder, open_parent
@@ -17,7 +18,7 @@ from .layout import DEFAULT_ALIGNMENT, check_alignment
 from .manifest import MANIFEST_NAME, LayerFile, Manifest
 from .model_file import MODEL_FILE, SHIM
 from .pack_files import list_files
-from .packed import Progress, damaged_records, is_packed
+from .packed import damaged_records, is_packed
 from .packed import verify as verify_pack
 from .safetensors import TensorEntry
 from .sidecars import JOURNAL_NAME, OWN_NAMES, TEMPLATES, SourceFiles, source_files
@@ -39,7 +40,7 @@ def pack(
     *,
     verify: bool = False,
     alignment: int = DEFAULT_ALIGNMENT,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> Manifest:
     """Write ``dst``, a model directory whose routed experts can be streamed.
 
@@ -102,7 +103,7 @@ def _own_folder(parent: Folder, path: Path) -> Iterator[Folder]:
 class _Job:
     """One checkpoint on its way into one directory."""
 
-    def __init__(self, checkpoint: Checkpoint, alignment: int, progress: Progress):
+    def __init__(self, checkpoint: Checkpoint, alignment: int, progress: Report):
         if is_packed(checkpoint.directory) or "model_file" in checkpoint.config:
             raise ModelError(
                 f"[pack] {checkpoint.directory}: expected a plain mlx-lm checkpoint "

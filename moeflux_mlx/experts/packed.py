@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import xxhash
 
 from ..errors import ExpertStoreError, ModelError
 from ..files import open_file, short
+from ..progress import Report
 from .checkpoint import model_facts, read_config
 from .checkpoint_store import check_sizes
 from .direct import are_aligned, bypass_cache
@@ -23,8 +23,6 @@ from .routed import ROUTED, ExpertTensors, RoutedLayer, check_rows
 from .safetensors import TensorEntry, fingerprint
 from .spans import Span, close_files
 
-# Called with what is being done, the bytes done and the bytes in all.
-Progress = Callable[[str, int, int], None]
 CHUNK_BYTES = 8 * 1024 * 1024
 
 
@@ -109,6 +107,14 @@ class PackedExperts:
     def top_k(self) -> int:
         """Experts that one token uses in one layer."""
         return self.manifest.model.top_k
+
+    def count(self, layer: int) -> int:
+        """Return how many experts one layer has."""
+        return self.n_experts
+
+    def name(self, layer: int) -> str:
+        """Return what errors call a layer."""
+        return f"layer {layer}"
 
     @property
     def tensor_names(self) -> frozenset[str]:
@@ -274,7 +280,7 @@ def describe_damage(path: Path, layer: int | None, expert: int | None) -> str:
 
 
 def verify(
-    directory: str | os.PathLike, progress: Progress | None = None
+    directory: str | os.PathLike, progress: Report | None = None
 ) -> VerifyReport:
     """Read every file of a pack back against its checksums.
 

@@ -12,7 +12,7 @@ import numpy as np
 from .. import device
 from ..errors import BudgetError, ExpertStoreError
 from ..weights import ExpertWeights, Records, Weight
-from .layout import PARTS, PROJECTIONS, ExpertLayout
+from .layout import PARTS, ExpertLayout
 from .reader import HostPlace, Place
 from .staging import StagedPlace, open_staging
 
@@ -170,7 +170,9 @@ def slot_weights(slots: mx.array, layout: ExpertLayout) -> ExpertWeights:
         rows = slots.view(dtype)
         columns = rows[:, begin : begin + math.prod(spec.shape)]
         name = spec.projection, spec.part
-        tensors[name] = mx.unflatten(columns, 1, spec.shape)
+        # One number an expert has no axis of its own.
+        whole = mx.unflatten(columns, 1, spec.shape or (1,))
+        tensors[name] = whole if spec.shape else whole.squeeze(1)
         records[name] = Records(rows, begin)
     mx.eval([*tensors.values(), *(r.array for r in records.values())])
     return weights_of(layout, tensors, records)
@@ -188,19 +190,22 @@ def weights_of(
             return None
         return tuple(records.get((projection, part)) for part in PARTS)
 
-    gate, up, down = (
-        Weight(
-            tensors[projection, "weight"],
-            tensors.get((projection, "scales")),
-            tensors.get((projection, "biases")),
-            quantization,
-            in_pool(projection),
-        )
-        for projection, quantization in zip(
-            PROJECTIONS, layout.quantization, strict=True
-        )
+    return ExpertWeights.named(
+        {
+            projection: Weight(
+                tensors[projection, "weight"],
+                tensors.get((projection, "scales")),
+                tensors.get((projection, "biases")),
+                quantization,
+                in_pool(projection),
+                tensors.get((projection, "bias")),
+                tensors.get((projection, "global_scale")),
+            )
+            for projection, quantization in zip(
+                layout.projections, layout.quantization, strict=True
+            )
+        }
     )
-    return ExpertWeights(gate, up, down)
 
 
 def pool_stride(layouts: Sequence[ExpertLayout]) -> int:

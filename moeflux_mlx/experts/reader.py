@@ -51,7 +51,8 @@ class Read:
     """One record on its way: ``done`` once all of it was read, well or not.
 
     ``place`` takes the record and ``padding`` bytes after it, which direct reads fill
-    too. ``second_tries`` counts spans whose first read failed.
+    too. ``name`` is what errors call the layer. ``second_tries`` counts spans whose
+    first read failed.
     """
 
     spans: tuple[Span, ...]
@@ -60,6 +61,7 @@ class Read:
     expert: int
     checksum: int | None = None
     padding: int = 0
+    name: str = ""
     seconds: float = 0.0
     second_tries: int = 0
     error: ExpertStoreError | None = None
@@ -127,8 +129,8 @@ class Read:
 
     def _fail(self, span: Span, why: Exception | str) -> None:
         self.error = ExpertStoreError(
-            f"[reader] {span.path}: expert {self.expert} of layer {self.layer} at "
-            f"{span.offset}: {why}"
+            f"[reader] {span.path}: expert {self.expert} of "
+            f"{self.name or f'layer {self.layer}'} at {span.offset}: {why}"
         )
         if isinstance(why, Exception):
             self.error.__cause__ = why

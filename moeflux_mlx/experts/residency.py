@@ -34,16 +34,18 @@ class SlotTable:
         policy: PolicyFactory,
         shared: bool = True,
         floor: int | None = None,
+        counts: Sequence[int] | None = None,
     ):
         """Begin with empty slots.
 
         Args:
             top_k: experts of a row that one token uses.
             floor: by default ``top_k``, or half an even share if that is less.
+            counts: experts of each row, where some have fewer than ``n_experts``.
         """
         self.n_experts = n_experts
         # Lists, not an array: a token looks up single experts.
-        self.rows = [[EMPTY] * n_experts for _ in range(n_rows)]
+        self.rows = [[EMPTY] * n for n in counts or [n_experts] * n_rows]
         self.changed = set(range(n_rows))
         self._shape = PoolShape(n_rows, n_experts, n_slots, shared)
         self.slots_per_group = n_slots // self._shape.n_groups
@@ -123,9 +125,13 @@ class SlotTable:
     def fill(self) -> None:
         """Say that every expert of every row has its slot, one after the other."""
         for row in range(len(self.rows)):
-            base = row * self.n_experts
-            self.rows[row] = list(range(base, base + self.n_experts))
+            self.rows[row] = list(self.all_slots(row))
         self.repair()
+
+    def all_slots(self, row: int) -> range:
+        """Return the slots of a row's experts where every expert has one."""
+        first = sum(map(len, self.rows[:row]))
+        return range(first, first + len(self.rows[row]))
 
     def repair(self) -> None:
         """Make everything follow from ``rows`` again after an interrupt anywhere.

@@ -45,6 +45,11 @@ class ResidentExperts:
         """Yield all tokens and their slots at once."""
         yield slice(indices.shape[0]), self.slots(indices)
 
+    def portions(self, indices: mx.array) -> Iterator[tuple[None, mx.array]]:
+        """Yield all ids at once, in any number: each is its own slot."""
+        self.asked(indices.size)
+        yield None, indices
+
     def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
         """Yield all columns and slots at once."""
         slots = np.array(self.slots(indices)).ravel().tolist()

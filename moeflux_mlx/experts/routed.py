@@ -96,7 +96,7 @@ class RoutedLayer:
     @property
     def n_experts(self) -> int:
         """How many experts the layer has."""
-        return self.tensors["gate_proj", "weight"].n_experts
+        return next(iter(self.tensors.values())).n_experts
 
     def layout(self, config: dict, alignment: int = DEFAULT_ALIGNMENT) -> ExpertLayout:
         """Lay out one expert; bits and group follow from the tensors' shapes.

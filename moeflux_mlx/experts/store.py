@@ -14,7 +14,11 @@ from .spans import Span
 
 
 class ExpertStore(Protocol):
-    """Open files with experts; layers without routed experts are not in ``layers``."""
+    """Open files with experts; layers without routed experts are not in ``layers``.
+
+    A layer here is one stack of experts: where a model's layer has several, each has a
+    number of its own.
+    """
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -22,11 +26,17 @@ class ExpertStore(Protocol):
 
     @property
     def n_experts(self) -> int:
-        """Routed experts of each layer."""
+        """Routed experts of each layer, or of that with the most."""
 
     @property
     def top_k(self) -> int:
-        """Experts that one token uses in one layer."""
+        """Experts that one token uses in one layer, which must fit into memory."""
+
+    def count(self, layer: int) -> int:
+        """Return how many experts one layer has."""
+
+    def name(self, layer: int) -> str:
+        """Return what errors call a layer."""
 
     @property
     def tensor_names(self) -> Collection[str]:

@@ -6,12 +6,17 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from ..weights import ExpertWeights
 
 
 class Streamer(Protocol):
     """What the experts of a layer ask of the streamer of all layers."""
+
+    @property
+    def capacity(self) -> int:
+        """Experts of one layer that fit into memory together."""
 
     def ask(self, layer: int, indices: mx.array) -> None:
         """See ``StreamedExperts.ask``."""
@@ -96,6 +101,30 @@ class StreamedExperts:
         """
         return self._streamer.batches(self._layer, indices)
 
+    def portions(
+        self, indices: mx.array
+    ) -> Iterator[tuple[np.ndarray | None, mx.array]]:
+        """Yield places in ``[..., K]`` ids and their slots: see ``ExpertSource``.
+
+        Raises:
+            ExpertStoreError: as ``slots``.
+        """
+        streamer, layer = self._streamer, self._layer
+        if indices.size <= streamer.capacity:
+            yield None, self.slots(indices)
+            return
+        ids = np.array(indices).ravel()
+        distinct = np.unique(ids)
+        if len(distinct) <= streamer.capacity:
+            yield None, self.slots(indices)
+            return
+        for wave in streamer.waves(layer, distinct.tolist()):
+            experts, slots = map(np.array, zip(*wave, strict=True))
+            order = np.argsort(experts)
+            places = np.flatnonzero(np.isin(ids, experts))
+            found = order[np.searchsorted(experts[order], ids[places])]
+            yield places, mx.array(slots[found].astype(np.uint32))
+
     def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
         """Yield columns of ``indices`` and their slots: in memory first, then read.
 
@@ -152,6 +181,10 @@ class AssumedExperts:
     def batches(self, indices: mx.array) -> Iterator[tuple[slice, mx.array]]:
         """Yield all tokens and their slots at once."""
         yield slice(indices.shape[0]), self.slots(indices)
+
+    def portions(self, indices: mx.array) -> Iterator[tuple[None, mx.array]]:
+        """Yield the slots of all ids at once."""
+        yield None, self.slots(indices)
 
     def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
         """Refuse: who takes experts as they come has read their ids back."""

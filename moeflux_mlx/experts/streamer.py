@@ -12,11 +12,10 @@ import numpy as np
 
 from .. import config
 from ..errors import BudgetError, ConfigError, ExpertStoreError, MoefluxError
-from ..weights import ExpertSource
+from ..progress import Report
 from .budget import count_slots
 from .demand import Demand
 from .in_flight import InFlight
-from .packed import Progress
 from .policy import DEFAULT_POLICY, PolicyFactory, policy_factory
 from .pool import POOL_ALIGNMENT, SlotPool, pool_stride
 from .read_ahead import ReadAhead
@@ -31,6 +30,8 @@ from .table_copy import TableCopy
 # Experts in a wave: enough to keep every reading thread busy, few enough that the
 # first results do not wait for half the pool.
 WAVE_EXPERTS = 32
+
+Source = StreamedExperts | PreloadedExperts
 
 
 def check_scope(scope: str) -> None:
@@ -50,7 +51,7 @@ class ExpertStreamer:
     def __init__(
         self,
         store: ExpertStore,
-        memory: int | float | str | None = None,
+        memory: int | None = None,
         *,
         scope: str = "global",
         policy: str | PolicyFactory = DEFAULT_POLICY,
@@ -60,15 +61,15 @@ class ExpertStreamer:
         read_ahead: str = "auto",
         runs_ahead: bool = False,
         evaluate: Callable[..., None] = mx.eval,
-        report: Progress | None = None,
+        report: Report | None = None,
         lock: threading.RLock | None = None,
     ):
         """Allocate the pool; if it holds every expert, read them all now.
 
         Args:
             store: the open files that experts are read from.
-            memory: bytes for all experts (``8GB``, ``512MiB``, an int), alignment
-                included; None: as many as fit into 3/4 of physical memory.
+            memory: bytes for all experts, alignment included; None: as many as fit
+                into 3/4 of physical memory.
             scope: ``global``: layers compete for slots; ``layer``: equal shares.
             policy: decides on evictions: a name that ``policy_factory`` knows, or what
                 makes one.
@@ -95,7 +96,8 @@ class ExpertStreamer:
         self._store, self._evaluate = store, evaluate
         self._rows = {layer: row for row, layer in enumerate(store.layers)}
         layouts = [store.layout(layer) for layer in store.layers]
-        n_rows, n_records = len(layouts), len(layouts) * store.n_experts
+        counts = [store.count(layer) for layer in store.layers]
+        n_rows, n_records = len(layouts), sum(counts)
         groups = 1 if scope == "global" else n_rows
         n_slots = count_slots(
             memory,
@@ -116,12 +118,13 @@ class ExpertStreamer:
             policy=policy_factory(policy) if isinstance(policy, str) else policy,
             shared=groups == 1,
             floor=floor,
+            counts=counts,
         )
         self._copy = TableCopy(self._table, n_slots if blank else 0)
         self._new_reader = partial(
             ReadPool, read_threads or config.read_threads(), inline_bytes
         )
-        self._sources: dict[tuple[int, bool], ExpertSource] = {}
+        self._sources: dict[tuple[int, bool], Source] = {}
         self.lock = lock or threading.RLock()
         self._guards: list[mx.array] = []
         # The last ``ask``: layer, ids, and those that were missing.
@@ -169,6 +172,11 @@ class ExpertStreamer:
     def slot_bytes(self) -> int:
         """Bytes of one expert in memory."""
         return self._pool.stride
+
+    @property
+    def capacity(self) -> int:
+        """Experts of one layer that fit into memory together."""
+        return self._table.capacity
 
     def fits(self, n_experts: int) -> bool:
         """Tell whether so many experts of a layer, if it has them, fit into memory."""
@@ -245,7 +253,7 @@ class ExpertStreamer:
     def experts(self) -> list[tuple[int, int]]:
         """All experts there are, as ``(layer, expert)``."""
         return [
-            (layer, e) for layer in self._rows for e in range(self._store.n_experts)
+            (layer, e) for layer in self._rows for e in range(self._store.count(layer))
         ]
 
     @property
@@ -295,7 +303,7 @@ class ExpertStreamer:
         self._table.fill()
         self.resident = False
 
-    def source(self, layer: int) -> ExpertSource:
+    def source(self, layer: int) -> Source:
         """Return one layer's experts as its MoE Op reads them, until ``resize``.
 
         Raises:
@@ -311,14 +319,13 @@ class ExpertStreamer:
             self._sources[key] = self._new_source(layer)
         return self._sources[key]
 
-    def _new_source(self, layer: int) -> ExpertSource:
+    def _new_source(self, layer: int) -> Source:
         layout = self._store.layout(layer)
         if not self.resident:
             row = self._rows[layer]
             return StreamedExperts(self, layer, row, self._pool.weights(layout))
-        n_experts = self._store.n_experts
-        first = self._rows[layer] * n_experts
-        weights = self._pool.weights(layout, first, n_experts)
+        slots = self._table.all_slots(self._rows[layer])
+        weights = self._pool.weights(layout, slots.start, len(slots))
         return PreloadedExperts(weights, self.stats[layer])
 
     def guard(self, *outputs: mx.array) -> None:
@@ -336,7 +343,11 @@ class ExpertStreamer:
         Only the thread that made a lazy array can compute it.
         """
         with self.lock:
-            mx.async_eval(self._guards)
+            try:
+                mx.async_eval(*self._guards)
+            except ValueError:
+                # As inside mx.grad, where waiting is allowed.
+                mx.eval(*self._guards)
 
     def close(self) -> None:
         """Wait for reads in flight and end the reading threads."""

@@ -49,6 +49,7 @@ class TableCopy:
         changed = self._table.changed
         while changed:
             row = changed.pop()
-            self._slots[row] = self._table.rows[row]
+            slots = self._table.rows[row]
+            self._slots[row, : len(slots)] = slots
             self._array = None
         return self._slots

@@ -167,7 +167,7 @@ class Op(OpFields):
 
     @property
     def n_experts_used(self) -> int:
-        """Experts that one execution asks an ``ExpertSource`` for."""
+        """Experts that one execution asks an ``GraphExperts`` for."""
         return 0
 
     @property

@@ -153,7 +153,7 @@ class RouterWeightsBuf(Buf):
 
 
 class ExpertBaseBuf(Buf):
-    """Holds an ``ExpertSource`` rather than one array: experts may be on disk."""
+    """Holds an ``GraphExperts`` rather than one array: experts may be on disk."""
 
     dtype = mx.uint8
 

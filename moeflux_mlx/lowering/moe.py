@@ -8,12 +8,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..graph.experts import GraphExperts
 from ..graph.rows import RowPart
 from ..launch import elementwise, quant
 from ..launch import experts as expert_kernels
 from ..launch import moe as kernels
 from ..ops import moe as ops
-from ..weights import ExpertSource, ExpertWeights, Weight
+from ..weights import ExpertWeights, Weight
 from .rows import form, kernel_form, parts
 from .table import Run, way
 
@@ -58,7 +59,7 @@ def _with_known_experts(
     """
 
     def go(op: Any, run: Run, *values: Any) -> mx.array:
-        experts: ExpertSource = values[3]
+        experts: GraphExperts = values[3]
         if not all_known(experts.weights):
             return op.reference(*values)
         return call(op, run, *values)
@@ -74,7 +75,7 @@ def decode_experts(
     x: mx.array,
     indices: mx.array,
     weights: mx.array,
-    source: ExpertSource,
+    source: GraphExperts,
 ) -> mx.array:
     """Run two launches over the slots: gate, up and SwiGLU; down and the sum."""
     slots, act = experts_act(op, run, x, indices, source)
@@ -92,7 +93,7 @@ def experts_act(
     run: Run,
     x: mx.array | RowPart,
     indices: mx.array,
-    source: ExpertSource,
+    source: GraphExperts,
 ) -> tuple[mx.array, mx.array]:
     """Return the slots ``[1, K]`` of a token's experts and their opened gates."""
     slots, experts = source.slots(indices), source.weights
@@ -111,7 +112,7 @@ def gather_experts(
     x: mx.array,
     indices: mx.array,
     weights: mx.array,
-    source: ExpertSource,
+    source: GraphExperts,
 ) -> mx.array:
     """Run each projection of all experts as one launch."""
     outs = []
@@ -128,7 +129,7 @@ def _gather(
     x: mx.array,
     indices: mx.array,
     slots: mx.array,
-    source: ExpertSource,
+    source: GraphExperts,
 ) -> mx.array:
     """Return the experts' rows ``[N, K, D]``."""
     experts, n_rows = source.weights, indices.size
@@ -173,7 +174,7 @@ def batched_experts(
     x: mx.array,
     indices: mx.array,
     weights: mx.array,
-    source: ExpertSource,
+    source: GraphExperts,
     out_sum: mx.array,
 ) -> mx.array:
     """Run expert after expert, then sum each token's rows by rising expert."""
@@ -192,7 +193,7 @@ def bucket_experts(
     x: mx.array,
     indices: mx.array,
     weights: mx.array,
-    source: ExpertSource,
+    source: GraphExperts,
     out_sum: mx.array,
 ) -> mx.array:
     """Run expert after expert and add each one's rows to the sum as a bucket."""
@@ -211,7 +212,7 @@ def bucket_experts(
 
 
 def _by_expert(
-    op: Any, run: Run, x: mx.array, indices: mx.array, source: ExpertSource
+    op: Any, run: Run, x: mx.array, indices: mx.array, source: GraphExperts
 ) -> tuple[np.ndarray, dict[int, mx.array], list[int]]:
     """Return the order of rows by expert, each one's output, and those used."""
     order, used, ranges = ops.by_expert(np.array(indices).reshape(-1))

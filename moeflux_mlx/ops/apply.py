@@ -26,7 +26,7 @@ def apply(op_type: type[Op], fields: Mapping[str, Any], **values: Any) -> Any:
     Op's reference, to arrays, to weights and to experts that are not quantised.
     ``values`` holds by field name what the Op reads: arrays, weights
     (a ``Weight`` or a dense array), experts (``ExpertWeights`` or an
-    ``ExpertSource``), None for an absent optional field.
+    ``GraphExperts``), None for an absent optional field.
 
     Raises:
         Misfit: a value's type or shape is not the Op's, or an index is out of range;

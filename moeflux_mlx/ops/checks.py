@@ -20,6 +20,7 @@ import numpy as np
 from ..errors import GraphError
 from ..experts.routed import AFFINE_BITS, AFFINE_GROUPS, BYTE_SCALED
 from ..graph.buffers import fits
+from ..graph.experts import GraphExperts
 from ..graph.op import Access, BufferField, Op
 from ..graph.roles import (
     ConvStateBuf,
@@ -28,7 +29,7 @@ from ..graph.roles import (
     KvCacheVBuf,
     RouterIdxBuf,
 )
-from ..weights import ExpertSource, ExpertWeights, Quantization, Weight, has_values
+from ..weights import ExpertWeights, Quantization, Weight, has_values
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -242,7 +243,7 @@ def _type(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
-def experts(name: str, value: Any) -> ExpertWeights | ExpertSource:
+def experts(name: str, value: Any) -> ExpertWeights | GraphExperts:
     """Return experts whose three stacks of matrices belong together."""
     stacks = value if isinstance(value, ExpertWeights) else _stacks(name, value)
     gate, up, down = (
@@ -265,7 +266,7 @@ def _stacks(name: str, source: Any) -> ExpertWeights:
     is_source = all(callable(getattr(source, m, None)) for m in SOURCE_METHODS)
     stacks = getattr(source, "weights", None) if is_source else None
     if not isinstance(stacks, ExpertWeights):
-        raise Misfit(name, "ExpertWeights or an ExpertSource", got(source))
+        raise Misfit(name, "ExpertWeights or GraphExperts", got(source))
     return stacks
 
 

@@ -19,8 +19,8 @@ import mlx.core as mx
 
 from .. import device
 from ..experts.resident import ResidentExperts
+from ..graph.experts import GraphExperts
 from ..weights import (
-    ExpertSource,
     ExpertWeights,
     Quantization,
     Weight,
@@ -72,7 +72,7 @@ from .norm import (
 from .quant import MatvecNTokens
 
 AnyWeight = Weight | mx.array
-Experts = ExpertWeights | ExpertSource
+Experts = ExpertWeights | GraphExperts
 # Tokens of a chunk of the delta rule, which makes matrices of their square.
 MAX_CHUNK = 256
 

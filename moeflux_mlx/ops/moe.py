@@ -1,7 +1,7 @@
 """Mixture of experts: routing, the routed experts three ways, and the combination.
 
 Letters: N tokens, D model width, E experts, K experts a token, F expert width.
-The routed experts come as an ``ExpertSource``: whether they are in memory or on disk
+The routed experts come as an ``GraphExperts``: whether they are in memory or on disk
 changes when they are read, never what is computed.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from .. import device
 from ..graph.buffers import Shape
+from ..graph.experts import GraphExperts
 from ..graph.op import Cost, In, InOut, Op, OpFields, Out
 from ..graph.roles import (
     ExpertBaseBuf,
@@ -28,7 +29,7 @@ from ..graph.roles import (
     SharedFfnDownBuf,
     SharedGateBuf,
 )
-from ..weights import ExpertSource, ExpertWeights
+from ..weights import ExpertWeights
 from .functions import (
     Array,
     argsort,
@@ -164,7 +165,7 @@ class MoeDecodeExperts(RoutedExperts, Op):
         mlp_in: Array,
         indices: Array,
         weights: Array,
-        experts: ExpertSource,
+        experts: GraphExperts,
     ) -> Array:
         if isinstance(mlp_in, np.ndarray):
             out = as_they_come(mlp_in, indices, experts)
@@ -175,7 +176,7 @@ class MoeDecodeExperts(RoutedExperts, Op):
 
 
 def as_they_come(
-    mlp_in: np.ndarray, indices: np.ndarray, experts: ExpertSource
+    mlp_in: np.ndarray, indices: np.ndarray, experts: GraphExperts
 ) -> np.ndarray:
     """Run one row through its experts ``[1, K]``, some while others are being read.
 
@@ -204,7 +205,7 @@ class MoeGatherIdFuse(RoutedExperts, Op):
         mlp_in: Array,
         indices: Array,
         weights: Array,
-        experts: ExpertSource,
+        experts: GraphExperts,
     ) -> Array:
         outs = []
         for rows, slots in experts.batches(to_device(indices)):
@@ -238,7 +239,7 @@ class MoeBatchedPermuteFuse(RoutedExperts, Op):
         mlp_in: Array,
         indices: Array,
         weights: Array,
-        experts: ExpertSource,
+        experts: GraphExperts,
         out_sum: Array,
     ) -> Array:
         order, used, starts = by_expert(to_host(indices).reshape(-1))
@@ -264,7 +265,7 @@ class MoeBatchedPermuteFuse(RoutedExperts, Op):
         order: np.ndarray,
         used: list[int],
         starts: dict[int, tuple[int, int]],
-        experts: ExpertSource,
+        experts: GraphExperts,
     ) -> np.ndarray:
         """Return rows ``[N * K, D]`` by expert; there is no other copy of them."""
         out, tokens = np.empty((order.size, self.dim), np.float32), order // self.k
@@ -307,7 +308,7 @@ def by_expert(
     return order, used.tolist(), dict(zip(used.tolist(), bounds, strict=True))
 
 
-def guard(experts: ExpertSource, outputs: list[Array]) -> None:
+def guard(experts: GraphExperts, outputs: list[Array]) -> None:
     """Have slots kept until lazy ``outputs`` are evaluated; host arrays are already."""
     lazy = [x for x in outputs if isinstance(x, mx.array)]
     if lazy:

@@ -1,0 +1,208 @@
+"""A routed block whose experts are streamed: mlx-lm's own, run on slots.
+
+mlx-lm's block takes experts' ids to choose matrices. Here it takes slots, its matrices
+being those in the slots, so that whatever else it does stays its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .. import device
+from ..errors import ModelError
+from ..weights import ExpertWeights, Weight, has_values
+from .layout import ALL_PARTS
+from .modules import RoutedBlock
+from .source import ExpertSource
+
+# From so many ids on mlx-lm sorts rows by expert, which takes another kernel.
+SORTED_FROM = 64
+# mlx-lm's names of what a Weight holds.
+FIELDS = dict(
+    zip(ALL_PARTS, ("w", "scales", "biases", "bias", "global_scale"), strict=True)
+)
+
+
+class RoutedWeightsError(ModelError, AttributeError):
+    """Something asks a streamed block for the weights that it does not have."""
+
+
+class StreamedSwitch(nn.Module):
+    """In the place of a routed block; has none of the experts' parameters.
+
+    Args:
+        source: returns the block's experts as they are reached now.
+        lock: held while the block asks for slots and builds what reads them.
+    """
+
+    def __init__(
+        self,
+        block: RoutedBlock,
+        source: Callable[[], ExpertSource],
+        lock: threading.RLock,  # type: ignore[valid-type]
+    ):
+        super().__init__()
+        self.path, self.slot_block = block.path, SlotBlock(block)
+        self._source, self._lock = source, lock
+        # The activation, and whatever a model has put there besides.
+        for name, child in block.module.items():
+            if name not in block.projections:
+                self[name] = child
+
+    def __getattr__(self, name: str) -> Any:
+        if (block := self.__dict__.get("slot_block")) and name in block.projections:
+            raise RoutedWeightsError(
+                f"[stream] {self.path}.{name}: expected weights in memory but they are "
+                "streamed: load the model without a bound on memory to train, change "
+                "or save them"
+            )
+        return super().__getattr__(name)
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """Run rows ``[..., D]`` through experts ``[..., K]`` to ``[..., K, D]``."""
+        with self._lock:  # type: ignore[attr-defined]
+            source = self._source()
+            run = self._run if source.settled else self._streamed
+            return run(source, x, indices)
+
+    def _streamed(
+        self, source: ExpertSource, x: mx.array, indices: mx.array
+    ) -> mx.array:
+        """Do what ``_run`` does, with a gradient that reads the experts once more."""
+        if not has_values(x, indices):
+            raise ModelError(
+                f"[stream] {self.path}: expected rows with values but got a trace: "
+                "call a model with streamed experts outside mx.compile and mx.vmap"
+            )
+
+        @mx.custom_function  # type: ignore[untyped-decorator]
+        def run(x: mx.array, indices: mx.array) -> mx.array:
+            return self._run(source, x, indices)
+
+        @run.vjp
+        def gradient(primals, cotangent, _):  # type: ignore[no-untyped-def]
+            x, indices = primals
+            with self._lock:
+                gradient = self._gradient(source, x, indices, cotangent)
+            return gradient, mx.zeros_like(indices)
+
+        return cast(mx.array, run(x, indices))
+
+    def _run(self, source: ExpertSource, x: mx.array, indices: mx.array) -> mx.array:
+        outputs, places = [], []
+        for where, slots in source.portions(indices):
+            if where is None:
+                out = self.slot_block(source.weights, x, slots)
+                source.guard(out)
+                return out
+            rows = _rows_of(x, indices, where)
+            out = self._portion(source.weights, rows, slots, indices)
+            source.guard(out)
+            outputs.append(out)
+            places.append(where)
+        order = mx.array(np.argsort(np.concatenate(places)))
+        return mx.concatenate(outputs)[order].reshape(*indices.shape, -1)
+
+    def _portion(
+        self, weights: ExpertWeights, rows: mx.array, slots: mx.array, indices: mx.array
+    ) -> mx.array:
+        """Run rows ``[P, D]``, one slot each, as a part of a call for ``indices``."""
+        n = len(rows)
+        if n < SORTED_FROM <= indices.size:
+            # Few as they are, they take the kernel that the whole call takes.
+            every = mx.minimum(mx.arange(SORTED_FROM), n - 1)
+            rows, slots = rows[every], slots[every]
+        return self.slot_block(weights, rows, slots[:, None])[:n, 0]
+
+    def _gradient(
+        self, source: ExpertSource, x: mx.array, indices: mx.array, out: mx.array
+    ) -> mx.array:
+        """Return the gradient for ``x`` from that for the outputs."""
+        weights = source.weights
+        total = mx.zeros((x.size // x.shape[-1], x.shape[-1]), x.dtype)
+        for where, slots in source.portions(indices):
+            if where is None:
+                whole = partial(self.slot_block, weights, slots=slots)
+                gradient = mx.vjp(whole, [x], [out])[1][0]
+                source.guard(gradient)
+                return gradient
+            portion = partial(self._portion, weights, slots=slots, indices=indices)
+            rows = _rows_of(x, indices, where)
+            wanted = out.reshape(-1, out.shape[-1])[mx.array(where)]
+            gradient = mx.vjp(portion, [rows], [wanted])[1][0]
+            total = total.at[mx.array(where // indices.shape[-1])].add(gradient)
+            source.guard(total)
+        return total.reshape(x.shape)
+
+
+def _rows_of(x: mx.array, indices: mx.array, where: np.ndarray) -> mx.array:
+    """Return the row ``[D]`` that each place in ``indices`` is for."""
+    if x.shape[:-1] != indices.shape[:-1]:
+        raise ModelError(
+            f"[stream] expected a row for each of {list(indices.shape[:-1])} tokens "
+            f"but got {list(x.shape[:-1])}: give the experts more memory"
+        )
+    rows = x.reshape(-1, x.shape[-1])
+    return rows[mx.array(where // indices.shape[-1])]
+
+
+class SlotBlock:
+    """mlx-lm's block with the matrices that are in slots."""
+
+    def __init__(self, block: RoutedBlock):
+        self._module, self.projections = block.module, block.projections
+        self._held: ExpertWeights | None = None
+        # Let go of what was loaded for it, unread.
+        self._hold(None)
+
+    def __call__(
+        self, weights: ExpertWeights, x: mx.array, slots: mx.array
+    ) -> mx.array:
+        """Run rows ``[..., D]`` through the experts in ``slots`` ``[..., K]``."""
+        if not _gathers_in_place(weights, x.dtype):
+            weights, slots = _end_to_end(weights, slots)
+        if weights is not self._held:
+            self._hold(weights)
+        out: mx.array = self._module(x, slots)
+        return out
+
+    def _hold(self, weights: ExpertWeights | None) -> None:
+        self._held = weights
+        for name, module in self.projections.items():
+            for part, field in FIELDS.items():
+                if weights is None:
+                    module.pop(part, None)
+                elif (array := getattr(weights.by_name[name], field)) is not None:
+                    module[part] = array
+
+
+def _gathers_in_place(weights: ExpertWeights, dtype: mx.Dtype) -> bool:
+    """Tell whether MLX takes slots as they are; another type would convert them all."""
+    if not device.gathers_strided():
+        return False
+    own = (w.w if w.scales is None else w.scales for w in weights.by_name.values())
+    return all(array.dtype in (dtype, mx.uint8) for array in own)
+
+
+def _end_to_end(
+    weights: ExpertWeights, slots: mx.array
+) -> tuple[ExpertWeights, mx.array]:
+    """Return copies of the matrices in ``slots``, and where each is among them."""
+    chosen, places = np.unique(np.array(slots), return_inverse=True)
+    take = mx.array(chosen)
+
+    def copy(weight: Weight) -> Weight:
+        arrays = {field: getattr(weight, field) for field in FIELDS.values()}
+        own = {f: None if x is None else x[take] for f, x in arrays.items()}
+        return Weight(**own, quantization=weight.quantization)
+
+    copies = {name: copy(weight) for name, weight in weights.by_name.items()}
+    found = mx.array(places.reshape(slots.shape).astype(np.uint32))
+    return ExpertWeights.named(copies), found

@@ -1,0 +1,179 @@
+"""Hold a streamed model of each family against mlx-lm's own with every expert."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import families
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+from moeflux_mlx.errors import BudgetError
+from moeflux_mlx.streaming import stream
+
+PROMPTS, BATCHES, N_GREEDY = (8, 100), (1, 3), 16
+# None is unquantised.
+BITS = (None, 4)
+# Of the smallest models' widths one that every group fits.
+GROUP_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one family in one form: ``why`` is empty where every bit agrees."""
+
+    family: str
+    bits: int | None
+    n_blocks: int
+    why: str
+
+
+def try_family(
+    family: str,
+    bits: int | None,
+    *,
+    prompts: tuple[int, ...] = PROMPTS,
+    n_greedy: int = N_GREEDY,
+) -> Outcome:
+    """Run mlx-lm's model and the streamed one; the latter with the fewest slots."""
+    n_blocks = 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        try:
+            write_model(path, family, bits)
+            stock, _ = load_model(path)
+            wanted = [*_runs(stock, prompts, n_greedy)]
+        except Exception as error:
+            return Outcome(family, bits, 0, f"stock: {_first_line(error)}")
+        if not all(mx.isfinite(y).all().item() for run in wanted for y in run):
+            return Outcome(family, bits, 0, "stock: not a number")
+        try:
+            streamed = stream_least(path)
+            n_blocks = len(streamed.streamer.stats.snapshot().layers)
+            for (n_seqs, n_tokens), stocks, ours in zip(
+                itertools.product(BATCHES, prompts),
+                wanted,
+                _runs(streamed, prompts, n_greedy),
+                strict=True,
+            ):
+                if not all(map(mx.array_equal, stocks, ours)):
+                    why = f"other bits: {n_seqs} x {n_tokens} tokens"
+                    return Outcome(family, bits, n_blocks, why)
+        except Exception as error:
+            return Outcome(family, bits, n_blocks, _first_line(error))
+    return Outcome(family, bits, n_blocks, "")
+
+
+def write_model(path: Path, family: str, bits: int | None, seed: int = 0) -> None:
+    """Write a random float32 model as mlx-lm's converter does."""
+    mx.random.seed(seed)
+    config = families.configuration(family)
+    module = importlib.import_module(f"mlx_lm.models.{family}")
+    model = module.Model(module.ModelArgs.from_dict(config))
+    model.update(tree_map(_random, model.parameters()))
+    if bits is not None:
+        predicate = getattr(model, "quant_predicate", None)
+        model, config = quantize_model(
+            model, config, GROUP_SIZE, bits, quant_predicate=predicate
+        )
+    save_model(path, model)
+    save_config(config, path / "config.json")
+
+
+def _random(x: mx.array) -> mx.array:
+    """Return noise about ``x``: routers and norms of one value would hide mistakes."""
+    if not mx.issubdtype(x.dtype, mx.floating):
+        return x
+    noise = 0.1 * mx.random.normal(x.shape)
+    return x.astype(mx.float32) + (noise if x.ndim < 3 else 0)
+
+
+def stream_least(path: Path) -> Any:
+    """Stream a model in the least memory there can be for experts: one slot."""
+    model, _ = load_model(path, lazy=True)
+    try:
+        return stream(model, path, expert_memory=1)
+    except BudgetError as error:
+        least = int(re.search(r"at least (\d+) bytes", str(error))[1])
+    return stream(model, path, expert_memory=least)
+
+
+def _runs(
+    model: nn.Module, prompts: tuple[int, ...], n_greedy: int
+) -> Iterator[list[mx.array]]:
+    """Yield the logits of each batch of prompts, and of greedy tokens after it."""
+    for n_seqs, n_tokens in itertools.product(BATCHES, prompts):
+        key = mx.random.key(n_tokens)
+        tokens = mx.random.randint(0, families.VOCAB, (n_seqs, n_tokens), key=key)
+        cache = make_prompt_cache(model)
+        logits = []
+        for _ in range(n_greedy + 1):
+            logits.append(model(tokens, cache=cache))
+            mx.eval(logits[-1])
+            tokens = logits[-1][:, -1:].argmax(axis=-1)
+        yield logits
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+# So many families are to work.
+EXPECTED = 40
+HEADER = """\
+# Models
+
+Every Mixture-of-Experts module of mlx-lm {version}, tried by `scripts/try_families`.
+Each is a tiny random model in float32, once as mlx-lm runs it with every expert in
+memory, and once through `moeflux_mlx.stream` with memory for a single expert. Prompts
+have {prompts} tokens, batches {batches} sequences, and {n_greedy} greedy tokens
+follow. *Same* means that every logit has the same bits on the CPU.
+
+| module | routed blocks | unquantised | 4 bits |
+|---|---|---|---|
+"""
+
+
+def line(outcome: Outcome) -> str:
+    """Return an outcome as a line of text."""
+    form = "unquantised" if outcome.bits is None else f"{outcome.bits} bits"
+    return f"{outcome.family:20} {form:12} {outcome.why or 'same'}"
+
+
+def n_working(outcomes: list[Outcome]) -> int:
+    """Return how many families work in every form."""
+    names = {outcome.family for outcome in outcomes}
+    return len(names - {outcome.family for outcome in outcomes if outcome.why})
+
+
+def document(outcomes: list[Outcome]) -> str:
+    """Return the table of all outcomes as Markdown."""
+    rows = []
+    for _, group in itertools.groupby(outcomes, lambda outcome: outcome.family):
+        forms = {outcome.bits: outcome for outcome in group}
+        first = forms[None]
+        cells = [forms[bits].why.replace("|", "/") or "same" for bits in BITS]
+        rows.append(f"| {first.family} | {first.n_blocks} | {' | '.join(cells)} |\n")
+    header = HEADER.format(
+        version=metadata.version("mlx-lm"),
+        prompts=_listed(PROMPTS),
+        batches=_listed(BATCHES),
+        n_greedy=N_GREEDY,
+    )
+    total = f"\n{n_working(outcomes)} of {len(rows)} work.\n"
+    return header + "".join(rows) + total
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return " and ".join(map(str, numbers))
