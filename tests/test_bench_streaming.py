@@ -48,11 +48,6 @@ def decode(scripts, monkeypatch) -> ModuleType:
     return module
 
 
-@pytest.fixture
-def soak(scripts) -> ModuleType:
-    return importlib.import_module("streaming_soak")
-
-
 def run(part: ModuleType, *flags: object) -> int:
     parser = argparse.ArgumentParser()
     part.add_arguments(parser)
@@ -155,34 +150,3 @@ def test_the_worst_ratio_is_held_against_its_aim(decode):
     found = decode.aims(rows)
     vlm, disk, full = (worst for worst, _ in found.values())
     assert np.isnan(vlm) and (disk, full) == (1.1, 1.01)
-
-
-def test_a_short_soak_gives_the_resident_tokens(soak, packed, capsys):
-    flags = ["--model", packed, "--tokens", 240, "--every", 12]
-    assert run(soak, *flags) == 0
-    assert "240 tokens as resident, 25 budgets" in capsys.readouterr().out
-
-
-def test_a_soak_tells_a_wrong_token_and_growing_memory(
-    soak, packed, capsys, monkeypatch
-):
-    flags = ["--model", packed, "--tokens", 120, "--every", 5]
-    assert run(soak, *flags, "--bytes-per-token", -1e9) == 1
-    assert "expected at most" in capsys.readouterr().err
-    right = soak.continued
-
-    def other(*args):
-        texts = right(*args)
-        next(iter(texts.values()))[7] += 1
-        return texts
-
-    monkeypatch.setattr(soak, "continued", other)
-    assert run(soak, *flags) == 1
-    assert "token 7 is" in capsys.readouterr().err
-
-
-def test_growth_is_the_slope_after_settling(soak):
-    steady = [900, 500, *(100 + 30 * i for i in range(6))]
-    assert soak.growth_per_token(steady, 10) == pytest.approx(3)
-    assert soak.growth_per_token([100], 10) == 0
-    assert soak.process_bytes() > 1e6
