@@ -186,16 +186,19 @@ class Soak:
         Args:
             restore: takes back the work of a call that Ctrl-C ended as it returned.
         """
-        for _ in range(MOST_TRIES):
+        last: BaseException | None = None
+        for n_failed in range(MOST_TRIES):
             try:
-                with self._bell:
+                with self._bell.during_call(n_failed):
                     return call()
-            except ExpertStoreError:
+            except ExpertStoreError as error:
                 self.tally.counts["failed calls"] += 1
-            except KeyboardInterrupt:
+                last = error
+            except KeyboardInterrupt as error:
                 self.tally.counts["interrupted calls"] += 1
+                last = error
             restore()
-        raise WrongToken(f"a call failed {MOST_TRIES} times one after the other")
+        raise WrongToken(f"a call failed {MOST_TRIES} times, lastly by {last!r}")
 
     def _resize(self, model: Any, chance: random.Random) -> None:
         streamer = model.streamer
@@ -275,18 +278,25 @@ def failing_reads(wanted: bool, chance: random.Random, tally: Tally) -> Iterator
 class Bell:
     """Ctrl-C again and again while on, but only in calls of the main thread.
 
-    A call is a ``with`` block: outside of them nobody would make up for an interrupt.
+    Outside of calls nobody would make up for an interrupt.
     """
 
     def __init__(self) -> None:
         self._in_call = False
+        self._mean_seconds = INTERRUPT_SECONDS
 
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
+    @contextlib.contextmanager
+    def during_call(self, n_failed: int) -> Iterator[None]:
+        """Let Ctrl-C come in the block, the later the more often the call failed."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        # On a busy machine a prompt may take longer than it is left alone at first.
+        self._mean_seconds = INTERRUPT_SECONDS * 1.5**n_failed
+        try:
             self._in_call = True
-
-    def __exit__(self, *exc: object) -> None:
-        if threading.current_thread() is threading.main_thread():
+            yield
+        finally:
             self._in_call = False
 
     @contextlib.contextmanager
@@ -305,8 +315,8 @@ class Bell:
 
     def _arm(self) -> None:
         # Never at equal distances: a call that takes longer would never end.
-        delay = random.expovariate(1 / INTERRUPT_SECONDS)
-        signal.setitimer(signal.ITIMER_REAL, max(1e-3, delay))
+        delay = random.expovariate(1 / self._mean_seconds)
+        signal.setitimer(signal.ITIMER_REAL, min(max(1e-3, delay), 60))
 
     def _ring(self, *_: object) -> None:
         self._arm()
