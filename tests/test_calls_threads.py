@@ -94,6 +94,9 @@ LAZY_KINDS = {
     "lazy": dict(executor="lazy"),
     "optimistic": dict(optimistic="on"),
     "optimistic-ahead": dict(optimistic="on", read_ahead="on"),
+    "traced": dict(executor="traced"),
+    "traced-optimistic-off": dict(executor="traced", optimistic="off"),
+    "traced-resident": dict(executor="traced", n_slots=None),
 }
 
 
