@@ -32,7 +32,7 @@ from .progress import prompt_progress
 from .runtime import Runtime
 from .steps import TokenSteps
 from .trace import Passed, StepTracer, arrays_of
-from .transforms import is_traced
+from .transforms import in_transformation, is_traced
 from .weights import Weight, has_values
 
 
@@ -137,11 +137,12 @@ class Forward:
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> list[mx.array]:
         """Return what a call depends on if a transformation follows any of it."""
-        given = [inputs] if embeddings is None else [inputs, embeddings]
-        if cache is not None:
-            given += arrays_of(cache)
-        if is_traced(given):
-            return given
+        if in_transformation():
+            given = [inputs] if embeddings is None else [inputs, embeddings]
+            if cache is not None:
+                given += arrays_of(cache)
+            if is_traced(given):
+                return given
         if self._parameters is not None and self._parameters.holds():
             return []
         known = self._parameters.seen if self._parameters is not None else []
