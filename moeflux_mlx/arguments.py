@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.cache import ArraysCache, KVCache
 
 from .errors import ModelError
 from .ops.checks import FLOATS, got
@@ -87,11 +88,20 @@ class ArgumentChecks:
             _check_kinds(layers, cache)
             self._types = types
             self._last = None if cache[-1] is None else weakref.ref(cache[-1])
-        for i, each in enumerate(cache):
-            state = _first_state(each)
-            if state is not None and len(state) != n_seqs:
-                why = f"caches of {n_seqs} sequences, as many as the tokens have"
-                raise _misfit("cache", why, f"{len(state)} in that of layer {i}")
+        # The commonest types are told apart here: this is done for every token.
+        states: list[Any] = [
+            each.cache[0]
+            if kind is ArraysCache
+            else each.keys
+            if kind is KVCache
+            else _first_state(each)
+            for kind, each in zip(types, cache, strict=True)
+        ]
+        if others := {len(x) for x in states if x is not None} - {n_seqs}:
+            wrong = (x is not None and len(x) in others for x in states)
+            why = f"caches of {n_seqs} sequences, as many as the tokens have"
+            at = [*wrong].index(True)
+            raise _misfit("cache", why, f"{len(states[at])} in that of layer {at}")
 
 
 def bounded(tokens: mx.array, vocab_size: int) -> tuple[mx.array, mx.array]:
