@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -17,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from . import device, ops
+from .arguments import ArgumentChecks, bounded
 from .blocks import ROUTED, Call
 from .context import Context, put_back_on_failure
 from .errors import ModelError
@@ -32,7 +34,7 @@ from .progress import prompt_progress
 from .runtime import Runtime
 from .steps import TokenSteps
 from .trace import Passed, StepTracer, arrays_of
-from .transforms import is_traced
+from .transforms import in_transformation, is_traced
 from .weights import Weight, has_values
 
 
@@ -75,6 +77,7 @@ class Forward:
     ):
         self.text, self.args, self.runtime = text, args, runtime
         self._make_layer = make_layer
+        self._checked = ArgumentChecks(text, args.hidden_size)
         self.layers: list[DecoderLayer] = []
         self._ends = LayerWeights(text, skip="layers")
         self._runner = GraphRunner(runtime.executor)
@@ -102,6 +105,7 @@ class Forward:
     ) -> mx.array:
         """Return the logits ``[B, T, V]`` of a call, the only one at this time."""
         with self._only_call():
+            inputs, cache, embeddings = self._checked(inputs, cache, embeddings)
             if followed := self._followed(inputs, cache, embeddings):
                 reference = self._reference(followed)
                 rows = reference.hidden_states(inputs, cache, embeddings)
@@ -118,6 +122,7 @@ class Forward:
     ) -> Array:
         """Return the rows ``[B, T, D]`` that logits are made of; as ``__call__``."""
         with self._only_call():
+            inputs, cache, embeddings = self._checked(inputs, cache, embeddings)
             if followed := self._followed(inputs, cache, embeddings):
                 reference = self._reference(followed)
                 return reference.hidden_states(inputs, cache, embeddings)
@@ -137,11 +142,12 @@ class Forward:
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> list[mx.array]:
         """Return what a call depends on if a transformation follows any of it."""
-        given = [inputs] if embeddings is None else [inputs, embeddings]
-        if cache is not None:
-            given += arrays_of(cache)
-        if is_traced(given):
-            return given
+        if in_transformation():
+            given = [inputs] if embeddings is None else [inputs, embeddings]
+            if cache is not None:
+                given += arrays_of(cache)
+            if is_traced(given):
+                return given
         if self._parameters is not None and self._parameters.holds():
             return []
         known = self._parameters.seen if self._parameters is not None else []
@@ -369,21 +375,33 @@ class Forward:
             rows = embeddings.astype(self.dtype).reshape(-1, dim)
             return move(rows), n_seqs, t
         n_seqs, t = inputs.shape
-        self._check_tokens(inputs)
+        inside = None
+        # Who calls a trace has looked before.
+        look = self._looks_at if self._in_trace else self._check_tokens
+        if not look(inputs):
+            inputs, inside = bounded(inputs, self.args.vocab_size)
         ids = move(inputs.reshape(-1).astype(mx.int32))
         rows = self._end("embed", ids, _build_embed)
-        return (rows if host else rows.astype(self.dtype)), n_seqs, t
+        if host:
+            return rows, n_seqs, t
+        rows = rows.astype(self.dtype)
+        if inside is not None:
+            nan = mx.array(math.nan, rows.dtype)
+            rows = mx.where(inside.reshape(-1, 1), rows, nan)
+        return rows, n_seqs, t
 
-    def _check_tokens(self, inputs: mx.array) -> None:
-        """Refuse ids outside the vocabulary, where looking costs no extra wait."""
-        if not mx.issubdtype(inputs.dtype, mx.integer) or inputs.size == 0:
-            raise ModelError(
-                f"[tokens] expected at least one integer id but got {inputs.dtype} "
-                f"{inputs.shape}"
-            )
-        waits_anyway = device.on_cpu() or self.runtime.streams or inputs.size > 1
-        if not waits_anyway or not has_values(inputs):
-            return
+    def _looks_at(self, inputs: mx.array) -> bool:
+        """Tell whether ids are looked at if they have values."""
+        return device.on_cpu() or self.runtime.streams or inputs.size > 1
+
+    def _check_tokens(self, inputs: mx.array) -> bool:
+        """Refuse ids outside the vocabulary, where looking costs no extra wait.
+
+        Returns:
+            Whether it looked.
+        """
+        if not self._looks_at(inputs) or not has_values(inputs):
+            return False
         ids = np.array(inputs)
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.args.vocab_size:
@@ -391,6 +409,7 @@ class Forward:
                 f"[tokens] expected ids from 0 to {self.args.vocab_size - 1} but got "
                 f"{low if low < 0 else high}"
             )
+        return True
 
     def _end(self, name: str, x: Array, build: Any) -> Array:
         """Run one of the graphs before and after the layers on rows ``x``."""

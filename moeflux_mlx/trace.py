@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, KVCache
 
+from .compiling import Compiled
 from .executors.base import leaves
 from .model import BuiltOnce
 
@@ -93,7 +94,7 @@ class StepTracer:
         if traced:
             traces = self._traces.setdefault(layers, BuiltOnce(MAX_TRACES))
             call, _ = traces.get(
-                key, lambda: (mx.compile(self._function(layers, kinds)), held)
+                key, lambda: (Compiled(self._function(layers, kinds)), held)
             )
         else:
             call = self._function(layers, kinds)

@@ -7,11 +7,14 @@ looks at values must ask here first.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
+
+from .compiling import Compiled
 
 
 class _Count(threading.local):
@@ -24,20 +27,41 @@ _COUNT = _Count()
 def is_traced(arrays: Sequence[mx.array]) -> bool:
     """Tell whether a transformation follows what becomes of any of ``arrays``.
 
-    MLX replays a compiled function without calling it, unless a transformation follows
-    an argument: then it calls the function again. Nothing is evaluated here.
+    Nothing is evaluated here.
     """
-    if not arrays:
+    if not arrays or not in_transformation():
         return False
     (from_all,) = mx.depends([mx.array(0)], [*arrays])
-    if not _is_called(_PROBE, from_all):
+    return _is_followed(from_all)
+
+
+def in_transformation() -> bool:
+    """Tell whether this is a call under any transformation; cheap."""
+    return _is_followed(_FOLLOWED)
+
+
+def _is_followed(array: mx.array) -> bool:
+    """Tell whether a transformation follows an array.
+
+    MLX replays a compiled function without calling it, unless a transformation follows
+    an argument: then it calls the function again.
+    """
+    if not _is_called(_PROBE, array):
         return False
-    # Somebody may have switched compiling off; then every call is a call.
+    # Where compiling is switched off, every call is a call.
+    with _compiling():
+        return _is_called(_PROBE, array)
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """Let MLX compile meanwhile, though somebody may have switched that off."""
     if not _is_called(_PROBE_OF_NOTHING):
-        return True
+        yield
+        return
     mx.enable_compile()
     try:
-        return _is_called(_PROBE, from_all)
+        yield
     finally:
         mx.disable_compile()
 
@@ -59,4 +83,22 @@ def _count(*arguments: mx.array) -> mx.array:
     return arguments[0] if arguments else mx.array(0)
 
 
-_PROBE, _PROBE_OF_NOTHING = mx.compile(_count), mx.compile(lambda: _count())
+def _placeholder() -> mx.array:
+    """Return what stands for an argument while MLX compiles a function.
+
+    MLX follows it in each later transformation too, and in nothing else. It never has
+    a value.
+    """
+    kept: list[mx.array] = []
+
+    def keep(x: mx.array) -> mx.array:
+        kept.append(x)
+        return x
+
+    with _compiling():
+        Compiled(keep)(mx.array(0))
+    return kept[0]
+
+
+_PROBE, _PROBE_OF_NOTHING = Compiled(_count), Compiled(lambda: _count())
+_FOLLOWED = _placeholder()

@@ -30,7 +30,7 @@ from moeflux_mlx.experts.pool import POOL_ALIGNMENT
 from moeflux_mlx.experts.store import open_store
 from moeflux_mlx.loading import model_classes
 from moeflux_mlx.runtime import RunOptions
-from moeflux_mlx.transforms import is_traced
+from moeflux_mlx.transforms import in_transformation, is_traced
 
 PROMPT = mx.array(np.random.RandomState(0).randint(1, 320, (1, 5)))
 LAYERS = dict(num_hidden_layers=2, full_attention_interval=2)
@@ -366,9 +366,10 @@ def test_training_learns_and_leaves_ordinary_calls_right(plain):
 
 @pytest.mark.parametrize("compiles", [True, False])
 def test_a_traced_array_is_told_from_one_with_values(compiles):
-    constant, seen = mx.array([1.0, 2.0]), []
+    constant, seen, within = mx.array([1.0, 2.0]), [], []
 
     def look(x):
+        within.append(in_transformation())
         seen.append((is_traced([x]), is_traced([constant]), is_traced([constant, x])))
         return (x * constant).sum()
 
@@ -385,6 +386,8 @@ def test_a_traced_array_is_told_from_one_with_values(compiles):
         assert mx.array_equal(mx.compile(lambda x: x + 1)(x), x + 1)
     finally:
         mx.enable_compile()
+    assert not in_transformation()
+    assert within == [False] + [True] * (len(seen) - 1)
     assert seen[0] == (False, False, False)
     assert all(found[0] and found[2] for found in seen[1:]) and len(seen) >= 7
     assert not any(found[1] for found in seen[1:6])

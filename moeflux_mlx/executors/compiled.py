@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..compiling import Compiled
 from ..graph.lower import Step
 from ..graph.rows import whole
 from ..weights import Weight
@@ -89,7 +90,7 @@ class CompiledSteps:
                 drops.pop(place, None)
         part = Part(steps, list(takes), list(alive), list(drops), asks)
         if traceable:
-            part.call = mx.compile(self._function(part, weights))
+            part.call = Compiled(self._function(part, weights))
         return part
 
     def _function(

@@ -21,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import device
+from ..compiling import Compiled
 from ..executors.base import Executor, arrays
 from ..graph.rows import RowPart
 
@@ -92,7 +93,7 @@ class Work:
         return self._link is not None
 
 
-@mx.compile
+@Compiled
 def _after(x: mx.array, *firsts: mx.array) -> mx.array:
     """Return ``x``, whatever ``firsts`` hold: one launch that reads them all."""
     seen = firsts[0] != 0
@@ -235,7 +236,7 @@ class DeviceTimer(StepTimer):
                 x = mx.fast.rms_norm(x, None, 1e-5)
             return x
 
-        traced = mx.compile(chain)
+        traced = Compiled(chain)
         self.elapsed(lambda: [traced(x)])
         times = []
         for _ in range(self.repeats):

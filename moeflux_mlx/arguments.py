@@ -1,0 +1,210 @@
+"""What a model is called with: checked once, before anything trusts it.
+
+Single tokens come by the thousand, so what was seen in the call before is not looked at
+again: of the same caches only the number of sequences.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import ArraysCache, KVCache
+
+from .errors import ModelError
+from .ops.checks import FLOATS, got
+from .ops.functions import Array
+
+INTEGERS = frozenset(
+    (mx.int8, mx.int16, mx.int32, mx.int64, mx.uint8, mx.uint16, mx.uint32, mx.uint64)
+)
+
+
+class Arguments(NamedTuple):
+    """Checked arguments: tokens ``[B, T]``, a cache for each layer, rows ``[B, T, D]``.
+
+    With ``embeddings`` nobody reads the tokens' values.
+    """
+
+    tokens: mx.array
+    cache: list[Any] | None
+    embeddings: mx.array | None
+
+
+class ArgumentChecks:
+    """Checks the arguments of a text model's calls.
+
+    Args:
+        text: mlx-lm's module, with its ``model`` of ``layers``.
+    """
+
+    def __init__(self, text: nn.Module, hidden_size: int):
+        self._text, self._hidden_size = text, hidden_size
+        self._types: list[type] = []
+        self._last: weakref.ref[Any] | None = None
+
+    def __call__(self, inputs: Any, cache: Any, embeddings: Any) -> Arguments:
+        """Return the arguments as arrays.
+
+        Raises:
+            ModelError: an argument is not what the model takes; names it.
+        """
+        if embeddings is None:
+            tokens = _tokens(inputs)
+        else:
+            embeddings = self._rows(embeddings)
+            tokens = _beside(inputs, embeddings)
+        if cache is not None:
+            self._check_caches(cache, *tokens.shape)
+        return Arguments(tokens, cache, embeddings)
+
+    def _rows(self, embeddings: Any) -> mx.array:
+        if isinstance(embeddings, np.ndarray) and embeddings.dtype.kind == "f":
+            embeddings = mx.array(embeddings)
+        if not isinstance(embeddings, mx.array):
+            raise _misfit("input_embeddings", "an array of floats", got(embeddings))
+        if embeddings.dtype not in FLOATS:
+            wanted = "float32, float16 or bfloat16"
+            raise _misfit("input_embeddings", wanted, _type(embeddings))
+        shape = embeddings.shape
+        if len(shape) != 3 or shape[2] != self._hidden_size or not embeddings.size:
+            wanted = f"shape [B, T, {self._hidden_size}], at least one row"
+            raise _misfit("input_embeddings", wanted, got(embeddings))
+        return embeddings
+
+    def _check_caches(self, cache: Any, n_seqs: int, t: int) -> None:
+        layers = self._text.model.layers
+        if not isinstance(cache, list | tuple) or len(cache) != len(layers):
+            wanted = f"a list of {len(layers)} caches, one for each layer"
+            found = f"{len(cache)}" if isinstance(cache, list | tuple) else got(cache)
+            raise _misfit("cache", wanted, found, "make them with make_prompt_cache")
+        types = list(map(type, cache))
+        seen = t == 1 and types == self._types and self._last is not None
+        if not seen or self._last() is not cache[-1]:  # type: ignore[misc]
+            _check_kinds(layers, cache)
+            self._types = types
+            self._last = None if cache[-1] is None else weakref.ref(cache[-1])
+        # The commonest types are told apart here: this is done for every token.
+        states: list[Any] = [
+            each.cache[0]
+            if kind is ArraysCache
+            else each.keys
+            if kind is KVCache
+            else _first_state(each)
+            for kind, each in zip(types, cache, strict=True)
+        ]
+        if others := {len(x) for x in states if x is not None} - {n_seqs}:
+            wrong = (x is not None and len(x) in others for x in states)
+            why = f"caches of {n_seqs} sequences, as many as the tokens have"
+            at = [*wrong].index(True)
+            raise _misfit("cache", why, f"{len(states[at])} in that of layer {at}")
+
+
+def bounded(tokens: mx.array, vocab_size: int) -> tuple[mx.array, mx.array]:
+    """Return ids that are in a vocabulary, others as 0, and which of them were."""
+    inside = (tokens >= 0) & (tokens < vocab_size)
+    return mx.where(inside, tokens, 0), inside
+
+
+def _tokens(inputs: Any) -> mx.array:
+    if isinstance(inputs, list | tuple):
+        try:
+            inputs = np.asarray(inputs)
+        except (TypeError, ValueError, OverflowError):
+            raise _misfit("tokens", "ids in rows of one length", "others") from None
+    if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "iu":
+        inputs = mx.array(inputs)
+    if not isinstance(inputs, mx.array):
+        found = inputs.dtype if isinstance(inputs, np.ndarray) else got(inputs)
+        raise _misfit("tokens", "integer ids [B, T]", found)
+    if inputs.dtype not in INTEGERS or inputs.ndim != 2 or not inputs.size:
+        wanted = "integer ids [B, T], at least one"
+        raise _misfit("tokens", wanted, f"{_type(inputs)} of {got(inputs)}")
+    return inputs
+
+
+def _beside(inputs: Any, embeddings: mx.array) -> mx.array:
+    """Return tokens of the embeddings' shape: theirs may be absent."""
+    n_seqs, t, _ = embeddings.shape
+    if inputs is None or (isinstance(inputs, mx.array) and not inputs.size):
+        return mx.zeros((n_seqs, t), mx.int32)
+    tokens = _tokens(inputs)
+    if tokens.shape != (n_seqs, t):
+        wanted = f"as many rows as tokens, {list(tokens.shape)}"
+        raise _misfit("input_embeddings", wanted, got(embeddings))
+    return tokens
+
+
+def _check_kinds(layers: Sequence[nn.Module], cache: Sequence[Any]) -> None:
+    """Check that each layer gets a cache of its kind, and all of them one position."""
+    offsets = set()
+    for i, (layer, each) in enumerate(zip(layers, cache, strict=True)):
+        if each is None:
+            continue
+        if layer.is_linear:
+            states = getattr(each, "cache", None)
+            fits = isinstance(states, list) and len(states) == 2
+            fits = fits and hasattr(each, "advance") and hasattr(each, "lengths")
+            wanted = "an ArraysCache of 2"
+        else:
+            fits = hasattr(each, "update_and_fetch") and hasattr(each, "offset")
+            wanted = "a KVCache or one like it"
+        if not fits:
+            advice = "make them with make_prompt_cache"
+            raise _misfit(f"cache of layer {i}", wanted, got(each), advice)
+        _check_states(i, layer, each)
+        if not layer.is_linear and isinstance(each.offset, int):
+            offsets.add(each.offset)
+    if len(offsets) > 1:
+        found = ", ".join(map(str, sorted(offsets)))
+        raise _misfit("cache", "caches that end at one position", found)
+
+
+def _check_states(index: int, layer: nn.Module, cache: Any) -> None:
+    """Check what a cache holds against what its layer makes; sequences aside."""
+    shapes: list[tuple[Any, tuple[int | None, ...]]]
+    if layer.is_linear:
+        net = layer.linear_attn
+        conv = (None, net.conv_kernel_size - 1, net.conv_dim)
+        delta = (None, net.num_v_heads, net.head_v_dim, net.head_k_dim)
+        shapes = [(cache.cache[0], conv), (cache.cache[1], delta)]
+    else:
+        attn = layer.self_attn
+        rows = (None, attn.num_key_value_heads, None, attn.head_dim)
+        plain = [getattr(cache, name, None) for name in ("keys", "values")]
+        shapes = [(x, rows) for x in plain if not isinstance(x, tuple | list)]
+    for state, wanted in shapes:
+        if state is None:
+            continue
+        shape = getattr(state, "shape", ())
+        alike = len(shape) == len(wanted) and all(
+            n in (None, found) for n, found in zip(wanted, shape, strict=True)
+        )
+        if not isinstance(state, mx.array) or not alike:
+            sizes = ", ".join("any" if n is None else str(n) for n in wanted)
+            raise _misfit(f"cache of layer {index}", f"shape [{sizes}]", got(state))
+
+
+def _first_state(cache: Any) -> Array | None:
+    """Return an array of a cache that has a row for each sequence."""
+    if cache is None:
+        return None
+    state = getattr(cache, "keys", None)
+    if state is None:
+        states = getattr(cache, "cache", None)
+        state = states[0] if states else None
+    # A quantised cache holds three arrays in place of one.
+    return state[0] if isinstance(state, tuple | list) else state
+
+
+def _type(x: mx.array) -> str:
+    return str(x.dtype).removeprefix("mlx.core.")
+
+
+def _misfit(name: str, wanted: str, found: Any, advice: str = "") -> ModelError:
+    end = f": {advice}" if advice else ""
+    return ModelError(f"[{name}] expected {wanted} but got {found}{end}")
