@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load_model
 
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, ModelError, one_line_errors
 from .experts.budget import Amounts
 from .experts.checkpoint import read_config
 from .experts.packed import is_packed
+from .files import short
+from .opening import model_module
 from .progress import byte_progress, notice
 from .runtime import RunOptions
 from .streaming import stream
@@ -21,8 +22,11 @@ from .streaming import stream
 
 def has_own_class(model_type: object) -> bool:
     """Tell whether moeflux-mlx has a class of its own for a type of model."""
-    name = str(model_type)
-    return name.isidentifier() and find_spec(f"moeflux_mlx.models.{name}") is not None
+    try:
+        model_module(model_type)
+    except ModelError:
+        return False
+    return True
 
 
 def takes_door(path: Path, native: bool | None) -> bool:
@@ -93,12 +97,9 @@ def _refuse_options(path: Path, options: RunOptions) -> None:
 def _load_lazily(
     path: Path, model_config: dict[str, Any] | None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    try:
+    model_type = read_config(path).get("model_type")
+    with one_line_errors(f"[load] {path}: mlx-lm's model type {short(model_type)}"):
         found: tuple[nn.Module, dict[str, Any]] = load_model(
             path, lazy=True, model_config={**(model_config or {}), "model_file": None}
         )
-    except Exception as error:
-        raise ModelError(
-            f"[load] {path}: expected a model that mlx-lm loads but got {error!r}"
-        ) from error
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -222,7 +223,7 @@ def test_arguments_of_plans_and_streamers_are_named(checkpoint, budget):
 def test_a_model_of_another_type_is_named(broken):
     for model_type in ("llama", "qwen3_5_tensors", "../x", 5, None):
         edit(broken, model_type=model_type)
-        with pytest.raises(ModelError, match="supported model type"):
+        with pytest.raises(ModelError, match=re.escape(f"type {model_type!r}")):
             moeflux_mlx.load(broken)
 
 

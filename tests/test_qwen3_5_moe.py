@@ -319,7 +319,7 @@ def test_a_directory_that_is_no_model_is_refused(tmp_path):
         moeflux_mlx.load(tmp_path)
 
 
-def test_a_model_type_without_a_class_is_refused_by_name(tmp_path):
+def test_a_model_that_is_not_of_its_type_is_refused_by_name(tmp_path):
     plain = make_checkpoint(tmp_path / "plain", num_hidden_layers=1)
     config = plain / "config.json"
     config.write_text(config.read_text().replace('"qwen3_5_moe"', '"llama"'))

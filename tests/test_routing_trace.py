@@ -23,6 +23,7 @@ from mlx_lm.generate import generate_step
 import moeflux_mlx
 from moeflux_mlx.cli import main
 from moeflux_mlx.errors import ConfigError, ModelError, TraceError
+from moeflux_mlx.experts.policy import LRU
 from moeflux_mlx.experts.routing_trace import RoutingTrace
 from moeflux_mlx.profiling import record_routing
 
@@ -363,8 +364,10 @@ def test_the_environment_names_a_policy(packed, budget, monkeypatch):
     monkeypatch.setenv("MOEFLUX_POLICY", "newest")
     with pytest.raises(ConfigError, match="newest"):
         moeflux_mlx.load(packed, expert_memory=budget)
-    model, _ = moeflux_mlx.load(packed, expert_memory=budget, policy="lru")
+    monkeypatch.setenv("MOEFLUX_POLICY", "lru")
+    model, _ = moeflux_mlx.load(packed, expert_memory=budget)
     model.streamer.close()
+    assert isinstance(model.streamer._table._policy, LRU)
 
 
 def test_a_prompt_file_that_cannot_be_read_is_one_clear_line(packed, tmp_path, capsys):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from ..errors import ExpertStoreError
+from .checkpoint import read_config
 
 MODEL_FILE = "moeflux_model.py"
 SHIM = '''\
@@ -17,13 +17,13 @@ Model, ModelArgs = pack_classes(__file__)
 '''
 
 
-def check_model_file(directory: Path, config: dict[str, Any]) -> None:
+def check_model_file(directory: Path) -> None:
     """Compare the file that a pack's configuration names with what packing writes.
 
     Raises:
         ExpertStoreError: it is missing, another, or of other contents.
     """
-    name = config.get("model_file")
+    name = read_config(directory).get("model_file")
     path = directory / MODEL_FILE
     if name != MODEL_FILE:
         raise ExpertStoreError(

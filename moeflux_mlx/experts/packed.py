@@ -67,6 +67,7 @@ class PackedExperts:
         try:
             for change in changes(store.directory, store.manifest):
                 raise ExpertStoreError(f"[pack] {change}")
+            check_model_file(store.directory)
         except BaseException:
             store.close()
             raise
@@ -79,7 +80,6 @@ class PackedExperts:
         manifest = Manifest.read(directory / MANIFEST_NAME)
         _check_model(directory, config, manifest)
         _check_layouts(directory, config, manifest)
-        check_model_file(directory, config)
         store = cls(directory, manifest)
         try:
             for entry in manifest.layers:
@@ -291,6 +291,9 @@ def verify(
     report = VerifyReport()
     with PackedExperts._open(Path(directory)) as store:
         report.changes += changes(store.directory, store.manifest)
+        if not report.changes:
+            # Whoever wrote another file may have written the manifest anew.
+            check_model_file(store.directory)
         resident = store.manifest.resident
         assert resident is not None
         total = store.expert_bytes + resident.n_bytes
