@@ -14,6 +14,7 @@ from .errors import ConfigError, ModelError
 from .experts.budget import Amounts
 from .experts.checkpoint import read_config
 from .experts.packed import is_packed
+from .files import spelled_plainly
 from .progress import byte_progress, notice
 from .runtime import RunOptions
 from .streaming import stream
@@ -94,9 +95,11 @@ def _load_lazily(
     path: Path, model_config: dict[str, Any] | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     try:
-        found: tuple[nn.Module, dict[str, Any]] = load_model(
-            path, lazy=True, model_config={**(model_config or {}), "model_file": None}
-        )
+        with spelled_plainly(path) as plain:
+            changes = {**(model_config or {}), "model_file": None}
+            found: tuple[nn.Module, dict[str, Any]] = load_model(
+                plain, lazy=True, model_config=changes
+            )
     except Exception as error:
         raise ModelError(
             f"[load] {path}: expected a model that mlx-lm loads but got {error!r}"

@@ -284,8 +284,6 @@ def test_arguments_of_other_types_are_refused(wrong, model, tmp_path):
         save_state(path, model, wrong, tokens)
     with pytest.raises(StateError, match=r"list of caches|layer 0: cannot go back"):
         CacheCheckpoint.take(wrong)
-    with pytest.raises(StateError, match="expected a model of moeflux-mlx's own class"):
-        load_state(path, wrong)
     assert list(tmp_path.iterdir()) == []
 
 
