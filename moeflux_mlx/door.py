@@ -13,7 +13,7 @@ from .errors import ConfigError, ModelError, one_line_errors
 from .experts.budget import Amounts
 from .experts.checkpoint import read_config
 from .experts.packed import is_packed
-from .files import short
+from .files import short, spelled_plainly
 from .opening import model_module
 from .progress import byte_progress, notice
 from .runtime import RunOptions
@@ -98,8 +98,10 @@ def _load_lazily(
     path: Path, model_config: dict[str, Any] | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     model_type = read_config(path).get("model_type")
-    with one_line_errors(f"[load] {path}: mlx-lm's model type {short(model_type)}"):
+    changes = {**(model_config or {}), "model_file": None}
+    where = f"[load] {path}: mlx-lm's model type {short(model_type)}"
+    with one_line_errors(where), spelled_plainly(path) as plain:
         found: tuple[nn.Module, dict[str, Any]] = load_model(
-            path, lazy=True, model_config={**(model_config or {}), "model_file": None}
+            plain, lazy=True, model_config=changes
         )
     return found

@@ -45,7 +45,19 @@ def find_model(path_or_repo: str | Path, revision: str | None = None) -> Path:
         path = _from_hub(str(path_or_repo), revision)
     if not (path / "config.json").is_file():
         raise ModelError(f"[load] {path}: expected a model directory with config.json")
+    check_kinds(path)
     return path
+
+
+def check_kinds(path: Path) -> None:
+    """Raise ModelError for a FIFO or the like, which a library would wait for."""
+    for pattern in (*SMALL_FILES, "*.safetensors"):
+        for file in path.glob(pattern):
+            if file.exists() and not (file.is_file() or file.is_dir()):
+                raise ModelError(
+                    f"[load] {file}: expected a regular file but got a FIFO, a socket "
+                    "or a device: remove it"
+                )
 
 
 def _from_hub(repo: str, revision: str | None) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import math
 import os
@@ -12,11 +13,12 @@ import re
 import reprlib
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .experts.volume import sync
+from .volume import sync
 
 # The most that is parsed of each kind of file; the largest known take a tenth of it.
 CONFIG_BYTES = 16 << 20
@@ -187,6 +189,23 @@ def replacing(path: Path, mode: int = 0o600) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
+
+
+@contextlib.contextmanager
+def spelled_plainly(directory: Path) -> Iterator[Path]:
+    """Give a path that MLX and mlx-lm can open, for as long as they open files.
+
+    mlx-lm takes a path for a pattern, in which ``[`` and ``*`` stand for others; MLX
+    takes UTF-8 alone. A link stands in for any other path.
+    """
+    text = str(directory)
+    if glob.escape(text) == text and text.isprintable():
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="moeflux-") as folder:
+        link = Path(folder) / "model"
+        link.symlink_to(directory.absolute(), target_is_directory=True)
+        yield link
 
 
 def _prefix(path: Path) -> str:

@@ -15,12 +15,13 @@ from mlx_lm.utils import load_config, load_model
 
 from . import config, serving
 from .door import load_through_door, takes_door
-from .download import find_model
+from .download import check_kinds, find_model
 from .errors import ConfigError, one_line_errors
 from .executors.base import leaves
 from .experts.budget import Amounts
 from .experts.packed import PackedExperts, is_packed
 from .experts.store import open_store
+from .files import spelled_plainly
 from .memory import MemoryPlan
 from .opening import Reads, model_module, read_weights
 from .pool_search import find_fastest
@@ -166,6 +167,7 @@ def check_loadable(directory: Path) -> None:
     Raises:
         ModelError, ExpertStoreError: as ``load``.
     """
+    check_kinds(directory)
     options = RunOptions(expert_memory=1, executor="ops")
     with _built(directory, options) as (model, _):
         model.runtime.store.close()
@@ -186,9 +188,9 @@ def _built(
     changes = {**(model_config or {}), "model_file": None}
     try:
         reads = read_weights(path, changes, store)
-        with one_line_errors(f"[load] {path}"):
+        with one_line_errors(f"[load] {path}"), spelled_plainly(path) as plain:
             built = load_model(
-                path,
+                plain,
                 lazy=True,
                 model_config=changes,
                 get_model_classes=lambda config: model_classes(config, options, reads),

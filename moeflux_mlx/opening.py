@@ -7,7 +7,7 @@ import copy
 import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 
@@ -17,6 +17,7 @@ from .experts.checkpoint import Checkpoint
 from .experts.checkpoint_store import CheckpointExperts, find_routed
 from .experts.packed import is_packed
 from .experts.routed import RoutedLayer, refuse_floats_of_8_bits
+from .experts.safetensors import load_arrays
 from .experts.store import ExpertStore
 
 # From the weights as mlx-lm read them from files to those that belong to the model.
@@ -46,7 +47,7 @@ def read_weights(
 
     def reads(weights: dict[str, mx.array]) -> dict[str, mx.array]:
         # mlx-lm keeps whichever file came last.
-        files = {file: _load(file) for file in set(chosen.values())}
+        files = {file: load_arrays(file) for file in set(chosen.values())}
         found = {**weights, **{name: files[f][name] for name, f in chosen.items()}}
         for layer in routed.values():
             if not _is_known_to_mlx_lm(layer):
@@ -54,10 +55,6 @@ def read_weights(
         return found
 
     return reads
-
-
-def _load(file: Path) -> dict[str, mx.array]:
-    return cast(dict[str, mx.array], mx.load(str(file)))
 
 
 def check_model(checkpoint: Checkpoint, fields: dict[str, Any]) -> None:

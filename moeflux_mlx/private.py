@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import config
+from .files import replacing
 from .progress import notice
 
 # The folders of this process, by the cache that each stands in for.
@@ -87,19 +88,8 @@ def open_places(top: str) -> Iterator[os.stat_result]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file by ``text`` at once; nobody else can read or write it."""
-    fd, part = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
-    try:
-        with open(fd, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            # A volume that cannot sync has the text all the same.
-            with contextlib.suppress(OSError):
-                os.fsync(fd)
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(part)
-        raise
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def _made(base: Path, names: tuple[str, ...]) -> Path:

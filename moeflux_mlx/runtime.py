@@ -58,7 +58,7 @@ class RunOptions:
     give_way: Callable[[], bool] | None = None
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for arguments of no usable value, before any is used."""
+        """Raise ConfigError or TraceError for what cannot be used, before any is."""
         check_scope(self.scope)
         check_read_ahead(self.read_ahead)
         for name in ("memory", "expert_memory"):
@@ -69,6 +69,8 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ConfigError(f"[{name}] expected a name but got {value!r}")
+        if self.policy is not None:
+            policy_factory(self.policy)
 
     @property
     def amounts(self) -> Amounts:

@@ -62,10 +62,11 @@ def save_state(
         StateError: the caches are not this model's or not of these tokens, or the file
             cannot be written.
     """
-    path, identity = Path(path), _identity(model)
-    layers = [_describe(i, c) for i, c in enumerate(cache)]
+    path, identity = _path(path), _identity(model)
+    layers = [_describe(i, c) for i, c in enumerate(_caches(cache))]
     arrays = {name: x for _, parts in layers for name, x in parts.items()}
-    arrays[TOKENS] = mx.array(_token_ids(path, tokens))
+    token_ids = _token_ids(path, tokens, model.needs.vocab_size)
+    arrays[TOKENS] = mx.array(token_ids)
     arrays[EXPERTS] = mx.array(np.asarray(_held(model), np.int32).reshape(-1, 2))
     mx.eval(arrays)
     mx.synchronize()
@@ -77,8 +78,8 @@ def save_state(
         "layers": json.dumps([about for about, _ in layers]),
     }
     for i, c in enumerate(cache):
-        if not isinstance(c, ArraysCache) and c.offset != len(tokens):
-            _refuse(path, f"layer {i}: tokens", len(tokens), c.offset)
+        if not isinstance(c, ArraysCache) and c.offset != len(token_ids):
+            _refuse(path, f"layer {i}: tokens", len(token_ids), c.offset)
     _Checked(path, model, entries, about)
     digest = _digest(about)
     for name in sorted(arrays):
@@ -118,7 +119,7 @@ def load_state(path: str | os.PathLike, model: nn.Module) -> State:
         BudgetError: the caches do not fit into the model's memory.
         ExpertStoreError: an expert could not be read.
     """
-    path = Path(path)
+    path = _path(path)
     try:
         with open_file(path) as file:
             entries, about = parse_header(path, file, HEADER_BYTES)
@@ -339,11 +340,31 @@ def _describe(index: int, cache: Any) -> tuple[dict[str, Any], dict[str, mx.arra
     return about, {f"layers.{index}.{i}": x for i, x in enumerate(parts)}
 
 
-def _token_ids(path: Path, tokens: Sequence[int]) -> np.ndarray:
+def _path(path: str | os.PathLike) -> Path:
+    if isinstance(path, str | os.PathLike):
+        return Path(path)
+    raise StateError(f"[state] expected the path of a file but got {short(path)}")
+
+
+def _caches(cache: list[Any]) -> list[Any]:
+    if isinstance(cache, list | tuple):
+        return [*cache]
+    raise StateError(f"[state] expected a list of caches but got {short(cache)}")
+
+
+def _token_ids(path: Path, tokens: Sequence[int], vocab_size: int) -> np.ndarray:
     try:
-        return np.asarray(tokens, np.uint32)
-    except (OverflowError, TypeError, ValueError) as error:
-        raise StateError(f"[state] {path}: expected token ids but {error}") from error
+        found = np.asarray(tokens)
+    except (OverflowError, TypeError, ValueError):
+        found = np.array(tokens, object)
+    # NumPy would cut fractions off and read numbers in text.
+    are_ids = found.ndim == 1 and found.size and found.dtype.kind in "iu"
+    if are_ids and found.min() >= 0 and found.max() < vocab_size:
+        return found.astype(np.uint32)
+    raise StateError(
+        f"[state] {path}: expected token ids from 0 to {vocab_size - 1} but got "
+        f"{short(tokens)}"
+    )
 
 
 def _entry(path: Path, name: str, array: mx.array) -> TensorEntry:
@@ -404,7 +425,7 @@ class CacheCheckpoint:
     """
 
     def __init__(self, cache: list[Any]):
-        for i, c in enumerate(cache):
+        for i, c in enumerate(_caches(cache)):
             if type(c).__name__ not in KINDS:
                 kind = type(c).__name__
                 raise StateError(f"[state] layer {i}: cannot go back in a {kind}")

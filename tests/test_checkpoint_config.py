@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from forms import FORMS, reform
+from mlx.utils import tree_flatten
 from test_checkpoint_model import logits, memory_for
 from test_cli import moeflux, one_line_error
 from tiny import make_checkpoint
@@ -23,6 +24,7 @@ import moeflux_mlx
 from moeflux_mlx.cli.inspect import summarize
 from moeflux_mlx.errors import ConfigError, ModelError, MoefluxError
 from moeflux_mlx.loading import plan_load
+from moeflux_mlx.profiling import profile
 
 TESTS = Path(__file__).parent
 
@@ -156,15 +158,24 @@ def test_cut_weights_are_named_without_a_budget(n_bytes, broken):
     assert str(broken / "model.safetensors") in refused(broken)
 
 
-def test_inspect_counts_what_is_used(broken):
-    before = summarize(broken).resident_bytes
+def test_reports_count_what_is_used(broken):
+    before = counted(broken)
     extra = {
         "mtp.fc.weight": mx.zeros((64, 128)),
         "vision_tower.blocks.0.attn.qkv.weight": mx.zeros((96, 32)),
         "model.visual.merger.weight": mx.zeros((5, 7)),
     }
     mx.save_safetensors(str(broken / "model-9.safetensors"), extra)
-    assert summarize(broken).resident_bytes == before
+    assert counted(broken) == before
+
+
+def counted(path: Path) -> list[int]:
+    """Return the bytes of weights that inspect, a plan, a model and a profile count."""
+    model, _ = moeflux_mlx.load(path)
+    held = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    moved = profile(model, context=4, repeats=1).n_bytes
+    plan = plan_load(path, "1GB")
+    return [summarize(path).resident_bytes, plan.resident_bytes, held, moved]
 
 
 @pytest.mark.parametrize(

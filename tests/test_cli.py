@@ -64,10 +64,8 @@ def test_help_names_every_command():
     assert [name for name in COMMANDS if f"    {name} " in text] == COMMANDS
 
 
-def test_no_command_is_an_error_that_shows_the_usage():
-    done = moeflux()
-    assert done.returncode == 2
-    assert done.stderr.startswith("usage: moeflux")
+def test_no_command_is_an_error_that_names_the_help():
+    assert "COMMAND: see moeflux --help" in one_line_error(moeflux())
 
 
 def test_generate_prints_stock_text_then_the_table(packed, budget, stock_text):

@@ -22,7 +22,7 @@ from moeflux_mlx.errors import ConfigError, ExpertStoreError, ModelError
 from moeflux_mlx.experts.pack import pack
 from moeflux_mlx.experts.packed import PackedExperts, is_packed, verify
 from moeflux_mlx.experts.safetensors import read_header
-from moeflux_mlx.experts.volume import lock
+from moeflux_mlx.volume import lock
 from moeflux_mlx.weights import Quantization
 
 ROOT = Path(__file__).parent.parent

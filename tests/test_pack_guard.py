@@ -18,9 +18,9 @@ from test_pack import contents, hub_cache, tmpfs
 from tiny import make_checkpoint
 
 import moeflux_mlx
+from moeflux_mlx import volume
 from moeflux_mlx.cli import main
 from moeflux_mlx.errors import ExpertStoreError, ModelError
-from moeflux_mlx.experts import volume
 from moeflux_mlx.experts.model_file import MODEL_FILE, SHIM
 from moeflux_mlx.experts.pack import JOURNAL_NAME, pack
 from moeflux_mlx.experts.packed import PackedExperts, verify

@@ -272,15 +272,33 @@ def test_something_else_in_the_place_of_a_state_is_an_error(model, tmp_path):
             load_state(path, model)
 
 
+@pytest.mark.parametrize("wrong", [None, 0, 3, True, 1.5, b"state", ["state"]])
+def test_arguments_of_other_types_are_refused(wrong, model, tmp_path):
+    cache, tokens = run(model)
+    with pytest.raises(StateError, match=r"expected the path of a file but got"):
+        save_state(wrong, model, cache, tokens)
+    with pytest.raises(StateError, match=r"expected the path of a file but got"):
+        load_state(wrong, model)
+    path = tmp_path / "state"
+    with pytest.raises(StateError, match=r"list of caches|layer 0: cannot keep"):
+        save_state(path, model, wrong, tokens)
+    with pytest.raises(StateError, match=r"list of caches|layer 0: cannot go back"):
+        CacheCheckpoint.take(wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_state_is_for_its_owner_alone(saved):
     assert saved.stat().st_mode & 0o777 == 0o600
 
 
 def test_tokens_that_are_none_are_refused(model, tmp_path):
     cache, tokens = run(model)
-    for wrong in ([-1], [2**32], ["x"], [None], [[1]]):
-        with pytest.raises(StateError, match="token"):
+    for wrong in ([-1], [320], [2**32], [10**30], ["1"], [1.5], [None], [[1]]):
+        with pytest.raises(StateError, match="expected token ids from 0 to 319 but"):
             save_state(tmp_path / "state", model, cache, tokens[:-1] + wrong)
+    for wrong in (None, 3, "abc", 1.5, mx.array([tokens]), {}, iter(tokens)):
+        with pytest.raises(StateError, match="expected token ids"):
+            save_state(tmp_path / "state", model, cache, wrong)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -335,7 +353,7 @@ def test_tokens_that_are_not_the_caches_are_refused(model, tmp_path):
     with pytest.raises(StateError, match="expected number of layers 4 but got 3"):
         save_state(tmp_path / "state", model, cache[1:], tokens)
     with pytest.raises(StateError, match="layer 0: expected a cache with tokens"):
-        save_state(tmp_path / "state", model, make_prompt_cache(model), [])
+        save_state(tmp_path / "state", model, make_prompt_cache(model), tokens)
     kind = [ConcatenateKVCache() for _ in cache]
     with pytest.raises(StateError, match="cannot keep a cache of ConcatenateKVCache"):
         save_state(tmp_path / "state", model, kind, tokens)

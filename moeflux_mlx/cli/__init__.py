@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import sys
@@ -24,6 +23,7 @@ from . import (
     tune,
     verify,
 )
+from .arguments import Parser
 
 COMMANDS = (
     generate,
@@ -88,8 +88,8 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="moeflux",
         description="Run Mixture-of-Experts models larger than memory in MLX.",
     )

@@ -15,6 +15,7 @@ from ..experts.cachesim import OPTIMUM, Outcome, simulate
 from ..experts.policy import POLICIES, POLICY_FORMS, policy_factory
 from ..experts.routing_trace import RoutingTrace
 from ..profiling import check_plot, save_hit_rates
+from .arguments import check_output, integer, number
 
 BUDGETS = (75.0, 50.0, 37.5, 25.0, 18.75, 12.5)
 
@@ -32,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--budgets",
-        type=float,
+        type=number(0, 100),
         nargs="+",
         default=BUDGETS,
         metavar="PERCENT",
@@ -47,7 +48,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--floor",
-        type=int,
+        type=integer(0),
         metavar="N",
         help="slots that others leave a layer (default: what a token needs, or half an "
         "even share)",
@@ -65,6 +66,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Replay the trace, print the table, draw the curves."""
+    check_output("--plot", args.plot)
     if args.plot:
         check_plot(args.plot)
     trace = RoutingTrace.load(args.trace)

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from ..compare import TOLERANCES, Comparison, Side, compare
-from ..errors import ConfigError
+from .arguments import integer, number, read_text
 from .generate import add_native_flag, add_streaming_flags, streaming_options
 
 DEFAULT_PROMPT = "def read_table(path):\n"
@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--max-tokens",
         "-m",
-        type=int,
+        type=integer(1),
         default=DEFAULT_TOKENS,
         metavar="N",
         help="tokens to generate (default: %(default)s)",
@@ -60,7 +60,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=number(),
         metavar="X",
         help=f"largest relative RMS error of the logits (default: {tolerances})",
     )
@@ -73,11 +73,13 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare as ``args`` say; return 0 within the tolerance, 1 outside."""
     prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
+    if args.prompt_file is not None:
+        prompt = read_text("--prompt-file", args.prompt_file)
     result = compare(
         args.model,
-        prompt if args.prompt_file is None else _read(args.prompt_file),
+        prompt,
         max_tokens=args.max_tokens,
-        text=None if args.text is None else _read(args.text),
+        text=None if args.text is None else read_text("--text", args.text),
         against=args.against,
         dtype=args.dtype,
         tolerance=args.tolerance,
@@ -88,13 +90,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(result)
     return 0 if result.within_tolerance else 1
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"[compare] {path}: expected UTF-8 text: {error}") from error
 
 
 def _print(result: Comparison) -> None:

@@ -32,6 +32,7 @@ from ..executors.verified import (
 )
 from ..launch import KERNELS, Kernel
 from ..launch.check import check, measure
+from .arguments import check_output
 
 N_ERRORS_SHOWN = 3
 
@@ -80,6 +81,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the kernels and report; return 1 if anything failed."""
+    check_output("--record", args.record)
     executor = _executor(args.executor)
     chosen = [k for k in KERNELS.values() if fnmatch.fnmatch(k.name, args.only)]
     if not chosen:

@@ -21,8 +21,28 @@ from ..errors import ConfigError, one_line_errors
 from ..experts.policy import DEFAULT_POLICY, POLICY_FORMS
 from ..files import open_file, parse_json, short
 from ..loading import load
-from ..state import load_state, save_state
+from ..state import CACHE_BITS, CACHE_GROUPS, load_state, save_state
+from .arguments import check_number, check_output, integer, number, one_of
 from .report import generate_and_print
+
+# What of mlx-lm's numbers can be used; it takes any.
+NUMBERS = {
+    "max_tokens": integer(-1),
+    "temp": number(),
+    "top_p": number(0, 1),
+    "min_p": number(0, 1),
+    "top_k": integer(-1),
+    "min_tokens_to_keep": integer(0),
+    "xtc_probability": number(0, 1),
+    "xtc_threshold": number(0, 1),
+    "seed": integer(0, 2**64 - 1),
+    "max_kv_size": integer(1),
+    "prefill_step_size": integer(1),
+    "kv_bits": one_of(*CACHE_BITS),
+    "kv_group_size": one_of(*CACHE_GROUPS),
+    "quantized_kv_start": integer(0),
+    "num_draft_tokens": integer(1),
+}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -107,6 +127,7 @@ def streaming_options(args: argparse.Namespace) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> int:
     """Generate as ``args`` say, the text as it comes, then the table."""
     _refuse_unusable(args)
+    check_output("--save-state", args.save_state)
     cache, saved = _prompt_cache(args)
     model, tokenizer = _load(args, saved)
     tokens: list[int] = []
@@ -153,6 +174,9 @@ def _refuse_unusable(args: argparse.Namespace) -> None:
         if states and getattr(args, flag) is not None:
             name = flag.replace("_", "-")
             raise ConfigError(f"[generate] expected --{name} or a state but got both")
+    for name, parse in NUMBERS.items():
+        if (value := getattr(args, name)) is not None:
+            check_number(f"--{name.replace('_', '-')}", value, parse)
     if args.max_tokens == 0:
         raise ConfigError("[generate] expected --max-tokens of 1 or more, or -1")
 

@@ -22,6 +22,7 @@ from ..experts.packed import is_packed
 from ..experts.pool import pool_bytes, pool_stride
 from ..experts.store import ExpertStore, open_store
 from ..loading import plan_load
+from .arguments import integer
 from .inspect_graph import report, report_table
 
 
@@ -66,7 +67,7 @@ def add_parser(subparsers: Any) -> None:
     graph = "show the Ops of one layer with their costs and planned memory"
     parser.add_argument("--graph", type=int, metavar="LAYER", help=graph)
     tokens = "tokens the layer's graph is built for (default: 512)"
-    parser.add_argument("--tokens", type=int, default=512, help=tokens)
+    parser.add_argument("--tokens", type=integer(1, 1 << 20), default=512, help=tokens)
     memory = "show what the memory of a process of this size would go to"
     parser.add_argument("--memory", metavar="BYTES", help=memory)
     parser.set_defaults(run=run)

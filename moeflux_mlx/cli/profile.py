@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..loading import load
 from ..profiling import Profile, Row, check_plot, profile, save_plot, write_csv
+from .arguments import check_output, integer
 from .generate import add_streaming_flags, streaming_options
 from .report import wide_console
 
@@ -23,21 +24,21 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", help="plain or packed model directory, or hub id")
     parser.add_argument(
         "--context",
-        type=int,
+        type=integer(0),
         default=512,
         metavar="N",
         help="tokens before the one that is profiled (default: %(default)s)",
     )
     parser.add_argument(
         "--prefill",
-        type=int,
+        type=integer(0),
         default=0,
         metavar="T",
         help="profile a prompt of T tokens instead of one token",
     )
     parser.add_argument(
         "--repeats",
-        type=int,
+        type=integer(1),
         default=5,
         help="measurements of each figure; the median counts (default: %(default)s)",
     )
@@ -51,6 +52,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Profile the model and print the table."""
+    check_output("--csv", args.csv)
+    check_output("--plot", args.plot)
     if args.plot:
         check_plot(args.plot)
     model, _ = load(args.model, **{**streaming_options(args), "native": True})

@@ -10,9 +10,9 @@ import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
 from rich.filesize import decimal
 
-from ..errors import ConfigError
 from ..loading import load
 from ..profiling import record_routing
+from .arguments import check_output, integer, number, read_text
 from .generate import add_streaming_flags, streaming_options
 
 
@@ -27,18 +27,20 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--max-tokens",
         "-m",
-        type=int,
+        type=integer(1),
         default=256,
         metavar="N",
         help="tokens to generate (default: %(default)s)",
     )
     parser.add_argument(
         "--temp",
-        type=float,
+        type=number(),
         default=0.0,
         help="sampling temperature; 0 takes the likeliest token (default)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="for sampling (default: 0)")
+    parser.add_argument(
+        "--seed", type=integer(0), default=0, help="for sampling (default: 0)"
+    )
     parser.add_argument(
         "--output", "-o", type=Path, required=True, metavar="FILE", help="an .npz file"
     )
@@ -48,6 +50,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate, and write the trace."""
+    check_output("--output", args.output)
     text = _prompt(args)
     model, tokenizer = load(args.model, **{**streaming_options(args), "native": True})
     mx.random.seed(args.seed)
@@ -70,7 +73,4 @@ def run(args: argparse.Namespace) -> int:
 def _prompt(args: argparse.Namespace) -> str:
     if args.prompt_file is None:
         return args.prompt
-    try:
-        return args.prompt_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"[--prompt-file] {args.prompt_file}: {error}") from error
+    return read_text("--prompt-file", args.prompt_file)

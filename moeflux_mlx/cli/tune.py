@@ -19,6 +19,7 @@ from ..loading import load
 from ..lowering.tuned import Entry, Tuning, default_path, read, save
 from ..profiling import PROMPTS, tune
 from ..profiling.choices import Choice
+from .arguments import check_output, integer
 from .generate import add_streaming_flags, streaming_options
 from .report import wide_console
 
@@ -30,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", help="plain or packed model directory, or hub id")
     parser.add_argument(
         "--prompts",
-        type=int,
+        type=integer(1),
         nargs="*",
         default=PROMPTS,
         metavar="T",
@@ -38,14 +39,14 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--context",
-        type=int,
+        type=integer(0),
         default=512,
         metavar="N",
         help="tokens before the single one (default: %(default)s)",
     )
     parser.add_argument(
         "--repeats",
-        type=int,
+        type=integer(1),
         default=3,
         help="turns of each way; the median counts (default: %(default)s)",
     )
@@ -61,6 +62,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Tune on the model's shapes, print what was found, and keep it."""
+    check_output("--file", args.file)
     executor = args.executor or config.executor_name() or gpu_executor() or "sim"
     path = args.file or (None if executor == "sim" else default_path(executor))
     model, _ = load(

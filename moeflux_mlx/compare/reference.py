@@ -15,6 +15,7 @@ from mlx_lm.utils import _get_classes, load_model
 from ..errors import ModelError, MoefluxError
 from ..experts.packed import PackedExperts, is_packed
 from ..experts.pool import MLX_DTYPES
+from ..files import spelled_plainly
 from ..preflight import check_fits
 
 ROUTED = re.compile(r"(?:.*\.)?layers\.(?P<layer>\d+)\.\w+\.switch_mlp")
@@ -30,13 +31,14 @@ def load_stock(path: str | Path) -> nn.Module:
     path = Path(path)
     try:
         if not is_packed(path):
-            model = load_model(path, lazy=True)[0]
+            with spelled_plainly(path) as plain:
+                model = load_model(plain, lazy=True)[0]
             check_fits(path, model)
             mx.eval(model.parameters())
             return model
-        with PackedExperts.open(path) as store:
+        with PackedExperts.open(path) as store, spelled_plainly(path) as plain:
             return load_model(
-                path,
+                plain,
                 # The class named by model_file is ours.
                 model_config={"model_file": None},
                 get_model_classes=lambda config: _stock_classes(config, store),

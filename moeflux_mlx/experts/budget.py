@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from dataclasses import dataclass
 
 from .. import config, device
@@ -52,7 +53,7 @@ def _shown(value: object) -> str:
     # Python refuses to write whole numbers of more than 4,300 digits.
     if isinstance(value, int) and abs(value) >= MOST:
         return "more bytes than there are"
-    return repr(value)
+    return reprlib.repr(value)
 
 
 def _amount(memory: object) -> float | None:

@@ -14,6 +14,7 @@ from .layout import DEFAULT_ALIGNMENT, ExpertLayout
 from .modules import RoutedBlock
 from .pool import MLX_DTYPES
 from .routed import ExpertTensors, RoutedLayer
+from .safetensors import load_arrays
 
 Sanitize = Callable[[dict[str, mx.array]], dict[str, mx.array]]
 
@@ -103,7 +104,7 @@ def unchanged(checkpoint: Checkpoint, sanitize: Sanitize | None) -> dict[str, st
     """
     arrays: dict[str, mx.array] = {}
     for shard in checkpoint.shards:
-        arrays |= mx.load(str(shard))  # type: ignore[arg-type, operator]
+        arrays |= load_arrays(shard)
     names = {id(array): name for name, array in arrays.items()}
     try:
         made = arrays if sanitize is None else sanitize(dict(arrays))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..errors import ExpertStoreError, ModelError
 from ..progress import Report
+from ..volume import lock
 from .checkpoint import Checkpoint
 from .checkpoint_store import CheckpointExperts
 from .folder import Folder, open_parent
@@ -22,7 +23,6 @@ from .packed import damaged_records, is_packed
 from .packed import verify as verify_pack
 from .safetensors import TensorEntry
 from .sidecars import JOURNAL_NAME, OWN_NAMES, TEMPLATES, SourceFiles, source_files
-from .volume import lock
 from .writer import (
     RESIDENT_FILE,
     check_space,

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
+import mlx.core as mx
 import xxhash
 
 from ..errors import ModelError
-from ..files import open_file, parse_json, short
+from ..files import open_file, parse_json, short, spelled_plainly
 
 DTYPE_BYTES = {
     "BOOL": 1,
@@ -53,6 +54,12 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int
     n_bytes: int
+
+
+def load_arrays(file: Path) -> dict[str, mx.array]:
+    """Return a file's tensors by name, none of them read before it is used."""
+    with spelled_plainly(file.parent) as plain:
+        return cast(dict[str, mx.array], mx.load(str(plain / file.name)))
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:

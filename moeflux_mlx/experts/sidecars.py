@@ -102,7 +102,11 @@ def _roots(directory: Path) -> tuple[Path, ...]:
 
 def _inside(path: Path, roots: tuple[Path, ...]) -> Path:
     """Return the file itself that a name stands for."""
-    real = path.resolve()
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as error:
+        # Links that lead to each other: a RuntimeError before Python 3.13.
+        raise _no_file(path) from error
     if not any(real.is_relative_to(root) for root in roots):
         raise ModelError(
             f"[pack] {path}: expected a file of the model but got a link to {real}, "

@@ -10,6 +10,7 @@ from pathlib import Path
 import xxhash
 
 from ..errors import ExpertStoreError
+from ..volume import free_bytes, sync
 from .checkpoint import Checkpoint
 from .checkpoint_store import CheckpointExperts
 from .folder import Folder, write_all
@@ -17,7 +18,6 @@ from .manifest import LayerFile, ResidentFile
 from .packed import CHUNK_BYTES
 from .safetensors import TensorEntry, fingerprint, header_bytes
 from .sidecars import SourceFiles, open_inside
-from .volume import free_bytes, sync
 
 RESIDENT_FILE = "model.safetensors"
 Advance = Callable[[int], None]

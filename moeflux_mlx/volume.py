@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import ExpertStoreError
+from .errors import ExpertStoreError
 
 # How network shares and user-space file systems say that they have no such thing.
 LACKING = frozenset(

@@ -1,0 +1,82 @@
+"""Directories of odd names, and directories with something else than files in them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+import moeflux_mlx
+from moeflux_mlx.cli import main
+from moeflux_mlx.errors import ModelError
+
+TOKENS = mx.array([[7, 31, 200]])
+NAMES = ["[a]", "a*b", "a?b", "a b", "a\nb", "a\\b", "-a", "é", "[red]a[/red]"]
+NAMES += [os.fsdecode(b"a\xffb")]
+
+
+@pytest.fixture(scope="module")
+def logits(checkpoint):
+    return moeflux_mlx.load(checkpoint)[0](TOKENS)
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_a_directory_of_any_name_is_a_model(name, checkpoint, logits, tmp_path):
+    plain = Path(shutil.copytree(checkpoint, tmp_path / name))
+    packed = tmp_path / f"{name}-packed"
+    assert main(["pack", str(plain), str(packed)]) == 0
+    assert main(["verify", str(packed)]) == main(["inspect", str(plain)]) == 0
+    for path, memory in ((plain, None), (plain, "3MB"), (packed, "3MB")):
+        model, _ = moeflux_mlx.load(path, expert_memory=memory)
+        assert mx.array_equal(model(TOKENS), logits)
+
+
+@pytest.mark.parametrize("name", ["[a]", os.fsdecode(b"a\xffb")], ids=ascii)
+def test_mlx_lms_own_class_is_read_from_there_too(name, checkpoint, tmp_path):
+    path = Path(shutil.copytree(checkpoint, tmp_path / name))
+    whole = moeflux_mlx.load(path, native=False)[0](TOKENS)
+    streamed = moeflux_mlx.load(path, native=False, expert_memory="3MB")[0](TOKENS)
+    assert mx.array_equal(whole, streamed)
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+FILES = ["config.json", "tokenizer.json", "tokenizer_config.json"]
+FILES += ["generation_config.json", "model.safetensors", "model.safetensors.index.json"]
+FILES += ["model-extra.safetensors", "special_tokens_map.json", "chat_template.jinja"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kind", [fifo, device, loop], ids=lambda kind: kind.__name__)
+def test_what_is_no_file_is_one_line_and_never_waited_for(
+    kind, name, checkpoint, tmp_path, capfd
+):
+    model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    (model / name).unlink(missing_ok=True)
+    kind(model / name)
+    commands = [["pack", str(model), str(tmp_path / "packed")]]
+    if kind is not loop:
+        # A link to nowhere is a file that is not there, which may be right.
+        for options in ({}, {"expert_memory": "3MB"}, {"native": False}):
+            with pytest.raises(ModelError, match=r"no file|file|config\.json"):
+                moeflux_mlx.load(model, **options)
+        commands += [["generate", "--model", str(model), "--prompt", "x"]]
+    capfd.readouterr()
+    for command in commands:
+        assert main(command) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith("moeflux: [") and name in line
+    assert not (tmp_path / "packed").exists()
