@@ -19,6 +19,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from .errors import BudgetError
+from .limits import left_by_ulimit as left_by_ulimit
 from .limits import memory_left_bytes, memory_limit_bytes
 from .limits import process_bytes as process_bytes
 
@@ -44,8 +45,8 @@ THREADED_MIN_MACS = 64 << 20
 # Keys up to this size are copied by one launch, values with them, in less time than MLX
 # needs to update both in place, which takes it two launches each.
 COPIED_CACHE_BYTES = 4 << 20
-# What an interpreter grows by once it runs: stacks, buffers of BLAS, Python's objects.
-PROCESS_GROWTH_BYTES = 48 << 20
+# What an interpreter grows by once it runs: stacks, Python's objects.
+PROCESS_GROWTH_BYTES = 28 << 20
 # What an allocation takes besides: its pages' ends and the allocator's own records.
 ALLOCATION_SLACK_BYTES = 1 << 20
 # Share of memory that resident matrices may take when kept unpacked in float32.
@@ -110,6 +111,14 @@ def host_threads(n_macs: int) -> Iterator[None]:
         yield
 
 
+@functools.cache
+def start_blas() -> None:
+    """Have NumPy's BLAS make its threads and buffers, so that they can be measured."""
+    side = 2 * round(THREADED_MIN_MACS ** (1 / 3))
+    square = np.ones((side, side), np.float32)
+    square @ square
+
+
 def n_cores() -> int:
     """Return how many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -129,6 +138,12 @@ def physical_memory_bytes() -> int:
     Limits are those of control groups, ``ulimit -v`` and ``ulimit -d``.
     """
     return memory_limit_bytes()
+
+
+def ulimit_bytes() -> int | None:
+    """Return what limits of address space and data let the process hold; or None."""
+    left = left_by_ulimit()
+    return None if left is None else (process_bytes() or 0) + left
 
 
 def left_bytes() -> int | None:

@@ -20,7 +20,7 @@ from sparse import make_sparse_checkpoint
 from tiny import make_checkpoint
 
 import moeflux_mlx
-from moeflux_mlx import device, memory
+from moeflux_mlx import device, memory, memory_keeper
 from moeflux_mlx.cli import main as moeflux
 from moeflux_mlx.errors import BudgetError, ConfigError
 from moeflux_mlx.executors.base import leaves
@@ -116,7 +116,7 @@ def long_cache(model, n_rows):
         if hasattr(c, "offset"):
             shape = (*c.keys.shape[:2], n_rows, c.keys.shape[3])
             c.keys, c.values = mx.zeros(shape), mx.zeros(shape)
-            c.offset = n_rows - memory.LOOKAHEAD
+            c.offset = n_rows - memory_keeper.LOOKAHEAD
             mx.eval(c.keys, c.values)
     return cache
 
@@ -172,9 +172,10 @@ def test_experts_give_way_to_a_prompt_if_fewer_are_read(
 
 def test_a_batch_is_divided_into_fewer_tokens_of_each_sequence(packed, least):
     model = load(packed, least + (4 << 20))
-    assert memory._chunks(8, 300, None) == [2048, 1024, 512, 256, 128, 64, 32, 16]
-    assert memory._chunks(24, 2, None) == [48, 24]
-    assert memory._chunks(3, 100, 30) == [30, 15]
+    chunks = memory_keeper._chunks
+    assert chunks(8, 300) == [2048, 1024, 512, 256, 128, 64, 32, 16]
+    assert chunks(24, 2) == [48, 24]
+    assert chunks(3, 100) == [300, 255, 126, 63, 30, 15]
     prompts = np.random.default_rng(2).integers(1, 300, (6, 50))
     caches = make_prompt_cache(model)
     logits = model(mx.array(prompts.tolist()), cache=caches)
@@ -279,7 +280,7 @@ def test_what_no_plan_knew_of_makes_experts_give_way(packed, monkeypatch):
     used = device.process_bytes()
     expected = keeper.plan.process_bytes + keeper.plan.resident_bytes
     assert keeper._surplus(expected + 10**9) == 0
-    step = memory.SURPLUS_STEP_BYTES
+    step = memory_keeper.SURPLUS_STEP_BYTES
     surplus = keeper._surplus(used - model.streamer.memory_bytes - step // 2)
     assert surplus % step == 0 and 0 < surplus <= 2 * step
 
