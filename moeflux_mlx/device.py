@@ -8,6 +8,7 @@ import functools
 import mmap
 import os
 import platform
+import resource
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -45,8 +46,12 @@ THREADED_MIN_MACS = 64 << 20
 # Keys up to this size are copied by one launch, values with them, in less time than MLX
 # needs to update both in place, which takes it two launches each.
 COPIED_CACHE_BYTES = 4 << 20
+# Address space that OpenBLAS takes for each of its threads.
+BLAS_BUFFER_BYTES = 32 << 20
 # What an interpreter grows by once it runs: stacks, Python's objects.
 PROCESS_GROWTH_BYTES = 28 << 20
+# A thread's stack where no limit says less.
+THREAD_STACK_BYTES = 8 << 20
 # What an allocation takes besides: its pages' ends and the allocator's own records.
 ALLOCATION_SLACK_BYTES = 1 << 20
 # Share of memory that resident matrices may take when kept unpacked in float32.
@@ -115,6 +120,8 @@ def host_threads(n_macs: int) -> Iterator[None]:
 def start_blas() -> None:
     """Have NumPy's BLAS make its threads and buffers, so that they can be measured."""
     side = 2 * round(THREADED_MIN_MACS ** (1 / 3))
+    # BLAS ends the process where it cannot have a buffer.
+    check_allocation(BLAS_BUFFER_BYTES * n_cores() + 8 * side**2, "memory")
     square = np.ones((side, side), np.float32)
     square @ square
 
@@ -140,10 +147,19 @@ def physical_memory_bytes() -> int:
     return memory_limit_bytes()
 
 
-def ulimit_bytes() -> int | None:
-    """Return what limits of address space and data let the process hold; or None."""
+def ulimit_bytes(n_threads: int) -> int | None:
+    """Return what limits of address space and data let the process hold; or None.
+
+    Args:
+        n_threads: to be started yet, whose stacks these limits count in full.
+    """
     left = left_by_ulimit()
-    return None if left is None else (process_bytes() or 0) + left
+    if left is None:
+        return None
+    stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    if not 0 < stack <= THREAD_STACK_BYTES:
+        stack = THREAD_STACK_BYTES
+    return max(1, (process_bytes() or 0) + left - n_threads * stack)
 
 
 def left_bytes() -> int | None:

@@ -11,7 +11,7 @@ from typing import Protocol
 import mlx.core as mx
 from rich.filesize import decimal
 
-from . import device
+from . import config, device
 from .errors import BudgetError
 from .experts.pool import POOL_ALIGNMENT, pool_stride
 from .experts.store import ExpertStore
@@ -133,7 +133,9 @@ def plan_memory(
     least_bytes = groups * store.top_k * stride + POOL_ALIGNMENT
     unpack = False
     device.start_blas()
-    budget_bytes = min(budget_bytes, device.ulimit_bytes() or budget_bytes)
+    # Those that read, and one each that watches and shows how far they are.
+    n_threads = config.read_threads() + 2
+    budget_bytes = min(budget_bytes, device.ulimit_bytes(n_threads) or budget_bytes)
     parts = {
         "process": own_bytes() + device.PROCESS_GROWTH_BYTES,
         "weights": needs.resident_bytes(unpack),

@@ -79,6 +79,8 @@ class MemoryKeeper:
         if choice is None:
             # Caches in reference cycles live on until they are collected.
             gc.collect()
+            mx.clear_cache()
+            device.trim_heap()
             parts = self._parts(measured=True)
             choice = self._choose(parts, call)
         if choice is None:
