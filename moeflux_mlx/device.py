@@ -52,6 +52,8 @@ BLAS_BUFFER_BYTES = 32 << 20
 PROCESS_GROWTH_BYTES = 28 << 20
 # A thread's stack where no limit says less.
 THREAD_STACK_BYTES = 8 << 20
+# Address space that the C library sets aside for what a thread allocates.
+THREAD_HEAP_BYTES = 64 << 20
 # What an allocation takes besides: its pages' ends and the allocator's own records.
 ALLOCATION_SLACK_BYTES = 1 << 20
 # Share of memory that resident matrices may take when kept unpacked in float32.
@@ -159,6 +161,8 @@ def ulimit_bytes(n_threads: int) -> int | None:
     stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
     if not 0 < stack <= THREAD_STACK_BYTES:
         stack = THREAD_STACK_BYTES
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        stack += THREAD_HEAP_BYTES
     return max(1, (process_bytes() or 0) + left - n_threads * stack)
 
 

@@ -133,8 +133,8 @@ def plan_memory(
     least_bytes = groups * store.top_k * stride + POOL_ALIGNMENT
     unpack = False
     device.start_blas()
-    # Those that read, and one each that watches and shows how far they are.
-    n_threads = config.read_threads() + 2
+    # Those that read experts, MLX's four that read weights, and its own two.
+    n_threads = config.read_threads() + 6
     budget_bytes = min(budget_bytes, device.ulimit_bytes(n_threads) or budget_bytes)
     parts = {
         "process": own_bytes() + device.PROCESS_GROWTH_BYTES,

@@ -246,7 +246,6 @@ except BudgetError as error:
         ("RLIMIT_DATA", 5, 60, 0),
         ("RLIMIT_DATA", 5, 400, 1),
         ("RLIMIT_AS", 0, 100, 0),
-        ("RLIMIT_AS", 0, 1500, 1),
     ],
 )
 def test_a_budget_beyond_a_ulimit_ends_in_its_error(large, kind, field, room, least):

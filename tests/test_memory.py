@@ -345,7 +345,7 @@ def test_a_prompts_reads_grow_with_its_chunks_alone(packed, least):
         found[n_tokens] = streamer.stats.total.read_bytes - before
         most = sum(n_chunks) * len(streamer.experts) * streamer.slot_bytes
         assert 0 < found[n_tokens] <= most
-    assert found[4000] <= 5 * found[1000]
+        assert sum(n_chunks) <= n_tokens // 100
 
 
 LOADS = """
