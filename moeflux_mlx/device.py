@@ -8,6 +8,7 @@ import functools
 import mmap
 import os
 import platform
+import resource
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -19,6 +20,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from .errors import BudgetError
+from .limits import left_by_ulimit as left_by_ulimit
 from .limits import memory_left_bytes, memory_limit_bytes
 from .limits import process_bytes as process_bytes
 
@@ -44,8 +46,14 @@ THREADED_MIN_MACS = 64 << 20
 # Keys up to this size are copied by one launch, values with them, in less time than MLX
 # needs to update both in place, which takes it two launches each.
 COPIED_CACHE_BYTES = 4 << 20
-# What an interpreter grows by once it runs: stacks, buffers of BLAS, Python's objects.
-PROCESS_GROWTH_BYTES = 48 << 20
+# Address space that OpenBLAS takes for each of its threads.
+BLAS_BUFFER_BYTES = 32 << 20
+# What an interpreter grows by once it runs: stacks, Python's objects.
+PROCESS_GROWTH_BYTES = 28 << 20
+# A thread's stack where no limit says less.
+THREAD_STACK_BYTES = 8 << 20
+# Address space that the C library sets aside for what a thread allocates.
+THREAD_HEAP_BYTES = 64 << 20
 # What an allocation takes besides: its pages' ends and the allocator's own records.
 ALLOCATION_SLACK_BYTES = 1 << 20
 # Share of memory that resident matrices may take when kept unpacked in float32.
@@ -110,6 +118,16 @@ def host_threads(n_macs: int) -> Iterator[None]:
         yield
 
 
+@functools.cache
+def start_blas() -> None:
+    """Have NumPy's BLAS make its threads and buffers, so that they can be measured."""
+    side = 2 * round(THREADED_MIN_MACS ** (1 / 3))
+    # BLAS ends the process where it cannot have a buffer.
+    check_allocation(BLAS_BUFFER_BYTES * n_cores() + 8 * side**2, "memory")
+    square = np.ones((side, side), np.float32)
+    square @ square
+
+
 def n_cores() -> int:
     """Return how many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -129,6 +147,23 @@ def physical_memory_bytes() -> int:
     Limits are those of control groups, ``ulimit -v`` and ``ulimit -d``.
     """
     return memory_limit_bytes()
+
+
+def ulimit_bytes(n_threads: int) -> int | None:
+    """Return what limits of address space and data let the process hold; or None.
+
+    Args:
+        n_threads: to be started yet, whose stacks these limits count in full.
+    """
+    left = left_by_ulimit()
+    if left is None:
+        return None
+    stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    if not 0 < stack <= THREAD_STACK_BYTES:
+        stack = THREAD_STACK_BYTES
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        stack += THREAD_HEAP_BYTES
+    return max(1, (process_bytes() or 0) + left - n_threads * stack)
 
 
 def left_bytes() -> int | None:

@@ -10,7 +10,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -196,10 +195,11 @@ class Forward:
         return layer.planned_bytes(call)
 
     def make_room(self, inputs: mx.array, cache: list[Any] | None) -> None:
-        """Let experts give way to what the caches of a call will take."""
+        """Let experts give way to what the caches of single tokens will take."""
         self.graph_layers()
-        if cache is not None and not self._in_trace:
-            self.runtime.make_room(cache, *inputs.shape[:2])
+        n_seqs, t = inputs.shape[:2]
+        if cache and t == 1:
+            self.runtime.make_room(cache, n_seqs, t)
 
     def step(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
@@ -280,6 +280,9 @@ class Forward:
         """
         self.graph_layers()
         n_seqs, t = (inputs if embeddings is None else embeddings).shape[:2]
+        if cache and t == 1:
+            # Rows may be asked for without their logits.
+            self.runtime.make_room(cache, n_seqs, t)
         if self.runtime.keeper is None or (cache and t == 1):
             return self._hidden_states(inputs, cache, embeddings)
         # Whoever keeps no cache wants logits; a long call needs one meanwhile.
@@ -288,33 +291,15 @@ class Forward:
         step = self.runtime.make_room(cache, n_seqs, t, logits=logits) // n_seqs
         if t <= step:
             return self._hidden_states(inputs, cache, embeddings)
-        room = partial(self.runtime.make_room, cache, n_seqs, whole=t, logits=logits)
-        return self._in_chunks(inputs, cache, embeddings, room, step)
-
-    def _in_chunks(
-        self,
-        inputs: mx.array,
-        cache: list[Any],
-        embeddings: mx.array | None,
-        make_room: Callable[..., int],
-        step: int,
-    ) -> Array:
-        """Compute a call ``step`` tokens at a time, looking at memory before each."""
-        n_seqs, t = (inputs if embeddings is None else embeddings).shape[:2]
         parts: list[Array] = []
-        start = 0
         with put_back_on_failure(cache):
-            while start < t:
-                if start:
-                    most = make_room(t - start, most=n_seqs * step)
-                    step = most // n_seqs
+            for start in range(0, t, step):
                 chunk = slice(start, start + step)
                 rows = None if embeddings is None else embeddings[:, chunk]
                 part = self._hidden_states(inputs[:, chunk], cache, rows)
                 if isinstance(part, mx.array):
                     mx.eval(part)
                 parts.append(part)
-                start += step
         return namespace(parts[0]).concatenate(parts, axis=1)
 
     def _hidden_states(

@@ -39,7 +39,7 @@ def memory_limit_bytes(root: Path = ROOT) -> int:
     """
     held = process_bytes(root) or 0
     limits = [machine_bytes(), *(group.limit_bytes for group in groups(root))]
-    return min([*limits, *(held + left for left in _left_by_ulimit(root))])
+    return min([*limits, *(held + left for left in _ulimits(root))])
 
 
 def memory_left_bytes(root: Path = ROOT) -> int:
@@ -48,7 +48,7 @@ def memory_left_bytes(root: Path = ROOT) -> int:
     free = _free_bytes(root)
     if free is None:
         free = machine_bytes() - (process_bytes(root) or 0)
-    return max(0, min([free, *left, *_left_by_ulimit(root)]))
+    return max(0, min([free, *left, *_ulimits(root)]))
 
 
 def machine_bytes() -> int:
@@ -105,7 +105,12 @@ def _group_folders(root: Path) -> Iterator[tuple[str, Path, Path]]:
         yield kind, mount, mount if ".." in inside.split("/") else mount / inside
 
 
-def _left_by_ulimit(root: Path) -> list[int]:
+def left_by_ulimit(root: Path = ROOT) -> int | None:
+    """Return what limits of address space and of data leave; None where unlimited."""
+    return min(_ulimits(root), default=None)
+
+
+def _ulimits(root: Path) -> list[int]:
     """Return what limits of address space and of data leave; none where unlimited."""
     pages = _page_counts(root)
     found = []

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load_config, load_model
 
-from . import config, serving
+from . import config, device, serving
 from .door import load_through_door, takes_door
 from .download import check_kinds, find_model
 from .errors import ConfigError, one_line_errors
@@ -195,6 +195,8 @@ def _built(
                 model_config=changes,
                 get_model_classes=lambda config: model_classes(config, options, reads),
             )
+        # Each random number of a model's making, never looked at, hangs on this.
+        mx.eval(mx.random.state)
         yield built
     except BaseException:
         if store is not None:
@@ -205,6 +207,8 @@ def _built(
 def _read_parameters(model: nn.Module, report: Report) -> None:
     parameters = leaves(model.parameters())
     total, done = sum(array.nbytes for array in parameters), 0
+    if device.left_bytes() is not None:
+        device.check_allocation(total, "load")
     for array in parameters:
         mx.eval(array)
         done += array.nbytes

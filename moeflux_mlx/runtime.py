@@ -25,7 +25,8 @@ from .experts.policy import DEFAULT_POLICY, policy_factory
 from .experts.read_ahead import check_read_ahead
 from .experts.store import ExpertStore, model_identity
 from .experts.streamer import ExpertStreamer, check_scope
-from .memory import MemoryKeeper, MemoryPlan, Needs, plan_memory
+from .memory import MemoryPlan, Needs, plan_memory
+from .memory_keeper import MemoryKeeper
 from .model import BuiltOnce, LayerGraph
 from .preflight import unasked_expert_bytes
 from .progress import Report

@@ -210,6 +210,51 @@ def test_what_does_not_fit_is_refused_before_it_is_read_and_runs_as_advised(larg
     assert done.stdout.strip() and done.stdout == unlimited.stdout
 
 
+GROW = """
+import resource, sys
+import mlx.core as mx
+import moeflux_mlx
+from mlx_lm.models.cache import make_prompt_cache
+from moeflux_mlx.errors import BudgetError
+
+path, kind, field, room = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+used = int(open("/proc/self/statm").read().split()[field]) * resource.getpagesize()
+most = used + (room << 20)
+resource.setrlimit(getattr(resource, kind), (most, most))
+kept = []
+try:
+    model, _ = moeflux_mlx.load(path, memory="4GB")
+    while len(kept) < 1000:
+        cache = make_prompt_cache(model)
+        mx.eval(model(mx.array([[1, 2]]), cache=cache))
+        for c in cache:
+            if hasattr(c, "offset"):
+                shape = (*c.keys.shape[:2], 16384, c.keys.shape[3])
+                c.keys, c.values = mx.ones(shape), mx.ones(shape)
+                mx.eval(c.keys, c.values)
+        kept.append(cache)
+except BudgetError as error:
+    print(len(kept), error)
+"""
+
+
+@linux
+@pytest.mark.parametrize(
+    "kind, field, room, least",
+    [
+        ("RLIMIT_DATA", 5, 10, 0),
+        ("RLIMIT_DATA", 5, 60, 0),
+        ("RLIMIT_DATA", 5, 400, 1),
+        ("RLIMIT_AS", 0, 100, 0),
+    ],
+)
+def test_a_budget_beyond_a_ulimit_ends_in_its_error(large, kind, field, room, least):
+    done = under_ulimit("-c 0", GROW, large[0], kind, str(field), str(room))
+    assert done.returncode == 0, done
+    n_kept, _, message = done.stdout.partition(" ")
+    assert int(n_kept) >= least and message.startswith(("[memory]", "[pool]")), done
+
+
 def test_a_model_that_does_not_fit_is_refused_unless_its_user_knows_better(
     checkpoint, packed, monkeypatch
 ):

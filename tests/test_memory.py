@@ -15,13 +15,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 from sparse import make_sparse_checkpoint
 from tiny import make_checkpoint
 
 import moeflux_mlx
-from moeflux_mlx import device, memory
+from moeflux_mlx import device, memory, memory_keeper
 from moeflux_mlx.cli import main as moeflux
+from moeflux_mlx.context import put_back_on_failure
 from moeflux_mlx.errors import BudgetError, ConfigError
 from moeflux_mlx.executors.base import leaves
 from moeflux_mlx.loading import plan_load
@@ -116,7 +117,7 @@ def long_cache(model, n_rows):
         if hasattr(c, "offset"):
             shape = (*c.keys.shape[:2], n_rows, c.keys.shape[3])
             c.keys, c.values = mx.zeros(shape), mx.zeros(shape)
-            c.offset = n_rows - memory.LOOKAHEAD
+            c.offset = n_rows - memory_keeper.LOOKAHEAD
             mx.eval(c.keys, c.values)
     return cache
 
@@ -172,9 +173,10 @@ def test_experts_give_way_to_a_prompt_if_fewer_are_read(
 
 def test_a_batch_is_divided_into_fewer_tokens_of_each_sequence(packed, least):
     model = load(packed, least + (4 << 20))
-    assert memory._chunks(8, 300, None) == [2048, 1024, 512, 256, 128, 64, 32, 16]
-    assert memory._chunks(24, 2, None) == [48, 24]
-    assert memory._chunks(3, 100, 30) == [30, 15]
+    chunks = memory_keeper._chunks
+    assert chunks(8, 300) == [2048, 1024, 512, 256, 128, 64, 32, 16]
+    assert chunks(24, 2) == [48, 24]
+    assert chunks(3, 100) == [300, 255, 126, 63, 30, 15]
     prompts = np.random.default_rng(2).integers(1, 300, (6, 50))
     caches = make_prompt_cache(model)
     logits = model(mx.array(prompts.tolist()), cache=caches)
@@ -267,6 +269,117 @@ def test_a_long_prompt_is_computed_in_chunks_that_fit(packed, least):
     assert [c.nbytes for c in caches[0]] == [c.nbytes for c in caches[1]]
 
 
+@pytest.mark.parametrize("used", [0, 100, 256, 300])
+@pytest.mark.parametrize("t, step", [(1, 1), (300, 16), (300, 100), (300, 300)])
+@pytest.mark.parametrize("kind", [KVCache, lambda: BatchKVCache([0, 3])])
+def test_caches_become_as_long_as_their_room(kind, used, t, step):
+    cache = kind()
+
+    def append(n):
+        rows = mx.zeros((2, 1, n, 4))
+        cache.update_and_fetch(rows, rows)
+
+    if used:
+        append(used)
+    allocated = cache.keys.shape[2] if used else 0
+    for start in range(0, t, step):
+        append(min(step, t - start))
+    found = memory_keeper._allocated(allocated, used, t, step)
+    assert found == cache.keys.shape[2]
+
+
+def test_a_call_is_decided_once_and_not_refused_in_its_middle(packed, least):
+    model = load(packed, least + (1 << 20))
+    keeper, asked = model.runtime.keeper, []
+    make_room = keeper.make_room
+
+    def watched(cache, n_seqs, t, **options):
+        chunk = make_room(cache, n_seqs, t, **options)
+        asked.append((t, chunk))
+        return chunk
+
+    keeper.make_room = watched
+    # The last chunk has few tokens, so that lookahead would ask for another step.
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.array([[7] * 509]), cache=cache))
+    assert len(asked) == 1 and asked[0][1] < 509
+    assert cache[-1].offset == 509
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_batch_that_fails_leaves_its_caches_as_they_were(fails):
+    cache, other = (BatchKVCache([0, 2]) for _ in range(2))
+    first, wrong, right = (mx.random.normal((2, 1, n, 4)) for n in (5, 3, 3))
+    for c in (cache, other):
+        c.update_and_fetch(first, first)
+    if fails:
+        with pytest.raises(ZeroDivisionError), put_back_on_failure([cache]):
+            cache.update_and_fetch(wrong, wrong)
+            raise ZeroDivisionError
+    assert cache.offset.tolist() == [5, 3] and cache._idx == 5
+    got, expected = (c.update_and_fetch(right, right)[0] for c in (cache, other))
+    assert mx.array_equal(got, expected)
+
+
+def test_a_prompts_reads_grow_with_its_chunks_alone(packed, least):
+    model = load(packed, least + (24 << 20))
+    keeper, streamer = model.runtime.keeper, model.streamer
+    keeper.limit(4)
+    n_chunks, make_room = [], keeper.make_room
+
+    def watched(cache, n_seqs, t, **options):
+        chunk = make_room(cache, n_seqs, t, **options)
+        n_chunks.append(-(-t // chunk))
+        return chunk
+
+    keeper.make_room = watched
+    found = {}
+    for n_tokens in (1000, 2000, 4000):
+        cache, before = make_prompt_cache(model), streamer.stats.total.read_bytes
+        n_chunks.clear()
+        for start in range(0, n_tokens, 2048):
+            t = min(2048, n_tokens - start)
+            tokens = np.random.default_rng(start).integers(1, 300, (1, t))
+            model(mx.array(tokens.tolist()), cache=cache)
+            mx.eval([c.state for c in cache])
+        found[n_tokens] = streamer.stats.total.read_bytes - before
+        most = sum(n_chunks) * len(streamer.experts) * streamer.slot_bytes
+        assert 0 < found[n_tokens] <= most
+        assert sum(n_chunks) <= n_tokens // 100
+
+
+LOADS = """
+import gc, sys
+import mlx.core as mx
+import moeflux_mlx
+from moeflux_mlx import device
+
+def taken():
+    gc.collect()
+    mx.clear_cache()
+    device.trim_heap()
+    return device.process_bytes()
+
+def load(n):
+    for _ in range(n):
+        moeflux_mlx.load(sys.argv[1], memory="400MB")
+
+load(4)
+before = taken()
+load(12)
+print((taken() - before) // 12)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is as Linux counts it")
+def test_a_model_that_is_dropped_leaves_little_behind():
+    """Lazy random numbers of its making alone would leave 1 MB for each load."""
+    command = [sys.executable, "-c", LOADS, str(ROOT / "models" / "demo")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 400 << 10
+
+
 def test_what_no_plan_knew_of_makes_experts_give_way(packed, monkeypatch):
     plan = plan_load(packed, "1GB")
     model = load(packed, parts(plan) + (24 << 20))
@@ -279,7 +392,7 @@ def test_what_no_plan_knew_of_makes_experts_give_way(packed, monkeypatch):
     used = device.process_bytes()
     expected = keeper.plan.process_bytes + keeper.plan.resident_bytes
     assert keeper._surplus(expected + 10**9) == 0
-    step = memory.SURPLUS_STEP_BYTES
+    step = memory_keeper.SURPLUS_STEP_BYTES
     surplus = keeper._surplus(used - model.streamer.memory_bytes - step // 2)
     assert surplus % step == 0 and 0 < surplus <= 2 * step
 

@@ -133,10 +133,12 @@ def test_caches_that_do_not_fit_end_the_longest_and_make_room_for_the_others(
     class Full:
         """Has room for three sequences at a time."""
 
-        def make_room(self, cache, n_seqs, t):
+        scratch_bytes = 1 << 20
+
+        def make_room(self, cache, n_seqs, t, *, logits=False):
             if n_seqs > 3:
                 raise BudgetError("[memory] full")
-            return None
+            return n_seqs * t
 
     model, _ = moeflux_mlx.load(packed, expert_memory=budget)
     model.runtime.keeper = Full()
