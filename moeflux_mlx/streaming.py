@@ -18,6 +18,7 @@ from .experts.mapped import MappedExperts
 from .experts.module_store import ModuleExperts, unchanged
 from .experts.modules import RoutedBlock, find_blocks
 from .experts.packed import is_packed
+from .experts.packed_blocks import PackedBlocks
 from .experts.policy import DEFAULT_POLICY, policy_factory
 from .experts.streamer import ExpertStreamer, check_scope
 from .experts.switch import StreamedSwitch
@@ -68,7 +69,7 @@ def stream(
 
     Args:
         model: changed in place, its class too.
-        directory: where the model was loaded from.
+        directory: where the model was loaded from, or a pack of that.
         memory: must be None: what a model needs besides experts is not known yet.
         expert_memory, scope, policy, read_ahead, expert_io: as for ``load``.
         report: hears how far reading has come where all experts fit.
@@ -126,12 +127,9 @@ def stream(
 
 def _open(
     model: nn.Module, blocks: list[RoutedBlock], directory: Path, *, direct: bool
-) -> ModuleExperts:
+) -> ModuleExperts | PackedBlocks:
     if is_packed(directory):
-        raise ConfigError(
-            f"[stream] expected a plain checkpoint but got {directory}, a packed one: "
-            "load it with moeflux_mlx.load"
-        )
+        return PackedBlocks.open_for(directory, blocks, direct=direct)
     checkpoint = Checkpoint.open(directory)
     try:
         sources = unchanged(checkpoint, getattr(model, "sanitize", None))
