@@ -23,11 +23,12 @@ from .experts.policy import DEFAULT_POLICY, policy_factory
 from .experts.streamer import ExpertStreamer, check_scope
 from .experts.switch import StreamedSwitch
 from .progress import Report
+from .saving import GuardsSaving, guard_saving, keep_whole
 
 M = TypeVar("M", bound=nn.Module)
 
 
-class StreamedModel(nn.Module):
+class StreamedModel(GuardsSaving):
     """What ``stream`` adds to a model's class: one call at a time, and no saving."""
 
     streamer: ExpertStreamer | MappedExperts
@@ -37,17 +38,6 @@ class StreamedModel(nn.Module):
             out = super().__call__(*args, **kwargs)
             self.streamer.hand_over()
             return out
-
-    def save_weights(self, file: str) -> None:
-        """Refuse: the routed experts' weights are not among the parameters.
-
-        Raises:
-            ModelError: always.
-        """
-        raise ModelError(
-            f"[save] {file}: expected every weight in memory but the experts are "
-            "streamed: copy the files that the model was loaded from"
-        )
 
 
 def stream(
@@ -149,6 +139,8 @@ def _install(
     for number, block in enumerate(blocks):
         source = functools.partial(streamer.source, number)
         _replace(model, block.path, StreamedSwitch(block, source, lock))
+    guard_saving()
+    keep_whole(model)
     model.__class__ = _streamed_class(type(model))
     model.__dict__["lock"] = lock
     model.__dict__["streamer"] = streamer

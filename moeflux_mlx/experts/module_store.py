@@ -95,9 +95,9 @@ def _stacked(
     entry = own_tensor(path, array, checkpoint, sources)
     if entry is None:
         raise ModelError(
-            f"[stream] {checkpoint.directory}: expected a tensor that is {path} as the "
-            "model uses it but the model makes it of others: write a directory that "
-            f"streams with 'moeflux pack {checkpoint.directory} DST'"
+            f"[stream] {checkpoint.directory}: expected {path} among the tensors but "
+            f"the model makes it of others: run 'moeflux pack {checkpoint.directory} "
+            "DST' and stream DST"
         )
     return stacked(entry)
 
