@@ -43,7 +43,7 @@ def _layer_table(directory: Path, report: VerifyReport) -> Table:
     for entry in report.layers:
         n_damaged = sum(layer == entry.layer for _, layer, _ in report.damaged)
         table.add_row(
-            str(entry.layer),
+            entry.block or str(entry.layer),
             entry.file,
             str(len(entry.checksums)),
             decimal(entry.n_bytes),
