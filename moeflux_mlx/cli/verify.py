@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _layer_table(directory: Path, report: VerifyReport) -> Table:
-    table = Table("layer", "file", "experts", "bytes", "damaged", title=str(directory))
+    table = Table(title=str(directory))
+    for name in ("layer", "file", "experts", "bytes", "damaged"):
+        table.add_column(name, overflow="fold")
     for entry in report.layers:
         n_damaged = sum(layer == entry.layer for _, layer, _ in report.damaged)
         table.add_row(
