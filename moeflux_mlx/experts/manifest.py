@@ -215,6 +215,8 @@ class _Parser:
         block, n_experts = "", model.n_experts
         if "block" in fields:
             block, n_experts = self.get(fields, "block", str), len(checksums)
+            if not block:
+                raise self.wrong("block", "a path", block)
         if len(checksums) != n_experts or not 1 <= n_experts <= model.n_experts:
             raise self.wrong("checksums", f"{model.n_experts} of them", len(checksums))
         n_bytes = self.count(fields, "n_bytes")
