@@ -17,7 +17,7 @@ from .preflight import check_fits
 from .progress import byte_progress, notice
 from .runtime import RunOptions
 from .stock import StockModel, has_own_class, load_lazily
-from .streaming import stream
+from .streaming import StreamedModel, stream
 
 
 def takes_door(path: Path, native: bool | None) -> bool:
@@ -87,6 +87,9 @@ def door_classes(
     class Model(bound):  # type: ignore[misc, valid-type]
         def load_weights(self, *args: Any, **kwargs: Any) -> nn.Module:
             super().load_weights(*args, **kwargs)
+            if isinstance(self, StreamedModel):
+                # Other weights come later.
+                return self
             stream(self, directory)
             if Amounts.read(None, None) == Amounts():
                 check_fits(directory, self)

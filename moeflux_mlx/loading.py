@@ -148,12 +148,18 @@ def plan_load(
 ) -> MemoryPlan:
     """Return what ``load`` with this ``memory`` would take it for; loads nothing.
 
+    Where mlx-lm's class runs the model, that is measured on the model itself.
+
     Raises:
-        ModelError, ExpertStoreError, BudgetError: as ``load``.
+        ModelError, ExpertStoreError, BudgetError, ConfigError: as ``load``.
     """
     check_settings()
     options = RunOptions(None, memory, scope=scope)
     path = find_model(path_or_repo)
+    if takes_door(path, None):
+        model, _ = load_through_door(path, options, lazy=True, model_config=None)
+        planned: MemoryPlan = model.__dict__["plan"]
+        return planned
     with _built(path, options) as (model, loaded):
         open_tokenizer(path, eos_token_ids=loaded.get("eos_token_id"))
         plan = model.runtime.make_plan(model.needs)

@@ -463,6 +463,15 @@ def test_published_sizes_are_inspected(name, tmp_path):
     assert 0.9 * n_parameters < in_experts < 1.02 * n_parameters
 
 
+def test_a_loaded_pack_takes_other_weights(tmp_path):
+    path = write(tmp_path / "plain", "qwen3_moe")
+    pack(path, tmp_path / "packed")
+    model, _ = load_model(tmp_path / "packed", trust_remote_code=True)
+    norm = mx.full((64,), 2.0)
+    model.load_weights([("model.norm.weight", norm)], strict=False)
+    assert mx.array_equal(model.model.norm.weight, norm)
+
+
 def test_options_of_our_own_class_are_refused_for_a_pack(tmp_path):
     path = write(tmp_path / "plain", "qwen3_moe", 4)
     pack(path, tmp_path / "packed")
