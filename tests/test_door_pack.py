@@ -426,6 +426,59 @@ def test_a_streamed_model_is_not_saved(streamed, tmp_path):
     assert [*tmp_path.glob("out/*"), *tmp_path.glob("w.*")] == []
 
 
+def test_the_state_of_mlx_lms_class_is_refused_before_text_is_made(tmp_path, capsys):
+    path = write(tmp_path / "plain", "qwen3_moe", 4)
+    command = ["generate", "--model", str(path), "--prompt", "abc", "--save-state"]
+    assert main([*command, str(tmp_path / "state"), "--expert-memory", LEAST]) == 2
+    told = capsys.readouterr()
+    assert "[state] expected a model of moeflux-mlx's own class" in told.err
+    # Nothing was generated.
+    assert "tokens/s" not in told.out
+    assert not (tmp_path / "state").exists()
+
+
+def rename(old: str, new: str):
+    def change(layouts: list[dict]) -> None:
+        for layout in layouts:
+            layout["quantization"][new] = layout["quantization"].pop(old)
+            for tensor in layout["tensors"]:
+                if tensor["projection"] == old:
+                    tensor["projection"] = new
+
+    return change
+
+
+def drop(layouts: list[dict]) -> None:
+    for layout in layouts:
+        del layout["quantization"]["down_proj"]
+        layout["tensors"] = [
+            t for t in layout["tensors"] if t["projection"] != "down_proj"
+        ]
+
+
+def unknown_part(layouts: list[dict]) -> None:
+    for layout in layouts:
+        for tensor in layout["tensors"]:
+            if tensor["part"] == "biases":
+                tensor["part"] = "bias"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [rename("gate_proj", "fc1"), rename("down_proj", "fc2"), drop, unknown_part],
+)
+def test_our_own_class_refuses_a_pack_without_its_projections(packed, tmp_path, change):
+    copy = tmp_path / "copy"
+    shutil.copytree(packed, copy)
+    fields = json.loads((copy / MANIFEST_NAME).read_text())
+    change(fields["layouts"])
+    fields["checksum"] = checksum_of(fields)
+    (copy / MANIFEST_NAME).write_text(json.dumps(fields))
+    for action in (moeflux_mlx.load, verify):
+        with pytest.raises(ExpertStoreError, match=r"moeflux\.json"):
+            action(copy)
+
+
 def test_a_streamed_model_is_not_divided(streamed):
     group = mx.distributed.init()
     before = logits(streamed)
