@@ -75,7 +75,7 @@ def try_family(
                 n_blocks = len(model.streamer.stats.snapshot().layers)
                 why = _difference(model, wanted, prompts, n_greedy)
             except Exception as error:
-                why = _first_line(error)
+                why = _first_line(error).replace(str(path), family)
             outcomes.append(Outcome(family, bits, n_blocks, why, packed))
         return outcomes
 
