@@ -42,11 +42,10 @@ from moeflux_mlx.ops.functions import Array, to_device
 from moeflux_mlx.parameters import LayerWeights
 from moeflux_mlx.runtime import RunOptions, Runtime
 from moeflux_mlx.saving import (
+    GuardsSaving,
     StreamedElsewhere,
     guard_saving,
     refuse_experts,
-    refuse_saving,
-    refuse_saving_now,
 )
 from moeflux_mlx.weights import ExpertWeights
 
@@ -59,7 +58,7 @@ check = qwen3_5_tensors.check
 guard_saving()
 
 
-class Model(stock.Model):
+class Model(GuardsSaving, stock.Model):
     """Language model over ``language_model``; see ``TextModel`` for the call.
 
     ``options`` is set by subclasses that ``moeflux_mlx.load`` and packed directories
@@ -78,24 +77,6 @@ class Model(stock.Model):
         """Rename weights as mlx-lm does; streamed experts are none of them."""
         return super().sanitize(self.runtime.without_streamed(weights))
 
-    def parameters(self) -> Any:
-        """Return all arrays; streamed experts are none, so these are not to be saved.
-
-        Raises:
-            ModelError: mlx-lm is about to save a model without its experts.
-        """
-        refuse_saving_now(self)
-        return super().parameters()
-
-    def save_weights(self, file: str) -> None:
-        """Save all parameters to one file.
-
-        Raises:
-            ModelError: streamed experts are none of them; nothing is written.
-        """
-        refuse_saving(self)
-        super().save_weights(file)
-
     def update(self, parameters: Any, strict: bool = True) -> Any:  # type: ignore[override]
         """Replace parameters.
 
@@ -103,7 +84,7 @@ class Model(stock.Model):
             ModelError: some are of streamed experts; nothing is replaced.
         """
         if self.runtime.store is not None:
-            refuse_experts(dict(tree_flatten(parameters)))
+            refuse_experts(dict(tree_flatten(parameters)), ROUTED)
         return super().update(parameters, strict)
 
     @property

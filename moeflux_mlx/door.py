@@ -7,26 +7,17 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.utils import load_model
 
-from .errors import ConfigError, ModelError, one_line_errors
+from .errors import ConfigError
 from .experts.budget import Amounts
 from .experts.checkpoint import read_config
 from .experts.packed import is_packed
-from .files import short, spelled_plainly
-from .opening import model_module
+from .pack_door import load_pack_lazily, pack_classes_with
+from .preflight import check_fits
 from .progress import byte_progress, notice
 from .runtime import RunOptions
-from .streaming import stream
-
-
-def has_own_class(model_type: object) -> bool:
-    """Tell whether moeflux-mlx has a class of its own for a type of model."""
-    try:
-        model_module(model_type)
-    except ModelError:
-        return False
-    return True
+from .stock import StockModel, has_own_class, load_lazily
+from .streaming import StreamedModel, stream
 
 
 def takes_door(path: Path, native: bool | None) -> bool:
@@ -50,7 +41,10 @@ def load_through_door(
     lazy: bool,
     model_config: dict[str, Any] | None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Load mlx-lm's model; without a bound on memory its experts are parameters.
+    """Load mlx-lm's model.
+
+    Experts of a packed directory are always streamed, those of a plain checkpoint if a
+    bound on memory is given; else they are parameters.
 
     Returns:
         The model and its configuration.
@@ -60,10 +54,11 @@ def load_through_door(
         ConfigError, BudgetError, ExpertStoreError: as ``stream``.
     """
     amounts = Amounts.read(options.memory, options.expert_memory)
-    _refuse_options(path, options)
-    model, config = _load_lazily(path, model_config)
+    _refuse_options(options)
+    stock = load_stock_lazily(path, model_config)
+    model = stock.model
     with byte_progress() as report:
-        if amounts != Amounts():
+        if is_packed(path) or amounts != Amounts():
             stream(
                 model,
                 path,
@@ -77,31 +72,49 @@ def load_through_door(
             )
         if not lazy:
             mx.eval(model.parameters())
-    return model, config
+    return model, stock.config
 
 
-def _refuse_options(path: Path, options: RunOptions) -> None:
-    if is_packed(path):
-        raise ConfigError(
-            f"[load] expected a plain checkpoint for mlx-lm's class but got {path}, a "
-            "packed one: give the directory that it was packed from"
-        )
+def door_classes(
+    directory: Path, config: dict[str, Any]
+) -> tuple[type[nn.Module], type]:
+    """Return mlx-lm's classes of a pack's model, which streams once it is loaded.
+
+    Memory comes from the environment.
+    """
+    bound, arguments = pack_classes_with(directory)(config)
+
+    class Model(bound):  # type: ignore[misc, valid-type]
+        def load_weights(self, *args: Any, **kwargs: Any) -> nn.Module:
+            super().load_weights(*args, **kwargs)
+            if isinstance(self, StreamedModel):
+                # Other weights come later.
+                return self
+            stream(self, directory)
+            if Amounts.read(None, None) == Amounts():
+                check_fits(directory, self)
+            return self
+
+    Model.__module__, Model.__qualname__ = bound.__module__, bound.__qualname__
+    return Model, arguments
+
+
+def load_stock_lazily(
+    path: Path, model_config: dict[str, Any] | None = None
+) -> StockModel:
+    """Build mlx-lm's model of a plain or packed directory; no weight is read.
+
+    Raises:
+        ModelError, ExpertStoreError: mlx-lm cannot load it.
+    """
+    load = load_pack_lazily if is_packed(path) else load_lazily
+    return load(path, model_config)
+
+
+def _refuse_options(options: RunOptions) -> None:
     for name in ("executor", "optimistic"):
         if (value := getattr(options, name)) is not None:
             raise ConfigError(
                 f"[{name}] expected none for mlx-lm's class but got {value!r}: leave "
                 "it out"
             )
-
-
-def _load_lazily(
-    path: Path, model_config: dict[str, Any] | None
-) -> tuple[nn.Module, dict[str, Any]]:
-    model_type = read_config(path).get("model_type")
-    changes = {**(model_config or {}), "model_file": None}
-    where = f"[load] {path}: mlx-lm's model type {short(model_type)}"
-    with one_line_errors(where), spelled_plainly(path) as plain:
-        found: tuple[nn.Module, dict[str, Any]] = load_model(
-            plain, lazy=True, model_config=changes
-        )
-    return found

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx_lm.utils import load_config, load_model
 
 from . import config, device, serving
-from .door import load_through_door, takes_door
+from .door import door_classes, load_through_door, takes_door
 from .download import check_kinds, find_model
 from .errors import ConfigError, one_line_errors
 from .executors.base import leaves
@@ -29,6 +29,7 @@ from .preflight import check_fits
 from .progress import Report, byte_progress, notice
 from .runtime import RunOptions
 from .settings import check_settings
+from .stock import has_own_class
 from .tokenizer import open_tokenizer
 
 
@@ -147,12 +148,18 @@ def plan_load(
 ) -> MemoryPlan:
     """Return what ``load`` with this ``memory`` would take it for; loads nothing.
 
+    Where mlx-lm's class runs the model, that is measured on the model itself.
+
     Raises:
-        ModelError, ExpertStoreError, BudgetError: as ``load``.
+        ModelError, ExpertStoreError, BudgetError, ConfigError: as ``load``.
     """
     check_settings()
     options = RunOptions(None, memory, scope=scope)
     path = find_model(path_or_repo)
+    if takes_door(path, None):
+        model, _ = load_through_door(path, options, lazy=True, model_config=None)
+        planned: MemoryPlan = model.__dict__["plan"]
+        return planned
     with _built(path, options) as (model, loaded):
         open_tokenizer(path, eos_token_ids=loaded.get("eos_token_id"))
         plan = model.runtime.make_plan(model.needs)
@@ -249,10 +256,14 @@ def pack_classes(model_file: str) -> tuple[type, type]:
         serving.install(server)
         give_way = serving.release_oldest_prompt
     check_settings()
+    options = RunOptions(directory=directory, give_way=give_way)
+    found = load_config(directory)
+    if not has_own_class(found.get("model_type")):
+        return door_classes(directory, found)
     direct = config.expert_io() == "direct"
     opened = partial(PackedExperts.open, directory, direct=direct)
-    options = RunOptions(opened, directory=directory, give_way=give_way)
-    bound, arguments = model_classes(load_config(directory), options)
+    options = replace(options, open_experts=opened)
+    bound, arguments = model_classes(found, options)
 
     class Model(bound):  # type: ignore[misc, valid-type]
         """Refuses what does not fit when it is loaded, not at the first request."""

@@ -95,6 +95,11 @@ def save_state(
         raise StateError(f"[state] cannot write {path}: {error}") from error
 
 
+def check_keeps_state(model: nn.Module) -> None:
+    """Raise StateError if a model's state cannot be kept, whatever it will be."""
+    _identity(model)
+
+
 def _identity(model: nn.Module) -> str:
     runtime = getattr(model, "runtime", None)
     if runtime is None:

@@ -18,15 +18,17 @@ from .experts.mapped import MappedExperts
 from .experts.module_store import ModuleExperts, unchanged
 from .experts.modules import RoutedBlock, find_blocks
 from .experts.packed import is_packed
+from .experts.packed_blocks import PackedBlocks
 from .experts.policy import DEFAULT_POLICY, policy_factory
 from .experts.streamer import ExpertStreamer, check_scope
 from .experts.switch import StreamedSwitch
 from .progress import Report
+from .saving import GuardsSaving, guard_saving, keep_whole
 
 M = TypeVar("M", bound=nn.Module)
 
 
-class StreamedModel(nn.Module):
+class StreamedModel(GuardsSaving):
     """What ``stream`` adds to a model's class: one call at a time, and no saving."""
 
     streamer: ExpertStreamer | MappedExperts
@@ -36,17 +38,6 @@ class StreamedModel(nn.Module):
             out = super().__call__(*args, **kwargs)
             self.streamer.hand_over()
             return out
-
-    def save_weights(self, file: str) -> None:
-        """Refuse: the routed experts' weights are not among the parameters.
-
-        Raises:
-            ModelError: always.
-        """
-        raise ModelError(
-            f"[save] {file}: expected every weight in memory but the experts are "
-            "streamed: copy the files that the model was loaded from"
-        )
 
 
 def stream(
@@ -68,7 +59,7 @@ def stream(
 
     Args:
         model: changed in place, its class too.
-        directory: where the model was loaded from.
+        directory: where the model was loaded from, or a pack of that.
         memory: must be None: what a model needs besides experts is not known yet.
         expert_memory, scope, policy, read_ahead, expert_io: as for ``load``.
         report: hears how far reading has come where all experts fit.
@@ -126,12 +117,9 @@ def stream(
 
 def _open(
     model: nn.Module, blocks: list[RoutedBlock], directory: Path, *, direct: bool
-) -> ModuleExperts:
+) -> ModuleExperts | PackedBlocks:
     if is_packed(directory):
-        raise ConfigError(
-            f"[stream] expected a plain checkpoint but got {directory}, a packed one: "
-            "load it with moeflux_mlx.load"
-        )
+        return PackedBlocks.open_for(directory, blocks, direct=direct)
     checkpoint = Checkpoint.open(directory)
     try:
         sources = unchanged(checkpoint, getattr(model, "sanitize", None))
@@ -151,6 +139,8 @@ def _install(
     for number, block in enumerate(blocks):
         source = functools.partial(streamer.source, number)
         _replace(model, block.path, StreamedSwitch(block, source, lock))
+    guard_saving()
+    keep_whole(model)
     model.__class__ = _streamed_class(type(model))
     model.__dict__["lock"] = lock
     model.__dict__["streamer"] = streamer

@@ -19,7 +19,9 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
+from moeflux_mlx.door import load_stock_lazily
 from moeflux_mlx.errors import BudgetError
+from moeflux_mlx.experts.pack import pack
 from moeflux_mlx.streaming import stream
 
 PROMPTS, BATCHES, N_GREEDY = (8, 100), (1, 3), 16
@@ -37,42 +39,60 @@ class Outcome:
     bits: int | None
     n_blocks: int
     why: str
+    packed: bool = False
 
 
 def try_family(
     family: str,
     bits: int | None,
     *,
+    forms: tuple[bool, ...] = (False, True),
     prompts: tuple[int, ...] = PROMPTS,
     n_greedy: int = N_GREEDY,
-) -> Outcome:
-    """Run mlx-lm's model and the streamed one; the latter with the fewest slots."""
-    n_blocks = 0
+) -> list[Outcome]:
+    """Run mlx-lm's model and the streamed one; the latter with the fewest slots.
+
+    Args:
+        forms: stream the checkpoint as it is (False), a pack of it (True), or both.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
+        path = Path(folder) / "plain"
+        path.mkdir()
         try:
             write_model(path, family, bits)
             stock, _ = load_model(path)
             wanted = [*_runs(stock, prompts, n_greedy)]
+            if not all(mx.isfinite(y).all().item() for run in wanted for y in run):
+                raise ValueError("not a number")
         except Exception as error:
-            return Outcome(family, bits, 0, f"stock: {_first_line(error)}")
-        if not all(mx.isfinite(y).all().item() for run in wanted for y in run):
-            return Outcome(family, bits, 0, "stock: not a number")
-        try:
-            streamed = stream_least(path)
-            n_blocks = len(streamed.streamer.stats.snapshot().layers)
-            for (n_seqs, n_tokens), stocks, ours in zip(
-                itertools.product(BATCHES, prompts),
-                wanted,
-                _runs(streamed, prompts, n_greedy),
-                strict=True,
-            ):
-                if not all(map(mx.array_equal, stocks, ours)):
-                    why = f"other bits: {n_seqs} x {n_tokens} tokens"
-                    return Outcome(family, bits, n_blocks, why)
-        except Exception as error:
-            return Outcome(family, bits, n_blocks, _first_line(error))
-    return Outcome(family, bits, n_blocks, "")
+            why = f"stock: {_first_line(error)}"
+            return [Outcome(family, bits, 0, why, packed) for packed in forms]
+        outcomes = []
+        for packed in forms:
+            n_blocks, why = 0, ""
+            try:
+                model = stream_least(path, packed=packed)
+                n_blocks = len(model.streamer.stats.snapshot().layers)
+                why = _difference(model, wanted, prompts, n_greedy)
+            except Exception as error:
+                why = _first_line(error).replace(str(path), family)
+            outcomes.append(Outcome(family, bits, n_blocks, why, packed))
+        return outcomes
+
+
+def _difference(
+    model: nn.Module,
+    wanted: list[list[mx.array]],
+    prompts: tuple[int, ...],
+    n_greedy: int,
+) -> str:
+    """Return which run of a model has other bits than are wanted, if any."""
+    shapes = itertools.product(BATCHES, prompts)
+    runs = _runs(model, prompts, n_greedy)
+    for (n_seqs, n_tokens), stocks, ours in zip(shapes, wanted, runs, strict=True):
+        if not all(map(mx.array_equal, stocks, ours)):
+            return f"other bits: {n_seqs} x {n_tokens} tokens"
+    return ""
 
 
 def write_model(path: Path, family: str, bits: int | None, seed: int = 0) -> None:
@@ -99,14 +119,16 @@ def _random(x: mx.array) -> mx.array:
     return x.astype(mx.float32) + (noise if x.ndim < 3 else 0)
 
 
-def stream_least(path: Path) -> Any:
+def stream_least(path: Path, *, packed: bool = False) -> Any:
     """Stream a model in the least memory there can be for experts: one slot."""
-    model, _ = load_model(path, lazy=True)
+    if packed:
+        path, plain = path.with_name("packed"), path
+        pack(plain, path)
     try:
-        return stream(model, path, expert_memory=1)
+        return stream(load_stock_lazily(path).model, path, expert_memory=1)
     except BudgetError as error:
         least = int(re.search(r"at least (\d+) bytes", str(error))[1])
-    return stream(model, path, expert_memory=least)
+    return stream(load_stock_lazily(path).model, path, expert_memory=least)
 
 
 def _runs(
@@ -136,19 +158,21 @@ HEADER = """\
 
 Every Mixture-of-Experts module of mlx-lm {version}, tried by `scripts/try_families`.
 Each is a tiny random model in float32, once as mlx-lm runs it with every expert in
-memory, and once through `moeflux_mlx.stream` with memory for a single expert. Prompts
-have {prompts} tokens, batches {batches} sequences, and {n_greedy} greedy tokens
-follow. *Same* means that every logit has the same bits on the CPU.
+memory, and once through `moeflux_mlx.stream` with memory for a single expert: from the
+checkpoint as mlx-lm's converter writes it, and from a pack of it. Prompts have
+{prompts} tokens, batches {batches} sequences, and {n_greedy} greedy tokens follow.
+*Same* means that every logit has the same bits on the CPU.
 
-| module | routed blocks | unquantised | 4 bits |
-|---|---|---|---|
+| module | routed blocks | unquantised | 4 bits | packed | packed, 4 bits |
+|---|---|---|---|---|---|
 """
 
 
 def line(outcome: Outcome) -> str:
     """Return an outcome as a line of text."""
     form = "unquantised" if outcome.bits is None else f"{outcome.bits} bits"
-    return f"{outcome.family:20} {form:12} {outcome.why or 'same'}"
+    form += ", packed" if outcome.packed else ""
+    return f"{outcome.family:20} {form:20} {outcome.why or 'same'}"
 
 
 def n_working(outcomes: list[Outcome]) -> int:
@@ -161,9 +185,13 @@ def document(outcomes: list[Outcome]) -> str:
     """Return the table of all outcomes as Markdown."""
     rows = []
     for _, group in itertools.groupby(outcomes, lambda outcome: outcome.family):
-        forms = {outcome.bits: outcome for outcome in group}
-        first = forms[None]
-        cells = [forms[bits].why.replace("|", "/") or "same" for bits in BITS]
+        forms = {(outcome.packed, outcome.bits): outcome for outcome in group}
+        first = forms[False, None]
+        cells = [
+            forms[packed, bits].why.replace("|", "/") or "same"
+            for packed in (False, True)
+            for bits in BITS
+        ]
         rows.append(f"| {first.family} | {first.n_blocks} | {' | '.join(cells)} |\n")
     header = HEADER.format(
         version=metadata.version("mlx-lm"),

@@ -54,7 +54,7 @@ def write_checkpoint(
                 table[stem] = vars(q)
     write_shards(path, tensors, n_shards)
     config = {
-        "model_type": "qwen3_moe",
+        "model_type": "qwen3_5_moe",
         "num_hidden_layers": n_layers,
         "num_experts": n_experts,
         "num_experts_per_tok": top_k,

@@ -62,7 +62,9 @@ FAMILIES = {
 def test_families_stream_with_stocks_bits_through_one_slot(family, bits):
     import family_trials
 
-    outcome = family_trials.try_family(family, bits, prompts=(8, 40), n_greedy=4)
+    (outcome,) = family_trials.try_family(
+        family, bits, forms=(False,), prompts=(8, 40), n_greedy=4
+    )
     assert outcome.n_blocks > 0 and outcome.why == ""
 
 
@@ -272,7 +274,7 @@ def test_routed_weights_are_asked_for_in_vain(plain, tmp_path):
     with pytest.raises(ModelError, match=r"switch\.gate_proj.*streamed"):
         block.gate_proj  # noqa: B018
     assert not hasattr(block, "down_proj")
-    with pytest.raises(ModelError, match="expected every weight in memory"):
+    with pytest.raises(ModelError, match="nothing is written"):
         ours.save_weights(str(tmp_path / "copy.safetensors"))
     assert not tree_flatten(ours.trainable_parameters())
     with pytest.raises(ModelError, match="not streamed yet"):
@@ -354,7 +356,7 @@ def test_tensors_that_sanitize_makes_are_refused_by_name(tmp_path):
             }
 
     model = Sanitized(SwitchGLU(DIM, DIM, 5))
-    with pytest.raises(ModelError, match=r"switch\.gate_proj\.weight.*convert"):
+    with pytest.raises(ModelError, match=r"switch\.gate_proj\.weight.*moeflux pack"):
         stream(model, path)
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
@@ -336,9 +337,22 @@ def test_what_cannot_be_recorded_is_refused(checkpoint):
     for prompt, n in (([], 3), ([1], 0)):
         with pytest.raises(ConfigError, match="at least 1 token"):
             record_routing(model, prompt, max_tokens=n)
+    with pytest.raises(ModelError, match=r"expected routed experts in mlx\.nn"):
+        record_routing(nn.Linear(2, 2), [1], max_tokens=1)
+
+
+def test_mlx_lms_own_class_is_recorded_by_its_blocks(checkpoint):
+    model, _ = moeflux_mlx.load(checkpoint)
     stock, _ = mlx_lm.load(str(checkpoint))
-    with pytest.raises(ModelError, match="a model of moeflux_mlx"):
-        record_routing(stock, [1], max_tokens=1)
+    kinds = [type(module) for _, module in stock.named_modules()]
+    ours, other = (
+        record_routing(m, [5, 6, 7, 8], max_tokens=4) for m in (model, stock)
+    )
+    assert [type(module) for _, module in stock.named_modules()] == kinds
+    assert np.array_equal(ours.passes, other.passes)
+    # Each router has an order of its own.
+    assert np.array_equal(np.sort(ours.chosen), np.sort(other.chosen))
+    assert other.record_bytes == ours.record_bytes and other.likely is None
 
 
 def test_the_command_writes_a_trace_that_pins_come_from(

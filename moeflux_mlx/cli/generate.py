@@ -21,7 +21,7 @@ from ..errors import ConfigError, one_line_errors
 from ..experts.policy import DEFAULT_POLICY, POLICY_FORMS
 from ..files import open_file, parse_json, short
 from ..loading import load
-from ..state import CACHE_BITS, CACHE_GROUPS, load_state, save_state
+from ..state import CACHE_BITS, CACHE_GROUPS, check_keeps_state, load_state, save_state
 from .arguments import check_number, check_output, integer, number, one_of
 from .report import generate_and_print
 
@@ -130,6 +130,8 @@ def run(args: argparse.Namespace) -> int:
     check_output("--save-state", args.save_state)
     cache, saved = _prompt_cache(args)
     model, tokenizer = _load(args, saved)
+    if args.save_state is not None:
+        check_keeps_state(model)
     tokens: list[int] = []
     if args.load_state is not None:
         state = load_state(args.load_state, model)

@@ -6,7 +6,6 @@ import argparse
 import json
 import re
 from collections import Counter
-from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,16 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from ..experts.access import all_fit
-from ..experts.checkpoint import Checkpoint, is_used, model_facts, text_config
+from ..errors import ConfigError
+from ..experts.access import slots_fit
+from ..experts.checkpoint import read_config, text_config
 from ..experts.layout import ExpertLayout
 from ..experts.packed import is_packed
 from ..experts.pool import pool_bytes, pool_stride
-from ..experts.store import ExpertStore, open_store
 from ..loading import plan_load
+from ..stock import has_own_class
 from .arguments import integer
+from .inspect_experts import of_own_class, of_stock_class
 from .inspect_graph import report, report_table
 
 
@@ -30,11 +31,15 @@ from .inspect_graph import report, report_table
 class ModelSummary:
     """A model directory in numbers.
 
-    ``layers`` counts layers by kind. ``resident_bytes`` is everything that is used but
-    routed experts; ``minimum_bytes`` and ``full_bytes`` are the least ``expert_memory``
-    that serves a token and the least that holds every expert. ``reads_per_expert`` is
-    how many spans of bytes an expert lies in, the mean of all: 1 in a packed directory.
-    ``token_reads`` and ``token_bytes`` are what a token reads with no expert in memory.
+    ``layers`` counts layers by kind, ``n_moe_layers`` those with routed experts, or
+    routed blocks where mlx-lm's class runs the model; ``n_experts`` is what the largest
+    has. ``resident_bytes`` is everything that is used but routed experts;
+    ``minimum_bytes`` and ``full_bytes`` are the least ``expert_memory`` that serves a
+    token and the least that holds every expert. ``reads_per_expert`` is how many spans
+    of bytes an expert lies in, the mean of all: 1 in a packed directory, None where
+    only packing makes experts of the tensors. ``token_reads`` and ``token_bytes`` are
+    what a token reads with no expert in memory, None where ``top_k`` is: nothing in
+    the configuration says it.
     ``forms`` counts the experts' projections by how they are stored. ``all_fit`` tells
     whether all experts fit into the memory that is taken where none is asked for.
     """
@@ -44,13 +49,13 @@ class ModelSummary:
     layers: dict[str, int]
     n_moe_layers: int
     n_experts: int
-    top_k: int
+    top_k: int | None
     resident_bytes: int
     expert_bytes: int
     bytes_per_expert: int
-    reads_per_expert: float
-    token_reads: int
-    token_bytes: int
+    reads_per_expert: float | None
+    token_reads: int | None
+    token_bytes: int | None
     forms: dict[str, int]
     all_fit: bool
     minimum_bytes: int
@@ -77,6 +82,11 @@ def run(args: argparse.Namespace) -> int:
     """Print the summary of ``args.model``, a plan of memory, or one layer's graph."""
     summary = summarize(args.model)
     if args.graph is not None:
+        if not has_own_class(summary.model_type):
+            raise ConfigError(
+                f"[inspect] expected a class of our own for --graph but {args.model} "
+                f"is a {summary.model_type}, which mlx-lm's class runs: leave it out"
+            )
         memory = summary.minimum_bytes if summary.is_packed else None
         graph = report(args.model, memory, args.graph, args.tokens)
         if args.json:
@@ -103,45 +113,35 @@ def summarize(directory: Path) -> ModelSummary:
         ModelError: not the directory of a Mixture-of-Experts model.
         ExpertStoreError: a packed directory with files missing or changed.
     """
-    with Checkpoint.open(directory) as checkpoint:
-        config = checkpoint.config
-        facts = model_facts(config)
-        tensors = checkpoint.tensors
-    with open_store(directory) as store:
-        layouts = [store.layout(layer) for layer in store.layers]
-        resident = used_tensors(tensors, config) - set(store.tensor_names)
-        reads = _reads_per_expert(store)
-        fit = all_fit(store, None)
+    config = read_config(directory)
+    own = has_own_class(config.get("model_type"))
+    found = of_own_class(directory) if own else of_stock_class(directory)
+    layouts, reads, top_k = found.layouts, found.reads_per_expert, found.top_k
+    record_bytes = sum(layout.record_bytes for layout in layouts)
+    n_reads = None
+    if reads is not None and top_k is not None:
+        n_reads = round(top_k * len(layouts) * reads)
     return ModelSummary(
-        model_type=facts.model_type,
+        model_type=str(config.get("model_type")),
         is_packed=is_packed(directory),
-        layers=_layer_kinds(config, facts.n_layers),
+        layers=_layer_kinds(config, found.n_layers),
         n_moe_layers=len(layouts),
-        n_experts=facts.n_experts,
-        top_k=facts.top_k,
-        resident_bytes=sum(tensors[name].n_bytes for name in resident),
+        n_experts=max(found.counts),
+        top_k=top_k,
+        resident_bytes=found.resident_bytes,
         reads_per_expert=reads,
-        token_reads=round(facts.top_k * len(layouts) * reads),
-        token_bytes=facts.top_k * sum(layout.record_bytes for layout in layouts),
+        token_reads=n_reads,
+        token_bytes=None if top_k is None else top_k * record_bytes,
         forms=dict(Counter(form for layout in layouts for form in _forms(layout))),
-        all_fit=fit,
+        all_fit=slots_fit(layouts, sum(found.counts)),
         files=_files(directory),
-        **_expert_bytes(layouts, facts.n_experts, facts.top_k),
+        expert_bytes=sum(
+            n * layout.stride for n, layout in zip(found.counts, layouts, strict=True)
+        ),
+        bytes_per_expert=pool_stride(layouts),
+        minimum_bytes=pool_bytes(layouts, found.n_least),
+        full_bytes=pool_bytes(layouts, sum(found.counts)),
     )
-
-
-def used_tensors(tensors: Collection[str], config: dict[str, Any]) -> set[str]:
-    """Return the tensors that stay in memory if experts are no others.
-
-    Not the layers that predict several tokens, nor what sees pictures, nor a last
-    matrix that the embedding serves as too.
-    """
-    tied = text_config(config).get("tie_word_embeddings")
-    return {
-        name
-        for name in tensors
-        if is_used(name) and not (tied and name.endswith("lm_head.weight"))
-    }
 
 
 def summary_table(directory: Path, summary: ModelSummary) -> Table:
@@ -152,7 +152,7 @@ def summary_table(directory: Path, summary: ModelSummary) -> Table:
     table.add_row(
         "experts",
         f"{summary.n_experts} in each of {summary.n_moe_layers} layers, "
-        f"{summary.top_k} per token",
+        f"{'?' if summary.top_k is None else summary.top_k} per token",
     )
     table.add_section()
     table.add_row("resident", decimal(summary.resident_bytes))
@@ -161,8 +161,11 @@ def summary_table(directory: Path, summary: ModelSummary) -> Table:
     table.add_row("stored as", ", ".join(f"{form} ({n} x)" for form, n in forms))
     table.add_row("one expert", decimal(summary.bytes_per_expert))
     table.add_row("reads per expert", _reads(summary))
-    cold = f"{summary.token_reads} reads, {decimal(summary.token_bytes)}"
-    table.add_row("one token, cold", cold)
+    if summary.token_bytes is not None:
+        n_reads = (
+            "" if summary.token_reads is None else f"{summary.token_reads} reads, "
+        )
+        table.add_row("one token, cold", n_reads + decimal(summary.token_bytes))
     table.add_row("least expert memory", _rounded_up(summary.minimum_bytes))
     table.add_row("memory for all experts", _rounded_up(summary.full_bytes))
     table.add_row("mapped", _mapped(summary))
@@ -173,16 +176,9 @@ def summary_table(directory: Path, summary: ModelSummary) -> Table:
     return table
 
 
-def _reads_per_expert(store: ExpertStore) -> float:
-    spans = [
-        len(store.spans(layer, expert))
-        for layer in store.layers
-        for expert in range(store.n_experts)
-    ]
-    return sum(spans) / len(spans)
-
-
 def _reads(summary: ModelSummary) -> str:
+    if summary.reads_per_expert is None:
+        return "none: experts must be packed to be streamed (1 once packed)"
     found = f"{summary.reads_per_expert:.3g}"
     return found if summary.is_packed else f"{found} (1 once packed)"
 
@@ -204,17 +200,6 @@ def _forms(layout: ExpertLayout) -> list[str]:
         spec.dtype if q is None else f"{q.mode} {q.bits} bits/{q.group_size}"
         for spec, q in zip(weights, layout.quantization, strict=True)
     ]
-
-
-def _expert_bytes(
-    layouts: list[ExpertLayout], n_experts: int, top_k: int
-) -> dict[str, int]:
-    return {
-        "expert_bytes": n_experts * sum(layout.stride for layout in layouts),
-        "bytes_per_expert": pool_stride(layouts),
-        "minimum_bytes": pool_bytes(layouts, top_k),
-        "full_bytes": pool_bytes(layouts, len(layouts) * n_experts),
-    }
 
 
 def _layer_kinds(config: dict, n_layers: int) -> dict[str, int]:

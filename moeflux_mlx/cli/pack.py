@@ -9,12 +9,14 @@ from typing import Any
 from rich.console import Console
 from rich.filesize import decimal
 
+from ..experts.checkpoint import read_config
 from ..experts.layout import DEFAULT_ALIGNMENT
 from ..experts.pack import pack
 from ..experts.packed import is_packed
 from ..experts.sidecars import source_files
 from ..loading import check_loadable
 from ..progress import byte_progress, notice
+from ..stock import has_own_class
 
 
 def add_parser(subparsers: Any) -> None:
@@ -39,7 +41,8 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Pack ``args.src`` into ``args.dst`` and say what was made."""
     files = source_files(args.src)
-    if not is_packed(args.src):
+    own = has_own_class(read_config(args.src).get("model_type"))
+    if own and not is_packed(args.src):
         # Gigabytes of what nothing can load would be no use to anybody.
         check_loadable(args.src)
     with byte_progress() as progress:
@@ -58,9 +61,11 @@ def run(args: argparse.Namespace) -> int:
             "mlx-lm runs it too where --trust-remote-code is given"
         )
     n_bytes = sum(entry.n_bytes for entry in manifest.layers)
+    counts = sorted({len(entry.checksums) for entry in manifest.layers})
+    what = "routed blocks" if manifest.is_of_blocks else "layers"
     Console().print(
-        f"{args.dst}: {manifest.model.n_experts} experts in each of "
-        f"{len(manifest.layers)} layers, {decimal(n_bytes)}",
+        f"{args.dst}: {' or '.join(map(str, counts))} experts in each of "
+        f"{len(manifest.layers)} {what}, {decimal(n_bytes)}",
         highlight=False,
         soft_wrap=True,
     )

@@ -13,7 +13,7 @@ from rich.filesize import decimal
 from ..loading import load
 from ..profiling import record_routing
 from .arguments import check_output, integer, number, read_text
-from .generate import add_streaming_flags, streaming_options
+from .generate import add_native_flag, add_streaming_flags, streaming_options
 
 
 def add_parser(subparsers: Any) -> None:
@@ -45,6 +45,7 @@ def add_parser(subparsers: Any) -> None:
         "--output", "-o", type=Path, required=True, metavar="FILE", help="an .npz file"
     )
     add_streaming_flags(parser)
+    add_native_flag(parser)
     parser.set_defaults(run=run)
 
 
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Generate, and write the trace."""
     check_output("--output", args.output)
     text = _prompt(args)
-    model, tokenizer = load(args.model, **{**streaming_options(args), "native": True})
+    model, tokenizer = load(args.model, **streaming_options(args))
     mx.random.seed(args.seed)
     trace = record_routing(
         model,

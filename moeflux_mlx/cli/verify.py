@@ -39,11 +39,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _layer_table(directory: Path, report: VerifyReport) -> Table:
-    table = Table("layer", "file", "experts", "bytes", "damaged", title=str(directory))
+    table = Table(title=str(directory))
+    for name in ("layer", "file", "experts", "bytes", "damaged"):
+        table.add_column(name, overflow="fold")
     for entry in report.layers:
         n_damaged = sum(layer == entry.layer for _, layer, _ in report.damaged)
         table.add_row(
-            str(entry.layer),
+            entry.block or str(entry.layer),
             entry.file,
             str(len(entry.checksums)),
             decimal(entry.n_bytes),

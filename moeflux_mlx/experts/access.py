@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rich.filesize import decimal
 
@@ -10,6 +10,7 @@ from .. import config
 from ..errors import BudgetError, ConfigError
 from ..progress import Report, notice
 from .budget import MEMORY_SHARE, most_bytes
+from .layout import ExpertLayout
 from .mapped import MappedExperts
 from .packed import PackedExperts
 from .pool import pool_bytes
@@ -75,9 +76,16 @@ def all_fit(store: ExpertStore, memory: int | None) -> bool:
     share is what it takes where no ``memory`` is given.
     """
     layouts = [store.layout(layer) for layer in store.layers]
+    n_experts = sum(store.count(layer) for layer in store.layers)
+    return slots_fit(layouts, n_experts, memory)
+
+
+def slots_fit(
+    layouts: Sequence[ExpertLayout], n_experts: int, memory: int | None = None
+) -> bool:
+    """Do as ``all_fit`` for experts of these layouts."""
     gate = most_bytes()
     asked = gate if memory is None else memory
-    n_experts = sum(store.count(layer) for layer in store.layers)
     return pool_bytes(layouts, n_experts) <= min(asked, gate)
 
 

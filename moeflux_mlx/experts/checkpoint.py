@@ -18,6 +18,8 @@ from .spans import close_files, read_fully
 
 N_EXPERTS_KEYS = ("num_experts", "n_routed_experts", "num_local_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k", "top_k")
+# Without "top_k": with many models that is how tokens are drawn.
+EVERY_TOP_K_KEY = (*TOP_K_KEYS[:-1], "num_experts_per_token", "top_k_experts")
 
 INDEX_NAME = "model.safetensors.index.json"
 NUMBERED = re.compile(
@@ -83,6 +85,14 @@ def model_facts(config: dict) -> ModelFacts:
         _count(text, N_EXPERTS_KEYS),
         _count(text, TOP_K_KEYS),
     )
+
+
+def experts_per_token(config: dict, n_experts: int) -> int | None:
+    """Return how many experts a token takes in a block, if a configuration says so."""
+    text = text_config(config)
+    found = (text.get(key) for key in EVERY_TOP_K_KEY)
+    usable = (k for k in found if type(k) is int and 1 <= k <= n_experts)
+    return next(usable, None)
 
 
 def text_config(config: dict) -> dict:

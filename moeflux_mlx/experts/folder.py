@@ -45,7 +45,7 @@ class Folder:
     def create(self, name: str) -> Iterator[BinaryIO]:
         """Give a new, empty file, durable once all is written; an older one goes."""
         self.remove(name)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(name, flags, 0o666, dir_fd=self.fd)
         with os.fdopen(fd, "wb", buffering=0) as file:
             yield file

@@ -30,13 +30,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LayerFile:
-    """The expert file of one MoE layer; ``checksums`` are xxh3-64 of each record."""
+    """The expert file of one MoE layer; ``checksums`` are xxh3-64 of each record.
+
+    Where ``block`` is not empty, it is the path of a routed block in mlx-lm's model,
+    and ``layer`` counts these blocks.
+    """
 
     layer: int
     file: str
     n_bytes: int
     layout: ExpertLayout
     checksums: tuple[int, ...]
+    block: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,12 @@ class SmallFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a pack says about itself; ``resident`` is None until it is whole."""
+    """Everything a pack says about itself; ``resident`` is None until it is whole.
+
+    A pack for a class of ours has the tensors' own names, and layers by number. Any
+    other is of mlx-lm's model: its parameters' names, and routed blocks by path; its
+    ``model`` then counts blocks for layers and the most experts that a block has.
+    """
 
     source_name: str
     source_identity: str
@@ -69,6 +79,11 @@ class Manifest:
     layers: tuple[LayerFile, ...]
     resident: ResidentFile | None = None
     files: tuple[SmallFile, ...] = ()
+
+    @property
+    def is_of_blocks(self) -> bool:
+        """Tell whether it is of the routed blocks of mlx-lm's model."""
+        return any(entry.block for entry in self.layers)
 
     def to_json(self) -> str:
         """Return the manifest as the text of ``moeflux.json``."""
@@ -90,6 +105,7 @@ class Manifest:
                     "n_bytes": entry.n_bytes,
                     "layout": layouts.index(entry.layout),
                     "checksums": [f"{checksum:016x}" for checksum in entry.checksums],
+                    **({"block": entry.block} if entry.block else {}),
                 }
                 for entry in self.layers
             ],
@@ -140,9 +156,9 @@ class _Parser:
             self.get(facts, "model_type", str),
             self.count(facts, "n_layers"),
             self.count(facts, "n_experts"),
-            self.count(facts, "top_k"),
+            self.get(facts, "top_k", int),
         )
-        if model.top_k > model.n_experts:
+        if not 0 <= model.top_k <= model.n_experts:
             raise self.wrong("top_k", f"at most {model.n_experts}", model.top_k)
         alignment = self.count(fields, "alignment")
         layouts = [
@@ -154,6 +170,7 @@ class _Parser:
         )
         if len({entry.layer for entry in layers}) != len(layers):
             raise self.wrong("layers", "every layer once", [e.layer for e in layers])
+        self.check_blocks([entry.block for entry in layers], model)
         resident = self.resident(fields.get("resident"))
         files = tuple(self.small(file) for file in self.get(fields, "files", list))
         names = [entry.file for entry in layers] + [file.file for file in files]
@@ -195,16 +212,31 @@ class _Parser:
         checksums = tuple(
             self.checksum(text) for text in self.get(fields, "checksums", list)
         )
-        if len(checksums) != model.n_experts:
+        block, n_experts = "", model.n_experts
+        if "block" in fields:
+            block, n_experts = self.get(fields, "block", str), len(checksums)
+            if not block:
+                raise self.wrong("block", "a path", block)
+        if len(checksums) != n_experts or not 1 <= n_experts <= model.n_experts:
             raise self.wrong("checksums", f"{model.n_experts} of them", len(checksums))
         n_bytes = self.count(fields, "n_bytes")
-        if n_bytes != model.n_experts * layouts[index].stride:
-            expected = f"{model.n_experts} x {layouts[index].stride}"
+        if n_bytes != n_experts * layouts[index].stride:
+            expected = f"{n_experts} x {layouts[index].stride}"
             raise self.wrong("n_bytes", expected, n_bytes)
         number = self.get(fields, "layer", int)
         if not 0 <= number < model.n_layers:
             raise self.wrong("layer", f"less than {model.n_layers}", number)
-        return LayerFile(number, self.name(fields), n_bytes, layouts[index], checksums)
+        name, layout = self.name(fields), layouts[index]
+        return LayerFile(number, name, n_bytes, layout, checksums, block)
+
+    def check_blocks(self, blocks: list[str], model: ModelFacts) -> None:
+        """Refuse blocks of one path, and paths for some of them only."""
+        if any(blocks) and not all(blocks):
+            raise self.wrong("block", "a path everywhere", "")
+        if any(blocks) and len(set(blocks)) < len(blocks):
+            raise self.wrong("block", "a path of its own everywhere", sorted(blocks))
+        if blocks and not any(blocks) and not model.top_k:
+            raise self.wrong("top_k", "a positive number", model.top_k)
 
     def resident(self, fields: Any) -> ResidentFile | None:
         if fields is None:

@@ -69,7 +69,7 @@ def find_blocks(model: nn.Module) -> list[RoutedBlock]:
         for path, module in model.named_modules()
         if _is_block(path, module)
     ]
-    return sorted(found, key=lambda block: _by_number(block.path))
+    return sorted(found, key=lambda block: by_number(block.path))
 
 
 def projections_of(module: nn.Module) -> dict[str, nn.Module]:
@@ -112,7 +112,7 @@ def _quantization(module: nn.Module) -> Quantization | None:
     return None
 
 
-def _by_number(path: str) -> list[tuple[int, str]]:
+def by_number(path: str) -> list[tuple[int, str]]:
     """Sort numbers in paths by value."""
     parts = re.split(r"\.", path)
     return [(int(p), "") if p.isdigit() else (-1, p) for p in parts]

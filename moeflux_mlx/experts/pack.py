@@ -11,17 +11,17 @@ from pathlib import Path
 
 from ..errors import ExpertStoreError, ModelError
 from ..progress import Report
+from ..stock import has_own_class
 from ..volume import lock
 from .checkpoint import Checkpoint
-from .checkpoint_store import CheckpointExperts
 from .folder import Folder, open_parent
 from .layout import DEFAULT_ALIGNMENT, check_alignment
 from .manifest import MANIFEST_NAME, LayerFile, Manifest
 from .model_file import MODEL_FILE, SHIM
 from .pack_files import list_files
+from .pack_source import ModuleSource, NamedSource, PackSource
 from .packed import damaged_records, is_packed
 from .packed import verify as verify_pack
-from .safetensors import TensorEntry
 from .sidecars import JOURNAL_NAME, OWN_NAMES, TEMPLATES, SourceFiles, source_files
 from .writer import (
     RESIDENT_FILE,
@@ -29,7 +29,6 @@ from .writer import (
     copy_small_files,
     disk_errors,
     layer_name,
-    write_layer,
     write_resident,
 )
 
@@ -48,7 +47,7 @@ def pack(
     crash the same call goes on with the first unfinished layer.
 
     Args:
-        src: checkpoint directory, its experts stacked or one by one.
+        src: checkpoint directory, in any form that the model's class takes.
         dst: directory to make; it must not exist.
         verify: read everything back before the directory takes its name.
         alignment: records are padded to a multiple of this many bytes.
@@ -110,32 +109,25 @@ class _Job:
                 "but got one that is packed or brings its own model file"
             )
         self.checkpoint, self.alignment, self.progress = checkpoint, alignment, progress
-        self.experts = CheckpointExperts(checkpoint, alignment)
+        own = has_own_class(checkpoint.config.get("model_type"))
+        kind = NamedSource if own else ModuleSource
+        self.source: PackSource = kind(checkpoint, alignment)
+        self.resident = self.source.resident
+        self.total_bytes = sum(tensor.entry.n_bytes for tensor in self.resident)
+        for layer in self.source.layers:
+            stride = self.source.layout(layer).stride
+            self.total_bytes += self.source.count(layer) * stride
         self.done_bytes = 0
 
     @property
-    def resident_entries(self) -> list[TensorEntry]:
-        tensors, routed = self.checkpoint.tensors, self.experts.tensor_names
-        return [entry for name, entry in tensors.items() if name not in routed]
-
-    @property
-    def total_bytes(self) -> int:
-        experts = self.experts
-        strides = sum(experts.layout(layer).stride for layer in experts.layers)
-        return experts.n_experts * strides + sum(
-            entry.n_bytes for entry in self.resident_entries
-        )
-
-    @property
     def config_text(self) -> str:
-        config = {**self.checkpoint.config, "model_file": MODEL_FILE}
-        return json.dumps(config, indent=4)
+        return json.dumps({**self.source.config, "model_file": MODEL_FILE}, indent=4)
 
     def run(self, folder: Folder) -> Manifest:
         fresh = Manifest(
             self.checkpoint.directory.absolute().name,
             self.checkpoint.identity,
-            self.experts.model,
+            self.source.model,
             self.alignment,
             (),
         )
@@ -159,7 +151,7 @@ class _Job:
         for name in stale:
             folder.remove(name)
         self.empty_templates(folder)
-        for layer in self.experts.layers:
+        for layer in self.source.layers:
             if layer in {entry.layer for entry in manifest.layers}:
                 continue
             entry = self.write_layer(folder, layer)
@@ -171,7 +163,7 @@ class _Job:
     def known_names(self, files: SourceFiles) -> set[str]:
         """Return the names that a run writes, half-written ones too."""
         known = OWN_NAMES | {RESIDENT_FILE} | {*files.copied}
-        known |= {layer_name(number) for number in self.experts.layers}
+        known |= {layer_name(number) for number in self.source.layers}
         return known | {f"{name}.tmp" for name in OWN_NAMES}
 
     def empty_templates(self, folder: Folder) -> None:
@@ -197,8 +189,10 @@ class _Job:
         for entry in earlier.layers:
             file = partial / entry.file
             if (
-                entry.layer in self.experts.layers
-                and entry.layout == self.experts.layout(entry.layer)
+                entry.layer in self.source.layers
+                and entry.layout == self.source.layout(entry.layer)
+                and entry.block == self.source.block(entry.layer)
+                and len(entry.checksums) == self.source.count(entry.layer)
                 and file.is_file()
                 and file.stat().st_size == entry.n_bytes
                 and not damaged_records(file, entry)
@@ -208,17 +202,17 @@ class _Job:
 
     def write_layer(self, folder: Folder, layer: int) -> LayerFile:
         what = f"layer {layer}"
-        return write_layer(self.experts, layer, folder, lambda n: self.advance(what, n))
+        written = self.source.write_layer(
+            layer, folder, lambda n: self.advance(what, n)
+        )
+        return dataclasses.replace(written, block=self.source.block(layer))
 
     def finish(
         self, folder: Folder, files: SourceFiles, manifest: Manifest
     ) -> Manifest:
         """Write all that is not experts, the manifest last."""
         resident = write_resident(
-            self.checkpoint,
-            self.resident_entries,
-            folder,
-            lambda n: self.advance(RESIDENT_FILE, n),
+            self.resident, folder, lambda n: self.advance(RESIDENT_FILE, n)
         )
         copy_small_files(files, folder)
         folder.write_text(MODEL_FILE, SHIM)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import sys
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,16 +14,22 @@ import xxhash
 from ..errors import ExpertStoreError, ModelError
 from ..files import open_file, short
 from ..progress import Report
-from .checkpoint import model_facts, read_config
+from ..stock import has_own_class
+from .checkpoint import ModelFacts, model_facts, read_config
 from .checkpoint_store import check_sizes
 from .direct import are_aligned, bypass_cache
-from .layout import ExpertLayout
+from .layout import PARTS, ExpertLayout
 from .manifest import MANIFEST_NAME, LayerFile, Manifest, ResidentFile
 from .model_file import check_model_file
 from .pack_files import changes
 from .routed import ROUTED, ExpertTensors, RoutedLayer, check_rows
 from .safetensors import TensorEntry, fingerprint
 from .spans import Span, close_files
+
+if sys.version_info >= (3, 11):
+    from typing import Self
+else:
+    from typing_extensions import Self
 
 CHUNK_BYTES = 8 * 1024 * 1024
 
@@ -48,9 +56,7 @@ class PackedExperts:
         self._direct = False
 
     @classmethod
-    def open(
-        cls, directory: str | os.PathLike, *, direct: bool = False
-    ) -> PackedExperts:
+    def open(cls, directory: str | os.PathLike, *, direct: bool = False) -> Self:
         """Open a pack after every check that does not read all of it.
 
         Args:
@@ -74,12 +80,13 @@ class PackedExperts:
         return store
 
     @classmethod
-    def _open(cls, directory: Path, direct: bool = False) -> PackedExperts:
+    def _open(cls, directory: Path, direct: bool = False) -> Self:
         """Open a pack of which files besides weights may have been changed."""
         config = read_config(directory)
         manifest = Manifest.read(directory / MANIFEST_NAME)
         _check_model(directory, config, manifest)
-        _check_layouts(directory, config, manifest)
+        if not manifest.is_of_blocks:
+            _check_layouts(directory, config, manifest)
         store = cls(directory, manifest)
         try:
             for entry in manifest.layers:
@@ -100,21 +107,21 @@ class PackedExperts:
 
     @property
     def n_experts(self) -> int:
-        """Routed experts of each layer."""
+        """Routed experts of each layer, or of that with the most."""
         return self.manifest.model.n_experts
 
     @property
     def top_k(self) -> int:
-        """Experts that one token uses in one layer."""
+        """Experts that one token uses in one layer; 0 if nothing says so."""
         return self.manifest.model.top_k
 
     def count(self, layer: int) -> int:
         """Return how many experts one layer has."""
-        return self.n_experts
+        return len(self._files[layer].checksums)
 
     def name(self, layer: int) -> str:
         """Return what errors call a layer."""
-        return f"layer {layer}"
+        return self._files[layer].block or f"layer {layer}"
 
     @property
     def tensor_names(self) -> frozenset[str]:
@@ -160,7 +167,7 @@ class PackedExperts:
         """Close the files."""
         close_files(self._fds)
 
-    def __enter__(self) -> PackedExperts:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -171,7 +178,7 @@ def _check_model(directory: Path, config: dict, manifest: Manifest) -> None:
     if manifest.resident is None:
         raise ExpertStoreError(f"[pack] {directory} was not packed to its end")
     try:
-        facts = model_facts(config)
+        facts = _facts(config, manifest)
         found = fingerprint(directory / manifest.resident.file)
     except ModelError as error:
         raise ExpertStoreError(f"[pack] {directory}: {error}") from error
@@ -189,15 +196,30 @@ def _check_model(directory: Path, config: dict, manifest: Manifest) -> None:
         )
 
 
+def _facts(config: dict, manifest: Manifest) -> ModelFacts:
+    """Read what a configuration says of the model that the manifest is of."""
+    if not manifest.is_of_blocks:
+        return model_facts(config)
+    model_type = str(config.get("model_type"))
+    if has_own_class(model_type):
+        raise ModelError(
+            f"expected layers by number, as our own class of {model_type} reads them, "
+            "but got routed blocks by path: pack the model again"
+        )
+    # All that a model says of itself is in its own blocks, which mlx-lm builds.
+    return dataclasses.replace(manifest.model, model_type=model_type)
+
+
 def _check_layouts(directory: Path, config: dict, manifest: Manifest) -> None:
     """Hold the layouts against what a plain checkpoint of such tensors would give."""
     for entry in manifest.layers:
         layer = _as_routed(directory, entry, config)
         try:
             for spec in entry.layout.tensors:
-                if len(spec.shape) != 2:
+                if len(spec.shape) != 2 or spec.part not in PARTS:
                     raise ModelError(
-                        f"[layout] expected rows and columns of {short(spec)}"
+                        f"[layout] expected rows and columns of one of {PARTS} but "
+                        f"got {short(spec)}"
                     )
             check_rows(layer)
             expected = layer.layout(config, entry.layout.alignment)

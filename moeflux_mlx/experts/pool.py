@@ -32,6 +32,8 @@ MLX_DTYPES = {
     "I32": mx.int32,
     "F32": mx.float32,
 }
+# The first of several names is that of what MLX itself writes.
+DTYPE_NAMES = {dtype: name for name, dtype in reversed(MLX_DTYPES.items())}
 
 
 def aligned_rows(

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
 import xxhash
 
 from ..errors import ExpertStoreError
 from ..volume import free_bytes, sync
 from .checkpoint import Checkpoint
-from .checkpoint_store import CheckpointExperts
+from .checkpoint_store import TensorExperts
 from .folder import Folder, write_all
+from .layout import ExpertLayout
 from .manifest import LayerFile, ResidentFile
 from .packed import CHUNK_BYTES
 from .safetensors import TensorEntry, fingerprint, header_bytes
@@ -21,6 +25,16 @@ from .sidecars import SourceFiles, open_inside
 
 RESIDENT_FILE = "model.safetensors"
 Advance = Callable[[int], None]
+# By projection and part, the bytes of each expert in turn.
+Rows = Callable[[str, str], Iterator[memoryview]]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor to be written: ``entry`` has its name, type, shape and bytes."""
+
+    entry: TensorEntry
+    chunks: Callable[[], Iterator[memoryview]]
 
 
 @contextlib.contextmanager
@@ -48,45 +62,92 @@ def check_space(folder: Folder, needed_bytes: int) -> None:
 
 
 def write_layer(
-    experts: CheckpointExperts, layer: int, folder: Folder, advance: Advance
+    experts: TensorExperts, layer: int, folder: Folder, advance: Advance
 ) -> LayerFile:
     """Write one layer's experts, holding a single record in memory."""
-    layout = experts.layout(layer)
+    layout, n_experts = experts.layout(layer), experts.count(layer)
     record = memoryview(bytearray(layout.stride))
     name, checksums = layer_name(layer), []
     with disk_errors(folder.path / name), folder.create(name) as file:
-        for expert in range(experts.n_experts):
+        for expert in range(n_experts):
             experts.read_record(layer, expert, record)
             checksums.append(xxhash.xxh3_64_intdigest(record[: layout.record_bytes]))
             write_all(file, record)
             advance(layout.stride)
-    n_bytes = experts.n_experts * layout.stride
+    n_bytes = n_experts * layout.stride
     return LayerFile(layer, name, n_bytes, layout, tuple(checksums))
 
 
-def write_resident(
-    checkpoint: Checkpoint,
-    entries: list[TensorEntry],
+def write_parts(
+    rows: Rows,
+    layer: int,
+    n_experts: int,
+    layout: ExpertLayout,
     folder: Folder,
     advance: Advance,
+) -> LayerFile:
+    """Write one layer's experts, holding one tensor of all of them in memory."""
+    name, n_bytes = layer_name(layer), n_experts * layout.stride
+    with disk_errors(folder.path / name), folder.create(name) as file:
+        os.ftruncate(file.fileno(), n_bytes)
+        for spec in layout.tensors:
+            for expert, row in enumerate(rows(spec.projection, spec.part)):
+                _write_at(file.fileno(), row, expert * layout.stride + spec.offset)
+            advance(n_experts * spec.n_bytes)
+        used = sum(spec.n_bytes for spec in layout.tensors)
+        checksums = [
+            xxhash.xxh3_64_intdigest(
+                os.pread(file.fileno(), layout.record_bytes, expert * layout.stride)
+            )
+            for expert in range(n_experts)
+        ]
+        advance(n_experts * (layout.stride - used))
+    return LayerFile(layer, name, n_bytes, layout, tuple(checksums))
+
+
+def _write_at(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        n_written = os.pwrite(fd, data, offset)
+        data, offset = data[n_written:], offset + n_written
+
+
+def write_resident(
+    tensors: Sequence[Tensor], folder: Folder, advance: Advance
 ) -> ResidentFile:
-    """Copy tensors byte by byte into one safetensors file."""
-    header = header_bytes(entries)
+    """Write tensors one after the other into one safetensors file."""
+    header = header_bytes([tensor.entry for tensor in tensors])
     digest = xxhash.xxh3_64(header)
-    buffer = memoryview(bytearray(CHUNK_BYTES))
     path = folder.path / RESIDENT_FILE
     with disk_errors(path), folder.create(RESIDENT_FILE) as file:
         write_all(file, memoryview(header))
-        for entry in entries:
-            for start in range(0, entry.n_bytes, CHUNK_BYTES):
-                chunk = buffer[: min(CHUNK_BYTES, entry.n_bytes - start)]
-                checkpoint.read_into(entry, start, chunk)
+        for tensor in tensors:
+            for chunk in tensor.chunks():
                 digest.update(chunk)
                 write_all(file, chunk)
                 advance(len(chunk))
     return ResidentFile(
         path.name, path.stat().st_size, fingerprint(path), digest.intdigest()
     )
+
+
+def chunks_of_file(checkpoint: Checkpoint, entry: TensorEntry) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor as a file has them."""
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, entry.n_bytes)))
+    for start in range(0, entry.n_bytes, CHUNK_BYTES):
+        chunk = buffer[: min(CHUNK_BYTES, entry.n_bytes - start)]
+        checkpoint.read_into(entry, start, chunk)
+        yield chunk
+
+
+def chunks_of_array(array: mx.array) -> Iterator[memoryview]:
+    """Yield the bytes of an array, a few rows at a time: MLX counts 2**31 of them."""
+    n_rows = len(array) if array.ndim else 1
+    step = max(1, n_rows * CHUNK_BYTES // max(1, array.nbytes))
+    for start in range(0, n_rows, step):
+        rows = array[start : start + step] if array.ndim else array
+        flat = mx.contiguous(rows).reshape(-1).view(mx.uint8)
+        mx.eval(flat)
+        yield memoryview(flat)  # type: ignore[arg-type]
 
 
 def copy_small_files(files: SourceFiles, folder: Folder) -> None:

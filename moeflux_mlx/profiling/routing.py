@@ -16,6 +16,7 @@ from ..forward import DecoderLayer
 from ..graph.lower import Step, lower
 from ..ops.moe import RoutedExperts
 from ..runtime import Runtime
+from .block_routing import record_blocks
 from .recording import layer_of, observing, runtime_of
 
 
@@ -41,12 +42,22 @@ def record_routing(
 
     Raises:
         ConfigError: there is no prompt, or nothing to generate.
-        ModelError: the model is none of ours.
+        ModelError: the model has no routed blocks, or what they are asked for has no
+            form that a recording has.
     """
     if not prompt or max_tokens < 1:
         raise ConfigError(
             "[trace] expected at least 1 token of a prompt and 1 to generate but got "
             f"{len(prompt)} and {max_tokens}"
+        )
+    if not hasattr(model, "runtime"):
+        return record_blocks(
+            model,
+            prompt,
+            sampler=sampler,
+            eos_tokens=eos_tokens,
+            max_tokens=max_tokens,
+            **options,
         )
     runtime = runtime_of(model)
     recorder = RoutingRecorder(runtime, model.graph_layers)
