@@ -15,6 +15,7 @@ from .experts.checkpoint import read_config
 from .experts.packed import is_packed
 from .files import short, spelled_plainly
 from .opening import model_module
+from .preflight import check_fits
 from .progress import byte_progress, notice
 from .runtime import RunOptions
 from .streaming import stream
@@ -62,12 +63,14 @@ def load_through_door(
     amounts = Amounts.read(options.memory, options.expert_memory)
     _refuse_options(path, options)
     model, config = _load_lazily(path, model_config)
+    if not lazy and amounts == Amounts():
+        check_fits(path, model)
     with byte_progress() as report:
         if amounts != Amounts():
             stream(
                 model,
                 path,
-                memory=amounts.process,
+                memory="auto" if amounts.fastest else amounts.process,
                 expert_memory=amounts.experts,
                 scope=options.scope,
                 policy=options.policy,
