@@ -57,12 +57,14 @@ def load_through_door(
     _refuse_options(options)
     stock = load_stock_lazily(path, model_config)
     model = stock.model
+    if not lazy and amounts == Amounts() and not is_packed(path):
+        check_fits(path, model)
     with byte_progress() as report:
         if is_packed(path) or amounts != Amounts():
             stream(
                 model,
                 path,
-                memory=amounts.process,
+                memory="auto" if amounts.fastest else amounts.process,
                 expert_memory=amounts.experts,
                 scope=options.scope,
                 policy=options.policy,

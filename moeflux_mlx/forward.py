@@ -19,7 +19,8 @@ import numpy as np
 from . import device, ops
 from .arguments import ArgumentChecks, bounded
 from .blocks import ROUTED, Call
-from .context import Context, put_back_on_failure
+from .caches import put_back_on_failure
+from .context import Context
 from .errors import ModelError
 from .experts.streamed import AssumedExperts
 from .graph import roles as b

@@ -17,7 +17,6 @@ from . import config, device, serving
 from .door import door_classes, load_through_door, takes_door
 from .download import check_kinds, find_model
 from .errors import ConfigError, one_line_errors
-from .executors.base import leaves
 from .experts.budget import Amounts
 from .experts.packed import PackedExperts, is_packed
 from .experts.store import open_store
@@ -31,6 +30,7 @@ from .runtime import RunOptions
 from .settings import check_settings
 from .stock import has_own_class
 from .tokenizer import open_tokenizer
+from .weights import leaves
 
 
 def load(
@@ -121,11 +121,13 @@ def load(
     )
     path = find_model(path_or_repo, revision)
     if takes_door(path, native):
-        model, loaded = load_through_door(
+        # Before memory is planned: it takes some too.
+        eos = {**load_config(path), **(model_config or {})}.get("eos_token_id")
+        tokenizer = open_tokenizer(path, tokenizer_config, eos)
+        model, _ = load_through_door(
             path, options, lazy=lazy, model_config=model_config
         )
-        eos = loaded.get("eos_token_id")
-        return model, open_tokenizer(path, tokenizer_config, eos)
+        return model, tokenizer
     with _built(path, options, model_config) as (model, loaded):
         if not lazy and options.amounts == Amounts():
             check_fits(path, model)
@@ -139,7 +141,9 @@ def load(
     if (plan := model.runtime.plan) is not None:
         notice(str(plan))
         if model.runtime.amounts.fastest:
-            notice(find_fastest(model, tokenizer))
+            prompt = tokenizer.encode("The") or [0]
+            runtime = model.runtime
+            notice(find_fastest(model, runtime.keeper, runtime.streamer, prompt))
     return model, tokenizer
 
 

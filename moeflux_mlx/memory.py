@@ -12,12 +12,11 @@ import mlx.core as mx
 from rich.filesize import decimal
 
 from . import config, device
+from .caches import CACHE_STEP, CacheForm
 from .errors import BudgetError
 from .experts.pool import POOL_ALIGNMENT, pool_stride
 from .experts.store import ExpertStore
 
-# mlx-lm's KV caches grow by this many rows.
-CACHE_STEP = 256
 # Tokens that a plan keeps scratch for: the first of these whose scratch leaves experts
 # enough of the memory, or else the last. A prompt may take more of them together, for
 # which experts give way, or fewer beside long caches.
@@ -51,16 +50,12 @@ class Needs(Protocol):
         """Return what the logits of so many tokens take."""
 
     @property
-    def cache_shapes(self) -> list[tuple[tuple[int | None, ...], ...]]:
-        """The arrays of each layer's cache, ``[1, H, None, d]`` if they grow."""
-
-    @property
-    def cache_dtype(self) -> mx.Dtype:
-        """The type of keys and values."""
-
-    @property
     def most_tokens(self) -> int:
         """How long a sequence may become."""
+
+    @property
+    def cache_forms(self) -> list[CacheForm]:
+        """What each of the caches takes, in the order of ``single_caches``."""
 
     @property
     def cache_row_bytes(self) -> int:
@@ -186,7 +181,7 @@ def affords_unpacked(needs: Needs, room: int | None = None) -> bool:
     dense = needs.resident_bytes(True) - needs.resident_bytes(False)
     machine_bytes = device.physical_memory_bytes()
     most = machine_bytes if room is None else min(room, machine_bytes)
-    return dense <= device.UNPACKED_SHARE * most
+    return 0 < dense <= device.UNPACKED_SHARE * most
 
 
 def _chunk(needs: Needs, room: int) -> tuple[int, int]:

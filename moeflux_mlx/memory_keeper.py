@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import gc
-import math
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 from rich.filesize import decimal
 
-from . import device
+from . import caches, device
+from .caches import CACHE_STEP
 from .errors import BudgetError
-from .executors.base import leaves
 from .experts.streamer import ExpertStreamer
-from .memory import CACHE_STEP, CHUNKS, SMALLER_CHUNKS, MemoryPlan, Needs
+from .memory import CHUNKS, SMALLER_CHUNKS, MemoryPlan, Needs
 
 # Room is made for this many tokens at once, one after the other.
 LOOKAHEAD = 16
@@ -206,7 +204,7 @@ class MemoryKeeper:
         if n_slots == self._streamer.n_slots:
             return
         # A lazy state may still have to read the slots it was computed from.
-        mx.eval([x for c in cache if c is not None for x in _arrays(c)])
+        mx.eval(caches.arrays_of(cache))
         mx.synchronize()
         self._streamer.resize(n_slots)
 
@@ -220,7 +218,7 @@ class _Planned:
         self.n_tokens = n_seqs * t
         # Of single tokens more are to come, each a call of its own.
         self._n_more = t if t > 1 else LOOKAHEAD
-        used = max((_rows(c)[1] for c in self.caches), default=0)
+        used = caches.n_rows(self.caches)
         self.n_rows = -(-(used + self._n_more) // CACHE_STEP) * CACHE_STEP
 
     def chunks(self) -> list[int]:
@@ -229,17 +227,9 @@ class _Planned:
 
     def growth(self, chunk: int, needs: Needs) -> int:
         """Return the bytes by which the caches grow, computed in such chunks."""
-        rows = [_rows(c) for c in self.caches if hasattr(c, "offset")]
-        total = 0
-        for (allocated, used, n_bytes), n_same in Counter(rows).items():
-            row = self.n_seqs * needs.cache_row_bytes / len(rows)
-            row = n_bytes / allocated if allocated else row
-            n_rows = _allocated(allocated, used, self._n_more, chunk // self.n_seqs)
-            total += n_same * math.ceil(row) * (n_rows - allocated)
-        states = (c for c in self.caches if not hasattr(c, "offset"))
-        if any(c.empty() for c in states):
-            total += self.n_seqs * needs.cache_state_bytes
-        return total
+        step = chunk // self.n_seqs
+        forms = needs.cache_forms
+        return caches.growth_bytes(self.caches, forms, self.n_seqs, self._n_more, step)
 
 
 def _chunks(n_seqs: int, t: int) -> list[int]:
@@ -251,31 +241,26 @@ def _chunks(n_seqs: int, t: int) -> list[int]:
     return sorted({max(1, size // n_seqs) * n_seqs for size in sizes}, reverse=True)
 
 
-def _allocated(allocated: int, used: int, t: int, step: int) -> int:
-    """Return the rows of mlx-lm's KV cache after ``t`` tokens, ``step`` at a time.
+def make_room(
+    keeper: Any,
+    give_way: Callable[[], bool] | None,
+    cache: list[Any],
+    n_seqs: int,
+    t: int,
+    **options: Any,
+) -> int:
+    """Do what ``MemoryKeeper.make_room`` does, freeing what can be freed until it fits.
 
-    What is full is cut to the rows in use and grows by whole steps of its own.
+    Args:
+        give_way: frees some memory, and tells whether it did.
+
+    Raises:
+        BudgetError: they do not fit, whatever gives way.
     """
-    end = used + t
-    while used < end:
-        n = min(step, end - used)
-        if used + n > allocated:
-            allocated = used + -(-n // CACHE_STEP) * CACHE_STEP
-        used += n
-    return allocated
-
-
-def _arrays(cache: Any) -> list[mx.array]:
-    if cache.empty():
-        return []
-    return leaves(cache.state)
-
-
-def _rows(cache: Any) -> tuple[int, int, int]:
-    """Return a KV cache's rows, those in use, and the bytes of all; else zeros."""
-    keys = getattr(cache, "keys", None)
-    if keys is None:
-        return 0, 0, 0
-    first = keys[0] if isinstance(keys, list | tuple) else keys
-    used = getattr(cache, "_idx", cache.offset)
-    return first.shape[-2], int(used), cache.nbytes
+    while True:
+        try:
+            found: int = keeper.make_room(cache, n_seqs, t, **options)
+            return found
+        except BudgetError:
+            if give_way is None or not give_way():
+                raise

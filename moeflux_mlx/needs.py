@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from . import device
 from .blocks import Call
+from .caches import CacheForm
 from .ops.functions import score_bytes
 from .parameters import dense_bytes, held_bytes
 
@@ -100,6 +101,16 @@ class TextNeeds:
             if layer.is_linear
             else _rows_shapes(layer.self_attn)
             for layer in self._text.model.layers
+        ]
+
+    @property
+    def cache_forms(self) -> list[CacheForm]:
+        """What each layer's cache takes of a sequence."""
+        return [
+            CacheForm(self.cache_dtype.size * _n_values(shapes), 0)
+            if _grows(shapes)
+            else CacheForm(0, 4 * _n_values(shapes))
+            for shapes in self.cache_shapes
         ]
 
     @property

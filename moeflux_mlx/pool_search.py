@@ -19,6 +19,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from rich.filesize import decimal
 
 from .errors import ConfigError
+from .memory_keeper import MemoryKeeper
 
 # Shares of the most slots that memory has room for, and the time given to each.
 SHARES = (1.0, 0.75, 0.5, 0.25)
@@ -39,18 +40,19 @@ class Trial:
     hit_rate: float
 
 
-def find_fastest(model: nn.Module, tokenizer: Any) -> str:
+def find_fastest(
+    model: nn.Module, keeper: MemoryKeeper | None, streamer: Any, prompt: list[int]
+) -> str:
     """Try decoding with fewer and fewer experts, keep the best number; say what it is.
 
     Raises:
         ConfigError: the model's experts do not come from a streamer under a budget.
     """
-    keeper, streamer = model.runtime.keeper, model.streamer
     if keeper is None or streamer is None:
         raise ConfigError('[memory] expected experts to stream for "auto" but got none')
     most, least = streamer.n_slots, streamer.least_slots
     sizes = {max(least, int(most * share)) for share in SHARES}
-    tokens = _greedy(model, tokenizer)
+    tokens = _greedy(model, prompt)
     trials = []
     for n_slots in sorted(sizes, reverse=True):
         keeper.limit(n_slots - n_slots % streamer.n_groups)
@@ -74,13 +76,12 @@ def choose(trials: list[Trial]) -> Trial:
     return best
 
 
-def _greedy(model: nn.Module, tokenizer: Any) -> Iterator[int]:
+def _greedy(model: nn.Module, prompt: list[int]) -> Iterator[int]:
     """Yield tokens without end; a text begins anew where it has become long."""
-    prompt = mx.array(tokenizer.encode("The") or [0])
     while True:
         cache = make_prompt_cache(model)
         for token, _ in generate_step(
-            prompt, model, max_tokens=256, prompt_cache=cache
+            mx.array(prompt), model, max_tokens=256, prompt_cache=cache
         ):
             yield int(token)
 

@@ -9,9 +9,9 @@ from rich.filesize import decimal
 
 from . import device
 from .errors import BudgetError
-from .executors.base import leaves
 from .experts.budget import most_bytes
 from .memory import Needs
+from .weights import leaves
 
 # Where nobody bounds memory there is room for a prompt of one of mlx-lm's chunks.
 UNASKED_TOKENS = 2048

@@ -15,10 +15,10 @@ from typing import Any
 import mlx.core as mx
 
 from . import config, device
-from .errors import BudgetError, ConfigError, ModelError
+from .errors import ConfigError, ModelError
 from .executors import open_executor
 from .executors.ops import LazyOpsExecutor
-from .experts.access import open_experts
+from .experts.access import expert_io, open_experts
 from .experts.budget import AUTO, Amounts, parse_bytes
 from .experts.mapped import MappedExperts
 from .experts.policy import DEFAULT_POLICY, policy_factory
@@ -26,7 +26,7 @@ from .experts.read_ahead import check_read_ahead
 from .experts.store import ExpertStore, model_identity
 from .experts.streamer import ExpertStreamer, check_scope
 from .memory import MemoryPlan, Needs, plan_memory
-from .memory_keeper import MemoryKeeper
+from .memory_keeper import MemoryKeeper, make_room
 from .model import BuiltOnce, LayerGraph
 from .preflight import unasked_expert_bytes
 from .progress import Report
@@ -114,13 +114,8 @@ class Runtime:
         if self.store is None or self.streamer is not None:
             return
         options = self.options
-        io = config.expert_io(options.expert_io)
-        if io == "mmap" and self.amounts.process is not None:
-            raise ConfigError(
-                "[expert_io] expected 'pread' or 'direct' with memory= but got 'mmap': "
-                "mapped experts cannot give way to caches; bound them with "
-                "expert_memory= instead"
-            )
+        bounded = self.amounts.process is not None
+        io = expert_io(options.expert_io, gives_way=bounded)
         self.plan = plan = self.plan or self.make_plan(needs)
         # Wrong names are errors even where experts are mapped and nothing is evicted.
         check_scope(options.scope)
@@ -140,9 +135,6 @@ class Runtime:
             report=report,
             lock=self.lock,
         )
-        if io == "auto" and plan is not None:
-            # What is mapped cannot give way to growing caches.
-            io = "pread"
         on_host = self.executor.takes_host_arrays and device.prefers_host_arrays()
         self.streamer = open_experts(
             self.store, memory, stream, io=io, on_host=on_host, report=report
@@ -202,14 +194,10 @@ class Runtime:
         Raises:
             BudgetError: they do not fit, whatever gives way.
         """
+        if self.keeper is None:
+            return n_seqs * t
         give_way = self.options.give_way
-        while self.keeper is not None:
-            try:
-                return self.keeper.make_room(cache, n_seqs, t, **options)
-            except BudgetError:
-                if give_way is None or not give_way():
-                    raise
-        return n_seqs * t
+        return make_room(self.keeper, give_way, cache, n_seqs, t, **options)
 
     @functools.cached_property
     def identity(self) -> str:

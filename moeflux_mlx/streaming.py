@@ -2,42 +2,98 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+import mlx.core as mx
 import mlx.nn as nn
+from rich.filesize import decimal
 
-from . import config
-from .errors import ConfigError, ModelError
+from . import config, device, serving
+from .caches import CACHE_STEP
+from .calls import Calls
+from .errors import BudgetError, ModelError, MoefluxError
+from .experts.access import expert_io as way_of_reading
 from .experts.access import open_experts
+from .experts.blank import BlankExperts
 from .experts.budget import Amounts
-from .experts.checkpoint import Checkpoint
+from .experts.checkpoint import Checkpoint, read_config
 from .experts.mapped import MappedExperts
 from .experts.module_store import ModuleExperts, unchanged
 from .experts.modules import RoutedBlock, find_blocks
 from .experts.packed import is_packed
 from .experts.packed_blocks import PackedBlocks
 from .experts.policy import DEFAULT_POLICY, policy_factory
+from .experts.pool import pool_bytes
 from .experts.streamer import ExpertStreamer, check_scope
 from .experts.switch import StreamedSwitch
-from .progress import Report
+from .measured_needs import MeasuredNeeds
+from .memory import MemoryPlan, own_bytes, plan_memory
+from .memory_keeper import MemoryKeeper
+from .pool_search import find_fastest
+from .progress import Report, notice
 from .saving import GuardsSaving, guard_saving, keep_whole
 
 M = TypeVar("M", bound=nn.Module)
+# What memory is tried out with where several amounts are: any token will do.
+FIRST_TOKEN = 0
 
 
-class StreamedModel(GuardsSaving):
-    """What ``stream`` adds to a model's class: one call at a time, and no saving."""
-
-    streamer: ExpertStreamer | MappedExperts
+class StreamedPart(nn.Module):
+    """What ``stream`` adds to every module with routed blocks below: turns and room."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.__dict__["lock"]:
-            out = super().__call__(*args, **kwargs)
-            self.streamer.hand_over()
-            return out
+        calls: Calls = self.__dict__["calls"]
+        with calls.turn():
+            if self.__dict__["gives_rows"]:
+                return calls.run(super().__call__, args, kwargs)
+            return super().__call__(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise ModelError(
+            "[copy] expected a model with its experts among its parameters but got "
+            "one that streams them: load it a second time"
+        )
+
+
+class StreamedModel(GuardsSaving, StreamedPart):
+    """What ``stream`` adds to a model's class besides: no saving, no foreign weights.
+
+    ``plan`` and ``keeper`` are there where ``memory`` bounds the process.
+    """
+
+    streamer: ExpertStreamer | MappedExperts
+    plan: MemoryPlan | None
+
+    @property
+    def keeper(self) -> MemoryKeeper | None:
+        """What gives caches room."""
+        calls: Calls = self.__dict__["calls"]
+        return calls.keeper
+
+    def load_weights(
+        self, file_or_weights: str | list[tuple[str, mx.array]], strict: bool = True
+    ) -> nn.Module:
+        """Load weights as ``mlx.nn.Module`` does, none of them of routed experts.
+
+        Raises:
+            ModelError: a weight belongs to a routed block, which takes none.
+        """
+        weights = file_or_weights
+        if isinstance(weights, str):
+            weights = [*mx.load(weights).items()]  # type: ignore[union-attr, list-item]
+        blocks: tuple[str, ...] = self.__dict__["blocks"]
+        for name, _ in weights:
+            if name.startswith(blocks):
+                raise ModelError(
+                    f"[weights] {name}: expected no weights of routed experts, which "
+                    "are streamed: load the model without a bound on memory"
+                )
+        return super().load_weights(weights, strict)
 
 
 def stream(
@@ -55,17 +111,18 @@ def stream(
     """Stream the experts of a model that mlx-lm loaded with ``lazy=True``.
 
     Every routed block is replaced before its weights are read, so that they never take
-    memory; what the model computes stays the same to the last bit.
+    memory; what the model computes stays the same to the last bit. With ``memory`` a
+    few tokens are computed first, without any expert, to measure what else takes room.
 
     Args:
-        model: changed in place, its class too.
+        model: changed in place, its class too; after an error it is as it was.
         directory: where the model was loaded from, or a pack of that.
-        memory: must be None: what a model needs besides experts is not known yet.
-        expert_memory, scope, policy, read_ahead, expert_io: as for ``load``.
+        memory, expert_memory: as for ``load``; the plan is printed.
+        scope, policy, read_ahead, expert_io: as for ``load``.
         report: hears how far reading has come where all experts fit.
 
     Returns:
-        The model. Its ``streamer`` has the counts.
+        The model. Its ``streamer`` has the counts, its ``plan`` the memory.
 
     Raises:
         ModelError: no routed block, one that cannot be streamed, or weights that are
@@ -85,34 +142,121 @@ def stream(
             f"[stream] expected routed experts in {kind.__module__}.{kind.__name__} "
             "but found none: load it with mlx_lm.load"
         )
-    direct = config.expert_io(expert_io) == "direct"
     amounts = Amounts.read(memory, expert_memory)
-    if amounts.process is not None:
-        raise ConfigError(
-            "[memory] expected expert_memory for mlx-lm's class but got memory of "
-            f"{amounts.process} bytes: what the rest of it needs is not known"
-        )
-    store = _open(model, blocks, directory, direct=direct)
-    try:
-        streamer = open_experts(
+    io = way_of_reading(expert_io, gives_way=amounts.process is not None)
+    make_policy = policy_factory(policy or config.policy() or DEFAULT_POLICY)
+    store = _open(model, blocks, directory, direct=io == "direct")
+    with contextlib.ExitStack() as undo:
+        undo.callback(store.close)
+        calls = _install(model, blocks, undo)
+        opened = _Opening(model, calls, store, directory, amounts, scope)
+        n_bytes, chosen = opened.expert_bytes()
+        calls.streamer = streamer = open_experts(
             store,
-            amounts.experts,
+            n_bytes,
             functools.partial(
                 ExpertStreamer,
                 store,
-                amounts.experts,
+                n_bytes,
                 scope=scope,
-                policy=policy_factory(policy or config.policy() or DEFAULT_POLICY),
+                policy=make_policy,
+                chosen=chosen,
                 read_ahead=read_ahead,
                 report=report,
+                lock=calls.lock,
             ),
-            io=expert_io,
+            io=io,
             report=report,
         )
-    except BaseException:
-        store.close()
-        raise
-    return _install(model, blocks, streamer)
+        undo.pop_all()
+    model.__dict__.update(streamer=streamer, plan=opened.plan)
+    if opened.plan is not None and isinstance(streamer, ExpertStreamer):
+        notice(str(opened.plan))
+        calls.keeper = MemoryKeeper(opened.plan, opened.needs, streamer)
+        if amounts.fastest:
+            notice(find_fastest(model, calls.keeper, streamer, [FIRST_TOKEN]))
+    return model
+
+
+@dataclass
+class _Opening:
+    """A model whose experts are not there yet: what memory is left for them."""
+
+    model: nn.Module
+    calls: Calls
+    store: ModuleExperts | PackedBlocks
+    directory: Path
+    amounts: Amounts
+    scope: str
+    plan: MemoryPlan | None = None
+
+    def __post_init__(self) -> None:
+        self._blank = BlankExperts(self.store)
+        fields = read_config(self.directory)
+        self.needs = MeasuredNeeds(
+            self.model, self.calls, self._blank, self.store, fields
+        )
+
+    def expert_bytes(self) -> tuple[int | None, int]:
+        """Return the bytes for experts, and how many of them a token chooses.
+
+        Raises:
+            BudgetError: what one token needs does not fit.
+            ModelError: the model cannot be called to measure what it needs.
+        """
+        self.calls.streamer = self._blank
+        try:
+            if self.amounts.process is None:
+                return self.amounts.experts, self._chosen()
+            self.plan = self._planned(self.amounts.process)
+            return self.plan.expert_bytes, self._blank.most_chosen
+        finally:
+            self.calls.streamer = None
+
+    def _chosen(self) -> int:
+        try:
+            # Lazy: nothing is computed.
+            self.model(mx.array([[FIRST_TOKEN]]))
+        except Exception:
+            # A model that takes no tokens: how much layers share is a guess then.
+            return 1
+        return self._blank.most_chosen
+
+    def _planned(self, budget_bytes: int) -> MemoryPlan:
+        try:
+            self._check_weights(budget_bytes)
+            return plan_memory(
+                budget_bytes,
+                self.needs,
+                self.store,
+                scope=self.scope,
+                most_expert_bytes=self.amounts.experts,
+            )
+        except MoefluxError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"[memory] expected a model that takes tokens and caches but got "
+                f"{error!r}: bound the experts alone with expert_memory"
+            ) from error
+
+    def _check_weights(self, budget_bytes: int) -> None:
+        """Raise BudgetError where weights alone are too large to be read."""
+        needs, layers = self.needs, self.store.layers
+        groups = 1 if self.scope == "global" else len(layers)
+        layouts = [self.store.layout(layer) for layer in layers]
+        parts = {
+            "process": own_bytes() + device.PROCESS_GROWTH_BYTES,
+            "weights": needs.resident_bytes(False),
+            "caches": needs.cache_state_bytes + CACHE_STEP * needs.cache_row_bytes,
+            f"{groups} experts": pool_bytes(layouts, groups),
+        }
+        if (least := sum(parts.values())) > budget_bytes:
+            taken = ", ".join(f"{decimal(n)} {what}" for what, n in parts.items())
+            raise BudgetError(
+                f"[memory] expected at least {least} bytes ({decimal(least)}: {taken}) "
+                f"and some scratch besides but got {budget_bytes}"
+            )
 
 
 def _open(
@@ -133,26 +277,59 @@ def _open(
 
 
 def _install(
-    model: M, blocks: list[RoutedBlock], streamer: ExpertStreamer | MappedExperts
-) -> M:
-    lock = threading.RLock()
+    model: nn.Module, blocks: list[RoutedBlock], undo: contextlib.ExitStack
+) -> Calls:
+    """Put blocks of ours in the places of the model's, and ours above them."""
+    give_way: Callable[[], bool] | None = None
+    if (server := serving.running_server()) is not None:
+        serving.install(server)
+        give_way = serving.release_oldest_prompt
+    calls = Calls(model, give_way)
     for number, block in enumerate(blocks):
-        source = functools.partial(streamer.source, number)
-        _replace(model, block.path, StreamedSwitch(block, source, lock))
+        undo.callback(_put_back, model, block, block.parts)
+        source = functools.partial(calls.source, number)
+        _replace(model, block.path, StreamedSwitch(block, source, calls.turn))
+    owners = {_owner(block.path) for block in blocks}
+    backbone = next(iter(owners)) if len(owners) == 1 else ()
+    for path in {owner[:n] for owner in owners for n in range(len(owner) + 1)}:
+        part = _at(model, path)
+        if isinstance(part, nn.Module):
+            undo.callback(setattr, part, "__class__", type(part))
+            added = StreamedModel if part is model else StreamedPart
+            part.__class__ = _streamed_class(added, type(part))
+            part.__dict__.update(calls=calls, gives_rows=path == backbone)
+    model.__dict__["blocks"] = tuple(f"{block.path}." for block in blocks)
     guard_saving()
     keep_whole(model)
-    model.__class__ = _streamed_class(type(model))
-    model.__dict__["lock"] = lock
-    model.__dict__["streamer"] = streamer
-    return model
+    return calls
+
+
+def _put_back(
+    model: nn.Module, block: RoutedBlock, parts: dict[tuple[str, str], mx.array]
+) -> None:
+    for (name, part), array in parts.items():
+        block.module[name][part] = array
+    _replace(model, block.path, block.module)
+
+
+def _owner(path: str) -> tuple[str, ...]:
+    """Return where the module is that has the list of layers with a block."""
+    names = path.split(".")
+    numbers = [place for place, name in enumerate(names) if name.isdigit()]
+    return tuple(names[: max(0, numbers[0] - 1)]) if numbers else ()
+
+
+def _at(model: nn.Module, path: Iterable[str]) -> Any:
+    place: Any = model
+    for step in path:
+        place = place[int(step)] if isinstance(place, list) else place[step]
+    return place
 
 
 def _replace(model: nn.Module, path: str, block: nn.Module) -> None:
     """Put a block at a path such as ``model.layers.3.mlp.switch_mlp``."""
     *parents, name = path.split(".")
-    place: Any = model
-    for step in parents:
-        place = place[int(step)] if isinstance(place, list) else place[step]
+    place = _at(model, parents)
     if isinstance(place, list):
         place[int(name)] = block
     else:
@@ -160,10 +337,10 @@ def _replace(model: nn.Module, path: str, block: nn.Module) -> None:
 
 
 @functools.cache
-def _streamed_class(kind: type) -> type:
-    """Return a model's class with what ``StreamedModel`` adds."""
+def _streamed_class(added: type, kind: type) -> type:
+    """Return a module's class with what ``added`` has besides."""
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (StreamedModel, kind), names)
+    return type(kind.__name__, (added, kind), names)
 
 
-__all__ = ["StreamedModel", "stream"]
+__all__ = ["StreamedModel", "StreamedPart", "stream"]

@@ -15,8 +15,8 @@ import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, KVCache
 
 from .compiling import Compiled
-from .executors.base import leaves
 from .model import BuiltOnce
+from .weights import leaves
 
 # Traces of some layers: as many shapes of caches and numbers of sequences at a time.
 MAX_TRACES = 4

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 # Bits and group of MLX's modes where none are given.
 OWN_FORM = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
@@ -175,3 +176,9 @@ def has_values(*arrays: mx.array) -> bool:
     except ValueError:
         return False
     return True
+
+
+def leaves(tree: Any) -> list[mx.array]:
+    """Return the MLX arrays in nested lists, tuples and dicts, each once."""
+    flat = dict(tree_flatten(tree)).values()
+    return [*{id(x): x for x in flat if isinstance(x, mx.array)}.values()]

@@ -420,7 +420,6 @@ def test_load_without_a_bound_is_mlx_lms_own_model(checkpoint):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"memory": "8GB"}, r"\[memory\] expected expert_memory"),
         ({"executor": "ops"}, r"\[executor\] expected none"),
         ({"optimistic": "on"}, r"\[optimistic\] expected none"),
     ],

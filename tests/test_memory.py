@@ -21,13 +21,13 @@ from tiny import make_checkpoint
 
 import moeflux_mlx
 from moeflux_mlx import device, memory, memory_keeper
+from moeflux_mlx.caches import put_back_on_failure
 from moeflux_mlx.cli import main as moeflux
-from moeflux_mlx.context import put_back_on_failure
 from moeflux_mlx.errors import BudgetError, ConfigError
-from moeflux_mlx.executors.base import leaves
 from moeflux_mlx.loading import plan_load
 from moeflux_mlx.parameters import LayerWeights, held_bytes
 from moeflux_mlx.pool_search import Trial, choose
+from moeflux_mlx.weights import leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN_BYTES = 100 << 20

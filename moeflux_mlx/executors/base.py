@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from .. import config
 from ..graph.buffers import BufferPool, BufId
@@ -187,8 +186,3 @@ def arrays(values: Any) -> list[mx.array]:
     held = (value.row if isinstance(value, RowPart) else value for value in values)
     found = {id(value): value for value in held if isinstance(value, mx.array)}
     return [*found.values()]
-
-
-def leaves(tree: Any) -> list[mx.array]:
-    """Return the MLX arrays in nested lists, tuples and dicts."""
-    return arrays(dict(tree_flatten(tree)).values())

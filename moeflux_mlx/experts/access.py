@@ -18,6 +18,28 @@ from .store import ExpertStore
 from .streamer import ExpertStreamer
 
 
+def expert_io(io: str | None, *, gives_way: bool) -> str:
+    """Return the way of reading that is asked for; mapped experts never give way.
+
+    Args:
+        io: one of ``config.EXPERT_IO``; None takes the environment's choice.
+        gives_way: experts are to give way as caches grow.
+
+    Raises:
+        ConfigError: ``io`` is none of these, or one that cannot give way.
+    """
+    io = config.expert_io(io)
+    if not gives_way:
+        return io
+    if io == "mmap":
+        raise ConfigError(
+            "[expert_io] expected 'pread' or 'direct' with memory= but got 'mmap': "
+            "mapped experts cannot give way to caches; bound them with "
+            "expert_memory= instead"
+        )
+    return "pread" if io == "auto" else io
+
+
 def open_experts(
     store: ExpertStore,
     memory: int | None,

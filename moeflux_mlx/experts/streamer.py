@@ -56,6 +56,7 @@ class ExpertStreamer:
         scope: str = "global",
         policy: str | PolicyFactory = DEFAULT_POLICY,
         floor: int | None = None,
+        chosen: int | None = None,
         read_threads: int | None = None,
         inline_bytes: int = INLINE_BYTES,
         read_ahead: str = "auto",
@@ -74,6 +75,8 @@ class ExpertStreamer:
             policy: decides on evictions: a name that ``policy_factory`` knows, or what
                 makes one.
             floor: as for ``SlotTable``.
+            chosen: experts of a layer that a token chooses, where fewer of them than
+                that may be in memory together; by default all must.
             read_threads: parallel reads, from the environment by default.
             inline_bytes: reads of up to this many bytes together need no thread.
             read_ahead: ``on``, ``off``, or ``auto``: as measured.
@@ -94,6 +97,7 @@ class ExpertStreamer:
         """
         check_scope(scope)
         self._store, self._evaluate = store, evaluate
+        self._chosen = chosen or store.top_k
         self._rows = {layer: row for row, layer in enumerate(store.layers)}
         layouts = [store.layout(layer) for layer in store.layers]
         counts = [store.count(layer) for layer in store.layers]
@@ -114,7 +118,7 @@ class ExpertStreamer:
             n_rows,
             store.n_experts,
             n_slots,
-            top_k=store.top_k,
+            top_k=self._chosen,
             policy=policy_factory(policy) if isinstance(policy, str) else policy,
             shared=groups == 1,
             floor=floor,
@@ -184,7 +188,7 @@ class ExpertStreamer:
 
     def most_asked(self, n_tokens: int) -> int:
         """Return the most experts that tokens ask for, all layers together."""
-        most = min(n_tokens * self._store.top_k, self._store.n_experts)
+        most = min(n_tokens * self._chosen, self._store.n_experts)
         return len(self._rows) * most
 
     @property

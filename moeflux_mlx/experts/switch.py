@@ -6,8 +6,8 @@ being those in the slots, so that whatever else it does stays its own.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, cast
 
@@ -39,18 +39,19 @@ class StreamedSwitch(nn.Module):
 
     Args:
         source: returns the block's experts as they are reached now.
-        lock: held while the block asks for slots and builds what reads them.
+        turn: entered while the block asks for slots and builds what reads them; what is
+            left to compute at its end, any thread may wait for.
     """
 
     def __init__(
         self,
         block: RoutedBlock,
         source: Callable[[], ExpertSource],
-        lock: threading.RLock,  # type: ignore[valid-type]
+        turn: Callable[[], AbstractContextManager[None]],
     ):
         super().__init__()
         self.path, self.slot_block = block.path, SlotBlock(block)
-        self._source, self._lock = source, lock
+        self._source, self._turn = source, turn
         # The activation, and whatever a model has put there besides.
         for name, child in block.module.items():
             if name not in block.projections:
@@ -67,7 +68,7 @@ class StreamedSwitch(nn.Module):
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """Run rows ``[..., D]`` through experts ``[..., K]`` to ``[..., K, D]``."""
-        with self._lock:  # type: ignore[attr-defined]
+        with self._turn():
             source = self._source()
             run = self._run if source.settled else self._streamed
             return run(source, x, indices)
@@ -89,7 +90,7 @@ class StreamedSwitch(nn.Module):
         @run.vjp
         def gradient(primals, cotangent, _):  # type: ignore[no-untyped-def]
             x, indices = primals
-            with self._lock:
+            with self._turn():
                 gradient = self._gradient(source, x, indices, cotangent)
             return gradient, mx.zeros_like(indices)
 

@@ -1,0 +1,181 @@
+"""What the calls of a model with streamed experts share: turns, experts, room."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from .caches import arrays_of, put_back_on_failure
+from .errors import BudgetError
+from .experts.blank import BlankExperts
+from .experts.mapped import MappedExperts
+from .experts.source import ExpertSource
+from .experts.streamer import ExpertStreamer
+from .memory_keeper import MemoryKeeper, make_room
+from .transforms import is_traced
+from .weights import has_values, leaves
+
+
+class Calls:
+    """One model's calls: one at a time, and in the memory that there is.
+
+    Args:
+        model: the model; its caches are made as mlx-lm makes them.
+        give_way: frees some memory that the model's caller keeps for later, and tells
+            whether it did.
+    """
+
+    def __init__(
+        self, model: nn.Module, give_way: Callable[[], bool] | None = None
+    ) -> None:
+        self._model = weakref.ref(model)
+        self._give_way = give_way
+        self.lock = threading.RLock()
+        self._depth = 0
+        self.streamer: ExpertStreamer | MappedExperts | BlankExperts | None = None
+        self.keeper: MemoryKeeper | None = None
+        # Bytes of a token's row as the last call gave them; None: it gave no rows.
+        self.row_bytes: int | None = None
+
+    def source(self, block: int) -> ExpertSource:
+        """Return one block's experts as they are reached now."""
+        assert self.streamer is not None
+        return self.streamer.source(block)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait until no other thread calls; then what reads slots may outlive this."""
+        with self.lock:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if self._depth == 0 and self.streamer is not None:
+                    self.streamer.hand_over()
+
+    def run(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Compute rows, a part of the tokens at a time where all do not fit.
+
+        A call that fails leaves its caches as they were.
+
+        Raises:
+            BudgetError: not even a part fits, or the call cannot be divided.
+        """
+        rows = _Rows.read(call, args, kwargs)
+        if rows is None:
+            return call(*args, **kwargs)
+        may_fail = not isinstance(self.streamer, BlankExperts | MappedExperts)
+        with put_back_on_failure((rows.cache or []) if may_fail else []):
+            if self.keeper is None or not has_values(*rows.arrays.values()):
+                out = call(*args, **kwargs)
+            else:
+                out = self._in_room(call, rows)
+        self.row_bytes = rows.bytes_of(out)
+        return out
+
+    def _in_room(self, call: Callable[..., Any], rows: _Rows) -> Any:
+        n_seqs, t, given = rows.n_seqs, rows.t, rows.cache
+        # Whoever keeps no cache wants logits; a long call needs one meanwhile.
+        logits = not given
+        cache = given or make_prompt_cache(self._whole)
+        step = self._make_room(cache, n_seqs, t, logits=logits) // n_seqs
+        if step >= t or (logits and self._is_followed(rows)):
+            return call(*rows.bound.args, **rows.bound.kwargs)
+        if not rows.divides or self.row_bytes is None:
+            raise BudgetError(
+                f"[memory] expected a call of at most {step} of {t} tokens, which its "
+                "other arguments do not let divide: give fewer tokens, or raise memory"
+            )
+        parts = []
+        for start in range(0, t, step):
+            part = rows.part(slice(start, min(start + step, t)), cache)
+            parts.append(call(*part.args, **part.kwargs))
+            mx.eval(parts[-1], arrays_of(cache))
+        return mx.concatenate(parts, axis=1)
+
+    def _make_room(self, cache: list[Any], n_seqs: int, t: int, **options: Any) -> int:
+        assert self.keeper is not None
+        return make_room(self.keeper, self._give_way, cache, n_seqs, t, **options)
+
+    def _is_followed(self, rows: _Rows) -> bool:
+        """Tell whether a transformation follows a call: it keeps what it computes."""
+        parameters = leaves(self._whole.parameters())
+        return is_traced([*rows.arrays.values(), *parameters])
+
+    @property
+    def _whole(self) -> nn.Module:
+        model = self._model()
+        assert model is not None
+        return model
+
+
+def _signature(call: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature of a bound method, looked at once."""
+    return _signature_of(getattr(call, "__func__", call), inspect.ismethod(call))
+
+
+@functools.cache
+def _signature_of(function: Callable[..., Any], bound: bool) -> inspect.Signature:
+    whole = inspect.signature(function)
+    return whole.replace(parameters=[*whole.parameters.values()][bound:])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A call's arguments: some by name have ``t`` tokens of ``n_seqs`` sequences."""
+
+    bound: inspect.BoundArguments
+    arrays: dict[str, mx.array]
+    n_seqs: int
+    t: int
+    divides: bool
+
+    @classmethod
+    def read(cls, call: Callable[..., Any], args: Any, kwargs: Any) -> _Rows | None:
+        """Return a call's arguments; None if no call with tokens and caches."""
+        signature = _signature(call)
+        if "cache" not in signature.parameters:
+            return None
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return None
+        given = {n: v for n, v in bound.arguments.items() if v is not None}
+        given.pop("cache", None)
+        arrays = {n: v for n, v in given.items() if isinstance(v, mx.array)}
+        first = next(iter(arrays.values()), None)
+        if first is None or first.ndim < 2 or 0 in first.shape:
+            return None
+        n_seqs, t = first.shape[:2]
+        same = [n for n, x in arrays.items() if tuple(x.shape[:2]) == (n_seqs, t)]
+        divides = len(same) == len(given)
+        return cls(bound, {n: arrays[n] for n in same}, n_seqs, t, divides)
+
+    @property
+    def cache(self) -> list[Any] | None:
+        """The caches that are given."""
+        found: list[Any] | None = self.bound.arguments.get("cache")
+        return found
+
+    def part(self, tokens: slice, cache: list[Any]) -> inspect.BoundArguments:
+        """Return the arguments of a call with some of the tokens."""
+        parts = {name: x[:, tokens] for name, x in self.arrays.items()}
+        arguments = {**self.bound.arguments, **parts, "cache": cache}
+        return inspect.BoundArguments(self.bound.signature, arguments)  # type: ignore[arg-type]
+
+    def bytes_of(self, out: Any) -> int | None:
+        """Return the bytes of a token's row in what a call gave."""
+        if isinstance(out, mx.array) and tuple(out.shape[:2]) == (self.n_seqs, self.t):
+            return out.nbytes // (self.n_seqs * self.t)
+        return None
