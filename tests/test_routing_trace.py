@@ -388,3 +388,18 @@ def test_a_prompt_file_that_cannot_be_read_is_one_clear_line(packed, tmp_path, c
     flags = ["--prompt-file", str(tmp_path / "none"), "-o", str(tmp_path / "t.npz")]
     assert main(["trace", str(packed), *flags]) == 2
     assert "--prompt-file" in capsys.readouterr().err
+
+
+def test_a_header_that_python_warns_of_is_refused_without_a_warning(
+    saved, tmp_path, recwarn
+):
+    path = tmp_path / "odd.npz"
+    with zipfile.ZipFile(saved) as source, zipfile.ZipFile(path, "w") as target:
+        for info in source.infolist():
+            data = source.read(info)
+            if info.filename == "chosen.npy":
+                data = data.replace(b"'shape': (", b"'shape': (0if 1", 1)
+            target.writestr(info.filename, data)
+    with pytest.raises(TraceError):
+        RoutingTrace.load(path)
+    assert [str(w.message) for w in recwarn] == []

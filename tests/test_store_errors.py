@@ -423,3 +423,13 @@ def test_a_directory_that_is_not_a_model_is_refused(packed, tmp_path, spoil):
 def test_a_plain_checkpoint_is_not_a_pack(tmp_path):
     plain = write_checkpoint(tmp_path / "plain")
     assert str(plain / MANIFEST_NAME) in refused(plain)
+
+
+def test_a_file_of_a_name_that_no_disk_has_is_refused_in_a_short_line(packed):
+    path = packed / "moeflux.json"
+    fields = json.loads(path.read_text())
+    fields["layers"][0]["file"] = "x" * 3000
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ExpertStoreError) as caught:
+        PackedExperts.open(packed)
+    assert len(str(caught.value)) < 1000

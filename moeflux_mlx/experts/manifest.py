@@ -19,6 +19,8 @@ from .layout import ExpertLayout
 MANIFEST_NAME = "moeflux.json"
 FORMAT, VERSION = "moeflux-experts", 2
 
+# No file system has longer names, and errors repeat them.
+MOST_NAME = 255
 # A plain name, so no manifest can point outside its own directory.
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
@@ -198,7 +200,7 @@ class _Parser:
 
     def small(self, fields: Any) -> SmallFile:
         name = self.get(fields, "file", str)
-        if not INSIDE.fullmatch(name):
+        if not INSIDE.fullmatch(name) or len(name) > MOST_NAME:
             raise self.wrong("file", "a name inside the directory", name)
         n_bytes = self.get(fields, "n_bytes", int)
         return SmallFile(name, n_bytes, self.checksum(fields.get("checksum")))
@@ -262,7 +264,7 @@ class _Parser:
 
     def name(self, fields: Any) -> str:
         name = self.get(fields, "file", str)
-        if not PLAIN_NAME.fullmatch(name):
+        if not PLAIN_NAME.fullmatch(name) or len(name) > MOST_NAME:
             raise self.wrong("file", "a plain name inside the directory", name)
         return name
 

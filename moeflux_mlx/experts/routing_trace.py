@@ -21,6 +21,7 @@ import json
 import math
 import os
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -267,7 +268,10 @@ def _array(member: IO[bytes], n_bytes: int, name: str) -> np.ndarray:
     version = np.lib.format.read_magic(member)
     if version != (1, 0):
         raise ValueError(f"an array of version {version}")
-    shape, by_column, dtype = np.lib.format.read_array_header_1_0(member)
+    with warnings.catch_warnings():
+        # NumPy parses Python's notation: a warning of that looks for its source file.
+        warnings.simplefilter("ignore")
+        shape, by_column, dtype = np.lib.format.read_array_header_1_0(member)
     n_values, left = math.prod(shape), n_bytes - member.tell()
     # Objects would be unpickled.
     kind = "U" if name == "header" else "u"
