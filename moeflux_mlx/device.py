@@ -49,7 +49,7 @@ COPIED_CACHE_BYTES = 4 << 20
 # Address space that OpenBLAS takes for each of its threads.
 BLAS_BUFFER_BYTES = 32 << 20
 # What an interpreter grows by once it runs: stacks, Python's objects.
-PROCESS_GROWTH_BYTES = 48 << 20
+PROCESS_GROWTH_BYTES = 36 << 20
 # A thread's stack where no limit says less.
 THREAD_STACK_BYTES = 8 << 20
 # Address space that the C library sets aside for what a thread allocates.

@@ -224,12 +224,12 @@ resource.setrlimit(getattr(resource, kind), (most, most))
 kept = []
 try:
     model, _ = moeflux_mlx.load(path, memory="4GB")
-    while len(kept) < 1000:
+    while len(kept) < 10_000:
         cache = make_prompt_cache(model)
         mx.eval(model(mx.array([[1, 2]]), cache=cache))
         for c in cache:
             if hasattr(c, "offset"):
-                shape = (*c.keys.shape[:2], 16384, c.keys.shape[3])
+                shape = (*c.keys.shape[:2], 2048, c.keys.shape[3])
                 c.keys, c.values = mx.ones(shape), mx.ones(shape)
                 mx.eval(c.keys, c.values)
         kept.append(cache)

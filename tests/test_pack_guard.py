@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import stat
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -21,8 +22,10 @@ import moeflux_mlx
 from moeflux_mlx import volume
 from moeflux_mlx.cli import main
 from moeflux_mlx.errors import ExpertStoreError, ModelError
+from moeflux_mlx.experts.manifest import MANIFEST_NAME, Manifest
 from moeflux_mlx.experts.model_file import MODEL_FILE, SHIM
 from moeflux_mlx.experts.pack import JOURNAL_NAME, pack
+from moeflux_mlx.experts.pack_files import list_files
 from moeflux_mlx.experts.packed import PackedExperts, verify
 from moeflux_mlx.experts.sidecars import source_files
 
@@ -380,11 +383,22 @@ def test_a_changed_model_file_is_seen_by_verify_and_by_loading(
         path.unlink()
         if change == "pipe":
             os.mkfifo(path)
-    for action in (verify, PackedExperts.open, moeflux_mlx.load):
+    assert [str(path) in line for line in verify(copy).problems] == [True]
+    for action in (PackedExperts.open, moeflux_mlx.load):
         with pytest.raises(ExpertStoreError, match=str(path)):
             action(copy)
     assert main(["verify", str(copy)]) == 1
-    assert str(path) in capsys.readouterr().err
+    assert str(path) in "".join(capsys.readouterr())
+    if change in ("missing", "pipe"):
+        return
+    # Whoever can write the file can write the manifest too.
+    manifest = Manifest.read(copy / MANIFEST_NAME)
+    files = list_files(copy, MANIFEST_NAME, manifest.resident.file)
+    text = replace(manifest, files=files).to_json()
+    (copy / MANIFEST_NAME).write_text(text)
+    for action in (verify, PackedExperts.open, moeflux_mlx.load):
+        with pytest.raises(ExpertStoreError, match=str(path)):
+            action(copy)
 
 
 def test_what_packing_writes_itself_and_what_is_hidden_is_not_copied(tmp_path):
