@@ -278,6 +278,20 @@ def test_parts_left_early_do_not_harm_what_follows(store, expected):
         check_counters(streamer, store)
 
 
+def test_who_asked_and_never_came_leaves_nothing_behind(store, expected):
+    """As a call that Ctrl-C ends between asking and computing, and another's prompt."""
+    with stream(store, 4, floor=0) as streamer:
+        source = streamer.source(0)
+        source.slots(ids([0, 1, 2]))
+        source.ask(ids([0, 1, 2]))
+        for _ in streamer.source(1).waves(range(N_EXPERTS)):
+            pass
+        assert (0, 0) not in streamer.held
+        source.ask(ids([0, 1, 2]))
+        for expert, slot in enumerate(source.slots(ids([0, 1, 2]))[0].tolist()):
+            assert seen(source, slot) == expected[0, expert]
+
+
 def test_the_longest_unused_expert_is_evicted(store):
     with stream(store, 3, policy="lru") as streamer:
         source = streamer.source(0)

@@ -113,7 +113,7 @@ class Demand:
                 f"{self._table.capacity} distinct experts in one step but got "
                 f"{len(needed)}: the memory budget is too small for it"
             )
-        missing = self._missing(layer, needed)
+        missing = self.missing(layer, needed)
         coming = self._in_flight.coming(layer)
         to_read = [e for e in missing if e not in coming]
         if to_read:
@@ -148,7 +148,7 @@ class Demand:
 
     def _foresee(self, layer: int, experts: list[int], keep: Set[int]) -> None:
         coming = self._in_flight.coming(layer)
-        missing = [e for e in self._missing(layer, experts) if e not in coming]
+        missing = [e for e in self.missing(layer, experts) if e not in coming]
         begun = self._in_flight.begin(layer, missing, keep, ahead=True)
         self._foreseen.setdefault(layer, set()).update(missing[:begun])
 
@@ -162,7 +162,7 @@ class Demand:
         before = self._stats.snapshot().layers
         keep = {key for layer in wanted for key in self.keys(layer, wanted[layer])}
         for layer, chosen in wanted.items():
-            self._in_flight.begin(layer, self._missing(layer, chosen), keep)
+            self._in_flight.begin(layer, self.missing(layer, chosen), keep)
         failed = self._in_flight.settle()
         for layer, old in before.items():
             counters = self._stats[layer]
@@ -210,6 +210,7 @@ class Demand:
     def _n_experts(self, layer: int) -> int:
         return len(self._table.rows[self._rows[layer]])
 
-    def _missing(self, layer: int, experts: Sequence[int]) -> list[int]:
+    def missing(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """Return those of a layer's experts that have no slot."""
         places = self._table.rows[self._rows[layer]]
         return [e for e in experts if places[e] == EMPTY]

@@ -392,9 +392,11 @@ class ExpertStreamer:
         """Begin to read a step's missing experts, or go on if they were asked for."""
         asked, self._asked = self._asked, None
         if asked is not None and asked[:2] == (layer, ids):
-            missing = asked[2]
-            # Another call may have waited for them, and not minded a failure.
-            if self._in_flight.coming(layer).issuperset(missing):
+            missing, coming = asked[2], self._in_flight.coming(layer)
+            # Another call may have waited for them, and not minded a failure. A call
+            # that ended after asking leaves this behind, and others evict since then.
+            absent = self._demand.missing(layer, self._demand.distinct(layer, ids))
+            if coming.issuperset(missing) and coming.issuperset(absent):
                 return missing
         self._in_flight.settle(wanted=())
         return self._demand.request(layer, ids)
