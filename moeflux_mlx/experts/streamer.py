@@ -531,8 +531,7 @@ class ExpertStreamer:
 
     def _read_back(self, chosen: Sequence[mx.array]) -> list[np.ndarray]:
         """Wait for expert ids, and for all that still reads slots."""
-        guards, self._guards = self._guards, []
-        self._evaluate(*chosen, *guards)
+        self._evaluate_guards(*chosen)
         for indices in chosen:
             if not mx.issubdtype(indices.dtype, mx.integer):
                 raise ExpertStoreError(
@@ -586,7 +585,15 @@ class ExpertStreamer:
         keys = self._demand.keys(layer, keep)
         return experts[: self._in_flight.begin(layer, experts, keys)]
 
-    def _evaluate_guards(self) -> None:
-        guards, self._guards = self._guards, []
-        if guards:
-            self._evaluate(*guards)
+    def _evaluate_guards(self, *others: mx.array) -> None:
+        """Wait for what still reads slots, and for ``others``."""
+        guards = list(self._guards)
+        if not guards and not others:
+            return
+        try:
+            self._evaluate(*others, *guards)
+        except Exception:
+            del self._guards[: len(guards)]
+            raise
+        # Ctrl-C leaves them guarded: another call may be next, and evict.
+        del self._guards[: len(guards)]
