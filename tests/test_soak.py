@@ -28,11 +28,12 @@ def soaking(monkeypatch) -> ModuleType:
 def test_every_hardship_leaves_the_resident_models_tokens(soaking, form, request):
     soak = soaking.Soak(request.getfixturevalue(form), WAYS, n_tokens=12, seed=5)
     for model in soak.models:
-        soak.round(model, soaking.Hardship(True, True, True, n_threads=3))
+        soak.round(model, soaking.Hardship(True, True, True, n_threads=1))
+        soak.round(model, soaking.Hardship(True, False, True, n_threads=3))
     counts = soak.tally.counts
-    assert counts["tokens"] == 12 * 3 * len(WAYS)
+    assert counts["tokens"] == 12 * 4 * len(WAYS)
     assert min(counts["budgets"], counts["states"]) > 0
-    assert len(soak.tally.memory) == len(WAYS)
+    assert len(soak.tally.memory) == 2 * len(WAYS)
 
 
 def test_a_wrong_token_ends_the_soak_and_is_named(soaking, packed):
@@ -88,5 +89,5 @@ def test_the_command_says_how_it_went(packed):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "packed: " in done.stdout and "every token as resident" in done.stdout
-    grown = subprocess.run([*command, "--growth", "-1e12"], capture_output=True)
+    grown = subprocess.run([*command, "--growth=-1e12"], capture_output=True)
     assert grown.returncode == 1 and b"soak: expected growth" in grown.stderr
