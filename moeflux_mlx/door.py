@@ -72,6 +72,7 @@ def load_through_door(
                 scope=options.scope,
                 policy=options.policy,
                 read_ahead=options.read_ahead,
+                optimistic=options.optimistic,
                 expert_io=options.expert_io,
                 report=report,
             )
@@ -86,12 +87,11 @@ def _refuse_options(path: Path, options: RunOptions) -> None:
             f"[load] expected a plain checkpoint for mlx-lm's class but got {path}, a "
             "packed one: give the directory that it was packed from"
         )
-    for name in ("executor", "optimistic"):
-        if (value := getattr(options, name)) is not None:
-            raise ConfigError(
-                f"[{name}] expected none for mlx-lm's class but got {value!r}: leave "
-                "it out"
-            )
+    if (value := options.executor) is not None:
+        raise ConfigError(
+            f"[executor] expected none for mlx-lm's class but got {value!r}: leave "
+            "it out"
+        )
 
 
 def _load_lazily(

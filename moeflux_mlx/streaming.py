@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import threading
 from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.nn as nn
 
-from . import config
+from . import config, device
+from .ahead import ModelCalls, added_class, watch_layers
 from .errors import ConfigError, ModelError
 from .experts.access import open_experts
 from .experts.budget import Amounts
@@ -27,15 +27,13 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class StreamedModel(nn.Module):
-    """What ``stream`` adds to a model's class: one call at a time, and no saving."""
+    """What ``stream`` adds to a model's class: how calls run, and no saving."""
 
     streamer: ExpertStreamer | MappedExperts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.__dict__["lock"]:
-            out = super().__call__(*args, **kwargs)
-            self.streamer.hand_over()
-            return out
+        calls: ModelCalls = self.__dict__["calls"]
+        return calls(super().__call__, args, kwargs, training=self.training)
 
     def save_weights(self, file: str) -> None:
         """Refuse: the routed experts' weights are not among the parameters.
@@ -58,6 +56,7 @@ def stream(
     scope: str = "global",
     policy: str | None = None,
     read_ahead: str = "auto",
+    optimistic: str | None = None,
     expert_io: str | None = None,
     report: Report | None = None,
 ) -> M:
@@ -70,7 +69,8 @@ def stream(
         model: changed in place, its class too.
         directory: where the model was loaded from.
         memory: must be None: what a model needs besides experts is not known yet.
-        expert_memory, scope, policy, read_ahead, expert_io: as for ``load``.
+        expert_memory, scope, policy, read_ahead, optimistic, expert_io: as for
+            ``load``.
         report: hears how far reading has come where all experts fit.
 
     Returns:
@@ -95,6 +95,7 @@ def stream(
             "but found none: load it with mlx_lm.load"
         )
     direct = config.expert_io(expert_io) == "direct"
+    ahead = config.optimistic(optimistic)
     amounts = Amounts.read(memory, expert_memory)
     if amounts.process is not None:
         raise ConfigError(
@@ -113,6 +114,7 @@ def stream(
                 scope=scope,
                 policy=policy_factory(policy or config.policy() or DEFAULT_POLICY),
                 read_ahead=read_ahead,
+                runs_ahead=ahead == "on" or (ahead == "auto" and not device.on_cpu()),
                 report=report,
             ),
             io=expert_io,
@@ -121,7 +123,7 @@ def stream(
     except BaseException:
         store.close()
         raise
-    return _install(model, blocks, streamer)
+    return _install(model, blocks, streamer, ahead)
 
 
 def _open(
@@ -145,14 +147,18 @@ def _open(
 
 
 def _install(
-    model: M, blocks: list[RoutedBlock], streamer: ExpertStreamer | MappedExperts
+    model: M,
+    blocks: list[RoutedBlock],
+    streamer: ExpertStreamer | MappedExperts,
+    optimistic: str,
 ) -> M:
-    lock = threading.RLock()
+    calls = ModelCalls(streamer, len(blocks), optimistic)
     for number, block in enumerate(blocks):
         source = functools.partial(streamer.source, number)
-        _replace(model, block.path, StreamedSwitch(block, source, lock))
-    model.__class__ = _streamed_class(type(model))
-    model.__dict__["lock"] = lock
+        _replace(model, block.path, StreamedSwitch(block, source, calls))
+    watch_layers(model, blocks, calls)
+    model.__class__ = added_class(StreamedModel, type(model))
+    model.__dict__["calls"] = calls
     model.__dict__["streamer"] = streamer
     return model
 
@@ -167,13 +173,6 @@ def _replace(model: nn.Module, path: str, block: nn.Module) -> None:
         place[int(name)] = block
     else:
         place[name] = block
-
-
-@functools.cache
-def _streamed_class(kind: type) -> type:
-    """Return a model's class with what ``StreamedModel`` adds."""
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (StreamedModel, kind), names)
 
 
 __all__ = ["StreamedModel", "stream"]

@@ -56,6 +56,11 @@ class StreamedExperts:
         self._weights = weights
 
     @property
+    def layer(self) -> int:
+        """The streamer's number of the layer."""
+        return self._layer
+
+    @property
     def weights(self) -> ExpertWeights:
         """All slots of the pool in this layer's layout."""
         return self._weights

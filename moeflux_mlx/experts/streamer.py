@@ -480,7 +480,7 @@ class ExpertStreamer:
 
         Args:
             layers: those that ran, in order.
-            chosen: arrays ``[n, ...]`` of expert ids, together a row for each layer.
+            chosen: arrays of expert ids, together as many for each layer, in order.
             again: the first layer's were entered before, when it lacked some.
             n_foreseen: how many of the layers, from the first on, have run before for
                 this token, and were read ahead for; what is missing of them is a
@@ -493,7 +493,8 @@ class ExpertStreamer:
             ExpertStoreError, BudgetError: as ``StreamedExperts.slots``.
         """
         with self._exclusive():
-            ids = np.concatenate(self._read_back(chosen)).reshape(len(layers), -1)
+            found = [ids.ravel() for ids in self._read_back(chosen)]
+            ids = np.concatenate(found).reshape(len(layers), -1)
             self._in_flight.settle(wanted=())
             rows = [self._rows[layer] for layer in layers]
             n_right = self._copy.n_complete(rows, ids)

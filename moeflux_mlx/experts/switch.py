@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,23 +34,48 @@ class RoutedWeightsError(ModelError, AttributeError):
     """Something asks a streamed block for the weights that it does not have."""
 
 
+class Token(Protocol):
+    """A token that runs ahead of reading experts."""
+
+    def block(
+        self,
+        source: Any,
+        indices: mx.array,
+        build: Callable[[ExpertSource], mx.array],
+    ) -> mx.array:
+        """Return what a block gives, made by ``build`` unless it is known."""
+
+
+class Calls(Protocol):
+    """How the calls of a model run."""
+
+    @property
+    def lock(self) -> threading.RLock:  # type: ignore[valid-type]
+        """Held while a block asks for slots and builds what reads them."""
+
+    @property
+    def token(self) -> Token | None:
+        """What runs ahead now."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no transformation follows the call under way, as far as is known."""
+
+
 class StreamedSwitch(nn.Module):
     """In the place of a routed block; has none of the experts' parameters.
 
     Args:
         source: returns the block's experts as they are reached now.
-        lock: held while the block asks for slots and builds what reads them.
+        calls: of the model that the block is in.
     """
 
     def __init__(
-        self,
-        block: RoutedBlock,
-        source: Callable[[], ExpertSource],
-        lock: threading.RLock,  # type: ignore[valid-type]
+        self, block: RoutedBlock, source: Callable[[], ExpertSource], calls: Calls
     ):
         super().__init__()
         self.path, self.slot_block = block.path, SlotBlock(block)
-        self._source, self._lock = source, lock
+        self._source, self._calls = source, calls
         # The activation, and whatever a model has put there besides.
         for name, child in block.module.items():
             if name not in block.projections:
@@ -67,9 +92,15 @@ class StreamedSwitch(nn.Module):
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """Run rows ``[..., D]`` through experts ``[..., K]`` to ``[..., K, D]``."""
-        with self._lock:  # type: ignore[attr-defined]
+        with self._calls.lock:  # type: ignore[attr-defined]
             source = self._source()
-            run = self._run if source.settled else self._streamed
+            if (token := self._calls.token) is not None and source.settled is None:
+                build = partial(self._run, x=x, indices=indices)
+                return token.block(source, indices, build)
+            # Making a function with a gradient costs several times what calling MLX
+            # does, so it is made only where somebody may ask for the gradient.
+            plain = source.settled is not None or self._calls.is_plain
+            run = self._run if plain else self._streamed
             return run(source, x, indices)
 
     def _streamed(
@@ -89,7 +120,7 @@ class StreamedSwitch(nn.Module):
         @run.vjp
         def gradient(primals, cotangent, _):  # type: ignore[no-untyped-def]
             x, indices = primals
-            with self._lock:
+            with self._calls.lock:  # type: ignore[attr-defined]
                 gradient = self._gradient(source, x, indices, cotangent)
             return gradient, mx.zeros_like(indices)
 
