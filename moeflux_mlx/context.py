@@ -5,20 +5,14 @@ All of it comes from mlx-lm's own cache objects, and goes back to them.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import base
-from mlx_lm.models.cache import (
-    ArraysCache,
-    BatchKVCache,
-    KVCache,
-    QuantizedKVCache,
-)
+from mlx_lm.models.cache import KVCache
 
 from . import device, ops
 from .blocks import Call
@@ -27,9 +21,6 @@ from .graph.experts import GraphExperts
 from .graph.lower import Kernel
 from .ops.attention import join_heads, split_heads
 from .ops.functions import to_device, to_host
-
-# Their rows lie after each other, so that a mark of the end is enough to go back.
-HELD_CACHES = (ArraysCache, KVCache, QuantizedKVCache, BatchKVCache)
 
 
 class Context:
@@ -77,34 +68,6 @@ def _cache_of(layers: list[nn.Module], cache: list[Any], *, is_linear: bool) -> 
     """Return the first cache of a layer kind; None when there is no such layer."""
     pairs = zip(layers, cache, strict=True)
     return next((c for layer, c in pairs if layer.is_linear == is_linear), None)
-
-
-@contextlib.contextmanager
-def put_back_on_failure(caches: Iterable[Any]) -> Iterator[None]:
-    """Leave mlx-lm's caches as they were if what is done with them fails.
-
-    Rows that a KV cache took meanwhile stay, after its end, until others replace them.
-    """
-    held = [
-        (cache, name, _held(value))
-        for cache in caches
-        if isinstance(cache, HELD_CACHES)
-        for name, value in vars(cache).items()
-        if name not in ("keys", "values")
-    ]
-    try:
-        yield
-    except BaseException:
-        for cache, name, value in held:
-            setattr(cache, name, value)
-        raise
-
-
-def _held(value: Any) -> Any:
-    """Return a value of a cache that stays as it is when the cache changes its own."""
-    if isinstance(value, list):
-        return [*value]
-    return mx.array(value) if isinstance(value, mx.array) else value
 
 
 def has_spare_rows(cache: Any) -> bool:

@@ -19,7 +19,8 @@ import numpy as np
 from . import device, ops
 from .arguments import ArgumentChecks, bounded
 from .blocks import ROUTED, Call
-from .context import Context, put_back_on_failure
+from .caches import put_back_on_failure
+from .context import Context
 from .errors import ModelError
 from .experts.streamed import AssumedExperts
 from .graph import roles as b
@@ -292,7 +293,7 @@ class Forward:
         if t <= step:
             return self._hidden_states(inputs, cache, embeddings)
         parts: list[Array] = []
-        with put_back_on_failure(cache):
+        with put_back_on_failure(cache, t):
             for start in range(0, t, step):
                 chunk = slice(start, start + step)
                 rows = None if embeddings is None else embeddings[:, chunk]
@@ -314,7 +315,11 @@ class Forward:
         reading_ahead = self.runtime.reading_ahead(one_token=n_seqs == t == 1)
         shown = t if self.runtime.streams else 0
         progress = prompt_progress(shown, len(layers))
-        with put_back_on_failure(cache), reading_ahead as streamer, progress as report:
+        with (
+            put_back_on_failure(cache, t),
+            reading_ahead as streamer,
+            progress as report,
+        ):
             for layer, layer_cache in zip(layers, cache, strict=True):
                 if streamer is not None and layer.index:
                     expected = to_device(layer.expected(hidden))
