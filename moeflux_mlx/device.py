@@ -62,6 +62,8 @@ UNPACKED_SHARE = 1 / 8
 # next, in layers: an estimate from one profile on an H200, and for a CPU what is left
 # of it where launching costs as much as computing.
 GPU_READ_BACK_LAYERS = 4.0
+# Rows a matrix from which on MLX's gather_qmm on Metal takes blocks of sorted rows.
+METAL_ROWS_A_MATRIX = 4
 CPU_READ_BACK_LAYERS = 0.1
 
 
@@ -104,6 +106,19 @@ def prefers_host_arrays() -> bool:
 def gathers_strided() -> bool:
     """Tell whether MLX gathers matrices that do not lie end to end; not on CUDA."""
     return on_cpu() or not mx.cuda.is_available()
+
+
+def multiplies_by_blocks(n_rows: int, n_matrices: int) -> bool:
+    """Tell whether MLX multiplies sorted rows a block at a time by quantised matrices.
+
+    That is on Metal, where enough rows share a matrix, and sums in another order. It
+    copies matrices that do not lie end to end, all that there are.
+    """
+    return (
+        not on_cpu()
+        and mx.metal.is_available()
+        and n_rows // n_matrices >= METAL_ROWS_A_MATRIX
+    )
 
 
 def read_back_layers() -> float:

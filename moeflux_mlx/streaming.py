@@ -115,6 +115,7 @@ def stream(
                 policy=policy_factory(policy or config.policy() or DEFAULT_POLICY),
                 read_ahead=read_ahead,
                 runs_ahead=ahead == "on" or (ahead == "auto" and not device.on_cpu()),
+                stacks=not device.gathers_strided(),
                 report=report,
             ),
             io=expert_io,

@@ -16,6 +16,7 @@ from ..progress import Report
 from .budget import count_slots
 from .demand import Demand
 from .in_flight import InFlight
+from .layout import ExpertLayout
 from .policy import DEFAULT_POLICY, PolicyFactory, policy_factory
 from .pool import POOL_ALIGNMENT, SlotPool, pool_stride
 from .read_ahead import ReadAhead
@@ -60,6 +61,7 @@ class ExpertStreamer:
         inline_bytes: int = INLINE_BYTES,
         read_ahead: str = "auto",
         runs_ahead: bool = False,
+        stacks: bool = False,
         evaluate: Callable[..., None] = mx.eval,
         report: Report | None = None,
         lock: threading.RLock | None = None,
@@ -80,6 +82,7 @@ class ExpertStreamer:
             runs_ahead: tokens run as if no expert were missing. A slot, if one can be
                 spared, then stays blank for those that are: without them layers choose
                 more like with them than with others in their place.
+            stacks: where all experts stay, each of a layer's tensors lies end to end.
             evaluate: evaluates arrays that must be done before slots change, like
                 ``mx.eval``; an executor's own counts how long that takes.
             report: hears how far reading all experts has come.
@@ -93,7 +96,8 @@ class ExpertStreamer:
             ExpertStoreError: a record could not be read.
         """
         check_scope(scope)
-        self._store, self._evaluate = store, evaluate
+        self._store, self._evaluate, self._stacks = store, evaluate, stacks
+        self._stacked: dict[int, tuple[ExpertLayout, int, int]] = {}
         self._rows = {layer: row for row, layer in enumerate(store.layers)}
         layouts = [store.layout(layer) for layer in store.layers]
         counts = [store.count(layer) for layer in store.layers]
@@ -299,6 +303,9 @@ class ExpertStreamer:
 
     def _unsettle(self) -> None:
         """Stream from now on what was all in memory."""
+        for place in self._stacked.values():
+            self._pool.unstack(*place)
+        self._stacked.clear()
         self._in_flight.reader = self._new_reader()
         self._table.fill()
         self.resident = False
@@ -325,7 +332,12 @@ class ExpertStreamer:
             row = self._rows[layer]
             return StreamedExperts(self, layer, row, self._pool.weights(layout))
         slots = self._table.all_slots(self._rows[layer])
-        weights = self._pool.weights(layout, slots.start, len(slots))
+        place = layout, slots.start, len(slots)
+        if self._stacks:
+            weights = self._pool.stack(*place)
+            self._stacked[layer] = place
+        else:
+            weights = self._pool.weights(*place)
         return PreloadedExperts(weights, self.stats[layer])
 
     def guard(self, *outputs: mx.array) -> None:
