@@ -158,6 +158,11 @@ class ExpertStreamer:
         return self._table.capacity * self._table.n_groups
 
     @property
+    def store(self) -> ExpertStore:
+        """The open files that experts are read from."""
+        return self._store
+
+    @property
     def reads_aside(self) -> bool:
         """Whether threads read experts, so that others may compute meanwhile."""
         return self._least_record > self._in_flight.reader.inline_bytes
