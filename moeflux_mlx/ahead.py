@@ -34,6 +34,11 @@ from .transforms import is_traced
 Build = Callable[[ExpertSource], mx.array]
 
 
+def runs_ahead(choice: str) -> bool:
+    """Tell whether tokens may run ahead of reading: ``auto``, on GPUs."""
+    return choice == "on" or (choice == "auto" and not device.on_cpu())
+
+
 class _AgainError(Exception):
     """A block lacked an expert, which is there now: the token begins again."""
 
@@ -64,6 +69,9 @@ class ModelCalls:
         self.token: Token | None = None
         # Whether no transformation follows the call under way, as far as is known.
         self.is_plain = False
+        # A CPU has nothing to wait for: looking slots up takes it longer than reading
+        # ids back.
+        self.runs_ahead = runs_ahead(self._choice)
 
     def __call__(
         self,
@@ -130,11 +138,10 @@ class ModelCalls:
         """Run one token of each sequence ahead of reading; None: it is to wait."""
         streamer = self.streamer
         assert isinstance(streamer, ExpertStreamer)
-        if not caches or _n_tokens(given) != 1 or self._choice == "off":
+        if not caches or _n_tokens(given) != 1 or not self.runs_ahead:
             return None
         ahead = streamer.read_ahead.begin()
-        read_back = device.read_back_layers()
-        n_blocks = self._n_blocks
+        read_back, n_blocks = device.GPU_READ_BACK_LAYERS, self._n_blocks
         window = window_of(streamer.miss_rate, n_blocks, read_back, ahead=ahead)
         out = None
         if window > 1 or self._choice == "on":

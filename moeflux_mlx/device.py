@@ -58,13 +58,11 @@ THREAD_HEAP_BYTES = 64 << 20
 ALLOCATION_SLACK_BYTES = 1 << 20
 # Share of memory that resident matrices may take when kept unpacked in float32.
 UNPACKED_SHARE = 1 / 8
-# How long reading back takes, and the pause in which the device waits for what comes
-# next, in layers: an estimate from one profile on an H200, and for a CPU what is left
-# of it where launching costs as much as computing.
+# How long reading back takes, and the pause in which a GPU waits for what comes next,
+# in layers: an estimate from one profile on an H200.
 GPU_READ_BACK_LAYERS = 4.0
 # Rows a matrix from which on MLX's gather_qmm on Metal takes blocks of sorted rows.
 METAL_ROWS_A_MATRIX = 4
-CPU_READ_BACK_LAYERS = 0.1
 
 
 def on_cpu() -> bool:
@@ -119,11 +117,6 @@ def multiplies_by_blocks(n_rows: int, n_matrices: int) -> bool:
         and mx.metal.is_available()
         and n_rows // n_matrices >= METAL_ROWS_A_MATRIX
     )
-
-
-def read_back_layers() -> float:
-    """Return how long it takes to read a layer's choice of experts back, in layers."""
-    return CPU_READ_BACK_LAYERS if on_cpu() else GPU_READ_BACK_LAYERS
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import mlx.nn as nn
 
 from . import config, device
-from .ahead import ModelCalls, added_class, watch_layers
+from .ahead import ModelCalls, added_class, runs_ahead, watch_layers
 from .errors import ConfigError, ModelError
 from .experts.access import open_experts
 from .experts.budget import Amounts
@@ -114,7 +114,7 @@ def stream(
                 scope=scope,
                 policy=policy_factory(policy or config.policy() or DEFAULT_POLICY),
                 read_ahead=read_ahead,
-                runs_ahead=ahead == "on" or (ahead == "auto" and not device.on_cpu()),
+                runs_ahead=runs_ahead(ahead),
                 stacks=not device.gathers_strided(),
                 report=report,
             ),

@@ -14,13 +14,12 @@ from mlx_lm.models import cache as caches
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import load_model
 
-from moeflux_mlx import ahead
+from moeflux_mlx import ahead, device
 from moeflux_mlx.ahead import Token
 from moeflux_mlx.caches import CacheState, every_cache, put_back_on_failure
 from moeflux_mlx.errors import ConfigError, ExpertStoreError, ModelError
 from moeflux_mlx.experts.pool import POOL_ALIGNMENT
 from moeflux_mlx.experts.streamer import ExpertStreamer
-from moeflux_mlx.experts.windows import window_of
 from moeflux_mlx.streaming import stream
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -195,7 +194,7 @@ def n_read_back(monkeypatch) -> list[int]:
 
 
 def test_where_everything_hits_a_token_is_read_back_once(checkpoint, n_read_back):
-    ours = streamed(checkpoint, N_LAYERS * N_EXPERTS - 2, "auto")
+    ours = streamed(checkpoint, N_LAYERS * N_EXPERTS - 2)
     cache = make_prompt_cache(ours)
     for _ in range(30):
         ours(ids(1), cache=cache)
@@ -205,13 +204,29 @@ def test_where_everything_hits_a_token_is_read_back_once(checkpoint, n_read_back
     assert n_read_back == [N_LAYERS]
 
 
-def test_where_experts_are_missing_a_cpu_waits(checkpoint, n_read_back):
-    ours = streamed(checkpoint, TOP_K, "auto")
+@pytest.mark.parametrize("n_slots", [TOP_K, N_LAYERS * N_EXPERTS - 2])
+def test_a_cpu_waits_unless_told_otherwise(checkpoint, n_read_back, n_slots):
+    ours = streamed(checkpoint, n_slots, "auto")
     cache = make_prompt_cache(ours)
     for i in range(6):
         n_read_back.clear()
         ours(ids(1, seed=i), cache=cache)
         assert n_read_back == [1] * N_LAYERS
+
+
+@pytest.mark.parametrize("optimistic", ["auto", "on"])
+def test_a_gpu_waits_where_experts_are_missing(
+    checkpoint, n_read_back, begun_again, monkeypatch, optimistic
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "on_cpu", lambda: False)
+        # With a slot for the blank one.
+        n_slots = TOP_K + (optimistic == "auto")
+        ours = streamed(checkpoint, n_slots, optimistic, read_ahead="off")
+    cache = make_prompt_cache(ours)
+    for i in range(3):
+        ours(ids(1, seed=i), cache=cache)
+    assert n_read_back == [1] * N_LAYERS * 3 and not begun_again
 
 
 def test_with_all_experts_in_memory_nothing_is_read_back(checkpoint, n_read_back):
@@ -389,12 +404,3 @@ def test_states_of_a_list_inside_are_found():
         nested[1][0] = mx.zeros(3)
         raise KeyboardInterrupt
     assert mx.array_equal(nested[1][0], before)
-
-
-def test_reading_back_costs_a_cpu_little():
-    from moeflux_mlx.device import CPU_READ_BACK_LAYERS, GPU_READ_BACK_LAYERS
-
-    rates = (1, 0.3, 0.05, 0.001, 0)
-    cpu = [window_of(rate, 40, CPU_READ_BACK_LAYERS) for rate in rates]
-    gpu = [window_of(rate, 40, GPU_READ_BACK_LAYERS) for rate in rates]
-    assert cpu == [1, 1, 1, 4, 40] and gpu == [1, 4, 4, 40, 40]
