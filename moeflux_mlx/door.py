@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load_model
 
+from . import config
 from .errors import ConfigError, ModelError, one_line_errors
 from .experts.budget import Amounts
 from .experts.checkpoint import read_config
@@ -61,7 +62,7 @@ def load_through_door(
     """
     amounts = Amounts.read(options.memory, options.expert_memory)
     _refuse_options(path, options)
-    model, config = _load_lazily(path, model_config)
+    model, loaded = _load_lazily(path, model_config)
     with byte_progress() as report:
         if amounts != Amounts():
             stream(
@@ -78,7 +79,7 @@ def load_through_door(
             )
         if not lazy:
             mx.eval(model.parameters())
-    return model, config
+    return model, loaded
 
 
 def _refuse_options(path: Path, options: RunOptions) -> None:
@@ -87,6 +88,7 @@ def _refuse_options(path: Path, options: RunOptions) -> None:
             f"[load] expected a plain checkpoint for mlx-lm's class but got {path}, a "
             "packed one: give the directory that it was packed from"
         )
+    config.optimistic(options.optimistic)
     if (value := options.executor) is not None:
         raise ConfigError(
             f"[executor] expected none for mlx-lm's class but got {value!r}: leave "
