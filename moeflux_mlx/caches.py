@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -101,24 +100,28 @@ def arrays_of(cache: Iterable[Any]) -> list[mx.array]:
     return [array for c in held for array in leaves(c.state)]
 
 
-@contextlib.contextmanager
-def put_back_on_failure(cache: Iterable[Any]) -> Iterator[None]:
-    """Leave mlx-lm's caches as they were if what is done with them fails.
+class PutBackOnFailure:
+    """Leaves mlx-lm's caches as they were if the block fails.
 
     Rows that a KV cache took meanwhile stay, after its end, until others replace them.
+    A class: a generator that Ctrl-C leaves suspended would put them back at any time.
     """
-    held = [
-        (one, name, _held(value))
-        for one in single_caches(cache)
-        for name, value in vars(one).items()
-        if not (isinstance(one, HELD_CACHES) and name in ("keys", "values"))
-    ]
-    try:
-        yield
-    except BaseException:
-        for one, name, value in held:
-            setattr(one, name, value)
-        raise
+
+    def __init__(self, cache: Iterable[Any]):
+        self._held = [
+            (one, name, _held(value))
+            for one in single_caches(cache)
+            for name, value in vars(one).items()
+            if not (isinstance(one, HELD_CACHES) and name in ("keys", "values"))
+        ]
+
+    def __enter__(self) -> None:
+        """Do nothing: what there was is known."""
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            for one, name, value in self._held:
+                setattr(one, name, value)
 
 
 def _held(value: Any) -> Any:

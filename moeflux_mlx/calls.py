@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from .caches import arrays_of, put_back_on_failure
+from .caches import PutBackOnFailure, arrays_of
 from .errors import BudgetError
 from .experts.blank import BlankExperts
 from .experts.mapped import MappedExperts
@@ -24,6 +23,8 @@ from .experts.streamer import ExpertStreamer
 from .memory_keeper import MemoryKeeper, make_room
 from .transforms import is_traced
 from .weights import has_values, leaves
+
+R = TypeVar("R")
 
 
 class Calls:
@@ -52,16 +53,16 @@ class Calls:
         assert self.streamer is not None
         return self.streamer.source(block)
 
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Wait until no other thread calls; then what reads slots may outlive this."""
+    def alone(self, call: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+        """Call while no other thread does; then what reads slots may outlive this."""
         with self.lock:
-            self._depth += 1
+            depth = self._depth
             try:
-                yield
+                self._depth = depth + 1
+                return call(*args, **kwargs)
             finally:
-                self._depth -= 1
-                if self._depth == 0 and self.streamer is not None:
+                self._depth = depth
+                if depth == 0 and self.streamer is not None:
                     self.streamer.hand_over()
 
     def run(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -74,15 +75,29 @@ class Calls:
         """
         rows = _Rows.read(call, args, kwargs)
         if rows is None:
-            return call(*args, **kwargs)
+            out = call(*args, **kwargs)
+            self._guard(out)
+            return out
         may_fail = not isinstance(self.streamer, BlankExperts | MappedExperts)
-        with put_back_on_failure((rows.cache or []) if may_fail else []):
+        with PutBackOnFailure((rows.cache or []) if may_fail else []):
             if self.keeper is None or not has_values(*rows.arrays.values()):
                 out = call(*args, **kwargs)
             else:
                 out = self._in_room(call, rows)
+            self._guard(out)
         self.row_bytes = rows.bytes_of(out)
         return out
+
+    def _guard(self, out: Any) -> None:
+        """Have rows computed before experts that they read are gone."""
+        streamer, results = self.streamer, leaves(out)
+        if isinstance(streamer, ExpertStreamer) and streamer.resident:
+            if is_traced(results):
+                # What is computed backwards reads the experts once more.
+                streamer.stay()
+                return
+            for result in results:
+                streamer.guard_result(result)
 
     def _in_room(self, call: Callable[..., Any], rows: _Rows) -> Any:
         n_seqs, t, given = rows.n_seqs, rows.t, rows.cache

@@ -5,10 +5,9 @@ Model classes bring their decoder layers; nothing here knows how those mix or ro
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -19,7 +18,7 @@ import numpy as np
 from . import device, ops
 from .arguments import ArgumentChecks, bounded
 from .blocks import ROUTED, Call
-from .caches import put_back_on_failure
+from .caches import PutBackOnFailure
 from .context import Context
 from .errors import ModelError
 from .experts.streamed import AssumedExperts
@@ -104,39 +103,40 @@ class Forward:
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> mx.array:
         """Return the logits ``[B, T, V]`` of a call, the only one at this time."""
-        with self._only_call():
-            inputs, cache, embeddings = self._checked(inputs, cache, embeddings)
-            if followed := self._followed(inputs, cache, embeddings):
-                reference = self._reference(followed)
-                rows = reference.hidden_states(inputs, cache, embeddings)
-                return reference.logits(rows)
-            self.make_room(inputs, cache)
-            step = self.step(inputs, cache, embeddings)
-            if step is not None:
-                return step
-            with self.threads(inputs):
-                return self.logits(self.text.model(inputs, cache, embeddings))
+        return self._alone(Forward._logits_of, inputs, cache, embeddings)
 
     def rows(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> Array:
         """Return the rows ``[B, T, D]`` that logits are made of; as ``__call__``."""
-        with self._only_call():
-            inputs, cache, embeddings = self._checked(inputs, cache, embeddings)
-            if followed := self._followed(inputs, cache, embeddings):
-                reference = self._reference(followed)
-                return reference.hidden_states(inputs, cache, embeddings)
-            return self.hidden_states(inputs, cache, embeddings)
+        return self._alone(Forward.hidden_states, inputs, cache, embeddings)
 
-    @contextlib.contextmanager
-    def _only_call(self) -> Iterator[None]:
+    def _alone(
+        self,
+        call: Callable[[Forward, mx.array, Any, Any], Any],
+        inputs: mx.array,
+        cache: list[Any] | None,
+        embeddings: mx.array | None,
+    ) -> Any:
         """Wait until no other thread calls the model; what is lazy may outlive this."""
         with self.runtime.lock:
             try:
-                yield
+                inputs, cache, embeddings = self._checked(inputs, cache, embeddings)
+                followed = self._followed(inputs, cache, embeddings)
+                forward = self._reference(followed) if followed else self
+                return call(forward, inputs, cache, embeddings)
             finally:
-                if (streamer := self.runtime.streaming) is not None:
+                if (streamer := self.runtime.streamer) is not None:
                     streamer.hand_over()
+
+    def _logits_of(
+        self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
+    ) -> mx.array:
+        step = self.step(inputs, cache, embeddings)
+        if step is not None:
+            return step
+        with self.threads(inputs):
+            return self.logits(self.hidden_states(inputs, cache, embeddings))
 
     def _followed(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
@@ -206,17 +206,17 @@ class Forward:
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> mx.array | None:
         """Return the logits of one token each from traces, or None without them."""
+        if cache is None or embeddings is not None or inputs.shape[-1] != 1:
+            return None
         executor = self.runtime.executor
+        self.graph_layers()
         # Whoever looks at steps is to see each layer's once.
         watched = executor.watches_layers or (
             executor.watches_steps and self.runtime.streams
         )
-        wanted = self.runtime.steps and not watched
-        if cache is None or embeddings is not None or inputs.shape[-1] != 1:
+        if watched or not self.runtime.steps:
             return None
-        if not wanted:
-            return None
-        self.graph_layers()
+        self.make_room(inputs, cache)
         weights, sources = self._bind()
         n_experts = inputs.size * self.args.num_experts_per_tok
         streamer = self.runtime.streaming
@@ -229,7 +229,17 @@ class Forward:
             return None
         for source in sources:
             source.asked(n_experts)
+        self._guard(logits)
         return logits
+
+    def _guard(self, result: Array) -> None:
+        """Have the result of a call computed before experts that it reads are gone."""
+        streamer = self.runtime.streamer
+        # For a function that MLX transforms all experts stay, and on the host nothing
+        # is lazy.
+        lazy = isinstance(result, mx.array) and not self.runtime.is_reference
+        if streamer is not None and lazy:
+            streamer.guard_result(result)
 
     def _bind(self) -> tuple[list[Mapping[str, Weight]], list[GraphExperts]]:
         """Return all weights and experts; anew if a call found that one changed."""
@@ -279,11 +289,9 @@ class Forward:
 
         With caches and planned memory a long call is divided into chunks.
         """
-        self.graph_layers()
-        n_seqs, t = (inputs if embeddings is None else embeddings).shape[:2]
-        if cache and t == 1:
-            # Rows may be asked for without their logits.
-            self.runtime.make_room(cache, n_seqs, t)
+        given = inputs if embeddings is None else embeddings
+        n_seqs, t = given.shape[:2]
+        self.make_room(given, cache)
         if self.runtime.keeper is None or (cache and t == 1):
             return self._hidden_states(inputs, cache, embeddings)
         # Whoever keeps no cache wants logits; a long call needs one meanwhile.
@@ -293,7 +301,7 @@ class Forward:
         if t <= step:
             return self._hidden_states(inputs, cache, embeddings)
         parts: list[Array] = []
-        with put_back_on_failure(cache):
+        with PutBackOnFailure(cache):
             for start in range(0, t, step):
                 chunk = slice(start, start + step)
                 rows = None if embeddings is None else embeddings[:, chunk]
@@ -315,7 +323,7 @@ class Forward:
         reading_ahead = self.runtime.reading_ahead(one_token=n_seqs == t == 1)
         shown = t if self.runtime.streams else 0
         progress = prompt_progress(shown, len(layers))
-        with put_back_on_failure(cache), reading_ahead as streamer, progress as report:
+        with PutBackOnFailure(cache), reading_ahead as streamer, progress as report:
             for layer, layer_cache in zip(layers, cache, strict=True):
                 if streamer is not None and layer.index:
                     expected = to_device(layer.expected(hidden))
@@ -323,6 +331,7 @@ class Forward:
                 self.runtime.executor.begin_layer(self._chunk, layer.index, hidden)
                 hidden = layer(hidden, layer_cache, steps)
                 report(layer.index)
+            self._guard(hidden)
         shape = (n_seqs, t, self.args.hidden_size)
         return self._end("norm", hidden, _build_norm).reshape(shape)
 

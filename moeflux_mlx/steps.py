@@ -70,6 +70,7 @@ class TokenSteps:
             return None
         run = _Run(self._tracer, caches, sources, weights, traced)
         before = [states_of(c) if isinstance(c, ArraysCache) else None for c in caches]
+        offsets = [(c, c.offset) for c in caches if isinstance(c, KVCache)]
         try:
             if streamer is None:
                 logits = run(range(len(caches)), tokens, None).out
@@ -78,12 +79,14 @@ class TokenSteps:
                 window = window_of(streamer.miss_rate, len(caches), ahead=ahead)
                 logits = _RunAhead(run, streamer, before, ahead)(tokens, window)
                 streamer.read_ahead.end()
+            for cache, offset in offsets:
+                cache.offset = offset + 1
         except BaseException:
+            self._tracer.give_back()
             run.put_back(before)
+            for cache, offset in offsets:
+                cache.offset = offset
             raise
-        for cache in caches:
-            if isinstance(cache, KVCache):
-                cache.offset += 1
         return logits
 
 

@@ -48,10 +48,9 @@ class StreamedPart(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         calls: Calls = self.__dict__["calls"]
-        with calls.turn():
-            if self.__dict__["gives_rows"]:
-                return calls.run(super().__call__, args, kwargs)
-            return super().__call__(*args, **kwargs)
+        if self.__dict__["gives_rows"]:
+            return calls.alone(calls.run, super().__call__, args, kwargs)
+        return calls.alone(super().__call__, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise ModelError(
@@ -288,7 +287,7 @@ def _install(
     for number, block in enumerate(blocks):
         undo.callback(_put_back, model, block, block.parts)
         source = functools.partial(calls.source, number)
-        _replace(model, block.path, StreamedSwitch(block, source, calls.turn))
+        _replace(model, block.path, StreamedSwitch(block, source, calls.alone))
     owners = {_owner(block.path) for block in blocks}
     backbone = next(iter(owners)) if len(owners) == 1 else ()
     for path in {owner[:n] for owner in owners for n in range(len(owner) + 1)}:

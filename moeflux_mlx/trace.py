@@ -61,6 +61,8 @@ class StepTracer:
     def __init__(self, forward: Forward):
         self._forward = forward
         self._traces: dict[range, BuiltOnce[tuple[Callable[..., Any], Any]]] = {}
+        # Caches whose states a call has, and what they are to be given.
+        self._lent: tuple[Sequence[Any], list[Any]] | None = None
 
     def __call__(
         self,
@@ -99,16 +101,28 @@ class StepTracer:
         else:
             call = self._function(layers, kinds)
         offset = next((c.offset for c in caches if isinstance(c, KVCache)), 0)
-        new = states
+        self._lent = caches, states
         try:
             # Nobody else may hold them when MLX evaluates: it updates them in place.
             for cache in caches:
                 set_states(cache, [None, None])
             passed, new = call(x, mx.array(offset, mx.int32), slots, states)
+            self._lent = caches, new
         finally:
-            for i, cache in enumerate(caches):
-                set_states(cache, new[2 * i : 2 * i + 2])
+            self.give_back()
         return Passed(*passed)
+
+    def give_back(self) -> None:
+        """Give caches the states that a call has, unless they have theirs.
+
+        A call does so itself; after Ctrl-C in the middle of that somebody else must.
+        """
+        if self._lent is None:
+            return
+        caches, states = self._lent
+        for i, cache in enumerate(caches):
+            set_states(cache, states[2 * i : 2 * i + 2])
+        self._lent = None
 
     def _function(self, layers: range, kinds: Sequence[type]) -> Callable[..., Any]:
         def step(

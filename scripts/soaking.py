@@ -67,9 +67,7 @@ class Hardship:
     def draw(cls, chance: random.Random) -> Hardship:
         """Choose at random."""
         faults, interrupts, states = (chance.random() < 0.5 for _ in range(3))
-        # Ctrl-C in one thread while others call the model still gives wrong tokens.
-        n_threads = 1 if interrupts else chance.choice((1, 2, 4))
-        return cls(faults, interrupts, states, n_threads)
+        return cls(faults, interrupts, states, chance.choice((1, 2, 4)))
 
 
 @dataclass

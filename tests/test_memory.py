@@ -21,7 +21,7 @@ from tiny import make_checkpoint
 
 import moeflux_mlx
 from moeflux_mlx import caches, device, memory, memory_keeper
-from moeflux_mlx.caches import put_back_on_failure
+from moeflux_mlx.caches import PutBackOnFailure
 from moeflux_mlx.cli import main as moeflux
 from moeflux_mlx.errors import BudgetError, ConfigError
 from moeflux_mlx.loading import plan_load
@@ -313,7 +313,7 @@ def test_a_batch_that_fails_leaves_its_caches_as_they_were(fails):
     for c in (cache, other):
         c.update_and_fetch(first, first)
     if fails:
-        with pytest.raises(ZeroDivisionError), put_back_on_failure([cache]):
+        with pytest.raises(ZeroDivisionError), PutBackOnFailure([cache]):
             cache.update_and_fetch(wrong, wrong)
             raise ZeroDivisionError
     assert cache.offset.tolist() == [5, 3] and cache._idx == 5

@@ -28,8 +28,8 @@ def soaking(monkeypatch) -> ModuleType:
 def test_every_hardship_leaves_the_resident_models_tokens(soaking, form, request):
     soak = soaking.Soak(request.getfixturevalue(form), WAYS, n_tokens=12, seed=5)
     for model in soak.models:
+        soak.round(model, soaking.Hardship(True, True, True, n_threads=3))
         soak.round(model, soaking.Hardship(True, True, True, n_threads=1))
-        soak.round(model, soaking.Hardship(True, False, True, n_threads=3))
     counts = soak.tally.counts
     assert counts["tokens"] == 12 * 4 * len(WAYS)
     assert min(counts["budgets"], counts["states"]) > 0

@@ -85,6 +85,9 @@ class MappedExperts:
     def guard(self, *outputs: mx.array) -> None:
         """Do nothing: no expert is ever overwritten."""
 
+    def guard_result(self, result: mx.array) -> None:
+        """Do nothing, as ``guard``."""
+
     def hand_over(self) -> None:
         """Do nothing: no slot is ever overwritten."""
 

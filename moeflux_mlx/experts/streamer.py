@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
@@ -15,6 +14,7 @@ from ..errors import BudgetError, ConfigError, ExpertStoreError, MoefluxError
 from ..progress import Report
 from .budget import count_slots
 from .demand import Demand
+from .guards import Guards
 from .in_flight import InFlight
 from .policy import DEFAULT_POLICY, PolicyFactory, policy_factory
 from .pool import POOL_ALIGNMENT, SlotPool, pool_stride
@@ -30,6 +30,8 @@ from .table_copy import TableCopy
 # Experts in a wave: enough to keep every reading thread busy, few enough that the
 # first results do not wait for half the pool.
 WAVE_EXPERTS = 32
+# So many calls' results may be on their way at a time: hardly anybody has more.
+RESIDENT_GUARDS = 4
 
 Source = StreamedExperts | PreloadedExperts
 
@@ -38,6 +40,27 @@ def check_scope(scope: str) -> None:
     """Raise ConfigError unless it says how layers share slots."""
     if scope not in ("global", "layer"):
         raise ConfigError(f"[scope] expected 'global' or 'layer' but got {scope!r}")
+
+
+class _Repairs:
+    """Entered for what an interrupt may leave half done; the next to enter mends it.
+
+    A class: a generator that an interrupt leaves suspended ends at an unknown time.
+    """
+
+    def __init__(self, repair: Callable[[], None]):
+        self._repair = repair
+        self._interrupted = False
+
+    def __enter__(self) -> None:
+        if self._interrupted:
+            self._repair()
+        self._interrupted = True
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Errors of ours leave nothing half done.
+        if kind is None or issubclass(kind, MoefluxError):
+            self._interrupted = False
 
 
 class ExpertStreamer:
@@ -96,7 +119,7 @@ class ExpertStreamer:
             ExpertStoreError: a record could not be read.
         """
         check_scope(scope)
-        self._store, self._evaluate = store, evaluate
+        self._store = store
         self._chosen = chosen or store.top_k
         self._rows = {layer: row for row, layer in enumerate(store.layers)}
         layouts = [store.layout(layer) for layer in store.layers]
@@ -130,10 +153,10 @@ class ExpertStreamer:
         )
         self._sources: dict[tuple[int, bool], Source] = {}
         self.lock = lock or threading.RLock()
-        self._guards: list[mx.array] = []
+        self._repairs = _Repairs(self._repair)
+        self._guards = Guards(evaluate)
         # The last ``ask``: layer, ids, and those that were missing.
         self._asked: tuple[int, list[int], list[int]] | None = None
-        self._interrupted = False
         self.stats = StreamStats(store.layers)
         self._in_flight = InFlight(
             store, self._rows, self._pool, self._table, self._new_reader(), self.stats
@@ -240,8 +263,8 @@ class ExpertStreamer:
                 "[resize] expected no call under mx.grad, mx.compile or the like "
                 "before: what it gave reads all experts; load the model anew"
             )
-        with self._exclusive():
-            self._evaluate_guards()
+        with self.lock, self._repairs:
+            self._guards.wait()
             self._in_flight.settle()
             if self.resident and capacity < table.slots_per_group:
                 self._unsettle()
@@ -263,7 +286,7 @@ class ExpertStreamer:
     @property
     def held(self) -> list[tuple[int, int]]:
         """The experts in memory."""
-        with self._exclusive():
+        with self.lock, self._repairs:
             self._in_flight.settle()
             rows = self._table.rows
             return [
@@ -282,8 +305,8 @@ class ExpertStreamer:
         self._check_experts(experts)
         if self.resident:
             return
-        with self._exclusive():
-            self._evaluate_guards()
+        with self.lock, self._repairs:
+            self._guards.wait()
             self._in_flight.settle()
             self._demand.preload(experts)
 
@@ -335,7 +358,16 @@ class ExpertStreamer:
     def guard(self, *outputs: mx.array) -> None:
         """Evaluate ``outputs`` before any slot is overwritten."""
         with self.lock:
-            self._guards.extend(outputs)
+            self._guards.add(outputs)
+
+    def guard_result(self, result: mx.array) -> None:
+        """Have the result of a call that guarded nothing else computed in time.
+
+        Where every expert is in memory nothing is overwritten before ``resize``.
+        """
+        if self.resident:
+            # As little of it as makes MLX compute the rest.
+            self.guard(result.reshape(-1)[:1])
 
     def stay(self) -> None:
         """Refuse to ``resize`` from now on: arrays without a guard read all slots."""
@@ -347,11 +379,10 @@ class ExpertStreamer:
         Only the thread that made a lazy array can compute it.
         """
         with self.lock:
-            try:
-                mx.async_eval(*self._guards)
-            except ValueError:
-                # As inside mx.grad, where waiting is allowed.
-                mx.eval(*self._guards)
+            self._guards.hand_over()
+            if self.resident:
+                # Nobody waits for them between calls: the oldest are done by now.
+                self._guards.keep(RESIDENT_GUARDS)
 
     def close(self) -> None:
         """Wait for reads in flight and end the reading threads."""
@@ -366,25 +397,15 @@ class ExpertStreamer:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Hold the lock, and set right what an interrupt in here left half done."""
-        with self.lock:
-            if self._interrupted:
-                self._in_flight.cancel()
-                self._in_flight.settle()
-                self._table.repair()
-            self._interrupted = True
-            try:
-                yield
-            except MoefluxError:
-                self._interrupted = False
-                raise
-            self._interrupted = False
+    def _repair(self) -> None:
+        """Set right what an interrupt left half done."""
+        self._in_flight.cancel()
+        self._in_flight.settle()
+        self._table.repair()
 
     def ask(self, layer: int, indices: mx.array) -> None:
         """Do what ``StreamedExperts.ask`` promises for a layer."""
-        with self._exclusive():
+        with self.lock, self._repairs:
             ids = self._read_back([indices])[0].ravel().tolist()
             self._asked = layer, ids, self._request(layer, ids)
 
@@ -403,7 +424,7 @@ class ExpertStreamer:
 
     def slots(self, layer: int, indices: mx.array) -> mx.array:
         """Do what ``StreamedExperts.slots`` promises for a layer."""
-        with self._exclusive():
+        with self.lock, self._repairs:
             ids = self._read_back([indices])[0].ravel().tolist()
             self._demand.receive(layer, ids, self._request(layer, ids))
             places = self._table.rows[self._rows[layer]]
@@ -414,7 +435,7 @@ class ExpertStreamer:
         self, layer: int, indices: mx.array
     ) -> Iterator[tuple[slice, mx.array]]:
         """Do what ``StreamedExperts.batches`` promises for a layer."""
-        with self._exclusive():
+        with self.lock, self._repairs:
             rows = self._read_back([indices])[0].tolist()
         first = 0
         while first < len(rows):
@@ -431,7 +452,7 @@ class ExpertStreamer:
     ) -> Iterator[tuple[list[int], list[int]]]:
         """Do what ``StreamedExperts.parts`` promises for a layer."""
         places = self._table.rows[self._rows[layer]]
-        with self._exclusive():
+        with self.lock, self._repairs:
             ids = self._read_back([indices])[0].ravel().tolist()
             missing = self._request(layer, ids)
             if self._in_flight.is_over(layer, missing):
@@ -444,7 +465,7 @@ class ExpertStreamer:
             yield here, slots
         if not missing:
             return
-        with self._exclusive():
+        with self.lock, self._repairs:
             self._demand.receive(layer, ids, missing)
             later = [i for i, e in enumerate(ids) if e in missing]
             slots = [places[ids[i]] for i in later]
@@ -453,7 +474,7 @@ class ExpertStreamer:
     @property
     def is_reading(self) -> bool:
         """Whether something is still being read ahead."""
-        with self._exclusive():
+        with self.lock, self._repairs:
             self._in_flight.settle(wanted=())
             return bool(self._in_flight)
 
@@ -465,7 +486,7 @@ class ExpertStreamer:
         Args:
             layers: what is being read ahead for these is waited for.
         """
-        with self._exclusive():
+        with self.lock, self._repairs:
             self._in_flight.settle(wanted=())
             for layer in self._rows.keys() & layers:
                 self._demand.await_foreseen(layer)
@@ -498,7 +519,7 @@ class ExpertStreamer:
         Raises:
             ExpertStoreError, BudgetError: as ``StreamedExperts.slots``.
         """
-        with self._exclusive():
+        with self.lock, self._repairs:
             ids = np.concatenate(self._read_back(chosen)).reshape(len(layers), -1)
             self._in_flight.settle(wanted=())
             rows = [self._rows[layer] for layer in layers]
@@ -524,14 +545,14 @@ class ExpertStreamer:
         Args:
             indices: expert ids, any shape.
         """
-        with self._exclusive():
+        with self.lock, self._repairs:
             ids = self._read_back([indices])[0].ravel().tolist()
             self._in_flight.settle(wanted=())
             self._demand.foresee(layer, ids)
 
     def _read_back(self, chosen: Sequence[mx.array]) -> list[np.ndarray]:
         """Wait for expert ids, and for all that still reads slots."""
-        self._evaluate_guards(*chosen)
+        self._guards.wait(*chosen)
         for indices in chosen:
             if not mx.issubdtype(indices.dtype, mx.integer):
                 raise ExpertStoreError(
@@ -548,7 +569,7 @@ class ExpertStreamer:
         n_ahead = min(WAVE_EXPERTS, max(1, self._table.capacity // 2))
         read: set[int] = set()
         while left:
-            with self._exclusive():
+            with self.lock, self._repairs:
                 wave = self._next_wave(layer, left, read)
                 if not wave:
                     read.update(self._begin_some(layer, list(left)[:n_ahead], left))
@@ -569,7 +590,7 @@ class ExpertStreamer:
         """Return what is in memory by now, raising if one of ``read`` failed."""
         if self._in_flight:
             # What was built on the last wave is computed while the next one is read.
-            self._evaluate_guards()
+            self._guards.wait()
         failed = self._in_flight.settle(self.stats[layer])
         wanted = [e for e in left if e in read and (layer, e) in failed]
         if wanted:
@@ -581,19 +602,6 @@ class ExpertStreamer:
         self, layer: int, experts: list[int], keep: Collection[int]
     ) -> list[int]:
         """Begin to read as many of ``experts`` as find a slot; return those."""
-        self._evaluate_guards()
+        self._guards.wait()
         keys = self._demand.keys(layer, keep)
         return experts[: self._in_flight.begin(layer, experts, keys)]
-
-    def _evaluate_guards(self, *others: mx.array) -> None:
-        """Wait for what still reads slots, and for ``others``."""
-        guards = list(self._guards)
-        if not guards and not others:
-            return
-        try:
-            self._evaluate(*others, *guards)
-        except Exception:
-            del self._guards[: len(guards)]
-            raise
-        # Ctrl-C leaves them guarded: another call may be next, and evict.
-        del self._guards[: len(guards)]

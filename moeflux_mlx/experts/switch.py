@@ -7,7 +7,6 @@ being those in the slots, so that whatever else it does stays its own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, cast
 
@@ -39,19 +38,19 @@ class StreamedSwitch(nn.Module):
 
     Args:
         source: returns the block's experts as they are reached now.
-        turn: entered while the block asks for slots and builds what reads them; what is
-            left to compute at its end, any thread may wait for.
+        alone: calls what it is given while no other thread asks for slots; what is left
+            to compute then, any thread may wait for.
     """
 
     def __init__(
         self,
         block: RoutedBlock,
         source: Callable[[], ExpertSource],
-        turn: Callable[[], AbstractContextManager[None]],
+        alone: Callable[..., mx.array],
     ):
         super().__init__()
         self.path, self.slot_block = block.path, SlotBlock(block)
-        self._source, self._turn = source, turn
+        self._source, self._alone = source, alone
         # The activation, and whatever a model has put there besides.
         for name, child in block.module.items():
             if name not in block.projections:
@@ -68,10 +67,12 @@ class StreamedSwitch(nn.Module):
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """Run rows ``[..., D]`` through experts ``[..., K]`` to ``[..., K, D]``."""
-        with self._turn():
-            source = self._source()
-            run = self._run if source.settled else self._streamed
-            return run(source, x, indices)
+        return self._alone(self._called, x, indices)
+
+    def _called(self, x: mx.array, indices: mx.array) -> mx.array:
+        source = self._source()
+        run = self._run if source.settled else self._streamed
+        return run(source, x, indices)
 
     def _streamed(
         self, source: ExpertSource, x: mx.array, indices: mx.array
@@ -90,8 +91,7 @@ class StreamedSwitch(nn.Module):
         @run.vjp
         def gradient(primals, cotangent, _):  # type: ignore[no-untyped-def]
             x, indices = primals
-            with self._turn():
-                gradient = self._gradient(source, x, indices, cotangent)
+            gradient = self._alone(self._gradient, source, x, indices, cotangent)
             return gradient, mx.zeros_like(indices)
 
         return cast(mx.array, run(x, indices))
