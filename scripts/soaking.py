@@ -22,6 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,6 +47,8 @@ MOST_TRIES = 50
 FAILED_SHARE, SHORT_SHARE = 0.002, 0.01
 # Ctrl-C comes once in so many seconds, on average, in a round that has it.
 INTERRUPT_SECONDS = 0.3
+# How many requests at the same time a round may have.
+N_THREADS = (1, 2, 4)
 # Another budget, or another state, after so many tokens on average.
 CHANGE_TOKENS = 8
 
@@ -67,7 +70,7 @@ class Hardship:
     def draw(cls, chance: random.Random) -> Hardship:
         """Choose at random."""
         faults, interrupts, states = (chance.random() < 0.5 for _ in range(3))
-        return cls(faults, interrupts, states, chance.choice((1, 2, 4)))
+        return cls(faults, interrupts, states, chance.choice(N_THREADS))
 
 
 @dataclass
@@ -106,6 +109,9 @@ class Soak:
         self.models = [moeflux_mlx.load(directory, **common, **way)[0] for way in ways]
         self._states = tempfile.TemporaryDirectory(prefix="moeflux-soak-")
         self._bell = Bell()
+        # The same ones in each round: MLX keeps about a megabyte of every thread that
+        # ever computed anything.
+        self._threads = ThreadPoolExecutor(max(N_THREADS) - 1)
         self.tally = Tally()
 
     def run(self, seconds: float) -> None:
@@ -132,17 +138,12 @@ class Soak:
             except BaseException as error:
                 failures.append(error)
 
-        others = [
-            threading.Thread(target=work, args=(n,))
-            for n in range(1, hardship.n_threads)
-        ]
         with failing_reads(hardship.faults, chances[-1], self.tally):
-            for thread in others:
-                thread.start()
+            others = self._threads.map(work, range(1, hardship.n_threads))
             with self._bell.ringing(hardship.interrupts):
                 work(0)
-            for thread in others:
-                thread.join()
+            # Until all have ended.
+            list(others)
         if failures:
             raise failures[0]
         self._look_at_memory(model)

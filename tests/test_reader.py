@@ -257,3 +257,23 @@ def test_a_read_of_several_spans_names_the_file_that_ends_early(
     assert reads[0].error is None and bytes(reads[0].place.open()) == expected
     for part in (str(short), "expert 17", "layer 3", "ends after 5"):
         assert part in str(reads[1].error)
+
+
+@pytest.mark.parametrize("step", ["begin", "read", "finish"])
+def test_an_error_that_nobody_expects_is_the_reads_own_and_ends_no_thread(
+    file, monkeypatch, step
+):
+    def broken(*_):
+        raise ZeroDivisionError("odd")
+
+    pool = ReadPool(2, inline_bytes=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Read, step, broken)
+        batch = Batch([read_of(file, n, 63) for n in range(9)])
+        pool.submit(batch)
+        batch.wait()
+    assert all("odd" in str(read.error) and not read.done for read in batch.reads)
+    pool.submit(again := Batch([read_of(file, 5, 63)]))
+    again.wait()
+    assert bytes(again.reads[0].place.open()) == Path(file.name).read_bytes()[5:68]
+    pool.close()

@@ -83,7 +83,7 @@ class Read:
             try:
                 self._memory = self.place.open()
             except Exception as error:
-                self._fail(self.spans[0], error)
+                self.fail(self.spans[0], error)
 
     def read(self, span: Span) -> bool:
         """Read one of the spans, unless another one has failed.
@@ -104,7 +104,7 @@ class Read:
                 return True
         # A read that ended in any other way must not pass for a record.
         except Exception as error:
-            self._fail(span, error)
+            self.fail(span, error)
         return False
 
     def finish(self) -> None:
@@ -114,7 +114,7 @@ class Read:
         try:
             self.place.close(self.error is None)
         except Exception as error:
-            self._fail(self.spans[0], error)
+            self.fail(self.spans[0], error)
         self._memory = None
         self.done = True
 
@@ -122,12 +122,13 @@ class Read:
         assert self._memory is not None
         found = xxhash.xxh3_64_intdigest(self._memory[: self.n_bytes])
         if found != self.checksum:
-            self._fail(
+            self.fail(
                 self.spans[0],
                 f"expected checksum {self.checksum:016x} but got {found:016x}",
             )
 
-    def _fail(self, span: Span, why: Exception | str) -> None:
+    def fail(self, span: Span, why: Exception | str) -> None:
+        """Say why a span could not be read."""
         self.error = ExpertStoreError(
             f"[reader] {span.path}: expert {self.expert} of "
             f"{self.name or f'layer {self.layer}'} at {span.offset}: {why}"
@@ -193,16 +194,19 @@ class Batch:
 
     def _run(self, read: Read, span: Span) -> None:
         start = time.perf_counter()
-        with self._counting:
-            read.begin()
-        second_try = read.read(span)
-        with self._counting:
-            read.second_tries += second_try
-            read.n_left -= 1
-            if read.n_left:
-                read.seconds += time.perf_counter() - start
-                return
-        read.finish()
+        try:
+            with self._counting:
+                read.begin()
+            second_try = read.read(span)
+            with self._counting:
+                read.second_tries += second_try
+                read.n_left -= 1
+                is_last = not read.n_left
+            if is_last:
+                read.finish()
+        # A thread that ended here would be waited for without end.
+        except Exception as error:
+            read.fail(span, error)
         read.seconds += time.perf_counter() - start
 
 
