@@ -111,7 +111,10 @@ class Soak:
         self._bell = Bell()
         # The same ones in each round: MLX keeps about a megabyte of every thread that
         # ever computed anything.
-        self._threads = ThreadPoolExecutor(max(N_THREADS) - 1)
+        self._threads = ThreadPoolExecutor(n_others := max(N_THREADS) - 1)
+        # All begin now, so that they can be counted.
+        barrier = threading.Barrier(n_others)
+        list(self._threads.map(lambda _: barrier.wait(), range(n_others)))
         self.tally = Tally()
 
     def run(self, seconds: float) -> None:
