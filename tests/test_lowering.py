@@ -36,10 +36,14 @@ def test_an_op_on_the_simulator_gives_what_its_reference_gives(
 ):
     case = spec.build()
     monkeypatch.setenv("MOEFLUX_LOWERING", f"{case.op.variant_name}={way}")
-    kernel = SimExecutor().kernel(case.op)
+    executor, launched = SimExecutor(), []
+    executor.on_launch = launched.append
+    kernel = executor.kernel(case.op)
     weights = [case.weights.get(name) for name in case.op.weight_fields]
     inputs = [case.on_device(name) for name in case.inputs]
     got = as_list(kernel(*inputs, *weights))
+    named = next(w.kernels for w in lowering.ways(case.op) if w.name == way)
+    assert set(launched) <= set(named)
     wanted = case.on_device_result()
     assert len(got) == len(wanted) == len(case.written)
     for name, a, b in zip(case.written, got, wanted, strict=True):
