@@ -11,7 +11,8 @@ from importlib import metadata
 
 from .errors import BackendError
 
-_LIBRARIES = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal")
+# Packages of which one holds MLX's library.
+BACKENDS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal")
 
 
 def require_backend() -> None:
@@ -54,7 +55,7 @@ def own_file_limit() -> Iterator[None]:
 
 
 def _advice(error: ImportError) -> str:
-    found = ", ".join(filter(_is_installed, _LIBRARIES)) or "none"
+    found = ", ".join(filter(_is_installed, BACKENDS)) or "none"
     if sys.platform == "darwin":
         fix = "Install it again on Apple silicon: pip install --force-reinstall mlx"
     else:

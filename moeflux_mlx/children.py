@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 # ``-c`` puts "" first, which is the working directory; ``sys`` is built in. The flag
 # ``-P`` would do, but Python 3.10 has none.
@@ -33,6 +34,23 @@ def run_module(module: str, *args: str) -> subprocess.CompletedProcess[str]:
     return run([sys.executable, "-c", _BOOT, module, *args])
 
 
+def start_module(module: str, *args: str, stderr: IO[str]) -> subprocess.Popen[str]:
+    """Start a module likewise; its output is read while it runs.
+
+    Args:
+        stderr: file that takes what it prints as errors.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-c", _BOOT, module, *args],
+        env=_environment({}),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        errors="replace",
+    )
+
+
 def run(
     command: Sequence[str],
     directory: Path | None = None,
@@ -48,10 +66,17 @@ def run(
     return subprocess.run(
         command,
         cwd=directory,
-        # Whatever Python the program starts leaves the working directory out too.
-        env={**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})},
+        env=_environment(environment or {}),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         errors="replace",
     )
+
+
+def _environment(more: Mapping[str, str]) -> dict[str, str]:
+    """Return this process's variables and more.
+
+    Whatever Python the program starts leaves the working directory out too.
+    """
+    return {**os.environ, "PYTHONSAFEPATH": "1", **more}

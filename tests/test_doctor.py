@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
 import mlx.core as mx
 import pytest
 
-from moeflux_mlx import executors, simulator
+from moeflux_mlx import examination, executors, simulator
 from moeflux_mlx.cli import doctor, main
 from moeflux_mlx.executors import default_executor, verified
 from moeflux_mlx.executors.capture import CaptureWindow
@@ -23,23 +24,51 @@ simulated = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache that keeps what the simulator compiles from test to test."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
+def own_folder(cache, monkeypatch):
     """Keep what doctor remembers out of this machine's own cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    verified.is_verified.cache_clear()
-    yield tmp_path / "moeflux-mlx"
-    verified.is_verified.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    folder = cache / "moeflux-mlx"
+    for path in folder.glob("verified-*"):
+        path.unlink()
+    verified.verified_kernels.cache_clear()
+    yield folder
+    verified.verified_kernels.cache_clear()
 
 
-def damaged(name: str):
-    """The kernel of that name with a reference it does not agree with."""
-    kernel = KERNELS[name]
+ONE_CASE_EACH = """
+import dataclasses, os
+from moeflux_mlx.launch import KERNELS
+for name, kernel in KERNELS.items():
+    few = {"sizes": kernel.sizes[:1], "dtypes": kernel.dtypes[:1]}
+    KERNELS[name] = dataclasses.replace(kernel, **few)
+"""
 
-    def reference(*args):
-        return tuple(x + 1 for x in kernel.expected(*args))
 
-    return dataclasses.replace(kernel, reference=reference)
+@pytest.fixture
+def damage(tmp_path, monkeypatch):
+    """Have the processes that examine kernels find some of them damaged."""
+
+    def write(text: str) -> None:
+        folder = tmp_path / "damage"
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(ONE_CASE_EACH + text)
+        monkeypatch.setenv("PYTHONPATH", str(folder))
+
+    return write
+
+
+def report_of(capsys, pattern: str, status: int, *more: str) -> dict:
+    """Return the report as JSON."""
+    command = ["doctor", "--executor", "sim", "--only", pattern, "--json"]
+    assert main([*command, *more]) == status
+    return json.loads(capsys.readouterr().out)
 
 
 @simulated
@@ -51,33 +80,22 @@ def test_doctor_checks_a_kernel_and_says_what_it_is_worth(capsys):
 
 
 @simulated
-def test_a_kernel_that_is_wrong_is_named_and_the_exit_code_is_1(capsys, monkeypatch):
-    monkeypatch.setitem(KERNELS, "residual_add", damaged("residual_add"))
-    assert main(["doctor", "--executor", "sim", "--only", "residual_add"]) == 1
-    captured = capsys.readouterr()
-    assert "0 of 1 kernels agree" in captured.out
-    assert "FAILED residual_add: residual_add float32" in captured.err
-
-
-@simulated
-def test_the_report_as_json_has_machine_cases_and_errors(capsys):
-    pattern = "residual_add*"
-    assert main(["doctor", "--executor", "sim", "--only", pattern, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
+def test_the_report_as_json_has_machine_cases_and_errors(capsys, tmp_path, monkeypatch):
+    path = tmp_path / "record.json"
+    report = report_of(capsys, "residual_add*", 0, "--record", str(path))
     assert report["passed"] is True
+    assert report["not_remembered"] == ""
     assert report["executor"] == "sim"
-    assert {"mlx", "python", "platform", "device"} <= set(report["environment"])
+    environment = report["environment"]
+    assert {"mlx-metal", "python", "platform", "device"} <= set(environment)
+    assert environment["mlx"] == verified.mlx_version()
+    for name, value in mx.device_info().items():
+        assert environment[f"device {name}"] == value
+    assert "MTL_SHADER_VALIDATION=1" in report["validation"]
     assert {k["kernel"] for k in report["kernels"]} >= {"residual_add"}
     for kernel in report["kernels"]:
         assert kernel["n_cases"] >= 3
         assert 0 <= kernel["error"] <= 1
-
-
-@simulated
-def test_what_passed_is_recorded_until_the_kernel_changes(tmp_path, monkeypatch):
-    path = tmp_path / "record.json"
-    command = ["doctor", "--executor", "sim", "--only", "residual_add"]
-    assert main([*command, "--record", str(path)]) == 0
     record = verified.Record(**json.loads(path.read_text()))
     assert record.executor == "sim"
     assert record.holds("residual_add")
@@ -86,15 +104,121 @@ def test_what_passed_is_recorded_until_the_kernel_changes(tmp_path, monkeypatch)
     assert not record.holds("residual_add")
 
 
+# What becomes of a kernel, how that is brought about, and how its complaint begins.
+FATES = {
+    "residual_add": (
+        """
+from moeflux_mlx.simulator import compile
+whole = compile.translate
+def translate(source, name):
+    bad = "int x = nothing_of_that_name;" if "moeflux_residual_add__" in source else ""
+    text, found = whole(source, name)
+    return text + bad, found
+compile.translate = translate
+""",
+        r".*: SimulatorError: .*use of undeclared identifier.*\n.*int x = ",
+    ),
+    "residual_add_n_tokens": (
+        """
+def sample(*args, **sizes):
+    raise KeyError("no such size")
+kernel = KERNELS["residual_add_n_tokens"]
+KERNELS["residual_add_n_tokens"] = dataclasses.replace(kernel, sample=sample)
+""",
+        r"mlx.core.float32 {.*}: KeyError: 'no such size'",
+    ),
+    "rms_norm_apply": (
+        """
+from moeflux_mlx import device
+from moeflux_mlx.launch import check
+device.on_cpu = lambda: False
+def measure(kernel, run):
+    if kernel.name == "rms_norm_apply":
+        raise ValueError("at most 448 threads fit")
+    return check.Timing(1e-6, 1)
+check.measure = measure
+""",
+        r"timing at {.*}: ValueError: at most 448 threads fit",
+    ),
+    "rms_norm_sum_sq": (
+        """
+kernel = KERNELS["rms_norm_sum_sq"]
+def reference(*args, expected=kernel.expected):
+    return tuple(x + 1 for x in expected(*args))
+KERNELS["rms_norm_sum_sq"] = dataclasses.replace(kernel, reference=reference)
+""",
+        r"rms_norm_sum_sq float32 .*error",
+    ),
+    "rms_norm_apply_bf16": (
+        """
+from moeflux_mlx import launch
+class Deadly(dict):
+    def __getitem__(self, name):
+        if name == "rms_norm_apply_bf16":
+            os.write(2, b"command buffer failed")
+            os.abort()
+        return super().__getitem__(name)
+launch.KERNELS = Deadly(KERNELS)
+""",
+        r"the process ended with -6 while it examined this: command buffer failed",
+    ),
+}
+
+
+@simulated
+def test_whatever_becomes_of_some_kernels_the_doctor_reports_on_all(capsys, damage):
+    damage("".join(text for text, _ in FATES.values()))
+    report = report_of(capsys, "r[em]*", 1)
+    assert report["passed"] is False
+    found = {k["kernel"]: k for k in report["kernels"]}
+    assert {name for name, k in found.items() if not k["passed"]} == set(FATES)
+    for name, (_, complaint) in FATES.items():
+        assert re.match(complaint, found[name]["complaints"][0]), name
+    # What agreed serves from now on, what did not does not.
+    good = set(found) - set(FATES)
+    assert "rms_norm_per_head_n_tokens" in good
+    assert verified.verified_kernels("sim") == good
+
+
+def test_a_kernel_that_is_wrong_is_named_and_the_exit_code_is_1(capsys, monkeypatch):
+    wrong = examination.Finding("residual_add", "elementwise", complaints=["so\nbad"])
+    right = examination.Finding("swiglu_fused", "elementwise")
+    monkeypatch.setattr(doctor, "examine_apart", lambda *of: iter([wrong, right]))
+    monkeypatch.setattr(doctor, "open_kernels", lambda name: SimExecutor())
+    assert main(["doctor"]) == 1
+    captured = capsys.readouterr()
+    assert "1 of 2 kernels agree" in captured.out
+    assert "FAILED residual_add: so\nbad" in captured.err
+
+    def full(path, text):
+        raise OSError(28, "No space left on device", str(path))
+
+    # A report that cannot be remembered is given all the same.
+    monkeypatch.setattr(verified.private, "write_text", full)
+    assert main(["doctor", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert "No space left on device" in report["not_remembered"]
+
+
+@pytest.mark.parametrize(
+    ("complaints", "failure", "conclusion"),
+    [
+        ([], "", "Models use them on this machine from now on"),
+        (["wrong"], "", "MLX's own operations take the place of the rest."),
+        (["wrong"], "", "MTL_DEBUG_LAYER=1 MTL_SHADER_VALIDATION=1 moeflux doctor"),
+        ([], "disk full", "models use none of them: disk full"),
+    ],
+)
+def test_the_report_ends_with_what_follows_for_models(complaints, failure, conclusion):
+    findings = [examination.Finding("residual_add", "family", complaints=complaints)]
+    assert conclusion in doctor._conclusion("metal", findings, failure)
+
+
 def test_a_record_keeps_what_it_says_of_kernels_not_examined(tmp_path):
     path = tmp_path / "record.json"
-    findings = [
-        doctor.Finding(name, "family", 1, 0.0, complaints, 0.0)
-        for name, complaints in (("residual_add", []), ("swiglu_fused", []))
-    ]
-    first = doctor.make_record("sim", findings)
+    first = found_right("sim", "residual_add", "swiglu_fused")
     verified.save(first, path)
-    broken = dataclasses.replace(findings[1], complaints=["wrong"])
+    broken = examination.Finding("swiglu_fused", "family", complaints=["wrong"])
     now = doctor.make_record("sim", [broken])
     kept = verified.with_earlier(now, path, ["swiglu_fused"])
     assert kept.kernels == {"residual_add": first.kernels["residual_add"]}
@@ -104,41 +228,47 @@ def test_a_record_keeps_what_it_says_of_kernels_not_examined(tmp_path):
         assert verified.with_earlier(now, path, ["swiglu_fused"]) == now
 
 
-def test_metal_is_the_default_only_where_every_kernel_was_found_right(monkeypatch):
+def found_right(executor: str, *names: str) -> verified.Record:
+    """Return the record of a doctor that found these kernels right."""
+    findings = [examination.Finding(name, "family") for name in names]
+    return doctor.make_record(executor, findings)
+
+
+def test_metal_is_the_default_where_kernels_were_found_right(monkeypatch):
     monkeypatch.delenv("MOEFLUX_EXECUTOR", raising=False)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     assert default_executor() == "ops"
-    findings = [doctor.Finding(name, "family", 1, 0.0, [], 0.0) for name in KERNELS]
-    wrong = dataclasses.replace(findings[-1], complaints=["wrong"])
-    verified.save(doctor.make_record("metal", [*findings[:-1], wrong]))
-    verified.is_verified.cache_clear()
-    assert default_executor() == "ops"
-    verified.save(doctor.make_record("metal", findings))
-    verified.is_verified.cache_clear()
+    first, *others = KERNELS
+    verified.remember(found_right("metal", *others), KERNELS)
     assert default_executor() == "metal"
+    executor = executors.open_executor()
+    assert [name for name in KERNELS if not executor.usable(name)] == [first]
+    # Who asks for it by name takes all that it has.
+    assert all(map(executors.open_executor("metal").usable, KERNELS))
+    verified.remember(found_right("metal", first), [first])
+    assert all(map(executors.open_executor().usable, KERNELS))
 
 
 def test_a_record_of_another_machine_or_mlx_counts_for_nothing(own_folder):
-    findings = [doctor.Finding(n, "family", 1, 0.0, [], 0.0) for n in KERNELS]
-    record = doctor.make_record("metal", findings)
+    record = found_right("metal", *KERNELS)
     for other in ({"machine": "another"}, {"mlx": "0.1"}):
-        verified.save(dataclasses.replace(record, **other))
-        verified.is_verified.cache_clear()
-        assert not verified.is_verified("metal")
+        verified.remember(dataclasses.replace(record, **other), KERNELS)
+        verified.verified_kernels.cache_clear()
+        assert not verified.verified_kernels("metal")
     path = own_folder / "verified-metal.json"
     whole = json.loads(path.read_text())
     nonsense = [{**whole, "date": 1}, {**whole, "kernels": {"a": 1}}, [], {}]
     nonsense += [{**whole, "kernels": 7}, {**whole, "more": ""}]
     for text in ("{", "[" * 100_000, "9" * 5000, *map(json.dumps, nonsense)):
         path.write_text(text)
-        verified.is_verified.cache_clear()
+        verified.verified_kernels.cache_clear()
         with pytest.warns(UserWarning, match="run moeflux doctor again"):
-            assert not verified.is_verified("metal")
+            assert not verified.verified_kernels("metal")
     path.unlink()
     os.mkfifo(path)
-    verified.is_verified.cache_clear()
+    verified.verified_kernels.cache_clear()
     # What is no plain file of ours is passed over, and never waited for.
-    assert not verified.is_verified("metal")
+    assert not verified.verified_kernels("metal")
 
 
 def test_doctor_refuses_an_executor_without_kernels(capsys):

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from moeflux_mlx import simulator
 from moeflux_mlx.executors.sim import SimExecutor
-from moeflux_mlx.launch import KERNELS
+from moeflux_mlx.launch import KERNELS, attention, linear_attention
 from moeflux_mlx.launch.check import check
+from moeflux_mlx.simulator.compile import NUMBERS
 
 pytestmark = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"
@@ -166,7 +167,12 @@ def identical(a: mx.array, b: mx.array) -> bool:
     return bool(np.array_equal(np.array(a.view(mx.uint8)), np.array(b.view(mx.uint8))))
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+# Apple's compiler contracts a * b + c where it likes: equal bits must not hang on that.
+ANYHOW = [(mx.float16, "plain"), (mx.bfloat16, "plain")]
+ANYHOW += [(mx.float32, numbers) for numbers in NUMBERS]
+
+
+@pytest.mark.parametrize(("dtype", "numbers"), ANYHOW)
 @pytest.mark.parametrize(
     ("one", "many"),
     [
@@ -175,8 +181,8 @@ def identical(a: mx.array, b: mx.array) -> bool:
         ("dequant_matvec_8bit_v3", "dequant_matvec_8bit_v3_n_tokens"),
     ],
 )
-def test_tokens_together_give_the_bits_that_each_gives_alone(one, many, dtype):
-    run = SimExecutor(checked=False, seed=1).run
+def test_tokens_together_give_the_bits_that_each_gives_alone(one, many, dtype, numbers):
+    run = SimExecutor(checked=False, seed=1, numbers=numbers).run
     sizes: dict[str, Any] = {"i": 320, "o": 21, "g": 64, "s": 1}
     x, *matrix = KERNELS[many].arguments(dtype, **sizes, t=3)
     (together,) = run(KERNELS[many](x, *matrix))
@@ -186,15 +192,61 @@ def test_tokens_together_give_the_bits_that_each_gives_alone(one, many, dtype):
 
 
 @pytest.mark.parametrize("fold", [2, 4, 8])
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_folding_heads_changes_no_bit(fold, dtype):
-    run = SimExecutor(checked=False, seed=1).run
+@pytest.mark.parametrize(("dtype", "numbers"), ANYHOW[1:])
+def test_folding_heads_changes_no_bit(fold, dtype, numbers):
+    run = SimExecutor(checked=False, seed=1, numbers=numbers).run
     sizes = {"b": 2, "t": 5, "h": 2, "per": 8, "s": 37, "d": 64, "masks": 2}
     folded = KERNELS[f"sdpa_causal_direct_fold{fold}"]
     args = folded.arguments(dtype, **sizes)
     (alone,) = run(KERNELS["sdpa_causal_direct"](*args))
     (together,) = run(folded(*args))
     assert identical(alone, together)
+
+
+# Ragged, and wide enough for the registers to matter.
+WIDE: dict[str, dict[str, int]] = {
+    "gated_delta_decode": dict(b=1, hk=1, hv=2, dk=256, dv=37, w=4, s=1),
+    "sdpa_decode": dict(b=1, h=1, per=8, s=19, d=256, masks=1),
+    "sdpa_decode_parts": dict(b=1, h=1, per=8, s=70, d=256, at=66),
+}
+# What the H200 was measured with: threads, and the part of the template that differs.
+ON_CUDA = {
+    "gated_delta_decode": (512, {"ROWS": 8, "SIMDGROUPS": 16}),
+    "sdpa_decode": (256, {"FOLD": 8}),
+    "sdpa_decode_parts": (256, {"FOLD": 4}),
+}
+FOLDS = (512, 512), (1024, 2048)
+# Macs have fewer registers than CUDA's devices, so launches differ: (Metal's, CUDA's).
+HELD = (8, 1024), (16, 2048)
+LAUNCHES = [
+    ("gated_delta_decode", linear_attention, "DECODE_SIMDGROUPS HELD_VALUES", HELD),
+    ("sdpa_decode", attention, "FOLDED_CHANNELS DECODE_CHANNELS", FOLDS),
+    ("sdpa_decode_parts", attention, "FOLDED_CHANNELS DECODE_CHANNELS", FOLDS),
+]
+
+
+@pytest.mark.parametrize(("name", "module", "constants", "values"), LAUNCHES)
+def test_macs_launch_otherwise_than_cuda_and_give_the_same_bits(
+    name, module, constants, values, monkeypatch
+):
+    kernel, launches, outputs = KERNELS[name], [], []
+    for each in values:
+        for constant, value in zip(constants.split(), each, strict=True):
+            monkeypatch.setattr(module, constant, value)
+        args = kernel.arguments(kernel.dtypes[0], **WIDE[name])
+        launches.append(kernel(*args))
+        outputs.append(SimExecutor(checked=False, seed=2).run(launches[-1]))
+        checked = SimExecutor(checked=True, seed=3).run
+        assert check(kernel, kernel.dtypes[0], WIDE[name], checked).passed
+    metal, cuda = launches
+    assert metal.threadgroup == (256, 1, 1)
+    assert (cuda.threadgroup[0], cuda.template) == (
+        ON_CUDA[name][0],
+        {**metal.template, **ON_CUDA[name][1]},
+    )
+    assert cuda.template != metal.template
+    for a, b in zip(*outputs, strict=True):
+        assert identical(a, b)
 
 
 # Three kernels of the gated delta rule, one recurrence.

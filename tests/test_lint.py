@@ -48,6 +48,44 @@ CASES = [
         int f(int n) { return g(n) + g(n); }""",
     ),
     (
+        "member",
+        4,
+        """
+        struct Tile {
+          float v[4];
+          thread float& at(short i) { return v[i]; }
+        };""",
+        """
+        struct Tile {
+          float v[4];
+          thread float& at(short i) thread { return v[i]; }
+          float first() const device { return v[0]; }
+          static int n() { return 4; }
+        };
+        inline float sum(thread Tile& t) { return t.at(0) + t.at(1); }""",
+    ),
+    (
+        "member",
+        6,
+        """
+        namespace a {
+        template <typename T>
+        class Tile {
+         public:
+          Tile() : v(0) {}
+          T v;
+        };
+        }""",
+        """
+        template <typename T>
+        class Tile {
+         public:
+          Tile() thread : v(0) {}
+          T operator()(int i) const thread { return v + i; }
+          T v;
+        };""",
+    ),
+    (
         "goto",
         3,
         """
@@ -259,7 +297,7 @@ CASES = [
         };""",
         """
         struct S {
-          float virtual_f() { return 1.0f; }
+          float virtual_f() thread { return 1.0f; }
         };""",
     ),
     (

@@ -8,63 +8,46 @@ import fnmatch
 import json
 import platform
 import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from .. import __version__, device
-from ..errors import BackendError, ConfigError, MoefluxError
-from ..executors import gpu_executor, open_executor
-from ..executors.kernels import KernelExecutor
+from ..backend import BACKENDS
+from ..errors import ConfigError
+from ..examination import Finding, examine_apart, open_kernels
+from ..executors import gpu_executor
 from ..executors.verified import (
     Record,
     fingerprint,
     machine_name,
     mlx_version,
+    remember,
     save,
     with_earlier,
 )
-from ..launch import KERNELS, Kernel
-from ..launch.check import check, measure
+from ..launch import KERNELS
 from .arguments import check_output
 
 N_ERRORS_SHOWN = 3
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What became of one kernel: cases run, worst error, speed, first complaints.
-
-    ``error`` is the worst relative RMS error as a share of what is allowed;
-    ``build_ms`` the first launch with its compilation; ``us`` and ``gbps`` are of the
-    large size, on GPUs only.
-    """
-
-    kernel: str
-    family: str
-    n_cases: int
-    error: float
-    complaints: list[str]
-    build_ms: float
-    us: float | None = None
-    gbps: float | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Tell whether every case agreed."""
-        return not self.complaints
+VALIDATION = "MTL_DEBUG_LAYER=1 MTL_SHADER_VALIDATION=1 moeflux doctor"
+VALIDATION_TEXT = (
+    f"On a Mac, Metal itself looks for bad calls and bad accesses with: {VALIDATION}"
+)
 
 
 def add_parser(subparsers: Any) -> None:
     """Add ``doctor`` with its options."""
     text = "build every kernel here and check it against its reference"
-    parser = subparsers.add_parser("doctor", description=text, help=text)
+    parser = subparsers.add_parser(
+        "doctor", description=text, help=text, epilog=VALIDATION_TEXT
+    )
     parser.add_argument("--executor", help="metal, cuda or sim (default: what is here)")
     parser.add_argument(
         "--only", default="*", metavar="PATTERN", help="kernels to check, as moe_*"
@@ -82,64 +65,30 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check the kernels and report; return 1 if anything failed."""
     check_output("--record", args.record)
-    executor = _executor(args.executor)
-    chosen = [k for k in KERNELS.values() if fnmatch.fnmatch(k.name, args.only)]
-    if not chosen:
+    executor = open_kernels(args.executor or gpu_executor() or "sim").name
+    names = fnmatch.filter(KERNELS, args.only)
+    if not names:
         raise ConfigError(f"[--only] expected a kernel's name but got {args.only!r}")
     console = Console(stderr=True)
-    findings = [
-        examine(kernel, executor)
-        for kernel in track(chosen, "kernels", console=console, transient=True)
-    ]
-    passed = all(f.passed for f in findings)
-    record = make_record(executor.name, findings)
-    if passed and len(chosen) == len(KERNELS):
-        save(record)
-    if args.record:
-        names = [kernel.name for kernel in chosen]
-        save(with_earlier(record, args.record, names), args.record)
+    found = examine_apart(names, executor)
+    findings = [*track(found, "kernels", len(names), console=console, transient=True)]
+    remembered = _keep(make_record(executor, findings), names, args.record)
     if args.json:
-        print(json.dumps(_as_json(executor.name, findings, passed), indent=1))
+        print(json.dumps(_as_json(executor, findings, remembered), indent=1))
     else:
-        _print(executor.name, findings, passed)
-    return 0 if passed else 1
+        _print(executor, findings, remembered)
+    return 0 if all(f.passed for f in findings) else 1
 
 
-def _executor(name: str | None) -> KernelExecutor:
-    if name is None:
-        name = gpu_executor() or "sim"
-    executor = open_executor(name)
-    if not isinstance(executor, KernelExecutor):
-        raise BackendError(
-            f"[doctor] expected metal, cuda or sim: {name!r} has no kernels"
-        )
-    return executor
-
-
-def examine(kernel: Kernel, executor: KernelExecutor) -> Finding:
-    """Run a kernel at every type and size, and time it on a GPU."""
-    start = time.perf_counter()
-    n_cases, error, complaints, build_ms = 0, 0.0, [], 0.0
-    for dtype in kernel.dtypes:
-        for sizes in kernel.sizes:
-            n_cases += 1
-            try:
-                result = check(kernel, dtype, sizes, executor.run)
-            except (MoefluxError, RuntimeError, ValueError) as failure:
-                complaints.append(f"{dtype} {dict(sizes)}: {failure}")
-                continue
-            if n_cases == 1:
-                build_ms = 1e3 * (time.perf_counter() - start)
-            shares = [e / (result.limits[n] or 1) for n, e in result.errors.items()]
-            error = max(error, *shares)
-            if not result.passed:
-                complaints.append(str(result))
-    found = Finding(kernel.name, kernel.family, n_cases, error, complaints, build_ms)
-    if complaints or device.on_cpu():
-        return found
-    timing = measure(kernel, executor.run)
-    speed = {"us": 1e6 * timing.seconds, "gbps": timing.gbps}
-    return Finding(**{**asdict(found), **speed})
+def _keep(record: Record, names: list[str], path: Path | None) -> str:
+    """Remember what agreed, also in a file; return why that was not possible."""
+    try:
+        remember(record, names)
+        if path:
+            save(with_earlier(record, path, names), path)
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def make_record(executor: str, findings: list[Finding]) -> Record:
@@ -149,45 +98,71 @@ def make_record(executor: str, findings: list[Finding]) -> Record:
     return Record(executor, machine_name(), today, mlx_version(), good)
 
 
-def _environment() -> dict[str, str]:
+def _environment() -> dict[str, Any]:
+    """Return what a reader of the report has to know of this machine."""
+    metal = {"macos": platform.mac_ver()[0]} if sys.platform == "darwin" else {}
     return {
         "moeflux-mlx": __version__,
-        "mlx": mlx_version(),
-        "mlx-lm": metadata.version("mlx-lm"),
+        **{name: _version(name) for name in ("mlx", *BACKENDS, "mlx-lm")},
         "python": platform.python_version(),
         "platform": platform.platform(),
+        **metal,
+        "machine": platform.machine(),
         "device": machine_name(),
         "memory": f"{device.physical_memory_bytes() / 2**30:.1f} GiB",
+        **{f"device {name}": value for name, value in mx.device_info().items()},
     }
 
 
-def _as_json(executor: str, findings: list[Finding], passed: bool) -> dict[str, Any]:
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _as_json(executor: str, findings: list[Finding], failure: str) -> dict[str, Any]:
     return {
         "environment": _environment(),
         "executor": executor,
-        "passed": passed,
+        "passed": all(f.passed for f in findings),
+        "not_remembered": failure,
+        "validation": VALIDATION,
         "kernels": [{**asdict(f), "passed": f.passed} for f in findings],
     }
 
 
-def _print(executor: str, findings: list[Finding], passed: bool) -> None:
+def _print(executor: str, findings: list[Finding], failure: str) -> None:
     console = Console()
-    for name, value in _environment().items():
-        console.print(f"{name:<12} {value}", highlight=False)
-    console.print(f"{'executor':<12} {executor}", highlight=False)
+    environment = {**_environment(), "executor": executor}
+    width = max(map(len, environment))
+    for name, value in environment.items():
+        console.print(f"{name:<{width}} {value}", highlight=False)
     console.print(_table(findings))
     for finding in findings:
         for complaint in finding.complaints[:N_ERRORS_SHOWN]:
             print(f"FAILED {finding.kernel}: {complaint}", file=sys.stderr)
     n_good = sum(f.passed for f in findings)
     console.print(f"{n_good} of {len(findings)} kernels agree with their references.")
+    console.print(_conclusion(executor, findings, failure))
+
+
+def _conclusion(executor: str, findings: list[Finding], failure: str) -> str:
+    """Say what follows for whoever loads a model here."""
     if executor == "sim":
-        console.print(
+        return (
             "They ran on the simulator: evidence for Metal, not proof. "
             "Times of a simulator mean nothing."
         )
-    elif passed and len(findings) == len(KERNELS):
-        console.print(f"Models use executor {executor!r} on this machine from now on.")
+    if failure:
+        return f"Nothing was remembered, so models use none of them: {failure}"
+    if all(f.passed for f in findings):
+        return f"Models use them on this machine from now on, by executor {executor!r}."
+    text = (
+        f"Models use those that agree from now on, by executor {executor!r}; other "
+        "kernels or MLX's own operations take the place of the rest."
+    )
+    return f"{text}\n{VALIDATION_TEXT}" if executor == "metal" else text
 
 
 def _table(findings: list[Finding]) -> Table:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from ..graph.graph import Graph
-from ..graph.lower import Kernel, Step, lower
+from ..graph.lower import Kernel, Step, Together, lower
 from ..graph.op import Op
 from ..launch import KERNELS, Launch, prepare
 from ..launch.base import Prepared
-from ..lowering import fused, lowered
+from ..lowering import Usable, Way, any_kernel, default_way, fused, lowered
 from ..metal import MetalKernel, library
 from .base import Executor
 
@@ -33,6 +33,8 @@ class KernelExecutor(Executor):
         self._built: dict[str, Any] = {}
         # Hears the name of every kernel launched.
         self.on_launch: Callable[[str], object] | None = None
+        # Ways whose kernels are not usable are passed over.
+        self.usable: Usable = any_kernel
 
     @property
     def built(self) -> tuple[str, ...]:
@@ -52,10 +54,17 @@ class KernelExecutor(Executor):
         return self.kernel_count
 
     def kernel(self, op: Op) -> Kernel:
-        return lowered(op, self.run, self.name)
+        return lowered(op, self.run, self.name, self.usable)
 
     def lower(self, graph: Graph) -> list[Step]:
-        return lower(graph, self.kernel, lambda ops: fused(ops, self.run, self.name))
+        def fuse(ops: Sequence[Op]) -> Together | None:
+            return fused(ops, self.run, self.name, self.usable)
+
+        return lower(graph, self.kernel, fuse)
+
+    def default_way(self, op: Op) -> Way:
+        """Return the way of an Op where nobody chose and nothing is tuned."""
+        return default_way(op, self.name, self.usable)
 
     def run(self, launch: Launch) -> tuple[mx.array, ...]:
         """Launch a kernel; return its outputs in the signature's order.

@@ -65,16 +65,26 @@ def with_earlier(record: Record, path: Path, examined: Collection[str]) -> Recor
     return replace(record, kernels={**kept, **record.kernels})
 
 
-def save(record: Record, path: Path | None = None) -> Path:
-    """Write a record, by default where ``is_verified`` looks for this machine's."""
-    text = json.dumps(asdict(record), indent=1, sort_keys=True) + "\n"
-    if path is None:
-        path = private.made() / _own_name(record.executor)
-        private.write_text(path, text)
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return path
+def remember(record: Record, examined: Collection[str]) -> None:
+    """Write a record where ``verified_kernels`` looks.
+
+    What is known of kernels that were not examined stays.
+    """
+    path = private.made() / _own_name(record.executor)
+    if private.is_private(path):
+        record = with_earlier(record, path, examined)
+    private.write_text(path, _text(record))
+    verified_kernels.cache_clear()
+
+
+def save(record: Record, path: Path) -> None:
+    """Write a record to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_text(record))
+
+
+def _text(record: Record) -> str:
+    return json.dumps(asdict(record), indent=1, sort_keys=True) + "\n"
 
 
 def records() -> list[Record]:
@@ -106,12 +116,12 @@ def _read(path: Path) -> Record | None:
 
 
 @functools.cache
-def is_verified(executor: str) -> bool:
-    """Tell whether every kernel, as it is now, was found right on this machine."""
+def verified_kernels(executor: str) -> frozenset[str]:
+    """Return the kernels that, as they are now, were found right on this machine."""
     folder = private.found()
     path = folder / _own_name(executor) if folder else None
     # Kernels run instead of MLX's own operations on this file's word.
     record = _read(path) if path and private.is_private(path) else None
     if record is None or record.where != (executor, machine_name(), mlx_version()):
-        return False
-    return all(record.holds(name) for name in KERNELS)
+        return frozenset()
+    return frozenset(filter(record.holds, KERNELS))

@@ -57,7 +57,11 @@ def attend_spare(
     return run(kernels.sdpa_decode_join(sums, stats, q.dtype, gate))[0]
 
 
-@way(ops.SdpaCausalTiled, "sdpa_decode_parts", takes_spare)
+# The kernels of ``attend_spare``.
+SPARE_KERNELS = ("sdpa_decode_parts", "sdpa_decode_join")
+
+
+@way(ops.SdpaCausalTiled, "sdpa_decode_parts", takes_spare, SPARE_KERNELS)
 def sdpa_parts(
     op: Any, run: Run, q: mx.array, k: mx.array, v: mx.array, _: None, start: mx.array
 ) -> mx.array:
@@ -109,6 +113,7 @@ _one_launch(kernels.sdpa_causal_staged, _width_fits)
     ops.SdpaCausalTiled,
     "attn_scores_batched",
     lambda op: _one_token(op) and op.mask is None,
+    ("attn_scores_batched", "attn_softmax_batched", "attn_values_batched"),
 )
 def sdpa_three_passes(
     op: Any, run: Run, q: mx.array, k: mx.array, v: mx.array, *_: None

@@ -43,7 +43,7 @@ from ..ops.norm import (
     RmsNormQkNTokens,
 )
 from ..ops.quant import MatvecNTokens
-from .attention import attend_spare, takes_spare
+from .attention import SPARE_KERNELS, attend_spare, takes_spare
 from .moe import all_known, experts_act, routing_fits
 from .rows import form, kernel_form, parts
 from .table import Run, Values, group
@@ -244,7 +244,12 @@ def _gated_attention(ops: Sequence[Any]) -> int:
     return 2 * (takes_spare(ops[0]) and ops[1].x == ops[0].attn_out)
 
 
-@group("sdpa_decode_parts", (SdpaCausalTiled, SigmoidGateNTokens), _gated_attention)
+@group(
+    "sdpa_decode_parts",
+    (SdpaCausalTiled, SigmoidGateNTokens),
+    _gated_attention,
+    kernels=SPARE_KERNELS,
+)
 def gated_attention(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Attend over parts of the cache, then join and gate them."""
     attend, gate = ops
@@ -294,7 +299,16 @@ def _experts(ops: Sequence[Any]) -> int:
     return len(EXPERTS) if linked else 0
 
 
-@group("experts_down_combine", EXPERTS, _experts, takes_parts=True)
+EXPERT_KERNELS = ("experts_gate_up_swiglu", "experts_down_combine")
+
+
+@group(
+    "experts_down_combine",
+    EXPERTS,
+    _experts,
+    takes_parts=True,
+    kernels=EXPERT_KERNELS,
+)
 def experts_and_shared(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Run the experts' first half, then theirs and the shared expert's second."""
     experts, source = ops[0], values[ops[0].experts]
@@ -350,7 +364,14 @@ def _routed(ops: Sequence[Any]) -> int:
     return len(ROUTED) if linked and _routing(ops) and _experts(ops[2:]) else 0
 
 
-@group("experts_route_gate_up", ROUTED, _routed, takes_parts=True)
+@group(
+    "experts_route_gate_up",
+    ROUTED,
+    _routed,
+    takes_parts=True,
+    # The experts may have to be found first, after a launch that routes alone.
+    kernels=("experts_route_gate_up", "moe_softmax_topk", *EXPERT_KERNELS),
+)
 def routed_experts(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Route within the experts' first launch, where each expert is its own slot."""
     top, experts, source = ops[0], ops[2], values[ops[2].experts]

@@ -16,6 +16,7 @@ from .table import Run, way
     ops.Conv1dStepNTokens,
     "conv1d_step",
     lambda op: 2 <= op.kernel_size <= kernels.MAX_WIDTH,
+    ("conv1d_step", "conv1d_state_update"),
 )
 def conv1d_step(
     op: Any,

@@ -67,7 +67,11 @@ def _with_known_experts(
     return go
 
 
-@way(ops.MoeDecodeExperts, "experts_gate_up_swiglu")
+@way(
+    ops.MoeDecodeExperts,
+    "experts_gate_up_swiglu",
+    kernels=("experts_gate_up_swiglu", "experts_down_sum"),
+)
 @_with_known_experts
 def decode_experts(
     op: Any,
@@ -104,7 +108,11 @@ def experts_act(
     return slots, act
 
 
-@way(ops.MoeGatherIdFuse, "moe_mm_id")
+@way(
+    ops.MoeGatherIdFuse,
+    "moe_mm_id",
+    kernels=("moe_id_map", "moe_mm_id", "swiglu_fused_batched", "moe_combine_topk"),
+)
 @_with_known_experts
 def gather_experts(
     op: Any,
@@ -166,7 +174,11 @@ def matmul(run: Run, rows: mx.array, weight: Weight) -> mx.array:
     return run(quant.qmm_t(rows, *parts(weight), *form(weight)))[0]
 
 
-@way(ops.MoeBatchedPermuteFuse, "qmm_t")
+# The kernels of ``expert_rows``.
+EXPERT_KERNELS = ("qmm_t", "swiglu_fused_batched")
+
+
+@way(ops.MoeBatchedPermuteFuse, "qmm_t", kernels=(*EXPERT_KERNELS, "moe_combine_topk"))
 @_with_known_experts
 def batched_experts(
     op: Any,
@@ -185,7 +197,11 @@ def batched_experts(
     return out_sum + run(kernels.moe_combine_topk(mid, shares))[0]
 
 
-@way(ops.MoeBatchedPermuteFuse, "moe_bucket_accumulate")
+@way(
+    ops.MoeBatchedPermuteFuse,
+    "moe_bucket_accumulate",
+    kernels=(*EXPERT_KERNELS, "moe_bucket_accumulate"),
+)
 @_with_known_experts
 def bucket_experts(
     op: Any,

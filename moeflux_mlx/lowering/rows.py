@@ -121,7 +121,7 @@ def _worth_unpacking(op: MatvecNTokens) -> bool:
     return kernel_form(op.weight) and op.n_tokens >= UNPACKED_TOKENS and small
 
 
-@way(MatvecNTokens, "mlx_dequantize", _worth_unpacking)
+@way(MatvecNTokens, "mlx_dequantize", _worth_unpacking, kernels=())
 def unpacked_product(
     _op: Any, _run: Run, x: mx.array, weight: Weight, bias: Weight | None
 ) -> mx.array:
@@ -172,7 +172,11 @@ def rms_norm(op: Any, run: Run, x: mx.array, weight: Weight) -> mx.array:
     return run(norm.rms_norm_bf16_fused_n_tokens(x, weight.w, op.eps))[0]
 
 
-@way(norm_ops.RmsNormBf16NTokens, "rms_norm_sum_sq")
+@way(
+    norm_ops.RmsNormBf16NTokens,
+    "rms_norm_sum_sq",
+    kernels=("rms_norm_sum_sq", "rms_norm_apply", "rms_norm_apply_bf16"),
+)
 def rms_norm_two_pass(op: Any, run: Run, x: mx.array, weight: Weight) -> mx.array:
     (sum_sq,) = run(norm.rms_norm_sum_sq(x))
     same = weight.w.dtype == x.dtype

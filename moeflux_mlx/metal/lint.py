@@ -62,6 +62,11 @@ RULES = (
     ),
     Rule("32KiB", "threadgroup memory is limited", rules.threadgroup_bytes),
     Rule("pointer", "pointers and references name a space", rules.without_space),
+    Rule(
+        "member",
+        "member functions end with thread or another space from Metal 4.1 on",
+        rules.members_without_space,
+    ),
     Rule("function-pointer", "there are no function pointers", rules.function_pointers),
     Rule(
         "host-c++",

@@ -158,6 +158,19 @@ def static_locals(source: Scan) -> Found:
                 yield token.line, " ".join(texts(function.body, i, 3))
 
 
+def members_without_space(source: Scan) -> Found:
+    """Find member functions that do not say which space their object is in."""
+    for function in source.functions:
+        belongs = not {"static", "friend"} & {t.text for t in function.head}
+        tail = function.tail
+        if texts(tail, 0, 1) == ["("]:
+            # The parameters of ``operator()`` come after its name's.
+            tail = tail[matching(tail, 0) + 1 :]
+        ends = [t.text for t in tail if t.text != "const"]
+        if function.is_member and belongs and not SPACES & set(ends[:1]):
+            yield function.name.line, function.name.text
+
+
 _DECLARES = {"using", "typedef", "struct", "class", "enum", "union", "template"}
 _DECLARES |= {"static_assert", "namespace", "extern", "friend", "operator"}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from .source import without_comments
@@ -39,13 +39,19 @@ Tokens = Sequence[Token]
 
 @dataclass(frozen=True)
 class Function:
-    """A function with its body; ``head`` is what stands before its name."""
+    """A function with its body.
+
+    ``head`` is what stands before its name, ``tail`` what stands between its parameters
+    and its body.
+    """
 
     name: Token
     template: Tokens
     head: Tokens
     parameters: tuple[Tokens, ...]
+    tail: Tokens
     body: Tokens
+    is_member: bool = False
 
     @property
     def is_kernel(self) -> bool:
@@ -168,7 +174,10 @@ def _braces(tokens: Tokens, begin: int, i: int, closing: int, result: Scan) -> b
         result.functions.append(function)
         return True
     if {"struct", "class", "union"} & set(words) and "=" not in words:
+        n_before = len(result.functions)
         _scope(tokens, i + 1, result, result.members, closing)
+        members = result.functions[n_before:]
+        result.functions[n_before:] = [replace(f, is_member=True) for f in members]
     return False
 
 
@@ -207,7 +216,8 @@ def _function(template: Tokens, head: Tokens, body: Tokens) -> Function | None:
         if named >= 0:
             closing = matching(head, i)
             parameters = split(head[i + 1 : closing])
-            return Function(head[named], template, head[:named], parameters, body)
+            tail = head[closing + 1 :]
+            return Function(head[named], template, head[:named], parameters, tail, body)
         if text == "=" and "operator" not in [t.text for t in head[:i]]:
             return None
         i = matching(head, i) + 1 if text in "([" else i + 1

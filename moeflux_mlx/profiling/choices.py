@@ -22,7 +22,7 @@ from ..graph.rows import RowPart, whole
 from ..launch import KERNELS
 from ..launch.base import TOLERANCE
 from ..launch.check import relative_error
-from ..lowering import GROUPS, Group, default_way, groups_ahead, ways
+from ..lowering import GROUPS, Group, groups_ahead, ways
 from ..lowering.groups import one_by_one
 from ..lowering.tuned import ONE_BY_ONE, TOGETHER, n_tokens_of, shape_of
 from ..model import LayerGraph
@@ -208,7 +208,7 @@ class Collector:
             name=op.variant_name,
             shape=shape_of([op]),
             n_tokens=n_tokens_of([op]),
-            default=default_way(op, self._executor.name).name,
+            default=self._executor.default_way(op).name,
             ways={way.name: partial(way.call, op, run) for way in ways(op)},
             reference=_reference(op),
             dtype=layer.graph.pool.activation_dtype,

@@ -17,7 +17,7 @@ from ..errors import BackendError, ConfigError
 from ..executors.kernels import KernelExecutor
 from ..graph.lower import Kernel
 from ..graph.op import Op
-from ..lowering import default_way, ways
+from ..lowering import ways
 from ..lowering.tuned import Entry, Tuning, n_tokens_of, shape_of
 from ..runtime import Runtime
 from .choices import Choice, Collector, Key
@@ -200,7 +200,7 @@ class Tuner:
     def _best(self, op: Op) -> Kernel:
         """Return the fastest way of an Op, as far as it is known."""
         entry = self.entries.get((op.variant_name, shape_of([op]), n_tokens_of([op])))
-        default = default_way(op, self._executor.name)
+        default = self._executor.default_way(op)
         by_name = {way.name: way for way in ways(op)}
         chosen = by_name[entry.winner] if entry else default
         return partial(chosen.call, op, self._executor.run)

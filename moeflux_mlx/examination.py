@@ -1,0 +1,142 @@
+"""Try kernels in a process of their own: whatever one does, the others get their turn.
+
+A fault in a kernel may end the process, as MLX does where a GPU gives up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+from . import children, device
+from .errors import BackendError
+from .executors import open_executor
+from .executors.kernels import KernelExecutor
+from .launch import KERNELS, Kernel
+from .launch.check import check, measure
+
+# Of what a process printed before it died, this much of the end is reported.
+LAST_WORDS = 4000
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of one kernel: cases run, worst error, speed, complaints.
+
+    ``error`` is the worst relative RMS error as a share of what is allowed;
+    ``build_ms`` the first launch with its compilation; ``us`` and ``gbps`` are of the
+    large size, on GPUs only.
+    """
+
+    kernel: str
+    family: str
+    n_cases: int = 0
+    error: float = 0.0
+    complaints: list[str] = field(default_factory=list)
+    build_ms: float = 0.0
+    us: float | None = None
+    gbps: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Tell whether every case agreed."""
+        return not self.complaints
+
+
+def open_kernels(name: str) -> KernelExecutor:
+    """Open an executor that runs our kernels.
+
+    Raises:
+        BackendError: it does not, or cannot run here.
+    """
+    executor = open_executor(name)
+    if not isinstance(executor, KernelExecutor):
+        raise BackendError(
+            f"[doctor] expected metal, cuda or sim: {name!r} has no kernels"
+        )
+    return executor
+
+
+def examine_apart(names: Sequence[str], executor: str) -> Iterator[Finding]:
+    """Yield a finding for every kernel, examined in another process.
+
+    A process that dies is a complaint about the kernel it was at; another one goes on
+    with the next.
+    """
+    waiting = list(names)
+    while waiting:
+        with tempfile.TemporaryFile("w+", errors="replace") as printed:
+            process = children.start_module(
+                "moeflux_mlx.examination", executor, *waiting, stderr=printed
+            )
+            with process:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    yield Finding(**json.loads(line))
+                    del waiting[0]
+            if waiting:
+                printed.seek(0)
+                words = printed.read()[-LAST_WORDS:].strip()
+                yield _of_the_dead(waiting.pop(0), process.returncode, words)
+
+
+def _of_the_dead(name: str, code: int, words: str) -> Finding:
+    complaint = f"the process ended with {code} while it examined this: {words}"
+    return Finding(name, KERNELS[name].family, complaints=[complaint])
+
+
+def examine(kernel: Kernel, executor: KernelExecutor) -> Finding:
+    """Run a kernel at every type and size, and time it on a GPU."""
+    start = time.perf_counter()
+    n_cases, error, complaints, build_ms = 0, 0.0, [], 0.0
+    for dtype in kernel.dtypes:
+        for sizes in kernel.sizes:
+            n_cases += 1
+            try:
+                result = check(kernel, dtype, sizes, executor.run)
+            # Whatever goes wrong is what the report is for.
+            except Exception as failure:
+                complaints.append(f"{dtype} {dict(sizes)}: {_said(failure)}")
+                continue
+            if n_cases == 1:
+                build_ms = 1e3 * (time.perf_counter() - start)
+            shares = [e / (result.limits[n] or 1) for n, e in result.errors.items()]
+            error = max(error, *shares)
+            if not result.passed:
+                complaints.append(str(result))
+    found = Finding(kernel.name, kernel.family, n_cases, error, complaints, build_ms)
+    return found if complaints or device.on_cpu() else _timed(found, kernel, executor)
+
+
+def _timed(found: Finding, kernel: Kernel, executor: KernelExecutor) -> Finding:
+    try:
+        timing = measure(kernel, executor.run)
+    except Exception as failure:
+        complaint = f"timing at {dict(kernel.large)}: {_said(failure)}"
+        return replace(found, complaints=[complaint])
+    return replace(found, us=1e6 * timing.seconds, gbps=timing.gbps)
+
+
+def _said(failure: Exception) -> str:
+    """Return all that an error says: a compiler's may have many lines."""
+    return f"{type(failure).__name__}: {failure}"
+
+
+def main(executor: str, *names: str) -> None:
+    """Examine kernels and write each finding to the output, a line of JSON each."""
+    findings = os.fdopen(os.dup(1), "w")
+    # Whatever else is printed here must not stand between them.
+    os.dup2(2, 1)
+    opened = open_kernels(executor)
+    for name in names:
+        finding = examine(KERNELS[name], opened)
+        print(json.dumps(asdict(finding)), file=findings, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

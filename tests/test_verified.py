@@ -1,0 +1,96 @@
+"""A kernel that was not found right here is passed over, and the next way serves."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from op_cases import KERNEL_SPECS, SPECS
+
+import moeflux_mlx
+from moeflux_mlx import lowering, simulator
+from moeflux_mlx.launch import KERNELS
+from moeflux_mlx.launch.check import relative_error
+from moeflux_mlx.lowering import GROUPS, MLX, TABLE, table
+
+simulated = pytest.mark.skipif(
+    not simulator.available(), reason="the simulator needs ziglang and pyelftools"
+)
+OPS = [spec.build().op for spec in (*SPECS, *KERNEL_SPECS)]
+FIRST = {ways[0].name for ways in TABLE.values()}
+TOGETHER = {group.name for group in GROUPS}
+
+
+@pytest.mark.parametrize("executor", ["metal", "cuda", "sim"])
+def test_of_an_ops_ways_the_first_serves_whose_kernels_are_usable(executor):
+    n_passed = 0
+    for op in OPS:
+        bad: set[str] = set()
+        while (
+            way := lowering.choose(op, executor, lambda n, b=bad: n not in b)
+        ).kernels:
+            assert not bad & set(way.kernels)
+            # One kernel of a way is enough to pass it over.
+            bad.add(way.kernels[len(bad) % len(way.kernels)])
+            n_passed += 1
+        assert way.name in (MLX, "mlx_dequantize")
+    assert n_passed > len(OPS) // 2
+
+
+def test_the_environment_chooses_a_way_that_is_not_verified(monkeypatch):
+    op = next(op for op in OPS if op.variant_name == "ResidualAddNTokens")
+    only = "ResidualAddNTokens=residual_add_n_tokens"
+    assert lowering.choose(op, "metal", lambda name: False).name == MLX
+    monkeypatch.setenv("MOEFLUX_LOWERING", only)
+    found = lowering.choose(op, "metal", lambda name: False)
+    assert found.name == "residual_add_n_tokens"
+
+
+def test_ways_and_groups_name_kernels_that_are_there():
+    each = [*GROUPS, *(way for ways in TABLE.values() for way in ways)]
+    for found in each:
+        assert set(found.kernels) <= set(KERNELS)
+        assert found.name in found.kernels or found.name == "mlx_dequantize"
+
+
+def logits(model) -> mx.array:
+    """Return the logits of a prompt and of two tokens after it."""
+    tokens = mx.array([[5, 9, 300, 17, 4, 8, 2]])
+    cache = make_prompt_cache(model)
+    parts = [model(tokens[:, i:j], cache=cache) for i, j in ((0, 5), (5, 6), (6, 7))]
+    return mx.concatenate(parts, axis=1)
+
+
+@simulated
+@pytest.mark.parametrize(
+    "bad",
+    [set(), TOGETHER, TOGETHER | FIRST, set(KERNELS)],
+    ids=["none", "together", "first", "all"],
+)
+def test_a_model_without_some_kernels_gives_the_same(bad, checkpoint, monkeypatch):
+    model = moeflux_mlx.load(checkpoint, executor="sim")[0]
+    executor, launched = model.runtime.executor, []
+    executor.usable = lambda name: name not in bad
+    executor.on_launch = launched.append
+    outside = []
+
+    def watched(group):
+        def call(ops, run, values):
+            before = len(launched)
+            result = group.call(ops, run, values)
+            outside.extend(set(launched[before:]) - set(group.kernels))
+            return result
+
+        return dataclasses.replace(group, call=call)
+
+    monkeypatch.setattr(table, "GROUPS", [*map(watched, GROUPS)])
+    got = logits(model)
+    expected = logits(moeflux_mlx.load(checkpoint, executor="ops")[0])
+    assert relative_error(got, expected) < 1e-5
+    assert not set(launched) & bad
+    assert bool(launched) == (bad != set(KERNELS))
+    assert outside == []
+    if not bad:
+        assert set(launched) >= TOGETHER - {"moe_softmax_topk", "experts_down_combine"}
