@@ -264,16 +264,12 @@ def _open(
 ) -> ModuleExperts | PackedBlocks:
     if is_packed(directory):
         return PackedBlocks.open_for(directory, blocks, direct=direct)
-    checkpoint = Checkpoint.open(directory)
-    try:
+    with Checkpoint.kept(directory) as checkpoint:
         sources = unchanged(checkpoint, getattr(model, "sanitize", None))
         store = ModuleExperts(blocks, checkpoint, sources)
         if direct:
             store.bypass_cache()
-        return store
-    except BaseException:
-        checkpoint.close()
-        raise
+    return store
 
 
 def _install(
