@@ -64,6 +64,17 @@ class Calls:
                 if self._depth == 0 and self.streamer is not None:
                     self.streamer.hand_over()
 
+    @contextlib.contextmanager
+    def reaching(self, experts: BlankExperts) -> Iterator[None]:
+        """Have calls reach these experts in here, however much memory they take."""
+        with self.turn():
+            before = self.streamer, self.keeper
+            self.streamer, self.keeper = experts, None
+            try:
+                yield
+            finally:
+                self.streamer, self.keeper = before
+
     def run(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Compute rows, a part of the tokens at a time where all do not fit.
 

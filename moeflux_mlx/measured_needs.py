@@ -19,6 +19,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from . import device
+from .cache_layouts import CacheLayout
 from .caches import (
     CACHE_STEP,
     CacheForm,
@@ -65,8 +66,7 @@ class Scratch:
 class MeasuredNeeds:
     """The memory of a model of mlx-lm; see ``memory.Needs``.
 
-    ``calls`` must find ``blank`` experts whenever something here is asked for the first
-    time.
+    ``blank`` experts stand in for the model's own while it is called.
     """
 
     def __init__(
@@ -134,6 +134,16 @@ class MeasuredNeeds:
         rows = sum(form.row_bytes * (most or 0) for form, most in pairs)
         return round(rows) + sum(form.state_bytes for form in look.forms)
 
+    @property
+    def cache_layouts(self) -> list[CacheLayout]:
+        """What each cache that the model makes consists of."""
+        return self._look.layouts
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the model has logits of."""
+        return self._look.vocab_size
+
     @functools.cached_property
     def most_tokens(self) -> int:
         """How long a sequence may become."""
@@ -147,11 +157,11 @@ class MeasuredNeeds:
     @functools.cached_property
     def _look(self) -> _Look:
         """Call the model for shapes; nothing is computed."""
-        self._blank.watch = None
-        (short, _), (long, logits) = (
-            self._call(n, make_prompt_cache(self._model))
-            for n in (CACHE_STEP, 2 * CACHE_STEP)
-        )
+        with self._calls.reaching(self._blank):
+            (short, _), (long, logits) = (
+                self._call(n, make_prompt_cache(self._model))
+                for n in (CACHE_STEP, 2 * CACHE_STEP)
+            )
         forms = []
         for one, other in zip(single_caches(short), single_caches(long), strict=True):
             row = max(0.0, (other.nbytes - one.nbytes) / CACHE_STEP)
@@ -161,7 +171,9 @@ class MeasuredNeeds:
             forms,
             [most_rows(one) for one in single_caches(long)],
             [_form_of_rows(one) for one in single_caches(long)],
+            [CacheLayout.of(one) for one in long],
             logits.nbytes // (2 * CACHE_STEP),
+            logits.shape[-1],
             self._calls.row_bytes or 0,
         )
 
@@ -174,9 +186,10 @@ class MeasuredNeeds:
         n_rows = self._n_rows()
         mx.eval(self._model.parameters())
         peaks = {}
-        for n, rows in itertools.product((FEW, MANY), (0, n_rows)):
-            repeats = [self._peaks(n, rows) for _ in range(N_REPEATS)]
-            peaks[n, rows] = [*map(max, zip(*repeats, strict=True))]
+        with self._calls.reaching(self._blank):
+            for n, rows in itertools.product((FEW, MANY), (0, n_rows)):
+                repeats = [self._peaks(n, rows) for _ in range(N_REPEATS)]
+                peaks[n, rows] = [*map(max, zip(*repeats, strict=True))]
         mx.clear_cache()
         device.trim_heap()
         between = {key: found[0] for key, found in peaks.items()}
@@ -247,7 +260,9 @@ class _Look:
     forms: list[CacheForm]
     most_rows: list[int | None]
     rows: list[RowForm | None]
+    layouts: list[CacheLayout]
     logit_bytes: int
+    vocab_size: int
     row_bytes: int
 
 

@@ -29,6 +29,7 @@ from .experts.packed import is_packed
 from .experts.packed_blocks import PackedBlocks
 from .experts.policy import DEFAULT_POLICY, policy_factory
 from .experts.pool import pool_bytes
+from .experts.store import model_identity
 from .experts.streamer import ExpertStreamer, check_scope
 from .experts.switch import StreamedSwitch
 from .measured_needs import MeasuredNeeds
@@ -68,6 +69,16 @@ class StreamedModel(GuardsSaving, StreamedPart):
 
     streamer: ExpertStreamer | MappedExperts
     plan: MemoryPlan | None
+    needs: MeasuredNeeds
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """A hash that tells the model from any other, packed or not.
+
+        Raises:
+            ModelError, ExpertStoreError: the directory that it is of is gone.
+        """
+        return model_identity(self.__dict__["directory"])
 
     @property
     def keeper(self) -> MemoryKeeper | None:
@@ -169,7 +180,9 @@ def stream(
             report=report,
         )
         undo.pop_all()
-    model.__dict__.update(streamer=streamer, plan=opened.plan)
+    model.__dict__.update(
+        streamer=streamer, plan=opened.plan, needs=opened.needs, directory=directory
+    )
     if opened.plan is not None and isinstance(streamer, ExpertStreamer):
         notice(str(opened.plan))
         calls.keeper = MemoryKeeper(opened.plan, opened.needs, streamer)
@@ -204,19 +217,16 @@ class _Opening:
             BudgetError: what one token needs does not fit.
             ModelError: the model cannot be called to measure what it needs.
         """
-        self.calls.streamer = self._blank
-        try:
-            if self.amounts.process is None:
-                return self.amounts.experts, self._chosen()
-            self.plan = self._planned(self.amounts.process)
-            return self.plan.expert_bytes, self._blank.most_chosen
-        finally:
-            self.calls.streamer = None
+        if self.amounts.process is None:
+            return self.amounts.experts, self._chosen()
+        self.plan = self._planned(self.amounts.process)
+        return self.plan.expert_bytes, self._blank.most_chosen
 
     def _chosen(self) -> int:
         try:
             # Lazy: nothing is computed.
-            self.model(mx.array([[FIRST_TOKEN]]))
+            with self.calls.reaching(self._blank):
+                self.model(mx.array([[FIRST_TOKEN]]))
         except Exception:
             # A model that takes no tokens: how much layers share is a guess then.
             return 1

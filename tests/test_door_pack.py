@@ -426,12 +426,12 @@ def test_a_streamed_model_is_not_saved(streamed, tmp_path):
     assert [*tmp_path.glob("out/*"), *tmp_path.glob("w.*")] == []
 
 
-def test_the_state_of_mlx_lms_class_is_refused_before_text_is_made(tmp_path, capsys):
-    path = write(tmp_path / "plain", "qwen3_moe", 4)
+def test_a_state_that_cannot_be_kept_is_refused_before_text_is_made(tmp_path, capsys):
+    path = write(tmp_path / "plain", "deepseek_v41", 4)
     command = ["generate", "--model", str(path), "--prompt", "abc", "--save-state"]
     assert main([*command, str(tmp_path / "state"), "--expert-memory", LEAST]) == 2
     told = capsys.readouterr()
-    assert "[state] expected a model of moeflux-mlx's own class" in told.err
+    assert "[state] layer 0: cannot keep a cache of LayerCache" in told.err
     # Nothing was generated.
     assert "tokens/s" not in told.out
     assert not (tmp_path / "state").exists()
