@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import mlx.nn as nn
 from rich.filesize import decimal
 
 from . import config, device, serving
+from .arguments import bounded, check_ids
 from .caches import CACHE_STEP
 from .calls import Calls
 from .errors import BudgetError, ModelError, MoefluxError
@@ -38,6 +40,7 @@ from .memory_keeper import MemoryKeeper
 from .pool_search import find_fastest
 from .progress import Report, notice
 from .saving import GuardsSaving, guard_saving, keep_whole
+from .weights import has_values
 
 M = TypeVar("M", bound=nn.Module)
 # What memory is tried out with where several amounts are: any token will do.
@@ -50,6 +53,7 @@ class StreamedPart(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         calls: Calls = self.__dict__["calls"]
         with calls.turn():
+            args, kwargs = calls.checked(super().__call__, args, kwargs)
             if self.__dict__["gives_rows"]:
                 return calls.run(super().__call__, args, kwargs)
             return super().__call__(*args, **kwargs)
@@ -59,6 +63,21 @@ class StreamedPart(nn.Module):
             "[copy] expected a model with its experts among its parameters but got "
             "one that streams them: load it a second time"
         )
+
+
+class CheckedEmbedding(nn.Module):
+    """What ``stream`` adds to every embedding: no rows of what is not in its table."""
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        n_rows: int = self.weight.shape[0]
+        calls: Calls = self.__dict__["calls"]
+        if not ids.size or (calls.looks_at(ids) and has_values(ids)):
+            if ids.size:
+                check_ids(ids, n_rows)
+            return super().__call__(ids)
+        ids, inside = bounded(ids, n_rows)
+        rows: mx.array = super().__call__(ids)
+        return mx.where(inside[..., None], rows, mx.array(math.nan, rows.dtype))
 
 
 class StreamedModel(GuardsSaving, StreamedPart):
@@ -304,6 +323,11 @@ def _install(
             added = StreamedModel if part is model else StreamedPart
             part.__class__ = _streamed_class(added, type(part))
             part.__dict__.update(calls=calls, gives_rows=path == backbone)
+    for _, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+            undo.callback(setattr, module, "__class__", type(module))
+            module.__class__ = _streamed_class(CheckedEmbedding, type(module))
+            module.__dict__["calls"] = calls
     model.__dict__["blocks"] = tuple(f"{block.path}." for block in blocks)
     guard_saving()
     keep_whole(model)
