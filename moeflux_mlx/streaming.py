@@ -38,6 +38,7 @@ from .measured_needs import MeasuredNeeds
 from .memory import MemoryPlan, own_bytes, plan_memory
 from .memory_keeper import MemoryKeeper
 from .pool_search import find_fastest
+from .preflight import check_fits, unasked_expert_bytes
 from .progress import Report, notice
 from .saving import GuardsSaving, guard_saving, keep_whole
 from .weights import has_values
@@ -158,20 +159,12 @@ def stream(
         ModelError: no routed block, one that cannot be streamed, or weights that are
             not the checkpoint's own tensors.
         ConfigError: an argument has no usable value.
-        BudgetError: not even one expert fits.
+        BudgetError: not even one expert fits, or without a bound all other weights.
         ExpertStoreError: an expert could not be read.
     """
     directory = Path(directory)
-    if isinstance(model, StreamedModel):
-        raise ModelError("[stream] expected a model whose experts are not streamed yet")
     check_scope(scope)
-    blocks = find_blocks(model)
-    if not blocks:
-        kind = type(model)
-        raise ModelError(
-            f"[stream] expected routed experts in {kind.__module__}.{kind.__name__} "
-            "but found none: load it with mlx_lm.load"
-        )
+    blocks = _blocks_of(model)
     amounts = Amounts.read(memory, expert_memory)
     io = way_of_reading(expert_io, gives_way=amounts.process is not None)
     make_policy = policy_factory(policy or config.policy() or DEFAULT_POLICY)
@@ -179,7 +172,7 @@ def stream(
     with contextlib.ExitStack() as undo:
         undo.callback(store.close)
         calls = _install(model, blocks, undo)
-        opened = _Opening(model, calls, store, directory, amounts, scope)
+        opened = _Opening(model, blocks, calls, store, directory, amounts, scope)
         n_bytes, chosen = opened.expert_bytes()
         calls.streamer = streamer = open_experts(
             store,
@@ -210,36 +203,96 @@ def stream(
     return model
 
 
+def plan_stream(
+    model: nn.Module, directory: Path, memory: int | str, *, scope: str = "global"
+) -> MemoryPlan:
+    """Return what ``stream`` with this ``memory`` would take it for; reads no matrix.
+
+    Args:
+        model: as for ``stream``; afterwards it is as it was.
+
+    Raises:
+        ModelError, ConfigError, BudgetError, ExpertStoreError: as ``stream``.
+    """
+    check_scope(scope)
+    blocks, amounts = _blocks_of(model), Amounts.read(memory, None)
+    with contextlib.ExitStack() as undo:
+        store = _open(model, blocks, directory, direct=False)
+        undo.callback(store.close)
+        calls = _install(model, blocks, undo)
+        opened = _Opening(
+            model, blocks, calls, store, directory, amounts, scope, reads=False
+        )
+        opened.expert_bytes()
+    assert opened.plan is not None
+    return opened.plan
+
+
+def _blocks_of(model: nn.Module) -> list[RoutedBlock]:
+    if isinstance(model, StreamedModel):
+        raise ModelError("[stream] expected a model whose experts are not streamed yet")
+    if blocks := find_blocks(model):
+        return blocks
+    kind = type(model)
+    raise ModelError(
+        f"[stream] expected routed experts in {kind.__module__}.{kind.__name__} "
+        "but found none: load it with mlx_lm.load"
+    )
+
+
 @dataclass
 class _Opening:
-    """A model whose experts are not there yet: what memory is left for them."""
+    """A model whose experts are not there yet: what memory is left for them.
+
+    ``reads``: the model may be measured with its weights, which are to be read anyway.
+    """
 
     model: nn.Module
+    blocks: list[RoutedBlock]
     calls: Calls
     store: ModuleExperts | PackedBlocks
     directory: Path
     amounts: Amounts
     scope: str
+    reads: bool = True
     plan: MemoryPlan | None = None
 
     def __post_init__(self) -> None:
         self._blank = BlankExperts(self.store)
-        fields = read_config(self.directory)
         self.needs = MeasuredNeeds(
-            self.model, self.calls, self._blank, self.store, fields
+            self.model,
+            self.calls,
+            self._blank,
+            self.store,
+            read_config(self.directory),
+            self.blocks,
+            reads=self.reads and self.amounts.process is not None,
         )
 
     def expert_bytes(self) -> tuple[int | None, int]:
         """Return the bytes for experts, and how many of them a token chooses.
+
+        None is three quarters of the machine.
 
         Raises:
             BudgetError: what one token needs does not fit.
             ModelError: the model cannot be called to measure what it needs.
         """
         if self.amounts.process is None:
-            return self.amounts.experts, self._chosen()
+            return self._unplanned(), self._chosen()
         self.plan = self._planned(self.amounts.process)
         return self.plan.expert_bytes, self._blank.most_chosen
+
+    def _unplanned(self) -> int | None:
+        if self.amounts.experts is not None:
+            return self.amounts.experts
+        # Said before anything is read.
+        check_fits(self.directory, self.model)
+        try:
+            return unasked_expert_bytes(self.needs)
+        except Exception:
+            # A model that takes no tokens.
+            return None
 
     def _chosen(self) -> int:
         try:
