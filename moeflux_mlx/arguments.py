@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import ArraysCache, KVCache
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
 from .errors import ModelError
 
@@ -86,16 +86,7 @@ class ArgumentChecks:
         if not self._seen.holds(cache, types, t):
             _check_kinds(layers, cache)
             self._seen.keep(cache, types)
-        # The commonest types are told apart here: this is done for every token.
-        states: list[Any] = [
-            each.cache[0]
-            if kind is ArraysCache
-            else each.keys
-            if kind is KVCache
-            else first_state(each)
-            for kind, each in zip(types, cache, strict=True)
-        ]
-        check_sequences(states, n_seqs)
+        check_sequences(first_states(cache, types), n_seqs)
 
 
 def check_number(cache: Any, n_caches: int, why: str) -> None:
@@ -260,10 +251,24 @@ def _check_states(index: int, layer: nn.Module, cache: Any) -> None:
             raise misfit(where, f"shape {sizes(wanted)}", got(state))
 
 
-def first_state(cache: Any) -> Any:
-    """Return an array of a cache that has a row for each sequence."""
+def first_states(cache: Sequence[Any], types: Sequence[type]) -> list[Any]:
+    """Return an array of each cache that has a row for each sequence; None: empty."""
+    # The commonest types are told apart here: this is done for every token.
+    return [
+        each.keys
+        if kind is KVCache or kind is RotatingKVCache
+        else each.cache[0]
+        if kind is ArraysCache
+        else _first_state(each)
+        for kind, each in zip(types, cache, strict=True)
+    ]
+
+
+def _first_state(cache: Any) -> Any:
     if cache is None:
         return None
+    if (several := getattr(cache, "caches", None)) is not None:
+        return _first_state(several[0]) if several else None
     state = getattr(cache, "keys", None)
     if state is None:
         states = getattr(cache, "cache", None)

@@ -12,14 +12,13 @@ from .arguments import (
     check_number,
     check_position,
     check_sequences,
-    first_state,
+    first_states,
     float_rows,
     got,
     misfit,
     token_ids,
     tokens_beside,
 )
-from .caches import single_caches
 
 
 class StockChecks:
@@ -66,8 +65,7 @@ class StockChecks:
             ends = (getattr(c, "offset", None) for c in cache if _is_used(c))
             check_position({end for end in ends if isinstance(end, int)})
             self._seen.keep(cache, types)
-        states = [first_state(next(single_caches([each]), None)) for each in cache]
-        check_sequences(states, n_seqs)
+        check_sequences(first_states(cache, types), n_seqs)
 
 
 def _is_like(cache: Any, made: Any) -> bool:

@@ -124,6 +124,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 18,
         "rms_norm_eps": 1e-5,
         "rope_theta": 150000,
+        "max_position_embeddings": 131072,
         "quantization": MXFP4,
     },
     "GLM-4.5-Air": {
