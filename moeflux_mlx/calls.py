@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from . import device
 from .caches import PutBackOnFailure, arrays_of
 from .errors import BudgetError
 from .experts.blank import BlankExperts
@@ -21,6 +23,7 @@ from .experts.mapped import MappedExperts
 from .experts.source import ExpertSource
 from .experts.streamer import ExpertStreamer
 from .memory_keeper import MemoryKeeper, make_room
+from .stock_arguments import StockChecks
 from .transforms import is_traced
 from .weights import has_values, leaves
 
@@ -47,6 +50,7 @@ class Calls:
         self.keeper: MemoryKeeper | None = None
         # Bytes of a token's row as the last call gave them; None: it gave no rows.
         self.row_bytes: int | None = None
+        self._checked = StockChecks(lambda: make_prompt_cache(self._whole))
 
     def source(self, block: int) -> ExpertSource:
         """Return one block's experts as they are reached now."""
@@ -64,6 +68,52 @@ class Calls:
                 self._depth = depth
                 if depth == 0 and self.streamer is not None:
                     self.streamer.hand_over()
+
+    @contextlib.contextmanager
+    def reaching(self, experts: BlankExperts) -> Iterator[None]:
+        """Have calls reach these experts in here, however much memory they take."""
+        with self.lock:
+            before = self.streamer, self.keeper
+            self.streamer, self.keeper = experts, None
+            try:
+                yield
+            finally:
+                self.streamer, self.keeper = before
+
+    def call(
+        self, call: Callable[..., Any], args: Any, kwargs: Any, *, gives_rows: bool
+    ) -> Any:
+        """Make a call, looking at what comes from outside first."""
+        args, kwargs = self.checked(call, args, kwargs)
+        return self.run(call, args, kwargs) if gives_rows else call(*args, **kwargs)
+
+    def checked(
+        self, call: Callable[..., Any], args: Any, kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Return the arguments of a call from outside, tokens as an array.
+
+        Raises:
+            ModelError: one is not what the model takes.
+        """
+        signature = _signature(call)
+        if self._depth > 1 or "cache" not in signature.parameters:
+            return args, kwargs
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            # The call itself says which is missing.
+            return args, kwargs
+        self._checked(bound.arguments, next(iter(signature.parameters)))
+        return bound.args, bound.kwargs
+
+    def looks_at(self, ids: mx.array) -> bool:
+        """Tell whether ids are to be looked at if they have values.
+
+        That costs a wait only where nothing else has the next token wait.
+        """
+        streamer = self.streamer
+        waits = isinstance(streamer, ExpertStreamer) and not streamer.resident
+        return device.on_cpu() or ids.size > 1 or waits
 
     def run(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Compute rows, a part of the tokens at a time where all do not fit.
@@ -179,9 +229,9 @@ class _Rows:
 
     @property
     def cache(self) -> list[Any] | None:
-        """The caches that are given."""
+        """The caches that are given; models may give their layers a list of none."""
         found: list[Any] | None = self.bound.arguments.get("cache")
-        return found
+        return found if found and any(c is not None for c in found) else None
 
     def part(self, tokens: slice, cache: list[Any]) -> inspect.BoundArguments:
         """Return the arguments of a call with some of the tokens."""

@@ -16,11 +16,10 @@ import mlx.nn as nn
 import numpy as np
 
 from . import device, ops
-from .arguments import ArgumentChecks, bounded
+from .arguments import ArgumentChecks, bounded, check_ids
 from .blocks import ROUTED, Call
 from .caches import PutBackOnFailure
 from .context import Context
-from .errors import ModelError
 from .experts.streamed import AssumedExperts
 from .graph import roles as b
 from .graph.experts import GraphExperts
@@ -397,13 +396,7 @@ class Forward:
         """
         if not self._looks_at(inputs) or not has_values(inputs):
             return False
-        ids = np.array(inputs)
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.args.vocab_size:
-            raise ModelError(
-                f"[tokens] expected ids from 0 to {self.args.vocab_size - 1} but got "
-                f"{low if low < 0 else high}"
-            )
+        check_ids(inputs, self.args.vocab_size)
         return True
 
     def _end(self, name: str, x: Array, build: Any) -> Array:

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx_lm.utils import load_config, load_model
 
 from . import config, device, serving
-from .door import door_classes, load_through_door, takes_door
+from .door import door_classes, load_stock_lazily, load_through_door, takes_door
 from .download import check_kinds, find_model
 from .errors import ConfigError, one_line_errors
 from .experts.budget import Amounts
@@ -29,6 +29,7 @@ from .progress import Report, byte_progress, notice
 from .runtime import RunOptions
 from .settings import check_settings
 from .stock import has_own_class
+from .streaming import plan_stream
 from .tokenizer import open_tokenizer
 from .weights import leaves
 
@@ -152,7 +153,7 @@ def plan_load(
 ) -> MemoryPlan:
     """Return what ``load`` with this ``memory`` would take it for; loads nothing.
 
-    Where mlx-lm's class runs the model, that is measured on the model itself.
+    Where mlx-lm's class runs the model, that is measured without its matrices.
 
     Raises:
         ModelError, ExpertStoreError, BudgetError, ConfigError: as ``load``.
@@ -161,9 +162,10 @@ def plan_load(
     options = RunOptions(None, memory, scope=scope)
     path = find_model(path_or_repo)
     if takes_door(path, None):
-        model, _ = load_through_door(path, options, lazy=True, model_config=None)
-        planned: MemoryPlan = model.__dict__["plan"]
-        return planned
+        if any(path.glob("tokenizer*")):
+            # It takes some memory too.
+            open_tokenizer(path)
+        return plan_stream(load_stock_lazily(path).model, path, memory, scope=scope)
     with _built(path, options) as (model, loaded):
         open_tokenizer(path, eos_token_ids=loaded.get("eos_token_id"))
         plan = model.runtime.make_plan(model.needs)

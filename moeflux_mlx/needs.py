@@ -10,9 +10,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import ArraysCache, KVCache
 
 from . import device
 from .blocks import Call
+from .cache_layouts import CacheLayout
 from .caches import CacheForm
 from .ops.functions import score_bytes
 from .parameters import dense_bytes, held_bytes
@@ -101,6 +103,18 @@ class TextNeeds:
             if layer.is_linear
             else _rows_shapes(layer.self_attn)
             for layer in self._text.model.layers
+        ]
+
+    @property
+    def cache_layouts(self) -> list[CacheLayout]:
+        """What each layer's cache consists of."""
+        dtype = self.cache_dtype
+        return [
+            CacheLayout(
+                KVCache if _grows(shapes) else ArraysCache,
+                tuple((shape, dtype) for shape in shapes),
+            )
+            for shapes in self.cache_shapes
         ]
 
     @property

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -18,24 +19,28 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import xxhash
-from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    KVCache,
+    QuantizedKVCache,
+    make_prompt_cache,
+)
 
+from .cache_layouts import DTYPES, CacheReader, Part, check_kinds, describe
 from .errors import BudgetError, ModelError, StateError
-from .experts.pool import MLX_DTYPES
 from .experts.safetensors import DTYPE_BYTES, TensorEntry, header_bytes, parse_header
 from .files import open_file, parse_json, replacing, short
+from .streaming import StreamedModel
 
 FORMAT, VERSION = "moeflux-state", 2
 TOKENS, EXPERTS = "tokens", "experts"
 # A state of a thousand layers has less to say, and no model has more experts.
 HEADER_BYTES, MOST_EXPERTS = 4 << 20, 1 << 20
-KINDS: dict[str, Any] = {
-    kind.__name__: kind for kind in (KVCache, QuantizedKVCache, ArraysCache)
-}
-# What QuantizedKVCache can go on with.
-CACHE_BITS, CACHE_GROUPS = (2, 4, 8), (32, 64, 128)
-DTYPES = {dtype: name for name, dtype in MLX_DTYPES.items()}
-FLOATS = ("F32", "F16", "BF16")
+# No context is longer; where a configuration does not say how long it may become.
+MOST_TOKENS = 1 << 24
+MLX_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+# In these tokens can be taken back.
+TAKE_BACK = (KVCache, QuantizedKVCache, ArraysCache)
 
 
 @dataclass(frozen=True)
@@ -62,25 +67,32 @@ def save_state(
         StateError: the caches are not this model's or not of these tokens, or the file
             cannot be written.
     """
-    path, identity = _path(path), _identity(model)
-    layers = [_describe(i, c) for i, c in enumerate(_caches(cache))]
-    arrays = {name: x for _, parts in layers for name, x in parts.items()}
-    token_ids = _token_ids(path, tokens, model.needs.vocab_size)
+    path, run = _path(path), _Run.of(model)
+    caches, layouts = _caches(cache), run.needs.cache_layouts
+    token_ids = _token_ids(path, tokens, run.needs.vocab_size)
+    if len(caches) != len(layouts):
+        _refuse(path, "number of layers", len(layouts), len(caches))
+    found = [
+        describe(f"layer {i}", one, layout, len(token_ids))
+        for i, (one, layout) in enumerate(zip(caches, layouts, strict=True))
+    ]
+    arrays = {
+        f"layers.{i}.{part}": x
+        for i, (_, parts) in enumerate(found)
+        for part, x in enumerate(parts)
+    }
     arrays[TOKENS] = mx.array(token_ids)
-    arrays[EXPERTS] = mx.array(np.asarray(_held(model), np.int32).reshape(-1, 2))
+    arrays[EXPERTS] = mx.array(np.asarray(run.held, np.int32).reshape(-1, 2))
     mx.eval(arrays)
     mx.synchronize()
     entries = {name: _entry(path, name, x) for name, x in arrays.items()}
     about = {
         "format": FORMAT,
         "version": str(VERSION),
-        "model": identity,
-        "layers": json.dumps([about for about, _ in layers]),
+        "model": run.identity,
+        "layers": json.dumps([about for about, _ in found]),
     }
-    for i, c in enumerate(cache):
-        if not isinstance(c, ArraysCache) and c.offset != len(token_ids):
-            _refuse(path, f"layer {i}: tokens", len(token_ids), c.offset)
-    _Checked(path, model, entries, about)
+    _Checked(path, run, entries, about)
     digest = _digest(about)
     for name in sorted(arrays):
         digest.update(_heading(entries[name]))
@@ -97,18 +109,42 @@ def save_state(
 
 def check_keeps_state(model: nn.Module) -> None:
     """Raise StateError if a model's state cannot be kept, whatever it will be."""
-    _identity(model)
+    check_kinds(_Run.of(model).needs.cache_layouts)
 
 
-def _identity(model: nn.Module) -> str:
-    runtime = getattr(model, "runtime", None)
-    if runtime is None:
-        kind = type(model)
-        raise StateError(
-            "[state] expected a model of moeflux-mlx's own class but got "
-            f"{kind.__module__}.{kind.__name__}: its state cannot be kept"
-        )
-    return str(runtime.identity)
+@dataclass(frozen=True)
+class _Run:
+    """What a state is of: a model of our own class, or one that streams its experts."""
+
+    identity: str
+    model: nn.Module
+    needs: Any
+    streamer: Any
+    keeper: Any
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Run:
+        """Return what is kept of a model.
+
+        Raises:
+            StateError: nobody knows which files it is of.
+        """
+        streams = isinstance(model, StreamedModel)
+        owner: Any = model if streams else getattr(model, "runtime", None)
+        if owner is None:
+            kind = type(model)
+            raise StateError(
+                "[state] expected a model that streams its experts or is of "
+                f"moeflux-mlx's own class but got {kind.__module__}.{kind.__name__}: "
+                "load it with a bound on memory to keep its state"
+            )
+        needs, streamer = model.needs, model.streamer
+        return cls(str(owner.identity), model, needs, streamer, owner.keeper)
+
+    @property
+    def held(self) -> list[tuple[int, int]]:
+        """The experts in memory; none where they are parameters."""
+        return [] if self.streamer is None else self.streamer.held
 
 
 def load_state(path: str | os.PathLike, model: nn.Module) -> State:
@@ -124,11 +160,11 @@ def load_state(path: str | os.PathLike, model: nn.Module) -> State:
         BudgetError: the caches do not fit into the model's memory.
         ExpertStoreError: an expert could not be read.
     """
-    path = _path(path)
+    path, run = _path(path), _Run.of(model)
     try:
         with open_file(path) as file:
             entries, about = parse_header(path, file, HEADER_BYTES)
-            checked = _Checked(path, model, entries, about)
+            checked = _Checked(path, run, entries, about)
             checked.make_room()
             arrays = _read(path, file, entries, about)
     except (OSError, ModelError, ValueError) as error:
@@ -141,21 +177,9 @@ def load_state(path: str | os.PathLike, model: nn.Module) -> State:
         layer.fill([arrays[f"layers.{i}.{part}"] for part in range(len(layer.parts))])
         for i, layer in enumerate(checked.layers)
     ]
-    if model.streamer is not None:
-        model.streamer.preload(experts)
+    if run.streamer is not None:
+        run.streamer.preload(experts)
     return State(caches, tokens)
-
-
-# What a tensor may be: its type is one of these, its shape is this.
-Part = tuple[tuple[str, ...], tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """How one layer's cache is filled, and its parts: possible types, and shape."""
-
-    fill: Callable[[list[mx.array]], Any]
-    parts: list[Part]
 
 
 class _Checked:
@@ -168,11 +192,11 @@ class _Checked:
     def __init__(
         self,
         path: Path,
-        model: nn.Module,
+        run: _Run,
         entries: dict[str, TensorEntry],
         about: dict[str, str],
     ):
-        self._path, self._model = path, model
+        self._path, self._run = path, run
         self._expect("format", FORMAT, about.get("format"))
         if (version := about.get("version")) != str(VERSION):
             got = version and short(version)[1:-1]
@@ -180,14 +204,14 @@ class _Checked:
                 f"[state] {path}: expected version {VERSION} but got {got}: save the "
                 "state anew"
             )
-        self._expect("model", _identity(model), about.get("model"))
-        needs = model.needs
+        self._expect("model", run.identity, about.get("model"))
         self._n_tokens = self._count(entries)
-        found = self._json(about.get("layers", ""))
-        self._expect("number of layers", len(needs.cache_shapes), len(found))
+        found, layouts = self._json(about.get("layers", "")), run.needs.cache_layouts
+        self._expect("number of layers", len(layouts), len(found))
+        read = CacheReader(self._n_tokens, partial(_refuse, path))
         self.layers = [
-            self._layer(f"layer {i}", fields, needs.cache_shapes[i])
-            for i, fields in enumerate(found)
+            read(f"layer {i}", fields, layout)
+            for i, (fields, layout) in enumerate(zip(found, layouts, strict=True))
         ]
         rows = entries[EXPERTS].shape[:1] if EXPERTS in entries else ()
         n_experts = min([*rows, self._most_experts])
@@ -205,7 +229,7 @@ class _Checked:
 
     @property
     def _most_experts(self) -> int:
-        streamer = self._model.streamer
+        streamer = self._run.streamer
         return MOST_EXPERTS if streamer is None else len(streamer.experts)
 
     def make_room(self) -> None:
@@ -214,21 +238,19 @@ class _Checked:
         Raises:
             BudgetError: even with the fewest experts they do not fit.
         """
-        keeper, needs = self._model.runtime.keeper, self._model.needs
+        keeper, needs = self._run.keeper, self._run.needs
         if keeper is None:
             return
         parts = [part for layer in self.layers for part in layer.parts]
         n_bytes = sum(DTYPE_BYTES[d[0]] * math.prod(shape) for d, shape in parts)
         n_rows = max(1, n_bytes // max(1, needs.cache_row_bytes))
-        grow = [shapes[0][2] is None for shapes in needs.cache_shapes]
-        empty = [KVCache() if grows else ArraysCache(2) for grows in grow]
+        empty = make_prompt_cache(self._run.model)
         keeper.make_room(empty, 1, min(self._n_tokens, n_rows))
 
     def tokens(self, array: mx.array) -> list[int]:
         """Return the token ids, which are all of the vocabulary."""
         tokens: list[int] = np.array(array).tolist()
-        if max(tokens) >= self._model.needs.vocab_size:
-            size = self._model.needs.vocab_size
+        if max(tokens) >= (size := self._run.needs.vocab_size):
             _refuse(self._path, "tokens", f"less than {size}", max(tokens))
         return tokens
 
@@ -237,7 +259,7 @@ class _Checked:
         experts = [(layer, expert) for layer, expert in np.array(array).tolist()]
         if len(set(experts)) < len(experts):
             _refuse(self._path, "experts", "each once", "one twice")
-        streamer = self._model.streamer
+        streamer = self._run.streamer
         if streamer is not None and not set(experts) <= set(streamer.experts):
             raise StateError(f"[state] {self._path}: expected experts of this model")
         return experts
@@ -245,7 +267,7 @@ class _Checked:
     def _count(self, entries: dict[str, TensorEntry]) -> int:
         """Return how many tokens there are."""
         shape = entries[TOKENS].shape if TOKENS in entries else (0,)
-        most = self._model.needs.most_tokens
+        most = min(MOST_TOKENS, self._run.needs.most_tokens)
         if len(shape) != 1 or not 1 <= shape[0] <= most:
             raise StateError(
                 f"[state] {self._path}: expected 1 to {most} tokens but {shape}"
@@ -261,61 +283,9 @@ class _Checked:
             _refuse(self._path, "layers", "a list", found)
         return found
 
-    def _layer(self, where: str, fields: Any, shapes: Any) -> _Layer:
-        kind = fields.get("kind") if isinstance(fields, dict) else None
-        if not isinstance(kind, str) or kind not in KINDS:
-            _refuse(self._path, f"{where}: kind", f"one of {[*KINDS]}", kind)
-        grows = shapes[0][2] is None
-        self._expect(f"{where}: growing", grows, kind != ArraysCache.__name__)
-        quantized = kind == QuantizedKVCache.__name__
-        names = {"kind", "group_size", "bits"} if quantized else {"kind"}
-        self._expect(f"{where}: fields", sorted(names), sorted(fields))
-        sized = [tuple(self._n_tokens if d is None else d for d in s) for s in shapes]
-        if quantized:
-            return self._quantized(where, fields["bits"], fields["group_size"], sized)
-        own = DTYPES[self._model.needs.cache_dtype]
-        dtypes = (own,) if grows else FLOATS
-        fill = self._fill_rows if grows else _fill_arrays
-        return _Layer(fill, [(dtypes, shape) for shape in sized])
-
-    def _quantized(self, where: str, bits: Any, group: Any, shapes: Any) -> _Layer:
-        for what, value, allowed in (
-            ("bits", bits, CACHE_BITS),
-            ("group_size", group, CACHE_GROUPS),
-        ):
-            if type(value) is not int or value not in allowed:
-                _refuse(self._path, f"{where}: {what}", f"one of {allowed}", value)
-        parts: list[Part] = []
-        own = DTYPES[self._model.needs.cache_dtype]
-        for *front, width in shapes:
-            if width % group:
-                _refuse(self._path, f"{where}: group_size", f"a part of {width}", group)
-            scales = (own,), (*front, width // group)
-            parts += [(("U32",), (*front, width * bits // 32)), scales, scales]
-
-        def fill(arrays: list[mx.array]) -> Any:
-            cache: Any = QuantizedKVCache(group, bits)
-            cache.keys, cache.values = arrays[:3], arrays[3:]
-            cache.offset = self._n_tokens
-            return cache
-
-        return _Layer(fill, parts)
-
-    def _fill_rows(self, arrays: list[mx.array]) -> Any:
-        cache: Any = KVCache()
-        cache.keys, cache.values = arrays
-        cache.offset = self._n_tokens
-        return cache
-
     def _expect(self, what: str, expected: Any, found: Any) -> None:
         if expected != found:
             _refuse(self._path, what, expected, found)
-
-
-def _fill_arrays(arrays: list[mx.array]) -> Any:
-    cache: Any = ArraysCache(len(arrays))
-    cache.cache = arrays
-    return cache
 
 
 def _refuse(path: Path, what: str, expected: Any, found: Any) -> NoReturn:
@@ -323,26 +293,6 @@ def _refuse(path: Path, what: str, expected: Any, found: Any) -> NoReturn:
     # Text may be the file's.
     got = got if len(got) < 200 and got.isprintable() else short(found)
     raise StateError(f"[state] {path}: expected {what} {wanted} but got {got}")
-
-
-def _describe(index: int, cache: Any) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """Return what the header says of a layer's cache, and what of it is written."""
-    kind = type(cache).__name__
-    about: dict[str, Any] = {"kind": kind}
-    if kind not in KINDS:
-        raise StateError(f"[state] layer {index}: cannot keep a cache of {kind}")
-    if isinstance(cache, ArraysCache):
-        if cache.lengths is not None or cache.left_padding is not None:
-            raise StateError(f"[state] layer {index}: expected no padded batch")
-        parts: list[Any] = cache.cache
-    else:
-        found = [] if cache.keys is None else _flat((cache.keys, cache.values))
-        parts = [x[..., : cache.offset, :] for x in found]
-        if isinstance(cache, QuantizedKVCache):
-            about |= {"group_size": cache.group_size, "bits": cache.bits}
-    if not parts or any(x is None for x in parts):
-        raise StateError(f"[state] layer {index}: expected a cache with tokens")
-    return about, {f"layers.{index}.{i}": x for i, x in enumerate(parts)}
 
 
 def _path(path: str | os.PathLike) -> Path:
@@ -413,16 +363,6 @@ def _read(
     return arrays
 
 
-def _held(model: nn.Module) -> list[tuple[int, int]]:
-    streamer = model.streamer
-    return [] if streamer is None else streamer.held
-
-
-def _flat(parts: Iterable[Any]) -> list[Any]:
-    nested = (p if isinstance(p, list | tuple) else [p] for p in parts)
-    return [x for part in nested for x in part]
-
-
 class CacheCheckpoint:
     """A point in a run to go back to: KV caches by length, states by reference.
 
@@ -431,7 +371,7 @@ class CacheCheckpoint:
 
     def __init__(self, cache: list[Any]):
         for i, c in enumerate(_caches(cache)):
-            if type(c).__name__ not in KINDS:
+            if type(c) not in TAKE_BACK:
                 kind = type(c).__name__
                 raise StateError(f"[state] layer {i}: cannot go back in a {kind}")
         self._cache = cache

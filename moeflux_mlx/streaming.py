@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import mlx.nn as nn
 from rich.filesize import decimal
 
 from . import config, device, serving
+from .arguments import bounded, check_ids
 from .caches import CACHE_STEP
 from .calls import Calls
 from .errors import BudgetError, ModelError, MoefluxError
@@ -29,14 +31,17 @@ from .experts.packed import is_packed
 from .experts.packed_blocks import PackedBlocks
 from .experts.policy import DEFAULT_POLICY, policy_factory
 from .experts.pool import pool_bytes
+from .experts.store import model_identity
 from .experts.streamer import ExpertStreamer, check_scope
 from .experts.switch import StreamedSwitch
 from .measured_needs import MeasuredNeeds
 from .memory import MemoryPlan, own_bytes, plan_memory
 from .memory_keeper import MemoryKeeper
 from .pool_search import find_fastest
+from .preflight import check_fits, unasked_expert_bytes
 from .progress import Report, notice
 from .saving import GuardsSaving, guard_saving, keep_whole
+from .weights import has_values
 
 M = TypeVar("M", bound=nn.Module)
 # What memory is tried out with where several amounts are: any token will do.
@@ -48,15 +53,29 @@ class StreamedPart(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         calls: Calls = self.__dict__["calls"]
-        if self.__dict__["gives_rows"]:
-            return calls.alone(calls.run, super().__call__, args, kwargs)
-        return calls.alone(super().__call__, *args, **kwargs)
+        rows: bool = self.__dict__["gives_rows"]
+        return calls.alone(calls.call, super().__call__, args, kwargs, gives_rows=rows)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise ModelError(
             "[copy] expected a model with its experts among its parameters but got "
             "one that streams them: load it a second time"
         )
+
+
+class CheckedEmbedding(nn.Module):
+    """What ``stream`` adds to every embedding: no rows of what is not in its table."""
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        n_rows: int = self.weight.shape[0]
+        calls: Calls = self.__dict__["calls"]
+        if not ids.size or (calls.looks_at(ids) and has_values(ids)):
+            if ids.size:
+                check_ids(ids, n_rows)
+            return super().__call__(ids)
+        ids, inside = bounded(ids, n_rows)
+        rows: mx.array = super().__call__(ids)
+        return mx.where(inside[..., None], rows, mx.array(math.nan, rows.dtype))
 
 
 class StreamedModel(GuardsSaving, StreamedPart):
@@ -67,6 +86,16 @@ class StreamedModel(GuardsSaving, StreamedPart):
 
     streamer: ExpertStreamer | MappedExperts
     plan: MemoryPlan | None
+    needs: MeasuredNeeds
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """A hash that tells the model from any other, packed or not.
+
+        Raises:
+            ModelError, ExpertStoreError: the directory that it is of is gone.
+        """
+        return model_identity(self.__dict__["directory"])
 
     @property
     def keeper(self) -> MemoryKeeper | None:
@@ -127,20 +156,12 @@ def stream(
         ModelError: no routed block, one that cannot be streamed, or weights that are
             not the checkpoint's own tensors.
         ConfigError: an argument has no usable value.
-        BudgetError: not even one expert fits.
+        BudgetError: not even one expert fits, or without a bound all other weights.
         ExpertStoreError: an expert could not be read.
     """
     directory = Path(directory)
-    if isinstance(model, StreamedModel):
-        raise ModelError("[stream] expected a model whose experts are not streamed yet")
     check_scope(scope)
-    blocks = find_blocks(model)
-    if not blocks:
-        kind = type(model)
-        raise ModelError(
-            f"[stream] expected routed experts in {kind.__module__}.{kind.__name__} "
-            "but found none: load it with mlx_lm.load"
-        )
+    blocks = _blocks_of(model)
     amounts = Amounts.read(memory, expert_memory)
     io = way_of_reading(expert_io, gives_way=amounts.process is not None)
     make_policy = policy_factory(policy or config.policy() or DEFAULT_POLICY)
@@ -148,7 +169,7 @@ def stream(
     with contextlib.ExitStack() as undo:
         undo.callback(store.close)
         calls = _install(model, blocks, undo)
-        opened = _Opening(model, calls, store, directory, amounts, scope)
+        opened = _Opening(model, blocks, calls, store, directory, amounts, scope)
         n_bytes, chosen = opened.expert_bytes()
         calls.streamer = streamer = open_experts(
             store,
@@ -168,7 +189,9 @@ def stream(
             report=report,
         )
         undo.pop_all()
-    model.__dict__.update(streamer=streamer, plan=opened.plan)
+    model.__dict__.update(
+        streamer=streamer, plan=opened.plan, needs=opened.needs, directory=directory
+    )
     if opened.plan is not None and isinstance(streamer, ExpertStreamer):
         notice(str(opened.plan))
         calls.keeper = MemoryKeeper(opened.plan, opened.needs, streamer)
@@ -177,45 +200,102 @@ def stream(
     return model
 
 
+def plan_stream(
+    model: nn.Module, directory: Path, memory: int | str, *, scope: str = "global"
+) -> MemoryPlan:
+    """Return what ``stream`` with this ``memory`` would take it for; reads no matrix.
+
+    Args:
+        model: as for ``stream``; afterwards it is as it was.
+
+    Raises:
+        ModelError, ConfigError, BudgetError, ExpertStoreError: as ``stream``.
+    """
+    check_scope(scope)
+    blocks, amounts = _blocks_of(model), Amounts.read(memory, None)
+    with contextlib.ExitStack() as undo:
+        store = _open(model, blocks, directory, direct=False)
+        undo.callback(store.close)
+        calls = _install(model, blocks, undo)
+        opened = _Opening(
+            model, blocks, calls, store, directory, amounts, scope, reads=False
+        )
+        opened.expert_bytes()
+    assert opened.plan is not None
+    return opened.plan
+
+
+def _blocks_of(model: nn.Module) -> list[RoutedBlock]:
+    if isinstance(model, StreamedModel):
+        raise ModelError("[stream] expected a model whose experts are not streamed yet")
+    if blocks := find_blocks(model):
+        return blocks
+    kind = type(model)
+    raise ModelError(
+        f"[stream] expected routed experts in {kind.__module__}.{kind.__name__} "
+        "but found none: load it with mlx_lm.load"
+    )
+
+
 @dataclass
 class _Opening:
-    """A model whose experts are not there yet: what memory is left for them."""
+    """A model whose experts are not there yet: what memory is left for them.
+
+    ``reads``: the model may be measured with its weights, which are to be read anyway.
+    """
 
     model: nn.Module
+    blocks: list[RoutedBlock]
     calls: Calls
     store: ModuleExperts | PackedBlocks
     directory: Path
     amounts: Amounts
     scope: str
+    reads: bool = True
     plan: MemoryPlan | None = None
 
     def __post_init__(self) -> None:
         self._blank = BlankExperts(self.store)
-        fields = read_config(self.directory)
         self.needs = MeasuredNeeds(
-            self.model, self.calls, self._blank, self.store, fields
+            self.model,
+            self.calls,
+            self._blank,
+            self.store,
+            read_config(self.directory),
+            self.blocks,
+            reads=self.reads and self.amounts.process is not None,
         )
 
     def expert_bytes(self) -> tuple[int | None, int]:
         """Return the bytes for experts, and how many of them a token chooses.
 
+        None is three quarters of the machine.
+
         Raises:
             BudgetError: what one token needs does not fit.
             ModelError: the model cannot be called to measure what it needs.
         """
-        self.calls.streamer = self._blank
+        if self.amounts.process is None:
+            return self._unplanned(), self._chosen()
+        self.plan = self._planned(self.amounts.process)
+        return self.plan.expert_bytes, self._blank.most_chosen
+
+    def _unplanned(self) -> int | None:
+        if self.amounts.experts is not None:
+            return self.amounts.experts
+        # Said before anything is read.
+        check_fits(self.directory, self.model)
         try:
-            if self.amounts.process is None:
-                return self.amounts.experts, self._chosen()
-            self.plan = self._planned(self.amounts.process)
-            return self.plan.expert_bytes, self._blank.most_chosen
-        finally:
-            self.calls.streamer = None
+            return unasked_expert_bytes(self.needs)
+        except Exception:
+            # A model that takes no tokens.
+            return None
 
     def _chosen(self) -> int:
         try:
             # Lazy: nothing is computed.
-            self.model(mx.array([[FIRST_TOKEN]]))
+            with self.calls.reaching(self._blank):
+                self.model(mx.array([[FIRST_TOKEN]]))
         except Exception:
             # A model that takes no tokens: how much layers share is a guess then.
             return 1
@@ -263,16 +343,12 @@ def _open(
 ) -> ModuleExperts | PackedBlocks:
     if is_packed(directory):
         return PackedBlocks.open_for(directory, blocks, direct=direct)
-    checkpoint = Checkpoint.open(directory)
-    try:
+    with Checkpoint.kept(directory) as checkpoint:
         sources = unchanged(checkpoint, getattr(model, "sanitize", None))
         store = ModuleExperts(blocks, checkpoint, sources)
         if direct:
             store.bypass_cache()
-        return store
-    except BaseException:
-        checkpoint.close()
-        raise
+    return store
 
 
 def _install(
@@ -297,6 +373,11 @@ def _install(
             added = StreamedModel if part is model else StreamedPart
             part.__class__ = _streamed_class(added, type(part))
             part.__dict__.update(calls=calls, gives_rows=path == backbone)
+    for _, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+            undo.callback(setattr, module, "__class__", type(module))
+            module.__class__ = _streamed_class(CheckedEmbedding, type(module))
+            module.__dict__["calls"] = calls
     model.__dict__["blocks"] = tuple(f"{block.path}." for block in blocks)
     guard_saving()
     keep_whole(model)

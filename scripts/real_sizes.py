@@ -2,9 +2,9 @@
 
 Usage: scripts/real_sizes.py [NAME ...]
 
-Prints what ``moeflux inspect`` says of each as a table of Markdown. The numbers are
-those of the models' own ``config.json``; tensors have the names, shapes and types that
-mlx-lm's converter gives them at 4 bits, gpt-oss its own mxfp4.
+Prints what ``moeflux inspect --memory 32GB`` says of each as tables of Markdown. The
+numbers are those of the models' own ``config.json``; tensors have the names, shapes and
+types that mlx-lm's converter gives them at 4 bits, gpt-oss its own mxfp4.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from mlx_lm.utils import _get_classes
 from moeflux_mlx.cli.inspect import ModelSummary, summarize
 from moeflux_mlx.experts.pool import DTYPE_NAMES
 from moeflux_mlx.experts.safetensors import TensorEntry, header_bytes
+from moeflux_mlx.loading import plan_load
+from moeflux_mlx.memory import MemoryPlan
 
+MEMORY = "32GB"
 AFFINE = {"group_size": 64, "bits": 4, "mode": "affine"}
 MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
 DEEPSEEK_V3 = {
@@ -121,6 +124,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 18,
         "rms_norm_eps": 1e-5,
         "rope_theta": 150000,
+        "max_position_embeddings": 131072,
         "quantization": MXFP4,
     },
     "GLM-4.5-Air": {
@@ -240,6 +244,20 @@ def line(name: str, summary: ModelSummary, n_parameters: int) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
+def plan_line(name: str, plan: MemoryPlan) -> str:
+    """Return a row of the table of plans."""
+    cells = [
+        name,
+        f"{plan.resident_bytes / 1e9:.2f} GB",
+        f"{plan.cache_bytes / 1e6:.0f} MB",
+        f"{plan.scratch_bytes / 1e9:.2f} GB",
+        f"{plan.expert_bytes / 1e9:.1f} GB",
+        f"{plan.n_slots} of {plan.n_experts}",
+        f"{plan.context_tokens}",
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
 TABLE = """
 ## Published sizes
 
@@ -250,17 +268,28 @@ at 4 bits in groups of 64 (gpt-oss: experts in mxfp4, all else in bfloat16), mad
 | model | parameters | experts | resident | experts' bytes | one expert | cold |
 |---|---|---|---|---|---|---|
 """
+PLANS = f"""
+What `moeflux inspect --memory {MEMORY} DIR` plans for them on a CPU: weights, caches of
+the first 256 tokens, scratch for a prompt's 2048, and experts in all that is left. It
+comes from headers and `config.json`; matrices are never read. *Context* is how many
+tokens one sequence has room for while experts give way.
+
+| model | weights | caches | scratch | experts | experts in memory | context |
+|---|---|---|---|---|---|---|
+"""
 
 
 def table(names: list[str]) -> str:
-    """Return the table of the named models as Markdown."""
-    rows = []
+    """Return the tables of the named models as Markdown."""
+    rows, plans = [], []
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             n_parameters = write_sparse(Path(folder), name)
             rows.append(line(name, summarize(Path(folder)), n_parameters))
-    return TABLE + "".join(rows)
+            plans.append(plan_line(name, plan_load(folder, MEMORY)))
+    return TABLE + "".join(rows) + PLANS + "".join(plans)
 
 
 if __name__ == "__main__":
+    mx.set_default_device(mx.cpu)
     print(table(sys.argv[1:] or [*MODELS]))

@@ -229,8 +229,11 @@ def test_what_cannot_be_divided_is_refused(written, own_bytes):
     model.keeper._needs = Few(model.keeper._needs, 40)
     rows = mx.zeros((1, 100, 64))
     assert model(None, input_embeddings=rows).shape == (1, 100, VOCAB)
+    # A mask is of all tokens.
+    model = streamed(written("phixtral"), "2GB")
+    model.keeper._needs = Few(model.keeper._needs, 40)
     with pytest.raises(BudgetError, match=r"at most 32 of 100 tokens"):
-        model(mx.zeros((1, 100), mx.int32), input_embeddings=mx.zeros((1, 99, 64)))
+        model(mx.zeros((1, 100), mx.int32), mask=mx.zeros((100, 100)))
 
 
 def bound(model: nn.Module, n_slots: int, cache_bytes: int, scratch: int) -> None:

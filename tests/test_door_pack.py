@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, save_model
+from test_saving import command
 from tiny import write_tokenizer
 
 import moeflux_mlx
@@ -426,12 +427,66 @@ def test_a_streamed_model_is_not_saved(streamed, tmp_path):
     assert [*tmp_path.glob("out/*"), *tmp_path.glob("w.*")] == []
 
 
-def test_the_state_of_mlx_lms_class_is_refused_before_text_is_made(tmp_path, capsys):
-    path = write(tmp_path / "plain", "qwen3_moe", 4)
+def adapters(path: Path) -> Path:
+    """Write what ``mlx_lm.lora`` leaves: a matrix of the last layer is adapted."""
+    path.mkdir()
+    lora = {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
+    config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": lora}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    name = "model.layers.1.self_attn.q_proj"
+    arrays = {f"{name}.lora_a": mx.ones((64, 2)), f"{name}.lora_b": mx.ones((2, 64))}
+    mx.save_safetensors(str(path / "adapters.safetensors"), arrays)
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain_and_packed(tmp_path_factory):
+    """A model of mlx-lm's class that its commands load, plain and packed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts"))
+        path = write(tmp_path_factory.mktemp("commands") / "plain", "qwen3_moe", 4)
+    pack(path, path.with_name("packed"))
+    return path, path.with_name("packed")
+
+
+CONVERT = [[], ["-q"], ["--dequantize"], ["--dtype", "float16"]]
+FUSE = [[], ["--dequantize"]]
+
+
+@pytest.mark.parametrize("more", CONVERT, ids=str)
+def test_convert_of_a_pack_makes_no_directory(plain_and_packed, tmp_path, more):
+    out = tmp_path / "out"
+    with pytest.raises(ModelError, match="nothing is written"):
+        command("convert", "--hf-path", plain_and_packed[1], "--mlx-path", out, *more)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("more", FUSE, ids=str)
+def test_fuse_of_a_pack_makes_no_directory(plain_and_packed, tmp_path, more):
+    out, adapter = tmp_path / "out", adapters(tmp_path / "adapters")
+    more = ["--adapter-path", adapter, "--save-path", out, *more]
+    with pytest.raises(ModelError, match="nothing is written"):
+        command("fuse", "--model", plain_and_packed[1], *more)
+    assert not out.exists()
+
+
+def test_a_fused_checkpoint_is_packed_and_gives_stocks_bits(plain_and_packed, tmp_path):
+    out, adapter = tmp_path / "out", adapters(tmp_path / "adapters")
+    more = ["--adapter-path", adapter, "--save-path", out]
+    command("fuse", "--model", plain_and_packed[0], *more)
+    pack(out, tmp_path / "packed")
+    stock, before = load_model(out)[0], load_model(plain_and_packed[0])[0]
+    assert not mx.allclose(logits(stock), logits(before), atol=0.01)
+    model = moeflux_mlx.load(tmp_path / "packed", expert_memory=LEAST)[0]
+    assert mx.array_equal(logits(model), logits(stock))
+
+
+def test_a_state_that_cannot_be_kept_is_refused_before_text_is_made(tmp_path, capsys):
+    path = write(tmp_path / "plain", "deepseek_v41", 4)
     command = ["generate", "--model", str(path), "--prompt", "abc", "--save-state"]
     assert main([*command, str(tmp_path / "state"), "--expert-memory", LEAST]) == 2
     told = capsys.readouterr()
-    assert "[state] expected a model of moeflux-mlx's own class" in told.err
+    assert "[state] layer 0: cannot keep a cache of LayerCache" in told.err
     # Nothing was generated.
     assert "tokens/s" not in told.out
     assert not (tmp_path / "state").exists()

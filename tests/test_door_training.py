@@ -114,21 +114,28 @@ def with_adapters(model: nn.Module, keys: list[str]) -> nn.Module:
     return model.train()
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_adapters_learn_what_they_learn_in_stock(written, family):
-    keys = ["self_attn.q_proj", "self_attn.v_proj"]
-    losses, weights = [], []
+@pytest.mark.parametrize(
+    ("family", "router"), [("qwen3_moe", "mlp.gate"), ("gpt_oss", "mlp.router")]
+)
+def test_adapters_learn_what_they_learn_in_stock(written, family, router):
+    keys = ["self_attn.q_proj", "self_attn.v_proj", router]
+    losses, weights, first = [], [], []
     for model in both(written(family, 4)):
         model = with_adapters(model, keys)
         step, optimizer = nn.value_and_grad(model, loss), optim.Adam(0.01)
-        for _ in range(3):
+        for i in range(3):
             value, grads = step(model)
+            if i == 0:
+                first.append(flat(grads))
             optimizer.update(model, grads)
             mx.eval(model.parameters(), optimizer.state)
             losses.append(value.item())
         weights.append(flat(model.trainable_parameters()))
     assert np.allclose(losses[:3], losses[3:], rtol=1e-5) and losses[2] < losses[0]
-    assert len(weights[0]) == 8
+    assert len(weights[0]) == 12 and set(first[1]) == set(first[0]) == set(weights[0])
+    for name, wanted in first[0].items():
+        off = np.linalg.norm(first[1][name] - wanted)
+        assert np.linalg.norm(wanted) > 0 and off <= 1e-5 * np.linalg.norm(wanted), name
     for name, wanted in weights[0].items():
         assert np.allclose(weights[1][name], wanted, rtol=1e-3, atol=1e-4), name
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,6 +174,21 @@ class Checkpoint:
             checkpoint.close()
             raise ModelError(f"[checkpoint] cannot read {shard}: {error}") from error
         return checkpoint
+
+    @classmethod
+    @contextlib.contextmanager
+    def kept(cls, directory: str | os.PathLike) -> Iterator[Checkpoint]:
+        """Open as ``open`` for who goes on with it; an error in here closes it.
+
+        Raises:
+            ModelError: as ``open``.
+        """
+        checkpoint = cls.open(directory)
+        try:
+            yield checkpoint
+        except BaseException:
+            checkpoint.close()
+            raise
 
     @property
     def layers(self) -> set[int]:

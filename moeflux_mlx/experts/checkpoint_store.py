@@ -146,15 +146,11 @@ class CheckpointExperts(TensorExperts):
             ModelError: not a model directory, a file missing or truncated, or experts
                 of no usable form.
         """
-        checkpoint = Checkpoint.open(directory)
-        try:
+        with Checkpoint.kept(directory) as checkpoint:
             store = cls(checkpoint)
             if direct:
                 store.bypass_cache()
-            return store
-        except BaseException:
-            checkpoint.close()
-            raise
+        return store
 
 
 def find_routed(checkpoint: Checkpoint) -> dict[int, RoutedLayer]:

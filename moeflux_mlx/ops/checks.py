@@ -17,6 +17,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 import mlx.core as mx
 import numpy as np
 
+from ..arguments import FLOATS, got, sizes
 from ..errors import GraphError
 from ..experts.routed import AFFINE_BITS, AFFINE_GROUPS, BYTE_SCALED
 from ..graph.buffers import fits
@@ -34,7 +35,6 @@ from ..weights import ExpertWeights, Quantization, Weight, has_values
 P = ParamSpec("P")
 R = TypeVar("R")
 
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 # States that an Op updates keep a type of their own beside that of the activations.
 STATES = (ConvStateBuf, KvCacheKBuf, KvCacheVBuf)
 MAX_WHOLE = (1 << 31) - 1
@@ -96,23 +96,6 @@ def _argument(name: str, kind: Any, value: Any) -> Any:
     if float in kinds:
         return finite(name, value)
     return array(name, value)
-
-
-def got(value: Any) -> str:
-    """Describe a value in a few words."""
-    if isinstance(value, mx.array):
-        return f"shape {_shape(value.shape)}"
-    if isinstance(value, int) and abs(value) > 1 << 64:
-        return f"a number of {value.bit_length()} bits"
-    if value is None or isinstance(value, bool | int | float | np.number):
-        return str(value)
-    if isinstance(value, str):
-        return repr(value[:40])
-    return type(value).__name__
-
-
-def _shape(shape: Sequence[int | None]) -> str:
-    return "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
 
 
 def whole(name: str, value: Any) -> int:
@@ -227,7 +210,7 @@ def like(
 ) -> None:
     """Check an array's shape, and its type if there is a choice of types."""
     if not fits(shape, array(name, x).shape):
-        raise Misfit(name, f"shape {_shape(shape)}", _shape(x.shape))
+        raise Misfit(name, f"shape {sizes(shape)}", sizes(x.shape))
     if dtypes is not None:
         typed(name, x, dtypes)
 
@@ -256,8 +239,8 @@ def experts(name: str, value: Any) -> ExpertWeights | GraphExperts:
     wanted = {"up": (n_experts, expert_dim, dim), "down": (n_experts, dim, expert_dim)}
     for part, found in (("up", up), ("down", down)):
         if unpacked(found) != wanted[part]:
-            shape = f"shape {_shape(wanted[part])}"
-            raise Misfit(f"{name}.{part}", shape, _shape(unpacked(found)))
+            shape = f"shape {sizes(wanted[part])}"
+            raise Misfit(f"{name}.{part}", shape, sizes(unpacked(found)))
     return value  # type: ignore[no-any-return]
 
 
@@ -295,7 +278,7 @@ def check(op: Op, given: Mapping[str, Any]) -> None:
     for name in op.weight_fields:
         ref = getattr(op, name)
         if ref is not None and not fits(shapes[name], ref.shape):
-            raise Misfit(name, f"shape {_shape(shapes[name])}", _shape(ref.shape))
+            raise Misfit(name, f"shape {sizes(shapes[name])}", sizes(ref.shape))
 
 
 def _check_alike(fields: Sequence[BufferField], given: Mapping[str, Any]) -> None:

@@ -1,0 +1,123 @@
+"""Arguments of models that mlx-lm's classes run: refused as our own class does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from test_calls_arguments import (
+    CACHES_REFUSED,
+    ROWS_REFUSED,
+    TOKENS,
+    TOKENS_REFUSED,
+    caches,
+    plain,
+    refuses,
+)
+from test_calls_transforms import stock_of
+
+import moeflux_mlx
+from moeflux_mlx import device
+from moeflux_mlx.errors import ModelError
+
+ROOT = Path(__file__).resolve().parents[1]
+# Who does not know a model's width leaves it to the model to refuse another.
+ROWS = ROWS_REFUSED.keys() - {"wider", "narrower", "rank-2", "empty"}
+__all__ = ["plain"]
+
+
+@pytest.fixture(scope="module", params=["experts", "memory", "pack"])
+def model(request, plain) -> Any:
+    bound = {"expert_memory": "4MB"}
+    path = plain.with_name("packed") if request.param == "pack" else plain
+    if request.param == "memory":
+        bound = {"memory": "3GB"}
+    return moeflux_mlx.load(path, native=False, **bound)[0]
+
+
+@pytest.mark.parametrize("case", TOKENS_REFUSED)
+def test_tokens_that_are_none_are_refused(model, case):
+    bad, why = TOKENS_REFUSED[case]
+    for call in (model, model.language_model, model.language_model.model):
+        with refuses("tokens", why):
+            mx.eval(call(bad))
+    held = caches(model)
+    with refuses("tokens", why):
+        mx.eval(model(bad, cache=held))
+    assert held[1].offset == 2
+    assert model(TOKENS, cache=held).shape == (1, 3, 320)
+
+
+@pytest.mark.parametrize("case", sorted(ROWS))
+def test_embeddings_that_are_none_are_refused(model, plain, case):
+    change, why = ROWS_REFUSED[case]
+    rows = stock_of(plain).language_model.model.embed_tokens(TOKENS)
+    for held in (None, caches(model)):
+        with refuses("input_embeddings", why):
+            model(TOKENS, cache=held, input_embeddings=change(rows))
+
+
+@pytest.mark.parametrize("case", CACHES_REFUSED)
+def test_caches_that_are_none_are_refused(model, case):
+    make, name, why = CACHES_REFUSED[case]
+    why = why.replace("an ArraysCache of 2", "a cache like ArraysCache")
+    why = why.replace("an ArraysCache", "a cache like ArraysCache")
+    why = why.replace("of 2", "a cache like ArraysCache") if case == "small" else why
+    for tokens in (TOKENS, TOKENS[:, :1]):
+        with refuses(name, why):
+            model(tokens, cache=make(model))
+
+
+@pytest.mark.parametrize(
+    "same", [[[5, 6, 7]], ((5, 6, 7),), np.array([[5, 6, 7]]), TOKENS.astype(mx.uint8)]
+)
+def test_what_means_tokens_is_taken_as_tokens(model, same):
+    assert mx.array_equal(model(same), model(TOKENS))
+
+
+def test_a_gradient_at_an_id_outside_is_refused(model):
+    def loss(model: nn.Module, bad: int) -> mx.array:
+        return model(mx.array([[bad, 1]])).sum()
+
+    for bad in (-1, 320):
+        with refuses("tokens", f"but got {bad}"):
+            nn.value_and_grad(model, loss)(model, bad)
+
+
+@pytest.mark.parametrize("bad", [-1, 320, 1 << 40])
+def test_an_id_that_is_not_waited_for_gives_no_number(model, plain, bad, monkeypatch):
+    """On a GPU nobody reads a token back where every expert is in memory."""
+    assert model.streamer.resident
+    monkeypatch.setattr(device, "on_cpu", lambda: False)
+    held, stock = make_prompt_cache(model), stock_of(plain)
+    logits = model(mx.array([[bad]], mx.int64), cache=held)
+    assert np.isnan(np.array(logits)).all()
+    assert mx.array_equal(model(TOKENS[:, :1]), stock(TOKENS[:, :1]))
+
+
+@pytest.mark.parametrize(
+    "family", ["gpt_oss", "gemma4", "longcat_flash_ngram", "deepseek_v32", "phixtral"]
+)
+def test_every_family_refuses_them_alike(family, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import family_trials
+
+    family_trials.write_model(tmp_path, family, 4)
+    model = family_trials.stream_least(tmp_path)
+    wanted = np.array(model(mx.array([[5, 6]])))
+    for bad in ([[128]], [[5, -1]], [[1 << 40]], [5, 6], [[]], None, [[0.5]]):
+        tokens = bad if bad is None else mx.array(np.array(bad))
+        with pytest.raises(ModelError, match=r"\[tokens\] expected"):
+            model(tokens)
+    held = make_prompt_cache(model)
+    with pytest.raises(ModelError, match=r"\[cache\] expected a list of"):
+        model(mx.array([[5]]), cache=held[:-1])
+    model(mx.array([[5, 6], [7, 8]]), cache=held)
+    with pytest.raises(ModelError, match=r"\[cache\] expected caches of 1 sequences"):
+        model(mx.array([[5]]), cache=held)
+    assert np.array_equal(np.array(model([[5, 6]])), wanted)
