@@ -57,8 +57,9 @@ class Ways:
     @property
     def token(self) -> TokenAhead | WaitingCall | None:
         """What this thread's call goes by, if it is left to nobody else."""
-        token = self._token
-        return token if token and self._thread == threading.get_ident() else None
+        if (token := self._token) is None or self._thread != threading.get_ident():
+            return None
+        return token
 
     def watch(
         self, model: nn.Module, blocks: Sequence[RoutedBlock], undo: ExitStack

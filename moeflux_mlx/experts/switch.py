@@ -21,6 +21,7 @@ from ..errors import ModelError
 from ..weights import ExpertWeights, Weight, has_values
 from .layout import ALL_PARTS
 from .modules import RoutedBlock
+from .resident import ResidentExperts
 from .source import ExpertSource
 
 # From so many ids on mlx-lm sorts rows by expert, which takes another kernel.
@@ -85,6 +86,9 @@ class StreamedSwitch(nn.Module):
         """Run rows ``[..., D]`` through experts ``[..., K]`` to ``[..., K, D]``."""
         with self._turn():
             source = self._source()
+            if isinstance(source, ResidentExperts):
+                source.asked(indices.size)
+                return self.slot_block(source.weights, x, indices, settled=True)
             if source.settled is not None:
                 return self._run(source, x, indices)
             if (token := self._token()) is not None:
@@ -119,8 +123,7 @@ class StreamedSwitch(nn.Module):
         outputs, places = [], []
         for where, slots in source.portions(indices):
             if where is None:
-                settled = source.settled is not None
-                out = self.slot_block(source.weights, x, slots, settled=settled)
+                out = self.slot_block(source.weights, x, slots)
                 source.guard(out)
                 return out
             rows = _rows_of(x, indices, where)
@@ -198,9 +201,11 @@ class SlotBlock:
     def __init__(self, block: RoutedBlock):
         self._module, self.projections = block.module, block.projections
         self._n_experts = max(len(array) for array in block.parts.values())
-        for module in self.projections.values():
-            if type(module) is QuantizedSwitchLinear:
-                module.__class__ = SlotLinear
+        self._quantized = [
+            module
+            for module in self.projections.values()
+            if type(module) is QuantizedSwitchLinear
+        ]
         self._held: ExpertWeights | None = None
         self._told = False
         # Let go of what was loaded for it, unread.
@@ -221,15 +226,17 @@ class SlotBlock:
             n_ids: of the whole call, if this is a part of it.
             settled: the weights are those of the block's own experts, all of them.
         """
+        if settled and weights is self._held:
+            return cast(mx.array, self._module(x, slots))
         by_blocks = self._by_blocks(slots.size if n_ids is None else n_ids)
         in_place = settled or (not by_blocks and _converts_none(weights, x.dtype))
         if not (in_place and _lies_well(weights)):
             weights, slots = _end_to_end(weights, slots)
         if weights is not self._held:
-            self._hold(weights)
+            self._hold(weights, settled=settled)
         if by_blocks is not self._told:
             self._told = by_blocks
-            for module in self.projections.values():
+            for module in self._quantized:
                 module.by_blocks = by_blocks
         out: mx.array = self._module(x, slots)
         return out
@@ -250,8 +257,15 @@ class SlotBlock:
         is_sorted = n_ids >= SORTED_FROM
         return is_sorted and device.multiplies_by_blocks(n_ids, self._n_experts)
 
-    def _hold(self, weights: ExpertWeights | None) -> None:
+    def release(self) -> None:
+        """Hold nothing, as mlx-lm's own block before its weights are loaded."""
+        self._hold(None)
+
+    def _hold(self, weights: ExpertWeights | None, *, settled: bool = True) -> None:
+        """Have these weights; with all of them each module is mlx-lm's own."""
         self._held = weights
+        for module in self._quantized:
+            module.__class__ = QuantizedSwitchLinear if settled else SlotLinear
         for name, module in self.projections.items():
             for part, field in FIELDS.items():
                 if weights is None:
