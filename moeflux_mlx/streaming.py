@@ -290,9 +290,9 @@ def _install(
         give_way = serving.release_oldest_prompt
     calls = Calls(model, give_way, ways)
     for number, block in enumerate(blocks):
-        source, parts = functools.partial(calls.source, number), block.parts
+        undo.callback(_put_back, model, block, block.parts)
+        source = functools.partial(calls.source, number)
         switch = StreamedSwitch(block, source, calls.turn, lambda: ways.token)
-        undo.callback(_put_back, model, block, parts)
         undo.callback(switch.slot_block.release)
         _replace(model, block.path, switch)
     owners = {_owner(block.path) for block in blocks}

@@ -201,7 +201,7 @@ class SlotBlock:
     def __init__(self, block: RoutedBlock):
         self._module, self.projections = block.module, block.projections
         self._n_experts = max(len(array) for array in block.parts.values())
-        self._quantized = [
+        self._quantized: list[nn.Module] = [
             module
             for module in self.projections.values()
             if type(module) is QuantizedSwitchLinear
