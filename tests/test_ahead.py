@@ -125,6 +125,8 @@ def test_every_kind_of_cache_is_put_back(checkpoint, window, begun_again, kind):
 
 # Latent attention with an indexer, windows, chunks, states and both in one model.
 FAMILIES = ("deepseek_v32", "gpt_oss", "llama4", "qwen3_next", "nemotron_h", "gemma4")
+# What chooses experts there takes an input alone, and blocks follow each other.
+FORESEEN = ("gpt_oss", "llama4", "qwen3_next")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -136,6 +138,9 @@ def test_families_of_other_caches_do_too(tmp_path, window, begun_again, family):
     ours = streamed(path, TOP_K + 1)
     assert mx.array_equal(wanted, run(ours, make_prompt_cache(ours)))
     assert begun_again
+    waiting = streamed(path, 3 * TOP_K, "off", read_ahead="on")
+    assert mx.array_equal(wanted, run(waiting, make_prompt_cache(waiting)))
+    assert bool(waiting.streamer.stats.total.read_ahead) == (family in FORESEEN)
 
 
 @pytest.mark.parametrize("n_slots", [TOP_K, 7, 20, N_LAYERS * N_EXPERTS - 2])
@@ -258,7 +263,7 @@ def test_a_call_that_fails_leaves_its_caches(
     checkpoint, window, monkeypatch, optimistic, error
 ):
     window(ALL)
-    ours = streamed(checkpoint, 4, optimistic)
+    ours = streamed(checkpoint, 4, optimistic, read_ahead="on")
     cache = make_prompt_cache(ours)
     run(ours, cache, 2)
     offsets, before = [c.offset for c in cache], held(cache)
@@ -371,9 +376,10 @@ def test_what_a_call_added_is_as_if_it_never_was(kind, first):
     n_seqs = 2 if "batch" in kind else 1
     cache, other = KINDS_ALONE[kind](), KINDS_ALONE[kind]()
     for i, n in enumerate([first, *[1] * 12, 2, 1, 5, 1]):
-        for n_tokens in (n, n, None):
+        # Whatever follows is seldom as long as what was taken back.
+        for n_tokens in (n, n, None, 1):
             state = CacheState(cache, n_tokens)
-            add(cache, n, 1000 + i, n_seqs)
+            add(cache, n_tokens or n, 1000 + i, n_seqs)
             after = state.now()
             state.put_back()
             # What a call did can be done again, too.
