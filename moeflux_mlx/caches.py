@@ -11,16 +11,22 @@ import mlx.core as mx
 from mlx_lm.models.cache import (
     ArraysCache,
     BatchKVCache,
+    BatchRotatingKVCache,
+    ChunkedKVCache,
+    ConcatenateKVCache,
     KVCache,
     QuantizedKVCache,
+    RotatingKVCache,
 )
 
 from .weights import leaves
 
 # mlx-lm's KV caches grow by this many rows.
 CACHE_STEP = 256
-# Their rows lie after each other, so that a mark of the end is enough to go back.
-HELD_CACHES = (ArraysCache, KVCache, QuantizedKVCache, BatchKVCache)
+# Their rows lie after each other, and later ones never touch those before the end.
+APPENDED = (KVCache, QuantizedKVCache, BatchKVCache)
+ROTATING = (RotatingKVCache, BatchRotatingKVCache)
+KNOWN = (*APPENDED, *ROTATING, ArraysCache, ChunkedKVCache, ConcatenateKVCache)
 
 
 @dataclass(frozen=True)
@@ -100,32 +106,91 @@ def arrays_of(cache: Iterable[Any]) -> list[mx.array]:
     return [array for c in held for array in leaves(c.state)]
 
 
+def are_known(cache: Iterable[Any]) -> bool:
+    """Tell whether a ``CacheState`` has all that each of the caches of a call is."""
+    return all(type(one) in KNOWN for one in single_caches(cache))
+
+
+class CacheState:
+    """Where a cache was before a call, to go back to as often as wanted.
+
+    MLX's values are immutable, so what a cache held is there as long as somebody holds
+    it. Yet rows are written in place only while nobody else holds them: where new ones
+    replace nothing that counts, not the rows are held but where they end.
+
+    Args:
+        cache: one of ``single_caches``.
+        n_tokens: of each sequence, that the call will add; None: not known.
+    """
+
+    def __init__(self, cache: Any, n_tokens: int | None = None):
+        self.cache = cache
+        left_out = ("keys", "values") if _keeps_rows(cache, n_tokens) else ()
+        self._names = [name for name in vars(cache) if name not in left_out]
+        self._held = self._values()
+
+    def now(self) -> CacheState:
+        """Return where the cache is now, as far as this state knows of it."""
+        state = object.__new__(CacheState)
+        state.cache, state._names = self.cache, self._names
+        state._held = state._values()
+        return state
+
+    def put_back(self) -> None:
+        """Have the cache as it was."""
+        for name, value in zip(self._names, self._held, strict=True):
+            setattr(self.cache, name, _copied(value))
+
+    def _values(self) -> list[Any]:
+        own = vars(self.cache)
+        return [_copied(own[name]) for name in self._names]
+
+
+def _keeps_rows(cache: Any, n_tokens: int | None) -> bool:
+    """Tell whether rows that count stay in a cache's arrays while a call adds some."""
+    kind = type(cache)
+    if getattr(cache, "keys", None) is None:
+        return False
+    if isinstance(cache, APPENDED):
+        return True
+    if kind is ChunkedKVCache:
+        return bool(cache.offset - cache.start_position <= cache.chunk_size)
+    if kind in ROTATING and n_tokens == 1:
+        # A full one loses the row that the next token does not see any more.
+        allocated = cache.keys.shape[2]
+        used = cache._offset if kind is BatchRotatingKVCache else cache.offset
+        most = cache.max_size
+        return bool(allocated <= most and (used < allocated or allocated == most))
+    return False
+
+
+def _copied(value: Any) -> Any:
+    """Return a value that a cache does not change with its own; no bytes move."""
+    if isinstance(value, mx.array):
+        # The same values behind another handle.
+        return value.view(value.dtype)
+    if type(value) in (list, tuple):
+        return type(value)([_copied(part) for part in value])
+    return value
+
+
 class PutBackOnFailure:
-    """Leaves mlx-lm's caches as they were if the block fails.
+    """Leaves mlx-lm's caches as they were if the block fails; gives their states.
 
     Rows that a KV cache took meanwhile stay, after its end, until others replace them.
     A class: a generator that Ctrl-C leaves suspended would put them back at any time.
+
+    Args:
+        n_tokens: as for ``CacheState``.
     """
 
-    def __init__(self, cache: Iterable[Any]):
-        self._held = [
-            (one, name, _held(value))
-            for one in single_caches(cache)
-            for name, value in vars(one).items()
-            if not (isinstance(one, HELD_CACHES) and name in ("keys", "values"))
-        ]
+    def __init__(self, cache: Iterable[Any], n_tokens: int | None = None):
+        self._states = [CacheState(one, n_tokens) for one in single_caches(cache)]
 
-    def __enter__(self) -> None:
-        """Do nothing: what there was is known."""
+    def __enter__(self) -> list[CacheState]:
+        return self._states
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            for one, name, value in self._held:
-                setattr(one, name, value)
-
-
-def _held(value: Any) -> Any:
-    """Return a value of a cache that stays as it is when the cache changes its own."""
-    if isinstance(value, list):
-        return [*value]
-    return mx.array(value) if isinstance(value, mx.array) else value
+            for state in self._states:
+                state.put_back()

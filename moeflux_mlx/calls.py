@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from . import device
-from .caches import PutBackOnFailure, arrays_of
+from .caches import CacheState, PutBackOnFailure, arrays_of
 from .errors import BudgetError
 from .experts.blank import BlankExperts
 from .experts.mapped import MappedExperts
@@ -25,6 +25,7 @@ from .experts.streamer import ExpertStreamer
 from .memory_keeper import MemoryKeeper, make_room
 from .stock_arguments import StockChecks
 from .transforms import is_traced
+from .ways import Ways
 from .weights import has_values, leaves
 
 R = TypeVar("R")
@@ -37,12 +38,17 @@ class Calls:
         model: the model; its caches are made as mlx-lm makes them.
         give_way: frees some memory that the model's caller keeps for later, and tells
             whether it did.
+        ways: choose how each call gets its experts.
     """
 
     def __init__(
-        self, model: nn.Module, give_way: Callable[[], bool] | None = None
+        self,
+        model: nn.Module,
+        give_way: Callable[[], bool] | None = None,
+        ways: Ways | None = None,
     ) -> None:
         self._model = weakref.ref(model)
+        self.ways = ways or Ways()
         self._give_way = give_way
         self.lock = threading.RLock()
         self._depth = 0
@@ -129,14 +135,25 @@ class Calls:
             self._guard(out)
             return out
         may_fail = not isinstance(self.streamer, BlankExperts | MappedExperts)
-        with PutBackOnFailure((rows.cache or []) if may_fail else []):
+        cache = (rows.cache or []) if may_fail else []
+        with PutBackOnFailure(cache, rows.t) as states:
             if self.keeper is None or not has_values(*rows.arrays.values()):
-                out = call(*args, **kwargs)
+                out = self._run(call, rows.bound, rows.t, states)
             else:
-                out = self._in_room(call, rows)
+                out = self._in_room(call, rows, states)
             self._guard(out)
         self.row_bytes = rows.bytes_of(out)
         return out
+
+    def _run(
+        self,
+        call: Callable[..., Any],
+        bound: inspect.BoundArguments,
+        t: int,
+        states: list[CacheState] | None,
+    ) -> Any:
+        whole = functools.partial(call, *bound.args, **bound.kwargs)
+        return self.ways.run(whole, self.streamer, t, states)
 
     def _guard(self, out: Any) -> None:
         """Have rows computed before experts that they read are gone."""
@@ -149,14 +166,16 @@ class Calls:
             for result in results:
                 streamer.guard_result(result)
 
-    def _in_room(self, call: Callable[..., Any], rows: _Rows) -> Any:
+    def _in_room(
+        self, call: Callable[..., Any], rows: _Rows, states: list[CacheState]
+    ) -> Any:
         n_seqs, t, given = rows.n_seqs, rows.t, rows.cache
         # Whoever keeps no cache wants logits; a long call needs one meanwhile.
         logits = not given
         cache = given or make_prompt_cache(self._whole)
         step = self._make_room(cache, n_seqs, t, logits=logits) // n_seqs
         if step >= t or (logits and self._is_followed(rows)):
-            return call(*rows.bound.args, **rows.bound.kwargs)
+            return self._run(call, rows.bound, t, states)
         if not rows.divides or self.row_bytes is None:
             raise BudgetError(
                 f"[memory] expected a call of at most {step} of {t} tokens, which its "
@@ -164,8 +183,9 @@ class Calls:
             )
         parts = []
         for start in range(0, t, step):
-            part = rows.part(slice(start, min(start + step, t)), cache)
-            parts.append(call(*part.args, **part.kwargs))
+            stop = min(start + step, t)
+            part = rows.part(slice(start, stop), cache)
+            parts.append(self._run(call, part, stop - start, None))
             mx.eval(parts[-1], arrays_of(cache))
         return mx.concatenate(parts, axis=1)
 

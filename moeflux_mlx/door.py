@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import config
 from .errors import ConfigError
 from .experts.budget import Amounts
 from .experts.checkpoint import read_config
@@ -69,6 +70,7 @@ def load_through_door(
                 scope=options.scope,
                 policy=options.policy,
                 read_ahead=options.read_ahead,
+                optimistic=options.optimistic,
                 expert_io=options.expert_io,
                 report=report,
             )
@@ -112,9 +114,9 @@ def load_stock_lazily(
 
 
 def _refuse_options(options: RunOptions) -> None:
-    for name in ("executor", "optimistic"):
-        if (value := getattr(options, name)) is not None:
-            raise ConfigError(
-                f"[{name}] expected none for mlx-lm's class but got {value!r}: leave "
-                "it out"
-            )
+    config.optimistic(options.optimistic)
+    if options.executor is not None:
+        raise ConfigError(
+            f"[executor] expected none for mlx-lm's class but got "
+            f"{options.executor!r}: leave it out"
+        )

@@ -13,22 +13,17 @@ arrived are computed while those of the next ones are read.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, KVCache
 
+from . import device
 from .experts.streamer import ExpertStreamer
+from .experts.windows import SPAN_GROWTH, spans_of, window_of
 from .graph.experts import GraphExperts
 from .trace import Passed, StepTracer, can_trace, set_states, states_of
-
-# Spans of layers that have traces of their own: 1, 4, 16, ..., and all.
-SPAN_GROWTH = 4
-# How long reading back takes, and the pause in which the device waits for what comes
-# next, in layers: an estimate from one profile on an H200.
-READ_BACK_LAYERS = 4
 
 
 class TokenSteps:
@@ -76,7 +71,12 @@ class TokenSteps:
                 logits = run(range(len(caches)), tokens, None).out
             else:
                 ahead = streamer.read_ahead.begin()
-                window = window_of(streamer.miss_rate, len(caches), ahead=ahead)
+                window = window_of(
+                    streamer.miss_rate,
+                    len(caches),
+                    device.GPU_READ_BACK_LAYERS,
+                    ahead=ahead,
+                )
                 logits = _RunAhead(run, streamer, before, ahead)(tokens, window)
                 streamer.read_ahead.end()
             for cache, offset in offsets:
@@ -193,22 +193,6 @@ class _RunAhead:
         return None if n_right == len(asking) else asking[n_right]
 
 
-def window_of(miss_rate: float, n_layers: int, *, ahead: bool = False) -> int:
-    """Return how many layers run before experts are read back: the cheapest span.
-
-    Of a window of ``w`` layers, each of which lacks an expert at the rate ``p``, one
-    reading back costs ``r / w`` a layer, and half the window thrown away for each miss
-    ``p w / 2``: least at ``w = sqrt(2 r / p)``.
-
-    Args:
-        miss_rate: without what a first run foresees.
-        ahead: experts are read ahead, which takes more than one layer.
-    """
-    best = math.sqrt(2 * READ_BACK_LAYERS / max(miss_rate, 1e-9))
-    least = min(SPAN_GROWTH, n_layers) if ahead else 1
-    return max(size for size in _sizes(n_layers) if size <= max(least, best))
-
-
 def first_span(layers: range, n_layers: int, most: int) -> range:
     """Return the largest span of up to ``most`` layers that layers begin with.
 
@@ -218,14 +202,7 @@ def first_span(layers: range, n_layers: int, most: int) -> range:
     first = layers.start
     ends = (
         min(first + size, n_layers)
-        for size in _sizes(n_layers)
+        for size in spans_of(n_layers)
         if first % size == 0 and size <= most
     )
     return range(first, max(end for end in ends if end <= layers.stop))
-
-
-def _sizes(n_layers: int) -> list[int]:
-    sizes = [1]
-    while sizes[-1] * SPAN_GROWTH < n_layers:
-        sizes.append(sizes[-1] * SPAN_GROWTH)
-    return [*sizes, n_layers] if n_layers > 1 else sizes

@@ -41,6 +41,7 @@ from .pool_search import find_fastest
 from .preflight import check_fits, unasked_expert_bytes
 from .progress import Report, notice
 from .saving import GuardsSaving, guard_saving, keep_whole
+from .ways import Ways, added_class
 from .weights import has_values
 
 M = TypeVar("M", bound=nn.Module)
@@ -114,7 +115,7 @@ class StreamedModel(GuardsSaving, StreamedPart):
         weights = file_or_weights
         if isinstance(weights, str):
             weights = [*mx.load(weights).items()]  # type: ignore[union-attr, list-item]
-        blocks: tuple[str, ...] = self.__dict__["blocks"]
+        blocks: tuple[str, ...] = self.__dict__["routed_paths"]
         for name, _ in weights:
             if name.startswith(blocks):
                 raise ModelError(
@@ -133,6 +134,7 @@ def stream(
     scope: str = "global",
     policy: str | None = None,
     read_ahead: str = "auto",
+    optimistic: str | None = None,
     expert_io: str | None = None,
     report: Report | None = None,
 ) -> M:
@@ -146,7 +148,7 @@ def stream(
         model: changed in place, its class too; after an error it is as it was.
         directory: where the model was loaded from, or a pack of that.
         memory, expert_memory: as for ``load``; the plan is printed.
-        scope, policy, read_ahead, expert_io: as for ``load``.
+        scope, policy, read_ahead, optimistic, expert_io: as for ``load``.
         report: hears how far reading has come where all experts fit.
 
     Returns:
@@ -162,13 +164,13 @@ def stream(
     directory = Path(directory)
     check_scope(scope)
     blocks = _blocks_of(model)
-    amounts = Amounts.read(memory, expert_memory)
+    amounts, ways = Amounts.read(memory, expert_memory), Ways(optimistic)
     io = way_of_reading(expert_io, gives_way=amounts.process is not None)
     make_policy = policy_factory(policy or config.policy() or DEFAULT_POLICY)
     store = _open(model, blocks, directory, direct=io == "direct")
     with contextlib.ExitStack() as undo:
         undo.callback(store.close)
-        calls = _install(model, blocks, undo)
+        calls = _install(model, blocks, ways, undo)
         opened = _Opening(model, blocks, calls, store, directory, amounts, scope)
         n_bytes, chosen = opened.expert_bytes()
         calls.streamer = streamer = open_experts(
@@ -182,6 +184,8 @@ def stream(
                 policy=make_policy,
                 chosen=chosen,
                 read_ahead=read_ahead,
+                runs_ahead=ways.runs_ahead,
+                stacks=not device.gathers_strided(),
                 report=report,
                 lock=calls.lock,
             ),
@@ -216,7 +220,7 @@ def plan_stream(
     with contextlib.ExitStack() as undo:
         store = _open(model, blocks, directory, direct=False)
         undo.callback(store.close)
-        calls = _install(model, blocks, undo)
+        calls = _install(model, blocks, Ways(), undo)
         opened = _Opening(
             model, blocks, calls, store, directory, amounts, scope, reads=False
         )
@@ -352,18 +356,20 @@ def _open(
 
 
 def _install(
-    model: nn.Module, blocks: list[RoutedBlock], undo: contextlib.ExitStack
+    model: nn.Module, blocks: list[RoutedBlock], ways: Ways, undo: contextlib.ExitStack
 ) -> Calls:
     """Put blocks of ours in the places of the model's, and ours above them."""
     give_way: Callable[[], bool] | None = None
     if (server := serving.running_server()) is not None:
         serving.install(server)
         give_way = serving.release_oldest_prompt
-    calls = Calls(model, give_way)
+    calls = Calls(model, give_way, ways)
     for number, block in enumerate(blocks):
         undo.callback(_put_back, model, block, block.parts)
         source = functools.partial(calls.source, number)
-        _replace(model, block.path, StreamedSwitch(block, source, calls.alone))
+        switch = StreamedSwitch(block, source, calls.alone, lambda: ways.token)
+        undo.callback(switch.slot_block.release)
+        _replace(model, block.path, switch)
     owners = {_owner(block.path) for block in blocks}
     backbone = next(iter(owners)) if len(owners) == 1 else ()
     for path in {owner[:n] for owner in owners for n in range(len(owner) + 1)}:
@@ -371,14 +377,15 @@ def _install(
         if isinstance(part, nn.Module):
             undo.callback(setattr, part, "__class__", type(part))
             added = StreamedModel if part is model else StreamedPart
-            part.__class__ = _streamed_class(added, type(part))
+            part.__class__ = added_class(added, type(part))
             part.__dict__.update(calls=calls, gives_rows=path == backbone)
     for _, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
             undo.callback(setattr, module, "__class__", type(module))
-            module.__class__ = _streamed_class(CheckedEmbedding, type(module))
+            module.__class__ = added_class(CheckedEmbedding, type(module))
             module.__dict__["calls"] = calls
-    model.__dict__["blocks"] = tuple(f"{block.path}." for block in blocks)
+    ways.watch(model, blocks, undo)
+    model.__dict__["routed_paths"] = tuple(f"{block.path}." for block in blocks)
     guard_saving()
     keep_whole(model)
     return calls
@@ -414,13 +421,6 @@ def _replace(model: nn.Module, path: str, block: nn.Module) -> None:
         place[int(name)] = block
     else:
         place[name] = block
-
-
-@functools.cache
-def _streamed_class(added: type, kind: type) -> type:
-    """Return a module's class with what ``added`` has besides."""
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (added, kind), names)
 
 
 __all__ = ["StreamedModel", "StreamedPart", "stream"]

@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from streaming_files import can_drop, disk_bytes_per_s, sync
-from streaming_model import TracedModel, make_model
+from streaming_model import DOOR_GEOMETRIES, TracedModel, make_model
 from streaming_side import (
     STATES,
     Plan,
@@ -55,8 +55,12 @@ from moeflux_mlx.experts.stats import Counters
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
 # What the streaming is meant to reach, each as a ratio.
 AIM_OF_MLX_VLM, AIM_OF_DISK, AIM_OF_RESIDENT = 1 / 3, 1.25, 1.03
+# For mlx-lm's class.
+AIM_OF_RESIDENT_DOOR = 1.05
 # Records read to learn the disk's speed, and timed tokens from one time to the next.
 DISK_READS, STEPS_PER_DISK_SAMPLE = 64, 4
+# What is read of a plain checkpoint to learn it, as much as a matrix of an expert.
+PLAIN_READ_BYTES = 1 << 20
 PROGRESS = Console(stderr=True)
 # The traces a model is made for, so that it serves runs of several lengths.
 TRACE_STEPS = 128
@@ -66,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this part."""
     add = parser.add_argument
     add("--directory", type=Path, help="where the model is kept (default: nowhere)")
-    add("--geometry", choices=GEOMETRIES, default="qwen3.6-35b-a3b")
+    choices = [*GEOMETRIES, *DOOR_GEOMETRIES]
+    add("--geometry", choices=choices, default="qwen3.6-35b-a3b")
     add("--layers", type=int, default=8, metavar="N")
     shares = [100.0, 50.0, 25.0, 12.5]
     text = "percentages of experts in memory (default: 100 50 25 12.5)"
@@ -82,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--policy", help="of eviction, likewise")
     choices = ("auto", "on", "off")
     add("--read-ahead", choices=choices, default="auto", help="of ours")
+    add("--optimistic", choices=choices, help="of ours, where mlx-lm's class runs")
     add("--without-mlx-vlm", action="store_true", help="leave it out")
     add("--csv", type=Path, help="also write the rows to this file")
 
@@ -106,6 +112,7 @@ def _run(args: argparse.Namespace, directory: Path) -> int:
         args.executor,
         args.policy,
         args.read_ahead,
+        args.optimistic,
     )
     for what in left_out(args):
         console.print(f"Left out: {what}")
@@ -196,6 +203,9 @@ def measure(sides: list[Side], traced: TracedModel, plan: Plan) -> Run:
 
 
 def _disk_sample(traced: TracedModel) -> float:
+    if not traced.native:
+        paths = sorted(traced.plain.glob("*.safetensors"))[1:]
+        return disk_bytes_per_s(paths, PLAIN_READ_BYTES, DISK_READS)
     with PackedExperts.open(traced.packed) as store:
         paths = [store.path(layer) for layer in store.layers]
         record_bytes = store.layout(store.layers[0]).record_bytes
@@ -331,7 +341,9 @@ def report_aims(
     args: argparse.Namespace,
 ) -> None:
     """Print whether the aims were met, and what was measured where."""
-    for name, (worst, aim) in aims(rows).items():
+    native = args.geometry in GEOMETRIES
+    of_resident = AIM_OF_RESIDENT if native else AIM_OF_RESIDENT_DOOR
+    for name, (worst, aim) in aims(rows, of_resident).items():
         verdict = "met" if worst <= aim else "missed"
         if not worst > 0:
             verdict = "not to be told, the machine is too noisy"
@@ -341,12 +353,14 @@ def report_aims(
     console.print(f"{args.geometry}, {args.layers} layers, {_facts()}")
 
 
-def aims(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+def aims(
+    rows: list[dict[str, Any]], of_resident: float = AIM_OF_RESIDENT
+) -> dict[str, tuple[float, float]]:
     """Return our worst ratio and the aim, of each aim that was measured."""
     wanted = {
         "over resident, of mlx-vlm's": ("of_mlx_vlm", AIM_OF_MLX_VLM),
         "over resident when cold, of the disk's time": ("of_disk", AIM_OF_DISK),
-        "all experts in the pool, of resident": ("of_resident", AIM_OF_RESIDENT),
+        "all experts in the pool, of resident": ("of_resident", of_resident),
     }
     found = {}
     for name, (column, aim) in wanted.items():

@@ -23,8 +23,9 @@ import mlx.nn as nn
 import numpy as np
 from bench_geometry import BITS, GEOMETRIES, GROUP_SIZE, ROUTER_BITS
 from mlx.utils import tree_flatten
-from mlx_lm.models import qwen3_5_moe
+from mlx_lm.models import qwen3_5_moe, qwen3_moe
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_lm.utils import load_tokenizer, quantize_model, save_config
 
 import moeflux_mlx
@@ -32,6 +33,30 @@ from moeflux_mlx.experts.pack import pack
 from moeflux_mlx.experts.packed import is_packed
 from moeflux_mlx.graph.lower import Step
 from moeflux_mlx.ops import MoeSoftmaxTopK
+
+# Of models that only mlx-lm's class runs, as published in the model's config.json.
+DOOR_GEOMETRIES: dict[str, dict[str, Any]] = {
+    "qwen3-30b-a3b": dict(
+        model_type="qwen3_moe",
+        hidden_size=2048,
+        num_hidden_layers=48,
+        intermediate_size=6144,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        norm_topk_prob=True,
+        rms_norm_eps=1e-6,
+        vocab_size=151936,
+        max_position_embeddings=40960,
+        tie_word_embeddings=False,
+        rope_theta=1_000_000.0,
+    ),
+}
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "models" / "demo"
@@ -49,12 +74,14 @@ TRACE_NAME = "routing.npz"
 class TracedModel:
     """Where the checkpoint and its pack are, and the experts that tokens choose.
 
-    ``routing`` has ``[N, layers, K]`` expert ids for each trace.
+    ``routing`` has ``[N, layers, K]`` expert ids for each trace. ``native``: a class of
+    our own runs the model, else mlx-lm's, from the plain checkpoint.
     """
 
     plain: Path
     packed: Path
     routing: dict[str, np.ndarray]
+    native: bool = True
 
     def tokens(self, trace: str) -> list[int]:
         """Return the N tokens that stand for the steps of a trace."""
@@ -71,14 +98,18 @@ def make_model(
     kind = str(dtype).removeprefix("mlx.core.")
     home = directory / f"{geometry}-{n_layers}-layers-{kind}-{n_steps}-steps"
     plain, packed = home / "plain", home / "packed"
-    if not is_packed(packed):
+    native = geometry in GEOMETRIES
+    # The traces are written last.
+    if not (is_packed(packed) if native else (plain / TRACE_NAME).is_file()):
         shutil.rmtree(plain, ignore_errors=True)
         config = geometry_config(geometry, n_layers)
         routing = make_traces(config, n_steps)
         write_checkpoint(plain, config, dtype, routing)
-        pack(plain, packed)
+        if native:
+            pack(plain, packed)
     with np.load(plain / TRACE_NAME) as arrays:
-        return TracedModel(plain, packed, {name: arrays[name] for name in arrays})
+        routing = {name: arrays[name] for name in arrays}
+        return TracedModel(plain, packed, routing, native)
 
 
 def geometry_config(geometry: str, n_layers: int) -> dict[str, Any]:
@@ -87,12 +118,13 @@ def geometry_config(geometry: str, n_layers: int) -> dict[str, Any]:
     The vocabulary is the demo model's: on a CPU an output matrix of 248 thousand rows
     would take longer than all layers.
     """
+    cut = dict(num_hidden_layers=n_layers, vocab_size=load_tokenizer(DEMO).vocab_size)
+    if geometry in DOOR_GEOMETRIES:
+        return DOOR_GEOMETRIES[geometry] | cut
     published = GEOMETRIES[geometry]
     return dict(
-        published,
+        published | cut,
         model_type="qwen3_5_moe_text",
-        num_hidden_layers=n_layers,
-        vocab_size=load_tokenizer(DEMO).vocab_size,
         # As published too; without images nothing but mlx-vlm's loader looks at it.
         rope_parameters={**published["rope_parameters"], "mrope_section": [11, 11, 10]},
     )
@@ -202,6 +234,13 @@ def _skeleton(
     config: dict[str, Any], dtype: mx.Dtype
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return mlx-lm's model, quantised but not evaluated, and its configuration."""
+    if config["model_type"] == "qwen3_moe":
+        own = qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(config))
+        own.set_dtype(dtype)
+        with redirect_stdout(StringIO()):
+            return quantize_model(
+                own, dict(config), GROUP_SIZE, BITS, quant_predicate=_routers_apart
+            )
     full = {
         "model_type": "qwen3_5_moe",
         "architectures": ["Qwen3_5MoeForCausalLM"],
@@ -215,6 +254,30 @@ def _skeleton(
         return quantize_model(
             model, full, GROUP_SIZE, BITS, quant_predicate=model.quant_predicate
         )
+
+
+def _routers_apart(path: str, _: nn.Module) -> bool | dict[str, int]:
+    """Quantise a router as models of our own class have it, all else as asked."""
+    if path.endswith("mlp.gate"):
+        return {"group_size": GROUP_SIZE, "bits": ROUTER_BITS}
+    return True
+
+
+def record_choices(model: nn.Module, tokens: list[int]) -> np.ndarray:
+    """Do what ``record_routing`` does for mlx-lm's class with all its experts."""
+    chosen: list[np.ndarray] = []
+    original = SwitchGLU.__call__
+
+    def observe(self: SwitchGLU, x: mx.array, indices: mx.array) -> mx.array:
+        chosen.append(np.array(indices)[0])
+        return original(self, x, indices)
+
+    SwitchGLU.__call__ = observe
+    try:
+        mx.eval(model(mx.array([tokens]), cache=make_prompt_cache(model)))
+    finally:
+        SwitchGLU.__call__ = original
+    return np.stack(chosen, axis=1)
 
 
 def _by_shard(

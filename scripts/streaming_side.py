@@ -14,12 +14,16 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
 from streaming_files import Extent, drop, fill
-from streaming_model import TracedModel, record_routing
+from streaming_model import TracedModel, record_choices, record_routing
 
 import moeflux_mlx
 from moeflux_mlx.cli.inspect import summarize
 from moeflux_mlx.compare import load_stock
+from moeflux_mlx.experts.checkpoint import Checkpoint
+from moeflux_mlx.experts.module_store import ModuleExperts, unchanged
+from moeflux_mlx.experts.modules import find_blocks
 from moeflux_mlx.experts.pool import POOL_ALIGNMENT
 from moeflux_mlx.experts.safetensors import read_header
 from moeflux_mlx.experts.stats import Counters
@@ -60,6 +64,7 @@ class Plan:
     executor: str | None = None
     policy: str | None = None
     read_ahead: str = "auto"
+    optimistic: str | None = None
 
     @property
     def n_steps(self) -> int:
@@ -147,6 +152,44 @@ class Ours(MlxLm):
         ]
 
 
+class Door(Ours):
+    """moeflux-mlx with mlx-lm's class, from the plain checkpoint."""
+
+    def __init__(self, traced: TracedModel, side: Side, plan: Plan):
+        memory = None
+        if side.share is not None:
+            memory = door_memory_for(traced.plain, side.share)
+        self.model = moeflux_mlx.load(
+            traced.plain,
+            expert_memory=memory,
+            policy=plan.policy,
+            read_ahead=plan.read_ahead,
+            optimistic=plan.optimistic,
+            native=False,
+        )[0]
+        self._streamer = getattr(self.model, "streamer", None)
+
+    def take_counters(self) -> Counters:
+        if self._streamer is None:
+            return Counters()
+        total = self._streamer.stats.total
+        self._streamer.stats.reset()
+        return total
+
+    def files(self) -> list[Path]:
+        if self._streamer is None or self._streamer.resident:
+            return []
+        store = self._streamer.store
+        spans = [span for layer in store.layers for span in store.spans(layer, 0)]
+        return sorted({span.path for span in spans})
+
+    def extents(self, layer: int, expert: int) -> list[Extent]:
+        return [
+            Extent(span.path, span.offset, sum(n for _, n in span.pieces))
+            for span in self._streamer.store.spans(layer, expert)
+        ]
+
+
 class MlxVlm(MlxLm):
     """mlx-vlm: the plain checkpoint when resident, else its own repacked copy."""
 
@@ -170,11 +213,12 @@ class MlxVlm(MlxLm):
         mx.eval(self.model.parameters())
 
     def begin(self) -> None:
-        self._cache = self.model.language_model.make_cache()
+        self._text = getattr(self.model, "language_model", self.model)
+        self._cache = make_prompt_cache(self._text)
 
     def step(self, token: int) -> mx.array:
-        out = self.model.language_model(mx.array([[token]]), cache=self._cache)
-        return out.logits[0, -1].astype(mx.float32)
+        out = self._text(mx.array([[token]]), cache=self._cache)
+        return getattr(out, "logits", out)[0, -1].astype(mx.float32)
 
     def take_counters(self) -> Counters:
         if self._store is None:
@@ -210,6 +254,17 @@ def memory_for(packed: Path, share: float) -> int:
     return n_slots * summary.bytes_per_expert + POOL_ALIGNMENT
 
 
+def door_memory_for(plain: Path, share: float) -> int:
+    """Return the ``expert_memory=`` for ``share`` % of a checkpoint's experts."""
+    model, _ = load_model(plain, lazy=True)
+    checkpoint = Checkpoint.open(plain)
+    sources = unchanged(checkpoint, model.sanitize)
+    with ModuleExperts(find_blocks(model), checkpoint, sources) as store:
+        n_records = sum(store.count(layer) for layer in store.layers)
+        stride = max(store.layout(layer).stride for layer in store.layers)
+    return round(n_records * share / 100) * stride + POOL_ALIGNMENT
+
+
 def has_mlx_vlm() -> bool:
     """Tell whether mlx-vlm is installed."""
     return find_spec("mlx_vlm") is not None
@@ -240,7 +295,10 @@ class Follower:
         os.environ.pop("MOEFLUX_MEMORY", None)
         mx.set_default_device(mx.gpu if plan.device == "gpu" else mx.cpu)
         self._side, self._traced, self._plan = side, traced, plan
-        self._engine = ENGINES[side.engine](traced, side, plan)
+        kind = ENGINES[side.engine]
+        if kind is Ours and not traced.native:
+            kind = Door
+        self._engine = kind(traced, side, plan)
         self._files = self._engine.files()
         # Kernels are compiled now, by all sides at the same time.
         self._engine.begin()
@@ -269,7 +327,8 @@ class Follower:
         if not isinstance(self._engine, Ours) or self._side.share is not None:
             return
         tokens = self._traced.tokens(trace)[:CHECKED_STEPS]
-        found = record_routing(self._engine.model, tokens)
+        record = record_routing if self._traced.native else record_choices
+        found = record(self._engine.model, tokens)
         wanted = self._traced.routing[trace][:CHECKED_STEPS]
         if (np.sort(found) != np.sort(wanted)).any():
             raise RuntimeError(f"[{trace}] expected the trace's experts to be chosen")

@@ -112,6 +112,36 @@ def test_tokens_choose_the_experts_of_their_traces(scripts, tmp_path):
     assert np.array_equal(again.routing["zipf"], traced.routing["zipf"])
 
 
+def test_so_they_do_where_mlx_lms_class_runs(scripts, tmp_path, monkeypatch):
+    models = importlib.import_module("streaming_model")
+    sides = importlib.import_module("streaming_side")
+    published = models.DOOR_GEOMETRIES["qwen3-30b-a3b"]
+    cut = {name: value for name, value in TINY.items() if name in published}
+    tiny = {**published, **cut, "num_key_value_heads": 2}
+    monkeypatch.setitem(models.DOOR_GEOMETRIES, "tiny door", tiny)
+    mx = importlib.import_module("mlx.core")
+    traced = models.make_model(tmp_path, "tiny door", 3, mx.float32, N_STEPS)
+    assert not traced.native
+    plan = sides.Plan(("zipf",), 2, 1, optimistic="on")
+    stock = sides.MlxLm(traced, sides.Side("mlx-lm"), plan)
+    tokens = traced.tokens("zipf")
+    wanted = traced.routing["zipf"]
+    found = models.record_choices(stock.model, tokens)
+    assert np.array_equal(np.sort(found), np.sort(wanted))
+    half = sides.Door(traced, sides.Side("ours", 50.0), plan)
+    assert half.model.streamer.n_slots in (23, 24)
+    stock.begin()
+    half.begin()
+    for token, experts in zip(tokens, wanted, strict=True):
+        assert mx.array_equal(stock.step(token), half.step(token))
+        counted = half.take_counters()
+        assert counted.hits + counted.misses == experts.size
+    spans = half.extents(1, 2)
+    assert {span.path for span in spans} <= set(half.files())
+    store = half.model.streamer.store
+    assert sum(s.n_bytes for s in spans) == store.layout(1).record_bytes
+
+
 def test_traces_are_skewed_and_recorded_ones_keep_to_their_experts(scripts):
     models = importlib.import_module("streaming_model")
     zipf = models.zipf_trace(300, 3, 64, 4)

@@ -421,7 +421,7 @@ def test_load_without_a_bound_is_mlx_lms_own_model(checkpoint):
     ("options", "message"),
     [
         ({"executor": "ops"}, r"\[executor\] expected none"),
-        ({"optimistic": "on"}, r"\[optimistic\] expected none"),
+        ({"optimistic": "maybe"}, r"\[optimistic\] expected one of"),
     ],
 )
 def test_load_refuses_what_mlx_lms_class_cannot_do(checkpoint, options, message):

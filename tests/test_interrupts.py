@@ -33,6 +33,7 @@ WAYS = {
     "waiting": {"optimistic": "off"},
     "running ahead": {"optimistic": "on", "read_ahead": "on"},
     "stock": {"native": False},
+    "stock running ahead": {"native": False, "optimistic": "on"},
 }
 
 

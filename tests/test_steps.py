@@ -24,7 +24,8 @@ from moeflux_mlx.experts.pool import POOL_ALIGNMENT
 from moeflux_mlx.experts.read_ahead import TURN_TOKENS, ReadAhead
 from moeflux_mlx.experts.reader import Read
 from moeflux_mlx.experts.streamer import ExpertStreamer
-from moeflux_mlx.steps import first_span, window_of
+from moeflux_mlx.experts.windows import window_of
+from moeflux_mlx.steps import first_span
 from moeflux_mlx.trace import StepTracer
 
 N_LAYERS, N_EXPERTS = 6, 8
@@ -513,11 +514,11 @@ def test_spans_cover_layers_in_few_pieces_of_few_kinds(n_layers):
 
 def test_the_window_is_the_wider_the_rarer_misses_are():
     rates = (1, 0.6, 0.4, 0.1, 0.02, 0.007, 0.001, 0)
-    assert [window_of(rate, 40) for rate in rates] == [1, 1, 4, 4, 16, 16, 40, 40]
-    assert window_of(0, 1) == 1
-    windows = [window_of(rate, 40, ahead=True) for rate in rates]
+    assert [window_of(rate, 40, 4) for rate in rates] == [1, 1, 4, 4, 16, 16, 40, 40]
+    assert window_of(0, 1, 4) == 1
+    windows = [window_of(rate, 40, 4, ahead=True) for rate in rates]
     assert windows == [4, 4, 4, 4, 16, 16, 40, 40]
-    assert window_of(1, 2, ahead=True) == 2
+    assert window_of(1, 2, 4, ahead=True) == 2
 
 
 def test_a_choice_without_meaning_is_refused(packed, monkeypatch):

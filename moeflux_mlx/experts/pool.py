@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +12,7 @@ import numpy as np
 from .. import device
 from ..errors import BudgetError, ExpertStoreError
 from ..weights import ExpertWeights, Records, Weight
-from .layout import PARTS, ExpertLayout
+from .layout import PARTS, TENSOR_ALIGNMENT, ExpertLayout, TensorSpec
 from .reader import HostPlace, Place
 from .staging import StagedPlace, open_staging
 
@@ -160,6 +160,49 @@ class SlotPool:
 
     def _views(self, layout: ExpertLayout, first: int, count: int) -> ExpertWeights:
         return slot_weights(self.array[first : first + count], layout)
+
+    def stack(self, layout: ExpertLayout, first: int, count: int) -> ExpertWeights:
+        """Have each tensor of some slots lie end to end, and return them all so.
+
+        Until ``unstack`` no slot of these holds a record.
+        """
+        region = self.bytes[first : first + count]
+        records = region[:, : layout.record_bytes].copy()
+        tensors: dict[tuple[str, str], mx.array] = {}
+        for spec, begin in _stacked(layout, count):
+            part = records[:, spec.offset : spec.offset + spec.n_bytes]
+            region.reshape(-1)[begin : begin + part.size] = part.ravel()
+            dtype = MLX_DTYPES[spec.dtype]
+            # One row stands for the region, which is too long for one axis.
+            row = self.array[first : first + 1].view(dtype)
+            shape = (count, *spec.shape)
+            strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+            at = begin // dtype.size
+            tensors[spec.projection, spec.part] = mx.as_strided(row, shape, strides, at)
+        mx.eval(list(tensors.values()))
+        return weights_of(layout, tensors)
+
+    def unstack(self, layout: ExpertLayout, first: int, count: int) -> None:
+        """Have a record in each slot again; nobody may use the tensors any more."""
+        region = self.bytes[first : first + count]
+        records = np.zeros((count, layout.record_bytes), np.uint8)
+        for spec, begin in _stacked(layout, count):
+            part = region.reshape(-1)[begin : begin + count * spec.n_bytes]
+            columns = slice(spec.offset, spec.offset + spec.n_bytes)
+            records[:, columns] = part.reshape(count, -1)
+        region[:, : layout.record_bytes] = records
+
+
+def _stacked(layout: ExpertLayout, count: int) -> Iterator[tuple[TensorSpec, int]]:
+    """Yield where each tensor of ``count`` records begins if it lies end to end.
+
+    It takes no more than the records, in which each begins at such a multiple too.
+    """
+    begin = 0
+    for spec in layout.tensors:
+        yield spec, begin
+        begin += count * spec.n_bytes
+        begin += -begin % TENSOR_ALIGNMENT
 
 
 def slot_weights(slots: mx.array, layout: ExpertLayout) -> ExpertWeights:

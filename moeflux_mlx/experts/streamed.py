@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import mlx.core as mx
@@ -21,7 +21,12 @@ class Streamer(Protocol):
     def ask(self, layer: int, indices: mx.array) -> None:
         """See ``StreamedExperts.ask``."""
 
-    def slots(self, layer: int, indices: mx.array) -> mx.array:
+    def slots(
+        self,
+        layer: int,
+        indices: mx.array,
+        expected: Mapping[int, mx.array] | None = None,
+    ) -> mx.array:
         """See ``StreamedExperts.slots``."""
 
     def batches(
@@ -54,6 +59,12 @@ class StreamedExperts:
     ):
         self._streamer, self._layer, self._row = streamer, layer, row
         self._weights = weights
+        self._expected: dict[int, mx.array] | None = None
+
+    @property
+    def layer(self) -> int:
+        """The streamer's number of the layer."""
+        return self._layer
 
     @property
     def weights(self) -> ExpertWeights:
@@ -69,6 +80,16 @@ class StreamedExperts:
         """Return these experts as if each lay where the table ``slots`` says."""
         assert slots is not None
         return AssumedExperts(self._weights, slots[self._row])
+
+    def expecting(self, layer: int, indices: mx.array) -> StreamedExperts:
+        """Return these experts, which another layer's are read ahead with.
+
+        Args:
+            indices: of what that one will likely ask for.
+        """
+        experts = StreamedExperts(self._streamer, self._layer, self._row, self._weights)
+        experts._expected = {layer: indices}
+        return experts
 
     def asked(self, n: int) -> None:
         """Hear of nothing: whoever asks calls ``slots``, which counts."""
@@ -91,7 +112,7 @@ class StreamedExperts:
                 could be read is kept, and the call may be repeated.
             BudgetError: more distinct experts than slots.
         """
-        return self._streamer.slots(self._layer, indices)
+        return self._streamer.slots(self._layer, indices, self._expected)
 
     def batches(self, indices: mx.array) -> Iterator[tuple[slice, mx.array]]:
         """Yield tokens whose experts fit into memory together, and their slots.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 import mlx.core as mx
@@ -16,6 +16,7 @@ from .budget import count_slots
 from .demand import Demand
 from .guards import Guards
 from .in_flight import InFlight
+from .layout import ExpertLayout
 from .policy import DEFAULT_POLICY, PolicyFactory, policy_factory
 from .pool import POOL_ALIGNMENT, SlotPool, pool_stride
 from .read_ahead import ReadAhead
@@ -84,6 +85,7 @@ class ExpertStreamer:
         inline_bytes: int = INLINE_BYTES,
         read_ahead: str = "auto",
         runs_ahead: bool = False,
+        stacks: bool = False,
         evaluate: Callable[..., None] = mx.eval,
         report: Report | None = None,
         lock: threading.RLock | None = None,
@@ -106,6 +108,7 @@ class ExpertStreamer:
             runs_ahead: tokens run as if no expert were missing. A slot, if one can be
                 spared, then stays blank for those that are: without them layers choose
                 more like with them than with others in their place.
+            stacks: where all experts stay, each of a layer's tensors lies end to end.
             evaluate: evaluates arrays that must be done before slots change, like
                 ``mx.eval``; an executor's own counts how long that takes.
             report: hears how far reading all experts has come.
@@ -119,7 +122,8 @@ class ExpertStreamer:
             ExpertStoreError: a record could not be read.
         """
         check_scope(scope)
-        self._store = store
+        self._store, self._stacks = store, stacks
+        self._stacked: dict[int, tuple[ExpertLayout, int, int]] = {}
         self._chosen = chosen or store.top_k
         self._rows = {layer: row for row, layer in enumerate(store.layers)}
         layouts = [store.layout(layer) for layer in store.layers]
@@ -179,6 +183,11 @@ class ExpertStreamer:
     def n_slots(self) -> int:
         """Experts that fit into memory at the same time, all layers together."""
         return self._table.capacity * self._table.n_groups
+
+    @property
+    def store(self) -> ExpertStore:
+        """The open files that experts are read from."""
+        return self._store
 
     @property
     def reads_aside(self) -> bool:
@@ -326,6 +335,9 @@ class ExpertStreamer:
 
     def _unsettle(self) -> None:
         """Stream from now on what was all in memory."""
+        for place in self._stacked.values():
+            self._pool.unstack(*place)
+        self._stacked.clear()
         self._in_flight.reader = self._new_reader()
         self._table.fill()
         self.resident = False
@@ -352,7 +364,12 @@ class ExpertStreamer:
             row = self._rows[layer]
             return StreamedExperts(self, layer, row, self._pool.weights(layout))
         slots = self._table.all_slots(self._rows[layer])
-        weights = self._pool.weights(layout, slots.start, len(slots))
+        place = layout, slots.start, len(slots)
+        if self._stacks:
+            weights = self._pool.stack(*place)
+            self._stacked[layer] = place
+        else:
+            weights = self._pool.weights(*place)
         return PreloadedExperts(weights, self.stats[layer])
 
     def guard(self, *outputs: mx.array) -> None:
@@ -422,11 +439,27 @@ class ExpertStreamer:
         self._in_flight.settle(wanted=())
         return self._demand.request(layer, ids)
 
-    def slots(self, layer: int, indices: mx.array) -> mx.array:
-        """Do what ``StreamedExperts.slots`` promises for a layer."""
+    def slots(
+        self,
+        layer: int,
+        indices: mx.array,
+        expected: Mapping[int, mx.array] | None = None,
+    ) -> mx.array:
+        """Do what ``StreamedExperts.slots`` promises for a layer.
+
+        Args:
+            expected: by layer, ids that it will likely ask for: those begin to be read.
+        """
+        later = expected or {}
         with self.lock, self._repairs:
-            ids = self._read_back([indices])[0].ravel().tolist()
-            self._demand.receive(layer, ids, self._request(layer, ids))
+            found = self._read_back([indices, *later.values()])
+            ids, *likely = (array.ravel().tolist() for array in found)
+            if likely:
+                self._in_flight.settle(wanted=())
+                with_likely = dict(zip(later, likely, strict=True))
+                self._demand.provide(layer, ids, with_likely)
+            else:
+                self._demand.receive(layer, ids, self._request(layer, ids))
             places = self._table.rows[self._rows[layer]]
             slots = np.array([places[e] for e in ids], dtype=np.uint32)
             return mx.array(slots.reshape(indices.shape))
@@ -507,7 +540,7 @@ class ExpertStreamer:
 
         Args:
             layers: those that ran, in order.
-            chosen: arrays ``[n, ...]`` of expert ids, together a row for each layer.
+            chosen: arrays of expert ids, together as many for each layer, in order.
             again: the first layer's were entered before, when it lacked some.
             n_foreseen: how many of the layers, from the first on, have run before for
                 this token, and were read ahead for; what is missing of them is a
@@ -520,7 +553,8 @@ class ExpertStreamer:
             ExpertStoreError, BudgetError: as ``StreamedExperts.slots``.
         """
         with self.lock, self._repairs:
-            ids = np.concatenate(self._read_back(chosen)).reshape(len(layers), -1)
+            found = [ids.ravel() for ids in self._read_back(chosen)]
+            ids = np.concatenate(found).reshape(len(layers), -1)
             self._in_flight.settle(wanted=())
             rows = [self._rows[layer] for layer in layers]
             n_right = self._copy.n_complete(rows, ids)

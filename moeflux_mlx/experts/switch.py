@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from .. import device
 from ..errors import ModelError
 from ..weights import ExpertWeights, Weight, has_values
 from .layout import ALL_PARTS
 from .modules import RoutedBlock
+from .resident import ResidentExperts
 from .source import ExpertSource
 
 # From so many ids on mlx-lm sorts rows by expert, which takes another kernel.
@@ -33,6 +35,18 @@ class RoutedWeightsError(ModelError, AttributeError):
     """Something asks a streamed block for the weights that it does not have."""
 
 
+class Token(Protocol):
+    """A call that says how its blocks get their experts."""
+
+    def block(
+        self,
+        source: Any,
+        indices: mx.array,
+        build: Callable[[ExpertSource], mx.array],
+    ) -> mx.array:
+        """Return what a block gives, made by ``build`` unless it is known."""
+
+
 class StreamedSwitch(nn.Module):
     """In the place of a routed block; has none of the experts' parameters.
 
@@ -40,6 +54,7 @@ class StreamedSwitch(nn.Module):
         source: returns the block's experts as they are reached now.
         alone: calls what it is given while no other thread asks for slots; what is left
             to compute then, any thread may wait for.
+        token: returns the call of the model that asks, if values alone come of it.
     """
 
     def __init__(
@@ -47,10 +62,11 @@ class StreamedSwitch(nn.Module):
         block: RoutedBlock,
         source: Callable[[], ExpertSource],
         alone: Callable[..., mx.array],
+        token: Callable[[], Token | None] = lambda: None,
     ):
         super().__init__()
         self.path, self.slot_block = block.path, SlotBlock(block)
-        self._source, self._alone = source, alone
+        self._source, self._alone, self._token = source, alone, token
         # The activation, and whatever a model has put there besides.
         for name, child in block.module.items():
             if name not in block.projections:
@@ -71,8 +87,15 @@ class StreamedSwitch(nn.Module):
 
     def _called(self, x: mx.array, indices: mx.array) -> mx.array:
         source = self._source()
-        run = self._run if source.settled else self._streamed
-        return run(source, x, indices)
+        if isinstance(source, ResidentExperts):
+            source.asked(indices.size)
+            return self.slot_block(source.weights, x, indices, settled=True)
+        if source.settled is not None:
+            return self._run(source, x, indices)
+        if (token := self._token()) is not None:
+            build = partial(self._run, x=x, indices=indices)
+            return token.block(source, indices, build)
+        return self._streamed(source, x, indices)
 
     def _streamed(
         self, source: ExpertSource, x: mx.array, indices: mx.array
@@ -115,12 +138,13 @@ class StreamedSwitch(nn.Module):
         self, weights: ExpertWeights, rows: mx.array, slots: mx.array, indices: mx.array
     ) -> mx.array:
         """Run rows ``[P, D]``, one slot each, as a part of a call for ``indices``."""
-        n = len(rows)
-        if n < SORTED_FROM <= indices.size:
-            # Few as they are, they take the kernel that the whole call takes.
-            every = mx.minimum(mx.arange(SORTED_FROM), n - 1)
+        n, n_ids = len(rows), indices.size
+        # Few as they are, they take the kernel that the whole call takes.
+        least = self.slot_block.least_rows(slots, n_ids)
+        if n < least:
+            every = mx.minimum(mx.arange(least), n - 1)
             rows, slots = rows[every], slots[every]
-        return self.slot_block(weights, rows, slots[:, None])[:n, 0]
+        return self.slot_block(weights, rows, slots[:, None], n_ids)[:n, 0]
 
     def _gradient(
         self, source: ExpertSource, x: mx.array, indices: mx.array, out: mx.array
@@ -154,28 +178,94 @@ def _rows_of(x: mx.array, indices: mx.array, where: np.ndarray) -> mx.array:
     return rows[mx.array(where // indices.shape[-1])]
 
 
+class SlotLinear(QuantizedSwitchLinear):
+    """mlx-lm's module, told whether to make use of it that ids are sorted."""
+
+    by_blocks = False
+
+    def __call__(
+        self, x: mx.array, indices: mx.array, sorted_indices: bool = False
+    ) -> mx.array:
+        by_blocks = sorted_indices and self.by_blocks
+        out: mx.array = super().__call__(x, indices, sorted_indices=by_blocks)
+        return out
+
+
 class SlotBlock:
-    """mlx-lm's block with the matrices that are in slots."""
+    """mlx-lm's block with the matrices that are in slots.
+
+    MLX chooses a kernel by the number of matrices and of rows. So it is told of those
+    that the block of all experts would have, in a call for all ids.
+    """
 
     def __init__(self, block: RoutedBlock):
         self._module, self.projections = block.module, block.projections
+        self._n_experts = max(len(array) for array in block.parts.values())
+        self._quantized: list[nn.Module] = [
+            module
+            for module in self.projections.values()
+            if type(module) is QuantizedSwitchLinear
+        ]
         self._held: ExpertWeights | None = None
+        self._told = False
         # Let go of what was loaded for it, unread.
         self._hold(None)
 
     def __call__(
-        self, weights: ExpertWeights, x: mx.array, slots: mx.array
+        self,
+        weights: ExpertWeights,
+        x: mx.array,
+        slots: mx.array,
+        n_ids: int | None = None,
+        *,
+        settled: bool = False,
     ) -> mx.array:
-        """Run rows ``[..., D]`` through the experts in ``slots`` ``[..., K]``."""
-        if not _gathers_in_place(weights, x.dtype):
+        """Run rows ``[..., D]`` through the experts in ``slots`` ``[..., K]``.
+
+        Args:
+            n_ids: of the whole call, if this is a part of it.
+            settled: the weights are those of the block's own experts, all of them.
+        """
+        if settled and weights is self._held:
+            return cast(mx.array, self._module(x, slots))
+        by_blocks = self._by_blocks(slots.size if n_ids is None else n_ids)
+        in_place = settled or (not by_blocks and _converts_none(weights, x.dtype))
+        if not (in_place and _lies_well(weights)):
             weights, slots = _end_to_end(weights, slots)
         if weights is not self._held:
-            self._hold(weights)
+            self._hold(weights, settled=settled)
+        if by_blocks is not self._told:
+            self._told = by_blocks
+            for module in self._quantized:
+                module.by_blocks = by_blocks
         out: mx.array = self._module(x, slots)
         return out
 
-    def _hold(self, weights: ExpertWeights | None) -> None:
+    def least_rows(self, slots: mx.array, n_ids: int) -> int:
+        """Return how many rows a part of a call needs to take the call's kernel.
+
+        Args:
+            slots: of the part.
+            n_ids: of the whole call.
+        """
+        if self._by_blocks(n_ids):
+            n_matrices = len(np.unique(np.array(slots)))
+            return max(SORTED_FROM, device.METAL_ROWS_A_MATRIX * n_matrices)
+        return min(n_ids, SORTED_FROM)
+
+    def _by_blocks(self, n_ids: int) -> bool:
+        is_sorted = n_ids >= SORTED_FROM
+        return is_sorted and device.multiplies_by_blocks(n_ids, self._n_experts)
+
+    def release(self) -> None:
+        """Hold nothing, as mlx-lm's own block before its weights are loaded."""
+        self._hold(None)
+
+    def _hold(self, weights: ExpertWeights | None, *, settled: bool = True) -> None:
+        """Have these weights; with all of them each module is mlx-lm's own."""
         self._held = weights
+        for module in self._quantized:
+            module.__class__ = QuantizedSwitchLinear if settled else SlotLinear
         for name, module in self.projections.items():
             for part, field in FIELDS.items():
                 if weights is None:
@@ -184,10 +274,15 @@ class SlotBlock:
                     module[part] = array
 
 
-def _gathers_in_place(weights: ExpertWeights, dtype: mx.Dtype) -> bool:
+def _lies_well(weights: ExpertWeights) -> bool:
+    """Tell whether MLX gathers matrices as they lie."""
+    return device.gathers_strided() or not any(
+        weight.strided for weight in weights.by_name.values()
+    )
+
+
+def _converts_none(weights: ExpertWeights, dtype: mx.Dtype) -> bool:
     """Tell whether MLX takes slots as they are; another type would convert them all."""
-    if not device.gathers_strided():
-        return False
     own = (w.w if w.scales is None else w.scales for w in weights.by_name.values())
     return all(array.dtype in (dtype, mx.uint8) for array in own)
 
@@ -196,8 +291,14 @@ def _end_to_end(
     weights: ExpertWeights, slots: mx.array
 ) -> tuple[ExpertWeights, mx.array]:
     """Return copies of the matrices in ``slots``, and where each is among them."""
-    chosen, places = np.unique(np.array(slots), return_inverse=True)
-    take = mx.array(chosen)
+    if slots.size < SORTED_FROM:
+        # A token's are distinct, and may not be known to the host yet.
+        take = slots.flatten()
+        found = mx.arange(slots.size, dtype=mx.uint32).reshape(slots.shape)
+    else:
+        chosen, places = np.unique(np.array(slots), return_inverse=True)
+        take = mx.array(chosen)
+        found = mx.array(places.reshape(slots.shape).astype(np.uint32))
 
     def copy(weight: Weight) -> Weight:
         arrays = {field: getattr(weight, field) for field in FIELDS.values()}
@@ -205,5 +306,4 @@ def _end_to_end(
         return Weight(**own, quantization=weight.quantization)
 
     copies = {name: copy(weight) for name, weight in weights.by_name.items()}
-    found = mx.array(places.reshape(slots.shape).astype(np.uint32))
     return ExpertWeights.named(copies), found
