@@ -233,6 +233,17 @@ def return_memory(array: np.ndarray) -> bool:
     )
 
 
+def return_freed() -> None:
+    """Have MLX return what is freed from now on, where it takes the system's memory.
+
+    It would keep all of it for arrays of the same sizes, without a bound on a CPU. On
+    GPUs it stays as it is: there it costs more to ask for memory.
+    """
+    if on_cpu():
+        mx.set_cache_limit(0)
+        mx.clear_cache()
+
+
 def trim_heap() -> None:
     """Have the C library return what it keeps of freed memory, where it can."""
     trim = getattr(_c(), "malloc_trim", None)

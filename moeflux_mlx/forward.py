@@ -170,7 +170,10 @@ class Forward:
 
     def threads(self, inputs: mx.array) -> AbstractContextManager[None]:
         """Give a call on the host the threads that its size deserves."""
-        return device.host_threads(inputs.size * self.args.hidden_size**2)
+        return self._threads(inputs.size)
+
+    def _threads(self, n_tokens: int) -> AbstractContextManager[None]:
+        return device.host_threads(n_tokens * self.args.hidden_size**2)
 
     def prepare(self) -> None:
         """Decide how weights are held; they are quantised only after construction."""
@@ -300,7 +303,8 @@ class Forward:
         if t <= step:
             return self._hidden_states(inputs, cache, embeddings)
         parts: list[Array] = []
-        with PutBackOnFailure(cache):
+        # Products are as large as a part has tokens, not as the whole call has.
+        with PutBackOnFailure(cache), self._threads(n_seqs * step):
             for start in range(0, t, step):
                 chunk = slice(start, start + step)
                 rows = None if embeddings is None else embeddings[:, chunk]
@@ -345,8 +349,8 @@ class Forward:
         rows = hidden.reshape(-1, self.args.hidden_size)
         most = device.EAGER_LOGITS_BYTES
         if (keeper := self.runtime.keeper) is not None:
-            # Computed on the host they are copied.
-            most = min(most, keeper.scratch_bytes // 2)
+            # Computed on the host they are copied, and matrices unpacked beside them.
+            most = min(most, (keeper.scratch_bytes - self.needs.block_bytes) // 2)
         if self.needs.logits_bytes(len(rows)) > most:
             rows = to_device(rows)
         logits = self._head(rows)

@@ -130,7 +130,11 @@ def plan_memory(
     device.start_blas()
     # Those that read experts, MLX's four that read weights, and its own two.
     n_threads = config.read_threads() + 6
-    budget_bytes = min(budget_bytes, device.ulimit_bytes(n_threads) or budget_bytes)
+    allowed = device.ulimit_bytes(n_threads)
+    why = ""
+    if allowed is not None and allowed < budget_bytes:
+        budget_bytes = allowed
+        why = f", all that ulimit leaves beside the stacks of {n_threads} threads"
     parts = {
         "process": own_bytes() + device.PROCESS_GROWTH_BYTES,
         "weights": needs.resident_bytes(unpack),
@@ -149,7 +153,7 @@ def plan_memory(
         taken = ", ".join(f"{decimal(n)} {what}" for what, n in parts.items())
         raise BudgetError(
             f"[memory] expected at least {sum(parts.values())} bytes "
-            f"({decimal(sum(parts.values()))}: {taken}) but got {budget_bytes}"
+            f"({decimal(sum(parts.values()))}: {taken}) but got {budget_bytes}{why}"
         )
     expert_bytes = min(room, most_expert_bytes or room)
     n_slots = min((expert_bytes - POOL_ALIGNMENT) // stride, n_records)

@@ -29,6 +29,8 @@ class MemoryKeeper:
     """
 
     def __init__(self, plan: MemoryPlan, needs: Needs, streamer: ExpertStreamer):
+        # What MLX keeps of freed arrays belongs to no part of a plan.
+        device.return_freed()
         self.plan, self._needs, self._streamer = plan, needs, streamer
         self._most_slots = streamer.n_slots
         self._caches: weakref.WeakSet[Any] = weakref.WeakSet()

@@ -60,7 +60,7 @@ class TextNeeds:
         own += 2 * self.logits_bytes(n_seqs)
         own += 2 * n_tokens * n_cached if n_seqs > 1 else 0
         if device.on_cpu():
-            own += self._largest_block
+            own += self.block_bytes
             own += score_bytes(
                 self._args.num_attention_heads, n_tokens // n_seqs, n_cached
             )
@@ -148,7 +148,7 @@ class TextNeeds:
         return self._peaks[n_tokens]
 
     @functools.cached_property
-    def _largest_block(self) -> int:
+    def block_bytes(self) -> int:
         """Bytes of a matrix, or of a block of one, unpacked for one product."""
         if device.prefers_host_arrays():
             return 2 * device.n_cores() * 4 * device.HOST_BLOCK_VALUES

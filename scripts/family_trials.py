@@ -95,10 +95,12 @@ def _difference(
     return ""
 
 
-def write_model(path: Path, family: str, bits: int | None, seed: int = 0) -> None:
-    """Write a random float32 model as mlx-lm's converter does."""
+def write_model(
+    path: Path, family: str, bits: int | None, seed: int = 0, **sizes: int
+) -> None:
+    """Write a random float32 model as mlx-lm's converter does; ``sizes`` are config."""
     mx.random.seed(seed)
-    config = families.configuration(family)
+    config = {**families.configuration(family), **sizes}
     module = importlib.import_module(f"mlx_lm.models.{family}")
     model = module.Model(module.ModelArgs.from_dict(config))
     model.update(tree_map(_random, model.parameters()))

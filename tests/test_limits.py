@@ -210,6 +210,15 @@ def test_what_does_not_fit_is_refused_before_it_is_read_and_runs_as_advised(larg
     assert done.stdout.strip() and done.stdout == unlimited.stdout
 
 
+@linux
+@pytest.mark.parametrize("memory", ["auto", "4GB"])
+def test_address_space_that_is_too_small_ends_in_one_line(large, memory):
+    done = under_ulimit("-v 1000000", GENERATE, large[0], "--memory", memory)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done
+    assert "[memory] expected at least " in done.stderr
+    assert "that ulimit leaves beside the stacks of" in done.stderr
+
+
 GROW = """
 import resource, sys
 import mlx.core as mx

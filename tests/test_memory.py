@@ -171,6 +171,32 @@ def test_experts_give_way_to_a_prompt_if_fewer_are_read(
     assert model.streamer.n_slots == most
 
 
+@pytest.mark.skipif(not device.prefers_host_arrays(), reason="copies are a CPU's")
+def test_nothing_that_was_freed_is_kept_under_a_budget(packed, least):
+    model = load(packed, least + (1 << 22))
+    mx.set_cache_limit(1 << 30)
+    model = load(packed, least + (1 << 22))
+    mx.eval(model(mx.array([list(range(1, 250))]), cache=make_prompt_cache(model)))
+    assert mx.get_cache_memory() == 0
+
+
+def test_parts_of_a_call_have_the_threads_of_their_own_size(packed, least, monkeypatch):
+    model, asked = load(packed, least + (1 << 21)), []
+    host_threads = device.host_threads
+
+    def watched(n_macs):
+        asked.append(n_macs)
+        return host_threads(n_macs)
+
+    monkeypatch.setattr(device, "host_threads", watched)
+    prompt = mx.array([list(range(1, 301))])
+    model(prompt, cache=make_prompt_cache(model))
+    whole, part = asked
+    assert whole == 300 * 64**2
+    sizes = (*memory.CHUNKS, *memory.SMALLER_CHUNKS)
+    assert part in {n * 64**2 for n in sizes} and part < whole
+
+
 def test_a_batch_is_divided_into_fewer_tokens_of_each_sequence(packed, least):
     model = load(packed, least + (4 << 20))
     chunks = memory_keeper._chunks
@@ -558,7 +584,8 @@ def measure(monkeypatch):
 @pytest.mark.parametrize(
     ("case", "budget", "outcome"),
     [
-        ("prompt:3900", 200, "4 tokens"),
+        # What MLX kept of freed arrays made it 4 MB too much.
+        ("prompt:3900", 175, "4 tokens"),
         ("prompt:3900", 150, "BudgetError: [memory] expected at least"),
         ("batch:3x200", 200, "3 texts"),
         ("state:600", 200, "4 tokens"),
