@@ -6,7 +6,7 @@ import dataclasses
 
 import mlx.core as mx
 import pytest
-from op_cases import KERNEL_SPECS, SPECS, Spec, as_list
+from op_cases import KERNEL_SPECS, Q4, Q8, SPECS, Spec, as_list
 
 from moeflux_mlx import lowering, ops, simulator
 from moeflux_mlx.errors import ConfigError
@@ -117,17 +117,63 @@ def test_what_is_preferred_on_an_executor_exists_and_goes_first(monkeypatch):
     many, one = found[True, False], found[False, False]
     many = dataclasses.replace(many, n_tokens=5)
     assert lowering.choose(many, "cuda").name == MLX
-    assert lowering.choose(many, "metal").name == "qmm_t"
     four_bits = dataclasses.replace(many, n_tokens=1)
     assert lowering.choose(four_bits, "cuda").name == "dequant_matvec_4bit_fast"
     large = dataclasses.replace(four_bits, out_dim=4096, in_dim=2048)
     assert lowering.choose(large, "cuda").name == "dequant_matvec_4bit_v4"
     prompt = dataclasses.replace(many, n_tokens=512)
     assert lowering.choose(prompt, "cuda").name == "mlx_dequantize"
-    assert lowering.choose(prompt, "metal").name == "qmm_t"
     monkeypatch.setenv("MOEFLUX_LOWERING", "MatvecNTokens=qmm_t")
     assert lowering.choose(many, "cuda").name == "qmm_t"
     assert lowering.choose(one, "cuda").name == "qmm_t"
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 3, 16, 512])
+@pytest.mark.parametrize("name", ["MatvecNTokens", "SdpaCausalTiled"])
+def test_on_a_mac_several_tokens_go_to_mlx_until_it_is_tuned(
+    name, n_tokens, monkeypatch
+):
+    specs = [s for s in (*SPECS, *KERNEL_SPECS) if s.op.__name__ == name]
+    ops_of = {spec.build().op for spec in specs}
+    assert len(ops_of) > 3
+    for op in ops_of:
+        op = dataclasses.replace(op, n_tokens=n_tokens)
+        several = n_tokens > getattr(op, "n_seqs", 1)
+        way = lowering.choose(op, "metal")
+        assert not several or way.name == MLX
+        own = [w for w in lowering.ways(op) if w.name != MLX]
+        if several and own:
+            with monkeypatch.context() as patch:
+                patch.setenv("MOEFLUX_LOWERING", f"{name}={own[-1].name}")
+                assert lowering.choose(op, "metal").name == own[-1].name
+
+
+def test_on_a_mac_one_token_goes_to_our_products():
+    ops_of = [s.build().op for s in KERNEL_SPECS if s.op.__name__ == "MatvecNTokens"]
+    op = next(x for x in ops_of if x.weight.quantization and x.weight.quantization.bits)
+    for in_dim, way in (
+        (512, "dequant_matvec_4bit_v3"),
+        (544, "dequant_matvec_4bit_v4"),
+        (4096, "dequant_matvec_4bit_v4"),
+        (8192, "dequant_matvec_4bit_v4"),
+    ):
+        four = dataclasses.replace(
+            op,
+            n_tokens=1,
+            in_dim=in_dim,
+            weight=dataclasses.replace(op.weight, quantization=Q4),
+        )
+        assert lowering.choose(four, "metal").name == way
+        eight = dataclasses.replace(
+            four, weight=dataclasses.replace(op.weight, quantization=Q8)
+        )
+        wide = in_dim > 4096
+        expected = MLX if wide else "dequant_matvec_8bit_v3"
+        assert lowering.choose(eight, "metal").name == expected
+        dense = dataclasses.replace(
+            four, weight=dataclasses.replace(op.weight, quantization=None)
+        )
+        assert lowering.choose(dense, "metal").name == "bf16_matvec"
 
 
 @pytest.mark.parametrize(

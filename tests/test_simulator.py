@@ -387,3 +387,26 @@ def test_the_command_line_compiles_files_and_fails_with_file_and_line(tmp_path):
     done = subprocess.run([*command, good, bad], capture_output=True, text=True)
     assert done.returncode == 1
     assert "bad.metal:3" in done.stderr
+
+
+NUMBERS_SOURCE = (
+    HEAD + "kernel void k(device const float* x, device float* y, "
+    "uint i [[thread_position_in_grid]]) { float a = x[0], b = x[1], c = x[2];"
+    " y[0] = a * b + c; y[1] = exp(a); y[2] = precise::exp(a);"
+    " y[3] = exp(-INFINITY); y[4] = log(0.0f); y[5] = exp(a); }"
+)
+
+
+@pytest.mark.parametrize("numbers", ["plain", "contracted", "fast"])
+def test_numbers_are_computed_as_asked(numbers):
+    x = np.float32([1 + 2**-13, 1 - 2**-13, -1])
+    y = np.zeros(6, np.float32)
+    program = simulator.Program(NUMBERS_SOURCE, numbers=numbers)
+    program.run("k", [x, y], (1, 1, 1), (1, 1, 1))
+    # Rounded once, the product keeps what the sum then uncovers.
+    assert y[0] == (0 if numbers == "plain" else -(2.0**-26))
+    exact = np.exp(np.float64(x[0]))
+    assert abs(y[2] - exact) <= 2**-23 * exact
+    assert (y[1] == y[2]) == (numbers != "fast")
+    assert abs(y[1] - exact) <= 6 * 2**-23 * exact
+    assert list(y[3:5]) == [0, -np.inf] and y[5] == y[1]

@@ -19,14 +19,17 @@ class SimExecutor(KernelExecutor):
     Args:
         checked: look for races, bad accesses and uninitialised reads as well.
         seed: order in which threads, simdgroups and threadgroups take turns.
+        numbers: ``plain``, ``contracted`` or ``fast``, as of ``simulator.call``.
     """
 
     name = "sim"
 
-    def __init__(self, checked: bool | None = None, seed: int = 0):
+    def __init__(
+        self, checked: bool | None = None, seed: int = 0, numbers: str = "plain"
+    ):
         super().__init__()
         self.checked = config.sim_checked() if checked is None else checked
-        self.seed = seed
+        self.seed, self.numbers = seed, numbers
 
     @classmethod
     def open(cls) -> SimExecutor:
@@ -51,5 +54,6 @@ class SimExecutor(KernelExecutor):
             output_shapes=ready.output_shapes,
             output_dtypes=ready.output_dtypes,
             checked=self.checked,
+            numbers=self.numbers,
             seed=self.seed,
         )

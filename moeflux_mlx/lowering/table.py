@@ -86,6 +86,10 @@ def _has_short_rows(op: Any) -> bool:
     return bool(op.in_dim <= SHORT_ROW)
 
 
+def _has_long_rows(op: Any) -> bool:
+    return not _has_short_rows(op)
+
+
 @dataclass(frozen=True)
 class Preferred:
     """The name of a way, and the Ops that it is preferred for."""
@@ -94,8 +98,27 @@ class Preferred:
     fits: Callable[[Any], bool] = lambda op: True
 
 
-# What goes before the table's order on an executor, as measured there.
+# What goes before the table's order on an executor: on CUDA as measured there, on Metal
+# what needs no measurement, until `moeflux tune` has made some.
 PREFERRED: Mapping[str, Mapping[str, tuple[Preferred, ...]]] = {
+    "metal": {
+        # One token goes by rows. For several MLX has matrix units that our tiles have
+        # not, and knows which Macs have better ones.
+        "MatvecNTokens": (
+            # Without the 16 KiB that v3 reserves more threadgroups fit on a core.
+            Preferred("dequant_matvec_4bit_v4", _has_long_rows),
+            Preferred("dequant_matvec_4bit_v3"),
+            Preferred("dequant_matvec_8bit_v3"),
+            Preferred("dequant_matvec_2bit"),
+            Preferred("bf16_matvec"),
+            Preferred(MLX),
+        ),
+        "SdpaCausalTiled": (
+            Preferred("sdpa_decode_parts"),
+            Preferred("sdpa_decode"),
+            Preferred(MLX),
+        ),
+    },
     "cuda": {
         # Of many tokens MLX's own products have tensor cores; its dense one is several
         # times its quantised one.

@@ -35,6 +35,7 @@ def call(
     output_dtypes: Sequence[mx.Dtype],
     init_value: float | None = None,
     checked: bool = False,
+    numbers: str = "plain",
     seed: int = 0,
 ) -> list[mx.array]:
     """Run a kernel object of ``mx.fast.metal_kernel`` as MLX would call it.
@@ -45,6 +46,7 @@ def call(
     Args:
         kernel: the object; other arguments are those of its call.
         checked: look for races, bad accesses and uninitialised reads.
+        numbers: how they are computed, one of ``compile.NUMBERS``.
         seed: order in which threads run.
 
     Raises:
@@ -58,7 +60,7 @@ def call(
         "output_shapes": [tuple(s) for s in output_shapes],
         "output_dtypes": list(output_dtypes),
     }
-    program = _program(kernel, arrays, options, checked)
+    program = _program(kernel, arrays, options, checked, numbers)
     name = program.kernels[0]
     mx.eval(arrays)
     given = [_to_numpy(x) for x in arrays]
@@ -76,11 +78,16 @@ def call(
 
 
 def _program(
-    kernel: Any, arrays: list[mx.array], options: dict[str, Any], checked: bool
+    kernel: Any,
+    arrays: list[mx.array],
+    options: dict[str, Any],
+    checked: bool,
+    numbers: str,
 ) -> Program:
     key = (
         id(kernel),
         checked,
+        numbers,
         tuple((x.dtype, x.ndim, x.size < _CONSTANT_BELOW) for x in arrays),
         tuple((name, str(value)) for name, value in options["template"]),
         tuple(options["output_dtypes"]),
@@ -89,7 +96,7 @@ def _program(
         if key not in _PROGRAMS:
             source = written_source(kernel, arrays, options)
             # The kernel is kept, so that its id stays its own.
-            _PROGRAMS[key] = kernel, Program(source, checked=checked)
+            _PROGRAMS[key] = kernel, Program(source, checked=checked, numbers=numbers)
         return _PROGRAMS[key][1]
 
 

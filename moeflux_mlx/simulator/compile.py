@@ -22,9 +22,8 @@ INCLUDE = HERE / "include"
 RUNTIME = HERE / "runtime.cpp"
 _MACHINE = platform.machine()
 _CPU = ["-mavx2", "-mfma", "-mf16c"] if _MACHINE == "x86_64" else []
-# Contraction off, so that two kernels can be compared bit by bit.
 FLAGS = [
-    *("-std=c++17", "-O2", "-g1", "-fPIC", *_CPU, "-ffp-contract=off"),
+    *("-std=c++17", "-O2", "-g1", "-fPIC", *_CPU),
     *("-Xclang", "-ffloat16-excess-precision=none"),
     *("-Xclang", "-cl-single-precision-constant", "-fno-math-errno"),
     *("-fno-sanitize=all", "-fno-exceptions", "-fno-rtti", "-nostdinc"),
@@ -32,6 +31,14 @@ FLAGS = [
     *("-Wno-unused-value", "-Wno-ignored-attributes", "-Wno-unknown-pragmas"),
     *("-Wno-deprecated-volatile", "-Wno-reserved-user-defined-literal"),
 ]
+# How numbers are computed: as the source says; with a * b + c contracted to one
+# rounding wherever the compiler likes; or so and with functions as inexact as Apple's
+# fast ones may be. Apple's compiler does the last.
+NUMBERS = {
+    "plain": ["-ffp-contract=off"],
+    "contracted": ["-ffp-contract=fast"],
+    "fast": ["-ffp-contract=fast", "-D__MSL_FAST"],
+}
 CHECKED_FLAGS = [
     # Told to the compiler only: the driver would link a runtime of its own.
     *("-Xclang", "-fsanitize=thread,array-bounds,integer-divide-by-zero"),
@@ -301,7 +308,12 @@ def runtime() -> Path:
     return built("runtime", RUNTIME.read_text(), flags, [])
 
 
-def library(text: str, checked: bool) -> Path:
-    """Return the library of a translated source."""
-    flags = [*FLAGS, "-isystem", str(INCLUDE), *(CHECKED_FLAGS if checked else [])]
+def library(text: str, checked: bool, numbers: str = "plain") -> Path:
+    """Return the library of a translated source.
+
+    Args:
+        numbers: one of ``NUMBERS``.
+    """
+    flags = [*FLAGS, *NUMBERS[numbers], "-isystem", str(INCLUDE)]
+    flags += CHECKED_FLAGS if checked else []
     return built("checked" if checked else "fast", text, flags, [str(runtime())])

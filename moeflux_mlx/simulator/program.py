@@ -81,18 +81,24 @@ class Program:
             ``template [[host_name(...)]]`` lines name, as in what MLX writes.
         checked: look at every access: races, bounds, uninitialised reads.
         name: what messages call the source where it has no ``#line`` of its own.
+        numbers: how they are computed, one of ``compile.NUMBERS``.
 
     Raises:
         SimulatorError: the source does not compile; with the compiler's message.
     """
 
     def __init__(
-        self, source: str, *, checked: bool = False, name: str = "kernel.metal"
+        self,
+        source: str,
+        *,
+        checked: bool = False,
+        name: str = "kernel.metal",
+        numbers: str = "plain",
     ):
         self.checked, self.name = checked, name
         text, found = compiler.translate(source, name)
         self._functions = {f.name: (i, f) for i, f in enumerate(found)}
-        self._path = compiler.library(text, checked)
+        self._path = compiler.library(text, checked, numbers)
         _runtime()
         self._library = ctypes.CDLL(str(self._path))
         self._base = _base_address(self._path)
