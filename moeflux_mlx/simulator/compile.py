@@ -184,15 +184,20 @@ def _parameters(text: str) -> tuple[Parameter, ...]:
 
 def translate(source: str, name: str) -> tuple[str, list[Function]]:
     """Return C++ of a Metal source, with an entry for each kernel."""
+    text, found = translated(source, name)
+    entries = [_entry(i, function) for i, function in enumerate(found)]
+    return text + '#line 1 "entry"\n' + PROXIES + "\n".join(entries) + "\n", found
+
+
+def translated(source: str, name: str) -> tuple[str, list[Function]]:
+    """Return C++ of a Metal source, and its kernels."""
     text = without_comments(source)
     found = functions(text)
     text = _INSTANCE.sub(lambda m: blank(m[0]), text)
     text = re.sub(r"\[\[\s*kernel\s*\]\]|#\s*pragma\s+once", "", text)
     text = _static_threadgroup(text)
-    entries = [_entry(i, function) for i, function in enumerate(found)]
     head = f'#include <metal_stdlib>\nusing namespace metal;\n#line 1 "{name}"\n'
-    tail = '\n#line 1 "entry"\n' + _PROXIES + "\n".join(entries) + "\n"
-    return head + text + tail, found
+    return head + text + "\n", found
 
 
 def _static_threadgroup(text: str) -> str:
@@ -204,7 +209,7 @@ def _static_threadgroup(text: str) -> str:
     return _SHARED.sub(add, text)
 
 
-_PROXIES = """
+PROXIES = """
 #undef kernel
 namespace __msl {
 struct Pointer {
@@ -220,35 +225,45 @@ struct Reference {
 
 
 def _entry(i: int, function: Function) -> str:
-    arguments = []
-    for p in function.parameters:
-        if p.kind == "buffer":
-            arguments.append(f"__msl::Pointer{{b[{p.index}]}}")
-        elif p.kind == "reference":
-            arguments.append(f"__msl::Reference{{b[{p.index}]}}")
-        elif p.kind == "threadgroup":
-            arguments.append("nullptr")
-        else:
-            arguments.append(_id(p))
-    joined = ", ".join(arguments)
+    joined = ", ".join(arguments(function, "b[{}]", "t->"))
     return (
         f'extern "C" void __run_{i}(const unsigned long* b, const __msl::Ids* t) '
         f"{{ {function.spelling}({joined}); }}"
     )
 
 
-def _id(p: Parameter) -> str:
+def arguments(function: Function, buffer: str, ids: str) -> list[str]:
+    """Return what a kernel is called with.
+
+    Args:
+        buffer: how an address is written, with ``{}`` for its number.
+        ids: what stands before the names of ``Ids``.
+    """
+    found = []
+    for p in function.parameters:
+        if p.kind == "buffer":
+            found.append(f"__msl::Pointer{{{buffer.format(p.index)}}}")
+        elif p.kind == "reference":
+            found.append(f"__msl::Reference{{{buffer.format(p.index)}}}")
+        elif p.kind == "threadgroup":
+            found.append("nullptr")
+        else:
+            found.append(_id(p, ids))
+    return found
+
+
+def _id(p: Parameter, ids: str) -> str:
     part = _ATTRIBUTES[p.name]
     if part == "width":
         return "32u"
     if part in ("index", "lane", "simdgroup", "n_simdgroups"):
-        return f"t->{part}"
+        return f"{ids}{part}"
     width = int(p.type[-1]) if p.type[-1] in "23" else 1
-    values = ", ".join(f"t->{part}[{d}]" for d in range(width))
+    values = ", ".join(f"{ids}{part}[{d}]" for d in range(width))
     return f"{p.type}({values})"
 
 
-def _zig() -> Path:
+def zig() -> Path:
     """Return the compiler's program: its Python module would only start it."""
     found = importlib.util.find_spec("ziglang")
     if found is None or found.origin is None:
@@ -260,7 +275,7 @@ def _zig() -> Path:
 
 
 @functools.cache
-def _base_digest() -> bytes:
+def base_digest() -> bytes:
     from importlib.metadata import version
 
     parts = [version("ziglang"), platform.machine(), *FLAGS, *CHECKED_FLAGS]
@@ -278,17 +293,17 @@ def built(key: str, text: str, flags: list[str], libraries: list[str]) -> Path:
         SimulatorError: the compiler refuses it; the message is the compiler's.
     """
     parts = "\0".join([key, text, *flags]).encode()
-    digest = hashlib.sha256(_base_digest() + parts).hexdigest()[:32]
+    digest = hashlib.sha256(base_digest() + parts).hexdigest()[:32]
     path = private.made("simulator") / f"{key}-{digest}.so"
     if private.is_private(path):
         return path
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         source, out = Path(folder) / "kernel.cpp", Path(folder) / "out.so"
         source.write_text(text)
-        zig = [str(_zig()), "c++"]
+        compiler = [str(zig()), "c++"]
         # Without libraries: zig would build a whole C++ one first.
         link = ["-shared", "-nostdlib", "-o", str(out), str(source)]
-        command = [*zig, *flags, *link, *libraries]
+        command = [*compiler, *flags, *link, *libraries]
         caches = {"ZIG_GLOBAL_CACHE_DIR": str(path.parent / "zig")}
         caches["ZIG_LOCAL_CACHE_DIR"] = folder
         done = children.run(command, Path(folder), caches)
