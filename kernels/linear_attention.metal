@@ -288,10 +288,20 @@ inline float convolved(X x, S history, P taps, uint channel, uint n_channels) {
 // rows: [B, row_width], in each the projections: q, k, v [C], C = 2 Hk DK + Hv dv, from qkv_at
 // on, z [Hv dv] from z_at, beta's and alpha's [Hv] from b_at and a_at; history, history_out:
 // [B,W-1,C]; taps: [C,W]; a_log, dt_bias: [Hv]; state, state_out: float32 [B,Hv,dv,DK]; out:
-// [B, Hv dv]; norm: [dv]. dv <= 256. Launch: one threadgroup of 512 a value head, grid
-// (512, Hv, B), eight rows of the state a simdgroup at a time. One launch for five Ops: what
-// they hand on is a head's own, but for q and k, which the heads of one key head compute each.
-template <typename T, typename S, typename P, typename V, typename N, int DK, int W>
+// [B, Hv dv]; norm: [dv]. dv <= 256. Launch: one threadgroup of SIMDGROUPS a value head, 256
+// threads or more, grid (32 SIMDGROUPS, Hv, B), ROWS rows of the state a simdgroup at a time: as
+// many as registers allow. One launch for five Ops: what they hand on is a head's own, but for
+// q and k, which the heads of one key head compute each.
+template <
+    typename T,
+    typename S,
+    typename P,
+    typename V,
+    typename N,
+    int DK,
+    int W,
+    int ROWS,
+    int SIMDGROUPS>
 [[kernel]] void gated_delta_decode(
     device const T* rows,
     device const S* history,
@@ -318,7 +328,6 @@ template <typename T, typename S, typename P, typename V, typename N, int DK, in
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
   constexpr int PER = DK / SIMD;
-  constexpr int ROWS = 8;
   constexpr uint MAX_DV = 256;
   threadgroup float channels[2 * DK + MAX_DV];
   threadgroup float read[MAX_DV];
@@ -336,7 +345,7 @@ template <typename T, typename S, typename P, typename V, typename N, int DK, in
   // Most of what there is to read: asked for before anything waits.
   float s[ROWS * PER];
   read_rows<ROWS, PER>(s, state + first, row, dv, lane);
-  for (uint i = thread_index; i < 2 * DK + dv; i += 512) {
+  for (uint i = thread_index; i < 2 * DK + dv; i += SIMDGROUPS * SIMD) {
     bool is_key = i < 2 * DK;
     uint at = is_key ? (i / DK * n_key_heads + key_head) * DK + i % DK
                      : 2 * n_key_heads * DK + head * dv + i - 2 * DK;
@@ -386,7 +395,7 @@ template <typename T, typename S, typename P, typename V, typename N, int DK, in
         read[row + r] = v[r];
       }
     }
-    row += 16 * ROWS;
+    row += SIMDGROUPS * ROWS;
     if (row < dv) {
       read_rows<ROWS, PER>(s, state + first, row, dv, lane);
     }

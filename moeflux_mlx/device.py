@@ -96,6 +96,11 @@ def prefers_host_arrays() -> bool:
     return on_cpu() and sys.platform == "linux"
 
 
+def has_many_registers() -> bool:
+    """Tell whether launches may count on CUDA's registers, twice those of a Mac."""
+    return bool(mx.cuda.is_available())
+
+
 def gathers_strided() -> bool:
     """Tell whether MLX gathers matrices that do not lie end to end; not on CUDA."""
     return on_cpu() or not mx.cuda.is_available()
@@ -236,5 +241,9 @@ SIMD = 32
 MAX_THREADS_PER_GROUP = 1024
 MAX_THREADGROUP_BYTES = 32 << 10
 MAX_BUFFERS = 31
+# Threads of a threadgroup times registers of a thread that M1 and M2 are known to
+# allow. Beyond the second number their threads spill. Later chips have more.
+THREADGROUP_REGISTERS = 53_248
+MAX_REGISTERS = 128
 # CUDA's, of threadgroups along y and z.
 MAX_CUDA_GRID_YZ = 65535

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from moeflux_mlx import simulator
 from moeflux_mlx.executors.sim import SimExecutor
-from moeflux_mlx.launch import KERNELS
+from moeflux_mlx.launch import KERNELS, attention, linear_attention
 from moeflux_mlx.launch.check import check
 from moeflux_mlx.simulator.compile import NUMBERS
 
@@ -201,6 +201,42 @@ def test_folding_heads_changes_no_bit(fold, dtype, numbers):
     (alone,) = run(KERNELS["sdpa_causal_direct"](*args))
     (together,) = run(folded(*args))
     assert identical(alone, together)
+
+
+# Ragged, and wide enough for the registers to matter.
+WIDE: dict[str, dict[str, int]] = {
+    "gated_delta_decode": dict(b=1, hk=1, hv=2, dk=256, dv=37, w=4, s=1),
+    "sdpa_decode": dict(b=1, h=1, per=8, s=19, d=256, masks=1),
+    "sdpa_decode_parts": dict(b=1, h=1, per=8, s=70, d=256, at=66),
+}
+FOLDS = (512, 512), (1024, 2048)
+# Macs have fewer registers than CUDA's devices, so launches differ: (Metal's, CUDA's).
+HELD = (8, 1024), (16, 2048)
+LAUNCHES = [
+    ("gated_delta_decode", linear_attention, "DECODE_SIMDGROUPS HELD_VALUES", HELD),
+    ("sdpa_decode", attention, "FOLDED_CHANNELS DECODE_CHANNELS", FOLDS),
+    ("sdpa_decode_parts", attention, "FOLDED_CHANNELS DECODE_CHANNELS", FOLDS),
+]
+
+
+@pytest.mark.parametrize(("name", "module", "constants", "values"), LAUNCHES)
+def test_macs_launch_otherwise_than_cuda_and_give_the_same_bits(
+    name, module, constants, values, monkeypatch
+):
+    kernel, launches, outputs = KERNELS[name], [], []
+    for each in values:
+        for constant, value in zip(constants.split(), each, strict=True):
+            monkeypatch.setattr(module, constant, value)
+        args = kernel.arguments(kernel.dtypes[0], **WIDE[name])
+        launches.append(kernel(*args))
+        outputs.append(SimExecutor(checked=False, seed=2).run(launches[-1]))
+        checked = SimExecutor(checked=True, seed=3).run
+        assert check(kernel, kernel.dtypes[0], WIDE[name], checked).passed
+    metal, cuda = launches
+    assert metal.template != cuda.template
+    assert metal.threadgroup == (256, 1, 1)
+    for a, b in zip(*outputs, strict=True):
+        assert identical(a, b)
 
 
 # Three kernels of the gated delta rule, one recurrence.

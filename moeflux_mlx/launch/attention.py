@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .. import device
 from ..device import SIMD
 from .base import (
     Kernel,
@@ -28,9 +29,12 @@ from .base import (
 MAX_HEAD_DIM = 256
 FLOAT32 = mx.float32
 FOLDS = (8, 4, 2, 1)
-# A lane holds its share of the queries and of the sums in fold * d / 16 registers; more
-# than 64 of them would spill.
-FOLDED_CHANNELS = 1024
+# A lane holds its share of the queries and of the sums in fold * d / 16 registers: for
+# prompts and parts of the cache, and for a whole cache. On Metal more than 32 of them
+# leave a core with one threadgroup.
+FOLDED_CHANNELS, DECODE_CHANNELS = (
+    (1024, 2048) if device.has_many_registers() else (512, 512)
+)
 
 
 def _rope(x: mx.array, inv_freq: mx.array, start: mx.array, num_heads: int) -> mx.array:
@@ -471,6 +475,11 @@ def sdpa_causal_staged(
     )
 
 
+def _fold(per: int, d: int, channels: int) -> int:
+    """Return how many heads of a key head are taken together."""
+    return next(f for f in FOLDS if per % f == 0 and (f == 1 or f * d <= channels))
+
+
 def _some_decode(
     rng: np.random.Generator,
     dtype: mx.Dtype,
@@ -505,7 +514,7 @@ def sdpa_decode(
     """Attention of one token a sequence, ``q`` ``[B, H * d]``."""
     inputs, (n_seqs, t, heads), template = _check_attention(q, k, v, mask, 1)
     require("q", t == 1, "one token of each sequence", t)
-    fold = next(f for f in FOLDS if inputs["heads_per_kv"] % f == 0)
+    fold = _fold(inputs["heads_per_kv"], template["D"], DECODE_CHANNELS)
     return Launch(
         "sdpa_decode",
         {**inputs, "scale": scale},
@@ -694,7 +703,7 @@ def sdpa_decode_parts(
     require("q", t == 1, "one token of each sequence", t)
     expect("start", start, (n_seqs,))
     d, per, n_rows = template["D"], inputs["heads_per_kv"], inputs["n_rows"]
-    fold = next(f for f in FOLDS if per % f == 0 and f * d <= FOLDED_CHANNELS)
+    fold = _fold(per, d, FOLDED_CHANNELS)
     size = part_rows(n_rows)
     n_parts = groups(n_rows, size)
     names = ("q", "k", "v", "n_heads", "heads_per_kv", "n_rows")

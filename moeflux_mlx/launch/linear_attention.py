@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .. import device
 from ..device import SIMD
 from .base import (
     FLOATS,
@@ -31,6 +32,11 @@ MAX_KEY_DIM = 256
 MAX_VALUE_DIM = 256
 # The chunked form keeps a chunk's keys and queries in threadgroup memory.
 MAX_CHUNKED_KEY_DIM = 192
+# Simdgroups of a value head's threadgroup in decoding, and values of the state that one
+# of them holds: a lane has a register for every 32.
+DECODE_SIMDGROUPS, HELD_VALUES = (
+    (16, 2048) if device.has_many_registers() else (8, 1024)
+)
 FLOAT32 = mx.float32
 # Sums of many products, then a recurrence over tokens.
 RECURRENT = {mx.float32: 3e-5, mx.float16: 1e-3, mx.bfloat16: 6e-3}
@@ -584,6 +590,7 @@ def gated_delta_decode(
     for name, array in (("a_log", a_log), ("dt_bias", dt_bias)):
         expect(name, array, (heads,))
     expect("norm", norm, (dv,))
+    rows_held = next(n for n in (8, 4) if n * dk <= HELD_VALUES)
     inputs: dict[str, Any] = {"rows": rows, "history": history, "taps": taps}
     inputs |= {"a_log": a_log, "dt_bias": dt_bias, "state": state, "norm": norm}
     names = ("qkv_at", "z_at", "b_at", "a_at")
@@ -597,7 +604,7 @@ def gated_delta_decode(
             "state_out": tuple(state.shape),
             "out": (n_seqs, heads * dv),
         },
-        (512, heads, n_seqs),
-        (512, 1, 1),
-        {"DK": dk, "W": width},
+        (SIMD * DECODE_SIMDGROUPS, heads, n_seqs),
+        (SIMD * DECODE_SIMDGROUPS, 1, 1),
+        {"DK": dk, "W": width, "ROWS": rows_held, "SIMDGROUPS": DECODE_SIMDGROUPS},
     )
