@@ -39,7 +39,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], ...]] = {
     "rms_norm_bf16_fused_n_tokens": tuple(
         dict(t=1, d=d, s=0) for d in (2048, 3072, 4096, 8192, 16384)
     ),
-    "rms_norm_sum_sq": (dict(t=1, d=4096, s=0), dict(t=1, d=1 << 16, s=0)),
+    "rms_norm_sum_sq": tuple(dict(t=1, d=d, s=0) for d in (2048, 4096, 1 << 16)),
     "experts_gate_up_swiglu": (dict(i=2048, n=512, **EXPERT),),
     "experts_down_sum": (dict(n=512, d=2048, **EXPERT),),
     "experts_route_gate_up": tuple(
@@ -56,7 +56,6 @@ EXCUSED = {
     "mla_q_prime_4bit": "no Op is lowered to it",
     "mla_out_per_head_4bit": "no Op is lowered to it",
     "gated_delta_net_chunkwise": "a Mac takes the sequential form unless tuned",
-    "sdpa_causal_direct_fold8": "a Mac takes MLX's attention for prompts unless tuned",
 }
 
 
