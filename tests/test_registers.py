@@ -98,6 +98,18 @@ def test_a_launch_of_many_threads_has_an_estimate(tool):
     assert found and found <= looked_at
 
 
+@pytest.mark.parametrize(("name", "sizes"), published())
+def test_a_template_that_a_published_width_reaches_stands_in_a_sample(name, sizes):
+    """What the doctor and the tests try is what models run."""
+    kernel = KERNELS[name]
+
+    def template(dtype, each) -> dict:
+        return dict(kernel(*kernel.arguments(dtype, **each)).template)
+
+    reached = template(mx.bfloat16, sizes)
+    assert reached in [template(kernel.dtypes[0], each) for each in kernel.sizes]
+
+
 def test_on_a_mac_no_launch_counts_on_the_registers_of_cuda(monkeypatch):
     assert not device.has_many_registers()
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)

@@ -505,6 +505,8 @@ def _some_decode(
         dict(b=2, h=2, per=3, s=11, d=64, masks=2),
         dict(b=1, h=1, per=8, s=37, d=64, level=60.0),
         dict(b=2, h=1, per=4, s=19, d=256, masks=1),
+        dict(b=1, h=1, per=8, s=9, d=128),
+        dict(b=1, h=1, per=8, s=9, d=256),
     ],
     large=DECODE_LARGE,
 )
@@ -688,6 +690,8 @@ def _some_parts(
         dict(b=2, h=2, per=3, s=130, d=64, at=64),
         dict(b=2, h=1, per=8, s=67, d=32, at=66),
         dict(b=1, h=1, per=4, s=200, d=256, at=37),
+        dict(b=1, h=1, per=8, s=70, d=64, at=66),
+        dict(b=1, h=1, per=8, s=70, d=128, at=66),
     ],
     large=dict(b=1, h=2, per=8, s=32768, d=256, at=32767),
 )

@@ -542,6 +542,7 @@ def _some_decode(
         dict(b=2, hk=2, hv=4, dk=64, dv=19, w=2, s=1),
         dict(b=1, hk=1, hv=3, dk=96, dv=67, w=3, s=0),
         dict(b=1, hk=1, hv=2, dk=256, dv=256, w=4, s=1),
+        dict(b=1, hk=1, hv=1, dk=128, dv=21, w=4, s=0),
     ],
     large=dict(b=1, hk=16, hv=32, dk=128, dv=128, w=4, s=0),
     tolerance=RECURRENT,

@@ -157,7 +157,12 @@ def _some_rows_weighted(
     return normal(rng, dtype, t, d), _weight(rng, dtype, d, s), EPS
 
 
-@kernel(reference=_fused, sample=_some_rows_weighted, sizes=ROWS, large=LARGE_ROWS)
+@kernel(
+    reference=_fused,
+    sample=_some_rows_weighted,
+    sizes=[*ROWS, {"t": 1, "d": 1 << 14, "s": 0}],
+    large=LARGE_ROWS,
+)
 def rms_norm_bf16_fused_n_tokens(x: mx.array, weight: mx.array, eps: float) -> Launch:
     """``x * rsqrt(mean(x^2) + eps) * weight`` over the rows of ``[T, D]``."""
     n_tokens, dim = dims("x", x, 2)

@@ -219,6 +219,7 @@ ROWS = [
     dict(i=4224, o=19, g=64, s=0),
     dict(i=32, o=8195, g=32, s=0),
     dict(i=32, o=65537, g=32, s=0),
+    dict(i=1024, o=8195, g=64, s=0),
 ]
 
 
@@ -291,6 +292,7 @@ def _some_added(
         dict(i=576, o=12, g=64, s=1, bits=8),
         dict(i=2176, o=9, g=128, s=1),
         dict(i=32, o=8195, g=32, s=0),
+        dict(i=1088, o=12, g=64, s=0),
     ],
     large=dict(i=4096, o=2048, g=64, s=0),
 )
