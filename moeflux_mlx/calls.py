@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,24 +58,17 @@ class Calls:
         assert self.streamer is not None
         return self.streamer.source(block)
 
-    def turn(self) -> Calls:
-        """Return what waits until no other thread calls.
-
-        At its end what reads slots may outlive it.
-        """
-        return self
-
-    def __enter__(self) -> None:
-        self.lock.acquire()
-        self._depth += 1
-
-    def __exit__(self, *exc: object) -> None:
-        try:
-            self._depth -= 1
-            if self._depth == 0 and self.streamer is not None:
-                self.streamer.hand_over()
-        finally:
-            self.lock.release()
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait until no other thread calls; then what reads slots may outlive this."""
+        with self.lock:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if self._depth == 0 and self.streamer is not None:
+                    self.streamer.hand_over()
 
     def run(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Compute rows, a part of the tokens at a time where all do not fit.
