@@ -95,8 +95,8 @@ def test_every_share_gives_stocks_bits(device, tmp_path, family, bits, changes):
     assert all(mx.isfinite(x).all() for x in wanted)
     wrong = []
     for share in (1, 0.5, 0.25):
-        for optimistic in ("on", "off"):
-            ours = streamed(path, share, optimistic=optimistic)
+        for optimistic in ("on", "off")[: 1 if share == 1 else 2]:
+            ours = streamed(path, share, optimistic=optimistic, read_ahead="on")
             assert ours.streamer.resident == (share == 1)
             same = [*map(mx.array_equal, wanted, run(ours))]
             if not all(x.item() for x in same):
