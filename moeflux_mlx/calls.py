@@ -64,6 +64,8 @@ class Calls:
         with self.lock:
             self._depth += 1
             try:
+                if self._depth == 1:
+                    self.ways.forget()
                 yield
             finally:
                 self._depth -= 1
