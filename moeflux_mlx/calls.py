@@ -84,6 +84,8 @@ class Calls:
             # Calls in here are nobody's, so their arguments need no check.
             self._depth += 1
             try:
+                if self._depth == 1:
+                    self.ways.forget()
                 yield
             finally:
                 self._depth -= 1

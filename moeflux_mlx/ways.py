@@ -61,6 +61,10 @@ class Ways:
             return None
         return token
 
+    def forget(self) -> None:
+        """Have no call under way, whatever a second Ctrl-C kept the last from doing."""
+        self._token = None
+
     def watch(
         self, model: nn.Module, blocks: Sequence[RoutedBlock], undo: ExitStack
     ) -> None:

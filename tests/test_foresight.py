@@ -153,3 +153,10 @@ def test_what_another_thread_calls_meanwhile_is_no_part_of_the_call(checkpoint):
     assert len(found) > 2 * N_LAYERS and found[1::2] == [None] * (len(found) // 2)
     assert all(isinstance(token, WaitingCall) for token in found[::2])
     assert ways.token is None
+
+
+def test_a_call_that_could_not_clean_up_is_no_part_of_the_next(checkpoint, wanted):
+    ours = streamed(checkpoint, 9, "off", read_ahead="on")
+    ours.__dict__["calls"].ways._token = WaitingCall(None)
+    ours.__dict__["calls"].ways._token._asks = True
+    assert mx.array_equal(wanted, run(ours, make_prompt_cache(ours), 6))
