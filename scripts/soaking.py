@@ -10,6 +10,7 @@ Every token must be the resident model's.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import gc
 import itertools
@@ -227,6 +228,7 @@ class Soak:
         model.streamer.resize(model.streamer.least_slots)
         gc.collect()
         mx.clear_cache()
+        give_back_freed()
         self.tally.memory.append(process_bytes() + device_bytes())
 
 
@@ -343,6 +345,16 @@ def growth(memory: list[int]) -> float:
 def n_open_files() -> int:
     """Return how many descriptors this process has open."""
     return len(os.listdir("/dev/fd"))
+
+
+def give_back_freed() -> None:
+    """Have the C library give what is free back to the system, where it can.
+
+    What its many arenas keep for later grows with chance, not with what is held.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def process_bytes() -> int:
