@@ -139,7 +139,8 @@ DOUBTFUL = [opened, linked, piped, pytest.param(planted, marks=root)]
 @pytest.mark.parametrize("spoil", DOUBTFUL)
 def test_records_that_others_could_have_written_count_for_nothing(spoil, cache):
     record = verified.Record("metal", "m", "2026-01-01", "1", {})
-    path = verified.save(record)
+    verified.remember(record, ())
+    path = cache / "verified-metal.json"
     tuning = tuned.default_path("metal")
     tuned.save(tuned.Tuning("m", "metal", "1", "2026-01-01", ()), tuning)
     assert verified.records()[-1] == record
