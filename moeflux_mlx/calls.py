@@ -69,6 +69,8 @@ class Calls:
             depth = self._depth
             try:
                 self._depth = depth + 1
+                if depth == 0:
+                    self.ways.forget()
                 return call(*args, **kwargs)
             finally:
                 self._depth = depth
@@ -84,8 +86,6 @@ class Calls:
             # Calls in here are nobody's, so their arguments need no check.
             self._depth += 1
             try:
-                if self._depth == 1:
-                    self.ways.forget()
                 yield
             finally:
                 self._depth -= 1

@@ -157,6 +157,8 @@ def test_what_another_thread_calls_meanwhile_is_no_part_of_the_call(checkpoint):
 
 def test_a_call_that_could_not_clean_up_is_no_part_of_the_next(checkpoint, wanted):
     ours = streamed(checkpoint, 9, "off", read_ahead="on")
-    ours.__dict__["calls"].ways._token = WaitingCall(None)
-    ours.__dict__["calls"].ways._token._asks = True
+    ways = ours.__dict__["calls"].ways
+    ways._token, ways._thread = WaitingCall(None), threading.get_ident()
+    ways._token._asks = True
     assert mx.array_equal(wanted, run(ours, make_prompt_cache(ours), 6))
+    assert ways.token is None
