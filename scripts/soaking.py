@@ -12,9 +12,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import gc
 import itertools
 import os
+import queue
 import random
 import signal
 import subprocess
@@ -22,8 +24,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,12 +111,7 @@ class Soak:
         self.models = [moeflux_mlx.load(directory, **common, **way)[0] for way in ways]
         self._states = tempfile.TemporaryDirectory(prefix="moeflux-soak-")
         self._bell = Bell()
-        # The same ones in each round: MLX keeps about a megabyte of every thread that
-        # ever computed anything.
-        self._threads = ThreadPoolExecutor(n_others := max(N_THREADS) - 1)
-        # All begin now, so that they can be counted.
-        barrier = threading.Barrier(n_others)
-        list(self._threads.map(lambda _: barrier.wait(), range(n_others)))
+        self._others = Others(max(N_THREADS) - 1)
         self.tally = Tally()
 
     def run(self, seconds: float) -> None:
@@ -143,11 +139,10 @@ class Soak:
                 failures.append(error)
 
         with failing_reads(hardship.faults, chances[-1], self.tally):
-            others = self._threads.map(work, range(1, hardship.n_threads))
+            self._others.begin(work, range(1, hardship.n_threads))
             with self._bell.ringing(hardship.interrupts):
                 work(0)
-            # Until all have ended.
-            list(others)
+            self._others.wait()
         if failures:
             raise failures[0]
         self._look_at_memory(model)
@@ -252,6 +247,34 @@ def prompts_of(model: Path) -> list[tuple[int, ...]]:
     files = sorted((ROOT / "moeflux_mlx").glob("*.py"))[-N_PROMPTS:]
     texts = (path.read_text()[: 8 * PROMPT_TOKENS] for path in files)
     return [tuple(tokenizer.encode(text)[:PROMPT_TOKENS]) for text in texts]
+
+
+class Others:
+    """Threads beside the main one, the same ones in each round.
+
+    MLX keeps about a megabyte of every thread that ever computed. They are daemons that
+    never end: a thread's compiled functions take Python's lock as the thread ends. This
+    aborts a process whose interpreter ends at that moment (MLX 0.32.4).
+    """
+
+    def __init__(self, n_threads: int):
+        self._calls: queue.Queue[Callable[[], None]] = queue.Queue()
+        for _ in range(n_threads):
+            threading.Thread(target=self._work, daemon=True).start()
+
+    def begin(self, function: Callable[[int], None], numbers: Iterable[int]) -> None:
+        """Call ``function``, which must not raise, with each number, in any thread."""
+        for number in numbers:
+            self._calls.put(functools.partial(function, number))
+
+    def wait(self) -> None:
+        """Return when every call has ended."""
+        self._calls.join()
+
+    def _work(self) -> None:
+        while True:
+            self._calls.get()()
+            self._calls.task_done()
 
 
 @contextlib.contextmanager
