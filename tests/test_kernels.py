@@ -103,4 +103,4 @@ def test_any_input_may_lie_in_constant_memory(name):
         source = in_constant_memory(kernel, set(chosen))
         for n in chosen:
             assert re.search(rf"const constant \w+\* {n} \[\[buffer", source)
-        simulator.Program(source)
+        simulator.examine(source)

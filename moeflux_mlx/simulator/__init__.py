@@ -6,7 +6,7 @@ Evidence, not proof: nothing here is Apple's compiler or GPU.
 from __future__ import annotations
 
 from .call import call, written_source
-from .compile import available
+from .compile import available, examine
 from .program import Program
 
-__all__ = ["Program", "available", "call", "written_source"]
+__all__ = ["Program", "available", "call", "examine", "written_source"]

@@ -323,12 +323,34 @@ def runtime() -> Path:
     return built("runtime", RUNTIME.read_text(), flags, [])
 
 
+def examine(source: str, name: str = "kernel.metal") -> None:
+    """Have the compiler read a Metal source without making code of it.
+
+    Raises:
+        SimulatorError: the compiler refuses it; the message is the compiler's.
+    """
+    text, _ = translate(source, name)
+    with tempfile.TemporaryDirectory(dir=private.made("simulator")) as folder:
+        path = Path(folder) / "kernel.cpp"
+        path.write_text(text)
+        # Not ``c++``: to read one file, zig would build a whole C++ library first.
+        command = [str(zig()), "clang", "-fsyntax-only", *_flags("plain"), str(path)]
+        done = children.run(command, Path(folder))
+        if done.returncode:
+            message = done.stderr.replace(str(path), "kernel").strip()
+            raise SimulatorError(f"[simulator] {message}")
+
+
+def _flags(numbers: str) -> list[str]:
+    return [*FLAGS, *NUMBERS[numbers], "-isystem", str(INCLUDE)]
+
+
 def library(text: str, checked: bool, numbers: str = "plain") -> Path:
     """Return the library of a translated source.
 
     Args:
         numbers: one of ``NUMBERS``.
     """
-    flags = [*FLAGS, *NUMBERS[numbers], "-isystem", str(INCLUDE)]
+    flags = _flags(numbers)
     flags += CHECKED_FLAGS if checked else []
     return built("checked" if checked else "fast", text, flags, [str(runtime())])
