@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm
 import pytest
+from commands import moeflux
 from mlx_lm.sample_utils import make_sampler
 
 import moeflux_mlx
@@ -19,11 +20,6 @@ PROMPT = "def add(a, b):"
 N_TOKENS = 40
 COMMANDS = ["generate", "pack", "verify", "inspect", "compare", "profile", "tune"]
 COMMANDS += ["trace", "cachesim"]
-
-
-def moeflux(*args: object, **options) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "moeflux_mlx.cli", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 def one_line_error(done: subprocess.CompletedProcess[str]) -> str:
@@ -99,7 +95,9 @@ def test_generate_runs_a_plain_checkpoint_all_in_memory(checkpoint, stock_text):
 def test_generate_reads_the_prompt_from_stdin(packed, stock_text):
     flags = ["--prompt", "-", "--ignore-chat-template", "-m", N_TOKENS]
     flags += ["--verbose", "False", "--model", packed]
-    assert moeflux("generate", *flags, input=PROMPT).stdout == stock_text + "\n"
+    command = [sys.executable, "-m", "moeflux_mlx.cli", "generate", *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, input=PROMPT)
+    assert done.stdout == stock_text + "\n"
 
 
 def test_generate_applies_the_chat_template_as_mlx_lm_does(packed, checkpoint):

@@ -21,7 +21,7 @@ from moeflux_mlx.door import load_stock_lazily
 from moeflux_mlx.errors import BudgetError
 from moeflux_mlx.experts.pack import pack
 from moeflux_mlx.loading import plan_load
-from moeflux_mlx.measured_needs import Segments
+from moeflux_mlx.measured_needs import MeasuredNeeds, Segments
 from moeflux_mlx.preflight import UNASKED_TOKENS
 from moeflux_mlx.streaming import plan_stream, stream
 
@@ -156,14 +156,16 @@ def test_attention_after_the_last_experts_is_measured_too():
 
 def test_experts_leave_room_for_the_rest_where_nobody_bounds_them(written, monkeypatch):
     path = written("qwen3_moe", packed=True)
+    # Measured peaks differ from call to call.
+    monkeypatch.setattr(MeasuredNeeds, "scratch_bytes", lambda *_: 1 << 20)
     needs = stream(load_stock_lazily(path).model, path).needs
     others = needs.resident_bytes(False) + device.PROCESS_GROWTH_BYTES
     others += needs.cache_state_bytes + UNASKED_TOKENS * needs.cache_row_bytes
     others += needs.scratch_bytes(UNASKED_TOKENS, UNASKED_TOKENS)
-    # Peaks differ a little from call to call, and all experts take 5 MB.
-    monkeypatch.setattr(device, "left_bytes", lambda: others + (32 << 20))
+    # All experts take 5 MB.
+    monkeypatch.setattr(device, "left_bytes", lambda: others + (8 << 20))
     assert moeflux_mlx.load(path, native=False)[0].streamer.resident
-    monkeypatch.setattr(device, "left_bytes", lambda: others - (24 << 20))
+    monkeypatch.setattr(device, "left_bytes", lambda: others + (1 << 20))
     with pytest.raises(BudgetError, match=r"\[expert_memory\] expected at least"):
         moeflux_mlx.load(path, native=False)
 

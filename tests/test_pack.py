@@ -15,6 +15,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from commands import moeflux
 from synthetic import expert_bytes, record_bytes, write_checkpoint
 from tiny import make_checkpoint
 
@@ -412,17 +413,12 @@ def test_verify_finds_one_flipped_bit(name, tmp_path, plain):
         assert verify(packed).damaged == [(path, 1, 3)]
 
 
-def cli(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "moeflux_mlx.cli", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-
 def test_the_commands_pack_and_verify_tell_what_they_did(tmp_path, checkpoint):
     packed = tmp_path / "packed"
-    done = cli("pack", checkpoint, packed, "--verify", "--alignment", 4096)
+    done = moeflux("pack", checkpoint, packed, "--verify", "--alignment", 4096)
     assert done.returncode == 0, done.stderr
     assert "8 experts in each of 4 layers" in done.stdout
-    done = cli("verify", packed)
+    done = moeflux("verify", packed)
     assert done.returncode == 0, done.stderr
     assert all(f"experts-00{layer}.bin" in done.stdout for layer in range(4))
 
@@ -433,11 +429,11 @@ def test_the_command_verify_fails_on_damage_and_says_where(tmp_path, plain):
     with open(packed / "experts-002.bin", "r+b") as file:
         file.seek(16384 * 4 + 5)
         file.write(b"?")
-    done = cli("verify", packed)
+    done = moeflux("verify", packed)
     assert done.returncode == 1
     for part in (str(packed / "experts-002.bin"), "expert", "layer 2"):
         assert part in done.stderr
     os.truncate(packed / "experts-000.bin", 63)
-    done = cli("verify", packed)
+    done = moeflux("verify", packed)
     assert done.returncode == 1
     assert str(packed / "experts-000.bin") in done.stderr

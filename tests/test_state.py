@@ -6,13 +6,12 @@ import dataclasses
 import json
 import os
 import struct
-import subprocess
-import sys
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import xxhash
+from commands import moeflux as command
 from mlx_lm.models.cache import ConcatenateKVCache, make_prompt_cache
 from tiny import make_checkpoint
 
@@ -407,11 +406,8 @@ def test_one_cannot_go_back_to_what_is_gone(model):
 
 
 def generate(model, *flags):
-    command = [sys.executable, "-m", "moeflux_mlx.cli", "generate", "--model", model]
-    command += ["--ignore-chat-template", "--verbose", "False", "-m", "8", *flags]
-    return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=False
-    )
+    quiet = ("--ignore-chat-template", "--verbose", "False", "-m", 8)
+    return command("generate", "--model", model, *quiet, *flags)
 
 
 def test_generate_goes_on_from_a_file(packed, tmp_path):
