@@ -77,6 +77,7 @@ def loaders(plain, packed, few) -> dict[str, Any]:
         "budget": partial(load, plain, expert_memory=few),
         "pack": partial(load, packed, expert_memory=few),
         "memory": partial(load, packed, memory="2GB"),
+        "no-native": partial(load, plain, expert_memory=few, native=False),
     }
 
 
@@ -139,7 +140,7 @@ def check_same(got: dict[str, mx.array], wanted: dict[str, mx.array]) -> None:
         assert off <= 1e-5 * mx.linalg.norm(x).item() + 1e-9, name
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "no-native"])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_training_gives_stocks_losses_and_adapters(
     plain, loaders, trained, kind, way, tmp_path
@@ -150,7 +151,7 @@ def test_training_gives_stocks_losses_and_adapters(
     assert losses[-1] < losses[1]
     check_same(adapters, trained[kind][1])
     assert {name.split(".", 4)[4].rsplit(".", 1)[0] for name in adapters} == set(KEYS)
-    if way in ("budget", "pack"):
+    if way in ("budget", "pack", "no-native"):
         assert loaded[0].streamer.n_slots == 5
         assert loaded[0].streamer.stats.total.misses > 20
 
