@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import sys
 import types
 from functools import partial
@@ -29,6 +30,7 @@ from moeflux_mlx.experts.pack import pack
 from moeflux_mlx.experts.pool import POOL_ALIGNMENT
 from moeflux_mlx.experts.store import open_store
 
+ROOT = Path(__file__).resolve().parents[1]
 TOKENS = mx.array(np.random.RandomState(0).randint(1, 320, (2, 7)))
 KEYS = [
     "self_attn.q_proj",
@@ -245,6 +247,19 @@ def test_the_commands_of_mlx_lm_train_and_test_a_pack(
         gc.collect()
     assert len(told["plain"]) == 2 and told["plain"][0] == told["plain"][1]
     assert told["packed"] == told["plain"]
+
+
+def test_the_script_in_the_docs_trains(plain, few, monkeypatch, tmp_path):
+    text = (ROOT / "docs" / "training.md").read_text()
+    (script,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    (tmp_path / "qwen").symlink_to(plain)
+    (tmp_path / "data").symlink_to(plain.with_name("data"))
+    monkeypatch.chdir(tmp_path)
+    for printed, tried in (("6GB", few), ('"iters": 600', '"iters": 2')):
+        assert printed in script
+        script = script.replace(printed, tried)
+    exec(script, {})
+    assert mx.load("adapters/adapters.safetensors")
 
 
 PROMPT = ["--prompt", "ab", "--ignore-chat-template", "-m", 10, "--verbose", "False"]
