@@ -24,7 +24,9 @@ from moeflux_mlx.context import (
     has_spare_rows,
 )
 from moeflux_mlx.errors import ModelError
+from moeflux_mlx.experts.modules import RoutedBlock, quantize_as_stored
 from moeflux_mlx.experts.resident import ResidentExperts
+from moeflux_mlx.experts.switch import StreamedSwitch
 from moeflux_mlx.forward import Forward
 from moeflux_mlx.graph import Op, planned_peak_bytes
 from moeflux_mlx.graph import roles as b
@@ -43,10 +45,10 @@ from moeflux_mlx.parameters import LayerWeights
 from moeflux_mlx.runtime import RunOptions, Runtime
 from moeflux_mlx.saving import (
     GuardsSaving,
-    StreamedElsewhere,
     guard_saving,
     refuse_experts,
 )
+from moeflux_mlx.training import TrainsUncompiled
 from moeflux_mlx.weights import ExpertWeights
 
 from . import qwen3_5_tensors
@@ -58,7 +60,7 @@ check = qwen3_5_tensors.check
 guard_saving()
 
 
-class Model(GuardsSaving, stock.Model):
+class Model(GuardsSaving, TrainsUncompiled, stock.Model):
     """Language model over ``language_model``; see ``TextModel`` for the call.
 
     ``options`` is set by subclasses that ``moeflux_mlx.load`` and packed directories
@@ -124,17 +126,16 @@ class TextModel(qwen3_5.TextModel):
                 blocks.rotation(layer.self_attn.rope)
         if runtime.store is not None:
             runtime.check_layers(range(args.num_hidden_layers))
-            for layer in self.model.layers:
-                layer.mlp.pop(ROUTED)
-                # No parameter, and found by who calls a layer's module by itself.
-                object.__setattr__(layer.mlp, ROUTED, StreamedElsewhere())
+            for index, layer in enumerate(self.model.layers):
+                layer.mlp[ROUTED] = self._streamed(layer.mlp[ROUTED], index, runtime)
 
         def make_layer(
             runtime: Runtime, module: nn.Module, index: int, unpack: bool
         ) -> GraphLayer:
             return GraphLayer(module, index, args, runtime, unpack)
 
-        self.forward = Forward(self, args, runtime, make_layer)
+        backbone = qwen3_5.Qwen3_5TextModel.__call__
+        self.forward = Forward(self, args, runtime, make_layer, backbone)
         self.model.forward = self.forward
 
     def __call__(
@@ -144,6 +145,23 @@ class TextModel(qwen3_5.TextModel):
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
         return self.forward(inputs, cache, input_embeddings)
+
+    def _streamed(
+        self, block: nn.Module, index: int, runtime: Runtime
+    ) -> StreamedSwitch:
+        """Return what runs a layer's routed block where graphs do not."""
+        assert runtime.store is not None
+        layout = runtime.store.layout(index)
+        forms = zip(layout.projections, layout.quantization, strict=True)
+        quantize_as_stored(block, dict(forms))
+
+        def source() -> GraphExperts:
+            runtime.open(self.forward.needs)
+            assert runtime.streamer is not None
+            return runtime.streamer.source(index)
+
+        path = f"language_model.model.layers.{index}.mlp.{ROUTED}"
+        return StreamedSwitch(RoutedBlock(path, block), source, runtime.alone)
 
 
 class Backbone(qwen3_5.Qwen3_5TextModel):
@@ -174,7 +192,9 @@ class GraphLayer:
         self.module, self.index, self.args, self.runtime = module, index, args, runtime
         joined = blocks.SAME_INPUT if runtime.executor.joins_matrices else ()
         self.weights = LayerWeights(module, skip=ROUTED, unpack=unpack, joined=joined)
-        self.routed = LayerWeights(module.mlp[ROUTED]) if ROUTED in module.mlp else None
+        block = module.mlp[ROUTED]
+        streamed = isinstance(block, StreamedSwitch)
+        self.routed = None if streamed else LayerWeights(block)
         self._runner = GraphRunner(runtime.executor)
         self._resident: tuple[Any, GraphExperts] | None = None
         self._shape: tuple[int, bool, RoutedShape] | None = None

@@ -21,10 +21,12 @@ from .blocks import ROUTED, Call
 from .caches import PutBackOnFailure
 from .context import Context
 from .experts.streamed import AssumedExperts
+from .experts.streamer import ExpertStreamer
 from .graph import roles as b
 from .graph.experts import GraphExperts
 from .memory import affords_unpacked
 from .model import GraphBuilder, GraphRunner, LayerGraph
+from .module_call import Backbone, ModuleCall, without_adapters
 from .needs import TextNeeds
 from .ops.functions import Array, namespace, to_device, to_host
 from .parameters import LayerWeights, Watch
@@ -68,13 +70,22 @@ class Forward:
             norm.
         args: that module's.
         make_layer: makes what runs each of the layers.
+        backbone: how mlx-lm calls ``text.model``, for what graphs cannot do.
     """
 
     def __init__(
-        self, text: nn.Module, args: Any, runtime: Runtime, make_layer: MakeLayer
+        self,
+        text: nn.Module,
+        args: Any,
+        runtime: Runtime,
+        make_layer: MakeLayer,
+        backbone: Backbone,
     ):
         self.text, self.args, self.runtime = text, args, runtime
         self._make_layer = make_layer
+        self._modules = ModuleCall(text, backbone, self._bounded)
+        # Whether graphs perform all of the modules.
+        self._is_known = True
         self._checked = ArgumentChecks(text, args.hidden_size)
         self.layers: list[DecoderLayer] = []
         self._ends = LayerWeights(text, skip="layers")
@@ -91,7 +102,13 @@ class Forward:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
         text, runtime = copy.deepcopy((self.text, self.runtime), memo)
-        return Forward(text, self.args, runtime, self._make_layer)
+        return self._like(text, runtime)
+
+    def _like(self, text: nn.Module, runtime: Runtime) -> Forward:
+        backbone = self._modules.backbone
+        like = Forward(text, self.args, runtime, self._make_layer, backbone)
+        like._modules.known = self._modules.known
+        return like
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -102,31 +119,67 @@ class Forward:
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> mx.array:
         """Return the logits ``[B, T, V]`` of a call, the only one at this time."""
-        return self._alone(Forward._logits_of, inputs, cache, embeddings)
+        logits: mx.array = self._alone(inputs, cache, embeddings, logits=True)
+        return logits
 
     def rows(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> Array:
         """Return the rows ``[B, T, D]`` that logits are made of; as ``__call__``."""
-        return self._alone(Forward.hidden_states, inputs, cache, embeddings)
+        return self._alone(inputs, cache, embeddings, logits=False)
 
-    def _alone(
+    def _alone(self, *arguments: Any, logits: bool) -> Array:
+        """Wait until no other thread calls the model; what is lazy may outlive this."""
+        return self.runtime.alone(self._called, *arguments, logits=logits)
+
+    def _called(
         self,
-        call: Callable[[Forward, mx.array, Any, Any], Any],
         inputs: mx.array,
         cache: list[Any] | None,
         embeddings: mx.array | None,
-    ) -> Any:
-        """Wait until no other thread calls the model; what is lazy may outlive this."""
-        with self.runtime.lock:
-            try:
-                inputs, cache, embeddings = self._checked(inputs, cache, embeddings)
-                followed = self._followed(inputs, cache, embeddings)
-                forward = self._reference(followed) if followed else self
-                return call(forward, inputs, cache, embeddings)
-            finally:
-                if (streamer := self.runtime.streamer) is not None:
-                    streamer.hand_over()
+        *,
+        logits: bool,
+    ) -> Array:
+        inputs, cache, embeddings = self._checked(inputs, cache, embeddings)
+        followed = self._followed(inputs, cache, embeddings)
+        if not self._is_known or (followed and self._streams_to(followed)):
+            rows = self._rows_of_modules(inputs, cache, embeddings, followed)
+            return self._modules.logits(rows) if logits else rows
+        forward = self._reference(followed) if followed else self
+        call = forward._logits_of if logits else forward.hidden_states
+        return call(inputs, cache, embeddings)
+
+    def _streams_to(self, followed: list[mx.array]) -> bool:
+        """Tell whether a call that can be followed reads experts that come and go."""
+        self.runtime.open(self.needs)
+        return self.runtime.comes_and_goes and has_values(*followed)
+
+    def _rows_of_modules(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None,
+        embeddings: mx.array | None,
+        followed: list[mx.array],
+    ) -> mx.array:
+        if not has_values(*followed):
+            # Says why not, where experts are not among the parameters.
+            self._reference(followed)
+        self.runtime.open(self.needs)
+        call, whole = self._put_back_on_failure, bool(followed)
+        rows: mx.array = self._divided(call, inputs, cache, embeddings, whole=whole)
+        streamer = self.runtime.streamer
+        if followed and isinstance(streamer, ExpertStreamer) and streamer.resident:
+            # What is computed backwards reads the experts once more.
+            streamer.stay()
+        else:
+            self._guard(rows)
+        return rows
+
+    def _put_back_on_failure(
+        self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
+    ) -> mx.array:
+        with PutBackOnFailure(cache or []):
+            return self._modules.rows(inputs, cache, embeddings)
 
     def _logits_of(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
@@ -146,9 +199,11 @@ class Forward:
             if cache is not None:
                 given += arrays_of(cache)
             if is_traced(given):
+                self._is_known = not self._modules.has_foreign_modules()
                 return given
         if self._parameters is not None and self._parameters.holds():
             return []
+        self._is_known = not self._modules.has_foreign_modules()
         known = self._parameters.seen if self._parameters is not None else []
         parameters = Watch(self.text.modules())
         if is_traced(changed := parameters.arrays_beside(known)):
@@ -166,7 +221,7 @@ class Forward:
         """
         self.runtime.open(self.needs)
         runtime = self.runtime.reference(has_values=has_values(*followed))
-        return Forward(self.text, self.args, runtime, self._make_layer)
+        return self._like(self.text, runtime)
 
     def threads(self, inputs: mx.array) -> AbstractContextManager[None]:
         """Give a call on the host the threads that its size deserves."""
@@ -193,7 +248,8 @@ class Forward:
         return self.layers
 
     def _planned_bytes(self, index: int, call: Call) -> int:
-        module = self.text.model.layers[index]
+        # Adapters take next to nothing beside what they add to.
+        module = without_adapters(self.text.model.layers[index])
         layer = self._make_layer(self.runtime, module, index, False)
         return layer.planned_bytes(call)
 
@@ -287,28 +343,41 @@ class Forward:
     def hidden_states(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> Array:
-        """Return the final norm's output ``[B, T, D]``.
+        """Return the final norm's output ``[B, T, D]``."""
+        return self._divided(self._hidden_states, inputs, cache, embeddings)
 
-        With caches and planned memory a long call is divided into chunks.
+    def _divided(
+        self,
+        call: Callable[[mx.array, Any, mx.array | None], Array],
+        inputs: mx.array,
+        cache: list[Any] | None,
+        embeddings: mx.array | None,
+        *,
+        whole: bool = False,
+    ) -> Array:
+        """Return what a call gives; with caches and planned memory in chunks if long.
+
+        Args:
+            whole: a transformation follows it, which keeps all that is computed.
         """
         given = inputs if embeddings is None else embeddings
         n_seqs, t = given.shape[:2]
         self.make_room(given, cache)
         if self.runtime.keeper is None or (cache and t == 1):
-            return self._hidden_states(inputs, cache, embeddings)
+            return call(inputs, cache, embeddings)
         # Whoever keeps no cache wants logits; a long call needs one meanwhile.
         logits = not cache
-        cache = cache or self.text.make_cache()
-        step = self.runtime.make_room(cache, n_seqs, t, logits=logits) // n_seqs
-        if t <= step:
-            return self._hidden_states(inputs, cache, embeddings)
+        room = cache or self.text.make_cache()
+        step = self.runtime.make_room(room, n_seqs, t, logits=logits) // n_seqs
+        if t <= step or whole:
+            return call(inputs, cache if whole else room, embeddings)
         parts: list[Array] = []
         # Products are as large as a part has tokens, not as the whole call has.
-        with PutBackOnFailure(cache), self._threads(n_seqs * step):
+        with PutBackOnFailure(room), self._threads(n_seqs * step):
             for start in range(0, t, step):
                 chunk = slice(start, start + step)
                 rows = None if embeddings is None else embeddings[:, chunk]
-                part = self._hidden_states(inputs[:, chunk], cache, rows)
+                part = call(inputs[:, chunk], room, rows)
                 if isinstance(part, mx.array):
                     mx.eval(part)
                 parts.append(part)
@@ -373,11 +442,7 @@ class Forward:
             rows = embeddings.astype(self.dtype).reshape(-1, dim)
             return move(rows), n_seqs, t
         n_seqs, t = inputs.shape
-        inside = None
-        # Who calls a trace has looked before.
-        look = self._looks_at if self._in_trace else self._check_tokens
-        if not look(inputs):
-            inputs, inside = bounded(inputs, self.args.vocab_size)
+        inputs, inside = self._bounded(inputs)
         ids = move(inputs.reshape(-1).astype(mx.int32))
         rows = self._end("embed", ids, _build_embed)
         if host:
@@ -387,6 +452,14 @@ class Forward:
             nan = mx.array(math.nan, rows.dtype)
             rows = mx.where(inside.reshape(-1, 1), rows, nan)
         return rows, n_seqs, t
+
+    def _bounded(self, inputs: mx.array) -> tuple[mx.array, mx.array | None]:
+        """Return ids that can be looked up, and which of them there are; None: all."""
+        # Who calls a trace has looked before.
+        look = self._looks_at if self._in_trace else self._check_tokens
+        if look(inputs):
+            return inputs, None
+        return bounded(inputs, self.args.vocab_size)
 
     def _looks_at(self, inputs: mx.array) -> bool:
         """Tell whether ids are looked at if they have values."""

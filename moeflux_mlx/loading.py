@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx_lm.utils import load_config, load_model
 
 from . import config, device, serving
+from .adapters import put_adapters
 from .door import door_classes, load_stock_lazily, load_through_door, takes_door
 from .download import check_kinds, find_model
 from .errors import ConfigError, one_line_errors
@@ -50,6 +51,7 @@ def load(
     revision: str | None = None,
     model_config: dict[str, Any] | None = None,
     tokenizer_config: dict[str, Any] | None = None,
+    adapter_path: str | Path | None = None,
 ) -> tuple[nn.Module, Any]:
     """Load a model, its experts streamed or among its parameters.
 
@@ -86,13 +88,15 @@ def load(
         lazy: leave parameters unevaluated; whether they fit is not looked at either.
         revision, model_config, tokenizer_config: as in ``mlx_lm.load``. A tokenizer's
             own code runs only if ``tokenizer_config`` has ``trust_remote_code=True``.
+        adapter_path: a directory that ``mlx_lm.lora`` wrote, put on the model.
 
     Returns:
         ``(model, tokenizer)`` as ``mlx_lm.load`` returns them.
 
     Raises:
         ModelError: the directory is not a model, or not one of a supported type; a
-            checkpoint's experts are missing, truncated or of no usable form.
+            checkpoint's experts are missing, truncated or of no usable form; adapters
+            are of another model, or of routed experts that are read from files.
         ExpertStoreError: a pack's files are missing, damaged or of another model; a
             file cannot be read.
         BudgetError: ``memory`` or ``expert_memory`` cannot hold what one token needs,
@@ -128,8 +132,14 @@ def load(
         model, _ = load_through_door(
             path, options, lazy=lazy, model_config=model_config
         )
+        if adapter_path is not None:
+            put_adapters(model, adapter_path)
+            if not lazy:
+                mx.eval(model.parameters())
         return model, tokenizer
     with _built(path, options, model_config) as (model, loaded):
+        if adapter_path is not None:
+            put_adapters(model, adapter_path)
         if not lazy and options.amounts == Amounts():
             check_fits(path, model)
         # Before memory is planned: it takes some too.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -30,6 +30,8 @@ from .memory_keeper import MemoryKeeper, make_room
 from .model import BuiltOnce, LayerGraph
 from .preflight import unasked_expert_bytes
 from .progress import Report
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Runtime:
         self.amounts = options.amounts
         # Held by each call: one at a time, whichever thread makes it.
         self.lock = threading.RLock()
+        self._depth = 0
         # Whether this is the ``reference`` of another one.
         self.is_reference = False
         self._reference: Runtime | None = None
@@ -166,13 +169,13 @@ class Runtime:
                 others in their place; or MLX would write memory that many experts
                 share as if it were one's own.
         """
-        comes_and_goes = self.streams or self.keeper is not None
-        if comes_and_goes or (self.streamer is not None and not has_values):
-            why = "streamed" if comes_and_goes else "read from a pack"
+        if self.comes_and_goes or (self.streamer is not None and not has_values):
+            why = "streamed" if self.comes_and_goes else "read from a pack"
             raise ModelError(
                 "[transform] expected experts among the parameters but got a call "
-                f"under mx.grad, mx.compile or the like while experts are {why}: load "
-                "a plain checkpoint without a memory budget"
+                f"under mx.compile, mx.vmap or the like while experts are {why}: call "
+                "model.train() first to train, or load a plain checkpoint without a "
+                "memory budget"
             )
         if self._reference is None:
             self._reference = copy.copy(self)
@@ -184,6 +187,18 @@ class Runtime:
         if isinstance(self.streamer, ExpertStreamer):
             self.streamer.stay()
         return self._reference
+
+    def alone(self, call: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+        """Call while no other thread does; then what reads slots may outlive this."""
+        with self.lock:
+            depth = self._depth
+            try:
+                self._depth = depth + 1
+                return call(*args, **kwargs)
+            finally:
+                self._depth = depth
+                if depth == 0 and self.streamer is not None:
+                    self.streamer.hand_over()
 
     def make_room(self, cache: list[Any], n_seqs: int, t: int, **options: Any) -> int:
         """Give the caches of a call room; see ``MemoryKeeper.make_room``.
@@ -222,6 +237,11 @@ class Runtime:
     def streams(self) -> bool:
         """Tell whether some experts are not in memory."""
         return self.streaming is not None
+
+    @property
+    def comes_and_goes(self) -> bool:
+        """Tell whether experts are, or may come to be, read from files as needed."""
+        return self.streams or self.keeper is not None
 
     @property
     def steps(self) -> bool:

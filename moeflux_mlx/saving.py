@@ -20,11 +20,15 @@ from .errors import ModelError
 _SAVE_MODEL = utils.save_model
 
 
+def reads_experts(model: Any) -> bool:
+    """Tell whether a model's experts are read from files, and no parameters."""
+    store = getattr(vars(model).get("runtime"), "store", None)
+    return store is not None or vars(model).get("streamer") is not None
+
+
 def refuse_saving(model: Any) -> None:
     """Raise ModelError if a model's experts are not among its parameters."""
-    runtime = getattr(model, "runtime", None)
-    store = getattr(runtime, "store", None)
-    if store is not None or vars(model).get("streamer") is not None:
+    if reads_experts(model):
         raise ModelError(
             "[save] expected a model with its experts among its parameters but got one "
             "that reads them from files, nothing is written: convert or fuse the plain "
@@ -84,17 +88,6 @@ def _refuse_division(*_arguments: Any, **_options: Any) -> None:
         "that reads them from files, which one process runs: load it without a bound "
         "on memory to divide it"
     )
-
-
-class StreamedElsewhere:
-    """Stands where a layer of mlx-lm looks for experts that are read from files."""
-
-    def __call__(self, *_arguments: Any, **_options: Any) -> Any:
-        """Refuse: only a call of the model reads experts."""
-        raise ModelError(
-            "[experts] expected a call of the model but got one of a layer's own "
-            "module, which has no experts: they are read from files"
-        )
 
 
 def refuse_saving_now(model: Any) -> None:

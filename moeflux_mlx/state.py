@@ -26,6 +26,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
+from .adapters import has_adapters
 from .cache_layouts import DTYPES, CacheReader, Part, check_kinds, describe
 from .errors import BudgetError, ModelError, StateError
 from .experts.safetensors import DTYPE_BYTES, TensorEntry, header_bytes, parse_header
@@ -127,8 +128,13 @@ class _Run:
         """Return what is kept of a model.
 
         Raises:
-            StateError: nobody knows which files it is of.
+            StateError: nobody knows which files it is of, or adapters change it.
         """
+        if has_adapters(model):
+            raise StateError(
+                "[state] expected a model as its files have it but got one with "
+                "adapters: fuse them into it with mlx_lm.fuse to keep states"
+            )
         streams = isinstance(model, StreamedModel)
         owner: Any = model if streams else getattr(model, "runtime", None)
         if owner is None:

@@ -41,6 +41,7 @@ from .pool_search import find_fastest
 from .preflight import check_fits, unasked_expert_bytes
 from .progress import Report, notice
 from .saving import GuardsSaving, guard_saving, keep_whole
+from .training import TrainsUncompiled
 from .ways import Ways, added_class
 from .weights import has_values
 
@@ -79,7 +80,7 @@ class CheckedEmbedding(nn.Module):
         return mx.where(inside[..., None], rows, mx.array(math.nan, rows.dtype))
 
 
-class StreamedModel(GuardsSaving, StreamedPart):
+class StreamedModel(GuardsSaving, TrainsUncompiled, StreamedPart):
     """What ``stream`` adds to a model's class besides: no saving, no foreign weights.
 
     ``plan`` and ``keeper`` are there where ``memory`` bounds the process.

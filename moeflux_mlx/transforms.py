@@ -40,6 +40,11 @@ def in_transformation() -> bool:
     return _is_followed(_FOLLOWED)
 
 
+def compiles() -> bool:
+    """Tell whether MLX compiles functions: somebody may have switched that off."""
+    return not _is_called(_PROBE_OF_NOTHING)
+
+
 def _is_followed(array: mx.array) -> bool:
     """Tell whether a transformation follows an array.
 
@@ -56,7 +61,7 @@ def _is_followed(array: mx.array) -> bool:
 @contextlib.contextmanager
 def _compiling() -> Iterator[None]:
     """Let MLX compile meanwhile, though somebody may have switched that off."""
-    if not _is_called(_PROBE_OF_NOTHING):
+    if compiles():
         yield
         return
     mx.enable_compile()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from tiny import make_checkpoint
 
 from moeflux_mlx.cli.inspect import summarize
 from moeflux_mlx.experts.pack import pack
+from moeflux_mlx.transforms import compiles
 
 NEEDS = {
     "metal": (mx.metal.is_available(), "needs Apple silicon with Metal"),
@@ -46,6 +48,14 @@ def on_gpu_if_marked(request: pytest.FixtureRequest) -> Iterator[None]:
     marked = any(map(request.node.get_closest_marker, NEEDS))
     with mx.stream(mx.gpu) if marked else contextlib.nullcontext():
         yield
+
+
+@pytest.fixture(autouse=True)
+def compiles_again() -> Iterator[None]:
+    """Let go of models that were trained: MLX compiles nothing while there are some."""
+    yield
+    if not compiles():
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ a number that is not stock's.
 from __future__ import annotations
 
 import contextlib
+import gc
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from moeflux_mlx.experts.pool import POOL_ALIGNMENT
 from moeflux_mlx.experts.store import open_store
 from moeflux_mlx.loading import model_classes
 from moeflux_mlx.runtime import RunOptions
-from moeflux_mlx.transforms import in_transformation, is_traced
+from moeflux_mlx.transforms import compiles, in_transformation, is_traced
 
 PROMPT = mx.array(np.random.RandomState(0).randint(1, 320, (1, 5)))
 LAYERS = dict(num_hidden_layers=2, full_attention_interval=2)
@@ -307,15 +308,48 @@ def test_a_pack_in_memory_gives_stocks_values_or_refuses(
 
 @pytest.mark.parametrize("kind", STREAMED)
 @transforms
-def test_streamed_experts_refuse_at_the_first_call(plain, kind, transform, tmp_path):
+def test_streamed_experts_give_stocks_values_or_refuse(
+    plain, kind, transform, tmp_path
+):
     model = load(plain, **STREAMED[kind])
-    model.train(kind.startswith("packed"))
     for call in CALLS.values():
         case = Case(model, stock_of(plain), *call)
-        with pytest.raises(ModelError, match=r"\[transform\] .* are streamed"):
-            values(transform, case, tmp_path)
+        wanted = expected(transform, plain, call, tmp_path)
+        if transform in WITHOUT:
+            with pytest.raises(ModelError, match=r"\[transform\] .* are streamed"):
+                values(transform, case, tmp_path)
+        elif wanted is None:
+            with pytest.raises((ValueError, RuntimeError, TypeError)):
+                values(transform, case, tmp_path)
+        else:
+            # Experts are constants: they have no gradient of their own.
+            check_same(values(transform, case, tmp_path), wanted)
     logits = np.array(stock_of(plain)(PROMPT))
     assert np.allclose(np.array(model(PROMPT)), logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [*STREAMED, "packed"])
+def test_steps_of_training_need_not_be_compiled(plain, kind, tmp_path):
+    model, call = load(plain, **{**STREAMED, **WHOLE}[kind]), CALLS["prompt"]
+    case = Case(model, stock_of(plain), *call)
+    wanted = expected(compiled_gradient, plain, call, tmp_path)
+    model.train()
+    try:
+        assert not compiles()
+        check_same(values(compiled_gradient, case, tmp_path), wanted)
+    finally:
+        model.eval()
+    assert compiles()
+    with pytest.raises(ModelError, match=r"call model\.train"):
+        values(compiled_gradient, case, tmp_path)
+
+
+def test_a_model_that_is_gone_trains_no_more(plain):
+    model = load(plain, n_slots=5).train()
+    assert not compiles()
+    del model
+    gc.collect()
+    assert compiles()
 
 
 def test_the_rows_below_the_logits_have_gradients_too(plain):

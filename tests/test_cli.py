@@ -145,7 +145,7 @@ def test_a_saved_prompt_cache_continues_where_it_ended(packed, tmp_path):
     "flags",
     [
         ["--image", "x.png"],
-        ["--adapter-path", "adapters"],
+        ["--adapter-path", "none"],
         ["--max-tokens", "0"],
         ["--draft-model", "draft"],
         ["--prompt-cache-file", "none.safetensors"],

@@ -167,11 +167,6 @@ def run(args: argparse.Namespace) -> int:
 def _refuse_unusable(args: argparse.Namespace) -> None:
     if args.image:
         raise ConfigError("[generate] expected a text prompt but got --image")
-    if args.adapter_path is not None:
-        raise ConfigError(
-            "[generate] expected a model without adapters but got --adapter-path: "
-            "merge them into the model with mlx_lm.fuse first"
-        )
     states = args.load_state is not None or args.save_state is not None
     for flag in ("prompt_cache_file", "draft_model"):
         if states and getattr(args, flag) is not None:
@@ -188,6 +183,7 @@ def _load(args: argparse.Namespace, saved: dict[str, str]) -> tuple[Any, Any]:
     model, tokenizer = load(
         _model_path(args, saved),
         **streaming_options(args),
+        adapter_path=args.adapter_path,
         tokenizer_config={
             **_object("--prompt-cache-file", saved.get("tokenizer_config")),
             "trust_remote_code": args.trust_remote_code,

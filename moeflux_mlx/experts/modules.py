@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -53,6 +54,20 @@ class RoutedBlock:
     def quantization(self) -> dict[str, Quantization | None]:
         """How each projection is stored; None is a dense one."""
         return {name: _quantization(m) for name, m in self.projections.items()}
+
+
+def quantize_as_stored(
+    module: nn.Module, quantization: Mapping[str, Quantization | None]
+) -> None:
+    """Make a block's matrices of the kinds that hold what files have; reads nothing.
+
+    Args:
+        quantization: by projection; None is a dense one.
+    """
+    for name, form in quantization.items():
+        if form is not None:
+            dense = module[name]
+            module[name] = dense.to_quantized(form.group_size, form.bits, form.mode)
 
 
 def find_blocks(model: nn.Module) -> list[RoutedBlock]:

@@ -47,6 +47,10 @@ class Token(Protocol):
         """Return what a block gives, made by ``build`` unless it is known."""
 
 
+class StreamedProjection(nn.Module):
+    """In the place of a streamed matrix, which takes no adapter."""
+
+
 class StreamedSwitch(nn.Module):
     """In the place of a routed block; has none of the experts' parameters.
 
@@ -69,8 +73,8 @@ class StreamedSwitch(nn.Module):
         self._source, self._alone, self._token = source, alone, token
         # The activation, and whatever a model has put there besides.
         for name, child in block.module.items():
-            if name not in block.projections:
-                self[name] = child
+            streamed = name in block.projections
+            self[name] = StreamedProjection() if streamed else child
 
     def __getattr__(self, name: str) -> Any:
         if (block := self.__dict__.get("slot_block")) and name in block.projections:
@@ -104,7 +108,8 @@ class StreamedSwitch(nn.Module):
         if not has_values(x, indices):
             raise ModelError(
                 f"[stream] {self.path}: expected rows with values but got a trace: "
-                "call a model with streamed experts outside mx.compile and mx.vmap"
+                "call a model with streamed experts outside mx.compile and mx.vmap, "
+                "or model.train() first to train it"
             )
 
         @mx.custom_function  # type: ignore[untyped-decorator]

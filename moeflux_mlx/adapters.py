@@ -1,0 +1,58 @@
+"""Adapters that mlx-lm trained, put on a model whose experts may be streamed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.nn as nn
+from mlx_lm.tuner import utils as tuner
+
+from .errors import ModelError, one_line_errors
+from .experts.safetensors import read_header
+from .experts.switch import StreamedSwitch
+from .files import short
+
+WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+
+
+def put_adapters(model: nn.Module, path: str | Path) -> None:
+    """Put the adapters of a directory on a model, as ``mlx_lm.load`` does.
+
+    Raises:
+        ModelError: files are missing or of another model, or some adapters are of
+            routed experts, which the model reads from files.
+    """
+    directory = Path(path)
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            raise ModelError(
+                f"[adapters] {directory / name}: expected a file but found none: give "
+                "the directory that mlx_lm.lora wrote"
+            )
+    with one_line_errors(f"[adapters] {directory}"):
+        _refuse_streamed(model, directory / WEIGHTS)
+        tuner.load_adapters(model, str(directory))
+    vars(model)["adapters"] = directory
+    # As it was loaded: nothing is dropped out.
+    model.eval()
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Tell whether a model gives more than its own files say."""
+    put = vars(model).get("adapters") is not None
+    return put or any("lora_a" in module for module in model.modules())
+
+
+def _refuse_streamed(model: nn.Module, weights: Path) -> None:
+    switches = (m for m in model.modules() if isinstance(m, StreamedSwitch))
+    streamed = tuple(f"{switch.path}." for switch in switches)
+    names = [name for name in read_header(weights) if name.startswith(streamed)]
+    found = sorted({name.rpartition(".")[0] for name in names})
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ModelError(
+            f"[adapters] {weights}: expected no adapters of routed experts, which are "
+            f"read from files, but got {', '.join(map(short, found[:3]))}{more}: train "
+            "with keys that name none of them, or fuse them into the plain checkpoint "
+            "and pack that"
+        )

@@ -1,0 +1,85 @@
+"""A call of a model through its own modules, as mlx-lm makes it.
+
+Graphs perform what mlx-lm's layers do, no more. Where somebody has put others among
+them, adapters for one, the modules themselves are called: slower, and right.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+
+# What ``nn.quantize`` puts in the places of modules; graphs perform these too.
+QUANTIZED = {nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear}
+# Where an adapter of mlx-lm keeps the layer that it adds to.
+BASES = ("linear", "embedding")
+
+# From the backbone, tokens, caches and embeddings to the last norm's output.
+Backbone = Callable[[Any, mx.array, Any, mx.array], mx.array]
+
+
+class ModuleCall:
+    """Calls the modules of a text model.
+
+    Args:
+        text: mlx-lm's module, as it was made: modules of other classes are foreign.
+        backbone: how mlx-lm calls ``text.model``.
+        bounded: returns ids as they can be looked up, and which of them there are;
+            None: all.
+    """
+
+    def __init__(
+        self,
+        text: nn.Module,
+        backbone: Backbone,
+        bounded: Callable[[mx.array], tuple[mx.array, mx.array | None]],
+    ):
+        self._text, self.backbone, self._bounded = text, backbone, bounded
+        self.known = {type(module) for module in text.modules()} | QUANTIZED
+
+    def has_foreign_modules(self) -> bool:
+        """Tell whether a module is of a class that graphs do not perform."""
+        return not self.known.issuperset(map(type, self._text.modules()))
+
+    def rows(
+        self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
+    ) -> mx.array:
+        """Return the rows ``[B, T, D]`` that logits are made of."""
+        if embeddings is None:
+            embeddings = self._embed(inputs)
+        return self.backbone(self._text.model, inputs, cache, embeddings)
+
+    def _embed(self, inputs: mx.array) -> mx.array:
+        ids, inside = self._bounded(inputs)
+        rows: mx.array = self._text.model.embed_tokens(ids)
+        if inside is None:
+            return rows
+        return mx.where(inside[..., None], rows, mx.array(math.nan, rows.dtype))
+
+    def logits(self, rows: mx.array) -> mx.array:
+        """Return logits ``[B, T, V]`` of rows."""
+        tied = self._text.args.tie_word_embeddings
+        head = self._text.model.embed_tokens.as_linear if tied else self._text.lm_head
+        logits: mx.array = head(rows)
+        return logits
+
+
+def without_adapters(module: nn.Module) -> nn.Module:
+    """Return a module with the layers that adapters add to in the adapters' places.
+
+    Arrays are shared with the one given, which stays as it is.
+    """
+    for name in BASES:
+        if hasattr(module, "lora_a") and name in module:
+            return without_adapters(module[name])
+    plain = copy.copy(module)
+    for name, child in module.children().items():
+        if isinstance(child, nn.Module):
+            plain[name] = without_adapters(child)
+    return plain
