@@ -5,8 +5,11 @@ A fault in a kernel may end the process, as MLX does where a GPU gives up.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import selectors
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +25,11 @@ from .launch.check import check, measure
 
 # Of what a process printed before it died, this much of the end is reported.
 LAST_WORDS = 4000
+# Seconds that one kernel may take at all its sizes, building included: far more than
+# the slowest needs in the simulator.
+KERNEL_SECONDS = 300.0
+# Seconds that a process has to end in: a GPU's driver may hold it.
+ENDING_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -62,11 +70,16 @@ def open_kernels(name: str) -> KernelExecutor:
     return executor
 
 
-def examine_apart(names: Sequence[str], executor: str) -> Iterator[Finding]:
+def examine_apart(
+    names: Sequence[str], executor: str, timeout: float = KERNEL_SECONDS
+) -> Iterator[Finding]:
     """Yield a finding for every kernel, examined in another process.
 
-    A process that dies is a complaint about the kernel it was at; another one goes on
-    with the next.
+    A process that dies or hangs is a complaint about the kernel it was at; another one
+    goes on with the next.
+
+    Args:
+        timeout: seconds that each kernel may take.
     """
     waiting = list(names)
     while waiting:
@@ -74,19 +87,61 @@ def examine_apart(names: Sequence[str], executor: str) -> Iterator[Finding]:
             process = children.start_module(
                 "moeflux_mlx.examination", executor, *waiting, stderr=printed
             )
-            with process:
-                assert process.stdout is not None
-                for line in process.stdout:
+            fate = ""
+            try:
+                for line in _lines(process, timeout):
                     yield Finding(**json.loads(line))
                     del waiting[0]
+            except TimeoutError:
+                process.kill()
+                fate = f"was stopped: nothing came of it in {timeout:g} seconds"
+            finally:
+                _end(process)
             if waiting:
                 printed.seek(0)
                 words = printed.read()[-LAST_WORDS:].strip()
-                yield _of_the_dead(waiting.pop(0), process.returncode, words)
+                fate = fate or f"ended with {process.returncode}"
+                yield _of_the_dead(waiting.pop(0), fate, words)
 
 
-def _of_the_dead(name: str, code: int, words: str) -> Finding:
-    complaint = f"the process ended with {code} while it examined this: {words}"
+def _lines(process: subprocess.Popen[str], timeout: float) -> Iterator[bytes]:
+    """Yield what a process prints, by lines, until it closes its output.
+
+    Raises:
+        TimeoutError: no line came for so many seconds.
+    """
+    assert process.stdout is not None
+    # Read without Python's buffer, of whose contents a selector would not know.
+    output, rest = process.stdout.fileno(), b""
+    end = time.monotonic() + timeout
+    with selectors.DefaultSelector() as selector:
+        selector.register(output, selectors.EVENT_READ)
+        while True:
+            if not selector.select(max(0.0, end - time.monotonic())):
+                raise TimeoutError
+            if not (piece := os.read(output, 1 << 16)):
+                return
+            *whole, rest = (rest + piece).split(b"\n")
+            if whole:
+                yield from whole
+                end = time.monotonic() + timeout
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Wait for a process to end, and end it where that takes too long."""
+    assert process.stdout is not None
+    process.stdout.close()
+    try:
+        process.wait(ENDING_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        # What even that does not end is left to the system.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(ENDING_SECONDS)
+
+
+def _of_the_dead(name: str, fate: str, words: str) -> Finding:
+    complaint = f"the process {fate} while it examined this: {words}"
     return Finding(name, KERNELS[name].family, complaints=[complaint])
 
 

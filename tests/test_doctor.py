@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
 import os
 import re
@@ -164,6 +165,20 @@ launch.KERNELS = Deadly(KERNELS)
     ),
 }
 
+# What stands in for the process that examines kernels: two of them hang.
+STAND_IN = """
+import json, sys, time
+for name in sys.argv[1:]:
+    print("now", name, file=sys.stderr, flush=True)
+    if name in ("residual_add", "rms_norm_apply"):
+        # Half a line is no finding.
+        sys.stdout.write('{"kernel"')
+        sys.stdout.flush()
+        time.sleep(3600)
+    finding = {"kernel": name, "family": "norm", "n_cases": 7, "build_ms": 1.5}
+    print(json.dumps(finding), flush=True)
+"""
+
 
 @simulated
 def test_whatever_becomes_of_some_kernels_the_doctor_reports_on_all(capsys, damage):
@@ -178,6 +193,33 @@ def test_whatever_becomes_of_some_kernels_the_doctor_reports_on_all(capsys, dama
     good = set(found) - set(FATES)
     assert "rms_norm_per_head_n_tokens" in good
     assert verified.verified_kernels("sim") == good
+
+
+@simulated
+def test_a_kernel_that_hangs_is_named_and_the_others_are_examined(capsys, monkeypatch):
+    started = []
+
+    def start(module, executor, *names, stderr):
+        command = [sys.executable, "-c", STAND_IN, *names]
+        piped = {"stdout": subprocess.PIPE, "stderr": stderr, "text": True}
+        started.append(subprocess.Popen(command, **piped))
+        return started[-1]
+
+    monkeypatch.setattr(examination.children, "start_module", start)
+    report = report_of(capsys, "r[em]*", 1, "--timeout", "4")
+    names = fnmatch.filter(KERNELS, "r[em]*")
+    assert [kernel["kernel"] for kernel in report["kernels"]] == names
+    for kernel in report["kernels"]:
+        hung = kernel["kernel"] in ("residual_add", "rms_norm_apply")
+        assert kernel["passed"] != hung
+        if hung:
+            (said,) = kernel["complaints"]
+            assert "was stopped: nothing came of it in 4 seconds" in said
+            assert said.endswith(f"now {kernel['kernel']}")
+        else:
+            assert kernel["n_cases"] == 7
+    assert len(started) == 3
+    assert all(process.returncode is not None for process in started)
 
 
 def test_a_kernel_that_is_wrong_is_named_and_the_exit_code_is_1(capsys, monkeypatch):

@@ -21,7 +21,7 @@ from rich.table import Table
 from .. import __version__, device
 from ..backend import BACKENDS
 from ..errors import ConfigError
-from ..examination import Finding, examine_apart, open_kernels
+from ..examination import KERNEL_SECONDS, Finding, examine_apart, open_kernels
 from ..executors import gpu_executor
 from ..executors.verified import (
     Record,
@@ -33,7 +33,7 @@ from ..executors.verified import (
     with_earlier,
 )
 from ..launch import KERNELS
-from .arguments import check_output
+from .arguments import check_output, number
 
 N_ERRORS_SHOWN = 3
 VALIDATION = "MTL_DEBUG_LAYER=1 MTL_SHADER_VALIDATION=1 moeflux doctor"
@@ -54,6 +54,14 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
     parser.add_argument(
+        "--timeout",
+        type=number(1),
+        default=KERNEL_SECONDS,
+        metavar="SECONDS",
+        help="a kernel that takes longer is stopped and reported "
+        f"(default: {KERNEL_SECONDS:g})",
+    )
+    parser.add_argument(
         "--record",
         type=Path,
         metavar="FILE",
@@ -70,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if not names:
         raise ConfigError(f"[--only] expected a kernel's name but got {args.only!r}")
     console = Console(stderr=True)
-    found = examine_apart(names, executor)
+    found = examine_apart(names, executor, args.timeout)
     findings = [*track(found, "kernels", len(names), console=console, transient=True)]
     remembered = _keep(make_record(executor, findings), names, args.record)
     if args.json:
@@ -98,7 +106,7 @@ def make_record(executor: str, findings: list[Finding]) -> Record:
     return Record(executor, machine_name(), today, mlx_version(), good)
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Return what a reader of the report has to know of this machine."""
     metal = {"macos": platform.mac_ver()[0]} if sys.platform == "darwin" else {}
     return {
@@ -123,7 +131,7 @@ def _version(distribution: str) -> str:
 
 def _as_json(executor: str, findings: list[Finding], failure: str) -> dict[str, Any]:
     return {
-        "environment": _environment(),
+        "environment": environment(),
         "executor": executor,
         "passed": all(f.passed for f in findings),
         "not_remembered": failure,
@@ -134,9 +142,9 @@ def _as_json(executor: str, findings: list[Finding], failure: str) -> dict[str, 
 
 def _print(executor: str, findings: list[Finding], failure: str) -> None:
     console = Console()
-    environment = {**_environment(), "executor": executor}
-    width = max(map(len, environment))
-    for name, value in environment.items():
+    facts = {**environment(), "executor": executor}
+    width = max(map(len, facts))
+    for name, value in facts.items():
         console.print(f"{name:<{width}} {value}", highlight=False)
     console.print(_table(findings))
     for finding in findings:
