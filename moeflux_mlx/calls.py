@@ -23,6 +23,7 @@ from .experts.mapped import MappedExperts
 from .experts.source import ExpertSource
 from .experts.streamer import ExpertStreamer
 from .memory_keeper import MemoryKeeper, make_room
+from .relief import FreePool
 from .stock_arguments import StockChecks
 from .transforms import is_traced
 from .ways import Ways
@@ -54,6 +55,7 @@ class Calls:
         self._depth = 0
         self.streamer: ExpertStreamer | MappedExperts | BlankExperts | None = None
         self.keeper: MemoryKeeper | None = None
+        self.free_pool: FreePool | None = None
         # Bytes of a token's row as the last call gave them; None: it gave no rows.
         self.row_bytes: int | None = None
         self._checked = StockChecks(lambda: make_prompt_cache(self._whole))
@@ -81,15 +83,15 @@ class Calls:
     def reaching(self, experts: BlankExperts) -> Iterator[None]:
         """Have calls reach these experts in here, however much memory they take."""
         with self.lock:
-            before = self.streamer, self.keeper
-            self.streamer, self.keeper = experts, None
+            before = self.streamer, self.keeper, self.free_pool
+            self.streamer, self.keeper, self.free_pool = experts, None, None
             # Calls in here are nobody's, so their arguments need no check.
             self._depth += 1
             try:
                 yield
             finally:
                 self._depth -= 1
-                self.streamer, self.keeper = before
+                self.streamer, self.keeper, self.free_pool = before
 
     def call(
         self, call: Callable[..., Any], args: Any, kwargs: Any, *, gives_rows: bool
@@ -142,7 +144,11 @@ class Calls:
         may_fail = not isinstance(self.streamer, BlankExperts | MappedExperts)
         cache = (rows.cache or []) if may_fail else []
         with PutBackOnFailure(cache, rows.t) as states:
-            if self.keeper is None or not has_values(*rows.arrays.values()):
+            if not has_values(*rows.arrays.values()):
+                out = self._run(call, rows.bound, rows.t, states)
+            elif self.keeper is None:
+                if self.free_pool is not None:
+                    self.free_pool.give_way(cache)
                 out = self._run(call, rows.bound, rows.t, states)
             else:
                 out = self._in_room(call, rows, states)

@@ -23,6 +23,8 @@ from .errors import BudgetError
 from .limits import left_by_ulimit as left_by_ulimit
 from .limits import memory_left_bytes, memory_limit_bytes
 from .limits import process_bytes as process_bytes
+from .pressure import Pressure
+from .pressure import memory_pressure as system_pressure
 
 TWO_MIB = 2 << 20
 # Apple's page, and a multiple of the logical block of every disk.
@@ -194,6 +196,13 @@ def left_bytes() -> int | None:
     if mx.cuda.is_available() and not on_cpu():
         return None
     return memory_left_bytes()
+
+
+def memory_pressure() -> Pressure:
+    """Return how short the system is of the memory that experts take here."""
+    if mx.cuda.is_available() and not on_cpu():
+        return Pressure.NORMAL
+    return system_pressure()
 
 
 def check_allocation(n_bytes: int, part: str) -> None:

@@ -254,8 +254,9 @@ class Forward:
         return layer.planned_bytes(call)
 
     def make_room(self, inputs: mx.array, cache: list[Any] | None) -> None:
-        """Let experts give way to what the caches of single tokens will take."""
+        """Let experts give way to the system, and to the caches of single tokens."""
         self.graph_layers()
+        self.runtime.give_way(cache or [])
         n_seqs, t = inputs.shape[:2]
         if cache and t == 1:
             self.runtime.make_room(cache, n_seqs, t)

@@ -69,7 +69,7 @@ def process_bytes(root: Path = ROOT) -> int | None:
 
 def groups(root: Path = ROOT) -> Iterator[Group]:
     """Give the control groups that bound this process, the innermost first."""
-    for kind, mount, folder in _group_folders(root):
+    for kind, mount, folder in group_folders(root):
         limit_names, usage_name, cache_name = GROUP_FILES[kind]
         while True:
             limits = [_number(folder / name) for name in limit_names]
@@ -84,7 +84,7 @@ def groups(root: Path = ROOT) -> Iterator[Group]:
             folder = folder.parent
 
 
-def _group_folders(root: Path) -> Iterator[tuple[str, Path, Path]]:
+def group_folders(root: Path) -> Iterator[tuple[str, Path, Path]]:
     """Give type, mount point and this process's folder of hierarchies with memory."""
     paths: dict[str, str] = {}
     for line in _lines(root / "proc/self/cgroup"):
@@ -125,13 +125,18 @@ def _ulimits(root: Path) -> list[int]:
 
 def _free_bytes(root: Path) -> int | None:
     """Return what Linux can give without ending a process; None elsewhere."""
-    lines = _lines(root / "proc/meminfo")
-    found = dict(line.split(":", 1) for line in lines if ":" in line)
+    found = memory_facts(root)
     try:
-        names = ("MemAvailable", "SwapFree")
-        return sum(1024 * int(found[name].split()[0]) for name in names)
-    except (KeyError, ValueError, IndexError):
+        return found["MemAvailable"] + found["SwapFree"]
+    except KeyError:
         return None
+
+
+def memory_facts(root: Path = ROOT) -> dict[str, int]:
+    """Return what Linux says of the machine's memory, in bytes; nothing elsewhere."""
+    lines = "\n".join(_lines(root / "proc/meminfo"))
+    found = re.findall(r"^(\w+): +(\d+) kB$", lines, re.MULTILINE)
+    return {name: 1024 * int(n) for name, n in found}
 
 
 def _page_counts(root: Path) -> list[int] | None:

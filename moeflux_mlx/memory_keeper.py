@@ -15,6 +15,7 @@ from .caches import CACHE_STEP
 from .errors import BudgetError
 from .experts.streamer import ExpertStreamer
 from .memory import CHUNKS, SMALLER_CHUNKS, MemoryPlan, Needs
+from .relief import Relief, resize
 
 # Room is made for this many tokens at once, one after the other.
 LOOKAHEAD = 16
@@ -33,6 +34,7 @@ class MemoryKeeper:
         device.return_freed()
         self.plan, self._needs, self._streamer = plan, needs, streamer
         self._most_slots = streamer.n_slots
+        self._relief = Relief(streamer)
         self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
         # The first cache of a call, its sequences, and how many more tokens have room.
         self._foreseen: tuple[Callable[[], Any], int, int] = (lambda: None, 0, 0)
@@ -69,6 +71,8 @@ class MemoryKeeper:
             BudgetError: even with the fewest experts they do not fit; nothing changes.
         """
         last, n_before, n_tokens = self._foreseen
+        if not self._streamer.stays and self._relief.look(self._most_slots):
+            n_tokens = 0
         if t == 1 and n_tokens > 0 and n_before == n_seqs and last() is cache[0]:
             self._foreseen = (last, n_seqs, n_tokens - 1)
             return n_seqs
@@ -86,7 +90,7 @@ class MemoryKeeper:
         if choice is None:
             raise self._too_little(parts, call)
         chunk, self.scratch_bytes, n_slots = choice
-        self._resize(n_slots, cache)
+        resize(self._streamer, n_slots, cache)
         self._has_grown |= t > 1
         # After a prompt experts come back at once.
         n_tokens = LOOKAHEAD - 1 if t == 1 else 0
@@ -150,7 +154,7 @@ class MemoryKeeper:
         """Return how many slots ``room`` is enough for, no more than are wanted."""
         streamer = self._streamer
         n_slots = (room - streamer.slack_bytes) // streamer.slot_bytes
-        n_slots = min(n_slots, self._most_slots)
+        n_slots = min(n_slots, self._relief.n_slots(self._most_slots))
         return n_slots - n_slots % streamer.n_groups
 
     def _surplus(self, expected: int) -> int:
@@ -201,14 +205,6 @@ class MemoryKeeper:
             f"sequence alone has room for {self.plan.context_tokens} tokens: drop old "
             "caches, shorten the prompt, or raise memory"
         )
-
-    def _resize(self, n_slots: int, cache: list[Any]) -> None:
-        if n_slots == self._streamer.n_slots:
-            return
-        # A lazy state may still have to read the slots it was computed from.
-        mx.eval(caches.arrays_of(cache))
-        mx.synchronize()
-        self._streamer.resize(n_slots)
 
 
 class _Planned:

@@ -30,6 +30,7 @@ from .memory_keeper import MemoryKeeper, make_room
 from .model import BuiltOnce, LayerGraph
 from .preflight import unasked_expert_bytes
 from .progress import Report
+from .relief import FreePool
 
 R = TypeVar("R")
 
@@ -99,6 +100,7 @@ class Runtime:
         self.store: ExpertStore | None = None
         self.streamer: ExpertStreamer | MappedExperts | None = None
         self.keeper: MemoryKeeper | None = None
+        self._free_pool: FreePool | None = None
         self.plan: MemoryPlan | None = None
         if options.open_experts is not None:
             self.store = options.open_experts()
@@ -142,8 +144,12 @@ class Runtime:
         self.streamer = open_experts(
             self.store, memory, stream, io=io, on_host=on_host, report=report
         )
-        if plan is not None and isinstance(self.streamer, ExpertStreamer):
+        if not isinstance(self.streamer, ExpertStreamer):
+            return
+        if plan is not None:
             self.keeper = MemoryKeeper(plan, needs, self.streamer)
+        else:
+            self._free_pool = FreePool(self.streamer)
 
     def make_plan(self, needs: Needs) -> MemoryPlan | None:
         """Return what a bounded process's memory goes to; takes none of it."""
@@ -199,6 +205,11 @@ class Runtime:
                 self._depth = depth
                 if depth == 0 and self.streamer is not None:
                     self.streamer.hand_over()
+
+    def give_way(self, cache: list[Any]) -> None:
+        """Let experts that no plan bounds give way where the system is short."""
+        if self._free_pool is not None and not self.is_reference:
+            self._free_pool.give_way(cache)
 
     def make_room(self, cache: list[Any], n_seqs: int, t: int, **options: Any) -> int:
         """Give the caches of a call room; see ``MemoryKeeper.make_room``.

@@ -40,6 +40,7 @@ from .memory_keeper import MemoryKeeper
 from .pool_search import find_fastest
 from .preflight import check_fits, unasked_expert_bytes
 from .progress import Report, notice
+from .relief import FreePool
 from .saving import GuardsSaving, guard_saving, keep_whole
 from .training import TrainsUncompiled
 from .ways import Ways, added_class
@@ -197,7 +198,9 @@ def stream(
     model.__dict__.update(
         streamer=streamer, plan=opened.plan, needs=opened.needs, directory=directory
     )
-    if opened.plan is not None and isinstance(streamer, ExpertStreamer):
+    if opened.plan is None and isinstance(streamer, ExpertStreamer):
+        calls.free_pool = FreePool(streamer)
+    elif opened.plan is not None and isinstance(streamer, ExpertStreamer):
         notice(str(opened.plan))
         calls.keeper = MemoryKeeper(opened.plan, opened.needs, streamer)
         if amounts.fastest:

@@ -390,6 +390,11 @@ class ExpertStreamer:
         """Refuse to ``resize`` from now on: arrays without a guard read all slots."""
         self._stays = True
 
+    @property
+    def stays(self) -> bool:
+        """Whether ``stay`` was called."""
+        return self._stays
+
     def hand_over(self) -> None:
         """Begin to compute what still reads slots, so that any thread can wait for it.
 
