@@ -51,7 +51,7 @@ def loops(tokens: Sequence[int]) -> str | None:
     the same tokens more than ``MOST_TIMES`` times, ``LEAST_TOKENS`` of them in all.
     """
     runs = [tuple(tokens[i : i + RUN_TOKENS]) for i in range(len(tokens) - 3)]
-    repeated = 1 - len(set(runs)) / max(1, len(runs))
+    repeated = 1 - len(set(runs)) / len(runs) if runs else 0.0
     if repeated > MOST_REPEATED:
         return f"{repeated:.0%} of its runs of {RUN_TOKENS} tokens stood there before"
     for period in range(1, len(tokens) // MOST_TIMES + 1):
