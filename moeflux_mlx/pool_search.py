@@ -55,7 +55,7 @@ def find_fastest(
     tokens = _greedy(model, prompt)
     trials = []
     for n_slots in sorted(sizes, reverse=True):
-        keeper.limit(n_slots - n_slots % streamer.n_groups)
+        keeper.limit(n_slots)
         trials.append(_try(streamer, tokens))
     best = choose(trials)
     keeper.limit(best.n_slots)

@@ -143,7 +143,7 @@ def test_an_interrupted_move_loses_nothing():
         slot = table.claim(0, ())
         table.place(0, expert, slot)
 
-    def interrupted(source, target):
+    def interrupted(segment, source, target):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

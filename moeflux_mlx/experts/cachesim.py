@@ -149,7 +149,7 @@ def replay(
         n_slots,
         top_k=trace.top_k,
         policy=policy,
-        shared=scope == "global",
+        n_groups=1 if scope == "global" else len(trace.layers),
         floor=floor,
     )
     requests, misses, ahead = (
