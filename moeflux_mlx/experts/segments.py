@@ -24,7 +24,8 @@ class Division:
 
     ``counts`` are the experts of each row, which is one MoE layer. Rows of a group
     share slots, of which it has at least ``least``; groups next to each other share a
-    segment. With ``blank`` each segment has one slot more.
+    segment. With ``blank`` each segment has one slot more. ``shortened``: memory has
+    room for more slots, but buffers have not.
     """
 
     counts: tuple[int, ...]
@@ -33,6 +34,7 @@ class Division:
     n_segments: int
     least: int
     blank: bool = False
+    shortened: bool = False
 
     def segment(self, row: int) -> int:
         """Return which segment a row's slots are in."""
@@ -115,7 +117,8 @@ def divide(
     found = None
     for n_segments in range(1, len(counts) + 1):
         n_groups = n_segments if scope == "global" else len(counts)
-        if found is not None and asked < n_groups * (top_k * stride + POOL_ALIGNMENT):
+        least = n_groups * top_k * stride + n_segments * POOL_ALIGNMENT
+        if found is not None and (asked < least or sum(counts) < n_groups * top_k):
             break
         n_slots = count_slots(
             asked,
@@ -134,11 +137,21 @@ def divide(
     return _shortened(found, stride, limits.buffer_bytes)
 
 
+def full_bytes(counts: Sequence[int], stride: int) -> int:
+    """Return the memory of slots for all experts, in as many segments as they need."""
+    limits, n_slots = device.gpu_limits(), sum(counts)
+    for n in range(1, len(counts) + 1):
+        division = Division(tuple(counts), n_slots, n, n, 1)
+        if limits is None or division.longest_bytes(stride) <= limits.buffer_bytes:
+            break
+    return division.n_bytes(stride)
+
+
 def _shortened(division: Division, stride: int, limit_bytes: int) -> Division:
     """Return a division of fewer slots, so few that the longest buffer is allowed."""
 
     def of(n_slots: int) -> Division:
-        return replace(division, n_slots=n_slots)
+        return replace(division, n_slots=n_slots, shortened=True)
 
     least = division.n_groups * division.least
     sizes = range(least, division.n_slots + 1)
