@@ -20,6 +20,7 @@ from moeflux_mlx.caches import CacheForm
 from moeflux_mlx.cli import main as moeflux
 from moeflux_mlx.errors import BudgetError, ConfigError
 from moeflux_mlx.experts.checkpoint_store import CheckpointExperts
+from moeflux_mlx.experts.mapped import device_weights
 from moeflux_mlx.experts.policy import part_of, rows_of
 from moeflux_mlx.experts.pool import POOL_ALIGNMENT, aligned_rows, allocated_bytes
 from moeflux_mlx.experts.segments import Division, divide, full_bytes, shares
@@ -325,10 +326,13 @@ def test_experts_alone_keep_to_the_working_set(packed, stride, monkeypatch, caps
         plan_load(packed, "1GB")
 
 
-def test_no_file_longer_than_a_buffer_is_mapped(packed, stride, monkeypatch):
-    limited(monkeypatch, 7 * stride + POOL_ALIGNMENT)
-    with pytest.raises((BudgetError, ConfigError)):
-        moeflux_mlx.load(packed, expert_io="mmap", executor="ops", native=False)
+def test_no_file_longer_than_a_buffer_is_mapped(checkpoint, monkeypatch):
+    with CheckpointExperts.open(checkpoint) as store:
+        layout = store.layout(0)
+    rows = np.zeros((8, layout.stride), np.uint8)
+    limited(monkeypatch, rows.nbytes - 1)
+    with pytest.raises(ConfigError, match=f"longest buffer.*but got {rows.nbytes}"):
+        device_weights(rows, layout)
 
 
 def test_a_division_says_where_rows_are():
