@@ -11,6 +11,7 @@ import platform
 import resource
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,29 @@ METAL_ROWS_A_MATRIX = 4
 def on_cpu() -> bool:
     """Tell whether MLX computes on the CPU by default."""
     return mx.default_device().type == mx.DeviceType.cpu
+
+
+@dataclass(frozen=True)
+class GpuLimits:
+    """What a GPU says of memory: the longest buffer, and how much to use in all."""
+
+    buffer_bytes: int
+    working_set_bytes: int
+
+
+def gpu_limits() -> GpuLimits | None:
+    """Return what Metal allows; None where MLX takes memory from another allocator.
+
+    MLX on a Mac takes all memory from Metal, also to compute on the CPU. It refuses a
+    longer buffer. A larger working set it does not refuse, but macOS then takes pages
+    from the GPU and puts them back while it computes.
+    """
+    if not mx.metal.is_available():
+        return None
+    info = mx.device_info(mx.Device(mx.gpu))
+    return GpuLimits(
+        int(info["max_buffer_length"]), int(info["max_recommended_working_set_size"])
+    )
 
 
 def machine_name() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import mlx.core as mx
@@ -14,7 +14,9 @@ from rich.filesize import decimal
 from . import config, device
 from .caches import CACHE_STEP, CacheForm
 from .errors import BudgetError
+from .experts.budget import within_working_set
 from .experts.pool import POOL_ALIGNMENT, pool_stride
+from .experts.segments import Division, divide
 from .experts.store import ExpertStore
 
 # Tokens that a plan keeps scratch for: the first of these whose scratch leaves experts
@@ -74,7 +76,8 @@ class MemoryPlan:
     one sequence's first ``CACHE_STEP`` tokens: as they grow, the ``n_slots`` experts in
     ``expert_bytes`` give way, until one sequence has ``context_tokens`` and experts are
     at their least. Scratch is kept for ``chunk_tokens``, for more experts give way.
-    ``unpack``: quantised matrices are also kept dense in float32.
+    ``unpack``: quantised matrices are also kept dense in float32. Experts lie in
+    ``n_segments`` buffers; ``capped`` says which limits of the device shaped the plan.
     """
 
     budget_bytes: int
@@ -88,8 +91,11 @@ class MemoryPlan:
     chunk_tokens: int
     context_tokens: int
     unpack: bool
+    n_segments: int = 1
+    capped: str = ""
 
     def __str__(self) -> str:
+        capped = f"; {self.capped}" if self.capped else ""
         dense = ", matrices unpacked" if self.unpack else ""
         return (
             f"memory {decimal(self.budget_bytes)} = "
@@ -99,6 +105,7 @@ class MemoryPlan:
             f"scratch {decimal(self.scratch_bytes)} for {self.chunk_tokens} tokens + "
             f"experts {decimal(self.expert_bytes)} for {self.n_slots} of "
             f"{self.n_experts}; room for {self.context_tokens} tokens of context"
+            f"{capped}"
         )
 
 
@@ -112,7 +119,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """Divide ``budget_bytes`` of a process's memory; experts take what is left.
 
-    A limit of address space or of data that leaves less is the budget instead.
+    A limit of address space or of data that leaves less is the budget instead, and so
+    is the working set that a device recommends.
 
     Args:
         scope: as for ``ExpertStreamer``.
@@ -122,24 +130,61 @@ def plan_memory(
         BudgetError: what one token needs does not fit; states the least that does, and
             what each part takes.
     """
-    stride = pool_stride([store.layout(layer) for layer in store.layers])
-    n_records = sum(store.count(layer) for layer in store.layers)
-    groups = 1 if scope == "global" else len(store.layers)
-    least_bytes = groups * store.top_k * stride + POOL_ALIGNMENT
-    unpack = False
     device.start_blas()
+    asked, budget_bytes = budget_bytes, within_working_set(budget_bytes)
+    why = ""
+    if budget_bytes < asked:
+        why = f", the working set that this device recommends, and not {asked}"
     # Those that read experts, MLX's four that read weights, and its own two.
     n_threads = config.read_threads() + 6
     allowed = device.ulimit_bytes(n_threads)
-    why = ""
     if allowed is not None and allowed < budget_bytes:
         budget_bytes = allowed
         why = f", all that ulimit leaves beside the stacks of {n_threads} threads"
     parts = {
         "process": own_bytes() + device.PROCESS_GROWTH_BYTES,
-        "weights": needs.resident_bytes(unpack),
+        "weights": needs.resident_bytes(False),
         "caches": needs.cache_state_bytes + CACHE_STEP * needs.cache_row_bytes,
     }
+    n_segments, division = 0, None
+    while division is None or division.n_segments > n_segments:
+        # More segments need more experts at least, which the first round cannot know.
+        n_segments = 1 if division is None else division.n_segments
+        plan, division = _planned(
+            budget_bytes,
+            needs,
+            store,
+            parts,
+            n_segments,
+            scope=scope,
+            most_expert_bytes=most_expert_bytes,
+            why=why,
+        )
+    return replace(plan, capped=_capped(asked, plan, division))
+
+
+def _planned(
+    budget_bytes: int,
+    needs: Needs,
+    store: ExpertStore,
+    parts: dict[str, int],
+    n_segments: int,
+    *,
+    scope: str,
+    most_expert_bytes: int | None,
+    why: str,
+) -> tuple[MemoryPlan, Division]:
+    """Plan for experts in so many segments, or in more; say how they are divided.
+
+    Args:
+        parts: what takes memory beside scratch and experts.
+        why: ends an error's sentence on the budget.
+    """
+    parts, unpack = dict(parts), False
+    counts = [store.count(layer) for layer in store.layers]
+    stride = pool_stride([store.layout(layer) for layer in store.layers])
+    groups = n_segments if scope == "global" else len(counts)
+    least_bytes = groups * store.top_k * stride + n_segments * POOL_ALIGNMENT
     dense_bytes = needs.resident_bytes(True) - parts["weights"]
     room = budget_bytes - sum(parts.values())
     if affords_unpacked(needs, room - least_bytes):
@@ -155,23 +200,48 @@ def plan_memory(
             f"[memory] expected at least {sum(parts.values())} bytes "
             f"({decimal(sum(parts.values()))}: {taken}) but got {budget_bytes}{why}"
         )
-    expert_bytes = min(room, most_expert_bytes or room)
-    n_slots = min((expert_bytes - POOL_ALIGNMENT) // stride, n_records)
-    return MemoryPlan(
+    division = divide(
+        min(room, most_expert_bytes or room),
+        counts=counts,
+        stride=stride,
+        top_k=store.top_k,
+        scope=scope,
+    )
+    plan = MemoryPlan(
         budget_bytes=budget_bytes,
         process_bytes=parts["process"],
         resident_bytes=parts["weights"],
         scratch_bytes=scratch,
         cache_bytes=parts["caches"],
-        expert_bytes=n_slots * stride + POOL_ALIGNMENT,
-        n_slots=n_slots,
-        n_experts=n_records,
+        expert_bytes=division.n_bytes(stride),
+        n_slots=division.n_slots,
+        n_experts=sum(counts),
         chunk_tokens=chunk,
         context_tokens=_context_tokens(
             needs, budget_bytes - parts["process"] - parts["weights"] - least_bytes
         ),
         unpack=unpack,
+        n_segments=division.n_segments,
     )
+    return plan, division
+
+
+def _capped(asked: int, plan: MemoryPlan, division: Division) -> str:
+    """Say which limits of the device shaped a plan, if any did."""
+    limits, found = device.gpu_limits(), []
+    if limits is None:
+        return ""
+    if min(asked, plan.budget_bytes) == limits.working_set_bytes < asked:
+        found.append(
+            f"of {decimal(asked)} asked for, no more than the working set that this "
+            f"device recommends, {decimal(limits.working_set_bytes)}"
+        )
+    buffer = f"the longest buffer of this device, {decimal(limits.buffer_bytes)}"
+    if division.shortened:
+        found.append(f"no more experts, because of {buffer}")
+    if division.n_segments > 1:
+        found.append(f"experts in {division.n_segments} buffers, because of {buffer}")
+    return "; ".join(found)
 
 
 def affords_unpacked(needs: Needs, room: int | None = None) -> bool:

@@ -154,8 +154,7 @@ class MemoryKeeper:
         """Return how many slots ``room`` is enough for, no more than are wanted."""
         streamer = self._streamer
         n_slots = (room - streamer.slack_bytes) // streamer.slot_bytes
-        n_slots = min(n_slots, self._relief.n_slots(self._most_slots))
-        return n_slots - n_slots % streamer.n_groups
+        return min(n_slots, self._relief.n_slots(self._most_slots))
 
     def _surplus(self, expected: int) -> int:
         """Return what the process holds beyond ``expected`` and its experts."""

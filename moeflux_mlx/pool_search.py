@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import generate_step
+from mlx_lm.generate import generate_step, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 from rich.filesize import decimal
 
@@ -54,9 +54,11 @@ def find_fastest(
     sizes = {max(least, int(most * share)) for share in SHARES}
     tokens = _greedy(model, prompt)
     trials = []
-    for n_slots in sorted(sizes, reverse=True):
-        keeper.limit(n_slots - n_slots % streamer.n_groups)
-        trials.append(_try(streamer, tokens))
+    # As mlx-lm generates, which then holds all of MLX's buffers resident on a Mac.
+    with wired_limit(model):
+        for n_slots in sorted(sizes, reverse=True):
+            keeper.limit(n_slots)
+            trials.append(_try(streamer, tokens))
     best = choose(trials)
     keeper.limit(best.n_slots)
     tried = ", ".join(

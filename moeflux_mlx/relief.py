@@ -46,10 +46,8 @@ class Relief:
 
     def n_slots(self, wanted: int) -> int:
         """Return how many of so many wanted slots there may be now."""
-        streamer = self._streamer
         n_slots = int(wanted * self._share)
-        n_slots -= n_slots % streamer.n_groups
-        return min(wanted, max(streamer.least_slots, n_slots))
+        return min(wanted, max(self._streamer.least_slots, n_slots))
 
     def look(self, wanted: int) -> bool:
         """Look at the system if it is time; tell whether ``n_slots`` has changed."""

@@ -202,7 +202,7 @@ class Soak:
 
     def _resize(self, model: Any, chance: random.Random) -> None:
         streamer = model.streamer
-        most = streamer.pool.n_slots
+        most = streamer.most_slots
         n_slots = chance.choice(
             (streamer.least_slots, most, chance.randint(streamer.least_slots, most))
         )

@@ -155,7 +155,7 @@ def test_any_order_in_any_shards_streams_the_same(
                     for expert, slot in wave:
                         # With all experts in memory, slots count within the layer.
                         row = 5 * layer + slot if streamer.resident else slot
-                        found = bytes(streamer.pool.buffer(row, n_bytes))
+                        found = bytes(streamer.pools[0].buffer(row, n_bytes))
                         assert found == expected[layer, expert]
 
 
@@ -448,7 +448,9 @@ def test_a_file_truncated_after_opening_is_an_error_and_no_wrong_expert(
             for expert, slot in zip(
                 [0, 3], np.array(source.slots(ids))[0], strict=True
             ):
-                found = streamer.pool.buffer(int(slot), store.layout(1).record_bytes)
+                found = streamer.pools[0].buffer(
+                    int(slot), store.layout(1).record_bytes
+                )
                 assert bytes(found) == expected[1, expert]
 
 

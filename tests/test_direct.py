@@ -67,7 +67,7 @@ def streamed(store, inline_bytes: int = 0) -> dict[tuple[int, int], bytes]:
             n_bytes = store.layout(layer).record_bytes
             for wave in streamer.source(layer).waves(range(N_EXPERTS)):
                 for expert, slot in wave:
-                    buffer = streamer.pool.buffer(slot, n_bytes)
+                    buffer = streamer.pools[0].buffer(slot, n_bytes)
                     found[layer, expert] = bytes(buffer)
         n_read = len(store.layers) * N_EXPERTS
         assert streamer.stats.total.read_bytes == n_read * store.layout(0).record_bytes
@@ -98,7 +98,7 @@ def test_direct_reads_with_all_experts_in_memory(small, expected):
         n_bytes = store.layout(0).record_bytes
         for (layer, expert), record in expected.items():
             slot = layer * N_EXPERTS + expert
-            assert bytes(streamer.pool.buffer(slot, n_bytes)) == record
+            assert bytes(streamer.pools[0].buffer(slot, n_bytes)) == record
 
 
 @linux

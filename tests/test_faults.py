@@ -317,7 +317,7 @@ def test_records_are_checked_again_after_their_file_failed(tmp_path):
             path.write_bytes(whole)
             slot = source.slots(ask)[0, 0].item()
             n_bytes = store.layout(1).record_bytes
-            found = bytes(streamer.pool.buffer(slot, n_bytes))
+            found = bytes(streamer.pools[0].buffer(slot, n_bytes))
             assert found == whole[offset:][:n_bytes]
 
 

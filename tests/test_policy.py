@@ -147,7 +147,8 @@ def test_markov_keeps_what_followed_the_experts_used_now():
     shared=st.booleans(),
 )
 def test_markov_evicts_what_its_definition_says(uses, admitted, keep, rows, shared):
-    policy = Markov(PoolShape(N_ROWS, N_EXPERTS, n_slots=9, shared=shared))
+    n_groups = 1 if shared else N_ROWS
+    policy = Markov(PoolShape(N_ROWS, N_EXPERTS, n_slots=9, n_groups=n_groups))
     for i, (row, experts) in enumerate(uses):
         policy.use(row, [row * N_EXPERTS + e for e in sorted(experts)])
         if i == len(uses) // 2:
@@ -278,7 +279,7 @@ def test_no_layer_falls_below_its_floor_for_another(
         n_slots,
         top_k=TOP_K,
         policy=policy,
-        shared=shared,
+        n_groups=1 if shared else N_ROWS,
         # More would leave a token of one layer no room.
         floor=min(floor, (n_slots - TOP_K) // (N_ROWS - 1)),
     )

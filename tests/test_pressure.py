@@ -140,9 +140,9 @@ def test_a_system_without_that_number_has_no_pressure():
 class Watched:
     """A relief of a pool under a stated pressure, at a stated time."""
 
-    def __init__(self, least: int = 6, n_groups: int = 1, wanted: int = 64):
+    def __init__(self, least: int = 6, wanted: int = 64):
         self.now, self.level, self.n_looks, self.wanted = 0.0, NORMAL, 0, wanted
-        streamer = SimpleNamespace(least_slots=least, n_groups=n_groups)
+        streamer = SimpleNamespace(least_slots=least)
         self.relief = Relief(streamer, self.pressure, lambda: self.now)
 
     def pressure(self) -> Pressure:
@@ -192,13 +192,6 @@ def test_the_system_is_looked_at_once_a_second_at_most():
     watched = Watched()
     watched.slots(20, WARNING)
     assert watched.n_looks == 20 / LOOK_SECONDS
-
-
-def test_groups_of_layers_keep_equally_many():
-    watched = Watched(least=8, n_groups=4)
-    sizes = watched.slots(10 * STEP_SECONDS, WARNING)
-    assert sizes[-1] == 8 and all(size % 4 == 0 for size in sizes)
-    assert sizes == sorted(set(sizes), reverse=True)
 
 
 @pytest.fixture

@@ -174,10 +174,10 @@ def test_stacked_and_back_no_byte_is_lost(tmp_path):
         plain, stacked = (
             ExpertStreamer(store, 1 << 24, stacks=stacks) for stacks in (False, True)
         )
-        before = plain.pool.bytes.copy()
+        before = plain.pools[0].bytes.copy()
         for layer in store.layers:
             stacked.source(layer)
-        assert not np.array_equal(stacked.pool.bytes, before)
+        assert not np.array_equal(stacked.pools[0].bytes, before)
         stacked.resize(stacked.n_slots - 1)
         used = store.layout(1).record_bytes
-        assert np.array_equal(stacked.pool.bytes[5:9, :used], before[5:9, :used])
+        assert np.array_equal(stacked.pools[0].bytes[5:9, :used], before[5:9, :used])

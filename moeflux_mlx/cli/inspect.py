@@ -20,6 +20,7 @@ from ..experts.checkpoint import read_config, text_config
 from ..experts.layout import ExpertLayout
 from ..experts.packed import is_packed
 from ..experts.pool import pool_bytes, pool_stride
+from ..experts.segments import full_bytes
 from ..loading import plan_load
 from ..stock import has_own_class
 from .arguments import integer
@@ -133,14 +134,14 @@ def summarize(directory: Path) -> ModelSummary:
         token_reads=n_reads,
         token_bytes=None if top_k is None else top_k * record_bytes,
         forms=dict(Counter(form for layout in layouts for form in _forms(layout))),
-        all_fit=slots_fit(layouts, sum(found.counts)),
+        all_fit=slots_fit(layouts, found.counts),
         files=_files(directory),
         expert_bytes=sum(
             n * layout.stride for n, layout in zip(found.counts, layouts, strict=True)
         ),
         bytes_per_expert=pool_stride(layouts),
         minimum_bytes=pool_bytes(layouts, found.n_least),
-        full_bytes=pool_bytes(layouts, sum(found.counts)),
+        full_bytes=full_bytes(found.counts, pool_stride(layouts)),
     )
 
 

@@ -9,11 +9,12 @@ from rich.filesize import decimal
 from .. import config
 from ..errors import BudgetError, ConfigError
 from ..progress import Report, notice
-from .budget import MEMORY_SHARE, most_bytes
+from .budget import MEMORY_SHARE, most_bytes, within_working_set
 from .layout import ExpertLayout
 from .mapped import MappedExperts
 from .packed import PackedExperts
-from .pool import pool_bytes
+from .pool import pool_stride
+from .segments import full_bytes
 from .store import ExpertStore
 from .streamer import ExpertStreamer
 
@@ -84,6 +85,11 @@ def open_experts(
         else:
             notice(f"experts mapped: {_decision(store)}")
             return experts
+    if memory is not None and (most := within_working_set(memory)) < memory:
+        notice(
+            f"experts take {decimal(most)} of {decimal(memory)}: that is the working "
+            "set which this device recommends"
+        )
     streamer = stream()
     if io == "auto":
         held = "all of them" if streamer.resident else f"{streamer.n_slots} at a time"
@@ -98,17 +104,17 @@ def all_fit(store: ExpertStore, memory: int | None) -> bool:
     share is what it takes where no ``memory`` is given.
     """
     layouts = [store.layout(layer) for layer in store.layers]
-    n_experts = sum(store.count(layer) for layer in store.layers)
-    return slots_fit(layouts, n_experts, memory)
+    counts = [store.count(layer) for layer in store.layers]
+    return slots_fit(layouts, counts, memory)
 
 
 def slots_fit(
-    layouts: Sequence[ExpertLayout], n_experts: int, memory: int | None = None
+    layouts: Sequence[ExpertLayout], counts: Sequence[int], memory: int | None = None
 ) -> bool:
-    """Do as ``all_fit`` for experts of these layouts."""
+    """Do as ``all_fit`` for layers of so many experts of these layouts."""
     gate = most_bytes()
     asked = gate if memory is None else memory
-    return pool_bytes(layouts, n_experts) <= min(asked, gate)
+    return full_bytes(counts, pool_stride(layouts)) <= min(asked, gate)
 
 
 def all_bytes(store: ExpertStore) -> int:

@@ -67,7 +67,13 @@ def _amount(memory: object) -> float | None:
 
 def most_bytes() -> int:
     """Return the memory to take where none is asked for."""
-    return int(MEMORY_SHARE * device.physical_memory_bytes())
+    return within_working_set(int(MEMORY_SHARE * device.physical_memory_bytes()))
+
+
+def within_working_set(n_bytes: int) -> int:
+    """Return as many of the bytes as the device recommends to use at most."""
+    limits = device.gpu_limits()
+    return n_bytes if limits is None else min(n_bytes, limits.working_set_bytes)
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ class Amounts:
 
 
 def count_slots(
-    memory: int | None,
+    memory: int,
     *,
     stride: int,
     slack_bytes: int,
@@ -111,8 +117,7 @@ def count_slots(
     """Return how many slots of ``stride`` bytes fit into ``memory`` beside the slack.
 
     Args:
-        memory: the budget for experts; None takes all records, or as many as fit
-            into three quarters of physical memory.
+        memory: the budget for experts.
         slack_bytes: what the pool needs for its alignment.
         n_records: no more slots than these are of use.
         n_minimum: fewer slots cannot serve one token.
@@ -120,13 +125,12 @@ def count_slots(
     Raises:
         BudgetError: the minimum does not fit; states it.
     """
-    asked = most_bytes() if memory is None else memory
-    n_slots = min((asked - slack_bytes) // stride, n_records)
+    n_slots = min((memory - slack_bytes) // stride, n_records)
     if n_slots < n_minimum:
         minimum_bytes = n_minimum * stride + slack_bytes
         raise BudgetError(
             f"[expert_memory] expected at least {minimum_bytes} bytes "
             f"({minimum_bytes / 2**20:.2f} MiB: {n_minimum} experts of {stride} bytes "
-            f"and {slack_bytes} for alignment) but got {asked}"
+            f"and {slack_bytes} for alignment) but got {memory}"
         )
     return n_slots

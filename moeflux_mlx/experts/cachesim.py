@@ -12,6 +12,7 @@ from .belady import fewest_misses
 from .policy import PolicyFactory
 from .residency import EMPTY, SlotTable
 from .routing_trace import RoutingTrace
+from .segments import shares
 from .streamer import WAVE_EXPERTS
 
 
@@ -149,7 +150,7 @@ def replay(
         n_slots,
         top_k=trace.top_k,
         policy=policy,
-        shared=scope == "global",
+        n_groups=1 if scope == "global" else len(trace.layers),
         floor=floor,
     )
     requests, misses, ahead = (
@@ -181,10 +182,10 @@ def replay_optimum(
         at_once = [one for one in together for _ in range(n_rows)]
         misses = np.array(fewest_misses(steps, n_slots, at_once)).reshape(-1, n_rows)
     else:
-        share = n_slots // n_rows
+        divided = shares([trace.n_experts] * n_rows, n_slots, 1)
         columns = [
             fewest_misses([rows[row] for rows in keys], share, together)
-            for row in range(n_rows)
+            for row, share in enumerate(divided)
         ]
         misses = np.array(columns).T
     requests = [[len(needed) for needed in rows] for rows in keys]

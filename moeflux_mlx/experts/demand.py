@@ -177,9 +177,11 @@ class Demand:
         for layer, expert in experts:
             if len(wanted[layer]) < self._table.capacity:
                 wanted[layer].append(expert)
-        n_slots = self._table.capacity * self._table.n_groups
-        while sum(map(len, wanted.values())) > n_slots:
-            max(wanted.values(), key=len).pop()
+        layers = {row: layer for layer, row in self._rows.items()}
+        for group in range(self._table.n_groups):
+            sharing = [wanted[layers[row]] for row in self._table.rows_of(group)]
+            while sum(map(len, sharing)) > self._table.n_slots_of(group):
+                max(sharing, key=len).pop()
         return wanted
 
     def _begin(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,18 +39,19 @@ class InFlight:
 
     Args:
         rows: row of the table by layer.
+        pools: memory behind the slots of each row.
     """
 
     def __init__(
         self,
         store: ExpertStore,
         rows: Mapping[int, int],
-        pool: SlotPool,
+        pools: Sequence[SlotPool],
         table: SlotTable,
         reader: ReadPool,
         stats: StreamStats,
     ):
-        self._store, self._rows, self._pool = store, rows, pool
+        self._store, self._rows, self._pools = store, rows, pools
         self._table, self.reader, self._stats = table, reader, stats
         self._checked = np.zeros((len(rows), store.n_experts), dtype=bool)
         self._begun: list[Begun] = []
@@ -155,6 +156,7 @@ class InFlight:
             ExpertStoreError: one could not be read.
         """
         n_records = sum(self._store.count(layer) for layer in self._rows)
+        n_read = 0
         for layer, row in self._rows.items():
             slots = self._table.all_slots(row)
             reads = [self._read(layer, e, slot) for e, slot in enumerate(slots)]
@@ -162,9 +164,10 @@ class InFlight:
             self.reader.submit(batch)
             batch.wait()
             self._count_preloaded(reads)
+            n_read += len(slots)
             if report is not None:
-                stride = self._pool.stride
-                report("reading experts", slots.stop * stride, n_records * stride)
+                stride = self._pools[row].stride
+                report("reading experts", n_read * stride, n_records * stride)
 
     def _count_preloaded(self, reads: list[Read]) -> None:
         for read in reads:
@@ -177,11 +180,11 @@ class InFlight:
             counters.read_seconds += read.seconds
 
     def _read(self, layer: int, expert: int, slot: int) -> Read:
-        store, layout = self._store, self._store.layout(layer)
-        checked = self._checked[self._rows[layer], expert]
+        store, layout, row = self._store, self._store.layout(layer), self._rows[layer]
+        checked = self._checked[row, expert]
         return Read(
             store.spans(layer, expert),
-            self._pool.place(slot, layout.stride),
+            self._pools[row].place(slot, layout.stride),
             layer,
             expert,
             None if checked else store.checksum(layer, expert),

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import xxhash
 
-from .. import config
+from .. import config, device
 from ..errors import ConfigError, ExpertStoreError
 from ..progress import Report
 from ..weights import ExpertWeights
@@ -147,8 +147,16 @@ def device_weights(rows: np.ndarray, layout: ExpertLayout) -> ExpertWeights:
     """Return records, uint8 ``[n, stride]``, as MLX tensors ``[n, O, I]``.
 
     Raises:
-        ConfigError: MLX would have to copy: it takes other memory on Metal only.
+        ConfigError: MLX would have to copy: it takes other memory on Metal only. Or it
+            would refuse a buffer of that length.
     """
+    limits = device.gpu_limits()
+    if limits is not None and rows.nbytes > limits.buffer_bytes:
+        raise ConfigError(
+            f"[expert_io] expected layers of at most {limits.buffer_bytes} bytes, the "
+            f"longest buffer of this device, for 'mmap' but got {rows.nbytes}: use "
+            "'pread'"
+        )
     try:
         array = mx.from_dlpack(rows, copy=False)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:

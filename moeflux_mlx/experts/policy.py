@@ -22,23 +22,32 @@ DEFAULT_POLICY = "lfu"
 class PoolShape:
     """What a policy decides about: slots, and the rows of experts that share them.
 
-    A row is one MoE layer, counted from 0, of ``n_experts``. Rows are ``shared``, or
-    each has its own part of the slots.
+    A row is one MoE layer, counted from 0, of ``n_experts``. Rows next to each other
+    form a group, which has its own part of the slots.
     """
 
     n_rows: int
     n_experts: int
     n_slots: int
-    shared: bool = True
+    n_groups: int = 1
 
     def group(self, row: int) -> int:
         """Return which group of slots a row takes part in."""
-        return 0 if self.shared else row
+        return part_of(row, self.n_rows, self.n_groups)
 
-    @property
-    def n_groups(self) -> int:
-        """How many groups of slots there are."""
-        return 1 if self.shared else self.n_rows
+    def rows(self, group: int) -> range:
+        """Return the rows of a group."""
+        return rows_of(group, self.n_rows, self.n_groups)
+
+
+def part_of(row: int, n_rows: int, n_parts: int) -> int:
+    """Return which of the parts a row is in, where all are as long as can be."""
+    return row * n_parts // n_rows
+
+
+def rows_of(part: int, n_rows: int, n_parts: int) -> range:
+    """Return the rows of a part: those for which ``part_of`` gives it."""
+    return range(-(-part * n_rows // n_parts), -(-(part + 1) * n_rows // n_parts))
 
 
 class Policy(ABC):
@@ -262,9 +271,9 @@ class Markov(Policy):
     ) -> int | None:
         """Return the key of least value that may go, the first of several."""
         n_experts = self._shape.n_experts
-        first = 0 if self._shape.shared else row
-        last = self._shape.n_rows if self._shape.shared else row + 1
-        standing = self._standing[first:last].reshape(-1)
+        group = self._shape.rows(self._shape.group(row))
+        first = group.start
+        standing = self._standing[first : group.stop].reshape(-1)
         passed: list[tuple[int, float]] = []
         found = None
         while found is None and standing[place := int(standing.argmin())] < np.inf:

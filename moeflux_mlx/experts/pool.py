@@ -47,10 +47,16 @@ def aligned_rows(
     Raises:
         BudgetError: the memory cannot be had.
     """
-    n_bytes = n_rows * row_bytes + alignment
+    n_bytes = allocated_bytes(n_rows, row_bytes, alignment)
+    limits = device.gpu_limits()
+    if limits is not None and n_bytes > limits.buffer_bytes:
+        raise BudgetError(
+            f"[pool] expected at most {limits.buffer_bytes} bytes, the longest buffer "
+            f"of this device, but got {n_bytes}: give less memory"
+        )
     device.check_allocation(n_bytes, "pool")
     try:
-        raw = mx.zeros((-(-n_bytes // ROW_BYTES), ROW_BYTES), dtype=mx.uint8)
+        raw = mx.zeros((n_bytes // ROW_BYTES, ROW_BYTES), dtype=mx.uint8)
         mx.eval(raw)
     except (RuntimeError, MemoryError) as error:
         raise BudgetError(f"[pool] cannot allocate {n_bytes} bytes: {error}") from error
@@ -62,6 +68,13 @@ def aligned_rows(
     rows = grown[:n_rows]
     mx.eval(rows)
     return rows
+
+
+def allocated_bytes(
+    n_rows: int, row_bytes: int, alignment: int = POOL_ALIGNMENT
+) -> int:
+    """Return the length of the buffer that ``aligned_rows`` takes."""
+    return -(-(n_rows * row_bytes + alignment) // ROW_BYTES) * ROW_BYTES
 
 
 def aligned_bytes(n_bytes: int, alignment: int = POOL_ALIGNMENT) -> mx.array:

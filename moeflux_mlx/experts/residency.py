@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 
-from .policy import Policy, PolicyFactory, PoolShape
+from .policy import Policy, PolicyFactory, PoolShape, part_of, rows_of
+from .segments import shares
 
 EMPTY = -1
 
 
 class SlotTable:
-    """Slots shared by all rows of experts, or divided evenly between them.
+    """Slots shared by all rows of experts, or by groups of them.
 
     A row is one MoE layer, counted from 0. ``rows[row][expert]`` is the slot of an
-    expert, or ``EMPTY``. A claimed slot belongs to nobody until it is
-    placed or released, so a read in flight can be neither found nor evicted.
+    expert, counted from the first of the row's segment, or ``EMPTY``. A claimed slot
+    belongs to nobody until it is placed or released, so a read in flight can be neither
+    found nor evicted.
     ``changed`` collects the rows that differ from what a copy of them says.
 
     Where rows share, no row loses a slot to another one that leaves it fewer than
@@ -32,7 +34,9 @@ class SlotTable:
         *,
         top_k: int,
         policy: PolicyFactory,
-        shared: bool = True,
+        n_groups: int = 1,
+        n_segments: int = 1,
+        least: int = 1,
         floor: int | None = None,
         counts: Sequence[int] | None = None,
     ):
@@ -40,6 +44,9 @@ class SlotTable:
 
         Args:
             top_k: experts of a row that one token uses.
+            n_groups: groups of rows that share slots; each has its own.
+            n_segments: parts of memory, of whole groups; in each, slots count from 0.
+            least: slots that no group has fewer of.
             floor: by default ``top_k``, or half an even share if that is less.
             counts: experts of each row, where some have fewer than ``n_experts``.
         """
@@ -47,10 +54,20 @@ class SlotTable:
         # Lists, not an array: a token looks up single experts.
         self.rows = [[EMPTY] * n for n in counts or [n_experts] * n_rows]
         self.changed = set(range(n_rows))
-        self._shape = PoolShape(n_rows, n_experts, n_slots, shared)
-        self.slots_per_group = n_slots // self._shape.n_groups
+        self._shape = PoolShape(n_rows, n_experts, n_slots, n_groups)
+        self._n_segments, self._least = n_segments, least
+        records = [
+            sum(len(self.rows[r]) for r in self.rows_of(g)) for g in range(n_groups)
+        ]
+        self._most = shares(records, n_slots, least)
+        # The first of each group, in its segment.
+        self._firsts = [
+            sum(self._most[other] for other in range(g) if self._together(other, g))
+            for g in range(n_groups)
+        ]
         # Of each group's slots the first ones are in use.
-        self.capacity = self.slots_per_group
+        self._in_use = list(self._most)
+        self.capacity = min(self._in_use)
         self.floor = min(top_k, n_slots // (2 * n_rows)) if floor is None else floor
         self._make_policy = policy
         self._policy: Policy = policy(self._shape)
@@ -60,8 +77,36 @@ class SlotTable:
 
     @property
     def n_groups(self) -> int:
-        """Groups of rows that share slots; all have equally many."""
+        """Groups of rows that share slots."""
         return self._shape.n_groups
+
+    @property
+    def n_slots(self) -> int:
+        """Slots in use, all groups together."""
+        return sum(self._in_use)
+
+    def rows_of(self, group: int) -> range:
+        """Return the rows that share a group's slots."""
+        return self._shape.rows(group)
+
+    def n_slots_of(self, group: int) -> int:
+        """Return how many slots of a group are in use."""
+        return self._in_use[group]
+
+    def segment(self, row: int) -> int:
+        """Return which segment a row's slots are in."""
+        return part_of(row, len(self.rows), self._n_segments)
+
+    def _together(self, *groups: int) -> bool:
+        return len({self.segment(self.rows_of(g).start) for g in groups}) == 1
+
+    def unused(self, segment: int) -> list[range]:
+        """Return the slots of a segment that are not in use."""
+        return [
+            range(self._slots(g).stop, self._firsts[g] + self._most[g])
+            for g in range(self.n_groups)
+            if self.segment(self.rows_of(g).start) == segment
+        ]
 
     def key(self, row: int, expert: int) -> int:
         """Return the number that stands for an expert of a row."""
@@ -90,25 +135,30 @@ class SlotTable:
         """Give back a claimed slot that holds nothing."""
         self._free[self._shape.group(row)].append(slot)
 
-    def resize(self, capacity: int, move: Callable[[int, int], None]) -> None:
-        """Use only the first ``capacity`` slots of each group; none may be in flight.
+    def resized(self, n_slots: int) -> list[int]:
+        """Return how many slots each group has where there are so many in all."""
+        return shares(self._most, n_slots, self._least)
+
+    def resize(self, n_slots: int, move: Callable[[int, int, int], None]) -> None:
+        """Use only so many slots, the first of each group; none may be in flight.
 
         What no longer fits is forgotten, in the policy's order of eviction. ``move``
-        copies from one slot to another.
+        copies, within a segment, from one slot to another.
         """
-        self.capacity = capacity
+        self._in_use = self.resized(n_slots)
+        self.capacity = min(self._in_use)
         for group in range(self.n_groups):
             self._pack(group, move)
 
-    def _pack(self, group: int, move: Callable[[int, int], None]) -> None:
-        rows = [r for r in range(len(self.rows)) if self._shape.group(r) == group]
+    def _pack(self, group: int, move: Callable[[int, int, int], None]) -> None:
+        rows = self.rows_of(group)
         held = {
             slot: (row, expert)
             for row in rows
             for expert, slot in enumerate(self.rows[row])
             if slot != EMPTY
         }
-        for _ in range(len(held) - self.capacity):
+        for _ in range(len(held) - self._in_use[group]):
             victim = self._policy.victim(rows[0], rows, ())
             assert victim is not None
             del held[self._evict(victim)]
@@ -117,7 +167,7 @@ class SlotTable:
         for slot in sorted(held.keys() - set(inside)):
             row, expert = held[slot]
             # Copied first: an interrupt here leaves the expert where it was.
-            move(slot, free[-1])
+            move(self.segment(row), slot, free[-1])
             self.changed.add(row)
             self.rows[row][expert] = free.pop()
         self._free[group] = free
@@ -130,7 +180,8 @@ class SlotTable:
 
     def all_slots(self, row: int) -> range:
         """Return the slots of a row's experts where every expert has one."""
-        first = sum(map(len, self.rows[:row]))
+        segment = rows_of(self.segment(row), len(self.rows), self._n_segments)
+        first = sum(map(len, self.rows[segment.start : row]))
         return range(first, first + len(self.rows[row]))
 
     def repair(self) -> None:
@@ -168,8 +219,8 @@ class SlotTable:
         return slot
 
     def _slots(self, group: int) -> range:
-        first = group * self.slots_per_group
-        return range(first, first + self.capacity)
+        first = self._firsts[group]
+        return range(first, first + self._in_use[group])
 
     def _hold(self, row: int, n_held: int) -> None:
         self._n_held[row] = n_held

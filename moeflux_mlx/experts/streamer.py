@@ -12,17 +12,17 @@ import numpy as np
 from .. import config
 from ..errors import BudgetError, ConfigError, ExpertStoreError, MoefluxError
 from ..progress import Report
-from .budget import count_slots
 from .demand import Demand
 from .guards import Guards
 from .in_flight import InFlight
 from .layout import ExpertLayout
 from .policy import DEFAULT_POLICY, PolicyFactory, policy_factory
-from .pool import POOL_ALIGNMENT, SlotPool, pool_stride
+from .pool import SlotPool, pool_stride
 from .read_ahead import ReadAhead
 from .reader import INLINE_BYTES, ReadPool
 from .residency import EMPTY, SlotTable
 from .resident import PreloadedExperts
+from .segments import divide
 from .stats import StreamStats
 from .store import ExpertStore
 from .streamed import StreamedExperts
@@ -128,30 +128,33 @@ class ExpertStreamer:
         self._rows = {layer: row for row, layer in enumerate(store.layers)}
         layouts = [store.layout(layer) for layer in store.layers]
         counts = [store.count(layer) for layer in store.layers]
-        n_rows, n_records = len(layouts), sum(counts)
-        groups = 1 if scope == "global" else n_rows
-        n_slots = count_slots(
+        division = divide(
             memory,
+            counts=counts,
             stride=pool_stride(layouts),
-            slack_bytes=POOL_ALIGNMENT,
-            n_records=n_records,
-            n_minimum=groups * store.top_k,
+            top_k=store.top_k,
+            scope=scope,
+            spares=runs_ahead,
         )
-        rest = n_slots - 1 - (n_slots - 1) % groups
-        blank = runs_ahead and n_slots < n_records and rest >= groups * store.top_k
-        n_slots = rest if blank else n_slots - n_slots % groups
-        self._pool = SlotPool(layouts, n_slots, blank=blank)
+        self.pools = [
+            SlotPool(layouts, n, blank=division.blank) for n in division.segment_slots
+        ]
+        self.most_slots = division.n_slots
         self._table = SlotTable(
-            n_rows,
+            len(layouts),
             store.n_experts,
-            n_slots,
+            division.n_slots,
             top_k=self._chosen,
             policy=policy_factory(policy) if isinstance(policy, str) else policy,
-            shared=groups == 1,
+            n_groups=division.n_groups,
+            n_segments=division.n_segments,
+            least=division.least,
             floor=floor,
             counts=counts,
         )
-        self._copy = TableCopy(self._table, n_slots if blank else 0)
+        pools = [self.pools[division.segment(row)] for row in self._rows.values()]
+        absent = [pool.n_slots if division.blank else 0 for pool in pools]
+        self._copy = TableCopy(self._table, absent)
         self._new_reader = partial(
             ReadPool, read_threads or config.read_threads(), inline_bytes
         )
@@ -163,7 +166,7 @@ class ExpertStreamer:
         self._asked: tuple[int, list[int], list[int]] | None = None
         self.stats = StreamStats(store.layers)
         self._in_flight = InFlight(
-            store, self._rows, self._pool, self._table, self._new_reader(), self.stats
+            store, self._rows, pools, self._table, self._new_reader(), self.stats
         )
         self._demand = Demand(self._rows, self._table, self._in_flight, self.stats)
         # What needs no thread is not read ahead of anything.
@@ -171,7 +174,7 @@ class ExpertStreamer:
         if read_ahead == "auto" and not self.reads_aside:
             read_ahead = "off"
         self.read_ahead = ReadAhead(read_ahead, lambda: self.stats.total.wait_seconds)
-        self.resident = n_slots == n_records
+        self.resident = division.n_slots == sum(counts)
         self._stays = False
         if self.resident:
             try:
@@ -182,7 +185,7 @@ class ExpertStreamer:
     @property
     def n_slots(self) -> int:
         """Experts that fit into memory at the same time, all layers together."""
-        return self._table.capacity * self._table.n_groups
+        return self._table.n_slots
 
     @property
     def store(self) -> ExpertStore:
@@ -195,11 +198,6 @@ class ExpertStreamer:
         return self._least_record > self._in_flight.reader.inline_bytes
 
     @property
-    def n_groups(self) -> int:
-        """Groups of layers that share slots; all have equally many."""
-        return self._table.n_groups
-
-    @property
     def least_slots(self) -> int:
         """Slots that one token needs."""
         return self._table.n_groups * self._store.top_k
@@ -207,7 +205,7 @@ class ExpertStreamer:
     @property
     def slot_bytes(self) -> int:
         """Bytes of one expert in memory."""
-        return self._pool.stride
+        return self.pools[0].stride
 
     @property
     def capacity(self) -> int:
@@ -230,19 +228,14 @@ class ExpertStreamer:
         return self._demand.miss_rate
 
     @property
-    def pool(self) -> SlotPool:
-        """The memory behind the slots."""
-        return self._pool
-
-    @property
     def slack_bytes(self) -> int:
         """Bytes taken beside those of ``n_slots`` slots."""
-        return self._pool.slack_bytes
+        return sum(pool.slack_bytes for pool in self.pools)
 
     @property
     def memory_bytes(self) -> int:
         """Bytes taken for experts, alignment included; never more than the budget."""
-        return self._pool.n_bytes
+        return sum(pool.n_bytes for pool in self.pools)
 
     def resize(self, n_slots: int) -> None:
         """Use ``n_slots`` slots, within the memory taken at first; not in the middle of
@@ -260,11 +253,9 @@ class ExpertStreamer:
             raise ConfigError(
                 f"[resize] expected n_slots as an int but got {n_slots!r}"
             )
-        table = self._table
-        capacity = n_slots // table.n_groups
-        if not self._store.top_k <= capacity <= table.slots_per_group:
+        if not self.least_slots <= n_slots <= self.most_slots:
             raise BudgetError(
-                f"[resize] expected {self.least_slots} to {self._pool.n_slots} slots "
+                f"[resize] expected {self.least_slots} to {self.most_slots} slots "
                 f"but got {n_slots}"
             )
         if self._stays:
@@ -275,15 +266,17 @@ class ExpertStreamer:
         with self.lock, self._repairs:
             self._guards.wait()
             self._in_flight.settle()
-            if self.resident and capacity < table.slots_per_group:
+            if self.resident and n_slots < self.most_slots:
                 self._unsettle()
-            table.resize(capacity, self._pool.move)
-            self._pool.give_up(
-                [
-                    range(first + capacity, first + table.slots_per_group)
-                    for first in range(0, self._pool.n_slots, table.slots_per_group)
-                ]
-            )
+            self._table.resize(n_slots, self._move)
+            for segment, pool in enumerate(self.pools):
+                pool.give_up(self._table.unused(segment))
+
+    def _move(self, segment: int, source: int, target: int) -> None:
+        self.pools[segment].move(source, target)
+
+    def _pool(self, layer: int) -> SlotPool:
+        return self.pools[self._table.segment(self._rows[layer])]
 
     @property
     def experts(self) -> list[tuple[int, int]]:
@@ -335,8 +328,8 @@ class ExpertStreamer:
 
     def _unsettle(self) -> None:
         """Stream from now on what was all in memory."""
-        for place in self._stacked.values():
-            self._pool.unstack(*place)
+        for layer, place in self._stacked.items():
+            self._pool(layer).unstack(*place)
         self._stacked.clear()
         self._in_flight.reader = self._new_reader()
         self._table.fill()
@@ -362,14 +355,15 @@ class ExpertStreamer:
         layout = self._store.layout(layer)
         if not self.resident:
             row = self._rows[layer]
-            return StreamedExperts(self, layer, row, self._pool.weights(layout))
+            weights = self._pool(layer).weights(layout)
+            return StreamedExperts(self, layer, row, weights)
         slots = self._table.all_slots(self._rows[layer])
         place = layout, slots.start, len(slots)
         if self._stacks:
-            weights = self._pool.stack(*place)
+            weights = self._pool(layer).stack(*place)
             self._stacked[layer] = place
         else:
-            weights = self._pool.weights(*place)
+            weights = self._pool(layer).weights(*place)
         return PreloadedExperts(weights, self.stats[layer])
 
     def guard(self, *outputs: mx.array) -> None:

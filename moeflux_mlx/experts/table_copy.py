@@ -14,11 +14,11 @@ class TableCopy:
     """A copy of a ``SlotTable`` in arrays, brought up to date where that changed.
 
     Args:
-        absent: slot of experts that have none.
+        absent: slot of each row's experts that have none.
     """
 
-    def __init__(self, table: SlotTable, absent: int = 0):
-        self._table, self._absent = table, absent
+    def __init__(self, table: SlotTable, absent: Sequence[int]):
+        self._table, self._absent = table, np.array(absent)[:, None]
         self._slots = np.full((len(table.rows), table.n_experts), EMPTY, np.int32)
         self._array: mx.array | None = None
 
