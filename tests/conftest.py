@@ -16,11 +16,8 @@ from tiny import make_checkpoint
 from moeflux_mlx import device
 from moeflux_mlx.cli.inspect import summarize
 from moeflux_mlx.experts.pack import pack
-<<<<<<< HEAD
-from moeflux_mlx.transforms import compiles
-=======
 from moeflux_mlx.pressure import Pressure
->>>>>>> 6c80fb4 (Let experts give way while the system itself runs short of memory)
+from moeflux_mlx.transforms import compiles
 
 NEEDS = {
     "metal": (mx.metal.is_available(), "needs Apple silicon with Metal"),
