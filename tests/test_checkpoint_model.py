@@ -6,6 +6,8 @@ import gc
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import mlx.core as mx
 import mlx_lm
@@ -185,7 +187,10 @@ def test_a_name_on_the_hub_is_streamed_from_the_download_cache(checkpoint, tmp_p
     offline = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     flags = ["--prompt", PROMPT, "--ignore-chat-template", "-m", "5"]
     flags += ["--expert-memory", memory_for(checkpoint, 5)]
-    done = moeflux("generate", "--model", "owner/name", *flags, env=offline)
+    # Where the cache is, is read as huggingface_hub is imported.
+    command = [sys.executable, "-m", "moeflux_mlx.cli", "generate", *flags]
+    command += ["--model", "owner/name"]
+    done = subprocess.run(command, capture_output=True, text=True, env=offline)
     assert done.returncode == 0, done.stderr
     assert "expert cache hits" in done.stdout
     local = moeflux("generate", "--model", checkpoint, *flags)
