@@ -188,8 +188,8 @@ def test_a_name_on_the_hub_is_streamed_from_the_download_cache(checkpoint, tmp_p
     flags = ["--prompt", PROMPT, "--ignore-chat-template", "-m", "5"]
     flags += ["--expert-memory", memory_for(checkpoint, 5)]
     # Where the cache is, is read as huggingface_hub is imported.
-    command = [sys.executable, "-m", "moeflux_mlx.cli", "generate", *flags]
-    command += ["--model", "owner/name"]
+    command = [sys.executable, "-m", "moeflux_mlx.cli", "generate"]
+    command += ["--model", "owner/name", *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, env=offline)
     assert done.returncode == 0, done.stderr
     assert "expert cache hits" in done.stdout
