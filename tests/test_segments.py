@@ -28,7 +28,8 @@ from moeflux_mlx.loading import plan_load
 from moeflux_mlx.memory import plan_memory
 
 GB, MIB = 10**9, 2**20
-# Memory, longest buffer and working set: assumed for those of 8 and 512 GB, the rest in between.
+# Memory, longest buffer and working set. The buffers of 8 and 512 GB, and all working
+# sets, are assumed; the other buffers were seen on such machines.
 MACHINES = {
     "8 GB": (8 << 30, 4 * GB, 5.7 * GB),
     "16 GB": (16 << 30, 8 * GB, 11.8 * GB),
