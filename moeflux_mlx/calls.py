@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from . import device
+from .alone import OneAtATime
 from .caches import CacheState, PutBackOnFailure, arrays_of
 from .errors import BudgetError
 from .experts.blank import BlankExperts
@@ -29,10 +29,8 @@ from .transforms import is_traced
 from .ways import Ways
 from .weights import has_values, leaves
 
-R = TypeVar("R")
 
-
-class Calls:
+class Calls(OneAtATime):
     """One model's calls: one at a time, and in the memory that there is.
 
     Args:
@@ -48,11 +46,10 @@ class Calls:
         give_way: Callable[[], bool] | None = None,
         ways: Ways | None = None,
     ) -> None:
+        super().__init__()
         self._model = weakref.ref(model)
         self.ways = ways or Ways()
         self._give_way = give_way
-        self.lock = threading.RLock()
-        self._depth = 0
         self.streamer: ExpertStreamer | MappedExperts | BlankExperts | None = None
         self.keeper: MemoryKeeper | None = None
         self.free_pool: FreePool | None = None
@@ -65,19 +62,8 @@ class Calls:
         assert self.streamer is not None
         return self.streamer.source(block)
 
-    def alone(self, call: Callable[..., R], *args: Any, **kwargs: Any) -> R:
-        """Call while no other thread does; then what reads slots may outlive this."""
-        with self.lock:
-            depth = self._depth
-            try:
-                self._depth = depth + 1
-                if depth == 0:
-                    self.ways.forget()
-                return call(*args, **kwargs)
-            finally:
-                self._depth = depth
-                if depth == 0 and self.streamer is not None:
-                    self.streamer.hand_over()
+    def _begin(self) -> None:
+        self.ways.forget()
 
     @contextlib.contextmanager
     def reaching(self, experts: BlankExperts) -> Iterator[None]:

@@ -105,7 +105,7 @@ def examine_apart(
 
 
 def _lines(process: subprocess.Popen[str], timeout: float) -> Iterator[bytes]:
-    """Yield what a process prints, by lines, until it closes its output.
+    """Yield the lines that a process prints, until it closes its output.
 
     Raises:
         TimeoutError: no line came for so many seconds.

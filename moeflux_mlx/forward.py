@@ -129,7 +129,7 @@ class Forward:
         return self._alone(inputs, cache, embeddings, logits=False)
 
     def _alone(self, *arguments: Any, logits: bool) -> Array:
-        """Wait until no other thread calls the model; what is lazy may outlive this."""
+        """Make a call while no other thread does; its lazy result may outlive this."""
         return self.runtime.alone(self._called, *arguments, logits=logits)
 
     def _called(
@@ -248,7 +248,7 @@ class Forward:
         return self.layers
 
     def _planned_bytes(self, index: int, call: Call) -> int:
-        # Adapters take next to nothing beside what they add to.
+        # An adapter is tiny beside its layer.
         module = without_adapters(self.text.model.layers[index])
         layer = self._make_layer(self.runtime, module, index, False)
         return layer.planned_bytes(call)

@@ -71,7 +71,7 @@ class MemoryKeeper:
             BudgetError: even with the fewest experts they do not fit; nothing changes.
         """
         last, n_before, n_tokens = self._foreseen
-        if not self._streamer.stays and self._relief.look(self._most_slots):
+        if self._relief.look(self._most_slots):
             n_tokens = 0
         if t == 1 and n_tokens > 0 and n_before == n_seqs and last() is cache[0]:
             self._foreseen = (last, n_seqs, n_tokens - 1)

@@ -52,7 +52,7 @@ class Relief:
     def look(self, wanted: int) -> bool:
         """Look at the system if it is time; tell whether ``n_slots`` has changed."""
         now = self._clock()
-        if now < self._next_look:
+        if now < self._next_look or self._streamer.stays:
             return False
         self._next_look = now + LOOK_SECONDS
         pressure, before = self._pressure(), self.n_slots(wanted)
@@ -88,7 +88,7 @@ class FreePool:
 
     def give_way(self, cache: list[Any]) -> None:
         """Bring the pool to its size before a call with these caches."""
-        if not self._streamer.stays and self._relief.look(self._most_slots):
+        if self._relief.look(self._most_slots):
             resize(self._streamer, self._relief.n_slots(self._most_slots), cache)
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 
 from . import config, device
+from .alone import OneAtATime
 from .errors import ConfigError, ModelError
 from .executors import open_executor
 from .executors.ops import LazyOpsExecutor
@@ -31,8 +31,6 @@ from .model import BuiltOnce, LayerGraph
 from .preflight import unasked_expert_bytes
 from .progress import Report
 from .relief import FreePool
-
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -82,18 +80,16 @@ class RunOptions:
         return Amounts.read(self.memory, self.expert_memory)
 
 
-class Runtime:
+class Runtime(OneAtATime):
     """What one loaded model needs besides its parameters."""
 
     def __init__(self, options: RunOptions):
+        super().__init__()
         self.executor = open_executor(options.executor)
         self._optimistic = config.optimistic(options.optimistic)
         self.graphs: BuiltOnce[LayerGraph] = BuiltOnce(64)
         self.options = options
         self.amounts = options.amounts
-        # Held by each call: one at a time, whichever thread makes it.
-        self.lock = threading.RLock()
-        self._depth = 0
         # Whether this is the ``reference`` of another one.
         self.is_reference = False
         self._reference: Runtime | None = None
@@ -193,18 +189,6 @@ class Runtime:
         if isinstance(self.streamer, ExpertStreamer):
             self.streamer.stay()
         return self._reference
-
-    def alone(self, call: Callable[..., R], *args: Any, **kwargs: Any) -> R:
-        """Call while no other thread does; then what reads slots may outlive this."""
-        with self.lock:
-            depth = self._depth
-            try:
-                self._depth = depth + 1
-                return call(*args, **kwargs)
-            finally:
-                self._depth = depth
-                if depth == 0 and self.streamer is not None:
-                    self.streamer.hand_over()
 
     def give_way(self, cache: list[Any]) -> None:
         """Let experts that no plan bounds give way where the system is short."""

@@ -19,7 +19,7 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["mlx_lm.generate", "mlx_lm.utils", "moeflux_mlx.cli"])
 
 
-def moeflux(*args: object, text: bool = True) -> subprocess.CompletedProcess:
+def moeflux(*args: object) -> subprocess.CompletedProcess[str]:
     """Run ``moeflux`` with these arguments, nothing on its standard input."""
     words = ["moeflux", *map(str, args)]
     with tempfile.TemporaryDirectory() as folder:
@@ -28,7 +28,7 @@ def moeflux(*args: object, text: bool = True) -> subprocess.CompletedProcess:
         process = _SERVER.Process(target=_work, args=place)
         process.start()
         process.join()
-        out, err = (p.read_text() if text else p.read_bytes() for p in paths)
+        out, err = (path.read_text() for path in paths)
     return subprocess.CompletedProcess(words, process.exitcode, out, err)
 
 

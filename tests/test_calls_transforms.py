@@ -285,6 +285,19 @@ def test_a_model_with_its_experts_gives_stocks_values(
             assert np.allclose(np.array(model(PROMPT)), stock_logits, atol=1e-4)
 
 
+def check_constants(transform, case, wanted, tmp_path, why):
+    """Where experts are no parameters: stock's values, or a refusal that says why."""
+    if transform in WITHOUT:
+        with pytest.raises(ModelError, match=rf"\[transform\] .* {why}"):
+            values(transform, case, tmp_path)
+    elif wanted is None:
+        with pytest.raises((ValueError, RuntimeError, TypeError)):
+            values(transform, case, tmp_path)
+    else:
+        # Experts are constants: they have no gradient of their own.
+        check_same(values(transform, case, tmp_path), wanted)
+
+
 @pytest.mark.parametrize("kind", WHOLE)
 @transforms
 def test_a_pack_in_memory_gives_stocks_values_or_refuses(
@@ -295,15 +308,7 @@ def test_a_pack_in_memory_gives_stocks_values_or_refuses(
     case = Case(model, stock_of(plain), *call)
     wanted = expected(transform, plain, call, tmp_path)
     for _ in range(2):
-        if transform in WITHOUT:
-            with pytest.raises(ModelError, match=r"\[transform\] .* from a pack"):
-                values(transform, case, tmp_path)
-        elif wanted is None:
-            with pytest.raises((ValueError, RuntimeError, TypeError)):
-                values(transform, case, tmp_path)
-        else:
-            # Experts are constants: they have no gradient of their own.
-            check_same(values(transform, case, tmp_path), wanted)
+        check_constants(transform, case, wanted, tmp_path, "from a pack")
 
 
 @pytest.mark.parametrize("kind", STREAMED)
@@ -315,15 +320,7 @@ def test_streamed_experts_give_stocks_values_or_refuse(
     for call in CALLS.values():
         case = Case(model, stock_of(plain), *call)
         wanted = expected(transform, plain, call, tmp_path)
-        if transform in WITHOUT:
-            with pytest.raises(ModelError, match=r"\[transform\] .* are streamed"):
-                values(transform, case, tmp_path)
-        elif wanted is None:
-            with pytest.raises((ValueError, RuntimeError, TypeError)):
-                values(transform, case, tmp_path)
-        else:
-            # Experts are constants: they have no gradient of their own.
-            check_same(values(transform, case, tmp_path), wanted)
+        check_constants(transform, case, wanted, tmp_path, "are streamed")
     logits = np.array(stock_of(plain)(PROMPT))
     assert np.allclose(np.array(model(PROMPT)), logits, atol=1e-4)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 
 from .policy import Policy, PolicyFactory, PoolShape, part_of, rows_of
-from .segments import shares
+from .segments import by_group, shares
 
 EMPTY = -1
 
@@ -56,9 +56,7 @@ class SlotTable:
         self.changed = set(range(n_rows))
         self._shape = PoolShape(n_rows, n_experts, n_slots, n_groups)
         self._n_segments, self._least = n_segments, least
-        records = [
-            sum(len(self.rows[r]) for r in self.rows_of(g)) for g in range(n_groups)
-        ]
+        records = by_group([len(row) for row in self.rows], n_groups)
         self._most = shares(records, n_slots, least)
         # The first of each group, in its segment.
         self._firsts = [
@@ -135,17 +133,13 @@ class SlotTable:
         """Give back a claimed slot that holds nothing."""
         self._free[self._shape.group(row)].append(slot)
 
-    def resized(self, n_slots: int) -> list[int]:
-        """Return how many slots each group has where there are so many in all."""
-        return shares(self._most, n_slots, self._least)
-
     def resize(self, n_slots: int, move: Callable[[int, int, int], None]) -> None:
         """Use only so many slots, the first of each group; none may be in flight.
 
         What no longer fits is forgotten, in the policy's order of eviction. ``move``
         copies, within a segment, from one slot to another.
         """
-        self._in_use = self.resized(n_slots)
+        self._in_use = shares(self._most, n_slots, self._least)
         self.capacity = min(self._in_use)
         for group in range(self.n_groups):
             self._pack(group, move)

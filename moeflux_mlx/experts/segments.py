@@ -44,10 +44,7 @@ class Division:
     def segment_slots(self) -> list[int]:
         """Slots of each segment, but for the blank one."""
         n_rows, found = len(self.counts), [0] * self.n_segments
-        records = [
-            sum(self.counts[row] for row in rows_of(group, n_rows, self.n_groups))
-            for group in range(self.n_groups)
-        ]
+        records = by_group(self.counts, self.n_groups)
         for group, n in enumerate(shares(records, self.n_slots, self.least)):
             first = rows_of(group, n_rows, self.n_groups).start
             found[self.segment(first)] += n
@@ -66,13 +63,19 @@ class Division:
         return self.n_slots * stride + self.slack_bytes(stride)
 
 
+def by_group(counts: Sequence[int], n_groups: int) -> list[int]:
+    """Return the sums of rows' ``counts`` in each of the groups."""
+    groups = (rows_of(g, len(counts), n_groups) for g in range(n_groups))
+    return [sum(counts[rows.start : rows.stop]) for rows in groups]
+
+
 def shares(most: Sequence[int], n_slots: int, least: int) -> list[int]:
     """Divide slots: ``least`` for each group, the rest in proportion.
 
     With fewer slots no group has more than before.
 
     Args:
-        most: what each group can use.
+        most: slots that each group can use.
     """
     found = [min(least, n) for n in most]
     wanted = [n - share for n, share in zip(most, found, strict=True)]

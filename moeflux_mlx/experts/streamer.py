@@ -175,7 +175,8 @@ class ExpertStreamer:
             read_ahead = "off"
         self.read_ahead = ReadAhead(read_ahead, lambda: self.stats.total.wait_seconds)
         self.resident = division.n_slots == sum(counts)
-        self._stays = False
+        # Whether ``resize`` is refused.
+        self.stays = False
         if self.resident:
             try:
                 self._in_flight.preload(report)
@@ -258,7 +259,7 @@ class ExpertStreamer:
                 f"[resize] expected {self.least_slots} to {self.most_slots} slots "
                 f"but got {n_slots}"
             )
-        if self._stays:
+        if self.stays:
             raise BudgetError(
                 "[resize] expected no call under mx.grad, mx.compile or the like "
                 "before: what it gave reads all experts; load the model anew"
@@ -382,12 +383,7 @@ class ExpertStreamer:
 
     def stay(self) -> None:
         """Refuse to ``resize`` from now on: arrays without a guard read all slots."""
-        self._stays = True
-
-    @property
-    def stays(self) -> bool:
-        """Whether ``stay`` was called."""
-        return self._stays
+        self.stays = True
 
     def hand_over(self) -> None:
         """Begin to compute what still reads slots, so that any thread can wait for it.

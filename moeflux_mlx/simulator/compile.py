@@ -10,6 +10,7 @@ import platform
 import re
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -306,10 +307,7 @@ def built(key: str, text: str, flags: list[str], libraries: list[str]) -> Path:
         command = [*compiler, *flags, *link, *libraries]
         caches = {"ZIG_GLOBAL_CACHE_DIR": str(path.parent / "zig")}
         caches["ZIG_LOCAL_CACHE_DIR"] = folder
-        done = children.run(command, Path(folder), caches)
-        if done.returncode:
-            message = done.stderr.replace(str(source), "kernel").strip()
-            raise SimulatorError(f"[simulator] {message}")
+        _run(command, source, caches)
         out.chmod(0o600)
         os.replace(out, path)
     return path
@@ -335,10 +333,16 @@ def examine(source: str, name: str = "kernel.metal") -> None:
         path.write_text(text)
         # Not ``c++``: to read one file, zig would build a whole C++ library first.
         command = [str(zig()), "clang", "-fsyntax-only", *_flags("plain"), str(path)]
-        done = children.run(command, Path(folder))
-        if done.returncode:
-            message = done.stderr.replace(str(path), "kernel").strip()
-            raise SimulatorError(f"[simulator] {message}")
+        _run(command, path)
+
+
+def _run(
+    command: list[str], source: Path, environment: Mapping[str, str] | None = None
+) -> None:
+    done = children.run(command, source.parent, environment)
+    if done.returncode:
+        message = done.stderr.replace(str(source), "kernel").strip()
+        raise SimulatorError(f"[simulator] {message}")
 
 
 def _flags(numbers: str) -> list[str]:
