@@ -59,6 +59,17 @@ class TraceError(MoefluxError, ValueError):
     """A recording of routing is missing, damaged or of another model."""
 
 
+class RequestError(MoefluxError, ValueError):
+    """A request to a server asks for what it does not give.
+
+    ``status`` is the one of HTTP that says so.
+    """
+
+    def __init__(self, message: str, status: int = 400):
+        self.status = status
+        super().__init__(message)
+
+
 class KernelError(MoefluxError, ValueError):
     """A kernel's source, arguments or launch are not what its signature says."""
 

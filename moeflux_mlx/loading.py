@@ -123,6 +123,7 @@ def load(
         optimistic,
         read_ahead,
         expert_io,
+        give_way=serving.join(),
     )
     path = find_model(path_or_repo, revision)
     if takes_door(path, native):
@@ -267,12 +268,8 @@ def pack_classes(model_file: str) -> tuple[type, type]:
     ``--trust-remote-code``; memory and executor come from the environment.
     """
     directory = Path(model_file).resolve().parent
-    give_way = None
-    if (server := serving.running_server()) is not None:
-        serving.install(server)
-        give_way = serving.release_oldest_prompt
     check_settings()
-    options = RunOptions(directory=directory, give_way=give_way)
+    options = RunOptions(directory=directory, give_way=serving.join())
     found = load_config(directory)
     if not has_own_class(found.get("model_type")):
         return door_classes(directory, found)

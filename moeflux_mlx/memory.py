@@ -25,6 +25,8 @@ from .experts.store import ExpertStore
 CHUNKS = (2048, 1024, 512, 256, 128, 64)
 SCRATCH_SHARE = 1 / 4
 SMALLER_CHUNKS = (32, 16)
+# Share of the planned experts that stay beside prompts which a server keeps for later.
+KEPT_SHARE = 1 / 2
 
 
 class Needs(Protocol):
@@ -93,6 +95,16 @@ class MemoryPlan:
     unpack: bool
     n_segments: int = 1
     capped: str = ""
+
+    @property
+    def prompt_bytes(self) -> int:
+        """What prompts that a server keeps for later may take, experts at their floor.
+
+        One request's own caches are not part of it.
+        """
+        taken = self.process_bytes + self.resident_bytes + self.scratch_bytes
+        taken += self.cache_bytes + round(KEPT_SHARE * self.expert_bytes)
+        return max(0, self.budget_bytes - taken)
 
     def __str__(self) -> str:
         capped = f"; {self.capped}" if self.capped else ""

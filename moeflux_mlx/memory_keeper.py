@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +14,7 @@ from . import caches, device
 from .caches import CACHE_STEP
 from .errors import BudgetError
 from .experts.streamer import ExpertStreamer
-from .memory import CHUNKS, SMALLER_CHUNKS, MemoryPlan, Needs
+from .memory import CHUNKS, KEPT_SHARE, SMALLER_CHUNKS, MemoryPlan, Needs
 from .relief import Relief, resize
 
 # Room is made for this many tokens at once, one after the other.
@@ -52,8 +52,18 @@ class MemoryKeeper:
         self._streamer.resize(n_slots)
         self._most_slots = n_slots
 
+    def count(self, cache: Iterable[Any]) -> None:
+        """Count caches that others keep, though no call was made with them."""
+        self._caches.update(c for c in cache if c is not None)
+
     def make_room(
-        self, cache: list[Any], n_seqs: int, t: int, *, logits: bool = False
+        self,
+        cache: list[Any],
+        n_seqs: int,
+        t: int,
+        *,
+        logits: bool = False,
+        spares: bool = False,
     ) -> int:
         """Give the caches of a call with ``t`` more tokens the room they will take.
 
@@ -63,6 +73,7 @@ class MemoryKeeper:
 
         Args:
             logits: they are asked for, so there is room for all of them or an error.
+            spares: leave experts their floor, or raise: something else may give way.
 
         Returns:
             How many tokens, of all sequences, are to be computed together.
@@ -76,17 +87,18 @@ class MemoryKeeper:
         if t == 1 and n_tokens > 0 and n_before == n_seqs and last() is cache[0]:
             self._foreseen = (last, n_seqs, n_tokens - 1)
             return n_seqs
-        self._caches.update(c for c in cache if c is not None)
+        self.count(cache)
         call = _Planned(cache, n_seqs, t, logits)
+        floor = self._floor if spares else self._streamer.least_slots
         parts = self._parts(measured=t > 1)
-        choice = self._choose(parts, call)
+        choice = self._choose(parts, call, floor)
         if choice is None:
             # Caches in reference cycles live on until they are collected.
             gc.collect()
             mx.clear_cache()
             device.trim_heap()
             parts = self._parts(measured=True)
-            choice = self._choose(parts, call)
+            choice = self._choose(parts, call, floor)
         if choice is None:
             raise self._too_little(parts, call)
         chunk, self.scratch_bytes, n_slots = choice
@@ -113,8 +125,14 @@ class MemoryKeeper:
             "caches": held,
         }
 
+    @property
+    def _floor(self) -> int:
+        """The fewest experts beside anything that can give way."""
+        floor, wanted = int(KEPT_SHARE * self.plan.n_slots), self._most_slots
+        return max(self._streamer.least_slots, min(floor, self._relief.n_slots(wanted)))
+
     def _choose(
-        self, parts: dict[str, int], call: _Planned
+        self, parts: dict[str, int], call: _Planned, floor: int
     ) -> tuple[int, int, int] | None:
         """Return the chunk, its scratch and the slots that read the fewest experts.
 
@@ -129,7 +147,7 @@ class MemoryKeeper:
             least, most = self._scratch(chunk, call)
             for scratch in (most, least):
                 n_slots = self._n_slots(room - growth - scratch)
-                if n_slots < self._streamer.least_slots:
+                if n_slots < floor:
                     continue
                 # Slots given up leave memory, but not what these limits count.
                 if left is not None and growth + scratch > left:
@@ -249,15 +267,22 @@ def make_room(
     """Do what ``MemoryKeeper.make_room`` does, freeing what can be freed until it fits.
 
     Args:
-        give_way: frees some memory, and tells whether it did.
+        give_way: frees some memory, and tells whether it did; asked before experts
+            fall below their floor.
 
     Raises:
         BudgetError: they do not fit, whatever gives way.
     """
+    spares = give_way is not None
     while True:
         try:
-            found: int = keeper.make_room(cache, n_seqs, t, **options)
+            spared = {"spares": True} if spares else {}
+            found: int = keeper.make_room(cache, n_seqs, t, **options, **spared)
             return found
         except BudgetError:
-            if give_way is None or not give_way():
+            if give_way is not None and give_way():
+                continue
+            if not spares:
                 raise
+            # Nothing else is left to give way, so experts do.
+            spares = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -363,11 +363,7 @@ def _install(
     model: nn.Module, blocks: list[RoutedBlock], ways: Ways, undo: contextlib.ExitStack
 ) -> Calls:
     """Put blocks of ours in the places of the model's, and ours above them."""
-    give_way: Callable[[], bool] | None = None
-    if (server := serving.running_server()) is not None:
-        serving.install(server)
-        give_way = serving.release_oldest_prompt
-    calls = Calls(model, give_way, ways)
+    calls = Calls(model, serving.join(), ways)
     for number, block in enumerate(blocks):
         undo.callback(_put_back, model, block, block.parts)
         source = functools.partial(calls.source, number)

@@ -154,7 +154,7 @@ def test_requests_that_fail_are_told_why_and_harm_nobody(
     with served(model, tmp_path / "log", MOEFLUX_EXPERT_MEMORY=memory) as address:
         assert complete(address, PROMPTS[0]) == answers[PROMPTS[0]]
         status, message = refused(address, prompt="")
-        assert 400 <= status < 500 and "the prompt is empty" in message
+        assert 400 <= status < 500 and "[prompt] expected at least one token" in message
         for wrong in ({"stop": [1]}, {"stop": 5}, {"logit_bias": {"1": "x"}}):
             assert 400 <= refused(address, prompt="x", **wrong)[0] < 600
         # The answer's own text, repeated as a prompt, is a prompt like any other.

@@ -157,7 +157,7 @@ def test_what_gives_way_lets_a_call_go_on(tmp_path, monkeypatch):
     )
     model, _ = moeflux_mlx.load(path, memory="2GB")
     kept = serving.KeptPrompts(10)
-    monkeypatch.setattr(serving, "_kept", {kept})
+    monkeypatch.setattr(serving.prompts, "_kept", {kept})
     for i in range(3):
         kept.insert_cache("model", [i, 1], make_prompt_cache(model))
     model.runtime.options = moeflux_mlx.runtime.RunOptions(
@@ -167,7 +167,7 @@ def test_what_gives_way_lets_a_call_go_on(tmp_path, monkeypatch):
     class Until:
         """Has room once one prompt alone is kept."""
 
-        def make_room(self, cache, n_seqs, t):
+        def make_room(self, cache, n_seqs, t, *, spares):
             if len(kept) > 1:
                 raise BudgetError("[memory] full")
             return 64

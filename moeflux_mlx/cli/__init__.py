@@ -12,6 +12,7 @@ from .. import __version__, config
 from ..errors import MoefluxError
 from . import (
     cachesim,
+    chat,
     compare,
     doctor,
     generate,
@@ -19,6 +20,7 @@ from . import (
     kernels,
     pack,
     profile,
+    serve,
     trace,
     tune,
     verify,
@@ -27,6 +29,8 @@ from .arguments import Parser
 
 COMMANDS = (
     generate,
+    chat,
+    serve,
     pack,
     verify,
     inspect,

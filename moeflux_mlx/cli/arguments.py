@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..errors import ConfigError
 from ..files import read_file
@@ -18,7 +18,18 @@ MOST_COUNT = 2**31 - 1
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises its errors, to be shown like all others: in one line."""
+    """Raises its errors, to be shown like all others: in one line.
+
+    ``late`` makes, of the program's name, the parser that is used in place of this.
+    """
+
+    late: Callable[[str], argparse.ArgumentParser] | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does; what takes long to look up is looked up here."""
+        if self.late is not None:
+            return self.late(self.prog).parse_known_args(args, namespace)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError with a hint at the command's help."""

@@ -1,22 +1,9 @@
-"""Keep ``mlx_lm.server`` up: an error ends the request it belongs to and no other.
-
-mlx-lm's server generates in one thread, which an exception ends for good: every later
-request then fails. ``install`` puts classes of ours in the places of those that this
-thread looks up for each request. It is called where a model of ours is loaded inside
-that server, and changes nothing elsewhere.
-"""
+"""mlx-lm's continuous batching, where an error is of as few requests as possible."""
 
 from __future__ import annotations
 
 import copy
-import json
-import logging
-import os
-import signal
-import sys
-import threading
 import weakref
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -25,59 +12,15 @@ from mlx_lm.generate import (
     GenerationBatch,
     PromptProcessingBatch,
 )
-from mlx_lm.models.cache import LRUPromptCache
 
-from .errors import BudgetError, MoefluxError
+from ..errors import BudgetError, MoefluxError
 
-# Time for the interpreter to end after Ctrl-C, which ends the generating thread too.
-ENDING_SECONDS = 5.0
-
-_kept: weakref.WeakSet[KeptPrompts] = weakref.WeakSet()
+_running: weakref.WeakSet[GuardedBatches] = weakref.WeakSet()
 
 
-def running_server() -> ModuleType | None:
-    """Return the module of ``mlx_lm.server`` if this process has imported it."""
-    main = sys.modules.get("__main__")
-    if getattr(getattr(main, "__spec__", None), "name", None) == "mlx_lm.server":
-        return main
-    return sys.modules.get("mlx_lm.server")
-
-
-def install(server: ModuleType) -> None:
-    """Have a server's requests fail one by one, and end a process that cannot serve."""
-    if server.BatchGenerator is not GuardedBatches:
-        server.BatchGenerator = GuardedBatches  # type: ignore[attr-defined]
-        _guard_requests(server)
-        _watch(threading.current_thread())
-
-
-def release_oldest_prompt() -> bool:
-    """Drop the oldest prompt that a server keeps; tell whether there was one."""
-    for prompts in _kept:
-        if len(prompts):
-            prompts.trim_to(n_sequences=len(prompts) - 1)
-            mx.clear_cache()
-            return True
-    return False
-
-
-class KeptPrompts(LRUPromptCache):
-    """mlx-lm's prompt caches, where those of failed requests are not kept."""
-
-    def insert_cache(
-        self, model: Any, tokens: list[int], prompt_cache: Any, **options: Any
-    ) -> None:
-        """Keep a request's caches, unless it failed and has none."""
-        if prompt_cache is not None:
-            super().insert_cache(model, tokens, prompt_cache, **options)
-
-    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
-        """Return caches to continue; never of the whole prompt.
-
-        mlx-lm's batches need a token to begin with.
-        """
-        cache, rest = super().fetch_nearest_cache(model, tokens)
-        return (cache, rest) if rest else (None, tokens)
+def n_waiting() -> int:
+    """Return how many requests a server has taken whose prompts it has not begun."""
+    return sum(len(batches._unprocessed_sequences) for batches in _running)
 
 
 class _Guarded:
@@ -180,6 +123,7 @@ class GuardedBatches(BatchGenerator):
         )
         self._generation_batch = GuardedTokens.empty(model, self.sampler)
         self._prompt_batch.failed = self._generation_batch.failed = self._failed
+        _running.add(self)
 
     def _next(self) -> tuple[list[Any], list[Any]]:
         before = self._uids()
@@ -198,7 +142,6 @@ class GuardedBatches(BatchGenerator):
         prompts = [r for r in prompts if r.uid not in failed]
         generated = [r for r in generated if r.uid not in failed]
         for uid, reason in errors.items():
-            logging.error("a request failed: %s", reason)
             told, ended = _report(uid, reason)
             prompts.append(told)
             generated.append(ended)
@@ -219,69 +162,3 @@ def _report(uid: int, error: Exception) -> tuple[Any, Any]:
     told.progress = error  # type: ignore[assignment]
     ended = GenerationBatch.Response(uid, 0, mx.zeros(1), "stop", None, [])
     return told, ended
-
-
-def _guard_requests(server: ModuleType) -> None:
-    """Look at requests before they join others, and answer those that failed."""
-    tokenize = server.ResponseGenerator._tokenize
-    complete = server.APIHandler.handle_completion
-
-    def checked(self: Any, tokenizer: Any, request: Any, args: Any) -> Any:
-        # The server tells a request what is raised here, but nothing that comes later.
-        if not isinstance(self.prompt_cache, KeptPrompts):
-            self.prompt_cache = KeptPrompts(self.prompt_cache.max_size)
-            _kept.add(self.prompt_cache)
-        found = tokenize(self, tokenizer, request, args)
-        if not len(found[0]):
-            raise ValueError("the prompt is empty: expected at least one token")
-        model_key = self.model_provider.model_key
-        self._make_state_machine(model_key, tokenizer, args.stop_words)
-        server._make_sampler(args, tokenizer)
-        server._make_logits_processors(args)
-        return found
-
-    def answered(self: Any, request: Any, stop_words: Any) -> None:
-        try:
-            complete(self, request, stop_words)
-        except ConnectionError:
-            raise
-        except Exception as error:
-            _answer(self, error)
-
-    server.ResponseGenerator._tokenize = checked
-    server.APIHandler.handle_completion = answered
-
-
-def _answer(handler: Any, error: Exception) -> None:
-    """Send an error as the answer, or as the last event of what has been begun."""
-    body = json.dumps({"error": str(error)}).encode()
-    if handler.stream:
-        handler.wfile.write(b"data: " + body + b"\n\n")
-    else:
-        # The status of success waits there to be sent with the answer.
-        handler._headers_buffer = []
-        handler._set_completion_headers(_status(error))
-        handler.send_header("Content-Length", str(len(body)))
-        handler.end_headers()
-        handler.wfile.write(body)
-    handler.wfile.flush()
-
-
-def _status(error: Exception) -> int:
-    if isinstance(error, BudgetError):
-        return 503
-    return 400 if isinstance(error, ValueError) else 500
-
-
-def _watch(generating: threading.Thread) -> None:
-    """End the process, should the thread that generates end before it."""
-
-    def wait() -> None:
-        generating.join()
-        main = threading.main_thread()
-        main.join(ENDING_SECONDS)
-        if main.is_alive():
-            logging.error("the server cannot generate any more: it ends")
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=wait, name="server-watch", daemon=True).start()

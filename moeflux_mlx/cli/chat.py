@@ -1,0 +1,92 @@
+"""``moeflux chat``: mlx-lm's chat and flags, our loader."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm import chat as stock
+from mlx_lm.generate import stream_generate
+
+from ..caches import PutBackOnFailure
+from ..errors import ConfigError, MoefluxError
+from ..loading import load
+from ..serving.replaced import replaced
+from .arguments import check_number
+from .generate import (
+    NUMBERS,
+    add_native_flag,
+    add_streaming_flags,
+    streaming_options,
+)
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``chat`` with every flag of ``mlx_lm.chat`` and ours."""
+    parser = subparsers.add_parser(
+        "chat",
+        parents=[stock.setup_arg_parser()],
+        conflict_handler="resolve",
+        description="Talk with a model; the flags are mlx_lm.chat's and those below.",
+        help="talk with a model",
+    )
+    # mlx-lm falls back on a model of its own, which has no experts to stream.
+    parser.add_argument(
+        "--model", required=True, help="model directory or Hugging Face repository"
+    )
+    add_streaming_flags(parser)
+    add_native_flag(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Talk until the person at the keyboard ends it."""
+    for name in NUMBERS.keys() & vars(args).keys():
+        if (value := getattr(args, name)) is not None:
+            check_number(f"--{name.replace('_', '-')}", value, NUMBERS[name])
+    if args.pipeline or mx.distributed.init().size() > 1:
+        raise ConfigError("[chat] expected one process but got several")
+
+    def opened(
+        path: str,
+        *,
+        adapter_path: str | None,
+        tokenizer_config: dict[str, Any],
+        trust_remote_code: bool,
+    ) -> tuple[Any, Any]:
+        return load(
+            path,
+            **streaming_options(args),
+            adapter_path=adapter_path,
+            tokenizer_config=tokenizer_config,
+        )
+
+    parsed = SimpleNamespace(parse_args=lambda: args)
+    with replaced(
+        stock,
+        load=opened,
+        setup_arg_parser=lambda: parsed,
+        stream_generate=_turn,
+    ):
+        try:
+            stock.main()
+        except EOFError:
+            print()
+    return 0
+
+
+def _turn(
+    model: Any, tokenizer: Any, prompt: Any, *, prompt_cache: list[Any], **options: Any
+) -> Iterator[Any]:
+    """Generate an answer; after an error the conversation is as before the question."""
+    try:
+        with PutBackOnFailure(prompt_cache):
+            yield from stream_generate(
+                model, tokenizer, prompt, prompt_cache=prompt_cache, **options
+            )
+    except MoefluxError as error:
+        print(f"moeflux: {error}: the question is forgotten", file=sys.stderr)

@@ -1,0 +1,111 @@
+"""``moeflux serve``: mlx-lm's server and flags, our loader, metrics, a status page."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+from ..cache_layouts import CACHE_BITS, CACHE_GROUPS
+from ..errors import ConfigError
+from .arguments import Parser, check_number, integer, number, one_of
+from .generate import add_native_flag, add_streaming_flags, streaming_options
+
+# What of mlx-lm's numbers can be used; it takes any.
+NUMBERS = {
+    "port": integer(0, 65535),
+    "num_draft_tokens": integer(1, 1024),
+    "temp": number(),
+    "top_p": number(0, 1),
+    "top_k": integer(0),
+    "min_p": number(0, 1),
+    "max_tokens": integer(1),
+    "decode_concurrency": integer(1),
+    "prompt_concurrency": integer(1),
+    "prefill_step_size": integer(1),
+    "prompt_cache_size": integer(0),
+    "prompt_cache_bytes": integer(0, 2**62),
+    "kv_bits": one_of(*CACHE_BITS),
+    "kv_group_size": one_of(*CACHE_GROUPS),
+    "quantized_kv_start": integer(0),
+}
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``serve``; its flags are looked up once it is used."""
+    parser = subparsers.add_parser("serve", help="answer requests over HTTP")
+    parser.late = _parser
+
+
+def _parser(prog: str) -> Parser:
+    parser = Parser(
+        prog=prog,
+        parents=[stock_parser()],
+        conflict_handler="resolve",
+        description=(
+            "Answer requests over HTTP as OpenAI's servers do. The flags are "
+            "mlx_lm.server's and those below. /health and /metrics are for machines, / "
+            "for people."
+        ),
+    )
+    parser.add_argument(
+        "--model", required=True, help="model directory or Hugging Face repository"
+    )
+    parser.add_argument(
+        "--allowed-origins",
+        type=lambda text: [origin for origin in text.split(",") if origin],
+        default=[],
+        metavar="ORIGINS",
+        help="web pages of others that may use this server, as https://a,https://b; * "
+        "allows all (default: none)",
+    )
+    add_streaming_flags(parser)
+    add_native_flag(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+class _Made(Exception):
+    """Ends mlx-lm's ``main`` where its parser is complete."""
+
+    def __init__(self, parser: argparse.ArgumentParser):
+        self.parser = parser
+
+
+class _Kept(argparse.ArgumentParser):
+    def parse_args(self, *_: Any, **__: Any) -> NoReturn:
+        raise _Made(self)
+
+
+def stock_parser() -> argparse.ArgumentParser:
+    """Return the parser of mlx-lm's server, which its ``main`` makes for itself."""
+    # Not before it is needed: it takes a while, and whoever loads a model looks whether
+    # this process is a server.
+    from mlx_lm import server
+
+    from ..serving.replaced import replaced
+
+    with replaced(server, argparse=SimpleNamespace(ArgumentParser=_Kept)):
+        try:
+            server.main()
+        except _Made as made:
+            return made.parser
+    raise AssertionError("mlx_lm.server parsed no arguments")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until somebody ends the process."""
+    for name, parse in NUMBERS.items():
+        if (value := getattr(args, name)) is not None:
+            check_number(f"--{name.replace('_', '-')}", value, parse)
+    if not isinstance(args.chat_template_args, dict):
+        raise ConfigError("[serve] --chat-template-args: expected a JSON object")
+    if args.pipeline:
+        raise ConfigError("[serve] expected one process but got --pipeline")
+    logging.basicConfig(
+        level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s"
+    )
+    from ..serving.server import serve
+
+    return serve(args, streaming_options(args))

@@ -1,0 +1,34 @@
+"""What of a served model is its own class's, and what mlx-lm's class got from us."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def keeper_of(model: Any) -> Any:
+    """Return what keeps a model to its memory plan; None where nothing bounds it."""
+    return getattr(_owner(model), "keeper", None)
+
+
+def plan_of(model: Any) -> Any:
+    """Return a model's memory plan; None where nothing bounds its process."""
+    return getattr(_owner(model), "plan", None)
+
+
+def bounds_of(model: Any) -> tuple[int, int]:
+    """Return how many tokens a model knows, and how many a sequence may have."""
+    if (needs := getattr(model, "needs", None)) is not None:
+        return needs.vocab_size, needs.most_tokens
+    fields = dict(vars(getattr(model, "args", object)))
+    fields |= fields.get("text_config") or {}
+    names = "vocab_size", "max_position_embeddings"
+    found = [fields.get(name) for name in names]
+    vocab_size, most = (
+        n if isinstance(n, int) and n > 0 else sys.maxsize for n in found
+    )
+    return vocab_size, most
+
+
+def _owner(model: Any) -> Any:
+    return getattr(model, "runtime", model)

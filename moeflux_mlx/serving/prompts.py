@@ -1,0 +1,69 @@
+"""The prompts that a server keeps: they count as memory, and give way."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import LRUPromptCache
+
+from ..caches import arrays_of
+
+_kept: weakref.WeakSet[KeptPrompts] = weakref.WeakSet()
+
+
+class KeptPrompts(LRUPromptCache):
+    """mlx-lm's prompt caches, where those of failed requests are not kept.
+
+    Args:
+        max_size, max_bytes: as mlx-lm has them.
+        keeper: returns what keeps the served model to its memory plan, if anything.
+    """
+
+    def __init__(
+        self,
+        max_size: int = 10,
+        max_bytes: int | None = None,
+        keeper: Callable[[], Any] = lambda: None,
+    ):
+        super().__init__(max_size, 1 << 63 if max_bytes is None else max_bytes)
+        self._keeper = keeper
+        _kept.add(self)
+
+    def insert_cache(
+        self, model: Any, tokens: list[int], prompt_cache: Any, **options: Any
+    ) -> None:
+        """Keep a request's caches, unless it failed and has none."""
+        if prompt_cache is None:
+            return
+        # A part of a batch's caches would hold all of them until it is computed.
+        mx.eval(arrays_of(prompt_cache))
+        self._count(prompt_cache)
+        super().insert_cache(model, tokens, prompt_cache, **options)
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
+        """Return caches to continue; never of the whole prompt.
+
+        mlx-lm's batches need a token to begin with.
+        """
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        if not rest:
+            return None, tokens
+        self._count(cache or [])
+        return cache, rest
+
+    def _count(self, cache: Any) -> None:
+        if (keeper := self._keeper()) is not None:
+            keeper.count(cache)
+
+
+def release_oldest_prompt() -> bool:
+    """Drop the oldest prompt that a server keeps; tell whether there was one."""
+    for prompts in _kept:
+        if len(prompts):
+            prompts.trim_to(n_sequences=len(prompts) - 1)
+            mx.clear_cache()
+            return True
+    return False
