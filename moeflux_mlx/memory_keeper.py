@@ -92,7 +92,7 @@ class MemoryKeeper:
         floor = self._floor if spares else self._streamer.least_slots
         parts = self._parts(measured=t > 1)
         choice = self._choose(parts, call, floor)
-        if choice is None:
+        if choice is None and not spares:
             # Caches in reference cycles live on until they are collected.
             gc.collect()
             mx.clear_cache()

@@ -65,6 +65,7 @@ def _guard_requests(server: ModuleType) -> None:
             self.prompt_cache = kept_prompts(self)
         found = tokenize(self, tokenizer, request, args)
         check_arguments(args, len(found[0]), *bounds_of(self.model_provider.model))
+        _check_room(self, len(found[0]))
         model_key = self.model_provider.model_key
         self._make_state_machine(model_key, tokenizer, args.stop_words)
         server._make_sampler(args, tokenizer)
@@ -90,6 +91,20 @@ def _guard_requests(server: ModuleType) -> None:
     server.ResponseGenerator._tokenize = checked
     server.ResponseGenerator.generate = begun
     server.APIHandler.handle_completion = answered
+
+
+def _check_room(generator: Any, n_prompt: int) -> None:
+    """Raise BudgetError for a prompt that never has room, before it is read."""
+    plan = plan_of(generator.model_provider.model)
+    # The plan is of caches that are not quantised.
+    if plan is None or generator.cli_args.kv_bits is not None:
+        return
+    if n_prompt > plan.context_tokens:
+        raise BudgetError(
+            f"[memory] expected a prompt of at most {plan.context_tokens} tokens, for "
+            f"which {plan.budget_bytes} bytes have room, but got {n_prompt}: shorten "
+            "it, or raise memory"
+        )
 
 
 def kept_prompts(generator: Any) -> KeptPrompts:

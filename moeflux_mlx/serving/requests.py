@@ -178,10 +178,10 @@ def _check_message(where: str, message: Any) -> None:
 
 
 def _is_call(call: Any) -> bool:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict | None):
+    function = call.get("function", {}) if isinstance(call, dict) else None
+    if not isinstance(function, dict):
         return False
-    text = (function or {}).get("arguments")
+    text = function.get("arguments")
     if not isinstance(text, str) or not text:
         return isinstance(text, str | dict | None)
     try:
