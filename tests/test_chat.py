@@ -1,0 +1,82 @@
+"""``moeflux chat``: mlx-lm's own chat, typed into, beside it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import moeflux
+from test_serving import damage
+
+from moeflux_mlx.cli.inspect import summarize
+
+TYPED = "hello\nand then\nr\nhello\nh\nq\n"
+
+
+def said(text: str) -> str:
+    """Return what a chat printed, without colours, speeds and the frame's width."""
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]|[\x01\x02]", "", text)
+    text = re.sub(r"[─╭╮╰╯]+|\d+\.\d+ (?:tok/s|GB)", "", text)
+    return re.sub(r"[^\S\n]+", " ", text)
+
+
+@pytest.fixture(scope="module")
+def stock(checkpoint: Path) -> str:
+    """What mlx-lm's own chat says to the plain model."""
+    command = [sys.executable, "-m", "mlx_lm", "chat", "--model", str(checkpoint)]
+    done = subprocess.run(
+        [*command, "-m", "12"], input=TYPED, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return said(done.stdout)
+
+
+@pytest.mark.parametrize("name", ["plain", "packed"])
+def test_a_chat_says_what_stocks_says(name, checkpoint, packed, stock):
+    model = {"plain": checkpoint, "packed": packed}[name]
+    memory = summarize(packed).minimum_bytes
+    flags = "-m", 12, "--expert-memory", memory
+    done = moeflux("chat", "--model", model, *flags, text=TYPED)
+    assert done.returncode == 0, done.stderr
+    assert said(done.stdout).replace(str(packed), str(checkpoint)) == stock
+
+
+def test_a_question_that_fails_is_forgotten_and_the_chat_goes_on(packed, tmp_path):
+    """Tokens that end at a damaged expert leave nothing behind."""
+    model = Path(shutil.copytree(packed, tmp_path / "model"))
+    memory = summarize(packed).minimum_bytes
+    flags = "--model", model, "-m", 4, "--expert-memory", memory
+    for expert in range(8):
+        damage(model, 2, expert)
+    done = moeflux("chat", *flags, text="one\ntwo\nq\n")
+    assert done.returncode == 0
+    lines = [line for line in done.stderr.splitlines() if "expert " in line]
+    assert len(lines) == 2 and "bye" in done.stdout
+    assert all("the question is forgotten" in line for line in lines)
+
+
+def test_the_end_of_what_is_typed_ends_a_chat_well(packed):
+    done = moeflux("chat", "--model", packed, "-m", 2, text="hello\n")
+    assert done.returncode == 0 and "Error" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--model", "{none}"],
+        ["--model", "{packed}", "--temp", "nan"],
+        ["--model", "{packed}", "--max-kv-size", "0"],
+        ["--model", "{packed}", "--pipeline"],
+        ["--model", "{packed}", "--memory", "1KB"],
+        [],
+    ],
+)
+def test_a_chat_that_cannot_begin_says_why_in_one_line(args, packed, tmp_path):
+    places = {"none": tmp_path / "none", "packed": packed}
+    done = moeflux("chat", *(arg.format(**places) for arg in args))
+    *_, line = done.stderr.splitlines()
+    assert done.returncode == 2 and re.match(r"moeflux: \[[-\w]+\] ", line), done.stderr
