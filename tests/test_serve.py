@@ -256,22 +256,24 @@ def test_requests_that_wait_are_counted_and_told(client):
         assert all(one.result().body.endswith(b"[DONE]\n\n") for one in sent)
 
 
-def test_a_client_that_hangs_up_ends_its_own_request_only(client, answers):
-    name = "moeflux_requests_total/499"
-    before = client.metrics().get(name, 0)
-    body = {"prompt": "x", "max_tokens": 4000, "stream": True, "temperature": 0}
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_ends_its_own_request_only(client, answers, stream):
+    hung_up, made = "moeflux_requests_total/499", "moeflux_tokens_total/generation"
+    before = client.metrics()
+    body = {"prompt": "x", "max_tokens": 4000, "stream": stream, "temperature": 0}
     data = json.dumps(body).encode()
     host, port = client.place.split(":")
     head = f"POST {TEXT} HTTP/1.0\r\nHost: {client.place}\r\n".encode()
     head += f"Content-Length: {len(data)}\r\n\r\n".encode()
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head + data)
-        assert connection.recv(4096)
+        until(lambda: client.metrics()[made] > before[made] + 2)
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head + data[:5])
     assert client.complete(PROMPTS[1]) == answers[PROMPTS[1]]
-    until(lambda: client.metrics().get(name, 0) == before + 2)
+    until(lambda: client.metrics().get(hung_up, 0) == before.get(hung_up, 0) + 2)
     until(lambda: client.metrics()["moeflux_requests_open"] == 0)
+    assert client.metrics()[made] - before[made] < 4000
 
 
 def test_the_status_page_shows_what_there_is_and_nothing_of_others(

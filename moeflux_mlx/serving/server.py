@@ -8,6 +8,7 @@ import io
 import ipaddress
 import json
 import logging
+import select
 import signal
 import socket
 import sys
@@ -118,6 +119,8 @@ class Generator(stock.ResponseGenerator):
 
     def __init__(self, provider: Provider):
         self.record = Record()
+        # What tells the thread of a request whether its client went away.
+        self.here = threading.local()
         self._loaded = threading.Event()
         self._failure: BaseException | None = None
         super().__init__(provider, LRUPromptCache(provider.cli_args.prompt_cache_size))
@@ -161,17 +164,29 @@ class Generator(stock.ResponseGenerator):
         generation_args: Any,
         progress_callback: Callable[[int, int], None] | None = None,
     ) -> Any:
-        """Have a request answered; what it costs is counted."""
+        """Have a request answered, in the thread of its handler.
+
+        Raises:
+            ConnectionError: also where answers are taken: the client went away.
+        """
         # One model is served, whatever name of it the request used.
         generation_args.model.model = generation_args.model.draft = DEFAULT
-        context, responses = super().generate(
-            request, generation_args, progress_callback
-        )
-        return context, self._counted(context, responses)
+        check = self.here.check_client
 
-    def _counted(self, context: Any, responses: Iterator[Any]) -> Iterator[Any]:
+        def progress(n_done: int, n_tokens: int) -> None:
+            check()
+            if progress_callback is not None:
+                progress_callback(n_done, n_tokens)
+
+        context, responses = super().generate(request, generation_args, progress)
+        return context, self._counted(context, responses, check)
+
+    def _counted(
+        self, context: Any, responses: Iterator[Any], check: Callable[[], None]
+    ) -> Iterator[Any]:
         is_first = True
         for response in responses:
+            check()
             if is_first:
                 n_cached = max(0, context.prompt_cache_count)
                 self.record.add_prompt(len(context.prompt), n_cached)
@@ -227,6 +242,7 @@ class Handler(stock.APIHandler):
             try:
                 self._check_sender()
                 self._check_request()
+                self.response_generator.here.check_client = self._check_client
                 super().do_POST()
             except ConnectionError:
                 self.failure = HUNG_UP, "the client went away"
@@ -290,6 +306,13 @@ class Handler(stock.APIHandler):
         if len(data) < n_bytes:
             raise ConnectionResetError("the client went away")
         return data
+
+    def _check_client(self) -> None:
+        """Raise ConnectionResetError if the client went away; waits for nothing."""
+        poll = select.poll()
+        poll.register(self.connection, select.POLLIN)
+        if poll.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
+            raise ConnectionResetError("the client went away")
 
     def _check_sender(self) -> None:
         """Refuse what a web page of others may have a browser send.
