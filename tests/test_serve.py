@@ -336,35 +336,39 @@ def test_kept_prompts_are_in_the_plan_and_a_request_too_large_fails_alone(tmp_pa
     with serving(*args) as client:
         limit = client.metrics()["moeflux_prompt_cache_limit_bytes"]
         assert 0 < limit < 340e6
-        for i in range(6):
-            client.complete(f"{i} " + "word " * 250, max_tokens=2)
+        for i in range(5):
+            client.complete(f"{i} " + "word " * 200, max_tokens=2)
             found = client.metrics()
             assert 0 < found["moeflux_prompt_cache_bytes"] <= limit
             assert found["moeflux_process_bytes"] <= 340e6
-        assert found["moeflux_prompt_cache_prompts"] < 6
-        for n_words in (2500, 500):
-            body = {"prompt": "word " * n_words, "max_tokens": 2000}
-            answer = client.post(TEXT, body)
-            assert answer.status == 503 and "[memory]" in answer.error
+        assert found["moeflux_prompt_cache_prompts"] < 5
+        answer = client.post(TEXT, {"prompt": "word " * 2500, "max_tokens": 2})
+        assert answer.status == 503 and "[memory]" in answer.error
         text = mlx_lm.generate(stock, tokenizer, "x", max_tokens=N_TOKENS)
         assert client.complete("x") == text
 
 
-def test_a_second_turn_reads_only_what_is_new(client):
+@pytest.mark.parametrize("fields", [{}, {"seed": 1}], ids=["batch", "alone"])
+def test_a_second_turn_reads_only_what_is_new(client, checkpoint, fields):
     """States of linear attention cannot be cut, so prompts are kept where turns end."""
-    first = [{"role": "user", "content": "one " * 20}]
+    first = [{"role": "user", "content": f"one {fields} " * 9}]
     more = {"role": "assistant", "content": "two"}, {"role": "user", "content": "three"}
-    fields = {"max_tokens": 4, "temperature": 0}
 
-    def usage(messages: list[dict]) -> tuple[int, int]:
+    def told(messages: list[dict], **fields: object) -> tuple[str, int, int]:
+        fields = {"max_tokens": 4, "temperature": 0, **fields}
         answer = client.post(CHAT, {"messages": messages, **fields})
-        found = json.loads(answer.body)["usage"]
-        return found["prompt_tokens"], found["prompt_tokens_details"]["cached_tokens"]
+        found, used = json.loads(answer.body), json.loads(answer.body)["usage"]
+        n_kept = used["prompt_tokens_details"]["cached_tokens"]
+        text = found["choices"][0]["message"]["content"]
+        return text, used["prompt_tokens"], n_kept
 
-    n_first, _ = usage(first)
-    n_second, n_kept = usage([*first, *more])
+    _, n_first, _ = told(first, **fields)
+    text, n_second, n_kept = told([*first, *more], **fields)
     assert n_second > n_kept >= n_first - 1
     assert n_second - n_kept <= len("\ntwo\nthree\n") + 1
+    model, tokenizer = mlx_lm.load(str(checkpoint))
+    prompt = tokenizer.apply_chat_template([*first, *more], add_generation_prompt=True)
+    assert text == mlx_lm.generate(model, tokenizer, prompt, max_tokens=4)
 
 
 def test_every_flag_of_stocks_server_is_there():

@@ -38,6 +38,7 @@ from .requests import (
     check_text,
     parse_body,
 )
+from .turns import generate_in_turns
 
 # What a request names the served model by, beside its path or id.
 DEFAULT = "default_model"
@@ -140,6 +141,23 @@ class Generator(stock.ResponseGenerator):
         finally:
             self._loaded.set()
         super()._generate()
+
+    def _tokenize(self, *args: Any) -> Any:
+        found = super()._tokenize(*args)
+        self._divided = found[:3]
+        return found
+
+    def _serve_single(self, *args: Any) -> None:
+        def keep(tokens: list[int], cache: list[Any], kind: str) -> None:
+            key = self.model_provider.model_key
+            self.prompt_cache.insert_cache(key, tokens, cache, cache_type=kind)
+
+        def generate(**options: Any) -> Iterator[Any]:
+            tokens, segments, kinds = self._divided
+            yield from generate_in_turns(tokens, segments, kinds, keep, **options)
+
+        with replaced(stock, stream_generate=generate):
+            super()._serve_single(*args)
 
     def wait_until_loaded(self) -> None:
         """Return once the model is there.
