@@ -268,8 +268,10 @@ def pack_classes(model_file: str) -> tuple[type, type]:
     ``--trust-remote-code``; memory and executor come from the environment.
     """
     directory = Path(model_file).resolve().parent
+    # First: a server whose model cannot be loaded ends.
+    give_way = serving.join()
     check_settings()
-    options = RunOptions(directory=directory, give_way=serving.join())
+    options = RunOptions(directory=directory, give_way=give_way)
     found = load_config(directory)
     if not has_own_class(found.get("model_type")):
         return door_classes(directory, found)

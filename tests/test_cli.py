@@ -19,7 +19,7 @@ import moeflux_mlx
 PROMPT = "def add(a, b):"
 N_TOKENS = 40
 COMMANDS = ["generate", "pack", "verify", "inspect", "compare", "profile", "tune"]
-COMMANDS += ["trace", "cachesim"]
+COMMANDS += ["trace", "cachesim", "chat", "serve"]
 
 
 def one_line_error(done: subprocess.CompletedProcess[str]) -> str:
