@@ -98,6 +98,7 @@ COMMANDS = {
     "inspect": (0, ["inspect", "--memory", "1GB"]),
     "trace": (0, ["trace", "--prompt", "y", "-m", "2", "-o", "trace.npz"]),
     "profile": (0, ["profile", "--executor", "ops", "--repeats", "1"]),
+    "chat": (0, ["chat", "-m", "1", "--expert-memory", "4MB", "--model"]),
     # Stock mlx-lm, our packer and our tuner have nothing to do with such a model.
     "compare": (2, ["compare", "--prompt", "y", "--max-tokens", "2"]),
     "tune": (2, ["tune", "--executor", "ops"]),

@@ -18,7 +18,9 @@ from pathlib import Path
 import mlx_lm
 import pytest
 from commands import called, moeflux, running
+from hostile import make_hostile
 from serving_client import N_TOKENS, Client, read, serving, until
+from test_security import with_own_tokenizer
 from test_serving import damage
 from tiny import make_checkpoint
 
@@ -301,6 +303,19 @@ def test_the_status_page_shows_what_there_is_and_nothing_of_others(
     assert f"of {asked:,.0f}" in page and "404" in page
 
 
+def test_nothing_that_a_model_brings_is_run(tmp_path):
+    mark = tmp_path / "mark"
+    model = with_own_tokenizer(make_hostile(tmp_path / "model", mark))
+    other = make_hostile(tmp_path / "other", mark)
+    args = model, tmp_path / "log", "--expert-memory", "4MB"
+    with serving(*args) as client:
+        assert client.post(CHAT, {"messages": MESSAGES, "max_tokens": 2}).status == 200
+        for field in ("model", "draft_model", "adapters"):
+            assert client.post(TEXT, {"prompt": "x", field: str(other)}).status == 404
+        assert client.get("/").status == 200
+    assert not mark.exists()
+
+
 def test_a_damaged_expert_ends_the_requests_that_ask_for_it(packed, answers, tmp_path):
     model = Path(shutil.copytree(packed, tmp_path / "model"))
     memory = summarize(packed).minimum_bytes
@@ -392,12 +407,16 @@ def test_every_flag_of_stocks_server_is_there():
         ["--model", "{packed}", "--temp", "nan"],
         ["--model", "{packed}", "--chat-template-args", "[]"],
         ["--model", "{packed}", "--pipeline"],
+        ["--model", "{packed}", "--prompt-concurrency", "8"],
+        ["--model", "{packed}", "--draft-model", "{plain}"],
         ["--model", "{packed}", "--policy", "x"],
         [],
     ],
 )
-def test_a_server_that_cannot_begin_says_why_in_one_line(args, packed, tmp_path):
-    places = {"none": tmp_path / "none", "packed": packed}
+def test_a_server_that_cannot_begin_says_why_in_one_line(
+    args, checkpoint, packed, tmp_path
+):
+    places = {"none": tmp_path / "none", "packed": packed, "plain": checkpoint}
     done = moeflux("serve", *(arg.format(**places) for arg in args))
     *_, line = done.stderr.splitlines()
     assert done.returncode == 2 and re.match(r"moeflux: \[[-\w]+\] ", line), done.stderr

@@ -22,7 +22,6 @@ NUMBERS = {
     "min_p": number(0, 1),
     "max_tokens": integer(1),
     "decode_concurrency": integer(1),
-    "prompt_concurrency": integer(1),
     "prefill_step_size": integer(1),
     "prompt_cache_size": integer(0),
     "prompt_cache_bytes": integer(0, 2**62),
@@ -59,6 +58,13 @@ def _parser(prog: str) -> Parser:
         metavar="ORIGINS",
         help="web pages of others that may use this server, as https://a,https://b; * "
         "allows all (default: none)",
+    )
+    # Prompts are read one after the other, so that an error is of one of them.
+    parser.add_argument(
+        "--prompt-concurrency",
+        type=one_of(1),
+        default=1,
+        help="prompts are read one at a time: 1 is all there is",
     )
     add_streaming_flags(parser)
     add_native_flag(parser)

@@ -15,12 +15,11 @@ from mlx_lm.generate import (
 
 from ..errors import BudgetError, MoefluxError
 
-_running: weakref.WeakSet[GuardedBatches] = weakref.WeakSet()
-
 
 def n_waiting() -> int:
     """Return how many requests a server has taken whose prompts it has not begun."""
-    return sum(len(batches._unprocessed_sequences) for batches in _running)
+    batches = None if GuardedBatches.latest is None else GuardedBatches.latest()
+    return 0 if batches is None else len(batches._unprocessed_sequences)
 
 
 class _Guarded:
@@ -111,8 +110,11 @@ class GuardedTokens(_Guarded, GenerationBatch):
 class GuardedBatches(BatchGenerator):
     """mlx-lm's continuous batching, which reports failed requests and goes on.
 
-    Prompts are read one after the other, so that an error is of one of them.
+    Prompts are read one after the other, so that an error is of one of them. A server
+    has one of these at a time, the ``latest``.
     """
+
+    latest: weakref.ref[GuardedBatches] | None = None
 
     def __init__(self, model: Any, **options: Any):
         options["prefill_batch_size"] = 1
@@ -123,7 +125,7 @@ class GuardedBatches(BatchGenerator):
         )
         self._generation_batch = GuardedTokens.empty(model, self.sampler)
         self._prompt_batch.failed = self._generation_batch.failed = self._failed
-        _running.add(self)
+        GuardedBatches.latest = weakref.ref(self)
 
     def _next(self) -> tuple[list[Any], list[Any]]:
         before = self._uids()

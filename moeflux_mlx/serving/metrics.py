@@ -105,7 +105,7 @@ def _of_requests(now: Now) -> Iterator[Metric]:
     requests = CounterMetricFamily(
         "moeflux_requests", "Requests for text by how they ended", labels=["status"]
     )
-    for status, n in sorted(record.statuses.copy().items()):
+    for status, n in record.ended().items():
         requests.add_metric([str(status)], n)
     yield requests
     tokens = CounterMetricFamily(

@@ -120,11 +120,10 @@ def _asked(experts: Any) -> int:
 
 def _requests(now: Now) -> Rows:
     record = now.record
-    statuses = sorted(record.statuses.copy().items())
     return [
         ("open", f"{record.n_open:,}"),
         ("waiting in the queue", f"{now.n_queued:,}"),
-        *((f"ended with {status}", f"{n:,}") for status, n in statuses),
+        *((f"ended with {status}", f"{n:,}") for status, n in record.ended().items()),
         ("tokens read", f"{record.prompt_tokens:,}"),
         ("tokens from kept prompts", f"{record.cached_tokens:,}"),
         ("tokens generated", f"{record.generated_tokens:,}"),
@@ -156,7 +155,7 @@ def _failures(now: Now) -> str:
     items = "".join(
         f'<li><span class="quiet">{_clock(f.when)}</span> '
         f'<b class="bad">{int(f.status)}</b> {_text(f.text)}</li>'
-        for f in reversed([*now.record.failures])
+        for f in now.record.recent()
     )
     body = f"<ol>{items}</ol>" if items else '<p class="quiet">none</p>'
     return f'<section class="wide"><h2>Recent errors</h2>{body}</section>\n'

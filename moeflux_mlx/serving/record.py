@@ -61,6 +61,16 @@ class Record:
             if error is not None:
                 self.failures.append(Failure(time.time(), status, error))
 
+    def ended(self) -> dict[int, int]:
+        """Return how many requests ended by status."""
+        with self._lock:
+            return dict(sorted(self.statuses.items()))
+
+    def recent(self) -> list[Failure]:
+        """Return the last errors, the newest first."""
+        with self._lock:
+            return [*reversed(self.failures)]
+
     def add_prompt(self, n_tokens: int, n_cached: int) -> None:
         """Count a prompt that was read, all but what a kept one had of it."""
         with self._lock:

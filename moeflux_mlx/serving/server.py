@@ -21,7 +21,11 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 from mlx_lm import server as stock
-from mlx_lm.models.cache import LRUPromptCache
+from mlx_lm.models.cache import (
+    LRUPromptCache,
+    can_trim_prompt_cache,
+    make_prompt_cache,
+)
 
 from ..download import find_model
 from ..errors import ConfigError, RequestError
@@ -92,6 +96,13 @@ class Provider(stock.ModelProvider):
     def _load(self, *key: Any) -> None:
         with replaced(stock, load=self._opened):
             super()._load(*key)
+        if self.draft_model is None:
+            return
+        if not can_trim_prompt_cache(make_prompt_cache(self.model)):
+            raise ConfigError(
+                "[serve] expected a model that can take tokens back but got "
+                f"--draft-model with {self.model.model_type}, whose layers cannot"
+            )
 
     def _opened(
         self,
