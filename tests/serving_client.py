@@ -73,6 +73,15 @@ class Client:
             for sample in family.samples
         }
 
+    def settled(self) -> dict[str, float]:
+        """Return the metrics once every request is counted, which its answer is not."""
+
+        def found() -> dict[str, float] | None:
+            metrics = self.metrics()
+            return metrics if metrics["moeflux_requests_open"] == 0 else None
+
+        return until(found)
+
     def _send(self, method: str, path: str, data: Any, headers: dict) -> Answer:
         connection = http.client.HTTPConnection(self.place, timeout=120)
         with contextlib.closing(connection):

@@ -161,7 +161,7 @@ WRONG_BODIES += [b'{"prompt": "x", "temperature": NaN}', b'{"top_k": 1' + b"0" *
 def test_what_is_no_request_gets_a_status_and_a_reason_and_harms_nobody(
     client, answers
 ):
-    before = client.metrics()
+    before = client.settled()
     n_wrong = 0
     with ThreadPoolExecutor(1) as other:
         neighbour = other.submit(client.complete, PROMPTS[0])
@@ -180,7 +180,7 @@ def test_what_is_no_request_gets_a_status_and_a_reason_and_harms_nobody(
             assert answer.status == 400 and "[body]" in answer.error, body[:40]
         assert neighbour.result() == answers[PROMPTS[0]]
     assert client.complete(PROMPTS[1]) == answers[PROMPTS[1]]
-    after = client.metrics()
+    after = client.settled()
     name = "moeflux_requests_total/400"
     assert after[name] - before.get(name, 0) == n_wrong
 
@@ -217,10 +217,10 @@ def test_metrics_are_the_streamers_own_counts(served, answers):
     client, counts = served
     for prompt in PROMPTS:
         assert client.complete(prompt) == answers[prompt]
-    before, own = client.metrics(), counts()
+    before, own = client.settled(), counts()
     n_prompt = len(PROMPTS[0])
     text = client.complete(PROMPTS[0] + "\n", max_tokens=7)
-    found, then = client.metrics(), counts()
+    found, then = client.settled(), counts()
     assert text and then["misses"] > own["misses"] > 0
     for metrics, kept in ((before, own), (found, then)):
         for name in ("hits", "misses", "read_ahead", "read_bytes", "second_tries"):
@@ -261,7 +261,7 @@ def test_requests_that_wait_are_counted_and_told(client):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_ends_its_own_request_only(client, answers, stream):
     hung_up, made = "moeflux_requests_total/499", "moeflux_tokens_total/generation"
-    before = client.metrics()
+    before = client.settled()
     body = {"prompt": "x", "max_tokens": 4000, "stream": stream, "temperature": 0}
     data = json.dumps(body).encode()
     host, port = client.place.split(":")
@@ -286,8 +286,8 @@ def test_the_status_page_shows_what_there_is_and_nothing_of_others(
     with serving(model, tmp_path / "log") as client:
         assert client.complete(PROMPTS[0]) == answers[PROMPTS[0]]
         client.post(TEXT, {"prompt": "x", "model": "<img src=x onerror=alert(1)>"})
+        found = client.settled()
         answer = client.get("/")
-        found = client.metrics()
     page = answer.body.decode()
     assert answer.status == 200
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
@@ -331,7 +331,7 @@ def test_a_damaged_expert_ends_the_requests_that_ask_for_it(packed, answers, tmp
         event = client.post(TEXT, {**body, "stream": True}).events[-1]
         assert "expert " in event["error"]
         assert client.get("/health").status == 200
-        assert client.metrics()["moeflux_requests_total/500"] == 2
+        assert client.settled()["moeflux_requests_total/500"] == 2
         for place in places:
             damage(model, *place)
         assert {prompt: client.complete(prompt) for prompt in PROMPTS} == answers
