@@ -38,6 +38,11 @@ class KernelExecutor(Executor):
         self.usable: Usable = any_kernel
 
     @property
+    def instances(self) -> tuple[Instance, ...]:
+        """What was built so far, in order: a kernel once for each set of values."""
+        return tuple(self._built)
+
+    @property
     def built(self) -> tuple[str, ...]:
         """Names of the kernels built so far, in order."""
         return tuple(dict.fromkeys(instance.kernel.name for instance in self._built))
