@@ -2,8 +2,8 @@
 """Estimate the registers of every kernel, and whether M1 and M2 would take its launch.
 
 An estimate: the source that Metal would get is compiled for another GPU. Each kernel is
-looked at with the templates of its samples, of its large size and of the published
-widths. Exit code 1: a launch does not fit.
+looked at with all that is compiled into it: for its samples, for its large size and for
+the published widths. Exit code 1: a launch does not fit.
 
 Usage: python scripts/kernel_registers.py [--only PATTERN]
 """
@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from moeflux_mlx.device import THREADGROUP_REGISTERS
 from moeflux_mlx.executors.registers import fits, n_threads, registers
-from moeflux_mlx.launch import KERNELS, Kernel, Launch
+from moeflux_mlx.launch import KERNELS, Kernel, Launch, prepare
 
 EXPERT = dict(k=8, bits=4, g=64, s=0)
 # What the geometries of Qwen3.5 and Qwen3.6 reach when they decode, and the widest that
@@ -60,14 +60,14 @@ EXCUSED = {
 
 
 def launches(kernel: Kernel) -> Iterator[Launch]:
-    """Yield the launches to look at, each template once."""
+    """Yield the launches to look at, each source once."""
     seen = set()
     wide = mx.bfloat16 if mx.bfloat16 in kernel.dtypes else kernel.dtypes[0]
     sizes = [(kernel.dtypes[0], each) for each in kernel.sizes]
     sizes += [(wide, each) for each in PUBLISHED.get(kernel.name, ())]
     for dtype, each in (*sizes, (wide, kernel.large)):
         launch = kernel(*kernel.arguments(dtype, **each))
-        form = dtype, tuple(launch.template.items()), launch.threadgroup
+        form = prepare(launch).instance, launch.threadgroup
         if form not in seen:
             seen.add(form)
             yield launch

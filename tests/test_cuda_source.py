@@ -13,9 +13,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from moeflux_mlx.executors.cuda import GEOMETRY, bind
+from moeflux_mlx.executors.cuda import bound
 from moeflux_mlx.launch import KERNELS, prepare
-from moeflux_mlx.launch.base import Prepared
+from moeflux_mlx.launch.prepared import Prepared
 from moeflux_mlx.metal import cuda, library
 
 TYPES = {
@@ -48,7 +48,8 @@ def samples(family: str) -> Iterator[Prepared]:
             continue
         for dtype, sizes in itertools.product(kernel.dtypes, kernel.sizes):
             ready = prepare(kernel(*kernel.arguments(dtype, **sizes)))
-            key = kernel.name, tuple(ready.template)
+            values = ready.instance.values
+            key = kernel.name, tuple(values[p.name] for p in ready.kernel.template)
             if key not in seen:
                 seen.add(key)
                 yield ready
@@ -68,13 +69,12 @@ def translation_unit(family: str) -> str:
         if kernel.name not in seen:
             seen.add(kernel.name)
             parts.append(f"namespace msl {{ namespace {space} {{\n{code}}}\n")
-        values, inputs = bind(ready)
-        names = [p.name for p in kernel.inputs if p.name not in values]
-        pairs = zip(names, inputs, strict=True)
+        names = [p.name for p in ready.instance.inputs]
+        pairs = zip(names, bound(ready), strict=True)
         arguments = [f"const {TYPES[x.dtype]}* {name}" for name, x in pairs]
         outputs = zip(kernel.outputs, ready.output_dtypes, strict=True)
         arguments += [f"{TYPES[dtype]}* {p.name}" for p, dtype in outputs]
-        call = cuda.body(kernel, values).replace("msl::", f"msl::{space}::", 1)
+        call = cuda.body(ready.instance).replace("msl::", f"msl::{space}::", 1)
         header = f"__global__ void entry_{number}({', '.join(arguments)})"
         parts.append(f"{header} {{\n{call}\n}}\n")
     return "\n".join(parts)
@@ -102,10 +102,3 @@ def test_every_instantiation_is_in_the_source(family):
     assert text.count("__global__") == count > 0
     # No word of Metal is left that CUDA does not know.
     assert re.search(r"\b(threadgroup|device|constant|thread)\s|\[\[", text) is None
-
-
-def test_numbers_that_are_baked_are_scalars_of_some_kernel():
-    scalars = {
-        p.name for k in KERNELS.values() for p in k.metal.inputs if hasattr(p, "type")
-    }
-    assert scalars >= GEOMETRY

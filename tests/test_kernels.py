@@ -13,6 +13,7 @@ from moeflux_mlx.executors.kernels import metal_kernel
 from moeflux_mlx.executors.sim import SimExecutor
 from moeflux_mlx.launch import KERNELS, prepare
 from moeflux_mlx.launch.check import check, relative_error
+from moeflux_mlx.launch.prepared import Prepared
 from moeflux_mlx.metal import Input, library
 
 pytestmark = pytest.mark.skipif(
@@ -75,32 +76,24 @@ def test_not_a_number_in_an_output_is_an_infinite_error():
     assert relative_error(mx.array([np.nan, 1.0]), mx.array([0.0, 1.0])) == np.inf
 
 
-def in_constant_memory(kernel, names: set[str]) -> str:
+def in_constant_memory(ready: Prepared, names: set[str]) -> str:
     """Return the source that MLX writes when these inputs have few elements."""
-    ready = prepare(kernel(*kernel.arguments(kernel.dtypes[-1], **kernel.sizes[-1])))
     arrays = [
         mx.zeros(1 if p.name in names else 8, x.dtype) if isinstance(p, Input) else x
-        for p, x in zip(ready.kernel.inputs, ready.inputs, strict=True)
+        for p, x in zip(ready.instance.inputs, ready.inputs, strict=True)
     ]
-    options = {
-        "template": ready.template,
-        "grid": ready.grid,
-        "threadgroup": ready.threadgroup,
-        "output_shapes": ready.output_shapes,
-        "output_dtypes": ready.output_dtypes,
-    }
-    return simulator.written_source(
-        metal_kernel(kernel.name, lines=True), arrays, options
-    )
+    kernel = metal_kernel(ready.instance, lines=True)
+    return simulator.written_source(kernel, arrays, ready.options)
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_any_input_may_lie_in_constant_memory(name):
     """MLX puts inputs of fewer than 8 elements there: each alone, and all of them."""
     kernel = KERNELS[name]
-    names = [p.name for p in kernel.metal.inputs if isinstance(p, Input)]
+    ready = prepare(kernel(*kernel.arguments(kernel.dtypes[-1], **kernel.sizes[-1])))
+    names = [p.name for p in ready.instance.inputs if isinstance(p, Input)]
     for chosen in {frozenset(names), *(frozenset([n]) for n in names)}:
-        source = in_constant_memory(kernel, set(chosen))
+        source = in_constant_memory(ready, set(chosen))
         for n in chosen:
             assert re.search(rf"const constant \w+\* {n} \[\[buffer", source)
         simulator.examine(source)

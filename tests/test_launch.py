@@ -15,7 +15,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from moeflux_mlx.errors import KernelError
-from moeflux_mlx.launch import KERNELS, Kernel, Launch, base, prepare
+from moeflux_mlx.launch import KERNELS, Kernel, Launch, base, prepare, prepared
 from moeflux_mlx.launch.base import dims, expect, groups, kernel, require
 from moeflux_mlx.metal import Library
 from moeflux_mlx.metal.library import HEADER
@@ -57,7 +57,7 @@ def use(tmp_path, monkeypatch) -> Callable[[str], None]:
         (tmp_path / HEADER).write_text("")
         (tmp_path / "some.metal").write_text(metal)
         found = Library(tmp_path)
-        monkeypatch.setattr(base, "library", lambda: found)
+        monkeypatch.setattr(prepared, "library", lambda: found)
 
     write(METAL)
     return write
@@ -92,14 +92,14 @@ def test_a_launch_is_put_into_the_order_of_the_signature(use):
             mx.int32,
             mx.float32,
         ]
-        assert ready.template == [
+        assert list(ready.instance.values.items()) == [
             ("T", mx.float16),
             ("W", mx.bfloat16),
             ("U", mx.float32),
             ("N", 64),
             ("B", True),
         ]
-        assert type(ready.template[-1][1]) is bool
+        assert type(ready.instance.values["B"]) is bool
         assert (ready.grid, ready.threadgroup) == ((96, 3, 1), (32, 1, 1))
         assert ready.output_shapes == [(3, 8), (3,)]
         assert ready.output_dtypes == [mx.float16, mx.float32]
@@ -123,6 +123,85 @@ def test_a_launch_like_an_earlier_one_has_arrays_and_numbers_of_its_own(use):
     assert (found.inputs[3].item(), found.numbers["n"]) == (5, 5)
     with pytest.raises(KernelError, match="n: expected a number that fits"):
         prepare(changed("inputs", x=other, n=-1))
+
+
+# What is compiled in.
+def test_numbers_that_do_not_vary_are_compiled_in_and_not_bound(use, monkeypatch):
+    monkeypatch.setitem(prepared.FIXED, "every", frozenset({"n", "eps"}))
+    found = prepare(EVERY)
+    names = [p.name for p in found.instance.inputs]
+    assert names == ["x", "w", "where", "offset"]
+    assert [x.item() for x in found.inputs[3:]] == [-4]
+    assert list(found.instance.values.items())[5:] == [("n", 3), ("eps", 1e-5)]
+    assert prepare(changed("inputs", offset=7)).instance is found.instance
+    assert prepare(changed("inputs", n=np.int64(3))).instance is found.instance
+    assert prepare(changed("inputs", n=4)).instance is not found.instance
+    for n, message in ((-1, "a number that fits"), ([3], "a whole number")):
+        with pytest.raises(KernelError, match=rf"^\[every\] n: expected {message}"):
+            prepare(changed("inputs", n=n))
+    as_array = prepare(changed("inputs", n=mx.array(3, mx.uint32)))
+    assert "n" in [p.name for p in as_array.instance.inputs]
+
+
+def test_an_input_is_absent_where_the_template_says_so_and_only_there(use):
+    use(METAL.replace("bool B", "bool HAS_WHERE"))
+
+    def launch(has: bool, where: Any) -> Launch:
+        template = {"N": 64, "HAS_WHERE": has}
+        return dataclasses.replace(
+            EVERY, template=template, inputs={**EVERY.inputs, "where": where}
+        )
+
+    absent = prepare(launch(False, None))
+    assert "where" not in [p.name for p in absent.instance.inputs]
+    assert [x.shape for x in absent.inputs] == [(3, 8), (8,), (), (), ()]
+    assert prepare(launch(True, EVERY.inputs["where"])).inputs[2].shape == (2,)
+    with pytest.raises(KernelError, match=r"where: expected an mx\.array"):
+        prepare(launch(True, None))
+    with pytest.raises(KernelError, match="where: expected None, HAS_WHERE being fals"):
+        prepare(launch(False, EVERY.inputs["where"]))
+    with pytest.raises(KernelError, match="n: expected a whole number but got None"):
+        inputs = {**EVERY.inputs, "where": None, "n": None}
+        prepare(dataclasses.replace(launch(False, None), inputs=inputs))
+
+
+# Letters of a family's sizes that change while a model runs: sequences, tokens, rows,
+# parts of a cache, tokens of an expert.
+CHANGING = {
+    "attention": "btsrp",
+    "elementwise": "tn",
+    "embed": "t",
+    "linear_attention": "btn",
+    "mla": "ts",
+    "moe": "tm",
+    "norm": "t",
+    "quant": "t",
+}
+# Here a letter says something else, or there is one token only.
+OTHERWISE = {("attention_inputs", "s"), ("gated_delta_net_step", "t")}
+LONGER = [
+    pytest.param(kernel, letter, id=f"{kernel.name}-{letter}")
+    for kernel in KERNELS.values()
+    for letter in CHANGING.get(kernel.family, "")
+    if letter in kernel.sizes[0] and (kernel.name, letter) not in OTHERWISE
+]
+
+
+@pytest.mark.parametrize(("kernel", "letter"), LONGER)
+def test_a_kernel_is_compiled_once_for_any_number_of_tokens(kernel, letter):
+    # More rows than tokens, and more tokens than one expert has.
+    roomy = {"t": "s", "m": "t"}.get(letter)
+    sizes = dict(kernel.sizes[0])
+    if roomy in sizes and roomy in CHANGING[kernel.family]:
+        sizes[roomy] = 8
+
+    def instance(n: int) -> Any:
+        arguments = kernel.arguments(kernel.dtypes[0], **{**sizes, letter: n})
+        return prepare(kernel(*arguments)).instance
+
+    # So many rows that parts of a cache grow with them.
+    n = 1500 if letter == "s" else sizes[letter]
+    assert instance(n) is instance(4 * n)
 
 
 def test_the_limits_themselves_are_allowed(use):
@@ -321,6 +400,7 @@ def register(build: Callable[..., Launch], **options: Any) -> Kernel:
         "sample": lambda rng, dtype: (mx.ones((1,)),),
         "sizes": [{}],
         "large": {},
+        "varying": (),
     }
     return kernel(**{**wanted, **options})(build)
 
@@ -343,6 +423,30 @@ def test_a_kernel_is_registered_once_whole_and_documented():
         with pytest.raises(TypeError, match=message):
             register(build, **options)
     assert not {"undocumented", "other"} & set(KERNELS)
+
+
+def test_scalars_that_vary_are_named_and_are_the_signature_s(use, monkeypatch):
+    use(METAL.replace("constant int& offset", "constant half& offset"))
+    monkeypatch.setattr(base, "library", prepared.library)
+    monkeypatch.setattr(base, "KERNELS", {})
+    monkeypatch.setattr(base, "FIXED", {})
+
+    def every(x: mx.array) -> Launch:
+        """Do something."""
+
+    for varying, message in (
+        (("n_tokens",), r"varying expected some of \['n', 'offset', 'eps'\] but got"),
+        (("x",), "varying expected some of"),
+        (("n", "n"), "varying expected some of .* but got .*'n', 'n'"),
+        (("n",), "offset expected float, or to be varying"),
+    ):
+        with pytest.raises(TypeError, match=rf"^\[every\] {message}"):
+            register(every, varying=varying)
+    assert not base.KERNELS and not base.FIXED
+    with pytest.raises(TypeError, match="varying"):
+        kernel(reference=every, sample=None, sizes=[{}], large={})(every)
+    assert register(every, varying=("n", "offset")).fixed == {"eps"}
+    assert dict(base.FIXED) == {"every": {"eps"}}
 
 
 def test_an_argument_that_is_none_is_named_with_its_kernel():

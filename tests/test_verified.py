@@ -11,6 +11,7 @@ from op_cases import KERNEL_SPECS, SPECS
 
 import moeflux_mlx
 from moeflux_mlx import lowering, simulator
+from moeflux_mlx.executors.verified import fingerprint
 from moeflux_mlx.launch import KERNELS
 from moeflux_mlx.launch.check import relative_error
 from moeflux_mlx.lowering import GROUPS, MLX, TABLE, table
@@ -53,6 +54,16 @@ def test_ways_and_groups_name_kernels_that_are_there():
     for found in each:
         assert set(found.kernels) <= set(KERNELS)
         assert found.name in found.kernels or found.name == "mlx_dequantize"
+
+
+def test_a_record_speaks_of_a_kernel_with_the_same_numbers_compiled_in(monkeypatch):
+    for name, executor in (("qmm_t", "metal"), ("bf16_matvec", "cuda")):
+        before = fingerprint(name, executor)
+        assert before == fingerprint(name, executor)
+        fewer = KERNELS[name].fixed - {"n_out"}
+        changed = dataclasses.replace(KERNELS[name], fixed=fewer)
+        monkeypatch.setitem(KERNELS, name, changed)
+        assert fingerprint(name, executor) != before
 
 
 def logits(model) -> mx.array:

@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+import mlx.core as mx
 from rich.console import Console
 from rich.table import Table
 
@@ -76,7 +77,8 @@ def describe(kernel: Kernel, known: list[Record]) -> dict[str, Any]:
     """Return one row: what the signature says, and one launch as an example."""
     metal = kernel.metal
     launch = kernel(*kernel.arguments(kernel.dtypes[0], **kernel.sizes[-1]))
-    types = dict(v for v in prepare(launch).template if not isinstance(v[1], int))
+    values = prepare(launch).instance.values
+    types = {name: v for name, v in values.items() if isinstance(v, mx.Dtype)}
     return {
         "family": kernel.family,
         "kernel": kernel.name,

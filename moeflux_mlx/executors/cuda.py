@@ -13,68 +13,9 @@ import mlx.core as mx
 from .. import private
 from ..device import MAX_CUDA_GRID_YZ
 from ..errors import BackendError, KernelError
-from ..launch.base import Prepared
-from ..metal import MetalKernel, cuda, library
+from ..launch.prepared import Prepared
+from ..metal import Instance, cuda, library
 from .kernels import KernelExecutor
-
-# Scalars that a model's geometry fixes: compiled in, so that no thread reads them and
-# loops have known ends. All others change with the number of tokens.
-GEOMETRY = frozenset(
-    (
-        "n_in",
-        "n_out",
-        "n_heads",
-        "n_key_heads",
-        "n_kv_heads",
-        "heads_per_kv",
-        "head_dim",
-        "dim",
-        "dv",
-        "value_dim",
-        "latent_dim",
-        "rope_dim",
-        "nope_dim",
-        "key_offset",
-        "n_channels",
-        "n_history",
-        "n_pairs",
-        "n_groups",
-        "n_experts",
-        "k",
-        "n_group",
-        "topk_group",
-        "scale",
-        "eps",
-        "qk_eps",
-        "n0",
-        "n1",
-        "at1",
-        "at_normed",
-        "x_at",
-        "gate_at",
-        "up_at",
-        "opens_at",
-        "row_width",
-        "qkv_at",
-        "z_at",
-        "b_at",
-        "a_at",
-        "n_shared",
-        "mscale",
-        "w_row",
-        "s_row",
-        "b_row",
-        "w_base",
-        "s_base",
-        "b_base",
-        "gate_w_base",
-        "gate_s_base",
-        "gate_b_base",
-        "up_w_base",
-        "up_s_base",
-        "up_b_base",
-    )
-)
 
 
 class CudaExecutor(KernelExecutor):
@@ -94,40 +35,25 @@ class CudaExecutor(KernelExecutor):
     def clock(self) -> Callable[[mx.array], mx.array] | None:
         return _nanoseconds
 
-    def build(self, kernel: MetalKernel) -> Any:
+    def build(self, instance: Instance) -> Any:
         if sys.stderr.isatty():
-            print(f"\r\033[Kbuilding {kernel.name}", end="\r", file=sys.stderr)
-        return kernel
+            name = instance.kernel.name
+            print(f"\r\033[Kbuilding {name}", end="\r", file=sys.stderr)
+        return _cuda_kernel(instance)
 
-    def call(self, built: MetalKernel, ready: Prepared) -> list[mx.array]:
+    def call(self, built: Any, ready: Prepared) -> list[mx.array]:
         _check_grid(ready)
-        values, inputs = bind(ready)
-        return _cuda_kernel(built.name, tuple(values.items()))(
-            inputs=inputs,
-            grid=ready.grid,
-            threadgroup=ready.threadgroup,
-            output_shapes=ready.output_shapes,
-            output_dtypes=ready.output_dtypes,
-        )
+        made: list[mx.array] = built(inputs=bound(ready), **ready.options)
+        return made
 
 
-def bind(ready: Prepared) -> tuple[dict[str, Any], list[mx.array]]:
-    """Return the values that are compiled in, and the inputs left.
-
-    Numbers that are not compiled in become arrays in the GPU's memory.
-    """
-    values, inputs = dict(ready.template), []
-    for parameter, array in zip(ready.kernel.inputs, ready.inputs, strict=True):
-        name = parameter.name
-        if name in ready.numbers and name in GEOMETRY:
-            number = ready.numbers[name]
-            is_float = getattr(parameter, "type", "") == "float"
-            values[name] = number if is_float else int(number)
-        elif name in ready.numbers:
-            inputs.append(_on_device(ready.numbers[name], array.dtype))
-        else:
-            inputs.append(array)
-    return values, inputs
+def bound(ready: Prepared) -> list[mx.array]:
+    """Return a launch's inputs, numbers as arrays in the GPU's memory."""
+    pairs = zip(ready.instance.inputs, ready.inputs, strict=True)
+    return [
+        _on_device(ready.numbers[p.name], x.dtype) if p.name in ready.numbers else x
+        for p, x in pairs
+    ]
 
 
 def _nanoseconds(after: mx.array) -> mx.array:
@@ -180,20 +106,18 @@ def _on_device(value: float, dtype: mx.Dtype) -> mx.array:
 
 
 @functools.cache
-def _cuda_kernel(name: str, values: tuple[tuple[str, Any], ...]) -> Any:
-    """Register a kernel with its template and numbers compiled in.
+def _cuda_kernel(instance: Instance) -> Any:
+    """Register an instance of a kernel.
 
     At every launch MLX hashes all of the source and looks the name up: both are short.
     """
-    kernel = library()[name]
-    body = cuda.body(kernel, dict(values))
-    header = cuda.header(library(), kernel)
+    kernel = instance.kernel
+    body, header = cuda.body(instance), cuda.header(library(), kernel)
     # MLX tells compiled kernels apart by name, in memory and on disk.
     digest = hashlib.sha256(f"{header}\0{body}".encode()).hexdigest()[:16]
-    compiled_in = dict(values)
     return mx.fast.cuda_kernel(
-        name=f"moeflux_{name}_{digest}",
-        input_names=[p.name for p in kernel.inputs if p.name not in compiled_in],
+        name=f"moeflux_{kernel.name}_{digest}",
+        input_names=[p.name for p in instance.inputs],
         output_names=[p.name for p in kernel.outputs],
         source=body,
         header=_included(header),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,9 +14,9 @@ from ..graph.graph import Graph
 from ..graph.lower import Kernel, Step, Together, lower
 from ..graph.op import Op
 from ..launch import KERNELS, Launch, prepare
-from ..launch.base import Prepared
+from ..launch.prepared import Prepared
 from ..lowering import Usable, Way, any_kernel, default_way, fused, lowered
-from ..metal import MetalKernel, library
+from ..metal import Instance, library
 from .base import Executor
 
 
@@ -30,21 +31,26 @@ class KernelExecutor(Executor):
 
     def __init__(self) -> None:
         super().__init__()
-        self._built: dict[str, Any] = {}
+        self._built: dict[Instance, Any] = {}
         # Hears the name of every kernel launched.
         self.on_launch: Callable[[str], object] | None = None
         # Ways whose kernels are not usable are passed over.
         self.usable: Usable = any_kernel
 
     @property
+    def instances(self) -> tuple[Instance, ...]:
+        """What was built so far, in order: a kernel once for each set of values."""
+        return tuple(self._built)
+
+    @property
     def built(self) -> tuple[str, ...]:
         """Names of the kernels built so far, in order."""
-        return tuple(self._built)
+        return tuple(dict.fromkeys(instance.kernel.name for instance in self._built))
 
     @property
     def kernel_count(self) -> int:
         """How many kernels were built so far."""
-        return len(self._built)
+        return len(self.built)
 
     def warm_all(self) -> int:
         """Build every kernel and run its smallest sample; return how many there are."""
@@ -73,16 +79,16 @@ class KernelExecutor(Executor):
             KernelError: the launch is not what the signature says.
         """
         ready = prepare(launch)
-        name = ready.kernel.name
+        instance = ready.instance
         if self.on_launch is not None:
-            self.on_launch(name)
-        if name not in self._built:
-            self._built[name] = self.build(ready.kernel)
-        return tuple(self.call(self._built[name], ready))
+            self.on_launch(instance.kernel.name)
+        if instance not in self._built:
+            self._built[instance] = self.build(instance)
+        return tuple(self.call(self._built[instance], ready))
 
-    def build(self, kernel: MetalKernel) -> Any:
-        """Return MLX's kernel object of a parsed kernel."""
-        return metal_kernel(kernel.name, lines=False)
+    def build(self, instance: Instance) -> Any:
+        """Return MLX's kernel object of a kernel with what is compiled into it."""
+        return metal_kernel(instance, lines=False)
 
     @abstractmethod
     def call(self, built: Any, ready: Prepared) -> list[mx.array]:
@@ -90,18 +96,22 @@ class KernelExecutor(Executor):
 
 
 @functools.cache
-def metal_kernel(name: str, *, lines: bool) -> Any:
-    """Register one of our kernels with MLX from its own signature.
+def metal_kernel(instance: Instance, *, lines: bool) -> Any:
+    """Register an instance of one of our kernels with MLX, from its own signature.
+
+    No template is left to MLX, which would write it out at every launch.
 
     Args:
         lines: keep the file and line of every part in the source.
     """
-    kernels = library()
-    kernel = kernels[name]
+    kernels, kernel = library(), instance.kernel
+    body = kernels.body(kernel, instance.values, lines=lines)
+    # MLX may tell compiled kernels apart by name alone.
+    digest = hashlib.sha256(body.encode()).hexdigest()[:16]
     return mx.fast.metal_kernel(
-        name=f"moeflux_{name}",
-        input_names=[p.name for p in kernel.inputs],
+        name=f"moeflux_{kernel.name}_{digest}",
+        input_names=[p.name for p in instance.inputs],
         output_names=[p.name for p in kernel.outputs],
-        source=kernels.body(kernel, lines=lines),
+        source=body,
         header=kernels.header(kernel, lines=lines),
     )

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from .. import config
 from ..errors import BackendError
-from ..launch.base import Prepared
+from ..launch.prepared import Prepared
 from .capture import CaptureWindow
 from .kernels import KernelExecutor
 
@@ -31,14 +31,8 @@ class MetalExecutor(KernelExecutor):
         return cls()
 
     def call(self, built: Any, ready: Prepared) -> list[mx.array]:
-        return built(
-            inputs=ready.inputs,
-            template=ready.template,
-            grid=ready.grid,
-            threadgroup=ready.threadgroup,
-            output_shapes=ready.output_shapes,
-            output_dtypes=ready.output_dtypes,
-        )
+        made: list[mx.array] = built(inputs=ready.inputs, **ready.options)
+        return made
 
     @property
     def watches_layers(self) -> bool:

@@ -21,15 +21,8 @@ def registers(launch: Launch) -> int:
         SimulatorError: the kernel does not compile.
     """
     ready = prepare(launch)
-    options = {
-        "template": ready.template,
-        "grid": ready.grid,
-        "threadgroup": ready.threadgroup,
-        "output_shapes": ready.output_shapes,
-        "output_dtypes": ready.output_dtypes,
-    }
-    kernel = metal_kernel(ready.kernel.name, lines=True)
-    source = simulator.written_source(kernel, ready.inputs, options)
+    kernel = metal_kernel(ready.instance, lines=True)
+    source = simulator.written_source(kernel, ready.inputs, ready.options)
     return estimate(source, n_threads(launch))
 
 

@@ -8,8 +8,8 @@ import mlx.core as mx
 
 from .. import config, simulator
 from ..errors import BackendError
-from ..launch.base import Prepared
-from ..metal import MetalKernel
+from ..launch.prepared import Prepared
+from ..metal import Instance
 from .kernels import KernelExecutor, metal_kernel
 
 
@@ -40,19 +40,15 @@ class SimExecutor(KernelExecutor):
             )
         return cls()
 
-    def build(self, kernel: MetalKernel) -> Any:
-        return metal_kernel(kernel.name, lines=True)
+    def build(self, instance: Instance) -> Any:
+        return metal_kernel(instance, lines=True)
 
     def call(self, built: Any, ready: Prepared) -> list[mx.array]:
         mx.eval(ready.inputs)
         return simulator.call(
             built,
             inputs=ready.inputs,
-            template=ready.template,
-            grid=ready.grid,
-            threadgroup=ready.threadgroup,
-            output_shapes=ready.output_shapes,
-            output_dtypes=ready.output_dtypes,
+            **ready.options,
             checked=self.checked,
             numbers=self.numbers,
             seed=self.seed,

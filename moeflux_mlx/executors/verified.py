@@ -43,7 +43,8 @@ class Record:
 
 def fingerprint(name: str, executor: str) -> str:
     """Return a digest of a kernel's source with all it uses, and of its launch."""
-    texts = [KERNELS[name].source]
+    kernel = KERNELS[name]
+    texts = [kernel.source, "compiled in", *sorted(kernel.fixed)]
     if executor == "cuda":
         texts.append(cuda.header(library(), library()[name]))
     return library().fingerprint(name, *texts)

@@ -11,7 +11,8 @@ from . import (
     norm,
     quant,
 )
-from .base import KERNELS, Kernel, Launch, prepare
+from .base import KERNELS, Kernel
+from .prepared import Launch, prepare
 
 __all__ = [
     "KERNELS",

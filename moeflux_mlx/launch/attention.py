@@ -74,6 +74,7 @@ def _some_rope(
         dict(b=9, t=1, h=1, d=96, pairs=16, at=70),
     ],
     large=dict(b=1, t=2048, h=32, d=128, pairs=64, at=0),
+    varying=("n_tokens",),
 )
 def rope_n_tokens(
     x: mx.array, inv_freq: mx.array, start: mx.array, num_heads: int
@@ -153,6 +154,7 @@ def _some_append(
         dict(b=2, t=2, h=1, s=5, d=96, row=-1),
     ],
     large=dict(b=1, t=64, h=8, s=8192, d=128, row=100),
+    varying=("n_tokens", "n_rows"),
 )
 def kv_cache_append_n_tokens(
     keys: mx.array,
@@ -226,7 +228,13 @@ DECODE_SIZES = [
 DECODE_LARGE = dict(b=1, h=2, per=8, s=32768, d=256)
 
 
-@kernel(reference=_scores, sample=_some_scores, sizes=DECODE_SIZES, large=DECODE_LARGE)
+@kernel(
+    reference=_scores,
+    sample=_some_scores,
+    sizes=DECODE_SIZES,
+    large=DECODE_LARGE,
+    varying=("n_rows",),
+)
 def attn_scores_batched(q: mx.array, k: mx.array, scale: float) -> Launch:
     """Scores float32 ``[B, H, S]`` of one query a sequence, ``q`` ``[B, H * d]``."""
     n_seqs, kv_heads, n_rows, d = _check_cache("k", k)
@@ -264,6 +272,7 @@ def _some_softmax(
     sample=_some_softmax,
     sizes=[dict(r=1, s=1), dict(r=3, s=37), dict(r=2, s=300), dict(r=5, s=256)],
     large=dict(r=64, s=32768),
+    varying=("n_rows",),
     dtypes=(FLOAT32,),
 )
 def attn_softmax_batched(scores: mx.array) -> Launch:
@@ -291,7 +300,13 @@ def _some_values(
     return p, normal(rng, dtype, b, h, s, d), dtype
 
 
-@kernel(reference=_values, sample=_some_values, sizes=DECODE_SIZES, large=DECODE_LARGE)
+@kernel(
+    reference=_values,
+    sample=_some_values,
+    sizes=DECODE_SIZES,
+    large=DECODE_LARGE,
+    varying=("n_rows",),
+)
 def attn_values_batched(p: mx.array, v: mx.array, dtype: mx.Dtype) -> Launch:
     """Values weighted by ``p`` float32 ``[B, H, S]``: ``[B, H * d]`` in ``dtype``."""
     n_seqs, kv_heads, n_rows, d = _check_cache("v", v)
@@ -377,7 +392,7 @@ def _check_attention(
         "q": q,
         "k": k,
         "v": v,
-        "mask": mx.zeros(1, mx.bool_) if mask is None else mask,
+        "mask": mask,
         "n_heads": heads,
         "heads_per_kv": per,
         "n_rows": n_rows,
@@ -404,6 +419,7 @@ def _folded(fold: int, *more: dict[str, int]) -> Any:
         sample=_some_attention,
         sizes=sizes if fold < 8 else sizes[:3],
         large=PREFILL_LARGE,
+        varying=("n_tokens", "n_rows", "n_masks"),
     )
 
 
@@ -509,6 +525,7 @@ def _some_decode(
         dict(b=1, h=1, per=8, s=9, d=256),
     ],
     large=DECODE_LARGE,
+    varying=("n_rows", "n_masks"),
 )
 def sdpa_decode(
     q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None
@@ -587,6 +604,7 @@ def _some_inputs(
         dict(b=3, h=4, hk=2, d=256, pairs=32, at=70, s=1),
     ],
     large=dict(b=1, h=16, hk=2, d=256, pairs=32, at=8000, s=0),
+    varying=(),
 )
 def attention_inputs(
     q_proj: mx.array,
@@ -694,6 +712,7 @@ def _some_parts(
         dict(b=1, h=1, per=8, s=70, d=128, at=66),
     ],
     large=dict(b=1, h=2, per=8, s=32768, d=256, at=32767),
+    varying=("n_rows", "part_rows", "n_parts"),
 )
 def sdpa_decode_parts(
     q: mx.array, k: mx.array, v: mx.array, start: mx.array, scale: float
@@ -779,6 +798,7 @@ def _some_joined(
         dict(b=1, h=1, p=3, d=256, gated=0, blind=3),
     ],
     large=dict(b=1, h=16, p=64, d=256, gated=1),
+    varying=("n_parts",),
 )
 def sdpa_decode_join(
     sums: mx.array, stats: mx.array, dtype: mx.Dtype, gate: mx.array | None = None
@@ -796,7 +816,7 @@ def sdpa_decode_join(
         {
             "sums": sums,
             "stats": stats,
-            "gate": mx.zeros(1, dtype) if gate is None else gate,
+            "gate": gate,
             "n_parts": n_parts,
             "head_dim": d,
         },

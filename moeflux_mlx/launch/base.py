@@ -1,4 +1,4 @@
-"""What a launch is, how a kernel is registered, and what is checked before one.
+"""How a kernel is registered.
 
 A kernel's ``.metal`` signature says names, order and types. Here stands the rest: for
 given arrays the shapes, template numbers, grid and outputs (a ``Launch``), the
@@ -7,11 +7,8 @@ reference in plain MLX operations, and the samples that tests and the doctor run
 
 from __future__ import annotations
 
-import functools
 import inspect
-import math
 import numbers
-import operator
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,307 +17,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..device import (
-    MAX_BUFFERS,
-    MAX_THREADGROUP_BYTES,
-    MAX_THREADS_PER_GROUP,
-)
 from ..errors import KernelError
-from ..metal import Input, Library, MetalKernel, Scalar, library
-from ..metal.signature import DTYPES
+from ..metal import MetalKernel, Scalar, library
+from .prepared import FIXED, FLOATS, Launch
 
-Size3 = tuple[int, int, int]
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 # Relative root-mean-square error allowed against the reference, by activation type.
 TOLERANCE: Mapping[mx.Dtype, float] = {
     mx.float32: 1e-5,
     mx.float16: 1e-3,
     mx.bfloat16: 6e-3,
 }
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch, ready to run: nothing about it is left to decide.
-
-    ``inputs`` holds an array, or a Python number for a scalar, for every input of the
-    signature; ``outputs`` the shape of every output; ``template`` the values of the
-    ``int`` and ``bool`` template parameters; ``types`` those type parameters that no
-    input has. ``grid`` counts threads, not threadgroups, of
-    which it is a whole number: CUDA would add the missing threads.
-    """
-
-    kernel: str
-    inputs: Mapping[str, Any]
-    outputs: Mapping[str, tuple[int, ...]]
-    grid: Size3
-    threadgroup: Size3
-    template: Mapping[str, int] = field(default_factory=dict)
-    types: Mapping[str, mx.Dtype] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A launch checked against its signature, as MLX's kernel call takes it.
-
-    ``numbers`` holds those of the inputs that were given as Python numbers.
-    """
-
-    kernel: MetalKernel
-    inputs: list[mx.array]
-    template: list[tuple[str, Any]]
-    grid: Size3
-    threadgroup: Size3
-    output_shapes: list[tuple[int, ...]]
-    output_dtypes: list[mx.Dtype]
-    numbers: Mapping[str, int | float]
-
-
-def prepare(launch: Launch) -> Prepared:
-    """Check a launch and put it into the signature's order.
-
-    Of launches alike but for numbers and the values in arrays only the first is looked
-    at whole: prompts run every kernel once a layer, and checking takes the host longer
-    than launching.
-
-    Raises:
-        KernelError: names, types, shapes or limits are not the signature's; the message
-            names kernel and parameter.
-    """
-    given = launch.inputs
-    form = (
-        library(),
-        launch.kernel,
-        launch.grid,
-        launch.threadgroup,
-        tuple(launch.template.items()),
-        tuple(launch.types.items()),
-        tuple(launch.outputs.items()),
-        tuple([(name, *_form(value)) for name, value in given.items()]),
-    )
-    try:
-        checked = _checked(*form)
-    except TypeError:
-        # What cannot be hashed is no launch either: let the checks say why.
-        checked = _checked.__wrapped__(*form)
-    kernel = checked.kernel
-    inputs: list[mx.array] = []
-    numbers: dict[str, int | float] = {}
-    for parameter in kernel.inputs:
-        name = parameter.name
-        value = given[name]
-        if not isinstance(value, mx.array):
-            numbers[name] = value
-            value = _scalar(kernel, name, value, DTYPES[parameter.type])
-        elif isinstance(parameter, Scalar):
-            value = value.reshape(())
-        inputs.append(value)
-    return Prepared(
-        kernel,
-        inputs,
-        checked.template,
-        launch.grid,
-        launch.threadgroup,
-        checked.output_shapes,
-        checked.output_dtypes,
-        numbers,
-    )
-
-
-# Type and shape of an array; for anything else the name of its type.
-Form = tuple[mx.Dtype, tuple[int, ...]] | tuple[str]
-
-
-def _form(value: Any) -> Form:
-    if isinstance(value, mx.array):
-        return value.dtype, value.shape
-    return (type(value).__name__,)
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What all launches of one form share, as MLX's kernel call takes it."""
-
-    kernel: MetalKernel
-    template: list[tuple[str, Any]]
-    output_shapes: list[tuple[int, ...]]
-    output_dtypes: list[mx.Dtype]
-
-
-@functools.lru_cache(maxsize=4096)
-def _checked(
-    kernels: Library,
-    name: str,
-    grid: Size3,
-    threadgroup: Size3,
-    template: tuple[tuple[str, int], ...],
-    types: tuple[tuple[str, mx.Dtype], ...],
-    outputs: tuple[tuple[str, tuple[int, ...]], ...],
-    inputs: tuple[tuple[Any, ...], ...],
-) -> Checked:
-    """Check all of a launch but its numbers."""
-    kernel = kernels[name]
-    numbers, shapes = dict(template), dict(outputs)
-    forms = {key: form for key, *form in inputs}
-    _same_names(kernel, "inputs", forms, [p.name for p in kernel.inputs])
-    _same_names(kernel, "outputs", shapes, [p.name for p in kernel.outputs])
-    _same_names(kernel, "template", numbers, list(kernel.values))
-    known = dict(types)
-    for key, dtype in types:
-        _check_float(kernel, key, dtype)
-    for p in kernel.inputs:
-        _check_input(kernel, p, forms[p.name], known)
-    _check_template(kernel, numbers, known)
-    _check_limits(kernel, grid, threadgroup, numbers, known)
-    return Checked(
-        kernel,
-        [
-            (p.name, known[p.name])
-            if p.kind == "typename"
-            else (p.name, (bool if p.kind == "bool" else int)(numbers[p.name]))
-            for p in kernel.template
-        ],
-        [_shape(kernel, p.name, shapes[p.name]) for p in kernel.outputs],
-        [_dtype(p.type, known) for p in kernel.outputs],
-    )
-
-
-def _same_names(
-    kernel: MetalKernel, what: str, given: Mapping[str, Any], wanted: list[str]
-) -> None:
-    if set(given) != set(wanted):
-        _fail(kernel, what, sorted(wanted), sorted(given))
-
-
-def _check_input(
-    kernel: MetalKernel,
-    parameter: Input | Scalar,
-    form: Sequence[Any],
-    types: dict[str, mx.Dtype],
-) -> None:
-    """Check an input by its form, and note the type that it gives a type parameter."""
-    name = parameter.name
-    if len(form) == 1:
-        if not isinstance(parameter, Scalar):
-            _fail(kernel, name, "an mx.array", form[0])
-        return
-    dtype, shape = form
-    if isinstance(parameter, Scalar):
-        wanted = DTYPES[parameter.type]
-        if dtype != wanted or math.prod(shape) != 1:
-            _fail(kernel, name, f"one {wanted} value", f"{dtype} {shape}")
-        return
-    if not shape or 0 in shape:
-        _fail(kernel, name, "an array with elements", f"shape {shape}")
-    if parameter.type in kernel.type_parameters:
-        wanted = types.setdefault(parameter.type, dtype)
-        _check_float(kernel, name, wanted)
-    else:
-        wanted = DTYPES[parameter.type]
-    if dtype != wanted:
-        _fail(kernel, name, wanted, dtype)
-
-
-def _scalar(kernel: MetalKernel, name: str, value: Any, dtype: mx.Dtype) -> mx.array:
-    try:
-        found = _number(value, dtype)
-    except TypeError:
-        found = "a number"
-    if isinstance(found, str):
-        _fail(kernel, name, found, value)
-    return found
-
-
-@functools.lru_cache(maxsize=4096, typed=True)
-def _number(value: Any, dtype: mx.Dtype) -> mx.array | str:
-    """Return a number as an array without dimensions, or what was expected instead."""
-    if mx.issubdtype(dtype, mx.floating):
-        if not isinstance(value, int | float | np.number):
-            return "a number"
-        value = float(value)
-    else:
-        try:
-            value = operator.index(value)
-        except TypeError:
-            return "a whole number"
-        signed = not mx.issubdtype(dtype, mx.unsignedinteger)
-        low = -(1 << 8 * dtype.size - 1) if signed else 0
-        if not low <= value < low + (1 << 8 * dtype.size):
-            return f"a number that fits {dtype}"
-    array = mx.array(value, dtype)
-    mx.eval(array)
-    return array
-
-
-def _whole(kernel: MetalKernel, name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        _fail(kernel, name, "a whole number", value)
-
-
-def _shape(kernel: MetalKernel, name: str, shape: Any) -> tuple[int, ...]:
-    sizes = shape if isinstance(shape, tuple) else (0,)
-    if not all(isinstance(n, int) and n > 0 for n in sizes):
-        _fail(kernel, name, "a shape of positive sizes", shape)
-    return sizes
-
-
-def _check_float(kernel: MetalKernel, name: str, dtype: mx.Dtype) -> None:
-    if dtype not in FLOATS:
-        _fail(kernel, name, " or ".join(map(str, FLOATS)), dtype)
-
-
-def _dtype(name: str, types: Mapping[str, mx.Dtype]) -> mx.Dtype:
-    return types[name] if name in types else DTYPES[name]
-
-
-def _check_template(
-    kernel: MetalKernel, values: Mapping[str, int], types: Mapping[str, mx.Dtype]
-) -> None:
-    for name in kernel.type_parameters:
-        if name not in types:
-            _fail(kernel, name, "a type given by an input or by the launch", "none")
-    unknown = set(types) - set(kernel.type_parameters)
-    if unknown:
-        _fail(kernel, "types", list(kernel.type_parameters), sorted(unknown))
-    for name, value in values.items():
-        whole = _whole(kernel, name, value)
-        if kernel.values[name] == "bool" and whole not in (0, 1):
-            _fail(kernel, name, "0 or 1", value)
-        if not -(1 << 31) <= whole < 1 << 31:
-            _fail(kernel, name, "a number that fits int", value)
-
-
-def _check_limits(
-    kernel: MetalKernel,
-    grid: Size3,
-    threadgroup: Size3,
-    template: Mapping[str, int],
-    types: Mapping[str, mx.Dtype],
-) -> None:
-    for name, size in (("grid", grid), ("threadgroup", threadgroup)):
-        if len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
-            _fail(kernel, name, "three positive numbers of threads", size)
-        if any(n >= 1 << 31 for n in size):
-            _fail(kernel, name, "numbers below 2^31", size)
-    if any(n % m for n, m in zip(grid, threadgroup, strict=True)):
-        _fail(kernel, "grid", f"whole threadgroups of {threadgroup}", grid)
-    n_threads = math.prod(threadgroup)
-    if n_threads > MAX_THREADS_PER_GROUP:
-        limit = f"at most {MAX_THREADS_PER_GROUP} threads"
-        _fail(kernel, "threadgroup", limit, n_threads)
-    n_buffers = len(kernel.inputs) + len(kernel.outputs)
-    if n_buffers > MAX_BUFFERS:
-        _fail(kernel, "parameters", f"at most {MAX_BUFFERS} buffers", n_buffers)
-    n_bytes = kernel.threadgroup_bytes(template, types)
-    if n_bytes > MAX_THREADGROUP_BYTES:
-        limit = f"at most {MAX_THREADGROUP_BYTES} bytes"
-        _fail(kernel, "threadgroup memory", limit, n_bytes)
-
-
-def _fail(kernel: MetalKernel, part: str, wanted: Any, got: Any) -> typing.NoReturn:
-    raise KernelError(f"[{kernel.name}] {part}: expected {wanted} but got {got}")
 
 
 class ShapeError(KernelError):
@@ -393,7 +99,8 @@ class Kernel:
     """A registered kernel: how to launch it, its reference, and how to try it.
 
     ``build`` maps arguments to a ``Launch``; ``reference`` takes the same arguments and
-    returns what the outputs should be; ``sample(rng, dtype, **sizes)`` makes arguments.
+    returns what the outputs should be; ``sample(rng, dtype, **sizes)`` makes arguments;
+    ``fixed`` names the scalars that are compiled in.
     """
 
     name: str
@@ -403,6 +110,7 @@ class Kernel:
     sample: Sample
     sizes: tuple[Mapping[str, Any], ...]
     large: Mapping[str, Any]
+    fixed: frozenset[str]
     dtypes: tuple[mx.Dtype, ...] = FLOATS
     tolerance: Mapping[mx.Dtype, float] = field(default_factory=lambda: TOLERANCE)
 
@@ -453,6 +161,7 @@ def kernel(
     sample: Sample,
     sizes: Sequence[Mapping[str, Any]],
     large: Mapping[str, Any],
+    varying: tuple[str, ...],
     dtypes: tuple[mx.Dtype, ...] = FLOATS,
     tolerance: Mapping[mx.Dtype, float] = TOLERANCE,
 ) -> Callable[[Callable[..., Launch]], Kernel]:
@@ -463,6 +172,10 @@ def kernel(
         sample: ``sample(rng, dtype, **sizes)`` returns arguments.
         sizes: odd and ragged sizes for tests, small ones first.
         large: a size worth timing.
+        varying: scalars that stay data, such as numbers of tokens. All others follow
+            from a model's geometry and are compiled in. These are named because they
+            are fewer, and must be, even if there are none: a number of tokens that was
+            forgotten would have the GPU's compiler run at every new length.
         dtypes: activation types to try.
         tolerance: relative RMS error allowed for each; integers must be equal.
     """
@@ -479,6 +192,7 @@ def kernel(
         if not sizes:
             raise TypeError(f"[{name}] kernel lacks sizes to test")
         family = build.__module__.rsplit(".", 1)[-1]
+        fixed = FIXED[name] = _fixed(name, varying)
         made = Kernel(
             name,
             family,
@@ -487,6 +201,7 @@ def kernel(
             sample,
             tuple(sizes),
             large,
+            fixed,
             dtypes,
             tolerance,
         )
@@ -494,6 +209,21 @@ def kernel(
         return made
 
     return register
+
+
+def _fixed(name: str, varying: tuple[str, ...]) -> frozenset[str]:
+    """Return the scalars of a signature but those that vary."""
+    scalars = {p.name: p.type for p in library()[name].inputs if isinstance(p, Scalar)}
+    if not set(varying) <= set(scalars) or len(set(varying)) < len(varying):
+        raise TypeError(
+            f"[{name}] varying expected some of {[*scalars]} but got {varying}"
+        )
+    fixed = frozenset(scalars) - frozenset(varying)
+    for scalar in fixed:
+        # Metal and CUDA are given the bits of a float, or a whole number.
+        if scalars[scalar] in ("half", "bfloat"):
+            raise TypeError(f"[{name}] {scalar} expected float, or to be varying")
+    return fixed
 
 
 def groups(n: int, per_group: int) -> int:

@@ -62,13 +62,25 @@ def _add(a: mx.array, b: mx.array) -> mx.array:
     return (a.astype(mx.float32) + b.astype(mx.float32)).astype(a.dtype)
 
 
-@kernel(reference=_add, sample=_two_vectors, sizes=VECTORS, large=LARGE_VECTOR)
+@kernel(
+    reference=_add,
+    sample=_two_vectors,
+    sizes=VECTORS,
+    large=LARGE_VECTOR,
+    varying=("n",),
+)
 def residual_add(a: mx.array, b: mx.array) -> Launch:
     """``a + b`` over ``[n]``."""
     return _pair("residual_add", {"a": a, "b": b}, 1)
 
 
-@kernel(reference=_add, sample=_two_matrices, sizes=MATRICES, large=LARGE_MATRIX)
+@kernel(
+    reference=_add,
+    sample=_two_matrices,
+    sizes=MATRICES,
+    large=LARGE_MATRIX,
+    varying=("n",),
+)
 def residual_add_n_tokens(a: mx.array, b: mx.array) -> Launch:
     """``a + b`` over ``[T, D]``."""
     return _pair("residual_add_n_tokens", {"a": a, "b": b}, 2, per_thread=4)
@@ -79,7 +91,13 @@ def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return (wide * mx.sigmoid(wide) * up.astype(mx.float32)).astype(gate.dtype)
 
 
-@kernel(reference=_swiglu, sample=_two_vectors, sizes=VECTORS, large=LARGE_VECTOR)
+@kernel(
+    reference=_swiglu,
+    sample=_two_vectors,
+    sizes=VECTORS,
+    large=LARGE_VECTOR,
+    varying=("n",),
+)
 def swiglu_fused(gate: mx.array, up: mx.array) -> Launch:
     """``silu(gate) * up`` over ``[n]``, one thread a value."""
     return _pair("swiglu_fused", {"gate": gate, "up": up}, 1)
@@ -90,6 +108,7 @@ def swiglu_fused(gate: mx.array, up: mx.array) -> Launch:
     sample=_two_vectors,
     sizes=[{"n": 4}, {"n": 36}, {"n": 1028}],
     large=LARGE_VECTOR,
+    varying=("n",),
 )
 def swiglu_fused_vec4(gate: mx.array, up: mx.array) -> Launch:
     """``silu(gate) * up`` over ``[n]``, a multiple of four, four values a thread."""
@@ -98,7 +117,13 @@ def swiglu_fused_vec4(gate: mx.array, up: mx.array) -> Launch:
     return _pair("swiglu_fused_vec4", {"gate": gate, "up": up}, 1, per_thread=4)
 
 
-@kernel(reference=_swiglu, sample=_two_matrices, sizes=MATRICES, large=LARGE_MATRIX)
+@kernel(
+    reference=_swiglu,
+    sample=_two_matrices,
+    sizes=MATRICES,
+    large=LARGE_MATRIX,
+    varying=("n",),
+)
 def swiglu_fused_batched(gate: mx.array, up: mx.array) -> Launch:
     """``silu(gate) * up`` over ``[T, F]``."""
     return _pair("swiglu_fused_batched", {"gate": gate, "up": up}, 2, per_thread=4)
@@ -110,7 +135,11 @@ def _sigmoid_gate(x: mx.array, gate: mx.array) -> mx.array:
 
 
 @kernel(
-    reference=_sigmoid_gate, sample=_two_matrices, sizes=MATRICES, large=LARGE_MATRIX
+    reference=_sigmoid_gate,
+    sample=_two_matrices,
+    sizes=MATRICES,
+    large=LARGE_MATRIX,
+    varying=("n",),
 )
 def sigmoid_gate(x: mx.array, gate: mx.array) -> Launch:
     """``x * sigmoid(gate)`` over ``[T, D]``."""
@@ -142,6 +171,7 @@ def _some_q_proj(
         {"t": 3, "h": 2, "d": 256},
     ],
     large={"t": 4096, "h": 16, "d": 256},
+    varying=("n_slices",),
 )
 def split_q_gate(q_proj: mx.array, num_heads: int) -> Launch:
     """``[T, H * 2d]``, per head q then gate, as two ``[T, H * d]``."""
@@ -183,6 +213,7 @@ def _some_values(
         {"k": 8, "d": 2048},
     ],
     large={"k": 10, "d": 1 << 20},
+    varying=(),
 )
 def weighted_sum(values: mx.array, weights: mx.array) -> Launch:
     """Sum of ``weights[k] * values[k]`` over ``[K, D]``; weights are float32."""
@@ -210,6 +241,7 @@ def _count(rng: np.random.Generator, dtype: mx.Dtype, n: int) -> tuple[Any, ...]
     sample=_count,
     sizes=VECTORS,
     large=LARGE_VECTOR,
+    varying=("n",),
     dtypes=(mx.float32,),
 )
 def zero_buffer(n: int) -> Launch:

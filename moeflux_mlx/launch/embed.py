@@ -52,6 +52,7 @@ def _some_embed(
         dict(t=2, v=5, d=256, bits=2, g=128, s=1),
     ],
     large=dict(t=4096, v=100000, d=2048, bits=4, g=64, s=0),
+    varying=(),
 )
 def embed_gather_4bit(
     token_ids: mx.array,

@@ -104,6 +104,7 @@ def _some_gate_up(
         dict(k=10, i=1056, n=6, bits=8, g=32, s=0, base=3),
     ],
     large=dict(k=8, i=2048, n=768, bits=4, g=64, s=1),
+    varying=(),
 )
 def experts_gate_up_swiglu(
     x: mx.array,
@@ -212,6 +213,7 @@ def _some_routed(
         dict(e=512, k=10, i=1088, n=3, bits=4, g=64, s=0),
     ],
     large=dict(e=128, k=8, i=2048, n=512, bits=4, g=64, s=0),
+    varying=(),
 )
 def experts_route_gate_up(
     x: mx.array,
@@ -288,6 +290,7 @@ def _some_down(
         dict(k=8, n=64, d=9, bits=8, g=64, s=0, base=3),
     ],
     large=dict(k=8, n=768, d=2048, bits=4, g=64, s=1),
+    varying=(),
 )
 def experts_down_sum(
     act: mx.array,
@@ -386,6 +389,7 @@ def _some_combined(
         dict(k=8, n=64, f=64, d=9, bits=8, shared_bits=2, g=64, s=0, base=3),
     ],
     large=dict(k=8, n=512, f=512, d=2048, bits=4, shared_bits=4, g=64, s=0),
+    varying=(),
 )
 def experts_down_combine(
     act: mx.array,

@@ -42,11 +42,6 @@ FLOAT32 = mx.float32
 RECURRENT = {mx.float32: 3e-5, mx.float16: 1e-3, mx.bfloat16: 6e-3}
 
 
-def _absent(dtype: mx.Dtype) -> mx.array:
-    """Return what stands for an optional input that is not there."""
-    return mx.zeros(1, dtype)
-
-
 def _sequences(n: int, n_seqs: int) -> int:
     """Return tokens of each sequence."""
     fits = n_seqs >= 1 and n % n_seqs == 0
@@ -96,6 +91,7 @@ def _some_gates(
         dict(n=3, h=64, s=1, masked=1),
     ],
     large=dict(n=2048, h=32, s=0, masked=0),
+    varying=("n",),
     tolerance=dict.fromkeys(FLOATS, 5e-6),
 )
 def compute_decay_beta(
@@ -121,7 +117,7 @@ def compute_decay_beta(
             "b": b,
             "a_log": a_log,
             "dt_bias": dt_bias,
-            "mask": _absent(mx.bool_) if mask is None else mask,
+            "mask": mask,
             "n": n,
             "n_heads": n_heads,
         },
@@ -180,6 +176,7 @@ def _some_conv(
         dict(b=3, t=2, c=33, w=4, masked=0, s=0),
     ],
     large=dict(b=1, t=2048, c=8192, w=4, masked=0, s=0),
+    varying=("n_tokens",),
 )
 def conv1d_step(
     x: mx.array, state: mx.array, weight: mx.array, mask: mx.array | None = None
@@ -203,7 +200,7 @@ def conv1d_step(
             "x": x,
             "state": state,
             "weight": weight,
-            "mask": _absent(mx.bool_) if mask is None else mask,
+            "mask": mask,
             "n_tokens": t,
             "n_channels": channels,
         },
@@ -254,6 +251,7 @@ def _some_state(
         dict(b=9, t=9, c=5, w=3, masked=1, ends=0),
     ],
     large=dict(b=64, t=64, c=8192, w=4, masked=0, ends=0),
+    varying=("n_tokens",),
 )
 def conv1d_state_update(
     x: mx.array,
@@ -279,8 +277,8 @@ def conv1d_state_update(
         {
             "x": x,
             "state": state,
-            "mask": _absent(mx.bool_) if mask is None else mask,
-            "lengths": _absent(mx.int32) if lengths is None else lengths,
+            "mask": mask,
+            "lengths": lengths,
             "n_tokens": t,
             "n_channels": channels,
             "n_history": history,
@@ -378,6 +376,7 @@ def _by_rows(n_seqs: int, heads: int, dv: int) -> Any:
         dict(b=1, t=1, hk=1, hv=1, dk=256, dv=6),
     ],
     large=dict(b=1, t=1, hk=16, hv=32, dk=128, dv=128),
+    varying=(),
     tolerance=RECURRENT,
 )
 def gated_delta_net_step(
@@ -417,6 +416,7 @@ def gated_delta_net_step(
         dict(b=1, t=33, hk=1, hv=1, dk=64, dv=5),
     ],
     large=dict(b=1, t=2048, hk=16, hv=32, dk=128, dv=128),
+    varying=("n_tokens",),
     tolerance=RECURRENT,
 )
 def gated_delta_net_sequential(
@@ -452,6 +452,7 @@ def _delta_sizes(t: int, key_heads: int, heads: int, dv: int) -> dict[str, int]:
         dict(b=1, t=41, hk=1, hv=1, dk=32, dv=40, strong=1),
     ],
     large=dict(b=1, t=2048, hk=16, hv=32, dk=128, dv=128),
+    varying=("n_tokens",),
     tolerance=RECURRENT,
 )
 def gated_delta_net_chunkwise(
@@ -545,6 +546,7 @@ def _some_decode(
         dict(b=1, hk=1, hv=1, dk=128, dv=21, w=4, s=0),
     ],
     large=dict(b=1, hk=16, hv=32, dk=128, dv=128, w=4, s=0),
+    varying=(),
     tolerance=RECURRENT,
 )
 def gated_delta_decode(

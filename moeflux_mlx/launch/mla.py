@@ -15,7 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..device import SIMD
-from .base import Launch, Size3, dims, expect, groups, kernel, normal, require
+from .base import Launch, dims, expect, groups, kernel, normal, require
+from .prepared import Size3
 
 MAX_SIMDGROUPS = 8
 # Heads that fold onto one cache row: the rows of a matrix.
@@ -70,6 +71,7 @@ def _some_q_kv(
         {"t": 7, "h": 3, "n": 192, "r": 32, "l": 96},
     ],
     large={"t": 4096, "h": 128, "n": 128, "r": 64, "l": 512},
+    varying=("n_tokens",),
 )
 def mla_split_q_kv(q: mx.array, kv: mx.array, num_heads: int, nope_dim: int) -> Launch:
     """``[T, H * (N + R)]`` and ``[T, L + R]`` as q_nope, q_pe, latent and rope key."""
@@ -146,6 +148,7 @@ def _some_rope(
         {"t": 2, "h": 9, "r": 98, "start": 100},
     ],
     large={"t": 4096, "h": 128, "r": 64, "start": 0},
+    varying=("start",),
 )
 def yarn_rope_apply(
     x: mx.array, inv_freq: mx.array, start: Start, mscale: float
@@ -225,6 +228,7 @@ def _some_caches(
         {"s": 21, "t": 1, "l": 512, "r": 64, "start": 13},
     ],
     large={"s": 32768, "t": 1, "l": 512, "r": 64, "start": 32767},
+    varying=("start", "n_rows", "n_new"),
 )
 def mla_kv_cache_append(
     latent_cache: mx.array,
@@ -338,6 +342,7 @@ def _q_prime(
         {"t": 1, "h": 2, "o": 96, "i": 192, "g": 32, "s": 0},
     ],
     large={"t": 1, "h": 128, "o": 512, "i": 128, "g": 64, "s": 1},
+    varying=("n_tokens",),
 )
 def mla_q_prime_4bit(
     q_nope: mx.array, w: mx.array, scales: mx.array, biases: mx.array
@@ -384,6 +389,7 @@ def _out_per_head(
         {"t": 2, "h": 1, "o": 64, "i": 480, "g": 32, "s": 1},
     ],
     large={"t": 1, "h": 128, "o": 128, "i": 512, "g": 64, "s": 1},
+    varying=("n_tokens",),
 )
 def mla_out_per_head_4bit(
     context: mx.array, w: mx.array, scales: mx.array, biases: mx.array
@@ -501,6 +507,7 @@ def _some_attention(
         {"t": 1, "h": 2, "s": 17, "l": 32, "r": 42},
     ],
     large={"t": 1, "h": 128, "s": 4096, "l": 512, "r": 64},
+    varying=("n_tokens", "n_rows"),
 )
 def mla_sdpa_folded(
     q_prime: mx.array, q_pe: mx.array, latent: mx.array, rope: mx.array, scale: float
@@ -569,6 +576,7 @@ def _some_tiled_attention(
         {"t": 1, "h": 2, "s": 17, "l": 32, "r": 42, "tile": 48},
     ],
     large={"t": 1, "h": 128, "s": 32768, "l": 512, "r": 64, "tile": TILE},
+    varying=("n_tokens", "n_rows"),
 )
 def mla_sdpa_tile_accumulate(
     q_prime: mx.array,
@@ -634,6 +642,7 @@ def _some_tiles(
         {"n": 9, "t": 1, "h": 7, "l": 512},
     ],
     large={"n": 32, "t": 1, "h": 128, "l": 512},
+    varying=("n_tiles", "n_slices"),
 )
 def mla_sdpa_tile_finalize(
     maxima: mx.array,

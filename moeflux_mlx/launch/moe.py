@@ -89,6 +89,7 @@ def _some_logits(
         {"t": 1, "e": 71, "k": 7, "unit": 1},
     ],
     large={"t": 4096, "e": 512, "k": 10},
+    varying=("n_tokens",),
 )
 def moe_softmax_topk(
     logits: mx.array, k: int, normalize: bool = False, n_experts: int | None = None
@@ -129,6 +130,7 @@ def _some_weights(
     sample=_some_weights,
     sizes=[{"t": 1, "k": 1}, {"t": 61, "k": 10}, {"t": 1, "k": 10}, {"t": 33, "k": 8}],
     large={"t": 4096, "k": 10},
+    varying=("n",),
     dtypes=FLOAT32,
 )
 def moe_normalize_weights(weights: mx.array) -> Launch:
@@ -193,6 +195,7 @@ def _some_noaux(
         {"t": 6, "e": 160, "k": 6, "groups": 32, "best": 3, "s": 0, "normalize": 0},
     ],
     large={"t": 4096, "e": 256, "k": 8, "groups": 8, "best": 4, "s": 1},
+    varying=("n_tokens",),
 )
 def moe_noaux_topk(
     logits: mx.array,
@@ -304,6 +307,7 @@ def _check_token(h: mx.array, shared: mx.array, weights: mx.array) -> tuple[int,
     sample=_one_token_apart,
     sizes=[{"k": 1, "d": 1}, {"k": 10, "d": 261}, {"k": 16, "d": 96}],
     large={"k": 8, "d": 1 << 20},
+    varying=("n",),
 )
 def moe_combine_residual(
     h: mx.array,
@@ -342,6 +346,7 @@ def moe_combine_residual(
     sample=_one_token,
     sizes=[{"k": 1, "d": 1}, {"k": 10, "d": 261}, {"k": 16, "d": 96}],
     large={"k": 8, "d": 1 << 20},
+    varying=("n",),
 )
 def moe_combine_residual_flat(
     h: mx.array,
@@ -377,6 +382,7 @@ def moe_combine_residual_flat(
     sample=_one_token_unscaled,
     sizes=[{"k": 1, "d": 1}, {"k": 10, "d": 261}, {"k": 16, "d": 96}],
     large={"k": 8, "d": 1 << 20},
+    varying=("n",),
 )
 def moe_combine_residual_unscaled(
     h: mx.array, shared: mx.array, weights: mx.array, experts: mx.array
@@ -428,6 +434,7 @@ def _some_tokens(
         {"t": 2, "d": 1028, "s": 0},
     ],
     large={"t": 2048, "d": 4096, "s": 1},
+    varying=("n",),
 )
 def moe_combine_residual_n_tokens(
     h: mx.array, moe_sum: mx.array, shared: mx.array, gate: mx.array
@@ -470,6 +477,7 @@ def _some_bucket(
         {"t": 9, "m": 9, "d": 516},
     ],
     large={"t": 2048, "m": 512, "d": 4096},
+    varying=("m", "n"),
 )
 def moe_bucket_accumulate(
     acc: mx.array, bucket: mx.array, tokens: mx.array, weights: mx.array
@@ -531,6 +539,7 @@ def _some_choices(
         {"t": 5, "k": 16, "e": 300},
     ],
     large={"t": 4096, "k": 10, "e": 512},
+    varying=("n_tokens",),
     dtypes=FLOAT32,
 )
 def moe_id_map(indices: mx.array, n_experts: int) -> Launch:
@@ -606,6 +615,7 @@ def _some_assignments(
         dict(t=34, k=1, e=2, i=256, o=130, bits=4, g=128, s=1, base=8),
     ],
     large=dict(t=1024, k=8, e=64, i=2048, o=768, bits=4, g=64, s=1),
+    varying=("n_tokens",),
 )
 def moe_mm_id(
     x: mx.array,
@@ -674,6 +684,7 @@ def _some_slots(
         {"t": 2, "k": 16, "d": 1028},
     ],
     large={"t": 2048, "k": 8, "d": 4096},
+    varying=("n",),
 )
 def moe_combine_topk(mid: mx.array, weights: mx.array) -> Launch:
     """Weighted sum over the slots of ``[T, K, D]``, weights ``[T, K]``: ``[T, D]``."""

@@ -79,7 +79,7 @@ def _some_rows(
     return (normal(rng, dtype, t, d),)
 
 
-@kernel(reference=_sum_sq, sample=_some_rows, sizes=ROWS, large=LARGE_ROWS)
+@kernel(reference=_sum_sq, sample=_some_rows, sizes=ROWS, large=LARGE_ROWS, varying=())
 def rms_norm_sum_sq(x: mx.array) -> Launch:
     """Sum of squares of each row of ``[T, D]``, float32 ``[T]``."""
     n_tokens, dim = dims("x", x, 2)
@@ -131,7 +131,9 @@ def _apply_launch(
     )
 
 
-@kernel(reference=_apply, sample=_some_rows_summed, sizes=ROWS, large=LARGE_ROWS)
+@kernel(
+    reference=_apply, sample=_some_rows_summed, sizes=ROWS, large=LARGE_ROWS, varying=()
+)
 def rms_norm_apply(
     x: mx.array, sum_sq: mx.array, weight: mx.array, eps: float
 ) -> Launch:
@@ -139,7 +141,9 @@ def rms_norm_apply(
     return _apply_launch("rms_norm_apply", x, sum_sq, weight, eps, 1)
 
 
-@kernel(reference=_apply, sample=_some_rows_summed, sizes=ROWS, large=LARGE_ROWS)
+@kernel(
+    reference=_apply, sample=_some_rows_summed, sizes=ROWS, large=LARGE_ROWS, varying=()
+)
 def rms_norm_apply_bf16(
     x: mx.array, sum_sq: mx.array, weight: mx.array, eps: float
 ) -> Launch:
@@ -162,6 +166,7 @@ def _some_rows_weighted(
     sample=_some_rows_weighted,
     sizes=[*ROWS, {"t": 1, "d": 1 << 14, "s": 0}],
     large=LARGE_ROWS,
+    varying=(),
 )
 def rms_norm_bf16_fused_n_tokens(x: mx.array, weight: mx.array, eps: float) -> Launch:
     """``x * rsqrt(mean(x^2) + eps) * weight`` over the rows of ``[T, D]``."""
@@ -203,7 +208,13 @@ HEADS: list[dict[str, int]] = [
 LARGE_HEADS = {"t": 4096, "h": 32, "d": 128, "s": 1}
 
 
-@kernel(reference=_per_head, sample=_some_heads, sizes=HEADS, large=LARGE_HEADS)
+@kernel(
+    reference=_per_head,
+    sample=_some_heads,
+    sizes=HEADS,
+    large=LARGE_HEADS,
+    varying=("n_slices",),
+)
 def rms_norm_per_head_n_tokens(x: mx.array, weight: mx.array, eps: float) -> Launch:
     """The weighted norm of each slice of d columns of ``[T, H * d]``."""
     n_slices, dim = _slices("x", x, weight)
@@ -262,6 +273,7 @@ def _some_qkv(
         {"t": 3, "h": 1, "d": 257, "gap": 0, "v": 385},
     ],
     large={"t": 4096, "h": 16, "d": 128, "gap": 0, "v": 4096},
+    varying=("total",),
 )
 def rms_norm_qk(
     x: mx.array, num_k_heads: int, key_dim: int, key_offset: int, eps: float
@@ -311,7 +323,13 @@ def _some_gated_heads(
     return x, normal(rng, dtype, t, h * d), weight, eps
 
 
-@kernel(reference=_gated, sample=_some_gated_heads, sizes=HEADS, large=LARGE_HEADS)
+@kernel(
+    reference=_gated,
+    sample=_some_gated_heads,
+    sizes=HEADS,
+    large=LARGE_HEADS,
+    varying=("n_slices",),
+)
 def gated_rms_norm(
     values: mx.array, z: mx.array, weight: mx.array, eps: float
 ) -> Launch:

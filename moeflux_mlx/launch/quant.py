@@ -107,6 +107,7 @@ def _one_token(bits: int, sizes: Any = ONE_TOKEN) -> Any:
         sample=_matvec_sample(bits, n_tokens=False),
         sizes=sizes,
         large=LARGE,
+        varying=(),
     )
 
 
@@ -116,6 +117,7 @@ def _n_tokens(bits: int, sizes: Any = MANY) -> Any:
         sample=_matvec_sample(bits, n_tokens=True),
         sizes=sizes,
         large={**LARGE, "t": 4},
+        varying=(),
     )
 
 
@@ -295,6 +297,7 @@ def _some_added(
         dict(i=1088, o=12, g=64, s=0),
     ],
     large=dict(i=4096, o=2048, g=64, s=0),
+    varying=(),
 )
 def matvec_residual(
     x: mx.array,
@@ -389,6 +392,7 @@ def _some_norm_products(
         dict(i=32, o=(8195, 1), bits=(2, 4), g=32, s=0),
     ],
     large=dict(i=2048, o=(12352,), bits=(4,), g=64, s=0),
+    varying=(),
 )
 def norm_matvecs(
     x: mx.array,
@@ -491,7 +495,9 @@ def _some_gate_up(
     return normal(rng, dtype, i), gate, up, g
 
 
-@kernel(reference=_gate_up, sample=_some_gate_up, sizes=ONE_TOKEN, large=LARGE)
+@kernel(
+    reference=_gate_up, sample=_some_gate_up, sizes=ONE_TOKEN, large=LARGE, varying=()
+)
 def fused_gate_up_swiglu(
     x: mx.array, gate: Parts, up: Parts, group_size: int
 ) -> Launch:
@@ -562,7 +568,13 @@ PRODUCTS = [
 PRODUCTS_LARGE = dict(k=8, i=2048, o=768, g=64, s=1)
 
 
-@kernel(reference=_batched, sample=_some_batched, sizes=PRODUCTS, large=PRODUCTS_LARGE)
+@kernel(
+    reference=_batched,
+    sample=_some_batched,
+    sizes=PRODUCTS,
+    large=PRODUCTS_LARGE,
+    varying=("w_last", "s_last", "b_last"),
+)
 def dequant_matvec_4bit_batched(
     x: mx.array,
     w: mx.array,
@@ -639,6 +651,7 @@ def _some_experts(
         dict(k=10, i=128, o=9, g=128, s=1, base=1),
     ],
     large=PRODUCTS_LARGE,
+    varying=(),
 )
 def dequant_matvec_4bit_v3_experts(
     x: mx.array, slots: mx.array, matrix: Matrix, n_out: int, group_size: int
@@ -698,6 +711,7 @@ DENSE = [
     sample=_some_dense(many=False),
     sizes=DENSE,
     large=dict(i=4096, o=14336, s=0),
+    varying=(),
 )
 def bf16_matvec(x: mx.array, w: mx.array) -> Launch:
     """``W x`` of ``[I]`` with a dense matrix ``[O, I]``."""
@@ -718,6 +732,7 @@ def bf16_matvec(x: mx.array, w: mx.array) -> Launch:
     sample=_some_dense(many=True),
     sizes=[{**sizes, "t": t} for sizes, t in zip(DENSE, (1, 5, 3, 8), strict=True)],
     large=dict(i=4096, o=4096, s=0, t=64),
+    varying=("n_tokens",),
 )
 def bf16_matmul_n_tokens(x: mx.array, w: mx.array) -> Launch:
     """``x W^T`` of ``[T, I]`` with a dense matrix ``[O, I]``."""
@@ -770,6 +785,7 @@ def _some_qmm(
         dict(t=33, i=256, o=130, bits=4, g=128, s=1),
     ],
     large=dict(t=512, i=4096, o=4096, bits=4, g=64, s=0),
+    varying=("n_tokens",),
 )
 def qmm_t(
     x: mx.array,
@@ -834,6 +850,7 @@ def _some_gather(
         dict(t=37, e=5, i=96, o=40, bits=8, g=32, s=0, base=3),
     ],
     large=dict(t=4096, e=64, i=2048, o=768, bits=4, g=64, s=1),
+    varying=("n_tokens",),
 )
 def gather_qmm_rhs(
     x: mx.array,

@@ -1,11 +1,13 @@
 """Metal source as text: declarations, kernel signatures, what to register, lint."""
 
+from .instance import Instance
 from .library import Library, library
 from .signature import Attribute, Input, MetalKernel, Output, Scalar, TemplateParameter
 
 __all__ = [
     "Attribute",
     "Input",
+    "Instance",
     "Library",
     "MetalKernel",
     "Output",

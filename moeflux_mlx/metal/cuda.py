@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import functools
 import re
-import struct
-from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
 
+from .instance import Instance, Value, float_bits, literal
 from .library import Library
-from .signature import Attribute, Input, MetalKernel, Output, Scalar
+from .signature import (
+    Attribute,
+    Input,
+    MetalKernel,
+    Output,
+    Parameter,
+    Scalar,
+    TemplateParameter,
+)
 from .source import without_comments
 
 DIALECT = "msl_cuda.h"
@@ -41,8 +48,6 @@ TYPES = {
     mx.uint8: "msl::uchar",
     mx.bool_: "bool",
 }
-# Values of a kernel's template, and of scalars that are compiled in.
-Values = Mapping[str, int | float | bool | mx.Dtype]
 
 
 def header(library: Library, kernel: MetalKernel) -> str:
@@ -64,21 +69,12 @@ def header(library: Library, kernel: MetalKernel) -> str:
     return f"{_text(library.folder / DIALECT)}\nnamespace msl {{\n{code}}}\n"
 
 
-def body(kernel: MetalKernel, values: Values) -> str:
-    """Return the body to register: one call of the device function.
-
-    Args:
-        values: of the whole template, and of the scalars that are compiled in.
-    """
-    template = ", ".join(_literal(values[p.name]) for p in kernel.template)
-    arguments = ", ".join(_argument(p, values) for p in kernel.parameters)
+def body(instance: Instance) -> str:
+    """Return the body to register: one call of the device function."""
+    kernel = instance.kernel
+    template = ", ".join(_argument(p, instance) for p in kernel.template)
+    arguments = ", ".join(_argument(p, instance) for p in kernel.parameters)
     return f"msl::{kernel.name}{f'<{template}>' if template else ''}({arguments});"
-
-
-def _literal(value: int | float | bool | mx.Dtype) -> str:
-    if isinstance(value, mx.Dtype):
-        return TYPES[value]
-    return str(value).lower() if isinstance(value, bool) else str(int(value))
 
 
 @functools.cache
@@ -88,7 +84,7 @@ def _text(path: Path) -> str:
     return "\n".join(line.strip() for line in lines if line.strip())
 
 
-def _parameter(p: Input | Scalar | Output | Attribute) -> str:
+def _parameter(p: Parameter) -> str:
     match p:
         case Input():
             return f"const {p.type}* {p.name}"
@@ -100,15 +96,23 @@ def _parameter(p: Input | Scalar | Output | Attribute) -> str:
             return f"const {p.type_name} {p.name}"
 
 
-def _argument(p: Input | Scalar | Output | Attribute, values: Values) -> str:
+def _argument(p: Parameter | TemplateParameter, instance: Instance) -> str:
+    if p.name in instance.values:
+        return _compiled_in(p, instance.values[p.name])
     match p:
-        case Scalar() if p.name in values and p.type == "float":
-            (bits,) = struct.unpack("<I", struct.pack("<f", values[p.name]))
-            return f"msl::as_type<float>({bits:#x}u)"
-        case Scalar() if p.name in values:
-            return f"msl::{p.type}({_literal(values[p.name])})"
         case Scalar():
             return f"*{p.name}"
         case Attribute():
             return f"msl::{p.attribute}(){p.part}"
     return p.name
+
+
+def _compiled_in(p: Parameter | TemplateParameter, value: Value) -> str:
+    match p:
+        case Input():
+            return "nullptr"
+        case Scalar(type="float"):
+            return f"msl::as_type<float>({float_bits(value)})"
+        case Scalar():
+            return f"msl::{p.type}({literal(value)})"
+    return TYPES[value] if isinstance(value, mx.Dtype) else literal(value)

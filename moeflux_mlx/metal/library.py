@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..errors import KernelError
+from .instance import Values, definitions
 from .signature import MetalKernel, constants, parse
 from .source import Declaration, declarations
 
@@ -80,9 +81,16 @@ class Library:
         parts = [_text(d.text, d.place.file, d.place.line, lines) for d in used]
         return "".join(parts)
 
-    def body(self, kernel: MetalKernel, *, lines: bool = False) -> str:
-        """Return the body to register, its thread attributes under our names."""
-        bindings = "".join(f"{a.binding}\n" for a in kernel.attributes if a.binding)
+    def body(
+        self, kernel: MetalKernel, values: Values | None = None, *, lines: bool = False
+    ) -> str:
+        """Return the body to register, its thread attributes under our names.
+
+        Args:
+            values: what is compiled in, defined before anything else.
+        """
+        bindings = definitions(kernel, values or {})
+        bindings += "".join(f"{a.binding}\n" for a in kernel.attributes if a.binding)
         text = _text(kernel.body, kernel.place.file, kernel.body_line, lines)
         return f"{bindings}{{\n{text}}}"
 

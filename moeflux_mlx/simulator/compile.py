@@ -28,6 +28,8 @@ FLAGS = [
     *("-Xclang", "-ffloat16-excess-precision=none"),
     *("-Xclang", "-cl-single-precision-constant", "-fno-math-errno"),
     *("-fno-sanitize=all", "-fno-exceptions", "-fno-rtti", "-nostdinc"),
+    # What is read of an absent input is a fault, not code that cannot be reached.
+    *("-Xclang", "-fno-delete-null-pointer-checks"),
     *("-Wno-unknown-attributes", "-Wno-user-defined-literals", "-Wno-macro-redefined"),
     *("-Wno-unused-value", "-Wno-ignored-attributes", "-Wno-unknown-pragmas"),
     *("-Wno-deprecated-volatile", "-Wno-reserved-user-defined-literal"),

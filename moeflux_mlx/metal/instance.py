@@ -1,0 +1,80 @@
+"""A kernel with all that is compiled into it: one source for MLX.
+
+That are the values of its template, the numbers that a model's geometry fixes, and
+which of its optional inputs are absent. Written into the source they cost no buffer, no
+thread reads them, and loops have known ends.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import mlx.core as mx
+import numpy as np
+
+from .signature import Input, MetalKernel, Scalar
+
+# None stands for an input that is absent.
+Value = int | float | bool | mx.Dtype | None
+Values = Mapping[str, Value]
+# MLX's own names: it writes the types of inputs and outputs with them.
+TYPES = {
+    mx.float32: "float",
+    mx.float16: "float16_t",
+    mx.bfloat16: "bfloat16_t",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """A kernel and the values compiled into it; two of the same values are one."""
+
+    kernel: MetalKernel
+    values: Values
+
+    @cached_property
+    def inputs(self) -> tuple[Input | Scalar, ...]:
+        """What is still given to a launch, in order."""
+        return tuple(p for p in self.kernel.inputs if p.name not in self.values)
+
+
+def definitions(kernel: MetalKernel, values: Values) -> str:
+    """Return a line of Metal for every value: what template and signature declare."""
+    lines = [
+        _template(p.kind, p.name, values[p.name])
+        for p in kernel.template
+        if p.name in values
+    ]
+    lines += [_parameter(p, values[p.name]) for p in kernel.inputs if p.name in values]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def literal(value: Value) -> str:
+    """Return a whole number or a truth as both Metal and CUDA write it."""
+    assert isinstance(value, int)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def float_bits(value: Value) -> str:
+    """Return the bits of a float32: no decimal stands between it and the compiler."""
+    assert isinstance(value, int | float)
+    (bits,) = struct.unpack("<I", struct.pack("<f", np.float32(value)))
+    return f"{bits:#x}u"
+
+
+def _template(kind: str, name: str, value: Value) -> str:
+    if isinstance(value, mx.Dtype):
+        return f"using {name} = {TYPES[value]};"
+    return f"constexpr {kind} {name} = {literal(value)};"
+
+
+def _parameter(p: Input | Scalar, value: Value) -> str:
+    if isinstance(p, Input):
+        # Null, so that a read would be found: no memory stands for what is absent.
+        return f"const device {p.type}* {p.name} = nullptr;"
+    if p.type == "float":
+        return f"const float {p.name} = as_type<float>({float_bits(value)});"
+    return f"constexpr {p.type} {p.name} = {literal(value)};"
