@@ -21,6 +21,7 @@ from . import (
     profile,
     trace,
     tune,
+    unpack,
     verify,
 )
 from .arguments import Parser
@@ -28,6 +29,7 @@ from .arguments import Parser
 COMMANDS = (
     generate,
     pack,
+    unpack,
     verify,
     inspect,
     compare,

@@ -23,6 +23,7 @@ from .layout import ExpertLayout
 from .manifest import LayerFile
 from .module_store import count_of, layout_of, own_tensor, refuse_twice, stacked
 from .modules import RoutedBlock, find_blocks
+from .plain import names_of
 from .pool import DTYPE_NAMES
 from .routed import RoutedLayer
 from .safetensors import TensorEntry
@@ -71,6 +72,9 @@ class PackSource(Protocol):
     def block(self, layer: int) -> str:
         """Return the path of a layer's routed block, if it goes by that."""
 
+    def names(self, layer: int) -> tuple[str, ...]:
+        """Return the names of a layer's tensors as ``LayerFile`` has them."""
+
     def write_layer(self, layer: int, folder: Folder, advance: Advance) -> LayerFile:
         """Write a layer's file."""
 
@@ -102,6 +106,10 @@ class NamedSource:
     def block(self, layer: int) -> str:
         """Return nothing: layers go by their number."""
         return ""
+
+    def names(self, layer: int) -> tuple[str, ...]:
+        """Return the names that the checkpoint's tensors have."""
+        return names_of(self.experts.routed[layer], self.layout(layer))
 
     def write_layer(self, layer: int, folder: Folder, advance: Advance) -> LayerFile:
         """Copy a layer's experts, one after the other."""
@@ -182,6 +190,10 @@ class ModuleSource:
     def block(self, layer: int) -> str:
         """Return a block's path."""
         return self._paths[layer]
+
+    def names(self, layer: int) -> tuple[str, ...]:
+        """Return nothing: names follow from the path."""
+        return ()
 
     @property
     def resident(self) -> list[Tensor]:

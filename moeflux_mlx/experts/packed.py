@@ -327,7 +327,7 @@ def verify(
             done += entry.n_bytes
             if progress:
                 progress(f"layer {entry.layer}", done, total)
-        if not _resident_matches(store.directory / resident.file, resident):
+        if not resident_matches(store.directory / resident.file, resident):
             report.damaged.append((store.directory / resident.file, None, None))
         if progress:
             progress(resident.file, total, total)
@@ -352,7 +352,7 @@ def damaged_records(path: Path, entry: LayerFile) -> list[int]:
     return damaged
 
 
-def _resident_matches(path: Path, resident: ResidentFile) -> bool:
+def resident_matches(path: Path, resident: ResidentFile) -> bool:
     digest = xxhash.xxh3_64()
     try:
         with open_file(path) as file:

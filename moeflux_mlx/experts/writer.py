@@ -38,7 +38,7 @@ class Tensor:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path, part: str = "pack") -> Iterator[None]:
     """Turn OSError into ExpertStoreError that names what was being written."""
     try:
         yield
@@ -47,7 +47,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             hint = "; make room and run the same command again to continue"
         raise ExpertStoreError(
-            f"[pack] cannot write {path}: {error.strerror or error}{hint}"
+            f"[{part}] cannot write {path}: {error.strerror or error}{hint}"
         ) from error
 
 
@@ -56,8 +56,9 @@ def check_space(folder: Folder, needed_bytes: int) -> None:
     available = free_bytes(folder.fd)
     if available is not None and available < needed_bytes:
         raise ExpertStoreError(
-            f"[pack] expected {needed_bytes} bytes free for {folder.path} but only "
-            f"{available} bytes are available: make room and run the same command again"
+            f"[{folder.part}] expected {needed_bytes} bytes free for {folder.path} but "
+            f"only {available} bytes are available: make room and run the same command "
+            "again"
         )
 
 
@@ -92,7 +93,7 @@ def write_parts(
         os.ftruncate(file.fileno(), n_bytes)
         for spec in layout.tensors:
             for expert, row in enumerate(rows(spec.projection, spec.part)):
-                _write_at(file.fileno(), row, expert * layout.stride + spec.offset)
+                write_at(file.fileno(), row, expert * layout.stride + spec.offset)
             advance(n_experts * spec.n_bytes)
         used = sum(spec.n_bytes for spec in layout.tensors)
         checksums = [
@@ -105,7 +106,7 @@ def write_parts(
     return LayerFile(layer, name, n_bytes, layout, tuple(checksums))
 
 
-def _write_at(fd: int, data: memoryview, offset: int) -> None:
+def write_at(fd: int, data: memoryview, offset: int) -> None:
     while data:
         n_written = os.pwrite(fd, data, offset)
         data, offset = data[n_written:], offset + n_written
@@ -155,7 +156,7 @@ def copy_small_files(files: SourceFiles, folder: Folder) -> None:
     for name, path in files.copied.items():
         inner, _, last = name.rpartition("/")
         with contextlib.ExitStack() as stack:
-            stack.enter_context(disk_errors(folder.path / name))
+            stack.enter_context(disk_errors(folder.path / name, folder.part))
             place = stack.enter_context(folder.inner(inner)) if inner else folder
             source = stack.enter_context(open_inside(path))
             file = stack.enter_context(place.create(last))
