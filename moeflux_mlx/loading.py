@@ -28,6 +28,7 @@ from .pool_search import find_fastest
 from .preflight import check_fits
 from .progress import Report, byte_progress, notice
 from .runtime import RunOptions
+from .saving import is_to_be_saved
 from .settings import check_settings
 from .stock import has_own_class
 from .streaming import plan_stream
@@ -260,12 +261,28 @@ def model_classes(
     return Model, module.ModelArgs
 
 
+def saved_plainly(model: type, arguments: type) -> tuple[type, type]:
+    """Return a pack's classes whose configuration does not name the pack's own file.
+
+    mlx-lm saves that configuration with the whole model, which is no pack.
+    """
+
+    class Arguments(arguments):  # type: ignore[misc, valid-type]
+        @classmethod
+        def from_dict(cls, params: dict[str, Any]) -> Any:
+            params.pop("model_file", None)
+            return super().from_dict(params)
+
+    return model, Arguments
+
+
 def pack_classes(model_file: str) -> tuple[type, type]:
     """Return the classes of the packed directory that ``model_file`` lies in.
 
     Stock mlx-lm commands reach a packed model through this with
     ``--trust-remote-code``; memory and executor come from the environment.
     """
+    saves = is_to_be_saved()
     directory = Path(model_file).resolve().parent
     give_way = None
     if (server := serving.running_server()) is not None:
@@ -275,7 +292,7 @@ def pack_classes(model_file: str) -> tuple[type, type]:
     options = RunOptions(directory=directory, give_way=give_way)
     found = load_config(directory)
     if not has_own_class(found.get("model_type")):
-        return door_classes(directory, found)
+        return saved_plainly(*door_classes(directory, found, reads=not saves))
     direct = config.expert_io() == "direct"
     opened = partial(PackedExperts.open, directory, direct=direct)
     options = replace(options, open_experts=opened)
@@ -286,10 +303,12 @@ def pack_classes(model_file: str) -> tuple[type, type]:
 
         def load_weights(self, *args: Any, **kwargs: Any) -> nn.Module:
             super().load_weights(*args, **kwargs)
+            if saves:
+                return self
             if options.amounts == Amounts():
                 check_fits(directory, self)
             if self.runtime.make_plan(self.needs) is None:
                 self.runtime.open(self.needs)
             return self
 
-    return Model, arguments
+    return saved_plainly(Model, arguments)

@@ -196,7 +196,11 @@ def stream(
         )
         undo.pop_all()
     model.__dict__.update(
-        streamer=streamer, plan=opened.plan, needs=opened.needs, directory=directory
+        streamer=streamer,
+        plan=opened.plan,
+        needs=opened.needs,
+        directory=directory,
+        store=store,
     )
     if opened.plan is None and isinstance(streamer, ExpertStreamer):
         calls.free_pool = FreePool(streamer)

@@ -24,7 +24,6 @@ from .manifest import LayerFile
 from .module_store import count_of, layout_of, own_tensor, refuse_twice, stacked
 from .modules import RoutedBlock, find_blocks
 from .plain import names_of
-from .pool import DTYPE_NAMES
 from .routed import RoutedLayer
 from .safetensors import TensorEntry
 from .writer import (
@@ -32,18 +31,10 @@ from .writer import (
     Tensor,
     chunks_of_array,
     chunks_of_file,
+    entry_of,
     write_layer,
     write_parts,
 )
-
-# Types that parameters besides experts may have too.
-OTHER_NAMES = {
-    mx.bool_: "BOOL",
-    mx.int16: "I16",
-    mx.int64: "I64",
-    mx.uint64: "U64",
-    mx.complex64: "C64",
-}
 
 
 class PackSource(Protocol):
@@ -202,13 +193,7 @@ class ModuleSource:
 
     def _resident_tensor(self, path: str) -> Tensor:
         array, file = self._resident[path], self._checkpoint.directory
-        name = DTYPE_NAMES.get(array.dtype) or OTHER_NAMES.get(array.dtype)
-        if name is None:
-            raise ModelError(
-                f"[pack] {file}: {path}: expected a type that files have but got "
-                f"{array.dtype}"
-            )
-        entry = TensorEntry(file, path, name, tuple(array.shape), 0, array.nbytes)
+        entry = entry_of(path, array, f"[pack] {file}: ")
         own = self._tensor(path, array)
         if own is not None:
             return Tensor(entry, partial(chunks_of_file, self._checkpoint, own))

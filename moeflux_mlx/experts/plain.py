@@ -28,6 +28,8 @@ from .writer import Advance, Tensor, disk_errors, write_at
 SHARD_BYTES = 5 << 30
 # Stands for the number of an expert in the name of a tensor that each has for itself.
 NUMBER = "{}"
+# Returns the record of an expert of a layer.
+ReadRecord = Callable[[int, int], memoryview]
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,11 @@ class Plan:
         cls,
         resident: Sequence[Tensor],
         layers: Sequence[PlainLayer],
-        shard_bytes: int = SHARD_BYTES,
+        shard_bytes: int | None = SHARD_BYTES,
     ) -> Plan:
         """Deal tensors out to files of ``shard_bytes`` at most, or of one tensor.
+
+        None of them: all go into one file.
 
         Raises:
             ExpertStoreError: two tensors have one name.
@@ -137,7 +141,8 @@ class Plan:
                     f"{entry.name!r}"
                 )
             names.add(entry.name)
-            if shards[-1] and n_bytes + entry.n_bytes > shard_bytes:
+            most = n_bytes + entry.n_bytes if shard_bytes is None else shard_bytes
+            if shards[-1] and n_bytes + entry.n_bytes > most:
                 shards.append([])
                 n_bytes = 0
             shards[-1].append(entry)
@@ -161,11 +166,11 @@ class Plan:
         }
         return json.dumps(fields, indent=4)
 
-    def write(self, store: ExpertStore, folder: Folder, advance: Advance) -> None:
+    def write(self, read: ReadRecord, folder: Folder, advance: Advance) -> None:
         """Write the files and their index, holding one record in memory.
 
         Args:
-            store: gives the layers' records.
+            read: returns an expert's record, whose bytes count until the next call.
             advance: hears how many bytes were written.
 
         Raises:
@@ -180,7 +185,8 @@ class Plan:
                     start += len(chunk)
                     advance(len(chunk))
             for layer in self.layers:
-                for record, expert in _records(store, layer):
+                for expert in range(layer.n_experts):
+                    record = read(layer.layer, expert)
                     for spec, name, start in layer.pieces(expert):
                         end = spec.offset + spec.n_bytes
                         write(name, start, record[spec.offset : end])
@@ -213,36 +219,35 @@ class Plan:
         return write
 
 
-def read_record(
-    store: ExpertStore, layer: int, expert: int, buffer: memoryview
-) -> memoryview:
-    """Return an expert's record, read into ``buffer`` of the layout's stride.
+class Records:
+    """Reads the records of a store one after the other, each against its checksum."""
 
-    Raises:
-        ExpertStoreError: it cannot be read, or does not match its checksum.
-    """
-    layout = store.layout(layer)
-    padding = layout.stride - layout.record_bytes
-    read = Read(
-        store.spans(layer, expert),
-        HostPlace(buffer[: layout.stride]),
-        layer,
-        expert,
-        store.checksum(layer, expert),
-        padding,
-        store.name(layer),
-    )
-    Batch([read]).run_here()
-    if read.error is not None:
-        raise read.error
-    return buffer[: layout.record_bytes]
+    def __init__(self, store: ExpertStore):
+        self._store = store
+        strides = [store.layout(layer).stride for layer in store.layers]
+        # Direct reads go to whole pages only.
+        self._buffer = memoryview(mmap.mmap(-1, max(strides)))
 
+    def __call__(self, layer: int, expert: int) -> memoryview:
+        """Return an expert's record; the next call overwrites it.
 
-def _records(store: ExpertStore, layer: PlainLayer) -> Iterator[tuple[memoryview, int]]:
-    # Direct reads go to whole pages only.
-    buffer = memoryview(mmap.mmap(-1, layer.layout.stride))
-    for expert in range(layer.n_experts):
-        yield read_record(store, layer.layer, expert, buffer), expert
+        Raises:
+            ExpertStoreError: it cannot be read, or does not match its checksum.
+        """
+        store, layout = self._store, self._store.layout(layer)
+        read = Read(
+            store.spans(layer, expert),
+            HostPlace(self._buffer[: layout.stride]),
+            layer,
+            expert,
+            store.checksum(layer, expert),
+            layout.stride - layout.record_bytes,
+            store.name(layer),
+        )
+        Batch([read]).run_here()
+        if read.error is not None:
+            raise read.error
+        return self._buffer[: layout.record_bytes]
 
 
 def _entry(name: str, dtype: str, shape: tuple[int, ...]) -> TensorEntry:

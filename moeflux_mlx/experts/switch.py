@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,6 +28,11 @@ SORTED_FROM = 64
 # mlx-lm's names of what a Weight holds.
 FIELDS = dict(
     zip(ALL_PARTS, ("w", "scales", "biases", "bias", "global_scale"), strict=True)
+)
+
+PLAIN_FIRST = (
+    "load a plain checkpoint without a bound on memory, which 'moeflux unpack PACK "
+    "DIR' makes of a pack, and go on with that"
 )
 
 
@@ -51,6 +56,33 @@ class StreamedProjection(nn.Module):
     """In the place of a streamed matrix, which takes no adapter."""
 
 
+class DenseProjection(StreamedProjection):
+    """In the place of one that could be quantised, as whoever quantises is to know."""
+
+    def __init__(self, path: str, shape: tuple[int, ...]):
+        super().__init__()
+        self.__dict__.update(path=path, shape=shape)
+        # MLX passes over modules with nothing in them.
+        self["is_streamed"] = True
+
+    @property
+    def weight(self) -> mx.array:
+        """An array of the matrices' shape, for who looks at no more than that."""
+        shape: tuple[int, ...] = self.__dict__["shape"]
+        return mx.zeros(shape)
+
+    def to_quantized(self, *_arguments: Any, **_options: Any) -> NoReturn:
+        """Refuse: the matrices stay as files have them.
+
+        Raises:
+            ModelError: names the matrices and what to do.
+        """
+        raise ModelError(
+            f"[quantize] {self.__dict__['path']}: expected experts in memory but they "
+            f"are read from files: {PLAIN_FIRST}"
+        )
+
+
 class StreamedSwitch(nn.Module):
     """In the place of a routed block; has none of the experts' parameters.
 
@@ -69,12 +101,21 @@ class StreamedSwitch(nn.Module):
         token: Callable[[], Token | None] = lambda: None,
     ):
         super().__init__()
+        forms, parts = block.quantization, block.parts
         self.path, self.slot_block = block.path, SlotBlock(block)
+        # Whether whoever saves the model is to write matrices that are quantised dense.
+        self.saved_dense = False
+        self.is_quantized = any(form is not None for form in forms.values())
         self._source, self._alone, self._token = source, alone, token
         # The activation, and whatever a model has put there besides.
         for name, child in block.module.items():
-            streamed = name in block.projections
-            self[name] = StreamedProjection() if streamed else child
+            if name not in block.projections:
+                self[name] = child
+            elif forms[name] is None:
+                shape = tuple(parts[name, "weight"].shape)
+                self[name] = DenseProjection(f"{block.path}.{name}", shape)
+            else:
+                self[name] = StreamedProjection()
 
     def __getattr__(self, name: str) -> Any:
         if (block := self.__dict__.get("slot_block")) and name in block.projections:

@@ -22,7 +22,7 @@ from .packed import (
     resident_matches,
 )
 from .partial import check_names, made_whole, refuse_existing, remove_templates
-from .plain import SHARD_BYTES, PlainLayer, Plan
+from .plain import SHARD_BYTES, PlainLayer, Plan, Records
 from .safetensors import TensorEntry, read_header
 from .sidecars import SourceFiles, source_files
 from .writer import Tensor, check_space, copy_small_files
@@ -89,7 +89,7 @@ class _Job:
         check_space(folder, self._plan.n_bytes + self._files.n_bytes)
         try:
             copy_small_files(self._files, folder)
-            self._plan.write(self._store, folder, self._advance)
+            self._plan.write(Records(self._store), folder, self._advance)
             config = read_config(self._store.directory)
             del config["model_file"]
             folder.write_text("config.json", json.dumps(config, indent=4))

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import xxhash
 
-from ..errors import ExpertStoreError
+from ..errors import ExpertStoreError, ModelError
 from ..volume import free_bytes, sync
 from .checkpoint import Checkpoint
 from .checkpoint_store import TensorExperts
@@ -20,6 +20,7 @@ from .folder import Folder, write_all
 from .layout import ExpertLayout
 from .manifest import LayerFile, ResidentFile
 from .packed import CHUNK_BYTES
+from .pool import DTYPE_NAMES
 from .safetensors import TensorEntry, fingerprint, header_bytes
 from .sidecars import SourceFiles, open_inside
 
@@ -27,6 +28,16 @@ RESIDENT_FILE = "model.safetensors"
 Advance = Callable[[int], None]
 # By projection and part, the bytes of each expert in turn.
 Rows = Callable[[str, str], Iterator[memoryview]]
+
+
+# Types that parameters besides experts may have too.
+OTHER_NAMES = {
+    mx.bool_: "BOOL",
+    mx.int16: "I16",
+    mx.int64: "I64",
+    mx.uint64: "U64",
+    mx.complex64: "C64",
+}
 
 
 @dataclass(frozen=True)
@@ -149,6 +160,20 @@ def chunks_of_array(array: mx.array) -> Iterator[memoryview]:
         flat = mx.contiguous(rows).reshape(-1).view(mx.uint8)
         mx.eval(flat)
         yield memoryview(flat)  # type: ignore[arg-type]
+
+
+def entry_of(name: str, array: mx.array, where: str) -> TensorEntry:
+    """Describe an array as the tensor of a file; errors begin with ``where``.
+
+    Raises:
+        ModelError: it is of a type that no file has.
+    """
+    dtype = DTYPE_NAMES.get(array.dtype) or OTHER_NAMES.get(array.dtype)
+    if dtype is None:
+        raise ModelError(
+            f"{where}{name}: expected a type that files have but got {array.dtype}"
+        )
+    return TensorEntry(Path(), name, dtype, tuple(array.shape), 0, array.nbytes)
 
 
 def copy_small_files(files: SourceFiles, folder: Folder) -> None:
