@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from .errors import ModelError
+from .uncopied import Uncopied
 
 R = TypeVar("R")
 
@@ -18,7 +19,7 @@ class Experts(Protocol):
         """Let any thread wait for what still reads them."""
 
 
-class OneAtATime:
+class OneAtATime(Uncopied):
     """Makes calls of a model whose experts ``streamer`` reads, None if nobody does."""
 
     streamer: Experts | None = None

@@ -22,6 +22,7 @@ from .alone import OneAtATime
 from .errors import ModelError
 from .experts.model_file import remove_model_file
 from .experts.switch import PLAIN_FIRST
+from .uncopied import Unpickled
 from .whole import save_file, save_shards, store_of, switches_of
 
 _SAVE_MODEL = utils.save_model
@@ -81,18 +82,26 @@ def refuse_experts(weights: Iterable[str], block: str) -> None:
             )
 
 
-class GuardsSaving(nn.Module):
+class GuardsSaving(Unpickled, nn.Module):
     """What a model's class begins with if its experts may be read from files."""
 
     def update(self, parameters: Any, strict: bool = True) -> Any:  # type: ignore[override]
         """Replace parameters.
 
         Raises:
-            ModelError: all of them are to be of other types, which experts do not hear
-                of; nothing is replaced.
+            ModelError: some are of streamed experts, or all of them are to be of other
+                types, which experts do not hear of; nothing is replaced.
         """
-        if reads_experts(self) and _is_cast(self, parameters):
-            raise _no_change("set_dtype")
+        if switches := switches_of(self):
+            given: dict[str, Any] = dict(tree_flatten(parameters))
+            for name in given:
+                if name.startswith(tuple(f"{path}." for path in switches)):
+                    raise ModelError(
+                        f"[weights] {name}: expected no weights of routed experts, "
+                        f"which are read from files, nothing is changed: {PLAIN_FIRST}"
+                    )
+            if _is_cast(dict(tree_flatten(self.parameters())), given):
+                raise _no_change("set_dtype")
         return super().update(parameters, strict)
 
     def parameters(self) -> Any:
@@ -163,9 +172,8 @@ def _apply(self: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
     return _APPLY(self, *arguments, **options)
 
 
-def _is_cast(model: nn.Module, parameters: Any) -> bool:
+def _is_cast(own: dict[str, Any], new: dict[str, Any]) -> bool:
     """Tell whether an update of all of a model's parameters changes any one's type."""
-    new, own = (dict(tree_flatten(tree)) for tree in (parameters, model.parameters()))
     return len(new) == len(own) and any(
         name in own and array.dtype != own[name].dtype for name, array in new.items()
     )

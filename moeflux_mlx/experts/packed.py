@@ -15,6 +15,7 @@ from ..errors import ExpertStoreError, ModelError
 from ..files import open_file, short
 from ..progress import Report
 from ..stock import has_own_class
+from ..uncopied import Uncopied
 from .checkpoint import ModelFacts, model_facts, read_config
 from .checkpoint_store import check_sizes
 from .direct import are_aligned, bypass_cache
@@ -39,7 +40,7 @@ def is_packed(directory: str | os.PathLike) -> bool:
     return (Path(directory) / MANIFEST_NAME).is_file()
 
 
-class PackedExperts:
+class PackedExperts(Uncopied):
     """The open expert files of a packed directory; a context manager.
 
     Expert ``e`` of a layer is the record of ``layout(layer).record_bytes`` bytes at

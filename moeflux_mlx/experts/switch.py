@@ -17,6 +17,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from .. import device
 from ..errors import ModelError
+from ..uncopied import Uncopied
 from ..weights import ExpertWeights, Weight, has_values
 from .layout import ALL_PARTS
 from .modules import RoutedBlock
@@ -83,7 +84,7 @@ class DenseProjection(StreamedProjection):
         )
 
 
-class StreamedSwitch(nn.Module):
+class StreamedSwitch(Uncopied, nn.Module):
     """In the place of a routed block; has none of the experts' parameters.
 
     Args:
