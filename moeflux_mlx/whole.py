@@ -23,7 +23,13 @@ from .experts.plain import SHARD_BYTES, PlainLayer, Plan, ReadRecord, Records
 from .experts.pool import DTYPE_NAMES, MLX_DTYPES
 from .experts.store import ExpertStore
 from .experts.switch import StreamedSwitch
-from .experts.writer import Tensor, check_space, chunks_of_array, entry_of
+from .experts.writer import (
+    Tensor,
+    check_space,
+    chunks_of_array,
+    disk_errors,
+    entry_of,
+)
 from .weights import Quantization
 
 # Where files are written before they take their names.
@@ -84,6 +90,11 @@ def _plan(model: nn.Module, shard_bytes: int | None = None) -> tuple[Plan, ReadR
     reads: dict[int, Callable[[int], memoryview]] = {}
     records = Records(store)
     for (path, switch), number in zip(switches.items(), store.layers, strict=False):
+        if store.name(number) != path and f".layers.{number}." not in f".{path}":
+            raise ModelError(
+                f"[save] {path}: expected its experts in the files but got those of "
+                f"{store.name(number)}, nothing is written: load the model again"
+            )
         layout = store.layout(number)
         if switch.saved_dense:
             dense = DenseRecords(layout, partial(records, number))
@@ -105,7 +116,11 @@ def _write(
     plan: Plan, read: ReadRecord, directory: Path, names: dict[str, str]
 ) -> None:
     """Write files beside their places, and move them there by ``names``."""
-    with open_parent(directory / "x", "save") as folder:
+    is_new = not directory.exists()
+    with (
+        disk_errors(directory, "save"),
+        open_parent(directory / UNFINISHED, "save") as folder,
+    ):
         try:
             with folder.inner(UNFINISHED) as unfinished:
                 for name in unfinished.plain_names():
@@ -118,6 +133,10 @@ def _write(
                     )
         finally:
             _remove(folder)
+            if is_new:
+                # mlx_lm.convert takes no directory that is there, empty or not.
+                with contextlib.suppress(OSError):
+                    os.rmdir(directory)
 
 
 def _remove(folder: Folder) -> None:
