@@ -15,6 +15,7 @@ from mlx_lm.utils import load_config, load_model
 
 from . import config, device, serving
 from .adapters import put_adapters
+from .commands import is_to_be_saved
 from .door import door_classes, load_stock_lazily, load_through_door, takes_door
 from .download import check_kinds, find_model
 from .errors import ConfigError, one_line_errors
@@ -29,7 +30,6 @@ from .pool_search import find_fastest
 from .preflight import check_fits
 from .progress import Report, byte_progress, notice
 from .runtime import RunOptions
-from .saving import is_to_be_saved
 from .settings import check_settings
 from .stock import has_own_class
 from .streaming import plan_stream

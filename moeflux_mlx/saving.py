@@ -11,7 +11,6 @@ import functools
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import mlx.nn as nn
@@ -19,6 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import utils
 
 from .alone import OneAtATime
+from .commands import type_of_convert
 from .errors import ModelError
 from .experts.model_file import remove_model_file
 from .experts.switch import PLAIN_FIRST
@@ -29,41 +29,11 @@ _SAVE_MODEL = utils.save_model
 _DEQUANTIZE_MODEL = utils.dequantize_model
 _SAVE_WEIGHTS, _APPLY = nn.Module.save_weights, nn.Module.apply
 _SAVE = utils.save
-# Commands of mlx-lm that save a model, and those that look into all of its matrices.
-SAVING = ("mlx_lm.convert", "mlx_lm.fuse")
-CHANGING = tuple(f"mlx_lm.quant.{n}" for n in ("awq", "dwq", "dynamic_quant", "gptq"))
 
 
 def reads_experts(model: Any) -> bool:
     """Tell whether a model's experts are read from files, and no parameters."""
     return store_of(model) is not None or vars(model).get("streamer") is not None
-
-
-def is_to_be_saved() -> bool:
-    """Tell whether a command of mlx-lm loads a pack to save the model again.
-
-    Raises:
-        ModelError: it would change experts, which it does not get.
-    """
-    frame = sys._getframe()
-    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
-        spec = frame.f_globals.get("__spec__")
-        name = str(spec.name if spec else frame.f_globals.get("__name__"))
-        command = name.rpartition(".")[2]
-        if name in CHANGING or _exports(frame):
-            raise ModelError(
-                f"[{command}] expected a checkpoint with its experts among its "
-                "parameters but got a pack, nothing is written: run 'moeflux unpack "
-                f"PACK DIR' and mlx_lm.{command} on DIR"
-            )
-        if name in SAVING:
-            return True
-    return False
-
-
-def _exports(frame: FrameType) -> bool:
-    """Tell whether ``mlx_lm.fuse`` is to write a file for another program too."""
-    return bool(getattr(frame.f_locals.get("args"), "export_gguf", False))
 
 
 def refuse_experts(weights: Iterable[str], block: str) -> None:
@@ -100,7 +70,12 @@ class GuardsSaving(Unpickled, nn.Module):
                         f"[weights] {name}: expected no weights of routed experts, "
                         f"which are read from files, nothing is changed: {PLAIN_FIRST}"
                     )
-            if _is_cast(dict(tree_flatten(self.parameters())), given):
+            own = dict(tree_flatten(self.parameters()))
+            whole = len(given) == len(own)
+            if whole and (dtype := type_of_convert()) is not None:
+                for switch in switches.values():
+                    switch.saved_dtype = dtype
+            elif whole and _is_cast(own, given):
                 raise _no_change("set_dtype")
         return super().update(parameters, strict)
 
@@ -173,8 +148,8 @@ def _apply(self: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
 
 
 def _is_cast(own: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Tell whether an update of all of a model's parameters changes any one's type."""
-    return len(new) == len(own) and any(
+    """Tell whether parameters are to be of other types."""
+    return any(
         name in own and array.dtype != own[name].dtype for name, array in new.items()
     )
 
@@ -191,7 +166,7 @@ def _dequantize_model(model: nn.Module) -> nn.Module:
     switches = switches_of(model)
     model = _DEQUANTIZE_MODEL(model)
     for switch in switches.values():
-        switch.saved_dense = True
+        switch.dequantize()
     if switches and (calls := _calls_of(model)) is not None:
         calls.refuse(
             "[dequantize] expected a model to be saved but got a call of it: its "
@@ -211,7 +186,7 @@ def _check_forms(model: nn.Module) -> None:
     Then somebody has dequantised all else in a way that experts do not hear of.
     """
     switches = switches_of(model).values()
-    if all(switch.saved_dense or not switch.is_quantized for switch in switches):
+    if not any(form for switch in switches for form in switch.saved_forms.values()):
         return
     quantized = nn.QuantizedLinear, nn.QuantizedEmbedding
     if not any(isinstance(module, quantized) for module in model.modules()):

@@ -17,12 +17,12 @@ from mlx.utils import tree_flatten
 from .errors import ModelError
 from .experts.checkpoint import INDEX_NAME
 from .experts.folder import Folder, open_parent
-from .experts.layout import ExpertLayout, TensorSpec
+from .experts.layout import PARTS, ExpertLayout, TensorSpec
 from .experts.modules import by_number
 from .experts.plain import SHARD_BYTES, PlainLayer, Plan, ReadRecord, Records
 from .experts.pool import DTYPE_NAMES, MLX_DTYPES
 from .experts.store import ExpertStore
-from .experts.switch import StreamedSwitch
+from .experts.switch import PLAIN_FIRST, StreamedSwitch
 from .experts.writer import (
     Tensor,
     check_space,
@@ -88,7 +88,7 @@ def _plan(model: nn.Module, shard_bytes: int | None = None) -> tuple[Plan, ReadR
         )
     layers = []
     reads: dict[int, Callable[[int], memoryview]] = {}
-    records = Records(store)
+    records, types = Records(store), getattr(model, "cast_predicate", lambda _: True)
     for (path, switch), number in zip(switches.items(), store.layers, strict=False):
         if store.name(number) != path and f".layers.{number}." not in f".{path}":
             raise ModelError(
@@ -96,9 +96,9 @@ def _plan(model: nn.Module, shard_bytes: int | None = None) -> tuple[Plan, ReadR
                 f"{store.name(number)}, nothing is written: load the model again"
             )
         layout = store.layout(number)
-        if switch.saved_dense:
-            dense = DenseRecords(layout, partial(records, number))
-            layout, reads[number] = dense.layout, dense
+        reformed = ReformedRecords(layout, partial(records, number), switch, types)
+        if reformed.differs:
+            layout, reads[number] = reformed.layout, reformed
         else:
             reads[number] = partial(records, number)
         names = tuple(f"{path}.{s.projection}.{s.part}" for s in layout.tensors)
@@ -147,67 +147,93 @@ def _remove(folder: Folder) -> None:
         os.rmdir(UNFINISHED, dir_fd=folder.fd)
 
 
-class DenseRecords:
-    """Records whose quantised matrices are made dense, as mlx-lm dequantises them.
+class ReformedRecords:
+    """Records cast, quantised or dequantised, matrix by matrix as mlx-lm does it.
 
     Args:
         stored: the layout that files have.
         read: returns the record of an expert.
+        switch: says how a block's projections are to be saved.
+        is_cast: tells whether the parameter of a name takes another type.
     """
 
-    def __init__(self, stored: ExpertLayout, read: Callable[[int], memoryview]):
-        self._stored, self._read = stored, read
+    def __init__(
+        self,
+        stored: ExpertLayout,
+        read: Callable[[int], memoryview],
+        switch: StreamedSwitch,
+        is_cast: Callable[[str], bool],
+    ):
+        self._stored, self._read, self._switch = stored, read, switch
+        self._is_cast = is_cast
         blank = {
             (s.projection, s.part): mx.zeros(s.shape, MLX_DTYPES[s.dtype])
             for s in stored.tensors
         }
-        made = self._dense(blank)
+        made = self._made(blank)
+        self.differs = made.keys() != blank.keys() or any(
+            (x.dtype, x.shape) != (blank[key].dtype, blank[key].shape)
+            for key, x in made.items()
+        )
         parts = {key: (DTYPE_NAMES[x.dtype], x.shape) for key, x in made.items()}
-        forms = dict.fromkeys(stored.projections)
-        self.layout = ExpertLayout.build(parts, forms, stored.alignment)
+        self.layout = ExpertLayout.build(parts, switch.saved_forms, stored.alignment)
         self._buffer = bytearray(self.layout.record_bytes)
 
     def __call__(self, expert: int) -> memoryview:
         """Return an expert's record; the next call overwrites it."""
         record = self._read(expert)
-        stored = {
-            (s.projection, s.part): _array(record, s) for s in self._stored.tensors
-        }
-        made = self._dense(stored)
+        made = self._made(
+            {(s.projection, s.part): _array(record, s) for s in self._stored.tensors}
+        )
         for spec in self.layout.tensors:
             array = made[spec.projection, spec.part]
-            chunks = b"".join(chunks_of_array(array))
-            self._buffer[spec.offset : spec.offset + spec.n_bytes] = chunks
+            end = spec.offset + spec.n_bytes
+            self._buffer[spec.offset : end] = b"".join(chunks_of_array(array))
         return memoryview(self._buffer)
 
-    def _dense(
+    def _made(
         self, arrays: dict[tuple[str, str], mx.array]
     ) -> dict[tuple[str, str], mx.array]:
         forms = zip(self._stored.projections, self._stored.quantization, strict=True)
         made: dict[tuple[str, str], mx.array] = {}
         for projection, form in forms:
-            own = {part: x for (p, part), x in arrays.items() if p == projection}
-            if form is not None:
-                own = _dequantized(own, form)
+            own = {
+                part: self._cast(f"{projection}.{part}", x)
+                for (p, part), x in arrays.items()
+                if p == projection
+            }
+            own = _reformed(own, form, self._switch.saved_forms[projection])
             made |= {(projection, part): x for part, x in own.items()}
         return made
 
+    def _cast(self, name: str, array: mx.array) -> mx.array:
+        dtype, is_float = self._switch.saved_dtype, mx.floating
+        if dtype is None or not mx.issubdtype(array.dtype, is_float):
+            return array
+        own = self._is_cast(f"{self._switch.path}.{name}")
+        return array.astype(dtype) if own else array
 
-def _dequantized(own: dict[str, mx.array], form: Quantization) -> dict[str, mx.array]:
-    if "global_scale" in own:
+
+def _reformed(
+    own: dict[str, mx.array], stored: Quantization | None, wanted: Quantization | None
+) -> dict[str, mx.array]:
+    """Return a projection's arrays in another form, as mlx-lm's modules make them."""
+    if stored == wanted:
+        return own
+    if stored is not None and (wanted is not None or "global_scale" in own):
         raise ModelError(
-            "[save] expected experts without a scale for all of a matrix, which mlx-lm "
-            "does not dequantise"
+            f"[save] expected experts that mlx-lm brings from {stored} to {wanted} "
+            f"but it does not, nothing is written: {PLAIN_FIRST}"
         )
-    weight = mx.dequantize(
-        own["weight"],
-        own["scales"],
-        own.get("biases"),
-        form.group_size,
-        form.bits,
-        form.mode,
-    )
-    return {"weight": weight} | ({"bias": own["bias"]} if "bias" in own else {})
+    weight, rest = own["weight"], {part: own[part] for part in own if part == "bias"}
+    if wanted is not None:
+        q = wanted
+        arrays = mx.quantize(weight, q.group_size, q.bits, mode=q.mode)
+        return dict(zip(PARTS, arrays, strict=False)) | rest
+    assert stored is not None
+    scales, biases, q = own["scales"], own.get("biases"), stored
+    dense = mx.dequantize(weight, scales, biases, q.group_size, q.bits, q.mode)
+    return {"weight": dense} | rest
 
 
 def _array(record: memoryview, spec: TensorSpec) -> mx.array:

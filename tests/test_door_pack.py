@@ -446,7 +446,7 @@ def plain_and_packed(tmp_path_factory):
     return path, path.with_name("packed")
 
 
-@pytest.mark.parametrize("more", [[], ["-q"], ["--dequantize"]], ids=str)
+@pytest.mark.parametrize("more", [[], ["-q"], ["--dtype", "float16"]], ids=str)
 def test_convert_of_a_pack_is_the_checkpoints(plain_and_packed, tmp_path, more):
     for path, name in zip(plain_and_packed, ("stock", "out"), strict=True):
         command("convert", "--hf-path", path, "--mlx-path", tmp_path / name, *more)
@@ -460,18 +460,6 @@ def test_fuse_of_a_pack_is_the_checkpoints(plain_and_packed, tmp_path, more):
         flags = ["--adapter-path", adapter, "--save-path", tmp_path / name, *more]
         command("fuse", "--model", path, *flags)
     assert_alike(tmp_path / "out", tmp_path / "stock", logits)
-
-
-def test_convert_of_a_pack_to_another_type_makes_no_directory(
-    plain_and_packed, tmp_path
-):
-    out = tmp_path / "out"
-    with pytest.raises(ModelError, match=r"nothing is changed: .*'moeflux unpack PACK"):
-        command(
-            *("convert", "--hf-path", plain_and_packed[1], "--mlx-path", out),
-            *("--dtype", "float16"),
-        )
-    assert not out.exists()
 
 
 def test_a_fused_checkpoint_is_packed_and_gives_stocks_bits(plain_and_packed, tmp_path):
