@@ -71,13 +71,22 @@ class GuardsSaving(Unpickled, nn.Module):
                         f"which are read from files, nothing is changed: {PLAIN_FIRST}"
                     )
             own = dict(tree_flatten(self.parameters()))
-            whole = len(given) == len(own)
+            # Weights of files come with their types, those of experts too.
+            whole = len(given) == len(own) and not vars(self).get("is_loading")
             if whole and (dtype := type_of_convert()) is not None:
                 for switch in switches.values():
                     switch.saved_dtype = dtype
             elif whole and _is_cast(own, given):
                 raise _no_change("set_dtype")
         return super().update(parameters, strict)
+
+    def load_weights(self, *arguments: Any, **options: Any) -> nn.Module:
+        """Load weights as ``mlx.nn.Module`` does, of whatever types they are."""
+        vars(self)["is_loading"] = True
+        try:
+            return super().load_weights(*arguments, **options)
+        finally:
+            del vars(self)["is_loading"]
 
     def parameters(self) -> Any:
         """Return all arrays; streamed experts are none, so these are not to be saved.

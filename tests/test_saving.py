@@ -239,6 +239,16 @@ def test_what_would_change_experts_ends_before_anything_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_weights_of_another_type_than_mlx_makes_are_loaded_and_converted(tmp_path):
+    path, packed = tmp_path / "plain", tmp_path / "packed"
+    pack(make_checkpoint(path, dtype=mx.bfloat16), packed)
+    command("convert", "--hf-path", packed, "--mlx-path", tmp_path / "out")
+    assert_same(arrays(tmp_path / "out"), arrays(path))
+    for directory in (packed, path):
+        model = moeflux_mlx.load(directory, expert_memory="3MB")[0]
+        assert model(PROMPT).shape == (1, 3, 320)
+
+
 @pytest.fixture(scope="session")
 def dense_pack(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dense")
