@@ -6,6 +6,9 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
+from .errors import ModelError
+from .uncopied import Uncopied
+
 R = TypeVar("R")
 
 
@@ -16,7 +19,7 @@ class Experts(Protocol):
         """Let any thread wait for what still reads them."""
 
 
-class OneAtATime:
+class OneAtATime(Uncopied):
     """Makes calls of a model whose experts ``streamer`` reads, None if nobody does."""
 
     streamer: Experts | None = None
@@ -25,6 +28,11 @@ class OneAtATime:
         # Held by each call.
         self.lock = threading.RLock()
         self._depth = 0
+        self._refused: str | None = None
+
+    def refuse(self, why: str) -> None:
+        """Have all calls from now on end in a ModelError."""
+        self._refused = why
 
     def alone(self, call: Callable[..., R], *args: Any, **kwargs: Any) -> R:
         """Call while no other thread does; lazy results may outlive this."""
@@ -32,6 +40,8 @@ class OneAtATime:
             depth = self._depth
             try:
                 self._depth = depth + 1
+                if self._refused is not None:
+                    raise ModelError(self._refused)
                 if depth == 0:
                     self._begin()
                 return call(*args, **kwargs)

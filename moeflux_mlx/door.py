@@ -12,7 +12,9 @@ from . import config
 from .errors import ConfigError
 from .experts.budget import Amounts
 from .experts.checkpoint import read_config
+from .experts.manifest import MANIFEST_NAME, Manifest
 from .experts.packed import is_packed
+from .experts.pool import pool_bytes
 from .pack_door import load_pack_lazily, pack_classes_with
 from .preflight import check_fits
 from .progress import byte_progress, notice
@@ -80,11 +82,14 @@ def load_through_door(
 
 
 def door_classes(
-    directory: Path, config: dict[str, Any]
+    directory: Path, config: dict[str, Any], *, reads: bool = True
 ) -> tuple[type[nn.Module], type]:
     """Return mlx-lm's classes of a pack's model, which streams once it is loaded.
 
     Memory comes from the environment.
+
+    Args:
+        reads: the model is to be called; else it takes room for one expert.
     """
     bound, arguments = pack_classes_with(directory)(config)
 
@@ -94,11 +99,19 @@ def door_classes(
             if isinstance(self, StreamedModel):
                 # Other weights come later.
                 return self
-            stream(self, directory)
+            stream(
+                self, directory, expert_memory=None if reads else least_bytes(directory)
+            )
             return self
 
     Model.__module__, Model.__qualname__ = bound.__module__, bound.__qualname__
     return Model, arguments
+
+
+def least_bytes(directory: Path) -> int:
+    """Return the memory of the one expert that a pack's model must have room for."""
+    manifest = Manifest.read(directory / MANIFEST_NAME)
+    return pool_bytes([entry.layout for entry in manifest.layers], 1)
 
 
 def load_stock_lazily(

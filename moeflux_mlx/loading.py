@@ -15,13 +15,15 @@ from mlx_lm.utils import load_config, load_model
 
 from . import config, device, serving
 from .adapters import put_adapters
+from .commands import is_to_be_saved
 from .door import door_classes, load_stock_lazily, load_through_door, takes_door
 from .download import check_kinds, find_model
 from .errors import ConfigError, one_line_errors
 from .experts.budget import Amounts
+from .experts.checkpoint import read_config
 from .experts.packed import PackedExperts, is_packed
 from .experts.store import open_store
-from .files import spelled_plainly
+from .files import short, spelled_plainly
 from .memory import MemoryPlan
 from .opening import Reads, model_module, read_weights
 from .pool_search import find_fastest
@@ -36,7 +38,14 @@ from .weights import leaves
 
 
 def load(
-    path_or_repo: str | Path,
+    path_or_hf_repo: str | Path,
+    tokenizer_config: dict[str, Any] | None = None,
+    model_config: dict[str, Any] | None = None,
+    adapter_path: str | Path | None = None,
+    lazy: bool = False,
+    return_config: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     *,
     memory: int | str | None = None,
     expert_memory: int | str | None = None,
@@ -47,19 +56,21 @@ def load(
     read_ahead: str = "auto",
     expert_io: str | None = None,
     native: bool | None = None,
-    lazy: bool = False,
-    revision: str | None = None,
-    model_config: dict[str, Any] | None = None,
-    tokenizer_config: dict[str, Any] | None = None,
-    adapter_path: str | Path | None = None,
-) -> tuple[nn.Module, Any]:
-    """Load a model, its experts streamed or among its parameters.
+) -> Any:
+    """Load a model as ``mlx_lm.load``, its experts streamed or among its parameters.
 
     Experts of a packed directory are always streamed, those of a plain checkpoint if
     ``memory`` or ``expert_memory`` bounds them.
 
     Args:
-        path_or_repo: a directory, or a Hugging Face Hub id to download.
+        path_or_hf_repo: a directory, or a Hugging Face Hub id to download.
+        tokenizer_config, model_config, revision: as in ``mlx_lm.load``. A tokenizer's
+            own code runs only if ``tokenizer_config`` has ``trust_remote_code=True``.
+        adapter_path: a directory that ``mlx_lm.lora`` wrote, put on the model.
+        lazy: leave parameters unevaluated; whether they fit is not looked at either.
+        return_config: return the configuration too.
+        trust_remote_code: True is refused for a model that brings code of its own,
+            which is never run here.
         memory: bytes (``8000000000`` or ``"8GB"``) that the process takes in all:
             experts get what the rest leaves, less as caches grow. The plan is printed
             on standard error. ``"auto"`` tries several amounts of up to 3/4 of the
@@ -85,13 +96,9 @@ def load(
         native: True for our own class of the model, False for mlx-lm's, its experts
             streamed if ``expert_memory`` bounds them; None takes our own where there
             is one.
-        lazy: leave parameters unevaluated; whether they fit is not looked at either.
-        revision, model_config, tokenizer_config: as in ``mlx_lm.load``. A tokenizer's
-            own code runs only if ``tokenizer_config`` has ``trust_remote_code=True``.
-        adapter_path: a directory that ``mlx_lm.lora`` wrote, put on the model.
 
     Returns:
-        ``(model, tokenizer)`` as ``mlx_lm.load`` returns them.
+        ``(model, tokenizer)``, or with the configuration, as ``mlx_lm.load`` does.
 
     Raises:
         ModelError: the directory is not a model, or not one of a supported type; a
@@ -106,11 +113,16 @@ def load(
         TraceError: the recording that ``policy`` names is not usable.
     """
     check_settings()
-    for name, value, kind in (
-        ("revision", revision, str),
-        ("model_config", model_config, dict),
+    kinds: tuple[tuple[str, object, type], ...] = (
         ("tokenizer_config", tokenizer_config, dict),
-    ):
+        ("model_config", model_config, dict),
+        ("adapter_path", adapter_path and str(adapter_path), str),
+        ("lazy", lazy, bool),
+        ("return_config", return_config, bool),
+        ("revision", revision, str),
+        ("trust_remote_code", trust_remote_code, bool),
+    )
+    for name, value, kind in kinds:
         if value is not None and not isinstance(value, kind):
             raise ConfigError(f"[{name}] expected a {kind.__name__} but got {value!r}")
     options = RunOptions(
@@ -125,19 +137,51 @@ def load(
         expert_io,
         give_way=serving.join(),
     )
-    path = find_model(path_or_repo, revision)
-    if takes_door(path, native):
-        # Before memory is planned: it takes some too.
-        eos = {**load_config(path), **(model_config or {})}.get("eos_token_id")
-        tokenizer = open_tokenizer(path, tokenizer_config, eos)
-        model, _ = load_through_door(
-            path, options, lazy=lazy, model_config=model_config
-        )
-        if adapter_path is not None:
-            put_adapters(model, adapter_path)
-            if not lazy:
-                mx.eval(model.parameters())
+    path = find_model(path_or_hf_repo, revision)
+    if trust_remote_code:
+        _refuse_code(path)
+    load_it = _load_through_door if takes_door(path, native) else _load_our_own
+    model, tokenizer, loaded = load_it(
+        path, options, tokenizer_config, model_config, adapter_path, lazy
+    )
+    if not return_config:
         return model, tokenizer
+    # A pack's own file is nothing to who saves the model.
+    loaded.pop("model_file", None)
+    return model, tokenizer, loaded
+
+
+def _load_through_door(
+    path: Path,
+    options: RunOptions,
+    tokenizer_config: dict[str, Any] | None,
+    model_config: dict[str, Any] | None,
+    adapter_path: str | Path | None,
+    lazy: bool,
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """Load mlx-lm's class of a model."""
+    # Before memory is planned: it takes some too.
+    eos = {**load_config(path), **(model_config or {})}.get("eos_token_id")
+    tokenizer = open_tokenizer(path, tokenizer_config, eos)
+    model, loaded = load_through_door(
+        path, options, lazy=lazy, model_config=model_config
+    )
+    if adapter_path is not None:
+        put_adapters(model, adapter_path)
+        if not lazy:
+            mx.eval(model.parameters())
+    return model, tokenizer, loaded
+
+
+def _load_our_own(
+    path: Path,
+    options: RunOptions,
+    tokenizer_config: dict[str, Any] | None,
+    model_config: dict[str, Any] | None,
+    adapter_path: str | Path | None,
+    lazy: bool,
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """Load our class of a model."""
     with _built(path, options, model_config) as (model, loaded):
         if adapter_path is not None:
             put_adapters(model, adapter_path)
@@ -156,7 +200,17 @@ def load(
             prompt = tokenizer.encode("The") or [0]
             runtime = model.runtime
             notice(find_fastest(model, runtime.keeper, runtime.streamer, prompt))
-    return model, tokenizer
+    return model, tokenizer, loaded
+
+
+def _refuse_code(path: Path) -> None:
+    name = read_config(path).get("model_file")
+    if name is not None and not is_packed(path):
+        raise ConfigError(
+            f"[trust_remote_code] {path}: expected a model that mlx-lm or moeflux-mlx "
+            f"has a class of but got one that brings {short(name)}, which is not run "
+            "here: load it with mlx_lm.load"
+        )
 
 
 def plan_load(
@@ -261,12 +315,28 @@ def model_classes(
     return Model, module.ModelArgs
 
 
+def saved_plainly(model: type, arguments: type) -> tuple[type, type]:
+    """Return a pack's classes whose configuration does not name the pack's own file.
+
+    mlx-lm saves that configuration with the whole model, which is no pack.
+    """
+
+    class Arguments(arguments):  # type: ignore[misc, valid-type]
+        @classmethod
+        def from_dict(cls, params: dict[str, Any]) -> Any:
+            params.pop("model_file", None)
+            return super().from_dict(params)
+
+    return model, Arguments
+
+
 def pack_classes(model_file: str) -> tuple[type, type]:
     """Return the classes of the packed directory that ``model_file`` lies in.
 
     Stock mlx-lm commands reach a packed model through this with
     ``--trust-remote-code``; memory and executor come from the environment.
     """
+    saves = is_to_be_saved()
     directory = Path(model_file).resolve().parent
     # First: a server whose model cannot be loaded ends.
     give_way = serving.join()
@@ -274,7 +344,7 @@ def pack_classes(model_file: str) -> tuple[type, type]:
     options = RunOptions(directory=directory, give_way=give_way)
     found = load_config(directory)
     if not has_own_class(found.get("model_type")):
-        return door_classes(directory, found)
+        return saved_plainly(*door_classes(directory, found, reads=not saves))
     direct = config.expert_io() == "direct"
     opened = partial(PackedExperts.open, directory, direct=direct)
     options = replace(options, open_experts=opened)
@@ -285,10 +355,12 @@ def pack_classes(model_file: str) -> tuple[type, type]:
 
         def load_weights(self, *args: Any, **kwargs: Any) -> nn.Module:
             super().load_weights(*args, **kwargs)
+            if saves:
+                return self
             if options.amounts == Amounts():
                 check_fits(directory, self)
             if self.runtime.make_plan(self.needs) is None:
                 self.runtime.open(self.needs)
             return self
 
-    return Model, arguments
+    return saved_plainly(Model, arguments)

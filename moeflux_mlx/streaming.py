@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -58,12 +58,6 @@ class StreamedPart(nn.Module):
         calls: Calls = self.__dict__["calls"]
         rows: bool = self.__dict__["gives_rows"]
         return calls.alone(calls.call, super().__call__, args, kwargs, gives_rows=rows)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise ModelError(
-            "[copy] expected a model with its experts among its parameters but got "
-            "one that streams them: load it a second time"
-        )
 
 
 class CheckedEmbedding(nn.Module):
@@ -196,7 +190,11 @@ def stream(
         )
         undo.pop_all()
     model.__dict__.update(
-        streamer=streamer, plan=opened.plan, needs=opened.needs, directory=directory
+        streamer=streamer,
+        plan=opened.plan,
+        needs=opened.needs,
+        directory=directory,
+        store=store,
     )
     if opened.plan is None and isinstance(streamer, ExpertStreamer):
         calls.free_pool = FreePool(streamer)

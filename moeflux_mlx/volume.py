@@ -45,7 +45,7 @@ def sync(fd: int) -> None:
         os.fsync(fd)
 
 
-def lock(fd: int, directory: Path) -> None:
+def lock(fd: int, directory: Path, part: str = "pack") -> None:
     """Hold an open folder against other processes until it is closed.
 
     Where the volume has no locks, warn and go on.
@@ -57,14 +57,14 @@ def lock(fd: int, directory: Path) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ExpertStoreError(
-            f"[pack] another process is packing into {directory}"
+            f"[{part}] another process is {part}ing into {directory}"
         ) from error
     except OSError as error:
         if error.errno not in LACKING:
             raise
         warnings.warn(
-            f"[pack] {directory}: its volume has no locks ({error.strerror}): see to "
-            "it that no other process packs there",
+            f"[{part}] {directory}: its volume has no locks ({error.strerror}): see "
+            f"to it that no other process {part}s there",
             stacklevel=2,
         )
 

@@ -24,6 +24,7 @@ from .experts.streamer import ExpertStreamer
 from .experts.windows import window_of
 from .foresight import Choosers, WaitingCall, takes_input_alone
 from .transforms import in_transformation
+from .uncopied import Uncopied
 
 
 def runs_ahead(choice: str) -> bool:
@@ -166,4 +167,4 @@ class StreamedChooser(nn.Module):
 def added_class(added: type, kind: type) -> type:
     """Return a module's class with what ``added`` has besides."""
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (added, kind), names)
+    return type(kind.__name__, (added, Uncopied, kind), names)

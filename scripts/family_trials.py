@@ -22,6 +22,8 @@ from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from moeflux_mlx.door import load_stock_lazily
 from moeflux_mlx.errors import BudgetError
 from moeflux_mlx.experts.pack import pack
+from moeflux_mlx.experts.safetensors import load_arrays
+from moeflux_mlx.experts.unpack import unpack
 from moeflux_mlx.streaming import stream
 
 PROMPTS, BATCHES, N_GREEDY = (8, 100), (1, 3), 16
@@ -126,11 +128,28 @@ def stream_least(path: Path, *, packed: bool = False) -> Any:
     if packed:
         path, plain = path.with_name("packed"), path
         pack(plain, path)
+        _check_unpacked(plain, path)
     try:
         return stream(load_stock_lazily(path).model, path, expert_memory=1)
     except BudgetError as error:
         least = int(re.search(r"at least (\d+) bytes", str(error))[1])
     return stream(load_stock_lazily(path).model, path, expert_memory=least)
+
+
+def _check_unpacked(plain: Path, packed: Path) -> None:
+    """Raise ValueError unless a pack comes back as the checkpoint that it is of."""
+    back = packed.with_name("back")
+    unpack(packed, back)
+    was, found = (
+        {n: x for f in p.glob("model*.safetensors") for n, x in load_arrays(f).items()}
+        for p in (plain, back)
+    )
+    same = was.keys() == found.keys() and all(
+        x.dtype == found[n].dtype and mx.array_equal(x, found[n], equal_nan=True)
+        for n, x in was.items()
+    )
+    if not same:
+        raise ValueError("unpacked: other tensors")
 
 
 def _runs(

@@ -18,8 +18,8 @@ import moeflux_mlx
 
 PROMPT = "def add(a, b):"
 N_TOKENS = 40
-COMMANDS = ["generate", "pack", "verify", "inspect", "compare", "profile", "tune"]
-COMMANDS += ["trace", "cachesim", "chat", "serve"]
+COMMANDS = ["generate", "pack", "unpack", "verify", "inspect", "compare", "profile"]
+COMMANDS += ["tune", "trace", "cachesim", "chat", "serve"]
 
 
 def one_line_error(done: subprocess.CompletedProcess[str]) -> str:

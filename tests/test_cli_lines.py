@@ -90,6 +90,12 @@ LINES = {
         *(f"{{plain}} {{none}} --alignment {n}" for n in ("0", "-1", "x", "3", "1e3")),
         "{plain} {none} --alignment " + "9" * 20,
     ],
+    "unpack": [
+        *("", "{packed}", "{packed} {none} --x"),
+        *(f"{{packed}} {n}" for n in ("{plain}", "{packed}", "{folder}", "{text}")),
+        *(f"{{packed}} {n}" for n in ("{fifo}", "{text}/x", "''")),
+        *(f"{n} {{none}}" for n in ("{none}", "{text}", "{folder}", "{plain}", "''")),
+    ],
     "verify": ["", "{plain}", "{none}", "{text}", "{folder}", "{fifo}", "{packed} --x"],
     "inspect": [
         *("", "{none}", "{text}", "{folder}", "''"),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, save_model
-from test_saving import command
+from test_saving import arrays, assert_alike, assert_same, command
 from tiny import write_tokenizer
 
 import moeflux_mlx
@@ -415,16 +415,13 @@ def streamed(tmp_path):
     return moeflux_mlx.load(path, expert_memory=LEAST)[0]
 
 
-def test_a_streamed_model_is_not_saved(streamed, tmp_path):
-    from mlx_lm import utils
-
-    kept = getattr(save_model, "__wrapped__", save_model)
-    for save in (kept, utils.save_model):
-        with pytest.raises(ModelError, match="nothing is written"):
-            save(tmp_path / "out", streamed)
-    with pytest.raises(ModelError, match="nothing is written"):
-        streamed.save_weights(str(tmp_path / "w.safetensors"))
-    assert [*tmp_path.glob("out/*"), *tmp_path.glob("w.*")] == []
+def test_a_streamed_model_is_saved_whole(streamed, tmp_path):
+    save_model(tmp_path / "out", streamed)
+    streamed.save_weights(str(tmp_path / "w.safetensors"))
+    load_model(tmp_path / "plain")[0].save_weights(str(tmp_path / "s.safetensors"))
+    wanted = mx.load(str(tmp_path / "s.safetensors"))
+    assert_same(arrays(tmp_path / "out"), wanted)
+    assert_same(mx.load(str(tmp_path / "w.safetensors")), wanted)
 
 
 def adapters(path: Path) -> Path:
@@ -449,25 +446,20 @@ def plain_and_packed(tmp_path_factory):
     return path, path.with_name("packed")
 
 
-CONVERT = [[], ["-q"], ["--dequantize"], ["--dtype", "float16"]]
-FUSE = [[], ["--dequantize"]]
+@pytest.mark.parametrize("more", [[], ["-q"], ["--dtype", "float16"]], ids=str)
+def test_convert_of_a_pack_is_the_checkpoints(plain_and_packed, tmp_path, more):
+    for path, name in zip(plain_and_packed, ("stock", "out"), strict=True):
+        command("convert", "--hf-path", path, "--mlx-path", tmp_path / name, *more)
+    assert_alike(tmp_path / "out", tmp_path / "stock", logits)
 
 
-@pytest.mark.parametrize("more", CONVERT, ids=str)
-def test_convert_of_a_pack_makes_no_directory(plain_and_packed, tmp_path, more):
-    out = tmp_path / "out"
-    with pytest.raises(ModelError, match="nothing is written"):
-        command("convert", "--hf-path", plain_and_packed[1], "--mlx-path", out, *more)
-    assert not out.exists()
-
-
-@pytest.mark.parametrize("more", FUSE, ids=str)
-def test_fuse_of_a_pack_makes_no_directory(plain_and_packed, tmp_path, more):
-    out, adapter = tmp_path / "out", adapters(tmp_path / "adapters")
-    more = ["--adapter-path", adapter, "--save-path", out, *more]
-    with pytest.raises(ModelError, match="nothing is written"):
-        command("fuse", "--model", plain_and_packed[1], *more)
-    assert not out.exists()
+@pytest.mark.parametrize("more", [[], ["--dequantize"]], ids=str)
+def test_fuse_of_a_pack_is_the_checkpoints(plain_and_packed, tmp_path, more):
+    adapter = adapters(tmp_path / "adapters")
+    for path, name in zip(plain_and_packed, ("stock", "out"), strict=True):
+        flags = ["--adapter-path", adapter, "--save-path", tmp_path / name, *more]
+        command("fuse", "--model", path, *flags)
+    assert_alike(tmp_path / "out", tmp_path / "stock", logits)
 
 
 def test_a_fused_checkpoint_is_packed_and_gives_stocks_bits(plain_and_packed, tmp_path):

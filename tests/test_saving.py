@@ -1,9 +1,10 @@
-"""A model without its experts is never saved, copied or changed as if it were whole."""
+"""A model whose experts are read from files is saved whole, or not at all."""
 
 from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,16 +13,25 @@ import mlx_lm
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm import utils
-from mlx_lm.utils import load, save, save_model
+from mlx_lm.utils import load, load_model, save, save_model
+from tiny import make_checkpoint
 
 import moeflux_mlx
-from moeflux_mlx.errors import ModelError
+from moeflux_mlx.errors import ExpertStoreError, ModelError
+from moeflux_mlx.experts.pack import pack
 from moeflux_mlx.experts.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.unpack import unpack
 
 # Taken before any model of ours was loaded, as scripts do.
 KEPT = getattr(save_model, "__wrapped__", save_model)
 
 PROMPT = mx.array([[5, 6, 7]])
+ROOT = Path(__file__).resolve().parents[1]
+FAMILIES = [
+    ("gpt_oss", 4, ["-d"]),
+    ("gpt_oss", None, ["-q", "--q-group-size", "32"]),
+    ("nemotron_h", 4, ["-d", "--dtype", "bfloat16"]),
+]
 
 
 @pytest.fixture(params=["streamed", "whole", "checkpoint", "mlx-lm"])
@@ -46,45 +56,231 @@ def logits(path_or_model) -> mx.array:
     return model(PROMPT)
 
 
-@pytest.mark.parametrize("save_it", [utils.save_model, save_model, KEPT])
-def test_save_model_writes_nothing_of_a_streamed_model(streamed, tmp_path, save_it):
-    with pytest.raises(ModelError, match=r"\[save\] .* nothing is written"):
-        save_it(tmp_path / "out", streamed)
-    assert [*tmp_path.glob("out/*")] == []
+def arrays(path: Path) -> dict[str, mx.array]:
+    """Return all tensors of a directory by name."""
+    files = path.glob("model*.safetensors")
+    return {name: x for file in files for name, x in mx.load(str(file)).items()}
+
+
+def assert_same(one: dict[str, mx.array], other: dict[str, mx.array]) -> None:
+    assert one.keys() == other.keys()
+    for name, array in one.items():
+        assert array.dtype == other[name].dtype
+        assert mx.array_equal(array, other[name]), name
+
+
+def test_save_model_writes_the_whole_model(streamed, checkpoint, tmp_path):
+    streamed.language_model.model.norm.weight *= 2
+    # Imported here by its name before there was a model of ours.
+    save_model(tmp_path / "out", streamed)
+    stock = mlx_lm.load(str(checkpoint))[0]
+    stock.language_model.model.norm.weight *= 2
+    utils.save_model(tmp_path / "stock", stock)
+    assert_same(arrays(tmp_path / "out"), arrays(tmp_path / "stock"))
+    names = [{p.name for p in (tmp_path / n).iterdir()} for n in ("out", "stock")]
+    assert names[0] == names[1]
+    index, expected = (
+        json.loads((tmp_path / n / "model.safetensors.index.json").read_text())
+        for n in ("out", "stock")
+    )
+    assert index["weight_map"] == expected["weight_map"]
+    assert index["metadata"]["total_size"] == expected["metadata"]["total_size"]
     assert streamed(PROMPT).shape == (1, 3, 320)
 
 
-@pytest.mark.parametrize("name", ["w.safetensors", "w.npz"])
-def test_save_weights_writes_nothing_of_a_streamed_model(streamed, tmp_path, name):
-    with pytest.raises(ModelError, match="nothing is written"):
-        streamed.save_weights(str(tmp_path / name))
+def test_what_was_kept_from_before_writes_nothing(streamed, tmp_path):
+    with pytest.raises(ModelError, match=r"\[save\] .* nothing is written: import it"):
+        KEPT(tmp_path / "out", streamed)
+    assert [*tmp_path.glob("out/*")] == []
+
+
+def test_save_weights_writes_all_of_them(streamed, checkpoint, tmp_path):
+    streamed.save_weights(str(tmp_path / "w.safetensors"))
+    mlx_lm.load(str(checkpoint))[0].save_weights(str(tmp_path / "stock.safetensors"))
+    files = (tmp_path / "w.safetensors", tmp_path / "stock.safetensors")
+    assert_same(*(mx.load(str(file)) for file in files))
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_save_weights_writes_nothing_where_experts_cannot_go(streamed, tmp_path):
+    with pytest.raises(ModelError, match=r"ends in \.safetensors"):
+        streamed.save_weights(str(tmp_path / "w.npz"))
+    layer = streamed.layers[0]
+    for part in (streamed.language_model, layer, layer.mlp):
+        with pytest.raises(ModelError, match=r"\[save\] .* save the model itself"):
+            part.save_weights(str(tmp_path / "w.safetensors"))
+        with pytest.raises(ModelError, match=r"\[save\] .* save the model itself"):
+            utils.save_model(tmp_path, part)
     assert [*tmp_path.iterdir()] == []
 
 
 def test_save_leaves_what_was_there(streamed, packed, tmp_path):
-    tokenizer = load(str(packed), trust_remote_code=True)[1]
+    _, tokenizer, config = load(str(packed), trust_remote_code=True, return_config=True)
     (tmp_path / "kept").write_text("kept")
-    with pytest.raises(ModelError, match="nothing is written"):
-        save(tmp_path, packed, streamed, tokenizer, {})
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    save(tmp_path, packed, streamed, tokenizer, config)
+    assert (tmp_path / "kept").read_text() == "kept"
+    assert not (tmp_path / "moeflux_model.py").exists()
+    assert mx.array_equal(logits(tmp_path), mlx_lm.load(str(tmp_path))[0](PROMPT))
 
 
-@pytest.mark.parametrize("more", [[], ["-q"], ["--dequantize"], ["--dtype", "float16"]])
-def test_convert_of_a_pack_makes_no_directory(packed, tmp_path, more):
-    out = tmp_path / "out"
-    with pytest.raises(ModelError, match="nothing is written"):
-        command("convert", "--hf-path", packed, "--mlx-path", out, *more)
-    assert not out.exists()
+@pytest.fixture
+def damaged(packed, tmp_path):
+    """A pack with a flipped bit in its last expert."""
+    copied = Path(shutil.copytree(packed, tmp_path / "damaged"))
+    file = copied / "experts-003.bin"
+    data = bytearray(file.read_bytes())
+    data[7 * (len(data) // 8) + 5] ^= 1
+    file.write_bytes(data)
+    return copied
+
+
+def test_of_a_damaged_expert_nothing_has_a_name(damaged, tmp_path):
+    memory = POOL_ALIGNMENT + 9 * 20_000
+    model = moeflux_mlx.load(damaged, expert_memory=memory)[0]
+    for write in (
+        lambda: utils.save_model(tmp_path / "out", model),
+        lambda: model.save_weights(str(tmp_path / "out/w.safetensors")),
+        lambda: command("convert", "--hf-path", damaged, "--mlx-path", tmp_path / "c"),
+    ):
+        with pytest.raises(ExpertStoreError, match="expert 7 of layer 3"):
+            write()
+        assert [p.name for p in tmp_path.iterdir()] == ["damaged"]
+
+
+MORE = [[], ["--dequantize"], ["-q"], ["-d", "--dtype", "float16"]]
+DENSE = [
+    ["-q", "--q-group-size", "32"],
+    ["-q", "--q-mode", "mxfp4", "--dtype", "bfloat16"],
+    ["-q", "--q-group-size", "32", "--quant-predicate", "mixed_3_4"],
+    ["--dtype", "bfloat16"],
+]
+
+
+@pytest.mark.parametrize("more", MORE)
+def test_convert_of_a_pack_writes_what_it_writes_of_the_checkpoint(
+    checkpoint, packed, tmp_path, more
+):
+    for path, name in ((packed, "out"), (checkpoint, "stock")):
+        command("convert", "--hf-path", path, "--mlx-path", tmp_path / name, *more)
+    assert_alike(tmp_path / "out", tmp_path / "stock")
+
+
+@pytest.mark.parametrize("more", DENSE)
+def test_convert_of_a_dense_pack_is_the_checkpoints(dense_pack, tmp_path, more):
+    for path, name in ((dense_pack, "out"), (dense_pack.parent / "plain", "stock")):
+        command("convert", "--hf-path", path, "--mlx-path", tmp_path / name, *more)
+    assert_alike(tmp_path / "out", tmp_path / "stock")
+
+
+def assert_alike(one: Path, other: Path, call=logits) -> None:
+    """Check that two directories are the same checkpoint; ``call`` computes of them."""
+    assert_same(arrays(one), arrays(other))
+    # There are eight experts.
+    assert any(x.ndim == 3 and len(x) == 8 for x in arrays(one).values())
+    assert {p.name for p in one.iterdir()} == {p.name for p in other.iterdir()}
+    configs = [json.loads((p / "config.json").read_text()) for p in (one, other)]
+    assert configs[0] == configs[1]
+    experts = (x.dtype for n, x in arrays(one).items() if n.endswith("up_proj.weight"))
+    # MLX multiplies chosen matrices of no other type on a CPU.
+    if {mx.float16, mx.bfloat16}.isdisjoint(experts):
+        models = (load_model(path)[0] for path in (one, other))
+        assert mx.array_equal(*map(call, models))
 
 
 @pytest.mark.parametrize("more", [[], ["--dequantize"]])
-def test_fuse_of_a_pack_makes_no_directory(packed, tmp_path, more):
-    out = tmp_path / "out"
+def test_fuse_of_a_pack_writes_what_it_writes_of_the_checkpoint(
+    checkpoint, packed, tmp_path, more
+):
     adapter = adapters(tmp_path / "adapters")
-    more = ["--adapter-path", adapter, "--save-path", out, *more]
-    with pytest.raises(ModelError, match="nothing is written"):
-        command("fuse", "--model", packed, *more)
-    assert not out.exists()
+    for path, name in ((packed, "out"), (checkpoint, "stock")):
+        flags = ["--adapter-path", adapter, "--save-path", tmp_path / name, *more]
+        command("fuse", "--model", path, *flags)
+    assert_alike(tmp_path / "out", tmp_path / "stock")
+    assert not mx.array_equal(logits(tmp_path / "out"), logits(checkpoint))
+
+
+@pytest.mark.parametrize(("family", "bits", "more"), FAMILIES)
+def test_convert_of_a_pack_of_mlx_lms_class_is_the_checkpoints(
+    family, bits, more, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from test_door_pack import write
+
+    write(tmp_path / "plain", family, bits)
+    pack(tmp_path / "plain", tmp_path / "packed")
+    for name in ("plain", "packed"):
+        out = tmp_path / f"{name}-out"
+        command("convert", "--hf-path", tmp_path / name, "--mlx-path", out, *more)
+    tokens = mx.array([[5, 6, 7]])
+    outs = (tmp_path / f"{name}-out" for name in ("packed", "plain"))
+    assert_alike(*outs, lambda model: model(tokens))
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "way"),
+    [
+        ("fuse", ["--export-gguf"], "moeflux unpack PACK DIR' and mlx_lm.fuse on DIR"),
+        ("quant.awq", [], "mlx_lm.awq on DIR"),
+        ("quant.dwq", [], "mlx_lm.dwq on DIR"),
+        ("quant.dynamic_quant", [], "mlx_lm.dynamic_quant on DIR"),
+        ("quant.gptq", [], "mlx_lm.gptq on DIR"),
+    ],
+)
+def test_what_would_change_experts_ends_before_anything_is_written(
+    packed, tmp_path, monkeypatch, name, flags, way
+):
+    monkeypatch.chdir(tmp_path)
+    # Not here without a hub.
+    monkeypatch.setattr("mlx_lm.quant.dwq.load_data", lambda *_: ([], []))
+    where = "--mlx-path" if name != "fuse" else "--save-path"
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ModelError, match=way):
+        command(name, "--model", packed, where, tmp_path / "out", *flags)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_weights_of_another_type_than_mlx_makes_are_loaded_and_converted(tmp_path):
+    path, packed = tmp_path / "plain", tmp_path / "packed"
+    pack(make_checkpoint(path, dtype=mx.bfloat16), packed)
+    command("convert", "--hf-path", packed, "--mlx-path", tmp_path / "out")
+    assert_same(arrays(tmp_path / "out"), arrays(path))
+    for directory in (packed, path):
+        model = moeflux_mlx.load(directory, expert_memory="3MB")[0]
+        assert model(PROMPT).shape == (1, 3, 320)
+
+
+@pytest.fixture(scope="session")
+def dense_pack(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    pack(make_checkpoint(folder / "plain", bits=None), folder / "packed")
+    return folder / "packed"
+
+
+def test_the_way_that_is_named_leads_there(dense_pack, tmp_path):
+    unpack(dense_pack, tmp_path / "plain")
+    for path, name in ((tmp_path / "plain", "out"), (dense_pack.parent / "plain", "b")):
+        flags = ["--mlx-path", tmp_path / name, "-q", "--q-group-size", "32"]
+        command("convert", "--hf-path", path, *flags)
+    assert_alike(tmp_path / "out", tmp_path / "b")
+
+
+def test_a_dequantised_model_is_saved_and_not_called(streamed, checkpoint, tmp_path):
+    stock = utils.dequantize_model(mlx_lm.load(str(checkpoint))[0])
+    utils.save_model(tmp_path / "stock", stock)
+    model = utils.dequantize_model(streamed)
+    utils.save_model(tmp_path / "out", model)
+    assert_same(arrays(tmp_path / "out"), arrays(tmp_path / "stock"))
+    with pytest.raises(
+        ModelError, match=r"\[dequantize\] expected a model to be saved"
+    ):
+        model(PROMPT)
+
+
+def test_what_experts_did_not_hear_of_is_not_saved(streamed, tmp_path):
+    kept = utils.dequantize_model.__wrapped__
+    with pytest.raises(ModelError, match="quantised matrices besides experts"):
+        utils.save_model(tmp_path / "out", kept(streamed))
+    assert not (tmp_path / "out").exists()
 
 
 def adapters(path: Path) -> Path:
@@ -93,8 +289,8 @@ def adapters(path: Path) -> Path:
     lora = {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
     config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": lora}
     (path / "adapter_config.json").write_text(json.dumps(config))
-    name = "language_model.model.layers.3.self_attn.q_proj.lora_a"
-    arrays = {name: mx.ones((64, 2))}
+    name = "language_model.model.layers.3.self_attn.q_proj.lora_"
+    arrays = {f"{name}a": mx.ones((64, 2)), f"{name}b": mx.full((2, 256), 0.1)}
     mx.save_safetensors(str(path / "adapters.safetensors"), arrays)
     return path
 

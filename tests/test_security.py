@@ -104,6 +104,7 @@ COMMANDS = {
     "tune": (2, ["tune", "--executor", "ops"]),
     "verify": (1, ["verify"]),
     "pack": (2, ["pack"]),
+    "unpack": (2, ["unpack"]),
 }
 
 
@@ -118,7 +119,7 @@ def test_no_command_runs_anything_of_a_model(
         pytest.skip("its children would do what is tried with the other model")
     code, flags = COMMANDS[name]
     command = [*flags, str(model)]
-    if name == "pack":
+    if name in ("pack", "unpack"):
         command.append(str(tmp_path / "packed"))
     monkeypatch.chdir(model)
     assert main(command) == code

@@ -23,6 +23,7 @@ from . import (
     serve,
     trace,
     tune,
+    unpack,
     verify,
 )
 from .arguments import Parser
@@ -32,6 +33,7 @@ COMMANDS = (
     chat,
     serve,
     pack,
+    unpack,
     verify,
     inspect,
     compare,

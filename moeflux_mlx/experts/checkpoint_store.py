@@ -7,6 +7,7 @@ import sys
 
 from ..errors import ModelError
 from ..files import short
+from ..uncopied import Uncopied
 from .checkpoint import Checkpoint, ModelFacts, model_facts, text_config
 from .direct import bypass_cache
 from .layout import DEFAULT_ALIGNMENT, ExpertLayout
@@ -20,7 +21,7 @@ else:
     from typing_extensions import Self
 
 
-class TensorExperts:
+class TensorExperts(Uncopied):
     """Experts that lie scattered over the tensors of a checkpoint; a context manager.
 
     Records have the layout that packing would give them, but lie scattered: each

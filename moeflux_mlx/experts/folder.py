@@ -21,10 +21,11 @@ class Folder:
     Args:
         fd: its descriptor, which stays the caller's.
         path: its name in messages, and for who only reads.
+        part: the part of the program that writes there, which errors begin with.
     """
 
-    def __init__(self, fd: int, path: Path):
-        self.fd, self.path = fd, path
+    def __init__(self, fd: int, path: Path, part: str = "pack"):
+        self.fd, self.path, self.part = fd, path, part
 
     @contextlib.contextmanager
     def inner(self, name: str) -> Iterator[Folder]:
@@ -37,7 +38,7 @@ class Folder:
             os.mkdir(name, dir_fd=self.fd)
         fd = os.open(name, _FOLDER, dir_fd=self.fd)
         try:
-            yield Folder(fd, self.path / name)
+            yield Folder(fd, self.path / name, self.part)
         finally:
             os.close(fd)
 
@@ -89,8 +90,9 @@ class Folder:
             # A file of two names would be changed where it is not ours.
             if not (stat.S_ISREG(status.st_mode) and status.st_nlink == 1):
                 raise ExpertStoreError(
-                    f"[pack] {self.path / name}: expected a plain file of an earlier "
-                    f"run but got a link or something else: remove {self.path}"
+                    f"[{self.part}] {self.path / name}: expected a plain file of an "
+                    "earlier run but got a link or something else: remove "
+                    f"{self.path}"
                 )
             names.append(name)
         return names
@@ -103,7 +105,7 @@ class Folder:
 
 
 @contextlib.contextmanager
-def open_parent(path: Path) -> Iterator[Folder]:
+def open_parent(path: Path, part: str = "pack") -> Iterator[Folder]:
     """Open the folder that a path lies in, made if it is not there.
 
     It may be reached through links: whoever gave the path meant them.
@@ -111,7 +113,7 @@ def open_parent(path: Path) -> Iterator[Folder]:
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield Folder(fd, path.parent)
+        yield Folder(fd, path.parent, part)
     finally:
         os.close(fd)
 

@@ -35,7 +35,9 @@ class LayerFile:
     """The expert file of one MoE layer; ``checksums`` are xxh3-64 of each record.
 
     Where ``block`` is not empty, it is the path of a routed block in mlx-lm's model,
-    and ``layer`` counts these blocks.
+    and ``layer`` counts these blocks. Else ``names`` has the checkpoint's own names of
+    the tensors, one for each of the layout's, as ``PlainLayer`` takes them; packs that
+    were written before names were kept have none.
     """
 
     layer: int
@@ -44,6 +46,7 @@ class LayerFile:
     layout: ExpertLayout
     checksums: tuple[int, ...]
     block: str = ""
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class Manifest:
                     "layout": layouts.index(entry.layout),
                     "checksums": [f"{checksum:016x}" for checksum in entry.checksums],
                     **({"block": entry.block} if entry.block else {}),
+                    **({"names": entry.names} if entry.names else {}),
                 }
                 for entry in self.layers
             ],
@@ -229,7 +233,15 @@ class _Parser:
         if not 0 <= number < model.n_layers:
             raise self.wrong("layer", f"less than {model.n_layers}", number)
         name, layout = self.name(fields), layouts[index]
-        return LayerFile(number, name, n_bytes, layout, checksums, block)
+        names = self.names(fields.get("names", []), layout)
+        return LayerFile(number, name, n_bytes, layout, checksums, block, names)
+
+    def names(self, values: Any, layout: ExpertLayout) -> tuple[str, ...]:
+        if type(values) is not list or any(type(name) is not str for name in values):
+            raise self.wrong("names", "a list of names", values)
+        if values and (len(values) != len(layout.tensors) or "" in values):
+            raise self.wrong("names", f"{len(layout.tensors)} names", values)
+        return tuple(values)
 
     def check_blocks(self, blocks: list[str], model: ModelFacts) -> None:
         """Refuse blocks of one path, and paths for some of them only."""

@@ -16,6 +16,7 @@ import xxhash
 from .. import config, device
 from ..errors import ConfigError, ExpertStoreError
 from ..progress import Report
+from ..uncopied import Uncopied
 from ..weights import ExpertWeights
 from .layout import ExpertLayout
 from .packed import PackedExperts
@@ -25,7 +26,7 @@ from .spans import read_fully
 from .stats import StreamStats
 
 
-class MappedExperts:
+class MappedExperts(Uncopied):
     """What an ``ExpertStreamer`` is when it holds every expert, without its pool.
 
     The pages are the page cache's: other processes share them, and the system may drop

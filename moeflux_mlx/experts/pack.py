@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -12,9 +11,8 @@ from pathlib import Path
 from ..errors import ExpertStoreError, ModelError
 from ..progress import Report
 from ..stock import has_own_class
-from ..volume import lock
 from .checkpoint import Checkpoint
-from .folder import Folder, open_parent
+from .folder import Folder
 from .layout import DEFAULT_ALIGNMENT, check_alignment
 from .manifest import MANIFEST_NAME, LayerFile, Manifest
 from .model_file import MODEL_FILE, SHIM
@@ -22,12 +20,12 @@ from .pack_files import list_files
 from .pack_source import ModuleSource, NamedSource, PackSource
 from .packed import damaged_records, is_packed
 from .packed import verify as verify_pack
-from .sidecars import JOURNAL_NAME, OWN_NAMES, TEMPLATES, SourceFiles, source_files
+from .partial import check_names, made_whole, refuse_existing, remove_templates
+from .sidecars import JOURNAL_NAME, OWN_NAMES, SourceFiles, source_files
 from .writer import (
     RESIDENT_FILE,
     check_space,
     copy_small_files,
-    disk_errors,
     layer_name,
     write_resident,
 )
@@ -62,41 +60,16 @@ def pack(
     """
     source, target = Path(src), Path(dst).absolute()
     check_alignment(alignment)
-    if os.path.lexists(target):
-        raise ExpertStoreError(f"[pack] expected no {target} but it exists already")
+    refuse_existing(target, "pack")
     # Before anything is opened: a pipe among the files would be waited for.
     source_files(source)
-    partial = target.with_name(target.name + ".partial")
-    with Checkpoint.open(source) as checkpoint, disk_errors(partial):
+    with Checkpoint.open(source) as checkpoint:
         job = _Job(checkpoint, alignment, progress or (lambda *_: None))
-        with open_parent(partial) as parent, _own_folder(parent, partial) as folder:
+        with made_whole(target, "pack") as folder:
             manifest = job.run(folder)
             if verify:
-                verify_pack(partial, progress).raise_damage()
-            if os.path.lexists(target):
-                raise ExpertStoreError(f"[pack] {target} appeared during packing")
-            if not folder.is_at(parent, partial.name):
-                raise ExpertStoreError(f"[pack] {partial} was replaced during packing")
-            parent.rename(partial.name, target.name)
+                verify_pack(folder.path, progress).raise_damage()
     return manifest
-
-
-@contextlib.contextmanager
-def _own_folder(parent: Folder, path: Path) -> Iterator[Folder]:
-    """Make or open the folder that is packed into, and hold it."""
-    if path.is_symlink():
-        raise ExpertStoreError(
-            f"[pack] {path}: expected a folder of an earlier run but got a link: "
-            "remove it"
-        )
-    with parent.inner(path.name) as folder:
-        if os.fstat(folder.fd).st_uid != os.geteuid():
-            raise ExpertStoreError(
-                f"[pack] {path}: expected a folder of an earlier run but another user "
-                "made it: remove it"
-            )
-        lock(folder.fd, path)
-        yield folder
 
 
 class _Job:
@@ -132,13 +105,7 @@ class _Job:
             (),
         )
         files = source_files(self.checkpoint.directory)
-        known = self.known_names(files)
-        names = folder.plain_names(frozenset({TEMPLATES}))
-        if strange := sorted(set(names) - known):
-            raise ExpertStoreError(
-                f"[pack] {folder.path / strange[0]}: expected nothing but files of an "
-                f"earlier run: move it, or remove {folder.path}"
-            )
+        names = check_names(folder, self.known_names(files))
         kept = list(self.finished_layers(folder.path, fresh))
         stale = set(names) - {JOURNAL_NAME, *(entry.file for entry in kept)}
         needed = self.total_bytes - sum(e.n_bytes for e in kept)
@@ -150,7 +117,7 @@ class _Job:
         # The manifest too, so that no half-made directory can pass for a whole one.
         for name in stale:
             folder.remove(name)
-        self.empty_templates(folder)
+        remove_templates(folder)
         for layer in self.source.layers:
             if layer in {entry.layer for entry in manifest.layers}:
                 continue
@@ -165,14 +132,6 @@ class _Job:
         known = OWN_NAMES | {RESIDENT_FILE} | {*files.copied}
         known |= {layer_name(number) for number in self.source.layers}
         return known | {f"{name}.tmp" for name in OWN_NAMES}
-
-    def empty_templates(self, folder: Folder) -> None:
-        """Remove what an earlier run copied into the one folder inside."""
-        if TEMPLATES in os.listdir(folder.fd):
-            with folder.inner(TEMPLATES) as templates:
-                for name in templates.plain_names():
-                    templates.remove(name)
-            os.rmdir(TEMPLATES, dir_fd=folder.fd)
 
     def finished_layers(self, partial: Path, fresh: Manifest) -> Iterator[LayerFile]:
         """Yield the layers of an earlier run whose bytes still match."""
@@ -192,6 +151,7 @@ class _Job:
                 entry.layer in self.source.layers
                 and entry.layout == self.source.layout(entry.layer)
                 and entry.block == self.source.block(entry.layer)
+                and entry.names == self.source.names(entry.layer)
                 and len(entry.checksums) == self.source.count(entry.layer)
                 and file.is_file()
                 and file.stat().st_size == entry.n_bytes
@@ -205,7 +165,8 @@ class _Job:
         written = self.source.write_layer(
             layer, folder, lambda n: self.advance(what, n)
         )
-        return dataclasses.replace(written, block=self.source.block(layer))
+        block, names = self.source.block(layer), self.source.names(layer)
+        return dataclasses.replace(written, block=block, names=names)
 
     def finish(
         self, folder: Folder, files: SourceFiles, manifest: Manifest

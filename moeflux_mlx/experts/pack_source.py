@@ -23,7 +23,7 @@ from .layout import ExpertLayout
 from .manifest import LayerFile
 from .module_store import count_of, layout_of, own_tensor, refuse_twice, stacked
 from .modules import RoutedBlock, find_blocks
-from .pool import DTYPE_NAMES
+from .plain import names_of
 from .routed import RoutedLayer
 from .safetensors import TensorEntry
 from .writer import (
@@ -31,18 +31,10 @@ from .writer import (
     Tensor,
     chunks_of_array,
     chunks_of_file,
+    entry_of,
     write_layer,
     write_parts,
 )
-
-# Types that parameters besides experts may have too.
-OTHER_NAMES = {
-    mx.bool_: "BOOL",
-    mx.int16: "I16",
-    mx.int64: "I64",
-    mx.uint64: "U64",
-    mx.complex64: "C64",
-}
 
 
 class PackSource(Protocol):
@@ -70,6 +62,9 @@ class PackSource(Protocol):
 
     def block(self, layer: int) -> str:
         """Return the path of a layer's routed block, if it goes by that."""
+
+    def names(self, layer: int) -> tuple[str, ...]:
+        """Return the names of a layer's tensors as ``LayerFile`` has them."""
 
     def write_layer(self, layer: int, folder: Folder, advance: Advance) -> LayerFile:
         """Write a layer's file."""
@@ -102,6 +97,10 @@ class NamedSource:
     def block(self, layer: int) -> str:
         """Return nothing: layers go by their number."""
         return ""
+
+    def names(self, layer: int) -> tuple[str, ...]:
+        """Return the names that the checkpoint's tensors have."""
+        return names_of(self.experts.routed[layer], self.layout(layer))
 
     def write_layer(self, layer: int, folder: Folder, advance: Advance) -> LayerFile:
         """Copy a layer's experts, one after the other."""
@@ -183,6 +182,10 @@ class ModuleSource:
         """Return a block's path."""
         return self._paths[layer]
 
+    def names(self, layer: int) -> tuple[str, ...]:
+        """Return nothing: names follow from the path."""
+        return ()
+
     @property
     def resident(self) -> list[Tensor]:
         """The parameters but the experts'."""
@@ -190,13 +193,7 @@ class ModuleSource:
 
     def _resident_tensor(self, path: str) -> Tensor:
         array, file = self._resident[path], self._checkpoint.directory
-        name = DTYPE_NAMES.get(array.dtype) or OTHER_NAMES.get(array.dtype)
-        if name is None:
-            raise ModelError(
-                f"[pack] {file}: {path}: expected a type that files have but got "
-                f"{array.dtype}"
-            )
-        entry = TensorEntry(file, path, name, tuple(array.shape), 0, array.nbytes)
+        entry = entry_of(path, array, f"[pack] {file}: ")
         own = self._tensor(path, array)
         if own is not None:
             return Tensor(entry, partial(chunks_of_file, self._checkpoint, own))

@@ -15,6 +15,7 @@ from ..errors import ExpertStoreError, ModelError
 from ..files import open_file, short
 from ..progress import Report
 from ..stock import has_own_class
+from ..uncopied import Uncopied
 from .checkpoint import ModelFacts, model_facts, read_config
 from .checkpoint_store import check_sizes
 from .direct import are_aligned, bypass_cache
@@ -39,7 +40,7 @@ def is_packed(directory: str | os.PathLike) -> bool:
     return (Path(directory) / MANIFEST_NAME).is_file()
 
 
-class PackedExperts:
+class PackedExperts(Uncopied):
     """The open expert files of a packed directory; a context manager.
 
     Expert ``e`` of a layer is the record of ``layout(layer).record_bytes`` bytes at
@@ -327,7 +328,7 @@ def verify(
             done += entry.n_bytes
             if progress:
                 progress(f"layer {entry.layer}", done, total)
-        if not _resident_matches(store.directory / resident.file, resident):
+        if not resident_matches(store.directory / resident.file, resident):
             report.damaged.append((store.directory / resident.file, None, None))
         if progress:
             progress(resident.file, total, total)
@@ -352,7 +353,7 @@ def damaged_records(path: Path, entry: LayerFile) -> list[int]:
     return damaged
 
 
-def _resident_matches(path: Path, resident: ResidentFile) -> bool:
+def resident_matches(path: Path, resident: ResidentFile) -> bool:
     digest = xxhash.xxh3_64()
     try:
         with open_file(path) as file:

@@ -12,6 +12,7 @@ import numpy as np
 from .. import config
 from ..errors import BudgetError, ConfigError, ExpertStoreError, MoefluxError
 from ..progress import Report
+from ..uncopied import Uncopied
 from .demand import Demand
 from .guards import Guards
 from .in_flight import InFlight
@@ -64,7 +65,7 @@ class _Repairs:
             self._interrupted = False
 
 
-class ExpertStreamer:
+class ExpertStreamer(Uncopied):
     """Slots for the experts of all layers of a store, under one memory budget.
 
     One thread at a time may use slots, from asking for them until it has guarded what

@@ -16,8 +16,10 @@ import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from .. import device
+from ..commands import is_to_be_saved
 from ..errors import ModelError
-from ..weights import ExpertWeights, Weight, has_values
+from ..uncopied import Uncopied
+from ..weights import ExpertWeights, Quantization, Weight, has_values
 from .layout import ALL_PARTS
 from .modules import RoutedBlock
 from .resident import ResidentExperts
@@ -28,6 +30,11 @@ SORTED_FROM = 64
 # mlx-lm's names of what a Weight holds.
 FIELDS = dict(
     zip(ALL_PARTS, ("w", "scales", "biases", "bias", "global_scale"), strict=True)
+)
+
+PLAIN_FIRST = (
+    "load a plain checkpoint without a bound on memory, which 'moeflux unpack PACK "
+    "DIR' makes of a pack, and go on with that"
 )
 
 
@@ -48,10 +55,53 @@ class Token(Protocol):
 
 
 class StreamedProjection(nn.Module):
-    """In the place of a streamed matrix, which takes no adapter."""
+    """In the place of a streamed matrix, which takes no adapter.
+
+    ``form`` is how whoever saves the model is to write it; None is dense.
+    """
+
+    def __init__(self, form: Quantization | None):
+        super().__init__()
+        self.__dict__["form"] = form
+        # MLX passes over modules with nothing in them.
+        self["is_streamed"] = True
 
 
-class StreamedSwitch(nn.Module):
+class DenseProjection(StreamedProjection):
+    """In the place of one that could be quantised, as whoever quantises is to know."""
+
+    def __init__(self, path: str, shape: tuple[int, ...]):
+        super().__init__(None)
+        self.__dict__.update(path=path, shape=shape)
+
+    @property
+    def weight(self) -> mx.array:
+        """An array of the matrices' shape, for who looks at no more than that."""
+        shape: tuple[int, ...] = self.__dict__["shape"]
+        return mx.zeros(shape)
+
+    def to_quantized(
+        self,
+        group_size: int = 64,
+        bits: int = 4,
+        mode: str = "affine",
+        global_scale: bool = False,
+    ) -> StreamedProjection:
+        """Return what is saved quantised.
+
+        Raises:
+            ModelError: the model may yet be called, on matrices as files have them;
+                names them and what to do.
+        """
+        if global_scale or not is_to_be_saved():
+            raise ModelError(
+                f"[quantize] {self.__dict__['path']}: expected experts in memory but "
+                f"they are read from files: {PLAIN_FIRST}"
+            )
+        return StreamedProjection(Quantization(bits, group_size, mode))
+
+
+class StreamedSwitch(Uncopied, nn.Module):
     """In the place of a routed block; has none of the experts' parameters.
 
     Args:
@@ -69,12 +119,30 @@ class StreamedSwitch(nn.Module):
         token: Callable[[], Token | None] = lambda: None,
     ):
         super().__init__()
+        forms, parts = block.quantization, block.parts
         self.path, self.slot_block = block.path, SlotBlock(block)
+        # The type of what is floating-point for whoever saves the model, if another.
+        self.saved_dtype: mx.Dtype | None = None
         self._source, self._alone, self._token = source, alone, token
         # The activation, and whatever a model has put there besides.
         for name, child in block.module.items():
-            streamed = name in block.projections
-            self[name] = StreamedProjection() if streamed else child
+            if name not in block.projections:
+                self[name] = child
+            elif forms[name] is None:
+                shape = tuple(parts[name, "weight"].shape)
+                self[name] = DenseProjection(f"{block.path}.{name}", shape)
+            else:
+                self[name] = StreamedProjection(forms[name])
+
+    @property
+    def saved_forms(self) -> dict[str, Quantization | None]:
+        """How whoever saves the model is to write each projection; None is dense."""
+        return {name: self[name].form for name in self.slot_block.projections}
+
+    def dequantize(self) -> None:
+        """Have all matrices saved dense."""
+        for name in self.slot_block.projections:
+            self[name] = StreamedProjection(None)
 
     def __getattr__(self, name: str) -> Any:
         if (block := self.__dict__.get("slot_block")) and name in block.projections:

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import xxhash
 
-from ..errors import ExpertStoreError
+from ..errors import ExpertStoreError, ModelError
 from ..volume import free_bytes, sync
 from .checkpoint import Checkpoint
 from .checkpoint_store import TensorExperts
@@ -20,6 +20,7 @@ from .folder import Folder, write_all
 from .layout import ExpertLayout
 from .manifest import LayerFile, ResidentFile
 from .packed import CHUNK_BYTES
+from .pool import DTYPE_NAMES
 from .safetensors import TensorEntry, fingerprint, header_bytes
 from .sidecars import SourceFiles, open_inside
 
@@ -27,6 +28,16 @@ RESIDENT_FILE = "model.safetensors"
 Advance = Callable[[int], None]
 # By projection and part, the bytes of each expert in turn.
 Rows = Callable[[str, str], Iterator[memoryview]]
+
+
+# Types that parameters besides experts may have too.
+OTHER_NAMES = {
+    mx.bool_: "BOOL",
+    mx.int16: "I16",
+    mx.int64: "I64",
+    mx.uint64: "U64",
+    mx.complex64: "C64",
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ class Tensor:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path, part: str = "pack") -> Iterator[None]:
     """Turn OSError into ExpertStoreError that names what was being written."""
     try:
         yield
@@ -47,7 +58,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             hint = "; make room and run the same command again to continue"
         raise ExpertStoreError(
-            f"[pack] cannot write {path}: {error.strerror or error}{hint}"
+            f"[{part}] cannot write {path}: {error.strerror or error}{hint}"
         ) from error
 
 
@@ -56,8 +67,9 @@ def check_space(folder: Folder, needed_bytes: int) -> None:
     available = free_bytes(folder.fd)
     if available is not None and available < needed_bytes:
         raise ExpertStoreError(
-            f"[pack] expected {needed_bytes} bytes free for {folder.path} but only "
-            f"{available} bytes are available: make room and run the same command again"
+            f"[{folder.part}] expected {needed_bytes} bytes free for {folder.path} but "
+            f"only {available} bytes are available: make room and run the same command "
+            "again"
         )
 
 
@@ -92,7 +104,7 @@ def write_parts(
         os.ftruncate(file.fileno(), n_bytes)
         for spec in layout.tensors:
             for expert, row in enumerate(rows(spec.projection, spec.part)):
-                _write_at(file.fileno(), row, expert * layout.stride + spec.offset)
+                write_at(file.fileno(), row, expert * layout.stride + spec.offset)
             advance(n_experts * spec.n_bytes)
         used = sum(spec.n_bytes for spec in layout.tensors)
         checksums = [
@@ -105,7 +117,7 @@ def write_parts(
     return LayerFile(layer, name, n_bytes, layout, tuple(checksums))
 
 
-def _write_at(fd: int, data: memoryview, offset: int) -> None:
+def write_at(fd: int, data: memoryview, offset: int) -> None:
     while data:
         n_written = os.pwrite(fd, data, offset)
         data, offset = data[n_written:], offset + n_written
@@ -150,12 +162,26 @@ def chunks_of_array(array: mx.array) -> Iterator[memoryview]:
         yield memoryview(flat)  # type: ignore[arg-type]
 
 
+def entry_of(name: str, array: mx.array, where: str) -> TensorEntry:
+    """Describe an array as the tensor of a file; errors begin with ``where``.
+
+    Raises:
+        ModelError: it is of a type that no file has.
+    """
+    dtype = DTYPE_NAMES.get(array.dtype) or OTHER_NAMES.get(array.dtype)
+    if dtype is None:
+        raise ModelError(
+            f"{where}{name}: expected a type that files have but got {array.dtype}"
+        )
+    return TensorEntry(Path(), name, dtype, tuple(array.shape), 0, array.nbytes)
+
+
 def copy_small_files(files: SourceFiles, folder: Folder) -> None:
     """Copy tokenizer, templates, cards: all that is neither weights nor ours."""
     for name, path in files.copied.items():
         inner, _, last = name.rpartition("/")
         with contextlib.ExitStack() as stack:
-            stack.enter_context(disk_errors(folder.path / name))
+            stack.enter_context(disk_errors(folder.path / name, folder.part))
             place = stack.enter_context(folder.inner(inner)) if inner else folder
             source = stack.enter_context(open_inside(path))
             file = stack.enter_context(place.create(last))

@@ -1,0 +1,42 @@
+"""``moeflux unpack``: write a packed directory back as a plain checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..experts.unpack import unpack
+from ..progress import byte_progress
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``unpack`` with its arguments."""
+    text = "write a packed directory back as a plain checkpoint, bit for bit"
+    parser = subparsers.add_parser(
+        "unpack",
+        description=f"{text}. Tensors have the names, types and bytes of the "
+        "checkpoint that was packed. A checkpoint that mlx-lm changes as it loads it "
+        "(one tensor an expert, fused, fp8) comes back as mlx-lm's own converter "
+        "writes it, unless moeflux-mlx has a class of its own for the model.",
+        help=text,
+    )
+    parser.add_argument("src", type=Path, help="directory made by moeflux pack")
+    parser.add_argument("dst", type=Path, help="directory to make")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Unpack ``args.src`` into ``args.dst`` and say what was made."""
+    with byte_progress() as progress:
+        unpack(args.src, args.dst, progress=progress)
+    n_files = len([*args.dst.glob("model*.safetensors")])
+    Console().print(
+        f"{args.dst}: a plain checkpoint, its weights in {n_files} "
+        f"{'file' if n_files == 1 else 'files'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
