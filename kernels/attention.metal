@@ -578,33 +578,30 @@ template <typename T, typename C, int D, int FOLD, bool HAS_MASK>
   }
 }
 
-// A token's queries, keys and the gate of its heads as attention takes them: q_proj's heads
-// parted into query and gate, queries and keys normalised and rotated.
-//
-// q_proj: [B, H 2 d], per head query then gate; k_proj, k: [B, Hkv d]; q_norm, k_norm: [d];
-// inv_freq: float32 [n_pairs]; start: [B], each token's position; q, gate: [B, H d]. d <= 256.
-// Launch: one simdgroup a head, those of queries before those of keys, four a threadgroup, grid
-// (32, H + Hkv, B). Neighbouring Ops on slices of a few hundred bytes, in one launch.
-template <typename T, typename N>
-[[kernel]] void attention_inputs(
-    device const T* q_proj,
-    device const T* k_proj,
-    device const N* q_norm,
-    device const N* k_norm,
-    device const float* inv_freq,
-    device const int* start,
-    constant float& eps,
-    constant uint& n_heads,
-    constant uint& n_kv_heads,
-    constant uint& head_dim,
-    constant uint& n_pairs,
+// Heads of a token's queries and keys as attention takes them: normalised and rotated, each by one
+// simdgroup, four a threadgroup, those of queries before those of keys. A query is the first head_dim
+// of q_width values; `slices` holds 4 * 256. Contains a barrier: all threads must come.
+template <
+    typename T, typename Q, typename K, typename N, typename M, typename F, typename P>
+inline void place_heads(
+    Q q_proj,
+    K k_proj,
+    N q_norm,
+    M k_norm,
+    F inv_freq,
+    P start,
+    float eps,
+    uint n_heads,
+    uint n_kv_heads,
+    uint head_dim,
+    uint q_width,
+    uint n_pairs,
     device T* q,
-    device T* gate,
     device T* k,
-    uint3 group [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup float slices[4 * 256];
+    threadgroup float* slices,
+    uint3 group,
+    uint simdgroup,
+    uint lane) {
   threadgroup float* slice = slices + simdgroup * 256;
   ulong sequence = group.z;
   uint head = 4 * group.y + simdgroup;
@@ -612,7 +609,7 @@ template <typename T, typename N>
   bool is_query = head < n_heads;
   // Simdgroups without a head do the last one's work and write nothing.
   uint own = is_query ? head : min(head - n_heads, n_kv_heads - 1);
-  ulong from = is_query ? (sequence * n_heads + own) * 2 * head_dim
+  ulong from = is_query ? (sequence * n_heads + own) * q_width
                         : (sequence * n_kv_heads + own) * head_dim;
   ulong to = (sequence * (is_query ? n_heads : n_kv_heads) + own) * head_dim;
   float squares = 0.0f;
@@ -640,10 +637,71 @@ template <typename T, typename N>
       value = value * precise::cos(angle) + other * precise::sin(angle);
     }
     out[to + i] = T(value);
-    if (is_query) {
-      gate[to + i] = q_proj[from + head_dim + i];
+  }
+}
+
+// A token's queries, keys and the gate of its heads as attention takes them: q_proj's heads
+// parted into query and gate, queries and keys normalised and rotated.
+//
+// q_proj: [B, H 2 d], per head query then gate; k_proj, k: [B, Hkv d]; q_norm, k_norm: [d];
+// inv_freq: float32 [n_pairs]; start: [B], each token's position; q, gate: [B, H d]. d <= 256.
+// Launch: one simdgroup a head, those of queries before those of keys, four a threadgroup, grid
+// (32, H + Hkv, B). Neighbouring Ops on slices of a few hundred bytes, in one launch.
+template <typename T, typename N>
+[[kernel]] void attention_inputs(
+    device const T* q_proj,
+    device const T* k_proj,
+    device const N* q_norm,
+    device const N* k_norm,
+    device const float* inv_freq,
+    device const int* start,
+    constant float& eps,
+    constant uint& n_heads,
+    constant uint& n_kv_heads,
+    constant uint& head_dim,
+    constant uint& n_pairs,
+    device T* q,
+    device T* gate,
+    device T* k,
+    uint3 group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float slices[4 * 256];
+  place_heads<T>(
+      q_proj, k_proj, q_norm, k_norm, inv_freq, start, eps, n_heads, n_kv_heads, head_dim,
+      2 * head_dim, n_pairs, q, k, slices, group, simdgroup, lane);
+  uint head = 4 * group.y + simdgroup;
+  if (head < n_heads) {
+    ulong at = (group.z * ulong(n_heads) + head) * head_dim;
+    for (uint i = lane; i < head_dim; i += SIMD) {
+      gate[at + i] = q_proj[2 * at + head_dim + i];
     }
   }
+}
+
+// `attention_inputs` where queries have no gate. q_proj, q: [B, H d]; the rest as there.
+template <typename T, typename N>
+[[kernel]] void attention_inputs_ungated(
+    device const T* q_proj,
+    device const T* k_proj,
+    device const N* q_norm,
+    device const N* k_norm,
+    device const float* inv_freq,
+    device const int* start,
+    constant float& eps,
+    constant uint& n_heads,
+    constant uint& n_kv_heads,
+    constant uint& head_dim,
+    constant uint& n_pairs,
+    device T* q,
+    device T* k,
+    uint3 group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float slices[4 * 256];
+  place_heads<T>(
+      q_proj, k_proj, q_norm, k_norm, inv_freq, start, eps, n_heads, n_kv_heads, head_dim, head_dim,
+      n_pairs, q, k, slices, group, simdgroup, lane);
 }
 
 // Attention of FOLD queries of neighbouring heads over n_rows rows, by 8 simdgroups: for each

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
@@ -22,6 +21,18 @@ FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 INTEGERS = frozenset(
     (mx.int8, mx.int16, mx.int32, mx.int64, mx.uint8, mx.uint16, mx.uint32, mx.uint64)
 )
+
+
+class Kept(Protocol):
+    """A mixer, by what it keeps of tokens."""
+
+    @property
+    def grows(self) -> bool:
+        """Whether its cache has a row for each token."""
+
+    @property
+    def cache_shapes(self) -> tuple[tuple[int | None, ...], ...]:
+        """The arrays of its cache for one sequence; None is a size that grows."""
 
 
 class Arguments(NamedTuple):
@@ -57,11 +68,11 @@ class ArgumentChecks:
     """Checks the arguments of a text model's calls.
 
     Args:
-        text: mlx-lm's module, with its ``model`` of ``layers``.
+        mixers: of each layer.
     """
 
-    def __init__(self, text: nn.Module, hidden_size: int):
-        self._text, self._hidden_size = text, hidden_size
+    def __init__(self, mixers: Sequence[Kept], hidden_size: int):
+        self._mixers, self._hidden_size = mixers, hidden_size
         self._seen = SeenCaches()
 
     def __call__(self, inputs: Any, cache: Any, embeddings: Any) -> Arguments:
@@ -80,11 +91,10 @@ class ArgumentChecks:
         return Arguments(tokens, cache, embeddings)
 
     def _check_caches(self, cache: Any, n_seqs: int, t: int) -> None:
-        layers = self._text.model.layers
-        check_number(cache, len(layers), "one for each layer")
+        check_number(cache, len(self._mixers), "one for each layer")
         types = list(map(type, cache))
         if not self._seen.holds(cache, types, t):
-            _check_kinds(layers, cache)
+            _check_kinds(self._mixers, cache)
             self._seen.keep(cache, types)
         check_sequences(first_states(cache, types), n_seqs)
 
@@ -196,13 +206,13 @@ def tokens_beside(inputs: Any, embeddings: mx.array) -> mx.array:
     return tokens
 
 
-def _check_kinds(layers: Sequence[nn.Module], cache: Sequence[Any]) -> None:
+def _check_kinds(mixers: Sequence[Kept], cache: Sequence[Any]) -> None:
     """Check that each layer gets a cache of its kind, and all of them one position."""
     offsets = set()
-    for i, (layer, each) in enumerate(zip(layers, cache, strict=True)):
+    for i, (mixer, each) in enumerate(zip(mixers, cache, strict=True)):
         if each is None:
             continue
-        if layer.is_linear:
+        if not mixer.grows:
             states = getattr(each, "cache", None)
             fits = isinstance(states, list) and len(states) == 2
             fits = fits and hasattr(each, "advance") and hasattr(each, "lengths")
@@ -213,8 +223,8 @@ def _check_kinds(layers: Sequence[nn.Module], cache: Sequence[Any]) -> None:
         if not fits:
             advice = "make them with make_prompt_cache"
             raise misfit(f"cache of layer {i}", wanted, got(each), advice)
-        _check_states(i, layer, each)
-        if not layer.is_linear and isinstance(each.offset, int):
+        _check_states(i, mixer, each)
+        if mixer.grows and isinstance(each.offset, int):
             offsets.add(each.offset)
     check_position(offsets)
 
@@ -226,20 +236,16 @@ def check_position(offsets: Collection[int]) -> None:
         raise misfit("cache", "caches that end at one position", found)
 
 
-def _check_states(index: int, layer: nn.Module, cache: Any) -> None:
+def _check_states(index: int, mixer: Kept, cache: Any) -> None:
     """Check what a cache holds against what its layer makes; sequences aside."""
-    shapes: list[tuple[Any, tuple[int | None, ...]]]
-    if layer.is_linear:
-        net = layer.linear_attn
-        conv = (None, net.conv_kernel_size - 1, net.conv_dim)
-        delta = (None, net.num_v_heads, net.head_v_dim, net.head_k_dim)
-        shapes = [(cache.cache[0], conv), (cache.cache[1], delta)]
+    shapes = [(None, *shape[1:]) for shape in mixer.cache_shapes]
+    if not mixer.grows:
+        held = cache.cache
     else:
-        attn = layer.self_attn
-        rows = (None, attn.num_key_value_heads, None, attn.head_dim)
-        plain = [getattr(cache, name, None) for name in ("keys", "values")]
-        shapes = [(x, rows) for x in plain if not isinstance(x, tuple | list)]
-    for state, wanted in shapes:
+        rows = [getattr(cache, name, None) for name in ("keys", "values")]
+        # A quantised cache holds three arrays in place of one.
+        held = [None if isinstance(x, tuple | list) else x for x in rows]
+    for state, wanted in zip(held, shapes, strict=True):
         if state is None:
             continue
         shape = getattr(state, "shape", ())

@@ -1,15 +1,17 @@
-"""Blocks that models share, as Ops pushed onto a graph: mixers and the MoE.
+"""The second half of a layer, as Ops pushed onto a graph: routed experts, or none.
 
-Each takes the block's parameter module as mlx-lm defines it, so one block serves every
-family that uses the module.
+A form says what a family's layer has. Its parameters are those of mlx-lm's module, by
+their paths below the layer.
 
-Letters: B sequences, T tokens each, N = B T, H heads, d head width.
+Letters: B sequences, T tokens each, N = B T, D model width, K experts of a token.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -49,15 +51,15 @@ class Call:
         return self.n_seqs * self.t
 
 
-# Matrices that multiply the same row one after the other, by path.
 # mlx-lm's name for the stacked experts of a layer's MoE block.
 ROUTED = "switch_mlp"
-SAME_INPUT = (
-    tuple(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")),
-    tuple(f"self_attn.{part}_proj" for part in "qkv"),
-    ("mlp.gate", "mlp.shared_expert_gate"),
-    ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
-)
+# Where mlx-lm keeps the second half of a layer.
+MLP = "mlp"
+SHARED = f"{MLP}.shared_expert"
+# Matrices that multiply the same row one after the other, by path.
+SameInput = tuple[tuple[str, ...], ...]
+# The shapes of tensors as they are once unpacked, by name.
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def rotation(rope: nn.Module) -> tuple[mx.array, float]:
@@ -107,209 +109,67 @@ class RoutedShape:
     expert_bytes: int
 
 
-def gated_delta_net(
-    g: GraphBuilder, net: nn.Module, x: BufId, call: Call
-) -> tuple[BufId, dict[str, BufId]]:
-    """Push a gated DeltaNet mixer; its states are inputs and outputs of the graph."""
-    hk, hv, dk, dv = net.num_k_heads, net.num_v_heads, net.head_k_dim, net.head_v_dim
-    n, seqs, conv_dim = call.n, call.n_seqs, net.conv_dim
-    qkv = g.matvec("linear_attn.in_proj_qkv", x, b.QkvStackBuf)
-    z = g.matvec("linear_attn.in_proj_z", x, b.ZStackBuf)
-    beta = g.matvec("linear_attn.in_proj_b", x, b.BetaStackBuf)
-    alpha = g.matvec("linear_attn.in_proj_a", x, b.AlphaStackBuf)
-    width = net.conv_kernel_size
-    conv_state = g.input("conv_state", b.ConvStateBuf, (seqs, width - 1, conv_dim))
-    state = g.input("delta_state", b.DeltaStateBuf, (seqs, hv, dv, dk))
-    mask = lengths = None
-    if call.sequence_mask:
-        mask = g.input("sequence_mask", b.SeqMaskBuf, (seqs, call.t))
-    if call.lengths:
-        lengths = g.input("lengths", b.SeqLengthsBuf, (seqs,))
-    conv = g.new("conv", b.ConvOutBuf, (n, conv_dim))
-    g.push(
-        ops.Conv1dStepNTokens(
-            label="conv1d",
-            qkv_in=qkv,
-            conv_state=conv_state,
-            weight=g.ref("linear_attn.conv1d"),
-            mask=mask,
-            lengths=lengths,
-            conv_out=conv,
-            conv_dim=conv_dim,
-            kernel_size=width,
-            n_tokens=n,
-            n_seqs=seqs,
-        )
-    )
-    g.push(
-        ops.RmsNormQkNTokens(
-            label="qk_norm",
-            x=conv,
-            num_k_heads=hk,
-            key_dim=dk,
-            key_offset_per_token=hk * dk,
-            per_token_total=conv_dim,
-            n_tokens=n,
-        )
-    )
-    decay = g.new("decay", b.GDecayBuf, (n, hv))
-    beta_gate = g.new("beta_gate", b.BetaGateBuf, (n, hv))
-    g.push(
-        ops.ComputeDecayBetaNTokens(
-            label="decay_beta",
-            alpha_in=alpha,
-            beta_in=beta,
-            mask=mask,
-            a_log=g.ref("linear_attn.A_log"),
-            dt_bias=g.ref("linear_attn.dt_bias"),
-            g_decay_out=decay,
-            beta_gate_out=beta_gate,
-            num_v_heads=hv,
-            n_tokens=n,
-            n_seqs=seqs,
-        )
-    )
-    delta_out = g.new("delta_out", b.DeltaOutBuf, (n, hv * dv))
-    one_token = call.t == 1
-    rule = ops.GatedDeltaNetStepNTokens if one_token else ops.GatedDeltaNetChunkwise
-    g.push(
-        rule(
-            label="delta_rule",
-            state=state,
-            conv_out=conv,
-            g_decay=decay,
-            beta_gate=beta_gate,
-            output=delta_out,
-            num_v_heads=hv,
-            num_k_heads=hk,
-            key_dim=dk,
-            value_dim=dv,
-            n_tokens=n,
-            n_seqs=seqs,
-        )
-    )
-    gated = g.new("gated_norm", b.ValueOutBuf, (n, hv * dv))
-    g.push(
-        ops.GatedRmsNormNTokens(
-            label="gated_norm",
-            values=delta_out,
-            z=z,
-            weight=g.ref("linear_attn.norm"),
-            output=gated,
-            num_v_heads=hv,
-            value_dim=dv,
-            n_tokens=n,
-            eps=net.layer_norm_epsilon,
-        )
-    )
-    out = g.matvec("linear_attn.out_proj", gated, b.OProjOutBuf)
-    return out, {"conv_state": conv_state, "delta_state": state}
+@dataclass(frozen=True, eq=False)
+class Moe:
+    """Routed experts: a softmax over all of them, and the ``k`` likeliest.
 
-
-def full_attention(
-    g: GraphBuilder, attn: nn.Module, x: BufId, call: Call
-) -> tuple[BufId, dict[str, BufId]]:
-    """Push gated full attention; its caches are inputs and outputs of the graph.
-
-    Outside of traces the KV cache object appends its rows itself.
+    Args:
+        normalised: the weights of a token's experts are divided by their sum.
+        shared_dim: width of the expert that every token has beside, opened by a gate
+            of its own; 0: there is none.
     """
-    heads, kv_heads, d = (
-        attn.num_attention_heads,
-        attn.num_key_value_heads,
-        attn.head_dim,
+
+    n_experts: int
+    k: int
+    expert_dim: int
+    normalised: bool
+    shared_dim: int = 0
+    same_input: ClassVar[SameInput] = (
+        (f"{MLP}.gate", f"{SHARED}_gate"),
+        (f"{SHARED}.gate_proj", f"{SHARED}.up_proj"),
     )
-    n, seqs = call.n, call.n_seqs
-    start = g.input("start", b.StartPosBuf, (seqs,))
-    frequencies, rope_scale = rotation(attn.rope)
-    inv_freq = g.constant("inv_freq", b.RopeInvFreqBuf, frequencies)
-    q_proj = g.matvec("self_attn.q_proj", x, b.QProjOutBuf)
-    k = g.matvec("self_attn.k_proj", x, b.KProjOutBuf)
-    v = g.matvec("self_attn.v_proj", x, b.VProjOutBuf)
-    q = g.new("q", b.QBuf, (n, heads * d))
-    gate = g.new("q_gate", b.QGateBuf, (n, heads * d))
-    g.push(
-        ops.SplitQGate(
-            label="split_q_gate",
-            q_proj=q_proj,
-            q_out=q,
-            gate_out=gate,
-            num_heads=heads,
-            head_dim=d,
-            n_tokens=n,
-        )
-    )
-    for name, buf, count in (("q", q, heads), ("k", k, kv_heads)):
-        g.push(
-            ops.RmsNormPerHeadNTokens(
-                label=f"{name}_norm",
-                x=buf,
-                weight=g.ref(f"self_attn.{name}_norm"),
-                num_heads=count,
-                head_dim=d,
-                n_tokens=n,
-                eps=attn.q_norm.eps,
-            )
-        )
-        g.push(
-            ops.RopeNTokens(
-                label=f"{name}_rope",
-                x=buf,
-                inv_freq=inv_freq,
-                start=start,
-                n_tokens=n,
-                n_seqs=seqs,
-                num_heads=count,
-                head_dim=d,
-                rotary_dim=2 * frequencies.size,
-                scale=rope_scale,
-            )
-        )
-    cache_shape = (seqs, kv_heads, None, d)
-    keys = g.input("keys", b.KvCacheKBuf, cache_shape)
-    values = g.input("values", b.KvCacheVBuf, cache_shape)
-    row = g.input("row", b.StartPosBuf, (1,))
-    g.push(
-        ops.KvCacheAppendNTokens(
-            label="kv_append",
-            k_src=k,
-            v_src=v,
-            k_cache=keys,
-            v_cache=values,
-            row=row,
-            n_tokens=n,
-            n_seqs=seqs,
-            num_kv_heads=kv_heads,
-            head_dim=d,
-        )
-    )
-    mask = None
-    if call.attention_mask:
-        mask = g.input("attention_mask", b.AttnMaskBuf, (None, 1, call.t, None))
-    attended = g.new("attended", b.AttnOutBuf, (n, heads * d))
-    g.push(
-        ops.SdpaCausalTiled(
-            label="sdpa",
-            q=q,
-            k=keys,
-            v=values,
-            mask=mask,
-            start=start if call.spare_rows else None,
-            attn_out=attended,
-            n_tokens=n,
-            n_seqs=seqs,
-            num_heads=heads,
-            heads_per_kv=heads // kv_heads,
-            head_dim=d,
-            softmax_scale=attn.scale,
-        )
-    )
-    g.push(
-        ops.SigmoidGateNTokens(
-            label="attention_gate", x=attended, gate=gate, dim=heads * d, n_tokens=n
-        )
-    )
-    out = g.matvec("self_attn.o_proj", attended, b.OProjOutBuf)
-    return out, {"keys": keys, "values": values}
+
+    def shapes(self, dim: int) -> Shapes:
+        """Return the tensors of the block by name, as they are once unpacked."""
+        n, inner = self.n_experts, self.expert_dim
+        routed = {
+            f"{MLP}.gate.weight": (n, dim),
+            f"{MLP}.{ROUTED}.gate_proj.weight": (n, inner, dim),
+            f"{MLP}.{ROUTED}.up_proj.weight": (n, inner, dim),
+            f"{MLP}.{ROUTED}.down_proj.weight": (n, dim, inner),
+        }
+        if not self.shared_dim:
+            return routed
+        shared = mlp_shapes(SHARED, dim, self.shared_dim)
+        return {**routed, **shared, f"{SHARED}_gate.weight": (1, dim)}
+
+    def chosen_by(self, block: nn.Module) -> Moe:
+        """Return the form as mlx-lm's module has it: users change how it chooses."""
+        k, normalised = block.top_k, bool(block.norm_topk_prob)
+        if (k, normalised) == (self.k, self.normalised):
+            return self
+        return replace(self, k=k, normalised=normalised)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseMlp:
+    """One SwiGLU of the given width for every token."""
+
+    inner_dim: int
+    same_input: ClassVar[SameInput] = ((f"{MLP}.gate_proj", f"{MLP}.up_proj"),)
+
+    def shapes(self, dim: int) -> Shapes:
+        """Return the tensors of the block by name, as they are once unpacked."""
+        return mlp_shapes(MLP, dim, self.inner_dim)
+
+
+def mlp_shapes(path: str, dim: int, inner: int) -> Shapes:
+    """Return the tensors of a SwiGLU at ``path``."""
+    return {
+        f"{path}.gate_proj.weight": (inner, dim),
+        f"{path}.up_proj.weight": (inner, dim),
+        f"{path}.down_proj.weight": (dim, inner),
+    }
 
 
 RoutedOp = (
@@ -330,10 +190,10 @@ def experts_op(call: Call) -> RoutedOp:
 
 
 def choose_experts(
-    g: GraphBuilder, block: nn.Module, logits: BufId, n: int
+    g: GraphBuilder, form: Moe, logits: BufId, n: int
 ) -> tuple[BufId, BufId]:
     """Push the choice of each token's K experts, and their weights."""
-    k, n_experts = block.top_k, block.num_experts
+    k = form.k
     indices = g.new("expert_indices", b.RouterIdxBuf, (n, k))
     weights = g.new("expert_weights", b.RouterWeightsBuf, (n, k))
     g.push(
@@ -343,11 +203,11 @@ def choose_experts(
             indices_out=indices,
             weights_out=weights,
             n_tokens=n,
-            n_experts=n_experts,
+            n_experts=form.n_experts,
             k=k,
         )
     )
-    if block.norm_topk_prob:
+    if form.normalised:
         g.push(
             ops.MoeNormalizeWeights(
                 label="normalize_weights", weights=weights, n_tokens=n, k=k
@@ -367,45 +227,75 @@ def asking(experts: GraphExperts, k: int) -> Kernel:
     return choose
 
 
-def expected_experts(g: GraphBuilder, block: nn.Module, x: BufId, n: int) -> BufId:
+def expected_experts(g: GraphBuilder, form: Moe, x: BufId, n: int) -> BufId:
     """Push a router on rows that are not quite its own: what it may choose soon."""
-    logits = g.matvec("mlp.gate", x, b.RouterLogitsBuf, label="router")
-    return choose_experts(g, block, logits, n)[0]
+    logits = g.matvec(f"{MLP}.gate", x, b.RouterLogitsBuf, label="router")
+    return choose_experts(g, form, logits, n)[0]
 
 
-SHARED = "mlp.shared_expert"
+class _Swiglu:
+    """A SwiGLU at a path, pushed in two parts: others may come between them.
 
+    Args:
+        name: what its labels begin with.
+    """
 
-def _shared_inputs(g: GraphBuilder, x: BufId) -> tuple[BufId, BufId, BufId]:
-    """Push the shared expert's gate over all of it, and its first two matrices."""
-    return (
-        g.matvec(f"{SHARED}_gate", x, b.SharedGateBuf),
-        g.matvec(
-            f"{SHARED}.gate_proj", x, b.SharedFfnGateBuf, label="shared_gate_proj"
-        ),
-        g.matvec(f"{SHARED}.up_proj", x, b.SharedFfnUpBuf, label="shared_up_proj"),
-    )
+    def __init__(self, g: GraphBuilder, path: str, name: str):
+        self._g, self._path, self._name = g, path, name
 
+    def open(self, x: BufId) -> None:
+        """Push the two matrices that read ``x``."""
+        self._gate = self._matvec("gate_proj", x, b.SharedFfnGateBuf)
+        self._up = self._matvec("up_proj", x, b.SharedFfnUpBuf)
 
-def _shared_output(g: GraphBuilder, gate: BufId, up: BufId, n: int) -> BufId:
-    """Push the rest of the shared expert."""
-    width = g.ref(f"{SHARED}.gate_proj").shape[0]
-    act = g.new("shared_act", b.SharedFfnActBuf, (n, width))
-    g.push(
-        ops.SwigluFusedBatched(
-            label="shared_swiglu", gate=gate, up=up, out=act, n_tokens=n, dim=width
+    def close(self, n: int) -> BufId:
+        """Push the activation and the matrix that leads back."""
+        width = self._g.ref(f"{self._path}.gate_proj").shape[0]
+        act = self._g.new(f"{self._name}act", b.SharedFfnActBuf, (n, width))
+        self._g.push(
+            ops.SwigluFusedBatched(
+                label=f"{self._name}swiglu",
+                gate=self._gate,
+                up=self._up,
+                out=act,
+                n_tokens=n,
+                dim=width,
+            )
         )
-    )
-    label = "shared_down_proj"
-    return g.matvec(f"{SHARED}.down_proj", act, b.SharedFfnDownBuf, label=label)
+        return self._matvec("down_proj", act, b.SharedFfnDownBuf)
+
+    def _matvec(self, part: str, x: BufId, role: type[b.MatvecOut]) -> BufId:
+        label = f"{self._name}{part}"
+        return self._g.matvec(f"{self._path}.{part}", x, role, label=label)
+
+
+class _Shared:
+    """The expert that every token has, and the gate over all of it; or none.
+
+    Pushed in two parts, with the choice of the others between them or after.
+    """
+
+    def __init__(self, g: GraphBuilder, form: Moe):
+        self._g, self._is_there = g, bool(form.shared_dim)
+        self._mlp = _Swiglu(g, SHARED, "shared_")
+        self.gate: BufId | None = None
+
+    def open(self, x: BufId) -> None:
+        """Push what reads the layer's row."""
+        if self._is_there:
+            self.gate = self._g.matvec(f"{SHARED}_gate", x, b.SharedGateBuf)
+            self._mlp.open(x)
+
+    def close(self, n: int) -> BufId | None:
+        """Push the rest of it."""
+        return self._mlp.close(n) if self._is_there else None
 
 
 def _experts_sum(
     g: GraphBuilder,
-    block: nn.Module,
+    form: Moe,
     x: BufId,
-    indices: BufId,
-    weights: BufId,
+    chosen: tuple[BufId, BufId],
     experts: BufId,
     call: Call,
     routed: RoutedShape,
@@ -416,6 +306,7 @@ def _experts_sum(
     kind = experts_op(call)
     if kind is ops.MoeBatchedPermuteFuse:
         g.push(ops.ZeroBuffer(label="zero_sum", buf=out_sum, n_tokens=n, dim=dim))
+    indices, weights = chosen
     g.push(
         kind(
             label="experts",
@@ -427,8 +318,8 @@ def _experts_sum(
             n_tokens=n,
             dim=dim,
             expert_dim=routed.expert_dim,
-            n_experts=block.num_experts,
-            k=block.top_k,
+            n_experts=form.n_experts,
+            k=form.k,
             expert_bytes=routed.expert_bytes,
         )
     )
@@ -437,7 +328,7 @@ def _experts_sum(
 
 def moe(
     g: GraphBuilder,
-    block: nn.Module,
+    form: Moe,
     residual: BufId,
     x: BufId,
     call: Call,
@@ -445,20 +336,21 @@ def moe(
 ) -> BufId:
     """Push router, shared expert, routed experts and the sum with the residual."""
     n, dim = call.n, routed.dim
-    logits = g.matvec("mlp.gate", x, b.RouterLogitsBuf, label="router")
+    logits = g.matvec(f"{MLP}.gate", x, b.RouterLogitsBuf, label="router")
     experts = g.input("experts", b.ExpertBaseBuf, (None,))
+    shared = _Shared(g, form)
     if call.asks_at_once:
         # What does not need them is computed while they are being read.
-        indices, weights = choose_experts(g, block, logits, n)
-        shared_gate, gate, up = _shared_inputs(g, x)
-        down = _shared_output(g, gate, up, n)
-        out_sum = _experts_sum(g, block, x, indices, weights, experts, call, routed)
+        chosen = choose_experts(g, form, logits, n)
+        shared.open(x)
+        down = shared.close(n)
+        out_sum = _experts_sum(g, form, x, chosen, experts, call, routed)
     else:
         # In an order in which launches can perform neighbours together.
-        shared_gate, gate, up = _shared_inputs(g, x)
-        indices, weights = choose_experts(g, block, logits, n)
-        out_sum = _experts_sum(g, block, x, indices, weights, experts, call, routed)
-        down = _shared_output(g, gate, up, n)
+        shared.open(x)
+        chosen = choose_experts(g, form, logits, n)
+        out_sum = _experts_sum(g, form, x, chosen, experts, call, routed)
+        down = shared.close(n)
     hidden = g.new("hidden_out", b.HiddenBuf, (n, dim))
     g.push(
         ops.MoeCombineResidualNTokens(
@@ -466,10 +358,17 @@ def moe(
             h_mid=residual,
             moe_sum=out_sum,
             shared_out=down,
-            shared_gate=shared_gate,
+            shared_gate=shared.gate,
             hidden_out=hidden,
             n_tokens=n,
             dim=dim,
         )
     )
     return hidden
+
+
+def dense_mlp(g: GraphBuilder, residual: BufId, x: BufId, call: Call) -> BufId:
+    """Push a SwiGLU and its sum with the residual."""
+    mlp = _Swiglu(g, MLP, "")
+    mlp.open(x)
+    return g.residual_add(mlp.close(call.n), residual, label="combine")

@@ -43,6 +43,21 @@ class Configuration:
             f"[{self.path}] expected {key} to be {expected} but got {shown}"
         )
 
+    def check_given(self, args_type: type) -> None:
+        """Refuse a configuration without what mlx-lm's class of it has no default for.
+
+        Raises:
+            ModelError: a key is missing; names it.
+        """
+        for each in dataclasses.fields(args_type):
+            missing = dataclasses.MISSING
+            is_needed = each.default is missing and each.default_factory is missing
+            if is_needed and each.name not in self.fields:
+                raise ModelError(
+                    f"[{self.path}] expected {each.name} but there is none: add it, as "
+                    "the model's publisher has it"
+                )
+
     def check_counts(self, keys: Iterable[str]) -> None:
         """Refuse what is no count; absent keys have the model's own default."""
         for key in keys:

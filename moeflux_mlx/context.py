@@ -5,22 +5,28 @@ All of it comes from mlx-lm's own cache objects, and goes back to them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import base
 from mlx_lm.models.cache import KVCache
 
 from . import device, ops
-from .blocks import Call
 from .graph import Op
 from .graph.experts import GraphExperts
 from .graph.lower import Kernel
 from .ops.attention import join_heads, split_heads
 from .ops.functions import to_device, to_host
+
+
+class Grows(Protocol):
+    """A mixer: whether its cache has a row for each token."""
+
+    @property
+    def grows(self) -> bool:
+        """Whether it has; else a state of one size."""
 
 
 class Context:
@@ -36,7 +42,7 @@ class Context:
 
     def __init__(
         self,
-        layers: list[nn.Module],
+        mixers: Sequence[Grows],
         cache: list[Any],
         n_seqs: int,
         t: int,
@@ -49,8 +55,8 @@ class Context:
         self.experts, self.traced = experts, experts is not None
         self.on_host, self.move = host, to_host if host else to_device
         stub = mx.zeros((n_seqs, t, 0))
-        linear = _cache_of(layers, cache, is_linear=True)
-        full = _cache_of(layers, cache, is_linear=False)
+        linear = _cache_of(mixers, cache, grows=False)
+        full = _cache_of(mixers, cache, grows=True)
         mask = base.create_attention_mask(stub, full)
         if isinstance(mask, mx.array):
             mask = self.move(mask.reshape((1,) * (4 - mask.ndim) + mask.shape))
@@ -64,10 +70,10 @@ class Context:
         self.start = self.move(start)
 
 
-def _cache_of(layers: list[nn.Module], cache: list[Any], *, is_linear: bool) -> Any:
-    """Return the first cache of a layer kind; None when there is no such layer."""
-    pairs = zip(layers, cache, strict=True)
-    return next((c for layer, c in pairs if layer.is_linear == is_linear), None)
+def _cache_of(mixers: Sequence[Grows], cache: list[Any], *, grows: bool) -> Any:
+    """Return the first cache of a kind; None when no mixer has such."""
+    pairs = zip(mixers, cache, strict=True)
+    return next((c for mixer, c in pairs if mixer.grows == grows), None)
 
 
 def has_spare_rows(cache: Any) -> bool:
@@ -75,26 +81,39 @@ def has_spare_rows(cache: Any) -> bool:
     return type(cache) is KVCache
 
 
-def cache_ops(attn: nn.Module, cache: Any, call: Call) -> dict[type[Op], Kernel]:
-    """Return the Ops that mlx-lm's cache object performs itself."""
-    kv_heads = attn.num_key_value_heads
+def cache_ops(
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    cache: Any,
+    context: Context,
+    spare_rows: bool,
+) -> dict[type[Op], Kernel]:
+    """Return the Ops that mlx-lm's cache object performs itself.
+
+    Args:
+        heads: of queries; ``kv_heads`` of keys and values.
+        scale: what scores are multiplied by.
+        spare_rows: attention takes the cache's arrays whole.
+    """
+    n_seqs = context.n_seqs
 
     def append(k_src, v_src, *_):  # type: ignore[no-untyped-def]
-        keys = split_heads(k_src, call.n_seqs, kv_heads)
-        values = split_heads(v_src, call.n_seqs, kv_heads)
+        keys = split_heads(k_src, n_seqs, kv_heads)
+        values = split_heads(v_src, n_seqs, kv_heads)
         if cache is None:
             return keys, values
         rows = cache.update_and_fetch(to_device(keys), to_device(values))
-        if call.spare_rows:
+        if spare_rows:
             return cache.keys, cache.values
         on_host = isinstance(k_src, np.ndarray) and not hasattr(cache, "bits")
         return (to_host(rows[0]), to_host(rows[1])) if on_host else tuple(rows)
 
     def quantized_attention(q, k, v, mask, *_):  # type: ignore[no-untyped-def]
-        queries = to_device(split_heads(q, call.n_seqs, attn.num_attention_heads))
-        causal = "causal" if mask is None and call.t > 1 else to_device(mask)
+        queries = to_device(split_heads(q, n_seqs, heads))
+        causal = "causal" if mask is None and context.t > 1 else to_device(mask)
         out = base.scaled_dot_product_attention(
-            queries, k, v, cache=cache, scale=attn.scale, mask=causal
+            queries, k, v, cache=cache, scale=scale, mask=causal
         )
         return join_heads(to_host(out) if isinstance(q, np.ndarray) else out)
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import config
-from .errors import ConfigError
+from .errors import ConfigError, ModelError
 from .experts.budget import Amounts
 from .experts.checkpoint import read_config
 from .experts.manifest import MANIFEST_NAME, Manifest
@@ -19,20 +19,33 @@ from .pack_door import load_pack_lazily, pack_classes_with
 from .preflight import check_fits
 from .progress import byte_progress, notice
 from .runtime import RunOptions
-from .stock import StockModel, has_own_class, load_lazily
+from .stock import NONE_OF_OUR_OWN, StockModel, load_lazily, why_stock
 from .streaming import StreamedModel, stream
 
 
-def takes_door(path: Path, native: bool | None) -> bool:
+def takes_door(
+    path: Path, native: bool | None, model_config: dict[str, Any] | None = None
+) -> bool:
     """Tell whether mlx-lm's class is to be loaded, and print a line if it is.
 
     Args:
         native: whether our own class is asked for; None: where there is one.
+        model_config: what of ``config.json`` is to be another way.
+
+    Raises:
+        ModelError: our own class is asked for but does not do all of it.
     """
-    model_type = read_config(path).get("model_type")
-    if native or (native is None and has_own_class(model_type)):
+    config = {**read_config(path), **(model_config or {})}
+    model_type, why = config.get("model_type"), why_stock(config)
+    if native is False:
+        why = "as asked"
+    elif native and why not in (None, NONE_OF_OUR_OWN):
+        raise ModelError(
+            f"[native] {path}: expected a {model_type} that our own class runs but "
+            f"{why}: leave native out"
+        )
+    if why is None or native:
         return False
-    why = "as asked" if native is False else "there is none of our own"
     notice(f"model class: mlx-lm's {model_type}, {why}")
     return True
 

@@ -1,19 +1,20 @@
 """A call of a model: tokens to rows, layer after layer, rows to logits.
 
-Model classes bring their decoder layers; nothing here knows how those mix or route.
+A family's forms say what its layers are; nothing here knows how those mix or route.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 
 from . import device, ops
 from .arguments import ArgumentChecks, bounded, check_ids
@@ -24,6 +25,7 @@ from .experts.streamed import AssumedExperts
 from .experts.streamer import ExpertStreamer
 from .graph import roles as b
 from .graph.experts import GraphExperts
+from .layer import GraphLayer, LayerForm
 from .memory import affords_unpacked
 from .model import GraphBuilder, GraphRunner, LayerGraph
 from .module_call import Backbone, ModuleCall, without_adapters
@@ -38,30 +40,6 @@ from .transforms import in_transformation, is_traced
 from .weights import Weight, has_values
 
 
-class DecoderLayer(Protocol):
-    """What a model's layer is for a call."""
-
-    index: int
-    weights: LayerWeights
-
-    def __call__(self, hidden: Array, cache: Any, context: Context) -> Array:
-        """Return rows ``[N, D]`` after the layer, its cache moved on."""
-
-    def experts(self, dtype: mx.Dtype) -> GraphExperts:
-        """Return the experts that its routed Op asks."""
-
-    def expected(self, hidden: Array) -> Array:
-        """Return the experts ``[N, K]`` that it will likely choose, before it runs."""
-
-    def planned_bytes(self, call: Call) -> int:
-        """Return the planned peak of a call's graph; needs no weight's value."""
-
-
-# From what a call runs on, a decoder layer's module, its number, and whether matrices
-# are kept unpacked.
-MakeLayer = Callable[[Runtime, nn.Module, int, bool], DecoderLayer]
-
-
 class Forward:
     """Runs a text model: weights, states and masks to graphs, layer by layer.
 
@@ -69,7 +47,7 @@ class Forward:
         text: mlx-lm's module, with its ``model`` of ``layers`` between embedding and
             norm.
         args: that module's.
-        make_layer: makes what runs each of the layers.
+        forms: what each of the layers is.
         backbone: how mlx-lm calls ``text.model``, for what graphs cannot do.
     """
 
@@ -78,25 +56,26 @@ class Forward:
         text: nn.Module,
         args: Any,
         runtime: Runtime,
-        make_layer: MakeLayer,
+        forms: Sequence[LayerForm],
         backbone: Backbone,
     ):
         self.text, self.args, self.runtime = text, args, runtime
-        self._make_layer = make_layer
+        self._forms = forms
         self._modules = ModuleCall(text, backbone, self._bounded)
         # Whether graphs perform all of the modules.
         self._is_known = True
-        self._checked = ArgumentChecks(text, args.hidden_size)
-        self.layers: list[DecoderLayer] = []
+        self._mixers = [form.mixer for form in forms]
+        self._checked = ArgumentChecks(self._mixers, args.hidden_size)
+        self.layers: list[GraphLayer] = []
         self._ends = LayerWeights(text, skip="layers")
         self._runner = GraphRunner(runtime.executor)
         self._chunk = 0
         self._steps = TokenSteps(StepTracer(self._traced))
         # The parameters of the last call that no transformation followed.
         self._parameters: Watch | None = None
-        self._bound: tuple[bool, list[Any], list[GraphExperts]] | None = None
+        self._bound: tuple[bool, list[Any], list[GraphExperts | None]] | None = None
         self.needs = TextNeeds(
-            text, args, ROUTED, self._planned_bytes, lambda: self.dtype
+            text, args, ROUTED, forms, self._planned_bytes, lambda: self.dtype
         )
         self._in_trace = False
 
@@ -106,7 +85,7 @@ class Forward:
 
     def _like(self, text: nn.Module, runtime: Runtime) -> Forward:
         backbone = self._modules.backbone
-        like = Forward(text, self.args, runtime, self._make_layer, backbone)
+        like = Forward(text, self.args, runtime, self._forms, backbone)
         like._modules.known = self._modules.known
         return like
 
@@ -237,11 +216,14 @@ class Forward:
         unpack = plan.unpack if plan else affords_unpacked(self.needs)
         self._ends = LayerWeights(self.text, skip="layers", unpack=unpack)
         self.layers = [
-            self._make_layer(self.runtime, module, i, unpack)
-            for i, module in enumerate(self.text.model.layers)
+            GraphLayer(module, i, form, self.runtime, unpack)
+            for i, (module, form) in enumerate(self._modules_and_forms())
         ]
 
-    def graph_layers(self) -> list[DecoderLayer]:
+    def _modules_and_forms(self) -> Iterator[tuple[nn.Module, LayerForm]]:
+        return zip(self.text.model.layers, self._forms, strict=True)
+
+    def graph_layers(self) -> list[GraphLayer]:
         """Return the decoder layers, preparing them if no call did so before."""
         if not self.layers:
             self.prepare()
@@ -250,7 +232,7 @@ class Forward:
     def _planned_bytes(self, index: int, call: Call) -> int:
         # An adapter is tiny beside its layer.
         module = without_adapters(self.text.model.layers[index])
-        layer = self._make_layer(self.runtime, module, index, False)
+        layer = GraphLayer(module, index, self._forms[index], self.runtime, False)
         return layer.planned_bytes(call)
 
     def make_room(self, inputs: mx.array, cache: list[Any] | None) -> None:
@@ -287,7 +269,8 @@ class Forward:
         if logits is None:
             return None
         for source in sources:
-            source.asked(n_experts)
+            if source is not None:
+                source.asked(n_experts)
         self._guard(logits)
         return logits
 
@@ -300,8 +283,11 @@ class Forward:
         if streamer is not None and lazy:
             streamer.guard_result(result)
 
-    def _bind(self) -> tuple[list[Mapping[str, Weight]], list[GraphExperts]]:
-        """Return all weights and experts; anew if a call found that one changed."""
+    def _bind(self) -> tuple[list[Mapping[str, Weight]], list[GraphExperts | None]]:
+        """Return all weights and experts; anew if a call found that one changed.
+
+        Layers without routed experts have None.
+        """
         streams, bound = self.runtime.streams, self._bound
         if bound is None or bound[0] != streams:
             dtype = self.dtype
@@ -321,7 +307,8 @@ class Forward:
         """
         n_seqs = x.shape[0]
         _, sources = self._bind()
-        experts = {i: sources[i].assumed(slots) for i in span}
+        asked = {i: s for i in span if (s := sources[i]) is not None}
+        experts = {i: source.assumed(slots) for i, source in asked.items()}
         self._in_trace = True
         try:
             hidden = x if span.start else self._embed(x, None, False)[0]
@@ -337,9 +324,9 @@ class Forward:
             self._in_trace = False
         assumed = (e for e in experts.values() if isinstance(e, AssumedExperts))
         chosen = [indices for source in assumed for indices in source.chosen]
-        if not chosen:
+        if slots is None:
             return Passed(hidden, [], None)
-        return Passed(hidden, inputs[:-1], mx.stack(chosen))
+        return Passed(hidden, inputs[:-1], mx.stack(chosen) if chosen else None)
 
     def hidden_states(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
@@ -368,7 +355,7 @@ class Forward:
             return call(inputs, cache, embeddings)
         # Whoever keeps no cache wants logits; a long call needs one meanwhile.
         logits = not cache
-        room = cache or self.text.make_cache()
+        room = cache or make_prompt_cache(self.text)
         step = self.runtime.make_room(room, n_seqs, t, logits=logits) // n_seqs
         if t <= step or whole:
             return call(inputs, cache if whole else room, embeddings)
@@ -398,7 +385,7 @@ class Forward:
         progress = prompt_progress(shown, len(layers))
         with PutBackOnFailure(cache), reading_ahead as streamer, progress as report:
             for layer, layer_cache in zip(layers, cache, strict=True):
-                if streamer is not None and layer.index:
+                if streamer is not None and layer.index and layer.is_routed:
                     expected = to_device(layer.expected(hidden))
                     streamer.foresee(layer.index, expected)
                 self.runtime.executor.begin_layer(self._chunk, layer.index, hidden)
@@ -411,8 +398,8 @@ class Forward:
     def _context(
         self, span: range, cache: list[Any], n_seqs: int, t: int, **options: Any
     ) -> Context:
-        modules = self.text.model.layers[span.start : span.stop]
-        return Context(modules, cache, n_seqs, t, self.dtype, **options)
+        mixers = self._mixers[span.start : span.stop]
+        return Context(mixers, cache, n_seqs, t, self.dtype, **options)
 
     def logits(self, hidden: Array) -> mx.array:
         """Return logits ``[B, T, V]`` of normalised hidden states."""

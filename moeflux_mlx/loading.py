@@ -140,7 +140,7 @@ def load(
     path = find_model(path_or_hf_repo, revision)
     if trust_remote_code:
         _refuse_code(path)
-    load_it = _load_through_door if takes_door(path, native) else _load_our_own
+    load_it = _load_through_door if takes_door(path, native, model_config) else _load_our_own
     model, tokenizer, loaded = load_it(
         path, options, tokenizer_config, model_config, adapter_path, lazy
     )
@@ -343,7 +343,7 @@ def pack_classes(model_file: str) -> tuple[type, type]:
     check_settings()
     options = RunOptions(directory=directory, give_way=give_way)
     found = load_config(directory)
-    if not has_own_class(found.get("model_type")):
+    if not has_own_class(found):
         return saved_plainly(*door_classes(directory, found, reads=not saves))
     direct = config.expert_io() == "direct"
     opened = partial(PackedExperts.open, directory, direct=direct)

@@ -113,12 +113,14 @@ class GraphBuilder:
         self.push(op)
         return out
 
-    def residual_add(self, mixed: BufId[Any], stream: BufId[Any]) -> BufId[ResidualBuf]:
-        """Add a mixer's output to the residual stream."""
+    def residual_add(
+        self, given: BufId[Any], stream: BufId[Any], *, label: str = "residual_add"
+    ) -> BufId[ResidualBuf]:
+        """Add what half a layer gave to the residual stream."""
         n_tokens, dim = self._rows(stream)
         out = self.new("residual", ResidualBuf, (n_tokens, dim))
         op = ResidualAddNTokens(
-            label="residual_add", a=mixed, b=stream, out=out, n_tokens=n_tokens, dim=dim
+            label=label, a=given, b=stream, out=out, n_tokens=n_tokens, dim=dim
         )
         self.push(op)
         return out
@@ -211,7 +213,7 @@ class LayerSample:
         cls,
         layer: LayerGraph,
         weights: Mapping[str, Weight],
-        experts: GraphExperts,
+        experts: GraphExperts | None,
         n_tokens: int,
     ) -> LayerSample:
         """Fill every input with seeded noise, unknown lengths with ``n_tokens``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -16,18 +16,19 @@ from . import device
 from .blocks import Call
 from .cache_layouts import CacheLayout
 from .caches import CacheForm
+from .layer import LayerForm
+from .mixers import CacheShapes
 from .ops.functions import score_bytes
 from .parameters import dense_bytes, held_bytes
 
-CacheShape = tuple[tuple[int | None, ...], ...]
-
 
 class TextNeeds:
-    """The memory of a model of linear and full attention layers; see ``memory.Needs``.
+    """The memory of a model whose layers are graphs; see ``memory.Needs``.
 
     Args:
-        text: mlx-lm's module with ``model.layers``.
+        text: mlx-lm's module.
         skip: what routed experts have in their path.
+        forms: what each layer is.
         planned_bytes: returns the planned peak of the layer at a place for a call.
         dtype: type of activations, and of what caches keep of them.
     """
@@ -37,10 +38,11 @@ class TextNeeds:
         text: nn.Module,
         args: Any,
         skip: str,
+        forms: Sequence[LayerForm],
         planned_bytes: Callable[[int, Call], int],
         dtype: Callable[[], mx.Dtype],
     ):
-        self._text, self._args, self._skip = text, args, skip
+        self._text, self._args, self._skip, self._forms = text, args, skip, forms
         self._planned_bytes, self._dtype = planned_bytes, dtype
         self._peaks: dict[int, int] = {}
 
@@ -96,14 +98,9 @@ class TextNeeds:
         return self._dtype()
 
     @functools.cached_property
-    def cache_shapes(self) -> list[CacheShape]:
+    def cache_shapes(self) -> list[CacheShapes]:
         """The arrays of each layer's cache, ``[1, H, None, d]`` if they grow."""
-        return [
-            _state_shapes(layer.linear_attn)
-            if layer.is_linear
-            else _rows_shapes(layer.self_attn)
-            for layer in self._text.model.layers
-        ]
+        return [form.mixer.cache_shapes for form in self._forms]
 
     @property
     def cache_layouts(self) -> list[CacheLayout]:
@@ -141,8 +138,8 @@ class TextNeeds:
 
     def _peak_bytes(self, n_tokens: int) -> int:
         if n_tokens not in self._peaks:
-            layers, call = self._text.model.layers, Call(1, n_tokens, self._dtype())
-            kinds = {layer.is_linear: i for i, layer in enumerate(layers)}
+            call = Call(1, n_tokens, self._dtype())
+            kinds = {form: i for i, form in enumerate(self._forms)}
             peaks = [self._planned_bytes(i, call) for i in kinds.values()]
             self._peaks[n_tokens] = max(peaks)
         return self._peaks[n_tokens]
@@ -155,18 +152,9 @@ class TextNeeds:
         return 2 * max(dense_bytes(module) for _, module in self._text.named_modules())
 
 
-def _grows(shapes: CacheShape) -> bool:
+def _grows(shapes: CacheShapes) -> bool:
     return shapes[0][2] is None
 
 
-def _n_values(shapes: CacheShape) -> int:
+def _n_values(shapes: CacheShapes) -> int:
     return sum(math.prod(d or 1 for d in shape) for shape in shapes)
-
-
-def _rows_shapes(attn: nn.Module) -> CacheShape:
-    return ((1, attn.num_key_value_heads, None, attn.head_dim),) * 2
-
-
-def _state_shapes(net: nn.Module) -> CacheShape:
-    conv = (1, net.conv_kernel_size - 1, net.conv_dim)
-    return conv, (1, net.num_v_heads, net.head_v_dim, net.head_k_dim)

@@ -24,6 +24,7 @@ from .experts.streamer import ExpertStreamer
 from .experts.windows import SPAN_GROWTH, spans_of, window_of
 from .graph.experts import GraphExperts
 from .trace import Passed, StepTracer, can_trace, set_states, states_of
+from .weights import leaves
 
 
 class TokenSteps:
@@ -40,7 +41,7 @@ class TokenSteps:
         self,
         tokens: mx.array,
         caches: Sequence[Any],
-        sources: Sequence[GraphExperts],
+        sources: Sequence[GraphExperts | None],
         weights: Sequence[object],
         streamer: ExpertStreamer | None,
         *,
@@ -53,7 +54,7 @@ class TokenSteps:
 
         Args:
             tokens: ``[B, 1]``.
-            caches: one for each layer, as are ``sources``.
+            caches: one for each layer, as are ``sources``; None: without experts.
             weights: what is part of the traces besides ``sources``.
             streamer: of the experts that are not in memory for good; None: all are.
             traced: False makes the same calls without traces, to look into them.
@@ -97,12 +98,14 @@ class _Run:
         self,
         tracer: StepTracer,
         caches: Sequence[Any],
-        sources: Sequence[GraphExperts],
+        sources: Sequence[GraphExperts | None],
         weights: Sequence[object],
         traced: bool,
     ):
         self.caches, self.n_layers = caches, len(caches)
-        self.asking = [i for i, s in enumerate(sources) if s.settled is None]
+        self.asking = [
+            i for i, s in enumerate(sources) if s is not None and s.settled is None
+        ]
         self._tracer, self._held, self._traced = tracer, [*weights, *sources], traced
 
     def __call__(self, span: range, x: mx.array, slots: mx.array | None) -> Passed:
@@ -169,7 +172,7 @@ class _RunAhead:
             span = first_span(layers, n_layers, most)
             slots = self._streamer.slots_on_device(span)
             passed.append(self._run(span, x, slots))
-            mx.async_eval(passed[-1].chosen, passed[-1].out)
+            mx.async_eval(leaves([passed[-1].chosen, passed[-1].out]))
             x, layers = passed[-1].out, layers[len(span) :]
         return passed
 
@@ -183,6 +186,8 @@ class _RunAhead:
         """
         asking = [layer for layer in self._run.asking if layer in layers]
         chosen = [part.chosen for part in passed if part.chosen is not None]
+        if not asking:
+            return None
         n_foreseen = sum(layer < reached for layer in asking)
         n_right = self._streamer.confirm(
             asking,

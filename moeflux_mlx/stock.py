@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,6 +18,7 @@ from .errors import one_line_errors
 from .experts.checkpoint import read_config
 from .files import short, spelled_plainly
 
+NONE_OF_OUR_OWN = "there is none of our own"
 Classes = Callable[[dict[str, Any]], tuple[type, type]]
 
 
@@ -34,13 +35,25 @@ class StockModel:
     sources: dict[str, str]
 
 
-def has_own_class(model_type: object) -> bool:
-    """Tell whether moeflux-mlx has a class of its own for a type of model."""
+def has_own_class(config: Mapping[str, Any]) -> bool:
+    """Tell whether moeflux-mlx has a class of its own for a configuration."""
+    return why_stock(config) is None
+
+
+def why_stock(config: Mapping[str, Any]) -> str | None:
+    """Return why a configuration's model is run by mlx-lm's class; None: by our own.
+
+    A family's ``lacks`` names what of a configuration our own class does not do.
+    """
+    model_type = config.get("model_type")
     if not (isinstance(model_type, str) and model_type.isidentifier()):
-        return False
+        return NONE_OF_OUR_OWN
     name = f"moeflux_mlx.models.{model_type}"
-    # Others that lie beside these have no model.
-    return find_spec(name) is not None and hasattr(import_module(name), "Model")
+    if find_spec(name) is None or not hasattr(import_module(name), "Model"):
+        return NONE_OF_OUR_OWN
+    lacks = getattr(import_module(name), "lacks", None)
+    found = None if lacks is None else lacks(config)
+    return None if found is None else f"our own does not do {found}"
 
 
 def load_lazily(

@@ -305,7 +305,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen2_moe": {},
     "qwen3_5_moe": {"text_config": {"model_type": "qwen3_5_moe_text"}},
-    "qwen3_moe": {},
+    # mlx-lm's class does not look at this, ours steps aside for it.
+    "qwen3_moe": {"use_sliding_window": True},
     "qwen3_next": {},
     "qwen3_vl_moe": {"text_config": {"model_type": "qwen3_moe"}},
     "solar_open": {},

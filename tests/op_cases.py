@@ -33,6 +33,7 @@ CONCRETE = {
     b.RmsNormOut: b.AttnInputBuf,
     b.MatvecIn: b.AttnInputBuf,
     b.MatvecOut: b.QProjOutBuf,
+    b.ResidualIn: b.OProjOutBuf,
 }
 Maker = Callable[[np.random.Generator, tuple], Any]
 
@@ -312,7 +313,9 @@ SPECS = [
     spec(ops.MoeBatchedPermuteFuse, **routed(5, 33, 17, 7, 3)),
     spec(ops.MoeBatchedPermuteFuse, Q4, **routed(5, 64, 32, 11, 10)),
     spec(ops.MoeBatchedPermuteFuse, Q8, **routed(3, 32, 32, 3, 1)),
-    spec(ops.MoeCombineResidualNTokens, n_tokens=3, dim=7),
+    spec(ops.MoeCombineResidualNTokens, n_tokens=3, dim=7, shared_out=normal(),
+         shared_gate=normal()),
+    spec(ops.MoeCombineResidualNTokens, n_tokens=3, dim=7, note="alone"),
     spec(ops.Conv1dStepNTokens, n_tokens=5, conv_dim=7),
     spec(ops.Conv1dStepNTokens, n_tokens=2, n_seqs=2, conv_dim=5, kernel_size=3),
     spec(ops.Conv1dStepNTokens, n_tokens=10, n_seqs=2, conv_dim=3, note="masked",
@@ -511,7 +514,8 @@ def run_experts(op, mlp_in, indices, weights, experts, out_sum=0.0):
 
 
 def combine(_op, h_mid, moe_sum, shared_out, shared_gate):
-    return h_mid + moe_sum + sigmoid(shared_gate) * shared_out
+    alone = h_mid + moe_sum
+    return alone if shared_out is None else alone + sigmoid(shared_gate) * shared_out
 
 
 def convolve(op, qkv_in, conv_state, mask, lengths, weight):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -405,11 +406,12 @@ def checkpoint(tmp_path_factory) -> Iterator[Path]:
     yield path
 
 
-def test_load_takes_mlx_lms_class_where_there_is_none_of_ours(checkpoint, capsys):
+def test_load_takes_mlx_lms_class_where_ours_steps_aside(checkpoint, capsys):
     stock, _ = load_model(checkpoint)
     ours, tokenizer = moeflux_mlx.load(checkpoint, expert_memory=SLACK + 4 * SLOT)
     said = capsys.readouterr().err
-    assert said.count("model class: mlx-lm's qwen3_moe, there is none of our own") == 1
+    why = "our own does not do use_sliding_window"
+    assert said.count(f"model class: mlx-lm's qwen3_moe, {why}") == 1
     assert ours.streamer.n_slots == 4 and tokenizer.vocab_size
     tokens = mx.array([[1, 2, 3]])
     assert mx.array_equal(stock(tokens), ours(tokens))
@@ -432,9 +434,31 @@ def test_load_refuses_what_mlx_lms_class_cannot_do(checkpoint, options, message)
         moeflux_mlx.load(checkpoint, **options)
 
 
-def test_asking_for_our_own_class_in_vain_is_an_error(checkpoint):
+def test_load_takes_mlx_lms_class_where_there_is_none_of_ours(copied, capsys):
+    edit_config(copied, model_type="olmoe")
+    with pytest.raises(ModelError, match="olmoe"):
+        moeflux_mlx.load(copied)
+    said = capsys.readouterr().err
+    assert said.count("model class: mlx-lm's olmoe, there is none of our own") == 1
+
+
+def test_asking_for_our_own_class_in_vain_is_an_error(copied):
+    with pytest.raises(ModelError, match="our own does not do use_sliding_window"):
+        moeflux_mlx.load(copied, native=True)
+    edit_config(copied, model_type="olmoe")
     with pytest.raises(ModelError, match="expected a supported model type"):
-        moeflux_mlx.load(checkpoint, native=True)
+        moeflux_mlx.load(copied, native=True)
+
+
+@pytest.fixture
+def copied(checkpoint, tmp_path) -> Path:
+    """A copy of the checkpoint to change."""
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+def edit_config(path: Path, **changes: object) -> None:
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 ENGINE = ("graph", "ops", "lowering", "launch", "executors", "metal", "simulator")

@@ -375,6 +375,7 @@ def test_mlx_lms_server_serves_and_long_prompts_fail_alone(tmp_path, monkeypatch
     import family_trials
 
     wide = {"num_key_value_heads": 4, "head_dim": 512, "max_position_embeddings": 9999}
+    wide = {**families.FAMILIES["qwen3_moe"], **wide}
     monkeypatch.setitem(families.FAMILIES, "qwen3_moe", wide)
     path = tmp_path / "model"
     path.mkdir()

@@ -127,7 +127,8 @@ def test_quantised_caches_are_kept_too(tmp_path, monkeypatch):
     import families
     import family_trials
 
-    monkeypatch.setitem(families.FAMILIES, "qwen3_moe", {"head_dim": 32})
+    own = {**families.FAMILIES["qwen3_moe"], "head_dim": 32}
+    monkeypatch.setitem(families.FAMILIES, "qwen3_moe", own)
     family_trials.write_model(tmp_path, "qwen3_moe", 4)
     write_tokenizer(tmp_path, VOCAB)
     model = opened(tmp_path)

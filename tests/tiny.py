@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
-from mlx_lm.models import qwen3_5_moe
+from mlx_lm.models import qwen3_5_moe, qwen3_moe
 from mlx_lm.utils import quantize_model, save_config, save_model
 
 from moeflux_mlx.weights import Quantization
@@ -44,6 +44,27 @@ TEXT_CONFIG = dict(
     },
 )
 
+QWEN3_MOE_CONFIG = dict(
+    model_type="qwen3_moe",
+    hidden_size=64,
+    num_hidden_layers=3,
+    intermediate_size=96,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    rms_norm_eps=1e-6,
+    vocab_size=320,
+    max_position_embeddings=4096,
+    rope_theta=10000.0,
+    tie_word_embeddings=False,
+    num_experts=8,
+    num_experts_per_tok=2,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+    moe_intermediate_size=32,
+    norm_topk_prob=True,
+)
+
 
 # How a projection of a layer's experts is stored; a type is dense.
 ExpertForms = Mapping[tuple[int, str], Quantization | mx.Dtype]
@@ -59,6 +80,11 @@ def stock_model(seed: int = 0, dtype: mx.Dtype = mx.float32, **overrides) -> nn.
         "text_config": {**TEXT_CONFIG, **overrides},
     }
     model = qwen3_5_moe.Model(qwen3_5_moe.ModelArgs.from_dict(config))
+    return randomised(model, dtype)
+
+
+def randomised(model: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
+    """Give a model seeded random weights."""
     # Random normals make routing and logits far from ties; zeros would not.
     model.update(
         tree_map(
@@ -104,6 +130,29 @@ def make_checkpoint(
     save_model(path, model)
     save_config(config, path / "config.json")
     write_tokenizer(path, overrides.get("vocab_size", TEXT_CONFIG["vocab_size"]))
+    return path
+
+
+def make_qwen3_moe(
+    path: Path,
+    *,
+    seed: int = 0,
+    bits: int | None = 4,
+    group_size: int = 32,
+    **overrides,
+) -> Path:
+    """Write a random checkpoint of mlx-lm's qwen3_moe, dense when ``bits`` is None."""
+    mx.random.seed(seed)
+    config = {**QWEN3_MOE_CONFIG, **overrides}
+    model = randomised(qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(config)))
+    if bits is not None:
+        model, config = quantize_model(
+            model, config, group_size, bits, quant_predicate=model.quant_predicate
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    save_model(path, model)
+    save_config({**config, "eos_token_id": 0}, path / "config.json")
+    write_tokenizer(path, config["vocab_size"])
     return path
 
 

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the summary of ``args.model``, a plan of memory, or one layer's graph."""
     summary = summarize(args.model)
     if args.graph is not None:
-        if not has_own_class(summary.model_type):
+        if not has_own_class(read_config(args.model)):
             raise ConfigError(
                 f"[inspect] expected a class of our own for --graph but {args.model} "
                 f"is a {summary.model_type}, which mlx-lm's class runs: leave it out"
@@ -115,7 +115,7 @@ def summarize(directory: Path) -> ModelSummary:
         ExpertStoreError: a packed directory with files missing or changed.
     """
     config = read_config(directory)
-    own = has_own_class(config.get("model_type"))
+    own = has_own_class(config)
     found = of_own_class(directory) if own else of_stock_class(directory)
     layouts, reads, top_k = found.layouts, found.reads_per_expert, found.top_k
     record_bytes = sum(layout.record_bytes for layout in layouts)

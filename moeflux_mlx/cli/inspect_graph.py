@@ -65,7 +65,7 @@ def report(
         raise ConfigError(
             f"[--graph] expected a layer from 0 to {len(layers) - 1} but got {layer}"
         )
-    sample = layers[layer].sample(n_tokens, model.language_model.forward.dtype)
+    sample = layers[layer].sample(n_tokens, model.engine.dtype)
     graph = sample.layer.graph
     rows = [
         OpRow(i, op.variant_name, op.label, *vars(op.cost()).values())

@@ -82,7 +82,7 @@ class _Job:
                 "but got one that is packed or brings its own model file"
             )
         self.checkpoint, self.alignment, self.progress = checkpoint, alignment, progress
-        own = has_own_class(checkpoint.config.get("model_type"))
+        own = has_own_class(checkpoint.config)
         kind = NamedSource if own else ModuleSource
         self.source: PackSource = kind(checkpoint, alignment)
         self.resident = self.source.resident

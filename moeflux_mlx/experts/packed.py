@@ -202,7 +202,7 @@ def _facts(config: dict, manifest: Manifest) -> ModelFacts:
     if not manifest.is_of_blocks:
         return model_facts(config)
     model_type = str(config.get("model_type"))
-    if has_own_class(model_type):
+    if has_own_class(config):
         raise ModelError(
             f"expected layers by number, as our own class of {model_type} reads them, "
             "but got routed blocks by path: pack the model again"

@@ -566,14 +566,28 @@ def _inputs(
     eps: float,
 ) -> tuple[mx.array, ...]:
     n, d = start.size, q_norm.size
-    wide = q_proj.astype(FLOAT32).reshape(n, -1, 2, d)
-    keys = k_proj.astype(FLOAT32).reshape(n, -1, d)
+    wide = q_proj.reshape(n, -1, 2, d)
+    query, gate = (wide[:, :, i].reshape(n, -1) for i in range(2))
+    q, k = _ungated_inputs(query, k_proj, q_norm, k_norm, inv_freq, start, eps)
+    return q, gate, k
+
+
+def _ungated_inputs(
+    q_proj: mx.array,
+    k_proj: mx.array,
+    q_norm: mx.array,
+    k_norm: mx.array,
+    inv_freq: mx.array,
+    start: mx.array,
+    eps: float,
+) -> tuple[mx.array, ...]:
+    n, d = start.size, q_norm.size
     outs = []
-    for heads, weight in ((wide[:, :, 0], q_norm), (keys, k_norm)):
+    for x, weight in ((q_proj, q_norm), (k_proj, k_norm)):
+        heads = x.astype(FLOAT32).reshape(n, -1, d)
         rows = _normed(heads, weight, eps).reshape(n, -1)
         outs.append(_rope(rows, inv_freq, start, heads.shape[1]))
-    gate = wide[:, :, 1].reshape(n, -1)
-    return tuple(x.astype(q_proj.dtype) for x in (outs[0], gate, outs[1]))
+    return tuple(x.astype(q_proj.dtype) for x in outs)
 
 
 def _some_inputs(
@@ -586,12 +600,17 @@ def _some_inputs(
     pairs: int,
     at: int,
     s: int,
+    gates: int = 1,
 ) -> tuple[Any, ...]:
     other = other_dtype(dtype, s)
     _, inv_freq, start, _ = _some_rope(rng, dtype, b, 1, h, d, pairs, at)
-    rows = normal(rng, dtype, b, 2 * h * d), normal(rng, dtype, b, hk * d)
+    q_proj = normal(rng, dtype, b, (1 + gates) * h * d)
+    rows = q_proj, normal(rng, dtype, b, hk * d)
     norms = [1 + normal(rng, other, d, scale=0.1) for _ in range(2)]
     return *rows, *norms, inv_freq, start, 1e-6
+
+
+INPUTS_LARGE: dict[str, Any] = dict(b=1, h=16, hk=2, d=256, pairs=32, at=8000, s=0)
 
 
 @kernel(
@@ -603,7 +622,7 @@ def _some_inputs(
         dict(b=1, h=6, hk=3, d=64, pairs=32, at=1000, s=0),
         dict(b=3, h=4, hk=2, d=256, pairs=32, at=70, s=1),
     ],
-    large=dict(b=1, h=16, hk=2, d=256, pairs=32, at=8000, s=0),
+    large=INPUTS_LARGE,
     varying=(),
 )
 def attention_inputs(
@@ -621,6 +640,54 @@ def attention_inputs(
     ``inv_freq`` float32 ``[rotary / 2]``; ``start`` int32 ``[B]``.
     """
     (d,) = dims("q_norm", q_norm, 1)
+    given = q_proj, k_proj, q_norm, k_norm, inv_freq, start, eps
+    return _place_heads("attention_inputs", *given, q_width=2 * d)
+
+
+@kernel(
+    reference=_ungated_inputs,
+    sample=_some_inputs,
+    sizes=[
+        dict(b=1, h=1, hk=1, d=2, pairs=1, at=0, s=0, gates=0),
+        dict(b=2, h=3, hk=1, d=37, pairs=9, at=5, s=1, gates=0),
+        dict(b=1, h=7, hk=1, d=128, pairs=64, at=1000, s=0, gates=0),
+        dict(b=3, h=4, hk=2, d=256, pairs=32, at=70, s=1, gates=0),
+    ],
+    large={**INPUTS_LARGE, "d": 128, "pairs": 64, "h": 32, "hk": 4, "gates": 0},
+    varying=(),
+)
+def attention_inputs_ungated(
+    q_proj: mx.array,
+    k_proj: mx.array,
+    q_norm: mx.array,
+    k_norm: mx.array,
+    inv_freq: mx.array,
+    start: mx.array,
+    eps: float,
+) -> Launch:
+    """Queries ``[B, H * d]`` and keys ``[B, Hkv * d]`` of one token each.
+
+    ``q_proj`` is ``[B, H * d]``; the rest as ``attention_inputs`` has it.
+    """
+    (d,) = dims("q_norm", q_norm, 1)
+    given = q_proj, k_proj, q_norm, k_norm, inv_freq, start, eps
+    return _place_heads("attention_inputs_ungated", *given, q_width=d)
+
+
+def _place_heads(
+    name: str,
+    q_proj: mx.array,
+    k_proj: mx.array,
+    q_norm: mx.array,
+    k_norm: mx.array,
+    inv_freq: mx.array,
+    start: mx.array,
+    eps: float,
+    *,
+    q_width: int,
+) -> Launch:
+    """Check what both kernels take, a head of ``q_proj`` being ``q_width`` wide."""
+    (d,) = dims("q_norm", q_norm, 1)
     require("q_norm", d <= MAX_HEAD_DIM, f"a width up to {MAX_HEAD_DIM}", d)
     expect("k_norm", k_norm, (d,))
     (n,) = dims("start", start, 1)
@@ -628,14 +695,15 @@ def attention_inputs(
     require("inv_freq", 2 * pairs <= d, f"at most {d // 2} pairs", pairs)
     heads, kv_heads = (
         _whole_heads(name, x, n, width)
-        for name, x, width in (("q_proj", q_proj, 2 * d), ("k_proj", k_proj, d))
+        for name, x, width in (("q_proj", q_proj, q_width), ("k_proj", k_proj, d))
     )
     arrays = {"q_proj": q_proj, "k_proj": k_proj, "q_norm": q_norm, "k_norm": k_norm}
     sizes = {"n_heads": heads, "n_kv_heads": kv_heads, "head_dim": d, "n_pairs": pairs}
+    gate = {"gate": (n, heads * d)} if q_width > d else {}
     return Launch(
-        "attention_inputs",
+        name,
         {**arrays, "inv_freq": inv_freq, "start": start, "eps": eps, **sizes},
-        {"q": (n, heads * d), "gate": (n, heads * d), "k": (n, kv_heads * d)},
+        {"q": (n, heads * d), **gate, "k": (n, kv_heads * d)},
         (SIMD, 4 * groups(heads + kv_heads, 4), n),
         (SIMD, 4, 1),
     )

@@ -341,19 +341,21 @@ def _combined(
     slots: mx.array,
     weights: mx.array,
     down: Matrix,
-    row: mx.array,
-    starts: tuple[int, int, int],
-    shared: Shared,
+    row: mx.array | None,
+    starts: tuple[int, int, int] | None,
+    shared: Shared | None,
     residual: mx.array,
     bits: int,
     group_size: int,
 ) -> mx.array:
     total = _down_sum(act, slots, weights, down, residual.size, bits, group_size)
-    wide, h = (x.reshape(-1).astype(mx.float32) for x in (row, residual))
-    w = dense_matrix(*shared, group_size)
-    g, u = (wide[at : at + w.shape[1]] for at in starts[:2])
-    opened = wide[starts[2]]
-    out = h + total + mx.sigmoid(opened) * (w @ (g * mx.sigmoid(g) * u))
+    out = residual.reshape(-1).astype(mx.float32) + total
+    if row is not None and starts is not None and shared is not None:
+        wide = row.reshape(-1).astype(mx.float32)
+        w = dense_matrix(*shared, group_size)
+        g, u = (wide[at : at + w.shape[1]] for at in starts[:2])
+        opened = wide[starts[2]]
+        out = out + mx.sigmoid(opened) * (w @ (g * mx.sigmoid(g) * u))
     return out.reshape(residual.shape).astype(act.dtype)
 
 
@@ -371,6 +373,9 @@ def _some_combined(
     base: int = 0,
 ) -> tuple[Any, ...]:
     act, slots, weights, down, *_ = _some_down(rng, dtype, k, n, d, bits, g, s, base)
+    if not f:
+        residual = normal(rng, dtype, *[1] * s, d)
+        return act, slots, weights, down, None, None, None, residual, bits, g
     shared = (*quantised(rng, dtype, d, f, shared_bits, g), shared_bits)
     starts = (s, 2 * s + f, 0) if s else (0, f, 2 * f)
     row = normal(rng, dtype, *[1] * s, 2 * f + 1 + s)
@@ -387,6 +392,8 @@ def _some_combined(
         dict(k=10, n=512, f=2304, d=18, bits=4, shared_bits=4, g=128, s=1, base=4),
         dict(k=2, n=512, f=512, d=5, bits=4, shared_bits=4, g=64, s=0),
         dict(k=8, n=64, f=64, d=9, bits=8, shared_bits=2, g=64, s=0, base=3),
+        dict(k=3, n=96, f=0, d=13, bits=4, shared_bits=4, g=32, s=1, base=2),
+        dict(k=8, n=64, f=0, d=9, bits=8, shared_bits=8, g=64, s=0, base=3),
     ],
     large=dict(k=8, n=512, f=512, d=2048, bits=4, shared_bits=4, g=64, s=0),
     varying=(),
@@ -396,9 +403,9 @@ def experts_down_combine(
     slots: mx.array,
     weights: mx.array,
     down: Matrix,
-    row: mx.array,
-    starts: tuple[int, int, int],
-    shared: Shared,
+    row: mx.array | None,
+    starts: tuple[int, int, int] | None,
+    shared: Shared | None,
     residual: mx.array,
     bits: int,
     group_size: int,
@@ -407,21 +414,25 @@ def experts_down_combine(
 
     ``row`` holds the shared expert's projections: gate and up ``[F]`` and the gate's
     ``[1]`` value, which begin at ``starts``; ``shared`` is its down matrix ``[D, F]``
-    in groups of ``group_size`` like the experts'. Any row may be ``[1, n]``; the
-    result is shaped as ``residual``.
+    in groups of ``group_size`` like the experts'; all three are None where there is
+    none. Any row may be ``[1, n]``; the result is shaped as ``residual``.
     """
-    n_out, width = one_row("residual", residual), one_row("row", row)
-    four = isinstance(shared, tuple) and len(shared) == 4
-    require("shared", four, "words, scales, biases and bits", shared)
-    w, scales, biases, shared_bits = shared
-    n_shared = dims("shared scales", scales, 2)[1] * group_size
-    three = isinstance(starts, tuple) and len(starts) == 3
-    require("starts", three, "where three parts begin", starts)
-    for at, size in zip(starts, (n_shared, n_shared, 1), strict=True):
-        require_part("starts", at, size, width)
-    rows = check_rows(w, scales, biases, n_shared, shared_bits, group_size)
-    require("shared", rows == n_out, f"{n_out} rows", rows)
+    n_out = one_row("residual", residual)
     launch = experts_down_sum(act, slots, weights, down, n_out, bits, group_size)
+    if row is None and starts is None and shared is None:
+        # Of a matrix without columns the kernel reads nothing, of the row one value.
+        w, scales, biases = (part.array for part in down)
+        row, starts, shared, n_shared = (
+            residual,
+            (0, 0, 0),
+            (w, scales, biases, bits),
+            0,
+        )
+    else:
+        row, starts, shared, n_shared = _checked_shared(
+            row, starts, shared, n_out, group_size
+        )
+    w, scales, biases, shared_bits = shared
     more: dict[str, Any] = dict(
         zip(("gate_at", "up_at", "opens_at"), starts, strict=True)
     )
@@ -436,3 +447,21 @@ def experts_down_combine(
         (256, 1, 1),
         {**launch.template, "SHARED_BITS": shared_bits},
     )
+
+
+def _checked_shared(
+    row: Any, starts: Any, shared: Any, n_out: int, group_size: int
+) -> tuple[mx.array, tuple[int, int, int], Shared, int]:
+    """Check a shared expert's projections and matrix; return them and its width."""
+    width = one_row("row", row)
+    four = isinstance(shared, tuple) and len(shared) == 4
+    require("shared", four, "words, scales, biases and bits", shared)
+    w, scales, biases, bits = shared
+    n_shared = dims("shared scales", scales, 2)[1] * group_size
+    three = isinstance(starts, tuple) and len(starts) == 3
+    require("starts", three, "where three parts begin", starts)
+    for at, size in zip(starts, (n_shared, n_shared, 1), strict=True):
+        require_part("starts", at, size, width)
+    rows = check_rows(w, scales, biases, n_shared, bits, group_size)
+    require("shared", rows == n_out, f"{n_out} rows", rows)
+    return row, starts, shared, n_shared

@@ -2,6 +2,10 @@
 
 A launch costs some microseconds whatever it does, and a layer of one token is some
 twenty Ops of which most do next to nothing. All groups here are of one token.
+
+Ops are found by what they read of each other, not by the model that they are of: where
+a family leaves some out, as an output gate or a shared expert, the others still run
+together.
 """
 
 from __future__ import annotations
@@ -199,8 +203,7 @@ def gated_delta_decode(ops: Sequence[Any], run: Run, values: Values) -> Values:
     return {conv.conv_state: history, rule.state: state, norm.output: out}
 
 
-ATTENTION_INPUTS = (
-    SplitQGate,
+PLACED_HEADS = (
     RmsNormPerHeadNTokens,
     RopeNTokens,
     RmsNormPerHeadNTokens,
@@ -208,10 +211,11 @@ ATTENTION_INPUTS = (
 )
 
 
-def _attention_inputs(ops: Sequence[Any]) -> int:
-    split, q_norm, q_rope, k_norm, k_rope = ops[:5]
+def _places_heads(ops: Sequence[Any]) -> bool:
+    """Tell whether norms and rotations are of one token's queries and keys."""
+    q_norm, q_rope, k_norm, k_rope = ops[:4]
     linked = (
-        q_norm.x == q_rope.x == split.q_out
+        q_norm.x == q_rope.x
         and k_norm.x == k_rope.x
         and q_rope.inv_freq == k_rope.inv_freq
         and q_rope.start == k_rope.start
@@ -219,25 +223,50 @@ def _attention_inputs(ops: Sequence[Any]) -> int:
         and q_norm.eps == k_norm.eps
     )
     one_each = q_rope.n_tokens == q_rope.n_seqs
-    narrow = split.head_dim <= attention.MAX_HEAD_DIM
-    return len(ATTENTION_INPUTS) if linked and one_each and narrow else 0
+    narrow = q_norm.head_dim == k_norm.head_dim <= attention.MAX_HEAD_DIM
+    return linked and one_each and narrow
 
 
-@group("attention_inputs", ATTENTION_INPUTS, _attention_inputs)
-def attention_inputs(ops: Sequence[Any], run: Run, values: Values) -> Values:
-    """Part queries from their gate, normalise and rotate queries and keys."""
-    split, q_norm, q_rope, k_norm, _ = ops
-    launch = attention.attention_inputs(
-        values[split.q_proj],
+def _placing(ops: Sequence[Any], q_proj: Any, values: Values) -> tuple[Any, ...]:
+    """Return what the kernels that place heads take."""
+    q_norm, q_rope, k_norm, _ = ops
+    q_weight, k_weight = (values[norm.weight.name].w for norm in (q_norm, k_norm))
+    return (
+        values[q_proj],
         values[k_norm.x],
-        values[q_norm.weight.name].w,
-        values[k_norm.weight.name].w.astype(values[q_norm.weight.name].w.dtype),
+        q_weight,
+        k_weight.astype(q_weight.dtype),
         values[q_rope.inv_freq],
         values[q_rope.start],
         q_norm.eps,
     )
-    q, gate, k = run(launch)
-    return {split.q_out: q, split.gate_out: gate, k_norm.x: k}
+
+
+def _attention_inputs(ops: Sequence[Any]) -> int:
+    split, *placed = ops[:5]
+    fits = split.q_out == placed[0].x and _places_heads(placed)
+    return 5 if fits else 0
+
+
+@group("attention_inputs", (SplitQGate, *PLACED_HEADS), _attention_inputs)
+def attention_inputs(ops: Sequence[Any], run: Run, values: Values) -> Values:
+    """Part queries from their gate, normalise and rotate queries and keys."""
+    split, *placed = ops
+    given = _placing(placed, split.q_proj, values)
+    q, gate, k = run(attention.attention_inputs(*given))
+    return {split.q_out: q, split.gate_out: gate, placed[2].x: k}
+
+
+def _ungated_inputs(ops: Sequence[Any]) -> int:
+    return 4 * (ops[0].x != ops[2].x and _places_heads(ops))
+
+
+@group("attention_inputs_ungated", PLACED_HEADS, _ungated_inputs)
+def ungated_attention_inputs(ops: Sequence[Any], run: Run, values: Values) -> Values:
+    """Normalise and rotate queries and keys."""
+    given = _placing(ops, ops[0].x, values)
+    q, k = run(attention.attention_inputs_ungated(*given))
+    return {ops[0].x: q, ops[2].x: k}
 
 
 def _gated_attention(ops: Sequence[Any]) -> int:
@@ -279,36 +308,26 @@ def route(ops: Sequence[Any], run: Run, values: Values) -> Values:
     return {top.indices_out: indices, top.weights_out: weights}
 
 
-EXPERTS = (
-    MoeDecodeExperts,
-    SwigluFusedBatched,
-    MatvecNTokens,
-    MoeCombineResidualNTokens,
-)
-
-
 def _experts(ops: Sequence[Any]) -> int:
-    """Count what follows routing: routed and shared experts, and their sum."""
-    experts, act, down, combine = ops[:4]
-    linked = (
-        _is_product(down)
-        and down.input == act.out
-        and combine.moe_sum == experts.out_sum
-        and combine.shared_out == down.output
-    )
-    return len(EXPERTS) if linked else 0
+    """Count what follows routing: routed experts, the shared one if any, their sum."""
+    experts, *rest = ops
+    if isinstance(rest[0], MoeCombineResidualNTokens):
+        combine = rest[0]
+        linked = combine.shared_out is None
+    else:
+        act, down, combine = rest[:3]
+        linked = (
+            _is_product(down)
+            and down.input == act.out
+            and combine.shared_out == down.output
+        )
+    n = 2 + rest.index(combine)
+    return n if linked and combine.moe_sum == experts.out_sum else 0
 
 
 EXPERT_KERNELS = ("experts_gate_up_swiglu", "experts_down_combine")
 
 
-@group(
-    "experts_down_combine",
-    EXPERTS,
-    _experts,
-    takes_parts=True,
-    kernels=EXPERT_KERNELS,
-)
 def experts_and_shared(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Run the experts' first half, then theirs and the shared expert's second."""
     experts, source = ops[0], values[ops[0].experts]
@@ -321,8 +340,12 @@ def experts_and_shared(ops: Sequence[Any], run: Run, values: Values) -> Values:
 
 def _all_alike(ops: Sequence[Any], values: Values) -> bool:
     """Tell whether kernels know all matrices, which is known only with the experts."""
-    stacks, shared = values[ops[0].experts].weights, values[ops[2].weight.name]
-    return all_known(stacks) and form(stacks.down)[1] == form(shared)[1]
+    experts, *shared, _ = ops
+    stacks = values[experts.experts].weights
+    if not all_known(stacks):
+        return False
+    group_size = form(stacks.down)[1]
+    return not shared or form(values[shared[1].weight.name])[1] == group_size
 
 
 def _second_half(
@@ -333,10 +356,15 @@ def _second_half(
     slots: mx.array,
     weights: mx.array,
 ) -> Values:
-    experts, act, down, combine = ops
-    source, shared = values[experts.experts], values[down.weight.name]
-    projected = (act.gate, act.up, combine.shared_gate)
-    row, starts = _one_row(*(values[buf] for buf in projected))
+    experts, *shared, combine = ops
+    source = values[experts.experts]
+    row, starts, matrix = None, None, None
+    if shared:
+        act, down = shared
+        projected = (act.gate, act.up, combine.shared_gate)
+        row, starts = _one_row(*(values[buf] for buf in projected))
+        weight = values[down.weight.name]
+        matrix = (*parts(weight), form(weight)[0])
     stack = source.weights.down
     launch = expert_kernels.experts_down_combine(
         opened,
@@ -345,7 +373,7 @@ def _second_half(
         stack.records,
         row,
         starts,
-        (*parts(shared), form(shared)[0]),
+        matrix,
         values[combine.h_mid],
         *form(stack),
     )
@@ -354,24 +382,14 @@ def _second_half(
     return {combine.hidden_out: out}
 
 
-ROUTED = (MoeSoftmaxTopK, MoeNormalizeWeights, *EXPERTS)
-
-
 def _routed(ops: Sequence[Any]) -> int:
     """Count routing and all that follows it."""
     top, experts = ops[0], ops[2]
     linked = experts.indices == top.indices_out and experts.weights == top.weights_out
-    return len(ROUTED) if linked and _routing(ops) and _experts(ops[2:]) else 0
+    n = _experts(ops[2:]) if linked and _routing(ops) else 0
+    return n and 2 + n
 
 
-@group(
-    "experts_route_gate_up",
-    ROUTED,
-    _routed,
-    takes_parts=True,
-    # The experts may have to be found first, after a launch that routes alone.
-    kernels=("experts_route_gate_up", "moe_softmax_topk", *EXPERT_KERNELS),
-)
 def routed_experts(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Route within the experts' first launch, where each expert is its own slot."""
     top, experts, source = ops[0], ops[2], values[ops[2].experts]
@@ -392,6 +410,33 @@ def routed_experts(ops: Sequence[Any], run: Run, values: Values) -> Values:
     out = _second_half(ops[2:], run, values, opened, chosen, weights)
     indices = chosen.view(mx.int32)
     return {**out, top.indices_out: indices, top.weights_out: weights}
+
+
+def _add_experts(*shared: type[Op]) -> None:
+    """Add the groups of routed experts, with what a shared one has between them."""
+    types: tuple[type[Op], ...]
+    types = (MoeDecodeExperts, *shared, MoeCombineResidualNTokens)
+    add = group(
+        "experts_down_combine",
+        types,
+        _experts,
+        takes_parts=True,
+        kernels=EXPERT_KERNELS,
+    )
+    add(experts_and_shared)
+    add = group(
+        "experts_route_gate_up",
+        (MoeSoftmaxTopK, MoeNormalizeWeights, *types),
+        _routed,
+        takes_parts=True,
+        # The experts may have to be found first, after a launch that routes alone.
+        kernels=("experts_route_gate_up", "moe_softmax_topk", *EXPERT_KERNELS),
+    )
+    add(routed_experts)
+
+
+_add_experts(SwigluFusedBatched, MatvecNTokens)
+_add_experts()
 
 
 def one_by_one(ops: Sequence[Op], kernels: Sequence[Kernel], values: Values) -> Values:

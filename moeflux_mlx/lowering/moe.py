@@ -33,7 +33,11 @@ def normalize_weights(_op: Any, run: Run, weights: mx.array) -> mx.array:
     return run(kernels.moe_normalize_weights(weights))[0]
 
 
-@way(ops.MoeCombineResidualNTokens, "moe_combine_residual_n_tokens")
+def _has_shared(op: ops.MoeCombineResidualNTokens) -> bool:
+    return op.shared_out is not None
+
+
+@way(ops.MoeCombineResidualNTokens, "moe_combine_residual_n_tokens", _has_shared)
 def combine(
     _op: Any, run: Run, h: mx.array, moe_sum: mx.array, shared: mx.array, gate: mx.array
 ) -> mx.array:

@@ -9,11 +9,11 @@ from ..graph.op import Cost, In, InOut, Op, Out
 from ..graph.roles import (
     AttnOutBuf,
     MoeOutSumBuf,
-    OProjOutBuf,
     QBuf,
     QGateBuf,
     QProjOutBuf,
     ResidualBuf,
+    ResidualIn,
     RmsNormIn,
     SharedFfnActBuf,
     SharedFfnGateBuf,
@@ -23,9 +23,9 @@ from .functions import Array, sigmoid, swiglu
 
 
 class ResidualAddNTokens(Op):
-    """Add the mixer's output ``a`` to the residual stream ``b`` over ``[N, D]``."""
+    """Add what half a layer gave, ``a``, to the residual stream ``b``: ``[N, D]``."""
 
-    a: In[OProjOutBuf]
+    a: In[ResidualIn]
     b: In[RmsNormIn]
     out: Out[ResidualBuf]
     n_tokens: int
@@ -60,7 +60,7 @@ class ZeroBuffer(Op):
 
 
 class SwigluFusedBatched(Op):
-    """Return ``silu(gate) * up`` over ``[N, F]``; the shared expert's activation."""
+    """Return ``silu(gate) * up`` over ``[N, F]``, of what every token has."""
 
     gate: In[SharedFfnGateBuf]
     up: In[SharedFfnUpBuf]

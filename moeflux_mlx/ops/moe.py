@@ -316,12 +316,15 @@ def guard(experts: GraphExperts, outputs: list[Array]) -> None:
 
 
 class MoeCombineResidualNTokens(Op):
-    """Return ``h_mid + moe_sum + sigmoid(shared_gate) * shared_out``, ``[N, D]``."""
+    """Return ``h_mid + moe_sum + sigmoid(shared_gate) * shared_out``, ``[N, D]``.
+
+    Without a shared expert it is the sum of the first two.
+    """
 
     h_mid: In[ResidualBuf]
     moe_sum: In[MoeOutSumBuf]
-    shared_out: In[SharedFfnDownBuf]
-    shared_gate: In[SharedGateBuf]
+    shared_out: In[SharedFfnDownBuf] | None = None
+    shared_gate: In[SharedGateBuf] | None = None
     hidden_out: Out[HiddenBuf]
     n_tokens: int
     dim: int
@@ -344,8 +347,10 @@ class MoeCombineResidualNTokens(Op):
         self,
         h_mid: Array,
         moe_sum: Array,
-        shared_out: Array,
-        shared_gate: Array,
+        shared_out: Array | None,
+        shared_gate: Array | None,
     ) -> Array:
-        out = h_mid + moe_sum + sigmoid(shared_gate) * shared_out
+        out = h_mid + moe_sum
+        if shared_out is not None:
+            out = out + sigmoid(shared_gate) * shared_out
         return out.astype(h_mid.dtype)

@@ -146,14 +146,14 @@ def profile(
     runtime = resident_runtime_of(model)
     timer = timer or timer_for(runtime.executor, repeats)
     model.eval()
-    vocab_size = model.language_model.args.vocab_size
+    vocab_size = model.needs.vocab_size
     tokens = prompt(prefill, vocab_size) if prefill else mx.array([[1]])
     caches = make_prompt_cache(model) if prefill else filled_caches(model, context)
     recorder = Recorder(runtime, caches, share=bool(prefill))
     with recorder.attached():
         logits = model(tokens, cache=caches)
     mx.eval(logits)
-    with model.language_model.forward.threads(tokens):
+    with model.engine.threads(tokens):
         rows = [_row(records, timer) for records in _by_kind(recorder.records)]
         rows.append(_sampling(logits, timer))
     recorder.records.clear()

@@ -12,8 +12,8 @@ from mlx_lm.generate import generate_step
 from ..errors import ConfigError
 from ..executors.base import Encoding
 from ..experts.routing_trace import RoutingTrace
-from ..forward import DecoderLayer
 from ..graph.lower import Step, lower
+from ..layer import GraphLayer
 from ..ops.moe import RoutedExperts
 from ..runtime import Runtime
 from .block_routing import record_blocks
@@ -60,7 +60,8 @@ def record_routing(
             **options,
         )
     runtime = runtime_of(model)
-    recorder = RoutingRecorder(runtime, model.graph_layers)
+    layers = [layer for layer in model.graph_layers if layer.is_routed]
+    recorder = RoutingRecorder(runtime, layers)
     recorded: Any = RecordedModel(model, recorder)
     with observing(runtime.executor, recorder):
         options = {**options, "max_tokens": max_tokens, "sampler": sampler}
@@ -69,7 +70,7 @@ def record_routing(
                 break
     return RoutingTrace(
         model_type=model.model_type,
-        layers=tuple(layer.index for layer in model.graph_layers),
+        layers=tuple(layer.index for layer in layers),
         n_experts=recorded.routed[0].n_experts,
         record_bytes=tuple(op.expert_bytes for op in recorded.routed),
         n_prompt_tokens=len(prompt),
@@ -82,10 +83,12 @@ def record_routing(
 class RoutingRecorder:
     """Observes an executor: performs every step and keeps what experts were asked for.
 
+    ``layers`` are those with routed experts.
+
     Ops are performed one by one: several together may keep the choice to themselves.
     """
 
-    def __init__(self, runtime: Runtime, layers: Sequence[DecoderLayer]):
+    def __init__(self, runtime: Runtime, layers: Sequence[GraphLayer]):
         self._runtime, self._layers = runtime, layers
         self._steps: dict[int, list[Step]] = {}
         # By layer, in the order in which they are run.

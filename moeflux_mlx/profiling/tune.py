@@ -91,7 +91,7 @@ def tune(
     caches = filled_caches(model, context)
     tuner.tune(model, mx.array([[1]]), caches, "one token", progress)
     del caches
-    vocab_size = model.language_model.args.vocab_size
+    vocab_size = model.needs.vocab_size
     for n_tokens in sorted(set(prompts)):
         tokens, caches = prompt(n_tokens, vocab_size), make_prompt_cache(model)
         tuner.tune(model, tokens, caches, f"{n_tokens} tokens", progress)

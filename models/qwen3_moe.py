@@ -1,0 +1,94 @@
+"""Qwen3-MoE: full attention in every layer, routed experts in all of them or some.
+
+A drop-in for ``mlx_lm.models.qwen3_moe``: constructor, weight names, caches and
+sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.models import qwen3_moe as stock
+
+from moeflux_mlx.blocks import ROUTED, DenseMlp, Moe
+from moeflux_mlx.configuration import Configuration, check_tensors, counts_of
+from moeflux_mlx.experts.safetensors import TensorEntry
+from moeflux_mlx.layer import LayerForm, expected_tensors
+from moeflux_mlx.mixers import Attention
+from moeflux_mlx.native import GraphText, NativeModel, check_numbers, check_rope
+
+ModelArgs = stock.ModelArgs
+
+
+def lacks(config: Mapping[str, Any]) -> str | None:
+    """Return what a configuration asks for that the class does not do, if anything."""
+    scaling = config.get("rope_scaling") or {}
+    plain = isinstance(scaling, dict) and {"default"}.issuperset(
+        scaling[key] for key in ("type", "rope_type") if key in scaling
+    )
+    if not plain:
+        return "rope_scaling"
+    if config.get("hidden_act", "silu") != "silu":
+        return "hidden_act"
+    if config.get("num_experts") == 0:
+        return "no experts"
+    keys = ("attention_bias", "use_sliding_window")
+    return next((key for key in keys if config.get(key)), None)
+
+
+def layers(args: ModelArgs) -> Iterator[LayerForm]:
+    """Yield what each layer is."""
+    attention = Attention(
+        args.num_attention_heads, args.num_key_value_heads, args.head_dim
+    )
+    moe = Moe(
+        args.num_experts,
+        args.num_experts_per_tok,
+        args.moe_intermediate_size,
+        normalised=args.norm_topk_prob,
+    )
+    dense = DenseMlp(args.intermediate_size)
+    routed, other = (
+        LayerForm(attention, mlp, args.hidden_size, args.rms_norm_eps)
+        for mlp in (moe, dense)
+    )
+    for index in range(args.num_hidden_layers):
+        is_dense = index in args.mlp_only_layers
+        is_dense = is_dense or (index + 1) % args.decoder_sparse_step != 0
+        yield other if is_dense else routed
+
+
+class Model(NativeModel, GraphText, stock.Model):
+    """Tokens ``[B, T]`` to logits ``[B, T, V]``, whose calls are graphs."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__(args)
+        self.run_on_graphs(self, layers(args))
+
+
+def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | None:
+    """Hold a configuration against a checkpoint's tensors, before building anything.
+
+    Returns:
+        A tensor that no file has, if there is one.
+
+    Raises:
+        ModelError: a value is not usable, or a tensor has another shape.
+    """
+    config.check_given(ModelArgs)
+    config.check_counts(counts_of(ModelArgs))
+    dense = config.fields["mlp_only_layers"]
+    if not isinstance(dense, list) or any(type(index) is not int for index in dense):
+        raise config.wrong("mlp_only_layers", "a list of whole numbers", dense)
+    args = ModelArgs.from_dict(copy.deepcopy(config.fields))
+    expected = expected_tensors(args, layers(args))
+    missing = check_tensors(config, tensors, expected, optional=(ROUTED,))
+    if missing is not None:
+        return missing
+    check_numbers(config, args)
+    width, theta = args.head_dim, args.rope_theta
+    check_rope(config, "rope_theta", lambda: nn.RoPE(width, base=theta))
+    return None

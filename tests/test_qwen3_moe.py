@@ -1,0 +1,346 @@
+"""The qwen3_moe of our own equals mlx-lm's, by the blocks of every other family."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import qwen3_moe as stock
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from tiny import make_checkpoint, make_qwen3_moe
+
+import moeflux_mlx
+from moeflux_mlx import simulator
+from moeflux_mlx.errors import ModelError
+from moeflux_mlx.experts.pack import pack
+from moeflux_mlx.experts.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.store import open_store
+from moeflux_mlx.native import NativeModel
+from moeflux_mlx.profiling.routing import record_routing
+from moeflux_mlx.streaming import StreamedModel
+
+# Odd numbers of experts and heads, one expert or ten, layers without experts, widths
+# that fit no kernel.
+CONFIGS = {
+    "e8-k2": {},
+    "e5-k1-heads3-tied": dict(
+        num_experts=5,
+        num_experts_per_tok=1,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    ),
+    "e13-k10-dense-layers": dict(
+        num_experts=13,
+        num_experts_per_tok=10,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        num_hidden_layers=6,
+        mlp_only_layers=[0, 3, 4],
+    ),
+    "e7-k3-every2-unnormalised-floats": dict(
+        hidden_size=72,
+        num_experts=7,
+        num_experts_per_tok=3,
+        head_dim=20,
+        moe_intermediate_size=36,
+        intermediate_size=52,
+        num_hidden_layers=4,
+        decoder_sparse_step=2,
+        norm_topk_prob=False,
+    ),
+}
+simulated = pytest.mark.skipif(
+    not simulator.available(), reason="the simulator needs ziglang and pyelftools"
+)
+N_GREEDY = 64
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def plain(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("qwen3_moe") / request.param
+    bits = None if request.param.endswith("floats") else 4
+    seed = list(CONFIGS).index(request.param)
+    return make_qwen3_moe(path, seed=seed, bits=bits, **CONFIGS[request.param])
+
+
+@pytest.fixture(scope="module")
+def packed(plain):
+    pack(plain, plain.parent / "packed")
+    return plain.parent / "packed"
+
+
+def least(path, n_more: int = 0) -> int:
+    """Return the bytes of the fewest slots that experts can have, and some more."""
+    with open_store(path) as store:
+        stride = max(store.layout(layer).stride for layer in store.layers)
+        return (store.top_k + n_more) * stride + POOL_ALIGNMENT
+
+
+def tokens(n: int, seed: int = 0, n_seqs: int = 1) -> mx.array:
+    return mx.array(np.random.RandomState(seed).randint(1, 320, (n_seqs, n)))
+
+
+def greedy(model, n_seqs: int, n: int) -> tuple[mx.array, list[list[int]]]:
+    """Return the logits of a prompt and of each of ``n`` likeliest tokens; those."""
+    cache, x = make_prompt_cache(model), tokens(11, n_seqs=n_seqs)
+    logits, chosen = [], []
+    for _ in range(n + 1):
+        logits.append(model(x, cache=cache))
+        x = mx.argmax(logits[-1][:, -1:], axis=-1)
+        chosen.append(x.flatten().tolist())
+    return mx.concatenate(logits, axis=1), chosen
+
+
+def relative_rms(got: mx.array, expected: mx.array) -> float:
+    error = mx.sqrt(mx.mean((got - expected) ** 2))
+    return (error / mx.sqrt(mx.mean(expected**2))).item()
+
+
+def open_with(plain, packed, **options) -> dict[str, NativeModel]:
+    """Return models whose experts are in memory, in as little as can be, or ahead."""
+    small, more = {"expert_memory": least(packed)}, {"expert_memory": least(packed, 5)}
+    budgets = {
+        "resident": (plain, {}),
+        "least": (plain, {"expert_memory": least(plain)}),
+        "least of a pack": (packed, {**small, "read_ahead": "off"}),
+        "reads ahead": (packed, {**small, "read_ahead": "on"}),
+        "runs ahead": (packed, {**more, "optimistic": "on"}),
+    }
+    models = {}
+    for name, (path, own) in budgets.items():
+        models[name], _ = moeflux_mlx.load(path, **own, **options)
+        assert isinstance(models[name], NativeModel), name
+    return models
+
+
+@pytest.mark.parametrize("n_seqs", [1, 3])
+def test_64_greedy_tokens_and_their_logits_are_mlx_lms(plain, packed, n_seqs):
+    expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, N_GREEDY)
+    models = open_with(plain, packed, executor="ops")
+    if n_seqs > 1:
+        models.pop("reads ahead")
+        models.pop("least of a pack")
+    for name, model in models.items():
+        got, found = greedy(model, n_seqs, N_GREEDY)
+        assert relative_rms(got, expected) < 1e-5, name
+        assert found == chosen, name
+        if name != "resident":
+            assert model.streamer.stats.total.misses, name
+
+
+@simulated
+def test_kernels_give_mlx_lms_tokens_and_logits(plain, packed):
+    models = open_with(plain, packed, executor="sim")
+    for name, n_seqs in (("resident", 1), ("least", 3), ("runs ahead", 1)):
+        expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, 2)
+        got, found = greedy(models[name], n_seqs, 2)
+        assert relative_rms(got, expected) < 1e-5, name
+        assert found == chosen, name
+
+
+def test_any_budget_gives_the_same_bits(plain, packed):
+    models = open_with(plain, packed, executor="ops")
+    expected, _ = greedy(models.pop("resident"), 1, 6)
+    # Its arrays are MLX's, which adds in another order than NumPy.
+    models.pop("runs ahead")
+    for name, model in models.items():
+        assert mx.array_equal(greedy(model, 1, 6)[0], expected), name
+
+
+def test_names_of_weights_and_types_of_caches_are_mlx_lms(plain):
+    expected, _ = mlx_lm.load(str(plain))
+    ours, _ = moeflux_mlx.load(plain)
+    names = {name: p.shape for name, p in tree_flatten(expected.parameters())}
+    assert {name: p.shape for name, p in tree_flatten(ours.parameters())} == names
+    kinds = [type(c) for c in make_prompt_cache(expected)]
+    assert [type(c) for c in make_prompt_cache(ours)] == kinds
+    assert isinstance(ours, stock.Model)
+
+
+def test_a_call_without_a_cache_and_with_embeddings(plain):
+    expected, _ = mlx_lm.load(str(plain))
+    ours, _ = moeflux_mlx.load(plain)
+    prompt = tokens(19, seed=4, n_seqs=2)
+    rows = ours.model.embed_tokens(prompt)
+    assert relative_rms(ours(prompt), expected(prompt)) < 1e-5
+    assert relative_rms(ours(prompt, input_embeddings=rows), expected(prompt)) < 1e-5
+
+
+def test_adapters_and_a_compiled_call_take_mlx_lms_modules(plain):
+    expected, _ = mlx_lm.load(str(plain))
+    ours, _ = moeflux_mlx.load(plain)
+    prompt = tokens(7)
+    assert relative_rms(mx.compile(ours)(prompt), expected(prompt)) < 1e-5
+    for model in (expected, ours):
+        mx.random.seed(0)
+        model.freeze()
+        linear_to_lora_layers(model, 1, {"rank": 4, "scale": 2.0, "dropout": 0.0})
+        layer = model.layers[-1].self_attn.q_proj
+        layer.lora_b = mx.random.normal(layer.lora_b.shape)
+    assert relative_rms(ours(prompt), expected(prompt)) < 1e-5
+
+
+def test_a_state_goes_on_where_it_was_saved(packed, tmp_path):
+    model, _ = moeflux_mlx.load(packed, expert_memory=least(packed, 3))
+    cache, prompt = make_prompt_cache(model), tokens(21)
+    mx.eval(model(prompt, cache=cache))
+    moeflux_mlx.save_state(tmp_path / "state", model, cache, prompt[0].tolist())
+    expected = model(tokens(1, seed=9), cache=cache)
+    again, _ = moeflux_mlx.load(packed, expert_memory=least(packed, 3))
+    state = moeflux_mlx.load_state(tmp_path / "state", again)
+    assert state.tokens == prompt[0].tolist()
+    assert mx.array_equal(again(tokens(1, seed=9), cache=state.cache), expected)
+
+
+def test_a_budget_of_the_process_gives_the_same(packed):
+    bounded, _ = moeflux_mlx.load(packed, memory="4GB")
+    free, _ = moeflux_mlx.load(packed)
+    assert bounded.runtime.plan is not None
+    got, expected = (greedy(model, 1, 4)[0] for model in (bounded, free))
+    assert relative_rms(got, expected) < 1e-5
+
+
+def test_routing_is_recorded_of_the_layers_that_route(plain):
+    model, _ = moeflux_mlx.load(plain)
+    routed = [i for i, layer in enumerate(model.layers) if "switch_mlp" in layer.mlp]
+    trace = record_routing(model, [5, 6, 7], max_tokens=3)
+    assert list(trace.layers) == routed
+    assert trace.chosen.shape[1:] == (len(routed), model.args.num_experts_per_tok)
+
+
+def launches(model) -> list[str]:
+    """Return the kernels that one token launches, caches being filled."""
+    cache, launched = make_prompt_cache(model), []
+    mx.eval(model(tokens(5), cache=cache), model(tokens(1), cache=cache))
+    model.runtime.executor.on_launch = launched.append
+    mx.eval(model(tokens(1), cache=cache))
+    model.runtime.executor.on_launch = None
+    return launched
+
+
+# A full attention layer of one token, its gate and shared expert if it has such.
+LAYER = [
+    "norm_matvecs",
+    "attention_inputs",
+    "kv_cache_append_n_tokens",
+    "sdpa_decode_parts",
+    "sdpa_decode_join",
+    "matvec_residual",
+    "norm_matvecs",
+    "experts_route_gate_up",
+    "experts_down_combine",
+]
+
+
+@simulated
+def test_a_token_takes_no_more_launches_a_layer_than_qwen3_5_moe(tmp_path):
+    n = 3
+    sizes = dict(
+        group_size=64,
+        num_hidden_layers=n,
+        num_experts=9,
+        num_experts_per_tok=3,
+        moe_intermediate_size=64,
+    )
+    ours = make_qwen3_moe(tmp_path / "ours", **sizes)
+    other = make_checkpoint(tmp_path / "other", full_attention_interval=1, **sizes)
+    found = {}
+    for path in (ours, other):
+        model, _ = moeflux_mlx.load(path, executor="sim", optimistic="on")
+        found[path] = launches(model)
+    assert found[other][1 : 1 + n * len(LAYER)] == n * LAYER
+    assert [name.replace("_ungated", "") for name in found[ours]] == found[other]
+
+
+@simulated
+def test_a_layer_without_experts_takes_six_launches(tmp_path):
+    path = make_qwen3_moe(tmp_path / "model", mlp_only_layers=[0, 1])
+    model, _ = moeflux_mlx.load(path, executor="sim", optimistic="on")
+    names = launches(model)
+    dense = ["norm_matvecs", "swiglu_fused_batched", "matvec_residual"]
+    assert names.count("swiglu_fused_batched") == 2
+    first = names.index("swiglu_fused_batched")
+    assert names[first - 1 : first + 2] == dense
+
+
+def edit_config(path, **changes) -> None:
+    file = path / "config.json"
+    fields = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({k: v for k, v in fields.items() if v is not ...}))
+
+
+@pytest.fixture
+def copied(tmp_path):
+    return make_qwen3_moe(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+    ],
+)
+def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why, capsys):
+    edit_config(copied, **changes)
+    model, _ = moeflux_mlx.load(copied, expert_memory="3MB")
+    assert isinstance(model, StreamedModel)
+    assert f"our own does not do {why}" in capsys.readouterr().err
+    with pytest.raises(ModelError, match=f"our own does not do {why}"):
+        moeflux_mlx.load(copied, native=True)
+    pack(copied, copied.parent / "packed")
+    packed, _ = moeflux_mlx.load(copied.parent / "packed")
+    assert isinstance(packed, StreamedModel)
+
+
+def test_default_rope_scaling_is_none(copied):
+    edit_config(copied, rope_scaling={"rope_type": "default"})
+    assert isinstance(moeflux_mlx.load(copied)[0], NativeModel)
+
+
+def test_mlx_lms_class_serves_where_it_is_asked_for(packed, plain):
+    for path in (packed, plain):
+        model, _ = moeflux_mlx.load(path, native=False, expert_memory="3MB")
+        assert isinstance(model, StreamedModel)
+        expected = mlx_lm.load(str(plain))[0](tokens(9))
+        assert relative_rms(model(tokens(9)), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder_sparse_step": ...}, "decoder_sparse_step but there is none"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers"),
+        ({"mlp_only_layers": ["0"]}, "mlp_only_layers"),
+        ({"mlp_only_layers": [1]}, "layers.1.mlp.gate_proj"),
+        ({"num_experts_per_tok": 9}, r"num_experts_per_tok|8 experts per token"),
+        ({"head_dim": 33}, "q_proj"),
+        ({"rope_theta": 0}, "rope_theta"),
+        ({"num_hidden_layers": 2**31 - 1}, r"layers?\b.3"),
+        ({"intermediate_size": -1}, "intermediate_size"),
+    ],
+)
+def test_a_configuration_that_is_not_of_the_files_is_refused(copied, changes, message):
+    edit_config(copied, **changes)
+    for bound in ({}, {"expert_memory": "3MB"}):
+        with pytest.raises(ModelError, match=message):
+            moeflux_mlx.load(copied, **bound)
+
+
+def test_fewer_experts_chosen_before_the_first_call_are_fewer(plain):
+    models = [mlx_lm.load(str(plain))[0], moeflux_mlx.load(plain)[0]]
+    for model in models:
+        for layer in model.layers:
+            if "switch_mlp" in layer.mlp:
+                layer.mlp.top_k = 1
+    expected, got = (model(tokens(9)) for model in models)
+    assert relative_rms(got, expected) < 1e-5
