@@ -12,11 +12,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3_moe as stock
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
+from test_steps import Lazy, Traced
 from tiny import make_checkpoint, make_qwen3_moe
 
 import moeflux_mlx
 from moeflux_mlx import simulator
 from moeflux_mlx.errors import ModelError
+from moeflux_mlx.executors import EXECUTORS
 from moeflux_mlx.experts.pack import pack
 from moeflux_mlx.experts.pool import POOL_ALIGNMENT
 from moeflux_mlx.experts.store import open_store
@@ -151,6 +153,25 @@ def test_any_budget_gives_the_same_bits(plain, packed):
     models.pop("runs ahead")
     for name, model in models.items():
         assert mx.array_equal(greedy(model, 1, 6)[0], expected), name
+
+
+@pytest.mark.parametrize("n_seqs", [1, 3])
+def test_traces_that_run_ahead_give_what_waiting_gives(
+    plain, packed, n_seqs, monkeypatch
+):
+    for executor in (Lazy, Traced):
+        monkeypatch.setitem(EXECUTORS, executor.name, executor)
+    found = {}
+    # All that a call of three sequences can ask of a layer fits.
+    bound = {"expert_memory": least(packed, 20)}
+    for name, optimistic in (("lazy", "off"), ("lazy", "on"), ("traced", "on")):
+        options = {**bound, "executor": name, "optimistic": optimistic}
+        model, _ = moeflux_mlx.load(packed, **options, read_ahead="on")
+        found[name, optimistic], _ = greedy(model, n_seqs, 12)
+        assert model.runtime.steps == (optimistic == "on")
+    expected = found.pop(("lazy", "off"))
+    for name, got in found.items():
+        assert relative_rms(got, expected) < 1e-6, name
 
 
 def test_names_of_weights_and_types_of_caches_are_mlx_lms(plain):
