@@ -226,13 +226,15 @@ def plan_load(
     check_settings()
     options = RunOptions(None, memory, scope=scope)
     path = find_model(path_or_repo)
+    # It takes some memory too.
+    brings_tokenizer = any(path.glob("tokenizer*"))
     if takes_door(path, None):
-        if any(path.glob("tokenizer*")):
-            # It takes some memory too.
+        if brings_tokenizer:
             open_tokenizer(path)
         return plan_stream(load_stock_lazily(path).model, path, memory, scope=scope)
     with _built(path, options) as (model, loaded):
-        open_tokenizer(path, eos_token_ids=loaded.get("eos_token_id"))
+        if brings_tokenizer:
+            open_tokenizer(path, eos_token_ids=loaded.get("eos_token_id"))
         plan = model.runtime.make_plan(model.needs)
         model.runtime.store.close()
     assert plan is not None
