@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
@@ -288,6 +290,28 @@ def test_a_layer_without_experts_takes_six_launches(tmp_path):
     assert names.count("swiglu_fused_batched") == 2
     first = names.index("swiglu_fused_batched")
     assert names[first - 1 : first + 2] == dense
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_a_family_is_a_short_file_of_forms():
+    families = [path for path in (ROOT / "models").glob("*.py") if path.stem[0] != "_"]
+    assert {path.stem for path in families} >= {"qwen3_5_moe", "qwen3_moe"}
+    engine = ("executors", "graph", "launch", "lowering", "metal", "model", "ops")
+    for path in families:
+        text = path.read_text()
+        assert len(text.splitlines()) < 120, path
+        for name in re.findall(r"from moeflux_mlx\.(\w+)", text):
+            assert name not in engine, path
+
+
+def test_the_package_names_no_family():
+    for path in (ROOT / "moeflux_mlx").rglob("*.py"):
+        named = re.search(
+            r"is_linear|\.language_model|qwen|linear_attn", path.read_text()
+        )
+        assert named is None or path.name == "delta_net.py", (path, named)
 
 
 def edit_config(path, **changes) -> None:

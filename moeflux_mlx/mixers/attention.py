@@ -1,0 +1,216 @@
+"""Causal attention with rotary positions.
+
+Letters: B sequences, T tokens each, N = B T, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import mlx.nn as nn
+
+from .. import ops
+from ..blocks import Call, SameInput, Shapes, rotation
+from ..context import Context, cache_ops, has_spare_rows
+from ..graph import BufId
+from ..graph import roles as b
+from ..model import GraphBuilder
+from ..ops.functions import Array
+from .base import Begun, CacheShapes, Pushed
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Causal attention with rotary positions over keys and values of all tokens.
+
+    Args:
+        gated: ``q_proj`` gives each head's query and a gate on what it attends to.
+        norms: the projections whose heads are normalised.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    gated: bool = False
+    norms: tuple[str, ...] = ("q", "k")
+    path: str = "self_attn"
+    name: ClassVar[str] = "full attention"
+    grows: ClassVar[bool] = True
+
+    @property
+    def same_input(self) -> SameInput:
+        """The projections in."""
+        return (tuple(f"{self.path}.{part}_proj" for part in "qkv"),)
+
+    @property
+    def cache_shapes(self) -> CacheShapes:
+        """Keys and values."""
+        return ((1, self.kv_heads, None, self.head_dim),) * 2
+
+    def shapes(self, dim: int) -> Shapes:
+        """Return the tensors by path below the layer, as they are once unpacked."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        shapes = {
+            "q_proj.weight": ((1 + self.gated) * queries, dim),
+            "k_proj.weight": (keys, dim),
+            "v_proj.weight": (keys, dim),
+            "o_proj.weight": (dim, queries),
+            **{f"{part}_norm.weight": (self.head_dim,) for part in self.norms},
+        }
+        return {f"{self.path}.{name}": shape for name, shape in shapes.items()}
+
+    def check(self, module: nn.Module) -> None:
+        """Raise ModelError for rotary positions that no kernel has."""
+        rotation(module.rope)
+
+    def begin(
+        self, module: nn.Module, cache: Any, context: Context, *, spare: bool
+    ) -> Begun:
+        """Return positions, the mask, and how the cache object takes new rows."""
+        mask, traced = context.attention_mask, context.traced
+        # Slices of a growing cache would be copied, and traced anew, at every token.
+        one = mask is None and context.t == 1 and has_spare_rows(cache)
+        spare_rows = traced or (one and spare)
+        inputs = {
+            "start": context.start,
+            "row": context.start[:1],
+            "keys": cache.keys if traced else None,
+            "values": cache.values if traced else None,
+            "attention_mask": mask,
+        }
+        masks = {"attention_mask": mask is not None, "spare_rows": spare_rows}
+        if traced:
+            return Begun(masks, inputs)
+        sizes = self.heads, self.kv_heads, module.scale
+        return Begun(masks, inputs, cache_ops(*sizes, cache, context, spare_rows))
+
+    def end(self, cache: Any, state: Mapping[str, Array], context: Context) -> None:
+        """Give a traced cache its new arrays; others took the rows themselves."""
+        if context.traced:
+            cache.keys, cache.values = state["keys"], state["values"]
+
+    def push(self, g: GraphBuilder, attn: nn.Module, x: BufId, call: Call) -> Pushed:
+        """Push all of it; its caches are inputs and outputs of the graph.
+
+        Outside of traces the KV cache object appends its rows itself.
+        """
+        heads, kv_heads, d = self.heads, self.kv_heads, self.head_dim
+        n, seqs = call.n, call.n_seqs
+        start = g.input("start", b.StartPosBuf, (seqs,))
+        q, k, v, gate = self._projections(g, x, n)
+        self._place_heads(g, attn, {"q": (q, heads), "k": (k, kv_heads)}, start, call)
+        cache_shape = (seqs, kv_heads, None, d)
+        keys = g.input("keys", b.KvCacheKBuf, cache_shape)
+        values = g.input("values", b.KvCacheVBuf, cache_shape)
+        row = g.input("row", b.StartPosBuf, (1,))
+        g.push(
+            ops.KvCacheAppendNTokens(
+                label="kv_append",
+                k_src=k,
+                v_src=v,
+                k_cache=keys,
+                v_cache=values,
+                row=row,
+                n_tokens=n,
+                n_seqs=seqs,
+                num_kv_heads=kv_heads,
+                head_dim=d,
+            )
+        )
+        mask = None
+        if call.attention_mask:
+            mask = g.input("attention_mask", b.AttnMaskBuf, (None, 1, call.t, None))
+        attended = g.new("attended", b.AttnOutBuf, (n, heads * d))
+        g.push(
+            ops.SdpaCausalTiled(
+                label="sdpa",
+                q=q,
+                k=keys,
+                v=values,
+                mask=mask,
+                start=start if call.spare_rows else None,
+                attn_out=attended,
+                n_tokens=n,
+                n_seqs=seqs,
+                num_heads=heads,
+                heads_per_kv=heads // kv_heads,
+                head_dim=d,
+                softmax_scale=attn.scale,
+            )
+        )
+        if gate is not None:
+            dim = heads * d
+            g.push(
+                ops.SigmoidGateNTokens(
+                    label="attention_gate", x=attended, gate=gate, dim=dim, n_tokens=n
+                )
+            )
+        out = g.matvec(f"{self.path}.o_proj", attended, b.OProjOutBuf)
+        return out, {"keys": keys, "values": values}
+
+    def _projections(
+        self, g: GraphBuilder, x: BufId, n: int
+    ) -> tuple[BufId, BufId, BufId, BufId | None]:
+        """Push queries, keys, values and the gate, None where there is none."""
+        heads, d = self.heads, self.head_dim
+        role = b.QProjOutBuf if self.gated else b.QBuf
+        q: BufId = g.matvec(f"{self.path}.q_proj", x, role)
+        k = g.matvec(f"{self.path}.k_proj", x, b.KProjOutBuf)
+        v = g.matvec(f"{self.path}.v_proj", x, b.VProjOutBuf)
+        if not self.gated:
+            return q, k, v, None
+        query = g.new("q", b.QBuf, (n, heads * d))
+        gate = g.new("q_gate", b.QGateBuf, (n, heads * d))
+        g.push(
+            ops.SplitQGate(
+                label="split_q_gate",
+                q_proj=q,
+                q_out=query,
+                gate_out=gate,
+                num_heads=heads,
+                head_dim=d,
+                n_tokens=n,
+            )
+        )
+        return query, k, v, gate
+
+    def _place_heads(
+        self,
+        g: GraphBuilder,
+        attn: nn.Module,
+        parts: Mapping[str, tuple[BufId, int]],
+        start: BufId,
+        call: Call,
+    ) -> None:
+        """Push norms and rotary positions of projections, each with its heads."""
+        frequencies, scale = rotation(attn.rope)
+        inv_freq = g.constant("inv_freq", b.RopeInvFreqBuf, frequencies)
+        for name, (buf, count) in parts.items():
+            if name in self.norms:
+                g.push(
+                    ops.RmsNormPerHeadNTokens(
+                        label=f"{name}_norm",
+                        x=buf,
+                        weight=g.ref(f"{self.path}.{name}_norm"),
+                        num_heads=count,
+                        head_dim=self.head_dim,
+                        n_tokens=call.n,
+                        eps=attn[f"{name}_norm"].eps,
+                    )
+                )
+            g.push(
+                ops.RopeNTokens(
+                    label=f"{name}_rope",
+                    x=buf,
+                    inv_freq=inv_freq,
+                    start=start,
+                    n_tokens=call.n,
+                    n_seqs=call.n_seqs,
+                    num_heads=count,
+                    head_dim=self.head_dim,
+                    rotary_dim=2 * frequencies.size,
+                    scale=scale,
+                )
+            )
