@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import statistics
 import sys
 import time
@@ -21,9 +22,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models import qwen3_5_moe as stock
 from mlx_lm.models.cache import KVCache, make_prompt_cache
-from moeflux_mlx.models import qwen3_5_moe as ours
 from rich.console import Console
 from rich.table import Table
 
@@ -37,6 +36,7 @@ GROUP_SIZE, BITS, ROUTER_BITS = 64, 4, 8
 # As published in the model's config.json.
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "qwen3.6-35b-a3b": dict(
+        model_type="qwen3_5_moe",
         hidden_size=2048,
         num_hidden_layers=40,
         num_attention_heads=16,
@@ -64,6 +64,29 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         },
     ),
 }
+# Those that only this mode has.
+MORE_GEOMETRIES: dict[str, dict[str, Any]] = {
+    "qwen3-30b-a3b": dict(
+        model_type="qwen3_moe",
+        hidden_size=2048,
+        num_hidden_layers=48,
+        intermediate_size=6144,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        moe_intermediate_size=768,
+        norm_topk_prob=True,
+        rms_norm_eps=1e-6,
+        rope_theta=1_000_000.0,
+        vocab_size=151936,
+        max_position_embeddings=40960,
+        tie_word_embeddings=False,
+    ),
+}
 # Random layers let differences of rounding grow without end, and near ties of random
 # routers choose other experts, so ours must be about as near to float32 as stock is.
 COMPARED_LAYERS, COMPARED_TOKENS, MAX_RATIO = 4, 8, 1.5
@@ -72,7 +95,7 @@ COMPARED_LAYERS, COMPARED_TOKENS, MAX_RATIO = 4, 8, 1.5
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this mode."""
     group = parser.add_argument_group("random weights of a published geometry")
-    group.add_argument("--geometry", choices=GEOMETRIES)
+    group.add_argument("--geometry", choices={**GEOMETRIES, **MORE_GEOMETRIES})
     group.add_argument("--layers", type=int, help="fewer than published")
     group.add_argument("--context", type=int, default=512, help="tokens before decode")
     group.add_argument("--prefill", type=int, default=2048, help="prompt of prefill")
@@ -89,7 +112,7 @@ def main(args: argparse.Namespace) -> int:
     """Build both models, compare them, measure in turns and print."""
     if args.plot:
         check_plot(args.plot)
-    config = dict(GEOMETRIES[args.geometry], model_type="qwen3_5_moe_text")
+    config = dict((GEOMETRIES | MORE_GEOMETRIES)[args.geometry])
     if args.layers:
         config["num_hidden_layers"] = args.layers
     executor = args.executor or gpu_executor()
@@ -134,18 +157,18 @@ def profile_ours(model: nn.Module, args: argparse.Namespace) -> None:
 
 def build(config: dict[str, Any], executor: str) -> dict[str, nn.Module]:
     """Return stock and ours with the same random quantised arrays."""
-    args = _arguments(config)
+    ours = importlib.import_module(f"moeflux_mlx.models.{config['model_type']}")
     mx.random.seed(0)
-    theirs = stock.Model(stock.ModelArgs.from_dict(args))
+    theirs = stock_model(config)
     theirs.set_dtype(mx.bfloat16)
     nn.quantize(theirs, GROUP_SIZE, BITS, class_predicate=_quantization)
 
     class Chosen(ours.Model):
         options = RunOptions(executor=executor)
 
-    mine = Chosen(ours.ModelArgs.from_dict(args))
+    mine = Chosen(ours.ModelArgs.from_dict(dict(config)))
     nn.quantize(mine, GROUP_SIZE, BITS, class_predicate=_quantization)
-    for layer in theirs.language_model.model.layers:
+    for layer in theirs.layers:
         mx.eval(layer.parameters())
     mx.eval(theirs.parameters())
     mine.update(theirs.parameters())
@@ -168,7 +191,7 @@ def errors(models: dict[str, nn.Module], config: dict[str, Any]) -> dict[str, fl
 
     That is the median over single tokens of the relative RMS.
     """
-    exact = stock.Model(stock.ModelArgs.from_dict(_arguments(config)))
+    exact = stock_model(config)
     nn.quantize(exact, GROUP_SIZE, BITS, class_predicate=_quantization)
     exact.update(models["stock"].parameters())
     exact.set_dtype(mx.float32)
@@ -193,21 +216,16 @@ def _logits(model: nn.Module, config: dict[str, Any]) -> mx.array:
     return logits
 
 
-def _arguments(config: dict[str, Any]) -> dict[str, Any]:
-    return {"model_type": "qwen3_5_moe", "text_config": config}
+def stock_model(config: dict[str, Any]) -> nn.Module:
+    """Build mlx-lm's model of a configuration."""
+    stock = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    return stock.Model(stock.ModelArgs.from_dict(dict(config)))
 
 
 def primed(model: nn.Module, config: dict[str, Any], context: int) -> list[Any]:
     """Return caches as after ``context`` tokens, of noise."""
     caches = make_prompt_cache(model)
     heads, width = config["num_key_value_heads"], config["head_dim"]
-    key_heads, value_heads = (
-        config["linear_num_key_heads"],
-        config["linear_num_value_heads"],
-    )
-    dk, dv = config["linear_key_head_dim"], config["linear_value_head_dim"]
-    channels = 2 * key_heads * dk + value_heads * dv
-    history = config["linear_conv_kernel_dim"] - 1
     for cache in caches:
         if isinstance(cache, KVCache):
             rows = [
@@ -216,10 +234,22 @@ def primed(model: nn.Module, config: dict[str, Any], context: int) -> list[Any]:
             ]
             cache.update_and_fetch(*rows)
         else:
-            cache[0] = mx.random.normal((1, history, channels)).astype(mx.bfloat16)
-            cache[1] = 0.1 * mx.random.normal((1, value_heads, dv, dk))
+            fill_states(cache, config)
     mx.eval([cache.state for cache in caches])
     return caches
+
+
+def fill_states(cache: Any, config: dict[str, Any]) -> None:
+    """Give the cache of a linear attention layer noise."""
+    key_heads, value_heads = (
+        config["linear_num_key_heads"],
+        config["linear_num_value_heads"],
+    )
+    dk, dv = config["linear_key_head_dim"], config["linear_value_head_dim"]
+    channels = 2 * key_heads * dk + value_heads * dv
+    history = config["linear_conv_kernel_dim"] - 1
+    cache[0] = mx.random.normal((1, history, channels)).astype(mx.bfloat16)
+    cache[1] = 0.1 * mx.random.normal((1, value_heads, dv, dk))
 
 
 def decode(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from op_cases import KERNEL_SPECS, SPECS, as_list
-from tiny import make_checkpoint
+from tiny import make_checkpoint, make_qwen3_moe
 
 import moeflux_mlx
 from moeflux_mlx import lowering
@@ -60,22 +61,33 @@ def test_ops_give_by_every_way_what_their_references_give(device, monkeypatch):
     assert wrong == []
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
+# Of the second family a layer in the middle has no experts.
+FAMILIES = {
+    "qwen3_5_moe": make_checkpoint,
+    "qwen3_moe": partial(
+        make_qwen3_moe, num_hidden_layers=4, head_dim=64, mlp_only_layers=[1]
+    ),
+}
+each_family = pytest.fixture(scope="module", params=FAMILIES)
+
+
+@each_family
+def plain(request, tmp_path_factory):
     # Widths that tensor cores and simdgroups meet in real models, few layers.
     sizes = dict(hidden_size=256, moe_intermediate_size=128, num_experts=16)
-    return make_checkpoint(tmp_path_factory.mktemp("gpu") / "plain", seed=3, **sizes)
+    path = tmp_path_factory.mktemp("gpu") / "plain"
+    return FAMILIES[request.param](path, seed=3, **sizes)
 
 
-@pytest.fixture(scope="module")
-def unrouted(tmp_path_factory):
+@each_family
+def unrouted(request, tmp_path_factory):
     """A model whose tokens use every expert.
 
     Of random routers some choice is always so near that 11 bits decide it.
     """
     sizes = dict(hidden_size=256, moe_intermediate_size=128, num_experts=8)
     path = tmp_path_factory.mktemp("gpu") / "unrouted"
-    return make_checkpoint(path, seed=3, num_experts_per_tok=8, **sizes)
+    return FAMILIES[request.param](path, seed=3, num_experts_per_tok=8, **sizes)
 
 
 def logits(model, n_seqs: int = 1) -> mx.array:
@@ -116,7 +128,7 @@ def packed(plain):
 def test_any_budget_gives_the_same_bits(device, packed, n_slots, read_ahead):
     whole, _ = moeflux_mlx.load(packed, executor=device)
     with PackedExperts.open(packed) as store:
-        memory = n_slots * store.layout(0).stride + POOL_ALIGNMENT
+        memory = n_slots * store.layout(store.layers[0]).stride + POOL_ALIGNMENT
     few, _ = moeflux_mlx.load(
         packed, expert_memory=memory, executor=device, read_ahead=read_ahead
     )
