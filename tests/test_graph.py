@@ -114,7 +114,7 @@ def test_a_missing_buffer_is_refused(graph, pool):
 
 def test_an_array_in_place_of_a_buffer_is_refused(graph, pool):
     array = mx.zeros((N, DIM))
-    assert "field 'a' expected OProjOutBuf but got array" in refusal(
+    assert "field 'a' expected ResidualIn but got array" in refusal(
         graph, add(pool, a=array)
     )
 
