@@ -140,7 +140,9 @@ def load(
     path = find_model(path_or_hf_repo, revision)
     if trust_remote_code:
         _refuse_code(path)
-    load_it = _load_through_door if takes_door(path, native, model_config) else _load_our_own
+    load_it = (
+        _load_through_door if takes_door(path, native, model_config) else _load_our_own
+    )
     model, tokenizer, loaded = load_it(
         path, options, tokenizer_config, model_config, adapter_path, lazy
     )
