@@ -13,13 +13,17 @@ from mlx_lm.models import qwen3_5_moe as stock
 from mlx_lm.models.qwen3_5 import TextModelArgs
 from mlx_lm.models.rope_utils import initialize_rope
 
-from moeflux_mlx.blocks import ROUTED, Moe
-from moeflux_mlx.configuration import Configuration, check_tensors, counts_of
-from moeflux_mlx.experts.safetensors import TensorEntry
-from moeflux_mlx.forward import Forward
-from moeflux_mlx.layer import LayerForm, expected_tensors
-from moeflux_mlx.mixers import Attention, GatedDeltaNet
-from moeflux_mlx.native import NativeModel, check_numbers, check_rope
+from moeflux_mlx.engine.blocks import ROUTED, Moe
+from moeflux_mlx.engine.forward import Forward
+from moeflux_mlx.engine.layer import LayerForm, expected_tensors
+from moeflux_mlx.engine.mixers import Attention, GatedDeltaNet
+from moeflux_mlx.engine.native import NativeModel, check_numbers, check_rope
+from moeflux_mlx.experts.files.configuration import (
+    Configuration,
+    check_tensors,
+    counts_of,
+)
+from moeflux_mlx.experts.files.safetensors import TensorEntry
 
 ModelArgs = stock.ModelArgs
 # Whole numbers of a configuration that such a model does not use.

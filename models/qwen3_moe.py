@@ -13,12 +13,16 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models import qwen3_moe as stock
 
-from moeflux_mlx.blocks import ROUTED, DenseMlp, Moe
-from moeflux_mlx.configuration import Configuration, check_tensors, counts_of
-from moeflux_mlx.experts.safetensors import TensorEntry
-from moeflux_mlx.layer import LayerForm, expected_tensors
-from moeflux_mlx.mixers import Attention
-from moeflux_mlx.native import GraphText, NativeModel, check_numbers, check_rope
+from moeflux_mlx.engine.blocks import ROUTED, DenseMlp, Moe
+from moeflux_mlx.engine.layer import LayerForm, expected_tensors
+from moeflux_mlx.engine.mixers import Attention
+from moeflux_mlx.engine.native import GraphText, NativeModel, check_numbers, check_rope
+from moeflux_mlx.experts.files.configuration import (
+    Configuration,
+    check_tensors,
+    counts_of,
+)
+from moeflux_mlx.experts.files.safetensors import TensorEntry
 
 ModelArgs = stock.ModelArgs
 

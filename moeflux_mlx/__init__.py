@@ -1,20 +1,21 @@
 """Mixture-of-Experts models larger than memory in MLX, experts streamed from disk."""
 
-from . import working_directory
+from .system import working_directory
 
 working_directory.forget()
 
-from .backend import own_file_limit, require_backend  # noqa: E402
+from .system.backend import own_file_limit, require_backend  # noqa: E402
 
 require_backend()
 
 with own_file_limit():
     from mlx_lm import generate, stream_generate
 
-from . import mlx_cache, ops  # noqa: E402
+from . import ops  # noqa: E402
 from .loading import load  # noqa: E402
 from .state import CacheCheckpoint, State, load_state, save_state  # noqa: E402
 from .streaming import stream  # noqa: E402
+from .system import mlx_cache  # noqa: E402
 
 mlx_cache.guard()
 

@@ -8,9 +8,9 @@ import mlx.nn as nn
 from mlx_lm.tuner import utils as tuner
 
 from .errors import ModelError, one_line_errors
-from .experts.safetensors import read_header
-from .experts.switch import StreamedSwitch
-from .files import short
+from .experts.compute.switch import StreamedSwitch
+from .experts.files.safetensors import read_header
+from .system.files import short
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 

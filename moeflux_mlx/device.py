@@ -21,11 +21,11 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from .errors import BudgetError
-from .limits import left_by_ulimit as left_by_ulimit
-from .limits import memory_left_bytes, memory_limit_bytes
-from .limits import process_bytes as process_bytes
-from .pressure import Pressure
-from .pressure import memory_pressure as system_pressure
+from .system.limits import left_by_ulimit as left_by_ulimit
+from .system.limits import memory_left_bytes, memory_limit_bytes
+from .system.limits import process_bytes as process_bytes
+from .system.pressure import Pressure
+from .system.pressure import memory_pressure as system_pressure
 
 TWO_MIB = 2 << 20
 # Apple's page, and a multiple of the logical block of every disk.

@@ -15,26 +15,31 @@ from mlx_lm.utils import load_config, load_model
 
 from . import config, device, serving
 from .adapters import put_adapters
-from .commands import is_to_be_saved
-from .door import door_classes, load_stock_lazily, load_through_door, takes_door
-from .download import check_kinds, find_model
+from .engine.runtime import RunOptions
 from .errors import ConfigError, one_line_errors
-from .experts.budget import Amounts
-from .experts.checkpoint import read_config
-from .experts.packed import PackedExperts, is_packed
-from .experts.store import open_store
-from .files import short, spelled_plainly
-from .memory import MemoryPlan
-from .opening import Reads, model_module, read_weights
-from .pool_search import find_fastest
-from .preflight import check_fits
-from .progress import Report, byte_progress, notice
-from .runtime import RunOptions
-from .settings import check_settings
-from .stock import has_own_class
+from .experts.files.checkpoint import read_config
+from .experts.files.packed import PackedExperts, is_packed
+from .experts.files.stock import has_own_class
+from .experts.files.store import open_store
+from .experts.pool.budget import Amounts
+from .experts.weights import leaves
+from .memory.plan import MemoryPlan
+from .memory.preflight import check_fits
+from .memory.search import find_fastest
+from .opening.download import check_kinds, find_model
+from .opening.settings import check_settings
+from .opening.stock_model import (
+    door_classes,
+    load_stock_lazily,
+    load_through_door,
+    takes_door,
+)
+from .opening.tokenizer import open_tokenizer
+from .opening.weight_files import Reads, model_module, read_weights
 from .streaming import plan_stream
-from .tokenizer import open_tokenizer
-from .weights import leaves
+from .system.commands import is_to_be_saved
+from .system.files import short, spelled_plainly
+from .system.progress import Report, byte_progress, notice
 
 
 def load(

@@ -27,11 +27,16 @@ from mlx_lm.models.cache import (
 )
 
 from .adapters import has_adapters
-from .cache_layouts import DTYPES, CacheReader, Part, check_kinds, describe
 from .errors import BudgetError, ModelError, StateError
-from .experts.safetensors import DTYPE_BYTES, TensorEntry, header_bytes, parse_header
-from .files import open_file, parse_json, replacing, short
+from .experts.files.safetensors import (
+    DTYPE_BYTES,
+    TensorEntry,
+    header_bytes,
+    parse_header,
+)
+from .memory.cache_layouts import DTYPES, CacheReader, Part, check_kinds, describe
 from .streaming import StreamedModel
+from .system.files import open_file, parse_json, replacing, short
 
 FORMAT, VERSION = "moeflux-state", 2
 TOKENS, EXPERTS = "tokens", "experts"

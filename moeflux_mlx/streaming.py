@@ -15,36 +15,36 @@ import mlx.nn as nn
 from rich.filesize import decimal
 
 from . import config, device, serving
-from .arguments import bounded, check_ids
-from .caches import CACHE_STEP
-from .calls import Calls
+from .calls.arguments import bounded, check_ids
+from .calls.measured_needs import MeasuredNeeds
+from .calls.shared import Calls
+from .calls.ways import Ways, added_class
 from .errors import BudgetError, ModelError, MoefluxError
-from .experts.access import expert_io as way_of_reading
-from .experts.access import open_experts
-from .experts.blank import BlankExperts
-from .experts.budget import Amounts
-from .experts.checkpoint import Checkpoint, read_config
-from .experts.mapped import MappedExperts
-from .experts.module_store import ModuleExperts, unchanged
-from .experts.modules import RoutedBlock, find_blocks
-from .experts.packed import is_packed
-from .experts.packed_blocks import PackedBlocks
-from .experts.policy import DEFAULT_POLICY, policy_factory
-from .experts.pool import pool_bytes
-from .experts.store import model_identity
-from .experts.streamer import ExpertStreamer, check_scope
-from .experts.switch import StreamedSwitch
-from .measured_needs import MeasuredNeeds
-from .memory import MemoryPlan, own_bytes, plan_memory
-from .memory_keeper import MemoryKeeper
-from .pool_search import find_fastest
-from .preflight import check_fits, unasked_expert_bytes
-from .progress import Report, notice
-from .relief import FreePool
-from .saving import GuardsSaving, guard_saving, keep_whole
+from .experts.compute.blank import BlankExperts
+from .experts.compute.switch import StreamedSwitch
+from .experts.files.checkpoint import Checkpoint, read_config
+from .experts.files.module_store import ModuleExperts, unchanged
+from .experts.files.modules import RoutedBlock, find_blocks
+from .experts.files.packed import is_packed
+from .experts.files.packed_blocks import PackedBlocks
+from .experts.files.store import model_identity
+from .experts.pool.budget import Amounts
+from .experts.pool.policy import DEFAULT_POLICY, policy_factory
+from .experts.pool.pool import pool_bytes
+from .experts.streaming.access import expert_io as way_of_reading
+from .experts.streaming.access import open_experts
+from .experts.streaming.mapped import MappedExperts
+from .experts.streaming.streamer import ExpertStreamer, check_scope
+from .experts.weights import has_values
+from .memory.caches import CACHE_STEP
+from .memory.keeper import MemoryKeeper
+from .memory.plan import MemoryPlan, own_bytes, plan_memory
+from .memory.preflight import check_fits, unasked_expert_bytes
+from .memory.relief import FreePool
+from .memory.search import find_fastest
+from .saving.guard import GuardsSaving, guard_saving, keep_whole
+from .system.progress import Report, notice
 from .training import TrainsUncompiled
-from .ways import Ways, added_class
-from .weights import has_values
 
 M = TypeVar("M", bound=nn.Module)
 # What memory is tried out with where several amounts are: any token will do.

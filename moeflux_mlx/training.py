@@ -13,9 +13,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .progress import notice
-from .saving import reads_experts
-from .transforms import compiles
+from .calls.transforms import compiles
+from .saving.guard import reads_experts
+from .system.progress import notice
 
 _LOCK = threading.Lock()
 # The models that are why MLX does not compile: their ids.

@@ -28,9 +28,9 @@ from rich.table import Table
 
 from moeflux_mlx.cli.profile import print_profile
 from moeflux_mlx.device import machine_name
-from moeflux_mlx.executors import gpu_executor
-from moeflux_mlx.profiling import check_plot, profile, save_plot, write_csv
-from moeflux_mlx.runtime import RunOptions
+from moeflux_mlx.engine.executors import gpu_executor
+from moeflux_mlx.engine.runtime import RunOptions
+from moeflux_mlx.measure import check_plot, profile, save_plot, write_csv
 
 GROUP_SIZE, BITS, ROUTER_BITS = 64, 4, 8
 # As published in the model's config.json.

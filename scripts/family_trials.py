@@ -19,11 +19,11 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
-from moeflux_mlx.door import load_stock_lazily
 from moeflux_mlx.errors import BudgetError
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.safetensors import load_arrays
-from moeflux_mlx.experts.unpack import unpack
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.safetensors import load_arrays
+from moeflux_mlx.experts.files.unpack import unpack
+from moeflux_mlx.opening.stock_model import load_stock_lazily
 from moeflux_mlx.streaming import stream
 
 PROMPTS, BATCHES, N_GREEDY = (8, 100), (1, 3), 16

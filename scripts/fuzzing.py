@@ -38,16 +38,16 @@ from tiny import make_checkpoint  # noqa: E402
 
 import moeflux_mlx  # noqa: E402
 from moeflux_mlx import load_state, save_state  # noqa: E402
+from moeflux_mlx.engine.executors import verified  # noqa: E402
+from moeflux_mlx.engine.lowering import tuned  # noqa: E402
 from moeflux_mlx.errors import MoefluxError  # noqa: E402
-from moeflux_mlx.executors import verified  # noqa: E402
-from moeflux_mlx.experts.checkpoint import Checkpoint  # noqa: E402
-from moeflux_mlx.experts.checkpoint_store import CheckpointExperts  # noqa: E402
-from moeflux_mlx.experts.manifest import MANIFEST_NAME, checksum_of  # noqa: E402
-from moeflux_mlx.experts.pack import pack  # noqa: E402
-from moeflux_mlx.experts.packed import PackedExperts  # noqa: E402
-from moeflux_mlx.experts.routing_trace import RoutingTrace  # noqa: E402
-from moeflux_mlx.experts.safetensors import read_header  # noqa: E402
-from moeflux_mlx.lowering import tuned  # noqa: E402
+from moeflux_mlx.experts.files.checkpoint import Checkpoint  # noqa: E402
+from moeflux_mlx.experts.files.checkpoint_store import CheckpointExperts  # noqa: E402
+from moeflux_mlx.experts.files.manifest import MANIFEST_NAME, checksum_of  # noqa: E402
+from moeflux_mlx.experts.files.pack import pack  # noqa: E402
+from moeflux_mlx.experts.files.packed import PackedExperts  # noqa: E402
+from moeflux_mlx.experts.files.safetensors import read_header  # noqa: E402
+from moeflux_mlx.experts.pool.routing_trace import RoutingTrace  # noqa: E402
 
 LIMIT_S = 10
 Mutate = Callable[[bytes, random.Random], bytes]

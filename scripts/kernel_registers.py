@@ -19,8 +19,8 @@ from typing import Any
 import mlx.core as mx
 
 from moeflux_mlx.device import THREADGROUP_REGISTERS
-from moeflux_mlx.executors.registers import fits, n_threads, registers
-from moeflux_mlx.launch import KERNELS, Kernel, Launch, prepare
+from moeflux_mlx.engine.executors.registers import fits, n_threads, registers
+from moeflux_mlx.engine.launch import KERNELS, Kernel, Launch, prepare
 
 EXPERT = dict(k=8, bits=4, g=64, s=0)
 # What the geometries of Qwen3.5 and Qwen3.6 reach when they decode, and the widest that

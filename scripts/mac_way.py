@@ -13,7 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 import moeflux_mlx
-from moeflux_mlx.compare import load_stock, peak_process_bytes
+from moeflux_mlx.measure.compare import load_stock, peak_process_bytes
 
 # Small models repeat themselves when they always take the likeliest token.
 TEMPERATURE = 0.7

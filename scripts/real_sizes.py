@@ -22,10 +22,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
 from moeflux_mlx.cli.inspect import ModelSummary, summarize
-from moeflux_mlx.experts.pool import DTYPE_NAMES
-from moeflux_mlx.experts.safetensors import TensorEntry, header_bytes
+from moeflux_mlx.experts.files.safetensors import TensorEntry, header_bytes
+from moeflux_mlx.experts.weights import DTYPE_NAMES
 from moeflux_mlx.loading import plan_load
-from moeflux_mlx.memory import MemoryPlan
+from moeflux_mlx.memory.plan import MemoryPlan
 
 MEMORY = "32GB"
 AFFINE = {"group_size": 64, "bits": 4, "mode": "affine"}

@@ -48,8 +48,8 @@ from streaming_side import (
 )
 
 from moeflux_mlx.device import machine_name
-from moeflux_mlx.experts.packed import PackedExperts
-from moeflux_mlx.experts.stats import Counters
+from moeflux_mlx.experts.files.packed import PackedExperts
+from moeflux_mlx.experts.pool.stats import Counters
 
 # Relative RMS of logits from stock's, by the type of activations.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}

@@ -29,9 +29,9 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_lm.utils import load_tokenizer, quantize_model, save_config
 
 import moeflux_mlx
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.packed import is_packed
-from moeflux_mlx.graph.lower import Step
+from moeflux_mlx.engine.graph.lower import Step
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.packed import is_packed
 from moeflux_mlx.ops import MoeSoftmaxTopK
 
 # Of models that only mlx-lm's class runs, as published in the model's config.json.

@@ -33,11 +33,11 @@ from rich.table import Table
 
 from moeflux_mlx import config
 from moeflux_mlx.errors import ConfigError
-from moeflux_mlx.experts.budget import parse_bytes
-from moeflux_mlx.experts.direct import bypass_cache
-from moeflux_mlx.experts.pool import aligned_rows
-from moeflux_mlx.experts.reader import Batch, HostPlace, Read, ReadPool
-from moeflux_mlx.experts.spans import Span
+from moeflux_mlx.experts.files.direct import bypass_cache
+from moeflux_mlx.experts.files.reader import Batch, HostPlace, Read, ReadPool
+from moeflux_mlx.experts.files.spans import Span
+from moeflux_mlx.experts.pool.budget import parse_bytes
+from moeflux_mlx.experts.pool.pool import aligned_rows
 
 # An expert of Qwen3.6-35B-A3B in 4 bits, and how many of them a token takes.
 RECORD_BYTES, TOP_K = 1_769_472, 8

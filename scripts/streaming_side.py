@@ -20,13 +20,13 @@ from streaming_model import TracedModel, record_choices, record_routing
 
 import moeflux_mlx
 from moeflux_mlx.cli.inspect import summarize
-from moeflux_mlx.compare import load_stock
-from moeflux_mlx.experts.checkpoint import Checkpoint
-from moeflux_mlx.experts.module_store import ModuleExperts, unchanged
-from moeflux_mlx.experts.modules import find_blocks
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
-from moeflux_mlx.experts.safetensors import read_header
-from moeflux_mlx.experts.stats import Counters
+from moeflux_mlx.experts.files.checkpoint import Checkpoint
+from moeflux_mlx.experts.files.module_store import ModuleExperts, unchanged
+from moeflux_mlx.experts.files.modules import find_blocks
+from moeflux_mlx.experts.files.safetensors import read_header
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.pool.stats import Counters
+from moeflux_mlx.measure.compare import load_stock
 
 # Whether the experts of the next token are in the page cache.
 STATES = ("cold", "warm")

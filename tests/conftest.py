@@ -14,10 +14,10 @@ import pytest
 from tiny import make_checkpoint
 
 from moeflux_mlx import device
+from moeflux_mlx.calls.transforms import compiles
 from moeflux_mlx.cli.inspect import summarize
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.pressure import Pressure
-from moeflux_mlx.transforms import compiles
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.system.pressure import Pressure
 
 NEEDS = {
     "metal": (mx.metal.is_available(), "needs Apple silicon with Metal"),

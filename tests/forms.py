@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from moeflux_mlx.experts.safetensors import TensorEntry, header_bytes, read_header
+from moeflux_mlx.experts.files.safetensors import TensorEntry, header_bytes, read_header
 
 STACKED = re.compile(r"(.*)\.switch_mlp\.(\w+)\.(\w+)")
 # Tensors [E, ...]; one for each expert; gate and up fused; both.

@@ -17,10 +17,10 @@ import mlx.core as mx
 import numpy as np
 
 from moeflux_mlx import device, ops
-from moeflux_mlx.experts.resident import ResidentExperts
-from moeflux_mlx.graph import Access, BufferPool, BufId, Op, WeightRef
-from moeflux_mlx.graph import roles as b
-from moeflux_mlx.weights import ExpertWeights, Quantization, Weight
+from moeflux_mlx.engine.graph import Access, BufferPool, BufId, Op, WeightRef
+from moeflux_mlx.engine.graph import roles as b
+from moeflux_mlx.experts.compute.resident import ResidentExperts
+from moeflux_mlx.experts.weights import ExpertWeights, Quantization, Weight
 
 Q4, Q4_64 = Quantization(4, 32), Quantization(4, 64)
 Q8, Q2 = Quantization(8, 32), Quantization(2, 32)

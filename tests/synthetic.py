@@ -9,9 +9,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from moeflux_mlx.experts.packed import PackedExperts
-from moeflux_mlx.experts.safetensors import read_header
-from moeflux_mlx.weights import Quantization, Weight
+from moeflux_mlx.experts.files.packed import PackedExperts
+from moeflux_mlx.experts.files.safetensors import read_header
+from moeflux_mlx.experts.weights import Quantization, Weight
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 AFFINE = Quantization(4, 32)

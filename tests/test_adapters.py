@@ -26,9 +26,9 @@ from tiny import make_checkpoint
 import moeflux_mlx
 from moeflux_mlx.cli import main as moeflux
 from moeflux_mlx.errors import ModelError, MoefluxError
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
-from moeflux_mlx.experts.store import open_store
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.store import open_store
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS = mx.array(np.random.RandomState(0).randint(1, 320, (2, 7)))

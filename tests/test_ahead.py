@@ -14,12 +14,13 @@ from mlx_lm.models import cache as caches
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import load_model
 
-from moeflux_mlx import device, ways
-from moeflux_mlx.ahead import TokenAhead
-from moeflux_mlx.caches import CacheState, PutBackOnFailure, are_known
+from moeflux_mlx import device
+from moeflux_mlx.calls import ways
+from moeflux_mlx.calls.ahead import TokenAhead
 from moeflux_mlx.errors import ConfigError, ExpertStoreError, ModelError
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
-from moeflux_mlx.experts.streamer import ExpertStreamer
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
+from moeflux_mlx.memory.caches import CacheState, PutBackOnFailure, are_known
 from moeflux_mlx.streaming import stream
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import moeflux_mlx
-from moeflux_mlx.experts.stats import Counters
+from moeflux_mlx.experts.pool.stats import Counters
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(

@@ -16,18 +16,18 @@ from mlx_lm.generate import generate_step
 import moeflux_mlx
 from moeflux_mlx.cli import main
 from moeflux_mlx.errors import ConfigError
-from moeflux_mlx.experts.belady import fewest_misses
-from moeflux_mlx.experts.cachesim import (
+from moeflux_mlx.experts.pool.policy import LFU, LRU, POLICIES
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.pool.routing_trace import RoutingTrace
+from moeflux_mlx.measure import record_routing
+from moeflux_mlx.measure.belady import fewest_misses
+from moeflux_mlx.measure.cachesim import (
     OPTIMUM,
     Replay,
     replay,
     replay_optimum,
     simulate,
 )
-from moeflux_mlx.experts.policy import LFU, LRU, POLICIES
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
-from moeflux_mlx.experts.routing_trace import RoutingTrace
-from moeflux_mlx.profiling import record_routing
 
 PROMPT = [5, 17, 60, 3, 44, 44, 9, 130, 71, 2, 8]
 

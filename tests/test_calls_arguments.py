@@ -15,9 +15,9 @@ from test_steps import Lazy, Traced
 from tiny import make_checkpoint
 
 from moeflux_mlx import device
+from moeflux_mlx.engine.executors import EXECUTORS
 from moeflux_mlx.errors import ModelError
-from moeflux_mlx.executors import EXECUTORS
-from moeflux_mlx.experts.pack import pack
+from moeflux_mlx.experts.files.pack import pack
 
 TOKENS = mx.array([[5, 6, 7]])
 MODELS = {

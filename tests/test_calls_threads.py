@@ -17,11 +17,11 @@ from mlx_lm.models.cache import make_prompt_cache
 from test_steps import Lazy, Traced
 
 import moeflux_mlx
+from moeflux_mlx.engine.executors import EXECUTORS
 from moeflux_mlx.errors import ExpertStoreError
-from moeflux_mlx.executors import EXECUTORS
-from moeflux_mlx.experts.packed import PackedExperts
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
-from moeflux_mlx.experts.reader import Read
+from moeflux_mlx.experts.files.packed import PackedExperts
+from moeflux_mlx.experts.files.reader import Read
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
 
 N_TOKENS = 3
 N_THREADS = 2, 8

@@ -24,14 +24,14 @@ from mlx_lm.utils import load_model
 from test_steps import Lazy, Traced
 from tiny import make_checkpoint
 
+from moeflux_mlx.calls.transforms import compiles, in_transformation, is_traced
+from moeflux_mlx.engine.executors import EXECUTORS
+from moeflux_mlx.engine.runtime import RunOptions
 from moeflux_mlx.errors import BudgetError, ModelError
-from moeflux_mlx.executors import EXECUTORS
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
-from moeflux_mlx.experts.store import open_store
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.store import open_store
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
 from moeflux_mlx.loading import model_classes
-from moeflux_mlx.runtime import RunOptions
-from moeflux_mlx.transforms import compiles, in_transformation, is_traced
 
 PROMPT = mx.array(np.random.RandomState(0).randint(1, 320, (1, 5)))
 LAYERS = dict(num_hidden_layers=2, full_attention_interval=2)

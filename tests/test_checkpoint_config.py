@@ -24,7 +24,7 @@ import moeflux_mlx
 from moeflux_mlx.cli.inspect import summarize
 from moeflux_mlx.errors import ConfigError, ModelError, MoefluxError
 from moeflux_mlx.loading import plan_load
-from moeflux_mlx.profiling import profile
+from moeflux_mlx.measure import profile
 
 TESTS = Path(__file__).parent
 

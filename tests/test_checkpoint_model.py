@@ -22,8 +22,8 @@ from tiny import make_checkpoint
 import moeflux_mlx
 from moeflux_mlx.cli.inspect import summarize
 from moeflux_mlx.errors import BudgetError, ExpertStoreError, ModelError
-from moeflux_mlx.experts.checkpoint_store import CheckpointExperts
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT, pool_stride
+from moeflux_mlx.experts.files.checkpoint_store import CheckpointExperts
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT, pool_stride
 
 
 def tokens(n: int, seed: int = 0) -> mx.array:

@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from synthetic import write_checkpoint
 
 from moeflux_mlx.errors import ExpertStoreError, ModelError
-from moeflux_mlx.experts.checkpoint_store import CheckpointExperts
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.packed import PackedExperts
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
-from moeflux_mlx.experts.spans import Piece, merge
-from moeflux_mlx.experts.store import ExpertStore, open_store
-from moeflux_mlx.experts.streamer import ExpertStreamer
-from moeflux_mlx.weights import Quantization
+from moeflux_mlx.experts.files.checkpoint_store import CheckpointExperts
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.packed import PackedExperts
+from moeflux_mlx.experts.files.spans import Piece, merge
+from moeflux_mlx.experts.files.store import ExpertStore, open_store
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
+from moeflux_mlx.experts.weights import Quantization
 
 AFFINE = Quantization(4, 32)
 QUANTIZATIONS = {

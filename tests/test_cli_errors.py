@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from moeflux_mlx import config, private
+from moeflux_mlx import config
 from moeflux_mlx.cli import main
+from moeflux_mlx.system import private
 
 FIXED = ["--prompt", "hi", "--max-tokens", "2", "--temp", "0"]
 COMMAND = [sys.executable, "-m", "moeflux_mlx.cli"]

@@ -17,7 +17,10 @@ from rich.console import Console
 from tiny import make_checkpoint
 
 from moeflux_mlx.cli import compare as command
-from moeflux_mlx.compare import (
+from moeflux_mlx.errors import BudgetError, ConfigError, ModelError
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.packed import PackedExperts
+from moeflux_mlx.measure.compare import (
     Comparison,
     Divergence,
     LogitErrors,
@@ -28,9 +31,6 @@ from moeflux_mlx.compare import (
     logit_errors,
     stacked_experts,
 )
-from moeflux_mlx.errors import BudgetError, ConfigError, ModelError
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.packed import PackedExperts
 
 PROMPT = "def add(a, b):"
 TEXT = "A text of more than one window, " * 20
@@ -183,7 +183,9 @@ def test_logit_errors_follow_their_definitions(monkeypatch):
     random = np.random.default_rng(1)
     stock = random.normal(size=(7, 11)).astype(np.float32)
     ours = stock + random.normal(size=(7, 11)).astype(np.float32) / 8
-    monkeypatch.setattr("moeflux_mlx.compare.metrics.COMPARED_VALUES", 22)  # 4 pieces
+    monkeypatch.setattr(
+        "moeflux_mlx.measure.compare.metrics.COMPARED_VALUES", 22
+    )  # 4 pieces
     found = logit_errors(stock, ours)
     p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (stock, ours))
     kl = (p * np.log(p / q)).sum(1)

@@ -10,13 +10,13 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from tiny import make_checkpoint
 
 import moeflux_mlx
-from moeflux_mlx.executors import EXECUTORS, OpsExecutor
-from moeflux_mlx.executors.compiled import CompiledSteps
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.packed import PackedExperts
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
+from moeflux_mlx.engine.executors import EXECUTORS, OpsExecutor
+from moeflux_mlx.engine.executors.compiled import CompiledSteps
+from moeflux_mlx.engine.trace import StepTracer
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.packed import PackedExperts
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
 from moeflux_mlx.ops import RmsNormBf16NTokens
-from moeflux_mlx.trace import StepTracer
 
 
 class Lazy(OpsExecutor):

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import mlx.core as mx
 import pytest
 
-from moeflux_mlx.compiling import Compiled
+from moeflux_mlx.calls.compiling import Compiled
 
 N_ROUNDS = 6
 Threads = list[ThreadPoolExecutor]

@@ -13,10 +13,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from moeflux_mlx.executors.cuda import bound
-from moeflux_mlx.launch import KERNELS, prepare
-from moeflux_mlx.launch.prepared import Prepared
-from moeflux_mlx.metal import cuda, library
+from moeflux_mlx.engine.executors.cuda import bound
+from moeflux_mlx.engine.launch import KERNELS, prepare
+from moeflux_mlx.engine.launch.prepared import Prepared
+from moeflux_mlx.engine.metal import cuda, library
 
 TYPES = {
     mx.float32: "float",

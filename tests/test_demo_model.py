@@ -12,9 +12,9 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 import moeflux_mlx
-from moeflux_mlx import lowering, simulator
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.graph import planned_peak_bytes
+from moeflux_mlx.engine import lowering, simulator
+from moeflux_mlx.engine.graph import planned_peak_bytes
+from moeflux_mlx.experts.files.pack import pack
 
 DEMO = Path(__file__).parent.parent / "models" / "demo"
 

@@ -14,14 +14,14 @@ import pytest
 from synthetic import write_checkpoint
 
 import moeflux_mlx
-from moeflux_mlx.compare.measurement import greedy
 from moeflux_mlx.errors import ConfigError, ExpertStoreError
-from moeflux_mlx.experts.direct import bypass_cache
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.packed import PackedExperts
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
-from moeflux_mlx.experts.store import open_store
-from moeflux_mlx.experts.streamer import ExpertStreamer
+from moeflux_mlx.experts.files.direct import bypass_cache
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.packed import PackedExperts
+from moeflux_mlx.experts.files.store import open_store
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
+from moeflux_mlx.measure.compare.measurement import greedy
 
 N_EXPERTS = 5
 linux = pytest.mark.skipif(sys.platform != "linux", reason="is about O_DIRECT")

@@ -13,12 +13,13 @@ import sys
 import mlx.core as mx
 import pytest
 
-from moeflux_mlx import examination, executors, simulator
 from moeflux_mlx.cli import doctor, main
-from moeflux_mlx.executors import default_executor, verified
-from moeflux_mlx.executors.capture import CaptureWindow
-from moeflux_mlx.executors.sim import SimExecutor
-from moeflux_mlx.launch import KERNELS
+from moeflux_mlx.engine import executors, simulator
+from moeflux_mlx.engine.executors import default_executor, verified
+from moeflux_mlx.engine.executors.capture import CaptureWindow
+from moeflux_mlx.engine.executors.sim import SimExecutor
+from moeflux_mlx.engine.launch import KERNELS
+from moeflux_mlx.proof import examination
 
 simulated = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"

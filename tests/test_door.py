@@ -24,11 +24,11 @@ from mlx_lm.utils import load_model, save_model
 
 import moeflux_mlx
 from moeflux_mlx.errors import BudgetError, ConfigError, ExpertStoreError, ModelError
-from moeflux_mlx.experts.checkpoint import Checkpoint
-from moeflux_mlx.experts.module_store import ModuleExperts, unchanged
-from moeflux_mlx.experts.modules import find_blocks
+from moeflux_mlx.experts.files.checkpoint import Checkpoint
+from moeflux_mlx.experts.files.module_store import ModuleExperts, unchanged
+from moeflux_mlx.experts.files.modules import find_blocks
+from moeflux_mlx.experts.weights import Quantization
 from moeflux_mlx.streaming import stream
-from moeflux_mlx.weights import Quantization
 
 ROOT = Path(__file__).resolve().parents[1]
 SLACK, SLOT = 2 << 20, 16 << 10

@@ -27,12 +27,15 @@ from test_serving import N_TOKENS, serve
 from tiny import write_tokenizer
 
 import moeflux_mlx
-from moeflux_mlx import caches, calls, device, memory
-from moeflux_mlx.caches import CACHE_STEP, CacheForm
-from moeflux_mlx.compare.measurement import greedy
+from moeflux_mlx import device
+from moeflux_mlx.calls import shared as calls
 from moeflux_mlx.errors import BudgetError, ExpertStoreError, ModelError
-from moeflux_mlx.experts.reader import Read
-from moeflux_mlx.memory_keeper import LOOKAHEAD
+from moeflux_mlx.experts.files.reader import Read
+from moeflux_mlx.measure.compare.measurement import greedy
+from moeflux_mlx.memory import caches
+from moeflux_mlx.memory import plan as memory
+from moeflux_mlx.memory.caches import CACHE_STEP, CacheForm
+from moeflux_mlx.memory.keeper import LOOKAHEAD
 from moeflux_mlx.streaming import stream
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,12 +20,12 @@ import moeflux_mlx
 from moeflux_mlx.cli import main
 from moeflux_mlx.cli.inspect import summarize
 from moeflux_mlx.errors import ConfigError, ExpertStoreError, ModelError
-from moeflux_mlx.experts.manifest import MANIFEST_NAME, Manifest, checksum_of
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.packed import PackedExperts, verify
-from moeflux_mlx.experts.routing_trace import RoutingTrace
-from moeflux_mlx.experts.safetensors import read_header
-from moeflux_mlx.stock import load_lazily
+from moeflux_mlx.experts.files.manifest import MANIFEST_NAME, Manifest, checksum_of
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.packed import PackedExperts, verify
+from moeflux_mlx.experts.files.safetensors import read_header
+from moeflux_mlx.experts.files.stock import load_lazily
+from moeflux_mlx.experts.pool.routing_trace import RoutingTrace
 from moeflux_mlx.streaming import stream
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -364,7 +364,7 @@ def test_every_command_takes_a_model_of_mlx_lms_class(tmp_path, capsys):
 
 
 def test_compare_stacks_a_packs_experts_again(tmp_path):
-    from moeflux_mlx.compare import load_stock
+    from moeflux_mlx.measure.compare import load_stock
 
     path = write(tmp_path / "plain", "gpt_oss", 4)
     pack(path, tmp_path / "packed")

@@ -16,13 +16,13 @@ from tiny import write_tokenizer
 
 import moeflux_mlx
 from moeflux_mlx import device
+from moeflux_mlx.calls.measured_needs import MeasuredNeeds, Segments
 from moeflux_mlx.cli import main as moeflux
-from moeflux_mlx.door import load_stock_lazily
 from moeflux_mlx.errors import BudgetError
-from moeflux_mlx.experts.pack import pack
+from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.loading import plan_load
-from moeflux_mlx.measured_needs import MeasuredNeeds, Segments
-from moeflux_mlx.preflight import UNASKED_TOKENS
+from moeflux_mlx.memory.preflight import UNASKED_TOKENS
+from moeflux_mlx.opening.stock_model import load_stock_lazily
 from moeflux_mlx.streaming import plan_stream, stream
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +61,10 @@ def written(tmp_path_factory) -> Callable[..., Path]:
 @pytest.fixture
 def own_bytes(monkeypatch):
     """What the interpreter takes, always the same: the tests' own grows."""
-    for name in ("moeflux_mlx.memory.own_bytes", "moeflux_mlx.streaming.own_bytes"):
+    for name in (
+        "moeflux_mlx.memory.plan.own_bytes",
+        "moeflux_mlx.streaming.own_bytes",
+    ):
         monkeypatch.setattr(name, lambda: 100 << 20)
 
 

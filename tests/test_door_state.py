@@ -19,7 +19,7 @@ import moeflux_mlx
 from moeflux_mlx import load_state, save_state
 from moeflux_mlx.cli import main as moeflux
 from moeflux_mlx.errors import StateError
-from moeflux_mlx.experts.pack import pack
+from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.state import check_keeps_state
 
 ROOT = Path(__file__).resolve().parents[1]

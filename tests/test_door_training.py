@@ -29,7 +29,7 @@ from test_calls_transforms import (
 )
 
 from moeflux_mlx.errors import ModelError
-from moeflux_mlx.experts.modules import find_blocks
+from moeflux_mlx.experts.files.modules import find_blocks
 from moeflux_mlx.streaming import stream
 
 ROOT = Path(__file__).resolve().parents[1]

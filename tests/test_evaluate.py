@@ -14,7 +14,7 @@ from mlx_lm.models.cache import ArraysCache, BatchKVCache
 from mlx_lm.perplexity import eval_ppl
 
 import moeflux_mlx
-from moeflux_mlx.compare import log_likelihood, perplexity
+from moeflux_mlx.measure.compare import log_likelihood, perplexity
 
 PROMPTS = [[7], [1, 2, 3], [9, 8, 7, 6, 5, 4, 3], list(range(20, 83))]
 N_TOKENS = 12

@@ -12,11 +12,11 @@ import pytest
 from op_cases import SPECS, TOLERANCE, relative_rms
 
 from moeflux_mlx import ops
+from moeflux_mlx.engine.executors import EXECUTORS, Executor, OpsExecutor, open_executor
+from moeflux_mlx.engine.graph import BufferPool, Graph, WeightRef
+from moeflux_mlx.engine.graph import roles as b
 from moeflux_mlx.errors import BackendError
-from moeflux_mlx.executors import EXECUTORS, Executor, OpsExecutor, open_executor
-from moeflux_mlx.graph import BufferPool, Graph, WeightRef
-from moeflux_mlx.graph import roles as b
-from moeflux_mlx.weights import Weight
+from moeflux_mlx.experts.weights import Weight
 
 N, DIM = 3, 7
 WEIGHTS = {"o_proj": Weight(mx.eye(DIM) * 2), "norm": Weight(mx.ones(DIM))}

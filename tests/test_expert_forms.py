@@ -18,16 +18,16 @@ from tiny import make_checkpoint
 
 import moeflux_mlx
 from moeflux_mlx.cli.inspect import summarize
+from moeflux_mlx.engine.lowering.moe import all_known
+from moeflux_mlx.engine.ops.functions import expert_mlp, experts_by_slot
+from moeflux_mlx.engine.ops.host import unpack, widen
 from moeflux_mlx.errors import ModelError
-from moeflux_mlx.experts.layout import PARTS, ExpertLayout
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.packed import verify
-from moeflux_mlx.experts.pool import SlotPool
-from moeflux_mlx.experts.store import open_store
-from moeflux_mlx.lowering.moe import all_known
-from moeflux_mlx.ops.functions import expert_mlp, experts_by_slot
-from moeflux_mlx.ops.host import unpack, widen
-from moeflux_mlx.weights import ExpertWeights, Quantization, Weight
+from moeflux_mlx.experts.files.layout import PARTS, ExpertLayout
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.packed import verify
+from moeflux_mlx.experts.files.store import open_store
+from moeflux_mlx.experts.pool.pool import SlotPool
+from moeflux_mlx.experts.weights import ExpertWeights, Quantization, Weight
 
 QUANTIZED = {
     **{

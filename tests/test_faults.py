@@ -23,13 +23,13 @@ import pytest
 from synthetic import write_checkpoint
 
 import moeflux_mlx
-from moeflux_mlx.compare.measurement import greedy
 from moeflux_mlx.errors import ExpertStoreError, MoefluxError
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.packed import PackedExperts
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
-from moeflux_mlx.experts.store import open_store
-from moeflux_mlx.experts.streamer import ExpertStreamer
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.packed import PackedExperts
+from moeflux_mlx.experts.files.store import open_store
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
+from moeflux_mlx.measure.compare.measurement import greedy
 
 PROMPT, N_TOKENS = [5, 99, 300, 7, 31], 12
 LIMIT_SECONDS = 120

@@ -12,9 +12,13 @@ import struct
 import pytest
 
 from moeflux_mlx.errors import ModelError
-from moeflux_mlx.experts.checkpoint import read_config
-from moeflux_mlx.experts.safetensors import header_bytes, parse_header, read_header
-from moeflux_mlx.files import (
+from moeflux_mlx.experts.files.checkpoint import read_config
+from moeflux_mlx.experts.files.safetensors import (
+    header_bytes,
+    parse_header,
+    read_header,
+)
+from moeflux_mlx.system.files import (
     MOST_DEPTH,
     brief,
     open_file,

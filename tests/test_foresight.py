@@ -12,7 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 from test_ahead import N_EXPERTS, N_LAYERS, TOP_K, ids, run, streamed, write
 
-from moeflux_mlx.foresight import Choosers, WaitingCall, takes_input_alone
+from moeflux_mlx.calls.foresight import Choosers, WaitingCall, takes_input_alone
 
 
 @pytest.fixture(scope="module")

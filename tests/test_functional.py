@@ -11,11 +11,11 @@ import pytest
 from mlx.utils import tree_map
 
 from moeflux_mlx import ops
+from moeflux_mlx.engine.graph import REGISTRY
 from moeflux_mlx.errors import GraphError
-from moeflux_mlx.graph import REGISTRY
+from moeflux_mlx.experts.weights import ExpertWeights, Weight
 from moeflux_mlx.ops import apply as apply_module
 from moeflux_mlx.ops import functional
-from moeflux_mlx.weights import ExpertWeights, Weight
 
 B, T, D, H, E, K = 2, 3, 64, 2, 6, 3
 N = B * T
@@ -85,7 +85,7 @@ DIFFERENTIABLE = [
 
 @pytest.fixture(params=["ops", "sim"])
 def executor(request, monkeypatch):
-    from moeflux_mlx import simulator
+    from moeflux_mlx.engine import simulator
 
     if request.param == "sim" and not simulator.available():
         pytest.skip("the simulator needs ziglang and pyelftools")

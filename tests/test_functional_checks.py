@@ -35,15 +35,15 @@ from test_functional import (
 )
 
 from moeflux_mlx import ops
+from moeflux_mlx.engine.graph import REGISTRY
+from moeflux_mlx.engine.graph.op import Access
 from moeflux_mlx.errors import ExpertStoreError, GraphError
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.packed import PackedExperts
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
-from moeflux_mlx.experts.streamer import ExpertStreamer
-from moeflux_mlx.graph import REGISTRY
-from moeflux_mlx.graph.op import Access
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.packed import PackedExperts
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
+from moeflux_mlx.experts.weights import ExpertWeights, Quantization, Weight
 from moeflux_mlx.ops import functional
-from moeflux_mlx.weights import ExpertWeights, Quantization, Weight
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "fuzz_ops"
 TABLE = ops.quantize(noise(1, 11, D), 32)

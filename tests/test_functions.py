@@ -12,9 +12,9 @@ import pytest
 from op_cases import TOLERANCE, quantized, relative_rms, spec
 
 from moeflux_mlx import device, ops
-from moeflux_mlx.blocks import rotation
-from moeflux_mlx.ops import functions
-from moeflux_mlx.ops.functions import (
+from moeflux_mlx.engine.blocks import rotation
+from moeflux_mlx.engine.ops import functions
+from moeflux_mlx.engine.ops.functions import (
     QUERY_BLOCK,
     dequantize,
     embed,
@@ -22,8 +22,8 @@ from moeflux_mlx.ops.functions import (
     to_device,
     to_host,
 )
-from moeflux_mlx.ops.host import row_products
-from moeflux_mlx.weights import Quantization, Weight
+from moeflux_mlx.engine.ops.host import row_products
+from moeflux_mlx.experts.weights import Quantization, Weight
 
 on_both = pytest.mark.parametrize("to", [mx.array, np.array], ids=["mlx", "numpy"])
 FORMS = [

@@ -12,13 +12,13 @@ from op_cases import KERNEL_SPECS, SPECS, as_list
 from tiny import make_checkpoint, make_qwen3_moe
 
 import moeflux_mlx
-from moeflux_mlx import lowering
-from moeflux_mlx.executors import open_executor
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.packed import PackedExperts
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
-from moeflux_mlx.launch import KERNELS
-from moeflux_mlx.launch.check import check, relative_error
+from moeflux_mlx.engine import lowering
+from moeflux_mlx.engine.executors import open_executor
+from moeflux_mlx.engine.launch import KERNELS
+from moeflux_mlx.engine.launch.check import check, relative_error
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.packed import PackedExperts
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
 
 on_gpu = pytest.mark.parametrize(
     "device",

@@ -10,8 +10,8 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
-from moeflux_mlx.experts.streamer import ExpertStreamer
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
 from moeflux_mlx.streaming import stream
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,10 +10,10 @@ import pytest
 from op_cases import CONCRETE, Q4, SPECS
 
 from moeflux_mlx import ops
+from moeflux_mlx.engine.graph import Access, BufferPool, BufId, Cost, Graph, WeightRef
+from moeflux_mlx.engine.graph import roles as b
+from moeflux_mlx.engine.graph.buffers import fits
 from moeflux_mlx.errors import GraphError
-from moeflux_mlx.graph import Access, BufferPool, BufId, Cost, Graph, WeightRef
-from moeflux_mlx.graph import roles as b
-from moeflux_mlx.graph.buffers import fits
 
 N, DIM = 3, 7
 

@@ -10,13 +10,14 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 import moeflux_mlx
-from moeflux_mlx import simulator
+from moeflux_mlx.engine import simulator
+from moeflux_mlx.engine.executors.kernels import metal_kernel
+from moeflux_mlx.engine.executors.sim import SimExecutor
+from moeflux_mlx.engine.launch import KERNELS, Launch, prepare, prepared
+from moeflux_mlx.engine.metal import Instance, Library, cuda
+from moeflux_mlx.engine.metal.library import HEADER
 from moeflux_mlx.errors import SimulatorError
-from moeflux_mlx.executors.kernels import metal_kernel
-from moeflux_mlx.executors.sim import SimExecutor
-from moeflux_mlx.launch import KERNELS, Launch, prepare, prepared
-from moeflux_mlx.metal import Instance, Library, cuda, lint
-from moeflux_mlx.metal.library import HEADER
+from moeflux_mlx.proof import lint
 
 simulated = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"
@@ -171,7 +172,7 @@ def test_a_read_of_an_absent_input_is_found(gated, monkeypatch, checked):
         return Launch("gated", inputs, {"y": (8,)}, size, size, template)
 
     def run(found, gate=None):
-        for module in (prepared, moeflux_mlx.executors.kernels):
+        for module in (prepared, moeflux_mlx.engine.executors.kernels):
             monkeypatch.setattr(module, "library", lambda: found)
         (y,) = SimExecutor(checked=checked).run(launch(gate))
         return np.array(y).tolist()

@@ -18,7 +18,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 import moeflux_mlx
-from moeflux_mlx.caches import PutBackOnFailure
+from moeflux_mlx.memory.caches import PutBackOnFailure
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 N_MOMENTS = 24

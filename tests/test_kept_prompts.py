@@ -10,9 +10,10 @@ import pytest
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 import moeflux_mlx
-from moeflux_mlx import device, memory, serving
+from moeflux_mlx import device, serving
 from moeflux_mlx.errors import BudgetError
 from moeflux_mlx.loading import plan_load
+from moeflux_mlx.memory import plan as memory
 
 N_SLOTS = 18
 
@@ -38,7 +39,7 @@ def kept(model, monkeypatch):
     kept = serving.KeptPrompts(1000, None, lambda: model.runtime.keeper)
     monkeypatch.setattr(serving.prompts, "_kept", {kept})
     give_way = serving.release_oldest_prompt
-    model.runtime.options = moeflux_mlx.runtime.RunOptions(give_way=give_way)
+    model.runtime.options = moeflux_mlx.engine.runtime.RunOptions(give_way=give_way)
     return kept
 
 

@@ -8,13 +8,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from moeflux_mlx import simulator
-from moeflux_mlx.executors.kernels import metal_kernel
-from moeflux_mlx.executors.sim import SimExecutor
-from moeflux_mlx.launch import KERNELS, prepare
-from moeflux_mlx.launch.check import check, relative_error
-from moeflux_mlx.launch.prepared import Prepared
-from moeflux_mlx.metal import Input, library
+from moeflux_mlx.engine import simulator
+from moeflux_mlx.engine.executors.kernels import metal_kernel
+from moeflux_mlx.engine.executors.sim import SimExecutor
+from moeflux_mlx.engine.launch import KERNELS, prepare
+from moeflux_mlx.engine.launch.check import check, relative_error
+from moeflux_mlx.engine.launch.prepared import Prepared
+from moeflux_mlx.engine.metal import Input, library
 
 pytestmark = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"

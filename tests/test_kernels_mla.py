@@ -12,11 +12,11 @@ from mlx_lm.models.deepseek_v3 import DeepseekV3Attention, ModelArgs
 from mlx_lm.models.mla import MultiLinear
 from mlx_lm.models.rope_utils import YarnRoPE
 
-from moeflux_mlx import simulator
+from moeflux_mlx.engine import simulator
+from moeflux_mlx.engine.executors.sim import SimExecutor
+from moeflux_mlx.engine.launch import mla
+from moeflux_mlx.engine.launch.check import relative_error
 from moeflux_mlx.errors import KernelError
-from moeflux_mlx.executors.sim import SimExecutor
-from moeflux_mlx.launch import mla
-from moeflux_mlx.launch.check import relative_error
 
 pytestmark = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"

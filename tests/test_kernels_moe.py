@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from mlx_lm.models.deepseek_v3 import group_expert_select
 
-from moeflux_mlx import simulator
+from moeflux_mlx.engine import simulator
+from moeflux_mlx.engine.executors.sim import SimExecutor
+from moeflux_mlx.engine.launch import experts, moe
+from moeflux_mlx.engine.launch.check import relative_error
+from moeflux_mlx.engine.ops.functions import experts_by_slot
 from moeflux_mlx.errors import KernelError
-from moeflux_mlx.executors.sim import SimExecutor
-from moeflux_mlx.experts.layout import PARTS, PROJECTIONS, ExpertLayout
-from moeflux_mlx.experts.pool import SlotPool
-from moeflux_mlx.launch import experts, moe
-from moeflux_mlx.launch.check import relative_error
-from moeflux_mlx.ops.functions import experts_by_slot
-from moeflux_mlx.weights import Quantization
+from moeflux_mlx.experts.files.layout import PARTS, PROJECTIONS, ExpertLayout
+from moeflux_mlx.experts.pool.pool import SlotPool
+from moeflux_mlx.experts.weights import Quantization
 
 pytestmark = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeflux_mlx import simulator
-from moeflux_mlx.executors.sim import SimExecutor
-from moeflux_mlx.launch import KERNELS, attention, linear_attention
-from moeflux_mlx.launch.check import check
-from moeflux_mlx.simulator.compile import NUMBERS
+from moeflux_mlx.engine import simulator
+from moeflux_mlx.engine.executors.sim import SimExecutor
+from moeflux_mlx.engine.launch import KERNELS, attention, linear_attention
+from moeflux_mlx.engine.launch.check import check
+from moeflux_mlx.engine.simulator.compile import NUMBERS
 
 pytestmark = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from moeflux_mlx.engine.launch import KERNELS, Kernel, Launch, base, prepare, prepared
+from moeflux_mlx.engine.launch.base import dims, expect, groups, kernel, require
+from moeflux_mlx.engine.metal import Library
+from moeflux_mlx.engine.metal.library import HEADER
 from moeflux_mlx.errors import KernelError
-from moeflux_mlx.launch import KERNELS, Kernel, Launch, base, prepare, prepared
-from moeflux_mlx.launch.base import dims, expect, groups, kernel, require
-from moeflux_mlx.metal import Library
-from moeflux_mlx.metal.library import HEADER
 
 X, W = mx.ones((3, 8), mx.float16), mx.ones((8,), mx.bfloat16)
 # Every kind of part that a launch has.

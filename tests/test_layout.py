@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from synthetic import AFFINE, PROJECTIONS, write_checkpoint
 
 from moeflux_mlx.errors import ConfigError, ExpertStoreError, ModelError
-from moeflux_mlx.experts.checkpoint import Checkpoint
-from moeflux_mlx.experts.layout import PARTS, ExpertLayout
-from moeflux_mlx.experts.routed import routed_layers
-from moeflux_mlx.experts.safetensors import DTYPE_BYTES, fingerprint, read_header
-from moeflux_mlx.weights import Quantization
+from moeflux_mlx.experts.files.checkpoint import Checkpoint
+from moeflux_mlx.experts.files.layout import PARTS, ExpertLayout
+from moeflux_mlx.experts.files.routed import routed_layers
+from moeflux_mlx.experts.files.safetensors import DTYPE_BYTES, fingerprint, read_header
+from moeflux_mlx.experts.weights import Quantization
 
 UNPACKED = dict.fromkeys(PROJECTIONS)
 MXFP4 = Quantization(4, 32, "mxfp4")

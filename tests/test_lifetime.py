@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeflux_mlx import ops
-from moeflux_mlx.executors import open_executor
-from moeflux_mlx.graph import (
+from moeflux_mlx.engine.executors import open_executor
+from moeflux_mlx.engine.graph import (
     BufferPool,
     BufId,
     Graph,
@@ -23,9 +23,9 @@ from moeflux_mlx.graph import (
     greedy_color,
     planned_peak_bytes,
 )
-from moeflux_mlx.graph import roles as b
-from moeflux_mlx.graph.lifetime import Lifetime
-from moeflux_mlx.weights import Weight
+from moeflux_mlx.engine.graph import roles as b
+from moeflux_mlx.engine.graph.lifetime import Lifetime
+from moeflux_mlx.experts.weights import Weight
 
 N = 3
 EXECUTOR = open_executor("ops")

@@ -11,8 +11,9 @@ import pytest
 from sparse import make_sparse_checkpoint
 
 import moeflux_mlx
-from moeflux_mlx import device, limits
+from moeflux_mlx import device
 from moeflux_mlx.errors import BudgetError
+from moeflux_mlx.system import limits
 
 MIB = 1 << 20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="these limits are Linux's")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moeflux_mlx.metal import lint
-from moeflux_mlx.metal.library import metal_files
+from moeflux_mlx.engine.metal.library import metal_files
+from moeflux_mlx.proof import lint
 
 # Rule, what it refuses with the line it refuses, and what looks alike and is right.
 CASES = [

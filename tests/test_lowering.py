@@ -8,14 +8,15 @@ import mlx.core as mx
 import pytest
 from op_cases import KERNEL_SPECS, Q4, Q8, SPECS, Spec, as_list
 
-from moeflux_mlx import lowering, ops, simulator
+from moeflux_mlx import ops
+from moeflux_mlx.engine import lowering, simulator
+from moeflux_mlx.engine.executors.sim import SimExecutor
+from moeflux_mlx.engine.graph import REGISTRY, BufferPool, WeightRef, roles
+from moeflux_mlx.engine.launch import KERNELS
+from moeflux_mlx.engine.launch.check import relative_error
+from moeflux_mlx.engine.lowering import MLX, PREFERRED, TABLE
 from moeflux_mlx.errors import ConfigError
-from moeflux_mlx.executors.sim import SimExecutor
-from moeflux_mlx.graph import REGISTRY, BufferPool, WeightRef, roles
-from moeflux_mlx.launch import KERNELS
-from moeflux_mlx.launch.check import relative_error
-from moeflux_mlx.lowering import MLX, PREFERRED, TABLE
-from moeflux_mlx.weights import Quantization
+from moeflux_mlx.experts.weights import Quantization
 
 simulated = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"

@@ -18,13 +18,17 @@ from test_checkpoint_model import logits, memory_for, tokens
 import moeflux_mlx
 from moeflux_mlx import device
 from moeflux_mlx.errors import BudgetError, ConfigError, ExpertStoreError
-from moeflux_mlx.experts import mapped as module
-from moeflux_mlx.experts.access import all_bytes, open_experts
-from moeflux_mlx.experts.budget import MEMORY_SHARE
-from moeflux_mlx.experts.mapped import MappedExperts, device_weights, host_weights
-from moeflux_mlx.experts.packed import PackedExperts
-from moeflux_mlx.experts.store import open_store
-from moeflux_mlx.experts.streamer import ExpertStreamer
+from moeflux_mlx.experts.files.packed import PackedExperts
+from moeflux_mlx.experts.files.store import open_store
+from moeflux_mlx.experts.pool.budget import MEMORY_SHARE
+from moeflux_mlx.experts.streaming import mapped as module
+from moeflux_mlx.experts.streaming.access import all_bytes, open_experts
+from moeflux_mlx.experts.streaming.mapped import (
+    MappedExperts,
+    device_weights,
+    host_weights,
+)
+from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
 
 N_RECORDS = 32
 on_host = pytest.mark.skipif(

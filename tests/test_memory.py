@@ -20,14 +20,17 @@ from sparse import make_sparse_checkpoint
 from tiny import make_checkpoint
 
 import moeflux_mlx
-from moeflux_mlx import caches, device, memory, memory_keeper
-from moeflux_mlx.caches import PutBackOnFailure
+from moeflux_mlx import device
 from moeflux_mlx.cli import main as moeflux
+from moeflux_mlx.engine.parameters import LayerWeights, held_bytes
 from moeflux_mlx.errors import BudgetError, ConfigError
+from moeflux_mlx.experts.weights import leaves
 from moeflux_mlx.loading import plan_load
-from moeflux_mlx.parameters import LayerWeights, held_bytes
-from moeflux_mlx.pool_search import Trial, choose
-from moeflux_mlx.weights import leaves
+from moeflux_mlx.memory import caches
+from moeflux_mlx.memory import keeper as memory_keeper
+from moeflux_mlx.memory import plan as memory
+from moeflux_mlx.memory.caches import PutBackOnFailure
+from moeflux_mlx.memory.search import Trial, choose
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN_BYTES = 100 << 20

@@ -1,4 +1,4 @@
-"""What ``moeflux_mlx/metal/`` reads out of Metal source, and what it refuses."""
+"""What ``moeflux_mlx/engine/metal/`` reads out of Metal source, and what it refuses."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeflux_mlx.errors import KernelError
-from moeflux_mlx.metal import (
+from moeflux_mlx.engine.metal import (
     Attribute,
     Input,
     Library,
@@ -22,10 +21,16 @@ from moeflux_mlx.metal import (
     TemplateParameter,
     library,
 )
-from moeflux_mlx.metal.expression import evaluate
-from moeflux_mlx.metal.library import HEADER, kernels_folder
-from moeflux_mlx.metal.signature import ATTRIBUTES, DTYPES, parse
-from moeflux_mlx.metal.source import Declaration, Place, declarations, without_comments
+from moeflux_mlx.engine.metal.expression import evaluate
+from moeflux_mlx.engine.metal.library import HEADER, kernels_folder
+from moeflux_mlx.engine.metal.signature import ATTRIBUTES, DTYPES, parse
+from moeflux_mlx.engine.metal.source import (
+    Declaration,
+    Place,
+    declarations,
+    without_comments,
+)
+from moeflux_mlx.errors import KernelError
 
 Make = Callable[..., Library]
 NAMES = {"T": mx.float16, "S": mx.bfloat16}

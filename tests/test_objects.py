@@ -21,9 +21,9 @@ from tiny import make_checkpoint
 
 import moeflux_mlx
 from moeflux_mlx.errors import ConfigError, ModelError, MoefluxError
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
-from moeflux_mlx.experts.switch import StreamedSwitch
+from moeflux_mlx.experts.compute.switch import StreamedSwitch
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS = mx.array([[5, 6, 7, 9]])

@@ -9,13 +9,18 @@ import pytest
 from op_cases import Q2, Q4, Q4_64, Q8, SPECS, routed, spec
 
 from moeflux_mlx import ops
-from moeflux_mlx.graph import REGISTRY, Access, Cost, In, InOut, Op, Out, WeightRef
-from moeflux_mlx.graph.roles import (
-    ExpertBaseBuf,
-    HiddenBuf,
-    ResidualBuf,
+from moeflux_mlx.engine.graph import (
+    REGISTRY,
+    Access,
+    Cost,
+    In,
+    InOut,
+    Op,
+    Out,
+    WeightRef,
 )
-from moeflux_mlx.weights import Quantization
+from moeflux_mlx.engine.graph.roles import ExpertBaseBuf, HiddenBuf, ResidualBuf
+from moeflux_mlx.experts.weights import Quantization
 
 
 @pytest.fixture(autouse=True)

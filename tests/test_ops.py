@@ -28,11 +28,11 @@ from op_cases import (
 )
 
 from moeflux_mlx import device, ops
-from moeflux_mlx.experts.resident import ResidentExperts
-from moeflux_mlx.graph import REGISTRY
-from moeflux_mlx.graph.buffers import fits
-from moeflux_mlx.ops.functions import namespace
-from moeflux_mlx.weights import ExpertWeights, Quantization, Weight
+from moeflux_mlx.engine.graph import REGISTRY
+from moeflux_mlx.engine.graph.buffers import fits
+from moeflux_mlx.engine.ops.functions import namespace
+from moeflux_mlx.experts.compute.resident import ResidentExperts
+from moeflux_mlx.experts.weights import ExpertWeights, Quantization, Weight
 
 MXFP4 = Quantization(4, 32, "mxfp4")
 every_op = pytest.mark.parametrize("case", SPECS, ids=lambda s: s.id, indirect=True)

@@ -20,11 +20,11 @@ from synthetic import expert_bytes, record_bytes, write_checkpoint
 from tiny import make_checkpoint
 
 from moeflux_mlx.errors import ConfigError, ExpertStoreError, ModelError
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.packed import PackedExperts, is_packed, verify
-from moeflux_mlx.experts.safetensors import read_header
-from moeflux_mlx.volume import lock
-from moeflux_mlx.weights import Quantization
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.packed import PackedExperts, is_packed, verify
+from moeflux_mlx.experts.files.safetensors import read_header
+from moeflux_mlx.experts.weights import Quantization
+from moeflux_mlx.system.volume import lock
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,15 +19,15 @@ from test_pack import contents, hub_cache, tmpfs
 from tiny import make_checkpoint
 
 import moeflux_mlx
-from moeflux_mlx import volume
 from moeflux_mlx.cli import main
 from moeflux_mlx.errors import ExpertStoreError, ModelError
-from moeflux_mlx.experts.manifest import MANIFEST_NAME, Manifest
-from moeflux_mlx.experts.model_file import MODEL_FILE, SHIM
-from moeflux_mlx.experts.pack import JOURNAL_NAME, pack
-from moeflux_mlx.experts.pack_files import list_files
-from moeflux_mlx.experts.packed import PackedExperts, verify
-from moeflux_mlx.experts.sidecars import source_files
+from moeflux_mlx.experts.files.manifest import MANIFEST_NAME, Manifest
+from moeflux_mlx.experts.files.model_file import MODEL_FILE, SHIM
+from moeflux_mlx.experts.files.pack import JOURNAL_NAME, pack
+from moeflux_mlx.experts.files.pack_files import list_files
+from moeflux_mlx.experts.files.packed import PackedExperts, verify
+from moeflux_mlx.experts.files.sidecars import source_files
+from moeflux_mlx.system import volume
 
 
 @pytest.fixture
@@ -314,11 +314,13 @@ def test_what_is_written_again_counts_as_free_and_what_is_kept_as_done(
     header = int.from_bytes(whole["model.safetensors"][:8], "little") + 8
     least = needed - header - kept - again
     before = contents(begun)
-    monkeypatch.setattr("moeflux_mlx.experts.writer.free_bytes", lambda fd: least - 1)
+    monkeypatch.setattr(
+        "moeflux_mlx.experts.files.writer.free_bytes", lambda fd: least - 1
+    )
     with pytest.raises(ExpertStoreError, match=f"expected {least} bytes free"):
         pack(plain, tmp_path / "packed")
     assert contents(begun) == before
-    monkeypatch.setattr("moeflux_mlx.experts.writer.free_bytes", lambda fd: least)
+    monkeypatch.setattr("moeflux_mlx.experts.files.writer.free_bytes", lambda fd: least)
     pack(plain, tmp_path / "packed")
     assert contents(tmp_path / "packed") == whole
 

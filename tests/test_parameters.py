@@ -9,7 +9,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from tiny import make_checkpoint
 
 import moeflux_mlx
-from moeflux_mlx import simulator
+from moeflux_mlx.engine import simulator
 
 pytestmark = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeflux_mlx.errors import ConfigError, TraceError
-from moeflux_mlx.experts.policy import (
+from moeflux_mlx.experts.pool.policy import (
     LFU,
     LRU,
     POLICIES,
@@ -17,8 +17,8 @@ from moeflux_mlx.experts.policy import (
     PoolShape,
     policy_factory,
 )
-from moeflux_mlx.experts.residency import EMPTY, SlotTable
-from moeflux_mlx.experts.routing_trace import RoutingTrace
+from moeflux_mlx.experts.pool.residency import EMPTY, SlotTable
+from moeflux_mlx.experts.pool.routing_trace import RoutingTrace
 
 N_ROWS, N_EXPERTS, TOP_K = 3, 5, 2
 SHAPE = PoolShape(N_ROWS, N_EXPERTS, n_slots=7)

@@ -10,10 +10,10 @@ import pytest
 from synthetic import PROJECTIONS, quantize
 
 from moeflux_mlx.errors import ConfigError
-from moeflux_mlx.experts.budget import parse_bytes
-from moeflux_mlx.experts.layout import PARTS, ExpertLayout
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT, SlotPool, aligned_bytes
-from moeflux_mlx.weights import ExpertWeights, Quantization, Weight
+from moeflux_mlx.experts.files.layout import PARTS, ExpertLayout
+from moeflux_mlx.experts.pool.budget import parse_bytes
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT, SlotPool, aligned_bytes
+from moeflux_mlx.experts.weights import ExpertWeights, Quantization, Weight
 
 FORMS = {
     "affine-4-64": Quantization(4, 64),

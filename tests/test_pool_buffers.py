@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from moeflux_mlx import ops
+from moeflux_mlx.engine.executors import open_executor
+from moeflux_mlx.engine.graph import BufferPool, BufId, Graph
+from moeflux_mlx.engine.graph import roles as b
 from moeflux_mlx.errors import GraphError, SizeMismatch
-from moeflux_mlx.executors import open_executor
-from moeflux_mlx.graph import BufferPool, BufId, Graph
-from moeflux_mlx.graph import roles as b
 
 TWO_MIB = 2 << 20
 N, DIM = 3, 5

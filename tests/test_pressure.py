@@ -11,9 +11,11 @@ from mlx_lm.models.cache import make_prompt_cache
 from test_limits import V2, make_root
 
 import moeflux_mlx
-from moeflux_mlx import device, pressure, relief
-from moeflux_mlx.pressure import Pressure, memory_pressure
-from moeflux_mlx.relief import CALM_SECONDS, LOOK_SECONDS, STEP_SECONDS, Relief
+from moeflux_mlx import device
+from moeflux_mlx.memory import relief
+from moeflux_mlx.memory.relief import CALM_SECONDS, LOOK_SECONDS, STEP_SECONDS, Relief
+from moeflux_mlx.system import pressure
+from moeflux_mlx.system.pressure import Pressure, memory_pressure
 
 NORMAL, WARNING, CRITICAL = Pressure
 GROUPS = "sys/fs/cgroup"

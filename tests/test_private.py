@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from moeflux_mlx import config, mlx_cache, private, simulator
-from moeflux_mlx.executors import verified
-from moeflux_mlx.lowering import tuned
-from moeflux_mlx.simulator import compile as compiler
+from moeflux_mlx import config
+from moeflux_mlx.engine import simulator
+from moeflux_mlx.engine.executors import verified
+from moeflux_mlx.engine.lowering import tuned
+from moeflux_mlx.engine.simulator import compile as compiler
+from moeflux_mlx.system import mlx_cache, private
 
 root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 NOBODY = 65534

@@ -13,12 +13,12 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 import moeflux_mlx
-from moeflux_mlx import simulator
 from moeflux_mlx.cli import main
+from moeflux_mlx.engine import simulator
+from moeflux_mlx.engine.executors import EXECUTORS, OpsExecutor
 from moeflux_mlx.errors import ConfigError, ModelError
-from moeflux_mlx.executors import EXECUTORS, OpsExecutor
-from moeflux_mlx.profiling import check_plot, profile, save_plot
-from moeflux_mlx.profiling.timing import (
+from moeflux_mlx.measure import check_plot, profile, save_plot
+from moeflux_mlx.measure.timing import (
     TIMED_LAUNCHES,
     Blocker,
     DeviceTimer,

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 import moeflux_mlx
-from moeflux_mlx.progress import byte_progress
+from moeflux_mlx.system.progress import byte_progress
 
 
 class Terminal:

@@ -19,10 +19,10 @@ from tiny import make_checkpoint
 import moeflux_mlx
 from moeflux_mlx import device
 from moeflux_mlx.errors import BackendError, ModelError
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.packed import PackedExperts
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
-from moeflux_mlx.experts.reader import Read
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.packed import PackedExperts
+from moeflux_mlx.experts.files.reader import Read
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
 
 # Odd expert counts, top-k 1 to 10, one to three full attention layers, tied or not.
 CONFIGS = {

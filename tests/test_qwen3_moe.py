@@ -18,14 +18,14 @@ from test_steps import Lazy, Traced
 from tiny import make_checkpoint, make_qwen3_moe
 
 import moeflux_mlx
-from moeflux_mlx import simulator
+from moeflux_mlx.engine import simulator
+from moeflux_mlx.engine.executors import EXECUTORS
+from moeflux_mlx.engine.native import NativeModel
 from moeflux_mlx.errors import ModelError
-from moeflux_mlx.executors import EXECUTORS
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
-from moeflux_mlx.experts.store import open_store
-from moeflux_mlx.native import NativeModel
-from moeflux_mlx.profiling.routing import record_routing
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.store import open_store
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
+from moeflux_mlx.measure.routing import record_routing
 from moeflux_mlx.streaming import StreamedModel
 
 # Odd numbers of experts and heads, one expert or ten, layers without experts, widths

@@ -14,11 +14,11 @@ from synthetic import expert_bytes, slot_bytes, write_checkpoint
 
 import moeflux_mlx
 from moeflux_mlx.errors import ConfigError
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.packed import PackedExperts
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
-from moeflux_mlx.experts.read_ahead import HOLD_TOKENS, TURN_TOKENS, ReadAhead
-from moeflux_mlx.experts.streamer import ExpertStreamer
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.packed import PackedExperts
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.streaming.read_ahead import HOLD_TOKENS, TURN_TOKENS, ReadAhead
+from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
 from moeflux_mlx.ops import SwigluFusedBatched
 
 N_EXPERTS, TOP_K = 11, 3

@@ -14,8 +14,8 @@ import pytest
 import xxhash
 
 from moeflux_mlx.errors import ExpertStoreError
-from moeflux_mlx.experts.reader import Batch, HostPlace, Read, ReadPool
-from moeflux_mlx.experts.spans import Span, read_fully
+from moeflux_mlx.experts.files.reader import Batch, HostPlace, Read, ReadPool
+from moeflux_mlx.experts.files.spans import Span, read_fully
 
 INTERRUPTED = """
 import sys

@@ -10,11 +10,17 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from moeflux_mlx import device, simulator
+from moeflux_mlx import device
 from moeflux_mlx.device import MAX_REGISTERS, THREADGROUP_REGISTERS
-from moeflux_mlx.executors.registers import SAFE_THREADS, fits, n_threads, registers
-from moeflux_mlx.launch import KERNELS
-from moeflux_mlx.simulator.registers import estimate
+from moeflux_mlx.engine import simulator
+from moeflux_mlx.engine.executors.registers import (
+    SAFE_THREADS,
+    fits,
+    n_threads,
+    registers,
+)
+from moeflux_mlx.engine.launch import KERNELS
+from moeflux_mlx.engine.simulator.registers import estimate
 
 ROOT = Path(__file__).resolve().parent.parent
 MLX = Path(mx.__file__).parent / "include" / "mlx" / "backend" / "metal" / "kernels"

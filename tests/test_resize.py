@@ -13,12 +13,12 @@ from synthetic import expert_bytes, slot_bytes, write_checkpoint
 
 from moeflux_mlx import device
 from moeflux_mlx.errors import BudgetError
-from moeflux_mlx.experts.checkpoint_store import CheckpointExperts
-from moeflux_mlx.experts.policy import LRU
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
-from moeflux_mlx.experts.residency import EMPTY, SlotTable
-from moeflux_mlx.experts.streamer import ExpertStreamer
-from moeflux_mlx.weights import Quantization
+from moeflux_mlx.experts.files.checkpoint_store import CheckpointExperts
+from moeflux_mlx.experts.pool.policy import LRU
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.pool.residency import EMPTY, SlotTable
+from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
+from moeflux_mlx.experts.weights import Quantization
 
 N_LAYERS, N_EXPERTS, TOP_K = 3, 11, 3
 N_RECORDS = N_LAYERS * N_EXPERTS

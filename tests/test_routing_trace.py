@@ -24,9 +24,9 @@ from mlx_lm.generate import generate_step
 import moeflux_mlx
 from moeflux_mlx.cli import main
 from moeflux_mlx.errors import ConfigError, ModelError, TraceError
-from moeflux_mlx.experts.policy import LRU
-from moeflux_mlx.experts.routing_trace import RoutingTrace
-from moeflux_mlx.profiling import record_routing
+from moeflux_mlx.experts.pool.policy import LRU
+from moeflux_mlx.experts.pool.routing_trace import RoutingTrace
+from moeflux_mlx.measure import record_routing
 
 PROMPT = [5, 17, 60, 3, 44, 44, 9]
 N_TOKENS = 12

@@ -18,9 +18,9 @@ from tiny import make_checkpoint
 
 import moeflux_mlx
 from moeflux_mlx.errors import ExpertStoreError, ModelError
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
-from moeflux_mlx.experts.unpack import unpack
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.unpack import unpack
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
 
 # Taken before any model of ours was loaded, as scripts do.
 KEPT = getattr(save_model, "__wrapped__", save_model)

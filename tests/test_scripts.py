@@ -18,8 +18,8 @@ from types import ModuleType
 import mlx.core as mx
 import pytest
 
-from moeflux_mlx.executors import open_executor
-from moeflux_mlx.profiling.timing import Timing
+from moeflux_mlx.engine.executors import open_executor
+from moeflux_mlx.measure.timing import Timing
 
 ROOT = Path(__file__).resolve().parent.parent
 OLD_PYTHONS = ["python3.10", "python3.9", "python3.8", "python3.7", "python3.6"]

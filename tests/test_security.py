@@ -18,11 +18,12 @@ from hostile import N_TEMPLATE_TRIES, Trap, make_hostile
 from mlx_lm.utils import load_tokenizer
 
 import moeflux_mlx
-from moeflux_mlx import children, simulator
 from moeflux_mlx.cli import main
+from moeflux_mlx.engine import simulator
 from moeflux_mlx.errors import ModelError
 from moeflux_mlx.loading import plan_load
-from moeflux_mlx.tokenizer import open_tokenizer
+from moeflux_mlx.opening.tokenizer import open_tokenizer
+from moeflux_mlx.system import children
 
 PACKAGE = Path(moeflux_mlx.__file__).parent
 MOEFLUX = Path(sys.executable).with_name("moeflux")
@@ -179,10 +180,13 @@ def test_python_m_imports_nothing_of_ours_from_the_working_directory(model, mark
 
 @pytest.mark.parametrize("flag", ["1", ""], ids=["safe path", "as Python 3.10"])
 def test_a_child_does_not_import_from_the_working_directory(flag, model, mark):
-    script = "from moeflux_mlx import children as c\n"
-    script += "print(c.run_module('moeflux_mlx.simulator', 'no-such-file').stderr)"
+    script = "from moeflux_mlx.system import children as c\n"
+    script += (
+        "print(c.run_module('moeflux_mlx.engine.simulator', 'no-such-file').stderr)"
+    )
     if not flag:
-        script = "import sys; sys.argv[1:] = ['moeflux_mlx.simulator', 'no-such-file']"
+        arguments = ["moeflux_mlx.engine.simulator", "no-such-file"]
+        script = f"import sys; sys.argv[1:] = {arguments}"
         script = f"{script}\n{children._BOOT}"
     command = [sys.executable, "-c", script]
     if flag:

@@ -15,17 +15,18 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 import moeflux_mlx
-from moeflux_mlx import device, memory
-from moeflux_mlx.caches import CacheForm
+from moeflux_mlx import device
 from moeflux_mlx.cli import main as moeflux
 from moeflux_mlx.errors import BudgetError, ConfigError
-from moeflux_mlx.experts.checkpoint_store import CheckpointExperts
-from moeflux_mlx.experts.mapped import device_weights
-from moeflux_mlx.experts.policy import part_of, rows_of
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT, aligned_rows, allocated_bytes
-from moeflux_mlx.experts.segments import Division, divide, full_bytes, shares
+from moeflux_mlx.experts.files.checkpoint_store import CheckpointExperts
+from moeflux_mlx.experts.pool.policy import part_of, rows_of
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT, aligned_rows, allocated_bytes
+from moeflux_mlx.experts.pool.segments import Division, divide, full_bytes, shares
+from moeflux_mlx.experts.streaming.mapped import device_weights
 from moeflux_mlx.loading import plan_load
-from moeflux_mlx.memory import plan_memory
+from moeflux_mlx.memory import plan as memory
+from moeflux_mlx.memory.caches import CacheForm
+from moeflux_mlx.memory.plan import plan_memory
 
 GB, MIB = 10**9, 2**20
 # Memory, longest buffer and working set. The buffers of 8 and 512 GB, and all working

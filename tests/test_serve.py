@@ -25,8 +25,8 @@ from test_serving import damage
 from tiny import make_checkpoint
 
 from moeflux_mlx.cli.inspect import summarize
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.streamer import ExpertStreamer
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 PROMPTS = ["def add(a, b):", "import", "x"]

@@ -18,7 +18,7 @@ from tiny import make_checkpoint
 from tokenizers import Tokenizer
 
 from moeflux_mlx.cli.inspect import summarize
-from moeflux_mlx.experts.pack import pack
+from moeflux_mlx.experts.files.pack import pack
 
 CHAT = "/v1/chat/completions"
 # Each is one token, which a bias makes the model say.

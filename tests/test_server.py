@@ -23,7 +23,7 @@ import pytest
 from tiny import make_checkpoint
 
 from moeflux_mlx.cli.inspect import summarize
-from moeflux_mlx.experts.pack import pack
+from moeflux_mlx.experts.files.pack import pack
 
 PROMPTS = ["def add(a, b):", "import", "x"]
 N_TOKENS = 40

@@ -12,9 +12,9 @@ from tiny import make_checkpoint
 
 import moeflux_mlx
 from moeflux_mlx import serving
-from moeflux_mlx.compare.measurement import greedy
 from moeflux_mlx.errors import BudgetError, ExpertStoreError, ModelError
-from moeflux_mlx.experts.packed import PackedExperts
+from moeflux_mlx.experts.files.packed import PackedExperts
+from moeflux_mlx.measure.compare.measurement import greedy
 
 N_TOKENS = 8
 PROMPTS = [[5, 99, 300], [31], [7, 7, 7, 7, 250], [110, 12], [64, 65, 66, 67]]
@@ -160,7 +160,7 @@ def test_what_gives_way_lets_a_call_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(serving.prompts, "_kept", {kept})
     for i in range(3):
         kept.insert_cache("model", [i, 1], make_prompt_cache(model))
-    model.runtime.options = moeflux_mlx.runtime.RunOptions(
+    model.runtime.options = moeflux_mlx.engine.runtime.RunOptions(
         give_way=serving.release_oldest_prompt
     )
 

@@ -14,9 +14,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from moeflux_mlx import simulator
+from moeflux_mlx.engine import simulator
+from moeflux_mlx.engine.metal.library import kernels_folder
 from moeflux_mlx.errors import SimulatorError
-from moeflux_mlx.metal.library import kernels_folder
 
 pytestmark = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"
@@ -381,7 +381,7 @@ def test_the_command_line_compiles_files_and_fails_with_file_and_line(tmp_path):
     good, bad = tmp_path / "good.metal", tmp_path / "bad.metal"
     good.write_text(f"{HEAD}[[kernel]] void good(device float* y) {{ y[0] = 1.0f; }}\n")
     bad.write_text(f"{HEAD}kernel void bad(device float* y) {{ y = 1; }}\n")
-    command = [sys.executable, "-m", "moeflux_mlx.simulator"]
+    command = [sys.executable, "-m", "moeflux_mlx.engine.simulator"]
     done = subprocess.run([*command, good], capture_output=True, text=True)
     assert (done.returncode, "good" in done.stdout) == (0, True)
     done = subprocess.run([*command, good, bad], capture_output=True, text=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from moeflux_mlx import simulator
+from moeflux_mlx.engine import simulator
 from moeflux_mlx.errors import SimulatorError
 
 pytestmark = pytest.mark.skipif(

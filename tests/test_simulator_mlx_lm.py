@@ -9,9 +9,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from moeflux_mlx import simulator
+from moeflux_mlx.engine import simulator
+from moeflux_mlx.engine.launch.check import relative_error
 from moeflux_mlx.errors import SimulatorError
-from moeflux_mlx.launch.check import relative_error
 
 pytestmark = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"

@@ -17,14 +17,14 @@ from synthetic import expert_bytes, slot_bytes, write_checkpoint
 
 from moeflux_mlx import device
 from moeflux_mlx.errors import BackendError, ExpertStoreError
-from moeflux_mlx.experts import pool, staging
-from moeflux_mlx.experts.checkpoint_store import CheckpointExperts
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.packed import PackedExperts
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
-from moeflux_mlx.experts.staging import Copier, Staging, open_staging
-from moeflux_mlx.experts.streamer import ExpertStreamer
-from moeflux_mlx.weights import Quantization
+from moeflux_mlx.experts.files.checkpoint_store import CheckpointExperts
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.packed import PackedExperts
+from moeflux_mlx.experts.pool import pool, staging
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.pool.staging import Copier, Staging, open_staging
+from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
+from moeflux_mlx.experts.weights import Quantization
 
 N_LAYERS, N_EXPERTS, TOP_K, N_THREADS = 2, 9, 2, 3
 

@@ -19,8 +19,8 @@ import moeflux_mlx
 from moeflux_mlx import CacheCheckpoint, load_state, save_state
 from moeflux_mlx.cli import main as moeflux
 from moeflux_mlx.errors import BudgetError, StateError
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.safetensors import parse_header
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.safetensors import parse_header
 
 PROMPT = [7, 31, 200, 5, 90, 90, 12, 250, 1, 66]
 FOLLOW_UP = [44, 3, 101]

@@ -14,19 +14,20 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache, trim_prompt_cache
 from tiny import make_checkpoint
 
 import moeflux_mlx
-from moeflux_mlx import config, simulator
+from moeflux_mlx import config
+from moeflux_mlx.engine import simulator
+from moeflux_mlx.engine.executors import EXECUTORS, OpsExecutor
+from moeflux_mlx.engine.steps import first_span
+from moeflux_mlx.engine.trace import StepTracer
 from moeflux_mlx.errors import ConfigError, ExpertStoreError
-from moeflux_mlx.executors import EXECUTORS, OpsExecutor
-from moeflux_mlx.experts.demand import Demand
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.packed import PackedExperts
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
-from moeflux_mlx.experts.read_ahead import TURN_TOKENS, ReadAhead
-from moeflux_mlx.experts.reader import Read
-from moeflux_mlx.experts.streamer import ExpertStreamer
-from moeflux_mlx.experts.windows import window_of
-from moeflux_mlx.steps import first_span
-from moeflux_mlx.trace import StepTracer
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.packed import PackedExperts
+from moeflux_mlx.experts.files.reader import Read
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.streaming.demand import Demand
+from moeflux_mlx.experts.streaming.read_ahead import TURN_TOKENS, ReadAhead
+from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
+from moeflux_mlx.experts.streaming.windows import window_of
 
 N_LAYERS, N_EXPERTS = 6, 8
 

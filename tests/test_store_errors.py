@@ -17,10 +17,10 @@ import xxhash
 from synthetic import write_checkpoint
 
 from moeflux_mlx.errors import ExpertStoreError, ModelError
-from moeflux_mlx.experts.layout import ExpertLayout
-from moeflux_mlx.experts.manifest import MANIFEST_NAME, Manifest, checksum_of
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.packed import PackedExperts, verify
+from moeflux_mlx.experts.files.layout import ExpertLayout
+from moeflux_mlx.experts.files.manifest import MANIFEST_NAME, Manifest, checksum_of
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.packed import PackedExperts, verify
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from synthetic import expert_bytes, slot_bytes, write_checkpoint
 
 from moeflux_mlx.errors import BudgetError, ConfigError, ExpertStoreError
-from moeflux_mlx.experts.budget import Amounts
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.packed import PackedExperts
-from moeflux_mlx.experts.policy import POLICIES, Policy, PoolShape
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
-from moeflux_mlx.experts.resident import ResidentExperts
-from moeflux_mlx.experts.stats import Counters
-from moeflux_mlx.experts.streamer import ExpertStreamer
-from moeflux_mlx.weights import Quantization
+from moeflux_mlx.experts.compute.resident import ResidentExperts
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.packed import PackedExperts
+from moeflux_mlx.experts.pool.budget import Amounts
+from moeflux_mlx.experts.pool.policy import POLICIES, Policy, PoolShape
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.pool.stats import Counters
+from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
+from moeflux_mlx.experts.weights import Quantization
 
 N_LAYERS, N_EXPERTS, TOP_K = 3, 11, 3
 FORMS = [Quantization(4, 32), Quantization(8, 32), Quantization(4, 32)]

@@ -14,12 +14,12 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_lm.utils import save_model
 
 from moeflux_mlx import device
-from moeflux_mlx.experts import switch
-from moeflux_mlx.experts.checkpoint import Checkpoint
-from moeflux_mlx.experts.module_store import ModuleExperts, unchanged
-from moeflux_mlx.experts.modules import find_blocks
-from moeflux_mlx.experts.pool import POOL_ALIGNMENT
-from moeflux_mlx.experts.streamer import ExpertStreamer
+from moeflux_mlx.experts.compute import switch
+from moeflux_mlx.experts.files.checkpoint import Checkpoint
+from moeflux_mlx.experts.files.module_store import ModuleExperts, unchanged
+from moeflux_mlx.experts.files.modules import find_blocks
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
 from moeflux_mlx.streaming import stream
 
 DIM, N_EXPERTS, SLOT = 128, 5, 80 << 10

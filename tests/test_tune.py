@@ -14,19 +14,25 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 import moeflux_mlx
-from moeflux_mlx import lowering, simulator
 from moeflux_mlx.cli import main
 from moeflux_mlx.cli.tune import print_tuning, wide_console
 from moeflux_mlx.device import machine_name, mlx_version
+from moeflux_mlx.engine import lowering, simulator
+from moeflux_mlx.engine.graph import BufferPool, WeightRef, roles
+from moeflux_mlx.engine.lowering import tuned
+from moeflux_mlx.engine.lowering.table import Way
+from moeflux_mlx.engine.lowering.tuned import (
+    ONE_BY_ONE,
+    TOGETHER,
+    Entry,
+    Tuning,
+    shape_of,
+)
 from moeflux_mlx.errors import BackendError, ConfigError, ModelError
-from moeflux_mlx.graph import BufferPool, WeightRef, roles
-from moeflux_mlx.lowering import tuned
-from moeflux_mlx.lowering.table import Way
-from moeflux_mlx.lowering.tuned import ONE_BY_ONE, TOGETHER, Entry, Tuning, shape_of
+from moeflux_mlx.experts.weights import Quantization
+from moeflux_mlx.measure import decide, tune
+from moeflux_mlx.measure.timing import StepTimer, Timing, Work
 from moeflux_mlx.ops import MatvecNTokens, ResidualAddNTokens
-from moeflux_mlx.profiling import decide, tune
-from moeflux_mlx.profiling.timing import StepTimer, Timing, Work
-from moeflux_mlx.weights import Quantization
 
 simulated = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"

@@ -18,11 +18,11 @@ from test_door_pack import ORIGINAL, PLAIN_NAMES, rewrite, unstacked, write
 from tiny import make_checkpoint
 
 from moeflux_mlx.errors import ExpertStoreError, ModelError
-from moeflux_mlx.experts.manifest import MANIFEST_NAME, Manifest, checksum_of
-from moeflux_mlx.experts.pack import pack
-from moeflux_mlx.experts.safetensors import read_header
-from moeflux_mlx.experts.unpack import unpack
-from moeflux_mlx.weights import Quantization
+from moeflux_mlx.experts.files.manifest import MANIFEST_NAME, Manifest, checksum_of
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.safetensors import read_header
+from moeflux_mlx.experts.files.unpack import unpack
+from moeflux_mlx.experts.weights import Quantization
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS = mx.array([[5, 6, 7, 9]])

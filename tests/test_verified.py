@@ -10,11 +10,11 @@ from mlx_lm.models.cache import make_prompt_cache
 from op_cases import KERNEL_SPECS, SPECS
 
 import moeflux_mlx
-from moeflux_mlx import lowering, simulator
-from moeflux_mlx.executors.verified import fingerprint
-from moeflux_mlx.launch import KERNELS
-from moeflux_mlx.launch.check import relative_error
-from moeflux_mlx.lowering import GROUPS, MLX, TABLE, table
+from moeflux_mlx.engine import lowering, simulator
+from moeflux_mlx.engine.executors.verified import fingerprint
+from moeflux_mlx.engine.launch import KERNELS
+from moeflux_mlx.engine.launch.check import relative_error
+from moeflux_mlx.engine.lowering import GROUPS, MLX, TABLE, table
 
 simulated = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"

@@ -13,7 +13,7 @@ from mlx.utils import tree_map
 from mlx_lm.models import qwen3_5_moe, qwen3_moe
 from mlx_lm.utils import quantize_model, save_config, save_model
 
-from moeflux_mlx.weights import Quantization
+from moeflux_mlx.experts.weights import Quantization
 
 TEXT_CONFIG = dict(
     model_type="qwen3_5_moe_text",

@@ -1,4 +1,9 @@
-"""The command ``moeflux``: one module per subcommand."""
+"""The command ``moeflux``: one module per subcommand.
+
+Imports: errors, config, device, engine.executors, engine.graph, engine.launch,
+engine.lowering, engine.metal, experts.files, experts.pool, experts.streaming, loading,
+measure, measure.compare, memory, opening, proof, server, state, system.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import ConfigError
-from ..files import read_file
+from ..system.files import read_file
 
 # The longest context of any model is a thousandth of it.
 TEXT_BYTES = 1 << 30

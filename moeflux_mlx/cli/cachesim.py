@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from ..experts.cachesim import OPTIMUM, Outcome, simulate
-from ..experts.policy import POLICIES, POLICY_FORMS, policy_factory
-from ..experts.routing_trace import RoutingTrace
-from ..profiling import check_plot, save_hit_rates
+from ..experts.pool.policy import POLICIES, POLICY_FORMS, policy_factory
+from ..experts.pool.routing_trace import RoutingTrace
+from ..measure import check_plot, save_hit_rates
+from ..measure.cachesim import OPTIMUM, Outcome, simulate
 from .arguments import check_output, integer, number
 
 BUDGETS = (75.0, 50.0, 37.5, 25.0, 18.75, 12.5)

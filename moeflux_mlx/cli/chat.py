@@ -12,17 +12,12 @@ import mlx.core as mx
 from mlx_lm import chat as stock
 from mlx_lm.generate import stream_generate
 
-from ..caches import PutBackOnFailure
 from ..errors import ConfigError, MoefluxError
 from ..loading import load
-from ..serving.replaced import replaced
+from ..memory.caches import PutBackOnFailure
+from ..server.replaced import replaced
 from .arguments import check_number
-from .generate import (
-    NUMBERS,
-    add_native_flag,
-    add_streaming_flags,
-    streaming_options,
-)
+from .generate import NUMBERS, add_native_flag, add_streaming_flags, streaming_options
 
 
 def add_parser(subparsers: Any) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from ..compare import TOLERANCES, Comparison, Side, compare
+from ..measure.compare import TOLERANCES, Comparison, Side, compare
 from .arguments import integer, number, read_text
 from .generate import add_native_flag, add_streaming_flags, streaming_options
 

@@ -19,11 +19,8 @@ from rich.progress import track
 from rich.table import Table
 
 from .. import __version__, device
-from ..backend import BACKENDS
-from ..errors import ConfigError
-from ..examination import KERNEL_SECONDS, Finding, examine_apart, open_kernels
-from ..executors import gpu_executor
-from ..executors.verified import (
+from ..engine.executors import gpu_executor
+from ..engine.executors.verified import (
     Record,
     fingerprint,
     machine_name,
@@ -32,7 +29,10 @@ from ..executors.verified import (
     save,
     with_earlier,
 )
-from ..launch import KERNELS
+from ..engine.launch import KERNELS
+from ..errors import ConfigError
+from ..proof.examination import KERNEL_SECONDS, Finding, examine_apart, open_kernels
+from ..system.backend import BACKENDS
 from .arguments import check_output, number
 
 N_ERRORS_SHOWN = 3

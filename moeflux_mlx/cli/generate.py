@@ -16,13 +16,13 @@ from mlx_lm.models.cache import (
 )
 from mlx_lm.sample_utils import make_sampler
 
-from ..cache_layouts import CACHE_BITS, CACHE_GROUPS
 from ..config import EXPERT_IO
 from ..errors import ConfigError, one_line_errors
-from ..experts.policy import DEFAULT_POLICY, POLICY_FORMS
-from ..files import open_file, parse_json, short
+from ..experts.pool.policy import DEFAULT_POLICY, POLICY_FORMS
 from ..loading import load
+from ..memory.cache_layouts import CACHE_BITS, CACHE_GROUPS
 from ..state import check_keeps_state, load_state, save_state
+from ..system.files import open_file, parse_json, short
 from .arguments import check_number, check_output, integer, number, one_of
 from .report import generate_and_print
 

@@ -15,14 +15,14 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from ..errors import ConfigError
-from ..experts.access import slots_fit
-from ..experts.checkpoint import read_config, text_config
-from ..experts.layout import ExpertLayout
-from ..experts.packed import is_packed
-from ..experts.pool import pool_bytes, pool_stride
-from ..experts.segments import full_bytes
+from ..experts.files.checkpoint import read_config, text_config
+from ..experts.files.layout import ExpertLayout
+from ..experts.files.packed import is_packed
+from ..experts.files.stock import has_own_class
+from ..experts.pool.pool import pool_bytes, pool_stride
+from ..experts.pool.segments import full_bytes
+from ..experts.streaming.access import slots_fit
 from ..loading import plan_load
-from ..stock import has_own_class
 from .arguments import integer
 from .inspect_experts import of_own_class, of_stock_class
 from .inspect_graph import report, report_table

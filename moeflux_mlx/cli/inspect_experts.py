@@ -9,9 +9,8 @@ from typing import Any
 
 from mlx.utils import tree_flatten
 
-from ..door import load_stock_lazily
 from ..errors import ModelError
-from ..experts.checkpoint import (
+from ..experts.files.checkpoint import (
     Checkpoint,
     experts_per_token,
     is_used,
@@ -19,13 +18,14 @@ from ..experts.checkpoint import (
     read_config,
     text_config,
 )
-from ..experts.layout import ExpertLayout
-from ..experts.module_store import ModuleExperts, count_of, layout_of
-from ..experts.modules import RoutedBlock, find_blocks
-from ..experts.packed import is_packed
-from ..experts.packed_blocks import PackedBlocks
-from ..experts.store import ExpertStore, open_store
-from ..stock import StockModel
+from ..experts.files.layout import ExpertLayout
+from ..experts.files.module_store import ModuleExperts, count_of, layout_of
+from ..experts.files.modules import RoutedBlock, find_blocks
+from ..experts.files.packed import is_packed
+from ..experts.files.packed_blocks import PackedBlocks
+from ..experts.files.stock import StockModel
+from ..experts.files.store import ExpertStore, open_store
+from ..opening.stock_model import load_stock_lazily
 
 
 @dataclass(frozen=True)

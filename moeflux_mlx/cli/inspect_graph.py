@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.filesize import decimal
 from rich.table import Table
 
+from ..engine.graph import Cost, planned_peak_bytes
 from ..errors import ConfigError
-from ..graph import Cost, planned_peak_bytes
 from ..loading import load
 
 

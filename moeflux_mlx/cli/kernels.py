@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import config
-from ..executors import gpu_executor
-from ..executors.verified import Record, records
-from ..launch import KERNELS, Kernel, Launch, prepare
-from ..lowering import GROUPS, TABLE
-from ..lowering.tuned import Tuning, current
-from ..metal import Scalar
+from ..engine.executors import gpu_executor
+from ..engine.executors.verified import Record, records
+from ..engine.launch import KERNELS, Kernel, Launch, prepare
+from ..engine.lowering import GROUPS, TABLE
+from ..engine.lowering.tuned import Tuning, current
+from ..engine.metal import Scalar
 
 
 def add_parser(subparsers: Any) -> None:

@@ -9,14 +9,14 @@ from typing import Any
 from rich.console import Console
 from rich.filesize import decimal
 
-from ..experts.checkpoint import read_config
-from ..experts.layout import DEFAULT_ALIGNMENT
-from ..experts.pack import pack
-from ..experts.packed import is_packed
-from ..experts.sidecars import source_files
+from ..experts.files.checkpoint import read_config
+from ..experts.files.layout import DEFAULT_ALIGNMENT
+from ..experts.files.pack import pack
+from ..experts.files.packed import is_packed
+from ..experts.files.sidecars import source_files
+from ..experts.files.stock import has_own_class
 from ..loading import check_loadable
-from ..progress import byte_progress, notice
-from ..stock import has_own_class
+from ..system.progress import byte_progress, notice
 
 
 def add_parser(subparsers: Any) -> None:

@@ -11,7 +11,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from ..loading import load
-from ..profiling import Profile, Row, check_plot, profile, save_plot, write_csv
+from ..measure import Profile, Row, check_plot, profile, save_plot, write_csv
 from .arguments import check_output, integer
 from .generate import add_streaming_flags, streaming_options
 from .report import wide_console

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from ..experts.mapped import MappedExperts
-from ..experts.streamer import ExpertStreamer
+from ..experts.streaming.mapped import MappedExperts
+from ..experts.streaming.streamer import ExpertStreamer
 
 WIDE = 140
 

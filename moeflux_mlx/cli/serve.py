@@ -7,8 +7,8 @@ import logging
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from ..cache_layouts import CACHE_BITS, CACHE_GROUPS
 from ..errors import ConfigError
+from ..memory.cache_layouts import CACHE_BITS, CACHE_GROUPS
 from .arguments import Parser, check_number, integer, number, one_of
 from .generate import add_native_flag, add_streaming_flags, streaming_options
 
@@ -90,7 +90,7 @@ def stock_parser() -> argparse.ArgumentParser:
     # this process is a server.
     from mlx_lm import server
 
-    from ..serving.replaced import replaced
+    from ..server.replaced import replaced
 
     with replaced(server, argparse=SimpleNamespace(ArgumentParser=_Kept)):
         try:
@@ -112,6 +112,6 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(
         level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s"
     )
-    from ..serving.server import serve
+    from ..server.server import serve
 
     return serve(args, streaming_options(args))

@@ -11,7 +11,7 @@ from mlx_lm.sample_utils import make_sampler
 from rich.filesize import decimal
 
 from ..loading import load
-from ..profiling import record_routing
+from ..measure import record_routing
 from .arguments import check_output, integer, number, read_text
 from .generate import add_native_flag, add_streaming_flags, streaming_options
 

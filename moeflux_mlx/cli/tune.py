@@ -13,12 +13,12 @@ from rich.progress import track
 from rich.table import Table
 
 from .. import config
+from ..engine.executors import gpu_executor
+from ..engine.lowering.tuned import Entry, Tuning, default_path, read, save
 from ..errors import ConfigError
-from ..executors import gpu_executor
 from ..loading import load
-from ..lowering.tuned import Entry, Tuning, default_path, read, save
-from ..profiling import PROMPTS, tune
-from ..profiling.choices import Choice
+from ..measure import PROMPTS, tune
+from ..measure.choices import Choice
 from .arguments import check_output, integer
 from .generate import add_streaming_flags, streaming_options
 from .report import wide_console

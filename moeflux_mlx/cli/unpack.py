@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ..experts.unpack import unpack
-from ..progress import byte_progress
+from ..experts.files.unpack import unpack
+from ..system.progress import byte_progress
 
 
 def add_parser(subparsers: Any) -> None:

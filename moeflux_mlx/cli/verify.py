@@ -12,8 +12,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from ..errors import ExpertStoreError
-from ..experts.packed import VerifyReport, verify
-from ..progress import byte_progress
+from ..experts.files.packed import VerifyReport, verify
+from ..system.progress import byte_progress
 
 
 def add_parser(subparsers: Any) -> None:

@@ -1,18 +1,36 @@
-"""Every Op, one class each in the families of ``kernels/``, and as functions.
+"""Every Op as a function of MLX arrays, and the classes that graphs are made of.
 
-The classes are what graphs are made of; the functions take MLX arrays.
+Imports: errors, device, calls, engine.executors, engine.graph, engine.ops, experts,
+experts.compute, experts.files.
 """
 
-from ..graph.op import REGISTRY
-from .attention import KvCacheAppendNTokens, RopeNTokens, SdpaCausalTiled
-from .elementwise import (
+from ..engine.ops import (
+    REGISTRY,
+    ComputeDecayBetaNTokens,
+    Conv1dStepNTokens,
+    EmbedGatherNTokens,
+    GatedDeltaNetChunkwise,
+    GatedDeltaNetStepNTokens,
+    GatedRmsNormNTokens,
+    KvCacheAppendNTokens,
+    MatvecNTokens,
+    MoeBatchedPermuteFuse,
+    MoeCombineResidualNTokens,
+    MoeDecodeExperts,
+    MoeGatherIdFuse,
+    MoeNormalizeWeights,
+    MoeSoftmaxTopK,
     ResidualAddNTokens,
+    RmsNormBf16NTokens,
+    RmsNormPerHeadNTokens,
+    RmsNormQkNTokens,
+    RopeNTokens,
+    SdpaCausalTiled,
     SigmoidGateNTokens,
     SplitQGate,
     SwigluFusedBatched,
     ZeroBuffer,
 )
-from .embed import EmbedGatherNTokens
 from .functional import (
     batched_experts,
     causal_attention,
@@ -40,27 +58,6 @@ from .functional import (
     swiglu,
     zero_buffer,
 )
-from .linear_attention import (
-    ComputeDecayBetaNTokens,
-    Conv1dStepNTokens,
-    GatedDeltaNetChunkwise,
-    GatedDeltaNetStepNTokens,
-)
-from .moe import (
-    MoeBatchedPermuteFuse,
-    MoeCombineResidualNTokens,
-    MoeDecodeExperts,
-    MoeGatherIdFuse,
-    MoeNormalizeWeights,
-    MoeSoftmaxTopK,
-)
-from .norm import (
-    GatedRmsNormNTokens,
-    RmsNormBf16NTokens,
-    RmsNormPerHeadNTokens,
-    RmsNormQkNTokens,
-)
-from .quant import MatvecNTokens
 
 __all__ = [
     "REGISTRY",

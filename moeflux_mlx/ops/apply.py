@@ -9,11 +9,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..experts.resident import ResidentExperts
-from ..graph.buffers import BufId
-from ..graph.op import Access, Op, WeightRef
-from ..graph.roles import ExpertBaseBuf
-from ..weights import ExpertWeights, Weight
+from ..engine.graph.buffers import BufId
+from ..engine.graph.op import Access, Op, WeightRef
+from ..engine.graph.roles import ExpertBaseBuf
+from ..experts.compute.resident import ResidentExperts
+from ..experts.weights import ExpertWeights, Weight
 from .checks import bound, check, nan_unless, weight
 
 Function = Callable[..., Any]
@@ -56,7 +56,7 @@ def apply(op_type: type[Op], fields: Mapping[str, Any], **values: Any) -> Any:
 
 @functools.cache
 def _executor() -> Any:
-    from ..executors import open_executor
+    from ..engine.executors import open_executor
 
     return open_executor()
 

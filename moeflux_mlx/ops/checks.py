@@ -17,20 +17,20 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from ..arguments import FLOATS, got, sizes
-from ..errors import GraphError
-from ..experts.routed import AFFINE_BITS, AFFINE_GROUPS, BYTE_SCALED
-from ..graph.buffers import fits
-from ..graph.experts import GraphExperts
-from ..graph.op import Access, BufferField, Op
-from ..graph.roles import (
+from ..calls.arguments import FLOATS, got, sizes
+from ..engine.graph.buffers import fits
+from ..engine.graph.experts import GraphExperts
+from ..engine.graph.op import Access, BufferField, Op
+from ..engine.graph.roles import (
     ConvStateBuf,
     ExpertBaseBuf,
     KvCacheKBuf,
     KvCacheVBuf,
     RouterIdxBuf,
 )
-from ..weights import ExpertWeights, Quantization, Weight, has_values
+from ..errors import GraphError
+from ..experts.files.routed import AFFINE_BITS, AFFINE_GROUPS, BYTE_SCALED
+from ..experts.weights import ExpertWeights, Quantization, Weight, has_values
 
 P = ParamSpec("P")
 R = TypeVar("R")

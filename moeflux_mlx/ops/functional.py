@@ -18,16 +18,41 @@ from typing import Any
 import mlx.core as mx
 
 from .. import device
-from ..experts.resident import ResidentExperts
-from ..graph.experts import GraphExperts
-from ..weights import (
-    ExpertWeights,
-    Quantization,
-    Weight,
-    has_values,
+from ..engine.graph.experts import GraphExperts
+from ..engine.ops.attention import KvCacheAppendNTokens, RopeNTokens, SdpaCausalTiled
+from ..engine.ops.elementwise import (
+    ResidualAddNTokens,
+    SigmoidGateNTokens,
+    SplitQGate,
+    SwigluFusedBatched,
+    ZeroBuffer,
 )
+from ..engine.ops.embed import EmbedGatherNTokens
+from ..engine.ops.functions import to_host
+from ..engine.ops.linear_attention import (
+    ComputeDecayBetaNTokens,
+    Conv1dStepNTokens,
+    GatedDeltaNetChunkwise,
+    GatedDeltaNetStepNTokens,
+)
+from ..engine.ops.moe import (
+    MoeBatchedPermuteFuse,
+    MoeCombineResidualNTokens,
+    MoeDecodeExperts,
+    MoeGatherIdFuse,
+    MoeNormalizeWeights,
+    MoeSoftmaxTopK,
+)
+from ..engine.ops.norm import (
+    GatedRmsNormNTokens,
+    RmsNormBf16NTokens,
+    RmsNormPerHeadNTokens,
+    RmsNormQkNTokens,
+)
+from ..engine.ops.quant import MatvecNTokens
+from ..experts.compute.resident import ResidentExperts
+from ..experts.weights import ExpertWeights, Quantization, Weight, has_values
 from .apply import apply
-from .attention import KvCacheAppendNTokens, RopeNTokens, SdpaCausalTiled
 from .checks import (
     Misfit,
     at_most,
@@ -40,36 +65,6 @@ from .checks import (
     rows,
     unpacked,
 )
-from .elementwise import (
-    ResidualAddNTokens,
-    SigmoidGateNTokens,
-    SplitQGate,
-    SwigluFusedBatched,
-    ZeroBuffer,
-)
-from .embed import EmbedGatherNTokens
-from .functions import to_host
-from .linear_attention import (
-    ComputeDecayBetaNTokens,
-    Conv1dStepNTokens,
-    GatedDeltaNetChunkwise,
-    GatedDeltaNetStepNTokens,
-)
-from .moe import (
-    MoeBatchedPermuteFuse,
-    MoeCombineResidualNTokens,
-    MoeDecodeExperts,
-    MoeGatherIdFuse,
-    MoeNormalizeWeights,
-    MoeSoftmaxTopK,
-)
-from .norm import (
-    GatedRmsNormNTokens,
-    RmsNormBf16NTokens,
-    RmsNormPerHeadNTokens,
-    RmsNormQkNTokens,
-)
-from .quant import MatvecNTokens
 
 AnyWeight = Weight | mx.array
 Experts = ExpertWeights | GraphExperts

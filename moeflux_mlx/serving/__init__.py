@@ -5,6 +5,8 @@ request then fails. ``join`` puts classes of ours in the places of those that th
 thread looks up for each request. It is called where a model of ours is loaded inside
 that server, and changes nothing elsewhere. ``moeflux serve`` adds what is in
 ``server``, which imports the loader and so is not imported here.
+
+Imports: errors, memory, system.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache
 
-from ..caches import arrays_of
+from ..memory.caches import arrays_of
 
 _kept: weakref.WeakSet[KeptPrompts] = weakref.WeakSet()
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 from ..errors import RequestError
-from ..files import parse_json, short
+from ..system.files import parse_json, short
 
 # Long contexts are a few megabytes of text.
 BODY_BYTES = 32 << 20

@@ -1,0 +1,293 @@
+"""What a model is called with: checked once, before anything trusts it.
+
+Single tokens come by the thousand, so what was seen in the call before is not looked at
+again: of the same caches only the number of sequences.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
+
+from ..errors import ModelError
+
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+
+INTEGERS = frozenset(
+    (mx.int8, mx.int16, mx.int32, mx.int64, mx.uint8, mx.uint16, mx.uint32, mx.uint64)
+)
+
+
+class Kept(Protocol):
+    """A mixer, by what it keeps of tokens."""
+
+    @property
+    def grows(self) -> bool:
+        """Whether its cache has a row for each token."""
+
+    @property
+    def cache_shapes(self) -> tuple[tuple[int | None, ...], ...]:
+        """The arrays of its cache for one sequence; None is a size that grows."""
+
+
+class Arguments(NamedTuple):
+    """Checked arguments: tokens ``[B, T]``, a cache for each layer, rows ``[B, T, D]``.
+
+    With ``embeddings`` nobody reads the tokens' values.
+    """
+
+    tokens: mx.array
+    cache: list[Any] | None
+    embeddings: mx.array | None
+
+
+class SeenCaches:
+    """The caches of the last call, which single tokens need not have looked at."""
+
+    def __init__(self) -> None:
+        self._types: list[type] = []
+        self._last: weakref.ref[Any] | None = None
+
+    def holds(self, cache: Sequence[Any], types: list[type], t: int) -> bool:
+        """Tell whether a call of ``t`` tokens goes on with the caches of the last."""
+        seen = t == 1 and types == self._types and self._last is not None
+        return seen and self._last() is cache[-1]  # type: ignore[misc]
+
+    def keep(self, cache: Sequence[Any], types: list[type]) -> None:
+        """Remember caches that were looked at."""
+        self._types = types
+        self._last = None if cache[-1] is None else weakref.ref(cache[-1])
+
+
+class ArgumentChecks:
+    """Checks the arguments of a text model's calls.
+
+    Args:
+        mixers: of each layer.
+    """
+
+    def __init__(self, mixers: Sequence[Kept], hidden_size: int):
+        self._mixers, self._hidden_size = mixers, hidden_size
+        self._seen = SeenCaches()
+
+    def __call__(self, inputs: Any, cache: Any, embeddings: Any) -> Arguments:
+        """Return the arguments as arrays.
+
+        Raises:
+            ModelError: an argument is not what the model takes; names it.
+        """
+        if embeddings is None:
+            tokens = token_ids(inputs)
+        else:
+            embeddings = float_rows(embeddings, self._hidden_size)
+            tokens = tokens_beside(inputs, embeddings)
+        if cache is not None:
+            self._check_caches(cache, *tokens.shape)
+        return Arguments(tokens, cache, embeddings)
+
+    def _check_caches(self, cache: Any, n_seqs: int, t: int) -> None:
+        check_number(cache, len(self._mixers), "one for each layer")
+        types = list(map(type, cache))
+        if not self._seen.holds(cache, types, t):
+            _check_kinds(self._mixers, cache)
+            self._seen.keep(cache, types)
+        check_sequences(first_states(cache, types), n_seqs)
+
+
+def check_number(cache: Any, n_caches: int, why: str) -> None:
+    """Check that there are as many caches as a model takes."""
+    if not isinstance(cache, list | tuple) or len(cache) != n_caches:
+        wanted = f"a list of {n_caches} caches, {why}"
+        found = f"{len(cache)}" if isinstance(cache, list | tuple) else got(cache)
+        raise misfit("cache", wanted, found, "make them with make_prompt_cache")
+
+
+def check_sequences(states: Sequence[Any], n_seqs: int) -> None:
+    """Check that what caches hold is of as many sequences as the tokens."""
+    if others := {len(x) for x in states if x is not None} - {n_seqs}:
+        wrong = (x is not None and len(x) in others for x in states)
+        why = f"caches of {n_seqs} sequences, as many as the tokens have"
+        at = [*wrong].index(True)
+        raise misfit("cache", why, f"{len(states[at])} in that of layer {at}")
+
+
+def check_ids(ids: mx.array, vocab_size: int) -> None:
+    """Raise ModelError unless ids, which have values, are all in a vocabulary."""
+    values = np.array(ids)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= vocab_size:
+        raise ModelError(
+            f"[tokens] expected ids from 0 to {vocab_size - 1} but got "
+            f"{low if low < 0 else high}"
+        )
+
+
+def got(value: Any) -> str:
+    """Describe a value in a few words."""
+    if isinstance(value, mx.array):
+        return f"shape {sizes(value.shape)}"
+    if isinstance(value, int) and abs(value) > 1 << 64:
+        return f"a number of {value.bit_length()} bits"
+    if value is None or isinstance(value, bool | int | float | np.number):
+        return str(value)
+    if isinstance(value, str):
+        return repr(value[:40])
+    return type(value).__name__
+
+
+def sizes(shape: Sequence[int | None]) -> str:
+    """Write a shape; None is a size of any kind."""
+    return "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
+
+
+def bounded(tokens: mx.array, vocab_size: int) -> tuple[mx.array, mx.array]:
+    """Return ids that are in a vocabulary, others as 0, and which of them were."""
+    inside = (tokens >= 0) & (tokens < vocab_size)
+    return mx.where(inside, tokens, 0), inside
+
+
+def float_rows(embeddings: Any, hidden_size: int | None = None) -> mx.array:
+    """Return embeddings ``[B, T, D]`` as an array.
+
+    Raises:
+        ModelError: they are no rows of floats, or not ``hidden_size`` wide.
+    """
+    if isinstance(embeddings, np.ndarray) and embeddings.dtype.kind == "f":
+        embeddings = mx.array(embeddings)
+    if not isinstance(embeddings, mx.array):
+        raise misfit("input_embeddings", "an array of floats", got(embeddings))
+    if embeddings.dtype not in FLOATS:
+        wanted = "float32, float16 or bfloat16"
+        raise misfit("input_embeddings", wanted, _type(embeddings))
+    shape = embeddings.shape
+    fits = len(shape) == 3 and hidden_size in (None, shape[2])
+    if not fits or not embeddings.size:
+        wanted = f"shape [B, T, {hidden_size or 'D'}], at least one row"
+        raise misfit("input_embeddings", wanted, got(embeddings))
+    return embeddings
+
+
+def token_ids(inputs: Any) -> mx.array:
+    """Return tokens ``[B, T]`` as an array; any model may know them.
+
+    Raises:
+        ModelError: they are no ids of that shape.
+    """
+    if isinstance(inputs, list | tuple):
+        try:
+            inputs = np.asarray(inputs)
+        except (TypeError, ValueError, OverflowError):
+            raise misfit("tokens", "ids in rows of one length", "others") from None
+    if isinstance(inputs, np.ndarray) and inputs.dtype.kind in "iu":
+        inputs = mx.array(inputs)
+    if not isinstance(inputs, mx.array):
+        found = inputs.dtype if isinstance(inputs, np.ndarray) else got(inputs)
+        raise misfit("tokens", "integer ids [B, T]", found)
+    if inputs.dtype not in INTEGERS or inputs.ndim != 2 or not inputs.size:
+        wanted = "integer ids [B, T], at least one"
+        raise misfit("tokens", wanted, f"{_type(inputs)} of {got(inputs)}")
+    return inputs
+
+
+def tokens_beside(inputs: Any, embeddings: mx.array) -> mx.array:
+    """Return tokens of the embeddings' shape: theirs may be absent."""
+    n_seqs, t, _ = embeddings.shape
+    if inputs is None or (isinstance(inputs, mx.array) and not inputs.size):
+        return mx.zeros((n_seqs, t), mx.int32)
+    tokens = token_ids(inputs)
+    if tokens.shape != (n_seqs, t):
+        wanted = f"as many rows as tokens, {list(tokens.shape)}"
+        raise misfit("input_embeddings", wanted, got(embeddings))
+    return tokens
+
+
+def _check_kinds(mixers: Sequence[Kept], cache: Sequence[Any]) -> None:
+    """Check that each layer gets a cache of its kind, and all of them one position."""
+    offsets = set()
+    for i, (mixer, each) in enumerate(zip(mixers, cache, strict=True)):
+        if each is None:
+            continue
+        if not mixer.grows:
+            states = getattr(each, "cache", None)
+            fits = isinstance(states, list) and len(states) == 2
+            fits = fits and hasattr(each, "advance") and hasattr(each, "lengths")
+            wanted = "an ArraysCache of 2"
+        else:
+            fits = hasattr(each, "update_and_fetch") and hasattr(each, "offset")
+            wanted = "a KVCache or one like it"
+        if not fits:
+            advice = "make them with make_prompt_cache"
+            raise misfit(f"cache of layer {i}", wanted, got(each), advice)
+        _check_states(i, mixer, each)
+        if mixer.grows and isinstance(each.offset, int):
+            offsets.add(each.offset)
+    check_position(offsets)
+
+
+def check_position(offsets: Collection[int]) -> None:
+    """Check that caches end at one position."""
+    if len(offsets) > 1:
+        found = ", ".join(map(str, sorted(offsets)))
+        raise misfit("cache", "caches that end at one position", found)
+
+
+def _check_states(index: int, mixer: Kept, cache: Any) -> None:
+    """Check what a cache holds against what its layer makes; sequences aside."""
+    shapes = [(None, *shape[1:]) for shape in mixer.cache_shapes]
+    if not mixer.grows:
+        held = cache.cache
+    else:
+        rows = [getattr(cache, name, None) for name in ("keys", "values")]
+        # A quantised cache holds three arrays in place of one.
+        held = [None if isinstance(x, tuple | list) else x for x in rows]
+    for state, wanted in zip(held, shapes, strict=True):
+        if state is None:
+            continue
+        shape = getattr(state, "shape", ())
+        alike = len(shape) == len(wanted) and all(
+            n in (None, found) for n, found in zip(wanted, shape, strict=True)
+        )
+        if not isinstance(state, mx.array) or not alike:
+            where = f"cache of layer {index}"
+            raise misfit(where, f"shape {sizes(wanted)}", got(state))
+
+
+def first_states(cache: Sequence[Any], types: Sequence[type]) -> list[Any]:
+    """Return an array of each cache that has a row for each sequence; None: empty."""
+    # The commonest types are told apart here: this is done for every token.
+    return [
+        each.keys
+        if kind is KVCache or kind is RotatingKVCache
+        else each.cache[0]
+        if kind is ArraysCache
+        else _first_state(each)
+        for kind, each in zip(types, cache, strict=True)
+    ]
+
+
+def _first_state(cache: Any) -> Any:
+    if cache is None:
+        return None
+    if (several := getattr(cache, "caches", None)) is not None:
+        return _first_state(several[0]) if several else None
+    state = getattr(cache, "keys", None)
+    if state is None:
+        states = getattr(cache, "cache", None)
+        state = states[0] if states else None
+    # A quantised cache holds three arrays in place of one.
+    return state[0] if isinstance(state, tuple | list) else state
+
+
+def _type(x: mx.array) -> str:
+    return str(x.dtype).removeprefix("mlx.core.")
+
+
+def misfit(name: str, wanted: str, found: Any, advice: str = "") -> ModelError:
+    """Return the error that an argument is not what is wanted."""
+    end = f": {advice}" if advice else ""
+    return ModelError(f"[{name}] expected {wanted} but got {found}{end}")

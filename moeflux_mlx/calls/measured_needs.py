@@ -1,0 +1,422 @@
+"""What any model's memory comes to, found out by calling it without its experts.
+
+A lazy call tells shapes, so it takes no time: caches, rows and logits are known before
+a weight is read. Scratch is measured on a few tokens of the real model, or on its first
+layers of each kind without their matrices, where none is to be read.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import ArraysCache, make_prompt_cache
+
+from .. import device
+from ..experts.compute.blank import BlankExperts
+from ..experts.files.modules import RoutedBlock
+from ..experts.files.store import ExpertStore
+from ..experts.pool.pool import pool_stride
+from ..experts.weights import leaves
+from ..memory.cache_layouts import KINDS, CacheLayout
+from ..memory.caches import (
+    CACHE_STEP,
+    CacheForm,
+    arrays_of,
+    most_rows,
+    rows,
+    single_caches,
+)
+from .blank_matrices import SWITCHES, blank_matrices
+from .shared import Calls
+
+# Tokens of the calls that are measured: what each costs is the difference.
+FEW, MANY = 16, 64
+# Rows that caches have meanwhile: as many as take no more than these bytes.
+MOST_ROWS, MOST_ROW_BYTES = 4096, 256 << 20
+# Attention of many tokens to many rows takes a CPU long in a very large model.
+FEW_SLOW, MANY_SLOW, ROWS_SLOW = 4, 8, 2048
+# Threads of MLX free memory a little sooner or later, so peaks differ between calls:
+# each is measured so many times, and the largest counts with a share more.
+N_REPEATS, MARGIN = 2, 1 / 8
+# What configurations call the length of the longest sequence.
+LENGTHS = ("max_position_embeddings", "max_sequence_length", "model_max_length")
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Peaks between blocks and inside of them, beside weights, caches and experts."""
+
+    fixed: float
+    of_token: float
+    of_row: float
+    of_token_and_row: float
+    block_fixed: float
+    block_of_token: float
+
+    @classmethod
+    def of(cls, peaks: Peaks) -> Scratch:
+        """Return what peaks come to, of few and many tokens, with rows and without."""
+        ends = FEW, MANY
+        between, inside = ([peaks[n, 0][i] for n in ends] for i in (0, 1))
+        beside = sorted(n for n, rows in peaks if rows)
+        n_rows = max(rows for _, rows in peaks)
+        more = (max(0, peaks[n, n_rows][0] - peaks[n, 0][0]) / n_rows for n in beside)
+        of_token, fixed = _line(ends, between)
+        of_both, of_row = _line(beside, [*more])
+        of_block, fixed_block = _line(ends, inside)
+        return cls(fixed, of_token, of_row, of_both, fixed_block, of_block)
+
+    def peak(self, n_tokens: int, n_rows: int, n_seqs: int) -> float:
+        """Return the larger peak of a call; rows are those of one sequence's cache."""
+        between = self.fixed + self.of_token * n_tokens
+        between += self.of_row * n_rows * n_seqs
+        between += self.of_token_and_row * n_rows * n_tokens
+        return max(between, self.block_fixed + self.block_of_token * n_tokens)
+
+
+class MeasuredNeeds:
+    """The memory of a model of mlx-lm; see ``memory.Needs``.
+
+    ``blank`` experts stand in for the model's own while it is called.
+
+    Args:
+        blocks: the model's routed blocks.
+        reads: measure the model itself, all its parameters read; else none is read
+            that is a matrix's, and what the matrices take besides is left out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calls: Calls,
+        blank: BlankExperts,
+        store: ExpertStore,
+        config: Mapping[str, Any],
+        blocks: Sequence[RoutedBlock],
+        *,
+        reads: bool,
+    ):
+        self._blocks, self._reads = blocks, reads
+        # The block where a measured call may end; None: it is measured to its end.
+        self._last: int | None = None
+        self._model, self._calls, self._blank = model, calls, blank
+        self._n_experts = store.n_experts
+        self._stride = pool_stride([store.layout(layer) for layer in store.layers])
+        self._config = config
+
+    def resident_bytes(self, unpack: bool) -> int:
+        """Return what parameters take; none is ever unpacked."""
+        return sum(array.nbytes for array in leaves(self._model.parameters()))
+
+    def scratch_bytes(self, n_tokens: int, n_cached: int, n_seqs: int = 1) -> int:
+        """Return the peak of one call beside weights, caches and experts.
+
+        Args:
+            n_tokens: of all ``n_seqs`` sequences together.
+            n_cached: rows of each sequence's cache.
+        """
+        own = self._scratch.peak(n_tokens, n_cached, n_seqs)
+        own += 2 * self.logits_bytes(n_seqs)
+        # The mask of a batch.
+        own += 2 * n_tokens * n_cached if n_seqs > 1 else 0
+        if not device.gathers_strided():
+            # Chosen matrices are copied.
+            n_copied = min(n_tokens * self._blank.most_chosen, self._n_experts)
+            own += n_copied * self._stride
+        return math.ceil((1 + MARGIN) * own)
+
+    def output_bytes(self, n_tokens: int) -> int:
+        """Return what a call's rows take until their logits are known.
+
+        They are put together of parts.
+        """
+        return 2 * self._look.row_bytes * n_tokens
+
+    def logits_bytes(self, n_tokens: int) -> int:
+        """Return what the logits of so many tokens take."""
+        return self._look.logit_bytes * n_tokens
+
+    @property
+    def cache_forms(self) -> list[CacheForm]:
+        """What each of the caches takes, in the order of ``single_caches``."""
+        return self._look.forms
+
+    @property
+    def cache_row_bytes(self) -> int:
+        """What each token of a sequence takes in caches that grow without end."""
+        look = self._look
+        pairs = zip(look.forms, look.most_rows, strict=True)
+        return round(sum(form.row_bytes for form, most in pairs if most is None))
+
+    @property
+    def cache_state_bytes(self) -> int:
+        """What each sequence takes in all other caches once they are full."""
+        look = self._look
+        pairs = zip(look.forms, look.most_rows, strict=True)
+        rows = sum(form.row_bytes * (most or 0) for form, most in pairs)
+        return round(rows) + sum(form.state_bytes for form in look.forms)
+
+    @property
+    def cache_layouts(self) -> list[CacheLayout]:
+        """What each cache that the model makes consists of."""
+        return self._look.layouts
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the model has logits of."""
+        return self._look.vocab_size
+
+    @functools.cached_property
+    def most_tokens(self) -> int:
+        """How long a sequence may become."""
+        text = self._config.get("text_config")
+        for config in (self._config, text if isinstance(text, dict) else {}):
+            for name in LENGTHS:
+                if isinstance(found := config.get(name), int) and found > 0:
+                    return found
+        return sys.maxsize
+
+    @functools.cached_property
+    def _look(self) -> _Look:
+        """Call the model for shapes; nothing is computed."""
+        with self._calls.reaching(self._blank):
+            caches, logits = self._call(FEW, make_prompt_cache(self._model))
+            row_bytes = self._calls.row_bytes or 0
+            singles = [*single_caches(caches)]
+            forms = [*map(_form, singles)]
+            if None in forms:
+                forms = self._compared_forms()
+        return _Look(
+            [form for form in forms if form is not None],
+            [most_rows(one) for one in singles],
+            [_form_of_rows(one) for one in singles],
+            [CacheLayout.of(one) for one in caches],
+            logits.nbytes // FEW,
+            logits.shape[-1],
+            row_bytes,
+        )
+
+    def _compared_forms(self) -> list[CacheForm | None]:
+        """Return what caches of any kind take, by how they grow."""
+        (short, _), (long, _) = (
+            self._call(n, make_prompt_cache(self._model))
+            for n in (CACHE_STEP, 2 * CACHE_STEP)
+        )
+        forms: list[CacheForm | None] = []
+        for one, other in zip(single_caches(short), single_caches(long), strict=True):
+            row = max(0.0, (other.nbytes - one.nbytes) / CACHE_STEP)
+            state = max(0, round(one.nbytes - CACHE_STEP * row))
+            forms.append(CacheForm(row, state))
+        return forms
+
+    def _call(self, n_tokens: int, cache: list[Any]) -> tuple[list[Any], mx.array]:
+        return cache, self._model(mx.zeros((1, n_tokens), mx.int32), cache=cache)
+
+    @functools.cached_property
+    def _scratch(self) -> Scratch:
+        """Measure calls of few and many tokens, with short and long caches."""
+        with self._calls.reaching(self._blank):
+            found = self._read() if self._reads else self._unread()
+        mx.clear_cache()
+        device.trim_heap()
+        return found
+
+    def _read(self) -> Scratch:
+        """Measure calls of the whole model."""
+        n_rows = self._n_rows()
+        mx.eval(self._model.parameters())
+        return Scratch.of(self._all_peaks((FEW, MANY), n_rows))
+
+    def _unread(self) -> Scratch:
+        """Measure calls of the first layers of each kind, without their matrices."""
+        cache = make_prompt_cache(self._model)
+        segments = Segments(cache)
+        inside = [m for block in self._blocks for m in block.projections.values()]
+        with blank_matrices([*self._model.modules(), *inside], segments.heard):
+            self._blank.watch = segments.watch
+            try:
+                self._call(FEW, cache)
+            finally:
+                self._blank.watch = None
+            self._last = segments.last_new()
+            # What is no matrix's is read by then.
+            self._peaks(FEW, 0)
+            if device.on_cpu():
+                beside, n_rows = (FEW_SLOW, MANY_SLOW), min(ROWS_SLOW, self._n_rows())
+            else:
+                beside, n_rows = (FEW, MANY), self._n_rows()
+            return Scratch.of(self._all_peaks(beside, n_rows))
+
+    def _all_peaks(self, beside: tuple[int, int], n_rows: int) -> Peaks:
+        """Return the largest peaks by numbers of tokens and of rows before them.
+
+        Args:
+            beside: numbers of tokens that are measured with rows too.
+        """
+        peaks = {}
+        calls = {(n, 0) for n in (FEW, MANY, *beside)} | {(n, n_rows) for n in beside}
+        for n, n_before in sorted(calls):
+            repeats = [self._peaks(n, n_before) for _ in range(N_REPEATS)]
+            between, inside = map(max, zip(*repeats, strict=True))
+            peaks[n, n_before] = between, inside
+        return peaks
+
+    def _n_rows(self) -> int:
+        """Return how many rows caches have in measured calls."""
+        row_bytes = sum(form.row_bytes for form in self._look.forms)
+        n_rows = min(MOST_ROWS, int(MOST_ROW_BYTES // max(1, row_bytes)))
+        return max(CACHE_STEP, n_rows - n_rows % CACHE_STEP)
+
+    def _peaks(self, n_tokens: int, n_rows: int) -> tuple[int, int]:
+        """Return the peaks of a call between blocks and inside of them."""
+        cache = make_prompt_cache(self._model)
+        if n_rows:
+            self._fill(cache, n_rows)
+        mx.eval(arrays_of(cache))
+        base = mx.get_active_memory() - _bytes(cache)
+        peaks, n_blocks = [0, 0], itertools.count()
+
+        def watch(before: bool, arrays: list[mx.array]) -> None:
+            mx.eval(arrays)
+            peak = mx.get_peak_memory() - base - _bytes(cache)
+            place = 0 if before else 1
+            peaks[place] = max(peaks[place], peak)
+            mx.reset_peak_memory()
+            if before and next(n_blocks) == self._last:
+                raise _Enough
+
+        self._blank.watch = watch
+        mx.reset_peak_memory()
+        try:
+            _, logits = self._call(n_tokens, cache)
+            watch(True, arrays_of(cache))
+            del logits
+        except _Enough:
+            pass
+        finally:
+            self._blank.watch = None
+        return peaks[0], peaks[1]
+
+    def _fill(self, cache: list[Any], n_rows: int) -> None:
+        """Give caches so many rows, of zeros where they take any."""
+        look, singles = self._look, [*single_caches(cache)]
+        grow = [form.row_bytes > 0 for form in look.forms]
+        if not all(shape for shape, g in zip(look.rows, grow, strict=True) if g):
+            self._call(CACHE_STEP, cache)
+            return
+        for one, most, shape in zip(singles, look.most_rows, look.rows, strict=True):
+            if shape is not None:
+                n = min(n_rows, most or n_rows)
+                heads, (n_keys, n_values), dtype = shape
+                one.update_and_fetch(
+                    mx.zeros((1, heads, n, n_keys), dtype),
+                    mx.zeros((1, heads, n, n_values), dtype),
+                )
+
+
+# The most memory between blocks and inside of them, by tokens and rows before them.
+Peaks = dict[tuple[int, int], tuple[int, int]]
+# Heads, widths of keys and of values, and their type.
+RowForm = tuple[int, tuple[int, int], mx.Dtype]
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a lazy call tells: caches one by one, bytes of a token's row and logits."""
+
+    forms: list[CacheForm]
+    most_rows: list[int | None]
+    rows: list[RowForm | None]
+    layouts: list[CacheLayout]
+    logit_bytes: int
+    vocab_size: int
+    row_bytes: int
+
+
+def _form(cache: Any) -> CacheForm | None:
+    """Return what a cache takes where its arrays tell."""
+    if isinstance(cache, ArraysCache):
+        return CacheForm(0, cache.nbytes)
+    if type(cache) not in KINDS:
+        return None
+    # Rows that are allocated and not used yet count too.
+    n_rows, _, n_bytes = rows(cache)
+    return CacheForm(n_bytes / n_rows if n_rows else 0, 0)
+
+
+def _form_of_rows(cache: Any) -> RowForm | None:
+    keys, values = (getattr(cache, name, None) for name in ("keys", "values"))
+    if not isinstance(keys, mx.array) or not isinstance(values, mx.array):
+        return None
+    if not hasattr(cache, "update_and_fetch"):
+        return None
+    return keys.shape[1], (keys.shape[-1], values.shape[-1]), keys.dtype
+
+
+def _bytes(cache: list[Any]) -> int:
+    return sum(one.nbytes for one in single_caches(cache))
+
+
+def _line(n: Sequence[int], y: Sequence[float]) -> tuple[float, float]:
+    """Return slope and intercept, neither below zero, so that both points are met."""
+    slope = max(0.0, (y[1] - y[0]) / (n[1] - n[0]))
+    return slope, max(0.0, y[0] - n[0] * slope)
+
+
+class _Enough(Exception):
+    """All layers that differ were measured."""
+
+
+class Segments:
+    """A call's parts, each of which ends where a block asks for its experts.
+
+    They are told apart by the matrices that they call and the caches that they change.
+    """
+
+    def __init__(self, cache: list[Any]):
+        self._caches = [*single_caches(cache)]
+        self._marks = [*map(_mark, self._caches)]
+        self._called: list[tuple[type, tuple[int, ...]]] = []
+        self._ended: list[tuple[Any, ...]] = []
+
+    def heard(self, kind: type, shape: tuple[int, ...]) -> None:
+        """Hear that a matrix is called."""
+        self._called.append((kind, shape))
+
+    def watch(self, before: bool, arrays: list[mx.array]) -> None:
+        """End a part where a block asks; nothing is computed."""
+        if before:
+            self._ended.append(self._part())
+
+    def last_new(self) -> int | None:
+        """Return where all parts that differ have been; None: at the call's end."""
+        called, changed = self._part()
+        inside = {one for part in self._ended for one in part[0]}
+        experts = {one for one in called if issubclass(one[0], SWITCHES)}
+        if changed or not experts <= inside:
+            return None
+        return max(self._ended.index(part) for part in self._ended)
+
+    def _part(self) -> tuple[Any, ...]:
+        marks = [*map(_mark, self._caches)]
+        changed = [
+            (type(cache), most_rows(cache))
+            for cache, old, new in zip(self._caches, self._marks, marks, strict=True)
+            if old != new
+        ]
+        part = tuple(self._called), tuple(changed)
+        self._marks, self._called = marks, []
+        return part
+
+
+def _mark(cache: Any) -> Any:
+    """Return what is another one once a cache has changed."""
+    return getattr(cache, "offset", None), [*map(id, getattr(cache, "cache", ()))]

@@ -1,0 +1,263 @@
+"""What the calls of a model with streamed experts share: turns, experts, room."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from .. import device
+from ..errors import BudgetError
+from ..experts.compute.blank import BlankExperts
+from ..experts.compute.source import ExpertSource
+from ..experts.streaming.mapped import MappedExperts
+from ..experts.streaming.streamer import ExpertStreamer
+from ..experts.weights import has_values, leaves
+from ..memory.caches import CacheState, PutBackOnFailure, arrays_of
+from ..memory.keeper import MemoryKeeper, make_room
+from ..memory.relief import FreePool
+from .alone import OneAtATime
+from .stock_arguments import StockChecks
+from .transforms import is_traced
+from .ways import Ways
+
+
+class Calls(OneAtATime):
+    """One model's calls: one at a time, and in the memory that there is.
+
+    Args:
+        model: the model; its caches are made as mlx-lm makes them.
+        give_way: frees some memory that the model's caller keeps for later, and tells
+            whether it did.
+        ways: choose how each call gets its experts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        give_way: Callable[[], bool] | None = None,
+        ways: Ways | None = None,
+    ) -> None:
+        super().__init__()
+        self._model = weakref.ref(model)
+        self.ways = ways or Ways()
+        self._give_way = give_way
+        self.streamer: ExpertStreamer | MappedExperts | BlankExperts | None = None
+        self.keeper: MemoryKeeper | None = None
+        self.free_pool: FreePool | None = None
+        # Bytes of a token's row as the last call gave them; None: it gave no rows.
+        self.row_bytes: int | None = None
+        self._checked = StockChecks(lambda: make_prompt_cache(self._whole))
+
+    def source(self, block: int) -> ExpertSource:
+        """Return one block's experts as they are reached now."""
+        assert self.streamer is not None
+        return self.streamer.source(block)
+
+    def _begin(self) -> None:
+        self.ways.forget()
+
+    @contextlib.contextmanager
+    def reaching(self, experts: BlankExperts) -> Iterator[None]:
+        """Have calls reach these experts in here, however much memory they take."""
+        with self.lock:
+            before = self.streamer, self.keeper, self.free_pool
+            self.streamer, self.keeper, self.free_pool = experts, None, None
+            # Calls in here are nobody's, so their arguments need no check.
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                self.streamer, self.keeper, self.free_pool = before
+
+    def call(
+        self, call: Callable[..., Any], args: Any, kwargs: Any, *, gives_rows: bool
+    ) -> Any:
+        """Make a call, looking at what comes from outside first."""
+        args, kwargs = self.checked(call, args, kwargs)
+        return self.run(call, args, kwargs) if gives_rows else call(*args, **kwargs)
+
+    def checked(
+        self, call: Callable[..., Any], args: Any, kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Return the arguments of a call from outside, tokens as an array.
+
+        Raises:
+            ModelError: one is not what the model takes.
+        """
+        signature = _signature(call)
+        if self._depth > 1 or "cache" not in signature.parameters:
+            return args, kwargs
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            # The call itself says which is missing.
+            return args, kwargs
+        self._checked(bound.arguments, next(iter(signature.parameters)))
+        return bound.args, bound.kwargs
+
+    def looks_at(self, ids: mx.array) -> bool:
+        """Tell whether ids are to be looked at if they have values.
+
+        That costs a wait only where nothing else has the next token wait.
+        """
+        streamer = self.streamer
+        waits = isinstance(streamer, ExpertStreamer) and not streamer.resident
+        return device.on_cpu() or ids.size > 1 or waits
+
+    def run(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Compute rows, a part of the tokens at a time where all do not fit.
+
+        A call that fails leaves its caches as they were.
+
+        Raises:
+            BudgetError: not even a part fits, or the call cannot be divided.
+        """
+        rows = _Rows.read(call, args, kwargs)
+        if rows is None:
+            out = call(*args, **kwargs)
+            self._guard(out)
+            return out
+        may_fail = not isinstance(self.streamer, BlankExperts | MappedExperts)
+        cache = (rows.cache or []) if may_fail else []
+        with PutBackOnFailure(cache, rows.t) as states:
+            if not has_values(*rows.arrays.values()):
+                out = self._run(call, rows.bound, rows.t, states)
+            elif self.keeper is None:
+                if self.free_pool is not None:
+                    self.free_pool.give_way(cache)
+                out = self._run(call, rows.bound, rows.t, states)
+            else:
+                out = self._in_room(call, rows, states)
+            self._guard(out)
+        self.row_bytes = rows.bytes_of(out)
+        return out
+
+    def _run(
+        self,
+        call: Callable[..., Any],
+        bound: inspect.BoundArguments,
+        t: int,
+        states: list[CacheState] | None,
+    ) -> Any:
+        whole = functools.partial(call, *bound.args, **bound.kwargs)
+        return self.ways.run(whole, self.streamer, t, states)
+
+    def _guard(self, out: Any) -> None:
+        """Have rows computed before experts that they read are gone."""
+        streamer, results = self.streamer, leaves(out)
+        if isinstance(streamer, ExpertStreamer) and streamer.resident:
+            if is_traced(results):
+                # What is computed backwards reads the experts once more.
+                streamer.stay()
+                return
+            for result in results:
+                streamer.guard_result(result)
+
+    def _in_room(
+        self, call: Callable[..., Any], rows: _Rows, states: list[CacheState]
+    ) -> Any:
+        n_seqs, t, given = rows.n_seqs, rows.t, rows.cache
+        # Whoever keeps no cache wants logits; a long call needs one meanwhile.
+        logits = not given
+        cache = given or make_prompt_cache(self._whole)
+        step = self._make_room(cache, n_seqs, t, logits=logits) // n_seqs
+        if step >= t or (logits and self._is_followed(rows)):
+            return self._run(call, rows.bound, t, states)
+        if not rows.divides or self.row_bytes is None:
+            raise BudgetError(
+                f"[memory] expected a call of at most {step} of {t} tokens, which its "
+                "other arguments do not let divide: give fewer tokens, or raise memory"
+            )
+        parts = []
+        for start in range(0, t, step):
+            stop = min(start + step, t)
+            part = rows.part(slice(start, stop), cache)
+            parts.append(self._run(call, part, stop - start, None))
+            mx.eval(parts[-1], arrays_of(cache))
+        return mx.concatenate(parts, axis=1)
+
+    def _make_room(self, cache: list[Any], n_seqs: int, t: int, **options: Any) -> int:
+        assert self.keeper is not None
+        return make_room(self.keeper, self._give_way, cache, n_seqs, t, **options)
+
+    def _is_followed(self, rows: _Rows) -> bool:
+        """Tell whether a transformation follows a call: it keeps what it computes."""
+        parameters = leaves(self._whole.parameters())
+        return is_traced([*rows.arrays.values(), *parameters])
+
+    @property
+    def _whole(self) -> nn.Module:
+        model = self._model()
+        assert model is not None
+        return model
+
+
+def _signature(call: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature of a bound method, looked at once."""
+    return _signature_of(getattr(call, "__func__", call), inspect.ismethod(call))
+
+
+@functools.cache
+def _signature_of(function: Callable[..., Any], bound: bool) -> inspect.Signature:
+    whole = inspect.signature(function)
+    return whole.replace(parameters=[*whole.parameters.values()][bound:])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A call's arguments: some by name have ``t`` tokens of ``n_seqs`` sequences."""
+
+    bound: inspect.BoundArguments
+    arrays: dict[str, mx.array]
+    n_seqs: int
+    t: int
+    divides: bool
+
+    @classmethod
+    def read(cls, call: Callable[..., Any], args: Any, kwargs: Any) -> _Rows | None:
+        """Return a call's arguments; None if no call with tokens and caches."""
+        signature = _signature(call)
+        if "cache" not in signature.parameters:
+            return None
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return None
+        given = {n: v for n, v in bound.arguments.items() if v is not None}
+        given.pop("cache", None)
+        arrays = {n: v for n, v in given.items() if isinstance(v, mx.array)}
+        first = next(iter(arrays.values()), None)
+        if first is None or first.ndim < 2 or 0 in first.shape:
+            return None
+        n_seqs, t = first.shape[:2]
+        same = [n for n, x in arrays.items() if tuple(x.shape[:2]) == (n_seqs, t)]
+        divides = len(same) == len(given)
+        return cls(bound, {n: arrays[n] for n in same}, n_seqs, t, divides)
+
+    @property
+    def cache(self) -> list[Any] | None:
+        """The caches that are given; models may give their layers a list of none."""
+        found: list[Any] | None = self.bound.arguments.get("cache")
+        return found if found and any(c is not None for c in found) else None
+
+    def part(self, tokens: slice, cache: list[Any]) -> inspect.BoundArguments:
+        """Return the arguments of a call with some of the tokens."""
+        parts = {name: x[:, tokens] for name, x in self.arrays.items()}
+        arguments = {**self.bound.arguments, **parts, "cache": cache}
+        return inspect.BoundArguments(self.bound.signature, arguments)  # type: ignore[arg-type]
+
+    def bytes_of(self, out: Any) -> int | None:
+        """Return the bytes of a token's row in what a call gave."""
+        if isinstance(out, mx.array) and tuple(out.shape[:2]) == (self.n_seqs, self.t):
+            return out.nbytes // (self.n_seqs * self.t)
+        return None

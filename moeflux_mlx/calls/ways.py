@@ -1,0 +1,170 @@
+"""How a call goes through a model's blocks: ahead of reading experts, or waiting.
+
+The model's layers and blocks ask here; on a call that anything else than values may
+come of they are left to themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import config, device
+from ..experts.files.modules import RoutedBlock
+from ..experts.streaming.streamer import ExpertStreamer
+from ..experts.streaming.windows import window_of
+from ..memory.caches import CacheState, are_known
+from ..system.uncopied import Uncopied
+from .ahead import TokenAhead
+from .foresight import Choosers, WaitingCall, takes_input_alone
+from .transforms import in_transformation
+
+
+def runs_ahead(choice: str) -> bool:
+    """Tell whether tokens may run ahead of reading: ``auto``, on GPUs.
+
+    A CPU has nothing to wait for: looking slots up takes it longer than reading ids
+    back.
+    """
+    return choice == "on" or (choice == "auto" and not device.on_cpu())
+
+
+class Ways:
+    """Chooses the way of each call of one model.
+
+    Args:
+        optimistic: ``"auto"``, ``"on"`` or ``"off"``: whether tokens run ahead of
+            reading; None takes the environment's choice.
+
+    Raises:
+        ConfigError: ``optimistic`` has no usable value.
+    """
+
+    def __init__(self, optimistic: str | None = None):
+        self._choice = config.optimistic(optimistic)
+        self.runs_ahead = runs_ahead(self._choice)
+        self._choosers = Choosers({})
+        self._n_blocks = 0
+        self._token: TokenAhead | WaitingCall | None = None
+        self._thread = 0
+
+    @property
+    def token(self) -> TokenAhead | WaitingCall | None:
+        """What this thread's call goes by, if it is left to nobody else."""
+        if (token := self._token) is None or self._thread != threading.get_ident():
+            return None
+        return token
+
+    def forget(self) -> None:
+        """Have no call under way, whatever a second Ctrl-C kept the last from doing."""
+        self._token = None
+
+    def watch(
+        self, model: nn.Module, blocks: Sequence[RoutedBlock], undo: ExitStack
+    ) -> None:
+        """Have decoder layers, and modules that choose experts, ask how they run.
+
+        Args:
+            undo: takes what makes them as they were.
+        """
+        self._n_blocks = len(blocks)
+        modules = dict(model.named_modules())
+        stems = {re.split(r"\.\d+\.", block.path)[0] for block in blocks}
+        for path, layer in modules.items():
+            stem, _, number = path.rpartition(".")
+            if stem in stems and number.isdigit():
+                self._add(StreamedLayer, layer, undo)
+        choosers: dict[int, nn.Module] = {}
+        for number, block in enumerate(blocks):
+            parent = modules.pop(block.path.rpartition(".")[0], None)
+            if parent is not None and takes_input_alone(parent):
+                self._add(StreamedChooser, parent, undo)
+                choosers[number] = parent
+        self._choosers = Choosers(choosers)
+
+    def _add(self, added: type, module: nn.Module, undo: ExitStack) -> None:
+        kind: type = type(module)
+        undo.callback(setattr, module, "__class__", kind)
+        module.__class__ = added_class(added, kind)
+        module.__dict__["ways"] = self
+
+    def run(
+        self,
+        call: Callable[[], Any],
+        streamer: object,
+        n_tokens: int,
+        states: Sequence[CacheState] | None,
+    ) -> Any:
+        """Do what ``call`` does, with its own result.
+
+        Args:
+            n_tokens: of each sequence.
+            states: of the call's caches; None: they cannot be put back.
+        """
+        streams = isinstance(streamer, ExpertStreamer) and not streamer.resident
+        if not streams or self._token is not None or in_transformation():
+            return call()
+        assert isinstance(streamer, ExpertStreamer)
+        self._thread = threading.get_ident()
+        try:
+            if n_tokens > 1:
+                self._token = WaitingCall(None)
+                return call()
+            ahead = streamer.read_ahead.begin()
+            out = self._run_token(call, streamer, states, ahead)
+            streamer.read_ahead.end()
+            return out
+        finally:
+            self._token = None
+
+    def _run_token(
+        self,
+        call: Callable[[], Any],
+        streamer: ExpertStreamer,
+        states: Sequence[CacheState] | None,
+        reads_ahead: bool,
+    ) -> Any:
+        if self.runs_ahead and states and are_known(s.cache for s in states):
+            read_back = device.GPU_READ_BACK_LAYERS
+            rate, n = streamer.miss_rate, self._n_blocks
+            window = window_of(rate, n, read_back, ahead=reads_ahead)
+            if window > 1 or self._choice == "on":
+                token = TokenAhead(streamer, window, states, reads_ahead=reads_ahead)
+                self._token = token
+                return token(call)
+        self._token = WaitingCall(self._choosers if reads_ahead else None)
+        return call()
+
+
+class StreamedLayer(nn.Module):
+    """What is added to a decoder layer's class: a token may pass it once only."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        ways: Ways = self.__dict__["ways"]
+        if (token := ways.token) is None:
+            return super().__call__(*args, **options)
+        return token.layer(super().__call__, args, options)
+
+
+class StreamedChooser(nn.Module):
+    """What is added to the class of what chooses experts: its input is looked at."""
+
+    def __call__(self, x: mx.array, *args: Any, **options: Any) -> Any:
+        ways: Ways = self.__dict__["ways"]
+        if isinstance(token := ways.token, WaitingCall):
+            token.choose(x)
+        return super().__call__(x, *args, **options)
+
+
+@functools.cache
+def added_class(added: type, kind: type) -> type:
+    """Return a module's class with what ``added`` has besides."""
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (added, Uncopied, kind), names)

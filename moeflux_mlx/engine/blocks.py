@@ -1,0 +1,374 @@
+"""The second half of a layer, as Ops pushed onto a graph: routed experts, or none.
+
+A form says what a family's layer has. Its parameters are those of mlx-lm's module, by
+their paths below the layer.
+
+Letters: B sequences, T tokens each, N = B T, D model width, K experts of a token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import ModelError
+from . import ops
+from .graph import BufId
+from .graph import roles as b
+from .graph.experts import GraphExperts
+from .graph.lower import Kernel
+from .model import GraphBuilder
+from .ops.functions import Array, to_device
+from .ops.moe import softmax_topk
+
+
+@dataclass(frozen=True)
+class Call:
+    """What of one call shapes its graphs: sequences, tokens each, masks, experts.
+
+    ``asks_at_once``: experts are asked for when they are chosen, see ``asking``.
+    """
+
+    n_seqs: int
+    t: int
+    dtype: mx.Dtype
+    attention_mask: bool = False
+    sequence_mask: bool = False
+    lengths: bool = False
+    spare_rows: bool = False
+    gather_by_id: bool = False
+    asks_at_once: bool = False
+
+    @property
+    def n(self) -> int:
+        """Tokens of all sequences."""
+        return self.n_seqs * self.t
+
+
+# mlx-lm's name for the stacked experts of a layer's MoE block.
+ROUTED = "switch_mlp"
+# Where mlx-lm keeps the second half of a layer.
+MLP = "mlp"
+SHARED = f"{MLP}.shared_expert"
+# Matrices that multiply the same row one after the other, by path.
+SameInput = tuple[tuple[str, ...], ...]
+# The shapes of tensors as they are once unpacked, by name.
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def rotation(rope: nn.Module) -> tuple[mx.array, float]:
+    """Return how one of mlx-lm's rotary modules turns and scales channels.
+
+    Returns:
+        The angle per position of each channel pair, ``[rotary_dim / 2]``, and what the
+        rotated channels are multiplied by.
+
+    Raises:
+        ModelError: angles depend on the length of the sequence, or are no numbers.
+    """
+    scale = getattr(rope, "mscale", getattr(rope, "_scale", 1.0))
+    traditional = getattr(rope, "traditional", False)
+    if hasattr(rope, "_freqs") and not traditional:
+        angles = mx.reciprocal(rope._freqs.astype(mx.float32))
+    elif isinstance(rope, nn.RoPE) and not traditional:
+        half = rope.dims // 2
+        exponent = mx.arange(half, dtype=mx.float32) / half
+        angles = mx.exp(-exponent * mx.log(mx.array(rope.base, mx.float32)))
+        if rope.scale != 1.0:
+            angles = angles * rope.scale
+    else:
+        raise ModelError(
+            "[rope] expected rotary positions that do not depend on the length of the "
+            f"sequence but got {type(rope).__name__}: choose another rope_type in "
+            "config.json"
+        )
+    dims = getattr(rope, "dims", getattr(rope, "dim", None))
+    found = np.array(angles)
+    is_finite = math.isfinite(scale) and bool(np.isfinite(found).all())
+    if found.size == 0 or 2 * found.size != dims or not is_finite:
+        raise ModelError(
+            f"[rope] expected an even number of rotated channels with finite angles "
+            f"but got {dims} channels and angles {found[:4].tolist()}: mend "
+            "rope_parameters in config.json"
+        )
+    return angles, float(scale)
+
+
+@dataclass(frozen=True)
+class RoutedShape:
+    """Model width, expert width, and bytes of one routed expert as stored."""
+
+    dim: int
+    expert_dim: int
+    expert_bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Moe:
+    """Routed experts: a softmax over all of them, and the ``k`` likeliest.
+
+    Args:
+        normalised: the weights of a token's experts are divided by their sum.
+        shared_dim: width of the expert that every token has beside, opened by a gate
+            of its own; 0: there is none.
+    """
+
+    n_experts: int
+    k: int
+    expert_dim: int
+    normalised: bool
+    shared_dim: int = 0
+    same_input: ClassVar[SameInput] = (
+        (f"{MLP}.gate", f"{SHARED}_gate"),
+        (f"{SHARED}.gate_proj", f"{SHARED}.up_proj"),
+    )
+
+    def shapes(self, dim: int) -> Shapes:
+        """Return the tensors of the block by name, as they are once unpacked."""
+        n, inner = self.n_experts, self.expert_dim
+        routed = {
+            f"{MLP}.gate.weight": (n, dim),
+            f"{MLP}.{ROUTED}.gate_proj.weight": (n, inner, dim),
+            f"{MLP}.{ROUTED}.up_proj.weight": (n, inner, dim),
+            f"{MLP}.{ROUTED}.down_proj.weight": (n, dim, inner),
+        }
+        if not self.shared_dim:
+            return routed
+        shared = mlp_shapes(SHARED, dim, self.shared_dim)
+        return {**routed, **shared, f"{SHARED}_gate.weight": (1, dim)}
+
+    def chosen_by(self, block: nn.Module) -> Moe:
+        """Return the form as mlx-lm's module has it: users change how it chooses."""
+        k, normalised = block.top_k, bool(block.norm_topk_prob)
+        if (k, normalised) == (self.k, self.normalised):
+            return self
+        return replace(self, k=k, normalised=normalised)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseMlp:
+    """One SwiGLU of the given width for every token."""
+
+    inner_dim: int
+    same_input: ClassVar[SameInput] = ((f"{MLP}.gate_proj", f"{MLP}.up_proj"),)
+
+    def shapes(self, dim: int) -> Shapes:
+        """Return the tensors of the block by name, as they are once unpacked."""
+        return mlp_shapes(MLP, dim, self.inner_dim)
+
+
+def mlp_shapes(path: str, dim: int, inner: int) -> Shapes:
+    """Return the tensors of a SwiGLU at ``path``."""
+    return {
+        f"{path}.gate_proj.weight": (inner, dim),
+        f"{path}.up_proj.weight": (inner, dim),
+        f"{path}.down_proj.weight": (dim, inner),
+    }
+
+
+RoutedOp = (
+    type[ops.MoeDecodeExperts]
+    | type[ops.MoeGatherIdFuse]
+    | type[ops.MoeBatchedPermuteFuse]
+)
+
+
+def experts_op(call: Call) -> RoutedOp:
+    """Return the Op that runs the routed experts of such calls.
+
+    The choice never depends on the memory budget, so that results do not either.
+    """
+    if call.n == 1:
+        return ops.MoeDecodeExperts
+    return ops.MoeGatherIdFuse if call.gather_by_id else ops.MoeBatchedPermuteFuse
+
+
+def choose_experts(
+    g: GraphBuilder, form: Moe, logits: BufId, n: int
+) -> tuple[BufId, BufId]:
+    """Push the choice of each token's K experts, and their weights."""
+    k = form.k
+    indices = g.new("expert_indices", b.RouterIdxBuf, (n, k))
+    weights = g.new("expert_weights", b.RouterWeightsBuf, (n, k))
+    g.push(
+        ops.MoeSoftmaxTopK(
+            label="route",
+            logits=logits,
+            indices_out=indices,
+            weights_out=weights,
+            n_tokens=n,
+            n_experts=form.n_experts,
+            k=k,
+        )
+    )
+    if form.normalised:
+        g.push(
+            ops.MoeNormalizeWeights(
+                label="normalize_weights", weights=weights, n_tokens=n, k=k
+            )
+        )
+    return indices, weights
+
+
+def asking(experts: GraphExperts, k: int) -> Kernel:
+    """Return a function that performs ``MoeSoftmaxTopK`` and has them read."""
+
+    def choose(logits: Array) -> tuple[Array, Array]:
+        indices, weights = softmax_topk(logits, k)
+        experts.ask(to_device(indices))
+        return indices, weights
+
+    return choose
+
+
+def expected_experts(g: GraphBuilder, form: Moe, x: BufId, n: int) -> BufId:
+    """Push a router on rows that are not quite its own: what it may choose soon."""
+    logits = g.matvec(f"{MLP}.gate", x, b.RouterLogitsBuf, label="router")
+    return choose_experts(g, form, logits, n)[0]
+
+
+class _Swiglu:
+    """A SwiGLU at a path, pushed in two parts: others may come between them.
+
+    Args:
+        name: what its labels begin with.
+    """
+
+    def __init__(self, g: GraphBuilder, path: str, name: str):
+        self._g, self._path, self._name = g, path, name
+
+    def open(self, x: BufId) -> None:
+        """Push the two matrices that read ``x``."""
+        self._gate = self._matvec("gate_proj", x, b.SharedFfnGateBuf)
+        self._up = self._matvec("up_proj", x, b.SharedFfnUpBuf)
+
+    def close(self, n: int) -> BufId:
+        """Push the activation and the matrix that leads back."""
+        width = self._g.ref(f"{self._path}.gate_proj").shape[0]
+        act = self._g.new(f"{self._name}act", b.SharedFfnActBuf, (n, width))
+        self._g.push(
+            ops.SwigluFusedBatched(
+                label=f"{self._name}swiglu",
+                gate=self._gate,
+                up=self._up,
+                out=act,
+                n_tokens=n,
+                dim=width,
+            )
+        )
+        return self._matvec("down_proj", act, b.SharedFfnDownBuf)
+
+    def _matvec(self, part: str, x: BufId, role: type[b.MatvecOut]) -> BufId:
+        label = f"{self._name}{part}"
+        return self._g.matvec(f"{self._path}.{part}", x, role, label=label)
+
+
+class _Shared:
+    """The expert that every token has, and the gate over all of it; or none.
+
+    Pushed in two parts, with the choice of the others between them or after.
+    """
+
+    def __init__(self, g: GraphBuilder, form: Moe):
+        self._g, self._is_there = g, bool(form.shared_dim)
+        self._mlp = _Swiglu(g, SHARED, "shared_")
+        self.gate: BufId | None = None
+
+    def open(self, x: BufId) -> None:
+        """Push what reads the layer's row."""
+        if self._is_there:
+            self.gate = self._g.matvec(f"{SHARED}_gate", x, b.SharedGateBuf)
+            self._mlp.open(x)
+
+    def close(self, n: int) -> BufId | None:
+        """Push the rest of it."""
+        return self._mlp.close(n) if self._is_there else None
+
+
+def _experts_sum(
+    g: GraphBuilder,
+    form: Moe,
+    x: BufId,
+    chosen: tuple[BufId, BufId],
+    experts: BufId,
+    call: Call,
+    routed: RoutedShape,
+) -> BufId:
+    """Push the weighted sum of the routed experts."""
+    n, dim = call.n, routed.dim
+    out_sum = g.new("experts_sum", b.MoeOutSumBuf, (n, dim))
+    kind = experts_op(call)
+    if kind is ops.MoeBatchedPermuteFuse:
+        g.push(ops.ZeroBuffer(label="zero_sum", buf=out_sum, n_tokens=n, dim=dim))
+    indices, weights = chosen
+    g.push(
+        kind(
+            label="experts",
+            mlp_in=x,
+            indices=indices,
+            weights=weights,
+            experts=experts,
+            out_sum=out_sum,
+            n_tokens=n,
+            dim=dim,
+            expert_dim=routed.expert_dim,
+            n_experts=form.n_experts,
+            k=form.k,
+            expert_bytes=routed.expert_bytes,
+        )
+    )
+    return out_sum
+
+
+def moe(
+    g: GraphBuilder,
+    form: Moe,
+    residual: BufId,
+    x: BufId,
+    call: Call,
+    routed: RoutedShape,
+) -> BufId:
+    """Push router, shared expert, routed experts and the sum with the residual."""
+    n, dim = call.n, routed.dim
+    logits = g.matvec(f"{MLP}.gate", x, b.RouterLogitsBuf, label="router")
+    experts = g.input("experts", b.ExpertBaseBuf, (None,))
+    shared = _Shared(g, form)
+    if call.asks_at_once:
+        # What does not need them is computed while they are being read.
+        chosen = choose_experts(g, form, logits, n)
+        shared.open(x)
+        down = shared.close(n)
+        out_sum = _experts_sum(g, form, x, chosen, experts, call, routed)
+    else:
+        # In an order in which launches can perform neighbours together.
+        shared.open(x)
+        chosen = choose_experts(g, form, logits, n)
+        out_sum = _experts_sum(g, form, x, chosen, experts, call, routed)
+        down = shared.close(n)
+    hidden = g.new("hidden_out", b.HiddenBuf, (n, dim))
+    g.push(
+        ops.MoeCombineResidualNTokens(
+            label="combine",
+            h_mid=residual,
+            moe_sum=out_sum,
+            shared_out=down,
+            shared_gate=shared.gate,
+            hidden_out=hidden,
+            n_tokens=n,
+            dim=dim,
+        )
+    )
+    return hidden
+
+
+def dense_mlp(g: GraphBuilder, residual: BufId, x: BufId, call: Call) -> BufId:
+    """Push a SwiGLU and its sum with the residual."""
+    mlp = _Swiglu(g, MLP, "")
+    mlp.open(x)
+    return g.residual_add(mlp.close(call.n), residual, label="combine")

@@ -1,0 +1,124 @@
+"""What surrounds a graph in one call of a model: positions, masks and caches.
+
+All of it comes from mlx-lm's own cache objects, and goes back to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models import base
+from mlx_lm.models.cache import KVCache
+
+from .. import device
+from . import ops
+from .graph import Op
+from .graph.experts import GraphExperts
+from .graph.lower import Kernel
+from .ops.attention import join_heads, split_heads
+from .ops.functions import to_device, to_host
+
+
+class Grows(Protocol):
+    """A mixer: whether its cache has a row for each token."""
+
+    @property
+    def grows(self) -> bool:
+        """Whether it has; else a state of one size."""
+
+
+class Context:
+    """What all layers of one call share: positions and masks, made once.
+
+    ``attention_mask`` is bool ``[B or 1, 1, T, S]``, ``sequence_mask`` bool ``[B, T]``,
+    each None when nothing but causality hides tokens; ``start`` int32 ``[B]`` is the
+    position of each sequence's first token. ``move`` takes arrays to where the call
+    runs: NumPy ``on_host``. ``traced``: the whole call becomes one trace, so that
+    nothing in it needs one of its own, every cache is a ``TracedKV`` or of arrays, and
+    ``experts`` by layer stand for the layers' own.
+    """
+
+    def __init__(
+        self,
+        mixers: Sequence[Grows],
+        cache: list[Any],
+        n_seqs: int,
+        t: int,
+        dtype: mx.Dtype,
+        *,
+        host: bool,
+        experts: Mapping[int, GraphExperts] | None = None,
+    ):
+        self.n_seqs, self.t, self.dtype = n_seqs, t, dtype
+        self.experts, self.traced = experts, experts is not None
+        self.on_host, self.move = host, to_host if host else to_device
+        stub = mx.zeros((n_seqs, t, 0))
+        linear = _cache_of(mixers, cache, grows=False)
+        full = _cache_of(mixers, cache, grows=True)
+        mask = base.create_attention_mask(stub, full)
+        if isinstance(mask, mx.array):
+            mask = self.move(mask.reshape((1,) * (4 - mask.ndim) + mask.shape))
+        self.attention_mask = None if isinstance(mask, str) else mask
+        self.sequence_mask = self.move(base.create_ssm_mask(stub, linear))
+        offset = mx.array(0 if full is None else full.offset, mx.int32)
+        start = mx.broadcast_to(offset.reshape(-1), (n_seqs,))
+        if not host and not device.on_cpu():
+            # MLX keeps arrays of up to 8 bytes where a GPU reads them over the bus.
+            start = mx.concatenate([start, mx.zeros(4, mx.int32)])[:n_seqs]
+        self.start = self.move(start)
+
+
+def _cache_of(mixers: Sequence[Grows], cache: list[Any], *, grows: bool) -> Any:
+    """Return the first cache of a kind; None when no mixer has such."""
+    pairs = zip(mixers, cache, strict=True)
+    return next((c for mixer, c in pairs if mixer.grows == grows), None)
+
+
+def has_spare_rows(cache: Any) -> bool:
+    """Tell whether a cache's rows lie in arrays that also have room for later ones."""
+    return type(cache) is KVCache
+
+
+def cache_ops(
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    cache: Any,
+    context: Context,
+    spare_rows: bool,
+) -> dict[type[Op], Kernel]:
+    """Return the Ops that mlx-lm's cache object performs itself.
+
+    Args:
+        heads: of queries; ``kv_heads`` of keys and values.
+        scale: what scores are multiplied by.
+        spare_rows: attention takes the cache's arrays whole.
+    """
+    n_seqs = context.n_seqs
+
+    def append(k_src, v_src, *_):  # type: ignore[no-untyped-def]
+        keys = split_heads(k_src, n_seqs, kv_heads)
+        values = split_heads(v_src, n_seqs, kv_heads)
+        if cache is None:
+            return keys, values
+        rows = cache.update_and_fetch(to_device(keys), to_device(values))
+        if spare_rows:
+            return cache.keys, cache.values
+        on_host = isinstance(k_src, np.ndarray) and not hasattr(cache, "bits")
+        return (to_host(rows[0]), to_host(rows[1])) if on_host else tuple(rows)
+
+    def quantized_attention(q, k, v, mask, *_):  # type: ignore[no-untyped-def]
+        queries = to_device(split_heads(q, n_seqs, heads))
+        causal = "causal" if mask is None and context.t > 1 else to_device(mask)
+        out = base.scaled_dot_product_attention(
+            queries, k, v, cache=cache, scale=scale, mask=causal
+        )
+        return join_heads(to_host(out) if isinstance(q, np.ndarray) else out)
+
+    host: dict[type[Op], Kernel] = {ops.KvCacheAppendNTokens: append}
+    if hasattr(cache, "bits"):
+        host[ops.SdpaCausalTiled] = quantized_attention
+    return host

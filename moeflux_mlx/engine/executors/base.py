@@ -1,0 +1,188 @@
+"""The protocol every executor follows: encode Ops lazily, then submit and wait."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import mlx.core as mx
+
+from ... import config
+from ...experts.weights import Weight
+from ..graph.buffers import BufferPool, BufId
+from ..graph.graph import Graph
+from ..graph.lower import Kernel, Step, lower, lower_op
+from ..graph.op import Op
+from ..graph.profile import Stats
+from ..graph.rows import RowPart, whole
+
+
+@dataclass
+class Encoding:
+    """Values of one run over a pool: what is bound, then what the Ops wrote.
+
+    ``host`` replaces an Op's kernel by a function of the caller with the signature of
+    the Op's reference: a KV cache object appends rows itself.
+    """
+
+    pool: BufferPool
+    weights: Mapping[str, Weight]
+    values: list[Any]
+    host: Mapping[type[Op], Kernel]
+
+    def bind(self, buf: BufId[Any], value: Any) -> None:
+        """Set a buffer's value for this run."""
+        self.values[self.pool.physical[buf.index]] = value
+
+    def value(self, buf: BufId[Any]) -> Any:
+        """Return a buffer's value; None when it was dropped after its last use."""
+        return whole(self.values[self.pool.physical[buf.index]])
+
+
+Observer = Callable[[Sequence[Step], Encoding], None]
+
+
+class Executor(ABC):
+    """Runs graphs; subclasses say which function performs an Op."""
+
+    name: ClassVar[str]
+    # Whether Ops may be given NumPy arrays where the machine prefers them.
+    takes_host_arrays: ClassVar[bool] = False
+    # Whether steps that recur are worth a trace: where launches cost more in Python
+    # than on the device.
+    compiles: ClassVar[bool] = False
+    # Whether attention is given whole caches, spare rows included, so that no shape
+    # changes from token to token.
+    spare_rows: ClassVar[bool] = False
+    # Whether matrices that multiply the same row are best kept as one.
+    joins_matrices: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.stats = Stats()
+        # Encodes steps in place of ``encode_graph``, to look at each.
+        self.observer: Observer | None = None
+        self.profile_per_op = config.profile_per_op()
+        if self.profile_per_op:
+            atexit.register(lambda: print(self.stats.table(), file=sys.stderr))
+
+    @classmethod
+    def open(cls) -> Executor:
+        """Return a ready executor.
+
+        Raises:
+            BackendError: when it cannot run on this machine.
+        """
+        return cls()
+
+    @abstractmethod
+    def kernel(self, op: Op) -> Kernel:
+        """Return the function that performs ``op``, with its reference's signature."""
+
+    def lower(self, graph: Graph) -> list[Step]:
+        """Lower a graph once; the result may be encoded any number of times."""
+        return lower(graph, self.kernel)
+
+    def begin_encoding(
+        self,
+        pool: BufferPool,
+        weights: Mapping[str, Weight] | None = None,
+        host: Mapping[type[Op], Kernel] | None = None,
+    ) -> Encoding:
+        """Start a run whose values begin as the pool's."""
+        return Encoding(pool, weights or {}, list(pool.values), host or {})
+
+    def encode_op(self, op: Op, encoding: Encoding) -> None:
+        """Encode one Op by itself; its inputs stay alive."""
+        step = lower_op(op, self.kernel(op), encoding.pool.physical)
+        self.encode_graph([step], encoding)
+
+    def encode_graph(self, graph: Graph | list[Step], encoding: Encoding) -> None:
+        """Encode all Ops of a graph, or of what ``lower`` made of it."""
+        steps = self.lower(graph) if isinstance(graph, Graph) else graph
+        if self.observer is not None:
+            self.observer(steps, encoding)
+            return
+        run_step = self._time_step if self.profile_per_op else Step.run
+        for step in steps:
+            run_step(step, encoding.values, encoding.weights, encoding.host)
+
+    def _time_step(
+        self,
+        step: Step,
+        values: list[Any],
+        weights: Mapping[str, Weight],
+        host: Mapping[type[Op], Kernel],
+    ) -> None:
+        start = time.perf_counter_ns()
+        mx.eval(arrays(step.run(values, weights, host)))
+        self.stats.add(step.label, time.perf_counter_ns() - start)
+
+    def submit_and_wait(self, encoding: Encoding, label: str) -> None:
+        """Evaluate everything still alive and count the wait under ``label``."""
+        self.wait(label, *arrays(encoding.values))
+        encoding.pool.values[: len(encoding.values)] = map(whole, encoding.values)
+
+    def wait(self, label: str, *outputs: mx.array) -> None:
+        """Evaluate ``outputs`` and count the wait under ``label``."""
+        start = time.perf_counter_ns()
+        mx.eval(outputs)
+        self.stats.add(label, time.perf_counter_ns() - start)
+
+    def execute(
+        self,
+        graph: Graph,
+        label: str,
+        weights: Mapping[str, Weight] | None = None,
+    ) -> None:
+        """Encode a graph over its pool, evaluate it, and leave results in the pool."""
+        encoding = self.begin_encoding(graph.pool, weights)
+        written: set[int] = set()
+        for op in graph:
+            for buf in op.reads:
+                if buf.index not in written:
+                    encoding.bind(buf, graph.pool.handle(buf))
+            written.update(buf.index for buf in op.writes)
+        self.encode_graph(graph, encoding)
+        self.submit_and_wait(encoding, label)
+
+    def begin_layer(  # noqa: B027
+        self, chunk: int, layer: int, *inputs: mx.array
+    ) -> None:
+        """Hear that layer ``layer`` of prompt chunk ``chunk`` begins on ``inputs``.
+
+        Executors that record GPU traces open and close their window here.
+        """
+
+    @property
+    def watches_steps(self) -> bool:
+        """Tell whether every step is looked at, so that none may be traced."""
+        return self.profile_per_op or self.observer is not None
+
+    @property
+    def watches_layers(self) -> bool:
+        """Tell whether ``begin_layer`` must be heard when work is really done."""
+        return self.profile_per_op
+
+    def clock(self) -> Callable[[mx.array], mx.array] | None:
+        """Return what reads the device's clock, if it can be read.
+
+        Given an array it returns uint64, of which the first is the nanoseconds on the
+        device when the array had been computed.
+        """
+        return None
+
+    def drain(self) -> None:
+        """Wait until the device has finished everything given to it."""
+        mx.synchronize()
+
+
+def arrays(values: Any) -> list[mx.array]:
+    """Return the MLX arrays among ``values``, each row of parts once."""
+    held = (value.row if isinstance(value, RowPart) else value for value in values)
+    found = {id(value): value for value in held if isinstance(value, mx.array)}
+    return [*found.values()]

@@ -1,0 +1,37 @@
+"""Estimate, without a Mac, whether M1 and M2 would take a launch."""
+
+from __future__ import annotations
+
+import math
+
+from ...device import MAX_REGISTERS, THREADGROUP_REGISTERS
+from .. import simulator
+from ..launch import Launch, prepare
+from ..simulator.registers import estimate
+from .kernels import metal_kernel
+
+# A threadgroup of so many threads fits whatever registers its threads have.
+SAFE_THREADS = THREADGROUP_REGISTERS // MAX_REGISTERS // 32 * 32
+
+
+def registers(launch: Launch) -> int:
+    """Return the estimated registers of a thread of a launch.
+
+    Raises:
+        SimulatorError: the kernel does not compile.
+    """
+    ready = prepare(launch)
+    kernel = metal_kernel(ready.instance, lines=True)
+    source = simulator.written_source(kernel, ready.inputs, ready.options)
+    return estimate(source, n_threads(launch))
+
+
+def n_threads(launch: Launch) -> int:
+    """Return the threads of a launch's threadgroup."""
+    return math.prod(launch.threadgroup)
+
+
+def fits(launch: Launch, n_registers: int) -> bool:
+    """Tell whether a threadgroup fits the registers of a core, and spills nothing."""
+    within = n_threads(launch) * n_registers <= THREADGROUP_REGISTERS
+    return within and n_registers <= MAX_REGISTERS

@@ -1,0 +1,510 @@
+"""A call of a model: tokens to rows, layer after layer, rows to logits.
+
+A family's forms say what its layers are; nothing here knows how those mix or route.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+
+from .. import device
+from ..calls.arguments import ArgumentChecks, bounded, check_ids
+from ..calls.module_call import Backbone, ModuleCall, without_adapters
+from ..calls.transforms import in_transformation, is_traced
+from ..experts.compute.streamed import AssumedExperts
+from ..experts.streaming.streamer import ExpertStreamer
+from ..experts.weights import Weight, has_values
+from ..memory.caches import PutBackOnFailure
+from ..memory.plan import affords_unpacked
+from ..system.progress import prompt_progress
+from . import ops
+from .blocks import ROUTED, Call
+from .context import Context
+from .graph import roles as b
+from .graph.experts import GraphExperts
+from .layer import GraphLayer, LayerForm
+from .model import GraphBuilder, GraphRunner, LayerGraph
+from .needs import TextNeeds
+from .ops.functions import Array, namespace, to_device, to_host
+from .parameters import LayerWeights, Watch
+from .runtime import Runtime
+from .steps import TokenSteps
+from .trace import Passed, StepTracer, arrays_of
+
+
+class Forward:
+    """Runs a text model: weights, states and masks to graphs, layer by layer.
+
+    Args:
+        text: mlx-lm's module, with its ``model`` of ``layers`` between embedding and
+            norm.
+        args: that module's.
+        forms: what each of the layers is.
+        backbone: how mlx-lm calls ``text.model``, for what graphs cannot do.
+    """
+
+    def __init__(
+        self,
+        text: nn.Module,
+        args: Any,
+        runtime: Runtime,
+        forms: Sequence[LayerForm],
+        backbone: Backbone,
+    ):
+        self.text, self.args, self.runtime = text, args, runtime
+        self._forms = forms
+        self._modules = ModuleCall(text, backbone, self._bounded)
+        # Whether graphs perform all of the modules.
+        self._is_known = True
+        self._mixers = [form.mixer for form in forms]
+        self._checked = ArgumentChecks(self._mixers, args.hidden_size)
+        self.layers: list[GraphLayer] = []
+        self._ends = LayerWeights(text, skip="layers")
+        self._runner = GraphRunner(runtime.executor)
+        self._chunk = 0
+        self._steps = TokenSteps(StepTracer(self._traced))
+        # The parameters of the last call that no transformation followed.
+        self._parameters: Watch | None = None
+        self._bound: tuple[bool, list[Any], list[GraphExperts | None]] | None = None
+        self.needs = TextNeeds(
+            text, args, ROUTED, forms, self._planned_bytes, lambda: self.dtype
+        )
+        self._in_trace = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
+        text, runtime = copy.deepcopy((self.text, self.runtime), memo)
+        return self._like(text, runtime)
+
+    def _like(self, text: nn.Module, runtime: Runtime) -> Forward:
+        backbone = self._modules.backbone
+        like = Forward(text, self.args, runtime, self._forms, backbone)
+        like._modules.known = self._modules.known
+        return like
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Type of activations."""
+        return device.activation_dtype(self.text.model.norm.weight.dtype)
+
+    def __call__(
+        self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
+    ) -> mx.array:
+        """Return the logits ``[B, T, V]`` of a call, the only one at this time."""
+        logits: mx.array = self._alone(inputs, cache, embeddings, logits=True)
+        return logits
+
+    def rows(
+        self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
+    ) -> Array:
+        """Return the rows ``[B, T, D]`` that logits are made of; as ``__call__``."""
+        return self._alone(inputs, cache, embeddings, logits=False)
+
+    def _alone(self, *arguments: Any, logits: bool) -> Array:
+        """Make a call while no other thread does; its lazy result may outlive this."""
+        return self.runtime.alone(self._called, *arguments, logits=logits)
+
+    def _called(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None,
+        embeddings: mx.array | None,
+        *,
+        logits: bool,
+    ) -> Array:
+        inputs, cache, embeddings = self._checked(inputs, cache, embeddings)
+        followed = self._followed(inputs, cache, embeddings)
+        if not self._is_known or (followed and self._streams_to(followed)):
+            rows = self._rows_of_modules(inputs, cache, embeddings, followed)
+            return self._modules.logits(rows) if logits else rows
+        forward = self._reference(followed) if followed else self
+        call = forward._logits_of if logits else forward.hidden_states
+        return call(inputs, cache, embeddings)
+
+    def _streams_to(self, followed: list[mx.array]) -> bool:
+        """Tell whether a call that can be followed reads experts that come and go."""
+        self.runtime.open(self.needs)
+        return self.runtime.comes_and_goes and has_values(*followed)
+
+    def _rows_of_modules(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None,
+        embeddings: mx.array | None,
+        followed: list[mx.array],
+    ) -> mx.array:
+        if not has_values(*followed):
+            # Says why not, where experts are not among the parameters.
+            self._reference(followed)
+        self.runtime.open(self.needs)
+        call, whole = self._put_back_on_failure, bool(followed)
+        rows: mx.array = self._divided(call, inputs, cache, embeddings, whole=whole)
+        streamer = self.runtime.streamer
+        if followed and isinstance(streamer, ExpertStreamer) and streamer.resident:
+            # What is computed backwards reads the experts once more.
+            streamer.stay()
+        else:
+            self._guard(rows)
+        return rows
+
+    def _put_back_on_failure(
+        self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
+    ) -> mx.array:
+        with PutBackOnFailure(cache or []):
+            return self._modules.rows(inputs, cache, embeddings)
+
+    def _logits_of(
+        self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
+    ) -> mx.array:
+        step = self.step(inputs, cache, embeddings)
+        if step is not None:
+            return step
+        with self.threads(inputs):
+            return self.logits(self.hidden_states(inputs, cache, embeddings))
+
+    def _followed(
+        self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
+    ) -> list[mx.array]:
+        """Return what a call depends on if a transformation follows any of it."""
+        if in_transformation():
+            given = [inputs] if embeddings is None else [inputs, embeddings]
+            if cache is not None:
+                given += arrays_of(cache)
+            if is_traced(given):
+                self._is_known = not self._modules.has_foreign_modules()
+                return given
+        if self._parameters is not None and self._parameters.holds():
+            return []
+        self._is_known = not self._modules.has_foreign_modules()
+        known = self._parameters.seen if self._parameters is not None else []
+        parameters = Watch(self.text.modules())
+        if is_traced(changed := parameters.arrays_beside(known)):
+            return changed
+        self._parameters, self._bound = parameters, None
+        return []
+
+    def _reference(self, followed: list[mx.array]) -> Forward:
+        """Return what runs a call that a transformation follows: all of it lazy.
+
+        It serves one call: its weights may be another transformation's next time.
+
+        Raises:
+            ModelError: experts come and go, or cannot be part of a function.
+        """
+        self.runtime.open(self.needs)
+        runtime = self.runtime.reference(has_values=has_values(*followed))
+        return self._like(self.text, runtime)
+
+    def threads(self, inputs: mx.array) -> AbstractContextManager[None]:
+        """Give a call on the host the threads that its size deserves."""
+        return self._threads(inputs.size)
+
+    def _threads(self, n_tokens: int) -> AbstractContextManager[None]:
+        return device.host_threads(n_tokens * self.args.hidden_size**2)
+
+    def prepare(self) -> None:
+        """Decide how weights are held; they are quantised only after construction."""
+        self.runtime.open(self.needs)
+        plan = self.runtime.plan
+        unpack = plan.unpack if plan else affords_unpacked(self.needs)
+        self._ends = LayerWeights(self.text, skip="layers", unpack=unpack)
+        self.layers = [
+            GraphLayer(module, i, form, self.runtime, unpack)
+            for i, (module, form) in enumerate(self._modules_and_forms())
+        ]
+
+    def _modules_and_forms(self) -> Iterator[tuple[nn.Module, LayerForm]]:
+        return zip(self.text.model.layers, self._forms, strict=True)
+
+    def graph_layers(self) -> list[GraphLayer]:
+        """Return the decoder layers, preparing them if no call did so before."""
+        if not self.layers:
+            self.prepare()
+        return self.layers
+
+    def _planned_bytes(self, index: int, call: Call) -> int:
+        # An adapter is tiny beside its layer.
+        module = without_adapters(self.text.model.layers[index])
+        layer = GraphLayer(module, index, self._forms[index], self.runtime, False)
+        return layer.planned_bytes(call)
+
+    def make_room(self, inputs: mx.array, cache: list[Any] | None) -> None:
+        """Let experts give way to the system, and to the caches of single tokens."""
+        self.graph_layers()
+        self.runtime.give_way(cache or [])
+        n_seqs, t = inputs.shape[:2]
+        if cache and t == 1:
+            self.runtime.make_room(cache, n_seqs, t)
+
+    def step(
+        self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
+    ) -> mx.array | None:
+        """Return the logits of one token each from traces, or None without them."""
+        if cache is None or embeddings is not None or inputs.shape[-1] != 1:
+            return None
+        executor = self.runtime.executor
+        self.graph_layers()
+        # Whoever looks at steps is to see each layer's once.
+        watched = executor.watches_layers or (
+            executor.watches_steps and self.runtime.streams
+        )
+        if watched or not self.runtime.steps:
+            return None
+        self.make_room(inputs, cache)
+        weights, sources = self._bind()
+        n_experts = inputs.size * self.args.num_experts_per_tok
+        streamer = self.runtime.streaming
+        if streamer is not None and not streamer.fits(n_experts):
+            return None
+        self._check_tokens(inputs)
+        traced = executor.compiles and not executor.watches_steps
+        logits = self._steps(inputs, cache, sources, weights, streamer, traced=traced)
+        if logits is None:
+            return None
+        for source in sources:
+            if source is not None:
+                source.asked(n_experts)
+        self._guard(logits)
+        return logits
+
+    def _guard(self, result: Array) -> None:
+        """Have the result of a call computed before experts that it reads are gone."""
+        streamer = self.runtime.streamer
+        # For a function that MLX transforms all experts stay, and on the host nothing
+        # is lazy.
+        lazy = isinstance(result, mx.array) and not self.runtime.is_reference
+        if streamer is not None and lazy:
+            streamer.guard_result(result)
+
+    def _bind(self) -> tuple[list[Mapping[str, Weight]], list[GraphExperts | None]]:
+        """Return all weights and experts; anew if a call found that one changed.
+
+        Layers without routed experts have None.
+        """
+        streams, bound = self.runtime.streams, self._bound
+        if bound is None or bound[0] != streams:
+            dtype = self.dtype
+            sources = [layer.experts(dtype) for layer in self.layers]
+            weights = [layer.weights.bind(dtype) for layer in self.layers]
+            weights.append(self._ends.bind(dtype))
+            bound = self._bound = streams, weights, sources
+        return bound[1:]
+
+    def _traced(
+        self, span: range, x: mx.array, cache: list[Any], slots: mx.array | None
+    ) -> Passed:
+        """Run some layers as a ``StepTracer`` has them, and what is before and after.
+
+        Args:
+            x: tokens ``[B, 1]`` before the first layer, else rows ``[B, D]``.
+        """
+        n_seqs = x.shape[0]
+        _, sources = self._bind()
+        asked = {i: s for i in span if (s := sources[i]) is not None}
+        experts = {i: source.assumed(slots) for i, source in asked.items()}
+        self._in_trace = True
+        try:
+            hidden = x if span.start else self._embed(x, None, False)[0]
+            steps = self._context(span, cache, n_seqs, 1, host=False, experts=experts)
+            inputs = [x]
+            for i, layer_cache in zip(span, cache, strict=True):
+                hidden = self.layers[i](hidden, layer_cache, steps)
+                inputs.append(hidden)
+            if span.stop == len(self.layers):
+                hidden = self._head(self._end("norm", hidden, _build_norm))
+                hidden = hidden.reshape(n_seqs, 1, -1)
+        finally:
+            self._in_trace = False
+        assumed = (e for e in experts.values() if isinstance(e, AssumedExperts))
+        chosen = [indices for source in assumed for indices in source.chosen]
+        if slots is None:
+            return Passed(hidden, [], None)
+        return Passed(hidden, inputs[:-1], mx.stack(chosen) if chosen else None)
+
+    def hidden_states(
+        self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
+    ) -> Array:
+        """Return the final norm's output ``[B, T, D]``."""
+        return self._divided(self._hidden_states, inputs, cache, embeddings)
+
+    def _divided(
+        self,
+        call: Callable[[mx.array, Any, mx.array | None], Array],
+        inputs: mx.array,
+        cache: list[Any] | None,
+        embeddings: mx.array | None,
+        *,
+        whole: bool = False,
+    ) -> Array:
+        """Return what a call gives; with caches and planned memory in chunks if long.
+
+        Args:
+            whole: a transformation follows it, which keeps all that is computed.
+        """
+        given = inputs if embeddings is None else embeddings
+        n_seqs, t = given.shape[:2]
+        self.make_room(given, cache)
+        if self.runtime.keeper is None or (cache and t == 1):
+            return call(inputs, cache, embeddings)
+        # Whoever keeps no cache wants logits; a long call needs one meanwhile.
+        logits = not cache
+        room = cache or make_prompt_cache(self.text)
+        step = self.runtime.make_room(room, n_seqs, t, logits=logits) // n_seqs
+        if t <= step or whole:
+            return call(inputs, cache if whole else room, embeddings)
+        parts: list[Array] = []
+        # Products are as large as a part has tokens, not as the whole call has.
+        with PutBackOnFailure(room), self._threads(n_seqs * step):
+            for start in range(0, t, step):
+                chunk = slice(start, start + step)
+                rows = None if embeddings is None else embeddings[:, chunk]
+                part = call(inputs[:, chunk], room, rows)
+                if isinstance(part, mx.array):
+                    mx.eval(part)
+                parts.append(part)
+        return namespace(parts[0]).concatenate(parts, axis=1)
+
+    def _hidden_states(
+        self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
+    ) -> Array:
+        layers = self.graph_layers()
+        cache = cache if cache is not None else [None] * len(layers)
+        host = self._runs_on_host(inputs if embeddings is None else embeddings)
+        hidden, n_seqs, t = self._embed(inputs, embeddings, host)
+        steps = self._context(range(len(layers)), cache, n_seqs, t, host=host)
+        self._chunk = self._chunk + 1 if t > 1 else 0
+        reading_ahead = self.runtime.reading_ahead(one_token=n_seqs == t == 1)
+        shown = t if self.runtime.streams else 0
+        progress = prompt_progress(shown, len(layers))
+        with PutBackOnFailure(cache), reading_ahead as streamer, progress as report:
+            for layer, layer_cache in zip(layers, cache, strict=True):
+                if streamer is not None and layer.index and layer.is_routed:
+                    expected = to_device(layer.expected(hidden))
+                    streamer.foresee(layer.index, expected)
+                self.runtime.executor.begin_layer(self._chunk, layer.index, hidden)
+                hidden = layer(hidden, layer_cache, steps)
+                report(layer.index)
+            self._guard(hidden)
+        shape = (n_seqs, t, self.args.hidden_size)
+        return self._end("norm", hidden, _build_norm).reshape(shape)
+
+    def _context(
+        self, span: range, cache: list[Any], n_seqs: int, t: int, **options: Any
+    ) -> Context:
+        mixers = self._mixers[span.start : span.stop]
+        return Context(mixers, cache, n_seqs, t, self.dtype, **options)
+
+    def logits(self, hidden: Array) -> mx.array:
+        """Return logits ``[B, T, V]`` of normalised hidden states."""
+        rows = hidden.reshape(-1, self.args.hidden_size)
+        most = device.EAGER_LOGITS_BYTES
+        if (keeper := self.runtime.keeper) is not None:
+            # Computed on the host they are copied, and matrices unpacked beside them.
+            most = min(most, (keeper.scratch_bytes - self.needs.block_bytes) // 2)
+        if self.needs.logits_bytes(len(rows)) > most:
+            rows = to_device(rows)
+        logits = self._head(rows)
+        return logits.reshape(*hidden.shape[:-1], -1)
+
+    def _head(self, rows: Array) -> mx.array:
+        return to_device(self._end("logits", rows, _build_logits))
+
+    def _runs_on_host(self, inputs: mx.array) -> bool:
+        """Tell whether NumPy can do this call."""
+        takes = self.runtime.executor.takes_host_arrays
+        return takes and device.prefers_host_arrays() and has_values(inputs)
+
+    def _embed(
+        self, inputs: mx.array, embeddings: mx.array | None, host: bool
+    ) -> tuple[Array, int, int]:
+        move = to_host if host else to_device
+        if embeddings is not None:
+            n_seqs, t, dim = embeddings.shape
+            rows = embeddings.astype(self.dtype).reshape(-1, dim)
+            return move(rows), n_seqs, t
+        n_seqs, t = inputs.shape
+        inputs, inside = self._bounded(inputs)
+        ids = move(inputs.reshape(-1).astype(mx.int32))
+        rows = self._end("embed", ids, _build_embed)
+        if host:
+            return rows, n_seqs, t
+        rows = rows.astype(self.dtype)
+        if inside is not None:
+            nan = mx.array(math.nan, rows.dtype)
+            rows = mx.where(inside.reshape(-1, 1), rows, nan)
+        return rows, n_seqs, t
+
+    def _bounded(self, inputs: mx.array) -> tuple[mx.array, mx.array | None]:
+        """Return ids that can be looked up, and which of them there are; None: all."""
+        # Who calls a trace has looked before.
+        look = self._looks_at if self._in_trace else self._check_tokens
+        if look(inputs):
+            return inputs, None
+        return bounded(inputs, self.args.vocab_size)
+
+    def _looks_at(self, inputs: mx.array) -> bool:
+        """Tell whether ids are looked at if they have values."""
+        return device.on_cpu() or self.runtime.streams or inputs.size > 1
+
+    def _check_tokens(self, inputs: mx.array) -> bool:
+        """Refuse ids outside the vocabulary, where looking costs no extra wait.
+
+        Returns:
+            Whether it looked.
+        """
+        if not self._looks_at(inputs) or not has_values(inputs):
+            return False
+        check_ids(inputs, self.args.vocab_size)
+        return True
+
+    def _end(self, name: str, x: Array, build: Any) -> Array:
+        """Run one of the graphs before and after the layers on rows ``x``."""
+        weights = self._ends.bind(self.dtype, host=isinstance(x, np.ndarray))
+        graph = self.runtime.graphs.get(
+            (name, x.shape, self._ends.signature),
+            lambda: build(self, GraphBuilder(name, self.dtype, self._ends.refs), x),
+        )
+        recurs = len(x) == 1 and not self._in_trace
+        done = self._runner.run(graph, weights, {"x": x}, recurs=recurs)
+        return done.value(graph.outputs["out"])
+
+
+def _build_embed(forward: Forward, g: GraphBuilder, x: Array) -> LayerGraph:
+    weight = g.ref("model.embed_tokens")
+    ids = g.input("x", b.TokenIdsBuf, x.shape)
+    out = g.new("embedding", b.EmbedOutBuf, (x.size, weight.shape[1]))
+    g.push(
+        ops.EmbedGatherNTokens(
+            label="embed",
+            token_ids=ids,
+            weight=weight,
+            hidden_out=out,
+            vocab_size=weight.shape[0],
+            hidden_dim=weight.shape[1],
+            n_tokens=x.size,
+        )
+    )
+    return g.finish(forward.runtime.executor, out=out)
+
+
+def _build_norm(forward: Forward, g: GraphBuilder, x: Array) -> LayerGraph:
+    hidden = g.input("x", b.HiddenBuf, x.shape)
+    eps = forward.args.rms_norm_eps
+    out = g.norm("model.norm", hidden, b.FinalNormBuf, eps)
+    return g.finish(forward.runtime.executor, out=out)
+
+
+def _build_logits(forward: Forward, g: GraphBuilder, x: Array) -> LayerGraph:
+    tied = forward.args.tie_word_embeddings
+    normed = g.input("x", b.FinalNormBuf, x.shape)
+    name = "model.embed_tokens" if tied else "lm_head"
+    out = g.matvec(name, normed, b.LogitsBuf, label="logits")
+    return g.finish(forward.runtime.executor, out=out)

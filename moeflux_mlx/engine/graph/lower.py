@@ -1,0 +1,201 @@
+"""From a graph to a list of calls: what each runs, reads, writes and lets go.
+
+A call performs one Op, or several consecutive ones together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...experts.weights import Weight
+from .buffers import BufId
+from .graph import Graph
+from .lifetime import analyze_lifetimes
+from .op import Access, Op
+from .rows import whole
+
+Kernel = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Together:
+    """How ``n`` Ops are performed together.
+
+    ``call`` takes the values of their buffers and weights by ``BufId`` and name (None
+    by None) and returns those of the buffers it wrote. ``weights`` names what it reads
+    of the layer's. Whether it ``takes_parts`` of rows as they are.
+    """
+
+    n: int
+    call: Callable[[Mapping[Any, Any]], Mapping[Any, Any]]
+    weights: tuple[str, ...]
+    takes_parts: bool = False
+
+
+# Tells how the Ops ahead can be performed together; None: the first by itself.
+Fuse = Callable[[Sequence[Op]], Together | None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Lowered Ops over physical places; a read of None is an absent buffer."""
+
+    ops: tuple[Op, ...]
+    kernel: Kernel
+    reads: tuple[int | None, ...]
+    weights: tuple[str | None, ...]
+    writes: tuple[int, ...]
+    drops: tuple[int, ...]
+    takes_parts: bool = False
+
+    @property
+    def label(self) -> str:
+        """Names and labels of the Ops."""
+        names = "+".join(op.variant_name for op in self.ops)
+        return f"{names} {'+'.join(op.label for op in self.ops)}"
+
+    def is_performed_by(self, host: Mapping[type[Op], Kernel]) -> bool:
+        """Tell whether the caller's functions ``host`` perform it."""
+        return type(self.ops[0]) in host
+
+    def inputs(self, values: Sequence[Any], weights: Mapping[str, Weight]) -> list[Any]:
+        """Return what its kernel is called with: what it reads, then its weights."""
+        read = [None if i is None else values[i] for i in self.reads]
+        if not self.takes_parts:
+            read = [whole(value) for value in read]
+        return [*read, *(None if n is None else weights[n] for n in self.weights)]
+
+    def run(
+        self,
+        values: list[Any],
+        weights: Mapping[str, Weight],
+        host: Mapping[type[Op], Kernel] | None = None,
+    ) -> tuple[Any, ...]:
+        """Perform it, store what it wrote, drop what nobody reads any more.
+
+        Args:
+            host: functions of the caller that perform Ops of their types instead.
+        """
+        kernel = (host or {}).get(type(self.ops[0]), self.kernel)
+        result = kernel(*self.inputs(values, weights))
+        outputs = result if isinstance(result, tuple) else (result,)
+        for place in self.drops:
+            values[place] = None
+        for place, value in zip(self.writes, outputs, strict=True):
+            values[place] = value
+        return outputs
+
+
+def lower(
+    graph: Graph, kernel_of: Callable[[Op], Kernel], fuse: Fuse = lambda ops: None
+) -> list[Step]:
+    """Lower every Op with ``kernel_of``, dropping each value at its last use.
+
+    Args:
+        fuse: asked first; Ops that it performs together become one step.
+    """
+    physical = graph.pool.physical
+    # A buffer that is not here lives on after the graph.
+    last_use = {
+        index: life.last
+        for index, life in analyze_lifetimes(graph).items()
+        if life.last < len(graph.ops) - 1 or not _is_result(graph, index)
+    }
+    steps: list[Step] = []
+    first = 0
+    while first < len(graph.ops):
+        together = fuse(graph.ops[first:])
+        n = together.n if together else 1
+        drops = tuple(
+            physical[index]
+            for index, last in last_use.items()
+            if first <= last < first + n
+        )
+        ops = tuple(graph.ops[first : first + n])
+        if together is None:
+            steps.append(lower_op(ops[0], kernel_of(ops[0]), physical, drops))
+        else:
+            alive = {
+                buf
+                for op in ops
+                for buf in op.writes
+                if last_use.get(buf.index, len(graph.ops)) >= first + n
+            }
+            steps.append(_lower_together(ops, together, physical, drops, alive))
+        first += n
+    return steps
+
+
+def _lower_together(
+    ops: tuple[Op, ...],
+    together: Together,
+    physical: list[int],
+    drops: tuple[int, ...],
+    alive: set[Any],
+) -> Step:
+    """Lower Ops that are performed together; only ``alive`` buffers are written."""
+    reads = buffers_read(ops)
+    writes = sorted(alive, key=lambda buf: buf.index)
+
+    def kernel(*inputs: Any) -> tuple[Any, ...]:
+        values = dict(zip((*reads, *together.weights), inputs, strict=True))
+        outputs = together.call({None: None, **values})
+        return tuple(outputs[buf] for buf in writes)
+
+    places = tuple(physical[buf.index] for buf in writes)
+    return Step(
+        ops=ops,
+        kernel=kernel,
+        reads=tuple(None if buf is None else physical[buf.index] for buf in reads),
+        weights=together.weights,
+        writes=places,
+        drops=tuple(place for place in drops if place not in places),
+        takes_parts=together.takes_parts,
+    )
+
+
+def buffers_read(ops: Sequence[Op]) -> list[BufId[Any] | None]:
+    """Return what Ops performed together read, in the order of their step's reads.
+
+    Of one Op that is every field, None where an optional one is absent; of several,
+    what none of them wrote before, each once.
+    """
+    if len(ops) == 1:
+        fields = (f for f in ops[0].buffer_fields if f.access & Access.READ)
+        return [getattr(ops[0], field.name) for field in fields]
+    reads: dict[BufId[Any], None] = {}
+    written: set[BufId[Any]] = set()
+    for op in ops:
+        reads |= {buf: None for buf in op.reads if buf not in written}
+        written.update(op.writes)
+    return [*reads]
+
+
+def lower_op(
+    op: Op, kernel: Kernel, physical: list[int], drops: tuple[int, ...] = ()
+) -> Step:
+    """Lower one Op to a call over physical places."""
+    buffers = buffers_read((op,))
+    writes = tuple(physical[buf.index] for buf in op.writes)
+    refs = [getattr(op, name) for name in op.weight_fields]
+    return Step(
+        ops=(op,),
+        kernel=kernel,
+        reads=tuple(None if b is None else physical[b.index] for b in buffers),
+        weights=tuple(None if ref is None else ref.name for ref in refs),
+        writes=writes,
+        drops=tuple(place for place in drops if place not in writes),
+    )
+
+
+def _is_result(graph: Graph, index: int) -> bool:
+    """Tell whether no Op reads the buffer after its last write."""
+    result = False
+    for op in graph.ops:
+        if any(buf.index == index for buf in op.reads):
+            result = False
+        if any(buf.index == index for buf in op.writes):
+            result = True
+    return result

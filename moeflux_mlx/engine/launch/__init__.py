@@ -1,0 +1,34 @@
+"""How every kernel of ``kernels/`` is launched, in the same families.
+
+Imports: errors, device, engine.metal, experts.
+"""
+
+from . import (
+    attention,
+    elementwise,
+    embed,
+    experts,
+    linear_attention,
+    mla,
+    moe,
+    norm,
+    quant,
+)
+from .base import KERNELS, Kernel
+from .prepared import Launch, prepare
+
+__all__ = [
+    "KERNELS",
+    "Kernel",
+    "Launch",
+    "attention",
+    "elementwise",
+    "embed",
+    "experts",
+    "linear_attention",
+    "mla",
+    "moe",
+    "norm",
+    "prepare",
+    "quant",
+]

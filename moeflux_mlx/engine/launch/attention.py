@@ -1,0 +1,896 @@
+"""Launches of ``kernels/attention.metal``.
+
+Letters: N = B sequences x T tokens, H query heads, Hkv key heads, d head width, S rows
+in the cache. Caches are ``[B, Hkv, S, d]``; MLX copies one that is a slice of a longer
+one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ... import device
+from ...device import SIMD
+from .base import (
+    Kernel,
+    Launch,
+    dims,
+    expect,
+    groups,
+    kernel,
+    normal,
+    other_dtype,
+    require,
+)
+
+MAX_HEAD_DIM = 256
+FLOAT32 = mx.float32
+FOLDS = (8, 4, 2, 1)
+# A lane holds its share of the queries and of the sums in fold * d / 16 registers: for
+# prompts and parts of the cache, and for a whole cache. On Metal more than 32 of them
+# leave a core with one threadgroup.
+FOLDED_CHANNELS, DECODE_CHANNELS = (
+    (1024, 2048) if device.has_many_registers() else (512, 512)
+)
+
+
+def _rope(x: mx.array, inv_freq: mx.array, start: mx.array, num_heads: int) -> mx.array:
+    n, pairs, n_seqs = x.shape[0], inv_freq.size, start.size
+    heads = x.astype(FLOAT32).reshape(n_seqs, n // n_seqs, num_heads, -1)
+    token = mx.arange(n // n_seqs)
+    position = (start[:, None] + token).astype(FLOAT32)
+    angle = position[..., None, None] * inv_freq
+    c, s = mx.cos(angle), mx.sin(angle)
+    a, b, rest = mx.split(heads, [pairs, 2 * pairs], axis=-1)
+    out = mx.concatenate([a * c - b * s, a * s + b * c, rest], axis=-1)
+    return out.reshape(x.shape).astype(x.dtype)
+
+
+def _some_rope(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    b: int,
+    t: int,
+    h: int,
+    d: int,
+    pairs: int,
+    at: int,
+) -> tuple[Any, ...]:
+    inv_freq = mx.array((100.0 ** -(np.arange(pairs) / pairs)).astype(np.float32))
+    start = mx.array((at + np.arange(b) * 3).astype(np.int32))
+    return normal(rng, dtype, b * t, h * d), inv_freq, start, h
+
+
+@kernel(
+    reference=_rope,
+    sample=_some_rope,
+    sizes=[
+        dict(b=1, t=1, h=1, d=2, pairs=1, at=0),
+        dict(b=2, t=3, h=3, d=37, pairs=9, at=5),
+        dict(b=1, t=5, h=2, d=64, pairs=32, at=1000),
+        dict(b=9, t=1, h=1, d=96, pairs=16, at=70),
+    ],
+    large=dict(b=1, t=2048, h=32, d=128, pairs=64, at=0),
+    varying=("n_tokens",),
+)
+def rope_n_tokens(
+    x: mx.array, inv_freq: mx.array, start: mx.array, num_heads: int
+) -> Launch:
+    """Rotate the first channels of each head of ``[N, H * d]``, halves paired.
+
+    ``inv_freq`` float32 ``[rotary / 2]``; ``start`` int32 ``[B]``.
+    """
+    n, width = dims("x", x, 2)
+    (pairs,) = dims("inv_freq", inv_freq, 1)
+    (n_seqs,) = dims("start", start, 1)
+    require("start", n % n_seqs == 0, f"a divisor of {n} rows", n_seqs)
+    divides = isinstance(num_heads, int) and num_heads > 0 and width % num_heads == 0
+    require("num_heads", divides, f"a divisor of {width}", num_heads)
+    d = width // num_heads
+    require("inv_freq", 2 * pairs <= d, f"at most {d // 2} pairs", pairs)
+    return Launch(
+        "rope_n_tokens",
+        {
+            "x": x,
+            "inv_freq": inv_freq,
+            "start": start,
+            "n_tokens": n // n_seqs,
+            "n_heads": num_heads,
+            "head_dim": d,
+            "n_pairs": pairs,
+        },
+        {"out": (n, width)},
+        (32 * groups(d - pairs, 32), num_heads, n),
+        (32, 1, 1),
+    )
+
+
+def _append(
+    keys: mx.array,
+    values: mx.array,
+    k_cache: mx.array,
+    v_cache: mx.array,
+    row: mx.array,
+) -> tuple[mx.array, mx.array]:
+    n_seqs, heads, n_rows, d = k_cache.shape
+    t, first = keys.shape[0] // n_seqs, int(np.array(row)[0])
+
+    def updated(cache: mx.array, new: mx.array) -> mx.array:
+        rows = new.reshape(n_seqs, t, heads, d).swapaxes(1, 2).astype(cache.dtype)
+        parts = [
+            rows[:, :, i - first] if 0 <= i - first < t else cache[:, :, i]
+            for i in range(n_rows)
+        ]
+        return mx.stack(parts, axis=2)
+
+    return updated(k_cache, keys), updated(v_cache, values)
+
+
+def _some_append(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    b: int,
+    t: int,
+    h: int,
+    s: int,
+    d: int,
+    row: int,
+) -> tuple[Any, ...]:
+    rows = [normal(rng, dtype, b * t, h * d) for _ in range(2)]
+    caches = [normal(rng, dtype, b, h, s, d) for _ in range(2)]
+    return *rows, *caches, mx.array([row], mx.int32)
+
+
+@kernel(
+    reference=_append,
+    sample=_some_append,
+    sizes=[
+        dict(b=1, t=1, h=1, s=1, d=2, row=0),
+        dict(b=2, t=3, h=2, s=7, d=37, row=2),
+        dict(b=1, t=5, h=3, s=9, d=64, row=6),
+        dict(b=2, t=2, h=1, s=5, d=96, row=-1),
+    ],
+    large=dict(b=1, t=64, h=8, s=8192, d=128, row=100),
+    varying=("n_tokens", "n_rows"),
+)
+def kv_cache_append_n_tokens(
+    keys: mx.array,
+    values: mx.array,
+    k_cache: mx.array,
+    v_cache: mx.array,
+    row: mx.array,
+) -> Launch:
+    """Both caches with rows ``[N, Hkv * d]`` from ``row`` (int32 ``[1]``) on."""
+    n_seqs, heads, n_rows, d = dims("k_cache", k_cache, 4)
+    expect("v_cache", v_cache, k_cache.shape)
+    n, _ = dims("keys", keys, 2)
+    require("keys", n % n_seqs == 0, f"rows of {n_seqs} sequences", n)
+    expect("keys", keys, (n, heads * d))
+    expect("values", values, (n, heads * d))
+    expect("row", row, (1,))
+    return Launch(
+        "kv_cache_append_n_tokens",
+        {
+            "keys": keys,
+            "values": values,
+            "k_cache": k_cache,
+            "v_cache": v_cache,
+            "row": row,
+            "n_tokens": n // n_seqs,
+            "n_kv_heads": heads,
+            "n_rows": n_rows,
+            "head_dim": d,
+        },
+        dict.fromkeys(("k_out", "v_out"), (n_seqs, heads, n_rows, d)),
+        (32 * groups(d, 128), n_rows, n_seqs * heads),
+        (32, 1, 1),
+    )
+
+
+def _check_cache(name: str, cache: mx.array) -> tuple[int, int, int, int]:
+    """Return B, Hkv, S and d of a cache whose width a simdgroup can share."""
+    n_seqs, heads, n_rows, d = dims(name, cache, 4)
+    known = d % SIMD == 0 and d <= MAX_HEAD_DIM
+    require(name, known, f"d a multiple of {SIMD}, at most {MAX_HEAD_DIM}", d)
+    return n_seqs, heads, n_rows, d
+
+
+def _heads(q: mx.array, kv_heads: int, d: int) -> tuple[int, int, int]:
+    """Return N, H and heads per key head of queries ``[N, H * d]``."""
+    n, width = dims("q", q, 2)
+    fits = width % (kv_heads * d) == 0
+    require("q", fits, f"a multiple of {kv_heads * d} columns", width)
+    return n, width // d, width // d // kv_heads
+
+
+def _scores(q: mx.array, k: mx.array, scale: float) -> mx.array:
+    n_seqs, kv_heads, n_rows, d = k.shape
+    queries = q.astype(FLOAT32).reshape(n_seqs, kv_heads, -1, d) * scale
+    scores = queries @ k.astype(FLOAT32).swapaxes(-1, -2)
+    return scores.reshape(n_seqs, -1, n_rows)
+
+
+def _some_scores(
+    rng: np.random.Generator, dtype: mx.Dtype, b: int, h: int, per: int, s: int, d: int
+) -> tuple[Any, ...]:
+    return normal(rng, dtype, b, h * per * d), normal(rng, dtype, b, h, s, d), d**-0.5
+
+
+DECODE_SIZES = [
+    dict(b=1, h=1, per=1, s=1, d=32),
+    dict(b=2, h=2, per=3, s=11, d=64),
+    dict(b=1, h=1, per=8, s=37, d=96),
+    dict(b=1, h=1, per=2, s=9, d=256),
+]
+DECODE_LARGE = dict(b=1, h=2, per=8, s=32768, d=256)
+
+
+@kernel(
+    reference=_scores,
+    sample=_some_scores,
+    sizes=DECODE_SIZES,
+    large=DECODE_LARGE,
+    varying=("n_rows",),
+)
+def attn_scores_batched(q: mx.array, k: mx.array, scale: float) -> Launch:
+    """Scores float32 ``[B, H, S]`` of one query a sequence, ``q`` ``[B, H * d]``."""
+    n_seqs, kv_heads, n_rows, d = _check_cache("k", k)
+    n, heads, per = _heads(q, kv_heads, d)
+    require("q", n == n_seqs, f"{n_seqs} rows", n)
+    return Launch(
+        "attn_scores_batched",
+        {
+            "q": q,
+            "k": k,
+            "scale": scale,
+            "n_heads": heads,
+            "heads_per_kv": per,
+            "n_rows": n_rows,
+        },
+        {"scores": (n_seqs, heads, n_rows)},
+        (SIMD, 8 * groups(n_rows, 8), n_seqs * kv_heads),
+        (SIMD, 8, 1),
+        {"D": d},
+    )
+
+
+def _softmax(scores: mx.array) -> mx.array:
+    return mx.softmax(scores, axis=-1, precise=True)
+
+
+def _some_softmax(
+    rng: np.random.Generator, dtype: mx.Dtype, r: int, s: int
+) -> tuple[Any, ...]:
+    return (normal(rng, dtype, r, s, scale=5.0),)
+
+
+@kernel(
+    reference=_softmax,
+    sample=_some_softmax,
+    sizes=[dict(r=1, s=1), dict(r=3, s=37), dict(r=2, s=300), dict(r=5, s=256)],
+    large=dict(r=64, s=32768),
+    varying=("n_rows",),
+    dtypes=(FLOAT32,),
+)
+def attn_softmax_batched(scores: mx.array) -> Launch:
+    """Softmax of each row, float32 ``[R, S]``."""
+    rows, n_rows = dims("scores", scores, 2)
+    return Launch(
+        "attn_softmax_batched",
+        {"scores": scores, "n_rows": n_rows},
+        {"out": (rows, n_rows)},
+        (256 * rows, 1, 1),
+        (256, 1, 1),
+    )
+
+
+def _values(p: mx.array, v: mx.array, dtype: mx.Dtype) -> mx.array:
+    n_seqs, kv_heads, n_rows, _ = v.shape
+    weights = p.reshape(n_seqs, kv_heads, -1, n_rows)
+    return (weights @ v.astype(FLOAT32)).reshape(n_seqs, -1).astype(dtype)
+
+
+def _some_values(
+    rng: np.random.Generator, dtype: mx.Dtype, b: int, h: int, per: int, s: int, d: int
+) -> tuple[Any, ...]:
+    p = mx.softmax(normal(rng, FLOAT32, b, h * per, s, scale=2.0), axis=-1)
+    return p, normal(rng, dtype, b, h, s, d), dtype
+
+
+@kernel(
+    reference=_values,
+    sample=_some_values,
+    sizes=DECODE_SIZES,
+    large=DECODE_LARGE,
+    varying=("n_rows",),
+)
+def attn_values_batched(p: mx.array, v: mx.array, dtype: mx.Dtype) -> Launch:
+    """Values weighted by ``p`` float32 ``[B, H, S]``: ``[B, H * d]`` in ``dtype``."""
+    n_seqs, kv_heads, n_rows, d = _check_cache("v", v)
+    _, heads, _ = dims("p", p, 3)
+    require("p", heads % kv_heads == 0, f"a multiple of {kv_heads} heads", heads)
+    expect("p", p, (n_seqs, heads, n_rows))
+    return Launch(
+        "attn_values_batched",
+        {
+            "p": p,
+            "v": v,
+            "n_heads": heads,
+            "heads_per_kv": heads // kv_heads,
+            "n_rows": n_rows,
+        },
+        {"out": (n_seqs, heads * d)},
+        (256 * n_seqs * heads, 1, 1),
+        (256, 1, 1),
+        {"D": d},
+        {"T": dtype},
+    )
+
+
+def _attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    mask: mx.array | None = None,
+) -> mx.array:
+    n_seqs, kv_heads, n_rows, d = k.shape
+    t = q.shape[0] // n_seqs
+    heads = q.astype(FLOAT32).reshape(n_seqs, t, kv_heads, -1, d)
+    queries = heads.transpose(0, 2, 3, 1, 4) * scale
+    scores = queries @ k.astype(FLOAT32)[:, :, None].swapaxes(-1, -2)
+    if mask is None:
+        seen = mx.arange(n_rows) <= mx.arange(n_rows - t, n_rows)[:, None]
+    else:
+        seen = mask[:, :, None]
+    scores = mx.where(seen, scores, mx.array(-3e38))
+    p = mx.where(seen, mx.softmax(scores, axis=-1), 0)
+    out = p @ v.astype(FLOAT32)[:, :, None]
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+
+
+def _some_attention(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    b: int,
+    t: int,
+    h: int,
+    per: int,
+    s: int,
+    d: int,
+    masks: int = 0,
+) -> tuple[Any, ...]:
+    q = normal(rng, dtype, b * t, h * per * d, scale=2.0)
+    k, v = (normal(rng, dtype, b, h, s, d) for _ in range(2))
+    if not masks:
+        return q, k, v, d**-0.5, None
+    seen = rng.random((masks, 1, t, s)) < 0.6
+    seen[0, 0, -1] = False
+    return q, k, v, d**-0.5, mx.array(seen)
+
+
+def _check_attention(
+    q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None, fold: int
+) -> tuple[dict[str, Any], tuple[int, int, int], dict[str, int]]:
+    """Return inputs but the scale, (B, T, H), and the template's numbers."""
+    n_seqs, kv_heads, n_rows, d = _check_cache("k", k)
+    expect("v", v, k.shape)
+    n, heads, per = _heads(q, kv_heads, d)
+    require("q", n % n_seqs == 0, f"rows of {n_seqs} sequences", n)
+    require("q", per % fold == 0, f"heads per key head a multiple of {fold}", per)
+    t = n // n_seqs
+    require("k", n_rows >= t, f"at least {t} rows", n_rows)
+    n_masks = 0
+    if mask is not None:
+        n_masks = dims("mask", mask, 4)[0]
+        require("mask", n_masks in (1, n_seqs), f"1 or {n_seqs} masks", n_masks)
+        expect("mask", mask, (n_masks, 1, t, n_rows))
+    inputs = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "mask": mask,
+        "n_heads": heads,
+        "heads_per_kv": per,
+        "n_rows": n_rows,
+        "n_masks": n_masks,
+    }
+    template = {"D": d, "HAS_MASK": int(mask is not None)}
+    return inputs, (n_seqs, t, heads), template
+
+
+PREFILL_SIZES = [
+    dict(b=1, t=1, h=1, per=1, s=1, d=32),
+    dict(b=2, t=5, h=1, per=2, s=11, d=64, masks=1),
+    dict(b=1, t=3, h=2, per=1, s=9, d=96),
+    dict(b=2, t=9, h=1, per=1, s=17, d=256, masks=2),
+]
+PREFILL_LARGE = dict(b=1, t=512, h=2, per=8, s=2048, d=128)
+
+
+def _folded(fold: int, *more: dict[str, int]) -> Any:
+    """Return a registration of the direct form that folds ``fold`` heads."""
+    sizes = [{**size, "per": size["per"] * fold} for size in PREFILL_SIZES] + [*more]
+    return kernel(
+        reference=_attention,
+        sample=_some_attention,
+        sizes=sizes if fold < 8 else sizes[:3],
+        large=PREFILL_LARGE,
+        varying=("n_tokens", "n_rows", "n_masks"),
+    )
+
+
+def _direct(
+    name: str,
+    fold: int,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    mask: mx.array | None,
+) -> Launch:
+    inputs, (n_seqs, t, heads), template = _check_attention(q, k, v, mask, fold)
+    return Launch(
+        name,
+        {**inputs, "scale": scale, "n_tokens": t},
+        {"out": tuple(q.shape)},
+        (SIMD, 4 * groups(t, 4), n_seqs * heads // fold),
+        (SIMD, 4, 1),
+        template,
+    )
+
+
+@_folded(1)
+def sdpa_causal_direct(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None
+) -> Launch:
+    """Causal attention of ``q`` ``[N, H * d]``; ``mask`` bool ``[1 or B, 1, T, S]``."""
+    return _direct("sdpa_causal_direct", 1, q, k, v, scale, mask)
+
+
+@_folded(2)
+def sdpa_causal_direct_fold2(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None
+) -> Launch:
+    """As ``sdpa_causal_direct``, two heads of a key head together."""
+    return _direct("sdpa_causal_direct_fold2", 2, q, k, v, scale, mask)
+
+
+@_folded(4)
+def sdpa_causal_direct_fold4(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None
+) -> Launch:
+    """As ``sdpa_causal_direct``, four heads of a key head together."""
+    return _direct("sdpa_causal_direct_fold4", 4, q, k, v, scale, mask)
+
+
+@_folded(8)
+def sdpa_causal_direct_fold8(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None
+) -> Launch:
+    """As ``sdpa_causal_direct``, eight heads of a key head together."""
+    return _direct("sdpa_causal_direct_fold8", 8, q, k, v, scale, mask)
+
+
+@_folded(1, dict(b=1, t=20, h=1, per=1, s=23, d=32))
+def sdpa_causal_staged(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None
+) -> Launch:
+    """As ``sdpa_causal_direct``, with the cache's rows in threadgroup memory."""
+    inputs, (n_seqs, t, heads), template = _check_attention(q, k, v, mask, 1)
+    return Launch(
+        "sdpa_causal_staged",
+        {**inputs, "scale": scale, "n_tokens": t},
+        {"out": tuple(q.shape)},
+        (SIMD, 8 * groups(t, 8), n_seqs * heads),
+        (SIMD, 8, 1),
+        template,
+    )
+
+
+def _fold(per: int, d: int, channels: int) -> int:
+    """Return how many heads of a key head are taken together."""
+    return next(f for f in FOLDS if per % f == 0 and (f == 1 or f * d <= channels))
+
+
+def _some_decode(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    b: int,
+    h: int,
+    per: int,
+    s: int,
+    d: int,
+    masks: int = 0,
+    level: float = 0.0,
+) -> tuple[Any, ...]:
+    q, k, v, scale, mask = _some_attention(rng, dtype, b, 1, h, per, s, d, masks)
+    # Scores lie around the level, which no power of e may be taken of by itself.
+    common = (level / (scale * d)) ** 0.5
+    return (q + common).astype(dtype), (k + common).astype(dtype), v, scale, mask
+
+
+@kernel(
+    reference=_attention,
+    sample=_some_decode,
+    sizes=[
+        dict(b=1, h=1, per=1, s=1, d=32),
+        dict(b=2, h=2, per=3, s=11, d=64, masks=2),
+        dict(b=1, h=1, per=8, s=37, d=64, level=60.0),
+        dict(b=2, h=1, per=4, s=19, d=256, masks=1),
+        dict(b=1, h=1, per=8, s=9, d=128),
+        dict(b=1, h=1, per=8, s=9, d=256),
+    ],
+    large=DECODE_LARGE,
+    varying=("n_rows", "n_masks"),
+)
+def sdpa_decode(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None
+) -> Launch:
+    """Attention of one token a sequence, ``q`` ``[B, H * d]``."""
+    inputs, (n_seqs, t, heads), template = _check_attention(q, k, v, mask, 1)
+    require("q", t == 1, "one token of each sequence", t)
+    fold = _fold(inputs["heads_per_kv"], template["D"], DECODE_CHANNELS)
+    return Launch(
+        "sdpa_decode",
+        {**inputs, "scale": scale},
+        {"out": tuple(q.shape)},
+        (256, n_seqs * heads // fold, 1),
+        (256, 1, 1),
+        {**template, "FOLD": fold},
+    )
+
+
+FOLDED: dict[int, Kernel] = {
+    1: sdpa_causal_direct,
+    2: sdpa_causal_direct_fold2,
+    4: sdpa_causal_direct_fold4,
+    8: sdpa_causal_direct_fold8,
+}
+
+
+def _normed(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    return x * mx.rsqrt((x * x).mean(-1, keepdims=True) + eps) * weight.astype(FLOAT32)
+
+
+def _inputs(
+    q_proj: mx.array,
+    k_proj: mx.array,
+    q_norm: mx.array,
+    k_norm: mx.array,
+    inv_freq: mx.array,
+    start: mx.array,
+    eps: float,
+) -> tuple[mx.array, ...]:
+    n, d = start.size, q_norm.size
+    wide = q_proj.reshape(n, -1, 2, d)
+    query, gate = (wide[:, :, i].reshape(n, -1) for i in range(2))
+    q, k = _ungated_inputs(query, k_proj, q_norm, k_norm, inv_freq, start, eps)
+    return q, gate, k
+
+
+def _ungated_inputs(
+    q_proj: mx.array,
+    k_proj: mx.array,
+    q_norm: mx.array,
+    k_norm: mx.array,
+    inv_freq: mx.array,
+    start: mx.array,
+    eps: float,
+) -> tuple[mx.array, ...]:
+    n, d = start.size, q_norm.size
+    outs = []
+    for x, weight in ((q_proj, q_norm), (k_proj, k_norm)):
+        heads = x.astype(FLOAT32).reshape(n, -1, d)
+        rows = _normed(heads, weight, eps).reshape(n, -1)
+        outs.append(_rope(rows, inv_freq, start, heads.shape[1]))
+    return tuple(x.astype(q_proj.dtype) for x in outs)
+
+
+def _some_inputs(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    b: int,
+    h: int,
+    hk: int,
+    d: int,
+    pairs: int,
+    at: int,
+    s: int,
+    gates: int = 1,
+) -> tuple[Any, ...]:
+    other = other_dtype(dtype, s)
+    _, inv_freq, start, _ = _some_rope(rng, dtype, b, 1, h, d, pairs, at)
+    q_proj = normal(rng, dtype, b, (1 + gates) * h * d)
+    rows = q_proj, normal(rng, dtype, b, hk * d)
+    norms = [1 + normal(rng, other, d, scale=0.1) for _ in range(2)]
+    return *rows, *norms, inv_freq, start, 1e-6
+
+
+INPUTS_LARGE: dict[str, Any] = dict(b=1, h=16, hk=2, d=256, pairs=32, at=8000, s=0)
+
+
+@kernel(
+    reference=_inputs,
+    sample=_some_inputs,
+    sizes=[
+        dict(b=1, h=1, hk=1, d=2, pairs=1, at=0, s=0),
+        dict(b=2, h=3, hk=1, d=37, pairs=9, at=5, s=1),
+        dict(b=1, h=6, hk=3, d=64, pairs=32, at=1000, s=0),
+        dict(b=3, h=4, hk=2, d=256, pairs=32, at=70, s=1),
+    ],
+    large=INPUTS_LARGE,
+    varying=(),
+)
+def attention_inputs(
+    q_proj: mx.array,
+    k_proj: mx.array,
+    q_norm: mx.array,
+    k_norm: mx.array,
+    inv_freq: mx.array,
+    start: mx.array,
+    eps: float,
+) -> Launch:
+    """Queries ``[B, H * d]``, their gate and keys ``[B, Hkv * d]`` of one token each.
+
+    ``q_proj`` ``[B, H * 2 * d]`` holds query then gate of each head; norms are ``[d]``;
+    ``inv_freq`` float32 ``[rotary / 2]``; ``start`` int32 ``[B]``.
+    """
+    (d,) = dims("q_norm", q_norm, 1)
+    given = q_proj, k_proj, q_norm, k_norm, inv_freq, start, eps
+    return _place_heads("attention_inputs", *given, q_width=2 * d)
+
+
+@kernel(
+    reference=_ungated_inputs,
+    sample=_some_inputs,
+    sizes=[
+        dict(b=1, h=1, hk=1, d=2, pairs=1, at=0, s=0, gates=0),
+        dict(b=2, h=3, hk=1, d=37, pairs=9, at=5, s=1, gates=0),
+        dict(b=1, h=7, hk=1, d=128, pairs=64, at=1000, s=0, gates=0),
+        dict(b=3, h=4, hk=2, d=256, pairs=32, at=70, s=1, gates=0),
+    ],
+    large={**INPUTS_LARGE, "d": 128, "pairs": 64, "h": 32, "hk": 4, "gates": 0},
+    varying=(),
+)
+def attention_inputs_ungated(
+    q_proj: mx.array,
+    k_proj: mx.array,
+    q_norm: mx.array,
+    k_norm: mx.array,
+    inv_freq: mx.array,
+    start: mx.array,
+    eps: float,
+) -> Launch:
+    """Queries ``[B, H * d]`` and keys ``[B, Hkv * d]`` of one token each.
+
+    ``q_proj`` is ``[B, H * d]``; the rest as ``attention_inputs`` has it.
+    """
+    (d,) = dims("q_norm", q_norm, 1)
+    given = q_proj, k_proj, q_norm, k_norm, inv_freq, start, eps
+    return _place_heads("attention_inputs_ungated", *given, q_width=d)
+
+
+def _place_heads(
+    name: str,
+    q_proj: mx.array,
+    k_proj: mx.array,
+    q_norm: mx.array,
+    k_norm: mx.array,
+    inv_freq: mx.array,
+    start: mx.array,
+    eps: float,
+    *,
+    q_width: int,
+) -> Launch:
+    """Check what both kernels take, a head of ``q_proj`` being ``q_width`` wide."""
+    (d,) = dims("q_norm", q_norm, 1)
+    require("q_norm", d <= MAX_HEAD_DIM, f"a width up to {MAX_HEAD_DIM}", d)
+    expect("k_norm", k_norm, (d,))
+    (n,) = dims("start", start, 1)
+    (pairs,) = dims("inv_freq", inv_freq, 1)
+    require("inv_freq", 2 * pairs <= d, f"at most {d // 2} pairs", pairs)
+    heads, kv_heads = (
+        _whole_heads(name, x, n, width)
+        for name, x, width in (("q_proj", q_proj, q_width), ("k_proj", k_proj, d))
+    )
+    arrays = {"q_proj": q_proj, "k_proj": k_proj, "q_norm": q_norm, "k_norm": k_norm}
+    sizes = {"n_heads": heads, "n_kv_heads": kv_heads, "head_dim": d, "n_pairs": pairs}
+    gate = {"gate": (n, heads * d)} if q_width > d else {}
+    return Launch(
+        name,
+        {**arrays, "inv_freq": inv_freq, "start": start, "eps": eps, **sizes},
+        {"q": (n, heads * d), **gate, "k": (n, kv_heads * d)},
+        (SIMD, 4 * groups(heads + kv_heads, 4), n),
+        (SIMD, 4, 1),
+    )
+
+
+def _whole_heads(name: str, x: mx.array, n: int, width: int) -> int:
+    """Return the heads of ``[n, heads * width]``."""
+    rows, columns = dims(name, x, 2)
+    require(name, rows == n, f"{n} rows", rows)
+    require(name, columns % width == 0, f"heads of {width}", columns)
+    return columns // width
+
+
+# Rows of the cache that a threadgroup takes at least, and the parts there are at most.
+PART_ROWS = 32
+MAX_PARTS = 64
+# Parts that can be joined.
+MAX_JOINED = 256
+
+
+def part_rows(n_rows: int) -> int:
+    """Return how many rows of a cache of ``n_rows`` make a part."""
+    return max(PART_ROWS, groups(n_rows, MAX_PARTS))
+
+
+def _parts(
+    q: mx.array, k: mx.array, v: mx.array, start: mx.array, scale: float
+) -> tuple[mx.array, mx.array]:
+    n_seqs, kv_heads, n_rows, d = k.shape
+    per = q.shape[1] // (kv_heads * d)
+    size = part_rows(n_rows)
+    n_parts = groups(n_rows, size)
+    grown = [(0, 0), (0, 0), (0, n_parts * size - n_rows), (0, 0)]
+    keys, values = (
+        mx.repeat(mx.pad(x.astype(FLOAT32), grown), per, axis=1) for x in (k, v)
+    )
+    query = q.astype(FLOAT32).reshape(n_seqs, -1, 1, d) * scale
+    scores = (query * keys).sum(-1).reshape(n_seqs, -1, n_parts, size)
+    rows = mx.arange(n_parts * size).reshape(n_parts, size)
+    seen = (rows <= start.reshape(-1, 1, 1, 1)) & (rows < n_rows)
+    some = seen.any(-1, keepdims=True)
+    top = mx.where(seen, scores, -mx.inf).max(-1, keepdims=True)
+    top = mx.where(some, top, 0.0)
+    weights = mx.where(seen, mx.exp(scores - top), 0.0)
+    parted = values.reshape(n_seqs, -1, n_parts, size, d)
+    sums = (weights[..., None] * parted).sum(-2)
+    return sums, mx.concatenate([top, weights.sum(-1, keepdims=True)], -1)
+
+
+def _some_parts(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    b: int,
+    h: int,
+    per: int,
+    s: int,
+    d: int,
+    at: int,
+) -> tuple[Any, ...]:
+    q, k, v, scale, _ = _some_decode(rng, dtype, b, h, per, s, d)
+    start = mx.array(np.maximum(at - 5 * np.arange(b), 0).astype(np.int32))
+    return q, k, v, start, scale
+
+
+@kernel(
+    reference=_parts,
+    sample=_some_parts,
+    sizes=[
+        dict(b=1, h=1, per=1, s=1, d=32, at=0),
+        dict(b=2, h=2, per=3, s=130, d=64, at=64),
+        dict(b=2, h=1, per=8, s=67, d=32, at=66),
+        dict(b=1, h=1, per=4, s=200, d=256, at=37),
+        dict(b=1, h=1, per=8, s=70, d=64, at=66),
+        dict(b=1, h=1, per=8, s=70, d=128, at=66),
+    ],
+    large=dict(b=1, h=2, per=8, s=32768, d=256, at=32767),
+    varying=("n_rows", "part_rows", "n_parts"),
+)
+def sdpa_decode_parts(
+    q: mx.array, k: mx.array, v: mx.array, start: mx.array, scale: float
+) -> Launch:
+    """Attention of one token a sequence over parts of a cache with spare rows.
+
+    ``start`` int32 ``[B]`` is the last row seen. Returns what ``sdpa_decode_join``
+    takes: ``[B, H, P, d]`` and ``[B, H, P, 2]``.
+    """
+    inputs, (n_seqs, t, heads), template = _check_attention(q, k, v, None, 1)
+    require("q", t == 1, "one token of each sequence", t)
+    expect("start", start, (n_seqs,))
+    d, per, n_rows = template["D"], inputs["heads_per_kv"], inputs["n_rows"]
+    fold = _fold(per, d, FOLDED_CHANNELS)
+    size = part_rows(n_rows)
+    n_parts = groups(n_rows, size)
+    names = ("q", "k", "v", "n_heads", "heads_per_kv", "n_rows")
+    return Launch(
+        "sdpa_decode_parts",
+        {
+            **{name: inputs[name] for name in names},
+            "start": start,
+            "scale": scale,
+            "part_rows": size,
+            "n_parts": n_parts,
+        },
+        {
+            "sums": (n_seqs, heads, n_parts, d),
+            "stats": (n_seqs, heads, n_parts, 2),
+        },
+        (256, n_parts, n_seqs * heads // fold),
+        (256, 1, 1),
+        {"D": d, "FOLD": fold},
+    )
+
+
+def _joined(
+    sums: mx.array, stats: mx.array, dtype: mx.Dtype, gate: mx.array | None = None
+) -> mx.array:
+    n_seqs, heads, _, d = sums.shape
+    top, total = stats[..., :1], stats[..., 1:]
+    highest = mx.where(total > 0, top, -mx.inf).max(2, keepdims=True)
+    share = mx.where(total > 0, mx.exp(top - highest), 0.0)
+    weight = (share * total).sum(2)
+    out = mx.where(weight > 0, (share * sums).sum(2) / weight, 0.0)
+    out = out.reshape(n_seqs, heads * d)
+    if gate is not None:
+        out = out * mx.sigmoid(gate.astype(FLOAT32))
+    return out.astype(dtype)
+
+
+def _some_joined(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    b: int,
+    h: int,
+    p: int,
+    d: int,
+    gated: int,
+    blind: int = 0,
+) -> tuple[Any, ...]:
+    sums = normal(rng, FLOAT32, b, h, p, d)
+    # A part that saw one row has a total of 1; tops are far from zero.
+    total = rng.uniform(1.0, 20.0, (b, h, p)).astype(np.float32) if p > 1 else 1.0
+    total = np.broadcast_to(np.float32(total), (b, h, p)).copy()
+    top = (60 + rng.standard_normal((b, h, p))).astype(np.float32)
+    # Parts that saw nothing, their tops above all others'.
+    total[:, :, p - blind :] = 0
+    top[:, :, p - blind :] = 90
+    stats = mx.array(np.stack([top, total], -1))
+    gate = normal(rng, dtype, b, h * d) if gated else None
+    return sums, stats, dtype, gate
+
+
+@kernel(
+    reference=_joined,
+    sample=_some_joined,
+    sizes=[
+        dict(b=1, h=1, p=1, d=32, gated=0),
+        dict(b=2, h=3, p=5, d=64, gated=1, blind=2),
+        dict(b=1, h=2, p=64, d=96, gated=1),
+        dict(b=1, h=1, p=83, d=32, gated=0),
+        dict(b=1, h=1, p=3, d=256, gated=0, blind=3),
+    ],
+    large=dict(b=1, h=16, p=64, d=256, gated=1),
+    varying=("n_parts",),
+)
+def sdpa_decode_join(
+    sums: mx.array, stats: mx.array, dtype: mx.Dtype, gate: mx.array | None = None
+) -> Launch:
+    """Attention ``[B, H * d]`` of ``sdpa_decode_parts``, times a gate's sigmoid."""
+    n_seqs, heads, n_parts, d = dims("sums", sums, 4)
+    expect("stats", stats, (n_seqs, heads, n_parts, 2))
+    require("sums", d % SIMD == 0, f"a width that is a multiple of {SIMD}", d)
+    require("sums", n_parts <= MAX_JOINED, f"up to {MAX_JOINED} parts", n_parts)
+    shape = (n_seqs, heads * d)
+    if gate is not None:
+        expect("gate", gate, shape)
+    return Launch(
+        "sdpa_decode_join",
+        {
+            "sums": sums,
+            "stats": stats,
+            "gate": gate,
+            "n_parts": n_parts,
+            "head_dim": d,
+        },
+        {"out": shape},
+        (d, 8 * n_seqs * heads, 1),
+        (SIMD, 8, 1),
+        {"HAS_GATE": int(gate is not None)},
+        {"T": dtype},
+    )

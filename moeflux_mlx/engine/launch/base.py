@@ -1,0 +1,243 @@
+"""How a kernel is registered.
+
+A kernel's ``.metal`` signature says names, order and types. Here stands the rest: for
+given arrays the shapes, template numbers, grid and outputs (a ``Launch``), the
+reference in plain MLX operations, and the samples that tests and the doctor run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ...errors import KernelError
+from ..metal import MetalKernel, Scalar, library
+from .prepared import FIXED, FLOATS, Launch
+
+# Relative root-mean-square error allowed against the reference, by activation type.
+TOLERANCE: Mapping[mx.Dtype, float] = {
+    mx.float32: 1e-5,
+    mx.float16: 1e-3,
+    mx.bfloat16: 6e-3,
+}
+
+
+class ShapeError(KernelError):
+    """A kernel's argument has a shape or value it cannot have."""
+
+
+def dims(name: str, array: mx.array, rank: int) -> tuple[int, ...]:
+    """Return the shape of an array that must have ``rank`` dimensions, none empty."""
+    if not isinstance(array, mx.array):
+        raise ShapeError(f"{name}: expected an mx.array but got {type(array).__name__}")
+    if array.ndim != rank or array.size == 0:
+        shape = tuple(array.shape)
+        raise ShapeError(
+            f"{name}: expected {rank} non-empty dimensions but got {shape}"
+        )
+    return tuple(array.shape)
+
+
+def one_row(name: str, array: mx.array, width: int | None = None) -> int:
+    """Return the width of ``[n]`` or ``[1, n]``: neither form needs a reshape."""
+    rank = 2 if isinstance(array, mx.array) and array.ndim == 2 else 1
+    *rows, n = dims(name, array, rank)
+    require(name, rows in ([], [1]), "one row", tuple(array.shape))
+    require(name, width in (None, n), f"{width} values", n)
+    return n
+
+
+def expect(name: str, array: mx.array, shape: Sequence[int]) -> None:
+    """Check that an array has exactly this shape."""
+    if not isinstance(array, mx.array):
+        raise ShapeError(f"{name}: expected an mx.array but got {type(array).__name__}")
+    if tuple(array.shape) != tuple(shape):
+        got = tuple(array.shape)
+        raise ShapeError(f"{name}: expected shape {tuple(shape)} but got {got}")
+
+
+def require(name: str, condition: bool, wanted: str, got: Any) -> None:
+    """Check a number or a relation between sizes."""
+    if not condition:
+        raise ShapeError(f"{name}: expected {wanted} but got {got}")
+
+
+def require_part(name: str, at: Any, size: int, width: int) -> None:
+    """Refuse a part of ``size`` values that does not lie within a row."""
+    inside = isinstance(at, int) and 0 <= at <= width - size
+    require(name, inside, f"{size} values of a row of {width}", at)
+
+
+def _misfit(build: Callable[..., Launch], args: Any, options: Any) -> str:
+    """Say which argument is not of the type that the launch function asks for."""
+    try:
+        given = inspect.signature(build).bind(*args, **options).arguments
+    except TypeError as error:
+        return str(error)
+    hints = typing.get_type_hints(build)
+    for name, value in given.items():
+        wanted = hints[name]
+        fits = {int: numbers.Integral, float: numbers.Real}.get(wanted, wanted)
+        if isinstance(fits, type) and not isinstance(value, fits):
+            got = type(value).__name__
+            return f"{name}: expected {wanted.__name__} but got {got}"
+    return ""
+
+
+Sample = Callable[..., tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A registered kernel: how to launch it, its reference, and how to try it.
+
+    ``build`` maps arguments to a ``Launch``; ``reference`` takes the same arguments and
+    returns what the outputs should be; ``sample(rng, dtype, **sizes)`` makes arguments;
+    ``fixed`` names the scalars that are compiled in.
+    """
+
+    name: str
+    family: str
+    build: Callable[..., Launch]
+    reference: Callable[..., Any]
+    sample: Sample
+    sizes: tuple[Mapping[str, Any], ...]
+    large: Mapping[str, Any]
+    fixed: frozenset[str]
+    dtypes: tuple[mx.Dtype, ...] = FLOATS
+    tolerance: Mapping[mx.Dtype, float] = field(default_factory=lambda: TOLERANCE)
+
+    def __call__(self, *args: Any, **options: Any) -> Launch:
+        """Return the launch for these arguments.
+
+        Raises:
+            KernelError: an argument the kernel cannot take; names both.
+        """
+        try:
+            return self.build(*args, **options)
+        except ShapeError as error:
+            raise KernelError(f"[{self.name}] {error}") from None
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            misfit = _misfit(self.build, args, options) or str(error)
+            raise KernelError(f"[{self.name}] {misfit}") from error
+
+    @property
+    def metal(self) -> MetalKernel:
+        """The parsed ``.metal`` function."""
+        return library()[self.name]
+
+    @property
+    def source(self) -> str:
+        """The Python text of the launch."""
+        return inspect.getsource(self.build)
+
+    def arguments(self, dtype: mx.Dtype, seed: int = 0, **sizes: Any) -> tuple:
+        """Make seeded arguments of one size."""
+        return self.sample(np.random.default_rng(seed), dtype, **sizes)
+
+    def expected(self, *args: Any) -> tuple[mx.array, ...]:
+        """Return the reference's outputs for the same arguments.
+
+        Computed on the CPU: GPUs multiply float32 with fewer bits than it has.
+        """
+        with mx.stream(mx.cpu):
+            out = self.reference(*args)
+        return out if isinstance(out, tuple) else (out,)
+
+
+KERNELS: dict[str, Kernel] = {}
+
+
+def kernel(
+    *,
+    reference: Callable[..., Any],
+    sample: Sample,
+    sizes: Sequence[Mapping[str, Any]],
+    large: Mapping[str, Any],
+    varying: tuple[str, ...],
+    dtypes: tuple[mx.Dtype, ...] = FLOATS,
+    tolerance: Mapping[mx.Dtype, float] = TOLERANCE,
+) -> Callable[[Callable[..., Launch]], Kernel]:
+    """Register the decorated function, named as the kernel, as its launch.
+
+    Args:
+        reference: the same mathematics in plain MLX operations, same arguments.
+        sample: ``sample(rng, dtype, **sizes)`` returns arguments.
+        sizes: odd and ragged sizes for tests, small ones first.
+        large: a size worth timing.
+        varying: scalars that stay data, such as numbers of tokens. All others follow
+            from a model's geometry and are compiled in. These are named because they
+            are fewer, and must be, even if there are none: a number of tokens that was
+            forgotten would have the GPU's compiler run at every new length.
+        dtypes: activation types to try.
+        tolerance: relative RMS error allowed for each; integers must be equal.
+    """
+
+    def register(build: Callable[..., Launch]) -> Kernel:
+        name = build.__name__
+        if name in KERNELS:
+            raise TypeError(f"[{name}] there is a kernel of that name already")
+        if not build.__doc__:
+            raise TypeError(f"[{name}] kernel lacks a docstring")
+        taken = list(inspect.signature(build).parameters)
+        if list(inspect.signature(reference).parameters) != taken:
+            raise TypeError(f"[{name}] reference expected parameters {taken}")
+        if not sizes:
+            raise TypeError(f"[{name}] kernel lacks sizes to test")
+        family = build.__module__.rsplit(".", 1)[-1]
+        fixed = FIXED[name] = _fixed(name, varying)
+        made = Kernel(
+            name,
+            family,
+            build,
+            reference,
+            sample,
+            tuple(sizes),
+            large,
+            fixed,
+            dtypes,
+            tolerance,
+        )
+        KERNELS[name] = made
+        return made
+
+    return register
+
+
+def _fixed(name: str, varying: tuple[str, ...]) -> frozenset[str]:
+    """Return the scalars of a signature but those that vary."""
+    scalars = {p.name: p.type for p in library()[name].inputs if isinstance(p, Scalar)}
+    if not set(varying) <= set(scalars) or len(set(varying)) < len(varying):
+        raise TypeError(
+            f"[{name}] varying expected some of {[*scalars]} but got {varying}"
+        )
+    fixed = frozenset(scalars) - frozenset(varying)
+    for scalar in fixed:
+        # Metal and CUDA are given the bits of a float, or a whole number.
+        if scalars[scalar] in ("half", "bfloat"):
+            raise TypeError(f"[{name}] {scalar} expected float, or to be varying")
+    return fixed
+
+
+def groups(n: int, per_group: int) -> int:
+    """Return how many groups of ``per_group`` cover ``n``."""
+    return -(-n // per_group)
+
+
+def normal(
+    rng: np.random.Generator, dtype: mx.Dtype, *shape: int, scale: float = 1.0
+) -> mx.array:
+    """Return seeded normal noise, for samples."""
+    return mx.array(scale * rng.standard_normal(shape, np.float32)).astype(dtype)
+
+
+def other_dtype(dtype: mx.Dtype, s: int) -> mx.Dtype:
+    """Return a sample's second type: the activations', or, if ``s``, bfloat16."""
+    return mx.bfloat16 if s else dtype

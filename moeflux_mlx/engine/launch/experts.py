@@ -1,0 +1,467 @@
+"""Launches of ``kernels/experts.metal``.
+
+Letters: D model width, E experts, K experts of the token, N expert width, F that of the
+shared expert, I and O input and output width of a projection, G quantisation group. One
+projection of all experts is given as ``Weight.records``: words, scales and biases, row
+``slot`` of each array, the matrix from the base on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ...device import SIMD
+from .base import (
+    Launch,
+    dims,
+    groups,
+    kernel,
+    normal,
+    one_row,
+    other_dtype,
+    require,
+    require_part,
+)
+from .moe import check_routing, random_logits, random_weights, softmax_topk
+from .quant import check_rows, dense_matrix, quantised
+from .slots import Matrix, check_matrix, in_slots, numbers, random_matrix, unpacked
+
+
+def _words_a_load(matrices: list[Matrix], n_rows: int, n_in: int, bits: int) -> int:
+    """Return the widest aligned load that leaves no lane of a simdgroup idle.
+
+    At most 32 values, so that they have one scale. ``n_rows`` are walked as one.
+    """
+    row_words = n_in * bits // 32
+    words = min(4, bits)
+    while words > 1:
+        offsets = [row_words]
+        for w, _, _ in matrices:
+            offsets += [w.base, w.array.shape[1]]
+        if n_rows * row_words >= SIMD * words and all(n % words == 0 for n in offsets):
+            break
+        words //= 2
+    return words
+
+
+def _gate_up(
+    x: mx.array,
+    slots: mx.array,
+    gate: Matrix,
+    up: Matrix,
+    n_out: int,
+    bits: int,
+    group_size: int,
+    x_at: int = 0,
+    n_in: int | None = None,
+) -> mx.array:
+    x32, rows = x.astype(mx.float32).reshape(-1), []
+    x32 = x32[x_at : x_at + (n_in or x32.size)]
+    for slot in numbers(slots):
+        g, u = (
+            unpacked(m, slot, n_out, x32.size, bits, group_size) @ x32
+            for m in (gate, up)
+        )
+        rows.append(g * mx.sigmoid(g) * u)
+    return mx.stack(rows).astype(x.dtype)
+
+
+def _slots(rng: np.random.Generator, k: int) -> mx.array:
+    """Return K distinct ones of K + 1 slots."""
+    return mx.array(rng.permutation(k + 1)[:k].astype(np.uint32))
+
+
+def _some_gate_up(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    k: int,
+    i: int,
+    n: int,
+    bits: int,
+    g: int,
+    s: int,
+    base: int = 0,
+) -> tuple[Any, ...]:
+    gate, up = (
+        random_matrix(rng, other_dtype(dtype, s), k + 1, (n, i), bits, g, base)
+        for _ in range(2)
+    )
+    x = normal(rng, dtype, i + 2 * base)
+    return x, _slots(rng, k), gate, up, n, bits, g, base, i
+
+
+@kernel(
+    reference=_gate_up,
+    sample=_some_gate_up,
+    sizes=[
+        dict(k=1, i=32, n=1, bits=2, g=32, s=0),
+        dict(k=2, i=576, n=23, bits=4, g=64, s=1, base=2),
+        dict(k=2, i=1152, n=32, bits=4, g=128, s=1, base=4),
+        dict(k=2, i=1088, n=5, bits=4, g=64, s=0),
+        dict(k=10, i=1056, n=6, bits=8, g=32, s=0, base=3),
+    ],
+    large=dict(k=8, i=2048, n=768, bits=4, g=64, s=1),
+    varying=(),
+)
+def experts_gate_up_swiglu(
+    x: mx.array,
+    slots: mx.array,
+    gate: Matrix,
+    up: Matrix,
+    n_out: int,
+    bits: int,
+    group_size: int,
+    x_at: int = 0,
+    n_in: int | None = None,
+) -> Launch:
+    """``silu(Wg x) * (Wu x)`` of the experts in ``slots``: ``[K, N]``.
+
+    ``x`` is ``[I]`` or ``[1, I]``, or a row in which the ``n_in`` values begin at
+    ``x_at``; ``slots`` ``[K]`` or ``[1, K]``.
+    """
+    width, k = one_row("x", x), one_row("slots", slots)
+    n_in = width if n_in is None else n_in
+    inputs, template = _gate_and_up(x, gate, up, n_out, bits, group_size, x_at, n_in)
+    return Launch(
+        "experts_gate_up_swiglu",
+        {**inputs, "slots": slots},
+        {"act": (k, n_out)},
+        (256 * groups(n_out, 16), k, 1),
+        (256, 1, 1),
+        template,
+    )
+
+
+def _gate_and_up(
+    x: mx.array,
+    gate: Matrix,
+    up: Matrix,
+    n_out: int,
+    bits: int,
+    group_size: int,
+    x_at: int,
+    n_in: int,
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Check what both kernels of gate and up take; return inputs and template."""
+    require_part("x_at", x_at, n_in, one_row("x", x))
+    rows = check_matrix("gate", gate, n_out, n_in, bits, group_size)
+    up_rows = check_matrix("up", up, n_out, n_in, bits, group_size)
+    require("up", up_rows == rows, f"rows as long as gate's {rows}", up_rows)
+    inputs: dict[str, Any] = {"x": x, "x_at": x_at, "n_in": n_in, "n_out": n_out}
+    for name, matrix in (("gate", gate), ("up", up)):
+        parts = zip(("w", "scales", "biases"), matrix, strict=True)
+        for part, records in parts:
+            inputs[f"{name}_{part}"] = records.array
+            inputs[f"{name}_{part[0]}_base"] = records.base
+    inputs |= {"w_row": rows[0], "s_row": rows[1], "b_row": rows[2]}
+    words = _words_a_load([gate, up], 1, n_in, bits)
+    return inputs, {"BITS": bits, "G": group_size, "WORDS": words}
+
+
+def _routed_gate_up(
+    x: mx.array,
+    n_experts: int,
+    k: int,
+    gate: Matrix,
+    up: Matrix,
+    n_out: int,
+    bits: int,
+    group_size: int,
+    x_at: int,
+    n_in: int,
+) -> tuple[mx.array, mx.array, mx.array]:
+    chosen, weights = softmax_topk(x.reshape(1, -1), k, True, n_experts)
+    chosen = chosen.astype(mx.uint32)
+    act = _gate_up(x, chosen, gate, up, n_out, bits, group_size, x_at, n_in)
+    return act, chosen, weights
+
+
+def _some_routed(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    e: int,
+    k: int,
+    i: int,
+    n: int,
+    bits: int,
+    g: int,
+    s: int,
+    base: int = 0,
+) -> tuple[Any, ...]:
+    gate, up = (
+        random_matrix(rng, other_dtype(dtype, s), e, (n, i), bits, g, base)
+        for _ in range(2)
+    )
+    x_at = e + base
+    logits = random_logits(rng, dtype, 1, e)
+    x = mx.concatenate([logits, normal(rng, dtype, 1, i + base)], 1)
+    return x, e, k, gate, up, n, bits, g, x_at, i
+
+
+@kernel(
+    reference=_routed_gate_up,
+    sample=_some_routed,
+    sizes=[
+        dict(e=3, k=1, i=32, n=1, bits=2, g=32, s=0),
+        dict(e=33, k=2, i=576, n=7, bits=4, g=64, s=1, base=2),
+        dict(e=9, k=8, i=1152, n=18, bits=4, g=128, s=1, base=4),
+        dict(e=65, k=10, i=1056, n=6, bits=8, g=32, s=0, base=3),
+        dict(e=256, k=8, i=1088, n=5, bits=4, g=64, s=0),
+        dict(e=512, k=10, i=1088, n=3, bits=4, g=64, s=0),
+    ],
+    large=dict(e=128, k=8, i=2048, n=512, bits=4, g=64, s=0),
+    varying=(),
+)
+def experts_route_gate_up(
+    x: mx.array,
+    n_experts: int,
+    k: int,
+    gate: Matrix,
+    up: Matrix,
+    n_out: int,
+    bits: int,
+    group_size: int,
+    x_at: int,
+    n_in: int,
+) -> Launch:
+    """``silu(Wg x) * (Wu x)`` of the ``k`` best experts: ``[K, N]``, and which.
+
+    ``x`` is a row ``[1, n]`` with the logits first and the ``n_in`` values from
+    ``x_at`` on. Expert e lies in slot e. ``chosen`` and ``weights`` ``[1, K]`` are
+    those of ``moe_softmax_topk``, the weights divided by their sum.
+    """
+    _, n_experts = check_routing(x, k, n_experts)
+    inputs, template = _gate_and_up(x, gate, up, n_out, bits, group_size, x_at, n_in)
+    n_slots = gate[0].array.shape[0]
+    require("gate", n_slots >= n_experts, f"{n_experts} slots", n_slots)
+    return Launch(
+        "experts_route_gate_up",
+        {**inputs, "n_experts": n_experts, "k": k},
+        {"act": (k, n_out), "chosen": (1, k), "weights": (1, k)},
+        (256 * groups(n_out, 16), k, 1),
+        (256, 1, 1),
+        {**template, "PER_LANE": groups(n_experts, SIMD)},
+    )
+
+
+def _down_sum(
+    act: mx.array,
+    slots: mx.array,
+    weights: mx.array,
+    down: Matrix,
+    n_out: int,
+    bits: int,
+    group_size: int,
+) -> mx.array:
+    act32, total = act.astype(mx.float32), mx.zeros(n_out)
+    for j, slot in enumerate(numbers(slots)):
+        w = unpacked(down, slot, n_out, act.shape[1], bits, group_size)
+        total = total + weights.reshape(-1)[j] * (w @ act32[j])
+    return total
+
+
+def _some_down(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    k: int,
+    n: int,
+    d: int,
+    bits: int,
+    g: int,
+    s: int,
+    base: int = 0,
+) -> tuple[Any, ...]:
+    down = random_matrix(rng, other_dtype(dtype, s), k + 1, (d, n), bits, g, base)
+    act = normal(rng, dtype, k, n)
+    return act, _slots(rng, k), random_weights(rng, k), down, d, bits, g
+
+
+@kernel(
+    reference=_down_sum,
+    sample=_some_down,
+    sizes=[
+        dict(k=1, n=32, d=1, bits=2, g=32, s=0),
+        dict(k=10, n=96, d=13, bits=4, g=32, s=1, base=2),
+        dict(k=3, n=512, d=18, bits=4, g=128, s=1, base=4),
+        dict(k=2, n=512, d=5, bits=4, g=64, s=0),
+        dict(k=8, n=64, d=9, bits=8, g=64, s=0, base=3),
+    ],
+    large=dict(k=8, n=768, d=2048, bits=4, g=64, s=1),
+    varying=(),
+)
+def experts_down_sum(
+    act: mx.array,
+    slots: mx.array,
+    weights: mx.array,
+    down: Matrix,
+    n_out: int,
+    bits: int,
+    group_size: int,
+) -> Launch:
+    """``sum(weights * (Wd act))`` over the experts in ``slots``: ``[D]``.
+
+    ``slots`` and ``weights`` are ``[K]`` or ``[1, K]``.
+    """
+    k, n_in = dims("act", act, 2)
+    one_row("slots", slots, k)
+    one_row("weights", weights, k)
+    require("act", k * n_in < 1 << 31, "K * N < 2^31", k * n_in)
+    stored = in_slots("down", down, n_out, n_in, bits, group_size)
+    return Launch(
+        "experts_down_sum",
+        {
+            "act": act,
+            "slots": slots,
+            "weights": weights,
+            **stored,
+            "k": k,
+            "n_in": n_in,
+            "n_out": n_out,
+        },
+        {"out": (n_out,)},
+        (256 * groups(n_out, 16), 1, 1),
+        (256, 1, 1),
+        {
+            "BITS": bits,
+            "G": group_size,
+            "WORDS": _words_a_load([down], k, n_in, bits),
+        },
+    )
+
+
+# Words, scales, biases and bits of a matrix in arrays of its own.
+Shared = tuple[mx.array, mx.array, mx.array, int]
+
+
+def _combined(
+    act: mx.array,
+    slots: mx.array,
+    weights: mx.array,
+    down: Matrix,
+    row: mx.array | None,
+    starts: tuple[int, int, int] | None,
+    shared: Shared | None,
+    residual: mx.array,
+    bits: int,
+    group_size: int,
+) -> mx.array:
+    total = _down_sum(act, slots, weights, down, residual.size, bits, group_size)
+    out = residual.reshape(-1).astype(mx.float32) + total
+    if row is not None and starts is not None and shared is not None:
+        wide = row.reshape(-1).astype(mx.float32)
+        w = dense_matrix(*shared, group_size)
+        g, u = (wide[at : at + w.shape[1]] for at in starts[:2])
+        opened = wide[starts[2]]
+        out = out + mx.sigmoid(opened) * (w @ (g * mx.sigmoid(g) * u))
+    return out.reshape(residual.shape).astype(act.dtype)
+
+
+def _some_combined(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    k: int,
+    n: int,
+    f: int,
+    d: int,
+    bits: int,
+    shared_bits: int,
+    g: int,
+    s: int,
+    base: int = 0,
+) -> tuple[Any, ...]:
+    act, slots, weights, down, *_ = _some_down(rng, dtype, k, n, d, bits, g, s, base)
+    if not f:
+        residual = normal(rng, dtype, *[1] * s, d)
+        return act, slots, weights, down, None, None, None, residual, bits, g
+    shared = (*quantised(rng, dtype, d, f, shared_bits, g), shared_bits)
+    starts = (s, 2 * s + f, 0) if s else (0, f, 2 * f)
+    row = normal(rng, dtype, *[1] * s, 2 * f + 1 + s)
+    residual = normal(rng, dtype, *[1] * s, d)
+    return act, slots, weights, down, row, starts, shared, residual, bits, g
+
+
+@kernel(
+    reference=_combined,
+    sample=_some_combined,
+    sizes=[
+        dict(k=1, n=32, f=32, d=1, bits=2, shared_bits=4, g=32, s=0),
+        dict(k=10, n=96, f=160, d=13, bits=4, shared_bits=8, g=32, s=1, base=2),
+        dict(k=10, n=512, f=2304, d=18, bits=4, shared_bits=4, g=128, s=1, base=4),
+        dict(k=2, n=512, f=512, d=5, bits=4, shared_bits=4, g=64, s=0),
+        dict(k=8, n=64, f=64, d=9, bits=8, shared_bits=2, g=64, s=0, base=3),
+        dict(k=3, n=96, f=0, d=13, bits=4, shared_bits=4, g=32, s=1, base=2),
+        dict(k=8, n=64, f=0, d=9, bits=8, shared_bits=8, g=64, s=0, base=3),
+    ],
+    large=dict(k=8, n=512, f=512, d=2048, bits=4, shared_bits=4, g=64, s=0),
+    varying=(),
+)
+def experts_down_combine(
+    act: mx.array,
+    slots: mx.array,
+    weights: mx.array,
+    down: Matrix,
+    row: mx.array | None,
+    starts: tuple[int, int, int] | None,
+    shared: Shared | None,
+    residual: mx.array,
+    bits: int,
+    group_size: int,
+) -> Launch:
+    """``residual`` ``[D]``, the experts' sum and the gated shared expert's output.
+
+    ``row`` holds the shared expert's projections: gate and up ``[F]`` and the gate's
+    ``[1]`` value, which begin at ``starts``; ``shared`` is its down matrix ``[D, F]``
+    in groups of ``group_size`` like the experts'; all three are None where there is
+    none. Any row may be ``[1, n]``; the result is shaped as ``residual``.
+    """
+    n_out = one_row("residual", residual)
+    launch = experts_down_sum(act, slots, weights, down, n_out, bits, group_size)
+    if row is None and starts is None and shared is None:
+        # Of a matrix without columns the kernel reads nothing, of the row one value.
+        w, scales, biases = (part.array for part in down)
+        row, starts, shared, n_shared = (
+            residual,
+            (0, 0, 0),
+            (w, scales, biases, bits),
+            0,
+        )
+    else:
+        row, starts, shared, n_shared = _checked_shared(
+            row, starts, shared, n_out, group_size
+        )
+    w, scales, biases, shared_bits = shared
+    more: dict[str, Any] = dict(
+        zip(("gate_at", "up_at", "opens_at"), starts, strict=True)
+    )
+    more |= {"shared": row}
+    more |= {"shared_w": w, "shared_scales": scales, "shared_biases": biases}
+    more |= {"residual": residual, "n_shared": n_shared}
+    return Launch(
+        "experts_down_combine",
+        {**launch.inputs, **more},
+        {"out": tuple(residual.shape)},
+        (256 * groups(n_out, 16), 1, 1),
+        (256, 1, 1),
+        {**launch.template, "SHARED_BITS": shared_bits},
+    )
+
+
+def _checked_shared(
+    row: Any, starts: Any, shared: Any, n_out: int, group_size: int
+) -> tuple[mx.array, tuple[int, int, int], Shared, int]:
+    """Check a shared expert's projections and matrix; return them and its width."""
+    width = one_row("row", row)
+    four = isinstance(shared, tuple) and len(shared) == 4
+    require("shared", four, "words, scales, biases and bits", shared)
+    w, scales, biases, bits = shared
+    n_shared = dims("shared scales", scales, 2)[1] * group_size
+    three = isinstance(starts, tuple) and len(starts) == 3
+    require("starts", three, "where three parts begin", starts)
+    for at, size in zip(starts, (n_shared, n_shared, 1), strict=True):
+        require_part("starts", at, size, width)
+    rows = check_rows(w, scales, biases, n_shared, bits, group_size)
+    require("shared", rows == n_out, f"{n_out} rows", rows)
+    return row, starts, shared, n_shared

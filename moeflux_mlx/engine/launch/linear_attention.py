@@ -1,0 +1,613 @@
+"""Launches of ``kernels/linear_attention.metal``.
+
+Letters: N = B sequences x T tokens, Hk key heads, Hv value heads, dk and dv their
+widths, W the convolution's width, C its channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ... import device
+from ...device import SIMD
+from .base import (
+    FLOATS,
+    Launch,
+    dims,
+    expect,
+    groups,
+    kernel,
+    normal,
+    other_dtype,
+    require,
+    require_part,
+)
+
+ROWS = 4
+MAX_WIDTH = 8
+MAX_KEY_DIM = 256
+MAX_VALUE_DIM = 256
+# The chunked form keeps a chunk's keys and queries in threadgroup memory.
+MAX_CHUNKED_KEY_DIM = 192
+# Simdgroups of a value head's threadgroup in decoding, and values of the state that one
+# of them holds: a lane has a register for every 32.
+DECODE_SIMDGROUPS, HELD_VALUES = (
+    (16, 2048) if device.has_many_registers() else (8, 1024)
+)
+FLOAT32 = mx.float32
+# Sums of many products, then a recurrence over tokens.
+RECURRENT = {mx.float32: 3e-5, mx.float16: 1e-3, mx.bfloat16: 6e-3}
+
+
+def _sequences(n: int, n_seqs: int) -> int:
+    """Return tokens of each sequence."""
+    fits = n_seqs >= 1 and n % n_seqs == 0
+    require("x", fits, f"rows of {n_seqs} sequences", n)
+    return n // n_seqs
+
+
+def _softplus(x: mx.array) -> mx.array:
+    return mx.logaddexp(x, mx.array(0.0))
+
+
+def _decay_beta(
+    alpha: mx.array,
+    b: mx.array,
+    a_log: mx.array,
+    dt_bias: mx.array,
+    mask: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    step = _softplus(alpha.astype(FLOAT32) + dt_bias.astype(FLOAT32))
+    g = mx.exp(-mx.exp(a_log.astype(FLOAT32)) * step)
+    beta = mx.sigmoid(b.astype(FLOAT32))
+    if mask is not None:
+        kept = mask.reshape(-1, 1)
+        g, beta = mx.where(kept, g, 1), mx.where(kept, beta, 0)
+    return g, beta
+
+
+def _some_gates(
+    rng: np.random.Generator, dtype: mx.Dtype, n: int, h: int, s: int, masked: int
+) -> tuple[Any, ...]:
+    other = other_dtype(dtype, s)
+    alpha = normal(rng, dtype, n, h, scale=12.0)
+    vectors = [normal(rng, other, h) for _ in range(2)]
+    # Softplus of zero, where its series is longest.
+    alpha[::2] = -vectors[1].astype(dtype)
+    mask = mx.array(rng.random(n) < 0.5) if masked else None
+    return alpha, normal(rng, dtype, n, h), *vectors, mask
+
+
+@kernel(
+    reference=_decay_beta,
+    sample=_some_gates,
+    sizes=[
+        dict(n=1, h=1, s=0, masked=0),
+        dict(n=5, h=7, s=1, masked=1),
+        dict(n=37, h=32, s=0, masked=0),
+        dict(n=3, h=64, s=1, masked=1),
+    ],
+    large=dict(n=2048, h=32, s=0, masked=0),
+    varying=("n",),
+    tolerance=dict.fromkeys(FLOATS, 5e-6),
+)
+def compute_decay_beta(
+    alpha: mx.array,
+    b: mx.array,
+    a_log: mx.array,
+    dt_bias: mx.array,
+    mask: mx.array | None = None,
+) -> Launch:
+    """Float32 decay and beta ``[N, Hv]`` of ``alpha`` and ``b``; mask bool ``[N]``."""
+    n_tokens, n_heads = dims("alpha", alpha, 2)
+    expect("b", b, (n_tokens, n_heads))
+    expect("a_log", a_log, (n_heads,))
+    expect("dt_bias", dt_bias, (n_heads,))
+    if mask is not None:
+        expect("mask", mask, (n_tokens,))
+    n = n_tokens * n_heads
+    require("alpha", n < 1 << 31, "N * Hv < 2^31", n)
+    return Launch(
+        "compute_decay_beta",
+        {
+            "alpha": alpha,
+            "b": b,
+            "a_log": a_log,
+            "dt_bias": dt_bias,
+            "mask": mask,
+            "n": n,
+            "n_heads": n_heads,
+        },
+        dict.fromkeys(("g", "beta"), (n_tokens, n_heads)),
+        (256 * groups(n, 256), 1, 1),
+        (256, 1, 1),
+        {"HAS_MASK": int(mask is not None)},
+    )
+
+
+def _masked(x: mx.array, n_seqs: int, mask: mx.array | None) -> mx.array:
+    """Return inputs ``[B, T, C]`` in float32, zero where they are masked."""
+    wide = x.astype(FLOAT32)
+    if mask is not None:
+        wide = mx.where(mask.reshape(-1, 1), wide, 0)
+    return wide.reshape(n_seqs, -1, x.shape[1])
+
+
+def _conv(
+    x: mx.array, state: mx.array, weight: mx.array, mask: mx.array | None = None
+) -> mx.array:
+    n_seqs, width = state.shape[0], weight.shape[1]
+    chunk = _masked(x, n_seqs, mask)
+    inputs = mx.concatenate([state.astype(FLOAT32), chunk], axis=1)
+    taps, t = weight.astype(FLOAT32), chunk.shape[1]
+    out = inputs[:, :t] * taps[:, 0]
+    for j in range(1, width):
+        out = out + inputs[:, j : j + t] * taps[:, j]
+    out = out * mx.sigmoid(out)
+    return out.reshape(x.shape).astype(x.dtype)
+
+
+def _some_conv(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    b: int,
+    t: int,
+    c: int,
+    w: int,
+    masked: int,
+    s: int,
+) -> tuple[Any, ...]:
+    x, state = normal(rng, dtype, b * t, c), normal(rng, dtype, b, w - 1, c)
+    weight = normal(rng, other_dtype(dtype, s), c, w)
+    mask = mx.array(rng.random((b, t)) < 0.6) if masked else None
+    return x, state, weight, mask
+
+
+@kernel(
+    reference=_conv,
+    sample=_some_conv,
+    sizes=[
+        dict(b=1, t=1, c=1, w=4, masked=0, s=0),
+        dict(b=2, t=11, c=37, w=4, masked=1, s=1),
+        dict(b=1, t=17, c=65, w=2, masked=0, s=0),
+        dict(b=3, t=2, c=33, w=4, masked=0, s=0),
+    ],
+    large=dict(b=1, t=2048, c=8192, w=4, masked=0, s=0),
+    varying=("n_tokens",),
+)
+def conv1d_step(
+    x: mx.array, state: mx.array, weight: mx.array, mask: mx.array | None = None
+) -> Launch:
+    """Causal convolution and SiLU of ``[N, C]`` after ``state`` ``[B, W - 1, C]``.
+
+    ``weight`` is ``[C, W]``, the oldest tap first; ``mask`` bool ``[B, T]``.
+    """
+    n, channels = dims("x", x, 2)
+    _, width = dims("weight", weight, 2)
+    require("weight", 2 <= width <= MAX_WIDTH, f"a width of 2 to {MAX_WIDTH}", width)
+    expect("weight", weight, (channels, width))
+    n_seqs = dims("state", state, 3)[0]
+    expect("state", state, (n_seqs, width - 1, channels))
+    t = _sequences(n, n_seqs)
+    if mask is not None:
+        expect("mask", mask, (n_seqs, t))
+    return Launch(
+        "conv1d_step",
+        {
+            "x": x,
+            "state": state,
+            "weight": weight,
+            "mask": mask,
+            "n_tokens": t,
+            "n_channels": channels,
+        },
+        {"out": (n, channels)},
+        (64 * groups(channels, 64), groups(t, 8), n_seqs),
+        (64, 1, 1),
+        {"W": width, "HAS_MASK": int(mask is not None)},
+    )
+
+
+def _conv_state(
+    x: mx.array,
+    state: mx.array,
+    mask: mx.array | None = None,
+    lengths: mx.array | None = None,
+) -> mx.array:
+    n_seqs, keep = state.shape[:2]
+    chunk = _masked(x, n_seqs, mask)
+    inputs = mx.concatenate([state.astype(FLOAT32), chunk], axis=1)
+    t = chunk.shape[1]
+    ends = np.full(n_seqs, t) if lengths is None else np.clip(np.array(lengths), 0, t)
+    kept = [inputs[i, int(end) : int(end) + keep] for i, end in enumerate(ends)]
+    return mx.stack(kept).astype(state.dtype)
+
+
+def _some_state(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    b: int,
+    t: int,
+    c: int,
+    w: int,
+    masked: int,
+    ends: int,
+) -> tuple[Any, ...]:
+    x, state, _, mask = _some_conv(rng, dtype, b, t, c, w, masked, 0)
+    lengths = mx.array(rng.integers(-1, t + 2, b).astype(np.int32)) if ends else None
+    return x, state, mask, lengths
+
+
+@kernel(
+    reference=_conv_state,
+    sample=_some_state,
+    sizes=[
+        dict(b=1, t=1, c=1, w=4, masked=0, ends=0),
+        dict(b=5, t=6, c=37, w=4, masked=1, ends=1),
+        dict(b=2, t=2, c=65, w=4, masked=0, ends=1),
+        dict(b=9, t=9, c=5, w=3, masked=1, ends=0),
+    ],
+    large=dict(b=64, t=64, c=8192, w=4, masked=0, ends=0),
+    varying=("n_tokens",),
+)
+def conv1d_state_update(
+    x: mx.array,
+    state: mx.array,
+    mask: mx.array | None = None,
+    lengths: mx.array | None = None,
+) -> Launch:
+    """The last ``W - 1`` inputs ``[B, W - 1, C]`` after the chunk ``[N, C]``.
+
+    ``lengths`` int32 ``[B]`` says how many tokens of the chunk count.
+    """
+    n, channels = dims("x", x, 2)
+    n_seqs, history, _ = dims("state", state, 3)
+    require("state", history < MAX_WIDTH, f"at most {MAX_WIDTH - 1} inputs", history)
+    expect("state", state, (n_seqs, history, channels))
+    t = _sequences(n, n_seqs)
+    if mask is not None:
+        expect("mask", mask, (n_seqs, t))
+    if lengths is not None:
+        expect("lengths", lengths, (n_seqs,))
+    return Launch(
+        "conv1d_state_update",
+        {
+            "x": x,
+            "state": state,
+            "mask": mask,
+            "lengths": lengths,
+            "n_tokens": t,
+            "n_channels": channels,
+            "n_history": history,
+        },
+        {"out": (n_seqs, history, channels)},
+        (64 * groups(channels, 64), history, n_seqs),
+        (64, 1, 1),
+        {"HAS_MASK": int(mask is not None), "HAS_LENGTHS": int(lengths is not None)},
+    )
+
+
+def _delta_rule(
+    qkv: mx.array, state: mx.array, g: mx.array, beta: mx.array, num_k_heads: int
+) -> tuple[mx.array, mx.array]:
+    n_seqs, heads, dv, dk = state.shape
+    rows = qkv.astype(FLOAT32).reshape(n_seqs, -1, qkv.shape[1])
+    t, width = rows.shape[1], num_k_heads * dk
+    per_key = heads // num_k_heads
+
+    def of_heads(part: mx.array) -> mx.array:
+        keys = part.reshape(n_seqs, t, num_k_heads, dk)
+        return mx.repeat(keys, per_key, axis=2)
+
+    q, k = of_heads(rows[..., :width]), of_heads(rows[..., width : 2 * width])
+    v = rows[..., 2 * width :].reshape(n_seqs, t, heads, dv)
+    g, beta = (x.reshape(n_seqs, t, heads, 1) for x in (g, beta))
+    outs = []
+    for i in range(t):
+        state = state * g[:, i, :, None]
+        recalled = (state * k[:, i, :, None]).sum(-1)
+        change = beta[:, i] * (v[:, i] - recalled)
+        state = state + change[..., None] * k[:, i, :, None]
+        outs.append((state * q[:, i, :, None]).sum(-1))
+    out = mx.stack(outs, axis=1).reshape(qkv.shape[0], heads * dv)
+    return state, out.astype(qkv.dtype)
+
+
+def _some_delta(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    b: int,
+    t: int,
+    hk: int,
+    hv: int,
+    dk: int,
+    dv: int,
+    strong: int = 0,
+) -> tuple[Any, ...]:
+    n = b * t
+    qkv = normal(rng, dtype, n, 2 * hk * dk + hv * dv)
+    qkv = mx.concatenate(
+        [qkv[:, : 2 * hk * dk] * dk**-0.5, qkv[:, 2 * hk * dk :]], axis=1
+    )
+    state = normal(rng, FLOAT32, b, hv, dv, dk, scale=0.3)
+    low = 1e-30 if strong else 0.2
+    g = mx.array(np.exp(rng.uniform(np.log(low), 0, (n, hv))).astype(np.float32))
+    beta = mx.array(rng.random((n, hv), np.float32))
+    return qkv, state, g, beta, hk
+
+
+def _check_delta(
+    qkv: mx.array,
+    state: mx.array,
+    g: mx.array,
+    beta: mx.array,
+    num_k_heads: int,
+    max_key_dim: int,
+) -> tuple[int, int, int, int, int]:
+    """Return T, B, Hv, dv and dk."""
+    n, _ = dims("qkv", qkv, 2)
+    n_seqs, heads, dv, dk = dims("state", state, 4)
+    known = dk % SIMD == 0 and dk <= max_key_dim
+    require("state", known, f"dk a multiple of {SIMD}, at most {max_key_dim}", dk)
+    divides = isinstance(num_k_heads, int) and num_k_heads >= 1
+    divides = divides and heads % num_k_heads == 0
+    require("num_k_heads", divides, f"a divisor of {heads}", num_k_heads)
+    expect("qkv", qkv, (n, 2 * num_k_heads * dk + heads * dv))
+    expect("g", g, (n, heads))
+    expect("beta", beta, (n, heads))
+    return _sequences(n, n_seqs), n_seqs, heads, dv, dk
+
+
+def _by_rows(n_seqs: int, heads: int, dv: int) -> Any:
+    """Return grid and threadgroup of the forms that part the state into rows."""
+    return (SIMD, 4 * groups(groups(dv, ROWS), 4), n_seqs * heads), (SIMD, 4, 1)
+
+
+@kernel(
+    reference=_delta_rule,
+    sample=_some_delta,
+    sizes=[
+        dict(b=1, t=1, hk=1, hv=1, dk=32, dv=1),
+        dict(b=2, t=1, hk=2, hv=4, dk=128, dv=19),
+        dict(b=1, t=1, hk=1, hv=2, dk=64, dv=33),
+        dict(b=1, t=1, hk=1, hv=1, dk=256, dv=6),
+    ],
+    large=dict(b=1, t=1, hk=16, hv=32, dk=128, dv=128),
+    varying=(),
+    tolerance=RECURRENT,
+)
+def gated_delta_net_step(
+    qkv: mx.array, state: mx.array, g: mx.array, beta: mx.array, num_k_heads: int
+) -> Launch:
+    """State ``[B, Hv, dv, dk]`` and rows ``[B, Hv * dv]`` after one token each."""
+    t, n_seqs, heads, dv, dk = _check_delta(
+        qkv, state, g, beta, num_k_heads, MAX_KEY_DIM
+    )
+    require("qkv", t == 1, "one token of each sequence", t)
+    grid, threadgroup = _by_rows(n_seqs, heads, dv)
+    return Launch(
+        "gated_delta_net_step",
+        {
+            "qkv": qkv,
+            "state": state,
+            "g": g,
+            "beta": beta,
+            "n_key_heads": num_k_heads,
+            "n_heads": heads,
+            "dv": dv,
+        },
+        {"state_out": tuple(state.shape), "out": (n_seqs, heads * dv)},
+        grid,
+        threadgroup,
+        {"DK": dk},
+    )
+
+
+@kernel(
+    reference=_delta_rule,
+    sample=_some_delta,
+    sizes=[
+        dict(b=1, t=1, hk=1, hv=1, dk=32, dv=1),
+        dict(b=2, t=7, hk=2, hv=4, dk=128, dv=19),
+        dict(b=1, t=5, hk=1, hv=1, dk=96, dv=6, strong=1),
+        dict(b=1, t=33, hk=1, hv=1, dk=64, dv=5),
+    ],
+    large=dict(b=1, t=2048, hk=16, hv=32, dk=128, dv=128),
+    varying=("n_tokens",),
+    tolerance=RECURRENT,
+)
+def gated_delta_net_sequential(
+    qkv: mx.array, state: mx.array, g: mx.array, beta: mx.array, num_k_heads: int
+) -> Launch:
+    """State ``[B, Hv, dv, dk]`` and rows ``[N, Hv * dv]``, token by token."""
+    t, n_seqs, heads, dv, dk = _check_delta(
+        qkv, state, g, beta, num_k_heads, MAX_KEY_DIM
+    )
+    grid, threadgroup = _by_rows(n_seqs, heads, dv)
+    inputs = {"qkv": qkv, "state": state, "g": g, "beta": beta}
+    return Launch(
+        "gated_delta_net_sequential",
+        inputs | _delta_sizes(t, num_k_heads, heads, dv),
+        {"state_out": tuple(state.shape), "out": (n_seqs * t, heads * dv)},
+        grid,
+        threadgroup,
+        {"DK": dk},
+    )
+
+
+def _delta_sizes(t: int, key_heads: int, heads: int, dv: int) -> dict[str, int]:
+    return {"n_tokens": t, "n_key_heads": key_heads, "n_heads": heads, "dv": dv}
+
+
+@kernel(
+    reference=_delta_rule,
+    sample=_some_delta,
+    sizes=[
+        dict(b=1, t=1, hk=1, hv=1, dk=32, dv=1),
+        dict(b=2, t=19, hk=2, hv=4, dk=64, dv=37),
+        dict(b=1, t=16, hk=1, hv=1, dk=128, dv=33),
+        dict(b=1, t=41, hk=1, hv=1, dk=32, dv=40, strong=1),
+    ],
+    large=dict(b=1, t=2048, hk=16, hv=32, dk=128, dv=128),
+    varying=("n_tokens",),
+    tolerance=RECURRENT,
+)
+def gated_delta_net_chunkwise(
+    qkv: mx.array, state: mx.array, g: mx.array, beta: mx.array, num_k_heads: int
+) -> Launch:
+    """State ``[B, Hv, dv, dk]`` and rows ``[N, Hv * dv]``, 16 tokens at a time."""
+    t, n_seqs, heads, dv, dk = _check_delta(
+        qkv, state, g, beta, num_k_heads, MAX_CHUNKED_KEY_DIM
+    )
+    inputs = {"qkv": qkv, "state": state, "g": g, "beta": beta}
+    return Launch(
+        "gated_delta_net_chunkwise",
+        inputs | _delta_sizes(t, num_k_heads, heads, dv),
+        {"state_out": tuple(state.shape), "out": (n_seqs * t, heads * dv)},
+        (128, groups(dv, 32), n_seqs * heads),
+        (128, 1, 1),
+        {"DK": dk},
+    )
+
+
+def _decode(
+    rows: mx.array,
+    starts: tuple[int, int, int, int],
+    history: mx.array,
+    taps: mx.array,
+    a_log: mx.array,
+    dt_bias: mx.array,
+    state: mx.array,
+    norm: mx.array,
+    num_k_heads: int,
+    eps: float,
+    qk_eps: float,
+) -> tuple[mx.array, ...]:
+    n_seqs, heads, dv, dk = state.shape
+    sizes = (history.shape[-1], heads * dv, heads, heads)
+    parts = zip(starts, sizes, strict=True)
+    qkv, z, b, alpha = (rows[:, at : at + size] for at, size in parts)
+    wide = qkv.astype(FLOAT32)
+    conv = _conv(wide, history, taps.reshape(taps.shape[:2]))
+    width = num_k_heads * dk
+
+    def unit(part: mx.array) -> mx.array:
+        rows = part.reshape(n_seqs, num_k_heads, dk)
+        scale = mx.rsqrt((rows * rows).sum(-1, keepdims=True) + qk_eps)
+        return (rows * scale).reshape(n_seqs, width)
+
+    q, k = unit(conv[:, :width]) * dk**-0.5, unit(conv[:, width : 2 * width])
+    mixed = mx.concatenate([q, k, conv[:, 2 * width :]], axis=1)
+    g, beta = _decay_beta(alpha, b, a_log, dt_bias)
+    new_state, out = _delta_rule(mixed, state, g, beta, num_k_heads)
+    values = out.reshape(n_seqs, heads, dv)
+    values = values * mx.rsqrt((values * values).mean(-1, keepdims=True) + eps)
+    gate = z.astype(FLOAT32).reshape(n_seqs, heads, dv)
+    gated = values * norm.astype(FLOAT32) * gate * mx.sigmoid(gate)
+    after = _conv_state(wide, history)
+    return after, new_state, gated.reshape(z.shape).astype(qkv.dtype)
+
+
+def _some_decode(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    b: int,
+    hk: int,
+    hv: int,
+    dk: int,
+    dv: int,
+    w: int,
+    s: int,
+) -> tuple[Any, ...]:
+    other, channels = other_dtype(dtype, s), 2 * hk * dk + hv * dv
+    starts = (s, s + channels, s + channels + hv * dv, 2 * s + channels + hv * (dv + 1))
+    rows = normal(rng, dtype, b, starts[-1] + hv + s)
+    history = normal(rng, dtype, b, w - 1, channels)
+    taps = normal(rng, other, channels, w, *[1] * s, scale=w**-0.5)
+    vectors = [normal(rng, other, hv) for _ in range(2)]
+    state = normal(rng, FLOAT32, b, hv, dv, dk, scale=0.3)
+    norm = normal(rng, other, dv)
+    # Large ones are seen in the result.
+    epsilons = (0.1, 0.5) if s else (1e-6, 1e-6)
+    return rows, starts, history, taps, *vectors, state, norm, hk, *epsilons
+
+
+@kernel(
+    reference=_decode,
+    sample=_some_decode,
+    sizes=[
+        dict(b=1, hk=1, hv=1, dk=32, dv=1, w=4, s=0),
+        dict(b=2, hk=2, hv=4, dk=64, dv=19, w=2, s=1),
+        dict(b=1, hk=1, hv=3, dk=96, dv=67, w=3, s=0),
+        dict(b=1, hk=1, hv=2, dk=256, dv=256, w=4, s=1),
+        dict(b=1, hk=1, hv=1, dk=128, dv=21, w=4, s=0),
+    ],
+    large=dict(b=1, hk=16, hv=32, dk=128, dv=128, w=4, s=0),
+    varying=(),
+    tolerance=RECURRENT,
+)
+def gated_delta_decode(
+    rows: mx.array,
+    starts: tuple[int, int, int, int],
+    history: mx.array,
+    taps: mx.array,
+    a_log: mx.array,
+    dt_bias: mx.array,
+    state: mx.array,
+    norm: mx.array,
+    num_k_heads: int,
+    eps: float,
+    qk_eps: float,
+) -> Launch:
+    """History, state and rows ``[B, Hv * dv]`` after one token of each sequence.
+
+    ``rows`` ``[B, width]`` hold the projections: q, k and v ``[C]``, z ``[Hv * dv]``,
+    b and alpha ``[Hv]``, which begin at ``starts``; ``history`` ``[B, W - 1, C]`` the
+    inputs before; ``taps`` ``[C, W]`` or, as layers keep them, ``[C, W, 1]``, the
+    oldest first; ``norm`` ``[dv]``. ``eps`` is the norm's, ``qk_eps`` is added to the
+    sums of squares of queries and keys.
+    """
+    n_seqs, row_width = dims("rows", rows, 2)
+    _, heads, dv, dk = dims("state", state, 4)
+    require("state", dk % SIMD == 0, f"dk a multiple of {SIMD}", dk)
+    require("state", dk <= MAX_KEY_DIM, f"dk at most {MAX_KEY_DIM}", dk)
+    require("state", dv <= MAX_VALUE_DIM, f"dv at most {MAX_VALUE_DIM}", dv)
+    divides = isinstance(num_k_heads, int) and num_k_heads >= 1
+    divides = divides and heads % num_k_heads == 0
+    require("num_k_heads", divides, f"a divisor of {heads}", num_k_heads)
+    expect("state", state, (n_seqs, heads, dv, dk))
+    channels = 2 * num_k_heads * dk + heads * dv
+    sizes = (channels, heads * dv, heads, heads)
+    four = isinstance(starts, tuple) and len(starts) == len(sizes)
+    require("starts", four, "where four parts begin", starts)
+    for at, size in zip(starts, sizes, strict=True):
+        require_part("starts", at, size, row_width)
+    flat = isinstance(taps, mx.array) and taps.ndim == 2
+    width = dims("taps", taps, 2 if flat else 3)[1]
+    require("taps", 2 <= width <= MAX_WIDTH, f"a width of 2 to {MAX_WIDTH}", width)
+    expect("taps", taps, (channels, width) if flat else (channels, width, 1))
+    expect("history", history, (n_seqs, width - 1, channels))
+    for name, array in (("a_log", a_log), ("dt_bias", dt_bias)):
+        expect(name, array, (heads,))
+    expect("norm", norm, (dv,))
+    rows_held = next(n for n in (8, 4) if n * dk <= HELD_VALUES)
+    inputs: dict[str, Any] = {"rows": rows, "history": history, "taps": taps}
+    inputs |= {"a_log": a_log, "dt_bias": dt_bias, "state": state, "norm": norm}
+    names = ("qkv_at", "z_at", "b_at", "a_at")
+    inputs |= {"row_width": row_width, **dict(zip(names, starts, strict=True))}
+    inputs |= {"n_key_heads": num_k_heads, "n_heads": heads, "dv": dv}
+    return Launch(
+        "gated_delta_decode",
+        {**inputs, "eps": eps, "qk_eps": qk_eps},
+        {
+            "history_out": tuple(history.shape),
+            "state_out": tuple(state.shape),
+            "out": (n_seqs, heads * dv),
+        },
+        (SIMD * DECODE_SIMDGROUPS, heads, n_seqs),
+        (SIMD * DECODE_SIMDGROUPS, 1, 1),
+        {"DK": dk, "W": width, "ROWS": rows_held, "SIMDGROUPS": DECODE_SIMDGROUPS},
+    )

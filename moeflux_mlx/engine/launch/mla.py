@@ -1,0 +1,679 @@
+"""Launches of ``kernels/mla.metal``: attention of the DeepSeek-V3 family.
+
+Letters: T tokens, H heads, N nope, R rope, L latent and V value width, S rows in the
+cache, G quantisation group. Heads lie side by side in a row: ``[T, H * N]``. Matrices
+are stacked as mlx-lm has them, 4 bits a value: words ``[H, O, I / 8]``, scales and
+biases ``[H, O, I / G]``. The cache is two arrays, latents ``[S, L]`` and rotated rope
+keys ``[S, R]``; positions start at ``start``, a number or an int32 array of one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ...device import SIMD
+from .base import Launch, dims, expect, groups, kernel, normal, require
+from .prepared import Size3
+
+MAX_SIMDGROUPS = 8
+# Heads that fold onto one cache row: the rows of a matrix.
+FOLD = 8
+HEADS_PER_THREAD = 4
+# Rows of weights that a lane holds, times the lanes of a simdgroup.
+ROWS = 4
+MAX_MATRIX_IN = 1024
+MAX_LATENT = 512
+MAX_ROPE = 256
+STEP = 16
+TILE = 4096
+FLOAT32 = (mx.float32,)
+Start = int | mx.array
+
+
+def _simdgroup_rows(n: int, *more: int) -> tuple[Size3, Size3]:
+    """Return grid and threadgroup for ``n`` simdgroups a row, four a threadgroup."""
+    y, z = (*more, 1, 1)[:2]
+    return (groups(n, 4) * 4 * SIMD, y, z), (4 * SIMD, 1, 1)
+
+
+def _heads(name: str, width: int, head_width: int) -> int:
+    require(name, width % head_width == 0, f"a multiple of {head_width} columns", width)
+    return width // head_width
+
+
+def _split(
+    q: mx.array, kv: mx.array, num_heads: int, nope_dim: int
+) -> tuple[mx.array, ...]:
+    n_tokens = q.shape[0]
+    heads = q.reshape(n_tokens, num_heads, -1)
+    rope_dim = heads.shape[-1] - nope_dim
+    q_nope = heads[..., :nope_dim].reshape(n_tokens, -1)
+    q_pe = heads[..., nope_dim:].reshape(n_tokens, -1)
+    return q_nope, q_pe, kv[:, :-rope_dim], kv[:, -rope_dim:]
+
+
+def _some_q_kv(
+    rng: np.random.Generator, dtype: mx.Dtype, t: int, h: int, n: int, r: int, l: int
+) -> tuple[Any, ...]:
+    return normal(rng, dtype, t, h * (n + r)), normal(rng, dtype, t, l + r), h, n
+
+
+@kernel(
+    reference=_split,
+    sample=_some_q_kv,
+    sizes=[
+        {"t": 1, "h": 1, "n": 1, "r": 1, "l": 1},
+        {"t": 3, "h": 5, "n": 6, "r": 10, "l": 161},
+        {"t": 1, "h": 16, "n": 128, "r": 64, "l": 512},
+        {"t": 7, "h": 3, "n": 192, "r": 32, "l": 96},
+    ],
+    large={"t": 4096, "h": 128, "n": 128, "r": 64, "l": 512},
+    varying=("n_tokens",),
+)
+def mla_split_q_kv(q: mx.array, kv: mx.array, num_heads: int, nope_dim: int) -> Launch:
+    """``[T, H * (N + R)]`` and ``[T, L + R]`` as q_nope, q_pe, latent and rope key."""
+    n_tokens, q_width = dims("q", q, 2)
+    require("num_heads", num_heads > 0, "a positive number", num_heads)
+    head_dim = _heads("q", q_width, num_heads)
+    require("nope_dim", 0 < nope_dim < head_dim, f"1 to {head_dim - 1}", nope_dim)
+    rope_dim = head_dim - nope_dim
+    rows, kv_width = dims("kv", kv, 2)
+    require("kv", rows == n_tokens, f"{n_tokens} rows", rows)
+    require("kv", kv_width > rope_dim, f"more than {rope_dim} columns", kv_width)
+    latent_dim = kv_width - rope_dim
+    grid, threadgroup = _simdgroup_rows(num_heads + 1, n_tokens)
+    return Launch(
+        "mla_split_q_kv",
+        {
+            "q": q,
+            "kv": kv,
+            "n_tokens": n_tokens,
+            "n_heads": num_heads,
+            "nope_dim": nope_dim,
+            "rope_dim": rope_dim,
+            "latent_dim": latent_dim,
+        },
+        {
+            "q_nope": (n_tokens, num_heads * nope_dim),
+            "q_pe": (n_tokens, num_heads * rope_dim),
+            "latent": (n_tokens, latent_dim),
+            "k_pe": (n_tokens, rope_dim),
+        },
+        grid,
+        threadgroup,
+    )
+
+
+def _yarn(x: mx.array, inv_freq: mx.array, start: Start, mscale: float) -> mx.array:
+    n_tokens, rope_dim = x.shape[0], 2 * inv_freq.size
+    positions = (mx.arange(n_tokens) + start).astype(mx.float32)
+    angles = (positions[:, None] * inv_freq)[:, None]
+    pairs = mscale * x.astype(mx.float32).reshape(n_tokens, -1, rope_dim // 2, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    rotated = mx.stack(
+        [
+            even * mx.cos(angles) - odd * mx.sin(angles),
+            even * mx.sin(angles) + odd * mx.cos(angles),
+        ],
+        axis=-1,
+    )
+    return rotated.reshape(x.shape).astype(x.dtype)
+
+
+def _some_rope(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    t: int,
+    h: int,
+    r: int,
+    start: int,
+    as_array: int = 0,
+) -> tuple[Any, ...]:
+    inv_freq = mx.array((1e4 ** -(np.arange(0, r, 2) / r)).astype(np.float32))
+    position = mx.array([start], mx.int32) if as_array else start
+    return normal(rng, dtype, t, h * r), inv_freq, position, 1.0 + 0.1 * h
+
+
+@kernel(
+    reference=_yarn,
+    sample=_some_rope,
+    sizes=[
+        {"t": 1, "h": 1, "r": 2, "start": 0},
+        {"t": 3, "h": 5, "r": 6, "start": 7, "as_array": 1},
+        {"t": 1, "h": 128, "r": 64, "start": 4095},
+        {"t": 5, "h": 1, "r": 64, "start": 11},
+        {"t": 2, "h": 9, "r": 98, "start": 100},
+    ],
+    large={"t": 4096, "h": 128, "r": 64, "start": 0},
+    varying=("start",),
+)
+def yarn_rope_apply(
+    x: mx.array, inv_freq: mx.array, start: Start, mscale: float
+) -> Launch:
+    """Rotate neighbouring pairs of ``mscale * x``, ``[T, H * R]``.
+
+    ``inv_freq`` ``[R / 2]`` is float32: 1 / ``YarnRoPE._freqs`` of mlx-lm.
+    """
+    (n_pairs,) = dims("inv_freq", inv_freq, 1)
+    n_tokens, width = dims("x", x, 2)
+    n_heads = _heads("x", width, 2 * n_pairs)
+    _check_start(start, 1 << 31)
+    wide = min(groups(n_pairs, 2), 64)
+    high = min(groups(n_heads, HEADS_PER_THREAD), 256 // wide)
+    return Launch(
+        "yarn_rope_apply",
+        {
+            "x": x,
+            "inv_freq": inv_freq,
+            "start": start,
+            "mscale": mscale,
+            "n_heads": n_heads,
+            "rope_dim": 2 * n_pairs,
+        },
+        {"out": (n_tokens, width)},
+        (
+            groups(groups(n_pairs, 2), wide) * wide,
+            groups(groups(n_heads, HEADS_PER_THREAD), high) * high,
+            n_tokens,
+        ),
+        (wide, high, 1),
+    )
+
+
+def _check_start(start: Start, limit: int) -> None:
+    """Check a start that is a number; the kernels take any that is an array."""
+    if not isinstance(start, mx.array):
+        require("start", 0 <= start < limit, f"0 to {limit - 1}", start)
+
+
+def _append(
+    latent_cache: mx.array,
+    rope_cache: mx.array,
+    latent: mx.array,
+    k_pe: mx.array,
+    start: Start,
+) -> tuple[mx.array, mx.array]:
+    at = mx.array(start).reshape(1)
+    return (
+        mx.slice_update(latent_cache, latent, at, (0,)),
+        mx.slice_update(rope_cache, k_pe, at, (0,)),
+    )
+
+
+def _some_caches(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    s: int,
+    t: int,
+    l: int,
+    r: int,
+    start: int,
+    as_array: int = 0,
+) -> tuple[Any, ...]:
+    caches = normal(rng, dtype, s, l), normal(rng, dtype, s, r)
+    position = mx.array([start], mx.int32) if as_array else start
+    return *caches, normal(rng, dtype, t, l), normal(rng, dtype, t, r), position
+
+
+@kernel(
+    reference=_append,
+    sample=_some_caches,
+    sizes=[
+        {"s": 1, "t": 1, "l": 1, "r": 1, "start": 0},
+        {"s": 9, "t": 3, "l": 33, "r": 6, "start": 6, "as_array": 1},
+        {"s": 2, "t": 1, "l": 96, "r": 2, "start": 0},
+        {"s": 21, "t": 1, "l": 512, "r": 64, "start": 13},
+    ],
+    large={"s": 32768, "t": 1, "l": 512, "r": 64, "start": 32767},
+    varying=("start", "n_rows", "n_new"),
+)
+def mla_kv_cache_append(
+    latent_cache: mx.array,
+    rope_cache: mx.array,
+    latent: mx.array,
+    k_pe: mx.array,
+    start: Start,
+) -> Launch:
+    """Both caches with rows ``[start, start + T)`` new; none past the end."""
+    n_rows, latent_dim = dims("latent_cache", latent_cache, 2)
+    _, rope_dim = dims("rope_cache", rope_cache, 2)
+    expect("rope_cache", rope_cache, (n_rows, rope_dim))
+    n_new, _ = dims("latent", latent, 2)
+    require("latent", n_new <= n_rows, f"at most {n_rows} rows", n_new)
+    expect("latent", latent, (n_new, latent_dim))
+    expect("k_pe", k_pe, (n_new, rope_dim))
+    _check_start(start, n_rows - n_new + 1)
+    grid, threadgroup = _simdgroup_rows(n_rows)
+    return Launch(
+        "mla_kv_cache_append",
+        {
+            "latent_cache": latent_cache,
+            "rope_cache": rope_cache,
+            "latent": latent,
+            "k_pe": k_pe,
+            "start": start,
+            "n_rows": n_rows,
+            "n_new": n_new,
+            "latent_dim": latent_dim,
+            "rope_dim": rope_dim,
+        },
+        {"latent_out": (n_rows, latent_dim), "rope_out": (n_rows, rope_dim)},
+        grid,
+        threadgroup,
+    )
+
+
+def _check_heads_matrix(
+    x_name: str, x: mx.array, w: mx.array, scales: mx.array, biases: mx.array
+) -> tuple[int, int, int, int, int]:
+    """Return T, H, O, I and I / G of a matrix a head and what it meets."""
+    n_heads, n_out, n_words = dims("w", w, 3)
+    n_in, n_groups = 8 * n_words, dims("scales", scales, 3)[2]
+    require("w", n_in % 32 == 0, "an input width in groups of 32", n_in)
+    require("w", n_in <= MAX_MATRIX_IN, f"I <= {MAX_MATRIX_IN}", n_in)
+    expect("scales", scales, (n_heads, n_out, n_groups))
+    expect("biases", biases, (n_heads, n_out, n_groups))
+    whole = n_in % n_groups == 0 and n_in // n_groups in (32, 64, 128)
+    require("scales", whole, f"{n_in} columns in groups of 32, 64 or 128", n_groups)
+    n_tokens, _ = dims(x_name, x, 2)
+    expect(x_name, x, (n_tokens, n_heads * n_in))
+    require(x_name, n_tokens < 1 << 31, "fewer than 2^31 tokens", n_tokens)
+    return n_tokens, n_heads, n_out, n_in, n_groups
+
+
+def _lanes(n_in: int) -> int:
+    """Return how many lanes take a row: 32 columns each, a power of two."""
+    n_lanes: int = 1 << (n_in // 32 - 1).bit_length()
+    return n_lanes
+
+
+def _per_head_grid(n_out: int, n_heads: int, n_lanes: int) -> tuple[Size3, Size3]:
+    return _simdgroup_rows(groups(n_out, ROWS * SIMD // n_lanes), n_heads)
+
+
+def _unpacked(w: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+    group_size = 8 * w.shape[-1] // scales.shape[-1]
+    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(w, scales, biases, group_size=group_size, bits=4)
+
+
+def _per_head(x: mx.array, w: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+    matrices = _unpacked(w, scales, biases)
+    n_heads, _, n_in = matrices.shape
+    heads = x.astype(mx.float32).reshape(-1, n_heads, n_in).swapaxes(0, 1)
+    out = (heads @ matrices.swapaxes(1, 2)).swapaxes(0, 1)
+    return out.reshape(x.shape[0], -1).astype(x.dtype)
+
+
+def _some_per_head(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    t: int,
+    h: int,
+    o: int,
+    i: int,
+    g: int,
+    s: int,
+) -> tuple[Any, ...]:
+    w = mx.array(rng.integers(0, 1 << 32, (h, o, i // 8), np.uint32))
+    scales = rng.uniform(0.5, 1.0, (h, o, i // g)) / (8 * i**0.5)
+    biases = -7.5 * scales * rng.uniform(0.8, 1.2, scales.shape)
+    of_scales = mx.bfloat16 if s else dtype
+    parts = (mx.array(p.astype(np.float32)).astype(of_scales) for p in (scales, biases))
+    return normal(rng, dtype, t, h * i), w, *parts
+
+
+def _q_prime(
+    q_nope: mx.array, w: mx.array, scales: mx.array, biases: mx.array
+) -> mx.array:
+    return _per_head(q_nope, w, scales, biases)
+
+
+@kernel(
+    reference=_q_prime,
+    sample=_some_per_head,
+    sizes=[
+        {"t": 1, "h": 1, "o": 1, "i": 32, "g": 32, "s": 0},
+        {"t": 3, "h": 2, "o": 37, "i": 128, "g": 64, "s": 1},
+        {"t": 1, "h": 3, "o": 512, "i": 128, "g": 128, "s": 1},
+        {"t": 1, "h": 2, "o": 96, "i": 192, "g": 32, "s": 0},
+    ],
+    large={"t": 1, "h": 128, "o": 512, "i": 128, "g": 64, "s": 1},
+    varying=("n_tokens",),
+)
+def mla_q_prime_4bit(
+    q_nope: mx.array, w: mx.array, scales: mx.array, biases: mx.array
+) -> Launch:
+    """``[T, H * N]`` times W_uk of each head, ``[H, L, N / 8]``: ``[T, H * L]``."""
+    n_tokens, n_heads, n_out, n_in, n_groups = _check_heads_matrix(
+        "q_nope", q_nope, w, scales, biases
+    )
+    n_lanes = _lanes(n_in)
+    grid, threadgroup = _per_head_grid(n_out, n_heads, n_lanes)
+    return Launch(
+        "mla_q_prime_4bit",
+        {
+            "q_nope": q_nope,
+            "w": w,
+            "scales": scales,
+            "biases": biases,
+            "n_tokens": n_tokens,
+            "n_heads": n_heads,
+            "latent_dim": n_out,
+            "nope_dim": n_in,
+            "n_groups": n_groups,
+        },
+        {"q_prime": (n_tokens, n_heads * n_out)},
+        grid,
+        threadgroup,
+        {"LANES": n_lanes},
+    )
+
+
+def _out_per_head(
+    context: mx.array, w: mx.array, scales: mx.array, biases: mx.array
+) -> mx.array:
+    return _per_head(context, w, scales, biases)
+
+
+@kernel(
+    reference=_out_per_head,
+    sample=_some_per_head,
+    sizes=[
+        {"t": 1, "h": 1, "o": 1, "i": 32, "g": 32, "s": 0},
+        {"t": 3, "h": 2, "o": 11, "i": 512, "g": 64, "s": 1},
+        {"t": 1, "h": 3, "o": 128, "i": 512, "g": 128, "s": 0},
+        {"t": 2, "h": 1, "o": 64, "i": 480, "g": 32, "s": 1},
+    ],
+    large={"t": 1, "h": 128, "o": 128, "i": 512, "g": 64, "s": 1},
+    varying=("n_tokens",),
+)
+def mla_out_per_head_4bit(
+    context: mx.array, w: mx.array, scales: mx.array, biases: mx.array
+) -> Launch:
+    """``[T, H * L]`` times W_uv of each head, ``[H, V, L / 8]``: ``[T, H * V]``."""
+    n_tokens, n_heads, n_out, n_in, n_groups = _check_heads_matrix(
+        "context", context, w, scales, biases
+    )
+    n_lanes = _lanes(n_in)
+    grid, threadgroup = _per_head_grid(n_out, n_heads, n_lanes)
+    return Launch(
+        "mla_out_per_head_4bit",
+        {
+            "context": context,
+            "w": w,
+            "scales": scales,
+            "biases": biases,
+            "n_tokens": n_tokens,
+            "n_heads": n_heads,
+            "value_dim": n_out,
+            "latent_dim": n_in,
+            "n_groups": n_groups,
+        },
+        {"out": (n_tokens, n_heads * n_out)},
+        grid,
+        threadgroup,
+        {"LANES": n_lanes},
+    )
+
+
+def _attention(
+    q_prime: mx.array, q_pe: mx.array, latent: mx.array, rope: mx.array, scale: float
+) -> tuple[dict[str, Any], int, int, dict[str, int]]:
+    """Check attention's inputs; return them, H, simdgroups and template numbers."""
+    n_tokens, width = dims("q_prime", q_prime, 2)
+    n_rows, latent_dim = dims("latent", latent, 2)
+    rope_rows, rope_dim = dims("rope", rope, 2)
+    whole = latent_dim % 32 == 0 and latent_dim <= MAX_LATENT
+    require("latent", whole, f"L a multiple of 32 up to {MAX_LATENT}", latent_dim)
+    require("rope", rope_dim <= MAX_ROPE, f"R <= {MAX_ROPE}", rope_dim)
+    require("rope", rope_rows == n_rows, f"{n_rows} rows", rope_rows)
+    require("latent", n_rows < 1 << 30, "fewer than 2^30 rows", n_rows)
+    require("q_prime", n_tokens <= n_rows, f"at most {n_rows} tokens", n_tokens)
+    n_heads = _heads("q_prime", width, latent_dim)
+    expect("q_pe", q_pe, (n_tokens, n_heads * rope_dim))
+    n_simdgroups = min(MAX_SIMDGROUPS, latent_dim // 32)
+    inputs = {
+        "q_prime": q_prime,
+        "q_pe": q_pe,
+        "latent": latent,
+        "rope": rope,
+        "scale": scale,
+        "n_tokens": n_tokens,
+        "n_heads": n_heads,
+        "n_rows": n_rows,
+        "latent_dim": latent_dim,
+        "rope_dim": rope_dim,
+    }
+    blocks = {
+        "BLOCKS": groups(latent_dim // 32, n_simdgroups),
+        "ROPE_BLOCKS": groups(groups(rope_dim, 32), n_simdgroups),
+    }
+    return inputs, n_heads, n_simdgroups, blocks
+
+
+def _scores(
+    q_prime: mx.array, q_pe: mx.array, latent: mx.array, rope: mx.array, scale: float
+) -> mx.array:
+    """Return the scores ``[H, T, S]``, -inf where a token does not see."""
+    n_tokens, n_rows = q_prime.shape[0], latent.shape[0]
+    total = mx.zeros((n_tokens, n_rows))
+    for queries, keys in ((q_prime, latent), (q_pe, rope)):
+        heads = queries.astype(mx.float32).reshape(n_tokens, -1, keys.shape[1])
+        total = total + heads.swapaxes(0, 1) @ keys.astype(mx.float32).T
+    last = mx.arange(n_rows - n_tokens, n_rows)
+    seen = mx.arange(n_rows) <= last[:, None]
+    return mx.where(seen, scale * total, -mx.inf)
+
+
+def _folded(
+    q_prime: mx.array, q_pe: mx.array, latent: mx.array, rope: mx.array, scale: float
+) -> mx.array:
+    weights = mx.softmax(_scores(q_prime, q_pe, latent, rope, scale), axis=-1)
+    context = (weights @ latent.astype(mx.float32)).swapaxes(0, 1)
+    return context.reshape(q_prime.shape).astype(q_prime.dtype)
+
+
+def _some_attention(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    t: int,
+    h: int,
+    s: int,
+    l: int,
+    r: int,
+    rise: int = 0,
+) -> tuple[Any, ...]:
+    """Return queries, cache and scale; with ``rise``, all heads' scores rise by row."""
+    queries, latent = rng.standard_normal((t, h, l)), rng.standard_normal((s, l))
+    if rise:
+        queries[..., 0], latent[:, 0] = 3.0, np.linspace(-12.0, 12.0, s)
+    q_prime = mx.array(queries.astype(np.float32)).reshape(t, h * l).astype(dtype)
+    cache = mx.array(latent.astype(np.float32)).astype(dtype), normal(rng, dtype, s, r)
+    return q_prime, normal(rng, dtype, t, h * r), *cache, 2.0 * (l + r) ** -0.5
+
+
+@kernel(
+    reference=_folded,
+    sample=_some_attention,
+    sizes=[
+        {"t": 1, "h": 1, "s": 1, "l": 32, "r": 2},
+        {"t": 3, "h": 9, "s": 39, "l": 96, "r": 40, "rise": 1},
+        {"t": 1, "h": 5, "s": 70, "l": 512, "r": 64},
+        {"t": 5, "h": 3, "s": 33, "l": 288, "r": 64},
+        {"t": 1, "h": 2, "s": 17, "l": 32, "r": 42},
+    ],
+    large={"t": 1, "h": 128, "s": 4096, "l": 512, "r": 64},
+    varying=("n_tokens", "n_rows"),
+)
+def mla_sdpa_folded(
+    q_prime: mx.array, q_pe: mx.array, latent: mx.array, rope: mx.array, scale: float
+) -> Launch:
+    """Causal attention of ``[T, H * L]`` and ``[T, H * R]`` over the cache, at once."""
+    inputs, n_heads, n_simdgroups, blocks = _attention(
+        q_prime, q_pe, latent, rope, scale
+    )
+    n_tokens = q_prime.shape[0]
+    n_threads = SIMD * n_simdgroups
+    return Launch(
+        "mla_sdpa_folded",
+        inputs,
+        {"context": tuple(q_prime.shape)},
+        (groups(n_heads, FOLD) * n_threads, n_tokens, 1),
+        (n_threads, 1, 1),
+        blocks,
+    )
+
+
+def _tiles(
+    q_prime: mx.array,
+    q_pe: mx.array,
+    latent: mx.array,
+    rope: mx.array,
+    scale: float,
+    tile: int = TILE,
+) -> tuple[mx.array, ...]:
+    scores = _scores(q_prime, q_pe, latent, rope, scale)
+    parts = []
+    for begin in range(0, latent.shape[0], tile):
+        part = scores[..., begin : begin + tile]
+        largest = part.max(axis=-1, keepdims=True)
+        weights = mx.where(part == -mx.inf, 0.0, mx.exp(part - largest))
+        sums = weights @ latent[begin : begin + tile].astype(mx.float32)
+        parts.append((largest[..., 0], weights.sum(axis=-1), sums))
+    maxima, denominators, sums = (
+        mx.stack([p.swapaxes(0, 1).flatten(0, 1) for p in of_tiles])
+        for of_tiles in zip(*parts, strict=True)
+    )
+    return maxima, denominators, sums
+
+
+def _some_tiled_attention(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    t: int,
+    h: int,
+    s: int,
+    l: int,
+    r: int,
+    tile: int,
+    rise: int = 0,
+) -> tuple[Any, ...]:
+    return *_some_attention(rng, dtype, t, h, s, l, r, rise), tile
+
+
+@kernel(
+    reference=_tiles,
+    sample=_some_tiled_attention,
+    sizes=[
+        {"t": 1, "h": 1, "s": 1, "l": 32, "r": 2, "tile": 16},
+        {"t": 2, "h": 9, "s": 75, "l": 64, "r": 8, "tile": 32, "rise": 1},
+        {"t": 1, "h": 5, "s": 70, "l": 512, "r": 64, "tile": 32},
+        {"t": 3, "h": 3, "s": 34, "l": 288, "r": 64, "tile": 16},
+        {"t": 1, "h": 2, "s": 17, "l": 32, "r": 42, "tile": 48},
+    ],
+    large={"t": 1, "h": 128, "s": 32768, "l": 512, "r": 64, "tile": TILE},
+    varying=("n_tokens", "n_rows"),
+)
+def mla_sdpa_tile_accumulate(
+    q_prime: mx.array,
+    q_pe: mx.array,
+    latent: mx.array,
+    rope: mx.array,
+    scale: float,
+    tile: int = TILE,
+) -> Launch:
+    """Maximum, denominator and sums of every tile of the cache, for each head."""
+    inputs, n_heads, n_simdgroups, blocks = _attention(
+        q_prime, q_pe, latent, rope, scale
+    )
+    require("tile", tile > 0 and tile % STEP == 0, f"a multiple of {STEP} rows", tile)
+    n_tokens, n_rows = inputs["n_tokens"], inputs["n_rows"]
+    n_tiles, n_slices = groups(n_rows, tile), n_tokens * n_heads
+    n_threads = SIMD * n_simdgroups
+    return Launch(
+        "mla_sdpa_tile_accumulate",
+        inputs,
+        {
+            "maxima": (n_tiles, n_slices),
+            "denominators": (n_tiles, n_slices),
+            "sums": (n_tiles, n_slices, inputs["latent_dim"]),
+        },
+        (groups(n_heads, FOLD) * n_threads, n_tokens, n_tiles),
+        (n_threads, 1, 1),
+        {**blocks, "TILE": tile},
+    )
+
+
+def _finalize(
+    maxima: mx.array,
+    denominators: mx.array,
+    sums: mx.array,
+    num_heads: int,
+    dtype: mx.Dtype,
+) -> mx.array:
+    factors = mx.exp(maxima - maxima.max(axis=0, keepdims=True))
+    total = (factors[..., None] * sums).sum(axis=0)
+    context = total / (factors * denominators).sum(axis=0)[:, None]
+    return context.reshape(-1, num_heads * sums.shape[2]).astype(dtype)
+
+
+def _some_tiles(
+    rng: np.random.Generator, dtype: mx.Dtype, n: int, t: int, h: int, l: int
+) -> tuple[Any, ...]:
+    maxima = rng.uniform(-5.0, 20.0, (n, t * h)).astype(np.float32)
+    denominators = rng.uniform(1.0, 9.0, (n, t * h)).astype(np.float32)
+    sums = rng.standard_normal((n, t * h, l), np.float32)
+    if n > 1:
+        # A tile that a token does not see.
+        maxima[-1, 0], denominators[-1, 0], sums[-1, 0] = -np.inf, 0, 0
+    return mx.array(maxima), mx.array(denominators), mx.array(sums), h, dtype
+
+
+@kernel(
+    reference=_finalize,
+    sample=_some_tiles,
+    sizes=[
+        {"n": 1, "t": 1, "h": 1, "l": 4},
+        {"n": 3, "t": 3, "h": 5, "l": 36},
+        {"n": 9, "t": 1, "h": 7, "l": 512},
+    ],
+    large={"n": 32, "t": 1, "h": 128, "l": 512},
+    varying=("n_tiles", "n_slices"),
+)
+def mla_sdpa_tile_finalize(
+    maxima: mx.array,
+    denominators: mx.array,
+    sums: mx.array,
+    num_heads: int,
+    dtype: mx.Dtype,
+) -> Launch:
+    """Tiles' results as the context ``[T, H * L]`` in ``dtype``."""
+    n_tiles, n_slices = dims("maxima", maxima, 2)
+    expect("denominators", denominators, (n_tiles, n_slices))
+    _, _, latent_dim = dims("sums", sums, 3)
+    expect("sums", sums, (n_tiles, n_slices, latent_dim))
+    require("sums", latent_dim % 4 == 0, "L a multiple of 4", latent_dim)
+    n = n_tiles * n_slices
+    require("maxima", n < 1 << 31, "fewer than 2^31 values", n)
+    fits = num_heads > 0 and n_slices % num_heads == 0
+    require("num_heads", fits, f"a divisor of {n_slices}", num_heads)
+    wide = min(latent_dim // 4, 128)
+    return Launch(
+        "mla_sdpa_tile_finalize",
+        {
+            "maxima": maxima,
+            "denominators": denominators,
+            "sums": sums,
+            "n_tiles": n_tiles,
+            "n_slices": n_slices,
+            "latent_dim": latent_dim,
+        },
+        {"context": (n_slices // num_heads, num_heads * latent_dim)},
+        (groups(latent_dim // 4, wide) * wide, n_slices, 1),
+        (wide, 1, 1),
+        types={"T": dtype},
+    )

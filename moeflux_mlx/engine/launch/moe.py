@@ -1,0 +1,690 @@
+"""Launches of ``kernels/moe.metal``.
+
+Letters: T tokens, D model width, E experts, K experts a token, N expert width, I and O
+input and output width of a projection, G quantisation group. Where experts lie in slots
+of a pool, one projection is given as ``Weight.records``: words, scales and biases, row
+``slot`` of each array, the matrix from the base on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ...device import SIMD
+from .base import Launch, dims, expect, groups, kernel, normal, other_dtype, require
+from .slots import Matrix, in_slots, numbers, random_matrix, unpacked
+
+MAX_EXPERTS = 512
+MAX_K = 16
+FLOAT32 = (mx.float32,)
+UNUSED = 0xFFFFFFFF
+
+
+def check_routing(
+    logits: mx.array, k: int, first: int | None = None
+) -> tuple[int, int]:
+    """Return tokens and experts; with ``first`` only so many values are logits."""
+    n_tokens, n_experts = dims("logits", logits, 2)
+    if first is not None:
+        fits = n_tokens == 1 and 1 <= first <= n_experts
+        require("n_experts", fits, f"one row of at least {first} values", logits.shape)
+        n_experts = first
+    require("logits", n_experts <= MAX_EXPERTS, f"E <= {MAX_EXPERTS}", n_experts)
+    require("k", 1 <= k <= min(MAX_K, n_experts), f"1 to {MAX_K}, at most E", k)
+    return n_tokens, n_experts
+
+
+def _one_simdgroup_each(n: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Return grid and threadgroup for ``n`` simdgroups, four a threadgroup."""
+    return (groups(n, 4) * 4 * SIMD, 1, 1), (4 * SIMD, 1, 1)
+
+
+def softmax_topk(
+    logits: mx.array, k: int, normalize: bool = False, n_experts: int | None = None
+) -> tuple[mx.array, mx.array]:
+    logits = logits[:, :n_experts]
+    scores = mx.softmax(logits.astype(mx.float32), axis=-1, precise=True)
+    indices = mx.argsort(-scores, axis=-1)[:, :k].astype(mx.int32)
+    weights = mx.take_along_axis(scores, indices, axis=-1)
+    return indices, _normalize(weights) if normalize else weights
+
+
+def random_logits(rng: np.random.Generator, dtype: mx.Dtype, *shape: int) -> mx.array:
+    """Return logits of which three are the largest, two of them 32 apart."""
+    logits = rng.standard_normal(shape, np.float32)
+    tokens, largest, top = np.arange(shape[0]), logits.argmax(-1), logits.max(-1)
+    for distance in (3, SIMD):
+        logits[tokens, (largest + distance) % shape[1]] = top
+    return mx.array(logits).astype(dtype)
+
+
+def _some_logits(
+    rng: np.random.Generator, dtype: mx.Dtype, t: int, e: int, k: int, unit: int = 0
+) -> tuple[Any, ...]:
+    first = e - 3 * unit if t == 1 else None
+    return random_logits(rng, dtype, t, e), k, bool(unit), first
+
+
+@kernel(
+    reference=softmax_topk,
+    sample=_some_logits,
+    sizes=[
+        {"t": 1, "e": 3, "k": 1},
+        {"t": 5, "e": 33, "k": 10},
+        {"t": 3, "e": 512, "k": 16},
+        {"t": 9, "e": 128, "k": 8},
+        {"t": 6, "e": 65, "k": 7, "unit": 1},
+        {"t": 1, "e": 71, "k": 7, "unit": 1},
+    ],
+    large={"t": 4096, "e": 512, "k": 10},
+    varying=("n_tokens",),
+)
+def moe_softmax_topk(
+    logits: mx.array, k: int, normalize: bool = False, n_experts: int | None = None
+) -> Launch:
+    """Softmax of ``[T, E]``, the K largest: ``indices`` and ``weights`` ``[T, K]``.
+
+    ``normalize`` divides each token's weights by their sum. With ``n_experts`` logits
+    are the first values of one row ``[1, n]``.
+    """
+    n_tokens, n_experts = check_routing(logits, k, n_experts)
+    grid, threadgroup = _one_simdgroup_each(n_tokens)
+    return Launch(
+        "moe_softmax_topk",
+        {"logits": logits, "n_tokens": n_tokens, "n_experts": n_experts, "k": k},
+        {"indices": (n_tokens, k), "weights": (n_tokens, k)},
+        grid,
+        threadgroup,
+        {"PER_LANE": groups(n_experts, SIMD), "NORMALIZE": int(normalize)},
+    )
+
+
+def _normalize(weights: mx.array) -> mx.array:
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def random_weights(rng: np.random.Generator, *shape: int) -> mx.array:
+    return mx.array(rng.uniform(0.05, 1.0, shape).astype(np.float32))
+
+
+def _some_weights(
+    rng: np.random.Generator, dtype: mx.Dtype, t: int, k: int
+) -> tuple[Any, ...]:
+    return (random_weights(rng, t, k),)
+
+
+@kernel(
+    reference=_normalize,
+    sample=_some_weights,
+    sizes=[{"t": 1, "k": 1}, {"t": 61, "k": 10}, {"t": 1, "k": 10}, {"t": 33, "k": 8}],
+    large={"t": 4096, "k": 10},
+    varying=("n",),
+    dtypes=FLOAT32,
+)
+def moe_normalize_weights(weights: mx.array) -> Launch:
+    """Each row of ``[T, K]`` divided by its sum."""
+    n_tokens, k = dims("weights", weights, 2)
+    require("weights", k <= MAX_K, f"K <= {MAX_K}", k)
+    n = n_tokens * k
+    require("weights", n < 1 << 31, "T * K < 2^31", n)
+    return Launch(
+        "moe_normalize_weights",
+        {"weights": weights, "n": n, "k": k},
+        {"out": (n_tokens, k)},
+        (groups(n, 256) * 256, 1, 1),
+        (256, 1, 1),
+    )
+
+
+def _noaux_topk(
+    logits: mx.array,
+    bias: mx.array,
+    k: int,
+    n_group: int,
+    topk_group: int,
+    scale: float,
+    normalize: bool,
+) -> tuple[mx.array, mx.array]:
+    scores = mx.sigmoid(logits.astype(mx.float32))
+    biased = scores + bias.astype(mx.float32)
+    by_group = mx.unflatten(biased, -1, (n_group, -1))
+    best_two = mx.sort(by_group, axis=-1)[..., -2:].sum(axis=-1)
+    rank = mx.argsort(mx.argsort(-best_two, axis=-1), axis=-1)
+    biased = mx.where((rank < topk_group)[..., None], by_group, 0.0).flatten(-2)
+    indices = mx.argsort(-biased, axis=-1)[:, :k].astype(mx.int32)
+    weights = mx.take_along_axis(scores, indices, axis=-1)
+    return indices, (_normalize(weights) if normalize else weights) * scale
+
+
+def _some_noaux(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    t: int,
+    e: int,
+    k: int,
+    groups: int,
+    best: int,
+    s: int,
+    normalize: int = 1,
+) -> tuple[Any, ...]:
+    bias = normal(rng, (dtype, mx.float32)[s], e, scale=0.1)
+    logits = random_logits(rng, dtype, t, e)
+    return logits, bias, k, groups, best, 2.5, bool(normalize)
+
+
+@kernel(
+    reference=_noaux_topk,
+    sample=_some_noaux,
+    sizes=[
+        {"t": 1, "e": 2, "k": 1, "groups": 1, "best": 1, "s": 0, "normalize": 0},
+        {"t": 5, "e": 40, "k": 6, "groups": 8, "best": 3, "s": 1},
+        {"t": 5, "e": 256, "k": 8, "groups": 8, "best": 4, "s": 1},
+        {"t": 3, "e": 384, "k": 10, "groups": 1, "best": 1, "s": 1},
+        {"t": 6, "e": 160, "k": 6, "groups": 32, "best": 3, "s": 0, "normalize": 0},
+    ],
+    large={"t": 4096, "e": 256, "k": 8, "groups": 8, "best": 4, "s": 1},
+    varying=("n_tokens",),
+)
+def moe_noaux_topk(
+    logits: mx.array,
+    bias: mx.array,
+    k: int,
+    n_group: int,
+    topk_group: int,
+    scale: float,
+    normalize: bool,
+) -> Launch:
+    """DeepSeek-V3's choice of K of ``[T, E]``: ``indices``, ``weights`` ``[T, K]``.
+
+    mlx-lm never normalises for K = 1: then ``normalize`` must be false.
+    """
+    n_tokens, n_experts = check_routing(logits, k)
+    expect("bias", bias, (n_experts,))
+    require("n_group", n_group > 0 and SIMD % n_group == 0, "a divisor of 32", n_group)
+    require(
+        "n_group", n_experts % n_group == 0, f"a divisor of E = {n_experts}", n_group
+    )
+    per_group = n_experts // n_group
+    require("n_group", n_group == 1 or per_group > 1, "two experts a group", n_group)
+    known = 1 <= topk_group <= n_group
+    require("topk_group", known, f"1 to n_group = {n_group}", topk_group)
+    grid, threadgroup = _one_simdgroup_each(n_tokens)
+    return Launch(
+        "moe_noaux_topk",
+        {
+            "logits": logits,
+            "bias": bias,
+            "n_tokens": n_tokens,
+            "n_experts": n_experts,
+            "n_group": n_group,
+            "topk_group": topk_group,
+            "k": k,
+            "scale": scale,
+        },
+        {"indices": (n_tokens, k), "weights": (n_tokens, k)},
+        grid,
+        threadgroup,
+        {
+            "PER_LANE": groups(per_group, SIMD // n_group),
+            "NORMALIZE": int(normalize),
+        },
+    )
+
+
+def _combine(
+    h: mx.array,
+    shared: mx.array,
+    gate: mx.array | None,
+    weights: mx.array,
+    experts: mx.array,
+) -> mx.array:
+    h32, shared32, experts32 = (x.astype(mx.float32) for x in (h, shared, experts))
+    if gate is not None:
+        shared32 = mx.sigmoid(gate.astype(mx.float32)) * shared32
+    out = h32 + (weights[:, None] * experts32).sum(axis=0) + shared32
+    return out.astype(h.dtype)
+
+
+def _combine_apart(
+    h: mx.array,
+    shared: mx.array,
+    gate: mx.array,
+    weights: mx.array,
+    experts: list[mx.array],
+) -> mx.array:
+    return _combine(h, shared, gate, weights, mx.stack(experts))
+
+
+def _combine_unscaled(
+    h: mx.array, shared: mx.array, weights: mx.array, experts: mx.array
+) -> mx.array:
+    return _combine(h, shared, None, weights, experts)
+
+
+def _one_token(
+    rng: np.random.Generator, dtype: mx.Dtype, k: int, d: int
+) -> tuple[Any, ...]:
+    h, shared, gate = (normal(rng, dtype, n) for n in (d, d, 1))
+    return h, shared, gate, random_weights(rng, k), normal(rng, dtype, k, d)
+
+
+def _one_token_apart(
+    rng: np.random.Generator, dtype: mx.Dtype, k: int, d: int
+) -> tuple[Any, ...]:
+    *rest, experts = _one_token(rng, dtype, k, d)
+    return (*rest, [experts[j] for j in range(k)])
+
+
+def _one_token_unscaled(
+    rng: np.random.Generator, dtype: mx.Dtype, k: int, d: int
+) -> tuple[Any, ...]:
+    h, shared, _, weights, experts = _one_token(rng, dtype, k, d)
+    return h, shared, weights, experts
+
+
+def _check_token(h: mx.array, shared: mx.array, weights: mx.array) -> tuple[int, int]:
+    (n,) = dims("h", h, 1)
+    expect("shared", shared, (n,))
+    (k,) = dims("weights", weights, 1)
+    require("weights", k <= MAX_K, f"K <= {MAX_K}", k)
+    return n, k
+
+
+@kernel(
+    reference=_combine_apart,
+    sample=_one_token_apart,
+    sizes=[{"k": 1, "d": 1}, {"k": 10, "d": 261}, {"k": 16, "d": 96}],
+    large={"k": 8, "d": 1 << 20},
+    varying=("n",),
+)
+def moe_combine_residual(
+    h: mx.array,
+    shared: mx.array,
+    gate: mx.array,
+    weights: mx.array,
+    experts: list[mx.array],
+) -> Launch:
+    """``h + sum(w * e) + sigmoid(gate) * shared``, all ``[D]``, K experts apart."""
+    n, k = _check_token(h, shared, weights)
+    expect("gate", gate, (1,))
+    require("experts", len(experts) == k, f"K = {k} arrays", len(experts))
+    for j, expert in enumerate(experts):
+        expect(f"experts[{j}]", expert, (n,))
+    # Buffers that no one reads, but Metal wants bound.
+    bound = [*experts, *[gate] * (MAX_K - k)]
+    return Launch(
+        "moe_combine_residual",
+        {
+            "h": h,
+            "shared": shared,
+            "gate": gate,
+            "weights": weights,
+            **{f"e{j}": expert for j, expert in enumerate(bound)},
+            "n": n,
+        },
+        {"out": (n,)},
+        (groups(n, 256) * 256, 1, 1),
+        (256, 1, 1),
+        {"K": k},
+    )
+
+
+@kernel(
+    reference=_combine,
+    sample=_one_token,
+    sizes=[{"k": 1, "d": 1}, {"k": 10, "d": 261}, {"k": 16, "d": 96}],
+    large={"k": 8, "d": 1 << 20},
+    varying=("n",),
+)
+def moe_combine_residual_flat(
+    h: mx.array,
+    shared: mx.array,
+    gate: mx.array,
+    weights: mx.array,
+    experts: mx.array,
+) -> Launch:
+    """``h + sum(w * e) + sigmoid(gate) * shared``, ``[D]``, experts ``[K, D]``."""
+    n, k = _check_token(h, shared, weights)
+    expect("gate", gate, (1,))
+    expect("experts", experts, (k, n))
+    require("experts", k * n < 1 << 31, "K * D < 2^31", k * n)
+    return Launch(
+        "moe_combine_residual_flat",
+        {
+            "h": h,
+            "shared": shared,
+            "gate": gate,
+            "weights": weights,
+            "experts": experts,
+            "k": k,
+            "n": n,
+        },
+        {"out": (n,)},
+        (groups(n, 256) * 256, 1, 1),
+        (256, 1, 1),
+    )
+
+
+@kernel(
+    reference=_combine_unscaled,
+    sample=_one_token_unscaled,
+    sizes=[{"k": 1, "d": 1}, {"k": 10, "d": 261}, {"k": 16, "d": 96}],
+    large={"k": 8, "d": 1 << 20},
+    varying=("n",),
+)
+def moe_combine_residual_unscaled(
+    h: mx.array, shared: mx.array, weights: mx.array, experts: mx.array
+) -> Launch:
+    """``h + sum(w * e) + shared``, ``[D]``, experts ``[K, D]``."""
+    n, k = _check_token(h, shared, weights)
+    expect("experts", experts, (k, n))
+    require("experts", k * n < 1 << 31, "K * D < 2^31", k * n)
+    return Launch(
+        "moe_combine_residual_unscaled",
+        {
+            "h": h,
+            "shared": shared,
+            "weights": weights,
+            "experts": experts,
+            "k": k,
+            "n": n,
+        },
+        {"out": (n,)},
+        (groups(n, 256) * 256, 1, 1),
+        (256, 1, 1),
+    )
+
+
+def _combine_tokens(
+    h: mx.array, moe_sum: mx.array, shared: mx.array, gate: mx.array
+) -> mx.array:
+    h32, sum32, shared32, gate32 = (
+        x.astype(mx.float32) for x in (h, moe_sum, shared, gate)
+    )
+    return (h32 + sum32 + mx.sigmoid(gate32) * shared32).astype(h.dtype)
+
+
+def _some_tokens(
+    rng: np.random.Generator, dtype: mx.Dtype, t: int, d: int, s: int
+) -> tuple[Any, ...]:
+    h, shared = (normal(rng, dtype, t, d) for _ in range(2))
+    moe_sum = normal(rng, (dtype, mx.float32)[s], t, d)
+    return h, moe_sum, shared, normal(rng, dtype, t, 1)
+
+
+@kernel(
+    reference=_combine_tokens,
+    sample=_some_tokens,
+    sizes=[
+        {"t": 1, "d": 1, "s": 0},
+        {"t": 3, "d": 130, "s": 1},
+        {"t": 7, "d": 516, "s": 1},
+        {"t": 2, "d": 1028, "s": 0},
+    ],
+    large={"t": 2048, "d": 4096, "s": 1},
+    varying=("n",),
+)
+def moe_combine_residual_n_tokens(
+    h: mx.array, moe_sum: mx.array, shared: mx.array, gate: mx.array
+) -> Launch:
+    """``h + moe_sum + sigmoid(gate) * shared`` over ``[T, D]``, gate ``[T, 1]``."""
+    n_tokens, n = dims("h", h, 2)
+    expect("moe_sum", moe_sum, (n_tokens, n))
+    expect("shared", shared, (n_tokens, n))
+    expect("gate", gate, (n_tokens, 1))
+    return Launch(
+        "moe_combine_residual_n_tokens",
+        {"h": h, "moe_sum": moe_sum, "shared": shared, "gate": gate, "n": n},
+        {"out": (n_tokens, n)},
+        (256 * groups(n, 4 * 256), n_tokens, 1),
+        (256, 1, 1),
+    )
+
+
+def _accumulate(
+    acc: mx.array, bucket: mx.array, tokens: mx.array, weights: mx.array
+) -> mx.array:
+    return acc.at[tokens].add(weights[:, None] * bucket.astype(mx.float32))
+
+
+def _some_bucket(
+    rng: np.random.Generator, dtype: mx.Dtype, t: int, m: int, d: int
+) -> tuple[Any, ...]:
+    tokens = mx.array(rng.permutation(t)[:m].astype(np.uint32))
+    acc, bucket = normal(rng, mx.float32, t, d), normal(rng, dtype, m, d)
+    return acc, bucket, tokens, random_weights(rng, m)
+
+
+@kernel(
+    reference=_accumulate,
+    sample=_some_bucket,
+    sizes=[
+        {"t": 1, "m": 1, "d": 1},
+        {"t": 5, "m": 3, "d": 514},
+        {"t": 41, "m": 37, "d": 20},
+        {"t": 9, "m": 9, "d": 516},
+    ],
+    large={"t": 2048, "m": 512, "d": 4096},
+    varying=("m", "n"),
+)
+def moe_bucket_accumulate(
+    acc: mx.array, bucket: mx.array, tokens: mx.array, weights: mx.array
+) -> Launch:
+    """Float32 ``acc`` ``[T, D]`` plus ``weights * bucket`` at ``tokens`` ``[M]``."""
+    n_tokens, n = dims("acc", acc, 2)
+    m, _ = dims("bucket", bucket, 2)
+    expect("bucket", bucket, (m, n))
+    expect("tokens", tokens, (m,))
+    expect("weights", weights, (m,))
+    require("tokens", m <= n_tokens, f"at most T = {n_tokens}", m)
+    return Launch(
+        "moe_bucket_accumulate",
+        {
+            "acc": acc,
+            "bucket": bucket,
+            "tokens": tokens,
+            "weights": weights,
+            "m": m,
+            "n": n,
+        },
+        {"out": (n_tokens, n)},
+        (groups(n, 4 * 128) * 128, n_tokens, 1),
+        (128, 1, 1),
+    )
+
+
+def _id_map(indices: mx.array, n_experts: int) -> tuple[mx.array, mx.array]:
+    n_tokens, k = indices.shape
+    chosen = indices[..., None] == mx.arange(n_experts)
+    slots = mx.argmax(chosen, axis=1)
+    assignments = mx.arange(n_tokens)[:, None] * k + slots
+    lists = mx.where(chosen.any(axis=1), assignments, UNUSED).astype(mx.uint32)
+    counts = chosen.sum(axis=(0, 1)).astype(mx.uint32)
+    return counts, mx.sort(lists, axis=0).T
+
+
+def _choices(rng: np.random.Generator, t: int, k: int, e: int) -> mx.array:
+    """Return K distinct experts a token, the lower ones more often."""
+    share = 1.0 / np.arange(1, e + 1)
+    share /= share.sum()
+    rows = [rng.choice(e, k, replace=False, p=share) for _ in range(t)]
+    return mx.array(np.stack(rows).astype(np.int32))
+
+
+def _some_choices(
+    rng: np.random.Generator, dtype: mx.Dtype, t: int, k: int, e: int
+) -> tuple[Any, ...]:
+    return _choices(rng, t, k, e), e
+
+
+@kernel(
+    reference=_id_map,
+    sample=_some_choices,
+    sizes=[
+        {"t": 1, "k": 1, "e": 2},
+        {"t": 37, "k": 3, "e": 7},
+        {"t": 129, "k": 10, "e": 64},
+        {"t": 5, "k": 16, "e": 300},
+    ],
+    large={"t": 4096, "k": 10, "e": 512},
+    varying=("n_tokens",),
+    dtypes=FLOAT32,
+)
+def moe_id_map(indices: mx.array, n_experts: int) -> Launch:
+    """``[T, K]`` experts to ``counts`` ``[E]`` and lists of assignments ``[E, T]``."""
+    n_tokens, k = dims("indices", indices, 2)
+    known = 1 <= n_experts <= MAX_EXPERTS
+    require("n_experts", known, f"1 to {MAX_EXPERTS}", n_experts)
+    require("indices", k <= min(MAX_K, n_experts), f"K <= {MAX_K}, at most E", k)
+    # Assignments are uint32, and one value stands for none.
+    require("indices", n_tokens * k < 1 << 31, "T * K < 2^31", n_tokens * k)
+    grid, threadgroup = _one_simdgroup_each(n_experts)
+    return Launch(
+        "moe_id_map",
+        {"indices": indices, "n_tokens": n_tokens, "k": k, "n_experts": n_experts},
+        {"counts": (n_experts,), "lists": (n_experts, n_tokens)},
+        grid,
+        threadgroup,
+    )
+
+
+def _mm_id(
+    x: mx.array,
+    matrix: Matrix,
+    counts: mx.array,
+    lists: mx.array,
+    slot_of_expert: mx.array,
+    k: int,
+    n_out: int,
+    bits: int,
+    group_size: int,
+) -> mx.array:
+    n_tokens = lists.shape[1]
+    per_assignment = x.shape[0] != n_tokens
+    out = mx.zeros((n_tokens * k, n_out))
+    slots = numbers(slot_of_expert)
+    for expert, count in enumerate(numbers(counts)):
+        if count:
+            chosen, slot = lists[expert, :count], slots[expert]
+            w = unpacked(matrix, slot, n_out, x.shape[1], bits, group_size)
+            rows = x[chosen if per_assignment else chosen // k].astype(mx.float32)
+            out[chosen] = rows @ w.T
+    return out.reshape(n_tokens, k, n_out).astype(x.dtype)
+
+
+def _some_assignments(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    t: int,
+    k: int,
+    e: int,
+    i: int,
+    o: int,
+    bits: int,
+    g: int,
+    s: int,
+    each: int = 0,
+    base: int = 0,
+) -> tuple[Any, ...]:
+    counts, lists = _id_map(_choices(rng, t, k, e), e)
+    x = normal(rng, dtype, t * k if each else t, i)
+    matrix = random_matrix(rng, other_dtype(dtype, s), e + 1, (o, i), bits, g, base)
+    slots = mx.array(rng.permutation(e + 1)[:e].astype(np.uint32))
+    return x, matrix, counts, lists, slots, k, o, bits, g
+
+
+@kernel(
+    reference=_mm_id,
+    sample=_some_assignments,
+    sizes=[
+        dict(t=1, k=1, e=2, i=32, o=1, bits=2, g=32, s=0),
+        dict(t=5, k=2, e=3, i=64, o=67, bits=4, g=64, s=1, base=1),
+        dict(t=37, k=2, e=3, i=96, o=40, bits=8, g=32, s=0, each=1, base=3),
+        dict(t=34, k=1, e=2, i=256, o=130, bits=4, g=128, s=1, base=8),
+    ],
+    large=dict(t=1024, k=8, e=64, i=2048, o=768, bits=4, g=64, s=1),
+    varying=("n_tokens",),
+)
+def moe_mm_id(
+    x: mx.array,
+    matrix: Matrix,
+    counts: mx.array,
+    lists: mx.array,
+    slot_of_expert: mx.array,
+    k: int,
+    n_out: int,
+    bits: int,
+    group_size: int,
+) -> Launch:
+    """Experts' products with the rows that ``moe_id_map`` lists: ``[T, K, O]``.
+
+    ``x`` is ``[T, I]``, shared by a token's K experts, or ``[T * K, I]``.
+    """
+    n_experts, n_tokens = dims("lists", lists, 2)
+    n_rows, n_in = dims("x", x, 2)
+    require("k", 1 <= k <= min(MAX_K, n_experts), f"1 to {MAX_K}, at most E", k)
+    require("x", n_rows in (n_tokens, n_tokens * k), "T or T * K rows", n_rows)
+    require("lists", n_tokens * k < 1 << 31, "T * K < 2^31", n_tokens * k)
+    expect("counts", counts, (n_experts,))
+    expect("slot_of_expert", slot_of_expert, (n_experts,))
+    stored = in_slots("matrix", matrix, n_out, n_in, bits, group_size)
+    return Launch(
+        "moe_mm_id",
+        {
+            "x": x,
+            **stored,
+            "counts": counts,
+            "lists": lists,
+            "slot_of_expert": slot_of_expert,
+            "n_tokens": n_tokens,
+            "k": k,
+            "n_in": n_in,
+            "n_out": n_out,
+        },
+        {"out": (n_tokens, k, n_out)},
+        (128 * groups(n_out, 64), groups(n_tokens, 32), n_experts),
+        (128, 1, 1),
+        {
+            "BITS": bits,
+            "G": group_size,
+            "PER_ASSIGNMENT": int(n_rows != n_tokens),
+        },
+    )
+
+
+def _combine_slots(mid: mx.array, weights: mx.array) -> mx.array:
+    return (weights[..., None] * mid.astype(mx.float32)).sum(axis=1)
+
+
+def _some_slots(
+    rng: np.random.Generator, dtype: mx.Dtype, t: int, k: int, d: int
+) -> tuple[Any, ...]:
+    return normal(rng, dtype, t, k, d), random_weights(rng, t, k)
+
+
+@kernel(
+    reference=_combine_slots,
+    sample=_some_slots,
+    sizes=[
+        {"t": 1, "k": 1, "d": 1},
+        {"t": 3, "k": 10, "d": 131},
+        {"t": 5, "k": 8, "d": 260},
+        {"t": 2, "k": 16, "d": 1028},
+    ],
+    large={"t": 2048, "k": 8, "d": 4096},
+    varying=("n",),
+)
+def moe_combine_topk(mid: mx.array, weights: mx.array) -> Launch:
+    """Weighted sum over the slots of ``[T, K, D]``, weights ``[T, K]``: ``[T, D]``."""
+    n_tokens, k, n = dims("mid", mid, 3)
+    expect("weights", weights, (n_tokens, k))
+    return Launch(
+        "moe_combine_topk",
+        {"mid": mid, "weights": weights, "k": k, "n": n},
+        {"out": (n_tokens, n)},
+        (256 * groups(n, 4 * 256), n_tokens, 1),
+        (256, 1, 1),
+    )

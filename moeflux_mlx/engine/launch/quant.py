@@ -1,0 +1,878 @@
+"""Launches of ``kernels/quant.metal``.
+
+Letters: T tokens, I and O input and output width, G quantisation group, K products. A
+quantised matrix ``[O, I]`` is words ``[O, I * bits / 32]`` with scales and biases
+``[O, I / G]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ...device import SIMD
+from .base import (
+    Launch,
+    dims,
+    expect,
+    groups,
+    kernel,
+    normal,
+    one_row,
+    other_dtype,
+    require,
+)
+from .slots import Matrix, in_slots, numbers, random_matrix, unpacked
+
+# Inputs that the kernels of the v3 kind keep in threadgroup memory.
+CACHED = 4096
+GROUP_SIZES = (32, 64, 128)
+
+
+def check_rows(
+    w: mx.array, scales: mx.array, biases: mx.array, n_in: int, bits: int, group: int
+) -> int:
+    """Check a matrix and return its rows."""
+    require("bits", bits in (2, 4, 8), "2, 4 or 8", bits)
+    require("group_size", group in GROUP_SIZES, "32, 64 or 128", group)
+    require("x", n_in % group == 0, f"a width in groups of {group}", n_in)
+    n_out = dims("w", w, 2)[0]
+    expect("w", w, (n_out, n_in * bits // 32))
+    expect("scales", scales, (n_out, n_in // group))
+    expect("biases", biases, (n_out, n_in // group))
+    return n_out
+
+
+def dense_matrix(
+    w: mx.array, scales: mx.array, biases: mx.array, bits: int, group: int
+) -> mx.array:
+    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(w, scales, biases, group_size=group, bits=bits)
+
+
+def quantised(
+    rng: np.random.Generator, dtype: mx.Dtype, o: int, i: int, bits: int, g: int
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return a random matrix ``[O, I]`` quantised, its scales in ``dtype``."""
+    dense = normal(rng, mx.float32, o, i, scale=i**-0.5)
+    w, scales, biases = mx.quantize(dense, group_size=g, bits=bits)
+    return w, scales.astype(dtype), biases.astype(dtype)
+
+
+# One token.
+def _matvec_reference(bits: int) -> Any:
+    def reference(
+        x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int
+    ) -> mx.array:
+        dense = dense_matrix(w, scales, biases, bits, group_size)
+        return (x.astype(mx.float32) @ dense.T).astype(x.dtype)
+
+    return reference
+
+
+def _matvec_sample(bits: int, n_tokens: bool) -> Any:
+    def sample(
+        rng: np.random.Generator,
+        dtype: mx.Dtype,
+        i: int,
+        o: int,
+        g: int,
+        s: int,
+        t: int = 1,
+    ) -> tuple[Any, ...]:
+        x = normal(rng, dtype, t, i) if n_tokens else normal(rng, dtype, i)
+        return x, *quantised(rng, other_dtype(dtype, s), o, i, bits, g), g
+
+    return sample
+
+
+ONE_TOKEN = [
+    dict(i=32, o=1, g=32, s=0),
+    dict(i=192, o=11, g=64, s=1),
+    dict(i=2176, o=9, g=128, s=1),
+    dict(i=96, o=37, g=32, s=0),
+]
+LONG = [*ONE_TOKEN[:2], dict(i=4224, o=3, g=128, s=1)]
+LARGE = dict(i=4096, o=14336, g=64, s=0)
+MANY = [{**sizes, "t": t} for sizes, t in zip(ONE_TOKEN, (1, 3, 2, 7), strict=True)]
+LONG_MANY = [{**sizes, "t": t} for sizes, t in zip(LONG, (1, 3, 2), strict=True)]
+
+
+def _one_token(bits: int, sizes: Any = ONE_TOKEN) -> Any:
+    return kernel(
+        reference=_matvec_reference(bits),
+        sample=_matvec_sample(bits, n_tokens=False),
+        sizes=sizes,
+        large=LARGE,
+        varying=(),
+    )
+
+
+def _n_tokens(bits: int, sizes: Any = MANY) -> Any:
+    return kernel(
+        reference=_matvec_reference(bits),
+        sample=_matvec_sample(bits, n_tokens=True),
+        sizes=sizes,
+        large={**LARGE, "t": 4},
+        varying=(),
+    )
+
+
+def _matvec(
+    name: str,
+    bits: int,
+    arrays: tuple[mx.array, mx.array, mx.array, mx.array],
+    group_size: int,
+    per_group: int,
+    n_threads: int,
+    max_in: int | None = CACHED,
+) -> Launch:
+    """Launch a kernel of one token: ``n_threads`` for ``per_group`` rows."""
+    x, w, scales, biases = arrays
+    (n_in,) = dims("x", x, 1)
+    require("x", max_in is None or n_in <= max_in, f"a width up to {max_in}", n_in)
+    n_out = check_rows(w, scales, biases, n_in, bits, group_size)
+    inputs: dict[str, Any] = {"x": x, "w": w, "scales": scales, "biases": biases}
+    inputs |= {"n_in": n_in}
+    if name != "dequant_matvec_4bit_fast":
+        inputs["n_out"] = n_out
+    return Launch(
+        name,
+        inputs,
+        {"out": (n_out,)},
+        (n_threads * groups(n_out, per_group), 1, 1),
+        (n_threads, 1, 1),
+        {"G": group_size},
+    )
+
+
+def _matvec_n_tokens(
+    name: str,
+    bits: int,
+    arrays: tuple[mx.array, mx.array, mx.array, mx.array],
+    group_size: int,
+    per_group: int,
+    n_threads: int,
+    max_in: int | None = CACHED,
+) -> Launch:
+    """Launch a kernel of T tokens by rows of the matrix."""
+    x, w, scales, biases = arrays
+    n_tokens, n_in = dims("x", x, 2)
+    require("x", max_in is None or n_in <= max_in, f"a width up to {max_in}", n_in)
+    n_out = check_rows(w, scales, biases, n_in, bits, group_size)
+    inputs: dict[str, Any] = {"x": x, "w": w, "scales": scales, "biases": biases}
+    return Launch(
+        name,
+        {**inputs, "n_in": n_in, "n_out": n_out},
+        {"out": (n_tokens, n_out)},
+        (n_threads * groups(n_out, per_group), n_tokens, 1),
+        (n_threads, 1, 1),
+        {"G": group_size},
+    )
+
+
+@_one_token(4, LONG)
+def dequant_matvec_4bit(
+    x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int
+) -> Launch:
+    """``W x`` of ``[I]``, one thread a row: the readable baseline."""
+    name, arrays = "dequant_matvec_4bit", (x, w, scales, biases)
+    return _matvec(name, 4, arrays, group_size, 64, 64, None)
+
+
+@_one_token(4, LONG)
+def dequant_matvec_4bit_fast(
+    x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int
+) -> Launch:
+    """``W x`` of ``[I]`` of any length."""
+    name, arrays = "dequant_matvec_4bit_fast", (x, w, scales, biases)
+    return _matvec(name, 4, arrays, group_size, 1, 64, None)
+
+
+@_n_tokens(4, LONG_MANY)
+def dequant_matvec_4bit_fast_n_tokens(
+    x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int
+) -> Launch:
+    """``x W^T`` of ``[T, I]``, bit for bit ``dequant_matvec_4bit_fast`` at T = 1."""
+    name, arrays = "dequant_matvec_4bit_fast_n_tokens", (x, w, scales, biases)
+    return _matvec_n_tokens(name, 4, arrays, group_size, 1, 64, None)
+
+
+@_one_token(4)
+def dequant_matvec_4bit_v3(
+    x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int
+) -> Launch:
+    """``W x`` of ``[I]``, I at most 4096."""
+    name, arrays = "dequant_matvec_4bit_v3", (x, w, scales, biases)
+    return _matvec(name, 4, arrays, group_size, 8, 256)
+
+
+# Rows that a threadgroup takes from so many on: it then reads x less often, and still
+# leaves a GPU's cores enough threadgroups each.
+ROWS_FROM = ((65536, 64), (8192, 32), (1, 16))
+ROWS = [
+    dict(i=32, o=1, g=32, s=0),
+    dict(i=32, o=2051, g=32, s=1),
+    dict(i=576, o=12, g=64, s=1),
+    dict(i=2176, o=9, g=128, s=1),
+    dict(i=4224, o=19, g=64, s=0),
+    dict(i=32, o=8195, g=32, s=0),
+    dict(i=32, o=65537, g=32, s=0),
+    dict(i=1024, o=8195, g=64, s=0),
+]
+
+
+@_one_token(4, ROWS)
+def dequant_matvec_4bit_v4(
+    x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int
+) -> Launch:
+    """``W x`` of ``[I]`` of any width, with 128-bit loads."""
+    (n_in,) = dims("x", x, 1)
+    n_out = check_rows(w, scales, biases, n_in, 4, group_size)
+    sizes = _rows_and_words(n_in, n_out)
+    return Launch(
+        "dequant_matvec_4bit_v4",
+        {
+            "x": x,
+            "w": w,
+            "scales": scales,
+            "biases": biases,
+            "n_in": n_in,
+            "n_out": n_out,
+        },
+        {"out": (n_out,)},
+        (128 * groups(n_out, sizes["ROWS"]), 1, 1),
+        (128, 1, 1),
+        {"G": group_size, **sizes},
+    )
+
+
+def _rows_and_words(n_in: int, n_out: int) -> dict[str, int]:
+    """Return the rows of a threadgroup and the words of a load, for a matrix."""
+    rows = next(rows for least, rows in ROWS_FROM if n_out >= least)
+    # As wide as leaves no lane without work.
+    words = next(n for n in (4, 2, 1) if n == 1 or n_in >= 8 * n * SIMD)
+    return {"ROWS": rows, "WORDS": words}
+
+
+def _added(
+    x: mx.array,
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    residual: mx.array,
+    bits: int,
+    group_size: int,
+) -> mx.array:
+    dense = dense_matrix(w, scales, biases, bits, group_size)
+    product = (x.astype(mx.float32) @ dense.T).reshape(residual.shape)
+    return (residual.astype(mx.float32) + product).astype(x.dtype)
+
+
+def _some_added(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    i: int,
+    o: int,
+    g: int,
+    s: int,
+    bits: int = 4,
+) -> tuple[Any, ...]:
+    parts = quantised(rng, other_dtype(dtype, s), o, i, bits, g)
+    return normal(rng, dtype, i), *parts, normal(rng, dtype, o), bits, g
+
+
+@kernel(
+    reference=_added,
+    sample=_some_added,
+    sizes=[
+        dict(i=32, o=1, g=32, s=0),
+        dict(i=32, o=2051, g=32, s=1, bits=2),
+        dict(i=576, o=12, g=64, s=1, bits=8),
+        dict(i=2176, o=9, g=128, s=1),
+        dict(i=32, o=8195, g=32, s=0),
+        dict(i=1088, o=12, g=64, s=0),
+    ],
+    large=dict(i=4096, o=2048, g=64, s=0),
+    varying=(),
+)
+def matvec_residual(
+    x: mx.array,
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    residual: mx.array,
+    bits: int,
+    group_size: int,
+) -> Launch:
+    """``residual + W x``: rows ``[I]`` and ``[O]``, or ``[1, I]`` and ``[1, O]``."""
+    n_in = one_row("x", x)
+    n_out = check_rows(w, scales, biases, n_in, bits, group_size)
+    one_row("residual", residual, n_out)
+    inputs: dict[str, Any] = {"x": x, "w": w, "scales": scales, "biases": biases}
+    sizes = _rows_and_words(n_in, n_out)
+    return Launch(
+        "matvec_residual",
+        {**inputs, "residual": residual, "n_in": n_in, "n_out": n_out},
+        {"out": tuple(residual.shape)},
+        (128 * groups(n_out, sizes["ROWS"]), 1, 1),
+        (128, 1, 1),
+        {"BITS": bits, "G": group_size, **sizes},
+    )
+
+
+# Words, scales, biases and bits.
+Product = tuple[mx.array, mx.array, mx.array, int]
+MAX_PRODUCTS = 2
+# Parts of a row begin at whole multiples of so many values: one access of 16 bytes.
+ALIGNED = 8
+
+
+def norm_row(n_in: int, rows: Sequence[int]) -> list[int]:
+    """Return where each part of the row of ``norm_matvecs`` begins, and its width.
+
+    Args:
+        rows: of each matrix; the norm itself, ``n_in`` values, is the last part.
+    """
+    starts = [0]
+    for n in (*rows, n_in):
+        starts.append(ALIGNED * groups(starts[-1] + n, ALIGNED))
+    return [*starts[:-1], starts[-2] + n_in]
+
+
+def _norm_products(
+    x: mx.array,
+    norm: mx.array,
+    products: Sequence[Product],
+    eps: float,
+    group_size: int,
+) -> mx.array:
+    row, weight = x.astype(mx.float32).reshape(-1), norm.astype(mx.float32)
+    normed = row * mx.rsqrt((row * row).mean() + eps) * weight
+    parts = []
+    for w, scales, biases, bits in products:
+        parts.append(normed @ dense_matrix(w, scales, biases, bits, group_size).T)
+    *starts, width = norm_row(x.size, [part.size for part in parts])
+    out = mx.zeros(width)
+    for start, part in zip(starts, (*parts, normed), strict=True):
+        out[start : start + part.size] = part
+    return out.reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
+def _some_norm_products(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    i: int,
+    o: tuple[int, ...],
+    bits: tuple[int, ...],
+    g: int,
+    s: int,
+) -> tuple[Any, ...]:
+    products = [
+        (*quantised(rng, other_dtype(dtype, s), rows, i, b, g), b)
+        for rows, b in zip(o, bits, strict=True)
+    ]
+    weight = 1 + normal(rng, other_dtype(dtype, s), i, scale=0.1)
+    x = normal(rng, dtype, 1, i) if s else normal(rng, dtype, i)
+    return x, weight, products, 0.05, g
+
+
+@kernel(
+    reference=_norm_products,
+    sample=_some_norm_products,
+    sizes=[
+        dict(i=32, o=(1,), bits=(4,), g=32, s=0),
+        dict(i=32, o=(2051, 37), bits=(4, 2), g=32, s=0),
+        dict(i=192, o=(16, 32), bits=(8, 4), g=64, s=1),
+        dict(i=2176, o=(9, 2), bits=(4, 8), g=128, s=1),
+        dict(i=4224, o=(3, 19), bits=(4, 8), g=64, s=0),
+        dict(i=32, o=(8195, 1), bits=(2, 4), g=32, s=0),
+    ],
+    large=dict(i=2048, o=(12352,), bits=(4,), g=64, s=0),
+    varying=(),
+)
+def norm_matvecs(
+    x: mx.array,
+    norm: mx.array,
+    products: Sequence[Product],
+    eps: float,
+    group_size: int,
+) -> Launch:
+    """One row of one or two products ``[O_i]`` with the norm of ``[I]``, and the norm.
+
+    Where each part lies says ``norm_row``; what lies between is 0. Of a row ``[1, I]``
+    comes ``[1, width]``.
+    """
+    n_in = one_row("x", x)
+    expect("norm", norm, (n_in,))
+    few = isinstance(products, list | tuple) and 1 <= len(products) <= MAX_PRODUCTS
+    require("products", few, f"1 to {MAX_PRODUCTS} matrices", products)
+    inputs: dict[str, Any] = {"x": x, "norm": norm, "eps": eps, "n_in": n_in}
+    rows, bits = [], {}
+    for i, product in enumerate([*products, products[-1]][:MAX_PRODUCTS]):
+        four = isinstance(product, tuple) and len(product) == 4
+        require("products", four, "words, scales, biases and bits", product)
+        n_out = check_rows(*product[:3], n_in, product[3], group_size)
+        rows.append(n_out if i < len(products) else 0)
+        inputs |= {f"w{i}": product[0], f"n{i}": rows[-1]}
+        inputs |= {f"scales{i}": product[1], f"biases{i}": product[2]}
+        bits[f"BITS{i}"] = product[3]
+    _, inputs["at1"], inputs["at_normed"], width = norm_row(n_in, rows)
+    sizes = _rows_and_words(n_in, sum(rows))
+    n_groups = 1 + sum(groups(n, sizes["ROWS"]) for n in rows)
+    return Launch(
+        "norm_matvecs",
+        inputs,
+        {"out": (*x.shape[:-1], width)},
+        (128 * n_groups, 1, 1),
+        (128, 1, 1),
+        {"G": group_size, **bits, **sizes},
+    )
+
+
+@_one_token(4)
+def dequant_matvec_4bit_v5(
+    x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int
+) -> Launch:
+    """``W x`` of ``[I]``, I at most 4096, with a table a group."""
+    name, arrays = "dequant_matvec_4bit_v5", (x, w, scales, biases)
+    return _matvec(name, 4, arrays, group_size, 8, 256)
+
+
+@_n_tokens(4)
+def dequant_matvec_4bit_v3_n_tokens(
+    x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int
+) -> Launch:
+    """``x W^T`` of ``[T, I]``, bit for bit ``dequant_matvec_4bit_v3`` at T = 1."""
+    name, arrays = "dequant_matvec_4bit_v3_n_tokens", (x, w, scales, biases)
+    return _matvec_n_tokens(name, 4, arrays, group_size, 8, 256)
+
+
+@_one_token(8)
+def dequant_matvec_8bit_v3(
+    x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int
+) -> Launch:
+    """``W x`` of ``[I]`` in 8 bits, I at most 4096."""
+    name, arrays = "dequant_matvec_8bit_v3", (x, w, scales, biases)
+    return _matvec(name, 8, arrays, group_size, 8, 256)
+
+
+@_n_tokens(8)
+def dequant_matvec_8bit_v3_n_tokens(
+    x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int
+) -> Launch:
+    """``x W^T`` of ``[T, I]``, bit for bit ``dequant_matvec_8bit_v3`` at T = 1."""
+    name, arrays = "dequant_matvec_8bit_v3_n_tokens", (x, w, scales, biases)
+    return _matvec_n_tokens(name, 8, arrays, group_size, 8, 256)
+
+
+@_one_token(2, LONG)
+def dequant_matvec_2bit(
+    x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int
+) -> Launch:
+    """``W x`` of ``[I]`` in 2 bits."""
+    name, arrays = "dequant_matvec_2bit", (x, w, scales, biases)
+    return _matvec(name, 2, arrays, group_size, 4, 128, None)
+
+
+# Several matrices.
+Parts = tuple[mx.array, mx.array, mx.array]
+
+
+def _gate_up(x: mx.array, gate: Parts, up: Parts, group_size: int) -> mx.array:
+    wide = x.astype(mx.float32)
+    a, b = (wide @ dense_matrix(*m, 4, group_size).T for m in (gate, up))
+    return (a * mx.sigmoid(a) * b).astype(x.dtype)
+
+
+def _some_gate_up(
+    rng: np.random.Generator, dtype: mx.Dtype, i: int, o: int, g: int, s: int
+) -> tuple[Any, ...]:
+    gate, up = (quantised(rng, other_dtype(dtype, s), o, i, 4, g) for _ in range(2))
+    return normal(rng, dtype, i), gate, up, g
+
+
+@kernel(
+    reference=_gate_up, sample=_some_gate_up, sizes=ONE_TOKEN, large=LARGE, varying=()
+)
+def fused_gate_up_swiglu(
+    x: mx.array, gate: Parts, up: Parts, group_size: int
+) -> Launch:
+    """``silu(Wg x) * (Wu x)`` of ``[I]``, I at most 4096; matrices in 4 bits."""
+    (n_in,) = dims("x", x, 1)
+    require("x", n_in <= CACHED, f"a width up to {CACHED}", n_in)
+    for name, parts in (("gate", gate), ("up", up)):
+        three = isinstance(parts, tuple) and len(parts) == 3
+        require(name, three, "words, scales and biases", type(parts).__name__)
+    n_out = check_rows(*gate, n_in, 4, group_size)
+    others = check_rows(*up, n_in, 4, group_size)
+    require("up", others == n_out, f"{n_out} rows", others)
+    names = ("w", "scales", "biases")
+    arrays = {f"gate_{n}": a for n, a in zip(names, gate, strict=True)}
+    arrays |= {f"up_{n}": a for n, a in zip(names, up, strict=True)}
+    return Launch(
+        "fused_gate_up_swiglu",
+        {"x": x, **arrays, "n_in": n_in, "n_out": n_out},
+        {"out": (n_out,)},
+        (256 * groups(n_out, 8), 1, 1),
+        (256, 1, 1),
+        {"G": group_size},
+    )
+
+
+def _batched(
+    x: mx.array,
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    offsets: mx.array,
+    n_out: int,
+    group_size: int,
+) -> mx.array:
+    n_in, outs = x.shape[1], []
+    words, pairs = n_out * n_in // 8, n_out * n_in // group_size
+    last = [w.size - words, scales.size - pairs, biases.size - pairs]
+    for row, begins in zip(x, np.minimum(np.array(offsets), last), strict=True):
+        at_w, at_s, at_b = (int(begin) for begin in begins)
+        dense = dense_matrix(
+            w[at_w : at_w + words].reshape(n_out, -1),
+            scales[at_s : at_s + pairs].reshape(n_out, -1),
+            biases[at_b : at_b + pairs].reshape(n_out, -1),
+            4,
+            group_size,
+        )
+        outs.append(row.astype(mx.float32) @ dense.T)
+    return mx.stack(outs).astype(x.dtype)
+
+
+def _some_batched(
+    rng: np.random.Generator, dtype: mx.Dtype, k: int, i: int, o: int, g: int, s: int
+) -> tuple[Any, ...]:
+    stacks = [quantised(rng, other_dtype(dtype, s), o, i, 4, g) for _ in range(k + 1)]
+    flat = [mx.concatenate([m[part].reshape(-1) for m in stacks]) for part in range(3)]
+    order = rng.permutation(k + 1)[:k]
+    steps = np.array([o * i // 8, o * i // g, o * i // g])
+    offsets = (order[:, None] * steps).astype(np.uint32)
+    offsets[-1] += s * 2**31  # past the end
+    return normal(rng, dtype, k, i), *flat, mx.array(offsets), o, g
+
+
+PRODUCTS = [
+    dict(k=1, i=32, o=1, g=32, s=0),
+    dict(k=3, i=64, o=11, g=64, s=1),
+    dict(k=10, i=128, o=9, g=128, s=1),
+]
+PRODUCTS_LARGE = dict(k=8, i=2048, o=768, g=64, s=1)
+
+
+@kernel(
+    reference=_batched,
+    sample=_some_batched,
+    sizes=PRODUCTS,
+    large=PRODUCTS_LARGE,
+    varying=("w_last", "s_last", "b_last"),
+)
+def dequant_matvec_4bit_batched(
+    x: mx.array,
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    offsets: mx.array,
+    n_out: int,
+    group_size: int,
+) -> Launch:
+    """K products ``[K, O]`` of ``[K, I]`` with matrices anywhere in flat buffers.
+
+    ``offsets`` uint32 ``[K, 3]``: first word, scale and bias of each matrix. One past
+    the last matrix that fits is taken for it: offsets are data, not checked here.
+    """
+    k, n_in = dims("x", x, 2)
+    require("x", n_in <= CACHED, f"a width up to {CACHED}", n_in)
+    require("group_size", group_size in GROUP_SIZES, "32, 64 or 128", group_size)
+    require("x", n_in % group_size == 0, f"a width in groups of {group_size}", n_in)
+    require("n_out", isinstance(n_out, int) and n_out > 0, "a positive number", n_out)
+    last = {}
+    for name, flat, n in (
+        ("w", w, n_out * n_in // 8),
+        ("scales", scales, n_out * n_in // group_size),
+        ("biases", biases, n_out * n_in // group_size),
+    ):
+        (length,) = dims(name, flat, 1)
+        require(name, length >= n, f"at least {n} values", length)
+        last[f"{name[0]}_last"] = length - n
+    expect("offsets", offsets, (k, 3))
+    inputs: dict[str, Any] = {"x": x, "w": w, "scales": scales, "biases": biases}
+    return Launch(
+        "dequant_matvec_4bit_batched",
+        {**inputs, "offsets": offsets, "n_in": n_in, "n_out": n_out, **last},
+        {"out": (k, n_out)},
+        (256 * groups(n_out, 8), k, 1),
+        (256, 1, 1),
+        {"G": group_size},
+    )
+
+
+def _experts(
+    x: mx.array, slots: mx.array, matrix: Matrix, n_out: int, group_size: int
+) -> mx.array:
+    n_in, outs = x.shape[-1], []
+    for j, slot in enumerate(numbers(slots)):
+        row = (x if x.ndim == 1 else x[j]).astype(mx.float32)
+        outs.append(row @ unpacked(matrix, slot, n_out, n_in, 4, group_size).T)
+    return mx.stack(outs).astype(x.dtype)
+
+
+def _some_experts(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    k: int,
+    i: int,
+    o: int,
+    g: int,
+    s: int,
+    each: int = 0,
+    base: int = 0,
+) -> tuple[Any, ...]:
+    matrix = random_matrix(rng, other_dtype(dtype, s), k + 1, (o, i), 4, g, base)
+    slots = mx.array(rng.permutation(k + 1)[:k].astype(np.uint32))
+    x = normal(rng, dtype, k, i) if each else normal(rng, dtype, i)
+    return x, slots, matrix, o, g
+
+
+@kernel(
+    reference=_experts,
+    sample=_some_experts,
+    sizes=[
+        dict(k=1, i=32, o=1, g=32, s=0),
+        dict(k=3, i=64, o=11, g=64, s=1, each=1, base=3),
+        dict(k=10, i=128, o=9, g=128, s=1, base=1),
+    ],
+    large=PRODUCTS_LARGE,
+    varying=(),
+)
+def dequant_matvec_4bit_v3_experts(
+    x: mx.array, slots: mx.array, matrix: Matrix, n_out: int, group_size: int
+) -> Launch:
+    """K products ``[K, O]`` with matrices in ``slots`` uint32 ``[K]`` of a pool.
+
+    ``x`` is ``[I]``, shared, or ``[K, I]``; I at most 4096.
+    """
+    (k,) = dims("slots", slots, 1)
+    per_expert = isinstance(x, mx.array) and x.ndim == 2
+    n_in = dims("x", x, 2 if per_expert else 1)[-1]
+    if per_expert:
+        expect("x", x, (k, n_in))
+    require("x", n_in <= CACHED, f"a width up to {CACHED}", n_in)
+    stored = in_slots("matrix", matrix, n_out, n_in, 4, group_size)
+    return Launch(
+        "dequant_matvec_4bit_v3_experts",
+        {
+            "x": x,
+            "slots": slots,
+            **stored,
+            "n_in": n_in,
+            "n_out": n_out,
+        },
+        {"out": (k, n_out)},
+        (256 * groups(n_out, 8), k, 1),
+        (256, 1, 1),
+        {"G": group_size, "PER_EXPERT": int(per_expert)},
+    )
+
+
+# Dense matrices.
+def _dense_product(x: mx.array, w: mx.array) -> mx.array:
+    return (x.astype(mx.float32) @ w.astype(mx.float32).T).astype(x.dtype)
+
+
+def _some_dense(many: bool) -> Any:
+    def sample(
+        rng: np.random.Generator, dtype: mx.Dtype, i: int, o: int, s: int, t: int = 1
+    ) -> tuple[Any, ...]:
+        x = normal(rng, dtype, t, i) if many else normal(rng, dtype, i)
+        return x, normal(rng, other_dtype(dtype, s), o, i, scale=i**-0.5)
+
+    return sample
+
+
+DENSE = [
+    dict(i=1, o=1, s=0),
+    dict(i=37, o=11, s=1),
+    dict(i=130, o=9, s=1),
+    dict(i=512, o=3, s=0),
+]
+
+
+@kernel(
+    reference=_dense_product,
+    sample=_some_dense(many=False),
+    sizes=DENSE,
+    large=dict(i=4096, o=14336, s=0),
+    varying=(),
+)
+def bf16_matvec(x: mx.array, w: mx.array) -> Launch:
+    """``W x`` of ``[I]`` with a dense matrix ``[O, I]``."""
+    (n_in,) = dims("x", x, 1)
+    n_out = dims("w", w, 2)[0]
+    expect("w", w, (n_out, n_in))
+    return Launch(
+        "bf16_matvec",
+        {"x": x, "w": w, "n_in": n_in, "n_out": n_out},
+        {"out": (n_out,)},
+        (128 * groups(n_out, 4), 1, 1),
+        (128, 1, 1),
+    )
+
+
+@kernel(
+    reference=_dense_product,
+    sample=_some_dense(many=True),
+    sizes=[{**sizes, "t": t} for sizes, t in zip(DENSE, (1, 5, 3, 8), strict=True)],
+    large=dict(i=4096, o=4096, s=0, t=64),
+    varying=("n_tokens",),
+)
+def bf16_matmul_n_tokens(x: mx.array, w: mx.array) -> Launch:
+    """``x W^T`` of ``[T, I]`` with a dense matrix ``[O, I]``."""
+    n_tokens, n_in = dims("x", x, 2)
+    n_out = dims("w", w, 2)[0]
+    expect("w", w, (n_out, n_in))
+    return Launch(
+        "bf16_matmul_n_tokens",
+        {"x": x, "w": w, "n_tokens": n_tokens, "n_in": n_in, "n_out": n_out},
+        {"out": (n_tokens, n_out)},
+        (128 * groups(n_out, 4), groups(n_tokens, 4), 1),
+        (128, 1, 1),
+    )
+
+
+# Tiles.
+def _qmm(
+    x: mx.array,
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    bits: int,
+    group_size: int,
+) -> mx.array:
+    dense = dense_matrix(w, scales, biases, bits, group_size)
+    return (x.astype(mx.float32) @ dense.T).astype(x.dtype)
+
+
+def _some_qmm(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    t: int,
+    i: int,
+    o: int,
+    bits: int,
+    g: int,
+    s: int,
+) -> tuple[Any, ...]:
+    parts = quantised(rng, other_dtype(dtype, s), o, i, bits, g)
+    return normal(rng, dtype, t, i), *parts, bits, g
+
+
+@kernel(
+    reference=_qmm,
+    sample=_some_qmm,
+    sizes=[
+        dict(t=1, i=32, o=1, bits=2, g=32, s=0),
+        dict(t=5, i=64, o=67, bits=4, g=64, s=1),
+        dict(t=37, i=96, o=40, bits=8, g=32, s=0),
+        dict(t=33, i=256, o=130, bits=4, g=128, s=1),
+    ],
+    large=dict(t=512, i=4096, o=4096, bits=4, g=64, s=0),
+    varying=("n_tokens",),
+)
+def qmm_t(
+    x: mx.array,
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    bits: int,
+    group_size: int,
+) -> Launch:
+    """``x W^T`` of ``[T, I]`` in tiles; 2, 4 or 8 bits."""
+    n_tokens, n_in = dims("x", x, 2)
+    n_out = check_rows(w, scales, biases, n_in, bits, group_size)
+    inputs: dict[str, Any] = {"x": x, "w": w, "scales": scales, "biases": biases}
+    return Launch(
+        "qmm_t",
+        {**inputs, "n_tokens": n_tokens, "n_in": n_in, "n_out": n_out},
+        {"out": (n_tokens, n_out)},
+        (128 * groups(n_out, 64), groups(n_tokens, 32), 1),
+        (128, 1, 1),
+        {"BITS": bits, "G": group_size},
+    )
+
+
+def _gather_qmm(
+    x: mx.array,
+    slots: mx.array,
+    matrix: Matrix,
+    n_out: int,
+    bits: int,
+    group_size: int,
+) -> mx.array:
+    n_in, outs = x.shape[1], []
+    for row, slot in zip(x, numbers(slots), strict=True):
+        dense = unpacked(matrix, slot, n_out, n_in, bits, group_size)
+        outs.append(row.astype(mx.float32) @ dense.T)
+    return mx.stack(outs).astype(x.dtype)
+
+
+def _some_gather(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    t: int,
+    e: int,
+    i: int,
+    o: int,
+    bits: int,
+    g: int,
+    s: int,
+    base: int = 0,
+) -> tuple[Any, ...]:
+    matrix = random_matrix(rng, other_dtype(dtype, s), e, (o, i), bits, g, base)
+    slots = mx.array(np.sort(rng.integers(0, e, t)).astype(np.uint32))
+    return normal(rng, dtype, t, i), slots, matrix, o, bits, g
+
+
+@kernel(
+    reference=_gather_qmm,
+    sample=_some_gather,
+    sizes=[
+        dict(t=1, e=1, i=32, o=1, bits=2, g=32, s=0),
+        dict(t=11, e=3, i=64, o=67, bits=4, g=64, s=1, base=1),
+        dict(t=37, e=5, i=96, o=40, bits=8, g=32, s=0, base=3),
+    ],
+    large=dict(t=4096, e=64, i=2048, o=768, bits=4, g=64, s=1),
+    varying=("n_tokens",),
+)
+def gather_qmm_rhs(
+    x: mx.array,
+    slots: mx.array,
+    matrix: Matrix,
+    n_out: int,
+    bits: int,
+    group_size: int,
+) -> Launch:
+    """Rows ``[T, I]``, each with the matrix in its slot: ``[T, O]``.
+
+    ``slots`` uint32 ``[T]``, equal ones next to each other.
+    """
+    n_tokens, n_in = dims("x", x, 2)
+    expect("slots", slots, (n_tokens,))
+    stored = in_slots("matrix", matrix, n_out, n_in, bits, group_size)
+    sizes = {"n_tokens": n_tokens, "n_in": n_in, "n_out": n_out}
+    return Launch(
+        "gather_qmm_rhs",
+        {"x": x, "slots": slots, **stored, **sizes},
+        {"out": (n_tokens, n_out)},
+        (128 * groups(n_out, 64), groups(n_tokens, 32), 1),
+        (128, 1, 1),
+        {"BITS": bits, "G": group_size},
+    )

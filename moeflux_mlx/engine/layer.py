@@ -1,0 +1,235 @@
+"""One decoder layer: what it is, and the graphs that run it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .. import device
+from ..experts.compute.resident import ResidentExperts
+from ..experts.compute.switch import StreamedSwitch
+from ..experts.files.configuration import Expected
+from ..experts.weights import ExpertWeights
+from . import blocks
+from .blocks import MLP, ROUTED, Call, DenseMlp, Moe, RoutedShape
+from .context import Context
+from .graph import Op, planned_peak_bytes
+from .graph import roles as b
+from .graph.experts import GraphExperts
+from .graph.lower import Kernel
+from .mixers import Mixer
+from .model import GraphBuilder, GraphRunner, LayerGraph, LayerSample
+from .ops import MoeSoftmaxTopK
+from .ops.functions import Array
+from .parameters import LayerWeights
+from .runtime import Runtime
+
+MIXER_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
+
+
+@dataclass(frozen=True, eq=False)
+class LayerForm:
+    """What a decoder layer is: a mixer, then experts or one MLP, a norm before each.
+
+    Layers of one form share their graphs, so a family makes each form once.
+    """
+
+    mixer: Mixer
+    mlp: Moe | DenseMlp
+    dim: int
+    eps: float
+
+    @property
+    def routed(self) -> Moe | None:
+        """Its routed experts, if it has some."""
+        return self.mlp if isinstance(self.mlp, Moe) else None
+
+
+def expected_tensors(args: Any, forms: Iterable[LayerForm]) -> Iterator[Expected]:
+    """Yield the tensors of a text model with their shapes as they are unpacked.
+
+    Args:
+        args: mlx-lm's, of the text model.
+    """
+    dim, vocab = args.hidden_size, args.vocab_size
+    yield "embed_tokens.weight", (vocab, dim)
+    yield "norm.weight", (dim,)
+    if not args.tie_word_embeddings:
+        yield "lm_head.weight", (vocab, dim)
+    for index, form in enumerate(forms):
+        norms = {f"{norm}.weight": (dim,) for norm in (MIXER_NORM, MLP_NORM)}
+        for shapes in (norms, form.mixer.shapes(dim), form.mlp.shapes(dim)):
+            for name, shape in shapes.items():
+                yield f"layers.{index}.{name}", shape
+
+
+class GraphLayer:
+    """One decoder layer: its weights, its experts and the graphs that run it."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        index: int,
+        form: LayerForm,
+        runtime: Runtime,
+        unpack: bool,
+    ):
+        self.module, self.index, self.runtime = module, index, runtime
+        if form.routed is not None:
+            chosen = form.routed.chosen_by(module[MLP])
+            form = form if chosen is form.mlp else replace(form, mlp=chosen)
+        self.form = form
+        same_input = form.mixer.same_input + form.mlp.same_input
+        joined = same_input if runtime.executor.joins_matrices else ()
+        self.weights = LayerWeights(module, skip=ROUTED, unpack=unpack, joined=joined)
+        self._parameters: LayerWeights | None = None
+        if self.is_routed and not isinstance(module[MLP][ROUTED], StreamedSwitch):
+            self._parameters = LayerWeights(module[MLP][ROUTED])
+        self._runner = GraphRunner(runtime.executor)
+        self._resident: tuple[Any, GraphExperts] | None = None
+        self._shape: tuple[int, LayerForm, RoutedShape | None] | None = None
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether it has routed experts."""
+        return self.form.routed is not None
+
+    def __call__(self, hidden: Array, cache: Any, context: Context) -> Array:
+        """Run the layer on rows ``[N, D]``, moving its cache forward."""
+        mixer = self.form.mixer
+        spare = self.runtime.executor.spare_rows
+        begun = mixer.begin(self.module[mixer.path], cache, context, spare=spare)
+        call = self._call(context, begun.masks)
+        out, state = self._run(hidden, call, begun.inputs, context, begun.host)
+        mixer.end(cache, state, context)
+        return out
+
+    def expected(self, hidden: Array) -> Array:
+        """Return the experts ``[N, K]`` that the layer will likely choose.
+
+        Its router says so on what the layer begins with ``[N, D]``: less its own mixer,
+        that is the row it will see.
+        """
+        n = hidden.shape[0]
+        on_host = isinstance(hidden, np.ndarray)
+        dtype = mx.float32 if on_host else hidden.dtype
+        weights = self.weights.bind(dtype, host=on_host)
+        key = ("expected", self.weights.signature, self.form, n, dtype)
+        graph = self.runtime.graphs.get(key, lambda: self._build_expected(n, dtype))
+        done = self._runner.run(graph, weights, {"hidden": hidden}, recurs=True)
+        return done.value(graph.outputs["experts"])
+
+    def sample(self, n_tokens: int, dtype: mx.Dtype) -> LayerSample:
+        """Return the graph for one sequence of ``n_tokens`` with inputs to run it."""
+        weights = self.weights.bind(dtype)
+        graph = self.graph(Call(1, n_tokens, dtype))
+        return LayerSample.make(graph, weights, self.experts(dtype), n_tokens)
+
+    def graph(self, call: Call) -> LayerGraph:
+        """Return the graph for calls like ``call``, shared by layers of one shape."""
+        if self._shape is None or self._shape[0] != self.weights.signature:
+            self._shape = (self.weights.signature, self.form, self._routed_shape())
+        return self.runtime.graphs.get((self._shape, call), lambda: self._build(call))
+
+    def planned_bytes(self, call: Call) -> int:
+        """Return the planned peak of a call's graph; needs no weight's value."""
+        self.weights.refresh()
+        return planned_peak_bytes(self.graph(call).graph)
+
+    def experts(self, dtype: mx.Dtype) -> GraphExperts | None:
+        """Return the layer's routed experts, if it has some."""
+        if not self.is_routed:
+            return None
+        if self._parameters is None:
+            assert self.runtime.streamer is not None
+            return self.runtime.streamer.source(self.index)
+        bound = self._parameters.bind(dtype)
+        if self._resident is None or self._resident[0] is not bound:
+            names = ("gate_proj", "up_proj", "down_proj")
+            experts = ExpertWeights(*(bound[name] for name in names))
+            self._resident = bound, ResidentExperts(experts)
+        return self._resident[1]
+
+    def _call(self, context: Context, masks: Mapping[str, bool]) -> Call:
+        # Gathered on the device, experts of several tokens are not read back.
+        steps = context.t == 1 and self.runtime.traces_steps
+        parameters = self._parameters is not None
+        lazy = parameters and not device.on_cpu()
+        gather = steps or lazy or self.runtime.is_reference
+        one_token = context.n_seqs == context.t == 1
+        streamer = None if parameters else self.runtime.streaming
+        waits = streamer is not None and streamer.reads_aside
+        asks = self.is_routed and one_token and context.on_host and waits
+        return Call(
+            context.n_seqs,
+            context.t,
+            context.dtype,
+            gather_by_id=gather,
+            asks_at_once=asks,
+            **masks,
+        )
+
+    def _run(
+        self,
+        hidden: Array,
+        call: Call,
+        inputs: Mapping[str, Any],
+        context: Context,
+        host: Mapping[type[Op], Kernel] | None,
+    ) -> tuple[Array, dict[str, Array]]:
+        weights = self.weights.bind(call.dtype, host=isinstance(hidden, np.ndarray))
+        graph = self.graph(call)
+        if context.experts is None:
+            experts = self.experts(call.dtype)
+        else:
+            experts = context.experts.get(self.index)
+        inputs = {**inputs, "hidden": hidden, "experts": experts}
+        if call.asks_at_once:
+            assert experts is not None and self.form.routed is not None
+            route = blocks.asking(experts, self.form.routed.k)
+            host = {**(host or {}), MoeSoftmaxTopK: route}
+        # Prompts come in any length: only single tokens are sure to come again.
+        recurs = call.t == 1 and not context.traced
+        done = self._runner.run(graph, weights, inputs, host, recurs=recurs)
+        outputs = {name: done.value(buf) for name, buf in graph.outputs.items()}
+        return outputs.pop("hidden"), outputs
+
+    def _routed_shape(self) -> RoutedShape | None:
+        if (routed := self.form.routed) is None:
+            return None
+        if self._parameters is None:
+            assert self.runtime.store is not None
+            n_bytes = self.runtime.store.layout(self.index).record_bytes
+        else:
+            self._parameters.refresh()
+            total = sum(ref.n_bytes for ref in self._parameters.refs.values())
+            n_bytes = total // routed.n_experts
+        return RoutedShape(self.form.dim, routed.expert_dim, n_bytes)
+
+    def _build_expected(self, n: int, dtype: mx.Dtype) -> LayerGraph:
+        assert self.form.routed is not None
+        g = GraphBuilder("router of the layer ahead", dtype, self.weights.refs)
+        hidden = g.input("hidden", b.HiddenBuf, (n, self.form.dim))
+        x = g.norm(MLP_NORM, hidden, b.MoeInputBuf, self.form.eps)
+        experts = blocks.expected_experts(g, self.form.routed, x, n)
+        return g.finish(self.runtime.executor, experts=experts)
+
+    def _build(self, call: Call) -> LayerGraph:
+        assert self._shape is not None
+        form, (_, _, routed) = self.form, self._shape
+        g = GraphBuilder(f"{form.mixer.name} layer", call.dtype, self.weights.refs)
+        hidden = g.input("hidden", b.HiddenBuf, (call.n, form.dim))
+        x = g.norm(MIXER_NORM, hidden, b.AttnInputBuf, form.eps)
+        mixed, state = form.mixer.push(g, self.module[form.mixer.path], x, call)
+        residual = g.residual_add(mixed, hidden)
+        mlp_in = g.norm(MLP_NORM, residual, b.MoeInputBuf, form.eps)
+        if form.routed is None or routed is None:
+            out = blocks.dense_mlp(g, residual, mlp_in, call)
+        else:
+            out = blocks.moe(g, form.routed, residual, mlp_in, call, routed)
+        return g.finish(self.runtime.executor, hidden=out, **state)

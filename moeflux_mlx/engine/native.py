@@ -1,0 +1,234 @@
+"""What model classes of our own share: mlx-lm's module, its calls made of graphs.
+
+A family's file says what its layers are; see ``models/``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..errors import ModelError
+from ..experts.compute.switch import StreamedSwitch
+from ..experts.files.configuration import Configuration
+from ..experts.files.modules import RoutedBlock, quantize_as_stored
+from ..memory.plan import Needs
+from ..saving.guard import GuardsSaving, guard_saving, refuse_experts
+from ..training import TrainsUncompiled
+from .blocks import MLP, ROUTED, rotation
+from .forward import Forward
+from .graph.experts import GraphExperts
+from .layer import GraphLayer, LayerForm
+from .runtime import RunOptions, Runtime
+
+guard_saving()
+
+
+class GraphText(nn.Module):
+    """What a text model's class begins with: tokens ``[B, T]`` to logits."""
+
+    forward: Forward
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None = None,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
+        """Return logits ``[B, T, V]``."""
+        return self.forward(inputs, cache, input_embeddings)
+
+
+class GraphBackbone(nn.Module):
+    """What its backbone's class begins with: tokens to normalised hidden states."""
+
+    forward: Forward
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None = None,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
+        """Return rows ``[B, T, D]``."""
+        return self.forward.rows(inputs, cache, input_embeddings)
+
+
+class NativeModel(GuardsSaving, TrainsUncompiled):
+    """What a model's class begins with, before mlx-lm's own.
+
+    ``options`` is set by subclasses that ``moeflux_mlx.load`` and packed directories
+    make; without it all experts are ordinary parameters.
+    """
+
+    options: ClassVar[RunOptions] = RunOptions()
+
+    def __init__(self, args: Any):
+        super().__init__(args)  # type: ignore[call-arg]
+        self.runtime = Runtime(self.options)
+
+    def run_on_graphs(
+        self, text: Any, forms: Iterable[LayerForm], path: str = ""
+    ) -> None:
+        """Have the calls of the text model made of graphs.
+
+        Args:
+            text: mlx-lm's module, with its ``model`` of ``layers`` and its ``args``.
+            forms: what each layer is.
+            path: what its parameters' names begin with.
+
+        Raises:
+            ModelError: a layer is not one that graphs can perform, or its experts are
+                not in the files.
+        """
+        forms = list(forms)
+        for form, layer in zip(forms, text.model.layers, strict=True):
+            _check_form(form, layer)
+        backbone = type(text.model).__call__
+        _begin_with(GraphBackbone, text.model)
+        if not isinstance(text, GraphText):
+            _begin_with(GraphText, text)
+        self._stream_experts(text, forms, path)
+        text.forward = Forward(text, text.args, self.runtime, forms, backbone)
+        text.model.forward = text.forward
+
+    def _stream_experts(self, text: Any, forms: list[LayerForm], path: str) -> None:
+        """Put what reads experts in the places of routed blocks, where files do."""
+        if self.runtime.store is None:
+            return
+        routed = [i for i, form in enumerate(forms) if form.routed is not None]
+        self.runtime.check_layers(routed)
+        for index in routed:
+            block = text.model.layers[index][MLP]
+            name = f"{path}model.layers.{index}.{MLP}.{ROUTED}"
+            block[ROUTED] = self._streamed(text, block[ROUTED], index, name)
+
+    def _streamed(
+        self, text: Any, block: nn.Module, index: int, name: str
+    ) -> StreamedSwitch:
+        """Return what runs a layer's routed block where graphs do not."""
+        runtime = self.runtime
+        assert runtime.store is not None
+        layout = runtime.store.layout(index)
+        stored = zip(layout.projections, layout.quantization, strict=True)
+        quantize_as_stored(block, dict(stored))
+
+        def source() -> GraphExperts:
+            runtime.open(text.forward.needs)
+            assert runtime.streamer is not None
+            return runtime.streamer.source(index)
+
+        return StreamedSwitch(RoutedBlock(name, block), source, runtime.alone)
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Rename weights as mlx-lm does; streamed experts are none of them."""
+        found: dict[str, mx.array]
+        found = super().sanitize(  # type: ignore[misc]
+            self.runtime.without_streamed(weights)
+        )
+        return found
+
+    def update(  # type: ignore[override]
+        self, parameters: Any, strict: bool = True
+    ) -> Any:
+        """Replace parameters.
+
+        Raises:
+            ModelError: some are of streamed experts; nothing is replaced.
+        """
+        if self.runtime.store is not None:
+            refuse_experts(dict(tree_flatten(parameters)), ROUTED)
+        return super().update(parameters, strict)
+
+    @property
+    def engine(self) -> Forward:
+        """What makes the model's calls."""
+        found: Forward = self.forward
+        return found
+
+    @property
+    def streamer(self) -> Any:
+        """The expert streamer, or None when experts are parameters."""
+        self.runtime.open(self.needs)
+        return self.runtime.streamer
+
+    @property
+    def needs(self) -> Needs:
+        """What the model says of its memory."""
+        return self.engine.needs
+
+    @property
+    def graph_layers(self) -> list[GraphLayer]:
+        """The decoder layers as graphs."""
+        return self.engine.graph_layers()
+
+    def shard(self, group: Any = None) -> None:
+        """Refuse: experts divided over machines are not supported yet."""
+        raise ModelError("[shard] expected one machine: sharding is not supported yet")
+
+
+def _begin_with(first: type, module: nn.Module) -> None:
+    """Give a module of mlx-lm's another one's calls."""
+    module.__class__ = _beginning_with(first, type(module))
+
+
+@functools.cache
+def _beginning_with(first: type, stock: type) -> type:
+    """Return mlx-lm's class with another one's calls, under its own name."""
+    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    return type(stock.__name__, (first, stock), names)
+
+
+def _check_form(form: LayerForm, layer: nn.Module) -> None:
+    form.mixer.check(layer[form.mixer.path])
+    routed = form.routed
+    if routed is not None and (routed.n_experts < 1 or routed.k > routed.n_experts):
+        raise ModelError(
+            f"[config] num_experts_per_tok expected 1 to num_experts but got "
+            f"{routed.k} of {routed.n_experts}"
+        )
+
+
+def check_numbers(config: Configuration, args: Any) -> None:
+    """Refuse numbers of a text model that no weight tells of; names the key.
+
+    Args:
+        args: mlx-lm's, made of the configuration.
+
+    Raises:
+        ModelError: one is of no use.
+    """
+    if args.max_position_embeddings is not None:
+        config.check_number("max_position_embeddings", args.max_position_embeddings)
+    config.check_number("rms_norm_eps", args.rms_norm_eps, zero=True)
+    config.check_number("rope_theta", args.rope_theta)
+    if not 1 <= args.num_experts_per_tok <= args.num_experts:
+        expected = f"from 1 to num_experts ({args.num_experts})"
+        raise config.wrong("num_experts_per_tok", expected, args.num_experts_per_tok)
+    key, divisor = "num_attention_heads", "num_key_value_heads"
+    config.check_multiple(key, getattr(args, key), divisor, getattr(args, divisor))
+
+
+def check_rope(config: Configuration, key: str, make: Callable[[], nn.Module]) -> None:
+    """Refuse rotary positions that no kernel has.
+
+    Args:
+        key: says in the configuration what they are.
+        make: mlx-lm's making of them.
+
+    Raises:
+        ModelError: they depend on the length, or mlx-lm has none like them.
+    """
+    try:
+        rotation(make())
+    except ModelError:
+        raise
+    except Exception as error:
+        known = "those of a rope_type that mlx-lm has"
+        told = f"{type(error).__name__}: {error}"
+        raise config.wrong(key, known, told) from error

@@ -1,0 +1,64 @@
+"""Every Op, one class each in the families of ``kernels/``.
+
+Imports: device, engine.graph, experts.
+"""
+
+from ..graph.op import REGISTRY
+from .attention import KvCacheAppendNTokens, RopeNTokens, SdpaCausalTiled
+from .elementwise import (
+    ResidualAddNTokens,
+    SigmoidGateNTokens,
+    SplitQGate,
+    SwigluFusedBatched,
+    ZeroBuffer,
+)
+from .embed import EmbedGatherNTokens
+from .linear_attention import (
+    ComputeDecayBetaNTokens,
+    Conv1dStepNTokens,
+    GatedDeltaNetChunkwise,
+    GatedDeltaNetStepNTokens,
+)
+from .moe import (
+    MoeBatchedPermuteFuse,
+    MoeCombineResidualNTokens,
+    MoeDecodeExperts,
+    MoeGatherIdFuse,
+    MoeNormalizeWeights,
+    MoeSoftmaxTopK,
+)
+from .norm import (
+    GatedRmsNormNTokens,
+    RmsNormBf16NTokens,
+    RmsNormPerHeadNTokens,
+    RmsNormQkNTokens,
+)
+from .quant import MatvecNTokens
+
+__all__ = [
+    "REGISTRY",
+    "ComputeDecayBetaNTokens",
+    "Conv1dStepNTokens",
+    "EmbedGatherNTokens",
+    "GatedDeltaNetChunkwise",
+    "GatedDeltaNetStepNTokens",
+    "GatedRmsNormNTokens",
+    "KvCacheAppendNTokens",
+    "MatvecNTokens",
+    "MoeBatchedPermuteFuse",
+    "MoeCombineResidualNTokens",
+    "MoeDecodeExperts",
+    "MoeGatherIdFuse",
+    "MoeNormalizeWeights",
+    "MoeSoftmaxTopK",
+    "ResidualAddNTokens",
+    "RmsNormBf16NTokens",
+    "RmsNormPerHeadNTokens",
+    "RmsNormQkNTokens",
+    "RopeNTokens",
+    "SdpaCausalTiled",
+    "SigmoidGateNTokens",
+    "SplitQGate",
+    "SwigluFusedBatched",
+    "ZeroBuffer",
+]

@@ -1,0 +1,43 @@
+"""Token embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ...experts.weights import Weight
+from ..graph.buffers import Shape
+from ..graph.op import Cost, In, Op, Out, WeightRef
+from ..graph.roles import EmbedOutBuf, TokenIdsBuf
+from .functions import Array, embed
+
+
+class EmbedGatherNTokens(Op):
+    """Unpack row ``token_ids[t]`` of the embedding for each of N tokens.
+
+    Kernels trust ids to be in range: callers check them before the graph runs.
+    """
+
+    token_ids: In[TokenIdsBuf]
+    weight: WeightRef
+    hidden_out: Out[EmbedOutBuf]
+    vocab_size: int
+    hidden_dim: int
+    n_tokens: int
+
+    def shapes(self) -> dict[str, Shape]:
+        return {
+            "token_ids": (self.n_tokens,),
+            "weight": (self.vocab_size, self.hidden_dim),
+            "hidden_out": (self.n_tokens, self.hidden_dim),
+        }
+
+    def index_ranges(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, range]:
+        return {"token_ids": range(self.vocab_size)}
+
+    def cost(self) -> Cost:
+        n = self.n_tokens * self.hidden_dim
+        row_bytes = self.weight.n_bytes // self.vocab_size
+        return Cost(flops=2 * n, bytes=4 * n + self.n_tokens * row_bytes)
+
+    def reference(self, token_ids: Array, weight: Weight) -> Array:
+        return embed(token_ids, weight)

@@ -1,0 +1,327 @@
+"""Array functions that references are written in, for MLX and for NumPy arrays.
+
+References run on MLX arrays everywhere. On a Linux CPU they may also be given NumPy
+arrays: MLX's CPU library there links the reference BLAS and hands every small
+operation to another thread, which costs 50 times NumPy's time for a product and 10
+times for the rest. The mathematics is written once either way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ... import device
+from ...experts.weights import ExpertWeights, Weight
+from .host import host_linear, row_products, unpack, widen
+
+Array = Any
+
+
+def namespace(x: Array) -> Any:
+    """Return the module, ``numpy`` or ``mlx.core``, whose functions take ``x``."""
+    return np if isinstance(x, np.ndarray) else mx
+
+
+def to_host(x: Array) -> Array:
+    """Return an MLX array's memory as a NumPy array; bfloat16 becomes float32."""
+    if not isinstance(x, mx.array):
+        return x
+    return np.asarray(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
+
+
+def to_device(x: Array) -> Array:
+    """Return a NumPy array's values as an MLX array."""
+    return mx.array(x) if isinstance(x, np.ndarray) else x
+
+
+def detached(x: Array) -> Array:
+    """Return a part of an array with memory of its own, so that the rest can go."""
+    return mx.contiguous(x) if isinstance(x, mx.array) else x.copy()
+
+
+def float32(x: Array) -> Array:
+    """Convert to float32."""
+    if isinstance(x, mx.array):
+        return x.astype(mx.float32)
+    return x.astype(np.float32, copy=False)
+
+
+def sigmoid(x: Array) -> Array:
+    """Return ``1 / (1 + exp(-x))``."""
+    if isinstance(x, mx.array):
+        return mx.sigmoid(x)
+    return 1 / (1 + np.exp(-np.maximum(x, -80)))
+
+
+def silu(x: Array) -> Array:
+    """Return ``x * sigmoid(x)``."""
+    return x * sigmoid(x)
+
+
+def softmax(x: Array) -> Array:
+    """Return the softmax of the last axis, computed in float32."""
+    if isinstance(x, mx.array):
+        return mx.softmax(x, axis=-1, precise=True)
+    grown = np.exp(x - x.max(axis=-1, keepdims=True))
+    grown /= grown.sum(axis=-1, keepdims=True)
+    return grown
+
+
+def argsort(x: Array) -> Array:
+    """Return the stable order of the last axis."""
+    if isinstance(x, mx.array):
+        return mx.argsort(x, axis=-1)
+    return np.argsort(x, axis=-1, kind="stable")
+
+
+def take_columns(x: Array, indices: Array) -> Array:
+    """Return from each row of ``[N, E]`` its entries ``indices`` ``[N, K]``."""
+    if isinstance(x, mx.array):
+        return mx.take_along_axis(x, indices, axis=-1)
+    return x[np.arange(len(x))[:, None], indices]
+
+
+def rms_norm(x: Array, weight: Array | None, eps: float) -> Array:
+    """Return ``x * rsqrt(mean(x^2) + eps) * weight`` over the last axis."""
+    if isinstance(x, mx.array):
+        return mx.fast.rms_norm(x, weight, eps)
+    scale = 1 / np.sqrt(np.vecdot(x, x) / x.shape[-1] + eps)
+    normed = x * scale[..., None]
+    return normed if weight is None else normed * weight
+
+
+def rope(
+    x: Array, dims: int, inv_freq: Array, start: Array, scale: float = 1.0
+) -> Array:
+    """Rotate the first ``dims`` channels of ``[B, H, T, d]``, halves paired.
+
+    ``start`` ``[B]`` is the position of each sequence's first token; ``scale``
+    multiplies the rotated channels.
+    """
+    if isinstance(x, mx.array):
+        if scale != 1.0:
+            x = x.at[..., :dims].multiply(scale)
+        freqs = mx.reciprocal(inv_freq)
+        return mx.fast.rope(
+            x, dims, traditional=False, base=None, scale=1.0, offset=start, freqs=freqs
+        )
+    positions = (start[:, None] + np.arange(x.shape[2])).astype(np.float32)
+    angles = positions[:, None, :, None] * to_host(inv_freq)
+    cos, sin = np.cos(angles), np.sin(angles)
+    if scale != 1.0:
+        cos, sin = cos * np.float32(scale), sin * np.float32(scale)
+    half = dims // 2
+    first, second = x[..., :half], x[..., half:dims]
+    rotated = [first * cos - second * sin, first * sin + second * cos, x[..., dims:]]
+    return np.concatenate(rotated, axis=-1)
+
+
+# Queries taken together on the host: bounds the score matrix, skips what is hidden.
+QUERY_BLOCK = 256
+
+
+def score_bytes(n_heads: int, t: int, s: int) -> int:
+    """Return what attention's scores of T queries over S rows take on the host."""
+    n_scores = min(t, QUERY_BLOCK) * s
+    # Four bytes a score, and one where a mask hides it.
+    return 5 * max(n_scores, min(n_heads * n_scores, device.HOST_SCORES))
+
+
+def attention(q: Array, k: Array, v: Array, scale: float, mask: Array | None) -> Array:
+    """Attend causally, or as ``mask`` ``[B or 1, 1, T, S]`` (true: seen) allows.
+
+    Args:
+        q: ``[B, H, T, d]``, the last T positions.
+        k: ``[B, Hkv, S, d]``; head h reads ``h // (H / Hkv)``.
+        v: as ``k``.
+    """
+    if isinstance(q, mx.array):
+        causal = "causal" if mask is None and q.shape[2] > 1 else mask
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=causal)
+    out = np.empty(q.shape, np.float32)
+    n_kv, s = k.shape[1], k.shape[2]
+    each = q.shape[1] // n_kv
+    together = max(1, device.HOST_SCORES // (min(q.shape[2], QUERY_BLOCK) * s))
+    for seq, kv in np.ndindex(len(q), n_kv):
+        seen = None if mask is None else mask[seq % len(mask), 0]
+        for first in range(kv * each, (kv + 1) * each, together):
+            heads = slice(first, min(first + together, (kv + 1) * each))
+            out[seq, heads] = _attend(
+                q[seq, heads] * scale, k[seq, kv], v[seq, kv], seen
+            )
+    return out
+
+
+def _attend(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None
+) -> np.ndarray:
+    """Attend with heads ``[H, T, d]`` that read the same rows ``[S, d]``."""
+    t, s, lowest = q.shape[1], len(k), np.finfo(np.float32).min
+    out = np.empty(q.shape, np.float32)
+    for start in range(0, t, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, t)
+        seen = s if mask is not None else s - t + stop
+        scores = np.matmul(q[:, start:stop], k[:seen].T)
+        if mask is not None:
+            np.copyto(scores, lowest, where=~mask[start:stop, :seen])
+        elif stop - start > 1:
+            ahead = np.tri(stop - start, k=-1, dtype=bool).T
+            np.copyto(scores[..., seen - len(ahead) :], lowest, where=ahead)
+        scores -= scores.max(axis=-1, keepdims=True)
+        np.exp(scores, out=scores)
+        scores /= scores.sum(axis=-1, keepdims=True)
+        np.matmul(scores, v[:seen], out=out[:, start:stop])
+    return out
+
+
+def linear(x: Array, weight: Weight) -> Array:
+    """Return ``x`` ``[..., I]`` times the transpose of ``weight`` ``[O, I]``.
+
+    A weight of either kind of arrays serves rows of both.
+    """
+    if isinstance(x, np.ndarray):
+        return host_linear(x, weight.on_host)
+    weight = weight.on_device
+    q = weight.quantization
+    if q is None:
+        return x @ weight.w.T
+    scales, biases = _scales_like(x, weight)
+    return mx.quantized_matmul(
+        x,
+        weight.w,
+        scales,
+        biases,
+        transpose=True,
+        group_size=q.group_size,
+        bits=q.bits,
+        mode=q.mode,
+    )
+
+
+def embed(token_ids: Array, weight: Weight) -> Array:
+    """Return rows ``token_ids`` ``[N]`` of ``weight`` ``[V, D]``, unpacked.
+
+    A weight of MLX arrays serves NumPy ids too.
+    """
+    on_host = isinstance(token_ids, np.ndarray)
+    weight = weight.on_host if on_host else weight
+    parts = (weight.w, weight.scales, weight.biases)
+    w, scales, biases = (None if x is None else x[token_ids] for x in parts)
+    if weight.quantization is None:
+        return widen(w) if on_host else w
+    return dequantize(Weight(w, scales, biases, weight.quantization))
+
+
+def _scales_like(x: mx.array, weight: Weight) -> tuple[mx.array, mx.array | None]:
+    scales, biases = weight.scales, weight.biases
+    assert scales is not None
+    if scales.dtype not in (x.dtype, mx.uint8):
+        scales = scales.astype(x.dtype)
+        biases = None if biases is None else biases.astype(x.dtype)
+    return scales, biases
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+    """Return ``silu(gate) * up``."""
+    return silu(gate) * up
+
+
+def expert_mlp(x: Array, experts: ExpertWeights, slot: int) -> Array:
+    """Apply one expert, ``down(silu(gate x) * (up x))``, to rows ``[M, D]``."""
+    experts = experts.on_host if isinstance(x, np.ndarray) else experts
+    act = swiglu(linear(x, experts.gate[slot]), linear(x, experts.up[slot]))
+    return linear(act, experts.down[slot])
+
+
+def experts_by_slot(
+    x: Array,
+    slots: Array,
+    experts: ExpertWeights,
+    *,
+    in_order: bool = False,
+) -> Array:
+    """Run rows ``[N, D]`` through the experts in their slots ``[N, K]``.
+
+    Args:
+        in_order: slots never fall from row to row, which lets MLX group rows.
+
+    Returns:
+        ``[N, K, D]``.
+    """
+    if isinstance(x, np.ndarray):
+        return _experts_on_host(x, slots, experts)
+    x = x[:, None, None]
+    gate = _gather_linear(x, experts.gate, slots, in_order)
+    up = _gather_linear(x, experts.up, slots, in_order)
+    return _gather_linear(swiglu(gate, up), experts.down, slots, in_order).squeeze(-2)
+
+
+def _experts_on_host(x: np.ndarray, slots: Array, experts: ExpertWeights) -> Array:
+    experts, chosen = experts.on_host, slots.reshape(-1).tolist()
+    rows = np.repeat(x, slots.shape[1], axis=0)
+    if experts.gate.quantization == experts.up.quantization:
+        gate, up = row_products(rows, [experts.gate, experts.up], chosen)
+    else:
+        (gate,) = row_products(rows, [experts.gate], chosen)
+        (up,) = row_products(rows, [experts.up], chosen)
+    (down,) = row_products(swiglu(gate, up), [experts.down], chosen)
+    return down.reshape(*slots.shape, -1)
+
+
+def _gather_linear(
+    x: mx.array, weight: Weight, slots: mx.array, in_order: bool
+) -> mx.array:
+    """Multiply rows ``[N, 1 or K, 1, I]`` by the matrices ``[n_slots, O, I]``."""
+    weight = weight.on_device
+    if weight.strided and not _gathers_in_place(weight, x.dtype):
+        weight, slots = _end_to_end(weight, slots)
+    q = weight.quantization
+    if q is None:
+        # Not told that slots are in order: MLX's CUDA product is wrong then.
+        return mx.gather_mm(x, weight.w.swapaxes(-1, -2), rhs_indices=slots)
+    scales, biases = _scales_like(x, weight)
+    return mx.gather_qmm(
+        x,
+        weight.w,
+        scales,
+        biases,
+        rhs_indices=slots,
+        transpose=True,
+        group_size=q.group_size,
+        bits=q.bits,
+        mode=q.mode,
+        sorted_indices=in_order,
+    )
+
+
+def _gathers_in_place(weight: Weight, dtype: mx.Dtype) -> bool:
+    """Tell whether MLX takes slots as they are; another type would convert them all."""
+    own = weight.w if weight.quantization is None else weight.scales
+    return device.gathers_strided() and own.dtype in (dtype, mx.uint8)
+
+
+def dequantize(weight: Weight) -> Array:
+    """Unpack ``weight`` to ``[..., O, I]``; float32 when its arrays are NumPy's."""
+    q = weight.quantization
+    assert q is not None
+    if isinstance(weight.w, mx.array):
+        return mx.dequantize(
+            weight.w,
+            weight.scales,
+            weight.biases,
+            group_size=q.group_size,
+            bits=q.bits,
+            mode=q.mode,
+        )
+    return unpack(weight)
+
+
+def _end_to_end(weight: Weight, slots: mx.array) -> tuple[Weight, mx.array]:
+    """Return copies of the matrices in ``slots``, and where each is among them."""
+    parts = (weight.w, weight.scales, weight.biases)
+    w, scales, biases = (None if x is None else x[slots.flatten()] for x in parts)
+    places = mx.arange(slots.size, dtype=mx.uint32).reshape(slots.shape)
+    return Weight(w, scales, biases, weight.quantization), places

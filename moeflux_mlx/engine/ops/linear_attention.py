@@ -1,0 +1,346 @@
+"""Gated DeltaNet: causal convolution, decay, and the delta rule in two forms.
+
+Letters: N = B sequences x T tokens, Hk key heads, Hv value heads, dk and dv their
+widths, C chunk length. State S is ``[B, Hv, dv, dk]`` in float32.
+Source: Yang et al., Gated Delta Networks (2024); chunked form after the same.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...experts.weights import Weight
+from ..graph.buffers import Shape
+from ..graph.op import Cost, In, InOut, Op, OpFields, Out, WeightRef
+from ..graph.roles import (
+    AlphaStackBuf,
+    BetaGateBuf,
+    BetaStackBuf,
+    ConvOutBuf,
+    ConvStateBuf,
+    DeltaOutBuf,
+    DeltaStateBuf,
+    GDecayBuf,
+    QkvStackBuf,
+    SeqLengthsBuf,
+    SeqMaskBuf,
+)
+from .functions import Array, detached, float32, namespace, sigmoid, silu
+
+
+class Conv1dStepNTokens(Op):
+    """Convolve each channel causally over history and chunk, then SiLU.
+
+    ``conv_state`` ``[B, W - 1, C]`` holds the last inputs before the chunk and becomes
+    those of its end. Masked tokens count as zero inputs; with ``lengths`` a sequence
+    ends after ``lengths[b]`` tokens of this chunk.
+    """
+
+    qkv_in: In[QkvStackBuf]
+    conv_state: InOut[ConvStateBuf]
+    weight: WeightRef
+    mask: In[SeqMaskBuf] | None = None
+    lengths: In[SeqLengthsBuf] | None = None
+    conv_out: Out[ConvOutBuf]
+    conv_dim: int
+    kernel_size: int = 4
+    n_tokens: int
+    n_seqs: int = 1
+
+    def shapes(self) -> dict[str, Shape]:
+        rows = (self.n_tokens, self.conv_dim)
+        return {
+            "qkv_in": rows,
+            "conv_state": (self.n_seqs, self.kernel_size - 1, self.conv_dim),
+            "weight": (self.conv_dim, self.kernel_size, 1),
+            "mask": (self.n_seqs, self.n_tokens // self.n_seqs),
+            "lengths": (self.n_seqs,),
+            "conv_out": rows,
+        }
+
+    def cost(self) -> Cost:
+        n = self.n_tokens * self.conv_dim
+        state = self.n_seqs * (self.kernel_size - 1) * self.conv_dim
+        flops = (2 * self.kernel_size + 4) * n
+        return Cost(flops=flops, bytes=8 * (n + state) + self.weight.n_bytes)
+
+    def scratch_bytes(self, itemsize: int) -> int:
+        return 5 * self.n_tokens * self.conv_dim * itemsize
+
+    def reference(
+        self,
+        qkv_in: Array,
+        conv_state: Array,
+        mask: Array | None,
+        lengths: Array | None,
+        weight: Weight,
+    ) -> tuple[Array, Array]:
+        xp = namespace(qkv_in)
+        t, keep = self.n_tokens // self.n_seqs, self.kernel_size - 1
+        chunk = qkv_in.reshape(self.n_seqs, t, self.conv_dim)
+        if mask is not None:
+            chunk = xp.where(mask[..., None], chunk, 0)
+        inputs = xp.concatenate([conv_state.astype(chunk.dtype), chunk], axis=1)
+        if lengths is None:
+            state = detached(inputs[:, -keep:])
+        else:
+            ends = xp.clip(lengths, 0, t)[:, None] + xp.arange(keep)
+            state = xp.take_along_axis(inputs, ends[..., None], axis=1)
+        taps = weight.w[..., 0].T
+        out = inputs[:, :t] * taps[0]
+        for i in range(1, self.kernel_size):
+            out += inputs[:, i : i + t] * taps[i]
+        return state, silu(out).reshape(qkv_in.shape)
+
+
+class ComputeDecayBetaNTokens(Op):
+    """Return decay ``exp(-exp(A_log) softplus(a + dt_bias))`` and ``sigmoid(b)``.
+
+    A masked token gets decay 1 and beta 0: it leaves the state as it is.
+    """
+
+    alpha_in: In[AlphaStackBuf]
+    beta_in: In[BetaStackBuf]
+    mask: In[SeqMaskBuf] | None = None
+    a_log: WeightRef
+    dt_bias: WeightRef
+    g_decay_out: Out[GDecayBuf]
+    beta_gate_out: Out[BetaGateBuf]
+    num_v_heads: int
+    n_tokens: int
+    n_seqs: int = 1
+
+    def shapes(self) -> dict[str, Shape]:
+        rows, heads = (self.n_tokens, self.num_v_heads), (self.num_v_heads,)
+        buffers = ("alpha_in", "beta_in", "g_decay_out", "beta_gate_out")
+        return {
+            **dict.fromkeys(buffers, rows),
+            "mask": (self.n_seqs, self.n_tokens // self.n_seqs),
+            "a_log": heads,
+            "dt_bias": heads,
+        }
+
+    def cost(self) -> Cost:
+        n = self.n_tokens * self.num_v_heads
+        weights = self.a_log.n_bytes + self.dt_bias.n_bytes
+        return Cost(flops=12 * n, bytes=16 * n + weights)
+
+    def reference(
+        self,
+        alpha_in: Array,
+        beta_in: Array,
+        mask: Array | None,
+        a_log: Weight,
+        dt_bias: Weight,
+    ) -> tuple[Array, Array]:
+        xp = namespace(alpha_in)
+        step = xp.logaddexp(float32(alpha_in + dt_bias.w), xp.zeros(1, xp.float32))
+        g, beta = xp.exp(-xp.exp(float32(a_log.w)) * step), sigmoid(float32(beta_in))
+        if mask is not None:
+            kept = float32(mask.reshape(-1, 1))
+            g, beta = g * kept + (1 - kept), beta * kept
+        return g, beta
+
+
+class _DeltaRule(OpFields):
+    """What both forms of the delta rule share: fields, shapes and the row's parts."""
+
+    state: InOut[DeltaStateBuf]
+    conv_out: In[ConvOutBuf]
+    g_decay: In[GDecayBuf]
+    beta_gate: In[BetaGateBuf]
+    output: Out[DeltaOutBuf]
+    num_v_heads: int
+    num_k_heads: int
+    key_dim: int
+    value_dim: int
+    n_tokens: int
+    n_seqs: int = 1
+
+    def shapes(self) -> dict[str, Shape]:
+        heads, dk, dv = self.num_v_heads, self.key_dim, self.value_dim
+        return {
+            "state": (self.n_seqs, heads, dv, dk),
+            "conv_out": (self.n_tokens, 2 * self.num_k_heads * dk + heads * dv),
+            "g_decay": (self.n_tokens, heads),
+            "beta_gate": (self.n_tokens, heads),
+            "output": (self.n_tokens, heads * dv),
+        }
+
+    def row_bytes(self) -> int:
+        """Bytes of state, inputs and outputs in float32."""
+        state = 2 * self.n_seqs * self.num_v_heads * self.value_dim * self.key_dim
+        row = 2 * self.num_k_heads * self.key_dim
+        row += 2 * self.num_v_heads * (self.value_dim + 1)
+        return 4 * (state + self.n_tokens * row)
+
+    def parts(self, conv_out: Array) -> tuple[Array, Array, Array]:
+        """Split rows into float32 q, k ``[B, T, Hk, dk]`` and v ``[B, T, Hv, dv]``."""
+        t, width = self.n_tokens // self.n_seqs, self.num_k_heads * self.key_dim
+        rows = float32(conv_out).reshape(self.n_seqs, t, -1)
+        keys = (self.n_seqs, t, self.num_k_heads, self.key_dim)
+        values = (self.n_seqs, t, self.num_v_heads, self.value_dim)
+        q, k = rows[..., :width].reshape(keys), rows[..., width : 2 * width]
+        return q, k.reshape(keys), rows[..., 2 * width :].reshape(values)
+
+
+class GatedDeltaNetStepNTokens(_DeltaRule, Op):
+    """Run the delta rule token by token; meant for T = 1.
+
+    S = g S; S = S + beta (v - S k) k^T; y = S q, per value head, whose key head is
+    ``head // (Hv / Hk)``.
+    """
+
+    def cost(self) -> Cost:
+        per_token = self.num_v_heads * self.value_dim * self.key_dim
+        return Cost(flops=7 * self.n_tokens * per_token, bytes=self.row_bytes())
+
+    def scratch_bytes(self, itemsize: int) -> int:
+        return 8 * self.n_seqs * self.num_v_heads * self.value_dim * self.key_dim
+
+    def reference(
+        self,
+        state: Array,
+        conv_out: Array,
+        g_decay: Array,
+        beta_gate: Array,
+    ) -> tuple[Array, Array]:
+        xp = namespace(conv_out)
+        q, k, v = self.parts(conv_out)
+        n_seqs, t = q.shape[:2]
+        repeats = self.num_v_heads // self.num_k_heads
+        if repeats > 1:
+            q, k = xp.repeat(q, repeats, axis=2), xp.repeat(k, repeats, axis=2)
+        g = g_decay.reshape(n_seqs, t, -1, 1)
+        beta = beta_gate.reshape(n_seqs, t, -1, 1)
+        outs = []
+        for i in range(t):
+            # The new state's product with q follows from the old one's: S is read once.
+            key, query = k[:, i], q[:, i]
+            decay, overlap = g[:, i], (key * query).sum(-1)[..., None]
+            recalled = (state @ key[..., None])[..., 0] * decay
+            delta = beta[:, i] * (v[:, i] - recalled)
+            read = (state @ query[..., None])[..., 0] * decay
+            outs.append(read + delta * overlap)
+            state = state * decay[..., None]
+            state += delta[..., None] * key[:, :, None]
+        out = outs[0] if t == 1 else xp.stack(outs, axis=1)
+        return state, out.reshape(self.n_tokens, -1).astype(conv_out.dtype)
+
+
+class GatedDeltaNetChunkwise(_DeltaRule, Op):
+    """Run the delta rule in chunks of C tokens with matrix products.
+
+    With G the running product of decays within a chunk and K, Q, V its rows, the
+    corrections D solve ``(I + tril(beta G_i/G_j K K^T, -1)) D = beta (V - G K S^T)``;
+    then ``Y = G Q S^T + tril(G_i/G_j Q K^T) D`` and the state becomes
+    ``G_C S + D^T (G_C/G K)``. Only the state's way from chunk to chunk is sequential.
+    """
+
+    chunk_size: int = 64
+
+    def cost(self) -> Cost:
+        c, dk, dv = self.chunk_size, self.key_dim, self.value_dim
+        per_token = c * (3 * dk + 2 * dv) + 3 * dk * dv + c * c // 3
+        flops = 2 * self.n_tokens * self.num_v_heads * per_token
+        return Cost(flops=flops, bytes=self.row_bytes())
+
+    def scratch_bytes(self, itemsize: int) -> int:
+        c, dk, dv = self.chunk_size, self.key_dim, self.value_dim
+        padded = -(-(self.n_tokens // self.n_seqs) // c) * c * self.n_seqs
+        rows = 3 * dk + 4 * dv + 7 * c
+        return 4 * padded * self.num_v_heads * rows
+
+    def reference(
+        self,
+        state: Array,
+        conv_out: Array,
+        g_decay: Array,
+        beta_gate: Array,
+    ) -> tuple[Array, Array]:
+        xp = namespace(conv_out)
+        q, k, v, log_g, beta = self._chunks(conv_out, g_decay, beta_gate)
+        total = xp.cumsum(log_g, axis=-1)
+        lower = xp.tril(xp.ones((self.chunk_size, self.chunk_size), xp.float32))
+        # Not as differences of totals, which strong decay makes too large to subtract.
+        gaps = xp.cumsum(log_g[..., None] * xp.tril(lower, -1), axis=-2)
+        decay = xp.exp(gaps) * lower
+        keys_t = k.swapaxes(-1, -2)
+        coupling = (k @ keys_t) * decay * beta[..., None]
+        solve = inverse_unit_lower(coupling)
+        grown = xp.exp(total)[..., None]
+        from_values = solve @ (v * beta[..., None])
+        from_state = solve @ (k * (beta[..., None] * grown))
+        mixing = (q @ keys_t) * decay
+        queries = q * grown
+        tail = k * decay[..., -1, :, None]
+        end = xp.exp(total[..., -1])[..., None, None]
+        heads = (self.num_k_heads, self.num_v_heads // self.num_k_heads)
+        s = state.reshape(self.n_seqs, *heads, self.value_dim, self.key_dim)
+        outs = []
+        for i in range(q.shape[1]):
+            s_t = s.swapaxes(-1, -2)
+            fixes = from_values[:, i] - from_state[:, i] @ s_t
+            outs.append(queries[:, i] @ s_t + mixing[:, i] @ fixes)
+            s = end[:, i] * s + fixes.swapaxes(-1, -2) @ tail[:, i]
+        rows = self._rows(xp.concatenate(outs, axis=-2))
+        return s.reshape(state.shape), rows.astype(conv_out.dtype)
+
+    def _chunks(
+        self, conv_out: Array, g_decay: Array, beta_gate: Array
+    ) -> tuple[Array, ...]:
+        """Arrange rows as ``[B, chunks, Hk, Hv / Hk, C, ...]``, zero-padded.
+
+        A padding token has decay 1 and beta 0 and changes nothing.
+        """
+        xp = namespace(conv_out)
+        q, k, v = self.parts(conv_out)
+        n_seqs, t = q.shape[:2]
+        tiny = float(np.finfo(np.float32).tiny)
+        log_g = xp.log(xp.maximum(g_decay, tiny)).reshape(n_seqs, t, -1, 1)
+        beta = beta_gate.reshape(n_seqs, t, -1, 1)
+        pad = -t % self.chunk_size
+        n_chunks = (t + pad) // self.chunk_size
+
+        def arrange(x: Array) -> Array:
+            if pad:
+                x = xp.pad(x, [(0, 0), (0, pad), (0, 0), (0, 0)])
+            heads, width = x.shape[2:]
+            x = x.reshape(n_seqs, n_chunks, self.chunk_size, heads, width)
+            x = x.swapaxes(2, 3)
+            return x.reshape(
+                n_seqs, n_chunks, self.num_k_heads, -1, self.chunk_size, width
+            )
+
+        log_g, beta = arrange(log_g)[..., 0], arrange(beta)[..., 0]
+        return arrange(q), arrange(k), arrange(v), log_g, beta
+
+    def _rows(self, out: Array) -> Array:
+        """Turn ``[B, Hk, Hv / Hk, chunks * C, dv]`` into rows ``[N, Hv * dv]``."""
+        t = self.n_tokens // self.n_seqs
+        heads = out.reshape(self.n_seqs, self.num_v_heads, -1, self.value_dim)
+        return heads[:, :, :t].swapaxes(1, 2).reshape(self.n_tokens, -1)
+
+
+def inverse_unit_lower(a: Array) -> Array:
+    """Invert ``I + tril(a, -1)`` for ``[..., C, C]``, C a power of two.
+
+    Works by blocks of doubling size, ``[[X, 0], [-Y A X, Y]]`` from the inverses X, Y
+    of two neighbours: back substitution, so as stable, but made of products.
+    """
+    xp, batch, size = namespace(a), a.shape[:-2], a.shape[-1]
+    inverse = xp.ones((*batch, size, 1, 1), a.dtype)
+    half = 1
+    while half < size:
+        n_blocks = size // (2 * half)
+        blocks = a.reshape(*batch, n_blocks, 2 * half, n_blocks, 2 * half)
+        corner = xp.stack(
+            [blocks[..., i, half:, i, :half] for i in range(n_blocks)], axis=-3
+        )
+        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        below = -(second @ corner @ first)
+        top = xp.concatenate([first, xp.zeros_like(first)], axis=-1)
+        bottom = xp.concatenate([below, second], axis=-1)
+        inverse = xp.concatenate([top, bottom], axis=-2)
+        half *= 2
+    return inverse[..., 0, :, :]

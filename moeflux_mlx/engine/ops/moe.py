@@ -1,0 +1,356 @@
+"""Mixture of experts: routing, the routed experts three ways, and the combination.
+
+Letters: N tokens, D model width, E experts, K experts a token, F expert width.
+The routed experts come as an ``GraphExperts``: whether they are in memory or on disk
+changes when they are read, never what is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import mlx.core as mx
+import numpy as np
+
+from ... import device
+from ...experts.weights import ExpertWeights
+from ..graph.buffers import Shape
+from ..graph.experts import GraphExperts
+from ..graph.op import Cost, In, InOut, Op, OpFields, Out
+from ..graph.roles import (
+    ExpertBaseBuf,
+    HiddenBuf,
+    MoeInputBuf,
+    MoeOutSumBuf,
+    ResidualBuf,
+    RouterIdxBuf,
+    RouterLogitsBuf,
+    RouterWeightsBuf,
+    SharedFfnDownBuf,
+    SharedGateBuf,
+)
+from .functions import (
+    Array,
+    argsort,
+    expert_mlp,
+    experts_by_slot,
+    float32,
+    namespace,
+    sigmoid,
+    softmax,
+    take_columns,
+    to_device,
+    to_host,
+)
+
+
+class MoeSoftmaxTopK(Op):
+    """Softmax ``[N, E]`` logits in float32 and keep the K largest.
+
+    Indices come in order of falling weight; ties go to the lower index.
+    """
+
+    logits: In[RouterLogitsBuf]
+    indices_out: Out[RouterIdxBuf]
+    weights_out: Out[RouterWeightsBuf]
+    n_tokens: int
+    n_experts: int
+    k: int
+
+    def shapes(self) -> dict[str, Shape]:
+        chosen = (self.n_tokens, self.k)
+        return {
+            "logits": (self.n_tokens, self.n_experts),
+            "indices_out": chosen,
+            "weights_out": chosen,
+        }
+
+    def cost(self) -> Cost:
+        n = self.n_tokens * self.n_experts
+        return Cost(flops=5 * n, bytes=4 * n + 8 * self.n_tokens * self.k)
+
+    def scratch_bytes(self, itemsize: int) -> int:
+        return 2 * 4 * self.n_tokens * self.n_experts
+
+    def reference(self, logits: Array) -> tuple[Array, Array]:
+        return softmax_topk(logits, self.k)
+
+
+def softmax_topk(logits: Array, k: int) -> tuple[Array, Array]:
+    """Return ids and weights ``[N, k]`` as ``MoeSoftmaxTopK`` does for ``[N, E]``."""
+    xp = namespace(logits)
+    scores = softmax(float32(logits))
+    indices = argsort(-scores)[:, :k].astype(xp.int32)
+    if xp is mx:
+        indices = mx.stop_gradient(indices)
+    return indices, take_columns(scores, indices)
+
+
+class MoeNormalizeWeights(Op):
+    """Divide each token's K weights by their sum, in place."""
+
+    weights: InOut[RouterWeightsBuf]
+    n_tokens: int
+    k: int
+
+    def shapes(self) -> dict[str, Shape]:
+        return {"weights": (self.n_tokens, self.k)}
+
+    def cost(self) -> Cost:
+        n = self.n_tokens * self.k
+        return Cost(flops=2 * n, bytes=8 * n)
+
+    def reference(self, weights: Array) -> Array:
+        return weights / weights.sum(axis=-1, keepdims=True)
+
+
+class RoutedExperts(OpFields):
+    """What the Ops over routed experts share: fields but the output, shapes, cost."""
+
+    mlp_in: In[MoeInputBuf]
+    indices: In[RouterIdxBuf]
+    weights: In[RouterWeightsBuf]
+    experts: In[ExpertBaseBuf]
+    n_tokens: int
+    dim: int
+    expert_dim: int
+    n_experts: int
+    k: int
+    expert_bytes: int
+
+    def shapes(self) -> dict[str, Shape]:
+        chosen, rows = (self.n_tokens, self.k), (self.n_tokens, self.dim)
+        return {
+            "mlp_in": rows,
+            "indices": chosen,
+            "weights": chosen,
+            "experts": (None,),
+            "out_sum": rows,
+        }
+
+    def index_ranges(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, range]:
+        return {"indices": range(self.n_experts)}
+
+    def cost(self) -> Cost:
+        """Count every expert that can be asked for as read from disk once."""
+        rows = self.n_tokens * self.k
+        visited = min(rows, self.n_experts)
+        return Cost(
+            flops=rows * (6 * self.dim * self.expert_dim + 5 * self.expert_dim),
+            bytes=visited * self.expert_bytes + 4 * rows * (2 * self.dim),
+            ssd_bytes=visited * self.expert_bytes,
+        )
+
+    @property
+    def n_experts_used(self) -> int:
+        """K for each token."""
+        return self.n_tokens * self.k
+
+    def scratch_bytes(self, itemsize: int) -> int:
+        """Rows by expert, before and after the experts, and again in token order."""
+        chosen = self.n_tokens * self.k * self.dim
+        # At worst all tokens choose the same expert.
+        one = self.n_tokens * (6 * self.expert_dim + 3 * self.dim)
+        return max(3 * chosen, chosen + one) * itemsize
+
+
+class MoeDecodeExperts(RoutedExperts, Op):
+    """Run one token's K experts against the slots that hold them: ``[1, D]``."""
+
+    out_sum: Out[MoeOutSumBuf]
+
+    def reference(
+        self,
+        mlp_in: Array,
+        indices: Array,
+        weights: Array,
+        experts: GraphExperts,
+    ) -> Array:
+        if isinstance(mlp_in, np.ndarray):
+            out = as_they_come(mlp_in, indices, experts)
+        else:
+            out = experts_by_slot(mlp_in, experts.slots(indices), experts.weights)
+            guard(experts, [out])
+        return (out * weights[..., None]).sum(axis=1)
+
+
+def as_they_come(
+    mlp_in: np.ndarray, indices: np.ndarray, experts: GraphExperts
+) -> np.ndarray:
+    """Run one row through its experts ``[1, K]``, some while others are being read.
+
+    Returns:
+        ``[1, K, D]``, the same bits whatever was in memory.
+    """
+    out = np.empty((1, indices.size, mlp_in.shape[1]), "f4")
+    for columns, slots in experts.parts(to_device(indices)):
+        stacks, chosen = experts.weights, np.array([slots])
+        part = experts_by_slot(mlp_in, chosen, stacks)
+        out[:, columns] = part
+    return out
+
+
+class MoeGatherIdFuse(RoutedExperts, Op):
+    """Run all N tokens' experts at once, rows sorted by slot on the device.
+
+    Where not all of them fit into memory together it is as many tokens as do; which,
+    changes no bit.
+    """
+
+    out_sum: Out[MoeOutSumBuf]
+
+    def reference(
+        self,
+        mlp_in: Array,
+        indices: Array,
+        weights: Array,
+        experts: GraphExperts,
+    ) -> Array:
+        outs = []
+        for rows, slots in experts.batches(to_device(indices)):
+            slots = to_host(slots) if isinstance(mlp_in, np.ndarray) else slots
+            outs.append(self._gather(mlp_in[rows], slots, experts.weights))
+            guard(experts, outs[-1:])
+        out = outs[0] if len(outs) == 1 else namespace(mlp_in).concatenate(outs)
+        return (out * weights[..., None]).sum(axis=1)
+
+    def _gather(self, mlp_in: Array, slots: Array, stacks: ExpertWeights) -> Array:
+        shape, slots = slots.shape, slots.reshape(-1)
+        order = argsort(slots)
+        rows, chosen = mlp_in[order // self.k], slots[order][:, None]
+        by_slot = experts_by_slot(rows, chosen, stacks, in_order=True)
+        return by_slot[argsort(order)].reshape(*shape, self.dim)
+
+
+class MoeBatchedPermuteFuse(RoutedExperts, Op):
+    """Run expert after expert over the tokens that chose it, adding to ``out_sum``.
+
+    Tokens are sorted by expert on the host, so each needed expert is visited once
+    whatever the number of slots. A token's sum runs over its experts in rising id: the
+    result does not depend on the order in which experts were at hand.
+    """
+
+    reads_back: ClassVar[bool] = True
+    out_sum: InOut[MoeOutSumBuf]
+
+    def reference(
+        self,
+        mlp_in: Array,
+        indices: Array,
+        weights: Array,
+        experts: GraphExperts,
+        out_sum: Array,
+    ) -> Array:
+        order, used, starts = by_expert(to_host(indices).reshape(-1))
+        if isinstance(mlp_in, np.ndarray):
+            rows = self._on_host(mlp_in, order, used, starts, experts)
+            return self._combined(rows, order, weights, to_host(out_sum))
+        rows, stacks = mlp_in[mx.array(order // self.k)], experts.weights
+        outs: dict[int, Array] = {}
+        for wave in experts.waves(used):
+            for expert, slot in wave:
+                start, stop = starts[expert]
+                outs[expert] = expert_mlp(rows[start:stop], stacks, slot)
+            guard(experts, [outs[expert] for expert, _ in wave])
+        sorted_out = mx.concatenate([outs[expert] for expert in used])
+        position, rising = self.rising(order)
+        weights = take_columns(weights, mx.array(rising))
+        per_token = sorted_out[mx.array(position)]
+        return out_sum + (per_token * weights[..., None]).sum(axis=1)
+
+    def _on_host(
+        self,
+        mlp_in: np.ndarray,
+        order: np.ndarray,
+        used: list[int],
+        starts: dict[int, tuple[int, int]],
+        experts: GraphExperts,
+    ) -> np.ndarray:
+        """Return rows ``[N * K, D]`` by expert; there is no other copy of them."""
+        out, tokens = np.empty((order.size, self.dim), np.float32), order // self.k
+        for wave in experts.waves(used):
+            for expert, slot in wave:
+                rows = slice(*starts[expert])
+                out[rows] = expert_mlp(mlp_in[tokens[rows]], experts.weights, slot)
+        return out
+
+    def _combined(
+        self, rows: np.ndarray, order: np.ndarray, weights: Array, out_sum: np.ndarray
+    ) -> np.ndarray:
+        """Add each token's rows, as many tokens at a time as fit a cache."""
+        position, rising = self.rising(order)
+        weights = take_columns(weights, rising)
+        step = max(1, device.HOST_BLOCK_VALUES // (self.k * self.dim))
+        total = np.empty((self.n_tokens, self.dim), np.float32)
+        for start in range(0, self.n_tokens, step):
+            part = slice(start, start + step)
+            weighted = rows[position[part]] * weights[part, :, None]
+            np.add(out_sum[part], weighted.sum(axis=1), out=total[part])
+        return total
+
+    def rising(self, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return where each token's rows are, by rising expert, and that order."""
+        position = np.empty_like(order)
+        position[order] = np.arange(order.size)
+        position = position.reshape(self.n_tokens, self.k)
+        rising = np.argsort(position, axis=1)
+        return np.take_along_axis(position, rising, axis=1), rising
+
+
+def by_expert(
+    ids: np.ndarray,
+) -> tuple[np.ndarray, list[int], dict[int, tuple[int, int]]]:
+    """Return the order that sorts ``ids``, the experts used and their row ranges."""
+    order = np.argsort(ids, kind="stable")
+    used, first = np.unique(ids[order], return_index=True)
+    bounds = zip(first.tolist(), [*first[1:].tolist(), ids.size], strict=True)
+    return order, used.tolist(), dict(zip(used.tolist(), bounds, strict=True))
+
+
+def guard(experts: GraphExperts, outputs: list[Array]) -> None:
+    """Have slots kept until lazy ``outputs`` are evaluated; host arrays are already."""
+    lazy = [x for x in outputs if isinstance(x, mx.array)]
+    if lazy:
+        experts.guard(*lazy)
+
+
+class MoeCombineResidualNTokens(Op):
+    """Return ``h_mid + moe_sum + sigmoid(shared_gate) * shared_out``, ``[N, D]``.
+
+    Without a shared expert it is the sum of the first two.
+    """
+
+    h_mid: In[ResidualBuf]
+    moe_sum: In[MoeOutSumBuf]
+    shared_out: In[SharedFfnDownBuf] | None = None
+    shared_gate: In[SharedGateBuf] | None = None
+    hidden_out: Out[HiddenBuf]
+    n_tokens: int
+    dim: int
+
+    def shapes(self) -> dict[str, Shape]:
+        rows = (self.n_tokens, self.dim)
+        return {
+            **dict.fromkeys(("h_mid", "moe_sum", "shared_out", "hidden_out"), rows),
+            "shared_gate": (self.n_tokens, 1),
+        }
+
+    def cost(self) -> Cost:
+        n = self.n_tokens * self.dim
+        return Cost(flops=3 * n + 4 * self.n_tokens, bytes=16 * n)
+
+    def scratch_bytes(self, itemsize: int) -> int:
+        return self.n_tokens * self.dim * itemsize
+
+    def reference(
+        self,
+        h_mid: Array,
+        moe_sum: Array,
+        shared_out: Array | None,
+        shared_gate: Array | None,
+    ) -> Array:
+        out = h_mid + moe_sum
+        if shared_out is not None:
+            out = out + sigmoid(shared_gate) * shared_out
+        return out.astype(h_mid.dtype)

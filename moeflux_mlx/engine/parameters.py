@@ -1,0 +1,236 @@
+"""A layer's parameters as weights that Ops see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import device
+from ..errors import ModelError
+from ..experts.weights import OWN_FORM, Quantization, Weight, has_values
+from .graph.op import JointRows, WeightRef
+from .ops.functions import dequantize, to_host
+
+# What a quantised ``Weight`` consists of, and the same among a module's parameters.
+PARTS, KEYS = ("w", "scales", "biases"), ("weight", "scales", "biases")
+
+
+class Watch:
+    """Tells whether a parameter or a module was replaced in some modules."""
+
+    def __init__(self, modules: Iterable[nn.Module]):
+        self._modules = list(modules)
+        self.seen = self._values()
+
+    def holds(self) -> bool:
+        """Tell whether every value is still the same object."""
+        values = self._values()
+        return len(values) == len(self.seen) and all(map(is_, values, self.seen))
+
+    def arrays_beside(self, known: Iterable[Any]) -> list[mx.array]:
+        """Return the arrays that are none of ``known``."""
+        ids = set(map(id, known))
+        arrays = (value for value in self.seen if isinstance(value, mx.array))
+        return [array for array in arrays if id(array) not in ids]
+
+    def _values(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._modules)))
+
+
+_SIGNATURES: dict[tuple[WeightRef, ...], int] = {}
+
+
+class LayerWeights:
+    """The weights below one module by path, as references and as arrays.
+
+    Parameters replaced later (``model.update``, a dtype change) are noticed at the
+    next use; values changed in place (``weight[0] = 1``) are not. ``unpack`` keeps
+    quantised matrices dense in float32 on the host. Of each sequence of paths in
+    ``joined`` the matrices become one, where they are quantised alike, unless the
+    module trains: its parameters are then views of the joint rows.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        skip: str = "",
+        unpack: bool = False,
+        joined: Sequence[Sequence[str]] = (),
+    ):
+        self._module, self._skip, self._unpack = module, skip, unpack
+        self._joined = joined
+        self._joints: dict[str, Weight] = {}
+        self._watch: Watch | None = None
+        self._trains = False
+        self._stored: dict[str, Weight] = {}
+        self._bound: dict[bool, dict[str, Weight]] = {}
+        self.refs: dict[str, WeightRef] = {}
+        # Equal for modules whose graphs are the same.
+        self.signature = -1
+
+    def bind(self, dtype: mx.Dtype, *, host: bool = False) -> Mapping[str, Weight]:
+        """Return weights by path, ready for activations of type ``dtype``.
+
+        Args:
+            host: as NumPy arrays, for references that run on the host.
+        """
+        self.refresh()
+        if host not in self._bound:
+            prepare = self._for_host if host else self._for_device
+            stored = self._stored if host else {**self._stored, **self._joints}
+            self._bound[host] = {
+                name: prepare(weight, dtype) for name, weight in stored.items()
+            }
+            # What is lazy could be computed by none but the thread that is here.
+            bound = self._bound[host].values()
+            has_values(*(x for w in bound for x in w.arrays))
+        return self._bound[host]
+
+    def refresh(self) -> None:
+        """Look at the module anew if any of its parameters was replaced."""
+        same_mode = self._trains == self._module.training
+        if self._watch is not None and same_mode and self._watch.holds():
+            return
+        self._collect()
+
+    def _collect(self) -> None:
+        modules = []
+        self._stored, self._bound = {}, {}
+        self._trains = self._module.training
+        for path, module in self._module.named_modules():
+            if self._skip and self._skip in path.split("."):
+                continue
+            modules.append(module)
+            self._collect_module(path, module)
+        places = self._join()
+        self._watch = Watch(modules)
+        self.refs = {
+            name: WeightRef.of(name, weight, places.get(name))
+            for name, weight in self._stored.items()
+        }
+        refs = tuple(self.refs.values())
+        self.signature = _SIGNATURES.setdefault(refs, len(_SIGNATURES))
+
+    def _join(self) -> dict[str, JointRows]:
+        """Make matrices one and return where each lies by path."""
+        places: dict[str, JointRows] = {}
+        self._joints = {}
+        if self._trains:
+            return places
+        modules = dict(self._module.named_modules())
+        for paths in self._joined:
+            members = [self._stored[path] for path in paths if path in self._stored]
+            if not _joinable(members):
+                continue
+            name, first = "+".join(paths), 0
+            w, scales, biases = arrays = [
+                mx.concatenate([getattr(member, part) for member in members])
+                for part in PARTS
+            ]
+            quantization = members[0].quantization
+            self._joints[name] = Weight(w, scales, biases, quantization)
+            for path, weight in zip(paths, members, strict=True):
+                n = weight.w.shape[0]
+                rows = [array[first : first + n] for array in arrays]
+                mx.eval(rows)
+                for key, array in zip(KEYS, rows, strict=True):
+                    modules[path][key] = array
+                self._stored[path] = Weight(rows[0], rows[1], rows[2], quantization)
+                places[path] = JointRows(name, first, w.shape[0])
+                first += n
+        return places
+
+    def _collect_module(self, path: str, module: nn.Module) -> None:
+        arrays = {k: v for k, v in module.items() if isinstance(v, mx.array)}
+        quantization = None
+        if "global_scale" in arrays:
+            raise ModelError(
+                f"[weights] {path}.global_scale: expected none beside scales; quantise "
+                "without a global scale"
+            )
+        if "scales" in arrays:
+            mode = getattr(module, "mode", "affine")
+            quantization = Quantization.of(module.bits, module.group_size, mode)
+        for key, array in arrays.items():
+            if key in ("scales", "biases"):
+                continue
+            name = path if key == "weight" else f"{path}.{key}".lstrip(".")
+            if key == "weight" and quantization:
+                weight = Weight(
+                    array, arrays["scales"], arrays.get("biases"), quantization
+                )
+            else:
+                weight = Weight(array)
+            self._stored[name] = weight
+
+    def _for_host(self, weight: Weight, dtype: mx.Dtype) -> Weight:
+        if weight.quantization is None:
+            return Weight(to_host(weight.w.astype(dtype)))
+        if not self._unpack:
+            return self._for_device(weight, dtype)
+        return Weight(dequantize(weight.on_host))
+
+    def _for_device(self, weight: Weight, dtype: mx.Dtype) -> Weight:
+        if not device.on_cpu():
+            return weight
+        if weight.quantization is None:
+            return Weight(weight.w.astype(dtype))
+        if weight.quantization.mode != "affine" or weight.scales is None:
+            return weight
+        biases = None if weight.biases is None else weight.biases.astype(dtype)
+        return Weight(
+            weight.w, weight.scales.astype(dtype), biases, weight.quantization
+        )
+
+
+def _joinable(members: Sequence[Weight]) -> bool:
+    """Tell whether matrices can be one: quantised alike, and there to be joined."""
+    if len(members) < 2 or any(w.biases is None for w in members):
+        return False
+    first = members[0]
+    alike = all(
+        (w.quantization, w.scales.dtype, w.w.shape[1])
+        == (first.quantization, first.scales.dtype, first.w.shape[1])
+        for w in members
+    )
+    return alike and has_values(*(w.w for w in members))
+
+
+def dense_bytes(module: nn.Module) -> int:
+    """Return the float32 bytes of a quantised module's matrix; 0 of any other's."""
+    if "scales" not in module:
+        return 0
+    bits = module.bits or OWN_FORM[getattr(module, "mode", "affine")][0]
+    return 4 * int(module["weight"].size) * 32 // bits
+
+
+def held_bytes(module: nn.Module, *, skip: str = "", unpack: bool = False) -> int:
+    """Return the bytes of all parameters below a module, and of copies for a CPU.
+
+    Args:
+        skip: leave out what has this name in its path.
+        unpack: as for ``LayerWeights``.
+    """
+    total = 0
+    for path, child in module.named_modules():
+        if not (skip and skip in path.split(".")):
+            parameters = {k: v for k, v in child.items() if isinstance(v, mx.array)}
+            total += sum(array.nbytes for array in parameters.values())
+            if device.on_cpu():
+                total += _copied_bytes(child, parameters, unpack)
+    return total
+
+
+def _copied_bytes(
+    module: nn.Module, parameters: Mapping[str, mx.array], unpack: bool
+) -> int:
+    if unpack and "scales" in parameters:
+        return dense_bytes(module)
+    short = (mx.bfloat16, mx.float16)
+    return sum(4 * a.size for a in parameters.values() if a.dtype in short)

@@ -1,0 +1,14 @@
+"""Metal kernels on a CPU: compiled by clang, threads as fibers, every access checked.
+
+Evidence, not proof: nothing here is Apple's compiler or GPU.
+
+Imports: errors, device, engine.metal, system.
+"""
+
+from __future__ import annotations
+
+from .call import call, written_source
+from .compile import available, examine
+from .program import Program
+
+__all__ = ["Program", "available", "call", "examine", "written_source"]

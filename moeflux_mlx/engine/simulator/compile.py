@@ -1,0 +1,362 @@
+"""From Metal source to a shared library: clang from the package ``ziglang``."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import SimulatorError
+from ...system import children, private
+from ..metal.source import matching, split_commas
+
+HERE = Path(__file__).resolve().parent
+INCLUDE = HERE / "include"
+RUNTIME = HERE / "runtime.cpp"
+_MACHINE = platform.machine()
+_CPU = ["-mavx2", "-mfma", "-mf16c"] if _MACHINE == "x86_64" else []
+FLAGS = [
+    *("-std=c++17", "-O2", "-g1", "-fPIC", *_CPU),
+    *("-Xclang", "-ffloat16-excess-precision=none"),
+    *("-Xclang", "-cl-single-precision-constant", "-fno-math-errno"),
+    *("-fno-sanitize=all", "-fno-exceptions", "-fno-rtti", "-nostdinc"),
+    # What is read of an absent input is a fault, not code that cannot be reached.
+    *("-Xclang", "-fno-delete-null-pointer-checks"),
+    *("-Wno-unknown-attributes", "-Wno-user-defined-literals", "-Wno-macro-redefined"),
+    *("-Wno-unused-value", "-Wno-ignored-attributes", "-Wno-unknown-pragmas"),
+    *("-Wno-deprecated-volatile", "-Wno-reserved-user-defined-literal"),
+]
+# How numbers are computed: as the source says; with a * b + c contracted to one
+# rounding wherever the compiler likes; or so and with functions as inexact as Apple's
+# fast ones may be. Apple's compiler does the last.
+NUMBERS = {
+    "plain": ["-ffp-contract=off"],
+    "contracted": ["-ffp-contract=fast"],
+    "fast": ["-ffp-contract=fast", "-D__MSL_FAST"],
+}
+CHECKED_FLAGS = [
+    # Told to the compiler only: the driver would link a runtime of its own.
+    *("-Xclang", "-fsanitize=thread,array-bounds,integer-divide-by-zero"),
+    *("-Xclang", "-fsanitize-trap=array-bounds,integer-divide-by-zero"),
+    *("-Xclang", "-fno-sanitize-merge=array-bounds,integer-divide-by-zero"),
+    *("-mllvm", "-tsan-instrument-func-entry-exit=0"),
+    *("-mllvm", "-tsan-instrument-read-before-write=1"),
+]
+
+
+def available() -> bool:
+    """Tell whether kernels can be simulated on this machine."""
+    known = sys.platform == "linux" and _MACHINE in ("x86_64", "aarch64")
+    found = all(importlib.util.find_spec(name) for name in ("ziglang", "elftools"))
+    return known and found
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a kernel: ``buffer``, ``reference``, ``threadgroup`` or ids."""
+
+    kind: str
+    type: str
+    name: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Function:
+    """A kernel that can be run: its name for callers and as C++ spells it."""
+
+    name: str
+    spelling: str
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def n_buffers(self) -> int:
+        """Number of buffers that a launch binds."""
+        return 1 + max((p.index for p in self.parameters if p.index >= 0), default=-1)
+
+
+_KERNEL = re.compile(
+    r"(?:\[\[\s*kernel\s*\]\]|\bkernel\b)(?:\s*\[\[[^\]]*\]\])*\s+void\s+(\w+)\s*\("
+)
+_INSTANCE = re.compile(
+    r"template\s*\[\[\s*host_name\(\"([^\"]+)\"\)\s*\]\]\s*(?:\[\[kernel\]\]|kernel)\s*"
+    r"(?:decltype\((.*?)\)\s*\w+<.*?>|void\s+(\w+(?:<[^;(]*>)?)\s*\(.*?\))\s*;",
+    re.S,
+)
+_ARRAYS = r"\w+(?:\s*\[[^\]]*\])*"
+_SHARED = re.compile(
+    r"^(\s*|.*[;{]\s*)(threadgroup\s+(?:alignas\([^)]*\)\s*)?[\w:<>,\s]*?\w[\w:<>]*\s+"
+    rf"{_ARRAYS}(?:\s*,\s*{_ARRAYS})*\s*;)",
+    re.M,
+)
+_ATTRIBUTES = {
+    "thread_position_in_grid": "position",
+    "thread_position_in_threadgroup": "in_group",
+    "threadgroup_position_in_grid": "group",
+    "threads_per_threadgroup": "group_size",
+    "dispatch_threads_per_threadgroup": "group_size",
+    "threads_per_grid": "grid",
+    "threadgroups_per_grid": "n_groups",
+    "thread_index_in_threadgroup": "index",
+    "thread_index_in_simdgroup": "lane",
+    "simdgroup_index_in_threadgroup": "simdgroup",
+    "simdgroups_per_threadgroup": "n_simdgroups",
+    "dispatch_simdgroups_per_threadgroup": "n_simdgroups",
+    "threads_per_simdgroup": "width",
+}
+
+
+def with_includes(path: Path, seen: set[Path] | None = None) -> str:
+    """Return a file's text with the quoted files that it includes put in place."""
+    seen = set() if seen is None else seen
+    seen.add(path.resolve())
+    lines = []
+    for number, line in enumerate(path.read_text().split("\n"), 1):
+        found = re.match(r'\s*#\s*include\s+"([^"]+)"', line)
+        if not found:
+            lines.append(line)
+            continue
+        inner = path.parent / found[1]
+        if inner.resolve() not in seen:
+            text = with_includes(inner, seen)
+            lines.append(f'#line 1 "{inner.name}"\n{text}')
+        lines.append(f'#line {number + 1} "{path.name}"')
+    return "\n".join(lines)
+
+
+def blank(text: str) -> str:
+    """Return as many lines of nothing."""
+    return "\n" * text.count("\n")
+
+
+def without_comments(text: str) -> str:
+    """Replace comments by nothing; lines stay."""
+    return re.sub(r"//[^\n]*|/\*.*?\*/", lambda m: blank(m[0]) or " ", text, flags=re.S)
+
+
+def functions(source: str) -> list[Function]:
+    """Find the kernels of a source that can be run: plain ones and instances."""
+    signatures: dict[str, tuple[Parameter, ...]] = {}
+    plain = []
+    for found in _KERNEL.finditer(source):
+        close = matching(source, found.end() - 1, "()")
+        if source[close + 1 :].lstrip()[:1] != "{":
+            continue
+        signatures[found[1]] = _parameters(source[found.end() : close])
+        before = source[: found.start()].rstrip()
+        if not re.search(r"template\s*<[^;{}]*>$", before):
+            plain.append(Function(found[1], found[1], signatures[found[1]]))
+    made = []
+    for found in _INSTANCE.finditer(source):
+        spelling = (found[2] or found[3]).strip()
+        name = spelling.split("<")[0].strip()
+        if name in signatures:
+            made.append(Function(found[1], spelling, signatures[name]))
+    return plain + made
+
+
+def _parameters(text: str) -> tuple[Parameter, ...]:
+    found, next_buffer = [], 0
+    for part in split_commas(text):
+        attribute = re.search(r"\[\[\s*(\w+)\s*(?:\(([^)]*)\))?\s*\]\]", part)
+        head = re.sub(r"\[\[.*?\]\]", " ", part).strip()
+        name = re.findall(r"\w+", head)[-1]
+        kind, index = "ids", -1
+        if attribute and attribute[1] == "threadgroup":
+            kind = "threadgroup"
+        elif "*" in head or "&" in head:
+            kind = "reference" if "&" in head else "buffer"
+            given = attribute and attribute[1] == "buffer" and attribute[2].isdigit()
+            index = int(attribute[2]) if attribute and given else next_buffer
+            next_buffer = index + 1
+        type_name = attribute[1] if attribute and kind == "ids" else ""
+        if kind == "ids" and type_name not in _ATTRIBUTES:
+            raise SimulatorError(f"[simulator] cannot bind parameter {part.strip()!r}")
+        declared = head.split()[-2] if kind == "ids" else ""
+        found.append(Parameter(kind, declared, type_name or name, index))
+    return tuple(found)
+
+
+def translate(source: str, name: str) -> tuple[str, list[Function]]:
+    """Return C++ of a Metal source, with an entry for each kernel."""
+    text, found = translated(source, name)
+    entries = [_entry(i, function) for i, function in enumerate(found)]
+    return text + '#line 1 "entry"\n' + PROXIES + "\n".join(entries) + "\n", found
+
+
+def translated(source: str, name: str) -> tuple[str, list[Function]]:
+    """Return C++ of a Metal source, and its kernels."""
+    text = without_comments(source)
+    found = functions(text)
+    text = _INSTANCE.sub(lambda m: blank(m[0]), text)
+    text = re.sub(r"\[\[\s*kernel\s*\]\]|#\s*pragma\s+once", "", text)
+    text = _static_threadgroup(text)
+    head = f'#include <metal_stdlib>\nusing namespace metal;\n#line 1 "{name}"\n'
+    return head + text + "\n", found
+
+
+def _static_threadgroup(text: str) -> str:
+    """Make threadgroup arrays of kernels statics, as clang wants them."""
+
+    def add(match: re.Match[str]) -> str:
+        return f"{match[1]}static {match[2]}"
+
+    return _SHARED.sub(add, text)
+
+
+PROXIES = """
+#undef kernel
+namespace __msl {
+struct Pointer {
+  unsigned long at;
+  template <typename T> operator T*() const { return (T*)at; }
+};
+struct Reference {
+  unsigned long at;
+  template <typename T> operator T&() const { return *(T*)at; }
+};
+}
+"""
+
+
+def _entry(i: int, function: Function) -> str:
+    joined = ", ".join(arguments(function, "b[{}]", "t->"))
+    return (
+        f'extern "C" void __run_{i}(const unsigned long* b, const __msl::Ids* t) '
+        f"{{ {function.spelling}({joined}); }}"
+    )
+
+
+def arguments(function: Function, buffer: str, ids: str) -> list[str]:
+    """Return what a kernel is called with.
+
+    Args:
+        buffer: how an address is written, with ``{}`` for its number.
+        ids: what stands before the names of ``Ids``.
+    """
+    found = []
+    for p in function.parameters:
+        if p.kind == "buffer":
+            found.append(f"__msl::Pointer{{{buffer.format(p.index)}}}")
+        elif p.kind == "reference":
+            found.append(f"__msl::Reference{{{buffer.format(p.index)}}}")
+        elif p.kind == "threadgroup":
+            found.append("nullptr")
+        else:
+            found.append(_id(p, ids))
+    return found
+
+
+def _id(p: Parameter, ids: str) -> str:
+    part = _ATTRIBUTES[p.name]
+    if part == "width":
+        return "32u"
+    if part in ("index", "lane", "simdgroup", "n_simdgroups"):
+        return f"{ids}{part}"
+    width = int(p.type[-1]) if p.type[-1] in "23" else 1
+    values = ", ".join(f"{ids}{part}[{d}]" for d in range(width))
+    return f"{p.type}({values})"
+
+
+def zig() -> Path:
+    """Return the compiler's program: its Python module would only start it."""
+    found = importlib.util.find_spec("ziglang")
+    if found is None or found.origin is None:
+        raise SimulatorError(
+            "[simulator] expected the package ziglang but found none: "
+            "pip install 'moeflux-mlx[sim]'"
+        )
+    return Path(found.origin).with_name("zig")
+
+
+@functools.cache
+def base_digest() -> bytes:
+    from importlib.metadata import version
+
+    parts = [version("ziglang"), platform.machine(), *FLAGS, *CHECKED_FLAGS]
+    files = [RUNTIME, *sorted(p for p in INCLUDE.rglob("*") if p.is_file())]
+    digest = hashlib.sha256("\0".join(parts).encode())
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.digest()
+
+
+def built(key: str, text: str, flags: list[str], libraries: list[str]) -> Path:
+    """Return the library of a C++ text, compiling it unless it is cached.
+
+    Raises:
+        SimulatorError: the compiler refuses it; the message is the compiler's.
+    """
+    parts = "\0".join([key, text, *flags]).encode()
+    digest = hashlib.sha256(base_digest() + parts).hexdigest()[:32]
+    path = private.made("simulator") / f"{key}-{digest}.so"
+    if private.is_private(path):
+        return path
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        source, out = Path(folder) / "kernel.cpp", Path(folder) / "out.so"
+        source.write_text(text)
+        compiler = [str(zig()), "c++"]
+        # Without libraries: zig would build a whole C++ one first.
+        link = ["-shared", "-nostdlib", "-o", str(out), str(source)]
+        command = [*compiler, *flags, *link, *libraries]
+        caches = {"ZIG_GLOBAL_CACHE_DIR": str(path.parent / "zig")}
+        caches["ZIG_LOCAL_CACHE_DIR"] = folder
+        _run(command, source, caches)
+        out.chmod(0o600)
+        os.replace(out, path)
+    return path
+
+
+@functools.cache
+def runtime() -> Path:
+    """Return the runtime's library."""
+    flags = ["-std=c++17", "-O2", "-g1", "-fPIC", *_CPU, "-fno-sanitize=all"]
+    flags += ["-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
+    return built("runtime", RUNTIME.read_text(), flags, [])
+
+
+def examine(source: str, name: str = "kernel.metal") -> None:
+    """Have the compiler read a Metal source without making code of it.
+
+    Raises:
+        SimulatorError: the compiler refuses it; the message is the compiler's.
+    """
+    text, _ = translate(source, name)
+    with tempfile.TemporaryDirectory(dir=private.made("simulator")) as folder:
+        path = Path(folder) / "kernel.cpp"
+        path.write_text(text)
+        # Not ``c++``: to read one file, zig would build a whole C++ library first.
+        command = [str(zig()), "clang", "-fsyntax-only", *_flags("plain"), str(path)]
+        _run(command, path)
+
+
+def _run(
+    command: list[str], source: Path, environment: Mapping[str, str] | None = None
+) -> None:
+    done = children.run(command, source.parent, environment)
+    if done.returncode:
+        message = done.stderr.replace(str(source), "kernel").strip()
+        raise SimulatorError(f"[simulator] {message}")
+
+
+def _flags(numbers: str) -> list[str]:
+    return [*FLAGS, *NUMBERS[numbers], "-isystem", str(INCLUDE)]
+
+
+def library(text: str, checked: bool, numbers: str = "plain") -> Path:
+    """Return the library of a translated source.
+
+    Args:
+        numbers: one of ``NUMBERS``.
+    """
+    flags = _flags(numbers)
+    flags += CHECKED_FLAGS if checked else []
+    return built("checked" if checked else "fast", text, flags, [str(runtime())])

@@ -1,0 +1,382 @@
+"""A routed block whose experts are streamed: mlx-lm's own, run on slots.
+
+mlx-lm's block takes experts' ids to choose matrices. Here it takes slots, its matrices
+being those in the slots, so that whatever else it does stays its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+
+from ... import device
+from ...errors import ModelError
+from ...system.commands import is_to_be_saved
+from ...system.uncopied import Uncopied
+from ..files.layout import ALL_PARTS
+from ..files.modules import RoutedBlock
+from ..weights import ExpertWeights, Quantization, Weight, has_values
+from .resident import ResidentExperts
+from .source import ExpertSource
+
+# From so many ids on mlx-lm sorts rows by expert, which takes another kernel.
+SORTED_FROM = 64
+# mlx-lm's names of what a Weight holds.
+FIELDS = dict(
+    zip(ALL_PARTS, ("w", "scales", "biases", "bias", "global_scale"), strict=True)
+)
+
+PLAIN_FIRST = (
+    "load a plain checkpoint without a bound on memory, which 'moeflux unpack PACK "
+    "DIR' makes of a pack, and go on with that"
+)
+
+
+class RoutedWeightsError(ModelError, AttributeError):
+    """Something asks a streamed block for the weights that it does not have."""
+
+
+class Token(Protocol):
+    """A call that says how its blocks get their experts."""
+
+    def block(
+        self,
+        source: Any,
+        indices: mx.array,
+        build: Callable[[ExpertSource], mx.array],
+    ) -> mx.array:
+        """Return what a block gives, made by ``build`` unless it is known."""
+
+
+class StreamedProjection(nn.Module):
+    """In the place of a streamed matrix, which takes no adapter.
+
+    ``form`` is how whoever saves the model is to write it; None is dense.
+    """
+
+    def __init__(self, form: Quantization | None):
+        super().__init__()
+        self.__dict__["form"] = form
+        # MLX passes over modules with nothing in them.
+        self["is_streamed"] = True
+
+
+class DenseProjection(StreamedProjection):
+    """In the place of one that could be quantised, as whoever quantises is to know."""
+
+    def __init__(self, path: str, shape: tuple[int, ...]):
+        super().__init__(None)
+        self.__dict__.update(path=path, shape=shape)
+
+    @property
+    def weight(self) -> mx.array:
+        """An array of the matrices' shape, for who looks at no more than that."""
+        shape: tuple[int, ...] = self.__dict__["shape"]
+        return mx.zeros(shape)
+
+    def to_quantized(
+        self,
+        group_size: int = 64,
+        bits: int = 4,
+        mode: str = "affine",
+        global_scale: bool = False,
+    ) -> StreamedProjection:
+        """Return what is saved quantised.
+
+        Raises:
+            ModelError: the model may yet be called, on matrices as files have them;
+                names them and what to do.
+        """
+        if global_scale or not is_to_be_saved():
+            raise ModelError(
+                f"[quantize] {self.__dict__['path']}: expected experts in memory but "
+                f"they are read from files: {PLAIN_FIRST}"
+            )
+        return StreamedProjection(Quantization(bits, group_size, mode))
+
+
+class StreamedSwitch(Uncopied, nn.Module):
+    """In the place of a routed block; has none of the experts' parameters.
+
+    Args:
+        source: returns the block's experts as they are reached now.
+        alone: calls what it is given while no other thread asks for slots; what is left
+            to compute then, any thread may wait for.
+        token: returns the call of the model that asks, if values alone come of it.
+    """
+
+    def __init__(
+        self,
+        block: RoutedBlock,
+        source: Callable[[], ExpertSource],
+        alone: Callable[..., mx.array],
+        token: Callable[[], Token | None] = lambda: None,
+    ):
+        super().__init__()
+        forms, parts = block.quantization, block.parts
+        self.path, self.slot_block = block.path, SlotBlock(block)
+        # The type of what is floating-point for whoever saves the model, if another.
+        self.saved_dtype: mx.Dtype | None = None
+        self._source, self._alone, self._token = source, alone, token
+        # The activation, and whatever a model has put there besides.
+        for name, child in block.module.items():
+            if name not in block.projections:
+                self[name] = child
+            elif forms[name] is None:
+                shape = tuple(parts[name, "weight"].shape)
+                self[name] = DenseProjection(f"{block.path}.{name}", shape)
+            else:
+                self[name] = StreamedProjection(forms[name])
+
+    @property
+    def saved_forms(self) -> dict[str, Quantization | None]:
+        """How whoever saves the model is to write each projection; None is dense."""
+        return {name: self[name].form for name in self.slot_block.projections}
+
+    def dequantize(self) -> None:
+        """Have all matrices saved dense."""
+        for name in self.slot_block.projections:
+            self[name] = StreamedProjection(None)
+
+    def __getattr__(self, name: str) -> Any:
+        if (block := self.__dict__.get("slot_block")) and name in block.projections:
+            raise RoutedWeightsError(
+                f"[stream] {self.path}.{name}: expected weights in memory but they are "
+                "streamed: load the model without a bound on memory to train, change "
+                "or save them"
+            )
+        return super().__getattr__(name)
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """Run rows ``[..., D]`` through experts ``[..., K]`` to ``[..., K, D]``."""
+        return self._alone(self._called, x, indices)
+
+    def _called(self, x: mx.array, indices: mx.array) -> mx.array:
+        source = self._source()
+        if isinstance(source, ResidentExperts):
+            source.asked(indices.size)
+            return self.slot_block(source.weights, x, indices, settled=True)
+        if source.settled is not None:
+            return self._run(source, x, indices)
+        if (token := self._token()) is not None:
+            build = partial(self._run, x=x, indices=indices)
+            return token.block(source, indices, build)
+        return self._streamed(source, x, indices)
+
+    def _streamed(
+        self, source: ExpertSource, x: mx.array, indices: mx.array
+    ) -> mx.array:
+        """Do what ``_run`` does, with a gradient that reads the experts once more."""
+        if not has_values(x, indices):
+            raise ModelError(
+                f"[stream] {self.path}: expected rows with values but got a trace: "
+                "call a model with streamed experts outside mx.compile and mx.vmap, "
+                "or model.train() first to train it"
+            )
+
+        @mx.custom_function  # type: ignore[untyped-decorator]
+        def run(x: mx.array, indices: mx.array) -> mx.array:
+            return self._run(source, x, indices)
+
+        @run.vjp
+        def gradient(primals, cotangent, _):  # type: ignore[no-untyped-def]
+            x, indices = primals
+            gradient = self._alone(self._gradient, source, x, indices, cotangent)
+            return gradient, mx.zeros_like(indices)
+
+        return cast(mx.array, run(x, indices))
+
+    def _run(self, source: ExpertSource, x: mx.array, indices: mx.array) -> mx.array:
+        outputs, places = [], []
+        for where, slots in source.portions(indices):
+            if where is None:
+                out = self.slot_block(source.weights, x, slots)
+                source.guard(out)
+                return out
+            rows = _rows_of(x, indices, where)
+            out = self._portion(source.weights, rows, slots, indices)
+            source.guard(out)
+            outputs.append(out)
+            places.append(where)
+        order = mx.array(np.argsort(np.concatenate(places)))
+        return mx.concatenate(outputs)[order].reshape(*indices.shape, -1)
+
+    def _portion(
+        self, weights: ExpertWeights, rows: mx.array, slots: mx.array, indices: mx.array
+    ) -> mx.array:
+        """Run rows ``[P, D]``, one slot each, as a part of a call for ``indices``."""
+        n, n_ids = len(rows), indices.size
+        # Few as they are, they take the kernel that the whole call takes.
+        least = self.slot_block.least_rows(slots, n_ids)
+        if n < least:
+            every = mx.minimum(mx.arange(least), n - 1)
+            rows, slots = rows[every], slots[every]
+        return self.slot_block(weights, rows, slots[:, None], n_ids)[:n, 0]
+
+    def _gradient(
+        self, source: ExpertSource, x: mx.array, indices: mx.array, out: mx.array
+    ) -> mx.array:
+        """Return the gradient for ``x`` from that for the outputs."""
+        weights = source.weights
+        total = mx.zeros((x.size // x.shape[-1], x.shape[-1]), x.dtype)
+        for where, slots in source.portions(indices):
+            if where is None:
+                whole = partial(self.slot_block, weights, slots=slots)
+                gradient = mx.vjp(whole, [x], [out])[1][0]
+                source.guard(gradient)
+                return gradient
+            portion = partial(self._portion, weights, slots=slots, indices=indices)
+            rows = _rows_of(x, indices, where)
+            wanted = out.reshape(-1, out.shape[-1])[mx.array(where)]
+            gradient = mx.vjp(portion, [rows], [wanted])[1][0]
+            total = total.at[mx.array(where // indices.shape[-1])].add(gradient)
+            source.guard(total)
+        return total.reshape(x.shape)
+
+
+def _rows_of(x: mx.array, indices: mx.array, where: np.ndarray) -> mx.array:
+    """Return the row ``[D]`` that each place in ``indices`` is for."""
+    if x.shape[:-1] != indices.shape[:-1]:
+        raise ModelError(
+            f"[stream] expected a row for each of {list(indices.shape[:-1])} tokens "
+            f"but got {list(x.shape[:-1])}: give the experts more memory"
+        )
+    rows = x.reshape(-1, x.shape[-1])
+    return rows[mx.array(where // indices.shape[-1])]
+
+
+class SlotLinear(QuantizedSwitchLinear):
+    """mlx-lm's module, told whether to make use of it that ids are sorted."""
+
+    by_blocks = False
+
+    def __call__(
+        self, x: mx.array, indices: mx.array, sorted_indices: bool = False
+    ) -> mx.array:
+        by_blocks = sorted_indices and self.by_blocks
+        out: mx.array = super().__call__(x, indices, sorted_indices=by_blocks)
+        return out
+
+
+class SlotBlock:
+    """mlx-lm's block with the matrices that are in slots.
+
+    MLX chooses a kernel by the number of matrices and of rows. So it is told of those
+    that the block of all experts would have, in a call for all ids.
+    """
+
+    def __init__(self, block: RoutedBlock):
+        self._module, self.projections = block.module, block.projections
+        self._n_experts = max(len(array) for array in block.parts.values())
+        self._quantized: list[nn.Module] = [
+            module
+            for module in self.projections.values()
+            if type(module) is QuantizedSwitchLinear
+        ]
+        self._held: ExpertWeights | None = None
+        self._told = False
+        # Let go of what was loaded for it, unread.
+        self._hold(None)
+
+    def __call__(
+        self,
+        weights: ExpertWeights,
+        x: mx.array,
+        slots: mx.array,
+        n_ids: int | None = None,
+        *,
+        settled: bool = False,
+    ) -> mx.array:
+        """Run rows ``[..., D]`` through the experts in ``slots`` ``[..., K]``.
+
+        Args:
+            n_ids: of the whole call, if this is a part of it.
+            settled: the weights are those of the block's own experts, all of them.
+        """
+        if settled and weights is self._held:
+            return cast(mx.array, self._module(x, slots))
+        by_blocks = self._by_blocks(slots.size if n_ids is None else n_ids)
+        in_place = settled or (not by_blocks and _converts_none(weights, x.dtype))
+        if not (in_place and _lies_well(weights)):
+            weights, slots = _end_to_end(weights, slots)
+        if weights is not self._held:
+            self._hold(weights, settled=settled)
+        if by_blocks is not self._told:
+            self._told = by_blocks
+            for module in self._quantized:
+                module.by_blocks = by_blocks
+        out: mx.array = self._module(x, slots)
+        return out
+
+    def least_rows(self, slots: mx.array, n_ids: int) -> int:
+        """Return how many rows a part of a call needs to take the call's kernel.
+
+        Args:
+            slots: of the part.
+            n_ids: of the whole call.
+        """
+        if self._by_blocks(n_ids):
+            n_matrices = len(np.unique(np.array(slots)))
+            return max(SORTED_FROM, device.METAL_ROWS_A_MATRIX * n_matrices)
+        return min(n_ids, SORTED_FROM)
+
+    def _by_blocks(self, n_ids: int) -> bool:
+        is_sorted = n_ids >= SORTED_FROM
+        return is_sorted and device.multiplies_by_blocks(n_ids, self._n_experts)
+
+    def release(self) -> None:
+        """Hold nothing, as mlx-lm's own block before its weights are loaded."""
+        self._hold(None)
+
+    def _hold(self, weights: ExpertWeights | None, *, settled: bool = True) -> None:
+        """Have these weights; with all of them each module is mlx-lm's own."""
+        self._held = weights
+        for module in self._quantized:
+            module.__class__ = QuantizedSwitchLinear if settled else SlotLinear
+        for name, module in self.projections.items():
+            for part, field in FIELDS.items():
+                if weights is None:
+                    module.pop(part, None)
+                elif (array := getattr(weights.by_name[name], field)) is not None:
+                    module[part] = array
+
+
+def _lies_well(weights: ExpertWeights) -> bool:
+    """Tell whether MLX gathers matrices as they lie."""
+    return device.gathers_strided() or not any(
+        weight.strided for weight in weights.by_name.values()
+    )
+
+
+def _converts_none(weights: ExpertWeights, dtype: mx.Dtype) -> bool:
+    """Tell whether MLX takes slots as they are; another type would convert them all."""
+    own = (w.w if w.scales is None else w.scales for w in weights.by_name.values())
+    return all(array.dtype in (dtype, mx.uint8) for array in own)
+
+
+def _end_to_end(
+    weights: ExpertWeights, slots: mx.array
+) -> tuple[ExpertWeights, mx.array]:
+    """Return copies of the matrices in ``slots``, and where each is among them."""
+    if slots.size < SORTED_FROM:
+        # A token's are distinct, and may not be known to the host yet.
+        take = slots.flatten()
+        found = mx.arange(slots.size, dtype=mx.uint32).reshape(slots.shape)
+    else:
+        chosen, places = np.unique(np.array(slots), return_inverse=True)
+        take = mx.array(chosen)
+        found = mx.array(places.reshape(slots.shape).astype(np.uint32))
+
+    def copy(weight: Weight) -> Weight:
+        arrays = {field: getattr(weight, field) for field in FIELDS.values()}
+        own = {f: None if x is None else x[take] for f, x in arrays.items()}
+        return Weight(**own, quantization=weight.quantization)
+
+    copies = {name: copy(weight) for name, weight in weights.by_name.items()}
+    return ExpertWeights.named(copies), found

@@ -1,0 +1,216 @@
+"""The experts of a plain checkpoint, read from where they lie."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from ...errors import ModelError
+from ...system.files import short
+from ...system.uncopied import Uncopied
+from .checkpoint import Checkpoint, ModelFacts, model_facts, text_config
+from .direct import bypass_cache
+from .layout import DEFAULT_ALIGNMENT, ExpertLayout
+from .reader import Batch, HostPlace, Read
+from .routed import RoutedLayer, routed_layers
+from .spans import Piece, Span, merge
+
+if sys.version_info >= (3, 11):
+    from typing import Self
+else:
+    from typing_extensions import Self
+
+
+class TensorExperts(Uncopied):
+    """Experts that lie scattered over the tensors of a checkpoint; a context manager.
+
+    Records have the layout that packing would give them, but lie scattered: each
+    tensor of an expert is a span of its own unless it follows another in a file.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        routed: dict[int, RoutedLayer],
+        layouts: dict[int, ExpertLayout],
+        top_k: int,
+    ):
+        self.checkpoint, self.routed, self.top_k = checkpoint, routed, top_k
+        self.n_experts = max(layer.n_experts for layer in routed.values())
+        self._layouts = layouts
+        self._spans: dict[tuple[int, int], tuple[Span, ...]] = {}
+        self._paths = {checkpoint.fd(shard): shard for shard in checkpoint.shards}
+        self.tensor_names = frozenset(
+            entry.name
+            for layer in self.routed.values()
+            for tensors in layer.tensors.values()
+            for entry in tensors.entries
+        )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have routed experts, ascending."""
+        return tuple(self.routed)
+
+    def count(self, layer: int) -> int:
+        """Return how many experts one layer has."""
+        return self.routed[layer].n_experts
+
+    def name(self, layer: int) -> str:
+        """Return what errors call a layer."""
+        return f"layer {layer}"
+
+    def layout(self, layer: int) -> ExpertLayout:
+        """Return the layout of one layer's records."""
+        return self._layouts[layer]
+
+    def spans(self, layer: int, expert: int) -> tuple[Span, ...]:
+        """Return the reads that together fill an expert's record."""
+        # Kept, for finding them takes as long as a third of a read from the page cache.
+        if (spans := self._spans.get((layer, expert))) is None:
+            spans = self._spans[layer, expert] = self._find(layer, expert)
+        return spans
+
+    def _find(self, layer: int, expert: int) -> tuple[Span, ...]:
+        tensors, fd = self.routed[layer].tensors, self.checkpoint.fd
+        pieces = []
+        for spec in self._layouts[layer].tensors:
+            entry, start = tensors[spec.projection, spec.part].locate(expert)
+            offset = entry.offset + start
+            pieces.append(Piece(fd(entry.file), offset, spec.offset, spec.n_bytes))
+        return tuple(
+            Span(run[0].fd, self._paths[run[0].fd], run[0].offset, _places(run))
+            for run in merge(pieces)
+        )
+
+    def checksum(self, layer: int, expert: int) -> None:
+        """Return None: a checkpoint has no checksums."""
+
+    def bypass_cache(self) -> None:
+        """Read past the page cache, which macOS alone can do with tensors at any
+        offset; elsewhere warn and do not."""
+        bypass_cache(list(self._paths), self.checkpoint.directory, aligned=False)
+
+    def read_record(self, layer: int, expert: int, record: memoryview) -> None:
+        """Fill ``record`` with an expert's tensors; padding stays as it is.
+
+        Raises:
+            ExpertStoreError: a file cannot be read or ends early.
+        """
+        read = Read(self.spans(layer, expert), HostPlace(record), layer, expert)
+        Batch([read]).run_here()
+        if read.error is not None:
+            raise read.error
+
+    def close(self) -> None:
+        """Close the files."""
+        self.checkpoint.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class CheckpointExperts(TensorExperts):
+    """The experts in a checkpoint's safetensors files, found by their names."""
+
+    def __init__(self, checkpoint: Checkpoint, alignment: int = DEFAULT_ALIGNMENT):
+        """Find the experts among a checkpoint's tensors; the checkpoint is kept.
+
+        Raises:
+            ModelError: there are none, some are missing, their form is unknown, or
+                they do not fit each other or ``config.json``; names the tensor.
+        """
+        routed = find_routed(checkpoint)
+        self.model = _checked_facts(checkpoint, routed)
+        layouts = {
+            number: layer.layout(checkpoint.config, alignment)
+            for number, layer in routed.items()
+        }
+        for number, layout in layouts.items():
+            check_sizes(checkpoint.config, routed[number], layout)
+        super().__init__(checkpoint, routed, layouts, self.model.top_k)
+
+    @classmethod
+    def open(
+        cls, directory: str | os.PathLike, *, direct: bool = False
+    ) -> CheckpointExperts:
+        """Open a checkpoint after every check that reads no more than headers.
+
+        Args:
+            directory: with ``config.json`` and safetensors files.
+            direct: as ``bypass_cache``.
+
+        Raises:
+            ModelError: not a model directory, a file missing or truncated, or experts
+                of no usable form.
+        """
+        with Checkpoint.kept(directory) as checkpoint:
+            store = cls(checkpoint)
+            if direct:
+                store.bypass_cache()
+        return store
+
+
+def find_routed(checkpoint: Checkpoint) -> dict[int, RoutedLayer]:
+    """Collect the experts of a checkpoint and hold them against ``config.json``.
+
+    Raises:
+        ModelError: as ``routed_layers``; also names files that are missing.
+    """
+    try:
+        return routed_layers(checkpoint.tensors)
+    except ModelError as error:
+        if not checkpoint.absent:
+            raise
+        raise checkpoint.missing(str(error)) from error
+
+
+def _places(run: list[Piece]) -> tuple[tuple[int, int], ...]:
+    return tuple([(start, n_bytes) for _, _, start, n_bytes in run])
+
+
+def _checked_facts(
+    checkpoint: Checkpoint, routed: dict[int, RoutedLayer]
+) -> ModelFacts:
+    facts = model_facts(checkpoint.config)
+    there = checkpoint.layers
+    for number in range(facts.n_layers):
+        if number not in there:
+            raise checkpoint.missing(
+                f"expected {facts.n_layers} layers as in config.json but no file has "
+                f"any tensor of layer {number}"
+            )
+    for layer in routed.values():
+        if layer.n_experts != facts.n_experts:
+            raise ModelError(
+                f"[experts] {layer.path}: expected {facts.n_experts} experts as in "
+                f"config.json but got {layer.n_experts}"
+            )
+        if layer.layer >= facts.n_layers:
+            raise ModelError(
+                f"[experts] {layer.path}: expected fewer than {facts.n_layers} layers"
+            )
+    if facts.top_k > facts.n_experts:
+        raise ModelError(
+            f"[experts] expected at most {facts.n_experts} experts per token but got "
+            f"{facts.top_k}"
+        )
+    return facts
+
+
+def check_sizes(config: dict, layer: RoutedLayer, layout: ExpertLayout) -> None:
+    """Hold the rows of gate, up and down against the configuration's sizes."""
+    sizes = text_config(config)
+    inner, hidden = sizes.get("moe_intermediate_size"), sizes.get("hidden_size")
+    expected = {"gate_proj": inner, "up_proj": inner, "down_proj": hidden}
+    for spec in layout.tensors:
+        rows = expected[spec.projection]
+        if spec.part == "weight" and rows not in (None, spec.shape[0]):
+            entry = layer.tensors[spec.projection, spec.part].entries[0]
+            raise ModelError(
+                f"[experts] {entry.name!r} of {entry.file}: expected {short(rows)} "
+                f"rows of {spec.projection} as in config.json but got {spec.shape[0]}"
+            )

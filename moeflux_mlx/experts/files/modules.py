@@ -1,0 +1,133 @@
+"""Find the routed blocks of a model that mlx-lm built, and what they are made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import (
+    QuantizedSwitchLinear,
+    SwitchGLU,
+    SwitchLinear,
+    SwitchMLP,
+)
+
+from ...errors import ModelError
+from ..weights import Quantization
+from .layout import ALL_PARTS
+
+# Calls that do nothing with the experts' ids but choose these matrices.
+KNOWN_CALLS = {
+    SwitchGLU.__call__: ("gate_proj", "up_proj", "down_proj"),
+    SwitchMLP.__call__: ("fc1", "fc2"),
+}
+PROJECTION = (SwitchLinear, QuantizedSwitchLinear)
+
+
+@dataclass(frozen=True)
+class RoutedBlock:
+    """One routed block of a model: ``module`` is mlx-lm's own, at ``path``."""
+
+    path: str
+    module: nn.Module
+
+    @property
+    def projections(self) -> dict[str, nn.Module]:
+        """The block's matrices, by attribute."""
+        return projections_of(self.module)
+
+    @property
+    def parts(self) -> dict[tuple[str, str], mx.array]:
+        """The arrays of all experts by projection and part; none is evaluated."""
+        return {
+            (name, part): module[part]
+            for name, module in self.projections.items()
+            for part in ALL_PARTS
+            if module.get(part) is not None
+        }
+
+    @property
+    def quantization(self) -> dict[str, Quantization | None]:
+        """How each projection is stored; None is a dense one."""
+        return {name: _quantization(m) for name, m in self.projections.items()}
+
+
+def quantize_as_stored(
+    module: nn.Module, quantization: Mapping[str, Quantization | None]
+) -> None:
+    """Make a block's matrices of the kinds that hold what files have; reads nothing.
+
+    Args:
+        quantization: by projection; None is a dense one.
+    """
+    for name, form in quantization.items():
+        if form is not None:
+            dense = module[name]
+            module[name] = dense.to_quantized(form.group_size, form.bits, form.mode)
+
+
+def find_blocks(model: nn.Module) -> list[RoutedBlock]:
+    """Return the routed blocks of a model, layer by layer.
+
+    A single expert matrix among other weights is no block: it stays where it is.
+
+    Raises:
+        ModelError: a block's class has a call of its own that nobody here knows, or
+            its experts are not mlx-lm's matrices; names it.
+    """
+    found = [
+        RoutedBlock(path, module)
+        for path, module in model.named_modules()
+        if _is_block(path, module)
+    ]
+    return sorted(found, key=lambda block: by_number(block.path))
+
+
+def projections_of(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the children that are one matrix an expert."""
+    children = module.children().items()
+    return {name: m for name, m in children if isinstance(m, PROJECTION)}
+
+
+def _is_block(path: str, module: nn.Module) -> bool:
+    names = KNOWN_CALLS.get(type(module).__call__)
+    if names is not None:
+        for name in names:
+            if not isinstance(module.get(name), PROJECTION):
+                raise ModelError(
+                    f"[stream] {path}.{name}: expected a SwitchLinear but got "
+                    f"{type(module.get(name)).__name__}: stream the model before it is "
+                    "changed"
+                )
+        return True
+    projections = projections_of(module)
+    made_of_them = projections and not _with_parameters(module) - projections.keys()
+    if made_of_them or isinstance(module, (SwitchGLU, SwitchMLP)):
+        kind = type(module)
+        raise ModelError(
+            f"[stream] {path}: expected SwitchGLU or SwitchMLP but got "
+            f"{kind.__module__}.{kind.__name__} with a call of its own: its experts "
+            "cannot be streamed, load the model with all of them in memory"
+        )
+    return False
+
+
+def _with_parameters(module: nn.Module) -> set[str]:
+    """Return the attributes that are, or have in them, parameters."""
+    return {path.split(".")[0] for path in dict(tree_flatten(module.parameters()))}
+
+
+def _quantization(module: nn.Module) -> Quantization | None:
+    if isinstance(module, QuantizedSwitchLinear):
+        return Quantization(module.bits, module.group_size, module.mode)
+    return None
+
+
+def by_number(path: str) -> list[tuple[int, str]]:
+    """Sort numbers in paths by value."""
+    parts = re.split(r"\.", path)
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in parts]

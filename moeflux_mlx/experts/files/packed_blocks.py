@@ -1,0 +1,121 @@
+"""The experts of a model's routed blocks, from a packed directory."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ...errors import ExpertStoreError
+from ...system.files import short
+from .layout import ExpertLayout
+from .manifest import LayerFile, Manifest
+from .module_store import count_of, layout_of
+from .modules import RoutedBlock
+from .packed import PackedExperts
+
+LAYER = re.compile(r"(?:.*\.)?layers\.(?P<layer>\d+)\..*", re.ASCII)
+
+
+class PackedBlocks(PackedExperts):
+    """The experts of a model's blocks in a packed directory; blocks are its layers."""
+
+    @classmethod
+    def open_for(
+        cls,
+        directory: str | os.PathLike,
+        blocks: Sequence[RoutedBlock],
+        *,
+        direct: bool = False,
+    ) -> PackedBlocks:
+        """Open a pack after every check that does not read all of it.
+
+        Args:
+            directory: made by ``moeflux pack``.
+            blocks: as ``find_blocks`` gives them, with their arrays.
+            direct: as ``PackedExperts.open``.
+
+        Raises:
+            ExpertStoreError: as ``PackedExperts.open``, or the pack is not of these
+                blocks; names the block.
+            ModelError: not a model directory.
+        """
+        store = cls.open(directory, direct=direct)
+        try:
+            store._assign(blocks)
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def _assign(self, blocks: Sequence[RoutedBlock]) -> None:
+        """Number what is packed as the blocks are."""
+        entries = entries_of(self.manifest, [block.path for block in blocks])
+        for block, entry in zip(blocks, entries, strict=True):
+            self._check(block, entry)
+        fds = dict(self._fds)
+        self._fds.clear()
+        self._fds.update({i: fds[entry.layer] for i, entry in enumerate(entries)})
+        self._paths = {i: self.directory / e.file for i, e in enumerate(entries)}
+        self._files = {
+            i: replace(entry, layer=i, block=blocks[i].path)
+            for i, entry in enumerate(entries)
+        }
+
+    def _check(self, block: RoutedBlock, entry: LayerFile) -> None:
+        expected = layout_of(block, entry.layout.alignment)
+        if (n := count_of(block)) != len(entry.checksums):
+            raise self._unlike(block, f"{n} experts", str(len(entry.checksums)))
+        if expected != entry.layout:
+            raise self._unlike(block, *_difference(expected, entry.layout))
+
+    def _unlike(self, block: RoutedBlock, expected: str, got: str) -> ExpertStoreError:
+        return ExpertStoreError(
+            f"[pack] {self.directory}, {block.path}: expected {expected} as the model "
+            f"has them but got {got}: pack the checkpoint that the model is of"
+        )
+
+    @property
+    def top_k(self) -> int:
+        """One: a step that needs more slots than there are is divided."""
+        return 1
+
+
+def entries_of(manifest: Manifest, paths: Sequence[str]) -> list[LayerFile]:
+    """Return the expert file of each routed block of a model.
+
+    Raises:
+        ExpertStoreError: a block has none, or a file is of no block.
+    """
+    known: dict[str, LayerFile] = {
+        entry.block or str(entry.layer): entry for entry in manifest.layers
+    }
+    by_path = manifest.is_of_blocks
+    names = [path if by_path else _layer_of(path) for path in paths]
+    if sorted(names) != sorted(known):
+        raise ExpertStoreError(
+            f"[pack] expected experts of {short(sorted(names))} as the model has them "
+            f"but got those of {short(sorted(known))}: the pack is of another model"
+        )
+    return [known[name] for name in names]
+
+
+def _layer_of(path: str) -> str:
+    """Return the number of a block's layer, or its path if that has none."""
+    match = LAYER.fullmatch(path)
+    return path if match is None else str(int(match["layer"]))
+
+
+def _difference(expected: ExpertLayout, got: ExpertLayout) -> tuple[str, str]:
+    """Return what first differs between two layouts, as one has it and the other."""
+    forms = [
+        [(t.projection, t.part, t.dtype, t.shape) for t in layout.tensors]
+        for layout in (expected, got)
+    ]
+    for one, other in zip(*forms, strict=False):
+        if one != other:
+            return short(one), short(other)
+    if expected.quantization != got.quantization:
+        return short(expected.quantization), short(got.quantization)
+    return f"{len(forms[0])} tensors of an expert", str(len(forms[1]))

@@ -1,0 +1,115 @@
+"""Build mlx-lm's own model of a directory; its weights are read when they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes, load_model
+
+from ...errors import one_line_errors
+from ...system.files import short, spelled_plainly
+from .checkpoint import read_config
+
+NONE_OF_OUR_OWN = "there is none of our own"
+Classes = Callable[[dict[str, Any]], tuple[type, type]]
+
+
+@dataclass(frozen=True)
+class StockModel:
+    """A model of mlx-lm's class, none of its parameters evaluated.
+
+    ``sources`` has, by a parameter's path, the tensor of the files that it is,
+    unchanged. What the model's ``sanitize`` makes of several or of a part is not in it.
+    """
+
+    model: nn.Module
+    config: dict[str, Any]
+    sources: dict[str, str]
+
+
+def has_own_class(config: Mapping[str, Any]) -> bool:
+    """Tell whether moeflux-mlx has a class of its own for a configuration."""
+    return why_stock(config) is None
+
+
+def why_stock(config: Mapping[str, Any]) -> str | None:
+    """Return why a configuration's model is run by mlx-lm's class; None: by our own.
+
+    A family's ``lacks`` names what of a configuration our own class does not do.
+    """
+    model_type = config.get("model_type")
+    if not (isinstance(model_type, str) and model_type.isidentifier()):
+        return NONE_OF_OUR_OWN
+    name = f"moeflux_mlx.models.{model_type}"
+    if find_spec(name) is None or not hasattr(import_module(name), "Model"):
+        return NONE_OF_OUR_OWN
+    lacks = getattr(import_module(name), "lacks", None)
+    found = None if lacks is None else lacks(config)
+    return None if found is None else f"our own does not do {found}"
+
+
+def load_lazily(
+    path: Path,
+    model_config: dict[str, Any] | None = None,
+    classes: Classes = _get_classes,
+) -> StockModel:
+    """Build mlx-lm's model and say where its parameters lie; no weight is read.
+
+    Args:
+        model_config: what of ``config.json`` is to be another way.
+        classes: returns the model's class and that of its arguments.
+
+    Raises:
+        ModelError: mlx-lm cannot load it.
+    """
+    # Held until the end, so that no two arrays have the same id.
+    read: dict[str, mx.array] = {}
+
+    def noting(config: dict[str, Any]) -> tuple[type, type]:
+        model_class, arguments = classes(config)
+
+        def sanitize(model: nn.Module, weights: dict[str, mx.array]) -> Any:
+            read.update(weights)
+            return sanitized(model_class, model, weights)
+
+        names = {
+            "__module__": model_class.__module__,
+            "__qualname__": model_class.__qualname__,
+        }
+        noted = type(model_class.__name__, (model_class,), names)
+        noted.sanitize = sanitize  # type: ignore[attr-defined]
+        return noted, arguments
+
+    model_type = short(read_config(path).get("model_type"))
+    where = f"[load] {path}: mlx-lm's model type {model_type}"
+    with one_line_errors(where), spelled_plainly(path) as plain:
+        model, config = load_model(
+            plain,
+            lazy=True,
+            model_config={**(model_config or {}), "model_file": None},
+            get_model_classes=noting,
+        )
+    # The class as it is: models may tell themselves apart by it, and others look.
+    model.__class__ = type(model).__mro__[1]
+    names = {id(array): name for name, array in read.items()}
+    parameters = dict(tree_flatten(model.parameters()))
+    sources = {p: names[id(x)] for p, x in parameters.items() if id(x) in names}
+    return StockModel(model, config, sources)
+
+
+def sanitized(
+    model_class: type, model: nn.Module, weights: dict[str, mx.array]
+) -> dict[str, mx.array]:
+    """Return weights under the names of a model's own parameters."""
+    inherited = getattr(model_class, "sanitize", None)
+    found: dict[str, mx.array]
+    found = weights if inherited is None else inherited(model, weights)
+    return found

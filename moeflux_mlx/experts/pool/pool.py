@@ -1,0 +1,261 @@
+"""Memory for experts: one aligned MLX array, written in place, read as tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ... import device
+from ...errors import BudgetError, ExpertStoreError
+from ..files.layout import PARTS, TENSOR_ALIGNMENT, ExpertLayout, TensorSpec
+from ..files.reader import HostPlace, Place
+from ..weights import MLX_DTYPES, ExpertWeights, Records, Weight
+from .staging import StagedPlace, open_staging
+
+POOL_ALIGNMENT = 2 * 1024 * 1024
+# MLX counts elements of one axis in 32 bits, so memory is asked for in rows.
+ROW_BYTES = 16 * 1024
+
+
+def aligned_rows(
+    n_rows: int, row_bytes: int, alignment: int = POOL_ALIGNMENT
+) -> mx.array:
+    """Allocate a uint8 array ``[n_rows, row_bytes]`` that begins at a multiple.
+
+    Takes ``alignment`` bytes more than the array holds. Any size works: no axis has
+    more elements than MLX can count as long as both arguments fit into 31 bits.
+
+    Raises:
+        BudgetError: the memory cannot be had.
+    """
+    n_bytes = allocated_bytes(n_rows, row_bytes, alignment)
+    limits = device.gpu_limits()
+    if limits is not None and n_bytes > limits.buffer_bytes:
+        raise BudgetError(
+            f"[pool] expected at most {limits.buffer_bytes} bytes, the longest buffer "
+            f"of this device, but got {n_bytes}: give less memory"
+        )
+    device.check_allocation(n_bytes, "pool")
+    try:
+        raw = mx.zeros((n_bytes // ROW_BYTES, ROW_BYTES), dtype=mx.uint8)
+        mx.eval(raw)
+    except (RuntimeError, MemoryError) as error:
+        raise BudgetError(f"[pool] cannot allocate {n_bytes} bytes: {error}") from error
+    offset = -_address(raw) % alignment
+    # as_strided flattens its input, which is too long to be flattened, but looks at
+    # the buffer only: one row of it stands for all. The slice after it makes MLX
+    # compute the extent anew.
+    grown = mx.as_strided(raw[:1], (n_rows + 1, row_bytes), (row_bytes, 1), offset)
+    rows = grown[:n_rows]
+    mx.eval(rows)
+    return rows
+
+
+def allocated_bytes(
+    n_rows: int, row_bytes: int, alignment: int = POOL_ALIGNMENT
+) -> int:
+    """Return the length of the buffer that ``aligned_rows`` takes."""
+    return -(-(n_rows * row_bytes + alignment) // ROW_BYTES) * ROW_BYTES
+
+
+def aligned_bytes(n_bytes: int, alignment: int = POOL_ALIGNMENT) -> mx.array:
+    """Allocate a uint8 array ``[n_bytes]`` whose address is a multiple.
+
+    Raises:
+        BudgetError: the memory cannot be had.
+    """
+    rows = aligned_rows(1, n_bytes, alignment)
+    flat = rows.reshape(n_bytes)
+    mx.eval(flat)
+    return flat
+
+
+def _address(array: mx.array) -> int:
+    return np.array(array, copy=False).ctypes.data
+
+
+class SlotPool:
+    """``n_slots`` slots of the largest layout's stride in one aligned MLX array.
+
+    ``array`` is uint8 ``[n_slots, stride]``; ``bytes`` is the same memory as the host
+    sees it. With ``blank`` one more slot follows: zeros, an expert that adds nothing.
+    Nothing here knows which expert is in which slot.
+    """
+
+    def __init__(
+        self, layouts: Sequence[ExpertLayout], n_slots: int, *, blank: bool = False
+    ):
+        self.n_slots = n_slots
+        self.n_given_up = 0
+        self.stride = pool_stride(layouts)
+        self.slack_bytes = POOL_ALIGNMENT + blank * self.stride
+        self.array = aligned_rows(n_slots + blank, self.stride)
+        self.bytes = np.array(self.array, copy=False)
+        self._begin = self.bytes.ctypes.data
+        if self._begin % POOL_ALIGNMENT or not self.bytes.flags.writeable:
+            raise ExpertStoreError(
+                "[pool] expected writable memory at a multiple of "
+                f"{POOL_ALIGNMENT} bytes but got {self._begin:#x}"
+            )
+        self._staging = open_staging(self.stride)
+        self._weights: dict[tuple[ExpertLayout, int, int], ExpertWeights] = {}
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes taken in all, with the blank slot and what the alignment costs."""
+        return (self.n_slots - self.n_given_up) * self.stride + self.slack_bytes
+
+    def give_up(self, slots: Sequence[range]) -> None:
+        """Return the memory of these slots, and of no others, to the system.
+
+        What they held is lost. They may be written again: then they take memory anew.
+        """
+        returned = [
+            len(part)
+            for part in filter(len, slots)
+            if device.return_memory(self.bytes[part.start : part.stop])
+        ]
+        self.n_given_up = sum(returned)
+
+    def move(self, source: int, target: int) -> None:
+        """Copy one slot's bytes to another."""
+        if self._staging is None:
+            self.bytes[target] = self.bytes[source]
+        else:
+            addresses = self._address(target), self._address(source)
+            self._staging.move(*addresses, self.stride)
+
+    def buffer(self, slot: int, n_bytes: int) -> memoryview:
+        """Return the first bytes of a slot as the host sees them."""
+        return self.bytes[slot, :n_bytes].data
+
+    def place(self, slot: int, n_bytes: int) -> Place:
+        """Return the first bytes of a slot as the place of a record."""
+        if self._staging is None:
+            return HostPlace(self.buffer(slot, n_bytes))
+        return StagedPlace(self._staging, self._address(slot), n_bytes)
+
+    def _address(self, slot: int) -> int:
+        return self._begin + slot * self.stride
+
+    def weights(
+        self, layout: ExpertLayout, first: int = 0, count: int | None = None
+    ) -> ExpertWeights:
+        """Return slots ``first`` to ``first + count`` as tensors ``[count, O, I]``.
+
+        The tensors are views of the pool: what is written into a slot shows in them.
+        Without ``count`` the blank slot is the last. Made once for each layout and
+        range.
+        """
+        key = layout, first, len(self.bytes) - first if count is None else count
+        if key not in self._weights:
+            self._weights[key] = self._views(*key)
+        return self._weights[key]
+
+    def _views(self, layout: ExpertLayout, first: int, count: int) -> ExpertWeights:
+        return slot_weights(self.array[first : first + count], layout)
+
+    def stack(self, layout: ExpertLayout, first: int, count: int) -> ExpertWeights:
+        """Have each tensor of some slots lie end to end, and return them all so.
+
+        Until ``unstack`` no slot of these holds a record.
+        """
+        region = self.bytes[first : first + count]
+        records = region[:, : layout.record_bytes].copy()
+        tensors: dict[tuple[str, str], mx.array] = {}
+        for spec, begin in _stacked(layout, count):
+            part = records[:, spec.offset : spec.offset + spec.n_bytes]
+            region.reshape(-1)[begin : begin + part.size] = part.ravel()
+            dtype = MLX_DTYPES[spec.dtype]
+            # One row stands for the region, which is too long for one axis.
+            row = self.array[first : first + 1].view(dtype)
+            shape = (count, *spec.shape)
+            strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+            at = begin // dtype.size
+            tensors[spec.projection, spec.part] = mx.as_strided(row, shape, strides, at)
+        mx.eval(list(tensors.values()))
+        return weights_of(layout, tensors)
+
+    def unstack(self, layout: ExpertLayout, first: int, count: int) -> None:
+        """Have a record in each slot again; nobody may use the tensors any more."""
+        region = self.bytes[first : first + count]
+        records = np.zeros((count, layout.record_bytes), np.uint8)
+        for spec, begin in _stacked(layout, count):
+            part = region.reshape(-1)[begin : begin + count * spec.n_bytes]
+            columns = slice(spec.offset, spec.offset + spec.n_bytes)
+            records[:, columns] = part.reshape(count, -1)
+        region[:, : layout.record_bytes] = records
+
+
+def _stacked(layout: ExpertLayout, count: int) -> Iterator[tuple[TensorSpec, int]]:
+    """Yield where each tensor of ``count`` records begins if it lies end to end.
+
+    It takes no more than the records, in which each begins at such a multiple too.
+    """
+    begin = 0
+    for spec in layout.tensors:
+        yield spec, begin
+        begin += count * spec.n_bytes
+        begin += -begin % TENSOR_ALIGNMENT
+
+
+def slot_weights(slots: mx.array, layout: ExpertLayout) -> ExpertWeights:
+    """Return records, uint8 ``[n, stride]``, as tensors ``[n, O, I]``, views."""
+    tensors: dict[tuple[str, str], mx.array] = {}
+    records: dict[tuple[str, str], Records] = {}
+    for spec in layout.tensors:
+        dtype = MLX_DTYPES[spec.dtype]
+        begin = spec.offset // dtype.size
+        rows = slots.view(dtype)
+        columns = rows[:, begin : begin + math.prod(spec.shape)]
+        name = spec.projection, spec.part
+        # One number an expert has no axis of its own.
+        whole = mx.unflatten(columns, 1, spec.shape or (1,))
+        tensors[name] = whole if spec.shape else whole.squeeze(1)
+        records[name] = Records(rows, begin)
+    mx.eval([*tensors.values(), *(r.array for r in records.values())])
+    return weights_of(layout, tensors, records)
+
+
+def weights_of(
+    layout: ExpertLayout,
+    tensors: Mapping[tuple[str, str], Any],
+    records: Mapping[tuple[str, str], Records] | None = None,
+) -> ExpertWeights:
+    """Put tensors by projection and part together as weights."""
+
+    def in_pool(projection: str) -> tuple[Records | None, ...] | None:
+        if records is None:
+            return None
+        return tuple(records.get((projection, part)) for part in PARTS)
+
+    return ExpertWeights.named(
+        {
+            projection: Weight(
+                tensors[projection, "weight"],
+                tensors.get((projection, "scales")),
+                tensors.get((projection, "biases")),
+                quantization,
+                in_pool(projection),
+                tensors.get((projection, "bias")),
+                tensors.get((projection, "global_scale")),
+            )
+            for projection, quantization in zip(
+                layout.projections, layout.quantization, strict=True
+            )
+        }
+    )
+
+
+def pool_stride(layouts: Sequence[ExpertLayout]) -> int:
+    """Return the bytes of a slot that takes a record of any of the layouts."""
+    return max(layout.stride for layout in layouts)
+
+
+def pool_bytes(layouts: Sequence[ExpertLayout], n_slots: int) -> int:
+    """Return the memory of so many slots, with what the alignment costs."""
+    return n_slots * pool_stride(layouts) + POOL_ALIGNMENT

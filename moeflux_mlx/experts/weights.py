@@ -1,0 +1,200 @@
+"""What Ops see of a model's weights: arrays and the way they are quantised."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+# Bits and group of MLX's modes where none are given.
+OWN_FORM = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+
+
+MLX_DTYPES = {
+    "U8": mx.uint8,
+    "I8": mx.int8,
+    "F8_E4M3": mx.uint8,
+    "F8_E8M0": mx.uint8,
+    "U16": mx.uint16,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U32": mx.uint32,
+    "I32": mx.int32,
+    "F32": mx.float32,
+}
+# The first of several names is that of what MLX itself writes.
+DTYPE_NAMES = {dtype: name for name, dtype in reversed(MLX_DTYPES.items())}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a matrix is stored: ``bits`` per value in groups of ``group_size``.
+
+    ``mode`` is one of MLX's quantisation modes (``affine``, ``mxfp4``, ...).
+    """
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+    @classmethod
+    def of(cls, bits: int | None, group_size: int | None, mode: str) -> Quantization:
+        """Return a form of which None, as in mixed recipes, is what MLX takes then."""
+        own_bits, own_group_size = OWN_FORM.get(mode, (4, 64))
+        return cls(bits or own_bits, group_size or own_group_size, mode)
+
+
+@dataclass(frozen=True)
+class Records:
+    """One tensor of every slot: row ``slot`` of ``array``, from element ``base`` on.
+
+    ``array`` is ``[n_slots, row]`` of the tensor's type and lies end to end, so kernels
+    take it as it is.
+    """
+
+    array: mx.array
+    base: int
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One matrix ``[..., O, I]`` in MLX (or NumPy) arrays; dense without quantization.
+
+    Quantised, ``w`` is uint32 ``[..., O, I * bits / 32]`` with ``scales`` (and, for
+    affine, ``biases``) ``[..., O, I / group_size]``. A leading axis, if there is one,
+    counts experts or slots; where they do not lie end to end, ``in_pool`` says how
+    the parts lie in their records. ``bias`` ``[..., O]`` and ``global_scale`` ``[...]``
+    are for mlx-lm's modules: no Op has either.
+    """
+
+    w: Any
+    scales: Any = None
+    biases: Any = None
+    quantization: Quantization | None = None
+    in_pool: tuple[Records | None, ...] | None = None
+    bias: Any = None
+    global_scale: Any = None
+
+    @property
+    def strided(self) -> bool:
+        """Tell whether slots do not lie end to end."""
+        return self.in_pool is not None
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Those of its parts that are MLX arrays."""
+        parts = (self.w, self.scales, self.biases)
+        return [x for x in parts if isinstance(x, mx.array)]
+
+    @functools.cached_property
+    def records(self) -> tuple[Records | None, ...]:
+        """``w``, ``scales`` and ``biases`` of all slots for kernels, never copied."""
+        if self.in_pool is not None:
+            return self.in_pool
+        parts = (self.w, self.scales, self.biases)
+        rows = [None if x is None else x.reshape(x.shape[0], -1) for x in parts]
+        has_values(*(x for x in rows if x is not None))
+        return tuple(None if x is None else Records(x, 0) for x in rows)
+
+    @functools.cached_property
+    def on_host(self) -> Weight:
+        """The same memory as NumPy arrays; bfloat16 as its bits in uint16."""
+        if isinstance(self.w, np.ndarray):
+            return self
+        w, scales, biases = map(_host_view, (self.w, self.scales, self.biases))
+        return Weight(w, scales, biases, self.quantization)
+
+    @functools.cached_property
+    def on_device(self) -> Weight:
+        """The same values as MLX arrays: copies where they are NumPy's."""
+        if isinstance(self.w, mx.array):
+            return self
+        w, scales, biases = map(_device_copy, (self.w, self.scales, self.biases))
+        copied = Weight(w, scales, biases, self.quantization)
+        has_values(*copied.arrays)
+        return copied
+
+    def __getitem__(self, index: int | slice | None) -> Weight:
+        """Return one expert's matrix, or with None a stack of one, without a copy.
+
+        A slice of the first axis is for NumPy arrays only.
+        """
+        parts = (self.w, self.scales, self.biases)
+        w, scales, biases = (None if x is None else _pick(x, index) for x in parts)
+        return Weight(w, scales, biases, self.quantization)
+
+
+class ExpertWeights:
+    """The projections of the experts at hand, leading axis ``n_slots``.
+
+    ``by_name`` has them under the names of mlx-lm's modules.
+    """
+
+    def __init__(self, gate: Weight, up: Weight, down: Weight):
+        self.by_name = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+
+    @classmethod
+    def named(cls, projections: Mapping[str, Weight]) -> ExpertWeights:
+        """Put together what may be other projections than gate, up and down."""
+        weights = cls.__new__(cls)
+        weights.by_name = dict(projections)
+        return weights
+
+    @property
+    def gate(self) -> Weight:
+        """What the activation is applied to."""
+        return self.by_name["gate_proj"]
+
+    @property
+    def up(self) -> Weight:
+        """What is multiplied by the activation."""
+        return self.by_name["up_proj"]
+
+    @property
+    def down(self) -> Weight:
+        """What leads back to the model's width."""
+        return self.by_name["down_proj"]
+
+    @functools.cached_property
+    def on_host(self) -> ExpertWeights:
+        """The same slots as NumPy views."""
+        return ExpertWeights(self.gate.on_host, self.up.on_host, self.down.on_host)
+
+
+def _pick(x: Any, index: Any) -> Any:
+    """Index the first axis; MLX copies for ``x[index]`` but not for a slice of one."""
+    if index is None or isinstance(x, np.ndarray):
+        return x[index]
+    return x[index : index + 1].squeeze(0)
+
+
+def _host_view(x: mx.array | None) -> Any:
+    if x is None:
+        return None
+    return np.asarray(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
+
+
+def _device_copy(x: np.ndarray | None) -> mx.array | None:
+    if x is None:
+        return None
+    return mx.array(x).view(mx.bfloat16) if x.dtype == np.uint16 else mx.array(x)
+
+
+def has_values(*arrays: mx.array) -> bool:
+    """Evaluate ``arrays`` if they can be: ``mx.compile`` and others trace without."""
+    try:
+        mx.eval(arrays)
+    except ValueError:
+        return False
+    return True
+
+
+def leaves(tree: Any) -> list[mx.array]:
+    """Return the MLX arrays in nested lists, tuples and dicts, each once."""
+    flat = dict(tree_flatten(tree)).values()
+    return [*{id(x): x for x in flat if isinstance(x, mx.array)}.values()]

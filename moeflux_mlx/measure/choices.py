@@ -1,0 +1,286 @@
+"""What lowering has to choose from, met by running a model: Ops, groups, their inputs.
+
+A choice is one Op, or one group of Ops, at one shape; it is met in many layers, whose
+inputs and weights are its samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+from ..engine.executors.base import Encoding, arrays
+from ..engine.executors.kernels import KernelExecutor
+from ..engine.graph.lower import Kernel, Step, Together, lower, lower_op
+from ..engine.graph.op import Op
+from ..engine.graph.rows import RowPart, whole
+from ..engine.launch import KERNELS
+from ..engine.launch.base import TOLERANCE
+from ..engine.launch.check import relative_error
+from ..engine.lowering import GROUPS, Group, groups_ahead, ways
+from ..engine.lowering.groups import one_by_one
+from ..engine.lowering.tuned import ONE_BY_ONE, TOGETHER, n_tokens_of, shape_of
+from ..engine.model import LayerGraph
+from ..engine.runtime import Runtime
+from ..experts.compute.resident import ResidentExperts
+from ..experts.weights import ExpertWeights, Weight
+from .recording import layer_of, shared, states
+from .timing import Work
+
+# Layers whose inputs are kept: of one token enough to fill a queue, of prompts few.
+MAX_SAMPLES, MAX_PROMPT_SAMPLES = 64, 4
+# Values of an output that are compared: of more, those of the first and last rows.
+MAX_COMPARED = 1 << 25
+Key = tuple[str, str, int]
+# Performs Ops on values by buffer and by name, as ``Together.call``.
+Perform = Callable[[Mapping[Any, Any]], Mapping[Any, Any]]
+
+
+@dataclass
+class Choice:
+    """An Op or a group at one shape: the ways it can go, and what to try them on.
+
+    Every way takes ``inputs`` and returns outputs as ``reference`` does. ``carried``
+    pairs outputs with the inputs they become, as of ``Work``.
+    """
+
+    name: str
+    shape: str
+    n_tokens: int
+    default: str
+    ways: Mapping[str, Kernel]
+    reference: Kernel
+    dtype: mx.Dtype
+    carried: tuple[tuple[int, int], ...]
+    reads_back: bool
+    n_ops: int = 1
+    samples: list[list[Any]] = field(default_factory=list)
+
+    @property
+    def key(self) -> Key:
+        """What tells it from other choices."""
+        return self.name, self.shape, self.n_tokens
+
+    @property
+    def is_group(self) -> bool:
+        """Tell whether it is of several Ops."""
+        return TOGETHER in self.ways
+
+    def add(self, inputs: list[Any]) -> None:
+        """Keep the inputs of one more layer, if there is room."""
+        many = self.n_tokens > 1
+        if len(self.samples) < (MAX_PROMPT_SAMPLES if many else MAX_SAMPLES):
+            first = self.samples[0] if self.samples and many else inputs
+            self.samples.append(shared(first, inputs))
+
+    def works(self, way: str) -> list[Work]:
+        """Return the work of going a way, once for each sample."""
+        call = self.ways[way]
+        return [
+            Work(call, list(inputs), self.carried, waits=self.reads_back)
+            for inputs in self.samples
+        ]
+
+    def n_launches(self, way: str, launched: Sequence[str]) -> int:
+        """Return how many launches a way counts for that launched these of our kernels.
+
+        What MLX performs itself counts as one for each Op.
+        """
+        return max(self.n_ops if way == ONE_BY_ONE else 1, len(launched))
+
+    def expected(self) -> list[mx.array]:
+        """Return the reference's outputs for the first sample, computed in float32.
+
+        Where activations are float32 that is on the CPU: GPUs multiply with fewer bits.
+        """
+        inputs = [_wide(value) for value in self.samples[0]]
+        exact = self.dtype == mx.float32
+        with mx.stream(mx.cpu if exact else mx.default_device()):
+            outputs = _as_list(self.reference(*inputs))
+            mx.eval(arrays(outputs))
+        return outputs
+
+    def error(self, way: str, expected: Sequence[mx.array]) -> str:
+        """Return what is wrong with a way's outputs for the first sample; "": nothing.
+
+        They must be as near to the reference as ``moeflux doctor`` asks of the kernel.
+        """
+        outputs = list(map(whole, _as_list(self.ways[way](*self.samples[0]))))
+        mx.eval(arrays(outputs))
+        name = self.name if way == TOGETHER else way
+        known = KERNELS[name].tolerance if name in KERNELS else TOLERANCE
+        for i, (got, wanted) in enumerate(zip(outputs, expected, strict=True)):
+            floating = mx.issubdtype(got.dtype, mx.floating)
+            limit = known[self.dtype] if floating else 0.0
+            error = relative_error(_ends(got), _ends(wanted).astype(got.dtype))
+            if not error <= limit:
+                return f"output {i}: error {error:.2e} (limit {limit:.0e})"
+        return ""
+
+
+def _ends(x: mx.array) -> mx.array:
+    """Return the first and the last rows of an array too large to compare whole."""
+    n_rows = MAX_COMPARED * x.shape[0] // max(1, 2 * x.size) if x.ndim else 0
+    if x.size <= MAX_COMPARED or not n_rows:
+        return x
+    return mx.concatenate([x[:n_rows], x[-n_rows:]])
+
+
+def _as_list(result: Any) -> list[mx.array]:
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def _wide(value: Any) -> Any:
+    """Return floats as float32, in weights and experts too."""
+    if isinstance(value, RowPart):
+        return _wide(value.array())
+    if isinstance(value, mx.array):
+        floating = mx.issubdtype(value.dtype, mx.floating)
+        return value.astype(mx.float32) if floating else value
+    if isinstance(value, Weight):
+        w, scales, biases = map(_wide, (value.w, value.scales, value.biases))
+        return Weight(w, scales, biases, value.quantization)
+    if hasattr(value, "weights"):
+        stacks = value.weights
+        wide = (_wide(x) for x in (stacks.gate, stacks.up, stacks.down))
+        return ResidentExperts(ExpertWeights(*wide))
+    return value
+
+
+class Collector:
+    """Observes an executor: performs Op by Op and keeps every choice it meets.
+
+    Args:
+        runtime: of the model that will be called.
+        best: tells which way an Op goes when its group is taken apart.
+    """
+
+    def __init__(self, runtime: Runtime, best: Callable[[Op], Kernel]):
+        assert isinstance(runtime.executor, KernelExecutor)
+        self.choices: dict[Key, Choice] = {}
+        self._runtime, self._executor = runtime, runtime.executor
+        self._best = best
+
+    def __call__(self, steps: Sequence[Step], encoding: Encoding) -> None:
+        layer = layer_of(self._runtime, steps)
+        values, weights, host = encoding.values, encoding.weights, encoding.host
+        for step, choice in self._steps(layer):
+            side = values
+            if choice is not None:
+                # A group is met on what its launches take, each Op on arrays.
+                self._meet(choice, step.inputs(values, weights))
+                self._meet_smaller(step, layer, encoding)
+                side = [whole(value) for value in values]
+            for op in step.ops:
+                alone = lower_op(
+                    op, self._executor.kernel(op), layer.graph.pool.physical
+                )
+                if not alone.is_performed_by(host):
+                    inputs = alone.inputs(side, weights)
+                    self._meet(self._of_op(op, alone, layer), inputs)
+                mx.eval(arrays(alone.run(side, weights, host)))
+            if choice is not None:
+                mx.eval(arrays(step.run(values, weights, host)))
+
+    def _meet_smaller(self, step: Step, layer: LayerGraph, encoding: Encoding) -> None:
+        """Meet the groups that perform some of a step's Ops where it does not."""
+        group, _ = next(groups_ahead(step.ops))
+        own = set(map(id, step.ops))
+        for size in {len(g.types) for g in GROUPS if len(g.types) < len(group.types)}:
+            values = list(encoding.values)
+            for smaller, choice in self._steps(layer, size):
+                if own.issuperset(map(id, smaller.ops)):
+                    if choice is not None:
+                        self._meet(choice, smaller.inputs(values, encoding.weights))
+                    mx.eval(arrays(smaller.run(values, encoding.weights)))
+
+    def _meet(self, choice: Choice, inputs: list[Any]) -> None:
+        mx.eval(arrays(inputs))
+        self.choices.setdefault(choice.key, choice).add(inputs)
+
+    def _of_op(self, op: Op, step: Step, layer: LayerGraph) -> Choice:
+        run = self._executor.run
+        return Choice(
+            name=op.variant_name,
+            shape=shape_of([op]),
+            n_tokens=n_tokens_of([op]),
+            default=self._executor.default_way(op).name,
+            ways={way.name: partial(way.call, op, run) for way in ways(op)},
+            reference=_reference(op),
+            dtype=layer.graph.pool.activation_dtype,
+            carried=states(step, layer),
+            reads_back=op.reads_back,
+        )
+
+    def _steps(
+        self, layer: LayerGraph, size: int | None = None
+    ) -> Iterator[tuple[Step, Choice | None]]:
+        """Yield the steps of a graph, with their choices those that are groups.
+
+        Args:
+            size: leave groups of more types of Ops out.
+        """
+        run, best = self._executor.run, self._best
+        performs: tuple[Callable[[Group, Sequence[Op]], Perform], ...] = (
+            lambda group, ops: partial(group.call, ops, run),
+            lambda _, ops: self._apart(ops, best),
+            lambda _, ops: self._apart(ops, _reference),
+        )
+        lowered = (self._lowered(layer, perform, size) for perform in performs)
+        for step, alone, exact in zip(*lowered, strict=True):
+            choice = None
+            if len(step.ops) > 1:
+                group, _ = next(groups_of(step.ops, size))
+                choice = Choice(
+                    name=group.name,
+                    shape=shape_of(step.ops),
+                    n_tokens=n_tokens_of(step.ops),
+                    default=TOGETHER,
+                    ways={TOGETHER: step.kernel, ONE_BY_ONE: alone.kernel},
+                    reference=exact.kernel,
+                    dtype=layer.graph.pool.activation_dtype,
+                    carried=states(step, layer),
+                    reads_back=any(op.reads_back for op in step.ops),
+                    n_ops=len(step.ops),
+                )
+            yield step, choice
+
+    def _lowered(
+        self,
+        layer: LayerGraph,
+        perform: Callable[[Group, Sequence[Op]], Perform],
+        size: int | None,
+    ) -> list[Step]:
+        """Lower a graph with its groups performed by what ``perform`` returns."""
+
+        def fuse(ops: Sequence[Op]) -> Together | None:
+            ahead = next(groups_of(ops, size), None)
+            if ahead is None:
+                return None
+            group, n = ahead
+            # Whoever performs them finds each matrix, and what it is part of.
+            names = [ref.name for op in ops[:n] for ref in op.weight_refs]
+            weights = tuple(dict.fromkeys((*group.weights(ops[:n]), *names)))
+            call = perform(group, ops[:n])
+            return Together(n, call, weights, group.takes_parts)
+
+        return lower(layer.graph, self._executor.kernel, fuse)
+
+    def _apart(self, ops: Sequence[Op], kernel: Callable[[Op], Kernel]) -> Perform:
+        # Looked up when called: by then the fastest ways are known.
+        return lambda values: one_by_one(ops, [kernel(op) for op in ops], values)
+
+
+def groups_of(ops: Sequence[Op], size: int | None) -> Iterator[tuple[Group, int]]:
+    """Yield the groups ahead that are of at most ``size`` types of Ops."""
+    for group, n in groups_ahead(ops):
+        if size is None or len(group.types) <= size:
+            yield group, n
+
+
+def _reference(op: Op) -> Kernel:
+    return op.reference  # type: ignore[attr-defined,no-any-return]

@@ -1,0 +1,197 @@
+"""Run the same tokens through stock mlx-lm and moeflux-mlx, and compare.
+
+Each side runs in a process of its own, so that its speed and peak memory are its own.
+They meet in temporary files: an .npz of tokens and figures, and float32 logits that
+are compared a few rows at a time.
+
+Imports: errors, experts, experts.files, loading, memory, opening, system.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import ConfigError
+from ...loading import find_model
+from ...opening.tokenizer import open_tokenizer
+from .measurement import (
+    Job,
+    greedy,
+    log_likelihood,
+    measure,
+    peak_process_bytes,
+    perplexity,
+)
+from .metrics import (
+    Divergence,
+    LogitErrors,
+    Token,
+    TokenAgreement,
+    agreement,
+    logit_errors,
+)
+from .process import Side, run_job
+from .reference import load_stock, stacked_experts
+
+# Relative RMS of logits. In bfloat16 one rounding is 2e-3 and a model makes hundreds.
+TOLERANCES = {"float32": 1e-4, "model": 5e-2}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything ``compare`` found; within tolerance when the relative RMS error is."""
+
+    model: str
+    reference: str
+    dtype: str
+    n_prompt_tokens: int
+    n_text_tokens: int
+    tokens: TokenAgreement
+    logits: LogitErrors
+    stock: Side
+    ours: Side
+    tolerance: float
+
+    @property
+    def within_tolerance(self) -> bool:
+        """False also when an error is not a number."""
+        return self.logits.relative_rms_error <= self.tolerance
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; what is not a finite number becomes None."""
+        fields = asdict(self)
+        fields["tokens"]["share"] = self.tokens.share
+        return _finite({**fields, "within_tolerance": self.within_tolerance})
+
+
+def compare(
+    model: str | Path,
+    prompt: str,
+    *,
+    max_tokens: int = 64,
+    text: str | None = None,
+    against: str | Path | None = None,
+    dtype: str = "float32",
+    tolerance: float | None = None,
+    memory: int | str | None = None,
+    expert_memory: int | str | None = None,
+    scope: str = "global",
+    policy: str | None = None,
+    read_ahead: str = "auto",
+    expert_io: str | None = None,
+    executor: str | None = None,
+    native: bool | None = None,
+) -> Comparison:
+    """Compare moeflux-mlx with stock mlx-lm; each side runs in its own process.
+
+    Needs ``8 * vocabulary * (prompt + max_tokens)`` bytes of temporary disk space.
+
+    Args:
+        model: plain or packed model, a directory or a hub id.
+        prompt: text to continue greedily, past any end-of-text token.
+        max_tokens: length of the continuation.
+        text: what to measure the perplexity of both sides on.
+        against: model that stock loads, by default ``model``; stock's experts are
+            stacked in memory again when it is packed.
+        dtype: ``float32`` casts both sides; ``model`` leaves each its own type.
+        tolerance: largest relative RMS error, by default that of ``TOLERANCES``.
+        memory, expert_memory, scope, policy, read_ahead, expert_io, executor, native:
+            as for ``load``.
+
+    Raises:
+        ConfigError: an argument is not usable.
+        ModelError: a model cannot be loaded, or the two do not belong together.
+        ExpertStoreError: a pack is damaged, or ``memory`` is too small.
+    """
+    path, reference = find_model(model), find_model(against or model)
+    _check_arguments(dtype, max_tokens)
+    tokenizer = open_tokenizer(path)
+    job = Job(
+        side="stock",
+        path=str(reference),
+        prompt=_encode(tokenizer, prompt, 1, "prompt"),
+        text=[] if text is None else _encode(tokenizer, text, 2, "text"),
+        max_tokens=max_tokens,
+        dtype=dtype,
+    )
+    with tempfile.TemporaryDirectory(prefix="moeflux-compare-") as directory:
+        stock = run_job(job, Path(directory))
+        options = {
+            "memory": memory,
+            "expert_memory": expert_memory,
+            "scope": scope,
+            "policy": policy,
+            "read_ahead": read_ahead,
+            "expert_io": expert_io,
+            "executor": executor,
+            "native": native,
+        }
+        job = replace(
+            job, side="ours", path=str(path), forced=stock.tokens, options=options
+        )
+        ours = run_job(job, Path(directory))
+        logits = logit_errors(stock.logits, ours.logits)
+    return Comparison(
+        model=str(model),
+        reference=str(against or model),
+        dtype=dtype,
+        n_prompt_tokens=len(job.prompt),
+        n_text_tokens=len(job.text),
+        tokens=agreement(stock.tokens, ours.tokens, tokenizer),
+        logits=logits,
+        stock=stock.side,
+        ours=ours.side,
+        tolerance=TOLERANCES[dtype] if tolerance is None else tolerance,
+    )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _check_arguments(dtype: str, max_tokens: int) -> None:
+    if dtype not in TOLERANCES:
+        raise ConfigError(
+            f"[compare] dtype expected one of {list(TOLERANCES)} but got {dtype!r}"
+        )
+    if max_tokens < 1:
+        raise ConfigError(
+            f"[compare] expected at least 1 token to generate but got {max_tokens}"
+        )
+
+
+def _encode(tokenizer: Any, text: str, n_least: int, name: str) -> list[int]:
+    tokens = list(tokenizer.encode(text))
+    if len(tokens) < n_least:
+        raise ConfigError(
+            f"[compare] {name} expected at least {n_least} tokens but got {len(tokens)}"
+        )
+    return tokens
+
+
+__all__ = [
+    "TOLERANCES",
+    "Comparison",
+    "Divergence",
+    "Job",
+    "LogitErrors",
+    "Side",
+    "Token",
+    "TokenAgreement",
+    "compare",
+    "greedy",
+    "load_stock",
+    "log_likelihood",
+    "logit_errors",
+    "measure",
+    "peak_process_bytes",
+    "perplexity",
+    "stacked_experts",
+]

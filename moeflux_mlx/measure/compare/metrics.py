@@ -1,0 +1,121 @@
+"""How far tokens and logits of the two sides are apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...errors import ModelError
+
+COMPARED_VALUES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token id and its text."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first token, counted from 0, in which two continuations differ."""
+
+    position: int
+    stock: Token
+    ours: Token
+
+
+@dataclass(frozen=True)
+class TokenAgreement:
+    """How many of ``n_tokens`` greedy tokens are equal at their position."""
+
+    n_tokens: int
+    n_equal: int
+    first_divergence: Divergence | None
+
+    @property
+    def share(self) -> float:
+        """Equal tokens of all."""
+        return self.n_equal / self.n_tokens
+
+
+@dataclass(frozen=True)
+class LogitErrors:
+    """Our logits against stock's, both sides forced through stock's tokens.
+
+    ``kl_mean`` and ``kl_max`` are KL(stock || ours) of a position in nats;
+    ``relative_rms_error`` is relative to the RMS of stock's logits.
+    """
+
+    n_positions: int
+    kl_mean: float
+    kl_max: float
+    kl_max_position: int
+    top1_agreement: float
+    max_error: float
+    rms_error: float
+    relative_rms_error: float
+
+
+def agreement(stock: list[int], ours: list[int], tokenizer: Any) -> TokenAgreement:
+    """Count equal tokens of two continuations and find the first that is not."""
+    differing = [i for i, (a, b) in enumerate(zip(stock, ours, strict=True)) if a != b]
+    first = None
+    if differing:
+        at = differing[0]
+        tokens = [Token(t, tokenizer.decode([t])) for t in (stock[at], ours[at])]
+        first = Divergence(at, *tokens)
+    return TokenAgreement(len(stock), len(stock) - len(differing), first)
+
+
+def logit_errors(stock: np.ndarray, ours: np.ndarray) -> LogitErrors:
+    """Compare logits ``[T, V]`` of two sides, float32, a few rows at a time.
+
+    Raises:
+        ModelError: the shapes differ, so the vocabularies do.
+    """
+    if stock.shape != ours.shape:
+        raise ModelError(
+            f"[compare] expected logits {list(stock.shape)} as of stock mlx-lm but got "
+            f"{list(ours.shape)}: the models do not have the same vocabulary"
+        )
+    n_rows = max(1, COMPARED_VALUES // stock.shape[1])
+    pieces = [
+        _piece_errors(stock[i : i + n_rows], ours[i : i + n_rows])
+        for i in range(0, len(stock), n_rows)
+    ]
+    kl, equal, largest, squares, reference = map(
+        np.concatenate, zip(*pieces, strict=True)
+    )
+    return LogitErrors(
+        n_positions=len(kl),
+        kl_mean=float(kl.mean()),
+        kl_max=float(kl.max()),
+        kl_max_position=int(kl.argmax()),
+        top1_agreement=float(equal.mean()),
+        max_error=float(largest.max()),
+        rms_error=float(np.sqrt(squares.mean() / stock.shape[1])),
+        relative_rms_error=float(np.sqrt(squares.sum() / reference.sum())),
+    )
+
+
+def _piece_errors(stock: np.ndarray, ours: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return KL, top-1 equality, largest error, sums of squares, all ``[T]``."""
+    p, q = stock.astype(np.float64), ours.astype(np.float64)
+    log_p, log_q = _log_softmax(p), _log_softmax(q)
+    return (
+        (np.exp(log_p) * (log_p - log_q)).sum(axis=1),
+        p.argmax(axis=1) == q.argmax(axis=1),
+        abs(q - p).max(axis=1),
+        np.square(q - p).sum(axis=1),
+        np.square(p).sum(axis=1),
+    )
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(axis=1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=1, keepdims=True))

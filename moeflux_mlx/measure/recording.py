@@ -1,0 +1,221 @@
+"""Run a model once and keep what each step of it was given."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from ..engine.executors.base import Encoding, Executor, Observer, arrays
+from ..engine.executors.kernels import KernelExecutor
+from ..engine.graph.lower import Step, buffers_read
+from ..engine.model import LayerGraph
+from ..engine.runtime import Runtime
+from ..errors import ConfigError, ModelError
+from .timing import Work
+from .traffic import moved_bytes
+
+# Single tokens before one is recorded: by then caches have room and states exist.
+WARM_UP = 2
+
+
+def runtime_of(model: Any) -> Runtime:
+    """Return what runs a model's graphs.
+
+    Raises:
+        ModelError: it is none of ours.
+    """
+    runtime = getattr(model, "runtime", None)
+    if not isinstance(runtime, Runtime):
+        got = type(model).__name__
+        raise ModelError(f"[model] expected a model of moeflux_mlx but got {got}")
+    return runtime
+
+
+def resident_runtime_of(model: Any) -> Runtime:
+    """Return what runs a model's graphs with all experts in memory.
+
+    Raises:
+        ModelError: it is none of ours, or its experts are not all in memory.
+    """
+    runtime = runtime_of(model)
+    if runtime.streams:
+        raise ModelError(
+            "[experts] expected every expert in memory, for reading would hide what "
+            "computing costs, but this memory holds a part: give more (moeflux inspect "
+            "says how much) or the plain checkpoint"
+        )
+    return runtime
+
+
+@dataclass
+class Record:
+    """One step as it was performed once: in which graph, on what, by which kernels.
+
+    ``work`` performs it again. ``launched`` names our kernels in order, and is empty
+    where MLX's own operations or a cache object perform the step.
+    """
+
+    step: Step
+    graph: str
+    work: Work
+    launched: tuple[str, ...]
+    n_bytes: int
+
+
+class Recorder:
+    """Observes an executor: performs every step and keeps it as a ``Record``.
+
+    Args:
+        runtime: of the model that will be called.
+        caches: the caches that it will be called with.
+        share: keep the activations of the first layer of a kind only, for the steps of
+            all: those of a long prompt are too large to be kept.
+    """
+
+    def __init__(self, runtime: Runtime, caches: Sequence[Any], *, share: bool):
+        self.records: list[Record] = []
+        self._runtime, self._share = runtime, share
+        self._before = restorer(caches)
+        self._first: dict[int, list[Any]] = {}
+        self._launched: list[str] = []
+
+    def __call__(self, steps: Sequence[Step], encoding: Encoding) -> None:
+        layer = layer_of(self._runtime, steps)
+        for step in steps:
+            self.records.append(self._record(step, layer, encoding))
+
+    def _record(self, step: Step, layer: LayerGraph, encoding: Encoding) -> Record:
+        values, weights, host = encoding.values, encoding.weights, encoding.host
+        inputs = step.inputs(values, weights)
+        mx.eval(arrays(inputs))
+        self._launched.clear()
+        outputs = step.run(values, weights, host)
+        mx.eval(arrays(outputs))
+        n_bytes = moved_bytes(step, inputs, outputs)
+        if self._share:
+            inputs = shared(self._first.setdefault(id(step), inputs), inputs)
+        on_host = step.is_performed_by(host)
+        kernel = host[type(step.ops[0])] if on_host else step.kernel
+        work = Work(
+            kernel,
+            inputs,
+            carried=() if on_host else states(step, layer),
+            before=self._before if on_host else None,
+            waits=any(op.reads_back for op in step.ops),
+        )
+        return Record(step, layer.graph.name, work, tuple(self._launched), n_bytes)
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[Recorder]:
+        """Record what the executor is given to encode while inside."""
+        executor = self._runtime.executor
+        with observing(executor, self), hearing(executor, self._launched.append):
+            yield self
+
+
+@contextlib.contextmanager
+def observing(executor: Executor, observer: Observer) -> Iterator[None]:
+    """Let ``observer`` encode steps while inside."""
+    executor.observer = observer
+    try:
+        yield
+    finally:
+        executor.observer = None
+
+
+@contextlib.contextmanager
+def hearing(executor: Executor, hear: Callable[[str], object]) -> Iterator[None]:
+    """Tell ``hear`` the name of every kernel of ours that is launched while inside."""
+    if not isinstance(executor, KernelExecutor):
+        yield
+        return
+    executor.on_launch = hear
+    try:
+        yield
+    finally:
+        executor.on_launch = None
+
+
+def layer_of(runtime: Runtime, steps: Sequence[Step]) -> LayerGraph:
+    """Return the graph that steps were lowered from."""
+    return next(g for g in runtime.graphs.values() if g.steps is steps)
+
+
+def shared(first: Sequence[Any], own: Sequence[Any]) -> list[Any]:
+    """Return ``own`` with the arrays of ``first``: weights and experts stay its own."""
+    return [
+        mine if mine is None or not hasattr(mine, "dtype") else theirs
+        for theirs, mine in zip(first, own, strict=True)
+    ]
+
+
+def states(step: Step, layer: LayerGraph) -> tuple[tuple[int, int], ...]:
+    """Pair the outputs of a step with its inputs that are states of the model."""
+    places = layer.graph.pool.physical
+    found = {
+        buf
+        for op in step.ops
+        for buf in op.writes
+        if buf in layer.inputs.values() and buf in buffers_read(step.ops)
+    }
+    return tuple(
+        (step.writes.index(places[buf.index]), step.reads.index(places[buf.index]))
+        for buf in sorted(found, key=lambda buf: buf.index)
+        if places[buf.index] in step.writes
+    )
+
+
+def restorer(caches: Sequence[Any]) -> Callable[[], None]:
+    """Return what sets the length of KV caches back to what it is now."""
+    kept = [(cache, cache.offset) for cache in caches if isinstance(cache, KVCache)]
+
+    def restore() -> None:
+        for cache, offset in kept:
+            cache.offset = offset
+
+    return restore
+
+
+def filled_caches(model: Any, n_tokens: int) -> list[Any]:
+    """Return caches as after ``n_tokens`` tokens: one real, noise, and two real ones.
+
+    Raises:
+        ConfigError: ``n_tokens`` is less than 1.
+    """
+    if n_tokens < 1:
+        raise ConfigError(f"[--context] expected at least 1 token but got {n_tokens}")
+    caches = make_prompt_cache(model)
+    step(model, caches, mx.array([[1]]))
+    missing = n_tokens - 1 - WARM_UP
+    for cache in caches:
+        if isinstance(cache, KVCache) and missing > 0:
+            shape = list(cache.keys.shape)
+            shape[2] = missing
+            noise = mx.random.normal(shape, key=mx.random.key(0))
+            rows = noise.astype(cache.keys.dtype)
+            cache.update_and_fetch(rows, rows)
+    mx.eval([cache.state for cache in caches])
+    for i in range(min(WARM_UP, n_tokens - 1)):
+        mx.eval(step(model, caches, mx.array([[2 + i]])))
+    return caches
+
+
+def step(model: Any, caches: list[Any], token: mx.array) -> mx.array:
+    """Return the next token ``[1, 1]``, greedily, as mlx-lm's generation does."""
+    return next_token(model(token, cache=caches))[None]
+
+
+def next_token(logits: mx.array) -> mx.array:
+    """Return the likeliest next token ``[B]`` of logits ``[B, T, V]``."""
+    return mx.argmax(logits[:, -1], axis=-1)
+
+
+def prompt(n_tokens: int, vocab_size: int) -> mx.array:
+    """Return random tokens ``[1, n_tokens]``."""
+    shape = (1, n_tokens)
+    return mx.random.randint(0, vocab_size, shape, key=mx.random.key(n_tokens))

@@ -1,0 +1,144 @@
+"""Run a model and keep which experts its routers chose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import generate_step
+
+from ..engine.executors.base import Encoding
+from ..engine.graph.lower import Step, lower
+from ..engine.layer import GraphLayer
+from ..engine.ops.moe import RoutedExperts
+from ..engine.runtime import Runtime
+from ..errors import ConfigError
+from ..experts.pool.routing_trace import RoutingTrace
+from .block_routing import record_blocks
+from .recording import layer_of, observing, runtime_of
+
+
+def record_routing(
+    model: Any,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int,
+    sampler: Callable[[mx.array], mx.array] | None = None,
+    eos_tokens: Collection[int] = (),
+    **options: Any,
+) -> RoutingTrace:
+    """Generate as mlx-lm does and return every choice of every router.
+
+    Of single tokens also what the layer before would have had read ahead.
+
+    Args:
+        prompt: token ids.
+        max_tokens: tokens to generate after it.
+        sampler: takes log-probabilities ``[1, V]``; None takes the likeliest token.
+        eos_tokens: ids that end the text before.
+        options: passed on to mlx-lm's ``generate_step``.
+
+    Raises:
+        ConfigError: there is no prompt, or nothing to generate.
+        ModelError: the model has no routed blocks, or what they are asked for has no
+            form that a recording has.
+    """
+    if not prompt or max_tokens < 1:
+        raise ConfigError(
+            "[trace] expected at least 1 token of a prompt and 1 to generate but got "
+            f"{len(prompt)} and {max_tokens}"
+        )
+    if not hasattr(model, "runtime"):
+        return record_blocks(
+            model,
+            prompt,
+            sampler=sampler,
+            eos_tokens=eos_tokens,
+            max_tokens=max_tokens,
+            **options,
+        )
+    runtime = runtime_of(model)
+    layers = [layer for layer in model.graph_layers if layer.is_routed]
+    recorder = RoutingRecorder(runtime, layers)
+    recorded: Any = RecordedModel(model, recorder)
+    with observing(runtime.executor, recorder):
+        options = {**options, "max_tokens": max_tokens, "sampler": sampler}
+        for token, _ in generate_step(mx.array([*prompt]), recorded, **options):
+            if token in eos_tokens:
+                break
+    return RoutingTrace(
+        model_type=model.model_type,
+        layers=tuple(layer.index for layer in layers),
+        n_experts=recorded.routed[0].n_experts,
+        record_bytes=tuple(op.expert_bytes for op in recorded.routed),
+        n_prompt_tokens=len(prompt),
+        passes=np.array([len(chosen) for chosen in recorded.passes], np.uint32),
+        chosen=np.concatenate(recorded.passes),
+        likely=np.stack(recorded.likely) if recorded.likely else None,
+    )
+
+
+class RoutingRecorder:
+    """Observes an executor: performs every step and keeps what experts were asked for.
+
+    ``layers`` are those with routed experts.
+
+    Ops are performed one by one: several together may keep the choice to themselves.
+    """
+
+    def __init__(self, runtime: Runtime, layers: Sequence[GraphLayer]):
+        self._runtime, self._layers = runtime, layers
+        self._steps: dict[int, list[Step]] = {}
+        # By layer, in the order in which they are run.
+        self._routed: list[RoutedExperts] = []
+        self._chosen: list[Any] = []
+        self._likely: list[Any] = []
+
+    def __call__(self, steps: Sequence[Step], encoding: Encoding) -> None:
+        layer = layer_of(self._runtime, steps)
+        if id(layer) not in self._steps:
+            lowered = lower(layer.graph, self._runtime.executor.kernel)
+            self._steps[id(layer)] = lowered
+        lowered, before = self._steps[id(layer)], len(self._chosen)
+        if before and any(isinstance(step.ops[0], RoutedExperts) for step in lowered):
+            hidden = encoding.value(layer.inputs["hidden"])
+            if len(hidden) == 1:
+                self._likely.append(self._layers[before].expected(hidden))
+        for step in lowered:
+            if isinstance(op := step.ops[0], RoutedExperts):
+                self._routed.append(op)
+                self._chosen.append(encoding.value(op.indices))
+            step.run(encoding.values, encoding.weights, encoding.host)
+
+    def take(self) -> tuple[list[RoutedExperts], np.ndarray, np.ndarray | None]:
+        """Return one pass: each layer's Op, what it chose and was expected to.
+
+        That is ``[N, L, K]`` and, of one token, ``[L - 1, K]``.
+        """
+        routed, chosen, likely = self._routed, self._chosen, self._likely
+        self._routed, self._chosen, self._likely = [], [], []
+        expected = np.concatenate([np.array(x) for x in likely]) if likely else None
+        return routed, np.stack([np.array(x) for x in chosen], axis=1), expected
+
+
+class RecordedModel:
+    """A model that keeps the routing of every call; else it is the model."""
+
+    def __init__(self, model: Any, recorder: RoutingRecorder):
+        self.passes: list[np.ndarray] = []
+        self.likely: list[np.ndarray] = []
+        self.routed: list[RoutedExperts] = []
+        self._model, self._recorder = model, recorder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, *args: Any, **options: Any) -> mx.array:
+        logits = self._model(*args, **options)
+        self.routed, chosen, likely = self._recorder.take()
+        self.passes.append(chosen)
+        if likely is not None:
+            self.likely.append(likely)
+        return logits

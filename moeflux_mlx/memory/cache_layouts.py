@@ -1,0 +1,325 @@
+"""What mlx-lm's caches consist of: told of a model's, written to a file, made again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import mlx.core as mx
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    ChunkedKVCache,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+)
+
+from ..errors import StateError
+from ..experts.weights import DTYPE_NAMES
+
+# Besides what weights may be: some caches keep token ids.
+DTYPES = {**DTYPE_NAMES, mx.int64: "I64", mx.uint64: "U64"}
+FLOATS = ("F32", "F16", "BF16")
+# What QuantizedKVCache can go on with.
+CACHE_BITS, CACHE_GROUPS = (2, 4, 8), (32, 64, 128)
+# No context is longer, so no window is.
+MOST_ROWS = 1 << 31
+
+# What a file says of each kind of cache, besides its arrays.
+KINDS: dict[type, tuple[str, ...]] = {
+    KVCache: (),
+    QuantizedKVCache: ("group_size", "bits"),
+    RotatingKVCache: ("keep", "max_size", "index", "rows"),
+    ChunkedKVCache: ("chunk_size", "start_position"),
+    ArraysCache: (),
+    CacheList: ("caches",),
+}
+# What a model makes a cache with, and keeps to.
+MADE_WITH: dict[type, tuple[str, ...]] = {
+    RotatingKVCache: ("keep", "max_size"),
+    ChunkedKVCache: ("chunk_size",),
+}
+# What users may put in the place of a cache that a model makes.
+STAND_INS: dict[type, tuple[type, ...]] = {
+    KVCache: (KVCache, QuantizedKVCache, RotatingKVCache)
+}
+
+# None is for each of some rows.
+Shape = tuple[int | None, ...]
+# What a tensor of a file may be: its type is one of these, its shape is this.
+Part = tuple[tuple[str, ...], tuple[int, ...]]
+# Raises the error that something was expected but something else was found.
+Refuse = Callable[[str, Any, Any], NoReturn]
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """What one cache of a model is once it has tokens of one sequence.
+
+    ``arrays`` are their shapes and types, None where it keeps none; ``numbers`` is what
+    the model made it with, ``caches`` what a ``CacheList`` consists of.
+    """
+
+    kind: type
+    arrays: tuple[tuple[Shape, mx.Dtype] | None, ...] = ()
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    caches: tuple[CacheLayout, ...] = ()
+
+    @classmethod
+    def of(cls, cache: Any) -> CacheLayout:
+        """Return the layout of a cache that a call left."""
+        kind = type(cache)
+        if kind is CacheList:
+            return cls(kind, caches=tuple(map(cls.of, cache.caches)))
+        if kind is ArraysCache:
+            held = (x if x is None else (x.shape, x.dtype) for x in cache.cache)
+            return cls(kind, tuple(held))
+        parts = (getattr(cache, name, None) for name in ("keys", "values"))
+        rows = [x for x in parts if isinstance(x, mx.array)]
+        numbers = {name: getattr(cache, name) for name in MADE_WITH.get(kind, ())}
+        shapes = ((*x.shape[:-2], None, x.shape[-1]) for x in rows)
+        types = (x.dtype for x in rows)
+        return cls(kind, tuple(zip(shapes, types, strict=True)), numbers)
+
+
+def check_kinds(layouts: Iterable[CacheLayout]) -> None:
+    """Raise StateError if there is a cache that cannot be kept, whatever it holds."""
+    for i, layout in enumerate(layouts):
+        if layout.kind not in KINDS:
+            raise _unknown(f"layer {i}", layout.kind)
+        check_kinds(layout.caches)
+
+
+def _unknown(where: str, kind: type) -> StateError:
+    return StateError(f"[state] {where}: cannot keep a cache of {kind.__name__}")
+
+
+def describe(
+    where: str, cache: Any, layout: CacheLayout, n_tokens: int
+) -> tuple[dict[str, Any], list[mx.array]]:
+    """Return what a file says of a cache, and the arrays that are written.
+
+    Args:
+        where: names the cache.
+
+    Raises:
+        StateError: it cannot be kept, or is not of one sequence's tokens.
+    """
+    kind = type(cache)
+    if kind not in KINDS:
+        raise _unknown(where, kind)
+    if kind is CacheList:
+        return _describe_several(where, cache, layout, n_tokens)
+    if kind is ArraysCache:
+        arrays = _arrays_of(where, cache)
+    else:
+        arrays = [] if cache.keys is None else _rows_of(cache)
+    if not arrays and any(x is not None for x in layout.arrays):
+        raise StateError(f"[state] {where}: expected a cache with tokens")
+    if kind is not ArraysCache and arrays and cache.offset != n_tokens:
+        raise StateError(
+            f"[state] {where}: expected tokens {n_tokens} but got {cache.offset}"
+        )
+    about: dict[str, Any] = {"kind": kind.__name__}
+    for name in KINDS[kind]:
+        if name == "rows":
+            about[name] = arrays[0].shape[-2] if arrays else 0
+        else:
+            about[name] = getattr(cache, "_idx" if name == "index" else name)
+    return about, arrays
+
+
+def _describe_several(
+    where: str, cache: Any, layout: CacheLayout, n_tokens: int
+) -> tuple[dict[str, Any], list[mx.array]]:
+    if layout.kind is not CacheList or len(cache.caches) != len(layout.caches):
+        n_caches = len(layout.caches) or 1
+        raise StateError(
+            f"[state] {where}: expected {n_caches} caches but got {len(cache.caches)}"
+        )
+    found = [
+        describe(f"{where}, cache {i}", one, own, n_tokens)
+        for i, (one, own) in enumerate(zip(cache.caches, layout.caches, strict=True))
+    ]
+    about = {"kind": CacheList.__name__, "caches": [about for about, _ in found]}
+    return about, [array for _, arrays in found for array in arrays]
+
+
+def _arrays_of(where: str, cache: Any) -> list[mx.array]:
+    if cache.lengths is not None or cache.left_padding is not None:
+        raise StateError(f"[state] {where}: expected no padded batch")
+    return [x for x in cache.cache if x is not None]
+
+
+def _rows_of(cache: Any) -> list[mx.array]:
+    """Return the rows in use: those of a window in the order in which they lie."""
+    n_rows = cache.offset - getattr(cache, "start_position", 0)
+    parts = (x if isinstance(x, list | tuple) else [x] for x in _pair(cache))
+    return [x[..., : min(n_rows, x.shape[-2]), :] for part in parts for x in part]
+
+
+def _pair(cache: Any) -> tuple[Any, Any]:
+    return cache.keys, cache.values
+
+
+@dataclass(frozen=True)
+class CacheFile:
+    """A cache in a file: what its tensors must be, and what makes a cache of them."""
+
+    parts: list[Part]
+    fill: Callable[[list[mx.array]], Any]
+
+
+class CacheReader:
+    """Holds what a file says of caches against the model's own.
+
+    Args:
+        n_tokens: how many tokens the caches stand for.
+        refuse: raises StateError.
+    """
+
+    def __init__(self, n_tokens: int, refuse: Refuse):
+        self._n_tokens, self._refuse = n_tokens, refuse
+
+    def __call__(self, where: str, fields: Any, layout: CacheLayout) -> CacheFile:
+        """Return one cache as it is in the file.
+
+        Raises:
+            StateError: it is none that the model takes.
+        """
+        name = fields.get("kind") if isinstance(fields, dict) else None
+        allowed = STAND_INS.get(layout.kind, (layout.kind,))
+        known = {kind.__name__: kind for kind in allowed if kind in KINDS}
+        if not isinstance(name, str) or name not in known:
+            self._refuse(f"{where}: kind", f"one of {[*known]}", name)
+        kind = known[name]
+        self._expect(f"{where}: fields", sorted(["kind", *KINDS[kind]]), sorted(fields))
+        read: dict[type, Callable[[str, Any, CacheLayout], CacheFile]] = {
+            KVCache: self._plain,
+            QuantizedKVCache: self._quantized,
+            RotatingKVCache: self._rotating,
+            ChunkedKVCache: self._chunked,
+            ArraysCache: self._arrays,
+            CacheList: self._several,
+        }
+        return read[kind](where, fields, layout)
+
+    def _plain(self, where: str, fields: Any, layout: CacheLayout) -> CacheFile:
+        return self._rows(KVCache(), layout, self._n_tokens)
+
+    def _quantized(self, where: str, fields: Any, layout: CacheLayout) -> CacheFile:
+        bits, group = fields["bits"], fields["group_size"]
+        for name, allowed in (("bits", CACHE_BITS), ("group_size", CACHE_GROUPS)):
+            value = fields[name]
+            if type(value) is not int or value not in allowed:
+                self._refuse(f"{where}: {name}", f"one of {allowed}", value)
+        parts: list[Part] = []
+        for dtype, (*front, width) in self._sized(layout, self._n_tokens):
+            if width % group:
+                self._refuse(f"{where}: group_size", f"a part of {width}", group)
+            scales = (dtype,), (*front, width // group)
+            parts += [(("U32",), (*front, width * bits // 32)), scales, scales]
+
+        def fill(arrays: list[mx.array]) -> Any:
+            cache: Any = QuantizedKVCache(group, bits)
+            if arrays:
+                cache.keys, cache.values = tuple(arrays[:3]), tuple(arrays[3:])
+                cache.offset = self._n_tokens
+            return cache
+
+        return CacheFile(parts, fill)
+
+    def _rotating(self, where: str, fields: Any, layout: CacheLayout) -> CacheFile:
+        own = layout.numbers
+        keep = self._whole(where, fields, "keep", own.get("keep", 0))
+        size = self._whole(where, fields, "max_size", own.get("max_size", keep + 1))
+        if layout.kind is RotatingKVCache:
+            for name, value in own.items():
+                self._expect(f"{where}: {name}", value, fields[name])
+        if not layout.arrays:
+            return self._rows(RotatingKVCache(size, keep), layout, 0)
+        # Rows leave only once the window is full, and take others' places only when
+        # there are as many as it has.
+        least = min(size, self._n_tokens)
+        n_rows = self._whole(where, fields, "rows", least, self._n_tokens)
+        turned = n_rows == size < self._n_tokens
+        first = min(keep + 1, n_rows) if turned else n_rows
+        index = self._whole(where, fields, "index", first, n_rows)
+        cache = RotatingKVCache(size, keep)
+        cache._idx = index
+        return self._rows(cache, layout, n_rows)
+
+    def _chunked(self, where: str, fields: Any, layout: CacheLayout) -> CacheFile:
+        size = layout.numbers["chunk_size"]
+        self._expect(f"{where}: chunk_size", size, fields["chunk_size"])
+        last = self._n_tokens - 1
+        start = self._whole(where, fields, "start_position", 0, last)
+        cache = ChunkedKVCache(size)
+        cache.start_position = start
+        return self._rows(cache, layout, self._n_tokens - start)
+
+    def _arrays(self, where: str, fields: Any, layout: CacheLayout) -> CacheFile:
+        there = [x for x in layout.arrays if x is not None]
+        # Whoever computes on the host keeps float32.
+        types = [(d, (DTYPES.get(d, str(d)),)) for _, d in there]
+        dtypes = [FLOATS if mx.issubdtype(d, mx.floating) else t for d, t in types]
+        shapes = [tuple(n or 0 for n in shape) for shape, _ in there]
+
+        def fill(arrays: list[mx.array]) -> Any:
+            cache: Any = ArraysCache(len(layout.arrays))
+            found = iter(arrays)
+            cache.cache = [None if x is None else next(found) for x in layout.arrays]
+            return cache
+
+        return CacheFile([*zip(dtypes, shapes, strict=True)], fill)
+
+    def _several(self, where: str, fields: Any, layout: CacheLayout) -> CacheFile:
+        caches = fields["caches"]
+        if not isinstance(caches, list):
+            self._refuse(f"{where}: caches", "a list", caches)
+        self._expect(f"{where}: caches", len(layout.caches), len(caches))
+        files = [
+            self(f"{where}, cache {i}", one, own)
+            for i, (one, own) in enumerate(zip(caches, layout.caches, strict=True))
+        ]
+
+        def fill(arrays: list[mx.array]) -> Any:
+            rest = iter(arrays)
+            return CacheList(*(f.fill([next(rest) for _ in f.parts]) for f in files))
+
+        return CacheFile([part for file in files for part in file.parts], fill)
+
+    def _rows(self, cache: Any, layout: CacheLayout, n_rows: int) -> CacheFile:
+        """Return what fills an empty cache with rows of keys and values."""
+
+        def fill(arrays: list[mx.array]) -> Any:
+            if arrays:
+                cache.keys, cache.values = arrays
+                cache.offset = self._n_tokens
+            return cache
+
+        sized = self._sized(layout, n_rows)
+        return CacheFile([((dtype,), shape) for dtype, shape in sized], fill)
+
+    def _sized(
+        self, layout: CacheLayout, n_rows: int
+    ) -> Iterable[tuple[str, tuple[int, ...]]]:
+        for x in layout.arrays:
+            assert x is not None
+            shape = tuple(n_rows if n is None else n for n in x[0])
+            yield DTYPES.get(x[1], str(x[1])), shape
+
+    def _whole(
+        self, where: str, fields: Any, name: str, least: int, most: int = MOST_ROWS
+    ) -> int:
+        value = fields[name]
+        if type(value) is not int or not least <= value <= most:
+            wanted = f"an integer from {least} to {most}"
+            self._refuse(f"{where}: {name}", wanted, value)
+        return int(value)
+
+    def _expect(self, what: str, expected: Any, found: Any) -> None:
+        if expected != found:
+            self._refuse(what, expected, found)

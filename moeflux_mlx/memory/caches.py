@@ -1,0 +1,196 @@
+"""mlx-lm's caches of any kind: how they grow, and how they are put back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import (
+    ArraysCache,
+    BatchKVCache,
+    BatchRotatingKVCache,
+    ChunkedKVCache,
+    ConcatenateKVCache,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+)
+
+from ..experts.weights import leaves
+
+# mlx-lm's KV caches grow by this many rows.
+CACHE_STEP = 256
+# Their rows lie after each other, and later ones never touch those before the end.
+APPENDED = (KVCache, QuantizedKVCache, BatchKVCache)
+ROTATING = (RotatingKVCache, BatchRotatingKVCache)
+KNOWN = (*APPENDED, *ROTATING, ArraysCache, ChunkedKVCache, ConcatenateKVCache)
+
+
+@dataclass(frozen=True)
+class CacheForm:
+    """What one cache takes of a sequence: for each row, and once for all."""
+
+    row_bytes: float
+    state_bytes: int
+
+
+def single_caches(cache: Iterable[Any]) -> Iterator[Any]:
+    """Give the caches of a call one by one: a layer may have a list of several."""
+    for one in cache:
+        if one is not None:
+            parts = getattr(one, "caches", None)
+            yield from [one] if parts is None else single_caches(parts)
+
+
+def most_rows(cache: Any) -> int | None:
+    """Return how many rows a cache keeps of a long sequence; None: all of them."""
+    most = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
+    return int(most) if most else None
+
+
+def rows(cache: Any) -> tuple[int, int, int]:
+    """Return a KV cache's rows, those in use, and the bytes of all; else zeros."""
+    keys = getattr(cache, "keys", None)
+    if keys is None:
+        return 0, 0, 0
+    first = keys[0] if isinstance(keys, list | tuple) else keys
+    used = getattr(cache, "_idx", cache.offset)
+    return first.shape[-2], int(used), cache.nbytes
+
+
+def n_rows(cache: Iterable[Any]) -> int:
+    """Return the most rows that any of the caches of a call has in use."""
+    return max((rows(c)[1] for c in single_caches(cache)), default=0)
+
+
+def growth_bytes(
+    cache: Iterable[Any], forms: Sequence[CacheForm], n_seqs: int, t: int, step: int
+) -> int:
+    """Return the bytes by which caches grow in ``t`` tokens, ``step`` at a time."""
+    pairs = zip(single_caches(cache), forms, strict=False)
+    return sum(_growth(one, form, n_seqs, t, step) for one, form in pairs)
+
+
+def _growth(cache: Any, form: CacheForm, n_seqs: int, t: int, step: int) -> int:
+    state = n_seqs * form.state_bytes if cache.empty() else 0
+    allocated, used, n_bytes = rows(cache)
+    row = n_bytes / allocated if allocated else n_seqs * form.row_bytes
+    if not row or used + t <= allocated:
+        return state
+    more = _allocated(allocated, used, t, step) - allocated
+    if (most := most_rows(cache)) is not None:
+        more = max(0, min(more, most + t - allocated))
+    return state + math.ceil(row) * more
+
+
+def _allocated(allocated: int, used: int, t: int, step: int) -> int:
+    """Return the rows of mlx-lm's KV cache after ``t`` tokens, ``step`` at a time.
+
+    What is full is cut to the rows in use and grows by whole steps of its own.
+    """
+    end = used + t
+    while used < end:
+        n = min(step, end - used)
+        if used + n > allocated:
+            allocated = used + -(-n // CACHE_STEP) * CACHE_STEP
+        used += n
+    return allocated
+
+
+def arrays_of(cache: Iterable[Any]) -> list[mx.array]:
+    """Return the arrays that the caches of a call hold."""
+    held = (c for c in single_caches(cache) if not c.empty())
+    return [array for c in held for array in leaves(c.state)]
+
+
+def are_known(cache: Iterable[Any]) -> bool:
+    """Tell whether a ``CacheState`` has all that each of the caches of a call is."""
+    return all(type(one) in KNOWN for one in single_caches(cache))
+
+
+class CacheState:
+    """Where a cache was before a call, to go back to as often as wanted.
+
+    MLX's values are immutable, so what a cache held is there as long as somebody holds
+    it. Yet rows are written in place only while nobody else holds them: where new ones
+    replace nothing that counts, not the rows are held but where they end.
+
+    Args:
+        cache: one of ``single_caches``.
+        n_tokens: of each sequence, that the call will add; None: not known.
+    """
+
+    def __init__(self, cache: Any, n_tokens: int | None = None):
+        self.cache = cache
+        left_out = ("keys", "values") if _keeps_rows(cache, n_tokens) else ()
+        self._names = [name for name in vars(cache) if name not in left_out]
+        self._held = self._values()
+
+    def now(self) -> CacheState:
+        """Return where the cache is now, as far as this state knows of it."""
+        state = object.__new__(CacheState)
+        state.cache, state._names = self.cache, self._names
+        state._held = state._values()
+        return state
+
+    def put_back(self) -> None:
+        """Have the cache as it was."""
+        for name, value in zip(self._names, self._held, strict=True):
+            setattr(self.cache, name, _copied(value))
+
+    def _values(self) -> list[Any]:
+        own = vars(self.cache)
+        return [_copied(own[name]) for name in self._names]
+
+
+def _keeps_rows(cache: Any, n_tokens: int | None) -> bool:
+    """Tell whether rows that count stay in a cache's arrays while a call adds some."""
+    kind = type(cache)
+    if getattr(cache, "keys", None) is None:
+        return False
+    if isinstance(cache, APPENDED):
+        return True
+    if kind is ChunkedKVCache:
+        return bool(cache.offset - cache.start_position <= cache.chunk_size)
+    if kind in ROTATING and n_tokens == 1:
+        # A full one loses the row that the next token does not see any more.
+        allocated = cache.keys.shape[2]
+        used = cache._offset if kind is BatchRotatingKVCache else cache.offset
+        most = cache.max_size
+        return bool(allocated <= most and (used < allocated or allocated == most))
+    return False
+
+
+def _copied(value: Any) -> Any:
+    """Return a value that a cache does not change with its own; no bytes move."""
+    if isinstance(value, mx.array):
+        # The same values behind another handle.
+        return value.view(value.dtype)
+    if type(value) in (list, tuple):
+        return type(value)([_copied(part) for part in value])
+    return value
+
+
+class PutBackOnFailure:
+    """Leaves mlx-lm's caches as they were if the block fails; gives their states.
+
+    Rows that a KV cache took meanwhile stay, after its end, until others replace them.
+    A class: a generator that Ctrl-C leaves suspended would put them back at any time.
+
+    Args:
+        n_tokens: as for ``CacheState``.
+    """
+
+    def __init__(self, cache: Iterable[Any], n_tokens: int | None = None):
+        self._states = [CacheState(one, n_tokens) for one in single_caches(cache)]
+
+    def __enter__(self) -> list[CacheState]:
+        return self._states
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            for state in self._states:
+                state.put_back()

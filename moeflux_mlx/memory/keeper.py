@@ -1,0 +1,289 @@
+"""Keep a process to its memory plan while caches grow and prompts come."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import mlx.core as mx
+from rich.filesize import decimal
+
+from .. import device
+from ..errors import BudgetError
+from ..experts.streaming.streamer import ExpertStreamer
+from . import caches
+from .caches import CACHE_STEP
+from .plan import CHUNKS, KEPT_SHARE, SMALLER_CHUNKS, MemoryPlan, Needs
+from .relief import Relief, resize
+
+# Room is made for this many tokens at once, one after the other.
+LOOKAHEAD = 16
+# What a process takes that no plan knew of is made room for in steps.
+SURPLUS_STEP_BYTES = 16 << 20
+
+
+class MemoryKeeper:
+    """Resizes the expert pool between tokens so that a process keeps to its plan.
+
+    Every cache that a call was made with counts for as long as it lives.
+    """
+
+    def __init__(self, plan: MemoryPlan, needs: Needs, streamer: ExpertStreamer):
+        # What MLX keeps of freed arrays belongs to no part of a plan.
+        device.return_freed()
+        self.plan, self._needs, self._streamer = plan, needs, streamer
+        self._most_slots = streamer.n_slots
+        self._relief = Relief(streamer)
+        self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
+        # The first cache of a call, its sequences, and how many more tokens have room.
+        self._foreseen: tuple[Callable[[], Any], int, int] = (lambda: None, 0, 0)
+        # Whether the process has grown by what a first prompt makes it grow.
+        self._has_grown = False
+        # What the last call was given beside caches and experts.
+        self.scratch_bytes = plan.scratch_bytes
+
+    def limit(self, n_slots: int) -> None:
+        """Hold no more experts than ``n_slots`` from now on.
+
+        Raises:
+            BudgetError: that is not a number of slots there can be; nothing changes.
+        """
+        self._streamer.resize(n_slots)
+        self._most_slots = n_slots
+
+    def count(self, cache: Iterable[Any]) -> None:
+        """Count caches that others keep, though no call was made with them."""
+        self._caches.update(c for c in cache if c is not None)
+
+    def make_room(
+        self,
+        cache: list[Any],
+        n_seqs: int,
+        t: int,
+        *,
+        logits: bool = False,
+        spares: bool = False,
+    ) -> int:
+        """Give the caches of a call with ``t`` more tokens the room they will take.
+
+        It is decided here for the whole call: what follows of it cannot be refused.
+        The logits of a call have room too where experts can give way to them; those of
+        a prompt are mostly thrown away unseen.
+
+        Args:
+            logits: they are asked for, so there is room for all of them or an error.
+            spares: leave experts their floor, or raise: something else may give way.
+
+        Returns:
+            How many tokens, of all sequences, are to be computed together.
+
+        Raises:
+            BudgetError: even with the fewest experts they do not fit; nothing changes.
+        """
+        last, n_before, n_tokens = self._foreseen
+        if self._relief.look(self._most_slots):
+            n_tokens = 0
+        if t == 1 and n_tokens > 0 and n_before == n_seqs and last() is cache[0]:
+            self._foreseen = (last, n_seqs, n_tokens - 1)
+            return n_seqs
+        self.count(cache)
+        call = _Planned(cache, n_seqs, t, logits)
+        floor = self._floor if spares else self._streamer.least_slots
+        parts = self._parts(measured=t > 1)
+        choice = self._choose(parts, call, floor)
+        if choice is None and not spares:
+            # Caches in reference cycles live on until they are collected.
+            gc.collect()
+            mx.clear_cache()
+            device.trim_heap()
+            parts = self._parts(measured=True)
+            choice = self._choose(parts, call, floor)
+        if choice is None:
+            raise self._too_little(parts, call)
+        chunk, self.scratch_bytes, n_slots = choice
+        resize(self._streamer, n_slots, cache)
+        self._has_grown |= t > 1
+        # After a prompt experts come back at once.
+        n_tokens = LOOKAHEAD - 1 if t == 1 else 0
+        self._foreseen = (weakref.ref(cache[0]), n_seqs, n_tokens)
+        return chunk
+
+    def _parts(self, *, measured: bool) -> dict[str, int]:
+        """Return what takes memory before a call, beside experts.
+
+        Args:
+            measured: look whether the process takes less than was planned.
+        """
+        held = sum(c.nbytes for c in self._caches)
+        process = self.plan.process_bytes
+        fixed = process + self.plan.resident_bytes
+        return {
+            "process": self._measured_process(process) if measured else process,
+            "weights": self.plan.resident_bytes,
+            "what no plan knew of": self._surplus(fixed + held),
+            "caches": held,
+        }
+
+    @property
+    def _floor(self) -> int:
+        """The fewest experts beside anything that can give way."""
+        floor, wanted = int(KEPT_SHARE * self.plan.n_slots), self._most_slots
+        return max(self._streamer.least_slots, min(floor, self._relief.n_slots(wanted)))
+
+    def _choose(
+        self, parts: dict[str, int], call: _Planned, floor: int
+    ) -> tuple[int, int, int] | None:
+        """Return the chunk, its scratch and the slots that read the fewest experts.
+
+        Each chunk reads the experts that it asks for and that are not held; those that
+        give way are read once more afterwards. None: nothing fits.
+        """
+        room = self.plan.budget_bytes - sum(parts.values())
+        left, held = device.left_by_ulimit(), self._streamer.n_slots
+        choices: list[tuple[int, int, int, int]] = []
+        for chunk in call.chunks():
+            growth = call.growth(chunk, self._needs)
+            least, most = self._scratch(chunk, call)
+            for scratch in (most, least):
+                n_slots = self._n_slots(room - growth - scratch)
+                if n_slots < floor:
+                    continue
+                # Slots given up leave memory, but not what these limits count.
+                if left is not None and growth + scratch > left:
+                    continue
+                missing = max(0, self._streamer.most_asked(chunk) - n_slots)
+                n_read = -(-call.n_tokens // chunk) * missing + max(0, held - n_slots)
+                choices.append((n_read, chunk, scratch, n_slots))
+                break
+        if not choices:
+            return None
+        # The first of equals is the longest.
+        return min(choices, key=lambda choice: choice[0])[1:]
+
+    def _scratch(self, chunk: int, call: _Planned) -> tuple[int, int]:
+        """Return the least that a call takes meanwhile, and with all its logits."""
+        scratch = self._needs.scratch_bytes(chunk, call.n_rows, call.n_seqs)
+        scratch += self._needs.output_bytes(call.n_tokens)
+        most = max(scratch, self._needs.logits_bytes(call.n_tokens))
+        return (most if call.logits else scratch), most
+
+    def _n_slots(self, room: int) -> int:
+        """Return how many slots ``room`` is enough for, no more than are wanted."""
+        streamer = self._streamer
+        n_slots = (room - streamer.slack_bytes) // streamer.slot_bytes
+        return min(n_slots, self._relief.n_slots(self._most_slots))
+
+    def _surplus(self, expected: int) -> int:
+        """Return what the process holds beyond ``expected`` and its experts."""
+        expected += self._streamer.memory_bytes
+        if not device.on_cpu() or (device.process_bytes() or 0) <= expected:
+            return 0
+        device.trim_heap()
+        surplus = max(0, (device.process_bytes() or 0) - expected)
+        return -(-surplus // SURPLUS_STEP_BYTES) * SURPLUS_STEP_BYTES
+
+    def _measured_process(self, planned: int) -> int:
+        """Return what the process really takes, and a step more, if that is less.
+
+        Slots without an expert may never have been written, so they do not count.
+        """
+        taken = device.process_bytes() if device.on_cpu() else None
+        if taken is None or not self._has_grown:
+            return planned
+        device.trim_heap()
+        streamer = self._streamer
+        known = len(streamer.held) * streamer.slot_bytes + self.plan.resident_bytes
+        known += sum(c.nbytes for c in self._caches)
+        taken = max(0, (device.process_bytes() or 0) - known)
+        return min(planned, taken + SURPLUS_STEP_BYTES)
+
+    def _too_little(self, parts: dict[str, int], call: _Planned) -> BudgetError:
+        streamer = self._streamer
+        *_, chunk = call.chunks()
+        growth, scratch = call.growth(chunk, self._needs), self._scratch(chunk, call)[0]
+        n_least = streamer.least_slots
+        least_bytes = n_least * streamer.slot_bytes + streamer.slack_bytes
+        others = parts["caches"] - sum(c.nbytes for c in call.caches)
+        parts = parts | {"caches": parts["caches"] + growth, "scratch": scratch}
+        parts |= {f"{n_least} experts": least_bytes}
+        needed, budget = sum(parts.values()), self.plan.budget_bytes
+        taken = ", ".join(f"{decimal(n)} {what}" for what, n in parts.items() if n)
+        if needed <= budget:
+            needed, budget = growth + scratch, device.left_by_ulimit() or 0
+            taken = f"{taken}: {decimal(needed)} of them yet to come"
+            given = f"{budget} that ulimit leaves"
+        else:
+            given = f"{budget}"
+        return BudgetError(
+            f"[memory] expected at least {needed} bytes ({taken}) but got "
+            f"{given}: {call.n_seqs} x {call.t} tokens would make caches of "
+            f"{call.n_rows} rows, beside {decimal(others)} in other caches; one "
+            f"sequence alone has room for {self.plan.context_tokens} tokens: drop old "
+            "caches, shorten the prompt, or raise memory"
+        )
+
+
+class _Planned:
+    """A call before it is made: caches and tokens; ``n_rows`` a sequence then has."""
+
+    def __init__(self, cache: list[Any], n_seqs: int, t: int, logits: bool):
+        self.caches = [c for c in cache if c is not None]
+        self.n_seqs, self.t, self.logits = n_seqs, t, logits
+        self.n_tokens = n_seqs * t
+        # Of single tokens more are to come, each a call of its own.
+        self._n_more = t if t > 1 else LOOKAHEAD
+        used = caches.n_rows(self.caches)
+        self.n_rows = -(-(used + self._n_more) // CACHE_STEP) * CACHE_STEP
+
+    def chunks(self) -> list[int]:
+        """Return how many tokens may be computed together, the most first."""
+        return _chunks(self.n_seqs, self.t)
+
+    def growth(self, chunk: int, needs: Needs) -> int:
+        """Return the bytes by which the caches grow, computed in such chunks."""
+        step = chunk // self.n_seqs
+        forms = needs.cache_forms
+        return caches.growth_bytes(self.caches, forms, self.n_seqs, self._n_more, step)
+
+
+def _chunks(n_seqs: int, t: int) -> list[int]:
+    """Return how many tokens of a call may be computed together, the most first.
+
+    It is as many of each sequence, and at least one.
+    """
+    sizes = {min(n_seqs * t, size) for size in (*CHUNKS, *SMALLER_CHUNKS)}
+    return sorted({max(1, size // n_seqs) * n_seqs for size in sizes}, reverse=True)
+
+
+def make_room(
+    keeper: Any,
+    give_way: Callable[[], bool] | None,
+    cache: list[Any],
+    n_seqs: int,
+    t: int,
+    **options: Any,
+) -> int:
+    """Do what ``MemoryKeeper.make_room`` does, freeing what can be freed until it fits.
+
+    Args:
+        give_way: frees some memory, and tells whether it did; asked before experts
+            fall below their floor.
+
+    Raises:
+        BudgetError: they do not fit, whatever gives way.
+    """
+    spares = give_way is not None
+    while True:
+        try:
+            spared = {"spares": True} if spares else {}
+            found: int = keeper.make_room(cache, n_seqs, t, **options, **spared)
+            return found
+        except BudgetError:
+            if give_way is not None and give_way():
+                continue
+            if not spares:
+                raise
+            # Nothing else is left to give way, so experts do.
+            spares = False

@@ -1,0 +1,90 @@
+"""Find a model's directory, downloading what is read of a hub's and no more."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+
+from mlx_lm.utils import _download
+
+from ..errors import ModelError
+from ..experts.files.checkpoint import read_index
+from ..experts.files.manifest import MANIFEST_NAME
+
+# Configuration, tokenizer and chat templates: never code.
+SMALL_FILES = (
+    "*.json",
+    "*.jsonl",
+    "*.txt",
+    "*.jinja",
+    "*.tiktoken",
+    "*.model",
+)
+WEIGHTS = "model*.safetensors"
+PACKED_EXPERTS = "experts-*.bin"
+
+
+def find_model(path_or_repo: str | Path, revision: str | None = None) -> Path:
+    """Return the local directory of a model, downloading a hub id.
+
+    Raises:
+        ModelError: there is no model at the path, or the hub has none of that id.
+    """
+    if not isinstance(path_or_repo, str | Path):
+        raise ModelError(
+            f"[load] expected a local directory or a hub id but got {path_or_repo!r}"
+        )
+    try:
+        path = Path(path_or_repo)
+        exists = path.exists()
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"[load] expected a local directory but got {path_or_repo!r}: {error}"
+        ) from error
+    if not exists:
+        path = _from_hub(str(path_or_repo), revision)
+    if not (path / "config.json").is_file():
+        raise ModelError(f"[load] {path}: expected a model directory with config.json")
+    check_kinds(path)
+    return path
+
+
+def check_kinds(path: Path) -> None:
+    """Raise ModelError for a FIFO or the like, which a library would wait for."""
+    for pattern in (*SMALL_FILES, "*.safetensors"):
+        for file in path.glob(pattern):
+            if file.exists() and not (file.is_file() or file.is_dir()):
+                raise ModelError(
+                    f"[load] {file}: expected a regular file but got a FIFO, a socket "
+                    "or a device: remove it"
+                )
+
+
+def _from_hub(repo: str, revision: str | None) -> Path:
+    """Download small files, and then the weights that they name."""
+    try:
+        path = _download(repo, revision, allow_patterns=[*SMALL_FILES])
+        names = _weights_of(path)
+        path = _download(repo, revision, allow_patterns=[*SMALL_FILES, *names])
+        if not all(_is_there(path, name) for name in names):
+            names = [WEIGHTS]
+            path = _download(repo, revision, allow_patterns=[*SMALL_FILES, *names])
+        return path
+    except Exception as error:
+        told = " ".join(str(error).split())
+        raise ModelError(
+            f"[load] expected a local directory or a hub id but got {repo!r}: {told}"
+        ) from error
+
+
+def _is_there(path: Path, name: str) -> bool:
+    return any(path.glob(name))
+
+
+def _weights_of(path: Path) -> list[str]:
+    """Return patterns of the weights that are read: those an index names, or all."""
+    if (path / MANIFEST_NAME).is_file():
+        return [WEIGHTS, PACKED_EXPERTS]
+    names = {*read_index(path).values()}
+    read = sorted(n for n in names if fnmatch.fnmatch(n, WEIGHTS) and "/" not in n)
+    return read or [WEIGHTS]

@@ -1,0 +1,148 @@
+"""Load a model with mlx-lm's own class, and stream its experts if told to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import config
+from ..engine.runtime import RunOptions
+from ..errors import ConfigError, ModelError
+from ..experts.files.checkpoint import read_config
+from ..experts.files.manifest import MANIFEST_NAME, Manifest
+from ..experts.files.packed import is_packed
+from ..experts.files.stock import NONE_OF_OUR_OWN, StockModel, load_lazily, why_stock
+from ..experts.pool.budget import Amounts
+from ..experts.pool.pool import pool_bytes
+from ..memory.preflight import check_fits
+from ..streaming import StreamedModel, stream
+from ..system.progress import byte_progress, notice
+from .pack_door import load_pack_lazily, pack_classes_with
+
+
+def takes_door(
+    path: Path, native: bool | None, model_config: dict[str, Any] | None = None
+) -> bool:
+    """Tell whether mlx-lm's class is to be loaded, and print a line if it is.
+
+    Args:
+        native: whether our own class is asked for; None: where there is one.
+        model_config: what of ``config.json`` is to be another way.
+
+    Raises:
+        ModelError: our own class is asked for but does not do all of it.
+    """
+    config = {**read_config(path), **(model_config or {})}
+    model_type, why = config.get("model_type"), why_stock(config)
+    if native is False:
+        why = "as asked"
+    elif native and why not in (None, NONE_OF_OUR_OWN):
+        raise ModelError(
+            f"[native] {path}: expected a {model_type} that our own class runs but "
+            f"{why}: leave native out"
+        )
+    if why is None or native:
+        return False
+    notice(f"model class: mlx-lm's {model_type}, {why}")
+    return True
+
+
+def load_through_door(
+    path: Path,
+    options: RunOptions,
+    *,
+    lazy: bool,
+    model_config: dict[str, Any] | None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Load mlx-lm's model.
+
+    Experts of a packed directory are always streamed, those of a plain checkpoint if a
+    bound on memory is given; else they are parameters.
+
+    Returns:
+        The model and its configuration.
+
+    Raises:
+        ModelError: mlx-lm cannot load it, or its experts cannot be streamed.
+        ConfigError, BudgetError, ExpertStoreError: as ``stream``.
+    """
+    amounts = Amounts.read(options.memory, options.expert_memory)
+    _refuse_options(options)
+    stock = load_stock_lazily(path, model_config)
+    model = stock.model
+    if not lazy and amounts == Amounts() and not is_packed(path):
+        check_fits(path, model)
+    with byte_progress() as report:
+        if is_packed(path) or amounts != Amounts():
+            stream(
+                model,
+                path,
+                memory="auto" if amounts.fastest else amounts.process,
+                expert_memory=amounts.experts,
+                scope=options.scope,
+                policy=options.policy,
+                read_ahead=options.read_ahead,
+                optimistic=options.optimistic,
+                expert_io=options.expert_io,
+                report=report,
+            )
+        if not lazy:
+            mx.eval(model.parameters())
+    return model, stock.config
+
+
+def door_classes(
+    directory: Path, config: dict[str, Any], *, reads: bool = True
+) -> tuple[type[nn.Module], type]:
+    """Return mlx-lm's classes of a pack's model, which streams once it is loaded.
+
+    Memory comes from the environment.
+
+    Args:
+        reads: the model is to be called; else it takes room for one expert.
+    """
+    bound, arguments = pack_classes_with(directory)(config)
+
+    class Model(bound):  # type: ignore[misc, valid-type]
+        def load_weights(self, *args: Any, **kwargs: Any) -> nn.Module:
+            super().load_weights(*args, **kwargs)
+            if isinstance(self, StreamedModel):
+                # Other weights come later.
+                return self
+            stream(
+                self, directory, expert_memory=None if reads else least_bytes(directory)
+            )
+            return self
+
+    Model.__module__, Model.__qualname__ = bound.__module__, bound.__qualname__
+    return Model, arguments
+
+
+def least_bytes(directory: Path) -> int:
+    """Return the memory of the one expert that a pack's model must have room for."""
+    manifest = Manifest.read(directory / MANIFEST_NAME)
+    return pool_bytes([entry.layout for entry in manifest.layers], 1)
+
+
+def load_stock_lazily(
+    path: Path, model_config: dict[str, Any] | None = None
+) -> StockModel:
+    """Build mlx-lm's model of a plain or packed directory; no weight is read.
+
+    Raises:
+        ModelError, ExpertStoreError: mlx-lm cannot load it.
+    """
+    load = load_pack_lazily if is_packed(path) else load_lazily
+    return load(path, model_config)
+
+
+def _refuse_options(options: RunOptions) -> None:
+    config.optimistic(options.optimistic)
+    if options.executor is not None:
+        raise ConfigError(
+            f"[executor] expected none for mlx-lm's class but got "
+            f"{options.executor!r}: leave it out"
+        )

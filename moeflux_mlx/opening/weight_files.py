@@ -1,0 +1,128 @@
+"""Look at a model's files before anything is built of them, and choose its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import ModelError
+from ..experts.files.checkpoint import Checkpoint
+from ..experts.files.checkpoint_store import CheckpointExperts, find_routed
+from ..experts.files.configuration import Configuration
+from ..experts.files.packed import is_packed
+from ..experts.files.routed import RoutedLayer, refuse_floats_of_8_bits
+from ..experts.files.safetensors import load_arrays
+from ..experts.files.store import ExpertStore
+
+# From the weights as mlx-lm read them from files to those that belong to the model.
+Reads = Callable[[dict[str, mx.array]], dict[str, mx.array]]
+
+
+def read_weights(
+    path: Path, changes: dict[str, Any], store: ExpertStore | None
+) -> Reads:
+    """Check a model's files and configuration; return what chooses its weights.
+
+    Args:
+        changes: what of ``config.json`` is to be another way.
+        store: the open experts, if they are streamed.
+
+    Raises:
+        ModelError: a file is missing or broken, or the configuration is not that of
+            the tensors.
+    """
+    with _opened(path, store) as checkpoint:
+        fields = {**copy.deepcopy(checkpoint.config), **changes}
+        check_model(checkpoint, fields)
+        routed = {}
+        if store is None and not is_packed(path):
+            routed = find_routed(checkpoint)
+        chosen = {n: checkpoint.tensors[n].file for n in checkpoint.twice}
+
+    def reads(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        # mlx-lm keeps whichever file came last.
+        files = {file: load_arrays(file) for file in set(chosen.values())}
+        found = {**weights, **{name: files[f][name] for name, f in chosen.items()}}
+        for layer in routed.values():
+            if not _is_known_to_mlx_lm(layer):
+                _stack(found, layer)
+        return found
+
+    return reads
+
+
+def check_model(checkpoint: Checkpoint, fields: dict[str, Any]) -> None:
+    """Hold a configuration against a checkpoint's tensors.
+
+    Raises:
+        ModelError: no model class is of that type, a value is not usable, a tensor is
+            missing or of another shape.
+    """
+    module = model_module(fields.get("model_type"))
+    refuse_floats_of_8_bits(checkpoint.tensors)
+    config = Configuration(checkpoint.directory / "config.json", fields)
+    if (name := module.check(config, checkpoint.tensors)) is not None:
+        raise checkpoint.missing(f"expected {name!r} but no file has it")
+
+
+def model_module(model_type: object) -> Any:
+    """Return the module with the model class of a type.
+
+    Raises:
+        ModelError: moeflux-mlx has none.
+    """
+    name = f"moeflux_mlx.models.{model_type}"
+    if isinstance(model_type, str) and model_type.isidentifier():
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
+        else:
+            if hasattr(module, "Model"):
+                return module
+    raise ModelError(f"[load] expected a supported model type but got {model_type!r}")
+
+
+@contextlib.contextmanager
+def _opened(path: Path, store: ExpertStore | None) -> Iterator[Checkpoint]:
+    """Give the files that are open already, or open them for a while."""
+    if isinstance(store, CheckpointExperts):
+        yield store.checkpoint
+        return
+    with Checkpoint.open(path) as checkpoint:
+        yield checkpoint
+
+
+def _is_known_to_mlx_lm(layer: RoutedLayer) -> bool:
+    """Tell whether mlx-lm renames and splits these tensors itself."""
+    stacked = all(len(t.entries) == 1 and t.stride for t in layer.tensors.values())
+    names = {t.entries[0].name for t in layer.tensors.values()}
+    plain = layer.path.endswith("switch_mlp")
+    fused = all(
+        name.endswith(("experts.gate_up_proj", "experts.down_proj")) for name in names
+    )
+    return stacked and (plain or fused)
+
+
+def _stack(weights: dict[str, mx.array], layer: RoutedLayer) -> None:
+    """Put the tensors of a layer's experts together, under mlx-lm's names."""
+    stem = layer.path.removesuffix(".experts").removesuffix(".switch_mlp")
+    parts = {}
+    for (projection, part), tensors in layer.tensors.items():
+        arrays = [weights[entry.name] for entry in tensors.entries]
+        whole = arrays[0] if tensors.stride else mx.stack(arrays)
+        if tensors.is_half:
+            first = tensors.first // tensors.n_bytes * tensors.shape[0]
+            whole = whole[:, first : first + tensors.shape[0]]
+        parts[f"{stem}.switch_mlp.{projection}.{part}"] = whole
+    for tensors in layer.tensors.values():
+        for entry in tensors.entries:
+            weights.pop(entry.name, None)
+    weights.update(parts)

@@ -1,0 +1,241 @@
+"""All tensors of a model whose experts are read from files, and how to write them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ..errors import ModelError
+from ..experts.compute.switch import PLAIN_FIRST, StreamedSwitch
+from ..experts.files.checkpoint import INDEX_NAME
+from ..experts.files.folder import Folder, open_parent
+from ..experts.files.layout import PARTS, ExpertLayout, TensorSpec
+from ..experts.files.modules import by_number
+from ..experts.files.plain import SHARD_BYTES, PlainLayer, Plan, ReadRecord, Records
+from ..experts.files.store import ExpertStore
+from ..experts.files.writer import (
+    Tensor,
+    check_space,
+    chunks_of_array,
+    disk_errors,
+    entry_of,
+)
+from ..experts.weights import DTYPE_NAMES, MLX_DTYPES, Quantization
+
+# Where files are written before they take their names.
+UNFINISHED = "moeflux.unfinished"
+
+
+def switches_of(model: Any) -> dict[str, StreamedSwitch]:
+    """Return a model's streamed blocks by path, layer by layer."""
+    found = {p: m for p, m in model.named_modules() if isinstance(m, StreamedSwitch)}
+    return {path: found[path] for path in sorted(found, key=by_number)}
+
+
+def store_of(model: Any) -> ExpertStore | None:
+    """Return the open files that a whole model's experts are read from, if they are."""
+    runtime = vars(model).get("runtime")
+    store: ExpertStore | None = getattr(runtime, "store", None)
+    return vars(model).get("store") if store is None else store
+
+
+def save_shards(model: nn.Module, directory: Path) -> None:
+    """Write a model's tensors as ``mlx_lm.utils.save_model`` does, experts included.
+
+    Every record is read once and held against its checksum. No file has its name before
+    all are written.
+
+    Raises:
+        ModelError: part of a model, or of a type that no file has.
+        ExpertStoreError: an expert is damaged or cannot be read; the disk is full.
+    """
+    plan, read = _plan(model, SHARD_BYTES)
+    _write(plan, read, directory, {name: name for name in (*plan.files, INDEX_NAME)})
+
+
+def save_file(model: nn.Module, file: Path) -> None:
+    """Write a model's tensors to one safetensors file, experts included.
+
+    Raises:
+        ModelError, ExpertStoreError: as ``save_shards``.
+    """
+    if file.suffix != ".safetensors":
+        raise ModelError(
+            f"[save] {file}: expected a name that ends in .safetensors, which alone "
+            "takes experts that are read from files"
+        )
+    plan, read = _plan(model)
+    (made,) = plan.files
+    _write(plan, read, file.parent, {made: file.name})
+
+
+def _plan(model: nn.Module, shard_bytes: int | None = None) -> tuple[Plan, ReadRecord]:
+    switches, store = switches_of(model), store_of(model)
+    if store is None:
+        raise ModelError(
+            "[save] expected a whole model but got a part of one that reads its "
+            "experts from files: save the model itself"
+        )
+    layers = []
+    reads: dict[int, Callable[[int], memoryview]] = {}
+    records, types = Records(store), getattr(model, "cast_predicate", lambda _: True)
+    for (path, switch), number in zip(switches.items(), store.layers, strict=False):
+        if store.name(number) != path and f".layers.{number}." not in f".{path}":
+            raise ModelError(
+                f"[save] {path}: expected its experts in the files but got those of "
+                f"{store.name(number)}, nothing is written: load the model again"
+            )
+        layout = store.layout(number)
+        reformed = ReformedRecords(layout, partial(records, number), switch, types)
+        if reformed.differs:
+            layout, reads[number] = reformed.layout, reformed
+        else:
+            reads[number] = partial(records, number)
+        names = tuple(f"{path}.{s.projection}.{s.part}" for s in layout.tensors)
+        layers.append(PlainLayer(number, store.count(number), layout, names))
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    resident = [
+        Tensor(entry_of(name, array, "[save] "), partial(chunks_of_array, array))
+        for name, array in parameters.items()
+    ]
+    plan = Plan.make(resident, layers, shard_bytes)
+    return plan, lambda layer, expert: reads[layer](expert)
+
+
+def _write(
+    plan: Plan, read: ReadRecord, directory: Path, names: dict[str, str]
+) -> None:
+    """Write files beside their places, and move them there by ``names``."""
+    is_new = not directory.exists()
+    with (
+        disk_errors(directory, "save"),
+        open_parent(directory / UNFINISHED, "save") as folder,
+    ):
+        try:
+            with folder.inner(UNFINISHED) as unfinished:
+                for name in unfinished.plain_names():
+                    unfinished.remove(name)
+                check_space(unfinished, plan.n_bytes)
+                plan.write(read, unfinished, lambda _: None)
+                for made, name in names.items():
+                    os.replace(
+                        made, name, src_dir_fd=unfinished.fd, dst_dir_fd=folder.fd
+                    )
+        finally:
+            _remove(folder)
+            if is_new:
+                # mlx_lm.convert takes no directory that is there, empty or not.
+                with contextlib.suppress(OSError):
+                    os.rmdir(directory)
+
+
+def _remove(folder: Folder) -> None:
+    with contextlib.suppress(OSError):
+        with folder.inner(UNFINISHED) as unfinished:
+            for name in os.listdir(unfinished.fd):
+                unfinished.remove(name)
+        os.rmdir(UNFINISHED, dir_fd=folder.fd)
+
+
+class ReformedRecords:
+    """Records cast, quantised or dequantised, matrix by matrix as mlx-lm does it.
+
+    Args:
+        stored: the layout that files have.
+        read: returns the record of an expert.
+        switch: says how a block's projections are to be saved.
+        is_cast: tells whether the parameter of a name takes another type.
+    """
+
+    def __init__(
+        self,
+        stored: ExpertLayout,
+        read: Callable[[int], memoryview],
+        switch: StreamedSwitch,
+        is_cast: Callable[[str], bool],
+    ):
+        self._stored, self._read, self._switch = stored, read, switch
+        self._is_cast = is_cast
+        blank = {
+            (s.projection, s.part): mx.zeros(s.shape, MLX_DTYPES[s.dtype])
+            for s in stored.tensors
+        }
+        made = self._made(blank)
+        self.differs = made.keys() != blank.keys() or any(
+            (x.dtype, x.shape) != (blank[key].dtype, blank[key].shape)
+            for key, x in made.items()
+        )
+        parts = {key: (DTYPE_NAMES[x.dtype], x.shape) for key, x in made.items()}
+        self.layout = ExpertLayout.build(parts, switch.saved_forms, stored.alignment)
+        self._buffer = bytearray(self.layout.record_bytes)
+
+    def __call__(self, expert: int) -> memoryview:
+        """Return an expert's record; the next call overwrites it."""
+        record = self._read(expert)
+        made = self._made(
+            {(s.projection, s.part): _array(record, s) for s in self._stored.tensors}
+        )
+        for spec in self.layout.tensors:
+            array = made[spec.projection, spec.part]
+            end = spec.offset + spec.n_bytes
+            self._buffer[spec.offset : end] = b"".join(chunks_of_array(array))
+        return memoryview(self._buffer)
+
+    def _made(
+        self, arrays: dict[tuple[str, str], mx.array]
+    ) -> dict[tuple[str, str], mx.array]:
+        forms = zip(self._stored.projections, self._stored.quantization, strict=True)
+        made: dict[tuple[str, str], mx.array] = {}
+        for projection, form in forms:
+            own = {
+                part: self._cast(f"{projection}.{part}", x)
+                for (p, part), x in arrays.items()
+                if p == projection
+            }
+            own = _reformed(own, form, self._switch.saved_forms[projection])
+            made |= {(projection, part): x for part, x in own.items()}
+        return made
+
+    def _cast(self, name: str, array: mx.array) -> mx.array:
+        dtype, is_float = self._switch.saved_dtype, mx.floating
+        if dtype is None or not mx.issubdtype(array.dtype, is_float):
+            return array
+        own = self._is_cast(f"{self._switch.path}.{name}")
+        return array.astype(dtype) if own else array
+
+
+def _reformed(
+    own: dict[str, mx.array], stored: Quantization | None, wanted: Quantization | None
+) -> dict[str, mx.array]:
+    """Return a projection's arrays in another form, as mlx-lm's modules make them."""
+    if stored == wanted:
+        return own
+    if stored is not None and (wanted is not None or "global_scale" in own):
+        raise ModelError(
+            f"[save] expected experts that mlx-lm brings from {stored} to {wanted} "
+            f"but it does not, nothing is written: {PLAIN_FIRST}"
+        )
+    weight, rest = own["weight"], {part: own[part] for part in own if part == "bias"}
+    if wanted is not None:
+        q = wanted
+        arrays = mx.quantize(weight, q.group_size, q.bits, mode=q.mode)
+        return dict(zip(PARTS, arrays, strict=False)) | rest
+    assert stored is not None
+    scales, biases, q = own["scales"], own.get("biases"), stored
+    dense = mx.dequantize(weight, scales, biases, q.group_size, q.bits, q.mode)
+    return {"weight": dense} | rest
+
+
+def _array(record: memoryview, spec: TensorSpec) -> mx.array:
+    own = np.frombuffer(record, np.uint8, spec.n_bytes, spec.offset)
+    # Copied: the next record comes into the same place.
+    return mx.array(own).view(MLX_DTYPES[spec.dtype]).reshape(spec.shape)

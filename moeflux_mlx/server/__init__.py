@@ -1,0 +1,4 @@
+"""``moeflux serve``: mlx-lm's server with our loader, metrics and a status page.
+
+Imports: errors, device, experts.files, experts.pool, loading, opening, serving, system.
+"""

@@ -1,0 +1,262 @@
+"""mlx-lm's server with our loader, metrics and a status page: ``moeflux serve``."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+from mlx_lm import server as stock
+from mlx_lm.models.cache import (
+    LRUPromptCache,
+    can_trim_prompt_cache,
+    make_prompt_cache,
+)
+
+from ..errors import ConfigError
+from ..experts.files.checkpoint import read_config
+from ..loading import load
+from ..opening.download import find_model
+from ..serving import guards
+from ..system.progress import notice
+from .handler import DEFAULT, Handler
+from .record import Record
+from .replaced import replaced
+from .turns import generate_in_turns
+
+
+def serve(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    """Load a model and answer requests until somebody ends the process.
+
+    Args:
+        args: as the parser of mlx-lm's server gives them.
+        options: as ``load`` takes them.
+
+    Returns:
+        The exit code: 0 where somebody ended it, 1 where it cannot generate any more.
+
+    Raises:
+        MoefluxError: as ``load``, or the address cannot be used.
+    """
+    server = Server(args.host, args.port)
+    generator = Generator(Provider(args, options))
+    server.generator = generator
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        generator.wait_until_loaded()
+        server.server_activate()
+        notice(f"serving {args.model} at {server.address}")
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.server_close()
+        failed = generator.has_loaded and not generator.generation_available()
+        generator.stop_and_join()
+    return int(failed)
+
+
+class Provider(stock.ModelProvider):
+    """Loads the model that is served, as ``moeflux_mlx.load`` does."""
+
+    def __init__(self, args: argparse.Namespace, options: dict[str, Any]):
+        super().__init__(args)
+        if self.is_distributed:
+            raise ConfigError(
+                "[serve] expected one process but got several: start it without "
+                "mlx.launch"
+            )
+        self._options = options
+
+    def _load(self, *key: Any) -> None:
+        with replaced(stock, load=self._opened):
+            super()._load(*key)
+        if self.draft_model is None:
+            return
+        if not can_trim_prompt_cache(make_prompt_cache(self.model)):
+            raise ConfigError(
+                "[serve] expected a model that can take tokens back but got "
+                f"--draft-model with {self.model.model_type}, whose layers cannot"
+            )
+
+    def _opened(
+        self,
+        path: str,
+        adapter_path: str | None = None,
+        tokenizer_config: dict[str, Any] | None = None,
+        return_config: bool = False,
+        trust_remote_code: bool = False,
+    ) -> Any:
+        """Stand in for ``mlx_lm.load``, which the server calls."""
+        if not return_config:
+            # A draft model: left to itself transformers asks to run its code.
+            trusted = {"trust_remote_code": self.cli_args.trust_remote_code}
+            return mlx_lm.load(path, trusted)[:2]
+        model, tokenizer = load(
+            path,
+            **self._options,
+            adapter_path=adapter_path,
+            tokenizer_config=tokenizer_config,
+        )
+        return model, tokenizer, read_config(find_model(path))
+
+
+class Generator(stock.ResponseGenerator):
+    """mlx-lm's generating thread, which counts what it does."""
+
+    def __init__(self, provider: Provider):
+        self.record = Record()
+        # What tells the thread of a request whether its client went away.
+        self.here = threading.local()
+        self._loaded = threading.Event()
+        self._failure: BaseException | None = None
+        super().__init__(provider, LRUPromptCache(provider.cli_args.prompt_cache_size))
+
+    def _run_generate(self) -> None:
+        super()._run_generate()
+        # A thread that ends before its streams do may end the process with it.
+        mx.clear_streams()
+
+    def _generate(self) -> None:
+        try:
+            self.model_provider.load_default()
+            self.prompt_cache = guards.kept_prompts(self)
+        except BaseException as error:
+            self._failure = error
+            return
+        finally:
+            self._loaded.set()
+        super()._generate()
+
+    def _tokenize(self, *args: Any) -> Any:
+        found = super()._tokenize(*args)
+        self._divided = found[:3]
+        return found
+
+    def _serve_single(self, *args: Any) -> None:
+        def keep(tokens: list[int], cache: list[Any], kind: str) -> None:
+            key = self.model_provider.model_key
+            self.prompt_cache.insert_cache(key, tokens, cache, cache_type=kind)
+
+        def generate(**options: Any) -> Iterator[Any]:
+            tokens, segments, kinds = self._divided
+            yield from generate_in_turns(tokens, segments, kinds, keep, **options)
+
+        with replaced(stock, stream_generate=generate):
+            super()._serve_single(*args)
+
+    def wait_until_loaded(self) -> None:
+        """Return once the model is there.
+
+        Raises:
+            MoefluxError, OSError: it cannot be loaded.
+        """
+        # Waited for in turns, so that Ctrl-C is heard.
+        while not self._loaded.wait(0.1):
+            pass
+        if self._failure is not None:
+            raise self._failure
+
+    @property
+    def has_loaded(self) -> bool:
+        """Tell whether the model is there."""
+        return self._loaded.is_set() and self._failure is None
+
+    def generate(
+        self,
+        request: Any,
+        generation_args: Any,
+        progress_callback: Callable[[int, int], None] | None = None,
+    ) -> Any:
+        """Have a request answered, in the thread of its handler.
+
+        Raises:
+            ConnectionError: also where answers are taken: the client went away.
+        """
+        # One model is served, whatever name of it the request used.
+        generation_args.model.model = generation_args.model.draft = DEFAULT
+        check = self.here.check_client
+
+        def progress(n_done: int, n_tokens: int) -> None:
+            check()
+            if progress_callback is not None:
+                progress_callback(n_done, n_tokens)
+
+        context, responses = super().generate(request, generation_args, progress)
+        return context, self._counted(context, responses, check)
+
+    def _counted(
+        self, context: Any, responses: Iterator[Any], check: Callable[[], None]
+    ) -> Iterator[Any]:
+        is_first = True
+        for response in responses:
+            check()
+            if is_first:
+                n_cached = max(0, context.prompt_cache_count)
+                self.record.add_prompt(len(context.prompt), n_cached)
+                is_first = False
+            self.record.add_token()
+            yield response
+
+    @property
+    def served_names(self) -> list[str]:
+        """What requests may name the model by; the first is what it is listed by."""
+        name = str(self.cli_args.model)
+        path = Path(name)
+        found = [str(path.resolve()), name, path.name] if path.exists() else [name]
+        return [*found, DEFAULT]
+
+
+class Server(ThreadingHTTPServer):
+    """A thread for each request; the address is taken before the model is loaded.
+
+    Raises:
+        ConfigError: the address is not one of this machine, or in use.
+    """
+
+    generator: Generator
+
+    def __init__(self, host: str, port: int):
+        try:
+            found = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+            self.address_family, *_, address = found[0]
+            super().__init__(address, Handler, bind_and_activate=False)  # type: ignore[arg-type]
+            self.server_bind()
+        except OSError as error:
+            raise ConfigError(
+                f"[serve] cannot use {host}:{port}: {error.strerror or error}: choose "
+                "another --host or --port"
+            ) from error
+
+    @property
+    def address(self) -> str:
+        """Where a browser finds this."""
+        host, port = self.server_address[:2]
+        host = host.decode() if isinstance(host, bytes) else host
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    @functools.cached_property
+    def is_private(self) -> bool:
+        """Tell whether only this machine reaches the address."""
+        return ipaddress.ip_address(str(self.server_address[0])).is_loopback
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Answer one request."""
+        Handler(self.generator, request, client_address, self)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what came of a connection that broke; nobody is left to tell."""
+        logging.info("%s: %s", client_address, sys.exc_info()[1])

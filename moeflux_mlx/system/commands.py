@@ -1,0 +1,59 @@
+"""Which command of mlx-lm asks: some save a model that they never call."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import ModelError
+
+# Commands that save a model, and those that look into all of its matrices.
+CONVERT = "mlx_lm.convert"
+SAVING = (CONVERT, "mlx_lm.fuse")
+CHANGING = tuple(f"mlx_lm.quant.{n}" for n in ("awq", "dwq", "dynamic_quant", "gptq"))
+
+
+def is_to_be_saved() -> bool:
+    """Tell whether a command of mlx-lm asks that saves a model and never calls it.
+
+    Raises:
+        ModelError: it would change experts in ways that those in files are not.
+    """
+    for frame, name in _callers():
+        command = name.rpartition(".")[2]
+        if name in CHANGING or _exports(frame):
+            raise ModelError(
+                f"[{command}] expected a checkpoint with its experts among its "
+                "parameters but got a pack, nothing is written: run 'moeflux unpack "
+                f"PACK DIR' and mlx_lm.{command} on DIR"
+            )
+        if name in SAVING:
+            return True
+    return False
+
+
+def type_of_convert() -> Any:
+    """Return the type that ``mlx_lm.convert`` is casting a model to, None if none."""
+    for frame, name in _callers():
+        if name == CONVERT and frame.f_code.co_name == "convert":
+            found = frame.f_locals.get("dtype")
+            return found if isinstance(found, mx.Dtype) else None
+    return None
+
+
+def _callers() -> Iterator[tuple[FrameType, str]]:
+    """Yield what called this, from the inside out, and its module's name."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        spec = frame.f_globals.get("__spec__")
+        yield frame, str(spec.name if spec else frame.f_globals.get("__name__"))
+        frame = frame.f_back
+
+
+def _exports(frame: FrameType) -> bool:
+    """Tell whether ``mlx_lm.fuse`` is to write a file for another program too."""
+    return bool(getattr(frame.f_locals.get("args"), "export_gguf", False))

@@ -1,0 +1,133 @@
+"""Folders and files that nobody but this user can write: compiled code, records.
+
+What lies in a cache is loaded into the process, or decides which kernels run. So it is
+believed only where no other user could have put it: folder and file are this user's,
+neither is a link, and only the owner may write. Who can write the folder above may put
+another in its place, but none that is this user's. Where the cache is not like that, a
+folder of this process takes its place.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .. import config
+from .files import replacing
+from .progress import notice
+
+# The folders of this process, by the cache that each stands in for.
+_instead: dict[Path, Path] = {}
+
+
+def made(*names: str) -> Path:
+    """Return a folder below the cache, made if need be, or one of this process.
+
+    Args:
+        names: the folder below the cache, and below each the next.
+    """
+    base = config.cache_folder()
+    try:
+        if base not in _instead:
+            base.parent.mkdir(parents=True, exist_ok=True)
+            return _made(base, names)
+    except OSError as error:
+        _replace(base, f"{error.filename or base}: {error.strerror}")
+    return _made(_instead[base], names)
+
+
+def found(*names: str) -> Path | None:
+    """Return a folder below the cache if it is there and private, else None."""
+    base = config.cache_folder()
+    path = _instead.get(base, base)
+    for name in ("", *names):
+        path = path / name
+        if not os.path.lexists(path):
+            return None
+        if not _is_private_folder(path):
+            _replace(base, f"{path} is not a folder that only you can write")
+            return None
+    return path
+
+
+def is_private(path: Path) -> bool:
+    """Tell whether a plain file is there that this user alone can have written."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and _is_closed(status)
+
+
+def open_places(top: str) -> Iterator[os.stat_result]:
+    """Yield what, at ``top`` or below, others own or can write, or is a link.
+
+    Raises:
+        OSError: a place cannot be looked into.
+    """
+    if not _is_closed(status := os.lstat(top)) or not stat.S_ISDIR(status.st_mode):
+        yield status
+        return
+    for entry in os.scandir(top):
+        try:
+            status = entry.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            continue
+        if stat.S_ISDIR(status.st_mode):
+            yield from open_places(entry.path)
+        elif not (stat.S_ISREG(status.st_mode) and _is_closed(status)):
+            yield status
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by ``text`` at once; nobody else can read or write it."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def _made(base: Path, names: tuple[str, ...]) -> Path:
+    """Make folders one in the other.
+
+    Raises:
+        OSError: one cannot be made, or is another's.
+    """
+    path = base
+    for name in ("", *names):
+        path = path / name
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        if not _is_private_folder(path):
+            why = "it is not a folder that only you can write"
+            raise OSError(errno.EACCES, why, str(path))
+    return path
+
+
+def _is_private_folder(path: Path) -> bool:
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and _is_closed(status)
+
+
+def _is_closed(status: os.stat_result) -> bool:
+    """Tell whether a file is this user's and nobody else may write it."""
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+
+def _replace(base: Path, reason: str) -> None:
+    """Have a folder of this process stand in for the cache, and say so."""
+    folder = tempfile.mkdtemp(prefix="moeflux-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _instead[base] = Path(folder)
+    notice(
+        f"[cache] cannot use {reason}: compiled kernels and records are kept for this "
+        "process only: remove it, or set XDG_CACHE_HOME to a folder of your own"
+    )

@@ -1,0 +1,126 @@
+"""The package's rooms: each says what it imports, and data goes one way."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "moeflux_mlx"
+FILES = [
+    path
+    for path in FOLDER.rglob("*.py")
+    if "models" not in path.relative_to(FOLDER).parts and path.parent != FOLDER
+]
+TOP = [path for path in FOLDER.glob("*.py") if path.name != "__init__.py"]
+# A room is a folder that says what it imports; others are part of the one above.
+SAYS = re.compile(r"^Imports: ([\w., \n]+)\.$", re.MULTILINE)
+
+
+def says(folder: Path) -> re.Match[str] | None:
+    """Find the line of a folder's docstring that says what it imports."""
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    return SAYS.search(text)
+
+
+FOLDERS = {path.parent for path in FILES}
+ROOMS = sorted(".".join(f.relative_to(FOLDER).parts) for f in FOLDERS if says(f))
+UNITS = {*ROOMS, *(path.stem for path in TOP)}
+
+
+def unit_of(name: str) -> str:
+    """Return the room, or the module beside the rooms, that a dotted name is in."""
+    parts = name.split(".")
+    names = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((n for n in names if n in UNITS), "")
+
+
+@functools.cache
+def imported(path: Path) -> set[str]:
+    """Return the units that a file imports from, wherever the import stands."""
+    package = ["moeflux_mlx", *path.parent.relative_to(FOLDER).parts]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            start = ".".join([*base, *filter(None, [node.module])])
+            names = [f"{start}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        ours = (n.partition(".")[2] for n in names if n.startswith("moeflux_mlx."))
+        found |= {unit_of(name) for name in ours}
+    return found - {""}
+
+
+def imports_of(unit: str) -> set[str]:
+    """Return the other units that a unit's files import from."""
+    files = [path for path in FILES if unit_of(dotted(path)) == unit]
+    files += [path for path in TOP if path.stem == unit]
+    return set().union(*map(imported, files)) - {unit}
+
+
+def dotted(path: Path) -> str:
+    """Return a file's folder as a dotted name."""
+    return ".".join(path.parent.relative_to(FOLDER).parts)
+
+
+def said(room: str) -> set[str]:
+    """Return what a room's docstring says that it imports."""
+    found = says(FOLDER.joinpath(*room.split(".")))
+    names = re.split(r",\s+", found[1]) if found else []
+    return set() if names == ["nothing of ours"] else set(names)
+
+
+def test_every_folder_of_the_package_is_a_room():
+    top = {path.relative_to(FOLDER).parts[0] for path in FILES}
+    assert top <= set(ROOMS)
+
+
+def test_an_import_is_found_wherever_it_stands(tmp_path):
+    path = FOLDER / "engine" / "imagined.py"
+    source = (
+        "def f():\n    from ..memory.plan import x\n    import moeflux_mlx.loading\n"
+    )
+    source += "from . import graph\nfrom .. import config\nfrom ..errors import E\n"
+
+    class Source:
+        parent = path.parent
+
+        @staticmethod
+        def read_text():
+            return source
+
+    wanted = {"memory", "loading", "engine.graph", "config", "errors"}
+    assert imported(Source) == wanted
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_what_it_says(room):
+    assert said(room) == imports_of(room)
+
+
+def test_no_room_is_reached_from_what_it_imports():
+    graph = {unit: imports_of(unit) for unit in UNITS}
+    try:
+        order = [*TopologicalSorter(graph).static_order()]
+    except CycleError as error:
+        pytest.fail(f"imports go round: {' -> '.join(error.args[1])}")
+    assert order.index("experts.files") < order.index("engine") < order.index("cli")
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if "experts" in room[:7]])
+def test_experts_know_nothing_of_the_engine(room):
+    known = {"errors", "config", "device", "system"}
+    assert {unit for unit in imports_of(room) if "experts" not in unit} <= known
+
+
+def test_the_top_level_holds_the_ground_and_the_doors():
+    ground = {"errors", "config", "device"}
+    doors = {"loading", "streaming", "state", "training", "adapters"}
+    assert {path.stem for path in TOP} == ground | doors
