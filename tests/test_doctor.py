@@ -46,7 +46,7 @@ def own_folder(cache, monkeypatch):
 
 ONE_CASE_EACH = """
 import dataclasses, os
-from moeflux_mlx.launch import KERNELS
+from moeflux_mlx.engine.launch import KERNELS
 for name, kernel in KERNELS.items():
     few = {"sizes": kernel.sizes[:1], "dtypes": kernel.dtypes[:1]}
     KERNELS[name] = dataclasses.replace(kernel, **few)
@@ -111,7 +111,7 @@ FATES = {
     "residual_add": (
         """
 import re
-from moeflux_mlx.simulator import compile
+from moeflux_mlx.engine.simulator import compile
 whole = compile.translate
 def translate(source, name):
     found = re.search("moeflux_residual_add_[0-9a-f]{16}_", source)
@@ -134,7 +134,7 @@ KERNELS["residual_add_n_tokens"] = dataclasses.replace(kernel, sample=sample)
     "rms_norm_apply": (
         """
 from moeflux_mlx import device
-from moeflux_mlx.launch import check
+from moeflux_mlx.engine.launch import check
 device.on_cpu = lambda: False
 def measure(kernel, run):
     if kernel.name == "rms_norm_apply":
@@ -155,7 +155,7 @@ KERNELS["rms_norm_sum_sq"] = dataclasses.replace(kernel, reference=reference)
     ),
     "rms_norm_apply_bf16": (
         """
-from moeflux_mlx import launch
+from moeflux_mlx.engine import launch
 class Deadly(dict):
     def __getitem__(self, name):
         if name == "rms_norm_apply_bf16":

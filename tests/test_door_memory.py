@@ -361,7 +361,7 @@ import sys
 import mlx.core as mx
 import mlx_lm.server as server
 import moeflux_mlx
-from moeflux_mlx.memory import own_bytes
+from moeflux_mlx.memory.plan import own_bytes
 mx.set_default_device(mx.cpu)
 
 def load(path, **_):

@@ -305,7 +305,7 @@ def test_packing_goes_on_where_it_was_stopped(tmp_path):
 
 PEAK = """
 import resource, sys
-from moeflux_mlx.experts.pack import pack
+from moeflux_mlx.experts.files.pack import pack
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()

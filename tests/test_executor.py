@@ -260,9 +260,9 @@ def test_the_table_lists_labels_by_falling_time(executor):
 PROFILED = """
 import mlx.core as mx
 from moeflux_mlx import ops
-from moeflux_mlx.executors import open_executor
-from moeflux_mlx.graph import BufferPool, Graph
-from moeflux_mlx.graph import roles as b
+from moeflux_mlx.engine.executors import open_executor
+from moeflux_mlx.engine.graph import BufferPool, Graph
+from moeflux_mlx.engine.graph import roles as b
 
 pool = BufferPool()
 a = pool.alloc(b.OProjOutBuf, (3, 7), "a", persistent=True)

@@ -124,7 +124,8 @@ def packed(plain):
 
 @on_gpu
 @pytest.mark.parametrize("read_ahead", ["off", "on"])
-@pytest.mark.parametrize("n_slots", [4, 30])
+# With more slots a token that runs ahead finds its experts, and nothing is read ahead.
+@pytest.mark.parametrize("n_slots", [4, 20])
 def test_any_budget_gives_the_same_bits(device, packed, n_slots, read_ahead):
     whole, _ = moeflux_mlx.load(packed, executor=device)
     with PackedExperts.open(packed) as store:

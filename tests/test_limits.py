@@ -149,9 +149,9 @@ def test_ulimits_bound_what_is_taken_unasked(ulimit):
 ALLOCATE = """
 import sys
 import mlx.core as mx
-from moeflux_mlx import limits
+from moeflux_mlx.system import limits
 from moeflux_mlx.errors import BudgetError
-from moeflux_mlx.experts.pool import aligned_rows
+from moeflux_mlx.experts.pool.pool import aligned_rows
 
 left = limits.memory_left_bytes()
 for share in map(float, sys.argv[1:]):

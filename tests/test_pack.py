@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 # Packs, and waits to be killed once half of the bytes are written.
 KILLED = """
 import sys, time
-from moeflux_mlx.experts.pack import pack
+from moeflux_mlx.experts.files.pack import pack
 def progress(what, done, total):
     if 2 * done > total:
         print(what, flush=True)
@@ -41,7 +41,7 @@ pack(sys.argv[1], sys.argv[2], progress=progress)
 
 PEAK = """
 import resource, sys
-from moeflux_mlx.experts.pack import pack
+from moeflux_mlx.experts.files.pack import pack
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()

@@ -19,8 +19,8 @@ from moeflux_mlx.experts.files.spans import Span, read_fully
 
 INTERRUPTED = """
 import sys
-from moeflux_mlx.experts.reader import Batch, HostPlace, Read, ReadPool
-from moeflux_mlx.experts.spans import Span
+from moeflux_mlx.experts.files.reader import Batch, HostPlace, Read, ReadPool
+from moeflux_mlx.experts.files.spans import Span
 file = open(sys.argv[1], "rb")
 buffer = memoryview(bytearray(16 << 20))
 span = Span(file.fileno(), "f", 0, ((0, len(buffer)),))

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 OPEN = """
 import os, sys
 from moeflux_mlx.errors import ExpertStoreError
-from moeflux_mlx.experts.packed import PackedExperts
+from moeflux_mlx.experts.files.packed import PackedExperts
 if os.geteuid() == 0:
     os.setgid(65534)
     os.setuid(65534)

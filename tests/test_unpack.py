@@ -268,7 +268,7 @@ def test_a_pack_without_names_runs_as_before(packed, tmp_path):
 
 PEAK = """
 import resource, sys
-from moeflux_mlx.experts.unpack import unpack
+from moeflux_mlx.experts.files.unpack import unpack
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()

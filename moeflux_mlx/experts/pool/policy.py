@@ -343,7 +343,9 @@ class Pins(Policy):
 
 
 POLICIES: dict[str, PolicyFactory] = {"lru": LRU, "lfu": LFU, "markov": Markov}
-POLICY_FORMS = "lru, lfu, markov, pins:TRACE, or one of the first with +pins:TRACE"
+POLICY_FORMS = (
+    f"{', '.join(POLICIES)}, pins:TRACE, or one of the first with +pins:TRACE"
+)
 
 
 def policy_factory(name: str, argument: str = "policy") -> PolicyFactory:
