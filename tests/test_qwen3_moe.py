@@ -137,7 +137,11 @@ def test_64_greedy_tokens_and_their_logits_are_mlx_lms(plain, packed, n_seqs):
             assert model.streamer.stats.total.misses, name
 
 
+# Between them: odd and even experts, one and several choices, dense layers, tied.
 @simulated
+@pytest.mark.parametrize(
+    "plain", ["e13-k10-dense-layers", "e5-k1-heads3-tied"], indirect=True
+)
 def test_kernels_give_mlx_lms_tokens_and_logits(plain, packed):
     models = open_with(plain, packed, executor="sim")
     for name, n_seqs in (("resident", 1), ("least", 3)):

@@ -123,7 +123,19 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
             assert runtime.streamer is not None
             return runtime.streamer.source(index)
 
-        return StreamedSwitch(RoutedBlock(name, block), source, runtime.alone)
+        switch = StreamedSwitch(RoutedBlock(name, block), source, runtime.alone)
+        # Until weights are loaded: a configuration that names each matrix's form has
+        # mlx-lm quantise whatever module it finds under that name.
+        switch.show_matrices(False)
+        return switch
+
+    def load_weights(self, *arguments: Any, **options: Any) -> Any:
+        """Load parameters as mlx-lm does, after which streamed matrices are seen."""
+        loaded = super().load_weights(*arguments, **options)  # type: ignore[misc]
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, StreamedSwitch):
+                module.show_matrices(True)
+        return loaded
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Rename weights as mlx-lm does; streamed experts are none of them."""

@@ -139,6 +139,14 @@ class StreamedSwitch(Uncopied, nn.Module):
         """How whoever saves the model is to write each projection; None is dense."""
         return {name: self[name].form for name in self.slot_block.projections}
 
+    def show_matrices(self, shown: bool) -> None:
+        """Let who goes through a model's modules see this block's matrices, or not."""
+        for name in self.slot_block.projections:
+            if shown:
+                self[name]["is_streamed"] = True
+            else:
+                del self[name]["is_streamed"]
+
     def dequantize(self) -> None:
         """Have all matrices saved dense."""
         for name in self.slot_block.projections:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -71,8 +72,18 @@ def _load(job: Job) -> nn.Module:
     else:
         model = load(job.path, **job.options)[0]
     if job.dtype == "float32":
-        model.set_dtype(mx.float32)
+        _cast(model)
     return model
+
+
+def _cast(model: nn.Module) -> None:
+    """Make a model's own parameters float32; experts that are read stay as they are."""
+    cast = [
+        (name, array.astype(mx.float32))
+        for name, array in dict(tree_flatten(model.parameters())).items()
+        if mx.issubdtype(array.dtype, mx.floating)
+    ]
+    model.load_weights(cast, strict=False)
 
 
 def greedy(
