@@ -102,14 +102,14 @@ def test_each_op_that_reads_whole_numbers_says_how_far_they_reach():
     reading = {
         (name, field.name)
         for name, op in REGISTRY.items()
-        if op.__module__.startswith("moeflux_mlx.ops")
+        if op.__module__.startswith("moeflux_mlx.engine.ops")
         for field in op.buffer_fields
         if field.access & Access.READ and str(field.role.dtype) == str(mx.int32)
     }
     limited = {
         (name, key)
         for name, op in REGISTRY.items()
-        if op.__module__.startswith("moeflux_mlx.ops")
+        if op.__module__.startswith("moeflux_mlx.engine.ops")
         for key in _limits(op)
     }
     assert limited == reading - free and free <= reading
