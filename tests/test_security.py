@@ -218,5 +218,5 @@ def test_one_function_starts_every_child():
             path.read_text(),
         )
     }
-    assert found == {"children.py"}
+    assert found == {"system/children.py"}
     assert os.path.isabs(sys.executable)
