@@ -135,7 +135,7 @@ def test_caches_that_do_not_fit_end_the_longest_and_make_room_for_the_others(
 
         scratch_bytes = 1 << 20
 
-        def make_room(self, cache, n_seqs, t, *, logits=False):
+        def make_room(self, cache, n_seqs, t, *, logits=False, spares=False):
             if n_seqs > 3:
                 raise BudgetError("[memory] full")
             return n_seqs * t
