@@ -50,6 +50,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_collection_finish() -> None:
+    """Leave what is loaded by now out of every later search for garbage.
+
+    Several tests search, and thousands of collected tests make each search long.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def on_gpu_if_marked(request: pytest.FixtureRequest) -> Iterator[None]:
     """Run tests marked for a GPU there."""

@@ -25,6 +25,8 @@ _MACHINE = platform.machine()
 _CPU = ["-mavx2", "-mfma", "-mf16c"] if _MACHINE == "x86_64" else []
 FLAGS = [
     *("-std=c++17", "-O2", "-g1", "-fPIC", *_CPU),
+    # A kernel runs a few times for each time it is compiled, on one lane at a time.
+    *("-fno-vectorize", "-fno-slp-vectorize", "-fno-unroll-loops"),
     *("-Xclang", "-ffloat16-excess-precision=none"),
     *("-Xclang", "-cl-single-precision-constant", "-fno-math-errno"),
     *("-fno-sanitize=all", "-fno-exceptions", "-fno-rtti", "-nostdinc"),
