@@ -18,6 +18,30 @@ MODEL = Path("models/demo")
 BUILD = Path("build")
 # Of the 10.4 MB that hold every expert; 2.1 MB of both align the pool.
 MEMORY = "4MB"
+# Long enough for the speed of a prompt to mean something.
+PROMPT = '''"""Count the words of files."""
+
+import collections
+import pathlib
+import sys
+
+
+def count_words(path: pathlib.Path) -> collections.Counter[str]:
+    """Return how often each word stands in a file."""
+    text = path.read_text(encoding="utf-8")
+    return collections.Counter(text.lower().split())
+
+
+def main(argv: list[str]) -> int:
+    """Print the ten most frequent words of each file."""
+    for name in argv[1:]:
+        counted = count_words(pathlib.Path(name))
+        for word, n in counted.most_common(10):
+            print(f"{n:8} {word}")
+    return 0
+
+
+def read'''
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,14 +65,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="scripts/demo", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--prompt", default="def ", help="text to continue")
+    parser = argparse.ArgumentParser(prog="scripts/demo")
+    parser.add_argument("--prompt", default=PROMPT, help="text to continue")
     parser.add_argument(
-        "--max-tokens", type=int, default=200, help="tokens to generate"
+        "--max-tokens",
+        type=int,
+        default=200,
+        help="tokens to generate (default: %(default)s)",
     )
-    parser.add_argument("--expert-memory", default=MEMORY, help="bytes for experts")
+    parser.add_argument(
+        "--expert-memory",
+        default=MEMORY,
+        help="bytes for experts (default: %(default)s)",
+    )
     return parser
 
 

@@ -24,7 +24,7 @@ from ..memory.cache_layouts import CACHE_BITS, CACHE_GROUPS
 from ..state import check_keeps_state, load_state, save_state
 from ..system.files import open_file, parse_json, short
 from .arguments import check_number, check_output, integer, number, one_of
-from .report import generate_and_print
+from .report import generate_and_print, prepare
 
 # What of mlx-lm's numbers can be used; it takes any.
 NUMBERS = {
@@ -131,6 +131,8 @@ def run(args: argparse.Namespace) -> int:
     check_output("--save-state", args.save_state)
     cache, saved = _prompt_cache(args)
     model, tokenizer = _load(args, saved)
+    # A state that is loaded finds its experts in memory: nothing may run after it.
+    preparation = prepare(model) if args.verbose else None
     if args.save_state is not None:
         check_keeps_state(model)
     tokens: list[int] = []
@@ -151,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
         model,
         tokenizer,
         prompt,
-        with_table=args.verbose,
+        preparation=preparation,
         max_tokens=args.max_tokens,
         sampler=_sampler(args, tokenizer),
         prompt_cache=cache,

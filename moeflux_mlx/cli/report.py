@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm import stream_generate
 from mlx_lm.generate import GenerationResponse
+from mlx_lm.models.cache import make_prompt_cache
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
@@ -24,19 +27,30 @@ def wide_console() -> Console:
     return Console(width=max(WIDE, Console().width))
 
 
+def prepare(model: Any) -> float:
+    """Run a token on a cache of its own, and return the seconds that it took.
+
+    The first call of a model reads its weights, lays them out and compiles kernels. A
+    speed that contained it would say little about the next call.
+    """
+    start = time.perf_counter()
+    mx.eval(model(mx.array([[0]]), cache=make_prompt_cache(model)))
+    return time.perf_counter() - start
+
+
 def generate_and_print(
     model: Any,
     tokenizer: Any,
     prompt: Sequence[int],
     *,
-    with_table: bool = True,
+    preparation: float | None = None,
     **options: Any,
 ) -> list[int]:
     """Print a continuation of ``prompt`` as it comes, then the table of its cost.
 
     Args:
         prompt: Token ids.
-        with_table: Print the table too.
+        preparation: Seconds that ``prepare`` took; without them there is no table.
         options: Passed on to ``mlx_lm.stream_generate``.
 
     Returns:
@@ -48,17 +62,23 @@ def generate_and_print(
         sys.stdout.write(response.text)
         sys.stdout.flush()
     print()
-    if with_table:
-        Console().print(cost_table(response, getattr(model, "streamer", None)))
+    if preparation is not None:
+        streamer = getattr(model, "streamer", None)
+        Console().print(cost_table(response, preparation, streamer))
     return tokens
 
 
 def cost_table(
-    last: GenerationResponse, streamer: ExpertStreamer | MappedExperts | None
+    last: GenerationResponse,
+    preparation: float,
+    streamer: ExpertStreamer | MappedExperts | None,
 ) -> Table:
     """Lay out speed, expert cache and memory after a generation's ``last`` response.
 
     The expert cache is counted from loading on.
+
+    Args:
+        preparation: seconds that the model's first call took.
     """
     table = Table("", "tokens", "tokens/s")
     table.add_row("prompt", str(last.prompt_tokens), f"{last.prompt_tps:.1f}")
@@ -66,6 +86,7 @@ def cost_table(
         "generation", str(last.generation_tokens), f"{last.generation_tps:.1f}"
     )
     table.add_section()
+    table.add_row("first call, before the prompt", f"{preparation:.2f} s")
     for name, value in _expert_rows(streamer):
         table.add_row(name, value)
     table.add_section()
