@@ -10,7 +10,6 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -291,8 +290,20 @@ def base_digest() -> bytes:
     return digest.digest()
 
 
-def built(key: str, text: str, flags: list[str], libraries: list[str]) -> Path:
+def built(
+    key: str,
+    text: str,
+    flags: list[str],
+    libraries: list[str],
+    *,
+    program: str = "clang",
+    precompiled: bool = False,
+) -> Path:
     """Return the library of a C++ text, compiling it unless it is cached.
+
+    Args:
+        program: the compiler, of those that ziglang has.
+        precompiled: whether the text includes the Metal standard library.
 
     Raises:
         SimulatorError: the compiler refuses it; the message is the compiler's.
@@ -305,16 +316,32 @@ def built(key: str, text: str, flags: list[str], libraries: list[str]) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         source, out = Path(folder) / "kernel.cpp", Path(folder) / "out.so"
         source.write_text(text)
-        compiler = [str(zig()), "c++"]
-        # Without libraries: zig would build a whole C++ one first.
-        link = ["-shared", "-nostdlib", "-o", str(out), str(source)]
-        command = [*compiler, *flags, *link, *libraries]
-        caches = {"ZIG_GLOBAL_CACHE_DIR": str(path.parent / "zig")}
-        caches["ZIG_LOCAL_CACHE_DIR"] = folder
-        _run(command, source, caches)
+        code = str(source.with_suffix(".o"))
+        known = _precompiled(tuple(flags)) if precompiled else []
+        _run(program, [*flags, *known, "-c", "-o", code, str(source)], source)
+        _run("ld.lld", ["-shared", "-o", str(out), code, *libraries], source)
         out.chmod(0o600)
         os.replace(out, path)
     return path
+
+
+@functools.cache
+def _precompiled(flags: tuple[str, ...]) -> list[str]:
+    """Return what has the standard library read once, compiled, for these flags."""
+    # Clang wants the very files that it was made from.
+    files = ((p, p.stat().st_mtime_ns) for p in sorted(INCLUDE.rglob("*")))
+    key = "\0".join([*flags, *map(str, files)]).encode()
+    digest = hashlib.sha256(base_digest() + key).hexdigest()[:32]
+    path = private.made("simulator") / f"library-{digest}.pch"
+    if not private.is_private(path):
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            out = Path(folder) / "library.pch"
+            header = ["-x", "c++-header", str(INCLUDE / "metal_stdlib")]
+            own = ["-Wno-pragma-once-outside-header", "-o", str(out)]
+            _run("clang", [*flags, *own, *header], out)
+            out.chmod(0o600)
+            os.replace(out, path)
+    return ["-include-pch", str(path)]
 
 
 @functools.cache
@@ -322,7 +349,8 @@ def runtime() -> Path:
     """Return the runtime's library."""
     flags = ["-std=c++17", "-O2", "-g1", "-fPIC", *_CPU, "-fno-sanitize=all"]
     flags += ["-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
-    return built("runtime", RUNTIME.read_text(), flags, [])
+    # It alone uses the C library, whose headers ``clang`` would not find.
+    return built("runtime", RUNTIME.read_text(), flags, [], program="c++")
 
 
 def examine(source: str, name: str = "kernel.metal") -> None:
@@ -335,22 +363,24 @@ def examine(source: str, name: str = "kernel.metal") -> None:
     with tempfile.TemporaryDirectory(dir=private.made("simulator")) as folder:
         path = Path(folder) / "kernel.cpp"
         path.write_text(text)
-        # Not ``c++``: to read one file, zig would build a whole C++ library first.
-        command = [str(zig()), "clang", "-fsyntax-only", *_flags("plain"), str(path)]
-        _run(command, path)
+        flags = _flags("plain", False)
+        flags += _precompiled(tuple(flags))
+        _run("clang", [*flags, "-fsyntax-only", str(path)], path)
 
 
-def _run(
-    command: list[str], source: Path, environment: Mapping[str, str] | None = None
-) -> None:
-    done = children.run(command, source.parent, environment)
+def _run(program: str, arguments: list[str], source: Path) -> None:
+    """Run a program of the package ziglang on a source file, in its folder."""
+    folder = str(source.parent)
+    caches = {"ZIG_GLOBAL_CACHE_DIR": folder, "ZIG_LOCAL_CACHE_DIR": folder}
+    done = children.run([str(zig()), program, *arguments], source.parent, caches)
     if done.returncode:
         message = done.stderr.replace(str(source), "kernel").strip()
         raise SimulatorError(f"[simulator] {message}")
 
 
-def _flags(numbers: str) -> list[str]:
-    return [*FLAGS, *NUMBERS[numbers], "-isystem", str(INCLUDE)]
+def _flags(numbers: str, checked: bool) -> list[str]:
+    flags = [*FLAGS, *NUMBERS[numbers], "-isystem", str(INCLUDE)]
+    return flags + CHECKED_FLAGS if checked else flags
 
 
 def library(text: str, checked: bool, numbers: str = "plain") -> Path:
@@ -359,6 +389,5 @@ def library(text: str, checked: bool, numbers: str = "plain") -> Path:
     Args:
         numbers: one of ``NUMBERS``.
     """
-    flags = _flags(numbers)
-    flags += CHECKED_FLAGS if checked else []
-    return built("checked" if checked else "fast", text, flags, [str(runtime())])
+    name, flags = "checked" if checked else "fast", _flags(numbers, checked)
+    return built(name, text, flags, [str(runtime())], precompiled=True)
