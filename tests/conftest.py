@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -42,8 +42,21 @@ def calm_system(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "system_pressure", lambda: Pressure.NORMAL)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked for a device that is not here, saying which."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the flag that has every test run."""
+    every = "also run what is slow, and every case of tests that have many"
+    parser.addoption("--all", action="store_true", help=every)
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Leave out what only ``--all`` runs; skip tests for a device that is not here."""
+    named = any("::" in word for word in config.args)
+    if not (config.getoption("--all") or named):
+        left_out = set(only_with_all(items))
+        config.hook.pytest_deselected(items=[i for i in items if i in left_out])
+        items[:] = [item for item in items if item not in left_out]
     for item in items:
         for marker, (is_here, reason) in NEEDS.items():
             if not is_here and item.get_closest_marker(marker):
@@ -57,6 +70,17 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def only_with_all(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
+    """Yield slow tests, and all cases but the first of those that are sampled."""
+    begun = set()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        is_repeated = item.get_closest_marker("sampled") and test in begun
+        if is_repeated or item.get_closest_marker("slow"):
+            yield item
+        begun.add(test)
 
 
 @pytest.fixture(autouse=True)

@@ -112,6 +112,7 @@ KINDS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_cache_is_put_back(checkpoint, window, begun_again, kind):
     window(ALL)
@@ -144,6 +145,7 @@ def test_families_of_other_caches_do_too(tmp_path, window, begun_again, family):
     assert bool(waiting.streamer.stats.total.read_ahead) == (family in FORESEEN)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("n_slots", [TOP_K, 7, 20, N_LAYERS * N_EXPERTS - 2])
 @pytest.mark.parametrize("size", [1, 2, ALL])
 @pytest.mark.parametrize("read_ahead", ["on", "off"])

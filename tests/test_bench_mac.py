@@ -143,6 +143,7 @@ def test_budgets_are_shares_of_what_there_is_room_for(bench, checkpoint, monkeyp
     assert smaller["3/4"] < whole["3/4"]
 
 
+@pytest.mark.slow
 def test_every_way_runs_apart_and_the_row_fits_the_table(checkpoint, tmp_path):
     path = tmp_path / "found.json"
     flags = f"--tokens 32 --prompt-tokens 8 --repeats 1 --model {checkpoint}"
@@ -173,6 +174,7 @@ def test_every_way_runs_apart_and_the_row_fits_the_table(checkpoint, tmp_path):
     assert "ops" in row and "VOID" not in row
 
 
+@pytest.mark.slow
 def test_a_way_that_takes_too_long_or_fails_is_a_cell(bench, tmp_path):
     nowhere = bench.Way("1/4", str(tmp_path), False, None, [[1]], 32, 60.0)
     (said,) = bench.run_apart(nowhere).values()

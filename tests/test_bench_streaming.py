@@ -71,6 +71,7 @@ def hits_of_lru(trace: np.ndarray, n_slots: int, n_warm_up: int) -> float:
     return sum(hits[n_warm_up:]) / trace[n_warm_up:].size
 
 
+@pytest.mark.slow
 def test_decoding_is_measured_on_the_traced_routing(decode, tmp_path):
     rows = tmp_path / "rows.csv"
     flags = ["--directory", tmp_path, "--geometry", "tiny", "--layers", 4]

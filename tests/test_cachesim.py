@@ -114,6 +114,7 @@ def trace(checkpoint):
     return record_routing(model, PROMPT, max_tokens=30, prefill_step_size=4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("n_slots", [8, 12, 20])
@@ -133,6 +134,7 @@ def test_hits_are_those_that_the_streamer_counts(packed, trace, n_slots, name, s
             assert counted.hits == simulated.requests[:, row].sum() - n_misses
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("n_slots", [12, 20])
 def test_reads_ahead_are_those_that_the_streamer_counts(packed, trace, n_slots, name):

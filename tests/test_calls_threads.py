@@ -114,6 +114,7 @@ def together(n_threads: int, work: Callable[[int], None]) -> None:
             done.result()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 def test_threads_get_the_bits_of_a_model_alone(
     kind, request, checkpoint, packed, expected
@@ -125,6 +126,7 @@ def test_threads_get_the_bits_of_a_model_alone(
     check(model, 3, expected)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", LAZY_KINDS)
 def test_what_is_lazy_is_computed_before_another_thread_changes_slots(
     kind, checkpoint, packed, expected
@@ -251,6 +253,7 @@ class Ended(Exception):
     """Raised in a thread from outside."""
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("options", [{}, dict(optimistic="on")], ids=["ops", "on"])
 def test_a_thread_that_is_ended_anywhere_lets_the_next_one_call(
     checkpoint, packed, expected, options

@@ -260,6 +260,7 @@ def check_same(got: dict, wanted: dict) -> None:
         assert off[name] <= 1e-4 * norm([x]) + 1e-7 * norm(wanted.values()), name
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("form", WITH_EXPERTS)
 @transforms
 def test_a_model_with_its_experts_gives_stocks_values(
@@ -311,6 +312,7 @@ def test_a_pack_in_memory_gives_stocks_values_or_refuses(
         check_constants(transform, case, wanted, tmp_path, "from a pack")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", STREAMED)
 @transforms
 def test_streamed_experts_give_stocks_values_or_refuse(

@@ -46,6 +46,7 @@ def memory_for(path, n_slots: int) -> int:
     return n_slots * stride + POOL_ALIGNMENT
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("n_tokens", [1, 2, 65])
 def test_logits_are_those_of_the_pack_and_of_all_in_memory(
     checkpoint, packed, n_tokens
@@ -65,6 +66,7 @@ def test_logits_are_those_of_the_pack_and_of_all_in_memory(
         assert counts.read_bytes == others.read_bytes > 0
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("n_shards", [1, 3])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_logits(form, n_shards, checkpoint, packed, tmp_path):
@@ -174,6 +176,7 @@ def test_inspect_says_what_streaming_costs(form, reads, checkpoint, packed, tmp_
     assert json.loads(moeflux("inspect", path, "--json").stdout) == vars(plain)
 
 
+@pytest.mark.slow
 def test_a_name_on_the_hub_is_streamed_from_the_download_cache(checkpoint, tmp_path):
     """No hub is asked: the cache has the links that huggingface_hub makes."""
     repo, revision = tmp_path / "models--owner--name", "0" * 40

@@ -231,6 +231,7 @@ def cut(name, n_rows, axis=1):
     return change
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -306,6 +307,7 @@ def test_fused_rows_that_cannot_be_halved_are_refused(broken):
     assert name in message and "an even number of rows" in message
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

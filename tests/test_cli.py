@@ -47,6 +47,7 @@ def test_version_is_the_package_version():
     assert moeflux("--version").stdout == f"moeflux-mlx {moeflux_mlx.__version__}\n"
 
 
+@pytest.mark.slow
 def test_the_installed_command_is_this_one():
     script = Path(sys.executable).with_name("moeflux")
     if not script.exists():
@@ -92,6 +93,7 @@ def test_generate_runs_a_plain_checkpoint_all_in_memory(checkpoint, stock_text):
     assert "all in memory" in done.stdout
 
 
+@pytest.mark.slow
 def test_generate_reads_the_prompt_from_stdin(packed, stock_text):
     flags = ["--prompt", "-", "--ignore-chat-template", "-m", N_TOKENS]
     flags += ["--verbose", "False", "--model", packed]
@@ -100,6 +102,7 @@ def test_generate_reads_the_prompt_from_stdin(packed, stock_text):
     assert done.stdout == stock_text + "\n"
 
 
+@pytest.mark.slow
 def test_generate_applies_the_chat_template_as_mlx_lm_does(packed, checkpoint):
     flags = ["--system-prompt", "be brief", "--prefill-response", "so", "-m", "12"]
     flags += ["--prompt", "hello\\nyou", "--verbose", "False"]
@@ -128,6 +131,7 @@ def test_a_seed_samples_what_stock_mlx_lm_samples_with_it(packed, checkpoint, bu
     assert streamed == mlx_lm.generate(model, tokenizer, PROMPT, **options) + "\n"
 
 
+@pytest.mark.slow
 def test_a_saved_prompt_cache_continues_where_it_ended(packed, tmp_path):
     cache = tmp_path / "cache.safetensors"
     stock = [sys.executable, "-m", "mlx_lm"]

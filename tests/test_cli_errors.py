@@ -142,6 +142,7 @@ def run(*arguments: str | Path, before: str = "", after: str = "", **variables: 
     )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_output_that_is_not_utf8_is_degraded(encoding, checkpoint):
     for arguments in (["kernels"], ["generate", "--model", checkpoint, *FIXED]):
@@ -150,16 +151,19 @@ def test_output_that_is_not_utf8_is_degraded(encoding, checkpoint):
         assert done.stdout
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_ends_the_command_in_silence():
     done = run("kernels", after="| head -1; exit ${PIPESTATUS[0]}")
     assert (done.returncode, done.stderr) in ((0, ""), (1, ""))
 
 
+@pytest.mark.slow
 def test_a_closed_output_is_no_traceback(checkpoint):
     done = run("generate", "--model", checkpoint, *FIXED, after=">&-")
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_low_hard_limit_of_open_files_is_no_traceback(checkpoint, tmp_path):
     done = run("--version", before="ulimit -n 64;")
     assert (done.returncode, done.stderr) == (0, "")

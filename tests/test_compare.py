@@ -66,6 +66,7 @@ def perturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return directory / "packed"
 
 
+@pytest.mark.slow
 def test_the_same_weights_give_the_same_tokens_and_distributions(identical):
     assert identical.within_tolerance
     assert identical.tokens.n_tokens == identical.tokens.n_equal == N_TOKENS
@@ -103,6 +104,7 @@ def test_each_side_reports_its_own_speed_and_memory(identical):
         assert side.peak_mlx_bytes > 0
 
 
+@pytest.mark.slow
 def test_a_streamed_pack_agrees_with_its_own_experts_stacked_again(
     packed, budget, capsys
 ):
@@ -128,6 +130,7 @@ def test_a_streamed_pack_agrees_with_its_own_experts_stacked_again(
     assert found["ours"]["perplexity"] is None
 
 
+@pytest.mark.slow
 def test_other_weights_exit_with_1_and_show_the_first_divergence(
     perturbed, checkpoint, capsys
 ):
@@ -211,6 +214,7 @@ def test_a_result_that_is_no_number_is_outside_every_tolerance(identical):
     assert fields["logits"]["relative_rms_error"] is None
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_too_small_is_the_error_of_the_side_that_met_it(packed):
     with pytest.raises(BudgetError, match=r"\[memory\] expected at least"):
         compare(packed, PROMPT, max_tokens=1, memory="1KB")

@@ -74,6 +74,7 @@ def test_a_new_function_at_an_old_address_gives_its_own_results(threads):
         assert got == [wanted, wanted]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("compiles", [True, False])
 def test_threads_forget_functions_that_are_gone(threads, compiles):
     """What MLX kept of them goes too, at the thread's next new function."""

@@ -80,6 +80,7 @@ def translation_unit(family: str) -> str:
     return "\n".join(parts)
 
 
+@pytest.mark.sampled
 @pytest.mark.skipif(compiler() is None, reason="no nvcc found")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_compiles(family, tmp_path):
@@ -96,6 +97,7 @@ def test_a_family_compiles(family, tmp_path):
     assert (tmp_path / "out").read_text().count(".entry") > 0
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_instantiation_is_in_the_source(family):
     text, count = translation_unit(family), len(list(samples(family)))

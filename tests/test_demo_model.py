@@ -44,6 +44,7 @@ def test_it_is_what_the_model_card_says():
     assert gate == {"group_size": 64, "bits": 8}
 
 
+@pytest.mark.slow
 def test_200_greedy_tokens_are_those_of_mlx_lm_in_float32(packed):
     expected, tokenizer = mlx_lm.load(str(DEMO))
     expected.set_dtype(mx.float32)
@@ -90,6 +91,7 @@ def test_a_layers_buffers_share_fewer_places(layer):
     assert pool.physical_buffer_count < 0.6 * len(pool.infos)
 
 
+@pytest.mark.sampled
 @pytest.mark.skipif(not simulator.available(), reason="the simulator needs ziglang")
 @pytest.mark.parametrize("fuse", ["0", "1"])
 def test_tokens_on_simulated_kernels_are_those_of_the_references(

@@ -73,6 +73,7 @@ def report_of(capsys, pattern: str, status: int, *more: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 @simulated
 def test_doctor_checks_a_kernel_and_says_what_it_is_worth(capsys):
     assert main(["doctor", "--executor", "sim", "--only", "residual_add"]) == 0
@@ -183,6 +184,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @simulated
 def test_whatever_becomes_of_some_kernels_the_doctor_reports_on_all(capsys, damage):
     damage("".join(text for text, _ in FATES.values()))
@@ -198,6 +200,7 @@ def test_whatever_becomes_of_some_kernels_the_doctor_reports_on_all(capsys, dama
     assert verified.verified_kernels("sim") == good
 
 
+@pytest.mark.slow
 @simulated
 def test_a_kernel_that_hangs_is_named_and_the_others_are_examined(capsys, monkeypatch):
     started = []

@@ -59,6 +59,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("family", "bits"), FAMILIES.items())
 def test_families_stream_with_stocks_bits_through_one_slot(family, bits):
     import family_trials

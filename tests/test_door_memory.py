@@ -247,6 +247,7 @@ def bound(model: nn.Module, n_slots: int, cache_bytes: int, scratch: int) -> Non
     model.keeper.plan = dataclasses.replace(plan, budget_bytes=budget)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_experts_give_way_to_growing_caches_and_come_back(written, family, own_bytes):
     path = written(family)
@@ -308,6 +309,7 @@ def test_a_call_that_fails_leaves_its_caches_as_they_were(written, family, monke
         assert mx.array_equal(model(part, cache=ours), stock(part, cache=theirs))
 
 
+@pytest.mark.slow
 def test_auto_tries_several_sizes_and_keeps_one(written, own_bytes, capsys):
     model, _ = moeflux_mlx.load(written("qwen3_moe"), memory="auto")
     said = capsys.readouterr().err
@@ -318,6 +320,7 @@ def test_auto_tries_several_sizes_and_keeps_one(written, own_bytes, capsys):
 BATCHED = ["qwen3_moe", "glm4_moe", "gpt_oss"]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("family", BATCHED)
 def test_batches_get_stocks_tokens_through_one_slot(written, family, own_bytes):
     path = written(family)
@@ -331,6 +334,7 @@ def test_batches_get_stocks_tokens_through_one_slot(written, family, own_bytes):
     assert texts[0] == texts[1] and model.streamer.n_slots == 1
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("family", BATCHED)
 def test_served_batches_get_what_each_prompt_gets_alone(written, family, own_bytes):
     path = written(family)
@@ -373,6 +377,7 @@ server.main()
 """
 
 
+@pytest.mark.slow
 def test_mlx_lms_server_serves_and_long_prompts_fail_alone(tmp_path, monkeypatch):
     import families
     import family_trials

@@ -53,6 +53,7 @@ def logits(model) -> mx.array:
     return model(TOKENS)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("family", "bits"),
     [("gpt_oss", 4), ("qwen3_next", None), ("nemotron_h", 4), ("gemma4_text", None)],
@@ -314,6 +315,7 @@ print(1024 * (peak() - before))
 """
 
 
+@pytest.mark.slow
 def test_packing_an_original_form_holds_one_tensor_of_a_layer(tmp_path):
     import families
     from mlx_lm.models import mixtral
@@ -547,6 +549,7 @@ SIZES = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", SIZES)
 def test_published_sizes_are_inspected(name, tmp_path):
     import real_sizes

@@ -71,6 +71,7 @@ def own_bytes(monkeypatch):
 FAMILIES = ["qwen3_moe", "gpt_oss", "qwen3_next", "deepseek_v3", "glm4_moe"]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_plan_without_weights_is_the_measured_one(written, family, own_bytes):
     path = written(family, packed=family == "gpt_oss")
@@ -98,6 +99,7 @@ def test_planning_leaves_a_model_as_it_was(written):
     assert mx.array_equal(streamed(TOKENS), stock(TOKENS))
 
 
+@pytest.mark.slow
 def test_a_published_model_is_planned_from_its_headers(tmp_path, capsys, monkeypatch):
     """Of 17 GB in a file without contents none is read that is a matrix's."""
     import real_sizes

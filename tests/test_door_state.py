@@ -78,6 +78,7 @@ FORMS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("family", FORMS)
 def test_a_run_goes_on_with_the_same_bits(written, family, tmp_path):
     packed, bound = FORMS[family]

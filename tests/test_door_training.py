@@ -84,6 +84,7 @@ def flat(grads: Any) -> dict[str, np.ndarray]:
 FAMILIES = ["qwen3_moe", "gpt_oss", "deepseek_v3"]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("trains", [True, False])

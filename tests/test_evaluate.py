@@ -87,6 +87,7 @@ def test_mlx_lm_evaluate_scores_a_packed_directory_as_stock(checkpoint, packed):
     )
 
 
+@pytest.mark.sampled
 def test_a_batch_of_unequal_prompts_generates_what_each_does_alone(stock, ours):
     tokenizer = stock[1]
     alone = [until_end(greedy(ours, prompt), tokenizer) for prompt in PROMPTS]
@@ -105,6 +106,7 @@ def test_a_batch_has_stock_log_probabilities(stock, ours):
         assert ours_row == pytest.approx(stock_row, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.sampled
 def test_prompts_that_join_later_generate_what_they_do_alone(stock, ours):
     tokenizer = stock[1]
     options = {"max_tokens": [4, 12, 7, 9], "return_token_ids": True}

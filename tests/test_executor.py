@@ -280,6 +280,7 @@ for _ in range(3):
 """
 
 
+@pytest.mark.slow
 def test_profiling_per_op_prints_a_row_for_each_label_at_exit():
     done = subprocess.run(
         [sys.executable, "-c", PROFILED],

@@ -93,6 +93,7 @@ def preadv_of(monkeypatch, function):
         yield
 
 
+@pytest.mark.sampled
 def test_files_cut_while_open_are_an_error_until_they_are_whole_again(
     model, directory, expected
 ):

@@ -122,6 +122,7 @@ def test_every_op_is_a_public_function():
     assert set(CALLS) | {"quantize"} == {n for n in ops.__all__ if n.islower()}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CALLS)
 def test_a_function_gives_the_same_on_every_executor(name, executor, monkeypatch):
     got = as_tuple(CALLS[name](getattr(ops, name)))

@@ -58,6 +58,7 @@ def load_script():
     return module
 
 
+@pytest.mark.slow
 def test_wrong_calls_end_in_typed_errors_and_right_ones_in_right_results():
     found = subprocess.run(
         [sys.executable, SCRIPT, "--calls", "300", "--seed", "1"],
@@ -291,6 +292,7 @@ def test_experts_that_are_visited_one_by_one_cannot_be_traced():
         mx.compile(call)(CHOSEN)
 
 
+@pytest.mark.sampled
 def test_streamed_experts_are_those_of_the_file_whatever_has_a_slot(
     executor,  # noqa: F811
     tmp_path,

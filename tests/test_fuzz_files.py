@@ -41,6 +41,7 @@ def test_every_kind_is_tried(kinds):
     assert set(kinds) == set(KINDS)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", KINDS)
 def test_a_wrong_file_is_a_typed_error(fuzzing, kinds, name):
     kind = kinds[name]
@@ -76,6 +77,7 @@ def hangs(path):
         pass
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("read", "what"),
     [

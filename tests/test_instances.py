@@ -188,6 +188,7 @@ def test_a_read_of_an_absent_input_is_found(gated, monkeypatch, checked):
 
 
 # How many.
+@pytest.mark.slow
 @simulated
 def test_tokens_and_prompts_of_other_lengths_need_no_other_source(checkpoint):
     model = moeflux_mlx.load(checkpoint, executor="sim")[0]

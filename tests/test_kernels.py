@@ -23,7 +23,11 @@ N_SEEDS = 3
 # The first sizes in every type, others in one type each. All sizes in all types are in
 # the record that `moeflux doctor` makes, which a test holds to be of these kernels.
 CASES = [
-    pytest.param(kernel, dtype, sizes, id=f"{kernel.name}-{str(dtype)[9:]}-{i}")
+    pytest.param(
+        *(kernel, dtype, sizes),
+        id=f"{kernel.name}-{str(dtype)[9:]}-{i}",
+        marks=[pytest.mark.slow] if i or j else [],
+    )
     for kernel in KERNELS.values()
     for j, dtype in enumerate(kernel.dtypes)
     for i, sizes in enumerate(kernel.sizes)
@@ -31,7 +35,9 @@ CASES = [
 ]
 # Checked mode is some 20 times slower: the smaller half of a kernel's sizes.
 SMALL = [
-    pytest.param(kernel, sizes, id=f"{kernel.name}-{i}")
+    pytest.param(
+        kernel, sizes, id=f"{kernel.name}-{i}", marks=[pytest.mark.slow] if i else []
+    )
     for kernel in KERNELS.values()
     for i, sizes in enumerate(kernel.sizes[: -(-len(kernel.sizes) // 2)])
 ]
@@ -62,6 +68,7 @@ def calls_inexact(kernel) -> bool:
     return bool(INEXACT.search(text + kernels.body(kernel.metal, lines=False)))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", [k.name for k in KERNELS.values() if calls_inexact(k)])
 def test_a_kernel_is_right_with_functions_as_inexact_as_apples(name):
     kernel = KERNELS[name]

@@ -94,6 +94,7 @@ def by_kernels(layer, x, caches, start, tile):
     return layer.o_proj(run(launch)), caches
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("tile", TILES, ids=lambda t: f"tile {t}" if t else "folded")
 def test_a_prompt_and_its_next_tokens_give_what_mlx_lm_gives(tile):
     """mlx-lm takes a prompt with keys and values unfolded, a token in latent form."""

@@ -148,6 +148,7 @@ ANY_SIZES: dict[str, st.SearchStrategy[dict[str, int]]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ANY_SIZES)
 # Other shapes at every run. Each is a source of its own, compiled in about a second.
 @settings(max_examples=2, deadline=None)
@@ -173,6 +174,7 @@ ANYHOW = [(mx.float16, "plain"), (mx.bfloat16, "plain")]
 ANYHOW += [(mx.float32, numbers) for numbers in NUMBERS]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("dtype", "numbers"), ANYHOW)
 @pytest.mark.parametrize(
     ("one", "many"),
@@ -192,6 +194,7 @@ def test_tokens_together_give_the_bits_that_each_gives_alone(one, many, dtype, n
         assert identical(alone, together[token])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("fold", [2, 4, 8])
 @pytest.mark.parametrize(("dtype", "numbers"), ANYHOW[1:])
 def test_folding_heads_changes_no_bit(fold, dtype, numbers):
@@ -226,6 +229,7 @@ LAUNCHES = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "module", "constants", "values"), LAUNCHES)
 def test_macs_launch_otherwise_than_cuda_and_give_the_same_bits(
     name, module, constants, values, monkeypatch
@@ -270,6 +274,7 @@ def close(found: mx.array, wanted: mx.array, limit: float) -> bool:
     return float(mx.abs(found - wanted).max()) <= limit * float(mx.abs(wanted).max())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("strong", [0, 1])
 def test_step_sequence_and_chunks_of_the_delta_rule_agree(strong):
     sizes = {"b": 1, "t": 512, "hk": 1, "hv": 2, "dk": 128, "dv": 16, "strong": strong}
@@ -289,6 +294,7 @@ def test_step_sequence_and_chunks_of_the_delta_rule_agree(strong):
     assert close(mx.concatenate(rows), wanted[1][:64], 1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("split", [1, 15, 16, 17, 33])
 def test_the_delta_rule_goes_on_from_where_it_was_left(split):
     sizes = {"b": 1, "t": 34, "hk": 1, "hv": 1, "dk": 64, "dv": 9}

@@ -137,6 +137,7 @@ def under_ulimit(ulimit: str, code: str, *arguments: str | Path):
     )
 
 
+@pytest.mark.sampled
 @linux
 @pytest.mark.parametrize("ulimit", ["-v 3000000", "-d 1500000"])
 def test_ulimits_bound_what_is_taken_unasked(ulimit):
@@ -164,6 +165,7 @@ for share in map(float, sys.argv[1:]):
 """
 
 
+@pytest.mark.sampled
 @linux
 @pytest.mark.parametrize("ulimit", ["-v 3000000", "-d 1500000"])
 def test_memory_that_cannot_be_had_is_an_error_and_no_signal(ulimit):
@@ -196,6 +198,7 @@ sys.exit(main(["generate", *fixed.split(), "--model", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 @linux
 def test_what_does_not_fit_is_refused_before_it_is_read_and_runs_as_advised(large):
     path, n_bytes = large
@@ -211,6 +214,7 @@ def test_what_does_not_fit_is_refused_before_it_is_read_and_runs_as_advised(larg
     assert done.stdout.strip() and done.stdout == unlimited.stdout
 
 
+@pytest.mark.sampled
 @linux
 @pytest.mark.parametrize("memory", ["auto", "4GB"])
 def test_address_space_that_is_too_small_ends_in_one_line(large, memory):
@@ -248,6 +252,7 @@ except BudgetError as error:
 """
 
 
+@pytest.mark.sampled
 @linux
 @pytest.mark.parametrize(
     "kind, field, room, least",
@@ -294,6 +299,7 @@ def test_experts_nobody_bounds_leave_room_for_the_rest(packed, monkeypatch):
     assert moeflux_mlx.load(packed)[0].streamer.n_slots == 5
 
 
+@pytest.mark.slow
 @linux
 def test_compare_refuses_what_stock_cannot_hold(large):
     code = "import sys; from moeflux_mlx.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -30,6 +30,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.sampled
 @simulated
 @pytest.mark.parametrize(("spec", "way"), WAYS)
 def test_an_op_on_the_simulator_gives_what_its_reference_gives(

@@ -400,6 +400,7 @@ print((taken() - before) // 12)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is as Linux counts it")
 def test_a_model_that_is_dropped_leaves_little_behind():
     """Lazy random numbers of its making alone would leave 1 MB for each load."""
@@ -426,6 +427,7 @@ def test_what_no_plan_knew_of_makes_experts_give_way(packed, monkeypatch):
     assert surplus % step == 0 and 0 < surplus <= 2 * step
 
 
+@pytest.mark.slow
 def test_auto_tries_several_sizes_and_keeps_one(packed, own_bytes, capsys):
     model = load(packed, "auto")
     plan, said = capsys.readouterr().err.splitlines()
@@ -529,6 +531,7 @@ def large(tmp_path_factory):
     return path, [response.token for response in responses]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_a_process_stays_under_its_budget_and_is_refused_without(large):
     path, tokens = large
@@ -561,6 +564,7 @@ def control_group():
         group.rmdir()
 
 
+@pytest.mark.slow
 def test_a_control_group_lets_it_live_and_has_it_refused_without(large, control_group):
     path, tokens = large
     without = run_under_limit(path, limited=1, group=control_group)
@@ -583,6 +587,7 @@ def measure(monkeypatch):
     return module.measure
 
 
+@pytest.mark.sampled
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is as Linux counts it")
 @pytest.mark.parametrize(
     ("case", "budget", "outcome"),

@@ -661,6 +661,7 @@ def spelling(template: list[TemplateParameter], parameters: list) -> list[str]:
     return [*tokens[:-1], ")", "{", "}"]
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(signatures())
 def test_any_valid_signature_is_read_as_it_was_meant(tmp_path_factory, signature):

@@ -23,6 +23,7 @@ def logits(checkpoint):
     return moeflux_mlx.load(checkpoint)[0](TOKENS)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_a_directory_of_any_name_is_a_model(name, checkpoint, logits, tmp_path):
     plain = Path(shutil.copytree(checkpoint, tmp_path / name))

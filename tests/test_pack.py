@@ -204,6 +204,7 @@ def test_progress_rises_to_the_total(tmp_path, plain):
     assert seen[0][0] == "layer 0"
 
 
+@pytest.mark.slow
 def test_memory_stays_at_one_expert_whatever_the_size_of_a_stack(tmp_path):
     plain = write_checkpoint(
         tmp_path / "plain",

@@ -47,6 +47,7 @@ def test_matrices_of_one_input_are_one_and_parameters_its_rows(model):
     assert all(mx.array_equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_a_replaced_parameter_is_in_the_joint_matrix_and_in_the_next_token(model):
     def logits():
         cache = make_prompt_cache(model)

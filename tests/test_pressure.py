@@ -224,6 +224,7 @@ def decode(model, stated=None):
     return found, sizes
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("native", [None, False], ids=["ours", "mlx-lm"])
 @pytest.mark.parametrize(
     "bound", [{"memory": "1GB"}, {"expert_memory": "1GB"}], ids=["plan", "no-plan"]

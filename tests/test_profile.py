@@ -121,6 +121,7 @@ def test_a_traced_step_is_profiled_as_the_trace_performs_it(checkpoint):
     assert append.ops == ("KvCacheAppendNTokens",) and append.count == N_FULL
 
 
+@pytest.mark.slow
 @simulated
 def test_our_launches_are_counted_where_ops_run_together(packed):
     found = profile(load(packed, "sim"), context=3, timer=Fixed())

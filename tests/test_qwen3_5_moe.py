@@ -86,6 +86,7 @@ def greedy(model, tokenizer, n: int) -> list[int]:
     return [step.token for step in steps]
 
 
+@pytest.mark.sampled
 def test_200_greedy_tokens_are_those_of_mlx_lm(checkpoint):
     expected, tokenizer = mlx_lm.load(str(checkpoint))
     ours, _ = moeflux_mlx.load(checkpoint)
@@ -151,6 +152,7 @@ def minimum_memory(path) -> int:
         return memory_for(path, store.top_k)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("n_tokens", [1, 2, 63, 64, 65, 500])
 def test_any_budget_gives_the_same_bits(packed, n_tokens):
     path = packed[1]

@@ -123,6 +123,7 @@ def open_with(plain, packed, **options) -> dict[str, NativeModel]:
     return models
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("n_seqs", [1, 3])
 def test_64_greedy_tokens_and_their_logits_are_mlx_lms(plain, packed, n_seqs):
     expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, N_GREEDY)
@@ -138,6 +139,7 @@ def test_64_greedy_tokens_and_their_logits_are_mlx_lms(plain, packed, n_seqs):
 
 
 # Between them: odd and even experts, one and several choices, dense layers, tied.
+@pytest.mark.sampled
 @simulated
 @pytest.mark.parametrize(
     "plain", ["e13-k10-dense-layers", "e5-k1-heads3-tied"], indirect=True
@@ -160,6 +162,7 @@ def test_any_budget_gives_the_same_bits(plain, packed):
         assert mx.array_equal(greedy(model, 1, 6)[0], expected), name
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("n_seqs", [1, 3])
 def test_traces_that_run_ahead_give_what_waiting_gives(
     plain, packed, n_seqs, monkeypatch
@@ -264,6 +267,7 @@ LAYER = [
 ]
 
 
+@pytest.mark.slow
 @simulated
 def test_a_token_takes_no_more_launches_a_layer_than_qwen3_5_moe(tmp_path):
     n = 3
@@ -284,6 +288,7 @@ def test_a_token_takes_no_more_launches_a_layer_than_qwen3_5_moe(tmp_path):
     assert [name.replace("_ungated", "") for name in found[ours]] == found[other]
 
 
+@pytest.mark.slow
 @simulated
 def test_a_layer_without_experts_takes_six_launches(tmp_path):
     path = make_qwen3_moe(tmp_path / "model", mlp_only_layers=[0, 1])

@@ -210,6 +210,7 @@ def test_short_reads_are_continued():
         assert opened.read(100_003) == bytes(buffer)
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_a_process_that_waits_for_reads(tmp_path):
     path = tmp_path / "sparse.bin"
     with open(path, "wb") as sparse:

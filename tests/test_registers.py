@@ -71,6 +71,7 @@ def test_the_estimate_is_near_what_a_mac_allows_kernels_of_mlx(width, allowed):
         assert abs(found - allowed) <= 0.1 * allowed
 
 
+@pytest.mark.sampled
 @simulated
 @pytest.mark.parametrize(("name", "sizes"), published())
 def test_a_launch_of_a_published_width_fits_the_registers_of_m1(name, sizes):
@@ -79,6 +80,7 @@ def test_a_launch_of_a_published_width_fits_the_registers_of_m1(name, sizes):
     assert fits(launch, n), f"{n_threads(launch)} threads of {n} registers"
 
 
+@pytest.mark.slow
 def test_a_launch_of_many_threads_has_an_estimate(tool):
     """Up to 384 threads fit whatever their registers; more have to be looked at."""
     assert SAFE_THREADS >= 384 and SAFE_THREADS * MAX_REGISTERS <= THREADGROUP_REGISTERS
@@ -104,6 +106,7 @@ def test_a_launch_of_many_threads_has_an_estimate(tool):
     assert found and found <= looked_at
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "sizes"), published())
 def test_a_template_that_a_published_width_reaches_stands_in_a_sample(name, sizes):
     """What the doctor and the tests try is what models run."""

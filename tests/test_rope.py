@@ -63,6 +63,7 @@ def logits(model):
     return np.array(joined)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 def test_positions_are_those_of_mlx_lm(kind, checkpoint, budget, tmp_path):
     given = KINDS[kind]

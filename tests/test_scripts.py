@@ -13,10 +13,11 @@ import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import mlx.core as mx
 import pytest
+from conftest import only_with_all
 
 from moeflux_mlx.engine.executors import open_executor
 from moeflux_mlx.measure.timing import Timing
@@ -34,6 +35,7 @@ def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_geometry_is_measured_and_written(tmp_path, monkeypatch):
     """On the CPU, tiny: stock's bfloat16 is imprecise there, so the gate is opened."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
@@ -115,6 +117,7 @@ def slightly_off(step):
     return lambda x, i: [1.01 * y for y in step(x, i)]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("family", TINY)
 def test_all_sides_of_a_timed_case_compute_the_same(bench, monkeypatch, family):
     """In float32: MLX's bfloat16 is imprecise on the CPU."""
@@ -132,6 +135,7 @@ def test_all_sides_of_a_timed_case_compute_the_same(bench, monkeypatch, family):
         assert set(bench.wrong(dataclasses.replace(case, sides=sides))) == {last}
 
 
+@pytest.mark.slow
 def test_kernels_are_timed_and_written_beside_the_ceilings(
     bench, monkeypatch, tmp_path
 ):
@@ -260,6 +264,7 @@ print(setup_env.ensure_environment(["test"]))
     assert done.stdout.splitlines() == [str(clone / ".venv" / "bin" / "python")]
 
 
+@pytest.mark.slow
 def test_a_failed_install_is_not_taken_for_a_finished_one(clone):
     (clone / "pyproject.toml").write_text("not a project")
     done = run(sys.executable, clone / "scripts" / "demo")
@@ -269,6 +274,7 @@ def test_a_failed_install_is_not_taken_for_a_finished_one(clone):
     assert not (clone / ".venv" / "installed.json").exists()
 
 
+@pytest.mark.slow
 def test_the_demo_packs_once_and_again_when_the_model_changes(
     checkpoint, budget, tmp_path
 ):
@@ -308,6 +314,7 @@ def test_import_without_an_mlx_library_names_the_extra_to_install(tmp_path):
         assert "pip install 'moeflux-mlx[cuda]'" in last
 
 
+@pytest.mark.slow
 def test_a_test_for_a_device_that_is_not_here_skips_with_a_reason(tmp_path):
     for name in ("conftest.py", "tiny.py"):
         shutil.copy(ROOT / "tests" / name, tmp_path)
@@ -342,3 +349,17 @@ def test_the_reader_is_measured_beside_a_loop_in_c(tmp_path, monkeypatch):
     assert {row["side"] for row in rows} == {"ours", "C"}
     assert all(float(row["gbps"]) > 0 for row in rows)
     assert list(tmp_path.iterdir()) == [csv_file]
+
+
+def test_without_all_slow_tests_and_further_cases_are_left_out():
+    marks = {"slow": ["b", "c[1]"], "sampled": ["d[1]", "d[2]", "e"]}
+
+    def item(name: str) -> SimpleNamespace:
+        return SimpleNamespace(
+            nodeid=f"tests/test_x.py::{name}",
+            get_closest_marker=lambda mark: name in marks[mark],
+        )
+
+    items = list(map(item, ["a", "b", "c[0]", "c[1]", "d[1]", "d[2]", "e"]))
+    left_out = [i.nodeid.partition("::")[2] for i in only_with_all(items)]
+    assert left_out == ["b", "c[1]", "d[2]"]

@@ -109,6 +109,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("own", [True, False], ids=["loads", "needs code"])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_command_runs_anything_of_a_model(
@@ -148,6 +149,7 @@ def test_a_model_type_is_no_path_to_a_file(model, mark):
     assert not mark.exists()
 
 
+@pytest.mark.slow
 def test_the_command_started_in_a_models_folder_imports_nothing_from_it(model, mark):
     config = json.loads((with_own_tokenizer(model) / "config.json").read_text())
     del config["model_file"]
@@ -158,6 +160,7 @@ def test_the_command_started_in_a_models_folder_imports_nothing_from_it(model, m
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @simulated
 def test_the_compiler_is_not_looked_for_in_the_working_directory(model, mark):
     flags = ["--executor", "sim", "--only", "residual_add"]
@@ -166,6 +169,7 @@ def test_the_compiler_is_not_looked_for_in_the_working_directory(model, mark):
     assert "1 of 1 kernels agree" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_python_m_imports_nothing_of_ours_from_the_working_directory(model, mark):
     """Python itself looks there for its own library; that is not ours to mend."""
     for path in model.glob("*.py"):
@@ -178,6 +182,7 @@ def test_python_m_imports_nothing_of_ours_from_the_working_directory(model, mark
     assert "residual_add" in done.stdout, done.stderr
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("flag", ["1", ""], ids=["safe path", "as Python 3.10"])
 def test_a_child_does_not_import_from_the_working_directory(flag, model, mark):
     script = "from moeflux_mlx.system import children as c\n"

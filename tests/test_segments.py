@@ -196,6 +196,7 @@ def resident(packed):
     return {optimistic: found(optimistic) for optimistic in ("on", "off")}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("form", "optimistic", "read_ahead"),
     [
@@ -262,6 +263,7 @@ def test_policies_and_scopes_keep_to_segments(
     assert np.array_equal(logits(model, sizes), resident["on"])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("form", "optimistic", "read_ahead"),
     [("packed", "on", "on"), ("plain", "off", "on"), ("plain", "on", "off")],

@@ -89,6 +89,7 @@ def client(served) -> Client:
     return served[0]
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_stock_generation(client, answers):
     assert {prompt: client.complete(prompt) for prompt in PROMPTS} == answers
     with ThreadPoolExecutor(6) as threads:
@@ -316,6 +317,7 @@ def test_nothing_that_a_model_brings_is_run(tmp_path):
     assert not mark.exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_expert_ends_the_requests_that_ask_for_it(packed, answers, tmp_path):
     model = Path(shutil.copytree(packed, tmp_path / "model"))
     memory = summarize(packed).minimum_bytes
@@ -337,6 +339,7 @@ def test_a_damaged_expert_ends_the_requests_that_ask_for_it(packed, answers, tmp
         assert {prompt: client.complete(prompt) for prompt in PROMPTS} == answers
 
 
+@pytest.mark.slow
 def test_kept_prompts_are_in_the_plan_and_a_request_too_large_fails_alone(tmp_path):
     plain = make_checkpoint(
         tmp_path / "plain",

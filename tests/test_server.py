@@ -109,6 +109,7 @@ def complete(address: str, prompt: str) -> str:
     return answer["choices"][0]["text"]
 
 
+@pytest.mark.slow
 def test_a_completion_equals_stock_generation(server, answers):
     assert {prompt: complete(server, prompt) for prompt in PROMPTS} == answers
 
@@ -146,6 +147,7 @@ def refused(address: str, **body: Any) -> tuple[int, str]:
     return caught.value.code, json.loads(caught.value.read())["error"]
 
 
+@pytest.mark.slow
 def test_requests_that_fail_are_told_why_and_harm_nobody(
     checkpoint, packed, answers, tmp_path
 ):
@@ -172,6 +174,7 @@ def test_requests_that_fail_are_told_why_and_harm_nobody(
         assert {prompt: complete(address, prompt) for prompt in PROMPTS} == answers
 
 
+@pytest.mark.slow
 def test_long_chats_give_way_and_one_too_long_fails_alone(tmp_path):
     plain = make_checkpoint(
         tmp_path / "plain",
@@ -196,6 +199,7 @@ def test_long_chats_give_way_and_one_too_long_fails_alone(tmp_path):
     assert int(kept[-1]) < len(chats)
 
 
+@pytest.mark.slow
 def test_a_setting_that_cannot_be_used_ends_the_server_with_its_name(packed, tmp_path):
     _, process = start(packed, tmp_path / "log", MOEFLUX_EXPERT_MEMORY="much")
     assert process.wait(timeout=120) != 0

@@ -73,6 +73,7 @@ def test_batches_of_streamed_experts_get_the_resident_models_tokens(
     assert serve(model, PROMPTS) == [(tokens, None) for tokens in expected]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("layer, expert", [(0, 7), (2, 0), (3, 0)])
 def test_a_damaged_expert_ends_the_requests_that_ask_for_it_and_no_other(
     layer, expert, packed, budget, expected, tmp_path

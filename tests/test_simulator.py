@@ -377,6 +377,7 @@ def test_our_files_compile_whole_and_unmodified(path: Path):
     simulator.Program.of_file(path)
 
 
+@pytest.mark.slow
 def test_the_command_line_compiles_files_and_fails_with_file_and_line(tmp_path):
     good, bad = tmp_path / "good.metal", tmp_path / "bad.metal"
     good.write_text(f"{HEAD}[[kernel]] void good(device float* y) {{ y[0] = 1.0f; }}\n")

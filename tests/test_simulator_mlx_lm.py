@@ -79,6 +79,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("checked", "seed"), MODES, ids=["0", "1", "2", "checked"])
 @pytest.mark.parametrize("dtype", TYPES, ids=["f32", "bf16", "f16"])
 @pytest.mark.parametrize("variant", VARIANTS)

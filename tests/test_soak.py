@@ -24,6 +24,7 @@ def soaking(monkeypatch) -> ModuleType:
     return importlib.import_module("soaking")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("form", ["checkpoint", "packed"])
 def test_every_hardship_leaves_the_resident_models_tokens(soaking, form, request):
     soak = soaking.Soak(request.getfixturevalue(form), WAYS, n_tokens=12, seed=5)
@@ -83,6 +84,7 @@ def test_growth_is_the_slope_after_settling(soaking):
     assert soaking.process_bytes() > 1e6
 
 
+@pytest.mark.slow
 def test_the_command_says_how_it_went(packed):
     flags = ["--model", packed, "--seconds", "0", "--tokens", "4", "--growth", "1e12"]
     command = [sys.executable, ROOT / "scripts" / "soak", *flags]

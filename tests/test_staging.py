@@ -178,6 +178,7 @@ def test_experts_that_move_are_copied_on_the_device(runtime, store, plain):
         assert streamer.stats.total.misses == misses
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "failing",
     [

@@ -364,6 +364,7 @@ def test_layers_run_again_while_the_experts_of_later_ones_are_read(
     assert mx.array_equal(*outs)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("n_slots", [2, 5, 9, 30])
 def test_reading_ahead_changes_no_logits(packed, n_slots):
     outs = []
@@ -478,6 +479,7 @@ def test_an_interrupt_leaves_model_and_caches_usable(packed, n_calls):
     assert mx.array_equal(generate(script.model, script.after, [3]), script.expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not simulator.available(), reason="needs the simulator")
 def test_kernels_look_slots_up_too(tmp_path):
     make_checkpoint(tmp_path / "plain", num_hidden_layers=2, full_attention_interval=2)

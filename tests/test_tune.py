@@ -320,6 +320,7 @@ def tuned_tiny(checkpoint):
         return found
 
 
+@pytest.mark.slow
 @simulated
 def test_every_op_and_group_is_tried_at_every_length(tuned_tiny):
     assert tuned_tiny.executor == "sim"

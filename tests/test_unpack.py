@@ -277,6 +277,7 @@ print(1024 * (peak() - before))
 """
 
 
+@pytest.mark.slow
 def test_unpacking_holds_one_record(tmp_path):
     size = {"n_layers": 4, "n_experts": 16, "hidden": 512, "inner": 1024}
     path = write_checkpoint(tmp_path / "plain", quantization=None, **size)

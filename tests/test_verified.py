@@ -74,6 +74,7 @@ def logits(model) -> mx.array:
     return mx.concatenate(parts, axis=1)
 
 
+@pytest.mark.sampled
 @simulated
 @pytest.mark.parametrize(
     "bad",
