@@ -142,7 +142,7 @@ def check_same(got: dict[str, mx.array], wanted: dict[str, mx.array]) -> None:
         assert off <= 1e-5 * mx.linalg.norm(x).item() + 1e-9, name
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [*WAYS, "no-native"])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_training_gives_stocks_losses_and_adapters(
@@ -184,7 +184,7 @@ def test_gradients_of_adapters_are_stocks(plain, loaders, trained, kind, way):
     check_same(found[1], found[0])
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["resident", "pack"])
 def test_by_default_all_but_routed_experts_learn(plain, loaders, way, tmp_path):
     found = []
@@ -227,6 +227,7 @@ def command(name: str, *flags: object) -> None:
         sys.modules[f"mlx_lm.{name}"].main()
 
 
+@pytest.mark.slow
 def test_the_commands_of_mlx_lm_train_and_test_a_pack(
     plain, packed, few, monkeypatch, capsys, tmp_path
 ):

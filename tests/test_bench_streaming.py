@@ -100,6 +100,7 @@ def test_decoding_is_measured_on_the_traced_routing(decode, tmp_path):
     assert len(recalls) == 2 and min(recalls) > 0
 
 
+@pytest.mark.slow
 def test_tokens_choose_the_experts_of_their_traces(scripts, tmp_path):
     mx = importlib.import_module("mlx.core")
     models = importlib.import_module("streaming_model")
@@ -113,6 +114,7 @@ def test_tokens_choose_the_experts_of_their_traces(scripts, tmp_path):
     assert np.array_equal(again.routing["zipf"], traced.routing["zipf"])
 
 
+@pytest.mark.slow
 def test_so_they_do_where_mlx_lms_class_runs(scripts, tmp_path, monkeypatch):
     models = importlib.import_module("streaming_model")
     sides = importlib.import_module("streaming_side")

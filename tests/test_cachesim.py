@@ -195,6 +195,7 @@ def test_a_share_that_no_token_can_run_with_is_refused(trace, share, scope):
         simulate(trace, {}, [share], scope=scope)
 
 
+@pytest.mark.slow
 def test_the_command_prints_every_policy_and_draws_the_curves(trace, tmp_path, capsys):
     path, plot = tmp_path / "trace.npz", tmp_path / "plot.svg"
     trace.save(path)

@@ -126,7 +126,7 @@ def test_threads_get_the_bits_of_a_model_alone(
     check(model, 3, expected)
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LAZY_KINDS)
 def test_what_is_lazy_is_computed_before_another_thread_changes_slots(
     kind, checkpoint, packed, expected

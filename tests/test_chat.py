@@ -35,7 +35,7 @@ def stock(checkpoint: Path) -> str:
     return said(done.stdout)
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "packed"])
 def test_a_chat_says_what_stocks_says(name, checkpoint, packed, stock):
     model = {"plain": checkpoint, "packed": packed}[name]

@@ -48,7 +48,7 @@ def refused(path: Path, **options) -> str:
     return message
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "every"), [("plain", 2), ("streamed", 11), ("packed", 13)]
 )

@@ -79,6 +79,7 @@ def test_the_same_weights_give_the_same_tokens_and_distributions(identical):
     assert logits.relative_rms_error < 1e-4
 
 
+@pytest.mark.slow
 def test_both_sides_score_a_text_as_stock_does(identical, checkpoint):
     stock, ours = identical.stock.perplexity, identical.ours.perplexity
     model, tokenizer = mlx_lm.load(str(checkpoint))

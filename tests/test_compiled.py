@@ -121,6 +121,7 @@ def test_a_step_whose_layers_are_watched_is_not_traced_as_a_whole(
     assert {type(trace) for trace in traces} == {CompiledSteps}
 
 
+@pytest.mark.slow
 def test_a_trace_holds_until_a_cache_grows(plain, traces):
     lazy, traced = models(plain)
     logits(traced, n_prompt=250, n_steps=3)

@@ -80,7 +80,7 @@ def translation_unit(family: str) -> str:
     return "\n".join(parts)
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.skipif(compiler() is None, reason="no nvcc found")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_compiles(family, tmp_path):

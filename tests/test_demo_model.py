@@ -75,6 +75,7 @@ def test_it_continues_def_into_a_function_with_an_indented_body(packed):
     assert re.match(r"\s*\w+\([^)]*\):\s*\n\s+\S", text), text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [0, 3], ids=["linear", "full"])
 def test_the_planned_peak_is_within_a_quarter_of_what_mlx_holds(layer):
     model, _ = moeflux_mlx.load(DEMO)
@@ -91,7 +92,7 @@ def test_a_layers_buffers_share_fewer_places(layer):
     assert pool.physical_buffer_count < 0.6 * len(pool.infos)
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.skipif(not simulator.available(), reason="the simulator needs ziglang")
 @pytest.mark.parametrize("fuse", ["0", "1"])
 def test_tokens_on_simulated_kernels_are_those_of_the_references(

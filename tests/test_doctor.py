@@ -82,6 +82,7 @@ def test_doctor_checks_a_kernel_and_says_what_it_is_worth(capsys):
     assert "evidence for Metal, not proof" in out
 
 
+@pytest.mark.slow
 @simulated
 def test_the_report_as_json_has_machine_cases_and_errors(capsys, tmp_path, monkeypatch):
     path = tmp_path / "record.json"
@@ -368,6 +369,7 @@ def test_lowering_lists_every_ops_ways(capsys):
     assert rows["MatvecNTokens + ResidualAddNTokens"] == ["matvec_residual"]
 
 
+@pytest.mark.slow
 def test_the_watchdog_is_relaxed_before_mlx_opens_a_device():
     code = "import os, moeflux_mlx; print(os.environ['AGX_RELAX_CDM_CTXSTORE_TIMEOUT'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

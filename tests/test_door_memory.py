@@ -94,6 +94,7 @@ def parts(plan: memory.MemoryPlan) -> int:
     return fixed + plan.scratch_bytes + plan.cache_bytes + plan.expert_bytes
 
 
+@pytest.mark.slow
 def test_the_least_memory_is_stated_and_enough(written, own_bytes, capsys):
     path = written("qwen3_moe")
     least = least_of(path)
@@ -247,7 +248,7 @@ def bound(model: nn.Module, n_slots: int, cache_bytes: int, scratch: int) -> Non
     model.keeper.plan = dataclasses.replace(plan, budget_bytes=budget)
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_experts_give_way_to_growing_caches_and_come_back(written, family, own_bytes):
     path = written(family)

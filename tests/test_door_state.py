@@ -78,7 +78,7 @@ FORMS = {
 }
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FORMS)
 def test_a_run_goes_on_with_the_same_bits(written, family, tmp_path):
     packed, bound = FORMS[family]
@@ -252,6 +252,7 @@ def test_what_cannot_be_kept_is_said_before_text_is_made(written):
         check_keeps_state(moeflux_mlx.load(written("qwen3_moe"))[0])
 
 
+@pytest.mark.slow
 def test_generate_goes_on_from_a_file(written, tmp_path, capsys):
     path, file = written("gpt_oss", True), tmp_path / "state"
     model, tokenizer = moeflux_mlx.load(path, memory="2GB")

@@ -69,7 +69,7 @@ def mixed(request, tmp_path_factory):
     return make_checkpoint(path, experts=MIXES[request.param], **SIZES)
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 def test_logits_are_the_same_at_every_budget_and_those_of_stock(mixed, tmp_path):
     stock, _ = mlx_lm.load(str(mixed))
     resident, _ = moeflux_mlx.load(mixed)

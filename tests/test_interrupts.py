@@ -99,7 +99,7 @@ def moments(n: int) -> Iterator[int]:
     yield from (*range(1, 20, 3), *range(n - 20, n, 2))
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_call_interrupted_anywhere_leaves_the_model_and_its_caches_right(
     checkpoint, way, in_thread

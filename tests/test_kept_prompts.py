@@ -59,6 +59,7 @@ def decode(model) -> None:
     model(mx.array([[3]]), cache=make_prompt_cache(model))
 
 
+@pytest.mark.slow
 def test_experts_make_room_for_kept_prompts_down_to_their_floor(model, kept):
     sizes = []
     for n in range(90):

@@ -294,7 +294,7 @@ def test_step_sequence_and_chunks_of_the_delta_rule_agree(strong):
     assert close(mx.concatenate(rows), wanted[1][:64], 1e-4)
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [1, 15, 16, 17, 33])
 def test_the_delta_rule_goes_on_from_where_it_was_left(split):
     sizes = {"b": 1, "t": 34, "hk": 1, "hv": 1, "dk": 64, "dv": 9}

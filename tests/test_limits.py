@@ -137,7 +137,7 @@ def under_ulimit(ulimit: str, code: str, *arguments: str | Path):
     )
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("ulimit", ["-v 3000000", "-d 1500000"])
 def test_ulimits_bound_what_is_taken_unasked(ulimit):
@@ -165,7 +165,7 @@ for share in map(float, sys.argv[1:]):
 """
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("ulimit", ["-v 3000000", "-d 1500000"])
 def test_memory_that_cannot_be_had_is_an_error_and_no_signal(ulimit):
@@ -214,7 +214,7 @@ def test_what_does_not_fit_is_refused_before_it_is_read_and_runs_as_advised(larg
     assert done.stdout.strip() and done.stdout == unlimited.stdout
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("memory", ["auto", "4GB"])
 def test_address_space_that_is_too_small_ends_in_one_line(large, memory):
@@ -252,7 +252,7 @@ except BudgetError as error:
 """
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize(
     "kind, field, room, least",

@@ -350,6 +350,7 @@ def test_a_batch_that_fails_leaves_its_caches_as_they_were(fails):
     assert mx.array_equal(got, expected)
 
 
+@pytest.mark.slow
 def test_a_prompts_reads_grow_with_its_chunks_alone(packed, least):
     model = load(packed, least + (24 << 20))
     keeper, streamer = model.runtime.keeper, model.streamer

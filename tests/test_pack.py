@@ -354,6 +354,7 @@ def killed(tmp_path, plain):
     return tmp_path / "packed.partial"
 
 
+@pytest.mark.slow
 def test_a_killed_pack_goes_on_where_it_stopped(killed, tmp_path, plain):
     assert not (tmp_path / "packed").exists()
     finished = killed / "experts-000.bin"
@@ -368,6 +369,7 @@ def test_a_killed_pack_goes_on_where_it_stopped(killed, tmp_path, plain):
     assert not killed.exists()
 
 
+@pytest.mark.slow
 def test_a_finished_layer_that_was_damaged_is_written_again(killed, tmp_path, plain):
     with open(killed / "experts-000.bin", "r+b") as file:
         file.seek(777)
@@ -376,6 +378,7 @@ def test_a_finished_layer_that_was_damaged_is_written_again(killed, tmp_path, pl
     assert verify(tmp_path / "packed").damaged == []
 
 
+@pytest.mark.slow
 def test_a_pack_begun_from_another_source_is_not_continued(killed, tmp_path):
     other = write_checkpoint(tmp_path / "other", seed=1)
     before = contents(killed)

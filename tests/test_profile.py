@@ -360,6 +360,7 @@ def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch, tmp_path):
         check_plot(tmp_path / "x.png")
 
 
+@pytest.mark.slow
 def test_a_plot_has_a_bar_for_every_kind_of_step(checkpoint, tmp_path):
     pytest.importorskip("matplotlib")
     found = profile(load(checkpoint), context=2, timer=Fixed())

@@ -139,7 +139,7 @@ def test_64_greedy_tokens_and_their_logits_are_mlx_lms(plain, packed, n_seqs):
 
 
 # Between them: odd and even experts, one and several choices, dense layers, tied.
-@pytest.mark.sampled
+@pytest.mark.slow
 @simulated
 @pytest.mark.parametrize(
     "plain", ["e13-k10-dense-layers", "e5-k1-heads3-tied"], indirect=True

@@ -182,7 +182,7 @@ def test_python_m_imports_nothing_of_ours_from_the_working_directory(model, mark
     assert "residual_add" in done.stdout, done.stderr
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["1", ""], ids=["safe path", "as Python 3.10"])
 def test_a_child_does_not_import_from_the_working_directory(flag, model, mark):
     script = "from moeflux_mlx.system import children as c\n"

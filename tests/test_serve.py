@@ -97,6 +97,7 @@ def test_answers_are_those_of_stock_generation(client, answers):
     assert together == [answers[prompt] for prompt in PROMPTS] * 2
 
 
+@pytest.mark.slow
 def test_a_streamed_answer_comes_in_pieces_that_join_to_the_same_text(client, answers):
     fields = dict(prompt=PROMPTS[0], max_tokens=N_TOKENS, temperature=0, stream=True)
     for options in ({}, {"include_usage": True}):

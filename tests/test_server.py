@@ -134,6 +134,7 @@ def test_a_chat_answer_continues_the_templated_conversation(server, checkpoint):
     assert answer["choices"][0]["message"]["content"] == expected
 
 
+@pytest.mark.slow
 def test_requests_at_the_same_time_get_the_answers_they_get_alone(server, answers):
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
         together = list(pool.map(lambda prompt: complete(server, prompt), PROMPTS))

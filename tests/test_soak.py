@@ -24,7 +24,7 @@ def soaking(monkeypatch) -> ModuleType:
     return importlib.import_module("soaking")
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["checkpoint", "packed"])
 def test_every_hardship_leaves_the_resident_models_tokens(soaking, form, request):
     soak = soaking.Soak(request.getfixturevalue(form), WAYS, n_tokens=12, seed=5)

@@ -129,6 +129,7 @@ def counters(model) -> dict[int, tuple[int, int, int]]:
     return {i: (c.hits, c.misses, c.read_bytes) for i, c in layers.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_slots", [2, 7, 40])
 def test_logits_caches_and_counts_are_those_of_waiting(packed, n_slots):
     ahead, waiting = load(packed, n_slots, "on"), load(packed, n_slots, "off")

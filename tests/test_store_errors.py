@@ -118,6 +118,7 @@ def test_something_else_in_the_place_of_a_file_is_refused(packed):
     assert "expected a regular file but got a FIFO" in refused(packed)
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_be_read_is_refused():
     # Not under tmp_path, which only its owner may enter.
     with tempfile.TemporaryDirectory() as root:
