@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from hypothesis import settings
 from tiny import make_checkpoint
 
 from moeflux_mlx import device
@@ -24,6 +25,10 @@ NEEDS = {
     "cuda": (mx.cuda.is_available(), "needs an NVIDIA GPU with MLX's CUDA backend"),
 }
 
+
+# No test is held to a time: machines are busy.
+settings.register_profile("moeflux", deadline=None)
+settings.load_profile("moeflux")
 
 # What needs no GPU runs on the CPU, as it does where there is nothing else.
 mx.set_default_device(mx.cpu)

@@ -51,7 +51,7 @@ def least_by_search(steps, n_slots: int, at_once) -> int:
     return least(frozenset(), 0)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     steps=st.lists(
         st.tuples(st.sets(st.integers(0, 5), min_size=1, max_size=3), st.booleans()),
@@ -87,7 +87,7 @@ def traces(draw) -> RoutingTrace:
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     trace=traces(),
     share=st.floats(0, 1),

@@ -124,7 +124,7 @@ def expected(plain):
         return records(store)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(
     forms=st.tuples(*[st.sampled_from(FORMS)] * 3),
     seed=st.integers(0, 2**32),

@@ -151,7 +151,7 @@ ANY_SIZES: dict[str, st.SearchStrategy[dict[str, int]]] = {
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", ANY_SIZES)
 # Other shapes at every run. Each is a source of its own, compiled in about a second.
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=2)
 @given(data=st.data())
 def test_a_kernel_gives_what_its_reference_gives_at_any_shape(name, data):
     kernel = KERNELS[name]

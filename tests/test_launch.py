@@ -550,7 +550,7 @@ def shapes(outputs: Mapping[str, Any] | tuple[mx.array, ...]) -> list[tuple[int,
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_damaged_arguments_are_refused_by_name_or_are_still_consistent(name, data):
     found = KERNELS[name]

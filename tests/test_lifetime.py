@@ -307,7 +307,7 @@ def programs(draw):
     return program
 
 
-randomly = settings(max_examples=60, deadline=None, derandomize=True)
+randomly = settings(max_examples=60, derandomize=True)
 
 
 @randomly

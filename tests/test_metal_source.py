@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moeflux_mlx.engine.metal import (
@@ -473,7 +473,6 @@ def test_anything_else_is_not_a_constant_expression(text):
         evaluate(text, {"N": 8})
 
 
-@settings(deadline=None)
 @given(
     st.recursive(
         st.integers(0, 9).map(str),
@@ -662,7 +661,6 @@ def spelling(template: list[TemplateParameter], parameters: list) -> list[str]:
 
 
 @pytest.mark.slow
-@settings(deadline=None)
 @given(signatures())
 def test_any_valid_signature_is_read_as_it_was_meant(tmp_path_factory, signature):
     template, parameters, text = signature

@@ -87,7 +87,7 @@ def test_lfu_keeps_no_more_than_it_needs_of_what_comes_and_goes():
 keys = st.integers(0, N_ROWS * N_EXPERTS - 1)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     uses=st.lists(keys, min_size=1, max_size=60),
     admitted=st.sets(keys, min_size=1),
@@ -132,7 +132,7 @@ def test_markov_keeps_what_followed_the_experts_used_now():
     assert order == [3, 2, 1]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     uses=st.lists(
         st.tuples(
@@ -260,7 +260,7 @@ visits = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     visits=visits,
     n_slots=st.integers(TOP_K, 12),

@@ -64,7 +64,7 @@ def use(streamer, expected, layer, experts):
         assert found == expected[layer, expert]["gate_proj.weight"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     steps=st.lists(
         st.tuples(

@@ -144,7 +144,7 @@ def saved(trace, tmp_path_factory):
     return path
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_damage_is_an_error_or_changes_nothing(saved, trace, data):
     raw = bytearray(saved.read_bytes())

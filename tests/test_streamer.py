@@ -115,7 +115,7 @@ steps = st.lists(
 
 
 @pytest.mark.slow
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     steps=steps,
     n_slots=st.integers(N_LAYERS * TOP_K, N_LAYERS * N_EXPERTS + 2),
@@ -181,7 +181,7 @@ def check_counters(streamer: ExpertStreamer, store: PackedExperts) -> None:
         assert (counters.read_seconds > 0) == (n_records > 0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_lazy_graphs_read_their_slots_before_they_are_overwritten(
     store, expected, data
