@@ -13,6 +13,7 @@ from .elementwise import (
     ZeroBuffer,
 )
 from .embed import EmbedGatherNTokens
+from .latent import HeadMatvecNTokens, MlaSplitQKv, SdpaLatentCausal
 from .linear_attention import (
     ComputeDecayBetaNTokens,
     Conv1dStepNTokens,
@@ -24,6 +25,7 @@ from .moe import (
     MoeCombineResidualNTokens,
     MoeDecodeExperts,
     MoeGatherIdFuse,
+    MoeNoauxTopK,
     MoeNormalizeWeights,
     MoeSoftmaxTopK,
 )
@@ -43,12 +45,15 @@ __all__ = [
     "GatedDeltaNetChunkwise",
     "GatedDeltaNetStepNTokens",
     "GatedRmsNormNTokens",
+    "HeadMatvecNTokens",
     "KvCacheAppendNTokens",
     "MatvecNTokens",
+    "MlaSplitQKv",
     "MoeBatchedPermuteFuse",
     "MoeCombineResidualNTokens",
     "MoeDecodeExperts",
     "MoeGatherIdFuse",
+    "MoeNoauxTopK",
     "MoeNormalizeWeights",
     "MoeSoftmaxTopK",
     "ResidualAddNTokens",
@@ -57,6 +62,7 @@ __all__ = [
     "RmsNormQkNTokens",
     "RopeNTokens",
     "SdpaCausalTiled",
+    "SdpaLatentCausal",
     "SigmoidGateNTokens",
     "SplitQGate",
     "SwigluFusedBatched",
