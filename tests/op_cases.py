@@ -177,7 +177,9 @@ class Spec:
             return None
         if field.role is b.ExpertBaseBuf:
             sizes = (self.fields[n] for n in ("n_experts", "dim", "expert_dim"))
-            return ResidentExperts(random_experts(rng, *sizes, self.form, dtype))
+            biased = "limit" in self.fields
+            made = random_experts(rng, *sizes, self.form, dtype, biased=biased)
+            return ResidentExperts(made)
         made = self.makers.get(field.name, normal())(rng, shapes[field.name])
         kinds = {mx.int32: np.int32, mx.bool_: np.bool_}
         if field.role.dtype in kinds:
@@ -218,10 +220,16 @@ def random_experts(
     width: int,
     form: Quantization | None = None,
     dtype: mx.Dtype = mx.float32,
+    *,
+    biased: bool = False,
 ) -> ExpertWeights:
     def stack(n_out: int, n_in: int) -> Weight:
         dense = rng.standard_normal((n, n_out, n_in)) * n_in**-0.5
-        return quantized(mx.array(dense.astype(np.float32)).astype(dtype), form)
+        made = quantized(mx.array(dense.astype(np.float32)).astype(dtype), form)
+        if not biased:
+            return made
+        bias = mx.array(rng.standard_normal((n, n_out)).astype(np.float32))
+        return dataclasses.replace(made, bias=bias.astype(dtype))
 
     return ExpertWeights(stack(width, dim), stack(width, dim), stack(dim, width))
 
@@ -257,6 +265,8 @@ DELTA_INPUTS = dict(
     g_decay=uniform(0.2, 1),
     beta_gate=uniform(0, 1),
 )
+# Low enough to clip something; experts then have biases too.
+CLIPPED = dict(alpha=1.5, limit=0.5, note="clipped")
 HEADS = dict(num_heads=6, head_dim=7, softmax_scale=7**-0.5)
 
 
@@ -328,6 +338,13 @@ SPECS = [
          mask=lambda rng, _: (rng.random((2, 1, 3, 5)) < 0.5) | (np.arange(5) == 1)),
     spec(ops.SdpaCausalTiled, n_tokens=6, n_seqs=2, heads_per_kv=3, **HEADS,
          **cache(2, 2, 11, 7), note="start", start=value(6, 2)),
+    spec(ops.SdpaCausalTiled, n_tokens=6, n_seqs=2, heads_per_kv=3, **HEADS,
+         **cache(2, 2, 9, 7), note="sinks", sinks=normal(3)),
+    spec(ops.SdpaCausalTiled, n_tokens=1, heads_per_kv=2, **HEADS,
+         **cache(1, 3, 4, 7), note="sinks", sinks=normal(3)),
+    spec(ops.SdpaCausalTiled, n_tokens=2, n_seqs=2, heads_per_kv=3, num_heads=6,
+         head_dim=32, softmax_scale=0.2, **cache(2, 2, 9, 32), note="start-sinks",
+         start=value(6, 2), sinks=normal(3)),
     spec(ops.MoeSoftmaxTopK, n_tokens=5, n_experts=7, k=3),
     spec(ops.MoeSoftmaxTopK, n_tokens=3, n_experts=11, k=10),
     spec(ops.MoeNoauxTopK, n_tokens=5, n_experts=7, k=3, scale=2.5),
@@ -339,14 +356,23 @@ SPECS = [
     spec(ops.MoeDecodeExperts, **routed(1, 33, 17, 7, 3)),
     spec(ops.MoeDecodeExperts, Q4, **routed(1, 64, 96, 11, 10)),
     spec(ops.MoeDecodeExperts, Q8, **routed(1, 32, 32, 3, 1)),
+    spec(ops.MoeDecodeExperts, **routed(1, 33, 17, 7, 3), **CLIPPED),
+    spec(ops.MoeDecodeExperts, Q4, **routed(1, 64, 32, 5, 2), **CLIPPED),
+    spec(ops.MoeGatherIdFuse, **routed(5, 33, 17, 7, 3), **CLIPPED),
     spec(ops.MoeGatherIdFuse, **routed(5, 33, 17, 7, 3)),
     spec(ops.MoeGatherIdFuse, Q4, **routed(5, 64, 32, 11, 10)),
+    spec(ops.MoeBatchedPermuteFuse, **routed(5, 33, 17, 7, 3), **CLIPPED),
+    spec(ops.MoeBatchedPermuteFuse, Q4, **routed(5, 64, 32, 11, 10), **CLIPPED),
     spec(ops.MoeBatchedPermuteFuse, **routed(5, 33, 17, 7, 3)),
     spec(ops.MoeBatchedPermuteFuse, Q4, **routed(5, 64, 32, 11, 10)),
     spec(ops.MoeBatchedPermuteFuse, Q8, **routed(3, 32, 32, 3, 1)),
     spec(ops.MoeCombineResidualNTokens, n_tokens=3, dim=7, shared_out=normal(),
          shared_gate=normal()),
     spec(ops.MoeCombineResidualNTokens, n_tokens=3, dim=7, note="alone"),
+    spec(ops.PartKeyHeadsNTokens, n_tokens=3, num_k_heads=2, num_v_heads=6, key_dim=5,
+         value_dim=7),
+    spec(ops.PartKeyHeadsNTokens, n_tokens=1, num_k_heads=3, num_v_heads=3, key_dim=2,
+         value_dim=5),
     spec(ops.Conv1dStepNTokens, n_tokens=5, conv_dim=7),
     spec(ops.Conv1dStepNTokens, n_tokens=2, n_seqs=2, conv_dim=5, kernel_size=3),
     spec(ops.Conv1dStepNTokens, n_tokens=10, n_seqs=2, conv_dim=3, note="masked",
@@ -428,7 +454,12 @@ KERNEL_SPECS = [
 def widen(x: Any) -> Any:
     if isinstance(x, ResidentExperts):
         stacks = x.weights.gate, x.weights.up, x.weights.down
-        return [unpack(stack) for stack in stacks]
+        none = (np.zeros(s.w.shape[:2]) for s in stacks)
+        biases = (
+            zeros if s.bias is None else to_float64(s.bias)
+            for s, zeros in zip(stacks, none, strict=True)
+        )
+        return [unpack(stack) for stack in stacks], [*biases]
     is_float = isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating)
     return x.astype(np.float64) if is_float else x
 
@@ -517,7 +548,7 @@ def append(op, k_src, v_src, k_cache, v_cache, row):
     return caches
 
 
-def attend(op, q, k, v, mask, start):
+def attend(op, q, k, v, mask, start, sinks):
     """One query and one head at a time."""
     t, s = op.n_tokens // op.n_seqs, k.shape[2]
     queries = q.reshape(op.n_tokens, op.num_heads, op.head_dim)
@@ -532,8 +563,11 @@ def attend(op, q, k, v, mask, start):
         for head in range(op.num_heads):
             group = head // op.heads_per_kv
             keys, values = k[seq, group][seen], v[seq, group][seen]
-            scores = softmax(keys @ queries[token, head] * op.softmax_scale)
-            out[token, head] = scores @ values
+            scores = keys @ queries[token, head] * op.softmax_scale
+            if sinks is not None:
+                scores = np.append(scores, sinks[head])
+                values = np.vstack([values, np.zeros(op.head_dim)])
+            out[token, head] = softmax(scores) @ values
     return out.reshape(q.shape)
 
 
@@ -563,7 +597,8 @@ def attend_latent(op, q, q_pe, latent, rope, mask, start):
         softmax_scale=op.softmax_scale,
     )
     queries = np.concatenate(both, axis=-1).reshape(n, -1)
-    out = attend(like, queries, keys, keys, mask, start).reshape(n, heads, -1)
+    out = attend(like, queries, keys, keys, mask, start, None)
+    out = out.reshape(n, heads, -1)
     return out[..., : op.latent_dim].reshape(q.shape)
 
 
@@ -594,12 +629,19 @@ def noaux(op, logits, bias):
 
 
 def run_experts(op, mlp_in, indices, weights, experts, out_sum=0.0):
-    gate, up, down = experts
+    (gate, up, down), (to_gate, to_up, to_down) = experts
     out = np.zeros_like(mlp_in) + out_sum
     for token, x in enumerate(mlp_in):
         for expert, weight in zip(indices[token], weights[token], strict=True):
-            hidden = silu(gate[expert] @ x) * (up[expert] @ x)
-            out[token] += weight * (down[expert] @ hidden)
+            opened = gate[expert] @ x + to_gate[expert]
+            wide = up[expert] @ x + to_up[expert]
+            if op.limit:
+                opened, wide = np.fmin(opened, op.limit), np.fmin(wide, op.limit)
+                wide = np.fmax(wide, -op.limit)
+                hidden = opened / (1 + np.exp(-op.alpha * opened)) * (1 + wide)
+            else:
+                hidden = silu(opened) * wide
+            out[token] += weight * (down[expert] @ hidden + to_down[expert])
     return out
 
 
@@ -621,6 +663,22 @@ def convolve(op, qkv_in, conv_state, mask, lengths, weight):
     ends = [t] * op.n_seqs if lengths is None else lengths
     kept = [seq[end : end + keep] for seq, end in zip(history, ends, strict=True)]
     return np.stack(kept), silu(out).reshape(qkv_in.shape)
+
+
+def part_key_heads(op, qkvz, ba):
+    """One key head of one token at a time."""
+    per_key = op.num_v_heads // op.num_k_heads
+    values = per_key * op.value_dim
+    parts = [[[] for _ in range(op.n_tokens)] for _ in range(6)]
+    for token in range(op.n_tokens):
+        row, gates = list(qkvz[token]), list(ba[token])
+        for _ in range(op.num_k_heads):
+            for i, n in enumerate((op.key_dim, op.key_dim, values, values)):
+                parts[i][token] += [row.pop(0) for _ in range(n)]
+            for i in (4, 5):
+                parts[i][token] += [gates.pop(0) for _ in range(per_key)]
+    q, k, v, *rest = map(np.array, parts)
+    return np.concatenate([q, k, v], axis=1), *rest
 
 
 def decay_beta(_op, alpha_in, beta_in, mask, a_log, dt_bias):
@@ -681,6 +739,7 @@ ORACLES: dict[type[Op], Callable[..., Any]] = {
     ops.MoeGatherIdFuse: run_experts,
     ops.MoeBatchedPermuteFuse: run_experts,
     ops.MoeCombineResidualNTokens: combine,
+    ops.PartKeyHeadsNTokens: part_key_heads,
     ops.Conv1dStepNTokens: convolve,
     ops.ComputeDecayBetaNTokens: decay_beta,
     ops.GatedDeltaNetStepNTokens: delta_rule,

@@ -11,7 +11,14 @@ from types import ModuleType
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
-from mlx_lm.models import deepseek_v3, glm4_moe, qwen3_5_moe, qwen3_moe
+from mlx_lm.models import (
+    deepseek_v3,
+    glm4_moe,
+    gpt_oss,
+    qwen3_5_moe,
+    qwen3_moe,
+    qwen3_next,
+)
 from mlx_lm.utils import quantize_model, save_config, save_model
 
 from moeflux_mlx.experts.weights import Quantization
@@ -64,6 +71,46 @@ QWEN3_MOE_CONFIG = dict(
     mlp_only_layers=[],
     moe_intermediate_size=32,
     norm_topk_prob=True,
+)
+
+QWEN3_NEXT_CONFIG = dict(
+    QWEN3_MOE_CONFIG,
+    model_type="qwen3_next",
+    num_hidden_layers=4,
+    partial_rotary_factor=0.25,
+    full_attention_interval=2,
+    shared_expert_intermediate_size=64,
+    linear_num_value_heads=4,
+    linear_num_key_heads=2,
+    linear_key_head_dim=32,
+    linear_value_head_dim=32,
+    linear_conv_kernel_dim=4,
+)
+
+GPT_OSS_CONFIG = dict(
+    model_type="gpt_oss",
+    hidden_size=64,
+    num_hidden_layers=4,
+    intermediate_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    sliding_window=8,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+    rms_norm_eps=1e-5,
+    vocab_size=320,
+    max_position_embeddings=4096,
+    rope_theta=10000.0,
+    rope_scaling=dict(
+        rope_type="yarn",
+        factor=4.0,
+        original_max_position_embeddings=64,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        truncate=True,
+    ),
+    num_local_experts=8,
+    num_experts_per_tok=2,
 )
 
 
@@ -217,6 +264,16 @@ def make_deepseek_v3(path: Path, **options) -> Path:
     return make_of(deepseek_v3, DEEPSEEK_V3_CONFIG, path, **options)
 
 
+def make_qwen3_next(path: Path, **options) -> Path:
+    """Write a random checkpoint of mlx-lm's qwen3_next, dense when ``bits`` is None."""
+    return make_of(qwen3_next, QWEN3_NEXT_CONFIG, path, **options)
+
+
+def make_gpt_oss(path: Path, **options) -> Path:
+    """Write a random checkpoint of mlx-lm's gpt_oss, dense when ``bits`` is None."""
+    return make_of(gpt_oss, GPT_OSS_CONFIG, path, **options)
+
+
 def make_of(
     family: ModuleType,
     defaults: Mapping[str, object],
@@ -225,16 +282,26 @@ def make_of(
     seed: int = 0,
     bits: int | None = 4,
     group_size: int = 32,
+    experts: Quantization | None = None,
     **overrides,
 ) -> Path:
-    """Write a random checkpoint of a family of mlx-lm; overrides are config."""
+    """Write a random checkpoint of a family of mlx-lm; overrides are config.
+
+    ``experts`` says how all routed experts are stored, if not like everything else.
+    """
     mx.random.seed(seed)
     config = {**defaults, **overrides}
     model = randomised(family.Model(family.ModelArgs.from_dict(config)))
-    if bits is not None:
-        predicate = getattr(model, "quant_predicate", None)
+
+    def predicate(path: str, module: nn.Module) -> bool | dict:
+        if experts is not None and ".experts." in path:
+            return dict(vars(experts))
+        own = getattr(model, "quant_predicate", lambda *_: True)
+        return bits is not None and own(path, module)
+
+    if bits is not None or experts is not None:
         model, config = quantize_model(
-            model, config, group_size, bits, quant_predicate=predicate
+            model, config, group_size, bits or 4, quant_predicate=predicate
         )
     path.mkdir(parents=True, exist_ok=True)
     save_model(path, model)

@@ -136,6 +136,9 @@ class Moe:
         shared_name: mlx-lm's name for it.
         gated: a gate of its own opens the shared expert.
         noaux: experts are chosen by sigmoids.
+        routed_name, router: mlx-lm's names of the experts, and of what chooses them.
+        biased: the experts and the router add biases to their products.
+        alpha, limit: of a clipped SwiGLU, as ``clipped_swiglu`` has it; 0: a plain one.
     """
 
     n_experts: int
@@ -146,6 +149,11 @@ class Moe:
     shared_name: str = "shared_expert"
     gated: bool = True
     noaux: Noaux | None = None
+    routed_name: str = ROUTED
+    router: str = "gate"
+    biased: bool = False
+    alpha: float = 1.0
+    limit: float = 0.0
 
     @property
     def shared(self) -> str:
@@ -156,20 +164,25 @@ class Moe:
     def same_input(self) -> SameInput:
         """Its matrices that read the same row, by path."""
         return (
-            (f"{MLP}.gate", f"{self.shared}_gate"),
+            (f"{MLP}.{self.router}", f"{self.shared}_gate"),
             (f"{self.shared}.gate_proj", f"{self.shared}.up_proj"),
         )
 
     def shapes(self, dim: int) -> Shapes:
         """Return the tensors of the block by name, as they are once unpacked."""
-        n, inner = self.n_experts, self.expert_dim
-        routed = {
-            f"{MLP}.gate.weight": (n, dim),
-            f"{MLP}.{ROUTED}.gate_proj.weight": (n, inner, dim),
-            f"{MLP}.{ROUTED}.up_proj.weight": (n, inner, dim),
-            f"{MLP}.{ROUTED}.down_proj.weight": (n, dim, inner),
+        n, inner, stem = self.n_experts, self.expert_dim, f"{MLP}.{self.routed_name}"
+        routed: dict[str, tuple[int, ...]] = {
+            f"{MLP}.{self.router}.weight": (n, dim),
+            f"{stem}.gate_proj.weight": (n, inner, dim),
+            f"{stem}.up_proj.weight": (n, inner, dim),
+            f"{stem}.down_proj.weight": (n, dim, inner),
         }
-        shapes: dict[str, tuple[int, ...]] = routed
+        shapes = routed
+        if self.biased:
+            shapes |= {
+                f"{name.removesuffix('.weight')}.bias": shape[:-1]
+                for name, shape in routed.items()
+            }
         if self.noaux is not None:
             shapes[self.noaux.bias] = (n,)
         if self.shared_dim:
@@ -185,7 +198,8 @@ class Moe:
             block = block.gate
             scale = float(block.routed_scaling_factor)
             noaux = Noaux(block.n_group, block.topk_group, scale)
-        k, normalised = block.top_k, bool(block.norm_topk_prob)
+        k = getattr(block, "top_k", None) or block.num_experts_per_tok
+        normalised = bool(getattr(block, "norm_topk_prob", self.normalised))
         # mlx-lm leaves the weight of a single sigmoid as it is.
         normalised = normalised and (noaux is None or k > 1)
         if (k, normalised, noaux) == (self.k, self.normalised, self.noaux):
@@ -298,7 +312,7 @@ def asking(experts: GraphExperts, form: Moe) -> Kernel:
 
 def expected_experts(g: GraphBuilder, form: Moe, x: BufId, n: int) -> BufId:
     """Push a router on rows that are not quite its own: what it may choose soon."""
-    logits = g.matvec(f"{MLP}.gate", x, b.RouterLogitsBuf, label="router")
+    logits = g.matvec(f"{MLP}.{form.router}", x, b.RouterLogitsBuf, label="router")
     return choose_experts(g, form, logits, n)[0]
 
 
@@ -393,6 +407,8 @@ def _experts_sum(
             n_experts=form.n_experts,
             k=form.k,
             expert_bytes=routed.expert_bytes,
+            alpha=form.alpha,
+            limit=form.limit,
         )
     )
     return out_sum
@@ -414,7 +430,7 @@ def moe(
     apart = form.noaux is not None and not call.asks_at_once
     if apart:
         shared.open(x)
-    logits = g.matvec(f"{MLP}.gate", x, b.RouterLogitsBuf, label="router")
+    logits = g.matvec(f"{MLP}.{form.router}", x, b.RouterLogitsBuf, label="router")
     if call.asks_at_once:
         # What does not need them is computed while they are being read.
         chosen = choose_experts(g, form, logits, n)

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from ... import device
+from ...experts.weights import Weight
 from ..launch import Kernel
 from ..launch import attention as kernels
 from ..ops import attention as ops
@@ -55,10 +56,12 @@ def attend_spare(
     start: mx.array,
     scale: float,
     gate: mx.array | None = None,
+    sinks: Weight | None = None,
 ) -> mx.array:
     """Attend over parts of a cache with spare rows, then join them, and gate."""
     sums, stats = run(kernels.sdpa_decode_parts(q, k, v, start, scale))
-    return run(kernels.sdpa_decode_join(sums, stats, q.dtype, gate))[0]
+    scores = None if sinks is None else sinks.w.astype(q.dtype)
+    return run(kernels.sdpa_decode_join(sums, stats, q.dtype, gate, scores))[0]
 
 
 # The kernels of ``attend_spare``.
@@ -67,14 +70,16 @@ SPARE_KERNELS = ("sdpa_decode_parts", "sdpa_decode_join")
 
 @way(ops.SdpaCausalTiled, "sdpa_decode_parts", takes_spare, SPARE_KERNELS)
 def sdpa_parts(
-    op: Any, run: Run, q: mx.array, k: mx.array, v: mx.array, _: None, start: mx.array
+    op: Any, run: Run, q: mx.array, k: mx.array, v: mx.array, *rest: Any
 ) -> mx.array:
     """One token, however many rows are seen: launches never change."""
-    return attend_spare(run, q, k, v, start, op.softmax_scale)
+    _, start, sinks = rest
+    return attend_spare(run, q, k, v, start, op.softmax_scale, sinks=sinks)
 
 
 def _width_fits(op: ops.SdpaCausalTiled) -> bool:
-    return op.start is None and _known_width(op)
+    # Sinks are known where parts are joined alone.
+    return op.start is None and op.sinks is None and _known_width(op)
 
 
 def _one_token(op: ops.SdpaCausalTiled) -> bool:
@@ -92,7 +97,7 @@ def _one_launch(kernel: Kernel, fits: Callable[[Any], bool]) -> None:
         k: mx.array,
         v: mx.array,
         mask: mx.array | None,
-        _: None,
+        *_: None,
     ) -> mx.array:
         return run(kernel(q, k, v, op.softmax_scale, mask))[0]
 

@@ -32,6 +32,7 @@ from ..ops.linear_attention import (
     ComputeDecayBetaNTokens,
     Conv1dStepNTokens,
     GatedDeltaNetStepNTokens,
+    PartKeyHeadsNTokens,
 )
 from ..ops.moe import (
     MoeCombineResidualNTokens,
@@ -48,7 +49,7 @@ from ..ops.norm import (
 )
 from ..ops.quant import MatvecNTokens
 from .attention import SPARE_KERNELS, attend_spare, takes_spare
-from .moe import all_known, experts_act, routing_fits
+from .moe import all_known, experts_act, is_plain, routing_fits
 from .rows import form, kernel_form, parts
 from .table import Run, Values, group
 
@@ -193,8 +194,41 @@ def _gated_delta(ops: Sequence[Any]) -> int:
 @group("gated_delta_decode", GATED_DELTA, _gated_delta, takes_parts=True)
 def gated_delta_decode(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Run all of a gated DeltaNet between its projections."""
-    conv, unit, gates, rule, norm = ops
+    conv, _, gates, _, norm = ops
     projected = (conv.qkv_in, norm.z, gates.beta_in, gates.alpha_in)
+    return _decode_delta(ops, run, values, projected)
+
+
+def _gated_delta_by_key(ops: Sequence[Any]) -> int:
+    part, *rest = ops
+    conv, _, gates, rule, norm = rest[: len(GATED_DELTA)]
+    linked = (
+        conv.qkv_in == part.qkv_out
+        and norm.z == part.z_out
+        and (gates.beta_in, gates.alpha_in) == (part.beta_out, part.alpha_out)
+        and (part.num_k_heads, part.num_v_heads) == (rule.num_k_heads, rule.num_v_heads)
+        and (part.key_dim, part.value_dim) == (rule.key_dim, rule.value_dim)
+    )
+    n = _gated_delta(rest) if linked else 0
+    return n and 1 + n
+
+
+@group(
+    "gated_delta_decode",
+    (PartKeyHeadsNTokens, *GATED_DELTA),
+    _gated_delta_by_key,
+    takes_parts=True,
+)
+def gated_delta_by_key(ops: Sequence[Any], run: Run, values: Values) -> Values:
+    """Run the same where projections go by key head."""
+    part, *rest = ops
+    return _decode_delta(rest, run, values, (part.qkvz, part.ba))
+
+
+def _decode_delta(
+    ops: Sequence[Any], run: Run, values: Values, projected: tuple[Any, ...]
+) -> Values:
+    conv, unit, gates, rule, norm = ops
     rows, starts = _one_row(*(values[buf] for buf in projected))
     a_log = values[gates.a_log.name].w
     launch = linear_attention.gated_delta_decode(
@@ -297,7 +331,9 @@ def gated_attention(ops: Sequence[Any], run: Run, values: Values) -> Values:
     attend, gate = ops
     q, k, v = values[attend.q], values[attend.k], values[attend.v]
     start, scale = values[attend.start], attend.softmax_scale
-    return {gate.x: attend_spare(run, q, k, v, start, scale, values[gate.gate])}
+    sinks = None if attend.sinks is None else values[attend.sinks.name]
+    opened = values[gate.gate]
+    return {gate.x: attend_spare(run, q, k, v, start, scale, opened, sinks)}
 
 
 def _routing(ops: Sequence[Any]) -> int:
@@ -335,7 +371,8 @@ def _experts(ops: Sequence[Any]) -> int:
             and combine.shared_out == down.output
         )
     n = 2 + rest.index(combine)
-    return n if linked and combine.moe_sum == experts.out_sum else 0
+    linked = linked and combine.moe_sum == experts.out_sum
+    return n if linked and is_plain(experts) else 0
 
 
 EXPERT_KERNELS = ("experts_gate_up_swiglu", "experts_down_combine")

@@ -44,6 +44,7 @@ class LatentAttention:
     path: str = "self_attn"
     name: ClassVar[str] = "latent attention"
     grows: ClassVar[bool] = True
+    window: ClassVar[None] = None
 
     @property
     def same_input(self) -> SameInput:
@@ -102,7 +103,7 @@ class LatentAttention:
                 "[cache] expected latent rows as they are but got a quantised cache: "
                 "leave kv_bits out"
             )
-        mask, traced = context.attention_mask, context.traced
+        mask, traced = context.masks[self.window], context.traced
         # Slices of a growing cache would be traced anew at every token.
         one = mask is None and context.n_seqs == context.t == 1
         spare_rows = traced or (one and spare and has_spare_rows(cache))

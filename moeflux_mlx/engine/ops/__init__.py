@@ -19,6 +19,7 @@ from .linear_attention import (
     Conv1dStepNTokens,
     GatedDeltaNetChunkwise,
     GatedDeltaNetStepNTokens,
+    PartKeyHeadsNTokens,
 )
 from .moe import (
     MoeBatchedPermuteFuse,
@@ -56,6 +57,7 @@ __all__ = [
     "MoeNoauxTopK",
     "MoeNormalizeWeights",
     "MoeSoftmaxTopK",
+    "PartKeyHeadsNTokens",
     "ResidualAddNTokens",
     "RmsNormBf16NTokens",
     "RmsNormPerHeadNTokens",
