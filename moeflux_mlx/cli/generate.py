@@ -60,7 +60,7 @@ def add_parser(subparsers: Any) -> None:
     add_streaming_flags(parser)
     add_native_flag(parser)
     add_state_flags(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, group=None)
 
 
 def add_streaming_flags(parser: argparse.ArgumentParser) -> None:
@@ -122,7 +122,8 @@ def streaming_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return what those flags say, as ``load`` takes it."""
     names = ("memory", "expert_memory", "scope", "policy", "read_ahead", "expert_io")
     options = {name: getattr(args, name) for name in (*names, "executor")}
-    return {**options, "native": getattr(args, "native", None)}
+    asked = {name: getattr(args, name, None) for name in ("native", "group")}
+    return {**options, **asked}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -169,6 +170,8 @@ def run(args: argparse.Namespace) -> int:
 def _refuse_unusable(args: argparse.Namespace) -> None:
     if args.image:
         raise ConfigError("[generate] expected a text prompt but got --image")
+    if args.group is not None:
+        _refuse_in_group(args)
     states = args.load_state is not None or args.save_state is not None
     for flag in ("prompt_cache_file", "draft_model"):
         if states and getattr(args, flag) is not None:
@@ -179,6 +182,22 @@ def _refuse_unusable(args: argparse.Namespace) -> None:
             check_number(f"--{name.replace('_', '-')}", value, parse)
     if args.max_tokens == 0:
         raise ConfigError("[generate] expected --max-tokens of 1 or more, or -1")
+
+
+def _refuse_in_group(args: argparse.Namespace) -> None:
+    # What mlx.launch passes on of its standard input never ends.
+    if args.prompt == "-":
+        raise ConfigError(
+            "[generate] expected a prompt as text with several processes but got '-': "
+            'give it as --prompt "$(cat FILE)"'
+        )
+    for flag in ("load_state", "save_state", "executor"):
+        if getattr(args, flag) is not None:
+            name = flag.replace("_", "-")
+            raise ConfigError(
+                f"[generate] expected one process with --{name} but {args.group.size()}"
+                " were started: run it without mlx.launch"
+            )
 
 
 def _load(args: argparse.Namespace, saved: dict[str, str]) -> tuple[Any, Any]:
