@@ -15,6 +15,7 @@ from mlx_lm.utils import load_config, load_model
 
 from . import config, device, serving
 from .adapters import put_adapters
+from .calls.group import Group, exchange_of, launched_group
 from .engine.runtime import RunOptions
 from .errors import ConfigError, one_line_errors
 from .experts.files.checkpoint import read_config
@@ -23,7 +24,6 @@ from .experts.files.stock import has_own_class
 from .experts.files.store import open_store
 from .experts.pool.budget import Amounts
 from .experts.weights import leaves
-from .group import Group, exchange_of, launched_group
 from .memory.plan import MemoryPlan
 from .memory.preflight import check_fits
 from .memory.search import find_fastest

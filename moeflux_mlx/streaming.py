@@ -16,6 +16,7 @@ from rich.filesize import decimal
 
 from . import config, device, serving
 from .calls.arguments import bounded, check_ids
+from .calls.group import Group, begin_together, exchange_of, reached, ways_in_group
 from .calls.measured_needs import MeasuredNeeds
 from .calls.shared import Calls
 from .calls.ways import Ways, added_class
@@ -37,7 +38,6 @@ from .experts.streaming.access import open_experts
 from .experts.streaming.mapped import MappedExperts
 from .experts.streaming.streamer import ExpertStreamer, check_scope
 from .experts.weights import has_values
-from .group import Group, begin_together, exchange_of, reached, ways_in_group
 from .memory.caches import CACHE_STEP
 from .memory.keeper import MemoryKeeper
 from .memory.plan import MemoryPlan, own_bytes, plan_memory

@@ -1,8 +1,8 @@
 """The command ``moeflux``: one module per subcommand.
 
-Imports: errors, config, device, engine.executors, engine.graph, engine.launch,
-engine.lowering, engine.metal, experts.files, experts.pool, experts.streaming, group,
-loading, measure, measure.compare, memory, opening, proof, server, state, system.
+Imports: errors, config, device, calls, engine.executors, engine.graph, engine.launch,
+engine.lowering, engine.metal, experts.files, experts.pool, experts.streaming, loading,
+measure, measure.compare, memory, opening, proof, server, state, system.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import traceback
 from collections.abc import Sequence
 
 from .. import __version__, config
+from ..calls.group import launched_group
 from ..errors import ConfigError, MoefluxError, PeerError
-from ..group import launched_group
 from ..system.progress import untold
 from . import (
     cachesim,

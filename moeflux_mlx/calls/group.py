@@ -11,12 +11,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import config
-from .errors import ConfigError, GroupError
-from .experts.compute.exchange import Exchange
-from .experts.files.share import SharedExperts
-from .experts.files.store import ExpertStore, model_identity
-from .experts.pool.budget import Amounts
+from .. import config
+from ..errors import ConfigError, GroupError
+from ..experts.compute.exchange import Exchange
+from ..experts.files.share import SharedExperts
+from ..experts.files.store import ExpertStore, model_identity
+from ..experts.pool.budget import Amounts
 
 Group = mx.distributed.Group
 
