@@ -44,7 +44,7 @@ from .memory.plan import MemoryPlan, own_bytes, plan_memory
 from .memory.preflight import check_fits, unasked_expert_bytes
 from .memory.relief import FreePool
 from .memory.search import find_fastest
-from .saving.guard import GuardsSaving, guard_saving, keep_whole
+from .saving.guard import GuardsSaving, guard_saving, keep_whole, refuse_division
 from .system.progress import Report, notice
 from .training import TrainsUncompiled
 
@@ -60,17 +60,6 @@ class StreamedPart(nn.Module):
         calls: Calls = self.__dict__["calls"]
         rows: bool = self.__dict__["gives_rows"]
         return calls.alone(calls.call, super().__call__, args, kwargs, gives_rows=rows)
-
-    def pipeline(self, group: Group, *_: Any) -> None:
-        """Refuse to divide layers between processes, as mlx-lm's models do.
-
-        Raises:
-            ModelError: names what divides a streamed model.
-        """
-        raise ModelError(
-            "[pipeline] expected layers with experts in memory but they are streamed: "
-            "divide the experts instead, without --pipeline, by load(group=)"
-        )
 
 
 class CheckedEmbedding(nn.Module):
@@ -122,10 +111,7 @@ class StreamedModel(GuardsSaving, TrainsUncompiled, StreamedPart):
         asked = mx.distributed.init() if group is None else group
         own: Group | None = self.__dict__["group"]
         if asked.size() != (1 if own is None else own.size()):
-            raise ModelError(
-                f"[shard] expected the group that the model was loaded with but got "
-                f"{asked.size()} ranks: give it to load(group=) or stream(group=)"
-            )
+            refuse_division()
 
     def load_weights(
         self, file_or_weights: str | list[tuple[str, mx.array]], strict: bool = True
