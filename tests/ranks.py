@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,14 +32,16 @@ SECONDS = 120
 def launch(
     n: int,
     folder: Path,
-    work: Callable[[Exchange, Path], dict[str, Any]] | None,
+    work: Callable[..., Any],
     words: Sequence[object] = (),
+    text: str = "",
 ) -> list[tuple[int | None, str]]:
     """Run ``n`` ranks and wait for them; return their exit codes and output.
 
     Args:
         folder: where ``work`` finds its files, and leaves what it found as ``N.json``.
-        work: None: the command line, with ``words``.
+        work: takes an exchange and the folder; or the ``words`` if there are some.
+        text: what each reads from its standard input.
     """
     folder.mkdir(exist_ok=True)
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
@@ -46,15 +50,15 @@ def launch(
         one.close()
     hostfile = folder / "hosts.json"
     hostfile.write_text(json.dumps(hosts))
-    call = commands.called if work is None else functools.partial(_called, work)
+    (given := folder / "stdin").write_text(text)
+    call = work if words else functools.partial(_called, work)
     started, before = [], dict(os.environ)
     for rank in range(n):
         log = folder / f"{rank}.log"
         log.unlink(missing_ok=True)
         os.environ.update(MLX_RANK=str(rank), MLX_HOSTFILE=str(hostfile))
-        arguments = [*map(str, words)] if work is None else [str(folder)]
-        paths = [Path(os.devnull), log, log]
-        started.append((commands._start(["moeflux", *arguments], paths, call), log))
+        arguments = ["ranks", *map(str, words or [folder])]
+        started.append((commands._start(arguments, [given, log, log], call), log))
     os.environ.clear()
     os.environ.update(before)
     ended = []
@@ -64,6 +68,14 @@ def launch(
             process.kill()
         ended.append((process.exitcode, log.read_text()))
     return ended
+
+
+def mlx_lm(words: list[str]) -> int:
+    """Run a command of mlx-lm's own."""
+    mx.set_default_device(mx.cpu)
+    sys.argv = words
+    importlib.import_module(f"mlx_lm.{words[0]}").main()
+    return 0
 
 
 def found(folder: Path, n: int) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import mlx.core as mx
 import pytest
 import ranks
@@ -149,14 +150,29 @@ def test_the_command_prints_once_what_one_process_prints(models, capfd):
     assert table.count("2, below: the first") == 1 and "┏" not in table[1:]
 
 
-def test_commands_for_one_process_say_so(models):
+@pytest.mark.parametrize("call", [commands.called, ranks.mlx_lm])
+def test_chats_of_ours_and_of_mlx_lm_share_the_experts(
+    models, tmp_path, monkeypatch, call
+):
+    monkeypatch.setenv("MOEFLUX_EXPERT_MEMORY", str(SMALL))
+    chat = ["chat", "--model", models / "pack", "--max-tokens", 6]
+    chat += ["--trust-remote-code"] * (call is ranks.mlx_lm)
+    (code, first), (other, second) = ranks.launch(
+        2, tmp_path, call, chat, text="hello\nq\n"
+    )
+    assert (code, other) == (0, 0), first + second
+    assert "6 tokens" in first and "bye" in first
+    assert "tokens" not in second and "bye" not in second
+
+
+def test_commands_for_one_process_say_so(models, tmp_path):
     for command in (
         ["pack", models / "plain", models / "again"],
         [*words(models), "--save-state", models / "state"],
         [*words(models), "--prompt", "-"],
         ["serve", "--model", models / "pack", "--port", 0],
     ):
-        for code, log in ranks.launch(2, models / "words", None, command):
+        for code, log in ranks.launch(2, tmp_path, commands.called, command):
             assert code == 2, log
             assert log.startswith("moeflux: [") and "expected" in log
             assert log.count("\n") == 1
