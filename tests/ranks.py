@@ -8,12 +8,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import commands
@@ -203,6 +206,22 @@ def bounded(exchange: Exchange, folder: Path) -> dict[str, Any]:
     outcome["too little"] = said(lambda: model(mx.array(PROMPT)))
     calls.keeper.make_room = make_room
     outcome["after"] = greedy(model)["bits"]
+    return outcome
+
+
+def bench(exchange: Exchange, folder: Path) -> dict[str, Any]:
+    """Measure as ``scripts/bench_distributed`` does."""
+    script = Path(__file__).resolve().parents[1] / "scripts" / "bench_distributed"
+    name = "bench_distributed"
+    loader = SourceFileLoader(name, str(script))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None
+    loader.exec_module(module := importlib.util.module_from_spec(spec))
+    args = SimpleNamespace(model=folder.parent / "pack", rounds=1, prompt=8, tokens=3)
+    outcome: dict[str, Any] = module.measured(args, 50)
+    table = module.Table(*"abcdefgh")
+    module.add_rows(table, 50, [outcome])
+    assert table.row_count == 1
     return outcome
 
 
