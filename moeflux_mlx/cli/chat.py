@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     def shared(
         path: str, *groups: mx.distributed.Group | None, trust_remote_code: bool
     ) -> tuple[Any, Any]:
-        return load(path, **streaming_options(args))
+        return load(path, **streaming_options(args), group=args.group)
 
     parsed = SimpleNamespace(parse_args=lambda: args)
     with replaced(

@@ -122,8 +122,7 @@ def streaming_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return what those flags say, as ``load`` takes it."""
     names = ("memory", "expert_memory", "scope", "policy", "read_ahead", "expert_io")
     options = {name: getattr(args, name) for name in (*names, "executor")}
-    asked = {name: getattr(args, name, None) for name in ("native", "group")}
-    return {**options, **asked}
+    return {**options, "native": getattr(args, "native", None)}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -204,6 +203,7 @@ def _load(args: argparse.Namespace, saved: dict[str, str]) -> tuple[Any, Any]:
     model, tokenizer = load(
         _model_path(args, saved),
         **streaming_options(args),
+        group=args.group,
         adapter_path=args.adapter_path,
         tokenizer_config={
             **_object("--prompt-cache-file", saved.get("tokenizer_config")),
