@@ -15,6 +15,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import SourceFileLoader
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,10 +128,11 @@ def generate(exchange: Exchange, folder: Path) -> dict[str, Any]:
     for path in sorted(
         p for p in folder.parent.iterdir() if p.is_dir() and p != folder
     ):
-        for memory in (1 << 21) + (1 << 16), 1 << 30:
+        for memory, waits in product(((1 << 21) + (1 << 16), 1 << 30), (True, False)):
             model, _ = moeflux_mlx.load(
                 path, expert_memory=memory, group=exchange._group
             )
+            model.__dict__["calls"]._exchange.waits = waits
             store, read = model.__dict__["store"], set()
             spans = store.spans
 
@@ -140,10 +142,11 @@ def generate(exchange: Exchange, folder: Path) -> dict[str, Any]:
 
             store.spans = noted
             before = model.streamer.stats.total.read_bytes
-            outcome[f"{path.name} {memory}"] = {
+            outcome[f"{path.name} {memory} {waits}"] = {
                 **greedy(model),
                 "before": before,
                 "bytes": model.streamer.stats.total.read_bytes,
+                "hits": model.streamer.stats.total.hits,
                 "misses": model.streamer.stats.total.misses,
                 "record": store.layout(store.layers[0]).record_bytes,
                 "read": sorted(read),
@@ -239,6 +242,15 @@ def die(exchange: Exchange, folder: Path) -> dict[str, Any]:
     return {}
 
 
+def choose_late(exchange: Exchange) -> None:
+    """Have ranks choose alike in one block and otherwise in the next."""
+    rows = mx.zeros((3, 4))
+    with exchange.together():
+        for number in range(2):
+            ids = mx.array([0, 1, 2 + number * exchange.rank])
+            exchange.masked(f"block {number}", ids, range(1), rows, lambda n: None)
+
+
 def fail(exchange: Exchange, folder: Path) -> dict[str, Any]:
     """Have one rank fail in every way, and go on with right results after each."""
     outcome, group = {}, exchange._group
@@ -257,7 +269,11 @@ def fail(exchange: Exchange, folder: Path) -> dict[str, Any]:
     if mine:
         file.write_bytes(kept[: len(kept) // 2] + bytes(len(kept) - len(kept) // 2))
     exchange.first([0])
+    own = model.__dict__["calls"]._exchange
     outcome["damaged"] = call(PROMPT)
+    own.waits = False
+    outcome["damaged, not waiting"] = call(PROMPT)
+    own.waits = True
     if mine:
         file.write_bytes(kept)
     exchange.first([0])
@@ -274,6 +290,7 @@ def fail(exchange: Exchange, folder: Path) -> dict[str, Any]:
             lambda places: mx.zeros((len(places), 4)),
         )
     )
+    outcome["choice, not waiting"] = said(lambda: choose_late(exchange))
     outcome["grad"] = said(
         lambda: mx.eval(
             mx.grad(lambda x: model.model(None, input_embeddings=x).sum())(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import commands
@@ -55,6 +56,7 @@ def run(models: Path, n: int, work) -> list[dict]:
     return outcome
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("n", [2, 3])
 def test_ranks_with_uneven_shares_give_one_ranks_bits_and_read_their_own(
     models, alone, n
@@ -63,8 +65,11 @@ def test_ranks_with_uneven_shares_give_one_ranks_bits_and_read_their_own(
     shares = [share_of(E, rank, n) for rank in range(n)]
     assert len({*map(len, shares)}) == 2 and sum(map(len, shares)) == E
     for name, n_layers in LAYERS.items():
-        for memory in SMALL, LARGE:
-            found = [outcome[f"{name} {memory}"] for outcome in outcomes]
+        for memory, waits in product((SMALL, LARGE), (True, False)):
+            found = [outcome[f"{name} {memory} {waits}"] for outcome in outcomes]
+            # Whether or not somebody waits, each rank is asked for its own.
+            waiting = [outcome[f"{name} {memory} True"] for outcome in outcomes]
+            assert [one["hits"] for one in found] == [one["hits"] for one in waiting]
             assert len({one["random"] for one in found}) == 1
             for share, one in zip(shares, found, strict=True):
                 assert {k: one[k] for k in ("tokens", "bits")} == alone[name]
@@ -89,10 +94,12 @@ def test_a_rank_that_fails_ends_the_call_of_all_and_no_more(models, alone):
     block = "model.layers.1.mlp.switch_mlp"
     assert second["damaged"].startswith("ExpertStoreError: [reader] ")
     assert f"{block}, counted from its 3 " in second["damaged"]
-    assert first["damaged"] == (
-        f"PeerError: [group] {block}: expected every rank to go on but rank 1 failed: "
-        f"{told}"
-    )
+    for damaged in "damaged", "damaged, not waiting":
+        assert second[damaged] == second["damaged"]
+        assert first[damaged] == (
+            f"PeerError: [group] {block}: expected every rank to go on but rank 1 "
+            f"failed: {told}"
+        )
     for outcome in first, second:
         for when in "mended", "after", "after all":
             assert outcome[when] == alone["pack"]
@@ -101,6 +108,7 @@ def test_a_rank_that_fails_ends_the_call_of_all_and_no_more(models, alone):
         assert outcome["lengths"].startswith(f"{same}others, of shapes 1 x 3, 1 x 4")
         assert "block: expected every rank to choose the same" in outcome["choice"]
         assert "for row 2 not all chose" in outcome["choice"]
+        assert "block 1: expected every rank" in outcome["choice, not waiting"]
         assert "expected no gradient" in outcome["grad"]
         assert "expected rows with values" in outcome["compile"]
         assert outcome["pipeline"].endswith("or load it without a bound on memory")
@@ -149,6 +157,7 @@ def words(models: Path) -> list[object]:
     ]
 
 
+@pytest.mark.slow
 def test_the_command_prints_once_what_one_process_prints(models, capfd):
     assert main([*map(str, words(models)), "--no-native"]) == 0
     text = capfd.readouterr().out.partition("┏")[0]
@@ -163,6 +172,7 @@ def test_the_command_prints_once_what_one_process_prints(models, capfd):
     assert table.count("2, below: the first") == 1 and "┏" not in table[1:]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("call", [commands.called, ranks.mlx_lm])
 def test_chats_of_ours_and_of_mlx_lm_share_the_experts(
     models, tmp_path, monkeypatch, call

@@ -24,8 +24,8 @@ IDS = mx.array(np.random.RandomState(0).randint(1, 300, (2, 9)))
 LENGTHS = mx.array([[0, 8], [0, 6]])
 HYBRID = {"num_hidden_layers": 2, "full_attention_interval": 2}
 MAKERS: dict[str, Callable[..., Path]] = {
-    "qwen3_5_moe": lambda path: make_checkpoint(path, bits=None, **HYBRID),
     "qwen3_moe": lambda path: make_qwen3_moe(path, bits=None, num_hidden_layers=2),
+    "qwen3_5_moe": lambda path: make_checkpoint(path, bits=None, **HYBRID),
 }
 
 
@@ -51,6 +51,7 @@ def trained(model: Any, *, compiled: bool) -> tuple[list[float], dict[str, mx.ar
     return losses, {**weights, "logits": logits}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("form", MAKERS)
 def test_a_whole_model_learns_what_stock_learns(tmp_path, form):
     path = MAKERS[form](tmp_path / "model")
@@ -67,6 +68,7 @@ def test_a_whole_model_learns_what_stock_learns(tmp_path, form):
                 assert off <= 1e-5 * mx.linalg.norm(array), name
 
 
+@pytest.mark.slow
 def test_the_scripts_in_the_docs_train_and_evaluate(monkeypatch, tmp_path, capsys):
     text = (ROOT / "docs" / "training.md").read_text()
     _, train, evaluate = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

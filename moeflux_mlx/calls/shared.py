@@ -27,7 +27,7 @@ from ..memory.keeper import MemoryKeeper, make_room
 from ..memory.relief import FreePool
 from .alone import OneAtATime
 from .stock_arguments import StockChecks
-from .transforms import is_traced
+from .transforms import in_transformation, is_traced
 from .ways import Ways
 
 
@@ -155,7 +155,15 @@ class Calls(OneAtATime):
         states: list[CacheState] | None,
     ) -> Any:
         whole = functools.partial(call, *bound.args, **bound.kwargs)
-        return self.ways.run(whole, self.streamer, t, states)
+        with self._exchanging():
+            return self.ways.run(whole, self.streamer, t, states)
+
+    def _exchanging(self) -> contextlib.AbstractContextManager[None]:
+        """Let blocks not wait for other processes where the device need not."""
+        exchange = self._exchange
+        if exchange is None or exchange.waits or in_transformation():
+            return contextlib.nullcontext()
+        return exchange.together()
 
     def _guard(self, out: Any) -> None:
         """Have rows computed before experts that they read are gone."""

@@ -8,12 +8,15 @@ and had none that failed, so all of them go on or all of them end with an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 import xxhash
 
+from ... import device
 from ...errors import GroupError, PeerError
 from ..files.share import share_of
 
@@ -23,8 +26,20 @@ MOST_RANKS = 32
 N_MARKS = 3
 
 
+class Told(NamedTuple):
+    """What all ranks together said of a block's rows, and what this one chose."""
+
+    name: str
+    ids: mx.array | np.ndarray
+    marks: mx.array
+    # Hears how many of the rows are of this rank's experts.
+    asked: Callable[[np.ndarray], None]
+
+
 class Exchange:
     """One rank's end of a group; every rank makes the same calls in the same order.
+
+    ``waits``: each block waits for the others' rows. A GPU has better things to do.
 
     Args:
         group: as ``mx.distributed.init`` returns it.
@@ -36,6 +51,10 @@ class Exchange:
     def __init__(self, group: mx.distributed.Group):
         self._group = group
         self.rank, self.size = group.rank(), group.size()
+        self.waits = device.on_cpu()
+        # Whether a call is under way that looks at its end whether all ranks agreed.
+        self.defers = False
+        self._owed: list[Told] = []
         if self.size > MOST_RANKS:
             raise GroupError(
                 f"[group] expected at most {MOST_RANKS} ranks but got {self.size}"
@@ -66,6 +85,7 @@ class Exchange:
             GroupError: another rank chose other experts, or ended.
         """
         places = np.flatnonzero((ids >= own.start) & (ids < own.stop))
+        self._settle()
         failure: Exception | None = None
         rows = mx.zeros((0, like[0]), like[1])
         try:
@@ -75,11 +95,82 @@ class Exchange:
         except Exception as error:
             failure = error
             places, rows = places[:0], mx.zeros((0, like[0]), like[1])
-        total = self._sum(self._marked(ids, places, rows, failed=failure is not None))
+        marked = self._marked(ids, places, rows, failed=failure is not None)
+        total = self._added(marked)
         if failure is not None:
+            self._evaluate(total)
             raise failure
-        self._check(name, ids, np.array(total[:, -N_MARKS:]))
-        return total[:, :-N_MARKS].view(like[1])
+        return self._given(name, ids, total, like[1], lambda _: None)
+
+    def masked(
+        self,
+        name: str,
+        ids: mx.array,
+        own: range,
+        rows: mx.array,
+        asked: Callable[[int], None],
+    ) -> mx.array:
+        """Return a row for each of the expert ``ids``, without a wait for any.
+
+        Args:
+            name: what errors call the block.
+            own: this rank's experts.
+            rows: one for each id; those of other ranks' experts do not count.
+            asked: hears once it is known how many ids are of ``own``.
+
+        Raises:
+            GroupError: another rank ended.
+        """
+        inside = (ids >= own.start) & (ids < own.stop)
+        words = mx.where(inside[:, None], rows.view(mx.uint32), 0)
+        numbers = ids.astype(mx.uint32) + 1
+        marks = [numbers, numbers * numbers, mx.zeros_like(numbers)]
+        marked = mx.concatenate([words, mx.stack(marks, axis=1)], axis=1)
+
+        def count(ids: np.ndarray) -> None:
+            asked(int(((ids >= own.start) & (ids < own.stop)).sum()))
+
+        return self._given(name, ids, self._added(marked), rows.dtype, count)
+
+    def _given(
+        self,
+        name: str,
+        ids: mx.array | np.ndarray,
+        total: mx.array,
+        dtype: mx.Dtype,
+        asked: Callable[[np.ndarray], None],
+    ) -> mx.array:
+        """Return the rows of a sum, once or before it is known that all agree."""
+        self._owed.append(Told(name, ids, total[:, -N_MARKS:], asked))
+        if not self.defers:
+            self._evaluate(total)
+            self._settle()
+        return total[:, :-N_MARKS].view(dtype)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Look no sooner than at the end whether all ranks agreed, if nothing waits.
+
+        Raises:
+            PeerError, GroupError: as ``rows``.
+        """
+        self.defers = True
+        try:
+            yield
+            self._settle()
+        finally:
+            self.defers = False
+            self._owed.clear()
+
+    def _settle(self) -> None:
+        """Look at what ranks told of rows so far."""
+        owed, self._owed = self._owed, []
+        if owed:
+            self._evaluate(*(told.marks for told in owed))
+        for told in owed:
+            ids = np.array(told.ids)
+            self._check(told.name, ids, np.array(told.marks))
+            told.asked(ids)
 
     def _marked(
         self, ids: np.ndarray, places: np.ndarray, rows: mx.array, *, failed: bool
@@ -177,20 +268,23 @@ class Exchange:
         """Return the numbers of every rank, ``[size, n]``."""
         own = np.zeros((self.size, len(numbers)), np.uint32)
         own[self.rank] = numbers
-        return np.array(self._sum(mx.array(own)))
+        total = self._added(mx.array(own))
+        self._evaluate(total)
+        return np.array(total)
 
-    def _sum(self, own: mx.array) -> mx.array:
-        """Return the sum over ranks, modulo 2**32."""
+    def _added(self, own: mx.array) -> mx.array:
+        """Return the sum over ranks, modulo 2**32; it need not be computed yet."""
+        return mx.distributed.all_sum(own, group=self._group)
+
+    def _evaluate(self, *sums: mx.array) -> None:
         try:
-            total = mx.distributed.all_sum(own, group=self._group)
-            mx.eval(total)
+            mx.eval(*sums)
         except RuntimeError as error:
             told = " ".join(str(error).split())
             raise GroupError(
                 f"[group] expected {self.size} ranks but one of them ended ({told}): "
                 "its own error says why"
             ) from error
-        return total
 
 
 def _digest(ids: mx.array) -> tuple[int, int]:

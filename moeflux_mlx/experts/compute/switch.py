@@ -216,6 +216,9 @@ class StreamedSwitch(Uncopied, nn.Module):
         self, exchange: Exchange, source: ExpertSource, x: mx.array, indices: mx.array
     ) -> mx.array:
         """Do what ``_run`` does, with rows of all ranks and without a gradient."""
+        few = indices.size < SORTED_FROM
+        if exchange.defers and few and isinstance(source, ResidentExperts):
+            return self._masked(exchange, source, x, indices)
         self._check_values(x, indices)
 
         @mx.custom_function  # type: ignore[untyped-decorator]
@@ -230,6 +233,25 @@ class StreamedSwitch(Uncopied, nn.Module):
             )
 
         return cast(mx.array, run(x, indices))
+
+    def _masked(
+        self,
+        exchange: Exchange,
+        experts: ResidentExperts,
+        x: mx.array,
+        indices: mx.array,
+    ) -> mx.array:
+        """Run all rows, those of other ranks' experts through any, and ask for them.
+
+        That is more work for the device, but nothing is read back.
+        """
+        own = exchange.own(self.slot_block.n_experts)
+        ids = indices.flatten().astype(mx.int32)
+        slots = mx.clip(indices.astype(mx.int32) - own.start, 0, len(own) - 1)
+        out = self.slot_block(experts.weights, x, slots.astype(mx.uint32))
+        rows = out.reshape(ids.size, -1)
+        given = exchange.masked(self.path, ids, own, rows, experts.asked)
+        return given.reshape(out.shape)
 
     def _run_own(
         self, exchange: Exchange, source: ExpertSource, x: mx.array, indices: mx.array
