@@ -411,8 +411,7 @@ class SlotBlock:
         if self._by_blocks(n_ids):
             n_matrices = len(np.unique(np.array(slots)))
             return max(SORTED_FROM, device.METAL_ROWS_A_MATRIX * n_matrices)
-        # A CPU multiplies row by row, however many there are.
-        return 1 if device.on_cpu() else min(n_ids, SORTED_FROM)
+        return 1 if device.multiplies_row_by_row() else min(n_ids, SORTED_FROM)
 
     def _by_blocks(self, n_ids: int) -> bool:
         is_sorted = n_ids >= SORTED_FROM
