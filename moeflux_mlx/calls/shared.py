@@ -137,9 +137,7 @@ class Calls(OneAtATime):
             if not has_values(*rows.arrays.values()):
                 out = self._run(call, rows.bound, rows.t, states)
             elif self.keeper is None:
-                if self.free_pool is not None:
-                    self.free_pool.give_way(cache)
-                self._agreed(rows, lambda: rows.t)
+                self._agreed(rows, lambda: self._given_way(cache, rows.t))
                 out = self._run(call, rows.bound, rows.t, states)
             else:
                 out = self._in_room(call, rows, states)
@@ -200,6 +198,12 @@ class Calls(OneAtATime):
             parts.append(self._run(call, part, stop - start, None))
             mx.eval(parts[-1], arrays_of(cache))
         return mx.concatenate(parts, axis=1)
+
+    def _given_way(self, cache: list[Any], t: int) -> int:
+        """Return ``t``, once experts have given way to what else takes memory."""
+        if self.free_pool is not None:
+            self.free_pool.give_way(cache)
+        return t
 
     def _agreed(self, rows: _Rows, step: Callable[[], int]) -> int:
         """Return how many tokens are computed together: as many by every process."""
