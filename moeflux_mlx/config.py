@@ -1,5 +1,8 @@
 """Every environment variable moeflux-mlx reads, in one place.
 
+Besides these it looks whether those are set by which ``mlx.launch`` and ``mpirun`` tell
+a process its rank.
+
 ============================ =======================================================
 ``MOEFLUX_EXECUTOR``         executor to use when none is asked for: ``ops``,
                              ``metal``, ``cuda`` or ``sim`` (default: see
@@ -67,6 +70,12 @@ def check() -> None:
     profile_per_op()
     sim_checked()
     fuse()
+
+
+def is_launched() -> bool:
+    """Tell whether ``mlx.launch`` or ``mpirun`` started this process among others."""
+    names = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    return any(name in os.environ for name in names)
 
 
 def executor_name() -> str | None:

@@ -150,6 +150,11 @@ def multiplies_by_blocks(n_rows: int, n_matrices: int) -> bool:
     )
 
 
+def multiplies_row_by_row() -> bool:
+    """Tell whether MLX gathers matrices for one row alike, however many there are."""
+    return on_cpu()
+
+
 @contextlib.contextmanager
 def host_threads(n_macs: int) -> Iterator[None]:
     """Let NumPy's BLAS use its threads only where products are large enough.

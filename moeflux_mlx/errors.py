@@ -70,6 +70,14 @@ class RequestError(MoefluxError, ValueError):
         super().__init__(message)
 
 
+class GroupError(MoefluxError, RuntimeError):
+    """Another process of a group ended, or does something else."""
+
+
+class PeerError(GroupError):
+    """Another process of a group failed, and says so itself."""
+
+
 class KernelError(MoefluxError, ValueError):
     """A kernel's source, arguments or launch are not what its signature says."""
 

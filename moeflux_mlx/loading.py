@@ -15,6 +15,7 @@ from mlx_lm.utils import load_config, load_model
 
 from . import config, device, serving
 from .adapters import put_adapters
+from .calls.group import Group, exchange_of, launched_group
 from .engine.runtime import RunOptions
 from .errors import ConfigError, one_line_errors
 from .experts.files.checkpoint import read_config
@@ -61,6 +62,7 @@ def load(
     read_ahead: str = "auto",
     expert_io: str | None = None,
     native: bool | None = None,
+    group: Group | None = None,
 ) -> Any:
     """Load a model as ``mlx_lm.load``, its experts streamed or among its parameters.
 
@@ -101,6 +103,10 @@ def load(
         native: True for our own class of the model, False for mlx-lm's, its experts
             streamed if ``expert_memory`` bounds them; None takes our own where there
             is one.
+        group: as ``mx.distributed.init()`` returns it: each of its ranks reads a part
+            of every layer's experts, and all compute the same. They must load and call
+            alike, with mlx-lm's class of the model and rank 0's random state. Amounts
+            of memory are this rank's.
 
     Returns:
         ``(model, tokenizer)``, or with the configuration, as ``mlx_lm.load`` does.
@@ -116,6 +122,7 @@ def load(
             whole does not fit into the memory that is left.
         ConfigError: an argument or environment variable has no usable value.
         TraceError: the recording that ``policy`` names is not usable.
+        GroupError: another rank failed, ended or has loaded something else.
     """
     check_settings()
     kinds: tuple[tuple[str, object, type], ...] = (
@@ -141,7 +148,15 @@ def load(
         read_ahead,
         expert_io,
         give_way=serving.join(),
+        group=group if exchange_of(group) else None,
     )
+    if options.group is not None:
+        if native:
+            raise ConfigError(
+                "[native] expected none with several ranks but got True: they share "
+                "the experts of mlx-lm's class alone"
+            )
+        native = False
     path = find_model(path_or_hf_repo, revision)
     if trust_remote_code:
         _refuse_code(path)
@@ -358,8 +373,11 @@ def pack_classes(model_file: str) -> tuple[type, type]:
     check_settings()
     options = RunOptions(directory=directory, give_way=give_way)
     found = load_config(directory)
-    if not has_own_class(found):
-        return saved_plainly(*door_classes(directory, found, reads=not saves))
+    group = None if saves else launched_group()
+    if group is not None or not has_own_class(found):
+        return saved_plainly(
+            *door_classes(directory, found, reads=not saves, group=group)
+        )
     _tell_departure(found)
     direct = config.expert_io() == "direct"
     opened = partial(PackedExperts.open, directory, direct=direct)

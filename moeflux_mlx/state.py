@@ -141,6 +141,11 @@ class _Run:
                 "adapters: fuse them into it with mlx_lm.fuse to keep states"
             )
         streams = isinstance(model, StreamedModel)
+        if streams and model.__dict__["group"] is not None:
+            raise StateError(
+                "[state] expected a model in one process but several share its "
+                "experts: load it without group= to keep its state"
+            )
         owner: Any = model if streams else getattr(model, "runtime", None)
         if owner is None:
             kind = type(model)

@@ -16,18 +16,20 @@ from rich.filesize import decimal
 
 from . import config, device, serving
 from .calls.arguments import bounded, check_ids
+from .calls.group import Group, begin_together, exchange_of, reached, ways_in_group
 from .calls.measured_needs import MeasuredNeeds
 from .calls.shared import Calls
 from .calls.ways import Ways, added_class
 from .errors import BudgetError, ModelError, MoefluxError
 from .experts.compute.blank import BlankExperts
+from .experts.compute.exchange import Exchange
 from .experts.compute.switch import StreamedSwitch
 from .experts.files.checkpoint import Checkpoint, read_config
 from .experts.files.module_store import ModuleExperts, unchanged
 from .experts.files.modules import RoutedBlock, find_blocks
 from .experts.files.packed import is_packed
 from .experts.files.packed_blocks import PackedBlocks
-from .experts.files.store import model_identity
+from .experts.files.store import ExpertStore, model_identity
 from .experts.pool.budget import Amounts
 from .experts.pool.policy import DEFAULT_POLICY, policy_factory
 from .experts.pool.pool import pool_bytes
@@ -42,7 +44,7 @@ from .memory.plan import MemoryPlan, own_bytes, plan_memory
 from .memory.preflight import check_fits, unasked_expert_bytes
 from .memory.relief import FreePool
 from .memory.search import find_fastest
-from .saving.guard import GuardsSaving, guard_saving, keep_whole
+from .saving.guard import GuardsSaving, guard_saving, keep_whole, refuse_division
 from .system.progress import Report, notice
 from .training import TrainsUncompiled
 
@@ -100,6 +102,17 @@ class StreamedModel(GuardsSaving, TrainsUncompiled, StreamedPart):
         calls: Calls = self.__dict__["calls"]
         return calls.keeper
 
+    def shard(self, group: Group | None = None) -> None:
+        """Do what mlx-lm's models do to divide a model, which loading has done.
+
+        Raises:
+            ModelError: it was not loaded with that group.
+        """
+        asked = mx.distributed.init() if group is None else group
+        own: Group | None = self.__dict__["group"]
+        if asked.size() != (1 if own is None else own.size()):
+            refuse_division()
+
     def load_weights(
         self, file_or_weights: str | list[tuple[str, mx.array]], strict: bool = True
     ) -> nn.Module:
@@ -133,6 +146,7 @@ def stream(
     optimistic: str | None = None,
     expert_io: str | None = None,
     report: Report | None = None,
+    group: Group | None = None,
 ) -> M:
     """Stream the experts of a model that mlx-lm loaded with ``lazy=True``.
 
@@ -146,6 +160,7 @@ def stream(
         memory, expert_memory: as for ``load``; the plan is printed.
         scope, policy, read_ahead, optimistic, expert_io: as for ``load``.
         report: hears how far reading has come where all experts fit.
+        group: as for ``load``.
 
     Returns:
         The model. Its ``streamer`` has the counts, its ``plan`` the memory.
@@ -156,25 +171,32 @@ def stream(
         ConfigError: an argument has no usable value.
         BudgetError: not even one expert fits, or without a bound all other weights.
         ExpertStoreError: an expert could not be read.
+        GroupError: other processes do something else, or ended.
     """
     directory = Path(directory)
     check_scope(scope)
-    blocks = _blocks_of(model)
-    amounts, ways = Amounts.read(memory, expert_memory), Ways(optimistic)
+    blocks, exchange = _blocks_of(model), exchange_of(group)
+    amounts = Amounts.read(memory, expert_memory)
+    if exchange is not None:
+        read_ahead, optimistic, expert_io = ways_in_group(
+            read_ahead, optimistic, expert_io, amounts
+        )
+    ways = Ways(optimistic)
     io = way_of_reading(expert_io, gives_way=amounts.process is not None)
     make_policy = policy_factory(policy or config.policy() or DEFAULT_POLICY)
     store = _open(model, blocks, directory, direct=io == "direct")
     with contextlib.ExitStack() as undo:
         undo.callback(store.close)
-        calls = _install(model, blocks, ways, undo)
-        opened = _Opening(model, blocks, calls, store, directory, amounts, scope)
+        calls = _install(model, blocks, ways, undo, exchange)
+        own = reached(store, exchange)
+        opened = _Opening(model, blocks, calls, own, directory, amounts, scope)
         n_bytes, chosen = opened.expert_bytes()
         calls.streamer = streamer = open_experts(
-            store,
+            own,
             n_bytes,
             functools.partial(
                 ExpertStreamer,
-                store,
+                own,
                 n_bytes,
                 scope=scope,
                 policy=make_policy,
@@ -188,6 +210,8 @@ def stream(
             io=io,
             report=report,
         )
+        if exchange is not None:
+            begin_together(exchange, model, directory, amounts)
         undo.pop_all()
     model.__dict__.update(
         streamer=streamer,
@@ -195,6 +219,7 @@ def stream(
         needs=opened.needs,
         directory=directory,
         store=store,
+        group=group if exchange is not None else None,
     )
     if opened.plan is None and isinstance(streamer, ExpertStreamer):
         calls.free_pool = FreePool(streamer)
@@ -253,7 +278,7 @@ class _Opening:
     model: nn.Module
     blocks: list[RoutedBlock]
     calls: Calls
-    store: ModuleExperts | PackedBlocks
+    store: ExpertStore
     directory: Path
     amounts: Amounts
     scope: str
@@ -358,14 +383,20 @@ def _open(
 
 
 def _install(
-    model: nn.Module, blocks: list[RoutedBlock], ways: Ways, undo: contextlib.ExitStack
+    model: nn.Module,
+    blocks: list[RoutedBlock],
+    ways: Ways,
+    undo: contextlib.ExitStack,
+    exchange: Exchange | None = None,
 ) -> Calls:
     """Put blocks of ours in the places of the model's, and ours above them."""
-    calls = Calls(model, serving.join(), ways)
+    calls = Calls(model, serving.join(), ways, exchange)
     for number, block in enumerate(blocks):
         undo.callback(_put_back, model, block, block.parts)
         source = functools.partial(calls.source, number)
-        switch = StreamedSwitch(block, source, calls.alone, lambda: ways.token)
+        switch = StreamedSwitch(
+            block, source, calls.alone, lambda: ways.token, exchange
+        )
         undo.callback(switch.slot_block.release)
         _replace(model, block.path, switch)
     owners = {_owner(block.path) for block in blocks}

@@ -88,6 +88,7 @@ def takes_blocks(n_rows: int, n_matrices: int, is_sorted: bool) -> bool:
 def metal(monkeypatch):
     """Take kernels as on Metal; a CPU computes the same with each."""
     monkeypatch.setattr(device, "multiplies_by_blocks", lambda rows, n: rows // n >= 4)
+    monkeypatch.setattr(device, "multiplies_row_by_row", lambda: False)
 
 
 @pytest.mark.parametrize("n_slots", [1, 2, 4, 7, 2 * N_EXPERTS])

@@ -17,6 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from .. import device
 from ..errors import BudgetError
 from ..experts.compute.blank import BlankExperts
+from ..experts.compute.exchange import Exchange
 from ..experts.compute.source import ExpertSource
 from ..experts.streaming.mapped import MappedExperts
 from ..experts.streaming.streamer import ExpertStreamer
@@ -26,7 +27,7 @@ from ..memory.keeper import MemoryKeeper, make_room
 from ..memory.relief import FreePool
 from .alone import OneAtATime
 from .stock_arguments import StockChecks
-from .transforms import is_traced
+from .transforms import in_transformation, is_traced
 from .ways import Ways
 
 
@@ -38,6 +39,7 @@ class Calls(OneAtATime):
         give_way: frees some memory that the model's caller keeps for later, and tells
             whether it did.
         ways: choose how each call gets its experts.
+        exchange: other processes have a part of the experts.
     """
 
     def __init__(
@@ -45,11 +47,13 @@ class Calls(OneAtATime):
         model: nn.Module,
         give_way: Callable[[], bool] | None = None,
         ways: Ways | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         super().__init__()
         self._model = weakref.ref(model)
         self.ways = ways or Ways()
         self._give_way = give_way
+        self._exchange = exchange
         self.streamer: ExpertStreamer | MappedExperts | BlankExperts | None = None
         self.keeper: MemoryKeeper | None = None
         self.free_pool: FreePool | None = None
@@ -133,8 +137,7 @@ class Calls(OneAtATime):
             if not has_values(*rows.arrays.values()):
                 out = self._run(call, rows.bound, rows.t, states)
             elif self.keeper is None:
-                if self.free_pool is not None:
-                    self.free_pool.give_way(cache)
+                self._agreed(rows, lambda: self._given_way(cache, rows.t))
                 out = self._run(call, rows.bound, rows.t, states)
             else:
                 out = self._in_room(call, rows, states)
@@ -150,7 +153,15 @@ class Calls(OneAtATime):
         states: list[CacheState] | None,
     ) -> Any:
         whole = functools.partial(call, *bound.args, **bound.kwargs)
-        return self.ways.run(whole, self.streamer, t, states)
+        with self._exchanging():
+            return self.ways.run(whole, self.streamer, t, states)
+
+    def _exchanging(self) -> contextlib.AbstractContextManager[None]:
+        """Let blocks not wait for other processes where the device need not."""
+        exchange = self._exchange
+        if exchange is None or exchange.waits or in_transformation():
+            return contextlib.nullcontext()
+        return exchange.together()
 
     def _guard(self, out: Any) -> None:
         """Have rows computed before experts that they read are gone."""
@@ -170,7 +181,9 @@ class Calls(OneAtATime):
         # Whoever keeps no cache wants logits; a long call needs one meanwhile.
         logits = not given
         cache = given or make_prompt_cache(self._whole)
-        step = self._make_room(cache, n_seqs, t, logits=logits) // n_seqs
+        step = self._agreed(
+            rows, lambda: self._make_room(cache, n_seqs, t, logits=logits) // n_seqs
+        )
         if step >= t or (logits and self._is_followed(rows)):
             return self._run(call, rows.bound, t, states)
         if not rows.divides or self.row_bytes is None:
@@ -185,6 +198,19 @@ class Calls(OneAtATime):
             parts.append(self._run(call, part, stop - start, None))
             mx.eval(parts[-1], arrays_of(cache))
         return mx.concatenate(parts, axis=1)
+
+    def _given_way(self, cache: list[Any], t: int) -> int:
+        """Return ``t``, once experts have given way to what else takes memory."""
+        if self.free_pool is not None:
+            self.free_pool.give_way(cache)
+        return t
+
+    def _agreed(self, rows: _Rows, step: Callable[[], int]) -> int:
+        """Return how many tokens are computed together: as many by every process."""
+        if self._exchange is None or isinstance(self.streamer, BlankExperts):
+            return step()
+        first = next(iter(rows.arrays.values()))
+        return self._exchange.call(rows.n_seqs, rows.t, first, step)
 
     def _make_room(self, cache: list[Any], n_seqs: int, t: int, **options: Any) -> int:
         assert self.keeper is not None

@@ -1,12 +1,14 @@
 """The command ``moeflux``: one module per subcommand.
 
-Imports: errors, config, device, engine.executors, engine.graph, engine.launch,
+Imports: errors, config, device, calls, engine.executors, engine.graph, engine.launch,
 engine.lowering, engine.metal, experts.files, experts.pool, experts.streaming, loading,
 measure, measure.compare, memory, opening, proof, server, state, system.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import io
 import os
 import sys
@@ -14,7 +16,9 @@ import traceback
 from collections.abc import Sequence
 
 from .. import __version__, config
-from ..errors import MoefluxError
+from ..calls.group import launched_group
+from ..errors import ConfigError, MoefluxError, PeerError
+from ..system.progress import untold
 from . import (
     cachesim,
     chat,
@@ -61,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _degrade_output()
     try:
         args = _parser().parse_args(argv)
-        code = args.run(args)
+        code = _run(args)
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
@@ -69,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the output has enough; nothing may be written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
+    except PeerError:
+        # That process prints its own error.
+        return 2
     except (MoefluxError, OSError) as error:
         print(f"moeflux: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -84,6 +91,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run a command; of several processes that do the same the first one prints.
+
+    Raises:
+        ConfigError: the command is for one process.
+    """
+    if (group := launched_group()) is None:
+        return args.run(args)
+    if "group" not in args:
+        raise ConfigError(
+            f"[group] expected one process for this command but {group.size()} were "
+            "started: run it without mlx.launch"
+        )
+    args.group = group
+    with untold() if group.rank() else contextlib.nullcontext():
+        return args.run(args)
 
 
 def _degrade_output() -> None:

@@ -35,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add_streaming_flags(parser)
     add_native_flag(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, group=None)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,8 +43,15 @@ def run(args: argparse.Namespace) -> int:
     for name in NUMBERS.keys() & vars(args).keys():
         if (value := getattr(args, name)) is not None:
             check_number(f"--{name.replace('_', '-')}", value, NUMBERS[name])
-    if args.pipeline or mx.distributed.init().size() > 1:
-        raise ConfigError("[chat] expected one process but got several")
+    if args.pipeline:
+        raise ConfigError(
+            "[chat] expected no --pipeline: several processes share the experts of all "
+            "layers"
+        )
+    if args.group is not None and args.adapter_path:
+        raise ConfigError(
+            "[chat] expected one process with --adapter-path: run it without mlx.launch"
+        )
 
     def opened(
         path: str,
@@ -60,10 +67,16 @@ def run(args: argparse.Namespace) -> int:
             tokenizer_config=tokenizer_config,
         )
 
+    def shared(
+        path: str, *groups: mx.distributed.Group | None, trust_remote_code: bool
+    ) -> tuple[Any, Any]:
+        return load(path, **streaming_options(args), group=args.group)
+
     parsed = SimpleNamespace(parse_args=lambda: args)
     with replaced(
         stock,
         load=opened,
+        sharded_load=shared,
         setup_arg_parser=lambda: parsed,
         stream_generate=_turn,
     ):

@@ -60,7 +60,7 @@ def add_parser(subparsers: Any) -> None:
     add_streaming_flags(parser)
     add_native_flag(parser)
     add_state_flags(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, group=None)
 
 
 def add_streaming_flags(parser: argparse.ArgumentParser) -> None:
@@ -169,6 +169,8 @@ def run(args: argparse.Namespace) -> int:
 def _refuse_unusable(args: argparse.Namespace) -> None:
     if args.image:
         raise ConfigError("[generate] expected a text prompt but got --image")
+    if args.group is not None:
+        _refuse_in_group(args)
     states = args.load_state is not None or args.save_state is not None
     for flag in ("prompt_cache_file", "draft_model"):
         if states and getattr(args, flag) is not None:
@@ -181,10 +183,27 @@ def _refuse_unusable(args: argparse.Namespace) -> None:
         raise ConfigError("[generate] expected --max-tokens of 1 or more, or -1")
 
 
+def _refuse_in_group(args: argparse.Namespace) -> None:
+    # What mlx.launch passes on of its standard input never ends.
+    if args.prompt == "-":
+        raise ConfigError(
+            "[generate] expected a prompt as text with several processes but got '-': "
+            'give it as --prompt "$(cat FILE)"'
+        )
+    for flag in ("load_state", "save_state", "executor"):
+        if getattr(args, flag) is not None:
+            name = flag.replace("_", "-")
+            raise ConfigError(
+                f"[generate] expected one process with --{name} but {args.group.size()}"
+                " were started: run it without mlx.launch"
+            )
+
+
 def _load(args: argparse.Namespace, saved: dict[str, str]) -> tuple[Any, Any]:
     model, tokenizer = load(
         _model_path(args, saved),
         **streaming_options(args),
+        group=args.group,
         adapter_path=args.adapter_path,
         tokenizer_config={
             **_object("--prompt-cache-file", saved.get("tokenizer_config")),

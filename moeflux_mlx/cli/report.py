@@ -64,7 +64,9 @@ def generate_and_print(
     print()
     if preparation is not None:
         streamer = getattr(model, "streamer", None)
-        Console().print(cost_table(response, preparation, streamer))
+        group = vars(model).get("group")
+        n_processes = 1 if group is None else group.size()
+        Console().print(cost_table(response, preparation, streamer, n_processes))
     return tokens
 
 
@@ -72,10 +74,12 @@ def cost_table(
     last: GenerationResponse,
     preparation: float,
     streamer: ExpertStreamer | MappedExperts | None,
+    n_processes: int = 1,
 ) -> Table:
     """Lay out speed, expert cache and memory after a generation's ``last`` response.
 
-    The expert cache is counted from loading on.
+    The expert cache is counted from loading on. Of several processes bytes and memory
+    are the first one's.
 
     Args:
         preparation: seconds that the model's first call took.
@@ -87,6 +91,8 @@ def cost_table(
     )
     table.add_section()
     table.add_row("first call, before the prompt", f"{preparation:.2f} s")
+    if n_processes > 1:
+        table.add_row("processes", f"{n_processes}, below: the first")
     for name, value in _expert_rows(streamer):
         table.add_row(name, value)
     table.add_section()

@@ -44,7 +44,8 @@ class RunOptions:
     whether experts are read before they are asked for: ``on``, ``off``, or ``auto``
     where that was measured to pay. ``expert_io`` is one of ``config.EXPERT_IO``.
     ``directory`` is where the model is from. ``give_way`` frees some memory that the
-    model's caller keeps for later, and tells whether it did.
+    model's caller keeps for later, and tells whether it did. ``group`` has the other
+    processes that share the experts.
     """
 
     open_experts: Callable[[], ExpertStore] | None = None
@@ -58,6 +59,7 @@ class RunOptions:
     expert_io: str | None = None
     directory: Path | None = None
     give_way: Callable[[], bool] | None = None
+    group: mx.distributed.Group | None = None
 
     def __post_init__(self) -> None:
         """Raise ConfigError or TraceError for what cannot be used, before any is."""

@@ -79,10 +79,11 @@ def load_through_door(
     _refuse_options(options)
     stock = load_stock_lazily(path, model_config)
     model = stock.model
-    if not lazy and amounts == Amounts() and not is_packed(path):
+    streams = is_packed(path) or amounts != Amounts() or options.group is not None
+    if not lazy and not streams:
         check_fits(path, model)
     with byte_progress() as report:
-        if is_packed(path) or amounts != Amounts():
+        if streams:
             stream(
                 model,
                 path,
@@ -94,6 +95,7 @@ def load_through_door(
                 optimistic=options.optimistic,
                 expert_io=options.expert_io,
                 report=report,
+                group=options.group,
             )
         if not lazy:
             mx.eval(model.parameters())
@@ -101,7 +103,11 @@ def load_through_door(
 
 
 def door_classes(
-    directory: Path, config: dict[str, Any], *, reads: bool = True
+    directory: Path,
+    config: dict[str, Any],
+    *,
+    reads: bool = True,
+    group: mx.distributed.Group | None = None,
 ) -> tuple[type[nn.Module], type]:
     """Return mlx-lm's classes of a pack's model, which streams once it is loaded.
 
@@ -109,6 +115,7 @@ def door_classes(
 
     Args:
         reads: the model is to be called; else it takes room for one expert.
+        group: as for ``load``.
     """
     bound, arguments = pack_classes_with(directory)(config)
 
@@ -118,9 +125,8 @@ def door_classes(
             if isinstance(self, StreamedModel):
                 # Other weights come later.
                 return self
-            stream(
-                self, directory, expert_memory=None if reads else least_bytes(directory)
-            )
+            memory = None if reads else least_bytes(directory)
+            stream(self, directory, expert_memory=memory, group=group)
             return self
 
     Model.__module__, Model.__qualname__ = bound.__module__, bound.__qualname__

@@ -99,18 +99,26 @@ class GuardsSaving(Unpickled, nn.Module):
 
 
 def keep_whole(model: nn.Module) -> None:
-    """Have every part of a streamed model refuse to be divided over processes."""
+    """Have every part of a streamed model refuse to be divided as its class would.
+
+    Whether the whole one is divided between processes, its own ``shard`` knows.
+    """
     for _, module in model.named_modules():
-        for name in ("shard", "pipeline"):
+        for name in ("pipeline",) if module is model else ("shard", "pipeline"):
             if hasattr(type(module), name):
-                module.__dict__[name] = _refuse_division
+                module.__dict__[name] = refuse_division
 
 
-def _refuse_division(*_arguments: Any, **_options: Any) -> None:
+def refuse_division(*_arguments: Any, **_options: Any) -> None:
+    """Refuse to divide a model that reads experts from files.
+
+    Raises:
+        ModelError: says what divides it.
+    """
     raise ModelError(
         "[stream] expected a model with its experts among its parameters but got one "
-        "that reads them from files, which one process runs: load it without a bound "
-        "on memory to divide it"
+        "that reads them from files: divide the experts between processes with "
+        "load(group=), or load it without a bound on memory"
     )
 
 

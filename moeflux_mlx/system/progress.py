@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -24,9 +25,25 @@ Report = Callable[[str, int, int], None]
 SHOWN_TOKENS = 64
 
 
+_is_told = True
+
+
 def notice(text: str) -> None:
     """Print a line about a decision on standard error."""
-    print(f"moeflux: {text}", file=sys.stderr)
+    if _is_told:
+        print(f"moeflux: {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def untold() -> Iterator[None]:
+    """Print nothing but errors while inside: another process says the same."""
+    global _is_told
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        _is_told = False
+        try:
+            yield
+        finally:
+            _is_told = True
 
 
 def byte_progress() -> contextlib.AbstractContextManager[Report]:

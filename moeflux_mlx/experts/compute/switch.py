@@ -22,6 +22,8 @@ from ...system.uncopied import Uncopied
 from ..files.layout import ALL_PARTS
 from ..files.modules import RoutedBlock
 from ..weights import ExpertWeights, Quantization, Weight, has_values
+from .blank import BlankSource
+from .exchange import Exchange
 from .resident import ResidentExperts
 from .source import ExpertSource
 
@@ -109,6 +111,7 @@ class StreamedSwitch(Uncopied, nn.Module):
         alone: calls what it is given while no other thread asks for slots; what is left
             to compute then, any thread may wait for.
         token: returns the call of the model that asks, if values alone come of it.
+        exchange: the source has this rank's experts, and other ranks the others.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class StreamedSwitch(Uncopied, nn.Module):
         source: Callable[[], ExpertSource],
         alone: Callable[..., mx.array],
         token: Callable[[], Token | None] = lambda: None,
+        exchange: Exchange | None = None,
     ):
         super().__init__()
         forms, parts = block.quantization, block.parts
@@ -124,6 +128,9 @@ class StreamedSwitch(Uncopied, nn.Module):
         # The type of what is floating-point for whoever saves the model, if another.
         self.saved_dtype: mx.Dtype | None = None
         self._source, self._alone, self._token = source, alone, token
+        self._exchange = exchange
+        # How long a row is and its type, by that of a block's input.
+        self._rows_like: dict[mx.Dtype, tuple[int, mx.Dtype]] = {}
         # The activation, and whatever a model has put there besides.
         for name, child in block.module.items():
             if name not in block.projections:
@@ -167,6 +174,8 @@ class StreamedSwitch(Uncopied, nn.Module):
 
     def _called(self, x: mx.array, indices: mx.array) -> mx.array:
         source = self._source()
+        if self._exchange is not None and not isinstance(source, BlankSource):
+            return self._exchanged(self._exchange, source, x, indices)
         if isinstance(source, ResidentExperts):
             source.asked(indices.size)
             return self.slot_block(source.weights, x, indices, settled=True)
@@ -181,12 +190,7 @@ class StreamedSwitch(Uncopied, nn.Module):
         self, source: ExpertSource, x: mx.array, indices: mx.array
     ) -> mx.array:
         """Do what ``_run`` does, with a gradient that reads the experts once more."""
-        if not has_values(x, indices):
-            raise ModelError(
-                f"[stream] {self.path}: expected rows with values but got a trace: "
-                "call a model with streamed experts outside mx.compile and mx.vmap, "
-                "or model.train() first to train it"
-            )
+        self._check_values(x, indices)
 
         @mx.custom_function  # type: ignore[untyped-decorator]
         def run(x: mx.array, indices: mx.array) -> mx.array:
@@ -199,6 +203,81 @@ class StreamedSwitch(Uncopied, nn.Module):
             return gradient, mx.zeros_like(indices)
 
         return cast(mx.array, run(x, indices))
+
+    def _check_values(self, x: mx.array, indices: mx.array) -> None:
+        if not has_values(x, indices):
+            raise ModelError(
+                f"[stream] {self.path}: expected rows with values but got a trace: "
+                "call a model with streamed experts outside mx.compile and mx.vmap, "
+                "or model.train() first to train it"
+            )
+
+    def _exchanged(
+        self, exchange: Exchange, source: ExpertSource, x: mx.array, indices: mx.array
+    ) -> mx.array:
+        """Do what ``_run`` does, with rows of all ranks and without a gradient."""
+        few = indices.size < SORTED_FROM
+        if exchange.defers and few and isinstance(source, ResidentExperts):
+            return self._masked(exchange, source, x, indices)
+        self._check_values(x, indices)
+
+        @mx.custom_function  # type: ignore[untyped-decorator]
+        def run(x: mx.array, indices: mx.array) -> mx.array:
+            return self._run_own(exchange, source, x, indices)
+
+        @run.vjp
+        def gradient(*_):  # type: ignore[no-untyped-def]
+            raise ModelError(
+                f"[group] {self.path}: expected no gradient but one is asked for: "
+                "train in one process, without group="
+            )
+
+        return cast(mx.array, run(x, indices))
+
+    def _masked(
+        self,
+        exchange: Exchange,
+        experts: ResidentExperts,
+        x: mx.array,
+        indices: mx.array,
+    ) -> mx.array:
+        """Run all rows, those of other ranks' experts through any, and ask for them.
+
+        That is more work for the device, but nothing is read back.
+        """
+        own = exchange.own(self.slot_block.n_experts)
+        ids = indices.flatten().astype(mx.int32)
+        slots = mx.clip(indices.astype(mx.int32) - own.start, 0, len(own) - 1)
+        out = self.slot_block(experts.weights, x, slots.astype(mx.uint32))
+        rows = out.reshape(ids.size, -1)
+        given = exchange.masked(self.path, ids, own, rows, experts.asked)
+        return given.reshape(out.shape)
+
+    def _run_own(
+        self, exchange: Exchange, source: ExpertSource, x: mx.array, indices: mx.array
+    ) -> mx.array:
+        """Run what this rank's experts are for, and take the rest from the others."""
+        own = exchange.own(self.slot_block.n_experts)
+        ids = np.array(indices).ravel()
+
+        def make(places: np.ndarray) -> mx.array:
+            rows, found = _rows_of(x, indices, places), []
+            for where, slots in source.portions(mx.array(ids[places] - own.start)):
+                part = rows if where is None else rows[mx.array(where)]
+                out = self._portion(source.weights, part, slots, indices)
+                source.guard(out)
+                found.append((np.arange(len(places)) if where is None else where, out))
+            order = np.argsort(np.concatenate([where for where, _ in found]))
+            return mx.concatenate([out for _, out in found])[mx.array(order)]
+
+        if x.dtype not in self._rows_like:
+            # Never computed.
+            row = _rows_of(x, indices, np.zeros(1, int))
+            out = self._portion(source.weights, row, mx.zeros(1, mx.uint32), indices)
+            self._rows_like[x.dtype] = out.shape[-1], out.dtype
+        like = self._rows_like[x.dtype]
+        rows = exchange.rows(self.path, ids, own, like, make)
+        return rows.reshape(*indices.shape, -1)
 
     def _run(self, source: ExpertSource, x: mx.array, indices: mx.array) -> mx.array:
         outputs, places = [], []
@@ -281,7 +360,7 @@ class SlotBlock:
 
     def __init__(self, block: RoutedBlock):
         self._module, self.projections = block.module, block.projections
-        self._n_experts = max(len(array) for array in block.parts.values())
+        self.n_experts = max(len(array) for array in block.parts.values())
         self._quantized: list[nn.Module] = [
             module
             for module in self.projections.values()
@@ -332,11 +411,11 @@ class SlotBlock:
         if self._by_blocks(n_ids):
             n_matrices = len(np.unique(np.array(slots)))
             return max(SORTED_FROM, device.METAL_ROWS_A_MATRIX * n_matrices)
-        return min(n_ids, SORTED_FROM)
+        return 1 if device.multiplies_row_by_row() else min(n_ids, SORTED_FROM)
 
     def _by_blocks(self, n_ids: int) -> bool:
         is_sorted = n_ids >= SORTED_FROM
-        return is_sorted and device.multiplies_by_blocks(n_ids, self._n_experts)
+        return is_sorted and device.multiplies_by_blocks(n_ids, self.n_experts)
 
     def release(self) -> None:
         """Hold nothing, as mlx-lm's own block before its weights are loaded."""

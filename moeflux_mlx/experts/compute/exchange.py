@@ -1,0 +1,299 @@
+"""What ranks of a group tell each other: rows of their experts, and that they agree.
+
+Each rank computes the rows of its own experts. All are put together by adding them as
+whole numbers, zeros where a rank has none: that keeps every bit, of -0.0 and of what is
+no number too. Beside the rows goes what shows whether all ranks chose the same experts
+and had none that failed, so all of them go on or all of them end with an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+import xxhash
+
+from ... import device
+from ...errors import GroupError, PeerError
+from ..files.share import share_of
+
+# Ranks that failed are told apart by a bit each.
+MOST_RANKS = 32
+# Whole numbers beside each row: the expert, its square, and which ranks failed.
+N_MARKS = 3
+
+
+class Told(NamedTuple):
+    """What all ranks together said of a block's rows, and what this one chose."""
+
+    name: str
+    ids: mx.array | np.ndarray
+    marks: mx.array
+    # Hears how many of the rows are of this rank's experts.
+    asked: Callable[[np.ndarray], None]
+
+
+class Exchange:
+    """One rank's end of a group; every rank makes the same calls in the same order.
+
+    ``waits``: each block waits for the others' rows. A GPU has better things to do.
+
+    Args:
+        group: as ``mx.distributed.init`` returns it.
+
+    Raises:
+        GroupError: there are more ranks than can be told apart.
+    """
+
+    def __init__(self, group: mx.distributed.Group):
+        self._group = group
+        self.rank, self.size = group.rank(), group.size()
+        self.waits = device.on_cpu()
+        # Whether a call is under way that looks at its end whether all ranks agreed.
+        self.defers = False
+        self._owed: list[Told] = []
+        if self.size > MOST_RANKS:
+            raise GroupError(
+                f"[group] expected at most {MOST_RANKS} ranks but got {self.size}"
+            )
+
+    def own(self, n_experts: int) -> range:
+        """Return which experts of a block are this rank's."""
+        return share_of(n_experts, self.rank, self.size)
+
+    def rows(
+        self,
+        name: str,
+        ids: np.ndarray,
+        own: range,
+        like: tuple[int, mx.Dtype],
+        make: Callable[[np.ndarray], mx.array],
+    ) -> mx.array:
+        """Return a row for each of the expert ``ids``, computed where the expert is.
+
+        Args:
+            name: what errors call the block.
+            own: this rank's experts.
+            like: how long a row is, and its type.
+            make: returns rows for some places in ``ids``, those of ``own`` experts.
+
+        Raises:
+            PeerError: another rank failed.
+            GroupError: another rank chose other experts, or ended.
+        """
+        places = np.flatnonzero((ids >= own.start) & (ids < own.stop))
+        self._settle()
+        failure: Exception | None = None
+        rows = mx.zeros((0, like[0]), like[1])
+        try:
+            if len(places):
+                rows = make(places)
+                mx.eval(rows)
+        except Exception as error:
+            failure = error
+            places, rows = places[:0], mx.zeros((0, like[0]), like[1])
+        marked = self._marked(ids, places, rows, failed=failure is not None)
+        total = self._added(marked)
+        if failure is not None:
+            self._evaluate(total)
+            raise failure
+        return self._given(name, ids, total, like[1], lambda _: None)
+
+    def masked(
+        self,
+        name: str,
+        ids: mx.array,
+        own: range,
+        rows: mx.array,
+        asked: Callable[[int], None],
+    ) -> mx.array:
+        """Return a row for each of the expert ``ids``, without a wait for any.
+
+        Args:
+            name: what errors call the block.
+            own: this rank's experts.
+            rows: one for each id; those of other ranks' experts do not count.
+            asked: hears once it is known how many ids are of ``own``.
+
+        Raises:
+            GroupError: another rank ended.
+        """
+        inside = (ids >= own.start) & (ids < own.stop)
+        words = mx.where(inside[:, None], rows.view(mx.uint32), 0)
+        numbers = ids.astype(mx.uint32) + 1
+        marks = [numbers, numbers * numbers, mx.zeros_like(numbers)]
+        marked = mx.concatenate([words, mx.stack(marks, axis=1)], axis=1)
+
+        def count(ids: np.ndarray) -> None:
+            asked(int(((ids >= own.start) & (ids < own.stop)).sum()))
+
+        return self._given(name, ids, self._added(marked), rows.dtype, count)
+
+    def _given(
+        self,
+        name: str,
+        ids: mx.array | np.ndarray,
+        total: mx.array,
+        dtype: mx.Dtype,
+        asked: Callable[[np.ndarray], None],
+    ) -> mx.array:
+        """Return the rows of a sum, once or before it is known that all agree."""
+        self._owed.append(Told(name, ids, total[:, -N_MARKS:], asked))
+        if not self.defers:
+            self._evaluate(total)
+            self._settle()
+        return total[:, :-N_MARKS].view(dtype)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Look no sooner than at the end whether all ranks agreed, if nothing waits.
+
+        Raises:
+            PeerError, GroupError: as ``rows``.
+        """
+        self.defers = True
+        try:
+            yield
+            self._settle()
+        finally:
+            self.defers = False
+            self._owed.clear()
+
+    def _settle(self) -> None:
+        """Look at what ranks told of rows so far."""
+        owed, self._owed = self._owed, []
+        if owed:
+            self._evaluate(*(told.marks for told in owed))
+        for told in owed:
+            ids = np.array(told.ids)
+            self._check(told.name, ids, np.array(told.marks))
+            told.asked(ids)
+
+    def _marked(
+        self, ids: np.ndarray, places: np.ndarray, rows: mx.array, *, failed: bool
+    ) -> mx.array:
+        """Return rows at their places, zeros at others, each with its marks."""
+        words = rows.view(mx.uint32)
+        blank = mx.zeros((1, words.shape[1]), mx.uint32)
+        taken = np.full(len(ids), len(places), np.uint32)
+        taken[places] = np.arange(len(places), dtype=np.uint32)
+        marks = np.zeros((len(ids), N_MARKS), np.uint32)
+        # Sums of numbers and of their squares agree only where all numbers do.
+        marks[:, 0] = ids.astype(np.uint32) + 1
+        marks[:, 1] = marks[:, 0] ** 2
+        marks[:, 2] = failed << self.rank
+        placed = mx.concatenate([words, blank])[mx.array(taken)]
+        return mx.concatenate([placed, mx.array(marks)], axis=1)
+
+    def _check(self, name: str, ids: np.ndarray, told: np.ndarray) -> None:
+        self._check_failed(name, int(told[0, 2]) if len(told) else 0)
+        wanted = ids.astype(np.uint32) + 1
+        same = told[:, 0] == wanted * self.size
+        same &= told[:, 1] == wanted**2 * np.uint32(self.size)
+        if not same.all():
+            place = int(np.flatnonzero(~same)[0])
+            raise GroupError(
+                f"[group] {name}: expected every rank to choose the same experts but "
+                f"for row {place} not all chose {ids[place]}: use machines of one "
+                "kind, with the same model and the same version of MLX"
+            )
+
+    def _check_failed(self, name: str, bits: int) -> None:
+        if failed := [rank for rank in range(self.size) if bits >> rank & 1]:
+            ranks = ", ".join(map(str, failed))
+            raise PeerError(
+                f"[group] {name}: expected every rank to go on but rank {ranks} "
+                "failed: its own error says why"
+            )
+
+    def call(
+        self, n_seqs: int, n_tokens: int, ids: mx.array, step: Callable[[], int]
+    ) -> int:
+        """Return the fewest tokens of a call that any rank computes together.
+
+        Args:
+            ids: what the call is for.
+            step: returns how many this rank has room for.
+
+        Raises:
+            PeerError: another rank has no room.
+            GroupError: another rank was called otherwise, or ended.
+        """
+        failure: Exception | None = None
+        found = 0
+        try:
+            found = step()
+        except Exception as error:
+            failure = error
+        told = self._tell([n_seqs, n_tokens, *_digest(ids), found])
+        if failure is not None:
+            raise failure
+        bits = sum(1 << rank for rank in range(self.size) if told[rank, -1] == 0)
+        self._check_failed("call", bits)
+        if (told[:, :-1] != told[0, :-1]).any():
+            shapes = [f"{row[0]} x {row[1]}" for row in told]
+            raise GroupError(
+                "[group] expected the same tokens on every rank but got others, of "
+                f"shapes {', '.join(shapes)}: call every rank alike, with the same "
+                "mx.random.seed"
+            )
+        return int(told[:, -1].min())
+
+    def agree(self, facts: Mapping[str, object]) -> None:
+        """Hold what this rank is about to do against the others.
+
+        Raises:
+            GroupError: a fact is another one there; names it.
+        """
+        shown = [repr(fact).encode() for fact in facts.values()]
+        told = self._tell([n for text in shown for n in _hash(text)])
+        for number, (name, fact) in enumerate(facts.items()):
+            columns = told[:, 2 * number : 2 * number + 2]
+            others = np.flatnonzero((columns != columns[self.rank]).any(axis=1))
+            if len(others):
+                raise GroupError(
+                    f"[group] expected the same {name} on every rank but rank "
+                    f"{others[0]} has another than {fact!r}: start all of them alike"
+                )
+
+    def first(self, numbers: Sequence[int]) -> list[int]:
+        """Return the 32-bit numbers that rank 0 gives."""
+        found: list[int] = self._tell(numbers)[0].tolist()
+        return found
+
+    def _tell(self, numbers: Sequence[int]) -> np.ndarray:
+        """Return the numbers of every rank, ``[size, n]``."""
+        own = np.zeros((self.size, len(numbers)), np.uint32)
+        own[self.rank] = numbers
+        total = self._added(mx.array(own))
+        self._evaluate(total)
+        return np.array(total)
+
+    def _added(self, own: mx.array) -> mx.array:
+        """Return the sum over ranks, modulo 2**32; it need not be computed yet."""
+        return mx.distributed.all_sum(own, group=self._group)
+
+    def _evaluate(self, *sums: mx.array) -> None:
+        try:
+            mx.eval(*sums)
+        except RuntimeError as error:
+            told = " ".join(str(error).split())
+            raise GroupError(
+                f"[group] expected {self.size} ranks but one of them ended ({told}): "
+                "its own error says why"
+            ) from error
+
+
+def _digest(ids: mx.array) -> tuple[int, int]:
+    """Return two numbers that stand for what a call is for."""
+    if not mx.issubdtype(ids.dtype, mx.integer):
+        return 0, 0
+    return _hash(np.array(ids).astype(np.int64).tobytes())
+
+
+def _hash(value: bytes) -> tuple[int, int]:
+    high, low = divmod(xxhash.xxh3_64_intdigest(value), 1 << 32)
+    return high, low

@@ -1,0 +1,319 @@
+"""Several processes of one group on this machine, forked from one that has its modules.
+
+``launch`` runs a function of this file, or the command line, in each of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import SourceFileLoader
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import commands
+import mlx.core as mx
+import numpy as np
+
+import moeflux_mlx
+from moeflux_mlx.calls.group import launched_group
+from moeflux_mlx.errors import BudgetError, MoefluxError
+from moeflux_mlx.experts.compute.exchange import Exchange
+
+PROMPT = [[1, 5, 9, 200, 17, 3, 44, 8] * 3]
+SECONDS = 120
+
+
+def launch(
+    n: int,
+    folder: Path,
+    work: Callable[..., Any],
+    words: Sequence[object] = (),
+    text: str = "",
+) -> list[tuple[int | None, str]]:
+    """Run ``n`` ranks and wait for them; return their exit codes and output.
+
+    Args:
+        folder: where ``work`` finds its files, and leaves what it found as ``N.json``.
+        work: takes an exchange and the folder; or the ``words`` if there are some.
+        text: what each reads from its standard input.
+    """
+    folder.mkdir(exist_ok=True)
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
+    hosts = [[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets]
+    for one in sockets:
+        one.close()
+    hostfile = folder / "hosts.json"
+    hostfile.write_text(json.dumps(hosts))
+    (given := folder / "stdin").write_text(text)
+    call = work if words else functools.partial(_called, work)
+    started, before = [], dict(os.environ)
+    for rank in range(n):
+        log = folder / f"{rank}.log"
+        log.unlink(missing_ok=True)
+        os.environ.update(MLX_RANK=str(rank), MLX_HOSTFILE=str(hostfile))
+        arguments = ["ranks", *map(str, words or [folder])]
+        started.append((commands._start(arguments, [given, log, log], call), log))
+    os.environ.clear()
+    os.environ.update(before)
+    ended = []
+    for process, log in started:
+        process.join(SECONDS)
+        if process.exitcode is None:
+            process.kill()
+        ended.append((process.exitcode, log.read_text()))
+    return ended
+
+
+def mlx_lm(words: list[str]) -> int:
+    """Run a command of mlx-lm's own."""
+    mx.set_default_device(mx.cpu)
+    sys.argv = words
+    importlib.import_module(f"mlx_lm.{words[0]}").main()
+    return 0
+
+
+def found(folder: Path, n: int) -> list[dict[str, Any]]:
+    """Return what each rank's ``work`` found."""
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(n)]
+
+
+def _called(work: Callable[[Exchange, Path], dict[str, Any]], args: list[str]) -> int:
+    mx.set_default_device(mx.cpu)
+    group = launched_group()
+    assert group is not None
+    exchange, folder = Exchange(group), Path(args[0])
+    outcome = work(exchange, folder)
+    (folder / f"{exchange.rank}.json").write_text(json.dumps(outcome))
+    # Nobody ends while another one still waits for what it gives.
+    exchange.first([0])
+    return 0
+
+
+def greedy(model: Any, n: int = 6) -> dict[str, Any]:
+    """Return tokens, and the bits of the logits that they come of."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache, tokens, bits = make_prompt_cache(model), [], hashlib.sha256()
+    ids = mx.array(PROMPT)
+    for _ in range(n):
+        logits = np.array(model(ids, cache=cache).astype(mx.float32))
+        bits.update(logits.tobytes())
+        tokens.append(int(logits[0, -1].argmax()))
+        ids = mx.array([[tokens[-1]]])
+    return {"tokens": tokens, "bits": bits.hexdigest()}
+
+
+def said(call: Callable[[], Any]) -> str:
+    """Return the error that a call ends in."""
+    try:
+        call()
+    except MoefluxError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def generate(exchange: Exchange, folder: Path) -> dict[str, Any]:
+    """Run every model in the folder, streamed and all in memory; say what was read."""
+    outcome = {}
+    for path in sorted(
+        p for p in folder.parent.iterdir() if p.is_dir() and p != folder
+    ):
+        for memory, waits in product(((1 << 21) + (1 << 16), 1 << 30), (True, False)):
+            model, _ = moeflux_mlx.load(
+                path, expert_memory=memory, group=exchange._group
+            )
+            model.__dict__["calls"]._exchange.waits = waits
+            store, read = model.__dict__["store"], set()
+            spans = store.spans
+
+            def noted(layer, expert, spans=spans, read=read):
+                read.add((layer, expert))
+                return spans(layer, expert)
+
+            store.spans = noted
+            before = model.streamer.stats.total.read_bytes
+            outcome[f"{path.name} {memory} {waits}"] = {
+                **greedy(model),
+                "before": before,
+                "bytes": model.streamer.stats.total.read_bytes,
+                "hits": model.streamer.stats.total.hits,
+                "misses": model.streamer.stats.total.misses,
+                "record": store.layout(store.layers[0]).record_bytes,
+                "read": sorted(read),
+                "random": mx.random.uniform().item(),
+            }
+    return outcome
+
+
+def exact(exchange: Exchange, folder: Path) -> dict[str, Any]:
+    """Put rows together of which no bit may change; return them as whole numbers."""
+    outcome: dict[str, Any] = {}
+    for dtype, words in ("float32", np.uint32), ("bfloat16", np.uint16):
+        n = np.iinfo(words).max
+        # -0.0, numbers that are none, the smallest and whatever else there is.
+        bits = np.array([[n // 2 + 1, n, n - 1, 1], [0, 3, n // 3, n // 2]], words)
+
+        def make(places, bits=bits, dtype=dtype):
+            return mx.array(bits[places]).view(getattr(mx, dtype))
+
+        ids, own = np.array([0, 1]), exchange.own(2)
+        like = 4, getattr(mx, dtype)
+        rows = exchange.rows("block", ids, own, like, make)
+        assert rows.dtype == like[1]
+        view = np.array(rows.view(mx.uint32 if dtype == "float32" else mx.uint16))
+        outcome[dtype] = [view.tolist(), bits.tolist()]
+    return outcome
+
+
+def bounded(exchange: Exchange, folder: Path) -> dict[str, Any]:
+    """Run in memory that one rank has less of, then in too little for a prompt."""
+    outcome = {}
+    gib = 1 << 30
+    model, _ = moeflux_mlx.load(
+        folder.parent / "pack",
+        memory=2 * gib if exchange.rank else 3 * gib,
+        group=exchange._group,
+    )
+    outcome["experts"] = model.plan.n_experts
+    outcome["bits"] = greedy(model)["bits"]
+    calls = model.__dict__["calls"]
+    make_room = calls.keeper.make_room
+    asked = []
+
+    def room(cache, n_seqs, t, **options):
+        found = make_room(cache, n_seqs, t, **options)
+        return min(found, 5 * n_seqs) if exchange.rank else found
+
+    def run(call, bound, t, states, own=calls._run):
+        asked.append(t)
+        return own(call, bound, t, states)
+
+    calls.keeper.make_room, calls._run = room, run
+    outcome["divided"] = greedy(model, 1)["tokens"]
+    outcome["asked"] = [*asked]
+
+    def refuse(*_, **__):
+        raise BudgetError("[memory] too little")
+
+    calls.keeper.make_room = refuse if exchange.rank else room
+    outcome["too little"] = said(lambda: model(mx.array(PROMPT)))
+    calls.keeper.make_room = make_room
+    outcome["after"] = greedy(model)["bits"]
+    return outcome
+
+
+def bench(exchange: Exchange, folder: Path) -> dict[str, Any]:
+    """Measure as ``scripts/bench_distributed`` does."""
+    script = Path(__file__).resolve().parents[1] / "scripts" / "bench_distributed"
+    name = "bench_distributed"
+    loader = SourceFileLoader(name, str(script))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None
+    loader.exec_module(module := importlib.util.module_from_spec(spec))
+    args = SimpleNamespace(model=folder.parent / "pack", rounds=1, prompt=8, tokens=3)
+    outcome: dict[str, Any] = module.measured(args, 50)
+    table = module.Table(*"abcdefgh")
+    module.add_rows(table, 50, [outcome])
+    assert table.row_count == 1
+    return outcome
+
+
+def die(exchange: Exchange, folder: Path) -> dict[str, Any]:
+    """Have rank 1 end in the middle of a call."""
+    model, _ = moeflux_mlx.load(folder.parent / "pack", group=exchange._group)
+    greedy(model, 1)
+    if exchange.rank == 1:
+        os._exit(9)
+    try:
+        greedy(model, 1)
+    except MoefluxError as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        os._exit(2)
+    return {}
+
+
+def choose_late(exchange: Exchange) -> None:
+    """Have ranks choose alike in one block and otherwise in the next."""
+    rows = mx.zeros((3, 4))
+    with exchange.together():
+        for number in range(2):
+            ids = mx.array([0, 1, 2 + number * exchange.rank])
+            exchange.masked(f"block {number}", ids, range(1), rows, lambda n: None)
+
+
+def fail(exchange: Exchange, folder: Path) -> dict[str, Any]:
+    """Have one rank fail in every way, and go on with right results after each."""
+    outcome, group = {}, exchange._group
+    path = folder.parent / "pack"
+    load = functools.partial(moeflux_mlx.load, path, group=group)
+    mine = exchange.rank == 1
+    model, _ = load(expert_memory=(1 << 21) + (1 << 16))
+
+    def call(ids, model=model):
+        return said(lambda: mx.eval(model(mx.array(ids))))
+
+    # Rank 1 alone writes, and everybody waits for it.
+    file = path / "experts-001.bin"
+    kept = file.read_bytes()
+    exchange.first([0])
+    if mine:
+        file.write_bytes(kept[: len(kept) // 2] + bytes(len(kept) - len(kept) // 2))
+    exchange.first([0])
+    own = model.__dict__["calls"]._exchange
+    outcome["damaged"] = call(PROMPT)
+    own.waits = False
+    outcome["damaged, not waiting"] = call(PROMPT)
+    own.waits = True
+    if mine:
+        file.write_bytes(kept)
+    exchange.first([0])
+    outcome["mended"] = greedy(model)
+    outcome["tokens"] = call([[1, 2, 3 + mine]])
+    outcome["lengths"] = call([[1, 2, 3, 4][: 3 + mine]])
+    outcome["after"] = greedy(model)
+    outcome["choice"] = said(
+        lambda: exchange.rows(
+            "block",
+            np.array([0, 1, 2 + mine]),
+            range(0),
+            (4, mx.float32),
+            lambda places: mx.zeros((len(places), 4)),
+        )
+    )
+    outcome["choice, not waiting"] = said(lambda: choose_late(exchange))
+    outcome["grad"] = said(
+        lambda: mx.eval(
+            mx.grad(lambda x: model.model(None, input_embeddings=x).sum())(
+                mx.ones((1, 3, 64))
+            )
+        )
+    )
+    outcome["compile"] = said(lambda: mx.compile(model)(mx.array(PROMPT)))
+    outcome["pipeline"] = said(lambda: model.model.pipeline(group))
+    outcome["shard"] = said(lambda: model.shard(group))
+    outcome["state"] = said(
+        lambda: moeflux_mlx.save_state(folder / f"{exchange.rank}.state", model, [], [])
+    )
+    for name, options in {
+        "native": {"native": True},
+        "mmap": {"expert_io": "mmap"},
+        "ahead": {"read_ahead": "on"},
+        "optimistic": {"optimistic": "on"},
+        "auto": {"memory": "auto"},
+        "group": {"group": 2},
+    }.items():
+        outcome[name] = said(lambda options=options: load(**options))
+    kind = {"memory": "2GB"} if mine else {"expert_memory": "2GB"}
+    outcome["bounds"] = said(lambda: load(**kind))
+    outcome["after all"] = greedy(model)
+    return outcome

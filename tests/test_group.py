@@ -1,0 +1,222 @@
+"""Several processes share a model's experts: one process's bits, or an error in all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import commands
+import mlx.core as mx
+import pytest
+import ranks
+from tiny import make_checkpoint, make_qwen3_moe
+
+import moeflux_mlx
+from moeflux_mlx.cli import main
+from moeflux_mlx.errors import ConfigError, ModelError
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.share import SharedExperts, share_of
+from moeflux_mlx.experts.files.store import open_store
+
+BIN = Path(sys.executable).parent
+E, LAYERS = 7, {"plain": 3, "pack": 3, "hybrid": 4}
+SMALL, LARGE = (1 << 21) + (1 << 16), 1 << 30
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A folder with models of seven experts a layer: plain, packed, and a hybrid."""
+    folder = tmp_path_factory.mktemp("group")
+    make_qwen3_moe(folder / "plain", num_experts=E, num_experts_per_tok=3)
+    make_checkpoint(folder / "hybrid", num_experts=E)
+    pack(folder / "plain", folder / "pack")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(models) -> dict[str, dict]:
+    """What one process makes of each model."""
+    outcome = {}
+    for name in LAYERS:
+        model, _ = moeflux_mlx.load(models / name, expert_memory=SMALL, native=False)
+        outcome[name] = ranks.greedy(model)
+    return outcome
+
+
+def run(models: Path, n: int, work) -> list[dict]:
+    folder = models / "found"
+    for code, log in (ended := ranks.launch(n, folder, work)):
+        assert code == 0, f"{log} {ended}"
+    outcome = ranks.found(folder, n)
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    return outcome
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("n", [2, 3])
+def test_ranks_with_uneven_shares_give_one_ranks_bits_and_read_their_own(
+    models, alone, n
+):
+    outcomes = run(models, n, ranks.generate)
+    shares = [share_of(E, rank, n) for rank in range(n)]
+    assert len({*map(len, shares)}) == 2 and sum(map(len, shares)) == E
+    for name, n_layers in LAYERS.items():
+        for memory, waits in product((SMALL, LARGE), (True, False)):
+            found = [outcome[f"{name} {memory} {waits}"] for outcome in outcomes]
+            # Whether or not somebody waits, each rank is asked for its own.
+            waiting = [outcome[f"{name} {memory} True"] for outcome in outcomes]
+            assert [one["hits"] for one in found] == [one["hits"] for one in waiting]
+            assert len({one["random"] for one in found}) == 1
+            for share, one in zip(shares, found, strict=True):
+                assert {k: one[k] for k in ("tokens", "bits")} == alone[name]
+                every = n_layers * len(share) * one["record"]
+                if memory == LARGE:
+                    assert one["bytes"] == one["before"] == every
+                else:
+                    assert one["before"] == 0
+                    assert one["bytes"] == one["misses"] * one["record"] > 0
+                    assert {expert for _, expert in one["read"]} <= {*share}
+
+
+def test_no_bit_changes_on_the_way(models):
+    for outcome in run(models, 2, ranks.exact):
+        for dtype, (found, expected) in outcome.items():
+            assert found == expected, dtype
+
+
+def test_a_rank_that_fails_ends_the_call_of_all_and_no_more(models, alone):
+    first, second = run(models, 2, ranks.fail)
+    told = "its own error says why"
+    block = "model.layers.1.mlp.switch_mlp"
+    assert second["damaged"].startswith("ExpertStoreError: [reader] ")
+    assert f"{block}, counted from its 3 " in second["damaged"]
+    for damaged in "damaged", "damaged, not waiting":
+        assert second[damaged] == second["damaged"]
+        assert first[damaged] == (
+            f"PeerError: [group] {block}: expected every rank to go on but rank 1 "
+            f"failed: {told}"
+        )
+    for outcome in first, second:
+        for when in "mended", "after", "after all":
+            assert outcome[when] == alone["pack"]
+        same = "GroupError: [group] expected the same tokens on every rank but got "
+        assert outcome["tokens"].startswith(f"{same}others, of shapes 1 x 3, 1 x 3")
+        assert outcome["lengths"].startswith(f"{same}others, of shapes 1 x 3, 1 x 4")
+        assert "block: expected every rank to choose the same" in outcome["choice"]
+        assert "for row 2 not all chose" in outcome["choice"]
+        assert "block 1: expected every rank" in outcome["choice, not waiting"]
+        assert "expected no gradient" in outcome["grad"]
+        assert "expected rows with values" in outcome["compile"]
+        assert outcome["pipeline"].endswith("or load it without a bound on memory")
+        assert outcome["shard"] == "no error"
+        assert outcome["state"].startswith("StateError: [state] ")
+        for name in "native", "mmap", "ahead", "optimistic", "auto", "group":
+            assert outcome[name].startswith("ConfigError: ["), name
+        assert "the same kind of memory bound" in outcome["bounds"]
+
+
+def test_ranks_keep_to_their_own_memory_and_divide_a_prompt_alike(models, alone):
+    outcomes = run(models, 2, ranks.bounded)
+    assert [outcome["experts"] for outcome in outcomes] == [9, 12]
+    for outcome in outcomes:
+        assert outcome["bits"] == outcome["after"] == alone["pack"]["bits"]
+        assert outcome["divided"] == alone["pack"]["tokens"][:1]
+        assert outcome["asked"] == [5, 5, 5, 5, 4]
+    first, second = (outcome["too little"] for outcome in outcomes)
+    assert second == "BudgetError: [memory] too little"
+    assert first.startswith("PeerError: [group] call: expected every rank to go on")
+
+
+def test_the_script_measures_the_bytes_of_each_rank(models):
+    first, second = run(models, 2, ranks.bench)
+    assert (first["tokens"], first["bits"]) == (second["tokens"], second["bits"])
+    assert [one["experts"] for one in (first, second)] == [9, 12]
+    assert {one["ranks"] for one in (first, second)} == {2}
+    assert [one["rank"] for one in (first, second)] == [0, 1]
+    for one in first, second:
+        # Half of the larger share.
+        assert one["held"] == 6 and one["device"] == "Device(cpu, 0)"
+        assert min(one["tps"], one["prompt_tps"], one["exchange_us"]) > 0
+        assert one["prompt_bytes"] + one["token_bytes"] > 0
+
+
+def test_a_rank_that_ends_ends_the_others(models):
+    (code, log), (other, _) = ranks.launch(2, models / "died", ranks.die)
+    assert (code, other) == (2, 9)
+    assert "GroupError: [group] expected 2 ranks but one of them ended" in log
+
+
+def words(models: Path) -> list[object]:
+    return [
+        *("generate", "--model", models / "pack", "--prompt", "hello", "--temp", 1),
+        *("--seed", 3, "-m", 8, "--ignore-chat-template", "--expert-memory", SMALL),
+    ]
+
+
+@pytest.mark.slow
+def test_the_command_prints_once_what_one_process_prints(models, capfd):
+    assert main([*map(str, words(models)), "--no-native"]) == 0
+    text = capfd.readouterr().out.partition("┏")[0]
+    command = [BIN / "mlx.launch", "-n", "2", "--backend", "ring", "--python"]
+    command += [sys.executable, "--", BIN / "moeflux", *words(models)]
+    launched = subprocess.run(
+        [*map(str, command)], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert launched.returncode == 0, launched.stderr
+    printed, _, table = launched.stdout.partition("┏")
+    assert printed == text and len(text.strip()) > 3
+    assert table.count("2, below: the first") == 1 and "┏" not in table[1:]
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("call", [commands.called, ranks.mlx_lm])
+def test_chats_of_ours_and_of_mlx_lm_share_the_experts(
+    models, tmp_path, monkeypatch, call
+):
+    monkeypatch.setenv("MOEFLUX_EXPERT_MEMORY", str(SMALL))
+    chat = ["chat", "--model", models / "pack", "--max-tokens", 6]
+    chat += ["--trust-remote-code"] * (call is ranks.mlx_lm)
+    (code, first), (other, second) = ranks.launch(
+        2, tmp_path, call, chat, text="hello\nq\n"
+    )
+    assert (code, other) == (0, 0), first + second
+    assert "6 tokens" in first and "bye" in first
+    assert "tokens" not in second and "bye" not in second
+
+
+def test_commands_for_one_process_say_so(models, tmp_path):
+    for command in (
+        ["pack", models / "plain", models / "again"],
+        [*words(models), "--save-state", models / "state"],
+        [*words(models), "--prompt", "-"],
+        ["serve", "--model", models / "pack", "--port", 0],
+    ):
+        for code, log in ranks.launch(2, tmp_path, commands.called, command):
+            assert code == 2, log
+            assert log.startswith("moeflux: [") and "expected" in log
+            assert log.count("\n") == 1
+    assert not (models / "again").exists()
+
+
+def test_more_ranks_than_experts_are_refused(models):
+    with open_store(models / "plain") as store:
+        with pytest.raises(ModelError, match=r"at most 7 ranks.*but got 8"):
+            SharedExperts(store, 0, 8)
+        own = SharedExperts(store, 1, 3)
+        assert [own.count(layer) for layer in own.layers] == [2, 2, 2]
+        assert own.spans(0, 1) == store.spans(0, 3)
+
+
+def test_a_group_of_one_is_none(models, alone):
+    group = mx.distributed.init()
+    model, _ = moeflux_mlx.load(
+        models / "pack", expert_memory=SMALL, native=False, group=group
+    )
+    assert ranks.greedy(model) == alone["pack"]
+    model.shard(group)
+    with pytest.raises(ConfigError, match="group"):
+        moeflux_mlx.load(models / "pack", group=3)

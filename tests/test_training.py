@@ -1,0 +1,88 @@
+"""Training of whole models, and the scripts that the page on training prints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.trainer import default_loss
+from mlx_lm.utils import load_model
+from tiny import make_checkpoint, make_qwen3_moe
+
+import moeflux_mlx
+
+ROOT = Path(__file__).resolve().parents[1]
+IDS = mx.array(np.random.RandomState(0).randint(1, 300, (2, 9)))
+LENGTHS = mx.array([[0, 8], [0, 6]])
+HYBRID = {"num_hidden_layers": 2, "full_attention_interval": 2}
+MAKERS: dict[str, Callable[..., Path]] = {
+    "qwen3_moe": lambda path: make_qwen3_moe(path, bits=None, num_hidden_layers=2),
+    "qwen3_5_moe": lambda path: make_checkpoint(path, bits=None, **HYBRID),
+}
+
+
+def trained(model: Any, *, compiled: bool) -> tuple[list[float], dict[str, mx.array]]:
+    """Train all of a model for three steps; return losses and what it gives then."""
+    model.train()
+    optimizer = optim.SGD(learning_rate=0.02)
+    gradient = nn.value_and_grad(model, default_loss)
+
+    def step(ids: mx.array, lengths: mx.array) -> mx.array:
+        (loss, _), grads = gradient(model, ids, lengths)
+        optimizer.update(model, grads)
+        return loss
+
+    state = [model.state, optimizer.state]
+    call = mx.compile(step, inputs=state, outputs=state) if compiled else step
+    losses = []
+    for _ in range(3):
+        losses.append(call(IDS, LENGTHS).item())
+        mx.eval(state)
+    weights = dict(tree_flatten(model.trainable_parameters()))
+    logits = model.eval()(IDS)
+    return losses, {**weights, "logits": logits}
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("form", MAKERS)
+def test_a_whole_model_learns_what_stock_learns(tmp_path, form):
+    path = MAKERS[form](tmp_path / "model")
+    losses, expected = trained(load_model(path)[0], compiled=True)
+    assert losses[2] < losses[1] < losses[0]
+    for executor in ("ops", "sim"):
+        for compiled in (False, True):
+            model, _ = moeflux_mlx.load(path, executor=executor)
+            found_losses, found = trained(model, compiled=compiled)
+            assert np.allclose(found_losses, losses, rtol=1e-5)
+            assert found.keys() == expected.keys()
+            for name, array in expected.items():
+                off = mx.linalg.norm(found[name] - array)
+                assert off <= 1e-5 * mx.linalg.norm(array), name
+
+
+@pytest.mark.slow
+def test_the_scripts_in_the_docs_train_and_evaluate(monkeypatch, tmp_path, capsys):
+    text = (ROOT / "docs" / "training.md").read_text()
+    _, train, evaluate = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert train.count("\n") <= 40 and evaluate.count("\n") <= 30
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    monkeypatch.chdir(tmp_path)
+    exec(train, {})
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert len(losses) == 4 and losses[-1] < losses[0] / 2
+    exec(evaluate, {})
+    lines = re.findall(
+        r"(.*), (\w+): perplexity ([\d.]+), (\d+)% right", capsys.readouterr().out
+    )
+    assert [line[1] for line in lines] == ["100MB", "4MB"] * 2
+    before, same, after, alike = [line[2:] for line in lines]
+    assert (before, after) == (same, alike)
+    assert float(after[0]) < float(before[0]) / 10 and int(after[1]) > int(before[1])
