@@ -115,6 +115,9 @@ LINES = {
         *(f"{{plain}} --tolerance={n}" for n in ("x", "nan", "-1", "inf")),
         "{plain} --dtype x",
         "{plain} --against {none}",
+        *("{plain} --html {folder}", "{plain} --html {none}/x", "{plain} --budgets 5"),
+        *(f"{{plain}} --matrix {n}" for n in ("--budgets 101", "--memory 1GB")),
+        "{plain} --matrix --no-native",
     ],
     "doctor": [
         *("--only nothing", "--only ''", "--x", "--executor ops", "--executor x"),
