@@ -19,7 +19,8 @@ from ..measure.compare import TOLERANCES, Comparison, Side, compare_each
 from .arguments import check_output, integer, number, read_text
 from .compare_page import budget_of, render, way_of
 from .generate import add_native_flag, add_streaming_flags, streaming_options
-from .inspect import summarize
+from .inspect_summary import summarize
+from .preflight import announce
 
 DEFAULT_PROMPT = "def read_table(path):\n"
 DEFAULT_TOKENS = 64
@@ -120,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
         prompt = read_text("--prompt-file", args.prompt_file)
     text = None if args.text is None else read_text("--text", args.text)
     ways = _ways(args)
+    announce(args.model, ways[0])
     found = []
     for result in compare_each(
         args.model,
