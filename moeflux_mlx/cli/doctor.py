@@ -96,8 +96,8 @@ def _no_kernel(pattern: str) -> str:
     near = near or difflib.get_close_matches(word, KERNELS, 5)
     there = ", ".join(near or KERNELS)
     return (
-        f"[--only] expected a kernel's name or a pattern of names but got {pattern!r}: "
-        f"there are {there}"
+        f"[--only] expected a kernel's name but got {pattern!r}: there are {there}, "
+        "and patterns as moe_*"
     )
 
 

@@ -11,6 +11,7 @@ from ..experts.pool.budget import Amounts, most_bytes
 from ..experts.pool.pool import POOL_ALIGNMENT
 from ..memory.forecast import Forecast, memory_bandwidth
 from ..memory.plan import MemoryPlan, own_bytes
+from ..opening.download import check_kinds
 from ..opening.headers import is_local, model_headers
 from ..system.bandwidth import disk_bytes_per_second
 from ..system.progress import notice
@@ -32,6 +33,7 @@ def announce(model: str | Path, options: dict[str, Any]) -> None:
     try:
         amounts = Amounts.read(options.get("memory"), options.get("expert_memory"))
         with model_headers(model) as path:
+            check_kinds(path)
             summary = summarize(path)
             found = forecast(path, summary, amounts)
     except (MoefluxError, OSError, ValueError):
