@@ -150,14 +150,17 @@ def _on_cpu() -> float:
 
 
 def _on_gpu() -> float:
-    source = mx.zeros(4 * COPIED_BYTES // 4, mx.float32)
-    mx.eval(source)
-    fastest = max(_timed(lambda: mx.eval(source + 1)) for _ in range(ROUNDS))
-    del source
+    fastest = max(_copies_on_gpu(4 * COPIED_BYTES))
     # What was taken here is no part of what a model takes.
     mx.clear_cache()
     mx.reset_peak_memory()
     return 8 * fastest
+
+
+def _copies_on_gpu(n_bytes: int) -> list[float]:
+    source = mx.zeros(n_bytes // 4, mx.float32)
+    mx.eval(source)
+    return [_timed(lambda: mx.eval(source + 1)) for _ in range(ROUNDS)]
 
 
 def _timed(copy: Callable[[], object]) -> float:
