@@ -120,6 +120,7 @@ def test_stock_mlx_lm_generate_runs_a_packed_directory(packed, budget, stock_tex
     assert done.stdout == stock_text + "\n", done.stderr
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_text_of_mlx_lms_own_command(packed, checkpoint, budget):
     flags = ["--temp", "0.9", "--top-p", "0.95", "--seed", "7", "--verbose", "False"]
     stock = [sys.executable, "-m", "mlx_lm", "generate", "--model", str(checkpoint)]

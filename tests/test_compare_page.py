@@ -45,6 +45,7 @@ def diverging(found) -> Comparison:
     return dataclasses.replace(ours, tokens=tokens, logits=logits)
 
 
+@pytest.mark.slow
 def test_every_budget_has_the_same_bits_and_each_way_its_own_errors(found):
     quarter, whole, stocks = found
     assert quarter.bits == whole.bits != stocks.bits
@@ -96,11 +97,13 @@ def test_a_model_that_passes_over_a_layer_has_no_rows():
     assert {type(layer) for layer in model.layers} == {nn.Linear}
 
 
+@pytest.mark.slow
 def test_models_of_other_widths_have_no_error_by_layer(found):
     without = dataclasses.replace(found[0], layer_errors=None)
     assert "do not have the same layers" in render([without])
 
 
+@pytest.mark.slow
 def test_the_page_loads_nothing_and_shows_nothing_as_code(diverging):
     page = render(
         [dataclasses.replace(diverging, model="<img src=x onerror=alert(1)>")]
@@ -112,6 +115,7 @@ def test_the_page_loads_nothing_and_shows_nothing_as_code(diverging):
     assert page.count(SAME_BITS) == 1
 
 
+@pytest.mark.slow
 def test_the_first_divergence_is_marked_on_both_sides(diverging):
     page = render([diverging])
     marks = re.findall(r"<mark[^>]*>(.*?)</mark>", page, re.DOTALL)
@@ -123,6 +127,7 @@ def test_the_first_divergence_is_marked_on_both_sides(diverging):
     assert page.count('class="off"') == 1
 
 
+@pytest.mark.slow
 def test_a_matrix_says_whether_its_budgets_gave_the_same_bits(found):
     page = html.unescape(render(found))
     assert "ops: 2 budgets, the same bits." in page
@@ -165,6 +170,7 @@ LOOK = """
 """
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_browser_shows_it_on_a_phone_and_on_a_desk(diverging, tmp_path):
     for place in seen(render([diverging]), (360, 1280), LOOK, tmp_path):

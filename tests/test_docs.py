@@ -82,6 +82,7 @@ def test_the_site_has_every_page_once():
     assert sorted(nav) == sorted(pages | {page for _, page in beside})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("mkdocstrings") is None,
     reason="needs the dependency group docs",

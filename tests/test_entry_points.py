@@ -79,6 +79,7 @@ def test_generate_writes_stocks_text(pair, few, capsys):
     assert ours == stock and stock.strip()
 
 
+@pytest.mark.sampled
 def test_chat_says_what_stock_says(pair, few, capsys, monkeypatch):
     spoken = []
     for path in pair:
@@ -89,6 +90,7 @@ def test_chat_says_what_stock_says(pair, few, capsys, monkeypatch):
     assert spoken[0] == spoken[1] and "MODEL" in spoken[0]
 
 
+@pytest.mark.sampled
 def test_a_cached_prompt_continues_as_stocks(pair, few, capsys, tmp_path):
     texts = []
     for path in pair:
@@ -100,6 +102,7 @@ def test_a_cached_prompt_continues_as_stocks(pair, few, capsys, tmp_path):
     assert texts[0] == texts[1] and texts[0].strip()
 
 
+@pytest.mark.sampled
 def test_perplexity_is_stocks(pair, few, capsys, monkeypatch):
     """The command, but for its data set, which is on a hub."""
     rows = mx.random.randint(0, 90, (4, 17), key=mx.random.key(1))
@@ -119,6 +122,7 @@ def test_benchmark_ends_with_its_averages(pair, few, capsys, n_seqs):
     assert re.search(r"Averages: prompt_tps=\d+\.\d+, generation_tps=\d+\.\d+", text)
 
 
+@pytest.mark.slow
 def test_lora_trains_and_tests_as_stock(pair, few, capsys, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
@@ -169,6 +173,7 @@ def models(pair, few) -> tuple[Any, Any, Any]:
     return stock, ours, tokenizer
 
 
+@pytest.mark.sampled
 def test_streams_of_text_are_stocks(models):
     stock, ours, tokenizer = models
     options = {
