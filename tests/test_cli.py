@@ -8,11 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mlx.core as mx
 import mlx_lm
 import pytest
 from commands import moeflux
-from mlx_lm.sample_utils import make_sampler
 
 import moeflux_mlx
 
@@ -26,7 +24,8 @@ def one_line_error(done: subprocess.CompletedProcess[str]) -> str:
     """Check that a run failed on purpose, and return what it said."""
     assert done.returncode == 2, done.stderr
     *decisions, line = done.stderr.splitlines()
-    assert all(text.startswith("moeflux: experts ") for text in decisions)
+    told = ("moeflux: experts ", "moeflux: before loading ")
+    assert all(text.startswith(told) for text in decisions)
     assert line.startswith("moeflux: [")
     return line
 
@@ -121,14 +120,20 @@ def test_stock_mlx_lm_generate_runs_a_packed_directory(packed, budget, stock_tex
     assert done.stdout == stock_text + "\n", done.stderr
 
 
-def test_a_seed_samples_what_stock_mlx_lm_samples_with_it(packed, checkpoint, budget):
+@pytest.mark.slow
+def test_a_seed_gives_the_text_of_mlx_lms_own_command(packed, checkpoint, budget):
     flags = ["--temp", "0.9", "--top-p", "0.95", "--seed", "7", "--verbose", "False"]
-    streamed = generate(packed, *flags, "--expert-memory", budget).stdout
-    model, tokenizer = mlx_lm.load(str(checkpoint))
-    mx.random.seed(7)
-    sampler = make_sampler(0.9, 0.95)
-    options = {"max_tokens": N_TOKENS, "sampler": sampler}
-    assert streamed == mlx_lm.generate(model, tokenizer, PROMPT, **options) + "\n"
+    stock = [sys.executable, "-m", "mlx_lm", "generate", "--model", str(checkpoint)]
+    fixed = ["--prompt", PROMPT, "-m", str(N_TOKENS), "--ignore-chat-template"]
+    done = subprocess.run([*stock, *fixed, *flags], capture_output=True, text=True)
+    assert done.stdout.strip(), done.stderr
+    few = ["--expert-memory", budget]
+    for model, more in (
+        (packed, few),
+        (checkpoint, []),
+        (checkpoint, [*few, "--no-native"]),
+    ):
+        assert generate(model, *flags, *more).stdout == done.stdout
 
 
 @pytest.mark.slow

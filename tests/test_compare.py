@@ -107,17 +107,20 @@ def test_each_side_reports_its_own_speed_and_memory(identical):
 
 @pytest.mark.slow
 def test_a_streamed_pack_agrees_with_its_own_experts_stacked_again(
-    packed, budget, capsys
+    packed, budget, capsys, tmp_path
 ):
     flags = ["--prompt", PROMPT, "-m", N_TOKENS, "--expert-memory", budget]
-    assert run(packed, *flags, "--json") == 0
+    assert run(packed, *flags, "--json", "--html", tmp_path / "page.html") == 0
     found = json.loads(capsys.readouterr().out)
+    assert "Tokens side by side" in (tmp_path / "page.html").read_text()
     assert found.keys() == {
         *(field.name for field in dataclasses.fields(Comparison)),
         "within_tolerance",
     }
     assert found["reference"] == found["model"] == str(packed)
-    assert found["tokens"] == {
+    tokens = found["tokens"]
+    assert tokens.pop("stock") == tokens.pop("ours") != []
+    assert tokens == {
         "n_tokens": N_TOKENS,
         "n_equal": N_TOKENS,
         "first_divergence": None,
@@ -151,7 +154,7 @@ def test_other_weights_exit_with_1_and_show_the_first_divergence(
 
 def test_the_tables_name_the_divergence_and_only_what_was_measured(identical):
     first = Divergence(4, Token(7, "a"), Token(9, "b"))
-    tokens = TokenAgreement(10, 5, first)
+    tokens = TokenAgreement(10, 5, first, [], [])
     result = dataclasses.replace(identical, tokens=tokens)
     console = Console(width=100)
     with console.capture() as printed:

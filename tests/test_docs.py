@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -54,3 +58,45 @@ def test_a_name_that_no_file_has_is_found():
     assert misnamed("`forward.py`, `engine/forward.py`", known) == []
     wrong = "`ward.py` and `graph/forward.py`"
     assert misnamed(wrong, known) == ["ward.py", "graph/forward.py"]
+
+
+SITE = ROOT / ".github" / "mkdocs.yml"
+HOOK = SITE.with_name("mkdocs_pages.py")
+
+
+def pages_of(nav: object) -> list[str]:
+    """Return the files that a site's navigation names."""
+    if isinstance(nav, str):
+        return [nav]
+    parts = nav.values() if isinstance(nav, dict) else nav
+    return [page for part in parts for page in pages_of(part)]
+
+
+def test_the_site_has_every_page_once():
+    nav = pages_of(yaml.safe_load(SITE.read_text())["nav"])
+    beside = re.findall(
+        r'^    "([\w./]+)": "([\w.]+)",$', HOOK.read_text(), re.MULTILINE
+    )
+    assert len(beside) == 4 and all((ROOT / name).is_file() for name, _ in beside)
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")}
+    assert sorted(nav) == sorted(pages | {page for _, page in beside})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("mkdocstrings") is None,
+    reason="needs the dependency group docs",
+)
+def test_the_site_is_built_without_warnings(tmp_path):
+    flags = ["--strict", "--quiet", "-f", SITE, "-d", tmp_path / "site"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", *flags],
+        capture_output=True,
+        text=True,
+        env={"PATH": "", "NO_MKDOCS_2_WARNING": "1"},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    page = (tmp_path / "site" / "reference" / "index.html").read_text()
+    assert "expert_memory" in page and "BudgetError" in page
+    loaded = re.findall(r'(?:src|href)="(https?:[^"]+\.(?:js|css|woff2?))"', page)
+    assert loaded == [], "pages load nothing from elsewhere"

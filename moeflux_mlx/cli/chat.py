@@ -18,6 +18,7 @@ from ..memory.caches import PutBackOnFailure
 from ..server.replaced import replaced
 from .arguments import check_number
 from .generate import NUMBERS, add_native_flag, add_streaming_flags, streaming_options
+from .preflight import announce
 
 
 def add_parser(subparsers: Any) -> None:
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer_config: dict[str, Any],
         trust_remote_code: bool,
     ) -> tuple[Any, Any]:
+        announce(path, streaming_options(args))
         return load(
             path,
             **streaming_options(args),

@@ -11,12 +11,23 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from ..measure.compare import TOLERANCES, Comparison, Side, compare
-from .arguments import integer, number, read_text
+from ..errors import ConfigError
+from ..experts.files.checkpoint import read_config
+from ..experts.files.stock import has_own_class
+from ..loading import find_model
+from ..measure.compare import TOLERANCES, Comparison, Side, compare_each
+from .arguments import check_output, integer, number, read_text
+from .compare_page import budget_of, render, way_of
 from .generate import add_native_flag, add_streaming_flags, streaming_options
+from .inspect_summary import summarize
+from .preflight import announce
 
 DEFAULT_PROMPT = "def read_table(path):\n"
 DEFAULT_TOKENS = 64
+# Of all experts, in per cent.
+DEFAULT_BUDGETS = (100.0, 50.0, 25.0)
+# In the place of an executor's name: mlx-lm's own class of the model.
+STOCK_CLASS = "mlx-lm"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -65,31 +76,107 @@ def add_parser(subparsers: Any) -> None:
         help=f"largest relative RMS error of the logits (default: {tolerances})",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, not tables")
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="also write a page: both texts side by side, KL and top-1 by position, "
+        "error by layer, costs",
+    )
+    _add_matrix_flags(parser)
     add_streaming_flags(parser)
     add_native_flag(parser)
     parser.set_defaults(run=run)
 
 
+def _add_matrix_flags(parser: argparse.ArgumentParser) -> None:
+    ours = parser.add_argument_group("several at once")
+    ours.add_argument(
+        "--matrix",
+        action="store_true",
+        help="compare every executor with every budget; stock runs once",
+    )
+    ours.add_argument(
+        "--executors",
+        nargs="+",
+        metavar="NAME",
+        help=f"for --matrix: executors, or {STOCK_CLASS} for its own class (default: "
+        "this machine's, where the model has a class of ours, and that)",
+    )
+    ours.add_argument(
+        "--budgets",
+        type=number(0, 100),
+        nargs="+",
+        metavar="PERCENT",
+        help="for --matrix: experts in memory, of all of them (default: "
+        f"{' '.join(f'{budget:g}' for budget in DEFAULT_BUDGETS)})",
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Compare as ``args`` say; return 0 within the tolerance, 1 outside."""
+    check_output("--html", args.html)
     prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
     if args.prompt_file is not None:
         prompt = read_text("--prompt-file", args.prompt_file)
-    result = compare(
+    text = None if args.text is None else read_text("--text", args.text)
+    ways = _ways(args)
+    announce(args.model, ways[0])
+    found = []
+    for result in compare_each(
         args.model,
         prompt,
+        ways,
         max_tokens=args.max_tokens,
-        text=None if args.text is None else read_text("--text", args.text),
+        text=text,
         against=args.against,
         dtype=args.dtype,
         tolerance=args.tolerance,
-        **streaming_options(args),
-    )
+    ):
+        found.append(result)
+        if not args.json:
+            _print(result)
+    if args.html is not None:
+        args.html.write_text(render(found), "utf-8", "replace")
     if args.json:
-        print(json.dumps(result.to_json(), indent=2))
-    else:
-        _print(result)
-    return 0 if result.within_tolerance else 1
+        fields = [result.to_json() for result in found]
+        print(json.dumps(fields if args.matrix else fields[0], indent=2))
+    return 0 if all(result.within_tolerance for result in found) else 1
+
+
+def _ways(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the options of ``load`` for each comparison that is asked for."""
+    options = streaming_options(args)
+    if not args.matrix:
+        for flag in ("executors", "budgets"):
+            if getattr(args, flag) is not None:
+                raise ConfigError(f"[--{flag}] expected --matrix with it but got none")
+        return [options]
+    for flag in ("memory", "expert_memory", "executor", "native"):
+        if options[flag] is not None:
+            name = "no-native" if flag == "native" else flag.replace("_", "-")
+            raise ConfigError(
+                f"[--matrix] expected its own executors and budgets but got --{name}: "
+                "use --executors and --budgets"
+            )
+    path = find_model(args.model)
+    summary = summarize(path)
+    budgets = [
+        max(summary.minimum_bytes, round(summary.full_bytes * percent / 100))
+        for percent in args.budgets or DEFAULT_BUDGETS
+    ]
+    names = args.executors or [STOCK_CLASS]
+    if args.executors is None and has_own_class(read_config(path)):
+        names = [None, STOCK_CLASS]
+    return [
+        {**options, **_executor_options(name), "expert_memory": budget}
+        for name in names
+        for budget in budgets
+    ]
+
+
+def _executor_options(name: str | None) -> dict[str, Any]:
+    return {"native": False} if name == STOCK_CLASS else {"executor": name}
 
 
 def _print(result: Comparison) -> None:
@@ -109,6 +196,7 @@ def output_table(result: Comparison) -> Table:
     """Lay out how far the two outputs are apart."""
     tokens, logits = result.tokens, result.logits
     table = Table("output", f"{result.model} ({result.dtype})")
+    table.add_row("ours", f"{way_of(result)}, {budget_of(result)}")
     table.add_row(
         "equal tokens", f"{tokens.n_equal} of {tokens.n_tokens} ({tokens.share:.1%})"
     )

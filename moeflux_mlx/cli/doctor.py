@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import difflib
 import fnmatch
 import json
 import platform
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     executor = open_kernels(args.executor or gpu_executor() or "sim").name
     names = fnmatch.filter(KERNELS, args.only)
     if not names:
-        raise ConfigError(f"[--only] expected a kernel's name but got {args.only!r}")
+        raise ConfigError(_no_kernel(args.only))
     console = Console(stderr=True)
     found = examine_apart(names, executor, args.timeout)
     findings = [*track(found, "kernels", len(names), console=console, transient=True)]
@@ -86,6 +87,18 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(executor, findings, remembered)
     return 0 if all(f.passed for f in findings) else 1
+
+
+def _no_kernel(pattern: str) -> str:
+    """Say which names a pattern may have meant, or else all that there are."""
+    word = pattern.strip("*?")
+    near = [name for name in KERNELS if word and word in name]
+    near = near or difflib.get_close_matches(word, KERNELS, 5)
+    there = ", ".join(near or KERNELS)
+    return (
+        f"[--only] expected a kernel's name but got {pattern!r}: there are {there}, "
+        "and patterns as moe_*"
+    )
 
 
 def _keep(record: Record, names: list[str], path: Path | None) -> str:

@@ -24,6 +24,7 @@ from ..memory.cache_layouts import CACHE_BITS, CACHE_GROUPS
 from ..state import check_keeps_state, load_state, save_state
 from ..system.files import open_file, parse_json, short
 from .arguments import check_number, check_output, integer, number, one_of
+from .preflight import announce
 from .report import generate_and_print, prepare
 
 # What of mlx-lm's numbers can be used; it takes any.
@@ -130,7 +131,12 @@ def run(args: argparse.Namespace) -> int:
     _refuse_unusable(args)
     check_output("--save-state", args.save_state)
     cache, saved = _prompt_cache(args)
-    model, tokenizer = _load(args, saved)
+    path = _model_path(args, saved)
+    announce(path, streaming_options(args))
+    # As mlx_lm.generate does: loading takes random numbers, as many as stock's.
+    if args.seed is not None:
+        mx.random.seed(args.seed)
+    model, tokenizer = _load(args, path, saved)
     # A state that is loaded finds its experts in memory: nothing may run after it.
     preparation = prepare(model) if args.verbose else None
     if args.save_state is not None:
@@ -142,9 +148,6 @@ def run(args: argparse.Namespace) -> int:
     has_prefix = cache is not None
     if args.save_state is not None and cache is None:
         cache = make_prompt_cache(model)
-    # Not before loading, which takes random numbers of its own.
-    if args.seed is not None:
-        mx.random.seed(args.seed)
     prompt = _prompt_tokens(args, tokenizer, has_prefix=has_prefix)
     if not prompt:
         raise ConfigError("[generate] expected a prompt of some tokens but it is empty")
@@ -199,9 +202,11 @@ def _refuse_in_group(args: argparse.Namespace) -> None:
             )
 
 
-def _load(args: argparse.Namespace, saved: dict[str, str]) -> tuple[Any, Any]:
+def _load(
+    args: argparse.Namespace, path: str, saved: dict[str, str]
+) -> tuple[Any, Any]:
     model, tokenizer = load(
-        _model_path(args, saved),
+        path,
         **streaming_options(args),
         group=args.group,
         adapter_path=args.adapter_path,

@@ -17,6 +17,10 @@ from ..engine.launch import KERNELS, Kernel, Launch, prepare
 from ..engine.lowering import GROUPS, TABLE
 from ..engine.lowering.tuned import Tuning, current
 from ..engine.metal import Scalar
+from .report import WIDE
+
+# What stands in tables of up to 80 columns.
+NARROW = ("kernel", "launch", "verified")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -40,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
-        Console().print(_table(rows))
+        console = Console()
+        console.print(_table(rows, console.width))
     return 0
 
 
@@ -108,9 +113,19 @@ def _verified(name: str, known: list[Record]) -> list[str]:
     ]
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(*(name.replace("_", " ") for name in rows[0]), show_lines=True)
+def _table(rows: list[dict[str, Any]], width: int) -> Table:
+    """Lay rows out; where that is not wide enough for signatures, without them."""
+    narrow = width < WIDE and "kernel" in rows[0]
+    names = NARROW if narrow else tuple(rows[0])
+    caption = "wider terminals, and --json, show signatures too" if narrow else None
+    table = Table(show_lines=True, caption=caption)
+    for name in names:
+        # A name that is cut is none.
+        table.add_column(name.replace("_", " "), no_wrap=name == "kernel")
     for row in rows:
-        cells = (v if isinstance(v, list) else [str(v)] for v in row.values())
+        cells = (
+            [*map(str, v)] if isinstance(v, list) else [str(v)]
+            for v in map(row.get, names)
+        )
         table.add_row(*("\n".join(cell) for cell in cells))
     return table

@@ -14,6 +14,7 @@ from ..loading import load
 from ..measure import Profile, Row, check_plot, profile, save_plot, write_csv
 from .arguments import check_output, integer
 from .generate import add_streaming_flags, streaming_options
+from .preflight import announce
 from .report import wide_console
 
 
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     check_output("--plot", args.plot)
     if args.plot:
         check_plot(args.plot)
+    announce(args.model, streaming_options(args))
     model, _ = load(args.model, **{**streaming_options(args), "native": True})
     found = profile(
         model, context=args.context, prefill=args.prefill, repeats=args.repeats

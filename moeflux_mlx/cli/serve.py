@@ -11,6 +11,7 @@ from ..errors import ConfigError
 from ..memory.cache_layouts import CACHE_BITS, CACHE_GROUPS
 from .arguments import Parser, check_number, integer, number, one_of
 from .generate import add_native_flag, add_streaming_flags, streaming_options
+from .preflight import announce
 
 # What of mlx-lm's numbers can be used; it takes any.
 NUMBERS = {
@@ -112,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(
         level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s"
     )
+    announce(args.model, streaming_options(args))
     from ..server.server import serve
 
     return serve(args, streaming_options(args))

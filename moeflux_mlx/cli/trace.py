@@ -14,6 +14,7 @@ from ..loading import load
 from ..measure import record_routing
 from .arguments import check_output, integer, number, read_text
 from .generate import add_native_flag, add_streaming_flags, streaming_options
+from .preflight import announce
 
 
 def add_parser(subparsers: Any) -> None:
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """Generate, and write the trace."""
     check_output("--output", args.output)
     text = _prompt(args)
+    announce(args.model, streaming_options(args))
     model, tokenizer = load(args.model, **streaming_options(args))
     mx.random.seed(args.seed)
     trace = record_routing(

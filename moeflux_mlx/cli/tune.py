@@ -21,6 +21,7 @@ from ..measure import PROMPTS, tune
 from ..measure.choices import Choice
 from .arguments import check_output, integer
 from .generate import add_streaming_flags, streaming_options
+from .preflight import announce
 from .report import wide_console
 
 
@@ -63,8 +64,15 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Tune on the model's shapes, print what was found, and keep it."""
     check_output("--file", args.file)
-    executor = args.executor or config.executor_name() or gpu_executor() or "sim"
+    executor = args.executor or config.executor_name() or gpu_executor()
+    if executor is None:
+        raise ConfigError(
+            "[tune] nothing to tune: expected a GPU, whose kernels have several ways, "
+            "but found none; --executor sim tries the command on the simulator, whose "
+            "times mean nothing"
+        )
     path = args.file or (None if executor == "sim" else default_path(executor))
+    announce(args.model, streaming_options(args))
     model, _ = load(
         args.model,
         **{**streaming_options(args), "executor": executor, "native": True},

@@ -64,7 +64,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
     """Download small files, and then the weights that they name."""
     try:
         path = _download(repo, revision, allow_patterns=[*SMALL_FILES])
-        names = _weights_of(path)
+        names = weights_of(path)
         path = _download(repo, revision, allow_patterns=[*SMALL_FILES, *names])
         if not all(_is_there(path, name) for name in names):
             names = [WEIGHTS]
@@ -77,11 +77,16 @@ def _from_hub(repo: str, revision: str | None) -> Path:
         ) from error
 
 
+def is_complete(path: Path) -> bool:
+    """Tell whether a directory has all the weights that are read of it."""
+    return all(_is_there(path, name) for name in weights_of(path))
+
+
 def _is_there(path: Path, name: str) -> bool:
     return any(path.glob(name))
 
 
-def _weights_of(path: Path) -> list[str]:
+def weights_of(path: Path) -> list[str]:
     """Return patterns of the weights that are read: those an index names, or all."""
     if (path / MANIFEST_NAME).is_file():
         return [WEIGHTS, PACKED_EXPERTS]

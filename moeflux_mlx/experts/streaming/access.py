@@ -112,9 +112,9 @@ def slots_fit(
     layouts: Sequence[ExpertLayout], counts: Sequence[int], memory: int | None = None
 ) -> bool:
     """Do as ``all_fit`` for layers of so many experts of these layouts."""
-    gate = most_bytes()
-    asked = gate if memory is None else memory
-    return full_bytes(counts, pool_stride(layouts)) <= min(asked, gate)
+    most = most_bytes()
+    asked = most if memory is None else memory
+    return full_bytes(counts, pool_stride(layouts)) <= min(asked, most)
 
 
 def all_bytes(store: ExpertStore) -> int:
@@ -138,6 +138,6 @@ def _mappable(store: ExpertStore, memory: int | None) -> PackedExperts:
 
 def _decision(store: ExpertStore) -> str:
     return (
-        f"{decimal(all_bytes(store))} in all; the gate is {decimal(most_bytes())}, "
-        f"{MEMORY_SHARE:.0%} of this machine's memory"
+        f"{decimal(all_bytes(store))} in all; unbounded they may take "
+        f"{decimal(most_bytes())}, {MEMORY_SHARE:.0%} of this machine's memory"
     )

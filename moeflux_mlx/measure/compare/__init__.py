@@ -10,11 +10,13 @@ Imports: errors, experts, experts.files, loading, memory, opening, system.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from xxhash import xxh3_128_hexdigest
 
 from ...errors import ConfigError
 from ...experts.files.checkpoint import read_config
@@ -22,6 +24,7 @@ from ...experts.files.stock import departs
 from ...loading import find_model
 from ...opening.stock_model import takes_door
 from ...opening.tokenizer import open_tokenizer
+from .layers import layer_errors
 from .measurement import (
     Job,
     greedy,
@@ -47,7 +50,13 @@ TOLERANCES = {"float32": 1e-4, "model": 5e-2}
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything ``compare`` found; within tolerance when the relative RMS error is."""
+    """Everything ``compare`` found; within tolerance when the relative RMS error is.
+
+    ``options`` are those of ``load`` for our side that were given. ``layer_errors`` are
+    relative RMS errors of what leaves each layer, on the first tokens of the prompt;
+    None where the two sides have not the same layers. Two comparisons of the same
+    ``bits`` have the same logits of ours at every position, to the bit.
+    """
 
     model: str
     reference: str
@@ -59,6 +68,9 @@ class Comparison:
     stock: Side
     ours: Side
     tolerance: float
+    options: dict[str, Any]
+    layer_errors: list[float] | None
+    bits: str
     # How our own class means to give another result, if it does.
     departs: str | None = None
 
@@ -113,6 +125,48 @@ def compare(
         ModelError: a model cannot be loaded, or the two do not belong together.
         ExpertStoreError: a pack is damaged, or ``memory`` is too small.
     """
+    options = {
+        "memory": memory,
+        "expert_memory": expert_memory,
+        "scope": scope,
+        "policy": policy,
+        "read_ahead": read_ahead,
+        "expert_io": expert_io,
+        "executor": executor,
+        "native": native,
+    }
+    (found,) = compare_each(
+        model,
+        prompt,
+        [options],
+        max_tokens=max_tokens,
+        text=text,
+        against=against,
+        dtype=dtype,
+        tolerance=tolerance,
+    )
+    return found
+
+
+def compare_each(
+    model: str | Path,
+    prompt: str,
+    ways: Sequence[Mapping[str, Any]],
+    *,
+    max_tokens: int = 64,
+    text: str | None = None,
+    against: str | Path | None = None,
+    dtype: str = "float32",
+    tolerance: float | None = None,
+) -> Iterator[Comparison]:
+    """Yield a comparison for each way to load our side; stock runs once.
+
+    Args:
+        ways: options of ``load``; the other arguments are those of ``compare``.
+
+    Raises:
+        ConfigError, ModelError, ExpertStoreError: as ``compare``.
+    """
     path, reference = find_model(model), find_model(against or model)
     _check_arguments(dtype, max_tokens)
     tokenizer = open_tokenizer(path)
@@ -124,42 +178,35 @@ def compare(
         max_tokens=max_tokens,
         dtype=dtype,
     )
-    own = not takes_door(path, native, told=False)
     with tempfile.TemporaryDirectory(prefix="moeflux-compare-") as directory:
         stock = run_job(job, Path(directory))
-        options = {
-            "memory": memory,
-            "expert_memory": expert_memory,
-            "scope": scope,
-            "policy": policy,
-            "read_ahead": read_ahead,
-            "expert_io": expert_io,
-            "executor": executor,
-            "native": native,
-        }
-        job = replace(
-            job, side="ours", path=str(path), forced=stock.tokens, options=options
-        )
-        ours = run_job(job, Path(directory))
-        logits = logit_errors(stock.logits, ours.logits)
-    return Comparison(
-        model=str(model),
-        reference=str(against or model),
-        dtype=dtype,
-        n_prompt_tokens=len(job.prompt),
-        n_text_tokens=len(job.text),
-        tokens=agreement(stock.tokens, ours.tokens, tokenizer),
-        logits=logits,
-        stock=stock.side,
-        ours=ours.side,
-        tolerance=TOLERANCES[dtype] if tolerance is None else tolerance,
-        departs=departs(read_config(path)) if own else None,
-    )
+        job = replace(job, side="ours", path=str(path), forced=stock.tokens)
+        for way in ways:
+            ours = run_job(replace(job, options=dict(way)), Path(directory))
+            own = not takes_door(path, way.get("native"), told=False)
+            yield Comparison(
+                model=str(model),
+                reference=str(against or model),
+                dtype=dtype,
+                n_prompt_tokens=len(job.prompt),
+                n_text_tokens=len(job.text),
+                tokens=agreement(stock.tokens, ours.tokens, tokenizer),
+                logits=logit_errors(stock.logits, ours.logits),
+                stock=stock.side,
+                ours=ours.side,
+                tolerance=TOLERANCES[dtype] if tolerance is None else tolerance,
+                options={k: v for k, v in way.items() if v is not None},
+                layer_errors=layer_errors(stock.layers, ours.layers),
+                bits=xxh3_128_hexdigest(ours.logits.data),
+                departs=departs(read_config(path)) if own else None,
+            )
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
@@ -193,6 +240,7 @@ __all__ = [
     "Token",
     "TokenAgreement",
     "compare",
+    "compare_each",
     "greedy",
     "load_stock",
     "log_likelihood",

@@ -18,6 +18,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from ...loading import load
+from .layers import layer_rows
 from .reference import load_stock
 
 # Logits of one piece stay below 130 MB even with a vocabulary of 248 thousand.
@@ -41,7 +42,7 @@ class Job:
 
 
 def measure(job: Job, path: Path) -> None:
-    """Load and run one side, writing ``path`` as .npz and .logits."""
+    """Load and run one side, writing ``path`` as .npz, .logits and .layers.npz."""
     model = _load(job)
     greedy(model, job.prompt[:1], 2)  # one-time costs are not speed
     streamer = getattr(model, "streamer", None)
@@ -55,6 +56,8 @@ def measure(job: Job, path: Path) -> None:
         "peak_process_bytes": peak_process_bytes(),
         "peak_mlx_bytes": mx.get_peak_memory(),
     }
+    if hasattr(model, "runtime"):
+        found["executor"] = model.runtime.executor.name
     if streamer is not None:
         counters = streamer.stats.total
         found["expert_hit_rate"] = counters.hit_rate
@@ -63,6 +66,7 @@ def measure(job: Job, path: Path) -> None:
         found["n_vocabulary"] = _force(model, job.prompt, job.forced or tokens, file)
     if job.text:
         found["perplexity"] = perplexity(model, job.text)
+    np.savez(path.with_suffix(".layers.npz"), *layer_rows(model, job.prompt))
     np.savez(path.with_suffix(".npz"), **found)
 
 

@@ -31,11 +31,16 @@ class Divergence:
 
 @dataclass(frozen=True)
 class TokenAgreement:
-    """How many of ``n_tokens`` greedy tokens are equal at their position."""
+    """How many of ``n_tokens`` greedy tokens are equal at their position.
+
+    ``stock`` and ``ours`` are the two continuations.
+    """
 
     n_tokens: int
     n_equal: int
     first_divergence: Divergence | None
+    stock: list[Token]
+    ours: list[Token]
 
     @property
     def share(self) -> float:
@@ -48,7 +53,8 @@ class LogitErrors:
     """Our logits against stock's, both sides forced through stock's tokens.
 
     ``kl_mean`` and ``kl_max`` are KL(stock || ours) of a position in nats;
-    ``relative_rms_error`` is relative to the RMS of stock's logits.
+    ``relative_rms_error`` is relative to the RMS of stock's logits. ``kl`` and
+    ``equal_top1`` have a value for each position.
     """
 
     n_positions: int
@@ -59,17 +65,20 @@ class LogitErrors:
     max_error: float
     rms_error: float
     relative_rms_error: float
+    kl: list[float]
+    equal_top1: list[bool]
 
 
 def agreement(stock: list[int], ours: list[int], tokenizer: Any) -> TokenAgreement:
     """Count equal tokens of two continuations and find the first that is not."""
-    differing = [i for i, (a, b) in enumerate(zip(stock, ours, strict=True)) if a != b]
-    first = None
-    if differing:
-        at = differing[0]
-        tokens = [Token(t, tokenizer.decode([t])) for t in (stock[at], ours[at])]
-        first = Divergence(at, *tokens)
-    return TokenAgreement(len(stock), len(stock) - len(differing), first)
+    theirs, own = (
+        [Token(t, tokenizer.decode([t])) for t in side] for side in (stock, ours)
+    )
+    pairs = [*zip(theirs, own, strict=True)]
+    differing = [i for i, (a, b) in enumerate(pairs) if a.id != b.id]
+    first = Divergence(differing[0], *pairs[differing[0]]) if differing else None
+    n_equal = len(pairs) - len(differing)
+    return TokenAgreement(len(pairs), n_equal, first, theirs, own)
 
 
 def logit_errors(stock: np.ndarray, ours: np.ndarray) -> LogitErrors:
@@ -100,6 +109,8 @@ def logit_errors(stock: np.ndarray, ours: np.ndarray) -> LogitErrors:
         max_error=float(largest.max()),
         rms_error=float(np.sqrt(squares.mean() / stock.shape[1])),
         relative_rms_error=float(np.sqrt(squares.sum() / reference.sum())),
+        kl=kl.tolist(),
+        equal_top1=equal.tolist(),
     )
 
 

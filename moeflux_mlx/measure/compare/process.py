@@ -30,7 +30,8 @@ class Side:
 
     ``prompt_tps`` and ``generation_tps`` are tokens per second. The peaks were reached
     while loading and generating: ``peak_process_bytes`` of the whole process,
-    ``peak_mlx_bytes`` of what MLX allocated, which is not all on a CPU.
+    ``peak_mlx_bytes`` of what MLX allocated, which is not all on a CPU. ``executor``
+    ran the graphs of a class of ours; None: mlx-lm's class ran.
     """
 
     prompt_tps: float
@@ -40,15 +41,20 @@ class Side:
     perplexity: float | None = None
     expert_hit_rate: float | None = None
     expert_read_bytes: int | None = None
+    executor: str | None = None
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a job left: stock's or our figures, tokens and logits ``[T, V]``."""
+    """What a job left: stock's or our figures, tokens and logits ``[T, V]``.
+
+    ``layers`` is a file of what left each layer.
+    """
 
     side: Side
     tokens: list[int]
     logits: np.ndarray
+    layers: Path
 
 
 def run_job(job: Job, directory: Path) -> Measured:
@@ -62,7 +68,8 @@ def run_job(job: Job, directory: Path) -> Measured:
         found = {name: arrays[name].tolist() for name in arrays.files}
     tokens, n_vocabulary = found.pop("tokens"), found.pop("n_vocabulary")
     rows = np.memmap(path.with_suffix(".logits"), np.float32, "r")
-    return Measured(Side(**found), tokens, rows.reshape(-1, n_vocabulary))
+    layers = path.with_suffix(".layers.npz")
+    return Measured(Side(**found), tokens, rows.reshape(-1, n_vocabulary), layers)
 
 
 def _failure(job: Job, done: subprocess.CompletedProcess[str]) -> MoefluxError:

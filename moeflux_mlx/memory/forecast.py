@@ -1,0 +1,169 @@
+"""Foretell how a model will run here, from its bytes and two measured bandwidths."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from rich.filesize import decimal
+
+from .. import device
+
+# Larger than what processors keep to themselves.
+COPIED_BYTES = 32 << 20
+ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Whether a model fits, how it would run, and the least time its bytes take.
+
+    ``resident_bytes`` are read for every token, as are ``token_bytes``, the experts
+    that a token chooses; None: nothing says how many. ``held_bytes`` of all
+    ``expert_bytes`` are in memory. ``room_bytes`` is what the process may still take;
+    None: not known. Bandwidths are bytes a second, None where they were not measured.
+    """
+
+    resident_bytes: int
+    expert_bytes: int
+    token_bytes: int | None
+    held_bytes: int
+    room_bytes: int | None
+    streams: bool
+    memory_bandwidth: float | None
+    disk_bandwidth: float | None
+
+    @property
+    def total_bytes(self) -> int:
+        """What the whole model takes."""
+        return self.resident_bytes + self.expert_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether all of it would fit into memory."""
+        return self.room_bytes is None or self.total_bytes <= self.room_bytes
+
+    @property
+    def missing(self) -> float:
+        """The share of experts that is not in memory."""
+        return 1 - min(1.0, self.held_bytes / max(1, self.expert_bytes))
+
+    @property
+    def token_seconds(self) -> float | None:
+        """What moving a token's bytes takes, one after the other."""
+        if self.token_bytes is None or self.memory_bandwidth is None:
+            return None
+        seconds = (self.resident_bytes + self.token_bytes) / self.memory_bandwidth
+        if self.missing == 0:
+            return seconds
+        if self.disk_bandwidth is None:
+            return None
+        return seconds + self.missing * self.token_bytes / self.disk_bandwidth
+
+    @property
+    def loaded_bytes(self) -> int | None:
+        """What is read from disk before the first token of a short prompt is there."""
+        if not self.streams or self.missing == 0:
+            return self.total_bytes
+        if self.token_bytes is None:
+            return None
+        return self.resident_bytes + self.token_bytes
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        """What reading that takes, and one token."""
+        if None in (self.token_seconds, self.loaded_bytes, self.disk_bandwidth):
+            return None
+        assert self.token_seconds and self.loaded_bytes and self.disk_bandwidth
+        return self.loaded_bytes / self.disk_bandwidth + self.token_seconds
+
+    def mode(self) -> str:
+        """Say whether it fits and how it runs."""
+        total, room = decimal(self.total_bytes), self.room_bytes
+        fits = f"{total} in all"
+        if room is not None:
+            word = "fits" if self.fits else "does not fit"
+            fits += f", {word} into {decimal(max(0, room))}"
+        if not self.streams:
+            return f"{fits}: all in memory"
+        held = f"{1 - self.missing:.0%} of the experts in memory"
+        return f"{fits}: experts streamed, {held}"
+
+    def speed(self) -> str:
+        """Say how many tokens a second its bytes allow, and how that comes about."""
+        if self.token_bytes is None:
+            return (
+                "not known: the configuration does not say how many experts a token has"
+            )
+        if self.memory_bandwidth is None:
+            return "not known: memory was not measured"
+        moved = f"{decimal(self.resident_bytes)} + {decimal(self.token_bytes)}"
+        terms = f"({moved}) / {_rate(self.memory_bandwidth)}"
+        if self.missing:
+            disk = "a disk not measured yet"
+            if self.disk_bandwidth is not None:
+                disk = _rate(self.disk_bandwidth)
+            terms += f" + {self.missing:.0%} x {decimal(self.token_bytes)} / {disk}"
+        if (seconds := self.token_seconds) is None:
+            return f"1 / ({terms})"
+        speed = 1 / seconds
+        number = f"{speed:,.0f}" if speed >= 100 else f"{speed:.2g}"
+        return f"at most {number} tokens/s = 1 / ({terms})"
+
+    def first_token(self) -> str:
+        """Say how long the first token takes from the start, likewise."""
+        seconds, loaded = self.first_token_seconds, self.loaded_bytes
+        if loaded is None or self.token_bytes is None:
+            return "not known"
+        if seconds is None or self.disk_bandwidth is None:
+            return f"after reading {decimal(loaded)} from disk"
+        return (
+            f"not before {seconds:.2g} s: {decimal(loaded)} from disk at "
+            f"{_rate(self.disk_bandwidth)}"
+        )
+
+
+def _rate(bandwidth: float) -> str:
+    return f"{decimal(round(bandwidth))}/s"
+
+
+@functools.cache
+def memory_bandwidth() -> float | None:
+    """Return the bytes a second that memory gives where MLX computes by default.
+
+    Copying counts both ways. It is measured once; None where there is no room for it.
+    """
+    try:
+        return _on_cpu() if device.on_cpu() else _on_gpu()
+    except (MemoryError, RuntimeError):
+        return None
+
+
+def _on_cpu() -> float:
+    source = np.zeros(COPIED_BYTES // 2, np.uint8)
+    target = np.zeros_like(source)
+    return max(_timed(lambda: np.copyto(target, source)) for _ in range(ROUNDS))
+
+
+def _on_gpu() -> float:
+    fastest = max(_copies_on_gpu(4 * COPIED_BYTES))
+    # What was taken here is no part of what a model takes.
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    return 8 * fastest
+
+
+def _copies_on_gpu(n_bytes: int) -> list[float]:
+    source = mx.zeros(n_bytes // 4, mx.float32)
+    mx.eval(source)
+    return [_timed(lambda: mx.eval(source + 1)) for _ in range(ROUNDS)]
+
+
+def _timed(copy: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    copy()
+    return COPIED_BYTES / (time.perf_counter() - start)

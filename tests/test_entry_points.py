@@ -1,0 +1,311 @@
+"""mlx-lm's own entry points on packs of both kinds of class, beside stock.
+
+docs/entry-points.md has a row for each of them, and names the tests.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import io
+import json
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from mlx_lm import utils
+from mlx_lm.generate import speculative_generate_step
+from mlx_lm.models import cache as caches
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from test_adapters import command
+from test_door_pack import write
+from test_saving import assert_alike
+from test_saving import command as strict_command
+
+import moeflux_mlx
+from moeflux_mlx.cli.inspect import summarize
+from moeflux_mlx.errors import ModelError
+from moeflux_mlx.experts.files.checkpoint import read_config
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.stock import has_own_class
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "entry-points.md").read_text()
+N_TOKENS = 6
+QUANTISERS = ("awq", "dwq", "dynamic_quant", "gptq")
+
+
+class Pair(NamedTuple):
+    """A plain checkpoint, and its pack."""
+
+    plain: Path
+    packed: Path
+
+
+@pytest.fixture(scope="module", params=["native", "door"])
+def pair(request, checkpoint, packed, tmp_path_factory) -> Pair:
+    if request.param == "native":
+        return Pair(checkpoint, packed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts"))
+        plain = write(tmp_path_factory.mktemp("door") / "plain", "olmoe", 4)
+    pack(plain, plain.with_name("packed"))
+    assert not has_own_class(read_config(plain))
+    return Pair(plain, plain.with_name("packed"))
+
+
+@pytest.fixture
+def few(pair, monkeypatch) -> str:
+    """Memory for a few experts, which commands of mlx-lm take from the environment."""
+    memory = str(summarize(pair.packed).minimum_bytes * 2)
+    monkeypatch.setenv("MOEFLUX_EXPERT_MEMORY", memory)
+    return memory
+
+
+def told(capsys, name: str, model: Path, *flags: object) -> str:
+    """Return what a command of mlx-lm prints on a model, without the model's name."""
+    command(name, "--model", model, "--trust-remote-code", *flags)
+    return capsys.readouterr().out.replace(str(model), "MODEL")
+
+
+def test_generate_writes_stocks_text(pair, few, capsys):
+    flags = ["--prompt", "hello", "-m", N_TOKENS, "--verbose", "False"]
+    stock, ours = (told(capsys, "generate", path, *flags) for path in pair)
+    assert ours == stock and stock.strip()
+
+
+@pytest.mark.sampled
+def test_chat_says_what_stock_says(pair, few, capsys, monkeypatch):
+    spoken = []
+    for path in pair:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand then\nr\nhey\nq\n"))
+        text = told(capsys, "chat", path, "-m", N_TOKENS, "--seed", 1)
+        text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]|\d+\.\d+ (tok/s|GB)", "", text)
+        spoken.append(re.sub(r"[\s─╭╮╰╯]+", " ", text))
+    assert spoken[0] == spoken[1] and "MODEL" in spoken[0]
+
+
+@pytest.mark.sampled
+def test_a_cached_prompt_continues_as_stocks(pair, few, capsys, tmp_path):
+    texts = []
+    for path in pair:
+        file = tmp_path / f"{path.name}.safetensors"
+        flags = ["--prompt-cache-file", file]
+        told(capsys, "cache_prompt", path, *flags, "--prompt", "be brief")
+        flags += ["--prompt", "hello", "-m", N_TOKENS, "--verbose", "False"]
+        texts.append(told(capsys, "generate", path, *flags))
+    assert texts[0] == texts[1] and texts[0].strip()
+
+
+@pytest.mark.sampled
+def test_perplexity_is_stocks(pair, few, capsys, monkeypatch):
+    """The command, but for its data set, which is on a hub."""
+    rows = mx.random.randint(0, 90, (4, 17), key=mx.random.key(1))
+    perplexity = importlib.import_module("mlx_lm.perplexity")
+    monkeypatch.setattr(perplexity, "load_data", lambda *_, **__: rows)
+    found = []
+    for path in pair:
+        text = told(capsys, "perplexity", path, "--batch-size", 2)
+        found.append(float(re.search(r"Perplexity: ([\d.]+)", text)[1]))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("n_seqs", [1, 3])
+def test_benchmark_ends_with_its_averages(pair, few, capsys, n_seqs):
+    flags = ["-p", 9, "-g", 3, "-n", 1, "-b", n_seqs]
+    text = told(capsys, "benchmark", pair.packed, *flags)
+    assert re.search(r"Averages: prompt_tps=\d+\.\d+, generation_tps=\d+\.\d+", text)
+
+
+@pytest.mark.slow
+def test_lora_trains_and_tests_as_stock(pair, few, capsys, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("train", "valid", "test"):
+        lines = [json.dumps({"text": f"{name} {i} of some words"}) for i in range(4)]
+        (data / f"{name}.jsonl").write_text("\n".join(lines))
+    keys = {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
+    settings = {"lora_parameters": keys, "max_seq_length": 32, "optimizer": "sgd"}
+    (tmp_path / "lora.yaml").write_text(json.dumps(settings))
+    losses, learnt = [], []
+    for path in pair:
+        out = tmp_path / path.name
+        flags = [
+            *("--data", data, "--batch-size", 2, "-c", tmp_path / "lora.yaml"),
+            *("--adapter-path", out, "--num-layers", 2),
+        ]
+        steps = ["--train", "--iters", 1, "--learning-rate", 0.1, "--test"]
+        text = told(capsys, "lora", path, *flags, *steps)
+        losses.append(re.findall(r"Test loss (\d+\.\d+)", text))
+        learnt.append(mx.load(str(out / "adapters.safetensors")))
+        gc.collect()
+    assert losses[0] == losses[1] and len(losses[0]) == 1
+    assert learnt[0].keys() == learnt[1].keys()
+    for name, array in learnt[0].items():
+        assert mx.allclose(array, learnt[1][name], atol=1e-5), name
+        assert array.abs().max() > 0, "nothing was learnt"
+
+
+@pytest.mark.parametrize("name", QUANTISERS)
+def test_what_looks_into_every_expert_is_refused(pair, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mlx_lm.quant.dwq.load_data", lambda *_: ([], []))
+    with pytest.raises(ModelError, match=rf"moeflux unpack PACK DIR.*mlx_lm.{name}"):
+        strict_command(
+            f"quant.{name}", "--model", pair.packed, "--mlx-path", tmp_path / "out"
+        )
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.fixture
+def models(pair, few) -> tuple[Any, Any, Any]:
+    """Stock's model, ours by mlx-lm's own ``load`` of the pack, and the tokenizer."""
+    stock, tokenizer = utils.load(str(pair.plain))
+    ours, _ = utils.load(
+        str(pair.packed), {"trust_remote_code": True}, trust_remote_code=True
+    )
+    assert ours.streamer is not None
+    return stock, ours, tokenizer
+
+
+@pytest.mark.sampled
+def test_streams_of_text_are_stocks(models):
+    stock, ours, tokenizer = models
+    options = {
+        "max_tokens": N_TOKENS,
+        "sampler": make_sampler(0.8, top_p=0.9),
+        "logits_processors": make_logits_processors(repetition_penalty=1.2),
+    }
+    found = []
+    for model in (stock, ours):
+        mx.random.seed(3)
+        parts = mlx_lm.stream_generate(model, tokenizer, "hello", **options)
+        found.append([(part.token, part.text) for part in parts])
+    assert found[0] == found[1] and found[0]
+    texts = [
+        mlx_lm.generate(m, tokenizer, "hello", max_tokens=N_TOKENS) for m in models[:2]
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_batches_are_stocks(models):
+    stock, ours, tokenizer = models
+    prompts = [[7], [1, 2, 3], [9, 8, 7, 6, 5]]
+    options = {"max_tokens": N_TOKENS, "return_token_ids": True}
+    expected, found = (
+        mlx_lm.batch_generate(model, tokenizer, prompts, **options).token_ids
+        for model in (stock, ours)
+    )
+    assert found == expected
+
+
+def test_prompt_caches_are_kept_and_fetched_as_stocks(models, tmp_path):
+    rows = []
+    for model in models[:2]:
+        cache = caches.make_prompt_cache(model)
+        mx.eval(model(mx.array([[5, 6, 7]]), cache=cache))
+        file = str(tmp_path / f"{len(rows)}.safetensors")
+        caches.save_prompt_cache(file, cache, {"who": "me"})
+        fetched, said = caches.load_prompt_cache(file, return_metadata=True)
+        assert said == {"who": "me"}
+        rows.append(model(mx.array([[8, 9]]), cache=fetched))
+        if caches.can_trim_prompt_cache(fetched):
+            assert caches.trim_prompt_cache(fetched, 2) == 2
+            again = model(mx.array([[8, 9]]), cache=fetched)
+            assert mx.allclose(again, rows[-1], atol=1e-4)
+    assert mx.allclose(*rows, atol=1e-4)
+
+
+def test_steps_with_a_draft_are_stocks(pair, few):
+    """The draft is the plain model, which guesses every token."""
+    found = []
+    draft, _ = utils.load(str(pair.plain))
+    if not caches.can_trim_prompt_cache(caches.make_prompt_cache(draft)):
+        pytest.skip("mlx-lm has no draft for caches that cannot be trimmed")
+    for path in pair:
+        model = utils.load(str(path), trust_remote_code=True)[0]
+        steps = speculative_generate_step(
+            mx.array([5, 6, 7]), model, draft, num_draft_tokens=2, max_tokens=N_TOKENS
+        )
+        found.append([(int(token), drafted) for token, _, drafted in steps])
+    assert found[0] == found[1] and any(drafted for _, drafted in found[0])
+
+
+def test_convert_writes_the_whole_model(pair, tmp_path):
+    for path, name in ((pair.packed, "out"), (pair.plain, "stock")):
+        mlx_lm.convert(str(path), str(tmp_path / name), trust_remote_code=True)
+    logits = lambda model: model(mx.array([[5, 6]]))  # noqa: E731
+    assert_alike(tmp_path / "out", tmp_path / "stock", logits)
+
+
+def test_what_counts_parameters_counts_without_streamed_experts(models):
+    stock, ours, _ = models
+    assert 0 < utils.get_total_parameters(ours) < utils.get_total_parameters(stock)
+    # All that is left here, norms and routers too, has more bits than the experts.
+    assert utils.compute_bits_per_weight(ours) > utils.compute_bits_per_weight(stock)
+
+
+# The page.
+
+ROW = re.compile(r"^\| `([\w.]+)`(?:, `[\w.]+`)* \|(.*)\|$", re.MULTILINE)
+CELL = re.compile(r"works(: .+)?|refused: .+|not tried(: .+)?|loads no model")
+TEST = re.compile(r"`(tests/\w+\.py)(?:::(\w+))?`")
+
+
+def rows() -> dict[str, list[str]]:
+    """Return the cells of the page's tables by each name in their first one."""
+    found = {}
+    for line in PAGE.splitlines():
+        if match := ROW.match(line):
+            cells = [cell.strip() for cell in match[2].split("|")]
+            for name in re.findall(r"`([\w.]+)`", line.split("|")[1]):
+                assert name not in found, name
+                found[name] = cells
+    return found
+
+
+def test_the_page_has_every_command_of_the_installed_mlx_lm():
+    scripts = metadata.distribution("mlx-lm").entry_points
+    commands = {s.name for s in scripts if s.group == "console_scripts"} - {"mlx_lm"}
+    assert {name for name in rows() if name in commands} == commands
+    assert len(commands) == 17
+
+
+def test_the_page_has_every_public_name_of_mlx_lm_and_of_its_caches():
+    public = {*mlx_lm.__all__} - {"__version__"}
+    # Functions that somebody may call with a model or with its caches.
+    public |= {
+        name
+        for name in vars(caches)
+        if re.search(r"prompt_cache$", name) and not name.startswith("_")
+    }
+    listed = {name.rsplit(".", 1)[-1] for name in rows()}
+    assert public <= listed
+    for name in rows():
+        module, _, attribute = name.rpartition(".")
+        if module and not module.startswith("mlx_lm"):
+            assert hasattr(importlib.import_module(f"mlx_lm.{module}"), attribute), name
+
+
+@pytest.mark.parametrize("name", rows())
+def test_a_row_says_what_is_and_names_tests_that_exist(name):
+    cells = rows()[name]
+    assert len(cells) == 4
+    for cell in cells[:3]:
+        assert CELL.fullmatch(cell), cell
+    shown = TEST.findall(cells[3])
+    claims = [cell for cell in cells[:3] if cell.startswith(("works", "refused"))]
+    assert bool(shown) or not claims, "who says works or refused names a test"
+    for file, test in shown:
+        text = (ROOT / file).read_text()
+        assert not test or re.search(rf"^def {test}\(", text, re.MULTILINE), test
+
+
+def test_the_version_on_the_page_is_the_one_that_is_installed():
+    assert f"mlx-lm {mlx_lm.__version__}" in PAGE
+    assert moeflux_mlx.__version__
