@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from op_cases import KERNEL_SPECS, SPECS, as_list
-from tiny import make_checkpoint, make_qwen3_moe
+from tiny import (
+    make_checkpoint,
+    make_deepseek_v3,
+    make_glm4_moe,
+    make_gpt_oss,
+    make_qwen3_moe,
+    make_qwen3_next,
+)
 
 import moeflux_mlx
 from moeflux_mlx.engine import lowering
@@ -61,22 +71,39 @@ def test_ops_give_by_every_way_what_their_references_give(device, monkeypatch):
     assert wrong == []
 
 
-# Of the second family a layer in the middle has no experts.
+@dataclass(frozen=True)
+class Family:
+    """How a random model of a family is made, and its keys of experts and widths."""
+
+    make: Callable[..., Path]
+    n_experts: str = "num_experts"
+    width: str = "moe_intermediate_size"
+
+
+# A layer in the middle of the second has no experts, the first of two others none.
 FAMILIES = {
-    "qwen3_5_moe": make_checkpoint,
-    "qwen3_moe": partial(
-        make_qwen3_moe, num_hidden_layers=4, head_dim=64, mlp_only_layers=[1]
+    "qwen3_5_moe": Family(make_checkpoint),
+    "qwen3_moe": Family(
+        partial(make_qwen3_moe, num_hidden_layers=4, head_dim=64, mlp_only_layers=[1])
     ),
+    "qwen3_next": Family(make_qwen3_next),
+    "glm4_moe": Family(make_glm4_moe, "n_routed_experts"),
+    "deepseek_v3": Family(make_deepseek_v3, "n_routed_experts"),
+    "gpt_oss": Family(make_gpt_oss, "num_local_experts", "intermediate_size"),
 }
 each_family = pytest.fixture(scope="module", params=FAMILIES)
 
 
+def made(name: str, path: Path, n_experts: int, **overrides: int) -> Path:
+    """Write a model of few layers, as wide as simdgroups and tensor cores meet."""
+    family = FAMILIES[name]
+    sizes = {family.n_experts: n_experts, family.width: 128, "hidden_size": 256}
+    return family.make(path, seed=3, **sizes, **overrides)
+
+
 @each_family
 def plain(request, tmp_path_factory):
-    # Widths that tensor cores and simdgroups meet in real models, few layers.
-    sizes = dict(hidden_size=256, moe_intermediate_size=128, num_experts=16)
-    path = tmp_path_factory.mktemp("gpu") / "plain"
-    return FAMILIES[request.param](path, seed=3, **sizes)
+    return made(request.param, tmp_path_factory.mktemp("gpu") / "plain", 16)
 
 
 @each_family
@@ -85,9 +112,8 @@ def unrouted(request, tmp_path_factory):
 
     Of random routers some choice is always so near that 11 bits decide it.
     """
-    sizes = dict(hidden_size=256, moe_intermediate_size=128, num_experts=8)
     path = tmp_path_factory.mktemp("gpu") / "unrouted"
-    return FAMILIES[request.param](path, seed=3, num_experts_per_tok=8, **sizes)
+    return made(request.param, path, 8, num_experts_per_tok=8)
 
 
 def logits(model, n_seqs: int = 1) -> mx.array:
