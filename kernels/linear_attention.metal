@@ -55,6 +55,59 @@ template <typename T, typename W, bool HAS_MASK>
   beta[i] = kept ? gate : 0.0f;
 }
 
+// Part rows that go by key head: of every key head its q, k, the v of its value heads and
+// their z; in a second row their b and a.
+//
+// qkvz: [N, Hk (2 DK + 2 (Hv / Hk) dv)]; ba: [N, 2 Hv]; qkv: [N, 2 Hk DK + Hv dv], all q, all
+// k, all v; z: [N, Hv dv]; b, a: [N, Hv]. Launch: one thread a value, grid (both widths, N).
+// By what is read, not by what is written: a value's place follows from its own by one
+// division.
+template <typename T>
+[[kernel]] void part_key_heads(
+    device const T* qkvz,
+    device const T* ba,
+    constant uint& n_key_heads,
+    constant uint& per_key,
+    constant uint& dk,
+    constant uint& dv,
+    device T* qkv,
+    device T* z,
+    device T* b,
+    device T* a,
+    uint2 position [[thread_position_in_grid]]) {
+  uint i = position.x;
+  ulong token = position.y;
+  uint values = per_key * dv;
+  uint step = 2 * dk + 2 * values;
+  uint width = n_key_heads * step;
+  uint heads = n_key_heads * per_key;
+  if (i < width) {
+    uint key_head = i / step;
+    uint at = i % step;
+    T value = qkvz[token * width + i];
+    if (at < 2 * dk + values) {
+      uint keys = n_key_heads * dk;
+      uint to = 2 * keys + key_head * values + at - 2 * dk;
+      if (at < 2 * dk) {
+        to = (at < dk ? 0 : keys - dk) + key_head * dk + at;
+      }
+      qkv[token * (2 * keys + heads * dv) + to] = value;
+    } else {
+      z[token * heads * dv + key_head * values + at - 2 * dk - values] = value;
+    }
+  } else if (i < width + 2 * heads) {
+    uint j = i - width;
+    uint at = j % (2 * per_key);
+    T value = ba[token * 2 * heads + j];
+    ulong first = token * heads + j / (2 * per_key) * per_key;
+    if (at < per_key) {
+      b[first + at] = value;
+    } else {
+      a[first + at - per_key] = value;
+    }
+  }
+}
+
 // Causal convolution of each channel over history and chunk, then SiLU.
 //
 // x, out: [B,T,C]; state: [B,W-1,C], the inputs before the chunk; weight: [C,W], the oldest
@@ -271,23 +324,24 @@ inline void delta_rows(
   write_rows<ROWS, PER>(state_out + first, s, row, dv, lane);
 }
 
-// One channel's convolution with one input after its history, with SiLU.
-template <int W, typename X, typename S, typename P>
-inline float convolved(X x, S history, P taps, uint channel, uint n_channels) {
+// One channel's convolution with one input x after its history, with SiLU.
+template <int W, typename S, typename P>
+inline float convolved(float x, S history, P taps, uint channel, uint n_channels) {
   float sum = 0.0f;
 #pragma unroll
   for (int j = 0; j < W - 1; ++j) {
     sum = fma(float(history[ulong(j) * n_channels + channel]), float(taps[j]), sum);
   }
-  return silu(fma(float(x[channel]), float(taps[W - 1]), sum));
+  return silu(fma(x, float(taps[W - 1]), sum));
 }
 
 // All of a gated DeltaNet between its projections, for one token of each sequence:
 // convolution and history, unit-length q and k, decay and beta, the delta rule, gated norm.
 //
-// rows: [B, row_width], in each the projections: q, k, v [C], C = 2 Hk DK + Hv dv, from qkv_at
-// on, z [Hv dv] from z_at, beta's and alpha's [Hv] from b_at and a_at; history, history_out:
-// [B,W-1,C]; taps: [C,W]; a_log, dt_bias: [Hv]; state, state_out: float32 [B,Hv,dv,DK]; out:
+// rows: [B, row_width], in each the projections, C = 2 Hk DK + Hv dv channels and more: of
+// every key head q and k [DK], from q_at and k_at on, key_step apart, and of its value heads v
+// and z [dv] from v_at and z_at, value_step apart, beta's and alpha's [1] from b_at and a_at,
+// gate_step apart; history, history_out: [B,W-1,C], all q, all k, all v; taps: [C,W]; a_log, dt_bias: [Hv]; state, state_out: float32 [B,Hv,dv,DK]; out:
 // [B, Hv dv]; norm: [dv]. dv <= 256. Launch: one threadgroup of SIMDGROUPS a value head, 256
 // threads or more, grid (32 SIMDGROUPS, Hv, B), ROWS rows of the state a simdgroup at a time: as
 // many as registers allow. One launch for five Ops: what they hand on is a head's own, but for
@@ -311,10 +365,15 @@ template <
     device const float* state,
     device const N* norm,
     constant uint& row_width,
-    constant uint& qkv_at,
+    constant uint& q_at,
+    constant uint& k_at,
+    constant uint& v_at,
     constant uint& z_at,
     constant uint& b_at,
     constant uint& a_at,
+    constant uint& key_step,
+    constant uint& value_step,
+    constant uint& gate_step,
     constant float& eps,
     constant float& qk_eps,
     constant uint& n_key_heads,
@@ -336,8 +395,9 @@ template <
   uint per_key = n_heads / n_key_heads;
   uint key_head = head / per_key;
   uint n_channels = 2 * n_key_heads * DK + n_heads * dv;
+  uint values_at = key_head * value_step + head % per_key * dv;
+  uint gate_at = key_head * gate_step + head % per_key;
   auto projected = rows + sequence * row_width;
-  auto x = projected + qkv_at;
   auto before = history + sequence * (W - 1) * n_channels;
   device S* after = history_out + sequence * (W - 1) * n_channels;
   ulong first = (sequence * n_heads + head) * dv * DK;
@@ -349,6 +409,9 @@ template <
     bool is_key = i < 2 * DK;
     uint at = is_key ? (i / DK * n_key_heads + key_head) * DK + i % DK
                      : 2 * n_key_heads * DK + head * dv + i - 2 * DK;
+    uint from = is_key ? (i < DK ? q_at : k_at) + key_head * key_step + i % DK
+                       : v_at + values_at + i - 2 * DK;
+    float x = float(projected[from]);
     channels[i] = convolved<W>(x, before, taps + ulong(at) * W, at, n_channels);
     // The heads of one key head share its channels; the first of them moves these on.
     if (!is_key || head % per_key == 0) {
@@ -356,7 +419,7 @@ template <
       for (int j = 0; j < W - 2; ++j) {
         after[ulong(j) * n_channels + at] = before[ulong(j + 1) * n_channels + at];
       }
-      after[ulong(W - 2) * n_channels + at] = S(float(x[at]));
+      after[ulong(W - 2) * n_channels + at] = S(x);
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -378,9 +441,9 @@ template <
     q[j] *= q_scale;
     k[j] *= k_scale;
   }
-  float step = softplus(float(projected[a_at + head]) + float(dt_bias[head]));
+  float step = softplus(float(projected[a_at + gate_at]) + float(dt_bias[head]));
   float decay = exp(-exp(float(a_log[head])) * step);
-  float rate = sigmoid(float(projected[b_at + head]));
+  float rate = sigmoid(float(projected[b_at + gate_at]));
   while (row < dv) {
     float v[ROWS];
 #pragma unroll
@@ -409,7 +472,7 @@ template <
   if (thread_index < dv) {
     uint at = head * dv + thread_index;
     float normed = scale * read[thread_index] * float(norm[thread_index]);
-    float gate = silu(float(projected[z_at + at]));
+    float gate = silu(float(projected[z_at + values_at + thread_index]));
     out[sequence * n_heads * dv + at] = T(normed * gate);
   }
 }

@@ -305,9 +305,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen2_moe": {},
     "qwen3_5_moe": {"text_config": {"model_type": "qwen3_5_moe_text"}},
-    # mlx-lm's class does not look at this, ours steps aside for it.
+    # mlx-lm's classes do not look at these, ours step aside for them.
     "qwen3_moe": {"use_sliding_window": True},
-    "qwen3_next": {},
+    "qwen3_next": {"hidden_act": "gelu"},
     "qwen3_vl_moe": {"text_config": {"model_type": "qwen3_moe"}},
     "solar_open": {},
     "step3p5": {

@@ -316,6 +316,10 @@ SPECS = [
     spec(ops.MoeCombineResidualNTokens, n_tokens=3, dim=7, shared_out=normal(),
          shared_gate=normal()),
     spec(ops.MoeCombineResidualNTokens, n_tokens=3, dim=7, note="alone"),
+    spec(ops.PartKeyHeadsNTokens, n_tokens=3, num_k_heads=2, num_v_heads=6, key_dim=5,
+         value_dim=7),
+    spec(ops.PartKeyHeadsNTokens, n_tokens=1, num_k_heads=3, num_v_heads=3, key_dim=2,
+         value_dim=5),
     spec(ops.Conv1dStepNTokens, n_tokens=5, conv_dim=7),
     spec(ops.Conv1dStepNTokens, n_tokens=2, n_seqs=2, conv_dim=5, kernel_size=3),
     spec(ops.Conv1dStepNTokens, n_tokens=10, n_seqs=2, conv_dim=3, note="masked",
@@ -533,6 +537,22 @@ def convolve(op, qkv_in, conv_state, mask, lengths, weight):
     return np.stack(kept), silu(out).reshape(qkv_in.shape)
 
 
+def part_key_heads(op, qkvz, ba):
+    """One key head of one token at a time."""
+    per_key = op.num_v_heads // op.num_k_heads
+    values = per_key * op.value_dim
+    parts = [[[] for _ in range(op.n_tokens)] for _ in range(6)]
+    for token in range(op.n_tokens):
+        row, gates = list(qkvz[token]), list(ba[token])
+        for _ in range(op.num_k_heads):
+            for i, n in enumerate((op.key_dim, op.key_dim, values, values)):
+                parts[i][token] += [row.pop(0) for _ in range(n)]
+            for i in (4, 5):
+                parts[i][token] += [gates.pop(0) for _ in range(per_key)]
+    q, k, v, *rest = map(np.array, parts)
+    return np.concatenate([q, k, v], axis=1), *rest
+
+
 def decay_beta(_op, alpha_in, beta_in, mask, a_log, dt_bias):
     g = np.exp(-np.exp(a_log) * np.logaddexp(0, alpha_in + dt_bias))
     beta = sigmoid(beta_in)
@@ -587,6 +607,7 @@ ORACLES: dict[type[Op], Callable[..., Any]] = {
     ops.MoeGatherIdFuse: run_experts,
     ops.MoeBatchedPermuteFuse: run_experts,
     ops.MoeCombineResidualNTokens: combine,
+    ops.PartKeyHeadsNTokens: part_key_heads,
     ops.Conv1dStepNTokens: convolve,
     ops.ComputeDecayBetaNTokens: decay_beta,
     ops.GatedDeltaNetStepNTokens: delta_rule,

@@ -61,6 +61,7 @@ CALLS = {
     "swiglu": lambda f, x=X: f(x, Y),
     "sigmoid_gate": lambda f, x=X: f(x, Y),
     "split_q_gate": lambda f, x=WIDE: f(x, H),
+    "part_key_heads": lambda f, x=WIDE: f(x, HEADS[:, :4], 1, 24),
     "conv1d_step": lambda f, x=X: f(x, noise(2, B, 3, D), noise(3, D, 4, 1)),
     "decay_beta": lambda f, x=HEADS: f(x, x + 1, noise(2, 4), noise(3, 4)),
     "gated_delta_step": lambda f, x=DELTA_IN: f(
@@ -216,6 +217,9 @@ def test_scales_of_a_quantised_matrix_have_gradients(executor):
         (lambda: ops.causal_attention(X, CACHE, CACHE[:, :, 1:, :31]), "v: ex"),
         (lambda: ops.causal_attention(noise(1, N, D + 1), CACHE, CACHE), "k: expected"),
         (lambda: ops.split_q_gate(X, -1), "num_heads: expected"),
+        (lambda: ops.part_key_heads(X, HEADS, 3, 4), "num_k_heads: expected a divisor"),
+        (lambda: ops.part_key_heads(X, HEADS, 2, 16), "key_dim: expected at most 63"),
+        (lambda: ops.part_key_heads(X, HEADS, 1, 5), "qkvz: expected a divisor of 54"),
         (
             lambda: ops.decode_experts(
                 noise(1, 2, D), CHOSEN[:2], SHARES[:2], experts()

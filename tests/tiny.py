@@ -6,11 +6,12 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
-from mlx_lm.models import qwen3_5_moe, qwen3_moe
+from mlx_lm.models import qwen3_5_moe, qwen3_moe, qwen3_next
 from mlx_lm.utils import quantize_model, save_config, save_model
 
 from moeflux_mlx.experts.weights import Quantization
@@ -65,6 +66,19 @@ QWEN3_MOE_CONFIG = dict(
     norm_topk_prob=True,
 )
 
+QWEN3_NEXT_CONFIG = dict(
+    QWEN3_MOE_CONFIG,
+    model_type="qwen3_next",
+    num_hidden_layers=4,
+    partial_rotary_factor=0.25,
+    full_attention_interval=2,
+    shared_expert_intermediate_size=64,
+    linear_num_value_heads=4,
+    linear_num_key_heads=2,
+    linear_key_head_dim=32,
+    linear_value_head_dim=32,
+    linear_conv_kernel_dim=4,
+)
 
 # How a projection of a layer's experts is stored; a type is dense.
 ExpertForms = Mapping[tuple[int, str], Quantization | mx.Dtype]
@@ -142,9 +156,34 @@ def make_qwen3_moe(
     **overrides,
 ) -> Path:
     """Write a random checkpoint of mlx-lm's qwen3_moe, dense when ``bits`` is None."""
-    mx.random.seed(seed)
     config = {**QWEN3_MOE_CONFIG, **overrides}
-    model = randomised(qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(config)))
+    return make_family(path, qwen3_moe, config, seed, bits, group_size)
+
+
+def make_qwen3_next(
+    path: Path,
+    *,
+    seed: int = 0,
+    bits: int | None = 4,
+    group_size: int = 32,
+    **overrides,
+) -> Path:
+    """Write a random checkpoint of mlx-lm's qwen3_next, dense when ``bits`` is None."""
+    config = {**QWEN3_NEXT_CONFIG, **overrides}
+    return make_family(path, qwen3_next, config, seed, bits, group_size)
+
+
+def make_family(
+    path: Path,
+    family: ModuleType,
+    config: dict,
+    seed: int,
+    bits: int | None,
+    group_size: int,
+) -> Path:
+    """Write a random checkpoint of one of mlx-lm's modules."""
+    mx.random.seed(seed)
+    model = randomised(family.Model(family.ModelArgs.from_dict(config)))
     if bits is not None:
         model, config = quantize_model(
             model, config, group_size, bits, quant_predicate=model.quant_predicate

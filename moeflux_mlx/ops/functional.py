@@ -34,6 +34,7 @@ from ..engine.ops.linear_attention import (
     Conv1dStepNTokens,
     GatedDeltaNetChunkwise,
     GatedDeltaNetStepNTokens,
+    PartKeyHeadsNTokens,
 )
 from ..engine.ops.moe import (
     MoeBatchedPermuteFuse,
@@ -296,6 +297,35 @@ def split_q_gate(q_proj: mx.array, num_heads: int) -> tuple[mx.array, mx.array]:
     head_dim = parts("num_heads", width, 2 * num_heads)
     fields = {"num_heads": num_heads, "head_dim": head_dim, "n_tokens": n}
     return apply(SplitQGate, fields, q_proj=q_proj)
+
+
+@checked()
+def part_key_heads(
+    qkvz: mx.array, ba: mx.array, num_k_heads: int, key_dim: int
+) -> tuple[mx.array, ...]:
+    """Part projections that go by key head into those of all heads.
+
+    Args:
+        qkvz: ``[N, 2 * Hk * dk + 2 * Hv * dv]``, of every key head q, k, and v and z of
+            its value heads.
+        ba: ``[N, 2 * Hv]``, of every key head b and alpha of its value heads.
+
+    Returns:
+        q, k and v together, z, b and alpha, each of all heads.
+    """
+    n, width = rows("qkvz", qkvz)
+    heads = parts("ba", rows("ba", ba)[1], 2)
+    parts("num_k_heads", heads, num_k_heads)
+    keys = 2 * num_k_heads * key_dim
+    at_most("key_dim", "channels of q and k", keys, width - 1)
+    fields = {
+        "num_k_heads": num_k_heads,
+        "num_v_heads": heads,
+        "key_dim": key_dim,
+        "value_dim": parts("qkvz", width - keys, 2 * heads),
+        "n_tokens": n,
+    }
+    return apply(PartKeyHeadsNTokens, fields, qkvz=qkvz, ba=ba)
 
 
 @checked(qkv_in="x", conv_state="state")

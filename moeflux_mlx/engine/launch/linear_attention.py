@@ -128,6 +128,78 @@ def compute_decay_beta(
     )
 
 
+def _by_kind(
+    qkvz: mx.array, ba: mx.array, num_k_heads: int, key_dim: int
+) -> tuple[mx.array, ...]:
+    n, heads = qkvz.shape[0], ba.shape[1] // 2
+    per_key = heads // num_k_heads
+    each = qkvz.reshape(n, num_k_heads, -1)
+    values = (each.shape[2] - 2 * key_dim) // 2
+    ends = [key_dim, 2 * key_dim, 2 * key_dim + values]
+    *qkv, z = (x.reshape(n, -1) for x in mx.split(each, ends, axis=2))
+    gates = ba.reshape(n, num_k_heads, 2, per_key)
+    b, a = (gates[:, :, i].reshape(n, heads) for i in (0, 1))
+    return mx.concatenate(qkv, axis=1), z, b, a
+
+
+def _some_by_key(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    n: int,
+    hk: int,
+    hv: int,
+    dk: int,
+    dv: int,
+) -> tuple[Any, ...]:
+    width = 2 * hk * dk + 2 * hv * dv
+    return normal(rng, dtype, n, width), normal(rng, dtype, n, 2 * hv), hk, dk
+
+
+@kernel(
+    reference=_by_kind,
+    sample=_some_by_key,
+    sizes=[
+        dict(n=1, hk=1, hv=1, dk=1, dv=1),
+        dict(n=3, hk=2, hv=6, dk=5, dv=7),
+        dict(n=2, hk=3, hv=3, dk=32, dv=19),
+    ],
+    large=dict(n=2048, hk=16, hv=32, dk=128, dv=128),
+    varying=(),
+)
+def part_key_heads(
+    qkvz: mx.array, ba: mx.array, num_k_heads: int, key_dim: int
+) -> Launch:
+    """Rows ``[N, ...]`` by key head as q, k and v ``[N, C]``, z, b and alpha."""
+    n, width = dims("qkvz", qkvz, 2)
+    _, gates = dims("ba", ba, 2)
+    known = isinstance(num_k_heads, int) and num_k_heads >= 1
+    known = known and gates % (2 * num_k_heads) == 0
+    require("num_k_heads", known, f"a divisor of half of {gates}", num_k_heads)
+    expect("ba", ba, (n, gates))
+    heads, keys = gates // 2, num_k_heads * key_dim
+    dv, rest = divmod(width - 2 * keys, gates)
+    require("qkvz", dv >= 1 and not rest, f"{2 * keys} and {gates} times dv", width)
+    return Launch(
+        "part_key_heads",
+        {
+            "qkvz": qkvz,
+            "ba": ba,
+            "n_key_heads": num_k_heads,
+            "per_key": heads // num_k_heads,
+            "dk": key_dim,
+            "dv": dv,
+        },
+        {
+            "qkv": (n, 2 * keys + heads * dv),
+            "z": (n, heads * dv),
+            "b": (n, heads),
+            "a": (n, heads),
+        },
+        (256 * groups(width + gates, 256), n, 1),
+        (256, 1, 1),
+    )
+
+
 def _masked(x: mx.array, n_seqs: int, mask: mx.array | None) -> mx.array:
     """Return inputs ``[B, T, C]`` in float32, zero where they are masked."""
     wide = x.astype(FLOAT32)
@@ -473,9 +545,25 @@ def gated_delta_net_chunkwise(
     )
 
 
+def _projections(
+    rows: mx.array, starts: tuple[int, ...], num_k_heads: int, state: mx.array
+) -> tuple[mx.array, ...]:
+    """Return q, k and v together, z, b and alpha, in whichever order rows have them."""
+    _, heads, dv, dk = state.shape
+    channels = 2 * num_k_heads * dk + heads * dv
+    sizes = [channels, heads * dv, heads, heads]
+    if len(starts) == 2:
+        sizes = [channels + heads * dv, 2 * heads]
+    parts = zip(starts, sizes, strict=True)
+    found = tuple(rows[:, at : at + size] for at, size in parts)
+    if len(starts) == 4:
+        return found
+    return _by_kind(found[0], found[1], num_k_heads, dk)
+
+
 def _decode(
     rows: mx.array,
-    starts: tuple[int, int, int, int],
+    starts: tuple[int, ...],
     history: mx.array,
     taps: mx.array,
     a_log: mx.array,
@@ -487,9 +575,7 @@ def _decode(
     qk_eps: float,
 ) -> tuple[mx.array, ...]:
     n_seqs, heads, dv, dk = state.shape
-    sizes = (history.shape[-1], heads * dv, heads, heads)
-    parts = zip(starts, sizes, strict=True)
-    qkv, z, b, alpha = (rows[:, at : at + size] for at, size in parts)
+    qkv, z, b, alpha = _projections(rows, starts, num_k_heads, state)
     wide = qkv.astype(FLOAT32)
     conv = _conv(wide, history, taps.reshape(taps.shape[:2]))
     width = num_k_heads * dk
@@ -521,10 +607,14 @@ def _some_decode(
     dv: int,
     w: int,
     s: int,
+    by_key: int = 0,
 ) -> tuple[Any, ...]:
     other, channels = other_dtype(dtype, s), 2 * hk * dk + hv * dv
+    starts: tuple[int, ...]
     starts = (s, s + channels, s + channels + hv * dv, 2 * s + channels + hv * (dv + 1))
-    rows = normal(rng, dtype, b, starts[-1] + hv + s)
+    if by_key:
+        starts = (s, 2 * s + channels + hv * dv)
+    rows = normal(rng, dtype, b, 2 * s + channels + hv * (dv + 2) + s)
     history = normal(rng, dtype, b, w - 1, channels)
     taps = normal(rng, other, channels, w, *[1] * s, scale=w**-0.5)
     vectors = [normal(rng, other, hv) for _ in range(2)]
@@ -533,6 +623,33 @@ def _some_decode(
     # Large ones are seen in the result.
     epsilons = (0.1, 0.5) if s else (1e-6, 1e-6)
     return rows, starts, history, taps, *vectors, state, norm, hk, *epsilons
+
+
+def _places(
+    starts: Any, n_key_heads: int, per_key: int, dk: int, dv: int, row_width: int
+) -> dict[str, int]:
+    """Return where a key head's values begin in a row, and how far from the next's."""
+    keys, values = n_key_heads * dk, per_key * dv
+    gates = n_key_heads * per_key
+    sizes = [2 * keys + gates * dv, gates * dv, gates, gates]
+    if isinstance(starts, tuple) and len(starts) == 2:
+        sizes = [sizes[0] + sizes[1], 2 * gates]
+    known = isinstance(starts, tuple) and len(starts) == len(sizes)
+    require("starts", known, "where four parts begin, or two", starts)
+    for at, size in zip(starts, sizes, strict=True):
+        require_part("starts", at, size, row_width)
+    if len(starts) == 4:
+        q, z, b, a = starts
+        k, v = q + keys, q + 2 * keys
+        key_step, value_step, gate_step = dk, values, per_key
+    else:
+        q, b = starts
+        k, v, z, a = q + dk, q + 2 * dk, q + 2 * dk + values, b + per_key
+        key_step = value_step = 2 * dk + 2 * values
+        gate_step = 2 * per_key
+    names = ("q_at", "k_at", "v_at", "z_at", "b_at", "a_at")
+    steps = {"key_step": key_step, "value_step": value_step, "gate_step": gate_step}
+    return {**dict(zip(names, (q, k, v, z, b, a), strict=True)), **steps}
 
 
 @kernel(
@@ -544,6 +661,7 @@ def _some_decode(
         dict(b=1, hk=1, hv=3, dk=96, dv=67, w=3, s=0),
         dict(b=1, hk=1, hv=2, dk=256, dv=256, w=4, s=1),
         dict(b=1, hk=1, hv=1, dk=128, dv=21, w=4, s=0),
+        dict(b=2, hk=2, hv=6, dk=32, dv=19, w=4, s=1, by_key=1),
     ],
     large=dict(b=1, hk=16, hv=32, dk=128, dv=128, w=4, s=0),
     varying=(),
@@ -551,7 +669,7 @@ def _some_decode(
 )
 def gated_delta_decode(
     rows: mx.array,
-    starts: tuple[int, int, int, int],
+    starts: tuple[int, ...],
     history: mx.array,
     taps: mx.array,
     a_log: mx.array,
@@ -565,10 +683,11 @@ def gated_delta_decode(
     """History, state and rows ``[B, Hv * dv]`` after one token of each sequence.
 
     ``rows`` ``[B, width]`` hold the projections: q, k and v ``[C]``, z ``[Hv * dv]``,
-    b and alpha ``[Hv]``, which begin at ``starts``; ``history`` ``[B, W - 1, C]`` the
-    inputs before; ``taps`` ``[C, W]`` or, as layers keep them, ``[C, W, 1]``, the
-    oldest first; ``norm`` ``[dv]``. ``eps`` is the norm's, ``qk_eps`` is added to the
-    sums of squares of queries and keys.
+    b and alpha ``[Hv]``, which begin at ``starts``; or, of two ``starts``, both rows
+    that ``part_key_heads`` takes. ``history`` ``[B, W - 1, C]`` are the inputs before;
+    ``taps`` ``[C, W]`` or, as layers keep them, ``[C, W, 1]``, the oldest first;
+    ``norm`` ``[dv]``. ``eps`` is the norm's, ``qk_eps`` is added to the sums of squares
+    of queries and keys.
     """
     n_seqs, row_width = dims("rows", rows, 2)
     _, heads, dv, dk = dims("state", state, 4)
@@ -580,11 +699,7 @@ def gated_delta_decode(
     require("num_k_heads", divides, f"a divisor of {heads}", num_k_heads)
     expect("state", state, (n_seqs, heads, dv, dk))
     channels = 2 * num_k_heads * dk + heads * dv
-    sizes = (channels, heads * dv, heads, heads)
-    four = isinstance(starts, tuple) and len(starts) == len(sizes)
-    require("starts", four, "where four parts begin", starts)
-    for at, size in zip(starts, sizes, strict=True):
-        require_part("starts", at, size, row_width)
+    places = _places(starts, num_k_heads, heads // num_k_heads, dk, dv, row_width)
     flat = isinstance(taps, mx.array) and taps.ndim == 2
     width = dims("taps", taps, 2 if flat else 3)[1]
     require("taps", 2 <= width <= MAX_WIDTH, f"a width of 2 to {MAX_WIDTH}", width)
@@ -596,8 +711,7 @@ def gated_delta_decode(
     rows_held = next(n for n in (8, 4) if n * dk <= HELD_VALUES)
     inputs: dict[str, Any] = {"rows": rows, "history": history, "taps": taps}
     inputs |= {"a_log": a_log, "dt_bias": dt_bias, "state": state, "norm": norm}
-    names = ("qkv_at", "z_at", "b_at", "a_at")
-    inputs |= {"row_width": row_width, **dict(zip(names, starts, strict=True))}
+    inputs |= {"row_width": row_width, **places}
     inputs |= {"n_key_heads": num_k_heads, "n_heads": heads, "dv": dv}
     return Launch(
         "gated_delta_decode",

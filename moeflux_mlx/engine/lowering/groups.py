@@ -32,6 +32,7 @@ from ..ops.linear_attention import (
     ComputeDecayBetaNTokens,
     Conv1dStepNTokens,
     GatedDeltaNetStepNTokens,
+    PartKeyHeadsNTokens,
 )
 from ..ops.moe import (
     MoeCombineResidualNTokens,
@@ -182,8 +183,41 @@ def _gated_delta(ops: Sequence[Any]) -> int:
 @group("gated_delta_decode", GATED_DELTA, _gated_delta, takes_parts=True)
 def gated_delta_decode(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Run all of a gated DeltaNet between its projections."""
-    conv, unit, gates, rule, norm = ops
+    conv, _, gates, _, norm = ops
     projected = (conv.qkv_in, norm.z, gates.beta_in, gates.alpha_in)
+    return _decode_delta(ops, run, values, projected)
+
+
+def _gated_delta_by_key(ops: Sequence[Any]) -> int:
+    part, *rest = ops
+    conv, _, gates, rule, norm = rest[: len(GATED_DELTA)]
+    linked = (
+        conv.qkv_in == part.qkv_out
+        and norm.z == part.z_out
+        and (gates.beta_in, gates.alpha_in) == (part.beta_out, part.alpha_out)
+        and (part.num_k_heads, part.num_v_heads) == (rule.num_k_heads, rule.num_v_heads)
+        and (part.key_dim, part.value_dim) == (rule.key_dim, rule.value_dim)
+    )
+    n = _gated_delta(rest) if linked else 0
+    return n and 1 + n
+
+
+@group(
+    "gated_delta_decode",
+    (PartKeyHeadsNTokens, *GATED_DELTA),
+    _gated_delta_by_key,
+    takes_parts=True,
+)
+def gated_delta_by_key(ops: Sequence[Any], run: Run, values: Values) -> Values:
+    """Run the same where projections go by key head."""
+    part, *rest = ops
+    return _decode_delta(rest, run, values, (part.qkvz, part.ba))
+
+
+def _decode_delta(
+    ops: Sequence[Any], run: Run, values: Values, projected: tuple[Any, ...]
+) -> Values:
+    conv, unit, gates, rule, norm = ops
     rows, starts = _one_row(*(values[buf] for buf in projected))
     a_log = values[gates.a_log.name].w
     launch = linear_attention.gated_delta_decode(

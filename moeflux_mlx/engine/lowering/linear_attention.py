@@ -12,6 +12,13 @@ from ..ops import linear_attention as ops
 from .table import Run, way
 
 
+@way(ops.PartKeyHeadsNTokens, "part_key_heads")
+def part_key_heads(
+    op: Any, run: Run, qkvz: mx.array, ba: mx.array
+) -> tuple[mx.array, ...]:
+    return run(kernels.part_key_heads(qkvz, ba, op.num_k_heads, op.key_dim))
+
+
 @way(
     ops.Conv1dStepNTokens,
     "conv1d_step",

@@ -29,6 +29,8 @@ class GatedDeltaNet:
     Args:
         taps_last: how files have the convolution: ``[C, 1, width]`` before mlx-lm's
             conversion, ``[C, width, 1]`` after it.
+        by_key: two matrices give q, k, v and z, and b and a, one key head after the
+            other; else there is one for q, k and v, and one for each of the rest.
     """
 
     k_heads: int
@@ -37,6 +39,7 @@ class GatedDeltaNet:
     value_dim: int
     conv_width: int
     taps_last: bool = False
+    by_key: bool = False
     path: str = "linear_attn"
     name: ClassVar[str] = "linear attention"
     grows: ClassVar[bool] = False
@@ -49,8 +52,16 @@ class GatedDeltaNet:
     @property
     def same_input(self) -> SameInput:
         """The projections in."""
-        parts = ("qkv", "z", "b", "a")
-        return (tuple(f"{self.path}.in_proj_{part}" for part in parts),)
+        return (tuple(f"{self.path}.in_proj_{part}" for part in self._inputs),)
+
+    @property
+    def _inputs(self) -> Mapping[str, int]:
+        """Rows of the matrices that project in, by the last part of their names."""
+        values = self.v_heads * self.value_dim
+        if self.by_key:
+            return {"qkvz": self.conv_dim + values, "ba": 2 * self.v_heads}
+        heads = self.v_heads
+        return {"qkv": self.conv_dim, "z": values, "b": heads, "a": heads}
 
     @property
     def cache_shapes(self) -> CacheShapes:
@@ -66,10 +77,7 @@ class GatedDeltaNet:
             self.conv_width,
         )
         shapes = {
-            "in_proj_qkv.weight": (conv, dim),
-            "in_proj_z.weight": (values, dim),
-            "in_proj_b.weight": (self.v_heads, dim),
-            "in_proj_a.weight": (self.v_heads, dim),
+            **{f"in_proj_{part}.weight": (n, dim) for part, n in self._inputs.items()},
             "conv1d.weight": (conv, 1, width) if self.taps_last else (conv, width, 1),
             "dt_bias": (self.v_heads,),
             "A_log": (self.v_heads,),
@@ -114,10 +122,7 @@ class GatedDeltaNet:
         """Push all of it; its states are inputs and outputs of the graph."""
         hk, hv, dk, dv = self.k_heads, self.v_heads, self.key_dim, self.value_dim
         n, seqs, conv_dim = call.n, call.n_seqs, self.conv_dim
-        qkv = g.matvec(f"{self.path}.in_proj_qkv", x, b.QkvStackBuf)
-        z = g.matvec(f"{self.path}.in_proj_z", x, b.ZStackBuf)
-        beta = g.matvec(f"{self.path}.in_proj_b", x, b.BetaStackBuf)
-        alpha = g.matvec(f"{self.path}.in_proj_a", x, b.AlphaStackBuf)
+        qkv, z, beta, alpha = self._projections(g, x, n)
         width = self.conv_width
         conv_state = g.input("conv_state", b.ConvStateBuf, (seqs, width - 1, conv_dim))
         state = g.input("delta_state", b.DeltaStateBuf, (seqs, hv, dv, dk))
@@ -205,3 +210,39 @@ class GatedDeltaNet:
         )
         out = g.matvec(f"{self.path}.out_proj", gated, b.OProjOutBuf)
         return out, {"conv_state": conv_state, "delta_state": state}
+
+    def _projections(
+        self, g: GraphBuilder, x: BufId, n: int
+    ) -> tuple[BufId, BufId, BufId, BufId]:
+        """Push q, k and v together, z, b and a."""
+        path, heads = f"{self.path}.in_proj", self.v_heads
+        if not self.by_key:
+            return (
+                g.matvec(f"{path}_qkv", x, b.QkvStackBuf),
+                g.matvec(f"{path}_z", x, b.ZStackBuf),
+                g.matvec(f"{path}_b", x, b.BetaStackBuf),
+                g.matvec(f"{path}_a", x, b.AlphaStackBuf),
+            )
+        qkvz = g.matvec(f"{path}_qkvz", x, b.QkvzStackBuf)
+        ba = g.matvec(f"{path}_ba", x, b.BetaAlphaStackBuf)
+        qkv = g.new("qkv", b.QkvStackBuf, (n, self.conv_dim))
+        z = g.new("z", b.ZStackBuf, (n, heads * self.value_dim))
+        beta = g.new("beta", b.BetaStackBuf, (n, heads))
+        alpha = g.new("alpha", b.AlphaStackBuf, (n, heads))
+        g.push(
+            ops.PartKeyHeadsNTokens(
+                label="part_key_heads",
+                qkvz=qkvz,
+                ba=ba,
+                qkv_out=qkv,
+                z_out=z,
+                beta_out=beta,
+                alpha_out=alpha,
+                num_k_heads=self.k_heads,
+                num_v_heads=heads,
+                key_dim=self.key_dim,
+                value_dim=self.value_dim,
+                n_tokens=n,
+            )
+        )
+        return qkv, z, beta, alpha

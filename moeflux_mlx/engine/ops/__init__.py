@@ -18,6 +18,7 @@ from .linear_attention import (
     Conv1dStepNTokens,
     GatedDeltaNetChunkwise,
     GatedDeltaNetStepNTokens,
+    PartKeyHeadsNTokens,
 )
 from .moe import (
     MoeBatchedPermuteFuse,
@@ -51,6 +52,7 @@ __all__ = [
     "MoeGatherIdFuse",
     "MoeNormalizeWeights",
     "MoeSoftmaxTopK",
+    "PartKeyHeadsNTokens",
     "ResidualAddNTokens",
     "RmsNormBf16NTokens",
     "RmsNormPerHeadNTokens",

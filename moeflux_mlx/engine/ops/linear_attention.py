@@ -14,6 +14,7 @@ from ..graph.buffers import Shape
 from ..graph.op import Cost, In, InOut, Op, OpFields, Out, WeightRef
 from ..graph.roles import (
     AlphaStackBuf,
+    BetaAlphaStackBuf,
     BetaGateBuf,
     BetaStackBuf,
     ConvOutBuf,
@@ -22,10 +23,62 @@ from ..graph.roles import (
     DeltaStateBuf,
     GDecayBuf,
     QkvStackBuf,
+    QkvzStackBuf,
     SeqLengthsBuf,
     SeqMaskBuf,
+    ZStackBuf,
 )
 from .functions import Array, detached, float32, namespace, sigmoid, silu
+
+
+class PartKeyHeadsNTokens(Op):
+    """Part projections that go by key head into those of all heads.
+
+    ``qkvz`` has for each key head its q, its k, the v of its value heads and their z;
+    ``ba`` the b of its value heads and their alpha.
+    """
+
+    qkvz: In[QkvzStackBuf]
+    ba: In[BetaAlphaStackBuf]
+    qkv_out: Out[QkvStackBuf]
+    z_out: Out[ZStackBuf]
+    beta_out: Out[BetaStackBuf]
+    alpha_out: Out[AlphaStackBuf]
+    num_k_heads: int
+    num_v_heads: int
+    key_dim: int
+    value_dim: int
+    n_tokens: int
+
+    def shapes(self) -> dict[str, Shape]:
+        n, heads = self.n_tokens, self.num_v_heads
+        keys, values = self.num_k_heads * self.key_dim, heads * self.value_dim
+        return {
+            "qkvz": (n, 2 * keys + 2 * values),
+            "ba": (n, 2 * heads),
+            "qkv_out": (n, 2 * keys + values),
+            "z_out": (n, values),
+            "beta_out": (n, heads),
+            "alpha_out": (n, heads),
+        }
+
+    def cost(self) -> Cost:
+        width = self.num_k_heads * self.key_dim + self.num_v_heads * self.value_dim
+        return Cost(bytes=16 * self.n_tokens * (width + self.num_v_heads))
+
+    def reference(self, qkvz: Array, ba: Array) -> tuple[Array, ...]:
+        n, hk, dk = self.n_tokens, self.num_k_heads, self.key_dim
+        per_key = self.num_v_heads // hk
+        z_at = 2 * dk + per_key * self.value_dim
+        each, gates = qkvz.reshape(n, hk, -1), ba.reshape(n, hk, -1)
+        columns = (slice(dk), slice(dk, 2 * dk), slice(2 * dk, z_at))
+        qkv = [each[..., part].reshape(n, -1) for part in columns]
+        return (
+            namespace(qkvz).concatenate(qkv, axis=1),
+            each[..., z_at:].reshape(n, -1),
+            gates[..., :per_key].reshape(n, -1),
+            gates[..., per_key:].reshape(n, -1),
+        )
 
 
 class Conv1dStepNTokens(Op):

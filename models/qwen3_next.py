@@ -1,0 +1,118 @@
+"""Qwen3-Next: gated DeltaNet and gated full attention layers, routed experts or none.
+
+A drop-in for ``mlx_lm.models.qwen3_next``: constructor, weight names, caches and
+sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import qwen3_next as stock
+from mlx_lm.models.rope_utils import initialize_rope
+
+from moeflux_mlx.engine.blocks import ROUTED, DenseMlp, Moe
+from moeflux_mlx.engine.layer import LayerForm, expected_tensors
+from moeflux_mlx.engine.mixers import Attention, GatedDeltaNet
+from moeflux_mlx.engine.native import GraphText, NativeModel, check_numbers, check_rope
+from moeflux_mlx.engine.published import converted, has_taps_last
+from moeflux_mlx.experts.files.configuration import (
+    Configuration,
+    check_tensors,
+    counts_of,
+)
+from moeflux_mlx.experts.files.safetensors import TensorEntry
+
+ModelArgs = stock.ModelArgs
+
+
+def lacks(config: Mapping[str, Any]) -> str | None:
+    """Return what a configuration asks for that the class does not do, if anything."""
+    if config.get("hidden_act", "silu") != "silu":
+        return "hidden_act"
+    if config.get("num_experts") == 0:
+        return "no experts"
+    return "attention_bias" if config.get("attention_bias") else None
+
+
+def layers(args: ModelArgs, *, taps_last: bool = False) -> Iterator[LayerForm]:
+    """Yield what each layer is.
+
+    Args:
+        taps_last: as ``GatedDeltaNet`` has it.
+    """
+    delta = GatedDeltaNet(
+        args.linear_num_key_heads,
+        args.linear_num_value_heads,
+        args.linear_key_head_dim,
+        args.linear_value_head_dim,
+        args.linear_conv_kernel_dim,
+        taps_last,
+        by_key=True,
+    )
+    heads, kv_heads = args.num_attention_heads, args.num_key_value_heads
+    attention = Attention(heads, kv_heads, args.head_dim, gated=True)
+    moe = Moe(
+        args.num_experts,
+        args.num_experts_per_tok,
+        args.moe_intermediate_size,
+        normalised=args.norm_topk_prob,
+        shared_dim=args.shared_expert_intermediate_size,
+    )
+    dense = DenseMlp(args.intermediate_size)
+    forms = {
+        (mixer, mlp): LayerForm(mixer, mlp, args.hidden_size, args.rms_norm_eps)
+        for mixer in (delta, attention)
+        for mlp in (moe, dense)
+    }
+    for index in range(args.num_hidden_layers):
+        is_dense = index in args.mlp_only_layers
+        is_dense = is_dense or (index + 1) % args.decoder_sparse_step != 0
+        is_linear = (index + 1) % args.full_attention_interval != 0
+        yield forms[delta if is_linear else attention, dense if is_dense else moe]
+
+
+class Model(NativeModel, GraphText, stock.Model):
+    """Tokens ``[B, T]`` to logits ``[B, T, V]``, whose calls are graphs."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__(args)
+        self.run_on_graphs(self, layers(args))
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Rename weights as mlx-lm does, wherever the experts are."""
+        unused = ["lm_head.weight"] if self.args.tie_word_embeddings else []
+        return converted(super().sanitize(weights), unused)
+
+
+def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | None:
+    """Hold a configuration against a checkpoint's tensors, before building anything.
+
+    Returns:
+        A tensor that no file has, if there is one.
+
+    Raises:
+        ModelError: a value is not usable, or a tensor has another shape.
+    """
+    config.check_given(ModelArgs)
+    config.check_counts(counts_of(ModelArgs))
+    dense = config.fields["mlp_only_layers"]
+    if not isinstance(dense, list) or any(type(index) is not int for index in dense):
+        raise config.wrong("mlp_only_layers", "a list of whole numbers", dense)
+    args = ModelArgs.from_dict(copy.deepcopy(config.fields))
+    expected = expected_tensors(args, layers(args, taps_last=has_taps_last(tensors)))
+    missing = check_tensors(config, tensors, expected, optional=(ROUTED,))
+    if missing is not None:
+        return missing
+    check_numbers(config, args)
+    config.check_number("partial_rotary_factor", args.partial_rotary_factor, 1)
+    key, divisor = "linear_num_value_heads", "linear_num_key_heads"
+    config.check_multiple(key, getattr(args, key), divisor, getattr(args, divisor))
+    dims = int(args.head_dim * args.partial_rotary_factor)
+    sizes = dims, args.rope_theta, False, args.rope_scaling
+    longest = args.max_position_embeddings
+    check_rope(config, "rope_scaling", lambda: initialize_rope(*sizes, longest))
+    return None
