@@ -10,6 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3_next as stock
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from test_qwen3_moe import (
     LAYER,
     edit_config,
@@ -141,6 +142,25 @@ def test_names_of_weights_and_types_of_caches_are_mlx_lms(plain):
     kinds = [type(c) for c in make_prompt_cache(expected)]
     assert [type(c) for c in make_prompt_cache(ours)] == kinds
     assert isinstance(ours, stock.Model)
+
+
+def test_adapters_and_a_compiled_call_take_mlx_lms_modules(plain):
+    expected, _ = mlx_lm.load(str(plain))
+    ours, _ = moeflux_mlx.load(plain)
+    prompt = tokens(7)
+    assert relative_rms(mx.compile(ours)(prompt), expected(prompt)) < 1e-5
+    for model in (expected, ours):
+        mx.random.seed(0)
+        model.freeze()
+        linear_to_lora_layers(model, 2, {"rank": 4, "scale": 2.0, "dropout": 0.0})
+        projection = next(
+            m for k, m in model.named_modules() if k.endswith("in_proj_ba")
+        )
+        projection.lora_b = mx.random.normal(projection.lora_b.shape)
+    wanted = expected(prompt)
+    assert relative_rms(ours(prompt), wanted) < 1e-5
+    rows = ours.model.embed_tokens(prompt)
+    assert relative_rms(ours(prompt, input_embeddings=rows), wanted) < 1e-5
 
 
 def as_published(path) -> None:

@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import device
+from ..calls.module_call import is_tied
 from ..experts.compute.resident import ResidentExperts
 from ..experts.compute.switch import StreamedSwitch
 from ..experts.files.configuration import Expected
@@ -59,7 +60,7 @@ def expected_tensors(args: Any, forms: Iterable[LayerForm]) -> Iterator[Expected
     dim, vocab = args.hidden_size, args.vocab_size
     yield "embed_tokens.weight", (vocab, dim)
     yield "norm.weight", (dim,)
-    if not args.tie_word_embeddings:
+    if not is_tied(args):
         yield "lm_head.weight", (vocab, dim)
     for index, form in enumerate(forms):
         norms = {f"{norm}.weight": (dim,) for norm in (MIXER_NORM, MLP_NORM)}

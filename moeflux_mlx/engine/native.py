@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..calls.module_call import backbone_of
 from ..errors import ModelError
 from ..experts.compute.switch import StreamedSwitch
 from ..experts.files.configuration import Configuration
@@ -89,7 +90,7 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
         forms = list(forms)
         for form, layer in zip(forms, text.model.layers, strict=True):
             _check_form(form, layer)
-        backbone = type(text.model).__call__
+        backbone = backbone_of(text.model)
         _begin_with(GraphBackbone, text.model)
         if not isinstance(text, GraphText):
             _begin_with(GraphText, text)
@@ -206,11 +207,14 @@ def _check_form(form: LayerForm, layer: nn.Module) -> None:
         )
 
 
-def check_numbers(config: Configuration, args: Any) -> None:
+def check_numbers(
+    config: Configuration, args: Any, experts_key: str = "num_experts"
+) -> None:
     """Refuse numbers of a text model that no weight tells of; names the key.
 
     Args:
         args: mlx-lm's, made of the configuration.
+        experts_key: the key of how many experts there are.
 
     Raises:
         ModelError: one is of no use.
@@ -219,8 +223,9 @@ def check_numbers(config: Configuration, args: Any) -> None:
         config.check_number("max_position_embeddings", args.max_position_embeddings)
     config.check_number("rms_norm_eps", args.rms_norm_eps, zero=True)
     config.check_number("rope_theta", args.rope_theta)
-    if not 1 <= args.num_experts_per_tok <= args.num_experts:
-        expected = f"from 1 to num_experts ({args.num_experts})"
+    n_experts = getattr(args, experts_key)
+    if not 1 <= args.num_experts_per_tok <= n_experts:
+        expected = f"from 1 to {experts_key} ({n_experts})"
         raise config.wrong("num_experts_per_tok", expected, args.num_experts_per_tok)
     key, divisor = "num_attention_heads", "num_key_value_heads"
     config.check_multiple(key, getattr(args, key), divisor, getattr(args, divisor))
