@@ -176,7 +176,9 @@ class Spec:
             return None
         if field.role is b.ExpertBaseBuf:
             sizes = (self.fields[n] for n in ("n_experts", "dim", "expert_dim"))
-            return ResidentExperts(random_experts(rng, *sizes, self.form, dtype))
+            biased = "limit" in self.fields
+            made = random_experts(rng, *sizes, self.form, dtype, biased=biased)
+            return ResidentExperts(made)
         made = self.makers.get(field.name, normal())(rng, shapes[field.name])
         kinds = {mx.int32: np.int32, mx.bool_: np.bool_}
         if field.role.dtype in kinds:
@@ -217,10 +219,16 @@ def random_experts(
     width: int,
     form: Quantization | None = None,
     dtype: mx.Dtype = mx.float32,
+    *,
+    biased: bool = False,
 ) -> ExpertWeights:
     def stack(n_out: int, n_in: int) -> Weight:
         dense = rng.standard_normal((n, n_out, n_in)) * n_in**-0.5
-        return quantized(mx.array(dense.astype(np.float32)).astype(dtype), form)
+        made = quantized(mx.array(dense.astype(np.float32)).astype(dtype), form)
+        if not biased:
+            return made
+        bias = mx.array(rng.standard_normal((n, n_out)).astype(np.float32))
+        return dataclasses.replace(made, bias=bias.astype(dtype))
 
     return ExpertWeights(stack(width, dim), stack(width, dim), stack(dim, width))
 
@@ -247,6 +255,8 @@ DELTA_INPUTS = dict(
     g_decay=uniform(0.2, 1),
     beta_gate=uniform(0, 1),
 )
+# Low enough to clip something; experts then have biases too.
+CLIPPED = dict(alpha=1.5, limit=0.5, note="clipped")
 HEADS = dict(num_heads=6, head_dim=7, softmax_scale=7**-0.5)
 
 
@@ -302,14 +312,23 @@ SPECS = [
          mask=lambda rng, _: (rng.random((2, 1, 3, 5)) < 0.5) | (np.arange(5) == 1)),
     spec(ops.SdpaCausalTiled, n_tokens=6, n_seqs=2, heads_per_kv=3, **HEADS,
          **cache(2, 2, 11, 7), note="start", start=value(6, 2)),
+    spec(ops.SdpaCausalTiled, n_tokens=6, n_seqs=2, heads_per_kv=3, **HEADS,
+         **cache(2, 2, 9, 7), note="sinks", sinks=normal(3)),
+    spec(ops.SdpaCausalTiled, n_tokens=1, heads_per_kv=2, **HEADS,
+         **cache(1, 3, 4, 7), note="sinks", sinks=normal(3)),
     spec(ops.MoeSoftmaxTopK, n_tokens=5, n_experts=7, k=3),
     spec(ops.MoeSoftmaxTopK, n_tokens=3, n_experts=11, k=10),
     spec(ops.MoeNormalizeWeights, n_tokens=3, k=7, weights=uniform(0.1, 1)),
     spec(ops.MoeDecodeExperts, **routed(1, 33, 17, 7, 3)),
     spec(ops.MoeDecodeExperts, Q4, **routed(1, 64, 96, 11, 10)),
     spec(ops.MoeDecodeExperts, Q8, **routed(1, 32, 32, 3, 1)),
+    spec(ops.MoeDecodeExperts, **routed(1, 33, 17, 7, 3), **CLIPPED),
+    spec(ops.MoeDecodeExperts, Q4, **routed(1, 64, 32, 5, 2), **CLIPPED),
+    spec(ops.MoeGatherIdFuse, **routed(5, 33, 17, 7, 3), **CLIPPED),
     spec(ops.MoeGatherIdFuse, **routed(5, 33, 17, 7, 3)),
     spec(ops.MoeGatherIdFuse, Q4, **routed(5, 64, 32, 11, 10)),
+    spec(ops.MoeBatchedPermuteFuse, **routed(5, 33, 17, 7, 3), **CLIPPED),
+    spec(ops.MoeBatchedPermuteFuse, Q4, **routed(5, 64, 32, 11, 10), **CLIPPED),
     spec(ops.MoeBatchedPermuteFuse, **routed(5, 33, 17, 7, 3)),
     spec(ops.MoeBatchedPermuteFuse, Q4, **routed(5, 64, 32, 11, 10)),
     spec(ops.MoeBatchedPermuteFuse, Q8, **routed(3, 32, 32, 3, 1)),
@@ -391,7 +410,12 @@ KERNEL_SPECS = [
 def widen(x: Any) -> Any:
     if isinstance(x, ResidentExperts):
         stacks = x.weights.gate, x.weights.up, x.weights.down
-        return [unpack(stack) for stack in stacks]
+        none = (np.zeros(s.w.shape[:2]) for s in stacks)
+        biases = (
+            zeros if s.bias is None else to_float64(s.bias)
+            for s, zeros in zip(stacks, none, strict=True)
+        )
+        return [unpack(stack) for stack in stacks], [*biases]
     is_float = isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating)
     return x.astype(np.float64) if is_float else x
 
@@ -477,7 +501,7 @@ def append(op, k_src, v_src, k_cache, v_cache, row):
     return caches
 
 
-def attend(op, q, k, v, mask, start):
+def attend(op, q, k, v, mask, start, sinks):
     """One query and one head at a time."""
     t, s = op.n_tokens // op.n_seqs, k.shape[2]
     queries = q.reshape(op.n_tokens, op.num_heads, op.head_dim)
@@ -492,8 +516,11 @@ def attend(op, q, k, v, mask, start):
         for head in range(op.num_heads):
             group = head // op.heads_per_kv
             keys, values = k[seq, group][seen], v[seq, group][seen]
-            scores = softmax(keys @ queries[token, head] * op.softmax_scale)
-            out[token, head] = scores @ values
+            scores = keys @ queries[token, head] * op.softmax_scale
+            if sinks is not None:
+                scores = np.append(scores, sinks[head])
+                values = np.vstack([values, np.zeros(op.head_dim)])
+            out[token, head] = softmax(scores) @ values
     return out.reshape(q.shape)
 
 
@@ -508,12 +535,19 @@ def top_k(op, logits):
 
 
 def run_experts(op, mlp_in, indices, weights, experts, out_sum=0.0):
-    gate, up, down = experts
+    (gate, up, down), (to_gate, to_up, to_down) = experts
     out = np.zeros_like(mlp_in) + out_sum
     for token, x in enumerate(mlp_in):
         for expert, weight in zip(indices[token], weights[token], strict=True):
-            hidden = silu(gate[expert] @ x) * (up[expert] @ x)
-            out[token] += weight * (down[expert] @ hidden)
+            opened = gate[expert] @ x + to_gate[expert]
+            wide = up[expert] @ x + to_up[expert]
+            if op.limit:
+                opened, wide = np.fmin(opened, op.limit), np.fmin(wide, op.limit)
+                wide = np.fmax(wide, -op.limit)
+                hidden = opened / (1 + np.exp(-op.alpha * opened)) * (1 + wide)
+            else:
+                hidden = silu(opened) * wide
+            out[token] += weight * (down[expert] @ hidden + to_down[expert])
     return out
 
 

@@ -296,7 +296,7 @@ def test_a_query_that_may_see_nothing_stays_finite(to):
     case = attention_case(5, 5, mask=lambda *_: np.tri(5, dtype=bool)[None, None])
     q, k, v, mask = (case.inputs[name] for name in ("q", "k", "v", "mask"))
     mask[0, 0, :2] = False
-    out = np.array(case.op.reference(to(q), to(k), to(v), to(mask), None))
+    out = np.array(case.op.reference(to(q), to(k), to(v), to(mask), None, None))
     assert np.isfinite(out).all()
     expected = case.expected(mask=mask | np.eye(5, dtype=bool)[None, None])[0]
     assert relative_rms(out[2:], expected[2:]) < TOLERANCE

@@ -121,9 +121,9 @@ def test_affine_scales_without_biases_are_refused(tmp_path):
 def test_parts_that_a_record_has_no_place_for_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     mx.save_safetensors(
-        str(path), {"model.layers.0.mlp.switch_mlp.up_proj.bias": mx.zeros((3, 5))}
+        str(path), {"model.layers.0.mlp.switch_mlp.up_proj.zeros": mx.zeros((3, 5))}
     )
-    with pytest.raises(ModelError, match=r"up_proj\.bias.*weight.*scales.*biases"):
+    with pytest.raises(ModelError, match=r"up_proj\.zeros.*weight.*scales.*biases"):
         routed_layers(read_header(path))
 
 

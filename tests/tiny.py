@@ -11,7 +11,7 @@ from types import ModuleType
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
-from mlx_lm.models import qwen3_5_moe, qwen3_moe, qwen3_next
+from mlx_lm.models import gpt_oss, qwen3_5_moe, qwen3_moe, qwen3_next
 from mlx_lm.utils import quantize_model, save_config, save_model
 
 from moeflux_mlx.experts.weights import Quantization
@@ -79,6 +79,33 @@ QWEN3_NEXT_CONFIG = dict(
     linear_value_head_dim=32,
     linear_conv_kernel_dim=4,
 )
+
+GPT_OSS_CONFIG = dict(
+    model_type="gpt_oss",
+    hidden_size=64,
+    num_hidden_layers=4,
+    intermediate_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    sliding_window=8,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+    rms_norm_eps=1e-5,
+    vocab_size=320,
+    max_position_embeddings=4096,
+    rope_theta=10000.0,
+    rope_scaling=dict(
+        rope_type="yarn",
+        factor=4.0,
+        original_max_position_embeddings=64,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        truncate=True,
+    ),
+    num_local_experts=8,
+    num_experts_per_tok=2,
+)
+
 
 # How a projection of a layer's experts is stored; a type is dense.
 ExpertForms = Mapping[tuple[int, str], Quantization | mx.Dtype]
@@ -173,6 +200,23 @@ def make_qwen3_next(
     return make_family(path, qwen3_next, config, seed, bits, group_size)
 
 
+def make_gpt_oss(
+    path: Path,
+    *,
+    seed: int = 0,
+    bits: int | None = 4,
+    group_size: int = 32,
+    experts: Quantization | None = None,
+    **overrides,
+) -> Path:
+    """Write a random checkpoint of mlx-lm's gpt_oss, dense when ``bits`` is None.
+
+    ``experts`` says how all routed experts are stored, if not like everything else.
+    """
+    config = {**GPT_OSS_CONFIG, **overrides}
+    return make_family(path, gpt_oss, config, seed, bits, group_size, experts)
+
+
 def make_family(
     path: Path,
     family: ModuleType,
@@ -180,13 +224,20 @@ def make_family(
     seed: int,
     bits: int | None,
     group_size: int,
+    experts: Quantization | None = None,
 ) -> Path:
     """Write a random checkpoint of one of mlx-lm's modules."""
     mx.random.seed(seed)
     model = randomised(family.Model(family.ModelArgs.from_dict(config)))
-    if bits is not None:
+
+    def predicate(path: str, module: nn.Module) -> bool | dict:
+        if experts is not None and ".experts." in path:
+            return dict(vars(experts))
+        return bits is not None and model.quant_predicate(path, module)
+
+    if bits is not None or experts is not None:
         model, config = quantize_model(
-            model, config, group_size, bits, quant_predicate=model.quant_predicate
+            model, config, group_size, bits or 4, quant_predicate=predicate
         )
     path.mkdir(parents=True, exist_ok=True)
     save_model(path, model)

@@ -117,6 +117,9 @@ class Moe:
         normalised: the weights of a token's experts are divided by their sum.
         shared_dim: width of the expert that every token has beside, opened by a gate
             of its own; 0: there is none.
+        routed_name, router: mlx-lm's names of the experts, and of what chooses them.
+        biased: the experts and the router add biases to their products.
+        alpha, limit: of a clipped SwiGLU, as ``clipped_swiglu`` has it; 0: a plain one.
     """
 
     n_experts: int
@@ -124,6 +127,11 @@ class Moe:
     expert_dim: int
     normalised: bool
     shared_dim: int = 0
+    routed_name: str = ROUTED
+    router: str = "gate"
+    biased: bool = False
+    alpha: float = 1.0
+    limit: float = 0.0
     same_input: ClassVar[SameInput] = (
         (f"{MLP}.gate", f"{SHARED}_gate"),
         (f"{SHARED}.gate_proj", f"{SHARED}.up_proj"),
@@ -131,13 +139,19 @@ class Moe:
 
     def shapes(self, dim: int) -> Shapes:
         """Return the tensors of the block by name, as they are once unpacked."""
-        n, inner = self.n_experts, self.expert_dim
-        routed = {
-            f"{MLP}.gate.weight": (n, dim),
-            f"{MLP}.{ROUTED}.gate_proj.weight": (n, inner, dim),
-            f"{MLP}.{ROUTED}.up_proj.weight": (n, inner, dim),
-            f"{MLP}.{ROUTED}.down_proj.weight": (n, dim, inner),
+        n, inner, stem = self.n_experts, self.expert_dim, f"{MLP}.{self.routed_name}"
+        routed: dict[str, tuple[int, ...]] = {
+            f"{MLP}.{self.router}.weight": (n, dim),
+            f"{stem}.gate_proj.weight": (n, inner, dim),
+            f"{stem}.up_proj.weight": (n, inner, dim),
+            f"{stem}.down_proj.weight": (n, dim, inner),
         }
+        if self.biased:
+            biases = {
+                f"{name.removesuffix('.weight')}.bias": shape[:-1]
+                for name, shape in routed.items()
+            }
+            routed |= biases
         if not self.shared_dim:
             return routed
         shared = mlp_shapes(SHARED, dim, self.shared_dim)
@@ -145,7 +159,8 @@ class Moe:
 
     def chosen_by(self, block: nn.Module) -> Moe:
         """Return the form as mlx-lm's module has it: users change how it chooses."""
-        k, normalised = block.top_k, bool(block.norm_topk_prob)
+        k = getattr(block, "top_k", None) or block.num_experts_per_tok
+        normalised = bool(getattr(block, "norm_topk_prob", self.normalised))
         if (k, normalised) == (self.k, self.normalised):
             return self
         return replace(self, k=k, normalised=normalised)
@@ -229,7 +244,7 @@ def asking(experts: GraphExperts, k: int) -> Kernel:
 
 def expected_experts(g: GraphBuilder, form: Moe, x: BufId, n: int) -> BufId:
     """Push a router on rows that are not quite its own: what it may choose soon."""
-    logits = g.matvec(f"{MLP}.gate", x, b.RouterLogitsBuf, label="router")
+    logits = g.matvec(f"{MLP}.{form.router}", x, b.RouterLogitsBuf, label="router")
     return choose_experts(g, form, logits, n)[0]
 
 
@@ -321,6 +336,8 @@ def _experts_sum(
             n_experts=form.n_experts,
             k=form.k,
             expert_bytes=routed.expert_bytes,
+            alpha=form.alpha,
+            limit=form.limit,
         )
     )
     return out_sum
@@ -336,7 +353,7 @@ def moe(
 ) -> BufId:
     """Push router, shared expert, routed experts and the sum with the residual."""
     n, dim = call.n, routed.dim
-    logits = g.matvec(f"{MLP}.gate", x, b.RouterLogitsBuf, label="router")
+    logits = g.matvec(f"{MLP}.{form.router}", x, b.RouterLogitsBuf, label="router")
     experts = g.input("experts", b.ExpertBaseBuf, (None,))
     shared = _Shared(g, form)
     if call.asks_at_once:

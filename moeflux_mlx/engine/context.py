@@ -29,13 +29,18 @@ class Grows(Protocol):
     def grows(self) -> bool:
         """Whether it has; else a state of one size."""
 
+    @property
+    def window(self) -> int | None:
+        """How many of the last tokens a token sees; None: all."""
+
 
 class Context:
     """What all layers of one call share: positions and masks, made once.
 
-    ``attention_mask`` is bool ``[B or 1, 1, T, S]``, ``sequence_mask`` bool ``[B, T]``,
-    each None when nothing but causality hides tokens; ``start`` int32 ``[B]`` is the
-    position of each sequence's first token. ``move`` takes arrays to where the call
+    ``masks`` of attention by its window are bool ``[B or 1, 1, T, S]``,
+    ``sequence_mask`` bool ``[B, T]``, each None when nothing but causality hides
+    tokens; ``start`` int32 ``[B]`` is the position of each sequence's first token.
+    ``move`` takes arrays to where the call
     runs: NumPy ``on_host``. ``traced``: the whole call becomes one trace, so that
     nothing in it needs one of its own, every cache is a ``TracedKV`` or of arrays, and
     ``experts`` by layer stand for the layers' own.
@@ -58,10 +63,10 @@ class Context:
         stub = mx.zeros((n_seqs, t, 0))
         linear = _cache_of(mixers, cache, grows=False)
         full = _cache_of(mixers, cache, grows=True)
-        mask = base.create_attention_mask(stub, full)
-        if isinstance(mask, mx.array):
-            mask = self.move(mask.reshape((1,) * (4 - mask.ndim) + mask.shape))
-        self.attention_mask = None if isinstance(mask, str) else mask
+        pairs = zip(reversed(mixers), reversed(cache), strict=True)
+        # The first of each.
+        by_window = {m.window: c for m, c in pairs if m.grows}
+        self.masks = {w: self._mask(stub, c, w) for w, c in by_window.items()}
         self.sequence_mask = self.move(base.create_ssm_mask(stub, linear))
         offset = mx.array(0 if full is None else full.offset, mx.int32)
         start = mx.broadcast_to(offset.reshape(-1), (n_seqs,))
@@ -69,6 +74,12 @@ class Context:
             # MLX keeps arrays of up to 8 bytes where a GPU reads them over the bus.
             start = mx.concatenate([start, mx.zeros(4, mx.int32)])[:n_seqs]
         self.start = self.move(start)
+
+    def _mask(self, stub: mx.array, cache: Any, window: int | None) -> Any:
+        mask = base.create_attention_mask(stub, cache, window_size=window)
+        if not isinstance(mask, mx.array):
+            return None
+        return self.move(mask.reshape((1,) * (4 - mask.ndim) + mask.shape))
 
 
 def _cache_of(mixers: Sequence[Grows], cache: list[Any], *, grows: bool) -> Any:

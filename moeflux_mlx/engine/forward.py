@@ -76,9 +76,15 @@ class Forward:
         self._parameters: Watch | None = None
         self._bound: tuple[bool, list[Any], list[GraphExperts | None]] | None = None
         self.needs = TextNeeds(
-            text, args, ROUTED, forms, self._planned_bytes, lambda: self.dtype
+            text, args, self.routed_name, forms, self._planned_bytes, lambda: self.dtype
         )
         self._in_trace = False
+
+    @property
+    def routed_name(self) -> str:
+        """mlx-lm's name of the blocks of routed experts."""
+        routed = (f.routed_name for f in self._forms if f.routed is not None)
+        return next(routed, ROUTED)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
         text, runtime = copy.deepcopy((self.text, self.runtime), memo)
@@ -256,7 +262,9 @@ class Forward:
         watched = executor.watches_layers or (
             executor.watches_steps and self.runtime.streams
         )
-        if watched or not self.runtime.steps:
+        # A trace sees every row of a cache.
+        sees_all = all(mixer.window is None for mixer in self._mixers)
+        if watched or not self.runtime.steps or not sees_all:
             return None
         self.make_room(inputs, cache)
         weights, sources = self._bind()

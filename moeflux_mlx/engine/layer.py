@@ -15,7 +15,7 @@ from ..calls.module_call import is_tied
 from ..experts.compute.resident import ResidentExperts
 from ..experts.compute.switch import StreamedSwitch
 from ..experts.files.configuration import Expected
-from ..experts.weights import ExpertWeights
+from ..experts.weights import ExpertWeights, Weight
 from . import blocks
 from .blocks import MLP, ROUTED, Call, DenseMlp, Moe, RoutedShape
 from .context import Context
@@ -49,6 +49,11 @@ class LayerForm:
     def routed(self) -> Moe | None:
         """Its routed experts, if it has some."""
         return self.mlp if isinstance(self.mlp, Moe) else None
+
+    @property
+    def routed_name(self) -> str:
+        """mlx-lm's name of the block of its routed experts."""
+        return ROUTED if self.routed is None else self.routed.routed_name
 
 
 def expected_tensors(args: Any, forms: Iterable[LayerForm]) -> Iterator[Expected]:
@@ -87,10 +92,11 @@ class GraphLayer:
         self.form = form
         same_input = form.mixer.same_input + form.mlp.same_input
         joined = same_input if runtime.executor.joins_matrices else ()
-        self.weights = LayerWeights(module, skip=ROUTED, unpack=unpack, joined=joined)
+        skip = form.routed_name
+        self.weights = LayerWeights(module, skip=skip, unpack=unpack, joined=joined)
         self._parameters: LayerWeights | None = None
-        if self.is_routed and not isinstance(module[MLP][ROUTED], StreamedSwitch):
-            self._parameters = LayerWeights(module[MLP][ROUTED])
+        if self.is_routed and not isinstance(module[MLP][skip], StreamedSwitch):
+            self._parameters = LayerWeights(module[MLP][skip])
         self._runner = GraphRunner(runtime.executor)
         self._resident: tuple[Any, GraphExperts] | None = None
         self._shape: tuple[int, LayerForm, RoutedShape | None] | None = None
@@ -152,7 +158,7 @@ class GraphLayer:
         bound = self._parameters.bind(dtype)
         if self._resident is None or self._resident[0] is not bound:
             names = ("gate_proj", "up_proj", "down_proj")
-            experts = ExpertWeights(*(bound[name] for name in names))
+            experts = ExpertWeights(*(_with_bias(bound, name) for name in names))
             self._resident = bound, ResidentExperts(experts)
         return self._resident[1]
 
@@ -234,3 +240,8 @@ class GraphLayer:
         else:
             out = blocks.moe(g, form.routed, residual, mlp_in, call, routed)
         return g.finish(self.runtime.executor, hidden=out, **state)
+
+
+def _with_bias(weights: Mapping[str, Weight], name: str) -> Weight:
+    bias = weights.get(f"{name}.bias")
+    return weights[name] if bias is None else replace(weights[name], bias=bias.w)

@@ -17,11 +17,16 @@ from ..calls.module_call import backbone_of
 from ..errors import ModelError
 from ..experts.compute.switch import StreamedSwitch
 from ..experts.files.configuration import Configuration
-from ..experts.files.modules import RoutedBlock, quantize_as_stored
+from ..experts.files.layout import BIAS
+from ..experts.files.modules import (
+    RoutedBlock,
+    projections_of,
+    quantize_as_stored,
+)
 from ..memory.plan import Needs
 from ..saving.guard import GuardsSaving, guard_saving, refuse_experts
 from ..training import TrainsUncompiled
-from .blocks import MLP, ROUTED, rotation
+from .blocks import MLP, rotation
 from .forward import Forward
 from .graph.experts import GraphExperts
 from .layer import GraphLayer, LayerForm
@@ -105,9 +110,9 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
         routed = [i for i, form in enumerate(forms) if form.routed is not None]
         self.runtime.check_layers(routed)
         for index in routed:
-            block = text.model.layers[index][MLP]
-            name = f"{path}model.layers.{index}.{MLP}.{ROUTED}"
-            block[ROUTED] = self._streamed(text, block[ROUTED], index, name)
+            block, name = text.model.layers[index][MLP], forms[index].routed_name
+            where = f"{path}model.layers.{index}.{MLP}.{name}"
+            block[name] = self._streamed(text, block[name], index, where)
 
     def _streamed(
         self, text: Any, block: nn.Module, index: int, name: str
@@ -116,6 +121,13 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
         runtime = self.runtime
         assert runtime.store is not None
         layout = runtime.store.layout(index)
+        has_biases = any(BIAS in m for m in projections_of(block).values())
+        if layout.is_biased != has_biases:
+            wanted, got = ("biases", "none") if has_biases else ("no biases", "some")
+            raise ModelError(
+                f"[experts] {name}: expected {wanted} of its matrices but got {got}: "
+                "use the model's own weights"
+            )
         stored = zip(layout.projections, layout.quantization, strict=True)
         quantize_as_stored(block, dict(stored))
 
@@ -155,7 +167,7 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
             ModelError: some are of streamed experts; nothing is replaced.
         """
         if self.runtime.store is not None:
-            refuse_experts(dict(tree_flatten(parameters)), ROUTED)
+            refuse_experts(dict(tree_flatten(parameters)), self.engine.routed_name)
         return super().update(parameters, strict)
 
     @property

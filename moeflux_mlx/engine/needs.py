@@ -10,14 +10,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import ArraysCache, KVCache
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
 from .. import device
 from ..memory.cache_layouts import CacheLayout
 from ..memory.caches import CacheForm
 from .blocks import Call
 from .layer import LayerForm
-from .mixers import CacheShapes
+from .mixers import CacheShapes, Mixer
 from .ops.functions import score_bytes
 from .parameters import dense_bytes, held_bytes
 
@@ -85,7 +85,7 @@ class TextNeeds:
     @property
     def most_tokens(self) -> int:
         """How long a sequence may become."""
-        return self._args.max_position_embeddings or sys.maxsize
+        return getattr(self._args, "max_position_embeddings", None) or sys.maxsize
 
     @property
     def vocab_size(self) -> int:
@@ -105,14 +105,16 @@ class TextNeeds:
     @property
     def cache_layouts(self) -> list[CacheLayout]:
         """What each layer's cache consists of."""
-        dtype = self.cache_dtype
-        return [
-            CacheLayout(
-                KVCache if _grows(shapes) else ArraysCache,
-                tuple((shape, dtype) for shape in shapes),
-            )
-            for shapes in self.cache_shapes
-        ]
+        return [self._layout(form.mixer) for form in self._forms]
+
+    def _layout(self, mixer: Mixer) -> CacheLayout:
+        arrays = tuple((shape, self.cache_dtype) for shape in mixer.cache_shapes)
+        if not mixer.grows:
+            return CacheLayout(ArraysCache, arrays)
+        if mixer.window is None:
+            return CacheLayout(KVCache, arrays)
+        numbers = {"keep": 0, "max_size": mixer.window}
+        return CacheLayout(RotatingKVCache, arrays, numbers)
 
     @property
     def cache_forms(self) -> list[CacheForm]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,8 +68,8 @@ class Weight:
     Quantised, ``w`` is uint32 ``[..., O, I * bits / 32]`` with ``scales`` (and, for
     affine, ``biases``) ``[..., O, I / group_size]``. A leading axis, if there is one,
     counts experts or slots; where they do not lie end to end, ``in_pool`` says how
-    the parts lie in their records. ``bias`` ``[..., O]`` and ``global_scale`` ``[...]``
-    are for mlx-lm's modules: no Op has either.
+    the parts lie in their records. ``bias`` ``[..., O]`` is added to products;
+    ``global_scale`` ``[...]`` is for mlx-lm's modules: no Op has it.
     """
 
     w: Any
@@ -88,7 +88,7 @@ class Weight:
     @property
     def arrays(self) -> list[mx.array]:
         """Those of its parts that are MLX arrays."""
-        parts = (self.w, self.scales, self.biases)
+        parts = (self.w, self.scales, self.biases, self.bias)
         return [x for x in parts if isinstance(x, mx.array)]
 
     @functools.cached_property
@@ -106,16 +106,14 @@ class Weight:
         """The same memory as NumPy arrays; bfloat16 as its bits in uint16."""
         if isinstance(self.w, np.ndarray):
             return self
-        w, scales, biases = map(_host_view, (self.w, self.scales, self.biases))
-        return Weight(w, scales, biases, self.quantization)
+        return self._like(_host_view)
 
     @functools.cached_property
     def on_device(self) -> Weight:
         """The same values as MLX arrays: copies where they are NumPy's."""
         if isinstance(self.w, mx.array):
             return self
-        w, scales, biases = map(_device_copy, (self.w, self.scales, self.biases))
-        copied = Weight(w, scales, biases, self.quantization)
+        copied = self._like(_device_copy)
         has_values(*copied.arrays)
         return copied
 
@@ -124,9 +122,12 @@ class Weight:
 
         A slice of the first axis is for NumPy arrays only.
         """
-        parts = (self.w, self.scales, self.biases)
-        w, scales, biases = (None if x is None else _pick(x, index) for x in parts)
-        return Weight(w, scales, biases, self.quantization)
+        return self._like(lambda x: None if x is None else _pick(x, index))
+
+    def _like(self, change: Callable[[Any], Any]) -> Weight:
+        parts = map(change, (self.w, self.scales, self.biases, self.bias))
+        w, scales, biases, bias = parts
+        return Weight(w, scales, biases, self.quantization, bias=bias)
 
 
 class ExpertWeights:

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..engine.blocks import ROUTED
 from ..errors import ModelError
 from ..experts.files.checkpoint import Checkpoint
 from ..experts.files.checkpoint_store import CheckpointExperts, find_routed
@@ -40,6 +41,7 @@ def read_weights(
     with _opened(path, store) as checkpoint:
         fields = {**copy.deepcopy(checkpoint.config), **changes}
         check_model(checkpoint, fields)
+        name = getattr(model_module(fields.get("model_type")), "ROUTED", ROUTED)
         routed = {}
         if store is None and not is_packed(path):
             routed = find_routed(checkpoint)
@@ -50,8 +52,8 @@ def read_weights(
         files = {file: load_arrays(file) for file in set(chosen.values())}
         found = {**weights, **{name: files[f][name] for name, f in chosen.items()}}
         for layer in routed.values():
-            if not _is_known_to_mlx_lm(layer):
-                _stack(found, layer)
+            if not _is_known_to_mlx_lm(layer, name):
+                _stack(found, layer, name)
         return found
 
     return reads
@@ -100,18 +102,22 @@ def _opened(path: Path, store: ExpertStore | None) -> Iterator[Checkpoint]:
         yield checkpoint
 
 
-def _is_known_to_mlx_lm(layer: RoutedLayer) -> bool:
-    """Tell whether mlx-lm renames and splits these tensors itself."""
+def _is_known_to_mlx_lm(layer: RoutedLayer, name: str) -> bool:
+    """Tell whether mlx-lm renames and splits these tensors itself.
+
+    Args:
+        name: mlx-lm's of the block of routed experts.
+    """
     stacked = all(len(t.entries) == 1 and t.stride for t in layer.tensors.values())
     names = {t.entries[0].name for t in layer.tensors.values()}
-    plain = layer.path.endswith("switch_mlp")
+    plain = layer.path.endswith(f".{name}")
     fused = all(
         name.endswith(("experts.gate_up_proj", "experts.down_proj")) for name in names
     )
     return stacked and (plain or fused)
 
 
-def _stack(weights: dict[str, mx.array], layer: RoutedLayer) -> None:
+def _stack(weights: dict[str, mx.array], layer: RoutedLayer, name: str) -> None:
     """Put the tensors of a layer's experts together, under mlx-lm's names."""
     stem = layer.path.removesuffix(".experts").removesuffix(".switch_mlp")
     parts = {}
@@ -121,7 +127,7 @@ def _stack(weights: dict[str, mx.array], layer: RoutedLayer) -> None:
         if tensors.is_half:
             first = tensors.first // tensors.n_bytes * tensors.shape[0]
             whole = whole[:, first : first + tensors.shape[0]]
-        parts[f"{stem}.switch_mlp.{projection}.{part}"] = whole
+        parts[f"{stem}.{name}.{projection}.{part}"] = whole
     for tensors in layer.tensors.values():
         for entry in tensors.entries:
             weights.pop(entry.name, None)

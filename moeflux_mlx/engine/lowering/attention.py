@@ -34,7 +34,8 @@ def kv_cache_append(op: Any, run: Run, *values: mx.array) -> tuple[mx.array, ...
 
 def _known_width(op: ops.SdpaCausalTiled) -> bool:
     d = op.head_dim
-    return d % kernels.SIMD == 0 and d <= kernels.MAX_HEAD_DIM
+    # No kernel has sinks.
+    return d % kernels.SIMD == 0 and d <= kernels.MAX_HEAD_DIM and op.sinks is None
 
 
 def takes_spare(op: ops.SdpaCausalTiled) -> bool:
@@ -63,9 +64,10 @@ SPARE_KERNELS = ("sdpa_decode_parts", "sdpa_decode_join")
 
 @way(ops.SdpaCausalTiled, "sdpa_decode_parts", takes_spare, SPARE_KERNELS)
 def sdpa_parts(
-    op: Any, run: Run, q: mx.array, k: mx.array, v: mx.array, _: None, start: mx.array
+    op: Any, run: Run, q: mx.array, k: mx.array, v: mx.array, *rest: Any
 ) -> mx.array:
     """One token, however many rows are seen: launches never change."""
+    _, start, _ = rest
     return attend_spare(run, q, k, v, start, op.softmax_scale)
 
 
@@ -88,7 +90,7 @@ def _one_launch(kernel: Kernel, fits: Callable[[Any], bool]) -> None:
         k: mx.array,
         v: mx.array,
         mask: mx.array | None,
-        _: None,
+        *_: None,
     ) -> mx.array:
         return run(kernel(q, k, v, op.softmax_scale, mask))[0]
 

@@ -49,7 +49,7 @@ from ..ops.norm import (
 )
 from ..ops.quant import MatvecNTokens
 from .attention import SPARE_KERNELS, attend_spare, takes_spare
-from .moe import all_known, experts_act, routing_fits
+from .moe import all_known, experts_act, is_plain, routing_fits
 from .rows import form, kernel_form, parts
 from .table import Run, Values, group
 
@@ -356,7 +356,8 @@ def _experts(ops: Sequence[Any]) -> int:
             and combine.shared_out == down.output
         )
     n = 2 + rest.index(combine)
-    return n if linked and combine.moe_sum == experts.out_sum else 0
+    linked = linked and combine.moe_sum == experts.out_sum
+    return n if linked and is_plain(experts) else 0
 
 
 EXPERT_KERNELS = ("experts_gate_up_swiglu", "experts_down_combine")

@@ -48,10 +48,16 @@ def combine(
 def all_known(experts: ExpertWeights) -> bool:
     """Tell whether our kernels know how experts are quantised."""
     gate, up, down = experts.gate, experts.up, experts.down
-    if not all(kernel_form(weight) for weight in (gate, up, down)):
+    known = (kernel_form(w) and w.bias is None for w in (gate, up, down))
+    if not all(known):
         return False
     same_type = gate.scales.dtype == up.scales.dtype
     return same_type and gate.quantization == up.quantization
+
+
+def is_plain(op: ops.RoutedExperts) -> bool:
+    """Tell whether our kernels know the experts' activation."""
+    return not op.limit
 
 
 def _with_known_experts(
@@ -74,6 +80,7 @@ def _with_known_experts(
 @way(
     ops.MoeDecodeExperts,
     "experts_gate_up_swiglu",
+    is_plain,
     kernels=("experts_gate_up_swiglu", "experts_down_sum"),
 )
 @_with_known_experts
@@ -115,6 +122,7 @@ def experts_act(
 @way(
     ops.MoeGatherIdFuse,
     "moe_mm_id",
+    is_plain,
     kernels=("moe_id_map", "moe_mm_id", "swiglu_fused_batched", "moe_combine_topk"),
 )
 @_with_known_experts
@@ -182,7 +190,12 @@ def matmul(run: Run, rows: mx.array, weight: Weight) -> mx.array:
 EXPERT_KERNELS = ("qmm_t", "swiglu_fused_batched")
 
 
-@way(ops.MoeBatchedPermuteFuse, "qmm_t", kernels=(*EXPERT_KERNELS, "moe_combine_topk"))
+@way(
+    ops.MoeBatchedPermuteFuse,
+    "qmm_t",
+    is_plain,
+    kernels=(*EXPERT_KERNELS, "moe_combine_topk"),
+)
 @_with_known_experts
 def batched_experts(
     op: Any,
@@ -204,6 +217,7 @@ def batched_experts(
 @way(
     ops.MoeBatchedPermuteFuse,
     "moe_bucket_accumulate",
+    is_plain,
     kernels=(*EXPERT_KERNELS, "moe_bucket_accumulate"),
 )
 @_with_known_experts

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import mlx.nn as nn
 
+from ...errors import ModelError
 from .. import ops
 from ..blocks import Call, SameInput, Shapes, rotation
 from ..context import Context, cache_ops, has_spare_rows
@@ -29,6 +30,9 @@ class Attention:
         gated: ``q_proj`` gives each head's query and a gate on what it attends to.
         norms: the projections whose heads are normalised.
         biases: the projections that add a bias.
+        sinks: each head has a further score, whose value is nothing.
+        window: how many of the last tokens a token sees, itself among them; None: all.
+        scale_name: mlx-lm's name of what scores are multiplied by.
     """
 
     heads: int
@@ -37,6 +41,9 @@ class Attention:
     gated: bool = False
     norms: tuple[str, ...] = ("q", "k")
     biases: tuple[str, ...] = ()
+    sinks: bool = False
+    window: int | None = None
+    scale_name: str = "scale"
     path: str = "self_attn"
     name: ClassVar[str] = "full attention"
     grows: ClassVar[bool] = True
@@ -61,6 +68,8 @@ class Attention:
             "o_proj.weight": (dim, queries),
             **{f"{part}_norm.weight": (self.head_dim,) for part in self.norms},
         }
+        if self.sinks:
+            shapes["sinks"] = (self.heads,)
         for part in self.biases:
             shapes[f"{part}_proj.bias"] = shapes[f"{part}_proj.weight"][:1]
         return {f"{self.path}.{name}": shape for name, shape in shapes.items()}
@@ -73,7 +82,12 @@ class Attention:
         self, module: nn.Module, cache: Any, context: Context, *, spare: bool
     ) -> Begun:
         """Return positions, the mask, and how the cache object takes new rows."""
-        mask, traced = context.attention_mask, context.traced
+        if self.sinks and hasattr(cache, "bits"):
+            raise ModelError(
+                "[cache] expected keys and values as they are, for attention with "
+                f"sinks, but got {type(cache).__name__}: leave quantised caches out"
+            )
+        mask, traced = context.masks[self.window], context.traced
         # Slices of a growing cache would be copied, and traced anew, at every token.
         one = mask is None and context.t == 1 and has_spare_rows(cache)
         spare_rows = traced or (one and spare)
@@ -87,7 +101,7 @@ class Attention:
         masks = {"attention_mask": mask is not None, "spare_rows": spare_rows}
         if traced:
             return Begun(masks, inputs)
-        sizes = self.heads, self.kv_heads, module.scale
+        sizes = self.heads, self.kv_heads, getattr(module, self.scale_name)
         return Begun(masks, inputs, cache_ops(*sizes, cache, context, spare_rows))
 
     def end(self, cache: Any, state: Mapping[str, Array], context: Context) -> None:
@@ -141,7 +155,8 @@ class Attention:
                 num_heads=heads,
                 heads_per_kv=heads // kv_heads,
                 head_dim=d,
-                softmax_scale=attn.scale,
+                softmax_scale=getattr(attn, self.scale_name),
+                sinks=g.ref(f"{self.path}.sinks") if self.sinks else None,
             )
         )
         if gate is not None:

@@ -49,6 +49,10 @@ class Mixer(Protocol):
         """Whether its cache has a row for each token."""
 
     @property
+    def window(self) -> int | None:
+        """How many of the last tokens a token sees, itself among them; None: all."""
+
+    @property
     def same_input(self) -> SameInput:
         """Its matrices that read the same row, by path."""
 

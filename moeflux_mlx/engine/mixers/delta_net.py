@@ -43,6 +43,7 @@ class GatedDeltaNet:
     path: str = "linear_attn"
     name: ClassVar[str] = "linear attention"
     grows: ClassVar[bool] = False
+    window: ClassVar[None] = None
 
     @property
     def conv_dim(self) -> int:

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
+from ...experts.weights import Weight
 from ..graph.buffers import Shape
-from ..graph.op import Cost, In, InOut, Op, Out
+from ..graph.op import Cost, In, InOut, Op, Out, WeightRef
 from ..graph.roles import (
     AttnMaskBuf,
     AttnOutBuf,
@@ -148,7 +149,8 @@ class SdpaCausalTiled(Op):
     Query t of each sequence sees rows ``[0, S - T + t]``, or what ``mask`` (true: seen)
     allows when there is one. With ``start``, the position of each sequence's first new
     token, the cache has spare rows after the new ones, and there is no mask. Query head
-    h reads key head ``h // heads_per_kv``. What a
+    h reads key head ``h // heads_per_kv``; ``sinks`` ``[H]`` has a further score for
+    it, whose value is nothing. What a
     query gets that sees no row, as one of padding, is finite and means nothing: zeros
     from a kernel, the mean of the values from MLX.
     """
@@ -165,6 +167,7 @@ class SdpaCausalTiled(Op):
     heads_per_kv: int
     head_dim: int
     softmax_scale: float
+    sinks: WeightRef | None = None
 
     def shapes(self) -> dict[str, Shape]:
         rows = (self.n_tokens, self.num_heads * self.head_dim)
@@ -178,6 +181,7 @@ class SdpaCausalTiled(Op):
             "mask": mask,
             "start": (self.n_seqs,),
             "attn_out": rows,
+            "sinks": (self.num_heads,),
         }
 
     def index_ranges(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, range]:
@@ -201,7 +205,13 @@ class SdpaCausalTiled(Op):
         return (scores + 3 * self.n_tokens * self.num_heads * self.head_dim) * itemsize
 
     def reference(
-        self, q: Array, k: Array, v: Array, mask: Array | None, start: Array | None
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Array | None,
+        start: Array | None,
+        sinks: Weight | None,
     ) -> Array:
         if start is not None:
             at = namespace(q)
@@ -209,4 +219,5 @@ class SdpaCausalTiled(Op):
             row = at.arange(k.shape[2])
             mask = row <= start[:, None, None, None] + token
         queries = split_heads(q, self.n_seqs, self.num_heads)
-        return join_heads(attention(queries, k, v, self.softmax_scale, mask))
+        found = None if sinks is None else sinks.w
+        return join_heads(attention(queries, k, v, self.softmax_scale, mask, found))

@@ -8,6 +8,7 @@ times for the rest. The mathematics is written once either way.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -130,17 +131,27 @@ def score_bytes(n_heads: int, t: int, s: int) -> int:
     return 5 * max(n_scores, min(n_heads * n_scores, device.HOST_SCORES))
 
 
-def attention(q: Array, k: Array, v: Array, scale: float, mask: Array | None) -> Array:
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: float,
+    mask: Array | None,
+    sinks: Array | None = None,
+) -> Array:
     """Attend causally, or as ``mask`` ``[B or 1, 1, T, S]`` (true: seen) allows.
 
     Args:
         q: ``[B, H, T, d]``, the last T positions.
         k: ``[B, Hkv, S, d]``; head h reads ``h // (H / Hkv)``.
         v: as ``k``.
+        sinks: ``[H]``: a further score of each head, whose value is nothing.
     """
     if isinstance(q, mx.array):
         causal = "causal" if mask is None and q.shape[2] > 1 else mask
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=causal)
+        return mx.fast.scaled_dot_product_attention(
+            q, k, v, scale=scale, mask=causal, sinks=sinks
+        )
     out = np.empty(q.shape, np.float32)
     n_kv, s = k.shape[1], k.shape[2]
     each = q.shape[1] // n_kv
@@ -150,15 +161,27 @@ def attention(q: Array, k: Array, v: Array, scale: float, mask: Array | None) ->
         for first in range(kv * each, (kv + 1) * each, together):
             heads = slice(first, min(first + together, (kv + 1) * each))
             out[seq, heads] = _attend(
-                q[seq, heads] * scale, k[seq, kv], v[seq, kv], seen
+                q[seq, heads] * scale,
+                k[seq, kv],
+                v[seq, kv],
+                seen,
+                None if sinks is None else sinks[heads, None, None],
             )
     return out
 
 
 def _attend(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    mask: np.ndarray | None,
+    sinks: np.ndarray | None,
 ) -> np.ndarray:
-    """Attend with heads ``[H, T, d]`` that read the same rows ``[S, d]``."""
+    """Attend with heads ``[H, T, d]`` that read the same rows ``[S, d]``.
+
+    Args:
+        sinks: ``[H, 1, 1]``.
+    """
     t, s, lowest = q.shape[1], len(k), np.finfo(np.float32).min
     out = np.empty(q.shape, np.float32)
     for start in range(0, t, QUERY_BLOCK):
@@ -170,9 +193,13 @@ def _attend(
         elif stop - start > 1:
             ahead = np.tri(stop - start, k=-1, dtype=bool).T
             np.copyto(scores[..., seen - len(ahead) :], lowest, where=ahead)
-        scores -= scores.max(axis=-1, keepdims=True)
+        most = scores.max(axis=-1, keepdims=True)
+        if sinks is not None:
+            most = np.maximum(most, sinks)
+        scores -= most
         np.exp(scores, out=scores)
-        scores /= scores.sum(axis=-1, keepdims=True)
+        total = scores.sum(axis=-1, keepdims=True)
+        scores /= total if sinks is None else total + np.exp(sinks - most)
         np.matmul(scores, v[:seen], out=out[:, start:stop])
     return out
 
@@ -180,11 +207,19 @@ def _attend(
 def linear(x: Array, weight: Weight) -> Array:
     """Return ``x`` ``[..., I]`` times the transpose of ``weight`` ``[O, I]``.
 
-    A weight of either kind of arrays serves rows of both.
+    A weight of either kind of arrays serves rows of both. Its bias is added, if any.
     """
-    if isinstance(x, np.ndarray):
-        return host_linear(x, weight.on_host)
-    weight = weight.on_device
+    on_host = isinstance(x, np.ndarray)
+    weight = weight.on_host if on_host else weight.on_device
+    out = host_linear(x, weight) if on_host else _device_linear(x, weight)
+    return out if weight.bias is None else out + _bias_like(out, weight.bias)
+
+
+def _bias_like(out: Array, bias: Array) -> Array:
+    return bias.astype(out.dtype) if isinstance(out, mx.array) else widen(bias)
+
+
+def _device_linear(x: mx.array, weight: Weight) -> mx.array:
     q = weight.quantization
     if q is None:
         return x @ weight.w.T
@@ -229,10 +264,25 @@ def swiglu(gate: Array, up: Array) -> Array:
     return silu(gate) * up
 
 
-def expert_mlp(x: Array, experts: ExpertWeights, slot: int) -> Array:
+Activation = Callable[[Array, Array], Array]
+
+
+def clipped_swiglu(gate: Array, up: Array, alpha: float, limit: float) -> Array:
+    """Return ``gate * sigmoid(alpha * gate) * (up + 1)``, both clipped first.
+
+    ``gate`` is at most ``limit``, ``up`` lies between ``-limit`` and ``limit``.
+    """
+    xp = namespace(gate)
+    gate, up = xp.minimum(gate, limit), xp.clip(up, -limit, limit)
+    return (up + 1) * (gate * sigmoid(alpha * gate))
+
+
+def expert_mlp(
+    x: Array, experts: ExpertWeights, slot: int, activation: Activation = swiglu
+) -> Array:
     """Apply one expert, ``down(silu(gate x) * (up x))``, to rows ``[M, D]``."""
     experts = experts.on_host if isinstance(x, np.ndarray) else experts
-    act = swiglu(linear(x, experts.gate[slot]), linear(x, experts.up[slot]))
+    act = activation(linear(x, experts.gate[slot]), linear(x, experts.up[slot]))
     return linear(act, experts.down[slot])
 
 
@@ -241,6 +291,7 @@ def experts_by_slot(
     slots: Array,
     experts: ExpertWeights,
     *,
+    activation: Activation = swiglu,
     in_order: bool = False,
 ) -> Array:
     """Run rows ``[N, D]`` through the experts in their slots ``[N, K]``.
@@ -252,30 +303,51 @@ def experts_by_slot(
         ``[N, K, D]``.
     """
     if isinstance(x, np.ndarray):
-        return _experts_on_host(x, slots, experts)
+        return _experts_on_host(x, slots, experts, activation)
     x = x[:, None, None]
     gate = _gather_linear(x, experts.gate, slots, in_order)
     up = _gather_linear(x, experts.up, slots, in_order)
-    return _gather_linear(swiglu(gate, up), experts.down, slots, in_order).squeeze(-2)
+    act = activation(gate, up)
+    return _gather_linear(act, experts.down, slots, in_order).squeeze(-2)
 
 
-def _experts_on_host(x: np.ndarray, slots: Array, experts: ExpertWeights) -> Array:
+def _experts_on_host(
+    x: np.ndarray, slots: Array, experts: ExpertWeights, activation: Activation
+) -> Array:
     experts, chosen = experts.on_host, slots.reshape(-1).tolist()
     rows = np.repeat(x, slots.shape[1], axis=0)
     if experts.gate.quantization == experts.up.quantization:
-        gate, up = row_products(rows, [experts.gate, experts.up], chosen)
+        gate, up = _with_biases(rows, [experts.gate, experts.up], chosen)
     else:
-        (gate,) = row_products(rows, [experts.gate], chosen)
-        (up,) = row_products(rows, [experts.up], chosen)
-    (down,) = row_products(swiglu(gate, up), [experts.down], chosen)
+        (gate,) = _with_biases(rows, [experts.gate], chosen)
+        (up,) = _with_biases(rows, [experts.up], chosen)
+    (down,) = _with_biases(activation(gate, up), [experts.down], chosen)
     return down.reshape(*slots.shape, -1)
+
+
+def _with_biases(
+    x: np.ndarray, stacks: Sequence[Weight], slots: list[int]
+) -> list[np.ndarray]:
+    products = row_products(x, stacks, slots)
+    return [
+        out if stack.bias is None else out + widen(stack.bias[slots])
+        for out, stack in zip(products, stacks, strict=True)
+    ]
 
 
 def _gather_linear(
     x: mx.array, weight: Weight, slots: mx.array, in_order: bool
 ) -> mx.array:
     """Multiply rows ``[N, 1 or K, 1, I]`` by the matrices ``[n_slots, O, I]``."""
-    weight = weight.on_device
+    out = _gather_product(x, weight.on_device, slots, in_order)
+    if weight.bias is None:
+        return out
+    return out + _bias_like(out, weight.on_device.bias[slots][..., None, :])
+
+
+def _gather_product(
+    x: mx.array, weight: Weight, slots: mx.array, in_order: bool
+) -> mx.array:
     if weight.strided and not _gathers_in_place(weight, x.dtype):
         weight, slots = _end_to_end(weight, slots)
     q = weight.quantization

@@ -31,14 +31,17 @@ from ..graph.roles import (
     SharedGateBuf,
 )
 from .functions import (
+    Activation,
     Array,
     argsort,
+    clipped_swiglu,
     expert_mlp,
     experts_by_slot,
     float32,
     namespace,
     sigmoid,
     softmax,
+    swiglu,
     take_columns,
     to_device,
     to_host,
@@ -118,6 +121,14 @@ class RoutedExperts(OpFields):
     n_experts: int
     k: int
     expert_bytes: int
+    alpha: float = 1.0
+    limit: float = 0.0
+
+    def activation(self, gate: Array, up: Array) -> Array:
+        """Return a SwiGLU, or with a ``limit`` the clipped one that goes with it."""
+        if not self.limit:
+            return swiglu(gate, up)
+        return clipped_swiglu(gate, up, self.alpha, self.limit)
 
     def shapes(self) -> dict[str, Shape]:
         chosen, rows = (self.n_tokens, self.k), (self.n_tokens, self.dim)
@@ -168,15 +179,19 @@ class MoeDecodeExperts(RoutedExperts, Op):
         experts: GraphExperts,
     ) -> Array:
         if isinstance(mlp_in, np.ndarray):
-            out = as_they_come(mlp_in, indices, experts)
+            out = as_they_come(mlp_in, indices, experts, self.activation)
         else:
-            out = experts_by_slot(mlp_in, experts.slots(indices), experts.weights)
+            slots, stacks = experts.slots(indices), experts.weights
+            out = experts_by_slot(mlp_in, slots, stacks, activation=self.activation)
             guard(experts, [out])
         return (out * weights[..., None]).sum(axis=1)
 
 
 def as_they_come(
-    mlp_in: np.ndarray, indices: np.ndarray, experts: GraphExperts
+    mlp_in: np.ndarray,
+    indices: np.ndarray,
+    experts: GraphExperts,
+    activation: Activation = swiglu,
 ) -> np.ndarray:
     """Run one row through its experts ``[1, K]``, some while others are being read.
 
@@ -186,7 +201,7 @@ def as_they_come(
     out = np.empty((1, indices.size, mlp_in.shape[1]), "f4")
     for columns, slots in experts.parts(to_device(indices)):
         stacks, chosen = experts.weights, np.array([slots])
-        part = experts_by_slot(mlp_in, chosen, stacks)
+        part = experts_by_slot(mlp_in, chosen, stacks, activation=activation)
         out[:, columns] = part
     return out
 
@@ -219,7 +234,9 @@ class MoeGatherIdFuse(RoutedExperts, Op):
         shape, slots = slots.shape, slots.reshape(-1)
         order = argsort(slots)
         rows, chosen = mlp_in[order // self.k], slots[order][:, None]
-        by_slot = experts_by_slot(rows, chosen, stacks, in_order=True)
+        by_slot = experts_by_slot(
+            rows, chosen, stacks, activation=self.activation, in_order=True
+        )
         return by_slot[argsort(order)].reshape(*shape, self.dim)
 
 
@@ -251,7 +268,8 @@ class MoeBatchedPermuteFuse(RoutedExperts, Op):
         for wave in experts.waves(used):
             for expert, slot in wave:
                 start, stop = starts[expert]
-                outs[expert] = expert_mlp(rows[start:stop], stacks, slot)
+                part = rows[start:stop]
+                outs[expert] = expert_mlp(part, stacks, slot, self.activation)
             guard(experts, [outs[expert] for expert, _ in wave])
         sorted_out = mx.concatenate([outs[expert] for expert in used])
         position, rising = self.rising(order)
@@ -272,7 +290,8 @@ class MoeBatchedPermuteFuse(RoutedExperts, Op):
         for wave in experts.waves(used):
             for expert, slot in wave:
                 rows = slice(*starts[expert])
-                out[rows] = expert_mlp(mlp_in[tokens[rows]], experts.weights, slot)
+                part, stacks = mlp_in[tokens[rows]], experts.weights
+                out[rows] = expert_mlp(part, stacks, slot, self.activation)
         return out
 
     def _combined(

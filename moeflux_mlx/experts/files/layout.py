@@ -14,8 +14,10 @@ from .safetensors import DTYPE_BYTES, MAX_RANK
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PARTS = ("weight", "scales", "biases")
+# What is added to a projection's product: a row's own number.
+BIAS = "bias"
 # All that a projection of mlx-lm can have.
-ALL_PARTS = (*PARTS, "bias", "global_scale")
+ALL_PARTS = (*PARTS, BIAS, "global_scale")
 TENSOR_ALIGNMENT = 16
 # Apple's page, and a multiple of every disk's logical block.
 DEFAULT_ALIGNMENT = 16 * 1024
@@ -83,6 +85,11 @@ class ExpertLayout:
     def projections(self) -> tuple[str, ...]:
         """Names of the projections, in the order of the record."""
         return tuple(dict.fromkeys(t.projection for t in self.tensors))
+
+    @property
+    def is_biased(self) -> bool:
+        """Tell whether projections have biases."""
+        return any(t.part == BIAS for t in self.tensors)
 
     @cached_property
     def record_bytes(self) -> int:

@@ -18,7 +18,7 @@ from ...system.uncopied import Uncopied
 from .checkpoint import ModelFacts, model_facts, read_config
 from .checkpoint_store import check_sizes
 from .direct import are_aligned, bypass_cache
-from .layout import PARTS, ExpertLayout
+from .layout import BIAS, PARTS, ExpertLayout
 from .manifest import MANIFEST_NAME, LayerFile, Manifest, ResidentFile
 from .model_file import check_model_file
 from .pack_files import changes
@@ -86,7 +86,7 @@ class PackedExperts(Uncopied):
         config = read_config(directory)
         manifest = Manifest.read(directory / MANIFEST_NAME)
         _check_model(directory, config, manifest)
-        if not manifest.is_of_blocks:
+        if not manifest.is_of_blocks or has_own_class(config):
             _check_layouts(directory, config, manifest)
         store = cls(directory, manifest)
         try:
@@ -202,7 +202,7 @@ def _facts(config: dict, manifest: Manifest) -> ModelFacts:
     if not manifest.is_of_blocks:
         return model_facts(config)
     model_type = str(config.get("model_type"))
-    if has_own_class(config):
+    if has_own_class(config) and not all(map(_is_numbered, manifest.layers)):
         raise ModelError(
             f"expected layers by number, as our own class of {model_type} reads them, "
             "but got routed blocks by path: pack the model again"
@@ -211,16 +211,22 @@ def _facts(config: dict, manifest: Manifest) -> ModelFacts:
     return dataclasses.replace(manifest.model, model_type=model_type)
 
 
+def _is_numbered(entry: LayerFile) -> bool:
+    """Tell whether a block's number is also that of its layer."""
+    return f".layers.{entry.layer}." in entry.block
+
+
 def _check_layouts(directory: Path, config: dict, manifest: Manifest) -> None:
     """Hold the layouts against what a plain checkpoint of such tensors would give."""
     for entry in manifest.layers:
         layer = _as_routed(directory, entry, config)
         try:
             for spec in entry.layout.tensors:
-                if len(spec.shape) != 2 or spec.part not in PARTS:
+                rank = 1 if spec.part == BIAS else 2
+                if len(spec.shape) != rank or spec.part not in (*PARTS, BIAS):
                     raise ModelError(
-                        f"[layout] expected rows and columns of one of {PARTS} but "
-                        f"got {short(spec)}"
+                        f"[layout] expected rows and columns of one of {PARTS}, or "
+                        f"rows of {BIAS!r}, but got {short(spec)}"
                     )
             check_rows(layer)
             expected = layer.layout(config, entry.layout.alignment)

@@ -12,7 +12,7 @@ from ...errors import ModelError
 from ...system.files import short
 from ..weights import Quantization
 from .checkpoint import is_used
-from .layout import DEFAULT_ALIGNMENT, PARTS, PROJECTIONS, ExpertLayout
+from .layout import BIAS, DEFAULT_ALIGNMENT, PARTS, PROJECTIONS, ExpertLayout
 from .safetensors import DTYPE_BYTES, TensorEntry
 
 # One tensor for all experts (switch_mlp.up_proj.weight, experts.down_proj) or for
@@ -107,6 +107,9 @@ class RoutedLayer:
         """
         parts = {key: (t.dtype, t.shape) for key, t in self.tensors.items()}
         quantization = {p: self._quantization(p, config) for p in PROJECTIONS}
+        for (_, part), tensors in self.tensors.items():
+            if part == BIAS and tensors.dtype not in DENSE_DTYPES:
+                raise _unusable(tensors.entries[0], f"one of {DENSE_DTYPES}")
         return ExpertLayout.build(parts, quantization, alignment)
 
     def _quantization(self, projection: str, config: dict) -> Quantization | None:
@@ -153,7 +156,8 @@ class RoutedLayer:
         if (default := table.get("mode") or "affine") not in modes:
             raise _unusable(entry, f"a known quantisation, not {short(default)},")
         stem = self.path.removesuffix(".experts").removesuffix(".switch_mlp")
-        own = table.get(f"{stem}.switch_mlp.{projection}")
+        names = (f"{stem}.switch_mlp.{projection}", f"{self.path}.{projection}")
+        own = next((table[name] for name in names if name in table), None)
         named = own.get("mode") or "affine" if isinstance(own, dict) else found.mode
         if named != found.mode:
             raise _unusable(
@@ -177,7 +181,8 @@ class _Found:
         n_each = 1 + max(experts, default=-1)
         layer = RoutedLayer(self.layer, self.path, {})
         for (projection, part), entries in self.entries.items():
-            tensors = self._tensors(f"{projection}.{part}", entries, n_each)
+            rank = 1 if part == BIAS else 2
+            tensors = self._tensors(f"{projection}.{part}", entries, n_each, rank)
             named = {projection: tensors}
             if projection == FUSED:
                 if tensors.shape[0] % 2:
@@ -191,12 +196,13 @@ class _Found:
         return layer
 
     def _tensors(
-        self, name: str, entries: dict[int | None, TensorEntry], n_each: int
+        self, name: str, entries: dict[int | None, TensorEntry], n_each: int, rank: int
     ) -> ExpertTensors:
         first = next(iter(entries.values()))
+        columns = ", columns" if rank > 1 else ""
         if None in entries:
-            if len(entries) > 1 or len(first.shape) != 3 or 0 in first.shape:
-                raise _unusable(first, "one shape [experts, rows, columns]")
+            if len(entries) > 1 or len(first.shape) != 1 + rank or 0 in first.shape:
+                raise _unusable(first, f"one shape [experts, rows{columns}]")
             n_experts, *shape = first.shape
             stride = first.n_bytes // n_experts
             return ExpertTensors((first,), n_experts, tuple(shape), 0, stride)
@@ -205,9 +211,9 @@ class _Found:
                 raise ModelError(f"[experts] {self.path}.{expert}.{name} is missing")
             entry = entries[expert]
             same = (entry.dtype, entry.shape) == (first.dtype, first.shape)
-            if len(entry.shape) != 2 or 0 in entry.shape or not same:
+            if len(entry.shape) != rank or 0 in entry.shape or not same:
                 form = f"{first.dtype} {list(first.shape)}"
-                raise _unusable(entry, f"[rows, columns] as of other experts, {form}")
+                raise _unusable(entry, f"[rows{columns}] as of other experts, {form}")
         ordered = tuple(entries[expert] for expert in range(n_each))
         return ExpertTensors(ordered, n_each, first.shape)
 
@@ -238,8 +244,10 @@ def routed_layers(tensors: Mapping[str, TensorEntry]) -> dict[int, RoutedLayer]:
             continue
         number, projection = int(match["layer"]), match["projection"]
         part = match["part"] or "weight"
-        if projection not in (*PROJECTIONS, FUSED) or part not in PARTS:
-            raise _unusable(entry, f"{PROJECTIONS} with {PARTS}")
+        # Which rows of a fused one are whose, families say in different ways.
+        parts = PARTS if projection == FUSED else (*PARTS, BIAS)
+        if projection not in (*PROJECTIONS, FUSED) or part not in parts:
+            raise _unusable(entry, f"{PROJECTIONS} with {(*PARTS, BIAS)}")
         layer = found.setdefault(number, _Found(number, match["path"]))
         expert = None if match["expert"] is None else int(match["expert"])
         entries = layer.entries[projection, part]

@@ -1,0 +1,119 @@
+"""gpt-oss: attention with sinks, every other layer in a window; experts with biases.
+
+A drop-in for ``mlx_lm.models.gpt_oss``: constructor, weight names, caches and
+sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer. A false
+``truncate`` in ``rope_scaling`` it follows, as transformers does: mlx-lm's class does
+not look at it, and is there with ``native=False``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mlx_lm.models import gpt_oss as stock
+from mlx_lm.models.rope_utils import initialize_rope
+
+from moeflux_mlx.engine.blocks import Moe
+from moeflux_mlx.engine.layer import LayerForm, expected_tensors
+from moeflux_mlx.engine.mixers import Attention
+from moeflux_mlx.engine.native import GraphText, NativeModel, check_numbers, check_rope
+from moeflux_mlx.engine.yarn import leave_unrounded
+from moeflux_mlx.experts.files.configuration import (
+    Configuration,
+    check_tensors,
+    counts_of,
+)
+from moeflux_mlx.experts.files.safetensors import TensorEntry
+
+ROUTED = "experts"
+SLIDING, FULL = "sliding_attention", "full_attention"
+ATTENTION: dict[str, Any] = {"sinks": True, "scale_name": "sm_scale"}
+MOE: dict[str, Any] = {"routed_name": ROUTED, "router": "router", "biased": True}
+# Top k and then a softmax is what normalised weights of a softmax are.
+MOE |= {"normalised": True, "alpha": 1.702, "limit": 7.0}
+# What a configuration may say: neither class looks at these.
+KNOWN = {"hidden_act": "silu", "swiglu_limit": 7.0, "attention_bias": True}
+KNOWN |= {"tie_word_embeddings": False, "rope_parameters": None}
+UNKNOWN = ("mscale", "mscale_all_dim", "attention_factor")
+
+
+@dataclass
+class ModelArgs(stock.ModelArgs):
+    """mlx-lm's, and how long a sequence may become."""
+
+    max_position_embeddings: int | None = None
+
+
+def lacks(config: Mapping[str, Any]) -> str | None:
+    """Return what a configuration asks for that the class does not do, if anything."""
+    stored = config.get("quantization_config") or {}
+    if "quantization" not in config and "quant_method" in stored:
+        return "experts as published, before 'moeflux pack' or mlx_lm.convert"
+    for key, value in KNOWN.items():
+        if config.get(key, value) != value:
+            return key
+    scaling = config.get("rope_scaling")
+    # Without it transformers has one of its own, and mlx-lm none.
+    if not isinstance(scaling, dict) or scaling.get("rope_type") != "yarn":
+        return "rope_scaling"
+    return next((key for key in UNKNOWN if scaling.get(key) is not None), None)
+
+
+def layers(args: ModelArgs) -> Iterator[LayerForm]:
+    """Yield what each layer is."""
+    heads = args.num_attention_heads, args.num_key_value_heads, args.head_dim
+    full = Attention(*heads, norms=(), biases=("q", "k", "v", "o"), **ATTENTION)
+    moe = Moe(
+        args.num_local_experts, args.num_experts_per_tok, args.intermediate_size, **MOE
+    )
+    mixers = {FULL: full, SLIDING: replace(full, window=args.sliding_window)}
+    forms = {
+        kind: LayerForm(mixer, moe, args.hidden_size, args.rms_norm_eps)
+        for kind, mixer in mixers.items()
+    }
+    kinds = args.layer_types or [SLIDING, FULL] * (args.num_hidden_layers // 2)
+    yield from (forms[kind] for kind in kinds)
+
+
+class Model(NativeModel, GraphText, stock.Model):
+    """Tokens ``[B, T]`` to logits ``[B, T, V]``, whose calls are graphs."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__(args)
+        scaling = args.rope_scaling or {}
+        if not scaling.get("truncate", True):
+            for layer in self.layers:
+                leave_unrounded(layer.self_attn.rope, args.rope_theta, scaling)
+        self.run_on_graphs(self, layers(args))
+
+
+def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | None:
+    """Hold a configuration against a checkpoint's tensors, before building anything.
+
+    Returns:
+        A tensor that no file has, if there is one.
+
+    Raises:
+        ModelError: a value is not usable, or a tensor has another shape.
+    """
+    config.check_counts(set(counts_of(stock.ModelArgs)) - {"rope_theta"})
+    args = ModelArgs.from_dict(copy.deepcopy(config.fields))
+    kinds, n = args.layer_types, args.num_hidden_layers
+    by_turns = kinds is None and n % 2 == 0
+    named = isinstance(kinds, list) and len(kinds) == n and {*kinds} == {SLIDING, FULL}
+    if not (by_turns or named):
+        raise config.wrong("layer_types", f"{SLIDING} and {FULL}, {n} in all", kinds)
+    expected = expected_tensors(args, layers(args))
+    missing = check_tensors(config, tensors, expected, optional=(f".{ROUTED}.",))
+    if missing is not None:
+        return missing
+    check_numbers(config, args, "num_local_experts")
+    sizes = args.head_dim, args.rope_theta, False, args.rope_scaling
+    check_rope(config, "rope_scaling", lambda: initialize_rope(*sizes))
+    truncate = (args.rope_scaling or {}).get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise config.wrong("truncate", "true or false", truncate)
+    return None
