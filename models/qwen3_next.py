@@ -33,9 +33,7 @@ def lacks(config: Mapping[str, Any]) -> str | None:
     """Return what a configuration asks for that the class does not do, if anything."""
     if config.get("hidden_act", "silu") != "silu":
         return "hidden_act"
-    if config.get("num_experts") == 0:
-        return "no experts"
-    return "attention_bias" if config.get("attention_bias") else None
+    return "no experts" if config.get("num_experts") == 0 else None
 
 
 def layers(args: ModelArgs, *, taps_last: bool = False) -> Iterator[LayerForm]:
@@ -53,8 +51,9 @@ def layers(args: ModelArgs, *, taps_last: bool = False) -> Iterator[LayerForm]:
         taps_last,
         by_key=True,
     )
-    heads, kv_heads = args.num_attention_heads, args.num_key_value_heads
-    attention = Attention(heads, kv_heads, args.head_dim, gated=True)
+    heads = args.num_attention_heads, args.num_key_value_heads, args.head_dim
+    biases = ("q", "k", "v", "o") if args.attention_bias else ()
+    attention = Attention(*heads, gated=True, biases=biases)
     moe = Moe(
         args.num_experts,
         args.num_experts_per_tok,

@@ -127,10 +127,10 @@ def test_what_is_lazy_gives_the_same(plain, executor, monkeypatch):
 
 
 def logits_of(model, caches, seed: int = 0) -> mx.array:
-    """Return the logits of a prompt and of three more tokens, two sequences each."""
-    n_seqs = 2
-    parts = [model(tokens(11, seed, n_seqs), cache=caches)]
-    parts += [model(tokens(1, seed + i, n_seqs), cache=caches) for i in range(1, 4)]
+    """Return the logits of prompts and of single tokens, two sequences each."""
+    parts = []
+    for i, n in enumerate((11, 1, 1, 5, 1, 2)):
+        parts.append(model(tokens(n, seed + i, n_seqs=2), cache=caches))
     return mx.concatenate(parts, axis=1)
 
 
@@ -148,6 +148,7 @@ def test_caches_of_other_kinds_are_seen_through_the_windows(plain, optimistic):
     ours = opened(plain, optimistic=optimistic)
     kinds = CONFIGS["e7-k3"]["layer_types"]
     for make in (
+        lambda: make_prompt_cache(theirs),
         lambda: batched(kinds, [0, 3]),
         lambda: [KVCache() for _ in kinds],
         lambda: [None for _ in kinds],

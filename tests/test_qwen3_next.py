@@ -55,6 +55,7 @@ CONFIGS = {
         linear_value_head_dim=12,
         linear_conv_kernel_dim=3,
         norm_topk_prob=False,
+        attention_bias=True,
     ),
 }
 
