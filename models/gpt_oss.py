@@ -20,7 +20,11 @@ from moeflux_mlx.engine.blocks import Moe
 from moeflux_mlx.engine.layer import LayerForm, expected_tensors
 from moeflux_mlx.engine.mixers import Attention
 from moeflux_mlx.engine.native import GraphText, NativeModel, check_numbers, check_rope
-from moeflux_mlx.engine.yarn import leave_unrounded
+from moeflux_mlx.engine.yarn import (
+    check_truncate,
+    departs_by_truncate,
+    follow_truncate,
+)
 from moeflux_mlx.experts.files.configuration import (
     Configuration,
     check_tensors,
@@ -29,6 +33,7 @@ from moeflux_mlx.experts.files.configuration import (
 from moeflux_mlx.experts.files.safetensors import TensorEntry
 
 ROUTED = "experts"
+departs = departs_by_truncate
 SLIDING, FULL = "sliding_attention", "full_attention"
 ATTENTION: dict[str, Any] = {"sinks": True, "scale_name": "sm_scale"}
 MOE: dict[str, Any] = {"routed_name": ROUTED, "router": "router", "biased": True}
@@ -83,10 +88,7 @@ class Model(NativeModel, GraphText, stock.Model):
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)
-        scaling = args.rope_scaling or {}
-        if not scaling.get("truncate", True):
-            for layer in self.layers:
-                leave_unrounded(layer.self_attn.rope, args.rope_theta, scaling)
+        follow_truncate((layer.self_attn.rope for layer in self.layers), args)
         self.run_on_graphs(self, layers(args))
 
 
@@ -113,7 +115,5 @@ def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | No
     check_numbers(config, args, "num_local_experts")
     sizes = args.head_dim, args.rope_theta, False, args.rope_scaling
     check_rope(config, "rope_scaling", lambda: initialize_rope(*sizes))
-    truncate = (args.rope_scaling or {}).get("truncate", True)
-    if not isinstance(truncate, bool):
-        raise config.wrong("truncate", "true or false", truncate)
+    check_truncate(config)
     return None

@@ -19,7 +19,7 @@ from .engine.runtime import RunOptions
 from .errors import ConfigError, one_line_errors
 from .experts.files.checkpoint import read_config
 from .experts.files.packed import PackedExperts, is_packed
-from .experts.files.stock import has_own_class
+from .experts.files.stock import departs, has_own_class
 from .experts.files.store import open_store
 from .experts.pool.budget import Amounts
 from .experts.weights import leaves
@@ -190,6 +190,7 @@ def _load_our_own(
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Load our class of a model."""
     with _built(path, options, model_config) as (model, loaded):
+        _tell_departure(loaded)
         if adapter_path is not None:
             put_adapters(model, adapter_path)
         if not lazy and options.amounts == Amounts():
@@ -208,6 +209,11 @@ def _load_our_own(
             runtime = model.runtime
             notice(find_fastest(model, runtime.keeper, runtime.streamer, prompt))
     return model, tokenizer, loaded
+
+
+def _tell_departure(config: dict[str, Any]) -> None:
+    if (how := departs(config)) is not None:
+        notice(f"model class: our own {config.get('model_type')}, {how}")
 
 
 def _refuse_code(path: Path) -> None:
@@ -354,6 +360,7 @@ def pack_classes(model_file: str) -> tuple[type, type]:
     found = load_config(directory)
     if not has_own_class(found):
         return saved_plainly(*door_classes(directory, found, reads=not saves))
+    _tell_departure(found)
     direct = config.expert_io() == "direct"
     opened = partial(PackedExperts.open, directory, direct=direct)
     options = replace(options, open_experts=opened)

@@ -33,6 +33,7 @@ from moeflux_mlx.engine.native import NativeModel
 from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.experts.weights import Quantization
+from moeflux_mlx.measure.compare import compare
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 MXFP4 = Quantization(4, 32, "mxfp4")
@@ -214,7 +215,7 @@ def unrounded(dims: int, base: float, scaling: dict) -> np.ndarray:
     return 1 / (angles / factor * share + angles * (1 - share))
 
 
-def test_a_false_truncate_is_followed_as_transformers_does(tmp_path):
+def test_a_false_truncate_is_followed_as_transformers_does(tmp_path, capsys):
     scaling = {**GPT_OSS_CONFIG["rope_scaling"], "truncate": False}
     path = make_gpt_oss(tmp_path / "model", rope_scaling=scaling)
     theirs, _ = mlx_lm.load(str(path))
@@ -225,7 +226,11 @@ def test_a_false_truncate_is_followed_as_transformers_does(tmp_path):
         )
     expected = theirs(tokens(40))
     ours = opened(path)
+    assert "does not truncate" in capsys.readouterr().err
     assert relative_rms(ours(tokens(40)), expected) < 1e-5
+    found = compare(path, "some text", max_tokens=2)
+    assert found.departs is not None and not found.within_tolerance
+    assert compare(path, "some text", max_tokens=2, native=False).departs is None
     assert relative_rms(rounded, expected) > 1e-4
     other, _ = moeflux_mlx.load(path, native=False)
     assert relative_rms(other(tokens(40)), rounded) < 1e-5

@@ -101,6 +101,8 @@ def _print(result: Comparison) -> None:
         f"relative RMS error {result.logits.relative_rms_error:.2e}: {sign} the "
         f"tolerance of {result.tolerance:.2e}"
     )
+    if result.departs is not None:
+        console.print(f"ours is a class {result.departs}")
 
 
 def output_table(result: Comparison) -> Table:

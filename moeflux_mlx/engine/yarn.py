@@ -3,24 +3,52 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..experts.files.configuration import Configuration
 
-def leave_unrounded(rope: nn.Module, base: float, scaling: Mapping[str, Any]) -> None:
-    """Give mlx-lm's module the angles of a ``truncate`` that is false.
+
+def departs_by_truncate(config: Mapping[str, Any]) -> str | None:
+    """Say how a model with a ``truncate`` of ``rope_scaling`` departs from mlx-lm's."""
+    if _truncates(config.get("rope_scaling")):
+        return None
+    return (
+        "which does not truncate in rope_scaling, as transformers does not; mlx-lm's "
+        "class, that of native=False, always does"
+    )
+
+
+def check_truncate(config: Configuration) -> None:
+    """Raise ModelError unless ``truncate`` is true or false, if it is there."""
+    found = (config.fields.get("rope_scaling") or {}).get("truncate", True)
+    if not isinstance(found, bool):
+        raise config.wrong("truncate", "true or false", found)
+
+
+def follow_truncate(ropes: Iterable[nn.Module], args: Any) -> None:
+    """Give mlx-lm's modules the angles of a ``truncate`` that is false.
 
     mlx-lm does not look at it: the channels between which angles change from one rule
     to the other are always rounded to whole ones. Transformers rounds if it is true.
 
     Args:
-        rope: of the type ``yarn``; all else of it stays.
-        base: ``rope_theta``.
-        scaling: ``rope_scaling``.
+        ropes: of the type ``yarn``; all else of them stays.
+        args: mlx-lm's, of the text model.
     """
+    if not _truncates(args.rope_scaling):
+        for rope in ropes:
+            _leave_unrounded(rope, args.rope_theta, args.rope_scaling)
+
+
+def _truncates(scaling: Mapping[str, Any] | None) -> bool:
+    return bool((scaling or {}).get("truncate", True))
+
+
+def _leave_unrounded(rope: nn.Module, base: float, scaling: Mapping[str, Any]) -> None:
     dims, factor = rope.dims, scaling["factor"]
     longest = scaling.get("original_max_position_embeddings", 4096)
 

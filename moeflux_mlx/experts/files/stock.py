@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -45,15 +46,31 @@ def why_stock(config: Mapping[str, Any]) -> str | None:
 
     A family's ``lacks`` names what of a configuration our own class does not do.
     """
-    model_type = config.get("model_type")
-    if not (isinstance(model_type, str) and model_type.isidentifier()):
+    if (module := _own_module(config)) is None:
         return NONE_OF_OUR_OWN
-    name = f"moeflux_mlx.models.{model_type}"
-    if find_spec(name) is None or not hasattr(import_module(name), "Model"):
-        return NONE_OF_OUR_OWN
-    lacks = getattr(import_module(name), "lacks", None)
+    lacks = getattr(module, "lacks", None)
     found = None if lacks is None else lacks(config)
     return None if found is None else f"our own does not do {found}"
+
+
+def departs(config: Mapping[str, Any]) -> str | None:
+    """Return how our own class gives another result than mlx-lm's, if it means to.
+
+    A family's ``departs`` says so where mlx-lm's is not what the publisher's code does.
+    """
+    own = getattr(_own_module(config), "departs", None)
+    found: str | None = None if own is None else own(config)
+    return found
+
+
+def _own_module(config: Mapping[str, Any]) -> ModuleType | None:
+    model_type = config.get("model_type")
+    if not (isinstance(model_type, str) and model_type.isidentifier()):
+        return None
+    name = f"moeflux_mlx.models.{model_type}"
+    if find_spec(name) is None or not hasattr(import_module(name), "Model"):
+        return None
+    return import_module(name)
 
 
 def load_lazily(

@@ -17,7 +17,10 @@ from typing import Any
 import numpy as np
 
 from ...errors import ConfigError
+from ...experts.files.checkpoint import read_config
+from ...experts.files.stock import departs
 from ...loading import find_model
+from ...opening.stock_model import takes_door
 from ...opening.tokenizer import open_tokenizer
 from .measurement import (
     Job,
@@ -56,6 +59,8 @@ class Comparison:
     stock: Side
     ours: Side
     tolerance: float
+    # How our own class means to give another result, if it does.
+    departs: str | None = None
 
     @property
     def within_tolerance(self) -> bool:
@@ -119,6 +124,7 @@ def compare(
         max_tokens=max_tokens,
         dtype=dtype,
     )
+    own = not takes_door(path, native, told=False)
     with tempfile.TemporaryDirectory(prefix="moeflux-compare-") as directory:
         stock = run_job(job, Path(directory))
         options = {
@@ -147,6 +153,7 @@ def compare(
         stock=stock.side,
         ours=ours.side,
         tolerance=TOLERANCES[dtype] if tolerance is None else tolerance,
+        departs=departs(read_config(path)) if own else None,
     )
 
 
