@@ -105,8 +105,8 @@ def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | No
     args = ModelArgs.from_dict(copy.deepcopy(config.fields))
     kinds, n = args.layer_types, args.num_hidden_layers
     by_turns = kinds is None and n % 2 == 0
-    named = isinstance(kinds, list) and len(kinds) == n and {*kinds} == {SLIDING, FULL}
-    if not (by_turns or named):
+    named = isinstance(kinds, list) and {*map(str, kinds)} == {SLIDING, FULL}
+    if not (by_turns or (named and len(kinds) == n)):
         raise config.wrong("layer_types", f"{SLIDING} and {FULL}, {n} in all", kinds)
     expected = expected_tensors(args, layers(args))
     missing = check_tensors(config, tensors, expected, optional=(f".{ROUTED}.",))
