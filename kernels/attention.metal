@@ -826,13 +826,16 @@ template <typename T, typename C, int D, int FOLD>
 // The parts of `sdpa_decode_parts` brought to one largest score, and gated.
 //
 // sums: float32 [B,H,P,D]; stats: float32 [B,H,P,2]; gate, out: [B, H D]; gate is read if
-// HAS_GATE: out = attention * sigmoid(gate). P <= 256. Launch: one threadgroup of 8 simdgroups for
-// 32 values of a head, grid (D, 8 B H); each simdgroup takes every eighth part.
-template <typename T, bool HAS_GATE>
+// HAS_GATE: out = attention * sigmoid(gate); sinks: [H], read if HAS_SINKS: one more score of a
+// head, whose value is nothing. P <= 256. Launch: one threadgroup of 8 simdgroups for 32 values of
+// a head, grid (D, 8 B H); each simdgroup takes every eighth part.
+template <typename T, bool HAS_GATE, bool HAS_SINKS>
 [[kernel]] void sdpa_decode_join(
     device const float* sums,
     device const float* stats,
     device const T* gate,
+    device const T* sinks,
+    constant uint& n_heads,
     constant uint& n_parts,
     constant uint& head_dim,
     device T* out,
@@ -858,6 +861,11 @@ template <typename T, bool HAS_GATE>
     highest = fmax(highest, own_stats[2 * part + 1] > 0.0f ? own_stats[2 * part] : -INFINITY);
   }
   highest = simd_max(highest);
+  float sink = 0.0f;
+  if (HAS_SINKS) {
+    sink = float(sinks[group.y % n_heads]);
+    highest = fmax(highest, sink);
+  }
   float total = 0.0f;
   for (uint part = lane; part < n_parts; part += SIMD) {
     float had = own_stats[2 * part + 1];
@@ -868,6 +876,9 @@ template <typename T, bool HAS_GATE>
     }
   }
   total = simd_sum(total);
+  if (HAS_SINKS) {
+    total += exp(sink - highest);
+  }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   float value = 0.0f;
 #pragma unroll

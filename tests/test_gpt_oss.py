@@ -19,6 +19,7 @@ from test_door_pack import interleaved, rewrite
 from test_qwen3_moe import (
     edit_config,
     greedy,
+    launches,
     least,
     relative_rms,
     simulated,
@@ -110,9 +111,13 @@ def test_any_budget_gives_the_same_bits(plain, packed):
 def test_kernels_give_mlx_lms_tokens_and_logits(plain):
     for n_seqs, options in ((1, {}), (3, {"expert_memory": least(plain)})):
         expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, 1)
-        got, found = greedy(opened(plain, executor="sim", **options), n_seqs, 1)
+        model = opened(plain, executor="sim", **options)
+        got, found = greedy(model, n_seqs, 1)
         assert relative_rms(got, expected) < 1e-5, n_seqs
         assert found == chosen, n_seqs
+    # Of full attention, where caches have spare rows.
+    kinds = CONFIGS["e7-k3"]["layer_types"]
+    assert launches(model).count("sdpa_decode_join") == kinds.count(FULL)
 
 
 @only_quantised

@@ -818,13 +818,23 @@ def sdpa_decode_parts(
 
 
 def _joined(
-    sums: mx.array, stats: mx.array, dtype: mx.Dtype, gate: mx.array | None = None
+    sums: mx.array,
+    stats: mx.array,
+    dtype: mx.Dtype,
+    gate: mx.array | None = None,
+    sinks: mx.array | None = None,
 ) -> mx.array:
     n_seqs, heads, _, d = sums.shape
     top, total = stats[..., :1], stats[..., 1:]
     highest = mx.where(total > 0, top, -mx.inf).max(2, keepdims=True)
+    sink = mx.full((heads, 1, 1), -mx.inf)
+    if sinks is not None:
+        sink = sinks.astype(FLOAT32).reshape(heads, 1, 1)
+        highest = mx.maximum(highest, sink)
     share = mx.where(total > 0, mx.exp(top - highest), 0.0)
     weight = (share * total).sum(2)
+    if sinks is not None:
+        weight = weight + mx.exp(sink - highest)[:, :, 0]
     out = mx.where(weight > 0, (share * sums).sum(2) / weight, 0.0)
     out = out.reshape(n_seqs, heads * d)
     if gate is not None:
@@ -841,6 +851,7 @@ def _some_joined(
     d: int,
     gated: int,
     blind: int = 0,
+    sunk: int = 0,
 ) -> tuple[Any, ...]:
     sums = normal(rng, FLOAT32, b, h, p, d)
     # A part that saw one row has a total of 1; tops are far from zero.
@@ -852,7 +863,9 @@ def _some_joined(
     top[:, :, p - blind :] = 90
     stats = mx.array(np.stack([top, total], -1))
     gate = normal(rng, dtype, b, h * d) if gated else None
-    return sums, stats, dtype, gate
+    # Above all tops, among them and below.
+    sinks = 60 + normal(rng, dtype, h, scale=2.0) if sunk else None
+    return sums, stats, dtype, gate, sinks
 
 
 @kernel(
@@ -864,14 +877,23 @@ def _some_joined(
         dict(b=1, h=2, p=64, d=96, gated=1),
         dict(b=1, h=1, p=83, d=32, gated=0),
         dict(b=1, h=1, p=3, d=256, gated=0, blind=3),
+        dict(b=2, h=5, p=3, d=64, gated=0, blind=1, sunk=1),
+        dict(b=1, h=2, p=2, d=32, gated=1, blind=2, sunk=1),
     ],
     large=dict(b=1, h=16, p=64, d=256, gated=1),
     varying=("n_parts",),
 )
 def sdpa_decode_join(
-    sums: mx.array, stats: mx.array, dtype: mx.Dtype, gate: mx.array | None = None
+    sums: mx.array,
+    stats: mx.array,
+    dtype: mx.Dtype,
+    gate: mx.array | None = None,
+    sinks: mx.array | None = None,
 ) -> Launch:
-    """Attention ``[B, H * d]`` of ``sdpa_decode_parts``, times a gate's sigmoid."""
+    """Attention ``[B, H * d]`` of ``sdpa_decode_parts``, times a gate's sigmoid.
+
+    ``sinks`` ``[H]`` are one more score of each head, whose value is nothing.
+    """
     n_seqs, heads, n_parts, d = dims("sums", sums, 4)
     expect("stats", stats, (n_seqs, heads, n_parts, 2))
     require("sums", d % SIMD == 0, f"a width that is a multiple of {SIMD}", d)
@@ -879,18 +901,22 @@ def sdpa_decode_join(
     shape = (n_seqs, heads * d)
     if gate is not None:
         expect("gate", gate, shape)
+    if sinks is not None:
+        expect("sinks", sinks, (heads,))
     return Launch(
         "sdpa_decode_join",
         {
             "sums": sums,
             "stats": stats,
             "gate": gate,
+            "sinks": sinks,
+            "n_heads": heads,
             "n_parts": n_parts,
             "head_dim": d,
         },
         {"out": shape},
         (d, 8 * n_seqs * heads, 1),
         (SIMD, 8, 1),
-        {"HAS_GATE": int(gate is not None)},
+        {"HAS_GATE": int(gate is not None), "HAS_SINKS": int(sinks is not None)},
         {"T": dtype},
     )

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from ... import device
+from ...experts.weights import Weight
 from ..launch import Kernel
 from ..launch import attention as kernels
 from ..ops import attention as ops
@@ -34,8 +35,7 @@ def kv_cache_append(op: Any, run: Run, *values: mx.array) -> tuple[mx.array, ...
 
 def _known_width(op: ops.SdpaCausalTiled) -> bool:
     d = op.head_dim
-    # No kernel has sinks.
-    return d % kernels.SIMD == 0 and d <= kernels.MAX_HEAD_DIM and op.sinks is None
+    return d % kernels.SIMD == 0 and d <= kernels.MAX_HEAD_DIM
 
 
 def takes_spare(op: ops.SdpaCausalTiled) -> bool:
@@ -52,10 +52,12 @@ def attend_spare(
     start: mx.array,
     scale: float,
     gate: mx.array | None = None,
+    sinks: Weight | None = None,
 ) -> mx.array:
     """Attend over parts of a cache with spare rows, then join them, and gate."""
     sums, stats = run(kernels.sdpa_decode_parts(q, k, v, start, scale))
-    return run(kernels.sdpa_decode_join(sums, stats, q.dtype, gate))[0]
+    scores = None if sinks is None else sinks.w.astype(q.dtype)
+    return run(kernels.sdpa_decode_join(sums, stats, q.dtype, gate, scores))[0]
 
 
 # The kernels of ``attend_spare``.
@@ -67,12 +69,13 @@ def sdpa_parts(
     op: Any, run: Run, q: mx.array, k: mx.array, v: mx.array, *rest: Any
 ) -> mx.array:
     """One token, however many rows are seen: launches never change."""
-    _, start, _ = rest
-    return attend_spare(run, q, k, v, start, op.softmax_scale)
+    _, start, sinks = rest
+    return attend_spare(run, q, k, v, start, op.softmax_scale, sinks=sinks)
 
 
 def _width_fits(op: ops.SdpaCausalTiled) -> bool:
-    return op.start is None and _known_width(op)
+    # Sinks are known where parts are joined alone.
+    return op.start is None and op.sinks is None and _known_width(op)
 
 
 def _one_token(op: ops.SdpaCausalTiled) -> bool:

@@ -318,7 +318,9 @@ def gated_attention(ops: Sequence[Any], run: Run, values: Values) -> Values:
     attend, gate = ops
     q, k, v = values[attend.q], values[attend.k], values[attend.v]
     start, scale = values[attend.start], attend.softmax_scale
-    return {gate.x: attend_spare(run, q, k, v, start, scale, values[gate.gate])}
+    sinks = None if attend.sinks is None else values[attend.sinks.name]
+    opened = values[gate.gate]
+    return {gate.x: attend_spare(run, q, k, v, start, scale, opened, sinks)}
 
 
 def _routing(ops: Sequence[Any]) -> int:
