@@ -24,18 +24,13 @@ from .pack_door import load_pack_lazily, pack_classes_with
 
 
 def takes_door(
-    path: Path,
-    native: bool | None,
-    model_config: dict[str, Any] | None = None,
-    *,
-    told: bool = True,
+    path: Path, native: bool | None, model_config: dict[str, Any] | None = None
 ) -> bool:
     """Tell whether mlx-lm's class is to be loaded, and print a line if it is.
 
     Args:
         native: whether our own class is asked for; None: where there is one.
         model_config: what of ``config.json`` is to be another way.
-        told: False prints nothing.
 
     Raises:
         ModelError: our own class is asked for but does not do all of it.
@@ -51,8 +46,7 @@ def takes_door(
         )
     if why is None or native:
         return False
-    if told:
-        notice(f"model class: mlx-lm's {model_type}, {why}")
+    notice(f"model class: mlx-lm's {model_type}, {why}")
     return True
 
 

@@ -20,7 +20,6 @@ from ...errors import ConfigError
 from ...experts.files.checkpoint import read_config
 from ...experts.files.stock import departs
 from ...loading import find_model
-from ...opening.stock_model import takes_door
 from ...opening.tokenizer import open_tokenizer
 from .measurement import (
     Job,
@@ -59,7 +58,7 @@ class Comparison:
     stock: Side
     ours: Side
     tolerance: float
-    # How our own class means to give another result, if it does.
+    # Where our class follows transformers and mlx-lm's does not.
     departs: str | None = None
 
     @property
@@ -124,7 +123,6 @@ def compare(
         max_tokens=max_tokens,
         dtype=dtype,
     )
-    own = not takes_door(path, native, told=False)
     with tempfile.TemporaryDirectory(prefix="moeflux-compare-") as directory:
         stock = run_job(job, Path(directory))
         options = {
@@ -153,7 +151,7 @@ def compare(
         stock=stock.side,
         ours=ours.side,
         tolerance=TOLERANCES[dtype] if tolerance is None else tolerance,
-        departs=departs(read_config(path)) if own else None,
+        departs=None if native is False else departs(read_config(path)),
     )
 
 
