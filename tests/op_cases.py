@@ -304,6 +304,11 @@ SPECS = [
          **cache(2, 2, 11, 7), note="start", start=value(6, 2)),
     spec(ops.MoeSoftmaxTopK, n_tokens=5, n_experts=7, k=3),
     spec(ops.MoeSoftmaxTopK, n_tokens=3, n_experts=11, k=10),
+    spec(ops.MoeNoauxTopK, n_tokens=5, n_experts=7, k=3, scale=2.5),
+    spec(ops.MoeNoauxTopK, n_tokens=4, n_experts=12, k=5, n_group=4, topk_group=2,
+         normalised=False, note="groups"),
+    spec(ops.MoeNoauxTopK, n_tokens=4, n_experts=12, k=6, n_group=4, topk_group=2,
+         bias=uniform(-3, -1), note="negative scores"),
     spec(ops.MoeNormalizeWeights, n_tokens=3, k=7, weights=uniform(0.1, 1)),
     spec(ops.MoeDecodeExperts, **routed(1, 33, 17, 7, 3)),
     spec(ops.MoeDecodeExperts, Q4, **routed(1, 64, 96, 11, 10)),
@@ -503,6 +508,22 @@ def top_k(op, logits):
     return indices, np.take_along_axis(scores, indices, axis=1)
 
 
+def noaux(op, logits, bias):
+    indices = np.empty((op.n_tokens, op.k), np.int32)
+    weights = np.empty((op.n_tokens, op.k))
+    each = op.n_experts // op.n_group
+    for row, weight, logit in zip(indices, weights, logits, strict=True):
+        biased = (sigmoid(logit) + bias).tolist()
+        groups = [biased[g * each : (g + 1) * each] for g in range(op.n_group)]
+        pairs = [sum(sorted(group)[-2:]) for group in groups]
+        best = sorted(range(op.n_group), key=lambda g: -pairs[g])[: op.topk_group]
+        left = [e for e in range(op.n_experts) if e // each in best]
+        row[:] = sorted(left, key=lambda e: -biased[e])[: op.k]
+        weight[:] = sigmoid(logit[row])
+        weight *= op.scale / (weight.sum() if op.normalised else 1.0)
+    return indices, weights
+
+
 def run_experts(op, mlp_in, indices, weights, experts, out_sum=0.0):
     gate, up, down = experts
     out = np.zeros_like(mlp_in) + out_sum
@@ -582,6 +603,7 @@ ORACLES: dict[type[Op], Callable[..., Any]] = {
     ops.KvCacheAppendNTokens: append,
     ops.SdpaCausalTiled: attend,
     ops.MoeSoftmaxTopK: top_k,
+    ops.MoeNoauxTopK: noaux,
     ops.MoeNormalizeWeights: lambda _, weights: weights / weights.sum(1)[:, None],
     ops.MoeDecodeExperts: run_experts,
     ops.MoeGatherIdFuse: run_experts,

@@ -70,6 +70,7 @@ CALLS = {
         DELTA["state"], x, **GATES, num_k_heads=2, chunk_size=16
     ),
     "softmax_topk": lambda f, x=LOGITS: f(x, K),
+    "noaux_topk": lambda f, x=LOGITS: f(x, 9 * noise(3, E), K, 1, 1, 2.5),
     "normalize_weights": lambda f, x=SHARES: f(x),
     "decode_experts": lambda f, x=ONE: f(x, CHOSEN[:1], SHARES[:1], experts()),
     "gather_experts": lambda f, x=X: f(x, CHOSEN, SHARES, experts()),

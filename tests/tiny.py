@@ -6,11 +6,12 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
-from mlx_lm.models import qwen3_5_moe, qwen3_moe
+from mlx_lm.models import glm4_moe, qwen3_5_moe, qwen3_moe
 from mlx_lm.utils import quantize_model, save_config, save_model
 
 from moeflux_mlx.experts.weights import Quantization
@@ -63,6 +64,35 @@ QWEN3_MOE_CONFIG = dict(
     mlp_only_layers=[],
     moe_intermediate_size=32,
     norm_topk_prob=True,
+)
+
+
+GLM4_MOE_CONFIG = dict(
+    model_type="glm4_moe",
+    hidden_size=64,
+    num_hidden_layers=3,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    partial_rotary_factor=0.5,
+    attention_bias=True,
+    use_qk_norm=True,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+    n_group=1,
+    topk_group=1,
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    rms_norm_eps=1e-5,
+    vocab_size=320,
+    max_position_embeddings=4096,
+    rope_theta=10000.0,
+    rope_scaling=None,
+    tie_word_embeddings=False,
 )
 
 
@@ -133,7 +163,19 @@ def make_checkpoint(
     return path
 
 
-def make_qwen3_moe(
+def make_qwen3_moe(path: Path, **options) -> Path:
+    """Write a random checkpoint of mlx-lm's qwen3_moe, dense when ``bits`` is None."""
+    return make_of(qwen3_moe, QWEN3_MOE_CONFIG, path, **options)
+
+
+def make_glm4_moe(path: Path, **options) -> Path:
+    """Write a random checkpoint of mlx-lm's glm4_moe, dense when ``bits`` is None."""
+    return make_of(glm4_moe, GLM4_MOE_CONFIG, path, **options)
+
+
+def make_of(
+    family: ModuleType,
+    defaults: Mapping[str, object],
     path: Path,
     *,
     seed: int = 0,
@@ -141,13 +183,14 @@ def make_qwen3_moe(
     group_size: int = 32,
     **overrides,
 ) -> Path:
-    """Write a random checkpoint of mlx-lm's qwen3_moe, dense when ``bits`` is None."""
+    """Write a random checkpoint of a family of mlx-lm; overrides are config."""
     mx.random.seed(seed)
-    config = {**QWEN3_MOE_CONFIG, **overrides}
-    model = randomised(qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(config)))
+    config = {**defaults, **overrides}
+    model = randomised(family.Model(family.ModelArgs.from_dict(config)))
     if bits is not None:
+        predicate = getattr(model, "quant_predicate", None)
         model, config = quantize_model(
-            model, config, group_size, bits, quant_predicate=model.quant_predicate
+            model, config, group_size, bits, quant_predicate=predicate
         )
     path.mkdir(parents=True, exist_ok=True)
     save_model(path, model)

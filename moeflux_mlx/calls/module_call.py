@@ -7,6 +7,7 @@ them, adapters for one, the modules themselves are called: slower, and right.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -64,10 +65,46 @@ class ModuleCall:
 
     def logits(self, rows: mx.array) -> mx.array:
         """Return logits ``[B, T, V]`` of rows."""
-        tied = self._text.args.tie_word_embeddings
-        head = self._text.model.embed_tokens.as_linear if tied else self._text.lm_head
+        text = self._text
+        tied = is_tied(text.args)
+        head = text.model.embed_tokens.as_linear if tied else text.lm_head
         logits: mx.array = head(rows)
         return logits
+
+
+def is_tied(args: Any) -> bool:
+    """Tell whether a text model's embedding makes its logits too."""
+    return bool(getattr(args, "tie_word_embeddings", False))
+
+
+class _Given(nn.Module):
+    """Stands in for an embedding whose rows are known."""
+
+    def __init__(self, rows: mx.array):
+        super().__init__()
+        self._rows = rows
+
+    def __call__(self, _ids: mx.array) -> mx.array:
+        return self._rows
+
+
+def backbone_of(model: nn.Module) -> Backbone:
+    """Return how mlx-lm calls a text model's ``model``, with embeddings given."""
+    call: Backbone = type(model).__call__
+    if "input_embeddings" in inspect.signature(call).parameters:
+        return call
+
+    def rows(
+        model: Any, inputs: mx.array, cache: Any, embeddings: mx.array
+    ) -> mx.array:
+        own = model["embed_tokens"]
+        model["embed_tokens"] = _Given(embeddings)
+        try:
+            return call(model, inputs, cache)  # type: ignore[call-arg]
+        finally:
+            model["embed_tokens"] = own
+
+    return rows
 
 
 def without_adapters(module: nn.Module) -> nn.Module:

@@ -18,7 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from .. import device
 from ..calls.arguments import ArgumentChecks, bounded, check_ids
-from ..calls.module_call import Backbone, ModuleCall, without_adapters
+from ..calls.module_call import Backbone, ModuleCall, is_tied, without_adapters
 from ..calls.transforms import in_transformation, is_traced
 from ..experts.compute.streamed import AssumedExperts
 from ..experts.streaming.streamer import ExpertStreamer
@@ -503,8 +503,7 @@ def _build_norm(forward: Forward, g: GraphBuilder, x: Array) -> LayerGraph:
 
 
 def _build_logits(forward: Forward, g: GraphBuilder, x: Array) -> LayerGraph:
-    tied = forward.args.tie_word_embeddings
     normed = g.input("x", b.FinalNormBuf, x.shape)
-    name = "model.embed_tokens" if tied else "lm_head"
+    name = "model.embed_tokens" if is_tied(forward.args) else "lm_head"
     out = g.matvec(name, normed, b.LogitsBuf, label="logits")
     return g.finish(forward.runtime.executor, out=out)

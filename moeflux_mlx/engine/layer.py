@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import device
+from ..calls.module_call import is_tied
 from ..experts.compute.resident import ResidentExperts
 from ..experts.compute.switch import StreamedSwitch
 from ..experts.files.configuration import Expected
@@ -24,7 +25,6 @@ from .graph.experts import GraphExperts
 from .graph.lower import Kernel
 from .mixers import Mixer
 from .model import GraphBuilder, GraphRunner, LayerGraph, LayerSample
-from .ops import MoeSoftmaxTopK
 from .ops.functions import Array
 from .parameters import LayerWeights
 from .runtime import Runtime
@@ -59,7 +59,7 @@ def expected_tensors(args: Any, forms: Iterable[LayerForm]) -> Iterator[Expected
     dim, vocab = args.hidden_size, args.vocab_size
     yield "embed_tokens.weight", (vocab, dim)
     yield "norm.weight", (dim,)
-    if not args.tie_word_embeddings:
+    if not is_tied(args):
         yield "lm_head.weight", (vocab, dim)
     for index, form in enumerate(forms):
         norms = {f"{norm}.weight": (dim,) for norm in (MIXER_NORM, MLP_NORM)}
@@ -191,8 +191,8 @@ class GraphLayer:
         inputs = {**inputs, "hidden": hidden, "experts": experts}
         if call.asks_at_once:
             assert experts is not None and self.form.routed is not None
-            route = blocks.asking(experts, self.form.routed.k)
-            host = {**(host or {}), MoeSoftmaxTopK: route}
+            route = blocks.asking(experts, self.form.routed)
+            host = {**(host or {}), self.form.routed.choice: route}
         # Prompts come in any length: only single tokens are sure to come again.
         recurs = call.t == 1 and not context.traced
         done = self._runner.run(graph, weights, inputs, host, recurs=recurs)

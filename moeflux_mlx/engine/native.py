@@ -6,13 +6,14 @@ A family's file says what its layers are; see ``models/``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..calls.module_call import backbone_of
 from ..errors import ModelError
 from ..experts.compute.switch import StreamedSwitch
 from ..experts.files.configuration import Configuration
@@ -89,7 +90,7 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
         forms = list(forms)
         for form, layer in zip(forms, text.model.layers, strict=True):
             _check_form(form, layer)
-        backbone = type(text.model).__call__
+        backbone = backbone_of(text.model)
         _begin_with(GraphBackbone, text.model)
         if not isinstance(text, GraphText):
             _begin_with(GraphText, text)
@@ -206,11 +207,39 @@ def _check_form(form: LayerForm, layer: nn.Module) -> None:
         )
 
 
-def check_numbers(config: Configuration, args: Any) -> None:
+def lacks_of_rope(config: Mapping[str, Any]) -> str | None:
+    """Return the key of rotary positions that are not mlx-lm's plain ones, if any."""
+    for key in ("rope_scaling", "rope_parameters"):
+        found = config.get(key) or {}
+        named = isinstance(found, dict)
+        kinds = {found[k] for k in ("type", "rope_type") if k in found} if named else {}
+        if not named or not {"default"}.issuperset(kinds):
+            return key
+    return None
+
+
+def lacks_of_choice(config: Mapping[str, Any]) -> str | None:
+    """Return which choice by sigmoids is another than mlx-lm's, if it is."""
+    if not config.get("n_routed_experts"):
+        return "no experts"
+    known = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    for key, value in known.items():
+        if config.get(key, value) != value:
+            return key
+    # transformers divides the one weight by itself, mlx-lm leaves it as it is.
+    one = config.get("num_experts_per_tok", 1) == 1
+    divides = one and config.get("norm_topk_prob", True)
+    return "norm_topk_prob of one expert" if divides else None
+
+
+def check_numbers(
+    config: Configuration, args: Any, experts_key: str = "num_experts"
+) -> None:
     """Refuse numbers of a text model that no weight tells of; names the key.
 
     Args:
         args: mlx-lm's, made of the configuration.
+        experts_key: the key of how many experts there are.
 
     Raises:
         ModelError: one is of no use.
@@ -219,11 +248,43 @@ def check_numbers(config: Configuration, args: Any) -> None:
         config.check_number("max_position_embeddings", args.max_position_embeddings)
     config.check_number("rms_norm_eps", args.rms_norm_eps, zero=True)
     config.check_number("rope_theta", args.rope_theta)
-    if not 1 <= args.num_experts_per_tok <= args.num_experts:
-        expected = f"from 1 to num_experts ({args.num_experts})"
+    n_experts = getattr(args, experts_key)
+    if not 1 <= args.num_experts_per_tok <= n_experts:
+        expected = f"from 1 to {experts_key} ({n_experts})"
         raise config.wrong("num_experts_per_tok", expected, args.num_experts_per_tok)
     key, divisor = "num_attention_heads", "num_key_value_heads"
     config.check_multiple(key, getattr(args, key), divisor, getattr(args, divisor))
+
+
+def check_choice(config: Configuration, args: Any) -> None:
+    """Refuse layers and groups of experts that a choice by sigmoids cannot have.
+
+    Args:
+        args: mlx-lm's, made of the configuration.
+
+    Raises:
+        ModelError: a number does not fit the others; names the key.
+    """
+    first, n_layers = args.first_k_dense_replace, args.num_hidden_layers
+    if type(first) is not int or not 0 <= first < n_layers:
+        expected = f"from 0 to num_hidden_layers - 1 ({n_layers - 1})"
+        raise config.wrong("first_k_dense_replace", expected, first)
+    if args.n_shared_experts is not None:
+        config.check_counts(["n_shared_experts"])
+    key, n_experts = "n_routed_experts", args.n_routed_experts
+    config.check_multiple(key, n_experts, "n_group", args.n_group)
+    config.check_number("routed_scaling_factor", args.routed_scaling_factor)
+    each = n_experts // args.n_group
+    if args.n_group > 1 and each < 2:
+        raise config.wrong("n_group", f"of {key} ({n_experts}) by twos", args.n_group)
+    if args.topk_group > args.n_group:
+        expected = f"from 1 to n_group ({args.n_group})"
+        raise config.wrong("topk_group", expected, args.topk_group)
+    if args.num_experts_per_tok > args.topk_group * each:
+        expected = (
+            f"at most the experts of topk_group groups ({args.topk_group * each})"
+        )
+        raise config.wrong("num_experts_per_tok", expected, args.num_experts_per_tok)
 
 
 def check_rope(config: Configuration, key: str, make: Callable[[], nn.Module]) -> None:

@@ -40,6 +40,7 @@ from ..engine.ops.moe import (
     MoeCombineResidualNTokens,
     MoeDecodeExperts,
     MoeGatherIdFuse,
+    MoeNoauxTopK,
     MoeNormalizeWeights,
     MoeSoftmaxTopK,
 )
@@ -450,6 +451,48 @@ def softmax_topk(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
     at_most("k", "experts", k, n_experts)
     fields = {"n_tokens": n, "n_experts": n_experts, "k": k}
     return apply(MoeSoftmaxTopK, fields, logits=logits)
+
+
+@checked()
+def noaux_topk(
+    logits: mx.array,
+    bias: mx.array,
+    k: int,
+    n_group: int = 1,
+    topk_group: int = 1,
+    scale: float = 1.0,
+    normalised: bool = True,
+) -> tuple[mx.array, mx.array]:
+    """Return the k experts of best corrected sigmoid in the best groups, and weights.
+
+    Args:
+        logits: ``[N, E]``.
+        bias: ``[E]``, added to the sigmoids for choosing alone.
+        k: experts per token.
+        n_group: groups of neighbouring experts, all of one size.
+        topk_group: the groups with the best pairs, from which experts are chosen.
+        scale: what weights are multiplied by.
+        normalised: weights are divided by their sum before that.
+
+    Returns:
+        int32 ``[N, k]``, best first, ties to the lower index, and float32 ``[N, k]``.
+    """
+    n, n_experts = rows("logits", logits)
+    parts("n_group", n_experts, n_group)
+    at_most("topk_group", "groups", topk_group, n_group)
+    at_most("k", "experts of the groups kept", k, topk_group * n_experts // n_group)
+    if n_group > 1:
+        at_most("n_group", "pairs of experts", n_group, n_experts // 2)
+    fields = {
+        "n_tokens": n,
+        "n_experts": n_experts,
+        "k": k,
+        "n_group": n_group,
+        "topk_group": topk_group,
+        "scale": scale,
+        "normalised": normalised,
+    }
+    return apply(MoeNoauxTopK, fields, logits=logits, bias=bias)
 
 
 @checked()

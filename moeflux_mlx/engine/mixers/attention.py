@@ -28,6 +28,7 @@ class Attention:
     Args:
         gated: ``q_proj`` gives each head's query and a gate on what it attends to.
         norms: the projections whose heads are normalised.
+        biases: the projections that add a bias.
     """
 
     heads: int
@@ -35,6 +36,7 @@ class Attention:
     head_dim: int
     gated: bool = False
     norms: tuple[str, ...] = ("q", "k")
+    biases: tuple[str, ...] = ()
     path: str = "self_attn"
     name: ClassVar[str] = "full attention"
     grows: ClassVar[bool] = True
@@ -52,13 +54,15 @@ class Attention:
     def shapes(self, dim: int) -> Shapes:
         """Return the tensors by path below the layer, as they are once unpacked."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        shapes = {
+        shapes: dict[str, tuple[int, ...]] = {
             "q_proj.weight": ((1 + self.gated) * queries, dim),
             "k_proj.weight": (keys, dim),
             "v_proj.weight": (keys, dim),
             "o_proj.weight": (dim, queries),
             **{f"{part}_norm.weight": (self.head_dim,) for part in self.norms},
         }
+        for part in self.biases:
+            shapes[f"{part}_proj.bias"] = shapes[f"{part}_proj.weight"][:1]
         return {f"{self.path}.{name}": shape for name, shape in shapes.items()}
 
     def check(self, module: nn.Module) -> None:

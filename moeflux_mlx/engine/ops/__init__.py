@@ -24,6 +24,7 @@ from .moe import (
     MoeCombineResidualNTokens,
     MoeDecodeExperts,
     MoeGatherIdFuse,
+    MoeNoauxTopK,
     MoeNormalizeWeights,
     MoeSoftmaxTopK,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "MoeCombineResidualNTokens",
     "MoeDecodeExperts",
     "MoeGatherIdFuse",
+    "MoeNoauxTopK",
     "MoeNormalizeWeights",
     "MoeSoftmaxTopK",
     "ResidualAddNTokens",
