@@ -11,6 +11,7 @@ import dataclasses
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -167,7 +168,7 @@ class Spec:
     ) -> Weight:
         make = self.makers.get(name, normal())
         dense = mx.array(np.asarray(make(rng, shape), np.float32)).astype(dtype)
-        return quantized(dense, self.form if dense.ndim == 2 else None)
+        return quantized(dense, self.form if dense.ndim > 1 else None)
 
     def _input(
         self, field: Any, shapes: Any, rng: np.random.Generator, dtype: mx.Dtype
@@ -239,6 +240,15 @@ def relative_rms(got: Any, expected: Any) -> float:
 
 
 # Cases.
+LATENT = dict(num_heads=3, latent_dim=8, rope_dim=6, softmax_scale=0.3)
+
+
+def latents(n_seqs: int, n_rows: int) -> dict[str, Maker]:
+    """Return makers of a compressed cache of so many rows."""
+    shape = n_seqs, 1, n_rows
+    return dict(latent=sized(*shape, 8), rope=sized(*shape, 6))
+
+
 QK = dict(num_k_heads=3, key_dim=5)
 DELTA = dict(num_v_heads=6, num_k_heads=3, key_dim=5, value_dim=7)
 DELTA_INPUTS = dict(
@@ -277,6 +287,8 @@ SPECS = [
          rotary_dim=6, start=value(0, 37), inv_freq=value(1, 0.1, 0.01)),
     spec(ops.RopeNTokens, n_tokens=2, num_heads=1, head_dim=7, rotary_dim=4, scale=1.25,
          start=value(9), inv_freq=value(1, 0.1), note="scaled"),
+    spec(ops.RopeNTokens, n_tokens=6, n_seqs=2, num_heads=3, head_dim=7, rotary_dim=6,
+         start=value(0, 37), inv_freq=value(1, 0.1, 0.01), pairs=True, scale=0.75),
     spec(ops.SplitQGate, n_tokens=3, num_heads=3, head_dim=5),
     spec(ops.MatvecNTokens, n_tokens=3, in_dim=33, out_dim=7),
     spec(ops.MatvecNTokens, Q4, n_tokens=1, in_dim=96, out_dim=7),
@@ -291,6 +303,20 @@ SPECS = [
     spec(ops.SigmoidGateNTokens, n_tokens=3, dim=7, gate=normal(30)),
     spec(ops.KvCacheAppendNTokens, n_tokens=6, n_seqs=2, num_kv_heads=3, head_dim=5,
          k_cache=sized(2, 3, 11, 5), v_cache=sized(2, 3, 11, 5), row=value(4)),
+    spec(ops.KvCacheAppendNTokens, n_tokens=6, n_seqs=2, num_kv_heads=3, head_dim=5,
+         value_dim=3, k_cache=sized(2, 3, 11, 5), v_cache=sized(2, 3, 11, 3),
+         row=value(4), note="narrow values"),
+    spec(ops.MlaSplitQKv, n_tokens=5, num_heads=3, nope_dim=7, rope_dim=4,
+         latent_dim=9),
+    spec(ops.HeadMatvecNTokens, n_tokens=5, num_heads=3, in_dim=7, out_dim=9),
+    spec(ops.HeadMatvecNTokens, Q4, n_tokens=3, num_heads=3, in_dim=32, out_dim=9),
+    spec(ops.HeadMatvecNTokens, Q4, n_tokens=1, num_heads=3, in_dim=64, out_dim=5),
+    spec(ops.SdpaLatentCausal, n_tokens=5, **LATENT, **latents(1, 9)),
+    spec(ops.SdpaLatentCausal, n_tokens=6, n_seqs=2, **LATENT, **latents(2, 5),
+         note="mask",
+         mask=lambda rng, _: (rng.random((2, 1, 3, 5)) < 0.5) | (np.arange(5) == 1)),
+    spec(ops.SdpaLatentCausal, n_tokens=2, n_seqs=2, **LATENT, **latents(2, 11),
+         note="start", start=value(6, 2)),
     spec(ops.SdpaCausalTiled, n_tokens=1, heads_per_kv=3, **HEADS,
          **cache(1, 2, 9, 7)),
     spec(ops.SdpaCausalTiled, n_tokens=5, heads_per_kv=2, **HEADS,
@@ -456,10 +482,13 @@ def rotate(op, x, inv_freq, start):
     for token in range(op.n_tokens):
         position = start[token // t] + token % t
         turn = np.exp(1j * position * inv_freq)
-        first, second = heads[token, :, :half], heads[token, :, half : 2 * half]
+        one, other = slice(0, half), slice(half, 2 * half)
+        if op.pairs:
+            one, other = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+        first, second = heads[token, :, one], heads[token, :, other]
         turned = (first + 1j * second) * turn * op.scale
-        heads[token, :, :half] = turned.real
-        heads[token, :, half : 2 * half] = turned.imag
+        heads[token, :, one] = turned.real
+        heads[token, :, other] = turned.imag
     return heads.reshape(x.shape)
 
 
@@ -472,7 +501,7 @@ def append(op, k_src, v_src, k_cache, v_cache, row):
     t = op.n_tokens // op.n_seqs
     caches = k_cache.copy(), v_cache.copy()
     for new, kept in zip((k_src, v_src), caches, strict=True):
-        rows = new.reshape(op.n_seqs, t, op.num_kv_heads, op.head_dim)
+        rows = new.reshape(op.n_seqs, t, op.num_kv_heads, -1)
         for i in range(t):
             kept[:, :, row[0] + i] = rows[:, i]
     return caches
@@ -496,6 +525,36 @@ def attend(op, q, k, v, mask, start):
             scores = softmax(keys @ queries[token, head] * op.softmax_scale)
             out[token, head] = scores @ values
     return out.reshape(q.shape)
+
+
+def split_q_kv(op, q, kv):
+    heads = np.split(q, op.num_heads, axis=1)
+    nope = [head[:, : op.nope_dim] for head in heads]
+    rope = [head[:, op.nope_dim :] for head in heads]
+    return np.hstack(nope), np.hstack(rope), *np.split(kv, [op.latent_dim], axis=1)
+
+
+def by_head(op, input, weight):
+    heads = np.split(input, op.num_heads, axis=1)
+    return np.hstack([x @ w.T for x, w in zip(heads, weight, strict=True)])
+
+
+def attend_latent(op, q, q_pe, latent, rope, mask, start):
+    """Attend with keys whose first channels are the values, as one group of heads."""
+    n, heads = op.n_tokens, op.num_heads
+    both = q.reshape(n, heads, -1), q_pe.reshape(n, heads, -1)
+    keys = np.concatenate([latent, rope], axis=-1)
+    like = SimpleNamespace(
+        n_tokens=n,
+        n_seqs=op.n_seqs,
+        num_heads=heads,
+        heads_per_kv=heads,
+        head_dim=keys.shape[-1],
+        softmax_scale=op.softmax_scale,
+    )
+    queries = np.concatenate(both, axis=-1).reshape(n, -1)
+    out = attend(like, queries, keys, keys, mask, start).reshape(n, heads, -1)
+    return out[..., : op.latent_dim].reshape(q.shape)
 
 
 def top_k(op, logits):
@@ -602,6 +661,9 @@ ORACLES: dict[type[Op], Callable[..., Any]] = {
     ops.SigmoidGateNTokens: lambda _, x, gate: x * sigmoid(gate),
     ops.KvCacheAppendNTokens: append,
     ops.SdpaCausalTiled: attend,
+    ops.MlaSplitQKv: split_q_kv,
+    ops.HeadMatvecNTokens: by_head,
+    ops.SdpaLatentCausal: attend_latent,
     ops.MoeSoftmaxTopK: top_k,
     ops.MoeNoauxTopK: noaux,
     ops.MoeNormalizeWeights: lambda _, weights: weights / weights.sum(1)[:, None],

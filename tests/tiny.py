@@ -11,7 +11,7 @@ from types import ModuleType
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
-from mlx_lm.models import glm4_moe, qwen3_5_moe, qwen3_moe
+from mlx_lm.models import deepseek_v3, glm4_moe, qwen3_5_moe, qwen3_moe
 from mlx_lm.utils import quantize_model, save_config, save_model
 
 from moeflux_mlx.experts.weights import Quantization
@@ -96,6 +96,45 @@ GLM4_MOE_CONFIG = dict(
 )
 
 
+DEEPSEEK_V3_CONFIG = dict(
+    model_type="deepseek_v3",
+    hidden_size=64,
+    num_hidden_layers=3,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    q_lora_rank=64,
+    kv_lora_rank=32,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=24,
+    attention_bias=False,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+    moe_layer_freq=1,
+    n_group=1,
+    topk_group=1,
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    rms_norm_eps=1e-6,
+    vocab_size=320,
+    max_position_embeddings=4096,
+    rope_theta=10000.0,
+    rope_scaling={
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.7,
+    },
+)
+
+
 # How a projection of a layer's experts is stored; a type is dense.
 ExpertForms = Mapping[tuple[int, str], Quantization | mx.Dtype]
 
@@ -171,6 +210,11 @@ def make_qwen3_moe(path: Path, **options) -> Path:
 def make_glm4_moe(path: Path, **options) -> Path:
     """Write a random checkpoint of mlx-lm's glm4_moe, dense when ``bits`` is None."""
     return make_of(glm4_moe, GLM4_MOE_CONFIG, path, **options)
+
+
+def make_deepseek_v3(path: Path, **options) -> Path:
+    """Write a random checkpoint of mlx-lm's deepseek_v3; dense if ``bits`` is None."""
+    return make_of(deepseek_v3, DEEPSEEK_V3_CONFIG, path, **options)
 
 
 def make_of(

@@ -62,21 +62,25 @@ SameInput = tuple[tuple[str, ...], ...]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def rotation(rope: nn.Module) -> tuple[mx.array, float]:
+def rotation(rope: nn.Module, *, pairs: bool = False) -> tuple[mx.array, float]:
     """Return how one of mlx-lm's rotary modules turns and scales channels.
+
+    Args:
+        pairs: neighbouring channels are to be pairs, not those of two halves.
 
     Returns:
         The angle per position of each channel pair, ``[rotary_dim / 2]``, and what the
         rotated channels are multiplied by.
 
     Raises:
-        ModelError: angles depend on the length of the sequence, or are no numbers.
+        ModelError: angles depend on the length of the sequence, or are no numbers, or
+            other channels are paired.
     """
     scale = getattr(rope, "mscale", getattr(rope, "_scale", 1.0))
     traditional = getattr(rope, "traditional", False)
-    if hasattr(rope, "_freqs") and not traditional:
+    if hasattr(rope, "_freqs") and traditional == pairs:
         angles = mx.reciprocal(rope._freqs.astype(mx.float32))
-    elif isinstance(rope, nn.RoPE) and not traditional:
+    elif isinstance(rope, nn.RoPE) and traditional == pairs:
         half = rope.dims // 2
         exponent = mx.arange(half, dtype=mx.float32) / half
         angles = mx.exp(-exponent * mx.log(mx.array(rope.base, mx.float32)))

@@ -231,6 +231,8 @@ def _places_heads(ops: Sequence[Any]) -> bool:
         and q_rope.inv_freq == k_rope.inv_freq
         and q_rope.start == k_rope.start
         and q_rope.scale == k_rope.scale == 1.0
+        and not q_rope.pairs
+        and not k_rope.pairs
         and q_norm.eps == k_norm.eps
     )
     one_each = q_rope.n_tokens == q_rope.n_seqs

@@ -13,6 +13,7 @@ from .elementwise import (
     ZeroBuffer,
 )
 from .embed import EmbedGatherNTokens
+from .latent import HeadMatvecNTokens, MlaSplitQKv, SdpaLatentCausal
 from .linear_attention import (
     ComputeDecayBetaNTokens,
     Conv1dStepNTokens,
@@ -44,8 +45,10 @@ __all__ = [
     "GatedDeltaNetChunkwise",
     "GatedDeltaNetStepNTokens",
     "GatedRmsNormNTokens",
+    "HeadMatvecNTokens",
     "KvCacheAppendNTokens",
     "MatvecNTokens",
+    "MlaSplitQKv",
     "MoeBatchedPermuteFuse",
     "MoeCombineResidualNTokens",
     "MoeDecodeExperts",
@@ -59,6 +62,7 @@ __all__ = [
     "RmsNormQkNTokens",
     "RopeNTokens",
     "SdpaCausalTiled",
+    "SdpaLatentCausal",
     "SigmoidGateNTokens",
     "SplitQGate",
     "SwigluFusedBatched",
