@@ -243,10 +243,10 @@ def relative_rms(got: Any, expected: Any) -> float:
 LATENT = dict(num_heads=3, latent_dim=8, rope_dim=6, softmax_scale=0.3)
 
 
-def latents(n_seqs: int, n_rows: int) -> dict[str, Maker]:
+def latents(n_seqs: int, n_rows: int, width: int = 8) -> dict[str, Maker]:
     """Return makers of a compressed cache of so many rows."""
     shape = n_seqs, 1, n_rows
-    return dict(latent=sized(*shape, 8), rope=sized(*shape, 6))
+    return dict(latent=sized(*shape, width), rope=sized(*shape, 6))
 
 
 QK = dict(num_k_heads=3, key_dim=5)
@@ -391,6 +391,16 @@ KERNEL_SPECS = [
     spec(ops.MatvecNTokens, Q4, n_tokens=257, in_dim=64, out_dim=9, bias=normal()),
     spec(ops.MatvecNTokens, n_tokens=1, in_dim=33, out_dim=9),
     spec(ops.MatvecNTokens, n_tokens=5, in_dim=33, out_dim=9),
+    spec(ops.RopeNTokens, n_tokens=3, num_heads=5, head_dim=6, rotary_dim=6,
+         start=value(37), inv_freq=value(1, 0.1, 0.01), pairs=True, scale=0.75),
+    spec(ops.KvCacheAppendNTokens, n_tokens=1, num_kv_heads=1, head_dim=33,
+         value_dim=6, k_cache=sized(1, 1, 11, 33), v_cache=sized(1, 1, 11, 6),
+         row=value(4)),
+    spec(ops.HeadMatvecNTokens, Q4, n_tokens=1, num_heads=3, in_dim=32, out_dim=37),
+    spec(ops.SdpaLatentCausal, n_tokens=1, **{**LATENT, "latent_dim": 32},
+         **latents(1, 21, 32), start=value(13)),
+    spec(ops.SdpaLatentCausal, n_tokens=1, **{**LATENT, "latent_dim": 32},
+         **latents(1, 600, 32), start=value(520), note="tiles"),
     spec(ops.SdpaCausalTiled, n_tokens=5, heads_per_kv=1, **HEADS_64,
          **cache_64(1, 8, 11)),
     spec(ops.SdpaCausalTiled, n_tokens=6, n_seqs=2, heads_per_kv=2, **HEADS_64,
