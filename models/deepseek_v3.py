@@ -25,6 +25,7 @@ from moeflux_mlx.engine.native import (
     check_numbers,
     check_rope,
     lacks_of_choice,
+    lacks_of_form,
     lacks_of_rope,
     lacks_of_yarn,
 )
@@ -48,7 +49,7 @@ def lacks(config: Mapping[str, Any]) -> str | None:
         if config.get(key, value) != value:
             return key
     rope = lacks_of_yarn(config) or lacks_of_rope(config, ["rope_parameters"])
-    return rope or lacks_of_choice(config)
+    return rope or lacks_of_choice(config) or lacks_of_form(config)
 
 
 def layers(args: ModelArgs, *, joint_kv: bool = False) -> Iterator[LayerForm]:

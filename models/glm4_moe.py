@@ -25,6 +25,7 @@ from moeflux_mlx.engine.native import (
     check_numbers,
     check_rope,
     lacks_of_choice,
+    lacks_of_form,
     lacks_of_rope,
 )
 from moeflux_mlx.experts.files.configuration import (
@@ -41,7 +42,7 @@ def lacks(config: Mapping[str, Any]) -> str | None:
     """Return what a configuration asks for that the class does not do, if anything."""
     if config.get("tie_word_embeddings"):
         return "tie_word_embeddings"
-    return lacks_of_rope(config) or lacks_of_choice(config)
+    return lacks_of_rope(config) or lacks_of_choice(config) or lacks_of_form(config)
 
 
 def layers(args: ModelArgs) -> Iterator[LayerForm]:

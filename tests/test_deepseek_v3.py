@@ -258,6 +258,27 @@ def test_kimi_k2_is_another_name(tmp_path):
         assert relative_rms(load(path, **options)(tokens(9)), expected) < 1e-5
 
 
+def test_the_publishers_eight_bit_floats_go_through_mlx_lms_class(tmp_path):
+    """mlx-lm unpacks them, so only a pack of them can be streamed."""
+    path = make_deepseek_v3(tmp_path / "model", num_hidden_layers=2, bits=None)
+    edit_config(path, quantization_config={"quant_method": "fp8"})
+    file = next(path.glob("*.safetensors"))
+    made = {}
+    for name, array in mx.load(str(file)).items():
+        made[name] = array
+        if ".shared_experts." in name:
+            made[name] = mx.to_fp8(array)
+            made[f"{name}_scale_inv"] = mx.array([[0.75]])
+    for index in path.glob("*.index.json"):
+        index.unlink()
+    mx.save_safetensors(str(file), made)
+    expected = mlx_lm.load(str(path))[0](tokens(9))
+    pack(path, tmp_path / "packed")
+    model, _ = moeflux_mlx.load(tmp_path / "packed")
+    assert isinstance(model, StreamedModel)
+    assert relative_rms(model(tokens(9)), expected) < 1e-5
+
+
 @pytest.fixture
 def copied(tmp_path):
     return make_deepseek_v3(tmp_path / "copy", num_hidden_layers=2)
@@ -293,7 +314,7 @@ def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why, capsys):
         ({"q_lora_rank": 0}, "q_lora_rank"),
         ({"kv_lora_rank": 33}, "kv_a_proj_with_mqa"),
         ({"v_head_dim": 25}, "o_proj|unembed_out"),
-        ({"moe_intermediate_size": 0}, "moe_intermediate_size"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size|rows of gate_proj"),
         ({"n_routed_experts": 2.5}, "n_routed_experts"),
         ({"rope_scaling": {**YARN, "factor": "x"}}, "rope_scaling"),
         ({"first_k_dense_replace": 0}, "layers.0.mlp.gate|layers? 0"),

@@ -207,6 +207,13 @@ def _check_form(form: LayerForm, layer: nn.Module) -> None:
         )
 
 
+def lacks_of_form(config: Mapping[str, Any]) -> str | None:
+    """Return how a publisher stores matrices that mlx-lm unpacks first, if so."""
+    stored = config.get("quantization_config")
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    return None if method is None else f"quantization_config of {method}"
+
+
 def lacks_of_yarn(config: Mapping[str, Any]) -> str | None:
     """Return the key of YaRN that mlx-lm does not do as transformers does, if any."""
     scaling = config.get("rope_scaling") or {}
