@@ -15,17 +15,15 @@ from typing import Any
 from mlx_lm.models import deepseek_v3 as stock
 from mlx_lm.models.rope_utils import initialize_rope
 
-from moeflux_mlx.engine.blocks import ROUTED, DenseMlp, Moe, Noaux
+from moeflux_mlx.engine import noaux
+from moeflux_mlx.engine.blocks import ROUTED
 from moeflux_mlx.engine.layer import LayerForm, expected_tensors
 from moeflux_mlx.engine.mixers import LatentAttention
 from moeflux_mlx.engine.native import (
     GraphText,
     NativeModel,
-    check_choice,
     check_numbers,
     check_rope,
-    lacks_of_choice,
-    lacks_of_form,
     lacks_of_rope,
     lacks_of_yarn,
 )
@@ -37,23 +35,23 @@ from moeflux_mlx.experts.files.configuration import (
 from moeflux_mlx.experts.files.safetensors import TensorEntry
 
 ModelArgs = stock.ModelArgs
+# Says where it follows transformers and mlx-lm's class does not.
+departs = noaux.departs
 # Whole numbers of a configuration that may be 0, null or of no use here.
 OTHER_COUNTS = {"first_k_dense_replace", "q_lora_rank", "num_key_value_heads"}
 
 
 def lacks(config: Mapping[str, Any]) -> str | None:
     """Return what a configuration asks for that the class does not do, if anything."""
-    if config.get("tie_word_embeddings"):
-        return "tie_word_embeddings"
     for key, value in (("moe_layer_freq", 1), ("rope_interleave", True)):
         if config.get(key, value) != value:
             return key
     rope = lacks_of_yarn(config) or lacks_of_rope(config, ["rope_parameters"])
-    return rope or lacks_of_choice(config) or lacks_of_form(config)
+    return rope or noaux.lacks(config)
 
 
 def layers(args: ModelArgs, *, joint_kv: bool = False) -> Iterator[LayerForm]:
-    """Yield what each layer is.
+    """Return what each layer is.
 
     Args:
         joint_kv: as ``LatentAttention`` has it.
@@ -68,24 +66,7 @@ def layers(args: ModelArgs, *, joint_kv: bool = False) -> Iterator[LayerForm]:
         args.attention_bias,
         joint_kv,
     )
-    assert args.n_routed_experts is not None
-    k = args.num_experts_per_tok
-    moe = Moe(
-        args.n_routed_experts,
-        k,
-        args.moe_intermediate_size,
-        normalised=args.norm_topk_prob and k > 1,
-        shared_dim=args.moe_intermediate_size * (args.n_shared_experts or 0),
-        shared_name="shared_experts",
-        gated=False,
-        noaux=Noaux(args.n_group, args.topk_group, args.routed_scaling_factor),
-    )
-    routed, dense = (
-        LayerForm(attention, mlp, args.hidden_size, args.rms_norm_eps)
-        for mlp in (moe, DenseMlp(args.intermediate_size))
-    )
-    for index in range(args.num_hidden_layers):
-        yield dense if index < args.first_k_dense_replace else routed
+    return noaux.forms(args, attention)
 
 
 class Model(NativeModel, GraphText, stock.Model):
@@ -109,7 +90,7 @@ def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | No
     if config.fields.get("q_lora_rank") is not None:
         config.check_counts(["q_lora_rank"])
     args = ModelArgs.from_dict(copy.deepcopy(config.fields))
-    check_choice(config, args)
+    noaux.check(config, args)
     check_numbers(config, args, "n_routed_experts", grouped=False)
     joint_kv = any(name.endswith("kv_b_proj.weight") for name in tensors)
     expected = expected_tensors(args, layers(args, joint_kv=joint_kv))

@@ -15,17 +15,15 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models import glm4_moe as stock
 
-from moeflux_mlx.engine.blocks import ROUTED, DenseMlp, Moe, Noaux
+from moeflux_mlx.engine import noaux
+from moeflux_mlx.engine.blocks import ROUTED
 from moeflux_mlx.engine.layer import LayerForm, expected_tensors
 from moeflux_mlx.engine.mixers import Attention
 from moeflux_mlx.engine.native import (
     GraphText,
     NativeModel,
-    check_choice,
     check_numbers,
     check_rope,
-    lacks_of_choice,
-    lacks_of_form,
     lacks_of_rope,
 )
 from moeflux_mlx.experts.files.configuration import (
@@ -36,17 +34,17 @@ from moeflux_mlx.experts.files.configuration import (
 from moeflux_mlx.experts.files.safetensors import TensorEntry
 
 ModelArgs = stock.ModelArgs
+# Says where it follows transformers and mlx-lm's class does not.
+departs = noaux.departs
 
 
 def lacks(config: Mapping[str, Any]) -> str | None:
     """Return what a configuration asks for that the class does not do, if anything."""
-    if config.get("tie_word_embeddings"):
-        return "tie_word_embeddings"
-    return lacks_of_rope(config) or lacks_of_choice(config) or lacks_of_form(config)
+    return lacks_of_rope(config) or noaux.lacks(config)
 
 
 def layers(args: ModelArgs) -> Iterator[LayerForm]:
-    """Yield what each layer is."""
+    """Return what each layer is."""
     attention = Attention(
         args.num_attention_heads,
         args.num_key_value_heads,
@@ -54,23 +52,7 @@ def layers(args: ModelArgs) -> Iterator[LayerForm]:
         norms=("q", "k") if args.use_qk_norm else (),
         biases=("q", "k", "v") if args.attention_bias else (),
     )
-    k = args.num_experts_per_tok
-    moe = Moe(
-        args.n_routed_experts,
-        k,
-        args.moe_intermediate_size,
-        normalised=args.norm_topk_prob and k > 1,
-        shared_dim=args.moe_intermediate_size * (args.n_shared_experts or 0),
-        shared_name="shared_experts",
-        gated=False,
-        noaux=Noaux(args.n_group, args.topk_group, args.routed_scaling_factor),
-    )
-    routed, dense = (
-        LayerForm(attention, mlp, args.hidden_size, args.rms_norm_eps)
-        for mlp in (moe, DenseMlp(args.intermediate_size))
-    )
-    for index in range(args.num_hidden_layers):
-        yield dense if index < args.first_k_dense_replace else routed
+    return noaux.forms(args, attention)
 
 
 class Model(NativeModel, GraphText, stock.Model):
@@ -94,7 +76,7 @@ def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | No
     optional = {"first_k_dense_replace", "n_shared_experts"}
     config.check_counts(set(counts_of(ModelArgs)) - optional)
     args = ModelArgs.from_dict(copy.deepcopy(config.fields))
-    check_choice(config, args)
+    noaux.check(config, args)
     check_numbers(config, args, "n_routed_experts")
     expected = expected_tensors(args, layers(args))
     missing = check_tensors(config, tensors, expected, optional=(ROUTED,))

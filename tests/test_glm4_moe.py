@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from commands import moeflux
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models import glm4_moe as stock
 from mlx_lm.models.cache import make_prompt_cache
@@ -207,26 +208,43 @@ def of_dropped_groups(gates, bias, top_k, n_group, topk_group, scale, norm):
     return indices, chosen / chosen.sum(axis=-1, keepdims=True) * scale
 
 
+def lowered(plain, path):
+    """Write a checkpoint whose scores for choosing are all negative; and its model."""
+    model = mlx_lm.load(str(plain))[0]
+
+    def change(name, p):
+        return p - 2 if name.endswith("e_score_correction_bias") else p
+
+    model.update(tree_map_with_path(change, model.parameters()))
+    path.mkdir()
+    for file in plain.glob("*.json"):
+        (path / file.name).write_bytes(file.read_bytes())
+    save_model(path, model)
+    return model, path
+
+
 @pytest.mark.parametrize("plain", [GROUPS], indirect=True)
 def test_no_expert_of_a_dropped_group_is_chosen(plain, tmp_path, monkeypatch):
     """Where all scores are negative mlx-lm prefers the dropped groups' zeros."""
-    model = mlx_lm.load(str(plain))[0]
-
-    def lowered(path, p):
-        return p - 2 if path.endswith("e_score_correction_bias") else p
-
-    model.update(tree_map_with_path(lowered, model.parameters()))
-    edit = tmp_path / "model"
-    edit.mkdir()
-    for file in plain.glob("*.json"):
-        (edit / file.name).write_bytes(file.read_bytes())
-    save_model(edit, model)
+    model, edit = lowered(plain, tmp_path / "model")
     by_mlx_lm, got = model(tokens(9)), load(edit)(tokens(9))
     assert relative_rms(got, by_mlx_lm) > 1e-2
     theirs, _ = moeflux_mlx.load(edit, native=False)
     assert relative_rms(theirs(tokens(9)), by_mlx_lm) < 1e-5
     monkeypatch.setattr(stock, "group_expert_select", of_dropped_groups)
     assert relative_rms(got, model(tokens(9))) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plain", [GROUPS], indirect=True)
+def test_compare_names_what_it_may_be(plain, tmp_path):
+    _, path = lowered(plain, tmp_path / "model")
+    ours = moeflux("compare", path, "--prompt", "ab", "-m", 2)
+    assert ours.returncode == 1
+    said = " ".join(ours.stdout.split())
+    assert "outside the tolerance" in said and "experts of groups left out" in said
+    theirs = moeflux("compare", path, "--prompt", "ab", "-m", 2, "--no-native")
+    assert theirs.returncode == 0 and "left out" not in theirs.stdout
 
 
 @pytest.fixture

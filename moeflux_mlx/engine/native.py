@@ -207,13 +207,6 @@ def _check_form(form: LayerForm, layer: nn.Module) -> None:
         )
 
 
-def lacks_of_form(config: Mapping[str, Any]) -> str | None:
-    """Return how a publisher stores matrices that mlx-lm unpacks first, if so."""
-    stored = config.get("quantization_config")
-    method = stored.get("quant_method") if isinstance(stored, dict) else None
-    return None if method is None else f"quantization_config of {method}"
-
-
 def lacks_of_yarn(config: Mapping[str, Any]) -> str | None:
     """Return the key of YaRN that mlx-lm does not do as transformers does, if any."""
     scaling = config.get("rope_scaling") or {}
@@ -249,20 +242,6 @@ def lacks_of_rope(
     return None
 
 
-def lacks_of_choice(config: Mapping[str, Any]) -> str | None:
-    """Return which choice by sigmoids is another than mlx-lm's, if it is."""
-    if not config.get("n_routed_experts"):
-        return "no experts"
-    known = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-    for key, value in known.items():
-        if config.get(key, value) != value:
-            return key
-    # transformers divides the one weight by itself, mlx-lm leaves it as it is.
-    one = config.get("num_experts_per_tok", 1) == 1
-    divides = one and config.get("norm_topk_prob", True)
-    return "norm_topk_prob of one expert" if divides else None
-
-
 def check_numbers(
     config: Configuration,
     args: Any,
@@ -291,37 +270,6 @@ def check_numbers(
     if grouped:
         key, divisor = "num_attention_heads", "num_key_value_heads"
         config.check_multiple(key, getattr(args, key), divisor, getattr(args, divisor))
-
-
-def check_choice(config: Configuration, args: Any) -> None:
-    """Refuse layers and groups of experts that a choice by sigmoids cannot have.
-
-    Args:
-        args: mlx-lm's, made of the configuration.
-
-    Raises:
-        ModelError: a number does not fit the others; names the key.
-    """
-    first, n_layers = args.first_k_dense_replace, args.num_hidden_layers
-    if type(first) is not int or not 0 <= first < n_layers:
-        expected = f"from 0 to num_hidden_layers - 1 ({n_layers - 1})"
-        raise config.wrong("first_k_dense_replace", expected, first)
-    if args.n_shared_experts is not None:
-        config.check_counts(["n_shared_experts"])
-    key, n_experts = "n_routed_experts", args.n_routed_experts
-    config.check_multiple(key, n_experts, "n_group", args.n_group)
-    config.check_number("routed_scaling_factor", args.routed_scaling_factor)
-    each = n_experts // args.n_group
-    if args.n_group > 1 and each < 2:
-        raise config.wrong("n_group", f"of {key} ({n_experts}) by twos", args.n_group)
-    if args.topk_group > args.n_group:
-        expected = f"from 1 to n_group ({args.n_group})"
-        raise config.wrong("topk_group", expected, args.topk_group)
-    if args.num_experts_per_tok > args.topk_group * each:
-        expected = (
-            f"at most the experts of topk_group groups ({args.topk_group * each})"
-        )
-        raise config.wrong("num_experts_per_tok", expected, args.num_experts_per_tok)
 
 
 def check_rope(

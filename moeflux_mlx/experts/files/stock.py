@@ -56,6 +56,18 @@ def why_stock(config: Mapping[str, Any]) -> str | None:
     return None if found is None else f"our own does not do {found}"
 
 
+def departs(config: Mapping[str, Any]) -> str | None:
+    """Return where our own class follows transformers and mlx-lm's does not, if so.
+
+    A family's ``departs`` names it; the classes then agree elsewhere only.
+    """
+    if not has_own_class(config):
+        return None
+    module = import_module(f"moeflux_mlx.models.{config['model_type']}")
+    found = getattr(module, "departs", None)
+    return None if found is None else found(config)
+
+
 def load_lazily(
     path: Path,
     model_config: dict[str, Any] | None = None,

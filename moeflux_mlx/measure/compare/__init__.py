@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import ConfigError
+from ...experts.files.checkpoint import read_config
+from ...experts.files.stock import departs
 from ...loading import find_model
 from ...opening.tokenizer import open_tokenizer
 from .measurement import (
@@ -56,6 +58,8 @@ class Comparison:
     stock: Side
     ours: Side
     tolerance: float
+    # Where our class follows transformers and mlx-lm's does not.
+    departs: str | None = None
 
     @property
     def within_tolerance(self) -> bool:
@@ -147,6 +151,7 @@ def compare(
         stock=stock.side,
         ours=ours.side,
         tolerance=TOLERANCES[dtype] if tolerance is None else tolerance,
+        departs=None if native is False else departs(read_config(path)),
     )
 
 
