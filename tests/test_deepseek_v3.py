@@ -26,6 +26,8 @@ from moeflux_mlx.engine.executors import EXECUTORS
 from moeflux_mlx.engine.native import NativeModel
 from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.measure.profile import profile
+from moeflux_mlx.measure.recording import filled_caches
 from moeflux_mlx.streaming import StreamedModel
 
 YARN = DEEPSEEK_V3_CONFIG["rope_scaling"]
@@ -169,6 +171,15 @@ def test_a_quantised_cache_is_refused(plain):
     model = load(plain)
     with pytest.raises(ModelError, match="latent rows as they are"):
         model(tokens(5), cache=[QuantizedKVCache(32, 4) for _ in model.layers])
+
+
+@pytest.mark.parametrize("plain", ["e8-k2"], indirect=True)
+def test_a_step_is_profiled_over_a_filled_cache(plain):
+    model = load(plain, executor="ops")
+    found = profile(model, context=40, repeats=1)
+    names = {row.ops for row in found.rows}
+    assert any("SdpaLatentCausal" in each for each in names)
+    assert [cache.offset for cache in filled_caches(model, 40)] == 3 * [40]
 
 
 # One token: a narrow row of queries first, then all of latent attention.
