@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ... import device
 from ...experts.weights import Weight
 from ..graph.buffers import Shape
 from ..graph.op import Cost, In, Op, Out, WeightRef
@@ -155,8 +156,10 @@ class SdpaLatentCausal(Op):
         )
 
     def scratch_bytes(self, itemsize: int) -> int:
+        """Count all scores twice where MLX makes them: it has no blocks of them."""
         t = self.n_tokens // self.n_seqs
-        scores = self.n_seqs * self.num_heads * min(t, QUERY_BLOCK) * t
+        together = min(t, QUERY_BLOCK) if device.prefers_host_arrays() else t
+        scores = self.n_seqs * self.num_heads * together * t
         rows = self.n_tokens * self.num_heads * (3 * self.latent_dim + self.rope_dim)
         return (2 * scores + rows) * itemsize
 
