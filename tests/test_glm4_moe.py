@@ -84,6 +84,7 @@ def load(path, **options) -> NativeModel:
     return model
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("n_seqs", "n_tokens"), [(1, 64), (3, 16)])
 def test_greedy_tokens_and_their_logits_are_mlx_lms(plain, packed, n_seqs, n_tokens):
     expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, n_tokens)
@@ -103,6 +104,7 @@ def test_greedy_tokens_and_their_logits_are_mlx_lms(plain, packed, n_seqs, n_tok
             assert model.streamer.stats.total.misses, name
 
 
+@pytest.mark.slow
 @simulated
 @pytest.mark.parametrize("plain", [GROUPS], indirect=True)
 def test_kernels_give_mlx_lms_tokens_and_logits(plain):
