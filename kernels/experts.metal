@@ -300,10 +300,19 @@ template <typename T, typename S, int BITS, int G, int WORDS>
 // out = residual + sum over k of weights[k] * (Wd_k act[k])
 //       + sigmoid(shared_gate) * Ws (silu(gate) * up).
 //
-// Arguments as there; shared: a row with gate [F] from gate_at on, up [F] from up_at and
-// shared_gate [1] at opens_at; shared_*: a matrix [D,F] in SHARED_BITS bits and groups of G;
-// residual, out: [D]. Launch: threadgroups of 256 for 16 rows of D.
-template <typename T, typename S, typename H, int BITS, int SHARED_BITS, int G, int WORDS>
+// Arguments as there; shared: a row with gate [F] from gate_at on, up [F] from up_at and, if
+// GATED, shared_gate [1] at opens_at, else the shared expert counts whole; shared_*: a matrix
+// [D,F] in SHARED_BITS bits and groups of G; residual, out: [D]. Launch: threadgroups of 256
+// for 16 rows of D.
+template <
+    typename T,
+    typename S,
+    typename H,
+    int BITS,
+    int SHARED_BITS,
+    int G,
+    int WORDS,
+    bool GATED>
 [[kernel]] void experts_down_combine(
     device const T* act,
     device const uint* slots,
@@ -339,8 +348,8 @@ template <typename T, typename S, typename H, int BITS, int SHARED_BITS, int G, 
   combined_rows<BITS, SHARED_BITS, G, WORDS>(
       act, slots, weights, w + w_base, scales + s_base, biases + b_base, w_row, s_row, b_row,
       shared + gate_at, shared + up_at, shared_w, shared_scales, shared_biases,
-      sigmoid(float(shared[opens_at])), row, k, n_in, n_shared, n_out, sums, thread_index,
-      simdgroup, lane);
+      GATED ? sigmoid(float(shared[opens_at])) : 1.0f, row, k, n_in, n_shared, n_out, sums,
+      thread_index, simdgroup, lane);
   if (thread_index < 16 && row + thread_index < n_out) {
     out[row + thread_index] = T(float(residual[row + thread_index]) + sums[thread_index]);
   }

@@ -83,10 +83,11 @@ template <typename T, int PER_LANE, bool NORMALIZE>
 // DeepSeek-V3 routing: scores are sigmoids; with a correction bias added, only for
 // choosing, the best topk_group of n_group groups by the sum of their two best, and the
 // K best experts there, ties to the lower index. Weights are the scores, divided by
-// their sum if NORMALIZE, times `scale`. Scores of groups left out count as 0.
+// their sum and 1e-20 if NORMALIZE, times `scale`. Experts of groups left out are never
+// chosen, whatever the others' scores.
 //
-// logits: [T,E]; bias: [E]; indices, weights: [T,K]. E <= 512, K <= 16, n_group divides
-// 32 and E. Launch: one simdgroup a token, four a threadgroup. A group belongs to
+// logits: [T,E]; bias: [E]; indices, weights: [T,K]. E <= 512, K <= 16 and at most the
+// experts of topk_group groups, n_group divides 32 and E. Launch: one simdgroup a token, four a threadgroup. A group belongs to
 // L = 32 / n_group neighbouring lanes, PER_LANE = ceil(E / n_group / L) experts each, so
 // the two best of all groups are found together by log2(L) exchanges.
 template <typename T, typename S, int PER_LANE, bool NORMALIZE>
@@ -141,8 +142,7 @@ template <typename T, typename S, int PER_LANE, bool NORMALIZE>
   }
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) {
-    bool dropped = n_better >= topk_group && keys[j] != 0;
-    keys[j] = dropped ? ordered(0.0f) : keys[j];
+    keys[j] = n_better < topk_group ? keys[j] : 0u;
   }
   uint chosen = 0;
   for (uint n = 0; n < k; ++n) {
@@ -152,7 +152,7 @@ template <typename T, typename S, int PER_LANE, bool NORMALIZE>
   }
   float weight = lane < k ? sigmoid(float(row[chosen])) : 0.0f;
   if (NORMALIZE) {
-    weight /= simd_sum(weight);
+    weight /= simd_sum(weight) + 1e-20f;
   }
   if (lane < k) {
     ulong at = ulong(token) * k + lane;

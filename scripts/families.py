@@ -137,7 +137,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "deepseek": {},
     "deepseek_v2": {"topk_method": "greedy", "n_group": 1, "rope_scaling": YARN},
-    "deepseek_v3": {},
+    # As with qwen3_moe below: ours steps aside for what mlx-lm's does not look at.
+    "deepseek_v3": {"scoring_func": "softmax"},
     "deepseek_v32": {},
     "deepseek_v41": {
         "scoring_func": "sqrtsoftplus",
@@ -171,7 +172,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": BOTH_KINDS,
         "tie_word_embeddings": True,
     },
-    "glm4_moe": {"rope_scaling": None},
+    "glm4_moe": {"rope_scaling": None, "scoring_func": "softmax"},
     "glm4_moe_lite": {},
     "glm_moe_dsa": {"rope_parameters": DEFAULT_ROPE},
     "gpt_oss": {"layer_types": BOTH_KINDS},

@@ -11,6 +11,7 @@ import dataclasses
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -167,7 +168,7 @@ class Spec:
     ) -> Weight:
         make = self.makers.get(name, normal())
         dense = mx.array(np.asarray(make(rng, shape), np.float32)).astype(dtype)
-        return quantized(dense, self.form if dense.ndim == 2 else None)
+        return quantized(dense, self.form if dense.ndim > 1 else None)
 
     def _input(
         self, field: Any, shapes: Any, rng: np.random.Generator, dtype: mx.Dtype
@@ -247,6 +248,15 @@ def relative_rms(got: Any, expected: Any) -> float:
 
 
 # Cases.
+LATENT = dict(num_heads=3, latent_dim=8, rope_dim=6, softmax_scale=0.3)
+
+
+def latents(n_seqs: int, n_rows: int, width: int = 8) -> dict[str, Maker]:
+    """Return makers of a compressed cache of so many rows."""
+    shape = n_seqs, 1, n_rows
+    return dict(latent=sized(*shape, width), rope=sized(*shape, 6))
+
+
 QK = dict(num_k_heads=3, key_dim=5)
 DELTA = dict(num_v_heads=6, num_k_heads=3, key_dim=5, value_dim=7)
 DELTA_INPUTS = dict(
@@ -287,6 +297,8 @@ SPECS = [
          rotary_dim=6, start=value(0, 37), inv_freq=value(1, 0.1, 0.01)),
     spec(ops.RopeNTokens, n_tokens=2, num_heads=1, head_dim=7, rotary_dim=4, scale=1.25,
          start=value(9), inv_freq=value(1, 0.1), note="scaled"),
+    spec(ops.RopeNTokens, n_tokens=6, n_seqs=2, num_heads=3, head_dim=7, rotary_dim=6,
+         start=value(0, 37), inv_freq=value(1, 0.1, 0.01), pairs=True, scale=0.75),
     spec(ops.SplitQGate, n_tokens=3, num_heads=3, head_dim=5),
     spec(ops.MatvecNTokens, n_tokens=3, in_dim=33, out_dim=7),
     spec(ops.MatvecNTokens, Q4, n_tokens=1, in_dim=96, out_dim=7),
@@ -301,6 +313,20 @@ SPECS = [
     spec(ops.SigmoidGateNTokens, n_tokens=3, dim=7, gate=normal(30)),
     spec(ops.KvCacheAppendNTokens, n_tokens=6, n_seqs=2, num_kv_heads=3, head_dim=5,
          k_cache=sized(2, 3, 11, 5), v_cache=sized(2, 3, 11, 5), row=value(4)),
+    spec(ops.KvCacheAppendNTokens, n_tokens=6, n_seqs=2, num_kv_heads=3, head_dim=5,
+         value_dim=3, k_cache=sized(2, 3, 11, 5), v_cache=sized(2, 3, 11, 3),
+         row=value(4), note="narrow values"),
+    spec(ops.MlaSplitQKv, n_tokens=5, num_heads=3, nope_dim=7, rope_dim=4,
+         latent_dim=9),
+    spec(ops.HeadMatvecNTokens, n_tokens=5, num_heads=3, in_dim=7, out_dim=9),
+    spec(ops.HeadMatvecNTokens, Q4, n_tokens=3, num_heads=3, in_dim=32, out_dim=9),
+    spec(ops.HeadMatvecNTokens, Q4, n_tokens=1, num_heads=3, in_dim=64, out_dim=5),
+    spec(ops.SdpaLatentCausal, n_tokens=5, **LATENT, **latents(1, 9)),
+    spec(ops.SdpaLatentCausal, n_tokens=6, n_seqs=2, **LATENT, **latents(2, 5),
+         note="mask",
+         mask=lambda rng, _: (rng.random((2, 1, 3, 5)) < 0.5) | (np.arange(5) == 1)),
+    spec(ops.SdpaLatentCausal, n_tokens=2, n_seqs=2, **LATENT, **latents(2, 11),
+         note="start", start=value(6, 2)),
     spec(ops.SdpaCausalTiled, n_tokens=1, heads_per_kv=3, **HEADS,
          **cache(1, 2, 9, 7)),
     spec(ops.SdpaCausalTiled, n_tokens=5, heads_per_kv=2, **HEADS,
@@ -321,6 +347,11 @@ SPECS = [
          start=value(6, 2), sinks=normal(3)),
     spec(ops.MoeSoftmaxTopK, n_tokens=5, n_experts=7, k=3),
     spec(ops.MoeSoftmaxTopK, n_tokens=3, n_experts=11, k=10),
+    spec(ops.MoeNoauxTopK, n_tokens=5, n_experts=7, k=3, scale=2.5),
+    spec(ops.MoeNoauxTopK, n_tokens=4, n_experts=12, k=5, n_group=4, topk_group=2,
+         normalised=False, note="groups"),
+    spec(ops.MoeNoauxTopK, n_tokens=4, n_experts=12, k=6, n_group=4, topk_group=2,
+         bias=uniform(-3, -1), note="negative scores"),
     spec(ops.MoeNormalizeWeights, n_tokens=3, k=7, weights=uniform(0.1, 1)),
     spec(ops.MoeDecodeExperts, **routed(1, 33, 17, 7, 3)),
     spec(ops.MoeDecodeExperts, Q4, **routed(1, 64, 96, 11, 10)),
@@ -386,6 +417,16 @@ KERNEL_SPECS = [
     spec(ops.MatvecNTokens, Q4, n_tokens=257, in_dim=64, out_dim=9, bias=normal()),
     spec(ops.MatvecNTokens, n_tokens=1, in_dim=33, out_dim=9),
     spec(ops.MatvecNTokens, n_tokens=5, in_dim=33, out_dim=9),
+    spec(ops.RopeNTokens, n_tokens=3, num_heads=5, head_dim=6, rotary_dim=6,
+         start=value(37), inv_freq=value(1, 0.1, 0.01), pairs=True, scale=0.75),
+    spec(ops.KvCacheAppendNTokens, n_tokens=1, num_kv_heads=1, head_dim=33,
+         value_dim=6, k_cache=sized(1, 1, 11, 33), v_cache=sized(1, 1, 11, 6),
+         row=value(4)),
+    spec(ops.HeadMatvecNTokens, Q4, n_tokens=1, num_heads=3, in_dim=32, out_dim=37),
+    spec(ops.SdpaLatentCausal, n_tokens=1, **{**LATENT, "latent_dim": 32},
+         **latents(1, 21, 32), start=value(13)),
+    spec(ops.SdpaLatentCausal, n_tokens=1, **{**LATENT, "latent_dim": 32},
+         **latents(1, 600, 32), start=value(520), note="tiles"),
     spec(ops.SdpaCausalTiled, n_tokens=5, heads_per_kv=1, **HEADS_64,
          **cache_64(1, 8, 11)),
     spec(ops.SdpaCausalTiled, n_tokens=6, n_seqs=2, heads_per_kv=2, **HEADS_64,
@@ -482,10 +523,13 @@ def rotate(op, x, inv_freq, start):
     for token in range(op.n_tokens):
         position = start[token // t] + token % t
         turn = np.exp(1j * position * inv_freq)
-        first, second = heads[token, :, :half], heads[token, :, half : 2 * half]
+        one, other = slice(0, half), slice(half, 2 * half)
+        if op.pairs:
+            one, other = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+        first, second = heads[token, :, one], heads[token, :, other]
         turned = (first + 1j * second) * turn * op.scale
-        heads[token, :, :half] = turned.real
-        heads[token, :, half : 2 * half] = turned.imag
+        heads[token, :, one] = turned.real
+        heads[token, :, other] = turned.imag
     return heads.reshape(x.shape)
 
 
@@ -498,13 +542,13 @@ def append(op, k_src, v_src, k_cache, v_cache, row):
     t = op.n_tokens // op.n_seqs
     caches = k_cache.copy(), v_cache.copy()
     for new, kept in zip((k_src, v_src), caches, strict=True):
-        rows = new.reshape(op.n_seqs, t, op.num_kv_heads, op.head_dim)
+        rows = new.reshape(op.n_seqs, t, op.num_kv_heads, -1)
         for i in range(t):
             kept[:, :, row[0] + i] = rows[:, i]
     return caches
 
 
-def attend(op, q, k, v, mask, start, sinks):
+def attend(op, q, k, v, mask, start, sinks=None):
     """One query and one head at a time."""
     t, s = op.n_tokens // op.n_seqs, k.shape[2]
     queries = q.reshape(op.n_tokens, op.num_heads, op.head_dim)
@@ -527,6 +571,36 @@ def attend(op, q, k, v, mask, start, sinks):
     return out.reshape(q.shape)
 
 
+def split_q_kv(op, q, kv):
+    heads = np.split(q, op.num_heads, axis=1)
+    nope = [head[:, : op.nope_dim] for head in heads]
+    rope = [head[:, op.nope_dim :] for head in heads]
+    return np.hstack(nope), np.hstack(rope), *np.split(kv, [op.latent_dim], axis=1)
+
+
+def by_head(op, input, weight):
+    heads = np.split(input, op.num_heads, axis=1)
+    return np.hstack([x @ w.T for x, w in zip(heads, weight, strict=True)])
+
+
+def attend_latent(op, q, q_pe, latent, rope, mask, start):
+    """Attend with keys whose first channels are the values, as one group of heads."""
+    n, heads = op.n_tokens, op.num_heads
+    both = q.reshape(n, heads, -1), q_pe.reshape(n, heads, -1)
+    keys = np.concatenate([latent, rope], axis=-1)
+    like = SimpleNamespace(
+        n_tokens=n,
+        n_seqs=op.n_seqs,
+        num_heads=heads,
+        heads_per_kv=heads,
+        head_dim=keys.shape[-1],
+        softmax_scale=op.softmax_scale,
+    )
+    queries = np.concatenate(both, axis=-1).reshape(n, -1)
+    out = attend(like, queries, keys, keys, mask, start).reshape(n, heads, -1)
+    return out[..., : op.latent_dim].reshape(q.shape)
+
+
 def top_k(op, logits):
     scores = np.stack([softmax(row) for row in logits])
     indices = np.empty((op.n_tokens, op.k), np.int32)
@@ -535,6 +609,22 @@ def top_k(op, logits):
             row[i] = left.argmax()
             left[row[i]] = -1
     return indices, np.take_along_axis(scores, indices, axis=1)
+
+
+def noaux(op, logits, bias):
+    indices = np.empty((op.n_tokens, op.k), np.int32)
+    weights = np.empty((op.n_tokens, op.k))
+    each = op.n_experts // op.n_group
+    for row, weight, logit in zip(indices, weights, logits, strict=True):
+        biased = (sigmoid(logit) + bias).tolist()
+        groups = [biased[g * each : (g + 1) * each] for g in range(op.n_group)]
+        pairs = [sum(sorted(group)[-2:]) for group in groups]
+        best = sorted(range(op.n_group), key=lambda g: -pairs[g])[: op.topk_group]
+        left = [e for e in range(op.n_experts) if e // each in best]
+        row[:] = sorted(left, key=lambda e: -biased[e])[: op.k]
+        weight[:] = sigmoid(logit[row])
+        weight *= op.scale / (weight.sum() if op.normalised else 1.0)
+    return indices, weights
 
 
 def run_experts(op, mlp_in, indices, weights, experts, out_sum=0.0):
@@ -638,7 +728,11 @@ ORACLES: dict[type[Op], Callable[..., Any]] = {
     ops.SigmoidGateNTokens: lambda _, x, gate: x * sigmoid(gate),
     ops.KvCacheAppendNTokens: append,
     ops.SdpaCausalTiled: attend,
+    ops.MlaSplitQKv: split_q_kv,
+    ops.HeadMatvecNTokens: by_head,
+    ops.SdpaLatentCausal: attend_latent,
     ops.MoeSoftmaxTopK: top_k,
+    ops.MoeNoauxTopK: noaux,
     ops.MoeNormalizeWeights: lambda _, weights: weights / weights.sum(1)[:, None],
     ops.MoeDecodeExperts: run_experts,
     ops.MoeGatherIdFuse: run_experts,

@@ -44,6 +44,7 @@ DELTA_IN = DELTA["qkv"]
 GATES = dict(decay=mx.sigmoid(noise(7, N, 4)), beta=mx.sigmoid(noise(8, N, 4)))
 IDS = mx.array([3, 0, 9, 9, 1, 2], mx.int32)
 CACHE = noise(9, B, 1, 7, 32)
+ROPE_KEYS = noise(8, B, 1, 7, 16)
 
 # Each function with arguments; the first floating one is differentiated.
 CALLS = {
@@ -56,6 +57,9 @@ CALLS = {
     "rope": lambda f, x=X: f(x, mx.exp(noise(2, 8)), START, H),
     "kv_cache_append": lambda f, x=NARROW: f(x, x, CACHE, CACHE, START[:1]),
     "causal_attention": lambda f, x=X: f(x, CACHE, CACHE),
+    "split_latent": lambda f, x=X: f(x, NARROW, H, 16),
+    "head_linear": lambda f, x=X: f(x, noise(3, H, 24, 32)),
+    "latent_attention": lambda f, x=X: f(x, NARROW, CACHE, ROPE_KEYS, scale=0.2),
     "residual_add": lambda f, x=X: f(x, Y),
     "zero_buffer": lambda f: f(N, D),
     "swiglu": lambda f, x=X: f(x, Y),
@@ -71,6 +75,7 @@ CALLS = {
         DELTA["state"], x, **GATES, num_k_heads=2, chunk_size=16
     ),
     "softmax_topk": lambda f, x=LOGITS: f(x, K),
+    "noaux_topk": lambda f, x=LOGITS: f(x, 9 * noise(3, E), K, 1, 1, 2.5),
     "normalize_weights": lambda f, x=SHARES: f(x),
     "decode_experts": lambda f, x=ONE: f(x, CHOSEN[:1], SHARES[:1], experts()),
     "gather_experts": lambda f, x=X: f(x, CHOSEN, SHARES, experts()),

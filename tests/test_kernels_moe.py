@@ -57,12 +57,18 @@ def test_noaux_routing_chooses_as_mlx_lm_does(routing, normalize):
     assert relative_error(weights, expected_weights) < 1e-6
 
 
-def test_noaux_routing_gives_experts_of_dropped_groups_a_score_of_nothing():
-    logits, bias = normal(1, 8), mx.full((8,), -1.0)
-    launch = moe.moe_noaux_topk(logits, bias, 4, 4, 2, 1.0, True)
-    indices, _ = run(launch)
+def test_noaux_routing_never_chooses_experts_of_dropped_groups():
+    logits = mx.array([[5.0, 4.0, -1.0, -2.0, 3.0, 2.0, -3.0, -4.0]])
+    # All scores are negative, so mlx-lm prefers the dropped groups' zeros.
+    bias = mx.full((8,), -2.0)
     by_mlx_lm, _ = group_expert_select(logits, bias, 4, 4, 2, 1.0, True)
-    assert set(indices[0].tolist()) == set(by_mlx_lm[0].tolist())
+    assert set(by_mlx_lm[0].tolist()) == {2, 3, 6, 7}
+    indices, weights = run(moe.moe_noaux_topk(logits, bias, 4, 4, 2, 1.0, True))
+    assert indices[0].tolist() == [0, 1, 4, 5]
+    chosen = mx.sigmoid(logits[0, indices[0]])
+    assert relative_error(weights[0], chosen / chosen.sum()) < 1e-6
+    with pytest.raises(KernelError, match="at most 4 experts of the groups kept"):
+        moe.moe_noaux_topk(logits, bias, 5, 4, 2, 1.0, True)
 
 
 def test_equal_logits_go_to_the_lower_expert():

@@ -11,7 +11,14 @@ from types import ModuleType
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
-from mlx_lm.models import gpt_oss, qwen3_5_moe, qwen3_moe, qwen3_next
+from mlx_lm.models import (
+    deepseek_v3,
+    glm4_moe,
+    gpt_oss,
+    qwen3_5_moe,
+    qwen3_moe,
+    qwen3_next,
+)
 from mlx_lm.utils import quantize_model, save_config, save_model
 
 from moeflux_mlx.experts.weights import Quantization
@@ -107,6 +114,74 @@ GPT_OSS_CONFIG = dict(
 )
 
 
+GLM4_MOE_CONFIG = dict(
+    model_type="glm4_moe",
+    hidden_size=64,
+    num_hidden_layers=3,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    partial_rotary_factor=0.5,
+    attention_bias=True,
+    use_qk_norm=True,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+    n_group=1,
+    topk_group=1,
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    rms_norm_eps=1e-5,
+    vocab_size=320,
+    max_position_embeddings=4096,
+    rope_theta=10000.0,
+    rope_scaling=None,
+    tie_word_embeddings=False,
+)
+
+
+DEEPSEEK_V3_CONFIG = dict(
+    model_type="deepseek_v3",
+    hidden_size=64,
+    num_hidden_layers=3,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    q_lora_rank=64,
+    kv_lora_rank=32,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=24,
+    attention_bias=False,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+    moe_layer_freq=1,
+    n_group=1,
+    topk_group=1,
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    rms_norm_eps=1e-6,
+    vocab_size=320,
+    max_position_embeddings=4096,
+    rope_theta=10000.0,
+    rope_scaling={
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.7,
+    },
+)
+
+
 # How a projection of a layer's experts is stored; a type is dense.
 ExpertForms = Mapping[tuple[int, str], Quantization | mx.Dtype]
 
@@ -174,33 +249,34 @@ def make_checkpoint(
     return path
 
 
-def make_qwen3_moe(
-    path: Path,
-    *,
-    seed: int = 0,
-    bits: int | None = 4,
-    group_size: int = 32,
-    **overrides,
-) -> Path:
+def make_qwen3_moe(path: Path, **options) -> Path:
     """Write a random checkpoint of mlx-lm's qwen3_moe, dense when ``bits`` is None."""
-    config = {**QWEN3_MOE_CONFIG, **overrides}
-    return make_family(path, qwen3_moe, config, seed, bits, group_size)
+    return make_of(qwen3_moe, QWEN3_MOE_CONFIG, path, **options)
 
 
-def make_qwen3_next(
-    path: Path,
-    *,
-    seed: int = 0,
-    bits: int | None = 4,
-    group_size: int = 32,
-    **overrides,
-) -> Path:
+def make_glm4_moe(path: Path, **options) -> Path:
+    """Write a random checkpoint of mlx-lm's glm4_moe, dense when ``bits`` is None."""
+    return make_of(glm4_moe, GLM4_MOE_CONFIG, path, **options)
+
+
+def make_deepseek_v3(path: Path, **options) -> Path:
+    """Write a random checkpoint of mlx-lm's deepseek_v3; dense if ``bits`` is None."""
+    return make_of(deepseek_v3, DEEPSEEK_V3_CONFIG, path, **options)
+
+
+def make_qwen3_next(path: Path, **options) -> Path:
     """Write a random checkpoint of mlx-lm's qwen3_next, dense when ``bits`` is None."""
-    config = {**QWEN3_NEXT_CONFIG, **overrides}
-    return make_family(path, qwen3_next, config, seed, bits, group_size)
+    return make_of(qwen3_next, QWEN3_NEXT_CONFIG, path, **options)
 
 
-def make_gpt_oss(
+def make_gpt_oss(path: Path, **options) -> Path:
+    """Write a random checkpoint of mlx-lm's gpt_oss, dense when ``bits`` is None."""
+    return make_of(gpt_oss, GPT_OSS_CONFIG, path, **options)
+
+
+def make_of(
+    family: ModuleType,
+    defaults: Mapping[str, object],
     path: Path,
     *,
     seed: int = 0,
@@ -209,31 +285,19 @@ def make_gpt_oss(
     experts: Quantization | None = None,
     **overrides,
 ) -> Path:
-    """Write a random checkpoint of mlx-lm's gpt_oss, dense when ``bits`` is None.
+    """Write a random checkpoint of a family of mlx-lm; overrides are config.
 
     ``experts`` says how all routed experts are stored, if not like everything else.
     """
-    config = {**GPT_OSS_CONFIG, **overrides}
-    return make_family(path, gpt_oss, config, seed, bits, group_size, experts)
-
-
-def make_family(
-    path: Path,
-    family: ModuleType,
-    config: dict,
-    seed: int,
-    bits: int | None,
-    group_size: int,
-    experts: Quantization | None = None,
-) -> Path:
-    """Write a random checkpoint of one of mlx-lm's modules."""
     mx.random.seed(seed)
+    config = {**defaults, **overrides}
     model = randomised(family.Model(family.ModelArgs.from_dict(config)))
+    own = getattr(model, "quant_predicate", None)
 
     def predicate(path: str, module: nn.Module) -> bool | dict:
         if experts is not None and ".experts." in path:
             return dict(vars(experts))
-        return bits is not None and model.quant_predicate(path, module)
+        return bits is not None and (own is None or own(path, module))
 
     if bits is not None or experts is not None:
         model, config = quantize_model(

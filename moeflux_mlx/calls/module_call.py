@@ -14,10 +14,16 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.mla import QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 # What ``nn.quantize`` puts in the places of modules; graphs perform these too.
-QUANTIZED = {nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear}
+QUANTIZED = {
+    nn.QuantizedLinear,
+    nn.QuantizedEmbedding,
+    QuantizedMultiLinear,
+    QuantizedSwitchLinear,
+}
 # Where an adapter of mlx-lm keeps the layer that it adds to.
 BASES = ("linear", "embedding")
 

@@ -18,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import ModelError
+from ..experts.weights import Weight
 from . import ops
 from .graph import BufId
 from .graph import roles as b
@@ -25,7 +26,7 @@ from .graph.experts import GraphExperts
 from .graph.lower import Kernel
 from .model import GraphBuilder
 from .ops.functions import Array, to_device
-from .ops.moe import softmax_topk
+from .ops.moe import noaux_topk, softmax_topk
 
 
 @dataclass(frozen=True)
@@ -55,28 +56,31 @@ class Call:
 ROUTED = "switch_mlp"
 # Where mlx-lm keeps the second half of a layer.
 MLP = "mlp"
-SHARED = f"{MLP}.shared_expert"
 # Matrices that multiply the same row one after the other, by path.
 SameInput = tuple[tuple[str, ...], ...]
 # The shapes of tensors as they are once unpacked, by name.
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def rotation(rope: nn.Module) -> tuple[mx.array, float]:
+def rotation(rope: nn.Module, *, pairs: bool = False) -> tuple[mx.array, float]:
     """Return how one of mlx-lm's rotary modules turns and scales channels.
+
+    Args:
+        pairs: neighbouring channels are to be pairs, not those of two halves.
 
     Returns:
         The angle per position of each channel pair, ``[rotary_dim / 2]``, and what the
         rotated channels are multiplied by.
 
     Raises:
-        ModelError: angles depend on the length of the sequence, or are no numbers.
+        ModelError: angles depend on the length of the sequence, or are no numbers, or
+            other channels are paired.
     """
     scale = getattr(rope, "mscale", getattr(rope, "_scale", 1.0))
     traditional = getattr(rope, "traditional", False)
-    if hasattr(rope, "_freqs") and not traditional:
+    if hasattr(rope, "_freqs") and traditional == pairs:
         angles = mx.reciprocal(rope._freqs.astype(mx.float32))
-    elif isinstance(rope, nn.RoPE) and not traditional:
+    elif isinstance(rope, nn.RoPE) and traditional == pairs:
         half = rope.dims // 2
         exponent = mx.arange(half, dtype=mx.float32) / half
         angles = mx.exp(-exponent * mx.log(mx.array(rope.base, mx.float32)))
@@ -109,14 +113,29 @@ class RoutedShape:
     expert_bytes: int
 
 
+@dataclass(frozen=True)
+class Noaux:
+    """A choice by sigmoids with a correction, among the best groups of experts.
+
+    See ``MoeNoauxTopK``; the correction lies beside the router's matrix.
+    """
+
+    n_group: int
+    topk_group: int
+    scale: float
+    bias: ClassVar[str] = f"{MLP}.gate.e_score_correction_bias"
+
+
 @dataclass(frozen=True, eq=False)
 class Moe:
-    """Routed experts: a softmax over all of them, and the ``k`` likeliest.
+    """Routed experts: by default a softmax over all of them, and the ``k`` likeliest.
 
     Args:
         normalised: the weights of a token's experts are divided by their sum.
-        shared_dim: width of the expert that every token has beside, opened by a gate
-            of its own; 0: there is none.
+        shared_dim: width of the expert that every token has beside; 0: there is none.
+        shared_name: mlx-lm's name for it.
+        gated: a gate of its own opens the shared expert.
+        noaux: experts are chosen by sigmoids.
         routed_name, router: mlx-lm's names of the experts, and of what chooses them.
         biased: the experts and the router add biases to their products.
         alpha, limit: of a clipped SwiGLU, as ``clipped_swiglu`` has it; 0: a plain one.
@@ -127,15 +146,27 @@ class Moe:
     expert_dim: int
     normalised: bool
     shared_dim: int = 0
+    shared_name: str = "shared_expert"
+    gated: bool = True
+    noaux: Noaux | None = None
     routed_name: str = ROUTED
     router: str = "gate"
     biased: bool = False
     alpha: float = 1.0
     limit: float = 0.0
-    same_input: ClassVar[SameInput] = (
-        (f"{MLP}.gate", f"{SHARED}_gate"),
-        (f"{SHARED}.gate_proj", f"{SHARED}.up_proj"),
-    )
+
+    @property
+    def shared(self) -> str:
+        """The path of the shared expert."""
+        return f"{MLP}.{self.shared_name}"
+
+    @property
+    def same_input(self) -> SameInput:
+        """Its matrices that read the same row, by path."""
+        return (
+            (f"{MLP}.{self.router}", f"{self.shared}_gate"),
+            (f"{self.shared}.gate_proj", f"{self.shared}.up_proj"),
+        )
 
     def shapes(self, dim: int) -> Shapes:
         """Return the tensors of the block by name, as they are once unpacked."""
@@ -152,18 +183,33 @@ class Moe:
                 for name, shape in routed.items()
             }
             routed |= biases
-        if not self.shared_dim:
-            return routed
-        shared = mlp_shapes(SHARED, dim, self.shared_dim)
-        return {**routed, **shared, f"{SHARED}_gate.weight": (1, dim)}
+        if self.noaux is not None:
+            routed[self.noaux.bias] = (n,)
+        if self.shared_dim:
+            routed |= mlp_shapes(self.shared, dim, self.shared_dim)
+            if self.gated:
+                routed[f"{self.shared}_gate.weight"] = (1, dim)
+        return routed
 
     def chosen_by(self, block: nn.Module) -> Moe:
         """Return the form as mlx-lm's module has it: users change how it chooses."""
+        noaux = self.noaux
+        if noaux is not None:
+            block = block.gate
+            scale = float(block.routed_scaling_factor)
+            noaux = Noaux(block.n_group, block.topk_group, scale)
         k = getattr(block, "top_k", None) or block.num_experts_per_tok
         normalised = bool(getattr(block, "norm_topk_prob", self.normalised))
-        if (k, normalised) == (self.k, self.normalised):
+        # mlx-lm leaves the weight of a single sigmoid as it is.
+        normalised = normalised and (noaux is None or k > 1)
+        if (k, normalised, noaux) == (self.k, self.normalised, self.noaux):
             return self
-        return replace(self, k=k, normalised=normalised)
+        return replace(self, k=k, normalised=normalised, noaux=noaux)
+
+    @property
+    def choice(self) -> type[ops.MoeSoftmaxTopK] | type[ops.MoeNoauxTopK]:
+        """The Op that chooses experts."""
+        return ops.MoeSoftmaxTopK if self.noaux is None else ops.MoeNoauxTopK
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,6 +257,24 @@ def choose_experts(
     k = form.k
     indices = g.new("expert_indices", b.RouterIdxBuf, (n, k))
     weights = g.new("expert_weights", b.RouterWeightsBuf, (n, k))
+    if (noaux := form.noaux) is not None:
+        g.push(
+            ops.MoeNoauxTopK(
+                label="route",
+                logits=logits,
+                bias=g.ref(noaux.bias),
+                indices_out=indices,
+                weights_out=weights,
+                n_tokens=n,
+                n_experts=form.n_experts,
+                k=k,
+                n_group=noaux.n_group,
+                topk_group=noaux.topk_group,
+                scale=noaux.scale,
+                normalised=form.normalised,
+            )
+        )
+        return indices, weights
     g.push(
         ops.MoeSoftmaxTopK(
             label="route",
@@ -231,11 +295,15 @@ def choose_experts(
     return indices, weights
 
 
-def asking(experts: GraphExperts, k: int) -> Kernel:
-    """Return a function that performs ``MoeSoftmaxTopK`` and has them read."""
+def asking(experts: GraphExperts, form: Moe) -> Kernel:
+    """Return a function that performs ``form.choice`` and has its experts read."""
 
-    def choose(logits: Array) -> tuple[Array, Array]:
-        indices, weights = softmax_topk(logits, k)
+    def choose(logits: Array, *bias: Weight) -> tuple[Array, Array]:
+        if (by := form.noaux) is None:
+            indices, weights = softmax_topk(logits, form.k)
+        else:
+            how = by.n_group, by.topk_group, by.scale, form.normalised
+            indices, weights = noaux_topk(logits, bias[0].w, form.k, *how)
         experts.ask(to_device(indices))
         return indices, weights
 
@@ -285,21 +353,24 @@ class _Swiglu:
 
 
 class _Shared:
-    """The expert that every token has, and the gate over all of it; or none.
+    """The expert that every token has, and the gate over all of it, if there are such.
 
     Pushed in two parts, with the choice of the others between them or after.
     """
 
     def __init__(self, g: GraphBuilder, form: Moe):
-        self._g, self._is_there = g, bool(form.shared_dim)
-        self._mlp = _Swiglu(g, SHARED, "shared_")
+        self._g, self._form, self._is_there = g, form, bool(form.shared_dim)
+        self._mlp = _Swiglu(g, form.shared, "shared_")
         self.gate: BufId | None = None
 
     def open(self, x: BufId) -> None:
         """Push what reads the layer's row."""
-        if self._is_there:
-            self.gate = self._g.matvec(f"{SHARED}_gate", x, b.SharedGateBuf)
-            self._mlp.open(x)
+        if not self._is_there:
+            return
+        if self._form.gated:
+            path = f"{self._form.shared}_gate"
+            self.gate = self._g.matvec(path, x, b.SharedGateBuf)
+        self._mlp.open(x)
 
     def close(self, n: int) -> BufId | None:
         """Push the rest of it."""
@@ -353,9 +424,13 @@ def moe(
 ) -> BufId:
     """Push router, shared expert, routed experts and the sum with the residual."""
     n, dim = call.n, routed.dim
-    logits = g.matvec(f"{MLP}.{form.router}", x, b.RouterLogitsBuf, label="router")
     experts = g.input("experts", b.ExpertBaseBuf, (None,))
     shared = _Shared(g, form)
+    # A router that is never quantised is no product of the norm's launch.
+    apart = form.noaux is not None and not call.asks_at_once
+    if apart:
+        shared.open(x)
+    logits = g.matvec(f"{MLP}.{form.router}", x, b.RouterLogitsBuf, label="router")
     if call.asks_at_once:
         # What does not need them is computed while they are being read.
         chosen = choose_experts(g, form, logits, n)
@@ -364,7 +439,8 @@ def moe(
         out_sum = _experts_sum(g, form, x, chosen, experts, call, routed)
     else:
         # In an order in which launches can perform neighbours together.
-        shared.open(x)
+        if not apart:
+            shared.open(x)
         chosen = choose_experts(g, form, logits, n)
         out_sum = _experts_sum(g, form, x, chosen, experts, call, routed)
         down = shared.close(n)

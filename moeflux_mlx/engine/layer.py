@@ -25,7 +25,6 @@ from .graph.experts import GraphExperts
 from .graph.lower import Kernel
 from .mixers import Mixer
 from .model import GraphBuilder, GraphRunner, LayerGraph, LayerSample
-from .ops import MoeSoftmaxTopK
 from .ops.functions import Array
 from .parameters import LayerWeights
 from .runtime import Runtime
@@ -198,8 +197,8 @@ class GraphLayer:
         inputs = {**inputs, "hidden": hidden, "experts": experts}
         if call.asks_at_once:
             assert experts is not None and self.form.routed is not None
-            route = blocks.asking(experts, self.form.routed.k)
-            host = {**(host or {}), MoeSoftmaxTopK: route}
+            route = blocks.asking(experts, self.form.routed)
+            host = {**(host or {}), self.form.routed.choice: route}
         # Prompts come in any length: only single tokens are sure to come again.
         recurs = call.t == 1 and not context.traced
         done = self._runner.run(graph, weights, inputs, host, recurs=recurs)

@@ -6,7 +6,7 @@ A family's file says what its layers are; see ``models/``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -219,14 +219,54 @@ def _check_form(form: LayerForm, layer: nn.Module) -> None:
         )
 
 
+def lacks_of_yarn(config: Mapping[str, Any]) -> str | None:
+    """Return the key of YaRN that mlx-lm does not do as transformers does, if any."""
+    scaling = config.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        return "rope_scaling"
+    kind = scaling.get("type") or scaling.get("rope_type", "default")
+    mscales = [bool(scaling.get(key)) for key in ("mscale", "mscale_all_dim")]
+    if kind == "default":
+        return "mscale_all_dim without YaRN" if any(mscales) else None
+    if kind != "yarn":
+        return "rope_scaling"
+    # mlx-lm has a default for what is not given, transformers another.
+    if "original_max_position_embeddings" not in scaling:
+        return "YaRN without original_max_position_embeddings"
+    if mscales[0] != mscales[1]:
+        return "YaRN with one mscale"
+    if scaling.get("attention_factor") is not None:
+        return "attention_factor"
+    return "truncate" if scaling.get("truncate") is False else None
+
+
+def lacks_of_rope(
+    config: Mapping[str, Any],
+    keys: Iterable[str] = ("rope_scaling", "rope_parameters"),
+) -> str | None:
+    """Return the key of rotary positions that are not mlx-lm's plain ones, if any."""
+    for key in keys:
+        found = config.get(key) or {}
+        named = isinstance(found, dict)
+        kinds = {found[k] for k in ("type", "rope_type") if k in found} if named else {}
+        if not named or not {"default"}.issuperset(kinds):
+            return key
+    return None
+
+
 def check_numbers(
-    config: Configuration, args: Any, experts_key: str = "num_experts"
+    config: Configuration,
+    args: Any,
+    experts_key: str = "num_experts",
+    *,
+    grouped: bool = True,
 ) -> None:
     """Refuse numbers of a text model that no weight tells of; names the key.
 
     Args:
         args: mlx-lm's, made of the configuration.
         experts_key: the key of how many experts there are.
+        grouped: several heads share a key.
 
     Raises:
         ModelError: one is of no use.
@@ -239,22 +279,30 @@ def check_numbers(
     if not 1 <= args.num_experts_per_tok <= n_experts:
         expected = f"from 1 to {experts_key} ({n_experts})"
         raise config.wrong("num_experts_per_tok", expected, args.num_experts_per_tok)
-    key, divisor = "num_attention_heads", "num_key_value_heads"
-    config.check_multiple(key, getattr(args, key), divisor, getattr(args, divisor))
+    if grouped:
+        key, divisor = "num_attention_heads", "num_key_value_heads"
+        config.check_multiple(key, getattr(args, key), divisor, getattr(args, divisor))
 
 
-def check_rope(config: Configuration, key: str, make: Callable[[], nn.Module]) -> None:
+def check_rope(
+    config: Configuration,
+    key: str,
+    make: Callable[[], nn.Module],
+    *,
+    pairs: bool = False,
+) -> None:
     """Refuse rotary positions that no kernel has.
 
     Args:
         key: says in the configuration what they are.
         make: mlx-lm's making of them.
+        pairs: as ``rotation`` has it.
 
     Raises:
         ModelError: they depend on the length, or mlx-lm has none like them.
     """
     try:
-        rotation(make())
+        rotation(make(), pairs=pairs)
     except ModelError:
         raise
     except Exception as error:

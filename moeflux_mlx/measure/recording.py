@@ -194,15 +194,19 @@ def filled_caches(model: Any, n_tokens: int) -> list[Any]:
     missing = n_tokens - 1 - WARM_UP
     for cache in caches:
         if isinstance(cache, KVCache) and missing > 0:
-            shape = list(cache.keys.shape)
-            shape[2] = missing
-            noise = mx.random.normal(shape, key=mx.random.key(0))
-            rows = noise.astype(cache.keys.dtype)
-            cache.update_and_fetch(rows, rows)
+            # A compressed cache has rows of two widths.
+            rows = (_noise_like(kept, missing) for kept in (cache.keys, cache.values))
+            cache.update_and_fetch(*rows)
     mx.eval([cache.state for cache in caches])
     for i in range(min(WARM_UP, n_tokens - 1)):
         mx.eval(step(model, caches, mx.array([[2 + i]])))
     return caches
+
+
+def _noise_like(kept: mx.array, n_rows: int) -> mx.array:
+    """Return so many rows as a cache's array has."""
+    shape = (*kept.shape[:2], n_rows, *kept.shape[3:])
+    return mx.random.normal(shape, key=mx.random.key(0)).astype(kept.dtype)
 
 
 def step(model: Any, caches: list[Any], token: mx.array) -> mx.array:

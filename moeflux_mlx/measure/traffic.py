@@ -8,7 +8,12 @@ from typing import Any
 from ..engine.graph.lower import Step, buffers_read
 from ..engine.graph.op import Op
 from ..engine.graph.roles import ExpertBaseBuf, KvCacheKBuf, KvCacheVBuf
-from ..engine.ops import EmbedGatherNTokens, KvCacheAppendNTokens, SdpaCausalTiled
+from ..engine.ops import (
+    EmbedGatherNTokens,
+    KvCacheAppendNTokens,
+    SdpaCausalTiled,
+    SdpaLatentCausal,
+)
 from ..experts.weights import Weight
 
 
@@ -62,7 +67,8 @@ def _expert_bytes(op: Op) -> int:
 
 def _seen_share(ops: Sequence[Op], inputs: Sequence[Any], cache: Any) -> float:
     """Return which share of a cache's rows are seen: not the spare ones."""
-    attend = next(op for op in ops if isinstance(op, SdpaCausalTiled))
+    kinds = SdpaCausalTiled, SdpaLatentCausal
+    attend = next(op for op in ops if isinstance(op, kinds))
     if attend.start is None:
         return 1.0
     start = inputs[buffers_read(ops).index(attend.start)]

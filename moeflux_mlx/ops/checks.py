@@ -91,11 +91,20 @@ def _argument(name: str, kind: Any, value: Any) -> Any:
         return experts(name, value)
     if Weight in kinds:
         return weight(name, Weight(value) if isinstance(value, mx.array) else value)
+    if bool in kinds:
+        return flag(name, value)
     if int in kinds:
         return whole(name, value)
     if float in kinds:
         return finite(name, value)
     return array(name, value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return a truth value."""
+    if not isinstance(value, bool):
+        raise Misfit(name, "True or False", got(value))
+    return value
 
 
 def whole(name: str, value: Any) -> int:

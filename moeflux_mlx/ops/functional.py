@@ -29,6 +29,7 @@ from ..engine.ops.elementwise import (
 )
 from ..engine.ops.embed import EmbedGatherNTokens
 from ..engine.ops.functions import to_host
+from ..engine.ops.latent import HeadMatvecNTokens, MlaSplitQKv, SdpaLatentCausal
 from ..engine.ops.linear_attention import (
     ComputeDecayBetaNTokens,
     Conv1dStepNTokens,
@@ -41,6 +42,7 @@ from ..engine.ops.moe import (
     MoeCombineResidualNTokens,
     MoeDecodeExperts,
     MoeGatherIdFuse,
+    MoeNoauxTopK,
     MoeNormalizeWeights,
     MoeSoftmaxTopK,
 )
@@ -157,7 +159,13 @@ def gated_rms_norm(
 
 
 @checked()
-def rope(x: mx.array, inv_freq: mx.array, start: mx.array, num_heads: int) -> mx.array:
+def rope(
+    x: mx.array,
+    inv_freq: mx.array,
+    start: mx.array,
+    num_heads: int,
+    pairs: bool = False,
+) -> mx.array:
     """Rotate the first channels of each head, halves paired (NeoX).
 
     Args:
@@ -165,6 +173,7 @@ def rope(x: mx.array, inv_freq: mx.array, start: mx.array, num_heads: int) -> mx
         inv_freq: float32 ``[rotary / 2]``, angle per position of each channel pair.
         start: int32 ``[B]``, position of each sequence's first token, up to 2^24.
         num_heads: heads in a row.
+        pairs: neighbouring channels are paired instead (GPT-J).
     """
     n, width = rows("x", x)
     (half,) = rows("inv_freq", inv_freq, 1)
@@ -178,6 +187,7 @@ def rope(x: mx.array, inv_freq: mx.array, start: mx.array, num_heads: int) -> mx
         "num_heads": num_heads,
         "head_dim": head_dim,
         "rotary_dim": 2 * half,
+        "pairs": pairs,
     }
     return apply(RopeNTokens, fields, x=x, inv_freq=inv_freq, start=start)
 
@@ -194,21 +204,23 @@ def kv_cache_append(
 
     Args:
         keys: ``[N, Hkv * d]``.
-        values: as ``keys``.
+        values: as ``keys``, of the values' width.
         k_cache: ``[B, Hkv, S, d]``.
-        v_cache: as ``k_cache``.
+        v_cache: as ``k_cache``; a value may have another width.
         row: int32 ``[1]``.
     """
     op = KvCacheAppendNTokens
     n, _ = rows("keys", keys)
     n_seqs, kv_heads, n_rows, head_dim = rows("k_cache", k_cache, 4)
-    like("v_cache", v_cache, k_cache.shape)
+    like("v_cache", v_cache, (n_seqs, kv_heads, n_rows, None))
+    value_dim = v_cache.shape[3]
     at_most("keys", "tokens a sequence", parts("k_cache", n, n_seqs), n_rows)
     fields = {
         "n_tokens": n,
         "n_seqs": n_seqs,
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
+        "value_dim": 0 if value_dim == head_dim else value_dim,
     }
     caches = {"k_cache": k_cache, "v_cache": v_cache}
     return apply(op, fields, k_src=keys, v_src=values, row=row, **caches)
@@ -259,6 +271,109 @@ def causal_attention(
         like("mask", mask, (None, 1, n // n_seqs, n_rows))
         parts("mask", n_seqs if mask.shape[0] > 1 else 1, mask.shape[0])
     return apply(op, fields, q=q, k=k, v=v, mask=mask, start=start)
+
+
+@checked()
+def split_latent(
+    q: mx.array, kv: mx.array, num_heads: int, nope_dim: int
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Part rows of latent attention by what has positions and what has none.
+
+    Args:
+        q: ``[N, H * (P + R)]``, of each head P channels without positions first.
+        kv: ``[N, L + R]``, the latent row first.
+        num_heads: heads in a row.
+        nope_dim: P.
+
+    Returns:
+        ``[N, H * P]``, ``[N, H * R]``, ``[N, L]`` and ``[N, R]``.
+    """
+    n, width = rows("q", q)
+    _, kv_width = rows("kv", kv)
+    head_dim = parts("num_heads", width, num_heads)
+    at_most("nope_dim", "channels of a head", nope_dim, head_dim - 1)
+    rope_dim = head_dim - nope_dim
+    at_most("num_heads", "channels of kv", rope_dim, kv_width - 1)
+    fields = {
+        "n_tokens": n,
+        "num_heads": num_heads,
+        "nope_dim": nope_dim,
+        "rope_dim": rope_dim,
+        "latent_dim": kv_width - rope_dim,
+    }
+    return apply(MlaSplitQKv, fields, q=q, kv=kv)
+
+
+@checked(input="x")
+def head_linear(x: mx.array, weight: AnyWeight) -> mx.array:
+    """Multiply each head's part of ``[N, H * I]`` by its ``[O, I]`` transposed.
+
+    Args:
+        x: ``[N, H * I]``.
+        weight: ``[H, O, I]``.
+
+    Returns:
+        ``[N, H * O]``.
+    """
+    n, width = rows("x", x)
+    found = weight if isinstance(weight, Weight) else Weight(weight)
+    rows("weight", found.w, 3)
+    heads, out_dim, in_dim = unpacked(found)
+    if width != heads * in_dim:
+        raise Misfit("x", f"{heads * in_dim} channels", width)
+    fields = {"num_heads": heads, "in_dim": in_dim, "out_dim": out_dim, "n_tokens": n}
+    return apply(HeadMatvecNTokens, fields, input=x, weight=weight)
+
+
+@checked()
+def latent_attention(
+    q: mx.array,
+    q_pe: mx.array,
+    latent: mx.array,
+    rope: mx.array,
+    *,
+    scale: float,
+    mask: mx.array | None = None,
+    start: mx.array | None = None,
+) -> mx.array:
+    """Attend with T queries to a compressed cache whose last T rows are their own.
+
+    Args:
+        q: ``[N, H * L]``, queries in the latent space.
+        q_pe: ``[N, H * R]``, their rotated parts.
+        latent: ``[B, 1, S, L]``, latent rows: keys and values.
+        rope: ``[B, 1, S, R]``, rotated keys.
+        scale: of the scores.
+        mask: as ``causal_attention`` has it.
+        start: as ``causal_attention`` has it.
+
+    Returns:
+        ``[N, H * L]``.
+    """
+    n, width = rows("q", q)
+    n_seqs, one, n_rows, latent_dim = rows("latent", latent, 4)
+    at_most("latent", "head", one, 1)
+    *_, rope_dim = rows("rope", rope, 4)
+    like("rope", rope, (n_seqs, 1, n_rows, None))
+    heads = parts("latent", width, latent_dim)
+    parts("latent", n, n_seqs)
+    like("q_pe", q_pe, (n, heads * rope_dim))
+    fields = {
+        "n_tokens": n,
+        "n_seqs": n_seqs,
+        "num_heads": heads,
+        "latent_dim": latent_dim,
+        "rope_dim": rope_dim,
+        "softmax_scale": scale,
+    }
+    if mask is not None and start is not None:
+        raise Misfit("start", "None beside a mask", "both")
+    at_most("q", "tokens a sequence", n // n_seqs, n_rows)
+    if mask is not None:
+        like("mask", mask, (None, 1, n // n_seqs, n_rows))
+        parts("mask", n_seqs if mask.shape[0] > 1 else 1, mask.shape[0])
+    given = {"q": q, "q_pe": q_pe, "latent": latent, "rope": rope}
+    return apply(SdpaLatentCausal, fields, **given, mask=mask, start=start)
 
 
 @checked()
@@ -480,6 +595,48 @@ def softmax_topk(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
     at_most("k", "experts", k, n_experts)
     fields = {"n_tokens": n, "n_experts": n_experts, "k": k}
     return apply(MoeSoftmaxTopK, fields, logits=logits)
+
+
+@checked()
+def noaux_topk(
+    logits: mx.array,
+    bias: mx.array,
+    k: int,
+    n_group: int = 1,
+    topk_group: int = 1,
+    scale: float = 1.0,
+    normalised: bool = True,
+) -> tuple[mx.array, mx.array]:
+    """Return the k experts of best corrected sigmoid in the best groups, and weights.
+
+    Args:
+        logits: ``[N, E]``.
+        bias: ``[E]``, added to the sigmoids for choosing alone.
+        k: experts per token.
+        n_group: groups of neighbouring experts, all of one size.
+        topk_group: the groups with the best pairs, from which experts are chosen.
+        scale: what weights are multiplied by.
+        normalised: weights are divided by their sum before that.
+
+    Returns:
+        int32 ``[N, k]``, best first, ties to the lower index, and float32 ``[N, k]``.
+    """
+    n, n_experts = rows("logits", logits)
+    parts("n_group", n_experts, n_group)
+    at_most("topk_group", "groups", topk_group, n_group)
+    at_most("k", "experts of the groups kept", k, topk_group * n_experts // n_group)
+    if n_group > 1:
+        at_most("n_group", "pairs of experts", n_group, n_experts // 2)
+    fields = {
+        "n_tokens": n,
+        "n_experts": n_experts,
+        "k": k,
+        "n_group": n_group,
+        "topk_group": topk_group,
+        "scale": scale,
+        "normalised": normalised,
+    }
+    return apply(MoeNoauxTopK, fields, logits=logits, bias=bias)
 
 
 @checked()

@@ -29,6 +29,14 @@ class MatvecIn(Buf): ...
 class MatvecOut(Buf): ...
 
 
+class HeadsIn(Buf):
+    """Rows with a part for each head, which a matrix of the head's own reads."""
+
+
+class HeadsOut(Buf):
+    """Rows with a part for each head, which such a matrix gives."""
+
+
 class ResidualIn(Buf):
     """What half a layer adds to the residual stream."""
 
@@ -94,10 +102,46 @@ class KvCacheKBuf(Buf): ...
 class KvCacheVBuf(Buf): ...
 
 
-class AttnOutBuf(MatvecIn): ...
+class AttnOutBuf(MatvecIn, HeadsOut): ...
 
 
 class OProjOutBuf(MatvecOut, ResidualIn): ...
+
+
+# Attention over a compressed cache.
+class QRankBuf(MatvecOut, RmsNormIn): ...
+
+
+class QRankNormBuf(RmsNormOut, MatvecIn): ...
+
+
+class MlaQBuf(MatvecOut): ...
+
+
+class MlaKvBuf(MatvecOut): ...
+
+
+class QNopeBuf(HeadsIn): ...
+
+
+class QRopeBuf(RmsNormIn): ...
+
+
+class LatentBuf(RmsNormIn): ...
+
+
+class LatentKeyBuf(RmsNormOut, KProjOutBuf):
+    """What a compressed cache has in the place of keys."""
+
+
+class RopeKeyBuf(VProjOutBuf, RmsNormIn):
+    """What a compressed cache has in the place of values."""
+
+
+class LatentQueryBuf(HeadsOut): ...
+
+
+class LatentContextBuf(HeadsIn): ...
 
 
 # Gated DeltaNet.

@@ -342,7 +342,7 @@ def _combined(
     weights: mx.array,
     down: Matrix,
     row: mx.array | None,
-    starts: tuple[int, int, int] | None,
+    starts: tuple[int, ...] | None,
     shared: Shared | None,
     residual: mx.array,
     bits: int,
@@ -354,8 +354,9 @@ def _combined(
         wide = row.reshape(-1).astype(mx.float32)
         w = dense_matrix(*shared, group_size)
         g, u = (wide[at : at + w.shape[1]] for at in starts[:2])
-        opened = wide[starts[2]]
-        out = out + mx.sigmoid(opened) * (w @ (g * mx.sigmoid(g) * u))
+        whole = w @ (g * mx.sigmoid(g) * u)
+        gated = len(starts) > 2
+        out = out + (mx.sigmoid(wide[starts[2]]) * whole if gated else whole)
     return out.reshape(residual.shape).astype(act.dtype)
 
 
@@ -371,13 +372,14 @@ def _some_combined(
     g: int,
     s: int,
     base: int = 0,
+    gated: int = 1,
 ) -> tuple[Any, ...]:
     act, slots, weights, down, *_ = _some_down(rng, dtype, k, n, d, bits, g, s, base)
     if not f:
         residual = normal(rng, dtype, *[1] * s, d)
         return act, slots, weights, down, None, None, None, residual, bits, g
     shared = (*quantised(rng, dtype, d, f, shared_bits, g), shared_bits)
-    starts = (s, 2 * s + f, 0) if s else (0, f, 2 * f)
+    starts = ((s, 2 * s + f, 0) if s else (0, f, 2 * f))[: 2 + gated]
     row = normal(rng, dtype, *[1] * s, 2 * f + 1 + s)
     residual = normal(rng, dtype, *[1] * s, d)
     return act, slots, weights, down, row, starts, shared, residual, bits, g
@@ -392,6 +394,7 @@ def _some_combined(
         dict(k=10, n=512, f=2304, d=18, bits=4, shared_bits=4, g=128, s=1, base=4),
         dict(k=2, n=512, f=512, d=5, bits=4, shared_bits=4, g=64, s=0),
         dict(k=8, n=64, f=64, d=9, bits=8, shared_bits=2, g=64, s=0, base=3),
+        dict(k=3, n=96, f=64, d=13, bits=4, shared_bits=4, g=32, s=1, gated=0),
         dict(k=3, n=96, f=0, d=13, bits=4, shared_bits=4, g=32, s=1, base=2),
         dict(k=8, n=64, f=0, d=9, bits=8, shared_bits=8, g=64, s=0, base=3),
     ],
@@ -404,7 +407,7 @@ def experts_down_combine(
     weights: mx.array,
     down: Matrix,
     row: mx.array | None,
-    starts: tuple[int, int, int] | None,
+    starts: tuple[int, ...] | None,
     shared: Shared | None,
     residual: mx.array,
     bits: int,
@@ -413,9 +416,10 @@ def experts_down_combine(
     """``residual`` ``[D]``, the experts' sum and the gated shared expert's output.
 
     ``row`` holds the shared expert's projections: gate and up ``[F]`` and the gate's
-    ``[1]`` value, which begin at ``starts``; ``shared`` is its down matrix ``[D, F]``
-    in groups of ``group_size`` like the experts'; all three are None where there is
-    none. Any row may be ``[1, n]``; the result is shaped as ``residual``.
+    ``[1]`` value, which begin at ``starts``: two numbers where there is no gate.
+    ``shared`` is its down matrix ``[D, F]`` in groups of ``group_size`` like the
+    experts'; all three are None where there is none. Any row may be ``[1, n]``; the
+    result is shaped as ``residual``.
     """
     n_out = one_row("residual", residual)
     launch = experts_down_sum(act, slots, weights, down, n_out, bits, group_size)
@@ -424,7 +428,7 @@ def experts_down_combine(
         w, scales, biases = (part.array for part in down)
         row, starts, shared, n_shared = (
             residual,
-            (0, 0, 0),
+            (0, 0),
             (w, scales, biases, bits),
             0,
         )
@@ -434,7 +438,7 @@ def experts_down_combine(
         )
     w, scales, biases, shared_bits = shared
     more: dict[str, Any] = dict(
-        zip(("gate_at", "up_at", "opens_at"), starts, strict=True)
+        zip(("gate_at", "up_at", "opens_at"), (*starts, 0), strict=False)
     )
     more |= {"shared": row}
     more |= {"shared_w": w, "shared_scales": scales, "shared_biases": biases}
@@ -445,22 +449,22 @@ def experts_down_combine(
         {"out": tuple(residual.shape)},
         (256 * groups(n_out, 16), 1, 1),
         (256, 1, 1),
-        {**launch.template, "SHARED_BITS": shared_bits},
+        {**launch.template, "SHARED_BITS": shared_bits, "GATED": int(len(starts) > 2)},
     )
 
 
 def _checked_shared(
     row: Any, starts: Any, shared: Any, n_out: int, group_size: int
-) -> tuple[mx.array, tuple[int, int, int], Shared, int]:
+) -> tuple[mx.array, tuple[int, ...], Shared, int]:
     """Check a shared expert's projections and matrix; return them and its width."""
     width = one_row("row", row)
     four = isinstance(shared, tuple) and len(shared) == 4
     require("shared", four, "words, scales, biases and bits", shared)
     w, scales, biases, bits = shared
     n_shared = dims("shared scales", scales, 2)[1] * group_size
-    three = isinstance(starts, tuple) and len(starts) == 3
-    require("starts", three, "where three parts begin", starts)
-    for at, size in zip(starts, (n_shared, n_shared, 1), strict=True):
+    known = isinstance(starts, tuple) and len(starts) in (2, 3)
+    require("starts", known, "where two or three parts begin", starts)
+    for at, size in zip(starts, (n_shared, n_shared, 1), strict=False):
         require_part("starts", at, size, width)
     rows = check_rows(w, scales, biases, n_shared, bits, group_size)
     require("shared", rows == n_out, f"{n_out} rows", rows)

@@ -421,7 +421,12 @@ def mla_out_per_head_4bit(
 
 
 def _attention(
-    q_prime: mx.array, q_pe: mx.array, latent: mx.array, rope: mx.array, scale: float
+    q_prime: mx.array,
+    q_pe: mx.array,
+    latent: mx.array,
+    rope: mx.array,
+    scale: float,
+    seen: mx.array | None,
 ) -> tuple[dict[str, Any], int, int, dict[str, int]]:
     """Check attention's inputs; return them, H, simdgroups and template numbers."""
     n_tokens, width = dims("q_prime", q_prime, 2)
@@ -433,6 +438,8 @@ def _attention(
     require("rope", rope_rows == n_rows, f"{n_rows} rows", rope_rows)
     require("latent", n_rows < 1 << 30, "fewer than 2^30 rows", n_rows)
     require("q_prime", n_tokens <= n_rows, f"at most {n_rows} tokens", n_tokens)
+    if seen is not None:
+        expect("seen", seen, (1,))
     n_heads = _heads("q_prime", width, latent_dim)
     expect("q_pe", q_pe, (n_tokens, n_heads * rope_dim))
     n_simdgroups = min(MAX_SIMDGROUPS, latent_dim // 32)
@@ -444,7 +451,7 @@ def _attention(
         "scale": scale,
         "n_tokens": n_tokens,
         "n_heads": n_heads,
-        "n_rows": n_rows,
+        "n_rows": n_rows if seen is None else seen,
         "latent_dim": latent_dim,
         "rope_dim": rope_dim,
     }
@@ -456,7 +463,12 @@ def _attention(
 
 
 def _scores(
-    q_prime: mx.array, q_pe: mx.array, latent: mx.array, rope: mx.array, scale: float
+    q_prime: mx.array,
+    q_pe: mx.array,
+    latent: mx.array,
+    rope: mx.array,
+    scale: float,
+    given: mx.array | None,
 ) -> mx.array:
     """Return the scores ``[H, T, S]``, -inf where a token does not see."""
     n_tokens, n_rows = q_prime.shape[0], latent.shape[0]
@@ -464,15 +476,21 @@ def _scores(
     for queries, keys in ((q_prime, latent), (q_pe, rope)):
         heads = queries.astype(mx.float32).reshape(n_tokens, -1, keys.shape[1])
         total = total + heads.swapaxes(0, 1) @ keys.astype(mx.float32).T
-    last = mx.arange(n_rows - n_tokens, n_rows)
+    end = n_rows if given is None else int(np.array(given)[0])
+    last = mx.arange(end - n_tokens, end)
     seen = mx.arange(n_rows) <= last[:, None]
     return mx.where(seen, scale * total, -mx.inf)
 
 
 def _folded(
-    q_prime: mx.array, q_pe: mx.array, latent: mx.array, rope: mx.array, scale: float
+    q_prime: mx.array,
+    q_pe: mx.array,
+    latent: mx.array,
+    rope: mx.array,
+    scale: float,
+    seen: mx.array | None = None,
 ) -> mx.array:
-    weights = mx.softmax(_scores(q_prime, q_pe, latent, rope, scale), axis=-1)
+    weights = mx.softmax(_scores(q_prime, q_pe, latent, rope, scale, seen), axis=-1)
     context = (weights @ latent.astype(mx.float32)).swapaxes(0, 1)
     return context.reshape(q_prime.shape).astype(q_prime.dtype)
 
@@ -486,14 +504,20 @@ def _some_attention(
     l: int,
     r: int,
     rise: int = 0,
+    spare: int = 0,
 ) -> tuple[Any, ...]:
-    """Return queries, cache and scale; with ``rise``, all heads' scores rise by row."""
+    """Return queries, cache and scale; with ``rise``, all heads' scores rise by row.
+
+    With ``spare`` the cache ends with so many rows that nobody sees.
+    """
     queries, latent = rng.standard_normal((t, h, l)), rng.standard_normal((s, l))
     if rise:
         queries[..., 0], latent[:, 0] = 3.0, np.linspace(-12.0, 12.0, s)
     q_prime = mx.array(queries.astype(np.float32)).reshape(t, h * l).astype(dtype)
     cache = mx.array(latent.astype(np.float32)).astype(dtype), normal(rng, dtype, s, r)
-    return q_prime, normal(rng, dtype, t, h * r), *cache, 2.0 * (l + r) ** -0.5
+    seen = mx.array([s - spare], mx.uint32) if spare else None
+    given = q_prime, normal(rng, dtype, t, h * r), *cache, 2.0 * (l + r) ** -0.5
+    return (*given, seen) if spare else given
 
 
 @kernel(
@@ -504,17 +528,25 @@ def _some_attention(
         {"t": 3, "h": 9, "s": 39, "l": 96, "r": 40, "rise": 1},
         {"t": 1, "h": 5, "s": 70, "l": 512, "r": 64},
         {"t": 5, "h": 3, "s": 33, "l": 288, "r": 64},
-        {"t": 1, "h": 2, "s": 17, "l": 32, "r": 42},
+        {"t": 1, "h": 2, "s": 17, "l": 32, "r": 42, "spare": 6},
     ],
     large={"t": 1, "h": 128, "s": 4096, "l": 512, "r": 64},
     varying=("n_tokens", "n_rows"),
 )
 def mla_sdpa_folded(
-    q_prime: mx.array, q_pe: mx.array, latent: mx.array, rope: mx.array, scale: float
+    q_prime: mx.array,
+    q_pe: mx.array,
+    latent: mx.array,
+    rope: mx.array,
+    scale: float,
+    seen: mx.array | None = None,
 ) -> Launch:
-    """Causal attention of ``[T, H * L]`` and ``[T, H * R]`` over the cache, at once."""
+    """Causal attention of ``[T, H * L]`` and ``[T, H * R]`` over the cache, at once.
+
+    ``seen`` uint32 ``[1]`` says how many rows there are, where more are spare.
+    """
     inputs, n_heads, n_simdgroups, blocks = _attention(
-        q_prime, q_pe, latent, rope, scale
+        q_prime, q_pe, latent, rope, scale, seen
     )
     n_tokens = q_prime.shape[0]
     n_threads = SIMD * n_simdgroups
@@ -535,8 +567,9 @@ def _tiles(
     rope: mx.array,
     scale: float,
     tile: int = TILE,
+    seen: mx.array | None = None,
 ) -> tuple[mx.array, ...]:
-    scores = _scores(q_prime, q_pe, latent, rope, scale)
+    scores = _scores(q_prime, q_pe, latent, rope, scale, seen)
     parts = []
     for begin in range(0, latent.shape[0], tile):
         part = scores[..., begin : begin + tile]
@@ -561,8 +594,10 @@ def _some_tiled_attention(
     r: int,
     tile: int,
     rise: int = 0,
+    spare: int = 0,
 ) -> tuple[Any, ...]:
-    return *_some_attention(rng, dtype, t, h, s, l, r, rise), tile
+    given = _some_attention(rng, dtype, t, h, s, l, r, rise, spare)
+    return (*given[:5], tile, *given[5:])
 
 
 @kernel(
@@ -573,7 +608,7 @@ def _some_tiled_attention(
         {"t": 2, "h": 9, "s": 75, "l": 64, "r": 8, "tile": 32, "rise": 1},
         {"t": 1, "h": 5, "s": 70, "l": 512, "r": 64, "tile": 32},
         {"t": 3, "h": 3, "s": 34, "l": 288, "r": 64, "tile": 16},
-        {"t": 1, "h": 2, "s": 17, "l": 32, "r": 42, "tile": 48},
+        {"t": 1, "h": 2, "s": 75, "l": 32, "r": 42, "tile": 16, "spare": 30},
     ],
     large={"t": 1, "h": 128, "s": 32768, "l": 512, "r": 64, "tile": TILE},
     varying=("n_tokens", "n_rows"),
@@ -585,13 +620,17 @@ def mla_sdpa_tile_accumulate(
     rope: mx.array,
     scale: float,
     tile: int = TILE,
+    seen: mx.array | None = None,
 ) -> Launch:
-    """Maximum, denominator and sums of every tile of the cache, for each head."""
+    """Maximum, denominator and sums of every tile of the cache, for each head.
+
+    ``seen`` is as ``mla_sdpa_folded`` has it: tiles behind it are as if unseen.
+    """
     inputs, n_heads, n_simdgroups, blocks = _attention(
-        q_prime, q_pe, latent, rope, scale
+        q_prime, q_pe, latent, rope, scale, seen
     )
     require("tile", tile > 0 and tile % STEP == 0, f"a multiple of {STEP} rows", tile)
-    n_tokens, n_rows = inputs["n_tokens"], inputs["n_rows"]
+    n_tokens, n_rows = inputs["n_tokens"], latent.shape[0]
     n_tiles, n_slices = groups(n_rows, tile), n_tokens * n_heads
     n_threads = SIMD * n_simdgroups
     return Launch(

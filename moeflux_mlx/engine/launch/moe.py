@@ -153,10 +153,12 @@ def _noaux_topk(
     by_group = mx.unflatten(biased, -1, (n_group, -1))
     best_two = mx.sort(by_group, axis=-1)[..., -2:].sum(axis=-1)
     rank = mx.argsort(mx.argsort(-best_two, axis=-1), axis=-1)
-    biased = mx.where((rank < topk_group)[..., None], by_group, 0.0).flatten(-2)
+    biased = mx.where((rank < topk_group)[..., None], by_group, -mx.inf).flatten(-2)
     indices = mx.argsort(-biased, axis=-1)[:, :k].astype(mx.int32)
     weights = mx.take_along_axis(scores, indices, axis=-1)
-    return indices, (_normalize(weights) if normalize else weights) * scale
+    if normalize:
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    return indices, weights * scale
 
 
 def _some_noaux(
@@ -199,6 +201,7 @@ def moe_noaux_topk(
 ) -> Launch:
     """DeepSeek-V3's choice of K of ``[T, E]``: ``indices``, ``weights`` ``[T, K]``.
 
+    Experts of groups that are not among the best are never chosen, as in transformers.
     mlx-lm never normalises for K = 1: then ``normalize`` must be false.
     """
     n_tokens, n_experts = check_routing(logits, k)
@@ -211,6 +214,8 @@ def moe_noaux_topk(
     require("n_group", n_group == 1 or per_group > 1, "two experts a group", n_group)
     known = 1 <= topk_group <= n_group
     require("topk_group", known, f"1 to n_group = {n_group}", topk_group)
+    n_kept = topk_group * per_group
+    require("k", k <= n_kept, f"at most {n_kept} experts of the groups kept", k)
     grid, threadgroup = _one_simdgroup_each(n_tokens)
     return Launch(
         "moe_noaux_topk",

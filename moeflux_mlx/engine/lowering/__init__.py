@@ -7,7 +7,7 @@ system.
 """
 
 from ..graph.op import REGISTRY
-from . import attention, groups, linear_attention, moe, rows
+from . import attention, groups, latent, linear_attention, moe, rows
 from .table import (
     GROUPS,
     MLX,
@@ -44,6 +44,7 @@ __all__ = [
     "fused",
     "groups",
     "groups_ahead",
+    "latent",
     "linear_attention",
     "lowered",
     "moe",

@@ -16,7 +16,7 @@ from .table import Run, way
 
 
 def _keeps_length(op: ops.RopeNTokens) -> bool:
-    return op.scale == 1.0
+    return op.scale == 1.0 and not op.pairs
 
 
 @way(ops.RopeNTokens, "rope_n_tokens", _keeps_length)
@@ -26,7 +26,11 @@ def rope(
     return run(kernels.rope_n_tokens(x, inv_freq, start, op.num_heads))[0]
 
 
-@way(ops.KvCacheAppendNTokens, "kv_cache_append_n_tokens")
+def _of_one_width(op: ops.KvCacheAppendNTokens) -> bool:
+    return not op.value_dim
+
+
+@way(ops.KvCacheAppendNTokens, "kv_cache_append_n_tokens", _of_one_width)
 def kv_cache_append(op: Any, run: Run, *values: mx.array) -> tuple[mx.array, ...]:
     if values[2].nbytes > device.COPIED_CACHE_BYTES:
         return op.reference(*values)

@@ -54,13 +54,18 @@ from .rows import form, kernel_form, parts
 from .table import Run, Values, group
 
 
-def _is_product(op: Op) -> bool:
+def _is_product(op: Op, *, with_bias: bool = False) -> bool:
     return (
         isinstance(op, MatvecNTokens)
         and op.n_tokens == 1
-        and op.bias is None
+        and (with_bias or op.bias is None)
         and kernel_form(op.weight)
     )
+
+
+def _reads(op: Op, x: Any) -> bool:
+    """Tell whether an Op is a product with ``x``, which may add a bias."""
+    return _is_product(op, with_bias=True) and op.input == x  # type: ignore[attr-defined]
 
 
 def _norm_and_products(ops: Sequence[Any]) -> int:
@@ -81,11 +86,11 @@ def _norm_and_products(ops: Sequence[Any]) -> int:
 
 def _matrices(ops: Sequence[Any], x: Any) -> Iterator[list[Any]]:
     """Yield the products ahead that read ``x``, all of a joint matrix at a time."""
-    while ops and _is_product(ops[0]) and ops[0].input == x:
+    while ops and _reads(ops[0], x):
         joint = ops[0].weight.joint
         n, rows = 0, 0
         for op in ops:
-            own = op.weight.joint if _is_product(op) and op.input == x else None
+            own = op.weight.joint if _reads(op, x) else None
             if joint is None or own != JointRows(joint.name, rows, joint.n_rows):
                 break
             n, rows = n + 1, rows + op.out_dim
@@ -102,7 +107,10 @@ def _matrices(ops: Sequence[Any], x: Any) -> Iterator[list[Any]]:
     joint=True,
 )
 def norm_matvecs(ops: Sequence[Any], run: Run, values: Values) -> Values:
-    """Run a norm and the products with its row; all come as parts of one row."""
+    """Run a norm and the products with its row; all come as parts of one row.
+
+    Where there is a bias its sum is an array of its own.
+    """
     norm, *products = ops
     x, weight = values[norm.x], values[norm.weight.name].w
     matrices, parts_of = [], []
@@ -119,7 +127,10 @@ def norm_matvecs(ops: Sequence[Any], run: Run, values: Values) -> Values:
     for start, same in zip(starts, parts_of, strict=False):
         for op in same:
             first = op.weight.joint.first if op.weight.joint else 0
-            out[op.output] = RowPart(row, start + first, op.out_dim)
+            part = RowPart(row, start + first, op.out_dim)
+            if op.bias is not None:
+                part = whole(part) + values[op.bias.name].w
+            out[op.output] = part
     return out
 
 
@@ -254,6 +265,8 @@ def _places_heads(ops: Sequence[Any]) -> bool:
         and q_rope.inv_freq == k_rope.inv_freq
         and q_rope.start == k_rope.start
         and q_rope.scale == k_rope.scale == 1.0
+        and not q_rope.pairs
+        and not k_rope.pairs
         and q_norm.eps == k_norm.eps
     )
     one_each = q_rope.n_tokens == q_rope.n_seqs
@@ -398,7 +411,8 @@ def _second_half(
     row, starts, matrix = None, None, None
     if shared:
         act, down = shared
-        projected = (act.gate, act.up, combine.shared_gate)
+        projected = [act.gate, act.up]
+        projected += [combine.shared_gate] if combine.shared_gate is not None else []
         row, starts = _one_row(*(values[buf] for buf in projected))
         weight = values[down.weight.name]
         matrix = (*parts(weight), form(weight)[0])

@@ -28,16 +28,33 @@ def softmax_topk(op: Any, run: Run, logits: mx.array) -> tuple[mx.array, ...]:
     return run(kernels.moe_softmax_topk(logits, op.k))
 
 
+def _noaux_fits(op: ops.MoeNoauxTopK) -> bool:
+    fits = op.n_experts <= kernels.MAX_EXPERTS and op.k <= kernels.MAX_K
+    pairs = op.n_group == 1 or op.n_experts > op.n_group
+    return fits and pairs and kernels.SIMD % op.n_group == 0
+
+
+@way(ops.MoeNoauxTopK, "moe_noaux_topk", _noaux_fits)
+def noaux_topk(
+    op: Any, run: Run, logits: mx.array, bias: Weight
+) -> tuple[mx.array, ...]:
+    groups = op.n_group, op.topk_group
+    launch = kernels.moe_noaux_topk(
+        logits, bias.w, op.k, *groups, op.scale, op.normalised
+    )
+    return run(launch)
+
+
 @way(ops.MoeNormalizeWeights, "moe_normalize_weights")
 def normalize_weights(_op: Any, run: Run, weights: mx.array) -> mx.array:
     return run(kernels.moe_normalize_weights(weights))[0]
 
 
-def _has_shared(op: ops.MoeCombineResidualNTokens) -> bool:
-    return op.shared_out is not None
+def _has_gate(op: ops.MoeCombineResidualNTokens) -> bool:
+    return op.shared_gate is not None
 
 
-@way(ops.MoeCombineResidualNTokens, "moe_combine_residual_n_tokens", _has_shared)
+@way(ops.MoeCombineResidualNTokens, "moe_combine_residual_n_tokens", _has_gate)
 def combine(
     _op: Any, run: Run, h: mx.array, moe_sum: mx.array, shared: mx.array, gate: mx.array
 ) -> mx.array:

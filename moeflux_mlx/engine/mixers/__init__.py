@@ -8,5 +8,13 @@ like it.
 from .attention import Attention
 from .base import Begun, CacheShapes, Mixer
 from .delta_net import GatedDeltaNet
+from .latent import LatentAttention
 
-__all__ = ["Attention", "Begun", "CacheShapes", "GatedDeltaNet", "Mixer"]
+__all__ = [
+    "Attention",
+    "Begun",
+    "CacheShapes",
+    "GatedDeltaNet",
+    "LatentAttention",
+    "Mixer",
+]

@@ -13,6 +13,7 @@ from .elementwise import (
     ZeroBuffer,
 )
 from .embed import EmbedGatherNTokens
+from .latent import HeadMatvecNTokens, MlaSplitQKv, SdpaLatentCausal
 from .linear_attention import (
     ComputeDecayBetaNTokens,
     Conv1dStepNTokens,
@@ -25,6 +26,7 @@ from .moe import (
     MoeCombineResidualNTokens,
     MoeDecodeExperts,
     MoeGatherIdFuse,
+    MoeNoauxTopK,
     MoeNormalizeWeights,
     MoeSoftmaxTopK,
 )
@@ -44,12 +46,15 @@ __all__ = [
     "GatedDeltaNetChunkwise",
     "GatedDeltaNetStepNTokens",
     "GatedRmsNormNTokens",
+    "HeadMatvecNTokens",
     "KvCacheAppendNTokens",
     "MatvecNTokens",
+    "MlaSplitQKv",
     "MoeBatchedPermuteFuse",
     "MoeCombineResidualNTokens",
     "MoeDecodeExperts",
     "MoeGatherIdFuse",
+    "MoeNoauxTopK",
     "MoeNormalizeWeights",
     "MoeSoftmaxTopK",
     "PartKeyHeadsNTokens",
@@ -59,6 +64,7 @@ __all__ = [
     "RmsNormQkNTokens",
     "RopeNTokens",
     "SdpaCausalTiled",
+    "SdpaLatentCausal",
     "SigmoidGateNTokens",
     "SplitQGate",
     "SwigluFusedBatched",

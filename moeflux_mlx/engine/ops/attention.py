@@ -42,8 +42,21 @@ def join_heads(x: Array) -> Array:
     return x.swapaxes(1, 2).reshape(n_seqs * t, num_heads * head_dim)
 
 
+def seen_rows(start: Array, t: int, n_rows: int) -> Array:
+    """Return which rows T new tokens see of a cache with spare ones: ``[B, 1, T, S]``.
+
+    Args:
+        start: ``[B]``, the position of each sequence's first new token.
+    """
+    at = namespace(start)
+    token, row = at.arange(t)[:, None], at.arange(n_rows)
+    return row <= start[:, None, None, None] + token
+
+
 class RopeNTokens(Op):
     """Rotate the first ``rotary_dim`` channels of each head, halves paired (NeoX).
+
+    With ``pairs`` neighbouring channels are a pair instead (GPT-J).
 
     Token t of sequence b stands at ``start[b] + t``; ``inv_freq[i]`` is the angle of
     channel pair i per position and ``scale`` multiplies what is rotated, so the Op is
@@ -59,6 +72,7 @@ class RopeNTokens(Op):
     head_dim: int
     rotary_dim: int
     scale: float = 1.0
+    pairs: bool = False
 
     def shapes(self) -> dict[str, Shape]:
         return {
@@ -81,7 +95,8 @@ class RopeNTokens(Op):
 
     def reference(self, x: Array, inv_freq: Array, start: Array) -> Array:
         heads = split_heads(x, self.n_seqs, self.num_heads)
-        rotated = rope(heads, self.rotary_dim, inv_freq, start, self.scale)
+        how = self.rotary_dim, inv_freq, start, self.scale
+        rotated = rope(heads, *how, pairs=self.pairs)
         return join_heads(rotated)
 
 
@@ -90,7 +105,8 @@ class KvCacheAppendNTokens(Op):
 
     In a model mlx-lm's own cache object does this, so that prompt caches, trimming and
     batches keep working; it may return a cache of another length. All rows must lie
-    within the caches: kernels drop others, MLX ends the process.
+    within the caches: kernels drop others, MLX ends the process. Values may have a
+    width of their own, ``value_dim``.
     """
 
     k_src: In[KProjOutBuf]
@@ -102,15 +118,22 @@ class KvCacheAppendNTokens(Op):
     n_seqs: int = 1
     num_kv_heads: int
     head_dim: int
+    value_dim: int = 0
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Channels of a key and of a value."""
+        return self.head_dim, self.value_dim or self.head_dim
 
     def shapes(self) -> dict[str, Shape]:
-        rows = (self.n_tokens, self.num_kv_heads * self.head_dim)
-        cache = (self.n_seqs, self.num_kv_heads, None, self.head_dim)
+        heads = self.num_kv_heads
+        keys, values = ((self.n_tokens, heads * width) for width in self.widths)
+        k_rows, v_rows = ((self.n_seqs, heads, None, width) for width in self.widths)
         return {
-            "k_src": rows,
-            "v_src": rows,
-            "k_cache": cache,
-            "v_cache": cache,
+            "k_src": keys,
+            "v_src": values,
+            "k_cache": k_rows,
+            "v_cache": v_rows,
             "row": (1,),
         }
 
@@ -119,7 +142,7 @@ class KvCacheAppendNTokens(Op):
         return {"row": range(last + 1)}
 
     def cost(self) -> Cost:
-        return Cost(bytes=16 * self.n_tokens * self.num_kv_heads * self.head_dim)
+        return Cost(bytes=8 * self.n_tokens * self.num_kv_heads * sum(self.widths))
 
     def reference(
         self,
@@ -214,10 +237,8 @@ class SdpaCausalTiled(Op):
         sinks: Weight | None,
     ) -> Array:
         if start is not None:
-            at = namespace(q)
-            token = at.arange(self.n_tokens // self.n_seqs)[:, None]
-            row = at.arange(k.shape[2])
-            mask = row <= start[:, None, None, None] + token
+            mask = seen_rows(start, self.n_tokens // self.n_seqs, k.shape[2])
         queries = split_heads(q, self.n_seqs, self.num_heads)
         found = None if sinks is None else sinks.w
-        return join_heads(attention(queries, k, v, self.softmax_scale, mask, found))
+        attended = attention(queries, k, v, self.softmax_scale, mask, sinks=found)
+        return join_heads(attended)

@@ -95,19 +95,25 @@ def rms_norm(x: Array, weight: Array | None, eps: float) -> Array:
 
 
 def rope(
-    x: Array, dims: int, inv_freq: Array, start: Array, scale: float = 1.0
+    x: Array,
+    dims: int,
+    inv_freq: Array,
+    start: Array,
+    scale: float = 1.0,
+    *,
+    pairs: bool = False,
 ) -> Array:
     """Rotate the first ``dims`` channels of ``[B, H, T, d]``, halves paired.
 
     ``start`` ``[B]`` is the position of each sequence's first token; ``scale``
-    multiplies the rotated channels.
+    multiplies the rotated channels; with ``pairs`` neighbours are paired.
     """
     if isinstance(x, mx.array):
         if scale != 1.0:
             x = x.at[..., :dims].multiply(scale)
         freqs = mx.reciprocal(inv_freq)
         return mx.fast.rope(
-            x, dims, traditional=False, base=None, scale=1.0, offset=start, freqs=freqs
+            x, dims, traditional=pairs, base=None, scale=1.0, offset=start, freqs=freqs
         )
     positions = (start[:, None] + np.arange(x.shape[2])).astype(np.float32)
     angles = positions[:, None, :, None] * to_host(inv_freq)
@@ -115,6 +121,11 @@ def rope(
     if scale != 1.0:
         cos, sin = cos * np.float32(scale), sin * np.float32(scale)
     half = dims // 2
+    if pairs:
+        first, second = x[..., 0:dims:2], x[..., 1:dims:2]
+        turned = first * cos - second * sin, first * sin + second * cos
+        neighbours = np.stack(turned, axis=-1).reshape(*x.shape[:-1], dims)
+        return np.concatenate([neighbours, x[..., dims:]], axis=-1)
     first, second = x[..., :half], x[..., half:dims]
     rotated = [first * cos - second * sin, first * sin + second * cos, x[..., dims:]]
     return np.concatenate(rotated, axis=-1)
@@ -137,6 +148,7 @@ def attention(
     v: Array,
     scale: float,
     mask: Array | None,
+    beside: tuple[Array, Array] | None = None,
     sinks: Array | None = None,
 ) -> Array:
     """Attend causally, or as ``mask`` ``[B or 1, 1, T, S]`` (true: seen) allows.
@@ -144,15 +156,19 @@ def attention(
     Args:
         q: ``[B, H, T, d]``, the last T positions.
         k: ``[B, Hkv, S, d]``; head h reads ``h // (H / Hkv)``.
-        v: as ``k``.
+        v: as ``k``; its heads may have another width.
+        beside: queries ``[B, H, T, r]`` and keys ``[B, 1, S, r]`` whose products are
+            added to the others'.
         sinks: ``[H]``: a further score of each head, whose value is nothing.
     """
     if isinstance(q, mx.array):
+        if beside is not None:
+            mask = _scores_beside(*beside, scale, mask)
         causal = "causal" if mask is None and q.shape[2] > 1 else mask
         return mx.fast.scaled_dot_product_attention(
             q, k, v, scale=scale, mask=causal, sinks=sinks
         )
-    out = np.empty(q.shape, np.float32)
+    out = np.empty((*q.shape[:3], v.shape[3]), np.float32)
     n_kv, s = k.shape[1], k.shape[2]
     each = q.shape[1] // n_kv
     together = max(1, device.HOST_SCORES // (min(q.shape[2], QUERY_BLOCK) * s))
@@ -160,34 +176,48 @@ def attention(
         seen = None if mask is None else mask[seq % len(mask), 0]
         for first in range(kv * each, (kv + 1) * each, together):
             heads = slice(first, min(first + together, (kv + 1) * each))
-            out[seq, heads] = _attend(
-                q[seq, heads] * scale,
-                k[seq, kv],
-                v[seq, kv],
-                seen,
-                None if sinks is None else sinks[heads, None, None],
-            )
+            pairs = [(q[seq, heads] * scale, k[seq, kv])]
+            if beside is not None:
+                pairs.append((beside[0][seq, heads] * scale, beside[1][seq, 0]))
+            own = None if sinks is None else sinks[heads, None, None]
+            out[seq, heads] = _attend(pairs, v[seq, kv], seen, own)
     return out
 
 
+def _scores_beside(
+    q: mx.array, k: mx.array, scale: float, mask: mx.array | None
+) -> mx.array:
+    """Return products ``[B, H, T, S]`` to add, the lowest where nothing is seen."""
+    scores = (q * scale) @ k.swapaxes(-1, -2)
+    t, s = scores.shape[-2:]
+    if mask is None and t > 1:
+        mask = mx.arange(s) <= mx.arange(s - t, s)[:, None]
+    if mask is None:
+        return scores
+    return mx.where(mask, scores, mx.array(mx.finfo(q.dtype).min, q.dtype))
+
+
 def _attend(
-    q: np.ndarray,
-    k: np.ndarray,
+    pairs: list[tuple[np.ndarray, np.ndarray]],
     v: np.ndarray,
     mask: np.ndarray | None,
     sinks: np.ndarray | None,
 ) -> np.ndarray:
-    """Attend with heads ``[H, T, d]`` that read the same rows ``[S, d]``.
+    """Attend with heads that read the same rows.
 
     Args:
+        pairs: queries ``[H, T, d]`` and keys ``[S, d]``; scores are their sum.
         sinks: ``[H, 1, 1]``.
     """
-    t, s, lowest = q.shape[1], len(k), np.finfo(np.float32).min
-    out = np.empty(q.shape, np.float32)
+    n_heads, t, _ = pairs[0][0].shape
+    s, lowest = len(v), np.finfo(np.float32).min
+    out = np.empty((n_heads, t, v.shape[1]), np.float32)
     for start in range(0, t, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, t)
         seen = s if mask is not None else s - t + stop
-        scores = np.matmul(q[:, start:stop], k[:seen].T)
+        scores, *more = (np.matmul(q[:, start:stop], k[:seen].T) for q, k in pairs)
+        for other in more:
+            scores += other
         if mask is not None:
             np.copyto(scores, lowest, where=~mask[start:stop, :seen])
         elif stop - start > 1:
@@ -222,7 +252,7 @@ def _bias_like(out: Array, bias: Array) -> Array:
 def _device_linear(x: mx.array, weight: Weight) -> mx.array:
     q = weight.quantization
     if q is None:
-        return x @ weight.w.T
+        return x @ weight.w.swapaxes(-1, -2)
     scales, biases = _scales_like(x, weight)
     return mx.quantized_matmul(
         x,
@@ -234,6 +264,22 @@ def _device_linear(x: mx.array, weight: Weight) -> mx.array:
         bits=q.bits,
         mode=q.mode,
     )
+
+
+def heads_linear(x: Array, weight: Weight) -> Array:
+    """Return each head's ``[N, H, I]`` times the transpose of its own matrix.
+
+    Args:
+        weight: ``[H, O, I]``.
+
+    Returns:
+        ``[N, H, O]``.
+    """
+    if isinstance(x, np.ndarray):
+        weight = weight.on_host
+        heads = range(x.shape[1])
+        return np.stack([linear(x[:, h], weight[h]) for h in heads], axis=1)
+    return linear(x.swapaxes(0, 1), weight).swapaxes(0, 1)
 
 
 def embed(token_ids: Array, weight: Weight) -> Array:

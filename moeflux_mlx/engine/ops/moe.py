@@ -14,10 +14,10 @@ import mlx.core as mx
 import numpy as np
 
 from ... import device
-from ...experts.weights import ExpertWeights
+from ...experts.weights import ExpertWeights, Weight
 from ..graph.buffers import Shape
 from ..graph.experts import GraphExperts
-from ..graph.op import Cost, In, InOut, Op, OpFields, Out
+from ..graph.op import Cost, In, InOut, Op, OpFields, Out, WeightRef
 from ..graph.roles import (
     ExpertBaseBuf,
     HiddenBuf,
@@ -88,6 +88,78 @@ def softmax_topk(logits: Array, k: int) -> tuple[Array, Array]:
     if xp is mx:
         indices = mx.stop_gradient(indices)
     return indices, take_columns(scores, indices)
+
+
+class MoeNoauxTopK(Op):
+    """Keep the K best of ``[N, E]`` sigmoids, with a correction for choosing alone.
+
+    The correction ``bias`` ``[E]`` is added to the scores; the ``topk_group`` of
+    ``n_group`` groups of neighbours with the largest sum of their two best stay, and
+    the K best experts there are chosen, ties to the lower index. Weights are the
+    scores, divided by their sum if ``normalised``, times ``scale``. As DeepSeek-V3.
+    """
+
+    logits: In[RouterLogitsBuf]
+    indices_out: Out[RouterIdxBuf]
+    weights_out: Out[RouterWeightsBuf]
+    bias: WeightRef
+    n_tokens: int
+    n_experts: int
+    k: int
+    n_group: int = 1
+    topk_group: int = 1
+    scale: float = 1.0
+    normalised: bool = True
+
+    def shapes(self) -> dict[str, Shape]:
+        chosen = (self.n_tokens, self.k)
+        return {
+            "logits": (self.n_tokens, self.n_experts),
+            "indices_out": chosen,
+            "weights_out": chosen,
+            "bias": (self.n_experts,),
+        }
+
+    def cost(self) -> Cost:
+        n = self.n_tokens * self.n_experts
+        moved = 4 * n + self.bias.n_bytes + 8 * self.n_tokens * self.k
+        return Cost(flops=5 * n, bytes=moved)
+
+    def scratch_bytes(self, itemsize: int) -> int:
+        return 4 * 4 * self.n_tokens * self.n_experts
+
+    def reference(self, logits: Array, bias: Weight) -> tuple[Array, Array]:
+        groups = self.n_group, self.topk_group
+        return noaux_topk(logits, bias.w, self.k, *groups, self.scale, self.normalised)
+
+
+def noaux_topk(
+    logits: Array,
+    bias: Array,
+    k: int,
+    n_group: int,
+    topk_group: int,
+    scale: float,
+    normalised: bool,
+) -> tuple[Array, Array]:
+    """Return ids and weights ``[N, k]`` as ``MoeNoauxTopK`` does for ``[N, E]``."""
+    xp, n_tokens = namespace(logits), len(logits)
+    scores = sigmoid(float32(logits))
+    biased = scores + float32(bias)
+    if topk_group < n_group:
+        by_group = biased.reshape(n_tokens, n_group, -1)
+        best_two = xp.sort(by_group, axis=-1)[..., -2:].sum(axis=-1)
+        rank = argsort(argsort(-best_two))
+        kept = (rank < topk_group)[..., None]
+        biased = xp.where(kept, by_group, -xp.inf).reshape(n_tokens, -1)
+    indices = argsort(-biased)[:, :k].astype(xp.int32)
+    if xp is mx:
+        indices = mx.stop_gradient(indices)
+    weights = take_columns(scores, indices)
+    if normalised:
+        # As in transformers: scores of nothing give weights of nothing.
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    return indices, weights * scale
 
 
 class MoeNormalizeWeights(Op):
@@ -337,7 +409,8 @@ def guard(experts: GraphExperts, outputs: list[Array]) -> None:
 class MoeCombineResidualNTokens(Op):
     """Return ``h_mid + moe_sum + sigmoid(shared_gate) * shared_out``, ``[N, D]``.
 
-    Without a shared expert it is the sum of the first two.
+    Without a shared expert it is the sum of the first two; without a gate the shared
+    expert counts whole.
     """
 
     h_mid: In[ResidualBuf]
@@ -371,5 +444,6 @@ class MoeCombineResidualNTokens(Op):
     ) -> Array:
         out = h_mid + moe_sum
         if shared_out is not None:
-            out = out + sigmoid(shared_gate) * shared_out
+            opened = 1 if shared_gate is None else sigmoid(shared_gate)
+            out = out + opened * shared_out
         return out.astype(h_mid.dtype)

@@ -1,0 +1,108 @@
+"""DeepSeek-V3, R1 and Kimi-K2: latent attention, experts chosen by sigmoids in groups.
+
+A drop-in for ``mlx_lm.models.deepseek_v3``: constructor, weight names, caches and
+sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer. Experts of
+groups that are not among the best are never chosen, as in transformers; mlx-lm gives
+them the score 0 instead, which its class (``native=False``) still does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mlx_lm.models import deepseek_v3 as stock
+from mlx_lm.models.rope_utils import initialize_rope
+
+from moeflux_mlx.engine import noaux
+from moeflux_mlx.engine.blocks import ROUTED
+from moeflux_mlx.engine.layer import LayerForm, expected_tensors
+from moeflux_mlx.engine.mixers import LatentAttention
+from moeflux_mlx.engine.native import (
+    GraphText,
+    NativeModel,
+    check_numbers,
+    check_rope,
+    lacks_of_rope,
+    lacks_of_yarn,
+)
+from moeflux_mlx.experts.files.configuration import (
+    Configuration,
+    check_tensors,
+    counts_of,
+)
+from moeflux_mlx.experts.files.safetensors import TensorEntry
+
+ModelArgs = stock.ModelArgs
+# Says where it follows transformers and mlx-lm's class does not.
+departs = noaux.departs
+# Whole numbers of a configuration that may be 0, null or of no use here.
+OTHER_COUNTS = {"first_k_dense_replace", "q_lora_rank", "num_key_value_heads"}
+
+
+def lacks(config: Mapping[str, Any]) -> str | None:
+    """Return what a configuration asks for that the class does not do, if anything."""
+    for key, value in (("moe_layer_freq", 1), ("rope_interleave", True)):
+        if config.get(key, value) != value:
+            return key
+    rope = lacks_of_yarn(config) or lacks_of_rope(config, ["rope_parameters"])
+    return rope or noaux.lacks(config)
+
+
+def layers(args: ModelArgs, *, joint_kv: bool = False) -> Iterator[LayerForm]:
+    """Return what each layer is.
+
+    Args:
+        joint_kv: as ``LatentAttention`` has it.
+    """
+    attention = LatentAttention(
+        args.num_attention_heads,
+        args.kv_lora_rank,
+        args.qk_nope_head_dim,
+        args.qk_rope_head_dim,
+        args.v_head_dim,
+        args.q_lora_rank,
+        args.attention_bias,
+        joint_kv,
+    )
+    return noaux.forms(args, attention)
+
+
+class Model(NativeModel, GraphText, stock.Model):
+    """Tokens ``[B, T]`` to logits ``[B, T, V]``, whose calls are graphs."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__(args)
+        self.run_on_graphs(self, layers(args))
+
+
+def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | None:
+    """Hold a configuration against a checkpoint's tensors, before building anything.
+
+    Returns:
+        A tensor that no file has, if there is one.
+
+    Raises:
+        ModelError: a value is not usable, or a tensor has another shape.
+    """
+    config.check_counts({*counts_of(ModelArgs), "n_routed_experts"} - OTHER_COUNTS)
+    if config.fields.get("q_lora_rank") is not None:
+        config.check_counts(["q_lora_rank"])
+    args = ModelArgs.from_dict(copy.deepcopy(config.fields))
+    noaux.check(config, args)
+    check_numbers(config, args, "n_routed_experts", grouped=False)
+    joint_kv = any(name.endswith("kv_b_proj.weight") for name in tensors)
+    expected = expected_tensors(args, layers(args, joint_kv=joint_kv))
+    missing = check_tensors(config, tensors, expected, optional=(ROUTED,))
+    if missing is not None:
+        return missing
+    dims, theta, longest = args.qk_rope_head_dim, args.rope_theta, 4096
+    scaling = copy.deepcopy(args.rope_scaling)
+    check_rope(
+        config,
+        "rope_scaling",
+        lambda: initialize_rope(dims, theta, True, scaling, longest),
+        pairs=True,
+    )
+    return None

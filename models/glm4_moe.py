@@ -1,0 +1,88 @@
+"""GLM-4.5, 4.6 and 4.7: full attention, experts chosen by sigmoids, a shared expert.
+
+A drop-in for ``mlx_lm.models.glm4_moe``: constructor, weight names, caches and
+sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer. Experts of
+groups that are not among the best are never chosen, as in transformers; mlx-lm gives
+them the score 0 instead, which its class (``native=False``) still does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.models import glm4_moe as stock
+
+from moeflux_mlx.engine import noaux
+from moeflux_mlx.engine.blocks import ROUTED
+from moeflux_mlx.engine.layer import LayerForm, expected_tensors
+from moeflux_mlx.engine.mixers import Attention
+from moeflux_mlx.engine.native import (
+    GraphText,
+    NativeModel,
+    check_numbers,
+    check_rope,
+    lacks_of_rope,
+)
+from moeflux_mlx.experts.files.configuration import (
+    Configuration,
+    check_tensors,
+    counts_of,
+)
+from moeflux_mlx.experts.files.safetensors import TensorEntry
+
+ModelArgs = stock.ModelArgs
+# Says where it follows transformers and mlx-lm's class does not.
+departs = noaux.departs
+
+
+def lacks(config: Mapping[str, Any]) -> str | None:
+    """Return what a configuration asks for that the class does not do, if anything."""
+    return lacks_of_rope(config) or noaux.lacks(config)
+
+
+def layers(args: ModelArgs) -> Iterator[LayerForm]:
+    """Return what each layer is."""
+    attention = Attention(
+        args.num_attention_heads,
+        args.num_key_value_heads,
+        args.head_dim,
+        norms=("q", "k") if args.use_qk_norm else (),
+        biases=("q", "k", "v") if args.attention_bias else (),
+    )
+    return noaux.forms(args, attention)
+
+
+class Model(NativeModel, GraphText, stock.Model):
+    """Tokens ``[B, T]`` to logits ``[B, T, V]``, whose calls are graphs."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__(args)
+        self.run_on_graphs(self, layers(args))
+
+
+def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | None:
+    """Hold a configuration against a checkpoint's tensors, before building anything.
+
+    Returns:
+        A tensor that no file has, if there is one.
+
+    Raises:
+        ModelError: a value is not usable, or a tensor has another shape.
+    """
+    config.check_given(ModelArgs)
+    optional = {"first_k_dense_replace", "n_shared_experts"}
+    config.check_counts(set(counts_of(ModelArgs)) - optional)
+    args = ModelArgs.from_dict(copy.deepcopy(config.fields))
+    noaux.check(config, args)
+    check_numbers(config, args, "n_routed_experts")
+    expected = expected_tensors(args, layers(args))
+    missing = check_tensors(config, tensors, expected, optional=(ROUTED,))
+    if missing is not None:
+        return missing
+    config.check_number("partial_rotary_factor", args.partial_rotary_factor, 1)
+    width = int(args.head_dim * args.partial_rotary_factor)
+    check_rope(config, "rope_theta", lambda: nn.RoPE(width, base=args.rope_theta))
+    return None

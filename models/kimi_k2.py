@@ -1,0 +1,5 @@
+"""Kimi-K2: DeepSeek-V3's architecture under a name of its own."""
+
+from .deepseek_v3 import Model, ModelArgs, check, departs, lacks, layers
+
+__all__ = ["Model", "ModelArgs", "check", "departs", "lacks", "layers"]

@@ -1,0 +1,274 @@
+"""Attention over a compressed cache (MLA): heads read one latent row a token.
+
+Letters as in ``ops/latent.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import mlx.nn as nn
+
+from ...errors import ModelError
+from .. import ops
+from ..blocks import Call, SameInput, Shapes, rotation
+from ..context import Context, cache_ops, has_spare_rows
+from ..graph import BufId
+from ..graph import roles as b
+from ..model import GraphBuilder
+from ..ops.functions import Array
+from .base import Begun, CacheShapes, Pushed
+
+
+@dataclass(frozen=True, eq=False)
+class LatentAttention:
+    """Causal attention whose cache has a latent row and a rope key for each token.
+
+    Args:
+        q_rank: width that queries are made from; None: from the layer's row.
+        biases: whether the projections of the layer's row and the last one add a bias.
+        joint_kv: how files have the heads' matrices: ``kv_b_proj`` before mlx-lm's
+            conversion, ``embed_q`` and ``unembed_out`` after it.
+    """
+
+    heads: int
+    latent_dim: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    q_rank: int | None
+    biases: bool = False
+    joint_kv: bool = False
+    path: str = "self_attn"
+    name: ClassVar[str] = "latent attention"
+    grows: ClassVar[bool] = True
+    window: ClassVar[None] = None
+
+    @property
+    def same_input(self) -> SameInput:
+        """The projections in."""
+        first = "q_proj" if self.q_rank is None else "q_a_proj"
+        return ((f"{self.path}.{first}", f"{self.path}.kv_a_proj_with_mqa"),)
+
+    @property
+    def cache_shapes(self) -> CacheShapes:
+        """Latent rows and rope keys, where other attention has keys and values."""
+        return (1, 1, None, self.latent_dim), (1, 1, None, self.rope_dim)
+
+    def shapes(self, dim: int) -> Shapes:
+        """Return the tensors by path below the layer, as they are once unpacked."""
+        heads, latent = self.heads, self.latent_dim
+        queries, values = (
+            heads * (self.nope_dim + self.rope_dim),
+            heads * self.value_dim,
+        )
+        shapes: dict[str, tuple[int, ...]] = {
+            "kv_a_proj_with_mqa.weight": (latent + self.rope_dim, dim),
+            "kv_a_layernorm.weight": (latent,),
+            "o_proj.weight": (dim, values),
+        }
+        if self.q_rank is None:
+            shapes["q_proj.weight"] = (queries, dim)
+        else:
+            shapes["q_a_proj.weight"] = (self.q_rank, dim)
+            shapes["q_a_layernorm.weight"] = (self.q_rank,)
+            shapes["q_b_proj.weight"] = (queries, self.q_rank)
+        if self.joint_kv:
+            shapes["kv_b_proj.weight"] = (heads * self.nope_dim + values, latent)
+        else:
+            shapes["embed_q.weight"] = (heads, latent, self.nope_dim)
+            shapes["unembed_out.weight"] = (heads, self.value_dim, latent)
+        if self.biases:
+            for part in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj"):
+                if (weight := shapes.get(f"{part}.weight")) is not None:
+                    shapes[f"{part}.bias"] = weight[:1]
+        return {f"{self.path}.{name}": shape for name, shape in shapes.items()}
+
+    def check(self, module: nn.Module) -> None:
+        """Raise ModelError for rotary positions that no kernel has."""
+        rotation(module.rope, pairs=True)
+
+    def begin(
+        self, module: nn.Module, cache: Any, context: Context, *, spare: bool
+    ) -> Begun:
+        """Return positions, the mask, and how the cache object takes new rows.
+
+        Raises:
+            ModelError: the cache is quantised, which mlx-lm's layer cannot read either.
+        """
+        if hasattr(cache, "bits"):
+            raise ModelError(
+                "[cache] expected latent rows as they are but got a quantised cache: "
+                "leave kv_bits out"
+            )
+        mask, traced = context.masks[self.window], context.traced
+        # Slices of a growing cache would be traced anew at every token.
+        one = mask is None and context.n_seqs == context.t == 1
+        spare_rows = traced or (one and spare and has_spare_rows(cache))
+        inputs = {
+            "start": context.start,
+            "row": context.start[:1],
+            "keys": cache.keys if traced else None,
+            "values": cache.values if traced else None,
+            "attention_mask": mask,
+        }
+        masks = {"attention_mask": mask is not None, "spare_rows": spare_rows}
+        if traced:
+            return Begun(masks, inputs)
+        sizes = self.heads, 1, module.scale
+        return Begun(masks, inputs, cache_ops(*sizes, cache, context, spare_rows))
+
+    def end(self, cache: Any, state: Mapping[str, Array], context: Context) -> None:
+        """Give a traced cache its new arrays; others took the rows themselves."""
+        if context.traced:
+            cache.keys, cache.values = state["keys"], state["values"]
+
+    def push(self, g: GraphBuilder, attn: nn.Module, x: BufId, call: Call) -> Pushed:
+        """Push all of it; its caches are inputs and outputs of the graph."""
+        n, seqs, heads, latent_dim = call.n, call.n_seqs, self.heads, self.latent_dim
+        start = g.input("start", b.StartPosBuf, (seqs,))
+        q_nope, q_pe, latent, k_pe = self._projections(g, attn, x, n)
+        self._rotate(g, attn, {"q_pe": (q_pe, heads), "k_pe": (k_pe, 1)}, start, call)
+        keys, values = self._append(g, latent, k_pe, call)
+        mask = None
+        if call.attention_mask:
+            mask = g.input("attention_mask", b.AttnMaskBuf, (None, 1, call.t, None))
+        query = self._by_head(g, "embed_q", q_nope, b.LatentQueryBuf, n)
+        context = g.new("context", b.LatentContextBuf, (n, heads * latent_dim))
+        g.push(
+            ops.SdpaLatentCausal(
+                label="sdpa",
+                q=query,
+                q_pe=q_pe,
+                latent=keys,
+                rope=values,
+                mask=mask,
+                start=start if call.spare_rows else None,
+                context=context,
+                n_tokens=n,
+                n_seqs=seqs,
+                num_heads=heads,
+                latent_dim=latent_dim,
+                rope_dim=self.rope_dim,
+                softmax_scale=attn.scale,
+            )
+        )
+        attended = self._by_head(g, "unembed_out", context, b.AttnOutBuf, n)
+        out = g.matvec(f"{self.path}.o_proj", attended, b.OProjOutBuf)
+        return out, {"keys": keys, "values": values}
+
+    def _projections(
+        self, g: GraphBuilder, attn: nn.Module, x: BufId, n: int
+    ) -> tuple[BufId, BufId, BufId, BufId]:
+        """Push queries without positions and with, the latent row and the rope key."""
+        path, heads = self.path, self.heads
+        kv_name = f"{path}.kv_a_proj_with_mqa"
+        q: BufId
+        if self.q_rank is None:
+            q = g.matvec(f"{path}.q_proj", x, b.MlaQBuf)
+            kv = g.matvec(kv_name, x, b.MlaKvBuf)
+        else:
+            rank = g.matvec(f"{path}.q_a_proj", x, b.QRankBuf)
+            kv = g.matvec(kv_name, x, b.MlaKvBuf)
+            eps = attn.q_a_layernorm.eps
+            normed = g.norm(f"{path}.q_a_layernorm", rank, b.QRankNormBuf, eps)
+            q = g.matvec(f"{path}.q_b_proj", normed, b.MlaQBuf)
+        q_nope = g.new("q_nope", b.QNopeBuf, (n, heads * self.nope_dim))
+        q_pe = g.new("q_pe", b.QRopeBuf, (n, heads * self.rope_dim))
+        latent = g.new("latent", b.LatentBuf, (n, self.latent_dim))
+        k_pe = g.new("k_pe", b.RopeKeyBuf, (n, self.rope_dim))
+        g.push(
+            ops.MlaSplitQKv(
+                label="split_q_kv",
+                q=q,
+                kv=kv,
+                q_nope=q_nope,
+                q_pe=q_pe,
+                latent=latent,
+                k_pe=k_pe,
+                n_tokens=n,
+                num_heads=heads,
+                nope_dim=self.nope_dim,
+                rope_dim=self.rope_dim,
+                latent_dim=self.latent_dim,
+            )
+        )
+        eps = attn.kv_a_layernorm.eps
+        normed_latent = g.norm(f"{path}.kv_a_layernorm", latent, b.LatentKeyBuf, eps)
+        return q_nope, q_pe, normed_latent, k_pe
+
+    def _rotate(
+        self,
+        g: GraphBuilder,
+        attn: nn.Module,
+        parts: Mapping[str, tuple[BufId, int]],
+        start: BufId,
+        call: Call,
+    ) -> None:
+        """Push the rotary positions of queries and of the rope key."""
+        frequencies, scale = rotation(attn.rope, pairs=True)
+        inv_freq = g.constant("inv_freq", b.RopeInvFreqBuf, frequencies)
+        for name, (buf, count) in parts.items():
+            g.push(
+                ops.RopeNTokens(
+                    label=f"{name}_rope",
+                    x=buf,
+                    inv_freq=inv_freq,
+                    start=start,
+                    n_tokens=call.n,
+                    n_seqs=call.n_seqs,
+                    num_heads=count,
+                    head_dim=self.rope_dim,
+                    rotary_dim=self.rope_dim,
+                    scale=scale,
+                    pairs=True,
+                )
+            )
+
+    def _append(
+        self, g: GraphBuilder, latent: BufId, k_pe: BufId, call: Call
+    ) -> tuple[BufId, BufId]:
+        """Push the cache's new rows; outside of traces the cache takes them itself."""
+        seqs = call.n_seqs
+        keys = g.input("keys", b.KvCacheKBuf, (seqs, 1, None, self.latent_dim))
+        values = g.input("values", b.KvCacheVBuf, (seqs, 1, None, self.rope_dim))
+        row = g.input("row", b.StartPosBuf, (1,))
+        g.push(
+            ops.KvCacheAppendNTokens(
+                label="kv_append",
+                k_src=latent,
+                v_src=k_pe,
+                k_cache=keys,
+                v_cache=values,
+                row=row,
+                n_tokens=call.n,
+                n_seqs=seqs,
+                num_kv_heads=1,
+                head_dim=self.latent_dim,
+                value_dim=self.rope_dim,
+            )
+        )
+        return keys, values
+
+    def _by_head(
+        self, g: GraphBuilder, name: str, x: BufId, role: type[b.HeadsOut], n: int
+    ) -> BufId:
+        """Push the product of each head's part with its own matrix."""
+        weight = g.ref(f"{self.path}.{name}")
+        heads, out_dim, in_dim = weight.shape
+        out = g.new(name, role, (n, heads * out_dim))
+        g.push(
+            ops.HeadMatvecNTokens(
+                label=name,
+                weight=weight,
+                input=x,
+                output=out,
+                num_heads=heads,
+                in_dim=in_dim,
+                out_dim=out_dim,
+                n_tokens=n,
+            )
+        )
+        return out

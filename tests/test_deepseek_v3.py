@@ -1,0 +1,324 @@
+"""The deepseek_v3 of our own equals mlx-lm's, and follows transformers elsewhere."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import deepseek_v3 as stock
+from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache, make_prompt_cache
+from test_glm4_moe import EXPERTS, lowered, of_dropped_groups
+from test_qwen3_moe import (
+    edit_config,
+    greedy,
+    launches,
+    least,
+    relative_rms,
+    simulated,
+    tokens,
+)
+from test_steps import Lazy
+from tiny import DEEPSEEK_V3_CONFIG, make_deepseek_v3
+
+import moeflux_mlx
+from moeflux_mlx.engine.executors import EXECUTORS
+from moeflux_mlx.engine.native import NativeModel
+from moeflux_mlx.errors import ModelError
+from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.measure.profile import profile
+from moeflux_mlx.measure.recording import filled_caches
+from moeflux_mlx.streaming import StreamedModel
+
+YARN = DEEPSEEK_V3_CONFIG["rope_scaling"]
+# YaRN with both mscales or none, queries from a narrow row or from the layer's own,
+# groups or none, odd numbers of experts and heads, widths that fit no kernel.
+CONFIGS = {
+    "e8-k2": {},
+    "e9-k3-groups-heads3-no-rank": dict(
+        n_routed_experts=9,
+        num_experts_per_tok=3,
+        n_group=3,
+        topk_group=2,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        q_lora_rank=None,
+        first_k_dense_replace=0,
+        num_hidden_layers=2,
+        rope_scaling={**YARN, "mscale": 1.3},
+    ),
+    "e13-k1-biases-floats": dict(
+        hidden_size=72,
+        n_routed_experts=13,
+        num_experts_per_tok=1,
+        norm_topk_prob=False,
+        n_shared_experts=2,
+        moe_intermediate_size=36,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        q_lora_rank=20,
+        kv_lora_rank=28,
+        qk_nope_head_dim=12,
+        qk_rope_head_dim=10,
+        v_head_dim=14,
+        attention_bias=True,
+        rope_scaling=None,
+    ),
+}
+GROUPS = "e9-k3-groups-heads3-no-rank"
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def plain(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("deepseek_v3") / request.param
+    bits = None if request.param.endswith("floats") else 4
+    seed = list(CONFIGS).index(request.param)
+    return make_deepseek_v3(path, seed=seed, bits=bits, **CONFIGS[request.param])
+
+
+@pytest.fixture(scope="module")
+def packed(plain):
+    pack(plain, plain.parent / "packed")
+    return plain.parent / "packed"
+
+
+def load(path, **options) -> NativeModel:
+    model, _ = moeflux_mlx.load(path, **options)
+    assert isinstance(model, NativeModel)
+    return model
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize(("n_seqs", "n_tokens"), [(1, 64), (3, 16)])
+def test_greedy_tokens_and_their_logits_are_mlx_lms(plain, packed, n_seqs, n_tokens):
+    expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, n_tokens)
+    budget = {"expert_memory": least(plain)}
+    models = {
+        "resident": load(plain, executor="ops"),
+        "least": load(plain, executor="ops", **budget),
+        "least of a pack": load(packed, executor="ops", read_ahead="on", **budget),
+    }
+    found = {}
+    for name, model in models.items():
+        found[name], ids = greedy(model, n_seqs, n_tokens)
+        assert relative_rms(found[name], expected) < 1e-5, name
+        assert ids == chosen, name
+        assert mx.array_equal(found[name], found["resident"]), name
+        if name != "resident":
+            assert model.streamer.stats.total.misses, name
+
+
+@pytest.mark.slow
+@simulated
+@pytest.mark.parametrize("plain", [GROUPS], indirect=True)
+def test_kernels_give_mlx_lms_tokens_and_logits(plain):
+    expected, chosen = greedy(mlx_lm.load(str(plain))[0], 1, 2)
+    options = {"executor": "sim", "expert_memory": least(plain)}
+    got, found = greedy(load(plain, **options), 1, 2)
+    assert relative_rms(got, expected) < 1e-5
+    assert found == chosen
+
+
+@pytest.mark.parametrize("plain", [GROUPS], indirect=True)
+@pytest.mark.parametrize("n_seqs", [1, 3])
+def test_running_ahead_gives_what_waiting_gives(packed, n_seqs, monkeypatch):
+    monkeypatch.setitem(EXECUTORS, Lazy.name, Lazy)
+    found = []
+    for optimistic in ("off", "on"):
+        options = {"expert_memory": least(packed, 9), "optimistic": optimistic}
+        model = load(packed, executor=Lazy.name, **options)
+        found.append(greedy(model, n_seqs, 6)[0])
+        assert model.runtime.steps == (optimistic == "on")
+    assert relative_rms(found[1], found[0]) < 1e-6
+
+
+def test_weights_caches_and_calls_are_mlx_lms(plain):
+    expected, ours = mlx_lm.load(str(plain))[0], load(plain)
+    assert isinstance(ours, stock.Model)
+    names = {name: p.shape for name, p in tree_flatten(expected.parameters())}
+    assert {name: p.shape for name, p in tree_flatten(ours.parameters())} == names
+    prompt = tokens(19, seed=4, n_seqs=2)
+    rows, wanted = ours.model.embed_tokens(prompt), expected(prompt)
+    assert relative_rms(ours(prompt), wanted) < 1e-5
+    assert relative_rms(ours(prompt, input_embeddings=rows), wanted) < 1e-5
+    caches = [make_prompt_cache(model) for model in (expected, ours)]
+    for model, cache in zip((expected, ours), caches, strict=True):
+        mx.eval(model(prompt, cache=cache))
+    for theirs, own in zip(*caches, strict=True):
+        assert type(own) is type(theirs) and own.offset == theirs.offset
+        for a, b in ((own.keys, theirs.keys), (own.values, theirs.values)):
+            assert relative_rms(a[:, :, :19], b[:, :, :19]) < 1e-5
+
+
+@pytest.mark.parametrize("plain", ["e8-k2"], indirect=True)
+def test_a_state_goes_on_and_a_short_cache_forgets(plain, packed, tmp_path):
+    model = load(packed, expert_memory=least(packed, 3))
+    cache, prompt = make_prompt_cache(model), tokens(21)
+    mx.eval(model(prompt, cache=cache))
+    moeflux_mlx.save_state(tmp_path / "state", model, cache, prompt[0].tolist())
+    expected = model(tokens(1, seed=9), cache=cache)
+    again = load(packed, expert_memory=least(packed, 3))
+    state = moeflux_mlx.load_state(tmp_path / "state", again)
+    assert mx.array_equal(again(tokens(1, seed=9), cache=state.cache), expected)
+    found = []
+    for model in (mlx_lm.load(str(plain))[0], again):
+        cache = [RotatingKVCache(8, 2) for _ in model.layers]
+        mx.eval(model(prompt, cache=cache))
+        found.append(model(tokens(1, seed=9), cache=cache))
+    assert relative_rms(found[1], found[0]) < 1e-5
+
+
+@pytest.mark.parametrize("plain", ["e8-k2"], indirect=True)
+def test_a_quantised_cache_is_refused(plain):
+    model = load(plain)
+    with pytest.raises(ModelError, match="latent rows as they are"):
+        model(tokens(5), cache=[QuantizedKVCache(32, 4) for _ in model.layers])
+
+
+@pytest.mark.parametrize("plain", ["e8-k2"], indirect=True)
+def test_a_step_is_profiled_over_a_filled_cache(plain):
+    model = load(plain, executor="ops")
+    found = profile(model, context=40, repeats=1)
+    names = {row.ops for row in found.rows}
+    assert any("SdpaLatentCausal" in each for each in names)
+    assert [cache.offset for cache in filled_caches(model, 40)] == 3 * [40]
+
+
+# One token: a narrow row of queries first, then all of latent attention.
+ATTENTION = [
+    "norm_matvecs",
+    "norm_matvecs",
+    "mla_split_q_kv",
+    "rms_norm_bf16_fused_n_tokens",
+    "yarn_rope_apply",
+    "yarn_rope_apply",
+    "mla_kv_cache_append",
+    "mla_q_prime_4bit",
+    "mla_sdpa_folded",
+    "mla_out_per_head_4bit",
+    "matvec_residual",
+]
+
+
+@simulated
+def test_a_token_takes_sixteen_launches_a_layer(tmp_path):
+    sizes = dict(num_hidden_layers=2, first_k_dense_replace=0, kv_lora_rank=64)
+    sizes |= dict(v_head_dim=32)
+    path = make_deepseek_v3(tmp_path / "model", **sizes)
+    names = launches(load(path, executor="sim", optimistic="on"))
+    assert names[1:33] == 2 * [*ATTENTION, *EXPERTS]
+
+
+@pytest.mark.parametrize("plain", [GROUPS], indirect=True)
+def test_no_expert_of_a_dropped_group_is_chosen(plain, tmp_path, monkeypatch):
+    """Where all scores are negative mlx-lm prefers the dropped groups' zeros."""
+    model, path = lowered(plain, tmp_path / "model")
+    by_mlx_lm, got = model(tokens(9)), load(path)(tokens(9))
+    assert relative_rms(got, by_mlx_lm) > 1e-2
+    theirs, _ = moeflux_mlx.load(path, native=False)
+    assert relative_rms(theirs(tokens(9)), by_mlx_lm) < 1e-5
+    monkeypatch.setattr(stock, "group_expert_select", of_dropped_groups)
+    assert relative_rms(got, model(tokens(9))) < 1e-5
+
+
+@pytest.mark.parametrize("plain", ["e13-k1-biases-floats"], indirect=True)
+def test_heads_matrices_in_one_tensor_are_parted(plain, tmp_path):
+    """The publisher's files have keys' and values' matrices of all heads in one."""
+    expected = mlx_lm.load(str(plain))[0](tokens(9))
+    path = tmp_path / "joint"
+    path.mkdir()
+    for file in plain.glob("*.json"):
+        (path / file.name).write_bytes(file.read_bytes())
+    weights = mx.load(str(next(plain.glob("*.safetensors"))))
+    for name in [name for name in weights if name.endswith("embed_q.weight")]:
+        values = weights.pop(name.replace("embed_q", "unembed_out"))
+        both = [weights.pop(name).swapaxes(-1, -2), values]
+        joint = mx.concatenate(both, axis=1).flatten(0, 1)
+        weights[name.replace("embed_q", "kv_b_proj")] = joint
+    mx.save_safetensors(str(path / "model.safetensors"), weights)
+    for index in path.glob("*.index.json"):
+        index.unlink()
+    for options in ({}, {"expert_memory": least(path)}):
+        assert relative_rms(load(path, **options)(tokens(9)), expected) < 1e-5
+    pack(path, tmp_path / "packed")
+    got = load(tmp_path / "packed", expert_memory=least(tmp_path / "packed"))
+    assert relative_rms(got(tokens(9)), expected) < 1e-5
+
+
+def test_kimi_k2_is_another_name(tmp_path):
+    # transformers, which does not know the type, reads no YaRN of it.
+    sizes = dict(num_hidden_layers=2, rope_scaling=None)
+    path = make_deepseek_v3(tmp_path / "model", **sizes)
+    expected = mlx_lm.load(str(path))[0](tokens(9))
+    edit_config(path, model_type="kimi_k2")
+    for options in ({}, {"expert_memory": least(path)}):
+        assert relative_rms(load(path, **options)(tokens(9)), expected) < 1e-5
+
+
+def test_the_publishers_eight_bit_floats_go_through_mlx_lms_class(tmp_path):
+    """mlx-lm unpacks them, so only a pack of them can be streamed."""
+    path = make_deepseek_v3(tmp_path / "model", num_hidden_layers=2, bits=None)
+    edit_config(path, quantization_config={"quant_method": "fp8"})
+    file = next(path.glob("*.safetensors"))
+    made = {}
+    for name, array in mx.load(str(file)).items():
+        made[name] = array
+        if ".shared_experts." in name:
+            made[name] = mx.to_fp8(array)
+            made[f"{name}_scale_inv"] = mx.array([[0.75]])
+    for index in path.glob("*.index.json"):
+        index.unlink()
+    mx.save_safetensors(str(file), made)
+    expected = mlx_lm.load(str(path))[0](tokens(9))
+    pack(path, tmp_path / "packed")
+    model, _ = moeflux_mlx.load(tmp_path / "packed")
+    assert isinstance(model, StreamedModel)
+    assert relative_rms(model(tokens(9)), expected) < 1e-5
+
+
+@pytest.fixture
+def copied(tmp_path):
+    return make_deepseek_v3(tmp_path / "copy", num_hidden_layers=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_scaling": {**YARN, "mscale": 0}}, "YaRN with one mscale"),
+        ({"rope_scaling": {**YARN, "truncate": False}}, "truncate"),
+        ({"rope_scaling": {**YARN, "attention_factor": 2.0}}, "attention_factor"),
+        ({"rope_interleave": False}, "rope_interleave"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"num_experts_per_tok": 1}, "norm_topk_prob of one expert"),
+    ],
+)
+def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why, capsys):
+    edit_config(copied, **changes)
+    model, _ = moeflux_mlx.load(copied, expert_memory="3MB")
+    assert isinstance(model, StreamedModel)
+    assert f"our own does not do {why}" in capsys.readouterr().err
+    expected = mlx_lm.load(str(copied))[0](tokens(9))
+    assert relative_rms(model(tokens(9)), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_group": 3}, r"n_routed_experts to be a multiple of n_group \(3\)"),
+        ({"n_group": 2, "topk_group": 3}, "topk_group"),
+        ({"q_lora_rank": None}, "q_proj"),
+        ({"q_lora_rank": 0}, "q_lora_rank"),
+        ({"kv_lora_rank": 33}, "kv_a_proj_with_mqa"),
+        ({"v_head_dim": 25}, "o_proj|unembed_out"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size|rows of gate_proj"),
+        ({"n_routed_experts": 2.5}, "n_routed_experts"),
+        ({"rope_scaling": {**YARN, "factor": "x"}}, "rope_scaling"),
+        ({"first_k_dense_replace": 0}, "layers.0.mlp.gate|layers? 0"),
+    ],
+)
+def test_a_configuration_that_is_not_of_the_files_is_refused(copied, changes, message):
+    edit_config(copied, **changes)
+    for bound in ({}, {"expert_memory": "3MB"}):
+        with pytest.raises(ModelError, match=message):
+            moeflux_mlx.load(copied, **bound)
