@@ -227,8 +227,11 @@ def _load_our_own(
 
 
 def _tell_departure(config: dict[str, Any]) -> None:
-    if (how := departs(config)) is not None:
-        notice(f"model class: our own {config.get('model_type')}, {how}")
+    if (where := departs(config)) is not None:
+        notice(
+            f"model class: our own {config.get('model_type')}, as transformers and not "
+            f"as mlx-lm in {where}; native=False has mlx-lm's way"
+        )
 
 
 def _refuse_code(path: Path) -> None:

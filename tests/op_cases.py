@@ -548,7 +548,7 @@ def append(op, k_src, v_src, k_cache, v_cache, row):
     return caches
 
 
-def attend(op, q, k, v, mask, start, sinks):
+def attend(op, q, k, v, mask, start, sinks=None):
     """One query and one head at a time."""
     t, s = op.n_tokens // op.n_seqs, k.shape[2]
     queries = q.reshape(op.n_tokens, op.num_heads, op.head_dim)
@@ -597,8 +597,7 @@ def attend_latent(op, q, q_pe, latent, rope, mask, start):
         softmax_scale=op.softmax_scale,
     )
     queries = np.concatenate(both, axis=-1).reshape(n, -1)
-    out = attend(like, queries, keys, keys, mask, start, None)
-    out = out.reshape(n, heads, -1)
+    out = attend(like, queries, keys, keys, mask, start).reshape(n, heads, -1)
     return out[..., : op.latent_dim].reshape(q.shape)
 
 

@@ -231,7 +231,7 @@ def test_a_false_truncate_is_followed_as_transformers_does(tmp_path, capsys):
         )
     expected = theirs(tokens(40))
     ours = opened(path)
-    assert "does not truncate" in capsys.readouterr().err
+    assert "in rope_scaling that does not truncate" in capsys.readouterr().err
     assert relative_rms(ours(tokens(40)), expected) < 1e-5
     found = compare(path, "some text", max_tokens=2)
     assert found.departs is not None and not found.within_tolerance

@@ -292,12 +292,12 @@ def make_of(
     mx.random.seed(seed)
     config = {**defaults, **overrides}
     model = randomised(family.Model(family.ModelArgs.from_dict(config)))
+    own = getattr(model, "quant_predicate", None)
 
     def predicate(path: str, module: nn.Module) -> bool | dict:
         if experts is not None and ".experts." in path:
             return dict(vars(experts))
-        own = getattr(model, "quant_predicate", lambda *_: True)
-        return bits is not None and own(path, module)
+        return bits is not None and (own is None or own(path, module))
 
     if bits is not None or experts is not None:
         model, config = quantize_model(

@@ -177,19 +177,19 @@ class Moe:
             f"{stem}.up_proj.weight": (n, inner, dim),
             f"{stem}.down_proj.weight": (n, dim, inner),
         }
-        shapes = routed
         if self.biased:
-            shapes |= {
+            biases = {
                 f"{name.removesuffix('.weight')}.bias": shape[:-1]
                 for name, shape in routed.items()
             }
+            routed |= biases
         if self.noaux is not None:
-            shapes[self.noaux.bias] = (n,)
+            routed[self.noaux.bias] = (n,)
         if self.shared_dim:
-            shapes |= mlp_shapes(self.shared, dim, self.shared_dim)
+            routed |= mlp_shapes(self.shared, dim, self.shared_dim)
             if self.gated:
-                shapes[f"{self.shared}_gate.weight"] = (1, dim)
-        return shapes
+                routed[f"{self.shared}_gate.weight"] = (1, dim)
+        return routed
 
     def chosen_by(self, block: nn.Module) -> Moe:
         """Return the form as mlx-lm's module has it: users change how it chooses."""

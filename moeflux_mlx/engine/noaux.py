@@ -61,12 +61,12 @@ def lacks(config: Mapping[str, Any]) -> str | None:
 
 
 def departs(config: Mapping[str, Any]) -> str | None:
-    """Say how a model whose groups of experts compete departs from mlx-lm's."""
+    """Return where our classes follow transformers and mlx-lm's do not, if anywhere."""
     if (config.get("topk_group") or 1) >= (config.get("n_group") or 1):
         return None
     return (
-        "which never chooses experts of groups left out, as transformers does not; "
-        "mlx-lm's class, that of native=False, gives them the score 0"
+        "experts of groups left out: transformers never chooses them, mlx-lm gives "
+        "them the score 0, which is better than a negative one"
     )
 
 

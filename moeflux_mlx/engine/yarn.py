@@ -13,13 +13,9 @@ from ..experts.files.configuration import Configuration
 
 
 def departs_by_truncate(config: Mapping[str, Any]) -> str | None:
-    """Say how a model with a ``truncate`` of ``rope_scaling`` departs from mlx-lm's."""
-    if _truncates(config.get("rope_scaling")):
-        return None
-    return (
-        "which does not truncate in rope_scaling, as transformers does not; mlx-lm's "
-        "class, that of native=False, always does"
-    )
+    """Name a ``truncate`` that is false, at which mlx-lm does not look."""
+    truncates = _truncates(config.get("rope_scaling"))
+    return None if truncates else "rope_scaling that does not truncate"
 
 
 def check_truncate(config: Configuration) -> None:

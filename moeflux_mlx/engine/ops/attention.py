@@ -240,6 +240,5 @@ class SdpaCausalTiled(Op):
             mask = seen_rows(start, self.n_tokens // self.n_seqs, k.shape[2])
         queries = split_heads(q, self.n_seqs, self.num_heads)
         found = None if sinks is None else sinks.w
-        return join_heads(
-            attention(queries, k, v, self.softmax_scale, mask, sinks=found)
-        )
+        attended = attention(queries, k, v, self.softmax_scale, mask, sinks=found)
+        return join_heads(attended)

@@ -178,6 +178,5 @@ class SdpaLatentCausal(Op):
             split_heads(x, self.n_seqs, self.num_heads) for x in (q, q_pe)
         )
         scale, beside = self.softmax_scale, (placed, rope)
-        return join_heads(
-            attention(queries, latent, latent, scale, mask, beside=beside)
-        )
+        attended = attention(queries, latent, latent, scale, mask, beside=beside)
+        return join_heads(attended)

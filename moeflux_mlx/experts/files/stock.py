@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -54,23 +52,15 @@ def why_stock(config: Mapping[str, Any]) -> str | None:
 
 
 def departs(config: Mapping[str, Any]) -> str | None:
-    """Return how our own class gives another result than mlx-lm's, if it means to.
+    """Return where our own class follows transformers and mlx-lm's does not, if so.
 
-    A family's ``departs`` says so where mlx-lm's is not what the publisher's code does.
+    A family's ``departs`` names it; the classes then agree elsewhere only.
     """
-    own = getattr(_own_module(config), "departs", None)
-    found: str | None = None if own is None else own(config)
-    return found
-
-
-def _own_module(config: Mapping[str, Any]) -> ModuleType | None:
-    model_type = config.get("model_type")
-    if not (isinstance(model_type, str) and model_type.isidentifier()):
+    if not has_own_class(config):
         return None
-    name = f"moeflux_mlx.models.{model_type}"
-    if find_spec(name) is None or not hasattr(import_module(name), "Model"):
-        return None
-    return import_module(name)
+    module = import_module(f"moeflux_mlx.models.{config['model_type']}")
+    found = getattr(module, "departs", None)
+    return None if found is None else found(config)
 
 
 def load_lazily(

@@ -71,7 +71,7 @@ class Comparison:
     options: dict[str, Any]
     layer_errors: list[float] | None
     bits: str
-    # How our own class means to give another result, if it does.
+    # Where our class follows transformers and mlx-lm's does not.
     departs: str | None = None
 
     @property
