@@ -78,9 +78,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="*", metavar="PATTERN")
     args = parser.parse_args()
+    names = fnmatch.filter(KERNELS, args.only)
+    if not names:
+        parser.error(f"--only: expected kernels but {args.only!r} names none")
     bad = 0
     print(f"{'kernel':<34} {'threads':>7} {'registers':>9} {'allowed':>7}  template")
-    for name in fnmatch.filter(KERNELS, args.only):
+    for name in names:
         for launch in launches(KERNELS[name]):
             n = registers(launch)
             verdict = "" if fits(launch, n) else f"  {EXCUSED.get(name, 'TOO MANY')}"

@@ -97,16 +97,23 @@ TINY = {
 }
 
 
-@pytest.fixture
-def bench(monkeypatch) -> ModuleType:
-    """scripts/bench_kernels, turning through two sets of weights only."""
+def loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return a script as a module."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    loader = SourceFileLoader("bench_kernels", str(ROOT / "scripts" / "bench_kernels"))
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    loader = SourceFileLoader(name.partition(".")[0], str(ROOT / "scripts" / name))
     spec = importlib.util.spec_from_loader(loader.name, loader)
     module = importlib.util.module_from_spec(spec)
     # Where dataclasses look their module up.
     monkeypatch.setitem(sys.modules, loader.name, module)
     loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def bench(monkeypatch) -> ModuleType:
+    """scripts/bench_kernels, turning through two sets of weights only."""
+    module = loaded("bench_kernels", monkeypatch)
     monkeypatch.setattr(module, "MAX_TURNS", 2)
     monkeypatch.setattr(module, "CHOICES", 2)
     mx.random.seed(0)
@@ -363,3 +370,14 @@ def test_without_all_slow_tests_and_further_cases_are_left_out():
     items = list(map(item, ["a", "b", "c[0]", "c[1]", "d[1]", "d[2]", "e"]))
     left_out = [i.nodeid.partition("::")[2] for i in only_with_all(items)]
     assert left_out == ["b", "c[1]", "d[2]"]
+
+
+@pytest.mark.parametrize(
+    "name", ["bench_kernels", "mutate_kernels", "kernel_registers.py"]
+)
+def test_a_pattern_that_names_nothing_is_an_error(name, capsys, monkeypatch):
+    script = loaded(name, monkeypatch)
+    monkeypatch.setattr(sys, "argv", [name, "--only", "no_such*"])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 2 and "--only: expected" in capsys.readouterr().err

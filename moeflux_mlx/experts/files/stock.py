@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,13 @@ def why_stock(config: Mapping[str, Any]) -> str | None:
 
     A family's ``lacks`` names what of a configuration our own class does not do.
     """
-    if (module := _own_module(config)) is None:
+    model_type = config.get("model_type")
+    if not (isinstance(model_type, str) and model_type.isidentifier()):
         return NONE_OF_OUR_OWN
-    lacks = getattr(module, "lacks", None)
+    name = f"moeflux_mlx.models.{model_type}"
+    if find_spec(name) is None or not hasattr(import_module(name), "Model"):
+        return NONE_OF_OUR_OWN
+    lacks = getattr(import_module(name), "lacks", None)
     found = None if lacks is None else lacks(config)
     return None if found is None else f"our own does not do {found}"
 
