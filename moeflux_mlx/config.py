@@ -74,6 +74,10 @@ def check() -> None:
 
 def is_launched() -> bool:
     """Tell whether ``mlx.launch`` or ``mpirun`` started this process among others."""
+    hosts = Path(os.environ.get("MLX_HOSTFILE") or os.devnull)
+    if hosts.is_file() and not hosts.read_bytes().strip():
+        # What it writes for a lone process, and MLX cannot read.
+        return False
     names = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
     return any(name in os.environ for name in names)
 

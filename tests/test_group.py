@@ -14,6 +14,7 @@ import ranks
 from tiny import make_checkpoint, make_qwen3_moe
 
 import moeflux_mlx
+from moeflux_mlx.calls.group import launched_group
 from moeflux_mlx.cli import main
 from moeflux_mlx.errors import ConfigError, ModelError
 from moeflux_mlx.experts.files.pack import pack
@@ -209,6 +210,15 @@ def test_more_ranks_than_experts_are_refused(models):
         own = SharedExperts(store, 1, 3)
         assert [own.count(layer) for layer in own.layers] == [2, 2, 2]
         assert own.spans(0, 1) == store.spans(0, 3)
+
+
+def test_a_process_launched_alone_has_no_group(models, tmp_path, monkeypatch, capfd):
+    (hosts := tmp_path / "hosts").write_text("\n")
+    monkeypatch.setenv("MLX_RANK", "0")
+    monkeypatch.setenv("MLX_HOSTFILE", str(hosts))
+    assert launched_group() is None
+    assert main([*map(str, words(models))]) == 0
+    assert "processes" not in capfd.readouterr().out
 
 
 def test_a_group_of_one_is_none(models, alone):
