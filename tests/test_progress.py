@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 import moeflux_mlx
-from moeflux_mlx.system.progress import byte_progress
+from moeflux_mlx.system.progress import byte_progress, showing_prompts
 
 
 class Terminal:
@@ -52,15 +52,26 @@ def test_loading_and_long_prompts_show_progress_on_a_terminal(
     packed, budget, monkeypatch
 ):
     terminal = Terminal(monkeypatch)
-    run(packed, budget, 70)
+    with showing_prompts():
+        run(packed, budget, 70)
     shown = terminal.text()
     assert "reading weights" in shown and "prompt, 70 tokens" in shown
 
 
 def test_short_prompts_show_none(packed, budget, monkeypatch):
     terminal = Terminal(monkeypatch)
-    run(packed, budget, 20)
+    with showing_prompts():
+        run(packed, budget, 20)
     assert "tokens" not in terminal.text()
+
+
+def test_the_output_of_others_is_not_cut_by_a_prompts_bar(packed, budget, monkeypatch):
+    """As in mlx-lm's commands, which may be in the middle of a line."""
+    model, _ = moeflux_mlx.load(packed, expert_memory=budget)
+    terminal = Terminal(monkeypatch)
+    tokens = mx.array([[i % 300 for i in range(70)]])
+    mx.eval(model(tokens, cache=make_prompt_cache(model)))
+    assert terminal.text() == ""
 
 
 def test_reading_all_experts_shows_progress(packed, monkeypatch):

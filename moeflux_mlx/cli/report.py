@@ -18,6 +18,7 @@ from rich.table import Table
 
 from ..experts.streaming.mapped import MappedExperts
 from ..experts.streaming.streamer import ExpertStreamer
+from ..system.progress import showing_prompts
 
 WIDE = 140
 
@@ -57,10 +58,11 @@ def generate_and_print(
         The ids of the continuation.
     """
     tokens = []
-    for response in stream_generate(model, tokenizer, list(prompt), **options):
-        tokens.append(response.token)
-        sys.stdout.write(response.text)
-        sys.stdout.flush()
+    with showing_prompts():
+        for response in stream_generate(model, tokenizer, list(prompt), **options):
+            tokens.append(response.token)
+            sys.stdout.write(response.text)
+            sys.stdout.flush()
     print()
     if preparation is not None:
         streamer = getattr(model, "streamer", None)

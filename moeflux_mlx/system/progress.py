@@ -25,7 +25,10 @@ Report = Callable[[str, int, int], None]
 SHOWN_TOKENS = 64
 
 
+# Whether this process prints: of several that share a model only the first does.
 _is_told = True
+# Whether whoever prints text here knows of the bar that prompts may show before it.
+_prompts_are_shown = False
 
 
 def notice(text: str) -> None:
@@ -52,12 +55,26 @@ def byte_progress() -> contextlib.AbstractContextManager[Report]:
 
 
 @contextlib.contextmanager
+def showing_prompts() -> Iterator[None]:
+    """Let long prompts show a bar while inside; elsewhere it would cut others' output.
+
+    mlx-lm's commands and scripts may be in the middle of a line.
+    """
+    global _prompts_are_shown
+    before, _prompts_are_shown = _prompts_are_shown, True
+    try:
+        yield
+    finally:
+        _prompts_are_shown = before
+
+
+@contextlib.contextmanager
 def prompt_progress(n_tokens: int, n_layers: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar of layers while a prompt of some length goes through them.
+    """Show a bar of layers while a prompt of some length goes through, if it may.
 
     Yields what is called with the number of each layer once it is done.
     """
-    if n_tokens < SHOWN_TOKENS:
+    if n_tokens < SHOWN_TOKENS or not _prompts_are_shown:
         yield lambda layer: None
         return
     with _bar(MofNCompleteColumn()) as report:
