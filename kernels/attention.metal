@@ -240,7 +240,6 @@ inline void attend_rows(
     }
     float shrink = fast::exp(top[f] - higher);
     top[f] = higher;
-    total[f] *= shrink;
 #pragma unroll
     for (int j = 0; j < PER; ++j) {
       sum[f * PER + j] *= shrink;
@@ -248,7 +247,8 @@ inline void attend_rows(
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       float weight = fast::exp(scores[r] - higher);
-      total[f] += weight;
+      // Rounded once in every form of a kernel: compilers would contract it in some only.
+      total[f] = r == 0 ? fma(total[f], shrink, weight) : total[f] + weight;
 #pragma unroll
       for (int j = 0; j < PER; ++j) {
         sum[f * PER + j] = fma(weight, value[r * PER + j], sum[f * PER + j]);

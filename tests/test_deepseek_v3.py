@@ -8,22 +8,23 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import deepseek_v3 as stock
 from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache, make_prompt_cache
-from test_glm4_moe import EXPERTS, lowered, of_dropped_groups
-from test_qwen3_moe import (
+from native_models import (
     edit_config,
     greedy,
     launches,
     least,
+    load,
+    made_of,
     relative_rms,
     simulated,
     tokens,
 )
+from test_glm4_moe import EXPERTS, lowered, of_dropped_groups
 from test_steps import Lazy
 from tiny import DEEPSEEK_V3_CONFIG, make_deepseek_v3
 
 import moeflux_mlx
 from moeflux_mlx.engine.executors import EXECUTORS
-from moeflux_mlx.engine.native import NativeModel
 from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.measure.profile import profile
@@ -68,24 +69,7 @@ CONFIGS = {
 GROUPS = "e9-k3-groups-heads3-no-rank"
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def plain(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp("deepseek_v3") / request.param
-    bits = None if request.param.endswith("floats") else 4
-    seed = list(CONFIGS).index(request.param)
-    return make_deepseek_v3(path, seed=seed, bits=bits, **CONFIGS[request.param])
-
-
-@pytest.fixture(scope="module")
-def packed(plain):
-    pack(plain, plain.parent / "packed")
-    return plain.parent / "packed"
-
-
-def load(path, **options) -> NativeModel:
-    model, _ = moeflux_mlx.load(path, **options)
-    assert isinstance(model, NativeModel)
-    return model
+plain, packed = made_of(make_deepseek_v3, CONFIGS)
 
 
 @pytest.mark.sampled

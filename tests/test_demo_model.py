@@ -12,7 +12,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 import moeflux_mlx
-from moeflux_mlx.engine import lowering, simulator
+from moeflux_mlx.engine import lowering, ops, simulator
 from moeflux_mlx.engine.graph import planned_peak_bytes
 from moeflux_mlx.experts.files.pack import pack
 
@@ -103,8 +103,9 @@ def test_tokens_on_simulated_kernels_are_those_of_the_references(
         packed, expert_memory="4MB", executor="ops"
     )
     kernels, _ = moeflux_mlx.load(packed, expert_memory="4MB", executor="sim")
-    want, _ = greedy(references, tokenizer, "def total(values):", 4)
-    got, _ = greedy(kernels, tokenizer, "def total(values):", 4)
+    # Few tokens: simulated ones take seconds.
+    want, _ = greedy(references, tokenizer, "def f(x):", 2)
+    got, _ = greedy(kernels, tokenizer, "def f(x):", 2)
     assert got == want
     built = set(kernels.runtime.executor.built)
     assert {"experts_gate_up_swiglu", "qmm_t"} <= built
@@ -112,12 +113,13 @@ def test_tokens_on_simulated_kernels_are_those_of_the_references(
         groups = {group.name for group in lowering.GROUPS}
         assert groups - built == {ONLY_RESIDENT, UNGATED}
         resident, _ = moeflux_mlx.load(DEMO, executor="sim")
-        got, _ = greedy(resident, tokenizer, "def total(values):", 4)
+        got, _ = greedy(resident, tokenizer, "def f(x):", 2)
         assert got == want
         assert ONLY_RESIDENT in resident.runtime.executor.built
         return
-    for ways in lowering.TABLE.values():
-        assert {way.name for way in ways} & built or ways[0].name in HOST_KERNELS
+    for op, ways in lowering.TABLE.items():
+        if op not in OTHER_FAMILIES:
+            assert {way.name for way in ways} & built or ways[0].name in HOST_KERNELS
 
 
 # mlx-lm's cache object appends keys and values, and the experts of a prompt are run
@@ -125,5 +127,13 @@ def test_tokens_on_simulated_kernels_are_those_of_the_references(
 HOST_KERNELS = {"kv_cache_append_n_tokens", "moe_mm_id"}
 # Experts that may have to be read are known before the launch that runs them.
 ONLY_RESIDENT = "experts_route_gate_up"
+# Ops that layers of this family do not have.
+OTHER_FAMILIES = {
+    ops.HeadMatvecNTokens,
+    ops.MlaSplitQKv,
+    ops.MoeNoauxTopK,
+    ops.PartKeyHeadsNTokens,
+    ops.SdpaLatentCausal,
+}
 # The demo model gates its attention.
 UNGATED = "attention_inputs_ungated"

@@ -12,11 +12,13 @@ from mlx_lm.models import glm4_moe as stock
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import save_model
-from test_qwen3_moe import (
+from native_models import (
     edit_config,
     greedy,
     launches,
     least,
+    load,
+    made_of,
     relative_rms,
     simulated,
     tokens,
@@ -26,9 +28,7 @@ from tiny import make_glm4_moe
 
 import moeflux_mlx
 from moeflux_mlx.engine.executors import EXECUTORS
-from moeflux_mlx.engine.native import NativeModel
 from moeflux_mlx.errors import ModelError
-from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.measure.routing import record_routing
 from moeflux_mlx.streaming import StreamedModel
 
@@ -64,24 +64,7 @@ CONFIGS = {
 GROUPS = "e9-k3-groups-heads3"
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def plain(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp("glm4_moe") / request.param
-    bits = None if request.param.endswith("floats") else 4
-    seed = list(CONFIGS).index(request.param)
-    return make_glm4_moe(path, seed=seed, bits=bits, **CONFIGS[request.param])
-
-
-@pytest.fixture(scope="module")
-def packed(plain):
-    pack(plain, plain.parent / "packed")
-    return plain.parent / "packed"
-
-
-def load(path, **options) -> NativeModel:
-    model, _ = moeflux_mlx.load(path, **options)
-    assert isinstance(model, NativeModel)
-    return model
+plain, packed = made_of(make_glm4_moe, CONFIGS)
 
 
 @pytest.mark.sampled

@@ -15,16 +15,18 @@ from mlx_lm.models.cache import (
 )
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from moeflux_mlx.models.gpt_oss import lacks
-from test_door_pack import interleaved, rewrite
-from test_qwen3_moe import (
+from native_models import (
     edit_config,
     greedy,
     launches,
     least,
+    load,
+    made_of,
     relative_rms,
     simulated,
     tokens,
 )
+from test_door_pack import interleaved, rewrite
 from test_steps import Lazy, Traced
 from tiny import GPT_OSS_CONFIG, make_gpt_oss, make_qwen3_moe
 
@@ -63,36 +65,21 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def plain(request, tmp_path_factory):
-    name = request.param
-    path = tmp_path_factory.mktemp("gpt_oss") / name
-    bits = None if name.endswith("floats") else 4
-    experts = MXFP4 if name.endswith("mxfp4") else None
-    seed = list(CONFIGS).index(name)
-    return make_gpt_oss(path, seed=seed, bits=bits, experts=experts, **CONFIGS[name])
+def make(path, *, bits, **config):
+    """Write a checkpoint, its experts in mxfp4 where the name of ``path`` ends so."""
+    experts = MXFP4 if path.name.endswith("mxfp4") else None
+    return make_gpt_oss(path, bits=bits, experts=experts, **config)
 
 
-@pytest.fixture(scope="module")
-def packed(plain):
-    pack(plain, plain.parent / "packed")
-    return plain.parent / "packed"
-
-
+plain, packed = made_of(make, CONFIGS)
 only_quantised = pytest.mark.parametrize("plain", ["e7-k3"], indirect=True)
-
-
-def opened(path, **options) -> NativeModel:
-    model, _ = moeflux_mlx.load(path, **options)
-    assert isinstance(model, NativeModel)
-    return model
 
 
 @pytest.mark.parametrize("n_seqs", [1, 3])
 def test_64_greedy_tokens_and_their_logits_are_mlx_lms(plain, n_seqs):
     expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, 64)
     for options in ({}, {"expert_memory": least(plain)}):
-        model = opened(plain, executor="ops", **options)
+        model = load(plain, executor="ops", **options)
         got, found = greedy(model, n_seqs, 64)
         assert relative_rms(got, expected) < 1e-5, options
         assert found == chosen, options
@@ -100,9 +87,9 @@ def test_64_greedy_tokens_and_their_logits_are_mlx_lms(plain, n_seqs):
 
 
 def test_any_budget_gives_the_same_bits(plain, packed):
-    expected, _ = greedy(opened(plain, executor="ops"), 1, 6)
+    expected, _ = greedy(load(plain, executor="ops"), 1, 6)
     for path, more in ((plain, {}), (packed, {}), (packed, {"read_ahead": "on"})):
-        model = opened(path, executor="ops", expert_memory=least(path), **more)
+        model = load(path, executor="ops", expert_memory=least(path), **more)
         assert mx.array_equal(greedy(model, 1, 6)[0], expected), (path, more)
 
 
@@ -111,7 +98,7 @@ def test_any_budget_gives_the_same_bits(plain, packed):
 def test_kernels_give_mlx_lms_tokens_and_logits(plain):
     for n_seqs, options in ((1, {}), (3, {"expert_memory": least(plain)})):
         expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, 1)
-        model = opened(plain, executor="sim", **options)
+        model = load(plain, executor="sim", **options)
         got, found = greedy(model, n_seqs, 1)
         assert relative_rms(got, expected) < 1e-5, n_seqs
         assert found == chosen, n_seqs
@@ -126,7 +113,7 @@ def test_what_is_lazy_gives_the_same(plain, executor, monkeypatch):
     monkeypatch.setitem(EXECUTORS, executor.name, executor)
     expected, chosen = greedy(mlx_lm.load(str(plain))[0], 2, 6)
     for options in ({}, {"expert_memory": least(plain, 4)}):
-        model = opened(plain, executor=executor.name, optimistic="on", **options)
+        model = load(plain, executor=executor.name, optimistic="on", **options)
         got, found = greedy(model, 2, 6)
         assert relative_rms(got, expected) < 1e-5, options
         assert found == chosen, options
@@ -151,7 +138,7 @@ def batched(kinds: list[str], padding: list[int]) -> list:
 @pytest.mark.parametrize("optimistic", ["off", "on"])
 def test_caches_of_other_kinds_are_seen_through_the_windows(plain, optimistic):
     theirs, _ = mlx_lm.load(str(plain))
-    ours = opened(plain, optimistic=optimistic)
+    ours = load(plain, optimistic=optimistic)
     kinds = CONFIGS["e7-k3"]["layer_types"]
     for make in (
         lambda: make_prompt_cache(theirs),
@@ -166,7 +153,7 @@ def test_caches_of_other_kinds_are_seen_through_the_windows(plain, optimistic):
 
 @only_quantised
 def test_quantised_caches_are_refused(plain):
-    model = opened(plain)
+    model = load(plain)
     cache = make_prompt_cache(model)
     mx.eval(model(tokens(3), cache=cache))
     cache[1] = cache[1].to_quantized(group_size=32, bits=8)
@@ -175,27 +162,27 @@ def test_quantised_caches_are_refused(plain):
 
 
 def test_a_state_goes_on_where_it_was_saved(packed, tmp_path):
-    model = opened(packed, expert_memory=least(packed, 3))
+    model = load(packed, expert_memory=least(packed, 3))
     cache, prompt = make_prompt_cache(model), tokens(21)
     mx.eval(model(prompt, cache=cache))
     moeflux_mlx.save_state(tmp_path / "state", model, cache, prompt[0].tolist())
     expected = model(tokens(1, seed=9), cache=cache)
-    again = opened(packed, expert_memory=least(packed, 3))
+    again = load(packed, expert_memory=least(packed, 3))
     state = moeflux_mlx.load_state(tmp_path / "state", again)
     assert mx.array_equal(again(tokens(1, seed=9), cache=state.cache), expected)
 
 
 @only_quantised
 def test_a_budget_of_the_process_gives_the_same(packed):
-    bounded = opened(packed, memory="4GB")
+    bounded = load(packed, memory="4GB")
     assert bounded.runtime.plan is not None
-    got, expected = (greedy(model, 1, 4)[0] for model in (bounded, opened(packed)))
+    got, expected = (greedy(model, 1, 4)[0] for model in (bounded, load(packed)))
     assert relative_rms(got, expected) < 1e-5
 
 
 @only_quantised
 def test_adapters_and_a_compiled_call_take_mlx_lms_modules(plain):
-    expected, ours = mlx_lm.load(str(plain))[0], opened(plain)
+    expected, ours = mlx_lm.load(str(plain))[0], load(plain)
     prompt = tokens(11)
     assert relative_rms(mx.compile(ours)(prompt), expected(prompt)) < 1e-5
     for model in (expected, ours):
@@ -230,7 +217,7 @@ def test_a_false_truncate_is_followed_as_transformers_does(tmp_path, capsys):
             unrounded(32, 10000.0, scaling), mx.float32
         )
     expected = theirs(tokens(40))
-    ours = opened(path)
+    ours = load(path)
     assert "in rope_scaling that does not truncate" in capsys.readouterr().err
     assert relative_rms(ours(tokens(40)), expected) < 1e-5
     found = compare(path, "some text", max_tokens=2)
@@ -249,7 +236,7 @@ def test_the_published_form_runs_once_it_is_packed(tmp_path):
     assert not isinstance(unpacked, NativeModel)
     pack(path, tmp_path / "packed")
     for options in ({}, {"expert_memory": least(tmp_path / "packed")}):
-        got, found = greedy(opened(tmp_path / "packed", **options), 1, 6)
+        got, found = greedy(load(tmp_path / "packed", **options), 1, 6)
         assert relative_rms(got, expected) < 1e-5, options
         assert found == chosen, options
 

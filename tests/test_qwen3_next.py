@@ -11,12 +11,14 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3_next as stock
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from test_qwen3_moe import (
+from native_models import (
     LAYER,
     edit_config,
     greedy,
     launches,
     least,
+    load,
+    made_of,
     relative_rms,
     simulated,
     tokens,
@@ -60,18 +62,7 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def plain(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp("qwen3_next") / request.param
-    bits = None if request.param.endswith("floats") else 4
-    seed = list(CONFIGS).index(request.param)
-    return make_qwen3_next(path, seed=seed, bits=bits, **CONFIGS[request.param])
-
-
-@pytest.fixture(scope="module")
-def packed(plain):
-    pack(plain, plain.parent / "packed")
-    return plain.parent / "packed"
+plain, packed = made_of(make_qwen3_next, CONFIGS)
 
 
 def open_with(plain, packed, **options) -> dict[str, NativeModel]:
@@ -84,8 +75,7 @@ def open_with(plain, packed, **options) -> dict[str, NativeModel]:
     }
     models = {}
     for name, (path, own) in budgets.items():
-        models[name], _ = moeflux_mlx.load(path, **own, **options)
-        assert isinstance(models[name], NativeModel), name
+        models[name] = load(path, **own, **options)
     return models
 
 
