@@ -313,7 +313,7 @@ def fail(exchange: Exchange, folder: Path) -> dict[str, Any]:
         "group": {"group": 2},
     }.items():
         outcome[name] = said(lambda options=options: load(**options))
-    kind = {"memory": "2GB"} if mine else {"expert_memory": "2GB"}
+    kind = {"memory": "4GB"} if mine else {"expert_memory": "2GB"}
     outcome["bounds"] = said(lambda: load(**kind))
     outcome["after all"] = greedy(model)
     return outcome

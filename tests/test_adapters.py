@@ -78,7 +78,7 @@ def loaders(plain, packed, few) -> dict[str, Any]:
         "resident": partial(load, plain),
         "budget": partial(load, plain, expert_memory=few),
         "pack": partial(load, packed, expert_memory=few),
-        "memory": partial(load, packed, memory="2GB"),
+        "memory": partial(load, packed, memory="4GB"),
         "no-native": partial(load, plain, expert_memory=few, native=False),
     }
 
@@ -288,7 +288,7 @@ def test_generate_with_adapters_writes_stocks_text(
         "resident": ["--model", plain],
         "budget": ["--model", plain, "--expert-memory", few],
         "pack": ["--model", packed, "--expert-memory", few],
-        "memory": ["--model", packed, "--memory", "2GB"],
+        "memory": ["--model", packed, "--memory", "4GB"],
         "no-native": ["--model", plain, "--no-native"],
         "no-native-budget": ["--model", plain, "--no-native", "--expert-memory", few],
     }[way]
@@ -301,7 +301,7 @@ def test_generate_with_adapters_writes_stocks_text(
 def test_mlx_lm_generates_with_adapters_from_a_pack(
     packed, few, trained, text, variable, monkeypatch, capsys
 ):
-    amounts = {"MOEFLUX_EXPERT_MEMORY": few, "MOEFLUX_MEMORY": "2GB"}
+    amounts = {"MOEFLUX_EXPERT_MEMORY": few, "MOEFLUX_MEMORY": "4GB"}
     monkeypatch.setenv(variable, amounts[variable])
     adapters = ["--adapter-path", trained["lora"][2], "--trust-remote-code"]
     command("generate", "--model", packed, *adapters, *PROMPT)

@@ -79,8 +79,8 @@ def test_the_plan_without_weights_is_the_measured_one(written, family, own_bytes
     # MLX's threads free memory sooner or later, so peaks differ from time to time.
     while not any(0.8 < ratio < 1.25 for ratio in ratios):
         assert len(ratios) < 4, ratios
-        other = asdict(plan_load(path, "2GB"))
-        model = stream(load_stock_lazily(path).model, path, memory="2GB")
+        other = asdict(plan_load(path, "4GB"))
+        model = stream(load_stock_lazily(path).model, path, memory="4GB")
         measured = asdict(model.plan)
         ratios.append(other.pop("scratch_bytes") / measured.pop("scratch_bytes"))
         assert other == measured
@@ -90,12 +90,12 @@ def test_planning_leaves_a_model_as_it_was(written):
     path = written("qwen3_moe")
     model, stock = load_stock_lazily(path).model, load_model(path)[0]
     kinds = [type(module) for module in model.modules()]
-    plan_stream(model, path, "2GB")
+    plan_stream(model, path, "4GB")
     assert [type(module) for module in model.modules()] == kinds
     assert mx.array_equal(model(TOKENS), stock(TOKENS))
     with pytest.raises(BudgetError, match=r"\[memory\] expected at least"):
         plan_stream(model, path, 1)
-    streamed = stream(model, path, memory="2GB")
+    streamed = stream(model, path, memory="4GB")
     assert mx.array_equal(streamed(TOKENS), stock(TOKENS))
 
 

@@ -56,7 +56,7 @@ def written(tmp_path_factory) -> Callable[..., Path]:
 
 
 def opened(path: Path, **bound: Any) -> Any:
-    return moeflux_mlx.load(path, native=False, **(bound or {"memory": "2GB"}))[0]
+    return moeflux_mlx.load(path, native=False, **(bound or {"memory": "4GB"}))[0]
 
 
 def run(model: Any, cache: list[Any], tokens: list[int], n: int) -> list[mx.array]:
@@ -70,8 +70,8 @@ def run(model: Any, cache: list[Any], tokens: list[int], n: int) -> list[mx.arra
 
 # Windows, states of linear attention, lists of caches, chunks; packed or plain.
 FORMS = {
-    "qwen3_moe": (False, {"memory": "2GB"}),
-    "gpt_oss": (True, {"memory": "2GB"}),
+    "qwen3_moe": (False, {"memory": "4GB"}),
+    "gpt_oss": (True, {"memory": "4GB"}),
     "qwen3_next": (False, {"expert_memory": "3MB"}),
     "deepseek_v32": (True, {"expert_memory": "3MB"}),
     "llama4": (False, {"expert_memory": "3MB"}),
@@ -255,10 +255,10 @@ def test_what_cannot_be_kept_is_said_before_text_is_made(written):
 @pytest.mark.slow
 def test_generate_goes_on_from_a_file(written, tmp_path, capsys):
     path, file = written("gpt_oss", True), tmp_path / "state"
-    model, tokenizer = moeflux_mlx.load(path, memory="2GB")
+    model, tokenizer = moeflux_mlx.load(path, memory="4GB")
 
     def generate(prompt: str, *flags: object) -> str:
-        command = ["generate", "--model", path, "--memory", "2GB", "-m", 8]
+        command = ["generate", "--model", path, "--memory", "4GB", "-m", 8]
         more = ["--ignore-chat-template", "--verbose", "False", "--prompt", prompt]
         assert moeflux([*map(str, [*command, *more, *flags])]) == 0
         return capsys.readouterr().out

@@ -274,7 +274,7 @@ def bounded(written) -> dict[bool, tuple[nn.Module, nn.Module]]:
     """
     path = written("qwen3_moe", None)
     stock, _ = both(path)
-    ours = stream(load_model(path, lazy=True)[0], path, memory="1GB")
+    ours = stream(load_model(path, lazy=True)[0], path, memory="4GB")
     ours.keeper.limit(1)
     return {False: both(written("qwen3_moe", 4)), True: (stock, ours)}
 

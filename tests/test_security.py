@@ -82,7 +82,7 @@ def test_each_trap_works_where_it_is_asked_to(model, mark):
 def test_load_runs_nothing_of_a_model(settings, model, mark):
     for trial in (model, with_own_tokenizer(model)):
         moeflux_mlx.load(trial, tokenizer_config=settings, expert_memory="4MB")
-        plan_load(trial, "1GB")
+        plan_load(trial, "4GB")
     assert not mark.exists()
 
 
@@ -96,7 +96,7 @@ def test_a_tokenizer_that_is_code_is_refused_by_name(model, mark):
 GENERATE = ["generate", "--prompt", "-", "-m", "3", "--expert-memory", "4MB", "--model"]
 COMMANDS = {
     "generate": (0, GENERATE),
-    "inspect": (0, ["inspect", "--memory", "1GB"]),
+    "inspect": (0, ["inspect", "--memory", "4GB"]),
     "trace": (0, ["trace", "--prompt", "y", "-m", "2", "-o", "trace.npz"]),
     "profile": (0, ["profile", "--executor", "ops", "--repeats", "1"]),
     "chat": (0, ["chat", "-m", "1", "--expert-memory", "4MB", "--model"]),
