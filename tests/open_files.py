@@ -16,7 +16,9 @@ def count() -> int:
 
 @contextlib.contextmanager
 def none_left() -> Iterator[None]:
-    """Fail if more files are open, or fewer, after what is done in here."""
-    before = count()
+    """Fail if more files are open after what is done in here."""
+    before = len(os.listdir("/dev/fd"))
     yield
-    assert count() == before, "files were left open"
+    # To search for garbage takes long, and seldom is some left.
+    if len(os.listdir("/dev/fd")) != before:
+        assert count() <= before, "files were left open"
