@@ -18,6 +18,7 @@ from moeflux_mlx.engine.forward import Forward
 from moeflux_mlx.engine.layer import LayerForm, expected_tensors
 from moeflux_mlx.engine.mixers import Attention, GatedDeltaNet
 from moeflux_mlx.engine.native import NativeModel, check_numbers, check_rope
+from moeflux_mlx.engine.published import has_taps_last
 from moeflux_mlx.experts.files.configuration import (
     Configuration,
     check_tensors,
@@ -93,8 +94,7 @@ def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | No
     args = TextModelArgs.from_dict(copy.deepcopy(config.fields))
     if args.num_experts < 1:
         raise config.wrong("num_experts", "a positive whole number", args.num_experts)
-    convs = [e for name, e in tensors.items() if name.endswith("conv1d.weight")]
-    taps_last = not all(e.shape and e.shape[-1] == 1 for e in convs)
+    taps_last = has_taps_last(tensors)
     expected = expected_tensors(args, layers(args, taps_last=taps_last))
     missing = check_tensors(config, tensors, expected, optional=(ROUTED,))
     if missing is not None:

@@ -16,7 +16,13 @@ from mlx_lm.models import qwen3_moe as stock
 from moeflux_mlx.engine.blocks import ROUTED, DenseMlp, Moe
 from moeflux_mlx.engine.layer import LayerForm, expected_tensors
 from moeflux_mlx.engine.mixers import Attention
-from moeflux_mlx.engine.native import GraphText, NativeModel, check_numbers, check_rope
+from moeflux_mlx.engine.native import (
+    GraphText,
+    NativeModel,
+    check_numbers,
+    check_rope,
+    lacks_of_rope,
+)
 from moeflux_mlx.experts.files.configuration import (
     Configuration,
     check_tensors,
@@ -29,12 +35,8 @@ ModelArgs = stock.ModelArgs
 
 def lacks(config: Mapping[str, Any]) -> str | None:
     """Return what a configuration asks for that the class does not do, if anything."""
-    scaling = config.get("rope_scaling") or {}
-    plain = isinstance(scaling, dict) and {"default"}.issuperset(
-        scaling[key] for key in ("type", "rope_type") if key in scaling
-    )
-    if not plain:
-        return "rope_scaling"
+    if (key := lacks_of_rope(config, ["rope_scaling"])) is not None:
+        return key
     if config.get("hidden_act", "silu") != "silu":
         return "hidden_act"
     if config.get("num_experts") == 0:
