@@ -22,7 +22,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+import real_sizes
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import _get_classes
 from rich.console import Console
 from rich.table import Table
 
@@ -65,28 +68,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     ),
 }
 # Those that only this mode has.
-MORE_GEOMETRIES: dict[str, dict[str, Any]] = {
-    "qwen3-30b-a3b": dict(
-        model_type="qwen3_moe",
-        hidden_size=2048,
-        num_hidden_layers=48,
-        intermediate_size=6144,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        moe_intermediate_size=768,
-        norm_topk_prob=True,
-        rms_norm_eps=1e-6,
-        rope_theta=1_000_000.0,
-        vocab_size=151936,
-        max_position_embeddings=40960,
-        tie_word_embeddings=False,
-    ),
-}
+MORE_GEOMETRIES = {name.lower(): shape for name, shape in real_sizes.MODELS.items()}
 # Random layers let differences of rounding grow without end, and near ties of random
 # routers choose other experts, so ours must be about as near to float32 as stock is.
 COMPARED_LAYERS, COMPARED_TOKENS, MAX_RATIO = 4, 8, 1.5
@@ -112,15 +94,13 @@ def main(args: argparse.Namespace) -> int:
     """Build both models, compare them, measure in turns and print."""
     if args.plot:
         check_plot(args.plot)
-    config = dict((GEOMETRIES | MORE_GEOMETRIES)[args.geometry])
-    if args.layers:
-        config["num_hidden_layers"] = args.layers
+    config = (GEOMETRIES | MORE_GEOMETRIES)[args.geometry]
+    config = cut(config, args.layers or config["num_hidden_layers"])
     executor = args.executor or gpu_executor()
     if executor is None:
         print("bench_decode: --geometry needs a GPU or --executor", file=sys.stderr)
         return 2
-    few = dict(config)
-    few["num_hidden_layers"] = min(COMPARED_LAYERS, config["num_hidden_layers"])
+    few = cut(config, min(COMPARED_LAYERS, config["num_hidden_layers"]))
     off = errors(build(few, executor), few)
     each = ", ".join(f"{name} {error:.1e}" for name, error in off.items())
     n = few["num_hidden_layers"]
@@ -132,7 +112,7 @@ def main(args: argparse.Namespace) -> int:
     decodes: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(args.repeats):
         for name, model in models.items():
-            step_s = decode(model, config, args.context, args.decode_tokens)
+            step_s = decode(model, args.context, args.decode_tokens)
             decodes[name].append(step_s)
     prefills = {
         name: prefill(models[name], config, n_tokens)
@@ -143,6 +123,17 @@ def main(args: argparse.Namespace) -> int:
     if args.profile or args.plot:
         profile_ours(models[executor], args)
     return 0
+
+
+def cut(config: dict[str, Any], n_layers: int) -> dict[str, Any]:
+    """Return the configuration of the first layers, of which one at least is routed."""
+    found = {**config, "num_hidden_layers": n_layers}
+    if "layer_types" in config:
+        found["layer_types"] = config["layer_types"][:n_layers]
+    if "first_k_dense_replace" in config:
+        n_dense = min(config["first_k_dense_replace"], n_layers - 1)
+        found["first_k_dense_replace"] = n_dense
+    return found
 
 
 def profile_ours(model: nn.Module, args: argparse.Namespace) -> None:
@@ -161,15 +152,20 @@ def build(config: dict[str, Any], executor: str) -> dict[str, nn.Module]:
     mx.random.seed(0)
     theirs = stock_model(config)
     theirs.set_dtype(mx.bfloat16)
-    nn.quantize(theirs, GROUP_SIZE, BITS, class_predicate=_quantization)
+    quantize(theirs, config)
 
     class Chosen(ours.Model):
         options = RunOptions(executor=executor)
 
     mine = Chosen(ours.ModelArgs.from_dict(dict(config)))
-    nn.quantize(mine, GROUP_SIZE, BITS, class_predicate=_quantization)
+    quantize(mine, config, theirs)
     for layer in theirs.layers:
         mx.eval(layer.parameters())
+    for name, x in tree_flatten(theirs.parameters()):
+        # Routers that begin as zeros choose among equals.
+        if name.endswith("mlp.gate.weight") and not x.any():
+            noise = like(x, x.shape[0]) * x.shape[-1] ** -0.5
+            theirs.load_weights([(name, noise.astype(x.dtype))], strict=False)
     mx.eval(theirs.parameters())
     mine.update(theirs.parameters())
     theirs.eval()
@@ -177,13 +173,12 @@ def build(config: dict[str, Any], executor: str) -> dict[str, nn.Module]:
     return {"stock": theirs, executor: mine}
 
 
-def _quantization(path: str, module: nn.Module) -> Any:
-    """Quantise as mlx-lm does for this family: routers in 8 bits."""
-    if not hasattr(module, "to_quantized"):
-        return False
-    if path.endswith(("mlp.gate", "shared_expert_gate")):
-        return {"group_size": GROUP_SIZE, "bits": ROUTER_BITS}
-    return True
+def quantize(
+    model: nn.Module, config: dict[str, Any], stock: nn.Module | None = None
+) -> None:
+    """Quantise as the model was published, else as mlx-lm's converter does stock's."""
+    form = config.get("quantization", real_sizes.AFFINE)
+    real_sizes.quantize(model, form, stock or model)
 
 
 def errors(models: dict[str, nn.Module], config: dict[str, Any]) -> dict[str, float]:
@@ -192,7 +187,7 @@ def errors(models: dict[str, nn.Module], config: dict[str, Any]) -> dict[str, fl
     That is the median over single tokens of the relative RMS.
     """
     exact = stock_model(config)
-    nn.quantize(exact, GROUP_SIZE, BITS, class_predicate=_quantization)
+    quantize(exact, config)
     exact.update(models["stock"].parameters())
     exact.set_dtype(mx.float32)
     exact.eval()
@@ -218,45 +213,33 @@ def _logits(model: nn.Module, config: dict[str, Any]) -> mx.array:
 
 def stock_model(config: dict[str, Any]) -> nn.Module:
     """Build mlx-lm's model of a configuration."""
-    stock = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
-    return stock.Model(stock.ModelArgs.from_dict(dict(config)))
+    model_class, arguments = _get_classes(config)
+    return model_class(arguments.from_dict(dict(config)))
 
 
-def primed(model: nn.Module, config: dict[str, Any], context: int) -> list[Any]:
-    """Return caches as after ``context`` tokens, of noise."""
+def primed(model: nn.Module, context: int) -> list[Any]:
+    """Return caches as after ``context`` tokens, of noise but for the first."""
     caches = make_prompt_cache(model)
-    heads, width = config["num_key_value_heads"], config["head_dim"]
+    mx.eval(model(mx.array([[1]]), cache=caches))
     for cache in caches:
-        if isinstance(cache, KVCache):
-            rows = [
-                mx.random.normal((1, heads, context, width)).astype(mx.bfloat16)
-                for _ in range(2)
-            ]
-            cache.update_and_fetch(*rows)
+        if getattr(cache, "keys", None) is not None:
+            parts = [like(x, context - 1) for x in (cache.keys, cache.values)]
+            cache.update_and_fetch(*parts)
         else:
-            fill_states(cache, config)
+            cache.cache = [0.1 * like(x, x.shape[-2]) for x in cache.cache]
     mx.eval([cache.state for cache in caches])
     return caches
 
 
-def fill_states(cache: Any, config: dict[str, Any]) -> None:
-    """Give the cache of a linear attention layer noise."""
-    key_heads, value_heads = (
-        config["linear_num_key_heads"],
-        config["linear_num_value_heads"],
-    )
-    dk, dv = config["linear_key_head_dim"], config["linear_value_head_dim"]
-    channels = 2 * key_heads * dk + value_heads * dv
-    history = config["linear_conv_kernel_dim"] - 1
-    cache[0] = mx.random.normal((1, history, channels)).astype(mx.bfloat16)
-    cache[1] = 0.1 * mx.random.normal((1, value_heads, dv, dk))
+def like(x: mx.array, n_rows: int) -> mx.array:
+    """Return noise in so many rows of an array's kind."""
+    shape = (*x.shape[:-2], n_rows, x.shape[-1])
+    return mx.random.normal(shape).astype(x.dtype)
 
 
-def decode(
-    model: nn.Module, config: dict[str, Any], context: int, n_tokens: int
-) -> float:
+def decode(model: nn.Module, context: int, n_tokens: int) -> float:
     """Return seconds a token, greedy, the next step prepared while one runs."""
-    caches = primed(model, config, context)
+    caches = primed(model, context)
 
     def step(token: mx.array) -> mx.array:
         return mx.argmax(model(token, cache=caches)[:, -1], axis=-1)[None]
@@ -299,7 +282,8 @@ def report(
     prefills: dict[str, float],
 ) -> None:
     """Print medians and ratios, and write them where asked."""
-    layers = args.layers or GEOMETRIES[args.geometry]["num_hidden_layers"]
+    published = (GEOMETRIES | MORE_GEOMETRIES)[args.geometry]
+    layers = args.layers or published["num_hidden_layers"]
     medians = {name: statistics.median(times) for name, times in decodes.items()}
     rows = [
         {

@@ -198,7 +198,7 @@ def write_sparse(path: Path, name: str) -> int:
     model_class, arguments = _get_classes(config)
     model = model_class(arguments.from_dict(config))
     n_parameters = sum(array.size for _, array in tree_flatten(model.parameters()))
-    _quantize(model, config["quantization"])
+    quantize(model, config["quantization"], model)
     entries, offset = [], 0
     file = path / "model.safetensors"
     for parameter, array in tree_flatten(model.parameters()):
@@ -214,9 +214,9 @@ def write_sparse(path: Path, name: str) -> int:
     return n_parameters
 
 
-def _quantize(model: nn.Module, form: dict[str, Any]) -> None:
-    """Quantise as published: in mxfp4 experts alone, else all that the model lets."""
-    allowed = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+def quantize(model: nn.Module, form: dict[str, Any], stock: nn.Module) -> None:
+    """Quantise as published: mxfp4 experts alone, else what stock's class lets."""
+    allowed = getattr(stock, "quant_predicate", None) or (lambda path, module: True)
 
     def predicate(path: str, module: nn.Module) -> Any:
         if not hasattr(module, "to_quantized"):

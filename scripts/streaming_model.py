@@ -21,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import real_sizes
 from bench_geometry import BITS, GEOMETRIES, GROUP_SIZE, ROUTER_BITS
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3_5_moe, qwen3_moe
@@ -34,29 +35,8 @@ from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.experts.files.packed import is_packed
 from moeflux_mlx.ops import MoeSoftmaxTopK
 
-# Of models that only mlx-lm's class runs, as published in the model's config.json.
-DOOR_GEOMETRIES: dict[str, dict[str, Any]] = {
-    "qwen3-30b-a3b": dict(
-        model_type="qwen3_moe",
-        hidden_size=2048,
-        num_hidden_layers=48,
-        intermediate_size=6144,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        moe_intermediate_size=768,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        norm_topk_prob=True,
-        rms_norm_eps=1e-6,
-        vocab_size=151936,
-        max_position_embeddings=40960,
-        tie_word_embeddings=False,
-        rope_theta=1_000_000.0,
-    ),
-}
+# Of models that mlx-lm's class runs here.
+DOOR_GEOMETRIES = {"qwen3-30b-a3b": real_sizes.MODELS["Qwen3-30B-A3B"]}
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "models" / "demo"

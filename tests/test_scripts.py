@@ -79,6 +79,36 @@ def test_a_geometry_is_measured_and_written(tmp_path, monkeypatch):
     assert graphs[0] == "embed" and graphs[-1] == "remainder"
 
 
+def test_a_cut_of_latent_attention_is_built_with_routers_that_choose(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    bench = importlib.import_module("bench_geometry")
+    sinks = bench.cut(bench.MORE_GEOMETRIES["gpt-oss-120b"], 3)
+    assert len(sinks["layer_types"]) == sinks["num_hidden_layers"] == 3
+    tiny = dict(
+        bench.MORE_GEOMETRIES["deepseek-v3"],
+        hidden_size=128,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        num_attention_heads=2,
+        q_lora_rank=64,
+        kv_lora_rank=64,
+        qk_rope_head_dim=32,
+        qk_nope_head_dim=64,
+        v_head_dim=64,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        vocab_size=256,
+    )
+    config = bench.cut(tiny, 2)
+    assert config["first_k_dense_replace"] == 1
+    models = bench.build(config, "ops")
+    assert models["ops"].layers[1].mlp.gate.weight.any()
+    off = bench.errors(models, config)
+    assert 0 < off["ops"] < 1e-5 < off["stock"]
+    rows = [cache.offset for cache in bench.primed(models["ops"], 9)]
+    assert rows == [9, 9]
+
+
 TINY_EXPERTS = dict(n_experts=12, k=4, dim=128, width=64)
 TINY_DELTA = dict(hk=1, hv=2, d=32)
 # Families of scripts/bench_kernels at sizes that the simulator runs in a moment.
