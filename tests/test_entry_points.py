@@ -115,6 +115,36 @@ def test_perplexity_is_stocks(pair, few, capsys, monkeypatch):
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_evaluate_scores_a_task_as_stock(pair, few, capsys, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="needs lm_eval, which brings PyTorch")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    questions = [
+        {"q": "a word and", "choices": ["another", "one", "the"], "gold": 0},
+        {"q": "some more of", "choices": ["it", "them all"], "gold": 1},
+        {"q": "the end is", "choices": ["near", "far", "here", "x"], "gold": 2},
+    ]
+    Path("rows.json").write_text("\n".join(map(json.dumps, questions)))
+    task = {
+        "task": "choose",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    # YAML takes JSON.
+    Path("choose.yaml").write_text(json.dumps(task))
+    for path in pair:
+        told(capsys, "evaluate", path, "--tasks", "choose.yaml", "--output-dir", "out")
+    stock, ours = (json.loads(f.read_text()) for f in Path("out").iterdir())
+    assert ours == stock and stock["choose"]["sample_len"] == len(questions)
+
+
 @pytest.mark.parametrize("n_seqs", [1, 3])
 def test_benchmark_ends_with_its_averages(pair, few, capsys, n_seqs):
     flags = ["-p", 9, "-g", 3, "-n", 1, "-b", n_seqs]
