@@ -37,7 +37,7 @@ from .experts.streaming.access import expert_io as way_of_reading
 from .experts.streaming.access import open_experts
 from .experts.streaming.mapped import MappedExperts
 from .experts.streaming.streamer import ExpertStreamer, check_scope
-from .experts.weights import has_values
+from .experts.weights import has_values, kept_arrays
 from .memory.caches import CACHE_STEP
 from .memory.keeper import MemoryKeeper
 from .memory.plan import MemoryPlan, own_bytes, plan_memory
@@ -212,6 +212,8 @@ def stream(
         )
         if exchange is not None:
             begin_together(exchange, model, directory, amounts)
+        # Only the thread that made an array can compute it, and any may call.
+        mx.eval(kept_arrays(model))
         undo.pop_all()
     model.__dict__.update(
         streamer=streamer,

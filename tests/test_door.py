@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -421,6 +422,25 @@ def test_load_takes_mlx_lms_class_where_ours_steps_aside(checkpoint, capsys):
 def test_load_without_a_bound_is_mlx_lms_own_model(checkpoint):
     model, _ = moeflux_mlx.load(checkpoint)
     assert type(model.model.layers[0].mlp.switch_mlp) is SwitchGLU
+
+
+# Their modules keep arrays that are no parameters: positions, slopes, a scaled norm.
+@pytest.mark.parametrize("family", ["deepseek_v2", "bailing_moe_linear", "kimi_k3"])
+@pytest.mark.parametrize("expert_memory", [None, "3MB"], ids=["whole", "streamed"])
+def test_the_first_call_may_be_another_threads(family, expert_memory, tmp_path):
+    import families
+    import family_trials
+    from tiny import write_tokenizer
+
+    family_trials.write_model(tmp_path, family, None)
+    write_tokenizer(tmp_path, families.VOCAB)
+    tokens = mx.array([[1, 2, 3]])
+    wanted = load_model(tmp_path)[0](tokens)
+    mx.eval(wanted)
+    model, _ = moeflux_mlx.load(tmp_path, expert_memory=expert_memory)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(lambda: mx.array_equal(model(tokens), wanted).item())
+        assert call.result()
 
 
 @pytest.mark.parametrize(

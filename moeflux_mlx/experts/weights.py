@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
@@ -199,3 +200,13 @@ def leaves(tree: Any) -> list[mx.array]:
     """Return the MLX arrays in nested lists, tuples and dicts, each once."""
     flat = dict(tree_flatten(tree)).values()
     return [*{id(x): x for x in flat if isinstance(x, mx.array)}.values()]
+
+
+def kept_arrays(model: nn.Module) -> list[mx.array]:
+    """Return the arrays that modules keep beside their parameters, as rotations do."""
+    return [
+        value
+        for module in model.modules()
+        for name, value in module.items()
+        if name.startswith("_") and isinstance(value, mx.array)
+    ]

@@ -17,6 +17,7 @@ from ..experts.files.packed import is_packed
 from ..experts.files.stock import NONE_OF_OUR_OWN, StockModel, load_lazily, why_stock
 from ..experts.pool.budget import Amounts
 from ..experts.pool.pool import pool_bytes
+from ..experts.weights import kept_arrays
 from ..memory.preflight import check_fits
 from ..streaming import StreamedModel, stream
 from ..system.progress import byte_progress, notice
@@ -98,7 +99,7 @@ def load_through_door(
                 group=options.group,
             )
         if not lazy:
-            mx.eval(model.parameters())
+            mx.eval(model.parameters(), kept_arrays(model))
     return model, stock.config
 
 

@@ -131,7 +131,8 @@ class Read:
         """Say why a span could not be read."""
         self.error = ExpertStoreError(
             f"[reader] {span.path}: expert {self.expert} of "
-            f"{self.name or f'layer {self.layer}'} at {span.offset}: {why}"
+            f"{self.name or f'layer {self.layer}'} at {span.offset}: "
+            f"{str(why) or type(why).__name__}"
         )
         if isinstance(why, Exception):
             self.error.__cause__ = why
