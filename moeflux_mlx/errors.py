@@ -13,8 +13,25 @@ from collections.abc import Iterator
 MOST_TOLD = 400
 
 
+def one_line(text: str) -> str:
+    """Return text as a terminal may show it, names of files being anybody's choice."""
+    lines = (line.strip() for line in text.split("\n"))
+    return printable(" ".join(line for line in lines if line))
+
+
+def printable(text: str) -> str:
+    """Return text with ``?`` for all that moves a terminal, but for ends of lines."""
+    if text.isprintable():
+        return text
+    shown = (c if c.isprintable() or c == "\n" else "?" for c in text)
+    return "".join(shown)
+
+
 class MoefluxError(Exception):
-    """Base of every error raised on purpose by moeflux-mlx."""
+    """Base of every error raised on purpose by moeflux-mlx; its text is one line."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class BackendError(MoefluxError, ImportError):
@@ -98,6 +115,6 @@ def one_line_errors(where: str) -> Iterator[None]:
     except (MoefluxError, MemoryError):
         raise
     except Exception as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
+        told = one_line(f"{type(error).__name__}: {error}")
         told = told if len(told) <= MOST_TOLD else f"{told[:MOST_TOLD]}..."
         raise ModelError(f"{where}: cannot use it: {told}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -125,18 +126,20 @@ def load(
         GroupError: another rank failed, ended or has loaded something else.
     """
     check_settings()
-    kinds: tuple[tuple[str, object, type], ...] = (
+    kinds: tuple[tuple[str, object, type | tuple[type, ...]], ...] = (
         ("tokenizer_config", tokenizer_config, dict),
         ("model_config", model_config, dict),
-        ("adapter_path", adapter_path and str(adapter_path), str),
+        ("adapter_path", adapter_path, (str, os.PathLike)),
         ("lazy", lazy, bool),
         ("return_config", return_config, bool),
         ("revision", revision, str),
         ("trust_remote_code", trust_remote_code, bool),
+        ("native", native, bool),
     )
     for name, value, kind in kinds:
         if value is not None and not isinstance(value, kind):
-            raise ConfigError(f"[{name}] expected a {kind.__name__} but got {value!r}")
+            wanted = kind.__name__ if isinstance(kind, type) else "path"
+            raise ConfigError(f"[{name}] expected a {wanted} but got {short(value)}")
     options = RunOptions(
         None,
         memory,

@@ -201,6 +201,8 @@ def counted(path: Path) -> list[int]:
         ("model_config", 5),
         ("tokenizer_config", 5),
         ("revision", 5),
+        ("adapter_path", 5),
+        ("native", "yes"),
     ],
 )
 def test_arguments_of_no_usable_value_are_named(name, value, checkpoint, budget):

@@ -15,7 +15,7 @@ from moeflux_mlx.errors import ModelError
 
 TOKENS = mx.array([[7, 31, 200]])
 NAMES = ["[a]", "a*b", "a?b", "a b", "a\nb", "a\\b", "-a", "é", "[red]a[/red]"]
-NAMES += [os.fsdecode(b"a\xffb")]
+NAMES += [os.fsdecode(b"a\xffb"), "[/x] :smile:", "a\x1b]0;b\x07"]
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +25,31 @@ def logits(checkpoint):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
-def test_a_directory_of_any_name_is_a_model(name, checkpoint, logits, tmp_path):
+def test_a_directory_of_any_name_is_a_model(name, checkpoint, logits, tmp_path, capfd):
     plain = Path(shutil.copytree(checkpoint, tmp_path / name))
     packed = tmp_path / f"{name}-packed"
     assert main(["pack", str(plain), str(packed)]) == 0
     assert main(["verify", str(packed)]) == main(["inspect", str(plain)]) == 0
+    shown = "".join(capfd.readouterr()).replace("\n", "")
+    # Rich cuts a long name into lines; a terminal obeys nothing of it.
+    assert shown.isprintable() and (":smile:" in shown) == (":smile:" in name)
     for path, memory in ((plain, None), (plain, "3MB"), (packed, "3MB")):
         model, _ = moeflux_mlx.load(path, expert_memory=memory)
         assert mx.array_equal(model(TOKENS), logits)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\u202eb"], ids=ascii)
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_an_error_shows_nothing_of_a_name_that_moves_the_terminal(
+    name, command, tmp_path, capfd
+):
+    (tmp_path / name).mkdir()
+    assert main([command, str(tmp_path / name)]) in (1, 2)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.isprintable() and str(tmp_path) in line
+    with pytest.raises(ModelError) as caught:
+        moeflux_mlx.load(tmp_path / name)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("name", ["[a]", os.fsdecode(b"a\xffb")], ids=ascii)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from .. import __version__, config
 from ..calls.group import launched_group
-from ..errors import ConfigError, MoefluxError, PeerError
+from ..errors import ConfigError, MoefluxError, PeerError, one_line
 from ..system.progress import untold
 from . import (
     cachesim,
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # That process prints its own error.
         return 2
     except (MoefluxError, OSError) as error:
-        print(f"moeflux: {_one_line(error)}", file=sys.stderr)
+        print(f"moeflux: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("moeflux: interrupted", file=sys.stderr)
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         name = type(error).__name__
         print(
-            f"moeflux: {name}: {_one_line(error)} (MOEFLUX_TRACEBACK=1 says where)",
+            f"moeflux: {name}: {one_line(str(error))} (MOEFLUX_TRACEBACK=1 says where)",
             file=sys.stderr,
         )
         return 1
@@ -118,10 +118,6 @@ def _degrade_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _parser() -> Parser:

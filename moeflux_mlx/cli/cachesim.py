@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
@@ -15,6 +14,7 @@ from ..experts.pool.policy import POLICIES, POLICY_FORMS, policy_factory
 from ..experts.pool.routing_trace import RoutingTrace
 from ..measure import check_plot, save_hit_rates
 from ..measure.cachesim import OPTIMUM, Outcome, simulate
+from ..system.terminal import PlainConsole
 from .arguments import check_output, integer, number
 
 BUDGETS = (75.0, 50.0, 37.5, 25.0, 18.75, 12.5)
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         f"{len(trace.layers)} layers, {trace.n_prompt_tokens} tokens of a prompt and "
         f"{trace.n_tokens - trace.n_prompt_tokens} generated, scope {args.scope}"
     )
-    Console(highlight=False).print(hits_table(found, title))
+    PlainConsole(highlight=False).print(hits_table(found, title))
     if args.plot:
         save_hit_rates(found, title, args.plot)
     return 0

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
@@ -16,6 +15,7 @@ from ..experts.files.checkpoint import read_config
 from ..experts.files.stock import has_own_class
 from ..loading import find_model
 from ..measure.compare import TOLERANCES, Comparison, Side, compare_each
+from ..system.terminal import PlainConsole
 from .arguments import check_output, integer, number, read_text
 from .compare_page import budget_of, render, way_of
 from .generate import add_native_flag, add_streaming_flags, streaming_options
@@ -180,7 +180,7 @@ def _executor_options(name: str | None) -> dict[str, Any]:
 
 
 def _print(result: Comparison) -> None:
-    console = Console(highlight=False)
+    console = PlainConsole(highlight=False)
     console.print(output_table(result))
     console.print(cost_table(result))
     sign = "within" if result.within_tolerance else "outside"

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -34,6 +33,7 @@ from ..engine.launch import KERNELS
 from ..errors import ConfigError
 from ..proof.examination import KERNEL_SECONDS, Finding, examine_apart, open_kernels
 from ..system.backend import BACKENDS
+from ..system.terminal import PlainConsole
 from .arguments import check_output, number
 
 N_ERRORS_SHOWN = 3
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     names = fnmatch.filter(KERNELS, args.only)
     if not names:
         raise ConfigError(_no_kernel(args.only))
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     found = examine_apart(names, executor, args.timeout)
     findings = [*track(found, "kernels", len(names), console=console, transient=True)]
     remembered = _keep(make_record(executor, findings), names, args.record)
@@ -154,7 +154,7 @@ def _as_json(executor: str, findings: list[Finding], failure: str) -> dict[str, 
 
 
 def _print(executor: str, findings: list[Finding], failure: str) -> None:
-    console = Console()
+    console = PlainConsole()
     facts = {**environment(), "executor": executor}
     width = max(map(len, facts))
     for name, value in facts.items():

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
@@ -20,6 +19,7 @@ from ..experts.pool.budget import Amounts
 from ..loading import find_model, plan_load
 from ..memory.forecast import Forecast
 from ..opening.headers import model_headers
+from ..system.terminal import PlainConsole
 from .arguments import integer
 from .inspect_graph import report, report_table
 from .inspect_summary import ModelSummary, summarize
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         fields = {**asdict(summary), "forecast": _as_json(found), **planned}
         print(json.dumps(fields, indent=2))
     else:
-        Console().print(summary_table(args.model, summary, found))
+        PlainConsole().print(summary_table(args.model, summary, found))
         if plan is not None:
             print(plan)
     return 0
@@ -84,7 +84,7 @@ def _run_graph(args: argparse.Namespace) -> int:
         print(json.dumps(asdict(graph), indent=2))
     else:
         print(graph.dump)
-        Console().print(report_table(graph))
+        PlainConsole().print(report_table(graph))
     return 0
 
 

@@ -7,7 +7,6 @@ import json
 from typing import Any
 
 import mlx.core as mx
-from rich.console import Console
 from rich.table import Table
 
 from .. import config
@@ -17,7 +16,7 @@ from ..engine.launch import KERNELS, Kernel, Launch, prepare
 from ..engine.lowering import GROUPS, TABLE
 from ..engine.lowering.tuned import Tuning, current
 from ..engine.metal import Scalar
-from .report import WIDE
+from ..system.terminal import WIDE, PlainConsole
 
 # What stands in tables of up to 80 columns.
 NARROW = ("kernel", "launch", "verified")
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
-        console = Console()
+        console = PlainConsole()
         console.print(_table(rows, console.width))
     return 0
 

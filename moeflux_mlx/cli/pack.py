@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.filesize import decimal
 
 from ..experts.files.checkpoint import read_config
@@ -17,6 +16,7 @@ from ..experts.files.sidecars import source_files
 from ..experts.files.stock import has_own_class
 from ..loading import check_loadable
 from ..system.progress import byte_progress, notice
+from ..system.terminal import PlainConsole
 
 
 def add_parser(subparsers: Any) -> None:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     n_bytes = sum(entry.n_bytes for entry in manifest.layers)
     counts = sorted({len(entry.checksums) for entry in manifest.layers})
     what = "routed blocks" if manifest.is_of_blocks else "layers"
-    Console().print(
+    PlainConsole().print(
         f"{args.dst}: {' or '.join(map(str, counts))} experts in each of "
         f"{len(manifest.layers)} {what}, {decimal(n_bytes)}",
         highlight=False,

@@ -12,10 +12,10 @@ from rich.table import Table
 
 from ..loading import load
 from ..measure import Profile, Row, check_plot, profile, save_plot, write_csv
+from ..system.terminal import wide_console
 from .arguments import check_output, integer
 from .generate import add_streaming_flags, streaming_options
 from .preflight import announce
-from .report import wide_console
 
 
 def add_parser(subparsers: Any) -> None:

@@ -12,20 +12,13 @@ import mlx.core as mx
 from mlx_lm import stream_generate
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import make_prompt_cache
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
 from ..experts.streaming.mapped import MappedExperts
 from ..experts.streaming.streamer import ExpertStreamer
 from ..system.progress import showing_prompts
-
-WIDE = 140
-
-
-def wide_console() -> Console:
-    """Return a console for tables that would be unreadable in 80 columns."""
-    return Console(width=max(WIDE, Console().width))
+from ..system.terminal import PlainConsole
 
 
 def prepare(model: Any) -> float:
@@ -68,7 +61,7 @@ def generate_and_print(
         streamer = getattr(model, "streamer", None)
         group = vars(model).get("group")
         n_processes = 1 if group is None else group.size()
-        Console().print(cost_table(response, preparation, streamer, n_processes))
+        PlainConsole().print(cost_table(response, preparation, streamer, n_processes))
     return tokens
 
 

@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
 from rich.filesize import decimal
 
+from ..errors import one_line
 from ..loading import load
 from ..measure import record_routing
 from .arguments import check_output, integer, number, read_text
@@ -66,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
     )
     trace.save(args.output)
     print(
-        f"{args.output}: {trace.n_tokens} tokens, {trace.n_prompt_tokens} of them the "
-        f"prompt's, {trace.top_k} of {trace.n_experts} experts in each of "
+        f"{one_line(str(args.output))}: {trace.n_tokens} tokens, "
+        f"{trace.n_prompt_tokens} of them the prompt's, {trace.top_k} of {trace.n_experts} experts in each of "
         f"{len(trace.layers)} layers, {decimal(args.output.stat().st_size)}"
     )
     return 0

@@ -11,18 +11,19 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from .. import config
 from ..engine.executors import gpu_executor
 from ..engine.lowering.tuned import Entry, Tuning, default_path, read, save
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 from ..loading import load
 from ..measure import PROMPTS, tune
 from ..measure.choices import Choice
+from ..system.terminal import PlainConsole, wide_console
 from .arguments import check_output, integer
 from .generate import add_streaming_flags, streaming_options
 from .preflight import announce
-from .report import wide_console
 
 
 def add_parser(subparsers: Any) -> None:
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         args.model,
         **{**streaming_options(args), "executor": executor, "native": True},
     )
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
 
     def progress(choices: Sequence[Choice], what: str) -> Iterable[Choice]:
         return track(choices, what, console=console, transient=True)
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     elif path is None:
         print("Nothing is kept without --file.")
     else:
-        print(f"Kept in {path}")
+        print(f"Kept in {one_line(str(path))}")
     return 0
 
 
@@ -125,7 +126,6 @@ def print_tuning(found: Tuning, console: Console) -> None:
                 f"refused {way}: {entry.name}, {_tokens(entry)}, {entry.shape}: "
                 f"{reason}",
                 highlight=False,
-                markup=False,
                 style="red",
             )
     n_changed = sum(entry.winner != entry.default for entry in found.entries)
@@ -145,7 +145,7 @@ def tuning_table(found: Tuning) -> Table:
     for entry in found.entries:
         fastest_first = sorted(entry.us.items(), key=lambda item: item[1])
         table.add_row(
-            f"{entry.name}\n[dim]{entry.shape}[/dim]",
+            Text.assemble(f"{entry.name}\n", (entry.shape, "dim")),
             str(entry.n_tokens),
             "\n".join(
                 f"{us:.1f} {way}{_launches(entry, way)}" for way, us in fastest_first

@@ -6,10 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ..experts.files.unpack import unpack
 from ..system.progress import byte_progress
+from ..system.terminal import PlainConsole
 
 
 def add_parser(subparsers: Any) -> None:
@@ -33,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     with byte_progress() as progress:
         unpack(args.src, args.dst, progress=progress)
     n_files = len([*args.dst.glob("model*.safetensors")])
-    Console().print(
+    PlainConsole().print(
         f"{args.dst}: a plain checkpoint, its weights in {n_files} "
         f"{'file' if n_files == 1 else 'files'}",
         highlight=False,

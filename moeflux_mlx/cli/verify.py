@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from ..errors import ExpertStoreError
+from ..errors import ExpertStoreError, one_line
 from ..experts.files.packed import VerifyReport, verify
 from ..system.progress import byte_progress
+from ..system.terminal import PlainConsole
 
 
 def add_parser(subparsers: Any) -> None:
@@ -30,11 +30,11 @@ def run(args: argparse.Namespace) -> int:
         with byte_progress() as progress:
             report = verify(args.dir, progress)
     except ExpertStoreError as error:
-        print(f"moeflux: {error}", file=sys.stderr)
+        print(f"moeflux: {one_line(str(error))}", file=sys.stderr)
         return 1
-    Console().print(_layer_table(args.dir, report))
+    PlainConsole().print(_layer_table(args.dir, report))
     for problem in report.problems:
-        print(f"moeflux: [verify] {problem}", file=sys.stderr)
+        print(f"moeflux: [verify] {one_line(problem)}", file=sys.stderr)
     return 1 if report.problems else 0
 
 

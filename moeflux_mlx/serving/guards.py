@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from ..errors import BudgetError, RequestError
+from ..errors import BudgetError, RequestError, one_line
 from .batches import GuardedBatches
 from .owner import bounds_of, keeper_of, plan_of
 from .prompts import KeptPrompts, release_oldest_prompt
@@ -122,8 +122,7 @@ def kept_prompts(generator: Any) -> KeptPrompts:
 
 def answer(handler: Any, error: Exception, *, begun: bool) -> None:
     """Send an error as the answer, or as the last event of what has been begun."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    text = one_line(str(error)) or type(error).__name__
     logging.error("a request failed: %s", text)
     body = json.dumps({"error": text}).encode()
     handler.failure = status_of(error), text

@@ -19,6 +19,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from ..errors import one_line
+
 # Called with what is being done, the bytes done and the bytes in all.
 Report = Callable[[str, int, int], None]
 # Prompts of fewer tokens are done before anyone could read what is shown.
@@ -34,7 +36,7 @@ _prompts_are_shown = False
 def notice(text: str) -> None:
     """Print a line about a decision on standard error."""
     if _is_told:
-        print(f"moeflux: {text}", file=sys.stderr)
+        print(f"moeflux: {one_line(text)}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import numpy as np
 
 from ... import config
 from ...errors import BudgetError, ConfigError, ExpertStoreError, MoefluxError
+from ...system.files import short
 from ...system.progress import Report
 from ...system.uncopied import Uncopied
 from ..compute.resident import PreloadedExperts
@@ -253,7 +254,7 @@ class ExpertStreamer(Uncopied):
         """
         if type(n_slots) is not int:
             raise ConfigError(
-                f"[resize] expected n_slots as an int but got {n_slots!r}"
+                f"[resize] expected n_slots as an int but got {short(n_slots)}"
             )
         if not self.least_slots <= n_slots <= self.most_slots:
             raise BudgetError(
