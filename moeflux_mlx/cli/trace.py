@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     trace.save(args.output)
     print(
         f"{one_line(str(args.output))}: {trace.n_tokens} tokens, "
-        f"{trace.n_prompt_tokens} of them the prompt's, {trace.top_k} of {trace.n_experts} experts in each of "
+        f"{trace.n_prompt_tokens} of them the prompt's, "
+        f"{trace.top_k} of {trace.n_experts} experts in each of "
         f"{len(trace.layers)} layers, {decimal(args.output.stat().st_size)}"
     )
     return 0
