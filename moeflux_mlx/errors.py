@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 # How much of another library's error a line of ours repeats.
 MOST_TOLD = 400
+# Of an error's text the first and the last letters, if it has more than both.
+HALF_TEXT = 1000
 
 
 def one_line(text: str) -> str:
@@ -28,10 +30,16 @@ def printable(text: str) -> str:
 
 
 class MoefluxError(Exception):
-    """Base of every error raised on purpose by moeflux-mlx; its text is one line."""
+    """Base of every error raised on purpose by moeflux-mlx; its text is one line.
+
+    It may repeat what a file says, which can be of any length.
+    """
 
     def __str__(self) -> str:
-        return one_line(super().__str__())
+        text = one_line(super().__str__())
+        if len(text) <= 2 * HALF_TEXT:
+            return text
+        return f"{text[:HALF_TEXT]} ... {text[-HALF_TEXT:]}"
 
 
 class BackendError(MoefluxError, ImportError):
@@ -101,6 +109,10 @@ class KernelError(MoefluxError, ValueError):
 
 class SimulatorError(MoefluxError):
     """A kernel does not compile for the simulator, or did something wrong there."""
+
+    def __str__(self) -> str:
+        # A compiler points at places below its lines.
+        return printable(Exception.__str__(self))
 
 
 @contextlib.contextmanager

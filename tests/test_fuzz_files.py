@@ -68,6 +68,12 @@ def raises(error):
     return read
 
 
+class LoudError(ModelError):
+    """Says all that it was made of."""
+
+    __str__ = Exception.__str__
+
+
 def opens_outside(path):
     open(os.devnull).close()
 
@@ -85,8 +91,8 @@ def hangs(path):
         (raises(RecursionError("x")), "RecursionError: x"),
         (raises(AssertionError()), "AssertionError: "),
         (raises(SystemExit(1)), "SystemExit: 1"),
-        (raises(ModelError("a\nb")), "not one line: 'a\\nb'"),
-        (raises(ModelError("a" * 4000)), "not one line"),
+        (raises(LoudError("a\nb")), "not one line: 'a\\nb'"),
+        (raises(LoudError("a" * 4000)), "not one line"),
         (opens_outside, "opened ['/dev/null']"),
         (hangs, "TimeoutError: it took 1 seconds"),
     ],

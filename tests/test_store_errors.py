@@ -434,3 +434,12 @@ def test_a_file_of_a_name_that_no_disk_has_is_refused_in_a_short_line(packed):
     with pytest.raises(ExpertStoreError) as caught:
         PackedExperts.open(packed)
     assert len(str(caught.value)) < 1000
+
+
+def test_what_a_manifest_says_makes_no_error_long(packed):
+    edit_manifest(
+        packed, lambda fields: fields["resident"].update(fingerprint="x" * 9000)
+    )
+    with pytest.raises(ExpertStoreError, match="damaged or the experts are") as caught:
+        PackedExperts.open(packed)
+    assert len(str(caught.value)) < 3000 and "model.safetensors" in str(caught.value)
