@@ -455,6 +455,24 @@ def test_load_refuses_what_mlx_lms_class_cannot_do(checkpoint, options, message)
         moeflux_mlx.load(checkpoint, **options)
 
 
+@pytest.mark.parametrize("expert_memory", [None, "3MB"], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"moe_intermediate_size": 1},
+        {"head_dim": 1, "num_attention_heads": 1},
+        {"quantization": {"group_size": 32, "bits": 4, "lm_head": {"group_size": 0}}},
+    ],
+    ids=["experts", "attention", "table"],
+)
+def test_groups_that_mlx_would_divide_by_zero_are_refused(
+    changes, expert_memory, copied
+):
+    edit_config(copied, **changes)
+    with pytest.raises(ModelError, match=r"(proj|lm_head) to have a group_size of 16"):
+        moeflux_mlx.load(copied, expert_memory=expert_memory)
+
+
 def test_load_takes_mlx_lms_class_where_there_is_none_of_ours(copied, capsys):
     edit_config(copied, model_type="olmoe")
     with pytest.raises(ModelError, match="olmoe"):

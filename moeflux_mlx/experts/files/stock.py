@@ -14,9 +14,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, load_model
 
-from ...errors import one_line_errors
+from ...errors import ModelError, one_line_errors
 from ...system.files import short, spelled_plainly
 from .checkpoint import read_config
+from .configuration import GROUPS
 
 NONE_OF_OUR_OWN = "there is none of our own"
 Classes = Callable[[dict[str, Any]], tuple[type, type]]
@@ -90,7 +91,9 @@ def load_lazily(
 
         def sanitize(model: nn.Module, weights: dict[str, mx.array]) -> Any:
             read.update(weights)
-            return sanitized(model_class, model, weights)
+            found = sanitized(model_class, model, weights)
+            _check_groups(path, config, model, found)
+            return found
 
         names = {
             "__module__": model_class.__module__,
@@ -115,6 +118,31 @@ def load_lazily(
     parameters = dict(tree_flatten(model.parameters()))
     sources = {p: names[id(x)] for p, x in parameters.items() if id(x) in names}
     return StockModel(model, config, sources)
+
+
+def _check_groups(
+    path: Path, config: dict[str, Any], model: nn.Module, weights: dict[str, mx.array]
+) -> None:
+    """Refuse groups that MLX would divide by, though they have no columns.
+
+    mlx-lm takes a module's from the configuration, or else from its width and scales.
+    """
+    table = config.get("quantization")
+    for name, module in model.named_modules():
+        if not hasattr(module, "to_quantized"):
+            continue
+        form = table.get(name) if isinstance(table, dict) else None
+        scales = weights.get(f"{name}.scales")
+        size: Any = None
+        if isinstance(form, dict):
+            size = form.get("group_size")
+        elif scales is not None and scales.size:
+            size = module.weight.shape[-1] // scales.shape[-1]
+        if size is not None and size not in GROUPS:
+            raise ModelError(
+                f"[load] {path / 'config.json'}: expected {name} to have a group_size "
+                f"of {', '.join(map(str, GROUPS))} but got {short(size)}"
+            )
 
 
 def sanitized(
