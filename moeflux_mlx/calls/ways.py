@@ -83,7 +83,8 @@ class Ways:
                 self._add(StreamedLayer, layer, undo)
         choosers: dict[int, nn.Module] = {}
         for number, block in enumerate(blocks):
-            above = [modules[path] for path in _below_layer(block.path)]
+            # A list or a dictionary of modules is none itself.
+            above = [modules[p] for p in _below_layer(block.path) if p in modules]
             chooser = next(filter(takes_input_alone, above), None)
             if chooser is None:
                 for module in _beside(block.path, modules):
