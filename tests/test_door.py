@@ -514,7 +514,7 @@ ENGINE = ("graph", "ops", "lowering", "launch", "executors", "metal", "simulator
 
 def test_experts_and_the_door_need_nothing_of_the_engine():
     package = ROOT / "moeflux_mlx"
-    left = [*sorted((package / "experts").glob("*.py")), package / "streaming.py"]
+    left = [*sorted((package / "experts").rglob("*.py")), package / "streaming.py"]
     seen: set[Path] = set()
     while left:
         path = left.pop()
