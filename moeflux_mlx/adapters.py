@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import mlx.nn as nn
@@ -10,9 +11,11 @@ from mlx_lm.tuner import utils as tuner
 from .errors import ModelError, one_line_errors
 from .experts.compute.switch import StreamedSwitch
 from .experts.files.safetensors import read_header
+from .saving.guard import put_everywhere
 from .system.files import short
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+_LOAD_ADAPTERS = tuner.load_adapters
 
 
 def put_adapters(model: nn.Module, path: str | Path) -> None:
@@ -31,7 +34,7 @@ def put_adapters(model: nn.Module, path: str | Path) -> None:
             )
     with one_line_errors(f"[adapters] {directory}"):
         _refuse_streamed(model, directory / WEIGHTS)
-        tuner.load_adapters(model, str(directory))
+        _LOAD_ADAPTERS(model, str(directory))
     vars(model)["adapters"] = directory
     # As it was loaded: nothing is dropped out.
     model.eval()
@@ -56,3 +59,16 @@ def _refuse_streamed(model: nn.Module, weights: Path) -> None:
             "with keys that name none of them, or fuse them into the plain checkpoint "
             "and pack that"
         )
+
+
+@functools.wraps(_LOAD_ADAPTERS)
+def _load_adapters(model: nn.Module, adapter_path: str) -> nn.Module:
+    weights = Path(adapter_path) / WEIGHTS
+    streams = any(isinstance(module, StreamedSwitch) for module in model.modules())
+    if streams and weights.is_file():
+        _refuse_streamed(model, weights)
+    return _LOAD_ADAPTERS(model, adapter_path)
+
+
+# mlx-lm's commands would say that the model does not have such parameters.
+put_everywhere("load_adapters", _LOAD_ADAPTERS, _load_adapters)

@@ -165,6 +165,53 @@ def test_forms_may_be_mixed_by_projection_and_by_block(tmp_path):
     check_same(tmp_path, [gate, other, {"fc1": FORMS[-2], "fc2": None}], 2)
 
 
+class TwoBlocks(nn.Module):
+    """Layers of two routed blocks, one between latent projections, and one without.
+
+    Numbers of experts and their widths are another in each layer and block.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [
+            {
+                "text": SwitchGLU(DIM, 32 * i, 4 + i, bias=i > 1),
+                "latent": [
+                    nn.Linear(DIM, 32),
+                    SwitchMLP(32, 64, 3),
+                    nn.Linear(32, DIM),
+                ],
+            }
+            for i in (1, 2, 3)
+        ]
+        self.layers.insert(1, {"dense": nn.Linear(DIM, DIM)})
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in self.layers:
+            if "dense" in layer:
+                x = layer["dense"](x)
+                continue
+            order = mx.arange(2 * len(x)).reshape(-1, 2)
+            x = x + layer["text"](x, order * 3 % 5).mean(axis=-2)
+            down, latent, up = layer["latent"]
+            x = x + up(latent(down(x), order[:, :1] % 3).mean(axis=-2))
+        return x
+
+
+@pytest.mark.parametrize("n_slots", [1, 4, 27])
+def test_several_blocks_of_other_widths_may_be_in_a_layer(tmp_path, n_slots):
+    stock, ours = random(TwoBlocks()), random(TwoBlocks())
+    path = saved(stock, tmp_path / "model")
+    largest = slot_bytes(lazily(TwoBlocks(), path), path)
+    ours = stream(lazily(ours, path), path, expert_memory=SLACK + n_slots * largest)
+    assert len(ours.streamer.experts) == 5 + 6 + 7 + 3 * 3
+    assert ours.streamer.n_slots == n_slots
+    assert not any("_proj" in n for n, _ in tree_flatten(ours.parameters()))
+    for n_tokens in (1, 40):
+        x = mx.random.normal((n_tokens, DIM), key=mx.random.key(n_tokens))
+        assert mx.array_equal(stock(x), ours(x))
+
+
 def check_same(tmp_path: Path, forms: list[dict], n_slots: int) -> None:
     stock, other = make(forms), make(forms)
     path = saved(stock, tmp_path / "model")
@@ -505,7 +552,7 @@ ENGINE = ("graph", "ops", "lowering", "launch", "executors", "metal", "simulator
 
 def test_experts_and_the_door_need_nothing_of_the_engine():
     package = ROOT / "moeflux_mlx"
-    left = [*sorted((package / "experts").glob("*.py")), package / "streaming.py"]
+    left = [*sorted((package / "experts").rglob("*.py")), package / "streaming.py"]
     seen: set[Path] = set()
     while left:
         path = left.pop()

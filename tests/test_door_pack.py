@@ -13,6 +13,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models import mixtral
+from mlx_lm.models.cache import ConcatenateKVCache
 from mlx_lm.utils import load_model, save_model
 from test_saving import arrays, assert_alike, assert_same, command
 from tiny import write_tokenizer
@@ -476,12 +478,17 @@ def test_a_fused_checkpoint_is_packed_and_gives_stocks_bits(plain_and_packed, tm
     assert mx.array_equal(logits(model), logits(stock))
 
 
-def test_a_state_that_cannot_be_kept_is_refused_before_text_is_made(tmp_path, capsys):
-    path = write(tmp_path / "plain", "deepseek_v41", 4)
+def test_a_state_that_cannot_be_kept_is_refused_before_text_is_made(
+    tmp_path, capsys, monkeypatch
+):
+    path = write(tmp_path / "plain", "mixtral", 4)
+    kinds = [ConcatenateKVCache() for _ in range(2)]
+    monkeypatch.setattr(mixtral.Model, "make_cache", lambda _: kinds, raising=False)
     command = ["generate", "--model", str(path), "--prompt", "abc", "--save-state"]
     assert main([*command, str(tmp_path / "state"), "--expert-memory", LEAST]) == 2
     told = capsys.readouterr()
-    assert "[state] layer 0: cannot keep a cache of LayerCache" in told.err
+    assert "[state] layer 0: expected a cache of KVCache, " in told.err
+    assert "but got ConcatenateKVCache: " in told.err
     # Nothing was generated.
     assert "tokens/s" not in told.out
     assert not (tmp_path / "state").exists()

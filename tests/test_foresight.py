@@ -75,6 +75,41 @@ def test_a_guess_is_what_the_next_router_chooses_for_the_last_input(
         assert guess == sorted(mx.argsort(scores)[-TOP_K:].tolist())
 
 
+@pytest.mark.parametrize("family", ["gemma4_text", "deepseek_v41"])
+def test_ids_that_a_module_is_handed_are_foreseen_too(tmp_path, monkeypatch, family):
+    """The module that a block is in takes ids there: others choose experts."""
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "scripts"))
+        path = write(tmp_path / family, family)
+    stock, _ = load_model(path)
+    wanted = run(stock, make_prompt_cache(stock), 4)
+    ours = streamed(path, 3 * TOP_K, "off", read_ahead="on")
+    assert mx.array_equal(wanted, run(ours, make_prompt_cache(ours), 4))
+    guesses: list[list[int]] = []
+    inputs: list[mx.array] = []
+    ask, name = Choosers.ask, ".router" if family == "gemma4_text" else ".gate"
+    routers = [
+        module for path, module in sorted(stock.named_modules()) if path.endswith(name)
+    ]
+
+    def note(self: Choosers, number: int, x: mx.array) -> mx.array | None:
+        found = ask(self, number, x)
+        assert found is not None and number == 1
+        guesses.append(sorted(found.flatten().tolist()))
+        return found
+
+    def note_input(self: nn.Module, x: mx.array) -> tuple[mx.array, mx.array]:
+        inputs.append(x)
+        return call(self, x)
+
+    monkeypatch.setattr(Choosers, "ask", note)
+    ours(ids(1), cache=make_prompt_cache(ours))
+    call = type(routers[0]).__call__
+    monkeypatch.setattr(type(routers[0]), "__call__", note_input)
+    stock(ids(1), cache=make_prompt_cache(stock))
+    assert guesses == [sorted(call(routers[1], inputs[0])[0].flatten().tolist())]
+
+
 def test_several_sequences_are_foreseen_together(checkpoint):
     stock, _ = load_model(checkpoint)
     wanted = run(stock, make_prompt_cache(stock), 4, n_seqs=3)
@@ -111,6 +146,11 @@ def test_who_cannot_be_asked_is_asked_once():
     # It came to its end without calling a block.
     assert choosers.ask(1, mx.ones(3)) is None
     assert 0 not in choosers and 1 not in choosers
+    choosers.add(2, refuses, 0)
+    assert choosers.ask(2, mx.ones(3)) is None and refuses.n_asked == 2
+    # Whoever gives ids beside a block is found again with every token.
+    choosers.add(2, refuses, 0)
+    assert 2 not in choosers
 
 
 def test_a_chooser_takes_one_array():

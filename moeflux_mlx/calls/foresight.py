@@ -1,15 +1,16 @@
 """A call of any model of mlx-lm that waits for its experts, and reads ahead.
 
-The module that a routed block is in chooses its experts. What it will likely choose it
-tells beforehand: it is asked with the input of the one before, up to where it would
-call its block. Only reading follows from that; a wrong guess costs time, never a bit.
+The module that a routed block is in chooses its experts, or one beside it that gives
+their ids. What it will likely choose it tells beforehand: it is asked with the input of
+the one before, up to where it would call its block or gives ids. Only reading follows
+from that; a wrong guess costs time, never a bit.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,6 +34,13 @@ class Choosers:
 
     def __init__(self, modules: Mapping[int, nn.Module]):
         self._modules = dict(modules)
+        # Where ids are in what a module gives that calls no block.
+        self._places: dict[int, int] = {}
+
+    def add(self, number: int, module: nn.Module, place: int) -> None:
+        """Have a module asked that gives a block's ids, at ``place`` of its arrays."""
+        if number not in self._places:
+            self._modules[number], self._places[number] = module, place
 
     def __contains__(self, number: int) -> bool:
         return number in self._modules
@@ -44,7 +52,9 @@ class Choosers:
         """
         module = self._modules[number]
         try:
-            module(x)
+            out = module(x)
+            if number in self._places:
+                return [*_arrays(out)][self._places[number]]
         except _ChosenError as chosen:
             return chosen.indices
         except Exception:
@@ -52,6 +62,14 @@ class Choosers:
             pass
         del self._modules[number]
         return None
+
+
+class _Given(NamedTuple):
+    """What a module was given, and the arrays that it gave for it."""
+
+    module: nn.Module
+    x: mx.array
+    arrays: list[mx.array]
 
 
 class WaitingCall:
@@ -66,6 +84,8 @@ class WaitingCall:
         self._asks = False
         # What the last chooser was given.
         self._x: mx.array | None = None
+        # What may have given the next block's ids.
+        self._given: list[_Given] = []
 
     def block(
         self, source: StreamedExperts, indices: mx.array, build: Build
@@ -77,6 +97,9 @@ class WaitingCall:
         """
         if self._asks:
             raise _ChosenError(indices)
+        if self._x is None and self._choosers is not None:
+            self._find_giver(source.layer, indices)
+        self._given.clear()
         following = source.layer + 1
         if (expected := self._expected(following)) is not None:
             return build(source.expecting(following, expected))
@@ -93,6 +116,20 @@ class WaitingCall:
         if not self._asks:
             self._x = x
 
+    def gives(self, module: nn.Module, x: mx.array, out: Any) -> None:
+        """Hear what a module gave that may be ids of experts."""
+        if not self._asks and self._choosers is not None:
+            self._given.append(_Given(module, x, [*_arrays(out)]))
+
+    def _find_giver(self, number: int, indices: mx.array) -> None:
+        """Have the module that gave these ids asked for them from now on."""
+        assert self._choosers is not None
+        for given in self._given:
+            for place, array in enumerate(given.arrays):
+                if array is indices:
+                    self._x = given.x
+                    self._choosers.add(number, given.module, place)
+
     def _expected(self, number: int) -> mx.array | None:
         x, self._x = self._x, None
         if x is None or self._choosers is None or number not in self._choosers:
@@ -102,6 +139,13 @@ class WaitingCall:
             return self._choosers.ask(number, x)
         finally:
             self._asks = False
+
+
+def _arrays(out: Any) -> Iterator[mx.array]:
+    """Yield the arrays among what a module gave."""
+    for one in out if isinstance(out, tuple) else (out,):
+        if isinstance(one, mx.array):
+            yield one
 
 
 def takes_input_alone(module: nn.Module) -> bool:

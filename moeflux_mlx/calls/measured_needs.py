@@ -34,6 +34,7 @@ from ..memory.caches import (
     rows,
     single_caches,
 )
+from ..memory.own_caches import OwnForm
 from .blank_matrices import SWITCHES, blank_matrices
 from .shared import Calls
 
@@ -111,6 +112,8 @@ class MeasuredNeeds:
         self._n_experts = store.n_experts
         self._stride = pool_stride([store.layout(layer) for layer in store.layers])
         self._config = config
+        # Of all caches after so many tokens, the last that were asked for.
+        self._own_forms: dict[int, list[OwnForm]] = {}
 
     def resident_bytes(self, unpack: bool) -> int:
         """Return what parameters take; none is ever unpacked."""
@@ -198,11 +201,22 @@ class MeasuredNeeds:
             [form for form in forms if form is not None],
             [most_rows(one) for one in singles],
             [_form_of_rows(one) for one in singles],
-            [CacheLayout.of(one) for one in caches],
+            [
+                CacheLayout.of(one, functools.partial(self._own_form, i))
+                for i, one in enumerate(caches)
+            ],
             logits.nbytes // FEW,
             logits.shape[-1],
             row_bytes,
         )
+
+    def _own_form(self, i: int, n_tokens: int) -> OwnForm:
+        """Return what one of the model's own caches is after so many tokens."""
+        if n_tokens not in self._own_forms:
+            with self._calls.reaching(self._blank):
+                caches, _ = self._call(n_tokens, make_prompt_cache(self._model))
+            self._own_forms = {n_tokens: [*map(OwnForm.of, caches)]}
+        return self._own_forms[n_tokens][i]
 
     def _compared_forms(self) -> list[CacheForm | None]:
         """Return what caches of any kind take, by how they grow."""

@@ -83,10 +83,16 @@ class Ways:
                 self._add(StreamedLayer, layer, undo)
         choosers: dict[int, nn.Module] = {}
         for number, block in enumerate(blocks):
-            parent = modules.pop(block.path.rpartition(".")[0], None)
-            if parent is not None and takes_input_alone(parent):
-                self._add(StreamedChooser, parent, undo)
-                choosers[number] = parent
+            # A list or a dictionary of modules is none itself.
+            above = [modules[p] for p in _below_layer(block.path) if p in modules]
+            chooser = next(filter(takes_input_alone, above), None)
+            if chooser is None:
+                for module in _beside(block.path, modules):
+                    self._add(StreamedGiver, module, undo)
+            elif not any(chooser is one for one in choosers.values()):
+                # A module with several blocks asks the first one of them.
+                self._add(StreamedChooser, chooser, undo)
+                choosers[number] = chooser
         self._choosers = Choosers(choosers)
 
     def _add(self, added: type, module: nn.Module, undo: ExitStack) -> None:
@@ -161,6 +167,38 @@ class StreamedChooser(nn.Module):
         if isinstance(token := ways.token, WaitingCall):
             token.choose(x)
         return super().__call__(x, *args, **options)
+
+
+class StreamedGiver(nn.Module):
+    """What is added to the class of what may give the ids of experts: that is heard."""
+
+    def __call__(self, x: mx.array, *args: Any, **options: Any) -> Any:
+        ways: Ways = self.__dict__["ways"]
+        out = super().__call__(x, *args, **options)
+        if isinstance(token := ways.token, WaitingCall):
+            token.gives(self, x, out)
+        return out
+
+
+def _below_layer(path: str) -> list[str]:
+    """Return the modules between a block and its decoder layer, the nearest first."""
+    names = path.split(".")
+    first = next((i + 1 for i, name in enumerate(names) if name.isdigit()), 0)
+    return [".".join(names[:n]) for n in range(len(names) - 1, first, -1)]
+
+
+def _beside(path: str, modules: dict[str, nn.Module]) -> list[nn.Module]:
+    """Return a model's own modules beside those that a block is in."""
+    below = _below_layer(path)
+    parents = {name.rpartition(".")[0] for name in below}
+    return [
+        module
+        for name, module in modules.items()
+        if name.rpartition(".")[0] in parents
+        and name not in below
+        and not type(module).__module__.startswith(nn.__name__)
+        and takes_input_alone(module)
+    ]
 
 
 @functools.cache

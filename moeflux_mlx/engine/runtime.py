@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from .. import config, device
 from ..calls.alone import OneAtATime
 from ..errors import ConfigError, ModelError
 from ..experts.files.store import ExpertStore, model_identity
-from ..experts.pool.budget import AUTO, Amounts, parse_bytes
+from ..experts.pool.budget import Amounts
 from ..experts.pool.policy import DEFAULT_POLICY, policy_factory
 from ..experts.streaming.access import expert_io, open_experts
 from ..experts.streaming.mapped import MappedExperts
@@ -60,15 +60,15 @@ class RunOptions:
     directory: Path | None = None
     give_way: Callable[[], bool] | None = None
     group: mx.distributed.Group | None = None
+    _asked: Amounts | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Raise ConfigError or TraceError for what cannot be used, before any is."""
         check_scope(self.scope)
         check_read_ahead(self.read_ahead)
-        for name in ("memory", "expert_memory"):
-            bound = getattr(self, name)
-            if bound is not None and bound != AUTO:
-                parse_bytes(bound, name)
+        if (self.memory, self.expert_memory) != (None, None):
+            asked = Amounts.read(self.memory, self.expert_memory)
+            object.__setattr__(self, "_asked", asked)
         for name in ("policy", "executor", "optimistic", "expert_io"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
@@ -79,7 +79,7 @@ class RunOptions:
     @property
     def amounts(self) -> Amounts:
         """The bounds in bytes, by the environment if none is given."""
-        return Amounts.read(self.memory, self.expert_memory)
+        return self._asked or Amounts.read(None, None)
 
 
 class Runtime(OneAtATime):

@@ -18,6 +18,7 @@ from mlx_lm.models.cache import (
 
 from ..errors import StateError
 from ..experts.weights import DTYPE_NAMES
+from .own_caches import OwnForm, is_own
 
 # Besides what weights may be: some caches keep token ids.
 DTYPES = {**DTYPE_NAMES, mx.int64: "I64", mx.uint64: "U64"}
@@ -59,18 +60,26 @@ class CacheLayout:
     """What one cache of a model is once it has tokens of one sequence.
 
     ``arrays`` are their shapes and types, None where it keeps none; ``numbers`` is what
-    the model made it with, ``caches`` what a ``CacheList`` consists of.
+    the model made it with, ``caches`` what a ``CacheList`` consists of. ``own`` gives
+    the form that a cache of the model's own class has after so many tokens.
     """
 
     kind: type
     arrays: tuple[tuple[Shape, mx.Dtype] | None, ...] = ()
     numbers: Mapping[str, int] = field(default_factory=dict)
     caches: tuple[CacheLayout, ...] = ()
+    own: Callable[[int], OwnForm] | None = None
 
     @classmethod
-    def of(cls, cache: Any) -> CacheLayout:
-        """Return the layout of a cache that a call left."""
+    def of(cls, cache: Any, own: Callable[[int], OwnForm] | None = None) -> CacheLayout:
+        """Return the layout of a cache that a call left.
+
+        Args:
+            own: gives its form after so many tokens, if its class is the model's own.
+        """
         kind = type(cache)
+        if is_own(cache) and OwnForm.of(cache).is_plain:
+            return cls(kind, own=own)
         if kind is CacheList:
             return cls(kind, caches=tuple(map(cls.of, cache.caches)))
         if kind is ArraysCache:
@@ -87,13 +96,17 @@ class CacheLayout:
 def check_kinds(layouts: Iterable[CacheLayout]) -> None:
     """Raise StateError if there is a cache that cannot be kept, whatever it holds."""
     for i, layout in enumerate(layouts):
-        if layout.kind not in KINDS:
+        if layout.kind not in KINDS and layout.own is None:
             raise _unknown(f"layer {i}", layout.kind)
         check_kinds(layout.caches)
 
 
 def _unknown(where: str, kind: type) -> StateError:
-    return StateError(f"[state] {where}: cannot keep a cache of {kind.__name__}")
+    known = ", ".join(kind.__name__ for kind in KINDS)
+    return StateError(
+        f"[state] {where}: expected a cache of {known} but got {kind.__name__}: give "
+        "caches of make_prompt_cache, or none to keep"
+    )
 
 
 def describe(
@@ -108,6 +121,8 @@ def describe(
         StateError: it cannot be kept, or is not of one sequence's tokens.
     """
     kind = type(cache)
+    if layout.own is not None and kind is layout.kind:
+        return _describe_own(where, cache, layout.own(n_tokens))
     if kind not in KINDS:
         raise _unknown(where, kind)
     if kind is CacheList:
@@ -129,6 +144,18 @@ def describe(
         else:
             about[name] = getattr(cache, "_idx" if name == "index" else name)
     return about, arrays
+
+
+def _describe_own(
+    where: str, cache: Any, form: OwnForm
+) -> tuple[dict[str, Any], list[mx.array]]:
+    if (other := form.difference(OwnForm.of(cache))) is not None:
+        name, expected, found = other
+        raise StateError(
+            f"[state] {where}: expected {name} {expected} but got {found}: give one "
+            "sequence's caches with all of its tokens"
+        )
+    return {"kind": form.kind.__name__}, [getattr(cache, n) for n in form.arrays]
 
 
 def _describe_several(
@@ -190,6 +217,10 @@ class CacheReader:
             StateError: it is none that the model takes.
         """
         name = fields.get("kind") if isinstance(fields, dict) else None
+        if layout.own is not None:
+            self._expect(f"{where}: kind", layout.kind.__name__, name)
+            self._expect(f"{where}: fields", ["kind"], sorted(fields))
+            return self._own(layout.own(self._n_tokens))
         allowed = STAND_INS.get(layout.kind, (layout.kind,))
         known = {kind.__name__: kind for kind in allowed if kind in KINDS}
         if not isinstance(name, str) or name not in known:
@@ -274,6 +305,11 @@ class CacheReader:
             return cache
 
         return CacheFile([*zip(dtypes, shapes, strict=True)], fill)
+
+    def _own(self, form: OwnForm) -> CacheFile:
+        found = form.arrays.values()
+        parts: list[Part] = [((DTYPES.get(d, str(d)),), shape) for shape, d in found]
+        return CacheFile(parts, form.filled)
 
     def _several(self, where: str, fields: Any, layout: CacheLayout) -> CacheFile:
         caches = fields["caches"]

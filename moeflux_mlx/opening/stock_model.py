@@ -76,7 +76,7 @@ def load_through_door(
         ModelError: mlx-lm cannot load it, or its experts cannot be streamed.
         ConfigError, BudgetError, ExpertStoreError: as ``stream``.
     """
-    amounts = Amounts.read(options.memory, options.expert_memory)
+    amounts = options.amounts
     _refuse_options(options)
     stock = load_stock_lazily(path, model_config)
     model = stock.model

@@ -217,12 +217,12 @@ def guard_saving() -> None:
     """Have mlx-lm and MLX save models with experts from files whole, or not at all."""
     nn.Module.save_weights = _save_weights  # type: ignore[method-assign]
     nn.Module.apply = _apply  # type: ignore[method-assign]
-    _put_everywhere("save", _SAVE, _save)
-    _put_everywhere("save_model", _SAVE_MODEL, _save_model)
-    _put_everywhere("dequantize_model", _DEQUANTIZE_MODEL, _dequantize_model)
+    put_everywhere("save", _SAVE, _save)
+    put_everywhere("save_model", _SAVE_MODEL, _save_model)
+    put_everywhere("dequantize_model", _DEQUANTIZE_MODEL, _dequantize_model)
 
 
-def _put_everywhere(
+def put_everywhere(
     name: str, stock: Callable[..., Any], ours: Callable[..., Any]
 ) -> None:
     """Replace a function in all modules that have imported it by its name."""
