@@ -11,7 +11,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .base import Launch, dims, expect, groups, kernel, normal, require
+from ..ops import elementwise as ops
+from ..ops.functions import swiglu
+from .base import Case, Given, Launch, dims, expect, groups, in_float32, kernel, require
 
 # Threads of a group that only share their start. Groups are always whole.
 THREADS = 256
@@ -36,14 +38,12 @@ def _pair(
     return Launch(name, inputs_and_n, {"out": shape}, grid, (THREADS, 1, 1))
 
 
-def _two_vectors(rng: np.random.Generator, dtype: mx.Dtype, n: int) -> tuple[Any, ...]:
-    return normal(rng, dtype, n), normal(rng, dtype, n)
+def _two_vectors(case: Case) -> tuple[Any, ...]:
+    return case.normal(case.n), case.normal(case.n)
 
 
-def _two_matrices(
-    rng: np.random.Generator, dtype: mx.Dtype, t: int, d: int
-) -> tuple[Any, ...]:
-    return normal(rng, dtype, t, d), normal(rng, dtype, t, d)
+def _two_matrices(case: Case) -> tuple[Any, ...]:
+    return case.normal(case.t, case.d), case.normal(case.t, case.d)
 
 
 VECTORS = [{"n": 1}, {"n": 7}, {"n": 37}, {"n": 1025}]
@@ -58,8 +58,7 @@ LARGE_VECTOR = {"n": 1 << 24}
 LARGE_MATRIX = {"t": 4096, "d": 4096}
 
 
-def _add(a: mx.array, b: mx.array) -> mx.array:
-    return (a.astype(mx.float32) + b.astype(mx.float32)).astype(a.dtype)
+_add = in_float32(ops.add)
 
 
 @kernel(
@@ -86,9 +85,7 @@ def residual_add_n_tokens(a: mx.array, b: mx.array) -> Launch:
     return _pair("residual_add_n_tokens", {"a": a, "b": b}, 2, per_thread=4)
 
 
-def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    wide = gate.astype(mx.float32)
-    return (wide * mx.sigmoid(wide) * up.astype(mx.float32)).astype(gate.dtype)
+_swiglu = in_float32(swiglu)
 
 
 @kernel(
@@ -129,9 +126,7 @@ def swiglu_fused_batched(gate: mx.array, up: mx.array) -> Launch:
     return _pair("swiglu_fused_batched", {"gate": gate, "up": up}, 2, per_thread=4)
 
 
-def _sigmoid_gate(x: mx.array, gate: mx.array) -> mx.array:
-    open_by = mx.sigmoid(gate.astype(mx.float32))
-    return (x.astype(mx.float32) * open_by).astype(x.dtype)
+_sigmoid_gate = in_float32(ops.sigmoid_gate)
 
 
 @kernel(
@@ -146,17 +141,11 @@ def sigmoid_gate(x: mx.array, gate: mx.array) -> Launch:
     return _pair("sigmoid_gate", {"x": x, "gate": gate}, 2, per_thread=4)
 
 
-def _split(q_proj: mx.array, num_heads: int) -> tuple[mx.array, mx.array]:
-    n_tokens, width = q_proj.shape
-    pairs = q_proj.reshape(n_tokens, num_heads, 2, -1)
-    shape = (n_tokens, width // 2)
-    return pairs[:, :, 0].reshape(shape), pairs[:, :, 1].reshape(shape)
+_split = in_float32(ops.split_q_gate)
 
 
-def _some_q_proj(
-    rng: np.random.Generator, dtype: mx.Dtype, t: int, h: int, d: int
-) -> tuple[Any, ...]:
-    return normal(rng, dtype, t, 2 * h * d), h
+def _some_q_proj(case: Case) -> tuple[Any, ...]:
+    return case.normal(case.t, 2 * case.h * case.d), case.h
 
 
 @kernel(
@@ -190,17 +179,14 @@ def split_q_gate(q_proj: mx.array, num_heads: int) -> Launch:
     )
 
 
-def _weighted_sum(values: mx.array, weights: mx.array) -> mx.array:
-    return (
-        (weights[:, None] * values.astype(mx.float32)).sum(axis=0).astype(values.dtype)
-    )
+def _weighted_sum(given: Given) -> mx.array:
+    weighted = given.weights[:, None] * given.wide.values
+    return weighted.sum(axis=0).astype(given.values.dtype)
 
 
-def _some_values(
-    rng: np.random.Generator, dtype: mx.Dtype, k: int, d: int
-) -> tuple[Any, ...]:
-    weights = mx.array(rng.uniform(0.05, 1.0, k).astype(np.float32))
-    return normal(rng, dtype, k, d), weights
+def _some_values(case: Case) -> tuple[Any, ...]:
+    weights = mx.array(case.rng.uniform(0.05, 1.0, case.k).astype(np.float32))
+    return case.normal(case.k, case.d), weights
 
 
 @kernel(
@@ -228,12 +214,12 @@ def weighted_sum(values: mx.array, weights: mx.array) -> Launch:
     )
 
 
-def _zeros(n: int) -> mx.array:
-    return mx.zeros((n,), mx.float32)
+def _zeros(given: Given) -> mx.array:
+    return mx.zeros((given.n,), mx.float32)
 
 
-def _count(rng: np.random.Generator, dtype: mx.Dtype, n: int) -> tuple[Any, ...]:
-    return (n,)
+def _count(case: Case) -> tuple[Any, ...]:
+    return (case.n,)
 
 
 @kernel(

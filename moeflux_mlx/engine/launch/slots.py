@@ -11,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ...experts.weights import Records
-from .base import dims, require
+from ...experts.weights import Quantization, Records, Weight
+from .base import Case, Given, dims, require
 
 Matrix = tuple[Records, Records, Records]
 
@@ -65,39 +65,35 @@ def in_slots(
 
 
 def random_matrix(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    n_slots: int,
-    shape: tuple[int, int],
-    bits: int,
-    group_size: int,
-    base: int,
+    case: Case, n_slots: int, shape: tuple[int, int], bits: int
 ) -> Matrix:
-    """Return a matrix a slot, ``base`` values from the start of its records."""
+    """Return a matrix a slot, size ``base`` values from the start of its records."""
+    rng, base = case.rng, case.get("base")
     n = shape[0] * shape[1]
-    n_words, n_groups = n * bits // 32, n // group_size
+    n_words, n_groups = n * bits // 32, n // case.g
     words = rng.integers(0, 1 << 32, (n_slots, n_words + 2 * base), np.uint32)
     scales = rng.uniform(0.5, 1.0, (n_slots, n_groups + base + base // 2))
     scales *= 2 / ((1 << bits) * shape[1] ** 0.5)
     biases = -scales * ((1 << bits) - 1) / 2 * rng.uniform(0.8, 1.2, scales.shape)
     return (
         Records(mx.array(words), base),
-        Records(mx.array(scales.astype(np.float32)).astype(dtype), base),
-        Records(mx.array(biases.astype(np.float32)).astype(dtype), base),
+        Records(mx.array(scales.astype(np.float32)).astype(case.other), base),
+        Records(mx.array(biases.astype(np.float32)).astype(case.other), base),
     )
 
 
-def unpacked(
-    matrix: Matrix, slot: int, n_out: int, n_in: int, bits: int, group_size: int
-) -> mx.array:
-    """Return one slot's matrix ``[O, I]`` as float32."""
+def in_slot(
+    given: Given, matrix: Matrix, slot: int, n_in: int, bits: int | None = None
+) -> Weight:
+    """Return one slot's matrix ``[O, I]`` as Ops have it, its scales in float32."""
+    bits, group_size = given.bits if bits is None else bits, given.group_size
     widths = (n_in * bits // 32, n_in // group_size, n_in // group_size)
     w, scales, biases = (
-        r.array[slot, r.base : r.base + n_out * width].reshape(n_out, width)
+        r.array[slot, r.base : r.base + given.n_out * width].reshape(-1, width)
         for r, width in zip(matrix, widths, strict=True)
     )
-    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    return mx.dequantize(w, scales, biases, group_size=group_size, bits=bits)
+    wide = scales.astype(mx.float32), biases.astype(mx.float32)
+    return Weight(w, *wide, Quantization(bits, group_size))
 
 
 def numbers(x: mx.array) -> list[int]:

@@ -154,10 +154,10 @@ class KvCacheAppendNTokens(Op):
     ) -> tuple[Array, Array]:
         keys = split_heads(k_src, self.n_seqs, self.num_kv_heads)
         values = split_heads(v_src, self.n_seqs, self.num_kv_heads)
-        return _updated(k_cache, keys, row), _updated(v_cache, values, row)
+        return with_rows(k_cache, keys, row), with_rows(v_cache, values, row)
 
 
-def _updated(cache: Array, new: Array, row: Array) -> Array:
+def with_rows(cache: Array, new: Array, row: Array) -> Array:
     """Return the cache with ``new`` in its rows from ``row`` on."""
     if isinstance(cache, mx.array):
         return mx.slice_update(cache, new, row, (2,))
