@@ -13,11 +13,13 @@ from .. import config
 from ..engine.executors import gpu_executor
 from ..engine.executors.verified import Record, records
 from ..engine.launch import KERNELS, Kernel, Launch, prepare
-from ..engine.lowering import GROUPS, TABLE
+from ..engine.lowering import GROUPS, TABLE, launched_by
 from ..engine.lowering.tuned import Tuning, current
 from ..engine.metal import Scalar
 from ..system.terminal import WIDE, PlainConsole
 
+# Who launches a kernel that no Op is lowered to.
+LIBRARY = "scripts (no Op)"
 # What stands in tables of up to 80 columns.
 NARROW = ("kernel", "launch", "verified")
 
@@ -94,6 +96,7 @@ def describe(kernel: Kernel, known: list[Record]) -> dict[str, Any]:
         "template": [f"{p.kind} {p.name}" for p in metal.template],
         "threadgroup_bytes": metal.threadgroup_bytes(launch.template, types),
         "launch": _launch(launch),
+        "launched_by": launched_by(kernel.name) or [LIBRARY],
         "verified": _verified(kernel.name, known),
     }
 

@@ -219,15 +219,11 @@ def moe_noaux_topk(
 def _combine(given: Given) -> mx.array:
     wide = given.wide
     total = (wide.weights[:, None] * wide.experts).sum(axis=0)
-    gate = getattr(wide, "gate", None)
-    return ops.combined(wide.h, total, wide.shared, gate).astype(given.h.dtype)
+    return ops.combined(wide.h, total, wide.shared, wide.gate).astype(given.h.dtype)
 
 
 def _combine_apart(given: Given) -> mx.array:
     return _combine(Given(**{**vars(given), "experts": mx.stack(given.experts)}))
-
-
-_combine_unscaled = _combine
 
 
 def _one_token(case: Case) -> tuple[Any, ...]:
@@ -239,11 +235,6 @@ def _one_token(case: Case) -> tuple[Any, ...]:
 def _one_token_apart(case: Case) -> tuple[Any, ...]:
     *rest, experts = _one_token(case)
     return (*rest, [experts[j] for j in range(case.k)])
-
-
-def _one_token_unscaled(case: Case) -> tuple[Any, ...]:
-    h, shared, _, weights, experts = _one_token(case)
-    return h, shared, weights, experts
 
 
 def _check_token(h: mx.array, shared: mx.array, weights: mx.array) -> tuple[int, int]:
@@ -318,36 +309,6 @@ def moe_combine_residual_flat(
             "h": h,
             "shared": shared,
             "gate": gate,
-            "weights": weights,
-            "experts": experts,
-            "k": k,
-            "n": n,
-        },
-        {"out": (n,)},
-        (groups(n, 256) * 256, 1, 1),
-        (256, 1, 1),
-    )
-
-
-@kernel(
-    reference=_combine_unscaled,
-    sample=_one_token_unscaled,
-    sizes=[{"k": 1, "d": 1}, {"k": 10, "d": 261}, {"k": 16, "d": 96}],
-    large={"k": 8, "d": 1 << 20},
-    varying=("n",),
-)
-def moe_combine_residual_unscaled(
-    h: mx.array, shared: mx.array, weights: mx.array, experts: mx.array
-) -> Launch:
-    """``h + sum(w * e) + shared``, ``[D]``, experts ``[K, D]``."""
-    n, k = _check_token(h, shared, weights)
-    expect("experts", experts, (k, n))
-    require("experts", k * n < 1 << 31, "K * D < 2^31", k * n)
-    return Launch(
-        "moe_combine_residual_unscaled",
-        {
-            "h": h,
-            "shared": shared,
             "weights": weights,
             "experts": experts,
             "k": k,

@@ -98,7 +98,6 @@ ONE_TOKEN = [
 LONG = [*ONE_TOKEN[:2], dict(i=4224, o=3, g=128, s=1)]
 LARGE = dict(i=4096, o=14336, g=64, s=0)
 MANY = [{**sizes, "t": t} for sizes, t in zip(ONE_TOKEN, (1, 3, 2, 7), strict=True)]
-LONG_MANY = [{**sizes, "t": t} for sizes, t in zip(LONG, (1, 3, 2), strict=True)]
 
 
 def _one_token(bits: int, sizes: Any = ONE_TOKEN) -> Any:
@@ -111,11 +110,11 @@ def _one_token(bits: int, sizes: Any = ONE_TOKEN) -> Any:
     )
 
 
-def _n_tokens(bits: int, sizes: Any = MANY) -> Any:
+def _n_tokens(bits: int) -> Any:
     return kernel(
         reference=_matvec_reference(bits),
         sample=_matvec_sample(bits, n_tokens=True),
-        sizes=sizes,
+        sizes=MANY,
         large={**LARGE, "t": 4},
         varying=(),
     )
@@ -190,15 +189,6 @@ def dequant_matvec_4bit_fast(
     """``W x`` of ``[I]`` of any length."""
     name, arrays = "dequant_matvec_4bit_fast", (x, w, scales, biases)
     return _matvec(name, 4, arrays, group_size, 1, 64, None)
-
-
-@_n_tokens(4, LONG_MANY)
-def dequant_matvec_4bit_fast_n_tokens(
-    x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int
-) -> Launch:
-    """``x W^T`` of ``[T, I]``, bit for bit ``dequant_matvec_4bit_fast`` at T = 1."""
-    name, arrays = "dequant_matvec_4bit_fast_n_tokens", (x, w, scales, biases)
-    return _matvec_n_tokens(name, 4, arrays, group_size, 1, 64, None)
 
 
 @_one_token(4)
@@ -409,15 +399,6 @@ def dequant_matvec_4bit_v5(
     """``W x`` of ``[I]``, I at most 4096, with a table a group."""
     name, arrays = "dequant_matvec_4bit_v5", (x, w, scales, biases)
     return _matvec(name, 4, arrays, group_size, 8, 256)
-
-
-@_n_tokens(4)
-def dequant_matvec_4bit_v3_n_tokens(
-    x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int
-) -> Launch:
-    """``x W^T`` of ``[T, I]``, bit for bit ``dequant_matvec_4bit_v3`` at T = 1."""
-    name, arrays = "dequant_matvec_4bit_v3_n_tokens", (x, w, scales, biases)
-    return _matvec_n_tokens(name, 4, arrays, group_size, 8, 256)
 
 
 @_one_token(8)
@@ -727,56 +708,6 @@ def qmm_t(
     return Launch(
         "qmm_t",
         {**inputs, "n_tokens": n_tokens, "n_in": n_in, "n_out": n_out},
-        {"out": (n_tokens, n_out)},
-        (128 * groups(n_out, 64), groups(n_tokens, 32), 1),
-        (128, 1, 1),
-        {"BITS": bits, "G": group_size},
-    )
-
-
-def _gather_qmm(given: Given) -> mx.array:
-    n_in, outs = given.x.shape[1], []
-    for row, slot in zip(given.wide.x, numbers(given.slots), strict=True):
-        outs.append(linear(row, in_slot(given, given.matrix, slot, n_in)))
-    return mx.stack(outs).astype(given.x.dtype)
-
-
-def _some_gather(case: Case) -> tuple[Any, ...]:
-    matrix = random_matrix(case, case.e, (case.o, case.i), case.bits)
-    slots = mx.array(np.sort(case.rng.integers(0, case.e, case.t)).astype(np.uint32))
-    return case.normal(case.t, case.i), slots, matrix, case.o, case.bits, case.g
-
-
-@kernel(
-    reference=_gather_qmm,
-    sample=_some_gather,
-    sizes=[
-        dict(t=1, e=1, i=32, o=1, bits=2, g=32, s=0),
-        dict(t=11, e=3, i=64, o=67, bits=4, g=64, s=1, base=1),
-        dict(t=37, e=5, i=96, o=40, bits=8, g=32, s=0, base=3),
-    ],
-    large=dict(t=4096, e=64, i=2048, o=768, bits=4, g=64, s=1),
-    varying=("n_tokens",),
-)
-def gather_qmm_rhs(
-    x: mx.array,
-    slots: mx.array,
-    matrix: Matrix,
-    n_out: int,
-    bits: int,
-    group_size: int,
-) -> Launch:
-    """Rows ``[T, I]``, each with the matrix in its slot: ``[T, O]``.
-
-    ``slots`` uint32 ``[T]``, equal ones next to each other.
-    """
-    n_tokens, n_in = dims("x", x, 2)
-    expect("slots", slots, (n_tokens,))
-    stored = in_slots("matrix", matrix, n_out, n_in, bits, group_size)
-    sizes = {"n_tokens": n_tokens, "n_in": n_in, "n_out": n_out}
-    return Launch(
-        "gather_qmm_rhs",
-        {"x": x, "slots": slots, **stored, **sizes},
         {"out": (n_tokens, n_out)},
         (128 * groups(n_out, 64), groups(n_tokens, 32), 1),
         (128, 1, 1),

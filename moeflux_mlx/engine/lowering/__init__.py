@@ -21,6 +21,7 @@ from .table import (
     default_way,
     fused,
     groups_ahead,
+    launched_by,
     lowered,
     ways,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "groups",
     "groups_ahead",
     "latent",
+    "launched_by",
     "linear_attention",
     "lowered",
     "moe",

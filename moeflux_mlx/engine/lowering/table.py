@@ -108,7 +108,6 @@ PREFERRED: Mapping[str, Mapping[str, tuple[Preferred, ...]]] = {
             # Without the 16 KiB that v3 reserves more threadgroups fit on a core.
             Preferred("dequant_matvec_4bit_v4", _has_long_rows),
             Preferred("dequant_matvec_4bit_v3"),
-            Preferred("dequant_matvec_8bit_v3"),
             Preferred("dequant_matvec_2bit"),
             Preferred("bf16_matvec"),
             Preferred(MLX),
@@ -125,7 +124,6 @@ PREFERRED: Mapping[str, Mapping[str, tuple[Preferred, ...]]] = {
         "MatvecNTokens": (
             Preferred("dequant_matvec_4bit_fast", _has_short_rows),
             Preferred("dequant_matvec_4bit_v4"),
-            Preferred("dequant_matvec_8bit_v3"),
             Preferred("dequant_matvec_2bit"),
             Preferred("mlx_dequantize"),
             Preferred(MLX),
@@ -251,6 +249,16 @@ def group(
         return call
 
     return add
+
+
+def launched_by(kernel: str) -> list[str]:
+    """Return the names of the Ops, and groups of them, that may launch a kernel."""
+    by_ops = {
+        op.__name__
+        for op, ways in TABLE.items()
+        if any(kernel in way.kernels for way in ways)
+    }
+    return sorted(by_ops) + [each.name for each in GROUPS if kernel in each.kernels]
 
 
 def fused(
