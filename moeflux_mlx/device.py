@@ -27,9 +27,6 @@ from .system.limits import process_bytes as process_bytes
 from .system.pressure import Pressure
 from .system.pressure import memory_pressure as system_pressure
 
-TWO_MIB = 2 << 20
-# Apple's page, and a multiple of the logical block of every disk.
-PAGE_BYTES = 16 << 10
 # Direct reads begin and end at multiples of this: no disk's logical block is larger.
 DISK_BLOCK_BYTES = 4 << 10
 

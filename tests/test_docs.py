@@ -60,6 +60,15 @@ def test_a_name_that_no_file_has_is_found():
     assert misnamed(wrong, known) == ["ward.py", "graph/forward.py"]
 
 
+def test_the_graph_made_by_hand_runs(capsys):
+    """The page of the API: upload, execute, download."""
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/api.md").read_text(), re.S
+    )
+    exec(code, {})
+    assert capsys.readouterr().out == "[2. 3. 4. 5.]\n"
+
+
 SITE = ROOT / ".github" / "mkdocs.yml"
 HOOK = SITE.with_name("mkdocs_pages.py")
 

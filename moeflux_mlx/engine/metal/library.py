@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import KernelError
@@ -142,8 +142,3 @@ def _text(text: str, file: str, line: int, lines: bool) -> str:
 def library() -> Library:
     """Return moeflux-mlx's own kernels."""
     return Library(kernels_folder())
-
-
-def all_kernels() -> Mapping[str, MetalKernel]:
-    """Return every kernel by name."""
-    return library().kernels
