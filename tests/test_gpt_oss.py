@@ -102,7 +102,7 @@ def test_kernels_give_mlx_lms_tokens_and_logits(plain):
         got, found = greedy(model, n_seqs, 1)
         assert relative_rms(got, expected) < 1e-5, n_seqs
         assert found == chosen, n_seqs
-    # Of full attention, where caches have spare rows.
+    # Layers of full attention, where caches have spare rows.
     kinds = CONFIGS["e7-k3"]["layer_types"]
     assert launches(model).count("sdpa_decode_join") == kinds.count(FULL)
 

@@ -50,9 +50,9 @@ class LayerWeights:
 
     Parameters replaced later (``model.update``, a dtype change) are noticed at the
     next use; values changed in place (``weight[0] = 1``) are not. ``unpack`` keeps
-    quantised matrices dense in float32 on the host. Of each sequence of paths in
-    ``joined`` the matrices become one, where they are quantised alike, unless the
-    module trains: its parameters are then views of the joint rows.
+    quantised matrices dense in float32 on the host. ``joined`` has
+    sequences of paths: the matrices of each become one, where they are quantised
+    alike, and parameters become views of its rows. A module that trains is left alone.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ def record_routing(
 ) -> RoutingTrace:
     """Generate as mlx-lm does and return every choice of every router.
 
-    Of single tokens also what the layer before would have had read ahead.
+    For single tokens also the experts that the layer before would have had read.
 
     Args:
         prompt: token ids.

@@ -232,7 +232,7 @@ class _Planned:
         self.caches = [c for c in cache if c is not None]
         self.n_seqs, self.t, self.logits = n_seqs, t, logits
         self.n_tokens = n_seqs * t
-        # Of single tokens more are to come, each a call of its own.
+        # More single tokens will come, each in a call of its own.
         self._n_more = t if t > 1 else LOOKAHEAD
         used = caches.n_rows(self.caches)
         self.n_rows = -(-(used + self._n_more) // CACHE_STEP) * CACHE_STEP

@@ -31,8 +31,8 @@ SECONDS = 10.0
 def model_headers(path_or_repo: str | Path) -> Iterator[Path]:
     """Give a directory that has a model's headers and sizes, for as long as inside.
 
-    A local directory and a complete download are given as they are. Of any other model
-    on a hub configuration and headers are read by requests of ranges, and nothing else.
+    A local directory and a complete download are given as they are. For
+    any other model on a hub, requests of ranges read configuration and headers alone.
 
     Raises:
         ModelError: there is no such model, or only a download tells.

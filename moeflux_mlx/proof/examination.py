@@ -24,7 +24,7 @@ from ..engine.launch.check import check, measure
 from ..errors import BackendError
 from ..system import children
 
-# Of what a process printed before it died, this much of the end is reported.
+# So many characters of the last output of a process that died are reported.
 LAST_WORDS = 4000
 # Seconds that one kernel may take at all its sizes, building included: far more than
 # the slowest needs in the simulator.

@@ -157,10 +157,10 @@ def _lower_together(
 
 
 def buffers_read(ops: Sequence[Op]) -> list[BufId[Any] | None]:
-    """Return what Ops performed together read, in the order of their step's reads.
+    """Return the buffers that Ops read together, in the order of their step's reads.
 
-    Of one Op that is every field, None where an optional one is absent; of several,
-    what none of them wrote before, each once.
+    One Op reads every field, None where an optional one is absent. Several read, once
+    each, the buffers that none of them wrote before.
     """
     if len(ops) == 1:
         fields = (f for f in ops[0].buffer_fields if f.access & Access.READ)

@@ -341,7 +341,7 @@ def experts_down_combine(
     n_out = one_row("residual", residual)
     launch = experts_down_sum(act, slots, weights, down, n_out, bits, group_size)
     if row is None and starts is None and shared is None:
-        # Of a matrix without columns the kernel reads nothing, of the row one value.
+        # The kernel reads nothing of a matrix without columns, and one value of the row.
         w, scales, biases = (part.array for part in down)
         row, starts, shared, n_shared = (
             residual,

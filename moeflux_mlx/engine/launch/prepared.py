@@ -81,16 +81,16 @@ FIXED: dict[str, frozenset[str]] = {}
 _NONE: frozenset[str] = frozenset()
 # Stands for a number that varies; no number is a type.
 _VARIES = type
-# Type and shape of an array; of anything else its class and, if it is compiled in, it.
+# An array's type and shape; anything else's class and, if it is compiled in, itself.
 Form = tuple[mx.Dtype, tuple[int, ...]] | tuple[type, Any]
 
 
 def prepare(launch: Launch) -> Prepared:
     """Check a launch and put it into the signature's order.
 
-    Of launches alike but for numbers that vary and the values in arrays only the first
-    is looked at whole: prompts run every kernel once a layer, and checking takes the
-    host longer than launching.
+    Where launches differ only in numbers that vary and in the values of arrays, only
+    the first is looked at whole: prompts run every kernel once a layer, and checking
+    takes the host longer than launching.
 
     Raises:
         KernelError: names, types, shapes or limits are not the signature's; the message

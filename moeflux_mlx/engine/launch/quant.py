@@ -362,8 +362,8 @@ def norm_matvecs(
 ) -> Launch:
     """One row of one or two products ``[O_i]`` with the norm of ``[I]``, and the norm.
 
-    Where each part lies says ``norm_row``; what lies between is 0. Of a row ``[1, I]``
-    comes ``[1, width]``.
+    ``norm_row`` says where each part lies; the values between are 0. A row ``[1, I]``
+    gives ``[1, width]``.
     """
     n_in = one_row("x", x)
     expect("norm", norm, (n_in,))

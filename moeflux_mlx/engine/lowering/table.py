@@ -119,8 +119,8 @@ PREFERRED: Mapping[str, Mapping[str, tuple[Preferred, ...]]] = {
         ),
     },
     "cuda": {
-        # Of many tokens MLX's own products have tensor cores; its dense one is several
-        # times its quantised one.
+        # MLX's own products of many tokens use tensor cores; its dense one is several
+        # times as fast as its quantised one.
         "MatvecNTokens": (
             Preferred("dequant_matvec_4bit_fast", _has_short_rows),
             Preferred("dequant_matvec_4bit_v4"),
@@ -128,7 +128,7 @@ PREFERRED: Mapping[str, Mapping[str, tuple[Preferred, ...]]] = {
             Preferred("mlx_dequantize"),
             Preferred(MLX),
         ),
-        # Of many tokens MLX's has tensor cores and ours do not.
+        # MLX's attention of many tokens uses tensor cores and ours does not.
         "SdpaCausalTiled": (
             Preferred("sdpa_decode_parts"),
             Preferred("sdpa_decode"),

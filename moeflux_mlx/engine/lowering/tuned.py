@@ -106,7 +106,7 @@ class Tuning:
     def merged(self, older: Tuning | None) -> Tuning:
         """Return these entries and those of ``older`` that they do not replace.
 
-        Of an older one from elsewhere, nothing is kept.
+        Nothing is kept of an older one from elsewhere.
         """
         if older is None or older._origin != self._origin:
             return self

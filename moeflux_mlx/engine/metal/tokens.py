@@ -1,8 +1,8 @@
 """Metal text as tokens, functions and statements: a scan that copes with any file.
 
 ``source.py`` reads our own kernels and refuses what it does not understand; the lint
-reads whole files of other people too, so nothing here ever fails. Of ``#if`` only the
-branch taken first is read, because both together need not have matching braces.
+reads whole files of other people too, so nothing here ever fails. Only the first
+branch of an ``#if`` is read, because both together need not have matching braces.
 """
 
 from __future__ import annotations

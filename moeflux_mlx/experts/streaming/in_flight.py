@@ -101,7 +101,7 @@ class InFlight:
             self._read(layer, expert, slot)
             for expert, slot in zip(experts, slots, strict=False)
         ]
-        # Of experts read ahead one may be waited for and the next one not.
+        # A token may wait for one expert that was read ahead and not for the next.
         size = 1 if ahead else len(reads)
         for first in range(0, len(reads), max(1, size)):
             batch = Batch(reads[first : first + size])

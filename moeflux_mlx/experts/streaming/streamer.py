@@ -244,7 +244,7 @@ class ExpertStreamer(Uncopied):
         """Use ``n_slots`` slots, within the memory taken at first; not in the middle of
         a token.
 
-        Of slots given up the memory goes back to the system. The experts that the
+        The memory of slots given up goes back to the system. The experts that the
         policy would evict first are forgotten, the others stay in memory.
 
         Raises:

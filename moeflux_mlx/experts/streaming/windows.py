@@ -17,9 +17,9 @@ def window_of(
 ) -> int:
     """Return how many layers run before experts are read back: the cheapest span.
 
-    Of a window of ``w`` layers, each of which lacks an expert at the rate ``p``, one
-    reading back costs ``r / w`` a layer, and half the window thrown away for each miss
-    ``p w / 2``: least at ``w = sqrt(2 r / p)``.
+    Each layer of a window of ``w`` lacks an expert at the rate ``p``. Reading back once
+    costs ``r / w`` a layer, and a miss throws away half the window, ``p w / 2``. They
+    are least at ``w = sqrt(2 r / p)``.
 
     Args:
         miss_rate: without what a first run foresees.
