@@ -49,12 +49,12 @@ from .system.progress import Report, notice
 from .training import TrainsUncompiled
 
 M = TypeVar("M", bound=nn.Module)
-# What memory is tried out with where several amounts are: any token will do.
+# The token that amounts of memory are tried out with: any will do.
 FIRST_TOKEN = 0
 
 
 class StreamedPart(nn.Module):
-    """What ``stream`` adds to every module with routed blocks below: turns and room."""
+    """The addition of ``stream`` to modules with routed blocks below: turns and room."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         calls: Calls = self.__dict__["calls"]
@@ -63,7 +63,7 @@ class StreamedPart(nn.Module):
 
 
 class CheckedEmbedding(nn.Module):
-    """What ``stream`` adds to every embedding: no rows of what is not in its table."""
+    """The addition of ``stream`` to every embedding: no rows outside its table."""
 
     def __call__(self, ids: mx.array) -> mx.array:
         n_rows: int = self.weight.shape[0]
@@ -78,7 +78,7 @@ class CheckedEmbedding(nn.Module):
 
 
 class StreamedModel(GuardsSaving, TrainsUncompiled, StreamedPart):
-    """What ``stream`` adds to a model's class besides: no saving, no foreign weights.
+    """The addition of ``stream`` to a model's class: no saving, no foreign weights.
 
     ``plan`` and ``keeper`` are there where ``memory`` bounds the process.
     """
@@ -98,12 +98,12 @@ class StreamedModel(GuardsSaving, TrainsUncompiled, StreamedPart):
 
     @property
     def keeper(self) -> MemoryKeeper | None:
-        """What gives caches room."""
+        """The giver of room to caches."""
         calls: Calls = self.__dict__["calls"]
         return calls.keeper
 
     def shard(self, group: Group | None = None) -> None:
-        """Do what mlx-lm's models do to divide a model, which loading has done.
+        """Divide nothing: loading has divided the model.
 
         Raises:
             ModelError: it was not loaded with that group.

@@ -24,7 +24,7 @@ class Graph:
         """Append ``op``.
 
         Raises:
-            GraphError: naming Op, field, what was expected and what came, when a
+            GraphError: naming Op, field, the expected and the given value, when a
                 buffer has the wrong role or shape or a weight the wrong shape.
         """
         self._check_roles(op)

@@ -313,7 +313,7 @@ def _attention(given: Given) -> mx.array:
     heads = split_heads(q, n_seqs, q.shape[1] // d)
     out = attention(heads, k, v, given.scale, mask)
     if mask is not None:
-        # Where a query sees nothing Ops leave open what it gets: kernels say 0.
+        # Ops leave the result of a query that sees nothing open: kernels say 0.
         out = np.where(mask.any(-1, keepdims=True), out, 0)
     return mx.array(join_heads(out)).astype(given.q.dtype)
 
@@ -599,7 +599,7 @@ def _place_heads(
     *,
     q_width: int,
 ) -> Launch:
-    """Check what both kernels take, a head of ``q_proj`` being ``q_width`` wide."""
+    """Check both kernels' arguments, a head of ``q_proj`` being ``q_width`` wide."""
     (d,) = dims("q_norm", q_norm, 1)
     require("q_norm", d <= MAX_HEAD_DIM, f"a width up to {MAX_HEAD_DIM}", d)
     expect("k_norm", k_norm, (d,))

@@ -135,7 +135,8 @@ class Case:
         """Return this case with some sizes changed, on the same generator."""
         self.read |= set(sizes)
         changed = Case(self.rng, self.dtype, {**self.sizes, **sizes})
-        # What the changed case reads counts as read here: one sample uses another.
+        # A size that the changed case reads counts as read here: one sample uses
+        # another.
         changed.read = self.read
         return changed
 
@@ -175,7 +176,7 @@ class Kernel:
     """A registered kernel: how to launch it, its reference, and how to try it.
 
     ``build`` maps arguments to a ``Launch``; ``reference`` takes them by name and
-    returns what the outputs should be; ``sample`` makes the arguments of a case;
+    returns the right outputs; ``sample`` makes the arguments of a case;
     ``fixed`` names the scalars that are compiled in.
     """
 

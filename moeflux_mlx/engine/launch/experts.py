@@ -123,7 +123,7 @@ def _gate_and_up(
     x_at: int,
     n_in: int,
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Check what both kernels of gate and up take; return inputs and template."""
+    """Check arguments of both kernels of gate and up; return inputs and template."""
     require_part("x_at", x_at, n_in, one_row("x", x))
     rows = check_matrix("gate", gate, n_out, n_in, bits, group_size)
     up_rows = check_matrix("up", up, n_out, n_in, bits, group_size)
@@ -341,7 +341,8 @@ def experts_down_combine(
     n_out = one_row("residual", residual)
     launch = experts_down_sum(act, slots, weights, down, n_out, bits, group_size)
     if row is None and starts is None and shared is None:
-        # The kernel reads nothing of a matrix without columns, and one value of the row.
+        # The kernel reads nothing of a matrix without columns, and one value of the
+        # row.
         w, scales, biases = (part.array for part in down)
         row, starts, shared, n_shared = (
             residual,

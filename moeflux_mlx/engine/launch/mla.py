@@ -251,7 +251,7 @@ def mla_kv_cache_append(
 def _check_heads_matrix(
     x_name: str, x: mx.array, w: mx.array, scales: mx.array, biases: mx.array
 ) -> tuple[int, int, int, int, int]:
-    """Return T, H, O, I and I / G of a matrix a head and what it meets."""
+    """Return T, H, O, I and I / G of a matrix a head and its rows."""
     n_heads, n_out, n_words = dims("w", w, 3)
     n_in, n_groups = 8 * n_words, dims("scales", scales, 3)[2]
     require("w", n_in % 32 == 0, "an input width in groups of 32", n_in)

@@ -1,4 +1,4 @@
-"""What a launch is, and what is checked before one."""
+"""Launches, and the checks before one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Launch:
 class Prepared:
     """A launch checked against its signature, as MLX's kernel call takes it.
 
-    ``inputs`` are what is left to bind, in the order of ``instance.inputs``;
+    ``inputs`` are left to bind, in the order of ``instance.inputs``;
     ``numbers`` holds those of them that were given as Python numbers.
     """
 
@@ -67,7 +67,7 @@ class Prepared:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What MLX's kernel call takes besides inputs."""
+        """The options of MLX's kernel call besides inputs."""
         return {
             "grid": self.grid,
             "threadgroup": self.threadgroup,
@@ -120,7 +120,7 @@ def prepare(launch: Launch) -> Prepared:
     try:
         checked = _checked(*form)
     except TypeError:
-        # What cannot be hashed is no launch either: let the checks say why.
+        # A value that cannot be hashed is in no launch: let the checks say why.
         checked = _checked.__wrapped__(*form)
     inputs: list[mx.array] = []
     numbers: dict[str, int | float] = {}
@@ -146,10 +146,10 @@ def prepare(launch: Launch) -> Prepared:
 
 @dataclass(frozen=True)
 class Checked:
-    """What all launches of one form share, as MLX's kernel call takes it."""
+    """The common part of all launches of one form, as MLX's kernel call takes it."""
 
     instance: Instance
-    # What is bound, by name, and of scalars the type.
+    # The inputs that are bound by name, and the types of scalars.
     bound: list[tuple[str, mx.Dtype | None]]
     output_shapes: list[tuple[int, ...]]
     output_dtypes: list[mx.Dtype]
@@ -268,7 +268,7 @@ def _scalar(kernel: MetalKernel, name: str, value: Any, dtype: mx.Dtype) -> mx.a
     try:
         return _number(value, dtype)
     except (TypeError, ValueError):
-        # What cannot be hashed is no number either: let the check say why.
+        # A value that cannot be hashed is no number: let the check say why.
         return mx.array(_fitting(kernel, name, value, dtype), dtype)
 
 
@@ -277,7 +277,8 @@ def _number(value: Any, dtype: mx.Dtype) -> mx.array:
     """Return a number as an array without dimensions.
 
     Raises:
-        ValueError: it is not such a number; the message is what was expected instead.
+        ValueError: it is not such a number; the message says which was expected
+        instead.
     """
     array = mx.array(_fit(value, dtype), dtype)
     mx.eval(array)

@@ -1,4 +1,4 @@
-"""Quantised matrices in the slots of a pool: what launches over them share.
+"""Quantised matrices in the slots of a pool: the common ground of launches over them.
 
 A matrix is ``Weight.records``: words, scales and biases, each ``[n_slots, row]`` with
 the matrix ``[O, I]`` from ``base`` on in every row.

@@ -1,4 +1,4 @@
-"""From Ops to launches: the one table of which kernel runs what.
+"""From Ops to launches: the one table of the kernels that run each Op.
 
 One module per family; in each, the preferred way of an Op stands first.
 

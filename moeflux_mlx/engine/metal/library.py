@@ -87,7 +87,7 @@ class Library:
         """Return the body to register, its thread attributes under our names.
 
         Args:
-            values: what is compiled in, defined before anything else.
+            values: the numbers compiled in, defined before anything else.
         """
         bindings = definitions(kernel, values or {})
         bindings += "".join(f"{a.binding}\n" for a in kernel.attributes if a.binding)

@@ -59,8 +59,8 @@ class RopeNTokens(Op):
     With ``pairs`` neighbouring channels are a pair instead (GPT-J).
 
     Token t of sequence b stands at ``start[b] + t``; ``inv_freq[i]`` is the angle of
-    channel pair i per position and ``scale`` multiplies what is rotated, so the Op is
-    the same for every scaling rule.
+    channel pair i per position and ``scale`` multiplies the rotated channels, so the Op
+    is the same for every scaling rule.
     """
 
     x: InOut[RmsNormIn]

@@ -23,7 +23,7 @@ from .functions import Array, sigmoid, swiglu
 
 
 class ResidualAddNTokens(Op):
-    """Add what half a layer gave, ``a``, to the residual stream ``b``: ``[N, D]``."""
+    """Add half a layer's output ``a`` to the residual stream ``b``: ``[N, D]``."""
 
     a: In[ResidualIn]
     b: In[RmsNormIn]
@@ -65,7 +65,7 @@ class ZeroBuffer(Op):
 
 
 class SwigluFusedBatched(Op):
-    """Return ``silu(gate) * up`` over ``[N, F]``, of what every token has."""
+    """Return ``silu(gate) * up`` over ``[N, F]``, for the shared expert."""
 
     gate: In[SharedFfnGateBuf]
     up: In[SharedFfnUpBuf]

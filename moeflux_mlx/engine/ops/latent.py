@@ -117,7 +117,7 @@ class SdpaLatentCausal(Op):
     """Attend causally in the latent space: T queries, the cache's last T rows theirs.
 
     Scores are those of ``q`` ``[N, H * L]`` with latent rows and of ``q_pe``
-    ``[N, H * R]`` with rope keys together; what is summed are latent rows. Masks and
+    ``[N, H * R]`` with rope keys together; the rows summed are latent ones. Masks and
     ``start`` are those of ``SdpaCausalTiled``.
     """
 

@@ -224,7 +224,7 @@ def decay_beta(
 
 
 class _DeltaRule(OpFields):
-    """What both forms of the delta rule share: fields and shapes."""
+    """The fields and shapes that both forms of the delta rule share."""
 
     state: InOut[DeltaStateBuf]
     conv_out: In[ConvOutBuf]

@@ -186,7 +186,7 @@ def normalised(weights: Array) -> Array:
 
 
 class RoutedExperts(OpFields):
-    """What the Ops over routed experts share: fields but the output, shapes, cost."""
+    """Shapes, cost and all fields but the output of the Ops over routed experts."""
 
     mlp_in: In[MoeInputBuf]
     indices: In[RouterIdxBuf]
@@ -453,7 +453,7 @@ class MoeCombineResidualNTokens(Op):
 def combined(
     h: Array, moe_sum: Array, shared: Array | None, gate: Array | None
 ) -> Array:
-    """Return ``h + moe_sum + sigmoid(gate) * shared`` of what there is."""
+    """Return ``h + moe_sum + sigmoid(gate) * shared`` , as far as they are there."""
     out = h + moe_sum
     if shared is not None:
         out = out + (1 if gate is None else sigmoid(gate)) * shared
