@@ -30,14 +30,14 @@ ModelArgs = stock.ModelArgs
 
 
 def lacks(config: Mapping[str, Any]) -> str | None:
-    """Return what a configuration asks for that the class does not do, if anything."""
+    """Return a configuration's wish that the class does not do, if any."""
     if config.get("hidden_act", "silu") != "silu":
         return "hidden_act"
     return "no experts" if config.get("num_experts") == 0 else None
 
 
 def layers(args: ModelArgs, *, taps_last: bool = False) -> Iterator[LayerForm]:
-    """Yield what each layer is.
+    """Yield the form of each layer.
 
     Args:
         taps_last: as ``GatedDeltaNet`` has it.

@@ -54,7 +54,7 @@ FIRST_TOKEN = 0
 
 
 class StreamedPart(nn.Module):
-    """The addition of ``stream`` to modules with routed blocks below: turns and room."""
+    """Turns and room, which ``stream`` adds to modules with routed blocks below."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         calls: Calls = self.__dict__["calls"]
@@ -152,7 +152,7 @@ def stream(
 
     Every routed block is replaced before its weights are read, so that they never take
     memory; what the model computes stays the same to the last bit. With ``memory`` a
-    few tokens are computed first, without any expert, to measure what else takes room.
+    few tokens are computed first, without any expert, to measure other needs of room.
 
     Args:
         model: changed in place, its class too; after an error it is as it was.
@@ -236,7 +236,7 @@ def stream(
 def plan_stream(
     model: nn.Module, directory: Path, memory: int | str, *, scope: str = "global"
 ) -> MemoryPlan:
-    """Return what ``stream`` with this ``memory`` would take it for; reads no matrix.
+    """Return the plan that ``stream`` makes of this ``memory``; reads no matrix.
 
     Args:
         model: as for ``stream``; afterwards it is as it was.
@@ -272,7 +272,7 @@ def _blocks_of(model: nn.Module) -> list[RoutedBlock]:
 
 @dataclass
 class _Opening:
-    """A model whose experts are not there yet: what memory is left for them.
+    """A model whose experts are not there yet: the memory left for them.
 
     ``reads``: the model may be measured with its weights, which are to be read anyway.
     """
@@ -305,8 +305,8 @@ class _Opening:
         None is three quarters of the machine.
 
         Raises:
-            BudgetError: what one token needs does not fit.
-            ModelError: the model cannot be called to measure what it needs.
+            BudgetError: the needs of one token do not fit.
+            ModelError: the model cannot be called to measure its needs.
         """
         if self.amounts.process is None:
             return self._unplanned(), self._chosen()

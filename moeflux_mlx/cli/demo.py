@@ -1,4 +1,4 @@
-"""What ``scripts/demo`` runs: pack the demo model, then generate with few experts.
+"""The work of ``scripts/demo``: pack the demo model, then generate with few experts.
 
 Usage: python -m moeflux_mlx.cli.demo [--prompt TEXT] [--max-tokens N]
                                       [--expert-memory BYTES]

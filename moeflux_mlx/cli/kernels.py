@@ -20,13 +20,13 @@ from ..system.terminal import WIDE, PlainConsole
 
 # Who launches a kernel that no Op is lowered to.
 LIBRARY = "scripts (no Op)"
-# What stands in tables of up to 80 columns.
+# The columns of tables of up to 80 characters.
 NARROW = ("kernel", "launch", "verified")
 
 
 def add_parser(subparsers: Any) -> None:
     """Add ``kernels`` with its options."""
-    text = "list all kernels and what has verified them where"
+    text = "list all kernels, who launches them and where they were verified"
     parser = subparsers.add_parser("kernels", description=text, help=text)
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
     parser.add_argument(
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def tuning_in_force() -> Tuning | None:
-    """Return what was tuned for the executor that our kernels run on here."""
+    """Return the tuning of the executor that our kernels run on here."""
     executor = config.executor_name() or gpu_executor()
     return current(executor) if executor else None
 
@@ -80,7 +80,7 @@ def _tuned(name: str, tuning: Tuning | None) -> list[str]:
 
 
 def describe(kernel: Kernel, known: list[Record]) -> dict[str, Any]:
-    """Return one row: what the signature says, and one launch as an example."""
+    """Return one row: the signature, and one launch as an example."""
     metal = kernel.metal
     launch = kernel(*kernel.arguments(kernel.dtypes[0], **kernel.sizes[-1]))
     values = prepare(launch).instance.values

@@ -1,4 +1,4 @@
-"""Generate text and say what it cost: the table of ``generate`` and the demo."""
+"""Generate text and say its cost: the table of ``generate`` and the demo."""
 
 from __future__ import annotations
 

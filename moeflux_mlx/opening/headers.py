@@ -18,7 +18,7 @@ from ..experts.files.safetensors import MAX_HEADER_BYTES
 from .download import WEIGHTS, is_complete, weights_of
 
 ENDPOINT = constants.ENDPOINT
-# What says of a model which tensors it has, and how they are stored.
+# The files that say which tensors a model has, and how they are stored.
 DESCRIPTIONS = ("config.json", "generation_config.json", "*.safetensors.index.json")
 # A first request takes so much, which is most headers.
 FIRST_BYTES = 100_000

@@ -29,7 +29,7 @@ from .source import ExpertSource
 
 # From so many ids on mlx-lm sorts rows by expert, which takes another kernel.
 SORTED_FROM = 64
-# mlx-lm's names of what a Weight holds.
+# mlx-lm's names of the parts of a Weight.
 FIELDS = dict(
     zip(ALL_PARTS, ("w", "scales", "biases", "bias", "global_scale"), strict=True)
 )
@@ -53,7 +53,7 @@ class Token(Protocol):
         indices: mx.array,
         build: Callable[[ExpertSource], mx.array],
     ) -> mx.array:
-        """Return what a block gives, made by ``build`` unless it is known."""
+        """Return a block's output, made by ``build`` unless it is known."""
 
 
 class StreamedProjection(nn.Module):
@@ -89,7 +89,7 @@ class DenseProjection(StreamedProjection):
         mode: str = "affine",
         global_scale: bool = False,
     ) -> StreamedProjection:
-        """Return what is saved quantised.
+        """Return the modules that are saved quantised.
 
         Raises:
             ModelError: the model may yet be called, on matrices as files have them;
@@ -125,7 +125,7 @@ class StreamedSwitch(Uncopied, nn.Module):
         super().__init__()
         forms, parts = block.quantization, block.parts
         self.path, self.slot_block = block.path, SlotBlock(block)
-        # The type of what is floating-point for whoever saves the model, if another.
+        # The type of floating-point parameters for whoever saves the model, if another.
         self.saved_dtype: mx.Dtype | None = None
         self._source, self._alone, self._token = source, alone, token
         self._exchange = exchange
@@ -189,7 +189,7 @@ class StreamedSwitch(Uncopied, nn.Module):
     def _streamed(
         self, source: ExpertSource, x: mx.array, indices: mx.array
     ) -> mx.array:
-        """Do what ``_run`` does, with a gradient that reads the experts once more."""
+        """Run as ``_run`` does, with a gradient that reads the experts once more."""
         self._check_values(x, indices)
 
         @mx.custom_function  # type: ignore[untyped-decorator]
@@ -215,7 +215,7 @@ class StreamedSwitch(Uncopied, nn.Module):
     def _exchanged(
         self, exchange: Exchange, source: ExpertSource, x: mx.array, indices: mx.array
     ) -> mx.array:
-        """Do what ``_run`` does, with rows of all ranks and without a gradient."""
+        """Run as ``_run`` does, with rows of all ranks and without a gradient."""
         few = indices.size < SORTED_FROM
         if exchange.defers and few and isinstance(source, ResidentExperts):
             return self._masked(exchange, source, x, indices)
@@ -256,7 +256,7 @@ class StreamedSwitch(Uncopied, nn.Module):
     def _run_own(
         self, exchange: Exchange, source: ExpertSource, x: mx.array, indices: mx.array
     ) -> mx.array:
-        """Run what this rank's experts are for, and take the rest from the others."""
+        """Run this rank's experts, and take the rest from the others."""
         own = exchange.own(self.slot_block.n_experts)
         ids = np.array(indices).ravel()
 
@@ -368,7 +368,7 @@ class SlotBlock:
         ]
         self._held: ExpertWeights | None = None
         self._told = False
-        # Let go of what was loaded for it, unread.
+        # Let go of the parameters loaded for it, unread.
         self._hold(None)
 
     def __call__(

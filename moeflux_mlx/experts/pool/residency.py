@@ -17,7 +17,7 @@ class SlotTable:
     expert, counted from the first of the row's segment, or ``EMPTY``. A claimed slot
     belongs to nobody until it is placed or released, so a read in flight can be neither
     found nor evicted.
-    ``changed`` collects the rows that differ from what a copy of them says.
+    ``changed`` collects the rows that differ from a copy of them.
 
     Where rows share, no row loses a slot to another one that leaves it fewer than
     ``floor``.

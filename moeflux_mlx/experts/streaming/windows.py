@@ -1,4 +1,4 @@
-"""How far a token runs ahead of reading experts before what it asked for is read back.
+"""How far a token runs ahead of reading experts before its choices are read back.
 
 A read-back makes the host wait for the device, and the device for what comes next. But
 where a layer lacked an expert, all that ran after it is thrown away.
@@ -22,7 +22,7 @@ def window_of(
     are least at ``w = sqrt(2 r / p)``.
 
     Args:
-        miss_rate: without what a first run foresees.
+        miss_rate: without the experts that a first run foresees.
         read_back: how long one takes, in layers.
         ahead: experts are read ahead, which takes more than one layer.
     """
