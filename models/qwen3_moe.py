@@ -86,9 +86,7 @@ def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | No
     """
     config.check_given(ModelArgs)
     config.check_counts(counts_of(ModelArgs))
-    dense = config.fields["mlp_only_layers"]
-    if not isinstance(dense, list) or any(type(index) is not int for index in dense):
-        raise config.wrong("mlp_only_layers", "a list of whole numbers", dense)
+    config.check_indices("mlp_only_layers")
     args = ModelArgs.from_dict(copy.deepcopy(config.fields))
     expected = expected_tensors(args, layers(args))
     missing = check_tensors(config, tensors, expected, optional=(ROUTED,))

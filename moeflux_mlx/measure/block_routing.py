@@ -13,7 +13,8 @@ import numpy as np
 from mlx_lm.generate import generate_step
 
 from ..errors import ModelError
-from ..experts.compute.switch import FIELDS, StreamedSwitch
+from ..experts.compute.slot_block import FIELDS
+from ..experts.compute.switch import StreamedSwitch
 from ..experts.files.modules import by_number, find_blocks
 from ..experts.pool.routing_trace import RoutingTrace
 

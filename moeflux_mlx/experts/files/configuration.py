@@ -74,6 +74,13 @@ class Configuration:
             sign = "number of 0 or more" if zero else "positive number"
             raise self.wrong(key, f"a {sign} up to {most:g}", value)
 
+    def check_indices(self, key: str) -> None:
+        """Refuse a value that is no list of whole numbers."""
+        value = self.fields[key]
+        numbers = isinstance(value, list) and all(type(n) is int for n in value)
+        if not numbers:
+            raise self.wrong(key, "a list of whole numbers", value)
+
     def check_multiple(self, key: str, value: int, of: str, divisor: int) -> None:
         """Refuse a count that another one does not divide."""
         if value % divisor:
