@@ -18,8 +18,8 @@ from ..graph.buffers import BufferPool, BufId
 from ..graph.graph import Graph
 from ..graph.lower import Kernel, Step, lower, lower_op
 from ..graph.op import Op
-from ..graph.profile import Stats
 from ..graph.rows import RowPart, whole
+from ..graph.stats import Stats
 
 
 @dataclass
