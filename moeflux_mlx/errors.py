@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 # How much of another library's error a line of ours repeats.
 MOST_TOLD = 400
-# Of an error's text the first and the last letters, if it has more than both.
+# The first and last letters kept of an error's text, if it has more than both.
 HALF_TEXT = 1000
 
 

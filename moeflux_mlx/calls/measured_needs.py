@@ -112,7 +112,7 @@ class MeasuredNeeds:
         self._n_experts = store.n_experts
         self._stride = pool_stride([store.layout(layer) for layer in store.layers])
         self._config = config
-        # Of all caches after so many tokens, the last that were asked for.
+        # All caches after so many tokens, as they were last asked for.
         self._own_forms: dict[int, list[OwnForm]] = {}
 
     def resident_bytes(self, unpack: bool) -> int:
