@@ -63,11 +63,11 @@ class Needs(Protocol):
 
     @property
     def cache_row_bytes(self) -> int:
-        """What each token of a sequence takes in KV caches."""
+        """What each token of a sequence takes in caches that grow without end."""
 
     @property
     def cache_state_bytes(self) -> int:
-        """What each sequence takes in caches that do not grow."""
+        """What each sequence takes in all other caches once they are full."""
 
 
 @dataclass(frozen=True)
