@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..calls.drafts import let_all_draft
 from ..calls.module_call import backbone_of
 from ..errors import ModelError
 from ..experts.compute.switch import StreamedSwitch
@@ -33,6 +34,7 @@ from .layer import GraphLayer, LayerForm
 from .runtime import RunOptions, Runtime
 
 guard_saving()
+let_all_draft()
 
 
 class GraphText(nn.Module):
