@@ -167,6 +167,8 @@ def test_what_cannot_go_back_is_refused(plain):
     given = [Other(8) for _ in model.layers] + make_prompt_cache(model)
     with pytest.raises(ModelError, match=r"can go back but got Other"):
         drafted(model, model, 2, given)
+    with pytest.raises(ModelError, match=r"caches of both models, 2 more .* got 0"):
+        drafted(model, model, 2, make_prompt_cache(model))
     steps = speculative_generate_step(PROMPT, model, model, kv_bits=4)
     with pytest.raises(ModelError, match=r"\[draft\].*kv_bits: leave it out"):
         next(steps)
@@ -193,6 +195,7 @@ def test_commands_take_a_draft(plain, tmp_path):
     """The draft is a pack too; what is written is what is written without one."""
     pack(plain, packed := tmp_path / "packed")
     flags = ["generate", "--model", packed, "--prompt", "ab", "-m", 8]
+    flags += ["--verbose", "False"]
     expected = moeflux(*flags)
     done = moeflux(*flags, "--draft-model", packed, "--num-draft-tokens", 2)
     assert done.returncode == 0, done.stderr

@@ -138,6 +138,11 @@ def _speculative_generate_step(
         n = len(model.layers)
         caches = [given[:n], given[n:]]
     if any(isinstance(each, GuardsSaving) for each in models):
+        if len(caches[1]) != (n := len(make_prompt_cache(draft_model))):
+            raise ModelError(
+                "[draft] expected prompt_cache to have the caches of both models, "
+                f"{n} more for the draft, but got {len(caches[1])}: leave it out"
+            )
         pairs = zip(models, caches, strict=True)
         models = tuple(_helped(*pair, **options) for pair in pairs)
     helped = [each for each in models if isinstance(each, GoesBack)]
