@@ -90,6 +90,7 @@ def test_kernels_give_mlx_lms_tokens_and_logits(plain, n_seqs):
     assert found == chosen
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("plain", [ODD], indirect=True)
 @pytest.mark.parametrize("n_seqs", [1, 3])
 def test_running_ahead_gives_what_waiting_gives(packed, n_seqs, monkeypatch):
@@ -103,6 +104,7 @@ def test_running_ahead_gives_what_waiting_gives(packed, n_seqs, monkeypatch):
     assert relative_rms(found[1], found[0]) < 1e-6
 
 
+@pytest.mark.sampled
 def test_weights_caches_and_calls_are_mlx_lms(plain):
     expected, ours = mlx_lm.load(str(plain))[0], load(plain)
     assert isinstance(ours, stock.Model)
@@ -164,6 +166,7 @@ LAYER = [
 ]
 
 
+@pytest.mark.slow
 @simulated
 def test_a_token_takes_thirteen_launches_a_layer(tmp_path):
     path = make_minimax(tmp_path / "model", group_size=64, intermediate_size=64)
@@ -176,6 +179,7 @@ def copied(tmp_path):
     return make_minimax(tmp_path / "copy")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
