@@ -183,8 +183,11 @@ def load_draft(path_or_hf_repo: str, tokenizer_config: dict[str, Any]) -> Any:
     Raises:
         MoefluxError: as ``load``.
     """
-    opened = load if is_packed(Path(path_or_hf_repo)) else mlx_lm.load
-    return opened(path_or_hf_repo, tokenizer_config)[:2]
+    path = find_model(path_or_hf_repo)
+    if is_packed(path):
+        return load(path, tokenizer_config)
+    with one_line_errors(f"[draft] {path}"):
+        return mlx_lm.load(str(path), tokenizer_config)[:2]
 
 
 def _load_through_door(
