@@ -13,9 +13,11 @@ from commands import moeflux
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from native_models import least, load, relative_rms, tokens
+from test_steps import Lazy, Traced
 from tiny import make_checkpoint, make_gpt_oss, make_qwen3_moe, make_qwen3_next
 
 from moeflux_mlx.calls.drafts import GoesBack
+from moeflux_mlx.engine.executors import EXECUTORS
 from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.files.pack import pack
 
@@ -124,7 +126,21 @@ def calls_and_returns() -> Iterator[tuple[str, int]]:
 
 def test_logits_are_those_of_the_tokens_that_stay(plain):
     """However often tokens are taken back, none that was leaves a trace."""
-    model, rng = few(plain), np.random.RandomState(0)
+    hold_to_logits(few(plain))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", [Lazy, Traced])
+def test_so_are_logits_of_tokens_that_run_ahead(plain, executor, monkeypatch):
+    monkeypatch.setitem(EXECUTORS, executor.name, executor)
+    options = {"executor": executor.name, "optimistic": "on"}
+    model = load(plain, expert_memory=least(plain, 9), **options)
+    hold_to_logits(model)
+
+
+def hold_to_logits(model) -> None:
+    """Take tokens back at random; hold logits to those of a call of what stays."""
+    rng = np.random.RandomState(0)
     back = GoesBack(model, make_prompt_cache(model), 3)
     stay = [3, 4, 5, 6, 7]
     back(mx.array([stay], mx.uint32), back.layers)
