@@ -16,6 +16,7 @@ from native_models import least, load, relative_rms, tokens
 from test_steps import Lazy, Traced
 from tiny import make_checkpoint, make_gpt_oss, make_qwen3_moe, make_qwen3_next
 
+import moeflux_mlx
 from moeflux_mlx.calls.drafts import GoesBack
 from moeflux_mlx.engine.executors import EXECUTORS
 from moeflux_mlx.errors import ModelError
@@ -136,6 +137,12 @@ def test_so_are_logits_of_tokens_that_run_ahead(plain, executor, monkeypatch):
     options = {"executor": executor.name, "optimistic": "on"}
     model = load(plain, expert_memory=least(plain, 9), **options)
     hold_to_logits(model)
+
+
+@pytest.mark.slow
+def test_so_are_logits_of_mlx_lms_classes(plain):
+    budget = {"expert_memory": least(plain, 1)}
+    hold_to_logits(moeflux_mlx.load(plain, native=False, **budget)[0])
 
 
 def hold_to_logits(model) -> None:
