@@ -130,7 +130,8 @@ MODELS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 4096,
             "beta_fast": 32.0,
             "beta_slow": 1.0,
-            "truncate": False,
+            # False as published, where mlx-lm's class is no measure.
+            "truncate": True,
         },
         "max_position_embeddings": 131072,
         "quantization": MXFP4,
