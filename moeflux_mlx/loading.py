@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 from mlx_lm.utils import load_config, load_model
 
 from . import config, device, serving
@@ -174,6 +175,19 @@ def load(
     # A pack's own file is nothing to who saves the model.
     loaded.pop("model_file", None)
     return model, tokenizer, loaded
+
+
+def load_draft(path_or_hf_repo: str, tokenizer_config: dict[str, Any]) -> Any:
+    """Load a model that drafts and its tokenizer: a pack's experts are streamed.
+
+    Raises:
+        MoefluxError: as ``load``.
+    """
+    path = find_model(path_or_hf_repo)
+    if is_packed(path):
+        return load(path, tokenizer_config)
+    with one_line_errors(f"[draft] {path}"):
+        return mlx_lm.load(str(path), tokenizer_config)[:2]
 
 
 def _load_through_door(

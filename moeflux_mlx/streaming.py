@@ -16,6 +16,7 @@ from rich.filesize import decimal
 
 from . import config, device, serving
 from .calls.arguments import bounded, check_ids
+from .calls.drafts import let_all_draft
 from .calls.group import Group, begin_together, exchange_of, reached, ways_in_group
 from .calls.measured_needs import MeasuredNeeds
 from .calls.shared import Calls
@@ -418,6 +419,7 @@ def _install(
     ways.watch(model, blocks, undo)
     model.__dict__["routed_paths"] = tuple(f"{block.path}." for block in blocks)
     guard_saving()
+    let_all_draft()
     keep_whole(model)
     return calls
 

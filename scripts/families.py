@@ -258,7 +258,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "swa_head_dim": 16,
         "swa_v_head_dim": 16,
     },
-    "minimax": {"rotary_dim": 8},
+    "minimax": {"rotary_dim": 8, "scoring_func": "softmax"},
     "minimax_m3_vl": {
         "text_config": {
             "model_type": "minimax_m3",

@@ -128,6 +128,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 18,
         "rms_norm_eps": 1e-5,
         "rope_theta": 150000,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            # False as published, where mlx-lm's class is no measure.
+            "truncate": True,
+        },
         "max_position_embeddings": 131072,
         "quantization": MXFP4,
     },

@@ -183,3 +183,19 @@ def test_the_worst_ratio_is_held_against_its_aim(decode):
     found = decode.aims(rows)
     vlm, disk, full = (worst for worst, _ in found.values())
     assert np.isnan(vlm) and (disk, full) == (1.1, 1.01)
+
+
+@pytest.mark.slow
+def test_no_figure_of_drafts_is_of_other_tokens(
+    scripts, checkpoint, capsys, monkeypatch
+):
+    part = importlib.import_module("streaming_draft")
+    flags = "--model", checkpoint, "--tokens", 8, "--rounds", 1, "--shares", 50
+    assert run(part, *flags, "--drafted", 3) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "50 %" in line]
+    # No draft, one that is right three times of four, and one that errs.
+    assert [row.split("│")[4].strip() for row in rows[:2]] == ["0%", "75%"]
+    assert len(rows) == 3
+    monkeypatch.setattr(part, "generate_step", lambda *_, **__: iter([(7, None)] * 8))
+    assert run(part, *flags, "--drafted", 3) == 1
+    assert "tokens/s" not in capsys.readouterr().out

@@ -61,7 +61,6 @@ LINES = {
         "--image x",
         "--adapter-path {folder}",
         "--draft-model {none}",
-        "--draft-model {packed}",
         "--num-draft-tokens 0",
         *(f"--kv-bits={n}" for n in ("3", "0", "-1", "x")),
         "--kv-bits 4 --kv-group-size 0",

@@ -20,7 +20,12 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm import batch_generate
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import (
+    ChunkedKVCache,
+    KVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
 from mlx_lm.utils import load_model
 from test_server import free_port, post, refused, wait_until_healthy
 from test_serving import N_TOKENS, serve
@@ -473,3 +478,16 @@ def test_growth_is_what_caches_then_take(t):
         grown = caches.growth_bytes([None, one], [form], 1, t, t)
         one.update_and_fetch(*[mx.zeros((1, 1, t, 16))] * 2)
         assert one.nbytes - held <= grown <= one.nbytes - held + 256 * 128
+
+
+@pytest.mark.parametrize("kind", [RotatingKVCache, ChunkedKVCache])
+def test_growth_in_parts_is_a_window_and_what_a_part_adds(kind):
+    """A long prompt is computed in parts, of which no cache of a window keeps all."""
+    one, form, t, step, held = kind(64), CacheForm(2 * 16 * 4, 0), 700, 100, []
+    grown = caches.growth_bytes([one], [form], 1, t, step)
+    for _ in range(0, t, step):
+        if isinstance(one, ChunkedKVCache):
+            one.maybe_trim_front()
+        one.update_and_fetch(*[mx.zeros((1, 1, step, 16))] * 2)
+        held.append(one.nbytes)
+    assert grown == max(held)

@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from mlx_lm import utils
-from mlx_lm.generate import speculative_generate_step
+from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models import cache as caches
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from test_adapters import command
@@ -251,19 +251,17 @@ def test_prompt_caches_are_kept_and_fetched_as_stocks(models, tmp_path):
     assert mx.allclose(*rows, atol=1e-4)
 
 
-def test_steps_with_a_draft_are_stocks(pair, few):
+def test_steps_with_a_draft_are_stocks(models):
     """The draft is the plain model, which guesses every token."""
-    found = []
-    draft, _ = utils.load(str(pair.plain))
-    if not caches.can_trim_prompt_cache(caches.make_prompt_cache(draft)):
-        pytest.skip("mlx-lm has no draft for caches that cannot be trimmed")
-    for path in pair:
-        model = utils.load(str(path), trust_remote_code=True)[0]
-        steps = speculative_generate_step(
-            mx.array([5, 6, 7]), model, draft, num_draft_tokens=2, max_tokens=N_TOKENS
-        )
-        found.append([(int(token), drafted) for token, _, drafted in steps])
-    assert found[0] == found[1] and any(drafted for _, drafted in found[0])
+    stock, ours, _ = models
+    prompt = mx.array([5, 6, 7])
+    expected = [int(t) for t, _ in generate_step(prompt, stock, max_tokens=N_TOKENS)]
+    steps = speculative_generate_step(
+        prompt, ours, stock, num_draft_tokens=2, max_tokens=N_TOKENS
+    )
+    found = [(int(token), drafted) for token, _, drafted in steps]
+    assert [token for token, _ in found] == expected
+    assert [drafted for _, drafted in found] == [True, True, False] * 2
 
 
 def test_convert_writes_the_whole_model(pair, tmp_path):

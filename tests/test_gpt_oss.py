@@ -37,6 +37,7 @@ from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.experts.weights import Quantization
 from moeflux_mlx.measure.compare import compare
+from moeflux_mlx.memory.caches import CACHE_STEP
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 MXFP4 = Quantization(4, 32, "mxfp4")
@@ -117,6 +118,20 @@ def test_what_is_lazy_gives_the_same(plain, executor, monkeypatch):
         got, found = greedy(model, 2, 6)
         assert relative_rms(got, expected) < 1e-5, options
         assert found == chosen, options
+
+
+@only_quantised
+def test_a_plan_counts_windows_as_caches_have_them(plain):
+    model = load(plain, executor="ops", expert_memory=least(plain))
+    needs, cache = model.needs, make_prompt_cache(model)
+    row_bytes = 2 * GPT_OSS_CONFIG["num_key_value_heads"] * 32 * 4
+    n_rows = GPT_OSS_CONFIG["sliding_window"]
+    assert needs.cache_row_bytes == row_bytes
+    assert needs.cache_state_bytes == 2 * n_rows * row_bytes
+    for n_tokens in (256, 200, 1):
+        mx.eval(model(tokens(n_tokens), cache=cache))
+    held = sum(each.nbytes for each in cache)
+    assert held == needs.cache_state_bytes + 2 * CACHE_STEP * needs.cache_row_bytes
 
 
 def logits_of(model, caches, seed: int = 0) -> mx.array:

@@ -17,6 +17,7 @@ from tiny import (
     make_deepseek_v3,
     make_glm4_moe,
     make_gpt_oss,
+    make_minimax,
     make_qwen3_moe,
     make_qwen3_next,
 )
@@ -90,6 +91,7 @@ FAMILIES = {
     "glm4_moe": Family(make_glm4_moe, "n_routed_experts"),
     "deepseek_v3": Family(make_deepseek_v3, "n_routed_experts"),
     "gpt_oss": Family(make_gpt_oss, "num_local_experts", "intermediate_size"),
+    "minimax": Family(make_minimax, "num_local_experts", "intermediate_size"),
 }
 each_family = pytest.fixture(scope="module", params=FAMILIES)
 

@@ -412,7 +412,7 @@ def test_every_flag_of_stocks_server_is_there():
         ["--model", "{packed}", "--chat-template-args", "[]"],
         ["--model", "{packed}", "--pipeline"],
         ["--model", "{packed}", "--prompt-concurrency", "8"],
-        ["--model", "{packed}", "--draft-model", "{plain}"],
+        ["--model", "{packed}", "--draft-model", "{none}"],
         ["--model", "{packed}", "--policy", "x"],
         [],
     ],
@@ -425,6 +425,19 @@ def test_a_server_that_cannot_begin_says_why_in_one_line(
     *_, line = done.stderr.splitlines()
     assert done.returncode == 2 and re.match(r"moeflux: \[[-\w]+\] ", line), done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_draft_changes_no_answer_and_no_turn_after_it(packed, answers, tmp_path):
+    """The draft is another pack, and kept prompts have the caches of both."""
+    flags = "--draft-model", packed, "--num-draft-tokens", 3
+    with serving(packed, tmp_path / "log", *flags) as client:
+        for _ in range(2):
+            assert {prompt: client.complete(prompt) for prompt in PROMPTS} == answers
+        first = PROMPTS[0] + answers[PROMPTS[0]]
+        more = client.complete(first)
+    with serving(packed, tmp_path / "log2") as client:
+        assert client.complete(first) == more
 
 
 def test_an_address_that_is_in_use_is_named(client, packed):

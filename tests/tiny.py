@@ -15,6 +15,7 @@ from mlx_lm.models import (
     deepseek_v3,
     glm4_moe,
     gpt_oss,
+    minimax,
     qwen3_5_moe,
     qwen3_moe,
     qwen3_next,
@@ -182,6 +183,28 @@ DEEPSEEK_V3_CONFIG = dict(
 )
 
 
+MINIMAX_CONFIG = dict(
+    model_type="minimax",
+    hidden_size=64,
+    num_hidden_layers=2,
+    intermediate_size=32,
+    shared_intermediate_size=0,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    rotary_dim=16,
+    use_qk_norm=True,
+    num_local_experts=8,
+    num_experts_per_tok=2,
+    scoring_func="sigmoid",
+    rms_norm_eps=1e-6,
+    vocab_size=320,
+    max_position_embeddings=4096,
+    rope_theta=10000.0,
+    tie_word_embeddings=False,
+)
+
+
 # How a projection of a layer's experts is stored; a type is dense.
 ExpertForms = Mapping[tuple[int, str], Quantization | mx.Dtype]
 
@@ -262,6 +285,11 @@ def make_glm4_moe(path: Path, **options) -> Path:
 def make_deepseek_v3(path: Path, **options) -> Path:
     """Write a random checkpoint of mlx-lm's deepseek_v3; dense if ``bits`` is None."""
     return make_of(deepseek_v3, DEEPSEEK_V3_CONFIG, path, **options)
+
+
+def make_minimax(path: Path, **options) -> Path:
+    """Write a random checkpoint of mlx-lm's minimax, dense when ``bits`` is None."""
+    return make_of(minimax, MINIMAX_CONFIG, path, **options)
 
 
 def make_qwen3_next(path: Path, **options) -> Path:

@@ -106,7 +106,7 @@ def backbone_of(model: nn.Module) -> Backbone:
         own = model["embed_tokens"]
         model["embed_tokens"] = _Given(embeddings)
         try:
-            return call(model, inputs, cache)  # type: ignore[call-arg]
+            return call(model, inputs, cache=cache)  # type: ignore[call-arg]
         finally:
             model["embed_tokens"] = own
 

@@ -7,19 +7,18 @@ import sys
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm
 from mlx_lm.generate import setup_arg_parser
 from mlx_lm.models.cache import (
-    can_trim_prompt_cache,
     load_prompt_cache,
     make_prompt_cache,
 )
 from mlx_lm.sample_utils import make_sampler
 
+from ..calls.drafts import can_go_back
 from ..config import EXPERT_IO
 from ..errors import ConfigError, one_line_errors
 from ..experts.pool.policy import DEFAULT_POLICY, POLICY_FORMS
-from ..loading import load
+from ..loading import load, load_draft
 from ..memory.cache_layouts import CACHE_BITS, CACHE_GROUPS
 from ..state import check_keeps_state, load_state, save_state
 from ..system.files import open_file, parse_json, short
@@ -318,14 +317,14 @@ def _draft_options(
 ) -> dict[str, Any]:
     if args.draft_model is None:
         return {}
-    if not can_trim_prompt_cache(make_prompt_cache(model)):
+    if not can_go_back(make_prompt_cache(model)):
         raise ConfigError(
             "[generate] expected a model that can take tokens back but got "
             f"--draft-model with {model.model_type}, whose layers cannot"
         )
     # Left to itself transformers asks whether to run code that the model brings.
     trusted = {"trust_remote_code": args.trust_remote_code}
-    draft, draft_tokenizer = mlx_lm.load(args.draft_model, trusted)[:2]
+    draft, draft_tokenizer = load_draft(args.draft_model, trusted)
     if draft_tokenizer.vocab_size != tokenizer.vocab_size:
         raise ConfigError(
             f"[generate] expected a draft model with {tokenizer.vocab_size} tokens "

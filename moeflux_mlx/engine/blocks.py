@@ -117,13 +117,13 @@ class RoutedShape:
 class Noaux:
     """A choice by sigmoids with a correction, among the best groups of experts.
 
-    See ``MoeNoauxTopK``; the correction lies beside the router's matrix.
+    See ``MoeNoauxTopK``; ``bias`` is where in the block the correction lies.
     """
 
-    n_group: int
-    topk_group: int
-    scale: float
-    bias: ClassVar[str] = f"{MLP}.gate.e_score_correction_bias"
+    n_group: int = 1
+    topk_group: int = 1
+    scale: float = 1.0
+    bias: str = "gate.e_score_correction_bias"
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +136,7 @@ class Moe:
         shared_name: mlx-lm's name for it.
         gated: a gate of its own opens the shared expert.
         noaux: experts are chosen by sigmoids.
+        path: mlx-lm's name of the block in a layer.
         routed_name, router: mlx-lm's names of the experts, and of their router.
         biased: the experts and the router add biases to their products.
         alpha, limit: of a clipped SwiGLU, as ``clipped_swiglu`` has it; 0: a plain one.
@@ -149,6 +150,7 @@ class Moe:
     shared_name: str = "shared_expert"
     gated: bool = True
     noaux: Noaux | None = None
+    path: str = MLP
     routed_name: str = ROUTED
     router: str = "gate"
     biased: bool = False
@@ -156,23 +158,32 @@ class Moe:
     limit: float = 0.0
 
     @property
+    def router_path(self) -> str:
+        """The path of the router."""
+        return f"{self.path}.{self.router}"
+
+    @property
     def shared(self) -> str:
         """The path of the shared expert."""
-        return f"{MLP}.{self.shared_name}"
+        return f"{self.path}.{self.shared_name}"
 
     @property
     def same_input(self) -> SameInput:
         """Its matrices that read the same row, by path."""
         return (
-            (f"{MLP}.{self.router}", f"{self.shared}_gate"),
+            (self.router_path, f"{self.shared}_gate"),
             (f"{self.shared}.gate_proj", f"{self.shared}.up_proj"),
         )
 
     def shapes(self, dim: int) -> Shapes:
         """Return the tensors of the block by name, as they are once unpacked."""
-        n, inner, stem = self.n_experts, self.expert_dim, f"{MLP}.{self.routed_name}"
+        n, inner, stem = (
+            self.n_experts,
+            self.expert_dim,
+            f"{self.path}.{self.routed_name}",
+        )
         routed: dict[str, tuple[int, ...]] = {
-            f"{MLP}.{self.router}.weight": (n, dim),
+            f"{self.router_path}.weight": (n, dim),
             f"{stem}.gate_proj.weight": (n, inner, dim),
             f"{stem}.up_proj.weight": (n, inner, dim),
             f"{stem}.down_proj.weight": (n, dim, inner),
@@ -184,7 +195,7 @@ class Moe:
             }
             routed |= biases
         if self.noaux is not None:
-            routed[self.noaux.bias] = (n,)
+            routed[f"{self.path}.{self.noaux.bias}"] = (n,)
         if self.shared_dim:
             routed |= mlp_shapes(self.shared, dim, self.shared_dim)
             if self.gated:
@@ -193,15 +204,16 @@ class Moe:
 
     def chosen_by(self, block: nn.Module) -> Moe:
         """Return the form as mlx-lm's module has it: users change how it chooses."""
-        noaux = self.noaux
-        if noaux is not None:
-            block = block.gate
-            scale = float(block.routed_scaling_factor)
-            noaux = Noaux(block.n_group, block.topk_group, scale)
+        noaux, gate = self.noaux, block[self.router]
+        if noaux is not None and hasattr(gate, "topk_group"):
+            block, scale = gate, float(gate.routed_scaling_factor)
+            noaux = replace(
+                noaux, n_group=gate.n_group, topk_group=gate.topk_group, scale=scale
+            )
         k = getattr(block, "top_k", None) or block.num_experts_per_tok
         normalised = bool(getattr(block, "norm_topk_prob", self.normalised))
         # mlx-lm leaves the weight of a single sigmoid as it is.
-        normalised = normalised and (noaux is None or k > 1)
+        normalised = normalised and (block is not gate or k > 1)
         if (k, normalised, noaux) == (self.k, self.normalised, self.noaux):
             return self
         return replace(self, k=k, normalised=normalised, noaux=noaux)
@@ -217,6 +229,7 @@ class DenseMlp:
     """One SwiGLU of the given width for every token."""
 
     inner_dim: int
+    path: ClassVar[str] = MLP
     same_input: ClassVar[SameInput] = ((f"{MLP}.gate_proj", f"{MLP}.up_proj"),)
 
     def shapes(self, dim: int) -> Shapes:
@@ -262,7 +275,7 @@ def choose_experts(
             ops.MoeNoauxTopK(
                 label="route",
                 logits=logits,
-                bias=g.ref(noaux.bias),
+                bias=g.ref(f"{form.path}.{noaux.bias}"),
                 indices_out=indices,
                 weights_out=weights,
                 n_tokens=n,
@@ -312,7 +325,7 @@ def asking(experts: GraphExperts, form: Moe) -> Kernel:
 
 def expected_experts(g: GraphBuilder, form: Moe, x: BufId, n: int) -> BufId:
     """Push a router on rows that are not quite its own: a guess at its next choice."""
-    logits = g.matvec(f"{MLP}.{form.router}", x, b.RouterLogitsBuf, label="router")
+    logits = g.matvec(form.router_path, x, b.RouterLogitsBuf, label="router")
     return choose_experts(g, form, logits, n)[0]
 
 
@@ -430,7 +443,7 @@ def moe(
     apart = form.noaux is not None and not call.asks_at_once
     if apart:
         shared.open(x)
-    logits = g.matvec(f"{MLP}.{form.router}", x, b.RouterLogitsBuf, label="router")
+    logits = g.matvec(form.router_path, x, b.RouterLogitsBuf, label="router")
     if call.asks_at_once:
         # Ops that do not need them run while they are being read.
         chosen = choose_experts(g, form, logits, n)

@@ -17,7 +17,7 @@ from ..experts.compute.switch import StreamedSwitch
 from ..experts.files.configuration import Expected
 from ..experts.weights import ExpertWeights, Weight
 from . import blocks
-from .blocks import MLP, ROUTED, Call, DenseMlp, Moe, RoutedShape
+from .blocks import ROUTED, Call, DenseMlp, Moe, RoutedShape
 from .context import Context
 from .graph import Op, planned_peak_bytes
 from .graph import roles as b
@@ -86,7 +86,7 @@ class GraphLayer:
     ):
         self.module, self.index, self.runtime = module, index, runtime
         if form.routed is not None:
-            chosen = form.routed.chosen_by(module[MLP])
+            chosen = form.routed.chosen_by(module[form.mlp.path])
             form = form if chosen is form.mlp else replace(form, mlp=chosen)
         self.form = form
         same_input = form.mixer.same_input + form.mlp.same_input
@@ -94,8 +94,10 @@ class GraphLayer:
         skip = form.routed_name
         self.weights = LayerWeights(module, skip=skip, unpack=unpack, joined=joined)
         self._parameters: LayerWeights | None = None
-        if self.is_routed and not isinstance(module[MLP][skip], StreamedSwitch):
-            self._parameters = LayerWeights(module[MLP][skip])
+        if self.is_routed:
+            experts = module[form.mlp.path][skip]
+            if not isinstance(experts, StreamedSwitch):
+                self._parameters = LayerWeights(experts)
         self._runner = GraphRunner(runtime.executor)
         self._resident: tuple[Any, GraphExperts] | None = None
         self._shape: tuple[int, LayerForm, RoutedShape | None] | None = None

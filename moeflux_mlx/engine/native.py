@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..calls.drafts import let_all_draft
 from ..calls.module_call import backbone_of
 from ..errors import ModelError
 from ..experts.compute.switch import StreamedSwitch
@@ -26,13 +27,14 @@ from ..experts.files.modules import (
 from ..memory.plan import Needs
 from ..saving.guard import GuardsSaving, guard_saving, refuse_experts
 from ..training import TrainsUncompiled
-from .blocks import MLP, rotation
+from .blocks import rotation
 from .forward import Forward
 from .graph.experts import GraphExperts
 from .layer import GraphLayer, LayerForm
 from .runtime import RunOptions, Runtime
 
 guard_saving()
+let_all_draft()
 
 
 class GraphText(nn.Module):
@@ -110,8 +112,9 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
         routed = [i for i, form in enumerate(forms) if form.routed is not None]
         self.runtime.check_layers(routed)
         for index in routed:
-            block, name = text.model.layers[index][MLP], forms[index].routed_name
-            where = f"{path}model.layers.{index}.{MLP}.{name}"
+            inner, name = forms[index].mlp.path, forms[index].routed_name
+            block = text.model.layers[index][inner]
+            where = f"{path}model.layers.{index}.{inner}.{name}"
             block[name] = self._streamed(text, block[name], index, where)
 
     def _streamed(

@@ -67,9 +67,7 @@ class TextNeeds:
                 self._args.num_attention_heads, n_tokens // n_seqs, n_cached
             )
         # One layer's rows while its cache grows, and as they are handed on.
-        n_full = sum(_grows(shape) for shape in self.cache_shapes)
-        rows_bytes = self.cache_row_bytes * n_seqs * n_cached
-        return own + 2 * rows_bytes // max(1, n_full)
+        return own + 2 * n_seqs * self._most_rows_bytes(n_tokens // n_seqs, n_cached)
 
     def output_bytes(self, n_tokens: int) -> int:
         """Return what a call's hidden states take until their logits are known.
@@ -127,16 +125,35 @@ class TextNeeds:
         ]
 
     @property
+    def _caches(self) -> list[tuple[CacheForm, int | None]]:
+        """Each layer's cache, and how many rows it keeps; None: all."""
+        mixers = (form.mixer for form in self._forms)
+        return list(zip(self.cache_forms, (m.window for m in mixers), strict=True))
+
+    @property
     def cache_row_bytes(self) -> int:
-        """Bytes of KV caches for each token of a sequence."""
-        rows = [shapes for shapes in self.cache_shapes if _grows(shapes)]
-        return self.cache_dtype.size * sum(map(_n_values, rows))
+        """Bytes of each token of a sequence in caches that grow without end."""
+        return round(sum(f.row_bytes for f, window in self._caches if window is None))
 
     @property
     def cache_state_bytes(self) -> int:
-        """Bytes of states for each sequence; they are float32 at most."""
-        states = [shapes for shapes in self.cache_shapes if not _grows(shapes)]
-        return 4 * sum(map(_n_values, states))
+        """Bytes of each sequence in all other caches once they are full.
+
+        States are float32 at most.
+        """
+        rows = sum(form.row_bytes * (window or 0) for form, window in self._caches)
+        return round(rows) + sum(form.state_bytes for form, _ in self._caches)
+
+    def _most_rows_bytes(self, n_tokens: int, n_cached: int) -> int:
+        """Return the most that one layer's rows of a sequence take.
+
+        Args:
+            n_tokens: of a call, whose rows a cache of a window has besides.
+        """
+        return max(
+            round(form.row_bytes * min(n_cached, (window or n_cached) + n_tokens))
+            for form, window in self._caches
+        )
 
     def _peak_bytes(self, n_tokens: int) -> int:
         if n_tokens not in self._peaks:

@@ -82,8 +82,17 @@ def _growth(cache: Any, form: CacheForm, n_seqs: int, t: int, step: int) -> int:
         return state
     more = _allocated(allocated, used, t, step) - allocated
     if (most := most_rows(cache)) is not None:
-        more = max(0, min(more, most + t - allocated))
+        more = max(0, min(more, most + _rows_beyond(cache, min(t, step)) - allocated))
     return state + math.ceil(row) * more
+
+
+def _rows_beyond(cache: Any, n: int) -> int:
+    """Return the rows that a cache which keeps few has beyond them after ``n`` more.
+
+    Some grow by whole steps. Others have the first new row replace the oldest.
+    """
+    grows_by_steps = isinstance(cache, ChunkedKVCache)
+    return -(-n // CACHE_STEP) * CACHE_STEP if grows_by_steps else n - 1
 
 
 def _allocated(allocated: int, used: int, t: int, step: int) -> int:

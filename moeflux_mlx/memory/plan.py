@@ -63,11 +63,11 @@ class Needs(Protocol):
 
     @property
     def cache_row_bytes(self) -> int:
-        """Bytes of KV caches for each token of a sequence."""
+        """Bytes of each token of a sequence in caches that grow without end."""
 
     @property
     def cache_state_bytes(self) -> int:
-        """Bytes of each sequence in caches that do not grow."""
+        """Bytes of each sequence in all other caches once they are full."""
 
 
 @dataclass(frozen=True)

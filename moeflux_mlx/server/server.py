@@ -16,17 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm
 from mlx_lm import server as stock
-from mlx_lm.models.cache import (
-    LRUPromptCache,
-    can_trim_prompt_cache,
-    make_prompt_cache,
-)
+from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 
+from ..calls.drafts import can_go_back
 from ..errors import ConfigError
 from ..experts.files.checkpoint import read_config
-from ..loading import load
+from ..loading import load, load_draft
 from ..opening.download import find_model
 from ..serving import guards
 from ..system.progress import notice
@@ -84,7 +80,7 @@ class Provider(stock.ModelProvider):
             super()._load(*key)
         if self.draft_model is None:
             return
-        if not can_trim_prompt_cache(make_prompt_cache(self.model)):
+        if not can_go_back(make_prompt_cache(self.model)):
             raise ConfigError(
                 "[serve] expected a model that can take tokens back but got "
                 f"--draft-model with {self.model.model_type}, whose layers cannot"
@@ -102,7 +98,7 @@ class Provider(stock.ModelProvider):
         if not return_config:
             # A draft model: left to itself transformers asks to run its code.
             trusted = {"trust_remote_code": self.cli_args.trust_remote_code}
-            return mlx_lm.load(path, trusted)[:2]
+            return load_draft(path, trusted)
         model, tokenizer = load(
             path,
             **self._options,

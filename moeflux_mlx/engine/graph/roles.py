@@ -71,14 +71,14 @@ class TokenIdsBuf(Buf):
 class QProjOutBuf(MatvecOut): ...
 
 
-class QBuf(MatvecOut, RmsNormIn):
+class QBuf(MatvecOut, RmsNormIn, RmsNormOut):
     """Queries: a projection, or a part split from one."""
 
 
 class QGateBuf(Buf): ...
 
 
-class KProjOutBuf(MatvecOut, RmsNormIn): ...
+class KProjOutBuf(MatvecOut, RmsNormIn, RmsNormOut): ...
 
 
 class VProjOutBuf(MatvecOut): ...
@@ -130,7 +130,7 @@ class QRopeBuf(RmsNormIn): ...
 class LatentBuf(RmsNormIn): ...
 
 
-class LatentKeyBuf(RmsNormOut, KProjOutBuf):
+class LatentKeyBuf(KProjOutBuf):
     """The rows of a compressed cache in the place of keys."""
 
 

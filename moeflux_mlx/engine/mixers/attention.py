@@ -29,6 +29,7 @@ class Attention:
     Args:
         gated: ``q_proj`` gives each head's query and a gate on its attention's output.
         norms: the projections whose heads are normalised.
+        row_norms: not each head of them is, but their rows of all heads.
         biases: the projections that add a bias.
         sinks: each head has a further score, whose value is nothing.
         window: how many of the last tokens a token sees, itself among them; None: all.
@@ -40,6 +41,7 @@ class Attention:
     head_dim: int
     gated: bool = False
     norms: tuple[str, ...] = ("q", "k")
+    row_norms: bool = False
     biases: tuple[str, ...] = ()
     sinks: bool = False
     window: int | None = None
@@ -66,8 +68,10 @@ class Attention:
             "k_proj.weight": (keys, dim),
             "v_proj.weight": (keys, dim),
             "o_proj.weight": (dim, queries),
-            **{f"{part}_norm.weight": (self.head_dim,) for part in self.norms},
         }
+        for part in self.norms:
+            row = shapes[f"{part}_proj.weight"][:1]
+            shapes[f"{part}_norm.weight"] = row if self.row_norms else (self.head_dim,)
         if self.sinks:
             shapes["sinks"] = (self.heads,)
         for part in self.biases:
@@ -118,6 +122,8 @@ class Attention:
         n, seqs = call.n, call.n_seqs
         start = g.input("start", b.StartPosBuf, (seqs,))
         q, k, v, gate = self._projections(g, x, n)
+        if self.row_norms:
+            q, k = self._row_norms(g, attn, q, k)
         self._place_heads(g, attn, {"q": (q, heads), "k": (k, kv_heads)}, start, call)
         cache_shape = (seqs, kv_heads, None, d)
         keys = g.input("keys", b.KvCacheKBuf, cache_shape)
@@ -195,6 +201,16 @@ class Attention:
         )
         return query, k, v, gate
 
+    def _row_norms(
+        self, g: GraphBuilder, attn: nn.Module, q: BufId, k: BufId
+    ) -> tuple[BufId, BufId]:
+        """Push norms over the rows of all heads."""
+        if "q" in self.norms:
+            q = g.norm(f"{self.path}.q_norm", q, b.QBuf, attn.q_norm.eps)
+        if "k" in self.norms:
+            k = g.norm(f"{self.path}.k_norm", k, b.KProjOutBuf, attn.k_norm.eps)
+        return q, k
+
     def _place_heads(
         self,
         g: GraphBuilder,
@@ -207,7 +223,7 @@ class Attention:
         frequencies, scale = rotation(attn.rope)
         inv_freq = g.constant("inv_freq", b.RopeInvFreqBuf, frequencies)
         for name, (buf, count) in parts.items():
-            if name in self.norms:
+            if name in self.norms and not self.row_norms:
                 g.push(
                     ops.RmsNormPerHeadNTokens(
                         label=f"{name}_norm",

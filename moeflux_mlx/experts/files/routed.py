@@ -22,6 +22,8 @@ ROUTED = re.compile(
     r"(?:switch_mlp|experts(?=\.(?P<expert>\d+)\.)|experts))"
     r"(?:\.\d+)?\.(?P<projection>[a-z]\w*)(?:\.(?P<part>\w+))?"
 )
+# Publishers' names of a single expert's matrices, as MiniMax has them.
+OTHER_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 # The rows of both, one after the other.
 FUSED = "gate_up_proj"
 FUSED_HALVES = ("gate_proj", "up_proj")
@@ -243,6 +245,7 @@ def routed_layers(tensors: Mapping[str, TensorEntry]) -> dict[int, RoutedLayer]:
         if not is_used(name) or (match := ROUTED.fullmatch(name)) is None:
             continue
         number, projection = int(match["layer"]), match["projection"]
+        projection = OTHER_NAMES.get(projection, projection)
         part = match["part"] or "weight"
         # Which rows of a fused one are whose, families say in different ways.
         parts = PARTS if projection == FUSED else (*PARTS, BIAS)
