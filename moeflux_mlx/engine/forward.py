@@ -71,7 +71,11 @@ class Forward:
         self._ends = LayerWeights(text, skip="layers")
         self._runner = GraphRunner(runtime.executor)
         self._chunk = 0
-        self._steps = TokenSteps(StepTracer(self._traced))
+        tracer = StepTracer(self._traced)
+        self._steps = TokenSteps(tracer)
+        # The runner's graphs here have no experts.
+        runtime.holders.add(tracer)
+        runtime.holders.add(self)
         # The parameters of the last call that no transformation followed.
         self._parameters: Watch | None = None
         self._bound: tuple[bool, list[Any], list[GraphExperts | None]] | None = None
@@ -89,6 +93,10 @@ class Forward:
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
         text, runtime = copy.deepcopy((self.text, self.runtime), memo)
         return self._like(text, runtime)
+
+    def let_go(self) -> None:
+        """Keep no layer's experts."""
+        self._bound = None
 
     def _like(self, text: nn.Module, runtime: Runtime) -> Forward:
         backbone = self._modules.backbone
@@ -158,7 +166,7 @@ class Forward:
             # A computation backwards reads the experts once more.
             streamer.stay()
         else:
-            self._guard(rows)
+            self._guard(rows, cache)
         return rows
 
     def _put_back_on_failure(
@@ -280,10 +288,10 @@ class Forward:
         for source in sources:
             if source is not None:
                 source.asked(n_experts)
-        self._guard(logits)
+        self._guard(logits, cache)
         return logits
 
-    def _guard(self, result: Array) -> None:
+    def _guard(self, result: Array, cache: list[Any] | None) -> None:
         """Have the result of a call computed before experts that it reads are gone."""
         streamer = self.runtime.streamer
         # For a function that MLX transforms all experts stay, and on the host nothing
@@ -291,6 +299,9 @@ class Forward:
         lazy = isinstance(result, mx.array) and not self.runtime.is_reference
         if streamer is not None and lazy:
             streamer.guard_result(result)
+        if isinstance(streamer, ExpertStreamer) and lazy and cache:
+            # What a trace gave keeps it, with experts' slots, until that is computed.
+            streamer.begin(arrays_of(cache))
 
     def _bind(self) -> tuple[list[Mapping[str, Weight]], list[GraphExperts | None]]:
         """Return all weights and experts; anew if a call found that one changed.
@@ -400,7 +411,7 @@ class Forward:
                 self.runtime.executor.begin_layer(self._chunk, layer.index, hidden)
                 hidden = layer(hidden, layer_cache, steps)
                 report(layer.index)
-            self._guard(hidden)
+            self._guard(hidden, cache)
         shape = (n_seqs, t, self.args.hidden_size)
         return self._end("norm", hidden, _build_norm).reshape(shape)
 

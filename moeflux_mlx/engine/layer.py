@@ -99,6 +99,7 @@ class GraphLayer:
             if not isinstance(experts, StreamedSwitch):
                 self._parameters = LayerWeights(experts)
         self._runner = GraphRunner(runtime.executor)
+        runtime.holders.add(self._runner)
         self._resident: tuple[Any, GraphExperts] | None = None
         self._shape: tuple[int, LayerForm, RoutedShape | None] | None = None
 

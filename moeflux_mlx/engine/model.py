@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
 
+from ..calls.compiling import forget_gone
 from ..errors import ModelError
 from ..experts.weights import Weight, has_values
 from .executors import Encoding, Executor
@@ -150,6 +151,10 @@ class BuiltOnce(Generic[T]):
             self._built[key] = build()
         return self._built[key]
 
+    def clear(self) -> None:
+        """Let go of everything built."""
+        self._built.clear()
+
     def values(self) -> list[T]:
         """Return everything built and still here."""
         return list(self._built.values())
@@ -161,6 +166,13 @@ class GraphRunner:
     def __init__(self, executor: Executor):
         self._executor = executor
         self._traces: BuiltOnce[CompiledSteps] = BuiltOnce(8)
+
+    def let_go(self) -> None:
+        """Keep no traces: experts' arrays are part of them."""
+        for trace in self._traces.values():
+            trace.let_go()
+        self._traces.clear()
+        forget_gone()
 
     def run(
         self,

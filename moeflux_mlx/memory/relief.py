@@ -48,8 +48,8 @@ class Relief:
 
     def n_slots(self, wanted: int) -> int:
         """Return how many of so many wanted slots there may be now."""
-        n_slots = int(wanted * self._share)
-        return min(wanted, max(self._streamer.least_slots, n_slots))
+        n_slots = max(self._streamer.least_slots, int(wanted * self._share))
+        return min(wanted, self._streamer.rounded(n_slots))
 
     def look(self, wanted: int) -> bool:
         """Look at the system if it is time; tell whether ``n_slots`` has changed."""
@@ -95,7 +95,12 @@ class FreePool:
 
 
 def resize(streamer: ExpertStreamer, n_slots: int, cache: list[Any]) -> None:
-    """Give the pool so many slots, once nothing that caches await reads them."""
+    """Give the pool so many slots, once nothing that caches await reads them.
+
+    Where each change costs a copy of the pool there are somewhat fewer, so that caches
+    which grow bit by bit change it rarely.
+    """
+    n_slots = streamer.rounded(n_slots)
     if n_slots == streamer.n_slots:
         return
     # A lazy state may still have to read the slots it was computed from.

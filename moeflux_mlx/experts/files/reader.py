@@ -160,6 +160,10 @@ class Batch:
         """Whether nothing is left to read and no thread is at it."""
         return not (self._left or self._n_threads)
 
+    def let_go(self) -> None:
+        """Keep no slots' memory: a thread may yet come to find nothing left."""
+        self.reads = ()
+
     def cancel(self) -> None:
         """Leave out reads that no thread has begun; such ones are never ``done``."""
         self._left.clear()
