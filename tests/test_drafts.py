@@ -82,7 +82,7 @@ class Guesses:
 @pytest.mark.sampled
 @pytest.mark.parametrize("n", [3, 1])
 def test_tokens_are_those_without_a_draft(plain, n):
-    """Of drafts that are always right, sometimes, or never."""
+    """Drafts are always right, sometimes, or never."""
     expected = alone(few(plain))
     guessed = []
     for period in (10**6, 2, 1):
