@@ -16,11 +16,11 @@ from rich.filesize import decimal
 
 from . import config, device, serving
 from .calls.arguments import bounded, check_ids
-from .calls.drafts import let_all_draft
 from .calls.group import Group, begin_together, exchange_of, reached, ways_in_group
 from .calls.measured_needs import MeasuredNeeds
 from .calls.shared import Calls
 from .calls.ways import Ways, added_class
+from .drafts import let_all_draft
 from .errors import BudgetError, ModelError, MoefluxError
 from .experts.compute.blank import BlankExperts
 from .experts.compute.exchange import Exchange

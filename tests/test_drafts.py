@@ -17,7 +17,7 @@ from test_steps import Lazy, Traced
 from tiny import make_checkpoint, make_gpt_oss, make_qwen3_moe, make_qwen3_next
 
 import moeflux_mlx
-from moeflux_mlx.calls.drafts import GoesBack
+from moeflux_mlx.drafts import GoesBack
 from moeflux_mlx.engine.executors import EXECUTORS
 from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.files.pack import pack

@@ -1,8 +1,9 @@
 """The command ``moeflux``: one module per subcommand.
 
-Imports: errors, config, device, calls, engine.executors, engine.graph, engine.launch,
-engine.lowering, engine.metal, experts.files, experts.pool, experts.streaming, loading,
-measure, measure.compare, memory, opening, proof, server, state, system.
+Imports: errors, config, device, drafts, calls, engine.executors, engine.graph,
+engine.launch, engine.lowering, engine.metal, experts.files, experts.pool,
+experts.streaming, loading, measure, measure.compare, memory, opening, proof, server,
+state, system.
 """
 
 from __future__ import annotations

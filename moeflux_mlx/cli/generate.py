@@ -14,8 +14,8 @@ from mlx_lm.models.cache import (
 )
 from mlx_lm.sample_utils import make_sampler
 
-from ..calls.drafts import can_go_back
 from ..config import EXPERT_IO
+from ..drafts import can_go_back
 from ..errors import ConfigError, one_line_errors
 from ..experts.pool.policy import DEFAULT_POLICY, POLICY_FORMS
 from ..loading import load, load_draft

@@ -13,8 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..calls.drafts import let_all_draft
 from ..calls.module_call import backbone_of
+from ..drafts import let_all_draft
 from ..errors import ModelError
 from ..experts.compute.switch import StreamedSwitch
 from ..experts.files.configuration import Configuration

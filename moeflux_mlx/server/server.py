@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_lm import server as stock
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 
-from ..calls.drafts import can_go_back
+from ..drafts import can_go_back
 from ..errors import ConfigError
 from ..experts.files.checkpoint import read_config
 from ..loading import load, load_draft

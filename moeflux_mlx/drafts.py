@@ -16,9 +16,9 @@ import mlx.core as mx
 from mlx_lm.generate import generation_stream, speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..errors import ModelError
-from ..memory.caches import ROTATING, CacheState, are_known, single_caches
-from ..saving.guard import GuardsSaving, put_everywhere
+from .errors import ModelError
+from .memory.caches import ROTATING, CacheState, are_known, single_caches
+from .saving.guard import GuardsSaving, put_everywhere
 
 _STOCK = speculative_generate_step
 # mlx-lm's own, of ``num_draft_tokens``.
