@@ -219,16 +219,27 @@ def ulimit_bytes(n_threads: int) -> int | None:
 
 def left_bytes() -> int | None:
     """Return the memory that arrays can still take; None where the GPU has its own."""
-    if mx.cuda.is_available() and not on_cpu():
-        return None
-    return memory_left_bytes()
+    return None if has_own_memory() else memory_left_bytes()
 
 
 def memory_pressure() -> Pressure:
     """Return how short the system is of the memory that experts take here."""
-    if mx.cuda.is_available() and not on_cpu():
-        return Pressure.NORMAL
-    return system_pressure()
+    return Pressure.NORMAL if has_own_memory() else system_pressure()
+
+
+def has_own_memory() -> bool:
+    """Tell whether MLX computes on a GPU with memory that is not the system's."""
+    return bool(mx.cuda.is_available()) and not on_cpu()
+
+
+def returns_pages() -> bool:
+    """Tell whether the system takes back single pages of an array's memory.
+
+    On Metal a buffer's pages may be wired, and what CUDA manages is not the system's:
+    there only a whole buffer goes back. MLX takes all arrays from these where it has
+    them, also to compute on the CPU.
+    """
+    return not (mx.metal.is_available() or mx.cuda.is_available())
 
 
 def check_allocation(n_bytes: int, part: str) -> None:
@@ -254,10 +265,8 @@ def check_allocation(n_bytes: int, part: str) -> None:
 def return_memory(array: np.ndarray) -> bool:
     """Return the whole pages of an array to the system; its values are lost.
 
-    Tells whether the system took them. Memory that CUDA manages is not the system's.
+    Tells whether the system took them; only where it ``returns_pages``.
     """
-    if mx.cuda.is_available() and not on_cpu():
-        return False
     page = mmap.PAGESIZE
     begin = -(-array.ctypes.data // page) * page
     end = (array.ctypes.data + array.nbytes) // page * page

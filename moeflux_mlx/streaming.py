@@ -203,9 +203,11 @@ def stream(
                 chosen=chosen,
                 read_ahead=read_ahead,
                 runs_ahead=ways.runs_ahead,
+                gives_way=opened.plan is not None or not device.has_own_memory(),
                 stacks=not device.gathers_strided(),
                 report=report,
                 lock=calls.lock,
+                holders=calls.holders,
             ),
             io=io,
             report=report,
@@ -399,7 +401,8 @@ def _install(
         switch = StreamedSwitch(
             block, source, calls.alone, lambda: ways.token, exchange
         )
-        undo.callback(switch.slot_block.release)
+        undo.callback(switch.slot_block.let_go)
+        calls.holders.add(switch.slot_block)
         _replace(model, block.path, switch)
     owners = {_owner(block.path) for block in blocks}
     backbone = next(iter(owners)) if len(owners) == 1 else ()

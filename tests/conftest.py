@@ -47,6 +47,15 @@ def calm_system(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "system_pressure", lambda: Pressure.NORMAL)
 
 
+@pytest.fixture(autouse=True)
+def pages_return(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Have the system take single pages back, whatever is here, except on GPUs."""
+    if not any(map(request.node.get_closest_marker, NEEDS)):
+        monkeypatch.setattr(device, "returns_pages", lambda: True)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the flag that has every test run."""
     every = "also run what is slow, and every case of tests that have many"

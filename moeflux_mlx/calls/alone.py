@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from ..errors import ModelError
+from ..experts.pool.holders import Holders
 from ..system.uncopied import Uncopied
 
 R = TypeVar("R")
@@ -27,6 +28,8 @@ class OneAtATime(Uncopied):
     def __init__(self) -> None:
         # Held by each call.
         self.lock = threading.RLock()
+        # What is kept from call to call that has arrays of experts' slots.
+        self.holders = Holders()
         self._depth = 0
         self._refused: str | None = None
 

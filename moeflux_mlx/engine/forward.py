@@ -71,7 +71,11 @@ class Forward:
         self._ends = LayerWeights(text, skip="layers")
         self._runner = GraphRunner(runtime.executor)
         self._chunk = 0
-        self._steps = TokenSteps(StepTracer(self._traced))
+        tracer = StepTracer(self._traced)
+        self._steps = TokenSteps(tracer)
+        # The runner's graphs here have no experts.
+        runtime.holders.add(tracer)
+        runtime.holders.add(self)
         # The parameters of the last call that no transformation followed.
         self._parameters: Watch | None = None
         self._bound: tuple[bool, list[Any], list[GraphExperts | None]] | None = None
@@ -89,6 +93,10 @@ class Forward:
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
         text, runtime = copy.deepcopy((self.text, self.runtime), memo)
         return self._like(text, runtime)
+
+    def let_go(self) -> None:
+        """Keep no layer's experts."""
+        self._bound = None
 
     def _like(self, text: nn.Module, runtime: Runtime) -> Forward:
         backbone = self._modules.backbone

@@ -97,6 +97,7 @@ class GraphLayer:
         if self.is_routed and not isinstance(module[MLP][skip], StreamedSwitch):
             self._parameters = LayerWeights(module[MLP][skip])
         self._runner = GraphRunner(runtime.executor)
+        runtime.holders.add(self._runner)
         self._resident: tuple[Any, GraphExperts] | None = None
         self._shape: tuple[int, LayerForm, RoutedShape | None] | None = None
 

@@ -150,6 +150,10 @@ class BuiltOnce(Generic[T]):
             self._built[key] = build()
         return self._built[key]
 
+    def clear(self) -> None:
+        """Let go of everything built."""
+        self._built.clear()
+
     def values(self) -> list[T]:
         """Return everything built and still here."""
         return list(self._built.values())
@@ -161,6 +165,10 @@ class GraphRunner:
     def __init__(self, executor: Executor):
         self._executor = executor
         self._traces: BuiltOnce[CompiledSteps] = BuiltOnce(8)
+
+    def let_go(self) -> None:
+        """Keep no traces: experts' arrays are part of them."""
+        self._traces.clear()
 
     def run(
         self,

@@ -137,6 +137,7 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
             return runtime.streamer.source(index)
 
         switch = StreamedSwitch(RoutedBlock(name, block), source, runtime.alone)
+        runtime.holders.add(switch.slot_block)
         # Until weights are loaded: a configuration that names each matrix's form has
         # mlx-lm quantise whatever module it finds under that name.
         switch.show_matrices(False)

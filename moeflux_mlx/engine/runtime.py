@@ -134,9 +134,11 @@ class Runtime(OneAtATime):
             policy=policy,
             read_ahead=options.read_ahead,
             runs_ahead=self.runs_ahead,
+            gives_way=bounded or not device.has_own_memory(),
             evaluate=partial(self.executor.wait, "routing"),
             report=report,
             lock=self.lock,
+            holders=self.holders,
         )
         on_host = self.executor.takes_host_arrays and device.prefers_host_arrays()
         self.streamer = open_experts(

@@ -112,6 +112,10 @@ class StepTracer:
             self.give_back()
         return Passed(*passed)
 
+    def let_go(self) -> None:
+        """Keep no traces, nor what is part of them."""
+        self._traces.clear()
+
     def give_back(self) -> None:
         """Give caches the states that a call has, unless they have theirs.
 

@@ -147,7 +147,8 @@ class MemoryKeeper:
             growth = call.growth(chunk, self._needs)
             least, most = self._scratch(chunk, call)
             for scratch in (most, least):
-                n_slots = self._n_slots(room - growth - scratch)
+                # While experts move into another buffer no call takes its scratch.
+                n_slots = self._n_slots(room - growth - scratch, room - growth)
                 if n_slots < floor:
                     continue
                 # Slots given up leave memory, but do not lower these limits' counts.
@@ -169,10 +170,13 @@ class MemoryKeeper:
         most = max(scratch, self._needs.logits_bytes(call.n_tokens))
         return (most if call.logits else scratch), most
 
-    def _n_slots(self, room: int) -> int:
-        """Return how many slots ``room`` is enough for, no more than are wanted."""
-        streamer = self._streamer
-        n_slots = (room - streamer.slack_bytes) // streamer.slot_bytes
+    def _n_slots(self, room: int, replacing: int) -> int:
+        """Return how many slots ``room`` is enough for, no more than are wanted.
+
+        Args:
+            replacing: the room while the pool becomes smaller.
+        """
+        n_slots = self._streamer.most_fitting(room, replacing)
         return min(n_slots, self._relief.n_slots(self._most_slots))
 
     def _surplus(self, expected: int) -> int:

@@ -79,7 +79,9 @@ class MemoryPlan:
     ``expert_bytes`` give way, until one sequence has ``context_tokens`` and experts are
     at their least. Scratch is kept for ``chunk_tokens``, for more experts give way.
     ``unpack``: quantised matrices are also kept dense in float32. Experts lie in
-    ``n_segments`` buffers; ``capped`` says which limits of the device shaped the plan.
+    ``n_segments`` buffers, and ``replacing_bytes`` beside scratch are free for a second
+    one while experts give way; ``capped`` says which limits of the device shaped the
+    plan.
     """
 
     budget_bytes: int
@@ -94,6 +96,7 @@ class MemoryPlan:
     context_tokens: int
     unpack: bool
     n_segments: int = 1
+    replacing_bytes: int = 0
     capped: str = ""
 
     @property
@@ -103,12 +106,18 @@ class MemoryPlan:
         One request's own caches are not part of it.
         """
         taken = self.process_bytes + self.resident_bytes + self.scratch_bytes
-        taken += self.cache_bytes + round(KEPT_SHARE * self.expert_bytes)
+        experts_bytes = self.expert_bytes + self.replacing_bytes
+        taken += self.cache_bytes + round(KEPT_SHARE * experts_bytes)
         return max(0, self.budget_bytes - taken)
 
     def __str__(self) -> str:
         capped = f"; {self.capped}" if self.capped else ""
         dense = ", matrices unpacked" if self.unpack else ""
+        replacing = (
+            f" and {decimal(self.replacing_bytes)} to move some of them"
+            if self.replacing_bytes
+            else ""
+        )
         return (
             f"memory {decimal(self.budget_bytes)} = "
             f"process {decimal(self.process_bytes)} + "
@@ -116,8 +125,8 @@ class MemoryPlan:
             f"caches {decimal(self.cache_bytes)} and growing + "
             f"scratch {decimal(self.scratch_bytes)} for {self.chunk_tokens} tokens + "
             f"experts {decimal(self.expert_bytes)} for {self.n_slots} of "
-            f"{self.n_experts}; room for {self.context_tokens} tokens of context"
-            f"{capped}"
+            f"{self.n_experts}{replacing}; "
+            f"room for {self.context_tokens} tokens of context{capped}"
         )
 
 
@@ -218,6 +227,8 @@ def _planned(
         stride=stride,
         top_k=store.top_k,
         scope=scope,
+        # Between calls, when experts move, nothing takes scratch.
+        replacing=room + scratch,
     )
     plan = MemoryPlan(
         budget_bytes=budget_bytes,
@@ -234,6 +245,7 @@ def _planned(
         ),
         unpack=unpack,
         n_segments=division.n_segments,
+        replacing_bytes=max(0, division.replacing_bytes(stride) - scratch),
     )
     return plan, division
 
@@ -251,7 +263,7 @@ def _capped(asked: int, plan: MemoryPlan, division: Division) -> str:
     buffer = f"the longest buffer of this device, {decimal(limits.buffer_bytes)}"
     if division.shortened:
         found.append(f"no more experts, because of {buffer}")
-    if division.n_segments > 1:
+    if division.n_segments > division.n_wanted:
         found.append(f"experts in {division.n_segments} buffers, because of {buffer}")
     return "; ".join(found)
 

@@ -95,7 +95,12 @@ class FreePool:
 
 
 def resize(streamer: ExpertStreamer, n_slots: int, cache: list[Any]) -> None:
-    """Give the pool so many slots, once nothing that caches await reads them."""
+    """Give the pool so many slots, once nothing that caches await reads them.
+
+    Where each change costs a copy of the pool there are somewhat fewer, so that caches
+    which grow bit by bit change it rarely.
+    """
+    n_slots = streamer.rounded(n_slots)
     if n_slots == streamer.n_slots:
         return
     # A lazy state may still have to read the slots it was computed from.

@@ -101,7 +101,7 @@ class SlotBlock:
         is_sorted = n_ids >= SORTED_FROM
         return is_sorted and device.multiplies_by_blocks(n_ids, self.n_experts)
 
-    def release(self) -> None:
+    def let_go(self) -> None:
         """Hold nothing, as mlx-lm's own block before its weights are loaded."""
         self._hold(None)
 

@@ -18,6 +18,9 @@ class Streamer(Protocol):
     def capacity(self) -> int:
         """Experts of one layer that fit into memory together."""
 
+    def weights(self, layer: int) -> ExpertWeights:
+        """See ``StreamedExperts.weights``."""
+
     def ask(self, layer: int, indices: mx.array) -> None:
         """See ``StreamedExperts.ask``."""
 
@@ -54,11 +57,8 @@ class StreamedExperts:
     ``row`` is the layer's in the streamer's table of slots.
     """
 
-    def __init__(
-        self, streamer: Streamer, layer: int, row: int, weights: ExpertWeights
-    ):
+    def __init__(self, streamer: Streamer, layer: int, row: int):
         self._streamer, self._layer, self._row = streamer, layer, row
-        self._weights = weights
         self._expected: dict[int, mx.array] | None = None
 
     @property
@@ -68,8 +68,8 @@ class StreamedExperts:
 
     @property
     def weights(self) -> ExpertWeights:
-        """All slots of the pool in this layer's layout."""
-        return self._weights
+        """All slots of the layer's segment in its layout, where they are now."""
+        return self._streamer.weights(self._layer)
 
     @property
     def settled(self) -> None:
@@ -79,7 +79,7 @@ class StreamedExperts:
     def assumed(self, slots: mx.array | None) -> AssumedExperts:
         """Return these experts as if each lay where the table ``slots`` says."""
         assert slots is not None
-        return AssumedExperts(self._weights, slots[self._row])
+        return AssumedExperts(self.weights, slots[self._row])
 
     def expecting(self, layer: int, indices: mx.array) -> StreamedExperts:
         """Return these experts, which another layer's are read ahead with.
@@ -87,7 +87,7 @@ class StreamedExperts:
         Args:
             indices: ids that it will likely ask for.
         """
-        experts = StreamedExperts(self._streamer, self._layer, self._row, self._weights)
+        experts = StreamedExperts(self._streamer, self._layer, self._row)
         experts._expected = {layer: indices}
         return experts
 

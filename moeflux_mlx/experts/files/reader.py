@@ -45,6 +45,10 @@ class HostPlace(Place):
     def open(self) -> memoryview:
         return self._buffer
 
+    def close(self, whole: bool) -> None:
+        # Who still has the read has no memory by that.
+        self._buffer = memoryview(b"")
+
 
 @dataclass(slots=True)
 class Read:

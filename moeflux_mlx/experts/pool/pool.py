@@ -14,7 +14,7 @@ from ...errors import BudgetError, ExpertStoreError
 from ..files.layout import PARTS, TENSOR_ALIGNMENT, ExpertLayout, TensorSpec
 from ..files.reader import HostPlace, Place
 from ..weights import MLX_DTYPES, ExpertWeights, Records, Weight
-from .staging import StagedPlace, open_staging
+from .staging import StagedPlace, Staging, open_staging
 
 POOL_ALIGNMENT = 2 * 1024 * 1024
 # MLX counts elements of one axis in 32 bits, so memory is asked for in rows.
@@ -78,31 +78,69 @@ def _address(array: mx.array) -> int:
     return np.array(array, copy=False).ctypes.data
 
 
-class SlotPool:
-    """``n_slots`` slots of the largest layout's stride in one aligned MLX array.
+class Buffer:
+    """Slots of ``stride`` bytes in one aligned MLX array; zeros at first.
 
-    ``array`` is uint8 ``[n_slots, stride]``; ``bytes`` is the same memory as the host
-    sees it. With ``blank`` one more slot follows: zeros, an expert that adds nothing.
-    Nothing here knows which expert is in which slot.
+    ``array`` is uint8 ``[n_rows, stride]``; ``bytes`` is the same memory as the host
+    sees it.
+    """
+
+    def __init__(self, n_rows: int, stride: int):
+        self.array = aligned_rows(n_rows, stride)
+        self.bytes = np.array(self.array, copy=False)
+        self.begin = self.bytes.ctypes.data
+        if self.begin % POOL_ALIGNMENT or not self.bytes.flags.writeable:
+            raise ExpertStoreError(
+                "[pool] expected writable memory at a multiple of "
+                f"{POOL_ALIGNMENT} bytes but got {self.begin:#x}"
+            )
+        # Views of it, which live no longer than it does.
+        self.weights: dict[tuple[ExpertLayout, int, int], ExpertWeights] = {}
+
+
+class SlotPool:
+    """Slots of the largest layout's stride in one buffer.
+
+    With ``blank`` one more slot follows: zeros, an expert that adds nothing. Nothing
+    here knows which expert is in which slot.
+
+    Args:
+        staging: by which what is read comes into slots; None: the host writes them.
     """
 
     def __init__(
-        self, layouts: Sequence[ExpertLayout], n_slots: int, *, blank: bool = False
+        self,
+        layouts: Sequence[ExpertLayout],
+        n_slots: int,
+        *,
+        blank: bool = False,
+        staging: Staging | None = None,
     ):
-        self.n_slots = n_slots
         self.n_given_up = 0
         self.stride = pool_stride(layouts)
         self.slack_bytes = POOL_ALIGNMENT + blank * self.stride
-        self.array = aligned_rows(n_slots + blank, self.stride)
-        self.bytes = np.array(self.array, copy=False)
-        self._begin = self.bytes.ctypes.data
-        if self._begin % POOL_ALIGNMENT or not self.bytes.flags.writeable:
-            raise ExpertStoreError(
-                "[pool] expected writable memory at a multiple of "
-                f"{POOL_ALIGNMENT} bytes but got {self._begin:#x}"
-            )
-        self._staging = open_staging(self.stride)
-        self._weights: dict[tuple[ExpertLayout, int, int], ExpertWeights] = {}
+        self._n_blank, self._staging = int(blank), staging
+        self._buffer = Buffer(n_slots + self._n_blank, self.stride)
+
+    @property
+    def array(self) -> mx.array:
+        """All slots, uint8 ``[n, stride]``."""
+        return self._buffer.array
+
+    @property
+    def bytes(self) -> np.ndarray:
+        """The same memory as the host sees it."""
+        return self._buffer.bytes
+
+    @property
+    def n_slots(self) -> int:
+        """Slots but for the blank one, which comes after them."""
+        return len(self._buffer.bytes) - self._n_blank
+
+    @property
+    def absent(self) -> int:
+        """The slot of an expert that has none: the blank one if there is one."""
+        return self.n_slots if self._n_blank else 0
 
     @property
     def n_bytes(self) -> int:
@@ -120,6 +158,28 @@ class SlotPool:
             if device.return_memory(self.bytes[part.start : part.stop])
         ]
         self.n_given_up = sum(returned)
+
+    def allocate(self, n_slots: int) -> Buffer:
+        """Return memory for so many slots, to ``replace`` this pool's.
+
+        Raises:
+            BudgetError: it cannot be had.
+        """
+        return Buffer(n_slots + self._n_blank, self.stride)
+
+    def replace(self, buffer: Buffer) -> None:
+        """Have the slots in another buffer; what does not fit there is lost.
+
+        The old one is freed with the last array that looks into it. If this fails, it
+        is still the pool's, whole.
+        """
+        old = self._buffer
+        n_kept = min(len(old.bytes), len(buffer.bytes)) - self._n_blank
+        if self._staging is None:
+            buffer.bytes[:n_kept] = old.bytes[:n_kept]
+        else:
+            self._staging.move(buffer.begin, old.begin, n_kept * self.stride)
+        self._buffer = buffer
 
     def move(self, source: int, target: int) -> None:
         """Copy one slot's bytes to another."""
@@ -140,7 +200,7 @@ class SlotPool:
         return StagedPlace(self._staging, self._address(slot), n_bytes)
 
     def _address(self, slot: int) -> int:
-        return self._begin + slot * self.stride
+        return self._buffer.begin + slot * self.stride
 
     def weights(
         self, layout: ExpertLayout, first: int = 0, count: int | None = None
@@ -148,13 +208,14 @@ class SlotPool:
         """Return slots ``first`` to ``first + count`` as tensors ``[count, O, I]``.
 
         The tensors are views of the pool: what is written into a slot shows in them.
-        Without ``count`` the blank slot is the last. Made once for each layout and
-        range.
+        Without ``count`` the blank slot is the last. Made once for each layout, range
+        and buffer.
         """
+        made = self._buffer.weights
         key = layout, first, len(self.bytes) - first if count is None else count
-        if key not in self._weights:
-            self._weights[key] = self._views(*key)
-        return self._weights[key]
+        if key not in made:
+            made[key] = self._views(*key)
+        return made[key]
 
     def _views(self, layout: ExpertLayout, first: int, count: int) -> ExpertWeights:
         return slot_weights(self.array[first : first + count], layout)
@@ -189,6 +250,14 @@ class SlotPool:
             columns = slice(spec.offset, spec.offset + spec.n_bytes)
             records[:, columns] = part.reshape(count, -1)
         region[:, : layout.record_bytes] = records
+
+
+def open_pools(
+    layouts: Sequence[ExpertLayout], n_slots: Sequence[int], *, blank: bool
+) -> list[SlotPool]:
+    """Return pools of so many slots each, which share what reads go through."""
+    staging = open_staging(pool_stride(layouts))
+    return [SlotPool(layouts, n, blank=blank, staging=staging) for n in n_slots]
 
 
 def _stacked(layout: ExpertLayout, count: int) -> Iterator[tuple[TensorSpec, int]]:

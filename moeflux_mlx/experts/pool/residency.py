@@ -65,7 +65,6 @@ class SlotTable:
         ]
         # How many of each group's slots, the first ones, are in use.
         self._in_use = list(self._most)
-        self.capacity = min(self._in_use)
         self.floor = min(top_k, n_slots // (2 * n_rows)) if floor is None else floor
         self._make_policy = policy
         self._policy: Policy = policy(self._shape)
@@ -77,6 +76,11 @@ class SlotTable:
     def n_groups(self) -> int:
         """Groups of rows that share slots."""
         return self._shape.n_groups
+
+    @property
+    def capacity(self) -> int:
+        """Slots in use that every group has at least."""
+        return min(self._in_use)
 
     @property
     def n_slots(self) -> int:
@@ -139,13 +143,20 @@ class SlotTable:
         What no longer fits is forgotten, in the policy's order of eviction. ``move``
         copies, within a segment, from one slot to another.
         """
-        self._in_use = shares(self._most, n_slots, self._least)
-        self.capacity = min(self._in_use)
-        for group in range(self.n_groups):
-            self._pack(group, move)
+        for group, n in enumerate(self.shares(n_slots)):
+            self.resize_group(group, n, move)
 
-    def _pack(self, group: int, move: Callable[[int, int, int], None]) -> None:
+    def shares(self, n_slots: int) -> list[int]:
+        """Return how many of so many slots each group has in use."""
+        return shares(self._most, n_slots, self._least)
+
+    def resize_group(
+        self, group: int, n_slots: int, move: Callable[[int, int, int], None]
+    ) -> None:
+        """Do what ``resize`` does, with the slots of one group."""
+        self._in_use[group] = n_slots
         rows = self.rows_of(group)
+        self.changed.update(rows)
         held = {
             slot: (row, expert)
             for row in rows
@@ -162,7 +173,6 @@ class SlotTable:
             row, expert = held[slot]
             # Copied first: an interrupt here leaves the expert where it was.
             move(self.segment(row), slot, free[-1])
-            self.changed.add(row)
             self.rows[row][expert] = free.pop()
         self._free[group] = free
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+from .pool import SlotPool
 from .residency import EMPTY, SlotTable
 
 
@@ -14,11 +15,11 @@ class TableCopy:
     """A copy of a ``SlotTable`` in arrays, brought up to date where that changed.
 
     Args:
-        absent: slot of each row's experts that have none.
+        pools: memory behind the slots of each row.
     """
 
-    def __init__(self, table: SlotTable, absent: Sequence[int]):
-        self._table, self._absent = table, np.array(absent)[:, None]
+    def __init__(self, table: SlotTable, pools: Sequence[SlotPool]):
+        self._table, self._pools = table, pools
         self._slots = np.full((len(table.rows), table.n_experts), EMPTY, np.int32)
         self._array: mx.array | None = None
 
@@ -30,7 +31,8 @@ class TableCopy:
         """
         slots = self._refreshed()
         if self._array is None:
-            found = np.where(slots == EMPTY, self._absent, slots)
+            absent = np.array([pool.absent for pool in self._pools])[:, None]
+            found = np.where(slots == EMPTY, absent, slots)
             self._array = mx.array(found.astype(np.uint32))
         return self._array
 

@@ -20,12 +20,15 @@ from ..files.layout import ExpertLayout
 from ..files.reader import INLINE_BYTES, ReadPool
 from ..files.store import ExpertStore
 from ..pool.guards import Guards
+from ..pool.holders import Holders
 from ..pool.policy import DEFAULT_POLICY, PolicyFactory, policy_factory
-from ..pool.pool import SlotPool, pool_stride
+from ..pool.pool import SlotPool, open_pools, pool_stride
 from ..pool.residency import EMPTY, SlotTable
+from ..pool.resizing import Resizing
 from ..pool.segments import divide
 from ..pool.stats import StreamStats
 from ..pool.table_copy import TableCopy
+from ..weights import ExpertWeights
 from .demand import Demand
 from .in_flight import InFlight
 from .read_ahead import ReadAhead
@@ -87,10 +90,12 @@ class ExpertStreamer(Uncopied):
         inline_bytes: int = INLINE_BYTES,
         read_ahead: str = "auto",
         runs_ahead: bool = False,
+        gives_way: bool = True,
         stacks: bool = False,
         evaluate: Callable[..., None] = mx.eval,
         report: Report | None = None,
         lock: threading.RLock | None = None,
+        holders: Holders | None = None,
     ):
         """Allocate the pool; if it holds every expert, read them all now.
 
@@ -110,11 +115,13 @@ class ExpertStreamer(Uncopied):
             runs_ahead: tokens run as if no expert were missing. A slot, if one can be
                 spared, then stays blank for those that are: without them layers choose
                 more like with them than with others in their place.
+            gives_way: the pool is likely to become smaller.
             stacks: where all experts stay, each of a layer's tensors lies end to end.
             evaluate: evaluates arrays that must be done before slots change, like
                 ``mx.eval``; an executor's own counts how long that takes.
             report: hears how far reading all experts has come.
             lock: held by the calls of a model; one of its own by default.
+            holders: who keeps what ``source`` returns, or arrays of it.
 
         Raises:
             ConfigError: an argument has no usable value.
@@ -137,11 +144,9 @@ class ExpertStreamer(Uncopied):
             top_k=store.top_k,
             scope=scope,
             spares=runs_ahead,
+            gives_way=gives_way,
         )
-        self.pools = [
-            SlotPool(layouts, n, blank=division.blank) for n in division.segment_slots
-        ]
-        self.most_slots = division.n_slots
+        self.pools = open_pools(layouts, division.segment_slots, blank=division.blank)
         self._table = SlotTable(
             len(layouts),
             store.n_experts,
@@ -155,12 +160,16 @@ class ExpertStreamer(Uncopied):
             counts=counts,
         )
         pools = [self.pools[division.segment(row)] for row in self._rows.values()]
-        absent = [pool.n_slots if division.blank else 0 for pool in pools]
-        self._copy = TableCopy(self._table, absent)
+        self._copy = TableCopy(self._table, pools)
+        self._holders = holders or Holders()
+        self._holders.add(self)
+        least = self._table.n_groups * store.top_k
+        self._resizing = Resizing(self.pools, self._table, least, self._holders)
         self._new_reader = partial(
             ReadPool, read_threads or config.read_threads(), inline_bytes
         )
         self._sources: dict[tuple[int, bool], Source] = {}
+        self._weights: dict[int, ExpertWeights] = {}
         self.lock = lock or threading.RLock()
         self._repairs = _Repairs(self._repair)
         self._guards = Guards(evaluate)
@@ -201,9 +210,14 @@ class ExpertStreamer(Uncopied):
         return self._least_record > self._in_flight.reader.inline_bytes
 
     @property
+    def most_slots(self) -> int:
+        """Slots that there were at first."""
+        return self._resizing.most_slots
+
+    @property
     def least_slots(self) -> int:
         """Slots that one token needs."""
-        return self._table.n_groups * self._store.top_k
+        return self._resizing.least_slots
 
     @property
     def slot_bytes(self) -> int:
@@ -233,24 +247,38 @@ class ExpertStreamer(Uncopied):
     @property
     def slack_bytes(self) -> int:
         """Bytes taken beside those of ``n_slots`` slots."""
-        return sum(pool.slack_bytes for pool in self.pools)
+        return self._resizing.slack_bytes
 
     @property
     def memory_bytes(self) -> int:
         """Bytes taken for experts, alignment included; never more than the budget."""
         return sum(pool.n_bytes for pool in self.pools)
 
+    def rounded(self, n_slots: int) -> int:
+        """Return the number of slots, no larger, that is worth a change of size."""
+        return self._resizing.rounded(n_slots)
+
+    def most_fitting(self, room: int, replacing: int) -> int:
+        """Return how many slots fit into ``room``; fewer than the least: none do.
+
+        Args:
+            replacing: bytes that there are for slots while the pool becomes smaller.
+        """
+        return self._resizing.most_fitting(room, replacing)
+
     def resize(self, n_slots: int) -> None:
         """Use ``n_slots`` slots, within the memory taken at first; not in the middle of
         a token.
 
         The memory of slots given up goes back to the system. The experts that the
-        policy would evict first are forgotten, the others stay in memory.
+        policy would evict first are forgotten, the others stay in memory. Where only
+        whole buffers go back, there are two of one segment meanwhile.
 
         Raises:
             ConfigError: ``n_slots`` is no int.
             BudgetError: fewer slots than one token needs, or more than there were at
-                first; or experts must ``stay``.
+                first; or experts must ``stay``; or there is no memory for a segment's
+                second buffer.
         """
         if type(n_slots) is not int:
             raise ConfigError(
@@ -271,12 +299,12 @@ class ExpertStreamer(Uncopied):
             self._in_flight.settle()
             if self.resident and n_slots < self.most_slots:
                 self._unsettle()
-            self._table.resize(n_slots, self._move)
-            for segment, pool in enumerate(self.pools):
-                pool.give_up(self._table.unused(segment))
+            self._resizing(n_slots)
 
-    def _move(self, segment: int, source: int, target: int) -> None:
-        self.pools[segment].move(source, target)
+    def let_go(self) -> None:
+        """Keep no arrays of slots, nor what has some."""
+        self._sources.clear()
+        self._weights.clear()
 
     def _pool(self, layer: int) -> SlotPool:
         return self.pools[self._table.segment(self._rows[layer])]
@@ -357,9 +385,7 @@ class ExpertStreamer(Uncopied):
     def _new_source(self, layer: int) -> Source:
         layout = self._store.layout(layer)
         if not self.resident:
-            row = self._rows[layer]
-            weights = self._pool(layer).weights(layout)
-            return StreamedExperts(self, layer, row, weights)
+            return StreamedExperts(self, layer, self._rows[layer])
         slots = self._table.all_slots(self._rows[layer])
         place = layout, slots.start, len(slots)
         if self._stacks:
@@ -368,6 +394,16 @@ class ExpertStreamer(Uncopied):
         else:
             weights = self._pool(layer).weights(*place)
         return PreloadedExperts(weights, self.stats[layer])
+
+    def weights(self, layer: int) -> ExpertWeights:
+        """Return all slots of a layer's segment in the layer's layout, as they are now.
+
+        Of what comes and goes, that is: until the next ``resize``.
+        """
+        if layer not in self._weights:
+            layout = self._store.layout(layer)
+            self._weights[layer] = self._pool(layer).weights(layout)
+        return self._weights[layer]
 
     def guard(self, *outputs: mx.array) -> None:
         """Evaluate ``outputs`` before any slot is overwritten."""
@@ -416,6 +452,7 @@ class ExpertStreamer(Uncopied):
         self._in_flight.cancel()
         self._in_flight.settle()
         self._table.repair()
+        self._resizing.repair()
 
     def ask(self, layer: int, indices: mx.array) -> None:
         """Ask for a layer as ``StreamedExperts.ask`` promises."""
