@@ -38,7 +38,7 @@ from .ops.functions import Array, namespace, to_device, to_host
 from .parameters import LayerWeights, Watch
 from .runtime import Runtime
 from .steps import TokenSteps
-from .trace import Passed, StepTracer, arrays_of
+from .trace import Passed, StepTracer, arrays_of, states_of
 
 
 class Forward:
@@ -288,6 +288,10 @@ class Forward:
         for source in sources:
             if source is not None:
                 source.asked(n_experts)
+        if streamer is None and self.runtime.streamer is not None:
+            # From a trace states may be computed by themselves, from experts once more:
+            # begun now, they need no slot when the pool becomes smaller.
+            mx.async_eval(logits, [states_of(c) for c in cache])
         self._guard(logits)
         return logits
 

@@ -102,18 +102,23 @@ class Weight:
         has_values(*(x for x in rows if x is not None))
         return tuple(None if x is None else Records(x, 0) for x in rows)
 
-    @functools.cached_property
+    @property
     def on_host(self) -> Weight:
         """The same memory as NumPy arrays; bfloat16 as its bits in uint16."""
-        if isinstance(self.w, np.ndarray):
-            return self
-        return self._like(_host_view)
+        # Kept by itself it would live, with its memory, until cycles are collected.
+        return self if isinstance(self.w, np.ndarray) else self._viewed
 
     @functools.cached_property
+    def _viewed(self) -> Weight:
+        return self._like(_host_view)
+
+    @property
     def on_device(self) -> Weight:
         """The same values as MLX arrays: copies where they are NumPy's."""
-        if isinstance(self.w, mx.array):
-            return self
+        return self if isinstance(self.w, mx.array) else self._copied
+
+    @functools.cached_property
+    def _copied(self) -> Weight:
         copied = self._like(_device_copy)
         has_values(*copied.arrays)
         return copied
