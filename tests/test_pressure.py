@@ -241,6 +241,25 @@ def test_logits_stay_the_same_while_experts_give_way(packed, hurried, native, bo
     assert sizes[1] == int(most * 3 / 4)
 
 
+@pytest.mark.parametrize("native", [None, False], ids=["ours", "mlx-lm"])
+def test_segments_are_replaced_in_steps_where_only_they_give_memory_back(
+    packed, hurried, native, monkeypatch
+):
+    monkeypatch.setattr(device, "returns_pages", lambda: False)
+    options = {"expert_memory": "1GB", "native": native}
+    expected, _ = decode(moeflux_mlx.load(packed, **options)[0])
+    model = moeflux_mlx.load(packed, **options)[0]
+    streamer, most = model.streamer, model.streamer.n_slots
+    found, sizes = decode(model, hurried)
+    assert found == expected
+    assert min(sizes) < most / 2 and sizes[1] == int(most * 3 / 4)
+    assert sizes[len(LEVELS) - 1] == most
+    eighths = {n * most // 8 for n in range(9)}
+    assert eighths.union([streamer.least_slots]) >= set(sizes)
+    taken = streamer.n_slots * streamer.slot_bytes + streamer.slack_bytes
+    assert streamer.memory_bytes == taken
+
+
 def test_a_long_call_without_caches_gives_way_before_it_begins(packed, hurried):
     model = moeflux_mlx.load(packed, expert_memory="1GB")[0]
     most = model.streamer.n_slots

@@ -49,6 +49,14 @@ class _Thread(threading.local):
 _THREAD = _Thread()
 
 
+def forget_gone() -> None:
+    """Let MLX forget functions that are gone, and the arrays in them, in this thread.
+
+    Other threads do so when they call one the next time, or end.
+    """
+    _THREAD.forget()
+
+
 class Compiled(Generic[P, R]):
     """A function as ``mx.compile`` makes it, for use in any thread.
 

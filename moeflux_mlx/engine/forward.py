@@ -288,9 +288,9 @@ class Forward:
         for source in sources:
             if source is not None:
                 source.asked(n_experts)
-        if streamer is None and self.runtime.streamer is not None:
-            # From a trace states may be computed by themselves, from experts once more:
-            # begun now, they need no slot when the pool becomes smaller.
+        if self.runtime.streamer is not None:
+            # What a trace gave keeps all of the trace, experts' slots too, until it is
+            # computed: it is begun now, so that slots can be given up between calls.
             mx.async_eval(logits, [states_of(c) for c in cache])
         self._guard(logits)
         return logits

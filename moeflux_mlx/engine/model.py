@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
 
+from ..calls.compiling import forget_gone
 from ..errors import ModelError
 from ..experts.weights import Weight, has_values
 from .executors import Encoding, Executor
@@ -169,6 +170,7 @@ class GraphRunner:
     def let_go(self) -> None:
         """Keep no traces: experts' arrays are part of them."""
         self._traces.clear()
+        forget_gone()
 
     def run(
         self,

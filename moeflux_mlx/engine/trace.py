@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, KVCache
 
-from ..calls.compiling import Compiled
+from ..calls.compiling import Compiled, forget_gone
 from ..experts.weights import leaves
 from .model import BuiltOnce
 
@@ -115,6 +115,7 @@ class StepTracer:
     def let_go(self) -> None:
         """Keep no traces, nor what is part of them."""
         self._traces.clear()
+        forget_gone()
 
     def give_back(self) -> None:
         """Give caches the states that a call has, unless they have theirs.

@@ -82,10 +82,13 @@ class Division:
         return self.n_slots * stride + self.slack_bytes(stride)
 
     def replacing_bytes(self, stride: int) -> int:
-        """Return the bytes to be taken besides when it first becomes smaller."""
+        """Return the bytes to be taken besides when it first becomes smaller.
+
+        They are enough for a blank slot, whether or not there is one.
+        """
         least = self.n_groups * self.least
         most = largest_replaced(self.group_slots, self.n_slots, least)
-        return allocated_bytes(most + self.blank, stride) if most else 0
+        return allocated_bytes(most + 1, stride) if most else 0
 
 
 def by_group(counts: Sequence[int], n_groups: int) -> list[int]:
@@ -210,8 +213,10 @@ class _Room:
             # Each group of slots has its own, to be replaced whole.
             return len(self.counts)
         each = min(max(self.counts), LEAST_SEGMENT_SLOTS)
+        # As many for who plans the pool as for who makes it, and spares slots.
+        whole = replace(self, spares=False)
         for n in range(min(MOST_SEGMENTS, len(self.counts)), 1, -1):
-            if gives_way and self.allows(n) and self.division(n).n_slots >= n * each:
+            if gives_way and self.allows(n) and whole.division(n).n_slots >= n * each:
                 return n
         return 1
 
