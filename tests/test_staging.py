@@ -178,6 +178,31 @@ def test_experts_that_move_are_copied_on_the_device(runtime, store, plain):
         assert streamer.stats.total.misses == misses
 
 
+def test_experts_are_copied_into_a_shorter_buffer_on_the_device(
+    runtime, store, plain, monkeypatch
+):
+    monkeypatch.setattr(device, "returns_pages", lambda: False)
+    with stream(store, 9, inline_bytes=0) as streamer:
+        for layer, experts in ((0, [1, 2]), (1, [3, 4]), (0, [5, 6])):
+            check(streamer, plain, layer, experts)
+        for n_slots in (4, 7, 2):
+            n_held = len(streamer.held)
+            streamer.resize(n_slots)
+            assert len(streamer.held) == min(n_held, n_slots)
+            misses = streamer.stats.total.misses
+            for layer, expert in streamer.held:
+                check(streamer, plain, layer, [expert])
+            assert streamer.stats.total.misses == misses
+        runtime.failing = "cudaMemcpyAsync"
+        held = streamer.held
+        with pytest.raises(BackendError, match="cudaMemcpyAsync"):
+            streamer.resize(6)
+        runtime.failing = ""
+        assert (streamer.held, streamer.n_slots) == (held, 2)
+        for layer, expert in held:
+            check(streamer, plain, layer, [expert])
+
+
 @pytest.mark.sampled
 @pytest.mark.parametrize(
     "failing",
@@ -244,6 +269,16 @@ def test_an_error_of_cuda_names_call_and_code():
         Copier(runtime).unpin(5)
 
 
+def check_on_gpu(streamer, plain, layer, experts) -> None:
+    """Do as ``check`` with what the GPU finds in the slots."""
+    source = streamer.source(layer)
+    slots = source.slots(mx.array([experts]))
+    found = np.array(source.weights.gate.w[slots[0]])
+    for expert, rows in zip(experts, found, strict=True):
+        expected = expert_bytes(plain, layer, expert)["gate_proj.weight"]
+        assert rows.tobytes() == expected
+
+
 @pytest.mark.cuda
 def test_records_arrive_in_the_memory_of_a_gpu(store, plain, inline_bytes):
     rng = np.random.default_rng(2)
@@ -252,11 +287,25 @@ def test_records_arrive_in_the_memory_of_a_gpu(store, plain, inline_bytes):
         for i in range(40):
             layer = int(rng.integers(N_LAYERS))
             experts = rng.permutation(N_EXPERTS)[:TOP_K].tolist()
-            source = streamer.source(layer)
-            slots = source.slots(mx.array([experts]))
-            found = np.array(source.weights.gate.w[slots[0]])
-            for expert, rows in zip(experts, found, strict=True):
-                expected = expert_bytes(plain, layer, expert)["gate_proj.weight"]
-                assert rows.tobytes() == expected
+            check_on_gpu(streamer, plain, layer, experts)
             if i == 20:
                 streamer.resize(4)
+
+
+@pytest.mark.cuda
+def test_a_shorter_buffer_has_what_moved_there_on_the_gpu(store, plain, inline_bytes):
+    with stream(store, 2 * N_EXPERTS - 2, inline_bytes=inline_bytes) as streamer:
+        for layer in range(N_LAYERS):
+            for first in range(0, N_EXPERTS - 1, 2):
+                check_on_gpu(streamer, plain, layer, [first, first + 1])
+        for n_slots in (9, 4, streamer.most_slots, 5):
+            n_held = len(streamer.held)
+            before, taken = mx.get_active_memory(), streamer.memory_bytes
+            streamer.resize(n_slots)
+            lost = taken - streamer.memory_bytes
+            assert lost and abs(before - mx.get_active_memory() - lost) < 1 << 16
+            misses = streamer.stats.total.misses
+            assert len(streamer.held) == min(n_held, n_slots)
+            for layer, expert in streamer.held:
+                check_on_gpu(streamer, plain, layer, [expert])
+            assert streamer.stats.total.misses == misses
