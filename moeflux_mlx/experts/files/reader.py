@@ -45,10 +45,6 @@ class HostPlace(Place):
     def open(self) -> memoryview:
         return self._buffer
 
-    def close(self, whole: bool) -> None:
-        # Who still has the read has no memory by that.
-        self._buffer = memoryview(b"")
-
 
 @dataclass(slots=True)
 class Read:
@@ -163,6 +159,10 @@ class Batch:
     def over(self) -> bool:
         """Whether nothing is left to read and no thread is at it."""
         return not (self._left or self._n_threads)
+
+    def let_go(self) -> None:
+        """Keep no slots' memory: a thread may yet come to find nothing left."""
+        self.reads = ()
 
     def cancel(self) -> None:
         """Leave out reads that no thread has begun; such ones are never ``done``."""

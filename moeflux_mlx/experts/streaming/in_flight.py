@@ -139,6 +139,7 @@ class InFlight:
                 if (error := self._settle_read(read, slot, begun.ahead)) is not None:
                     failed[read.layer, read.expert] = error
             self._begun.remove(begun)
+            begun.batch.let_go()
         return failed
 
     def cancel(self) -> None:
@@ -163,6 +164,7 @@ class InFlight:
             batch = Batch(reads)
             self.reader.submit(batch)
             batch.wait()
+            batch.let_go()
             self._count_preloaded(reads)
             n_read += len(slots)
             if report is not None:
