@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
 
 import moeflux_mlx
+from moeflux_mlx import device
 from moeflux_mlx.cli import main
 from moeflux_mlx.errors import ConfigError
 from moeflux_mlx.experts.pool.policy import LFU, LRU, POLICIES
@@ -132,6 +133,25 @@ def test_hits_are_those_that_the_streamer_counts(packed, trace, n_slots, name, s
             n_misses = simulated.misses[:, row].sum()
             assert counted.misses == n_misses > 0
             assert counted.hits == simulated.requests[:, row].sum() - n_misses
+
+
+def test_hits_with_segments_are_those_that_the_streamer_counts(
+    packed, trace, monkeypatch
+):
+    n_bytes = 24 * stride(packed) + 3 * POOL_ALIGNMENT
+    monkeypatch.setattr(device, "returns_pages", lambda: False)
+    model, _ = moeflux_mlx.load(packed, expert_memory=n_bytes, policy="lfu")
+    with model.streamer as streamer:
+        assert (streamer.n_slots, len(streamer.pools)) == (24, 3)
+        prompt = mx.array(PROMPT)
+        for _ in generate_step(prompt, model, max_tokens=30, prefill_step_size=4):
+            pass
+        counted = [streamer.stats[layer].misses for layer in trace.layers]
+    three, one = (replay(trace, 24, LFU, n_segments=n) for n in (3, 1))
+    assert counted == three.misses.sum(axis=0).tolist()
+    assert counted != one.misses.sum(axis=0).tolist()
+    with pytest.raises(ConfigError, match=r"\[segments\] expected 1 to 4"):
+        simulate(trace, {"lfu": LFU}, [0.5], n_segments=5)
 
 
 @pytest.mark.sampled

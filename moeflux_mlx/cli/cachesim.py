@@ -54,6 +54,14 @@ def add_parser(subparsers: Any) -> None:
         "even share)",
     )
     parser.add_argument(
+        "--segments",
+        type=integer(1),
+        default=1,
+        metavar="N",
+        help="buffers, whose layers alone share slots: up to 8 where only whole ones "
+        "go back to the system (default: 1)",
+    )
+    parser.add_argument(
         "--read-ahead",
         action="store_true",
         help="also let each policy read what the next layer's router foresaw",
@@ -79,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
         scope=args.scope,
         floor=args.floor,
         read_ahead=args.read_ahead,
+        n_segments=args.segments,
     )
     title = (
         f"{trace.model_type}, {trace.top_k} of {trace.n_experts} experts in "

@@ -65,6 +65,7 @@ def simulate(
     scope: str = "global",
     floor: int | None = None,
     read_ahead: bool = False,
+    n_segments: int = 1,
 ) -> list[Outcome]:
     """Return the results of the optimum and every policy at each share of slots.
 
@@ -72,6 +73,7 @@ def simulate(
         shares: of all experts, more than 0 and less than 1.
         scope, floor: as for ``ExpertStreamer``.
         read_ahead: let each policy also read ahead; the optimum never does.
+        n_segments: as for ``replay``; the optimum has one.
 
     Raises:
         ConfigError: a share is out of range, or too small for a token, or the trace
@@ -84,24 +86,35 @@ def simulate(
         )
     found: list[Outcome] = []
     for share in shares:
-        n_slots = _count_slots(trace, share, scope)
+        n_slots = _count_slots(trace, share, scope, n_segments)
         optimum = replay_optimum(trace, n_slots, scope=scope)
         found.append(_outcome(trace, OPTIMUM, share, n_slots, optimum))
         for name, policy in policies.items():
             for ahead in (False, True) if read_ahead else (False,):
                 done = replay(
-                    trace, n_slots, policy, scope=scope, floor=floor, read_ahead=ahead
+                    trace,
+                    n_slots,
+                    policy,
+                    scope=scope,
+                    floor=floor,
+                    read_ahead=ahead,
+                    n_segments=n_segments,
                 )
                 label = name + READING_AHEAD if ahead else name
                 found.append(_outcome(trace, label, share, n_slots, done))
     return found
 
 
-def _count_slots(trace: RoutingTrace, share: float, scope: str) -> int:
+def _count_slots(trace: RoutingTrace, share: float, scope: str, n_segments: int) -> int:
     n_rows = len(trace.layers)
-    n_groups = 1 if scope == "global" else n_rows
+    if not 1 <= n_segments <= n_rows:
+        raise ConfigError(
+            f"[segments] expected 1 to {n_rows}, one a layer, but got {n_segments}"
+        )
+    n_groups = n_segments if scope == "global" else n_rows
     n_slots = round(share * n_rows * trace.n_experts) if 0 < share < 1 else 0
-    n_slots -= n_slots % n_groups
+    if scope != "global":
+        n_slots -= n_slots % n_groups
     if n_slots < n_groups * trace.top_k:
         raise ConfigError(
             f"[cachesim] expected a share below 1 with at least "
@@ -135,6 +148,7 @@ def replay(
     scope: str = "global",
     floor: int | None = None,
     read_ahead: bool = False,
+    n_segments: int = 1,
 ) -> Replay:
     """Return the counts of an ``ExpertStreamer`` with as many slots on this routing.
 
@@ -143,6 +157,7 @@ def replay(
         policy, scope, floor: as for ``ExpertStreamer``.
         read_ahead: read what ``trace.likely`` says before each layer asks; all of it
             arrives in time, where the streamer might have to wait.
+        n_segments: buffers, whose layers alone share slots.
     """
     table = SlotTable(
         len(trace.layers),
@@ -150,7 +165,9 @@ def replay(
         n_slots,
         top_k=trace.top_k,
         policy=policy,
-        n_groups=1 if scope == "global" else len(trace.layers),
+        n_groups=n_segments if scope == "global" else len(trace.layers),
+        n_segments=n_segments,
+        least=trace.top_k,
         floor=floor,
     )
     requests, misses, ahead = (
