@@ -144,7 +144,9 @@ class Watched:
 
     def __init__(self, least: int = 6, wanted: int = 64):
         self.now, self.level, self.n_looks, self.wanted = 0.0, NORMAL, 0, wanted
-        streamer = SimpleNamespace(least_slots=least, stays=False)
+        streamer = SimpleNamespace(
+            least_slots=least, stays=False, rounded=lambda n_slots: n_slots
+        )
         self.relief = Relief(streamer, self.pressure, lambda: self.now)
 
     def pressure(self) -> Pressure:

@@ -48,8 +48,8 @@ class Relief:
 
     def n_slots(self, wanted: int) -> int:
         """Return how many of so many wanted slots there may be now."""
-        n_slots = int(wanted * self._share)
-        return min(wanted, max(self._streamer.least_slots, n_slots))
+        n_slots = max(self._streamer.least_slots, int(wanted * self._share))
+        return min(wanted, self._streamer.rounded(n_slots))
 
     def look(self, wanted: int) -> bool:
         """Look at the system if it is time; tell whether ``n_slots`` has changed."""
