@@ -236,7 +236,7 @@ def test_a_segment_keeps_its_buffer_until_the_next_one_is_whole(
         check_held(streamer, expected)
 
 
-PROMPT, N_TOKENS = [3, 1, 4, 1, 5, 9, 2, 6], 3
+PROMPT, N_TOKENS = [3, 1, 4, 1, 5, 9, 2, 6], 2
 
 
 class Run:
@@ -274,6 +274,12 @@ def opened(kind, executor, optimistic, read_ahead, n_slots, packed, checkpoint):
     return model
 
 
+@pytest.fixture(scope="module")
+def resident():
+    """Logits of models that hold all experts and never change, by how they run."""
+    return {}
+
+
 def released(streamer, n_slots: int) -> tuple[int, int]:
     """Change the size; return what active memory and what the pool lost by that.
 
@@ -304,11 +310,21 @@ def released(streamer, n_slots: int) -> tuple[int, int]:
 )
 @pytest.mark.parametrize("n_slots", [32, 16], ids=["all", "half"])
 def test_memory_falls_with_the_pool_and_no_bit_changes(
-    kind, executor, optimistic, read_ahead, n_slots, packed, checkpoint, whole_buffers
+    kind,
+    executor,
+    optimistic,
+    read_ahead,
+    n_slots,
+    packed,
+    checkpoint,
+    whole_buffers,
+    resident,
 ):
     """The next token does not take the old buffers again."""
     options = kind, executor, optimistic, read_ahead
-    expected = Run(opened(*options, 32, packed, checkpoint))(5 * N_TOKENS).logits
+    if options not in resident:
+        whole = Run(opened(*options, 32, packed, checkpoint))
+        resident[options] = whole(5 * N_TOKENS).logits
     model = opened(*options, n_slots, packed, checkpoint)
     streamer, run = model.streamer, Run(model)()
     least, most = streamer.least_slots, streamer.most_slots
@@ -320,7 +336,7 @@ def test_memory_falls_with_the_pool_and_no_bit_changes(
         run(1)
         assert mx.get_active_memory() - before < 64 * KIB
         run(N_TOKENS - 1)
-    assert np.array_equal(run.logits, expected)
+    assert np.array_equal(run.logits, resident[options])
 
 
 class FewNeeds:

@@ -288,10 +288,10 @@ class Forward:
         for source in sources:
             if source is not None:
                 source.asked(n_experts)
-        if self.runtime.streamer is not None:
-            # What a trace gave keeps all of the trace, experts' slots too, until it is
-            # computed: it is begun now, so that slots can be given up between calls.
-            mx.async_eval(logits, [states_of(c) for c in cache])
+        if isinstance(self.runtime.streamer, ExpertStreamer):
+            # What a trace gave keeps it, with experts' slots, until that is computed.
+            states = [x for c in cache for x in states_of(c)]
+            self.runtime.streamer.begin(states)
         self._guard(logits)
         return logits
 

@@ -23,6 +23,8 @@ class Guards:
         self._evaluate = evaluate
         self._thread = 0
         self._own: list[mx.array] = []
+        # To be begun with them, and not waited for.
+        self._besides: list[mx.array] = []
         self._handed: list[mx.array] = []
 
     def add(self, arrays: Sequence[mx.array]) -> None:
@@ -30,16 +32,26 @@ class Guards:
         self._enter()
         self._own.extend(arrays)
 
+    def begin(self, arrays: Sequence[mx.array]) -> None:
+        """Have lazy arrays begun when this thread hands over, and keep them no longer.
+
+        What holds memory as long as it is lazy, others may update in place later.
+        """
+        self._enter()
+        self._besides.extend(arrays)
+
     def hand_over(self) -> None:
         """Begin to compute what this thread guards, for any thread to wait for."""
         self._enter()
-        if not self._own:
+        besides, self._besides = self._besides, []
+        begun = [*self._own, *besides]
+        if not begun:
             return
         try:
-            mx.async_eval(*self._own)
+            mx.async_eval(*begun)
         except ValueError:
             # As inside mx.grad, where waiting is allowed.
-            mx.eval(*self._own)
+            mx.eval(*begun)
         self._handed.extend(self._own)
         self._own = []
 
@@ -67,7 +79,7 @@ class Guards:
     def _enter(self) -> None:
         me = threading.get_ident()
         if self._thread != me:
-            self._own = []
+            self._own, self._besides = [], []
             self._thread = me
 
     def _forget(self) -> None:

@@ -410,6 +410,11 @@ class ExpertStreamer(Uncopied):
         with self.lock:
             self._guards.add(outputs)
 
+    def begin(self, arrays: Sequence[mx.array]) -> None:
+        """Begin lazy arrays before the next ``resize``: they hold slots until then."""
+        with self.lock:
+            self._guards.begin(arrays)
+
     def guard_result(self, result: mx.array) -> None:
         """Have the result of a call that guarded nothing else computed in time.
 
