@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import load_model
 from native_models import simulated
 from synthetic import expert_bytes, slot_bytes, write_checkpoint
@@ -337,6 +337,22 @@ def test_memory_falls_with_the_pool_and_no_bit_changes(
         assert mx.get_active_memory() - before < 64 * KIB
         run(N_TOKENS - 1)
     assert np.array_equal(run.logits, resident[options])
+
+
+def test_traces_of_single_layers_go_with_the_pool(packed, checkpoint, whole_buffers):
+    """As with a cache that no trace of a whole step knows."""
+    runs = []
+    for changes in (False, True):
+        run = Run(opened("native", "traced", "on", "off", 32, packed, checkpoint))
+        run.cache[3] = RotatingKVCache(64)
+        run(3)
+        runners = [layer._runner for layer in run.model.graph_layers]
+        assert all(runner._traces.values() for runner in runners)
+        if changes:
+            lost, wanted = released(run.model.streamer, 9)
+            assert wanted > 256 * KIB and abs(lost - wanted) < 24 * KIB
+        runs.append(run(3).logits)
+    assert np.array_equal(*runs)
 
 
 class FewNeeds:

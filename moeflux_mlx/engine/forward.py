@@ -38,7 +38,7 @@ from .ops.functions import Array, namespace, to_device, to_host
 from .parameters import LayerWeights, Watch
 from .runtime import Runtime
 from .steps import TokenSteps
-from .trace import Passed, StepTracer, arrays_of, states_of
+from .trace import Passed, StepTracer, arrays_of
 
 
 class Forward:
@@ -166,7 +166,7 @@ class Forward:
             # A computation backwards reads the experts once more.
             streamer.stay()
         else:
-            self._guard(rows)
+            self._guard(rows, cache)
         return rows
 
     def _put_back_on_failure(
@@ -288,14 +288,10 @@ class Forward:
         for source in sources:
             if source is not None:
                 source.asked(n_experts)
-        if isinstance(self.runtime.streamer, ExpertStreamer):
-            # What a trace gave keeps it, with experts' slots, until that is computed.
-            states = [x for c in cache for x in states_of(c)]
-            self.runtime.streamer.begin(states)
-        self._guard(logits)
+        self._guard(logits, cache)
         return logits
 
-    def _guard(self, result: Array) -> None:
+    def _guard(self, result: Array, cache: list[Any] | None) -> None:
         """Have the result of a call computed before experts that it reads are gone."""
         streamer = self.runtime.streamer
         # For a function that MLX transforms all experts stay, and on the host nothing
@@ -303,6 +299,9 @@ class Forward:
         lazy = isinstance(result, mx.array) and not self.runtime.is_reference
         if streamer is not None and lazy:
             streamer.guard_result(result)
+        if isinstance(streamer, ExpertStreamer) and lazy and cache:
+            # What a trace gave keeps it, with experts' slots, until that is computed.
+            streamer.begin(arrays_of(cache))
 
     def _bind(self) -> tuple[list[Mapping[str, Weight]], list[GraphExperts | None]]:
         """Return all weights and experts; anew if a call found that one changed.
@@ -412,7 +411,7 @@ class Forward:
                 self.runtime.executor.begin_layer(self._chunk, layer.index, hidden)
                 hidden = layer(hidden, layer_cache, steps)
                 report(layer.index)
-            self._guard(hidden)
+            self._guard(hidden, cache)
         shape = (n_seqs, t, self.args.hidden_size)
         return self._end("norm", hidden, _build_norm).reshape(shape)
 

@@ -169,6 +169,8 @@ class GraphRunner:
 
     def let_go(self) -> None:
         """Keep no traces: experts' arrays are part of them."""
+        for trace in self._traces.values():
+            trace.let_go()
         self._traces.clear()
         forget_gone()
 

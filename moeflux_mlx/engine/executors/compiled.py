@@ -108,6 +108,11 @@ class CompiledSteps:
 
         return call
 
+    def let_go(self) -> None:
+        """Let all that is part of the traces go at once: functions refer to parts."""
+        for part in self._parts:
+            part.call = None
+
     def run(self, encoding: Encoding) -> None:
         """Run the steps."""
         host, weights, values = encoding.host, encoding.weights, encoding.values
