@@ -396,9 +396,9 @@ class ExpertStreamer(Uncopied):
         return PreloadedExperts(weights, self.stats[layer])
 
     def weights(self, layer: int) -> ExpertWeights:
-        """Return all slots of a layer's segment in the layer's layout, as they are now.
+        """Return all slots of a layer's segment in the layer's layout.
 
-        Of what comes and goes, that is: until the next ``resize``.
+        They are there until the next ``resize``, and only where experts come and go.
         """
         if layer not in self._weights:
             layout = self._store.layout(layer)
