@@ -608,9 +608,10 @@ template <typename T, typename W>
 
 // T tokens times a quantised matrix, as tiles of matrix products.
 //
-// x: [T,I]; w, scales, biases: a matrix [O,I] in BITS bits; out: [T,O]. Launch: threadgroups of
-// 128 on (O / 64, T / 32). Unpacked values meet 32 tokens, so unpacking costs nothing.
-template <typename T, typename S, int BITS, int G>
+// x: [T,I]; w, scales, biases: a matrix [O,I] in BITS bits, of floats where there are no biases;
+// out: [T,O]. Launch: threadgroups of 128 on (O / 64, T / 32). Unpacked values meet 32 tokens, so
+// unpacking costs nothing.
+template <typename T, typename S, int BITS, int G, bool HAS_BIASES>
 [[kernel]] void qmm_t(
     device const T* x,
     device const uint* w,
@@ -623,6 +624,7 @@ template <typename T, typename S, int BITS, int G>
     uint2 tile [[threadgroup_position_in_grid]],
     uint thread_index [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+  constexpr bool FLOATS = !HAS_BIASES;
   threadgroup float4 x_tile[TILE_ROWS * TILE_PITCH / 4];
   threadgroup float4 w_tile[TILE_COLUMNS * TILE_PITCH / 4];
   threadgroup float* result = (threadgroup float*)w_tile;
@@ -632,9 +634,9 @@ template <typename T, typename S, int BITS, int G>
   bool has_row = x_row < n_rows;
   auto x_at = x + ulong(first + (has_row ? x_row : 0)) * n_in;
   ulong o = min(tile.x * TILE_COLUMNS + thread_index / 2, n_out - 1);
-  multiply_tile<BITS, G>(
+  multiply_tile<BITS, FLOATS, G>(
       x_at, has_row, w + o * (n_in * BITS / 32), scales + o * (n_in / G),
-      biases + o * (n_in / G), n_in, n_rows, x_tile, w_tile, thread_index, simdgroup);
+      biases + (FLOATS ? 0 : o * (n_in / G)), n_in, n_rows, x_tile, w_tile, thread_index, simdgroup);
   uint column = tile.x * TILE_COLUMNS + thread_index % TILE_COLUMNS;
   if (column < n_out) {
     for (uint r = thread_index / TILE_COLUMNS; r < n_rows; r += 2) {
@@ -687,7 +689,7 @@ template <typename T, typename S, int BITS, int G>
     ulong slot = slots[first + begin];
     bool has_row = x_row >= begin && x_row < end;
     auto x_at = x + ulong(first + (has_row ? x_row : 0)) * n_in;
-    multiply_tile<BITS, G>(
+    multiply_tile<BITS, false, G>(
         x_at, has_row, w + slot * w_row + w_base + o * (n_in * BITS / 32),
         scales + slot * s_row + s_base + o * (n_in / G),
         biases + slot * b_row + b_base + o * (n_in / G), n_in, end, x_tile, w_tile,

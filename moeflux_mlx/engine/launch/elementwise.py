@@ -6,6 +6,7 @@ d head width.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -117,16 +118,43 @@ def swiglu_fused_vec4(gate: mx.array, up: mx.array) -> Launch:
     return _pair("swiglu_fused_vec4", {"gate": gate, "up": up}, 1, per_thread=4)
 
 
+def swiglu(gate: mx.array, up: mx.array, alpha: float, limit: float) -> mx.array:
+    """Return ``silu(gate) * up``, or with a ``limit`` the clipped one."""
+    if limit:
+        gate, up = mx.minimum(gate, limit), mx.clip(up, -limit, limit) + 1
+    return gate * mx.sigmoid((alpha if limit else 1.0) * gate) * up
+
+
+def _clipped(
+    gate: mx.array, up: mx.array, alpha: float = 1.0, limit: float = 0.0
+) -> mx.array:
+    wide = gate.astype(mx.float32), up.astype(mx.float32)
+    return swiglu(*wide, alpha, limit).astype(gate.dtype)
+
+
+def _two_to_clip(
+    rng: np.random.Generator, dtype: mx.Dtype, t: int, d: int, clipped: int = 0
+) -> tuple[Any, ...]:
+    given = _two_matrices(rng, dtype, t, d)
+    return (*given, 1.702, 0.75) if clipped else given
+
+
 @kernel(
-    reference=_swiglu,
-    sample=_two_matrices,
-    sizes=MATRICES,
+    reference=_clipped,
+    sample=_two_to_clip,
+    sizes=[*MATRICES, {**MATRICES[-1], "clipped": 1}],
     large=LARGE_MATRIX,
     varying=("n",),
 )
-def swiglu_fused_batched(gate: mx.array, up: mx.array) -> Launch:
-    """``silu(gate) * up`` over ``[T, F]``."""
-    return _pair("swiglu_fused_batched", {"gate": gate, "up": up}, 2, per_thread=4)
+def swiglu_fused_batched(
+    gate: mx.array, up: mx.array, alpha: float = 1.0, limit: float = 0.0
+) -> Launch:
+    """``silu(gate) * up`` over ``[T, F]``; a ``limit`` clips as ``swiglu`` does."""
+    require("limit", limit >= 0, "0 or a bound", limit)
+    inputs = {"gate": gate, "up": up}
+    launch = _pair("swiglu_fused_batched", inputs, 2, per_thread=4)
+    numbers = {"alpha": alpha, "limit": limit}
+    return replace(launch, inputs={**launch.inputs, **numbers})
 
 
 def _sigmoid_gate(x: mx.array, gate: mx.array) -> mx.array:

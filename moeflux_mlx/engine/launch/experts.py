@@ -2,12 +2,13 @@
 
 Letters: D model width, E experts, K experts of the token, N expert width, F that of the
 shared expert, I and O input and output width of a projection, G quantisation group. One
-projection of all experts is given as ``Weight.records``: words, scales and biases, row
-``slot`` of each array, the matrix from the base on.
+projection of all experts is given as ``Weight.records``: words, scales, biases and what
+is added to products, row ``slot`` of each array, the matrix from the base on.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -25,21 +26,36 @@ from .base import (
     require,
     require_part,
 )
+from .elementwise import swiglu
 from .moe import check_routing, random_logits, random_weights, softmax_topk
 from .quant import check_rows, dense_matrix, quantised
-from .slots import Matrix, check_matrix, in_slots, numbers, random_matrix, unpacked
+from .slots import (
+    Matrix,
+    added,
+    check_matrix,
+    matrix_inputs,
+    numbers,
+    random_matrix,
+    row_lengths,
+    types_of,
+    unpacked,
+)
 
 
-def _words_a_load(matrices: list[Matrix], n_rows: int, n_in: int, bits: int) -> int:
+def _words_a_load(
+    matrices: list[Matrix], n_rows: int, n_in: int, bits: int, group_size: int
+) -> int:
     """Return the widest aligned load that leaves no lane of a simdgroup idle.
 
-    At most 32 values, so that they have one scale. ``n_rows`` are walked as one.
+    At most 32 values of a group, so that they have one scale. ``n_rows`` are walked as
+    one.
     """
     row_words = n_in * bits // 32
-    words = min(4, bits)
+    words = min(4, bits, group_size * bits // 32)
     while words > 1:
         offsets = [row_words]
-        for w, _, _ in matrices:
+        for w, *_ in matrices:
+            assert w is not None
             offsets += [w.base, w.array.shape[1]]
         if n_rows * row_words >= SIMD * words and all(n % words == 0 for n in offsets):
             break
@@ -57,15 +73,18 @@ def _gate_up(
     group_size: int,
     x_at: int = 0,
     n_in: int | None = None,
+    alpha: float = 1.0,
+    limit: float = 0.0,
 ) -> mx.array:
     x32, rows = x.astype(mx.float32).reshape(-1), []
     x32 = x32[x_at : x_at + (n_in or x32.size)]
     for slot in numbers(slots):
         g, u = (
             unpacked(m, slot, n_out, x32.size, bits, group_size) @ x32
+            + added(m, slot, n_out)
             for m in (gate, up)
         )
-        rows.append(g * mx.sigmoid(g) * u)
+        rows.append(swiglu(g, u, alpha, limit))
     return mx.stack(rows).astype(x.dtype)
 
 
@@ -84,13 +103,39 @@ def _some_gate_up(
     g: int,
     s: int,
     base: int = 0,
+    **form: int,
 ) -> tuple[Any, ...]:
-    gate, up = (
-        random_matrix(rng, other_dtype(dtype, s), k + 1, (n, i), bits, g, base)
-        for _ in range(2)
-    )
+    shape = (n, i)
+    gate, up = _two(rng, dtype, k + 1, shape, bits, g, s, base, **form)
     x = normal(rng, dtype, i + 2 * base)
-    return x, _slots(rng, k), gate, up, n, bits, g, base, i
+    given = x, _slots(rng, k), gate, up, n, bits, g, base, i
+    return (*given, *CLIPPED) if form.get("clipped") else given
+
+
+# As gpt-oss has it, but for a limit that products of samples pass.
+CLIPPED = (1.702, 0.5)
+
+
+def _two(
+    rng: np.random.Generator,
+    dtype: mx.Dtype,
+    n_slots: int,
+    shape: tuple[int, int],
+    bits: int,
+    g: int,
+    s: int,
+    base: int,
+    *,
+    floats: int = 0,
+    bias: int = 0,
+    clipped: int = 0,
+) -> list[Matrix]:
+    """Return two matrices a slot, of floats or with something added if asked for."""
+    of_bias = other_dtype(dtype, s) if bias else None
+    how = bits, g, base
+    options: dict[str, Any] = {"floats": bool(floats), "bias": of_bias}
+    make = partial(random_matrix, rng, other_dtype(dtype, s), n_slots, shape)
+    return [make(*how, **options) for _ in range(2)]
 
 
 @kernel(
@@ -102,6 +147,9 @@ def _some_gate_up(
         dict(k=2, i=1152, n=32, bits=4, g=128, s=1, base=4),
         dict(k=2, i=1088, n=5, bits=4, g=64, s=0),
         dict(k=10, i=1056, n=6, bits=8, g=32, s=0, base=3),
+        dict(k=3, i=96, n=23, bits=4, g=32, s=1, base=4, floats=1, bias=1, clipped=1),
+        dict(k=2, i=1088, n=5, bits=4, g=16, s=0, base=2, floats=1),
+        dict(k=2, i=64, n=17, bits=4, g=32, s=0, base=1, bias=1),
     ],
     large=dict(k=8, i=2048, n=768, bits=4, g=64, s=1),
     varying=(),
@@ -116,15 +164,19 @@ def experts_gate_up_swiglu(
     group_size: int,
     x_at: int = 0,
     n_in: int | None = None,
+    alpha: float = 1.0,
+    limit: float = 0.0,
 ) -> Launch:
     """``silu(Wg x) * (Wu x)`` of the experts in ``slots``: ``[K, N]``.
 
     ``x`` is ``[I]`` or ``[1, I]``, or a row in which the ``n_in`` values begin at
-    ``x_at``; ``slots`` ``[K]`` or ``[1, K]``.
+    ``x_at``; ``slots`` ``[K]`` or ``[1, K]``. A ``limit`` clips as ``swiglu`` does.
     """
     width, k = one_row("x", x), one_row("slots", slots)
     n_in = width if n_in is None else n_in
-    inputs, template = _gate_and_up(x, gate, up, n_out, bits, group_size, x_at, n_in)
+    inputs, template, types = _gate_and_up(
+        x, gate, up, n_out, bits, group_size, x_at, n_in, alpha, limit
+    )
     return Launch(
         "experts_gate_up_swiglu",
         {**inputs, "slots": slots},
@@ -132,6 +184,7 @@ def experts_gate_up_swiglu(
         (256 * groups(n_out, 16), k, 1),
         (256, 1, 1),
         template,
+        types,
     )
 
 
@@ -144,21 +197,24 @@ def _gate_and_up(
     group_size: int,
     x_at: int,
     n_in: int,
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """Check what both kernels of gate and up take; return inputs and template."""
+    alpha: float,
+    limit: float,
+) -> tuple[dict[str, Any], dict[str, int], dict[str, mx.Dtype]]:
+    """Check what both kernels of gate and up take; return inputs, template, types."""
     require_part("x_at", x_at, n_in, one_row("x", x))
+    require("limit", limit >= 0, "0 or a bound", limit)
     rows = check_matrix("gate", gate, n_out, n_in, bits, group_size)
     up_rows = check_matrix("up", up, n_out, n_in, bits, group_size)
     require("up", up_rows == rows, f"rows as long as gate's {rows}", up_rows)
     inputs: dict[str, Any] = {"x": x, "x_at": x_at, "n_in": n_in, "n_out": n_out}
+    inputs |= {"alpha": alpha, "limit": limit}
+    words = _words_a_load([gate, up], 1, n_in, bits, group_size)
+    template = {"BITS": bits, "G": group_size, "WORDS": words}
     for name, matrix in (("gate", gate), ("up", up)):
-        parts = zip(("w", "scales", "biases"), matrix, strict=True)
-        for part, records in parts:
-            inputs[f"{name}_{part}"] = records.array
-            inputs[f"{name}_{part[0]}_base"] = records.base
-    inputs |= {"w_row": rows[0], "s_row": rows[1], "b_row": rows[2]}
-    words = _words_a_load([gate, up], 1, n_in, bits)
-    return inputs, {"BITS": bits, "G": group_size, "WORDS": words}
+        parts, there = matrix_inputs(matrix, f"{name}_")
+        inputs |= parts
+        template |= there
+    return {**inputs, **row_lengths(rows)}, template, types_of(gate, x.dtype)
 
 
 def _routed_gate_up(
@@ -172,11 +228,13 @@ def _routed_gate_up(
     group_size: int,
     x_at: int,
     n_in: int,
+    alpha: float = 1.0,
+    limit: float = 0.0,
 ) -> tuple[mx.array, mx.array, mx.array]:
     chosen, weights = softmax_topk(x.reshape(1, -1), k, True, n_experts)
     chosen = chosen.astype(mx.uint32)
-    act = _gate_up(x, chosen, gate, up, n_out, bits, group_size, x_at, n_in)
-    return act, chosen, weights
+    given = x, chosen, gate, up, n_out, bits, group_size, x_at, n_in, alpha, limit
+    return _gate_up(*given), chosen, weights
 
 
 def _some_routed(
@@ -190,15 +248,14 @@ def _some_routed(
     g: int,
     s: int,
     base: int = 0,
+    **form: int,
 ) -> tuple[Any, ...]:
-    gate, up = (
-        random_matrix(rng, other_dtype(dtype, s), e, (n, i), bits, g, base)
-        for _ in range(2)
-    )
+    gate, up = _two(rng, dtype, e, (n, i), bits, g, s, base, **form)
     x_at = e + base
     logits = random_logits(rng, dtype, 1, e)
     x = mx.concatenate([logits, normal(rng, dtype, 1, i + base)], 1)
-    return x, e, k, gate, up, n, bits, g, x_at, i
+    given = x, e, k, gate, up, n, bits, g, x_at, i
+    return (*given, *CLIPPED) if form.get("clipped") else given
 
 
 @kernel(
@@ -211,6 +268,10 @@ def _some_routed(
         dict(e=65, k=10, i=1056, n=6, bits=8, g=32, s=0, base=3),
         dict(e=256, k=8, i=1088, n=5, bits=4, g=64, s=0),
         dict(e=512, k=10, i=1088, n=3, bits=4, g=64, s=0),
+        dict(
+            e=9, k=4, i=96, n=19, bits=4, g=32, s=1, base=4, floats=1, bias=1, clipped=1
+        ),
+        dict(e=5, k=2, i=64, n=5, bits=4, g=16, s=0, base=2, floats=1),
     ],
     large=dict(e=128, k=8, i=2048, n=512, bits=4, g=64, s=0),
     varying=(),
@@ -226,16 +287,21 @@ def experts_route_gate_up(
     group_size: int,
     x_at: int,
     n_in: int,
+    alpha: float = 1.0,
+    limit: float = 0.0,
 ) -> Launch:
     """``silu(Wg x) * (Wu x)`` of the ``k`` best experts: ``[K, N]``, and which.
 
     ``x`` is a row ``[1, n]`` with the logits first and the ``n_in`` values from
     ``x_at`` on. Expert e lies in slot e. ``chosen`` and ``weights`` ``[1, K]`` are
-    those of ``moe_softmax_topk``, the weights divided by their sum.
+    those of ``moe_softmax_topk``, the weights divided by their sum. A ``limit`` clips
+    as ``swiglu`` does.
     """
     _, n_experts = check_routing(x, k, n_experts)
-    inputs, template = _gate_and_up(x, gate, up, n_out, bits, group_size, x_at, n_in)
-    n_slots = gate[0].array.shape[0]
+    inputs, template, types = _gate_and_up(
+        x, gate, up, n_out, bits, group_size, x_at, n_in, alpha, limit
+    )
+    n_slots = inputs["gate_w"].shape[0]
     require("gate", n_slots >= n_experts, f"{n_experts} slots", n_slots)
     return Launch(
         "experts_route_gate_up",
@@ -244,6 +310,7 @@ def experts_route_gate_up(
         (256 * groups(n_out, 16), k, 1),
         (256, 1, 1),
         {**template, "PER_LANE": groups(n_experts, SIMD)},
+        types,
     )
 
 
@@ -259,7 +326,8 @@ def _down_sum(
     act32, total = act.astype(mx.float32), mx.zeros(n_out)
     for j, slot in enumerate(numbers(slots)):
         w = unpacked(down, slot, n_out, act.shape[1], bits, group_size)
-        total = total + weights.reshape(-1)[j] * (w @ act32[j])
+        product = w @ act32[j] + added(down, slot, n_out)
+        total = total + weights.reshape(-1)[j] * product
     return total
 
 
@@ -273,8 +341,9 @@ def _some_down(
     g: int,
     s: int,
     base: int = 0,
+    **form: int,
 ) -> tuple[Any, ...]:
-    down = random_matrix(rng, other_dtype(dtype, s), k + 1, (d, n), bits, g, base)
+    down, _ = _two(rng, dtype, k + 1, (d, n), bits, g, s, base, **form)
     act = normal(rng, dtype, k, n)
     return act, _slots(rng, k), random_weights(rng, k), down, d, bits, g
 
@@ -288,6 +357,9 @@ def _some_down(
         dict(k=3, n=512, d=18, bits=4, g=128, s=1, base=4),
         dict(k=2, n=512, d=5, bits=4, g=64, s=0),
         dict(k=8, n=64, d=9, bits=8, g=64, s=0, base=3),
+        dict(k=3, n=160, d=19, bits=4, g=32, s=1, base=4, floats=1, bias=1),
+        dict(k=4, n=96, d=5, bits=4, g=16, s=0, base=2, floats=1),
+        dict(k=3, n=64, d=18, bits=4, g=64, s=0, base=1, bias=1),
     ],
     large=dict(k=8, n=768, d=2048, bits=4, g=64, s=1),
     varying=(),
@@ -301,7 +373,7 @@ def experts_down_sum(
     bits: int,
     group_size: int,
 ) -> Launch:
-    """``sum(weights * (Wd act))`` over the experts in ``slots``: ``[D]``.
+    """``sum(weights * (Wd act + bias))`` over the experts in ``slots``: ``[D]``.
 
     ``slots`` and ``weights`` are ``[K]`` or ``[1, K]``.
     """
@@ -309,14 +381,16 @@ def experts_down_sum(
     one_row("slots", slots, k)
     one_row("weights", weights, k)
     require("act", k * n_in < 1 << 31, "K * N < 2^31", k * n_in)
-    stored = in_slots("down", down, n_out, n_in, bits, group_size)
+    lengths = check_matrix("down", down, n_out, n_in, bits, group_size)
+    inputs, there = matrix_inputs(down)
     return Launch(
         "experts_down_sum",
         {
             "act": act,
             "slots": slots,
             "weights": weights,
-            **stored,
+            **inputs,
+            **row_lengths(lengths),
             "k": k,
             "n_in": n_in,
             "n_out": n_out,
@@ -327,8 +401,10 @@ def experts_down_sum(
         {
             "BITS": bits,
             "G": group_size,
-            "WORDS": _words_a_load([down], k, n_in, bits),
+            "WORDS": _words_a_load([down], k, n_in, bits, group_size),
+            **there,
         },
+        types_of(down, act.dtype),
     )
 
 
@@ -373,8 +449,10 @@ def _some_combined(
     s: int,
     base: int = 0,
     gated: int = 1,
+    **form: int,
 ) -> tuple[Any, ...]:
-    act, slots, weights, down, *_ = _some_down(rng, dtype, k, n, d, bits, g, s, base)
+    sizes = k, n, d, bits, g, s, base
+    act, slots, weights, down, *_ = _some_down(rng, dtype, *sizes, **form)
     if not f:
         residual = normal(rng, dtype, *[1] * s, d)
         return act, slots, weights, down, None, None, None, residual, bits, g
@@ -383,6 +461,10 @@ def _some_combined(
     row = normal(rng, dtype, *[1] * s, 2 * f + 1 + s)
     residual = normal(rng, dtype, *[1] * s, d)
     return act, slots, weights, down, row, starts, shared, residual, bits, g
+
+
+# As gpt-oss stores its experts.
+FORM = {"floats": 1, "bias": 1}
 
 
 @kernel(
@@ -397,6 +479,9 @@ def _some_combined(
         dict(k=3, n=96, f=64, d=13, bits=4, shared_bits=4, g=32, s=1, gated=0),
         dict(k=3, n=96, f=0, d=13, bits=4, shared_bits=4, g=32, s=1, base=2),
         dict(k=8, n=64, f=0, d=9, bits=8, shared_bits=8, g=64, s=0, base=3),
+        dict(k=3, n=96, f=0, d=21, bits=4, shared_bits=4, g=32, s=1, base=4, **FORM),
+        dict(k=2, n=64, f=64, d=5, bits=4, shared_bits=8, g=32, s=0, floats=1),
+        dict(k=2, n=64, f=0, d=18, bits=4, shared_bits=4, g=16, s=0, base=2, floats=1),
     ],
     large=dict(k=8, n=512, f=512, d=2048, bits=4, shared_bits=4, g=64, s=0),
     varying=(),
@@ -425,13 +510,9 @@ def experts_down_combine(
     launch = experts_down_sum(act, slots, weights, down, n_out, bits, group_size)
     if row is None and starts is None and shared is None:
         # Of a matrix without columns the kernel reads nothing, of the row one value.
-        w, scales, biases = (part.array for part in down)
-        row, starts, shared, n_shared = (
-            residual,
-            (0, 0),
-            (w, scales, biases, bits),
-            0,
-        )
+        nothing = residual.reshape(-1)
+        shared = (launch.inputs["w"], nothing, nothing, bits)
+        row, starts, n_shared = residual, (0, 0), 0
     else:
         row, starts, shared, n_shared = _checked_shared(
             row, starts, shared, n_out, group_size
@@ -450,6 +531,7 @@ def experts_down_combine(
         (256 * groups(n_out, 16), 1, 1),
         (256, 1, 1),
         {**launch.template, "SHARED_BITS": shared_bits, "GATED": int(len(starts) > 2)},
+        launch.types,
     )
 
 

@@ -25,24 +25,36 @@ from .base import (
     other_dtype,
     require,
 )
-from .slots import Matrix, in_slots, numbers, random_matrix, unpacked
+from .slots import (
+    FLOAT_MODES,
+    GROUP_SIZES,
+    Matrix,
+    check_form,
+    in_slots,
+    numbers,
+    random_matrix,
+    unpacked,
+)
 
 # Inputs that the kernels of the v3 kind keep in threadgroup memory.
 CACHED = 4096
-GROUP_SIZES = (32, 64, 128)
 
 
 def check_rows(
-    w: mx.array, scales: mx.array, biases: mx.array, n_in: int, bits: int, group: int
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    n_in: int,
+    bits: int,
+    group: int,
 ) -> int:
-    """Check a matrix and return its rows."""
-    require("bits", bits in (2, 4, 8), "2, 4 or 8", bits)
-    require("group_size", group in GROUP_SIZES, "32, 64 or 128", group)
-    require("x", n_in % group == 0, f"a width in groups of {group}", n_in)
+    """Check a matrix and return its rows; without biases it is one of floats."""
+    check_form("x", n_in, bits, group, floats=biases is None)
     n_out = dims("w", w, 2)[0]
     expect("w", w, (n_out, n_in * bits // 32))
     expect("scales", scales, (n_out, n_in // group))
-    expect("biases", biases, (n_out, n_in // group))
+    if biases is not None:
+        expect("biases", biases, (n_out, n_in // group))
     return n_out
 
 
@@ -753,11 +765,15 @@ def _qmm(
     x: mx.array,
     w: mx.array,
     scales: mx.array,
-    biases: mx.array,
+    biases: mx.array | None,
     bits: int,
     group_size: int,
 ) -> mx.array:
-    dense = dense_matrix(w, scales, biases, bits, group_size)
+    if biases is None:
+        mode = FLOAT_MODES[group_size]
+        dense = mx.dequantize(w, scales, mode=mode, dtype=mx.float32)
+    else:
+        dense = dense_matrix(w, scales, biases, bits, group_size)
     return (x.astype(mx.float32) @ dense.T).astype(x.dtype)
 
 
@@ -770,8 +786,14 @@ def _some_qmm(
     bits: int,
     g: int,
     s: int,
+    floats: int = 0,
 ) -> tuple[Any, ...]:
-    parts = quantised(rng, other_dtype(dtype, s), o, i, bits, g)
+    parts: tuple[mx.array | None, ...]
+    if floats:
+        dense = normal(rng, mx.float32, o, i, scale=i**-0.5)
+        parts = (*mx.quantize(dense, mode=FLOAT_MODES[g]), None)
+    else:
+        parts = quantised(rng, other_dtype(dtype, s), o, i, bits, g)
     return normal(rng, dtype, t, i), *parts, bits, g
 
 
@@ -783,6 +805,8 @@ def _some_qmm(
         dict(t=5, i=64, o=67, bits=4, g=64, s=1),
         dict(t=37, i=96, o=40, bits=8, g=32, s=0),
         dict(t=33, i=256, o=130, bits=4, g=128, s=1),
+        dict(t=9, i=96, o=35, bits=4, g=32, s=0, floats=1),
+        dict(t=3, i=64, o=5, bits=4, g=16, s=0, floats=1),
     ],
     large=dict(t=512, i=4096, o=4096, bits=4, g=64, s=0),
     varying=("n_tokens",),
@@ -791,11 +815,14 @@ def qmm_t(
     x: mx.array,
     w: mx.array,
     scales: mx.array,
-    biases: mx.array,
+    biases: mx.array | None,
     bits: int,
     group_size: int,
 ) -> Launch:
-    """``x W^T`` of ``[T, I]`` in tiles; 2, 4 or 8 bits."""
+    """``x W^T`` of ``[T, I]`` in tiles; 2, 4 or 8 bits.
+
+    Without ``biases`` values are floats of 4 bits, as ``slots.py`` has them.
+    """
     n_tokens, n_in = dims("x", x, 2)
     n_out = check_rows(w, scales, biases, n_in, bits, group_size)
     inputs: dict[str, Any] = {"x": x, "w": w, "scales": scales, "biases": biases}
@@ -805,7 +832,8 @@ def qmm_t(
         {"out": (n_tokens, n_out)},
         (128 * groups(n_out, 64), groups(n_tokens, 32), 1),
         (128, 1, 1),
-        {"BITS": bits, "G": group_size},
+        {"BITS": bits, "G": group_size, "HAS_BIASES": int(biases is not None)},
+        {} if biases is not None else {"S": mx.uint8},
     )
 
 

@@ -49,7 +49,7 @@ from ..ops.norm import (
 )
 from ..ops.quant import MatvecNTokens
 from .attention import SPARE_KERNELS, attend_spare, takes_spare
-from .moe import all_known, experts_act, is_plain, routing_fits
+from .moe import all_known, experts_act, routing_fits
 from .rows import form, kernel_form, parts
 from .table import Run, Values, group
 
@@ -372,7 +372,7 @@ def _experts(ops: Sequence[Any]) -> int:
         )
     n = 2 + rest.index(combine)
     linked = linked and combine.moe_sum == experts.out_sum
-    return n if linked and is_plain(experts) else 0
+    return n if linked else 0
 
 
 EXPERT_KERNELS = ("experts_gate_up_swiglu", "experts_down_combine")
@@ -454,7 +454,7 @@ def routed_experts(ops: Sequence[Any], run: Run, values: Values) -> Values:
     sizes = (experts.expert_dim, *form(stacks.gate), x.start, x.size)
     matrices = stacks.gate.records, stacks.up.records
     launch = expert_kernels.experts_route_gate_up(
-        x.row, top.n_experts, top.k, *matrices, *sizes
+        x.row, top.n_experts, top.k, *matrices, *sizes, experts.alpha, experts.limit
     )
     opened, chosen, weights = run(launch)
     source.asked(top.k)
