@@ -1,12 +1,6 @@
 // One token through its experts, whose matrices lie in slots of a pool.
 #include "moeflux.h"
 
-// Row `row` of what is added to a product, if anything is.
-template <bool HAS, typename P>
-inline float row_bias(P bias, ulong row) {
-  return HAS ? float(bias[row]) : 0.0f;
-}
-
 // 16 rows of one expert's opened gate, from `row` on: `swiglu` of Wg x + gate_bias and
 // Wu x + up_bias, in thread i < 16 that of row i, whose biases it brings. By 8 simdgroups, of which
 // the first four take gate and the others the same rows of up; `sums` holds 32. Contains barriers:

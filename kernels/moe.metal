@@ -448,7 +448,7 @@ template <
   uint column = thread_index % COLUMNS;
   if (tile.x * COLUMNS + column < n_out) {
     ulong bias_at = slot * bias_row + bias_base + tile.x * COLUMNS + column;
-    float added = HAS_BIAS ? float(bias[bias_at]) : 0.0f;
+    float added = row_bias<HAS_BIAS>(bias, bias_at);
     for (uint r = thread_index / COLUMNS; r < n_rows; r += 2) {
       ulong at = ulong(list[r]) * n_out + tile.x * COLUMNS + column;
       out[at] = T(ws[r * TILE_OUT_PITCH + column] + added);

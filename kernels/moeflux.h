@@ -402,6 +402,12 @@ inline void block_rows(
       x, norm, eps, w, scales, biases, w, scales, biases, row, n_in, n_out, sums, simdgroup, lane);
 }
 
+// Row `row` of what is added to a product, if anything is.
+template <bool HAS, typename P>
+inline float row_bias(P bias, ulong row) {
+  return HAS ? float(bias[row]) : 0.0f;
+}
+
 // Tiles of products with a quantised matrix: rows of x by columns of the result (rows of the
 // matrix), STEP inputs at a time. Rows of tiles lie 36 or 68 values apart, which spreads 8 of
 // them over all banks of threadgroup memory.

@@ -71,7 +71,8 @@ class Forward:
         self._ends = LayerWeights(text, skip="layers")
         self._runner = GraphRunner(runtime.executor)
         self._chunk = 0
-        self._steps = TokenSteps(StepTracer(self._traced))
+        windows = [mixer.window for mixer in self._mixers]
+        self._steps = TokenSteps(StepTracer(self._traced), windows)
         # The parameters of the last call that no transformation followed.
         self._parameters: Watch | None = None
         self._bound: tuple[bool, list[Any], list[GraphExperts | None]] | None = None
@@ -262,9 +263,7 @@ class Forward:
         watched = executor.watches_layers or (
             executor.watches_steps and self.runtime.streams
         )
-        # A trace sees every row of a cache.
-        sees_all = all(mixer.window is None for mixer in self._mixers)
-        if watched or not self.runtime.steps or not sees_all:
+        if watched or not self.runtime.steps:
             return None
         self.make_room(inputs, cache)
         weights, sources = self._bind()

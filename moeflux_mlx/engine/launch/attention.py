@@ -7,6 +7,7 @@ one.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -37,13 +38,19 @@ FOLDED_CHANNELS, DECODE_CHANNELS = (
 )
 
 
-def _rope(x: mx.array, inv_freq: mx.array, start: mx.array, num_heads: int) -> mx.array:
+def _rope(
+    x: mx.array,
+    inv_freq: mx.array,
+    start: mx.array,
+    num_heads: int,
+    scale: float = 1.0,
+) -> mx.array:
     n, pairs, n_seqs = x.shape[0], inv_freq.size, start.size
     heads = x.astype(FLOAT32).reshape(n_seqs, n // n_seqs, num_heads, -1)
     token = mx.arange(n // n_seqs)
     position = (start[:, None] + token).astype(FLOAT32)
     angle = position[..., None, None] * inv_freq
-    c, s = mx.cos(angle), mx.sin(angle)
+    c, s = scale * mx.cos(angle), scale * mx.sin(angle)
     a, b, rest = mx.split(heads, [pairs, 2 * pairs], axis=-1)
     out = mx.concatenate([a * c - b * s, a * s + b * c, rest], axis=-1)
     return out.reshape(x.shape).astype(x.dtype)
@@ -58,10 +65,12 @@ def _some_rope(
     d: int,
     pairs: int,
     at: int,
+    scale: float = 1.0,
 ) -> tuple[Any, ...]:
     inv_freq = mx.array((100.0 ** -(np.arange(pairs) / pairs)).astype(np.float32))
     start = mx.array((at + np.arange(b) * 3).astype(np.int32))
-    return normal(rng, dtype, b * t, h * d), inv_freq, start, h
+    given = normal(rng, dtype, b * t, h * d), inv_freq, start, h
+    return given if scale == 1 else (*given, scale)
 
 
 @kernel(
@@ -72,16 +81,22 @@ def _some_rope(
         dict(b=2, t=3, h=3, d=37, pairs=9, at=5),
         dict(b=1, t=5, h=2, d=64, pairs=32, at=1000),
         dict(b=9, t=1, h=1, d=96, pairs=16, at=70),
+        dict(b=2, t=2, h=2, d=10, pairs=3, at=7, scale=1.25),
     ],
     large=dict(b=1, t=2048, h=32, d=128, pairs=64, at=0),
     varying=("n_tokens",),
 )
 def rope_n_tokens(
-    x: mx.array, inv_freq: mx.array, start: mx.array, num_heads: int
+    x: mx.array,
+    inv_freq: mx.array,
+    start: mx.array,
+    num_heads: int,
+    scale: float = 1.0,
 ) -> Launch:
     """Rotate the first channels of each head of ``[N, H * d]``, halves paired.
 
-    ``inv_freq`` float32 ``[rotary / 2]``; ``start`` int32 ``[B]``.
+    ``inv_freq`` float32 ``[rotary / 2]``; ``start`` int32 ``[B]``; ``scale`` multiplies
+    what is rotated.
     """
     n, width = dims("x", x, 2)
     (pairs,) = dims("inv_freq", inv_freq, 1)
@@ -101,6 +116,7 @@ def rope_n_tokens(
             "n_heads": num_heads,
             "head_dim": d,
             "n_pairs": pairs,
+            "scale": scale,
         },
         {"out": (n, width)},
         (32 * groups(d - pairs, 32), num_heads, n),
@@ -575,18 +591,21 @@ def _inputs(
 def _ungated_inputs(
     q_proj: mx.array,
     k_proj: mx.array,
-    q_norm: mx.array,
-    k_norm: mx.array,
+    q_norm: mx.array | None,
+    k_norm: mx.array | None,
     inv_freq: mx.array,
     start: mx.array,
-    eps: float,
+    eps: float = 0.0,
+    scale: float = 1.0,
+    head_dim: int | None = None,
 ) -> tuple[mx.array, ...]:
-    n, d = start.size, q_norm.size
+    n, d = start.size, head_dim if q_norm is None else q_norm.size
     outs = []
     for x, weight in ((q_proj, q_norm), (k_proj, k_norm)):
         heads = x.astype(FLOAT32).reshape(n, -1, d)
-        rows = _normed(heads, weight, eps).reshape(n, -1)
-        outs.append(_rope(rows, inv_freq, start, heads.shape[1]))
+        normed = heads if weight is None else _normed(heads, weight, eps)
+        rows, n_heads = normed.reshape(n, -1), heads.shape[1]
+        outs.append(_rope(rows, inv_freq, start, n_heads, scale))
     return tuple(x.astype(q_proj.dtype) for x in outs)
 
 
@@ -601,13 +620,16 @@ def _some_inputs(
     at: int,
     s: int,
     gates: int = 1,
+    norms: int = 1,
 ) -> tuple[Any, ...]:
     other = other_dtype(dtype, s)
     _, inv_freq, start, _ = _some_rope(rng, dtype, b, 1, h, d, pairs, at)
     q_proj = normal(rng, dtype, b, (1 + gates) * h * d)
     rows = q_proj, normal(rng, dtype, b, hk * d)
-    norms = [1 + normal(rng, other, d, scale=0.1) for _ in range(2)]
-    return *rows, *norms, inv_freq, start, 1e-6
+    if not norms:
+        return *rows, None, None, inv_freq, start, 0.0, 1.25, d
+    weights = [1 + normal(rng, other, d, scale=0.1) for _ in range(2)]
+    return *rows, *weights, inv_freq, start, 1e-6
 
 
 INPUTS_LARGE: dict[str, Any] = dict(b=1, h=16, hk=2, d=256, pairs=32, at=8000, s=0)
@@ -641,7 +663,7 @@ def attention_inputs(
     """
     (d,) = dims("q_norm", q_norm, 1)
     given = q_proj, k_proj, q_norm, k_norm, inv_freq, start, eps
-    return _place_heads("attention_inputs", *given, q_width=2 * d)
+    return _place_heads("attention_inputs", *given, d=d, q_width=2 * d)
 
 
 @kernel(
@@ -652,6 +674,7 @@ def attention_inputs(
         dict(b=2, h=3, hk=1, d=37, pairs=9, at=5, s=1, gates=0),
         dict(b=1, h=7, hk=1, d=128, pairs=64, at=1000, s=0, gates=0),
         dict(b=3, h=4, hk=2, d=256, pairs=32, at=70, s=1, gates=0),
+        dict(b=2, h=3, hk=1, d=37, pairs=9, at=5, s=0, gates=0, norms=0),
     ],
     large={**INPUTS_LARGE, "d": 128, "pairs": 64, "h": 32, "hk": 4, "gates": 0},
     varying=(),
@@ -659,37 +682,51 @@ def attention_inputs(
 def attention_inputs_ungated(
     q_proj: mx.array,
     k_proj: mx.array,
-    q_norm: mx.array,
-    k_norm: mx.array,
+    q_norm: mx.array | None,
+    k_norm: mx.array | None,
     inv_freq: mx.array,
     start: mx.array,
-    eps: float,
+    eps: float = 0.0,
+    scale: float = 1.0,
+    head_dim: int | None = None,
 ) -> Launch:
     """Queries ``[B, H * d]`` and keys ``[B, Hkv * d]`` of one token each.
 
-    ``q_proj`` is ``[B, H * d]``; the rest as ``attention_inputs`` has it.
+    ``q_proj`` is ``[B, H * d]``; ``scale`` multiplies what is rotated. Without norms
+    ``head_dim`` says how wide heads are. The rest is as ``attention_inputs`` has it.
     """
-    (d,) = dims("q_norm", q_norm, 1)
+    there = q_norm is not None
+    require("k_norm", (k_norm is not None) == there, "both norms or none", k_norm)
+    d = dims("q_norm", q_norm, 1)[0] if q_norm is not None else head_dim
+    require("head_dim", isinstance(d, int) and d > 0, "a width of heads", d)
+    assert d is not None
     given = q_proj, k_proj, q_norm, k_norm, inv_freq, start, eps
-    return _place_heads("attention_inputs_ungated", *given, q_width=d)
+    launch = _place_heads("attention_inputs_ungated", *given, d=d, q_width=d)
+    return replace(
+        launch,
+        inputs={**launch.inputs, "turned_scale": scale},
+        template={"HAS_Q_NORM": int(there), "HAS_K_NORM": int(there)},
+        types={} if there else {"N": q_proj.dtype},
+    )
 
 
 def _place_heads(
     name: str,
     q_proj: mx.array,
     k_proj: mx.array,
-    q_norm: mx.array,
-    k_norm: mx.array,
+    q_norm: mx.array | None,
+    k_norm: mx.array | None,
     inv_freq: mx.array,
     start: mx.array,
     eps: float,
     *,
+    d: int,
     q_width: int,
 ) -> Launch:
     """Check what both kernels take, a head of ``q_proj`` being ``q_width`` wide."""
-    (d,) = dims("q_norm", q_norm, 1)
     require("q_norm", d <= MAX_HEAD_DIM, f"a width up to {MAX_HEAD_DIM}", d)
-    expect("k_norm", k_norm, (d,))
+    if k_norm is not None:
+        expect("k_norm", k_norm, (d,))
     (n,) = dims("start", start, 1)
     (pairs,) = dims("inv_freq", inv_freq, 1)
     require("inv_freq", 2 * pairs <= d, f"at most {d // 2} pairs", pairs)

@@ -278,9 +278,12 @@ def _added(
     residual: mx.array,
     bits: int,
     group_size: int,
+    bias: mx.array | None = None,
 ) -> mx.array:
     dense = dense_matrix(w, scales, biases, bits, group_size)
     product = (x.astype(mx.float32) @ dense.T).reshape(residual.shape)
+    if bias is not None:
+        product = product + bias.astype(mx.float32)
     return (residual.astype(mx.float32) + product).astype(x.dtype)
 
 
@@ -292,9 +295,11 @@ def _some_added(
     g: int,
     s: int,
     bits: int = 4,
+    bias: int = 0,
 ) -> tuple[Any, ...]:
     parts = quantised(rng, other_dtype(dtype, s), o, i, bits, g)
-    return normal(rng, dtype, i), *parts, normal(rng, dtype, o), bits, g
+    given = normal(rng, dtype, i), *parts, normal(rng, dtype, o), bits, g
+    return (*given, normal(rng, dtype, o)) if bias else given
 
 
 @kernel(
@@ -307,6 +312,7 @@ def _some_added(
         dict(i=2176, o=9, g=128, s=1),
         dict(i=32, o=8195, g=32, s=0),
         dict(i=1088, o=12, g=64, s=0),
+        dict(i=64, o=19, g=32, s=1, bias=1),
     ],
     large=dict(i=4096, o=2048, g=64, s=0),
     varying=(),
@@ -319,20 +325,26 @@ def matvec_residual(
     residual: mx.array,
     bits: int,
     group_size: int,
+    bias: mx.array | None = None,
 ) -> Launch:
-    """``residual + W x``: rows ``[I]`` and ``[O]``, or ``[1, I]`` and ``[1, O]``."""
+    """``residual + W x``: rows ``[I]`` and ``[O]``, or ``[1, I]`` and ``[1, O]``.
+
+    ``bias`` ``[O]`` is added too.
+    """
     n_in = one_row("x", x)
     n_out = check_rows(w, scales, biases, n_in, bits, group_size)
     one_row("residual", residual, n_out)
+    if bias is not None:
+        expect("bias", bias, (n_out,))
     inputs: dict[str, Any] = {"x": x, "w": w, "scales": scales, "biases": biases}
     sizes = _rows_and_words(n_in, n_out)
     return Launch(
         "matvec_residual",
-        {**inputs, "residual": residual, "n_in": n_in, "n_out": n_out},
+        {**inputs, "residual": residual, "bias": bias, "n_in": n_in, "n_out": n_out},
         {"out": tuple(residual.shape)},
         (128 * groups(n_out, sizes["ROWS"]), 1, 1),
         (128, 1, 1),
-        {"BITS": bits, "G": group_size, **sizes},
+        {"BITS": bits, "G": group_size, "HAS_BIAS": int(bias is not None), **sizes},
     )
 
 
@@ -361,12 +373,14 @@ def _norm_products(
     products: Sequence[Product],
     eps: float,
     group_size: int,
+    added: Sequence[mx.array | None] = (None,) * MAX_PRODUCTS,
 ) -> mx.array:
     row, weight = x.astype(mx.float32).reshape(-1), norm.astype(mx.float32)
     normed = row * mx.rsqrt((row * row).mean() + eps) * weight
     parts = []
-    for w, scales, biases, bits in products:
-        parts.append(normed @ dense_matrix(w, scales, biases, bits, group_size).T)
+    for (w, scales, biases, bits), bias in zip(products, added, strict=False):
+        part = normed @ dense_matrix(w, scales, biases, bits, group_size).T
+        parts.append(part if bias is None else part + bias.astype(mx.float32))
     *starts, width = norm_row(x.size, [part.size for part in parts])
     out = mx.zeros(width)
     for start, part in zip(starts, (*parts, normed), strict=True):
@@ -382,6 +396,7 @@ def _some_norm_products(
     bits: tuple[int, ...],
     g: int,
     s: int,
+    bias: tuple[int, ...] = (),
 ) -> tuple[Any, ...]:
     products = [
         (*quantised(rng, other_dtype(dtype, s), rows, i, b, g), b)
@@ -389,7 +404,10 @@ def _some_norm_products(
     ]
     weight = 1 + normal(rng, other_dtype(dtype, s), i, scale=0.1)
     x = normal(rng, dtype, 1, i) if s else normal(rng, dtype, i)
-    return x, weight, products, 0.05, g
+    given = x, weight, products, 0.05, g
+    each = zip(o, bias, strict=False)
+    added = [normal(rng, dtype, rows) if there else None for rows, there in each]
+    return (*given, added) if bias else given
 
 
 @kernel(
@@ -402,6 +420,9 @@ def _some_norm_products(
         dict(i=2176, o=(9, 2), bits=(4, 8), g=128, s=1),
         dict(i=4224, o=(3, 19), bits=(4, 8), g=64, s=0),
         dict(i=32, o=(8195, 1), bits=(2, 4), g=32, s=0),
+        dict(i=96, o=(19, 5), bits=(4, 8), g=32, s=0, bias=(1, 1)),
+        dict(i=64, o=(35, 7), bits=(4, 4), g=64, s=1, bias=(0, 1)),
+        dict(i=64, o=(18,), bits=(8,), g=64, s=1, bias=(1,)),
     ],
     large=dict(i=2048, o=(12352,), bits=(4,), g=64, s=0),
     varying=(),
@@ -412,18 +433,22 @@ def norm_matvecs(
     products: Sequence[Product],
     eps: float,
     group_size: int,
+    added: Sequence[mx.array | None] = (None,) * MAX_PRODUCTS,
 ) -> Launch:
     """One row of one or two products ``[O_i]`` with the norm of ``[I]``, and the norm.
 
-    Where each part lies says ``norm_row``; what lies between is 0. Of a row ``[1, I]``
-    comes ``[1, width]``.
+    Where each part lies says ``norm_row``; what lies between is 0. A row ``[1, I]``
+    gives ``[1, width]``. ``added`` has for each product a bias ``[O_i]``, or None.
     """
     n_in = one_row("x", x)
     expect("norm", norm, (n_in,))
     few = isinstance(products, list | tuple) and 1 <= len(products) <= MAX_PRODUCTS
     require("products", few, f"1 to {MAX_PRODUCTS} matrices", products)
+    each = len(products) <= len(added) <= MAX_PRODUCTS
+    require("added", each, f"{len(products)} biases or None", added)
     inputs: dict[str, Any] = {"x": x, "norm": norm, "eps": eps, "n_in": n_in}
-    rows, bits = [], {}
+    rows: list[int] = []
+    template = {"G": group_size}
     for i, product in enumerate([*products, products[-1]][:MAX_PRODUCTS]):
         four = isinstance(product, tuple) and len(product) == 4
         require("products", four, "words, scales, biases and bits", product)
@@ -431,7 +456,10 @@ def norm_matvecs(
         rows.append(n_out if i < len(products) else 0)
         inputs |= {f"w{i}": product[0], f"n{i}": rows[-1]}
         inputs |= {f"scales{i}": product[1], f"biases{i}": product[2]}
-        bits[f"BITS{i}"] = product[3]
+        bias = inputs[f"bias{i}"] = added[i] if i < len(products) else None
+        if bias is not None:
+            expect("added", bias, (n_out,))
+        template |= {f"BITS{i}": product[3], f"HAS_BIAS{i}": int(bias is not None)}
     _, inputs["at1"], inputs["at_normed"], width = norm_row(n_in, rows)
     sizes = _rows_and_words(n_in, sum(rows))
     n_groups = 1 + sum(groups(n, sizes["ROWS"]) for n in rows)
@@ -441,7 +469,7 @@ def norm_matvecs(
         {"out": (*x.shape[:-1], width)},
         (128 * n_groups, 1, 1),
         (128, 1, 1),
-        {"G": group_size, **bits, **sizes},
+        {**template, **sizes},
     )
 
 
