@@ -510,8 +510,7 @@ def experts_down_combine(
     launch = experts_down_sum(act, slots, weights, down, n_out, bits, group_size)
     if row is None and starts is None and shared is None:
         # Of a matrix without columns the kernel reads nothing, of the row one value.
-        nothing = residual.reshape(-1)
-        shared = (launch.inputs["w"], nothing, nothing, bits)
+        shared = (launch.inputs["w"], residual, residual, bits)
         row, starts, n_shared = residual, (0, 0), 0
     else:
         row, starts, shared, n_shared = _checked_shared(

@@ -21,7 +21,7 @@ from ..metal.signature import DTYPES
 
 Size3 = tuple[int, int, int]
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
-# What a type parameter may stand for if a launch says so itself.
+# What the type of an input may be if a launch says so itself.
 NAMED = (*FLOATS, mx.uint8)
 
 
@@ -178,7 +178,8 @@ def _checked(
     _same_names(kernel, "template", numbers, list(kernel.values))
     known = dict(types)
     for key, dtype in types:
-        _check_type(kernel, key, dtype, NAMED)
+        of_input = any(p.type == key for p in kernel.inputs)
+        _check_type(kernel, key, dtype, NAMED if of_input else FLOATS)
     for p in kernel.inputs:
         _check_input(kernel, p, forms[p.name], numbers, known)
     _check_template(kernel, numbers, known)
