@@ -3,8 +3,8 @@
 Letters: T tokens, H heads, N nope, R rope, L latent and V value width, S rows in the
 cache, G quantisation group. Heads lie side by side in a row: ``[T, H * N]``. Matrices
 are stacked as mlx-lm has them, 4 bits a value: words ``[H, O, I / 8]``, scales and
-biases ``[H, O, I / G]``. The cache is two arrays, latents ``[S, L]`` and rotated rope
-keys ``[S, R]``; positions start at ``start``, a number or an int32 array of one.
+biases ``[H, O, I / G]``. The caches of B sequences are two arrays, latents
+``[B, S, L]`` and rotated rope keys ``[B, S, R]``; ``start`` is where new tokens begin.
 """
 
 from __future__ import annotations
@@ -107,9 +107,10 @@ def mla_split_q_kv(q: mx.array, kv: mx.array, num_heads: int, nope_dim: int) -> 
     )
 
 
-def _yarn(x: mx.array, inv_freq: mx.array, start: Start, mscale: float) -> mx.array:
+def _yarn(x: mx.array, inv_freq: mx.array, start: mx.array, mscale: float) -> mx.array:
     n_tokens, rope_dim = x.shape[0], 2 * inv_freq.size
-    positions = (mx.arange(n_tokens) + start).astype(mx.float32)
+    positions = start[:, None] + mx.arange(n_tokens // start.size)
+    positions = positions.reshape(-1).astype(mx.float32)
     angles = (positions[:, None] * inv_freq)[:, None]
     pairs = mscale * x.astype(mx.float32).reshape(n_tokens, -1, rope_dim // 2, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
@@ -130,11 +131,11 @@ def _some_rope(
     h: int,
     r: int,
     start: int,
-    as_array: int = 0,
+    b: int = 1,
 ) -> tuple[Any, ...]:
     inv_freq = mx.array((1e4 ** -(np.arange(0, r, 2) / r)).astype(np.float32))
-    position = mx.array([start], mx.int32) if as_array else start
-    return normal(rng, dtype, t, h * r), inv_freq, position, 1.0 + 0.1 * h
+    starts = mx.array([start + 5 * i for i in range(b)], mx.int32)
+    return normal(rng, dtype, b * t, h * r), inv_freq, starts, 1.0 + 0.1 * h
 
 
 @kernel(
@@ -142,25 +143,26 @@ def _some_rope(
     sample=_some_rope,
     sizes=[
         {"t": 1, "h": 1, "r": 2, "start": 0},
-        {"t": 3, "h": 5, "r": 6, "start": 7, "as_array": 1},
+        {"t": 3, "h": 5, "r": 6, "start": 7, "b": 2},
         {"t": 1, "h": 128, "r": 64, "start": 4095},
         {"t": 5, "h": 1, "r": 64, "start": 11},
         {"t": 2, "h": 9, "r": 98, "start": 100},
     ],
     large={"t": 4096, "h": 128, "r": 64, "start": 0},
-    varying=("start",),
+    varying=("n_new",),
 )
 def yarn_rope_apply(
-    x: mx.array, inv_freq: mx.array, start: Start, mscale: float
+    x: mx.array, inv_freq: mx.array, start: mx.array, mscale: float
 ) -> Launch:
-    """Rotate neighbouring pairs of ``mscale * x``, ``[T, H * R]``.
+    """Rotate neighbouring pairs of ``mscale * x``, ``[B * T, H * R]``.
 
-    ``inv_freq`` ``[R / 2]`` is float32: 1 / ``YarnRoPE._freqs`` of mlx-lm.
+    ``inv_freq`` ``[R / 2]`` is float32: 1 / ``YarnRoPE._freqs`` of mlx-lm; ``start``
+    int32 ``[B]``.
     """
     (n_pairs,) = dims("inv_freq", inv_freq, 1)
     n_tokens, width = dims("x", x, 2)
     n_heads = _heads("x", width, 2 * n_pairs)
-    _check_start(start, 1 << 31)
+    n_new = _new_tokens("start", start, n_tokens)
     wide = min(groups(n_pairs, 2), 64)
     high = min(groups(n_heads, HEADS_PER_THREAD), 256 // wide)
     return Launch(
@@ -169,6 +171,7 @@ def yarn_rope_apply(
             "x": x,
             "inv_freq": inv_freq,
             "start": start,
+            "n_new": n_new,
             "mscale": mscale,
             "n_heads": n_heads,
             "rope_dim": 2 * n_pairs,
@@ -181,6 +184,13 @@ def yarn_rope_apply(
         ),
         (wide, high, 1),
     )
+
+
+def _new_tokens(name: str, each: mx.array, n_tokens: int) -> int:
+    """Return the tokens of a sequence, of which an array says something each."""
+    (n_seqs,) = dims(name, each, 1)
+    require(name, n_tokens % n_seqs == 0, f"a divisor of {n_tokens} rows", n_seqs)
+    return n_tokens // n_seqs
 
 
 def _check_start(start: Start, limit: int) -> None:
@@ -430,16 +440,19 @@ def _attention(
 ) -> tuple[dict[str, Any], int, int, dict[str, int]]:
     """Check attention's inputs; return them, H, simdgroups and template numbers."""
     n_tokens, width = dims("q_prime", q_prime, 2)
-    n_rows, latent_dim = dims("latent", latent, 2)
-    rope_rows, rope_dim = dims("rope", rope, 2)
+    n_seqs, n_rows, latent_dim = dims("latent", latent, 3)
+    rope_seqs, rope_rows, rope_dim = dims("rope", rope, 3)
+    require("latent", n_tokens % n_seqs == 0, f"a divisor of {n_tokens}", n_seqs)
+    require("rope", rope_seqs == n_seqs, f"{n_seqs} sequences", rope_seqs)
+    n_new = n_tokens // n_seqs
     whole = latent_dim % 32 == 0 and latent_dim <= MAX_LATENT
     require("latent", whole, f"L a multiple of 32 up to {MAX_LATENT}", latent_dim)
     require("rope", rope_dim <= MAX_ROPE, f"R <= {MAX_ROPE}", rope_dim)
     require("rope", rope_rows == n_rows, f"{n_rows} rows", rope_rows)
     require("latent", n_rows < 1 << 30, "fewer than 2^30 rows", n_rows)
-    require("q_prime", n_tokens <= n_rows, f"at most {n_rows} tokens", n_tokens)
+    require("q_prime", n_new <= n_rows, f"at most {n_rows} tokens", n_new)
     if seen is not None:
-        expect("seen", seen, (1,))
+        expect("seen", seen, (n_seqs,))
     n_heads = _heads("q_prime", width, latent_dim)
     expect("q_pe", q_pe, (n_tokens, n_heads * rope_dim))
     n_simdgroups = min(MAX_SIMDGROUPS, latent_dim // 32)
@@ -448,16 +461,18 @@ def _attention(
         "q_pe": q_pe,
         "latent": latent,
         "rope": rope,
+        "seen": seen,
         "scale": scale,
-        "n_tokens": n_tokens,
+        "n_new": n_new,
         "n_heads": n_heads,
-        "n_rows": n_rows if seen is None else seen,
+        "n_rows": n_rows,
         "latent_dim": latent_dim,
         "rope_dim": rope_dim,
     }
     blocks = {
         "BLOCKS": groups(latent_dim // 32, n_simdgroups),
         "ROPE_BLOCKS": groups(groups(rope_dim, 32), n_simdgroups),
+        "HAS_SEEN": int(seen is not None),
     }
     return inputs, n_heads, n_simdgroups, blocks
 
@@ -470,16 +485,17 @@ def _scores(
     scale: float,
     given: mx.array | None,
 ) -> mx.array:
-    """Return the scores ``[H, T, S]``, -inf where a token does not see."""
-    n_tokens, n_rows = q_prime.shape[0], latent.shape[0]
-    total = mx.zeros((n_tokens, n_rows))
+    """Return the scores ``[B, H, T, S]``, -inf where a token does not see."""
+    n_seqs, n_rows, _ = latent.shape
+    n_new = q_prime.shape[0] // n_seqs
+    total = mx.zeros((n_new, n_rows))
     for queries, keys in ((q_prime, latent), (q_pe, rope)):
-        heads = queries.astype(mx.float32).reshape(n_tokens, -1, keys.shape[1])
-        total = total + heads.swapaxes(0, 1) @ keys.astype(mx.float32).T
-    end = n_rows if given is None else int(np.array(given)[0])
-    last = mx.arange(end - n_tokens, end)
-    seen = mx.arange(n_rows) <= last[:, None]
-    return mx.where(seen, scale * total, -mx.inf)
+        wide = queries.astype(mx.float32)
+        heads = wide.reshape(n_seqs, n_new, -1, keys.shape[2]).swapaxes(1, 2)
+        total = total + heads @ keys.astype(mx.float32).swapaxes(1, 2)[:, None]
+    ends = mx.full(n_seqs, n_rows) if given is None else given.astype(mx.int32)
+    last = ends[:, None, None, None] - n_new + mx.arange(n_new)[:, None]
+    return mx.where(mx.arange(n_rows) <= last, scale * total, -mx.inf)
 
 
 def _folded(
@@ -491,7 +507,7 @@ def _folded(
     seen: mx.array | None = None,
 ) -> mx.array:
     weights = mx.softmax(_scores(q_prime, q_pe, latent, rope, scale, seen), axis=-1)
-    context = (weights @ latent.astype(mx.float32)).swapaxes(0, 1)
+    context = (weights @ latent.astype(mx.float32)[:, None]).swapaxes(1, 2)
     return context.reshape(q_prime.shape).astype(q_prime.dtype)
 
 
@@ -505,18 +521,22 @@ def _some_attention(
     r: int,
     rise: int = 0,
     spare: int = 0,
+    b: int = 1,
 ) -> tuple[Any, ...]:
-    """Return queries, cache and scale; with ``rise``, all heads' scores rise by row.
+    """Return queries, caches and scale; with ``rise``, all heads' scores rise by row.
 
-    With ``spare`` the cache ends with so many rows that nobody sees.
+    With ``spare`` the caches end with so many rows that nobody sees, the first with
+    one less.
     """
-    queries, latent = rng.standard_normal((t, h, l)), rng.standard_normal((s, l))
+    queries, latent = rng.standard_normal((b * t, h, l)), rng.standard_normal((b, s, l))
     if rise:
-        queries[..., 0], latent[:, 0] = 3.0, np.linspace(-12.0, 12.0, s)
-    q_prime = mx.array(queries.astype(np.float32)).reshape(t, h * l).astype(dtype)
-    cache = mx.array(latent.astype(np.float32)).astype(dtype), normal(rng, dtype, s, r)
-    seen = mx.array([s - spare], mx.uint32) if spare else None
-    given = q_prime, normal(rng, dtype, t, h * r), *cache, 2.0 * (l + r) ** -0.5
+        queries[..., 0], latent[..., 0] = 3.0, np.linspace(-12.0, 12.0, s)
+    q_prime = mx.array(queries.astype(np.float32)).reshape(-1, h * l).astype(dtype)
+    latents = mx.array(latent.astype(np.float32)).astype(dtype)
+    cache = latents, normal(rng, dtype, b, s, r)
+    ends = [s - spare + (b > 1 and i == 0) for i in range(b)]
+    seen = mx.array(ends, mx.uint32) if spare else None
+    given = q_prime, normal(rng, dtype, b * t, h * r), *cache, 2.0 * (l + r) ** -0.5
     return (*given, seen) if spare else given
 
 
@@ -529,9 +549,10 @@ def _some_attention(
         {"t": 1, "h": 5, "s": 70, "l": 512, "r": 64},
         {"t": 5, "h": 3, "s": 33, "l": 288, "r": 64},
         {"t": 1, "h": 2, "s": 17, "l": 32, "r": 42, "spare": 6},
+        {"t": 2, "h": 3, "s": 21, "l": 64, "r": 8, "spare": 5, "b": 3},
     ],
     large={"t": 1, "h": 128, "s": 4096, "l": 512, "r": 64},
-    varying=("n_tokens", "n_rows"),
+    varying=("n_new", "n_rows"),
 )
 def mla_sdpa_folded(
     q_prime: mx.array,
@@ -541,9 +562,10 @@ def mla_sdpa_folded(
     scale: float,
     seen: mx.array | None = None,
 ) -> Launch:
-    """Causal attention of ``[T, H * L]`` and ``[T, H * R]`` over the cache, at once.
+    """Causal attention of ``[N, H * L]`` and ``[N, H * R]`` over the caches, at once.
 
-    ``seen`` uint32 ``[1]`` says how many rows there are, where more are spare.
+    Caches are ``[B, S, L]`` and ``[B, S, R]``, N = B T; ``seen`` uint32 ``[B]`` says
+    how many rows there are, where more are spare.
     """
     inputs, n_heads, n_simdgroups, blocks = _attention(
         q_prime, q_pe, latent, rope, scale, seen
@@ -571,14 +593,14 @@ def _tiles(
 ) -> tuple[mx.array, ...]:
     scores = _scores(q_prime, q_pe, latent, rope, scale, seen)
     parts = []
-    for begin in range(0, latent.shape[0], tile):
+    for begin in range(0, latent.shape[1], tile):
         part = scores[..., begin : begin + tile]
         largest = part.max(axis=-1, keepdims=True)
         weights = mx.where(part == -mx.inf, 0.0, mx.exp(part - largest))
-        sums = weights @ latent[begin : begin + tile].astype(mx.float32)
-        parts.append((largest[..., 0], weights.sum(axis=-1), sums))
+        rows = latent[:, None, begin : begin + tile].astype(mx.float32)
+        parts.append((largest[..., 0], weights.sum(axis=-1), weights @ rows))
     maxima, denominators, sums = (
-        mx.stack([p.swapaxes(0, 1).flatten(0, 1) for p in of_tiles])
+        mx.stack([p.swapaxes(1, 2).flatten(0, 2) for p in of_tiles])
         for of_tiles in zip(*parts, strict=True)
     )
     return maxima, denominators, sums
@@ -595,8 +617,9 @@ def _some_tiled_attention(
     tile: int,
     rise: int = 0,
     spare: int = 0,
+    b: int = 1,
 ) -> tuple[Any, ...]:
-    given = _some_attention(rng, dtype, t, h, s, l, r, rise, spare)
+    given = _some_attention(rng, dtype, t, h, s, l, r, rise, spare, b)
     return (*given[:5], tile, *given[5:])
 
 
@@ -609,9 +632,10 @@ def _some_tiled_attention(
         {"t": 1, "h": 5, "s": 70, "l": 512, "r": 64, "tile": 32},
         {"t": 3, "h": 3, "s": 34, "l": 288, "r": 64, "tile": 16},
         {"t": 1, "h": 2, "s": 75, "l": 32, "r": 42, "tile": 16, "spare": 30},
+        {"t": 2, "h": 3, "s": 37, "l": 64, "r": 8, "tile": 16, "spare": 9, "b": 2},
     ],
     large={"t": 1, "h": 128, "s": 32768, "l": 512, "r": 64, "tile": TILE},
-    varying=("n_tokens", "n_rows"),
+    varying=("n_tokens", "n_new", "n_rows"),
 )
 def mla_sdpa_tile_accumulate(
     q_prime: mx.array,
@@ -630,12 +654,12 @@ def mla_sdpa_tile_accumulate(
         q_prime, q_pe, latent, rope, scale, seen
     )
     require("tile", tile > 0 and tile % STEP == 0, f"a multiple of {STEP} rows", tile)
-    n_tokens, n_rows = inputs["n_tokens"], latent.shape[0]
+    n_tokens, n_rows = q_prime.shape[0], latent.shape[1]
     n_tiles, n_slices = groups(n_rows, tile), n_tokens * n_heads
     n_threads = SIMD * n_simdgroups
     return Launch(
         "mla_sdpa_tile_accumulate",
-        inputs,
+        {**inputs, "n_tokens": n_tokens},
         {
             "maxima": (n_tiles, n_slices),
             "denominators": (n_tiles, n_slices),
