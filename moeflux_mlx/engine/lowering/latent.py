@@ -108,7 +108,7 @@ def _expanded(ops_ahead: Sequence[Any]) -> int:
 
 
 @group(
-    "mla_expanded",
+    "mlx_expanded",
     (ops.HeadMatvecNTokens, ops.SdpaLatentCausal, ops.HeadMatvecNTokens),
     _expanded,
     kernels=(),
