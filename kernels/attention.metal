@@ -684,8 +684,8 @@ template <typename T, typename N>
   }
 }
 
-// `attention_inputs` where queries have no gate, and norms may be absent. q_proj, q: [B, H d]; what
-// is rotated comes times turned_scale; the rest as there.
+// `attention_inputs` where queries have no gate, and both norms may be absent. q_proj, q: [B, H d];
+// what is rotated comes times turned_scale; the rest as there.
 template <typename T, typename N, bool HAS_Q_NORM, bool HAS_K_NORM>
 [[kernel]] void attention_inputs_ungated(
     device const T* q_proj,
@@ -706,7 +706,7 @@ template <typename T, typename N, bool HAS_Q_NORM, bool HAS_K_NORM>
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
   threadgroup float slices[4 * 256];
-  place_heads<T, HAS_Q_NORM && HAS_K_NORM>(
+  place_heads<T, HAS_Q_NORM>(
       q_proj, k_proj, q_norm, k_norm, inv_freq, start, eps, turned_scale, n_heads, n_kv_heads,
       head_dim, head_dim, n_pairs, q, k, slices, group, simdgroup, lane);
 }

@@ -6,8 +6,8 @@
 // the first four take gate and the others the same rows of up; `sums` holds 32. Contains barriers:
 // all threads must come.
 template <
-    int BITS, bool FLOATS, int G, int WORDS, typename X, typename W, typename S, typename B, typename W1,
-    typename S1, typename B1>
+    int BITS, bool FLOATS, int G, int WORDS, typename X, typename W, typename S, typename B,
+    typename W1, typename S1, typename B1>
 inline float opened_rows(
     X x,
     W gate_w,
@@ -217,8 +217,8 @@ inline float weighted_bias(I slots, E weights, P bias, uint bias_row, uint k, ui
 // rows, and F likewise, so that all loads are under way at once. `w`, `scales` and `biases` point
 // at the matrix of slot 0. Contains barriers: all threads must come.
 template <
-    int BITS, bool FLOATS, int SHARED_BITS, int G, int WORDS, typename X, typename I, typename E, typename W,
-    typename S, typename B, typename Z, typename U, typename V, typename Y>
+    int BITS, bool FLOATS, int SHARED_BITS, int G, int WORDS, typename X, typename I, typename E,
+    typename W, typename S, typename B, typename Z, typename U, typename V, typename Y>
 inline void combined_rows(
     X act,
     I slots,

@@ -7,8 +7,8 @@ constexpr uint SHARED_STAGED = STAGED - EXPERTS_STAGED;
 
 // No tensor core takes 2 bits, whichever of both matrices has them, nor floats of 4.
 template <
-    int BITS, bool FLOATS, int SHARED_BITS, int G, int WORDS, typename T, typename I, typename E, typename F,
-    typename H>
+    int BITS, bool FLOATS, int SHARED_BITS, int G, int WORDS, typename T, typename I, typename E,
+    typename F, typename H>
 inline typename TensorRows<T, FLOATS || BITS == 2 ? 0 : SHARED_BITS>::result combined_rows(
     const T* act,
     I slots,

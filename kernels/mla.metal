@@ -51,8 +51,8 @@ constexpr constant uint HEADS_PER_THREAD = 4;
 // Rotate neighbouring pairs of every head, after scaling by mscale.
 //
 // x, out: [B*T,H*R]; inv_freq: [R/2] float32, the angle of a pair per position, YaRN's ramp
-// and factor within; token t of sequence b stands at start[b] + t. R is even. Launch: one thread two pairs
-// of four heads, a plane of the grid a token. Sine and cosine cost more than all else, also
+// and factor within; token t of sequence b stands at start[b] + t. R is even. Launch: one thread
+// two pairs of four heads, a plane of the grid a token. Sine and cosine cost more than all else, also
 // because angles of long contexts need the precise ones, so heads share them, but only
 // four, because one token must still fill the machine.
 template <typename T>
@@ -510,8 +510,9 @@ inline uint seen_rows(P seen, uint sequence, uint n_rows) {
 //
 // q_prime: [B*T,H*L]; q_pe: [B*T,H*R]; latent: [B,S,L], the last T rows of those seen the tokens'
 // own; seen: [B], rows of each sequence, else S; rope: [B,S,R]; context: [B*T,H*L]. L is a multiple
-// of 32. Launch: one threadgroup of up to 8 simdgroups for eight heads of a token; BLOCKS and ROPE_BLOCKS blocks of 32 columns a
-// simdgroup. Folding eight heads on a row makes the cache's bytes, not the heads, the cost.
+// of 32. Launch: one threadgroup of up to 8 simdgroups for eight heads of a token; BLOCKS and
+// ROPE_BLOCKS blocks of 32 columns a simdgroup. Folding eight heads on a row makes the cache's
+// bytes, not the heads, the cost.
 template <typename T, int BLOCKS, int ROPE_BLOCKS, bool HAS_SEEN>
 [[kernel]] void mla_sdpa_folded(
     device const T* q_prime,

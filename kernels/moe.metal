@@ -380,10 +380,10 @@ template <typename T>
 // x: [T,I], or [T*K,I] if PER_ASSIGNMENT; w: [n_slots, w_row] words and scales, biases:
 // [n_slots, s_row], [n_slots, b_row], a matrix [O,I] lying in each row from its base on, of floats
 // where there are no biases; bias: [n_slots, bias_row], [O] likewise; counts: [E]; lists: [E,T];
-// slot_of_expert: [E]; out: [T,K,O]. I is a multiple of G and 32. Launch: threadgroups of 128 on (O / 64, T / 32, E): 32 assignments by 64
-// outputs in steps of 32 inputs. A tile past its expert's count leaves at once. Every
-// simdgroup takes all rows of 16 columns, so tiles that are not full (most are) leave
-// the work of all four equally short, by 8 rows at a time.
+// slot_of_expert: [E]; out: [T,K,O]. I is a multiple of G and 32. Launch: threadgroups of 128 on
+// (O / 64, T / 32, E): 32 assignments by 64 outputs in steps of 32 inputs. A tile past its
+// expert's count leaves at once. Every simdgroup takes all rows of 16 columns, so tiles that are
+// not full (most are) leave the work of all four equally short, by 8 rows at a time.
 template <
     typename T,
     typename S,

@@ -301,9 +301,9 @@ template <typename T, typename S, int BITS, int G, int WORDS, int ROWS, bool HAS
 //
 // x: [I]; norm: its weight, [I]; w<i>, scales<i>, biases<i>: matrix i, [n<i>, I] in BITS<i>
 // bits, bias<i>: [n<i>], added to its product; n1 is 0 for one matrix; out: [at_normed + I], the
-// first product from 0 on, the second from at1, the norm from at_normed. Launch: threadgroups of 128 for ROWS rows of one matrix,
-// then the other, and a last one for the norm. Every threadgroup finds the norm's scale
-// itself: it needs all of x anyway, and no other launch has to go before.
+// first product from 0 on, the second from at1, the norm from at_normed. Launch: threadgroups of
+// 128 for ROWS rows of one matrix, then the other, and a last one for the norm. Every threadgroup
+// finds the norm's scale itself: it needs all of x anyway, and no other launch has to go before.
 template <
     typename T,
     typename N,
@@ -653,7 +653,8 @@ template <typename T, typename S, int BITS, int G, bool HAS_BIASES>
   ulong o = min(tile.x * TILE_COLUMNS + thread_index / 2, n_out - 1);
   multiply_tile<BITS, FLOATS, G>(
       x_at, has_row, w + o * (n_in * BITS / 32), scales + o * (n_in / G),
-      biases + (FLOATS ? 0 : o * (n_in / G)), n_in, n_rows, x_tile, w_tile, thread_index, simdgroup);
+      biases + (FLOATS ? 0 : o * (n_in / G)), n_in, n_rows, x_tile, w_tile, thread_index,
+      simdgroup);
   uint column = tile.x * TILE_COLUMNS + thread_index % TILE_COLUMNS;
   if (column < n_out) {
     for (uint r = thread_index / TILE_COLUMNS; r < n_rows; r += 2) {
