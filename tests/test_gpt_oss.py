@@ -35,8 +35,9 @@ import moeflux_mlx
 from moeflux_mlx.engine.executors import EXECUTORS
 from moeflux_mlx.engine.native import NativeModel
 from moeflux_mlx.engine.trace import StepTracer
-from moeflux_mlx.errors import ModelError
+from moeflux_mlx.errors import ExpertStoreError, ModelError
 from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
 from moeflux_mlx.experts.weights import Quantization
 from moeflux_mlx.measure.compare import compare
 
@@ -146,6 +147,34 @@ def test_running_ahead_gives_what_waiting_gives(plain, n_seqs, monkeypatch):
         assert sum(map(len, passed)) >= 3 * 20
         passed.clear()
     assert ahead.streamer.stats.total.misses
+
+
+@only_quantised
+def test_a_step_that_fails_may_be_made_again(plain, monkeypatch):
+    """Full windows have lost a row by then that no later token sees."""
+    monkeypatch.setitem(EXECUTORS, Lazy.name, Lazy)
+    budget = {"executor": Lazy.name, "expert_memory": least(plain, 9)}
+    waits, ahead = (load(plain, optimistic=on, **budget) for on in ("off", "on"))
+    confirm = ExpertStreamer.confirm
+
+    def fail(*_args, **_options):
+        raise ExpertStoreError("[test] read failed")
+
+    found = []
+    for model in (waits, ahead):
+        cache, ids = make_prompt_cache(model), tokens(18)
+        parts = [model(ids[:, :13], cache=cache)]
+        for i in range(13, 18):
+            ends = [c.offset for c in cache]
+            if model is ahead and i > 13:
+                monkeypatch.setattr(ExpertStreamer, "confirm", fail)
+                with pytest.raises(ExpertStoreError, match="read failed"):
+                    model(ids[:, i : i + 1], cache=cache)
+                monkeypatch.setattr(ExpertStreamer, "confirm", confirm)
+            assert [c.offset for c in cache] == ends
+            parts.append(model(ids[:, i : i + 1], cache=cache))
+        found.append(mx.concatenate(parts, axis=1))
+    assert relative_rms(found[1], found[0]) < 1e-6
 
 
 @only_quantised
