@@ -125,12 +125,13 @@ def logits_after(model, n_prompt: int, n_seqs: int) -> mx.array:
     return mx.concatenate(parts, axis=1)
 
 
+@pytest.mark.sampled
 @only_quantised
-@pytest.mark.parametrize("n_seqs", [1, 3])
+@pytest.mark.parametrize("n_seqs", [3, 1])
 def test_running_ahead_gives_what_waiting_gives(plain, n_seqs, monkeypatch):
     """Windows are 8: they fill up, are full at once, or are cut, and go round twice."""
     monkeypatch.setitem(EXECUTORS, Lazy.name, Lazy)
-    theirs, passed = mlx_lm.load(str(plain))[0], []
+    passed = []
     run = StepTracer.__call__
     monkeypatch.setattr(
         StepTracer, "__call__", lambda *a, **k: passed.append(a[1]) or run(*a, **k)
@@ -142,10 +143,11 @@ def test_running_ahead_gives_what_waiting_gives(plain, n_seqs, monkeypatch):
         assert passed == []
         got = logits_after(ahead, n_prompt, n_seqs)
         assert relative_rms(got, expected) < 1e-6
-        assert relative_rms(got, logits_after(theirs, n_prompt, n_seqs)) < 1e-5
         # All layers at least once for every token that caches had room for.
         assert sum(map(len, passed)) >= 3 * 20
         passed.clear()
+    theirs = logits_after(mlx_lm.load(str(plain))[0], n_prompt, n_seqs)
+    assert relative_rms(got, theirs) < 1e-5
     assert ahead.streamer.stats.total.misses
 
 
