@@ -20,7 +20,7 @@ LINK = re.compile(r"\]\((?:\.\./)?([\w./-]+)((?:#[\w-]+)?)\)")
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages to what the site is made of."""
+    """Add the pages to the site's files."""
     for name, page in PAGES.items():
         text = (ROOT / name).read_text()
         files.append(File.generated(config, page, content=text))

@@ -1,8 +1,8 @@
 // Tensor-core twin of `attend_part` for rows in 16 bits, in CUDA C++: the same arguments, the same
 // results in the same place.
 //
-// 32 rows at a time, and those after them on their way. Of the keys a warp takes eight rows and
-// half of the channels; of the values all rows and an eighth of the channels. A product's sums
+// 32 rows at a time, and those after them on their way. A warp takes eight rows of
+// the keys and half of their channels, and all rows of the values and an eighth of theirs. A product's sums
 // run over channels, or over rows, in any order that both sides share: so each lane
 // (n = lane / 4, c = lane % 4) reads neighbouring channels, and nothing is turned round in shared
 // memory, through which only the scores go. Weights are rounded to the rows' type.
@@ -43,7 +43,7 @@ inline void attend_on_tensor_cores(
     uint simdgroup,
     uint lane) {
   constexpr uint ROWS = 32;
-  // Of scores in shared memory: rows of four queries then spread over all banks.
+  // Pitch of scores in shared memory: rows of four queries then spread over all banks.
   constexpr uint PITCH = 40;
   constexpr int STEPS = D / 64;
   constexpr int EACH = D / 64;
@@ -76,7 +76,7 @@ inline void attend_on_tensor_cores(
   for (int i = 0; i < STEPS; ++i) {
     read_channels<4, ALIGNED>(q + n * D + key_at + 32 * i, n < FOLD, query[i]);
   }
-  // Of query n, this lane's rows only: its sum of weights. Of queries 2 c and 2 c + 1: sum.
+  // total: weights of query n in this lane's rows alone; sum: of queries 2 c and 2 c + 1.
   float top = -INFINITY;
   float total = 0.0f;
   float sum[EACH / 2][4];

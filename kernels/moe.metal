@@ -253,28 +253,6 @@ template <typename T>
   out[i] = T(float(h[i]) + sum + sigmoid(float(gate[0])) * float(shared[i]));
 }
 
-// One token's h + sum of w_k * e_k + shared, experts in one buffer (DeepSeek: the shared
-// expert has no gate).
-//
-// h, shared, out: [D]; experts: [K,D]; weights: [K]. Launch: one thread a column, for
-// the reason given above `moe_combine_residual_flat`.
-template <typename T>
-[[kernel]] void moe_combine_residual_unscaled(
-    device const T* h,
-    device const T* shared,
-    device const float* weights,
-    device const T* experts,
-    constant uint& k,
-    constant uint& n,
-    device T* out,
-    uint i [[thread_position_in_grid]]) {
-  if (i >= n) {
-    return;
-  }
-  float sum = weighted_column(weights, experts, k, n, i);
-  out[i] = T(float(h[i]) + sum + float(shared[i]));
-}
-
 // h + moe_sum + sigmoid(gate) * shared for T tokens.
 //
 // h, shared, out: T [T,D]; moe_sum: S [T,D], float32 or T; gate: [T,1]. Launch: four

@@ -488,7 +488,7 @@ inline void simdgroup_store(
   }
 }
 
-// Of two float32 the 11 bits that tensor cores take, and the next 11 of what is left.
+// The 11 bits that tensor cores take of two float32, and the next 11 of the remainder.
 struct Split {
   uint high[2], low[2];
   inline Split(float x, float y) {
@@ -499,8 +499,9 @@ struct Split {
     }
   }
 };
-// top += first right, bottom += second right, for 8x8 factors in 11 bits. Of a left factor a
-// lane has columns 2t and 2t + 1 of a row, of the right one rows 2t and 2t + 1 of a column.
+// top += first right, bottom += second right, for 8x8 factors in 11 bits. A
+// lane has columns 2t and 2t + 1 of a row of a left factor, and rows 2t and 2t + 1 of a column
+// of the right one.
 inline void multiply_halves(
     float* top, float* bottom, const uint* first, const uint* second, const uint* right) {
   asm volatile(

@@ -92,36 +92,6 @@ template <typename T, typename S, int G>
   }
 }
 
-// `dequant_matvec_4bit_fast` for each of T tokens: the same bits at T = 1.
-//
-// x: [T,I]; out: [T,O]. Launch: 64 threads a row and token, grid (64 O, T).
-template <typename T, typename S, int G>
-[[kernel]] void dequant_matvec_4bit_fast_n_tokens(
-    device const T* x,
-    device const uint* w,
-    device const S* scales,
-    device const S* biases,
-    constant uint& n_in,
-    constant uint& n_out,
-    device T* out,
-    uint2 group [[threadgroup_position_in_grid]],
-    uint thread_index [[thread_index_in_threadgroup]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]]) {
-  threadgroup float halves[2];
-  ulong at = ulong(group.x) * n_in;
-  auto row = x + ulong(group.y) * n_in;
-  float sum =
-      dot_row<4, G>(row, w + at / 8, scales + at / G, biases + at / G, n_in, thread_index, 64);
-  sum = simd_sum(sum);
-  if (thread_index % SIMD == 0) {
-    halves[simdgroup] = sum;
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (thread_index == 0) {
-    out[ulong(group.y) * n_out + group.x] = T(halves[0] + halves[1]);
-  }
-}
-
 // A row of the result by each of 8 simdgroups, x cached once for all.
 template <typename T, int BITS, int G, typename X, typename W, typename S, typename B>
 inline void cached_rows(
@@ -170,30 +140,6 @@ template <typename T, typename S, int G>
   threadgroup float cached[CACHED];
   cached_rows<T, 4, G>(
       x, w, scales, biases, out, cached, n_in, n_out, 8 * group + simdgroup, thread_index, lane);
-}
-
-// `dequant_matvec_4bit_v3` for each of T tokens: the same bits at T = 1.
-//
-// x: [T,I]; out: [T,O]. Launch: 256 threads for 8 rows and a token, grid (256 O / 8, T).
-template <typename T, typename S, int G>
-[[kernel]] void dequant_matvec_4bit_v3_n_tokens(
-    device const T* x,
-    device const uint* w,
-    device const S* scales,
-    device const S* biases,
-    constant uint& n_in,
-    constant uint& n_out,
-    device T* out,
-    uint2 group [[threadgroup_position_in_grid]],
-    uint thread_index [[thread_index_in_threadgroup]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup float cached[CACHED];
-  auto row = x + ulong(group.y) * n_in;
-  device T* to = out + ulong(group.y) * n_out;
-  cached_rows<T, 4, G>(
-      row, w, scales, biases, to, cached, n_in, n_out, 8 * group.x + simdgroup, thread_index,
-      lane);
 }
 
 // `dequant_matvec_4bit_v3` in 8 bits: routers and gates of shared experts.
@@ -661,63 +607,5 @@ template <typename T, typename S, int BITS, int G, bool HAS_BIASES>
       float value = result[r * TILE_OUT_PITCH + thread_index % TILE_COLUMNS];
       out[ulong(first + r) * n_out + column] = T(value);
     }
-  }
-}
-
-// Rows grouped by matrix, each times the matrix in its slot of a pool.
-//
-// x: [T,I]; slots: [T], equal ones next to each other; matrices as of
-// `dequant_matvec_4bit_v3_experts`, in BITS bits; out: [T,O]. Launch as of `qmm_t`. A tile goes
-// through the slots that begin in it one after the other: rows of others count as zeros, so
-// where groups end is exact and nothing needs padding.
-template <typename T, typename S, int BITS, int G>
-[[kernel]] void gather_qmm_rhs(
-    device const T* x,
-    device const uint* slots,
-    device const uint* w,
-    device const S* scales,
-    device const S* biases,
-    constant uint& w_base,
-    constant uint& s_base,
-    constant uint& b_base,
-    constant uint& w_row,
-    constant uint& s_row,
-    constant uint& b_row,
-    constant uint& n_tokens,
-    constant uint& n_in,
-    constant uint& n_out,
-    device T* out,
-    uint2 tile [[threadgroup_position_in_grid]],
-    uint thread_index [[thread_index_in_threadgroup]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]]) {
-  threadgroup float4 x_tile[TILE_ROWS * TILE_PITCH / 4];
-  threadgroup float4 w_tile[TILE_COLUMNS * TILE_PITCH / 4];
-  threadgroup float* result = (threadgroup float*)w_tile;
-  uint first = tile.y * TILE_ROWS;
-  uint n_rows = min(n_tokens - first, uint(TILE_ROWS));
-  uint x_row = thread_index / 4;
-  ulong o = min(tile.x * TILE_COLUMNS + thread_index / 2, n_out - 1);
-  uint column = tile.x * TILE_COLUMNS + thread_index % TILE_COLUMNS;
-  uint begin = 0;
-  while (begin < n_rows) {
-    uint end = begin + 1;
-    while (end < n_rows && slots[first + end] == slots[first + begin]) {
-      ++end;
-    }
-    ulong slot = slots[first + begin];
-    bool has_row = x_row >= begin && x_row < end;
-    auto x_at = x + ulong(first + (has_row ? x_row : 0)) * n_in;
-    multiply_tile<BITS, false, G>(
-        x_at, has_row, w + slot * w_row + w_base + o * (n_in * BITS / 32),
-        scales + slot * s_row + s_base + o * (n_in / G),
-        biases + slot * b_row + b_base + o * (n_in / G), n_in, end, x_tile, w_tile,
-        thread_index, simdgroup);
-    if (column < n_out) {
-      for (uint r = begin + thread_index / TILE_COLUMNS; r < end; r += 2) {
-        float value = result[r * TILE_OUT_PITCH + thread_index % TILE_COLUMNS];
-        out[ulong(first + r) * n_out + column] = T(value);
-      }
-    }
-    begin = end;
   }
 }

@@ -42,7 +42,7 @@ OTHER_COUNTS = {"first_k_dense_replace", "q_lora_rank", "num_key_value_heads"}
 
 
 def lacks(config: Mapping[str, Any]) -> str | None:
-    """Return what a configuration asks for that the class does not do, if anything."""
+    """Return a configuration's wish that the class does not do, if any."""
     for key, value in (("moe_layer_freq", 1), ("rope_interleave", True)):
         if config.get(key, value) != value:
             return key
@@ -51,7 +51,7 @@ def lacks(config: Mapping[str, Any]) -> str | None:
 
 
 def layers(args: ModelArgs, *, joint_kv: bool = False) -> Iterator[LayerForm]:
-    """Return what each layer is.
+    """Return the form of each layer.
 
     Args:
         joint_kv: as ``LatentAttention`` has it.

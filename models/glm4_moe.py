@@ -39,12 +39,12 @@ departs = noaux.departs
 
 
 def lacks(config: Mapping[str, Any]) -> str | None:
-    """Return what a configuration asks for that the class does not do, if anything."""
+    """Return a configuration's wish that the class does not do, if any."""
     return lacks_of_rope(config) or noaux.lacks(config)
 
 
 def layers(args: ModelArgs) -> Iterator[LayerForm]:
-    """Return what each layer is."""
+    """Return the form of each layer."""
     attention = Attention(
         args.num_attention_heads,
         args.num_key_value_heads,

@@ -37,9 +37,9 @@ departs = departs_by_truncate
 SLIDING, FULL = "sliding_attention", "full_attention"
 ATTENTION: dict[str, Any] = {"sinks": True, "scale_name": "sm_scale"}
 MOE: dict[str, Any] = {"routed_name": ROUTED, "router": "router", "biased": True}
-# Top k and then a softmax is what normalised weights of a softmax are.
+# A softmax of the top k gives the normalised weights of a softmax.
 MOE |= {"normalised": True, "alpha": 1.702, "limit": 7.0}
-# What a configuration may say: neither class looks at these.
+# Entries that a configuration may have: neither class looks at these.
 KNOWN = {"hidden_act": "silu", "swiglu_limit": 7.0, "attention_bias": True}
 KNOWN |= {"tie_word_embeddings": False, "rope_parameters": None}
 UNKNOWN = ("mscale", "mscale_all_dim", "attention_factor")
@@ -53,7 +53,7 @@ class ModelArgs(stock.ModelArgs):
 
 
 def lacks(config: Mapping[str, Any]) -> str | None:
-    """Return what a configuration asks for that the class does not do, if anything."""
+    """Return a configuration's wish that the class does not do, if any."""
     stored = config.get("quantization_config") or {}
     if "quantization" not in config and "quant_method" in stored:
         return "experts as published, before 'moeflux pack' or mlx_lm.convert"
@@ -68,7 +68,7 @@ def lacks(config: Mapping[str, Any]) -> str | None:
 
 
 def layers(args: ModelArgs) -> Iterator[LayerForm]:
-    """Yield what each layer is."""
+    """Yield the form of each layer."""
     heads = args.num_attention_heads, args.num_key_value_heads, args.head_dim
     full = Attention(*heads, norms=(), biases=("q", "k", "v", "o"), **ATTENTION)
     moe = Moe(

@@ -32,7 +32,7 @@ UNUSED_COUNTS = ("intermediate_size", "decoder_sparse_step", "max_position_embed
 
 
 def layers(args: TextModelArgs, *, taps_last: bool = False) -> Iterator[LayerForm]:
-    """Yield what each layer is.
+    """Yield the form of each layer.
 
     Args:
         taps_last: as ``GatedDeltaNet`` has it.
@@ -72,7 +72,7 @@ class Model(NativeModel, stock.Model):
 
     @property
     def engine(self) -> Forward:
-        """What makes the model's calls."""
+        """The maker of the model's calls."""
         found: Forward = self.language_model.forward
         return found
 

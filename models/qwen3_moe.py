@@ -34,7 +34,7 @@ ModelArgs = stock.ModelArgs
 
 
 def lacks(config: Mapping[str, Any]) -> str | None:
-    """Return what a configuration asks for that the class does not do, if anything."""
+    """Return a configuration's wish that the class does not do, if any."""
     if (key := lacks_of_rope(config, ["rope_scaling"])) is not None:
         return key
     if config.get("hidden_act", "silu") != "silu":
@@ -46,7 +46,7 @@ def lacks(config: Mapping[str, Any]) -> str | None:
 
 
 def layers(args: ModelArgs) -> Iterator[LayerForm]:
-    """Yield what each layer is."""
+    """Yield the form of each layer."""
     attention = Attention(
         args.num_attention_heads, args.num_key_value_heads, args.head_dim
     )
@@ -86,9 +86,7 @@ def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | No
     """
     config.check_given(ModelArgs)
     config.check_counts(counts_of(ModelArgs))
-    dense = config.fields["mlp_only_layers"]
-    if not isinstance(dense, list) or any(type(index) is not int for index in dense):
-        raise config.wrong("mlp_only_layers", "a list of whole numbers", dense)
+    config.check_indices("mlp_only_layers")
     args = ModelArgs.from_dict(copy.deepcopy(config.fields))
     expected = expected_tensors(args, layers(args))
     missing = check_tensors(config, tensors, expected, optional=(ROUTED,))

@@ -30,14 +30,14 @@ ModelArgs = stock.ModelArgs
 
 
 def lacks(config: Mapping[str, Any]) -> str | None:
-    """Return what a configuration asks for that the class does not do, if anything."""
+    """Return a configuration's wish that the class does not do, if any."""
     if config.get("hidden_act", "silu") != "silu":
         return "hidden_act"
     return "no experts" if config.get("num_experts") == 0 else None
 
 
 def layers(args: ModelArgs, *, taps_last: bool = False) -> Iterator[LayerForm]:
-    """Yield what each layer is.
+    """Yield the form of each layer.
 
     Args:
         taps_last: as ``GatedDeltaNet`` has it.
@@ -98,9 +98,7 @@ def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | No
     """
     config.check_given(ModelArgs)
     config.check_counts(counts_of(ModelArgs))
-    dense = config.fields["mlp_only_layers"]
-    if not isinstance(dense, list) or any(type(index) is not int for index in dense):
-        raise config.wrong("mlp_only_layers", "a list of whole numbers", dense)
+    config.check_indices("mlp_only_layers")
     args = ModelArgs.from_dict(copy.deepcopy(config.fields))
     expected = expected_tensors(args, layers(args, taps_last=has_taps_last(tensors)))
     missing = check_tensors(config, tensors, expected, optional=(ROUTED,))

@@ -43,7 +43,7 @@ SWITCH = ("auto", "on", "off")
 
 
 def cache_folder() -> Path:
-    """Return the folder for what this machine can make again.
+    """Return the folder for files that this machine can make again.
 
     That is ``moeflux-mlx`` below ``XDG_CACHE_HOME``, by default ``~/.cache``. Use it
     through ``private``, which looks whose it is.

@@ -27,9 +27,6 @@ from .system.limits import process_bytes as process_bytes
 from .system.pressure import Pressure
 from .system.pressure import memory_pressure as system_pressure
 
-TWO_MIB = 2 << 20
-# Apple's page, and a multiple of the logical block of every disk.
-PAGE_BYTES = 16 << 10
 # Direct reads begin and end at multiples of this: no disk's logical block is larger.
 DISK_BLOCK_BYTES = 4 << 10
 
@@ -51,13 +48,13 @@ THREADED_MIN_MACS = 64 << 20
 COPIED_CACHE_BYTES = 4 << 20
 # Address space that OpenBLAS takes for each of its threads.
 BLAS_BUFFER_BYTES = 32 << 20
-# What an interpreter grows by once it runs: stacks, Python's objects.
+# Growth of an interpreter once it runs: stacks, Python's objects.
 PROCESS_GROWTH_BYTES = 36 << 20
 # A thread's stack where no limit says less.
 THREAD_STACK_BYTES = 8 << 20
-# Address space that the C library sets aside for what a thread allocates.
+# Address space that the C library sets aside for a thread's allocations.
 THREAD_HEAP_BYTES = 64 << 20
-# What an allocation takes besides: its pages' ends and the allocator's own records.
+# Overhead of an allocation: its pages' ends and the allocator's own records.
 ALLOCATION_SLACK_BYTES = 1 << 20
 # Share of memory that resident matrices may take when kept unpacked in float32.
 UNPACKED_SHARE = 1 / 8
@@ -75,14 +72,14 @@ def on_cpu() -> bool:
 
 @dataclass(frozen=True)
 class GpuLimits:
-    """What a GPU says of memory: the longest buffer, and how much to use in all."""
+    """A GPU's limits of memory: the longest buffer, and how much to use in all."""
 
     buffer_bytes: int
     working_set_bytes: int
 
 
 def gpu_limits() -> GpuLimits | None:
-    """Return what Metal allows; None where MLX takes memory from another allocator.
+    """Return Metal's limits; None where MLX takes memory from another allocator.
 
     MLX on a Mac takes all memory from Metal, also to compute on the CPU. It refuses a
     longer buffer. A larger working set it does not refuse, but macOS then takes pages
@@ -196,7 +193,7 @@ def _blas() -> ThreadpoolController:
 
 @functools.cache
 def physical_memory_bytes() -> int:
-    """Return the machine's memory, or what limits leave this process if that is less.
+    """Return the machine's memory, or the limits of this process if they are less.
 
     Limits are those of control groups, ``ulimit -v`` and ``ulimit -d``.
     """
@@ -204,7 +201,7 @@ def physical_memory_bytes() -> int:
 
 
 def ulimit_bytes(n_threads: int) -> int | None:
-    """Return what limits of address space and data let the process hold; or None.
+    """Return the bytes that limits of address space and data allow; or None.
 
     Args:
         n_threads: to be started yet, whose stacks these limits count in full.
@@ -237,11 +234,11 @@ def memory_pressure() -> Pressure:
 def check_allocation(n_bytes: int, part: str) -> None:
     """Raise BudgetError unless the system would give so much memory now.
 
-    MLX writes to what its allocator returns without looking: where memory cannot be
+    MLX writes to its allocator's memory without looking: where memory cannot be
     had, that ends the process.
 
     Args:
-        part: what asks, for the message.
+        part: the part that asks, for the message.
     """
     try:
         # Private like the allocator's own, or limits of data would not count it.
@@ -257,7 +254,7 @@ def check_allocation(n_bytes: int, part: str) -> None:
 def return_memory(array: np.ndarray) -> bool:
     """Return the whole pages of an array to the system; its values are lost.
 
-    Tells whether the system took them. What CUDA manages is not the system's.
+    Tells whether the system took them. Memory that CUDA manages is not the system's.
     """
     if mx.cuda.is_available() and not on_cpu():
         return False
@@ -272,7 +269,7 @@ def return_memory(array: np.ndarray) -> bool:
 
 
 def return_freed() -> None:
-    """Have MLX return what is freed from now on, where it takes the system's memory.
+    """Have MLX return freed memory from now on, where it takes the system's.
 
     It would keep all of it for arrays of the same sizes, without a bound on a CPU. On
     GPUs it stays as it is: there it costs more to ask for memory.
@@ -283,7 +280,7 @@ def return_freed() -> None:
 
 
 def trim_heap() -> None:
-    """Have the C library return what it keeps of freed memory, where it can."""
+    """Have the C library return freed memory, where it can."""
     trim = getattr(_c(), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,6 +1,6 @@
 """Every error a user can meet, typed by the part that raises it.
 
-Messages read ``[part] what was expected but got what`` and name the file, layer,
+Messages read ``[part] expected X but got Y`` and name the file, layer,
 expert or argument at fault.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 # How much of another library's error a line of ours repeats.
 MOST_TOLD = 400
-# Of an error's text the first and the last letters, if it has more than both.
+# The first and last letters kept of an error's text, if it has more than both.
 HALF_TEXT = 1000
 
 
@@ -73,7 +73,7 @@ class ExpertStoreError(MoefluxError):
 
 
 class BudgetError(ExpertStoreError, ValueError):
-    """The memory budget cannot hold what one token needs."""
+    """The memory budget cannot hold the needs of one token."""
 
 
 class StateError(MoefluxError, ValueError):
@@ -85,7 +85,7 @@ class TraceError(MoefluxError, ValueError):
 
 
 class RequestError(MoefluxError, ValueError):
-    """A request to a server asks for what it does not give.
+    """A request to a server asks for something that it does not give.
 
     ``status`` is the one of HTTP that says so.
     """
@@ -104,7 +104,7 @@ class PeerError(GroupError):
 
 
 class KernelError(MoefluxError, ValueError):
-    """A kernel's source, arguments or launch are not what its signature says."""
+    """A kernel's source, arguments or launch do not match its signature."""
 
 
 class SimulatorError(MoefluxError):
@@ -117,7 +117,7 @@ class SimulatorError(MoefluxError):
 
 @contextlib.contextmanager
 def one_line_errors(where: str) -> Iterator[None]:
-    """Turn what other libraries raise into one line that says where it was.
+    """Turn errors of other libraries into one line that says where it was.
 
     Raises:
         ModelError: with the library's error as its cause.

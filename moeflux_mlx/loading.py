@@ -80,7 +80,7 @@ def load(
         trust_remote_code: True is refused for a model that brings code of its own,
             which is never run here.
         memory: bytes (``8000000000`` or ``"8GB"``) that the process takes in all:
-            experts get what the rest leaves, less as caches grow. The plan is printed
+            experts get the remainder, less as caches grow. The plan is printed
             on standard error. ``"auto"`` tries several amounts of up to 3/4 of the
             machine's memory for a few seconds and takes the fastest.
         expert_memory: bytes that bound the experts alone, whatever else is taken. With
@@ -118,7 +118,7 @@ def load(
             are of another model, or of routed experts that are read from files.
         ExpertStoreError: a pack's files are missing, damaged or of another model; a
             file cannot be read.
-        BudgetError: ``memory`` or ``expert_memory`` cannot hold what one token needs,
+        BudgetError: ``memory`` or ``expert_memory`` cannot hold the needs of one token,
             or all the experts that are to be mapped; without either, what is loaded
             whole does not fit into the memory that is left.
         ConfigError: an argument or environment variable has no usable value.
@@ -250,7 +250,7 @@ def _refuse_code(path: Path) -> None:
 def plan_load(
     path_or_repo: str | Path, memory: int | str, *, scope: str = "global"
 ) -> MemoryPlan:
-    """Return what ``load`` with this ``memory`` would take it for; loads nothing.
+    """Return the plan that ``load`` makes of this ``memory``; loads nothing.
 
     Where mlx-lm's class runs the model, that is measured without its matrices.
 
@@ -276,7 +276,7 @@ def plan_load(
 
 
 def check_loadable(directory: Path) -> None:
-    """Raise what loading a checkpoint would raise before it reads weights.
+    """Raise the errors of loading a checkpoint before it reads weights.
 
     Raises:
         ModelError, ExpertStoreError: as ``load``.
@@ -391,7 +391,7 @@ def pack_classes(model_file: str) -> tuple[type, type]:
     bound, arguments = model_classes(found, options)
 
     class Model(bound):  # type: ignore[misc, valid-type]
-        """Refuses what does not fit when it is loaded, not at the first request."""
+        """Refuses a model that does not fit at loading, not at the first request."""
 
         def load_weights(self, *args: Any, **kwargs: Any) -> nn.Module:
             super().load_weights(*args, **kwargs)

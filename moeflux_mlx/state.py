@@ -1,4 +1,4 @@
-"""Keep what a run has come to: its caches, the tokens they stand for, the hot experts.
+"""Keep the state of a run: its caches, the tokens they stand for, the hot experts.
 
 A saved state spares reading a prompt again, and the experts in memory with it. Within a
 run a ``CacheCheckpoint`` takes tokens back.
@@ -62,8 +62,8 @@ def save_state(
 ) -> None:
     """Write caches, tokens and the set of experts in memory to one file, atomically.
 
-    Between tokens only; what is still being computed is waited for. Nobody but the
-    file's owner can read it.
+    Between tokens only; it waits for arrays that are still being computed. Nobody but
+    the file's owner can read it.
 
     Args:
         cache: one sequence's caches of this model, one for each layer.
@@ -120,7 +120,7 @@ def check_keeps_state(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class _Run:
-    """What a state is of: a model of our own class, or one that streams its experts."""
+    """The model of a state: one of our own class, or one that streams its experts."""
 
     identity: str
     model: nn.Module
@@ -130,7 +130,7 @@ class _Run:
 
     @classmethod
     def of(cls, model: nn.Module) -> _Run:
-        """Return what is kept of a model.
+        """Return the parts of a model's state.
 
         Raises:
             StateError: nobody knows which files it is of, or adapters change it.

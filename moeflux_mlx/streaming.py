@@ -49,12 +49,12 @@ from .system.progress import Report, notice
 from .training import TrainsUncompiled
 
 M = TypeVar("M", bound=nn.Module)
-# What memory is tried out with where several amounts are: any token will do.
+# The token that amounts of memory are tried out with: any will do.
 FIRST_TOKEN = 0
 
 
 class StreamedPart(nn.Module):
-    """What ``stream`` adds to every module with routed blocks below: turns and room."""
+    """Turns and room, which ``stream`` adds to modules with routed blocks below."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         calls: Calls = self.__dict__["calls"]
@@ -63,7 +63,7 @@ class StreamedPart(nn.Module):
 
 
 class CheckedEmbedding(nn.Module):
-    """What ``stream`` adds to every embedding: no rows of what is not in its table."""
+    """The addition of ``stream`` to every embedding: no rows outside its table."""
 
     def __call__(self, ids: mx.array) -> mx.array:
         n_rows: int = self.weight.shape[0]
@@ -78,7 +78,7 @@ class CheckedEmbedding(nn.Module):
 
 
 class StreamedModel(GuardsSaving, TrainsUncompiled, StreamedPart):
-    """What ``stream`` adds to a model's class besides: no saving, no foreign weights.
+    """The addition of ``stream`` to a model's class: no saving, no foreign weights.
 
     ``plan`` and ``keeper`` are there where ``memory`` bounds the process.
     """
@@ -98,12 +98,12 @@ class StreamedModel(GuardsSaving, TrainsUncompiled, StreamedPart):
 
     @property
     def keeper(self) -> MemoryKeeper | None:
-        """What gives caches room."""
+        """The giver of room to caches."""
         calls: Calls = self.__dict__["calls"]
         return calls.keeper
 
     def shard(self, group: Group | None = None) -> None:
-        """Do what mlx-lm's models do to divide a model, which loading has done.
+        """Divide nothing: loading has divided the model.
 
         Raises:
             ModelError: it was not loaded with that group.
@@ -152,7 +152,7 @@ def stream(
 
     Every routed block is replaced before its weights are read, so that they never take
     memory; what the model computes stays the same to the last bit. With ``memory`` a
-    few tokens are computed first, without any expert, to measure what else takes room.
+    few tokens are computed first, without any expert, to measure other needs of room.
 
     Args:
         model: changed in place, its class too; after an error it is as it was.
@@ -236,7 +236,7 @@ def stream(
 def plan_stream(
     model: nn.Module, directory: Path, memory: int | str, *, scope: str = "global"
 ) -> MemoryPlan:
-    """Return what ``stream`` with this ``memory`` would take it for; reads no matrix.
+    """Return the plan that ``stream`` makes of this ``memory``; reads no matrix.
 
     Args:
         model: as for ``stream``; afterwards it is as it was.
@@ -272,7 +272,7 @@ def _blocks_of(model: nn.Module) -> list[RoutedBlock]:
 
 @dataclass
 class _Opening:
-    """A model whose experts are not there yet: what memory is left for them.
+    """A model whose experts are not there yet: the memory left for them.
 
     ``reads``: the model may be measured with its weights, which are to be read anyway.
     """
@@ -305,8 +305,8 @@ class _Opening:
         None is three quarters of the machine.
 
         Raises:
-            BudgetError: what one token needs does not fit.
-            ModelError: the model cannot be called to measure what it needs.
+            BudgetError: the needs of one token do not fit.
+            ModelError: the model cannot be called to measure its needs.
         """
         if self.amounts.process is None:
             return self._unplanned(), self._chosen()

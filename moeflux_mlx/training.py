@@ -23,7 +23,7 @@ _TRAINING: set[int] = set()
 
 
 class TrainsUncompiled(nn.Module):
-    """What a model's class begins with if its experts may be read from files."""
+    """The base of a model's class if its experts may be read from files."""
 
     def train(self, mode: bool = True) -> Any:
         """Set whether the model is trained; where experts are read, uncompiled.

@@ -29,7 +29,7 @@ from moeflux_mlx.streaming import stream
 PROMPTS, BATCHES, N_GREEDY = (8, 100), (1, 3), 16
 # None is unquantised.
 BITS = (None, 4)
-# Of the smallest models' widths one that every group fits.
+# A group that fits every width of the smallest models.
 GROUP_SIZE = 32
 
 

@@ -60,7 +60,6 @@ PUBLISHED: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "dequant_matvec_4bit_v4": (dict(i=2048, o=8192, g=64, s=0),),
     "dequant_matvec_4bit_v3": (dict(i=512, o=2048, g=64, s=0),),
-    "dequant_matvec_8bit_v3": (dict(i=2048, o=256, g=64, s=0),),
     "matvec_residual": (dict(i=4096, o=2048, bits=4, g=64, s=0),),
 }
 # Launches whose registers are too many, and why that is borne.

@@ -1,8 +1,9 @@
 """Published models as sparse files: their shapes and sizes, and none of their bytes.
 
-Usage: scripts/real_sizes.py [NAME ...]
+Usage: scripts/real_sizes.py [--macs] [NAME ...]
 
-Prints what ``moeflux inspect --memory 32GB`` says of each as tables of Markdown. The
+Prints what ``moeflux inspect --memory 32GB`` says of each as tables of Markdown, or,
+with ``--macs``, README's table of which of them a Mac has room for. The
 numbers are those of the models' own ``config.json``; tensors have the names, shapes and
 types that mlx-lm's converter gives them at 4 bits, gpt-oss its own mxfp4.
 """
@@ -15,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,9 +24,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
 from moeflux_mlx.cli.inspect import ModelSummary, summarize
+from moeflux_mlx.errors import BudgetError
 from moeflux_mlx.experts.files.safetensors import TensorEntry, header_bytes
 from moeflux_mlx.experts.weights import DTYPE_NAMES
 from moeflux_mlx.loading import plan_load
+from moeflux_mlx.memory import plan as plans
 from moeflux_mlx.memory.plan import MemoryPlan
 
 MEMORY = "32GB"
@@ -279,6 +283,46 @@ tokens one sequence has room for while experts give way.
 """
 
 
+# Memory of Macs in GB, and the share of it that a process gets here: macOS and other
+# programs take the rest, and Metal recommends about as much.
+MACS = (8, 16, 24, 32, 48, 64, 96, 128)
+MAC_SHARE = 2 / 3
+# Python, MLX and this package. Asked of the system it would differ from run to run.
+PROCESS_BYTES = 500 << 20
+
+
+def mac_table(names: list[str]) -> str:
+    """Return which share of its experts a Mac holds of each model, as Markdown."""
+    head = "".join(f" {n} GB |" for n in MACS)
+    lines = [
+        f"| model at 4 bits | on disk |{head}\n| --- |{' ---: |' * (len(MACS) + 1)}"
+    ]
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            write_sparse(Path(folder), name)
+            n_bytes = sum(file.stat().st_size for file in Path(folder).iterdir())
+            cells = [held(folder, round(n * 1e9 * MAC_SHARE)) for n in MACS]
+        lines.append(f"| {' | '.join([name, f'{n_bytes / 1e9:.0f} GB', *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def held(folder: str, memory: int) -> str:
+    """Return the share of experts that a Mac's plan has in memory, or no.
+
+    The plan is the package's, for a GPU: matrices are not unpacked there.
+    """
+    with (
+        mock.patch.object(plans, "own_bytes", lambda: PROCESS_BYTES),
+        mock.patch.object(plans, "affords_unpacked", lambda *_: False),
+    ):
+        try:
+            plan = plan_load(folder, memory)
+        except BudgetError:
+            return "no"
+    share = plan.n_slots / plan.n_experts
+    return "all" if share == 1 else f"{share:.0%}"
+
+
 def table(names: list[str]) -> str:
     """Return the tables of the named models as Markdown."""
     rows, plans = [], []
@@ -292,4 +336,5 @@ def table(names: list[str]) -> str:
 
 if __name__ == "__main__":
     mx.set_default_device(mx.cpu)
-    print(table(sys.argv[1:] or [*MODELS]))
+    asked = [name for name in sys.argv[1:] if name != "--macs"] or [*MODELS]
+    print(mac_table(asked) if "--macs" in sys.argv else table(asked))

@@ -35,12 +35,12 @@ from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.experts.files.packed import is_packed
 from moeflux_mlx.ops import MoeSoftmaxTopK
 
-# Of models that mlx-lm's class runs here.
+# Models that mlx-lm's class runs here.
 DOOR_GEOMETRIES = {"qwen3-30b-a3b": real_sizes.MODELS["Qwen3-30B-A3B"]}
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "models" / "demo"
-# Of a uniform 4-bit value; divides the scale out of a matrix's deviation.
+# A uniform 4-bit value's; divides the scale out of a matrix's deviation.
 DEVIATION, MIDDLE = 4.61, 7.5
 # What matrices that write into the residual stream add to it, relative to the rest.
 ADDED = 0.1

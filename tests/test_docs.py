@@ -20,7 +20,8 @@ PAGES = [
 # A changelog speaks of files as they were.
 PAGES = [page for page in PAGES if page.name != "CHANGELOG.md"]
 NAMED = re.compile(r"`([\w./-]+\.(?:py|metal|h|md|cpp|json|csv))(?:::\w+)?`")
-LINKED = re.compile(r"\]\((?!https?:|#|mailto:)([^)#]+)")
+# GitHub leads ../../actions from the page to this repository's own runs.
+LINKED = re.compile(r"\]\((?!https?:|#|mailto:|\.\./\.\./actions/)([^)#]+)")
 # Files that users have, not this repository.
 OF_USERS = {
     *("config.json", "moeflux.json", "moeflux_model.py", "doctor.json"),
@@ -58,6 +59,41 @@ def test_a_name_that_no_file_has_is_found():
     assert misnamed("`forward.py`, `engine/forward.py`", known) == []
     wrong = "`ward.py` and `graph/forward.py`"
     assert misnamed(wrong, known) == ["ward.py", "graph/forward.py"]
+
+
+def test_the_graph_made_by_hand_runs(capsys):
+    """The page of the API: upload, execute, download."""
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/api.md").read_text(), re.S
+    )
+    exec(code, {})
+    assert capsys.readouterr().out == "[2. 3. 4. 5.]\n"
+
+
+def mac_rows() -> dict[str, str]:
+    """Return README's rows of models that fit Macs, by model."""
+    readme = (ROOT / "README.md").read_text()
+    block = readme.split("<!-- scripts/real_sizes.py --macs -->\n")[1]
+    head, _, *rows = block.split("<!-- end -->")[0].splitlines()
+    return {"": head, **{row.split("|")[1].strip(): row for row in rows}}
+
+
+def test_the_table_of_macs_has_every_model_and_every_mac(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import real_sizes
+
+    rows = mac_rows()
+    assert set(rows) == {"", *real_sizes.MODELS}
+    assert rows[""].endswith("".join(f" {n} GB |" for n in real_sizes.MACS))
+
+
+@pytest.mark.slow
+def test_the_table_of_macs_is_what_the_planner_says(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import real_sizes
+
+    made = real_sizes.mac_table(["Qwen3-30B-A3B"]).splitlines()[-1]
+    assert made == mac_rows()["Qwen3-30B-A3B"]
 
 
 SITE = ROOT / ".github" / "mkdocs.yml"

@@ -14,11 +14,13 @@ import mlx.core as mx
 import pytest
 
 from moeflux_mlx.cli import doctor, main
+from moeflux_mlx.cli.kernels import LIBRARY
 from moeflux_mlx.engine import executors, simulator
 from moeflux_mlx.engine.executors import default_executor, verified
 from moeflux_mlx.engine.executors.capture import CaptureWindow
 from moeflux_mlx.engine.executors.sim import SimExecutor
 from moeflux_mlx.engine.launch import KERNELS
+from moeflux_mlx.engine.lowering import launched_by
 from moeflux_mlx.proof import examination
 
 simulated = pytest.mark.skipif(
@@ -343,6 +345,10 @@ def test_kernels_lists_each_with_signature_launch_and_verification(capsys):
     assert row["template"] == ["typename T"]
     assert row["threadgroup_bytes"] == 0
     assert "/" in row["launch"]
+    assert row["launched_by"] == [LIBRARY]
+    used_by = rows["dequant_matvec_4bit_v4"]["launched_by"]
+    assert used_by == ["MatvecNTokens"]
+    assert rows["norm_matvecs"]["launched_by"] == ["norm_matvecs"]
     used = [row["threadgroup_bytes"] for row in rows.values()]
     assert 0 < max(used) <= 32 << 10
 
@@ -357,6 +363,27 @@ def test_kernels_were_verified_on_the_simulator_as_they_are(capsys):
         if not any(text.startswith("sim:") for text in row["verified"])
     ]
     assert stale == []
+
+
+# Kernels for scripts, which call them by name: that no Op launches them is meant.
+FOR_SCRIPTS = {
+    "dequant_matvec_4bit",
+    "dequant_matvec_4bit_batched",
+    "dequant_matvec_4bit_v3_experts",
+    "dequant_matvec_4bit_v5",
+    "dequant_matvec_8bit_v3",
+    "fused_gate_up_swiglu",
+    "moe_combine_residual",
+    "moe_combine_residual_flat",
+    "residual_add",
+    "swiglu_fused",
+    "swiglu_fused_vec4",
+    "weighted_sum",
+}
+
+
+def test_an_op_launches_every_kernel_but_those_for_scripts():
+    assert {name for name in KERNELS if not launched_by(name)} == FOR_SCRIPTS
 
 
 def test_lowering_lists_every_ops_ways(capsys):

@@ -101,7 +101,7 @@ def test_planning_leaves_a_model_as_it_was(written):
 
 @pytest.mark.slow
 def test_a_published_model_is_planned_from_its_headers(tmp_path, capsys, monkeypatch):
-    """Of 17 GB in a file without contents none is read that is a matrix's."""
+    """Planning reads no matrix's byte of 17 GB in a file without contents."""
     import real_sizes
 
     name = "Qwen3-30B-A3B"

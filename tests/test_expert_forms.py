@@ -162,7 +162,7 @@ def test_slots_of_any_form_are_multiplied_by_numpy_and_by_mlx(form):
 
 @pytest.mark.parametrize("to", [np.asarray, mx.array], ids=["numpy", "mlx"])
 def test_scales_of_two_types_are_not_mixed_up(to):
-    """Of bfloat16 NumPy sees the bits only, which must not meet float32 values."""
+    """NumPy sees only the bits of bfloat16, which must not meet float32 values."""
     mx.random.seed(4)
     gate, up = (stored(Quantization(4, 32), (WIDTH, DIM)) for _ in range(2))
     exact = mx.float32, mx.bfloat16

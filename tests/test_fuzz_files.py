@@ -17,7 +17,7 @@ KINDS = (
     *("header", "index", "config", "manifest"),
     *("state", "trace", "tuning", "verification"),
 )
-# Of each kind: 2,000 in all.
+# Cases of each kind: 2,000 in all.
 N_CASES = 250
 
 

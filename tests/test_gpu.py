@@ -122,7 +122,7 @@ def plain(request, tmp_path_factory):
 def unrouted(request, tmp_path_factory):
     """A model whose tokens use every expert.
 
-    Of random routers some choice is always so near that 11 bits decide it.
+    Random routers always make some choice so near that 11 bits decide it.
     """
     path = tmp_path_factory.mktemp("gpu") / "unrouted"
     return made(request.param, path, 8, num_experts_per_tok=8)

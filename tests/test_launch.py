@@ -397,7 +397,7 @@ def test_groups_cover_exactly(n, per_group):
 def register(build: Callable[..., Launch], **options: Any) -> Kernel:
     wanted: dict[str, Any] = {
         "reference": lambda x: x,
-        "sample": lambda rng, dtype: (mx.ones((1,)),),
+        "sample": lambda case: (mx.ones((1,)),),
         "sizes": [{}],
         "large": {},
         "varying": (),
@@ -417,12 +417,36 @@ def test_a_kernel_is_registered_once_whole_and_documented():
     for build, options, message in (
         (residual_add, {}, r"\[residual_add\] there is a kernel of that name"),
         (undocumented, {}, r"\[undocumented\] kernel lacks a docstring"),
-        (other, {"reference": lambda y: y}, r"\[other\] reference expected .*\['x'\]"),
+        (other, {"reference": lambda x, y: x}, r"\[other\] reference expected one par"),
+        (
+            other,
+            {"sample": lambda rng, dtype: ()},
+            r"\[other\] sample expected one par",
+        ),
         (other, {"sizes": []}, r"\[other\] kernel lacks sizes"),
     ):
         with pytest.raises(TypeError, match=message):
             register(build, **options)
     assert not {"undocumented", "other"} & set(KERNELS)
+
+
+def test_a_sample_is_of_all_sizes_given_and_of_no_others():
+    kernel = KERNELS["residual_add"]
+    assert [x.shape for x in kernel.arguments(mx.float32, n=3)] == [(3,), (3,)]
+    with pytest.raises(TypeError, match=r"\[residual_add\] .* knows no sizes \['m'\]"):
+        kernel.arguments(mx.float32, n=3, m=4)
+    with pytest.raises(AttributeError, match=r"expected a size 'n' but got \{\}"):
+        kernel.arguments(mx.float32)
+
+
+def test_a_reference_is_given_defaults_by_name():
+    x = mx.array([[1.0, 2.0]])
+    by_order, by_name = (
+        KERNELS["moe_softmax_topk"].expected(*args, **options)
+        for args, options in (((x, 1), {}), ((x,), {"k": 1, "normalize": False}))
+    )
+    assert [a.tolist() for a in by_order] == [a.tolist() for a in by_name]
+    assert by_order[0].item() == 1 and abs(by_order[1].item() - 0.7310586) < 1e-6
 
 
 def test_scalars_that_vary_are_named_and_are_the_signature_s(use, monkeypatch):

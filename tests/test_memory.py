@@ -153,8 +153,8 @@ def test_experts_give_way_to_a_growing_cache_and_come_back(packed, least):
 
 @pytest.mark.parametrize(
     ("most", "chunk", "n_slots"),
-    # Of 32 experts 256 + 44 tokens read 2 x 22 and then the 2 that gave way, less than
-    # 3 chunks of up to 128 that read 20 each; those read none if all can be held.
+    # 256 + 44 tokens read 2 x 22 of 32 experts and then the 2 that gave way: less than
+    # 3 chunks of up to 128, which read 20 each, or none if all can be held.
     [(12, 256, 10), (32, 128, 32)],
 )
 def test_experts_give_way_to_a_prompt_if_fewer_are_read(

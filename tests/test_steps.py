@@ -314,7 +314,7 @@ def forget_experts(streamer) -> None:
 
 @pytest.mark.parametrize("executor", ["lazy", "traced"])
 def test_what_a_first_run_foresees_is_read_at_once(packed, executor):
-    """Of a token with nothing in memory each layer would be read back, but for that."""
+    """Without that, a token with nothing in memory would read back each layer."""
     logits, n_read_back, n_asked = [], [], []
     for choice in ("off", "on"):
         model = load(packed, N_LAYERS * N_EXPERTS - 1, "on", executor)

@@ -14,7 +14,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_lm.utils import save_model
 
 from moeflux_mlx import device
-from moeflux_mlx.experts.compute import switch
+from moeflux_mlx.experts.compute import slot_block
 from moeflux_mlx.experts.files.checkpoint import Checkpoint
 from moeflux_mlx.experts.files.module_store import ModuleExperts, unchanged
 from moeflux_mlx.experts.files.modules import find_blocks
@@ -127,7 +127,7 @@ def test_what_lies_end_to_end_stays_when_all_is_in_memory(tmp_path, monkeypatch,
     def fail(*_: Any) -> None:
         raise AssertionError("copied")
 
-    monkeypatch.setattr(switch, "_end_to_end", fail)
+    monkeypatch.setattr(slot_block, "_end_to_end", fail)
     for n in (1, 60):
         assert mx.array_equal(stock(*given(n)), ours(*given(n)))
 
@@ -151,13 +151,13 @@ def test_scales_of_another_type_are_not_copied_where_all_is_in_memory(
     path = saved(stock, tmp_path / "model")
     ours, few = (load(path, n, dtype=mx.bfloat16) for n in (2 * N_EXPERTS, 4))
     copied: list[int] = []
-    original = switch._end_to_end
+    original = slot_block._end_to_end
 
     def note(*args: Any) -> Any:
         copied.append(1)
         return original(*args)
 
-    monkeypatch.setattr(switch, "_end_to_end", note)
+    monkeypatch.setattr(slot_block, "_end_to_end", note)
     for n in (1, 40):
         wanted = stock(*given(n))
         assert mx.array_equal(wanted, ours(*given(n))) and not copied

@@ -138,8 +138,8 @@ def test_the_environment_goes_before_tuning_and_tuning_before_preference(
     op, other = product(), product(out_dim=16)
     default = lowering.choose(op, "cuda").name
     assert default == lowering.PREFERRED["cuda"]["MatvecNTokens"][0].name
-    in_force(tuning(entry([op], "dequant_matvec_4bit")))
-    assert lowering.choose(op, "cuda").name == "dequant_matvec_4bit"
+    in_force(tuning(entry([op], "dequant_matvec_4bit_v3")))
+    assert lowering.choose(op, "cuda").name == "dequant_matvec_4bit_v3"
     assert lowering.choose(other, "cuda").name == default
     assert lowering.default_way(op, "cuda").name == default
     monkeypatch.setenv("MOEFLUX_LOWERING", "MatvecNTokens=qmm_t")
@@ -152,7 +152,7 @@ def test_the_environment_goes_before_tuning_and_tuning_before_preference(
 
 def test_a_way_that_is_gone_or_does_not_fit_is_passed_over(in_force):
     op = product(n_tokens=3)
-    for way in ("a_kernel_of_old", "dequant_matvec_4bit"):
+    for way in ("a_kernel_of_old", "dequant_matvec_4bit_v3"):
         in_force(tuning(entry([op], way, n_tokens=3)))
         default = lowering.default_way(op, "cuda").name
         assert lowering.choose(op, "cuda").name == default

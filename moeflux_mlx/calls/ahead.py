@@ -5,7 +5,7 @@ more than anything else. So a token runs as if no expert were missing: slots are
 up on the device, and what blocks asked for is read back once for a window of them.
 Where a block lacked an expert, that is read, the caches are put back and the model is
 called again: decoder layers before the block, and blocks, give what they gave before.
-Nothing depends on what was in memory.
+Nothing depends on which experts were in memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class AgainError(Exception):
 
 @dataclass(frozen=True)
 class _Passed:
-    """What a layer gave, what it did to caches, and the blocks up to its end."""
+    """A layer's output, its changes of caches, and the blocks up to its end."""
 
     out: Any
     states: list[CacheState]
@@ -43,9 +43,9 @@ class TokenAhead:
     """One token of each sequence on its way through a model, ahead of reading.
 
     Args:
-        window: blocks that run before what they asked for is read back.
+        window: blocks that run before their choices are read back.
         states: of the call's caches before it.
-        reads_ahead: read what later blocks asked for in vain ahead of them.
+        reads_ahead: read experts that later blocks lacked ahead of them.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TokenAhead:
         self._streamer, self._window = streamer, window
         self._reads_ahead = reads_ahead
         self._states = {id(state.cache): state for state in states}
-        # What blocks gave with the experts that they asked for, from the first on.
+        # Outputs of blocks with the experts that they asked for, from the first on.
         self._right: list[mx.array] = []
         # Layer, ids and outputs of blocks that followed, and are to be looked at.
         self._assumed: list[tuple[int, mx.array, mx.array | None]] = []
@@ -70,7 +70,7 @@ class TokenAhead:
         self._reached = 0
 
     def __call__(self, call: Callable[[], Any]) -> Any:
-        """Return what ``call`` gives once it has had all its experts."""
+        """Return the result of ``call`` once it has had all its experts."""
         while True:
             try:
                 out = call()
@@ -88,7 +88,7 @@ class TokenAhead:
     def block(
         self, source: StreamedExperts, indices: mx.array, build: Build
     ) -> mx.array:
-        """Return what a block gives for ids ``[..., K]``, known to be right or not.
+        """Return a block's output for ids ``[..., K]``, known to be right or not.
 
         Args:
             build: makes the block's output of experts.
@@ -121,7 +121,7 @@ class TokenAhead:
     def layer(
         self, call: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
     ) -> Any:
-        """Do what a decoder layer's call does, or what it did before."""
+        """Make a decoder layer's call, or repeat its result."""
         i = self._n_layers
         self._n_layers += 1
         passed = self._passed[i] if i < len(self._passed) else None
@@ -153,7 +153,7 @@ class TokenAhead:
         return out
 
     def _look(self) -> None:
-        """Read back what blocks asked for; return if all of it was in memory.
+        """Read back the blocks' choices; return if all were in memory.
 
         It has been read if only the last one, which is not built yet, lacked some.
 

@@ -16,7 +16,7 @@ class Experts(Protocol):
     """Experts that calls read."""
 
     def hand_over(self) -> None:
-        """Let any thread wait for what still reads them."""
+        """Let any thread wait for their readers."""
 
 
 class OneAtATime(Uncopied):
@@ -51,4 +51,4 @@ class OneAtATime(Uncopied):
                     self.streamer.hand_over()
 
     def _begin(self) -> None:
-        """Do what comes before a call that is not part of another."""
+        """Prepare a call that is not part of another."""

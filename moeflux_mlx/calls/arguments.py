@@ -1,4 +1,4 @@
-"""What a model is called with: checked once, before anything trusts it.
+"""The arguments of a model's call, checked once, before anything trusts them.
 
 Single tokens come by the thousand, so what was seen in the call before is not looked at
 again: of the same caches only the number of sequences.
@@ -24,7 +24,7 @@ INTEGERS = frozenset(
 
 
 class Kept(Protocol):
-    """A mixer, by what it keeps of tokens."""
+    """A mixer, by its memory of tokens."""
 
     @property
     def grows(self) -> bool:
@@ -79,7 +79,7 @@ class ArgumentChecks:
         """Return the arguments as arrays.
 
         Raises:
-            ModelError: an argument is not what the model takes; names it.
+            ModelError: the model does not take an argument; names it.
         """
         if embeddings is None:
             tokens = token_ids(inputs)
@@ -108,7 +108,7 @@ def check_number(cache: Any, n_caches: int, why: str) -> None:
 
 
 def check_sequences(states: Sequence[Any], n_seqs: int) -> None:
-    """Check that what caches hold is of as many sequences as the tokens."""
+    """Check that caches hold as many sequences as the tokens."""
     if others := {len(x) for x in states if x is not None} - {n_seqs}:
         wrong = (x is not None and len(x) in others for x in states)
         why = f"caches of {n_seqs} sequences, as many as the tokens have"
@@ -237,7 +237,7 @@ def check_position(offsets: Collection[int]) -> None:
 
 
 def _check_states(index: int, mixer: Kept, cache: Any) -> None:
-    """Check what a cache holds against what its layer makes; sequences aside."""
+    """Check a cache's arrays against those that its layer makes; sequences aside."""
     shapes = [(None, *shape[1:]) for shape in mixer.cache_shapes]
     if not mixer.grows:
         held = cache.cache
@@ -288,6 +288,6 @@ def _type(x: mx.array) -> str:
 
 
 def misfit(name: str, wanted: str, found: Any, advice: str = "") -> ModelError:
-    """Return the error that an argument is not what is wanted."""
+    """Return the error for a wrong argument."""
     end = f": {advice}" if advice else ""
     return ModelError(f"[{name}] expected {wanted} but got {found}{end}")

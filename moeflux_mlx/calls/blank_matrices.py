@@ -1,7 +1,7 @@
 """Matrices that are never read, for a call that shows how much memory it takes.
 
-What such a matrix gives has the right shape and type, and is zero: all but the product
-itself happens as ever, in no time and without the weights.
+A product with such a matrix has the right shape and type, and is zero: all but the
+product itself happens as ever, in no time and without the weights.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Heard = Callable[[type, tuple[int, ...]], None]
 
 
 class BlankMatrix(nn.Module):
-    """What ``blank_matrices`` adds to a matrix's class."""
+    """The class that ``blank_matrices`` puts before a matrix's own."""
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         heard: Heard = self.__dict__["heard"]
         heard(type(self), tuple(self.weight.shape))
         # Lazy: it tells shape and type, and is never computed.
         product: mx.array = super().__call__(x, *args, **kwargs)
-        # What a product is made of is there until it is made.
+        # A product's operands are there until it is made.
         blank: mx.array = mx.depends(mx.zeros(product.shape, product.dtype), x)
         return blank
 

@@ -1,10 +1,10 @@
 """Functions that MLX compiled, none of which it ever takes for another one.
 
-MLX keeps what it compiled for each thread, under the address of the Python function.
+MLX keeps compiled functions for each thread, under the address of the Python function.
 When a function goes, only the thread that called it last forgets it. A new function may
 get the same address, and in the other threads MLX would run the old one, without an
 error. So an address must not be used again while a thread may know it: each thread
-keeps what it called until it has made MLX forget that.
+keeps the functions it called until it has made MLX forget them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 
 class _Known:
-    """What MLX knows by its address: a function, or nothing once that is gone."""
+    """A function that MLX knows by its address, or nothing once that is gone."""
 
     def __init__(self, function: Callable[..., Any]):
         # Threads that keep this must not keep the function and all that it holds.
@@ -33,7 +33,7 @@ class _Known:
 
 
 class _Thread(threading.local):
-    """What a thread has called and MLX may know there."""
+    """The functions that a thread has called and MLX may know there."""
 
     def __init__(self) -> None:
         self.called: set[_Known] = set()
@@ -41,7 +41,7 @@ class _Thread(threading.local):
     def forget(self) -> None:
         """Let MLX forget, in this thread, every function that is gone."""
         for known in [known for known in self.called if known.function() is None]:
-            # A compiled function takes what its last thread knows of it with it.
+            # A compiled function takes its last thread's knowledge with it.
             mx.compile(known)()
             self.called.discard(known)
 

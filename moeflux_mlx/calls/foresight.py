@@ -48,7 +48,7 @@ class Choosers:
     def ask(self, number: int, x: mx.array) -> mx.array | None:
         """Return the ids that one chooses for ``x``, None if it does not tell.
 
-        Its block must raise what ``WaitingCall.block`` does.
+        Its block must raise the same as ``WaitingCall.block``.
         """
         module = self._modules[number]
         try:
@@ -76,13 +76,13 @@ class WaitingCall:
     """A call that has each block's experts before that is built.
 
     Args:
-        choosers: tell what the next block will choose; None: nothing is read ahead.
+        choosers: foretell the next block's choice; None: nothing is read ahead.
     """
 
     def __init__(self, choosers: Choosers | None):
         self._choosers = choosers
         self._asks = False
-        # What the last chooser was given.
+        # The last chooser's input.
         self._x: mx.array | None = None
         # What may have given the next block's ids.
         self._given: list[_Given] = []
@@ -90,7 +90,7 @@ class WaitingCall:
     def block(
         self, source: StreamedExperts, indices: mx.array, build: Build
     ) -> mx.array:
-        """Return what a block gives for ids ``[..., K]``.
+        """Return a block's output for ids ``[..., K]``.
 
         Args:
             build: makes the block's output of experts.
@@ -108,11 +108,11 @@ class WaitingCall:
     def layer(
         self, call: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
     ) -> Any:
-        """Do what a decoder layer's call does."""
+        """Make a decoder layer's call."""
         return call(*args, **options)
 
     def choose(self, x: mx.array) -> None:
-        """Hear what a chooser is given."""
+        """Hear a chooser's input."""
         if not self._asks:
             self._x = x
 

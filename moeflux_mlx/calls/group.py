@@ -34,7 +34,7 @@ def launched_group() -> Group | None:
 
 
 def exchange_of(group: Group | None) -> Exchange | None:
-    """Return what reaches the other ranks, if there are any.
+    """Return the way to the other ranks, if there are any.
 
     Raises:
         ConfigError: that is no group.
@@ -43,7 +43,7 @@ def exchange_of(group: Group | None) -> Exchange | None:
         return None
     if not isinstance(group, Group):
         raise ConfigError(
-            f"[group] expected what mx.distributed.init() returns but got {group!r}"
+            f"[group] expected a group of mx.distributed.init() but got {group!r}"
         )
     return Exchange(group) if group.size() > 1 else None
 

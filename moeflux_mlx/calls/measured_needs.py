@@ -1,4 +1,4 @@
-"""What any model's memory comes to, found out by calling it without its experts.
+"""Any model's needs of memory, found by calling it without its experts.
 
 A lazy call tells shapes, so it takes no time: caches, rows and logits are known before
 a weight is read. Scratch is measured on a few tokens of the real model, or on its first
@@ -38,7 +38,7 @@ from ..memory.own_caches import OwnForm
 from .blank_matrices import SWITCHES, blank_matrices
 from .shared import Calls
 
-# Tokens of the calls that are measured: what each costs is the difference.
+# Tokens of the calls that are measured: the cost of each is the difference.
 FEW, MANY = 16, 64
 # Rows that caches have meanwhile: as many as take no more than these bytes.
 MOST_ROWS, MOST_ROW_BYTES = 4096, 256 << 20
@@ -47,7 +47,7 @@ FEW_SLOW, MANY_SLOW, ROWS_SLOW = 4, 8, 2048
 # Threads of MLX free memory a little sooner or later, so peaks differ between calls:
 # each is measured so many times, and the largest counts with a share more.
 N_REPEATS, MARGIN = 2, 1 / 8
-# What configurations call the length of the longest sequence.
+# Configurations' names for the length of the longest sequence.
 LENGTHS = ("max_position_embeddings", "max_sequence_length", "model_max_length")
 
 
@@ -64,7 +64,7 @@ class Scratch:
 
     @classmethod
     def of(cls, peaks: Peaks) -> Scratch:
-        """Return what peaks come to, of few and many tokens, with rows and without."""
+        """Return the peaks of few and many tokens, with rows and without."""
         ends = FEW, MANY
         between, inside = ([peaks[n, 0][i] for n in ends] for i in (0, 1))
         beside = sorted(n for n, rows in peaks if rows)
@@ -112,11 +112,11 @@ class MeasuredNeeds:
         self._n_experts = store.n_experts
         self._stride = pool_stride([store.layout(layer) for layer in store.layers])
         self._config = config
-        # Of all caches after so many tokens, the last that were asked for.
+        # All caches after so many tokens, as they were last asked for.
         self._own_forms: dict[int, list[OwnForm]] = {}
 
     def resident_bytes(self, unpack: bool) -> int:
-        """Return what parameters take; none is ever unpacked."""
+        """Return the bytes of parameters; none is ever unpacked."""
         return sum(array.nbytes for array in leaves(self._model.parameters()))
 
     def scratch_bytes(self, n_tokens: int, n_cached: int, n_seqs: int = 1) -> int:
@@ -137,31 +137,31 @@ class MeasuredNeeds:
         return math.ceil((1 + MARGIN) * own)
 
     def output_bytes(self, n_tokens: int) -> int:
-        """Return what a call's rows take until their logits are known.
+        """Return the bytes of a call's rows until their logits are known.
 
         They are put together of parts.
         """
         return 2 * self._look.row_bytes * n_tokens
 
     def logits_bytes(self, n_tokens: int) -> int:
-        """Return what the logits of so many tokens take."""
+        """Return the bytes of the logits of so many tokens."""
         return self._look.logit_bytes * n_tokens
 
     @property
     def cache_forms(self) -> list[CacheForm]:
-        """What each of the caches takes, in the order of ``single_caches``."""
+        """Bytes of each of the caches, in the order of ``single_caches``."""
         return self._look.forms
 
     @property
     def cache_row_bytes(self) -> int:
-        """What each token of a sequence takes in caches that grow without end."""
+        """Bytes of each token of a sequence in caches that grow without end."""
         look = self._look
         pairs = zip(look.forms, look.most_rows, strict=True)
         return round(sum(form.row_bytes for form, most in pairs if most is None))
 
     @property
     def cache_state_bytes(self) -> int:
-        """What each sequence takes in all other caches once they are full."""
+        """Bytes of each sequence in all other caches once they are full."""
         look = self._look
         pairs = zip(look.forms, look.most_rows, strict=True)
         rows = sum(form.row_bytes * (most or 0) for form, most in pairs)
@@ -169,7 +169,7 @@ class MeasuredNeeds:
 
     @property
     def cache_layouts(self) -> list[CacheLayout]:
-        """What each cache that the model makes consists of."""
+        """The form of each cache that the model makes."""
         return self._look.layouts
 
     @property
@@ -219,7 +219,7 @@ class MeasuredNeeds:
         return self._own_forms[n_tokens][i]
 
     def _compared_forms(self) -> list[CacheForm | None]:
-        """Return what caches of any kind take, by how they grow."""
+        """Return the bytes of caches of any kind, by how they grow."""
         (short, _), (long, _) = (
             self._call(n, make_prompt_cache(self._model))
             for n in (CACHE_STEP, 2 * CACHE_STEP)
@@ -261,7 +261,7 @@ class MeasuredNeeds:
             finally:
                 self._blank.watch = None
             self._last = segments.last_new()
-            # What is no matrix's is read by then.
+            # All parameters but matrices are read by then.
             self._peaks(FEW, 0)
             if device.on_cpu():
                 beside, n_rows = (FEW_SLOW, MANY_SLOW), min(ROWS_SLOW, self._n_rows())
@@ -344,7 +344,7 @@ RowForm = tuple[int, tuple[int, int], mx.Dtype]
 
 @dataclass(frozen=True)
 class _Look:
-    """What a lazy call tells: caches one by one, bytes of a token's row and logits."""
+    """A lazy call's facts: caches one by one, bytes of a token's row and logits."""
 
     forms: list[CacheForm]
     most_rows: list[int | None]
@@ -356,7 +356,7 @@ class _Look:
 
 
 def _form(cache: Any) -> CacheForm | None:
-    """Return what a cache takes where its arrays tell."""
+    """Return the bytes of a cache where its arrays tell."""
     if isinstance(cache, ArraysCache):
         return CacheForm(0, cache.nbytes)
     if type(cache) not in KINDS:
@@ -432,5 +432,5 @@ class Segments:
 
 
 def _mark(cache: Any) -> Any:
-    """Return what is another one once a cache has changed."""
+    """Return a value that differs once a cache has changed."""
     return getattr(cache, "offset", None), [*map(id, getattr(cache, "cache", ()))]

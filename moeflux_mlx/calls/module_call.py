@@ -1,6 +1,6 @@
 """A call of a model through its own modules, as mlx-lm makes it.
 
-Graphs perform what mlx-lm's layers do, no more. Where somebody has put others among
+Graphs perform mlx-lm's layers and no more. Where somebody has put others among
 them, adapters for one, the modules themselves are called: slower, and right.
 """
 
@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx_lm.models.mla import QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
-# What ``nn.quantize`` puts in the places of modules; graphs perform these too.
+# Modules that ``nn.quantize`` puts in the places of others; graphs perform these too.
 QUANTIZED = {
     nn.QuantizedLinear,
     nn.QuantizedEmbedding,

@@ -1,4 +1,4 @@
-"""What the calls of a model with streamed experts share: turns, experts, room."""
+"""The common ground of calls of a model with streamed experts: turns, experts, room."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Calls(OneAtATime):
     def call(
         self, call: Callable[..., Any], args: Any, kwargs: Any, *, gives_rows: bool
     ) -> Any:
-        """Make a call, looking at what comes from outside first."""
+        """Make a call, checking its arguments first."""
         args, kwargs = self.checked(call, args, kwargs)
         return self.run(call, args, kwargs) if gives_rows else call(*args, **kwargs)
 
@@ -96,7 +96,7 @@ class Calls(OneAtATime):
         """Return the arguments of a call from outside, tokens as an array.
 
         Raises:
-            ModelError: one is not what the model takes.
+            ModelError: the model does not take one of them.
         """
         signature = _signature(call)
         if self._depth > 1 or "cache" not in signature.parameters:
@@ -168,7 +168,7 @@ class Calls(OneAtATime):
         streamer, results = self.streamer, leaves(out)
         if isinstance(streamer, ExpertStreamer) and streamer.resident:
             if is_traced(results):
-                # What is computed backwards reads the experts once more.
+                # A computation backwards reads the experts once more.
                 streamer.stay()
                 return
             for result in results:
@@ -200,7 +200,7 @@ class Calls(OneAtATime):
         return mx.concatenate(parts, axis=1)
 
     def _given_way(self, cache: list[Any], t: int) -> int:
-        """Return ``t``, once experts have given way to what else takes memory."""
+        """Return ``t``, once experts have given way to other memory."""
         if self.free_pool is not None:
             self.free_pool.give_way(cache)
         return t
@@ -217,7 +217,7 @@ class Calls(OneAtATime):
         return make_room(self.keeper, self._give_way, cache, n_seqs, t, **options)
 
     def _is_followed(self, rows: _Rows) -> bool:
-        """Tell whether a transformation follows a call: it keeps what it computes."""
+        """Tell whether a transformation follows a call: it keeps its results."""
         parameters = leaves(self._whole.parameters())
         return is_traced([*rows.arrays.values(), *parameters])
 
@@ -283,7 +283,7 @@ class _Rows:
         return inspect.BoundArguments(self.bound.signature, arguments)  # type: ignore[arg-type]
 
     def bytes_of(self, out: Any) -> int | None:
-        """Return the bytes of a token's row in what a call gave."""
+        """Return the bytes of a token's row in a call's result."""
         if isinstance(out, mx.array) and tuple(out.shape[:2]) == (self.n_seqs, self.t):
             return out.nbytes // (self.n_seqs * self.t)
         return None

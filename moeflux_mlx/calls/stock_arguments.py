@@ -1,4 +1,4 @@
-"""What a model of mlx-lm's class is called with: checked as our own checks it."""
+"""The arguments of a model of mlx-lm's class, checked as our own checks them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class StockChecks:
             tokens: the name of the tokens' argument.
 
         Raises:
-            ModelError: one is not what any model takes; names it.
+            ModelError: no model takes one of them; names it.
         """
         embeddings = arguments.get("input_embeddings")
         if embeddings is None:

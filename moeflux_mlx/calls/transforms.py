@@ -1,7 +1,7 @@
 """Tell a call under a transformation of MLX from one that computes values at once.
 
 ``mx.grad``, ``mx.vjp`` and ``mx.jvp`` run a function on arrays that have values like
-any others, but what is computed from a copy of such values has no derivative. Whoever
+any others, but a result computed from a copy of such values has no derivative. Whoever
 looks at values must ask here first.
 """
 
@@ -25,7 +25,7 @@ _COUNT = _Count()
 
 
 def is_traced(arrays: Sequence[mx.array]) -> bool:
-    """Tell whether a transformation follows what becomes of any of ``arrays``.
+    """Tell whether a transformation follows any of ``arrays``.
 
     Nothing is evaluated here.
     """
@@ -89,7 +89,7 @@ def _count(*arguments: mx.array) -> mx.array:
 
 
 def _placeholder() -> mx.array:
-    """Return what stands for an argument while MLX compiles a function.
+    """Return the stand-in for an argument while MLX compiles a function.
 
     MLX follows it in each later transformation too, and in nothing else. It never has
     a value.

@@ -57,7 +57,7 @@ class Ways:
 
     @property
     def token(self) -> TokenAhead | WaitingCall | None:
-        """What this thread's call goes by, if it is left to nobody else."""
+        """The way of this thread's call, if nobody else has it."""
         if (token := self._token) is None or self._thread != threading.get_ident():
             return None
         return token
@@ -72,7 +72,7 @@ class Ways:
         """Have decoder layers, and modules that choose experts, ask how they run.
 
         Args:
-            undo: takes what makes them as they were.
+            undo: takes the functions that restore them.
         """
         self._n_blocks = len(blocks)
         modules = dict(model.named_modules())
@@ -108,7 +108,7 @@ class Ways:
         n_tokens: int,
         states: Sequence[CacheState] | None,
     ) -> Any:
-        """Do what ``call`` does, with its own result.
+        """Make the call, with its own result.
 
         Args:
             n_tokens: of each sequence.
@@ -150,7 +150,7 @@ class Ways:
 
 
 class StreamedLayer(nn.Module):
-    """What is added to a decoder layer's class: a token may pass it once only."""
+    """The addition to a decoder layer's class: a token may pass it once only."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         ways: Ways = self.__dict__["ways"]
@@ -160,7 +160,7 @@ class StreamedLayer(nn.Module):
 
 
 class StreamedChooser(nn.Module):
-    """What is added to the class of what chooses experts: its input is looked at."""
+    """The addition to a router's class: its input is looked at."""
 
     def __call__(self, x: mx.array, *args: Any, **options: Any) -> Any:
         ways: Ways = self.__dict__["ways"]
@@ -203,6 +203,6 @@ def _beside(path: str, modules: dict[str, nn.Module]) -> list[nn.Module]:
 
 @functools.cache
 def added_class(added: type, kind: type) -> type:
-    """Return a module's class with what ``added`` has besides."""
+    """Return a module's class with the methods of ``added`` besides."""
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (added, Uncopied, kind), names)

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``moeflux`` with ``argv`` (the process's own by default).
 
     Returns:
-        The exit code: what the subcommand returns, 2 for an error of its input, 1 for
+        The exit code: the subcommand's, 2 for an error of its input, 1 for
         one that nobody foresaw.
     """
     _degrade_output()
@@ -112,7 +112,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _degrade_output() -> None:
-    """Have what the output's encoding lacks replaced, and a closed output ignored."""
+    """Replace letters that the output's encoding lacks; ignore a closed output."""
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):

@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
     late: Callable[[str], argparse.ArgumentParser] | None = None
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does; what takes long to look up is looked up here."""
+        """Parse as argparse does; slow look-ups are done here."""
         if self.late is not None:
             return self.late(self.prog).parse_known_args(args, namespace)
         return super().parse_known_args(args, namespace)
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def integer(least: int, most: int = MOST_COUNT) -> Callable[[str], int]:
-    """Return what parses an integer from ``least`` to ``most``."""
+    """Return a parser of an integer from ``least`` to ``most``."""
 
     def parse(text: str) -> int:
         try:
@@ -52,7 +52,7 @@ def integer(least: int, most: int = MOST_COUNT) -> Callable[[str], int]:
 
 
 def number(least: float = 0.0, most: float = math.inf) -> Callable[[str], float]:
-    """Return what parses a finite number from ``least`` to ``most``."""
+    """Return a parser of a finite number from ``least`` to ``most``."""
 
     def parse(text: str) -> float:
         try:
@@ -68,7 +68,7 @@ def number(least: float = 0.0, most: float = math.inf) -> Callable[[str], float]
 
 
 def one_of(*values: int) -> Callable[[str], int]:
-    """Return what parses one of some integers."""
+    """Return a parser of one of some integers."""
 
     def parse(text: str) -> int:
         if text in map(str, values):

@@ -1,4 +1,4 @@
-"""``moeflux cachesim``: what each eviction policy makes of recorded routing."""
+"""``moeflux cachesim``: each eviction policy's result on recorded routing."""
 
 from __future__ import annotations
 

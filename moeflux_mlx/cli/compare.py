@@ -24,7 +24,7 @@ from .preflight import announce
 
 DEFAULT_PROMPT = "def read_table(path):\n"
 DEFAULT_TOKENS = 64
-# Of all experts, in per cent.
+# Shares of all experts, in per cent.
 DEFAULT_BUDGETS = (100.0, 50.0, 25.0)
 # In the place of an executor's name: mlx-lm's own class of the model.
 STOCK_CLASS = "mlx-lm"

@@ -52,12 +52,12 @@ content="default-src 'none'; style-src 'unsafe-inline'">
 
 
 def way_of(found: Comparison) -> str:
-    """Name what ran our side: an executor, or mlx-lm's own class of the model."""
+    """Name the runner of our side: an executor, or mlx-lm's own class of the model."""
     return found.ours.executor or "mlx-lm's class"
 
 
 def budget_of(found: Comparison) -> str:
-    """Say what memory a comparison was given."""
+    """Say the memory of a comparison."""
     for name, words in (("memory", "process"), ("expert_memory", "experts")):
         if (given := found.options.get(name)) is not None:
             amount = decimal(given) if isinstance(given, int) else str(given)
@@ -75,7 +75,7 @@ def _reference(found: Comparison) -> str:
 
 
 def _matrix(found: Sequence[Comparison]) -> str:
-    """Lay out what differs between ways and budgets, and what does not."""
+    """Lay out the differences between ways and budgets, and where there is none."""
     rows = [
         [
             *(_text(f) for f in (way_of(c), budget_of(c))),

@@ -1,4 +1,4 @@
-"""What ``scripts/demo`` runs: pack the demo model, then generate with few experts.
+"""The work of ``scripts/demo``: pack the demo model, then generate with few experts.
 
 Usage: python -m moeflux_mlx.cli.demo [--prompt TEXT] [--max-tokens N]
                                       [--expert-memory BYTES]
@@ -16,7 +16,7 @@ from . import main as moeflux
 
 MODEL = Path("models/demo")
 BUILD = Path("build")
-# Of the 10.4 MB that hold every expert; 2.1 MB of both align the pool.
+# Every expert would take 10.4 MB; 2.1 MB of either amount align the pool.
 MEMORY = "4MB"
 # Long enough for the speed of a prompt to mean something.
 PROMPT = '''"""Count the words of files."""

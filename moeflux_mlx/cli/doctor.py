@@ -102,7 +102,7 @@ def _no_kernel(pattern: str) -> str:
 
 
 def _keep(record: Record, names: list[str], path: Path | None) -> str:
-    """Remember what agreed, also in a file; return why that was not possible."""
+    """Remember which kernels agreed, also in a file; return why if that failed."""
     try:
         remember(record, names)
         if path:
@@ -120,7 +120,7 @@ def make_record(executor: str, findings: list[Finding]) -> Record:
 
 
 def environment() -> dict[str, Any]:
-    """Return what a reader of the report has to know of this machine."""
+    """Return the facts of this machine that a reader of the report needs."""
     metal = {"macos": platform.mac_ver()[0]} if sys.platform == "darwin" else {}
     return {
         "moeflux-mlx": __version__,
@@ -169,7 +169,7 @@ def _print(executor: str, findings: list[Finding], failure: str) -> None:
 
 
 def _conclusion(executor: str, findings: list[Finding], failure: str) -> str:
-    """Say what follows for whoever loads a model here."""
+    """Say the consequence for whoever loads a model here."""
     if executor == "sim":
         return (
             "They ran on the simulator: evidence for Metal, not proof. "

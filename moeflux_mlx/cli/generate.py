@@ -27,7 +27,7 @@ from .arguments import check_number, check_output, integer, number, one_of
 from .preflight import announce
 from .report import generate_and_print, prepare
 
-# What of mlx-lm's numbers can be used; it takes any.
+# The ranges of mlx-lm's numbers that can be used; it takes any.
 NUMBERS = {
     "max_tokens": integer(-1),
     "temp": number(),
@@ -111,7 +111,7 @@ def add_native_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def add_state_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say what state to begin with and to leave."""
+    """Add the flags of the states to begin with and to leave."""
     ours = parser.add_argument_group("state of a run")
     load = "continue after the prompt and text whose state FILE keeps"
     ours.add_argument("--load-state", metavar="FILE", help=load)
@@ -120,7 +120,7 @@ def add_state_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def streaming_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what those flags say, as ``load`` takes it."""
+    """Return the values of those flags, as ``load`` takes them."""
     names = ("memory", "expert_memory", "scope", "policy", "read_ahead", "expert_io")
     options = {name: getattr(args, name) for name in (*names, "executor")}
     return {**options, "native": getattr(args, "native", None)}
@@ -187,7 +187,7 @@ def _refuse_unusable(args: argparse.Namespace) -> None:
 
 
 def _refuse_in_group(args: argparse.Namespace) -> None:
-    # What mlx.launch passes on of its standard input never ends.
+    # The standard input that mlx.launch passes on never ends.
     if args.prompt == "-":
         raise ConfigError(
             "[generate] expected a prompt as text with several processes but got '-': "
@@ -261,7 +261,7 @@ def _prompt_tokens(
         return tokenizer.encode(text)
     chat = _chat_text(args, tokenizer, text)
     if has_prefix:
-        # A saved cache holds what the template puts before the user's message.
+        # A saved cache holds the template's words before the user's message.
         chat = chat[_chat_text(args, tokenizer, "<query>").index("<query>") :]
     return tokenizer.encode(chat, add_special_tokens=False)
 

@@ -1,4 +1,4 @@
-"""``moeflux inspect``: what a model consists of and the memory it asks for."""
+"""``moeflux inspect``: a model's parts and the memory it asks for."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--graph", type=int, metavar="LAYER", help=graph)
     tokens = "tokens the layer's graph is built for (default: 512)"
     parser.add_argument("--tokens", type=integer(1, 1 << 20), default=512, help=tokens)
-    memory = "show what the memory of a process of this size would go to"
+    memory = "show the plan of a process's memory of this size"
     parser.add_argument("--memory", metavar="BYTES", help=memory)
     parser.set_defaults(run=run)
 

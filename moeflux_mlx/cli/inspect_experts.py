@@ -1,4 +1,4 @@
-"""What ``moeflux inspect`` counts: experts and all else, of our class or mlx-lm's."""
+"""The counts of ``moeflux inspect``: experts and all else, of our class or mlx-lm's."""
 
 from __future__ import annotations
 

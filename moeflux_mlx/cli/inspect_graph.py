@@ -1,4 +1,4 @@
-"""``moeflux inspect --graph``: one layer's Ops, what they cost, the memory planned."""
+"""``moeflux inspect --graph``: one layer's Ops, their costs, the memory planned."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class OpRow:
 class GraphReport:
     """A layer's graph for one sequence of ``n_tokens``.
 
-    ``planned_peak_bytes`` is what lifetimes and Ops' scratch add up to,
-    ``measured_peak_bytes`` what MLX held running Op by Op, inputs left out of both.
+    ``planned_peak_bytes`` is the sum of lifetimes and Ops' scratch,
+    ``measured_peak_bytes`` MLX's own, running Op by Op, inputs left out of both.
     """
 
     name: str

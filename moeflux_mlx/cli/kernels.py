@@ -13,18 +13,20 @@ from .. import config
 from ..engine.executors import gpu_executor
 from ..engine.executors.verified import Record, records
 from ..engine.launch import KERNELS, Kernel, Launch, prepare
-from ..engine.lowering import GROUPS, TABLE
+from ..engine.lowering import GROUPS, TABLE, launched_by
 from ..engine.lowering.tuned import Tuning, current
 from ..engine.metal import Scalar
 from ..system.terminal import WIDE, PlainConsole
 
-# What stands in tables of up to 80 columns.
+# Who launches a kernel that no Op is lowered to.
+LIBRARY = "scripts (no Op)"
+# The columns of tables of up to 80 characters.
 NARROW = ("kernel", "launch", "verified")
 
 
 def add_parser(subparsers: Any) -> None:
     """Add ``kernels`` with its options."""
-    text = "list all kernels and what has verified them where"
+    text = "list all kernels, who launches them and where they were verified"
     parser = subparsers.add_parser("kernels", description=text, help=text)
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
     parser.add_argument(
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def tuning_in_force() -> Tuning | None:
-    """Return what was tuned for the executor that our kernels run on here."""
+    """Return the tuning of the executor that our kernels run on here."""
     executor = config.executor_name() or gpu_executor()
     return current(executor) if executor else None
 
@@ -78,7 +80,7 @@ def _tuned(name: str, tuning: Tuning | None) -> list[str]:
 
 
 def describe(kernel: Kernel, known: list[Record]) -> dict[str, Any]:
-    """Return one row: what the signature says, and one launch as an example."""
+    """Return one row: the signature, and one launch as an example."""
     metal = kernel.metal
     launch = kernel(*kernel.arguments(kernel.dtypes[0], **kernel.sizes[-1]))
     values = prepare(launch).instance.values
@@ -94,6 +96,7 @@ def describe(kernel: Kernel, known: list[Record]) -> dict[str, Any]:
         "template": [f"{p.kind} {p.name}" for p in metal.template],
         "threadgroup_bytes": metal.threadgroup_bytes(launch.template, types),
         "launch": _launch(launch),
+        "launched_by": launched_by(kernel.name) or [LIBRARY],
         "verified": _verified(kernel.name, known),
     }
 

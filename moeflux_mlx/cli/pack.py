@@ -39,11 +39,11 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Pack ``args.src`` into ``args.dst`` and say what was made."""
+    """Pack ``args.src`` into ``args.dst`` and say so."""
     files = source_files(args.src)
     own = has_own_class(read_config(args.src))
     if own and not is_packed(args.src):
-        # Gigabytes of what nothing can load would be no use to anybody.
+        # Gigabytes that nothing can load would be of no use to anybody.
         check_loadable(args.src)
     with byte_progress() as progress:
         manifest = pack(

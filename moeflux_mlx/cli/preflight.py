@@ -1,4 +1,4 @@
-"""What commands say before they read a model: does it fit, how will it run."""
+"""The words of commands before they read a model: does it fit, how will it run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ DEFAULTS = {"scope": "global", "policy": None, "read_ahead": "auto", "expert_io"
 def announce(model: str | Path, options: dict[str, Any]) -> None:
     """Print a line about a model that is about to be loaded with these options.
 
-    Nothing is printed of what loading will refuse, or of a model without experts.
+    Nothing is printed of a model that loading will refuse, or of a model without
+    experts.
 
     Raises:
         BudgetError: a model of a hub, not downloaded yet, is larger than memory and
@@ -74,7 +75,7 @@ def forecast(
 
     Args:
         path: its directory, whose files tell the disk's speed.
-        plan: what its memory goes to, where that is known.
+        plan: the plan of its memory, where there is one.
     """
     streams = summary.is_packed or amounts != Amounts()
     held = _held_bytes(summary, amounts, plan) if streams else summary.expert_bytes

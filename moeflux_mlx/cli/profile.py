@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_profile(found: Profile, console: Console) -> None:
-    """Print the table, and what stands below it."""
+    """Print the table, and the lines below it."""
     console.print(profile_table(found))
     console.print(
         f"GB/s are of the bytes a step must move; a copy moves {found.copy_gbps:.1f} "
@@ -83,7 +83,7 @@ def print_profile(found: Profile, console: Console) -> None:
 
 
 def profile_table(found: Profile) -> Table:
-    """Lay a profile out, the largest kind of step first, what it adds up to below."""
+    """Lay a profile out, the largest kind of step first, the sum below."""
     table = Table(title=found.title)
     table.add_column("step\nits Ops\nits kernels", overflow="fold")
     numbers = ("times", "launches", "bytes", "us each", "us", "%", "GB/s", "%\ncopy")

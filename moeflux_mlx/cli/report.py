@@ -1,4 +1,4 @@
-"""Generate text and say what it cost: the table of ``generate`` and the demo."""
+"""Generate text and say its cost: the table of ``generate`` and the demo."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def cost_table(
 ) -> Table:
     """Lay out speed, expert cache and memory after a generation's ``last`` response.
 
-    The expert cache is counted from loading on. Of several processes bytes and memory
-    are the first one's.
+    The expert cache is counted from loading on. With several processes, bytes and
+    memory are the first one's.
 
     Args:
         preparation: seconds that the model's first call took.

@@ -13,7 +13,7 @@ from .arguments import Parser, check_number, integer, number, one_of
 from .generate import add_native_flag, add_streaming_flags, streaming_options
 from .preflight import announce
 
-# What of mlx-lm's numbers can be used; it takes any.
+# The ranges of mlx-lm's numbers that can be used; it takes any.
 NUMBERS = {
     "port": integer(0, 65535),
     "num_draft_tokens": integer(1, 1024),

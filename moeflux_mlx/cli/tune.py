@@ -63,7 +63,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tune on the model's shapes, print what was found, and keep it."""
+    """Tune on the model's shapes, print the winners, and keep them."""
     check_output("--file", args.file)
     executor = args.executor or config.executor_name() or gpu_executor()
     if executor is None:

@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Unpack ``args.src`` into ``args.dst`` and say what was made."""
+    """Unpack ``args.src`` into ``args.dst`` and say so."""
     with byte_progress() as progress:
         unpack(args.src, args.dst, progress=progress)
     n_files = len([*args.dst.glob("model*.safetensors")])

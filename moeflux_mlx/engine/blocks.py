@@ -1,7 +1,7 @@
 """The second half of a layer, as Ops pushed onto a graph: routed experts, or none.
 
-A form says what a family's layer has. Its parameters are those of mlx-lm's module, by
-their paths below the layer.
+A form lists the parts of a family's layer. Its parameters are those of mlx-lm's module,
+by their paths below the layer.
 
 Letters: B sequences, T tokens each, N = B T, D model width, K experts of a token.
 """
@@ -31,7 +31,7 @@ from .ops.moe import noaux_topk, softmax_topk
 
 @dataclass(frozen=True)
 class Call:
-    """What of one call shapes its graphs: sequences, tokens each, masks, experts.
+    """A call's facts that shape its graphs: sequences, tokens each, masks, experts.
 
     ``asks_at_once``: experts are asked for when they are chosen, see ``asking``.
     """
@@ -136,7 +136,7 @@ class Moe:
         shared_name: mlx-lm's name for it.
         gated: a gate of its own opens the shared expert.
         noaux: experts are chosen by sigmoids.
-        routed_name, router: mlx-lm's names of the experts, and of what chooses them.
+        routed_name, router: mlx-lm's names of the experts, and of their router.
         biased: the experts and the router add biases to their products.
         alpha, limit: of a clipped SwiGLU, as ``clipped_swiglu`` has it; 0: a plain one.
     """
@@ -311,7 +311,7 @@ def asking(experts: GraphExperts, form: Moe) -> Kernel:
 
 
 def expected_experts(g: GraphBuilder, form: Moe, x: BufId, n: int) -> BufId:
-    """Push a router on rows that are not quite its own: what it may choose soon."""
+    """Push a router on rows that are not quite its own: a guess at its next choice."""
     logits = g.matvec(f"{MLP}.{form.router}", x, b.RouterLogitsBuf, label="router")
     return choose_experts(g, form, logits, n)[0]
 
@@ -320,7 +320,7 @@ class _Swiglu:
     """A SwiGLU at a path, pushed in two parts: others may come between them.
 
     Args:
-        name: what its labels begin with.
+        name: the prefix of its labels.
     """
 
     def __init__(self, g: GraphBuilder, path: str, name: str):
@@ -364,7 +364,7 @@ class _Shared:
         self.gate: BufId | None = None
 
     def open(self, x: BufId) -> None:
-        """Push what reads the layer's row."""
+        """Push the Ops that read the layer's row."""
         if not self._is_there:
             return
         if self._form.gated:
@@ -432,7 +432,7 @@ def moe(
         shared.open(x)
     logits = g.matvec(f"{MLP}.{form.router}", x, b.RouterLogitsBuf, label="router")
     if call.asks_at_once:
-        # What does not need them is computed while they are being read.
+        # Ops that do not need them run while they are being read.
         chosen = choose_experts(g, form, logits, n)
         shared.open(x)
         down = shared.close(n)

@@ -1,4 +1,4 @@
-"""What surrounds a graph in one call of a model: positions, masks and caches.
+"""The surroundings of a graph in one call of a model: positions, masks and caches.
 
 All of it comes from mlx-lm's own cache objects, and goes back to them.
 """
@@ -35,7 +35,7 @@ class Grows(Protocol):
 
 
 class Context:
-    """What all layers of one call share: positions and masks, made once.
+    """Positions and masks of one call, made once for all layers.
 
     ``masks`` of attention by its window are bool ``[B or 1, 1, T, S]``,
     ``sequence_mask`` bool ``[B, T]``, each None when nothing but causality hides
@@ -130,7 +130,7 @@ def cache_ops(
 
     Args:
         heads: of queries; ``kv_heads`` of keys and values.
-        scale: what scores are multiplied by.
+        scale: factor of the scores.
         spare_rows: attention takes the cache's arrays whole.
     """
     n_seqs = context.n_seqs

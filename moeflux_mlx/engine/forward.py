@@ -1,6 +1,6 @@
 """A call of a model: tokens to rows, layer after layer, rows to logits.
 
-A family's forms say what its layers are; nothing here knows how those mix or route.
+A family's forms describe its layers; nothing here knows how those mix or route.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Forward:
         text: mlx-lm's module, with its ``model`` of ``layers`` between embedding and
             norm.
         args: that module's.
-        forms: what each of the layers is.
-        backbone: how mlx-lm calls ``text.model``, for what graphs cannot do.
+        forms: the form of each layer.
+        backbone: how mlx-lm calls ``text.model``, for calls that graphs cannot do.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class Forward:
         rows: mx.array = self._divided(call, inputs, cache, embeddings, whole=whole)
         streamer = self.runtime.streamer
         if followed and isinstance(streamer, ExpertStreamer) and streamer.resident:
-            # What is computed backwards reads the experts once more.
+            # A computation backwards reads the experts once more.
             streamer.stay()
         else:
             self._guard(rows)
@@ -180,7 +180,7 @@ class Forward:
     def _followed(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> list[mx.array]:
-        """Return what a call depends on if a transformation follows any of it."""
+        """Return the arrays that a call depends on if a transformation follows any."""
         if in_transformation():
             given = [inputs] if embeddings is None else [inputs, embeddings]
             if cache is not None:
@@ -199,7 +199,7 @@ class Forward:
         return []
 
     def _reference(self, followed: list[mx.array]) -> Forward:
-        """Return what runs a call that a transformation follows: all of it lazy.
+        """Return the runner of a call that a transformation follows: all of it lazy.
 
         It serves one call: its weights may be another transformation's next time.
 
@@ -308,7 +308,7 @@ class Forward:
     def _traced(
         self, span: range, x: mx.array, cache: list[Any], slots: mx.array | None
     ) -> Passed:
-        """Run some layers as a ``StepTracer`` has them, and what is before and after.
+        """Run some layers as a ``StepTracer`` has them, with embedding and logits.
 
         Args:
             x: tokens ``[B, 1]`` before the first layer, else rows ``[B, D]``.
@@ -351,7 +351,7 @@ class Forward:
         *,
         whole: bool = False,
     ) -> Array:
-        """Return what a call gives; with caches and planned memory in chunks if long.
+        """Return a call's result; with caches and planned memory in chunks if long.
 
         Args:
             whole: a transformation follows it, which keeps all that is computed.

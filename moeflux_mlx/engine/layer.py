@@ -1,4 +1,4 @@
-"""One decoder layer: what it is, and the graphs that run it."""
+"""One decoder layer: its form, and the graphs that run it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MIXER_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
 
 @dataclass(frozen=True, eq=False)
 class LayerForm:
-    """What a decoder layer is: a mixer, then experts or one MLP, a norm before each.
+    """A decoder layer's form: a mixer, then experts or one MLP, a norm before each.
 
     Layers of one form share their graphs, so a family makes each form once.
     """
@@ -118,7 +118,7 @@ class GraphLayer:
     def expected(self, hidden: Array) -> Array:
         """Return the experts ``[N, K]`` that the layer will likely choose.
 
-        Its router says so on what the layer begins with ``[N, D]``: less its own mixer,
+        Its router says so on the layer's input ``[N, D]``: less its own mixer,
         that is the row it will see.
         """
         n = hidden.shape[0]

@@ -1,4 +1,4 @@
-"""What model classes share: weights seen by Ops, graph building, and running.
+"""The common ground of model classes: weights seen by Ops, graph building, and running.
 
 A model file describes its layers as graphs; this module knows neither the model nor
 any kernel.
@@ -113,7 +113,7 @@ class GraphBuilder:
     def residual_add(
         self, given: BufId[Any], stream: BufId[Any], *, label: str = "residual_add"
     ) -> BufId[ResidualBuf]:
-        """Add what half a layer gave to the residual stream."""
+        """Add the output of half a layer to the residual stream."""
         n_tokens, dim = self._rows(stream)
         out = self.new("residual", ResidualBuf, (n_tokens, dim))
         op = ResidualAddNTokens(
@@ -128,7 +128,7 @@ class GraphBuilder:
         return n_tokens, dim
 
     def finish(self, executor: Executor, **outputs: BufId[Any]) -> LayerGraph:
-        """Check, plan and lower what was built."""
+        """Check, plan and lower the graph."""
         self.graph.verify()
         self.pool.commit_plan(self.graph)
         steps = executor.lower(self.graph)
@@ -136,14 +136,14 @@ class GraphBuilder:
 
 
 class BuiltOnce(Generic[T]):
-    """What was built by key, on first use; the oldest goes when it is full."""
+    """Values by key, built on first use; the oldest goes when it is full."""
 
     def __init__(self, max_size: int):
         self._built: dict[Hashable, T] = {}
         self._max_size = max_size
 
     def get(self, key: Hashable, build: Callable[[], T]) -> T:
-        """Return what stands under ``key``, building it if there is nothing."""
+        """Return the value of ``key``, building it if there is none."""
         if key not in self._built:
             if len(self._built) >= self._max_size:
                 self._built.pop(next(iter(self._built)))
@@ -190,7 +190,7 @@ class GraphRunner:
     def _trace(
         self, layer: LayerGraph, encoding: Encoding, experts: GraphExperts | None
     ) -> CompiledSteps:
-        # What ids stand for is kept by the trace, so no id is used again meanwhile.
+        # The trace keeps the objects behind ids, so no id is used again meanwhile.
         same = (id(encoding.weights), id(experts), frozenset(encoding.host))
         return self._traces.get(
             (layer, same), lambda: CompiledSteps(layer.steps, encoding)
@@ -199,7 +199,7 @@ class GraphRunner:
 
 @dataclass
 class LayerSample:
-    """A layer's graph with made-up inputs, for looking at what running it takes."""
+    """A layer's graph with made-up inputs, for looking at the cost of running it."""
 
     layer: LayerGraph
     weights: Mapping[str, Weight]

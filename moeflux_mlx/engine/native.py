@@ -1,6 +1,6 @@
-"""What model classes of our own share: mlx-lm's module, its calls made of graphs.
+"""The base of our own model classes: mlx-lm's module, its calls made of graphs.
 
-A family's file says what its layers are; see ``models/``.
+A family's file describes its layers; see ``models/``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ guard_saving()
 
 
 class GraphText(nn.Module):
-    """What a text model's class begins with: tokens ``[B, T]`` to logits."""
+    """The base of a text model's class: tokens ``[B, T]`` to logits."""
 
     forward: Forward
 
@@ -51,7 +51,7 @@ class GraphText(nn.Module):
 
 
 class GraphBackbone(nn.Module):
-    """What its backbone's class begins with: tokens to normalised hidden states."""
+    """The base of its backbone's class: tokens to normalised hidden states."""
 
     forward: Forward
 
@@ -66,7 +66,7 @@ class GraphBackbone(nn.Module):
 
 
 class NativeModel(GuardsSaving, TrainsUncompiled):
-    """What a model's class begins with, before mlx-lm's own.
+    """The base of a model's class, before mlx-lm's own.
 
     ``options`` is set by subclasses that ``moeflux_mlx.load`` and packed directories
     make; without it all experts are ordinary parameters.
@@ -85,8 +85,8 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
 
         Args:
             text: mlx-lm's module, with its ``model`` of ``layers`` and its ``args``.
-            forms: what each layer is.
-            path: what its parameters' names begin with.
+            forms: the form of each layer.
+            path: the prefix of its parameters' names.
 
         Raises:
             ModelError: a layer is not one that graphs can perform, or its experts are
@@ -104,7 +104,7 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
         text.model.forward = text.forward
 
     def _stream_experts(self, text: Any, forms: list[LayerForm], path: str) -> None:
-        """Put what reads experts in the places of routed blocks, where files do."""
+        """Put readers of experts in the places of routed blocks, if files hold them."""
         if self.runtime.store is None:
             return
         routed = [i for i, form in enumerate(forms) if form.routed is not None]
@@ -117,7 +117,7 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
     def _streamed(
         self, text: Any, block: nn.Module, index: int, name: str
     ) -> StreamedSwitch:
-        """Return what runs a layer's routed block where graphs do not."""
+        """Return the module that runs a layer's routed block where graphs do not."""
         runtime = self.runtime
         assert runtime.store is not None
         layout = runtime.store.layout(index)
@@ -172,7 +172,7 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
 
     @property
     def engine(self) -> Forward:
-        """What makes the model's calls."""
+        """The maker of the model's calls."""
         found: Forward = self.forward
         return found
 
@@ -184,7 +184,7 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
 
     @property
     def needs(self) -> Needs:
-        """What the model says of its memory."""
+        """The model's needs of memory."""
         return self.engine.needs
 
     @property
@@ -230,7 +230,7 @@ def lacks_of_yarn(config: Mapping[str, Any]) -> str | None:
         return "mscale_all_dim without YaRN" if any(mscales) else None
     if kind != "yarn":
         return "rope_scaling"
-    # mlx-lm has a default for what is not given, transformers another.
+    # mlx-lm has one default for a missing entry, transformers another.
     if "original_max_position_embeddings" not in scaling:
         return "YaRN without original_max_position_embeddings"
     if mscales[0] != mscales[1]:
@@ -294,7 +294,7 @@ def check_rope(
     """Refuse rotary positions that no kernel has.
 
     Args:
-        key: says in the configuration what they are.
+        key: the configuration's name for their kinds.
         make: mlx-lm's making of them.
         pairs: as ``rotation`` has it.
 

@@ -1,4 +1,4 @@
-"""What a language model's memory comes to, from its modules and graphs alone."""
+"""A language model's needs of memory, from its modules and graphs alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TextNeeds:
 
     Args:
         text: mlx-lm's module.
-        skip: what routed experts have in their path.
+        skip: the name in the paths of routed experts.
         forms: what each layer is.
         planned_bytes: returns the planned peak of the layer at a place for a call.
         dtype: type of activations, and of what caches keep of them.
@@ -104,7 +104,7 @@ class TextNeeds:
 
     @property
     def cache_layouts(self) -> list[CacheLayout]:
-        """What each layer's cache consists of."""
+        """The form of each layer's cache."""
         return [self._layout(form.mixer) for form in self._forms]
 
     def _layout(self, mixer: Mixer) -> CacheLayout:
@@ -118,7 +118,7 @@ class TextNeeds:
 
     @property
     def cache_forms(self) -> list[CacheForm]:
-        """What each layer's cache takes of a sequence."""
+        """Bytes of each layer's cache for a sequence."""
         return [
             CacheForm(self.cache_dtype.size * _n_values(shapes), 0)
             if _grows(shapes)
@@ -128,13 +128,13 @@ class TextNeeds:
 
     @property
     def cache_row_bytes(self) -> int:
-        """What each token of a sequence takes in KV caches."""
+        """Bytes of KV caches for each token of a sequence."""
         rows = [shapes for shapes in self.cache_shapes if _grows(shapes)]
         return self.cache_dtype.size * sum(map(_n_values, rows))
 
     @property
     def cache_state_bytes(self) -> int:
-        """What each sequence takes in states, which are float32 at most."""
+        """Bytes of states for each sequence; they are float32 at most."""
         states = [shapes for shapes in self.cache_shapes if not _grows(shapes)]
         return 4 * sum(map(_n_values, states))
 

@@ -1,4 +1,4 @@
-"""What families share whose experts are chosen by sigmoids in groups (noaux_tc).
+"""The common ground of families that choose experts by sigmoids (noaux_tc).
 
 Their first layers have no experts, the others one beside that every token has. The
 names in configurations are those of mlx-lm's arguments.
@@ -16,7 +16,7 @@ from .mixers import Mixer
 
 
 def forms(args: Any, mixer: Mixer) -> Iterator[LayerForm]:
-    """Yield what each layer is, all with one mixer."""
+    """Yield the form of each layer, all with one mixer."""
     k = args.num_experts_per_tok
     moe = Moe(
         args.n_routed_experts,
@@ -37,7 +37,7 @@ def forms(args: Any, mixer: Mixer) -> Iterator[LayerForm]:
 
 
 def lacks(config: Mapping[str, Any]) -> str | None:
-    """Return what a configuration asks for that graphs of such a family do not do.
+    """Return a configuration's wish that graphs of such a family do not do.
 
     Beside how experts are chosen it is in which form a publisher stores matrices: some
     mlx-lm unpacks first.

@@ -17,7 +17,7 @@ from ..experts.weights import OWN_FORM, Quantization, Weight, has_values
 from .graph.op import JointRows, WeightRef
 from .ops.functions import dequantize, to_host
 
-# What a quantised ``Weight`` consists of, and the same among a module's parameters.
+# The parts of a quantised ``Weight``, and their names among a module's parameters.
 PARTS, KEYS = ("w", "scales", "biases"), ("weight", "scales", "biases")
 
 
@@ -51,9 +51,9 @@ class LayerWeights:
 
     Parameters replaced later (``model.update``, a dtype change) are noticed at the
     next use; values changed in place (``weight[0] = 1``) are not. ``unpack`` keeps
-    quantised matrices dense in float32 on the host. Of each sequence of paths in
-    ``joined`` the matrices become one, where they are quantised alike, unless the
-    module trains: its parameters are then views of the joint rows.
+    quantised matrices dense in float32 on the host. ``joined`` has
+    sequences of paths: the matrices of each become one, where they are quantised
+    alike, and parameters become views of its rows. A module that trains is left alone.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class LayerWeights:
             self._bound[host] = {
                 name: prepare(weight, dtype) for name, weight in stored.items()
             }
-            # What is lazy could be computed by none but the thread that is here.
+            # Only this thread could compute a lazy array.
             bound = self._bound[host].values()
             has_values(*(x for w in bound for x in w.arrays))
         return self._bound[host]
@@ -231,7 +231,7 @@ def held_bytes(module: nn.Module, *, skip: str = "", unpack: bool = False) -> in
     """Return the bytes of all parameters below a module, and of copies for a CPU.
 
     Args:
-        skip: leave out what has this name in its path.
+        skip: leave out parameters with this name in their path.
         unpack: as for ``LayerWeights``.
     """
     total = 0

@@ -1,4 +1,4 @@
-"""What one loaded model runs on: executor, experts, memory."""
+"""The runtime of one loaded model: executor, experts, memory."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from .model import BuiltOnce, LayerGraph
 class RunOptions:
     """How a model is to run: which experts from where, in how much memory, and on what.
 
-    ``open_experts`` opens what experts are streamed from; None: they are among the
-    model's parameters. ``memory`` bounds the process, ``expert_memory`` the experts.
-    ``optimistic``: whether tokens run ahead of reading experts, as
+    ``open_experts`` opens the store that experts are streamed from; None: they are
+    among the model's parameters. ``memory`` bounds the process, ``expert_memory`` the
+    experts. ``optimistic``: whether tokens run ahead of reading experts, as
     ``config.optimistic`` has it; None takes the environment's choice. ``read_ahead``:
     whether experts are read before they are asked for: ``on``, ``off``, or ``auto``
     where that was measured to pay. ``expert_io`` is one of ``config.EXPERT_IO``.
@@ -63,7 +63,7 @@ class RunOptions:
     _asked: Amounts | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Raise ConfigError or TraceError for what cannot be used, before any is."""
+        """Raise ConfigError or TraceError for wrong settings, before any is used."""
         check_scope(self.scope)
         check_read_ahead(self.read_ahead)
         if (self.memory, self.expert_memory) != (None, None):
@@ -83,7 +83,7 @@ class RunOptions:
 
 
 class Runtime(OneAtATime):
-    """What one loaded model needs besides its parameters."""
+    """Everything that one loaded model needs besides its parameters."""
 
     def __init__(self, options: RunOptions):
         super().__init__()
@@ -111,7 +111,7 @@ class Runtime(OneAtATime):
 
         Raises:
             ConfigError: a bound is not an amount of bytes.
-            BudgetError: what one token needs does not fit.
+            BudgetError: the needs of one token do not fit.
             ExpertStoreError: an expert could not be read.
         """
         if self.store is None or self.streamer is not None:
@@ -150,7 +150,7 @@ class Runtime(OneAtATime):
             self._free_pool = FreePool(self.streamer)
 
     def make_plan(self, needs: Needs) -> MemoryPlan | None:
-        """Return what a bounded process's memory goes to; takes none of it."""
+        """Return the plan of a bounded process's memory; takes none of it."""
         if self.store is None or self.amounts.process is None:
             return None
         return plan_memory(
@@ -165,7 +165,7 @@ class Runtime(OneAtATime):
         """Return the same with Ops as MLX can transform them: references, all lazy.
 
         Args:
-            has_values: False if what the transformation follows stands for any values,
+            has_values: False if the transformation's arrays stand for any values,
                 as in a function that is compiled or exported.
 
         Raises:
@@ -276,7 +276,7 @@ class Runtime(OneAtATime):
         return Runtime(self.options)
 
     def without_streamed(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Leave out of a checkpoint's weights what the streamer reads itself."""
+        """Leave the streamer's tensors out of a checkpoint's weights."""
         streamed = self.store.tensor_names if self.store is not None else ()
         return {name: w for name, w in weights.items() if name not in streamed}
 

@@ -4,7 +4,7 @@ Where every expert is in memory that is one traced call. Where some are not, lay
 ahead as if all were: slots are looked up on the device, and which experts were asked
 for is read back once for a window of layers. What the first layer that lacked one gave,
 and all after it, is thrown away; the expert is read, and that layer begins again from
-its input, which is still there. So nothing depends on what was in memory.
+its input, which is still there. So nothing depends on which experts were in memory.
 
 What later layers asked for in vain they will likely ask for again: it is read with what
 the first one lacked, all at once, where that takes less time. Layers whose experts have
@@ -64,7 +64,7 @@ class TokenSteps:
         Args:
             tokens: ``[B, 1]``.
             caches: one for each layer, as are ``sources``; None: without experts.
-            weights: what is part of the traces besides ``sources``.
+            weights: arrays of the traces besides ``sources``.
             streamer: of the experts that are not in memory for good; None: all are.
             traced: False makes the same calls without traces, to look into them.
 
@@ -171,9 +171,10 @@ class _RunAhead:
         return x
 
     def _pass(self, layers: range, x: mx.array) -> list[Passed]:
-        """Run layers span by span, each beginning with what the last one gave.
+        """Run layers span by span, each beginning with the last one's output.
 
-        Spans are small while experts are on their way: what is there is computed.
+        Spans are small while experts are on their way: layers whose experts are there
+        are computed.
         """
         passed: list[Passed] = []
         n_layers = self._run.n_layers
@@ -189,7 +190,7 @@ class _RunAhead:
     def _missed(
         self, layers: range, passed: Sequence[Passed], reached: int, *, again: bool
     ) -> int | None:
-        """Wait for what layers chose; return the first that lacked an expert.
+        """Wait for the layers' choices; return the first that lacked an expert.
 
         Args:
             reached: layers before this one have run before.

@@ -25,9 +25,9 @@ MAX_TRACES = 4
 
 @dataclass(frozen=True)
 class Passed:
-    """What came of one token of each sequence in some layers.
+    """The results of one token of each sequence in some layers.
 
-    ``out`` is what the last of them gave, or the logits after a model's last.
+    ``out`` is the last one's output, or the logits after a model's last.
     Where slots were looked up, ``inputs`` are what a run from each layer on begins
     with, tokens before the first, and ``chosen`` int32 ``[n, B, K]`` the experts asked
     for, a row for each layer that did.
@@ -71,7 +71,7 @@ class StepTracer:
     def __init__(self, forward: Forward):
         self._forward = forward
         self._traces: dict[range, BuiltOnce[tuple[Callable[..., Any], Any]]] = {}
-        # Caches whose states a call has, and what they are to be given.
+        # Caches whose states a call has, and their new values.
         self._lent: tuple[Sequence[Any], list[Any]] | None = None
 
     def __call__(

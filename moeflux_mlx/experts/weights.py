@@ -1,4 +1,4 @@
-"""What Ops see of a model's weights: arrays and the way they are quantised."""
+"""A model's weights as Ops see them: arrays and the way they are quantised."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MLX_DTYPES = {
     "I32": mx.int32,
     "F32": mx.float32,
 }
-# The first of several names is that of what MLX itself writes.
+# The first of several names is the one that MLX itself writes.
 DTYPE_NAMES = {dtype: name for name, dtype in reversed(MLX_DTYPES.items())}
 
 
@@ -142,24 +142,24 @@ class ExpertWeights:
 
     @classmethod
     def named(cls, projections: Mapping[str, Weight]) -> ExpertWeights:
-        """Put together what may be other projections than gate, up and down."""
+        """Put projections together, which may be others than gate, up and down."""
         weights = cls.__new__(cls)
         weights.by_name = dict(projections)
         return weights
 
     @property
     def gate(self) -> Weight:
-        """What the activation is applied to."""
+        """The projection that the activation is applied to."""
         return self.by_name["gate_proj"]
 
     @property
     def up(self) -> Weight:
-        """What is multiplied by the activation."""
+        """The projection that is multiplied by the activation."""
         return self.by_name["up_proj"]
 
     @property
     def down(self) -> Weight:
-        """What leads back to the model's width."""
+        """The projection back to the model's width."""
         return self.by_name["down_proj"]
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""Measure what a model's steps cost, and find the fastest ways to perform its Ops.
+"""Measure the cost of a model's steps, and find the fastest ways to perform its Ops.
 
 Imports: errors, device, calls, engine, engine.executors, engine.graph, engine.launch,
 engine.lowering, engine.ops, experts, experts.compute, experts.files, experts.pool,

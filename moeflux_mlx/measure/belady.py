@@ -11,8 +11,8 @@ def fewest_misses(
 ) -> list[int]:
     """Return the keys that each step has to read, their sum being the least possible.
 
-    Evicting what is needed again the latest is optimal (Belady, 1966), also where a
-    step needs several keys in memory at once, which then are no candidates.
+    Evicting the key that is needed again the latest is optimal (Belady, 1966), also
+    where a step needs several keys in memory at once, which then are no candidates.
 
     Args:
         steps: the distinct keys that each step uses.
@@ -66,7 +66,7 @@ class _Memory:
             heapq.heappush(self._latest, (-step, key))
 
     def trim(self) -> None:
-        """Evict until keys fit into the slots, what is used latest first."""
+        """Evict until keys fit into the slots, the one used latest first."""
         while len(self._next_use) > self._n_slots:
             negative, key = heapq.heappop(self._latest)
             if self._next_use.get(key) == -negative:

@@ -13,7 +13,8 @@ import numpy as np
 from mlx_lm.generate import generate_step
 
 from ..errors import ModelError
-from ..experts.compute.switch import FIELDS, StreamedSwitch
+from ..experts.compute.slot_block import FIELDS
+from ..experts.compute.switch import StreamedSwitch
 from ..experts.files.modules import by_number, find_blocks
 from ..experts.pool.routing_trace import RoutingTrace
 
@@ -111,7 +112,7 @@ class _RecordedModel:
         return logits
 
     def _take(self) -> np.ndarray:
-        """Return what one pass chose: ``[N, L, K]``."""
+        """Return the choices of one pass: ``[N, L, K]``."""
         for path, chosen in self._chosen.items():
             shapes = [ids.shape for calls in self._chosen.values() for ids in calls]
             if len(chosen) != 1 or len(set(shapes)) != 1:
@@ -125,7 +126,7 @@ class _RecordedModel:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Have the blocks keep what they are asked for while inside."""
+        """Have the blocks keep their experts' ids while inside."""
         kinds = {block.path: type(block.module) for block in self._blocks}
         try:
             for block in self._blocks:

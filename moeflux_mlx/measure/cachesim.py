@@ -18,7 +18,7 @@ from .belady import fewest_misses
 
 @dataclass(frozen=True)
 class Replay:
-    """What one replay found, by pass and layer: ``[S, L]``.
+    """The counts of one replay, by pass and layer: ``[S, L]``.
 
     Requests are distinct experts of a layer in a pass, as the streamer counts them.
     ``ahead`` are experts read before they were asked for, needed or not.
@@ -66,7 +66,7 @@ def simulate(
     floor: int | None = None,
     read_ahead: bool = False,
 ) -> list[Outcome]:
-    """Return what every policy, and the optimum first, make of each share of slots.
+    """Return the results of the optimum and every policy at each share of slots.
 
     Args:
         shares: of all experts, more than 0 and less than 1.
@@ -75,7 +75,7 @@ def simulate(
 
     Raises:
         ConfigError: a share is out of range, or too small for a token, or the trace
-            does not say what could have been read ahead.
+            does not say which experts could have been read ahead.
     """
     if read_ahead and trace.likely is None:
         raise ConfigError(
@@ -136,7 +136,7 @@ def replay(
     floor: int | None = None,
     read_ahead: bool = False,
 ) -> Replay:
-    """Return what an ``ExpertStreamer`` with as many slots counts on this routing.
+    """Return the counts of an ``ExpertStreamer`` with as many slots on this routing.
 
     Args:
         n_slots: of all layers together, fewer than there are experts.
@@ -193,7 +193,7 @@ def replay_optimum(
 
 
 def read_before_use(table: SlotTable, row: int, likely: Sequence[int]) -> int:
-    """Read what a layer is expected to ask for next; return how many."""
+    """Read the experts that a layer is expected to ask for; return how many."""
     missing = [e for e in likely if table.rows[row][e] == EMPTY]
     return _read(table, row, missing, likely)
 

@@ -1,4 +1,4 @@
-"""What lowering has to choose from, met by running a model: Ops, groups, their inputs.
+"""The choices of lowering, met by running a model: Ops, groups, their inputs.
 
 A choice is one Op, or one group of Ops, at one shape; it is met in many layers, whose
 inputs and weights are its samples.
@@ -42,7 +42,7 @@ Perform = Callable[[Mapping[Any, Any]], Mapping[Any, Any]]
 
 @dataclass
 class Choice:
-    """An Op or a group at one shape: the ways it can go, and what to try them on.
+    """An Op or a group at one shape: the ways it can go, and inputs to try them on.
 
     Every way takes ``inputs`` and returns outputs as ``reference`` does. ``carried``
     pairs outputs with the inputs they become, as of ``Work``.
@@ -62,7 +62,7 @@ class Choice:
 
     @property
     def key(self) -> Key:
-        """What tells it from other choices."""
+        """The key that tells it from other choices."""
         return self.name, self.shape, self.n_tokens
 
     @property
@@ -88,7 +88,7 @@ class Choice:
     def n_launches(self, way: str, launched: Sequence[str]) -> int:
         """Return how many launches a way counts for that launched these of our kernels.
 
-        What MLX performs itself counts as one for each Op.
+        An Op that MLX performs itself counts as one.
         """
         return max(self.n_ops if way == ONE_BY_ONE else 1, len(launched))
 
@@ -105,7 +105,7 @@ class Choice:
         return outputs
 
     def error(self, way: str, expected: Sequence[mx.array]) -> str:
-        """Return what is wrong with a way's outputs for the first sample; "": nothing.
+        """Return the fault of a way's outputs for the first sample; "": nothing.
 
         They must be as near to the reference as ``moeflux doctor`` asks of the kernel.
         """
@@ -171,7 +171,7 @@ class Collector:
         for step, choice in self._steps(layer):
             side = values
             if choice is not None:
-                # A group is met on what its launches take, each Op on arrays.
+                # A group is met on its launches' inputs, each Op on arrays.
                 self._meet(choice, step.inputs(values, weights))
                 self._meet_smaller(step, layer, encoding)
                 side = [whole(value) for value in values]
@@ -262,7 +262,7 @@ class Collector:
             if ahead is None:
                 return None
             group, n = ahead
-            # Whoever performs them finds each matrix, and what it is part of.
+            # Whoever performs them finds each matrix, and the one it is part of.
             names = [ref.name for op in ops[:n] for ref in op.weight_refs]
             weights = tuple(dict.fromkeys((*group.weights(ops[:n]), *names)))
             call = perform(group, ops[:n])

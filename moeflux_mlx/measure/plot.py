@@ -1,4 +1,4 @@
-"""Draw a profile, what of a step goes where, or the hit rates of policies."""
+"""Draw a profile, the parts of a step's time, or the hit rates of policies."""
 
 from __future__ import annotations
 

@@ -33,12 +33,12 @@ DECODED_S = 1.0
 
 @dataclass(frozen=True)
 class Row:
-    """What one kind of step costs: the same step of all layers that share a graph.
+    """The cost of one kind of step: the same step of all layers that share a graph.
 
-    ``us`` is the time of one, ``count`` how many there are in a whole step;
-    ``n_bytes`` what one must move. ``kernels`` are our launches, in order: none where
-    MLX's own operations or a cache object perform it. ``is_hidden``: the host's time
-    is not in ``us``.
+    ``us`` is the time of one, ``count`` how many there are in a whole step; ``n_bytes``
+    the bytes that one must move. ``kernels`` are our launches, in order: none where
+    MLX's own operations or a cache object perform it. ``is_hidden``: the host's time is
+    not in ``us``.
     """
 
     graph: str
@@ -68,7 +68,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Profile:
-    """What a whole step costs, and the kinds of steps it consists of, in their order.
+    """The cost of a whole step, and the kinds of steps it consists of, in their order.
 
     A step of decoding has ``n_tokens`` 1 and ``context`` tokens before it, a prompt
     none. ``whole_us`` is measured end to end, sampling included; ``host_us`` is what of
@@ -93,7 +93,7 @@ class Profile:
 
     @property
     def remainder_us(self) -> float:
-        """What of the whole step no row accounts for; negative where rows overlap."""
+        """The rest of the whole step, beyond all rows; negative where rows overlap."""
         return self.whole_us - self.kernels_us
 
     @property
@@ -108,7 +108,7 @@ class Profile:
 
     @property
     def title(self) -> str:
-        """What was profiled, where."""
+        """The profile's subject and place."""
         what = f"a prompt of {self.n_tokens} tokens"
         if self.n_tokens == 1:
             what = f"one token after {self.context}"
@@ -133,7 +133,7 @@ def profile(
         context: tokens in the caches before the step, noise where it does not matter.
         prefill: profile a prompt of this many tokens instead.
         repeats: measurements of each figure, of which the median counts.
-        timer: what times; by default what fits the model's executor.
+        timer: by default the one that fits the model's executor.
 
     Raises:
         ModelError: a model of another package, or one whose experts are not all in

@@ -1,4 +1,4 @@
-"""Run a model once and keep what each step of it was given."""
+"""Run a model once and keep each step's inputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WARM_UP = 2
 
 
 def runtime_of(model: Any) -> Runtime:
-    """Return what runs a model's graphs.
+    """Return the runtime of a model's graphs.
 
     Raises:
         ModelError: it is none of ours.
@@ -37,7 +37,7 @@ def runtime_of(model: Any) -> Runtime:
 
 
 def resident_runtime_of(model: Any) -> Runtime:
-    """Return what runs a model's graphs with all experts in memory.
+    """Return the runtime of a model's graphs with all experts in memory.
 
     Raises:
         ModelError: it is none of ours, or its experts are not all in memory.
@@ -112,7 +112,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[Recorder]:
-        """Record what the executor is given to encode while inside."""
+        """Record the steps that the executor encodes while inside."""
         executor = self._runtime.executor
         with observing(executor, self), hearing(executor, self._launched.append):
             yield self
@@ -171,7 +171,7 @@ def states(step: Step, layer: LayerGraph) -> tuple[tuple[int, int], ...]:
 
 
 def restorer(caches: Sequence[Any]) -> Callable[[], None]:
-    """Return what sets the length of KV caches back to what it is now."""
+    """Return a function that sets the length of KV caches back to the present one."""
     kept = [(cache, cache.offset) for cache in caches if isinstance(cache, KVCache)]
 
     def restore() -> None:

@@ -31,7 +31,7 @@ def record_routing(
 ) -> RoutingTrace:
     """Generate as mlx-lm does and return every choice of every router.
 
-    Of single tokens also what the layer before would have had read ahead.
+    For single tokens also the experts that the layer before would have had read.
 
     Args:
         prompt: token ids.
@@ -81,7 +81,7 @@ def record_routing(
 
 
 class RoutingRecorder:
-    """Observes an executor: performs every step and keeps what experts were asked for.
+    """Observes an executor: performs every step and keeps which experts were asked for.
 
     ``layers`` are those with routed experts.
 
@@ -113,7 +113,7 @@ class RoutingRecorder:
             step.run(encoding.values, encoding.weights, encoding.host)
 
     def take(self) -> tuple[list[RoutedExperts], np.ndarray, np.ndarray | None]:
-        """Return one pass: each layer's Op, what it chose and was expected to.
+        """Return one pass: each layer's Op, its choice and its expected choice.
 
         That is ``[N, L, K]`` and, of one token, ``[L - 1, K]``.
         """

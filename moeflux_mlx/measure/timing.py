@@ -27,7 +27,7 @@ from ..engine.graph.rows import RowPart
 
 # Steps queued at a time: more would fill MLX's queue, and the host would wait for it.
 MAX_QUEUED = 64
-# What is timed at once takes about this long, where so few steps do.
+# One measurement takes about this long, where so few steps do.
 WANTED_S = 0.01
 MIN_BLOCKER_S, MAX_BLOCKER_S = 1e-3, 0.1
 # The host encodes any step in far less: it cannot be what was timed.
@@ -147,7 +147,7 @@ class StepTimer(ABC):
         """Return the time of one of ``works`` on average: all are performed in turn."""
 
     def elapsed(self, run: Callable[[], Any]) -> float:
-        """Return the seconds until what ``run`` returns is evaluated."""
+        """Return the seconds until the result of ``run`` is evaluated."""
         mx.synchronize()
         start = self.now()
         mx.eval(arrays(run()))
@@ -155,7 +155,7 @@ class StepTimer(ABC):
         return self.now() - start
 
     def launch_seconds(self) -> float:
-        """Return what the host takes for a launch beyond the times of steps."""
+        """Return the host's time for a launch beyond the times of steps."""
         return 0.0
 
     def copy_bytes_per_s(self) -> float:
@@ -178,7 +178,7 @@ class StepTimer(ABC):
 
 
 class HostTimer(StepTimer):
-    """Performs and waits: for CPUs, where the host is what computes."""
+    """Performs and waits: for CPUs, where the host computes."""
 
     def time(self, works: Sequence[Work]) -> Timing:
         once = self._round(works)
@@ -214,7 +214,7 @@ class DeviceTimer(StepTimer):
     def time(self, works: Sequence[Work]) -> Timing:
         if any(work.waits for work in works):
             return self._waited(works)
-        # Compile what is new, and take states out of the hands of others.
+        # Compile new functions, and take states out of the hands of others.
         for _ in range(2):
             self.elapsed(lambda: self._steps(works, 1, []))
         once = self.elapsed(lambda: self._steps(works, 1, []))
@@ -228,7 +228,7 @@ class DeviceTimer(StepTimer):
             blocker_s = min(MAX_BLOCKER_S, 4 * blocker_s)
 
     def launch_seconds(self) -> float:
-        """Return what the host takes for one launch of a function MLX traced once."""
+        """Return the host's time for one launch of a function MLX traced once."""
         x = mx.ones(LINKED_MIN_BYTES)
 
         def chain(x: mx.array) -> mx.array:
@@ -336,7 +336,7 @@ class Blocker:
         self._product_s = 0.0
 
     def lasting(self, seconds: float) -> Callable[[], list[mx.array]]:
-        """Return what lasts for ``seconds`` or longer once it is evaluated."""
+        """Return work that lasts for ``seconds`` or longer once it is evaluated."""
         widths = [w for w in self.WIDTHS if w > self._width]
         while self._matrices is None or (
             self.FEW * self._product_s < seconds and widths

@@ -26,8 +26,8 @@ def moved_bytes(step: Step, inputs: Sequence[Any], outputs: Sequence[Any]) -> in
     not counted.
 
     Args:
-        inputs: what its kernel takes: values of buffers, then weights.
-        outputs: what it returned.
+        inputs: its kernel's: values of buffers, then weights.
+        outputs: its results.
     """
     buffers = buffers_read(step.ops)
     values, weights = inputs[: len(buffers)], inputs[len(buffers) :]

@@ -66,7 +66,7 @@ def tune(
         repeats: turns of each way, of which the median counts. All ways of an Op are
             compiled first and then take turns, so that a device that grows faster or
             slower meanwhile favours none.
-        timer: what times; by default what fits the model's executor.
+        timer: by default the one that fits the model's executor.
         progress: wraps choices as they are tried, told what they are of.
         keep: is given each winner when it is found, the entry of a tuning of one.
 
@@ -99,7 +99,7 @@ def tune(
 
 
 class Tuner:
-    """Tries choices, and remembers what won: groups are compared with the winners."""
+    """Tries choices, and remembers the winners: groups are compared with those."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Tuner:
         self._launch_us = round(1e6 * timer.launch_seconds(), 3)
 
     def found(self, *entries: Entry) -> Tuning:
-        """Return entries with what they are of."""
+        """Return entries with their names."""
         return Tuning(
             device=machine_name(),
             executor=self._executor.name,

@@ -1,4 +1,4 @@
-"""What mlx-lm's caches consist of: told of a model's, written to a file, made again."""
+"""The parts of mlx-lm's caches: told of a model's, written to a file, made again."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ..errors import StateError
 from ..experts.weights import DTYPE_NAMES
 from .own_caches import OwnForm, is_own
 
-# Besides what weights may be: some caches keep token ids.
+# Besides the types of weights: some caches keep token ids.
 DTYPES = {**DTYPE_NAMES, mx.int64: "I64", mx.uint64: "U64"}
 FLOATS = ("F32", "F16", "BF16")
-# What QuantizedKVCache can go on with.
+# The forms that QuantizedKVCache can go on with.
 CACHE_BITS, CACHE_GROUPS = (2, 4, 8), (32, 64, 128)
 # No context is longer, so no window is.
 MOST_ROWS = 1 << 31
 
-# What a file says of each kind of cache, besides its arrays.
+# A file's entries for each kind of cache, besides its arrays.
 KINDS: dict[type, tuple[str, ...]] = {
     KVCache: (),
     QuantizedKVCache: ("group_size", "bits"),
@@ -37,19 +37,19 @@ KINDS: dict[type, tuple[str, ...]] = {
     ArraysCache: (),
     CacheList: ("caches",),
 }
-# What a model makes a cache with, and keeps to.
+# Numbers that a model makes a cache with, and keeps to.
 MADE_WITH: dict[type, tuple[str, ...]] = {
     RotatingKVCache: ("keep", "max_size"),
     ChunkedKVCache: ("chunk_size",),
 }
-# What users may put in the place of a cache that a model makes.
+# Caches that users may put in the place of a model's own.
 STAND_INS: dict[type, tuple[type, ...]] = {
     KVCache: (KVCache, QuantizedKVCache, RotatingKVCache)
 }
 
 # None is for each of some rows.
 Shape = tuple[int | None, ...]
-# What a tensor of a file may be: its type is one of these, its shape is this.
+# The form of a tensor in a file: its type is one of these, its shape is this.
 Part = tuple[tuple[str, ...], tuple[int, ...]]
 # Raises the error that something was expected but something else was found.
 Refuse = Callable[[str, Any, Any], NoReturn]
@@ -57,10 +57,10 @@ Refuse = Callable[[str, Any, Any], NoReturn]
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """What one cache of a model is once it has tokens of one sequence.
+    """The form of one cache of a model once it has tokens of one sequence.
 
     ``arrays`` are their shapes and types, None where it keeps none; ``numbers`` is what
-    the model made it with, ``caches`` what a ``CacheList`` consists of. ``own`` gives
+    the model made it with, ``caches`` those of a ``CacheList``. ``own`` gives
     the form that a cache of the model's own class has after so many tokens.
     """
 
@@ -112,7 +112,7 @@ def _unknown(where: str, kind: type) -> StateError:
 def describe(
     where: str, cache: Any, layout: CacheLayout, n_tokens: int
 ) -> tuple[dict[str, Any], list[mx.array]]:
-    """Return what a file says of a cache, and the arrays that are written.
+    """Return a file's entry for a cache, and the arrays that are written.
 
     Args:
         where: names the cache.
@@ -193,14 +193,14 @@ def _pair(cache: Any) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class CacheFile:
-    """A cache in a file: what its tensors must be, and what makes a cache of them."""
+    """A cache in a file: the forms of its tensors, and the maker of a cache of them."""
 
     parts: list[Part]
     fill: Callable[[list[mx.array]], Any]
 
 
 class CacheReader:
-    """Holds what a file says of caches against the model's own.
+    """Holds a file's caches against the model's own.
 
     Args:
         n_tokens: how many tokens the caches stand for.
@@ -328,7 +328,7 @@ class CacheReader:
         return CacheFile([part for file in files for part in file.parts], fill)
 
     def _rows(self, cache: Any, layout: CacheLayout, n_rows: int) -> CacheFile:
-        """Return what fills an empty cache with rows of keys and values."""
+        """Return a function that fills an empty cache with rows of keys and values."""
 
         def fill(arrays: list[mx.array]) -> Any:
             if arrays:

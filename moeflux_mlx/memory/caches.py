@@ -31,7 +31,7 @@ KNOWN = (*APPENDED, *ROTATING, ArraysCache, ChunkedKVCache, ConcatenateKVCache)
 
 @dataclass(frozen=True)
 class CacheForm:
-    """What one cache takes of a sequence: for each row, and once for all."""
+    """Bytes of one cache for a sequence: for each row, and once for all."""
 
     row_bytes: float
     state_bytes: int
@@ -89,7 +89,7 @@ def _growth(cache: Any, form: CacheForm, n_seqs: int, t: int, step: int) -> int:
 def _allocated(allocated: int, used: int, t: int, step: int) -> int:
     """Return the rows of mlx-lm's KV cache after ``t`` tokens, ``step`` at a time.
 
-    What is full is cut to the rows in use and grows by whole steps of its own.
+    A full one is cut to the rows in use and grows by whole steps of its own.
     """
     end = used + t
     while used < end:

@@ -13,7 +13,7 @@ from rich.filesize import decimal
 
 from .. import device
 
-# Larger than what processors keep to themselves.
+# Larger than the caches of processors.
 COPIED_BYTES = 32 << 20
 ROUNDS = 4
 
@@ -39,7 +39,7 @@ class Forecast:
 
     @property
     def total_bytes(self) -> int:
-        """What the whole model takes."""
+        """Bytes of the whole model."""
         return self.resident_bytes + self.expert_bytes
 
     @property
@@ -54,7 +54,7 @@ class Forecast:
 
     @property
     def token_seconds(self) -> float | None:
-        """What moving a token's bytes takes, one after the other."""
+        """Seconds to move a token's bytes, one after the other."""
         if self.token_bytes is None or self.memory_bandwidth is None:
             return None
         seconds = (self.resident_bytes + self.token_bytes) / self.memory_bandwidth
@@ -66,7 +66,7 @@ class Forecast:
 
     @property
     def loaded_bytes(self) -> int | None:
-        """What is read from disk before the first token of a short prompt is there."""
+        """Bytes read from disk before the first token of a short prompt is there."""
         if not self.streams or self.missing == 0:
             return self.total_bytes
         if self.token_bytes is None:
@@ -75,7 +75,7 @@ class Forecast:
 
     @property
     def first_token_seconds(self) -> float | None:
-        """What reading that takes, and one token."""
+        """Seconds to read those, and to make one token."""
         if None in (self.token_seconds, self.loaded_bytes, self.disk_bandwidth):
             return None
         assert self.token_seconds and self.loaded_bytes and self.disk_bandwidth
@@ -151,7 +151,7 @@ def _on_cpu() -> float:
 
 def _on_gpu() -> float:
     fastest = max(_copies_on_gpu(4 * COPIED_BYTES))
-    # What was taken here is no part of what a model takes.
+    # Memory taken here is no part of a model's.
     mx.clear_cache()
     mx.reset_peak_memory()
     return 8 * fastest

@@ -20,7 +20,7 @@ from .relief import Relief, resize
 
 # Room is made for this many tokens at once, one after the other.
 LOOKAHEAD = 16
-# What a process takes that no plan knew of is made room for in steps.
+# Room for memory that no plan knew of is made in steps.
 SURPLUS_STEP_BYTES = 16 << 20
 
 
@@ -31,7 +31,7 @@ class MemoryKeeper:
     """
 
     def __init__(self, plan: MemoryPlan, needs: Needs, streamer: ExpertStreamer):
-        # What MLX keeps of freed arrays belongs to no part of a plan.
+        # MLX's cache of freed arrays belongs to no part of a plan.
         device.return_freed()
         self.plan, self._needs, self._streamer = plan, needs, streamer
         self._most_slots = streamer.n_slots
@@ -39,9 +39,9 @@ class MemoryKeeper:
         self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
         # The first cache of a call, its sequences, and how many more tokens have room.
         self._foreseen: tuple[Callable[[], Any], int, int] = (lambda: None, 0, 0)
-        # Whether the process has grown by what a first prompt makes it grow.
+        # Whether the process has grown as a first prompt makes it grow.
         self._has_grown = False
-        # What the last call was given beside caches and experts.
+        # The last call's memory beside caches and experts.
         self.scratch_bytes = plan.scratch_bytes
 
     def limit(self, n_slots: int) -> None:
@@ -68,7 +68,7 @@ class MemoryKeeper:
     ) -> int:
         """Give the caches of a call with ``t`` more tokens the room they will take.
 
-        It is decided here for the whole call: what follows of it cannot be refused.
+        It is decided here for the whole call: its later chunks cannot be refused.
         The logits of a call have room too where experts can give way to them; those of
         a prompt are mostly thrown away unseen.
 
@@ -111,7 +111,7 @@ class MemoryKeeper:
         return chunk
 
     def _parts(self, *, measured: bool) -> dict[str, int]:
-        """Return what takes memory before a call, beside experts.
+        """Return the parts that take memory before a call, beside experts.
 
         Args:
             measured: look whether the process takes less than was planned.
@@ -150,7 +150,7 @@ class MemoryKeeper:
                 n_slots = self._n_slots(room - growth - scratch)
                 if n_slots < floor:
                     continue
-                # Slots given up leave memory, but not what these limits count.
+                # Slots given up leave memory, but do not lower these limits' counts.
                 if left is not None and growth + scratch > left:
                     continue
                 missing = max(0, self._streamer.most_asked(chunk) - n_slots)
@@ -176,7 +176,7 @@ class MemoryKeeper:
         return min(n_slots, self._relief.n_slots(self._most_slots))
 
     def _surplus(self, expected: int) -> int:
-        """Return what the process holds beyond ``expected`` and its experts."""
+        """Return the process's bytes beyond ``expected`` and its experts."""
         expected += self._streamer.memory_bytes
         if not device.on_cpu() or (device.process_bytes() or 0) <= expected:
             return 0
@@ -185,7 +185,7 @@ class MemoryKeeper:
         return -(-surplus // SURPLUS_STEP_BYTES) * SURPLUS_STEP_BYTES
 
     def _measured_process(self, planned: int) -> int:
-        """Return what the process really takes, and a step more, if that is less.
+        """Return the process's real memory, and a step more, if that is less.
 
         Slots without an expert may never have been written, so they do not count.
         """
@@ -232,7 +232,7 @@ class _Planned:
         self.caches = [c for c in cache if c is not None]
         self.n_seqs, self.t, self.logits = n_seqs, t, logits
         self.n_tokens = n_seqs * t
-        # Of single tokens more are to come, each a call of its own.
+        # More single tokens will come, each in a call of its own.
         self._n_more = t if t > 1 else LOOKAHEAD
         used = caches.n_rows(self.caches)
         self.n_rows = -(-(used + self._n_more) // CACHE_STEP) * CACHE_STEP
@@ -265,7 +265,7 @@ def make_room(
     t: int,
     **options: Any,
 ) -> int:
-    """Do what ``MemoryKeeper.make_room`` does, freeing what can be freed until it fits.
+    """Make room as ``MemoryKeeper.make_room`` does, freeing memory until it fits.
 
     Args:
         give_way: frees some memory, and tells whether it did; asked before experts

@@ -1,4 +1,4 @@
-"""Plan what a process's memory goes to, before loading."""
+"""Plan a process's memory before loading."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ KEPT_SHARE = 1 / 2
 
 
 class Needs(Protocol):
-    """What a model says of its memory, from shapes alone; bytes throughout."""
+    """A model's needs of memory, from shapes alone; bytes throughout."""
 
     def resident_bytes(self, unpack: bool) -> int:
-        """Return what parameters take once they are ready for use.
+        """Return the bytes of parameters once they are ready for use.
 
         Args:
             unpack: quantised matrices are also kept dense in float32.
@@ -48,10 +48,10 @@ class Needs(Protocol):
         """
 
     def output_bytes(self, n_tokens: int) -> int:
-        """Return what a call's hidden states take until their logits are known."""
+        """Return the bytes of a call's hidden states until their logits are known."""
 
     def logits_bytes(self, n_tokens: int) -> int:
-        """Return what the logits of so many tokens take."""
+        """Return the bytes of the logits of so many tokens."""
 
     @property
     def most_tokens(self) -> int:
@@ -59,20 +59,20 @@ class Needs(Protocol):
 
     @property
     def cache_forms(self) -> list[CacheForm]:
-        """What each of the caches takes, in the order of ``single_caches``."""
+        """The form of each of the caches, in the order of ``single_caches``."""
 
     @property
     def cache_row_bytes(self) -> int:
-        """What each token of a sequence takes in KV caches."""
+        """Bytes of KV caches for each token of a sequence."""
 
     @property
     def cache_state_bytes(self) -> int:
-        """What each sequence takes in caches that do not grow."""
+        """Bytes of each sequence in caches that do not grow."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a process's memory goes to.
+    """The parts of a process's memory.
 
     ``process_bytes`` are the interpreter and libraries, ``cache_bytes`` the caches of
     one sequence's first ``CACHE_STEP`` tokens: as they grow, the ``n_slots`` experts in
@@ -98,7 +98,7 @@ class MemoryPlan:
 
     @property
     def prompt_bytes(self) -> int:
-        """What prompts that a server keeps for later may take, experts at their floor.
+        """Bytes for prompts that a server keeps for later, experts at their floor.
 
         One request's own caches are not part of it.
         """
@@ -129,7 +129,7 @@ def plan_memory(
     scope: str = "global",
     most_expert_bytes: int | None = None,
 ) -> MemoryPlan:
-    """Divide ``budget_bytes`` of a process's memory; experts take what is left.
+    """Divide ``budget_bytes`` of a process's memory; experts take the rest.
 
     A limit of address space or of data that leaves less is the budget instead, and so
     is the working set that a device recommends.
@@ -139,8 +139,8 @@ def plan_memory(
         most_expert_bytes: experts take no more than this.
 
     Raises:
-        BudgetError: what one token needs does not fit; states the least that does, and
-            what each part takes.
+        BudgetError: the needs of one token do not fit; states the least that does, and
+            the bytes of each part.
     """
     device.start_blas()
     asked, budget_bytes = budget_bytes, within_working_set(budget_bytes)
@@ -189,7 +189,7 @@ def _planned(
     """Plan for experts in so many segments, or in more; say how they are divided.
 
     Args:
-        parts: what takes memory beside scratch and experts.
+        parts: the bytes of all but scratch and experts.
         why: ends an error's sentence on the budget.
     """
     parts, unpack = dict(parts), False
@@ -294,7 +294,7 @@ def _context_tokens(needs: Needs, room: int) -> int:
 
 
 def own_bytes() -> int:
-    """Return what the process has taken but for MLX's arrays."""
+    """Return the process's bytes but for MLX's arrays."""
     taken = device.process_bytes()
     if taken is None:
         taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -38,7 +38,7 @@ def check_fits(path: Path, model: nn.Module) -> None:
 
 
 def unasked_expert_bytes(needs: Needs) -> int:
-    """Return what experts may take where nobody bounds them.
+    """Return the bytes that experts may take where nobody bounds them.
 
     That is 3/4 of what this process may hold, but no more than is left beside
     parameters, caches and scratch, which come later.

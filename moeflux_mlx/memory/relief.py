@@ -16,11 +16,12 @@ from . import caches
 
 # Seconds between two looks at the system.
 LOOK_SECONDS = 1.0
-# Seconds between two steps: the system needs some to notice what it was given.
+# Seconds between two steps: the system needs some to notice the memory it was given.
 STEP_SECONDS = 5.0
 # Seconds without pressure before experts come back, and between two such steps.
 CALM_SECONDS = 30.0
-# Share of its slots that a pool keeps at a step, and what it gets back of all at one.
+# Share of its slots that a pool keeps at a step, and the share of all that it gets back
+# at one.
 KEPT = {Pressure.WARNING: 3 / 4, Pressure.CRITICAL: 1 / 2}
 REGAINED = 1 / 8
 

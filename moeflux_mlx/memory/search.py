@@ -1,6 +1,6 @@
 """Find by measuring how many experts in memory make decoding the fastest.
 
-The most are not always the best: what the pool takes is lost to the system's page cache
+The most are not always the best: the pool's memory is lost to the system's page cache
 and to everything else on the machine.
 """
 
@@ -25,7 +25,7 @@ from .keeper import MemoryKeeper
 SHARES = (1.0, 0.75, 0.5, 0.25)
 SECONDS_EACH = 2.0
 MIN_TOKENS = 8
-# A smaller pool must be this much faster: what it leaves is of use to others, but a
+# A smaller pool must be this much faster: the rest is of use to others, but a
 # larger one will do better once it has seen more tokens.
 GAIN = 1.03
 
@@ -43,7 +43,7 @@ class Trial:
 def find_fastest(
     model: nn.Module, keeper: MemoryKeeper | None, streamer: Any, prompt: list[int]
 ) -> str:
-    """Try decoding with fewer and fewer experts, keep the best number; say what it is.
+    """Try decoding with fewer and fewer experts, keep the best number and say it.
 
     Raises:
         ConfigError: the model's experts do not come from a streamer under a budget.

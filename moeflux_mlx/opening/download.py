@@ -1,4 +1,4 @@
-"""Find a model's directory, downloading what is read of a hub's and no more."""
+"""Find a model's directory, downloading the files that are read and no more."""
 
 from __future__ import annotations
 

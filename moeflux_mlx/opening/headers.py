@@ -18,7 +18,7 @@ from ..experts.files.safetensors import MAX_HEADER_BYTES
 from .download import WEIGHTS, is_complete, weights_of
 
 ENDPOINT = constants.ENDPOINT
-# What says of a model which tensors it has, and how they are stored.
+# The files that say which tensors a model has, and how they are stored.
 DESCRIPTIONS = ("config.json", "generation_config.json", "*.safetensors.index.json")
 # A first request takes so much, which is most headers.
 FIRST_BYTES = 100_000
@@ -31,8 +31,8 @@ SECONDS = 10.0
 def model_headers(path_or_repo: str | Path) -> Iterator[Path]:
     """Give a directory that has a model's headers and sizes, for as long as inside.
 
-    A local directory and a complete download are given as they are. Of any other model
-    on a hub configuration and headers are read by requests of ranges, and nothing else.
+    A local directory and a complete download are given as they are. For
+    any other model on a hub, requests of ranges read configuration and headers alone.
 
     Raises:
         ModelError: there is no such model, or only a download tells.

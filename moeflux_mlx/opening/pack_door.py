@@ -33,7 +33,7 @@ def load_pack_lazily(
 
 
 def pack_classes_with(path: Path, arrays: Arrays | None = None) -> Classes:
-    """Return what gives mlx-lm's classes with a pack's experts among the weights.
+    """Return a finder of mlx-lm's classes with a pack's experts among the weights.
 
     Args:
         arrays: by default zeros, which nobody is to evaluate.

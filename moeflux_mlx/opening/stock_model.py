@@ -35,7 +35,7 @@ def takes_door(
 
     Args:
         native: whether our own class is asked for; None: where there is one.
-        model_config: what of ``config.json`` is to be another way.
+        model_config: entries of ``config.json`` that are to be different.
         told: False prints nothing.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Load a model's tokenizer without running what the model brings."""
+"""Load a model's tokenizer without running code of the model."""
 
 from __future__ import annotations
 

@@ -28,10 +28,10 @@ Reads = Callable[[dict[str, mx.array]], dict[str, mx.array]]
 def read_weights(
     path: Path, changes: dict[str, Any], store: ExpertStore | None
 ) -> Reads:
-    """Check a model's files and configuration; return what chooses its weights.
+    """Check a model's files and configuration; return the chooser of its weights.
 
     Args:
-        changes: what of ``config.json`` is to be another way.
+        changes: entries of ``config.json`` that are to be different.
         store: the open experts, if they are streamed.
 
     Raises:

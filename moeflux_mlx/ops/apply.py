@@ -24,7 +24,7 @@ def apply(op_type: type[Op], fields: Mapping[str, Any], **values: Any) -> Any:
 
     The default executor's kernel runs where there is one; gradients go through the
     Op's reference, to arrays, to weights and to experts that are not quantised.
-    ``values`` holds by field name what the Op reads: arrays, weights
+    ``values`` holds the Op's inputs by field name: arrays, weights
     (a ``Weight`` or a dense array), experts (``ExpertWeights`` or an
     ``GraphExperts``), None for an absent optional field.
 

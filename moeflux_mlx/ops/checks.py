@@ -1,7 +1,7 @@
-"""What is checked of the arguments of every function of this package.
+"""Checks of the arguments of every function of this package.
 
 Types and numbers follow from a function's annotations, shapes and types of arrays from
-what its Op declares, and so do the limits of indices. MLX itself trusts most of these.
+its Op's declarations, and so do the limits of indices. MLX itself trusts most of these.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ def unpacked(value: Weight) -> tuple[int, ...]:
 
 
 def check(op: Op, given: Mapping[str, Any]) -> None:
-    """Check what an Op reads against the shapes and types that it declares."""
+    """Check an Op's inputs against the shapes and types that it declares."""
     shapes = op.shapes()
     plain: list[BufferField] = []
     for field in op.buffer_fields:

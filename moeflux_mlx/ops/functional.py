@@ -277,7 +277,7 @@ def causal_attention(
 def split_latent(
     q: mx.array, kv: mx.array, num_heads: int, nope_dim: int
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """Part rows of latent attention by what has positions and what has none.
+    """Part rows of latent attention into channels with positions and without.
 
     Args:
         q: ``[N, H * (P + R)]``, of each head P channels without positions first.
@@ -615,7 +615,7 @@ def noaux_topk(
         k: experts per token.
         n_group: groups of neighbouring experts, all of one size.
         topk_group: the groups with the best pairs, from which experts are chosen.
-        scale: what weights are multiplied by.
+        scale: factor of the weights.
         normalised: weights are divided by their sum before that.
 
     Returns:

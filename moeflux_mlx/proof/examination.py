@@ -24,7 +24,7 @@ from ..engine.launch.check import check, measure
 from ..errors import BackendError
 from ..system import children
 
-# Of what a process printed before it died, this much of the end is reported.
+# So many characters of the last output of a process that died are reported.
 LAST_WORDS = 4000
 # Seconds that one kernel may take at all its sizes, building included: far more than
 # the slowest needs in the simulator.
@@ -35,9 +35,9 @@ ENDING_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one kernel: cases run, worst error, speed, complaints.
+    """The findings of one kernel: cases run, worst error, speed, complaints.
 
-    ``error`` is the worst relative RMS error as a share of what is allowed;
+    ``error`` is the worst relative RMS error as a share of the allowed one;
     ``build_ms`` the first launch with its compilation; ``us`` and ``gbps`` are of the
     large size, on GPUs only.
     """
@@ -136,7 +136,7 @@ def _end(process: subprocess.Popen[str]) -> None:
         process.wait(ENDING_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
-        # What even that does not end is left to the system.
+        # A process that even that does not end is left to the system.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(ENDING_SECONDS)
 
@@ -155,7 +155,7 @@ def examine(kernel: Kernel, executor: KernelExecutor) -> Finding:
             n_cases += 1
             try:
                 result = check(kernel, dtype, sizes, executor.run)
-            # Whatever goes wrong is what the report is for.
+            # The report is for whatever goes wrong.
             except Exception as failure:
                 complaints.append(f"{dtype} {dict(sizes)}: {_said(failure)}")
                 continue

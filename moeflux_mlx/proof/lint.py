@@ -1,4 +1,4 @@
-"""What Apple's compiler refuses, or means otherwise, though clang accepts it.
+"""Code that Apple's compiler refuses, or reads otherwise, though clang accepts it.
 
 The simulator compiles kernels with clang, so a kernel that passes there may still fail
 on Apple hardware; these rules close most of that gap without a Mac. They read tokens,
@@ -36,7 +36,7 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule's name, what it refuses, and how that is found: lines with a detail."""
+    """A rule's name, the fault, and its finder: lines with a detail."""
 
     name: str
     what: str
@@ -94,7 +94,7 @@ def check(path_or_text: Path | str, name: str | None = None) -> list[Finding]:
 
     Args:
         path_or_text: a ``Path``, or Metal source as ``str``.
-        name: what findings call the file.
+        name: the file's name in findings.
     """
     if isinstance(path_or_text, Path):
         source = scan(path_or_text.read_text(errors="replace"))
@@ -111,7 +111,7 @@ def check(path_or_text: Path | str, name: str | None = None) -> list[Finding]:
 
 
 def _add_includes(source: Scan, folder: Path) -> None:
-    """Tell a file what headers beside it declare; each is checked by itself."""
+    """Tell a file the declarations of headers beside it; each is checked by itself."""
     waiting, seen = list(source.includes), set()
     while waiting:
         path = folder / waiting.pop()

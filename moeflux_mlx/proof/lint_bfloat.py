@@ -31,7 +31,7 @@ def implicit_bfloat(source: Scan) -> Found:
 
 
 def _without_condition(statement: Tokens) -> Tokens:
-    """Return what follows ``else``, ``if (...)`` and the end of a ``for (...)``."""
+    """Return statements after ``else``, ``if (...)`` and the end of a ``for (...)``."""
     depth = 0
     for i, token in enumerate(statement):
         depth += (token.text == "(") - (token.text == ")")
@@ -99,7 +99,7 @@ def _narrowed(
 
 
 def _is_float(value: Tokens, floats: set[str]) -> bool:
-    """Tell whether an expression is surely float: by what stands outside brackets."""
+    """Tell whether an expression is surely float: by its text outside brackets."""
     plain = [t.text for t in value]
     depth = 0
     for i, text in enumerate(plain):

@@ -1,4 +1,4 @@
-"""How the rules of ``lint.py`` find what they refuse: lines, each with a detail."""
+"""How the rules of ``lint.py`` find faults: lines, each with a detail."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def lambdas(source: Scan) -> Found:
 
 
 def doubles(source: Scan) -> Found:
-    """Find the types and the suffix of what has 64 bits or more in C++ alone."""
+    """Find the types and the suffix of numbers of 64 bits or more in C++ alone."""
     tokens = (*source.tokens, *source.macros)
     for i, token in enumerate(tokens):
         pair = texts(tokens, i, 2)
@@ -476,7 +476,7 @@ def unknown_attributes(source: Scan) -> Found:
         yield name.line, name.text + hint
 
 
-# What C, C++ or CUDA have and Metal has not.
+# Names that C, C++ or CUDA have and Metal has not.
 MISSING_FUNCTIONS = _names(
     """
     log1p expm1 cbrt hypot lgamma tgamma erf erfc remainder remquo logb scalbn nearbyint
@@ -490,7 +490,7 @@ MISSING_FUNCTIONS = _names(
 
 
 def unknown_functions(source: Scan) -> Found:
-    """Find calls of what neither Metal's library nor the file has."""
+    """Find calls of functions that neither Metal's library nor the file has."""
     own = {f.name.text for file in source.files for f in file.functions}
     for file in source.files:
         own |= file.macro_names

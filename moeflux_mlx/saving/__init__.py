@@ -1,4 +1,4 @@
-"""Models saved whole, and what is refused before the first byte.
+"""Models saved whole, and models refused before the first byte.
 
 Imports: errors, calls, experts, experts.compute, experts.files, system.
 """

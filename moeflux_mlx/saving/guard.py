@@ -53,7 +53,7 @@ def refuse_experts(weights: Iterable[str], block: str) -> None:
 
 
 class GuardsSaving(Unpickled, nn.Module):
-    """What a model's class begins with if its experts may be read from files."""
+    """The base of a model's class if its experts may be read from files."""
 
     def update(self, parameters: Any, strict: bool = True) -> Any:  # type: ignore[override]
         """Replace parameters.
@@ -113,7 +113,7 @@ def refuse_division(*_arguments: Any, **_options: Any) -> None:
     """Refuse to divide a model that reads experts from files.
 
     Raises:
-        ModelError: says what divides it.
+        ModelError: names the class that divides it.
     """
     raise ModelError(
         "[stream] expected a model with its experts among its parameters but got one "

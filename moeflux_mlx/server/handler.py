@@ -1,4 +1,4 @@
-"""What a request of ``moeflux serve`` meets: who sent it, what it asks, an answer."""
+"""A request of ``moeflux serve``: its sender, its question and its answer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..serving.requests import (
 from . import metrics, page
 from .record import HUNG_UP, Record
 
-# What a request names the served model by, beside its path or id.
+# A request's name for the served model, beside its path or id.
 DEFAULT = "default_model"
 CHATS = "/v1/chat/completions", "/chat/completions"
 TEXTS = ("/v1/completions",)
@@ -143,7 +143,7 @@ class Handler(stock.APIHandler):
             raise ConnectionResetError("the client went away")
 
     def _check_sender(self) -> None:
-        """Refuse what a web page of others may have a browser send.
+        """Refuse requests that a web page of others may have a browser send.
 
         Raises:
             RequestError: no page that ``--allowed-origins`` names sent it.

@@ -1,4 +1,4 @@
-"""What a server says of itself to machines: health, and Prometheus' text format."""
+"""A server's word on itself for machines: health, and Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["CONTENT_TYPE", "Now", "expose", "health"]
 
 @dataclass(frozen=True)
 class Now:
-    """What there is to say of a server at one moment.
+    """A server's figures at one moment.
 
     ``experts`` are the streamer's own counts; None where experts are parameters.
     """

@@ -1,4 +1,4 @@
-"""What a server has done so far: requests, tokens, errors."""
+"""A server's record so far: requests, tokens, errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 # How many errors the status page shows.
 RECENT = 20
-# What is counted for a client that went away, which no status of HTTP says.
+# The status counted for a client that went away: HTTP has none for it.
 HUNG_UP = 499
 
 
@@ -72,7 +72,7 @@ class Record:
             return [*reversed(self.failures)]
 
     def add_prompt(self, n_tokens: int, n_cached: int) -> None:
-        """Count a prompt that was read, all but what a kept one had of it."""
+        """Count a prompt that was read, less the tokens that a kept one had."""
         with self._lock:
             self.prompt_tokens += n_tokens - n_cached
             self.cached_tokens += n_cached

@@ -113,11 +113,11 @@ class Provider(stock.ModelProvider):
 
 
 class Generator(stock.ResponseGenerator):
-    """mlx-lm's generating thread, which counts what it does."""
+    """mlx-lm's generating thread, which counts its work."""
 
     def __init__(self, provider: Provider):
         self.record = Record()
-        # What tells the thread of a request whether its client went away.
+        # Tells the thread of a request whether its client went away.
         self.here = threading.local()
         self._loaded = threading.Event()
         self._failure: BaseException | None = None
@@ -211,7 +211,7 @@ class Generator(stock.ResponseGenerator):
 
     @property
     def served_names(self) -> list[str]:
-        """What requests may name the model by; the first is what it is listed by."""
+        """Names that requests may give the model; it is listed by the first."""
         name = str(self.cli_args.model)
         path = Path(name)
         found = [str(path.resolve()), name, path.name] if path.exists() else [name]
@@ -258,5 +258,5 @@ class Server(ThreadingHTTPServer):
         Handler(self.generator, request, client_address, self)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what came of a connection that broke; nobody is left to tell."""
+        """Log the error of a connection that broke; nobody is left to tell."""
         logging.info("%s: %s", client_address, sys.exc_info()[1])

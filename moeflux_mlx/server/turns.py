@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step, stream_generate
 from mlx_lm.models.cache import can_trim_prompt_cache
 
-# What reading a prompt takes of the options for generating.
+# The options for generating that reading a prompt takes too.
 READING = (
     "stream",
     "prefill_step_size",
@@ -45,7 +45,7 @@ def generate_in_turns(
     """Generate as ``mlx_lm.stream_generate`` does, keeping caches on the way.
 
     Args:
-        tokens: the whole prompt, of which ``prompt`` is what the caches lack.
+        tokens: the whole prompt, of which ``prompt`` is the rest that the caches lack.
         segments, kinds: its parts, as mlx-lm's server divides it.
         keep: keeps caches, which are its own from then on.
     """

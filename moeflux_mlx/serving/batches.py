@@ -23,7 +23,7 @@ def n_waiting() -> int:
 
 
 class _Guarded:
-    """What the two stages of a batch share: the errors of requests by their number."""
+    """The errors of requests by their number, which two stages of a batch share."""
 
     failed: dict[int, Exception]
     uids: list[int]
@@ -155,7 +155,7 @@ class GuardedBatches(BatchGenerator):
 
 
 def _report(uid: int, error: Exception) -> tuple[Any, Any]:
-    """Return what makes the server tell a request its error, then forget it.
+    """Return progress that makes the server tell a request its error, then forget it.
 
     The server hands on progress as it comes, and raises what is an exception where the
     request waits. Who has no caches leaves none to be kept.

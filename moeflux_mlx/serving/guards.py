@@ -42,7 +42,7 @@ def join() -> Callable[[], bool] | None:
     """Guard the server that loads a model in this process, if there is one.
 
     Returns:
-        What frees memory that the server keeps for later, and tells whether it did.
+        A function that frees memory kept for later, and tells whether it did.
     """
     if (server := running_server()) is None:
         return None
@@ -60,7 +60,7 @@ def _guard_requests(server: ModuleType) -> None:
     complete = server.APIHandler.handle_completion
 
     def checked(self: Any, tokenizer: Any, request: Any, args: Any) -> Any:
-        # The server tells a request what is raised here, but nothing that comes later.
+        # The server tells a request the errors raised here, but no later ones.
         if not isinstance(self.prompt_cache, KeptPrompts):
             self.prompt_cache = kept_prompts(self)
         found = tokenize(self, tokenizer, request, args)
@@ -121,7 +121,7 @@ def kept_prompts(generator: Any) -> KeptPrompts:
 
 
 def answer(handler: Any, error: Exception, *, begun: bool) -> None:
-    """Send an error as the answer, or as the last event of what has been begun."""
+    """Send an error as the answer, or as the last event of an answer begun."""
     text = one_line(str(error)) or type(error).__name__
     logging.error("a request failed: %s", text)
     body = json.dumps({"error": text}).encode()

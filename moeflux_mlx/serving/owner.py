@@ -1,4 +1,4 @@
-"""What of a served model is its own class's, and what mlx-lm's class got from us."""
+"""The owner of a served model's memory plan: its own class, or one we added."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def keeper_of(model: Any) -> Any:
-    """Return what keeps a model to its memory plan; None where nothing bounds it."""
+    """Return the keeper of a model's memory plan; None where nothing bounds it."""
     return getattr(_owner(model), "keeper", None)
 
 

@@ -19,7 +19,7 @@ class KeptPrompts(LRUPromptCache):
 
     Args:
         max_size, max_bytes: as mlx-lm has them.
-        keeper: returns what keeps the served model to its memory plan, if anything.
+        keeper: returns the keeper of the served model's memory plan, if any.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Look at what a request asks for, before anybody works on it.
+"""Look at a request before anybody works on it.
 
 mlx-lm's server looks at types. What passes there and is still no request that can be
 answered would fail in the middle of a batch, and harm those that share it.
@@ -40,7 +40,7 @@ NUMBERS = {
     "presence_penalty": (-MOST_NUMBER, MOST_NUMBER),
     "frequency_penalty": (-MOST_NUMBER, MOST_NUMBER),
 }
-# What mlx-lm's server itself tells a chat template, and what would be another template.
+# Arguments of a chat template that mlx-lm's server sets itself, or that replace it.
 TEMPLATE_FORM = {
     "add_generation_prompt",
     "chat_template",
@@ -53,7 +53,7 @@ TEMPLATE_FORM = {
 }
 TEMPLATE_FORM |= {"max_length", "padding", "truncation"}
 TEMPLATE_FORM |= {"return_assistant_tokens_mask", "return_dict", "return_tensors"}
-# What clients send for "as the server has it"; mlx-lm refuses null.
+# Values that clients send for "as the server has it"; mlx-lm refuses null.
 MAY_BE_NULL = (
     *INTEGERS,
     *NUMBERS,
@@ -123,7 +123,7 @@ def check_text(body: dict[str, Any]) -> None:
 def check_names(
     body: dict[str, Any], served: Mapping[str, Collection[str | None]]
 ) -> None:
-    """Raise RequestError unless what a body names is what is served.
+    """Raise RequestError unless a body names the served model.
 
     Args:
         served: by field, the names that are known.

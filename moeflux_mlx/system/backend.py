@@ -1,4 +1,4 @@
-"""Check that MLX has a library to run on, and say what to install when it has not."""
+"""Check that MLX has a library to run on, and say which to install when it has not."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def require_backend() -> None:
 
 @contextlib.contextmanager
 def own_file_limit() -> Iterator[None]:
-    """Let what is imported in here ask for more open files than there may be.
+    """Let modules imported in here ask for more open files than there may be.
 
     mlx-lm sets the limit when it is imported, and where a lower hard limit holds that
     is an exception. Then as many as are allowed have to do.

@@ -26,7 +26,7 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 def run_module(module: str, *args: str) -> subprocess.CompletedProcess[str]:
-    """Run a module in a Python of its own, which finds what is installed.
+    """Run a module in a Python of its own, which finds installed packages.
 
     Returns:
         The finished process with its exit code and all that it printed.
@@ -38,7 +38,7 @@ def start_module(module: str, *args: str, stderr: IO[str]) -> subprocess.Popen[s
     """Start a module likewise; its output is read while it runs.
 
     Args:
-        stderr: file that takes what it prints as errors.
+        stderr: file that takes its errors.
     """
     return subprocess.Popen(
         [sys.executable, "-c", _BOOT, module, *args],
@@ -56,7 +56,7 @@ def run(
     directory: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end; what it prints is kept.
+    """Run a program to its end; its output is kept.
 
     Args:
         command: the program, by its path, and its arguments.

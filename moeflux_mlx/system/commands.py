@@ -46,7 +46,7 @@ def type_of_convert() -> Any:
 
 
 def _callers() -> Iterator[tuple[FrameType, str]]:
-    """Yield what called this, from the inside out, and its module's name."""
+    """Yield the callers of this, from the inside out, and their modules' names."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         spec = frame.f_globals.get("__spec__")

@@ -114,7 +114,7 @@ def short(value: object) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """Return what an error says, in one line that is never long."""
+    """Return an error's words in one line that is never long."""
     text = str(error)
     return text if len(text) < 300 and text.isprintable() else short(text)
 

@@ -43,7 +43,7 @@ def memory_limit_bytes(root: Path = ROOT) -> int:
 
 
 def memory_left_bytes(root: Path = ROOT) -> int:
-    """Return what this process can still take, other processes being as they are."""
+    """Return the bytes that this process can still take beside all others."""
     left = [group.left_bytes for group in groups(root)]
     free = _free_bytes(root)
     if free is None:
@@ -100,21 +100,21 @@ def group_folders(root: Path) -> Iterator[tuple[str, Path, Path]]:
             continue
         top, mount_point = map(_unescaped, before.split(" ")[3:5])
         mount = root / mount_point.lstrip("/")
-        # What lies above the mount's own top, as in a container, cannot be seen.
+        # Groups above the mount's own top, as in a container, cannot be seen.
         inside = os.path.relpath(paths[kind], top)
         yield kind, mount, mount if ".." in inside.split("/") else mount / inside
 
 
 def left_by_ulimit(root: Path = ROOT) -> int | None:
-    """Return what limits of address space and of data leave; None where unlimited."""
+    """Return the bytes that limits of space and data leave; None where unlimited."""
     return min(_ulimits(root), default=None)
 
 
 def _ulimits(root: Path) -> list[int]:
-    """Return what limits of address space and of data leave; none where unlimited."""
+    """Return each limit's bytes of space and data left; none where unlimited."""
     pages = _page_counts(root)
     found = []
-    # Their numbers in /proc/self/statm: all that is mapped, and what is private.
+    # Their numbers in /proc/self/statm: all mapped pages, and private ones.
     for name, field in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
         limit = resource.getrlimit(name)[0]
         if limit != resource.RLIM_INFINITY:
@@ -124,7 +124,7 @@ def _ulimits(root: Path) -> list[int]:
 
 
 def _free_bytes(root: Path) -> int | None:
-    """Return what Linux can give without ending a process; None elsewhere."""
+    """Return the bytes that Linux can give without ending a process; None elsewhere."""
     found = memory_facts(root)
     try:
         return found["MemAvailable"] + found["SwapFree"]
@@ -133,7 +133,7 @@ def _free_bytes(root: Path) -> int | None:
 
 
 def memory_facts(root: Path = ROOT) -> dict[str, int]:
-    """Return what Linux says of the machine's memory, in bytes; nothing elsewhere."""
+    """Return Linux's counts of the machine's memory, in bytes; none elsewhere."""
     lines = "\n".join(_lines(root / "proc/meminfo"))
     found = re.findall(r"^(\w+): +(\d+) kB$", lines, re.MULTILINE)
     return {name: 1024 * int(n) for name, n in found}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .limits import ROOT, group_folders, groups, memory_facts
 
-# What macOS calls its levels; Linux's stalls are brought to the same.
+# macOS's names of its levels; Linux's stalls are brought to the same.
 MACOS_LEVEL = b"kern.memorystatus_vm_pressure_level"
 # Per cent of the last ten seconds in which tasks waited for memory: some of them, or
 # all at once.
@@ -32,7 +32,7 @@ class Pressure(enum.IntEnum):
 def memory_pressure(root: Path = ROOT) -> Pressure:
     """Return how short of memory the system is, as it says itself.
 
-    What cannot be read is no pressure.
+    A level that cannot be read is no pressure.
 
     Args:
         root: where Linux's ``proc`` and the mount points are looked for.
@@ -45,7 +45,7 @@ def memory_pressure(root: Path = ROOT) -> Pressure:
 
 
 def level_of(number: int | None) -> Pressure:
-    """Return what macOS means by a level; one that nobody knows is no pressure."""
+    """Return the meaning of macOS's level; one that nobody knows is no pressure."""
     known = {int(level): level for level in Pressure}
     return known.get(number or 0, Pressure.NORMAL)
 

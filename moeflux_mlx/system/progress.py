@@ -21,9 +21,9 @@ from rich.progress import (
 
 from ..errors import one_line
 
-# Called with what is being done, the bytes done and the bytes in all.
+# Called with the name of the work, the bytes done and the bytes in all.
 Report = Callable[[str, int, int], None]
-# Prompts of fewer tokens are done before anyone could read what is shown.
+# Prompts of fewer tokens are done before anyone could read a bar.
 SHOWN_TOKENS = 64
 
 
@@ -52,7 +52,7 @@ def untold() -> Iterator[None]:
 
 
 def byte_progress() -> contextlib.AbstractContextManager[Report]:
-    """Show a bar of bytes while inside; yields what moves it on."""
+    """Show a bar of bytes while inside; yields the function that moves it on."""
     return _bar(DownloadColumn(), TransferSpeedColumn())
 
 
@@ -74,7 +74,7 @@ def showing_prompts() -> Iterator[None]:
 def prompt_progress(n_tokens: int, n_layers: int) -> Iterator[Callable[[int], None]]:
     """Show a bar of layers while a prompt of some length goes through, if it may.
 
-    Yields what is called with the number of each layer once it is done.
+    Yields a function to be called with the number of each layer once it is done.
     """
     if n_tokens < SHOWN_TOKENS or not _prompts_are_shown:
         yield lambda layer: None
@@ -91,7 +91,7 @@ def _bar(*amounts: ProgressColumn) -> Iterator[Report]:
     if not console.is_terminal:
         yield lambda what, done, total: None
         return
-    # Transient: what is left on the screen is the outcome.
+    # Transient: only the outcome is left on the screen.
     bar = Progress(
         text,
         BarColumn(),

@@ -1,4 +1,4 @@
-"""What holds threads, files or slots is not pickled, nor copied as if it did not."""
+"""Holders of threads, files or slots refuse to be pickled or copied."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Unpickled:
         """Refuse.
 
         Raises:
-            ModelError: says what to do.
+            ModelError: always; says how else.
         """
         raise ModelError(
             f"[pickle] expected arrays or a model of mlx-lm's class but got "
@@ -46,7 +46,7 @@ class Uncopied(Unpickled):
         """Refuse.
 
         Raises:
-            ModelError: says what to do.
+            ModelError: always; says how else.
         """
         raise ModelError(
             "[copy] expected a model with its experts among its parameters but got "

@@ -1,4 +1,4 @@
-"""What volumes lack: locks, syncing of folders, figures of free space."""
+"""Lacks of some volumes: locks, syncing of folders, figures of free space."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def lock(fd: int, directory: Path, part: str = "pack") -> None:
 
 
 def free_bytes(fd: int) -> int | None:
-    """Return what a volume has to give, None if it does not say."""
+    """Return the bytes that a volume has to give, None if it does not say."""
     with if_supported():
         found = os.fstatvfs(fd)
         return found.f_bavail * found.f_frsize if found.f_blocks else None

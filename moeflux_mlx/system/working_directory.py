@@ -1,4 +1,4 @@
-"""Keep modules in the working directory from standing in for what we import."""
+"""Keep modules in the working directory from standing in for our imports."""
 
 # Only what Python has imported by now: anything else would be looked for there.
 import os

@@ -18,13 +18,13 @@ from ..graph.buffers import BufferPool, BufId
 from ..graph.graph import Graph
 from ..graph.lower import Kernel, Step, lower, lower_op
 from ..graph.op import Op
-from ..graph.profile import Stats
 from ..graph.rows import RowPart, whole
+from ..graph.stats import Stats
 
 
 @dataclass
 class Encoding:
-    """Values of one run over a pool: what is bound, then what the Ops wrote.
+    """Values of one run over a pool: the bound ones, then those that Ops wrote.
 
     ``host`` replaces an Op's kernel by a function of the caller with the signature of
     the Op's reference: a KV cache object appends rows itself.
@@ -102,7 +102,7 @@ class Executor(ABC):
         self.encode_graph([step], encoding)
 
     def encode_graph(self, graph: Graph | list[Step], encoding: Encoding) -> None:
-        """Encode all Ops of a graph, or of what ``lower`` made of it."""
+        """Encode all Ops of a graph, or the steps that ``lower`` made of it."""
         steps = self.lower(graph) if isinstance(graph, Graph) else graph
         if self.observer is not None:
             self.observer(steps, encoding)
@@ -169,7 +169,7 @@ class Executor(ABC):
         return self.profile_per_op
 
     def clock(self) -> Callable[[mx.array], mx.array] | None:
-        """Return what reads the device's clock, if it can be read.
+        """Return the reader of the device's clock, if it can be read.
 
         Given an array it returns uint64, of which the first is the nanoseconds on the
         device when the array had been computed.

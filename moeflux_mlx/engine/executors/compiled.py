@@ -1,6 +1,6 @@
 """Steps of a graph as functions that MLX traced once: no Python between launches.
 
-What a trace cannot hold stays outside and parts the graph: Ops that a caller's object
+Some Ops cannot be traced and part the graph: Ops that a caller's object
 performs, and experts that may have to be read first.
 """
 
@@ -109,7 +109,7 @@ class CompiledSteps:
         return call
 
     def run(self, encoding: Encoding) -> None:
-        """Do what running each step does."""
+        """Run the steps."""
         host, weights, values = encoding.host, encoding.weights, encoding.values
         for part in self._parts:
             if part.call is None:

@@ -19,7 +19,7 @@ from .kernels import KernelExecutor
 
 
 class CudaExecutor(KernelExecutor):
-    """Launches lazily, as ``metal`` does; MLX keeps what it compiled on disk."""
+    """Launches lazily, as ``metal`` does; MLX keeps compiled kernels on disk."""
 
     name = "cuda"
     compiles = True

@@ -1,4 +1,4 @@
-"""What executors that run our kernels share: building, calling, counting."""
+"""The common ground of executors that run our kernels: building, calling, counting."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class KernelExecutor(Executor):
 
     @property
     def instances(self) -> tuple[Instance, ...]:
-        """What was built so far, in order: a kernel once for each set of values."""
+        """Instances built so far, in order: a kernel once for each set of values."""
         return tuple(self._built)
 
     @property
@@ -76,7 +76,7 @@ class KernelExecutor(Executor):
         """Launch a kernel; return its outputs in the signature's order.
 
         Raises:
-            KernelError: the launch is not what the signature says.
+            KernelError: the launch does not match the signature.
         """
         ready = prepare(launch)
         instance = ready.instance
@@ -87,7 +87,7 @@ class KernelExecutor(Executor):
         return tuple(self.call(self._built[instance], ready))
 
     def build(self, instance: Instance) -> Any:
-        """Return MLX's kernel object of a kernel with what is compiled into it."""
+        """Return MLX's kernel object of a kernel with the values compiled into it."""
         return metal_kernel(instance, lines=False)
 
     @abstractmethod

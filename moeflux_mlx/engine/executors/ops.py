@@ -18,6 +18,6 @@ class OpsExecutor(Executor):
 
 
 class LazyOpsExecutor(OpsExecutor):
-    """The same on MLX's arrays alone, so that MLX can transform what it sees."""
+    """The same on MLX's arrays alone, so that MLX can transform them."""
 
     takes_host_arrays = False

@@ -10,9 +10,6 @@ from ..launch import Launch, prepare
 from ..simulator.registers import estimate
 from .kernels import metal_kernel
 
-# A threadgroup of so many threads fits whatever registers its threads have.
-SAFE_THREADS = THREADGROUP_REGISTERS // MAX_REGISTERS // 32 * 32
-
 
 def registers(launch: Launch) -> int:
     """Return the estimated registers of a thread of a launch.

@@ -33,7 +33,7 @@ class Record:
 
     @property
     def where(self) -> tuple[str, str, str]:
-        """What ran the kernels: executor, machine and MLX."""
+        """The place that ran the kernels: executor, machine and MLX."""
         return self.executor, self.machine, self.mlx
 
     def holds(self, name: str) -> bool:
@@ -55,7 +55,7 @@ def _own_name(executor: str) -> str:
 
 
 def with_earlier(record: Record, path: Path, examined: Collection[str]) -> Record:
-    """Add what the record at ``path``, if any, says of kernels not examined now.
+    """Add the entries of the record at ``path``, if any, for kernels not examined now.
 
     That is a record of the same executor, machine and MLX.
     """
@@ -69,7 +69,7 @@ def with_earlier(record: Record, path: Path, examined: Collection[str]) -> Recor
 def remember(record: Record, examined: Collection[str]) -> None:
     """Write a record where ``verified_kernels`` looks.
 
-    What is known of kernels that were not examined stays.
+    Entries of kernels that were not examined stay.
     """
     path = private.made() / _own_name(record.executor)
     if private.is_private(path):

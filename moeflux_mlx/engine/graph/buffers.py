@@ -37,7 +37,7 @@ class BufId(Generic[B_co]):
 
 @dataclass
 class BufferInfo:
-    """What the pool knows of one buffer besides its value."""
+    """The pool's facts of one buffer besides its value."""
 
     role: type[Buf]
     shape: Shape

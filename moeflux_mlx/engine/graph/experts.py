@@ -1,4 +1,4 @@
-"""What the engine asks of a layer's experts beside what a routed block does."""
+"""The engine's view of a layer's experts, beyond that of a routed block."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class GraphExperts(ExpertSource, Protocol):
         """Hear that a run asked for ``n`` experts without calling ``slots``."""
 
     def ask(self, indices: mx.array) -> None:
-        """Begin to read what ``slots`` or ``parts`` will be called for next.
+        """Begin to read the experts that ``slots`` or ``parts`` will ask for next.
 
         Args:
             indices: ``[1, K]`` expert ids of one token.
         """
 
     def slots(self, indices: mx.array) -> mx.array:
-        """Map expert ids to slots that hold them, reading what is missing.
+        """Map expert ids to slots that hold them, reading those that are missing.
 
         Args:
             indices: ``[N, K]`` int32 or uint32 expert ids of one step whose distinct

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import GraphError
 from .buffers import BufferPool, BufId, fits
-from .op import Access, Cost, Op, WeightRef
+from .op import Cost, Op, WeightRef
 
 
 class Graph:
@@ -24,7 +24,7 @@ class Graph:
         """Append ``op``.
 
         Raises:
-            GraphError: naming Op, field, what was expected and what came, when a
+            GraphError: naming Op, field, the expected and the given value, when a
                 buffer has the wrong role or shape or a weight the wrong shape.
         """
         self._check_roles(op)
@@ -131,13 +131,3 @@ class Graph:
             info.persistent
             or self.pool.values[self.pool.physical[buf.index]] is not None
         )
-
-
-def access_of(op: Op, buf: BufId[Any]) -> Access:
-    """Return how ``op`` uses ``buf``, all its fields taken together."""
-    access = Access(0)
-    for field in op.buffer_fields:
-        value = getattr(op, field.name)
-        if value is not None and value.index == buf.index:
-            access |= field.access
-    return access

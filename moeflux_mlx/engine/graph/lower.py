@@ -1,4 +1,4 @@
-"""From a graph to a list of calls: what each runs, reads, writes and lets go.
+"""From a graph to a list of calls: each one's kernel, reads, writes and drops.
 
 A call performs one Op, or several consecutive ones together.
 """
@@ -24,7 +24,7 @@ class Together:
     """How ``n`` Ops are performed together.
 
     ``call`` takes the values of their buffers and weights by ``BufId`` and name (None
-    by None) and returns those of the buffers it wrote. ``weights`` names what it reads
+    by None) and returns those of the buffers it wrote. ``weights`` names those it reads
     of the layer's. Whether it ``takes_parts`` of rows as they are.
     """
 
@@ -61,7 +61,7 @@ class Step:
         return type(self.ops[0]) in host
 
     def inputs(self, values: Sequence[Any], weights: Mapping[str, Weight]) -> list[Any]:
-        """Return what its kernel is called with: what it reads, then its weights."""
+        """Return its kernel's arguments: the buffers it reads, then its weights."""
         read = [None if i is None else values[i] for i in self.reads]
         if not self.takes_parts:
             read = [whole(value) for value in read]
@@ -73,7 +73,7 @@ class Step:
         weights: Mapping[str, Weight],
         host: Mapping[type[Op], Kernel] | None = None,
     ) -> tuple[Any, ...]:
-        """Perform it, store what it wrote, drop what nobody reads any more.
+        """Perform it, store its results, drop values that nobody reads any more.
 
         Args:
             host: functions of the caller that perform Ops of their types instead.
@@ -157,10 +157,10 @@ def _lower_together(
 
 
 def buffers_read(ops: Sequence[Op]) -> list[BufId[Any] | None]:
-    """Return what Ops performed together read, in the order of their step's reads.
+    """Return the buffers that Ops read together, in the order of their step's reads.
 
-    Of one Op that is every field, None where an optional one is absent; of several,
-    what none of them wrote before, each once.
+    One Op reads every field, None where an optional one is absent. Several read, once
+    each, the buffers that none of them wrote before.
     """
     if len(ops) == 1:
         fields = (f for f in ops[0].buffer_fields if f.access & Access.READ)

@@ -38,7 +38,7 @@ class HeadsOut(Buf):
 
 
 class ResidualIn(Buf):
-    """What half a layer adds to the residual stream."""
+    """The output of half a layer, added to the residual stream."""
 
 
 # The residual stream and its norms.
@@ -72,7 +72,7 @@ class QProjOutBuf(MatvecOut): ...
 
 
 class QBuf(MatvecOut, RmsNormIn):
-    """Queries: a projection, or what is split out of one."""
+    """Queries: a projection, or a part split from one."""
 
 
 class QGateBuf(Buf): ...
@@ -131,11 +131,11 @@ class LatentBuf(RmsNormIn): ...
 
 
 class LatentKeyBuf(RmsNormOut, KProjOutBuf):
-    """What a compressed cache has in the place of keys."""
+    """The rows of a compressed cache in the place of keys."""
 
 
 class RopeKeyBuf(VProjOutBuf, RmsNormIn):
-    """What a compressed cache has in the place of values."""
+    """The rows of a compressed cache in the place of values."""
 
 
 class LatentQueryBuf(HeadsOut): ...

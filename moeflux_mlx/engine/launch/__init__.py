@@ -1,6 +1,6 @@
 """How every kernel of ``kernels/`` is launched, in the same families.
 
-Imports: errors, device, engine.metal, experts.
+Imports: errors, device, engine.metal, engine.ops, experts.
 """
 
 from . import (

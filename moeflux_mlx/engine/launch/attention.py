@@ -15,7 +15,13 @@ import numpy as np
 
 from ... import device
 from ...device import SIMD
+from ..ops.attention import join_heads, split_heads
+from ..ops.elementwise import split_q_gate
+from ..ops.functions import attention, rope, to_host
+from ..ops.norm import rms_norm_heads
 from .base import (
+    Case,
+    Given,
     Kernel,
     Launch,
     dims,
@@ -23,7 +29,6 @@ from .base import (
     groups,
     kernel,
     normal,
-    other_dtype,
     require,
 )
 
@@ -38,39 +43,20 @@ FOLDED_CHANNELS, DECODE_CHANNELS = (
 )
 
 
-def _rope(
-    x: mx.array,
-    inv_freq: mx.array,
-    start: mx.array,
-    num_heads: int,
-    scale: float = 1.0,
-) -> mx.array:
-    n, pairs, n_seqs = x.shape[0], inv_freq.size, start.size
-    heads = x.astype(FLOAT32).reshape(n_seqs, n // n_seqs, num_heads, -1)
-    token = mx.arange(n // n_seqs)
-    position = (start[:, None] + token).astype(FLOAT32)
-    angle = position[..., None, None] * inv_freq
-    c, s = scale * mx.cos(angle), scale * mx.sin(angle)
-    a, b, rest = mx.split(heads, [pairs, 2 * pairs], axis=-1)
-    out = mx.concatenate([a * c - b * s, a * s + b * c, rest], axis=-1)
-    return out.reshape(x.shape).astype(x.dtype)
+def _rope(given: Given) -> mx.array:
+    # On the host: MLX's own takes the frequencies' reciprocals, which rounds twice.
+    x, inv_freq, start = map(to_host, (given.wide.x, given.inv_freq, given.start))
+    heads = split_heads(x, start.size, given.num_heads)
+    turned = rope(heads, 2 * inv_freq.size, inv_freq, start, given.scale)
+    return mx.array(join_heads(turned)).astype(given.x.dtype)
 
 
-def _some_rope(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    b: int,
-    t: int,
-    h: int,
-    d: int,
-    pairs: int,
-    at: int,
-    scale: float = 1.0,
-) -> tuple[Any, ...]:
-    inv_freq = mx.array((100.0 ** -(np.arange(pairs) / pairs)).astype(np.float32))
-    start = mx.array((at + np.arange(b) * 3).astype(np.int32))
-    given = normal(rng, dtype, b * t, h * d), inv_freq, start, h
-    return given if scale == 1 else (*given, scale)
+def _some_rope(case: Case) -> tuple[Any, ...]:
+    exponents = np.arange(case.pairs) / case.pairs
+    inv_freq = mx.array((100.0**-exponents).astype(np.float32))
+    start = mx.array((case.at + np.arange(case.b) * 3).astype(np.int32))
+    x = case.normal(case.b * case.t, case.h * case.d)
+    return x, inv_freq, start, case.h, case.get("scale", 1.0)
 
 
 @kernel(
@@ -124,15 +110,10 @@ def rope_n_tokens(
     )
 
 
-def _append(
-    keys: mx.array,
-    values: mx.array,
-    k_cache: mx.array,
-    v_cache: mx.array,
-    row: mx.array,
-) -> tuple[mx.array, mx.array]:
-    n_seqs, heads, n_rows, d = k_cache.shape
-    t, first = keys.shape[0] // n_seqs, int(np.array(row)[0])
+# Not the Op's: the kernel drops rows that lie outside, which the Op refuses.
+def _append(given: Given) -> tuple[mx.array, mx.array]:
+    n_seqs, heads, n_rows, d = given.k_cache.shape
+    t, first = given.keys.shape[0] // n_seqs, int(np.array(given.row)[0])
 
     def updated(cache: mx.array, new: mx.array) -> mx.array:
         rows = new.reshape(n_seqs, t, heads, d).swapaxes(1, 2).astype(cache.dtype)
@@ -142,22 +123,13 @@ def _append(
         ]
         return mx.stack(parts, axis=2)
 
-    return updated(k_cache, keys), updated(v_cache, values)
+    return updated(given.k_cache, given.keys), updated(given.v_cache, given.values)
 
 
-def _some_append(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    b: int,
-    t: int,
-    h: int,
-    s: int,
-    d: int,
-    row: int,
-) -> tuple[Any, ...]:
-    rows = [normal(rng, dtype, b * t, h * d) for _ in range(2)]
-    caches = [normal(rng, dtype, b, h, s, d) for _ in range(2)]
-    return *rows, *caches, mx.array([row], mx.int32)
+def _some_append(case: Case) -> tuple[Any, ...]:
+    rows = [case.normal(case.b * case.t, case.h * case.d) for _ in range(2)]
+    caches = [case.normal(case.b, case.h, case.s, case.d) for _ in range(2)]
+    return *rows, *caches, mx.array([case.row], mx.int32)
 
 
 @kernel(
@@ -222,17 +194,16 @@ def _heads(q: mx.array, kv_heads: int, d: int) -> tuple[int, int, int]:
     return n, width // d, width // d // kv_heads
 
 
-def _scores(q: mx.array, k: mx.array, scale: float) -> mx.array:
-    n_seqs, kv_heads, n_rows, d = k.shape
-    queries = q.astype(FLOAT32).reshape(n_seqs, kv_heads, -1, d) * scale
-    scores = queries @ k.astype(FLOAT32).swapaxes(-1, -2)
+def _scores(given: Given) -> mx.array:
+    n_seqs, kv_heads, n_rows, d = given.k.shape
+    queries = given.q.astype(FLOAT32).reshape(n_seqs, kv_heads, -1, d) * given.scale
+    scores = queries @ given.k.astype(FLOAT32).swapaxes(-1, -2)
     return scores.reshape(n_seqs, -1, n_rows)
 
 
-def _some_scores(
-    rng: np.random.Generator, dtype: mx.Dtype, b: int, h: int, per: int, s: int, d: int
-) -> tuple[Any, ...]:
-    return normal(rng, dtype, b, h * per * d), normal(rng, dtype, b, h, s, d), d**-0.5
+def _some_scores(case: Case) -> tuple[Any, ...]:
+    q = case.normal(case.b, case.h * case.per * case.d)
+    return q, case.normal(case.b, case.h, case.s, case.d), case.d**-0.5
 
 
 DECODE_SIZES = [
@@ -273,14 +244,12 @@ def attn_scores_batched(q: mx.array, k: mx.array, scale: float) -> Launch:
     )
 
 
-def _softmax(scores: mx.array) -> mx.array:
-    return mx.softmax(scores, axis=-1, precise=True)
+def _softmax(given: Given) -> mx.array:
+    return mx.softmax(given.scores, axis=-1, precise=True)
 
 
-def _some_softmax(
-    rng: np.random.Generator, dtype: mx.Dtype, r: int, s: int
-) -> tuple[Any, ...]:
-    return (normal(rng, dtype, r, s, scale=5.0),)
+def _some_softmax(case: Case) -> tuple[Any, ...]:
+    return (case.normal(case.r, case.s, scale=5.0),)
 
 
 @kernel(
@@ -303,17 +272,17 @@ def attn_softmax_batched(scores: mx.array) -> Launch:
     )
 
 
-def _values(p: mx.array, v: mx.array, dtype: mx.Dtype) -> mx.array:
-    n_seqs, kv_heads, n_rows, _ = v.shape
-    weights = p.reshape(n_seqs, kv_heads, -1, n_rows)
-    return (weights @ v.astype(FLOAT32)).reshape(n_seqs, -1).astype(dtype)
+def _values(given: Given) -> mx.array:
+    n_seqs, kv_heads, n_rows, _ = given.v.shape
+    weights = given.p.reshape(n_seqs, kv_heads, -1, n_rows)
+    return (weights @ given.v.astype(FLOAT32)).reshape(n_seqs, -1).astype(given.dtype)
 
 
-def _some_values(
-    rng: np.random.Generator, dtype: mx.Dtype, b: int, h: int, per: int, s: int, d: int
-) -> tuple[Any, ...]:
-    p = mx.softmax(normal(rng, FLOAT32, b, h * per, s, scale=2.0), axis=-1)
-    return p, normal(rng, dtype, b, h, s, d), dtype
+def _some_values(case: Case) -> tuple[Any, ...]:
+    heads = case.h * case.per
+    scores = normal(case.rng, FLOAT32, case.b, heads, case.s, scale=2.0)
+    v = case.normal(case.b, case.h, case.s, case.d)
+    return mx.softmax(scores, axis=-1), v, case.dtype
 
 
 @kernel(
@@ -346,46 +315,27 @@ def attn_values_batched(p: mx.array, v: mx.array, dtype: mx.Dtype) -> Launch:
     )
 
 
-def _attention(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    scale: float,
-    mask: mx.array | None = None,
-) -> mx.array:
-    n_seqs, kv_heads, n_rows, d = k.shape
-    t = q.shape[0] // n_seqs
-    heads = q.astype(FLOAT32).reshape(n_seqs, t, kv_heads, -1, d)
-    queries = heads.transpose(0, 2, 3, 1, 4) * scale
-    scores = queries @ k.astype(FLOAT32)[:, :, None].swapaxes(-1, -2)
-    if mask is None:
-        seen = mx.arange(n_rows) <= mx.arange(n_rows - t, n_rows)[:, None]
-    else:
-        seen = mask[:, :, None]
-    scores = mx.where(seen, scores, mx.array(-3e38))
-    p = mx.where(seen, mx.softmax(scores, axis=-1), 0)
-    out = p @ v.astype(FLOAT32)[:, :, None]
-    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+def _attention(given: Given) -> mx.array:
+    n_seqs, _, _, d = given.k.shape
+    q, k, v = map(to_host, (given.wide.q, given.wide.k, given.wide.v))
+    mask = None if given.mask is None else np.array(given.mask)
+    heads = split_heads(q, n_seqs, q.shape[1] // d)
+    out = attention(heads, k, v, given.scale, mask)
+    if mask is not None:
+        # Ops leave the result of a query that sees nothing open: kernels say 0.
+        out = np.where(mask.any(-1, keepdims=True), out, 0)
+    return mx.array(join_heads(out)).astype(given.q.dtype)
 
 
-def _some_attention(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    b: int,
-    t: int,
-    h: int,
-    per: int,
-    s: int,
-    d: int,
-    masks: int = 0,
-) -> tuple[Any, ...]:
-    q = normal(rng, dtype, b * t, h * per * d, scale=2.0)
-    k, v = (normal(rng, dtype, b, h, s, d) for _ in range(2))
-    if not masks:
-        return q, k, v, d**-0.5, None
-    seen = rng.random((masks, 1, t, s)) < 0.6
-    seen[0, 0, -1] = False
-    return q, k, v, d**-0.5, mx.array(seen)
+def _some_attention(case: Case) -> tuple[Any, ...]:
+    q = case.normal(case.b * case.t, case.h * case.per * case.d, scale=2.0)
+    k, v = (case.normal(case.b, case.h, case.s, case.d) for _ in range(2))
+    mask, n_masks = None, case.get("masks")
+    if n_masks:
+        seen = case.rng.random((n_masks, 1, case.t, case.s)) < 0.6
+        seen[0, 0, -1] = False
+        mask = mx.array(seen)
+    return q, k, v, case.d**-0.5, mask
 
 
 def _check_attention(
@@ -512,21 +462,12 @@ def _fold(per: int, d: int, channels: int) -> int:
     return next(f for f in FOLDS if per % f == 0 and (f == 1 or f * d <= channels))
 
 
-def _some_decode(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    b: int,
-    h: int,
-    per: int,
-    s: int,
-    d: int,
-    masks: int = 0,
-    level: float = 0.0,
-) -> tuple[Any, ...]:
-    q, k, v, scale, mask = _some_attention(rng, dtype, b, 1, h, per, s, d, masks)
+def _some_decode(case: Case) -> tuple[Any, ...]:
+    q, k, v, scale, mask = _some_attention(case.but(t=1))
     # Scores lie around the level, which no power of e may be taken of by itself.
-    common = (level / (scale * d)) ** 0.5
-    return (q + common).astype(dtype), (k + common).astype(dtype), v, scale, mask
+    common = (case.get("level", 0.0) / (scale * case.d)) ** 0.5
+    moved = ((x + common).astype(case.dtype) for x in (q, k))
+    return *moved, v, scale, mask
 
 
 @kernel(
@@ -568,68 +509,33 @@ FOLDED: dict[int, Kernel] = {
 }
 
 
-def _normed(x: mx.array, weight: mx.array, eps: float) -> mx.array:
-    return x * mx.rsqrt((x * x).mean(-1, keepdims=True) + eps) * weight.astype(FLOAT32)
-
-
-def _inputs(
-    q_proj: mx.array,
-    k_proj: mx.array,
-    q_norm: mx.array,
-    k_norm: mx.array,
-    inv_freq: mx.array,
-    start: mx.array,
-    eps: float,
-) -> tuple[mx.array, ...]:
-    n, d = start.size, q_norm.size
-    wide = q_proj.reshape(n, -1, 2, d)
-    query, gate = (wide[:, :, i].reshape(n, -1) for i in range(2))
-    q, k = _ungated_inputs(query, k_proj, q_norm, k_norm, inv_freq, start, eps)
+def _inputs(given: Given) -> tuple[mx.array, ...]:
+    d = given.q_norm.size
+    q_proj, gate = split_q_gate(given.q_proj, given.q_proj.shape[1] // (2 * d))
+    q, k = _ungated_inputs(Given(**{**vars(given), "q_proj": q_proj}))
     return q, gate, k
 
 
-def _ungated_inputs(
-    q_proj: mx.array,
-    k_proj: mx.array,
-    q_norm: mx.array | None,
-    k_norm: mx.array | None,
-    inv_freq: mx.array,
-    start: mx.array,
-    eps: float = 0.0,
-    scale: float = 1.0,
-    head_dim: int | None = None,
-) -> tuple[mx.array, ...]:
-    n, d = start.size, head_dim if q_norm is None else q_norm.size
-    outs = []
-    for x, weight in ((q_proj, q_norm), (k_proj, k_norm)):
-        heads = x.astype(FLOAT32).reshape(n, -1, d)
-        normed = heads if weight is None else _normed(heads, weight, eps)
-        rows, n_heads = normed.reshape(n, -1), heads.shape[1]
-        outs.append(_rope(rows, inv_freq, start, n_heads, scale))
-    return tuple(x.astype(q_proj.dtype) for x in outs)
+def _ungated_inputs(given: Given) -> tuple[mx.array, ...]:
+    wide, outs = Given(**{"scale": 1.0, "head_dim": None, **vars(given.wide)}), []
+    for x, weight in ((wide.q_proj, wide.q_norm), (wide.k_proj, wide.k_norm)):
+        rows, d = x, wide.head_dim
+        if weight is not None:
+            rows, d = rms_norm_heads(x, weight, wide.eps), weight.size
+        num_heads = x.shape[1] // d
+        outs.append(_rope(Given(**{**vars(wide), "x": rows, "num_heads": num_heads})))
+    return tuple(x.astype(given.q_proj.dtype) for x in outs)
 
 
-def _some_inputs(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    b: int,
-    h: int,
-    hk: int,
-    d: int,
-    pairs: int,
-    at: int,
-    s: int,
-    gates: int = 1,
-    norms: int = 1,
-) -> tuple[Any, ...]:
-    other = other_dtype(dtype, s)
-    _, inv_freq, start, _ = _some_rope(rng, dtype, b, 1, h, d, pairs, at)
-    q_proj = normal(rng, dtype, b, (1 + gates) * h * d)
-    rows = q_proj, normal(rng, dtype, b, hk * d)
-    if not norms:
+def _some_inputs(case: Case) -> tuple[Any, ...]:
+    b, h, d, gates = case.b, case.h, case.d, case.get("gates", 1)
+    _, inv_freq, start, *_ = _some_rope(case.but(t=1))
+    rows = case.normal(b, (1 + gates) * h * d), case.normal(b, case.hk * d)
+    other = case.other
+    if not case.get("norms", 1):
         return *rows, None, None, inv_freq, start, 0.0, 1.25, d
-    weights = [1 + normal(rng, other, d, scale=0.1) for _ in range(2)]
-    return *rows, *weights, inv_freq, start, 1e-6
+    norms = [1 + normal(case.rng, other, d, scale=0.1) for _ in range(2)]
+    return *rows, *norms, inv_freq, start, 1e-6
 
 
 INPUTS_LARGE: dict[str, Any] = dict(b=1, h=16, hk=2, d=256, pairs=32, at=8000, s=0)
@@ -723,7 +629,7 @@ def _place_heads(
     d: int,
     q_width: int,
 ) -> Launch:
-    """Check what both kernels take, a head of ``q_proj`` being ``q_width`` wide."""
+    """Check both kernels' arguments, a head of ``q_proj`` being ``q_width`` wide."""
     require("q_norm", d <= MAX_HEAD_DIM, f"a width up to {MAX_HEAD_DIM}", d)
     if k_norm is not None:
         expect("k_norm", k_norm, (d,))
@@ -766,21 +672,18 @@ def part_rows(n_rows: int) -> int:
     return max(PART_ROWS, groups(n_rows, MAX_PARTS))
 
 
-def _parts(
-    q: mx.array, k: mx.array, v: mx.array, start: mx.array, scale: float
-) -> tuple[mx.array, mx.array]:
-    n_seqs, kv_heads, n_rows, d = k.shape
-    per = q.shape[1] // (kv_heads * d)
+def _parts(given: Given) -> tuple[mx.array, mx.array]:
+    n_seqs, kv_heads, n_rows, d = given.k.shape
+    per = given.q.shape[1] // (kv_heads * d)
     size = part_rows(n_rows)
     n_parts = groups(n_rows, size)
     grown = [(0, 0), (0, 0), (0, n_parts * size - n_rows), (0, 0)]
-    keys, values = (
-        mx.repeat(mx.pad(x.astype(FLOAT32), grown), per, axis=1) for x in (k, v)
-    )
-    query = q.astype(FLOAT32).reshape(n_seqs, -1, 1, d) * scale
+    wide = given.wide
+    keys, values = (mx.repeat(mx.pad(x, grown), per, axis=1) for x in (wide.k, wide.v))
+    query = wide.q.reshape(n_seqs, -1, 1, d) * given.scale
     scores = (query * keys).sum(-1).reshape(n_seqs, -1, n_parts, size)
     rows = mx.arange(n_parts * size).reshape(n_parts, size)
-    seen = (rows <= start.reshape(-1, 1, 1, 1)) & (rows < n_rows)
+    seen = (rows <= given.start.reshape(-1, 1, 1, 1)) & (rows < n_rows)
     some = seen.any(-1, keepdims=True)
     top = mx.where(seen, scores, -mx.inf).max(-1, keepdims=True)
     top = mx.where(some, top, 0.0)
@@ -790,18 +693,9 @@ def _parts(
     return sums, mx.concatenate([top, weights.sum(-1, keepdims=True)], -1)
 
 
-def _some_parts(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    b: int,
-    h: int,
-    per: int,
-    s: int,
-    d: int,
-    at: int,
-) -> tuple[Any, ...]:
-    q, k, v, scale, _ = _some_decode(rng, dtype, b, h, per, s, d)
-    start = mx.array(np.maximum(at - 5 * np.arange(b), 0).astype(np.int32))
+def _some_parts(case: Case) -> tuple[Any, ...]:
+    q, k, v, scale, _ = _some_decode(case)
+    start = mx.array(np.maximum(case.at - 5 * np.arange(case.b), 0).astype(np.int32))
     return q, k, v, start, scale
 
 
@@ -854,55 +748,41 @@ def sdpa_decode_parts(
     )
 
 
-def _joined(
-    sums: mx.array,
-    stats: mx.array,
-    dtype: mx.Dtype,
-    gate: mx.array | None = None,
-    sinks: mx.array | None = None,
-) -> mx.array:
-    n_seqs, heads, _, d = sums.shape
-    top, total = stats[..., :1], stats[..., 1:]
+def _joined(given: Given) -> mx.array:
+    n_seqs, heads, _, d = given.sums.shape
+    top, total = given.stats[..., :1], given.stats[..., 1:]
     highest = mx.where(total > 0, top, -mx.inf).max(2, keepdims=True)
     sink = mx.full((heads, 1, 1), -mx.inf)
-    if sinks is not None:
-        sink = sinks.astype(FLOAT32).reshape(heads, 1, 1)
+    if given.sinks is not None:
+        sink = given.sinks.astype(FLOAT32).reshape(heads, 1, 1)
         highest = mx.maximum(highest, sink)
     share = mx.where(total > 0, mx.exp(top - highest), 0.0)
     weight = (share * total).sum(2)
-    if sinks is not None:
+    if given.sinks is not None:
         weight = weight + mx.exp(sink - highest)[:, :, 0]
-    out = mx.where(weight > 0, (share * sums).sum(2) / weight, 0.0)
+    out = mx.where(weight > 0, (share * given.sums).sum(2) / weight, 0.0)
     out = out.reshape(n_seqs, heads * d)
-    if gate is not None:
-        out = out * mx.sigmoid(gate.astype(FLOAT32))
-    return out.astype(dtype)
+    if given.gate is not None:
+        out = out * mx.sigmoid(given.gate.astype(FLOAT32))
+    return out.astype(given.dtype)
 
 
-def _some_joined(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    b: int,
-    h: int,
-    p: int,
-    d: int,
-    gated: int,
-    blind: int = 0,
-    sunk: int = 0,
-) -> tuple[Any, ...]:
-    sums = normal(rng, FLOAT32, b, h, p, d)
+def _some_joined(case: Case) -> tuple[Any, ...]:
+    b, h, p, blind = case.b, case.h, case.p, case.get("blind")
+    sums = normal(case.rng, FLOAT32, b, h, p, case.d)
     # A part that saw one row has a total of 1; tops are far from zero.
-    total = rng.uniform(1.0, 20.0, (b, h, p)).astype(np.float32) if p > 1 else 1.0
-    total = np.broadcast_to(np.float32(total), (b, h, p)).copy()
-    top = (60 + rng.standard_normal((b, h, p))).astype(np.float32)
+    total = np.ones((b, h, p), np.float32)
+    if p > 1:
+        total = case.rng.uniform(1.0, 20.0, (b, h, p)).astype(np.float32)
+    top = (60 + case.rng.standard_normal((b, h, p))).astype(np.float32)
     # Parts that saw nothing, their tops above all others'.
     total[:, :, p - blind :] = 0
     top[:, :, p - blind :] = 90
     stats = mx.array(np.stack([top, total], -1))
-    gate = normal(rng, dtype, b, h * d) if gated else None
+    gate = case.normal(b, h * case.d) if case.gated else None
     # Above all tops, among them and below.
-    sinks = 60 + normal(rng, dtype, h, scale=2.0) if sunk else None
-    return sums, stats, dtype, gate, sinks
+    sinks = 60 + case.normal(h, scale=2.0) if case.get("sunk") else None
+    return sums, stats, case.dtype, gate, sinks
 
 
 @kernel(

@@ -2,7 +2,9 @@
 
 A kernel's ``.metal`` signature says names, order and types. Here stands the rest: for
 given arrays the shapes, template numbers, grid and outputs (a ``Launch``), the
-reference in plain MLX operations, and the samples that tests and the doctor run.
+reference in plain MLX operations, and the samples that tests and the doctor run. The
+launch's own signature is the one list of its arguments: the reference is ``Given`` them
+by name, and the sample returns them in that order.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import numbers
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -91,22 +94,96 @@ def _misfit(build: Callable[..., Launch], args: Any, options: Any) -> str:
     return ""
 
 
-Sample = Callable[..., tuple[Any, ...]]
+class Given(SimpleNamespace):
+    """The arguments of a launch by the names that its signature has."""
+
+    @property
+    def wide(self) -> Given:
+        """The same arguments with its floating arrays in float32."""
+        wide = {name: _in_float32(value) for name, value in vars(self).items()}
+        return Given(**wide)
+
+
+def _in_float32(value: Any) -> Any:
+    is_float = isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
+    return value.astype(mx.float32) if is_float else value
+
+
+class Case:
+    """One case to try a kernel at: a type, sizes, and a generator for the rest.
+
+    ``case.t`` is the size ``t``; ``case.get`` is for sizes that may be left out.
+    """
+
+    def __init__(
+        self, rng: np.random.Generator, dtype: mx.Dtype, sizes: Mapping[str, Any]
+    ):
+        self.rng, self.dtype, self.sizes = rng, dtype, sizes
+        self.read: set[str] = set()
+
+    def __getattr__(self, letter: str) -> Any:
+        if letter not in self.sizes:
+            raise AttributeError(f"expected a size {letter!r} but got {self.sizes}")
+        return self.get(letter)
+
+    def get(self, letter: str, default: Any = 0) -> Any:
+        """Return a size, or the default where there is none."""
+        self.read.add(letter)
+        return self.sizes.get(letter, default)
+
+    def but(self, **sizes: Any) -> Case:
+        """Return this case with some sizes changed, on the same generator."""
+        self.read |= set(sizes)
+        changed = Case(self.rng, self.dtype, {**self.sizes, **sizes})
+        # A size that the changed case reads counts as read here: one sample uses
+        # another.
+        changed.read = self.read
+        return changed
+
+    def normal(self, *shape: int, scale: float = 1.0) -> mx.array:
+        """Return normal noise of the activations' type."""
+        return normal(self.rng, self.dtype, *shape, scale=scale)
+
+    @property
+    def other(self) -> mx.Dtype:
+        """The weights' type: the activations', or bfloat16 where size ``s`` is set."""
+        return mx.bfloat16 if self.s else self.dtype
+
+
+Reference = Callable[[Given], Any]
+Sample = Callable[[Case], tuple[Any, ...]]
+
+
+def in_float32(mathematics: Callable[..., Any]) -> Reference:
+    """Return the reference that calls an Op's function of the launch's arguments.
+
+    It computes in float32 and returns results in the type of the first argument.
+    """
+
+    def reference(given: Given) -> Any:
+        out = mathematics(**vars(given.wide))
+        dtype = next(iter(vars(given).values())).dtype
+        outs = tuple(
+            x.astype(dtype) for x in (out if isinstance(out, tuple) else [out])
+        )
+        return outs if isinstance(out, tuple) else outs[0]
+
+    return reference
 
 
 @dataclass(frozen=True)
 class Kernel:
     """A registered kernel: how to launch it, its reference, and how to try it.
 
-    ``build`` maps arguments to a ``Launch``; ``reference`` takes the same arguments and
-    returns what the outputs should be; ``sample(rng, dtype, **sizes)`` makes arguments;
+    ``build`` maps arguments to a ``Launch``; ``reference`` takes them by name and
+    returns the right outputs; ``sample`` makes the arguments of a case;
     ``fixed`` names the scalars that are compiled in.
     """
 
     name: str
     family: str
     build: Callable[..., Launch]
-    reference: Callable[..., Any]
+    reference: Reference
     sample: Sample
     sizes: tuple[Mapping[str, Any], ...]
     large: Mapping[str, Any]
@@ -139,16 +216,27 @@ class Kernel:
         return inspect.getsource(self.build)
 
     def arguments(self, dtype: mx.Dtype, seed: int = 0, **sizes: Any) -> tuple:
-        """Make seeded arguments of one size."""
-        return self.sample(np.random.default_rng(seed), dtype, **sizes)
+        """Make seeded arguments of one size.
 
-    def expected(self, *args: Any) -> tuple[mx.array, ...]:
+        Raises:
+            TypeError: a size that the sample does not know: it would change nothing.
+        """
+        case = Case(np.random.default_rng(seed), dtype, sizes)
+        arguments = self.sample(case)
+        if unknown := set(sizes) - case.read:
+            raise TypeError(f"[{self.name}] sample knows no sizes {sorted(unknown)}")
+        return arguments
+
+    def expected(self, *args: Any, **options: Any) -> tuple[mx.array, ...]:
         """Return the reference's outputs for the same arguments.
 
         Computed on the CPU: GPUs multiply float32 with fewer bits than it has.
         """
-        with mx.stream(mx.cpu):
-            out = self.reference(*args)
+        bound = inspect.signature(self.build).bind(*args, **options)
+        bound.apply_defaults()
+        # Infinities of damaged arguments are the caller's to judge.
+        with mx.stream(mx.cpu), np.errstate(all="ignore"):
+            out = self.reference(Given(**bound.arguments))
         return out if isinstance(out, tuple) else (out,)
 
 
@@ -157,7 +245,7 @@ KERNELS: dict[str, Kernel] = {}
 
 def kernel(
     *,
-    reference: Callable[..., Any],
+    reference: Reference,
     sample: Sample,
     sizes: Sequence[Mapping[str, Any]],
     large: Mapping[str, Any],
@@ -168,8 +256,9 @@ def kernel(
     """Register the decorated function, named as the kernel, as its launch.
 
     Args:
-        reference: the same mathematics in plain MLX operations, same arguments.
-        sample: ``sample(rng, dtype, **sizes)`` returns arguments.
+        reference: the same mathematics in plain MLX operations: its Op's, where there
+            is one.
+        sample: returns the arguments of a case, in the launch's order.
         sizes: odd and ragged sizes for tests, small ones first.
         large: a size worth timing.
         varying: scalars that stay data, such as numbers of tokens. All others follow
@@ -186,9 +275,9 @@ def kernel(
             raise TypeError(f"[{name}] there is a kernel of that name already")
         if not build.__doc__:
             raise TypeError(f"[{name}] kernel lacks a docstring")
-        taken = list(inspect.signature(build).parameters)
-        if list(inspect.signature(reference).parameters) != taken:
-            raise TypeError(f"[{name}] reference expected parameters {taken}")
+        for role, function in (("reference", reference), ("sample", sample)):
+            if len(inspect.signature(function).parameters) != 1:
+                raise TypeError(f"[{name}] {role} expected one parameter")
         if not sizes:
             raise TypeError(f"[{name}] kernel lacks sizes to test")
         family = build.__module__.rsplit(".", 1)[-1]
@@ -236,8 +325,3 @@ def normal(
 ) -> mx.array:
     """Return seeded normal noise, for samples."""
     return mx.array(scale * rng.standard_normal(shape, np.float32)).astype(dtype)
-
-
-def other_dtype(dtype: mx.Dtype, s: int) -> mx.Dtype:
-    """Return a sample's second type: the activations', or, if ``s``, bfloat16."""
-    return mx.bfloat16 if s else dtype

@@ -1,4 +1,4 @@
-"""Run a kernel against its reference: what tests and ``moeflux doctor`` both do."""
+"""Run a kernel against its reference: tests and ``moeflux doctor`` both do so."""
 
 from __future__ import annotations
 

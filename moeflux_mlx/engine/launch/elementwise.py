@@ -12,7 +12,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .base import Launch, dims, expect, groups, kernel, normal, require
+from ..ops import elementwise as ops
+from ..ops.functions import clipped_swiglu, swiglu
+from .base import Case, Given, Launch, dims, expect, groups, in_float32, kernel, require
 
 # Threads of a group that only share their start. Groups are always whole.
 THREADS = 256
@@ -37,14 +39,12 @@ def _pair(
     return Launch(name, inputs_and_n, {"out": shape}, grid, (THREADS, 1, 1))
 
 
-def _two_vectors(rng: np.random.Generator, dtype: mx.Dtype, n: int) -> tuple[Any, ...]:
-    return normal(rng, dtype, n), normal(rng, dtype, n)
+def _two_vectors(case: Case) -> tuple[Any, ...]:
+    return case.normal(case.n), case.normal(case.n)
 
 
-def _two_matrices(
-    rng: np.random.Generator, dtype: mx.Dtype, t: int, d: int
-) -> tuple[Any, ...]:
-    return normal(rng, dtype, t, d), normal(rng, dtype, t, d)
+def _two_matrices(case: Case) -> tuple[Any, ...]:
+    return case.normal(case.t, case.d), case.normal(case.t, case.d)
 
 
 VECTORS = [{"n": 1}, {"n": 7}, {"n": 37}, {"n": 1025}]
@@ -59,8 +59,7 @@ LARGE_VECTOR = {"n": 1 << 24}
 LARGE_MATRIX = {"t": 4096, "d": 4096}
 
 
-def _add(a: mx.array, b: mx.array) -> mx.array:
-    return (a.astype(mx.float32) + b.astype(mx.float32)).astype(a.dtype)
+_add = in_float32(ops.add)
 
 
 @kernel(
@@ -87,9 +86,7 @@ def residual_add_n_tokens(a: mx.array, b: mx.array) -> Launch:
     return _pair("residual_add_n_tokens", {"a": a, "b": b}, 2, per_thread=4)
 
 
-def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    wide = gate.astype(mx.float32)
-    return (wide * mx.sigmoid(wide) * up.astype(mx.float32)).astype(gate.dtype)
+_swiglu = in_float32(swiglu)
 
 
 @kernel(
@@ -118,29 +115,19 @@ def swiglu_fused_vec4(gate: mx.array, up: mx.array) -> Launch:
     return _pair("swiglu_fused_vec4", {"gate": gate, "up": up}, 1, per_thread=4)
 
 
-def swiglu(gate: mx.array, up: mx.array, alpha: float, limit: float) -> mx.array:
+def activated(gate: mx.array, up: mx.array, alpha: float, limit: float) -> mx.array:
     """Return ``silu(gate) * up``, or with a ``limit`` the clipped one."""
-    if limit:
-        gate, up = mx.minimum(gate, limit), mx.clip(up, -limit, limit) + 1
-    return gate * mx.sigmoid((alpha if limit else 1.0) * gate) * up
+    out: mx.array = swiglu(gate, up)
+    return clipped_swiglu(gate, up, alpha, limit) if limit else out
 
 
-def _clipped(
-    gate: mx.array, up: mx.array, alpha: float = 1.0, limit: float = 0.0
-) -> mx.array:
-    wide = gate.astype(mx.float32), up.astype(mx.float32)
-    return swiglu(*wide, alpha, limit).astype(gate.dtype)
-
-
-def _two_to_clip(
-    rng: np.random.Generator, dtype: mx.Dtype, t: int, d: int, clipped: int = 0
-) -> tuple[Any, ...]:
-    given = _two_matrices(rng, dtype, t, d)
-    return (*given, 1.702, 0.75) if clipped else given
+def _two_to_clip(case: Case) -> tuple[Any, ...]:
+    given = _two_matrices(case)
+    return (*given, 1.702, 0.75) if case.get("clipped") else given
 
 
 @kernel(
-    reference=_clipped,
+    reference=in_float32(activated),
     sample=_two_to_clip,
     sizes=[*MATRICES, {**MATRICES[-1], "clipped": 1}],
     large=LARGE_MATRIX,
@@ -157,9 +144,7 @@ def swiglu_fused_batched(
     return replace(launch, inputs={**launch.inputs, **numbers})
 
 
-def _sigmoid_gate(x: mx.array, gate: mx.array) -> mx.array:
-    open_by = mx.sigmoid(gate.astype(mx.float32))
-    return (x.astype(mx.float32) * open_by).astype(x.dtype)
+_sigmoid_gate = in_float32(ops.sigmoid_gate)
 
 
 @kernel(
@@ -174,17 +159,11 @@ def sigmoid_gate(x: mx.array, gate: mx.array) -> Launch:
     return _pair("sigmoid_gate", {"x": x, "gate": gate}, 2, per_thread=4)
 
 
-def _split(q_proj: mx.array, num_heads: int) -> tuple[mx.array, mx.array]:
-    n_tokens, width = q_proj.shape
-    pairs = q_proj.reshape(n_tokens, num_heads, 2, -1)
-    shape = (n_tokens, width // 2)
-    return pairs[:, :, 0].reshape(shape), pairs[:, :, 1].reshape(shape)
+_split = in_float32(ops.split_q_gate)
 
 
-def _some_q_proj(
-    rng: np.random.Generator, dtype: mx.Dtype, t: int, h: int, d: int
-) -> tuple[Any, ...]:
-    return normal(rng, dtype, t, 2 * h * d), h
+def _some_q_proj(case: Case) -> tuple[Any, ...]:
+    return case.normal(case.t, 2 * case.h * case.d), case.h
 
 
 @kernel(
@@ -218,17 +197,14 @@ def split_q_gate(q_proj: mx.array, num_heads: int) -> Launch:
     )
 
 
-def _weighted_sum(values: mx.array, weights: mx.array) -> mx.array:
-    return (
-        (weights[:, None] * values.astype(mx.float32)).sum(axis=0).astype(values.dtype)
-    )
+def _weighted_sum(given: Given) -> mx.array:
+    weighted = given.weights[:, None] * given.wide.values
+    return weighted.sum(axis=0).astype(given.values.dtype)
 
 
-def _some_values(
-    rng: np.random.Generator, dtype: mx.Dtype, k: int, d: int
-) -> tuple[Any, ...]:
-    weights = mx.array(rng.uniform(0.05, 1.0, k).astype(np.float32))
-    return normal(rng, dtype, k, d), weights
+def _some_values(case: Case) -> tuple[Any, ...]:
+    weights = mx.array(case.rng.uniform(0.05, 1.0, case.k).astype(np.float32))
+    return case.normal(case.k, case.d), weights
 
 
 @kernel(
@@ -256,12 +232,12 @@ def weighted_sum(values: mx.array, weights: mx.array) -> Launch:
     )
 
 
-def _zeros(n: int) -> mx.array:
-    return mx.zeros((n,), mx.float32)
+def _zeros(given: Given) -> mx.array:
+    return mx.zeros((given.n,), mx.float32)
 
 
-def _count(rng: np.random.Generator, dtype: mx.Dtype, n: int) -> tuple[Any, ...]:
-    return (n,)
+def _count(case: Case) -> tuple[Any, ...]:
+    return (case.n,)
 
 
 @kernel(

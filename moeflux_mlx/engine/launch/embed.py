@@ -7,39 +7,19 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .base import FLOATS, Launch, dims, expect, groups, kernel, require
-from .quant import quantised
+from ..ops.functions import embed
+from .base import FLOATS, Case, Given, Launch, dims, expect, groups, kernel, require
+from .quant import quantised, stored_in
 
 
-def _embed(
-    token_ids: mx.array,
-    w: mx.array,
-    scales: mx.array,
-    biases: mx.array,
-    bits: int,
-    group_size: int,
-    dtype: mx.Dtype,
-) -> mx.array:
-    parts = (x[token_ids] for x in (w, scales, biases))
-    rows, scales, biases = parts
-    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    dense = mx.dequantize(rows, scales, biases, group_size=group_size, bits=bits)
-    return dense.astype(dtype)
+def _embed(given: Given) -> mx.array:
+    return embed(given.token_ids, stored_in(given)).astype(given.dtype)
 
 
-def _some_embed(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    t: int,
-    v: int,
-    d: int,
-    bits: int,
-    g: int,
-    s: int,
-) -> tuple[Any, ...]:
-    ids = mx.array(rng.integers(0, v, t).astype(np.int32))
-    other = mx.bfloat16 if s else dtype
-    return ids, *quantised(rng, other, v, d, bits, g), bits, g, dtype
+def _some_embed(case: Case) -> tuple[Any, ...]:
+    ids = mx.array(case.rng.integers(0, case.v, case.t).astype(np.int32))
+    parts = quantised(case, case.v, case.d, case.bits)
+    return ids, *parts, case.bits, case.g, case.dtype
 
 
 @kernel(

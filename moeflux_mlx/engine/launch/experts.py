@@ -8,37 +8,37 @@ is added to products, row ``slot`` of each array, the matrix from the base on.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ...device import SIMD
+from ..ops.functions import linear, swiglu
+from ..ops.moe import combined
 from .base import (
+    Case,
+    Given,
     Launch,
     dims,
     groups,
     kernel,
-    normal,
     one_row,
-    other_dtype,
     require,
     require_part,
 )
-from .elementwise import swiglu
+from .elementwise import activated
 from .moe import check_routing, random_logits, random_weights, softmax_topk
-from .quant import check_rows, dense_matrix, quantised
+from .quant import check_rows, quantised, stored
 from .slots import (
     Matrix,
-    added,
     check_matrix,
+    in_slot,
     matrix_inputs,
     numbers,
     random_matrix,
     row_lengths,
     types_of,
-    unpacked,
 )
 
 
@@ -63,79 +63,32 @@ def _words_a_load(
     return words
 
 
-def _gate_up(
-    x: mx.array,
-    slots: mx.array,
-    gate: Matrix,
-    up: Matrix,
-    n_out: int,
-    bits: int,
-    group_size: int,
-    x_at: int = 0,
-    n_in: int | None = None,
-    alpha: float = 1.0,
-    limit: float = 0.0,
-) -> mx.array:
-    x32, rows = x.astype(mx.float32).reshape(-1), []
-    x32 = x32[x_at : x_at + (n_in or x32.size)]
-    for slot in numbers(slots):
-        g, u = (
-            unpacked(m, slot, n_out, x32.size, bits, group_size) @ x32
-            + added(m, slot, n_out)
-            for m in (gate, up)
-        )
-        rows.append(swiglu(g, u, alpha, limit))
-    return mx.stack(rows).astype(x.dtype)
+def _gate_up(given: Given) -> mx.array:
+    x, rows = given.wide.x.reshape(-1), []
+    x = x[given.x_at : given.x_at + (given.n_in or x.size)]
+    for slot in numbers(given.slots):
+        pair = (in_slot(given, m, slot, x.size) for m in (given.gate, given.up))
+        opened, up = (linear(x[None], matrix)[0] for matrix in pair)
+        rows.append(activated(opened, up, given.alpha, given.limit))
+    return mx.stack(rows).astype(given.x.dtype)
 
 
-def _slots(rng: np.random.Generator, k: int) -> mx.array:
+def _slots(case: Case) -> mx.array:
     """Return K distinct ones of K + 1 slots."""
-    return mx.array(rng.permutation(k + 1)[:k].astype(np.uint32))
+    chosen = case.rng.permutation(case.k + 1)[: case.k]
+    return mx.array(chosen.astype(np.uint32))
 
 
-def _some_gate_up(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    k: int,
-    i: int,
-    n: int,
-    bits: int,
-    g: int,
-    s: int,
-    base: int = 0,
-    **form: int,
-) -> tuple[Any, ...]:
-    shape = (n, i)
-    gate, up = _two(rng, dtype, k + 1, shape, bits, g, s, base, **form)
-    x = normal(rng, dtype, i + 2 * base)
-    given = x, _slots(rng, k), gate, up, n, bits, g, base, i
-    return (*given, *CLIPPED) if form.get("clipped") else given
+def _some_gate_up(case: Case) -> tuple[Any, ...]:
+    shape, base = (case.n, case.i), case.get("base")
+    gate, up = (random_matrix(case, case.k + 1, shape, case.bits) for _ in range(2))
+    x = case.normal(case.i + 2 * base)
+    given = x, _slots(case), gate, up, case.n, case.bits, case.g, base, case.i
+    return (*given, *CLIPPED) if case.get("clipped") else given
 
 
 # As gpt-oss has it, but for a limit that products of samples pass.
 CLIPPED = (1.702, 0.5)
-
-
-def _two(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    n_slots: int,
-    shape: tuple[int, int],
-    bits: int,
-    g: int,
-    s: int,
-    base: int,
-    *,
-    floats: int = 0,
-    bias: int = 0,
-    clipped: int = 0,
-) -> list[Matrix]:
-    """Return two matrices a slot, of floats or with something added if asked for."""
-    of_bias = other_dtype(dtype, s) if bias else None
-    how = bits, g, base
-    options: dict[str, Any] = {"floats": bool(floats), "bias": of_bias}
-    make = partial(random_matrix, rng, other_dtype(dtype, s), n_slots, shape)
-    return [make(*how, **options) for _ in range(2)]
 
 
 @kernel(
@@ -200,7 +153,7 @@ def _gate_and_up(
     alpha: float,
     limit: float,
 ) -> tuple[dict[str, Any], dict[str, int], dict[str, mx.Dtype]]:
-    """Check what both kernels of gate and up take; return inputs, template, types."""
+    """Check arguments of both kernels of gate and up; return a launch's parts."""
     require_part("x_at", x_at, n_in, one_row("x", x))
     require("limit", limit >= 0, "0 or a bound", limit)
     rows = check_matrix("gate", gate, n_out, n_in, bits, group_size)
@@ -217,45 +170,21 @@ def _gate_and_up(
     return {**inputs, **row_lengths(rows)}, template, types_of(gate, x.dtype)
 
 
-def _routed_gate_up(
-    x: mx.array,
-    n_experts: int,
-    k: int,
-    gate: Matrix,
-    up: Matrix,
-    n_out: int,
-    bits: int,
-    group_size: int,
-    x_at: int,
-    n_in: int,
-    alpha: float = 1.0,
-    limit: float = 0.0,
-) -> tuple[mx.array, mx.array, mx.array]:
-    chosen, weights = softmax_topk(x.reshape(1, -1), k, True, n_experts)
+def _routed_gate_up(given: Given) -> tuple[mx.array, mx.array, mx.array]:
+    logits = given.x.reshape(1, -1)
+    chosen, weights = softmax_topk(Given(**vars(given), logits=logits, normalize=True))
     chosen = chosen.astype(mx.uint32)
-    given = x, chosen, gate, up, n_out, bits, group_size, x_at, n_in, alpha, limit
-    return _gate_up(*given), chosen, weights
+    return _gate_up(Given(**vars(given), slots=chosen)), chosen, weights
 
 
-def _some_routed(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    e: int,
-    k: int,
-    i: int,
-    n: int,
-    bits: int,
-    g: int,
-    s: int,
-    base: int = 0,
-    **form: int,
-) -> tuple[Any, ...]:
-    gate, up = _two(rng, dtype, e, (n, i), bits, g, s, base, **form)
-    x_at = e + base
-    logits = random_logits(rng, dtype, 1, e)
-    x = mx.concatenate([logits, normal(rng, dtype, 1, i + base)], 1)
-    given = x, e, k, gate, up, n, bits, g, x_at, i
-    return (*given, *CLIPPED) if form.get("clipped") else given
+def _some_routed(case: Case) -> tuple[Any, ...]:
+    shape, base = (case.n, case.i), case.get("base")
+    gate, up = (random_matrix(case, case.e, shape, case.bits) for _ in range(2))
+    logits = random_logits(case, 1)
+    x = mx.concatenate([logits, case.normal(1, case.i + base)], 1)
+    sizes = case.n, case.bits, case.g, case.e + base, case.i
+    given = x, case.e, case.k, gate, up, *sizes
+    return (*given, *CLIPPED) if case.get("clipped") else given
 
 
 @kernel(
@@ -314,38 +243,20 @@ def experts_route_gate_up(
     )
 
 
-def _down_sum(
-    act: mx.array,
-    slots: mx.array,
-    weights: mx.array,
-    down: Matrix,
-    n_out: int,
-    bits: int,
-    group_size: int,
-) -> mx.array:
-    act32, total = act.astype(mx.float32), mx.zeros(n_out)
-    for j, slot in enumerate(numbers(slots)):
-        w = unpacked(down, slot, n_out, act.shape[1], bits, group_size)
-        product = w @ act32[j] + added(down, slot, n_out)
-        total = total + weights.reshape(-1)[j] * product
+def _down_sum(given: Given) -> mx.array:
+    act, total = given.wide.act, mx.zeros(given.n_out)
+    for j, slot in enumerate(numbers(given.slots)):
+        down = in_slot(given, given.down, slot, act.shape[1])
+        product = linear(act[j : j + 1], down)[0]
+        total = total + given.weights.reshape(-1)[j] * product
     return total
 
 
-def _some_down(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    k: int,
-    n: int,
-    d: int,
-    bits: int,
-    g: int,
-    s: int,
-    base: int = 0,
-    **form: int,
-) -> tuple[Any, ...]:
-    down, _ = _two(rng, dtype, k + 1, (d, n), bits, g, s, base, **form)
-    act = normal(rng, dtype, k, n)
-    return act, _slots(rng, k), random_weights(rng, k), down, d, bits, g
+def _some_down(case: Case) -> tuple[Any, ...]:
+    down = random_matrix(case, case.k + 1, (case.d, case.n), case.bits)
+    act, slots = case.normal(case.k, case.n), _slots(case)
+    weights = random_weights(case.rng, case.k)
+    return act, slots, weights, down, case.d, case.bits, case.g
 
 
 @kernel(
@@ -412,55 +323,33 @@ def experts_down_sum(
 Shared = tuple[mx.array, mx.array, mx.array, int]
 
 
-def _combined(
-    act: mx.array,
-    slots: mx.array,
-    weights: mx.array,
-    down: Matrix,
-    row: mx.array | None,
-    starts: tuple[int, ...] | None,
-    shared: Shared | None,
-    residual: mx.array,
-    bits: int,
-    group_size: int,
-) -> mx.array:
-    total = _down_sum(act, slots, weights, down, residual.size, bits, group_size)
-    out = residual.reshape(-1).astype(mx.float32) + total
-    if row is not None and starts is not None and shared is not None:
-        wide = row.reshape(-1).astype(mx.float32)
-        w = dense_matrix(*shared, group_size)
-        g, u = (wide[at : at + w.shape[1]] for at in starts[:2])
-        whole = w @ (g * mx.sigmoid(g) * u)
-        gated = len(starts) > 2
-        out = out + (mx.sigmoid(wide[starts[2]]) * whole if gated else whole)
-    return out.reshape(residual.shape).astype(act.dtype)
+def _combined(given: Given) -> mx.array:
+    residual, shared, gate = given.wide.residual.reshape(-1), None, None
+    total = _down_sum(Given(**vars(given), n_out=residual.size))
+    if given.shared is not None:
+        row, down = given.wide.row.reshape(-1), stored(given.group_size, *given.shared)
+        width = given.shared[1].shape[1] * given.group_size
+        pair = (row[at : at + width] for at in given.starts[:2])
+        shared = linear(swiglu(*pair), down)
+        gate = row[given.starts[2]] if len(given.starts) > 2 else None
+    out = combined(residual, total, shared, gate)
+    return out.reshape(given.residual.shape).astype(given.act.dtype)
 
 
-def _some_combined(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    k: int,
-    n: int,
-    f: int,
-    d: int,
-    bits: int,
-    shared_bits: int,
-    g: int,
-    s: int,
-    base: int = 0,
-    gated: int = 1,
-    **form: int,
-) -> tuple[Any, ...]:
-    sizes = k, n, d, bits, g, s, base
-    act, slots, weights, down, *_ = _some_down(rng, dtype, *sizes, **form)
-    if not f:
-        residual = normal(rng, dtype, *[1] * s, d)
-        return act, slots, weights, down, None, None, None, residual, bits, g
-    shared = (*quantised(rng, dtype, d, f, shared_bits, g), shared_bits)
-    starts = ((s, 2 * s + f, 0) if s else (0, f, 2 * f))[: 2 + gated]
-    row = normal(rng, dtype, *[1] * s, 2 * f + 1 + s)
-    residual = normal(rng, dtype, *[1] * s, d)
-    return act, slots, weights, down, row, starts, shared, residual, bits, g
+def _some_combined(case: Case) -> tuple[Any, ...]:
+    f, s, bits = case.f, case.s, case.shared_bits
+    act, slots, weights, down, *_ = _some_down(case)
+    row: Any = None
+    starts: Any = None
+    shared: Any = None
+    if f:
+        shared = (*quantised(case, case.d, f, bits, case.dtype), bits)
+        starts = (s, 2 * s + f, 0) if s else (0, f, 2 * f)
+        starts = starts[: 2 + case.get("gated", 1)]
+        row = case.normal(*[1] * s, 2 * f + 1 + s)
+    residual = case.normal(*[1] * s, case.d)
+    more = row, starts, shared, residual, case.bits, case.g
+    return act, slots, weights, down, *more
 
 
 # As gpt-oss stores its experts.
@@ -509,7 +398,8 @@ def experts_down_combine(
     n_out = one_row("residual", residual)
     launch = experts_down_sum(act, slots, weights, down, n_out, bits, group_size)
     if row is None and starts is None and shared is None:
-        # Of a matrix without columns the kernel reads nothing, of the row one value.
+        # The kernel reads nothing of a matrix without columns, and one value of the
+        # row.
         shared = (launch.inputs["w"], residual, residual, bits)
         row, starts, n_shared = residual, (0, 0), 0
     else:

@@ -13,15 +13,19 @@ import numpy as np
 
 from ... import device
 from ...device import SIMD
+from ..ops import linear_attention as ops
+from ..ops.norm import gated_rms_norm, unit_qk
 from .base import (
     FLOATS,
+    Case,
+    Given,
     Launch,
     dims,
     expect,
     groups,
+    in_float32,
     kernel,
     normal,
-    other_dtype,
     require,
     require_part,
 )
@@ -49,36 +53,17 @@ def _sequences(n: int, n_seqs: int) -> int:
     return n // n_seqs
 
 
-def _softplus(x: mx.array) -> mx.array:
-    return mx.logaddexp(x, mx.array(0.0))
+def _decay_beta(given: Given) -> tuple[mx.array, mx.array]:
+    return ops.decay_beta(**vars(given.wide))
 
 
-def _decay_beta(
-    alpha: mx.array,
-    b: mx.array,
-    a_log: mx.array,
-    dt_bias: mx.array,
-    mask: mx.array | None = None,
-) -> tuple[mx.array, mx.array]:
-    step = _softplus(alpha.astype(FLOAT32) + dt_bias.astype(FLOAT32))
-    g = mx.exp(-mx.exp(a_log.astype(FLOAT32)) * step)
-    beta = mx.sigmoid(b.astype(FLOAT32))
-    if mask is not None:
-        kept = mask.reshape(-1, 1)
-        g, beta = mx.where(kept, g, 1), mx.where(kept, beta, 0)
-    return g, beta
-
-
-def _some_gates(
-    rng: np.random.Generator, dtype: mx.Dtype, n: int, h: int, s: int, masked: int
-) -> tuple[Any, ...]:
-    other = other_dtype(dtype, s)
-    alpha = normal(rng, dtype, n, h, scale=12.0)
-    vectors = [normal(rng, other, h) for _ in range(2)]
+def _some_gates(case: Case) -> tuple[Any, ...]:
+    alpha = case.normal(case.n, case.h, scale=12.0)
+    vectors = [normal(case.rng, case.other, case.h) for _ in range(2)]
     # Softplus of zero, where its series is longest.
-    alpha[::2] = -vectors[1].astype(dtype)
-    mask = mx.array(rng.random(n) < 0.5) if masked else None
-    return alpha, normal(rng, dtype, n, h), *vectors, mask
+    alpha[::2] = -vectors[1].astype(case.dtype)
+    mask = mx.array(case.rng.random(case.n) < 0.5) if case.masked else None
+    return alpha, case.normal(case.n, case.h), *vectors, mask
 
 
 @kernel(
@@ -128,31 +113,13 @@ def compute_decay_beta(
     )
 
 
-def _by_kind(
-    qkvz: mx.array, ba: mx.array, num_k_heads: int, key_dim: int
-) -> tuple[mx.array, ...]:
-    n, heads = qkvz.shape[0], ba.shape[1] // 2
-    per_key = heads // num_k_heads
-    each = qkvz.reshape(n, num_k_heads, -1)
-    values = (each.shape[2] - 2 * key_dim) // 2
-    ends = [key_dim, 2 * key_dim, 2 * key_dim + values]
-    *qkv, z = (x.reshape(n, -1) for x in mx.split(each, ends, axis=2))
-    gates = ba.reshape(n, num_k_heads, 2, per_key)
-    b, a = (gates[:, :, i].reshape(n, heads) for i in (0, 1))
-    return mx.concatenate(qkv, axis=1), z, b, a
+_by_kind = in_float32(ops.part_key_heads)
 
 
-def _some_by_key(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    n: int,
-    hk: int,
-    hv: int,
-    dk: int,
-    dv: int,
-) -> tuple[Any, ...]:
-    width = 2 * hk * dk + 2 * hv * dv
-    return normal(rng, dtype, n, width), normal(rng, dtype, n, 2 * hv), hk, dk
+def _some_by_key(case: Case) -> tuple[Any, ...]:
+    width = 2 * case.hk * case.dk + 2 * case.hv * case.dv
+    rows = case.normal(case.n, width), case.normal(case.n, 2 * case.hv)
+    return *rows, case.hk, case.dk
 
 
 @kernel(
@@ -200,41 +167,18 @@ def part_key_heads(
     )
 
 
-def _masked(x: mx.array, n_seqs: int, mask: mx.array | None) -> mx.array:
-    """Return inputs ``[B, T, C]`` in float32, zero where they are masked."""
-    wide = x.astype(FLOAT32)
-    if mask is not None:
-        wide = mx.where(mask.reshape(-1, 1), wide, 0)
-    return wide.reshape(n_seqs, -1, x.shape[1])
+def _conv(given: Given) -> mx.array:
+    wide = given.wide
+    inputs = ops.conv_inputs(wide.x, wide.state, wide.mask)
+    out = ops.convolved(inputs, wide.weight)
+    return out.reshape(given.x.shape).astype(given.x.dtype)
 
 
-def _conv(
-    x: mx.array, state: mx.array, weight: mx.array, mask: mx.array | None = None
-) -> mx.array:
-    n_seqs, width = state.shape[0], weight.shape[1]
-    chunk = _masked(x, n_seqs, mask)
-    inputs = mx.concatenate([state.astype(FLOAT32), chunk], axis=1)
-    taps, t = weight.astype(FLOAT32), chunk.shape[1]
-    out = inputs[:, :t] * taps[:, 0]
-    for j in range(1, width):
-        out = out + inputs[:, j : j + t] * taps[:, j]
-    out = out * mx.sigmoid(out)
-    return out.reshape(x.shape).astype(x.dtype)
-
-
-def _some_conv(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    b: int,
-    t: int,
-    c: int,
-    w: int,
-    masked: int,
-    s: int,
-) -> tuple[Any, ...]:
-    x, state = normal(rng, dtype, b * t, c), normal(rng, dtype, b, w - 1, c)
-    weight = normal(rng, other_dtype(dtype, s), c, w)
-    mask = mx.array(rng.random((b, t)) < 0.6) if masked else None
+def _some_conv(case: Case) -> tuple[Any, ...]:
+    b, t = case.b, case.t
+    x, state = case.normal(b * t, case.c), case.normal(b, case.w - 1, case.c)
+    weight = normal(case.rng, case.other, case.c, case.w)
+    mask = mx.array(case.rng.random((b, t)) < 0.6) if case.masked else None
     return x, state, weight, mask
 
 
@@ -283,33 +227,19 @@ def conv1d_step(
     )
 
 
-def _conv_state(
-    x: mx.array,
-    state: mx.array,
-    mask: mx.array | None = None,
-    lengths: mx.array | None = None,
-) -> mx.array:
-    n_seqs, keep = state.shape[:2]
-    chunk = _masked(x, n_seqs, mask)
-    inputs = mx.concatenate([state.astype(FLOAT32), chunk], axis=1)
-    t = chunk.shape[1]
-    ends = np.full(n_seqs, t) if lengths is None else np.clip(np.array(lengths), 0, t)
-    kept = [inputs[i, int(end) : int(end) + keep] for i, end in enumerate(ends)]
-    return mx.stack(kept).astype(state.dtype)
+def _conv_state(given: Given) -> mx.array:
+    wide = given.wide
+    inputs = ops.conv_inputs(wide.x, wide.state, wide.mask)
+    after = ops.last_inputs(inputs, given.state.shape[1], given.lengths)
+    return after.astype(given.state.dtype)
 
 
-def _some_state(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    b: int,
-    t: int,
-    c: int,
-    w: int,
-    masked: int,
-    ends: int,
-) -> tuple[Any, ...]:
-    x, state, _, mask = _some_conv(rng, dtype, b, t, c, w, masked, 0)
-    lengths = mx.array(rng.integers(-1, t + 2, b).astype(np.int32)) if ends else None
+def _some_state(case: Case) -> tuple[Any, ...]:
+    x, state, _, mask = _some_conv(case.but(s=0))
+    lengths = None
+    if case.ends:
+        ends = case.rng.integers(-1, case.t + 2, case.b)
+        lengths = mx.array(ends.astype(np.int32))
     return x, state, mask, lengths
 
 
@@ -362,53 +292,21 @@ def conv1d_state_update(
     )
 
 
-def _delta_rule(
-    qkv: mx.array, state: mx.array, g: mx.array, beta: mx.array, num_k_heads: int
-) -> tuple[mx.array, mx.array]:
-    n_seqs, heads, dv, dk = state.shape
-    rows = qkv.astype(FLOAT32).reshape(n_seqs, -1, qkv.shape[1])
-    t, width = rows.shape[1], num_k_heads * dk
-    per_key = heads // num_k_heads
-
-    def of_heads(part: mx.array) -> mx.array:
-        keys = part.reshape(n_seqs, t, num_k_heads, dk)
-        return mx.repeat(keys, per_key, axis=2)
-
-    q, k = of_heads(rows[..., :width]), of_heads(rows[..., width : 2 * width])
-    v = rows[..., 2 * width :].reshape(n_seqs, t, heads, dv)
-    g, beta = (x.reshape(n_seqs, t, heads, 1) for x in (g, beta))
-    outs = []
-    for i in range(t):
-        state = state * g[:, i, :, None]
-        recalled = (state * k[:, i, :, None]).sum(-1)
-        change = beta[:, i] * (v[:, i] - recalled)
-        state = state + change[..., None] * k[:, i, :, None]
-        outs.append((state * q[:, i, :, None]).sum(-1))
-    out = mx.stack(outs, axis=1).reshape(qkv.shape[0], heads * dv)
-    return state, out.astype(qkv.dtype)
+def _delta_rule(given: Given) -> tuple[mx.array, mx.array]:
+    state, out = ops.delta_rule(**vars(given.wide))
+    return state, out.astype(given.qkv.dtype)
 
 
-def _some_delta(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    b: int,
-    t: int,
-    hk: int,
-    hv: int,
-    dk: int,
-    dv: int,
-    strong: int = 0,
-) -> tuple[Any, ...]:
-    n = b * t
-    qkv = normal(rng, dtype, n, 2 * hk * dk + hv * dv)
-    qkv = mx.concatenate(
-        [qkv[:, : 2 * hk * dk] * dk**-0.5, qkv[:, 2 * hk * dk :]], axis=1
-    )
-    state = normal(rng, FLOAT32, b, hv, dv, dk, scale=0.3)
-    low = 1e-30 if strong else 0.2
-    g = mx.array(np.exp(rng.uniform(np.log(low), 0, (n, hv))).astype(np.float32))
-    beta = mx.array(rng.random((n, hv), np.float32))
-    return qkv, state, g, beta, hk
+def _some_delta(case: Case) -> tuple[Any, ...]:
+    n, hv, dv, dk, keys = case.b * case.t, case.hv, case.dv, case.dk, case.hk * case.dk
+    qkv = case.normal(n, 2 * keys + hv * dv)
+    scaled = qkv[:, : 2 * keys] * dk**-0.5
+    qkv = mx.concatenate([scaled, qkv[:, 2 * keys :]], axis=1)
+    state = normal(case.rng, FLOAT32, case.b, hv, dv, dk, scale=0.3)
+    low = 1e-30 if case.get("strong") else 0.2
+    decay = np.exp(case.rng.uniform(np.log(low), 0, (n, hv)))
+    beta = mx.array(case.rng.random((n, hv), np.float32))
+    return qkv, state, mx.array(decay.astype(np.float32)), beta, case.hk
 
 
 def _check_delta(
@@ -558,71 +456,41 @@ def _projections(
     found = tuple(rows[:, at : at + size] for at, size in parts)
     if len(starts) == 4:
         return found
-    return _by_kind(found[0], found[1], num_k_heads, dk)
+    qkvz, ba = found
+    return ops.part_key_heads(qkvz, ba, num_k_heads, dk)
 
 
-def _decode(
-    rows: mx.array,
-    starts: tuple[int, ...],
-    history: mx.array,
-    taps: mx.array,
-    a_log: mx.array,
-    dt_bias: mx.array,
-    state: mx.array,
-    norm: mx.array,
-    num_k_heads: int,
-    eps: float,
-    qk_eps: float,
-) -> tuple[mx.array, ...]:
-    n_seqs, heads, dv, dk = state.shape
-    qkv, z, b, alpha = _projections(rows, starts, num_k_heads, state)
-    wide = qkv.astype(FLOAT32)
-    conv = _conv(wide, history, taps.reshape(taps.shape[:2]))
-    width = num_k_heads * dk
-
-    def unit(part: mx.array) -> mx.array:
-        rows = part.reshape(n_seqs, num_k_heads, dk)
-        scale = mx.rsqrt((rows * rows).sum(-1, keepdims=True) + qk_eps)
-        return (rows * scale).reshape(n_seqs, width)
-
-    q, k = unit(conv[:, :width]) * dk**-0.5, unit(conv[:, width : 2 * width])
-    mixed = mx.concatenate([q, k, conv[:, 2 * width :]], axis=1)
-    g, beta = _decay_beta(alpha, b, a_log, dt_bias)
-    new_state, out = _delta_rule(mixed, state, g, beta, num_k_heads)
-    values = out.reshape(n_seqs, heads, dv)
-    values = values * mx.rsqrt((values * values).mean(-1, keepdims=True) + eps)
-    gate = z.astype(FLOAT32).reshape(n_seqs, heads, dv)
-    gated = values * norm.astype(FLOAT32) * gate * mx.sigmoid(gate)
-    after = _conv_state(wide, history)
-    return after, new_state, gated.reshape(z.shape).astype(qkv.dtype)
+def _decode(given: Given) -> tuple[mx.array, ...]:
+    wide, heads = given.wide, given.num_k_heads
+    qkv, z, b, alpha = _projections(wide.rows, given.starts, heads, wide.state)
+    inputs = ops.conv_inputs(qkv, wide.history, None)
+    taps = wide.taps.reshape(wide.taps.shape[:2])
+    conv = ops.convolved(inputs, taps).reshape(qkv.shape)
+    dk = wide.state.shape[3]
+    mixed = unit_qk(conv, heads, dk, heads * dk, wide.qk_eps)
+    gates = ops.decay_beta(alpha, b, wide.a_log, wide.dt_bias, None)
+    state, values = ops.delta_rule(mixed, wide.state, *gates, heads)
+    out = gated_rms_norm(values, z, wide.norm, wide.eps)
+    after = ops.last_inputs(inputs, wide.history.shape[1], None)
+    return after.astype(given.rows.dtype), state, out.astype(given.rows.dtype)
 
 
-def _some_decode(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    b: int,
-    hk: int,
-    hv: int,
-    dk: int,
-    dv: int,
-    w: int,
-    s: int,
-    by_key: int = 0,
-) -> tuple[Any, ...]:
-    other, channels = other_dtype(dtype, s), 2 * hk * dk + hv * dv
+def _some_decode(case: Case) -> tuple[Any, ...]:
+    b, s, hv, dk, dv, w = case.b, case.s, case.hv, case.dk, case.dv, case.w
+    channels = 2 * case.hk * dk + hv * dv
     starts: tuple[int, ...]
     starts = (s, s + channels, s + channels + hv * dv, 2 * s + channels + hv * (dv + 1))
-    if by_key:
+    if case.get("by_key"):
         starts = (s, 2 * s + channels + hv * dv)
-    rows = normal(rng, dtype, b, 2 * s + channels + hv * (dv + 2) + s)
-    history = normal(rng, dtype, b, w - 1, channels)
-    taps = normal(rng, other, channels, w, *[1] * s, scale=w**-0.5)
-    vectors = [normal(rng, other, hv) for _ in range(2)]
-    state = normal(rng, FLOAT32, b, hv, dv, dk, scale=0.3)
-    norm = normal(rng, other, dv)
+    rows = case.normal(b, 2 * s + channels + hv * (dv + 2) + s)
+    history = case.normal(b, w - 1, channels)
+    taps = normal(case.rng, case.other, channels, w, *[1] * s, scale=w**-0.5)
+    vectors = [normal(case.rng, case.other, hv) for _ in range(2)]
+    state = normal(case.rng, FLOAT32, b, hv, dv, dk, scale=0.3)
+    norm = normal(case.rng, case.other, dv)
     # Large ones are seen in the result.
     epsilons = (0.1, 0.5) if s else (1e-6, 1e-6)
-    return rows, starts, history, taps, *vectors, state, norm, hk, *epsilons
+    return rows, starts, history, taps, *vectors, state, norm, case.hk, *epsilons
 
 
 def _places(

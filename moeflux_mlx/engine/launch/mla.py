@@ -15,7 +15,22 @@ import mlx.core as mx
 import numpy as np
 
 from ...device import SIMD
-from .base import Launch, dims, expect, groups, kernel, normal, require
+from ...experts.weights import Quantization, Weight
+from ..ops import latent as ops
+from ..ops.attention import join_heads, split_heads, with_rows
+from ..ops.functions import heads_linear, rope, to_host
+from .base import (
+    Case,
+    Given,
+    Launch,
+    Reference,
+    dims,
+    expect,
+    groups,
+    in_float32,
+    kernel,
+    require,
+)
 from .prepared import Size3
 
 MAX_SIMDGROUPS = 8
@@ -44,21 +59,12 @@ def _heads(name: str, width: int, head_width: int) -> int:
     return width // head_width
 
 
-def _split(
-    q: mx.array, kv: mx.array, num_heads: int, nope_dim: int
-) -> tuple[mx.array, ...]:
-    n_tokens = q.shape[0]
-    heads = q.reshape(n_tokens, num_heads, -1)
-    rope_dim = heads.shape[-1] - nope_dim
-    q_nope = heads[..., :nope_dim].reshape(n_tokens, -1)
-    q_pe = heads[..., nope_dim:].reshape(n_tokens, -1)
-    return q_nope, q_pe, kv[:, :-rope_dim], kv[:, -rope_dim:]
+_split = in_float32(ops.split_q_kv)
 
 
-def _some_q_kv(
-    rng: np.random.Generator, dtype: mx.Dtype, t: int, h: int, n: int, r: int, l: int
-) -> tuple[Any, ...]:
-    return normal(rng, dtype, t, h * (n + r)), normal(rng, dtype, t, l + r), h, n
+def _some_q_kv(case: Case) -> tuple[Any, ...]:
+    q = case.normal(case.t, case.h * (case.n + case.r))
+    return q, case.normal(case.t, case.l + case.r), case.h, case.n
 
 
 @kernel(
@@ -107,35 +113,25 @@ def mla_split_q_kv(q: mx.array, kv: mx.array, num_heads: int, nope_dim: int) -> 
     )
 
 
-def _yarn(x: mx.array, inv_freq: mx.array, start: mx.array, mscale: float) -> mx.array:
-    n_tokens, rope_dim = x.shape[0], 2 * inv_freq.size
-    positions = start[:, None] + mx.arange(n_tokens // start.size)
-    positions = positions.reshape(-1).astype(mx.float32)
-    angles = (positions[:, None] * inv_freq)[:, None]
-    pairs = mscale * x.astype(mx.float32).reshape(n_tokens, -1, rope_dim // 2, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    rotated = mx.stack(
-        [
-            even * mx.cos(angles) - odd * mx.sin(angles),
-            even * mx.sin(angles) + odd * mx.cos(angles),
-        ],
-        axis=-1,
-    )
-    return rotated.reshape(x.shape).astype(x.dtype)
+def _yarn(given: Given) -> mx.array:
+    x, inv_freq = to_host(given.wide.x), to_host(given.inv_freq)
+    rope_dim, start = 2 * inv_freq.size, np.array(given.start)
+    heads = split_heads(x, start.size, x.shape[1] // rope_dim)
+    turned = rope(heads, rope_dim, inv_freq, start, given.mscale, pairs=True)
+    return mx.array(join_heads(turned)).astype(given.x.dtype)
 
 
-def _some_rope(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    t: int,
-    h: int,
-    r: int,
-    start: int,
-    b: int = 1,
-) -> tuple[Any, ...]:
-    inv_freq = mx.array((1e4 ** -(np.arange(0, r, 2) / r)).astype(np.float32))
-    starts = mx.array([start + 5 * i for i in range(b)], mx.int32)
-    return normal(rng, dtype, b * t, h * r), inv_freq, starts, 1.0 + 0.1 * h
+def _position(case: Case) -> Start:
+    """Return the start as a number, or as an array."""
+    return mx.array([case.start], mx.int32) if case.get("as_array") else case.start
+
+
+def _some_rope(case: Case) -> tuple[Any, ...]:
+    exponents, n_seqs = np.arange(0, case.r, 2) / case.r, case.get("b", 1)
+    inv_freq = mx.array((1e4**-exponents).astype(np.float32))
+    starts = mx.array([case.start + 5 * i for i in range(n_seqs)], mx.int32)
+    mscale = 1.0 + 0.1 * case.h
+    return case.normal(n_seqs * case.t, case.h * case.r), inv_freq, starts, mscale
 
 
 @kernel(
@@ -199,33 +195,19 @@ def _check_start(start: Start, limit: int) -> None:
         require("start", 0 <= start < limit, f"0 to {limit - 1}", start)
 
 
-def _append(
-    latent_cache: mx.array,
-    rope_cache: mx.array,
-    latent: mx.array,
-    k_pe: mx.array,
-    start: Start,
-) -> tuple[mx.array, mx.array]:
-    at = mx.array(start).reshape(1)
-    return (
-        mx.slice_update(latent_cache, latent, at, (0,)),
-        mx.slice_update(rope_cache, k_pe, at, (0,)),
+def _append(given: Given) -> tuple[mx.array, mx.array]:
+    at = mx.array(given.start).reshape(1)
+    pairs = (given.latent_cache, given.latent), (given.rope_cache, given.k_pe)
+    latents, ropes = (
+        with_rows(cache[None, None], new[None, None], at)[0, 0] for cache, new in pairs
     )
+    return latents, ropes
 
 
-def _some_caches(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    s: int,
-    t: int,
-    l: int,
-    r: int,
-    start: int,
-    as_array: int = 0,
-) -> tuple[Any, ...]:
-    caches = normal(rng, dtype, s, l), normal(rng, dtype, s, r)
-    position = mx.array([start], mx.int32) if as_array else start
-    return *caches, normal(rng, dtype, t, l), normal(rng, dtype, t, r), position
+def _some_caches(case: Case) -> tuple[Any, ...]:
+    caches = case.normal(case.s, case.l), case.normal(case.s, case.r)
+    rows = case.normal(case.t, case.l), case.normal(case.t, case.r)
+    return *caches, *rows, _position(case)
 
 
 @kernel(
@@ -279,7 +261,7 @@ def mla_kv_cache_append(
 def _check_heads_matrix(
     x_name: str, x: mx.array, w: mx.array, scales: mx.array, biases: mx.array
 ) -> tuple[int, int, int, int, int]:
-    """Return T, H, O, I and I / G of a matrix a head and what it meets."""
+    """Return T, H, O, I and I / G of a matrix a head and its rows."""
     n_heads, n_out, n_words = dims("w", w, 3)
     n_in, n_groups = 8 * n_words, dims("scales", scales, 3)[2]
     require("w", n_in % 32 == 0, "an input width in groups of 32", n_in)
@@ -304,42 +286,32 @@ def _per_head_grid(n_out: int, n_heads: int, n_lanes: int) -> tuple[Size3, Size3
     return _simdgroup_rows(groups(n_out, ROWS * SIMD // n_lanes), n_heads)
 
 
-def _unpacked(w: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-    group_size = 8 * w.shape[-1] // scales.shape[-1]
-    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    return mx.dequantize(w, scales, biases, group_size=group_size, bits=4)
+def _per_head(name: str) -> Reference:
+    """Return the reference of a kernel whose rows have this name."""
+
+    def reference(given: Given) -> mx.array:
+        n_heads, _, n_words = given.w.shape
+        form = Quantization(4, 8 * n_words // given.scales.shape[2])
+        weight = Weight(given.w, given.wide.scales, given.wide.biases, form)
+        rows = getattr(given, name)
+        heads = rows.astype(mx.float32).reshape(len(rows), n_heads, -1)
+        return heads_linear(heads, weight).reshape(len(rows), -1).astype(rows.dtype)
+
+    return reference
 
 
-def _per_head(x: mx.array, w: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-    matrices = _unpacked(w, scales, biases)
-    n_heads, _, n_in = matrices.shape
-    heads = x.astype(mx.float32).reshape(-1, n_heads, n_in).swapaxes(0, 1)
-    out = (heads @ matrices.swapaxes(1, 2)).swapaxes(0, 1)
-    return out.reshape(x.shape[0], -1).astype(x.dtype)
-
-
-def _some_per_head(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    t: int,
-    h: int,
-    o: int,
-    i: int,
-    g: int,
-    s: int,
-) -> tuple[Any, ...]:
+def _some_per_head(case: Case) -> tuple[Any, ...]:
+    rng, h, o, i = case.rng, case.h, case.o, case.i
     w = mx.array(rng.integers(0, 1 << 32, (h, o, i // 8), np.uint32))
-    scales = rng.uniform(0.5, 1.0, (h, o, i // g)) / (8 * i**0.5)
+    scales = rng.uniform(0.5, 1.0, (h, o, i // case.g)) / (8 * i**0.5)
     biases = -7.5 * scales * rng.uniform(0.8, 1.2, scales.shape)
-    of_scales = mx.bfloat16 if s else dtype
-    parts = (mx.array(p.astype(np.float32)).astype(of_scales) for p in (scales, biases))
-    return normal(rng, dtype, t, h * i), w, *parts
+    parts = (
+        mx.array(p.astype(np.float32)).astype(case.other) for p in (scales, biases)
+    )
+    return case.normal(case.t, h * i), w, *parts
 
 
-def _q_prime(
-    q_nope: mx.array, w: mx.array, scales: mx.array, biases: mx.array
-) -> mx.array:
-    return _per_head(q_nope, w, scales, biases)
+_q_prime = _per_head("q_nope")
 
 
 @kernel(
@@ -383,10 +355,7 @@ def mla_q_prime_4bit(
     )
 
 
-def _out_per_head(
-    context: mx.array, w: mx.array, scales: mx.array, biases: mx.array
-) -> mx.array:
-    return _per_head(context, w, scales, biases)
+_out_per_head = _per_head("context")
 
 
 @kernel(
@@ -477,67 +446,47 @@ def _attention(
     return inputs, n_heads, n_simdgroups, blocks
 
 
-def _scores(
-    q_prime: mx.array,
-    q_pe: mx.array,
-    latent: mx.array,
-    rope: mx.array,
-    scale: float,
-    given: mx.array | None,
-) -> mx.array:
+def _scores(given: Given) -> mx.array:
     """Return the scores ``[B, H, T, S]``, -inf where a token does not see."""
-    n_seqs, n_rows, _ = latent.shape
-    n_new = q_prime.shape[0] // n_seqs
+    wide, (n_seqs, n_rows, _) = given.wide, given.latent.shape
+    n_new = len(given.q_prime) // n_seqs
     total = mx.zeros((n_new, n_rows))
-    for queries, keys in ((q_prime, latent), (q_pe, rope)):
-        wide = queries.astype(mx.float32)
-        heads = wide.reshape(n_seqs, n_new, -1, keys.shape[2]).swapaxes(1, 2)
-        total = total + heads @ keys.astype(mx.float32).swapaxes(1, 2)[:, None]
-    ends = mx.full(n_seqs, n_rows) if given is None else given.astype(mx.int32)
-    last = ends[:, None, None, None] - n_new + mx.arange(n_new)[:, None]
-    return mx.where(mx.arange(n_rows) <= last, scale * total, -mx.inf)
+    for queries, keys in ((wide.q_prime, wide.latent), (wide.q_pe, wide.rope)):
+        heads = queries.reshape(n_seqs, n_new, -1, keys.shape[2]).swapaxes(1, 2)
+        total = total + heads @ keys.swapaxes(1, 2)[:, None]
+    ends = mx.full(n_seqs, n_rows) if given.seen is None else given.seen
+    last = ends.astype(mx.int32)[:, None, None, None] - n_new
+    seen = mx.arange(n_rows) <= last + mx.arange(n_new)[:, None]
+    return mx.where(seen, given.scale * total, -mx.inf)
 
 
-def _folded(
-    q_prime: mx.array,
-    q_pe: mx.array,
-    latent: mx.array,
-    rope: mx.array,
-    scale: float,
-    seen: mx.array | None = None,
-) -> mx.array:
-    weights = mx.softmax(_scores(q_prime, q_pe, latent, rope, scale, seen), axis=-1)
-    context = (weights @ latent.astype(mx.float32)[:, None]).swapaxes(1, 2)
-    return context.reshape(q_prime.shape).astype(q_prime.dtype)
+def _folded(given: Given) -> mx.array:
+    weights = mx.softmax(_scores(given), axis=-1)
+    context = (weights @ given.wide.latent[:, None]).swapaxes(1, 2)
+    return context.reshape(given.q_prime.shape).astype(given.q_prime.dtype)
 
 
-def _some_attention(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    t: int,
-    h: int,
-    s: int,
-    l: int,
-    r: int,
-    rise: int = 0,
-    spare: int = 0,
-    b: int = 1,
-) -> tuple[Any, ...]:
+def _some_attention(case: Case) -> tuple[Any, ...]:
     """Return queries, caches and scale; with ``rise``, all heads' scores rise by row.
 
     With ``spare`` the caches end with so many rows that nobody sees, the first with
     one less.
     """
-    queries, latent = rng.standard_normal((b * t, h, l)), rng.standard_normal((b, s, l))
-    if rise:
+    t, h, s, l, r, b = case.t, case.h, case.s, case.l, case.r, case.get("b", 1)
+    shapes = (b * t, h, l), (b, s, l)
+    queries, latent = (case.rng.standard_normal(n) for n in shapes)
+    if case.get("rise"):
         queries[..., 0], latent[..., 0] = 3.0, np.linspace(-12.0, 12.0, s)
-    q_prime = mx.array(queries.astype(np.float32)).reshape(-1, h * l).astype(dtype)
-    latents = mx.array(latent.astype(np.float32)).astype(dtype)
-    cache = latents, normal(rng, dtype, b, s, r)
-    ends = [s - spare + (b > 1 and i == 0) for i in range(b)]
-    seen = mx.array(ends, mx.uint32) if spare else None
-    given = q_prime, normal(rng, dtype, b * t, h * r), *cache, 2.0 * (l + r) ** -0.5
-    return (*given, seen) if spare else given
+    q_prime, latents = (
+        mx.array(x.astype(np.float32)).astype(case.dtype)
+        for x in (queries.reshape(b * t, h * l), latent)
+    )
+    ropes, q_pe = case.normal(b, s, r), case.normal(b * t, h * r)
+    given = q_prime, q_pe, latents, ropes, 2.0 * (l + r) ** -0.5
+    if not case.get("spare"):
+        return given
+    ends = [s - case.spare + (b > 1 and i == 0) for i in range(b)]
+    return *given, mx.array(ends, mx.uint32)
 
 
 @kernel(
@@ -582,23 +531,14 @@ def mla_sdpa_folded(
     )
 
 
-def _tiles(
-    q_prime: mx.array,
-    q_pe: mx.array,
-    latent: mx.array,
-    rope: mx.array,
-    scale: float,
-    tile: int = TILE,
-    seen: mx.array | None = None,
-) -> tuple[mx.array, ...]:
-    scores = _scores(q_prime, q_pe, latent, rope, scale, seen)
-    parts = []
-    for begin in range(0, latent.shape[1], tile):
-        part = scores[..., begin : begin + tile]
+def _tiles(given: Given) -> tuple[mx.array, ...]:
+    scores, latent, parts = _scores(given), given.wide.latent[:, None], []
+    for begin in range(0, latent.shape[2], given.tile):
+        part = scores[..., begin : begin + given.tile]
         largest = part.max(axis=-1, keepdims=True)
         weights = mx.where(part == -mx.inf, 0.0, mx.exp(part - largest))
-        rows = latent[:, None, begin : begin + tile].astype(mx.float32)
-        parts.append((largest[..., 0], weights.sum(axis=-1), weights @ rows))
+        sums = weights @ latent[..., begin : begin + given.tile, :]
+        parts.append((largest[..., 0], weights.sum(axis=-1), sums))
     maxima, denominators, sums = (
         mx.stack([p.swapaxes(1, 2).flatten(0, 2) for p in of_tiles])
         for of_tiles in zip(*parts, strict=True)
@@ -606,21 +546,9 @@ def _tiles(
     return maxima, denominators, sums
 
 
-def _some_tiled_attention(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    t: int,
-    h: int,
-    s: int,
-    l: int,
-    r: int,
-    tile: int,
-    rise: int = 0,
-    spare: int = 0,
-    b: int = 1,
-) -> tuple[Any, ...]:
-    given = _some_attention(rng, dtype, t, h, s, l, r, rise, spare, b)
-    return (*given[:5], tile, *given[5:])
+def _some_tiled_attention(case: Case) -> tuple[Any, ...]:
+    given = _some_attention(case)
+    return (*given[:5], case.tile, *given[5:])
 
 
 @kernel(
@@ -671,29 +599,23 @@ def mla_sdpa_tile_accumulate(
     )
 
 
-def _finalize(
-    maxima: mx.array,
-    denominators: mx.array,
-    sums: mx.array,
-    num_heads: int,
-    dtype: mx.Dtype,
-) -> mx.array:
-    factors = mx.exp(maxima - maxima.max(axis=0, keepdims=True))
-    total = (factors[..., None] * sums).sum(axis=0)
-    context = total / (factors * denominators).sum(axis=0)[:, None]
-    return context.reshape(-1, num_heads * sums.shape[2]).astype(dtype)
+def _finalize(given: Given) -> mx.array:
+    factors = mx.exp(given.maxima - given.maxima.max(axis=0, keepdims=True))
+    total = (factors[..., None] * given.sums).sum(axis=0)
+    context = total / (factors * given.denominators).sum(axis=0)[:, None]
+    width = given.num_heads * given.sums.shape[2]
+    return context.reshape(-1, width).astype(given.dtype)
 
 
-def _some_tiles(
-    rng: np.random.Generator, dtype: mx.Dtype, n: int, t: int, h: int, l: int
-) -> tuple[Any, ...]:
-    maxima = rng.uniform(-5.0, 20.0, (n, t * h)).astype(np.float32)
-    denominators = rng.uniform(1.0, 9.0, (n, t * h)).astype(np.float32)
-    sums = rng.standard_normal((n, t * h, l), np.float32)
+def _some_tiles(case: Case) -> tuple[Any, ...]:
+    rng, n, heads = case.rng, case.n, case.t * case.h
+    maxima = rng.uniform(-5.0, 20.0, (n, heads)).astype(np.float32)
+    denominators = rng.uniform(1.0, 9.0, (n, heads)).astype(np.float32)
+    sums = rng.standard_normal((n, heads, case.l), np.float32)
     if n > 1:
         # A tile that a token does not see.
         maxima[-1, 0], denominators[-1, 0], sums[-1, 0] = -np.inf, 0, 0
-    return mx.array(maxima), mx.array(denominators), mx.array(sums), h, dtype
+    return mx.array(maxima), mx.array(denominators), mx.array(sums), case.h, case.dtype
 
 
 @kernel(

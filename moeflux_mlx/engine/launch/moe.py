@@ -14,17 +14,29 @@ import mlx.core as mx
 import numpy as np
 
 from ...device import SIMD
-from .base import Launch, dims, expect, groups, kernel, normal, other_dtype, require
+from ..ops import moe as ops
+from ..ops.functions import linear
+from .base import (
+    Case,
+    Given,
+    Launch,
+    dims,
+    expect,
+    groups,
+    in_float32,
+    kernel,
+    normal,
+    require,
+)
 from .slots import (
     Matrix,
-    added,
     check_matrix,
+    in_slot,
     matrix_inputs,
     numbers,
     random_matrix,
     row_lengths,
     types_of,
-    unpacked,
 )
 
 MAX_EXPERTS = 512
@@ -52,30 +64,25 @@ def _one_simdgroup_each(n: int) -> tuple[tuple[int, int, int], tuple[int, int, i
     return (groups(n, 4) * 4 * SIMD, 1, 1), (4 * SIMD, 1, 1)
 
 
-def softmax_topk(
-    logits: mx.array, k: int, normalize: bool = False, n_experts: int | None = None
-) -> tuple[mx.array, mx.array]:
-    logits = logits[:, :n_experts]
-    scores = mx.softmax(logits.astype(mx.float32), axis=-1, precise=True)
-    indices = mx.argsort(-scores, axis=-1)[:, :k].astype(mx.int32)
-    weights = mx.take_along_axis(scores, indices, axis=-1)
-    return indices, _normalize(weights) if normalize else weights
+def softmax_topk(given: Given) -> tuple[mx.array, mx.array]:
+    logits = given.wide.logits[:, : given.n_experts]
+    indices, weights = ops.softmax_topk(logits, given.k)
+    return indices, ops.normalised(weights) if given.normalize else weights
 
 
-def random_logits(rng: np.random.Generator, dtype: mx.Dtype, *shape: int) -> mx.array:
-    """Return logits of which three are the largest, two of them 32 apart."""
-    logits = rng.standard_normal(shape, np.float32)
-    tokens, largest, top = np.arange(shape[0]), logits.argmax(-1), logits.max(-1)
+def random_logits(case: Case, t: int) -> mx.array:
+    """Return logits ``[T, E]`` of which three are the largest, two of them 32 apart."""
+    logits = case.rng.standard_normal((t, case.e), np.float32)
+    tokens, largest, top = np.arange(t), logits.argmax(-1), logits.max(-1)
     for distance in (3, SIMD):
-        logits[tokens, (largest + distance) % shape[1]] = top
-    return mx.array(logits).astype(dtype)
+        logits[tokens, (largest + distance) % case.e] = top
+    return mx.array(logits).astype(case.dtype)
 
 
-def _some_logits(
-    rng: np.random.Generator, dtype: mx.Dtype, t: int, e: int, k: int, unit: int = 0
-) -> tuple[Any, ...]:
-    first = e - 3 * unit if t == 1 else None
-    return random_logits(rng, dtype, t, e), k, bool(unit), first
+def _some_logits(case: Case) -> tuple[Any, ...]:
+    unit = case.get("unit")
+    first = case.e - 3 * unit if case.t == 1 else None
+    return random_logits(case, case.t), case.k, bool(unit), first
 
 
 @kernel(
@@ -112,18 +119,15 @@ def moe_softmax_topk(
     )
 
 
-def _normalize(weights: mx.array) -> mx.array:
-    return weights / weights.sum(axis=-1, keepdims=True)
+_normalize = in_float32(ops.normalised)
 
 
 def random_weights(rng: np.random.Generator, *shape: int) -> mx.array:
     return mx.array(rng.uniform(0.05, 1.0, shape).astype(np.float32))
 
 
-def _some_weights(
-    rng: np.random.Generator, dtype: mx.Dtype, t: int, k: int
-) -> tuple[Any, ...]:
-    return (random_weights(rng, t, k),)
+def _some_weights(case: Case) -> tuple[Any, ...]:
+    return (random_weights(case.rng, case.t, case.k),)
 
 
 @kernel(
@@ -149,42 +153,14 @@ def moe_normalize_weights(weights: mx.array) -> Launch:
     )
 
 
-def _noaux_topk(
-    logits: mx.array,
-    bias: mx.array,
-    k: int,
-    n_group: int,
-    topk_group: int,
-    scale: float,
-    normalize: bool,
-) -> tuple[mx.array, mx.array]:
-    scores = mx.sigmoid(logits.astype(mx.float32))
-    biased = scores + bias.astype(mx.float32)
-    by_group = mx.unflatten(biased, -1, (n_group, -1))
-    best_two = mx.sort(by_group, axis=-1)[..., -2:].sum(axis=-1)
-    rank = mx.argsort(mx.argsort(-best_two, axis=-1), axis=-1)
-    biased = mx.where((rank < topk_group)[..., None], by_group, -mx.inf).flatten(-2)
-    indices = mx.argsort(-biased, axis=-1)[:, :k].astype(mx.int32)
-    weights = mx.take_along_axis(scores, indices, axis=-1)
-    if normalize:
-        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
-    return indices, weights * scale
+def _noaux_topk(given: Given) -> tuple[mx.array, mx.array]:
+    return ops.noaux_topk(**vars(given.wide))
 
 
-def _some_noaux(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    t: int,
-    e: int,
-    k: int,
-    groups: int,
-    best: int,
-    s: int,
-    normalize: int = 1,
-) -> tuple[Any, ...]:
-    bias = normal(rng, (dtype, mx.float32)[s], e, scale=0.1)
-    logits = random_logits(rng, dtype, t, e)
-    return logits, bias, k, groups, best, 2.5, bool(normalize)
+def _some_noaux(case: Case) -> tuple[Any, ...]:
+    bias = normal(case.rng, (case.dtype, mx.float32)[case.s], case.e, scale=0.1)
+    logits, divided = random_logits(case, case.t), bool(case.get("normalize", 1))
+    return logits, bias, case.k, case.groups, case.best, 2.5, divided
 
 
 @kernel(
@@ -249,55 +225,25 @@ def moe_noaux_topk(
     )
 
 
-def _combine(
-    h: mx.array,
-    shared: mx.array,
-    gate: mx.array | None,
-    weights: mx.array,
-    experts: mx.array,
-) -> mx.array:
-    h32, shared32, experts32 = (x.astype(mx.float32) for x in (h, shared, experts))
-    if gate is not None:
-        shared32 = mx.sigmoid(gate.astype(mx.float32)) * shared32
-    out = h32 + (weights[:, None] * experts32).sum(axis=0) + shared32
-    return out.astype(h.dtype)
+def _combine(given: Given) -> mx.array:
+    wide = given.wide
+    total = (wide.weights[:, None] * wide.experts).sum(axis=0)
+    return ops.combined(wide.h, total, wide.shared, wide.gate).astype(given.h.dtype)
 
 
-def _combine_apart(
-    h: mx.array,
-    shared: mx.array,
-    gate: mx.array,
-    weights: mx.array,
-    experts: list[mx.array],
-) -> mx.array:
-    return _combine(h, shared, gate, weights, mx.stack(experts))
+def _combine_apart(given: Given) -> mx.array:
+    return _combine(Given(**{**vars(given), "experts": mx.stack(given.experts)}))
 
 
-def _combine_unscaled(
-    h: mx.array, shared: mx.array, weights: mx.array, experts: mx.array
-) -> mx.array:
-    return _combine(h, shared, None, weights, experts)
+def _one_token(case: Case) -> tuple[Any, ...]:
+    h, shared, gate = (case.normal(n) for n in (case.d, case.d, 1))
+    weights = random_weights(case.rng, case.k)
+    return h, shared, gate, weights, case.normal(case.k, case.d)
 
 
-def _one_token(
-    rng: np.random.Generator, dtype: mx.Dtype, k: int, d: int
-) -> tuple[Any, ...]:
-    h, shared, gate = (normal(rng, dtype, n) for n in (d, d, 1))
-    return h, shared, gate, random_weights(rng, k), normal(rng, dtype, k, d)
-
-
-def _one_token_apart(
-    rng: np.random.Generator, dtype: mx.Dtype, k: int, d: int
-) -> tuple[Any, ...]:
-    *rest, experts = _one_token(rng, dtype, k, d)
-    return (*rest, [experts[j] for j in range(k)])
-
-
-def _one_token_unscaled(
-    rng: np.random.Generator, dtype: mx.Dtype, k: int, d: int
-) -> tuple[Any, ...]:
-    h, shared, _, weights, experts = _one_token(rng, dtype, k, d)
-    return h, shared, weights, experts
+def _one_token_apart(case: Case) -> tuple[Any, ...]:
+    *rest, experts = _one_token(case)
+    return (*rest, [experts[j] for j in range(case.k)])
 
 
 def _check_token(h: mx.array, shared: mx.array, weights: mx.array) -> tuple[int, int]:
@@ -383,51 +329,13 @@ def moe_combine_residual_flat(
     )
 
 
-@kernel(
-    reference=_combine_unscaled,
-    sample=_one_token_unscaled,
-    sizes=[{"k": 1, "d": 1}, {"k": 10, "d": 261}, {"k": 16, "d": 96}],
-    large={"k": 8, "d": 1 << 20},
-    varying=("n",),
-)
-def moe_combine_residual_unscaled(
-    h: mx.array, shared: mx.array, weights: mx.array, experts: mx.array
-) -> Launch:
-    """``h + sum(w * e) + shared``, ``[D]``, experts ``[K, D]``."""
-    n, k = _check_token(h, shared, weights)
-    expect("experts", experts, (k, n))
-    require("experts", k * n < 1 << 31, "K * D < 2^31", k * n)
-    return Launch(
-        "moe_combine_residual_unscaled",
-        {
-            "h": h,
-            "shared": shared,
-            "weights": weights,
-            "experts": experts,
-            "k": k,
-            "n": n,
-        },
-        {"out": (n,)},
-        (groups(n, 256) * 256, 1, 1),
-        (256, 1, 1),
-    )
+_combine_tokens = in_float32(ops.combined)
 
 
-def _combine_tokens(
-    h: mx.array, moe_sum: mx.array, shared: mx.array, gate: mx.array
-) -> mx.array:
-    h32, sum32, shared32, gate32 = (
-        x.astype(mx.float32) for x in (h, moe_sum, shared, gate)
-    )
-    return (h32 + sum32 + mx.sigmoid(gate32) * shared32).astype(h.dtype)
-
-
-def _some_tokens(
-    rng: np.random.Generator, dtype: mx.Dtype, t: int, d: int, s: int
-) -> tuple[Any, ...]:
-    h, shared = (normal(rng, dtype, t, d) for _ in range(2))
-    moe_sum = normal(rng, (dtype, mx.float32)[s], t, d)
-    return h, moe_sum, shared, normal(rng, dtype, t, 1)
+def _some_tokens(case: Case) -> tuple[Any, ...]:
+    h, shared = (case.normal(case.t, case.d) for _ in range(2))
+    moe_sum = normal(case.rng, (case.dtype, mx.float32)[case.s], case.t, case.d)
+    return h, moe_sum, shared, case.normal(case.t, 1)
 
 
 @kernel(
@@ -459,18 +367,16 @@ def moe_combine_residual_n_tokens(
     )
 
 
-def _accumulate(
-    acc: mx.array, bucket: mx.array, tokens: mx.array, weights: mx.array
-) -> mx.array:
-    return acc.at[tokens].add(weights[:, None] * bucket.astype(mx.float32))
+def _accumulate(given: Given) -> mx.array:
+    weighted = given.weights[:, None] * given.wide.bucket
+    return given.acc.at[given.tokens].add(weighted)
 
 
-def _some_bucket(
-    rng: np.random.Generator, dtype: mx.Dtype, t: int, m: int, d: int
-) -> tuple[Any, ...]:
-    tokens = mx.array(rng.permutation(t)[:m].astype(np.uint32))
-    acc, bucket = normal(rng, mx.float32, t, d), normal(rng, dtype, m, d)
-    return acc, bucket, tokens, random_weights(rng, m)
+def _some_bucket(case: Case) -> tuple[Any, ...]:
+    tokens = mx.array(case.rng.permutation(case.t)[: case.m].astype(np.uint32))
+    acc = normal(case.rng, mx.float32, case.t, case.d)
+    bucket = case.normal(case.m, case.d)
+    return acc, bucket, tokens, random_weights(case.rng, case.m)
 
 
 @kernel(
@@ -511,9 +417,9 @@ def moe_bucket_accumulate(
     )
 
 
-def _id_map(indices: mx.array, n_experts: int) -> tuple[mx.array, mx.array]:
-    n_tokens, k = indices.shape
-    chosen = indices[..., None] == mx.arange(n_experts)
+def _id_map(given: Given) -> tuple[mx.array, mx.array]:
+    n_tokens, k = given.indices.shape
+    chosen = given.indices[..., None] == mx.arange(given.n_experts)
     slots = mx.argmax(chosen, axis=1)
     assignments = mx.arange(n_tokens)[:, None] * k + slots
     lists = mx.where(chosen.any(axis=1), assignments, UNUSED).astype(mx.uint32)
@@ -521,18 +427,14 @@ def _id_map(indices: mx.array, n_experts: int) -> tuple[mx.array, mx.array]:
     return counts, mx.sort(lists, axis=0).T
 
 
-def _choices(rng: np.random.Generator, t: int, k: int, e: int) -> mx.array:
+def _some_choices(case: Case) -> tuple[Any, ...]:
     """Return K distinct experts a token, the lower ones more often."""
-    share = 1.0 / np.arange(1, e + 1)
+    share = 1.0 / np.arange(1, case.e + 1)
     share /= share.sum()
-    rows = [rng.choice(e, k, replace=False, p=share) for _ in range(t)]
-    return mx.array(np.stack(rows).astype(np.int32))
-
-
-def _some_choices(
-    rng: np.random.Generator, dtype: mx.Dtype, t: int, k: int, e: int
-) -> tuple[Any, ...]:
-    return _choices(rng, t, k, e), e
+    rows = [
+        case.rng.choice(case.e, case.k, replace=False, p=share) for _ in range(case.t)
+    ]
+    return mx.array(np.stack(rows).astype(np.int32)), case.e
 
 
 @kernel(
@@ -566,53 +468,27 @@ def moe_id_map(indices: mx.array, n_experts: int) -> Launch:
     )
 
 
-def _mm_id(
-    x: mx.array,
-    matrix: Matrix,
-    counts: mx.array,
-    lists: mx.array,
-    slot_of_expert: mx.array,
-    k: int,
-    n_out: int,
-    bits: int,
-    group_size: int,
-) -> mx.array:
-    n_tokens = lists.shape[1]
+def _mm_id(given: Given) -> mx.array:
+    n_tokens, x, k = given.lists.shape[1], given.wide.x, given.k
     per_assignment = x.shape[0] != n_tokens
-    out = mx.zeros((n_tokens * k, n_out))
-    slots = numbers(slot_of_expert)
-    for expert, count in enumerate(numbers(counts)):
+    out = mx.zeros((n_tokens * k, given.n_out))
+    slots = numbers(given.slot_of_expert)
+    for expert, count in enumerate(numbers(given.counts)):
         if count:
-            chosen, slot = lists[expert, :count], slots[expert]
-            w = unpacked(matrix, slot, n_out, x.shape[1], bits, group_size)
-            rows = x[chosen if per_assignment else chosen // k].astype(mx.float32)
-            out[chosen] = rows @ w.T + added(matrix, slot, n_out)
-    return out.reshape(n_tokens, k, n_out).astype(x.dtype)
+            chosen = given.lists[expert, :count]
+            w = in_slot(given, given.matrix, slots[expert], x.shape[1])
+            out[chosen] = linear(x[chosen if per_assignment else chosen // k], w)
+    return out.reshape(n_tokens, k, given.n_out).astype(given.x.dtype)
 
 
-def _some_assignments(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    t: int,
-    k: int,
-    e: int,
-    i: int,
-    o: int,
-    bits: int,
-    g: int,
-    s: int,
-    each: int = 0,
-    base: int = 0,
-    floats: int = 0,
-    bias: int = 0,
-) -> tuple[Any, ...]:
-    counts, lists = _id_map(_choices(rng, t, k, e), e)
-    x = normal(rng, dtype, t * k if each else t, i)
-    of_groups, how = other_dtype(dtype, s), (bits, g, base)
-    options: dict[str, Any] = {"floats": bool(floats), "bias": dtype if bias else None}
-    matrix = random_matrix(rng, of_groups, e + 1, (o, i), *how, **options)
-    slots = mx.array(rng.permutation(e + 1)[:e].astype(np.uint32))
-    return x, matrix, counts, lists, slots, k, o, bits, g
+def _some_assignments(case: Case) -> tuple[Any, ...]:
+    indices, n_experts = _some_choices(case)
+    counts, lists = _id_map(Given(indices=indices, n_experts=n_experts))
+    x = case.normal(case.t * case.k if case.get("each") else case.t, case.i)
+    matrix = random_matrix(case, n_experts + 1, (case.o, case.i), case.bits)
+    order = case.rng.permutation(n_experts + 1)[:n_experts]
+    slots = mx.array(order.astype(np.uint32))
+    return x, matrix, counts, lists, slots, case.k, case.o, case.bits, case.g
 
 
 @kernel(
@@ -681,14 +557,12 @@ def moe_mm_id(
     )
 
 
-def _combine_slots(mid: mx.array, weights: mx.array) -> mx.array:
-    return (weights[..., None] * mid.astype(mx.float32)).sum(axis=1)
+def _combine_slots(given: Given) -> mx.array:
+    return (given.weights[..., None] * given.wide.mid).sum(axis=1)
 
 
-def _some_slots(
-    rng: np.random.Generator, dtype: mx.Dtype, t: int, k: int, d: int
-) -> tuple[Any, ...]:
-    return normal(rng, dtype, t, k, d), random_weights(rng, t, k)
+def _some_slots(case: Case) -> tuple[Any, ...]:
+    return case.normal(case.t, case.k, case.d), random_weights(case.rng, case.t, case.k)
 
 
 @kernel(

@@ -14,7 +14,9 @@ import numpy as np
 
 from ... import device
 from ...device import SIMD
-from .base import Launch, dims, expect, groups, kernel, normal, require
+from ..ops import norm as ops
+from ..ops.functions import rms_norm
+from .base import Case, Given, Launch, dims, expect, groups, in_float32, kernel, require
 
 MAX_THREADS = 1024
 # Columns of a row that a simdgroup, or 1024 threads, keep in registers: on Metal 1024
@@ -46,15 +48,10 @@ def _simdgroup_each(n: int) -> tuple[int, int, int]:
     return (4 * SIMD, groups(n, 4), 1)
 
 
-def _normed(x: mx.array, eps: float) -> mx.array:
-    wide = x.astype(mx.float32)
-    return wide * mx.rsqrt((wide * wide).mean(axis=-1, keepdims=True) + eps)
-
-
-def _weight(rng: np.random.Generator, dtype: mx.Dtype, n: int, s: int) -> mx.array:
-    """Return a weight of the activations' type, or, if ``s``, in bfloat16."""
-    values = 1 + 0.5 * rng.standard_normal(n, np.float32)
-    return mx.array(values).astype(mx.bfloat16 if s else dtype)
+def _weight(case: Case) -> mx.array:
+    """Return a weight ``[d]`` around 1."""
+    values = 1 + 0.5 * case.rng.standard_normal(case.d, np.float32)
+    return mx.array(values).astype(case.other)
 
 
 ROWS: list[dict[str, int]] = [
@@ -69,14 +66,16 @@ LARGE_ROWS = {"t": 4096, "d": 4096, "s": 1}
 EPS = 1e-3
 
 
-def _sum_sq(x: mx.array) -> mx.array:
-    return x.astype(mx.float32).square().sum(axis=-1)
+def _sum_sq(given: Given) -> mx.array:
+    return given.wide.x.square().sum(axis=-1)
 
 
-def _some_rows(
-    rng: np.random.Generator, dtype: mx.Dtype, t: int, d: int, s: int
-) -> tuple[Any, ...]:
-    return (normal(rng, dtype, t, d),)
+def _some_rows_weighted(case: Case) -> tuple[Any, ...]:
+    return case.normal(case.t, case.d), _weight(case), EPS
+
+
+def _some_rows(case: Case) -> tuple[Any, ...]:
+    return _some_rows_weighted(case)[:1]
 
 
 @kernel(reference=_sum_sq, sample=_some_rows, sizes=ROWS, large=LARGE_ROWS, varying=())
@@ -94,17 +93,15 @@ def rms_norm_sum_sq(x: mx.array) -> Launch:
     )
 
 
-def _apply(x: mx.array, sum_sq: mx.array, weight: mx.array, eps: float) -> mx.array:
-    scale = mx.rsqrt(sum_sq[:, None] / x.shape[1] + eps)
-    out = x.astype(mx.float32) * scale * weight.astype(mx.float32)
-    return out.astype(x.dtype)
+def _apply(given: Given) -> mx.array:
+    wide = given.wide
+    scale = mx.rsqrt(wide.sum_sq[:, None] / wide.x.shape[1] + wide.eps)
+    return (wide.x * scale * wide.weight).astype(given.x.dtype)
 
 
-def _some_rows_summed(
-    rng: np.random.Generator, dtype: mx.Dtype, t: int, d: int, s: int
-) -> tuple[Any, ...]:
-    x = normal(rng, dtype, t, d)
-    return x, _sum_sq(x), _weight(rng, dtype, d, s), EPS
+def _some_rows_summed(case: Case) -> tuple[Any, ...]:
+    x, weight, eps = _some_rows_weighted(case)
+    return x, _sum_sq(Given(x=x)), weight, eps
 
 
 def _apply_launch(
@@ -151,14 +148,7 @@ def rms_norm_apply_bf16(
     return _apply_launch("rms_norm_apply_bf16", x, sum_sq, weight, eps, 4)
 
 
-def _fused(x: mx.array, weight: mx.array, eps: float) -> mx.array:
-    return (_normed(x, eps) * weight.astype(mx.float32)).astype(x.dtype)
-
-
-def _some_rows_weighted(
-    rng: np.random.Generator, dtype: mx.Dtype, t: int, d: int, s: int
-) -> tuple[Any, ...]:
-    return normal(rng, dtype, t, d), _weight(rng, dtype, d, s), EPS
+_fused = in_float32(rms_norm)
 
 
 @kernel(
@@ -185,15 +175,11 @@ def rms_norm_bf16_fused_n_tokens(x: mx.array, weight: mx.array, eps: float) -> L
     )
 
 
-def _per_head(x: mx.array, weight: mx.array, eps: float) -> mx.array:
-    heads = mx.unflatten(x, 1, (-1, weight.size))
-    return _fused(heads, weight, eps).flatten(1)
+_per_head = in_float32(ops.rms_norm_heads)
 
 
-def _some_heads(
-    rng: np.random.Generator, dtype: mx.Dtype, t: int, h: int, d: int, s: int
-) -> tuple[Any, ...]:
-    return normal(rng, dtype, t, h * d), _weight(rng, dtype, d, s), EPS
+def _some_heads(case: Case) -> tuple[Any, ...]:
+    return case.normal(case.t, case.h * case.d), _weight(case), EPS
 
 
 HEADS: list[dict[str, int]] = [
@@ -229,36 +215,12 @@ def rms_norm_per_head_n_tokens(x: mx.array, weight: mx.array, eps: float) -> Lau
     )
 
 
-def _qk(
-    x: mx.array, num_k_heads: int, key_dim: int, key_offset: int, eps: float
-) -> mx.array:
-    wide, width = x.astype(mx.float32), num_k_heads * key_dim
-
-    def unit(start: int) -> mx.array:
-        heads = mx.unflatten(wide[:, start : start + width], 1, (num_k_heads, key_dim))
-        length = (heads.square().sum(axis=-1, keepdims=True) + eps).sqrt()
-        return (heads / length).flatten(1)
-
-    parts = [
-        unit(0) * key_dim**-0.5,
-        wide[:, width:key_offset],
-        unit(key_offset),
-        wide[:, key_offset + width :],
-    ]
-    return mx.concatenate(parts, axis=1).astype(x.dtype)
+_qk = in_float32(ops.unit_qk)
 
 
-def _some_qkv(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    t: int,
-    h: int,
-    d: int,
-    gap: int,
-    v: int,
-) -> tuple[Any, ...]:
-    width = h * d
-    return normal(rng, dtype, t, 2 * width + gap + v), h, d, width + gap, 1e-3
+def _some_qkv(case: Case) -> tuple[Any, ...]:
+    h, d, gap, width = case.h, case.d, case.gap, case.h * case.d
+    return case.normal(case.t, 2 * width + gap + case.v), h, d, width + gap, 1e-3
 
 
 @kernel(
@@ -309,18 +271,12 @@ def rms_norm_qk(
     )
 
 
-def _gated(values: mx.array, z: mx.array, weight: mx.array, eps: float) -> mx.array:
-    wide = z.astype(mx.float32)
-    heads = _normed(mx.unflatten(values, 1, (-1, weight.size)), eps)
-    normed = (heads * weight.astype(mx.float32)).flatten(1)
-    return (normed * wide * mx.sigmoid(wide)).astype(values.dtype)
+_gated = in_float32(ops.gated_rms_norm)
 
 
-def _some_gated_heads(
-    rng: np.random.Generator, dtype: mx.Dtype, t: int, h: int, d: int, s: int
-) -> tuple[Any, ...]:
-    x, weight, eps = _some_heads(rng, dtype, t, h, d, s)
-    return x, normal(rng, dtype, t, h * d), weight, eps
+def _some_gated_heads(case: Case) -> tuple[Any, ...]:
+    x, weight, eps = _some_heads(case)
+    return x, case.normal(case.t, case.h * case.d), weight, eps
 
 
 @kernel(

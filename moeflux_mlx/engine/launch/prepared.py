@@ -1,4 +1,4 @@
-"""What a launch is, and what is checked before one."""
+"""Launches, and the checks before one."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Launch:
 class Prepared:
     """A launch checked against its signature, as MLX's kernel call takes it.
 
-    ``inputs`` are what is left to bind, in the order of ``instance.inputs``;
+    ``inputs`` are left to bind, in the order of ``instance.inputs``;
     ``numbers`` holds those of them that were given as Python numbers.
     """
 
@@ -69,7 +69,7 @@ class Prepared:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What MLX's kernel call takes besides inputs."""
+        """The options of MLX's kernel call besides inputs."""
         return {
             "grid": self.grid,
             "threadgroup": self.threadgroup,
@@ -83,16 +83,16 @@ FIXED: dict[str, frozenset[str]] = {}
 _NONE: frozenset[str] = frozenset()
 # Stands for a number that varies; no number is a type.
 _VARIES = type
-# Type and shape of an array; of anything else its class and, if it is compiled in, it.
+# An array's type and shape; anything else's class and, if it is compiled in, itself.
 Form = tuple[mx.Dtype, tuple[int, ...]] | tuple[type, Any]
 
 
 def prepare(launch: Launch) -> Prepared:
     """Check a launch and put it into the signature's order.
 
-    Of launches alike but for numbers that vary and the values in arrays only the first
-    is looked at whole: prompts run every kernel once a layer, and checking takes the
-    host longer than launching.
+    Where launches differ only in numbers that vary and in the values of arrays, only
+    the first is looked at whole: prompts run every kernel once a layer, and checking
+    takes the host longer than launching.
 
     Raises:
         KernelError: names, types, shapes or limits are not the signature's; the message
@@ -122,7 +122,7 @@ def prepare(launch: Launch) -> Prepared:
     try:
         checked = _checked(*form)
     except TypeError:
-        # What cannot be hashed is no launch either: let the checks say why.
+        # A value that cannot be hashed is in no launch: let the checks say why.
         checked = _checked.__wrapped__(*form)
     inputs: list[mx.array] = []
     numbers: dict[str, int | float] = {}
@@ -148,10 +148,10 @@ def prepare(launch: Launch) -> Prepared:
 
 @dataclass(frozen=True)
 class Checked:
-    """What all launches of one form share, as MLX's kernel call takes it."""
+    """The common part of all launches of one form, as MLX's kernel call takes it."""
 
     instance: Instance
-    # What is bound, by name, and of scalars the type.
+    # The inputs that are bound by name, and the types of scalars.
     bound: list[tuple[str, mx.Dtype | None]]
     output_shapes: list[tuple[int, ...]]
     output_dtypes: list[mx.Dtype]
@@ -272,7 +272,7 @@ def _scalar(kernel: MetalKernel, name: str, value: Any, dtype: mx.Dtype) -> mx.a
     try:
         return _number(value, dtype)
     except (TypeError, ValueError):
-        # What cannot be hashed is no number either: let the check say why.
+        # A value that cannot be hashed is no number: let the check say why.
         return mx.array(_fitting(kernel, name, value, dtype), dtype)
 
 
@@ -281,7 +281,8 @@ def _number(value: Any, dtype: mx.Dtype) -> mx.array:
     """Return a number as an array without dimensions.
 
     Raises:
-        ValueError: it is not such a number; the message is what was expected instead.
+        ValueError: it is not such a number; the message says which was expected
+        instead.
     """
     array = mx.array(_fit(value, dtype), dtype)
     mx.eval(array)

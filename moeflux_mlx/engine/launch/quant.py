@@ -14,7 +14,11 @@ import mlx.core as mx
 import numpy as np
 
 from ...device import SIMD
+from ...experts.weights import Quantization, Weight
+from ..ops.functions import linear, rms_norm, swiglu
 from .base import (
+    Case,
+    Given,
     Launch,
     dims,
     expect,
@@ -22,7 +26,6 @@ from .base import (
     kernel,
     normal,
     one_row,
-    other_dtype,
     require,
 )
 from .slots import (
@@ -30,10 +33,10 @@ from .slots import (
     GROUP_SIZES,
     Matrix,
     check_form,
+    in_slot,
     in_slots,
     numbers,
     random_matrix,
-    unpacked,
 )
 
 # Inputs that the kernels of the v3 kind keep in threadgroup memory.
@@ -58,45 +61,44 @@ def check_rows(
     return n_out
 
 
-def dense_matrix(
-    w: mx.array, scales: mx.array, biases: mx.array, bits: int, group: int
-) -> mx.array:
-    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    return mx.dequantize(w, scales, biases, group_size=group, bits=bits)
+def stored(
+    group: int, w: mx.array, scales: mx.array, biases: mx.array | None, bits: int
+) -> Weight:
+    """Return a matrix as Ops have it, its scales in float32 unless they are bytes."""
+    if biases is None:
+        return Weight(w, scales, None, Quantization(bits, group, FLOAT_MODES[group]))
+    wide = scales.astype(mx.float32), biases.astype(mx.float32)
+    return Weight(w, *wide, Quantization(bits, group))
+
+
+def stored_in(given: Given, bits: int | None = None) -> Weight:
+    """Return the one matrix that a launch takes."""
+    bits = given.bits if bits is None else bits
+    return stored(given.group_size, given.w, given.scales, given.biases, bits)
 
 
 def quantised(
-    rng: np.random.Generator, dtype: mx.Dtype, o: int, i: int, bits: int, g: int
+    case: Case, o: int, i: int, bits: int, dtype: mx.Dtype | None = None
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Return a random matrix ``[O, I]`` quantised, its scales in ``dtype``."""
-    dense = normal(rng, mx.float32, o, i, scale=i**-0.5)
-    w, scales, biases = mx.quantize(dense, group_size=g, bits=bits)
+    """Return a random matrix ``[O, I]`` in groups of ``g``, scales as weights are."""
+    dense = normal(case.rng, mx.float32, o, i, scale=i**-0.5)
+    w, scales, biases = mx.quantize(dense, group_size=case.g, bits=bits)
+    dtype = dtype or case.other
     return w, scales.astype(dtype), biases.astype(dtype)
 
 
 # One token.
 def _matvec_reference(bits: int) -> Any:
-    def reference(
-        x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int
-    ) -> mx.array:
-        dense = dense_matrix(w, scales, biases, bits, group_size)
-        return (x.astype(mx.float32) @ dense.T).astype(x.dtype)
+    def reference(given: Given) -> mx.array:
+        return linear(given.wide.x, stored_in(given, bits)).astype(given.x.dtype)
 
     return reference
 
 
 def _matvec_sample(bits: int, n_tokens: bool) -> Any:
-    def sample(
-        rng: np.random.Generator,
-        dtype: mx.Dtype,
-        i: int,
-        o: int,
-        g: int,
-        s: int,
-        t: int = 1,
-    ) -> tuple[Any, ...]:
-        x = normal(rng, dtype, t, i) if n_tokens else normal(rng, dtype, i)
-        return x, *quantised(rng, other_dtype(dtype, s), o, i, bits, g), g
+    def sample(case: Case) -> tuple[Any, ...]:
+        x = case.normal(case.t, case.i) if n_tokens else case.normal(case.i)
+        return x, *quantised(case, case.o, case.i, bits), case.g
 
     return sample
 
@@ -110,7 +112,6 @@ ONE_TOKEN = [
 LONG = [*ONE_TOKEN[:2], dict(i=4224, o=3, g=128, s=1)]
 LARGE = dict(i=4096, o=14336, g=64, s=0)
 MANY = [{**sizes, "t": t} for sizes, t in zip(ONE_TOKEN, (1, 3, 2, 7), strict=True)]
-LONG_MANY = [{**sizes, "t": t} for sizes, t in zip(LONG, (1, 3, 2), strict=True)]
 
 
 def _one_token(bits: int, sizes: Any = ONE_TOKEN) -> Any:
@@ -123,11 +124,11 @@ def _one_token(bits: int, sizes: Any = ONE_TOKEN) -> Any:
     )
 
 
-def _n_tokens(bits: int, sizes: Any = MANY) -> Any:
+def _n_tokens(bits: int) -> Any:
     return kernel(
         reference=_matvec_reference(bits),
         sample=_matvec_sample(bits, n_tokens=True),
-        sizes=sizes,
+        sizes=MANY,
         large={**LARGE, "t": 4},
         varying=(),
     )
@@ -204,15 +205,6 @@ def dequant_matvec_4bit_fast(
     return _matvec(name, 4, arrays, group_size, 1, 64, None)
 
 
-@_n_tokens(4, LONG_MANY)
-def dequant_matvec_4bit_fast_n_tokens(
-    x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int
-) -> Launch:
-    """``x W^T`` of ``[T, I]``, bit for bit ``dequant_matvec_4bit_fast`` at T = 1."""
-    name, arrays = "dequant_matvec_4bit_fast_n_tokens", (x, w, scales, biases)
-    return _matvec_n_tokens(name, 4, arrays, group_size, 1, 64, None)
-
-
 @_one_token(4)
 def dequant_matvec_4bit_v3(
     x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int
@@ -270,36 +262,18 @@ def _rows_and_words(n_in: int, n_out: int) -> dict[str, int]:
     return {"ROWS": rows, "WORDS": words}
 
 
-def _added(
-    x: mx.array,
-    w: mx.array,
-    scales: mx.array,
-    biases: mx.array,
-    residual: mx.array,
-    bits: int,
-    group_size: int,
-    bias: mx.array | None = None,
-) -> mx.array:
-    dense = dense_matrix(w, scales, biases, bits, group_size)
-    product = (x.astype(mx.float32) @ dense.T).reshape(residual.shape)
-    if bias is not None:
-        product = product + bias.astype(mx.float32)
-    return (residual.astype(mx.float32) + product).astype(x.dtype)
+def _added(given: Given) -> mx.array:
+    product = linear(given.wide.x, stored_in(given)).reshape(given.residual.shape)
+    if given.bias is not None:
+        product = product + given.wide.bias
+    return (given.wide.residual + product).astype(given.x.dtype)
 
 
-def _some_added(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    i: int,
-    o: int,
-    g: int,
-    s: int,
-    bits: int = 4,
-    bias: int = 0,
-) -> tuple[Any, ...]:
-    parts = quantised(rng, other_dtype(dtype, s), o, i, bits, g)
-    given = normal(rng, dtype, i), *parts, normal(rng, dtype, o), bits, g
-    return (*given, normal(rng, dtype, o)) if bias else given
+def _some_added(case: Case) -> tuple[Any, ...]:
+    bits = case.get("bits", 4)
+    parts = quantised(case, case.o, case.i, bits)
+    given = case.normal(case.i), *parts, case.normal(case.o), bits, case.g
+    return (*given, case.normal(case.o)) if case.get("bias") else given
 
 
 @kernel(
@@ -367,46 +341,30 @@ def norm_row(n_in: int, rows: Sequence[int]) -> list[int]:
     return [*starts[:-1], starts[-2] + n_in]
 
 
-def _norm_products(
-    x: mx.array,
-    norm: mx.array,
-    products: Sequence[Product],
-    eps: float,
-    group_size: int,
-    added: Sequence[mx.array | None] = (None,) * MAX_PRODUCTS,
-) -> mx.array:
-    row, weight = x.astype(mx.float32).reshape(-1), norm.astype(mx.float32)
-    normed = row * mx.rsqrt((row * row).mean() + eps) * weight
-    parts = []
-    for (w, scales, biases, bits), bias in zip(products, added, strict=False):
-        part = normed @ dense_matrix(w, scales, biases, bits, group_size).T
+def _norm_products(given: Given) -> mx.array:
+    wide, parts = given.wide, []
+    normed = rms_norm(wide.x.reshape(-1), wide.norm, wide.eps)
+    for product, bias in zip(given.products, given.added, strict=False):
+        part = linear(normed, stored(given.group_size, *product))
         parts.append(part if bias is None else part + bias.astype(mx.float32))
-    *starts, width = norm_row(x.size, [part.size for part in parts])
+    *starts, width = norm_row(normed.size, [part.size for part in parts])
     out = mx.zeros(width)
     for start, part in zip(starts, (*parts, normed), strict=True):
         out[start : start + part.size] = part
-    return out.reshape(*x.shape[:-1], -1).astype(x.dtype)
+    return out.reshape(*given.x.shape[:-1], -1).astype(given.x.dtype)
 
 
-def _some_norm_products(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    i: int,
-    o: tuple[int, ...],
-    bits: tuple[int, ...],
-    g: int,
-    s: int,
-    bias: tuple[int, ...] = (),
-) -> tuple[Any, ...]:
+def _some_norm_products(case: Case) -> tuple[Any, ...]:
     products = [
-        (*quantised(rng, other_dtype(dtype, s), rows, i, b, g), b)
-        for rows, b in zip(o, bits, strict=True)
+        (*quantised(case, rows, case.i, bits), bits)
+        for rows, bits in zip(case.o, case.bits, strict=True)
     ]
-    weight = 1 + normal(rng, other_dtype(dtype, s), i, scale=0.1)
-    x = normal(rng, dtype, 1, i) if s else normal(rng, dtype, i)
-    given = x, weight, products, 0.05, g
-    each = zip(o, bias, strict=False)
-    added = [normal(rng, dtype, rows) if there else None for rows, there in each]
+    weight = 1 + normal(case.rng, case.other, case.i, scale=0.1)
+    x = case.normal(1, case.i) if case.s else case.normal(case.i)
+    given = x, weight, products, 0.05, case.g
+    bias = case.get("bias", ())
+    each = zip(case.o, bias, strict=False)
+    added = [case.normal(rows) if there else None for rows, there in each]
     return (*given, added) if bias else given
 
 
@@ -437,7 +395,7 @@ def norm_matvecs(
 ) -> Launch:
     """One row of one or two products ``[O_i]`` with the norm of ``[I]``, and the norm.
 
-    Where each part lies says ``norm_row``; what lies between is 0. A row ``[1, I]``
+    ``norm_row`` says where each part lies; the values between are 0. A row ``[1, I]``
     gives ``[1, width]``. ``added`` has for each product a bias ``[O_i]``, or None.
     """
     n_in = one_row("x", x)
@@ -482,15 +440,6 @@ def dequant_matvec_4bit_v5(
     return _matvec(name, 4, arrays, group_size, 8, 256)
 
 
-@_n_tokens(4)
-def dequant_matvec_4bit_v3_n_tokens(
-    x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int
-) -> Launch:
-    """``x W^T`` of ``[T, I]``, bit for bit ``dequant_matvec_4bit_v3`` at T = 1."""
-    name, arrays = "dequant_matvec_4bit_v3_n_tokens", (x, w, scales, biases)
-    return _matvec_n_tokens(name, 4, arrays, group_size, 8, 256)
-
-
 @_one_token(8)
 def dequant_matvec_8bit_v3(
     x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int
@@ -522,17 +471,15 @@ def dequant_matvec_2bit(
 Parts = tuple[mx.array, mx.array, mx.array]
 
 
-def _gate_up(x: mx.array, gate: Parts, up: Parts, group_size: int) -> mx.array:
-    wide = x.astype(mx.float32)
-    a, b = (wide @ dense_matrix(*m, 4, group_size).T for m in (gate, up))
-    return (a * mx.sigmoid(a) * b).astype(x.dtype)
+def _gate_up(given: Given) -> mx.array:
+    gate, up = (stored(given.group_size, *(*m, 4)) for m in (given.gate, given.up))
+    x = given.wide.x
+    return swiglu(linear(x, gate), linear(x, up)).astype(given.x.dtype)
 
 
-def _some_gate_up(
-    rng: np.random.Generator, dtype: mx.Dtype, i: int, o: int, g: int, s: int
-) -> tuple[Any, ...]:
-    gate, up = (quantised(rng, other_dtype(dtype, s), o, i, 4, g) for _ in range(2))
-    return normal(rng, dtype, i), gate, up, g
+def _some_gate_up(case: Case) -> tuple[Any, ...]:
+    gate, up = (quantised(case, case.o, case.i, 4) for _ in range(2))
+    return case.normal(case.i), gate, up, case.g
 
 
 @kernel(
@@ -563,41 +510,30 @@ def fused_gate_up_swiglu(
     )
 
 
-def _batched(
-    x: mx.array,
-    w: mx.array,
-    scales: mx.array,
-    biases: mx.array,
-    offsets: mx.array,
-    n_out: int,
-    group_size: int,
-) -> mx.array:
-    n_in, outs = x.shape[1], []
-    words, pairs = n_out * n_in // 8, n_out * n_in // group_size
-    last = [w.size - words, scales.size - pairs, biases.size - pairs]
-    for row, begins in zip(x, np.minimum(np.array(offsets), last), strict=True):
-        at_w, at_s, at_b = (int(begin) for begin in begins)
-        dense = dense_matrix(
-            w[at_w : at_w + words].reshape(n_out, -1),
-            scales[at_s : at_s + pairs].reshape(n_out, -1),
-            biases[at_b : at_b + pairs].reshape(n_out, -1),
-            4,
-            group_size,
-        )
-        outs.append(row.astype(mx.float32) @ dense.T)
-    return mx.stack(outs).astype(x.dtype)
+def _batched(given: Given) -> mx.array:
+    flat, outs = (given.w, given.scales, given.biases), []
+    n_out, n = given.n_out, given.n_out * given.x.shape[1]
+    sizes = [n // 8, n // given.group_size, n // given.group_size]
+    last = [part.size - size for part, size in zip(flat, sizes, strict=True)]
+    for row, begins in zip(
+        given.wide.x, np.minimum(np.array(given.offsets), last), strict=True
+    ):
+        places = zip(flat, begins.tolist(), sizes, strict=True)
+        parts = [part[at : at + size].reshape(n_out, -1) for part, at, size in places]
+        outs.append(linear(row, stored(given.group_size, *(*parts, 4))))
+    return mx.stack(outs).astype(given.x.dtype)
 
 
-def _some_batched(
-    rng: np.random.Generator, dtype: mx.Dtype, k: int, i: int, o: int, g: int, s: int
-) -> tuple[Any, ...]:
-    stacks = [quantised(rng, other_dtype(dtype, s), o, i, 4, g) for _ in range(k + 1)]
+def _some_batched(case: Case) -> tuple[Any, ...]:
+    stacks = [quantised(case, case.o, case.i, 4) for _ in range(case.k + 1)]
     flat = [mx.concatenate([m[part].reshape(-1) for m in stacks]) for part in range(3)]
-    order = rng.permutation(k + 1)[:k]
-    steps = np.array([o * i // 8, o * i // g, o * i // g])
+    order = case.rng.permutation(case.k + 1)[: case.k]
+    n = case.o * case.i
+    steps = np.array([n // 8, n // case.g, n // case.g])
     offsets = (order[:, None] * steps).astype(np.uint32)
-    offsets[-1] += s * 2**31  # past the end
-    return normal(rng, dtype, k, i), *flat, mx.array(offsets), o, g
+    # Past the end.
+    offsets[-1] += case.s * 2**31
+    return case.normal(case.k, case.i), *flat, mx.array(offsets), case.o, case.g
 
 
 PRODUCTS = [
@@ -655,31 +591,19 @@ def dequant_matvec_4bit_batched(
     )
 
 
-def _experts(
-    x: mx.array, slots: mx.array, matrix: Matrix, n_out: int, group_size: int
-) -> mx.array:
-    n_in, outs = x.shape[-1], []
-    for j, slot in enumerate(numbers(slots)):
-        row = (x if x.ndim == 1 else x[j]).astype(mx.float32)
-        outs.append(row @ unpacked(matrix, slot, n_out, n_in, 4, group_size).T)
-    return mx.stack(outs).astype(x.dtype)
+def _experts(given: Given) -> mx.array:
+    x, outs = given.wide.x, []
+    for j, slot in enumerate(numbers(given.slots)):
+        row = x if x.ndim == 1 else x[j]
+        outs.append(linear(row, in_slot(given, given.matrix, slot, x.shape[-1], 4)))
+    return mx.stack(outs).astype(given.x.dtype)
 
 
-def _some_experts(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    k: int,
-    i: int,
-    o: int,
-    g: int,
-    s: int,
-    each: int = 0,
-    base: int = 0,
-) -> tuple[Any, ...]:
-    matrix = random_matrix(rng, other_dtype(dtype, s), k + 1, (o, i), 4, g, base)
-    slots = mx.array(rng.permutation(k + 1)[:k].astype(np.uint32))
-    x = normal(rng, dtype, k, i) if each else normal(rng, dtype, i)
-    return x, slots, matrix, o, g
+def _some_experts(case: Case) -> tuple[Any, ...]:
+    matrix = random_matrix(case, case.k + 1, (case.o, case.i), 4)
+    slots = mx.array(case.rng.permutation(case.k + 1)[: case.k].astype(np.uint32))
+    x = case.normal(case.k, case.i) if case.get("each") else case.normal(case.i)
+    return x, slots, matrix, case.o, case.g
 
 
 @kernel(
@@ -724,16 +648,14 @@ def dequant_matvec_4bit_v3_experts(
 
 
 # Dense matrices.
-def _dense_product(x: mx.array, w: mx.array) -> mx.array:
-    return (x.astype(mx.float32) @ w.astype(mx.float32).T).astype(x.dtype)
+def _dense_product(given: Given) -> mx.array:
+    return linear(given.wide.x, Weight(given.wide.w)).astype(given.x.dtype)
 
 
 def _some_dense(many: bool) -> Any:
-    def sample(
-        rng: np.random.Generator, dtype: mx.Dtype, i: int, o: int, s: int, t: int = 1
-    ) -> tuple[Any, ...]:
-        x = normal(rng, dtype, t, i) if many else normal(rng, dtype, i)
-        return x, normal(rng, other_dtype(dtype, s), o, i, scale=i**-0.5)
+    def sample(case: Case) -> tuple[Any, ...]:
+        x = case.normal(case.t, case.i) if many else case.normal(case.i)
+        return x, normal(case.rng, case.other, case.o, case.i, scale=case.i**-0.5)
 
     return sample
 
@@ -789,40 +711,18 @@ def bf16_matmul_n_tokens(x: mx.array, w: mx.array) -> Launch:
 
 
 # Tiles.
-def _qmm(
-    x: mx.array,
-    w: mx.array,
-    scales: mx.array,
-    biases: mx.array | None,
-    bits: int,
-    group_size: int,
-) -> mx.array:
-    if biases is None:
-        mode = FLOAT_MODES[group_size]
-        dense = mx.dequantize(w, scales, mode=mode, dtype=mx.float32)
-    else:
-        dense = dense_matrix(w, scales, biases, bits, group_size)
-    return (x.astype(mx.float32) @ dense.T).astype(x.dtype)
+def _qmm(given: Given) -> mx.array:
+    return linear(given.wide.x, stored_in(given)).astype(given.x.dtype)
 
 
-def _some_qmm(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    t: int,
-    i: int,
-    o: int,
-    bits: int,
-    g: int,
-    s: int,
-    floats: int = 0,
-) -> tuple[Any, ...]:
+def _some_qmm(case: Case) -> tuple[Any, ...]:
     parts: tuple[mx.array | None, ...]
-    if floats:
-        dense = normal(rng, mx.float32, o, i, scale=i**-0.5)
-        parts = (*mx.quantize(dense, mode=FLOAT_MODES[g]), None)
+    if case.get("floats"):
+        dense = normal(case.rng, mx.float32, case.o, case.i, scale=case.i**-0.5)
+        parts = (*mx.quantize(dense, mode=FLOAT_MODES[case.g]), None)
     else:
-        parts = quantised(rng, other_dtype(dtype, s), o, i, bits, g)
-    return normal(rng, dtype, t, i), *parts, bits, g
+        parts = quantised(case, case.o, case.i, case.bits)
+    return case.normal(case.t, case.i), *parts, case.bits, case.g
 
 
 @kernel(
@@ -833,8 +733,8 @@ def _some_qmm(
         dict(t=5, i=64, o=67, bits=4, g=64, s=1),
         dict(t=37, i=96, o=40, bits=8, g=32, s=0),
         dict(t=33, i=256, o=130, bits=4, g=128, s=1),
-        dict(t=9, i=96, o=35, bits=4, g=32, s=0, floats=1),
-        dict(t=3, i=64, o=5, bits=4, g=16, s=0, floats=1),
+        dict(t=9, i=96, o=35, bits=4, g=32, floats=1),
+        dict(t=3, i=64, o=5, bits=4, g=16, floats=1),
     ],
     large=dict(t=512, i=4096, o=4096, bits=4, g=64, s=0),
     varying=("n_tokens",),
@@ -862,73 +762,4 @@ def qmm_t(
         (128, 1, 1),
         {"BITS": bits, "G": group_size, "HAS_BIASES": int(biases is not None)},
         {} if biases is not None else {"S": mx.uint8},
-    )
-
-
-def _gather_qmm(
-    x: mx.array,
-    slots: mx.array,
-    matrix: Matrix,
-    n_out: int,
-    bits: int,
-    group_size: int,
-) -> mx.array:
-    n_in, outs = x.shape[1], []
-    for row, slot in zip(x, numbers(slots), strict=True):
-        dense = unpacked(matrix, slot, n_out, n_in, bits, group_size)
-        outs.append(row.astype(mx.float32) @ dense.T)
-    return mx.stack(outs).astype(x.dtype)
-
-
-def _some_gather(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    t: int,
-    e: int,
-    i: int,
-    o: int,
-    bits: int,
-    g: int,
-    s: int,
-    base: int = 0,
-) -> tuple[Any, ...]:
-    matrix = random_matrix(rng, other_dtype(dtype, s), e, (o, i), bits, g, base)
-    slots = mx.array(np.sort(rng.integers(0, e, t)).astype(np.uint32))
-    return normal(rng, dtype, t, i), slots, matrix, o, bits, g
-
-
-@kernel(
-    reference=_gather_qmm,
-    sample=_some_gather,
-    sizes=[
-        dict(t=1, e=1, i=32, o=1, bits=2, g=32, s=0),
-        dict(t=11, e=3, i=64, o=67, bits=4, g=64, s=1, base=1),
-        dict(t=37, e=5, i=96, o=40, bits=8, g=32, s=0, base=3),
-    ],
-    large=dict(t=4096, e=64, i=2048, o=768, bits=4, g=64, s=1),
-    varying=("n_tokens",),
-)
-def gather_qmm_rhs(
-    x: mx.array,
-    slots: mx.array,
-    matrix: Matrix,
-    n_out: int,
-    bits: int,
-    group_size: int,
-) -> Launch:
-    """Rows ``[T, I]``, each with the matrix in its slot: ``[T, O]``.
-
-    ``slots`` uint32 ``[T]``, equal ones next to each other.
-    """
-    n_tokens, n_in = dims("x", x, 2)
-    expect("slots", slots, (n_tokens,))
-    stored = in_slots("matrix", matrix, n_out, n_in, bits, group_size)
-    sizes = {"n_tokens": n_tokens, "n_in": n_in, "n_out": n_out}
-    return Launch(
-        "gather_qmm_rhs",
-        {"x": x, "slots": slots, **stored, **sizes},
-        {"out": (n_tokens, n_out)},
-        (128 * groups(n_out, 64), groups(n_tokens, 32), 1),
-        (128, 1, 1),
-        {"BITS": bits, "G": group_size},
     )

@@ -1,4 +1,4 @@
-"""Quantised matrices in the slots of a pool: what launches over them share.
+"""Quantised matrices in the slots of a pool: the common ground of launches over them.
 
 A matrix is ``Weight.records``: words, scales, biases and what is added to products,
 each ``[n_slots, row]`` with the matrix ``[O, I]``, or the ``[O]`` added, from ``base``
@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from ...device import SIMD
-from ...experts.weights import Records
-from .base import dims, normal, require
+from ...experts.weights import Quantization, Records, Weight
+from .base import Case, Given, dims, normal, require
 
 Matrix = tuple[Records | None, ...]
 GROUP_SIZES = (32, 64, 128)
@@ -126,41 +126,32 @@ def in_slots(
 
 
 def random_matrix(
-    rng: np.random.Generator,
-    dtype: mx.Dtype,
-    n_slots: int,
-    shape: tuple[int, int],
-    bits: int,
-    group_size: int,
-    base: int,
-    *,
-    floats: bool = False,
-    bias: mx.Dtype | None = None,
+    case: Case, n_slots: int, shape: tuple[int, int], bits: int
 ) -> Matrix:
-    """Return a matrix a slot, ``base`` values from the start of its records.
+    """Return a matrix a slot, size ``base`` values from the start of its records.
 
-    Args:
-        dtype: of scales and biases of groups.
-        floats: packed values are 4-bit floats.
-        bias: type of what is added to products, if anything is.
+    With size ``floats`` packed values are 4-bit floats; with ``bias`` something is
+    added to products.
     """
+    rng, base, g = case.rng, case.get("base"), case.g
     n = shape[0] * shape[1]
-    n_words, n_groups = n * bits // 32, n // group_size
+    n_words, n_groups = n * bits // 32, n // g
     words = rng.integers(0, 1 << 32, (n_slots, n_words + 2 * base), np.uint32)
     width = (n_slots, n_groups + base + base // 2)
+    other = case.other
     parts: list[Records | None] = [Records(mx.array(words), base)]
-    if floats:
-        scales = _random_bytes(rng, width, shape[1], group_size)
+    if case.get("floats"):
+        scales = _random_bytes(rng, width, shape[1], g)
         parts += [Records(mx.array(scales), base), None]
     else:
         of_groups = rng.uniform(0.5, 1.0, width) * 2 / ((1 << bits) * shape[1] ** 0.5)
         low = -of_groups * ((1 << bits) - 1) / 2 * rng.uniform(0.8, 1.2, width)
         for values in (of_groups, low):
-            array = mx.array(values.astype(np.float32)).astype(dtype)
+            array = mx.array(values.astype(np.float32)).astype(other)
             parts.append(Records(array, base))
     added = None
-    if bias is not None:
-        added = Records(normal(rng, bias, n_slots, shape[0] + 3 * base), base)
+    if case.get("bias"):
+        added = Records(normal(rng, other, n_slots, shape[0] + 3 * base), base)
     return (*parts, added)
 
 
@@ -176,33 +167,26 @@ def _random_bytes(
     return (scales | 128 * (rng.integers(0, 4, shape) == 0)).astype(np.uint8)
 
 
-def unpacked(
-    matrix: Matrix, slot: int, n_out: int, n_in: int, bits: int, group_size: int
-) -> mx.array:
-    """Return one slot's matrix ``[O, I]`` as float32."""
+def in_slot(
+    given: Given, matrix: Matrix, slot: int, n_in: int, bits: int | None = None
+) -> Weight:
+    """Return one slot's matrix ``[O, I]`` as Ops have it, its scales in float32."""
+    bits, group_size = given.bits if bits is None else bits, given.group_size
     n_groups = n_in // group_size
-    widths = (n_in * bits // 32, n_groups, n_groups)
-    w, scales, biases = (
+    widths = (n_in * bits // 32, n_groups, n_groups, 1)
+    w, scales, biases, bias = (
         None
         if r is None
-        else r.array[slot, r.base : r.base + n_out * width].reshape(n_out, width)
-        for r, width in zip(matrix, widths, strict=False)
+        else r.array[slot, r.base : r.base + given.n_out * width].reshape(-1, width)
+        for r, width in zip(matrix, widths, strict=True)
     )
-    assert w is not None and scales is not None
+    assert scales is not None
+    added = None if bias is None else bias.reshape(-1).astype(mx.float32)
     if biases is None:
-        mode = FLOAT_MODES[group_size]
-        dense = mx.dequantize(w, scales, group_size=group_size, bits=bits, mode=mode)
-        return dense.astype(mx.float32)
-    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    return mx.dequantize(w, scales, biases, group_size=group_size, bits=bits)
-
-
-def added(matrix: Matrix, slot: int, n_out: int) -> mx.array:
-    """Return what is added to one slot's products, ``[O]`` as float32."""
-    bias = matrix[3]
-    if bias is None:
-        return mx.zeros(n_out)
-    return bias.array[slot, bias.base : bias.base + n_out].astype(mx.float32)
+        form = Quantization(bits, group_size, FLOAT_MODES[group_size])
+        return Weight(w, scales, None, form, bias=added)
+    wide = scales.astype(mx.float32), biases.astype(mx.float32)
+    return Weight(w, *wide, Quantization(bits, group_size), bias=added)
 
 
 def numbers(x: mx.array) -> list[int]:

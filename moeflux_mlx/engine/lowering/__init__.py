@@ -1,4 +1,4 @@
-"""From Ops to launches: the one table of which kernel runs what.
+"""From Ops to launches: the one table of the kernels that run each Op.
 
 One module per family; in each, the preferred way of an Op stands first.
 
@@ -21,6 +21,7 @@ from .table import (
     default_way,
     fused,
     groups_ahead,
+    launched_by,
     lowered,
     ways,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "groups",
     "groups_ahead",
     "latent",
+    "launched_by",
     "linear_attention",
     "lowered",
     "moe",

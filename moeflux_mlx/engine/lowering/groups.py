@@ -1,4 +1,4 @@
-"""Consecutive Ops as one launch: what decoding one token is made of.
+"""Consecutive Ops as one launch: decoding one token consists of such.
 
 A launch costs some microseconds whatever it does, and a layer of one token is some
 twenty Ops of which most do next to nothing. All groups here are of one token.
@@ -284,7 +284,7 @@ def _places_heads(ops: Sequence[Any]) -> bool:
 
 
 def _placing(ops: Sequence[Any], q_proj: Any, values: Values) -> tuple[Any, ...]:
-    """Return what the kernels that place heads take."""
+    """Return the arguments of the kernels that place heads."""
     q_norm, q_rope, k_norm, _ = ops
     q_weight, k_weight = (values[norm.weight.name].w for norm in (q_norm, k_norm))
     return (
@@ -397,7 +397,7 @@ def route(ops: Sequence[Any], run: Run, values: Values) -> Values:
 
 
 def _experts(ops: Sequence[Any]) -> int:
-    """Count what follows routing: routed experts, the shared one if any, their sum."""
+    """Count the Ops after routing: routed experts, the shared one if any, their sum."""
     experts, *rest = ops
     if isinstance(rest[0], MoeCombineResidualNTokens):
         combine = rest[0]
@@ -503,7 +503,7 @@ def routed_experts(ops: Sequence[Any], run: Run, values: Values) -> Values:
 
 
 def _add_experts(*shared: type[Op]) -> None:
-    """Add the groups of routed experts, with what a shared one has between them."""
+    """Add the groups of routed experts, with a shared one's Ops between them."""
     types: tuple[type[Op], ...]
     types = (MoeDecodeExperts, *shared, MoeCombineResidualNTokens)
     add = group(

@@ -1,4 +1,4 @@
-"""Ways of the gated delta rule and what goes before it."""
+"""Ways of the gated delta rule and of the Ops before it."""
 
 from __future__ import annotations
 

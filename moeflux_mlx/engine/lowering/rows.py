@@ -72,22 +72,27 @@ def _matvec(name: str, fits: Any) -> None:
         return _with_bias(run(launch)[0], x, bias)
 
 
-def _matvec_n_tokens(name: str, fits: Any) -> None:
-    """Add a way of any number of tokens that goes by rows of the matrix."""
-
-    @way(MatvecNTokens, name, fits)
-    def run_rows(
-        _op: Any, run: Run, x: mx.array, weight: Weight, bias: Weight | None
-    ) -> mx.array:
-        kernel = getattr(quant, name)
-        launch: Launch = kernel(x, *parts(weight), form(weight)[1])
-        return _with_bias(run(launch)[0], x, bias)
-
-
+# Only ways that were the fastest somewhere, or that nobody has timed yet: 2 bits and
+# dense matrices. The library has other kernels of the same products.
 _matvec("dequant_matvec_4bit_v3", lambda op: _one_token(op, 4, V3_MAX_IN_DIM))
 _matvec("dequant_matvec_4bit_fast", lambda op: _one_token(op, 4))
-_matvec("dequant_matvec_8bit_v3", lambda op: _one_token(op, 8, V3_MAX_IN_DIM))
 _matvec("dequant_matvec_2bit", lambda op: _one_token(op, 2))
+
+
+_matvec("dequant_matvec_4bit_v4", lambda op: _one_token(op, 4))
+
+
+@way(
+    MatvecNTokens,
+    "dequant_matvec_8bit_v3_n_tokens",
+    lambda op: _bits(op, 8) and op.in_dim <= V3_MAX_IN_DIM,
+)
+def by_rows(
+    _op: Any, run: Run, x: mx.array, weight: Weight, bias: Weight | None
+) -> mx.array:
+    launch = quant.dequant_matvec_8bit_v3_n_tokens
+    (out,) = run(launch(x, *parts(weight), form(weight)[1]))
+    return _with_bias(out, x, bias)
 
 
 @way(MatvecNTokens, "qmm_t", lambda op: kernel_form(op.weight))
@@ -96,20 +101,6 @@ def qmm_t(
 ) -> mx.array:
     (out,) = run(quant.qmm_t(x, *parts(weight), *form(weight)))
     return _with_bias(out, x, bias)
-
-
-_matvec("dequant_matvec_4bit_v4", lambda op: _one_token(op, 4))
-_matvec("dequant_matvec_4bit_v5", lambda op: _one_token(op, 4, V3_MAX_IN_DIM))
-_matvec("dequant_matvec_4bit", lambda op: _one_token(op, 4))
-_matvec_n_tokens(
-    "dequant_matvec_4bit_v3_n_tokens",
-    lambda op: _bits(op, 4) and op.in_dim <= V3_MAX_IN_DIM,
-)
-_matvec_n_tokens("dequant_matvec_4bit_fast_n_tokens", lambda op: _bits(op, 4))
-_matvec_n_tokens(
-    "dequant_matvec_8bit_v3_n_tokens",
-    lambda op: _bits(op, 8) and op.in_dim <= V3_MAX_IN_DIM,
-)
 
 
 # Tokens from which, and values up to which, a matrix is worth unpacking first.

@@ -24,7 +24,7 @@ class Way:
     """One way to run an Op: launches over its values, where ``fits`` allows.
 
     ``call(op, run, *values)`` takes the values that the Op's reference takes and
-    returns what it returns. ``kernels`` names every kernel that it may launch.
+    returns the same. ``kernels`` names every kernel that it may launch.
     """
 
     name: str
@@ -78,7 +78,7 @@ def ways(op: Op) -> tuple[Way, ...]:
     return (*(w for w in TABLE[type(op)] if w.fits(op)), last)
 
 
-# Values of a row too short for what tensor cores save to pay for staging an input.
+# Values of a row so short that tensor cores do not pay for staging an input.
 SHORT_ROW = 512
 
 
@@ -98,8 +98,8 @@ class Preferred:
     fits: Callable[[Any], bool] = lambda op: True
 
 
-# What goes before the table's order on an executor: on CUDA as measured there, on Metal
-# what needs no measurement, until `moeflux tune` has made some.
+# Ways that go before the table's order on an executor: on CUDA as measured there, on
+# Metal those that need no measurement, until `moeflux tune` has made some.
 PREFERRED: Mapping[str, Mapping[str, tuple[Preferred, ...]]] = {
     "metal": {
         # One token goes by rows. For several MLX has matrix units that our tiles have
@@ -108,7 +108,6 @@ PREFERRED: Mapping[str, Mapping[str, tuple[Preferred, ...]]] = {
             # Without the 16 KiB that v3 reserves more threadgroups fit on a core.
             Preferred("dequant_matvec_4bit_v4", _has_long_rows),
             Preferred("dequant_matvec_4bit_v3"),
-            Preferred("dequant_matvec_8bit_v3"),
             Preferred("dequant_matvec_2bit"),
             Preferred("bf16_matvec"),
             Preferred(MLX),
@@ -120,17 +119,16 @@ PREFERRED: Mapping[str, Mapping[str, tuple[Preferred, ...]]] = {
         ),
     },
     "cuda": {
-        # Of many tokens MLX's own products have tensor cores; its dense one is several
-        # times its quantised one.
+        # MLX's own products of many tokens use tensor cores; its dense one is several
+        # times as fast as its quantised one.
         "MatvecNTokens": (
             Preferred("dequant_matvec_4bit_fast", _has_short_rows),
             Preferred("dequant_matvec_4bit_v4"),
-            Preferred("dequant_matvec_8bit_v3"),
             Preferred("dequant_matvec_2bit"),
             Preferred("mlx_dequantize"),
             Preferred(MLX),
         ),
-        # Of many tokens MLX's has tensor cores and ours do not.
+        # MLX's attention of many tokens uses tensor cores and ours does not.
         "SdpaCausalTiled": (
             Preferred("sdpa_decode_parts"),
             Preferred("sdpa_decode"),
@@ -165,7 +163,7 @@ def choose(op: Op, executor: str = "", usable: Usable = any_kernel) -> Way:
 def default_way(op: Op, executor: str = "", usable: Usable = any_kernel) -> Way:
     """Return the way an Op goes on an executor where nobody chose and nothing is tuned.
 
-    That is what is preferred there, or the table's first that fits, of the ways whose
+    That is a way preferred there, or the table's first that fits, of the ways whose
     kernels are usable.
     """
     by_name = {way.name: way for way in ways(op) if all(map(usable, way.kernels))}
@@ -217,7 +215,7 @@ class Group:
     kernels: tuple[str, ...]
 
     def weights(self, ops: Sequence[Op]) -> tuple[str, ...]:
-        """Return the names of what it reads of the layer's weights."""
+        """Return the names of the layer's weights that it reads."""
         refs = (ref for op in ops for ref in op.weight_refs)
         names = (
             ref.joint.name if self.joint and ref.joint else ref.name for ref in refs
@@ -251,6 +249,16 @@ def group(
         return call
 
     return add
+
+
+def launched_by(kernel: str) -> list[str]:
+    """Return the names of the Ops, and groups of them, that may launch a kernel."""
+    by_ops = {
+        op.__name__
+        for op, ways in TABLE.items()
+        if any(kernel in way.kernels for way in ways)
+    }
+    return sorted(by_ops) + [each.name for each in GROUPS if kernel in each.kernels]
 
 
 def fused(

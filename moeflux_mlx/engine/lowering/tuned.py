@@ -1,7 +1,7 @@
-"""What ``moeflux tune`` found fastest on this device, as lowering reads it.
+"""The winners of ``moeflux tune`` on this device, as lowering reads them.
 
-One JSON file for each device and executor. Its entries say what won for an Op, or for a
-group of Ops, at one shape, with all times, so that a reader sees why.
+One JSON file for each device and executor. Its entries name the winner for an Op, or
+for a group of Ops, at one shape, with all times, so that a reader sees why.
 
 A file found fastest somewhere else, or with another MLX, says nothing here: it is
 passed over with one warning. So is a broken one in this machine's cache, which
@@ -30,17 +30,17 @@ from ..graph.op import Op, WeightRef
 FORMAT = 2
 # A day: no way takes so long.
 MOST_US = 24 * 3600 * 10**6
-# What wins in the entry of a group: one launch for all, or each Op by itself.
+# The winner in the entry of a group: one launch for all, or each Op by itself.
 TOGETHER, ONE_BY_ONE = "together", "one by one"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is fastest for an Op, or a group of them, at one shape.
+    """The fastest way of an Op, or of a group of them, at one shape.
 
     ``us`` holds the microseconds on the device of every way that gave right results,
     ``launches`` how many launches it takes, one for an Op that MLX performs itself, and
-    ``launch_us`` what one took the host; ``refused`` says why each other way is out of
+    ``launch_us`` the host's time for one; ``refused`` says why each other way is out of
     the question.
     """
 
@@ -57,7 +57,7 @@ class Entry:
     def cost(self, way: str) -> float:
         """Return a way's microseconds on the device and on the host that launches it.
 
-        Their sum, for either may be what a token waits for.
+        Their sum, for a token may wait for either.
         """
         return self.us[way] + self.launches.get(way, 1) * self.launch_us
 
@@ -81,7 +81,7 @@ class Tuning:
     format: int = FORMAT
 
     def winner(self, name: str, shape: str, n_tokens: int) -> str | None:
-        """Return what is fastest, or None where nothing like it was tried.
+        """Return the fastest way, or None where nothing like it was tried.
 
         One token takes what was found for one token. A prompt takes what was found for
         the prompt of the nearest length, by ratio, the shorter of two as near.
@@ -106,7 +106,7 @@ class Tuning:
     def merged(self, older: Tuning | None) -> Tuning:
         """Return these entries and those of ``older`` that they do not replace.
 
-        Of an older one from elsewhere, nothing is kept.
+        Nothing is kept of an older one from elsewhere.
         """
         if older is None or older._origin != self._origin:
             return self
@@ -120,7 +120,7 @@ class Tuning:
 
 
 def shape_of(ops: Sequence[Op]) -> str:
-    """Return what of Ops decides which way is fast, except the number of tokens.
+    """Return the facts of Ops that decide which way is fast, but the number of tokens.
 
     Dimensions by name, how weights are stored, which optional fields are there; of
     several Ops their names as well.
@@ -154,7 +154,7 @@ def n_tokens_of(ops: Sequence[Op]) -> int:
 
 
 def tuned(name: str, ops: Sequence[Op], executor: str) -> str | None:
-    """Return what was found fastest for these Ops here; None: nothing was.
+    """Return the way found fastest for these Ops here; None: none was.
 
     Raises:
         ConfigError: ``MOEFLUX_TUNING`` names a file that is none.
@@ -168,7 +168,7 @@ def tuned(name: str, ops: Sequence[Op], executor: str) -> str | None:
 
 
 def current(executor: str) -> Tuning | None:
-    """Return what is in force for an executor here, if anything.
+    """Return the tuning in force for an executor here, if any.
 
     Raises:
         ConfigError: ``MOEFLUX_TUNING`` names a file that is none.
@@ -229,7 +229,7 @@ def read(path: Path) -> Tuning:
     """Read a file.
 
     Raises:
-        ConfigError: it cannot be read, or is not what ``save`` writes.
+        ConfigError: it cannot be read, or is not of the form that ``save`` writes.
     """
     try:
         found: dict[str, Any] = read_json(path, RECORD_BYTES)
@@ -272,7 +272,7 @@ def _check_texts(*values: object) -> None:
 
 
 def save(tuning: Tuning, path: Path) -> None:
-    """Write a file; what reads it next sees all of it or the one before."""
+    """Write a file; its next reader sees all of it or the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     private.write_text(path, json.dumps(asdict(tuning), indent=1) + "\n")
     _usable.cache_clear()

@@ -1,4 +1,4 @@
-"""Metal source as text: declarations, kernel signatures, what to register, lint.
+"""Metal source as text: declarations, kernel signatures, registration, lint.
 
 Imports: errors.
 """

@@ -37,7 +37,7 @@ _SHARED = re.compile(r"\bthreadgroup(?=\s+(?:alignas\(\d+\)\s*)?\w+\s+\w+\s*\[)"
 _SPACE = re.compile(r"\b(?:device|constant|thread|threadgroup)\b\s*")
 
 
-# What MLX's types are called in the dialect.
+# MLX's types by their names in the dialect.
 TYPES = {
     mx.float32: "float",
     mx.float16: "msl::half",

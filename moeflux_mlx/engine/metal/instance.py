@@ -38,12 +38,12 @@ class Instance:
 
     @cached_property
     def inputs(self) -> tuple[Input | Scalar, ...]:
-        """What is still given to a launch, in order."""
+        """The inputs that a launch still binds, in order."""
         return tuple(p for p in self.kernel.inputs if p.name not in self.values)
 
 
 def definitions(kernel: MetalKernel, values: Values) -> str:
-    """Return a line of Metal for every value: what template and signature declare."""
+    """Return a line of Metal for every value of template and signature."""
     lines = [
         _template(p.kind, p.name, values[p.name])
         for p in kernel.template
@@ -74,7 +74,7 @@ def _template(kind: str, name: str, value: Value) -> str:
 
 def _parameter(p: Input | Scalar, value: Value) -> str:
     if isinstance(p, Input):
-        # Null, so that a read would be found: no memory stands for what is absent.
+        # Null, so that a read would be found: an absent input has no memory.
         return f"const device {p.type}* {p.name} = nullptr;"
     if p.type == "float":
         return f"const float {p.name} = as_type<float>({float_bits(value)});"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import KernelError
@@ -87,7 +87,7 @@ class Library:
         """Return the body to register, its thread attributes under our names.
 
         Args:
-            values: what is compiled in, defined before anything else.
+            values: the numbers compiled in, defined before anything else.
         """
         bindings = definitions(kernel, values or {})
         bindings += "".join(f"{a.binding}\n" for a in kernel.attributes if a.binding)
@@ -142,8 +142,3 @@ def _text(text: str, file: str, line: int, lines: bool) -> str:
 def library() -> Library:
     """Return moeflux-mlx's own kernels."""
     return Library(kernels_folder())
-
-
-def all_kernels() -> Mapping[str, MetalKernel]:
-    """Return every kernel by name."""
-    return library().kernels

@@ -111,7 +111,7 @@ class Attribute:
 
     @property
     def part(self) -> str:
-        """What of the attribute's numbers is wanted: ``.x``, ``.xy`` or all."""
+        """The attribute's numbers that are wanted: ``.x``, ``.xy`` or all."""
         given = ATTRIBUTES[self.attribute]
         return {1: ".x", 2: ".xy", 3: ""}[self.width] if given == 3 else ""
 
@@ -220,7 +220,7 @@ def constants(text: str, known: Mapping[str, int]) -> dict[str, int]:
     """Return the ``constexpr`` integers that a text defines, from those known."""
     found: dict[str, int] = {}
     for name, value in _CONSTEXPR.findall(text):
-        # What is not made of known integers may still be of no use to a size.
+        # An expression of unknown integers may still be of no use to a size.
         with contextlib.suppress(ValueError):
             found[name] = evaluate(value, {**known, **found})
     return found
@@ -338,7 +338,7 @@ def _check_names(names: list[str], parameters: list[Parameter], place: Place) ->
 
 
 def _check_body(kernel: MetalKernel) -> None:
-    """Refuse what would mean something else once MLX has written the signature."""
+    """Refuse names that would mean something else in the signature that MLX writes."""
     names = "|".join(p.name for p in kernel.inputs)
     found = re.search(rf"\b(?:{names})_(?:shape|strides|ndim)\b", kernel.body)
     if names and found:

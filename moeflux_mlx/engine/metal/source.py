@@ -161,7 +161,7 @@ def _declaration(text: str, place: Place) -> Declaration:
 def _check_declaration(
     kind: str, found: re.Match[str], head: str, place: Place
 ) -> None:
-    """Refuse what would be lost without a word: a kernel not seen, a second name."""
+    """Refuse a kernel that would be lost in silence: one not seen, a second name."""
     if kind == "function" and re.search(r"\bkernel\b", found[0]):
         got = " ".join(found[0].split())
         raise place.error(f"expected '[[kernel]] void name(' but got {got!r}")

@@ -1,8 +1,8 @@
 """Metal text as tokens, functions and statements: a scan that copes with any file.
 
-``source.py`` reads our own kernels and refuses what it does not understand; the lint
-reads whole files of other people too, so nothing here ever fails. Of ``#if`` only the
-branch taken first is read, because both together need not have matching braces.
+``source.py`` reads our own kernels and refuses text that it does not understand; the
+lint reads whole files of other people too, so nothing here ever fails. Only the first
+branch of an ``#if`` is read, because both together need not have matching braces.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _scope(
 
 
 def _braces(tokens: Tokens, begin: int, i: int, closing: int, result: Scan) -> bool:
-    """Read what stands in braces; tell whether the declaration ends with them."""
+    """Read a block in braces; tell whether the declaration ends with it."""
     template, first = _template(tokens, _after_macros(tokens, begin, i), i)
     head = tokens[first:i]
     words = [t.text for t in head]

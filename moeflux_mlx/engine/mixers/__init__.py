@@ -1,4 +1,4 @@
-"""Mixers: how a layer lets a token see those before it, and what it keeps of them.
+"""Mixers: how a layer lets a token see those before it, and its memory of them.
 
 A form says how a family's mixer is built, in numbers. Its parameters, rotary positions
 and epsilons are those of mlx-lm's module, so one form serves every family that has one

@@ -27,12 +27,12 @@ class Attention:
     """Causal attention with rotary positions over keys and values of all tokens.
 
     Args:
-        gated: ``q_proj`` gives each head's query and a gate on what it attends to.
+        gated: ``q_proj`` gives each head's query and a gate on its attention's output.
         norms: the projections whose heads are normalised.
         biases: the projections that add a bias.
         sinks: each head has a further score, whose value is nothing.
         window: how many of the last tokens a token sees, itself among them; None: all.
-        scale_name: mlx-lm's name of what scores are multiplied by.
+        scale_name: mlx-lm's name of the factor of scores.
     """
 
     heads: int

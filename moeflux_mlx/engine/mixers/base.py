@@ -1,4 +1,4 @@
-"""What a layer asks of its mixer, and what a mixer is given for a call."""
+"""The interface of a mixer, and its inputs in a call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Pushed = tuple[BufId, dict[str, BufId]]
 
 @dataclass(frozen=True)
 class Begun:
-    """What a call of a mixer begins with.
+    """A mixer's inputs in one call.
 
     ``masks`` are fields of a ``Call``; ``inputs`` its graph's by name; ``host`` the Ops
     that a cache object performs itself.
@@ -34,11 +34,11 @@ class Begun:
 
 
 class Mixer(Protocol):
-    """What a layer asks of its mixer."""
+    """The interface of a mixer."""
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """Its name in reports."""
 
     @property
     def path(self) -> str:
@@ -69,14 +69,14 @@ class Mixer(Protocol):
     def begin(
         self, module: nn.Module, cache: Any, context: Context, *, spare: bool
     ) -> Begun:
-        """Return what its graph is given for a call.
+        """Return its graph's inputs for a call.
 
         Args:
             spare: kernels can read a cache with room for later rows as it is.
         """
 
     def push(self, g: GraphBuilder, module: nn.Module, x: BufId, call: Call) -> Pushed:
-        """Push its Ops; return what it gives and what becomes of its cache by name."""
+        """Push its Ops; return its output and, by name, its cache's new values."""
 
     def end(self, cache: Any, state: Mapping[str, Array], context: Context) -> None:
         """Move its cache on."""

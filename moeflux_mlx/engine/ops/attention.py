@@ -59,8 +59,8 @@ class RopeNTokens(Op):
     With ``pairs`` neighbouring channels are a pair instead (GPT-J).
 
     Token t of sequence b stands at ``start[b] + t``; ``inv_freq[i]`` is the angle of
-    channel pair i per position and ``scale`` multiplies what is rotated, so the Op is
-    the same for every scaling rule.
+    channel pair i per position and ``scale`` multiplies the rotated channels, so the Op
+    is the same for every scaling rule.
     """
 
     x: InOut[RmsNormIn]
@@ -154,10 +154,10 @@ class KvCacheAppendNTokens(Op):
     ) -> tuple[Array, Array]:
         keys = split_heads(k_src, self.n_seqs, self.num_kv_heads)
         values = split_heads(v_src, self.n_seqs, self.num_kv_heads)
-        return _updated(k_cache, keys, row), _updated(v_cache, values, row)
+        return with_rows(k_cache, keys, row), with_rows(v_cache, values, row)
 
 
-def _updated(cache: Array, new: Array, row: Array) -> Array:
+def with_rows(cache: Array, new: Array, row: Array) -> Array:
     """Return the cache with ``new`` in its rows from ``row`` on."""
     if isinstance(cache, mx.array):
         return mx.slice_update(cache, new, row, (2,))

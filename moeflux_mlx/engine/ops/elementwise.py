@@ -23,7 +23,7 @@ from .functions import Array, sigmoid, swiglu
 
 
 class ResidualAddNTokens(Op):
-    """Add what half a layer gave, ``a``, to the residual stream ``b``: ``[N, D]``."""
+    """Add half a layer's output ``a`` to the residual stream ``b``: ``[N, D]``."""
 
     a: In[ResidualIn]
     b: In[RmsNormIn]
@@ -39,7 +39,12 @@ class ResidualAddNTokens(Op):
         return Cost(flops=n, bytes=12 * n)
 
     def reference(self, a: Array, b: Array) -> Array:
-        return a + b
+        return add(a, b)
+
+
+def add(a: Array, b: Array) -> Array:
+    """Return ``a + b``."""
+    return a + b
 
 
 class ZeroBuffer(Op):
@@ -60,7 +65,7 @@ class ZeroBuffer(Op):
 
 
 class SwigluFusedBatched(Op):
-    """Return ``silu(gate) * up`` over ``[N, F]``, of what every token has."""
+    """Return ``silu(gate) * up`` over ``[N, F]``, for the shared expert."""
 
     gate: In[SharedFfnGateBuf]
     up: In[SharedFfnUpBuf]
@@ -101,7 +106,12 @@ class SigmoidGateNTokens(Op):
         return 2 * self.n_tokens * self.dim * itemsize
 
     def reference(self, x: Array, gate: Array) -> Array:
-        return x * sigmoid(gate)
+        return sigmoid_gate(x, gate)
+
+
+def sigmoid_gate(x: Array, gate: Array) -> Array:
+    """Return ``x * sigmoid(gate)``."""
+    return x * sigmoid(gate)
 
 
 class SplitQGate(Op):
@@ -127,6 +137,11 @@ class SplitQGate(Op):
         return Cost(bytes=16 * self.n_tokens * self.num_heads * self.head_dim)
 
     def reference(self, q_proj: Array) -> tuple[Array, Array]:
-        pairs = q_proj.reshape(self.n_tokens, self.num_heads, 2, self.head_dim)
-        shape = (self.n_tokens, self.num_heads * self.head_dim)
-        return pairs[:, :, 0].reshape(shape), pairs[:, :, 1].reshape(shape)
+        return split_q_gate(q_proj, self.num_heads)
+
+
+def split_q_gate(q_proj: Array, num_heads: int) -> tuple[Array, Array]:
+    """Return q and gate ``[N, H * d]`` of ``[N, H * 2d]``, per head q then gate."""
+    pairs = q_proj.reshape(len(q_proj), num_heads, 2, -1)
+    shape = (len(q_proj), q_proj.shape[1] // 2)
+    return pairs[:, :, 0].reshape(shape), pairs[:, :, 1].reshape(shape)

@@ -136,7 +136,7 @@ QUERY_BLOCK = 256
 
 
 def score_bytes(n_heads: int, t: int, s: int) -> int:
-    """Return what attention's scores of T queries over S rows take on the host."""
+    """Return the bytes of attention's scores of T queries over S rows on the host."""
     n_scores = min(t, QUERY_BLOCK) * s
     # Four bytes a score, and one where a mask hides it.
     return 5 * max(n_scores, min(n_heads * n_scores, device.HOST_SCORES))

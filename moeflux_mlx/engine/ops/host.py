@@ -1,7 +1,7 @@
 """Products with matrices on the host: packed values are cut out or looked up.
 
 NumPy has neither bfloat16 nor packed values, and MLX unpacks on a CPU value by value,
-up to 30 times slower than what follows.
+up to 30 times slower than these functions.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Scratch(threading.local):
-    """Memory of each thread, to be written over: what is new costs a fault a page."""
+    """Memory of each thread, to be written over: new memory costs a fault a page."""
 
     def __init__(self) -> None:
         self._held: dict[type, np.ndarray] = {}
@@ -264,7 +264,7 @@ def _scale_table(q: Quantization) -> np.ndarray:
 
 
 def _decoded(codes: np.ndarray, scales: np.ndarray, q: Quantization) -> np.ndarray:
-    """Let MLX say what bytes mean, so that there is one definition of its modes."""
+    """Let MLX unpack the bytes, so that there is one definition of its modes."""
     words = mx.array(np.ascontiguousarray(codes).view(np.uint32))
     values = mx.dequantize(
         words,

@@ -63,10 +63,16 @@ class MlaSplitQKv(Op):
         return Cost(bytes=8 * self.n_tokens * (width + self.latent_dim + self.rope_dim))
 
     def reference(self, q: Array, kv: Array) -> tuple[Array, ...]:
-        n, p, r = self.n_tokens, self.nope_dim, self.rope_dim
-        heads = q.reshape(n, self.num_heads, p + r)
-        nope, rope = heads[..., :p].reshape(n, -1), heads[..., p:].reshape(n, -1)
-        return nope, rope, kv[:, : self.latent_dim], kv[:, self.latent_dim :]
+        return split_q_kv(q, kv, self.num_heads, self.nope_dim)
+
+
+def split_q_kv(q: Array, kv: Array, num_heads: int, nope_dim: int) -> tuple[Array, ...]:
+    """Part queries and a token's row as ``MlaSplitQKv`` does."""
+    n, p = len(q), nope_dim
+    heads = q.reshape(n, num_heads, -1)
+    latent_dim = kv.shape[1] - heads.shape[2] + p
+    nope, rope = heads[..., :p].reshape(n, -1), heads[..., p:].reshape(n, -1)
+    return nope, rope, kv[:, :latent_dim], kv[:, latent_dim:]
 
 
 class HeadMatvecNTokens(Op):
@@ -111,7 +117,7 @@ class SdpaLatentCausal(Op):
     """Attend causally in the latent space: T queries, the cache's last T rows theirs.
 
     Scores are those of ``q`` ``[N, H * L]`` with latent rows and of ``q_pe``
-    ``[N, H * R]`` with rope keys together; what is summed are latent rows. Masks and
+    ``[N, H * R]`` with rope keys together; the rows summed are latent ones. Masks and
     ``start`` are those of ``SdpaCausalTiled``.
     """
 

@@ -67,18 +67,25 @@ class PartKeyHeadsNTokens(Op):
         return Cost(bytes=16 * self.n_tokens * (width + self.num_v_heads))
 
     def reference(self, qkvz: Array, ba: Array) -> tuple[Array, ...]:
-        n, hk, dk = self.n_tokens, self.num_k_heads, self.key_dim
-        per_key = self.num_v_heads // hk
-        z_at = 2 * dk + per_key * self.value_dim
-        each, gates = qkvz.reshape(n, hk, -1), ba.reshape(n, hk, -1)
-        columns = (slice(dk), slice(dk, 2 * dk), slice(2 * dk, z_at))
-        qkv = [each[..., part].reshape(n, -1) for part in columns]
-        return (
-            namespace(qkvz).concatenate(qkv, axis=1),
-            each[..., z_at:].reshape(n, -1),
-            gates[..., :per_key].reshape(n, -1),
-            gates[..., per_key:].reshape(n, -1),
-        )
+        return part_key_heads(qkvz, ba, self.num_k_heads, self.key_dim)
+
+
+def part_key_heads(
+    qkvz: Array, ba: Array, num_k_heads: int, key_dim: int
+) -> tuple[Array, ...]:
+    """Part rows that go by key head as ``PartKeyHeadsNTokens`` does."""
+    n, hk, dk = len(qkvz), num_k_heads, key_dim
+    each, gates = qkvz.reshape(n, hk, -1), ba.reshape(n, hk, -1)
+    per_key = gates.shape[2] // 2
+    z_at = dk + each.shape[2] // 2
+    columns = (slice(dk), slice(dk, 2 * dk), slice(2 * dk, z_at))
+    qkv = [each[..., part].reshape(n, -1) for part in columns]
+    return (
+        namespace(qkvz).concatenate(qkv, axis=1),
+        each[..., z_at:].reshape(n, -1),
+        gates[..., :per_key].reshape(n, -1),
+        gates[..., per_key:].reshape(n, -1),
+    )
 
 
 class Conv1dStepNTokens(Op):
@@ -128,22 +135,36 @@ class Conv1dStepNTokens(Op):
         lengths: Array | None,
         weight: Weight,
     ) -> tuple[Array, Array]:
-        xp = namespace(qkv_in)
-        t, keep = self.n_tokens // self.n_seqs, self.kernel_size - 1
-        chunk = qkv_in.reshape(self.n_seqs, t, self.conv_dim)
-        if mask is not None:
-            chunk = xp.where(mask[..., None], chunk, 0)
-        inputs = xp.concatenate([conv_state.astype(chunk.dtype), chunk], axis=1)
-        if lengths is None:
-            state = detached(inputs[:, -keep:])
-        else:
-            ends = xp.clip(lengths, 0, t)[:, None] + xp.arange(keep)
-            state = xp.take_along_axis(inputs, ends[..., None], axis=1)
-        taps = weight.w[..., 0].T
-        out = inputs[:, :t] * taps[0]
-        for i in range(1, self.kernel_size):
-            out += inputs[:, i : i + t] * taps[i]
-        return state, silu(out).reshape(qkv_in.shape)
+        inputs = conv_inputs(qkv_in, conv_state, mask)
+        state = last_inputs(inputs, self.kernel_size - 1, lengths)
+        return state, convolved(inputs, weight.w[..., 0]).reshape(qkv_in.shape)
+
+
+def conv_inputs(x: Array, state: Array, mask: Array | None) -> Array:
+    """Return history and chunk of each sequence ``[B, W - 1 + T, C]``."""
+    xp, chunk = namespace(x), x.reshape(len(state), -1, x.shape[1])
+    if mask is not None:
+        chunk = xp.where(mask[..., None], chunk, 0)
+    return xp.concatenate([state.astype(chunk.dtype), chunk], axis=1)
+
+
+def last_inputs(inputs: Array, keep: int, lengths: Array | None) -> Array:
+    """Return the history after the chunk, or after its first ``lengths`` tokens."""
+    if lengths is None:
+        return detached(inputs[:, -keep:])
+    xp = namespace(inputs)
+    ends = xp.clip(lengths, 0, inputs.shape[1] - keep)[:, None] + xp.arange(keep)
+    return xp.take_along_axis(inputs, ends[..., None], axis=1)
+
+
+def convolved(inputs: Array, weight: Array) -> Array:
+    """Return the chunk's ``[B, T, C]`` convolution by ``[C, W]``, then SiLU."""
+    taps, width = weight.T, weight.shape[1]
+    t = inputs.shape[1] - width + 1
+    out = inputs[:, :t] * taps[0]
+    for i in range(1, width):
+        out += inputs[:, i : i + t] * taps[i]
+    return silu(out)
 
 
 class ComputeDecayBetaNTokens(Op):
@@ -186,17 +207,24 @@ class ComputeDecayBetaNTokens(Op):
         a_log: Weight,
         dt_bias: Weight,
     ) -> tuple[Array, Array]:
-        xp = namespace(alpha_in)
-        step = xp.logaddexp(float32(alpha_in + dt_bias.w), xp.zeros(1, xp.float32))
-        g, beta = xp.exp(-xp.exp(float32(a_log.w)) * step), sigmoid(float32(beta_in))
-        if mask is not None:
-            kept = float32(mask.reshape(-1, 1))
-            g, beta = g * kept + (1 - kept), beta * kept
-        return g, beta
+        return decay_beta(alpha_in, beta_in, a_log.w, dt_bias.w, mask)
+
+
+def decay_beta(
+    alpha: Array, b: Array, a_log: Array, dt_bias: Array, mask: Array | None
+) -> tuple[Array, Array]:
+    """Return decay and beta as ``ComputeDecayBetaNTokens`` does."""
+    xp = namespace(alpha)
+    step = xp.logaddexp(float32(alpha + dt_bias), xp.zeros(1, xp.float32))
+    g, beta = xp.exp(-xp.exp(float32(a_log)) * step), sigmoid(float32(b))
+    if mask is not None:
+        kept = float32(mask.reshape(-1, 1))
+        g, beta = g * kept + (1 - kept), beta * kept
+    return g, beta
 
 
 class _DeltaRule(OpFields):
-    """What both forms of the delta rule share: fields, shapes and the row's parts."""
+    """The fields and shapes that both forms of the delta rule share."""
 
     state: InOut[DeltaStateBuf]
     conv_out: In[ConvOutBuf]
@@ -227,14 +255,16 @@ class _DeltaRule(OpFields):
         row += 2 * self.num_v_heads * (self.value_dim + 1)
         return 4 * (state + self.n_tokens * row)
 
-    def parts(self, conv_out: Array) -> tuple[Array, Array, Array]:
-        """Split rows into float32 q, k ``[B, T, Hk, dk]`` and v ``[B, T, Hv, dv]``."""
-        t, width = self.n_tokens // self.n_seqs, self.num_k_heads * self.key_dim
-        rows = float32(conv_out).reshape(self.n_seqs, t, -1)
-        keys = (self.n_seqs, t, self.num_k_heads, self.key_dim)
-        values = (self.n_seqs, t, self.num_v_heads, self.value_dim)
-        q, k = rows[..., :width].reshape(keys), rows[..., width : 2 * width]
-        return q, k.reshape(keys), rows[..., 2 * width :].reshape(values)
+
+def delta_parts(
+    qkv: Array, state: Array, num_k_heads: int
+) -> tuple[Array, Array, Array]:
+    """Split rows into float32 q, k ``[B, T, Hk, dk]`` and v ``[B, T, Hv, dv]``."""
+    n_seqs, heads, dv, dk = state.shape
+    rows, width = float32(qkv).reshape(n_seqs, -1, qkv.shape[1]), num_k_heads * dk
+    keys = (n_seqs, rows.shape[1], num_k_heads, dk)
+    q, k = rows[..., :width].reshape(keys), rows[..., width : 2 * width].reshape(keys)
+    return q, k, rows[..., 2 * width :].reshape(*keys[:2], heads, dv)
 
 
 class GatedDeltaNetStepNTokens(_DeltaRule, Op):
@@ -258,27 +288,33 @@ class GatedDeltaNetStepNTokens(_DeltaRule, Op):
         g_decay: Array,
         beta_gate: Array,
     ) -> tuple[Array, Array]:
-        xp = namespace(conv_out)
-        q, k, v = self.parts(conv_out)
-        n_seqs, t = q.shape[:2]
-        repeats = self.num_v_heads // self.num_k_heads
-        if repeats > 1:
-            q, k = xp.repeat(q, repeats, axis=2), xp.repeat(k, repeats, axis=2)
-        g = g_decay.reshape(n_seqs, t, -1, 1)
-        beta = beta_gate.reshape(n_seqs, t, -1, 1)
-        outs = []
-        for i in range(t):
-            # The new state's product with q follows from the old one's: S is read once.
-            key, query = k[:, i], q[:, i]
-            decay, overlap = g[:, i], (key * query).sum(-1)[..., None]
-            recalled = (state @ key[..., None])[..., 0] * decay
-            delta = beta[:, i] * (v[:, i] - recalled)
-            read = (state @ query[..., None])[..., 0] * decay
-            outs.append(read + delta * overlap)
-            state = state * decay[..., None]
-            state += delta[..., None] * key[:, :, None]
-        out = outs[0] if t == 1 else xp.stack(outs, axis=1)
-        return state, out.reshape(self.n_tokens, -1).astype(conv_out.dtype)
+        return delta_rule(conv_out, state, g_decay, beta_gate, self.num_k_heads)
+
+
+def delta_rule(
+    qkv: Array, state: Array, g: Array, beta: Array, num_k_heads: int
+) -> tuple[Array, Array]:
+    """Return state and rows ``[N, Hv * dv]`` as ``GatedDeltaNetStepNTokens`` does."""
+    xp = namespace(qkv)
+    q, k, v = delta_parts(qkv, state, num_k_heads)
+    n_seqs, t = q.shape[:2]
+    repeats = state.shape[1] // num_k_heads
+    if repeats > 1:
+        q, k = xp.repeat(q, repeats, axis=2), xp.repeat(k, repeats, axis=2)
+    g, beta = (x.reshape(n_seqs, t, -1, 1) for x in (g, beta))
+    outs = []
+    for i in range(t):
+        # The new state's product with q follows from the old one's: S is read once.
+        key, query = k[:, i], q[:, i]
+        decay, overlap = g[:, i], (key * query).sum(-1)[..., None]
+        recalled = (state @ key[..., None])[..., 0] * decay
+        delta = beta[:, i] * (v[:, i] - recalled)
+        read = (state @ query[..., None])[..., 0] * decay
+        outs.append(read + delta * overlap)
+        state = state * decay[..., None]
+        state += delta[..., None] * key[:, :, None]
+    out = outs[0] if t == 1 else xp.stack(outs, axis=1)
+    return state, out.reshape(n_seqs * t, -1).astype(qkv.dtype)
 
 
 class GatedDeltaNetChunkwise(_DeltaRule, Op):
@@ -312,7 +348,7 @@ class GatedDeltaNetChunkwise(_DeltaRule, Op):
         beta_gate: Array,
     ) -> tuple[Array, Array]:
         xp = namespace(conv_out)
-        q, k, v, log_g, beta = self._chunks(conv_out, g_decay, beta_gate)
+        q, k, v, log_g, beta = self._chunks(conv_out, state, g_decay, beta_gate)
         total = xp.cumsum(log_g, axis=-1)
         lower = xp.tril(xp.ones((self.chunk_size, self.chunk_size), xp.float32))
         # Not as differences of totals, which strong decay makes too large to subtract.
@@ -340,14 +376,14 @@ class GatedDeltaNetChunkwise(_DeltaRule, Op):
         return s.reshape(state.shape), rows.astype(conv_out.dtype)
 
     def _chunks(
-        self, conv_out: Array, g_decay: Array, beta_gate: Array
+        self, conv_out: Array, state: Array, g_decay: Array, beta_gate: Array
     ) -> tuple[Array, ...]:
         """Arrange rows as ``[B, chunks, Hk, Hv / Hk, C, ...]``, zero-padded.
 
         A padding token has decay 1 and beta 0 and changes nothing.
         """
         xp = namespace(conv_out)
-        q, k, v = self.parts(conv_out)
+        q, k, v = delta_parts(conv_out, state, self.num_k_heads)
         n_seqs, t = q.shape[:2]
         tiny = float(np.finfo(np.float32).tiny)
         log_g = xp.log(xp.maximum(g_decay, tiny)).reshape(n_seqs, t, -1, 1)

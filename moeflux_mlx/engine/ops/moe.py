@@ -140,7 +140,7 @@ def noaux_topk(
     n_group: int,
     topk_group: int,
     scale: float,
-    normalised: bool,
+    normalize: bool,
 ) -> tuple[Array, Array]:
     """Return ids and weights ``[N, k]`` as ``MoeNoauxTopK`` does for ``[N, E]``."""
     xp, n_tokens = namespace(logits), len(logits)
@@ -156,7 +156,7 @@ def noaux_topk(
     if xp is mx:
         indices = mx.stop_gradient(indices)
     weights = take_columns(scores, indices)
-    if normalised:
+    if normalize:
         # As in transformers: scores of nothing give weights of nothing.
         weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
     return indices, weights * scale
@@ -177,11 +177,16 @@ class MoeNormalizeWeights(Op):
         return Cost(flops=2 * n, bytes=8 * n)
 
     def reference(self, weights: Array) -> Array:
-        return weights / weights.sum(axis=-1, keepdims=True)
+        return normalised(weights)
+
+
+def normalised(weights: Array) -> Array:
+    """Divide each token's K weights by their sum."""
+    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 class RoutedExperts(OpFields):
-    """What the Ops over routed experts share: fields but the output, shapes, cost."""
+    """Shapes, cost and all fields but the output of the Ops over routed experts."""
 
     mlp_in: In[MoeInputBuf]
     indices: In[RouterIdxBuf]
@@ -442,8 +447,14 @@ class MoeCombineResidualNTokens(Op):
         shared_out: Array | None,
         shared_gate: Array | None,
     ) -> Array:
-        out = h_mid + moe_sum
-        if shared_out is not None:
-            opened = 1 if shared_gate is None else sigmoid(shared_gate)
-            out = out + opened * shared_out
-        return out.astype(h_mid.dtype)
+        return combined(h_mid, moe_sum, shared_out, shared_gate)
+
+
+def combined(
+    h: Array, moe_sum: Array, shared: Array | None, gate: Array | None
+) -> Array:
+    """Return ``h + moe_sum + sigmoid(gate) * shared`` , as far as they are there."""
+    out = h + moe_sum
+    if shared is not None:
+        out = out + (1 if gate is None else sigmoid(gate)) * shared
+    return out.astype(h.dtype)

@@ -69,8 +69,13 @@ class RmsNormPerHeadNTokens(Op):
         return self.n_tokens * self.num_heads * self.head_dim * itemsize
 
     def reference(self, x: Array, weight: Weight) -> Array:
-        heads = x.reshape(self.n_tokens, self.num_heads, self.head_dim)
-        return rms_norm(heads, weight.w, self.eps).reshape(x.shape)
+        return rms_norm_heads(x, weight.w, self.eps)
+
+
+def rms_norm_heads(x: Array, weight: Array, eps: float) -> Array:
+    """Normalise each head of ``[N, H * d]`` with a weight ``[d]``."""
+    heads = x.reshape(len(x), -1, weight.size)
+    return rms_norm(heads, weight, eps).reshape(x.shape)
 
 
 class RmsNormQkNTokens(Op):
@@ -100,19 +105,27 @@ class RmsNormQkNTokens(Op):
         return self.n_tokens * self.per_token_total * itemsize
 
     def reference(self, x: Array) -> Array:
-        width, start = self.num_k_heads * self.key_dim, self.key_offset_per_token
-        scale = self.key_dim**-0.5
-        parts = [
-            self._unit(x[:, :width]) * scale**2,
-            x[:, width:start],
-            self._unit(x[:, start : start + width]) * scale,
-            x[:, start + width :],
-        ]
-        return namespace(x).concatenate([p for p in parts if p.shape[1]], axis=1)
+        sizes = self.num_k_heads, self.key_dim, self.key_offset_per_token
+        return unit_qk(x, *sizes, self.eps)
 
-    def _unit(self, x: Array) -> Array:
-        heads = x.reshape(self.n_tokens, self.num_k_heads, self.key_dim)
-        return rms_norm(heads, None, self.eps / self.key_dim).reshape(x.shape)
+
+def unit_qk(
+    x: Array, num_k_heads: int, key_dim: int, key_offset: int, eps: float
+) -> Array:
+    """Bring q and k of rows to unit length as ``RmsNormQkNTokens`` does."""
+    width, start, scale = num_k_heads * key_dim, key_offset, key_dim**-0.5
+
+    def unit(part: Array) -> Array:
+        heads = part.reshape(len(x), num_k_heads, key_dim)
+        return rms_norm(heads, None, eps / key_dim).reshape(part.shape)
+
+    parts = [
+        unit(x[:, :width]) * scale**2,
+        x[:, width:start],
+        unit(x[:, start : start + width]) * scale,
+        x[:, start + width :],
+    ]
+    return namespace(x).concatenate([p for p in parts if p.shape[1]], axis=1)
 
 
 class GatedRmsNormNTokens(Op):
@@ -139,6 +152,10 @@ class GatedRmsNormNTokens(Op):
         return 4 * self.n_tokens * self.num_v_heads * self.value_dim
 
     def reference(self, values: Array, z: Array, weight: Weight) -> Array:
-        heads = values.reshape(self.n_tokens, self.num_v_heads, self.value_dim)
-        normed = rms_norm(heads, weight.w, self.eps).reshape(values.shape)
-        return (silu(float32(z)) * float32(normed)).astype(values.dtype)
+        return gated_rms_norm(values, z, weight.w, self.eps)
+
+
+def gated_rms_norm(values: Array, z: Array, weight: Array, eps: float) -> Array:
+    """Return ``rms_norm(values) * weight * silu(z)`` by heads of ``[N, H * d]``."""
+    normed = rms_norm_heads(values, weight, eps)
+    return (silu(float32(z)) * float32(normed)).astype(values.dtype)

@@ -120,7 +120,7 @@ def written_source(kernel: Any, arrays: list[mx.array], options: dict[str, Any])
 
 @contextlib.contextmanager
 def _standard_output(path: Path) -> Iterator[Path]:
-    """Send what C++ prints to a file."""
+    """Send C++'s output to a file."""
     import sys
 
     sys.stdout.flush()

@@ -29,7 +29,7 @@ FLAGS = [
     *("-Xclang", "-ffloat16-excess-precision=none"),
     *("-Xclang", "-cl-single-precision-constant", "-fno-math-errno"),
     *("-fno-sanitize=all", "-fno-exceptions", "-fno-rtti", "-nostdinc"),
-    # What is read of an absent input is a fault, not code that cannot be reached.
+    # A read of an absent input is a fault, not code that cannot be reached.
     *("-Xclang", "-fno-delete-null-pointer-checks"),
     *("-Wno-unknown-attributes", "-Wno-user-defined-literals", "-Wno-macro-redefined"),
     *("-Wno-unused-value", "-Wno-ignored-attributes", "-Wno-unknown-pragmas"),
@@ -237,11 +237,11 @@ def _entry(i: int, function: Function) -> str:
 
 
 def arguments(function: Function, buffer: str, ids: str) -> list[str]:
-    """Return what a kernel is called with.
+    """Return a kernel's arguments.
 
     Args:
         buffer: how an address is written, with ``{}`` for its number.
-        ids: what stands before the names of ``Ids``.
+        ids: the prefix of the names of ``Ids``.
     """
     found = []
     for p in function.parameters:
@@ -327,7 +327,7 @@ def built(
 
 @functools.cache
 def _precompiled(flags: tuple[str, ...]) -> list[str]:
-    """Return what has the standard library read once, compiled, for these flags."""
+    """Return the standard library, compiled once for these flags."""
     # Clang wants the very files that it was made from.
     files = ((p, p.stat().st_mtime_ns) for p in sorted(INCLUDE.rglob("*")))
     key = "\0".join([*flags, *map(str, files)]).encode()

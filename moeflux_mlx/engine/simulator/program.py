@@ -80,7 +80,7 @@ class Program:
         source: Metal text. Kernels that are templates run through the instances that
             ``template [[host_name(...)]]`` lines name, as in what MLX writes.
         checked: look at every access: races, bounds, uninitialised reads.
-        name: what messages call the source where it has no ``#line`` of its own.
+        name: the source's name in messages where it has no ``#line`` of its own.
         numbers: how they are computed, one of ``compile.NUMBERS``.
 
     Raises:
@@ -106,7 +106,7 @@ class Program:
 
     @classmethod
     def of_file(cls, path: Path, *, checked: bool = False) -> Program:
-        """Compile a ``.metal`` file as it stands, with what it includes beside it.
+        """Compile a ``.metal`` file as it stands, with the files it includes beside it.
 
         Raises:
             OSError: the file cannot be read.
@@ -158,7 +158,7 @@ class Program:
 
         Raises:
             SimulatorError: the launch is beyond Metal's limits, or the run went wrong;
-                the message lists what was found, with file and line.
+                the message lists the findings, with file and line.
         """
         if kernel not in self._functions:
             known = ", ".join(self._functions)
@@ -302,13 +302,13 @@ class _Guarded:
         self._view[:] = array.reshape(-1).view(np.uint8)
 
     def back_to(self, array: np.ndarray) -> None:
-        """Copy what was written, where the array can be written."""
+        """Copy written values back, where the array can be written."""
         if array.flags.writeable:
             array.reshape(-1).view(np.uint8)[:] = self._view
 
 
 def _mapped(path: Path, *, read_only: bool = False) -> tuple[int, int]:
-    """Return from where to where a library is mapped, or only what it cannot change."""
+    """Return from where to where a library is mapped, or only its constant part."""
     begin, end = 2**64 - 1, 0
     with open("/proc/self/maps") as file:
         for line in file:

@@ -54,7 +54,7 @@ def estimate(source: str, n_threads: int) -> int:
     Values that the compiler would have to keep in memory count too.
 
     Args:
-        source: what MLX writes for a call.
+        source: MLX's text for a call.
         n_threads: of a threadgroup.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a compiled kernel's own debug information says: lines and threadgroup arrays.
+"""A compiled kernel's debug information: lines and threadgroup arrays.
 
 The package that reads it is optional, and imported only where it is used.
 """
@@ -87,7 +87,7 @@ class Lines:
     def find(self, address: int) -> tuple[str, int] | None:
         """Return file and line of the instruction at or before ``address``.
 
-        What the standard library does is its caller's doing.
+        An access of the standard library counts as its caller's.
         """
         at = bisect.bisect_right(self._addresses, address) - 1
         while at >= 0 and (self._rows[at][2] == 0 or self._is_ours(at)):

@@ -60,6 +60,6 @@ class BlankSource:
             yield places, mx.zeros(len(places), mx.uint32)
 
     def guard(self, *outputs: mx.array) -> None:
-        """Compute ``outputs`` as what reads slots is computed before they change."""
+        """Compute ``outputs`` now, as any reader of slots before they change."""
         if self._blank.watch is not None:
             self._blank.watch(False, list(outputs))

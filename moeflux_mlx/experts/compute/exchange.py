@@ -1,4 +1,4 @@
-"""What ranks of a group tell each other: rows of their experts, and that they agree.
+"""Messages between ranks of a group: rows of their experts, and that they agree.
 
 Each rank computes the rows of its own experts. All are put together by adding them as
 whole numbers, zeros where a rank has none: that keeps every bit, of -0.0 and of what is
@@ -27,7 +27,7 @@ N_MARKS = 3
 
 
 class Told(NamedTuple):
-    """What all ranks together said of a block's rows, and what this one chose."""
+    """The sum of all ranks' words on a block's rows, and this one's choice."""
 
     name: str
     ids: mx.array | np.ndarray
@@ -75,7 +75,7 @@ class Exchange:
         """Return a row for each of the expert ``ids``, computed where the expert is.
 
         Args:
-            name: what errors call the block.
+            name: the block's name in errors.
             own: this rank's experts.
             like: how long a row is, and its type.
             make: returns rows for some places in ``ids``, those of ``own`` experts.
@@ -113,7 +113,7 @@ class Exchange:
         """Return a row for each of the expert ``ids``, without a wait for any.
 
         Args:
-            name: what errors call the block.
+            name: the block's name in errors.
             own: this rank's experts.
             rows: one for each id; those of other ranks' experts do not count.
             asked: hears once it is known how many ids are of ``own``.
@@ -163,7 +163,7 @@ class Exchange:
             self._owed.clear()
 
     def _settle(self) -> None:
-        """Look at what ranks told of rows so far."""
+        """Look at the ranks' words on rows so far."""
         owed, self._owed = self._owed, []
         if owed:
             self._evaluate(*(told.marks for told in owed))
@@ -215,7 +215,7 @@ class Exchange:
         """Return the fewest tokens of a call that any rank computes together.
 
         Args:
-            ids: what the call is for.
+            ids: the call's experts.
             step: returns how many this rank has room for.
 
         Raises:
@@ -243,7 +243,7 @@ class Exchange:
         return int(told[:, -1].min())
 
     def agree(self, facts: Mapping[str, object]) -> None:
-        """Hold what this rank is about to do against the others.
+        """Hold this rank's next step against the others'.
 
         Raises:
             GroupError: a fact is another one there; names it.
@@ -288,7 +288,7 @@ class Exchange:
 
 
 def _digest(ids: mx.array) -> tuple[int, int]:
-    """Return two numbers that stand for what a call is for."""
+    """Return two numbers that stand for a call's arguments."""
     if not mx.issubdtype(ids.dtype, mx.integer):
         return 0, 0
     return _hash(np.array(ids).astype(np.int64).tobytes())

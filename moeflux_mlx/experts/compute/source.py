@@ -1,4 +1,4 @@
-"""What a routed block asks of its experts, wherever they are."""
+"""The interface of a routed block's experts, wherever they are."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from ..weights import ExpertWeights
 
 
 class Streamer(Protocol):
-    """What the experts of a layer ask of the streamer of all layers."""
+    """The streamer of all layers, as the experts of one layer see it."""
 
     @property
     def capacity(self) -> int:
@@ -85,7 +85,7 @@ class StreamedExperts:
         """Return these experts, which another layer's are read ahead with.
 
         Args:
-            indices: of what that one will likely ask for.
+            indices: ids that it will likely ask for.
         """
         experts = StreamedExperts(self._streamer, self._layer, self._row, self._weights)
         experts._expected = {layer: indices}
@@ -105,7 +105,7 @@ class StreamedExperts:
         self._streamer.ask(self._layer, indices)
 
     def slots(self, indices: mx.array) -> mx.array:
-        """Map ``[N, K]`` expert ids to slots, reading what is missing.
+        """Map ``[N, K]`` expert ids to slots, reading those that are missing.
 
         Raises:
             ExpertStoreError: an id is out of range, or a record cannot be read; what
@@ -155,7 +155,7 @@ class StreamedExperts:
         return self._streamer.parts(self._layer, indices)
 
     def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
-        """Yield ``(expert, slot)`` lists: first what is in memory, then what is read.
+        """Yield ``(expert, slot)`` lists: first experts in memory, then those read.
 
         While the caller computes with one wave the next one is being read.
 
@@ -187,10 +187,10 @@ class AssumedExperts:
         return self
 
     def asked(self, n: int) -> None:
-        """Hear of nothing: the host counts what was chosen."""
+        """Hear of nothing: the host counts the choices."""
 
     def ask(self, indices: mx.array) -> None:
-        """Do nothing: what is missing, the host finds out afterwards."""
+        """Do nothing: the host finds out afterwards which are missing."""
 
     def slots(self, indices: mx.array) -> mx.array:
         """Look up ``[N, K]`` expert ids, any number, without reading anything."""
@@ -216,4 +216,4 @@ class AssumedExperts:
         raise NotImplementedError
 
     def guard(self, *outputs: mx.array) -> None:
-        """Do nothing: whoever runs all of it guards what comes out."""
+        """Do nothing: whoever runs all of it guards the outputs."""

@@ -31,7 +31,7 @@ LAYER = re.compile(r"(?:.*\.)?layers\.(?P<layer>\d{1,9})\.", re.ASCII)
 # More files than any model has: numbers in names are not to be trusted.
 MOST_SHARDS = 1000
 LFS_POINTER = b"version https://git-lfs"
-# How names of what the text model does not use begin, or what they hold.
+# Beginnings, or parts, of names that the text model does not use.
 UNUSED_STARTS = ("vision_tower", "model.visual")
 # As mlx-lm names layers that predict several tokens, and leaves them out.
 UNUSED_PART = "mtp."
@@ -44,7 +44,7 @@ def is_used(name: str) -> bool:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a configuration says about the model's shape."""
+    """A configuration's numbers of the model's shape."""
 
     model_type: str
     n_layers: int
@@ -98,7 +98,7 @@ def experts_per_token(config: dict, n_experts: int) -> int | None:
 
 
 def text_config(config: dict) -> dict:
-    """Return the configuration of the language model, what is around it included."""
+    """Return the configuration of the language model, with its surroundings."""
     nested = config.get("text_config")
     return {**config, **(nested if isinstance(nested, dict) else {})}
 

@@ -57,7 +57,7 @@ class TensorExperts(Uncopied):
         return self.routed[layer].n_experts
 
     def name(self, layer: int) -> str:
-        """Return what errors call a layer."""
+        """Return a layer's name in errors."""
         return f"layer {layer}"
 
     def layout(self, layer: int) -> ExpertLayout:

@@ -12,7 +12,7 @@ from ...errors import ModelError
 from .checkpoint import is_used
 from .safetensors import TensorEntry
 
-# What MLX can store a matrix as; None takes the mode's own.
+# The forms that MLX can store a matrix in; None takes the mode's own.
 BITS = (1, 2, 3, 4, 5, 6, 8)
 GROUPS = (16, 32, 64, 128)
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
@@ -44,7 +44,7 @@ class Configuration:
         )
 
     def check_given(self, args_type: type) -> None:
-        """Refuse a configuration without what mlx-lm's class of it has no default for.
+        """Refuse a configuration without the entries that mlx-lm's class requires.
 
         Raises:
             ModelError: a key is missing; names it.
@@ -59,7 +59,7 @@ class Configuration:
                 )
 
     def check_counts(self, keys: Iterable[str]) -> None:
-        """Refuse what is no count; absent keys have the model's own default."""
+        """Refuse values that are no count; absent keys have the model's own default."""
         for key in keys:
             value = self.fields.get(key, 1)
             if type(value) is not int or not 1 <= value <= LARGEST:
@@ -68,11 +68,18 @@ class Configuration:
     def check_number(
         self, key: str, value: Any, most: float = LARGEST_FLOAT, *, zero: bool = False
     ) -> None:
-        """Refuse what is no positive number up to ``most``; ``zero`` may be allowed."""
+        """Refuse all but positive numbers up to ``most``; ``zero`` may be allowed."""
         is_number = type(value) in (int, float) and 0 <= value <= most
         if not is_number or not (value or zero):
             sign = "number of 0 or more" if zero else "positive number"
             raise self.wrong(key, f"a {sign} up to {most:g}", value)
+
+    def check_indices(self, key: str) -> None:
+        """Refuse a value that is no list of whole numbers."""
+        value = self.fields[key]
+        numbers = isinstance(value, list) and all(type(n) is int for n in value)
+        if not numbers:
+            raise self.wrong(key, "a list of whole numbers", value)
 
     def check_multiple(self, key: str, value: int, of: str, divisor: int) -> None:
         """Refuse a count that another one does not divide."""

@@ -62,7 +62,7 @@ if sys.platform == "darwin":
         return False
 
     def _set_direct(fd: int, aligned: bool) -> None:
-        # What is not aligned macOS reads through the cache by itself.
+        # macOS reads unaligned spans through the cache by itself.
         fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
 
     def _set_cached(fd: int) -> None:

@@ -14,7 +14,7 @@ from .safetensors import DTYPE_BYTES, MAX_RANK
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PARTS = ("weight", "scales", "biases")
-# What is added to a projection's product: a row's own number.
+# The bias of a projection: a row's own number.
 BIAS = "bias"
 # All that a projection of mlx-lm can have.
 ALL_PARTS = (*PARTS, BIAS, "global_scale")
@@ -170,7 +170,7 @@ def check_alignment(alignment: int) -> None:
 
 
 def _shape(values: list) -> tuple[int, ...]:
-    # Products of more sizes take time that grows faster than what states them.
+    # Products of more sizes take time that grows faster than the text that states them.
     if len(values) > MAX_RANK or any(type(n) is not int or n < 1 for n in values):
         raise ValueError(f"shape {short(values)}")
     return tuple(values)

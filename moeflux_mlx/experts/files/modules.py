@@ -1,4 +1,4 @@
-"""Find the routed blocks of a model that mlx-lm built, and what they are made of."""
+"""Find the routed blocks of a model that mlx-lm built, and their parts."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class RoutedBlock:
 def quantize_as_stored(
     module: nn.Module, quantization: Mapping[str, Quantization | None]
 ) -> None:
-    """Make a block's matrices of the kinds that hold what files have; reads nothing.
+    """Make a block's matrices of the kinds that the files have; reads nothing.
 
     Args:
         quantization: by projection; None is a dense one.

@@ -55,7 +55,7 @@ def pack(
         ModelError: ``src`` is not a checkpoint of the right form, or a file in it is a
             link that leaves it, or no plain file.
         ExpertStoreError: ``dst`` exists, the disk is full, or ``dst.partial`` is of
-            another source or holds what no earlier run wrote.
+            another source or holds files that no earlier run wrote.
         ConfigError: ``alignment`` is not a power of two of at least 16.
     """
     source, target = Path(src), Path(dst).absolute()
@@ -110,7 +110,7 @@ class _Job:
         stale = set(names) - {JOURNAL_NAME, *(entry.file for entry in kept)}
         needed = self.total_bytes - sum(e.n_bytes for e in kept)
         needed += files.n_bytes + len(SHIM) + len(self.config_text.encode())
-        # What an earlier run left and this one writes again makes room for itself.
+        # Files of an earlier run that this one writes again make room for themselves.
         check_space(folder, needed - sum(map(folder.n_bytes, stale)))
         manifest = dataclasses.replace(fresh, layers=tuple(kept))
         folder.write_text(JOURNAL_NAME, manifest.to_json())

@@ -1,7 +1,7 @@
-"""What a checkpoint gives to a pack: its tensors as they lie, or as a model has them.
+"""The source of a pack: its tensors as they lie, or as a model has them.
 
 A class of ours reads tensors under the names that files have. For any other model
-mlx-lm's own ``sanitize`` says what becomes of the tensors. It is lazy: nothing is read
+mlx-lm's own ``sanitize`` changes the tensors. It is lazy: nothing is read
 before it is written, and what was written is let go.
 """
 
@@ -44,11 +44,11 @@ class PackSource(Protocol):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration of what is written."""
+        """The configuration that is written."""
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Numbers of what have an expert file each."""
+        """Numbers of the layers that have an expert file each."""
 
     @property
     def resident(self) -> list[Tensor]:

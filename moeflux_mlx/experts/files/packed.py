@@ -121,7 +121,7 @@ class PackedExperts(Uncopied):
         return len(self._files[layer].checksums)
 
     def name(self, layer: int) -> str:
-        """Return what errors call a layer."""
+        """Return a layer's name in errors."""
         return self._files[layer].block or f"layer {layer}"
 
     @property
@@ -198,7 +198,7 @@ def _check_model(directory: Path, config: dict, manifest: Manifest) -> None:
 
 
 def _facts(config: dict, manifest: Manifest) -> ModelFacts:
-    """Read what a configuration says of the model that the manifest is of."""
+    """Read a configuration's facts of the manifest's model."""
     if not manifest.is_of_blocks:
         return model_facts(config)
     model_type = str(config.get("model_type"))
@@ -217,7 +217,7 @@ def _is_numbered(entry: LayerFile) -> bool:
 
 
 def _check_layouts(directory: Path, config: dict, manifest: Manifest) -> None:
-    """Hold the layouts against what a plain checkpoint of such tensors would give."""
+    """Hold the layouts against those of a plain checkpoint of such tensors."""
     for entry in manifest.layers:
         layer = _as_routed(directory, entry, config)
         try:
@@ -281,7 +281,7 @@ def _open_file(directory: Path, entry: LayerFile) -> int:
 
 @dataclass
 class VerifyReport:
-    """What reading a whole pack back found; ``damaged`` has (file, layer, expert).
+    """The findings of reading a whole pack back; ``damaged`` has (file, layer, expert).
 
     ``changes`` says which files besides weights are not as they were packed.
     """

@@ -82,7 +82,7 @@ def check_names(folder: Folder, known: set[str]) -> list[str]:
 
 
 def remove_templates(folder: Folder) -> None:
-    """Remove what an earlier run copied into the one folder inside."""
+    """Remove an earlier run's copies from the one folder inside."""
     if TEMPLATES in os.listdir(folder.fd):
         with folder.inner(TEMPLATES) as templates:
             for name in templates.plain_names():

@@ -196,7 +196,7 @@ class Plan:
     def _open(
         self, folder: Folder, files: contextlib.ExitStack
     ) -> Callable[[str, int, memoryview], None]:
-        """Make the files; return what writes bytes from a place in a tensor on."""
+        """Make the files; return the writer of bytes from a place in a tensor on."""
         places: dict[str, tuple[int, Path, int]] = {}
         for file, entries in self.files.items():
             path = folder.path / file

@@ -17,7 +17,7 @@ from .spans import Span
 
 # Waking a thread takes longer than reading this much from the page cache.
 INLINE_BYTES = 256 * 1024
-# Disks and networks give these for what a moment later they read.
+# Disks and networks give these for bytes that they read a moment later.
 TRANSIENT = {errno.EIO, errno.EINTR, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT}
 
 
@@ -32,7 +32,7 @@ class Place:
         raise NotImplementedError
 
     def close(self, whole: bool) -> None:
-        """Have what was read arrive if it is whole; nobody reads into it any more."""
+        """Have the read arrive if it is whole; nobody reads into it any more."""
 
 
 class HostPlace(Place):
@@ -51,7 +51,7 @@ class Read:
     """One record on its way: ``done`` once all of it was read, well or not.
 
     ``place`` takes the record and ``padding`` bytes after it, which direct reads fill
-    too. ``name`` is what errors call the layer. ``second_tries`` counts spans whose
+    too. ``name`` is the layer's in errors. ``second_tries`` counts spans whose
     first read failed.
     """
 
@@ -161,7 +161,7 @@ class Batch:
         return not (self._left or self._n_threads)
 
     def cancel(self) -> None:
-        """Leave out what no thread has begun; such reads are never ``done``."""
+        """Leave out reads that no thread has begun; such ones are never ``done``."""
         self._left.clear()
 
     def wait(self) -> None:
@@ -170,13 +170,13 @@ class Batch:
             self._news.get()
 
     def run_here(self) -> None:
-        """Do every read now; what an interrupt leaves out is not done."""
+        """Do every read now; those that an interrupt leaves out are not done."""
         left, self._left = self._left, []
         while left:
             self._run(*left.pop())
 
     def run_some(self) -> None:
-        """Read spans until none is left: what every reading thread does."""
+        """Read spans until none is left: the work of every reading thread."""
         with self._counting:
             # Before any is taken: at no moment does it seem to be over.
             self._n_threads += 1
@@ -236,7 +236,7 @@ class ReadPool:
             thread.start()
 
     def submit(self, batch: Batch) -> None:
-        """Begin to read; the batch tells what has arrived."""
+        """Begin to read; the batch tells which have arrived."""
         n_bytes = sum(read.n_bytes for read in batch.reads)
         if n_bytes <= self.inline_bytes or not self._threads:
             batch.run_here()
@@ -245,7 +245,7 @@ class ReadPool:
             self._queue.put(batch)
 
     def close(self) -> None:
-        """Let the threads finish what was submitted, and end them."""
+        """Let the threads finish submitted reads, and end them."""
         self._queue.put(None)
         for thread in self._threads:
             thread.join()

@@ -18,7 +18,7 @@ from .model_file import MODEL_FILE
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz", ".h5"}
 WEIGHT_SUFFIXES |= {".onnx", ".msgpack", ".ckpt", ".pkl"}
-# What packing writes itself.
+# The files that packing writes itself.
 JOURNAL_NAME = "moeflux.partial.json"
 OWN_NAMES = {"config.json", JOURNAL_NAME, MANIFEST_NAME, MODEL_FILE}
 # Where transformers looks for templates by name.
@@ -27,7 +27,7 @@ TEMPLATES = "additional_chat_templates"
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """What is copied, by its name in the pack; and names of what is not."""
+    """Files that are copied, by name in the pack; and names of those that are not."""
 
     copied: dict[str, Path]
     left_out: tuple[str, ...]

@@ -104,7 +104,7 @@ def read_fully(fd: int, offset: int, *buffers: memoryview) -> int:
 
 
 def _rest(buffers: Sequence[memoryview], n_bytes: int) -> Sequence[memoryview]:
-    """Return what is left of ``buffers`` once the first ``n_bytes`` are filled."""
+    """Return the rest of ``buffers`` once the first ``n_bytes`` are filled."""
     if not n_bytes:
         return buffers
     for i, buffer in enumerate(buffers):

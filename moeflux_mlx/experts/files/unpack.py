@@ -1,4 +1,4 @@
-"""Write a pack back as a plain checkpoint: what packing put apart is put together."""
+"""Write a pack back as a plain checkpoint: it puts together what packing put apart."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def unpack(
     Names, types and bytes of the tensors are those of the checkpoint. Where packing
     went through mlx-lm's ``sanitize``, they are those that mlx-lm's own converter
     writes. Work happens in ``dst.partial`` beside it, which takes the name at the end
-    and goes after an error; what a crash leaves there, the same call removes.
+    and goes after an error; the same call removes the leavings of a crash.
 
     Args:
         src: directory made by ``moeflux pack``.
@@ -52,7 +52,7 @@ def unpack(
         ModelError: ``src`` is no packed directory.
         ExpertStoreError: a file of the pack is missing, damaged or changed; the pack
             does not say its tensors' names; ``dst`` exists, the disk is full, or
-            ``dst.partial`` holds what no earlier run wrote.
+            ``dst.partial`` holds files that no earlier run wrote.
     """
     source, target = Path(src), Path(dst).absolute()
     refuse_existing(target, "unpack")

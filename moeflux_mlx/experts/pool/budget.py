@@ -23,11 +23,11 @@ UNITS = {
 }
 AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
 
-# What no machine has, and no counter of bytes can hold.
+# More than any machine has, or than counters of bytes can hold.
 MOST = 2**63
 # Above this share of physical memory experts would push everything else out.
 MEMORY_SHARE = 0.75
-# What users give as an amount.
+# An amount as users give it.
 Amount = int | float | str
 # Instead of an amount: as much as is found to be the fastest.
 AUTO = "auto"
@@ -80,7 +80,7 @@ def within_working_set(n_bytes: int) -> int:
 class Amounts:
     """Bounds on memory in bytes: on the process, and on its experts; None: neither.
 
-    ``fastest``: the process takes what is found to be the fastest, within its bound.
+    ``fastest``: the process takes the amount found to be the fastest, within its bound.
     """
 
     process: int | None = None
@@ -89,7 +89,7 @@ class Amounts:
 
     @classmethod
     def read(cls, memory: Amount | None, expert_memory: Amount | None) -> Amounts:
-        """Read what a user asks for; the environment says it where that is nothing.
+        """Read a user's amounts; the environment has them where the user gives none.
 
         Raises:
             ConfigError: as ``parse_bytes``.
@@ -118,7 +118,7 @@ def count_slots(
 
     Args:
         memory: the budget for experts.
-        slack_bytes: what the pool needs for its alignment.
+        slack_bytes: bytes for the pool's alignment.
         n_records: no more slots than these are of use.
         n_minimum: fewer slots cannot serve one token.
 

@@ -212,8 +212,8 @@ class Markov(Policy):
     def __init__(self, shape: PoolShape):
         n, e = shape.n_rows, shape.n_experts
         self._shape = shape
-        # Of each row: what followed each expert, by what followed; how often each was
-        # used; how recently, discounted; how often lately; and what that makes of it.
+        # For each row: how often one expert followed another; how often each was used;
+        # how recently, discounted; how often lately; and the value that follows.
         self._followed = np.zeros((n, e, e), np.float32)
         self._uses = np.full((n, e), 1e-9, np.float32)
         self._recent = np.zeros((n, e), np.float32)
@@ -295,7 +295,7 @@ class Pins(Policy):
     else to evict.
     """
 
-    # Of all slots.
+    # The pinned share of all slots.
     SHARE: ClassVar[float] = 0.5
 
     def __init__(self, shape: PoolShape, trace: RoutingTrace, rest: PolicyFactory):

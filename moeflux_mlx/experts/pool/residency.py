@@ -17,7 +17,7 @@ class SlotTable:
     expert, counted from the first of the row's segment, or ``EMPTY``. A claimed slot
     belongs to nobody until it is placed or released, so a read in flight can be neither
     found nor evicted.
-    ``changed`` collects the rows that differ from what a copy of them says.
+    ``changed`` collects the rows that differ from a copy of them.
 
     Where rows share, no row loses a slot to another one that leaves it fewer than
     ``floor``.
@@ -63,7 +63,7 @@ class SlotTable:
             sum(self._most[other] for other in range(g) if self._together(other, g))
             for g in range(n_groups)
         ]
-        # Of each group's slots the first ones are in use.
+        # How many of each group's slots, the first ones, are in use.
         self._in_use = list(self._most)
         self.capacity = min(self._in_use)
         self.floor = min(top_k, n_slots // (2 * n_rows)) if floor is None else floor

@@ -99,7 +99,7 @@ class RoutingTrace:
         return np.stack(counts)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the file, replacing what is there.
+        """Write the file, replacing the one there.
 
         Raises:
             TraceError: it would be larger than ``load`` takes, or cannot be written.
@@ -242,7 +242,7 @@ def _plain(file: BinaryIO) -> BinaryIO:
 
 
 def _arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
-    """Read the members of a trace; what they take is known before it is taken."""
+    """Read the members of a trace; their memory is known before it is taken."""
     found: dict[str, np.ndarray] = {}
     members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
     unknown = members.keys() - MEMBERS
@@ -255,7 +255,7 @@ def _arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
             f"header's, but got {n_bytes}"
         )
     for name, info in members.items():
-        # What else zip files may have unpacks more than was asked for.
+        # Other members of zip files may unpack more than was asked for.
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise TraceError(f"expected {name} deflated")
         with archive.open(info) as member:

@@ -20,7 +20,7 @@ from .pool import POOL_ALIGNMENT, allocated_bytes
 
 @dataclass(frozen=True)
 class Division:
-    """What a pool consists of.
+    """The parts of a pool.
 
     ``counts`` are the experts of each row, which is one MoE layer. Rows of a group
     share slots, of which it has at least ``least``; groups next to each other share a

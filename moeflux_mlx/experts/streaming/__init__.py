@@ -1,4 +1,4 @@
-"""Experts on demand: what a step asks for, what is on its way, what to read ahead.
+"""Experts on demand: requests of a step, reads on their way, reading ahead.
 
 Imports: errors, config, device, experts, experts.compute, experts.files, experts.pool,
 system.

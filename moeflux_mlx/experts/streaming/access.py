@@ -61,11 +61,11 @@ def open_experts(
         stream: opens the store's streamer with that memory.
         io: one of ``config.EXPERT_IO``; None takes the environment's choice.
         on_host: MoE Ops take NumPy arrays here.
-        report: hears how far reading what is mapped has come.
+        report: hears how far the reading of a map has come.
 
     Raises:
         ConfigError: ``io`` is none of these, or experts are to be mapped that cannot.
-        BudgetError: ``memory`` is too small, for what is to be mapped or for a token.
+        BudgetError: ``memory`` is too small, for the map or for a token.
         ExpertStoreError: a record could not be read.
     """
     io = config.expert_io(io)

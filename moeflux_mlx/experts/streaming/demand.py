@@ -1,4 +1,4 @@
-"""What steps ask for: which experts to read, which to keep, what counts as used."""
+"""Requests of steps: which experts to read, which to keep, which count as used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MISS_RATE_TOKENS = 2
 class Demand:
     """Has the experts of one step after the other in memory, and counts them.
 
-    A step is what one layer asks for at a time, for a token or for a batch.
+    A step is one request of a layer, for a token or for a batch.
     ``miss_rate`` is the share of steps that lately missed an expert which nobody had
     foreseen.
 
@@ -62,12 +62,12 @@ class Demand:
         *,
         surprising: bool = True,
     ) -> None:
-        """Have a step's experts in memory, and begin to read what later layers need.
+        """Have a step's experts in memory, and begin to read later layers'.
 
         Args:
             likely: by layer, ids that it will ask for if nothing changes its mind;
                 some may be of no expert.
-            surprising: whether what is missing could have been foreseen.
+            surprising: whether nothing could have foreseen the missing ones.
 
         Raises:
             ExpertStoreError, BudgetError: as ``StreamedExperts.slots``.
@@ -84,9 +84,9 @@ class Demand:
         self.receive(layer, ids, missing)
 
     def await_foreseen(self, layer: int) -> None:
-        """Wait for what is being read ahead for a layer.
+        """Wait for the reads ahead of a layer.
 
-        What failed is read again when it is really asked for.
+        A failed one is read again when it is really asked for.
         """
         if coming := self._in_flight.coming(layer):
             wanted = {(layer, expert) for expert in coming}
@@ -123,7 +123,7 @@ class Demand:
         return missing
 
     def receive(self, layer: int, ids: Sequence[int], missing: list[int]) -> None:
-        """Wait for what was requested, and note the use of all the experts."""
+        """Wait for the requested experts, and note the use of all the experts."""
         counters, n_read = self._stats[layer], 0
         wanted = {(layer, expert) for expert in missing}
         if wanted:
@@ -156,7 +156,7 @@ class Demand:
         """Read ``(layer, expert)`` pairs that nobody asked for: they are no misses.
 
         Raises:
-            ExpertStoreError: one could not be read; what could be is kept.
+            ExpertStoreError: one could not be read; the others are kept.
         """
         wanted = self._fitting(experts)
         before = self._stats.snapshot().layers
@@ -190,7 +190,7 @@ class Demand:
         """Submit reads of experts, all of which find slots."""
         begun = self._in_flight.begin(layer, experts, keep | likely)
         if begun < len(experts):
-            # What is read ahead holds slots until it is there.
+            # Reads ahead hold slots until they are done.
             self._in_flight.settle()
             begun += self._in_flight.begin(layer, experts[begun:], keep)
         assert begun == len(experts)

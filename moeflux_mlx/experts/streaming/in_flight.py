@@ -30,7 +30,7 @@ class Begun:
 
     @property
     def experts(self) -> list[Expert]:
-        """What is being read."""
+        """The reads under way."""
         return [(read.layer, read.expert) for read in self.batch.reads]
 
 
@@ -60,7 +60,7 @@ class InFlight:
         return bool(self._begun)
 
     def name(self, layer: int) -> str:
-        """Return what errors call a layer."""
+        """Return a layer's name in errors."""
         return self._store.name(layer)
 
     def coming(self, layer: int) -> set[int]:
@@ -101,7 +101,7 @@ class InFlight:
             self._read(layer, expert, slot)
             for expert, slot in zip(experts, slots, strict=False)
         ]
-        # Of experts read ahead one may be waited for and the next one not.
+        # A token may wait for one expert that was read ahead and not for the next.
         size = 1 if ahead else len(reads)
         for first in range(0, len(reads), max(1, size)):
             batch = Batch(reads[first : first + size])
@@ -122,7 +122,7 @@ class InFlight:
 
         Args:
             waiting: counts how long it took.
-            wanted: of what is read ahead, wait for these only; None: for all.
+            wanted: wait for these only of all that is read ahead; None: for all.
         """
         failed: dict[Expert, ExpertStoreError] = {}
         for begun in list(self._begun):
@@ -142,7 +142,7 @@ class InFlight:
         return failed
 
     def cancel(self) -> None:
-        """Leave out what no thread has begun."""
+        """Leave out reads that no thread has begun."""
         for begun in self._begun:
             begun.batch.cancel()
 

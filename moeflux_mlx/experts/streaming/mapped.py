@@ -27,7 +27,7 @@ from ..weights import MLX_DTYPES, ExpertWeights
 
 
 class MappedExperts(Uncopied):
-    """What an ``ExpertStreamer`` is when it holds every expert, without its pool.
+    """Does as an ``ExpertStreamer`` that holds every expert, without a pool.
 
     The pages are the page cache's: other processes share them, and the system may drop
     them and read them again. Every record is read and checked once before, so that a
@@ -129,7 +129,7 @@ class MappedExperts(Uncopied):
                 if report is not None:
                     report("reading experts", n_done, n_all)
         finally:
-            # After an error or Ctrl-C nobody waits for what has not begun.
+            # After an error or Ctrl-C nobody waits for reads that have not begun.
             threads.shutdown(cancel_futures=True)
 
 

@@ -31,7 +31,7 @@ class ReadAhead:
     """Says for each token whether to read ahead.
 
     Args:
-        choice: ``on``, ``off``, or ``auto`` for what takes less time here.
+        choice: ``on``, ``off``, or ``auto`` for the faster one here.
         waited: returns the seconds waited for reads so far.
         clock: returns seconds.
 

@@ -46,7 +46,7 @@ def check_scope(scope: str) -> None:
 
 
 class _Repairs:
-    """Entered for what an interrupt may leave half done; the next to enter mends it.
+    """Entered for changes that an interrupt may leave half done; the next mends them.
 
     A class: a generator that an interrupt leaves suspended ends at an unknown time.
     """
@@ -114,12 +114,12 @@ class ExpertStreamer(Uncopied):
             evaluate: evaluates arrays that must be done before slots change, like
                 ``mx.eval``; an executor's own counts how long that takes.
             report: hears how far reading all experts has come.
-            lock: what the calls of a model hold; one of its own by default.
+            lock: held by the calls of a model; one of its own by default.
 
         Raises:
             ConfigError: an argument has no usable value.
             TraceError: the recording that ``policy`` names is not usable.
-            BudgetError: the budget cannot hold what one token needs; states the
+            BudgetError: the budget cannot hold the needs of one token; states the
                 minimum.
             ExpertStoreError: a record could not be read.
         """
@@ -171,7 +171,7 @@ class ExpertStreamer(Uncopied):
             store, self._rows, pools, self._table, self._new_reader(), self.stats
         )
         self._demand = Demand(self._rows, self._table, self._in_flight, self.stats)
-        # What needs no thread is not read ahead of anything.
+        # A read that needs no thread cannot run ahead of anything.
         self._least_record = min(layout.record_bytes for layout in layouts)
         if read_ahead == "auto" and not self.reads_aside:
             read_ahead = "off"
@@ -244,7 +244,7 @@ class ExpertStreamer(Uncopied):
         """Use ``n_slots`` slots, within the memory taken at first; not in the middle of
         a token.
 
-        Of slots given up the memory goes back to the system. The experts that the
+        The memory of slots given up goes back to the system. The experts that the
         policy would evict first are forgotten, the others stay in memory.
 
         Raises:
@@ -301,11 +301,11 @@ class ExpertStreamer(Uncopied):
             ]
 
     def preload(self, experts: Collection[tuple[int, int]]) -> None:
-        """Read ``(layer, expert)`` pairs at once; the layers share what room there is.
+        """Read ``(layer, expert)`` pairs at once; the layers share the room there is.
 
         Raises:
             ConfigError: there is no such layer or expert.
-            ExpertStoreError: one could not be read; what could be is kept.
+            ExpertStoreError: one could not be read; the others are kept.
         """
         self._check_experts(experts)
         if self.resident:
@@ -330,7 +330,7 @@ class ExpertStreamer(Uncopied):
             )
 
     def _unsettle(self) -> None:
-        """Stream from now on what was all in memory."""
+        """Stream from now on experts that were all in memory."""
         for layer, place in self._stacked.items():
             self._pool(layer).unstack(*place)
         self._stacked.clear()
@@ -388,7 +388,7 @@ class ExpertStreamer(Uncopied):
         self.stays = True
 
     def hand_over(self) -> None:
-        """Begin to compute what still reads slots, so that any thread can wait for it.
+        """Begin to compute readers of slots, so that any thread can wait for them.
 
         Only the thread that made a lazy array can compute it.
         """
@@ -412,13 +412,13 @@ class ExpertStreamer(Uncopied):
         self.close()
 
     def _repair(self) -> None:
-        """Set right what an interrupt left half done."""
+        """Mend a change that an interrupt left half done."""
         self._in_flight.cancel()
         self._in_flight.settle()
         self._table.repair()
 
     def ask(self, layer: int, indices: mx.array) -> None:
-        """Do what ``StreamedExperts.ask`` promises for a layer."""
+        """Ask for a layer as ``StreamedExperts.ask`` promises."""
         with self.lock, self._repairs:
             ids = self._read_back([indices])[0].ravel().tolist()
             self._asked = layer, ids, self._request(layer, ids)
@@ -442,7 +442,7 @@ class ExpertStreamer(Uncopied):
         indices: mx.array,
         expected: Mapping[int, mx.array] | None = None,
     ) -> mx.array:
-        """Do what ``StreamedExperts.slots`` promises for a layer.
+        """Give a layer its slots as ``StreamedExperts.slots`` promises.
 
         Args:
             expected: by layer, ids that it will likely ask for: those begin to be read.
@@ -464,7 +464,7 @@ class ExpertStreamer(Uncopied):
     def batches(
         self, layer: int, indices: mx.array
     ) -> Iterator[tuple[slice, mx.array]]:
-        """Do what ``StreamedExperts.batches`` promises for a layer."""
+        """Give a layer its batches as ``StreamedExperts.batches`` promises."""
         with self.lock, self._repairs:
             rows = self._read_back([indices])[0].tolist()
         first = 0
@@ -480,7 +480,7 @@ class ExpertStreamer(Uncopied):
     def parts(
         self, layer: int, indices: mx.array
     ) -> Iterator[tuple[list[int], list[int]]]:
-        """Do what ``StreamedExperts.parts`` promises for a layer."""
+        """Give a layer its parts as ``StreamedExperts.parts`` promises."""
         places = self._table.rows[self._rows[layer]]
         with self.lock, self._repairs:
             ids = self._read_back([indices])[0].ravel().tolist()
@@ -514,7 +514,7 @@ class ExpertStreamer(Uncopied):
         Absent experts have the blank one, or slot 0; layers are in the store's order.
 
         Args:
-            layers: what is being read ahead for these is waited for.
+            layers: wait for the reads ahead of these.
         """
         with self.lock, self._repairs:
             self._in_flight.settle(wanted=())
@@ -530,7 +530,7 @@ class ExpertStreamer(Uncopied):
         again: bool = False,
         n_foreseen: int | None = None,
     ) -> int:
-        """Enter what a run that looked slots up on the device asked for.
+        """Enter the choices of a run that looked slots up on the device.
 
         The first layer that lacked an expert gets it; what later ones chose is then
         no more than likely, and may still be being read on return.
@@ -618,9 +618,9 @@ class ExpertStreamer(Uncopied):
     def _next_wave(
         self, layer: int, left: Collection[int], read: Collection[int]
     ) -> list[tuple[int, int]]:
-        """Return what is in memory by now, raising if one of ``read`` failed."""
+        """Return the experts in memory by now, raising if one of ``read`` failed."""
         if self._in_flight:
-            # What was built on the last wave is computed while the next one is read.
+            # The last wave's outputs are computed while the next one is read.
             self._guards.wait()
         failed = self._in_flight.settle(self.stats[layer])
         wanted = [e for e in left if e in read and (layer, e) in failed]

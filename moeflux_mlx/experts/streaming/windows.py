@@ -1,4 +1,4 @@
-"""How far a token runs ahead of reading experts before what it asked for is read back.
+"""How far a token runs ahead of reading experts before its choices are read back.
 
 A read-back makes the host wait for the device, and the device for what comes next. But
 where a layer lacked an expert, all that ran after it is thrown away.
@@ -17,12 +17,12 @@ def window_of(
 ) -> int:
     """Return how many layers run before experts are read back: the cheapest span.
 
-    Of a window of ``w`` layers, each of which lacks an expert at the rate ``p``, one
-    reading back costs ``r / w`` a layer, and half the window thrown away for each miss
-    ``p w / 2``: least at ``w = sqrt(2 r / p)``.
+    Each layer of a window of ``w`` lacks an expert at the rate ``p``. Reading back once
+    costs ``r / w`` a layer, and a miss throws away half the window, ``p w / 2``. They
+    are least at ``w = sqrt(2 r / p)``.
 
     Args:
-        miss_rate: without what a first run foresees.
+        miss_rate: without the experts that a first run foresees.
         read_back: how long one takes, in layers.
         ahead: experts are read ahead, which takes more than one layer.
     """

@@ -53,7 +53,7 @@ class Comparison:
     """Everything ``compare`` found; within tolerance when the relative RMS error is.
 
     ``options`` are those of ``load`` for our side that were given. ``layer_errors`` are
-    relative RMS errors of what leaves each layer, on the first tokens of the prompt;
+    relative RMS errors of each layer's output, on the first tokens of the prompt;
     None where the two sides have not the same layers. Two comparisons of the same
     ``bits`` have the same logits of ours at every position, to the bit.
     """
@@ -80,7 +80,7 @@ class Comparison:
         return self.logits.relative_rms_error <= self.tolerance
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values; what is not a finite number becomes None."""
+        """Return plain JSON values; a number that is not finite becomes None."""
         fields = asdict(self)
         fields["tokens"]["share"] = self.tokens.share
         return _finite({**fields, "within_tolerance": self.within_tolerance})
@@ -112,7 +112,7 @@ def compare(
         model: plain or packed model, a directory or a hub id.
         prompt: text to continue greedily, past any end-of-text token.
         max_tokens: length of the continuation.
-        text: what to measure the perplexity of both sides on.
+        text: measures the perplexity of both sides.
         against: model that stock loads, by default ``model``; stock's experts are
             stacked in memory again when it is packed.
         dtype: ``float32`` casts both sides; ``model`` leaves each its own type.

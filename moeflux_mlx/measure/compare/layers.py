@@ -1,4 +1,4 @@
-"""What leaves each decoder layer of a model, of whatever class it is."""
+"""Outputs of each decoder layer of a model, of whatever class it is."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def layer_rows(model: Any, tokens: Sequence[int]) -> list[np.ndarray]:
 
 @contextlib.contextmanager
 def _recorded(layers: Sequence[Any]) -> Iterator[list[list[np.ndarray]]]:
-    """Keep what each layer gives while inside."""
+    """Keep each layer's output while inside."""
     kinds = [type(layer) for layer in layers]
     found: list[list[np.ndarray]] = [[] for _ in layers]
     try:
@@ -52,7 +52,7 @@ def _recording(kind: type, rows: list[np.ndarray]) -> type:
         given = out[0] if isinstance(out, tuple | list) else out
         if isinstance(given, mx.array):
             given = given.astype(mx.float32)
-        # A copy, made now: what is lazy reads experts that give way.
+        # A copy, made now: a lazy array reads experts that give way.
         rows.append(np.array(given, np.float32).reshape(-1, given.shape[-1]))
         return out
 
@@ -60,7 +60,7 @@ def _recording(kind: type, rows: list[np.ndarray]) -> type:
 
 
 def layer_errors(stock: Path, ours: Path) -> list[float] | None:
-    """Return the relative RMS error of what leaves each layer, from two files.
+    """Return the relative RMS error of each layer's output, from two files.
 
     It is None where the sides have not the same layers, or one of them has none.
     """

@@ -1,4 +1,4 @@
-"""What one process measures: speed, memory, logits and perplexity of one side."""
+"""The measurements of one process: speed, memory, logits and perplexity of one side."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WINDOW_TOKENS = 512
 
 @dataclass(frozen=True)
 class Job:
-    """What one side is to do; ``forced`` are stock's tokens, for the other side."""
+    """One side's job; ``forced`` are stock's tokens, for the other side."""
 
     side: str
     path: str

@@ -26,7 +26,7 @@ FAILED = 2
 
 @dataclass(frozen=True)
 class Side:
-    """What one side cost, and its perplexity on the text if there was one.
+    """One side's cost, and its perplexity on the text if there was one.
 
     ``prompt_tps`` and ``generation_tps`` are tokens per second. The peaks were reached
     while loading and generating: ``peak_process_bytes`` of the whole process,
@@ -46,9 +46,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a job left: stock's or our figures, tokens and logits ``[T, V]``.
+    """A job's results: stock's or our figures, tokens and logits ``[T, V]``.
 
-    ``layers`` is a file of what left each layer.
+    ``layers`` is a file of each layer's output.
     """
 
     side: Side
@@ -58,7 +58,7 @@ class Measured:
 
 
 def run_job(job: Job, directory: Path) -> Measured:
-    """Do a job in a process of its own and read what it left."""
+    """Do a job in a process of its own and read its results."""
     path = directory / f"{job.side}.json"
     path.write_text(json.dumps(asdict(job)))
     done = run_module("moeflux_mlx.measure.compare", str(path))
