@@ -5,7 +5,7 @@
 #include "moeflux.h"
 
 // Rotation of the first 2 n_pairs channels of each head, first half paired with second
-// (NeoX); the other channels are copied.
+// (NeoX), times scale; the other channels are copied.
 //
 // x, out: [N, H d]; inv_freq: float32 [n_pairs], angle per position; start: [B], position of
 // each sequence's first token. Launch: one thread a pair or copied channel, grid
@@ -20,6 +20,7 @@ template <typename T>
     constant uint& n_heads,
     constant uint& head_dim,
     constant uint& n_pairs,
+    constant float& scale,
     device T* out,
     uint3 position [[thread_position_in_grid]]) {
   uint channel = position.x;
@@ -33,8 +34,8 @@ template <typename T>
   }
   int where = start[position.z / n_tokens] + int(position.z % n_tokens);
   float angle = float(where) * inv_freq[channel];
-  float c = precise::cos(angle);
-  float s = precise::sin(angle);
+  float c = scale * precise::cos(angle);
+  float s = scale * precise::sin(angle);
   float first = float(x[at]);
   float second = float(x[at + n_pairs]);
   out[at] = T(first * c - second * s);
@@ -578,11 +579,12 @@ template <typename T, typename C, int D, int FOLD, bool HAS_MASK>
   }
 }
 
-// Heads of a token's queries and keys as attention takes them: normalised and rotated, each by one
-// simdgroup, four a threadgroup, those of queries before those of keys. A query is the first head_dim
-// of q_width values; `slices` holds 4 * 256. Contains a barrier: all threads must come.
+// Heads of a token's queries and keys as attention takes them: normalised, if NORMED, and rotated,
+// what is rotated times turned_scale, each by one simdgroup, four a threadgroup, those of queries
+// before those of keys. A query is the first head_dim of q_width values; `slices` holds 4 * 256.
+// Contains a barrier: all threads must come.
 template <
-    typename T, typename Q, typename K, typename N, typename M, typename F, typename P>
+    typename T, bool NORMED, typename Q, typename K, typename N, typename M, typename F, typename P>
 inline void place_heads(
     Q q_proj,
     K k_proj,
@@ -591,6 +593,7 @@ inline void place_heads(
     F inv_freq,
     P start,
     float eps,
+    float turned_scale,
     uint n_heads,
     uint n_kv_heads,
     uint head_dim,
@@ -618,9 +621,11 @@ inline void place_heads(
     squares = fma(value, value, squares);
     slice[i] = value;
   }
-  float scale = rsqrt(simd_sum(squares) / float(head_dim) + eps);
-  for (uint i = lane; i < head_dim; i += SIMD) {
-    slice[i] *= scale * float(is_query ? q_norm[i] : k_norm[i]);
+  if (NORMED) {
+    float scale = rsqrt(simd_sum(squares) / float(head_dim) + eps);
+    for (uint i = lane; i < head_dim; i += SIMD) {
+      slice[i] *= scale * float(is_query ? q_norm[i] : k_norm[i]);
+    }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (!there) {
@@ -634,7 +639,7 @@ inline void place_heads(
       uint pair = i % n_pairs;
       float angle = where * inv_freq[pair];
       float other = i < n_pairs ? -slice[i + n_pairs] : slice[pair];
-      value = value * precise::cos(angle) + other * precise::sin(angle);
+      value = turned_scale * (value * precise::cos(angle) + other * precise::sin(angle));
     }
     out[to + i] = T(value);
   }
@@ -667,8 +672,8 @@ template <typename T, typename N>
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
   threadgroup float slices[4 * 256];
-  place_heads<T>(
-      q_proj, k_proj, q_norm, k_norm, inv_freq, start, eps, n_heads, n_kv_heads, head_dim,
+  place_heads<T, true>(
+      q_proj, k_proj, q_norm, k_norm, inv_freq, start, eps, 1.0f, n_heads, n_kv_heads, head_dim,
       2 * head_dim, n_pairs, q, k, slices, group, simdgroup, lane);
   uint head = 4 * group.y + simdgroup;
   if (head < n_heads) {
@@ -679,8 +684,9 @@ template <typename T, typename N>
   }
 }
 
-// `attention_inputs` where queries have no gate. q_proj, q: [B, H d]; the rest as there.
-template <typename T, typename N>
+// `attention_inputs` where queries have no gate, and both norms may be absent. q_proj, q: [B, H d];
+// what is rotated comes times turned_scale; the rest as there.
+template <typename T, typename N, bool HAS_Q_NORM, bool HAS_K_NORM>
 [[kernel]] void attention_inputs_ungated(
     device const T* q_proj,
     device const T* k_proj,
@@ -689,6 +695,7 @@ template <typename T, typename N>
     device const float* inv_freq,
     device const int* start,
     constant float& eps,
+    constant float& turned_scale,
     constant uint& n_heads,
     constant uint& n_kv_heads,
     constant uint& head_dim,
@@ -699,9 +706,9 @@ template <typename T, typename N>
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
   threadgroup float slices[4 * 256];
-  place_heads<T>(
-      q_proj, k_proj, q_norm, k_norm, inv_freq, start, eps, n_heads, n_kv_heads, head_dim, head_dim,
-      n_pairs, q, k, slices, group, simdgroup, lane);
+  place_heads<T, HAS_Q_NORM>(
+      q_proj, k_proj, q_norm, k_norm, inv_freq, start, eps, turned_scale, n_heads, n_kv_heads,
+      head_dim, head_dim, n_pairs, q, k, slices, group, simdgroup, lane);
 }
 
 // Attention of FOLD queries of neighbouring heads over n_rows rows, by 8 simdgroups: for each

@@ -73,18 +73,27 @@ template <typename T>
   }
 }
 
-// out = silu(gate) * up over rows, of tokens or of experts.
+// out = `swiglu` of gate and up over rows, of tokens or of experts.
 //
-// gate, up, out: [T,F], n = T * F. Launch: one thread four values, rows taken as one.
+// gate, up, out: [T,F], n = T * F; alpha, limit: as `swiglu` has them. Launch: one thread four
+// values, rows taken as one.
 template <typename T>
 [[kernel]] void swiglu_fused_batched(
     device const T* gate,
     device const T* up,
     constant uint& n,
+    constant float& alpha,
+    constant float& limit,
     device T* out,
     uint thread_index [[thread_position_in_grid]]) {
   uint i = 4 * thread_index;
-  write_columns(out, i, n, swiglu4(read_columns(gate, i, n), read_columns(up, i, n)));
+  float4 gates = read_columns(gate, i, n);
+  float4 values = read_columns(up, i, n);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    values[j] = swiglu(gates[j], values[j], alpha, limit);
+  }
+  write_columns(out, i, n, values);
 }
 
 // out = x * sigmoid(gate).

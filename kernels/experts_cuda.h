@@ -5,11 +5,11 @@
 constexpr uint EXPERTS_STAGED = 4096;
 constexpr uint SHARED_STAGED = STAGED - EXPERTS_STAGED;
 
-// No tensor core takes 2 bits, whichever of both matrices has them.
+// No tensor core takes 2 bits, whichever of both matrices has them, nor floats of 4.
 template <
-    int BITS, int SHARED_BITS, int G, int WORDS, typename T, typename I, typename E, typename F,
-    typename H>
-inline typename TensorRows<T, BITS == 2 ? BITS : SHARED_BITS>::result combined_rows(
+    int BITS, bool FLOATS, int SHARED_BITS, int G, int WORDS, typename T, typename I, typename E,
+    typename F, typename H>
+inline typename TensorRows<T, FLOATS || BITS == 2 ? 0 : SHARED_BITS>::result combined_rows(
     const T* act,
     I slots,
     E weights,

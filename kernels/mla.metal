@@ -50,16 +50,17 @@ constexpr constant uint HEADS_PER_THREAD = 4;
 
 // Rotate neighbouring pairs of every head, after scaling by mscale.
 //
-// x, out: [T,H*R]; inv_freq: [R/2] float32, the angle of a pair per position, YaRN's ramp
-// and factor within; token t stands at start + t. R is even. Launch: one thread two pairs
-// of four heads, a plane of the grid a token. Sine and cosine cost more than all else, also
+// x, out: [B*T,H*R]; inv_freq: [R/2] float32, the angle of a pair per position, YaRN's ramp
+// and factor within; token t of sequence b stands at start[b] + t. R is even. Launch: one thread
+// two pairs of four heads, a plane of the grid a token. Sine and cosine cost more than all else, also
 // because angles of long contexts need the precise ones, so heads share them, but only
 // four, because one token must still fill the machine.
 template <typename T>
 [[kernel]] void yarn_rope_apply(
     device const T* x,
     device const float* inv_freq,
-    constant int& start,
+    device const int* start,
+    constant uint& n_new,
     constant float& mscale,
     constant uint& n_heads,
     constant uint& rope_dim,
@@ -70,7 +71,7 @@ template <typename T>
   if (i >= rope_dim || first >= n_heads) {
     return;
   }
-  float position = float(start + int(at.z));
+  float position = float(start[at.z / n_new] + int(at.z % n_new));
   float2 angle = position * float2(inv_freq[i / 2], inv_freq[min(i / 2 + 1, rope_dim / 2 - 1)]);
   float2 c = mscale * precise::cos(angle);
   float2 s = mscale * precise::sin(angle);
@@ -499,20 +500,28 @@ inline void write_blocks(
   }
 }
 
-// Causal attention in the latent space over a short cache, in one launch.
+// How many of a sequence's n_rows rows there are: the others are spare.
+template <bool HAS, typename P>
+inline uint seen_rows(P seen, uint sequence, uint n_rows) {
+  return HAS ? uint(seen[sequence]) : n_rows;
+}
+
+// Causal attention in the latent space over short caches, in one launch.
 //
-// q_prime: [T,H*L]; q_pe: [T,H*R]; latent: [S,L], the last T rows the tokens' own; rope:
-// [S,R]; context: [T,H*L]. L is a multiple of 32. Launch: one threadgroup of up to 8
-// simdgroups for eight heads of a token; BLOCKS and ROPE_BLOCKS blocks of 32 columns a
-// simdgroup. Folding eight heads on a row makes the cache's bytes, not the heads, the cost.
-template <typename T, int BLOCKS, int ROPE_BLOCKS>
+// q_prime: [B*T,H*L]; q_pe: [B*T,H*R]; latent: [B,S,L], the last T rows of those seen the tokens'
+// own; seen: [B], rows of each sequence, else S; rope: [B,S,R]; context: [B*T,H*L]. L is a multiple
+// of 32. Launch: one threadgroup of up to 8 simdgroups for eight heads of a token; BLOCKS and
+// ROPE_BLOCKS blocks of 32 columns a simdgroup. Folding eight heads on a row makes the cache's
+// bytes, not the heads, the cost.
+template <typename T, int BLOCKS, int ROPE_BLOCKS, bool HAS_SEEN>
 [[kernel]] void mla_sdpa_folded(
     device const T* q_prime,
     device const T* q_pe,
     device const T* latent,
     device const T* rope,
+    device const uint* seen,
     constant float& scale,
-    constant uint& n_tokens,
+    constant uint& n_new,
     constant uint& n_heads,
     constant uint& n_rows,
     constant uint& latent_dim,
@@ -525,11 +534,14 @@ template <typename T, int BLOCKS, int ROPE_BLOCKS>
   threadgroup float scratch[SCRATCH];
   ulong token_heads = ulong(group.y) * n_heads;
   uint head = 8 * group.x;
+  uint sequence = group.y / n_new;
+  ulong first = ulong(sequence) * n_rows;
+  uint end = seen_rows<HAS_SEEN>(seen, sequence, n_rows) - n_new + group.y % n_new + 1;
   Attended<BLOCKS> result;
   attend<BLOCKS, ROPE_BLOCKS>(
-      q_prime + token_heads * latent_dim, q_pe + token_heads * rope_dim, latent, rope, head,
-      n_heads, latent_dim, rope_dim, scale, 0, n_rows - n_tokens + group.y + 1, scratch, lane,
-      simdgroup, n_simdgroups, result);
+      q_prime + token_heads * latent_dim, q_pe + token_heads * rope_dim,
+      latent + first * latent_dim, rope + first * rope_dim, head, n_heads, latent_dim, rope_dim,
+      scale, 0, end, scratch, lane, simdgroup, n_simdgroups, result);
   head += matrix_row(lane);
   if (head < n_heads) {
     write_blocks(
@@ -544,14 +556,16 @@ template <typename T, int BLOCKS, int ROPE_BLOCKS>
 // float32; sums: [n,T*H,L] float32, of exp(score - maximum) * latent. A tile that a token
 // does not see has -inf, 0 and zeros. Launch: one threadgroup as there for a tile of eight
 // heads of a token. Tiles run at once: with few tokens, heads alone would not fill the GPU.
-template <typename T, int BLOCKS, int ROPE_BLOCKS, int TILE>
+template <typename T, int BLOCKS, int ROPE_BLOCKS, int TILE, bool HAS_SEEN>
 [[kernel]] void mla_sdpa_tile_accumulate(
     device const T* q_prime,
     device const T* q_pe,
     device const T* latent,
     device const T* rope,
+    device const uint* seen,
     constant float& scale,
     constant uint& n_tokens,
+    constant uint& n_new,
     constant uint& n_heads,
     constant uint& n_rows,
     constant uint& latent_dim,
@@ -566,13 +580,15 @@ template <typename T, int BLOCKS, int ROPE_BLOCKS, int TILE>
   threadgroup float scratch[SCRATCH];
   ulong token_heads = ulong(group.y) * n_heads;
   uint head = 8 * group.x;
+  uint sequence = group.y / n_new;
+  ulong first = ulong(sequence) * n_rows;
   uint begin = group.z * TILE;
-  uint end = min(begin + TILE, n_rows - n_tokens + group.y + 1);
+  uint own = seen_rows<HAS_SEEN>(seen, sequence, n_rows) - n_new + group.y % n_new + 1;
   Attended<BLOCKS> result;
   attend<BLOCKS, ROPE_BLOCKS>(
-      q_prime + token_heads * latent_dim, q_pe + token_heads * rope_dim, latent, rope, head,
-      n_heads, latent_dim, rope_dim, scale, begin, end, scratch, lane, simdgroup,
-      n_simdgroups, result);
+      q_prime + token_heads * latent_dim, q_pe + token_heads * rope_dim,
+      latent + first * latent_dim, rope + first * rope_dim, head, n_heads, latent_dim, rope_dim,
+      scale, begin, min(begin + TILE, own), scratch, lane, simdgroup, n_simdgroups, result);
   head += matrix_row(lane);
   if (head < n_heads) {
     ulong row = ulong(group.z) * n_tokens * n_heads + token_heads + head;

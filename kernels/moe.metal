@@ -353,30 +353,41 @@ template <typename T>
 }
 
 // One projection of all experts over the assignments of `moe_id_map`:
-// out[token, slot] = W_expert * x, W quantised and in the expert's slot of the pool.
+// out[token, slot] = W_expert * x + bias, W quantised and in the expert's slot of the pool.
 //
 // x: [T,I], or [T*K,I] if PER_ASSIGNMENT; w: [n_slots, w_row] words and scales, biases:
-// [n_slots, s_row], [n_slots, b_row], a matrix [O,I] lying in each row from its base on;
-// counts: [E]; lists: [E,T]; slot_of_expert: [E]; out: [T,K,O]. I is a multiple of G, G
-// of 32. Launch: threadgroups of 128 on (O / 64, T / 32, E): 32 assignments by 64
-// outputs in steps of 32 inputs. A tile past its expert's count leaves at once. Every
-// simdgroup takes all rows of 16 columns, so tiles that are not full (most are) leave
-// the work of all four equally short, by 8 rows at a time.
-template <typename T, typename S, int BITS, int G, bool PER_ASSIGNMENT>
+// [n_slots, s_row], [n_slots, b_row], a matrix [O,I] lying in each row from its base on, of floats
+// where there are no biases; bias: [n_slots, bias_row], [O] likewise; counts: [E]; lists: [E,T];
+// slot_of_expert: [E]; out: [T,K,O]. I is a multiple of G and 32. Launch: threadgroups of 128 on
+// (O / 64, T / 32, E): 32 assignments by 64 outputs in steps of 32 inputs. A tile past its
+// expert's count leaves at once. Every simdgroup takes all rows of 16 columns, so tiles that are
+// not full (most are) leave the work of all four equally short, by 8 rows at a time.
+template <
+    typename T,
+    typename S,
+    typename A,
+    int BITS,
+    int G,
+    bool HAS_BIASES,
+    bool HAS_BIAS,
+    bool PER_ASSIGNMENT>
 [[kernel]] void moe_mm_id(
     device const T* x,
     device const uint* w,
     device const S* scales,
     device const S* biases,
+    device const A* bias,
     device const uint* counts,
     device const uint* lists,
     device const uint* slot_of_expert,
     constant uint& w_base,
     constant uint& s_base,
     constant uint& b_base,
+    constant uint& bias_base,
     constant uint& w_row,
     constant uint& s_row,
     constant uint& b_row,
+    constant uint& bias_row,
     constant uint& n_tokens,
     constant uint& k,
     constant uint& n_in,
@@ -385,6 +396,7 @@ template <typename T, typename S, int BITS, int G, bool PER_ASSIGNMENT>
     uint3 tile [[threadgroup_position_in_grid]],
     uint thread_index [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+  constexpr bool FLOATS = !HAS_BIASES;
   constexpr int ROWS = TILE_ROWS;
   constexpr int COLUMNS = TILE_COLUMNS;
   threadgroup float4 x_tile[TILE_ROWS * TILE_PITCH / 4];
@@ -408,14 +420,16 @@ template <typename T, typename S, int BITS, int G, bool PER_ASSIGNMENT>
   ulong o = min(tile.x * COLUMNS + thread_index / 2, n_out - 1);
   auto w_at = w + slot * w_row + w_base + o * (n_in * BITS / 32);
   auto s_at = scales + slot * s_row + s_base + o * (n_in / G);
-  auto b_at = biases + slot * b_row + b_base + o * (n_in / G);
-  multiply_tile<BITS, G>(
+  auto b_at = biases + (FLOATS ? 0 : slot * b_row + b_base + o * (n_in / G));
+  multiply_tile<BITS, FLOATS, G>(
       x_at, has_row, w_at, s_at, b_at, n_in, n_rows, x_tile, w_tile, thread_index, simdgroup);
   uint column = thread_index % COLUMNS;
   if (tile.x * COLUMNS + column < n_out) {
+    ulong bias_at = slot * bias_row + bias_base + tile.x * COLUMNS + column;
+    float added = row_bias<HAS_BIAS>(bias, bias_at);
     for (uint r = thread_index / COLUMNS; r < n_rows; r += 2) {
       ulong at = ulong(list[r]) * n_out + tile.x * COLUMNS + column;
-      out[at] = T(ws[r * TILE_OUT_PITCH + column]);
+      out[at] = T(ws[r * TILE_OUT_PITCH + column] + added);
     }
   }
 }

@@ -15,6 +15,17 @@ inline float silu(float x) {
   return x / (1.0f + exp(-x));
 }
 
+// silu(gate) * up, or with a limit that is not 0 the clipped one: gate at most `limit`, up within
+// it, then gate * sigmoid(alpha * gate) * (up + 1).
+inline float swiglu(float gate, float up, float alpha, float limit) {
+  if (limit == 0.0f) {
+    return silu(gate) * up;
+  }
+  gate = min(gate, limit);
+  up = clamp(up, -limit, limit);
+  return gate * sigmoid(alpha * gate) * (up + 1.0f);
+}
+
 // Sum over a threadgroup; every thread gets it. `scratch` holds one value a simdgroup and
 // is not read before. All threads of the group must call it: it contains a barrier.
 inline float threadgroup_sum(
@@ -147,60 +158,119 @@ inline void load_words(device const uint* p, thread uint* words) {
   }
 }
 
+// Packed values are whole numbers of BITS bits, of which a group has a scale and a bias, or, if
+// FLOATS, 4-bit floats (a sign, two bits of exponent, one of mantissa), of which a group has a
+// scale in a byte: a power of two for 32 (mxfp4), a float of eight bits for 16 (nvfp4).
+
+// A group's scale as float32.
+template <int G, typename S>
+inline float scale_of(S scale) {
+  return float(scale);
+}
+template <int G>
+inline float scale_of(uchar scale) {
+  if (G == 16) {
+    return 256.0f * float(as_type<half>(ushort((scale & 127) << 7 | (scale & 128) << 8)));
+  }
+  return as_type<float>(scale == 0 ? 0x00400000u : uint(scale) << 23);
+}
+
+// A half has more bits of exponent than a small float, and more of mantissa: with the bits in
+// place it is the small float over this.
+constexpr constant float SMALL_FLOAT = 16384.0f;
+
+// The i-th small float of four in half a word, over SMALL_FLOAT.
+inline float small_float(ushort half_word, int i) {
+  ushort q = half_word >> (4 * i);
+  return float(as_type<half>(ushort((q & 7) << 9 | (q & 8) << 12)));
+}
+
+// The lowest four values of a packed word, without scale and bias.
+template <int BITS, bool FLOATS>
+inline float4 unpack4(uint q) {
+  constexpr uint MASK = (1u << BITS) - 1u;
+  if (FLOATS) {
+    ushort h = ushort(q);
+    return SMALL_FLOAT *
+        float4(small_float(h, 0), small_float(h, 1), small_float(h, 2), small_float(h, 3));
+  }
+  return float4(
+      float(q & MASK),
+      float((q >> BITS) & MASK),
+      float((q >> (2 * BITS)) & MASK),
+      float((q >> (3 * BITS)) & MASK));
+}
+
 // Values i to i + 3 that meet packed words, ready for `dot_words`; returns their sum. Each
 // is divided by the power of two that its packed partner keeps when it is masked in place,
-// which is exact and saves a shift for every row that the values meet.
-template <int BITS>
+// which is exact and saves a shift for every row that the values meet. Floats keep none.
+template <int BITS, bool FLOATS>
 inline float set_partners(thread float* partners, int i, float4 values) {
   constexpr int HALF = 16 / BITS;
-  partners[i] = values.x * (1.0f / float(1 << (BITS * (i % HALF))));
-  partners[i + 1] = values.y * (1.0f / float(1 << (BITS * ((i + 1) % HALF))));
-  partners[i + 2] = values.z * (1.0f / float(1 << (BITS * ((i + 2) % HALF))));
-  partners[i + 3] = values.w * (1.0f / float(1 << (BITS * ((i + 3) % HALF))));
+  constexpr int KEPT = FLOATS ? 0 : BITS;
+  partners[i] = values.x * (1.0f / float(1 << (KEPT * (i % HALF))));
+  partners[i + 1] = values.y * (1.0f / float(1 << (KEPT * ((i + 1) % HALF))));
+  partners[i + 2] = values.z * (1.0f / float(1 << (KEPT * ((i + 2) % HALF))));
+  partners[i + 3] = values.w * (1.0f / float(1 << (KEPT * ((i + 3) % HALF))));
   return (values.x + values.y) + (values.z + values.w);
 }
 
 // The values that meet WORDS packed words, times `factor`; returns their sum.
-template <int BITS, int WORDS, typename P>
+template <int BITS, bool FLOATS, int WORDS, typename P>
 inline float load_partners(P x, float factor, thread float* partners) {
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < WORDS * (32 / BITS); i += 4) {
-    sum += set_partners<BITS>(partners, i, factor * read4(x + i));
+    sum += set_partners<BITS, FLOATS>(partners, i, factor * read4(x + i));
   }
   return sum;
 }
 
+// The i-th packed value of half a word as its partner wants it.
+template <int BITS, bool FLOATS>
+inline float packed_value(ushort half_word, int i) {
+  constexpr int MASK = (1 << BITS) - 1;
+  if (FLOATS) {
+    return small_float(half_word, i);
+  }
+  return float(ushort(half_word & (MASK << (BITS * i))));
+}
+
 // Sum of packed values times their partners. Halves of words, because 16-bit registers
 // are cheaper and every masked value is still exact in float32.
-template <int BITS, int WORDS>
+template <int BITS, bool FLOATS, int WORDS>
 inline float dot_words(thread const uint* words, thread const float* partners) {
   constexpr int HALF = 16 / BITS;
-  constexpr int MASK = (1 << BITS) - 1;
   float sum = 0.0f;
 #pragma unroll
   for (int w = 0; w < WORDS; ++w) {
     ushort2 halves = as_type<ushort2>(words[w]);
 #pragma unroll
     for (int i = 0; i < HALF; ++i) {
-      ushort low = ushort(halves.x & (MASK << (BITS * i)));
-      sum = fma(float(low), partners[2 * HALF * w + i], sum);
+      float low = packed_value<BITS, FLOATS>(halves.x, i);
+      sum = fma(low, partners[2 * HALF * w + i], sum);
     }
 #pragma unroll
     for (int i = 0; i < HALF; ++i) {
-      ushort high = ushort(halves.y & (MASK << (BITS * i)));
-      sum = fma(float(high), partners[2 * HALF * w + HALF + i], sum);
+      float high = packed_value<BITS, FLOATS>(halves.y, i);
+      sum = fma(high, partners[2 * HALF * w + HALF + i], sum);
     }
   }
-  return sum;
+  return FLOATS ? SMALL_FLOAT * sum : sum;
+}
+
+// What a group adds to a product: `dot` of packed values, `sum` of their partners.
+template <bool FLOATS>
+inline float group_product(float scale, float dot, float bias, float sum) {
+  return FLOATS ? scale * dot : scale * dot + bias * sum;
 }
 
 // ROWS rows of a matrix times x, by one simdgroup; every lane has its share of the sums.
 // A lane reads WORDS words of all rows before it computes, which keeps enough loads under way
 // for the memory's bandwidth, and reads x once for all rows. WORDS words are at most 32
-// values, so they share one scale. If NORM, x counts times `norm`.
+// values and within a group, so they share one scale. If NORM, x counts times `norm`.
 template <
-    int BITS, int G, int WORDS, int ROWS, bool NORM,
+    int BITS, bool FLOATS, int G, int WORDS, int ROWS, bool NORM,
     typename X, typename N, typename W, typename S, typename B>
 inline void dot_rows(
     X x,
@@ -227,8 +297,8 @@ inline void dot_rows(
       // A row past the end is read as the last one; its sum is not written.
       ulong at = ulong(min(row + r, n_out - 1)) * n_in + start;
       load_words<WORDS>(w + at / (32 / BITS), words[r]);
-      scale[r] = float(scales[at / G]);
-      bias[r] = float(biases[at / G]);
+      scale[r] = scale_of<G>(scales[at / G]);
+      bias[r] = FLOATS ? 0.0f : float(biases[at / G]);
     }
     float partners[VALUES];
     float sum = 0.0f;
@@ -238,11 +308,12 @@ inline void dot_rows(
       if (NORM) {
         values *= read4(norm + start + i);
       }
-      sum += set_partners<BITS>(partners, i, values);
+      sum += set_partners<BITS, FLOATS>(partners, i, values);
     }
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      sums[r] += scale[r] * dot_words<BITS, WORDS>(words[r], partners) + bias[r] * sum;
+      float dot = dot_words<BITS, FLOATS, WORDS>(words[r], partners);
+      sums[r] += group_product<FLOATS>(scale[r], dot, bias[r], sum);
     }
   }
 }
@@ -263,7 +334,7 @@ inline float rms_scale(P x, uint n, float eps, uint lane) {
 // them. If NORM, x counts as its RMS norm with the weight `norm`. Contains barriers: all threads
 // of 4 PARTS simdgroups must come.
 template <
-    int BITS, int G, int WORDS, int ROWS, int PARTS, bool NORM,
+    int BITS, bool FLOATS, int G, int WORDS, int ROWS, int PARTS, bool NORM,
     typename X, typename N, typename W, typename S, typename B, typename W1, typename S1,
     typename B1>
 inline void rows_of_matrices(
@@ -292,10 +363,10 @@ inline void rows_of_matrices(
   for (uint own = simdgroup % 4 * 4; own < ROWS; own += 16) {
     float totals[4];
     if (PARTS == 1 || simdgroup < 4) {
-      dot_rows<BITS, G, AT_ONCE, 4, NORM>(
+      dot_rows<BITS, FLOATS, G, AT_ONCE, 4, NORM>(
           x, norm, w, scales, biases, row + own, n_in, n_out, lane, totals);
     } else {
-      dot_rows<BITS, G, AT_ONCE, 4, NORM>(
+      dot_rows<BITS, FLOATS, G, AT_ONCE, 4, NORM>(
           x, norm, w1, scales1, biases1, row + own, n_in, n_out, lane, totals);
     }
 #pragma unroll
@@ -310,7 +381,7 @@ inline void rows_of_matrices(
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// `rows_of_matrices` for one.
+// `rows_of_matrices` for one of whole numbers.
 template <
     int BITS, int G, int WORDS, int ROWS, bool NORM,
     typename X, typename N, typename W, typename S, typename B>
@@ -327,8 +398,14 @@ inline void block_rows(
     threadgroup float* sums,
     uint simdgroup,
     uint lane) {
-  rows_of_matrices<BITS, G, WORDS, ROWS, 1, NORM>(
+  rows_of_matrices<BITS, false, G, WORDS, ROWS, 1, NORM>(
       x, norm, eps, w, scales, biases, w, scales, biases, row, n_in, n_out, sums, simdgroup, lane);
+}
+
+// Row `row` of what is added to a product, if anything is.
+template <bool HAS, typename P>
+inline float row_bias(P bias, ulong row) {
+  return HAS ? float(bias[row]) : 0.0f;
 }
 
 // Tiles of products with a quantised matrix: rows of x by columns of the result (rows of the
@@ -345,7 +422,7 @@ constexpr constant int TILE_OUT_PITCH = 68;
 // w_tile, row r from r * TILE_OUT_PITCH on. Every simdgroup takes all rows of 16 columns, so a
 // tile that is not full leaves the work of all four equally short, by 8 rows at a time.
 // Contains barriers: all threads must come.
-template <int BITS, int G, typename X, typename W, typename S, typename B>
+template <int BITS, bool FLOATS, int G, typename X, typename W, typename S, typename B>
 inline void multiply_tile(
     X x_row_at,
     bool has_row,
@@ -361,7 +438,6 @@ inline void multiply_tile(
   constexpr int STEP = 32;
   constexpr int WORDS = BITS / 2;
   constexpr int PER_WORD = 32 / BITS;
-  constexpr uint MASK = (1u << BITS) - 1u;
   threadgroup float* xs = (threadgroup float*)x_tile;
   threadgroup float* ws = (threadgroup float*)w_tile;
   uint x_row = thread_index / 4;
@@ -382,21 +458,18 @@ inline void multiply_tile(
     threadgroup float4* x_to = x_tile + (x_row * TILE_PITCH + x_column) / 4;
     x_to[0] = has_row ? read4(x_at + start) : float4(0.0f);
     x_to[1] = has_row ? read4(x_at + start + 4) : float4(0.0f);
-    float scale = float(s_at[start / G]);
-    float bias = float(b_at[start / G]);
+    // A group of 16 is half a step.
+    uint group = (start + w_half * (STEP / 2)) / G;
+    float scale = scale_of<G>(s_at[group]);
+    float bias = FLOATS ? 0.0f : float(b_at[group]);
     threadgroup float4* w_to = w_tile + (w_line * TILE_PITCH + w_half * (STEP / 2)) / 4;
 #pragma unroll
     for (int word = 0; word < WORDS; ++word) {
       uint packed = w_at[start / PER_WORD + word];
 #pragma unroll
       for (int j = 0; j < PER_WORD / 4; ++j) {
-        uint q = packed >> (4 * BITS * j);
-        float4 values = float4(
-            float(q & MASK),
-            float((q >> BITS) & MASK),
-            float((q >> (2 * BITS)) & MASK),
-            float((q >> (3 * BITS)) & MASK));
-        w_to[word * (PER_WORD / 4) + j] = scale * values + bias;
+        float4 values = unpack4<BITS, FLOATS>(packed >> (4 * BITS * j));
+        w_to[word * (PER_WORD / 4) + j] = FLOATS ? scale * values : scale * values + bias;
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);

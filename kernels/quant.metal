@@ -213,17 +213,18 @@ template <typename T, typename S, int G, int WORDS, int ROWS>
   }
 }
 
-// A product added to the residual stream: out = residual + W x.
+// A product added to the residual stream: out = residual + W x + bias.
 //
-// Arguments as of `dequant_matvec_4bit`, BITS bits; residual: [O]. Launch as of
+// Arguments as of `dequant_matvec_4bit`, BITS bits; residual, bias: [O]. Launch as of
 // `dequant_matvec_4bit_v4`. Saves a launch that would do next to nothing.
-template <typename T, typename S, int BITS, int G, int WORDS, int ROWS>
+template <typename T, typename S, int BITS, int G, int WORDS, int ROWS, bool HAS_BIAS>
 [[kernel]] void matvec_residual(
     device const T* x,
     device const uint* w,
     device const S* scales,
     device const S* biases,
     device const T* residual,
+    device const T* bias,
     constant uint& n_in,
     constant uint& n_out,
     device T* out,
@@ -236,18 +237,30 @@ template <typename T, typename S, int BITS, int G, int WORDS, int ROWS>
   block_rows<BITS, G, WORDS, ROWS, false>(
       x, x, 0.0f, w, scales, biases, row, n_in, n_out, sums, simdgroup, lane);
   if (thread_index < ROWS && row + thread_index < n_out) {
-    out[row + thread_index] = T(float(residual[row + thread_index]) + sums[thread_index]);
+    uint own = row + thread_index;
+    float product = sums[thread_index] + row_bias<HAS_BIAS>(bias, own);
+    out[own] = T(float(residual[own]) + product);
   }
 }
 
 // RMS norm of a row, and the products of one or two matrices with it, in one row.
 //
 // x: [I]; norm: its weight, [I]; w<i>, scales<i>, biases<i>: matrix i, [n<i>, I] in BITS<i>
-// bits; n1 is 0 for one matrix; out: [at_normed + I], the first product from 0 on, the second
-// from at1, the norm from at_normed. Launch: threadgroups of 128 for ROWS rows of one matrix,
-// then the other, and a last one for the norm. Every threadgroup finds the norm's scale
-// itself: it needs all of x anyway, and no other launch has to go before.
-template <typename T, typename N, typename S, int G, int BITS0, int BITS1, int WORDS, int ROWS>
+// bits, bias<i>: [n<i>], added to its product; n1 is 0 for one matrix; out: [at_normed + I], the
+// first product from 0 on, the second from at1, the norm from at_normed. Launch: threadgroups of
+// 128 for ROWS rows of one matrix, then the other, and a last one for the norm. Every threadgroup
+// finds the norm's scale itself: it needs all of x anyway, and no other launch has to go before.
+template <
+    typename T,
+    typename N,
+    typename S,
+    int G,
+    int BITS0,
+    int BITS1,
+    int WORDS,
+    int ROWS,
+    bool HAS_BIAS0,
+    bool HAS_BIAS1>
 [[kernel]] void norm_matvecs(
     device const T* x,
     device const N* norm,
@@ -257,6 +270,8 @@ template <typename T, typename N, typename S, int G, int BITS0, int BITS1, int W
     device const uint* w1,
     device const S* scales1,
     device const S* biases1,
+    device const T* bias0,
+    device const T* bias1,
     constant float& eps,
     constant uint& n_in,
     constant uint& n0,
@@ -276,14 +291,16 @@ template <typename T, typename N, typename S, int G, int BITS0, int BITS1, int W
     block_rows<BITS0, G, WORDS, ROWS, true>(
         x, norm, eps, w0, scales0, biases0, row, n_in, n0, sums, simdgroup, lane);
     if (thread_index < ROWS && row + thread_index < n0) {
-      out[row + thread_index] = T(sums[thread_index]);
+      float added = row_bias<HAS_BIAS0>(bias0, row + thread_index);
+      out[row + thread_index] = T(sums[thread_index] + added);
     }
   } else if (group < last) {
     uint row = (group - first1) * ROWS;
     block_rows<BITS1, G, WORDS, ROWS, true>(
         x, norm, eps, w1, scales1, biases1, row, n_in, n1, sums, simdgroup, lane);
     if (thread_index < ROWS && row + thread_index < n1) {
-      out[at1 + row + thread_index] = T(sums[thread_index]);
+      float added = row_bias<HAS_BIAS1>(bias1, row + thread_index);
+      out[at1 + row + thread_index] = T(sums[thread_index] + added);
     }
   } else {
     float scale = rms_scale(x, n_in, eps, lane);
@@ -554,9 +571,10 @@ template <typename T, typename W>
 
 // T tokens times a quantised matrix, as tiles of matrix products.
 //
-// x: [T,I]; w, scales, biases: a matrix [O,I] in BITS bits; out: [T,O]. Launch: threadgroups of
-// 128 on (O / 64, T / 32). Unpacked values meet 32 tokens, so unpacking costs nothing.
-template <typename T, typename S, int BITS, int G>
+// x: [T,I]; w, scales, biases: a matrix [O,I] in BITS bits, of floats where there are no biases;
+// out: [T,O]. Launch: threadgroups of 128 on (O / 64, T / 32). Unpacked values meet 32 tokens, so
+// unpacking costs nothing.
+template <typename T, typename S, int BITS, int G, bool HAS_BIASES>
 [[kernel]] void qmm_t(
     device const T* x,
     device const uint* w,
@@ -569,6 +587,7 @@ template <typename T, typename S, int BITS, int G>
     uint2 tile [[threadgroup_position_in_grid]],
     uint thread_index [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+  constexpr bool FLOATS = !HAS_BIASES;
   threadgroup float4 x_tile[TILE_ROWS * TILE_PITCH / 4];
   threadgroup float4 w_tile[TILE_COLUMNS * TILE_PITCH / 4];
   threadgroup float* result = (threadgroup float*)w_tile;
@@ -578,9 +597,10 @@ template <typename T, typename S, int BITS, int G>
   bool has_row = x_row < n_rows;
   auto x_at = x + ulong(first + (has_row ? x_row : 0)) * n_in;
   ulong o = min(tile.x * TILE_COLUMNS + thread_index / 2, n_out - 1);
-  multiply_tile<BITS, G>(
+  multiply_tile<BITS, FLOATS, G>(
       x_at, has_row, w + o * (n_in * BITS / 32), scales + o * (n_in / G),
-      biases + o * (n_in / G), n_in, n_rows, x_tile, w_tile, thread_index, simdgroup);
+      biases + (FLOATS ? 0 : o * (n_in / G)), n_in, n_rows, x_tile, w_tile, thread_index,
+      simdgroup);
   uint column = tile.x * TILE_COLUMNS + thread_index % TILE_COLUMNS;
   if (column < n_out) {
     for (uint r = thread_index / TILE_COLUMNS; r < n_rows; r += 2) {

@@ -279,8 +279,9 @@ inline float sum_squares(const T* x, uint n, uint simdgroup, uint lane) {
 }
 
 template <
-    int BITS, int G, int WORDS, int ROWS, int PARTS, bool NORM, typename T, typename N, typename F>
-inline typename TensorRows<T, BITS>::result rows_of_matrices(
+    int BITS, bool FLOATS, int G, int WORDS, int ROWS, int PARTS, bool NORM, typename T, typename N,
+    typename F>
+inline typename TensorRows<T, FLOATS ? 0 : BITS>::result rows_of_matrices(
     const T* x,
     const N* norm,
     float eps,

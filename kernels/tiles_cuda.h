@@ -15,7 +15,7 @@ inline void load_fragments(uint* to, const T* row) {
       : "r"(at));
 }
 
-template <int BITS, int G, typename T, typename S, typename B>
+template <int BITS, bool FLOATS, int G, typename T, typename S, typename B>
 inline typename SixteenBits<T>::result multiply_tile(
     const T* x_row_at,
     bool has_row,
@@ -31,7 +31,6 @@ inline typename SixteenBits<T>::result multiply_tile(
   constexpr int STEP = 64;
   constexpr int PITCH = 72;
   constexpr int PER_WORD = 32 / BITS;
-  constexpr uint MASK = (1u << BITS) - 1u;
   T* xs = (T*)x_tile;
   T* ws = (T*)w_tile;
   uint lane = thread_index % 32;
@@ -41,7 +40,8 @@ inline typename SixteenBits<T>::result multiply_tile(
   uint4* w_to = (uint4*)(ws + thread_index / 2 * PITCH + w_column);
   uint x_next[8];
   uint w_next[BITS];
-  float scale = 0.0f;
+  // Groups of 16 are two to a row's part.
+  float scales[2] = {0.0f, 0.0f};
   float bias = 0.0f;
   // n_in is a multiple of 32: past its end both sides are zeros.
   auto read = [&](uint start) {
@@ -55,14 +55,16 @@ inline typename SixteenBits<T>::result multiply_tile(
     }
     if (start + w_column < n_in) {
       read_words<BITS>(w_row_at + (start + w_column) / PER_WORD, w_next);
-      scale = float(s_at[(start + w_column) / G]);
-      bias = float(b_at[(start + w_column) / G]);
+      scales[0] = scale_of<G>(s_at[(start + w_column) / G]);
+      scales[1] = G == 16 ? scale_of<G>(s_at[(start + w_column) / G + 1]) : scales[0];
+      bias = FLOATS ? 0.0f : float(b_at[(start + w_column) / G]);
     } else {
 #pragma unroll
       for (int i = 0; i < BITS; ++i) {
         w_next[i] = 0u;
       }
-      scale = 0.0f;
+      scales[0] = 0.0f;
+      scales[1] = 0.0f;
       bias = 0.0f;
     }
   };
@@ -85,10 +87,11 @@ inline typename SixteenBits<T>::result multiply_tile(
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         int at = 8 * i + 2 * j;
-        uint first = (w_next[at / PER_WORD] >> (BITS * (at % PER_WORD))) & MASK;
-        uint second = (w_next[at / PER_WORD] >> (BITS * (at % PER_WORD + 1))) & MASK;
-        pairs[j] = packed_pair<T>(
-            fmaf(scale, float(first), bias), fmaf(scale, float(second), bias));
+        uint packed = w_next[at / PER_WORD] >> (BITS * (at % PER_WORD));
+        float4 values = unpack4<BITS, FLOATS>(packed);
+        float scale = scales[i / 2];
+        pairs[j] =
+            packed_pair<T>(fmaf(scale, values.x, bias), fmaf(scale, values.y, bias));
       }
       w_to[i] = uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }

@@ -25,6 +25,7 @@ from moeflux_mlx.experts.weights import ExpertWeights, Quantization, Weight
 
 Q4, Q4_64 = Quantization(4, 32), Quantization(4, 64)
 Q8, Q2 = Quantization(8, 32), Quantization(2, 32)
+MXFP4, NVFP4 = Quantization(4, 32, "mxfp4"), Quantization(4, 16, "nvfp4")
 EPS = 1e-6
 # GPUs multiply float32 matrices in TF32.
 TOLERANCE = 1e-5 if device.on_cpu() else 2e-3
@@ -122,6 +123,7 @@ class Spec:
         fields = ((k, v) for k, v in self.fields.items() if not k.endswith("_bytes"))
         sizes = "x".join(str(v) for _, v in fields if isinstance(v, int))
         form = f"{self.form.bits}bit-g{self.form.group_size}" if self.form else ""
+        form = self.form.mode if self.form and self.form.mode != "affine" else form
         return "-".join(p for p in (self.op.__name__, sizes, form, self.note) if p)
 
     @property
@@ -358,6 +360,12 @@ SPECS = [
     spec(ops.MoeDecodeExperts, Q8, **routed(1, 32, 32, 3, 1)),
     spec(ops.MoeDecodeExperts, **routed(1, 33, 17, 7, 3), **CLIPPED),
     spec(ops.MoeDecodeExperts, Q4, **routed(1, 64, 32, 5, 2), **CLIPPED),
+    spec(ops.MoeDecodeExperts, MXFP4, **routed(1, 64, 96, 5, 3), **CLIPPED),
+    spec(ops.MoeDecodeExperts, NVFP4, **routed(1, 32, 64, 3, 2)),
+    spec(ops.MoeGatherIdFuse, MXFP4, **routed(5, 64, 32, 7, 3), **CLIPPED),
+    spec(ops.MoeGatherIdFuse, NVFP4, **routed(3, 32, 32, 3, 2)),
+    spec(ops.MoeBatchedPermuteFuse, MXFP4, **routed(5, 64, 32, 7, 3), **CLIPPED),
+    spec(ops.MoeBatchedPermuteFuse, NVFP4, **routed(3, 32, 32, 3, 2)),
     spec(ops.MoeGatherIdFuse, **routed(5, 33, 17, 7, 3), **CLIPPED),
     spec(ops.MoeGatherIdFuse, **routed(5, 33, 17, 7, 3)),
     spec(ops.MoeGatherIdFuse, Q4, **routed(5, 64, 32, 11, 10)),
@@ -419,6 +427,11 @@ KERNEL_SPECS = [
     spec(ops.MatvecNTokens, n_tokens=5, in_dim=33, out_dim=9),
     spec(ops.RopeNTokens, n_tokens=3, num_heads=5, head_dim=6, rotary_dim=6,
          start=value(37), inv_freq=value(1, 0.1, 0.01), pairs=True, scale=0.75),
+    spec(ops.RopeNTokens, n_tokens=6, n_seqs=2, num_heads=3, head_dim=6, rotary_dim=6,
+         start=value(37, 5), inv_freq=value(1, 0.1, 0.01), pairs=True, scale=0.75),
+    spec(ops.RopeNTokens, n_tokens=6, n_seqs=2, num_heads=3, head_dim=8, rotary_dim=6,
+         start=value(37, 5), inv_freq=value(1, 0.1, 0.01), scale=1.25),
+    spec(ops.HeadMatvecNTokens, Q4, n_tokens=5, num_heads=3, in_dim=64, out_dim=37),
     spec(ops.KvCacheAppendNTokens, n_tokens=1, num_kv_heads=1, head_dim=33,
          value_dim=6, k_cache=sized(1, 1, 11, 33), v_cache=sized(1, 1, 11, 6),
          row=value(4)),
@@ -427,6 +440,10 @@ KERNEL_SPECS = [
          **latents(1, 21, 32), start=value(13)),
     spec(ops.SdpaLatentCausal, n_tokens=1, **{**LATENT, "latent_dim": 32},
          **latents(1, 600, 32), start=value(520), note="tiles"),
+    spec(ops.SdpaLatentCausal, n_tokens=3, n_seqs=3, **{**LATENT, "latent_dim": 32},
+         **latents(3, 21, 32), start=value(13, 4, 20)),
+    spec(ops.SdpaLatentCausal, n_tokens=4, n_seqs=2, **{**LATENT, "latent_dim": 32},
+         **latents(2, 530, 32), note="tiles"),
     spec(ops.SdpaCausalTiled, n_tokens=5, heads_per_kv=1, **HEADS_64,
          **cache_64(1, 8, 11)),
     spec(ops.SdpaCausalTiled, n_tokens=6, n_seqs=2, heads_per_kv=2, **HEADS_64,
@@ -465,7 +482,7 @@ def widen(x: Any) -> Any:
 
 
 def unpack(weight: Weight | None) -> np.ndarray | None:
-    """Return scale * q + bias, the lowest bits of a word first."""
+    """Return scale * q + bias, or floats times scales, the lowest bits first."""
     if weight is None:
         return None
     q = weight.quantization
@@ -473,10 +490,24 @@ def unpack(weight: Weight | None) -> np.ndarray | None:
         return to_float64(weight.w)
     w, shifts = np.array(weight.w), np.arange(0, 32, q.bits, dtype=np.uint32)
     values = (w[..., None] >> shifts) & np.uint32(2**q.bits - 1)
+    if q.mode != "affine":
+        groups = SMALL_FLOATS[values].reshape(*weight.scales.shape, q.group_size)
+        of_bytes = POWERS if q == MXFP4 else BYTE_FLOATS
+        dense = groups * of_bytes[np.array(weight.scales)][..., None]
+        return dense.reshape(*w.shape[:-1], -1)
     scales, biases = to_float64(weight.scales), to_float64(weight.biases)
     groups = values.reshape(*scales.shape, q.group_size).astype(np.float64)
     dense = groups * scales[..., None] + biases[..., None]
     return dense.reshape(*w.shape[:-1], -1)
+
+
+# Floats of four bits; what bytes are as scales: powers of two, floats of eight bits.
+SMALL_FLOATS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+SMALL_FLOATS = np.concatenate([SMALL_FLOATS, -SMALL_FLOATS])
+POWERS = 2.0 ** (np.arange(256) - 127)
+_E, _M = np.divmod(np.arange(128), 8)
+BYTE_FLOATS = np.where(_E, 2.0 ** (_E - 7) * (1 + _M / 8), 2.0**-6 * _M / 8)
+BYTE_FLOATS = np.concatenate([BYTE_FLOATS, -BYTE_FLOATS])
 
 
 def to_float64(x: mx.array) -> np.ndarray:

@@ -193,6 +193,56 @@ def test_a_token_takes_sixteen_launches_a_layer(tmp_path):
     assert names[1:33] == 2 * [*ATTENTION, *EXPERTS]
 
 
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory):
+    """A layer whose heads' matrices fit kernels; 22 tokens are worth expanding."""
+    sizes = dict(num_hidden_layers=1, first_k_dense_replace=0, kv_lora_rank=64)
+    sizes |= dict(qk_nope_head_dim=32, v_head_dim=32, num_attention_heads=9)
+    return make_deepseek_v3(tmp_path_factory.mktemp("one") / "layer", **sizes)
+
+
+@simulated
+def test_a_batchs_tokens_take_the_kernels_that_one_takes(one_layer):
+    theirs = mlx_lm.load(str(one_layer))[0]
+    ours = load(one_layer, executor="sim", optimistic="on")
+    found, launched = [], []
+    for model in (theirs, ours):
+        cache, ids = make_prompt_cache(model), tokens(7, n_seqs=3)
+        parts = [model(ids[:, at : at + n], cache=cache) for at, n in ((0, 5), (5, 1))]
+        mx.eval(parts)
+        ours.runtime.executor.on_launch = launched.append
+        parts.append(model(ids[:, 6:], cache=cache))
+        mx.eval(parts)
+        ours.runtime.executor.on_launch = None
+        found.append(mx.concatenate(parts, axis=1))
+    assert relative_rms(found[1], found[0]) < 1e-5
+    latent = [n for n in launched if n.startswith(("mla_", "yarn_"))]
+    assert latent == [n for n in ATTENTION if n in latent]
+    assert len(latent) == 6
+
+
+@pytest.mark.sampled
+@simulated
+@pytest.mark.parametrize("n_seqs", [2, 1])
+def test_a_long_prompt_makes_keys_and_values_of_heads(one_layer, n_seqs):
+    """A short one, and a token, leave the cache's rows as they are."""
+    theirs = mlx_lm.load(str(one_layer))[0]
+    ours, launched = load(one_layer, executor="sim"), []
+    ours.runtime.executor.on_launch = launched.append
+    found = []
+    for model in (theirs, ours):
+        cache, ids = make_prompt_cache(model), tokens(74, n_seqs=n_seqs)
+        parts = [model(ids[:, at : at + 37], cache=cache) for at in (0, 37)]
+        mx.eval(parts)
+        found.append(mx.concatenate(parts, axis=1))
+    assert relative_rms(found[1], found[0]) < 1e-5
+    by_head = ("mla_q_prime_4bit", "mla_sdpa_folded", "mla_out_per_head_4bit")
+    assert not {*by_head} & {*launched} and "mla_split_q_kv" in launched
+    launched.clear()
+    mx.eval(ours(tokens(4), cache=make_prompt_cache(ours)))
+    assert [n for n in launched if n in by_head] == [*by_head]
+
+
 @pytest.mark.parametrize("plain", [GROUPS], indirect=True)
 def test_no_expert_of_a_dropped_group_is_chosen(plain, tmp_path, monkeypatch):
     """Where all scores are negative mlx-lm prefers the dropped groups' zeros."""

@@ -185,7 +185,10 @@ def test_scales_of_two_types_are_not_mixed_up(to):
         ("4bit-g64", "8bit-g64", "8bit-g64", False),
         ("4bit-g64", "4bit-g64", "6bit-g64", False),
         ("3bit-g32", "3bit-g32", "3bit-g32", False),
-        ("mxfp4", "mxfp4", "mxfp4", False),
+        ("mxfp4", "mxfp4", "mxfp4", True),
+        ("nvfp4", "nvfp4", "4bit-g64", True),
+        ("mxfp4", "4bit-g32", "mxfp4", False),
+        ("mxfp8", "mxfp8", "mxfp8", False),
         ("bf16", "bf16", "bf16", False),
     ],
 )

@@ -16,6 +16,7 @@ from mlx_lm.models.cache import (
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from moeflux_mlx.models.gpt_oss import lacks
 from native_models import (
+    LAYER,
     edit_config,
     greedy,
     launches,
@@ -33,8 +34,10 @@ from tiny import GPT_OSS_CONFIG, make_gpt_oss, make_qwen3_moe
 import moeflux_mlx
 from moeflux_mlx.engine.executors import EXECUTORS
 from moeflux_mlx.engine.native import NativeModel
-from moeflux_mlx.errors import ModelError
+from moeflux_mlx.engine.trace import StepTracer
+from moeflux_mlx.errors import ExpertStoreError, ModelError
 from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
 from moeflux_mlx.experts.weights import Quantization
 from moeflux_mlx.measure.compare import compare
 from moeflux_mlx.memory.caches import CACHE_STEP
@@ -103,9 +106,78 @@ def test_kernels_give_mlx_lms_tokens_and_logits(plain):
         got, found = greedy(model, n_seqs, 1)
         assert relative_rms(got, expected) < 1e-5, n_seqs
         assert found == chosen, n_seqs
-    # Layers of full attention, where caches have spare rows.
-    kinds = CONFIGS["e7-k3"]["layer_types"]
-    assert launches(model).count("sdpa_decode_join") == kinds.count(FULL)
+
+
+@simulated
+def test_a_token_takes_the_nine_launches_a_layer_that_qwens_takes(tmp_path):
+    """Biases, sinks, windows and what clips are within."""
+    sizes = dict(num_hidden_layers=2, layer_types=[SLIDING, FULL])
+    path = make_gpt_oss(tmp_path / "model", experts=MXFP4, **sizes)
+    names = launches(load(path, executor="sim", optimistic="on"))
+    assert [name.replace("_ungated", "") for name in names[1:19]] == 2 * LAYER
+
+
+def logits_after(model, n_prompt: int, n_seqs: int) -> mx.array:
+    """Return the logits of a prompt and of 21 tokens after it, each alone."""
+    cache, ids = make_prompt_cache(model), tokens(n_prompt + 21, n_seqs=n_seqs)
+    parts = [model(ids[:, :n_prompt], cache=cache)]
+    for i in range(n_prompt, n_prompt + 21):
+        parts.append(model(ids[:, i : i + 1], cache=cache))
+    return mx.concatenate(parts, axis=1)
+
+
+@pytest.mark.sampled
+@only_quantised
+@pytest.mark.parametrize("n_seqs", [3, 1])
+def test_running_ahead_gives_what_waiting_gives(plain, n_seqs, monkeypatch):
+    """Windows are 8: they fill up, are full at once, or are cut, and go round twice."""
+    monkeypatch.setitem(EXECUTORS, Lazy.name, Lazy)
+    passed = []
+    run = StepTracer.__call__
+    monkeypatch.setattr(
+        StepTracer, "__call__", lambda *a, **k: passed.append(a[1]) or run(*a, **k)
+    )
+    budget = {"executor": Lazy.name, "expert_memory": least(plain, 9)}
+    waits, ahead = (load(plain, optimistic=on, **budget) for on in ("off", "on"))
+    for n_prompt in (3, 8, 13):
+        expected = logits_after(waits, n_prompt, n_seqs)
+        assert passed == []
+        got = logits_after(ahead, n_prompt, n_seqs)
+        assert relative_rms(got, expected) < 1e-6
+        # All layers at least once for every token that caches had room for.
+        assert sum(map(len, passed)) >= 3 * 20
+        passed.clear()
+    theirs = logits_after(mlx_lm.load(str(plain))[0], n_prompt, n_seqs)
+    assert relative_rms(got, theirs) < 1e-5
+    assert ahead.streamer.stats.total.misses
+
+
+@only_quantised
+def test_a_step_that_fails_may_be_made_again(plain, monkeypatch):
+    """Full windows have lost a row by then that no later token sees."""
+    monkeypatch.setitem(EXECUTORS, Lazy.name, Lazy)
+    budget = {"executor": Lazy.name, "expert_memory": least(plain, 9)}
+    waits, ahead = (load(plain, optimistic=on, **budget) for on in ("off", "on"))
+    confirm = ExpertStreamer.confirm
+
+    def fail(*_args, **_options):
+        raise ExpertStoreError("[test] read failed")
+
+    found = []
+    for model in (waits, ahead):
+        cache, ids = make_prompt_cache(model), tokens(18)
+        parts = [model(ids[:, :13], cache=cache)]
+        for i in range(13, 18):
+            ends = [c.offset for c in cache]
+            if model is ahead and i > 13:
+                monkeypatch.setattr(ExpertStreamer, "confirm", fail)
+                with pytest.raises(ExpertStoreError, match="read failed"):
+                    model(ids[:, i : i + 1], cache=cache)
+                monkeypatch.setattr(ExpertStreamer, "confirm", confirm)
+            assert [c.offset for c in cache] == ends
+            parts.append(model(ids[:, i : i + 1], cache=cache))
+        found.append(mx.concatenate(parts, axis=1))
+    assert relative_rms(found[1], found[0]) < 1e-6
 
 
 @only_quantised

@@ -31,6 +31,7 @@ from moeflux_mlx.engine.launch.check import check, relative_error
 from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.experts.files.packed import PackedExperts
 from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.weights import Quantization
 
 on_gpu = pytest.mark.parametrize(
     "device",
@@ -82,6 +83,7 @@ class Family:
     width: str = "moe_intermediate_size"
 
 
+OF_GPT_OSS = "num_local_experts", "intermediate_size"
 # A layer in the middle of the second has no experts, the first of two others none.
 FAMILIES = {
     "qwen3_5_moe": Family(make_checkpoint),
@@ -90,8 +92,18 @@ FAMILIES = {
     ),
     "qwen3_next": Family(make_qwen3_next),
     "glm4_moe": Family(make_glm4_moe, "n_routed_experts"),
-    "deepseek_v3": Family(make_deepseek_v3, "n_routed_experts"),
-    "gpt_oss": Family(make_gpt_oss, "num_local_experts", "intermediate_size"),
+    # Latents so wide that the prompt here is taken in the expanded form.
+    "deepseek_v3": Family(
+        partial(make_deepseek_v3, kv_lora_rank=256, v_head_dim=32), "n_routed_experts"
+    ),
+    "gpt_oss": Family(make_gpt_oss, *OF_GPT_OSS),
+    # As it is published: experts in floats of 4 bits.
+    "gpt_oss-mxfp4": Family(
+        partial(make_gpt_oss, experts=Quantization(4, 32, "mxfp4")), *OF_GPT_OSS
+    ),
+    "gpt_oss-nvfp4": Family(
+        partial(make_gpt_oss, experts=Quantization(4, 16, "nvfp4")), *OF_GPT_OSS
+    ),
     "minimax": Family(make_minimax, "num_local_experts", "intermediate_size"),
 }
 each_family = pytest.fixture(scope="module", params=FAMILIES)

@@ -17,6 +17,7 @@ from moeflux_mlx.engine.launch import KERNELS, Launch, prepare, prepared
 from moeflux_mlx.engine.metal import Instance, Library, cuda
 from moeflux_mlx.engine.metal.library import HEADER
 from moeflux_mlx.errors import SimulatorError
+from moeflux_mlx.experts.weights import Records
 from moeflux_mlx.proof import lint
 
 simulated = pytest.mark.skipif(
@@ -127,6 +128,15 @@ def test_every_instance_has_a_name_of_its_own():
 
 
 # Absent inputs.
+def arrays(given):
+    """Yield the arrays in a launch's arguments: alone, in records, in matrices."""
+    if isinstance(given, mx.array | Records):
+        yield getattr(given, "array", given)
+    elif isinstance(given, tuple | list):
+        for each in given:
+            yield from arrays(each)
+
+
 def test_no_launch_makes_an_array_for_an_absent_input(monkeypatch):
     cases = [
         (kernel, kernel.arguments(kernel.dtypes[0], **sizes))
@@ -145,7 +155,7 @@ def test_no_launch_makes_an_array_for_an_absent_input(monkeypatch):
         ready = prepare(kernel(*arguments))
         values = ready.instance.values
         absent |= {(kernel.name, n) for n, v in values.items() if v is None}
-        given = {id(x) for x in arguments if isinstance(x, mx.array)}
+        given = {id(x) for x in arrays(arguments)}
         bound = {
             id(x)
             for p, x in zip(ready.instance.inputs, ready.inputs, strict=True)

@@ -68,7 +68,8 @@ def attention_layer(seed: int) -> DeepseekV3Attention:
 
 
 def attend(queries, cache, scale, tile):
-    """Attend with the folded kernel, or with tiles of ``tile`` rows."""
+    """Attend to one sequence with the folded kernel, or with tiles of so many rows."""
+    cache = [x[None] for x in cache]
     if tile is None:
         return run(mla.mla_sdpa_folded(*queries, *cache, scale))
     parts = run(mla.mla_sdpa_tile_accumulate(*queries, *cache, scale, tile))
@@ -82,8 +83,9 @@ def by_kernels(layer, x, caches, start, tile):
     q_nope, q_pe, latent, k_pe = run(mla.mla_split_q_kv(q, kv, H, N))
     latent = layer.kv_a_layernorm(latent)
     mscale = layer.rope.mscale
-    q_pe = run(mla.yarn_rope_apply(q_pe, inv_freq, start, mscale))
-    k_pe = run(mla.yarn_rope_apply(k_pe, inv_freq, start, mscale))
+    at = mx.array([start], mx.int32)
+    q_pe = run(mla.yarn_rope_apply(q_pe, inv_freq, at, mscale))
+    k_pe = run(mla.yarn_rope_apply(k_pe, inv_freq, at, mscale))
     caches = run(mla.mla_kv_cache_append(*caches, latent, k_pe, start))
     w_uk, w_uv = layer.embed_q, layer.unembed_out
     launch = mla.mla_q_prime_4bit(q_nope, w_uk.weight, w_uk.scales, w_uk.biases)
@@ -124,7 +126,8 @@ def test_yarn_rotates_as_mlx_lm_does_far_from_the_start():
     )
     assert rope.mscale != 1.0
     x = normal(3, 5 * 64)
-    launch = mla.yarn_rope_apply(x, mx.reciprocal(rope._freqs), 9000, rope.mscale)
+    at = mx.array([9000], mx.int32)
+    launch = mla.yarn_rope_apply(x, mx.reciprocal(rope._freqs), at, rope.mscale)
     wanted = rope(x.reshape(3, 5, 64).swapaxes(0, 1)[None], 9000)[0]
     wanted = wanted.swapaxes(0, 1).reshape(3, -1)
     assert relative_error(run(launch), wanted) < 1e-5
@@ -139,7 +142,8 @@ def test_scores_that_rise_beyond_what_exp_can_hold_keep_their_softmax():
     queries, (latent, rope) = random_attention(1, H, 61)
     grown = latent * (1 + mx.arange(61))[:, None]
     for tile in TILES:
-        wanted = mla.mla_sdpa_folded.expected(*queries, grown, rope, 3.0)[0]
+        of_one = grown[None], rope[None]
+        wanted = mla.mla_sdpa_folded.expected(*queries, *of_one, 3.0)[0]
         got = attend(queries, (grown, rope), 3.0, tile)
         assert relative_error(got, wanted) < 1e-5
 
@@ -161,11 +165,25 @@ def test_a_token_gets_the_same_bits_whatever_comes_along():
         together = run(build(queries[0], w, scales, biases))
         alone = run(build(queries[0][3:4], w, scales, biases))
         assert mx.array_equal(together[3:4], alone)
-    together = run(mla.mla_sdpa_folded(*queries, *cache, 0.1))
-    alone = tuple(x[3:4] for x in queries), tuple(x[:28] for x in cache)
-    assert mx.array_equal(
-        together[3:4], run(mla.mla_sdpa_folded(*alone[0], *alone[1], 0.1))
-    )
+    together = attend(queries, cache, 0.1, None)
+    alone = [x[3:4] for x in queries], [x[:28] for x in cache]
+    assert mx.array_equal(together[3:4], attend(*alone, 0.1, None))
+
+
+@pytest.mark.parametrize("tile", [None, 16])
+def test_a_sequence_gets_the_same_bits_whatever_others_come_along(tile):
+    queries, cache = random_attention(3, H, 3 * 29)
+    ends, caches = [23, 5, 29], [x.reshape(3, 29, -1) for x in cache]
+    given = *queries, *caches, 0.1
+    seen = mx.array(ends, mx.uint32)
+    if tile is None:
+        together = run(mla.mla_sdpa_folded(*given, seen))
+    else:
+        parts = run(mla.mla_sdpa_tile_accumulate(*given, tile, seen))
+        together = run(mla.mla_sdpa_tile_finalize(*parts, H, mx.float32))
+    for i, end in enumerate(ends):
+        own = [x[i : i + 1] for x in queries], [x[i, :end] for x in caches]
+        assert mx.array_equal(together[i : i + 1], attend(*own, 0.1, tile))
 
 
 def test_rows_that_an_array_puts_outside_the_cache_are_dropped():
@@ -187,8 +205,8 @@ REFUSED = {
     "nope_dim": lambda: mla.mla_split_q_kv(Q, Q, 2, 64),
     "kv: expected 3 rows": lambda: mla.mla_split_q_kv(Q, ROPE, 2, 32),
     "kv: expected more": lambda: mla.mla_split_q_kv(Q, mx.zeros((3, 32)), 2, 32),
-    "x": lambda: mla.yarn_rope_apply(Q, mx.zeros((5,)), 0, 1.0),
-    "start": lambda: mla.yarn_rope_apply(Q, mx.zeros((4,)), -1, 1.0),
+    "x": lambda: mla.yarn_rope_apply(Q, mx.zeros((5,)), mx.array([0]), 1.0),
+    "start": lambda: mla.yarn_rope_apply(Q, mx.zeros((4,)), mx.array([0, 1]), 1.0),
     "start: expected 0 to 2": lambda: mla.mla_kv_cache_append(
         LATENT, ROPE, LATENT[:3], ROPE[:3], 3
     ),
@@ -205,16 +223,29 @@ REFUSED = {
         Q, W, mx.zeros((2, 4, 4)), mx.zeros((2, 4, 4))
     ),
     "biases": lambda: mla.mla_out_per_head_4bit(Q, W, SCALES, SCALES[:1]),
-    "latent: expected L": lambda: mla.mla_sdpa_folded(Q, QR, ROPE, ROPE, 1.0),
+    "latent: expected L": lambda: mla.mla_sdpa_folded(Q, QR, *2 * [ROPE[None]], 1.0),
+    "latent: expected a divisor": lambda: mla.mla_sdpa_folded(
+        Q, QR, *(mx.stack([x, x]) for x in (LATENT, ROPE)), 1.0
+    ),
+    "rope: expected 1 seq": lambda: mla.mla_sdpa_folded(
+        Q, QR, LATENT[None], mx.stack([ROPE, ROPE]), 1.0
+    ),
+    "seen": lambda: mla.mla_sdpa_folded(
+        Q, QR, LATENT[None], ROPE[None], 1.0, mx.zeros(2, mx.uint32)
+    ),
     "q_prime: expected at most": lambda: mla.mla_sdpa_folded(
-        Q, QR, LATENT[:2], ROPE[:2], 1.0
+        Q, QR, LATENT[None, :2], ROPE[None, :2], 1.0
     ),
-    "q_pe": lambda: mla.mla_sdpa_folded(Q, Q, LATENT, ROPE, 1.0),
-    "rope: expected 5 rows": lambda: mla.mla_sdpa_folded(Q, QR, LATENT, ROPE[:4], 1.0),
+    "q_pe": lambda: mla.mla_sdpa_folded(Q, Q, LATENT[None], ROPE[None], 1.0),
+    "rope: expected 5 rows": lambda: mla.mla_sdpa_folded(
+        Q, QR, LATENT[None], ROPE[None, :4], 1.0
+    ),
     "rope: expected R <=": lambda: mla.mla_sdpa_folded(
-        Q, QR, LATENT, mx.zeros((5, 264)), 1.0
+        Q, QR, LATENT[None], mx.zeros((1, 5, 264)), 1.0
     ),
-    "tile": lambda: mla.mla_sdpa_tile_accumulate(Q, QR, LATENT, ROPE, 1.0, 24),
+    "tile": lambda: mla.mla_sdpa_tile_accumulate(
+        Q, QR, LATENT[None], ROPE[None], 1.0, 24
+    ),
     "num_heads": lambda: mla.mla_sdpa_tile_finalize(
         *[mx.zeros((2, 6))] * 2, mx.zeros((2, 6, 64)), 4, mx.float32
     ),

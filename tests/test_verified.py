@@ -21,7 +21,7 @@ simulated = pytest.mark.skipif(
 )
 OPS = [spec.build().op for spec in (*SPECS, *KERNEL_SPECS)]
 FIRST = {ways[0].name for ways in TABLE.values()}
-TOGETHER = {group.name for group in GROUPS}
+TOGETHER = {group.name for group in GROUPS if group.kernels}
 
 
 @pytest.mark.parametrize("executor", ["metal", "cuda", "sim"])
@@ -49,11 +49,15 @@ def test_the_environment_chooses_a_way_that_is_not_verified(monkeypatch):
     assert found.name == "residual_add_n_tokens"
 
 
+# What launches no kernel, but goes another way than an Op's reference.
+BY_MLX = ("mlx_dequantize", "mlx_expanded")
+
+
 def test_ways_and_groups_name_kernels_that_are_there():
     each = [*GROUPS, *(way for ways in TABLE.values() for way in ways)]
     for found in each:
         assert set(found.kernels) <= set(KERNELS)
-        assert found.name in found.kernels or found.name == "mlx_dequantize"
+        assert found.name in found.kernels or found.name in BY_MLX
 
 
 def test_a_record_speaks_of_a_kernel_with_the_same_numbers_compiled_in(monkeypatch):

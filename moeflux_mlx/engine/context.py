@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models import base
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from .. import device
 from . import ops
@@ -19,7 +19,7 @@ from .graph import Op
 from .graph.experts import GraphExperts
 from .graph.lower import Kernel
 from .ops.attention import join_heads, split_heads
-from .ops.functions import to_device, to_host
+from .ops.functions import namespace, to_device, to_host
 
 
 class Grows(Protocol):
@@ -74,6 +74,18 @@ class Context:
             # MLX keeps arrays of up to 8 bytes where a GPU reads them over the bus.
             start = mx.concatenate([start, mx.zeros(4, mx.int32)])[:n_seqs]
         self.start = self.move(start)
+        self._last: dict[int, Any] = {}
+
+    def last_row(self, n_rows: int) -> Any:
+        """Return the last row of a cache with something in it, int32 ``[B]``.
+
+        Args:
+            n_rows: the most that the cache has: later tokens take the oldest one's row.
+        """
+        if n_rows not in self._last:
+            at = namespace(self.start)
+            self._last[n_rows] = at.minimum(self.start, n_rows - 1)
+        return self._last[n_rows]
 
     def _mask(self, stub: mx.array, cache: Any, window: int | None) -> Any:
         mask = base.create_attention_mask(stub, cache, window_size=window)
@@ -88,9 +100,22 @@ def _cache_of(mixers: Sequence[Grows], cache: list[Any], *, grows: bool) -> Any:
     return next((c for mixer, c in pairs if mixer.grows == grows), None)
 
 
-def has_spare_rows(cache: Any) -> bool:
-    """Tell whether a cache's rows lie in arrays that also have room for later ones."""
-    return type(cache) is KVCache
+def has_spare_rows(cache: Any, window: int | None = None) -> bool:
+    """Tell whether a cache's rows lie in arrays that also have room for later ones.
+
+    Args:
+        window: how many of the last tokens a token sees. Then a cache of just those
+            has it, since a new token takes the place of one that is not seen.
+    """
+    if window is None:
+        return type(cache) is KVCache
+    return turns_round(cache, window)
+
+
+def turns_round(cache: Any, window: int | None) -> bool:
+    """Tell whether a cache keeps the last ``window`` tokens and no others."""
+    own = type(cache) is RotatingKVCache and cache.keep == 0
+    return own and cache.max_size == window
 
 
 def cache_ops(

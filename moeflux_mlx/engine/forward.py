@@ -72,7 +72,8 @@ class Forward:
         self._runner = GraphRunner(runtime.executor)
         self._chunk = 0
         tracer = StepTracer(self._traced)
-        self._steps = TokenSteps(tracer)
+        windows = [mixer.window for mixer in self._mixers]
+        self._steps = TokenSteps(tracer, windows)
         # The runner's graphs here have no experts.
         runtime.holders.add(tracer)
         runtime.holders.add(self)
@@ -270,9 +271,7 @@ class Forward:
         watched = executor.watches_layers or (
             executor.watches_steps and self.runtime.streams
         )
-        # A trace sees every row of a cache.
-        sees_all = all(mixer.window is None for mixer in self._mixers)
-        if watched or not self.runtime.steps or not sees_all:
+        if watched or not self.runtime.steps:
             return None
         self.make_room(inputs, cache)
         weights, sources = self._bind()

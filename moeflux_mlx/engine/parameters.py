@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -144,7 +145,23 @@ class LayerWeights:
                 self._stored[path] = Weight(rows[0], rows[1], rows[2], quantization)
                 places[path] = JointRows(name, first, w.shape[0])
                 first += n
+            self._join_biases(name, paths, places)
         return places
+
+    def _join_biases(
+        self, name: str, paths: Sequence[str], places: dict[str, JointRows]
+    ) -> None:
+        """Have what is added to a joint matrix's products in one array too."""
+        found = {path: self._stored.get(f"{path}.bias") for path in paths}
+        dtypes = [bias.w.dtype for bias in found.values() if bias is not None]
+        if not dtypes:
+            return
+        parts = []
+        for path in filter(places.__contains__, paths):
+            n, bias = self._stored[path].w.shape[0], found[path]
+            parts.append(mx.zeros(n, dtypes[0]) if bias is None else bias.w)
+            places[f"{path}.bias"] = replace(places[path], name=f"{name}.bias")
+        self._joints[f"{name}.bias"] = Weight(mx.concatenate(parts))
 
     def _collect_module(self, path: str, module: nn.Module) -> None:
         arrays = {k: v for k, v in module.items() if isinstance(v, mx.array)}

@@ -17,14 +17,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache, KVCache
+from mlx_lm.models.cache import ArraysCache
 
 from .. import device
 from ..experts.streaming.streamer import ExpertStreamer
 from ..experts.streaming.windows import SPAN_GROWTH, spans_of, window_of
 from ..experts.weights import leaves
 from .graph.experts import GraphExperts
-from .trace import Passed, StepTracer, can_trace, set_states, states_of
+from .trace import (
+    Passed,
+    StepTracer,
+    can_trace,
+    end_at,
+    place_of,
+    set_states,
+    states_of,
+)
 
 
 class TokenSteps:
@@ -32,10 +40,11 @@ class TokenSteps:
 
     Args:
         tracer: runs some of the layers.
+        windows: how many of the last tokens a token sees in each layer; None: all.
     """
 
-    def __init__(self, tracer: StepTracer):
-        self._tracer = tracer
+    def __init__(self, tracer: StepTracer, windows: Sequence[int | None]):
+        self._tracer, self._windows = tracer, windows
 
     def __call__(
         self,
@@ -62,11 +71,11 @@ class TokenSteps:
         Raises:
             ExpertStoreError: an expert could not be read.
         """
-        if not all(map(can_trace, caches)):
+        if not all(map(can_trace, caches, self._windows)):
             return None
         run = _Run(self._tracer, caches, sources, weights, traced)
         before = [states_of(c) if isinstance(c, ArraysCache) else None for c in caches]
-        offsets = [(c, c.offset) for c in caches if isinstance(c, KVCache)]
+        places = [(cache, place_of(cache)) for cache in caches]
         try:
             if streamer is None:
                 logits = run(range(len(caches)), tokens, None).out
@@ -80,13 +89,13 @@ class TokenSteps:
                 )
                 logits = _RunAhead(run, streamer, before, ahead)(tokens, window)
                 streamer.read_ahead.end()
-            for cache, offset in offsets:
-                cache.offset = offset + 1
+            for cache, place in places:
+                end_at(cache, place, 1)
         except BaseException:
             self._tracer.give_back()
             run.put_back(before)
-            for cache, offset in offsets:
-                cache.offset = offset
+            for cache, place in places:
+                end_at(cache, place)
             raise
         return logits
 
@@ -116,7 +125,8 @@ class _Run:
     def put_back(self, states: Sequence[list[Any] | None], first: int = 0) -> None:
         """Give caches from layer ``first`` on the states they had; None: nothing.
 
-        Rows of a ``KVCache`` need none: those after its offset do not count.
+        Rows need none: those after a ``KVCache``'s end do not count, and the one that
+        a ``RotatingKVCache`` lost no later token sees.
         """
         for i in range(first, self.n_layers):
             if (held := states[i]) is not None:

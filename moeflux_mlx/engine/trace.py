@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache, KVCache
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
 from ..calls.compiling import Compiled, forget_gone
 from ..experts.weights import leaves
+from .context import turns_round
 from .model import BuiltOnce
 
 # Traces of some layers: as many shapes of caches and numbers of sequences at a time.
@@ -41,13 +42,22 @@ Forward = Callable[[range, mx.array, list[Any], mx.array | None], Passed]
 
 
 class TracedKV:
-    """Stands for a ``KVCache`` in a trace: whole arrays, and an array as offset."""
+    """Stands for a cache of rows in a trace: whole arrays, and an array as offset.
 
-    def __init__(self, keys: mx.array, values: mx.array, offset: mx.array):
-        self.keys, self.values, self.offset = keys, values, offset
+    ``row`` int32 ``[1]`` is where the token goes, if that does not follow from it.
+    """
+
+    def __init__(
+        self,
+        keys: mx.array,
+        values: mx.array,
+        offset: mx.array,
+        row: mx.array | None = None,
+    ):
+        self.keys, self.values, self.offset, self.row = keys, values, offset, row
 
     def make_mask(self, *_args: Any, **_options: Any) -> None:
-        """Return None: a single token sees all rows up to its own."""
+        """Return None: a single token sees all rows up to its own, or all."""
 
 
 class StepTracer:
@@ -100,13 +110,15 @@ class StepTracer:
             )
         else:
             call = self._function(layers, kinds)
-        offset = next((c.offset for c in caches if isinstance(c, KVCache)), 0)
+        offset = next((c.offset for c in caches if not isinstance(c, ArraysCache)), 0)
+        turning = any(isinstance(c, RotatingKVCache) for c in caches)
+        rows = mx.array(list(map(next_row, caches)), mx.int32) if turning else None
         self._lent = caches, states
         try:
             # Nobody else may hold them when MLX evaluates: it updates them in place.
             for cache in caches:
                 set_states(cache, [None, None])
-            passed, new = call(x, mx.array(offset, mx.int32), slots, states)
+            passed, new = call(x, mx.array(offset, mx.int32), rows, slots, states)
             self._lent = caches, new
         finally:
             self.give_back()
@@ -133,6 +145,7 @@ class StepTracer:
         def step(
             x: mx.array,
             offset: mx.array,
+            rows: mx.array | None,
             slots: mx.array | None,
             states: list[mx.array],
         ) -> tuple[tuple[Any, ...], list[mx.array]]:
@@ -141,6 +154,9 @@ class StepTracer:
                 first, second = states[2 * i : 2 * i + 2]
                 if kind is KVCache:
                     caches.append(TracedKV(first, second, offset))
+                elif kind is RotatingKVCache:
+                    assert rows is not None
+                    caches.append(TracedKV(first, second, offset, rows[i : i + 1]))
                 else:
                     caches.append(ArraysCache(2))
                     set_states(caches[-1], [first, second])
@@ -151,18 +167,51 @@ class StepTracer:
         return step
 
 
-def can_trace(cache: Any) -> bool:
+def can_trace(cache: Any, window: int | None) -> bool:
     """Tell whether a trace can move a cache on by one token.
 
     Not before the first one, nor when there is no room for one more, nor others than
     mlx-lm's plain caches.
+
+    Args:
+        window: how many of the last tokens a token sees; None: all.
     """
-    if type(cache) is KVCache:
+    if type(cache) is KVCache and window is None:
         return cache.keys is not None and cache.offset < cache.keys.shape[2]
+    if turns_round(cache, window):
+        return (
+            cache.keys is not None and next_row(cache) < cache.keys.shape[2] <= window
+        )
     if type(cache) is ArraysCache and len(cache.cache) == 2:
         plain = cache.left_padding is None and cache.lengths is None
         return plain and all(state is not None for state in cache.cache)
     return False
+
+
+def next_row(cache: Any) -> int:
+    """Return the row that the next token takes in a cache that has rows; else 0."""
+    if isinstance(cache, RotatingKVCache):
+        # One that is full begins again with its first.
+        return 0 if cache._idx == cache.max_size else cache._idx
+    return getattr(cache, "offset", 0)
+
+
+def place_of(cache: Any) -> tuple[int, ...]:
+    """Return where a cache of rows ends; nothing of others."""
+    if isinstance(cache, RotatingKVCache):
+        return cache.offset, cache._idx
+    return (cache.offset,) if isinstance(cache, KVCache) else ()
+
+
+def end_at(cache: Any, place: tuple[int, ...], n_more: int = 0) -> None:
+    """Have a cache of rows end where it did, or ``n_more`` tokens of 0 or 1 later."""
+    if isinstance(cache, RotatingKVCache):
+        cache.offset, cache._idx = place
+        if n_more:
+            cache._idx = next_row(cache) + 1
+            cache.offset += 1
+    elif isinstance(cache, KVCache):
+        cache.offset = place[0] + n_more
 
 
 def states_of(cache: Any) -> list[Any]:

@@ -94,10 +94,10 @@ class Weight:
 
     @functools.cached_property
     def records(self) -> tuple[Records | None, ...]:
-        """``w``, ``scales`` and ``biases`` of all slots for kernels, never copied."""
+        """``w``, ``scales``, ``biases`` and ``bias`` of all slots, never copied."""
         if self.in_pool is not None:
             return self.in_pool
-        parts = (self.w, self.scales, self.biases)
+        parts = (self.w, self.scales, self.biases, self.bias)
         rows = [None if x is None else x.reshape(x.shape[0], -1) for x in parts]
         has_values(*(x for x in rows if x is not None))
         return tuple(None if x is None else Records(x, 0) for x in rows)

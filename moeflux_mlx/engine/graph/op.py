@@ -51,7 +51,7 @@ InOut = Annotated[BufId[B_co], Access.READ | Access.WRITE]
 class JointRows:
     """Where a matrix lies in one that holds several: from row ``first`` of ``n_rows``.
 
-    ``name`` is the joint matrix's among the layer's weights.
+    ``name`` is the joint matrix's among the layer's weights. Biases lie likewise.
     """
 
     name: str
@@ -78,7 +78,7 @@ class WeightRef:
         """Describe a weight's arrays."""
         q = weight.quantization
         if q is None or weight.scales is None:
-            return cls(name, tuple(weight.w.shape), None, weight.w.dtype)
+            return cls(name, tuple(weight.w.shape), None, weight.w.dtype, joint)
         shape = (*weight.w.shape[:-1], weight.w.shape[-1] * 32 // q.bits)
         return cls(name, shape, q, weight.scales.dtype, joint)
 

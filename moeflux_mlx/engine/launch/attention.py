@@ -7,6 +7,7 @@ one.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -46,15 +47,16 @@ def _rope(given: Given) -> mx.array:
     # On the host: MLX's own takes the frequencies' reciprocals, which rounds twice.
     x, inv_freq, start = map(to_host, (given.wide.x, given.inv_freq, given.start))
     heads = split_heads(x, start.size, given.num_heads)
-    turned = join_heads(rope(heads, 2 * inv_freq.size, inv_freq, start))
-    return mx.array(turned).astype(given.x.dtype)
+    turned = rope(heads, 2 * inv_freq.size, inv_freq, start, given.scale)
+    return mx.array(join_heads(turned)).astype(given.x.dtype)
 
 
 def _some_rope(case: Case) -> tuple[Any, ...]:
     exponents = np.arange(case.pairs) / case.pairs
     inv_freq = mx.array((100.0**-exponents).astype(np.float32))
     start = mx.array((case.at + np.arange(case.b) * 3).astype(np.int32))
-    return case.normal(case.b * case.t, case.h * case.d), inv_freq, start, case.h
+    x = case.normal(case.b * case.t, case.h * case.d)
+    return x, inv_freq, start, case.h, case.get("scale", 1.0)
 
 
 @kernel(
@@ -65,16 +67,22 @@ def _some_rope(case: Case) -> tuple[Any, ...]:
         dict(b=2, t=3, h=3, d=37, pairs=9, at=5),
         dict(b=1, t=5, h=2, d=64, pairs=32, at=1000),
         dict(b=9, t=1, h=1, d=96, pairs=16, at=70),
+        dict(b=2, t=2, h=2, d=10, pairs=3, at=7, scale=1.25),
     ],
     large=dict(b=1, t=2048, h=32, d=128, pairs=64, at=0),
     varying=("n_tokens",),
 )
 def rope_n_tokens(
-    x: mx.array, inv_freq: mx.array, start: mx.array, num_heads: int
+    x: mx.array,
+    inv_freq: mx.array,
+    start: mx.array,
+    num_heads: int,
+    scale: float = 1.0,
 ) -> Launch:
     """Rotate the first channels of each head of ``[N, H * d]``, halves paired.
 
-    ``inv_freq`` float32 ``[rotary / 2]``; ``start`` int32 ``[B]``.
+    ``inv_freq`` float32 ``[rotary / 2]``; ``start`` int32 ``[B]``; ``scale`` multiplies
+    what is rotated.
     """
     n, width = dims("x", x, 2)
     (pairs,) = dims("inv_freq", inv_freq, 1)
@@ -94,6 +102,7 @@ def rope_n_tokens(
             "n_heads": num_heads,
             "head_dim": d,
             "n_pairs": pairs,
+            "scale": scale,
         },
         {"out": (n, width)},
         (32 * groups(d - pairs, 32), num_heads, n),
@@ -508,18 +517,24 @@ def _inputs(given: Given) -> tuple[mx.array, ...]:
 
 
 def _ungated_inputs(given: Given) -> tuple[mx.array, ...]:
-    wide, outs = given.wide, []
+    wide, outs = Given(**{"scale": 1.0, "head_dim": None, **vars(given.wide)}), []
     for x, weight in ((wide.q_proj, wide.q_norm), (wide.k_proj, wide.k_norm)):
-        rows, num_heads = rms_norm_heads(x, weight, wide.eps), x.shape[1] // weight.size
+        rows, d = x, wide.head_dim
+        if weight is not None:
+            rows, d = rms_norm_heads(x, weight, wide.eps), weight.size
+        num_heads = x.shape[1] // d
         outs.append(_rope(Given(**{**vars(wide), "x": rows, "num_heads": num_heads})))
     return tuple(x.astype(given.q_proj.dtype) for x in outs)
 
 
 def _some_inputs(case: Case) -> tuple[Any, ...]:
     b, h, d, gates = case.b, case.h, case.d, case.get("gates", 1)
-    _, inv_freq, start, _ = _some_rope(case.but(t=1))
+    _, inv_freq, start, *_ = _some_rope(case.but(t=1))
     rows = case.normal(b, (1 + gates) * h * d), case.normal(b, case.hk * d)
-    norms = [1 + normal(case.rng, case.other, d, scale=0.1) for _ in range(2)]
+    other = case.other
+    if not case.get("norms", 1):
+        return *rows, None, None, inv_freq, start, 0.0, 1.25, d
+    norms = [1 + normal(case.rng, other, d, scale=0.1) for _ in range(2)]
     return *rows, *norms, inv_freq, start, 1e-6
 
 
@@ -554,7 +569,7 @@ def attention_inputs(
     """
     (d,) = dims("q_norm", q_norm, 1)
     given = q_proj, k_proj, q_norm, k_norm, inv_freq, start, eps
-    return _place_heads("attention_inputs", *given, q_width=2 * d)
+    return _place_heads("attention_inputs", *given, d=d, q_width=2 * d)
 
 
 @kernel(
@@ -565,6 +580,7 @@ def attention_inputs(
         dict(b=2, h=3, hk=1, d=37, pairs=9, at=5, s=1, gates=0),
         dict(b=1, h=7, hk=1, d=128, pairs=64, at=1000, s=0, gates=0),
         dict(b=3, h=4, hk=2, d=256, pairs=32, at=70, s=1, gates=0),
+        dict(b=2, h=3, hk=1, d=37, pairs=9, at=5, s=0, gates=0, norms=0),
     ],
     large={**INPUTS_LARGE, "d": 128, "pairs": 64, "h": 32, "hk": 4, "gates": 0},
     varying=(),
@@ -572,37 +588,51 @@ def attention_inputs(
 def attention_inputs_ungated(
     q_proj: mx.array,
     k_proj: mx.array,
-    q_norm: mx.array,
-    k_norm: mx.array,
+    q_norm: mx.array | None,
+    k_norm: mx.array | None,
     inv_freq: mx.array,
     start: mx.array,
-    eps: float,
+    eps: float = 0.0,
+    scale: float = 1.0,
+    head_dim: int | None = None,
 ) -> Launch:
     """Queries ``[B, H * d]`` and keys ``[B, Hkv * d]`` of one token each.
 
-    ``q_proj`` is ``[B, H * d]``; the rest as ``attention_inputs`` has it.
+    ``q_proj`` is ``[B, H * d]``; ``scale`` multiplies what is rotated. Without norms
+    ``head_dim`` says how wide heads are. The rest is as ``attention_inputs`` has it.
     """
-    (d,) = dims("q_norm", q_norm, 1)
+    there = q_norm is not None
+    require("k_norm", (k_norm is not None) == there, "both norms or none", k_norm)
+    d = dims("q_norm", q_norm, 1)[0] if q_norm is not None else head_dim
+    require("head_dim", isinstance(d, int) and d > 0, "a width of heads", d)
+    assert d is not None
     given = q_proj, k_proj, q_norm, k_norm, inv_freq, start, eps
-    return _place_heads("attention_inputs_ungated", *given, q_width=d)
+    launch = _place_heads("attention_inputs_ungated", *given, d=d, q_width=d)
+    return replace(
+        launch,
+        inputs={**launch.inputs, "turned_scale": scale},
+        template={"HAS_Q_NORM": int(there), "HAS_K_NORM": int(there)},
+        types={} if there else {"N": q_proj.dtype},
+    )
 
 
 def _place_heads(
     name: str,
     q_proj: mx.array,
     k_proj: mx.array,
-    q_norm: mx.array,
-    k_norm: mx.array,
+    q_norm: mx.array | None,
+    k_norm: mx.array | None,
     inv_freq: mx.array,
     start: mx.array,
     eps: float,
     *,
+    d: int,
     q_width: int,
 ) -> Launch:
     """Check both kernels' arguments, a head of ``q_proj`` being ``q_width`` wide."""
-    (d,) = dims("q_norm", q_norm, 1)
     require("q_norm", d <= MAX_HEAD_DIM, f"a width up to {MAX_HEAD_DIM}", d)
-    expect("k_norm", k_norm, (d,))
+    if k_norm is not None:
+        expect("k_norm", k_norm, (d,))
     (n,) = dims("start", start, 1)
     (pairs,) = dims("inv_freq", inv_freq, 1)
     require("inv_freq", 2 * pairs <= d, f"at most {d // 2} pairs", pairs)

@@ -6,13 +6,14 @@ d head width.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..ops import elementwise as ops
-from ..ops.functions import swiglu
+from ..ops.functions import clipped_swiglu, swiglu
 from .base import Case, Given, Launch, dims, expect, groups, in_float32, kernel, require
 
 # Threads of a group that only share their start. Groups are always whole.
@@ -114,16 +115,33 @@ def swiglu_fused_vec4(gate: mx.array, up: mx.array) -> Launch:
     return _pair("swiglu_fused_vec4", {"gate": gate, "up": up}, 1, per_thread=4)
 
 
+def activated(gate: mx.array, up: mx.array, alpha: float, limit: float) -> mx.array:
+    """Return ``silu(gate) * up``, or with a ``limit`` the clipped one."""
+    out: mx.array = swiglu(gate, up)
+    return clipped_swiglu(gate, up, alpha, limit) if limit else out
+
+
+def _two_to_clip(case: Case) -> tuple[Any, ...]:
+    given = _two_matrices(case)
+    return (*given, 1.702, 0.75) if case.get("clipped") else given
+
+
 @kernel(
-    reference=_swiglu,
-    sample=_two_matrices,
-    sizes=MATRICES,
+    reference=in_float32(activated),
+    sample=_two_to_clip,
+    sizes=[*MATRICES, {**MATRICES[-1], "clipped": 1}],
     large=LARGE_MATRIX,
     varying=("n",),
 )
-def swiglu_fused_batched(gate: mx.array, up: mx.array) -> Launch:
-    """``silu(gate) * up`` over ``[T, F]``."""
-    return _pair("swiglu_fused_batched", {"gate": gate, "up": up}, 2, per_thread=4)
+def swiglu_fused_batched(
+    gate: mx.array, up: mx.array, alpha: float = 1.0, limit: float = 0.0
+) -> Launch:
+    """``silu(gate) * up`` over ``[T, F]``; a ``limit`` clips as ``swiglu`` does."""
+    require("limit", limit >= 0, "0 or a bound", limit)
+    inputs = {"gate": gate, "up": up}
+    launch = _pair("swiglu_fused_batched", inputs, 2, per_thread=4)
+    numbers = {"alpha": alpha, "limit": limit}
+    return replace(launch, inputs={**launch.inputs, **numbers})
 
 
 _sigmoid_gate = in_float32(ops.sigmoid_gate)

@@ -2,8 +2,8 @@
 
 Letters: D model width, E experts, K experts of the token, N expert width, F that of the
 shared expert, I and O input and output width of a projection, G quantisation group. One
-projection of all experts is given as ``Weight.records``: words, scales and biases, row
-``slot`` of each array, the matrix from the base on.
+projection of all experts is given as ``Weight.records``: words, scales, biases and what
+is added to products, row ``slot`` of each array, the matrix from the base on.
 """
 
 from __future__ import annotations
@@ -27,21 +27,35 @@ from .base import (
     require,
     require_part,
 )
+from .elementwise import activated
 from .moe import check_routing, random_logits, random_weights, softmax_topk
 from .quant import check_rows, quantised, stored
-from .slots import Matrix, check_matrix, in_slot, in_slots, numbers, random_matrix
+from .slots import (
+    Matrix,
+    check_matrix,
+    in_slot,
+    matrix_inputs,
+    numbers,
+    random_matrix,
+    row_lengths,
+    types_of,
+)
 
 
-def _words_a_load(matrices: list[Matrix], n_rows: int, n_in: int, bits: int) -> int:
+def _words_a_load(
+    matrices: list[Matrix], n_rows: int, n_in: int, bits: int, group_size: int
+) -> int:
     """Return the widest aligned load that leaves no lane of a simdgroup idle.
 
-    At most 32 values, so that they have one scale. ``n_rows`` are walked as one.
+    At most 32 values of a group, so that they have one scale. ``n_rows`` are walked as
+    one.
     """
     row_words = n_in * bits // 32
-    words = min(4, bits)
+    words = min(4, bits, group_size * bits // 32)
     while words > 1:
         offsets = [row_words]
-        for w, _, _ in matrices:
+        for w, *_ in matrices:
+            assert w is not None
             offsets += [w.base, w.array.shape[1]]
         if n_rows * row_words >= SIMD * words and all(n % words == 0 for n in offsets):
             break
@@ -54,7 +68,8 @@ def _gate_up(given: Given) -> mx.array:
     x = x[given.x_at : given.x_at + (given.n_in or x.size)]
     for slot in numbers(given.slots):
         pair = (in_slot(given, m, slot, x.size) for m in (given.gate, given.up))
-        rows.append(swiglu(*(linear(x, matrix) for matrix in pair)))
+        opened, up = (linear(x[None], matrix)[0] for matrix in pair)
+        rows.append(activated(opened, up, given.alpha, given.limit))
     return mx.stack(rows).astype(given.x.dtype)
 
 
@@ -68,7 +83,12 @@ def _some_gate_up(case: Case) -> tuple[Any, ...]:
     shape, base = (case.n, case.i), case.get("base")
     gate, up = (random_matrix(case, case.k + 1, shape, case.bits) for _ in range(2))
     x = case.normal(case.i + 2 * base)
-    return x, _slots(case), gate, up, case.n, case.bits, case.g, base, case.i
+    given = x, _slots(case), gate, up, case.n, case.bits, case.g, base, case.i
+    return (*given, *CLIPPED) if case.get("clipped") else given
+
+
+# As gpt-oss has it, but for a limit that products of samples pass.
+CLIPPED = (1.702, 0.5)
 
 
 @kernel(
@@ -80,6 +100,9 @@ def _some_gate_up(case: Case) -> tuple[Any, ...]:
         dict(k=2, i=1152, n=32, bits=4, g=128, s=1, base=4),
         dict(k=2, i=1088, n=5, bits=4, g=64, s=0),
         dict(k=10, i=1056, n=6, bits=8, g=32, s=0, base=3),
+        dict(k=3, i=96, n=23, bits=4, g=32, s=1, base=4, floats=1, bias=1, clipped=1),
+        dict(k=2, i=1088, n=5, bits=4, g=16, s=0, base=2, floats=1),
+        dict(k=2, i=64, n=17, bits=4, g=32, s=0, base=1, bias=1),
     ],
     large=dict(k=8, i=2048, n=768, bits=4, g=64, s=1),
     varying=(),
@@ -94,15 +117,19 @@ def experts_gate_up_swiglu(
     group_size: int,
     x_at: int = 0,
     n_in: int | None = None,
+    alpha: float = 1.0,
+    limit: float = 0.0,
 ) -> Launch:
     """``silu(Wg x) * (Wu x)`` of the experts in ``slots``: ``[K, N]``.
 
     ``x`` is ``[I]`` or ``[1, I]``, or a row in which the ``n_in`` values begin at
-    ``x_at``; ``slots`` ``[K]`` or ``[1, K]``.
+    ``x_at``; ``slots`` ``[K]`` or ``[1, K]``. A ``limit`` clips as ``swiglu`` does.
     """
     width, k = one_row("x", x), one_row("slots", slots)
     n_in = width if n_in is None else n_in
-    inputs, template = _gate_and_up(x, gate, up, n_out, bits, group_size, x_at, n_in)
+    inputs, template, types = _gate_and_up(
+        x, gate, up, n_out, bits, group_size, x_at, n_in, alpha, limit
+    )
     return Launch(
         "experts_gate_up_swiglu",
         {**inputs, "slots": slots},
@@ -110,6 +137,7 @@ def experts_gate_up_swiglu(
         (256 * groups(n_out, 16), k, 1),
         (256, 1, 1),
         template,
+        types,
     )
 
 
@@ -122,21 +150,24 @@ def _gate_and_up(
     group_size: int,
     x_at: int,
     n_in: int,
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """Check arguments of both kernels of gate and up; return inputs and template."""
+    alpha: float,
+    limit: float,
+) -> tuple[dict[str, Any], dict[str, int], dict[str, mx.Dtype]]:
+    """Check arguments of both kernels of gate and up; return a launch's parts."""
     require_part("x_at", x_at, n_in, one_row("x", x))
+    require("limit", limit >= 0, "0 or a bound", limit)
     rows = check_matrix("gate", gate, n_out, n_in, bits, group_size)
     up_rows = check_matrix("up", up, n_out, n_in, bits, group_size)
     require("up", up_rows == rows, f"rows as long as gate's {rows}", up_rows)
     inputs: dict[str, Any] = {"x": x, "x_at": x_at, "n_in": n_in, "n_out": n_out}
+    inputs |= {"alpha": alpha, "limit": limit}
+    words = _words_a_load([gate, up], 1, n_in, bits, group_size)
+    template = {"BITS": bits, "G": group_size, "WORDS": words}
     for name, matrix in (("gate", gate), ("up", up)):
-        parts = zip(("w", "scales", "biases"), matrix, strict=True)
-        for part, records in parts:
-            inputs[f"{name}_{part}"] = records.array
-            inputs[f"{name}_{part[0]}_base"] = records.base
-    inputs |= {"w_row": rows[0], "s_row": rows[1], "b_row": rows[2]}
-    words = _words_a_load([gate, up], 1, n_in, bits)
-    return inputs, {"BITS": bits, "G": group_size, "WORDS": words}
+        parts, there = matrix_inputs(matrix, f"{name}_")
+        inputs |= parts
+        template |= there
+    return {**inputs, **row_lengths(rows)}, template, types_of(gate, x.dtype)
 
 
 def _routed_gate_up(given: Given) -> tuple[mx.array, mx.array, mx.array]:
@@ -152,7 +183,8 @@ def _some_routed(case: Case) -> tuple[Any, ...]:
     logits = random_logits(case, 1)
     x = mx.concatenate([logits, case.normal(1, case.i + base)], 1)
     sizes = case.n, case.bits, case.g, case.e + base, case.i
-    return x, case.e, case.k, gate, up, *sizes
+    given = x, case.e, case.k, gate, up, *sizes
+    return (*given, *CLIPPED) if case.get("clipped") else given
 
 
 @kernel(
@@ -165,6 +197,10 @@ def _some_routed(case: Case) -> tuple[Any, ...]:
         dict(e=65, k=10, i=1056, n=6, bits=8, g=32, s=0, base=3),
         dict(e=256, k=8, i=1088, n=5, bits=4, g=64, s=0),
         dict(e=512, k=10, i=1088, n=3, bits=4, g=64, s=0),
+        dict(
+            e=9, k=4, i=96, n=19, bits=4, g=32, s=1, base=4, floats=1, bias=1, clipped=1
+        ),
+        dict(e=5, k=2, i=64, n=5, bits=4, g=16, s=0, base=2, floats=1),
     ],
     large=dict(e=128, k=8, i=2048, n=512, bits=4, g=64, s=0),
     varying=(),
@@ -180,16 +216,21 @@ def experts_route_gate_up(
     group_size: int,
     x_at: int,
     n_in: int,
+    alpha: float = 1.0,
+    limit: float = 0.0,
 ) -> Launch:
     """``silu(Wg x) * (Wu x)`` of the ``k`` best experts: ``[K, N]``, and which.
 
     ``x`` is a row ``[1, n]`` with the logits first and the ``n_in`` values from
     ``x_at`` on. Expert e lies in slot e. ``chosen`` and ``weights`` ``[1, K]`` are
-    those of ``moe_softmax_topk``, the weights divided by their sum.
+    those of ``moe_softmax_topk``, the weights divided by their sum. A ``limit`` clips
+    as ``swiglu`` does.
     """
     _, n_experts = check_routing(x, k, n_experts)
-    inputs, template = _gate_and_up(x, gate, up, n_out, bits, group_size, x_at, n_in)
-    n_slots = gate[0].array.shape[0]
+    inputs, template, types = _gate_and_up(
+        x, gate, up, n_out, bits, group_size, x_at, n_in, alpha, limit
+    )
+    n_slots = inputs["gate_w"].shape[0]
     require("gate", n_slots >= n_experts, f"{n_experts} slots", n_slots)
     return Launch(
         "experts_route_gate_up",
@@ -198,6 +239,7 @@ def experts_route_gate_up(
         (256 * groups(n_out, 16), k, 1),
         (256, 1, 1),
         {**template, "PER_LANE": groups(n_experts, SIMD)},
+        types,
     )
 
 
@@ -205,7 +247,8 @@ def _down_sum(given: Given) -> mx.array:
     act, total = given.wide.act, mx.zeros(given.n_out)
     for j, slot in enumerate(numbers(given.slots)):
         down = in_slot(given, given.down, slot, act.shape[1])
-        total = total + given.weights.reshape(-1)[j] * linear(act[j], down)
+        product = linear(act[j : j + 1], down)[0]
+        total = total + given.weights.reshape(-1)[j] * product
     return total
 
 
@@ -225,6 +268,9 @@ def _some_down(case: Case) -> tuple[Any, ...]:
         dict(k=3, n=512, d=18, bits=4, g=128, s=1, base=4),
         dict(k=2, n=512, d=5, bits=4, g=64, s=0),
         dict(k=8, n=64, d=9, bits=8, g=64, s=0, base=3),
+        dict(k=3, n=160, d=19, bits=4, g=32, s=1, base=4, floats=1, bias=1),
+        dict(k=4, n=96, d=5, bits=4, g=16, s=0, base=2, floats=1),
+        dict(k=3, n=64, d=18, bits=4, g=64, s=0, base=1, bias=1),
     ],
     large=dict(k=8, n=768, d=2048, bits=4, g=64, s=1),
     varying=(),
@@ -238,7 +284,7 @@ def experts_down_sum(
     bits: int,
     group_size: int,
 ) -> Launch:
-    """``sum(weights * (Wd act))`` over the experts in ``slots``: ``[D]``.
+    """``sum(weights * (Wd act + bias))`` over the experts in ``slots``: ``[D]``.
 
     ``slots`` and ``weights`` are ``[K]`` or ``[1, K]``.
     """
@@ -246,14 +292,16 @@ def experts_down_sum(
     one_row("slots", slots, k)
     one_row("weights", weights, k)
     require("act", k * n_in < 1 << 31, "K * N < 2^31", k * n_in)
-    stored = in_slots("down", down, n_out, n_in, bits, group_size)
+    lengths = check_matrix("down", down, n_out, n_in, bits, group_size)
+    inputs, there = matrix_inputs(down)
     return Launch(
         "experts_down_sum",
         {
             "act": act,
             "slots": slots,
             "weights": weights,
-            **stored,
+            **inputs,
+            **row_lengths(lengths),
             "k": k,
             "n_in": n_in,
             "n_out": n_out,
@@ -264,8 +312,10 @@ def experts_down_sum(
         {
             "BITS": bits,
             "G": group_size,
-            "WORDS": _words_a_load([down], k, n_in, bits),
+            "WORDS": _words_a_load([down], k, n_in, bits, group_size),
+            **there,
         },
+        types_of(down, act.dtype),
     )
 
 
@@ -302,6 +352,10 @@ def _some_combined(case: Case) -> tuple[Any, ...]:
     return act, slots, weights, down, *more
 
 
+# As gpt-oss stores its experts.
+FORM = {"floats": 1, "bias": 1}
+
+
 @kernel(
     reference=_combined,
     sample=_some_combined,
@@ -314,6 +368,9 @@ def _some_combined(case: Case) -> tuple[Any, ...]:
         dict(k=3, n=96, f=64, d=13, bits=4, shared_bits=4, g=32, s=1, gated=0),
         dict(k=3, n=96, f=0, d=13, bits=4, shared_bits=4, g=32, s=1, base=2),
         dict(k=8, n=64, f=0, d=9, bits=8, shared_bits=8, g=64, s=0, base=3),
+        dict(k=3, n=96, f=0, d=21, bits=4, shared_bits=4, g=32, s=1, base=4, **FORM),
+        dict(k=2, n=64, f=64, d=5, bits=4, shared_bits=8, g=32, s=0, floats=1),
+        dict(k=2, n=64, f=0, d=18, bits=4, shared_bits=4, g=16, s=0, base=2, floats=1),
     ],
     large=dict(k=8, n=512, f=512, d=2048, bits=4, shared_bits=4, g=64, s=0),
     varying=(),
@@ -343,13 +400,8 @@ def experts_down_combine(
     if row is None and starts is None and shared is None:
         # The kernel reads nothing of a matrix without columns, and one value of the
         # row.
-        w, scales, biases = (part.array for part in down)
-        row, starts, shared, n_shared = (
-            residual,
-            (0, 0),
-            (w, scales, biases, bits),
-            0,
-        )
+        shared = (launch.inputs["w"], residual, residual, bits)
+        row, starts, n_shared = residual, (0, 0), 0
     else:
         row, starts, shared, n_shared = _checked_shared(
             row, starts, shared, n_out, group_size
@@ -368,6 +420,7 @@ def experts_down_combine(
         (256 * groups(n_out, 16), 1, 1),
         (256, 1, 1),
         {**launch.template, "SHARED_BITS": shared_bits, "GATED": int(len(starts) > 2)},
+        launch.types,
     )
 
 

@@ -3,8 +3,8 @@
 Letters: T tokens, H heads, N nope, R rope, L latent and V value width, S rows in the
 cache, G quantisation group. Heads lie side by side in a row: ``[T, H * N]``. Matrices
 are stacked as mlx-lm has them, 4 bits a value: words ``[H, O, I / 8]``, scales and
-biases ``[H, O, I / G]``. The cache is two arrays, latents ``[S, L]`` and rotated rope
-keys ``[S, R]``; positions start at ``start``, a number or an int32 array of one.
+biases ``[H, O, I / G]``. The caches of B sequences are two arrays, latents
+``[B, S, L]`` and rotated rope keys ``[B, S, R]``; ``start`` is where new tokens begin.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...device import SIMD
 from ...experts.weights import Quantization, Weight
 from ..ops import latent as ops
 from ..ops.attention import join_heads, split_heads, with_rows
-from ..ops.functions import attention, heads_linear, rope, to_host
+from ..ops.functions import heads_linear, rope, to_host
 from .base import (
     Case,
     Given,
@@ -115,8 +115,8 @@ def mla_split_q_kv(q: mx.array, kv: mx.array, num_heads: int, nope_dim: int) -> 
 
 def _yarn(given: Given) -> mx.array:
     x, inv_freq = to_host(given.wide.x), to_host(given.inv_freq)
-    rope_dim, start = 2 * inv_freq.size, np.array(given.start).reshape(1)
-    heads = split_heads(x, 1, x.shape[1] // rope_dim)
+    rope_dim, start = 2 * inv_freq.size, np.array(given.start)
+    heads = split_heads(x, start.size, x.shape[1] // rope_dim)
     turned = rope(heads, rope_dim, inv_freq, start, given.mscale, pairs=True)
     return mx.array(join_heads(turned)).astype(given.x.dtype)
 
@@ -127,10 +127,11 @@ def _position(case: Case) -> Start:
 
 
 def _some_rope(case: Case) -> tuple[Any, ...]:
-    exponents = np.arange(0, case.r, 2) / case.r
+    exponents, n_seqs = np.arange(0, case.r, 2) / case.r, case.get("b", 1)
     inv_freq = mx.array((1e4**-exponents).astype(np.float32))
+    starts = mx.array([case.start + 5 * i for i in range(n_seqs)], mx.int32)
     mscale = 1.0 + 0.1 * case.h
-    return case.normal(case.t, case.h * case.r), inv_freq, _position(case), mscale
+    return case.normal(n_seqs * case.t, case.h * case.r), inv_freq, starts, mscale
 
 
 @kernel(
@@ -138,25 +139,26 @@ def _some_rope(case: Case) -> tuple[Any, ...]:
     sample=_some_rope,
     sizes=[
         {"t": 1, "h": 1, "r": 2, "start": 0},
-        {"t": 3, "h": 5, "r": 6, "start": 7, "as_array": 1},
+        {"t": 3, "h": 5, "r": 6, "start": 7, "b": 2},
         {"t": 1, "h": 128, "r": 64, "start": 4095},
         {"t": 5, "h": 1, "r": 64, "start": 11},
         {"t": 2, "h": 9, "r": 98, "start": 100},
     ],
     large={"t": 4096, "h": 128, "r": 64, "start": 0},
-    varying=("start",),
+    varying=("n_new",),
 )
 def yarn_rope_apply(
-    x: mx.array, inv_freq: mx.array, start: Start, mscale: float
+    x: mx.array, inv_freq: mx.array, start: mx.array, mscale: float
 ) -> Launch:
-    """Rotate neighbouring pairs of ``mscale * x``, ``[T, H * R]``.
+    """Rotate neighbouring pairs of ``mscale * x``, ``[B * T, H * R]``.
 
-    ``inv_freq`` ``[R / 2]`` is float32: 1 / ``YarnRoPE._freqs`` of mlx-lm.
+    ``inv_freq`` ``[R / 2]`` is float32: 1 / ``YarnRoPE._freqs`` of mlx-lm; ``start``
+    int32 ``[B]``.
     """
     (n_pairs,) = dims("inv_freq", inv_freq, 1)
     n_tokens, width = dims("x", x, 2)
     n_heads = _heads("x", width, 2 * n_pairs)
-    _check_start(start, 1 << 31)
+    n_new = _new_tokens("start", start, n_tokens)
     wide = min(groups(n_pairs, 2), 64)
     high = min(groups(n_heads, HEADS_PER_THREAD), 256 // wide)
     return Launch(
@@ -165,6 +167,7 @@ def yarn_rope_apply(
             "x": x,
             "inv_freq": inv_freq,
             "start": start,
+            "n_new": n_new,
             "mscale": mscale,
             "n_heads": n_heads,
             "rope_dim": 2 * n_pairs,
@@ -177,6 +180,13 @@ def yarn_rope_apply(
         ),
         (wide, high, 1),
     )
+
+
+def _new_tokens(name: str, each: mx.array, n_tokens: int) -> int:
+    """Return the tokens of a sequence, of which an array says something each."""
+    (n_seqs,) = dims(name, each, 1)
+    require(name, n_tokens % n_seqs == 0, f"a divisor of {n_tokens} rows", n_seqs)
+    return n_tokens // n_seqs
 
 
 def _check_start(start: Start, limit: int) -> None:
@@ -399,16 +409,19 @@ def _attention(
 ) -> tuple[dict[str, Any], int, int, dict[str, int]]:
     """Check attention's inputs; return them, H, simdgroups and template numbers."""
     n_tokens, width = dims("q_prime", q_prime, 2)
-    n_rows, latent_dim = dims("latent", latent, 2)
-    rope_rows, rope_dim = dims("rope", rope, 2)
+    n_seqs, n_rows, latent_dim = dims("latent", latent, 3)
+    rope_seqs, rope_rows, rope_dim = dims("rope", rope, 3)
+    require("latent", n_tokens % n_seqs == 0, f"a divisor of {n_tokens}", n_seqs)
+    require("rope", rope_seqs == n_seqs, f"{n_seqs} sequences", rope_seqs)
+    n_new = n_tokens // n_seqs
     whole = latent_dim % 32 == 0 and latent_dim <= MAX_LATENT
     require("latent", whole, f"L a multiple of 32 up to {MAX_LATENT}", latent_dim)
     require("rope", rope_dim <= MAX_ROPE, f"R <= {MAX_ROPE}", rope_dim)
     require("rope", rope_rows == n_rows, f"{n_rows} rows", rope_rows)
     require("latent", n_rows < 1 << 30, "fewer than 2^30 rows", n_rows)
-    require("q_prime", n_tokens <= n_rows, f"at most {n_rows} tokens", n_tokens)
+    require("q_prime", n_new <= n_rows, f"at most {n_rows} tokens", n_new)
     if seen is not None:
-        expect("seen", seen, (1,))
+        expect("seen", seen, (n_seqs,))
     n_heads = _heads("q_prime", width, latent_dim)
     expect("q_pe", q_pe, (n_tokens, n_heads * rope_dim))
     n_simdgroups = min(MAX_SIMDGROUPS, latent_dim // 32)
@@ -417,66 +430,63 @@ def _attention(
         "q_pe": q_pe,
         "latent": latent,
         "rope": rope,
+        "seen": seen,
         "scale": scale,
-        "n_tokens": n_tokens,
+        "n_new": n_new,
         "n_heads": n_heads,
-        "n_rows": n_rows if seen is None else seen,
+        "n_rows": n_rows,
         "latent_dim": latent_dim,
         "rope_dim": rope_dim,
     }
     blocks = {
         "BLOCKS": groups(latent_dim // 32, n_simdgroups),
         "ROPE_BLOCKS": groups(groups(rope_dim, 32), n_simdgroups),
+        "HAS_SEEN": int(seen is not None),
     }
     return inputs, n_heads, n_simdgroups, blocks
 
 
 def _scores(given: Given) -> mx.array:
-    """Return the scores ``[H, T, S]``, -inf where a token does not see."""
-    wide, n_tokens, n_rows = given.wide, len(given.q_prime), len(given.latent)
-    total = mx.zeros((n_tokens, n_rows))
+    """Return the scores ``[B, H, T, S]``, -inf where a token does not see."""
+    wide, (n_seqs, n_rows, _) = given.wide, given.latent.shape
+    n_new = len(given.q_prime) // n_seqs
+    total = mx.zeros((n_new, n_rows))
     for queries, keys in ((wide.q_prime, wide.latent), (wide.q_pe, wide.rope)):
-        heads = queries.reshape(n_tokens, -1, keys.shape[1])
-        total = total + heads.swapaxes(0, 1) @ keys.T
-    end = _end(given)
-    last = mx.arange(end - n_tokens, end)
-    seen = mx.arange(n_rows) <= last[:, None]
+        heads = queries.reshape(n_seqs, n_new, -1, keys.shape[2]).swapaxes(1, 2)
+        total = total + heads @ keys.swapaxes(1, 2)[:, None]
+    ends = mx.full(n_seqs, n_rows) if given.seen is None else given.seen
+    last = ends.astype(mx.int32)[:, None, None, None] - n_new
+    seen = mx.arange(n_rows) <= last + mx.arange(n_new)[:, None]
     return mx.where(seen, given.scale * total, -mx.inf)
 
 
-def _end(given: Given) -> int:
-    """Return how many rows of the cache there are."""
-    return len(given.latent) if given.seen is None else int(given.seen.item())
-
-
 def _folded(given: Given) -> mx.array:
-    names, end = ("q_prime", "q_pe", "latent", "rope"), _end(given)
-    q, q_pe, latent, rope = (to_host(getattr(given.wide, name)) for name in names)
-    latent, rope = latent[None, None, :end], rope[None, None, :end]
-    n_heads = q.shape[1] // latent.shape[3]
-    q, q_pe = (split_heads(x, 1, n_heads) for x in (q, q_pe))
-    out = attention(q, latent, latent, given.scale, None, beside=(q_pe, rope))
-    return mx.array(join_heads(out)).astype(given.q_prime.dtype)
+    weights = mx.softmax(_scores(given), axis=-1)
+    context = (weights @ given.wide.latent[:, None]).swapaxes(1, 2)
+    return context.reshape(given.q_prime.shape).astype(given.q_prime.dtype)
 
 
 def _some_attention(case: Case) -> tuple[Any, ...]:
-    """Return queries, cache and scale; with ``rise``, all heads' scores rise by row.
+    """Return queries, caches and scale; with ``rise``, all heads' scores rise by row.
 
-    With ``spare`` the cache ends with so many rows that nobody sees.
+    With ``spare`` the caches end with so many rows that nobody sees, the first with
+    one less.
     """
-    t, h, s, l, r = case.t, case.h, case.s, case.l, case.r
-    queries, latent = (case.rng.standard_normal(n) for n in ((t, h, l), (s, l)))
+    t, h, s, l, r, b = case.t, case.h, case.s, case.l, case.r, case.get("b", 1)
+    shapes = (b * t, h, l), (b, s, l)
+    queries, latent = (case.rng.standard_normal(n) for n in shapes)
     if case.get("rise"):
-        queries[..., 0], latent[:, 0] = 3.0, np.linspace(-12.0, 12.0, s)
+        queries[..., 0], latent[..., 0] = 3.0, np.linspace(-12.0, 12.0, s)
     q_prime, latents = (
         mx.array(x.astype(np.float32)).astype(case.dtype)
-        for x in (queries.reshape(t, h * l), latent)
+        for x in (queries.reshape(b * t, h * l), latent)
     )
-    ropes, q_pe = case.normal(s, r), case.normal(t, h * r)
+    ropes, q_pe = case.normal(b, s, r), case.normal(b * t, h * r)
     given = q_prime, q_pe, latents, ropes, 2.0 * (l + r) ** -0.5
     if not case.get("spare"):
         return given
-    return *given, mx.array([s - case.spare], mx.uint32)
+    ends = [s - case.spare + (b > 1 and i == 0) for i in range(b)]
+    return *given, mx.array(ends, mx.uint32)
 
 
 @kernel(
@@ -488,9 +498,10 @@ def _some_attention(case: Case) -> tuple[Any, ...]:
         {"t": 1, "h": 5, "s": 70, "l": 512, "r": 64},
         {"t": 5, "h": 3, "s": 33, "l": 288, "r": 64},
         {"t": 1, "h": 2, "s": 17, "l": 32, "r": 42, "spare": 6},
+        {"t": 2, "h": 3, "s": 21, "l": 64, "r": 8, "spare": 5, "b": 3},
     ],
     large={"t": 1, "h": 128, "s": 4096, "l": 512, "r": 64},
-    varying=("n_tokens", "n_rows"),
+    varying=("n_new", "n_rows"),
 )
 def mla_sdpa_folded(
     q_prime: mx.array,
@@ -500,9 +511,10 @@ def mla_sdpa_folded(
     scale: float,
     seen: mx.array | None = None,
 ) -> Launch:
-    """Causal attention of ``[T, H * L]`` and ``[T, H * R]`` over the cache, at once.
+    """Causal attention of ``[N, H * L]`` and ``[N, H * R]`` over the caches, at once.
 
-    ``seen`` uint32 ``[1]`` says how many rows there are, where more are spare.
+    Caches are ``[B, S, L]`` and ``[B, S, R]``, N = B T; ``seen`` uint32 ``[B]`` says
+    how many rows there are, where more are spare.
     """
     inputs, n_heads, n_simdgroups, blocks = _attention(
         q_prime, q_pe, latent, rope, scale, seen
@@ -520,15 +532,15 @@ def mla_sdpa_folded(
 
 
 def _tiles(given: Given) -> tuple[mx.array, ...]:
-    scores, latent, parts = _scores(given), given.wide.latent, []
-    for begin in range(0, len(latent), given.tile):
+    scores, latent, parts = _scores(given), given.wide.latent[:, None], []
+    for begin in range(0, latent.shape[2], given.tile):
         part = scores[..., begin : begin + given.tile]
         largest = part.max(axis=-1, keepdims=True)
         weights = mx.where(part == -mx.inf, 0.0, mx.exp(part - largest))
-        sums = weights @ latent[begin : begin + given.tile]
+        sums = weights @ latent[..., begin : begin + given.tile, :]
         parts.append((largest[..., 0], weights.sum(axis=-1), sums))
     maxima, denominators, sums = (
-        mx.stack([p.swapaxes(0, 1).flatten(0, 1) for p in of_tiles])
+        mx.stack([p.swapaxes(1, 2).flatten(0, 2) for p in of_tiles])
         for of_tiles in zip(*parts, strict=True)
     )
     return maxima, denominators, sums
@@ -548,9 +560,10 @@ def _some_tiled_attention(case: Case) -> tuple[Any, ...]:
         {"t": 1, "h": 5, "s": 70, "l": 512, "r": 64, "tile": 32},
         {"t": 3, "h": 3, "s": 34, "l": 288, "r": 64, "tile": 16},
         {"t": 1, "h": 2, "s": 75, "l": 32, "r": 42, "tile": 16, "spare": 30},
+        {"t": 2, "h": 3, "s": 37, "l": 64, "r": 8, "tile": 16, "spare": 9, "b": 2},
     ],
     large={"t": 1, "h": 128, "s": 32768, "l": 512, "r": 64, "tile": TILE},
-    varying=("n_tokens", "n_rows"),
+    varying=("n_tokens", "n_new", "n_rows"),
 )
 def mla_sdpa_tile_accumulate(
     q_prime: mx.array,
@@ -569,12 +582,12 @@ def mla_sdpa_tile_accumulate(
         q_prime, q_pe, latent, rope, scale, seen
     )
     require("tile", tile > 0 and tile % STEP == 0, f"a multiple of {STEP} rows", tile)
-    n_tokens, n_rows = inputs["n_tokens"], latent.shape[0]
+    n_tokens, n_rows = q_prime.shape[0], latent.shape[1]
     n_tiles, n_slices = groups(n_rows, tile), n_tokens * n_heads
     n_threads = SIMD * n_simdgroups
     return Launch(
         "mla_sdpa_tile_accumulate",
-        inputs,
+        {**inputs, "n_tokens": n_tokens},
         {
             "maxima": (n_tiles, n_slices),
             "denominators": (n_tiles, n_slices),

@@ -2,8 +2,8 @@
 
 Letters: T tokens, D model width, E experts, K experts a token, N expert width, I and O
 input and output width of a projection, G quantisation group. Where experts lie in slots
-of a pool, one projection is given as ``Weight.records``: words, scales and biases, row
-``slot`` of each array, the matrix from the base on.
+of a pool, one projection is given as ``Weight.records``: words, scales, biases and what
+is added to products, row ``slot`` of each array, the matrix from the base on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ from .base import (
     normal,
     require,
 )
-from .slots import Matrix, in_slot, in_slots, numbers, random_matrix
+from .slots import (
+    Matrix,
+    check_matrix,
+    in_slot,
+    matrix_inputs,
+    numbers,
+    random_matrix,
+    row_lengths,
+    types_of,
+)
 
 MAX_EXPERTS = 512
 MAX_K = 16
@@ -490,6 +499,8 @@ def _some_assignments(case: Case) -> tuple[Any, ...]:
         dict(t=5, k=2, e=3, i=64, o=67, bits=4, g=64, s=1, base=1),
         dict(t=37, k=2, e=3, i=96, o=40, bits=8, g=32, s=0, each=1, base=3),
         dict(t=34, k=1, e=2, i=256, o=130, bits=4, g=128, s=1, base=8),
+        dict(t=9, k=2, e=3, i=96, o=67, bits=4, g=32, s=0, base=2, floats=1, bias=1),
+        dict(t=3, k=1, e=2, i=64, o=5, bits=4, g=16, s=0, each=1, floats=1),
     ],
     large=dict(t=1024, k=8, e=64, i=2048, o=768, bits=4, g=64, s=1),
     varying=("n_tokens",),
@@ -507,7 +518,8 @@ def moe_mm_id(
 ) -> Launch:
     """Experts' products with the rows that ``moe_id_map`` lists: ``[T, K, O]``.
 
-    ``x`` is ``[T, I]``, shared by a token's K experts, or ``[T * K, I]``.
+    ``x`` is ``[T, I]``, shared by a token's K experts, or ``[T * K, I]``; to a product
+    its expert's bias is added, if there is one.
     """
     n_experts, n_tokens = dims("lists", lists, 2)
     n_rows, n_in = dims("x", x, 2)
@@ -516,12 +528,14 @@ def moe_mm_id(
     require("lists", n_tokens * k < 1 << 31, "T * K < 2^31", n_tokens * k)
     expect("counts", counts, (n_experts,))
     expect("slot_of_expert", slot_of_expert, (n_experts,))
-    stored = in_slots("matrix", matrix, n_out, n_in, bits, group_size)
+    lengths = check_matrix("matrix", matrix, n_out, n_in, bits, group_size)
+    inputs, there = matrix_inputs(matrix)
     return Launch(
         "moe_mm_id",
         {
             "x": x,
-            **stored,
+            **inputs,
+            **row_lengths(lengths),
             "counts": counts,
             "lists": lists,
             "slot_of_expert": slot_of_expert,
@@ -537,7 +551,9 @@ def moe_mm_id(
             "BITS": bits,
             "G": group_size,
             "PER_ASSIGNMENT": int(n_rows != n_tokens),
+            **there,
         },
+        types_of(matrix, x.dtype),
     )
 
 

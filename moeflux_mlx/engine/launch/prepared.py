@@ -21,6 +21,8 @@ from ..metal.signature import DTYPES
 
 Size3 = tuple[int, int, int]
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+# What the type of an input may be if a launch says so itself.
+NAMED = (*FLOATS, mx.uint8)
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Launch:
     signature. None stands for an input ``x`` that is absent, which the template says as
     ``HAS_X``: nothing is bound for it. ``outputs`` holds the shape of every output;
     ``template`` the values of the ``int`` and ``bool`` template parameters; ``types``
-    those type parameters that no input has. ``grid`` counts threads, not threadgroups,
-    of which it is a whole number: CUDA would add the missing threads.
+    those type parameters that no input has, or that are bytes. ``grid`` counts threads,
+    not threadgroups, of which it is a whole number: CUDA would add the missing threads.
     """
 
     kernel: str
@@ -176,7 +178,8 @@ def _checked(
     _same_names(kernel, "template", numbers, list(kernel.values))
     known = dict(types)
     for key, dtype in types:
-        _check_float(kernel, key, dtype)
+        of_input = any(p.type == key for p in kernel.inputs)
+        _check_type(kernel, key, dtype, NAMED if of_input else FLOATS)
     for p in kernel.inputs:
         _check_input(kernel, p, forms[p.name], numbers, known)
     _check_template(kernel, numbers, known)
@@ -256,8 +259,9 @@ def _check_input(
     if not shape or 0 in shape:
         _fail(kernel, name, "an array with elements", f"shape {shape}")
     if parameter.type in kernel.type_parameters:
+        if parameter.type not in types:
+            _check_type(kernel, name, dtype, FLOATS)
         wanted = types.setdefault(parameter.type, dtype)
-        _check_float(kernel, name, wanted)
     else:
         wanted = DTYPES[parameter.type]
     if dtype != wanted:
@@ -323,9 +327,11 @@ def _shape(kernel: MetalKernel, name: str, shape: Any) -> tuple[int, ...]:
     return sizes
 
 
-def _check_float(kernel: MetalKernel, name: str, dtype: mx.Dtype) -> None:
-    if dtype not in FLOATS:
-        _fail(kernel, name, " or ".join(map(str, FLOATS)), dtype)
+def _check_type(
+    kernel: MetalKernel, name: str, dtype: mx.Dtype, known: tuple[mx.Dtype, ...]
+) -> None:
+    if dtype not in known:
+        _fail(kernel, name, " or ".join(map(str, known)), dtype)
 
 
 def _dtype(name: str, types: Mapping[str, mx.Dtype]) -> mx.Dtype:

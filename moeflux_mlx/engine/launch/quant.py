@@ -28,31 +28,45 @@ from .base import (
     one_row,
     require,
 )
-from .slots import Matrix, in_slot, in_slots, numbers, random_matrix
+from .slots import (
+    FLOAT_MODES,
+    GROUP_SIZES,
+    Matrix,
+    check_form,
+    in_slot,
+    in_slots,
+    numbers,
+    random_matrix,
+)
 
 # Inputs that the kernels of the v3 kind keep in threadgroup memory.
 CACHED = 4096
-GROUP_SIZES = (32, 64, 128)
 
 
 def check_rows(
-    w: mx.array, scales: mx.array, biases: mx.array, n_in: int, bits: int, group: int
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    n_in: int,
+    bits: int,
+    group: int,
 ) -> int:
-    """Check a matrix and return its rows."""
-    require("bits", bits in (2, 4, 8), "2, 4 or 8", bits)
-    require("group_size", group in GROUP_SIZES, "32, 64 or 128", group)
-    require("x", n_in % group == 0, f"a width in groups of {group}", n_in)
+    """Check a matrix and return its rows; without biases it is one of floats."""
+    check_form("x", n_in, bits, group, floats=biases is None)
     n_out = dims("w", w, 2)[0]
     expect("w", w, (n_out, n_in * bits // 32))
     expect("scales", scales, (n_out, n_in // group))
-    expect("biases", biases, (n_out, n_in // group))
+    if biases is not None:
+        expect("biases", biases, (n_out, n_in // group))
     return n_out
 
 
 def stored(
-    group: int, w: mx.array, scales: mx.array, biases: mx.array, bits: int
+    group: int, w: mx.array, scales: mx.array, biases: mx.array | None, bits: int
 ) -> Weight:
-    """Return a matrix as Ops have it, its scales in float32."""
+    """Return a matrix as Ops have it, its scales in float32 unless they are bytes."""
+    if biases is None:
+        return Weight(w, scales, None, Quantization(bits, group, FLOAT_MODES[group]))
     wide = scales.astype(mx.float32), biases.astype(mx.float32)
     return Weight(w, *wide, Quantization(bits, group))
 
@@ -250,13 +264,16 @@ def _rows_and_words(n_in: int, n_out: int) -> dict[str, int]:
 
 def _added(given: Given) -> mx.array:
     product = linear(given.wide.x, stored_in(given)).reshape(given.residual.shape)
+    if given.bias is not None:
+        product = product + given.wide.bias
     return (given.wide.residual + product).astype(given.x.dtype)
 
 
 def _some_added(case: Case) -> tuple[Any, ...]:
     bits = case.get("bits", 4)
     parts = quantised(case, case.o, case.i, bits)
-    return case.normal(case.i), *parts, case.normal(case.o), bits, case.g
+    given = case.normal(case.i), *parts, case.normal(case.o), bits, case.g
+    return (*given, case.normal(case.o)) if case.get("bias") else given
 
 
 @kernel(
@@ -269,6 +286,7 @@ def _some_added(case: Case) -> tuple[Any, ...]:
         dict(i=2176, o=9, g=128, s=1),
         dict(i=32, o=8195, g=32, s=0),
         dict(i=1088, o=12, g=64, s=0),
+        dict(i=64, o=19, g=32, s=1, bias=1),
     ],
     large=dict(i=4096, o=2048, g=64, s=0),
     varying=(),
@@ -281,20 +299,26 @@ def matvec_residual(
     residual: mx.array,
     bits: int,
     group_size: int,
+    bias: mx.array | None = None,
 ) -> Launch:
-    """``residual + W x``: rows ``[I]`` and ``[O]``, or ``[1, I]`` and ``[1, O]``."""
+    """``residual + W x``: rows ``[I]`` and ``[O]``, or ``[1, I]`` and ``[1, O]``.
+
+    ``bias`` ``[O]`` is added too.
+    """
     n_in = one_row("x", x)
     n_out = check_rows(w, scales, biases, n_in, bits, group_size)
     one_row("residual", residual, n_out)
+    if bias is not None:
+        expect("bias", bias, (n_out,))
     inputs: dict[str, Any] = {"x": x, "w": w, "scales": scales, "biases": biases}
     sizes = _rows_and_words(n_in, n_out)
     return Launch(
         "matvec_residual",
-        {**inputs, "residual": residual, "n_in": n_in, "n_out": n_out},
+        {**inputs, "residual": residual, "bias": bias, "n_in": n_in, "n_out": n_out},
         {"out": tuple(residual.shape)},
         (128 * groups(n_out, sizes["ROWS"]), 1, 1),
         (128, 1, 1),
-        {"BITS": bits, "G": group_size, **sizes},
+        {"BITS": bits, "G": group_size, "HAS_BIAS": int(bias is not None), **sizes},
     )
 
 
@@ -320,8 +344,9 @@ def norm_row(n_in: int, rows: Sequence[int]) -> list[int]:
 def _norm_products(given: Given) -> mx.array:
     wide, parts = given.wide, []
     normed = rms_norm(wide.x.reshape(-1), wide.norm, wide.eps)
-    for product in given.products:
-        parts.append(linear(normed, stored(given.group_size, *product)))
+    for product, bias in zip(given.products, given.added, strict=False):
+        part = linear(normed, stored(given.group_size, *product))
+        parts.append(part if bias is None else part + bias.astype(mx.float32))
     *starts, width = norm_row(normed.size, [part.size for part in parts])
     out = mx.zeros(width)
     for start, part in zip(starts, (*parts, normed), strict=True):
@@ -336,7 +361,11 @@ def _some_norm_products(case: Case) -> tuple[Any, ...]:
     ]
     weight = 1 + normal(case.rng, case.other, case.i, scale=0.1)
     x = case.normal(1, case.i) if case.s else case.normal(case.i)
-    return x, weight, products, 0.05, case.g
+    given = x, weight, products, 0.05, case.g
+    bias = case.get("bias", ())
+    each = zip(case.o, bias, strict=False)
+    added = [case.normal(rows) if there else None for rows, there in each]
+    return (*given, added) if bias else given
 
 
 @kernel(
@@ -349,6 +378,9 @@ def _some_norm_products(case: Case) -> tuple[Any, ...]:
         dict(i=2176, o=(9, 2), bits=(4, 8), g=128, s=1),
         dict(i=4224, o=(3, 19), bits=(4, 8), g=64, s=0),
         dict(i=32, o=(8195, 1), bits=(2, 4), g=32, s=0),
+        dict(i=96, o=(19, 5), bits=(4, 8), g=32, s=0, bias=(1, 1)),
+        dict(i=64, o=(35, 7), bits=(4, 4), g=64, s=1, bias=(0, 1)),
+        dict(i=64, o=(18,), bits=(8,), g=64, s=1, bias=(1,)),
     ],
     large=dict(i=2048, o=(12352,), bits=(4,), g=64, s=0),
     varying=(),
@@ -359,18 +391,22 @@ def norm_matvecs(
     products: Sequence[Product],
     eps: float,
     group_size: int,
+    added: Sequence[mx.array | None] = (None,) * MAX_PRODUCTS,
 ) -> Launch:
     """One row of one or two products ``[O_i]`` with the norm of ``[I]``, and the norm.
 
     ``norm_row`` says where each part lies; the values between are 0. A row ``[1, I]``
-    gives ``[1, width]``.
+    gives ``[1, width]``. ``added`` has for each product a bias ``[O_i]``, or None.
     """
     n_in = one_row("x", x)
     expect("norm", norm, (n_in,))
     few = isinstance(products, list | tuple) and 1 <= len(products) <= MAX_PRODUCTS
     require("products", few, f"1 to {MAX_PRODUCTS} matrices", products)
+    each = len(products) <= len(added) <= MAX_PRODUCTS
+    require("added", each, f"{len(products)} biases or None", added)
     inputs: dict[str, Any] = {"x": x, "norm": norm, "eps": eps, "n_in": n_in}
-    rows, bits = [], {}
+    rows: list[int] = []
+    template = {"G": group_size}
     for i, product in enumerate([*products, products[-1]][:MAX_PRODUCTS]):
         four = isinstance(product, tuple) and len(product) == 4
         require("products", four, "words, scales, biases and bits", product)
@@ -378,7 +414,10 @@ def norm_matvecs(
         rows.append(n_out if i < len(products) else 0)
         inputs |= {f"w{i}": product[0], f"n{i}": rows[-1]}
         inputs |= {f"scales{i}": product[1], f"biases{i}": product[2]}
-        bits[f"BITS{i}"] = product[3]
+        bias = inputs[f"bias{i}"] = added[i] if i < len(products) else None
+        if bias is not None:
+            expect("added", bias, (n_out,))
+        template |= {f"BITS{i}": product[3], f"HAS_BIAS{i}": int(bias is not None)}
     _, inputs["at1"], inputs["at_normed"], width = norm_row(n_in, rows)
     sizes = _rows_and_words(n_in, sum(rows))
     n_groups = 1 + sum(groups(n, sizes["ROWS"]) for n in rows)
@@ -388,7 +427,7 @@ def norm_matvecs(
         {"out": (*x.shape[:-1], width)},
         (128 * n_groups, 1, 1),
         (128, 1, 1),
-        {"G": group_size, **bits, **sizes},
+        {**template, **sizes},
     )
 
 
@@ -677,7 +716,12 @@ def _qmm(given: Given) -> mx.array:
 
 
 def _some_qmm(case: Case) -> tuple[Any, ...]:
-    parts = quantised(case, case.o, case.i, case.bits)
+    parts: tuple[mx.array | None, ...]
+    if case.get("floats"):
+        dense = normal(case.rng, mx.float32, case.o, case.i, scale=case.i**-0.5)
+        parts = (*mx.quantize(dense, mode=FLOAT_MODES[case.g]), None)
+    else:
+        parts = quantised(case, case.o, case.i, case.bits)
     return case.normal(case.t, case.i), *parts, case.bits, case.g
 
 
@@ -689,6 +733,8 @@ def _some_qmm(case: Case) -> tuple[Any, ...]:
         dict(t=5, i=64, o=67, bits=4, g=64, s=1),
         dict(t=37, i=96, o=40, bits=8, g=32, s=0),
         dict(t=33, i=256, o=130, bits=4, g=128, s=1),
+        dict(t=9, i=96, o=35, bits=4, g=32, floats=1),
+        dict(t=3, i=64, o=5, bits=4, g=16, floats=1),
     ],
     large=dict(t=512, i=4096, o=4096, bits=4, g=64, s=0),
     varying=("n_tokens",),
@@ -697,11 +743,14 @@ def qmm_t(
     x: mx.array,
     w: mx.array,
     scales: mx.array,
-    biases: mx.array,
+    biases: mx.array | None,
     bits: int,
     group_size: int,
 ) -> Launch:
-    """``x W^T`` of ``[T, I]`` in tiles; 2, 4 or 8 bits."""
+    """``x W^T`` of ``[T, I]`` in tiles; 2, 4 or 8 bits.
+
+    Without ``biases`` values are floats of 4 bits, as ``slots.py`` has them.
+    """
     n_tokens, n_in = dims("x", x, 2)
     n_out = check_rows(w, scales, biases, n_in, bits, group_size)
     inputs: dict[str, Any] = {"x": x, "w": w, "scales": scales, "biases": biases}
@@ -711,5 +760,6 @@ def qmm_t(
         {"out": (n_tokens, n_out)},
         (128 * groups(n_out, 64), groups(n_tokens, 32), 1),
         (128, 1, 1),
-        {"BITS": bits, "G": group_size},
+        {"BITS": bits, "G": group_size, "HAS_BIASES": int(biases is not None)},
+        {} if biases is not None else {"S": mx.uint8},
     )

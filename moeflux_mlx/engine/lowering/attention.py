@@ -15,15 +15,11 @@ from ..ops import attention as ops
 from .table import Run, way
 
 
-def _keeps_length(op: ops.RopeNTokens) -> bool:
-    return op.scale == 1.0 and not op.pairs
-
-
-@way(ops.RopeNTokens, "rope_n_tokens", _keeps_length)
+@way(ops.RopeNTokens, "rope_n_tokens", lambda op: not op.pairs)
 def rope(
     op: Any, run: Run, x: mx.array, inv_freq: mx.array, start: mx.array
 ) -> mx.array:
-    return run(kernels.rope_n_tokens(x, inv_freq, start, op.num_heads))[0]
+    return run(kernels.rope_n_tokens(x, inv_freq, start, op.num_heads, op.scale))[0]
 
 
 def _of_one_width(op: ops.KvCacheAppendNTokens) -> bool:

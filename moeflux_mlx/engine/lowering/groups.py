@@ -49,7 +49,7 @@ from ..ops.norm import (
 )
 from ..ops.quant import MatvecNTokens
 from .attention import SPARE_KERNELS, attend_spare, takes_spare
-from .moe import all_known, experts_act, is_plain, routing_fits
+from .moe import all_known, experts_act, routing_fits
 from .rows import form, kernel_form, parts
 from .table import Run, Values, group
 
@@ -107,31 +107,35 @@ def _matrices(ops: Sequence[Any], x: Any) -> Iterator[list[Any]]:
     joint=True,
 )
 def norm_matvecs(ops: Sequence[Any], run: Run, values: Values) -> Values:
-    """Run a norm and the products with its row; all come as parts of one row.
-
-    Where there is a bias its sum is an array of its own.
-    """
+    """Run a norm and the products with its row; all come as parts of one row."""
     norm, *products = ops
     x, weight = values[norm.x], values[norm.weight.name].w
-    matrices, parts_of = [], []
+    matrices, biases, parts_of = [], [], []
     for same in _matrices(products, norm.out):
         ref = same[0].weight
         matrix = values[ref.joint.name if ref.joint else ref.name]
         group_size = form(matrix)[1]
         matrices.append((*parts(matrix), form(matrix)[0]))
+        biases.append(_bias(same, values, x.dtype))
         parts_of.append(same)
-    launch = quant.norm_matvecs(x, weight, matrices, norm.eps, group_size)
+    launch = quant.norm_matvecs(x, weight, matrices, norm.eps, group_size, biases)
     (row,) = run(launch)
     *starts, _ = quant.norm_row(norm.dim, [m[0].shape[0] for m in matrices])
     out: dict[Any, Any] = {norm.out: RowPart(row, starts[-1], norm.dim)}
     for start, same in zip(starts, parts_of, strict=False):
         for op in same:
             first = op.weight.joint.first if op.weight.joint else 0
-            part = RowPart(row, start + first, op.out_dim)
-            if op.bias is not None:
-                part = whole(part) + values[op.bias.name].w
-            out[op.output] = part
+            out[op.output] = RowPart(row, start + first, op.out_dim)
     return out
+
+
+def _bias(products: Sequence[Any], values: Values, dtype: mx.Dtype) -> Any:
+    """Return what is added to the products of one matrix, None for nothing."""
+    ref = next((op.bias for op in products if op.bias is not None), None)
+    if ref is None:
+        return None
+    bias: mx.array = values[ref.joint.name if ref.joint else ref.name].w
+    return bias.astype(dtype)
 
 
 def _one_row(*parts: Any) -> tuple[mx.array, tuple[int, ...]]:
@@ -145,7 +149,8 @@ def _one_row(*parts: Any) -> tuple[mx.array, tuple[int, ...]]:
 
 
 def _product_and_residual(ops: Sequence[Any]) -> int:
-    return 2 * (_is_product(ops[0]) and ops[1].a == ops[0].output)
+    is_product = _is_product(ops[0], with_bias=True)
+    return 2 * (is_product and ops[1].a == ops[0].output)
 
 
 @group("matvec_residual", (MatvecNTokens, ResidualAddNTokens), _product_and_residual)
@@ -157,7 +162,11 @@ def matvec_residual(ops: Sequence[Any], run: Run, values: Values) -> Values:
         values[product.input],
         values[add.b],
     )
-    launch = quant.matvec_residual(x, *parts(weight), residual, *form(weight))
+    bias = None if product.bias is None else values[product.bias.name].w
+    given = x, *parts(weight), residual, *form(weight)
+    launch = quant.matvec_residual(
+        *given, None if bias is None else bias.astype(x.dtype)
+    )
     return {add.out: run(launch)[0]}
 
 
@@ -316,6 +325,36 @@ def ungated_attention_inputs(ops: Sequence[Any], run: Run, values: Values) -> Va
     return {ops[0].x: q, ops[2].x: k}
 
 
+def _turned_heads(ops: Sequence[Any]) -> int:
+    q_rope, k_rope = ops[:2]
+    alike = all(
+        getattr(q_rope, name) == getattr(k_rope, name)
+        for name in ("inv_freq", "start", "scale", "head_dim", "rotary_dim")
+    )
+    one_each = q_rope.n_tokens == q_rope.n_seqs == k_rope.n_tokens
+    halves = not q_rope.pairs and not k_rope.pairs
+    narrow = q_rope.head_dim <= attention.MAX_HEAD_DIM
+    return 2 * (q_rope.x != k_rope.x and alike and one_each and halves and narrow)
+
+
+@group("attention_inputs_ungated", (RopeNTokens, RopeNTokens), _turned_heads)
+def turned_heads(ops: Sequence[Any], run: Run, values: Values) -> Values:
+    """Rotate queries and keys that have no norms."""
+    q_rope, k_rope = ops
+    launch = attention.attention_inputs_ungated(
+        values[q_rope.x],
+        values[k_rope.x],
+        None,
+        None,
+        values[q_rope.inv_freq],
+        values[q_rope.start],
+        scale=q_rope.scale,
+        head_dim=q_rope.head_dim,
+    )
+    q, k = run(launch)
+    return {q_rope.x: q, k_rope.x: k}
+
+
 def _gated_attention(ops: Sequence[Any]) -> int:
     return 2 * (takes_spare(ops[0]) and ops[1].x == ops[0].attn_out)
 
@@ -372,7 +411,7 @@ def _experts(ops: Sequence[Any]) -> int:
         )
     n = 2 + rest.index(combine)
     linked = linked and combine.moe_sum == experts.out_sum
-    return n if linked and is_plain(experts) else 0
+    return n if linked else 0
 
 
 EXPERT_KERNELS = ("experts_gate_up_swiglu", "experts_down_combine")
@@ -454,7 +493,7 @@ def routed_experts(ops: Sequence[Any], run: Run, values: Values) -> Values:
     sizes = (experts.expert_dim, *form(stacks.gate), x.start, x.size)
     matrices = stacks.gate.records, stacks.up.records
     launch = expert_kernels.experts_route_gate_up(
-        x.row, top.n_experts, top.k, *matrices, *sizes
+        x.row, top.n_experts, top.k, *matrices, *sizes, experts.alpha, experts.limit
     )
     opened, chosen, weights = run(launch)
     source.asked(top.k)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -11,11 +12,16 @@ from ...experts.weights import Weight
 from ..launch import mla as kernels
 from ..ops import attention as attention_ops
 from ..ops import latent as ops
+from ..ops.attention import join_heads, split_heads
+from ..ops.functions import attention, dequantize
 from .rows import kernel_form, parts
-from .table import Run, way
+from .table import Run, Values, group, way
 
 # Rows of the cache that one threadgroup takes: more of them run at once.
 TILE = 512
+# Tokens up to which kernels that go through a cache or a matrix for each pay: matrix
+# products of more are MLX's.
+FEW = 8
 
 
 @way(ops.MlaSplitQKv, "mla_split_q_kv")
@@ -23,11 +29,11 @@ def split(op: Any, run: Run, q: mx.array, kv: mx.array) -> tuple[mx.array, ...]:
     return run(kernels.mla_split_q_kv(q, kv, op.num_heads, op.nope_dim))
 
 
-def _pairs_of_one(op: attention_ops.RopeNTokens) -> bool:
-    return op.pairs and op.n_seqs == 1 and op.rotary_dim == op.head_dim
+def _whole_pairs(op: attention_ops.RopeNTokens) -> bool:
+    return op.pairs and op.rotary_dim == op.head_dim
 
 
-@way(attention_ops.RopeNTokens, "yarn_rope_apply", _pairs_of_one)
+@way(attention_ops.RopeNTokens, "yarn_rope_apply", _whole_pairs)
 def rope(
     op: Any, run: Run, x: mx.array, inv_freq: mx.array, start: mx.array
 ) -> mx.array:
@@ -38,7 +44,7 @@ def _by_rows(op: ops.HeadMatvecNTokens) -> bool:
     q = op.weight.quantization
     narrow = op.in_dim % 32 == 0 and op.in_dim <= kernels.MAX_MATRIX_IN
     four = kernel_form(op.weight) and q is not None and q.bits == 4
-    return four and narrow and op.n_tokens == 1
+    return four and narrow and op.n_tokens <= FEW
 
 
 @way(
@@ -55,16 +61,16 @@ def out_of_latent(_op: Any, run: Run, x: mx.array, weight: Weight) -> mx.array:
     return run(kernels.mla_out_per_head_4bit(x, *parts(weight)))[0]
 
 
-def _one_token(op: ops.SdpaLatentCausal) -> bool:
+def _few_tokens(op: ops.SdpaLatentCausal) -> bool:
     known = op.latent_dim % kernels.SIMD == 0 and op.latent_dim <= kernels.MAX_LATENT
-    one = op.n_tokens == 1 and op.mask is None
-    return known and one and op.rope_dim <= kernels.MAX_ROPE
+    few = op.n_tokens <= FEW and op.mask is None
+    return known and few and op.rope_dim <= kernels.MAX_ROPE
 
 
 @way(
     ops.SdpaLatentCausal,
     "mla_sdpa_folded",
-    _one_token,
+    _few_tokens,
     ("mla_sdpa_folded", "mla_sdpa_tile_accumulate", "mla_sdpa_tile_finalize"),
 )
 def attend(
@@ -78,12 +84,56 @@ def attend(
     start: mx.array | None,
 ) -> mx.array:
     """Attend in one launch over a short cache, in tiles over a long one."""
-    seen = None if start is None else (start + 1).astype(mx.uint32)
-    given = q, q_pe, latent[0, 0], rope[0, 0], op.softmax_scale
+    n_new = op.n_tokens // op.n_seqs
+    seen = None if start is None else (start + n_new).astype(mx.uint32)
+    given = q, q_pe, latent[:, 0], rope[:, 0], op.softmax_scale
     if latent.shape[2] <= TILE:
         return run(kernels.mla_sdpa_folded(*given, seen))[0]
     tiles = run(kernels.mla_sdpa_tile_accumulate(*given, TILE, seen))
     return run(kernels.mla_sdpa_tile_finalize(*tiles, op.num_heads, q.dtype))[0]
+
+
+def _expanded(ops_ahead: Sequence[Any]) -> int:
+    """Tell whether keys and values of heads cost less than queries of latent width.
+
+    They are made of all rows, once; then each query meets narrower rows.
+    """
+    embed, attend, out = ops_ahead[:3]
+    linked = attend.q == embed.output and out.input == attend.context
+    made = attend.latent_dim * (embed.in_dim + out.out_dim)
+    spared = 2 * attend.latent_dim - embed.in_dim - out.out_dim
+    t = attend.n_tokens // attend.n_seqs
+    long = attend.n_tokens > FEW and t * spared >= made
+    return 3 * (linked and long and attend.start is None)
+
+
+@group(
+    "mlx_expanded",
+    (ops.HeadMatvecNTokens, ops.SdpaLatentCausal, ops.HeadMatvecNTokens),
+    _expanded,
+    kernels=(),
+)
+def attend_expanded(ops_ahead: Sequence[Any], _run: Run, values: Values) -> Values:
+    """Make each head's keys and values of the latents, then attend as others do."""
+    embed, attend, out = ops_ahead
+    latents, ropes = values[attend.latent], values[attend.rope]
+    matrices = (_unpacked(values[op.weight.name], latents) for op in (embed, out))
+    to_keys, to_values = matrices
+    keys, made = latents @ to_keys, latents @ to_values.swapaxes(-1, -2)
+    queries, placed = (
+        split_heads(values[buf], attend.n_seqs, attend.num_heads)
+        for buf in (embed.input, attend.q_pe)
+    )
+    mask = None if attend.mask is None else values[attend.mask]
+    how, beside = (attend.softmax_scale, mask), (placed, ropes)
+    attended = attention(queries, keys, made, *how, beside=beside)
+    return {out.output: join_heads(attended)}
+
+
+def _unpacked(weight: Weight, like: mx.array) -> mx.array:
+    """Return the matrices of all heads ``[H, O, I]``."""
+    dense = weight.w if weight.quantization is None else dequantize(weight)
+    return dense.astype(like.dtype)
 
 
 def _compressed(op: attention_ops.KvCacheAppendNTokens) -> bool:

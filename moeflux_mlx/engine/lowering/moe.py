@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ...experts.weights import ExpertWeights, Weight
+from ...experts.weights import ExpertWeights, Quantization, Weight
 from ..graph.experts import GraphExperts
 from ..graph.rows import RowPart
 from ..launch import elementwise, quant
@@ -62,19 +62,26 @@ def combine(
     return run(launch)[0]
 
 
+# Modes of 4-bit floats that experts may be stored in.
+FLOATS = (Quantization(4, 32, "mxfp4"), Quantization(4, 16, "nvfp4"))
+
+
 def all_known(experts: ExpertWeights) -> bool:
     """Tell whether our kernels know how experts are quantised."""
     gate, up, down = experts.gate, experts.up, experts.down
-    known = (kernel_form(w) and w.bias is None for w in (gate, up, down))
+    known = (kernel_form(w) or w.quantization in FLOATS for w in (gate, up, down))
     if not all(known):
         return False
     same_type = gate.scales.dtype == up.scales.dtype
-    return same_type and gate.quantization == up.quantization
+    return same_type and _added(gate) == _added(up) and _packed(gate) == _packed(up)
 
 
-def is_plain(op: ops.RoutedExperts) -> bool:
-    """Tell whether our kernels know the experts' activation."""
-    return not op.limit
+def _added(weight: Weight) -> mx.Dtype | None:
+    return None if weight.bias is None else weight.bias.dtype
+
+
+def _packed(weight: Weight) -> tuple[Quantization | None, bool]:
+    return weight.quantization, weight.biases is None
 
 
 def _with_known_experts(
@@ -97,7 +104,6 @@ def _with_known_experts(
 @way(
     ops.MoeDecodeExperts,
     "experts_gate_up_swiglu",
-    is_plain,
     kernels=("experts_gate_up_swiglu", "experts_down_sum"),
 )
 @_with_known_experts
@@ -131,7 +137,7 @@ def experts_act(
     slots, experts = source.slots(indices), source.weights
     gate, up = experts.gate.records, experts.up.records
     row, start = (x.row, x.start) if isinstance(x, RowPart) else (x, 0)
-    sizes = (op.expert_dim, *form(experts.gate), start, op.dim)
+    sizes = (op.expert_dim, *form(experts.gate), start, op.dim, op.alpha, op.limit)
     (act,) = run(expert_kernels.experts_gate_up_swiglu(row, slots, gate, up, *sizes))
     return slots, act
 
@@ -139,7 +145,6 @@ def experts_act(
 @way(
     ops.MoeGatherIdFuse,
     "moe_mm_id",
-    is_plain,
     kernels=("moe_id_map", "moe_mm_id", "swiglu_fused_batched", "moe_combine_topk"),
 )
 @_with_known_experts
@@ -184,23 +189,24 @@ def _gather(
     gate = product(x, experts.gate, op.expert_dim)
     up = product(x, experts.up, op.expert_dim)
     opened = (part.reshape(n_rows, op.expert_dim) for part in (gate, up))
-    (act,) = run(elementwise.swiglu_fused_batched(*opened))
+    (act,) = run(elementwise.swiglu_fused_batched(*opened, op.alpha, op.limit))
     return product(act, experts.down, op.dim)
 
 
 def expert_rows(
-    run: Run, rows: mx.array, experts: ExpertWeights, slot: int
+    op: ops.RoutedExperts, run: Run, rows: mx.array, experts: ExpertWeights, slot: int
 ) -> mx.array:
     """Apply one expert to rows ``[M, D]``."""
     gate = matmul(run, rows, experts.gate[slot])
     up = matmul(run, rows, experts.up[slot])
-    (act,) = run(elementwise.swiglu_fused_batched(gate, up))
+    (act,) = run(elementwise.swiglu_fused_batched(gate, up, op.alpha, op.limit))
     return matmul(run, act, experts.down[slot])
 
 
 def matmul(run: Run, rows: mx.array, weight: Weight) -> mx.array:
-    """Multiply rows by a quantised matrix, as tiles."""
-    return run(quant.qmm_t(rows, *parts(weight), *form(weight)))[0]
+    """Multiply rows by a quantised matrix, as tiles; add its bias, if it has one."""
+    (out,) = run(quant.qmm_t(rows, *parts(weight), *form(weight)))
+    return out if weight.bias is None else out + weight.bias.astype(out.dtype)
 
 
 # The kernels of ``expert_rows``.
@@ -210,7 +216,6 @@ EXPERT_KERNELS = ("qmm_t", "swiglu_fused_batched")
 @way(
     ops.MoeBatchedPermuteFuse,
     "qmm_t",
-    is_plain,
     kernels=(*EXPERT_KERNELS, "moe_combine_topk"),
 )
 @_with_known_experts
@@ -234,7 +239,6 @@ def batched_experts(
 @way(
     ops.MoeBatchedPermuteFuse,
     "moe_bucket_accumulate",
-    is_plain,
     kernels=(*EXPERT_KERNELS, "moe_bucket_accumulate"),
 )
 @_with_known_experts
@@ -271,6 +275,7 @@ def _by_expert(
     for wave in source.waves(used):
         for expert, slot in wave:
             start, stop = ranges[expert]
-            outs[expert] = expert_rows(run, rows[start:stop], source.weights, slot)
+            part = rows[start:stop]
+            outs[expert] = expert_rows(op, run, part, source.weights, slot)
         ops.guard(source, [outs[expert] for expert, _ in wave])
     return order, outs, used

@@ -25,6 +25,7 @@ TYPES = {
     mx.float32: "float",
     mx.float16: "float16_t",
     mx.bfloat16: "bfloat16_t",
+    mx.uint8: "uint8_t",
 }
 
 

@@ -93,11 +93,17 @@ class Attention:
             )
         mask, traced = context.masks[self.window], context.traced
         # Slices of a growing cache would be copied, and traced anew, at every token.
-        one = mask is None and context.t == 1 and has_spare_rows(cache)
+        kept = traced or has_spare_rows(cache, self.window)
+        one = mask is None and context.t == 1 and kept
         spare_rows = traced or (one and spare)
+        row, last = context.start[:1], None
+        if spare_rows and self.window is not None:
+            row = cache.row if traced else row
+            last = context.last_row(cache.keys.shape[2] if traced else self.window)
         inputs = {
             "start": context.start,
-            "row": context.start[:1],
+            "row": row,
+            "last": last,
             "keys": cache.keys if traced else None,
             "values": cache.values if traced else None,
             "attention_mask": mask,
@@ -146,6 +152,10 @@ class Attention:
         mask = None
         if call.attention_mask:
             mask = g.input("attention_mask", b.AttnMaskBuf, (None, 1, call.t, None))
+        last = None
+        if call.spare_rows:
+            ring = self.window is not None
+            last = g.input("last", b.StartPosBuf, (seqs,)) if ring else start
         attended = g.new("attended", b.AttnOutBuf, (n, heads * d))
         g.push(
             ops.SdpaCausalTiled(
@@ -154,7 +164,7 @@ class Attention:
                 k=keys,
                 v=values,
                 mask=mask,
-                start=start if call.spare_rows else None,
+                start=last,
                 attn_out=attended,
                 n_tokens=n,
                 n_seqs=seqs,

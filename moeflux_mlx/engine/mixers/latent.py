@@ -105,7 +105,7 @@ class LatentAttention:
             )
         mask, traced = context.masks[self.window], context.traced
         # Slices of a growing cache would be traced anew at every token.
-        one = mask is None and context.n_seqs == context.t == 1
+        one = mask is None and context.t == 1
         spare_rows = traced or (one and spare and has_spare_rows(cache))
         inputs = {
             "start": context.start,

@@ -11,7 +11,7 @@ import numpy as np
 
 from ... import device
 from ...errors import BudgetError, ExpertStoreError
-from ..files.layout import PARTS, TENSOR_ALIGNMENT, ExpertLayout, TensorSpec
+from ..files.layout import BIAS, PARTS, TENSOR_ALIGNMENT, ExpertLayout, TensorSpec
 from ..files.reader import HostPlace, Place
 from ..weights import MLX_DTYPES, ExpertWeights, Records, Weight
 from .staging import StagedPlace, Staging, open_staging
@@ -300,7 +300,7 @@ def weights_of(
     def in_pool(projection: str) -> tuple[Records | None, ...] | None:
         if records is None:
             return None
-        return tuple(records.get((projection, part)) for part in PARTS)
+        return tuple(records.get((projection, part)) for part in (*PARTS, BIAS))
 
     return ExpertWeights.named(
         {
