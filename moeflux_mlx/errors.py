@@ -116,15 +116,33 @@ class SimulatorError(MoefluxError):
 
 
 @contextlib.contextmanager
+def memory_errors(where: str) -> Iterator[None]:
+    """Give memory that the process cannot have a type and advice.
+
+    Raises:
+        BudgetError: in place of a MemoryError.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise BudgetError(
+            f"[memory] {where}: this process can have no more memory: raise its limit, "
+            "or give experts less"
+        ) from error
+
+
+@contextlib.contextmanager
 def one_line_errors(where: str) -> Iterator[None]:
     """Turn errors of other libraries into one line that says where it was.
 
     Raises:
         ModelError: with the library's error as its cause.
+        BudgetError: as ``memory_errors``.
     """
     try:
-        yield
-    except (MoefluxError, MemoryError):
+        with memory_errors(where):
+            yield
+    except MoefluxError:
         raise
     except Exception as error:
         told = one_line(f"{type(error).__name__}: {error}")

@@ -19,7 +19,7 @@ from . import config, device, serving
 from .adapters import put_adapters
 from .calls.group import Group, exchange_of, launched_group
 from .engine.runtime import RunOptions
-from .errors import ConfigError, one_line_errors
+from .errors import ConfigError, memory_errors, one_line_errors
 from .experts.files.checkpoint import read_config
 from .experts.files.packed import PackedExperts, is_packed
 from .experts.files.stock import departs, has_own_class
@@ -45,6 +45,7 @@ from .system.files import short, spelled_plainly
 from .system.progress import Report, byte_progress, notice
 
 
+@memory_errors("[load]")
 def load(
     path_or_hf_repo: str | Path,
     tokenizer_config: dict[str, Any] | None = None,

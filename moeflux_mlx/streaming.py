@@ -21,7 +21,7 @@ from .calls.measured_needs import MeasuredNeeds
 from .calls.shared import Calls
 from .calls.ways import Ways, added_class
 from .drafts import let_all_draft
-from .errors import BudgetError, ModelError, MoefluxError
+from .errors import BudgetError, ModelError, MoefluxError, memory_errors
 from .experts.compute.blank import BlankExperts
 from .experts.compute.exchange import Exchange
 from .experts.compute.switch import StreamedSwitch
@@ -135,6 +135,7 @@ class StreamedModel(GuardsSaving, TrainsUncompiled, StreamedPart):
         return super().load_weights(weights, strict)
 
 
+@memory_errors("[stream]")
 def stream(
     model: M,
     directory: str | Path,

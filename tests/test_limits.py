@@ -11,8 +11,8 @@ import pytest
 from sparse import make_sparse_checkpoint
 
 import moeflux_mlx
-from moeflux_mlx import device
-from moeflux_mlx.errors import BudgetError
+from moeflux_mlx import device, loading
+from moeflux_mlx.errors import BudgetError, one_line_errors
 from moeflux_mlx.system import limits
 
 MIB = 1 << 20
@@ -151,7 +151,7 @@ ALLOCATE = """
 import sys
 import mlx.core as mx
 from moeflux_mlx.system import limits
-from moeflux_mlx.errors import BudgetError
+from moeflux_mlx.errors import BudgetError, one_line_errors
 from moeflux_mlx.experts.pool.pool import aligned_rows
 
 left = limits.memory_left_bytes()
@@ -231,7 +231,7 @@ import resource, sys
 import mlx.core as mx
 import moeflux_mlx
 from mlx_lm.models.cache import make_prompt_cache
-from moeflux_mlx.errors import BudgetError
+from moeflux_mlx.errors import BudgetError, one_line_errors
 
 path, kind, field, room = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 used = int(open("/proc/self/statm").read().split()[field]) * resource.getpagesize()
@@ -308,3 +308,15 @@ def test_compare_refuses_what_stock_cannot_hold(large):
     done = under_ulimit("-d 1200000", code, "compare", large[0])
     assert done.returncode == 2 and "--memory" in done.stderr, done
     assert done.stderr.count("\n") == 1
+
+
+def test_memory_that_nobody_can_have_is_an_error_of_ours(tmp_path, monkeypatch):
+    def nothing(*_):
+        raise MemoryError
+
+    told = pytest.raises(BudgetError, match=r"^\[memory\] \[load\] x: this process")
+    with told, one_line_errors("[load] x"):
+        nothing()
+    monkeypatch.setattr(loading, "find_model", nothing)
+    with pytest.raises(BudgetError, match=r"^\[memory\] \[load\]: .* raise its limit"):
+        moeflux_mlx.load(tmp_path)
