@@ -111,7 +111,7 @@ def test_tokens_on_simulated_kernels_are_those_of_the_references(
     assert {"experts_gate_up_swiglu", "qmm_t"} <= built
     if fuse == "1":
         groups = {group.name for group in lowering.GROUPS}
-        assert groups - built == {ONLY_RESIDENT, UNGATED}
+        assert groups - built == {ONLY_RESIDENT, UNGATED, LATENT}
         resident, _ = moeflux_mlx.load(DEMO, executor="sim")
         got, _ = greedy(resident, tokenizer, "def f(x):", 2)
         assert got == want
@@ -137,3 +137,5 @@ OTHER_FAMILIES = {
 }
 # The demo model gates its attention.
 UNGATED = "attention_inputs_ungated"
+# Latent attention, which the demo has not.
+LATENT = "mlx_expanded"
