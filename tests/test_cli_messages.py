@@ -50,7 +50,7 @@ def test_tuning_without_a_gpu_says_at_once_that_there_is_nothing(
     assert main(["tune", str(tmp_path / "not even a model")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert (
-        line.startswith("moeflux: [tune] nothing to tune: ")
+        line.startswith("moeflux: [tune] nothing to tune or to keep: ")
         and "--executor sim" in line
     )
 

@@ -68,9 +68,9 @@ def run(args: argparse.Namespace) -> int:
     executor = args.executor or config.executor_name() or gpu_executor()
     if executor is None:
         raise ConfigError(
-            "[tune] nothing to tune: expected a GPU, whose kernels have several ways, "
-            "but found none; --executor sim tries the command on the simulator, whose "
-            "times mean nothing"
+            "[tune] nothing to tune or to keep: expected a GPU, whose kernels have "
+            "several ways, but found none; --executor sim tries the command on the "
+            "simulator, whose times mean nothing"
         )
     path = args.file or (None if executor == "sim" else default_path(executor))
     announce(args.model, streaming_options(args))
