@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
@@ -92,6 +93,49 @@ def greedy(model, n_seqs: int, n: int) -> tuple[mx.array, list[list[int]]]:
 def relative_rms(got: mx.array, expected: mx.array) -> float:
     error = mx.sqrt(mx.mean((got - expected) ** 2))
     return (error / mx.sqrt(mx.mean(expected**2))).item()
+
+
+def assert_tokens_are_mlx_lms(plain, packed, n_seqs: int, n_tokens: int) -> None:
+    """Check logits and greedy tokens: all experts in memory, few, and few of a pack."""
+    expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, n_tokens)
+    budget = {"expert_memory": least(plain)}
+    models = {
+        "resident": load(plain, executor="ops"),
+        "least": load(plain, executor="ops", **budget),
+        "least of a pack": load(packed, executor="ops", read_ahead="on", **budget),
+    }
+    found = {}
+    for name, model in models.items():
+        found[name], ids = greedy(model, n_seqs, n_tokens)
+        assert relative_rms(found[name], expected) < 1e-5, name
+        assert ids == chosen, name
+        assert mx.array_equal(found[name], found["resident"]), name
+        if name != "resident":
+            assert model.streamer.stats.total.misses, name
+
+
+def assert_kernels_give_mlx_lms(plain, n_seqs: int, n_tokens: int) -> None:
+    """Check logits and greedy tokens of simulated kernels, with few experts."""
+    expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, n_tokens)
+    options = {"executor": "sim", "expert_memory": least(plain)}
+    got, found = greedy(load(plain, **options), n_seqs, n_tokens)
+    assert relative_rms(got, expected) < 1e-5
+    assert found == chosen
+
+
+def assert_ahead_is_as_waiting(packed, n_seqs: int, lazy: str) -> None:
+    """Check logits of tokens that ran ahead against those that waited.
+
+    Args:
+        lazy: name of an executor that computes nothing before it must.
+    """
+    found = []
+    for optimistic in ("off", "on"):
+        options = {"expert_memory": least(packed, 9), "optimistic": optimistic}
+        model = load(packed, executor=lazy, **options)
+        found.append(greedy(model, n_seqs, 6)[0])
+        assert model.runtime.steps == (optimistic == "on")
+    assert relative_rms(found[1], found[0]) < 1e-6
 
 
 def launches(model) -> list[str]:

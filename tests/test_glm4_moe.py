@@ -13,8 +13,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import save_model
 from native_models import (
+    assert_ahead_is_as_waiting,
+    assert_kernels_give_mlx_lms,
+    assert_tokens_are_mlx_lms,
     edit_config,
-    greedy,
     launches,
     least,
     load,
@@ -70,45 +72,21 @@ plain, packed = made_of(make_glm4_moe, CONFIGS)
 @pytest.mark.sampled
 @pytest.mark.parametrize(("n_seqs", "n_tokens"), [(1, 64), (3, 16)])
 def test_greedy_tokens_and_their_logits_are_mlx_lms(plain, packed, n_seqs, n_tokens):
-    expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, n_tokens)
-    budget = {"expert_memory": least(plain)}
-    models = {
-        "resident": load(plain, executor="ops"),
-        "least": load(plain, executor="ops", **budget),
-        "least of a pack": load(packed, executor="ops", read_ahead="on", **budget),
-    }
-    found = {}
-    for name, model in models.items():
-        found[name], ids = greedy(model, n_seqs, n_tokens)
-        assert relative_rms(found[name], expected) < 1e-5, name
-        assert ids == chosen, name
-        assert mx.array_equal(found[name], found["resident"]), name
-        if name != "resident":
-            assert model.streamer.stats.total.misses, name
+    assert_tokens_are_mlx_lms(plain, packed, n_seqs, n_tokens)
 
 
 @pytest.mark.slow
 @simulated
 @pytest.mark.parametrize("plain", [GROUPS], indirect=True)
 def test_kernels_give_mlx_lms_tokens_and_logits(plain):
-    options = {"executor": "sim", "expert_memory": least(plain)}
-    expected, chosen = greedy(mlx_lm.load(str(plain))[0], 1, 1)
-    got, found = greedy(load(plain, **options), 1, 1)
-    assert relative_rms(got, expected) < 1e-5
-    assert found == chosen
+    assert_kernels_give_mlx_lms(plain, 1, 1)
 
 
 @pytest.mark.parametrize("plain", [GROUPS], indirect=True)
 @pytest.mark.parametrize("n_seqs", [1, 3])
 def test_running_ahead_gives_what_waiting_gives(packed, n_seqs, monkeypatch):
     monkeypatch.setitem(EXECUTORS, Lazy.name, Lazy)
-    found = []
-    for optimistic in ("off", "on"):
-        options = {"expert_memory": least(packed, 9), "optimistic": optimistic}
-        model = load(packed, executor=Lazy.name, **options)
-        found.append(greedy(model, n_seqs, 6)[0])
-        assert model.runtime.steps == (optimistic == "on")
-    assert relative_rms(found[1], found[0]) < 1e-6
+    assert_ahead_is_as_waiting(packed, n_seqs, Lazy.name)
 
 
 def test_weights_caches_and_calls_are_mlx_lms(plain):
