@@ -40,7 +40,7 @@ KNOWN |= {"qk_norm_type": "per_layer"}
 
 
 def lacks(config: Mapping[str, Any]) -> str | None:
-    """Return what a configuration asks for that the class does not do, if anything."""
+    """Return a configuration's wish that the class does not do, if any."""
     stored = config.get("quantization_config")
     if "quantization" not in config and isinstance(stored, dict):
         return f"quantization_config of {stored.get('quant_method')}"

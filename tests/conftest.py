@@ -20,6 +20,9 @@ from moeflux_mlx.cli.inspect import summarize
 from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.system.pressure import Pressure
 
+# Their assertions are to say as much as those of the tests that call them.
+pytest.register_assert_rewrite("native_models")
+
 NEEDS = {
     "metal": (mx.metal.is_available(), "needs Apple silicon with Metal"),
     "cuda": (mx.cuda.is_available(), "needs an NVIDIA GPU with MLX's CUDA backend"),

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import load_model
 from native_models import simulated
-from synthetic import expert_bytes, slot_bytes, write_checkpoint
+from synthetic import slot_bytes, write_checkpoint
 from test_compiled import Lazy, Traced
+from test_resize import store_of
 
 import moeflux_mlx
 from moeflux_mlx import device
@@ -25,7 +26,6 @@ from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT, SlotPool
 from moeflux_mlx.experts.pool.residency import SlotTable
 from moeflux_mlx.experts.pool.segments import N_SIZES, divide, sizes
 from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
-from moeflux_mlx.experts.weights import Quantization
 from moeflux_mlx.memory import plan as memory
 from moeflux_mlx.memory.caches import CacheForm
 from moeflux_mlx.memory.keeper import MemoryKeeper
@@ -51,27 +51,7 @@ def whole_buffers(monkeypatch):
         monkeypatch.setitem(EXECUTORS, executor.name, executor)
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    return write_checkpoint(
-        tmp_path_factory.mktemp("replacing") / "plain",
-        n_layers=N_LAYERS,
-        n_experts=N_EXPERTS,
-        top_k=TOP_K,
-        quantization=[Quantization(4, 32)] * N_LAYERS,
-    )
-
-
-@pytest.fixture(scope="module")
-def store(plain):
-    with CheckpointExperts.open(plain) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def expected(plain):
-    pairs = [(layer, e) for layer in range(N_LAYERS) for e in range(N_EXPERTS)]
-    return {(layer, e): expert_bytes(plain, layer, e) for layer, e in pairs}
+plain, store, expected = store_of(N_LAYERS, N_EXPERTS, TOP_K)
 
 
 def stream(store, n_slots, **options):

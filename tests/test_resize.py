@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -24,27 +25,33 @@ N_LAYERS, N_EXPERTS, TOP_K = 3, 11, 3
 N_RECORDS = N_LAYERS * N_EXPERTS
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    return write_checkpoint(
-        tmp_path_factory.mktemp("resize") / "plain",
-        n_layers=N_LAYERS,
-        n_experts=N_EXPERTS,
-        top_k=TOP_K,
-        quantization=[Quantization(4, 32)] * N_LAYERS,
-    )
+def store_of(n_layers: int, n_experts: int, top_k: int) -> tuple[Any, Any, Any]:
+    """Return fixtures: a checkpoint in 4 bits, its open store, each expert's bytes."""
+
+    @pytest.fixture(scope="module")
+    def plain(tmp_path_factory):
+        return write_checkpoint(
+            tmp_path_factory.mktemp("store") / "plain",
+            n_layers=n_layers,
+            n_experts=n_experts,
+            top_k=top_k,
+            quantization=[Quantization(4, 32)] * n_layers,
+        )
+
+    @pytest.fixture(scope="module")
+    def store(plain):
+        with CheckpointExperts.open(plain) as opened:
+            yield opened
+
+    @pytest.fixture(scope="module")
+    def expected(plain):
+        pairs = [(layer, e) for layer in range(n_layers) for e in range(n_experts)]
+        return {(layer, e): expert_bytes(plain, layer, e) for layer, e in pairs}
+
+    return plain, store, expected
 
 
-@pytest.fixture(scope="module")
-def store(plain):
-    with CheckpointExperts.open(plain) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def expected(plain):
-    pairs = [(layer, e) for layer in range(N_LAYERS) for e in range(N_EXPERTS)]
-    return {(layer, e): expert_bytes(plain, layer, e) for layer, e in pairs}
+plain, store, expected = store_of(N_LAYERS, N_EXPERTS, TOP_K)
 
 
 def stream(store, n_slots, **options):
