@@ -73,7 +73,7 @@ MORE_GEOMETRIES = {name.lower(): shape for name, shape in real_sizes.MODELS.item
 # routers choose other experts, so ours must be about as near to float32 as stock is.
 COMPARED_LAYERS, COMPARED_TOKENS, MAX_RATIO = 4, 8, 1.5
 # A prompt is not repeated after so long: stock on CUDA may take a minute for one.
-PREFILL_S = 10.0
+PREFILL_S = 30.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
