@@ -88,6 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choices = ("auto", "on", "off")
     add("--read-ahead", choices=choices, default="auto", help="of ours")
     add("--optimistic", choices=choices, help="of ours, where mlx-lm's class runs")
+    text = "ours reads the plain checkpoint, where mlx-lm's class runs"
+    add("--unpacked", action="store_true", help=text)
     add("--without-mlx-vlm", action="store_true", help="leave it out")
     add("--csv", type=Path, help="also write the rows to this file")
 
@@ -113,6 +115,7 @@ def _run(args: argparse.Namespace, directory: Path) -> int:
         args.policy,
         args.read_ahead,
         args.optimistic,
+        args.unpacked,
     )
     for what in left_out(args):
         console.print(f"Left out: {what}")
@@ -193,8 +196,8 @@ def measure(sides: list[Side], traced: TracedModel, plan: Plan) -> Run:
             opened.result()
         for trace in plan.traces:
             for i in track(range(plan.n_steps), f"{trace}: {names}", console=PROGRESS):
-                if plan.state(i) is not None and i % STEPS_PER_DISK_SAMPLE == 0:
-                    run.disk_bytes_per_s.append(_disk_sample(traced))
+                if plan.is_timed(i) and i % STEPS_PER_DISK_SAMPLE == 0:
+                    run.disk_bytes_per_s.append(_disk_sample(traced, plan))
                 first = i % len(sides)
                 for side in sides[first:] + sides[:first]:
                     step = workers[side].submit(follow, trace, i).result()
@@ -202,8 +205,8 @@ def measure(sides: list[Side], traced: TracedModel, plan: Plan) -> Run:
     return run
 
 
-def _disk_sample(traced: TracedModel) -> float:
-    if not traced.native:
+def _disk_sample(traced: TracedModel, plan: Plan) -> float:
+    if plan.unpacked and not traced.native:
         paths = sorted(traced.plain.glob("*.safetensors"))[1:]
         return disk_bytes_per_s(paths, PLAIN_READ_BYTES, DISK_READS)
     with PackedExperts.open(traced.packed) as store:
@@ -247,7 +250,11 @@ def summarize(run: Run, plan: Plan, trace: str, state: str) -> Iterator[dict[str
     before they were asked for; these count as hits.
     """
     timed = {
-        side: [s for i, s in enumerate(traces[trace]) if plan.state(i) == state]
+        side: [
+            step
+            for i, step in enumerate(traces[trace])
+            if plan.is_timed(i) and plan.state(i) == state
+        ]
         for side, traces in run.steps.items()
     }
     differences = {

@@ -55,7 +55,7 @@ class TracedModel:
     """Where the checkpoint and its pack are, and the experts that tokens choose.
 
     ``routing`` has ``[N, layers, K]`` expert ids for each trace. ``native``: a class of
-    our own runs the model, else mlx-lm's, from the plain checkpoint.
+    our own runs the model, else mlx-lm's.
     """
 
     plain: Path
@@ -78,18 +78,17 @@ def make_model(
     kind = str(dtype).removeprefix("mlx.core.")
     home = directory / f"{geometry}-{n_layers}-layers-{kind}-{n_steps}-steps"
     plain, packed = home / "plain", home / "packed"
-    native = geometry in GEOMETRIES
     # The traces are written last.
-    if not (is_packed(packed) if native else (plain / TRACE_NAME).is_file()):
+    if not (plain / TRACE_NAME).is_file():
         shutil.rmtree(plain, ignore_errors=True)
         config = geometry_config(geometry, n_layers)
         routing = make_traces(config, n_steps)
         write_checkpoint(plain, config, dtype, routing)
-        if native:
-            pack(plain, packed)
+    if not is_packed(packed):
+        pack(plain, packed)
     with np.load(plain / TRACE_NAME) as arrays:
         routing = {name: arrays[name] for name in arrays}
-        return TracedModel(plain, packed, routing, native)
+        return TracedModel(plain, packed, routing, geometry in GEOMETRIES)
 
 
 def geometry_config(geometry: str, n_layers: int) -> dict[str, Any]:

@@ -53,7 +53,8 @@ class Side:
 class Plan:
     """What every side does: traces to follow, tokens to warm up with and to time.
 
-    ``n_timed`` tokens of a trace are timed in each state, in turns.
+    ``n_timed`` tokens of a trace are timed in each state, in turns. ``unpacked``: ours
+    streams the plain checkpoint, where mlx-lm's class runs.
     """
 
     traces: tuple[str, ...]
@@ -65,17 +66,23 @@ class Plan:
     policy: str | None = None
     read_ahead: str = "auto"
     optimistic: str | None = None
+    unpacked: bool = False
 
     @property
     def n_steps(self) -> int:
         """Tokens of a trace in all."""
         return self.n_warm_up + self.n_timed * len(self.states)
 
-    def state(self, i: int) -> str | None:
-        """Return the state that step ``i`` is timed in; None: it is not timed."""
-        if i < self.n_warm_up:
-            return None
+    def state(self, i: int) -> str:
+        """Return the state of the page cache for step ``i``, timed or not.
+
+        A way of reading that is found out by trying is then found for what is timed.
+        """
         return self.states[i % len(self.states)]
+
+    def is_timed(self, i: int) -> bool:
+        """Tell whether step ``i`` comes after the warm-up."""
+        return i >= self.n_warm_up
 
 
 class Step(NamedTuple):
@@ -153,14 +160,17 @@ class Ours(MlxLm):
 
 
 class Door(Ours):
-    """moeflux-mlx with mlx-lm's class, from the plain checkpoint."""
+    """moeflux-mlx with mlx-lm's class: the same, or the plain checkpoint streamed."""
 
     def __init__(self, traced: TracedModel, side: Side, plan: Plan):
-        memory = None
-        if side.share is not None:
-            memory = door_memory_for(traced.plain, side.share)
+        memory, path = None, traced.plain
+        if side.share is not None and plan.unpacked:
+            memory = door_memory_for(path, side.share)
+        elif side.share is not None:
+            path = traced.packed
+            memory = memory_for(path, side.share)
         self.model = moeflux_mlx.load(
-            traced.plain,
+            path,
             expert_memory=memory,
             policy=plan.policy,
             read_ahead=plan.read_ahead,
@@ -333,7 +343,7 @@ class Follower:
         if (np.sort(found) != np.sort(wanted)).any():
             raise RuntimeError(f"[{trace}] expected the trace's experts to be chosen")
 
-    def _prepare(self, chosen: np.ndarray, state: str | None) -> None:
+    def _prepare(self, chosen: np.ndarray, state: str) -> None:
         """Bring the experts ``[layers, K]`` of a step into the page cache, or none."""
         if state == "cold":
             drop(self._files)

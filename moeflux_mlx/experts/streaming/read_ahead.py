@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ...errors import ConfigError
 
@@ -13,6 +12,8 @@ from ...errors import ConfigError
 TRIAL_TOKENS = 32
 TURN_TOKENS = 8
 CLEAR_SHARE = 0.2
+# Of so many tokens the slowest does not count.
+SLOWEST_OF = 8
 # Tokens for which the outcome holds.
 HOLD_TOKENS = 512
 # Least share of a token's time that must be waiting, and that must be saved.
@@ -79,15 +80,13 @@ class ReadAhead:
         self._times[self._active].append(seconds)
         if not self._active:
             self._waits.append(self._waited() - self._began[1])
-        # Medians: a first token may take seconds, in which kernels are compiled.
         without, ahead = self._times[False], self._times[True]
         if len(without) == TURN_TOKENS and not ahead:
             # Nothing to hide: no need to try.
-            least = LEAST_SHARE * statistics.median(without)
-            if statistics.median(self._waits) < least:
+            if _usual(self._waits) < LEAST_SHARE * _usual(without):
                 self._decide(False)
         elif len(without) == len(ahead):
-            self._compare(*map(statistics.median, (without, ahead)))
+            self._compare(_usual(without), _usual(ahead))
 
     def _compare(self, without: float, ahead: float) -> None:
         """Decide after as many tokens of each, unless the two are too alike yet."""
@@ -98,3 +97,13 @@ class ReadAhead:
     def _decide(self, winner: bool) -> None:
         self._winner, self._left = winner, HOLD_TOKENS
         self._forget()
+
+
+def _usual(times: Sequence[float]) -> float:
+    """Return the mean of all but the slowest tokens.
+
+    A first token may take seconds, in which kernels are compiled. But a median would
+    leave out every token that waits for the disk where most find the page cache filled.
+    """
+    n = len(times) - len(times) // SLOWEST_OF
+    return sum(sorted(times)[:n]) / n
