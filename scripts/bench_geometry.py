@@ -25,6 +25,7 @@ import numpy as np
 import real_sizes
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.utils import _get_classes
 from rich.console import Console
 from rich.table import Table
@@ -74,12 +75,15 @@ MORE_GEOMETRIES = {name.lower(): shape for name, shape in real_sizes.MODELS.item
 COMPARED_LAYERS, COMPARED_TOKENS, MAX_RATIO = 4, 8, 1.5
 # A prompt is not repeated after so long: stock on CUDA may take a minute for one.
 PREFILL_S = 30.0
+# MLX's random numbers and quantisation take arrays of fewer than 2^32 values.
+MAX_VALUES = 1 << 31
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this mode."""
     group = parser.add_argument_group("random weights of a published geometry")
-    group.add_argument("--geometry", choices={**GEOMETRIES, **MORE_GEOMETRIES})
+    names = {**GEOMETRIES, **MORE_GEOMETRIES}
+    group.add_argument("--geometry", choices=names, nargs="+", metavar="NAME")
     group.add_argument("--layers", type=int, help="fewer than published")
     group.add_argument("--context", type=int, default=512, help="tokens before decode")
     group.add_argument("--prefill", type=int, default=2048, help="prompt of prefill")
@@ -93,15 +97,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Build both models, compare them, measure in turns and print."""
+    """Measure one geometry after another; return 1 if one has no speeds.
+
+    All of them in one process, because compiling stock's products of experts takes
+    CUDA a minute.
+    """
     if args.plot:
         check_plot(args.plot)
-    config = (GEOMETRIES | MORE_GEOMETRIES)[args.geometry]
-    config = cut(config, args.layers or config["num_hidden_layers"])
     executor = args.executor or gpu_executor()
     if executor is None:
         print("bench_decode: --geometry needs a GPU or --executor", file=sys.stderr)
         return 2
+    rows: list[dict[str, Any]] = []
+    failed = 0
+    for name in args.geometry:
+        failed |= measure(name, args, executor, rows)
+        mx.clear_cache()
+        if args.csv and rows:
+            save(rows, args.csv)
+    return failed
+
+
+def measure(
+    geometry: str,
+    args: argparse.Namespace,
+    executor: str,
+    rows: list[dict[str, Any]],
+) -> int:
+    """Build both models, compare them, measure in turns, print and add rows."""
+    config = (GEOMETRIES | MORE_GEOMETRIES)[geometry]
+    config = cut(config, args.layers or config["num_hidden_layers"])
     few = cut(config, min(COMPARED_LAYERS, config["num_hidden_layers"]))
     off = errors(build(few, executor), few)
     each = ", ".join(f"{name} {error:.1e}" for name, error in off.items())
@@ -121,14 +146,15 @@ def main(args: argparse.Namespace) -> int:
         for name, n_tokens in (("stock", args.stock_prefill), (executor, args.prefill))
         if n_tokens
     }
-    report(args, decodes, prefills)
+    rows += report(geometry, config, args, decodes, prefills)
     if args.profile or args.plot:
         profile_ours(models[executor], args)
     return 0
 
 
 def cut(config: dict[str, Any], n_layers: int) -> dict[str, Any]:
-    """Return the configuration of the first layers, of which one at least is routed."""
+    """Return the configuration of the first layers, with one at least of each kind."""
+    n_layers = max(n_layers, config.get("full_attention_interval", 1))
     found = {**config, "num_hidden_layers": n_layers}
     if "layer_types" in config:
         found["layer_types"] = config["layer_types"][:n_layers]
@@ -155,6 +181,7 @@ def build(config: dict[str, Any], executor: str) -> dict[str, nn.Module]:
     theirs = stock_model(config)
     theirs.set_dtype(mx.bfloat16)
     quantize(theirs, config)
+    divide_large(theirs)
 
     class Chosen(ours.Model):
         options = RunOptions(executor=executor)
@@ -181,6 +208,28 @@ def quantize(
     """Quantise as the model was published, else as mlx-lm's converter does stock's."""
     form = config.get("quantization", real_sizes.AFFINE)
     real_sizes.quantize(model, form, stock or model)
+
+
+def divide_large(model: nn.Module) -> None:
+    """Make matrices of experts too large for one operation of MLX piece by piece."""
+    for module in model.modules():
+        if not isinstance(module, QuantizedSwitchLinear):
+            continue
+        n_experts, n_out, n_words = module.weight.shape
+        n_in = n_words * 32 // module.bits
+        n_pieces = -(-n_experts * n_out * n_in // MAX_VALUES)
+        if n_pieces == 1:
+            continue
+        form = {"group_size": module.group_size, "bits": module.bits}
+        each = -(-n_experts // n_pieces)
+        pieces = []
+        for first in range(0, n_experts, each):
+            shape = (min(each, n_experts - first), n_out, n_in)
+            noise = mx.random.uniform(-1.0, 1.0, shape) * n_in**-0.5
+            pieces.append(mx.quantize(noise.astype(mx.bfloat16), **form))
+            mx.eval(pieces[-1])
+        parts = (mx.concatenate(part) for part in zip(*pieces, strict=True))
+        module.weight, module.scales, module.biases = parts
 
 
 def errors(models: dict[str, nn.Module], config: dict[str, Any]) -> dict[str, float]:
@@ -282,13 +331,14 @@ def _seconds(run: Callable[[], None]) -> float:
 
 
 def report(
+    geometry: str,
+    config: dict[str, Any],
     args: argparse.Namespace,
     decodes: dict[str, list[float]],
     prefills: dict[str, float],
-) -> None:
-    """Print medians and ratios, and write them where asked."""
-    published = (GEOMETRIES | MORE_GEOMETRIES)[args.geometry]
-    layers = args.layers or published["num_hidden_layers"]
+) -> list[dict[str, Any]]:
+    """Print medians and ratios; return them as rows."""
+    layers = config["num_hidden_layers"]
     medians = {name: statistics.median(times) for name, times in decodes.items()}
     rows = [
         {
@@ -296,7 +346,7 @@ def report(
             "date": datetime.now(timezone.utc).date().isoformat(),
             "mlx": version("mlx"),
             "mlx_lm": version("mlx-lm"),
-            "geometry": args.geometry,
+            "geometry": geometry,
             "layers": layers,
             "context": args.context,
             "side": name,
@@ -307,7 +357,7 @@ def report(
         }
         for (name, times), median in zip(decodes.items(), medians.values(), strict=True)
     ]
-    title = f"{args.geometry}, {layers} layers, {rows[0]['machine']}"
+    title = f"{geometry}, {layers} layers, {rows[0]['machine']}"
     table = Table(title=title)
     names = [n for n in rows[0] if n not in ("machine", "date", "geometry", "layers")]
     for name in names:
@@ -315,8 +365,12 @@ def report(
     for row in rows:
         table.add_row(*(str(row[name]) for name in names))
     Console(width=160).print(table)
-    if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+    return rows
+
+
+def save(rows: list[dict[str, Any]], path: str) -> None:
+    """Write rows to a file."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

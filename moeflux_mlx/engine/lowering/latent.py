@@ -17,8 +17,10 @@ from ..ops.functions import attention, dequantize
 from .rows import kernel_form, parts
 from .table import Run, Values, group, way
 
-# Rows of the cache that one threadgroup takes: more of them run at once.
-TILE = 512
+# Tiles of the cache run at once, each in a threadgroup for eight heads. Fewer rows than
+# these are not worth a launch more; more tiles than these write more sums than the
+# cache has bytes.
+MIN_TILE, MAX_TILES = 64, 32
 # Tokens up to which kernels that go through a cache or a matrix for each pay: matrix
 # products of more are MLX's.
 FEW = 8
@@ -87,10 +89,17 @@ def attend(
     n_new = op.n_tokens // op.n_seqs
     seen = None if start is None else (start + n_new).astype(mx.uint32)
     given = q, q_pe, latent[:, 0], rope[:, 0], op.softmax_scale
-    if latent.shape[2] <= TILE:
+    n_rows = latent.shape[2]
+    if n_rows <= MIN_TILE:
         return run(kernels.mla_sdpa_folded(*given, seen))[0]
-    tiles = run(kernels.mla_sdpa_tile_accumulate(*given, TILE, seen))
+    tiles = run(kernels.mla_sdpa_tile_accumulate(*given, tile_of(n_rows), seen))
     return run(kernels.mla_sdpa_tile_finalize(*tiles, op.num_heads, q.dtype))[0]
+
+
+def tile_of(n_rows: int) -> int:
+    """Return the rows of a tile: a power of two, as each is a kernel of its own."""
+    least = -(-n_rows // MAX_TILES)
+    return max(MIN_TILE, 1 << (least - 1).bit_length())
 
 
 def _expanded(ops_ahead: Sequence[Any]) -> int:
