@@ -411,3 +411,32 @@ def test_a_pattern_that_names_nothing_is_an_error(name, capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         script.main()
     assert ended.value.code == 2 and "--only: expected" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_instructions_of_launches_are_held_against_those_of_another_tree(monkeypatch):
+    """Compiling is NVIDIA's; the sources, and telling them apart, are ours."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    path = str(ROOT / "scripts" / "cuda_code")
+    loader = importlib.machinery.SourceFileLoader("cuda_code", path)
+    spec = importlib.util.spec_from_loader("cuda_code", loader)
+    code = importlib.util.module_from_spec(spec)
+    loader.exec_module(code)
+    here = code.sources(ROOT, "norm")
+    ((_, side, kernel, number),) = here
+    assert (side, kernel, number) == ("norm_matvecs", "norm_matvecs", 0)
+    ((key, text),) = here.items()
+    assert text.count('extern "C" __global__ void entry(') == 1
+    assert "msl::norm_matvecs<" in text
+    listed = ["/*0010*/ MOV R1, c[0x0][0x28] ;", ".L_1:", "/*0020*/ EXIT ;"]
+    taken = [m[1] for m in map(code.INSTRUCTION.match, listed) if m]
+    assert taken == ["MOV R1, c[0x0][0x28] ", "EXIT "]
+    assert code.PARAMETER.sub("parameter", taken[0]) == "MOV R1, parameter "
+    made = {text: ("A", "B", "C"), "other": ("A", "D", "C")}
+    monkeypatch.setattr(code, "instructions", made.__getitem__)
+    rows = [code.row(key, text, there) for there in ({key: text}, {key: "other"}, {})]
+    assert [(r["there"], r["changed"]) for r in rows] == [
+        ("same", 0),
+        ("other", 2),
+        ("new", 3),
+    ]
