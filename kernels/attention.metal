@@ -1,16 +1,15 @@
 // Full attention: rotary positions, the KV cache, and causal attention over it.
 //
-// B sequences of T tokens, N = B T rows; H query heads, Hkv key heads, D head width, S rows in
-// the cache. Query head h reads key head h / (H / Hkv).
+// B sequences of T tokens, N = B T rows; H query heads, Hkv key heads, D head width, S cache rows.
+// Query head h reads key head h / (H / Hkv).
 #include "moeflux.h"
 
-// Rotation of the first 2 n_pairs channels of each head, first half paired with second
-// (NeoX), times scale; the other channels are copied.
+// Rotate the first 2 n_pairs channels of each head, pairing their first half with their second
+// (NeoX), and multiply them by scale. Copy the other channels.
 //
-// x, out: [N, H d]; inv_freq: float32 [n_pairs], angle per position; start: [B], position of
-// each sequence's first token. Launch: one thread a pair or copied channel, grid
-// (d - n_pairs, H, N). Angles reach thousands of turns, which only the precise functions
-// reduce well.
+// x, out: [N, H d]; inv_freq: float32 [n_pairs], angle per position; start: [B], position of each
+// sequence's first token. Launch: one thread per pair or copied channel, grid (d - n_pairs, H, N).
+// Angles reach thousands of turns, and only the precise functions reduce such angles accurately.
 template <typename T>
 [[kernel]] void rope_n_tokens(
     device const T* x,
@@ -42,11 +41,12 @@ template <typename T>
   out[at + n_pairs] = T(first * s + second * c);
 }
 
-// Both caches with T new rows from `row` on; rows outside of them are dropped.
+// Copy both caches, replacing T rows from `row` on by new ones. New rows outside the cache are
+// dropped.
 //
 // keys, values: [N, Hkv d]; k_cache, v_cache and outputs: [B,Hkv,S,d]; row: [1]. Launch: four
-// channels a thread, grid (d / 4, S, B Hkv). An MLX array is a value, so the whole cache is
-// written; a model's own cache object appends in place instead.
+// channels per thread, grid (d / 4, S, B Hkv). An MLX array is a value, so the whole cache is
+// written. A model's cache object appends in place instead.
 template <typename T, typename C>
 [[kernel]] void kv_cache_append_n_tokens(
     device const T* keys,
@@ -79,10 +79,10 @@ template <typename T, typename C>
   }
 }
 
-// Scores of one query a sequence with all rows of the cache: the first of three passes.
+// First of three passes: scores of one query per sequence with all rows of the cache.
 //
-// q: [B, H D]; k: [B,Hkv,S,D]; scores: float32 [B,H,S]. Launch: one simdgroup a row of the
-// cache, 8 a threadgroup, grid (32, S, B Hkv). The row is read once for all heads of its group.
+// q: [B, H D]; k: [B,Hkv,S,D]; scores: float32 [B,H,S]. Launch: one simdgroup per cache row, 8 per
+// threadgroup, grid (32, S, B Hkv). A row is read once for all query heads that share it.
 template <typename T, typename C, int D>
 [[kernel]] void attn_scores_batched(
     device const T* q,
@@ -118,10 +118,10 @@ template <typename T, typename C, int D>
   }
 }
 
-// Softmax of each row: the second pass.
+// Second pass: the softmax of each row.
 //
-// scores, out: float32 [R,S]. Launch: one threadgroup of 256 a row. Three walks over the row
-// instead of values kept: S has no bound.
+// scores, out: float32 [R,S]. Launch: one threadgroup of 256 per row. It reads the row three times
+// instead of keeping values in registers, because S has no bound.
 [[kernel]] void attn_softmax_batched(
     device const float* scores,
     constant uint& n_rows,
@@ -154,10 +154,11 @@ template <typename T, typename C, int D>
   }
 }
 
-// Values weighted by probabilities: the third pass.
+// Third pass: values weighted by probabilities.
 //
-// p: float32 [B,H,S]; v: [B,Hkv,S,D]; out: [B, H D]. Launch: one threadgroup of 8 simdgroups a
-// head; each takes every eighth row, a lane D / 32 channels, and the eight sums meet at the end.
+// p: float32 [B,H,S]; v: [B,Hkv,S,D]; out: [B, H D]. Launch: one threadgroup of 8 simdgroups per
+// head. A simdgroup takes every eighth row, a lane D / 32 channels. The eight sums are added at the
+// end.
 template <typename C, typename T, int D>
 [[kernel]] void attn_values_batched(
     device const float* p,
@@ -203,9 +204,9 @@ template <typename C, typename T, int D>
   }
 }
 
-// ROWS rows of keys and values into the running softmax of FOLD queries that share them: the
-// largest score so far, the sum of exponentials, and the values weighted by them. Lane l holds
-// PER channels of each query and sum. Queries come scaled.
+// Add ROWS rows of keys and values to the running softmax of FOLD queries that share them. `top` is
+// the largest score so far, `total` the sum of exponentials, `sum` the values weighted by them. A
+// lane holds PER channels of each query and sum. Queries are already scaled.
 template <int PER, int FOLD, int ROWS, typename K, typename V>
 inline void attend_rows(
     thread const float* query,
@@ -248,7 +249,7 @@ inline void attend_rows(
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       float weight = fast::exp(scores[r] - higher);
-      // Rounded once in every form of a kernel: compilers would contract it in some only.
+      // An explicit fma rounds once in every instantiation; compilers contract only some.
       total[f] = r == 0 ? fma(total[f], shrink, weight) : total[f] + weight;
 #pragma unroll
       for (int j = 0; j < PER; ++j) {
@@ -258,7 +259,7 @@ inline void attend_rows(
   }
 }
 
-// FOLD queries of neighbouring heads, scaled, and an empty running softmax for each.
+// Load and scale FOLD queries of neighbouring heads, and start an empty running softmax for each.
 template <int PER, int FOLD, typename Q>
 inline void begin_attention(
     thread float* query,
@@ -281,7 +282,7 @@ inline void begin_attention(
   }
 }
 
-// One token's queries of FOLD heads over all rows that they see, by one simdgroup.
+// Attention of one token's FOLD heads over all rows that they see, by one simdgroup.
 template <
     int D, int FOLD, bool HAS_MASK, typename T, typename Q, typename K, typename V, typename M>
 inline void attend_direct(
@@ -327,7 +328,7 @@ inline void attend_direct(
   }
 #pragma unroll
   for (int f = 0; f < FOLD; ++f) {
-    // Who sees nothing gets zeros.
+    // A query that sees no row gets zeros.
     float share = total[f] > 0.0f ? 1.0f / total[f] : 0.0f;
 #pragma unroll
     for (int j = 0; j < PER; ++j) {
@@ -336,13 +337,13 @@ inline void attend_direct(
   }
 }
 
-// Causal attention, rows of the cache read straight from device memory.
+// Causal attention that reads cache rows straight from device memory.
 //
-// q, out: [N, H D]; k, v: [B,Hkv,S,D], the last T rows being the queries' own: query t sees
-// rows 0 to S - T + t, or what mask [1 or B, 1, T, S] says if HAS_MASK. Launch: one simdgroup a
-// token and head, four tokens a threadgroup, grid (32, T, B H). Neighbouring tokens read the
-// same rows at the same time, which the cache serves better than copies in threadgroup memory,
-// and nobody waits at a barrier.
+// q, out: [N, H D]; k, v: [B,Hkv,S,D], whose last T rows belong to the queries: query t sees rows 0
+// to S - T + t, or if HAS_MASK the rows that mask [1 or B, 1, T, S] allows. Launch: one simdgroup
+// per token and head, four tokens per threadgroup, grid (32, T, B H). Neighbouring tokens read the
+// same rows at the same time. The GPU's caches serve that better than copies in threadgroup memory,
+// and no thread waits at a barrier.
 template <typename T, typename C, int D, bool HAS_MASK>
 [[kernel]] void sdpa_causal_direct(
     device const T* q,
@@ -363,7 +364,7 @@ template <typename T, typename C, int D, bool HAS_MASK>
       lane);
 }
 
-// The same, two heads of one key head a simdgroup: each row is read once for both. Grid
+// `sdpa_causal_direct` with two heads of one key head per simdgroup, which read each row once. Grid
 // (32, T, B H / 2).
 template <typename T, typename C, int D, bool HAS_MASK>
 [[kernel]] void sdpa_causal_direct_fold2(
@@ -385,7 +386,7 @@ template <typename T, typename C, int D, bool HAS_MASK>
       lane);
 }
 
-// The same, four heads a simdgroup. Grid (32, T, B H / 4).
+// `sdpa_causal_direct` with four heads per simdgroup. Grid (32, T, B H / 4).
 template <typename T, typename C, int D, bool HAS_MASK>
 [[kernel]] void sdpa_causal_direct_fold4(
     device const T* q,
@@ -406,7 +407,8 @@ template <typename T, typename C, int D, bool HAS_MASK>
       lane);
 }
 
-// The same, eight heads a simdgroup: 16 registers a channel of a lane. Grid (32, T, B H / 8).
+// `sdpa_causal_direct` with eight heads per simdgroup: a lane needs 16 registers per channel. Grid
+// (32, T, B H / 8).
 template <typename T, typename C, int D, bool HAS_MASK>
 [[kernel]] void sdpa_causal_direct_fold8(
     device const T* q,
@@ -427,11 +429,11 @@ template <typename T, typename C, int D, bool HAS_MASK>
       lane);
 }
 
-// Causal attention, rows of the cache staged in threadgroup memory, 8 at a time.
+// Causal attention that stages cache rows in threadgroup memory, 8 at a time.
 //
-// Arguments as of `sdpa_causal_direct`. Launch: 8 simdgroups, one token each, of one head,
-// grid (32, T, B H). Reads each row once for eight tokens whatever the caches do, at the price
-// of two barriers a tile.
+// Arguments: see `sdpa_causal_direct`. Launch: threadgroups of 8 simdgroups, one token each, of one
+// head, grid (32, T, B H). Each row is read once for eight tokens whatever the GPU caches, at the
+// cost of two barriers per tile.
 template <typename T, typename C, int D, bool HAS_MASK>
 [[kernel]] void sdpa_causal_staged(
     device const T* q,
@@ -455,7 +457,7 @@ template <typename T, typename C, int D, bool HAS_MASK>
   threadgroup C values[BLOCK * D];
   ulong sequence = position.z / n_heads;
   uint head = position.z % n_heads;
-  // A token past the end goes along, for the barriers' sake, and writes nothing.
+  // A simdgroup past the last token takes part in the barriers and writes nothing.
   bool there = position.y < n_tokens;
   uint token = there ? position.y : n_tokens - 1;
   uint last_token = min(group.y * 8 + 7, n_tokens - 1);
@@ -471,6 +473,7 @@ template <typename T, typename C, int D, bool HAS_MASK>
   begin_attention<PER, 1>(query, sum, top, total, q + at, scale, lane);
   for (uint start = 0; start < n_staged; start += BLOCK) {
     uint n_here = min(uint(BLOCK), n_staged - start);
+    // All simdgroups must have read the previous rows.
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (uint i = thread_index; i < n_here * D; i += 256) {
       keys[i] = k[kv_at + ulong(start) * D + i];
@@ -498,12 +501,12 @@ template <typename T, typename C, int D, bool HAS_MASK>
   }
 }
 
-// Attention of one token a sequence, the cache's rows parted between simdgroups.
+// Attention of one token per sequence, with the cache's rows divided among simdgroups.
 //
-// Arguments as of `sdpa_causal_direct`, T = 1. Launch: one threadgroup of 8 simdgroups for FOLD
-// heads of one key head, grid (256, B H / FOLD). Each simdgroup takes every eighth row with a
-// softmax of its own; at the end the eight are brought to one largest score. A single token
-// has no other work to fill the GPU with than the rows themselves.
+// Arguments: see `sdpa_causal_direct`, T = 1. Launch: one threadgroup of 8 simdgroups per FOLD
+// heads of one key head, grid (256, B H / FOLD). Each simdgroup keeps its own softmax over every
+// eighth row; at the end the eight are rescaled to one largest score and added. With a single token
+// the rows are the only work that can fill the GPU.
 template <typename T, typename C, int D, int FOLD, bool HAS_MASK>
 [[kernel]] void sdpa_decode(
     device const T* q,
@@ -554,6 +557,7 @@ template <typename T, typename C, int D, int FOLD, bool HAS_MASK>
   }
 #pragma unroll
   for (int f = 0; f < FOLD; ++f) {
+    // One query at a time: threadgroup memory would not hold the sums of all of them.
     threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
     for (int j = 0; j < PER; ++j) {
@@ -568,7 +572,7 @@ template <typename T, typename C, int D, int FOLD, bool HAS_MASK>
       float value = 0.0f;
       float weight = 0.0f;
       for (int s = 0; s < 8; ++s) {
-        // A simdgroup that saw nothing has neither a largest score nor a share.
+        // A simdgroup that saw no row has neither a largest score nor a share.
         float had = totals[s * FOLD + f];
         float part = had > 0.0f ? exp(tops[s * FOLD + f] - highest) : 0.0f;
         value = fma(part, sums[s * D + i], value);
@@ -579,10 +583,10 @@ template <typename T, typename C, int D, int FOLD, bool HAS_MASK>
   }
 }
 
-// Heads of a token's queries and keys as attention takes them: normalised, if NORMED, and rotated,
-// what is rotated times turned_scale, each by one simdgroup, four a threadgroup, those of queries
-// before those of keys. A query is the first head_dim of q_width values; `slices` holds 4 * 256.
-// Contains a barrier: all threads must come.
+// Normalise (if NORMED) and rotate the heads of a token's queries and keys, and multiply the
+// rotated channels by turned_scale. One simdgroup handles one head, query heads first, four per
+// threadgroup. A query is the first head_dim of q_width values; `slices` holds 4 * 256 values.
+// Contains a barrier: all threads must call it.
 template <
     typename T, bool NORMED, typename Q, typename K, typename N, typename M, typename F, typename P>
 inline void place_heads(
@@ -610,7 +614,7 @@ inline void place_heads(
   uint head = 4 * group.y + simdgroup;
   bool there = head < n_heads + n_kv_heads;
   bool is_query = head < n_heads;
-  // Simdgroups without a head do the last one's work and write nothing.
+  // Simdgroups without a head repeat the last head, to reach the barrier, and write nothing.
   uint own = is_query ? head : min(head - n_heads, n_kv_heads - 1);
   ulong from = is_query ? (sequence * n_heads + own) * q_width
                         : (sequence * n_kv_heads + own) * head_dim;
@@ -645,13 +649,13 @@ inline void place_heads(
   }
 }
 
-// A token's queries, keys and the gate of its heads as attention takes them: q_proj's heads
-// parted into query and gate, queries and keys normalised and rotated.
+// Prepare a token's attention inputs: separate the heads of q_proj into query and gate, and
+// normalise and rotate queries and keys.
 //
-// q_proj: [B, H 2 d], per head query then gate; k_proj, k: [B, Hkv d]; q_norm, k_norm: [d];
+// q_proj: [B, H 2 d], query then gate in each head; k_proj, k: [B, Hkv d]; q_norm, k_norm: [d];
 // inv_freq: float32 [n_pairs]; start: [B], each token's position; q, gate: [B, H d]. d <= 256.
-// Launch: one simdgroup a head, those of queries before those of keys, four a threadgroup, grid
-// (32, H + Hkv, B). Neighbouring Ops on slices of a few hundred bytes, in one launch.
+// Launch: one simdgroup per head, query heads first, four per threadgroup, grid (32, H + Hkv, B).
+// One launch replaces several Ops that each touch a few hundred bytes.
 template <typename T, typename N>
 [[kernel]] void attention_inputs(
     device const T* q_proj,
@@ -684,8 +688,10 @@ template <typename T, typename N>
   }
 }
 
-// `attention_inputs` where queries have no gate, and both norms may be absent. q_proj, q: [B, H d];
-// what is rotated comes times turned_scale; the rest as there.
+// `attention_inputs` without a gate; either norm may be absent.
+//
+// q_proj, q: [B, H d]; turned_scale multiplies the rotated channels. Other arguments and launch:
+// see `attention_inputs`.
 template <typename T, typename N, bool HAS_Q_NORM, bool HAS_K_NORM>
 [[kernel]] void attention_inputs_ungated(
     device const T* q_proj,
@@ -711,11 +717,11 @@ template <typename T, typename N, bool HAS_Q_NORM, bool HAS_K_NORM>
       head_dim, head_dim, n_pairs, q, k, slices, group, simdgroup, lane);
 }
 
-// Attention of FOLD queries of neighbouring heads over n_rows rows, by 8 simdgroups: for each
-// query the sum of values weighted by exp(score - top), then top and the sum of the weights, all
-// 0 without a row. q: [FOLD,D]; k, v: [n_rows,D]; query f's results lie n_parts places after
-// those of query f - 1. The simdgroups take turns at two rows, each with a softmax of its own,
-// and at the end are brought to one largest score.
+// Attention of FOLD queries of neighbouring heads over n_rows rows, by 8 simdgroups. For each query
+// it writes the sum of values weighted by exp(score - top), then top and the sum of the weights;
+// all are 0 without a row. q: [FOLD,D]; k, v: [n_rows,D]; query f's results lie n_parts places
+// after those of query f - 1. The simdgroups take two rows in turn, each with its own softmax, and
+// at the end are rescaled to one largest score.
 template <int D, int FOLD, typename Q, typename K, typename V>
 inline void attend_part(
     Q q,
@@ -755,6 +761,7 @@ inline void attend_part(
   }
 #pragma unroll
   for (int f = 0; f < FOLD; ++f) {
+    // One query at a time: threadgroup memory would not hold the sums of all of them.
     threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
     for (int j = 0; j < PER; ++j) {
@@ -771,7 +778,7 @@ inline void attend_part(
       float value = 0.0f;
       all = 0.0f;
       for (int s = 0; s < 8; ++s) {
-        // A simdgroup that saw nothing has neither a largest score nor a share.
+        // A simdgroup that saw no row has neither a largest score nor a share.
         float had = totals[s * FOLD + f];
         float share = had > 0.0f ? exp(tops[s * FOLD + f] - highest) : 0.0f;
         value = fma(share, own[s * D + i], value);
@@ -786,15 +793,16 @@ inline void attend_part(
   }
 }
 
-// Attention of one token a sequence over a part of the cache, which may have spare rows.
+// First pass of split attention: one token per sequence over P splits of the cache, which may end
+// in unused rows.
 //
-// q: [B, H D]; k, v: [B,Hkv,S,D]; start: [B]: rows up to and with this one are seen; sums:
-// float32 [B,H,P,D] and stats: float32 [B,H,P,2], what `sdpa_decode_join` makes attention of:
-// for each of P parts of part_rows rows the sum of values weighted by exp(score - top), then top
-// and the sum of the weights, all 0 for a part that is not seen. Launch: one threadgroup of 8
-// simdgroups for FOLD heads of one key head and a part, grid (256, P, B H / FOLD): a single token
-// has no other work to fill the GPU with than the rows themselves. The number of rows seen is
-// read from memory, so that neither shapes nor launches change from token to token.
+// q: [B, H D]; k, v: [B,Hkv,S,D]; start: [B], the last row that each sequence sees. For each split
+// of part_rows rows, sums: float32 [B,H,P,D] receives the values weighted by exp(score - top), and
+// stats: float32 [B,H,P,2] receives top and the sum of the weights; all are 0 for an unseen split.
+// `sdpa_decode_join` combines them. Launch: one threadgroup of 8 simdgroups per split and FOLD
+// heads of one key head, grid (256, P, B H / FOLD). With a single token the rows are the only work
+// that can fill the GPU. The number of seen rows is read from memory, so neither shapes nor
+// launches change from token to token.
 template <typename T, typename C, int D, int FOLD>
 [[kernel]] void sdpa_decode_parts(
     device const T* q,
@@ -830,12 +838,12 @@ template <typename T, typename C, int D, int FOLD>
       sums + part * D, stats + 2 * part, own, tops, totals, thread_index, simdgroup, lane);
 }
 
-// The parts of `sdpa_decode_parts` brought to one largest score, and gated.
+// Second pass of split attention: combine the splits of `sdpa_decode_parts` and apply the gate.
 //
-// sums: float32 [B,H,P,D]; stats: float32 [B,H,P,2]; gate, out: [B, H D]; gate is read if
-// HAS_GATE: out = attention * sigmoid(gate); sinks: [H], read if HAS_SINKS: one more score of a
-// head, whose value is nothing. P <= 256. Launch: one threadgroup of 8 simdgroups for 32 values of
-// a head, grid (D, 8 B H); each simdgroup takes every eighth part.
+// sums: float32 [B,H,P,D]; stats: float32 [B,H,P,2]; gate, out: [B, H D]; if HAS_GATE, out =
+// attention * sigmoid(gate); sinks: [H], if HAS_SINKS one more score per head, with a value of
+// zeros. P <= 256. Launch: one threadgroup of 8 simdgroups per 32 values of a head, grid (D, 8 B
+// H); each simdgroup takes every eighth split.
 template <typename T, bool HAS_GATE, bool HAS_SINKS>
 [[kernel]] void sdpa_decode_join(
     device const float* sums,
@@ -855,7 +863,7 @@ template <typename T, bool HAS_GATE, bool HAS_SINKS>
   auto own_stats = stats + ulong(group.y) * n_parts * 2;
   auto own_sums = sums + ulong(group.y) * n_parts * head_dim;
   uint i = group.x * SIMD + lane;
-  // Asked for before anything is waited for: as many as `sdpa_decode_parts` makes.
+  // Start loading the first 64 splits before anything waits; `sdpa_decode_parts` makes no more.
   float firsts[8];
 #pragma unroll
   for (uint j = 0; j < 8; ++j) {
@@ -864,7 +872,7 @@ template <typename T, bool HAS_GATE, bool HAS_SINKS>
   }
   float highest = -INFINITY;
   for (uint part = lane; part < n_parts; part += SIMD) {
-    // A part that saw nothing has neither a largest score nor a share.
+    // A split that saw no row has neither a largest score nor a share.
     highest = fmax(highest, own_stats[2 * part + 1] > 0.0f ? own_stats[2 * part] : -INFINITY);
   }
   highest = simd_max(highest);

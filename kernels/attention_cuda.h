@@ -1,11 +1,10 @@
-// Tensor-core twin of `attend_part` for rows in 16 bits, in CUDA C++: the same arguments, the same
-// results in the same place.
+// `attend_part` for 16-bit rows on tensor cores, in CUDA C++. Arguments and results are the same.
 //
-// 32 rows at a time, and those after them on their way. A warp takes eight rows of
-// the keys and half of their channels, and all rows of the values and an eighth of theirs. A product's sums
-// run over channels, or over rows, in any order that both sides share: so each lane
-// (n = lane / 4, c = lane % 4) reads neighbouring channels, and nothing is turned round in shared
-// memory, through which only the scores go. Weights are rounded to the rows' type.
+// It processes 32 rows at a time while it loads the next 32. A warp takes eight rows and half of
+// the channels of the keys, and all rows and an eighth of the channels of the values. A product may
+// sum its channels or rows in any order that both factors share. So each lane (n = lane / 4, c =
+// lane % 4) reads neighbouring channels, nothing is transposed in shared memory, and only scores
+// pass through it. Weights are rounded to the rows' type.
 
 template <int D, typename T>
 struct TensorAttention {};
@@ -14,7 +13,7 @@ struct TensorAttention<128, T> : SixteenBits<T> {};
 template <typename T>
 struct TensorAttention<256, T> : SixteenBits<T> {};
 
-// 2 N neighbouring values as N words, if is_there.
+// Load 2 N neighbouring values as N words, or zeros unless is_there.
 template <int N, bool ALIGNED, typename T>
 inline void read_channels(const T* from, bool is_there, uint* to) {
   if (!is_there) {
@@ -43,7 +42,7 @@ inline void attend_on_tensor_cores(
     uint simdgroup,
     uint lane) {
   constexpr uint ROWS = 32;
-  // Pitch of scores in shared memory: rows of four queries then spread over all banks.
+  // Pitch of the scores in shared memory. It spreads the rows of four queries over all banks.
   constexpr uint PITCH = 40;
   constexpr int STEPS = D / 64;
   constexpr int EACH = D / 64;
@@ -76,7 +75,8 @@ inline void attend_on_tensor_cores(
   for (int i = 0; i < STEPS; ++i) {
     read_channels<4, ALIGNED>(q + n * D + key_at + 32 * i, n < FOLD, query[i]);
   }
-  // total: weights of query n in this lane's rows alone; sum: of queries 2 c and 2 c + 1.
+  // total is the sum of weights of query n over this lane's rows; sum belongs to queries 2 c and
+  // 2 c + 1.
   float top = -INFINITY;
   float total = 0.0f;
   float sum[EACH / 2][4];
@@ -93,7 +93,7 @@ inline void attend_on_tensor_cores(
     for (int i = 0; i < STEPS; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; j += 2) {
-        // Queries 8 to 15 do not exist.
+        // The fragment has 16 rows, but there are at most 8 queries.
         uint left[4] = {query[i][j], 0u, query[i][j + 1], 0u};
         multiply_fragments(products, left, key[i] + j, T());
       }
@@ -148,7 +148,7 @@ inline void attend_on_tensor_cores(
           packed_pair<T>(weights[i + 2], weights[i + 3])};
 #pragma unroll
       for (int e = 0; e < EACH / 2; ++e) {
-        // Channel 2 e of all rows, then 2 e + 1.
+        // Gather channel 2 e of four rows, then channel 2 e + 1.
         uint left[4] = {
             __byte_perm(now[i][e], now[i + 1][e], 0x5410),
             __byte_perm(now[i][e], now[i + 1][e], 0x7632),

@@ -1,10 +1,10 @@
-// Element by element: residual, gates, SwiGLU, zeroing, de-interleaving and weighted sums.
+// Elementwise kernels: residuals, gates, SwiGLU, zeroing, de-interleaving and weighted sums.
 #include "moeflux.h"
 
 // out = a + b over n values.
 //
-// a, b, out: [n]. Launch: one thread a value. One addition in float32 and one rounding,
-// as MLX's own a + b.
+// a, b, out: [n]. Launch: one thread per value. It adds in float32 and rounds once, as MLX's
+// a + b does.
 template <typename T>
 [[kernel]] void residual_add(
     device const T* a,
@@ -19,8 +19,8 @@ template <typename T>
 
 // out = a + b over rows.
 //
-// a, b, out: [T,D], n = T * D. Launch: one thread four values. Rows lie end to end, so they
-// are taken as one: only the last thread of all meets a remainder, whatever D is.
+// a, b, out: [T,D], n = T * D. Launch: one thread per four values. Rows are contiguous, so they
+// count as one long row: only the last thread meets a remainder, whatever D is.
 template <typename T>
 [[kernel]] void residual_add_n_tokens(
     device const T* a,
@@ -42,8 +42,8 @@ inline float4 swiglu4(float4 gate, float4 up) {
 
 // out = silu(gate) * up over n values.
 //
-// gate, up, out: [n]. Launch: one thread a value: the plain form, and the one that spreads
-// a single token's few values over most cores.
+// gate, up, out: [n]. Launch: one thread per value. This plain form spreads one token's few values
+// over the most cores.
 template <typename T>
 [[kernel]] void swiglu_fused(
     device const T* gate,
@@ -58,8 +58,8 @@ template <typename T>
 
 // out = silu(gate) * up over n values, a multiple of four.
 //
-// gate, up, out: [n]. Launch: one thread four values. There is no remainder, so no thread
-// ever looks at single ones.
+// gate, up, out: [n]. Launch: one thread per four values. There is no remainder, so no thread
+// handles single values.
 template <typename T>
 [[kernel]] void swiglu_fused_vec4(
     device const T* gate,
@@ -73,10 +73,10 @@ template <typename T>
   }
 }
 
-// out = `swiglu` of gate and up over rows, of tokens or of experts.
+// out = swiglu(gate, up) over rows of tokens or of experts.
 //
-// gate, up, out: [T,F], n = T * F; alpha, limit: as `swiglu` has them. Launch: one thread four
-// values, rows taken as one.
+// gate, up, out: [T,F], n = T * F; alpha, limit: see `swiglu`. Launch: one thread per four values
+// of the rows taken as one.
 template <typename T>
 [[kernel]] void swiglu_fused_batched(
     device const T* gate,
@@ -98,7 +98,7 @@ template <typename T>
 
 // out = x * sigmoid(gate).
 //
-// x, gate, out: [T,D], n = T * D. Launch: one thread four values, rows taken as one.
+// x, gate, out: [T,D], n = T * D. Launch: one thread per four values of the rows taken as one.
 template <typename T>
 [[kernel]] void sigmoid_gate(
     device const T* x,
@@ -116,11 +116,11 @@ template <typename T>
   write_columns(out, i, n, values);
 }
 
-// Part q from gate, which take turns head by head.
+// Separate q from gate, which alternate head by head.
 //
-// q_proj: [T,H*2d], in each head q then gate; q, gate: [T,H*d], n_slices = T * H. Launch: a
-// row of the grid for a head's slice, a thread for four columns. A grid of two dimensions
-// because dividing by d, not known to the compiler, would cost more than the copy.
+// q_proj: [T,H*2d], q then gate in each head; q, gate: [T,H*d], n_slices = T * H. Launch: one row
+// of the grid per head's slice, one thread per four columns. The grid has two dimensions because
+// the compiler does not know d, and dividing by it would cost more than the copy.
 template <typename T>
 [[kernel]] void split_q_gate(
     device const T* q_proj,
@@ -141,9 +141,9 @@ template <typename T>
 
 // out = sum over k of weights[k] * values[k], for one token's K experts.
 //
-// values: [K,D]; weights: [K] float32; out: [D]. Launch: one thread a column. One token has
-// few columns: more threads hide more latency than wider loads would save. The sum runs by
-// rising k, whatever the schedule.
+// values: [K,D]; weights: [K] float32; out: [D]. Launch: one thread per column. One token has few
+// columns, and more threads hide more latency than wider loads would save. The sum always runs in
+// rising k, so its bits do not depend on the schedule.
 template <typename T>
 [[kernel]] void weighted_sum(
     device const T* values,
@@ -164,7 +164,7 @@ template <typename T>
 
 // Fill n values with zeros.
 //
-// out: [n] float32, an accumulator. Launch: one thread four values.
+// out: [n] float32, an accumulator. Launch: one thread per four values.
 [[kernel]] void zero_buffer(
     constant uint& n,
     device float* out,

@@ -1,11 +1,11 @@
 // Token embedding.
 #include "moeflux.h"
 
-// Row token_ids[t] of a quantised embedding, unpacked.
+// Unpack rows token_ids[t] of a quantised embedding.
 //
-// token_ids: [T], each below V, which the caller checks; w: [V, D * BITS / 32] words, scales,
-// biases: [V, D / G]; out: [T,D]. Launch: one thread a word, grid (D * BITS / 32, T). A word
-// is one load and up to 16 stores next to each other.
+// token_ids: [T], each below V (the caller checks); w: [V, D * BITS / 32] words; scales, biases:
+// [V, D / G]; out: [T,D]. Launch: one thread per word, grid (D * BITS / 32, T). A word is one load
+// and up to 16 adjacent stores.
 template <typename T, typename S, int BITS, int G>
 [[kernel]] void embed_gather_4bit(
     device const int* token_ids,

@@ -1,10 +1,10 @@
-// One token through its experts, whose matrices lie in slots of a pool.
+// One token through its experts, whose matrices lie in the slots of a pool.
 #include "moeflux.h"
 
-// 16 rows of one expert's opened gate, from `row` on: `swiglu` of Wg x + gate_bias and
-// Wu x + up_bias, in thread i < 16 that of row i, whose biases it brings. By 8 simdgroups, of which
-// the first four take gate and the others the same rows of up; `sums` holds 32. Contains barriers:
-// all threads must come.
+// 16 rows of one expert's activation, from `row` on: swiglu(Wg x + gate_bias, Wu x + up_bias).
+// Thread i < 16 passes the biases of row i and receives its value. The first four of 8 simdgroups
+// compute gate rows, the others the same rows of up; `sums` holds 32 values. Contains barriers: all
+// threads must call it.
 template <
     int BITS, bool FLOATS, int G, int WORDS, typename X, typename W, typename S, typename B,
     typename W1, typename S1, typename B1>
@@ -34,14 +34,14 @@ inline float opened_rows(
   return swiglu(sums[own] + gate_bias, sums[16 + own] + up_bias, alpha, limit);
 }
 
-// One token through the gate and up projections of its K experts:
-// act[k] = swiglu(Wg x + gate_bias, Wu x + up_bias), the matrices lying in slots of a pool.
+// Gate and up projections of one token's K experts:
+// act[k] = swiglu(Wg x + gate_bias, Wu x + up_bias).
 //
-// x: a row with the token's [I] from x_at on; slots: [K]; *_w: [n_slots, w_row] words, *_scales
-// and *_biases: [n_slots, s_row], [n_slots, b_row], a matrix [N,I] in each row from its base
-// on, of floats where there are no biases; *_bias: [n_slots, bias_row], [N] likewise; alpha, limit:
-// as `swiglu` has them; act: [K,N]. I is a multiple of G and 32. Launch: threadgroups of 256 on
-// (N / 16, K).
+// x: a row that holds the token's [I] from x_at on; slots: [K], each expert's slot of the pool.
+// *_w: [n_slots, w_row] words; *_scales, *_biases: [n_slots, s_row], [n_slots, b_row]: each row
+// holds a matrix [N,I] from its base on, of packed floats where there are no biases. *_bias:
+// [n_slots, bias_row], each row holds [N] from its base on. alpha, limit: see `swiglu`; act: [K,N].
+// I is a multiple of G and 32. Launch: threadgroups of 256 on (N / 16, K).
 template <
     typename T,
     typename S,
@@ -103,12 +103,12 @@ template <
   }
 }
 
-// `moe_softmax_topk` for one token, its weights divided by their sum, and
-// `experts_gate_up_swiglu` of the experts chosen, each in the slot of its number.
+// `moe_softmax_topk` (normalised) for one token, then `experts_gate_up_swiglu` for the chosen
+// experts, where expert e lies in slot e.
 //
-// x: a row with the logits [E] from 0 on and the token's [I] from x_at on; others as there;
-// chosen, weights: [K]. E <= 512, PER_LANE = ceil(E / 32). Launch as there. Every simdgroup finds
-// its threadgroup's expert itself, which takes less than a launch.
+// x: a row that holds the logits [E] from 0 on and the token's [I] from x_at on; chosen, weights:
+// [K]; other arguments and launch: see `experts_gate_up_swiglu`. E <= 512, PER_LANE = ceil(E / 32).
+// Every simdgroup repeats the search for its expert, which takes less time than a launch.
 template <
     typename T,
     typename S,
@@ -164,7 +164,7 @@ template <
     uint e = lane + uint(j) * SIMD;
     keys[j] = e < n_experts ? ordered(float(x[e])) : 0u;
   }
-  // The threadgroups of the last expert know them all, and the first of these says which.
+  // The threadgroups of the last expert find all K experts; the first of them writes the result.
   uint expert = 0;
   uint own_expert = 0;
   uint own_key = 0;
@@ -199,7 +199,7 @@ template <
   }
 }
 
-// Row `row` of sum over k of weights[k] * bias_k, if there are biases.
+// Row `row` of sum over k of weights[k] * bias_k, or 0 without biases.
 template <bool HAS, typename I, typename E, typename P>
 inline float weighted_bias(I slots, E weights, P bias, uint bias_row, uint k, uint row) {
   float sum = 0.0f;
@@ -211,11 +211,11 @@ inline float weighted_bias(I slots, E weights, P bias, uint bias_row, uint k, ui
   return sum;
 }
 
-// Rows of K experts' down projections and of a shared expert's, from `row` on, left in
-// sums[0] to sums[15]: sum over k of weights[k] * (Wd_k act[k]) + opened * Ws (silu(gate) * up).
-// By 8 simdgroups, of which two part the long row of K * N inputs between them for every four
-// rows, and F likewise, so that all loads are under way at once. `w`, `scales` and `biases` point
-// at the matrix of slot 0. Contains barriers: all threads must come.
+// 16 rows, from `row` on, of the K experts' down projections and a shared expert's:
+// sums[r] = sum over k of weights[k] * (Wd_k act[k]) + opened * Ws (silu(gate) * up).
+// Each pair of the 8 simdgroups handles four rows and halves their K * N inputs, and the F inputs of
+// the shared expert, so that all loads are in flight at once. `w`, `scales` and `biases` point at
+// the matrix of slot 0. Contains a barrier: all threads must call it.
 template <
     int BITS, bool FLOATS, int SHARED_BITS, int G, int WORDS, typename X, typename I, typename E,
     typename W, typename S, typename B, typename Z, typename U, typename V, typename Y>
@@ -249,7 +249,7 @@ inline void combined_rows(
   uint row_words = n_in / (32 / BITS);
   uint row_groups = n_in / G;
   uint n_chunks = n_in / VALUES;
-  // A row past the end is read as the last one and not written.
+  // Rows past the end read the last row; the caller does not write them.
   uint rows[ROWS];
   float own[ROWS];
 #pragma unroll
@@ -318,16 +318,16 @@ inline void combined_rows(
   }
 }
 
-// The K experts' down projections of one token and their weighted sum:
-// out = sum over k of weights[k] * (Wd_k act[k] + bias_k), the matrices lying in slots of a pool.
+// Weighted sum of one token's K down projections:
+// out = sum over k of weights[k] * (Wd_k act[k] + bias_k).
 //
-// act: [K,N]; slots, weights: [K]; w: [n_slots, w_row] words, scales and biases:
-// [n_slots, s_row], [n_slots, b_row], a matrix [D,N] in each row from its base on, of floats where
-// there are no biases; bias: [n_slots, bias_row], [D] likewise; out: float32 [D], rounded only when
-// the residual is added. N is a multiple of G and 32. Launch:
-// threadgroups of 256 for 16 rows of D. The K rows of an output are walked as one long row:
-// rows of experts are short (N), so lanes would idle if every expert began anew, and one
-// simd_sum serves all K. A lane meets the experts in rising k, so the result is always the same.
+// act: [K,N]; slots, weights: [K]. w: [n_slots, w_row] words; scales, biases: [n_slots, s_row],
+// [n_slots, b_row]: each row holds a matrix [D,N] from its base on, of packed floats where there
+// are no biases. bias: [n_slots, bias_row], each row holds [D] from its base on. out: float32 [D];
+// the addition of the residual rounds it. N is a multiple of G and 32. Launch: threadgroups of 256,
+// one per 16 rows of D. The K matrix rows of an output count as one long row: a single one (N) is
+// too short to occupy all lanes, and one simd_sum serves all K. A lane adds the experts in rising
+// k, so the bits never change.
 template <
     typename T, typename S, typename A, int BITS, int G, int WORDS, bool HAS_BIASES, bool HAS_BIAS>
 [[kernel]] void experts_down_sum(
@@ -370,10 +370,10 @@ template <
 // out = residual + sum over k of weights[k] * (Wd_k act[k] + bias_k)
 //       + sigmoid(shared_gate) * Ws (silu(gate) * up).
 //
-// Arguments as there; shared: a row with gate [F] from gate_at on, up [F] from up_at and, if
-// GATED, shared_gate [1] at opens_at, else the shared expert counts whole; shared_*: a matrix
-// [D,F] in SHARED_BITS bits and groups of G; residual, out: [D]. Launch: threadgroups of 256
-// for 16 rows of D.
+// shared: a row that holds gate [F] from gate_at on, up [F] from up_at on and, if GATED,
+// shared_gate [1] at opens_at; without it the factor of the shared expert is 1. shared_*: a matrix
+// [D,F] in SHARED_BITS bits and groups of G; residual, out: [D]. Other arguments and launch: see
+// `experts_down_sum`.
 template <
     typename T,
     typename S,

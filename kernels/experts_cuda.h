@@ -1,11 +1,10 @@
-// Tensor-core twin of `combined_rows`, in CUDA C++, by all eight warps together: the parts of a
-// row of all experts, as many chunks at once as fit into shared memory, and the shared expert's
-// behind them.
+// `combined_rows` on tensor cores, in CUDA C++. All eight warps share the rows of all experts, in
+// as many chunks at once as fit into shared memory; the shared expert's inputs follow there.
 
 constexpr uint EXPERTS_STAGED = 4096;
 constexpr uint SHARED_STAGED = STAGED - EXPERTS_STAGED;
 
-// No tensor core takes 2 bits, whichever of both matrices has them, nor floats of 4.
+// This form takes neither 2-bit values, in either matrix, nor 4-bit floats.
 template <
     int BITS, bool FLOATS, int SHARED_BITS, int G, int WORDS, typename T, typename I, typename E,
     typename F, typename H>

@@ -1,6 +1,7 @@
-// Tensor cores' fragments of 16-bit rows, in CUDA C++: what the twins of helpers share.
+// Fragments of 16-bit rows for tensor cores, in CUDA C++. The tensor-core forms of the helpers
+// share them.
 
-// Rows that tensor cores take; of others the helper itself is called.
+// Enables an overload for the row types of tensor cores; other types use the Metal helper.
 template <typename T>
 struct SixteenBits {};
 template <>
@@ -25,7 +26,7 @@ inline uint packed_pair<half>(float a, float b) {
   return *(uint*)&pair;
 }
 
-// c += a b for 16x16 by 16x8.
+// c += a b for a 16x16 and a 16x8 factor.
 inline void multiply_fragments(float* c, const uint* a, const uint* b, bfloat) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -41,7 +42,7 @@ inline void multiply_fragments(float* c, const uint* a, const uint* b, half) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// N words, in the widest accesses that their number and place allow.
+// Load N words in the widest accesses that their number and alignment allow.
 template <int N>
 inline void read_words(const uint* from, uint* to) {
   if (N % 4 == 0 && ((ulong)from) % 16 == 0) {
@@ -68,7 +69,7 @@ inline void read_words(const uint* from, uint* to) {
   }
 }
 
-// 2 N values as N words, from any place that such values may stand at.
+// Load 2 N values as N words from any address that is aligned to one value.
 template <int N, typename T>
 inline void read_values(const T* from, uint* to) {
   if (((ulong)from) % 4 == 0) {

@@ -1,11 +1,11 @@
-// Gated DeltaNet: causal convolution, decay, and the delta rule in three forms.
+// Gated DeltaNet: causal convolution, decay, and three forms of the delta rule.
 //
-// B sequences of T tokens, N = B T rows; Hk key heads, Hv value heads, dk and dv their widths;
-// W the convolution's width, C its channels.
+// B sequences of T tokens, N = B T rows; Hk key heads of width dk, Hv value heads of width dv; a
+// convolution of width W over C channels.
 #include "moeflux.h"
 
-// log(1 + y) for y in [0, 1], as 2 atanh(y / (2 + y)): a series that no compiler's fast
-// mathematics can cancel, unlike (1 + y) - 1.
+// log(1 + y) for y in [0, 1], as the series of 2 atanh(y / (2 + y)). Fast mathematics may simplify
+// (1 + y) - 1 to y; it cannot damage this series.
 inline float log1p_of_unit(float y) {
   float z = y / (2.0f + y);
   float s = z * z;
@@ -18,16 +18,16 @@ inline float log1p_of_unit(float y) {
   return 2.0f * fma(sum * s, z, z);
 }
 
-// exp only ever sees a number that is not positive.
+// log(1 + exp(x)). The argument of exp is never positive, so it cannot overflow.
 inline float softplus(float x) {
   return fmax(x, 0.0f) + log1p_of_unit(exp(-fabs(x)));
 }
 
-// Decay exp(-exp(a_log) softplus(alpha + dt_bias)) and beta sigmoid(b), for every token and
-// value head. A masked token gets decay 1 and beta 0: it leaves the state as it is.
+// Decay g = exp(-exp(a_log) softplus(alpha + dt_bias)) and beta = sigmoid(b) for every token and
+// value head. A masked token gets decay 1 and beta 0, which leaves the state unchanged.
 //
-// alpha, b: [N,Hv]; a_log, dt_bias: [Hv]; mask: [N], read if HAS_MASK; g, beta: float32
-// [N,Hv]. Launch: one thread a value. Both in one launch: each is too small for its own.
+// alpha, b: [N,Hv]; a_log, dt_bias: [Hv]; mask: [N], read if HAS_MASK; g, beta: float32 [N,Hv].
+// Launch: one thread per value. Each output is too small for a launch of its own.
 template <typename T, typename W, bool HAS_MASK>
 [[kernel]] void compute_decay_beta(
     device const T* alpha,
@@ -55,13 +55,12 @@ template <typename T, typename W, bool HAS_MASK>
   beta[i] = kept ? gate : 0.0f;
 }
 
-// Part rows that go by key head: of every key head its q, k, the v of its value heads and
-// their z; in a second row their b and a.
+// Reorder rows that are grouped by key head. In qkvz each key head has q, k, the v of its value
+// heads and their z; in ba it has their b and a.
 //
-// qkvz: [N, Hk (2 DK + 2 (Hv / Hk) dv)]; ba: [N, 2 Hv]; qkv: [N, 2 Hk DK + Hv dv], all q, all
-// k, all v; z: [N, Hv dv]; b, a: [N, Hv]. Launch: one thread a value, grid (both widths, N).
-// By what is read, not by what is written: a value's place follows from its own by one
-// division.
+// qkvz: [N, Hk (2 DK + 2 (Hv / Hk) dv)]; ba: [N, 2 Hv]; qkv: [N, 2 Hk DK + Hv dv], all q, all k,
+// all v; z: [N, Hv dv]; b, a: [N, Hv]. Launch: one thread per input value, grid (both widths, N).
+// One division of an input's index yields its destination.
 template <typename T>
 [[kernel]] void part_key_heads(
     device const T* qkvz,
@@ -108,12 +107,12 @@ template <typename T>
   }
 }
 
-// Causal convolution of each channel over history and chunk, then SiLU.
+// Causal convolution of each channel over its history and the chunk, then SiLU.
 //
-// x, out: [B,T,C]; state: [B,W-1,C], the inputs before the chunk; weight: [C,W], the oldest
-// input's tap first; mask: [B,T], read if HAS_MASK: a masked token counts as zeros. Launch:
-// one thread a channel and RUN tokens, grid (C, T / RUN, B). A thread walks its tokens with
-// the last W inputs in registers, so that each is read once and not W times.
+// x, out: [B,T,C]; state: [B,W-1,C], the inputs before the chunk; weight: [C,W], the oldest input's
+// tap first; mask: [B,T], read if HAS_MASK; a masked token counts as zeros. Launch: one thread per
+// channel and RUN tokens, grid (C, T / RUN, B). A thread keeps the last W inputs in registers, so
+// each input is read once and not W times.
 template <typename T, typename S, typename P, int W, bool HAS_MASK>
 [[kernel]] void conv1d_step(
     device const T* x,
@@ -141,7 +140,7 @@ template <typename T, typename S, typename P, int W, bool HAS_MASK>
   for (int j = 0; j < W; ++j) {
     taps[j] = float(weight[ulong(channel) * W + j]);
   }
-  // window[j] is the input j - (W - 1) tokens from the one to come.
+  // window[j] is the input W - 1 - j tokens before the current one; the loop below shifts it.
 #pragma unroll
   for (int j = 1; j < W; ++j) {
     int token = int(first) + j - W;
@@ -173,12 +172,12 @@ template <typename T, typename S, typename P, int W, bool HAS_MASK>
   }
 }
 
-// The last W - 1 inputs become the history of the next chunk.
+// The last W - 1 inputs, which are the history of the next chunk.
 //
 // x: [B,T,C]; state, out: [B,W-1,C]; mask: [B,T], read if HAS_MASK; lengths: [B], read if
-// HAS_LENGTHS: a sequence ends after so many tokens of this chunk, at most T. Launch: one
-// thread a value, grid (C, W - 1, B). Apart from the convolution, whose threads still read
-// the old state.
+// HAS_LENGTHS, the number of tokens of this chunk that a sequence has, at most T. Launch: one
+// thread per value, grid (C, W - 1, B). It is separate from the convolution, whose threads still
+// read the old state.
 template <typename T, typename S, bool HAS_MASK, bool HAS_LENGTHS>
 [[kernel]] void conv1d_state_update(
     device const T* x,
@@ -212,8 +211,8 @@ template <typename T, typename S, bool HAS_MASK, bool HAS_LENGTHS>
   out[to] = S(counts ? float(x[token * n_channels + position.x]) : 0.0f);
 }
 
-// Rows row to row + ROWS - 1 of a head's state [dv, 32 PER], as lanes share each; rows past the end
-// are read as the last one.
+// Load a lane's share of rows `row` to row + ROWS - 1 of a head's state [dv, 32 PER]. Rows past the
+// end read the last row.
 template <int ROWS, int PER, typename S>
 inline void read_rows(thread float* s, S state, uint row, uint dv, uint lane) {
 #pragma unroll
@@ -222,7 +221,7 @@ inline void read_rows(thread float* s, S state, uint row, uint dv, uint lane) {
   }
 }
 
-// Such rows back, but none past the end.
+// Store such rows, except those past the end.
 template <int ROWS, int PER>
 inline void write_rows(device float* state, thread const float* s, uint row, uint dv, uint lane) {
 #pragma unroll
@@ -233,7 +232,7 @@ inline void write_rows(device float* state, thread const float* s, uint row, uin
   }
 }
 
-// One token's step of ROWS rows of the state: s = g s; s = s + beta (v - s k) k^T; v = s q.
+// One token's update of ROWS rows of the state: s = g s; s = s + beta (v - s k) k^T; v = s q.
 template <int ROWS, int PER>
 inline void delta_step(
     thread float* s,
@@ -269,8 +268,8 @@ inline void delta_step(
 }
 
 // The delta rule over n_tokens tokens for ROWS rows of one head's state, by one simdgroup:
-// S = g S; S = S + beta (v - S k) k^T; y = S q. Lane l holds DK / 32 columns of each row in
-// registers from the first token to the last.
+// S = g S; S = S + beta (v - S k) k^T; y = S q.
+// A lane holds DK / 32 columns of each row in registers from the first token to the last.
 template <typename T, int DK, int ROWS, typename Q, typename S, typename G, typename B>
 inline void delta_rows(
     Q qkv,
@@ -324,7 +323,7 @@ inline void delta_rows(
   write_rows<ROWS, PER>(state_out + first, s, row, dv, lane);
 }
 
-// One channel's convolution with one input x after its history, with SiLU.
+// Convolve one channel's history and the new input x, and apply SiLU.
 template <int W, typename S, typename P>
 inline float convolved(float x, S history, P taps, uint channel, uint n_channels) {
   float sum = 0.0f;
@@ -335,17 +334,17 @@ inline float convolved(float x, S history, P taps, uint channel, uint n_channels
   return silu(fma(x, float(taps[W - 1]), sum));
 }
 
-// All of a gated DeltaNet between its projections, for one token of each sequence:
-// convolution and history, unit-length q and k, decay and beta, the delta rule, gated norm.
+// A whole gated DeltaNet between its projections, for one token of each sequence: convolution and
+// history, unit-length q and k, decay and beta, the delta rule, and the gated norm.
 //
-// rows: [B, row_width], in each the projections, C = 2 Hk DK + Hv dv channels and more: of
-// every key head q and k [DK], from q_at and k_at on, key_step apart, and of its value heads v
-// and z [dv] from v_at and z_at, value_step apart, beta's and alpha's [1] from b_at and a_at,
-// gate_step apart; history, history_out: [B,W-1,C], all q, all k, all v; taps: [C,W]; a_log, dt_bias: [Hv]; state, state_out: float32 [B,Hv,dv,DK]; out:
-// [B, Hv dv]; norm: [dv]. dv <= 256. Launch: one threadgroup of SIMDGROUPS a value head, 256
-// threads or more, grid (32 SIMDGROUPS, Hv, B), ROWS rows of the state a simdgroup at a time: as
-// many as registers allow. One launch for five Ops: what they hand on is a head's own, but for
-// q and k, which the heads of one key head compute each.
+// rows: [B, row_width]. A row holds, for key head i, q and k [DK] at q_at and k_at + i key_step;
+// for its value heads v and z [dv each] at v_at and z_at + i value_step; and their b and alpha [1
+// each] at b_at and a_at + i gate_step. history, history_out: [B,W-1,C], all q, all k, all v, where
+// C = 2 Hk DK + Hv dv; taps: [C,W]; a_log, dt_bias: [Hv]; state, state_out: float32 [B,Hv,dv,DK];
+// norm: [dv]; out: [B, Hv dv]. dv <= 256. Launch: one threadgroup of SIMDGROUPS (8 or more) per
+// value head, grid (32 SIMDGROUPS, Hv, B); a simdgroup takes ROWS rows of the state at a time, as
+// many as registers allow. One launch replaces five Ops, because a head depends on no other head.
+// Only q and k are shared, and the value heads of one key head each compute them again.
 template <
     typename T,
     typename S,
@@ -402,7 +401,7 @@ template <
   device S* after = history_out + sequence * (W - 1) * n_channels;
   ulong first = (sequence * n_heads + head) * dv * DK;
   uint row = simdgroup * ROWS;
-  // Most of what there is to read: asked for before anything waits.
+  // The state is most of the input, so its loads start before anything waits.
   float s[ROWS * PER];
   read_rows<ROWS, PER>(s, state + first, row, dv, lane);
   for (uint i = thread_index; i < 2 * DK + dv; i += SIMDGROUPS * SIMD) {
@@ -413,7 +412,7 @@ template <
                        : v_at + values_at + i - 2 * DK;
     float x = float(projected[from]);
     channels[i] = convolved<W>(x, before, taps + ulong(at) * W, at, n_channels);
-    // The heads of one key head share its channels; the first of them moves these on.
+    // Value heads of one key head share its channels; the first of them updates their history.
     if (!is_key || head % per_key == 0) {
 #pragma unroll
       for (int j = 0; j < W - 2; ++j) {
@@ -479,11 +478,11 @@ template <
 
 // The delta rule for one token of each sequence.
 //
-// qkv: [B, 2 Hk dk + Hv dv], per row q, k, v; state, state_out: float32 [B,Hv,dv,dk]; g,
-// beta: float32 [B,Hv]; out: [B, Hv dv]. Key head = value head / (Hv / Hk). Launch: one
-// simdgroup for four rows of the state, four simdgroups a threadgroup, grid
-// (32, dv / 4, B Hv). The state is all there is to read: each value is read and written
-// once, 16 bytes at a time, and q and k serve four rows.
+// qkv: [B, 2 Hk dk + Hv dv], q, k, v in each row; state, state_out: float32 [B,Hv,dv,dk]; g, beta:
+// float32 [B,Hv]; out: [B, Hv dv]. Key head = value head / (Hv / Hk). Launch: one simdgroup per
+// four rows of the state, four simdgroups per threadgroup, grid (32, dv / 4, B Hv). The state
+// dominates the memory traffic: each value is read and written once, 16 bytes at a time, and loaded
+// q and k serve four rows.
 template <typename T, int DK>
 [[kernel]] void gated_delta_net_step(
     device const T* qkv,
@@ -503,9 +502,8 @@ template <typename T, int DK>
 
 // The delta rule for T tokens of each sequence, token by token.
 //
-// Arguments as of `gated_delta_net_step`, with N = B T rows of qkv, g, beta and out. Launch
-// as there. The state never leaves the registers between tokens, and no thread waits for
-// another but within its simdgroup.
+// Arguments and launch: see `gated_delta_net_step`, with N = B T rows of qkv, g, beta and out. The
+// state stays in registers between tokens, and there are no barriers.
 template <typename T, int DK>
 [[kernel]] void gated_delta_net_sequential(
     device const T* qkv,
@@ -524,16 +522,16 @@ template <typename T, int DK>
       qkv, state, g, beta, state_out, out, n_tokens, n_key_heads, n_heads, dv, where, lane);
 }
 
-// The delta rule for T tokens of each sequence, 16 at a time, by matrix products.
+// The delta rule for T tokens of each sequence in chunks of 16, by matrix products.
 //
-// Arguments as of `gated_delta_net_sequential`. Within a chunk, with gap(i, j) the sum of
-// log g over tokens j + 1 to i and total(i) that over tokens up to i, the corrections D solve
-// (I + tril(beta_i exp(gap) K K^T, -1)) D = beta (V - exp(total) K S^T); then
-// Y = exp(total) Q S^T + tril(exp(gap) Q K^T) D and S = exp(total(15)) S +
-// (exp(gap(15, j)) D)^T K. Launch: 4 simdgroups of 8 value columns each, grid
-// (128, dv / 32, B Hv). A simdgroup keeps the transpose of its part of S in matrix
-// registers through all chunks; gaps are summed, never differences of totals, which strong
-// decay makes too large to subtract. DK is at most 192: 31 KiB of threadgroup memory.
+// Arguments: see `gated_delta_net_sequential`. For tokens i and j of a chunk, let gap(i, j) be the
+// sum of log g over tokens j + 1 to i, and total(i) the sum over tokens up to i. The corrections D
+// solve (I + tril(beta_i exp(gap) K K^T, -1)) D = beta (V - exp(total) K S^T). Then
+// Y = exp(total) Q S^T + tril(exp(gap) Q K^T) D and S = exp(total(15)) S + (exp(gap(15, j)) D)^T K.
+// Launch: 4 simdgroups of 8 value columns each, grid (128, dv / 32, B Hv). A simdgroup keeps its
+// columns of S^T in matrix registers through all chunks. Gaps are summed directly: with strong
+// decay the difference of two totals would lose all digits. DK <= 192, which takes 31 KiB of
+// threadgroup memory.
 template <typename T, int DK>
 [[kernel]] void gated_delta_net_chunkwise(
     device const T* qkv,
@@ -554,9 +552,9 @@ template <typename T, int DK>
   constexpr int BLOCKS = DK / 8;
   constexpr int THREADS = 128;
   constexpr int TILE = 32;
-  // Eight rows side by side lie in different banks.
+  // Four extra columns put eight adjacent rows into different banks.
   constexpr int PITCH = DK + 4;
-  // Rows of k, then of q; at the ends the threadgroup's part of the state.
+  // Rows of k, then of q. Before the first and after the last chunk, rows of the state.
   threadgroup float keys[TILE * PITCH];
   threadgroup float coupling[CHUNK * CHUNK];
   threadgroup float mixing[CHUNK * CHUNK];
@@ -590,8 +588,10 @@ template <typename T, int DK>
   }
 
   for (uint start = 0; start < n_tokens; start += CHUNK) {
+    // All simdgroups must have read the state, or the previous chunk, from `keys`.
     threadgroup_barrier(mem_flags::mem_threadgroup);
     uint n_here = min(uint(CHUNK), n_tokens - start);
+    // Missing tokens are zeros with decay 1 and beta 0, which change neither state nor sums.
     ulong token = sequence * n_tokens + start;
 #pragma unroll
     for (uint n = 0; n < CHUNK * DK; n += THREADS) {
@@ -613,12 +613,14 @@ template <typename T, int DK>
     if (thread_index < CHUNK) {
       bool there = thread_index < n_here;
       ulong at = (token + (there ? thread_index : 0)) * n_heads + head;
+      // Fast mathematics assumes finite numbers: a decay that underflowed must not give -inf.
       log_g[thread_index] = there ? log(fmax(g[at], FLT_MIN)) : 0.0f;
       rates[thread_index] = there ? beta[at] : 0.0f;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    // A simdgroup makes one 8x8 block of both K K^T and Q K^T, and its own K S^T and Q S^T.
+    // A simdgroup computes one 8x8 block each of K K^T and Q K^T, and its columns of K S^T and Q
+    // S^T.
     {
       uint block_row = simdgroup / 2;
       uint block_column = simdgroup % 2;
@@ -680,7 +682,7 @@ template <typename T, int DK>
       coupling[pair] = j < i ? rates[i] * decay * coupling[pair] : 0.0f;
       mixing[pair] = decay * mixing[pair];
     }
-    // A lane has every fourth token of one value column.
+    // A lane holds every fourth token of one value column.
     float corrected[CHUNK / 4];
 #pragma unroll
     for (uint r = 0; r < CHUNK / 4; ++r) {
@@ -690,7 +692,7 @@ template <typename T, int DK>
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    // Forward substitution: each token, once it is done, goes to those after it.
+    // Forward substitution: subtract each finished token from the tokens after it.
 #pragma unroll
     for (uint j = 0; j < CHUNK; ++j) {
       float done = simd_shuffle(corrected[j / 4], j % 4 * 8 + lane % 8);

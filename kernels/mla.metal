@@ -1,7 +1,7 @@
 // Multi-head latent attention: projections per head, rotary positions, cache, attention.
 #include "moeflux.h"
 
-// A row copied by the lanes of a simdgroup, four columns a lane.
+// Copy a row with the lanes of a simdgroup, four columns per lane.
 template <typename P, typename T>
 inline void copy_row(P from, device T* to, uint n, uint lane) {
   for (uint i = 4 * lane; i < n; i += 4 * SIMD) {
@@ -9,13 +9,13 @@ inline void copy_row(P from, device T* to, uint n, uint lane) {
   }
 }
 
-// Part every head's query into nope and rope, and a token's key-value row into latent
+// Separate every head's query into nope and rope columns, and a token's key-value row into latent
 // and rope key.
 //
-// q: [T,H*(N+R)], in each head nope then rope; kv: [T,L+R]; q_nope: [T,H*N]; q_pe:
-// [T,H*R]; latent: [T,L]; k_pe: [T,R]. Launch: one simdgroup a head and one more for the
-// key-value row of a token, four a threadgroup. The parts' widths are no multiple of each
-// other, so a simdgroup a row wastes fewer threads than a rectangle of columns.
+// q: [T,H*(N+R)], nope then rope in each head; kv: [T,L+R]; q_nope: [T,H*N]; q_pe: [T,H*R]; latent:
+// [T,L]; k_pe: [T,R]. Launch: one simdgroup per head and one more for the key-value row of a token,
+// four per threadgroup. The widths are no multiples of each other, so one simdgroup per row wastes
+// fewer threads than a rectangular grid of columns.
 template <typename T>
 [[kernel]] void mla_split_q_kv(
     device const T* q,
@@ -45,16 +45,16 @@ template <typename T>
   }
 }
 
-// Heads that one thread rotates: they share the angles' sines and cosines.
+// Number of heads per thread; they share the sines and cosines of the angles.
 constexpr constant uint HEADS_PER_THREAD = 4;
 
-// Rotate neighbouring pairs of every head, after scaling by mscale.
+// Scale every head by mscale and rotate its neighbouring pairs.
 //
-// x, out: [B*T,H*R]; inv_freq: [R/2] float32, the angle of a pair per position, YaRN's ramp
-// and factor within; token t of sequence b stands at start[b] + t. R is even. Launch: one thread
-// two pairs of four heads, a plane of the grid a token. Sine and cosine cost more than all else, also
-// because angles of long contexts need the precise ones, so heads share them, but only
-// four, because one token must still fill the machine.
+// x, out: [B*T,H*R]; inv_freq: [R/2] float32, the angle of a pair per position, with YaRN's ramp
+// and factor included; start: [B], token t of sequence b has position start[b] + t. R is even.
+// Launch: one thread per two pairs of four heads, one plane of the grid per token. The angles of
+// long contexts need the precise sine and cosine, which cost more than all else, so heads share
+// them. Only four do, because one token must still occupy the GPU.
 template <typename T>
 [[kernel]] void yarn_rope_apply(
     device const T* x,
@@ -85,11 +85,11 @@ template <typename T>
   }
 }
 
-// Both caches with new rows in [start, start + T).
+// Copy both caches, replacing rows start to start + T - 1 by new ones.
 //
-// latent_cache, latent_out: [S,L]; rope_cache, rope_out: [S,R]; latent: [T,L]; k_pe: [T,R].
-// Launch: one simdgroup a row of the caches, four a threadgroup. MLX's arrays do not
-// change, so every row is written; a model whose cache object writes in place uses that.
+// latent_cache, latent_out: [S,L]; rope_cache, rope_out: [S,R]; latent: [T,L]; k_pe: [T,R]. Launch:
+// one simdgroup per cache row, four per threadgroup. An MLX array is a value, so every row is
+// written. A model's cache object writes in place instead.
 template <typename T>
 [[kernel]] void mla_kv_cache_append(
     device const T* latent_cache,
@@ -121,7 +121,7 @@ template <typename T>
   }
 }
 
-// Four packed words. A row has a multiple of four, so in `device` memory they are aligned.
+// Load four packed words. A row has a multiple of four, so in `device` memory they are aligned.
 template <typename P>
 inline uint4 read_words(P p) {
   return uint4(p[0], p[1], p[2], p[3]);
@@ -130,22 +130,22 @@ inline uint4 read_words(device const uint* p) {
   return *(device const uint4*)p;
 }
 
-// The four 4-bit values of half a word, each times the power of 16 that its place gives:
-// a mask in place costs one operation where a shift and a mask cost two, and the values
-// are exact in float32 either way. What they meet is divided by that power once.
+// The four 4-bit values of half a word, each times the power of 16 of its place. Masking in place
+// takes one operation, a shift and a mask take two, and both are exact in float32. The caller
+// divides the other factors by that power once.
 inline float4 packed_values(ushort half_word) {
   return float4(ushort4(half_word) & ushort4(0x000f, 0x00f0, 0x0f00, 0xf000));
 }
 
-// Rows of weights that a lane holds at once: that many loads are under way together.
+// Number of weight rows that a lane holds at once, and so of loads in flight.
 constexpr constant int ROWS = 4;
 
-// One head's matrix times that head's slice of every token.
+// Multiply one head's matrix by that head's slice of every token.
 //
-// x: [T,H*I]; w: [H,O,I/8]; scales, biases: [H,O,I/G]; out: [T,H*O]. I <= 1024, a multiple
-// of 32. A lane takes 32 columns, so LANES = I / 32 rounded up to a power of two take a
-// row, and a simdgroup ROWS * 32 / LANES rows. Rows of one head are short: a simdgroup a
-// row would leave most lanes without work. Weights stay in registers while tokens pass.
+// x: [T,H*I]; w: [H,O,I/8]; scales, biases: [H,O,I/G]; out: [T,H*O]. I <= 1024, a multiple of 32. A
+// lane takes 32 columns, so LANES (I / 32 rounded up to a power of two) take a row, and a simdgroup
+// takes ROWS * 32 / LANES rows. A row of one head is so short that a whole simdgroup per row would
+// leave most lanes idle. Weights stay in registers for all tokens.
 template <int LANES, typename T, typename X, typename W, typename S, typename B>
 inline void multiply_per_head(
     X x,
@@ -220,10 +220,10 @@ inline void multiply_per_head(
 
 // Queries in the latent space: q_prime = W_uk * q_nope for every head.
 //
-// q_nope: [T,H*N]; w: [H,L,N/8]; scales, biases: [H,L,N/G]; q_prime: [T,H*L]. N <= 1024, a
-// multiple of 32 and of G. Launch: a row of the grid a head, four simdgroups a threadgroup;
-// LANES and rows a simdgroup as above. Keys then stay as the latents that are cached, one
-// row for all heads.
+// q_nope: [T,H*N]; w: [H,L,N/8]; scales, biases: [H,L,N/G]; q_prime: [T,H*L]. N <= 1024, a multiple
+// of 32 and of G. Launch: one row of the grid per head, four simdgroups per threadgroup; for LANES
+// and rows see `multiply_per_head`. With such queries the cached latents serve as keys of all
+// heads.
 template <typename T, typename S, int LANES>
 [[kernel]] void mla_q_prime_4bit(
     device const T* q_nope,
@@ -243,11 +243,11 @@ template <typename T, typename S, int LANES>
       at.x / SIMD, at.y, lane);
 }
 
-// Heads' outputs from latent ones: out = W_uv * context for every head.
+// Each head's output from its latent context: out = W_uv * context for every head.
 //
-// context: [T,H*L]; w: [H,V,L/8]; scales, biases: [H,V,L/G]; out: [T,H*V]. L <= 1024, a
-// multiple of 32 and of G. Launch: as mla_q_prime_4bit. Rows are longer and fewer here: at
-// L = 512 half a simdgroup takes one.
+// context: [T,H*L]; w: [H,V,L/8]; scales, biases: [H,V,L/G]; out: [T,H*V]. L <= 1024, a multiple of
+// 32 and of G. Launch: see `mla_q_prime_4bit`. Rows are longer and fewer here: at L = 512 half a
+// simdgroup takes one.
 template <typename T, typename S, int LANES>
 [[kernel]] void mla_out_per_head_4bit(
     device const T* context,
@@ -267,17 +267,16 @@ template <typename T, typename S, int LANES>
       at.x / SIMD, at.y, lane);
 }
 
-// Attention of eight heads over one cache row after another, by 8x8 matrices.
+// Attention of eight heads with 8x8 matrices.
 //
-// All heads read the same latents, so eight of them make the rows of a matrix and every
-// cached value that is loaded serves eight heads, as key and as value. Simdgroups part the
-// columns: block b of 32 belongs to simdgroup b % n_simdgroups, which keeps its columns of
-// the queries and of the outputs in registers and adds its share of the scores to the
-// others' in threadgroup memory, the only thing that is shared.
+// All heads read the same latents. Eight heads form the rows of a matrix, so a loaded cache value
+// serves eight heads, as key and as value. Simdgroups divide the columns: block b of 32 belongs to
+// simdgroup b % n_simdgroups, which holds its columns of queries and outputs in registers. Only the
+// scores are shared: each simdgroup writes its share of them to threadgroup memory.
 //
-// A lane has two neighbouring elements of a matrix. Which columns a matrix has is free, as
-// long as queries and keys agree, so a block's four matrices take two each of the eight
-// neighbouring columns that a lane loads at once.
+// A lane holds two neighbouring elements of a matrix. Queries and keys may permute their columns as
+// long as both do it alike, so each of a block's four matrices takes two of the eight neighbouring
+// columns that a lane loads at once.
 constexpr constant int MAX_SIMDGROUPS = 8;
 constexpr constant int STEP = 16;
 constexpr constant int SCORES = STEP * 8;
@@ -297,8 +296,9 @@ inline float2 multiply_add(float2 a, float2 b, float2 c) {
   return float2(sum.thread_elements()[0], sum.thread_elements()[1]);
 }
 
-// A lane's place in an 8x8 matrix on Apple's GPUs: its row, and the first of its two columns.
-// CUDA has another order, and functions of these names that are no templates.
+// A lane's place in an 8x8 matrix on Apple's GPUs: its row, and the first of its two columns. On
+// CUDA the order differs, and non-template functions of the same names in msl_cuda.h take
+// precedence.
 template <typename L>
 inline uint matrix_row(L lane) {
   return (lane / 16) * 4 + (lane % 8) / 2;
@@ -307,7 +307,7 @@ template <typename L>
 inline uint matrix_column(L lane) {
   return (lane % 16) / 8 * 4 + (lane % 2) * 2;
 }
-// Over the four lanes that share a row: their numbers differ in bits 0 and 3.
+// Reductions over the four lanes that share a row, whose numbers differ in bits 0 and 3.
 template <typename F>
 inline F matrix_row_sum(F x) {
   x += simd_shuffle_xor(x, 1);
@@ -319,7 +319,7 @@ inline F matrix_row_max(F x) {
   return max(x, simd_shuffle_xor(x, 8));
 }
 
-// A lane's eight columns of a block, zeros past the row's end.
+// Load a lane's eight columns of a block, with zeros past the end of the row.
 template <typename P>
 inline void load_block(P row, uint column, uint n, thread float2* values) {
   float4 first = read_columns(row, column, n);
@@ -330,7 +330,7 @@ inline void load_block(P row, uint column, uint n, thread float2* values) {
   values[3] = second.zw;
 }
 
-// A block of eight heads' queries as the right side of keys * queries, scaled.
+// Load and scale a block of eight heads' queries as the right factor of keys * queries.
 template <typename P>
 inline void load_queries(
     P q, uint head, uint n_heads, uint block, uint n, float scale, uint lane, thread float2* to) {
@@ -346,8 +346,8 @@ inline void load_queries(
   }
 }
 
-// What a lane has of attention: its head's maximum and denominator, and for its head the
-// eight columns of each of its blocks.
+// A lane's result of `attend`: its head's largest score and denominator, and eight columns of each
+// of its blocks.
 template <int BLOCKS>
 struct Attended {
   float largest;
@@ -355,7 +355,7 @@ struct Attended {
   float2 sums[BLOCKS][4];
 };
 
-// Rows [begin, end) of the cache for heads [head, head + 8) of one token.
+// Attention of heads [head, head + 8) of one token over rows [begin, end) of the cache.
 template <int BLOCKS, int ROPE_BLOCKS, typename Q, typename QR, typename K, typename KR>
 inline void attend(
     Q q,
@@ -394,7 +394,7 @@ inline void attend(
   }
   float largest = -INFINITY;
   float denominator = 0.0f;
-  // Two halves of the scratch take turns, so that one barrier a step is enough.
+  // Two halves of the scratch memory alternate, so one barrier per step suffices.
   uint turn = 0;
   for (uint first = begin; first < end; first += STEP) {
     threadgroup float* scores = scratch + turn * MAX_SIMDGROUPS * SCORES;
@@ -417,7 +417,7 @@ inline void attend(
       }
 #pragma unroll
       for (int b = 0; b < ROPE_BLOCKS; ++b) {
-        // Few simdgroups have rope columns; the others leave their matrices alone.
+        // Most simdgroups have no rope columns and skip the products.
         uint block = simdgroup + b * n_simdgroups;
         if (32 * block < rope_dim) {
           float2 rope_keys[4];
@@ -448,12 +448,12 @@ inline void attend(
       weights[half_step] = score;
       step_largest = max(step_largest, max(score.x, score.y));
     }
-    // A row is a head here.
+    // A row of this matrix is a head.
     step_largest = matrix_row_max(step_largest);
     float shrink = exp(largest - step_largest);
     largest = step_largest;
     denominator *= shrink;
-    // The maximum soon stops rising: then there is nothing to rescale.
+    // The maximum soon stops rising; then nothing needs rescaling.
     if (!simd_all(shrink == 1.0f)) {
 #pragma unroll
       for (int b = 0; b < BLOCKS; ++b) {
@@ -480,7 +480,7 @@ inline void attend(
   result.denominator = matrix_row_sum(denominator);
 }
 
-// A lane's columns of all its blocks, times a factor, to its head's row.
+// Write a lane's columns of all its blocks, times a factor, to its head's row.
 template <int BLOCKS, typename T>
 inline void write_blocks(
     device T* row,
@@ -500,7 +500,7 @@ inline void write_blocks(
   }
 }
 
-// How many of a sequence's n_rows rows there are: the others are spare.
+// The number of a sequence's n_rows cache rows that are in use.
 template <bool HAS, typename P>
 inline uint seen_rows(P seen, uint sequence, uint n_rows) {
   return HAS ? uint(seen[sequence]) : n_rows;
@@ -508,11 +508,11 @@ inline uint seen_rows(P seen, uint sequence, uint n_rows) {
 
 // Causal attention in the latent space over short caches, in one launch.
 //
-// q_prime: [B*T,H*L]; q_pe: [B*T,H*R]; latent: [B,S,L], the last T rows of those seen the tokens'
-// own; seen: [B], rows of each sequence, else S; rope: [B,S,R]; context: [B*T,H*L]. L is a multiple
-// of 32. Launch: one threadgroup of up to 8 simdgroups for eight heads of a token; BLOCKS and
-// ROPE_BLOCKS blocks of 32 columns a simdgroup. Folding eight heads on a row makes the cache's
-// bytes, not the heads, the cost.
+// q_prime: [B*T,H*L]; q_pe: [B*T,H*R]; seen: [B], the rows in use of each sequence if HAS_SEEN,
+// else all S; latent: [B,S,L], rope: [B,S,R], whose last T rows in use belong to the tokens;
+// context: [B*T,H*L]. L is a multiple of 32. Launch: one threadgroup of up to 8 simdgroups per
+// eight heads of a token; BLOCKS and ROPE_BLOCKS blocks of 32 columns per simdgroup. With eight
+// heads per cache row the bytes of the cache, not the number of heads, determine the time.
 template <typename T, int BLOCKS, int ROPE_BLOCKS, bool HAS_SEEN>
 [[kernel]] void mla_sdpa_folded(
     device const T* q_prime,
@@ -550,12 +550,12 @@ template <typename T, int BLOCKS, int ROPE_BLOCKS, bool HAS_SEEN>
   }
 }
 
-// The same over tiles of a long cache: every tile's maximum, denominator and sums.
+// First pass over a long cache: the maximum, denominator and sums of every tile of rows.
 //
-// Inputs as mla_sdpa_folded; n = ceil(S / TILE) tiles; maxima, denominators: [n,T*H]
-// float32; sums: [n,T*H,L] float32, of exp(score - maximum) * latent. A tile that a token
-// does not see has -inf, 0 and zeros. Launch: one threadgroup as there for a tile of eight
-// heads of a token. Tiles run at once: with few tokens, heads alone would not fill the GPU.
+// Inputs: see `mla_sdpa_folded`; n = ceil(S / TILE) tiles; maxima, denominators: [n,T*H] float32;
+// sums: [n,T*H,L] float32, of exp(score - maximum) * latent. A tile that a token does not see gets
+// -inf, 0 and zeros. Launch: see `mla_sdpa_folded`, one threadgroup per tile and eight heads of a
+// token. Tiles run in parallel, because with few tokens the heads alone would not occupy the GPU.
 template <typename T, int BLOCKS, int ROPE_BLOCKS, int TILE, bool HAS_SEEN>
 [[kernel]] void mla_sdpa_tile_accumulate(
     device const T* q_prime,
@@ -601,11 +601,11 @@ template <typename T, int BLOCKS, int ROPE_BLOCKS, int TILE, bool HAS_SEEN>
   }
 }
 
-// Tiles' sums brought to one maximum, added up and divided by the denominator.
+// Second pass: rescale the tiles' sums to one maximum, add them, and divide by the denominator.
 //
-// maxima, denominators: [n,T*H] float32; sums: [n,T*H,L] float32; context: [T*H,L]. L is a
-// multiple of 4. Launch: a row of the grid a head of a token, one thread four columns.
-// Every thread finds the maximum itself: tiles are few, and no thread waits for another.
+// maxima, denominators: [n,T*H] float32; sums: [n,T*H,L] float32; context: [T*H,L]. L is a multiple
+// of 4. Launch: one row of the grid per head of a token, one thread per four columns. Every thread
+// finds the maximum alone: there are few tiles, and no thread waits for another.
 template <typename T>
 [[kernel]] void mla_sdpa_tile_finalize(
     device const float* maxima,

@@ -1,14 +1,13 @@
-// Mixture of experts: routing, prefill grouped by expert, combination.
+// Mixture of experts: routing, prompts grouped by expert, and combination.
 #include "moeflux.h"
 
-// Softmax over the experts in float32 and the K largest in falling order, ties to the
+// Softmax over the experts in float32 and its K largest values in falling order; ties go to the
 // lower index.
 //
-// logits: [T,E]; indices, weights: [T,K]. E <= 512, K <= 16. PER_LANE = ceil(E / 32).
-// Launch: one simdgroup a token, four a threadgroup. A row lives in registers; it is
-// ranked by its logits, because exp would make equal what is not, and only the K weights
-// kept are ever computed, one by each lane. If NORMALIZE, they are divided by their sum,
-// which makes that over all experts needless.
+// logits: [T,E]; indices, weights: [T,K]. E <= 512, K <= 16. PER_LANE = ceil(E / 32). Launch: one
+// simdgroup per token, four per threadgroup. A row stays in registers. It is ranked by logits,
+// because exp can map different logits to one value. Only the K chosen weights are computed, one
+// per lane. If NORMALIZE, they are divided by their sum, and the sum over all experts cancels.
 template <typename T, int PER_LANE, bool NORMALIZE>
 [[kernel]] void moe_softmax_topk(
     device const T* logits,
@@ -61,8 +60,8 @@ template <typename T, int PER_LANE, bool NORMALIZE>
 
 // Each token's K weights divided by their sum.
 //
-// weights, out: [T,K]. K <= 16. Launch: one thread a weight. Every thread adds up its
-// token's weights itself: they share a cache line, and no lane waits for another.
+// weights, out: [T,K]. K <= 16. Launch: one thread per weight. Every thread adds its token's
+// weights alone: they share a cache line, and no lane waits for another.
 [[kernel]] void moe_normalize_weights(
     device const float* weights,
     constant uint& n,
@@ -80,16 +79,17 @@ template <typename T, int PER_LANE, bool NORMALIZE>
   out[i] = weights[i] / sum;
 }
 
-// DeepSeek-V3 routing: scores are sigmoids; with a correction bias added, only for
-// choosing, the best topk_group of n_group groups by the sum of their two best, and the
-// K best experts there, ties to the lower index. Weights are the scores, divided by
-// their sum and 1e-20 if NORMALIZE, times `scale`. Experts of groups left out are never
-// chosen, whatever the others' scores.
+// DeepSeek-V3 routing. Scores are sigmoids of the logits. For the choice alone a correction bias is
+// added: choose the topk_group of n_group expert groups whose two best scores have the largest sum,
+// then the K best experts in them; ties go to the lower index. Experts of other groups are never
+// chosen. Weights are the scores without bias, divided by (their sum + 1e-20) if NORMALIZE, times
+// `scale`.
 //
-// logits: [T,E]; bias: [E]; indices, weights: [T,K]. E <= 512, K <= 16 and at most the
-// experts of topk_group groups, n_group divides 32 and E. Launch: one simdgroup a token, four a threadgroup. A group belongs to
-// L = 32 / n_group neighbouring lanes, PER_LANE = ceil(E / n_group / L) experts each, so
-// the two best of all groups are found together by log2(L) exchanges.
+// logits: [T,E]; bias: [E]; indices, weights: [T,K]. E <= 512; K <= 16 and at most the number of
+// experts in topk_group groups; n_group divides 32 and E. Launch: one simdgroup per token, four per
+// threadgroup. A group belongs to L = 32 / n_group neighbouring lanes with
+// PER_LANE = ceil(E / n_group / L) experts each, so log2(L) exchanges find the two best scores of
+// all groups at once.
 template <typename T, typename S, int PER_LANE, bool NORMALIZE>
 [[kernel]] void moe_noaux_topk(
     device const T* logits,
@@ -161,18 +161,17 @@ template <typename T, typename S, int PER_LANE, bool NORMALIZE>
   }
 }
 
-// What the J-th of K experts adds to column i.
+// The weighted value of the J-th of K experts in column i; 0 if J >= K.
 template <int K, int J, typename W, typename P>
 inline float expert_share(W weights, P expert, uint i) {
   return K > J ? weights[J] * float(expert[i]) : 0.0f;
 }
 
-// One token's h + sum of w_k * e_k + sigmoid(gate) * shared, experts in their own
-// buffers.
+// One token's h + sum of w_k * e_k + sigmoid(gate) * shared, with each expert in its own buffer.
 //
-// h, shared, e0 to e15, out: [D]; weights: [K]; gate: [1]. Inputs e of K and more are not
-// read. Launch: one thread a column. K is a template number, so that what is not read
-// costs nothing; 16 experts and the rest stay below Metal's 31 buffers.
+// h, shared, e0 to e15, out: [D]; weights: [K]; gate: [1]. Inputs eK and above are not read.
+// Launch: one thread per column. K is a template number, so unread inputs cost nothing. With 16
+// experts the kernel stays below Metal's limit of 31 buffers.
 template <typename T, int K>
 [[kernel]] void moe_combine_residual(
     device const T* h,
@@ -230,11 +229,11 @@ inline float weighted_column(W weights, P experts, uint k, uint n, uint i) {
   return sum;
 }
 
-// One token's h + sum of w_k * e_k + sigmoid(gate) * shared, experts in one buffer.
+// One token's h + sum of w_k * e_k + sigmoid(gate) * shared, with all experts in one buffer.
 //
-// h, shared, out: [D]; experts: [K,D]; weights: [K]; gate: [1]. Launch: one thread a
-// column. The K loads of a thread do not depend on each other, so they are all under way
-// at once and hide the latency that so few threads otherwise would not.
+// h, shared, out: [D]; experts: [K,D]; weights: [K]; gate: [1]. Launch: one thread per column. The
+// K loads of a thread are independent and all in flight at once, which hides their latency although
+// there are few threads.
 template <typename T>
 [[kernel]] void moe_combine_residual_flat(
     device const T* h,
@@ -255,9 +254,9 @@ template <typename T>
 
 // h + moe_sum + sigmoid(gate) * shared for T tokens.
 //
-// h, shared, out: T [T,D]; moe_sum: S [T,D], float32 or T; gate: [T,1]. Launch: four
-// columns a thread, one row of the grid a token. The experts' sum may still be float32:
-// its only rounding is then the one here.
+// h, shared, out: T [T,D]; moe_sum: S [T,D], float32 or T; gate: [T,1]. Launch: four columns per
+// thread, one row of the grid per token. The experts' sum may be float32, and is then rounded only
+// here.
 template <typename T, typename S>
 [[kernel]] void moe_combine_residual_n_tokens(
     device const T* h,
@@ -274,13 +273,13 @@ template <typename T, typename S>
   write_columns(out + row, i, n, sum + open * read_columns(shared + row, i, n));
 }
 
-// acc with weights[row] * bucket[row] added to row tokens[row]: one expert's rows, or
-// any bucket in which no token comes twice.
+// acc plus weights[m] * bucket[m] in row tokens[m]. A bucket holds one expert's rows, or any rows
+// of distinct tokens.
 //
-// acc, out: float32 [T,D]; bucket: [M,D]; tokens, weights: [M], M <= T. Launch: four
-// columns a thread, one row of the grid a token, 128 threads a threadgroup. Each
-// simdgroup looks for its token among the M itself: rows are gathered, not scattered, so
-// buckets given one after another add up in that order and nothing is atomic.
+// acc, out: float32 [T,D]; bucket: [M,D]; tokens, weights: [M], M <= T. Launch: four columns per
+// thread, one row of the grid per token, 128 threads per threadgroup. Each simdgroup searches the M
+// rows for its token. Rows are gathered, not scattered, so there are no atomics and successive
+// buckets add in their order.
 template <typename T>
 [[kernel]] void moe_bucket_accumulate(
     device const float* acc,
@@ -307,12 +306,12 @@ template <typename T>
   write_columns(out + row, i, n, sum);
 }
 
-// Who chose which expert: per expert how many tokens, and their assignments
-// token * K + slot in rising order, the rest of the list 0xffffffff.
+// For each expert, count the tokens that chose it and list their assignments token * K + k in
+// rising order; the rest of a list is 0xffffffff.
 //
-// indices: [T,K], distinct within a token; counts: [E]; lists: [E,T]. Launch: one
-// simdgroup an expert, four a threadgroup. A lane looks at the K choices of one token,
-// so one vote orders 32 tokens and no counter is shared.
+// indices: [T,K], distinct within a token; counts: [E]; lists: [E,T]. Launch: one simdgroup per
+// expert, four per threadgroup. A lane examines the K choices of one token, so one ballot orders 32
+// tokens and no counter is shared.
 [[kernel]] void moe_id_map(
     device const int* indices,
     constant uint& n_tokens,
@@ -352,16 +351,15 @@ template <typename T>
   }
 }
 
-// One projection of all experts over the assignments of `moe_id_map`:
-// out[token, slot] = W_expert * x + bias, W quantised and in the expert's slot of the pool.
+// One quantised projection of all experts over the assignments of `moe_id_map`:
+// out[token, k] = W_expert * x + bias.
 //
-// x: [T,I], or [T*K,I] if PER_ASSIGNMENT; w: [n_slots, w_row] words and scales, biases:
-// [n_slots, s_row], [n_slots, b_row], a matrix [O,I] lying in each row from its base on, of floats
-// where there are no biases; bias: [n_slots, bias_row], [O] likewise; counts: [E]; lists: [E,T];
-// slot_of_expert: [E]; out: [T,K,O]. I is a multiple of G and 32. Launch: threadgroups of 128 on
-// (O / 64, T / 32, E): 32 assignments by 64 outputs in steps of 32 inputs. A tile past its
-// expert's count leaves at once. Every simdgroup takes all rows of 16 columns, so tiles that are
-// not full (most are) leave the work of all four equally short, by 8 rows at a time.
+// x: [T,I], or [T*K,I] if PER_ASSIGNMENT. w: [n_slots, w_row] words; scales, biases: [n_slots,
+// s_row], [n_slots, b_row]: each row holds a matrix [O,I] from its base on, of packed floats where
+// there are no biases. bias: [n_slots, bias_row], each row holds [O] from its base on. counts: [E];
+// lists: [E,T]; slot_of_expert: [E]; out: [T,K,O]. I is a multiple of G and 32. Launch:
+// threadgroups of 128 on (O / 64, T / 32, E): 32 assignments by 64 outputs, 32 inputs at a time. A
+// tile past its expert's count returns at once. Most tiles are partly filled: see `multiply_tile`.
 template <
     typename T,
     typename S,
@@ -412,7 +410,7 @@ template <
   auto list = lists + ulong(expert) * n_tokens + tile.y * ROWS;
   ulong slot = slot_of_expert[expert];
 
-  // Four threads read a row of x, two a row of W: each thread stays with its row.
+  // Each thread stays with one row: four threads load a row of x, two a row of W.
   uint x_row = thread_index / 4;
   bool has_row = x_row < n_rows;
   uint assignment = has_row ? list[x_row] : 0u;
@@ -434,11 +432,11 @@ template <
   }
 }
 
-// Sum over a token's slots of weight * mid, in the order of the slots.
+// out = sum over k of weights[k] * mid[k] for each token, in rising k.
 //
-// mid: [T,K,D]; weights: [T,K]; out: float32 [T,D]. Launch: four columns a thread, one row of
-// the grid a token. Gathers where an addition into the token's row would need atomics or
-// a fixed order of experts.
+// mid: [T,K,D]; weights: [T,K]; out: float32 [T,D]. Launch: four columns per thread, one row of the
+// grid per token. It gathers, because adding into a token's row would need atomics or a fixed order
+// of experts.
 template <typename T>
 [[kernel]] void moe_combine_topk(
     device const T* mid,

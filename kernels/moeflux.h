@@ -1,10 +1,10 @@
-// What the kernel families share. Valid Metal 3.1 by itself.
+// Helpers shared by the kernel families. This file alone is valid Metal 3.1.
 #pragma once
 #include <metal_stdlib>
 #include <metal_simdgroup_matrix>
 using namespace metal;
 
-// Threads of a simdgroup on every Apple GPU; also CUDA's warp.
+// Threads in a simdgroup on every Apple GPU, and in a warp on CUDA.
 constexpr constant int SIMD = 32;
 
 inline float sigmoid(float x) {
@@ -15,8 +15,8 @@ inline float silu(float x) {
   return x / (1.0f + exp(-x));
 }
 
-// silu(gate) * up, or with a limit that is not 0 the clipped one: gate at most `limit`, up within
-// it, then gate * sigmoid(alpha * gate) * (up + 1).
+// silu(gate) * up. A limit other than 0 selects gpt-oss's clipped form: clip gate from above and up
+// on both sides at `limit`, then return gate * sigmoid(alpha * gate) * (up + 1).
 inline float swiglu(float gate, float up, float alpha, float limit) {
   if (limit == 0.0f) {
     return silu(gate) * up;
@@ -26,8 +26,8 @@ inline float swiglu(float gate, float up, float alpha, float limit) {
   return gate * sigmoid(alpha * gate) * (up + 1.0f);
 }
 
-// Sum over a threadgroup; every thread gets it. `scratch` holds one value a simdgroup and
-// is not read before. All threads of the group must call it: it contains a barrier.
+// Sum over a threadgroup, returned to every thread. `scratch` holds one value per simdgroup and
+// needs no initial contents. It contains a barrier, so all threads must call it.
 inline float threadgroup_sum(
     float value, threadgroup float* scratch, uint lane, uint simdgroup, uint n_simdgroups) {
   value = simd_sum(value);
@@ -39,9 +39,9 @@ inline float threadgroup_sum(
   return simd_sum(total);
 }
 
-// Four values in a row as float32, and back. Packed vectors need no more alignment than one
-// element, which is all that a view into an array or a file has. The few values that come
-// in `constant` memory are read one by one.
+// Load four consecutive values as float32, or store them. Packed vectors need only the alignment
+// of one element, and a view into an array or a file has no more. Small inputs arrive in `constant`
+// memory and are read one by one.
 template <typename P>
 inline float4 read4(P p) {
   return float4(float(p[0]), float(p[1]), float(p[2]), float(p[3]));
@@ -66,8 +66,8 @@ inline void write4(device bfloat* p, float4 values) {
   *(device packed_bfloat4*)p = bfloat4(values);
 }
 
-// Columns i to i + 3 of a row of n as float32, and back; those past the end are 0 and are
-// not written.
+// Load columns i to i + 3 of a row of n values as float32, or store them. Columns past the end
+// read as 0 and are not written.
 template <typename P>
 inline float4 read_columns(P row, uint i, uint n) {
   if (i + 4 <= n) {
@@ -97,7 +97,7 @@ inline void write_columns(device T* row, uint i, uint n, float4 values) {
   }
 }
 
-// Lane l's share of a row of 32 * PER values.
+// Load lane l's PER consecutive values of a row of 32 * PER.
 template <int PER, typename P>
 inline void read_share(thread float* share, P row, uint lane) {
   if (PER % 4 == 0) {
@@ -117,7 +117,7 @@ inline void read_share(thread float* share, P row, uint lane) {
   }
 }
 
-// Such a share back into its row.
+// Store a lane's share back into its row.
 template <int PER>
 inline void write_share(device float* row, thread const float* share, uint lane) {
   if (PER % 4 == 0) {
@@ -133,7 +133,8 @@ inline void write_share(device float* row, thread const float* share, uint lane)
   }
 }
 
-// WORDS packed words at once: in `device` memory they lie at a multiple of WORDS words.
+// Load WORDS packed words. In `device` memory their address is a multiple of WORDS words, so one
+// vector load is aligned.
 template <int WORDS, typename P>
 inline void load_words(P p, thread uint* words) {
 #pragma unroll
@@ -158,11 +159,12 @@ inline void load_words(device const uint* p, thread uint* words) {
   }
 }
 
-// Packed values are whole numbers of BITS bits, of which a group has a scale and a bias, or, if
-// FLOATS, 4-bit floats (a sign, two bits of exponent, one of mantissa), of which a group has a
-// scale in a byte: a power of two for 32 (mxfp4), a float of eight bits for 16 (nvfp4).
+// Packed values have two forms. Integers of BITS bits: each group has a scale and a bias. If
+// FLOATS, 4-bit floats (one sign bit, two exponent bits, one mantissa bit): each group has a scale
+// of one byte, which is a power of two for groups of 32 (mxfp4) and an 8-bit float for groups of 16
+// (nvfp4).
 
-// A group's scale as float32.
+// A group's scale as float32. Both float forms are moved bit by bit into a wider float.
 template <int G, typename S>
 inline float scale_of(S scale) {
   return float(scale);
@@ -175,17 +177,17 @@ inline float scale_of(uchar scale) {
   return as_type<float>(scale == 0 ? 0x00400000u : uint(scale) << 23);
 }
 
-// A half has more bits of exponent than a small float, and more of mantissa: with the bits in
-// place it is the small float over this.
+// A 4-bit float whose bits are moved into a half is too small by this factor, the difference of
+// the two exponent biases (2^14).
 constexpr constant float SMALL_FLOAT = 16384.0f;
 
-// The i-th small float of four in half a word, over SMALL_FLOAT.
+// The i-th of four 4-bit floats in half a word, divided by SMALL_FLOAT.
 inline float small_float(ushort half_word, int i) {
   ushort q = half_word >> (4 * i);
   return float(as_type<half>(ushort((q & 7) << 9 | (q & 8) << 12)));
 }
 
-// The lowest four values of a packed word, without scale and bias.
+// Unpack the lowest four values of a packed word, before scale and bias.
 template <int BITS, bool FLOATS>
 inline float4 unpack4(uint q) {
   constexpr uint MASK = (1u << BITS) - 1u;
@@ -201,9 +203,9 @@ inline float4 unpack4(uint q) {
       float((q >> (3 * BITS)) & MASK));
 }
 
-// Values i to i + 3 that meet packed words, ready for `dot_words`; returns their sum. Each
-// is divided by the power of two that its packed partner keeps when it is masked in place,
-// which is exact and saves a shift for every row that the values meet. Floats keep none.
+// Store values i to i + 3 in `partners` for `dot_words` and return their sum. `dot_words` masks a
+// packed value in place, which leaves it multiplied by a power of two. Dividing the partner by that
+// power is exact and saves one shift per row. Packed floats need no division.
 template <int BITS, bool FLOATS>
 inline float set_partners(thread float* partners, int i, float4 values) {
   constexpr int HALF = 16 / BITS;
@@ -215,7 +217,7 @@ inline float set_partners(thread float* partners, int i, float4 values) {
   return (values.x + values.y) + (values.z + values.w);
 }
 
-// The values that meet WORDS packed words, times `factor`; returns their sum.
+// Load the values for WORDS packed words, times `factor`, into `partners`; return their sum.
 template <int BITS, bool FLOATS, int WORDS, typename P>
 inline float load_partners(P x, float factor, thread float* partners) {
   float sum = 0.0f;
@@ -226,7 +228,7 @@ inline float load_partners(P x, float factor, thread float* partners) {
   return sum;
 }
 
-// The i-th packed value of half a word as its partner wants it.
+// The i-th packed value of half a word, masked in place to match its partner.
 template <int BITS, bool FLOATS>
 inline float packed_value(ushort half_word, int i) {
   constexpr int MASK = (1 << BITS) - 1;
@@ -236,8 +238,8 @@ inline float packed_value(ushort half_word, int i) {
   return float(ushort(half_word & (MASK << (BITS * i))));
 }
 
-// Sum of packed values times their partners. Halves of words, because 16-bit registers
-// are cheaper and every masked value is still exact in float32.
+// Sum of packed values times their partners. It works on half words because 16-bit registers are
+// cheaper and every masked value is still exact in float32.
 template <int BITS, bool FLOATS, int WORDS>
 inline float dot_words(thread const uint* words, thread const float* partners) {
   constexpr int HALF = 16 / BITS;
@@ -259,16 +261,16 @@ inline float dot_words(thread const uint* words, thread const float* partners) {
   return FLOATS ? SMALL_FLOAT * sum : sum;
 }
 
-// What a group adds to a product: `dot` of packed values, `sum` of their partners.
+// A group's contribution to a product, from the `dot` of packed values and the `sum` of partners.
 template <bool FLOATS>
 inline float group_product(float scale, float dot, float bias, float sum) {
   return FLOATS ? scale * dot : scale * dot + bias * sum;
 }
 
-// ROWS rows of a matrix times x, by one simdgroup; every lane has its share of the sums.
-// A lane reads WORDS words of all rows before it computes, which keeps enough loads under way
-// for the memory's bandwidth, and reads x once for all rows. WORDS words are at most 32
-// values and within a group, so they share one scale. If NORM, x counts times `norm`.
+// Multiply ROWS rows of a matrix by x with one simdgroup. `sums` receives each lane's partial sums.
+// A lane loads WORDS words of all rows before it computes, which keeps enough loads in flight to
+// use the memory bandwidth, and reads x once for all rows. WORDS words hold at most 32 values of
+// one group, so they share one scale. If NORM, x is multiplied by `norm` first.
 template <
     int BITS, bool FLOATS, int G, int WORDS, int ROWS, bool NORM,
     typename X, typename N, typename W, typename S, typename B>
@@ -294,7 +296,7 @@ inline void dot_rows(
     float bias[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      // A row past the end is read as the last one; its sum is not written.
+      // Rows past the end read the last row; the caller drops their sums.
       ulong at = ulong(min(row + r, n_out - 1)) * n_in + start;
       load_words<WORDS>(w + at / (32 / BITS), words[r]);
       scale[r] = scale_of<G>(scales[at / G]);
@@ -318,7 +320,7 @@ inline void dot_rows(
   }
 }
 
-// The scale of a row's RMS norm, found by every simdgroup itself.
+// The scale of a row's RMS norm. Every simdgroup computes it alone, without a barrier.
 template <typename P>
 inline float rms_scale(P x, uint n, float eps, uint lane) {
   float squares = 0.0f;
@@ -329,10 +331,10 @@ inline float rms_scale(P x, uint n, float eps, uint lane) {
   return rsqrt(simd_sum(squares) / float(n) + eps);
 }
 
-// Rows of PARTS matrices from `row` on times x, ROWS (a multiple of 16) of each by four
-// simdgroups: those of the first are left in sums[0] to sums[ROWS - 1], those of a second behind
-// them. If NORM, x counts as its RMS norm with the weight `norm`. Contains barriers: all threads
-// of 4 PARTS simdgroups must come.
+// Multiply ROWS rows (a multiple of 16) of each of PARTS matrices, starting at `row`, by x. Four
+// simdgroups handle a matrix. The first matrix's products go to sums[0] to sums[ROWS - 1], the
+// second's follow. If NORM, x is replaced by its RMS norm with weight `norm`. Contains barriers:
+// all threads of the 4 * PARTS simdgroups must call it.
 template <
     int BITS, bool FLOATS, int G, int WORDS, int ROWS, int PARTS, bool NORM,
     typename X, typename N, typename W, typename S, typename B, typename W1, typename S1,
@@ -353,7 +355,7 @@ inline void rows_of_matrices(
     threadgroup float* sums,
     uint simdgroup,
     uint lane) {
-  // Words that hold more than 32 values would not share one scale.
+  // More than 32 values would span two groups, which have different scales.
   constexpr int AT_ONCE = BITS < WORDS ? BITS : WORDS;
   float scale = 1.0f;
   if (NORM) {
@@ -381,7 +383,7 @@ inline void rows_of_matrices(
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// `rows_of_matrices` for one of whole numbers.
+// `rows_of_matrices` for one matrix of packed integers.
 template <
     int BITS, int G, int WORDS, int ROWS, bool NORM,
     typename X, typename N, typename W, typename S, typename B>
@@ -402,26 +404,25 @@ inline void block_rows(
       x, norm, eps, w, scales, biases, w, scales, biases, row, n_in, n_out, sums, simdgroup, lane);
 }
 
-// Row `row` of what is added to a product, if anything is.
+// The bias of output row `row`, or 0 without a bias.
 template <bool HAS, typename P>
 inline float row_bias(P bias, ulong row) {
   return HAS ? float(bias[row]) : 0.0f;
 }
 
-// Tiles of products with a quantised matrix: rows of x by columns of the result (rows of the
-// matrix), STEP inputs at a time. Rows of tiles lie 36 or 68 values apart, which spreads 8 of
-// them over all banks of threadgroup memory.
+// Sizes of a tile of a product: rows of x by columns of the result, which are rows of the matrix.
+// Pitches of 36 and 68 values spread 8 rows of a tile over all banks of threadgroup memory.
 constexpr constant int TILE_ROWS = 32;
 constexpr constant int TILE_COLUMNS = 64;
 constexpr constant int TILE_PITCH = 36;
 constexpr constant int TILE_OUT_PITCH = 68;
 
-// One tile by a threadgroup of 128: rows of x times 64 rows of a quantised matrix. Four
-// threads read a row of x, two a row of the matrix: `x_at`, `has_row` are those of row
-// thread / 4, `w_at`, `s_at`, `b_at` those of matrix row thread / 2. The result is left in
-// w_tile, row r from r * TILE_OUT_PITCH on. Every simdgroup takes all rows of 16 columns, so a
-// tile that is not full leaves the work of all four equally short, by 8 rows at a time.
-// Contains barriers: all threads must come.
+// Multiply up to 32 rows of x by 64 rows of a quantised matrix with a threadgroup of 128. Four
+// threads load a row of x, two a row of the matrix: thread t passes `x_row_at` and `has_row` of row
+// t / 4, and `w_row_at`, `s_at` and `b_at` of matrix row t / 2. The result ends in w_tile, row r at
+// r * TILE_OUT_PITCH. Every simdgroup computes all rows of 16 columns, so a partly filled tile
+// shortens the work of all four equally, in units of 8 rows. Contains barriers: all threads must
+// call it.
 template <int BITS, bool FLOATS, int G, typename X, typename W, typename S, typename B>
 inline void multiply_tile(
     X x_row_at,
@@ -454,11 +455,12 @@ inline void multiply_tile(
     sums[m][1] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   }
   for (uint start = 0; start < n_in; start += STEP) {
+    // All simdgroups must have read the previous inputs.
     threadgroup_barrier(mem_flags::mem_threadgroup);
     threadgroup float4* x_to = x_tile + (x_row * TILE_PITCH + x_column) / 4;
     x_to[0] = has_row ? read4(x_at + start) : float4(0.0f);
     x_to[1] = has_row ? read4(x_at + start + 4) : float4(0.0f);
-    // A group of 16 is half a step.
+    // With groups of 16 the two threads of a row use different groups.
     uint group = (start + w_half * (STEP / 2)) / G;
     float scale = scale_of<G>(s_at[group]);
     float bias = FLOATS ? 0.0f : float(b_at[group]);
@@ -490,6 +492,7 @@ inline void multiply_tile(
       }
     }
   }
+  // The result replaces the weights in w_tile.
   threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
   for (int m = 0; m < TILE_ROWS / 8; ++m) {
@@ -502,8 +505,8 @@ inline void multiply_tile(
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// Map floats to integers of the same order, so that ties and maxima are exact and a
-// simd_max is one operation. Both zeros are one number; the result is never 0 (removed).
+// Map a float to an integer of the same order, so that ties and maxima are exact and simd_max is
+// one operation. Both zeros map to one number. The result is never 0, which marks a removed key.
 inline uint ordered(float x) {
   uint bits = as_type<uint>(x);
   bits = bits == 0x80000000u ? 0u : bits;
@@ -514,8 +517,8 @@ inline float unordered(uint key) {
   return as_type<float>(key ^ ((key >> 31) != 0u ? 0x80000000u : 0xffffffffu));
 }
 
-// Take the largest key out of those of a simdgroup, the lowest expert among equals. A
-// lane's i-th key belongs to expert `first + i * step`; all lanes get key and expert.
+// Remove the largest key of a simdgroup, on ties that of the lowest expert. A lane's i-th key
+// belongs to expert `first + i * step`. All lanes receive the key and the expert.
 template <int PER_LANE>
 inline uint take_largest(thread uint* keys, uint first, uint step, thread uint& expert) {
   uint best = 0;

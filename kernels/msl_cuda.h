@@ -1,9 +1,9 @@
-// The Metal dialect of these kernels, in CUDA C++: what stands in front of a kernel's own
-// source when NVIDIA's compiler reads it. Everything lives in namespace msl, so that nothing
-// of CUDA's vector types, half or MLX's helpers is taken by mistake.
+// Metal's types and functions in CUDA C++. This text precedes a kernel's source for NVIDIA's
+// compiler. Everything is in namespace msl, so that no name resolves to CUDA's vector types or
+// half, or to MLX's helpers, by mistake.
 //
-// Address spaces are taken out of the source before: CUDA spells its own with some of the
-// same words. `threadgroup T x[n];`, which declares storage, becomes `MSL_SHARED T x[n];`.
+// Address spaces are removed from the source first, because CUDA uses some of the same words.
+// `threadgroup T x[n];`, which declares storage, becomes `MSL_SHARED T x[n];`.
 #define MSL_SHARED __shared__
 #define inline __device__ __forceinline__
 #ifndef INFINITY
@@ -27,7 +27,7 @@ struct Same {
   using type = T;
 };
 
-// Vectors: arithmetic by element, swizzles of two.
+// Vectors with elementwise arithmetic and swizzles of two elements.
 template <typename T, int N>
 struct Vec;
 template <typename T, int N, int A, int B>
@@ -90,7 +90,7 @@ struct alignas(4 * sizeof(T)) Vec<T, 4> {
   inline Vec(T x, T y, T z, T w) : x(x), y(y), z(z), w(w) {}
   inline Vec(Vec<T, 2> a, Vec<T, 2> b) : x(a.x), y(a.y), z(b.x), w(b.y) {}
 };
-// half and bfloat have constructors of their own, which an anonymous union cannot hold.
+// half and bfloat have constructors, and an anonymous union cannot hold such types.
 #define MSL_SMALL_VECTOR(T)                                            \
   template <>                                                          \
   struct alignas(4 * sizeof(T)) Vec<T, 4> {                            \
@@ -160,7 +160,8 @@ using uint4 = Vec<uint, 4>;
 using ushort2 = Vec<ushort, 2>;
 using ushort4 = Vec<ushort, 4>;
 
-// Words in one access. As assembly: the compiler would make it and single stores beside it one.
+// Store words in one access. In C++ the compiler could split it, or merge it with neighbouring
+// stores.
 template <int N>
 struct Words {};
 inline void store_words(unsigned int* to, const unsigned int* from, Words<4>) {
@@ -172,8 +173,8 @@ inline void store_words(unsigned int* to, const unsigned int* from, Words<2>) {
   asm volatile("st.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(from[0]), "r"(from[1]) : "memory");
 }
 
-// Four values without alignment. One access where they happen to be aligned, as rows of
-// whole multiples of four are: every thread of a warp takes the same branch.
+// Load or store four values without required alignment. Aligned ones take one access. Rows whose
+// width is a multiple of four are aligned, so all threads of a warp take the same branch.
 template <typename T>
 struct Packed4 {
   T all[4];
@@ -213,7 +214,7 @@ inline To as_type(From x) {
   return out;
 }
 
-// Mathematics, of vectors by element.
+// Mathematics; vectors are handled elementwise.
 #define MSL_FUNCTION1(name, call)                  \
   inline float name(float x) {                     \
     return call;                                   \
@@ -235,7 +236,7 @@ inline To as_type(From x) {
   MSL_FUNCTION1(tanh, ::tanhf(x))     \
   MSL_FUNCTION1(sqrt, ::sqrtf(x))     \
   MSL_FUNCTION1(rsqrt, ::rsqrtf(x))
-// Neither is CUDA's fast form: the tolerances of these kernels are tighter.
+// Neither function is CUDA's fast form, whose error exceeds the tolerances of these kernels.
 MSL_FUNCTIONS()
 namespace precise {
 MSL_FUNCTIONS()
@@ -300,7 +301,7 @@ inline T dot(const Vec<T, N>& a, const Vec<T, N>& b) {
   return sum;
 }
 
-// Where a thread is. Launches have whole threadgroups only, of whole warps.
+// Positions of a thread. Launches have only complete threadgroups of complete warps.
 inline uint3 thread_position_in_threadgroup() {
   return uint3(threadIdx.x, threadIdx.y, threadIdx.z);
 }
@@ -345,7 +346,7 @@ inline void simdgroup_barrier(mem_flags) {
   __syncwarp();
 }
 
-// A simdgroup is a warp. All 32 lanes must come, as in our kernels they do.
+// A simdgroup is a warp. All 32 lanes must take part, as they do in these kernels.
 constexpr unsigned MSL_ALL = 0xffffffffu;
 template <typename T>
 inline T simd_shuffle(T x, ushort lane) {
@@ -427,9 +428,10 @@ inline bool simd_is_first() {
   return thread_index_in_simdgroup() == 0;
 }
 
-// 8x8 matrices: a lane holds two neighbours of a row, in the order in which tensor cores want
-// a left factor and a sum. Metal promises no order: a kernel that has to know it asks for a
-// lane's place by these functions, and gives Apple's as templates of the same names.
+// 8x8 matrices. A lane holds two neighbours of a row, in the order of a tensor core's left factor
+// and sum. Metal promises no order, so a kernel that depends on it calls these functions for a
+// lane's place. The kernel defines Apple's order as templates of the same names; these take
+// precedence.
 inline uint matrix_row(uint lane) {
   return lane / 4;
 }
@@ -488,7 +490,7 @@ inline void simdgroup_store(
   }
 }
 
-// The 11 bits that tensor cores take of two float32, and the next 11 of the remainder.
+// The top 11 mantissa bits of two float32, as tensor cores take them, and the next 11 bits.
 struct Split {
   uint high[2], low[2];
   inline Split(float x, float y) {
@@ -499,9 +501,8 @@ struct Split {
     }
   }
 };
-// top += first right, bottom += second right, for 8x8 factors in 11 bits. A
-// lane has columns 2t and 2t + 1 of a row of a left factor, and rows 2t and 2t + 1 of a column
-// of the right one.
+// top += first * right and bottom += second * right, for 8x8 factors of 11 bits. A lane has columns
+// 2t and 2t + 1 of a row of a left factor, and rows 2t and 2t + 1 of a column of the right factor.
 inline void multiply_halves(
     float* top, float* bottom, const uint* first, const uint* second, const uint* right) {
   asm volatile(
@@ -511,16 +512,16 @@ inline void multiply_halves(
       : "r"(first[0]), "r"(second[0]), "r"(first[1]), "r"(second[1]), "r"(right[0]),
         "r"(right[1]));
 }
-// Values in two parts each, without the product of both low ones: right to 2^-21 of the
-// largest product. Values must be finite, as they are in our kernels.
+// Split each value into a high and a low part, and omit the product of both low parts: the error is
+// at most 2^-21 of the largest product. Values must be finite, as they are in these kernels.
 template <typename D, typename A, typename B, typename S>
 inline void simdgroup_multiply_accumulate(
     simdgroup_matrix<D, 8, 8>& d,
     simdgroup_matrix<A, 8, 8> a,
     simdgroup_matrix<B, 8, 8> b,
     simdgroup_matrix<S, 8, 8> c) {
-  // Lanes of even rows hand out one element while those of odd rows hand out the other: two
-  // shuffles turn rows of b into columns.
+  // Lanes of even rows send one element while lanes of odd rows send the other, so two shuffles
+  // transpose b.
   uint lane = thread_index_in_simdgroup();
   bool odd = lane / 4 % 2;
   ushort from = lane % 4 * 8 + odd * 4 + lane / 8;
@@ -543,7 +544,7 @@ inline void simdgroup_multiply(
   simdgroup_multiply_accumulate(d, a, b, make_filled_simdgroup_matrix<D, 8, 8>(D(0)));
 }
 
-// Atomics, relaxed as all of Metal's.
+// Atomics, relaxed like all of Metal's.
 enum memory_order { memory_order_relaxed };
 struct atomic_uint {
   uint value;

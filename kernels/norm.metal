@@ -1,7 +1,7 @@
-// RMS norms: of rows in one pass or two, of heads, of q and k, and gated.
+// RMS norms: of rows in one or two passes, of heads, of q and k, and with a gate.
 #include "moeflux.h"
 
-// Take a row of n columns, every step-th four from the first-th on, into registers; return
+// Load blocks `first`, first + step, ... of four columns of a row of n into registers, and return
 // the sum of their squares.
 template <int BLOCKS, typename P>
 inline float take_row(P row, uint n, uint first, uint step, thread float4* values) {
@@ -14,10 +14,10 @@ inline float take_row(P row, uint n, uint first, uint step, thread float4* value
   return sum;
 }
 
-// First pass of the norm in two: the sum of squares of each row.
+// First pass of the two-pass norm: the sum of squares of each row.
 //
-// x: [T,D]; sum_sq: [T] float32. Launch: one threadgroup a row, four columns a thread at a
-// time. Threads stride over the row, so that neighbours read neighbours and any D will do.
+// x: [T,D]; sum_sq: [T] float32. Launch: one threadgroup per row, four columns per thread at a
+// time. Threads stride over the row, so that adjacent threads read adjacent columns for any D.
 template <typename T>
 [[kernel]] void rms_norm_sum_sq(
     device const T* x,
@@ -44,8 +44,8 @@ template <typename T>
 
 // Second pass: out = x * rsqrt(sum_sq / D + eps) * weight.
 //
-// x, out: [T,D]; sum_sq: [T]; weight: [D]. Launch: one thread a value, a row of the grid for
-// a row of x. The plain form: every other norm here computes what this one says.
+// x, out: [T,D]; sum_sq: [T]; weight: [D]. Launch: one thread per value, one row of the grid per
+// row of x. This is the plain form; the other norms of this file compute the same function.
 template <typename T, typename W>
 [[kernel]] void rms_norm_apply(
     device const T* x,
@@ -63,11 +63,11 @@ template <typename T, typename W>
   out[i] = T(float(x[i]) * scale * float(weight[at.x]));
 }
 
-// Second pass, four columns a thread.
+// Second pass, four columns per thread.
 //
-// x, out: [T,D]; sum_sq: [T]; weight: [D], usually bfloat. Launch: a thread for four columns,
-// a row of the grid for a row of x. A quarter of the threads, each with loads of 64 bits:
-// what pays for rows of 16-bit values once there are many.
+// x, out: [T,D]; sum_sq: [T]; weight: [D], usually bfloat. Launch: one thread per four columns, one
+// row of the grid per row of x. A quarter of the threads with 64-bit loads is faster for many rows
+// of 16-bit values.
 template <typename T, typename W>
 [[kernel]] void rms_norm_apply_bf16(
     device const T* x,
@@ -87,8 +87,8 @@ template <typename T, typename W>
 // The norm in one launch: x * rsqrt(mean(x^2) + eps) * weight of each row.
 //
 // x, out: [T,D]; weight: [D], usually bfloat. BLOCKS = ceil(D / (4 * threads)). Launch: one
-// threadgroup a row, with a thread for four columns up to 1024 threads. The row stays in
-// registers between its sum and its use, so that memory is read once.
+// threadgroup per row, one thread per four columns, at most 1024 threads. The row stays in
+// registers between its sum and its use, so memory is read once.
 template <typename T, typename W, int BLOCKS>
 [[kernel]] void rms_norm_bf16_fused_n_tokens(
     device const T* x,
@@ -115,11 +115,11 @@ template <typename T, typename W, int BLOCKS>
   }
 }
 
-// The norm of every head's slice of d columns, with one weight for all.
+// The norm of every head's slice of d columns, with one weight for all heads.
 //
-// x, out: [T,H*d], that is n_slices = T * H slices; weight: [d]. d <= 1024,
-// BLOCKS = ceil(d / 128). Launch: one simdgroup a slice, four a threadgroup. A slice fits a
-// simdgroup's registers, so there is neither a barrier nor threadgroup memory.
+// x, out: [T,H*d], n_slices = T * H; weight: [d]. d <= 1024, BLOCKS = ceil(d / 128). Launch: one
+// simdgroup per slice, four per threadgroup. A slice fits in a simdgroup's registers, so it needs
+// neither a barrier nor threadgroup memory.
 template <typename T, typename W, int BLOCKS>
 [[kernel]] void rms_norm_per_head_n_tokens(
     device const T* x,
@@ -146,13 +146,14 @@ template <typename T, typename W, int BLOCKS>
   }
 }
 
-// Bring the key heads of q and k in rows q|gap|k|v to unit length, and multiply q by
-// d^-1/2; gap and v are copied.
+// Scale the heads of q and k in rows q|gap|k|v to unit length, multiply q by d^-1/2, and copy gap
+// and v.
 //
-// x, out: [T,total]; q: columns 0 to Hk*d; k: from key_offset on. q * rsqrt(sum(q^2) + eps)
-// * d^-1/2, k * rsqrt(sum(k^2) + eps). d <= 1024, BLOCKS = ceil(d / 128). Launch: a layer of
-// the grid for a row; one simdgroup a piece, four a threadgroup. A piece is a head, or as
-// many copied columns as fit the registers of one, so that all simdgroups do equal work.
+// x, out: [T,total]; q: columns 0 to Hk*d; k: Hk*d columns from key_offset. q becomes
+// q * rsqrt(sum(q^2) + eps) * d^-1/2, k becomes k * rsqrt(sum(k^2) + eps). d <= 1024,
+// BLOCKS = ceil(d / 128). Launch: one plane of the grid per row; one simdgroup per piece, four per
+// threadgroup. A piece is one head, or as many copied columns as the registers for a head hold, so
+// that all simdgroups do equal work.
 template <typename T, int BLOCKS>
 [[kernel]] void rms_norm_qk(
     device const T* x,
@@ -198,9 +199,9 @@ template <typename T, int BLOCKS>
 
 // rms_norm(values) * weight * silu(z) for each value head's slice of d columns.
 //
-// values, z, out: [T,H*d], that is n_slices = T * H slices; weight: [d]. d <= 1024,
-// BLOCKS = ceil(d / 128). Launch: one simdgroup a slice, four a threadgroup. z is read after
-// the sum: its loads need no registers while the slice is held.
+// values, z, out: [T,H*d], n_slices = T * H; weight: [d]. d <= 1024, BLOCKS = ceil(d / 128).
+// Launch: one simdgroup per slice, four per threadgroup. z is loaded after the sum, so it occupies
+// no registers during it.
 template <typename T, typename W, int BLOCKS>
 [[kernel]] void gated_rms_norm(
     device const T* values,

@@ -1,15 +1,15 @@
 // Products with quantised and with dense matrices.
 //
-// A matrix [O,I] in 2, 4 or 8 bits: row o is I * bits / 32 words, lowest bits first, and
-// I / G scales and biases; value = scale * q + bias. I is a multiple of G, G of 32.
+// A matrix [O,I] in 2, 4 or 8 bits: a row has I * bits / 32 words, lowest bits first, and I / G
+// scales and biases; value = scale * q + bias. I is a multiple of G, and G of 32.
 #include "moeflux.h"
 
-// Inputs that the kernels of the v3 kind keep in threadgroup memory.
+// Number of inputs that the v3 kernels hold in threadgroup memory: 16 KiB of its 32.
 constexpr constant int CACHED = 4096;
 
-// One row by one thread: the readable baseline.
+// out = W x with one thread per row: the readable baseline.
 //
-// x: [I]; w, scales, biases: a matrix [O,I] in 4 bits; out: [O]. Launch: one thread a row.
+// x: [I]; w, scales, biases: a matrix [O,I] in 4 bits; out: [O]. Launch: one thread per row.
 template <typename T, typename S, int G>
 [[kernel]] void dequant_matvec_4bit(
     device const T* x,
@@ -33,8 +33,8 @@ template <typename T, typename S, int G>
   out[row] = T(sum);
 }
 
-// Words of one row times values in threadgroup or device memory, a word a lane at a time:
-// each value is worth fma(q, scale * x, bias * x).
+// A lane's share of the product of one row with values in threadgroup or device memory: the words
+// `first`, first + step, .... A value adds fma(q, scale * x, bias * x).
 template <int BITS, int G, typename X, typename W, typename S, typename B>
 inline float dot_row(X x, W w, S scales, B biases, uint n_in, uint first, uint step) {
   constexpr int PER_WORD = 32 / BITS;
@@ -54,7 +54,7 @@ inline float dot_row(X x, W w, S scales, B biases, uint n_in, uint first, uint s
   return sum;
 }
 
-// x into threadgroup memory, by 256 threads.
+// Copy x into threadgroup memory with 256 threads. Contains a barrier.
 template <typename P>
 inline void cache_row(P x, threadgroup float* cached, uint n_in, uint thread_index) {
   for (uint i = thread_index; i < n_in; i += 256) {
@@ -63,10 +63,10 @@ inline void cache_row(P x, threadgroup float* cached, uint n_in, uint thread_ind
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// One row by one threadgroup of 64, x read from device memory: for rows of any length.
+// out = W x with one threadgroup of 64 per row, for rows of any length.
 //
-// Arguments as of `dequant_matvec_4bit`. Launch: 64 threads a row. Two simdgroups halve the
-// walk along a long row; x is read by all, so the caches hold it.
+// Arguments: see `dequant_matvec_4bit`. Launch: 64 threads per row. Two simdgroups halve the time
+// of a long row. All threadgroups read the same x from device memory, so the GPU's caches hold it.
 template <typename T, typename S, int G>
 [[kernel]] void dequant_matvec_4bit_fast(
     device const T* x,
@@ -92,7 +92,7 @@ template <typename T, typename S, int G>
   }
 }
 
-// A row of the result by each of 8 simdgroups, x cached once for all.
+// One row per simdgroup for 8 simdgroups, with x cached once for all of them.
 template <typename T, int BITS, int G, typename X, typename W, typename S, typename B>
 inline void cached_rows(
     X x,
@@ -107,7 +107,7 @@ inline void cached_rows(
     uint thread_index,
     uint lane) {
   cache_row(x, cached, n_in, thread_index);
-  // Only now: a thread that leaves before a barrier hangs the others.
+  // Not before the barrier in cache_row: a thread that skips it would hang the others.
   if (row >= n_out) {
     return;
   }
@@ -120,10 +120,10 @@ inline void cached_rows(
   }
 }
 
-// One row by one simdgroup, x cached in threadgroup memory for the 8 of a threadgroup.
+// out = W x with one simdgroup per row, and x cached in threadgroup memory for 8 rows.
 //
-// Arguments as of `dequant_matvec_4bit`, I at most 4096. Launch: 256 threads for 8 rows. The
-// 8 rows share the reads of x, which are twice the bytes of a row in bfloat16.
+// Arguments: see `dequant_matvec_4bit`; I <= 4096. Launch: 256 threads per 8 rows. In bfloat16 x
+// has more than three times the bytes of a row, so the 8 rows share its reads.
 template <typename T, typename S, int G>
 [[kernel]] void dequant_matvec_4bit_v3(
     device const T* x,
@@ -142,9 +142,9 @@ template <typename T, typename S, int G>
       x, w, scales, biases, out, cached, n_in, n_out, 8 * group + simdgroup, thread_index, lane);
 }
 
-// `dequant_matvec_4bit_v3` in 8 bits: routers and gates of shared experts.
+// `dequant_matvec_4bit_v3` in 8 bits, for routers and the gates of shared experts.
 //
-// Launch as there.
+// Launch: see `dequant_matvec_4bit_v3`.
 template <typename T, typename S, int G>
 [[kernel]] void dequant_matvec_8bit_v3(
     device const T* x,
@@ -163,9 +163,9 @@ template <typename T, typename S, int G>
       x, w, scales, biases, out, cached, n_in, n_out, 8 * group + simdgroup, thread_index, lane);
 }
 
-// `dequant_matvec_8bit_v3` for each of T tokens: the same bits at T = 1.
+// `dequant_matvec_8bit_v3` for each of T tokens, with the same bits at T = 1.
 //
-// x: [T,I]; out: [T,O]. Launch: 256 threads for 8 rows and a token, grid (256 O / 8, T).
+// x: [T,I]; out: [T,O]. Launch: 256 threads per 8 rows and token, grid (256 O / 8, T).
 template <typename T, typename S, int G>
 [[kernel]] void dequant_matvec_8bit_v3_n_tokens(
     device const T* x,
@@ -187,10 +187,10 @@ template <typename T, typename S, int G>
       lane);
 }
 
-// ROWS rows by one threadgroup, with 128-bit loads where rows are long enough.
+// out = W x with ROWS rows per threadgroup, and 128-bit loads where rows are long enough.
 //
-// Arguments as of `dequant_matvec_4bit`. Launch: 128 threads for ROWS rows, more of them for a
-// matrix of many rows, so that x is read less often.
+// Arguments: see `dequant_matvec_4bit`. Launch: 128 threads per ROWS rows. A matrix of many rows
+// gets a larger ROWS, so that x is read less often.
 template <typename T, typename S, int G, int WORDS, int ROWS>
 [[kernel]] void dequant_matvec_4bit_v4(
     device const T* x,
@@ -213,10 +213,10 @@ template <typename T, typename S, int G, int WORDS, int ROWS>
   }
 }
 
-// A product added to the residual stream: out = residual + W x + bias.
+// out = residual + W x + bias.
 //
-// Arguments as of `dequant_matvec_4bit`, BITS bits; residual, bias: [O]. Launch as of
-// `dequant_matvec_4bit_v4`. Saves a launch that would do next to nothing.
+// Arguments: see `dequant_matvec_4bit`, but BITS bits; residual, bias: [O]. Launch: see
+// `dequant_matvec_4bit_v4`. It saves a separate launch for a tiny addition.
 template <typename T, typename S, int BITS, int G, int WORDS, int ROWS, bool HAS_BIAS>
 [[kernel]] void matvec_residual(
     device const T* x,
@@ -243,13 +243,13 @@ template <typename T, typename S, int BITS, int G, int WORDS, int ROWS, bool HAS
   }
 }
 
-// RMS norm of a row, and the products of one or two matrices with it, in one row.
+// The RMS norm of a row and the products of one or two matrices with it, written to one row.
 //
-// x: [I]; norm: its weight, [I]; w<i>, scales<i>, biases<i>: matrix i, [n<i>, I] in BITS<i>
-// bits, bias<i>: [n<i>], added to its product; n1 is 0 for one matrix; out: [at_normed + I], the
-// first product from 0 on, the second from at1, the norm from at_normed. Launch: threadgroups of
-// 128 for ROWS rows of one matrix, then the other, and a last one for the norm. Every threadgroup
-// finds the norm's scale itself: it needs all of x anyway, and no other launch has to go before.
+// x: [I]; norm: [I], the norm's weight; w<i>, scales<i>, biases<i>: matrix i, [n<i>, I] in BITS<i>
+// bits; bias<i>: [n<i>], added to its product; n1 is 0 for a single matrix; out: [at_normed + I]:
+// the first product at 0, the second at at1, the norm at at_normed. Launch: threadgroups of 128,
+// one per ROWS rows of the first matrix, then of the second, and a last one for the norm. Every
+// threadgroup computes the norm's scale: it reads all of x anyway, and this saves a launch.
 template <
     typename T,
     typename N,
@@ -307,7 +307,7 @@ template <
     for (uint i = 4 * thread_index; i < n_in; i += 4 * 128) {
       write4(out + at_normed + i, scale * read4(x + i) * read4(norm + i));
     }
-    // What lies between the parts of the row.
+    // Clear the gaps between the three results, so that no output is left unwritten.
     if (thread_index < at1 - n0) {
       out[n0 + thread_index] = T(0.0f);
     }
@@ -317,10 +317,10 @@ template <
   }
 }
 
-// `dequant_matvec_4bit_v3` with the 16 values of a group looked up.
+// `dequant_matvec_4bit_v3` with a lookup table of a group's 16 values.
 //
-// Launch as there. A lane computes the 16 values that its 32 packed ones can have, then only
-// looks up: it pays where conversions to float are slower than indexed registers.
+// Launch: see `dequant_matvec_4bit_v3`. A lane computes the 16 values that its 32 packed values can
+// take, then looks them up. This is faster where indexed registers beat conversions to float.
 template <typename T, typename S, int G>
 [[kernel]] void dequant_matvec_4bit_v5(
     device const T* x,
@@ -364,13 +364,12 @@ template <typename T, typename S, int G>
   }
 }
 
-// K products with matrices that lie anywhere in one buffer.
+// K products with matrices at any offsets of one buffer.
 //
-// x: [K,I]; w, scales, biases: flat; offsets: [3 K], for each product the first word, scale and
-// bias, at most w_last, s_last and b_last, where the last matrix that fits begins: a wrong
-// offset reads a wrong matrix, never other memory; out: [K,O]. I at most 4096. Launch: 256
-// threads for 8 rows of a product, grid (256 O / 8, K), rows past the end masked after the
-// barrier.
+// x: [K,I]; w, scales, biases: flat; offsets: [3 K], the first word, scale and bias of each
+// product; out: [K,O]; I <= 4096. Offsets are clamped to w_last, s_last and b_last, the start of
+// the last matrix that fits, so a wrong offset reads a wrong matrix but never other memory. Launch:
+// 256 threads per 8 rows of a product, grid (256 O / 8, K).
 template <typename T, typename S, int G>
 [[kernel]] void dequant_matvec_4bit_batched(
     device const T* x,
@@ -398,11 +397,11 @@ template <typename T, typename S, int G>
       thread_index, lane);
 }
 
-// K products with matrices in slots of a pool.
+// K products with matrices in the slots of a pool.
 //
-// x: [I], shared, or [K,I] if PER_EXPERT; slots: [K]; w: [n_slots, w_row] words, scales and
-// biases: [n_slots, s_row], [n_slots, b_row], a matrix [O,I] in each row from its base on; out:
-// [K,O]. I at most 4096. Launch: 256 threads for 8 rows of a product, grid (256 O / 8, K).
+// x: [K,I] if PER_EXPERT, else [I] for all; slots: [K]; w: [n_slots, w_row] words; scales, biases:
+// [n_slots, s_row], [n_slots, b_row]: each row holds a matrix [O,I] from its base on; out: [K,O];
+// I <= 4096. Launch: 256 threads per 8 rows of a product, grid (256 O / 8, K).
 template <typename T, typename S, int G, bool PER_EXPERT>
 [[kernel]] void dequant_matvec_4bit_v3_experts(
     device const T* x,
@@ -435,10 +434,10 @@ template <typename T, typename S, int G, bool PER_EXPERT>
       lane);
 }
 
-// One row of 2-bit values by one simdgroup, 16 values a word.
+// out = W x with one simdgroup per row of 2-bit values, 16 to a word.
 //
-// Arguments as of `dequant_matvec_4bit`. Launch: one simdgroup a row, four a threadgroup. x is
-// read from device memory: a row has so few bytes that copying x would cost more.
+// Arguments: see `dequant_matvec_4bit`. Launch: one simdgroup per row, four per threadgroup. x
+// stays in device memory: a row has so few bytes that caching x would cost more than it saves.
 template <typename T, typename S, int G>
 [[kernel]] void dequant_matvec_2bit(
     device const T* x,
@@ -463,10 +462,10 @@ template <typename T, typename S, int G>
   }
 }
 
-// silu(Wg x) * (Wu x), both matrices in one pass over x.
+// out = silu(Wg x) * (Wu x) in one pass over x.
 //
-// x: [I], I at most 4096; gate_*, up_*: matrices [O,I] in 4 bits; out: [O]. Launch: 256 threads
-// for 8 rows, x cached for them; the simdgroup of a row multiplies it by both matrices.
+// x: [I], I <= 4096; gate_*, up_*: matrices [O,I] in 4 bits; out: [O]. Launch: 256 threads per 8
+// rows, which share a cached x. One simdgroup computes a row of both matrices.
 template <typename T, typename S, int G>
 [[kernel]] void fused_gate_up_swiglu(
     device const T* x,
@@ -501,9 +500,9 @@ template <typename T, typename S, int G>
   }
 }
 
-// One row of a dense matrix by one simdgroup, four values a lane at a time.
+// out = W x for a dense matrix, with one simdgroup per row and four values per lane at a time.
 //
-// x: [I]; w: [O,I], bfloat16 as a rule; out: [O]. Launch: one simdgroup a row, four a
+// x: [I]; w: [O,I], usually bfloat16; out: [O]. Launch: one simdgroup per row, four per
 // threadgroup.
 template <typename T, typename W>
 [[kernel]] void bf16_matvec(
@@ -531,8 +530,8 @@ template <typename T, typename W>
 
 // A dense matrix times T tokens.
 //
-// x: [T,I]; w: [O,I]; out: [T,O]. Launch: one simdgroup for a row of the matrix and four tokens,
-// four a threadgroup, grid (32 O, T / 4): the row is read once for the four.
+// x: [T,I]; w: [O,I]; out: [T,O]. Launch: one simdgroup per matrix row and four tokens, four per
+// threadgroup, grid (32 O, T / 4). A row is read once for four tokens.
 template <typename T, typename W>
 [[kernel]] void bf16_matmul_n_tokens(
     device const T* x,
@@ -555,7 +554,7 @@ template <typename T, typename W>
     float4 values = read_columns(from, at, n_in);
 #pragma unroll
     for (int t = 0; t < TOKENS; ++t) {
-      // A token past the end is read as the last one and not written.
+      // Tokens past the end read the last token and are not written.
       uint token = min(first + t, n_tokens - 1);
       sums[t] += dot(values, read_columns(x + ulong(token) * n_in, at, n_in));
     }
@@ -569,11 +568,11 @@ template <typename T, typename W>
   }
 }
 
-// T tokens times a quantised matrix, as tiles of matrix products.
+// A quantised matrix times T tokens, in tiles of matrix products.
 //
-// x: [T,I]; w, scales, biases: a matrix [O,I] in BITS bits, of floats where there are no biases;
-// out: [T,O]. Launch: threadgroups of 128 on (O / 64, T / 32). Unpacked values meet 32 tokens, so
-// unpacking costs nothing.
+// x: [T,I]; w, scales, biases: a matrix [O,I] in BITS bits, of packed floats where there are no
+// biases; out: [T,O]. Launch: threadgroups of 128 on (O / 64, T / 32). Each unpacked value serves
+// 32 tokens, which makes the cost of unpacking small.
 template <typename T, typename S, int BITS, int G, bool HAS_BIASES>
 [[kernel]] void qmm_t(
     device const T* x,

@@ -1,15 +1,15 @@
-// Tensor-core twin of `rows_of_matrices` for rows in 16 bits and matrices in 4 or 8 bits, in
-// CUDA C++: the same arguments, the same sums in the same place. One token has no
-// use for a tensor core's eight columns, but a packed weight then costs one instruction rather
-// than four, and the loads of a matrix are what remains.
+// `rows_of_matrices` for 16-bit rows and matrices of 4 or 8 bits on tensor cores, in CUDA C++.
+// Arguments and results are the same. A single token would fill one of a tensor core's eight
+// columns. The gain is that a packed weight costs one instruction instead of four, so the loads of
+// the matrix dominate.
 //
-// A warp takes 16 rows and a quarter of the inputs. A lane (n = lane / 4, c = lane % 4) reads
-// four words of rows n and n + 8: of every chunk of four times as many inputs those from c on. Two
-// packed values become two 16-bit ones by putting them into the mantissa of OFFSET, whose share
-// (OFFSET times the sum of x) is taken off in the end. x lies in shared memory in the order in
-// which words give their values, and reaches column n only in lanes whose inputs belong to the
-// column's unit: the inputs of a chunk that share a scale. So the eight columns are the sums of
-// eight units, and lane (n, c) finds those of units 2 c and 2 c + 1.
+// A warp takes 16 rows and a quarter of the inputs. Lane (n = lane / 4, c = lane % 4) reads four
+// words of rows n and n + 8 in every chunk of inputs: the c-th quarter of the chunk. Two packed
+// values are converted by placing them in the mantissas of two 16-bit OFFSETs; in the end OFFSET
+// times the sum of x is subtracted. x lies in shared memory in the order in which words yield their
+// values. A unit is the inputs of a chunk that share a scale. Column n of the product takes only
+// the x of unit n, so the eight columns are the sums of eight units, and lane (n, c) holds those of
+// units 2 c and 2 c + 1.
 
 template <typename T, int BITS>
 struct TensorRows {};
@@ -18,7 +18,7 @@ struct TensorRows<T, 4> : SixteenBits<T> {};
 template <typename T>
 struct TensorRows<T, 8> : SixteenBits<T> {};
 
-// What packed values are put into, twice in a word, and its value.
+// The number whose mantissa receives packed values: its bits, twice in a word, and its value.
 template <typename T>
 struct Offset;
 template <>
@@ -32,7 +32,7 @@ struct Offset<half> {
   static constexpr float VALUE = 1024.0f;
 };
 
-// Four words that are read once, WORDS at a time.
+// Load four words, WORDS at a time, without keeping them in the L1 cache.
 template <int WORDS>
 inline void stream_words(const uint* from, uint* to) {
   if (WORDS == 4) {
@@ -47,8 +47,8 @@ inline void stream_words(const uint* from, uint* to) {
   }
 }
 
-// The low four bits of both halves of word >> SHIFT, in the mantissa of T's offset. Volatile: to
-// be computed when it is needed, not for all words ahead of the barrier that x waits for.
+// The low four bits of both halves of word >> SHIFT, in the mantissa of T's offset. It is volatile
+// so that the compiler does not compute it for all words before the barrier that x waits for.
 template <typename T, int SHIFT>
 inline uint into_mantissa(uint word) {
   uint pair;
@@ -59,7 +59,7 @@ inline uint into_mantissa(uint word) {
   return pair;
 }
 
-// Chunks of the rows of one matrix.
+// The chunks of the rows of one matrix.
 template <typename F>
 struct OneMatrix {
   const uint* w;
@@ -85,7 +85,7 @@ struct OneMatrix {
   }
 };
 
-// Chunks of the rows of several experts' matrices, one after the other.
+// The chunks of the rows of several experts' matrices, one expert after the other.
 template <typename I, typename E, typename F>
 struct ExpertMatrices {
   I slots;
@@ -117,7 +117,7 @@ struct ExpertMatrices {
   }
 };
 
-// A set of chunks of two rows: their words, and scales and biases of this lane's two units.
+// A set of chunks of two rows: their words, and the scales and biases of this lane's two units.
 template <int BITS, int G, int WORDS>
 struct RowSet {
   using S = Shape<BITS, G>;
@@ -125,7 +125,7 @@ struct RowSet {
   float scales[2][2];
   float biases[2][2];
 
-  // Chunks first, first + step, ... of `from`.
+  // Load chunks first, first + step, ... of `from`.
   template <typename From>
   inline void load(const From& from, const uint* rows, uint first, uint step, uint lane) {
     uint c = lane % 4;
@@ -160,9 +160,9 @@ struct RowSet {
     }
   }
 
-  // Adds to y the products with n chunks of values that are staged from `at` on: those from
-  // chunk `start` of `from` on. Chunks take turns in CHAINS: a multiplication waits for the one
-  // before it that adds to its sums.
+  // Add to y the products with n chunks of values that are staged from `at` on; they belong to
+  // chunk `start` of `from` and those after it. Chunks alternate between CHAINS sums, because a
+  // multiplication waits for the previous one that adds to the same sums.
   template <int CHAINS, typename T, typename From>
   inline void add(
       float* y, const From& from, uint at, uint start, uint first, uint step, uint n, uint lane,
@@ -189,7 +189,7 @@ struct RowSet {
         uint right[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int p = 0; p < 2; ++p) {
-          // Registers of a fragment: rows n and n + 8 of one pair of inputs, then of the next.
+          // A fragment's registers: rows n and n + 8 of one pair of inputs, then of the next pair.
           uint left[2][4];
 #pragma unroll
           for (int q = 0; q < 4; ++q) {
@@ -201,7 +201,7 @@ struct RowSet {
                            : pair == 2 ? into_mantissa<T, 8>(row[j])
                                        : into_mantissa<T, 12>(row[j]);
             } else {
-              // The same byte of two words.
+              // Take the same byte of two words.
               uint bytes = __byte_perm(row[2 * j % 4], row[2 * j % 4 + 1], pair * 0x1111 + 0x4400);
               left[0][q] = into_mantissa<T, 0>(bytes);
               left[1][q] = into_mantissa<T, 4>(bytes);
@@ -236,7 +236,7 @@ struct RowSet {
   }
 };
 
-// Leaves the sums of a warp's rows n and n + 8 from `at` on.
+// Write the sums of a warp's rows n and n + 8 to shared memory from `at` on.
 inline void leave_rows(float* y, uint at, uint lane) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -248,7 +248,7 @@ inline void leave_rows(float* y, uint at, uint lane) {
   }
 }
 
-// A row's sum of squares, by 32 * N threads.
+// A row's sum of squares, computed by 32 * N threads. Contains a barrier.
 template <int N, typename T>
 inline float sum_squares(const T* x, uint n, uint simdgroup, uint lane) {
   float squares = 0.0f;

@@ -1,5 +1,5 @@
-// What one token's inputs lie in for tensor cores, in CUDA C++: shared memory, in the order in which
-// words give their values, with the sum of every unit of inputs that share a scale. See
+// One token's inputs in shared memory for tensor cores, in CUDA C++: in the order in which packed
+// words yield their values, with the sum of every unit of inputs that share a scale. See
 // `rows_cuda.h`.
 
 constexpr int STAGED = 6144;
@@ -24,7 +24,7 @@ struct Shape {
   static constexpr int UNIT = G < CHUNK ? G : CHUNK;
   static constexpr int UNITS = CHUNK / UNIT;
   static constexpr int COLUMNS = UNITS < 2 ? 2 : UNITS;
-  // Chunks whose sums fill the columns.
+  // Number of chunks whose sums fill the eight columns.
   static constexpr int SET = 8 / COLUMNS;
 
   static inline uint chunks(uint n) {
@@ -36,7 +36,7 @@ inline bool is_aligned(const void* at) {
   return ((ulong)at) % 16 == 0;
 }
 
-// Eight values, in one access if they are aligned.
+// Load eight values, in one access if they are aligned.
 template <typename T>
 inline void read_eight(const T* from, bool aligned, float* to) {
   if (aligned) {
@@ -59,7 +59,8 @@ inline void read_eight(const T* from, bool aligned, float* to) {
   }
 }
 
-// Values 8 u to 8 u + 7 of x, if `there`: all lanes of a warp come together, with u in a row.
+// Store values 8 u to 8 u + 7 of x, if `there`. All lanes of a warp must call it with consecutive
+// u, because they add their sums with shuffles.
 template <typename T, int UNIT>
 inline void stage_eight(const float* values, uint u, bool there) {
   Staged& memory = staged();
@@ -85,8 +86,8 @@ inline void stage_eight(const float* values, uint u, bool there) {
   }
 }
 
-// n_in values from value `to` on, and zeros up to a whole chunk. `read(i, values)` gives eight
-// from i on. By `threads` threads, whole warps in step.
+// Stage n_in values at place `to`, padded with zeros to a whole chunk. `read(i, values)` loads
+// eight values from i on. `threads` threads share the work in whole warps.
 template <typename T, int BITS, int G, typename Read>
 inline void stage(const Read& read, uint n_in, uint to, uint thread_index, uint threads) {
   using S = Shape<BITS, G>;

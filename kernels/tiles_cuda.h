@@ -1,11 +1,11 @@
-// Tensor-core twin of `multiply_tile` for rows in 16 bits, in CUDA C++: the same arguments, the
-// same result in the same place. Metal's simdgroup matrices are emulated on CUDA, which is
-// exact and slow; these sums are float32 too, of weights rounded to the rows' type.
+// `multiply_tile` for 16-bit rows on tensor cores, in CUDA C++. Arguments and results are the same.
+// CUDA emulates Metal's simdgroup matrices exactly but slowly. These sums are float32 too, but of
+// weights rounded to the rows' type.
 //
-// 64 inputs at a time lie in threadgroup memory as 16-bit values, rows 72 values apart: eight
-// rows then spread over all banks. What comes next is read while the tensor cores work.
+// It stages 64 inputs at a time in threadgroup memory as 16-bit values. A pitch of 72 values
+// spreads eight rows over all banks. The next inputs are loaded while the tensor cores work.
 
-// Four 8x8 matrices of 16-bit values; lane l points at row l % 8 of matrix l / 8.
+// Load four 8x8 matrices of 16-bit values; lane l passes row l % 8 of matrix l / 8.
 template <typename T>
 inline void load_fragments(uint* to, const T* row) {
   uint at = uint(__cvta_generic_to_shared(row));
@@ -40,10 +40,11 @@ inline typename SixteenBits<T>::result multiply_tile(
   uint4* w_to = (uint4*)(ws + thread_index / 2 * PITCH + w_column);
   uint x_next[8];
   uint w_next[BITS];
-  // Groups of 16 are two to a row's part.
+  // A thread loads 32 weights of a row, which are two groups of 16.
   float scales[2] = {0.0f, 0.0f};
   float bias = 0.0f;
-  // n_in is a multiple of 32: past its end both sides are zeros.
+  // n_in is a multiple of 32, so half of the last 64 inputs may be missing: both factors are then
+  // 0.
   auto read = [&](uint start) {
     if (has_row && start + x_column < n_in) {
       read_values<8>(x_row_at + start + x_column, x_next);
