@@ -1,4 +1,4 @@
-"""Hold a streamed model of each family against mlx-lm's own with every expert."""
+"""Compare a streamed model of each family with mlx-lm's own model in memory."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from moeflux_mlx.opening.stock_model import load_stock_lazily
 from moeflux_mlx.streaming import stream
 
 PROMPTS, BATCHES, N_GREEDY = (8, 100), (1, 3), 16
-# None is unquantised.
+# None means unquantised.
 BITS = (None, 4)
-# A group that fits every width of the smallest models.
+# A group size that divides every width of the tiny models.
 GROUP_SIZE = 32
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one family in one form: ``why`` is empty where every bit agrees."""
+    """The result of one family in one form; ``why`` is empty if every bit agrees."""
 
     family: str
     bits: int | None
@@ -52,10 +52,10 @@ def try_family(
     prompts: tuple[int, ...] = PROMPTS,
     n_greedy: int = N_GREEDY,
 ) -> list[Outcome]:
-    """Run mlx-lm's model and the streamed one; the latter with the fewest slots.
+    """Compare mlx-lm's model with the model streamed through the fewest slots.
 
     Args:
-        forms: stream the checkpoint as it is (False), a pack of it (True), or both.
+        forms: stream the plain checkpoint (False), a pack of it (True), or both.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plain"
@@ -88,7 +88,7 @@ def _difference(
     prompts: tuple[int, ...],
     n_greedy: int,
 ) -> str:
-    """Return which run of a model has other bits than are wanted, if any."""
+    """Return the first run whose bits differ from the expected ones, or ''."""
     shapes = itertools.product(BATCHES, prompts)
     runs = _runs(model, prompts, n_greedy)
     for (n_seqs, n_tokens), stocks, ours in zip(shapes, wanted, runs, strict=True):
@@ -100,7 +100,7 @@ def _difference(
 def write_model(
     path: Path, family: str, bits: int | None, seed: int = 0, **sizes: int
 ) -> None:
-    """Write a random float32 model as mlx-lm's converter does; ``sizes`` are config."""
+    """Write a random float32 model in mlx-lm's format; ``sizes`` are config."""
     mx.random.seed(seed)
     config = {**families.configuration(family), **sizes}
     module = importlib.import_module(f"mlx_lm.models.{family}")
@@ -116,7 +116,7 @@ def write_model(
 
 
 def _random(x: mx.array) -> mx.array:
-    """Return noise about ``x``: routers and norms of one value would hide mistakes."""
+    """Add noise to ``x``, because constant routers and norms would hide mistakes."""
     if not mx.issubdtype(x.dtype, mx.floating):
         return x
     noise = 0.1 * mx.random.normal(x.shape)
@@ -124,7 +124,7 @@ def _random(x: mx.array) -> mx.array:
 
 
 def stream_least(path: Path, *, packed: bool = False) -> Any:
-    """Stream a model in the least memory there can be for experts: one slot."""
+    """Stream a model with the minimum memory for experts: one slot."""
     if packed:
         path, plain = path.with_name("packed"), path
         pack(plain, path)
@@ -137,7 +137,7 @@ def stream_least(path: Path, *, packed: bool = False) -> Any:
 
 
 def _check_unpacked(plain: Path, packed: Path) -> None:
-    """Raise ValueError unless a pack comes back as the checkpoint that it is of."""
+    """Raise ValueError unless a pack unpacks to its original checkpoint."""
     back = packed.with_name("back")
     unpack(packed, back)
     was, found = (
@@ -172,17 +172,17 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-# So many families are to work.
+# The number of families that must work.
 EXPECTED = 40
 HEADER = """\
 # Models
 
-Every Mixture-of-Experts module of mlx-lm {version}, tried by `scripts/try_families`.
-Each is a tiny random model in float32, once as mlx-lm runs it with every expert in
-memory, and once through `moeflux_mlx.stream` with memory for a single expert: from the
-checkpoint as mlx-lm's converter writes it, and from a pack of it. Prompts have
-{prompts} tokens, batches {batches} sequences, and {n_greedy} greedy tokens follow.
-*Same* means that every logit has the same bits on the CPU.
+`scripts/try_families` runs every Mixture-of-Experts module of mlx-lm {version} as a tiny
+random model in float32. mlx-lm runs it with every expert in memory, and
+`moeflux_mlx.stream` runs it with memory for a single expert, from the checkpoint that
+mlx-lm's converter writes and from a pack of it. Prompts have {prompts} tokens, batches
+{batches} sequences, and {n_greedy} greedy tokens follow. *Same* means that every
+logit has the same bits on the CPU.
 
 | module | routed blocks | unquantised | 4 bits | packed | packed, 4 bits |
 |---|---|---|---|---|---|
@@ -197,7 +197,7 @@ def line(outcome: Outcome) -> str:
 
 
 def n_working(outcomes: list[Outcome]) -> int:
-    """Return how many families work in every form."""
+    """Return the number of families that work in every form."""
     names = {outcome.family for outcome in outcomes}
     return len(names - {outcome.family for outcome in outcomes if outcome.why})
 

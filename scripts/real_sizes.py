@@ -1,11 +1,11 @@
-"""Published models as sparse files: their shapes and sizes, and none of their bytes.
+"""Published models as sparse files, with their shapes and sizes but without data.
 
 Usage: scripts/real_sizes.py [--macs] [NAME ...]
 
-Prints what ``moeflux inspect --memory 32GB`` says of each as tables of Markdown, or,
-with ``--macs``, README's table of which of them a Mac has room for. The
-numbers are those of the models' own ``config.json``; tensors have the names, shapes and
-types that mlx-lm's converter gives them at 4 bits, gpt-oss its own mxfp4.
+Print the results of ``moeflux inspect --memory 32GB`` as Markdown tables or, with
+``--macs``, the README's table of models that fit Macs. The configurations are those of
+the published ``config.json`` files. Tensors have the names, shapes and types of
+mlx-lm's converter at 4 bits; gpt-oss has its own mxfp4.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 4096,
             "beta_fast": 32.0,
             "beta_slow": 1.0,
-            # False as published, where mlx-lm's class is no measure.
+            # The published value is False, which mlx-lm's class gets wrong.
             "truncate": True,
         },
         "max_position_embeddings": 131072,
@@ -206,7 +206,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def write_sparse(path: Path, name: str) -> int:
-    """Write a model's directory; return how many parameters it has."""
+    """Write a model's directory and return its number of parameters."""
     config = {"quantization": AFFINE, **MODELS[name]}
     model_class, arguments = _get_classes(config)
     model = model_class(arguments.from_dict(config))
@@ -228,7 +228,7 @@ def write_sparse(path: Path, name: str) -> int:
 
 
 def quantize(model: nn.Module, form: dict[str, Any], stock: nn.Module) -> None:
-    """Quantise as published: mxfp4 experts alone, else what stock's class lets."""
+    """Quantise as published: mxfp4 for experts only, else as stock's class allows."""
     allowed = getattr(stock, "quant_predicate", None) or (lambda path, module: True)
 
     def predicate(path: str, module: nn.Module) -> Any:
@@ -274,34 +274,35 @@ def plan_line(name: str, plan: MemoryPlan) -> str:
 TABLE = """
 ## Published sizes
 
-What `moeflux inspect` says of these models, of sparse files with their published shapes
-at 4 bits in groups of 64 (gpt-oss: experts in mxfp4, all else in bfloat16), made by
-`scripts/real_sizes.py`. *Cold* is what a token reads with no expert in memory.
+`moeflux inspect` gives these figures for sparse files with the models' published shapes
+at 4 bits in groups of 64 (gpt-oss: experts in mxfp4, all else in bfloat16), which
+`scripts/real_sizes.py` writes. *Cold* is the number of bytes that a token reads if no
+expert is in memory.
 
 | model | parameters | experts | resident | experts' bytes | one expert | cold |
 |---|---|---|---|---|---|---|
 """
 PLANS = f"""
-What `moeflux inspect --memory {MEMORY} DIR` plans for them on a CPU: weights, caches of
-the first 256 tokens, scratch for a prompt's 2048, and experts in all that is left. It
-comes from headers and `config.json`; matrices are never read. *Context* is how many
-tokens one sequence has room for while experts give way.
+`moeflux inspect --memory {MEMORY} DIR` makes this plan for them on a CPU: weights,
+caches of the first 256 tokens, scratch memory for a prompt of 2048, and experts in the
+rest. It uses headers and `config.json` and reads no matrix. *Context* is the number of
+tokens for which one sequence has room when experts are released for its cache.
 
 | model | weights | caches | scratch | experts | experts in memory | context |
 |---|---|---|---|---|---|---|
 """
 
 
-# Memory of Macs in GB, and the share of it that a process gets here: macOS and other
-# programs take the rest, and Metal recommends about as much.
+# Memory of Macs in GB, and the share of it that the table gives to a process. macOS and
+# other programs take the rest; Metal recommends a similar share.
 MACS = (8, 16, 24, 32, 48, 64, 96, 128)
 MAC_SHARE = 2 / 3
-# Python, MLX and this package. Asked of the system it would differ from run to run.
+# Memory of Python, MLX and this package. A fixed number, because measurements vary.
 PROCESS_BYTES = 500 << 20
 
 
 def mac_table(names: list[str]) -> str:
-    """Return which share of its experts a Mac holds of each model, as Markdown."""
+    """Return a Markdown table of the share of experts that each Mac holds."""
     head = "".join(f" {n} GB |" for n in MACS)
     lines = [
         f"| model at 4 bits | on disk |{head}\n| --- |{' ---: |' * (len(MACS) + 1)}"
@@ -316,9 +317,9 @@ def mac_table(names: list[str]) -> str:
 
 
 def held(folder: str, memory: int) -> str:
-    """Return the share of experts that a Mac's plan has in memory, or no.
+    """Return the share of experts in the plan for a Mac, or "no".
 
-    The plan is the package's, for a GPU: matrices are not unpacked there.
+    The plan is the package's plan for a GPU, on which matrices are not unpacked.
     """
     with (
         mock.patch.object(plans, "own_bytes", lambda: PROCESS_BYTES),
