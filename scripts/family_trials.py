@@ -177,8 +177,8 @@ EXPECTED = 40
 HEADER = """\
 # Models
 
-`scripts/try_families` runs every Mixture-of-Experts module of mlx-lm {version} as a tiny
-random model in float32. mlx-lm runs it with every expert in memory, and
+`scripts/try_families` runs every Mixture-of-Experts module of mlx-lm {version} as a
+tiny random model in float32. mlx-lm runs it with every expert in memory, and
 `moeflux_mlx.stream` runs it with memory for a single expert, from the checkpoint that
 mlx-lm's converter writes and from a pack of it. Prompts have {prompts} tokens, batches
 {batches} sequences, and {n_greedy} greedy tokens follow. *Same* means that every
