@@ -254,8 +254,8 @@ def test_a_kernel_that_is_wrong_is_named_and_the_exit_code_is_1(capsys, monkeypa
 @pytest.mark.parametrize(
     ("complaints", "failure", "conclusion"),
     [
-        ([], "", "Models use them on this machine from now on"),
-        (["wrong"], "", "MLX's own operations take the place of the rest."),
+        ([], "", "Models on this machine now use them"),
+        (["wrong"], "", "MLX's own operations replace the rest."),
         (["wrong"], "", "MTL_DEBUG_LAYER=1 MTL_SHADER_VALIDATION=1 moeflux doctor"),
         ([], "disk full", "models use none of them: disk full"),
     ],

@@ -264,7 +264,7 @@ def test_the_command_says_what_it_leaves_out_and_that_code_comes_along(
     assert main(["pack", str(plain), str(tmp_path / "packed")]) == 0
     said = capsys.readouterr().err
     assert "not copied: mtp.safetensors, onnx/, pytorch_model.bin" in said
-    assert "tokenization_mine.py: code that the model brings" in said
+    assert "tokenization_mine.py: code of the model" in said
     assert not list((tmp_path / "packed").glob("mtp*"))
     assert (tmp_path / "packed" / "tokenization_mine.py").exists()
 

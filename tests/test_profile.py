@@ -343,7 +343,7 @@ def test_the_command_prints_and_writes_every_row(checkpoint, tmp_path, capsys):
     flags = ["--executor", "ops", "--context", "3", "--repeats", "1"]
     assert main(["profile", str(checkpoint), *flags, "--csv", str(path)]) == 0
     text = capsys.readouterr().out
-    for part in ("one token after 3", "whole step, end to end", "sum of steps"):
+    for part in ("one token after 3", "whole step, end to end", "sum of calls"):
         assert part in text
     rows = list(csv.DictReader(path.read_text().splitlines()))
     assert [row["graph"] for row in rows[-3:]] == ["sum", "whole step", "remainder"]

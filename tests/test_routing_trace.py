@@ -362,7 +362,7 @@ def test_the_command_writes_a_trace_that_pins_come_from(
     prompt.write_text("def add(a, b):")
     flags = ["--prompt-file", str(prompt), "-m", "9", "--expert-memory", budget]
     assert main(["trace", str(packed), *flags, "-o", str(path)]) == 0
-    assert "23 tokens, 14 of them the prompt's" in capsys.readouterr().out
+    assert "23 tokens, 14 of them of the prompt" in capsys.readouterr().out
     trace = RoutingTrace.load(path)
     assert trace.n_prompt_tokens == 14
     model, tokenizer = moeflux_mlx.load(

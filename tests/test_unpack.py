@@ -62,7 +62,7 @@ def test_a_pack_of_our_own_class_comes_back(checkpoint, packed, tmp_path):
     back = tmp_path / "back"
     done = moeflux("unpack", packed, back)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{back}: a plain checkpoint, its weights in 1 file\n"
+    assert done.stdout == f"{back}: a plain checkpoint with its weights in 1 file\n"
     assert tensors(back) == tensors(checkpoint)
     names = {file.name for file in checkpoint.iterdir()}
     assert {file.name for file in back.iterdir()} == names

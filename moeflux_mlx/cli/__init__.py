@@ -57,11 +57,11 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``moeflux`` with ``argv`` (the process's own by default).
+    """Run ``moeflux`` with ``argv`` (default: the process's arguments).
 
     Returns:
-        The exit code: the subcommand's, 2 for an error of its input, 1 for
-        one that nobody foresaw.
+        The subcommand's exit code, 2 for an error in its input, or 1 for an unforeseen
+        error.
     """
     _degrade_output()
     try:
@@ -71,11 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # Whoever read the output has enough; nothing may be written at exit either.
+        # The reader closed the pipe, so Python must not flush into it at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except PeerError:
-        # That process prints its own error.
+        # The failed process prints its own error.
         return 2
     except (MoefluxError, OSError) as error:
         print(f"moeflux: {one_line(str(error))}", file=sys.stderr)
@@ -95,10 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Run a command; of several processes that do the same the first one prints.
+    """Run a command. In a process group only rank 0 prints.
 
     Raises:
-        ConfigError: the command is for one process.
+        ConfigError: the command runs in a single process only.
     """
     if (group := launched_group()) is None:
         return args.run(args)
@@ -113,7 +113,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _degrade_output() -> None:
-    """Replace letters that the output's encoding lacks; ignore a closed output."""
+    """Replace characters that the output cannot encode, and tolerate a closed one."""
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):

@@ -1,4 +1,4 @@
-"""Arguments of commands: numbers, files to read and files to write, looked at early."""
+"""Parse and check arguments of commands early: numbers, input and output files."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from typing import Any, NoReturn
 from ..errors import ConfigError
 from ..system.files import read_file
 
-# The longest context of any model is a thousandth of it.
+# A thousand times the text that fits into the longest context of any model.
 TEXT_BYTES = 1 << 30
 MOST_COUNT = 2**31 - 1
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises its errors, to be shown like all others: in one line.
+    """A parser that raises its errors, so that they print in one line like all others.
 
-    ``late`` makes, of the program's name, the parser that is used in place of this.
+    ``late``, if set, makes the real parser from the program's name when it is needed.
     """
 
     late: Callable[[str], argparse.ArgumentParser] | None = None
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does; slow look-ups are done here."""
+        """Parse like argparse, or with the parser that ``late`` makes."""
         if self.late is not None:
             return self.late(self.prog).parse_known_args(args, namespace)
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Raise ConfigError with a hint at the command's help."""
+        """Raise ConfigError that points to the command's help."""
         name = self.prog.removeprefix("moeflux ")
         raise ConfigError(f"[{name}] {message}: see {self.prog} --help")
 
 
 def integer(least: int, most: int = MOST_COUNT) -> Callable[[str], int]:
-    """Return a parser of an integer from ``least`` to ``most``."""
+    """Return a parser for an integer from ``least`` to ``most``."""
 
     def parse(text: str) -> int:
         try:
@@ -52,7 +52,7 @@ def integer(least: int, most: int = MOST_COUNT) -> Callable[[str], int]:
 
 
 def number(least: float = 0.0, most: float = math.inf) -> Callable[[str], float]:
-    """Return a parser of a finite number from ``least`` to ``most``."""
+    """Return a parser for a finite number from ``least`` to ``most``."""
 
     def parse(text: str) -> float:
         try:
@@ -68,7 +68,7 @@ def number(least: float = 0.0, most: float = math.inf) -> Callable[[str], float]
 
 
 def one_of(*values: int) -> Callable[[str], int]:
-    """Return a parser of one of some integers."""
+    """Return a parser for one of the given integers."""
 
     def parse(text: str) -> int:
         if text in map(str, values):
@@ -79,7 +79,7 @@ def one_of(*values: int) -> Callable[[str], int]:
 
 
 def check_number(flag: str, value: float, parse: Callable[[str], float]) -> None:
-    """Raise ConfigError if a number that was parsed already is not usable."""
+    """Raise ConfigError if ``parse`` refuses a number that argparse has accepted."""
     try:
         parse(str(value))
     except argparse.ArgumentTypeError as error:
@@ -94,7 +94,7 @@ def read_text(flag: str, path: Path) -> str:
     """Return the text of a file that a flag names.
 
     Raises:
-        ConfigError: there is none, it is no plain file, too large or not UTF-8.
+        ConfigError: the file is missing, not a plain file, too large or not UTF-8.
     """
     try:
         return read_file(path, TEXT_BYTES).decode("utf-8")
@@ -103,9 +103,9 @@ def read_text(flag: str, path: Path) -> str:
 
 
 def check_output(flag: str, path: str | Path | None) -> None:
-    """Raise ConfigError if a file that a flag names cannot be written in the end.
+    """Raise ConfigError if the output file that a flag names cannot be written.
 
-    Whoever waits for minutes should not learn only then that there is no such folder.
+    Commands check this first, because writing follows minutes of work.
     """
     if path is None:
         return

@@ -1,4 +1,4 @@
-"""``moeflux cachesim``: each eviction policy's result on recorded routing."""
+"""``moeflux cachesim``: simulate eviction policies on recorded routing."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ BUDGETS = (75.0, 50.0, 37.5, 25.0, 18.75, 12.5)
 
 def add_parser(subparsers: Any) -> None:
     """Add ``cachesim`` with its flags."""
-    text = "replay a trace for every eviction policy and budget"
+    text = "replay a routing trace with every eviction policy and budget"
     parser = subparsers.add_parser("cachesim", description=text, help=text)
-    parser.add_argument("trace", type=Path, help="a file of moeflux trace")
+    parser.add_argument("trace", type=Path, help="file written by moeflux trace")
     parser.add_argument(
         "--policy",
         action="append",
@@ -37,43 +37,46 @@ def add_parser(subparsers: Any) -> None:
         nargs="+",
         default=BUDGETS,
         metavar="PERCENT",
-        help="experts in memory, of all of them (default: "
+        help="share of experts in memory (default: "
         f"{' '.join(f'{budget:g}' for budget in BUDGETS)})",
     )
     parser.add_argument(
         "--scope",
         choices=("global", "layer"),
         default="global",
-        help="layers share the slots (global) or get equal parts (layer)",
+        help="layers share all slots (global) or get equal shares (layer)",
     )
     parser.add_argument(
         "--floor",
         type=integer(0),
         metavar="N",
-        help="slots that others leave a layer (default: what a token needs, or half an "
-        "even share)",
+        help="slots that other layers cannot take from a layer (default: those of one "
+        "token, or half of an even share)",
     )
     parser.add_argument(
         "--segments",
         type=integer(1),
         default=1,
         metavar="N",
-        help="buffers, whose layers alone share slots: up to 8 where only whole ones "
-        "go back to the system (default: 1)",
+        help="buffers of the pool; only layers of one buffer share slots (default: 1; "
+        "up to 8 on devices that take back whole buffers only)",
     )
     parser.add_argument(
         "--read-ahead",
         action="store_true",
-        help="also let each policy read what the next layer's router foresaw",
+        help="also read the experts that the next layer's router predicts",
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="also draw it, as .png or .svg"
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="also plot the hit rates, as .png or .svg",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Replay the trace, print the table, draw the curves."""
+    """Replay the routing trace, print the table and draw the curves."""
     check_output("--plot", args.plot)
     if args.plot:
         check_plot(args.plot)
@@ -91,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     )
     title = (
         f"{trace.model_type}, {trace.top_k} of {trace.n_experts} experts in "
-        f"{len(trace.layers)} layers, {trace.n_prompt_tokens} tokens of a prompt and "
+        f"{len(trace.layers)} layers, {trace.n_prompt_tokens} prompt tokens and "
         f"{trace.n_tokens - trace.n_prompt_tokens} generated, scope {args.scope}"
     )
     PlainConsole(highlight=False).print(hits_table(found, title))
@@ -101,17 +104,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def hits_table(found: Sequence[Outcome], title: str) -> Table:
-    """Lay out hit rates by budget, each beside the optimum's."""
+    """Return a table of hit rates by budget beside the optimum."""
     caption = (
-        "hits: in memory when asked for; steady: the second half of the generated "
-        "tokens; all: from empty slots on; the optimum reads nothing ahead"
+        "hits: requested experts that were in memory; steady: second half of the "
+        "generated tokens; all: from empty slots; the optimum reads nothing ahead"
     )
     table = Table(title=title, caption=caption)
     table.add_column("experts\nin memory", justify="right")
     table.add_column("policy", overflow="fold")
     for name in ("hits\nsteady", "of the\noptimum's", "hits\nall", "of the\noptimum's"):
         table.add_column(name, justify="right")
-    table.add_column("read a token\nsteady", justify="right")
+    table.add_column("read per token\nsteady", justify="right")
     for outcome in found:
         if outcome.policy == OPTIMUM:
             best = outcome

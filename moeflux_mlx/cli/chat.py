@@ -1,4 +1,4 @@
-"""``moeflux chat``: mlx-lm's chat and flags, our loader."""
+"""``moeflux chat``: mlx-lm's chat and flags with our loader."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def add_parser(subparsers: Any) -> None:
         "chat",
         parents=[stock.setup_arg_parser()],
         conflict_handler="resolve",
-        description="Talk with a model; the flags are mlx_lm.chat's and those below.",
-        help="talk with a model",
+        description="Chat with a model, with the flags of mlx_lm.chat and those below.",
+        help="chat with a model",
     )
-    # mlx-lm falls back on a model of its own, which has no experts to stream.
+    # mlx-lm's default model has no experts to stream, so --model has no default here.
     parser.add_argument(
         "--model", required=True, help="model directory or Hugging Face repository"
     )
@@ -40,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Talk until the person at the keyboard ends it."""
+    """Chat until the user ends it."""
     for name in NUMBERS.keys() & vars(args).keys():
         if (value := getattr(args, name)) is not None:
             check_number(f"--{name.replace('_', '-')}", value, NUMBERS[name])
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 def _turn(
     model: Any, tokenizer: Any, prompt: Any, *, prompt_cache: list[Any], **options: Any
 ) -> Iterator[Any]:
-    """Generate an answer; after an error the conversation is as before the question."""
+    """Generate an answer. An error restores the conversation before the question."""
     try:
         with PutBackOnFailure(prompt_cache):
             yield from stream_generate(

@@ -1,4 +1,4 @@
-"""``moeflux compare``: moeflux-mlx against stock mlx-lm on the same tokens."""
+"""``moeflux compare``: compare moeflux-mlx with stock mlx-lm on the same tokens."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from .preflight import announce
 
 DEFAULT_PROMPT = "def read_table(path):\n"
 DEFAULT_TOKENS = 64
-# Shares of all experts, in per cent.
+# Shares of all experts in memory, in per cent.
 DEFAULT_BUDGETS = (100.0, 50.0, 25.0)
-# In the place of an executor's name: mlx-lm's own class of the model.
+# Selects mlx-lm's own class instead of an executor.
 STOCK_CLASS = "mlx-lm"
 
 
@@ -45,7 +45,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", help="plain or packed model directory, or hub id")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", help="text to continue")
-    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="file of it")
+    prompt.add_argument(
+        "--prompt-file", type=Path, metavar="FILE", help="file with the text"
+    )
     parser.add_argument(
         "--max-tokens",
         "-m",
@@ -55,19 +57,22 @@ def add_parser(subparsers: Any) -> None:
         help="tokens to generate (default: %(default)s)",
     )
     parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="measure both perplexities on a file"
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="also measure both perplexities on a file",
     )
     parser.add_argument(
         "--dtype",
         choices=tuple(TOLERANCES),
         default="float32",
-        help="cast both sides to float32 (default), or leave each the model's type",
+        help="cast both sides to float32 (default), or keep the model's types",
     )
     parser.add_argument(
         "--against",
         metavar="PATH",
-        help="model that stock mlx-lm loads (default: MODEL, a pack's experts stacked "
-        "in memory again)",
+        help="model that stock mlx-lm loads (default: MODEL; the experts of a pack are "
+        "stacked again in memory)",
     )
     parser.add_argument(
         "--tolerance",
@@ -80,8 +85,8 @@ def add_parser(subparsers: Any) -> None:
         "--html",
         type=Path,
         metavar="FILE",
-        help="also write a page: both texts side by side, KL and top-1 by position, "
-        "error by layer, costs",
+        help="also write a page with both texts side by side, KL and top-1 by "
+        "position, error by layer, and costs",
     )
     _add_matrix_flags(parser)
     add_streaming_flags(parser)
@@ -90,7 +95,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _add_matrix_flags(parser: argparse.ArgumentParser) -> None:
-    ours = parser.add_argument_group("several at once")
+    ours = parser.add_argument_group("several comparisons")
     ours.add_argument(
         "--matrix",
         action="store_true",
@@ -100,21 +105,22 @@ def _add_matrix_flags(parser: argparse.ArgumentParser) -> None:
         "--executors",
         nargs="+",
         metavar="NAME",
-        help=f"for --matrix: executors, or {STOCK_CLASS} for its own class (default: "
-        "this machine's, where the model has a class of ours, and that)",
+        help=f"for --matrix: executors, or {STOCK_CLASS} for mlx-lm's own class "
+        "(default: this machine's executor, if the model has a native class, and "
+        f"{STOCK_CLASS})",
     )
     ours.add_argument(
         "--budgets",
         type=number(0, 100),
         nargs="+",
         metavar="PERCENT",
-        help="for --matrix: experts in memory, of all of them (default: "
+        help="for --matrix: share of experts in memory (default: "
         f"{' '.join(f'{budget:g}' for budget in DEFAULT_BUDGETS)})",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare as ``args`` say; return 0 within the tolerance, 1 outside."""
+    """Run the comparisons; return 0 if all are within the tolerance, else 1."""
     check_output("--html", args.html)
     prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
     if args.prompt_file is not None:
@@ -145,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _ways(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the options of ``load`` for each comparison that is asked for."""
+    """Return the options of ``load`` for each requested comparison."""
     options = streaming_options(args)
     if not args.matrix:
         for flag in ("executors", "budgets"):
@@ -189,11 +195,13 @@ def _print(result: Comparison) -> None:
         f"tolerance of {result.tolerance:.2e}"
     )
     if result.departs and not result.within_tolerance:
-        console.print(f"may be by {result.departs}; --no-native runs mlx-lm's class")
+        console.print(
+            f"possible cause: {result.departs}; --no-native runs mlx-lm's class"
+        )
 
 
 def output_table(result: Comparison) -> Table:
-    """Lay out how far the two outputs are apart."""
+    """Return a table of the differences between the two outputs."""
     tokens, logits = result.tokens, result.logits
     table = Table("output", f"{result.model} ({result.dtype})")
     table.add_row("ours", f"{way_of(result)}, {budget_of(result)}")
@@ -224,7 +232,7 @@ def _divergence(result: Comparison) -> str:
 
 
 def cost_table(result: Comparison) -> Table:
-    """Lay out the speed, memory and perplexity of both sides."""
+    """Return a table of the speed, memory and perplexity of both sides."""
     table = Table("", "stock mlx-lm", "moeflux-mlx")
     columns = zip(_cost(result.stock), _cost(result.ours), strict=True)
     for (name, stock), (_, ours) in columns:

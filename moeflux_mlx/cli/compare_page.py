@@ -1,4 +1,4 @@
-"""The page of ``moeflux compare --html``: one file that loads no other."""
+"""The page of ``moeflux compare --html``: one self-contained file."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..measure.compare import Comparison, Side, Token
 from .compare_style import STYLE
 
 SAME_BITS = (
-    "A budget decides when an expert is read, never which expert runs. So output at a "
-    "budget of experts has one quality: the same bits as with all experts in memory."
+    "A budget decides when an expert is read, never which expert runs. So the output "
+    "has the same bits at every budget of experts as with all experts in memory."
 )
-# The least that a logarithmic chart shows; smaller values stand on its ground.
+# Lower end of the logarithmic charts; smaller values are drawn at it.
 LEAST = 1e-16
 
 
@@ -52,12 +52,12 @@ content="default-src 'none'; style-src 'unsafe-inline'">
 
 
 def way_of(found: Comparison) -> str:
-    """Name the runner of our side: an executor, or mlx-lm's own class of the model."""
+    """Name our side: an executor, or mlx-lm's own class."""
     return found.ours.executor or "mlx-lm's class"
 
 
 def budget_of(found: Comparison) -> str:
-    """Say the memory of a comparison."""
+    """Describe the memory of a comparison."""
     for name, words in (("memory", "process"), ("expert_memory", "experts")):
         if (given := found.options.get(name)) is not None:
             amount = decimal(given) if isinstance(given, int) else str(given)
@@ -75,7 +75,7 @@ def _reference(found: Comparison) -> str:
 
 
 def _matrix(found: Sequence[Comparison]) -> str:
-    """Lay out the differences between ways and budgets, and where there is none."""
+    """Return the section that compares executors and budgets."""
     rows = [
         [
             *(_text(f) for f in (way_of(c), budget_of(c))),
@@ -117,7 +117,7 @@ def _matrix(found: Sequence[Comparison]) -> str:
 
 
 def _bits(found: Sequence[Comparison]) -> str:
-    """Say whether this run bears that out, way by way."""
+    """Say for each executor whether its budgets gave the same bits in this run."""
     bits: dict[str, list[str]] = {}
     for c in found:
         bits.setdefault(way_of(c), []).append(c.bits)
@@ -131,7 +131,7 @@ def _bits(found: Sequence[Comparison]) -> str:
 
 
 def _comparison(found: Comparison, *, alone: bool) -> str:
-    """Lay out one comparison; one of several can be folded away."""
+    """Return one comparison; if there are several, in a block that folds."""
     parts = [_verdict(found), _tokens(found), _positions(found), _layers(found)]
     body = "".join([*parts, _cost(found)])
     if alone:
@@ -179,7 +179,7 @@ def _tokens(found: Comparison) -> str:
 
 
 def _token(i: int, token: Token, other: Token, first: int) -> str:
-    """Show a token; the first that differs is marked, later ones are underlined."""
+    """Return a token: the first difference is marked, later ones are underlined."""
     text = _text(token.text).replace("\n", '<i class="quiet">&#8629;</i>\n')
     tip = _text(f"token {i}, id {token.id}")
     if i == first:
@@ -195,7 +195,7 @@ def _positions(found: Comparison) -> str:
         for i, (kl, same) in enumerate(zip(logits.kl, logits.equal_top1, strict=True))
     ]
     text = (
-        f"<p>KL(stock || ours) mean {_number(logits.kl_mean)}, most "
+        f"<p>KL(stock || ours) mean {_number(logits.kl_mean)}, maximum "
         f"{_number(logits.kl_max)} at position {logits.kl_max_position}. The "
         "likeliest token is the same at "
         f"{logits.top1_agreement:.1%} of {logits.n_positions} positions; red bars are "
@@ -213,7 +213,7 @@ def _layers(found: Comparison) -> str:
         )
     values = [(f"layer {i}: {e:.2e}", e, True) for i, e in enumerate(errors)]
     text = (
-        "<p>Relative RMS error of what leaves each layer, on the first tokens of the "
+        "<p>Relative RMS error of each layer's output, on the first tokens of the "
         f"prompt: {_number(errors[0])} after the first, {_number(errors[-1])} after "
         "the last.</p>"
     )
@@ -222,9 +222,9 @@ def _layers(found: Comparison) -> str:
 
 
 def _chart(values: list[tuple[str, float, bool]], ends: tuple[str, str]) -> str:
-    """Draw bars on a logarithmic scale; each tells its value when pointed at.
+    """Draw bars on a logarithmic scale, with their values as tooltips.
 
-    Words stand beside the picture, which stretches to any width.
+    Labels are outside the picture, because the picture stretches to any width.
     """
     if not any(value for _, value, _ in values):
         return '<p class="quiet">No difference anywhere, so there is no chart.</p>'
@@ -277,7 +277,7 @@ def _costs(side: Side) -> list[tuple[str, str]]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out cells that are HTML already; wide tables scroll in their place."""
+    """Return a table of HTML cells; a wide table scrolls within the page."""
     top = "".join(f'<th scope="col">{name}</th>' for name in head)
     body = "".join(
         f'<tr><th scope="row">{row[0]}</th>'
@@ -299,7 +299,7 @@ def _share(value: float | None) -> str:
 
 
 def _number(value: float) -> str:
-    """Return a number that no line ends in."""
+    """Return a number that does not break across lines."""
     return f'<span class="number">{value:.2e}</span>'
 
 
@@ -310,5 +310,5 @@ def _mlx_lm() -> str:
 
 
 def _text(value: Any) -> str:
-    """Return a value as text that no browser takes for anything else."""
+    """Escape a value for HTML."""
     return escape(str(value), quote=True)

@@ -1,4 +1,4 @@
-"""How the page of ``moeflux compare --html`` looks, on desks and on phones."""
+"""The style of the page of ``moeflux compare --html``, for desktops and phones."""
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; --quiet: #666; --good: #1f7a3d;

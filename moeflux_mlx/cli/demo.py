@@ -16,9 +16,10 @@ from . import main as moeflux
 
 MODEL = Path("models/demo")
 BUILD = Path("build")
-# Every expert would take 10.4 MB; 2.1 MB of either amount align the pool.
+# A quarter of the experts: all of them need 10.4 MB. 2.1 MB of each amount go to the
+# alignment of the pool.
 MEMORY = "4MB"
-# Long enough for the speed of a prompt to mean something.
+# Long enough for a meaningful prompt speed.
 PROMPT = '''"""Count the words of files."""
 
 import collections
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
     command = ["generate", "--model", str(packed), "--ignore-chat-template"]
     command += ["--prompt", args.prompt, "--max-tokens", str(args.max_tokens)]
-    # So small a model repeats itself when it always takes the likeliest token.
+    # A model this small repeats itself under greedy decoding.
     command += ["--temp", "0.7", "--seed", "0"]
     command += ["--expert-memory", args.expert_memory]
     print(args.prompt, end="", flush=True)

@@ -1,4 +1,4 @@
-"""``moeflux doctor``: prove every kernel on this machine, against its reference."""
+"""``moeflux doctor``: compare every kernel with its reference on this machine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from .arguments import check_output, number
 N_ERRORS_SHOWN = 3
 VALIDATION = "MTL_DEBUG_LAYER=1 MTL_SHADER_VALIDATION=1 moeflux doctor"
 VALIDATION_TEXT = (
-    f"On a Mac, Metal itself looks for bad calls and bad accesses with: {VALIDATION}"
+    f"On a Mac, Metal itself checks calls and memory accesses with: {VALIDATION}"
 )
 
 
@@ -49,9 +49,14 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "doctor", description=text, help=text, epilog=VALIDATION_TEXT
     )
-    parser.add_argument("--executor", help="metal, cuda or sim (default: what is here)")
     parser.add_argument(
-        "--only", default="*", metavar="PATTERN", help="kernels to check, as moe_*"
+        "--executor", help="metal, cuda or sim (default: the GPU, else sim)"
+    )
+    parser.add_argument(
+        "--only",
+        default="*",
+        metavar="PATTERN",
+        help="kernels to check, for example moe_*",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
     parser.add_argument(
@@ -59,20 +64,20 @@ def add_parser(subparsers: Any) -> None:
         type=number(1),
         default=KERNEL_SECONDS,
         metavar="SECONDS",
-        help="a kernel that takes longer is stopped and reported "
+        help="time limit per kernel; a kernel that exceeds it is stopped and reported "
         f"(default: {KERNEL_SECONDS:g})",
     )
     parser.add_argument(
         "--record",
         type=Path,
         metavar="FILE",
-        help="also write what passed to FILE; what it says of other kernels stays",
+        help="also write the kernels that passed to FILE, and keep its other entries",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the kernels and report; return 1 if anything failed."""
+    """Check the kernels and print a report; return 1 if any failed."""
     check_output("--record", args.record)
     executor = open_kernels(args.executor or gpu_executor() or "sim").name
     names = fnmatch.filter(KERNELS, args.only)
@@ -90,19 +95,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _no_kernel(pattern: str) -> str:
-    """Say which names a pattern may have meant, or else all that there are."""
+    """Name the kernels closest to an unknown pattern, or all of them."""
     word = pattern.strip("*?")
     near = [name for name in KERNELS if word and word in name]
     near = near or difflib.get_close_matches(word, KERNELS, 5)
     there = ", ".join(near or KERNELS)
     return (
         f"[--only] expected a kernel's name but got {pattern!r}: there are {there}, "
-        "and patterns as moe_*"
+        "and patterns such as moe_*"
     )
 
 
 def _keep(record: Record, names: list[str], path: Path | None) -> str:
-    """Remember which kernels agreed, also in a file; return why if that failed."""
+    """Record the kernels that agreed, also in ``path``; return an error or ''."""
     try:
         remember(record, names)
         if path:
@@ -113,14 +118,14 @@ def _keep(record: Record, names: list[str], path: Path | None) -> str:
 
 
 def make_record(executor: str, findings: list[Finding]) -> Record:
-    """Return which kernels agreed, with the fingerprint of each."""
+    """Return a record of the kernels that agreed, with their fingerprints."""
     good = {f.kernel: fingerprint(f.kernel, executor) for f in findings if f.passed}
     today = datetime.date.today().isoformat()
     return Record(executor, machine_name(), today, mlx_version(), good)
 
 
 def environment() -> dict[str, Any]:
-    """Return the facts of this machine that a reader of the report needs."""
+    """Return the facts about this machine for the report."""
     metal = {"macos": platform.mac_ver()[0]} if sys.platform == "darwin" else {}
     return {
         "moeflux-mlx": __version__,
@@ -169,19 +174,19 @@ def _print(executor: str, findings: list[Finding], failure: str) -> None:
 
 
 def _conclusion(executor: str, findings: list[Finding], failure: str) -> str:
-    """Say the consequence for whoever loads a model here."""
+    """State the consequence for models on this machine."""
     if executor == "sim":
         return (
             "They ran on the simulator: evidence for Metal, not proof. "
-            "Times of a simulator mean nothing."
+            "Its times mean nothing."
         )
     if failure:
-        return f"Nothing was remembered, so models use none of them: {failure}"
+        return f"No record was written, so models use none of them: {failure}"
     if all(f.passed for f in findings):
-        return f"Models use them on this machine from now on, by executor {executor!r}."
+        return f"Models on this machine now use them, with executor {executor!r}."
     text = (
-        f"Models use those that agree from now on, by executor {executor!r}; other "
-        "kernels or MLX's own operations take the place of the rest."
+        f"Models now use those that agree, with executor {executor!r}; other kernels "
+        "or MLX's own operations replace the rest."
     )
     return f"{text}\n{VALIDATION_TEXT}" if executor == "metal" else text
 

@@ -1,4 +1,4 @@
-"""``moeflux generate``: mlx-lm's flags and behaviour, plus a table of the cost."""
+"""``moeflux generate``: mlx-lm's flags and behaviour, plus a table of costs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .arguments import check_number, check_output, integer, number, one_of
 from .preflight import announce
 from .report import generate_and_print, prepare
 
-# The ranges of mlx-lm's numbers that can be used; it takes any.
+# The usable ranges of mlx-lm's flags, which mlx-lm itself does not check.
 NUMBERS = {
     "max_tokens": integer(-1),
     "temp": number(),
@@ -52,10 +52,10 @@ def add_parser(subparsers: Any) -> None:
         "generate",
         parents=[setup_arg_parser()],
         conflict_handler="resolve",
-        description="Generate text; the flags are mlx_lm.generate's and those below.",
+        description="Generate text, with the flags of mlx_lm.generate and those below.",
         help="generate text with a packed or plain model",
     )
-    # mlx-lm falls back on a model of its own, which has no experts to stream.
+    # mlx-lm's default model has no experts to stream.
     parser.add_argument("--model", help="model directory or Hugging Face repository")
     add_streaming_flags(parser)
     add_native_flag(parser)
@@ -64,11 +64,11 @@ def add_parser(subparsers: Any) -> None:
 
 
 def add_streaming_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say where and in how much memory a model runs."""
+    """Add the flags for memory, streaming and the executor."""
     ours = parser.add_argument_group("moeflux")
     memory = (
-        'bytes for the whole process, for example "8GB": experts get what the rest '
-        "leaves, the others are streamed from disk; auto: find the fastest amount"
+        'bytes for the whole process, for example "8GB"; experts that do not fit are '
+        "streamed from disk; auto: find the fastest amount"
     )
     ours.add_argument("--memory", help=memory)
     ours.add_argument("--expert-memory", help="bytes for experts alone")
@@ -76,67 +76,70 @@ def add_streaming_flags(parser: argparse.ArgumentParser) -> None:
         "--scope",
         choices=("global", "layer"),
         default="global",
-        help="layers share the memory (global) or get equal parts of it (layer)",
+        help="layers share the memory (global) or get equal shares (layer)",
     )
     ours.add_argument(
         "--policy",
-        help=f"which experts stay: {POLICY_FORMS} (default: {DEFAULT_POLICY})",
+        help=f"eviction policy: {POLICY_FORMS} (default: {DEFAULT_POLICY})",
     )
     ours.add_argument(
         "--read-ahead",
         choices=("auto", "on", "off"),
         default="auto",
-        help="read experts that the next layer will likely choose (default: where that "
-        "was measured to pay)",
+        help="read experts that the next layer will probably choose (default: if "
+        "measurements show a gain)",
     )
     ours.add_argument(
         "--expert-io",
         choices=EXPERT_IO,
-        help="map experts, read them through the page cache, or past it (default: map "
-        "on Metal what fits, else pread)",
+        help="map experts (mmap), read them through the page cache (pread), or bypass "
+        "it (direct); default: mmap on Metal for a pack that fits, else pread",
     )
-    ours.add_argument("--executor", help="what runs the graph, for example ops")
+    ours.add_argument(
+        "--executor", help="backend that runs the Ops: ops, metal, cuda or sim"
+    )
 
 
 def add_native_flag(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that asks for mlx-lm's own class of a model."""
+    """Add the flag that selects mlx-lm's own class of a model."""
     parser.add_argument(
         "--no-native",
         dest="native",
         action="store_const",
         const=False,
-        help="run mlx-lm's own class of the model, also where there is one of ours",
+        help="run mlx-lm's own class of the model, even if there is a native one",
     )
 
 
 def add_state_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the states to begin with and to leave."""
+    """Add the flags that load and save a state."""
     ours = parser.add_argument_group("state of a run")
-    load = "continue after the prompt and text whose state FILE keeps"
+    load = "continue after the prompt and text that FILE holds"
     ours.add_argument("--load-state", metavar="FILE", help=load)
-    save = "keep prompt, text and the experts in memory, not to be read again"
+    save = "save prompt, text and the list of experts in memory, for --load-state"
     ours.add_argument("--save-state", metavar="FILE", help=save)
 
 
 def streaming_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the values of those flags, as ``load`` takes them."""
+    """Return the values of the streaming flags as arguments of ``load``."""
     names = ("memory", "expert_memory", "scope", "policy", "read_ahead", "expert_io")
     options = {name: getattr(args, name) for name in (*names, "executor")}
     return {**options, "native": getattr(args, "native", None)}
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate as ``args`` say, the text as it comes, then the table."""
+    """Generate text, print it as it appears, and then print the table."""
     _refuse_unusable(args)
     check_output("--save-state", args.save_state)
     cache, saved = _prompt_cache(args)
     path = _model_path(args, saved)
     announce(path, streaming_options(args))
-    # As mlx_lm.generate does: loading takes random numbers, as many as stock's.
+    # Seed before loading, as mlx_lm.generate does: loading draws random numbers, the
+    # same number as stock's, so that the text is the same.
     if args.seed is not None:
         mx.random.seed(args.seed)
     model, tokenizer = _load(args, path, saved)
-    # A state that is loaded finds its experts in memory: nothing may run after it.
+    # Prepare before loading a state, because the call would evict the state's experts.
     preparation = prepare(model) if args.verbose else None
     if args.save_state is not None:
         check_keeps_state(model)
@@ -186,7 +189,7 @@ def _refuse_unusable(args: argparse.Namespace) -> None:
 
 
 def _refuse_in_group(args: argparse.Namespace) -> None:
-    # The standard input that mlx.launch passes on never ends.
+    # Under mlx.launch standard input never ends.
     if args.prompt == "-":
         raise ConfigError(
             "[generate] expected a prompt as text with several processes but got '-': "
@@ -224,7 +227,7 @@ def _prompt_cache(args: argparse.Namespace) -> tuple[list | None, dict[str, str]
     if args.prompt_cache_file is None:
         return None, {}
     try:
-        # MLX would wait for a FIFO.
+        # Opening the file first refuses a FIFO, for which MLX would wait.
         open_file(args.prompt_cache_file).close()
         cache, saved = load_prompt_cache(args.prompt_cache_file, return_metadata=True)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
@@ -260,7 +263,7 @@ def _prompt_tokens(
         return tokenizer.encode(text)
     chat = _chat_text(args, tokenizer, text)
     if has_prefix:
-        # A saved cache holds the template's words before the user's message.
+        # A saved cache already holds the template's text before the user's message.
         chat = chat[_chat_text(args, tokenizer, "<query>").index("<query>") :]
     return tokenizer.encode(chat, add_special_tokens=False)
 
@@ -283,7 +286,7 @@ def _chat_text(args: argparse.Namespace, tokenizer: Any, text: str) -> str:
 
 
 def _object(flag: str, text: str | None) -> dict[str, Any]:
-    """Return the object of JSON that a flag holds, or the file that it names."""
+    """Return the JSON object in a flag's value."""
     try:
         found = parse_json(text or "{}", exact=False)
         if isinstance(found, dict):
@@ -322,7 +325,7 @@ def _draft_options(
             "[generate] expected a model that can take tokens back but got "
             f"--draft-model with {model.model_type}, whose layers cannot"
         )
-    # Left to itself transformers asks whether to run code that the model brings.
+    # Without this, transformers asks on the terminal whether to run the model's code.
     trusted = {"trust_remote_code": args.trust_remote_code}
     draft, draft_tokenizer = load_draft(args.draft_model, trusted)
     if draft_tokenizer.vocab_size != tokenizer.vocab_size:

@@ -1,4 +1,4 @@
-"""``moeflux inspect``: a model's parts and the memory it asks for."""
+"""``moeflux inspect``: a model's parts and its memory."""
 
 from __future__ import annotations
 
@@ -30,31 +30,30 @@ __all__ = ["ModelSummary", "summarize"]
 
 def add_parser(subparsers: Any) -> None:
     """Add ``inspect`` with its flags."""
-    text = "show layers, experts, and the memory a model asks for"
+    text = "show a model's layers, experts and memory"
     parser = subparsers.add_parser("inspect", description=text, help=text)
     parser.add_argument(
         "model",
-        help="plain or packed model directory, or hub id, of which headers alone are "
-        "read",
+        help="plain or packed model directory, or hub id (only headers are read)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
     graph = "show the Ops of one layer with their costs and planned memory"
     parser.add_argument("--graph", type=int, metavar="LAYER", help=graph)
-    tokens = "tokens the layer's graph is built for (default: 512)"
+    tokens = "number of tokens in the layer's graph (default: 512)"
     parser.add_argument("--tokens", type=integer(1, 1 << 20), default=512, help=tokens)
-    memory = "show the plan of a process's memory of this size"
+    memory = "show the memory plan of a process of this size"
     parser.add_argument("--memory", metavar="BYTES", help=memory)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the summary of ``args.model``, a plan of memory, or one layer's graph."""
+    """Print the summary of ``args.model``, its memory plan, or one layer's graph."""
     if args.graph is not None:
         return _run_graph(args)
     amounts = Amounts.read(args.memory, None)
     with model_headers(args.model) as path:
         if not (path / "config.json").exists():
-            # Says in whose place there is no model.
+            # Raises the error that explains a missing model.
             find_model(path)
         summary = summarize(path)
         plan = None if args.memory is None else plan_load(path, args.memory)
@@ -75,8 +74,8 @@ def _run_graph(args: argparse.Namespace) -> int:
     summary = summarize(path)
     if not has_own_class(read_config(path)):
         raise ConfigError(
-            f"[inspect] expected a class of our own for --graph but {args.model} "
-            f"is a {summary.model_type}, which mlx-lm's class runs: leave it out"
+            f"[inspect] expected a native class for --graph but {args.model} "
+            f"is a {summary.model_type}, which mlx-lm's class runs: omit --graph"
         )
     memory = summary.minimum_bytes if summary.is_packed else None
     graph = report(path, memory, args.graph, args.tokens)
@@ -100,7 +99,7 @@ def _as_json(found: Forecast) -> dict[str, Any]:
 def summary_table(
     model: str | Path, summary: ModelSummary, found: Forecast | None = None
 ) -> Table:
-    """Lay a summary out as two columns, and how the model would run here."""
+    """Return a table of the summary, and of a forecast if there is one."""
     table = Table(str(model), summary.model_type)
     kinds = ", ".join(f"{n} {kind}" for kind, n in summary.layers.items())
     table.add_row("layers", kinds)
@@ -150,17 +149,17 @@ def _reads(summary: ModelSummary) -> str:
 
 
 def _mapped(summary: ModelSummary) -> str:
-    """Say whether the files can serve as memory, and how much of it that is."""
+    """Describe whether the experts' files can be mapped, and their size."""
     if not summary.all_fit:
-        return "no: more than is taken of this machine's memory"
+        return "no: larger than the default share of this machine's memory"
     pages = f"{decimal(summary.expert_bytes)} of page cache, no slots"
-    where = "by itself on Metal, else with --expert-io mmap"
+    where = "by default on Metal, else with --expert-io mmap"
     found = f"{pages}; {where}"
     return found if summary.is_packed else f"once packed: {found}"
 
 
 def _grouped(files: dict[str, int]) -> dict[str, list[int]]:
-    """Put files whose names differ in numbers only under one name."""
+    """Group the sizes of files whose names differ only in numbers."""
     groups: dict[str, list[int]] = {}
     for name, n_bytes in files.items():
         groups.setdefault(re.sub(r"\d+", "*", name), []).append(n_bytes)
@@ -168,7 +167,7 @@ def _grouped(files: dict[str, int]) -> dict[str, list[int]]:
 
 
 def _rounded_up(n_bytes: int) -> str:
-    # Rounded down, the least amount would be refused when given back as memory.
+    # Round up, because a minimum that is rounded down would be refused as --memory.
     unit = 1000 ** ((len(str(n_bytes)) - 1) // 3)
     step = max(1, unit // 10)
     return decimal(-(-n_bytes // step) * step)

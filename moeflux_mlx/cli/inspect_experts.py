@@ -1,4 +1,4 @@
-"""The counts of ``moeflux inspect``: experts and all else, of our class or mlx-lm's."""
+"""Counts for ``moeflux inspect``: experts and other weights, for either class."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from ..opening.stock_model import load_stock_lazily
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a model, by layer or routed block, and the bytes of all else.
+    """The experts of a model by layer or routed block, and the bytes of other parts.
 
-    ``n_least`` is the least number of experts that must fit into memory.
-    ``reads_per_expert`` is None where only packing makes experts of the tensors.
+    ``n_least`` is the minimum number of experts in memory. ``reads_per_expert`` is None
+    if the model has to be packed before its experts can be read.
     """
 
     n_layers: int
@@ -46,10 +46,10 @@ class Experts:
 
 
 def of_own_class(directory: Path) -> Experts:
-    """Count the experts of a model that a class of ours runs; reads no weights.
+    """Count the experts of a model with a native class, without reading weights.
 
     Raises:
-        ModelError, ExpertStoreError: as ``open_store``.
+        ModelError, ExpertStoreError: see ``open_store``.
     """
     with Checkpoint.open(directory) as checkpoint:
         config, tensors = checkpoint.config, checkpoint.tensors
@@ -68,11 +68,11 @@ def of_own_class(directory: Path) -> Experts:
 
 
 def of_stock_class(directory: Path) -> Experts:
-    """Count the experts of a model that mlx-lm's class runs; reads no weights.
+    """Count the experts of a model of mlx-lm's class, without reading weights.
 
     Raises:
         ModelError: mlx-lm cannot load it, or it has no routed blocks.
-        ExpertStoreError: a packed directory with something missing or changed.
+        ExpertStoreError: a pack with a missing or changed file.
     """
     stock = load_stock_lazily(directory)
     blocks = find_blocks(stock.model)
@@ -111,10 +111,10 @@ def _reads_of_blocks(
 
 
 def used_tensors(tensors: Collection[str], config: dict[str, Any]) -> set[str]:
-    """Return the tensors that stay in memory if experts are no others.
+    """Return the names of the tensors that the model uses.
 
-    Not the layers that predict several tokens, nor what sees pictures, nor a last
-    matrix that the embedding serves as too.
+    This excludes multi-token-prediction layers, vision weights, and an output matrix
+    that is tied to the embedding.
     """
     tied = text_config(config).get("tie_word_embeddings")
     return {

@@ -1,4 +1,4 @@
-"""``moeflux inspect --graph``: one layer's Ops, their costs, the memory planned."""
+"""``moeflux inspect --graph``: one layer's Ops, costs and planned memory."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ class OpRow:
 class GraphReport:
     """A layer's graph for one sequence of ``n_tokens``.
 
-    ``planned_peak_bytes`` is the sum of lifetimes and Ops' scratch,
-    ``measured_peak_bytes`` MLX's own, running Op by Op, inputs left out of both.
+    ``planned_peak_bytes`` follows from the lifetimes of buffers and the Ops' scratch
+    memory, ``measured_peak_bytes`` is MLX's peak when it runs Op by Op. Both exclude
+    the inputs.
     """
 
     name: str
@@ -51,10 +52,10 @@ def report(
     """Build, run and describe one layer of a model.
 
     Args:
-        expert_memory: for a packed model, bytes for experts.
+        expert_memory: bytes for experts, for a packed model.
 
     Raises:
-        ConfigError: there is no such layer or no token.
+        ConfigError: the layer does not exist, or ``n_tokens`` is below 1.
         ModelError: the directory is not a supported model.
     """
     if n_tokens < 1:
@@ -86,7 +87,7 @@ def report(
 
 
 def report_table(report: GraphReport) -> Table:
-    """Lay a report out, one Op a row, totals and memory below."""
+    """Return a table with one Op per row, and totals and memory below."""
     title = f"layer {report.layer}: {report.name}, {report.n_tokens} tokens"
     table = Table("", "Op", "label", "MFLOP", "bytes", "from disk", title=title)
     for row in report.ops:

@@ -1,4 +1,4 @@
-"""A model's layers, experts and bytes in numbers, from its headers."""
+"""Counts of a model's layers, experts and bytes, from its headers."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from .inspect_experts import of_own_class, of_stock_class
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """A model directory in numbers.
+    """Counts of a model directory.
 
-    ``layers`` counts layers by kind, ``n_moe_layers`` those with routed experts, or
-    routed blocks where mlx-lm's class runs the model; ``n_experts`` is what the largest
-    has. ``resident_bytes`` is everything that is used but routed experts;
-    ``minimum_bytes`` and ``full_bytes`` are the least ``expert_memory`` that serves a
-    token and the least that holds every expert. ``reads_per_expert`` is how many spans
-    of bytes an expert lies in, the mean of all: 1 in a packed directory, None where
-    only packing makes experts of the tensors. ``token_reads`` and ``token_bytes`` are
-    what a token reads with no expert in memory, None where ``top_k`` is: nothing in
-    the configuration says it.
-    ``forms`` counts the experts' projections by how they are stored. ``all_fit`` tells
-    whether all experts fit into the memory that is taken where none is asked for.
+    - ``layers`` counts layers by kind, ``n_moe_layers`` those with routed experts, or
+      the routed blocks of mlx-lm's class. ``n_experts`` is the largest number in one.
+    - ``resident_bytes`` is the size of all used weights except routed experts.
+      ``minimum_bytes`` is the smallest ``expert_memory`` that serves a token, and
+      ``full_bytes`` the smallest that holds every expert.
+    - ``reads_per_expert`` is the mean number of spans of an expert: 1 in a pack, None
+      if the model has to be packed before its experts can be read.
+    - ``token_reads`` and ``token_bytes`` are the reads of a token with no expert in
+      memory. They are None if the configuration does not state ``top_k``.
+    - ``forms`` counts the experts' projections by storage format. ``all_fit`` tells
+      whether all experts fit into the default amount of memory.
     """
 
     model_type: str
@@ -53,11 +53,11 @@ class ModelSummary:
 
 
 def summarize(directory: Path) -> ModelSummary:
-    """Count the layers, experts and bytes of a model directory; reads no weights.
+    """Count the layers, experts and bytes of a model without reading weights.
 
     Raises:
-        ModelError: not the directory of a Mixture-of-Experts model.
-        ExpertStoreError: a packed directory with files missing or changed.
+        ModelError: the directory holds no Mixture-of-Experts model.
+        ExpertStoreError: a pack with missing or changed files.
     """
     config = read_config(directory)
     own = has_own_class(config)
@@ -91,7 +91,7 @@ def summarize(directory: Path) -> ModelSummary:
 
 
 def _forms(layout: ExpertLayout) -> list[str]:
-    """Say how each projection of a layer's experts is stored."""
+    """Return the storage format of each projection of a layer's experts."""
     weights = [spec for spec in layout.tensors if spec.part == "weight"]
     return [
         spec.dtype if q is None else f"{q.mode} {q.bits} bits/{q.group_size}"

@@ -1,4 +1,4 @@
-"""``moeflux kernels``: every kernel, its signature, its launch, its verification."""
+"""``moeflux kernels``: list kernels with signature, launch and verification."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from ..engine.lowering.tuned import Tuning, current
 from ..engine.metal import Scalar
 from ..system.terminal import WIDE, PlainConsole
 
-# Who launches a kernel that no Op is lowered to.
+# The user of a kernel that no Op is lowered to.
 LIBRARY = "scripts (no Op)"
-# The columns of tables of up to 80 characters.
+# The columns of a table that has to fit into 80 characters.
 NARROW = ("kernel", "launch", "verified")
 
 
 def add_parser(subparsers: Any) -> None:
     """Add ``kernels`` with its options."""
-    text = "list all kernels, who launches them and where they were verified"
+    text = "list all kernels, the Ops that launch them, and where they were verified"
     parser = subparsers.add_parser("kernels", description=text, help=text)
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
     parser.add_argument(
-        "--lowering", action="store_true", help="list which kernels an Op may use"
+        "--lowering", action="store_true", help="list the ways of every Op"
     )
     parser.set_defaults(run=run)
 
@@ -51,13 +51,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def tuning_in_force() -> Tuning | None:
-    """Return the tuning of the executor that our kernels run on here."""
+    """Return the tuning of the executor that runs our kernels here."""
     executor = config.executor_name() or gpu_executor()
     return current(executor) if executor else None
 
 
 def lowering_rows(tuning: Tuning | None) -> list[dict[str, Any]]:
-    """Return a row for each Op and each group: its ways, and where tuning chose one."""
+    """Return a row for each Op and fusion: its ways, and the choices of tuning."""
     names = {op.__name__: [way.name for way in ways] for op, ways in TABLE.items()}
     rows = [
         {"op": op, "ways": ways, "tuned": _tuned(op, tuning)}
@@ -71,7 +71,7 @@ def lowering_rows(tuning: Tuning | None) -> list[dict[str, Any]]:
 
 
 def _tuned(name: str, tuning: Tuning | None) -> list[str]:
-    """Say where something else than the default was found faster."""
+    """Describe the cases in which a way was faster than the default."""
     return [
         f"{e.winner}: {e.n_tokens} tokens, {e.shape}"
         for e in (tuning.entries if tuning else ())
@@ -80,7 +80,7 @@ def _tuned(name: str, tuning: Tuning | None) -> list[str]:
 
 
 def describe(kernel: Kernel, known: list[Record]) -> dict[str, Any]:
-    """Return one row: the signature, and one launch as an example."""
+    """Return a kernel's row: its signature, and one launch as an example."""
     metal = kernel.metal
     launch = kernel(*kernel.arguments(kernel.dtypes[0], **kernel.sizes[-1]))
     values = prepare(launch).instance.values
@@ -116,13 +116,13 @@ def _verified(name: str, known: list[Record]) -> list[str]:
 
 
 def _table(rows: list[dict[str, Any]], width: int) -> Table:
-    """Lay rows out; where that is not wide enough for signatures, without them."""
+    """Return a table of the rows, without signatures on a narrow terminal."""
     narrow = width < WIDE and "kernel" in rows[0]
     names = NARROW if narrow else tuple(rows[0])
     caption = "wider terminals, and --json, show signatures too" if narrow else None
     table = Table(show_lines=True, caption=caption)
     for name in names:
-        # A name that is cut is none.
+        # A kernel's name must stay whole to be usable.
         table.add_column(name.replace("_", " "), no_wrap=name == "kernel")
     for row in rows:
         cells = (

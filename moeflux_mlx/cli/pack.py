@@ -1,4 +1,4 @@
-"""``moeflux pack``: make a model directory whose experts can be streamed."""
+"""``moeflux pack``: write a model directory whose experts can be streamed."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ def add_parser(subparsers: Any) -> None:
     text = "write a model directory whose experts can be streamed from disk"
     parser = subparsers.add_parser("pack", description=text, help=text)
     parser.add_argument("src", type=Path, help="mlx-lm checkpoint directory")
-    parser.add_argument("dst", type=Path, help="directory to make")
+    parser.add_argument("dst", type=Path, help="directory to create")
     parser.add_argument(
-        "--verify", action="store_true", help="read everything back before it is done"
+        "--verify",
+        action="store_true",
+        help="read everything back and compare checksums",
     )
     parser.add_argument(
         "--alignment",
@@ -39,11 +41,11 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Pack ``args.src`` into ``args.dst`` and say so."""
+    """Pack ``args.src`` into ``args.dst`` and print the result."""
     files = source_files(args.src)
     own = has_own_class(read_config(args.src))
     if own and not is_packed(args.src):
-        # Gigabytes that nothing can load would be of no use to anybody.
+        # Check this before writing gigabytes that nothing can load.
         check_loadable(args.src)
     with byte_progress() as progress:
         manifest = pack(
@@ -57,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
         notice(f"[pack] not copied: {', '.join(files.left_out)}")
     if files.code:
         notice(
-            f"[pack] {', '.join(files.code)}: code that the model brings was copied: "
-            "mlx-lm runs it too where --trust-remote-code is given"
+            f"[pack] {', '.join(files.code)}: code of the model was copied: "
+            "mlx-lm runs it with --trust-remote-code"
         )
     n_bytes = sum(entry.n_bytes for entry in manifest.layers)
     counts = sorted({len(entry.checksums) for entry in manifest.layers})

@@ -1,4 +1,4 @@
-"""The words of commands before they read a model: does it fit, how will it run."""
+"""Forecasts that commands print before loading: does a model fit, how will it run."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from ..system.bandwidth import disk_bytes_per_second
 from ..system.progress import notice
 from .inspect_summary import ModelSummary, summarize
 
-# The flags that say how experts come and go, as they are where nobody gives them.
+# The flags of streaming with their defaults.
 DEFAULTS = {"scope": "global", "policy": None, "read_ahead": "auto", "expert_io": None}
 
 
 def announce(model: str | Path, options: dict[str, Any]) -> None:
-    """Print a line about a model that is about to be loaded with these options.
+    """Print a forecast for a model that is about to be loaded with these options.
 
-    Nothing is printed of a model that loading will refuse, or of a model without
-    experts.
+    It prints nothing for a model without experts, or for one that loading will refuse.
 
     Raises:
-        BudgetError: a model of a hub, not downloaded yet, is larger than memory and
-            nothing bounds it.
+        BudgetError: a model that would be downloaded is larger than memory, and no
+            option bounds it.
     """
     try:
         amounts = Amounts.read(options.get("memory"), options.get("expert_memory"))
@@ -54,13 +53,13 @@ def announce(model: str | Path, options: dict[str, Any]) -> None:
 
 
 def without_effect(options: dict[str, Any], found: Forecast) -> list[str]:
-    """Return the flags on streaming that were given where all experts are held."""
+    """Return the given flags of streaming if all experts are in memory."""
     if found.streams and found.missing:
         return []
     given = {name: options.get(name) for name in DEFAULTS if name in options}
     flags = [name for name, value in given.items() if value != DEFAULTS[name]]
     if found.streams:
-        # A pack is read or mapped as this one says, all at once.
+        # --expert-io also decides how a whole pack is read or mapped.
         flags = [name for name in flags if name != "expert_io"]
     return ["--" + name.replace("_", "-") for name in flags]
 
@@ -71,11 +70,11 @@ def forecast(
     amounts: Amounts,
     plan: MemoryPlan | None = None,
 ) -> Forecast:
-    """Foretell how a model runs within these amounts of memory.
+    """Predict how a model runs within these amounts of memory.
 
     Args:
-        path: its directory, whose files tell the disk's speed.
-        plan: the plan of its memory, where there is one.
+        path: the model's directory, whose largest file is read to measure the disk.
+        plan: the model's memory plan, if there is one.
     """
     streams = summary.is_packed or amounts != Amounts()
     held = _held_bytes(summary, amounts, plan) if streams else summary.expert_bytes
@@ -103,13 +102,13 @@ def _held_bytes(
         given = amounts.process - others
     if amounts.experts is not None:
         given = min(given, amounts.experts) if amounts.process else amounts.experts
-    # Slots begin at an aligned place, which takes some of the memory.
+    # Aligning the first slot takes some of the memory.
     slots = summary.full_bytes - POOL_ALIGNMENT
     return whole * (given - POOL_ALIGNMENT) // max(1, slots)
 
 
 def _disk_bandwidth(path: Path) -> float | None:
-    """Return how fast the largest of a model's files is read; None: it has no bytes."""
+    """Measure the disk on the largest file; None if that file has no data."""
     files = [file for file in path.iterdir() if file.is_file()]
     largest = max(files, key=lambda file: file.stat().st_size, default=None)
     if largest is None or _is_hole(largest):
@@ -118,13 +117,13 @@ def _disk_bandwidth(path: Path) -> float | None:
 
 
 def _is_hole(file: Path) -> bool:
-    """Tell whether a file is mostly a hole, which no disk has to read."""
+    """Tell whether a file is mostly a hole, which needs no disk read."""
     found = file.stat()
     return found.st_blocks * 512 < found.st_size // 2
 
 
 def advice(found: Forecast) -> str:
-    """Name the flag that would do where a model does not fit."""
+    """Name the flag that makes a model fit."""
     bound = f"{most_bytes() / 1e9:.2g}GB"
     return (
         f"stream the experts with --memory {bound} (in Python "

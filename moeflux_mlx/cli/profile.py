@@ -20,7 +20,7 @@ from .preflight import announce
 
 def add_parser(subparsers: Any) -> None:
     """Add ``profile`` with its flags."""
-    text = "say where each microsecond of a decode step, or of a prompt, goes"
+    text = "show where each microsecond of a decoding step or a prompt goes"
     parser = subparsers.add_parser("profile", description=text, help=text)
     parser.add_argument("model", help="plain or packed model directory, or hub id")
     parser.add_argument(
@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
         type=integer(0),
         default=512,
         metavar="N",
-        help="tokens before the one that is profiled (default: %(default)s)",
+        help="tokens of context before the profiled one (default: %(default)s)",
     )
     parser.add_argument(
         "--prefill",
@@ -41,11 +41,14 @@ def add_parser(subparsers: Any) -> None:
         "--repeats",
         type=integer(1),
         default=5,
-        help="measurements of each figure; the median counts (default: %(default)s)",
+        help="measurements of each figure; the median is shown (default: %(default)s)",
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write every row")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="also draw it, as .png or .svg"
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="also plot the profile, as .png or .svg",
     )
     add_streaming_flags(parser)
     parser.set_defaults(run=run)
@@ -71,21 +74,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_profile(found: Profile, console: Console) -> None:
-    """Print the table, and the lines below it."""
+    """Print the table and its notes."""
     console.print(profile_table(found))
     console.print(
-        f"GB/s are of the bytes a step must move; a copy moves {found.copy_gbps:.1f} "
-        "GB/s here.",
+        "GB/s count the bytes that a call must move; a copy moves "
+        f"{found.copy_gbps:.1f} GB/s here.",
         highlight=False,
     )
     if not all(row.is_hidden for row in found.rows):
-        console.print("*: the host's time to launch it may be in it", highlight=False)
+        console.print("*: may include the host's launch time", highlight=False)
 
 
 def profile_table(found: Profile) -> Table:
-    """Lay a profile out, the largest kind of step first, the sum below."""
+    """Return a table of the calls, the most expensive first, and their sum."""
     table = Table(title=found.title)
-    table.add_column("step\nits Ops\nits kernels", overflow="fold")
+    table.add_column("call\nits Ops\nits kernels", overflow="fold")
     numbers = ("times", "launches", "bytes", "us each", "us", "%", "GB/s", "%\ncopy")
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
@@ -94,15 +97,15 @@ def profile_table(found: Profile) -> Table:
         table.add_section()
     gbps = found.n_bytes / found.whole_us / 1e3
     launches = str(found.n_launches or "")
-    _add_sum(table, "sum of steps", found.kernels_us)
+    _add_sum(table, "sum of calls", found.kernels_us)
     table.add_row(
         *("whole step, end to end", "", launches, decimal(found.n_bytes)),
         *("", f"{found.whole_us:.1f}", "", f"{gbps:.1f}"),
         f"{100 * gbps / found.copy_gbps:.0f}",
     )
     if found.host_us is not None:
-        _add_sum(table, "of it the host: Python, encoding", found.host_us)
-    _add_sum(table, "whole step less the sum", found.remainder_us)
+        _add_sum(table, "host share: Python, encoding", found.host_us)
+    _add_sum(table, "whole step minus the sum", found.remainder_us)
     return table
 
 
@@ -126,7 +129,7 @@ def _cells(found: Profile, row: Row) -> list[str]:
 
 
 def _counted(names: tuple[str, ...]) -> list[str]:
-    """Say how often a name comes rather than again and again."""
+    """Merge repeated names into one with a count."""
     counts = dict.fromkeys(names, 0)
     for name in names:
         counts[name] += 1

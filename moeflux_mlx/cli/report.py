@@ -1,4 +1,4 @@
-"""Generate text and say its cost: the table of ``generate`` and the demo."""
+"""Generate text and print its cost, for ``generate`` and the demo."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from ..system.terminal import PlainConsole
 
 
 def prepare(model: Any) -> float:
-    """Run a token on a cache of its own, and return the seconds that it took.
+    """Run one token on a temporary cache, and return the seconds it took.
 
-    The first call of a model reads its weights, lays them out and compiles kernels. A
-    speed that contained it would say little about the next call.
+    A model's first call reads weights, arranges them and compiles kernels. The measured
+    speed should not contain this time.
     """
     start = time.perf_counter()
     mx.eval(model(mx.array([[0]]), cache=make_prompt_cache(model)))
@@ -40,12 +40,12 @@ def generate_and_print(
     preparation: float | None = None,
     **options: Any,
 ) -> list[int]:
-    """Print a continuation of ``prompt`` as it comes, then the table of its cost.
+    """Print a continuation of ``prompt`` as it appears, then the table of costs.
 
     Args:
         prompt: Token ids.
-        preparation: Seconds that ``prepare`` took; without them there is no table.
-        options: Passed on to ``mlx_lm.stream_generate``.
+        preparation: Seconds that ``prepare`` took; if None, print no table.
+        options: Passed to ``mlx_lm.stream_generate``.
 
     Returns:
         The ids of the continuation.
@@ -71,13 +71,13 @@ def cost_table(
     streamer: ExpertStreamer | MappedExperts | None,
     n_processes: int = 1,
 ) -> Table:
-    """Lay out speed, expert cache and memory after a generation's ``last`` response.
+    """Return a table of speed, expert cache and memory after the ``last`` response.
 
-    The expert cache is counted from loading on. With several processes, bytes and
-    memory are the first one's.
+    The expert cache is counted since loading. In a process group, bytes and memory are
+    those of rank 0.
 
     Args:
-        preparation: seconds that the model's first call took.
+        preparation: seconds of the model's first call.
     """
     table = Table("", "tokens", "tokens/s")
     table.add_row("prompt", str(last.prompt_tokens), f"{last.prompt_tps:.1f}")
@@ -111,7 +111,7 @@ def _expert_rows(
         rows += [
             ("missing experts read ahead", f"{total.recall:.1%}"),
             ("read ahead and used", f"{total.precision:.1%}"),
-            ("bytes read ahead in vain", decimal(total.wasted_bytes)),
+            ("bytes read ahead and not used", decimal(total.wasted_bytes)),
         ]
     return rows
 

@@ -1,4 +1,4 @@
-"""``moeflux serve``: mlx-lm's server and flags, our loader, metrics, a status page."""
+"""``moeflux serve``: mlx-lm's server with our loader, metrics and a status page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .arguments import Parser, check_number, integer, number, one_of
 from .generate import add_native_flag, add_streaming_flags, streaming_options
 from .preflight import announce
 
-# The ranges of mlx-lm's numbers that can be used; it takes any.
+# The usable ranges of mlx-lm's flags, which mlx-lm itself does not check.
 NUMBERS = {
     "port": integer(0, 65535),
     "num_draft_tokens": integer(1, 1024),
@@ -33,8 +33,8 @@ NUMBERS = {
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add ``serve``; its flags are looked up once it is used."""
-    parser = subparsers.add_parser("serve", help="answer requests over HTTP")
+    """Add ``serve``. Its flags are added on use, because importing them is slow."""
+    parser = subparsers.add_parser("serve", help="serve a model over HTTP")
     parser.late = _parser
 
 
@@ -44,9 +44,9 @@ def _parser(prog: str) -> Parser:
         parents=[stock_parser()],
         conflict_handler="resolve",
         description=(
-            "Answer requests over HTTP as OpenAI's servers do. The flags are "
-            "mlx_lm.server's and those below. /health and /metrics are for machines, / "
-            "for people."
+            "Serve a model over HTTP with OpenAI's API. The flags are those of "
+            "mlx_lm.server and those below. /health and /metrics are for programs, / "
+            "is a status page for people."
         ),
     )
     parser.add_argument(
@@ -57,15 +57,15 @@ def _parser(prog: str) -> Parser:
         type=lambda text: [origin for origin in text.split(",") if origin],
         default=[],
         metavar="ORIGINS",
-        help="web pages of others that may use this server, as https://a,https://b; * "
+        help="origins whose web pages may use this server, as https://a,https://b; * "
         "allows all (default: none)",
     )
-    # Prompts are read one after the other, so that an error is of one of them.
+    # Prompts run one at a time, so that an error belongs to one of them.
     parser.add_argument(
         "--prompt-concurrency",
         type=one_of(1),
         default=1,
-        help="prompts are read one at a time: 1 is all there is",
+        help="prompts run one at a time: only 1 is accepted",
     )
     add_streaming_flags(parser)
     add_native_flag(parser)
@@ -74,7 +74,7 @@ def _parser(prog: str) -> Parser:
 
 
 class _Made(Exception):
-    """Ends mlx-lm's ``main`` where its parser is complete."""
+    """Stops mlx-lm's ``main`` when its parser is complete."""
 
     def __init__(self, parser: argparse.ArgumentParser):
         self.parser = parser
@@ -86,9 +86,9 @@ class _Kept(argparse.ArgumentParser):
 
 
 def stock_parser() -> argparse.ArgumentParser:
-    """Return the parser of mlx-lm's server, which its ``main`` makes for itself."""
-    # Not before it is needed: it takes a while, and whoever loads a model looks whether
-    # this process is a server.
+    """Return the parser that ``main`` of mlx-lm's server builds."""
+    # Import late: it is slow, and loading a model checks whether this module is loaded
+    # to see if the process is a server.
     from mlx_lm import server
 
     from ..server.replaced import replaced
@@ -102,7 +102,7 @@ def stock_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until somebody ends the process."""
+    """Serve until the process ends."""
     for name, parse in NUMBERS.items():
         if (value := getattr(args, name)) is not None:
             check_number(f"--{name.replace('_', '-')}", value, parse)

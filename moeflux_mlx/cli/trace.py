@@ -1,4 +1,4 @@
-"""``moeflux trace``: record which experts a model's routers choose."""
+"""``moeflux trace``: record the experts that a model's routers choose."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("trace", description=text, help=text)
     parser.add_argument("model", help="plain or packed model directory, or hub id")
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", help="text to continue, as it is")
+    prompt.add_argument("--prompt", help="text to continue, without a chat template")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE")
     parser.add_argument(
         "--max-tokens",
@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
         "--temp",
         type=number(),
         default=0.0,
-        help="sampling temperature; 0 takes the likeliest token (default)",
+        help="sampling temperature; 0 is greedy (default)",
     )
     parser.add_argument(
         "--seed", type=integer(0), default=0, help="for sampling (default: 0)"
@@ -52,7 +52,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate, and write the trace."""
+    """Generate tokens and write the routing trace."""
     check_output("--output", args.output)
     text = _prompt(args)
     announce(args.model, streaming_options(args))
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     trace.save(args.output)
     print(
         f"{one_line(str(args.output))}: {trace.n_tokens} tokens, "
-        f"{trace.n_prompt_tokens} of them the prompt's, "
+        f"{trace.n_prompt_tokens} of them of the prompt, "
         f"{trace.top_k} of {trace.n_experts} experts in each of "
         f"{len(trace.layers)} layers, {decimal(args.output.stat().st_size)}"
     )

@@ -1,4 +1,4 @@
-"""``moeflux tune``: time the ways of every Op here and keep the winners."""
+"""``moeflux tune``: time the ways of every Op and keep the winners."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ def add_parser(subparsers: Any) -> None:
         nargs="*",
         default=PROMPTS,
         metavar="T",
-        help=f"lengths of prompts, besides one token (default: {_spaced(PROMPTS)})",
+        help=f"prompt lengths, in addition to one token (default: {_spaced(PROMPTS)})",
     )
     parser.add_argument(
         "--context",
         type=integer(0),
         default=512,
         metavar="N",
-        help="tokens before the single one (default: %(default)s)",
+        help="tokens of context before the one token (default: %(default)s)",
     )
     parser.add_argument(
         "--repeats",
         type=integer(1),
         default=3,
-        help="turns of each way; the median counts (default: %(default)s)",
+        help="measurements of each way; the median counts (default: %(default)s)",
     )
     parser.add_argument(
         "--file",
         type=Path,
-        help="file to keep the winners in, where MOEFLUX_TUNING finds them (default: "
-        "this device's own, which needs no variable; none for the simulator)",
+        help="file for the winners, to be named by MOEFLUX_TUNING (default: this "
+        "device's own file, which needs no variable; none for the simulator)",
     )
     add_streaming_flags(parser)
     parser.set_defaults(run=run)
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
             older = read(path)
 
     def keep(winner: Tuning) -> None:
-        """Save it at once: compiling takes minutes, and whoever stops loses nothing."""
+        """Save each winner at once, so that an interruption loses nothing."""
         nonlocal older
         if path is not None:
             older = winner.merged(older)
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_tuning(found: Tuning, console: Console) -> None:
-    """Print the table, then every way that was refused, and why."""
+    """Print the table, then every refused way with the reason."""
     console.print(tuning_table(found))
     for entry in found.entries:
         for way, reason in entry.refused.items():
@@ -129,14 +129,14 @@ def print_tuning(found: Tuning, console: Console) -> None:
                 style="red",
             )
     n_changed = sum(entry.winner != entry.default for entry in found.entries)
-    console.print(f"{n_changed} of {len(found.entries)} go another way than by default")
+    console.print(f"{n_changed} of {len(found.entries)} differ from the default way")
 
 
 def tuning_table(found: Tuning) -> Table:
-    """Lay out each Op and group at each shape: all times, winner, default, gain."""
+    """Return a table of each Op and fusion at each shape: times, winner, gain."""
     launch_us = max((entry.launch_us for entry in found.entries), default=0.0)
     origin = f"{found.executor}, {found.device}, MLX {found.mlx}"
-    table = Table(title=f"{origin}; a launch takes the host {launch_us:.1f} us")
+    table = Table(title=f"{origin}; the host takes {launch_us:.1f} us per launch")
     table.add_column("Op\nits shape", overflow="fold")
     for name in ("tokens", "us by way", "winner", "default", "gain"):
         table.add_column(

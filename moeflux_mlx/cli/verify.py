@@ -1,4 +1,4 @@
-"""``moeflux verify``: read a packed directory back against its checksums."""
+"""``moeflux verify``: compare a packed directory with its checksums."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..system.terminal import PlainConsole
 
 def add_parser(subparsers: Any) -> None:
     """Add ``verify`` with its argument."""
-    text = "read a packed directory back against its checksums"
+    text = "compare a packed directory with its checksums"
     parser = subparsers.add_parser("verify", description=text, help=text)
     parser.add_argument("dir", type=Path, help="directory made by moeflux pack")
     parser.set_defaults(run=run)
