@@ -1,4 +1,4 @@
-"""Mixture-of-Experts models larger than memory in MLX, experts streamed from disk."""
+"""Run Mixture-of-Experts models larger than memory in MLX, with streamed experts."""
 
 from .system import working_directory
 

@@ -1,4 +1,4 @@
-"""Adapters that mlx-lm trained, put on a model whose experts may be streamed."""
+"""Load adapters trained by mlx-lm into a model whose experts may be streamed."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ _LOAD_ADAPTERS = tuner.load_adapters
 
 
 def put_adapters(model: nn.Module, path: str | Path) -> None:
-    """Put the adapters of a directory on a model, as ``mlx_lm.load`` does.
+    """Load the adapters of a directory into a model, as ``mlx_lm.load`` does.
 
     Raises:
-        ModelError: files are missing or of another model, or some adapters are of
-            routed experts, which the model reads from files.
+        ModelError: a file is missing or belongs to another model, or an adapter adapts
+            streamed experts.
     """
     directory = Path(path)
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
             raise ModelError(
                 f"[adapters] {directory / name}: expected a file but found none: give "
-                "the directory that mlx_lm.lora wrote"
+                "a directory that mlx_lm.lora wrote"
             )
     with one_line_errors(f"[adapters] {directory}"):
         _refuse_streamed(model, directory / WEIGHTS)
         _LOAD_ADAPTERS(model, str(directory))
     vars(model)["adapters"] = directory
-    # As it was loaded: nothing is dropped out.
+    # Evaluation mode, without dropout, as after loading.
     model.eval()
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Tell whether a model gives more than its own files say."""
+    """Tell whether adapters change a model's output."""
     put = vars(model).get("adapters") is not None
     return put or any("lora_a" in module for module in model.modules())
 
@@ -56,8 +56,8 @@ def _refuse_streamed(model: nn.Module, weights: Path) -> None:
         raise ModelError(
             f"[adapters] {weights}: expected no adapters of routed experts, which are "
             f"read from files, but got {', '.join(map(short, found[:3]))}{more}: train "
-            "with keys that name none of them, or fuse them into the plain checkpoint "
-            "and pack that"
+            "with keys that name no routed expert, or fuse the adapters into the plain "
+            "checkpoint and pack that"
         )
 
 
@@ -70,5 +70,5 @@ def _load_adapters(model: nn.Module, adapter_path: str) -> nn.Module:
     return _LOAD_ADAPTERS(model, adapter_path)
 
 
-# mlx-lm's commands would say that the model does not have such parameters.
+# Without this, mlx-lm's commands would say that the model lacks these parameters.
 put_everywhere("load_adapters", _LOAD_ADAPTERS, _load_adapters)

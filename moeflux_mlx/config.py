@@ -1,32 +1,30 @@
-"""Every environment variable moeflux-mlx reads, in one place.
+"""Every environment variable that moeflux-mlx reads.
 
-Besides these it looks whether those are set by which ``mlx.launch`` and ``mpirun`` tell
-a process its rank.
+It also checks for the variables by which ``mlx.launch`` and ``mpirun`` tell a process
+its rank.
 
 ============================ =======================================================
-``MOEFLUX_EXECUTOR``         executor to use when none is asked for: ``ops``,
+``MOEFLUX_EXECUTOR``         executor if ``load(executor=)`` is not given: ``ops``,
                              ``metal``, ``cuda`` or ``sim`` (default: see
                              ``open_executor``)
 ``MOEFLUX_MEMORY``           memory of the process, and
-``MOEFLUX_EXPERT_MEMORY``    of experts alone, when ``load`` is given neither
-``MOEFLUX_POLICY``           eviction policy when ``load(policy=)`` is not given
+``MOEFLUX_EXPERT_MEMORY``    of experts alone, if ``load`` is given neither
+``MOEFLUX_POLICY``           eviction policy if ``load(policy=)`` is not given
 ``MOEFLUX_READ_THREADS``     parallel reads of expert records (default 8)
-``MOEFLUX_OPTIMISTIC``       ``auto`` (default), ``on`` or ``off``: whether a token runs
-                             ahead of reading experts; ``auto``: on GPUs
-``MOEFLUX_EXPERT_IO``        ``mmap``: map packed experts; ``pread``: read them into
-                             memory through the page cache, ``direct``: past it
-                             (default ``auto``: map on Metal where all of them fit,
-                             else ``pread``)
+``MOEFLUX_OPTIMISTIC``       ``auto`` (default), ``on`` or ``off``: let tokens run ahead
+                             of reading experts; ``auto`` does so on GPUs
+``MOEFLUX_EXPERT_IO``        ``mmap``: map packed experts; ``pread``: read them through
+                             the page cache; ``direct``: bypass the page cache (default
+                             ``auto``: map on Metal if all of them fit, else ``pread``)
 ``MOEFLUX_PROFILE_PER_OP``   ``1``: evaluate Op by Op and print a table at exit
-``MOEFLUX_LOWERING``         kernels to use instead of the table's choice, as
+``MOEFLUX_LOWERING``         ways to use instead of the default ones, as
                              ``Op=way,Op=way`` (``moeflux kernels --lowering`` lists)
-``MOEFLUX_FUSE``             ``0``: perform every Op by itself
-``MOEFLUX_TUNING``           file that ``moeflux tune`` wrote, instead of this machine's
+``MOEFLUX_FUSE``             ``0``: disable fusions, one launch per Op
+``MOEFLUX_TUNING``           file written by ``moeflux tune`` instead of this machine's
                              own; empty or ``0``: none
 ``MOEFLUX_CAPTURE``          ``PATH.gputrace:FIRST-LAST``: record these layers once
-``MOEFLUX_SIM_CHECKED``      ``1``: executor ``sim`` also looks for races and the like
-``MOEFLUX_TRACEBACK``        ``1``: commands also print where an error arose that nobody
-                             foresaw
+``MOEFLUX_SIM_CHECKED``      ``1``: executor ``sim`` also finds races and bad accesses
+``MOEFLUX_TRACEBACK``        ``1``: commands print a traceback for unforeseen errors
 ============================ =======================================================
 """
 
@@ -43,24 +41,24 @@ SWITCH = ("auto", "on", "off")
 
 
 def cache_folder() -> Path:
-    """Return the folder for files that this machine can make again.
+    """Return the folder for files that this machine can create again.
 
-    That is ``moeflux-mlx`` below ``XDG_CACHE_HOME``, by default ``~/.cache``. Use it
-    through ``private``, which looks whose it is.
+    It is ``moeflux-mlx`` in ``XDG_CACHE_HOME``, by default ``~/.cache``. Use it through
+    ``private``, which checks its owner.
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # The working directory may be anybody's; its standard too says to pass that over.
+    # The XDG standard ignores relative paths; the working directory may be untrusted.
     if not os.path.isabs(base):
         base = os.path.expanduser("~/.cache")
-    # A user without a home has a folder that nothing can be made in.
+    # For a user without a home, return a folder in which nothing can be created.
     return Path(base if os.path.isabs(base) else os.devnull) / "moeflux-mlx"
 
 
 def check() -> None:
-    """Read every variable whose values stand here.
+    """Check every variable that has a fixed set of values.
 
     Raises:
-        ConfigError: one has a value that cannot be used.
+        ConfigError: a variable has an unusable value.
     """
     read_threads()
     optimistic()
@@ -73,10 +71,10 @@ def check() -> None:
 
 
 def is_launched() -> bool:
-    """Tell whether ``mlx.launch`` or ``mpirun`` started this process among others."""
+    """Tell whether ``mlx.launch`` or ``mpirun`` started this process as a rank."""
     hosts = Path(os.environ.get("MLX_HOSTFILE") or os.devnull)
     if hosts.is_file() and not hosts.read_bytes().strip():
-        # What it writes for a lone process, and MLX cannot read.
+        # mlx.launch writes an empty file for a single process, and MLX cannot read it.
         return False
     names = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
     return any(name in os.environ for name in names)
@@ -88,22 +86,22 @@ def executor_name() -> str | None:
 
 
 def memory() -> str | None:
-    """Return the process's memory asked for by the environment, if any."""
+    """Return the memory of the process set by the environment, if any."""
     return os.environ.get("MOEFLUX_MEMORY") or None
 
 
 def policy() -> str | None:
-    """Return the eviction policy asked for by the environment, if any."""
+    """Return the eviction policy set by the environment, if any."""
     return os.environ.get("MOEFLUX_POLICY") or None
 
 
 def expert_memory() -> str | None:
-    """Return the experts' memory asked for by the environment, if any."""
+    """Return the memory for experts set by the environment, if any."""
     return os.environ.get("MOEFLUX_EXPERT_MEMORY") or None
 
 
 def read_threads() -> int:
-    """Return how many expert records are read at the same time."""
+    """Return the number of parallel reads of expert records."""
     text = os.environ.get("MOEFLUX_READ_THREADS", "8")
     if not text.isdigit() or not 1 <= int(text) <= 256:
         raise ConfigError(
@@ -112,47 +110,47 @@ def read_threads() -> int:
     return int(text)
 
 
-def optimistic(asked: str | None = None) -> str:
-    """Return whether tokens run ahead: as asked for, else as the environment says."""
-    return _choice("optimistic", asked, SWITCH)
+def optimistic(requested: str | None = None) -> str:
+    """Return the requested mode of running ahead, else the environment's."""
+    return _choice("optimistic", requested, SWITCH)
 
 
-def expert_io(asked: str | None = None) -> str:
-    """Return how experts are to be read: as asked for, else as the environment says."""
-    return _choice("expert_io", asked, EXPERT_IO)
+def expert_io(requested: str | None = None) -> str:
+    """Return the requested way to read experts, else the environment's."""
+    return _choice("expert_io", requested, EXPERT_IO)
 
 
-def _choice(name: str, asked: str | None, choices: tuple[str, ...]) -> str:
+def _choice(name: str, requested: str | None, choices: tuple[str, ...]) -> str:
     variable = f"MOEFLUX_{name.upper()}"
-    value = os.environ.get(variable) or "auto" if asked is None else asked
+    value = os.environ.get(variable) or "auto" if requested is None else requested
     if value not in choices:
-        name = variable if asked is None else name
+        name = variable if requested is None else name
         raise ConfigError(f"[{name}] expected one of {choices} but got {value!r}")
     return value
 
 
 def profile_per_op() -> bool:
-    """Tell whether every Op is to be evaluated and timed on its own."""
+    """Tell whether to evaluate and time every Op separately."""
     return _is_set("MOEFLUX_PROFILE_PER_OP")
 
 
 def sim_checked() -> bool:
-    """Tell whether the simulator is to check every access."""
+    """Tell whether the simulator checks every access."""
     return _is_set("MOEFLUX_SIM_CHECKED")
 
 
 def traceback() -> bool:
-    """Tell whether commands say where an error arose that nobody foresaw."""
+    """Tell whether commands print a traceback for unforeseen errors."""
     return os.environ.get("MOEFLUX_TRACEBACK") == "1"
 
 
 def fuse() -> bool:
-    """Tell whether launches may perform several Ops together."""
+    """Tell whether one launch may perform several Ops."""
     return _is_set("MOEFLUX_FUSE", "1")
 
 
 def lowering() -> dict[str, str]:
-    """Return the ways asked for by Op name."""
+    """Return the requested ways by Op name."""
     text = os.environ.get("MOEFLUX_LOWERING", "")
     pairs = [part.partition("=") for part in text.split(",") if part]
     for op, _, way in pairs:
@@ -164,7 +162,7 @@ def lowering() -> dict[str, str]:
 
 
 def tuning() -> Path | bool:
-    """Return the file of tuned ways to use, True for this machine's, False for none."""
+    """Return the file of tuned ways; True means this machine's file, False none."""
     text = os.environ.get("MOEFLUX_TUNING")
     if text is None:
         return True

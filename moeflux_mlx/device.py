@@ -1,4 +1,4 @@
-"""Facts about the hardware that MLX runs on; every hardware number stands here."""
+"""Facts about the hardware that MLX runs on, and every hardware number."""
 
 from __future__ import annotations
 
@@ -27,41 +27,41 @@ from .system.limits import process_bytes as process_bytes
 from .system.pressure import Pressure
 from .system.pressure import memory_pressure as system_pressure
 
-# Direct reads begin and end at multiples of this: no disk's logical block is larger.
+# Alignment of direct reads: no disk's logical block is larger.
 DISK_BLOCK_BYTES = 4 << 10
 
 # Logits larger than this stay lazy on a CPU: most callers drop a prompt's logits.
 EAGER_LOGITS_BYTES = 64 << 20
-# From this many rows on, unpacking a quantised matrix once beats doing it for each row,
-# values left unscaled.
+# From this many rows on, it is faster to unpack a quantised matrix once, without
+# scaling its values, than for each row.
 UNPACK_MIN_ROWS = 3
-# Unpacked values the host handles at once: 1 MiB, half of a common L2 cache.
+# Unpacked values that the host handles at once: 1 MiB, half of a common L2 cache.
 HOST_BLOCK_VALUES = 256 << 10
-# Attention's scores that the host handles at once, 8 MiB, unless one head has more.
+# Attention scores that the host handles at once: 8 MiB, more if one head needs more.
 HOST_SCORES = 2 << 20
-# Rows times packed matrices of so many values are worth several threads.
+# From this many packed values on, a product of the host runs on several threads.
 HOST_THREADED_VALUES = 4 << 20
-# From this many multiply-adds on, a product of the host is worth several threads.
+# From this many multiply-adds on, a dense product of the host runs on several threads.
 THREADED_MIN_MACS = 64 << 20
-# Keys up to this size are copied by one launch, values with them, in less time than MLX
-# needs to update both in place, which takes it two launches each.
+# Up to this size of the keys, one launch that copies keys and values is faster than
+# MLX's updates in place, which take two launches for each.
 COPIED_CACHE_BYTES = 4 << 20
-# Address space that OpenBLAS takes for each of its threads.
+# Address space that OpenBLAS reserves for each of its threads.
 BLAS_BUFFER_BYTES = 32 << 20
-# Growth of an interpreter once it runs: stacks, Python's objects.
+# Memory by which an interpreter grows while it runs: stacks and Python objects.
 PROCESS_GROWTH_BYTES = 36 << 20
-# A thread's stack where no limit says less.
+# A thread's stack, unless a limit makes it smaller.
 THREAD_STACK_BYTES = 8 << 20
-# Address space that the C library sets aside for a thread's allocations.
+# Address space that the C library reserves for a thread's allocations.
 THREAD_HEAP_BYTES = 64 << 20
-# Overhead of an allocation: its pages' ends and the allocator's own records.
+# Overhead of an allocation: partly used pages and the allocator's records.
 ALLOCATION_SLACK_BYTES = 1 << 20
-# Share of memory that resident matrices may take when kept unpacked in float32.
+# Share of memory that resident matrices may take if kept unpacked in float32.
 UNPACKED_SHARE = 1 / 8
-# How long reading back takes, and the pause in which a GPU waits for what comes next,
-# in layers: an estimate from one profile on an H200.
+# Time of a read-back and of the GPU's pause after it, in units of one layer's time: an
+# estimate from one profile on an H200.
 GPU_READ_BACK_LAYERS = 4.0
-# Rows a matrix from which on MLX's gather_qmm on Metal takes blocks of sorted rows.
+# From this many rows per matrix on, MLX's gather_qmm on Metal multiplies in blocks.
 METAL_ROWS_A_MATRIX = 4
 
 
@@ -72,18 +72,18 @@ def on_cpu() -> bool:
 
 @dataclass(frozen=True)
 class GpuLimits:
-    """A GPU's limits of memory: the longest buffer, and how much to use in all."""
+    """A GPU's limits: the longest buffer, and the recommended total memory."""
 
     buffer_bytes: int
     working_set_bytes: int
 
 
 def gpu_limits() -> GpuLimits | None:
-    """Return Metal's limits; None where MLX takes memory from another allocator.
+    """Return Metal's limits, or None if MLX uses another allocator.
 
-    MLX on a Mac takes all memory from Metal, also to compute on the CPU. It refuses a
-    longer buffer. A larger working set it does not refuse, but macOS then takes pages
-    from the GPU and puts them back while it computes.
+    On a Mac MLX allocates all memory from Metal, even for the CPU. It refuses a longer
+    buffer. It accepts a larger working set, but then macOS moves pages from the GPU and
+    back while it computes.
     """
     if not mx.metal.is_available():
         return None
@@ -94,7 +94,7 @@ def gpu_limits() -> GpuLimits | None:
 
 
 def machine_name() -> str:
-    """Name the device that MLX computes on."""
+    """Return the name of the device that MLX computes on."""
     info: dict[str, Any] = {}
     if mx.metal.is_available() or mx.cuda.is_available():
         info = mx.device_info()
@@ -116,29 +116,29 @@ def mlx_version() -> str:
 
 
 def prefers_host_arrays() -> bool:
-    """Tell whether NumPy arrays beat MLX's here: on a CPU under Linux.
+    """Tell whether NumPy is faster than MLX here, which holds on a CPU under Linux.
 
-    MLX's CPU wheel for Linux links the reference BLAS (about 1 GFLOP/s a core where
-    NumPy's OpenBLAS does 50) and hands every operation to another thread.
+    MLX's CPU wheel for Linux links the reference BLAS (about 1 GFLOP/s per core;
+    NumPy's OpenBLAS reaches 50) and hands every operation to another thread.
     """
     return on_cpu() and sys.platform == "linux"
 
 
 def has_many_registers() -> bool:
-    """Tell whether launches may count on CUDA's registers, twice those of a Mac."""
+    """Tell whether a thread has CUDA's number of registers, twice that of a Mac."""
     return bool(mx.cuda.is_available())
 
 
 def gathers_strided() -> bool:
-    """Tell whether MLX gathers matrices that do not lie end to end; not on CUDA."""
+    """Tell whether MLX can gather non-contiguous matrices, which CUDA cannot."""
     return on_cpu() or not mx.cuda.is_available()
 
 
 def multiplies_by_blocks(n_rows: int, n_matrices: int) -> bool:
-    """Tell whether MLX multiplies sorted rows a block at a time by quantised matrices.
+    """Tell whether MLX multiplies sorted rows by quantised matrices in blocks.
 
-    That is on Metal, where enough rows share a matrix, and sums in another order. It
-    copies matrices that do not lie end to end, all that there are.
+    It does so on Metal if enough rows share a matrix, and then sums in another order
+    and copies all matrices that are not contiguous.
     """
     return (
         not on_cpu()
@@ -148,16 +148,16 @@ def multiplies_by_blocks(n_rows: int, n_matrices: int) -> bool:
 
 
 def multiplies_row_by_row() -> bool:
-    """Tell whether MLX gathers matrices for one row alike, however many there are."""
+    """Tell whether MLX computes a row the same way for any number of rows."""
     return on_cpu()
 
 
 @contextlib.contextmanager
 def host_threads(n_macs: int) -> Iterator[None]:
-    """Let NumPy's BLAS use its threads only where products are large enough.
+    """Let NumPy's BLAS use its threads only for large products.
 
-    OpenBLAS wakes a thread for products of a few hundred microseconds, which costs
-    more than it saves and stalls on busy cores.
+    OpenBLAS also wakes threads for products of a few hundred microseconds. That costs
+    more than it saves, and stalls on busy cores.
 
     Args:
         n_macs: multiply-adds of a typical product in the block.
@@ -171,16 +171,16 @@ def host_threads(n_macs: int) -> Iterator[None]:
 
 @functools.cache
 def start_blas() -> None:
-    """Have NumPy's BLAS make its threads and buffers, so that they can be measured."""
+    """Let NumPy's BLAS create its threads and buffers, so that they are measured."""
     side = 2 * round(THREADED_MIN_MACS ** (1 / 3))
-    # BLAS ends the process where it cannot have a buffer.
+    # BLAS ends the process if it cannot allocate a buffer.
     check_allocation(BLAS_BUFFER_BYTES * n_cores() + 8 * side**2, "memory")
     square = np.ones((side, side), np.float32)
     square @ square
 
 
 def n_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -193,18 +193,18 @@ def _blas() -> ThreadpoolController:
 
 @functools.cache
 def physical_memory_bytes() -> int:
-    """Return the machine's memory, or the limits of this process if they are less.
+    """Return the machine's memory, or a smaller limit of this process.
 
-    Limits are those of control groups, ``ulimit -v`` and ``ulimit -d``.
+    Limits come from control groups, ``ulimit -v`` and ``ulimit -d``.
     """
     return memory_limit_bytes()
 
 
 def ulimit_bytes(n_threads: int) -> int | None:
-    """Return the bytes that limits of address space and data allow; or None.
+    """Return the bytes that limits of address space and data allow, or None.
 
     Args:
-        n_threads: to be started yet, whose stacks these limits count in full.
+        n_threads: threads that will start; these limits count their stacks in full.
     """
     left = left_by_ulimit()
     if left is None:
@@ -218,41 +218,40 @@ def ulimit_bytes(n_threads: int) -> int | None:
 
 
 def left_bytes() -> int | None:
-    """Return the memory that arrays can still take; None where the GPU has its own."""
+    """Return the memory left for arrays, or None if the GPU has its own memory."""
     return None if has_own_memory() else memory_left_bytes()
 
 
 def memory_pressure() -> Pressure:
-    """Return how short the system is of the memory that experts take here."""
+    """Return the system's pressure on the memory that holds experts."""
     return Pressure.NORMAL if has_own_memory() else system_pressure()
 
 
 def has_own_memory() -> bool:
-    """Tell whether MLX computes on a GPU with memory that is not the system's."""
+    """Tell whether MLX computes on a GPU with its own memory."""
     return bool(mx.cuda.is_available()) and not on_cpu()
 
 
 def returns_pages() -> bool:
     """Tell whether the system takes back single pages of an array's memory.
 
-    On Metal a buffer's pages may be wired, and what CUDA manages is not the system's:
-    there only a whole buffer goes back. MLX takes all arrays from these where it has
-    them, also to compute on the CPU.
+    Metal may wire a buffer's pages, and CUDA manages its own memory; both take back
+    whole buffers only. Where one is present, MLX uses it for all arrays, even for
+    those of the CPU.
     """
     return not (mx.metal.is_available() or mx.cuda.is_available())
 
 
 def check_allocation(n_bytes: int, part: str) -> None:
-    """Raise BudgetError unless the system would give so much memory now.
+    """Raise BudgetError unless the system can allocate this much memory now.
 
-    MLX writes to its allocator's memory without looking: where memory cannot be
-    had, that ends the process.
+    MLX does not check its allocations: a failed one ends the process.
 
     Args:
-        part: the part that asks, for the message.
+        part: the requesting part, for the message.
     """
     try:
-        # Private like the allocator's own, or limits of data would not count it.
+        # Limits of data count private mappings only, like the allocator's own.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         mmap.mmap(-1, n_bytes + ALLOCATION_SLACK_BYTES, flags).close()
     except (OSError, ValueError, OverflowError) as error:
@@ -263,14 +262,14 @@ def check_allocation(n_bytes: int, part: str) -> None:
 
 
 def return_memory(array: np.ndarray) -> bool:
-    """Return the whole pages of an array to the system; its values are lost.
+    """Return the complete pages of an array to the system, and lose their values.
 
-    Tells whether the system took them; only where it ``returns_pages``.
+    It works only if ``returns_pages``, and returns whether the system took the pages.
     """
     page = mmap.PAGESIZE
     begin = -(-array.ctypes.data // page) * page
     end = (array.ctypes.data + array.nbytes) // page * page
-    # macOS counts pages as free at once only with an advice of its own.
+    # macOS counts pages as free at once only with its own advice.
     advice = getattr(mmap, "MADV_FREE_REUSABLE", mmap.MADV_DONTNEED)
     return end <= begin or not _c().madvise(
         ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice
@@ -278,10 +277,10 @@ def return_memory(array: np.ndarray) -> bool:
 
 
 def return_freed() -> None:
-    """Have MLX return freed memory from now on, where it takes the system's.
+    """Let MLX return freed memory to the system at once on a CPU.
 
-    It would keep all of it for arrays of the same sizes, without a bound on a CPU. On
-    GPUs it stays as it is: there it costs more to ask for memory.
+    By default MLX keeps freed memory for arrays of the same size, on a CPU without a
+    bound. On GPUs this stays so, because allocation is more expensive there.
     """
     if on_cpu():
         mx.set_cache_limit(0)
@@ -289,7 +288,7 @@ def return_freed() -> None:
 
 
 def trim_heap() -> None:
-    """Have the C library return freed memory, where it can."""
+    """Let the C library return freed memory to the system, if it can."""
     trim = getattr(_c(), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -301,22 +300,22 @@ def _c() -> ctypes.CDLL:
 
 
 def activation_dtype(model_dtype: mx.Dtype) -> mx.Dtype:
-    """Return the type of activations: the model's, but float32 on a CPU.
+    """Return the type of activations: float32 on a CPU, otherwise the model's.
 
-    MLX's CPU products are 9 times slower in bfloat16 than in float32.
+    On a CPU MLX's products are 9 times slower in bfloat16 than in float32.
     """
     return mx.float32 if on_cpu() else model_dtype
 
 
-# Threads of a simdgroup, and of CUDA's warp.
+# Threads in a simdgroup, and in a warp of CUDA.
 SIMD = 32
 # Metal's limits for one launch, on every Apple GPU.
 MAX_THREADS_PER_GROUP = 1024
 MAX_THREADGROUP_BYTES = 32 << 10
 MAX_BUFFERS = 31
-# Threads of a threadgroup times registers of a thread that M1 and M2 are known to
-# allow. Beyond the second number their threads spill. Later chips have more.
+# M1 and M2 allow this product of a threadgroup's threads and a thread's registers.
+# Above MAX_REGISTERS a thread spills. Later chips have more of both.
 THREADGROUP_REGISTERS = 53_248
 MAX_REGISTERS = 128
-# CUDA's, of threadgroups along y and z.
+# CUDA's limit for threadgroups along y and z.
 MAX_CUDA_GRID_YZ = 65535

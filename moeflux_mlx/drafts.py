@@ -1,9 +1,9 @@
-"""Let models draft, or be drafted for, whose caches cannot be cut back.
+"""Speculative decoding for models whose caches cannot be trimmed.
 
-mlx-lm's speculative decoding takes tokens that were refused back out of the caches.
-States of linear attention and windows that are full do not let it. Here such caches go
-back to where they were before the call that added those tokens, and the tokens of that
-call which stay are computed once more, with the next ones.
+mlx-lm's speculative decoding trims rejected tokens from the caches. States of linear
+attention and full windows cannot be trimmed. Here such caches are restored to their
+values before the call that added the tokens, and the accepted tokens of that call are
+computed again, together with the next ones.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from .memory.caches import ROTATING, CacheState, are_known, single_caches
 from .saving.guard import GuardsSaving, put_everywhere
 
 _STOCK = speculative_generate_step
-# mlx-lm's own, of ``num_draft_tokens``.
+# mlx-lm's default of ``num_draft_tokens``.
 DRAFT_TOKENS = 2
 
 
 def can_go_back(cache: Sequence[Any]) -> bool:
-    """Tell whether a model with such caches can draft and be drafted for."""
+    """Tell whether a model with such caches can take part in speculative decoding."""
     return not _needs_help(cache) or are_known(cache)
 
 
 def _needs_help(cache: Sequence[Any]) -> bool:
-    """Tell whether caches cannot be cut back, now or once they are full."""
+    """Tell whether some cache cannot be trimmed, now or when it is full."""
     singles = [*single_caches(cache)]
     return any(isinstance(c, ROTATING) or not c.is_trimmable() for c in singles)
 
 
 class GoesBack:
-    """A model and its caches, which go back by as many tokens as mlx-lm wants.
+    """A stand-in for a model, whose caches can go back by several tokens.
 
-    In the place of a model it is called with ``layers`` in the place of caches.
+    mlx-lm calls it like the model, with ``layers`` as caches.
 
     Args:
-        most: tokens that the caches can go back by.
+        most: maximum number of tokens by which the caches can go back.
     """
 
     def __init__(self, model: Any, caches: list[Any], most: int):
         self._model, self._caches, self._most = model, caches, most
         self.layers = [_Place(self, cache) for cache in caches]
-        # What caches were before the last calls, and the tokens of each.
+        # The last calls: the caches before each, and its tokens.
         self._calls: list[tuple[list[CacheState], mx.array]] = []
-        # Tokens that the caches lack: they were taken back with others, and stay.
+        # Accepted tokens that the caches lack, because restoring removed them too.
         self._lacking = mx.zeros((1, 0), mx.uint32)
         self._failed = False
 
@@ -77,17 +77,17 @@ class GoesBack:
         return logits
 
     def settle(self) -> None:
-        """Give the caches what they lack."""
+        """Compute the accepted tokens that the caches lack."""
         if self._lacking.shape[1] and not self._failed:
             mx.eval(self._run(self._lacking))
 
     def go_back(self, n: int) -> None:
-        """Take the last ``n`` tokens back.
+        """Remove the last ``n`` tokens from the caches.
 
         Raises:
-            ModelError: that is more than can be taken back.
+            ModelError: ``n`` exceeds the recorded calls.
         """
-        # After a call that failed nobody knows how many tokens that would be.
+        # After a failed call the number of tokens in the caches is unknown.
         if self._failed:
             return
         while self._lacking.shape[1] < n:
@@ -104,7 +104,7 @@ class GoesBack:
 
 
 class _Place:
-    """Stands for a layer's cache where mlx-lm cuts caches back: the first does it."""
+    """A stand-in for a layer's cache; trimming the first one trims all of them."""
 
     def __init__(self, owner: GoesBack, cache: Any):
         self._owner, self._cache = owner, cache
@@ -152,7 +152,7 @@ def _speculative_generate_step(
     try:
         yield from _STOCK(prompt, models[0], models[1], stream, **options)
     finally:
-        # Caches that nobody else has are not looked at any more.
+        # Caches made here are discarded, so only the caller's need to be complete.
         if given is not None:
             with mx.stream(stream):
                 for each in helped:
@@ -167,10 +167,10 @@ def _helped(
     kv_bits: int | None = None,
     **_: Any,
 ) -> Any:
-    """Return what stands for a model whose caches cannot be cut back, or the model.
+    """Return a stand-in for a model whose caches cannot be trimmed, else the model.
 
     Raises:
-        ModelError: nothing can.
+        ModelError: the caches cannot be restored either.
     """
     if not _needs_help(cache):
         return model
@@ -182,12 +182,12 @@ def _helped(
         )
     if kv_bits is not None:
         raise ModelError(
-            "[draft] expected keys and values as they are, for a model whose caches "
-            "cannot be cut back, but got kv_bits: leave it out"
+            "[draft] expected unquantised keys and values, for a model whose caches "
+            "cannot be trimmed, but got kv_bits: leave it out"
         )
     return GoesBack(model, cache, max(1, num_draft_tokens))
 
 
 def let_all_draft() -> None:
-    """Have mlx-lm's speculative decoding take models whose caches cannot be cut."""
+    """Extend mlx-lm's speculative decoding to caches that cannot be trimmed."""
     put_everywhere("speculative_generate_step", _STOCK, _speculative_generate_step)

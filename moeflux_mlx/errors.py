@@ -1,7 +1,7 @@
-"""Every error a user can meet, typed by the part that raises it.
+"""Every error that a user can meet, with one type for each part.
 
-Messages read ``[part] expected X but got Y`` and name the file, layer,
-expert or argument at fault.
+Messages read ``[part] expected X but got Y`` and name the file, layer, expert or
+argument at fault.
 """
 
 from __future__ import annotations
@@ -9,20 +9,23 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-# How much of another library's error a line of ours repeats.
+# Maximum length of another library's error within a line of ours.
 MOST_TOLD = 400
-# The first and last letters kept of an error's text, if it has more than both.
+# Number of characters kept at each end of a longer text.
 HALF_TEXT = 1000
 
 
 def one_line(text: str) -> str:
-    """Return text as a terminal may show it, names of files being anybody's choice."""
+    """Return text as one line that is safe on a terminal.
+
+    File names in it may contain any character.
+    """
     lines = (line.strip() for line in text.split("\n"))
     return printable(" ".join(line for line in lines if line))
 
 
 def printable(text: str) -> str:
-    """Return text with ``?`` for all that moves a terminal, but for ends of lines."""
+    """Replace control characters except line ends by ``?``."""
     if text.isprintable():
         return text
     shown = (c if c.isprintable() or c == "\n" else "?" for c in text)
@@ -30,9 +33,9 @@ def printable(text: str) -> str:
 
 
 class MoefluxError(Exception):
-    """Base of every error raised on purpose by moeflux-mlx; its text is one line.
+    """Base class of every error that moeflux-mlx raises; its text is one line.
 
-    It may repeat what a file says, which can be of any length.
+    A long text is cut in the middle, because it may quote a file.
     """
 
     def __str__(self) -> str:
@@ -43,11 +46,11 @@ class MoefluxError(Exception):
 
 
 class BackendError(MoefluxError, ImportError):
-    """No usable MLX backend, or an executor that cannot run here."""
+    """MLX has no usable backend, or an executor cannot run here."""
 
 
 class ConfigError(MoefluxError, ValueError):
-    """An argument or environment variable has a value that cannot be used."""
+    """An argument or environment variable has an unusable value."""
 
 
 class GraphError(MoefluxError):
@@ -55,7 +58,7 @@ class GraphError(MoefluxError):
 
 
 class SizeMismatch(GraphError):
-    """A buffer and the host bytes meant for it differ in size."""
+    """A buffer differs in size from the bytes of the host."""
 
     def __init__(self, label: str, expected: int, actual: int):
         self.label, self.expected, self.actual = label, expected, actual
@@ -65,11 +68,11 @@ class SizeMismatch(GraphError):
 
 
 class ModelError(MoefluxError, ValueError):
-    """A model directory, its configuration or its input is not usable."""
+    """A model directory, its configuration or its input is unusable."""
 
 
 class ExpertStoreError(MoefluxError):
-    """Expert files are missing, damaged, unreadable or of another model."""
+    """Expert files are missing, damaged, unreadable or belong to another model."""
 
 
 class BudgetError(ExpertStoreError, ValueError):
@@ -77,18 +80,15 @@ class BudgetError(ExpertStoreError, ValueError):
 
 
 class StateError(MoefluxError, ValueError):
-    """A saved state is damaged or of another model, or caches cannot be kept."""
+    """A saved state is unusable, or caches cannot be saved."""
 
 
 class TraceError(MoefluxError, ValueError):
-    """A recording of routing is missing, damaged or of another model."""
+    """A routing trace is missing, damaged or belongs to another model."""
 
 
 class RequestError(MoefluxError, ValueError):
-    """A request to a server asks for something that it does not give.
-
-    ``status`` is the one of HTTP that says so.
-    """
+    """A server refuses a request; ``status`` is the HTTP status."""
 
     def __init__(self, message: str, status: int = 400):
         self.status = status
@@ -96,11 +96,11 @@ class RequestError(MoefluxError, ValueError):
 
 
 class GroupError(MoefluxError, RuntimeError):
-    """Another process of a group ended, or does something else."""
+    """Another process of the group ended, or makes another call."""
 
 
 class PeerError(GroupError):
-    """Another process of a group failed, and says so itself."""
+    """Another process of the group failed and reports the error itself."""
 
 
 class KernelError(MoefluxError, ValueError):
@@ -108,19 +108,19 @@ class KernelError(MoefluxError, ValueError):
 
 
 class SimulatorError(MoefluxError):
-    """A kernel does not compile for the simulator, or did something wrong there."""
+    """A kernel does not compile for the simulator, or made an error there."""
 
     def __str__(self) -> str:
-        # A compiler points at places below its lines.
+        # Keep line ends: a compiler marks columns on a line below the code.
         return printable(Exception.__str__(self))
 
 
 @contextlib.contextmanager
 def memory_errors(where: str) -> Iterator[None]:
-    """Give memory that the process cannot have a type and advice.
+    """Turn a MemoryError into an error with advice.
 
     Raises:
-        BudgetError: in place of a MemoryError.
+        BudgetError: instead of the MemoryError.
     """
     try:
         yield
@@ -133,11 +133,11 @@ def memory_errors(where: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line_errors(where: str) -> Iterator[None]:
-    """Turn errors of other libraries into one line that says where it was.
+    """Turn errors of other libraries into one line that begins with ``where``.
 
     Raises:
         ModelError: with the library's error as its cause.
-        BudgetError: as ``memory_errors``.
+        BudgetError: see ``memory_errors``.
     """
     try:
         with memory_errors(where):

@@ -67,65 +67,63 @@ def load(
     native: bool | None = None,
     group: Group | None = None,
 ) -> Any:
-    """Load a model as ``mlx_lm.load``, its experts streamed or among its parameters.
+    """Load a model like ``mlx_lm.load``, with its experts streamed or as parameters.
 
-    Experts of a packed directory are always streamed, those of a plain checkpoint if
-    ``memory`` or ``expert_memory`` bounds them.
+    The experts of a pack are always streamed. Those of a plain checkpoint are streamed
+    if ``memory`` or ``expert_memory`` bounds them.
 
     Args:
         path_or_hf_repo: a directory, or a Hugging Face Hub id to download.
         tokenizer_config, model_config, revision: as in ``mlx_lm.load``. A tokenizer's
-            own code runs only if ``tokenizer_config`` has ``trust_remote_code=True``.
-        adapter_path: a directory that ``mlx_lm.lora`` wrote, put on the model.
-        lazy: leave parameters unevaluated; whether they fit is not looked at either.
-        return_config: return the configuration too.
-        trust_remote_code: True is refused for a model that brings code of its own,
-            which is never run here.
-        memory: bytes (``8000000000`` or ``"8GB"``) that the process takes in all:
-            experts get the remainder, less as caches grow. The plan is printed
-            on standard error. ``"auto"`` tries several amounts of up to 3/4 of the
-            machine's memory for a few seconds and takes the fastest.
-        expert_memory: bytes that bound the experts alone, whatever else is taken. With
-            neither, ``MOEFLUX_MEMORY`` and ``MOEFLUX_EXPERT_MEMORY`` say it, or else a
-            packed model's experts take up to 3/4 of the machine's memory.
+            code runs only if ``tokenizer_config`` has ``trust_remote_code=True``.
+        adapter_path: directory that ``mlx_lm.lora`` wrote.
+        lazy: leave parameters unevaluated, and do not check whether they fit.
+        return_config: also return the configuration.
+        trust_remote_code: True is refused for a model with its own Python code, which
+            never runs here.
+        memory: bytes (``8000000000`` or ``"8GB"``) for the whole process. Experts get
+            what other parts leave, and less as caches grow. The plan is printed on
+            standard error. ``"auto"`` tries several amounts of up to 3/4 of the
+            machine's memory for a few seconds and keeps the fastest.
+        expert_memory: bytes for the experts alone. Without either amount,
+            ``MOEFLUX_MEMORY`` and ``MOEFLUX_EXPERT_MEMORY`` apply, and without those
+            the experts of a pack take up to 3/4 of the machine's memory.
         scope: ``"global"`` shares the expert slots between layers, ``"layer"`` gives
             each layer its own.
-        policy: which experts stay in memory: ``"lfu"``, ``"lru"``, ``"markov"``, or
+        policy: eviction policy: ``"lfu"``, ``"lru"``, ``"markov"``, or
             ``"pins:TRACE"`` with a file of ``moeflux trace`` (see ``policy_factory``);
-            None takes the environment's choice, else ``"lfu"``.
-        executor: name of the executor; None takes the environment's choice.
-        optimistic: ``"auto"``, ``"on"`` or ``"off"``: whether tokens run ahead of
-            reading experts; None takes the environment's choice.
-        read_ahead: ``"on"``, ``"off"`` or ``"auto"``: whether experts are read before
-            a layer asks for them; ``auto`` tries both for some tokens.
-        expert_io: ``"mmap"`` maps the experts of a packed directory; ``"pread"`` reads
-            them into memory through the page cache, ``"direct"`` past it, for which
-            they must be packed on Linux. None takes the environment's choice, else
-            ``"auto"``: mapped on Metal where all of them fit, else ``"pread"``. A
-            mapped file that is cut ends the process.
-        native: True for our own class of the model, False for mlx-lm's, its experts
-            streamed if ``expert_memory`` bounds them; None takes our own where there
-            is one.
-        group: as ``mx.distributed.init()`` returns it: each of its ranks reads a part
-            of every layer's experts, and all compute the same. They must load and call
-            alike, with mlx-lm's class of the model and rank 0's random state. Amounts
-            of memory are this rank's.
+            None uses the environment's policy, else ``"lfu"``.
+        executor: name of the executor; None uses the environment's.
+        optimistic: ``"auto"``, ``"on"`` or ``"off"``: let tokens run ahead of reading
+            experts; None uses the environment's value.
+        read_ahead: ``"on"``, ``"off"`` or ``"auto"``: read experts before a layer
+            requests them; ``auto`` tries both for some tokens.
+        expert_io: ``"mmap"`` maps the experts of a pack, ``"pread"`` reads them through
+            the page cache, ``"direct"`` bypasses the page cache, which on Linux needs
+            a pack. None uses the environment's value, else ``"auto"``: map on Metal if
+            all of them fit, else ``"pread"``. Cutting a mapped file ends the process.
+        native: True for our class of the model, False for mlx-lm's, with experts
+            streamed if ``expert_memory`` bounds them; None prefers our class.
+        group: process group of ``mx.distributed.init()``. Each rank reads a share of
+            every layer's experts, and all ranks compute the rest. They must load the
+            same model and make the same calls. mlx-lm's class runs, with rank 0's
+            random state. Amounts of memory are per rank.
 
     Returns:
-        ``(model, tokenizer)``, or with the configuration, as ``mlx_lm.load`` does.
+        ``(model, tokenizer)``, or with ``return_config`` also the configuration.
 
     Raises:
-        ModelError: the directory is not a model, or not one of a supported type; a
-            checkpoint's experts are missing, truncated or of no usable form; adapters
-            are of another model, or of routed experts that are read from files.
-        ExpertStoreError: a pack's files are missing, damaged or of another model; a
-            file cannot be read.
+        ModelError: the directory holds no model of a supported type; a checkpoint's
+            experts are missing, truncated or in an unusable form; adapters belong to
+            another model or adapt streamed experts.
+        ExpertStoreError: files of a pack are missing, damaged or belong to another
+            model, or a file cannot be read.
         BudgetError: ``memory`` or ``expert_memory`` cannot hold the needs of one token,
-            or all the experts that are to be mapped; without either, what is loaded
-            whole does not fit into the memory that is left.
-        ConfigError: an argument or environment variable has no usable value.
-        TraceError: the recording that ``policy`` names is not usable.
-        GroupError: another rank failed, ended or has loaded something else.
+            or all the experts to be mapped; without either, the loaded weights exceed
+            the memory that is left.
+        ConfigError: an argument or environment variable has an unusable value.
+        TraceError: the routing trace that ``policy`` names is unusable.
+        GroupError: another rank failed, ended or loaded another model.
     """
     check_settings()
     kinds: tuple[tuple[str, object, type | tuple[type, ...]], ...] = (
@@ -173,16 +171,16 @@ def load(
     )
     if not return_config:
         return model, tokenizer
-    # A pack's own file is nothing to who saves the model.
+    # The configuration of a saved model must not name a pack's Python file.
     loaded.pop("model_file", None)
     return model, tokenizer, loaded
 
 
 def load_draft(path_or_hf_repo: str, tokenizer_config: dict[str, Any]) -> Any:
-    """Load a model that drafts and its tokenizer: a pack's experts are streamed.
+    """Load a draft model and its tokenizer; the experts of a pack are streamed.
 
     Raises:
-        MoefluxError: as ``load``.
+        MoefluxError: see ``load``.
     """
     path = find_model(path_or_hf_repo)
     if is_packed(path):
@@ -200,7 +198,7 @@ def _load_through_door(
     lazy: bool,
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Load mlx-lm's class of a model."""
-    # Before memory is planned: it takes some too.
+    # Before the memory plan, because the tokenizer takes memory too.
     eos = {**load_config(path), **(model_config or {})}.get("eos_token_id")
     tokenizer = open_tokenizer(path, tokenizer_config, eos)
     model, loaded = load_through_door(
@@ -228,7 +226,7 @@ def _load_our_own(
             put_adapters(model, adapter_path)
         if not lazy and options.amounts == Amounts():
             check_fits(path, model)
-        # Before memory is planned: it takes some too.
+        # Before the memory plan, because the tokenizer takes memory too.
         eos = loaded.get("eos_token_id")
         tokenizer = open_tokenizer(path, tokenizer_config, eos)
         with byte_progress() as report:
@@ -247,8 +245,8 @@ def _load_our_own(
 def _tell_departure(config: dict[str, Any]) -> None:
     if (where := departs(config)) is not None:
         notice(
-            f"model class: our own {config.get('model_type')}, as transformers and not "
-            f"as mlx-lm in {where}; native=False has mlx-lm's way"
+            f"model class: our own {config.get('model_type')}, which follows "
+            f"transformers, not mlx-lm, in {where}; native=False selects mlx-lm's"
         )
 
 
@@ -256,8 +254,8 @@ def _refuse_code(path: Path) -> None:
     name = read_config(path).get("model_file")
     if name is not None and not is_packed(path):
         raise ConfigError(
-            f"[trust_remote_code] {path}: expected a model that mlx-lm or moeflux-mlx "
-            f"has a class of but got one that brings {short(name)}, which is not run "
+            f"[trust_remote_code] {path}: expected a model with a class in mlx-lm or "
+            f"moeflux-mlx but got one with its own {short(name)}, which is not run "
             "here: load it with mlx_lm.load"
         )
 
@@ -265,17 +263,17 @@ def _refuse_code(path: Path) -> None:
 def plan_load(
     path_or_repo: str | Path, memory: int | str, *, scope: str = "global"
 ) -> MemoryPlan:
-    """Return the plan that ``load`` makes of this ``memory``; loads nothing.
+    """Return the plan that ``load`` would make for ``memory``, without loading.
 
-    Where mlx-lm's class runs the model, that is measured without its matrices.
+    A model of mlx-lm's class is measured without its matrices.
 
     Raises:
-        ModelError, ExpertStoreError, BudgetError, ConfigError: as ``load``.
+        ModelError, ExpertStoreError, BudgetError, ConfigError: see ``load``.
     """
     check_settings()
     options = RunOptions(None, memory, scope=scope)
     path = find_model(path_or_repo)
-    # It takes some memory too.
+    # The plan must include the memory of the tokenizer.
     brings_tokenizer = any(path.glob("tokenizer*"))
     if takes_door(path, None):
         if brings_tokenizer:
@@ -291,10 +289,10 @@ def plan_load(
 
 
 def check_loadable(directory: Path) -> None:
-    """Raise the errors of loading a checkpoint before it reads weights.
+    """Raise the errors of loading a checkpoint without reading weights.
 
     Raises:
-        ModelError, ExpertStoreError: as ``load``.
+        ModelError, ExpertStoreError: see ``load``.
     """
     check_kinds(directory)
     options = RunOptions(expert_memory=1, executor="ops")
@@ -306,14 +304,14 @@ def check_loadable(directory: Path) -> None:
 def _built(
     path: Path, options: RunOptions, model_config: dict[str, Any] | None = None
 ) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
-    """Build a model without reading weights; an error in here closes its files."""
+    """Build a model without reading weights; an error closes its files."""
     streams = options.amounts != Amounts() or is_packed(path)
-    # Opened first: mlx-lm's own errors do not say which file or expert is at fault.
+    # Open the store first: mlx-lm's errors name neither the file nor the expert.
     direct = config.expert_io(options.expert_io) == "direct"
     store = open_store(path, direct=direct) if streams else None
     opened = (lambda: store) if store is not None else None
     options = replace(options, open_experts=opened, directory=path)
-    # A packed directory's model_file names the very class that is loaded here.
+    # A pack's model_file names the class that is loaded here.
     changes = {**(model_config or {}), "model_file": None}
     try:
         reads = read_weights(path, changes, store)
@@ -324,7 +322,7 @@ def _built(
                 model_config=changes,
                 get_model_classes=lambda config: model_classes(config, options, reads),
             )
-        # Each random number of a model's making, never looked at, hangs on this.
+        # Building a model draws lazy random numbers; this frees their graph.
         mx.eval(mx.random.state)
         yield built
     except BaseException:
@@ -350,10 +348,10 @@ def model_classes(
     """Return ``(Model, ModelArgs)`` for a configuration, bound to ``options``.
 
     Args:
-        reads: changes weights as files have them before the model renames them.
+        reads: transforms the weights of the files before the model renames them.
 
     Raises:
-        ModelError: moeflux-mlx has no model class of that type.
+        ModelError: moeflux-mlx has no model class of this type.
     """
     module = model_module(config.get("model_type"))
 
@@ -367,9 +365,9 @@ def model_classes(
 
 
 def saved_plainly(model: type, arguments: type) -> tuple[type, type]:
-    """Return a pack's classes whose configuration does not name the pack's own file.
+    """Return a pack's classes with a configuration that omits the pack's Python file.
 
-    mlx-lm saves that configuration with the whole model, which is no pack.
+    mlx-lm saves this configuration with the whole model, which is no pack.
     """
 
     class Arguments(arguments):  # type: ignore[misc, valid-type]
@@ -382,14 +380,14 @@ def saved_plainly(model: type, arguments: type) -> tuple[type, type]:
 
 
 def pack_classes(model_file: str) -> tuple[type, type]:
-    """Return the classes of the packed directory that ``model_file`` lies in.
+    """Return the classes of the pack that contains ``model_file``.
 
-    Stock mlx-lm commands reach a packed model through this with
-    ``--trust-remote-code``; memory and executor come from the environment.
+    Stock mlx-lm's commands call this for a pack with ``--trust-remote-code``. Memory
+    and executor come from the environment.
     """
     saves = is_to_be_saved()
     directory = Path(model_file).resolve().parent
-    # First: a server whose model cannot be loaded ends.
+    # Join first, so that a server whose model fails to load ends.
     give_way = serving.join()
     check_settings()
     options = RunOptions(directory=directory, give_way=give_way)
@@ -406,7 +404,7 @@ def pack_classes(model_file: str) -> tuple[type, type]:
     bound, arguments = model_classes(found, options)
 
     class Model(bound):  # type: ignore[misc, valid-type]
-        """Refuses a model that does not fit at loading, not at the first request."""
+        """Refuses a model that does not fit at loading, not at the first call."""
 
         def load_weights(self, *args: Any, **kwargs: Any) -> nn.Module:
             super().load_weights(*args, **kwargs)

@@ -1,7 +1,7 @@
-"""Keep the state of a run: its caches, the tokens they stand for, the hot experts.
+"""Save and load the state of a run: caches, tokens, and the experts in memory.
 
-A saved state spares reading a prompt again, and the experts in memory with it. Within a
-run a ``CacheCheckpoint`` takes tokens back.
+A saved state saves the work of reading a prompt and its experts again. Within a run a
+``CacheCheckpoint`` removes tokens.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ from .system.files import open_file, parse_json, replacing, short
 
 FORMAT, VERSION = "moeflux-state", 2
 TOKENS, EXPERTS = "tokens", "experts"
-# A state of a thousand layers has less to say, and no model has more experts.
+# Bounds: a header of a thousand layers is smaller, and no model has more experts.
 HEADER_BYTES, MOST_EXPERTS = 4 << 20, 1 << 20
-# No context is longer; where a configuration does not say how long it may become.
+# Bound of the context if the configuration states none; no model's is longer.
 MOST_TOKENS = 1 << 24
 MLX_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
-# In these tokens can be taken back.
+# Caches from which CacheCheckpoint can remove tokens.
 TAKE_BACK = (KVCache, QuantizedKVCache, ArraysCache)
 
 
 @dataclass(frozen=True)
 class State:
-    """Caches as ``mlx_lm`` takes them (``prompt_cache=``), and their tokens."""
+    """Caches for mlx-lm (``prompt_cache=``), and their tokens."""
 
     cache: list[Any]
     tokens: list[int]
@@ -60,18 +60,18 @@ class State:
 def save_state(
     path: str | os.PathLike, model: nn.Module, cache: list[Any], tokens: Sequence[int]
 ) -> None:
-    """Write caches, tokens and the set of experts in memory to one file, atomically.
+    """Write caches, tokens and the list of experts in memory to a file, atomically.
 
-    Between tokens only; it waits for arrays that are still being computed. Nobody but
-    the file's owner can read it.
+    Call it between tokens; it waits for arrays that are still being computed. Only the
+    file's owner can read it.
 
     Args:
-        cache: one sequence's caches of this model, one for each layer.
-        tokens: every token that went into them, in order.
+        cache: one sequence's caches of this model, one per layer.
+        tokens: all tokens in the caches, in order.
 
     Raises:
-        StateError: the caches are not this model's or not of these tokens, or the file
-            cannot be written.
+        StateError: the caches do not match the model or the tokens, or the file cannot
+            be written.
     """
     path, run = _path(path), _Run.of(model)
     caches, layouts = _caches(cache), run.needs.cache_layouts
@@ -114,13 +114,13 @@ def save_state(
 
 
 def check_keeps_state(model: nn.Module) -> None:
-    """Raise StateError if a model's state cannot be kept, whatever it will be."""
+    """Raise StateError if no state of this model can be saved."""
     check_kinds(_Run.of(model).needs.cache_layouts)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """The model of a state: one of our own class, or one that streams its experts."""
+    """The parts of a model that a state needs; its class is ours, or it is streamed."""
 
     identity: str
     model: nn.Module
@@ -130,49 +130,49 @@ class _Run:
 
     @classmethod
     def of(cls, model: nn.Module) -> _Run:
-        """Return the parts of a model's state.
+        """Return the parts of a model that a state needs.
 
         Raises:
-            StateError: nobody knows which files it is of, or adapters change it.
+            StateError: the model's files are unknown, or it has adapters.
         """
         if has_adapters(model):
             raise StateError(
-                "[state] expected a model as its files have it but got one with "
-                "adapters: fuse them into it with mlx_lm.fuse to keep states"
+                "[state] expected a model without adapters but got one with "
+                "adapters: fuse them with mlx_lm.fuse to save states"
             )
         streams = isinstance(model, StreamedModel)
         if streams and model.__dict__["group"] is not None:
             raise StateError(
                 "[state] expected a model in one process but several share its "
-                "experts: load it without group= to keep its state"
+                "experts: load it without group= to save its state"
             )
         owner: Any = model if streams else getattr(model, "runtime", None)
         if owner is None:
             kind = type(model)
             raise StateError(
-                "[state] expected a model that streams its experts or is of "
-                f"moeflux-mlx's own class but got {kind.__module__}.{kind.__name__}: "
-                "load it with a bound on memory to keep its state"
+                "[state] expected streamed experts or a class of moeflux-mlx's own "
+                f"but got {kind.__module__}.{kind.__name__}: load the model with a "
+                "bound on memory to save its state"
             )
         needs, streamer = model.needs, model.streamer
         return cls(str(owner.identity), model, needs, streamer, owner.keeper)
 
     @property
     def held(self) -> list[tuple[int, int]]:
-        """The experts in memory; none where they are parameters."""
+        """The experts in memory; empty if they are parameters."""
         return [] if self.streamer is None else self.streamer.held
 
 
 def load_state(path: str | os.PathLike, model: nn.Module) -> State:
-    """Return saved caches and tokens, the experts that were in memory there again.
+    """Return saved caches and tokens, and read the experts that were in memory.
 
-    Nothing changes unless all of the file is right. Every size is held against the
-    model before anything of it is read. Where there is room for fewer experts, as many
-    of each layer are read.
+    Nothing changes unless the whole file is valid. Every size is compared with the
+    model before any data is read. If there is room for fewer experts, the same number
+    is read for each layer.
 
     Raises:
-        StateError: the file cannot be read, is damaged, of another version, of another
-            model, or of caches that this model does not have; says which.
+        StateError: the file is unreadable, damaged, of another version or model, or has
+            caches that this model lacks; the message says which.
         BudgetError: the caches do not fit into the model's memory.
         ExpertStoreError: an expert could not be read.
     """
@@ -199,10 +199,10 @@ def load_state(path: str | os.PathLike, model: nn.Module) -> State:
 
 
 class _Checked:
-    """A state's header, every field of it held against the model.
+    """A state's header after a comparison of every field with the model.
 
     Raises:
-        StateError: something is not as the model would have written it.
+        StateError: a field differs from what this model would write.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class _Checked:
             got = version and short(version)[1:-1]
             raise StateError(
                 f"[state] {path}: expected version {VERSION} but got {got}: save the "
-                "state anew"
+                "state again"
             )
         self._expect("model", run.identity, about.get("model"))
         self._n_tokens = self._count(entries)
@@ -249,10 +249,10 @@ class _Checked:
         return MOST_EXPERTS if streamer is None else len(streamer.experts)
 
     def make_room(self) -> None:
-        """Let experts give way to the caches, where memory is bounded.
+        """Release experts to make room for the caches, if memory is bounded.
 
         Raises:
-            BudgetError: even with the fewest experts they do not fit.
+            BudgetError: the caches do not fit even with the minimum of experts.
         """
         keeper, needs = self._run.keeper, self._run.needs
         if keeper is None:
@@ -264,14 +264,14 @@ class _Checked:
         keeper.make_room(empty, 1, min(self._n_tokens, n_rows))
 
     def tokens(self, array: mx.array) -> list[int]:
-        """Return the token ids, which are all of the vocabulary."""
+        """Return the token ids; check that all are in the vocabulary."""
         tokens: list[int] = np.array(array).tolist()
         if max(tokens) >= (size := self._run.needs.vocab_size):
             _refuse(self._path, "tokens", f"less than {size}", max(tokens))
         return tokens
 
     def experts(self, array: mx.array) -> list[tuple[int, int]]:
-        """Return the experts as ``(layer, expert)``: the model's, each once."""
+        """Return the experts as ``(layer, expert)``; check that they are distinct."""
         experts = [(layer, expert) for layer, expert in np.array(array).tolist()]
         if len(set(experts)) < len(experts):
             _refuse(self._path, "experts", "each once", "one twice")
@@ -281,7 +281,7 @@ class _Checked:
         return experts
 
     def _count(self, entries: dict[str, TensorEntry]) -> int:
-        """Return how many tokens there are."""
+        """Return the number of tokens."""
         shape = entries[TOKENS].shape if TOKENS in entries else (0,)
         most = min(MOST_TOKENS, self._run.needs.most_tokens)
         if len(shape) != 1 or not 1 <= shape[0] <= most:
@@ -306,7 +306,7 @@ class _Checked:
 
 def _refuse(path: Path, what: str, expected: Any, found: Any) -> NoReturn:
     wanted, got = (v if isinstance(v, str) else short(v) for v in (expected, found))
-    # Text may be the file's.
+    # The text may come from the file.
     got = got if len(got) < 200 and got.isprintable() else short(found)
     raise StateError(f"[state] {path}: expected {what} {wanted} but got {got}")
 
@@ -328,7 +328,7 @@ def _token_ids(path: Path, tokens: Sequence[int], vocab_size: int) -> np.ndarray
         found = np.asarray(tokens)
     except (OverflowError, TypeError, ValueError):
         found = np.array(tokens, object)
-    # NumPy would cut fractions off and read numbers in text.
+    # A conversion by NumPy would truncate fractions and parse text.
     are_ids = found.ndim == 1 and found.size and found.dtype.kind in "iu"
     if are_ids and found.min() >= 0 and found.max() < vocab_size:
         return found.astype(np.uint32)
@@ -349,7 +349,7 @@ def _bytes_of(array: mx.array) -> memoryview:
 
 
 def _digest(about: dict[str, str]) -> xxhash.xxh3_64:
-    """Begin a checksum with all that a header says but for the checksum itself."""
+    """Begin a checksum with all header fields except the checksum."""
     rest = {name: text for name, text in about.items() if name != "checksum"}
     return xxhash.xxh3_64(json.dumps(rest, sort_keys=True).encode())
 
@@ -361,7 +361,7 @@ def _heading(entry: TensorEntry) -> bytes:
 def _read(
     path: Path, file: BinaryIO, entries: dict[str, TensorEntry], about: dict[str, str]
 ) -> dict[str, mx.array]:
-    """Read all tensors, whose sizes are right; their bytes must be too."""
+    """Read all tensors, whose sizes are known to be right, and check their bytes."""
     digest, arrays = _digest(about), {}
     for name in sorted(entries):
         entry = entries[name]
@@ -380,9 +380,9 @@ def _read(
 
 
 class CacheCheckpoint:
-    """A point in a run to go back to: KV caches by length, states by reference.
+    """A point in a run to return to: KV caches by length, states by reference.
 
-    Costs no copy. Tokens may be added after it and taken back as often as wanted.
+    It makes no copy. Tokens may be added and removed any number of times.
     """
 
     def __init__(self, cache: list[Any]):
@@ -395,18 +395,18 @@ class CacheCheckpoint:
 
     @classmethod
     def take(cls, cache: list[Any]) -> CacheCheckpoint:
-        """Remember where the caches of a run are.
+        """Record the present position of the caches of a run.
 
         Raises:
-            StateError: there is a cache that cannot go back.
+            StateError: a cache cannot be restored.
         """
         return cls(cache)
 
     def restore(self) -> None:
-        """Take back all tokens added since.
+        """Remove all tokens added since.
 
         Raises:
-            StateError: a cache was replaced, or was shortened since; nothing changes.
+            StateError: a cache was replaced or shortened since; nothing changes.
         """
         for i, (now, (then, point)) in enumerate(
             zip(self._cache, self._points, strict=True)

@@ -1,4 +1,4 @@
-"""The door: any Mixture-of-Experts model of mlx-lm, its experts streamed."""
+"""The door: stream the experts of any Mixture-of-Experts model of mlx-lm."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ from .system.progress import Report, notice
 from .training import TrainsUncompiled
 
 M = TypeVar("M", bound=nn.Module)
-# The token that amounts of memory are tried out with: any will do.
+# The token with which amounts of memory are tried; any token would do.
 FIRST_TOKEN = 0
 
 
 class StreamedPart(nn.Module):
-    """Turns and room, which ``stream`` adds to modules with routed blocks below."""
+    """Added by ``stream`` to each module above routed blocks: one call at a time."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         calls: Calls = self.__dict__["calls"]
@@ -64,7 +64,7 @@ class StreamedPart(nn.Module):
 
 
 class CheckedEmbedding(nn.Module):
-    """The addition of ``stream`` to every embedding: no rows outside its table."""
+    """Added by ``stream`` to every embedding: checks that ids are in its range."""
 
     def __call__(self, ids: mx.array) -> mx.array:
         n_rows: int = self.weight.shape[0]
@@ -79,9 +79,9 @@ class CheckedEmbedding(nn.Module):
 
 
 class StreamedModel(GuardsSaving, TrainsUncompiled, StreamedPart):
-    """The addition of ``stream`` to a model's class: no saving, no foreign weights.
+    """Added by ``stream`` to a model's class: guards saving and loading of weights.
 
-    ``plan`` and ``keeper`` are there where ``memory`` bounds the process.
+    ``plan`` and ``keeper`` are set if ``memory`` bounds the process.
     """
 
     streamer: ExpertStreamer | MappedExperts
@@ -90,37 +90,37 @@ class StreamedModel(GuardsSaving, TrainsUncompiled, StreamedPart):
 
     @functools.cached_property
     def identity(self) -> str:
-        """A hash that tells the model from any other, packed or not.
+        """A hash that identifies the model, equal for a checkpoint and its pack.
 
         Raises:
-            ModelError, ExpertStoreError: the directory that it is of is gone.
+            ModelError, ExpertStoreError: the model's directory is gone.
         """
         return model_identity(self.__dict__["directory"])
 
     @property
     def keeper(self) -> MemoryKeeper | None:
-        """The giver of room to caches."""
+        """The keeper that makes room for caches."""
         calls: Calls = self.__dict__["calls"]
         return calls.keeper
 
     def shard(self, group: Group | None = None) -> None:
-        """Divide nothing: loading has divided the model.
+        """Do nothing, because loading has divided the model.
 
         Raises:
-            ModelError: it was not loaded with that group.
+            ModelError: the model was not loaded with this process group.
         """
-        asked = mx.distributed.init() if group is None else group
+        requested = mx.distributed.init() if group is None else group
         own: Group | None = self.__dict__["group"]
-        if asked.size() != (1 if own is None else own.size()):
+        if requested.size() != (1 if own is None else own.size()):
             refuse_division()
 
     def load_weights(
         self, file_or_weights: str | list[tuple[str, mx.array]], strict: bool = True
     ) -> nn.Module:
-        """Load weights as ``mlx.nn.Module`` does, none of them of routed experts.
+        """Load weights as ``mlx.nn.Module`` does, except those of routed experts.
 
         Raises:
-            ModelError: a weight belongs to a routed block, which takes none.
+            ModelError: a weight belongs to a streamed routed block.
         """
         weights = file_or_weights
         if isinstance(weights, str):
@@ -152,28 +152,29 @@ def stream(
 ) -> M:
     """Stream the experts of a model that mlx-lm loaded with ``lazy=True``.
 
-    Every routed block is replaced before its weights are read, so that they never take
-    memory; what the model computes stays the same to the last bit. With ``memory`` a
-    few tokens are computed first, without any expert, to measure other needs of room.
+    Every routed block is replaced before its weights are read, so they never take
+    memory. The model's results keep their bits. With ``memory`` a few tokens are
+    computed first, without experts, to measure the model's other memory.
 
     Args:
-        model: changed in place, its class too; after an error it is as it was.
-        directory: where the model was loaded from, or a pack of that.
-        memory, expert_memory: as for ``load``; the plan is printed.
-        scope, policy, read_ahead, optimistic, expert_io: as for ``load``.
-        report: hears how far reading has come where all experts fit.
-        group: as for ``load``.
+        model: changed in place, including its class; an error restores it.
+        directory: the directory from which the model was loaded, or its pack.
+        memory, expert_memory: see ``load``; the plan is printed.
+        scope, policy, read_ahead, optimistic, expert_io: see ``load``.
+        report: receives the progress of reading if all experts fit.
+        group: see ``load``.
 
     Returns:
         The model. Its ``streamer`` has the counts, its ``plan`` the memory.
 
     Raises:
-        ModelError: no routed block, one that cannot be streamed, or weights that are
+        ModelError: there is no routed block, one cannot be streamed, or the weights are
             not the checkpoint's own tensors.
-        ConfigError: an argument has no usable value.
-        BudgetError: not even one expert fits, or without a bound all other weights.
+        ConfigError: an argument has an unusable value.
+        BudgetError: not even one expert fits, or, without a bound, the other weights
+            do not fit.
         ExpertStoreError: an expert could not be read.
-        GroupError: other processes do something else, or ended.
+        GroupError: another process ended or makes another call.
     """
     directory = Path(directory)
     check_scope(scope)
@@ -216,7 +217,7 @@ def stream(
         )
         if exchange is not None:
             begin_together(exchange, model, directory, amounts)
-        # Only the thread that made an array can compute it, and any may call.
+        # A lazy array can be evaluated only by its own thread, but any thread may call.
         mx.eval(kept_arrays(model))
         undo.pop_all()
     model.__dict__.update(
@@ -240,13 +241,13 @@ def stream(
 def plan_stream(
     model: nn.Module, directory: Path, memory: int | str, *, scope: str = "global"
 ) -> MemoryPlan:
-    """Return the plan that ``stream`` makes of this ``memory``; reads no matrix.
+    """Return the plan that ``stream`` would make for ``memory``; read no matrix.
 
     Args:
-        model: as for ``stream``; afterwards it is as it was.
+        model: see ``stream``; it is restored afterwards.
 
     Raises:
-        ModelError, ConfigError, BudgetError, ExpertStoreError: as ``stream``.
+        ModelError, ConfigError, BudgetError, ExpertStoreError: see ``stream``.
     """
     check_scope(scope)
     blocks, amounts = _blocks_of(model), Amounts.read(memory, None)
@@ -276,9 +277,9 @@ def _blocks_of(model: nn.Module) -> list[RoutedBlock]:
 
 @dataclass
 class _Opening:
-    """A model whose experts are not there yet: the memory left for them.
+    """Finds the memory for a model's experts before they are read.
 
-    ``reads``: the model may be measured with its weights, which are to be read anyway.
+    ``reads``: measure the model with its weights, which will be read anyway.
     """
 
     model: nn.Module
@@ -304,9 +305,9 @@ class _Opening:
         )
 
     def expert_bytes(self) -> tuple[int | None, int]:
-        """Return the bytes for experts, and how many of them a token chooses.
+        """Return the bytes for experts, and the number that a token chooses.
 
-        None is three quarters of the machine.
+        None stands for three quarters of the machine's memory.
 
         Raises:
             BudgetError: the needs of one token do not fit.
@@ -320,21 +321,21 @@ class _Opening:
     def _unplanned(self) -> int | None:
         if self.amounts.experts is not None:
             return self.amounts.experts
-        # Said before anything is read.
+        # Fail before anything is read.
         check_fits(self.directory, self.model)
         try:
             return unasked_expert_bytes(self.needs)
         except Exception:
-            # A model that takes no tokens.
+            # The model takes no tokens.
             return None
 
     def _chosen(self) -> int:
         try:
-            # Lazy: nothing is computed.
+            # The call is lazy and computes nothing.
             with self.calls.reaching(self._blank):
                 self.model(mx.array([[FIRST_TOKEN]]))
         except Exception:
-            # A model that takes no tokens: how much layers share is a guess then.
+            # The model takes no tokens, so assume the least.
             return 1
         return self._blank.most_chosen
 
@@ -357,21 +358,21 @@ class _Opening:
             ) from error
 
     def _check_weights(self, budget_bytes: int) -> None:
-        """Raise BudgetError where weights alone are too large to be read."""
+        """Raise BudgetError if the weights alone exceed the budget."""
         needs, layers = self.needs, self.store.layers
-        groups = 1 if self.scope == "global" else len(layers)
+        n_pools = 1 if self.scope == "global" else len(layers)
         layouts = [self.store.layout(layer) for layer in layers]
         parts = {
             "process": own_bytes() + device.PROCESS_GROWTH_BYTES,
             "weights": needs.resident_bytes(False),
             "caches": needs.cache_state_bytes + CACHE_STEP * needs.cache_row_bytes,
-            f"{groups} experts": pool_bytes(layouts, groups),
+            f"{n_pools} experts": pool_bytes(layouts, n_pools),
         }
         if (least := sum(parts.values())) > budget_bytes:
             taken = ", ".join(f"{decimal(n)} {what}" for what, n in parts.items())
             raise BudgetError(
                 f"[memory] expected at least {least} bytes ({decimal(least)}: {taken}) "
-                f"and some scratch besides but got {budget_bytes}"
+                f"plus some scratch memory but got {budget_bytes}"
             )
 
 
@@ -395,7 +396,7 @@ def _install(
     undo: contextlib.ExitStack,
     exchange: Exchange | None = None,
 ) -> Calls:
-    """Put blocks of ours in the places of the model's, and ours above them."""
+    """Replace the model's routed blocks, and extend the modules above them."""
     calls = Calls(model, serving.join(), ways, exchange)
     for number, block in enumerate(blocks):
         undo.callback(_put_back, model, block, block.parts)
@@ -437,7 +438,7 @@ def _put_back(
 
 
 def _owner(path: str) -> tuple[str, ...]:
-    """Return where the module is that has the list of layers with a block."""
+    """Return the path of the module whose list of layers contains a block."""
     names = path.split(".")
     numbers = [place for place, name in enumerate(names) if name.isdigit()]
     return tuple(names[: max(0, numbers[0] - 1)]) if numbers else ()

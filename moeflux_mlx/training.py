@@ -1,6 +1,6 @@
-"""Training with experts that are read from files: no step of it may be compiled.
+"""Training with streamed experts, which disables compilation.
 
-``mx.compile`` has a step run once on arrays without values, which tell nobody what
+``mx.compile`` runs a step once on arrays without values, which cannot choose the
 experts to read. mlx-lm's trainer compiles its steps.
 """
 
@@ -18,18 +18,18 @@ from .saving.guard import reads_experts
 from .system.progress import notice
 
 _LOCK = threading.Lock()
-# The models that are why MLX does not compile: their ids.
+# Ids of the models in training, for which MLX must not compile.
 _TRAINING: set[int] = set()
 
 
 class TrainsUncompiled(nn.Module):
-    """The base of a model's class if its experts may be read from files."""
+    """A base class for models whose experts may be streamed."""
 
     def train(self, mode: bool = True) -> Any:
-        """Set whether the model is trained; where experts are read, uncompiled.
+        """Set training mode; with streamed experts, disable compilation meanwhile.
 
-        Meanwhile MLX compiles nothing in this process, so that a step of mlx-lm's
-        trainer has values to choose experts by.
+        MLX then compiles nothing in this process, so that the steps of mlx-lm's
+        trainer have values, which choose the experts.
         """
         if reads_experts(self):
             _begin(self) if mode else _end(id(self))
@@ -43,7 +43,7 @@ def _begin(model: nn.Module) -> None:
         if "trains" not in vars(model):
             vars(model)["trains"] = True
             weakref.finalize(model, _end, id(model))
-            notice("training with experts read from files: MLX compiles no function")
+            notice("training with streamed experts: MLX compiles no function")
         mx.disable_compile()
         _TRAINING.add(id(model))
 

@@ -123,7 +123,7 @@ def test_weights_that_cannot_fit_are_not_read(written, own_bytes):
     model = load_model(path, lazy=True)[0]
     mx.synchronize()
     before = mx.get_active_memory()
-    with pytest.raises(BudgetError, match=r"weights.*scratch besides but got 1"):
+    with pytest.raises(BudgetError, match=r"weights.*scratch memory but got 1"):
         stream(model, path, memory=1)
     assert mx.get_active_memory() <= before
     # It is as it was: mlx-lm's own, with weights that may be read.

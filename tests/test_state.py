@@ -305,7 +305,7 @@ def test_tokens_that_are_none_are_refused(model, tmp_path):
     ("key", "value", "error"),
     [
         ("format", "other", "expected format moeflux-state but got other"),
-        ("version", "1", "expected version 2 but got 1: save the state anew"),
+        ("version", "1", "expected version 2 but got 1: save the state again"),
         ("version", "3", "expected version 2 but got 3"),
         ("checksum", "0", "damaged: its checksum is another"),
         ("more", "0", "damaged: its checksum is another"),
