@@ -151,8 +151,8 @@ class _Run:
             kind = type(model)
             raise StateError(
                 "[state] expected streamed experts or a class of moeflux-mlx's own "
-                f"but got {kind.__module__}.{kind.__name__}: load the model with a "
-                "bound on memory to save its state"
+                f"but got {kind.__module__}.{kind.__name__}: load it with a bound on "
+                "memory to save its state"
             )
         needs, streamer = model.needs, model.streamer
         return cls(str(owner.identity), model, needs, streamer, owner.keeper)

@@ -51,13 +51,13 @@ def window(monkeypatch) -> Callable[[int], None]:
 def begun_again(monkeypatch) -> list[int]:
     """Return a list that gets, of each new beginning, the blocks known to be right."""
     found: list[int] = []
-    original = TokenAhead._begin_again
+    original = TokenAhead._restart
 
     def note(self: TokenAhead) -> None:
         found.append(len(self._right))
         original(self)
 
-    monkeypatch.setattr(TokenAhead, "_begin_again", note)
+    monkeypatch.setattr(TokenAhead, "_restart", note)
     return found
 
 

@@ -16,7 +16,7 @@ from tiny import write_tokenizer
 
 import moeflux_mlx
 from moeflux_mlx import device
-from moeflux_mlx.calls.measured_needs import MeasuredNeeds, Segments
+from moeflux_mlx.calls.measured_needs import CallPieces, MeasuredNeeds
 from moeflux_mlx.cli import main as moeflux
 from moeflux_mlx.errors import BudgetError
 from moeflux_mlx.experts.files.pack import pack
@@ -138,16 +138,16 @@ class Cache:
 
 
 def last_new(layers: str, *, tail: str = "") -> int | None:
-    """Return what ``Segments`` says of layers by kind; small letters have windows."""
+    """Return what ``CallPieces`` says of layers by kind; small letters have windows."""
     caches = [Cache(32 if kind.islower() else None) for kind in layers + tail]
-    segments = Segments(caches)
+    pieces = CallPieces(caches)
     for number, kind in enumerate(layers):
         caches[number].offset += 1
-        segments.heard(mx.array, (ord(kind.upper()),))
-        segments.watch(True, [])
+        pieces.heard(mx.array, (ord(kind.upper()),))
+        pieces.watch(True, [])
     for number in range(len(tail)):
         caches[len(layers) + number].offset += 1
-    return segments.last_new()
+    return pieces.last_new()
 
 
 @pytest.mark.parametrize(

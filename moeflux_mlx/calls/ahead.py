@@ -1,11 +1,11 @@
-"""A token of any model of mlx-lm that runs ahead of reading its experts.
+"""A token of an mlx-lm model that runs ahead of reading its experts.
 
-To wait for each layer's choice of experts before what follows is launched costs a GPU
-more than anything else. So a token runs as if no expert were missing: slots are looked
-up on the device, and what blocks asked for is read back once for a window of them.
-Where a block lacked an expert, that is read, the caches are put back and the model is
-called again: decoder layers before the block, and blocks, give what they gave before.
-Nothing depends on which experts were in memory.
+On a GPU, waiting for each layer's choice of experts costs more than anything else. So a
+token runs as if no expert were missing: slots are looked up on the device, and the
+blocks' choices are read back once for a window of blocks. If a block lacked an expert,
+the expert is read, the caches are restored and the model is called again. Confirmed
+layers and blocks then return their earlier results. The output does not depend on which
+experts were in memory.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ..memory.caches import CacheState, are_known, single_caches
 Build = Callable[[ExpertSource], mx.array]
 
 
-class AgainError(Exception):
-    """A block lacked an expert, which is there now: the token begins again."""
+class RestartError(Exception):
+    """A block lacked an expert, which has been read: the token must restart."""
 
 
 @dataclass(frozen=True)
 class _Passed:
-    """A layer's output, its changes of caches, and the blocks up to its end."""
+    """A layer's output, its caches afterwards, and the blocks up to its end."""
 
     out: Any
     states: list[CacheState]
@@ -40,12 +40,12 @@ class _Passed:
 
 
 class TokenAhead:
-    """One token of each sequence on its way through a model, ahead of reading.
+    """One token of each sequence that runs through a model ahead of reading.
 
     Args:
-        window: blocks that run before their choices are read back.
-        states: of the call's caches before it.
-        reads_ahead: read experts that later blocks lacked ahead of them.
+        window: number of blocks that run before their choices are read back.
+        states: the states of the call's caches before the call.
+        reads_ahead: also read the missing experts of later blocks.
     """
 
     def __init__(
@@ -59,27 +59,27 @@ class TokenAhead:
         self._streamer, self._window = streamer, window
         self._reads_ahead = reads_ahead
         self._states = {id(state.cache): state for state in states}
-        # Outputs of blocks with the experts that they asked for, from the first on.
-        self._right: list[mx.array] = []
-        # Layer, ids and outputs of blocks that followed, and are to be looked at.
-        self._assumed: list[tuple[int, mx.array, mx.array | None]] = []
+        # Outputs of the first blocks, which had all their experts.
+        self._confirmed: list[mx.array] = []
+        # Layer, ids and output of each later block, which must be confirmed.
+        self._pending: list[tuple[int, mx.array, mx.array | None]] = []
         self._passed: list[_Passed | None] = []
-        # Whether the block after those that are right has been given its experts.
-        self._provided = False
+        # Whether the experts of the block after the confirmed ones have been read.
+        self._has_experts = False
         self._n_blocks = self._n_layers = 0
         self._reached = 0
 
     def __call__(self, call: Callable[[], Any]) -> Any:
-        """Return the result of ``call`` once it has had all its experts."""
+        """Repeat ``call`` until it has had all its experts, and return its result."""
         while True:
             try:
                 out = call()
-                self._look()
+                self._confirm()
                 return out
-            except AgainError:
-                self._begin_again()
+            except RestartError:
+                self._restart()
 
-    def _begin_again(self) -> None:
+    def _restart(self) -> None:
         self._reached = max(self._reached, self._n_blocks)
         self._n_blocks = self._n_layers = 0
         for state in self._states.values():
@@ -88,32 +88,32 @@ class TokenAhead:
     def block(
         self, source: StreamedExperts, indices: mx.array, build: Build
     ) -> mx.array:
-        """Return a block's output for ids ``[..., K]``, known to be right or not.
+        """Return a block's output for ids ``[..., K]``, which may be unconfirmed.
 
         Args:
-            build: makes the block's output of experts.
+            build: computes the block's output from experts.
         """
         i = self._n_blocks
         self._n_blocks += 1
-        if i < len(self._right):
-            return self._right[i]
-        if self._provided:
-            # The only block that can be the next: it was looked at before.
-            return self._know(self._assume(source, build))
-        if not self._can_assume(indices):
-            self._look()
-            return self._know(build(source))
-        if self._assumed and self._assumed[0][1].size != indices.size:
-            self._look()
-        self._assumed.append((source.layer, indices, None))
-        if len(self._assumed) >= self._window:
-            # Its own experts are had before it is built.
-            self._look()
-            return self._know(self._assume(source, build))
-        out = self._assume(source, build)
-        self._assumed[-1] = source.layer, indices, out
+        if i < len(self._confirmed):
+            return self._confirmed[i]
+        if self._has_experts:
+            # This block was read back in the last run, and its experts are present.
+            return self._accept(self._run_ahead(source, build))
+        if not self._can_run_ahead(indices):
+            self._confirm()
+            return self._accept(build(source))
+        if self._pending and self._pending[0][1].size != indices.size:
+            self._confirm()
+        self._pending.append((source.layer, indices, None))
+        if len(self._pending) >= self._window:
+            # The window ends: read this block's experts before building it.
+            self._confirm()
+            return self._accept(self._run_ahead(source, build))
+        out = self._run_ahead(source, build)
+        self._pending[-1] = source.layer, indices, out
         if self._n_blocks % SPAN_GROWTH == 0:
-            # Not allowed inside a transformation, of which nobody knew.
+            # MLX refuses this inside a transformation that was not detected.
             with contextlib.suppress(ValueError):
                 mx.async_eval(out)
         return out
@@ -121,11 +121,11 @@ class TokenAhead:
     def layer(
         self, call: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
     ) -> Any:
-        """Make a decoder layer's call, or repeat its result."""
+        """Call a decoder layer, or return its confirmed result."""
         i = self._n_layers
         self._n_layers += 1
         passed = self._passed[i] if i < len(self._passed) else None
-        if passed is not None and passed.n_blocks <= len(self._right):
+        if passed is not None and passed.n_blocks <= len(self._confirmed):
             for state in passed.states:
                 state.put_back()
             self._n_blocks = passed.n_blocks
@@ -137,50 +137,50 @@ class TokenAhead:
         self._passed[i:] = [_Passed(out, states, self._n_blocks) if known else None]
         return out
 
-    def _can_assume(self, indices: mx.array) -> bool:
+    def _can_run_ahead(self, indices: mx.array) -> bool:
         fits = indices.size <= self._streamer.capacity
         return fits and indices.dtype in (mx.uint32, mx.int32)
 
-    def _assume(self, source: StreamedExperts, build: Build) -> mx.array:
+    def _run_ahead(self, source: StreamedExperts, build: Build) -> mx.array:
         slots = self._streamer.slots_on_device([source.layer])
         out = build(source.assumed(slots))
         self._streamer.guard(out)
         return out
 
-    def _know(self, out: mx.array) -> mx.array:
-        self._right.append(out)
-        self._provided = False
+    def _accept(self, out: mx.array) -> mx.array:
+        self._confirmed.append(out)
+        self._has_experts = False
         return out
 
-    def _look(self) -> None:
-        """Read back the blocks' choices; return if all were in memory.
+    def _confirm(self) -> None:
+        """Read back the choices of the pending blocks, and confirm their outputs.
 
-        It has been read if only the last one, which is not built yet, lacked some.
+        If only the last block lacked experts and is not built yet, they are read now.
 
         Raises:
-            AgainError: a block that was built did.
+            RestartError: a block that was built lacked an expert.
         """
-        if not self._assumed:
+        if not self._pending:
             return
-        assumed, self._assumed = self._assumed, []
-        first = len(self._right)
+        pending, self._pending = self._pending, []
+        first = len(self._confirmed)
         n_right = self._streamer.confirm(
-            [layer for layer, _, _ in assumed],
-            [indices for _, indices, _ in assumed],
+            [layer for layer, _, _ in pending],
+            [indices for _, indices, _ in pending],
             n_foreseen=max(0, self._reached - first) if self._reads_ahead else None,
         )
-        self._right += [out for _, _, out in assumed[:n_right] if out is not None]
-        if n_right < len(assumed) and assumed[n_right][2] is not None:
-            self._provided = True
-            raise AgainError
+        self._confirmed += [out for _, _, out in pending[:n_right] if out is not None]
+        if n_right < len(pending) and pending[n_right][2] is not None:
+            self._has_experts = True
+            raise RestartError
 
     def _is_function(
         self, args: tuple[Any, ...], options: dict[str, Any], used: list[CacheState]
     ) -> bool:
-        """Tell whether a layer can change nothing of what it is given but known caches.
+        """Tell whether a layer changes none of its arguments except known caches.
 
         Args:
-            used: is added these caches' states.
+            used: receives the states of these caches.
         """
         for value in (*args, *options.values()):
             if _is_value(value):
@@ -196,7 +196,7 @@ class TokenAhead:
 
 
 def _is_value(value: Any) -> bool:
-    """Tell whether nobody can change a value."""
+    """Tell whether a value is immutable."""
     if isinstance(value, tuple):
         return all(map(_is_value, value))
     return value is None or isinstance(value, mx.array | bool | int | float | str)

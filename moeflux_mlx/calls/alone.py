@@ -1,4 +1,4 @@
-"""One call of a model at a time, whichever thread makes it."""
+"""One call of a model at a time, from any thread."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ R = TypeVar("R")
 
 
 class Experts(Protocol):
-    """Experts that calls read."""
+    """A source of experts for calls."""
 
     def hand_over(self) -> None:
-        """Let any thread wait for their readers."""
+        """Let any thread wait for the arrays that read experts."""
 
 
 class OneAtATime(Uncopied):
-    """Makes calls of a model whose experts ``streamer`` reads, None if nobody does."""
+    """Serialises the calls of a model; ``streamer`` reads its experts, or is None."""
 
     streamer: Experts | None = None
 
     def __init__(self) -> None:
-        # Held by each call.
+        # Held during each call.
         self.lock = threading.RLock()
-        # What is kept from call to call that has arrays of experts' slots.
+        # Objects that keep arrays of slots between calls.
         self.holders = Holders()
         self._depth = 0
         self._refused: str | None = None
 
     def refuse(self, why: str) -> None:
-        """Have all calls from now on end in a ModelError."""
+        """Make all later calls raise a ModelError."""
         self._refused = why
 
     def alone(self, call: Callable[..., R], *args: Any, **kwargs: Any) -> R:
-        """Call while no other thread does; lazy results may outlive this."""
+        """Call while no other thread does; lazy results may outlive the call."""
         with self.lock:
             depth = self._depth
             try:
@@ -54,4 +54,4 @@ class OneAtATime(Uncopied):
                     self.streamer.hand_over()
 
     def _begin(self) -> None:
-        """Prepare a call that is not part of another."""
+        """Prepare a call that is not nested in another."""

@@ -1,7 +1,7 @@
-"""The arguments of a model's call, checked once, before anything trusts them.
+"""Checks of the arguments of a model's call, before anything uses them.
 
-Single tokens come by the thousand, so what was seen in the call before is not looked at
-again: of the same caches only the number of sequences.
+Single tokens come by the thousand. So if a call has the caches of the previous one,
+only their number of sequences is checked again.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ INTEGERS = frozenset(
 
 
 class Kept(Protocol):
-    """A mixer, by its memory of tokens."""
+    """The part of a mixer that describes its cache."""
 
     @property
     def grows(self) -> bool:
-        """Whether its cache has a row for each token."""
+        """Whether the cache has a row for each token."""
 
     @property
     def cache_shapes(self) -> tuple[tuple[int | None, ...], ...]:
-        """The arrays of its cache for one sequence; None is a size that grows."""
+        """The shapes of the cache's arrays for one sequence; None grows."""
 
 
 class Arguments(NamedTuple):
-    """Checked arguments: tokens ``[B, T]``, a cache for each layer, rows ``[B, T, D]``.
+    """Checked arguments: tokens ``[B, T]``, a cache per layer, rows ``[B, T, D]``.
 
-    With ``embeddings`` nobody reads the tokens' values.
+    With ``embeddings`` the values of the tokens are not used.
     """
 
     tokens: mx.array
@@ -47,19 +47,19 @@ class Arguments(NamedTuple):
 
 
 class SeenCaches:
-    """The caches of the last call, which single tokens need not have looked at."""
+    """The caches of the last call, which need no new check for single tokens."""
 
     def __init__(self) -> None:
         self._types: list[type] = []
         self._last: weakref.ref[Any] | None = None
 
     def holds(self, cache: Sequence[Any], types: list[type], t: int) -> bool:
-        """Tell whether a call of ``t`` tokens goes on with the caches of the last."""
+        """Tell whether a call of ``t`` tokens continues the caches of the last call."""
         seen = t == 1 and types == self._types and self._last is not None
         return seen and self._last() is cache[-1]  # type: ignore[misc]
 
     def keep(self, cache: Sequence[Any], types: list[type]) -> None:
-        """Remember caches that were looked at."""
+        """Remember checked caches."""
         self._types = types
         self._last = None if cache[-1] is None else weakref.ref(cache[-1])
 
@@ -68,7 +68,7 @@ class ArgumentChecks:
     """Checks the arguments of a text model's calls.
 
     Args:
-        mixers: of each layer.
+        mixers: one per layer.
     """
 
     def __init__(self, mixers: Sequence[Kept], hidden_size: int):
@@ -79,7 +79,7 @@ class ArgumentChecks:
         """Return the arguments as arrays.
 
         Raises:
-            ModelError: the model does not take an argument; names it.
+            ModelError: the model does not accept an argument, which it names.
         """
         if embeddings is None:
             tokens = token_ids(inputs)
@@ -100,7 +100,7 @@ class ArgumentChecks:
 
 
 def check_number(cache: Any, n_caches: int, why: str) -> None:
-    """Check that there are as many caches as a model takes."""
+    """Check the number of caches."""
     if not isinstance(cache, list | tuple) or len(cache) != n_caches:
         wanted = f"a list of {n_caches} caches, {why}"
         found = f"{len(cache)}" if isinstance(cache, list | tuple) else got(cache)
@@ -108,7 +108,7 @@ def check_number(cache: Any, n_caches: int, why: str) -> None:
 
 
 def check_sequences(states: Sequence[Any], n_seqs: int) -> None:
-    """Check that caches hold as many sequences as the tokens."""
+    """Check that caches and tokens have the same number of sequences."""
     if others := {len(x) for x in states if x is not None} - {n_seqs}:
         wrong = (x is not None and len(x) in others for x in states)
         why = f"caches of {n_seqs} sequences, as many as the tokens have"
@@ -117,7 +117,7 @@ def check_sequences(states: Sequence[Any], n_seqs: int) -> None:
 
 
 def check_ids(ids: mx.array, vocab_size: int) -> None:
-    """Raise ModelError unless ids, which have values, are all in a vocabulary."""
+    """Raise ModelError unless all ids, which must have values, are in a vocabulary."""
     values = np.array(ids)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= vocab_size:
@@ -141,12 +141,12 @@ def got(value: Any) -> str:
 
 
 def sizes(shape: Sequence[int | None]) -> str:
-    """Write a shape; None is a size of any kind."""
+    """Return a shape as text; None stands for any size."""
     return "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
 
 
 def bounded(tokens: mx.array, vocab_size: int) -> tuple[mx.array, mx.array]:
-    """Return ids that are in a vocabulary, others as 0, and which of them were."""
+    """Return ids with those outside a vocabulary set to 0, and a mask of the others."""
     inside = (tokens >= 0) & (tokens < vocab_size)
     return mx.where(inside, tokens, 0), inside
 
@@ -155,7 +155,7 @@ def float_rows(embeddings: Any, hidden_size: int | None = None) -> mx.array:
     """Return embeddings ``[B, T, D]`` as an array.
 
     Raises:
-        ModelError: they are no rows of floats, or not ``hidden_size`` wide.
+        ModelError: they are not rows of floats of width ``hidden_size``.
     """
     if isinstance(embeddings, np.ndarray) and embeddings.dtype.kind == "f":
         embeddings = mx.array(embeddings)
@@ -173,10 +173,10 @@ def float_rows(embeddings: Any, hidden_size: int | None = None) -> mx.array:
 
 
 def token_ids(inputs: Any) -> mx.array:
-    """Return tokens ``[B, T]`` as an array; any model may know them.
+    """Return tokens ``[B, T]`` as an array, for a vocabulary of any size.
 
     Raises:
-        ModelError: they are no ids of that shape.
+        ModelError: they are not ids of this shape.
     """
     if isinstance(inputs, list | tuple):
         try:
@@ -195,7 +195,7 @@ def token_ids(inputs: Any) -> mx.array:
 
 
 def tokens_beside(inputs: Any, embeddings: mx.array) -> mx.array:
-    """Return tokens of the embeddings' shape: theirs may be absent."""
+    """Return tokens in the shape of the embeddings; zeros if there are none."""
     n_seqs, t, _ = embeddings.shape
     if inputs is None or (isinstance(inputs, mx.array) and not inputs.size):
         return mx.zeros((n_seqs, t), mx.int32)
@@ -207,7 +207,7 @@ def tokens_beside(inputs: Any, embeddings: mx.array) -> mx.array:
 
 
 def _check_kinds(mixers: Sequence[Kept], cache: Sequence[Any]) -> None:
-    """Check that each layer gets a cache of its kind, and all of them one position."""
+    """Check the kind of each layer's cache, and that all caches end at one position."""
     offsets = set()
     for i, (mixer, each) in enumerate(zip(mixers, cache, strict=True)):
         if each is None:
@@ -230,20 +230,20 @@ def _check_kinds(mixers: Sequence[Kept], cache: Sequence[Any]) -> None:
 
 
 def check_position(offsets: Collection[int]) -> None:
-    """Check that caches end at one position."""
+    """Check that all caches end at the same position."""
     if len(offsets) > 1:
         found = ", ".join(map(str, sorted(offsets)))
         raise misfit("cache", "caches that end at one position", found)
 
 
 def _check_states(index: int, mixer: Kept, cache: Any) -> None:
-    """Check a cache's arrays against those that its layer makes; sequences aside."""
+    """Check the shapes of a cache's arrays, except the number of sequences."""
     shapes = [(None, *shape[1:]) for shape in mixer.cache_shapes]
     if not mixer.grows:
         held = cache.cache
     else:
         rows = [getattr(cache, name, None) for name in ("keys", "values")]
-        # A quantised cache holds three arrays in place of one.
+        # A quantised cache holds three arrays instead of one.
         held = [None if isinstance(x, tuple | list) else x for x in rows]
     for state, wanted in zip(held, shapes, strict=True):
         if state is None:
@@ -258,8 +258,8 @@ def _check_states(index: int, mixer: Kept, cache: Any) -> None:
 
 
 def first_states(cache: Sequence[Any], types: Sequence[type]) -> list[Any]:
-    """Return an array of each cache that has a row for each sequence; None: empty."""
-    # The commonest types are told apart here: this is done for every token.
+    """Return from each cache an array with one row per sequence, or None if empty."""
+    # This runs for every token, so the common types are handled first.
     return [
         each.keys
         if kind is KVCache or kind is RotatingKVCache
@@ -279,7 +279,7 @@ def _first_state(cache: Any) -> Any:
     if state is None:
         states = getattr(cache, "cache", None)
         state = states[0] if states else None
-    # A quantised cache holds three arrays in place of one.
+    # A quantised cache holds three arrays instead of one.
     return state[0] if isinstance(state, tuple | list) else state
 
 

@@ -1,7 +1,7 @@
-"""Matrices that are never read, for a call that shows how much memory it takes.
+"""Matrices without data, to measure a call's memory without reading weights.
 
-A product with such a matrix has the right shape and type, and is zero: all but the
-product itself happens as ever, in no time and without the weights.
+A product with such a matrix has the right shape and type, and is zero. Everything
+except the product is computed normally.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ KINDS = (
     MultiLinear,
     QuantizedMultiLinear,
 )
-# Hears of each matrix that is called: its class, and the shape of all its weights.
+# Called for each matrix in use, with its class and the shape of its weights.
 Heard = Callable[[type, tuple[int, ...]], None]
 
 
 class BlankMatrix(nn.Module):
-    """The class that ``blank_matrices`` puts before a matrix's own."""
+    """The base class that ``blank_matrices`` adds to a matrix."""
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         heard: Heard = self.__dict__["heard"]
         heard(type(self), tuple(self.weight.shape))
-        # Lazy: it tells shape and type, and is never computed.
+        # This product only provides shape and type, and is never computed.
         product: mx.array = super().__call__(x, *args, **kwargs)
-        # A product's operands are there until it is made.
+        # Keep the operand alive until the product exists, as a real product does.
         blank: mx.array = mx.depends(mx.zeros(product.shape, product.dtype), x)
         return blank
 
 
 @contextlib.contextmanager
 def blank_matrices(modules: Iterable[nn.Module], heard: Heard) -> Iterator[None]:
-    """Have those of the modules that are matrices give zeros in here."""
+    """Make the matrices among ``modules`` return zeros within this context."""
     with contextlib.ExitStack() as undo:
         for module in modules:
             kind = type(module)

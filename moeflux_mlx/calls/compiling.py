@@ -1,10 +1,10 @@
-"""Functions that MLX compiled, none of which it ever takes for another one.
+"""Compiled functions that MLX never confuses with one another.
 
-MLX keeps compiled functions for each thread, under the address of the Python function.
-When a function goes, only the thread that called it last forgets it. A new function may
-get the same address, and in the other threads MLX would run the old one, without an
-error. So an address must not be used again while a thread may know it: each thread
-keeps the functions it called until it has made MLX forget them.
+MLX stores compiled functions per thread, under the address of the Python function. When
+a function is deleted, only the thread that called it last forgets it. A new function
+may get the same address, and in the other threads MLX would silently run the old one.
+So an address must not be reused while a thread may know it: each thread keeps the
+functions that it called until it has made MLX forget them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ R = TypeVar("R")
 
 
 class _Known:
-    """A function that MLX knows by its address, or nothing once that is gone."""
+    """A callable whose address MLX knows; it holds its function weakly."""
 
     def __init__(self, function: Callable[..., Any]):
-        # Threads that keep this must not keep the function and all that it holds.
+        # A thread that keeps this object must not keep the function alive.
         self.function = weakref.ref(function)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
@@ -33,15 +33,15 @@ class _Known:
 
 
 class _Thread(threading.local):
-    """The functions that a thread has called and MLX may know there."""
+    """The functions that MLX may know in this thread, because it has called them."""
 
     def __init__(self) -> None:
         self.called: set[_Known] = set()
 
     def forget(self) -> None:
-        """Let MLX forget, in this thread, every function that is gone."""
+        """Let MLX forget every deleted function in this thread."""
         for known in [known for known in self.called if known.function() is None]:
-            # A compiled function takes its last thread's knowledge with it.
+            # Deleting a compiled function makes its last calling thread forget it.
             mx.compile(known)()
             self.called.discard(known)
 
@@ -50,17 +50,17 @@ _THREAD = _Thread()
 
 
 def forget_gone() -> None:
-    """Let MLX forget functions that are gone, and the arrays in them, in this thread.
+    """Let MLX forget deleted functions, and their arrays, in this thread.
 
-    Other threads do so when they call one the next time, or end.
+    Other threads do so when they next call a compiled function, or end.
     """
     _THREAD.forget()
 
 
 class Compiled(Generic[P, R]):
-    """A function as ``mx.compile`` makes it, for use in any thread.
+    """A compiled function that any thread may call.
 
-    Each thread compiles it at its first call there.
+    Each thread compiles it at its first call.
     """
 
     def __init__(self, function: Callable[P, R]):

@@ -1,9 +1,9 @@
-"""A call of any model of mlx-lm that waits for its experts, and reads ahead.
+"""A call of an mlx-lm model that waits for its experts, and reads ahead.
 
-The module that a routed block is in chooses its experts, or one beside it that gives
-their ids. What it will likely choose it tells beforehand: it is asked with the input of
-the one before, up to where it would call its block or gives ids. Only reading follows
-from that; a wrong guess costs time, never a bit.
+The module around a routed block chooses its experts, or a module beside it returns
+their ids. To predict its choice, the module is called early, with the input of the
+previous one, and stopped where it calls its block or returns ids. A prediction only
+starts reads: a wrong one costs time and changes no bit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Build = Callable[[ExpertSource], mx.array]
 
 
 class _ChosenError(Exception):
-    """Has the ids that a block is called with."""
+    """Carries the ids with which a block is called."""
 
     def __init__(self, indices: mx.array):
         super().__init__()
@@ -30,15 +30,15 @@ class _ChosenError(Exception):
 
 
 class Choosers:
-    """The modules that choose experts, by the number of their block."""
+    """The modules that choose experts, by the index of their block."""
 
     def __init__(self, modules: Mapping[int, nn.Module]):
         self._modules = dict(modules)
-        # Where ids are in what a module gives that calls no block.
+        # For modules that return ids: the index of the ids among their outputs.
         self._places: dict[int, int] = {}
 
     def add(self, number: int, module: nn.Module, place: int) -> None:
-        """Have a module asked that gives a block's ids, at ``place`` of its arrays."""
+        """Add a module that returns a block's ids as array ``place`` of its outputs."""
         if number not in self._places:
             self._modules[number], self._places[number] = module, place
 
@@ -46,9 +46,9 @@ class Choosers:
         return number in self._modules
 
     def ask(self, number: int, x: mx.array) -> mx.array | None:
-        """Return the ids that one chooses for ``x``, None if it does not tell.
+        """Return the ids that a module chooses for ``x``, or None if that fails.
 
-        Its block must raise the same as ``WaitingCall.block``.
+        Its block must raise ``_ChosenError``, as ``WaitingCall.block`` does.
         """
         module = self._modules[number]
         try:
@@ -58,14 +58,14 @@ class Choosers:
         except _ChosenError as chosen:
             return chosen.indices
         except Exception:
-            # It takes more than an input, or another one: a guess is no reason to fail.
+            # The module needs other arguments. A prediction must not fail the call.
             pass
         del self._modules[number]
         return None
 
 
 class _Given(NamedTuple):
-    """What a module was given, and the arrays that it gave for it."""
+    """A module's input and the arrays that it returned."""
 
     module: nn.Module
     x: mx.array
@@ -73,10 +73,10 @@ class _Given(NamedTuple):
 
 
 class WaitingCall:
-    """A call that has each block's experts before that is built.
+    """A call that waits for each block's experts before building it.
 
     Args:
-        choosers: foretell the next block's choice; None: nothing is read ahead.
+        choosers: predict the next block's choice; None disables reading ahead.
     """
 
     def __init__(self, choosers: Choosers | None):
@@ -84,7 +84,7 @@ class WaitingCall:
         self._asks = False
         # The last chooser's input.
         self._x: mx.array | None = None
-        # What may have given the next block's ids.
+        # Modules that may have returned the next block's ids.
         self._given: list[_Given] = []
 
     def block(
@@ -93,7 +93,7 @@ class WaitingCall:
         """Return a block's output for ids ``[..., K]``.
 
         Args:
-            build: makes the block's output of experts.
+            build: computes the block's output from experts.
         """
         if self._asks:
             raise _ChosenError(indices)
@@ -108,21 +108,21 @@ class WaitingCall:
     def layer(
         self, call: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
     ) -> Any:
-        """Make a decoder layer's call."""
+        """Call a decoder layer."""
         return call(*args, **options)
 
     def choose(self, x: mx.array) -> None:
-        """Hear a chooser's input."""
+        """Record a chooser's input."""
         if not self._asks:
             self._x = x
 
     def gives(self, module: nn.Module, x: mx.array, out: Any) -> None:
-        """Hear what a module gave that may be ids of experts."""
+        """Record a module's output that may contain ids of experts."""
         if not self._asks and self._choosers is not None:
             self._given.append(_Given(module, x, [*_arrays(out)]))
 
     def _find_giver(self, number: int, indices: mx.array) -> None:
-        """Have the module that gave these ids asked for them from now on."""
+        """Remember the module that returned these ids, for later predictions."""
         assert self._choosers is not None
         for given in self._given:
             for place, array in enumerate(given.arrays):
@@ -142,7 +142,7 @@ class WaitingCall:
 
 
 def _arrays(out: Any) -> Iterator[mx.array]:
-    """Yield the arrays among what a module gave."""
+    """Yield the arrays in a module's output."""
     for one in out if isinstance(out, tuple) else (out,):
         if isinstance(one, mx.array):
             yield one

@@ -1,6 +1,6 @@
-"""Several processes for one model: each streams a part of the experts.
+"""A process group for one model, in which each process streams a share of the experts.
 
-``mlx.launch`` starts them, one a machine or one a GPU; each is a rank of a group.
+``mlx.launch`` starts the processes, one per machine or GPU; each is a rank.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Group = mx.distributed.Group
 
 
 def launched_group() -> Group | None:
-    """Return the group of processes that were started with this one, if any."""
+    """Return the process group that this process was started in, if any."""
     if not config.is_launched():
         return None
     try:
@@ -34,10 +34,10 @@ def launched_group() -> Group | None:
 
 
 def exchange_of(group: Group | None) -> Exchange | None:
-    """Return the way to the other ranks, if there are any.
+    """Return the connection to the other ranks, or None without any.
 
     Raises:
-        ConfigError: that is no group.
+        ConfigError: ``group`` is not a process group.
     """
     if group is None:
         return None
@@ -49,7 +49,7 @@ def exchange_of(group: Group | None) -> Exchange | None:
 
 
 def reached(store: ExpertStore, exchange: Exchange | None) -> ExpertStore:
-    """Return those of a store's experts that this rank has."""
+    """Return a store with this rank's share of the experts."""
     if exchange is None:
         return store
     return SharedExperts(store, exchange.rank, exchange.size)
@@ -58,17 +58,19 @@ def reached(store: ExpertStore, exchange: Exchange | None) -> ExpertStore:
 def ways_in_group(
     read_ahead: str, optimistic: str | None, expert_io: str | None, amounts: Amounts
 ) -> tuple[str, str, str]:
-    """Return how a rank reads: every layer waits for the others, so not ahead.
+    """Return a rank's options for reading, which exclude reading and running ahead.
+
+    Every layer waits for the other ranks, so there is nothing to run ahead of.
 
     Raises:
-        ConfigError: another way is asked for.
+        ConfigError: an option requests something else.
     """
     io = config.expert_io(expert_io)
-    for name, asked in (
+    for name, requested in (
         ("read_ahead", read_ahead),
         ("optimistic", config.optimistic(optimistic)),
     ):
-        if asked == "on":
+        if requested == "on":
             raise ConfigError(
                 f"[{name}] expected 'auto' or 'off' with several ranks but got 'on': a "
                 "layer waits for all of them"
@@ -92,7 +94,7 @@ def begin_together(
     """Wait until every rank has loaded the same model; share rank 0's random state.
 
     Raises:
-        GroupError: one has another, is bounded in another way, or ended.
+        GroupError: a rank has another model or kind of bound, or ended.
     """
     exchange.agree(
         {
@@ -101,7 +103,7 @@ def begin_together(
             "kind of memory bound": "process" if amounts.process else "experts",
         }
     )
-    # A state is a seed's two halves.
+    # MLX's random state is the two halves of a seed.
     state: list[mx.array] = list(mx.random.state)  # type: ignore[call-overload]
     high, low = exchange.first(np.array(state[0]).tolist())
     mx.random.seed(high << 32 | low)

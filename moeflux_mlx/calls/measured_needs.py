@@ -1,8 +1,9 @@
-"""Any model's needs of memory, found by calling it without its experts.
+"""The memory needs of any model, measured by calling it without its experts.
 
-A lazy call tells shapes, so it takes no time: caches, rows and logits are known before
-a weight is read. Scratch is measured on a few tokens of the real model, or on its first
-layers of each kind without their matrices, where none is to be read.
+A lazy call yields shapes without computing: the sizes of caches, rows and logits are
+known before any weight is read. Scratch memory is measured with a few tokens on the
+real model or, if no weights may be read, on the first layers of each kind without
+their matrices.
 """
 
 from __future__ import annotations
@@ -38,22 +39,22 @@ from ..memory.own_caches import OwnForm
 from .blank_matrices import SWITCHES, blank_matrices
 from .shared import Calls
 
-# Tokens of the calls that are measured: the cost of each is the difference.
+# Numbers of tokens in measured calls; their difference yields the cost of a token.
 FEW, MANY = 16, 64
-# Rows that caches have meanwhile: as many as take no more than these bytes.
+# Rows of the caches in measured calls, bounded by number and bytes.
 MOST_ROWS, MOST_ROW_BYTES = 4096, 256 << 20
-# Attention of many tokens to many rows takes a CPU long in a very large model.
+# Smaller numbers for a CPU, on which attention in a very large model is slow.
 FEW_SLOW, MANY_SLOW, ROWS_SLOW = 4, 8, 2048
-# Threads of MLX free memory a little sooner or later, so peaks differ between calls:
-# each is measured so many times, and the largest counts with a share more.
+# MLX's threads free memory at varying times, so peaks differ between calls. The largest
+# of several measurements counts, plus a margin.
 N_REPEATS, MARGIN = 2, 1 / 8
-# Configurations' names for the length of the longest sequence.
+# Names in configurations for the maximum length of a sequence.
 LENGTHS = ("max_position_embeddings", "max_sequence_length", "model_max_length")
 
 
 @dataclass(frozen=True)
 class Scratch:
-    """Peaks between blocks and inside of them, beside weights, caches and experts."""
+    """Models of peak memory between and inside blocks, without weights and caches."""
 
     fixed: float
     of_token: float
@@ -64,7 +65,7 @@ class Scratch:
 
     @classmethod
     def of(cls, peaks: Peaks) -> Scratch:
-        """Return the peaks of few and many tokens, with rows and without."""
+        """Fit the models to peaks of few and many tokens, with and without rows."""
         ends = FEW, MANY
         between, inside = ([peaks[n, 0][i] for n in ends] for i in (0, 1))
         beside = sorted(n for n, rows in peaks if rows)
@@ -76,7 +77,7 @@ class Scratch:
         return cls(fixed, of_token, of_row, of_both, fixed_block, of_block)
 
     def peak(self, n_tokens: int, n_rows: int, n_seqs: int) -> float:
-        """Return the larger peak of a call; rows are those of one sequence's cache."""
+        """Return the larger peak of a call; ``n_rows`` are cache rows per sequence."""
         between = self.fixed + self.of_token * n_tokens
         between += self.of_row * n_rows * n_seqs
         between += self.of_token_and_row * n_rows * n_tokens
@@ -84,14 +85,14 @@ class Scratch:
 
 
 class MeasuredNeeds:
-    """The memory of a model of mlx-lm; see ``memory.Needs``.
+    """The memory needs of a model of mlx-lm; see ``memory.Needs``.
 
-    ``blank`` experts stand in for the model's own while it is called.
+    Calls use ``blank`` experts instead of the model's own.
 
     Args:
         blocks: the model's routed blocks.
-        reads: measure the model itself, all its parameters read; else none is read
-            that is a matrix's, and what the matrices take besides is left out.
+        reads: read all parameters and measure the model itself. Otherwise read no
+            matrix, and omit the scratch memory of the products with matrices.
     """
 
     def __init__(
@@ -106,62 +107,62 @@ class MeasuredNeeds:
         reads: bool,
     ):
         self._blocks, self._reads = blocks, reads
-        # The block where a measured call may end; None: it is measured to its end.
+        # The block at which a measured call may stop; None: it runs to its end.
         self._last: int | None = None
         self._model, self._calls, self._blank = model, calls, blank
         self._n_experts = store.n_experts
         self._stride = pool_stride([store.layout(layer) for layer in store.layers])
         self._config = config
-        # All caches after so many tokens, as they were last asked for.
+        # The most recent result of _own_form, by number of tokens.
         self._own_forms: dict[int, list[OwnForm]] = {}
 
     def resident_bytes(self, unpack: bool) -> int:
-        """Return the bytes of parameters; none is ever unpacked."""
+        """Return the bytes of the parameters, which are never unpacked."""
         return sum(array.nbytes for array in leaves(self._model.parameters()))
 
     def scratch_bytes(self, n_tokens: int, n_cached: int, n_seqs: int = 1) -> int:
-        """Return the peak of one call beside weights, caches and experts.
+        """Return the peak of a call, without weights, caches and experts.
 
         Args:
-            n_tokens: of all ``n_seqs`` sequences together.
+            n_tokens: tokens of all ``n_seqs`` sequences.
             n_cached: rows of each sequence's cache.
         """
         own = self._scratch.peak(n_tokens, n_cached, n_seqs)
         own += 2 * self.logits_bytes(n_seqs)
-        # The mask of a batch.
+        # A batch needs a mask.
         own += 2 * n_tokens * n_cached if n_seqs > 1 else 0
         if not device.gathers_strided():
-            # Chosen matrices are copied.
+            # MLX copies the chosen matrices.
             n_copied = min(n_tokens * self._blank.most_chosen, self._n_experts)
             own += n_copied * self._stride
         return math.ceil((1 + MARGIN) * own)
 
     def output_bytes(self, n_tokens: int) -> int:
-        """Return the bytes of a call's rows until their logits are known.
+        """Return the bytes of a call's rows until their logits are computed.
 
-        They are put together of parts.
+        The rows exist twice while their parts are concatenated.
         """
         return 2 * self._look.row_bytes * n_tokens
 
     def logits_bytes(self, n_tokens: int) -> int:
-        """Return the bytes of the logits of so many tokens."""
+        """Return the bytes of the logits of ``n_tokens`` tokens."""
         return self._look.logit_bytes * n_tokens
 
     @property
     def cache_forms(self) -> list[CacheForm]:
-        """Bytes of each of the caches, in the order of ``single_caches``."""
+        """The byte counts of each cache, in the order of ``single_caches``."""
         return self._look.forms
 
     @property
     def cache_row_bytes(self) -> int:
-        """Bytes of each token of a sequence in caches that grow without end."""
+        """The bytes per token of a sequence in caches that grow without bound."""
         look = self._look
         pairs = zip(look.forms, look.most_rows, strict=True)
         return round(sum(form.row_bytes for form, most in pairs if most is None))
 
     @property
     def cache_state_bytes(self) -> int:
-        """Bytes of each sequence in all other caches once they are full."""
+        """The bytes per sequence of all other caches when they are full."""
         look = self._look
         pairs = zip(look.forms, look.most_rows, strict=True)
         rows = sum(form.row_bytes * (most or 0) for form, most in pairs)
@@ -169,17 +170,17 @@ class MeasuredNeeds:
 
     @property
     def cache_layouts(self) -> list[CacheLayout]:
-        """The form of each cache that the model makes."""
+        """The layout of each of the model's caches."""
         return self._look.layouts
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens the model has logits of."""
+        """The number of logits of a token."""
         return self._look.vocab_size
 
     @functools.cached_property
     def most_tokens(self) -> int:
-        """How long a sequence may become."""
+        """The maximum length of a sequence."""
         text = self._config.get("text_config")
         for config in (self._config, text if isinstance(text, dict) else {}):
             for name in LENGTHS:
@@ -189,7 +190,7 @@ class MeasuredNeeds:
 
     @functools.cached_property
     def _look(self) -> _Look:
-        """Call the model for shapes; nothing is computed."""
+        """Call the model lazily for shapes, without computing."""
         with self._calls.reaching(self._blank):
             caches, logits = self._call(FEW, make_prompt_cache(self._model))
             row_bytes = self._calls.row_bytes or 0
@@ -211,7 +212,7 @@ class MeasuredNeeds:
         )
 
     def _own_form(self, i: int, n_tokens: int) -> OwnForm:
-        """Return what one of the model's own caches is after so many tokens."""
+        """Return the form of cache ``i`` after ``n_tokens`` tokens."""
         if n_tokens not in self._own_forms:
             with self._calls.reaching(self._blank):
                 caches, _ = self._call(n_tokens, make_prompt_cache(self._model))
@@ -219,7 +220,7 @@ class MeasuredNeeds:
         return self._own_forms[n_tokens][i]
 
     def _compared_forms(self) -> list[CacheForm | None]:
-        """Return the bytes of caches of any kind, by how they grow."""
+        """Return the byte counts of caches of any kind, from their growth."""
         (short, _), (long, _) = (
             self._call(n, make_prompt_cache(self._model))
             for n in (CACHE_STEP, 2 * CACHE_STEP)
@@ -236,7 +237,7 @@ class MeasuredNeeds:
 
     @functools.cached_property
     def _scratch(self) -> Scratch:
-        """Measure calls of few and many tokens, with short and long caches."""
+        """Measure calls with few and many tokens, and short and long caches."""
         with self._calls.reaching(self._blank):
             found = self._read() if self._reads else self._unread()
         mx.clear_cache()
@@ -250,18 +251,18 @@ class MeasuredNeeds:
         return Scratch.of(self._all_peaks((FEW, MANY), n_rows))
 
     def _unread(self) -> Scratch:
-        """Measure calls of the first layers of each kind, without their matrices."""
+        """Measure calls of the first layers of each kind without their matrices."""
         cache = make_prompt_cache(self._model)
-        segments = Segments(cache)
+        pieces = CallPieces(cache)
         inside = [m for block in self._blocks for m in block.projections.values()]
-        with blank_matrices([*self._model.modules(), *inside], segments.heard):
-            self._blank.watch = segments.watch
+        with blank_matrices([*self._model.modules(), *inside], pieces.heard):
+            self._blank.watch = pieces.watch
             try:
                 self._call(FEW, cache)
             finally:
                 self._blank.watch = None
-            self._last = segments.last_new()
-            # All parameters but matrices are read by then.
+            self._last = pieces.last_new()
+            # This first call reads all parameters except matrices.
             self._peaks(FEW, 0)
             if device.on_cpu():
                 beside, n_rows = (FEW_SLOW, MANY_SLOW), min(ROWS_SLOW, self._n_rows())
@@ -270,10 +271,10 @@ class MeasuredNeeds:
             return Scratch.of(self._all_peaks(beside, n_rows))
 
     def _all_peaks(self, beside: tuple[int, int], n_rows: int) -> Peaks:
-        """Return the largest peaks by numbers of tokens and of rows before them.
+        """Return the largest peaks by number of tokens and of cache rows before them.
 
         Args:
-            beside: numbers of tokens that are measured with rows too.
+            beside: numbers of tokens that are also measured with cache rows.
         """
         peaks = {}
         calls = {(n, 0) for n in (FEW, MANY, *beside)} | {(n, n_rows) for n in beside}
@@ -284,13 +285,13 @@ class MeasuredNeeds:
         return peaks
 
     def _n_rows(self) -> int:
-        """Return how many rows caches have in measured calls."""
+        """Return the number of cache rows in measured calls."""
         row_bytes = sum(form.row_bytes for form in self._look.forms)
         n_rows = min(MOST_ROWS, int(MOST_ROW_BYTES // max(1, row_bytes)))
         return max(CACHE_STEP, n_rows - n_rows % CACHE_STEP)
 
     def _peaks(self, n_tokens: int, n_rows: int) -> tuple[int, int]:
-        """Return the peaks of a call between blocks and inside of them."""
+        """Return the peaks of a call between blocks and inside blocks."""
         cache = make_prompt_cache(self._model)
         if n_rows:
             self._fill(cache, n_rows)
@@ -320,7 +321,7 @@ class MeasuredNeeds:
         return peaks[0], peaks[1]
 
     def _fill(self, cache: list[Any], n_rows: int) -> None:
-        """Give caches so many rows, of zeros where they take any."""
+        """Fill caches with ``n_rows`` rows of zeros, or else with one call."""
         look, singles = self._look, [*single_caches(cache)]
         grow = [form.row_bytes > 0 for form in look.forms]
         if not all(shape for shape, g in zip(look.rows, grow, strict=True) if g):
@@ -336,15 +337,15 @@ class MeasuredNeeds:
                 )
 
 
-# The most memory between blocks and inside of them, by tokens and rows before them.
+# Peak memory between and inside blocks, by number of tokens and rows before them.
 Peaks = dict[tuple[int, int], tuple[int, int]]
-# Heads, widths of keys and of values, and their type.
+# Number of heads, widths of keys and values, and their type.
 RowForm = tuple[int, tuple[int, int], mx.Dtype]
 
 
 @dataclass(frozen=True)
 class _Look:
-    """A lazy call's facts: caches one by one, bytes of a token's row and logits."""
+    """Results of a lazy call: its caches, and the bytes of a token's row and logits."""
 
     forms: list[CacheForm]
     most_rows: list[int | None]
@@ -356,12 +357,12 @@ class _Look:
 
 
 def _form(cache: Any) -> CacheForm | None:
-    """Return the bytes of a cache where its arrays tell."""
+    """Return the byte counts of a cache, or None for an unknown kind."""
     if isinstance(cache, ArraysCache):
         return CacheForm(0, cache.nbytes)
     if type(cache) not in KINDS:
         return None
-    # Rows that are allocated and not used yet count too.
+    # Divide by all allocated rows, not only by the used ones.
     n_rows, _, n_bytes = rows(cache)
     return CacheForm(n_bytes / n_rows if n_rows else 0, 0)
 
@@ -380,19 +381,19 @@ def _bytes(cache: list[Any]) -> int:
 
 
 def _line(n: Sequence[int], y: Sequence[float]) -> tuple[float, float]:
-    """Return slope and intercept, neither below zero, so that both points are met."""
+    """Return slope and intercept, neither negative, of a line through both points."""
     slope = max(0.0, (y[1] - y[0]) / (n[1] - n[0]))
     return slope, max(0.0, y[0] - n[0] * slope)
 
 
 class _Enough(Exception):
-    """All layers that differ were measured."""
+    """Stops a call when every kind of layer has been measured."""
 
 
-class Segments:
-    """A call's parts, each of which ends where a block asks for its experts.
+class CallPieces:
+    """The pieces of a call between its routed blocks.
 
-    They are told apart by the matrices that they call and the caches that they change.
+    Pieces differ if they call other matrices or change other kinds of caches.
     """
 
     def __init__(self, cache: list[Any]):
@@ -402,35 +403,38 @@ class Segments:
         self._ended: list[tuple[Any, ...]] = []
 
     def heard(self, kind: type, shape: tuple[int, ...]) -> None:
-        """Hear that a matrix is called."""
+        """Record the call of a matrix."""
         self._called.append((kind, shape))
 
     def watch(self, before: bool, arrays: list[mx.array]) -> None:
-        """End a part where a block asks; nothing is computed."""
+        """End a piece at a block, without computing."""
         if before:
-            self._ended.append(self._part())
+            self._ended.append(self._piece())
 
     def last_new(self) -> int | None:
-        """Return where all parts that differ have been; None: at the call's end."""
-        called, changed = self._part()
-        inside = {one for part in self._ended for one in part[0]}
+        """Return the first block by which all kinds of pieces have occurred.
+
+        None means that the call must run to its end.
+        """
+        called, changed = self._piece()
+        inside = {one for piece in self._ended for one in piece[0]}
         experts = {one for one in called if issubclass(one[0], SWITCHES)}
         if changed or not experts <= inside:
             return None
-        return max(self._ended.index(part) for part in self._ended)
+        return max(self._ended.index(piece) for piece in self._ended)
 
-    def _part(self) -> tuple[Any, ...]:
+    def _piece(self) -> tuple[Any, ...]:
         marks = [*map(_mark, self._caches)]
         changed = [
             (type(cache), most_rows(cache))
             for cache, old, new in zip(self._caches, self._marks, marks, strict=True)
             if old != new
         ]
-        part = tuple(self._called), tuple(changed)
+        piece = tuple(self._called), tuple(changed)
         self._marks, self._called = marks, []
-        return part
+        return piece
 
 
 def _mark(cache: Any) -> Any:
-    """Return a value that differs once a cache has changed."""
+    """Return a value that changes when the cache changes."""
     return getattr(cache, "offset", None), [*map(id, getattr(cache, "cache", ()))]

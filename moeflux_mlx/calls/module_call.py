@@ -1,7 +1,7 @@
-"""A call of a model through its own modules, as mlx-lm makes it.
+"""A call of a native model through its modules, as in mlx-lm.
 
-Graphs perform mlx-lm's layers and no more. Where somebody has put others among
-them, adapters for one, the modules themselves are called: slower, and right.
+Graphs perform mlx-lm's own layers only. If the model contains other modules, such as
+adapters, the modules are called instead, which is slower but right.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import mlx.nn as nn
 from mlx_lm.models.mla import QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
-# Modules that ``nn.quantize`` puts in the places of others; graphs perform these too.
+# Modules that ``nn.quantize`` inserts; graphs perform them too.
 QUANTIZED = {
     nn.QuantizedLinear,
     nn.QuantizedEmbedding,
     QuantizedMultiLinear,
     QuantizedSwitchLinear,
 }
-# Where an adapter of mlx-lm keeps the layer that it adds to.
+# Attributes in which mlx-lm's adapters keep the adapted layer.
 BASES = ("linear", "embedding")
 
-# From the backbone, tokens, caches and embeddings to the last norm's output.
+# Maps backbone, tokens, caches and embeddings to the output of the last norm.
 Backbone = Callable[[Any, mx.array, Any, mx.array], mx.array]
 
 
@@ -35,10 +35,10 @@ class ModuleCall:
     """Calls the modules of a text model.
 
     Args:
-        text: mlx-lm's module, as it was made: modules of other classes are foreign.
-        backbone: how mlx-lm calls ``text.model``.
-        bounded: returns ids as they can be looked up, and which of them there are;
-            None: all.
+        text: mlx-lm's new module; modules of other classes count as foreign later.
+        backbone: calls ``text.model`` as mlx-lm does.
+        bounded: returns ids within the embedding's range, and a mask of the ids that
+            were, or None if all were.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class ModuleCall:
         self.known = {type(module) for module in text.modules()} | QUANTIZED
 
     def has_foreign_modules(self) -> bool:
-        """Tell whether a module is of a class that graphs do not perform."""
+        """Tell whether graphs cannot perform some module's class."""
         return not self.known.issuperset(map(type, self._text.modules()))
 
     def rows(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> mx.array:
-        """Return the rows ``[B, T, D]`` that logits are made of."""
+        """Return the rows ``[B, T, D]`` from which logits are computed."""
         if embeddings is None:
             embeddings = self._embed(inputs)
         return self.backbone(self._text.model, inputs, cache, embeddings)
@@ -79,12 +79,12 @@ class ModuleCall:
 
 
 def is_tied(args: Any) -> bool:
-    """Tell whether a text model's embedding makes its logits too."""
+    """Tell whether a text model's embedding also computes its logits."""
     return bool(getattr(args, "tie_word_embeddings", False))
 
 
 class _Given(nn.Module):
-    """Stands in for an embedding whose rows are known."""
+    """Replaces an embedding whose rows are known."""
 
     def __init__(self, rows: mx.array):
         super().__init__()
@@ -95,7 +95,7 @@ class _Given(nn.Module):
 
 
 def backbone_of(model: nn.Module) -> Backbone:
-    """Return how mlx-lm calls a text model's ``model``, with embeddings given."""
+    """Return a function that calls a text model's backbone with embeddings."""
     call: Backbone = type(model).__call__
     if "input_embeddings" in inspect.signature(call).parameters:
         return call
@@ -114,9 +114,9 @@ def backbone_of(model: nn.Module) -> Backbone:
 
 
 def without_adapters(module: nn.Module) -> nn.Module:
-    """Return a module with the layers that adapters add to in the adapters' places.
+    """Return a copy of a module in which the adapted layers replace their adapters.
 
-    Arrays are shared with the one given, which stays as it is.
+    The copy shares its arrays with the original.
     """
     for name in BASES:
         if hasattr(module, "lora_a") and name in module:

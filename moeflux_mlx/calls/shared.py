@@ -1,4 +1,4 @@
-"""The common ground of calls of a model with streamed experts: turns, experts, room."""
+"""Calls of a model with streamed experts: one at a time, within its memory."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from .ways import Ways
 
 
 class Calls(OneAtATime):
-    """One model's calls: one at a time, and in the memory that there is.
+    """The calls of one model: one at a time, and within the available memory.
 
     Args:
-        model: the model; its caches are made as mlx-lm makes them.
-        give_way: frees some memory that the model's caller keeps for later, and tells
+        model: the model, whose caches mlx-lm can make.
+        give_way: frees memory that the model's caller keeps for later, and returns
             whether it did.
-        ways: choose how each call gets its experts.
-        exchange: other processes have a part of the experts.
+        ways: chooses how each call gets its experts.
+        exchange: connects to the processes that hold the other experts.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class Calls(OneAtATime):
         self.streamer: ExpertStreamer | MappedExperts | BlankExperts | None = None
         self.keeper: MemoryKeeper | None = None
         self.free_pool: FreePool | None = None
-        # Bytes of a token's row as the last call gave them; None: it gave no rows.
+        # Bytes of a token's row in the last call; None if it returned no rows.
         self.row_bytes: int | None = None
         self._checked = StockChecks(lambda: make_prompt_cache(self._whole))
 
     def source(self, block: int) -> ExpertSource:
-        """Return one block's experts as they are reached now."""
+        """Return the present source of one block's experts."""
         assert self.streamer is not None
         return self.streamer.source(block)
 
@@ -71,11 +71,11 @@ class Calls(OneAtATime):
 
     @contextlib.contextmanager
     def reaching(self, experts: BlankExperts) -> Iterator[None]:
-        """Have calls reach these experts in here, however much memory they take."""
+        """Let calls use these experts within this context, without a memory bound."""
         with self.lock:
             before = self.streamer, self.keeper, self.free_pool
             self.streamer, self.keeper, self.free_pool = experts, None, None
-            # Calls in here are nobody's, so their arguments need no check.
+            # These calls are our own, so their arguments need no check.
             self._depth += 1
             try:
                 yield
@@ -86,17 +86,17 @@ class Calls(OneAtATime):
     def call(
         self, call: Callable[..., Any], args: Any, kwargs: Any, *, gives_rows: bool
     ) -> Any:
-        """Make a call, checking its arguments first."""
+        """Check the arguments of a call, and make it."""
         args, kwargs = self.checked(call, args, kwargs)
         return self.run(call, args, kwargs) if gives_rows else call(*args, **kwargs)
 
     def checked(
         self, call: Callable[..., Any], args: Any, kwargs: Any
     ) -> tuple[Any, Any]:
-        """Return the arguments of a call from outside, tokens as an array.
+        """Return the checked arguments of a user's call, with tokens as an array.
 
         Raises:
-            ModelError: the model does not take one of them.
+            ModelError: the model does not accept an argument.
         """
         signature = _signature(call)
         if self._depth > 1 or "cache" not in signature.parameters:
@@ -104,27 +104,28 @@ class Calls(OneAtATime):
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
-            # The call itself says which is missing.
+            # The call itself raises the error for a missing argument.
             return args, kwargs
         self._checked(bound.arguments, next(iter(signature.parameters)))
         return bound.args, bound.kwargs
 
     def looks_at(self, ids: mx.array) -> bool:
-        """Tell whether ids are to be looked at if they have values.
+        """Tell whether to check the values of ids.
 
-        That costs a wait only where nothing else has the next token wait.
+        The check waits for them. It is skipped for single tokens on a GPU that would
+        otherwise not wait.
         """
         streamer = self.streamer
         waits = isinstance(streamer, ExpertStreamer) and not streamer.resident
         return device.on_cpu() or ids.size > 1 or waits
 
     def run(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Compute rows, a part of the tokens at a time where all do not fit.
+        """Compute rows, in chunks of tokens if all do not fit into memory.
 
-        A call that fails leaves its caches as they were.
+        A failed call restores its caches.
 
         Raises:
-            BudgetError: not even a part fits, or the call cannot be divided.
+            BudgetError: not even a chunk fits, or the call cannot be divided.
         """
         rows = _Rows.read(call, args, kwargs)
         if rows is None:
@@ -157,18 +158,18 @@ class Calls(OneAtATime):
             return self.ways.run(whole, self.streamer, t, states)
 
     def _exchanging(self) -> contextlib.AbstractContextManager[None]:
-        """Let blocks not wait for other processes where the device need not."""
+        """Let blocks continue without waiting for other processes, if possible."""
         exchange = self._exchange
         if exchange is None or exchange.waits or in_transformation():
             return contextlib.nullcontext()
         return exchange.together()
 
     def _guard(self, out: Any) -> None:
-        """Have rows computed before experts that they read are gone."""
+        """Ensure that lazy rows are computed before their experts are released."""
         streamer, results = self.streamer, leaves(out)
         if isinstance(streamer, ExpertStreamer) and streamer.resident:
             if is_traced(results):
-                # A computation backwards reads the experts once more.
+                # The backward pass reads the experts again.
                 streamer.stay()
                 return
             for result in results:
@@ -178,7 +179,7 @@ class Calls(OneAtATime):
         self, call: Callable[..., Any], rows: _Rows, states: list[CacheState]
     ) -> Any:
         n_seqs, t, given = rows.n_seqs, rows.t, rows.cache
-        # Whoever keeps no cache wants logits; a long call needs one meanwhile.
+        # A call without caches returns all logits; dividing it needs temporary caches.
         logits = not given
         cache = given or make_prompt_cache(self._whole)
         step = self._agreed(
@@ -188,8 +189,8 @@ class Calls(OneAtATime):
             return self._run(call, rows.bound, t, states)
         if not rows.divides or self.row_bytes is None:
             raise BudgetError(
-                f"[memory] expected a call of at most {step} of {t} tokens, which its "
-                "other arguments do not let divide: give fewer tokens, or raise memory"
+                f"[memory] expected a call of at most {step} of {t} tokens, because its "
+                "other arguments cannot be divided: give fewer tokens, or raise memory"
             )
         parts = []
         for start in range(0, t, step):
@@ -200,13 +201,13 @@ class Calls(OneAtATime):
         return mx.concatenate(parts, axis=1)
 
     def _given_way(self, cache: list[Any], t: int) -> int:
-        """Return ``t``, once experts have given way to other memory."""
+        """Release experts for other memory if needed, and return ``t``."""
         if self.free_pool is not None:
             self.free_pool.give_way(cache)
         return t
 
     def _agreed(self, rows: _Rows, step: Callable[[], int]) -> int:
-        """Return how many tokens are computed together: as many by every process."""
+        """Return the chunk of tokens to compute, the same in every process."""
         if self._exchange is None or isinstance(self.streamer, BlankExperts):
             return step()
         first = next(iter(rows.arrays.values()))
@@ -217,7 +218,7 @@ class Calls(OneAtATime):
         return make_room(self.keeper, self._give_way, cache, n_seqs, t, **options)
 
     def _is_followed(self, rows: _Rows) -> bool:
-        """Tell whether a transformation follows a call: it keeps its results."""
+        """Tell whether a transformation traces a call, and so keeps its results."""
         parameters = leaves(self._whole.parameters())
         return is_traced([*rows.arrays.values(), *parameters])
 
@@ -229,7 +230,7 @@ class Calls(OneAtATime):
 
 
 def _signature(call: Callable[..., Any]) -> inspect.Signature:
-    """Return the signature of a bound method, looked at once."""
+    """Return the cached signature of a function or bound method."""
     return _signature_of(getattr(call, "__func__", call), inspect.ismethod(call))
 
 
@@ -241,7 +242,7 @@ def _signature_of(function: Callable[..., Any], bound: bool) -> inspect.Signatur
 
 @dataclass(frozen=True)
 class _Rows:
-    """A call's arguments: some by name have ``t`` tokens of ``n_seqs`` sequences."""
+    """A call's arguments; ``arrays`` have ``t`` tokens of ``n_seqs`` sequences."""
 
     bound: inspect.BoundArguments
     arrays: dict[str, mx.array]
@@ -251,7 +252,7 @@ class _Rows:
 
     @classmethod
     def read(cls, call: Callable[..., Any], args: Any, kwargs: Any) -> _Rows | None:
-        """Return a call's arguments; None if no call with tokens and caches."""
+        """Return a call's arguments; None unless it takes tokens and caches."""
         signature = _signature(call)
         if "cache" not in signature.parameters:
             return None
@@ -272,18 +273,18 @@ class _Rows:
 
     @property
     def cache(self) -> list[Any] | None:
-        """The caches that are given; models may give their layers a list of none."""
+        """The given caches; None also for a list of None, which some models pass."""
         found: list[Any] | None = self.bound.arguments.get("cache")
         return found if found and any(c is not None for c in found) else None
 
     def part(self, tokens: slice, cache: list[Any]) -> inspect.BoundArguments:
-        """Return the arguments of a call with some of the tokens."""
+        """Return the arguments of a call with a slice of the tokens."""
         parts = {name: x[:, tokens] for name, x in self.arrays.items()}
         arguments = {**self.bound.arguments, **parts, "cache": cache}
         return inspect.BoundArguments(self.bound.signature, arguments)  # type: ignore[arg-type]
 
     def bytes_of(self, out: Any) -> int | None:
-        """Return the bytes of a token's row in a call's result."""
+        """Return the bytes per token of a call's result."""
         if isinstance(out, mx.array) and tuple(out.shape[:2]) == (self.n_seqs, self.t):
             return out.nbytes // (self.n_seqs * self.t)
         return None

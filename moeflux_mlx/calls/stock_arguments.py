@@ -1,4 +1,4 @@
-"""The arguments of a model of mlx-lm's class, checked as our own checks them."""
+"""Checks of the arguments of a model of mlx-lm's class."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .arguments import (
 
 
 class StockChecks:
-    """Checks the arguments of calls of a model that mlx-lm's class runs.
+    """Checks the arguments of calls of a model of mlx-lm's class.
 
     Args:
         make_caches: makes the model's own caches.
@@ -34,13 +34,13 @@ class StockChecks:
         self._seen = SeenCaches()
 
     def __call__(self, arguments: dict[str, Any], tokens: str) -> None:
-        """Check arguments by name, and put arrays in the places of lists of tokens.
+        """Check arguments by name, and replace lists of tokens by arrays.
 
         Args:
-            tokens: the name of the tokens' argument.
+            tokens: the name of the argument with the tokens.
 
         Raises:
-            ModelError: no model takes one of them; names it.
+            ModelError: an argument is unusable, which it names.
         """
         embeddings = arguments.get("input_embeddings")
         if embeddings is None:
@@ -69,7 +69,7 @@ class StockChecks:
 
 
 def _is_like(cache: Any, made: Any) -> bool:
-    """Tell whether a model that makes one cache could go on with another."""
+    """Tell whether a model that makes the cache ``made`` could use ``cache``."""
     if isinstance(made, ArraysCache):
         return isinstance(cache, ArraysCache) and len(cache.cache) == len(made.cache)
     if isinstance(made, CacheList):

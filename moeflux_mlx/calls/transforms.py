@@ -1,8 +1,8 @@
-"""Tell a call under a transformation of MLX from one that computes values at once.
+"""Detect calls under a transformation of MLX.
 
-``mx.grad``, ``mx.vjp`` and ``mx.jvp`` run a function on arrays that have values like
-any others, but a result computed from a copy of such values has no derivative. Whoever
-looks at values must ask here first.
+``mx.grad``, ``mx.vjp`` and ``mx.jvp`` run a function on arrays with ordinary values,
+but a result computed from a copy of such values has no derivative. Code that reads
+values must check here first.
 """
 
 from __future__ import annotations
@@ -25,10 +25,7 @@ _COUNT = _Count()
 
 
 def is_traced(arrays: Sequence[mx.array]) -> bool:
-    """Tell whether a transformation follows any of ``arrays``.
-
-    Nothing is evaluated here.
-    """
+    """Tell whether a transformation traces any of ``arrays``, without evaluating."""
     if not arrays or not in_transformation():
         return False
     (from_all,) = mx.depends([mx.array(0)], [*arrays])
@@ -36,31 +33,31 @@ def is_traced(arrays: Sequence[mx.array]) -> bool:
 
 
 def in_transformation() -> bool:
-    """Tell whether this is a call under any transformation; cheap."""
+    """Tell whether this call runs under any transformation; this is cheap."""
     return _is_followed(_FOLLOWED)
 
 
 def compiles() -> bool:
-    """Tell whether MLX compiles functions: somebody may have switched that off."""
+    """Tell whether MLX compiles functions, which a caller may have disabled."""
     return not _is_called(_PROBE_OF_NOTHING)
 
 
 def _is_followed(array: mx.array) -> bool:
-    """Tell whether a transformation follows an array.
+    """Tell whether a transformation traces an array.
 
-    MLX replays a compiled function without calling it, unless a transformation follows
+    MLX replays a compiled function without calling it, unless a transformation traces
     an argument: then it calls the function again.
     """
     if not _is_called(_PROBE, array):
         return False
-    # Where compiling is switched off, every call is a call.
+    # With compilation disabled MLX always calls the function, so enable it here.
     with _compiling():
         return _is_called(_PROBE, array)
 
 
 @contextlib.contextmanager
 def _compiling() -> Iterator[None]:
-    """Let MLX compile meanwhile, though somebody may have switched that off."""
+    """Enable compilation within this context."""
     if compiles():
         yield
         return
@@ -72,12 +69,12 @@ def _compiling() -> Iterator[None]:
 
 
 def _is_called(probe: Callable[..., Any], *arguments: mx.array) -> bool:
-    """Tell whether MLX calls a function that it has compiled before."""
+    """Tell whether MLX calls an already compiled function again."""
     before = _COUNT.n
     probe(*arguments)
     if _COUNT.n == before:
         return False
-    # That was perhaps the first call in this thread, which compiles.
+    # The call may have been this thread's first, which compiles; try again.
     before = _COUNT.n
     probe(*arguments)
     return _COUNT.n > before
@@ -89,10 +86,10 @@ def _count(*arguments: mx.array) -> mx.array:
 
 
 def _placeholder() -> mx.array:
-    """Return the stand-in for an argument while MLX compiles a function.
+    """Return the placeholder for an argument while MLX compiles a function.
 
-    MLX follows it in each later transformation too, and in nothing else. It never has
-    a value.
+    Every later transformation traces it too, and nothing else does. It never has a
+    value.
     """
     kept: list[mx.array] = []
 

@@ -1,7 +1,7 @@
-"""How a call goes through a model's blocks: ahead of reading experts, or waiting.
+"""Choose how a call gets its experts: running ahead of reading them, or waiting.
 
-The model's layers and blocks ask here; on a call that anything else than values may
-come of they are left to themselves.
+The model's layers and blocks consult this module. Calls under a transformation bypass
+it.
 """
 
 from __future__ import annotations
@@ -28,23 +28,22 @@ from .transforms import in_transformation
 
 
 def runs_ahead(choice: str) -> bool:
-    """Tell whether tokens may run ahead of reading: ``auto``, on GPUs.
+    """Tell whether tokens may run ahead of reading; ``auto`` allows it on GPUs.
 
-    A CPU has nothing to wait for: looking slots up takes it longer than reading ids
-    back.
+    A CPU gains nothing, because looking slots up takes longer than reading ids back.
     """
     return choice == "on" or (choice == "auto" and not device.on_cpu())
 
 
 class Ways:
-    """Chooses the way of each call of one model.
+    """Chooses how each call of a model gets its experts.
 
     Args:
-        optimistic: ``"auto"``, ``"on"`` or ``"off"``: whether tokens run ahead of
-            reading; None takes the environment's choice.
+        optimistic: ``"auto"``, ``"on"`` or ``"off"``: let tokens run ahead of reading;
+            None uses the environment's value.
 
     Raises:
-        ConfigError: ``optimistic`` has no usable value.
+        ConfigError: ``optimistic`` has an unusable value.
     """
 
     def __init__(self, optimistic: str | None = None):
@@ -57,22 +56,22 @@ class Ways:
 
     @property
     def token(self) -> TokenAhead | WaitingCall | None:
-        """The way of this thread's call, if nobody else has it."""
+        """The call in progress, if it belongs to this thread."""
         if (token := self._token) is None or self._thread != threading.get_ident():
             return None
         return token
 
     def forget(self) -> None:
-        """Have no call under way, whatever a second Ctrl-C kept the last from doing."""
+        """Drop the call in progress, which an interrupted call may have left behind."""
         self._token = None
 
     def watch(
         self, model: nn.Module, blocks: Sequence[RoutedBlock], undo: ExitStack
     ) -> None:
-        """Have decoder layers, and modules that choose experts, ask how they run.
+        """Make decoder layers, and modules that choose experts, consult this object.
 
         Args:
-            undo: takes the functions that restore them.
+            undo: receives the functions that restore them.
         """
         self._n_blocks = len(blocks)
         modules = dict(model.named_modules())
@@ -83,14 +82,14 @@ class Ways:
                 self._add(StreamedLayer, layer, undo)
         choosers: dict[int, nn.Module] = {}
         for number, block in enumerate(blocks):
-            # A list or a dictionary of modules is none itself.
+            # A path may lead to a list or dictionary, which is not a module.
             above = [modules[p] for p in _below_layer(block.path) if p in modules]
             chooser = next(filter(takes_input_alone, above), None)
             if chooser is None:
                 for module in _beside(block.path, modules):
                     self._add(StreamedGiver, module, undo)
             elif not any(chooser is one for one in choosers.values()):
-                # A module with several blocks asks the first one of them.
+                # If a module has several blocks, predict for the first one.
                 self._add(StreamedChooser, chooser, undo)
                 choosers[number] = chooser
         self._choosers = Choosers(choosers)
@@ -108,11 +107,11 @@ class Ways:
         n_tokens: int,
         states: Sequence[CacheState] | None,
     ) -> Any:
-        """Make the call, with its own result.
+        """Make the call and return its result.
 
         Args:
-            n_tokens: of each sequence.
-            states: of the call's caches; None: they cannot be put back.
+            n_tokens: number of tokens per sequence.
+            states: states of the call's caches; None if they cannot be restored.
         """
         streams = isinstance(streamer, ExpertStreamer) and not streamer.resident
         if not streams or self._token is not None or in_transformation():
@@ -150,7 +149,7 @@ class Ways:
 
 
 class StreamedLayer(nn.Module):
-    """The addition to a decoder layer's class: a token may pass it once only."""
+    """Added to a decoder layer's class: a restarted token may skip the layer."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         ways: Ways = self.__dict__["ways"]
@@ -160,7 +159,7 @@ class StreamedLayer(nn.Module):
 
 
 class StreamedChooser(nn.Module):
-    """The addition to a router's class: its input is looked at."""
+    """Added to the class of a module that chooses experts: records its input."""
 
     def __call__(self, x: mx.array, *args: Any, **options: Any) -> Any:
         ways: Ways = self.__dict__["ways"]
@@ -170,7 +169,7 @@ class StreamedChooser(nn.Module):
 
 
 class StreamedGiver(nn.Module):
-    """What is added to the class of what may give the ids of experts: that is heard."""
+    """Added to the class of a module that may return ids: records its output."""
 
     def __call__(self, x: mx.array, *args: Any, **options: Any) -> Any:
         ways: Ways = self.__dict__["ways"]
@@ -181,14 +180,14 @@ class StreamedGiver(nn.Module):
 
 
 def _below_layer(path: str) -> list[str]:
-    """Return the modules between a block and its decoder layer, the nearest first."""
+    """Return the paths between a block and its decoder layer, the nearest first."""
     names = path.split(".")
     first = next((i + 1 for i, name in enumerate(names) if name.isdigit()), 0)
     return [".".join(names[:n]) for n in range(len(names) - 1, first, -1)]
 
 
 def _beside(path: str, modules: dict[str, nn.Module]) -> list[nn.Module]:
-    """Return a model's own modules beside those that a block is in."""
+    """Return a model's own modules beside those that contain a block."""
     below = _below_layer(path)
     parents = {name.rpartition(".")[0] for name in below}
     return [
@@ -203,6 +202,6 @@ def _beside(path: str, modules: dict[str, nn.Module]) -> list[nn.Module]:
 
 @functools.cache
 def added_class(added: type, kind: type) -> type:
-    """Return a module's class with the methods of ``added`` besides."""
+    """Return a subclass of a module's class with the methods of ``added``."""
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (added, Uncopied, kind), names)
