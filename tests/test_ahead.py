@@ -54,7 +54,7 @@ def begun_again(monkeypatch) -> list[int]:
     original = TokenAhead._restart
 
     def note(self: TokenAhead) -> None:
-        found.append(len(self._right))
+        found.append(len(self._confirmed))
         original(self)
 
     monkeypatch.setattr(TokenAhead, "_restart", note)

@@ -189,7 +189,7 @@ class Calls(OneAtATime):
             return self._run(call, rows.bound, t, states)
         if not rows.divides or self.row_bytes is None:
             raise BudgetError(
-                f"[memory] expected a call of at most {step} of {t} tokens, because its "
+                f"[memory] expected a call of at most {step} of {t} tokens, since its "
                 "other arguments cannot be divided: give fewer tokens, or raise memory"
             )
         parts = []

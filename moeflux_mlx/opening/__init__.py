@@ -1,4 +1,4 @@
-"""A model's directory: found, checked, and mlx-lm's own model built of it.
+"""Find and check a model's directory, and build mlx-lm's model from it.
 
 Imports: errors, config, engine, engine.executors, engine.lowering, experts,
 experts.files, experts.pool, memory, streaming, system.

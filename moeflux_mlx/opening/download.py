@@ -1,4 +1,4 @@
-"""Find a model's directory, downloading the files that are read and no more."""
+"""Find a model's directory, and download only the files that are read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import ModelError
 from ..experts.files.checkpoint import read_index
 from ..experts.files.manifest import MANIFEST_NAME
 
-# Configuration, tokenizer and chat templates: never code.
+# Configuration, tokenizer and chat templates, but never code.
 SMALL_FILES = (
     "*.json",
     "*.jsonl",
@@ -25,10 +25,10 @@ PACKED_EXPERTS = "experts-*.bin"
 
 
 def find_model(path_or_repo: str | Path, revision: str | None = None) -> Path:
-    """Return the local directory of a model, downloading a hub id.
+    """Return the local directory of a model; download a hub id.
 
     Raises:
-        ModelError: there is no model at the path, or the hub has none of that id.
+        ModelError: the path holds no model, or the hub has no such id.
     """
     if not isinstance(path_or_repo, str | Path):
         raise ModelError(
@@ -50,7 +50,7 @@ def find_model(path_or_repo: str | Path, revision: str | None = None) -> Path:
 
 
 def check_kinds(path: Path) -> None:
-    """Raise ModelError for a FIFO or the like, which a library would wait for."""
+    """Raise ModelError for a FIFO or device, for which a library would wait."""
     for pattern in (*SMALL_FILES, "*.safetensors"):
         for file in path.glob(pattern):
             if file.exists() and not (file.is_file() or file.is_dir()):
@@ -61,7 +61,7 @@ def check_kinds(path: Path) -> None:
 
 
 def _from_hub(repo: str, revision: str | None) -> Path:
-    """Download small files, and then the weights that they name."""
+    """Download the small files, then the weights that they name."""
     try:
         path = _download(repo, revision, allow_patterns=[*SMALL_FILES])
         names = weights_of(path)
@@ -78,7 +78,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
 
 
 def is_complete(path: Path) -> bool:
-    """Tell whether a directory has all the weights that are read of it."""
+    """Tell whether a directory has all weights that will be read."""
     return all(_is_there(path, name) for name in weights_of(path))
 
 
@@ -87,7 +87,7 @@ def _is_there(path: Path, name: str) -> bool:
 
 
 def weights_of(path: Path) -> list[str]:
-    """Return patterns of the weights that are read: those an index names, or all."""
+    """Return patterns of the weights to read: those of the index, or all."""
     if (path / MANIFEST_NAME).is_file():
         return [WEIGHTS, PACKED_EXPERTS]
     names = {*read_index(path).values()}

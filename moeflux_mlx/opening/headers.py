@@ -1,4 +1,4 @@
-"""A model of a hub as far as headers tell: its weights are holes in local files."""
+"""Fetch a hub model's headers into local files whose weights are holes."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from ..experts.files.safetensors import MAX_HEADER_BYTES
 from .download import WEIGHTS, is_complete, weights_of
 
 ENDPOINT = constants.ENDPOINT
-# The files that say which tensors a model has, and how they are stored.
+# Files that describe a model's tensors and their storage.
 DESCRIPTIONS = ("config.json", "generation_config.json", "*.safetensors.index.json")
-# A first request takes so much, which is most headers.
+# Size of the first request, which covers most headers.
 FIRST_BYTES = 100_000
-# No description is longer.
+# Bound of the size of a description.
 MOST_BYTES = 64 << 20
 SECONDS = 10.0
 
 
 @contextlib.contextmanager
 def model_headers(path_or_repo: str | Path) -> Iterator[Path]:
-    """Give a directory that has a model's headers and sizes, for as long as inside.
+    """Yield a directory with a model's headers and file sizes.
 
-    A local directory and a complete download are given as they are. For
-    any other model on a hub, requests of ranges read configuration and headers alone.
+    A local directory or a complete download is yielded itself. For another model on a
+    hub, range requests fetch only configuration and headers.
 
     Raises:
-        ModelError: there is no such model, or only a download tells.
+        ModelError: there is no such model, or it has to be downloaded first.
     """
     if _exists(path_or_repo):
         yield Path(path_or_repo)
@@ -57,7 +57,7 @@ def model_headers(path_or_repo: str | Path) -> Iterator[Path]:
 
 
 def is_local(path_or_repo: str | Path) -> bool:
-    """Tell whether nothing of a model needs to be downloaded."""
+    """Tell whether a model needs no download."""
     return _exists(path_or_repo) or downloaded(str(path_or_repo)) is not None
 
 
@@ -69,7 +69,7 @@ def _exists(path_or_repo: str | Path) -> bool:
 
 
 def downloaded(repo: str) -> Path | None:
-    """Return the directory of a model in the hub's cache, if all of it is there."""
+    """Return a model's directory in the hub's cache if it is complete."""
     try:
         path = Path(snapshot_download(repo, local_files_only=True))
     except Exception:
@@ -102,11 +102,11 @@ def _fetch(repo: str, folder: Path) -> None:
 
 
 def _header(repo: str, name: str, size: int, file: Path) -> None:
-    """Write a file of a size that has the header, and a hole in the tensors' place."""
+    """Write a file of the given size with the header, and a hole for the tensors."""
     begin = _range(repo, name, 0, min(size, FIRST_BYTES))
     length = 8 + int.from_bytes(begin[:8], "little")
     if len(begin) < 8 or length > min(size, MAX_HEADER_BYTES):
-        raise ModelError(f"[inspect] {repo}: {name} is no safetensors file")
+        raise ModelError(f"[inspect] {repo}: {name} is not a safetensors file")
     if length > len(begin):
         begin += _range(repo, name, len(begin), length)
     with file.open("wb") as out:
@@ -115,13 +115,13 @@ def _header(repo: str, name: str, size: int, file: Path) -> None:
 
 
 def _range(repo: str, name: str, start: int, end: int) -> bytes:
-    """Return the bytes of a file from ``start`` to ``end``, and take no others."""
+    """Fetch only the bytes of a file from ``start`` to ``end``."""
     url = hf_hub_url(repo, name, endpoint=ENDPOINT)
     headers = {**build_hf_headers(), "range": f"bytes={start}-{end - 1}"}
     found = bytearray()
     with get_session().stream("GET", url, headers=headers, timeout=SECONDS) as answer:
         answer.raise_for_status()
-        # A server that knows no ranges sends all from the beginning.
+        # A server without range requests sends the file from its beginning.
         skip = 0 if answer.status_code == 206 else start
         for chunk in answer.iter_bytes():
             found += chunk

@@ -1,4 +1,4 @@
-"""Build mlx-lm's model of a packed directory, whose weights have no experts."""
+"""Build mlx-lm's model for a pack, whose weight files contain no experts."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ Arrays = Callable[[LayerFile], Iterator[tuple[str, mx.array]]]
 def load_pack_lazily(
     path: Path, model_config: dict[str, Any] | None = None
 ) -> StockModel:
-    """Build mlx-lm's model of a pack; its experts are zeros until it is streamed.
+    """Build mlx-lm's model for a pack; its experts are zeros until it is streamed.
 
     Raises:
         ModelError: mlx-lm cannot load it.
-        ExpertStoreError: the pack is not of its routed blocks.
+        ExpertStoreError: the pack does not match the model's routed blocks.
     """
     return load_lazily(path, model_config, pack_classes_with(path))
 
 
 def pack_classes_with(path: Path, arrays: Arrays | None = None) -> Classes:
-    """Return a finder of mlx-lm's classes with a pack's experts among the weights.
+    """Return a function that finds mlx-lm's classes and adds a pack's experts.
 
     Args:
-        arrays: by default zeros, which nobody is to evaluate.
+        arrays: the experts' arrays; by default zeros, which must not be evaluated.
     """
     manifest = Manifest.read(path / MANIFEST_NAME)
     return classes_with(manifest, arrays or placeholders)
 
 
 def placeholders(entry: LayerFile) -> Iterator[tuple[str, mx.array]]:
-    """Yield arrays of the experts' shapes and types, which nobody evaluates."""
+    """Yield lazy zeros of the experts' shapes and types, which are never evaluated."""
     for spec in entry.layout.tensors:
         shape = (len(entry.checksums), *spec.shape)
         yield f"{spec.projection}.{spec.part}", mx.zeros(shape, MLX_DTYPES[spec.dtype])
 
 
 def classes_with(manifest: Manifest, arrays: Arrays) -> Classes:
-    """Do as ``pack_classes_with`` with a manifest that was read."""
+    """Do the same as ``pack_classes_with`` for an open manifest."""
 
     def classes(config: dict[str, Any]) -> tuple[type, type]:
         model_class, arguments = _get_classes(config)
@@ -59,7 +59,7 @@ def classes_with(manifest: Manifest, arrays: Arrays) -> Classes:
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
                 experts = _experts(self, manifest, arrays)
                 if manifest.is_of_blocks:
-                    # As a checkpoint that mlx-lm's converter wrote.
+                    # Blocks have the layout of a checkpoint from mlx-lm's converter.
                     return sanitized(model_class, self, {**weights, **experts})
                 return {**sanitized(model_class, self, weights), **experts}
 

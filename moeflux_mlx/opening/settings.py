@@ -1,6 +1,6 @@
-"""Look at every environment variable before a model is loaded, not when it is used.
+"""Check every environment variable before a model is loaded.
 
-A value that cannot be used would otherwise be an error in the middle of a request.
+Otherwise an unusable value would be an error in the middle of a request.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from ..experts.pool.policy import policy_factory
 
 
 def check_settings() -> None:
-    """Raise an error unless every environment variable has a value that can be used.
+    """Raise an error unless every environment variable has a usable value.
 
     Raises:
-        ConfigError: names the variable.
-        BackendError: there is no executor of the name.
-        TraceError: the recording that ``MOEFLUX_POLICY`` names is not usable.
+        ConfigError: a variable, which the message names, has an unusable value.
+        BackendError: there is no executor of this name.
+        TraceError: the routing trace that ``MOEFLUX_POLICY`` names is unusable.
     """
     amounts = {"MEMORY": config.memory(), "EXPERT_MEMORY": config.expert_memory()}
     for name, amount in amounts.items():

@@ -1,4 +1,4 @@
-"""Load a model with mlx-lm's own class, and stream its experts if told to."""
+"""Load a model with mlx-lm's own class, and stream its experts if requested."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def takes_door(
     *,
     told: bool = True,
 ) -> bool:
-    """Tell whether mlx-lm's class is to be loaded, and print a line if it is.
+    """Tell whether to load mlx-lm's class, and print a message if so.
 
     Args:
-        native: whether our own class is asked for; None: where there is one.
-        model_config: entries of ``config.json`` that are to be different.
+        native: request our class (True) or mlx-lm's (False); None prefers ours.
+        model_config: entries that replace those of ``config.json``.
         told: False prints nothing.
 
     Raises:
-        ModelError: our own class is asked for but does not do all of it.
+        ModelError: our class is requested but does not support the configuration.
     """
     config = {**read_config(path), **(model_config or {})}
     model_type, why = config.get("model_type"), why_stock(config)
@@ -48,7 +48,7 @@ def takes_door(
     elif native and why not in (None, NONE_OF_OUR_OWN):
         raise ModelError(
             f"[native] {path}: expected a {model_type} that our own class runs but "
-            f"{why}: leave native out"
+            f"{why}: omit native"
         )
     if why is None or native:
         return False
@@ -66,15 +66,15 @@ def load_through_door(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load mlx-lm's model.
 
-    Experts of a packed directory are always streamed, those of a plain checkpoint if a
-    bound on memory is given; else they are parameters.
+    The experts of a pack are always streamed. Those of a plain checkpoint are streamed
+    if memory is bounded, and are parameters otherwise.
 
     Returns:
         The model and its configuration.
 
     Raises:
         ModelError: mlx-lm cannot load it, or its experts cannot be streamed.
-        ConfigError, BudgetError, ExpertStoreError: as ``stream``.
+        ConfigError, BudgetError, ExpertStoreError: see ``stream``.
     """
     amounts = options.amounts
     _refuse_options(options)
@@ -110,13 +110,13 @@ def door_classes(
     reads: bool = True,
     group: mx.distributed.Group | None = None,
 ) -> tuple[type[nn.Module], type]:
-    """Return mlx-lm's classes of a pack's model, which streams once it is loaded.
+    """Return mlx-lm's classes for a pack; the model streams once it is loaded.
 
-    Memory comes from the environment.
+    The bound on memory comes from the environment.
 
     Args:
-        reads: the model is to be called; else it takes room for one expert.
-        group: as for ``load``.
+        reads: the model will be called; otherwise it gets memory for one expert.
+        group: see ``load``.
     """
     bound, arguments = pack_classes_with(directory)(config)
 
@@ -124,7 +124,7 @@ def door_classes(
         def load_weights(self, *args: Any, **kwargs: Any) -> nn.Module:
             super().load_weights(*args, **kwargs)
             if isinstance(self, StreamedModel):
-                # Other weights come later.
+                # This is a later call, with other weights.
                 return self
             memory = None if reads else least_bytes(directory)
             stream(self, directory, expert_memory=memory, group=group)
@@ -135,7 +135,7 @@ def door_classes(
 
 
 def least_bytes(directory: Path) -> int:
-    """Return the memory of the one expert that a pack's model must have room for."""
+    """Return the minimum memory for a pack's model, which holds one expert."""
     manifest = Manifest.read(directory / MANIFEST_NAME)
     return pool_bytes([entry.layout for entry in manifest.layers], 1)
 
@@ -143,7 +143,7 @@ def least_bytes(directory: Path) -> int:
 def load_stock_lazily(
     path: Path, model_config: dict[str, Any] | None = None
 ) -> StockModel:
-    """Build mlx-lm's model of a plain or packed directory; no weight is read.
+    """Build mlx-lm's model of a plain or packed directory without reading weights.
 
     Raises:
         ModelError, ExpertStoreError: mlx-lm cannot load it.

@@ -1,4 +1,4 @@
-"""Look at a model's files before anything is built of them, and choose its weights."""
+"""Check a model's files before building the model, and choose its weights."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from ..experts.files.routed import RoutedLayer, refuse_floats_of_8_bits
 from ..experts.files.safetensors import load_arrays
 from ..experts.files.store import ExpertStore
 
-# From the weights as mlx-lm read them from files to those that belong to the model.
+# Maps the weights that mlx-lm read from files to those of the model.
 Reads = Callable[[dict[str, mx.array]], dict[str, mx.array]]
 
 
 def read_weights(
     path: Path, changes: dict[str, Any], store: ExpertStore | None
 ) -> Reads:
-    """Check a model's files and configuration; return the chooser of its weights.
+    """Check a model's files and configuration; return a function that maps weights.
 
     Args:
-        changes: entries of ``config.json`` that are to be different.
+        changes: entries that replace those of ``config.json``.
         store: the open experts, if they are streamed.
 
     Raises:
-        ModelError: a file is missing or broken, or the configuration is not that of
+        ModelError: a file is missing or damaged, or the configuration does not match
             the tensors.
     """
     with _opened(path, store) as checkpoint:
@@ -48,7 +48,7 @@ def read_weights(
         chosen = {n: checkpoint.tensors[n].file for n in checkpoint.twice}
 
     def reads(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        # mlx-lm keeps whichever file came last.
+        # For a tensor in several files, mlx-lm keeps that of the last file.
         files = {file: load_arrays(file) for file in set(chosen.values())}
         found = {**weights, **{name: files[f][name] for name, f in chosen.items()}}
         for layer in routed.values():
@@ -60,11 +60,11 @@ def read_weights(
 
 
 def check_model(checkpoint: Checkpoint, fields: dict[str, Any]) -> None:
-    """Hold a configuration against a checkpoint's tensors.
+    """Compare a configuration with a checkpoint's tensors.
 
     Raises:
-        ModelError: no model class is of that type, a value is not usable, a tensor is
-            missing or of another shape.
+        ModelError: there is no class for the model type, a value is unusable, or a
+            tensor is missing or has another shape.
     """
     module = model_module(fields.get("model_type"))
     refuse_floats_of_8_bits(checkpoint.tensors)
@@ -74,10 +74,10 @@ def check_model(checkpoint: Checkpoint, fields: dict[str, Any]) -> None:
 
 
 def model_module(model_type: object) -> Any:
-    """Return the module with the model class of a type.
+    """Return the module with the class of a model type.
 
     Raises:
-        ModelError: moeflux-mlx has none.
+        ModelError: moeflux-mlx has no class for this type.
     """
     name = f"moeflux_mlx.models.{model_type}"
     if isinstance(model_type, str) and model_type.isidentifier():
@@ -94,7 +94,7 @@ def model_module(model_type: object) -> Any:
 
 @contextlib.contextmanager
 def _opened(path: Path, store: ExpertStore | None) -> Iterator[Checkpoint]:
-    """Give the files that are open already, or open them for a while."""
+    """Yield the store's open files, or open them temporarily."""
     if isinstance(store, CheckpointExperts):
         yield store.checkpoint
         return
@@ -106,7 +106,7 @@ def _is_known_to_mlx_lm(layer: RoutedLayer, name: str) -> bool:
     """Tell whether mlx-lm renames and splits these tensors itself.
 
     Args:
-        name: mlx-lm's of the block of routed experts.
+        name: mlx-lm's name of the block of routed experts.
     """
     stacked = all(len(t.entries) == 1 and t.stride for t in layer.tensors.values())
     names = {t.entries[0].name for t in layer.tensors.values()}
@@ -118,7 +118,7 @@ def _is_known_to_mlx_lm(layer: RoutedLayer, name: str) -> bool:
 
 
 def _stack(weights: dict[str, mx.array], layer: RoutedLayer, name: str) -> None:
-    """Put the tensors of a layer's experts together, under mlx-lm's names."""
+    """Stack the tensors of a layer's experts under mlx-lm's names."""
     stem = layer.path.removesuffix(".experts").removesuffix(".switch_mlp")
     parts = {}
     for (projection, part), tensors in layer.tensors.items():

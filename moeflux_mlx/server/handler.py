@@ -1,4 +1,4 @@
-"""A request of ``moeflux serve``: its sender, its question and its answer."""
+"""The HTTP handler of ``moeflux serve``: checks a request and sends the answer."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from ..serving.requests import (
 from . import metrics, page
 from .record import HUNG_UP, Record
 
-# A request's name for the served model, beside its path or id.
+# A name for the served model in requests, besides its path and id.
 DEFAULT = "default_model"
 CHATS = "/v1/chat/completions", "/chat/completions"
 TEXTS = ("/v1/completions",)
 
 
 class Handler(stock.APIHandler):
-    """mlx-lm's handler of requests, each of which gets an answer whatever happens."""
+    """mlx-lm's request handler, extended so that every request gets an answer."""
 
-    # Another client's silence keeps a thread no longer than this.
+    # Seconds after which a silent client loses its thread.
     timeout = 600
     # The ``Generator`` and ``Server`` of ``moeflux serve``.
     response_generator: Any
@@ -42,7 +42,7 @@ class Handler(stock.APIHandler):
     status = 0
 
     def do_GET(self) -> None:
-        """Answer with the status page, metrics, health, or the model's name."""
+        """Answer with the status page, metrics, health or the model's name."""
         pages = {
             "/": ("text/html; charset=utf-8", page.render),
             "/health": ("application/json", metrics.health),
@@ -81,7 +81,7 @@ class Handler(stock.APIHandler):
                 record.end_request(status, text)
 
     def do_OPTIONS(self) -> None:
-        """Tell a browser which pages of others may send requests."""
+        """Tell a browser which origins may send requests."""
         try:
             self._check_sender()
             super().do_OPTIONS()
@@ -91,19 +91,19 @@ class Handler(stock.APIHandler):
             guards.answer(self, error, begun=False)
 
     def send_response(self, code: int, message: str | None = None) -> None:
-        """Begin an answer; its status is remembered."""
+        """Begin an answer and record its status."""
         self.status = int(code)
         super().send_response(code, message)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Log as everything else is logged."""
+        """Log through the ``logging`` module."""
         logging.info("%s %s", self.address_string(), (format % args))
 
     def _check_request(self) -> None:
-        """Look at a request before mlx-lm's handler reads it.
+        """Check a request before mlx-lm's handler reads it.
 
         Raises:
-            RequestError: it cannot be answered.
+            RequestError: the request cannot be answered.
         """
         path = self.path.split("?")[0]
         if path not in (*CHATS, *TEXTS):
@@ -136,17 +136,18 @@ class Handler(stock.APIHandler):
         return data
 
     def _check_client(self) -> None:
-        """Raise ConnectionResetError if the client went away; waits for nothing."""
+        """Raise ConnectionResetError if the client went away, without waiting."""
         poll = select.poll()
         poll.register(self.connection, select.POLLIN)
         if poll.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
             raise ConnectionResetError("the client went away")
 
     def _check_sender(self) -> None:
-        """Refuse requests that a web page of others may have a browser send.
+        """Refuse requests from web pages of other origins.
 
         Raises:
-            RequestError: no page that ``--allowed-origins`` names sent it.
+            RequestError: the origin is not in ``--allowed-origins``, or the host name
+                is not local.
         """
         allowed = self.response_generator.cli_args.allowed_origins
         host = self.headers.get("Host", "")
@@ -158,7 +159,7 @@ class Handler(stock.APIHandler):
                 "allow it with --allowed-origins",
                 403,
             )
-        # A name that another's server had point here is that page's own.
+        # A foreign host name may have been pointed at this machine (DNS rebinding).
         if self.server.is_private and not _is_local(host):
             raise RequestError(
                 f"[Host] expected localhost but got {host[:200]!r}: name the address "

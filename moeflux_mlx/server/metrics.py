@@ -1,4 +1,4 @@
-"""A server's word on itself for machines: health, and Prometheus' text format."""
+"""A server's health, and its metrics in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["CONTENT_TYPE", "Now", "expose", "health"]
 class Now:
     """A server's figures at one moment.
 
-    ``experts`` are the streamer's own counts; None where experts are parameters.
+    ``experts`` are the streamer's counts, or None if experts are parameters.
     """
 
     record: Record
@@ -51,7 +51,7 @@ class Now:
 
     @classmethod
     def of(cls, generator: Any) -> Now:
-        """Look at a server; nothing waits for a request that is computed."""
+        """Collect a server's figures without waiting for running requests."""
         model, kept = generator.model_provider.model, generator.prompt_cache
         streamer, plan = getattr(model, "streamer", None), plan_of(model)
         return cls(
@@ -73,14 +73,14 @@ class Now:
 
 
 def health(generator: Any) -> tuple[int, bytes]:
-    """Return whether requests are answered, as mlx-lm's server says it."""
+    """Return the server's health in the form of mlx-lm's server."""
     healthy = generator.is_healthy
     status = {"status": "ok" if healthy else "unavailable"}
     return 200 if healthy else 503, json.dumps(status).encode()
 
 
 def expose(generator: Any) -> tuple[int, bytes]:
-    """Return everything that is counted, in Prometheus' text format."""
+    """Return all metrics in Prometheus' text format."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Metrics(generator))
     return 200, generate_latest(registry)
@@ -93,7 +93,7 @@ class _Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         now = Now.of(self._generator)
         about = {"version": __version__, "model": self._generator.served_names[0]}
-        yield InfoMetricFamily("moeflux", "What is served by what", about)
+        yield InfoMetricFamily("moeflux", "Version and served model", about)
         yield from _of_requests(now)
         yield from _of_memory(now)
         if now.experts is not None:
@@ -103,31 +103,36 @@ class _Metrics(Collector):
 def _of_requests(now: Now) -> Iterator[Metric]:
     record = now.record
     requests = CounterMetricFamily(
-        "moeflux_requests", "Requests for text by how they ended", labels=["status"]
+        "moeflux_requests", "Finished requests for text by status", labels=["status"]
     )
     for status, n in record.ended().items():
         requests.add_metric([str(status)], n)
     yield requests
     tokens = CounterMetricFamily(
-        "moeflux_tokens", "Tokens read, found in kept prompts, generated", labels=["of"]
+        "moeflux_tokens",
+        "Tokens of prompts, of kept prompts, and generated",
+        labels=["of"],
     )
     tokens.add_metric(["prompt"], record.prompt_tokens)
     tokens.add_metric(["kept_prompt"], record.cached_tokens)
     tokens.add_metric(["generation"], record.generated_tokens)
     yield tokens
-    yield _gauge("requests_open", "Requests that have no whole answer", record.n_open)
-    yield _gauge("queue_length", "Requests that nobody works on yet", now.n_queued)
+    yield _gauge("requests_open", "Requests in progress", record.n_open)
+    yield _gauge("queue_length", "Requests that have not started", now.n_queued)
 
 
 def _of_memory(now: Now) -> Iterator[Metric]:
     gauges = {
         "mlx_active_bytes": ("Memory of MLX's arrays", now.active_bytes),
-        "mlx_peak_bytes": ("The most that was", now.peak_bytes),
+        "mlx_peak_bytes": ("Peak memory of MLX's arrays", now.peak_bytes),
         "process_bytes": ("Memory of the process", now.process_bytes),
-        "memory_budget_bytes": ("Memory the process may take", now.budget_bytes),
+        "memory_budget_bytes": ("Memory budget of the process", now.budget_bytes),
         "prompt_cache_bytes": ("Memory of kept prompts", now.prompt_bytes),
-        "prompt_cache_limit_bytes": ("The most of it", now.most_prompt_bytes),
-        "prompt_cache_prompts": ("Prompts that are kept", now.n_prompts),
+        "prompt_cache_limit_bytes": (
+            "Bound of the memory of kept prompts",
+            now.most_prompt_bytes,
+        ),
+        "prompt_cache_prompts": ("Number of kept prompts", now.n_prompts),
     }
     for name, (text, value) in gauges.items():
         if value is not None:
@@ -136,19 +141,25 @@ def _of_memory(now: Now) -> Iterator[Metric]:
 
 def _of_experts(now: Now, experts: Counters) -> Iterator[Metric]:
     counters = {
-        "hits": ("Experts that were in memory when asked for", experts.hits),
-        "misses": ("Experts that were not", experts.misses),
-        "read_ahead": ("Experts read before they were asked for", experts.read_ahead),
+        "hits": ("Requested experts that were in memory", experts.hits),
+        "misses": ("Requested experts that were not in memory", experts.misses),
+        "read_ahead": ("Experts read before they were requested", experts.read_ahead),
         "read_bytes": ("Bytes of experts read", experts.read_bytes),
-        "read_seconds": ("Time of reading, of all threads", experts.read_seconds),
-        "wait_seconds": ("Time computation stood still", experts.wait_seconds),
-        "second_tries": ("Reads that failed at first", experts.second_tries),
+        "read_seconds": ("Reading time, summed over threads", experts.read_seconds),
+        "wait_seconds": (
+            "Time that computation waited for experts",
+            experts.wait_seconds,
+        ),
+        "second_tries": (
+            "Reads that were repeated after a failure",
+            experts.second_tries,
+        ),
     }
     for name, (text, value) in counters.items():
         yield CounterMetricFamily(f"moeflux_expert_{name}", text, value)
-    yield _gauge("expert_slots", "Experts there is room for", now.n_slots)
+    yield _gauge("expert_slots", "Experts that fit into memory", now.n_slots)
     yield _gauge("experts", "Experts of all layers", now.n_experts)
-    yield _gauge("expert_memory_bytes", "Memory of that room", now.expert_bytes)
+    yield _gauge("expert_memory_bytes", "Memory for experts", now.expert_bytes)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

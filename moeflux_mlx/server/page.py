@@ -1,4 +1,4 @@
-"""The status page of a server: plain HTML that asks nothing of anybody else."""
+"""The status page of a server: HTML that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.filesize import decimal
 from .. import __version__
 from .metrics import Now
 
-# Seconds until a browser looks again.
+# Seconds until the browser reloads the page.
 REFRESH_SECONDS = 5
 
 STYLE = """
@@ -45,7 +45,7 @@ li { border-top: 1px solid var(--line); padding: .4rem 0; overflow-wrap: anywher
 li:first-child { border-top: 0 }
 """
 
-# Nothing is loaded from anywhere, and no other page shows this one in itself.
+# The page loads nothing, and no other page may embed it.
 _DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 POLICY = (
     f"default-src 'none'; style-src 'sha256-{_DIGEST}'; base-uri 'none'; "
@@ -56,7 +56,7 @@ Rows = list[tuple[str, str]]
 
 
 def render(generator: Any) -> tuple[int, bytes]:
-    """Return the page as it is now."""
+    """Return the present page."""
     now = Now.of(generator)
     state = ("good", "answers requests") if now.is_healthy else ("bad", "cannot answer")
     sections = [
@@ -103,18 +103,18 @@ def _memory(now: Now) -> Rows:
 
 def _experts(now: Now) -> tuple[Rows, str]:
     if (experts := now.experts) is None:
-        return [("experts", "all among the parameters")], ""
+        return [("experts", "all in memory, as parameters")], ""
     rows = [
         ("in memory at most", f"{now.n_slots:,} of {now.n_experts:,}"),
         ("memory for them", decimal(now.expert_bytes)),
-        ("found in memory", f"{experts.hit_rate:.1%} of {_asked(experts):,}"),
+        ("found in memory", f"{experts.hit_rate:.1%} of {_requested(experts):,}"),
         ("read", decimal(experts.read_bytes)),
         ("time reading", f"{experts.read_seconds:.1f} s of threads"),
     ]
     return rows, _meter(now.n_slots, now.n_experts)
 
 
-def _asked(experts: Any) -> int:
+def _requested(experts: Any) -> int:
     return int(experts.hits + experts.misses)
 
 
@@ -175,5 +175,5 @@ def _duration(seconds: float) -> str:
 
 
 def _text(value: object) -> str:
-    """Return a value as text that no browser takes for anything else."""
+    """Escape a value for HTML."""
     return escape(str(value), quote=True)

@@ -1,4 +1,4 @@
-"""A server's record so far: requests, tokens, errors."""
+"""Counts of a server's requests, tokens and errors."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-# How many errors the status page shows.
+# Number of errors on the status page.
 RECENT = 20
-# The status counted for a client that went away: HTTP has none for it.
+# The status for a client that disconnected; HTTP defines none.
 HUNG_UP = 499
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A request that got an error: when, the status of that error, and its text."""
+    """The time, status and text of a request's error."""
 
     when: float
     status: int
@@ -26,10 +26,10 @@ class Failure:
 
 @dataclass
 class Record:
-    """Counts since the start, which threads of requests add to.
+    """Counts since the start, updated by the threads of requests.
 
-    ``statuses`` counts requests for text by the status that they ended with: of an
-    error after a stream had begun, that error's own.
+    ``statuses`` counts requests for text by their final status. An error after the
+    beginning of a stream counts with the error's status.
     """
 
     started: float = field(default_factory=time.time)
@@ -45,7 +45,7 @@ class Record:
 
     @contextlib.contextmanager
     def open_request(self) -> Iterator[None]:
-        """Count a request as open while inside."""
+        """Count a request as open within this context."""
         with self._lock:
             self.n_open += 1
         try:
@@ -55,14 +55,14 @@ class Record:
                 self.n_open -= 1
 
     def end_request(self, status: int, error: str | None) -> None:
-        """Count a request, and keep its error if there was one."""
+        """Count a finished request, and record its error if there is one."""
         with self._lock:
             self.statuses[status] += 1
             if error is not None:
                 self.failures.append(Failure(time.time(), status, error))
 
     def ended(self) -> dict[int, int]:
-        """Return how many requests ended by status."""
+        """Return the number of finished requests by status."""
         with self._lock:
             return dict(sorted(self.statuses.items()))
 
@@ -72,7 +72,7 @@ class Record:
             return [*reversed(self.failures)]
 
     def add_prompt(self, n_tokens: int, n_cached: int) -> None:
-        """Count a prompt that was read, less the tokens that a kept one had."""
+        """Count a prompt, with its cached tokens separately."""
         with self._lock:
             self.prompt_tokens += n_tokens - n_cached
             self.cached_tokens += n_cached

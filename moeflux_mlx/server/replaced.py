@@ -1,4 +1,4 @@
-"""Other names in a module of mlx-lm's, for a while."""
+"""Replace names in a module temporarily."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def replaced(module: ModuleType, **values: Any) -> Iterator[None]:
-    """Have names in a module mean other things while inside."""
+    """Replace names in a module within this context."""
     before = {name: getattr(module, name) for name in values}
     vars(module).update(values)
     try:

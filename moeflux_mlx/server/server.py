@@ -1,4 +1,4 @@
-"""mlx-lm's server with our loader, metrics and a status page: ``moeflux serve``."""
+"""``moeflux serve``: mlx-lm's server with our loader, metrics and a status page."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from .turns import generate_in_turns
 
 
 def serve(args: argparse.Namespace, options: dict[str, Any]) -> int:
-    """Load a model and answer requests until somebody ends the process.
+    """Load a model and answer requests until the process is ended.
 
     Args:
-        args: as the parser of mlx-lm's server gives them.
-        options: as ``load`` takes them.
+        args: parsed arguments of mlx-lm's server.
+        options: arguments of ``load``.
 
     Returns:
-        The exit code: 0 where somebody ended it, 1 where it cannot generate any more.
+        The exit code: 0 after an interrupt, 1 if the server cannot generate any more.
 
     Raises:
-        MoefluxError: as ``load``, or the address cannot be used.
+        MoefluxError: see ``load``; or the address cannot be used.
     """
     server = Server(args.host, args.port)
     generator = Generator(Provider(args, options))
@@ -64,7 +64,7 @@ def serve(args: argparse.Namespace, options: dict[str, Any]) -> int:
 
 
 class Provider(stock.ModelProvider):
-    """Loads the model that is served, as ``moeflux_mlx.load`` does."""
+    """Loads the served model with ``moeflux_mlx.load``."""
 
     def __init__(self, args: argparse.Namespace, options: dict[str, Any]):
         super().__init__(args)
@@ -94,9 +94,9 @@ class Provider(stock.ModelProvider):
         return_config: bool = False,
         trust_remote_code: bool = False,
     ) -> Any:
-        """Stand in for ``mlx_lm.load``, which the server calls."""
+        """Replace ``mlx_lm.load``, which the server calls."""
         if not return_config:
-            # A draft model: left to itself transformers asks to run its code.
+            # A draft model. Without this value transformers asks to run its code.
             trusted = {"trust_remote_code": self.cli_args.trust_remote_code}
             return load_draft(path, trusted)
         model, tokenizer = load(
@@ -109,11 +109,11 @@ class Provider(stock.ModelProvider):
 
 
 class Generator(stock.ResponseGenerator):
-    """mlx-lm's generating thread, which counts its work."""
+    """mlx-lm's generating thread, extended to count its work."""
 
     def __init__(self, provider: Provider):
         self.record = Record()
-        # Tells the thread of a request whether its client went away.
+        # Holds, for the thread of a request, the check of its client.
         self.here = threading.local()
         self._loaded = threading.Event()
         self._failure: BaseException | None = None
@@ -121,7 +121,7 @@ class Generator(stock.ResponseGenerator):
 
     def _run_generate(self) -> None:
         super()._run_generate()
-        # A thread that ends before its streams do may end the process with it.
+        # A thread that ends before its streams may crash the process.
         mx.clear_streams()
 
     def _generate(self) -> None:
@@ -153,12 +153,12 @@ class Generator(stock.ResponseGenerator):
             super()._serve_single(*args)
 
     def wait_until_loaded(self) -> None:
-        """Return once the model is there.
+        """Wait until the model is loaded.
 
         Raises:
-            MoefluxError, OSError: it cannot be loaded.
+            MoefluxError, OSError: the model cannot be loaded.
         """
-        # Waited for in turns, so that Ctrl-C is heard.
+        # Wait in short intervals, so that Ctrl-C is noticed.
         while not self._loaded.wait(0.1):
             pass
         if self._failure is not None:
@@ -166,7 +166,7 @@ class Generator(stock.ResponseGenerator):
 
     @property
     def has_loaded(self) -> bool:
-        """Tell whether the model is there."""
+        """Tell whether the model is loaded."""
         return self._loaded.is_set() and self._failure is None
 
     def generate(
@@ -175,12 +175,12 @@ class Generator(stock.ResponseGenerator):
         generation_args: Any,
         progress_callback: Callable[[int, int], None] | None = None,
     ) -> Any:
-        """Have a request answered, in the thread of its handler.
+        """Submit a request, from the thread of its handler.
 
         Raises:
-            ConnectionError: also where answers are taken: the client went away.
+            ConnectionError: the client went away; also raised by the responses.
         """
-        # One model is served, whatever name of it the request used.
+        # The server has one model, whatever name the request used.
         generation_args.model.model = generation_args.model.draft = DEFAULT
         check = self.here.check_client
 
@@ -207,7 +207,7 @@ class Generator(stock.ResponseGenerator):
 
     @property
     def served_names(self) -> list[str]:
-        """Names that requests may give the model; it is listed by the first."""
+        """The names of the model in requests; the first is the listed one."""
         name = str(self.cli_args.model)
         path = Path(name)
         found = [str(path.resolve()), name, path.name] if path.exists() else [name]
@@ -215,10 +215,10 @@ class Generator(stock.ResponseGenerator):
 
 
 class Server(ThreadingHTTPServer):
-    """A thread for each request; the address is taken before the model is loaded.
+    """An HTTP server with a thread per request, bound before the model is loaded.
 
     Raises:
-        ConfigError: the address is not one of this machine, or in use.
+        ConfigError: the address is not of this machine, or is in use.
     """
 
     generator: Generator
@@ -239,14 +239,14 @@ class Server(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """Where a browser finds this."""
+        """The server's URL."""
         host, port = self.server_address[:2]
         host = host.decode() if isinstance(host, bytes) else host
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     @functools.cached_property
     def is_private(self) -> bool:
-        """Tell whether only this machine reaches the address."""
+        """Tell whether only this machine can reach the address."""
         return ipaddress.ip_address(str(self.server_address[0])).is_loopback
 
     def finish_request(self, request: Any, client_address: Any) -> None:
@@ -254,5 +254,5 @@ class Server(ThreadingHTTPServer):
         Handler(self.generator, request, client_address, self)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log the error of a connection that broke; nobody is left to tell."""
+        """Log the error of a broken connection, because there is no client to tell."""
         logging.info("%s: %s", client_address, sys.exc_info()[1])

@@ -1,9 +1,9 @@
-"""Keep a prompt's caches where its turns end, for requests that are served alone.
+"""Keep a prompt's caches at the ends of its turns, for requests outside batches.
 
-mlx-lm's batches do so. What it serves one by one, because of a seed or of quantised
-caches, it keeps only with the answer: a next turn that writes that answer another way,
-or leaves thoughts out, would find nothing where states of linear attention cannot be
-taken back to the turn's end.
+mlx-lm's batches do so. For requests outside batches (with a seed or quantised caches)
+mlx-lm keeps only the caches after the answer. If the next turn repeats the answer in
+other words, or omits its reasoning, these caches do not match, and states of linear
+attention cannot be trimmed back to the end of the turn.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step, stream_generate
 from mlx_lm.models.cache import can_trim_prompt_cache
 
-# The options for generating that reading a prompt takes too.
+# The options of generating that also apply to reading a prompt.
 READING = (
     "stream",
     "prefill_step_size",
@@ -26,7 +26,7 @@ READING = (
     "quantized_kv_start",
 )
 
-# Called with tokens, caches after them, and the kind of their last segment.
+# Called with tokens, the caches after them, and the kind of their last segment.
 Keep = Callable[[list[int], list[Any], str], None]
 
 
@@ -42,21 +42,21 @@ def generate_in_turns(
     draft_model: Any = None,
     **options: Any,
 ) -> Iterator[Any]:
-    """Generate as ``mlx_lm.stream_generate`` does, keeping caches on the way.
+    """Generate like ``mlx_lm.stream_generate``, and keep caches after each turn.
 
     Args:
-        tokens: the whole prompt, of which ``prompt`` is the rest that the caches lack.
-        segments, kinds: its parts, as mlx-lm's server divides it.
-        keep: keeps caches, which are its own from then on.
+        tokens: the whole prompt; ``prompt`` is its end, which the caches lack.
+        segments, kinds: the prompt's parts and their kinds, from mlx-lm's server.
+        keep: stores the caches, which it then owns.
     """
-    # Penalties look at the tokens of one reading.
+    # Logits processors need the whole prompt in one call.
     whole = draft_model is not None or bool(options.get("logits_processors"))
     whole = whole or options.get("input_embeddings") is not None
     if not whole and not can_trim_prompt_cache(prompt_cache):
         reading = {name: options[name] for name in READING if name in options}
         start, end = len(tokens) - len(prompt), 0
         for segment, kind in zip(segments, kinds, strict=True):
-            # One token is left to begin with.
+            # Generation needs one remaining token to begin with.
             end = min(end + len(segment), len(tokens) - 1)
             if end > start:
                 part = mx.array(tokens[start:end])

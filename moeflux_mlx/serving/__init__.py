@@ -1,10 +1,10 @@
-"""Serve a model over HTTP with mlx-lm's own server, and keep that server up.
+"""Guards that keep mlx-lm's own server running.
 
-mlx-lm's server generates in one thread, which an exception ends for good: every later
-request then fails. ``join`` puts classes of ours in the places of those that this
-thread looks up for each request. It is called where a model of ours is loaded inside
-that server, and changes nothing elsewhere. ``moeflux serve`` adds what is in
-``server``, which imports the loader and so is not imported here.
+mlx-lm's server generates in one thread. An exception ends this thread, and then every
+later request fails. ``join`` replaces the classes that the thread uses for requests. It
+is called when a model is loaded inside that server, and does nothing elsewhere.
+``moeflux serve`` is in ``server``, which imports the loader, so it is not imported
+here.
 
 Imports: errors, memory, system.
 """

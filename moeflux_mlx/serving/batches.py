@@ -1,4 +1,4 @@
-"""mlx-lm's continuous batching, where an error is of as few requests as possible."""
+"""mlx-lm's continuous batching, with errors limited to as few requests as possible."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..errors import BudgetError, MoefluxError
 
 
 def n_waiting() -> int:
-    """Return how many requests a server has taken whose prompts it has not begun."""
+    """Return the number of accepted requests whose prompts have not started."""
     batches = None if GuardedBatches.latest is None else GuardedBatches.latest()
     return 0 if batches is None else len(batches._unprocessed_sequences)
 
 
 class _Guarded:
-    """The errors of requests by their number, which two stages of a batch share."""
+    """The errors of requests by uid, which both stages of a batch share."""
 
     failed: dict[int, Exception]
     uids: list[int]
@@ -33,17 +33,17 @@ class _Guarded:
 
 
 class GuardedPrompts(_Guarded, PromptProcessingBatch):
-    """Prompts that are read; those whose reading fails wait to be taken out."""
+    """The stage that reads prompts; failed ones stay until they are removed."""
 
     def prompt(self, tokens: list[list[int]]) -> None:
-        """Read tokens; an error is of every sequence."""
+        """Read tokens; an error belongs to every sequence."""
         try:
             super().prompt(tokens)
         except Exception as error:
             self._fail(error)
 
     def generate(self, tokens: list[list[int]]) -> GenerationBatch:
-        """Go on to generating; after an error with sequences that have nothing."""
+        """Start generating; after an error return a batch without data."""
         uids = list(self.uids)
         try:
             return super().generate(tokens)
@@ -60,7 +60,7 @@ class GuardedPrompts(_Guarded, PromptProcessingBatch):
 
 
 class GuardedTokens(_Guarded, GenerationBatch):
-    """Sequences that get a token at a time; an error is of as few as possible."""
+    """The stage that generates tokens, with errors limited to few sequences."""
 
     def next(self) -> list[Any]:
         """Return the next token of each sequence that has not failed."""
@@ -68,7 +68,7 @@ class GuardedTokens(_Guarded, GenerationBatch):
             try:
                 return super().next()
             except BudgetError as error:
-                # The longest makes the most room for the others.
+                # Ending the longest sequence frees the most memory for the others.
                 longest = max(range(len(self.uids)), key=lambda i: len(self.tokens[i]))
                 self.failed[self.uids[longest]] = error
                 self.filter([i for i in range(len(self.uids)) if i != longest])
@@ -78,13 +78,13 @@ class GuardedTokens(_Guarded, GenerationBatch):
                 self._fail(error)
                 return []
             except Exception as error:
-                # Samplers may have taken part of a step: nobody can go on.
+                # Samplers may have run for some sequences, so none can continue.
                 self._fail(error)
                 return []
         return []
 
     def _one_by_one(self) -> list[Any]:
-        """Give each sequence its token alone, and go on with those that got it."""
+        """Generate each sequence's token alone; continue with the successful ones."""
         alone = [self._alone(i) for i in range(len(self.uids))]
         self.filter([])
         self._current_tokens = None
@@ -96,7 +96,7 @@ class GuardedTokens(_Guarded, GenerationBatch):
         return responses
 
     def _alone(self, i: int) -> GuardedTokens:
-        """Return one of the sequences as a batch of its own."""
+        """Return sequence ``i`` as a batch of its own."""
         batch = copy.copy(self)
         batch.prompt_cache = []
         batch.filter([i])
@@ -108,10 +108,10 @@ class GuardedTokens(_Guarded, GenerationBatch):
 
 
 class GuardedBatches(BatchGenerator):
-    """mlx-lm's continuous batching, which reports failed requests and goes on.
+    """mlx-lm's continuous batching, which reports failed requests and continues.
 
-    Prompts are read one after the other, so that an error is of one of them. A server
-    has one of these at a time, the ``latest``.
+    Prompts are read one at a time, so that an error belongs to one of them. A server
+    has one instance at a time, the ``latest``.
     """
 
     latest: weakref.ref[GuardedBatches] | None = None
@@ -132,7 +132,7 @@ class GuardedBatches(BatchGenerator):
         try:
             prompts, generated = super()._next()
         except Exception as error:
-            # Between two stages: no sequence is sure to be whole.
+            # Between two stages no sequence is certain to be intact.
             self._failed.update(dict.fromkeys(before, error))
             prompts, generated = [], []
         if not self._failed:
@@ -155,10 +155,10 @@ class GuardedBatches(BatchGenerator):
 
 
 def _report(uid: int, error: Exception) -> tuple[Any, Any]:
-    """Return progress that makes the server tell a request its error, then forget it.
+    """Return responses that make the server report a request's error and drop it.
 
-    The server hands on progress as it comes, and raises what is an exception where the
-    request waits. Who has no caches leaves none to be kept.
+    The server passes progress on unchanged, and the waiting request raises it if it is
+    an exception. A response without caches leaves none to be kept.
     """
     told = PromptProcessingBatch.Response(uid, (0, 0), False, False)
     told.progress = error  # type: ignore[assignment]

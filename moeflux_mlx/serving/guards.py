@@ -1,4 +1,4 @@
-"""Have the requests of ``mlx_lm.server`` fail one by one."""
+"""Make requests of ``mlx_lm.server`` fail separately."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .owner import bounds_of, keeper_of, plan_of
 from .prompts import KeptPrompts, release_oldest_prompt
 from .requests import check_arguments
 
-# Time for the interpreter to end after Ctrl-C, which ends the generating thread too.
+# Time for the interpreter to exit after Ctrl-C, which also ends the generating thread.
 ENDING_SECONDS = 5.0
 
 
 class RequestFailed(BaseException):
-    """Carries a request's error past mlx-lm's handler, which would answer 404."""
+    """Carries a request's error past mlx-lm's handler, which would answer with 404."""
 
     def __init__(self, error: Exception):
         super().__init__(str(error))
@@ -42,7 +42,7 @@ def join() -> Callable[[], bool] | None:
     """Guard the server that loads a model in this process, if there is one.
 
     Returns:
-        A function that frees memory kept for later, and tells whether it did.
+        A function that frees a kept prompt, and returns whether it did.
     """
     if (server := running_server()) is None:
         return None
@@ -54,13 +54,13 @@ def join() -> Callable[[], bool] | None:
 
 
 def _guard_requests(server: ModuleType) -> None:
-    """Look at requests before they join others, and answer those that failed."""
+    """Check requests before they join a batch, and answer failed ones."""
     tokenize = server.ResponseGenerator._tokenize
     generate = server.ResponseGenerator.generate
     complete = server.APIHandler.handle_completion
 
     def checked(self: Any, tokenizer: Any, request: Any, args: Any) -> Any:
-        # The server tells a request the errors raised here, but no later ones.
+        # The server reports errors raised here to the request, but no later ones.
         if not isinstance(self.prompt_cache, KeptPrompts):
             self.prompt_cache = kept_prompts(self)
         found = tokenize(self, tokenizer, request, args)
@@ -94,9 +94,9 @@ def _guard_requests(server: ModuleType) -> None:
 
 
 def _check_room(generator: Any, n_prompt: int) -> None:
-    """Raise BudgetError for a prompt that never has room, before it is read."""
+    """Raise BudgetError for a prompt that can never fit, before it is read."""
     plan = plan_of(generator.model_provider.model)
-    # The plan is of caches that are not quantised.
+    # The plan assumes unquantised caches.
     if plan is None or generator.cli_args.kv_bits is not None:
         return
     if n_prompt > plan.context_tokens:
@@ -108,7 +108,7 @@ def _check_room(generator: Any, n_prompt: int) -> None:
 
 
 def kept_prompts(generator: Any) -> KeptPrompts:
-    """Return where a server keeps prompts, in the share of memory planned for them."""
+    """Return a server's store of prompts, bounded by the plan's share for them."""
     provider, args = generator.model_provider, generator.cli_args
     if args.prompt_cache_bytes is None:
         plan = plan_of(provider.model)
@@ -121,7 +121,7 @@ def kept_prompts(generator: Any) -> KeptPrompts:
 
 
 def answer(handler: Any, error: Exception, *, begun: bool) -> None:
-    """Send an error as the answer, or as the last event of an answer begun."""
+    """Send an error as the answer, or as the last event of a stream."""
     text = one_line(str(error)) or type(error).__name__
     logging.error("a request failed: %s", text)
     body = json.dumps({"error": text}).encode()
@@ -129,7 +129,7 @@ def answer(handler: Any, error: Exception, *, begun: bool) -> None:
     if begun:
         handler.wfile.write(b"data: " + body + b"\n\n")
     else:
-        # The status of success may wait there to be sent with the answer.
+        # The buffer may already hold the headers of a successful answer.
         handler._headers_buffer = []
         handler._set_completion_headers(status_of(error))
         handler.send_header("Content-Length", str(len(body)))
@@ -139,7 +139,7 @@ def answer(handler: Any, error: Exception, *, begun: bool) -> None:
 
 
 def status_of(error: Exception) -> int:
-    """Return the status that tells a client whose fault an error is."""
+    """Return the HTTP status of an error."""
     if isinstance(error, BudgetError):
         return 503
     if isinstance(error, RequestError):
@@ -148,7 +148,7 @@ def status_of(error: Exception) -> int:
 
 
 def _watch(generating: threading.Thread) -> None:
-    """End the process, should the thread that generates end before it."""
+    """End the process if the generating thread ends before it."""
 
     def wait() -> None:
         generating.join()

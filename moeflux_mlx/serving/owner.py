@@ -1,4 +1,4 @@
-"""The owner of a served model's memory plan: its own class, or one we added."""
+"""Find the memory plan of a served model, whatever its class."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 
 def keeper_of(model: Any) -> Any:
-    """Return the keeper of a model's memory plan; None where nothing bounds it."""
+    """Return the keeper of a model's memory plan, or None without a bound."""
     return getattr(_owner(model), "keeper", None)
 
 
 def plan_of(model: Any) -> Any:
-    """Return a model's memory plan; None where nothing bounds its process."""
+    """Return a model's memory plan, or None if nothing bounds its process."""
     return getattr(_owner(model), "plan", None)
 
 
 def bounds_of(model: Any) -> tuple[int, int]:
-    """Return how many tokens a model knows, and how many a sequence may have."""
+    """Return the size of a model's vocabulary and its maximum sequence length."""
     if (needs := getattr(model, "needs", None)) is not None:
         return needs.vocab_size, needs.most_tokens
     fields = dict(vars(getattr(model, "args", object)))

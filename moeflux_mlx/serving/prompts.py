@@ -1,4 +1,4 @@
-"""The prompts that a server keeps: they count as memory, and give way."""
+"""The prompts that a server keeps, which count as memory and can be released."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _kept: weakref.WeakSet[KeptPrompts] = weakref.WeakSet()
 
 
 class KeptPrompts(LRUPromptCache):
-    """mlx-lm's prompt caches, where those of failed requests are not kept.
+    """mlx-lm's store of prompt caches, without those of failed requests.
 
     Args:
-        max_size, max_bytes: as mlx-lm has them.
+        max_size, max_bytes: see mlx-lm's class.
         keeper: returns the keeper of the served model's memory plan, if any.
     """
 
@@ -35,18 +35,18 @@ class KeptPrompts(LRUPromptCache):
     def insert_cache(
         self, model: Any, tokens: list[int], prompt_cache: Any, **options: Any
     ) -> None:
-        """Keep a request's caches, unless it failed and has none."""
+        """Keep a request's caches, unless it failed and left none."""
         if prompt_cache is None:
             return
-        # A part of a batch's caches would hold all of them until it is computed.
+        # A lazy slice of a batch's caches would keep all of them in memory.
         mx.eval(arrays_of(prompt_cache))
         self._count(prompt_cache)
         super().insert_cache(model, tokens, prompt_cache, **options)
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
-        """Return caches to continue; never of the whole prompt.
+        """Return caches to continue, but never those of the whole prompt.
 
-        mlx-lm's batches need a token to begin with.
+        mlx-lm's batches need a remaining token to begin with.
         """
         cache, rest = super().fetch_nearest_cache(model, tokens)
         if not rest:
@@ -60,7 +60,7 @@ class KeptPrompts(LRUPromptCache):
 
 
 def release_oldest_prompt() -> bool:
-    """Drop the oldest prompt that a server keeps; tell whether there was one."""
+    """Drop the oldest kept prompt; return whether there was one."""
     for prompts in _kept:
         if len(prompts):
             prompts.trim_to(n_sequences=len(prompts) - 1)

@@ -1,7 +1,7 @@
-"""Look at a request before anybody works on it.
+"""Checks of a request before any work on it.
 
-mlx-lm's server looks at types. What passes there and is still no request that can be
-answered would fail in the middle of a batch, and harm those that share it.
+mlx-lm's server checks types. A request that passes and still cannot be answered would
+fail in the middle of a batch, and harm the other requests in it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from ..errors import RequestError
 from ..system.files import parse_json, short
 
-# Long contexts are a few megabytes of text.
+# Even long contexts are only a few megabytes of text.
 BODY_BYTES = 32 << 20
 MOST_INTEGER = 2**31 - 1
 # Beyond these, quotients and products of logits leave float32's range.
@@ -53,7 +53,7 @@ TEMPLATE_FORM = {
 }
 TEMPLATE_FORM |= {"max_length", "padding", "truncation"}
 TEMPLATE_FORM |= {"return_assistant_tokens_mask", "return_dict", "return_tensors"}
-# Values that clients send for "as the server has it"; mlx-lm refuses null.
+# Fields that clients may set to null for the server's default; mlx-lm refuses null.
 MAY_BE_NULL = (
     *INTEGERS,
     *NUMBERS,
@@ -62,10 +62,10 @@ MAY_BE_NULL = (
 
 
 def parse_body(data: bytes) -> dict[str, Any]:
-    """Return a request's body, checked as far as one can without its model.
+    """Return a request's body after all checks that need no model.
 
     Raises:
-        RequestError: it is no JSON object, or a field of it is not usable; names it.
+        RequestError: it is not a JSON object, or a field, which it names, is unusable.
     """
     try:
         body = parse_json(data)
@@ -79,7 +79,7 @@ def parse_body(data: bytes) -> dict[str, Any]:
             _check_number(name, body[name], *bounds)
     for name in ("xtc_probability", "xtc_threshold"):
         if name in body:
-            # mlx-lm takes no integer for it.
+            # mlx-lm does not accept an integer here.
             body[name] = float(body[name])
     _check_bias(body.get("logit_bias", {}))
     options = body.get("stream_options") or {}
@@ -98,7 +98,7 @@ def parse_body(data: bytes) -> dict[str, Any]:
 
 
 def check_chat(body: dict[str, Any]) -> None:
-    """Raise RequestError unless a body has messages that a chat template can take."""
+    """Raise RequestError unless a body has messages for a chat template."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         _refuse("messages", "a list of one message or more", messages)
@@ -126,7 +126,7 @@ def check_names(
     """Raise RequestError unless a body names the served model.
 
     Args:
-        served: by field, the names that are known.
+        served: the known names, by field.
     """
     for name, known in served.items():
         value = body.get(name)
@@ -141,12 +141,12 @@ def check_names(
 
 
 def check_arguments(args: Any, n_prompt: int, vocab_size: int, most: int) -> None:
-    """Raise RequestError unless a request is one that its model can answer.
+    """Raise RequestError unless the model can answer a request.
 
     Args:
         args: mlx-lm's ``GenerationArguments``.
-        n_prompt: tokens of the prompt.
-        vocab_size, most: the model's tokens, and how many a sequence may have.
+        n_prompt: number of tokens in the prompt.
+        vocab_size, most: the model's vocabulary and maximum sequence length.
     """
     if not n_prompt:
         raise RequestError("[prompt] expected at least one token but it is empty")
