@@ -1,4 +1,4 @@
-"""Proofs of kernels before a model uses them: the lint, and trying each one.
+"""Checks of kernels before a model uses them: the lint, and runs of each kernel.
 
 Imports: errors, device, engine.executors, engine.launch, engine.metal, system.
 """

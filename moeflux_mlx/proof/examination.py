@@ -1,6 +1,6 @@
-"""Try kernels in a process of their own: whatever one does, the others get their turn.
+"""Examine kernels in a separate process, so that a faulty one does not stop the rest.
 
-A fault in a kernel may end the process, as MLX does where a GPU gives up.
+A fault in a kernel may end its process, as MLX does after a GPU error.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from ..engine.launch.check import check, measure
 from ..errors import BackendError
 from ..system import children
 
-# So many characters of the last output of a process that died are reported.
+# Number of characters of a dead process's last output in the report.
 LAST_WORDS = 4000
-# Seconds that one kernel may take at all its sizes, building included: far more than
-# the slowest needs in the simulator.
+# Time limit of one kernel at all its sizes, including compilation. The slowest kernel
+# needs far less in the simulator.
 KERNEL_SECONDS = 300.0
-# Seconds that a process has to end in: a GPU's driver may hold it.
+# Time for a process to end, which a GPU's driver may delay.
 ENDING_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The findings of one kernel: cases run, worst error, speed, complaints.
+    """The result of one kernel: cases run, worst error, speed, complaints.
 
-    ``error`` is the worst relative RMS error as a share of the allowed one;
-    ``build_ms`` the first launch with its compilation; ``us`` and ``gbps`` are of the
-    large size, on GPUs only.
+    ``error`` is the worst relative RMS error as a share of the limit. ``build_ms`` is
+    the time of the first launch with its compilation. ``us`` and ``gbps`` belong to the
+    large size, and are measured on GPUs only.
     """
 
     kernel: str
@@ -61,7 +61,7 @@ def open_kernels(name: str) -> KernelExecutor:
     """Open an executor that runs our kernels.
 
     Raises:
-        BackendError: it does not, or cannot run here.
+        BackendError: the executor has no kernels, or cannot run here.
     """
     executor = open_executor(name)
     if not isinstance(executor, KernelExecutor):
@@ -74,13 +74,13 @@ def open_kernels(name: str) -> KernelExecutor:
 def examine_apart(
     names: Sequence[str], executor: str, timeout: float = KERNEL_SECONDS
 ) -> Iterator[Finding]:
-    """Yield a finding for every kernel, examined in another process.
+    """Examine kernels in another process, and yield a finding for each.
 
-    A process that dies or hangs is a complaint about the kernel it was at; another one
-    goes on with the next.
+    If the process dies or hangs, that is a complaint about its present kernel, and a
+    new process continues with the next one.
 
     Args:
-        timeout: seconds that each kernel may take.
+        timeout: seconds per kernel.
     """
     waiting = list(names)
     while waiting:
@@ -95,7 +95,7 @@ def examine_apart(
                     del waiting[0]
             except TimeoutError:
                 process.kill()
-                fate = f"was stopped: nothing came of it in {timeout:g} seconds"
+                fate = f"was stopped: it gave no result in {timeout:g} seconds"
             finally:
                 _end(process)
             if waiting:
@@ -109,10 +109,10 @@ def _lines(process: subprocess.Popen[str], timeout: float) -> Iterator[bytes]:
     """Yield the lines that a process prints, until it closes its output.
 
     Raises:
-        TimeoutError: no line came for so many seconds.
+        TimeoutError: no line came within ``timeout`` seconds.
     """
     assert process.stdout is not None
-    # Read without Python's buffer, of whose contents a selector would not know.
+    # Read without Python's buffer, because a selector does not see its contents.
     output, rest = process.stdout.fileno(), b""
     end = time.monotonic() + timeout
     with selectors.DefaultSelector() as selector:
@@ -129,14 +129,14 @@ def _lines(process: subprocess.Popen[str], timeout: float) -> Iterator[bytes]:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Wait for a process to end, and end it where that takes too long."""
+    """Wait for a process to end, and kill it if that takes too long."""
     assert process.stdout is not None
     process.stdout.close()
     try:
         process.wait(ENDING_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
-        # A process that even that does not end is left to the system.
+        # A process that survives even this is left to the system.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(ENDING_SECONDS)
 
@@ -155,7 +155,7 @@ def examine(kernel: Kernel, executor: KernelExecutor) -> Finding:
             n_cases += 1
             try:
                 result = check(kernel, dtype, sizes, executor.run)
-            # The report is for whatever goes wrong.
+            # Any error of a kernel belongs into the report.
             except Exception as failure:
                 complaints.append(f"{dtype} {dict(sizes)}: {_said(failure)}")
                 continue
@@ -179,14 +179,14 @@ def _timed(found: Finding, kernel: Kernel, executor: KernelExecutor) -> Finding:
 
 
 def _said(failure: Exception) -> str:
-    """Return all that an error says: a compiler's may have many lines."""
+    """Return the complete text of an error; a compiler's may have many lines."""
     return f"{type(failure).__name__}: {failure}"
 
 
 def main(executor: str, *names: str) -> None:
-    """Examine kernels and write each finding to the output, a line of JSON each."""
+    """Examine kernels and print each finding as a line of JSON."""
     findings = os.fdopen(os.dup(1), "w")
-    # Whatever else is printed here must not stand between them.
+    # Redirect other output, so that it does not mix with the findings.
     os.dup2(2, 1)
     opened = open_kernels(executor)
     for name in names:

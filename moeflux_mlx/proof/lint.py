@@ -1,11 +1,11 @@
-"""Code that Apple's compiler refuses, or reads otherwise, though clang accepts it.
+"""Find code that clang accepts, but Apple's compiler refuses or reads differently.
 
 The simulator compiles kernels with clang, so a kernel that passes there may still fail
-on Apple hardware; these rules close most of that gap without a Mac. They read tokens,
-not a syntax tree: each errs towards silence where it cannot be sure.
+on Apple hardware. These rules close most of that gap without a Mac. They read tokens,
+not a syntax tree, and stay silent in doubtful cases.
 
 Unsuffixed literals such as ``1.0`` are ``float`` in Metal and in the simulator, so they
-are no double arithmetic and no finding.
+are not double arithmetic and not a finding.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .lint_bfloat import implicit_bfloat
 
 
 class Finding(NamedTuple):
-    """One line that a rule refuses."""
+    """A line that a rule refuses."""
 
     file: str
     line: int
@@ -36,7 +36,7 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule's name, the fault, and its finder: lines with a detail."""
+    """A rule: its name, the fault, and a function that yields lines and details."""
 
     name: str
     what: str
@@ -88,9 +88,9 @@ RULES = (
 
 
 def check(path_or_text: Path | str, name: str | None = None) -> list[Finding]:
-    """Return the findings of all rules in a file or in a text, by line.
+    """Return the findings of all rules in a file or a text, by line.
 
-    Headers that a file includes and that lie beside it count as known names.
+    Included headers in the same folder contribute known names.
 
     Args:
         path_or_text: a ``Path``, or Metal source as ``str``.
@@ -111,7 +111,7 @@ def check(path_or_text: Path | str, name: str | None = None) -> list[Finding]:
 
 
 def _add_includes(source: Scan, folder: Path) -> None:
-    """Tell a file the declarations of headers beside it; each is checked by itself."""
+    """Add the declarations of headers in the same folder, which are checked alone."""
     waiting, seen = list(source.includes), set()
     while waiting:
         path = folder / waiting.pop()
@@ -124,7 +124,7 @@ def _add_includes(source: Scan, folder: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the findings of files, or of our own; return 1 if there is any."""
+    """Print the findings of files, by default our own; return 1 if there are any."""
     paths = [Path(name) for name in arguments] or metal_files()
     found = [finding for path in paths for finding in check(path)]
     for finding in found:

@@ -1,6 +1,6 @@
-"""The lint's rule on floats that become bfloats without a cast.
+"""The lint's rule against floats that become bfloats without a cast.
 
-Only a guess at types is made: by the names that a function declares.
+It guesses types from the names that a function declares.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def implicit_bfloat(source: Scan) -> Found:
 
 
 def _without_condition(statement: Tokens) -> Tokens:
-    """Return statements after ``else``, ``if (...)`` and the end of a ``for (...)``."""
+    """Return the statement after ``else``, ``if (...)`` or the end of ``for (...)``."""
     depth = 0
     for i, token in enumerate(statement):
         depth += (token.text == "(") - (token.text == ")")
@@ -99,7 +99,7 @@ def _narrowed(
 
 
 def _is_float(value: Tokens, floats: set[str]) -> bool:
-    """Tell whether an expression is surely float: by its text outside brackets."""
+    """Tell whether an expression is certainly float, by its text outside brackets."""
     plain = [t.text for t in value]
     depth = 0
     for i, text in enumerate(plain):

@@ -1,4 +1,4 @@
-"""How the rules of ``lint.py`` find faults: lines, each with a detail."""
+"""The functions of the lint's rules, which yield lines with details."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _STARTS = {";", "{", "}", ")", ":"}
 
 
 def words(listed: str) -> Callable[[Scan], Found]:
-    """Refuse words wherever they stand."""
+    """Return a rule that refuses words anywhere."""
     refused = set(listed.split())
 
     def find(source: Scan) -> Found:
@@ -53,7 +53,7 @@ def words(listed: str) -> Callable[[Scan], Found]:
 
 
 def texts(tokens: Tokens, i: int, n: int) -> list[str]:
-    """Return ``n`` texts from ``i`` on, fewer at the end."""
+    """Return the texts of ``n`` tokens from ``i`` on, fewer at the end."""
     return [t.text for t in tokens[max(i, 0) : i + n]]
 
 
@@ -79,7 +79,7 @@ def lambdas(source: Scan) -> Found:
 
 
 def doubles(source: Scan) -> Found:
-    """Find the types and the suffix of numbers of 64 bits or more in C++ alone."""
+    """Find C++ types and literals of 64 bits or more that Metal lacks."""
     tokens = (*source.tokens, *source.macros)
     for i, token in enumerate(tokens):
         pair = texts(tokens, i, 2)
@@ -100,7 +100,7 @@ def std(source: Scan) -> Found:
 
 
 def strings(source: Scan) -> Found:
-    """Find string literals in bodies, but for attributes, static_assert and logs."""
+    """Find string literals in bodies, except in attributes, static_assert and logs."""
     for function in source.functions:
         body, i = function.body, 0
         while i < len(body):
@@ -115,7 +115,7 @@ def strings(source: Scan) -> Found:
 
 
 def recursion(source: Scan) -> Found:
-    """Find cycles of calls; overloads that arguments alone tell apart are left out."""
+    """Find call cycles; overloads that only argument types distinguish are skipped."""
     calls = {id(f): set(_callees(f, source.functions)) for f in source.functions}
     for function in source.functions:
         reached: set[int] = set()
@@ -159,7 +159,7 @@ def static_locals(source: Scan) -> Found:
 
 
 def members_without_space(source: Scan) -> Found:
-    """Find member functions that do not say which space their object is in."""
+    """Find member functions that do not name their object's address space."""
     for function in source.functions:
         belongs = not {"static", "friend"} & {t.text for t in function.head}
         tail = function.tail
@@ -191,14 +191,14 @@ def _declares_variable(statement: Tokens) -> bool:
         return False
     ends = [words.index(c) for c in "=[{" if c in words] or [len(words)]
     head = words[: min(ends)]
-    # A macro may hold the space.
+    # A macro may contain the address space.
     has_macro = any(re.fullmatch(r"[A-Z][A-Z_\d]+", word) for word in head[:-1])
     names = [t for t in statement[: len(head)] if t.kind == "name"]
     return "(" not in head and not has_macro and len(names) > 1
 
 
 def _threadgroup_declarations(body: Tokens) -> Iterator[Tokens]:
-    """Return declarations of memory, not of pointers to it: from the space to ``;``."""
+    """Yield declarations of threadgroup memory, but not of pointers to it."""
     for i, token in enumerate(body):
         if token.text != "threadgroup":
             continue
@@ -236,7 +236,7 @@ def threadgroup_initialisers(source: Scan) -> Found:
 
 
 def threadgroup_bytes(source: Scan) -> Found:
-    """Find kernels whose threadgroup memory is too much, as far as it can be told."""
+    """Find kernels with too much threadgroup memory, as far as it is known."""
     known = _numbers([s for f in source.files for s in f.program], {})
     for function in source.functions:
         sizes = _numbers(statements(function.body), known)
@@ -257,7 +257,7 @@ def statements(body: Tokens) -> list[Tokens]:
 
 
 def _numbers(statements: list[Tokens], known: Mapping[str, int]) -> dict[str, int]:
-    """Return constants of whole numbers: ``constexpr ... name = expression``."""
+    """Return integer constants: ``constexpr ... name = expression``."""
     numbers = dict(known)
     for statement in statements:
         parts = split(statement, "=")
@@ -276,7 +276,7 @@ def _evaluate(tokens: Tokens, known: Mapping[str, int]) -> int | None:
 
 
 def _declared_bytes(declaration: Tokens, known: Mapping[str, int]) -> int:
-    """Return a declaration's bytes, 0 where they cannot be told."""
+    """Return a declaration's bytes, or 0 if they are unknown."""
     parts = split(declaration)
     head = [t.text for t in parts[0]]
     stop = head.index("[") if "[" in head else len(head)
@@ -348,7 +348,7 @@ def function_pointers(source: Scan) -> Found:
 
 
 def variable_arrays(source: Scan) -> Found:
-    """Find local arrays whose extent is a parameter or a local that may change."""
+    """Find local arrays whose extent is a parameter or a variable."""
     for function in source.functions:
         changing = _changing(function)
         body = function.body
@@ -418,7 +418,7 @@ def too_many_buffers(source: Scan) -> Found:
 
 
 def vector_casts(source: Scan) -> Found:
-    """Find casts of values to vectors in C's style."""
+    """Find C-style casts of values to vectors."""
     tokens = (*source.tokens, *source.macros)
     for i in range(1, len(tokens) - 3):
         if texts(tokens, i, 1) != ["("] or tokens[i + 2].text != ")":
@@ -467,7 +467,7 @@ KNOWN_ATTRIBUTES = _names(
 
 
 def unknown_attributes(source: Scan) -> Found:
-    """Find attributes that Metal does not have, with the one that was meant."""
+    """Find attributes that Metal lacks, with the most similar one."""
     for name, _ in _attributes(source.tokens):
         if name.text in KNOWN_ATTRIBUTES or name.text in source.macro_names:
             continue
@@ -476,7 +476,7 @@ def unknown_attributes(source: Scan) -> Found:
         yield name.line, name.text + hint
 
 
-# Names that C, C++ or CUDA have and Metal has not.
+# Functions of C, C++ or CUDA that Metal lacks.
 MISSING_FUNCTIONS = _names(
     """
     log1p expm1 cbrt hypot lgamma tgamma erf erfc remainder remquo logb scalbn nearbyint
@@ -490,7 +490,7 @@ MISSING_FUNCTIONS = _names(
 
 
 def unknown_functions(source: Scan) -> Found:
-    """Find calls of functions that neither Metal's library nor the file has."""
+    """Find calls of functions that neither Metal's library nor the file defines."""
     own = {f.name.text for file in source.files for f in file.functions}
     for file in source.files:
         own |= file.macro_names

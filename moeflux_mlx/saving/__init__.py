@@ -1,4 +1,4 @@
-"""Models saved whole, and models refused before the first byte.
+"""Save whole models, or refuse to before the first byte.
 
 Imports: errors, calls, experts, experts.compute, experts.files, system.
 """

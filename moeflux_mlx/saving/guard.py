@@ -1,8 +1,8 @@
-"""Have streamed models saved whole, and keep them from being divided as if they were.
+"""Guard streamed models against incomplete saving and wrong division.
 
-Experts that are read from files are not among a model's parameters, and mlx-lm saves
-what ``parameters()`` returns: ``mlx_lm.convert``, ``mlx_lm.fuse`` and scripts would
-write a model without experts.
+Streamed experts are not parameters, and mlx-lm saves the result of ``parameters()``. So
+without this guard ``mlx_lm.convert``, ``mlx_lm.fuse`` and scripts would write a model
+without experts.
 """
 
 from __future__ import annotations
@@ -32,17 +32,16 @@ _SAVE = utils.save
 
 
 def reads_experts(model: Any) -> bool:
-    """Tell whether a model's experts are read from files, and no parameters."""
+    """Tell whether a model's experts are streamed."""
     return store_of(model) is not None or vars(model).get("streamer") is not None
 
 
 def refuse_experts(weights: Iterable[str], block: str) -> None:
-    """Raise ModelError if any of weights by name is of experts read from files.
-
-    None of a streamed model's parameters takes it.
+    """Raise ModelError if a weight belongs to streamed experts.
 
     Args:
-        block: the attribute that has a layer's experts.
+        weights: names of weights.
+        block: the attribute that holds a layer's experts.
     """
     for name in weights:
         if f".{block}." in name:
@@ -53,14 +52,14 @@ def refuse_experts(weights: Iterable[str], block: str) -> None:
 
 
 class GuardsSaving(Unpickled, nn.Module):
-    """The base of a model's class if its experts may be read from files."""
+    """A base class for models whose experts may be streamed."""
 
     def update(self, parameters: Any, strict: bool = True) -> Any:  # type: ignore[override]
         """Replace parameters.
 
         Raises:
-            ModelError: some are of streamed experts, or all of them are to be of other
-                types, which experts do not hear of; nothing is replaced.
+            ModelError: a parameter belongs to streamed experts, or all parameters
+                change type, which would not reach the experts; nothing is replaced.
         """
         if switches := switches_of(self):
             given: dict[str, Any] = dict(tree_flatten(parameters))
@@ -71,7 +70,7 @@ class GuardsSaving(Unpickled, nn.Module):
                         f"which are read from files, nothing is changed: {PLAIN_FIRST}"
                     )
             own = dict(tree_flatten(self.parameters()))
-            # Weights of files come with their types, those of experts too.
+            # Loading keeps the types of the files, which are those of the experts too.
             whole = len(given) == len(own) and not vars(self).get("is_loading")
             if whole and (dtype := type_of_convert()) is not None:
                 for switch in switches.values():
@@ -81,7 +80,7 @@ class GuardsSaving(Unpickled, nn.Module):
         return super().update(parameters, strict)
 
     def load_weights(self, *arguments: Any, **options: Any) -> nn.Module:
-        """Load weights as ``mlx.nn.Module`` does, of whatever types they are."""
+        """Load weights of any type, as ``mlx.nn.Module`` does."""
         vars(self)["is_loading"] = True
         try:
             return super().load_weights(*arguments, **options)
@@ -89,7 +88,7 @@ class GuardsSaving(Unpickled, nn.Module):
             del vars(self)["is_loading"]
 
     def parameters(self) -> Any:
-        """Return all arrays; streamed experts are none, so these are not to be saved.
+        """Return all arrays except streamed experts.
 
         Raises:
             ModelError: mlx-lm is about to save a model without its experts.
@@ -99,9 +98,9 @@ class GuardsSaving(Unpickled, nn.Module):
 
 
 def keep_whole(model: nn.Module) -> None:
-    """Have every part of a streamed model refuse to be divided as its class would.
+    """Make every module of a streamed model refuse ``shard`` and ``pipeline``.
 
-    Whether the whole one is divided between processes, its own ``shard`` knows.
+    The model itself keeps its own ``shard``.
     """
     for _, module in model.named_modules():
         for name in ("pipeline",) if module is model else ("shard", "pipeline"):
@@ -110,10 +109,10 @@ def keep_whole(model: nn.Module) -> None:
 
 
 def refuse_division(*_arguments: Any, **_options: Any) -> None:
-    """Refuse to divide a model that reads experts from files.
+    """Refuse to divide a model with streamed experts.
 
     Raises:
-        ModelError: names the class that divides it.
+        ModelError: always; the message names the alternatives.
     """
     raise ModelError(
         "[stream] expected a model with its experts among its parameters but got one "
@@ -123,12 +122,12 @@ def refuse_division(*_arguments: Any, **_options: Any) -> None:
 
 
 def refuse_saving_now(model: Any) -> None:
-    """Raise ModelError if mlx-lm's own ``save_model`` asks: a script has kept that."""
+    """Raise ModelError if the caller is mlx-lm's original ``save_model``."""
     frame = sys._getframe(2)
     if frame.f_code is _SAVE_MODEL.__code__ and reads_experts(model):
         raise ModelError(
-            "[save] expected mlx_lm.utils.save_model as it is since moeflux_mlx was "
-            "imported but got it as it was before, nothing is written: import it again"
+            "[save] expected the mlx_lm.utils.save_model that moeflux_mlx installs but "
+            "got the original, nothing is written: import it after moeflux_mlx"
         )
 
 
@@ -144,7 +143,7 @@ def _save_model(save_path: Any, model: Any, **options: Any) -> None:
 @functools.wraps(_SAVE)
 def _save(dst_path: Any, *arguments: Any, **options: Any) -> None:
     _SAVE(dst_path, *arguments, **options)
-    # It takes along all code: that of a pack is nothing to a whole model.
+    # mlx-lm copies all Python files, but a whole model must not have a pack's.
     remove_model_file(Path(dst_path))
 
 
@@ -165,7 +164,7 @@ def _apply(self: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
 
 
 def _is_cast(own: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Tell whether parameters are to be of other types."""
+    """Tell whether parameters would change type."""
     return any(
         name in own and array.dtype != own[name].dtype for name, array in new.items()
     )
@@ -198,9 +197,9 @@ def _calls_of(model: nn.Module) -> OneAtATime | None:
 
 
 def _check_forms(model: nn.Module) -> None:
-    """Raise ModelError where only experts are quantised, but not by the model's files.
+    """Raise ModelError if only the experts are quantised.
 
-    Then somebody has dequantised all else in a way that experts do not hear of.
+    Then the other matrices were dequantised in a way that did not reach the experts.
     """
     switches = switches_of(model).values()
     if not any(form for switch in switches for form in switch.saved_forms.values()):
@@ -214,7 +213,7 @@ def _check_forms(model: nn.Module) -> None:
 
 
 def guard_saving() -> None:
-    """Have mlx-lm and MLX save models with experts from files whole, or not at all."""
+    """Make mlx-lm and MLX save streamed models completely, or not at all."""
     nn.Module.save_weights = _save_weights  # type: ignore[method-assign]
     nn.Module.apply = _apply  # type: ignore[method-assign]
     put_everywhere("save", _SAVE, _save)
@@ -225,7 +224,7 @@ def guard_saving() -> None:
 def put_everywhere(
     name: str, stock: Callable[..., Any], ours: Callable[..., Any]
 ) -> None:
-    """Replace a function in all modules that have imported it by its name."""
+    """Replace a function in every module that has imported it under its name."""
     for module in [*sys.modules.values()]:
         if getattr(module, "__dict__", {}).get(name) is stock:
             setattr(module, name, ours)

@@ -1,4 +1,4 @@
-"""All tensors of a model whose experts are read from files, and how to write them."""
+"""Write all tensors of a streamed model, including its experts."""
 
 from __future__ import annotations
 
@@ -31,47 +31,47 @@ from ..experts.files.writer import (
 )
 from ..experts.weights import DTYPE_NAMES, MLX_DTYPES, Quantization
 
-# Where files are written before they take their names.
+# Folder for files until they get their names.
 UNFINISHED = "moeflux.unfinished"
 
 
 def switches_of(model: Any) -> dict[str, StreamedSwitch]:
-    """Return a model's streamed blocks by path, layer by layer."""
+    """Return a model's streamed blocks by path, in the order of layers."""
     found = {p: m for p, m in model.named_modules() if isinstance(m, StreamedSwitch)}
     return {path: found[path] for path in sorted(found, key=by_number)}
 
 
 def store_of(model: Any) -> ExpertStore | None:
-    """Return the open files that a whole model's experts are read from, if they are."""
+    """Return the store of a model's streamed experts, if it has one."""
     runtime = vars(model).get("runtime")
     store: ExpertStore | None = getattr(runtime, "store", None)
     return vars(model).get("store") if store is None else store
 
 
 def save_shards(model: nn.Module, directory: Path) -> None:
-    """Write a model's tensors as ``mlx_lm.utils.save_model`` does, experts included.
+    """Write a model like ``mlx_lm.utils.save_model``, including its experts.
 
-    Every record is read once and held against its checksum. No file has its name before
-    all are written.
+    Every record is read once and compared with its checksum. Files get their names when
+    all of them are written.
 
     Raises:
-        ModelError: part of a model, or of a type that no file has.
-        ExpertStoreError: an expert is damaged or cannot be read; the disk is full.
+        ModelError: the module is only a part of a model, or a type cannot be stored.
+        ExpertStoreError: an expert is damaged or unreadable, or the disk is full.
     """
     plan, read = _plan(model, SHARD_BYTES)
     _write(plan, read, directory, {name: name for name in (*plan.files, INDEX_NAME)})
 
 
 def save_file(model: nn.Module, file: Path) -> None:
-    """Write a model's tensors to one safetensors file, experts included.
+    """Write a model, including its experts, to one safetensors file.
 
     Raises:
-        ModelError, ExpertStoreError: as ``save_shards``.
+        ModelError, ExpertStoreError: see ``save_shards``.
     """
     if file.suffix != ".safetensors":
         raise ModelError(
-            f"[save] {file}: expected a name that ends in .safetensors, which alone "
-            "takes experts that are read from files"
+            f"[save] {file}: expected a name that ends in .safetensors, the only "
+            "format for streamed experts"
         )
     plan, read = _plan(model)
     (made,) = plan.files
@@ -114,7 +114,7 @@ def _plan(model: nn.Module, shard_bytes: int | None = None) -> tuple[Plan, ReadR
 def _write(
     plan: Plan, read: ReadRecord, directory: Path, names: dict[str, str]
 ) -> None:
-    """Write files beside their places, and move them there by ``names``."""
+    """Write files to a temporary folder, and rename them by ``names``."""
     is_new = not directory.exists()
     with (
         disk_errors(directory, "save"),
@@ -133,7 +133,7 @@ def _write(
         finally:
             _remove(folder)
             if is_new:
-                # mlx_lm.convert takes no directory that is there, empty or not.
+                # mlx_lm.convert refuses an existing directory, even an empty one.
                 with contextlib.suppress(OSError):
                     os.rmdir(directory)
 
@@ -147,13 +147,13 @@ def _remove(folder: Folder) -> None:
 
 
 class ReformedRecords:
-    """Records cast, quantised or dequantised, matrix by matrix as mlx-lm does it.
+    """Records that are cast, quantised or dequantised per matrix, as in mlx-lm.
 
     Args:
-        stored: the layout that files have.
+        stored: the layout of the files.
         read: returns the record of an expert.
-        switch: says how a block's projections are to be saved.
-        is_cast: tells whether the parameter of a name takes another type.
+        switch: determines how to save a block's projections.
+        is_cast: tells whether a parameter, given by name, is cast.
     """
 
     def __init__(
@@ -216,13 +216,13 @@ class ReformedRecords:
 def _reformed(
     own: dict[str, mx.array], stored: Quantization | None, wanted: Quantization | None
 ) -> dict[str, mx.array]:
-    """Return a projection's arrays in another form, as mlx-lm's modules make them."""
+    """Return a projection's arrays in another form, computed as in mlx-lm."""
     if stored == wanted:
         return own
     if stored is not None and (wanted is not None or "global_scale" in own):
         raise ModelError(
-            f"[save] expected experts that mlx-lm brings from {stored} to {wanted} "
-            f"but it does not, nothing is written: {PLAIN_FIRST}"
+            f"[save] expected a conversion that mlx-lm supports but got {stored} to "
+            f"{wanted}, nothing is written: {PLAIN_FIRST}"
         )
     weight, rest = own["weight"], {part: own[part] for part in own if part == "bias"}
     if wanted is not None:
@@ -237,5 +237,5 @@ def _reformed(
 
 def _array(record: memoryview, spec: TensorSpec) -> mx.array:
     own = np.frombuffer(record, np.uint8, spec.n_bytes, spec.offset)
-    # Copied: the next record comes into the same place.
+    # Copy, because the next record overwrites this one.
     return mx.array(own).view(MLX_DTYPES[spec.dtype]).reshape(spec.shape)

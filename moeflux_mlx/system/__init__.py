@@ -1,8 +1,7 @@
-"""Ground: the machine and its files.
+"""The machine and this process.
 
-Files that anybody may have written, folders that only this user can write, volumes and
-their limits, child processes, memory pressure, messages on standard error, what mlx-lm
-commands and Python's copying ask of a model.
+Untrusted files, private folders, volumes, limits and pressure of memory, child
+processes, messages on standard error, and the detection of mlx-lm's commands.
 
 Imports: errors, config.
 """

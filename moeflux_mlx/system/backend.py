@@ -1,4 +1,4 @@
-"""Check that MLX has a library to run on, and say which to install when it has not."""
+"""Check that MLX has a library, and name the one to install if not."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from importlib import metadata
 
 from ..errors import BackendError
 
-# Packages of which one holds MLX's library.
+# Packages that contain MLX's library; one of them is needed.
 BACKENDS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal")
 
 
 def require_backend() -> None:
-    """Import MLX, or say which extra brings the library that is missing.
+    """Import MLX, or name the extra that provides the missing library.
 
-    Before it, macOS is told not to stop GPU work that takes long, as a long prompt's
-    does; MLX must not have opened the device yet.
+    Before that, set a variable that keeps macOS from stopping long GPU work, such as a
+    long prompt. It must be set before MLX opens the device.
 
     Raises:
         BackendError: ``import mlx.core`` failed; the message names the extra.
@@ -33,10 +33,10 @@ def require_backend() -> None:
 
 @contextlib.contextmanager
 def own_file_limit() -> Iterator[None]:
-    """Let modules imported in here ask for more open files than there may be.
+    """Let modules request more open files than the hard limit within this context.
 
-    mlx-lm sets the limit when it is imported, and where a lower hard limit holds that
-    is an exception. Then as many as are allowed have to do.
+    mlx-lm sets the limit when it is imported, which fails under a lower hard limit. In
+    that case the hard limit is used.
     """
     set_limit = resource.setrlimit
 

@@ -1,4 +1,4 @@
-"""How fast a file is read past the system's cache: a moment's measurement."""
+"""Measure the speed of reading a file, bypassing the page cache."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MOST_SECONDS = 0.2
 
 
 def disk_bytes_per_second(file: Path, n_threads: int) -> float | None:
-    """Return how many bytes of a file arrive in a second; None if it is too short.
+    """Return the speed of reading a file, or None if it is too short.
 
-    Pieces from all over the file are read by several threads, as experts are. Where the
-    system reads only through its cache, the cache's speed is in the figure.
+    Several threads read pieces from all over the file, as experts are read. If the
+    system reads only through its cache, the figure includes the speed of the cache.
     """
     try:
         n_pieces = file.stat().st_size // PIECE_BYTES
@@ -29,7 +29,7 @@ def disk_bytes_per_second(file: Path, n_threads: int) -> float | None:
         fd = _opened(file)
     except OSError:
         return None
-    # Neighbours of a piece may be in the system's or the disk's cache already.
+    # Avoid neighbouring pieces, which a cache may have read already.
     step = next(s for s in (7919, 104729, 1) if n_pieces % s or s == 1)
     numbers = count()
     start = time.perf_counter()
@@ -59,11 +59,11 @@ def disk_bytes_per_second(file: Path, n_threads: int) -> float | None:
 
 
 def _opened(file: Path) -> int:
-    """Open a file so that reads go past the system's cache, if it lets them."""
+    """Open a file so that reads bypass the page cache, if possible."""
     direct = getattr(os, "O_DIRECT", 0)
     try:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | direct)
-        # Some volumes say only when they are read that they cannot do that.
+        # Some volumes refuse direct reads only at the first read.
         with mmap.mmap(-1, mmap.PAGESIZE) as buffer:
             os.preadv(fd, [buffer], 0)
     except OSError:

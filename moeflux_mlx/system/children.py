@@ -1,7 +1,7 @@
-"""Start every process of ours so that the working directory has no say in it.
+"""Start child processes that ignore Python files in the working directory.
 
-A model's folder is downloaded data, and people start commands there. Python would look
-for modules in it first, for one named like a module of ours too.
+People start commands inside a model's folder, which is downloaded data. By default
+Python would search it first for modules.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-# ``-c`` puts "" first, which is the working directory; ``sys`` is built in. The flag
-# ``-P`` would do, but Python 3.10 has none.
+# ``-c`` puts "", the working directory, first on the path; this removes it before any
+# import but the built-in ``sys``. Python 3.10 lacks the flag ``-P``.
 _BOOT = """\
 import sys
 if sys.path[:1] == [""]:
@@ -26,19 +26,19 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 def run_module(module: str, *args: str) -> subprocess.CompletedProcess[str]:
-    """Run a module in a Python of its own, which finds installed packages.
+    """Run a module in a separate Python process with the installed packages.
 
     Returns:
-        The finished process with its exit code and all that it printed.
+        The finished process with its exit code and output.
     """
     return run([sys.executable, "-c", _BOOT, module, *args])
 
 
 def start_module(module: str, *args: str, stderr: IO[str]) -> subprocess.Popen[str]:
-    """Start a module likewise; its output is read while it runs.
+    """Start a module like ``run_module``, to read its output while it runs.
 
     Args:
-        stderr: file that takes its errors.
+        stderr: file for its errors.
     """
     return subprocess.Popen(
         [sys.executable, "-c", _BOOT, module, *args],
@@ -56,12 +56,12 @@ def run(
     directory: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end; its output is kept.
+    """Run a program to its end and capture its output.
 
     Args:
-        command: the program, by its path, and its arguments.
-        directory: where it runs, by default here.
-        environment: variables to set beside this process's own.
+        command: the path of the program, and its arguments.
+        directory: its working directory, by default this process's.
+        environment: additional environment variables.
     """
     return subprocess.run(
         command,
@@ -75,8 +75,8 @@ def run(
 
 
 def _environment(more: Mapping[str, str]) -> dict[str, str]:
-    """Return this process's variables and more.
+    """Return this process's environment with additional variables.
 
-    Whatever Python the program starts leaves the working directory out too.
+    Any Python that the program starts ignores the working directory too.
     """
     return {**os.environ, "PYTHONSAFEPATH": "1", **more}

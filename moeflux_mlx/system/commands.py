@@ -1,4 +1,4 @@
-"""Which command of mlx-lm asks: some save a model that they never call."""
+"""Detect the running command of mlx-lm; some save a model without calling it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import mlx.core as mx
 
 from ..errors import ModelError
 
-# Commands that save a model, and those that look into all of its matrices.
+# Commands that save a model, and commands that change all of its matrices.
 CONVERT = "mlx_lm.convert"
 SAVING = (CONVERT, "mlx_lm.fuse")
 CHANGING = tuple(f"mlx_lm.quant.{n}" for n in ("awq", "dwq", "dynamic_quant", "gptq"))
 
 
 def is_to_be_saved() -> bool:
-    """Tell whether a command of mlx-lm asks that saves a model and never calls it.
+    """Tell whether the running command of mlx-lm saves a model without calling it.
 
     Raises:
-        ModelError: it would change experts in ways that those in files are not.
+        ModelError: the command would change experts, which is impossible in a pack.
     """
     for frame, name in _callers():
         command = name.rpartition(".")[2]
@@ -37,7 +37,7 @@ def is_to_be_saved() -> bool:
 
 
 def type_of_convert() -> Any:
-    """Return the type that ``mlx_lm.convert`` is casting a model to, None if none."""
+    """Return the type to which ``mlx_lm.convert`` casts a model, or None."""
     for frame, name in _callers():
         if name == CONVERT and frame.f_code.co_name == "convert":
             found = frame.f_locals.get("dtype")
@@ -46,7 +46,7 @@ def type_of_convert() -> Any:
 
 
 def _callers() -> Iterator[tuple[FrameType, str]]:
-    """Yield the callers of this, from the inside out, and their modules' names."""
+    """Yield the frames of the callers, innermost first, with their modules' names."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         spec = frame.f_globals.get("__spec__")
@@ -55,5 +55,5 @@ def _callers() -> Iterator[tuple[FrameType, str]]:
 
 
 def _exports(frame: FrameType) -> bool:
-    """Tell whether ``mlx_lm.fuse`` is to write a file for another program too."""
+    """Tell whether ``mlx_lm.fuse`` also exports a GGUF file."""
     return bool(getattr(frame.f_locals.get("args"), "export_gguf", False))

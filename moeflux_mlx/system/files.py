@@ -1,4 +1,4 @@
-"""Files that anybody may have written: opened, parsed and replaced with care."""
+"""Open, parse and replace untrusted files safely."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from .volume import sync
 
-# The most that is parsed of each kind of file; the largest known take a tenth of it.
+# Size limits by kind of file; the largest known files reach a tenth of them.
 CONFIG_BYTES = 16 << 20
 INDEX_BYTES = 128 << 20
 MANIFEST_BYTES = 64 << 20
@@ -37,13 +37,13 @@ KINDS = {
 
 
 def open_file(path: str | os.PathLike) -> BinaryIO:
-    """Open a regular file for reading; whatever else is there is never waited for.
+    """Open a regular file for reading, without waiting for FIFOs or devices.
 
     Raises:
-        OSError: there is none, it may not be read, or it is something else.
-        ValueError: the path cannot be one.
+        OSError: the file is missing, unreadable, or not a regular file.
+        ValueError: the path is invalid.
     """
-    # A FIFO without a writer would otherwise be waited for.
+    # Opening a FIFO without a writer would wait otherwise.
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     kind = stat.S_IFMT(os.fstat(fd).st_mode)
     if kind == stat.S_IFREG:
@@ -54,11 +54,11 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
 
 
 def read_file(path: str | os.PathLike, most_bytes: int) -> bytes:
-    """Return the bytes of a regular file, of which there may be ``most_bytes``.
+    """Return the bytes of a regular file of at most ``most_bytes``.
 
     Raises:
-        OSError: as ``open_file``.
-        ValueError: there are more bytes, or the path cannot be one.
+        OSError: see ``open_file``.
+        ValueError: the file is larger, or the path is invalid.
     """
     with open_file(path) as file:
         n_bytes = os.fstat(file.fileno()).st_size
@@ -85,11 +85,11 @@ def parse_json(data: bytes | str, *, exact: bool = True) -> Any:
 
     Args:
         data: the text, in UTF-8 without a byte order mark.
-        exact: refuse names that an object has twice, NaN, infinities and integers
-            beyond 64 bits; else the last of two values holds, as in Python's own.
+        exact: refuse repeated names, NaN, infinities and integers beyond 64 bits;
+            otherwise the last of repeated names counts, as in Python.
 
     Raises:
-        ValueError: it is not JSON, too deep, or has a number of too many digits.
+        ValueError: it is not JSON, nests too deeply, or has too long a number.
     """
     text = data if isinstance(data, str) else data.decode("utf-8")
     hooks: dict[str, Any] = {"parse_int": _any_integer}
@@ -109,12 +109,12 @@ def parse_json(data: bytes | str, *, exact: bool = True) -> Any:
 
 
 def short(value: object) -> str:
-    """Return a value as errors show it: in one line that is never long."""
+    """Return a value as short text in one line, for errors."""
     return _SHORT.repr(value)
 
 
 def brief(error: BaseException) -> str:
-    """Return an error's words in one line that is never long."""
+    """Return an error's text, shortened to one line."""
     text = str(error)
     return text if len(text) < 300 and text.isprintable() else short(text)
 
@@ -164,13 +164,13 @@ def _check_depth(value: Any) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: int = 0o600) -> Iterator[BinaryIO]:
-    """Give a new file that takes the place of ``path`` once all of it is written.
+    """Yield a new file that replaces ``path`` when it is completely written.
 
-    Until then it lies beside it, hidden. An error leaves nothing behind; parts that a
-    killed process left go with the next call.
+    Until then it is a hidden file in the same folder. An error removes it. The next
+    call removes files that a killed process left.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     _remove_parts(path)
     part = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.part")
@@ -178,7 +178,7 @@ def replacing(path: Path, mode: int = 0o600) -> Iterator[BinaryIO]:
     fd = os.open(part, flags, mode)
     try:
         with os.fdopen(fd, "wb") as file:
-            # Shows others that it is being written; not every volume has locks.
+            # The lock marks the file as in use; not every volume has locks.
             with contextlib.suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
@@ -193,10 +193,10 @@ def replacing(path: Path, mode: int = 0o600) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def spelled_plainly(directory: Path) -> Iterator[Path]:
-    """Give a path that MLX and mlx-lm can open, for as long as they open files.
+    """Yield a path to ``directory`` that MLX and mlx-lm can open.
 
-    mlx-lm takes a path for a pattern, in which ``[`` and ``*`` stand for others; MLX
-    takes UTF-8 alone. A link stands in for any other path.
+    mlx-lm treats a path as a glob pattern with ``[`` and ``*``, and MLX accepts UTF-8
+    only. For other paths a temporary link is used.
     """
     text = str(directory)
     if glob.escape(text) == text and text.isprintable():
@@ -213,7 +213,7 @@ def _prefix(path: Path) -> str:
 
 
 def _remove_parts(path: Path) -> None:
-    """Remove the parts of ``path`` that no process is writing any more."""
+    """Remove leftover files for ``path`` that no process is writing."""
     name = re.compile(re.escape(_prefix(path)) + r"[0-9a-f]{16}\.part")
     with os.scandir(path.parent) as entries:
         parts = [e.path for e in entries if name.fullmatch(e.name)]

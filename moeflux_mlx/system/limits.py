@@ -1,7 +1,7 @@
-"""How much memory this process may take: the least of all that the system states.
+"""The memory limit of this process: the smallest limit that applies.
 
-Control groups state limits (version 1 and 2, at every level of the hierarchy), so do
-``ulimit -v`` and ``ulimit -d``, and the machine has only so much.
+Limits come from control groups (versions 1 and 2, at every level of the hierarchy),
+``ulimit -v``, ``ulimit -d``, and the machine's memory.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path("/")
-# Files with a limit, with what is taken and the statistics' name of what is page cache,
-# by the type of the file system. Above ``memory.high`` a group hardly runs any more.
+# By type of file system: files with a limit, the file with the usage, and the name of
+# the page cache in the statistics. Above ``memory.high`` a group hardly makes progress.
 GROUP_FILES = {
     "cgroup": (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_cache"),
     "cgroup2": (("memory.max", "memory.high"), "memory.current", "file"),
@@ -25,17 +25,17 @@ GROUP_FILES = {
 
 
 class Group(NamedTuple):
-    """A control group that bounds memory; ``left_bytes`` nobody in it has taken."""
+    """A control group that bounds memory; ``left_bytes`` are unused in it."""
 
     limit_bytes: int
     left_bytes: int
 
 
 def memory_limit_bytes(root: Path = ROOT) -> int:
-    """Return the most that this process can ever hold in memory.
+    """Return the maximum memory that this process can ever hold.
 
     Args:
-        root: where ``proc`` and the mount points are looked for.
+        root: folder that contains ``proc`` and the mount points.
     """
     held = process_bytes(root) or 0
     limits = [machine_bytes(), *(group.limit_bytes for group in groups(root))]
@@ -43,7 +43,7 @@ def memory_limit_bytes(root: Path = ROOT) -> int:
 
 
 def memory_left_bytes(root: Path = ROOT) -> int:
-    """Return the bytes that this process can still take beside all others."""
+    """Return the bytes that this process can still allocate."""
     left = [group.left_bytes for group in groups(root)]
     free = _free_bytes(root)
     if free is None:
@@ -52,7 +52,7 @@ def memory_left_bytes(root: Path = ROOT) -> int:
 
 
 def machine_bytes() -> int:
-    """Return the memory that the machine has."""
+    """Return the machine's memory."""
     if sys.platform == "darwin":
         value, size = ctypes.c_uint64(), ctypes.c_size_t(8)
         places = ctypes.byref(value), ctypes.byref(size)
@@ -62,13 +62,13 @@ def machine_bytes() -> int:
 
 
 def process_bytes(root: Path = ROOT) -> int | None:
-    """Return the physical memory this process has now; None where nobody counts it."""
+    """Return this process's present physical memory, or None if it is not counted."""
     pages = _page_counts(root)
     return None if pages is None else pages[1] * os.sysconf("SC_PAGE_SIZE")
 
 
 def groups(root: Path = ROOT) -> Iterator[Group]:
-    """Give the control groups that bound this process, the innermost first."""
+    """Yield the control groups that bound this process, innermost first."""
     for kind, mount, folder in group_folders(root):
         limit_names, usage_name, cache_name = GROUP_FILES[kind]
         while True:
@@ -85,7 +85,7 @@ def groups(root: Path = ROOT) -> Iterator[Group]:
 
 
 def group_folders(root: Path) -> Iterator[tuple[str, Path, Path]]:
-    """Give type, mount point and this process's folder of hierarchies with memory."""
+    """Yield type, mount point and this process's folder of each memory hierarchy."""
     paths: dict[str, str] = {}
     for line in _lines(root / "proc/self/cgroup"):
         number, controllers, path = line.split(":", 2)
@@ -100,21 +100,21 @@ def group_folders(root: Path) -> Iterator[tuple[str, Path, Path]]:
             continue
         top, mount_point = map(_unescaped, before.split(" ")[3:5])
         mount = root / mount_point.lstrip("/")
-        # Groups above the mount's own top, as in a container, cannot be seen.
+        # In a container, groups above the mounted folder are not visible.
         inside = os.path.relpath(paths[kind], top)
         yield kind, mount, mount if ".." in inside.split("/") else mount / inside
 
 
 def left_by_ulimit(root: Path = ROOT) -> int | None:
-    """Return the bytes that limits of space and data leave; None where unlimited."""
+    """Return the bytes left by limits of address space and data, or None."""
     return min(_ulimits(root), default=None)
 
 
 def _ulimits(root: Path) -> list[int]:
-    """Return each limit's bytes of space and data left; none where unlimited."""
+    """Return the bytes left by each limit of address space and data."""
     pages = _page_counts(root)
     found = []
-    # Their numbers in /proc/self/statm: all mapped pages, and private ones.
+    # Fields of /proc/self/statm: all mapped pages, and private ones.
     for name, field in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
         limit = resource.getrlimit(name)[0]
         if limit != resource.RLIM_INFINITY:
@@ -124,7 +124,7 @@ def _ulimits(root: Path) -> list[int]:
 
 
 def _free_bytes(root: Path) -> int | None:
-    """Return the bytes that Linux can give without ending a process; None elsewhere."""
+    """Return the bytes that Linux can allocate without killing, or None elsewhere."""
     found = memory_facts(root)
     try:
         return found["MemAvailable"] + found["SwapFree"]
@@ -133,7 +133,7 @@ def _free_bytes(root: Path) -> int | None:
 
 
 def memory_facts(root: Path = ROOT) -> dict[str, int]:
-    """Return Linux's counts of the machine's memory, in bytes; none elsewhere."""
+    """Return Linux's counts of the machine's memory in bytes; empty elsewhere."""
     lines = "\n".join(_lines(root / "proc/meminfo"))
     found = re.findall(r"^(\w+): +(\d+) kB$", lines, re.MULTILINE)
     return {name: 1024 * int(n) for name, n in found}
@@ -145,7 +145,7 @@ def _page_counts(root: Path) -> list[int] | None:
 
 
 def _number(path: Path) -> int | None:
-    """Return the number in a file; None without one, or for ``max``."""
+    """Return the number in a file, or None for no number or ``max``."""
     lines = _lines(path)
     return int(lines[0]) if lines and lines[0].isdigit() else None
 
@@ -163,5 +163,5 @@ def _lines(path: Path) -> list[str]:
 
 
 def _unescaped(text: str) -> str:
-    """Return a path of mountinfo, which writes blanks as octal numbers."""
+    """Return a path from mountinfo, which writes blanks as octal numbers."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)

@@ -1,4 +1,4 @@
-"""Look whose the folder is that MLX compiles code into and loads it from."""
+"""Check the owner of the folder from which MLX loads its compiled code."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .progress import notice
 
 
 def guard() -> None:
-    """Give MLX another folder where other users could write into its own.
+    """Give MLX another folder if other users could write to its own.
 
-    ``mx.compile`` on a CPU, and on CUDA every kernel, loads compiled code from ``mlx``
-    in the folder for temporary files by its name alone. This takes that name before
-    anybody else does; where somebody has, MLX gets a folder below our cache.
+    ``mx.compile`` on a CPU, and every kernel on CUDA, loads compiled code by name from
+    the folder ``mlx`` in the folder for temporary files. Create that folder first; if
+    another user owns it, give MLX a folder in our cache.
     """
-    # Python settles on its own folder now, so that it is not moved below.
+    # Let Python choose its own folder now, before TMPDIR changes below.
     tempfile.gettempdir()
     path = os.path.join(_temporary_folder(), "mlx")
     with contextlib.suppress(OSError):
@@ -25,11 +25,11 @@ def guard() -> None:
     try:
         owners = {status.st_uid for status in private.open_places(path)}
     except OSError:
-        # It cannot be made or looked into, so MLX could not use it either.
+        # The folder cannot be created or read, so MLX could not use it either.
         owners = {os.geteuid()}
     if not owners:
         return
-    # MLX looks it up at each use.
+    # MLX reads this variable at each use.
     os.environ["TMPDIR"] = str(private.made("tmp"))
     if owners != {os.geteuid()}:
         notice(
@@ -39,6 +39,6 @@ def guard() -> None:
 
 
 def _temporary_folder() -> str:
-    """Return the folder for temporary files as C++ finds it."""
+    """Return the folder for temporary files that C++ uses."""
     names = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")
     return next(filter(None, map(os.environ.get, names)), "/tmp")

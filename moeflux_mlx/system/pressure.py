@@ -1,4 +1,4 @@
-"""Whether the system itself runs short of memory, whoever takes it."""
+"""The system's memory pressure, whichever process causes it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from pathlib import Path
 
 from .limits import ROOT, group_folders, groups, memory_facts
 
-# macOS's names of its levels; Linux's stalls are brought to the same.
+# macOS's name for its level; Linux's stalls are mapped to the same levels.
 MACOS_LEVEL = b"kern.memorystatus_vm_pressure_level"
-# Per cent of the last ten seconds in which tasks waited for memory: some of them, or
-# all at once.
+# Percentage of the last ten seconds in which some tasks, or all, waited for memory.
 STALLED_PERCENT = 10.0
-# Stalls alone may be a neighbour at its own limit, or files read again and again. The
-# system is short where so little of its memory, or of a control group's, can be had.
+# Another group at its own limit, or files that are read again and again, also cause
+# stalls. So stalls count only if less than this share of memory is available.
 SHORT_SHARE = 1 / 8
 
 
 class Pressure(enum.IntEnum):
-    """How short of memory the system is; the numbers are macOS's."""
+    """Levels of memory pressure, with macOS's numbers."""
 
     NORMAL = 1
     WARNING = 2
@@ -30,12 +29,10 @@ class Pressure(enum.IntEnum):
 
 
 def memory_pressure(root: Path = ROOT) -> Pressure:
-    """Return how short of memory the system is, as it says itself.
-
-    A level that cannot be read is no pressure.
+    """Return the system's memory pressure; an unreadable level counts as none.
 
     Args:
-        root: where Linux's ``proc`` and the mount points are looked for.
+        root: folder that contains Linux's ``proc`` and the mount points.
     """
     if sys.platform == "darwin":
         return level_of(_macos_level())
@@ -45,7 +42,7 @@ def memory_pressure(root: Path = ROOT) -> Pressure:
 
 
 def level_of(number: int | None) -> Pressure:
-    """Return the meaning of macOS's level; one that nobody knows is no pressure."""
+    """Return the meaning of macOS's level; an unknown one counts as no pressure."""
     known = {int(level): level for level in Pressure}
     return known.get(number or 0, Pressure.NORMAL)
 
@@ -68,7 +65,7 @@ def _is_short(root: Path) -> bool:
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """Give the files of stalls: the machine's, and those of our control groups."""
+    """Yield the files with stalls of the machine and of our control groups."""
     yield root / "proc/pressure/memory"
     for kind, mount, folder in group_folders(root):
         if kind == "cgroup2":

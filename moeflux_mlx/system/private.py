@@ -1,10 +1,10 @@
-"""Folders and files that nobody but this user can write: compiled code, records.
+"""Folders and files that only this user can write, for compiled code and records.
 
-What lies in a cache is loaded into the process, or decides which kernels run. So it is
-believed only where no other user could have put it: folder and file are this user's,
-neither is a link, and only the owner may write. Who can write the folder above may put
-another in its place, but none that is this user's. Where the cache is not like that, a
-folder of this process takes its place.
+Cached files are loaded into the process, or decide which kernels run. So they are
+trusted only if no other user can have written them: the user owns folder and file,
+neither is a link, and only the owner may write. A user who can write to the parent
+folder may replace the folder, but not by one of this user's. If the cache is not
+private, a temporary folder of this process replaces it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from .. import config
 from .files import replacing
 from .progress import notice
 
-# The folders of this process, by the cache that each stands in for.
+# Temporary folders of this process, by the cache that each replaces.
 _instead: dict[Path, Path] = {}
 
 
 def made(*names: str) -> Path:
-    """Return a folder below the cache, made if need be, or one of this process.
+    """Return a folder in the cache, created if necessary, or a temporary one.
 
     Args:
-        names: the folder below the cache, and below each the next.
+        names: the path components below the cache.
     """
     base = config.cache_folder()
     try:
@@ -44,7 +44,7 @@ def made(*names: str) -> Path:
 
 
 def found(*names: str) -> Path | None:
-    """Return a folder below the cache if it is there and private, else None."""
+    """Return a folder in the cache if it exists and is private, else None."""
     base = config.cache_folder()
     path = _instead.get(base, base)
     for name in ("", *names):
@@ -58,7 +58,7 @@ def found(*names: str) -> Path | None:
 
 
 def is_private(path: Path) -> bool:
-    """Tell whether a plain file is there that this user alone can have written."""
+    """Tell whether a regular file exists that only this user can have written."""
     try:
         status = path.lstat()
     except OSError:
@@ -67,10 +67,12 @@ def is_private(path: Path) -> bool:
 
 
 def open_places(top: str) -> Iterator[os.stat_result]:
-    """Yield what, at ``top`` or below, others own or can write, or is a link.
+    """Yield the status of every untrusted entry at or below ``top``.
+
+    Others own it or can write to it, or it is a link.
 
     Raises:
-        OSError: a place cannot be looked into.
+        OSError: a folder cannot be read.
     """
     if not _is_closed(status := os.lstat(top)) or not stat.S_ISDIR(status.st_mode):
         yield status
@@ -87,16 +89,16 @@ def open_places(top: str) -> Iterator[os.stat_result]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file by ``text`` at once; nobody else can read or write it."""
+    """Replace a file by ``text`` atomically; only this user can read or write it."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def _made(base: Path, names: tuple[str, ...]) -> Path:
-    """Make folders one in the other.
+    """Create nested folders.
 
     Raises:
-        OSError: one cannot be made, or is another's.
+        OSError: one cannot be created, or is not private.
     """
     path = base
     for name in ("", *names):
@@ -123,7 +125,7 @@ def _is_closed(status: os.stat_result) -> bool:
 
 
 def _replace(base: Path, reason: str) -> None:
-    """Have a folder of this process stand in for the cache, and say so."""
+    """Replace the cache by a temporary folder, and print a message."""
     folder = tempfile.mkdtemp(prefix="moeflux-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     _instead[base] = Path(folder)

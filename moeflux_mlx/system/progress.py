@@ -1,4 +1,4 @@
-"""Standard error: decisions, and on terminals progress while something takes long."""
+"""Messages about decisions on standard error, and progress bars on terminals."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from ..errors import one_line
 
 # Called with the name of the work, the bytes done and the bytes in all.
 Report = Callable[[str, int, int], None]
-# Prompts of fewer tokens are done before anyone could read a bar.
+# Shorter prompts finish before anyone could read a bar.
 SHOWN_TOKENS = 64
 
 
-# Whether this process prints: of several that share a model only the first does.
+# Whether this process prints; in a process group only rank 0 does.
 _is_told = True
-# Whether whoever prints text here knows of the bar that prompts may show before it.
+# Whether a prompt may show a bar, which needs a caller that prints no partial lines.
 _prompts_are_shown = False
 
 
@@ -41,7 +41,7 @@ def notice(text: str) -> None:
 
 @contextlib.contextmanager
 def untold() -> Iterator[None]:
-    """Print nothing but errors while inside: another process says the same."""
+    """Print only errors within this context, because rank 0 prints the rest."""
     global _is_told
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         _is_told = False
@@ -52,15 +52,15 @@ def untold() -> Iterator[None]:
 
 
 def byte_progress() -> contextlib.AbstractContextManager[Report]:
-    """Show a bar of bytes while inside; yields the function that moves it on."""
+    """Show a bar of bytes within this context; yield the function that updates it."""
     return _bar(DownloadColumn(), TransferSpeedColumn())
 
 
 @contextlib.contextmanager
 def showing_prompts() -> Iterator[None]:
-    """Let long prompts show a bar while inside; elsewhere it would cut others' output.
+    """Let long prompts show a bar within this context.
 
-    mlx-lm's commands and scripts may be in the middle of a line.
+    Elsewhere the bar could appear in the middle of a line of mlx-lm or a script.
     """
     global _prompts_are_shown
     before, _prompts_are_shown = _prompts_are_shown, True
@@ -72,9 +72,9 @@ def showing_prompts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def prompt_progress(n_tokens: int, n_layers: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar of layers while a prompt of some length goes through, if it may.
+    """Show a bar of layers for a long prompt, if allowed.
 
-    Yields a function to be called with the number of each layer once it is done.
+    Yield a function to call with the index of each finished layer.
     """
     if n_tokens < SHOWN_TOKENS or not _prompts_are_shown:
         yield lambda layer: None
@@ -91,7 +91,7 @@ def _bar(*amounts: ProgressColumn) -> Iterator[Report]:
     if not console.is_terminal:
         yield lambda what, done, total: None
         return
-    # Transient: only the outcome is left on the screen.
+    # A transient bar disappears when it is done.
     bar = Progress(
         text,
         BarColumn(),

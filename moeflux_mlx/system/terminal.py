@@ -1,4 +1,4 @@
-"""Terminals: text that anybody may have chosen is shown as it is, and does nothing."""
+"""Print untrusted text on terminals without interpreting it."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from rich.text import Text
 
 from ..errors import printable
 
-# Tables that would be unreadable in 80 columns have as many.
+# Width of tables that would be unreadable in 80 columns.
 WIDE = 140
 
 
 class PlainConsole(Console):
-    """Prints as rich does, but takes no text for markup, emoji or control codes.
+    """A rich console that interprets no markup, emoji or control codes.
 
-    Names of files and of models are anybody's choice.
+    Names of files and models are untrusted.
     """
 
     def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Return text to print, without letters that a terminal would obey."""
+        """Return text to print, without control characters."""
         return super().render_str(printable(text), **options)
 
 

@@ -1,4 +1,4 @@
-"""Holders of threads, files or slots refuse to be pickled or copied."""
+"""Base classes of objects with threads, files or slots, which refuse copies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import ModelError
 
 
 class Unpickled:
-    """Refuses to be pickled; copies as any object does."""
+    """Refuses to be pickled; copies like any object."""
 
     def __copy__(self) -> Any:
         new = _empty(self)
@@ -29,7 +29,7 @@ class Unpickled:
         """Refuse.
 
         Raises:
-            ModelError: always; says how else.
+            ModelError: always; the message names the alternative.
         """
         raise ModelError(
             f"[pickle] expected arrays or a model of mlx-lm's class but got "
@@ -40,13 +40,13 @@ class Unpickled:
 
 
 class Uncopied(Unpickled):
-    """Refuses to be pickled, and to be copied with all that it holds."""
+    """Refuses to be pickled or deep-copied."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Refuse.
 
         Raises:
-            ModelError: always; says how else.
+            ModelError: always; the message names the alternative.
         """
         raise ModelError(
             "[copy] expected a model with its experts among its parameters but got "

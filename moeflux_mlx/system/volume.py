@@ -1,4 +1,4 @@
-"""Lacks of some volumes: locks, syncing of folders, figures of free space."""
+"""Operations that some volumes lack: locks, syncing of folders, free space."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import ExpertStoreError
 
-# How network shares and user-space file systems say that they have no such thing.
+# Errors by which network shares and user-space file systems refuse an operation.
 LACKING = frozenset(
     {
         errno.EOPNOTSUPP,
@@ -27,7 +27,7 @@ LACKING = frozenset(
 
 @contextlib.contextmanager
 def if_supported() -> Iterator[None]:
-    """Pass over an OSError that says that the volume has no such operation."""
+    """Ignore an OSError by which a volume says that it lacks the operation."""
     try:
         yield
     except OSError as error:
@@ -36,19 +36,19 @@ def if_supported() -> Iterator[None]:
 
 
 def sync(fd: int) -> None:
-    """Make a file or a folder's entries durable, where the volume can.
+    """Make a file or a folder's entries durable, if the volume can.
 
     Raises:
-        OSError: the bytes did not get there.
+        OSError: the bytes could not be written.
     """
     with if_supported():
         os.fsync(fd)
 
 
 def lock(fd: int, directory: Path, part: str = "pack") -> None:
-    """Hold an open folder against other processes until it is closed.
+    """Lock an open folder against other processes until it is closed.
 
-    Where the volume has no locks, warn and go on.
+    If the volume has no locks, warn and continue.
 
     Raises:
         ExpertStoreError: another process holds it.
@@ -63,14 +63,14 @@ def lock(fd: int, directory: Path, part: str = "pack") -> None:
         if error.errno not in LACKING:
             raise
         warnings.warn(
-            f"[{part}] {directory}: its volume has no locks ({error.strerror}): see "
-            f"to it that no other process {part}s there",
+            f"[{part}] {directory}: its volume has no locks ({error.strerror}): make "
+            f"sure that no other process {part}s there",
             stacklevel=2,
         )
 
 
 def free_bytes(fd: int) -> int | None:
-    """Return the bytes that a volume has to give, None if it does not say."""
+    """Return a volume's free bytes, or None if it does not tell."""
     with if_supported():
         found = os.fstatvfs(fd)
         return found.f_bavail * found.f_frsize if found.f_blocks else None

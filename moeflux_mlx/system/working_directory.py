@@ -1,15 +1,15 @@
-"""Keep modules in the working directory from standing in for our imports."""
+"""Keep modules in the working directory from shadowing our imports."""
 
-# Only what Python has imported by now: anything else would be looked for there.
+# Import only modules that are already loaded; Python would search others there.
 import os
 import sys
 
 
 def forget() -> None:
-    """Take the working directory off the path of ``python -m moeflux_mlx...``.
+    """Remove the working directory from the path of ``python -m moeflux_mlx...``.
 
-    For the package's own import, before it imports anything else. The command
-    ``moeflux`` has no such entry. A package that lies there itself keeps it.
+    The package calls this before any other import. The command ``moeflux`` has no such
+    entry. The entry stays if the package itself is in the working directory.
     """
     pairs = zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
     module = next((name for flag, name in pairs if flag == "-m"), "")
