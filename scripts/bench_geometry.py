@@ -1,8 +1,8 @@
 """Decode and prefill of a published geometry with random 4-bit weights, all resident.
 
-Part of ``scripts/bench_decode``: both models hold the same arrays, made on the device.
-Decoding starts from caches of noise, because stock mlx-lm takes minutes for a prompt of
-a few hundred tokens on CUDA.
+This is a part of ``scripts/bench_decode``. Both models hold the same arrays, created on
+the device. Decoding starts from caches of noise, because stock mlx-lm takes minutes for
+a prompt of a few hundred tokens on CUDA.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         },
     ),
 }
-# Those that only this mode has.
+# Geometries that only this mode has.
 MORE_GEOMETRIES = {name.lower(): shape for name, shape in real_sizes.MODELS.items()}
-# Random layers let differences of rounding grow without end, and near ties of random
-# routers choose other experts, so ours must be about as near to float32 as stock is.
+# With random layers rounding differences grow without bound, and near ties of random
+# routers choose other experts. So ours must be about as close to float32 as stock.
 COMPARED_LAYERS, COMPARED_TOKENS, MAX_RATIO = 4, 8, 1.5
-# A prompt is not repeated after so long: stock on CUDA may take a minute for one.
+# Seconds after which a prompt is not repeated. Stock on CUDA may take a minute for one.
 PREFILL_S = 30.0
 # MLX's random numbers and quantisation take arrays of fewer than 2^32 values.
 MAX_VALUES = 1 << 31
@@ -88,12 +88,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--context", type=int, default=512, help="tokens before decode")
     group.add_argument("--prefill", type=int, default=2048, help="prompt of prefill")
     group.add_argument("--stock-prefill", type=int, default=0, help="stock's prompt")
-    group.add_argument("--executor", help="of ours (default: the GPU's)")
+    group.add_argument("--executor", help="executor of our side (default: the GPU's)")
     group.add_argument("--csv", help="also write the rows to this file")
     group.add_argument(
         "--profile", type=Path, help="also profile our decode step into this .csv"
     )
-    group.add_argument("--plot", type=Path, help="and draw it into this .png or .svg")
+    group.add_argument(
+        "--plot", type=Path, help="also plot the profile as .png or .svg"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -153,7 +155,7 @@ def measure(
 
 
 def cut(config: dict[str, Any], n_layers: int) -> dict[str, Any]:
-    """Return the configuration of the first layers, with one at least of each kind."""
+    """Return the configuration of the first layers, with at least one of each kind."""
     n_layers = max(n_layers, config.get("full_attention_interval", 1))
     found = {**config, "num_hidden_layers": n_layers}
     if "layer_types" in config:
@@ -165,7 +167,7 @@ def cut(config: dict[str, Any], n_layers: int) -> dict[str, Any]:
 
 
 def profile_ours(model: nn.Module, args: argparse.Namespace) -> None:
-    """Print, write and draw where the time of our decode step goes, as asked."""
+    """Profile our decode step; print, write and plot the result."""
     found = profile(model, context=args.context)
     print_profile(found, Console(width=160))
     if args.profile:
@@ -191,7 +193,7 @@ def build(config: dict[str, Any], executor: str) -> dict[str, nn.Module]:
     for layer in theirs.layers:
         mx.eval(layer.parameters())
     for name, x in tree_flatten(theirs.parameters()):
-        # Routers that begin as zeros choose among equals.
+        # A router of zeros would have ties only.
         if name.endswith("mlp.gate.weight") and not x.any():
             noise = like(x, x.shape[0]) * x.shape[-1] ** -0.5
             theirs.load_weights([(name, noise.astype(x.dtype))], strict=False)
@@ -205,13 +207,13 @@ def build(config: dict[str, Any], executor: str) -> dict[str, nn.Module]:
 def quantize(
     model: nn.Module, config: dict[str, Any], stock: nn.Module | None = None
 ) -> None:
-    """Quantise as the model was published, else as mlx-lm's converter does stock's."""
+    """Quantise as published, or else as mlx-lm's converter does."""
     form = config.get("quantization", real_sizes.AFFINE)
     real_sizes.quantize(model, form, stock or model)
 
 
 def divide_large(model: nn.Module) -> None:
-    """Make matrices of experts too large for one operation of MLX piece by piece."""
+    """Make expert matrices that are too large for one MLX operation piece by piece."""
     for module in model.modules():
         if not isinstance(module, QuantizedSwitchLinear):
             continue
@@ -233,9 +235,9 @@ def divide_large(model: nn.Module) -> None:
 
 
 def errors(models: dict[str, nn.Module], config: dict[str, Any]) -> dict[str, float]:
-    """Return how far each model's logits are from stock's in float32.
+    """Return the error of each model's logits against stock in float32.
 
-    That is the median over single tokens of the relative RMS.
+    It is the median over single tokens of the relative RMS error.
     """
     exact = stock_model(config)
     quantize(exact, config)
@@ -269,7 +271,7 @@ def stock_model(config: dict[str, Any]) -> nn.Module:
 
 
 def primed(model: nn.Module, context: int) -> list[Any]:
-    """Return caches as after ``context`` tokens, of noise but for the first."""
+    """Return caches of noise with the shapes that ``context`` tokens leave."""
     caches = make_prompt_cache(model)
     mx.eval(model(mx.array([[1]]), cache=caches))
     for cache in caches:
@@ -283,13 +285,13 @@ def primed(model: nn.Module, context: int) -> list[Any]:
 
 
 def like(x: mx.array, n_rows: int) -> mx.array:
-    """Return noise in so many rows of an array's kind."""
+    """Return ``n_rows`` rows of noise in the form of an array."""
     shape = (*x.shape[:-2], n_rows, x.shape[-1])
     return mx.random.normal(shape).astype(x.dtype)
 
 
 def decode(model: nn.Module, context: int, n_tokens: int) -> float:
-    """Return seconds a token, greedy, the next step prepared while one runs."""
+    """Return seconds per greedy token, preparing the next step while one runs."""
     caches = primed(model, context)
 
     def step(token: mx.array) -> mx.array:
@@ -310,7 +312,7 @@ def decode(model: nn.Module, context: int, n_tokens: int) -> float:
 
 
 def prefill(model: nn.Module, config: dict[str, Any], n_tokens: int) -> float:
-    """Return tokens a second of a prompt, the best of three runs or of PREFILL_S."""
+    """Return prompt tokens per second, the best of three runs or of PREFILL_S."""
     tokens = mx.random.randint(0, config["vocab_size"], (1, n_tokens))
 
     def run() -> None:
@@ -337,7 +339,7 @@ def report(
     decodes: dict[str, list[float]],
     prefills: dict[str, float],
 ) -> list[dict[str, Any]]:
-    """Print medians and ratios; return them as rows."""
+    """Print medians and ratios, and return them as rows."""
     layers = config["num_hidden_layers"]
     medians = {name: statistics.median(times) for name, times in decodes.items()}
     rows = [

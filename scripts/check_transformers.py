@@ -147,7 +147,7 @@ def load_mlx(against: str, folder: Path):
 
 
 def relative_rms_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """Return the RMS of the difference over the RMS of what was expected."""
+    """Return the RMS of the difference divided by the RMS of the expected values."""
     difference = found.astype(np.float64) - expected
     return float(np.sqrt((difference**2).mean() / (expected.astype(float) ** 2).mean()))
 
@@ -180,7 +180,7 @@ def main() -> int:
             f"{n_tokens:4d} tokens: relative RMS error {error:.2e},"
             f" top-1 agreement {agreement:.1%}"
         )
-        # A NaN must fail too, so the comparison is written this way round.
+        # Written so that NaN fails too.
         worst = error if not error <= worst else worst
     passed = worst <= arguments.tolerance
     print(f"{'passed' if passed else 'FAILED'}: tolerance {arguments.tolerance:.0e}")

@@ -1,9 +1,8 @@
-"""Read wrong files of every kind: a typed error or the truth, and no more than asked.
+"""Read damaged files of every kind: the result must be right or a typed error.
 
-Each case follows from the kind's name, a seed and a number, so that any can be tried
-again. What counts as a fault: an error that is not moeflux-mlx's own, one of several
-lines, a file opened outside the case's folder, a case that takes ten seconds, memory
-that grows.
+The kind's name, a seed and a number determine a case, so any case can be repeated.
+These are faults: an error that is not moeflux-mlx's own, an error of several lines, a
+file opened outside the case's folder, a case that takes ten seconds, growing memory.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ Mutate = Callable[[bytes, random.Random], bytes]
 
 @dataclass
 class Kind:
-    """One kind of file: right ones, how they are changed, where, and what reads it."""
+    """A kind of file: valid files, a function that damages them, a path, a reader."""
 
     samples: list[bytes]
     mutate: Mutate
@@ -65,7 +64,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Fault:
-    """A case that did what no file may do."""
+    """A case with a forbidden effect."""
 
     kind: str
     number: int
@@ -77,7 +76,7 @@ class Fault:
 
 
 class Watch:
-    """Hears of every file that Python opens while a case runs."""
+    """Records every file that Python opens while a case runs."""
 
     def __init__(self) -> None:
         self.folder: Path | None = None
@@ -97,7 +96,7 @@ WATCH = Watch()
 
 
 def make_kinds(folder: Path) -> dict[str, Kind]:
-    """Write right files of every kind below ``folder``."""
+    """Write valid files of every kind to ``folder``."""
     plain = write_checkpoint(folder / "plain", n_shards=2)
     pack(plain, folder / "packed")
     shard = plain / "model-00001-of-00002.safetensors"
@@ -132,7 +131,7 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
         name: Kind([path.read_bytes()], mutate, path, read)
         for name, (path, mutate, read) in kinds.items()
     }
-    # Whoever changes the shard would spoil the files that other kinds are read with.
+    # Damaging the shard itself would spoil the files for other kinds.
     found["header"].path = folder / "header.safetensors"
     return found | {"state": Kind(states, _mutate_state, state, load)}
 
@@ -140,7 +139,7 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
 def fuzz(
     name: str, kind: Kind, seed: int, first: int, n_cases: int
 ) -> Iterator[Fault | None]:
-    """Try cases one after the other; yield the fault of each, or None."""
+    """Run cases in sequence; yield the fault of each, or None."""
     before = kind.path.read_bytes() if kind.path.exists() else None
     _attempt(kind, kind.samples[0])
     resident = _peak_bytes()
@@ -158,7 +157,7 @@ def fuzz(
 
 
 def _attempt(kind: Kind, data: bytes) -> str | None:
-    """Read a file of these bytes; return what was wrong with how that went."""
+    """Read a file of these bytes; return a description of a fault, or None."""
     kind.path.write_bytes(data)
     WATCH.outside.clear()
     try:
@@ -199,7 +198,7 @@ def _peak_bytes() -> int:
 
 
 def _mutate_manifest(data: bytes, rng: random.Random) -> bytes:
-    """Change a manifest; its checksum is right in most cases."""
+    """Change a manifest; in most cases correct its checksum."""
     text = mutate_json_file(data, rng)
     try:
         fields = json.loads(text)
@@ -210,7 +209,7 @@ def _mutate_manifest(data: bytes, rng: random.Random) -> bytes:
 
 
 def _mutate_state(data: bytes, rng: random.Random) -> bytes:
-    """Change a state; its checksum is right in most cases."""
+    """Change a state; in most cases correct its checksum."""
 
     def seal(fields: Any, rest: bytes) -> None:
         try:
@@ -231,7 +230,7 @@ def _mutate_state(data: bytes, rng: random.Random) -> bytes:
 
 
 def _states(folder: Path) -> tuple[list[bytes], Callable[[Path], Any]]:
-    """Return states of a small model, plain and quantised, and what reads them."""
+    """Return states of a small model, plain and quantised, and their reader."""
     packed = folder / "model-packed"
     pack(make_checkpoint(folder / "model"), packed)
     model, _ = moeflux_mlx.load(packed, expert_memory="3MB")

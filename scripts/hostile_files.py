@@ -1,4 +1,4 @@
-"""Right files and a seeded source of wrong ones, for trying what reads them."""
+"""Seeded damage of valid files, to test their readers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VALUES: tuple[Any, ...] = (
 
 
 class Raw:
-    """JSON text that stands for itself."""
+    """JSON text that is written unchanged."""
 
     def __init__(self, text: str):
         self.text = text
@@ -49,7 +49,7 @@ RAW = (
 
 
 def dumps(value: Any) -> str:
-    """Write JSON; objects may be lists of pairs, so that a name can come twice."""
+    """Write JSON; objects may be lists of pairs, so that a name can occur twice."""
     if isinstance(value, Raw):
         return value.text
     if isinstance(value, dict):
@@ -67,7 +67,7 @@ class Pairs(list):
 
 
 def mutate_json(value: Any, rng: random.Random) -> Any:
-    """Return JSON with one to three things changed somewhere in it."""
+    """Return JSON with one to three random changes."""
     value = copy.deepcopy(value)
     holder = {"": value}
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
@@ -153,7 +153,7 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_json_file(data: bytes, rng: random.Random) -> bytes:
-    """Change a file of JSON, by its structure or by its bytes."""
+    """Change a JSON file in its structure or its bytes."""
     if rng.random() < 0.25:
         return mutate_bytes(data, rng)
     return dumps(mutate_json(json.loads(data), rng)).encode("utf-8", "surrogatepass")
@@ -162,7 +162,7 @@ def mutate_json_file(data: bytes, rng: random.Random) -> bytes:
 def mutate_safetensors(
     data: bytes, rng: random.Random, seal: Callable[[Any, bytes], None] | None = None
 ) -> bytes:
-    """Change a safetensors file; ``seal`` makes its checksum right again."""
+    """Change a safetensors file; ``seal`` corrects its checksum."""
     if rng.random() < 0.25:
         return mutate_bytes(data, rng)
     (n_header,) = struct.unpack("<Q", data[:8])
@@ -222,7 +222,7 @@ def _npy(dtype: str, shape: str) -> bytes:
 
 
 def _mutate_directory(data: bytes, rng: random.Random) -> bytes:
-    """Change a number of the directory at the end, where sizes are stated."""
+    """Change a number of the directory at the end, which states sizes."""
     raw = bytearray(data)
     first = raw.find(b"PK\1\2")
     at = rng.randrange(first, len(raw) - 4)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Estimate the registers of every kernel, and whether M1 and M2 would take its launch.
+"""Estimate every kernel's registers, and whether M1 and M2 would accept its launch.
 
-An estimate: the source that Metal would get is compiled for another GPU. Each kernel is
-looked at with all that is compiled into it: for its samples, for its large size and for
-the published widths. Exit code 1: a launch does not fit.
+The estimate compiles Metal's source for another GPU. Each kernel is compiled with the
+values of its samples, of its large size, and of published widths. The exit code is 1 if
+a launch does not fit.
 
 Usage: python scripts/kernel_registers.py [--only PATTERN]
 """
@@ -24,8 +24,8 @@ from moeflux_mlx.engine.launch import KERNELS, Kernel, Launch, prepare
 
 EXPERT = dict(k=8, bits=4, g=64, s=0)
 FLOATS = dict(k=4, bits=4, g=32, s=0, floats=1, bias=1)
-# What the geometries of Qwen3.5, Qwen3.6 and gpt-oss reach when they decode, and the
-# widest that kernels allow.
+# Sizes of Qwen3.5, Qwen3.6 and gpt-oss in decoding, and the largest sizes that kernels
+# allow.
 PUBLISHED: dict[str, tuple[dict[str, Any], ...]] = {
     "gated_delta_decode": tuple(
         dict(b=1, hk=1, hv=2, dk=dk, dv=128, w=4, s=0) for dk in (128, 256)
@@ -62,7 +62,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], ...]] = {
     "dequant_matvec_4bit_v3": (dict(i=512, o=2048, g=64, s=0),),
     "matvec_residual": (dict(i=4096, o=2048, bits=4, g=64, s=0),),
 }
-# Launches whose registers are too many, and why that is borne.
+# Launches with too many registers, and the reason why they are accepted.
 EXCUSED = {
     "mla_q_prime_4bit": "may spill there: tuning times it beside MLX's product",
     "mla_out_per_head_4bit": "may spill there: tuning times it beside MLX's product",
@@ -71,7 +71,7 @@ EXCUSED = {
 
 
 def launches(kernel: Kernel) -> Iterator[Launch]:
-    """Yield the launches to look at, each source once."""
+    """Yield the launches to examine, each source once."""
     seen = set()
     wide = mx.bfloat16 if mx.bfloat16 in kernel.dtypes else kernel.dtypes[0]
     sizes = [(kernel.dtypes[0], each) for each in kernel.sizes]

@@ -1,4 +1,4 @@
-"""One way to run a model, measured in a process of its own: see scripts/bench_mac."""
+"""One measurement of scripts/bench_mac, in its own process."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from mlx_lm.sample_utils import make_sampler
 import moeflux_mlx
 from moeflux_mlx.measure.compare import load_stock, peak_process_bytes
 
-# Small models repeat themselves when they always take the likeliest token.
+# Small models repeat themselves under greedy decoding.
 TEMPERATURE = 0.7
-# A text is judged by runs of so many tokens, and by no fewer tokens than these.
+# Length of the runs by which a text is judged, and its minimum length.
 RUN_TOKENS = 4
 LEAST_TOKENS = 32
-# Share of the runs that may have stood in the text before, and how often its end may
-# repeat what is before it.
+# Maximum share of runs that occurred before in the text, and maximum number of
+# repetitions at its end.
 MOST_REPEATED = 0.5
 MOST_TIMES = 4
-# Share of its time in which a process begins to generate once more.
+# Share of its time during which a process may start another text.
 BUSY_SHARE = 0.8
 
 
 @dataclass(frozen=True)
 class Way:
-    """What a process runs: ``stock``, or ours with bytes for experts, None for all.
+    """The task of a process: ``stock``, or ours with bytes for experts (None: all).
 
-    ``prompts`` are generated from in turn, while ``seconds`` allow.
+    It continues ``prompts`` in turn, as long as ``seconds`` allow.
     """
 
     name: str
@@ -45,10 +45,10 @@ class Way:
 
 
 def loops(tokens: Sequence[int]) -> str | None:
-    """Say how a text repeats itself; None if it does not.
+    """Describe how a text repeats itself; None if it does not.
 
-    It does if most of its runs of ``RUN_TOKENS`` stood in it before, or if it ends in
-    the same tokens more than ``MOST_TIMES`` times, ``LEAST_TOKENS`` of them in all.
+    It does if most of its runs of ``RUN_TOKENS`` occurred before, or if it ends with
+    the same tokens more than ``MOST_TIMES`` times, ``LEAST_TOKENS`` in all.
     """
     runs = [tuple(tokens[i : i + RUN_TOKENS]) for i in range(len(tokens) - 3)]
     repeated = 1 - len(set(runs)) / len(runs) if runs else 0.0
@@ -73,7 +73,7 @@ def measure(way: Way) -> dict[str, Any]:
         model = load_stock(way.model)
     else:
         model = moeflux_mlx.load(way.model, expert_memory=way.expert_memory)[0]
-    # What happens only once is no speed.
+    # Warm up first, because one-time work must not count as speed.
     generate(model, way.prompts[0][:1], 2, start + way.seconds)
     loaded = time.monotonic() - start
     streamer = getattr(model, "streamer", None)
@@ -101,7 +101,7 @@ def measure(way: Way) -> dict[str, Any]:
 def generate(
     model: Any, prompt: list[int], n_tokens: int, end: float
 ) -> dict[str, Any]:
-    """Generate past any end of text, until the clock shows ``end``."""
+    """Generate past any end of text, until the time ``end``."""
     streamer = getattr(model, "streamer", None)
     steps = generate_step(
         mx.array(prompt),

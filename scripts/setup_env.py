@@ -1,7 +1,7 @@
-"""Make the repository's virtual environment with the MLX that fits this machine.
+"""Create the repository's virtual environment with the MLX for this machine.
 
-Only the standard library, and syntax that an old Python still parses: this file has
-to run, and to say clearly what is missing, before anything is installed.
+This file uses the standard library and syntax that an old Python can parse, because it
+must run and report missing parts before anything is installed.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "installed.json"
-# mlx-lm needs this one.
+# The oldest Python that mlx-lm supports.
 OLDEST_PYTHON = (3, 11)
 NEWER_NAMES = ["python3.13", "python3.12", "python3.11", "python3.14"]
 # The first NVIDIA driver that runs programs built with CUDA 13.
@@ -25,7 +25,7 @@ OLDEST_CUDA_DRIVER = 580
 
 
 def ensure_python():
-    """Return if this Python can be used, else start again under one that can."""
+    """Return if this Python is usable, otherwise restart with one that is."""
     if sys.version_info >= OLDEST_PYTHON:
         return
     for name in NEWER_NAMES:
@@ -43,8 +43,8 @@ def ensure_python():
 def ensure_environment(groups):
     """Install the package in ``.venv`` with optional ``groups``; return its Python.
 
-    The environment is used again while pyproject.toml, the Python and the kind of
-    MLX stay the same, and made afresh otherwise.
+    The environment is reused while pyproject.toml, the Python and the kind of MLX stay
+    the same, and is created again otherwise.
     """
     mlx = _mlx_extra()
     fingerprint = _fingerprint(mlx)
@@ -64,7 +64,7 @@ def ensure_environment(groups):
 
 
 def venv_problem():
-    """Say why this Python cannot make an environment with MLX, or return None."""
+    """Return why this Python cannot create an environment with MLX, or None."""
     if sys.platform == "darwin" and platform.machine() != "arm64":
         return (
             "MLX needs Apple silicon and a native Python, but this one runs as "
@@ -85,7 +85,7 @@ def venv_problem():
 
 
 def nvidia_driver():
-    """Return the major version of a working NVIDIA driver, None without one."""
+    """Return the major version of a working NVIDIA driver, or None."""
     smi = shutil.which("nvidia-smi")
     if smi:
         query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -102,7 +102,7 @@ def nvidia_driver():
 
 
 def _mlx_extra():
-    """Name the extra that brings MLX's library here: Metal needs none."""
+    """Return the extra with MLX's library for this machine; Metal needs none."""
     if sys.platform == "darwin":
         return []
     driver = nvidia_driver()
@@ -138,7 +138,7 @@ def _is_new_enough(python):
 
 
 def _run(*command):
-    # Not where it was started: Python looks there for modules first.
+    # Run in ROOT, because Python searches the working directory for modules first.
     done = subprocess.run(command, cwd=str(ROOT))
     if done.returncode:
         _fail("Failed with exit code {}: {}".format(done.returncode, " ".join(command)))

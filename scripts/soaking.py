@@ -1,10 +1,10 @@
-"""Rounds of ``scripts/soak``: generation while everything around it goes wrong.
+"""The rounds of ``scripts/soak``: generation under faults of every kind.
 
-Every round continues prompts greedily by a streamed model while budgets change at
-random. The round's ``Hardship`` adds reads that fail, are interrupted or come short,
-Ctrl-C at random moments, requests at the same time in other threads, and states that
-are saved and loaded in the middle. A failed call is made again, as a user would do.
-Every token must be the resident model's.
+Every round continues prompts greedily with a streamed model while budgets change at
+random. The round's ``Hardship`` adds failing, interrupted and short reads, Ctrl-C at
+random moments, concurrent requests in other threads, and states that are saved and
+loaded. A failed call is repeated, as a user would do. Every token must equal the
+resident model's.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ from moeflux_mlx.errors import ExpertStoreError
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 N_PROMPTS, PROMPT_TOKENS = 5, 16
-# Share of the first rounds during which caches fill, not looked at for growth.
+# Share of the first rounds that are ignored for growth, because caches fill.
 SETTLING = 1 / 3
-# A call is made again so often before the soak gives up on it.
+# Maximum number of attempts of a call.
 MOST_TRIES = 50
-# Reads of a round with faults that fail, and that come short. A prompt of a plain model
-# takes thousands of reads: with more failures it would never end.
+# Shares of failing and of short reads in a round with faults. A prompt of a plain model
+# takes thousands of reads, so with more failures it would never end.
 FAILED_SHARE, SHORT_SHARE = 0.002, 0.01
-# Ctrl-C comes once in so many seconds, on average, in a round that has it.
+# Average seconds between interrupts in a round with Ctrl-C.
 INTERRUPT_SECONDS = 0.3
-# How many requests at the same time a round may have.
+# Possible numbers of concurrent requests in a round.
 N_THREADS = (1, 2, 4)
-# Another budget, or another state, after so many tokens on average.
+# Average number of tokens between changes of budget or state.
 CHANGE_TOKENS = 8
 
 
 class WrongToken(Exception):
-    """A token that the resident model would not give."""
+    """A token differs from the resident model's."""
 
 
 @dataclass(frozen=True)
 class Hardship:
-    """What a round adds to changing budgets."""
+    """The faults of a round, besides changing budgets."""
 
     faults: bool
     interrupts: bool
@@ -77,7 +77,7 @@ class Hardship:
 
 @dataclass
 class Tally:
-    """What happened so far, by name, and bytes held after each round."""
+    """Counts of events by name, and the bytes held after each round."""
 
     counts: Counter[str] = field(default_factory=Counter)
     memory: list[int] = field(default_factory=list)
@@ -87,13 +87,13 @@ class Tally:
 
 
 class Soak:
-    """Rounds of one model directory, each by one of several ways to stream it.
+    """Rounds of one model directory, with several options of streaming in turn.
 
     Args:
         directory: a packed or plain model.
-        ways: arguments of ``moeflux_mlx.load`` that take turns.
-        n_tokens: how far prompts are continued.
-        seed: decides everything but the moments at which things happen.
+        ways: arguments of ``moeflux_mlx.load``, used in turn.
+        n_tokens: number of tokens to generate per prompt.
+        seed: determines everything except the timing.
     """
 
     def __init__(
@@ -102,8 +102,8 @@ class Soak:
         self._chance = random.Random(seed)
         self._n_tokens = n_tokens
         self._prompts = prompts_of(directory)
-        # Mapped experts cannot be taken away, and those of a plain model are streamed
-        # only if something bounds them.
+        # Mapped experts cannot be released, and a plain model is streamed only if its
+        # memory is bounded.
         common = {"expert_io": "pread", "expert_memory": "8GB"}
         resident = moeflux_mlx.load(directory, **common)[0]
         self.expected = {p: continued(resident, p, n_tokens) for p in self._prompts}
@@ -115,10 +115,10 @@ class Soak:
         self.tally = Tally()
 
     def run(self, seconds: float) -> None:
-        """Do rounds until the time is over, at least one by every way.
+        """Run rounds until the time is over, at least one with every option.
 
         Raises:
-            WrongToken: names the prompt, the token's place and what was going on.
+            WrongToken: the message names the prompt, the position and the faults.
         """
         end = time.monotonic() + seconds
         for n, model in enumerate(itertools.cycle(self.models)):
@@ -184,7 +184,7 @@ class Soak:
         """Make a call until neither a read nor Ctrl-C ends it.
 
         Args:
-            restore: takes back the work of a call that Ctrl-C ended as it returned.
+            restore: undoes a call that Ctrl-C interrupted as it returned.
         """
         last: BaseException | None = None
         for n_failed in range(MOST_TRIES):
@@ -227,7 +227,7 @@ class Soak:
 
 
 def next_token(model: Any, tokens: list[int], cache: list[Any]) -> int:
-    """Return the likeliest token after ``tokens``; a failed call leaves the cache."""
+    """Return the most likely next token; a failed call leaves the cache unchanged."""
     return int(mx.argmax(model(mx.array([tokens]), cache=cache)[0, -1]))
 
 
@@ -249,11 +249,11 @@ def prompts_of(model: Path) -> list[tuple[int, ...]]:
 
 
 class Others:
-    """Threads beside the main one, the same ones in each round.
+    """Additional threads, the same ones in each round.
 
-    MLX keeps about a megabyte of every thread that ever computed. They are daemons that
-    never end: a thread's compiled functions take Python's lock as the thread ends. This
-    aborts a process whose interpreter ends at that moment (MLX 0.32.4).
+    MLX keeps about a megabyte for every thread that ever computed. The threads are
+    daemons that never end, because an ending thread's compiled functions take Python's
+    lock, which aborts a process whose interpreter ends at that moment (MLX 0.32.4).
     """
 
     def __init__(self, n_threads: int):
@@ -278,7 +278,7 @@ class Others:
 
 @contextlib.contextmanager
 def failing_reads(wanted: bool, chance: random.Random, tally: Tally) -> Iterator[None]:
-    """Let some reads of the block fail or come short, if that is ``wanted``."""
+    """Let some reads within this context fail or come short, if ``wanted``."""
     preadv = os.preadv
 
     def read(fd: int, buffers: Any, offset: int, *flags: int) -> int:
@@ -304,9 +304,9 @@ def failing_reads(wanted: bool, chance: random.Random, tally: Tally) -> Iterator
 
 
 class Bell:
-    """Ctrl-C again and again while on, but only in calls of the main thread.
+    """Repeated Ctrl-C, but only during calls of the main thread.
 
-    Outside of calls nobody would make up for an interrupt.
+    Outside calls nothing would handle the interrupt.
     """
 
     def __init__(self) -> None:
@@ -315,11 +315,11 @@ class Bell:
 
     @contextlib.contextmanager
     def during_call(self, n_failed: int) -> Iterator[None]:
-        """Let Ctrl-C come in the block, the later the more often the call failed."""
+        """Allow Ctrl-C within this context, later the more often the call failed."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        # On a busy machine a prompt may take longer than it is left alone at first.
+        # On a busy machine a prompt may take longer than the first interval.
         self._mean_seconds = INTERRUPT_SECONDS * 1.5**n_failed
         try:
             self._in_call = True
@@ -329,7 +329,7 @@ class Bell:
 
     @contextlib.contextmanager
     def ringing(self, wanted: bool) -> Iterator[None]:
-        """Be on in the block, if that is ``wanted``."""
+        """Send interrupts within this context, if ``wanted``."""
         if not wanted:
             yield
             return
@@ -342,7 +342,7 @@ class Bell:
             signal.signal(signal.SIGALRM, before)
 
     def _arm(self) -> None:
-        # Never at equal distances: a call that takes longer would never end.
+        # Vary the interval, or a call that takes longer would never end.
         delay = random.expovariate(1 / self._mean_seconds)
         signal.setitimer(signal.ITIMER_REAL, min(max(1e-3, delay), 60))
 
@@ -354,9 +354,9 @@ class Bell:
 
 
 def growth(memory: list[int]) -> float:
-    """Return the slope of the straight line nearest to ``memory``, bytes a round.
+    """Return the slope of a line fitted to ``memory``, in bytes per round.
 
-    The first rounds are left out: caches fill during them.
+    It ignores the first rounds, during which caches fill.
     """
     settled = memory[int(SETTLING * len(memory)) :]
     if len(settled) < 2:
@@ -365,7 +365,7 @@ def growth(memory: list[int]) -> float:
 
 
 def n_open_files() -> int:
-    """Return how many descriptors this process has open."""
+    """Return the number of this process's open descriptors."""
     return len(os.listdir("/dev/fd"))
 
 
@@ -382,11 +382,11 @@ class MallInfo(ctypes.Structure):
 
 
 def process_bytes() -> int:
-    """Return how much memory this process holds now.
+    """Return the memory that this process holds now.
 
-    Where the C library tells, that is what it gave out: its arenas keep freed memory,
-    and with several threads they take minutes to come to their size. Python's objects
-    count with ``PYTHONMALLOC=malloc`` alone. Elsewhere it is what is resident.
+    If the C library reports it, this is the allocated memory: arenas keep freed memory,
+    and with several threads they take minutes to reach their size. Python's objects
+    count only with ``PYTHONMALLOC=malloc``. Elsewhere it is the resident memory.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallinfo2"):
@@ -398,5 +398,5 @@ def process_bytes() -> int:
 
 
 def device_bytes() -> int:
-    """Return what MLX holds in memory of its own, none on a CPU."""
+    """Return the bytes that MLX holds in device memory; 0 on a CPU."""
     return 0 if mx.default_device() == mx.Device(mx.cpu) else mx.get_active_memory()

@@ -1,4 +1,4 @@
-"""The project's sentences: docstrings, comments and pages, and words to count there."""
+"""Extract the project's docstrings, comments and pages, and count words in them."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ class Text(NamedTuple):
 
     @property
     def n_words(self) -> int:
-        """Words of letters."""
+        """The number of words."""
         return len(re.findall(r"[A-Za-z']+", self.text))
 
     @property
     def n_what(self) -> int:
-        """How often a ``what`` stands in place of a name."""
+        """The number of times that ``what`` occurs."""
         return len(WHAT.findall(self.text))
 
     @property
     def begins_with_of(self) -> list[str]:
-        """Sentences that begin with ``Of``."""
+        """The sentences that begin with ``Of``."""
         return OF.findall(self.text)
 
 
 def texts(root: Path) -> Iterator[Text]:
-    """Yield every text of a working tree."""
+    """Yield every text in a working tree."""
     pages = sorted(root.glob("*.md"))
     files = [p for name in FOLDERS for p in sorted((root / name).rglob("*"))]
     for path in pages + files:
@@ -65,7 +65,7 @@ def _of_source(name: str, path: Path) -> Iterator[Text]:
 
 
 def _comments(source: str, mark: str) -> Iterator[tuple[int, str]]:
-    """Yield blocks of whole-line comments, each as one text."""
+    """Yield each block of whole-line comments as one text."""
     block: list[str] = []
     for i, line in enumerate([*source.splitlines(), ""]):
         found = re.match(rf"\s*{mark}(?!!) ?(.*)", line)
@@ -77,7 +77,7 @@ def _comments(source: str, mark: str) -> Iterator[tuple[int, str]]:
 
 
 def _paragraphs(page: str) -> Iterator[tuple[int, str]]:
-    """Yield a page's paragraphs and rows of tables without its code."""
+    """Yield a page's paragraphs and table rows, without code."""
     page = re.sub(
         r"```.*?```", lambda m: "\n" * m[0].count("\n"), page, flags=re.DOTALL
     )

@@ -346,5 +346,5 @@ def test_a_models_own_code_is_not_run_and_said_to_be(directories, tmp_path):
     config = (path / "config.json").read_text()
     (path / "config.json").write_text(config.replace("{", '{"model_file": "m.py",', 1))
     (path / "m.py").write_text("raise SystemExit('ran')")
-    with pytest.raises(ConfigError, match=r"brings 'm.py', which is not run here"):
+    with pytest.raises(ConfigError, match=r"its own 'm.py', which is not run here"):
         moeflux_mlx.load(path, trust_remote_code=True)
