@@ -344,9 +344,11 @@ def _precompiled(flags: tuple[str, ...]) -> list[str]:
     return ["-include-pch", str(path)]
 
 
-@functools.cache
 def runtime() -> Path:
-    """Return the runtime's library."""
+    """Return the runtime's library in the current cache.
+
+    Libraries record its path, so it must not come from an earlier cache folder.
+    """
     flags = ["-std=c++17", "-O2", "-g1", "-fPIC", *_CPU, "-fno-sanitize=all"]
     flags += ["-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
     # It alone uses the C library, whose headers ``clang`` would not find.
