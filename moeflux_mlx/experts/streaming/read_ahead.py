@@ -12,7 +12,7 @@ from ...errors import ConfigError
 TRIAL_TOKENS = 32
 TURN_TOKENS = 8
 CLEAR_SHARE = 0.2
-# Of so many tokens the slowest does not count.
+# The slowest of this many tokens is ignored.
 SLOWEST_OF = 8
 # Tokens for which the outcome holds.
 HOLD_TOKENS = 512
