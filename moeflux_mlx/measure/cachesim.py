@@ -173,7 +173,7 @@ def replay(
     requests, misses, ahead = (
         np.zeros((len(trace.passes), len(trace.layers)), int) for _ in range(3)
     )
-    passes = zip(trace.needed(), trace.foreseen(), strict=True)
+    passes = zip(trace.needed(), trace.predicted(), strict=True)
     for i, ((n_tokens, rows), likely) in enumerate(passes):
         use = use_at_once if n_tokens == 1 else use_in_waves
         for row, needed in enumerate(rows):
@@ -211,13 +211,13 @@ def replay_optimum(
 
 def read_before_use(table: SlotTable, row: int, likely: Sequence[int]) -> int:
     """Read the experts that a layer is expected to ask for; return how many."""
-    missing = [e for e in likely if table.rows[row][e] == EMPTY]
+    missing = [e for e in likely if table.slots[row][e] == EMPTY]
     return _read(table, row, missing, likely)
 
 
 def use_at_once(table: SlotTable, row: int, needed: Sequence[int]) -> int:
     """Use experts that are needed together, as one token does; return the misses."""
-    missing = [e for e in needed if table.rows[row][e] == EMPTY]
+    missing = [e for e in needed if table.slots[row][e] == EMPTY]
     _read(table, row, missing, needed)
     table.touch(row, needed)
     return len(missing)
@@ -258,4 +258,4 @@ def _read(
 
 
 def _present(table: SlotTable, row: int, experts: Sequence[int]) -> list[int]:
-    return [e for e in experts if table.rows[row][e] != EMPTY]
+    return [e for e in experts if table.slots[row][e] != EMPTY]

@@ -154,7 +154,7 @@ class MemoryKeeper:
                 # Slots given up leave memory, but do not lower these limits' counts.
                 if left is not None and growth + scratch > left:
                     continue
-                missing = max(0, self._streamer.most_asked(chunk) - n_slots)
+                missing = max(0, self._streamer.most_requested(chunk) - n_slots)
                 n_read = -(-call.n_tokens // chunk) * missing + max(0, held - n_slots)
                 choices.append((n_read, chunk, scratch, n_slots))
                 break

@@ -724,7 +724,7 @@ def _sizes(experts: Experts, indices: mx.array) -> tuple[int, int, int]:
     """
     source = ResidentExperts(experts) if isinstance(experts, ExpertWeights) else experts
     n_experts, expert_dim, dim = unpacked(source.weights.gate)
-    if source.settled is None:
+    if source.resident is None:
         if not has_values(indices):
             refuse_trace("indices")
         n_experts = max(int(to_host(indices).max()) + 1, indices.shape[1])

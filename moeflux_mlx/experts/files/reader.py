@@ -215,7 +215,7 @@ class Batch:
         read.seconds += time.perf_counter() - start
 
 
-class ReadPool:
+class ReadWorkers:
     """A fixed number of reading threads: so many reads are under way at a time.
 
     The threads are daemons: a process that is told to end does not wait for a disk.
