@@ -280,8 +280,8 @@ def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why, capsys):
     edit_config(copied, **changes)
     model, _ = moeflux_mlx.load(copied, expert_memory="3MB")
     assert isinstance(model, StreamedModel)
-    assert f"our own does not do {why}" in capsys.readouterr().err
-    with pytest.raises(ModelError, match=f"our own does not do {why}"):
+    assert f"our own class does not support {why}" in capsys.readouterr().err
+    with pytest.raises(ModelError, match=f"our own class does not support {why}"):
         moeflux_mlx.load(copied, native=True)
     pack(copied, copied.parent / "packed")
     packed, _ = moeflux_mlx.load(copied.parent / "packed")

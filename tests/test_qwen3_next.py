@@ -197,7 +197,7 @@ def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why):
     edit_config(copied, **changes)
     assert isinstance(moeflux_mlx.load(copied)[0], StreamedModel | stock.Model)
     assert not isinstance(moeflux_mlx.load(copied)[0], NativeModel)
-    with pytest.raises(ModelError, match=f"our own does not do {why}"):
+    with pytest.raises(ModelError, match=f"our own class does not support {why}"):
         moeflux_mlx.load(copied, native=True)
 
 

@@ -67,7 +67,7 @@ class Choice:
 
     @property
     def is_group(self) -> bool:
-        """Tell whether it is of several Ops."""
+        """Whether it is of several Ops."""
         return TOGETHER in self.ways
 
     def add(self, inputs: list[Any]) -> None:

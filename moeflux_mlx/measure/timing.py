@@ -89,7 +89,7 @@ class Work:
 
     @property
     def is_linked(self) -> bool:
-        """Tell whether an input can be made to wait."""
+        """Whether an input can be made to wait."""
         return self._link is not None
 
 

@@ -116,7 +116,7 @@ def arrays_of(cache: Iterable[Any]) -> list[mx.array]:
 
 
 def are_known(cache: Iterable[Any]) -> bool:
-    """Tell whether a ``CacheState`` has all that each of the caches of a call is."""
+    """Return whether a ``CacheState`` has all that each of the caches of a call is."""
     return all(type(one) in KNOWN for one in single_caches(cache))
 
 
@@ -156,7 +156,7 @@ class CacheState:
 
 
 def _keeps_rows(cache: Any, n_tokens: int | None) -> bool:
-    """Tell whether rows that count stay in a cache's arrays while a call adds some."""
+    """Return whether rows that count stay in a cache's arrays while a call adds some."""
     kind = type(cache)
     if getattr(cache, "keys", None) is None:
         return False

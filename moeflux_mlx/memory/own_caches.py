@@ -55,5 +55,5 @@ class OwnForm:
 
 
 def is_own(cache: Any) -> bool:
-    """Tell whether a cache's class is none of those that mlx-lm's models share."""
+    """Return whether a cache's class is none of those that mlx-lm's models share."""
     return type(cache).__module__ != KVCache.__module__ and hasattr(cache, "__dict__")

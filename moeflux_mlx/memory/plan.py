@@ -269,7 +269,7 @@ def _capped(asked: int, plan: MemoryPlan, division: Division) -> str:
 
 
 def affords_unpacked(needs: Needs, room: int | None = None) -> bool:
-    """Tell whether quantised matrices are to be kept dense on a CPU besides.
+    """Return whether quantised matrices are to be kept dense on a CPU besides.
 
     Args:
         room: bytes there are for that; by default all that the machine has.
