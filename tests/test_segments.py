@@ -97,7 +97,7 @@ def test_plans_keep_to_what_a_mac_allows(machine, model, scope, monkeypatch):
     taken = plan.process_bytes + plan.resident_bytes + plan.scratch_bytes
     taken += plan.cache_bytes + plan.expert_bytes + plan.replacing_bytes
     assert taken <= plan.budget_bytes == int(working_set)
-    assert "asked for, no more than the working set" in str(plan)
+    assert "but the working set that this device recommends" in str(plan)
     for n_bytes, spares in ((plan.expert_bytes, False), (None, True), (2**60, True)):
         found = divide(n_bytes, **options, spares=spares)
         assert found.longest_bytes(stride) <= buffer
@@ -315,7 +315,7 @@ def test_inspect_says_what_was_capped_by_what(packed, stride, monkeypatch, capsy
     assert moeflux(["inspect", str(packed), "--memory", "1GB"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert (
-        "of 1.0 GB asked for, no more than the working set that this device "
+        "not 1.0 GB but the working set that this device "
         "recommends, 600.0 MB; experts in 4 buffers, because of the longest buffer of "
         "this device" in printed
     )
