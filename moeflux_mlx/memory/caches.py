@@ -46,7 +46,7 @@ def single_caches(cache: Iterable[Any]) -> Iterator[Any]:
 
 
 def most_rows(cache: Any) -> int | None:
-    """Return how many rows a cache keeps of a long sequence; None: all of them."""
+    """Return the most rows that a cache keeps of a sequence; None: unbounded."""
     most = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
     return int(most) if most else None
 

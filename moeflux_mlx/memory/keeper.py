@@ -277,14 +277,16 @@ def make_room(
     t: int,
     **options: Any,
 ) -> int:
-    """Make room as ``MemoryKeeper.make_room`` does, freeing memory until it fits.
+    """Make room as ``MemoryKeeper.make_room``; first free memory that is not experts'.
 
     Args:
-        give_way: frees some memory, and tells whether it did; asked before experts
-            fall below their floor.
+        keeper: the keeper.
+        give_way: frees some memory and returns True, or returns False without any. It
+            is called before experts fall below their floor.
+        cache, n_seqs, t, options: as for ``MemoryKeeper.make_room``.
 
     Raises:
-        BudgetError: they do not fit, whatever gives way.
+        BudgetError: the call does not fit, whatever gives way.
     """
     spares = give_way is not None
     while True:
@@ -297,5 +299,5 @@ def make_room(
                 continue
             if not spares:
                 raise
-            # Nothing else is left to give way, so experts do.
+            # Nothing else can give way, so let experts fall below their floor.
             spares = False

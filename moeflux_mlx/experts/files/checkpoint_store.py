@@ -193,7 +193,8 @@ def _checked_facts(
             )
         if layer.layer >= facts.n_layers:
             raise ModelError(
-                f"[experts] {layer.path}: expected fewer than {facts.n_layers} layers"
+                f"[experts] {layer.path}: expected a layer below {facts.n_layers}, as "
+                f"in config.json, but got {layer.layer}"
             )
     if facts.top_k > facts.n_experts:
         raise ModelError(

@@ -73,7 +73,7 @@ def open_experts(
         experts = MappedExperts(
             _mappable(store, memory), on_host=on_host, report=report
         )
-        notice(f"experts mapped as asked: {_decision(store)}")
+        notice(f"experts mapped as requested: {_decision(store)}")
         return experts
     fits = io == "auto" and all_fit(store, memory)
     if fits and not on_host and isinstance(store, PackedExperts):

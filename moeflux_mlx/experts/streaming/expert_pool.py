@@ -109,8 +109,8 @@ class ExpertPool(Uncopied):
             scope: ``global``: layers compete for slots; ``layer``: equal shares.
             policy: the eviction policy: a name for ``policy_factory``, or a factory.
             floor: as for ``SlotTable``.
-            chosen: experts of a layer that a token chooses, if only some of them have
-                to be in memory together; default: ``store.top_k``.
+            chosen: number of a layer's experts that a token chooses; default:
+                ``store.top_k``, the number that must be in memory together.
             read_threads: number of reading threads; default: the environment's.
             inline_bytes: reads of at most this many bytes in all use no thread.
             read_ahead: ``on``, ``off``, or ``auto``: measure and use the faster one.
@@ -124,7 +124,7 @@ class ExpertPool(Uncopied):
                 executor passes its own to measure the time.
             report: receives the progress of reading all experts.
             lock: the lock that a model's calls hold; default: a new one.
-            holders: objects that keep a result of ``source`` or arrays of it.
+            holders: objects that keep views of slots from one call to the next.
 
         Raises:
             ConfigError: an argument has no usable value.
