@@ -237,7 +237,7 @@ def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_group": ...}, "n_group but there is none"),
+        ({"n_group": ...}, "n_group but it is missing"),
         ({"n_group": 3}, r"n_routed_experts to be a multiple of n_group \(3\)"),
         ({"n_group": 8, "topk_group": 8}, "n_group to be of n_routed_experts"),
         ({"n_group": 2, "topk_group": 3}, "topk_group"),

@@ -211,7 +211,7 @@ def test_experts_may_be_named_as_published(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rotary_dim": ...}, "rotary_dim but there is none"),
+        ({"rotary_dim": ...}, "rotary_dim but it is missing"),
         ({"rotary_dim": 64}, "rotary_dim to be a positive number up to 32"),
         ({"rotary_dim": 7}, r"\[rope\].*7 channels"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok|8 experts per token"),

@@ -304,7 +304,7 @@ def test_mlx_lms_class_serves_where_it_is_asked_for(packed, plain):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"decoder_sparse_step": ...}, "decoder_sparse_step but there is none"),
+        ({"decoder_sparse_step": ...}, "decoder_sparse_step but it is missing"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step"),
         ({"mlp_only_layers": 3}, "mlp_only_layers"),
         ({"mlp_only_layers": ["0"]}, "mlp_only_layers"),

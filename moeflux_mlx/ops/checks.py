@@ -326,16 +326,16 @@ def bound(op: Op, given: Mapping[str, Any]) -> Bounded:
             _refuse_outside(field.name, np.array(x), known, distinct)
             continue
         if op.reads_back:
-            refuse_trace(field.name)
+            refuse_compiled(field.name)
         found = _all_inside(x, known, distinct)
         inside = found if inside is None else inside & found
         bounded[field.name] = mx.clip(x, known[0], known[-1])
     return bounded, inside
 
 
-def refuse_trace(name: str) -> NoReturn:
+def refuse_compiled(name: str) -> NoReturn:
     """Raise Misfit for indices that an Op must read back but that have no values."""
-    raise Misfit(name, "indices with values", "those of a trace: do not compile this")
+    raise Misfit(name, "indices with values", "none: call this outside mx.compile")
 
 
 def _refuse_outside(

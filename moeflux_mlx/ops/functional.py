@@ -64,7 +64,7 @@ from .checks import (
     packable,
     quantization,
     quotient,
-    refuse_trace,
+    refuse_compiled,
     rows,
     unpacked,
 )
@@ -730,7 +730,7 @@ def _sizes(experts: Experts, indices: mx.array) -> tuple[int, int, int]:
     n_experts, expert_dim, dim = unpacked(source.weights.gate)
     if source.resident is None:
         if not has_values(indices):
-            refuse_trace("indices")
+            refuse_compiled("indices")
         n_experts = max(int(to_host(indices).max()) + 1, indices.shape[1])
     return n_experts, expert_dim, dim
 

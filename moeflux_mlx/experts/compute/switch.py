@@ -199,7 +199,7 @@ class StreamedSwitch(Uncopied, nn.Module):
     def _check_values(self, x: mx.array, indices: mx.array) -> None:
         if not has_values(x, indices):
             raise ModelError(
-                f"[stream] {self.path}: expected rows with values but got a trace: "
+                f"[stream] {self.path}: expected rows with values but got none: "
                 "call a model with streamed experts outside mx.compile and mx.vmap, "
                 "or call model.train() before training"
             )

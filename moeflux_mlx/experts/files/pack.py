@@ -142,9 +142,9 @@ class _Job:
         earlier = Manifest.read(path)
         if dataclasses.replace(earlier, layers=(), resident=None, files=()) != fresh:
             raise ExpertStoreError(
-                f"[pack] {partial}: expected the same source and alignment as before "
-                f"but got others ({earlier.source_name}, {earlier.alignment}): remove "
-                "it first"
+                f"[pack] {partial}: expected files of this source and alignment but "
+                f"got those of another source or alignment ({earlier.source_name}, "
+                f"{earlier.alignment}): remove it first"
             )
         for entry in earlier.layers:
             file = partial / entry.file

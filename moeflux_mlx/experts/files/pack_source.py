@@ -126,8 +126,8 @@ class ModuleSource:
         if not blocks:
             raise ModelError(
                 f"[pack] {checkpoint.directory}: expected routed experts in mlx-lm's "
-                f"{checkpoint.config.get('model_type')} but found none: such a model "
-                "needs no packing"
+                f"{checkpoint.config.get('model_type')} but found none: it needs no "
+                "packing"
             )
         self.config = _config(checkpoint, stock)
         self._checkpoint, self._sources = checkpoint, stock.sources
