@@ -34,7 +34,7 @@ from .experts.files.safetensors import (
     header_bytes,
     parse_header,
 )
-from .memory.cache_layouts import DTYPES, CacheReader, Part, check_kinds, describe
+from .memory.cache_layouts import DTYPES, CacheReader, TensorForm, check_kinds, describe
 from .streaming import StreamedModel
 from .system.files import open_file, parse_json, replacing, short
 
@@ -190,7 +190,7 @@ def load_state(path: str | os.PathLike, model: nn.Module) -> State:
     tokens = checked.tokens(arrays[TOKENS])
     experts = checked.experts(arrays[EXPERTS])
     caches = [
-        layer.fill([arrays[f"layers.{i}.{part}"] for part in range(len(layer.parts))])
+        layer.fill([arrays[f"layers.{i}.{part}"] for part in range(len(layer.tensors))])
         for i, layer in enumerate(checked.layers)
     ]
     if run.streamer is not None:
@@ -231,12 +231,14 @@ class _Checked:
         ]
         rows = entries[EXPERTS].shape[:1] if EXPERTS in entries else ()
         n_experts = min([*rows, self._most_experts])
-        expected: dict[str, Part] = {
+        expected: dict[str, TensorForm] = {
             TOKENS: (("U32",), (self._n_tokens,)),
             EXPERTS: (("I32",), (n_experts, 2)),
         }
         for i, layer in enumerate(self.layers):
-            expected |= {f"layers.{i}.{p}": part for p, part in enumerate(layer.parts)}
+            expected |= {
+                f"layers.{i}.{p}": form for p, form in enumerate(layer.tensors)
+            }
         self._expect("tensors", sorted(expected), sorted(entries))
         for name, (dtypes, shape) in expected.items():
             self._expect(f"shape of {name}", shape, entries[name].shape)
@@ -257,8 +259,8 @@ class _Checked:
         keeper, needs = self._run.keeper, self._run.needs
         if keeper is None:
             return
-        parts = [part for layer in self.layers for part in layer.parts]
-        n_bytes = sum(DTYPE_BYTES[d[0]] * math.prod(shape) for d, shape in parts)
+        forms = [form for layer in self.layers for form in layer.tensors]
+        n_bytes = sum(DTYPE_BYTES[d[0]] * math.prod(shape) for d, shape in forms)
         n_rows = max(1, n_bytes // max(1, needs.cache_row_bytes))
         empty = make_prompt_cache(self._run.model)
         keeper.make_room(empty, 1, min(self._n_tokens, n_rows))

@@ -36,8 +36,9 @@ from .experts.pool.policy import DEFAULT_POLICY, policy_factory
 from .experts.pool.pool import pool_bytes
 from .experts.streaming.access import expert_io as way_of_reading
 from .experts.streaming.access import open_experts
+from .experts.streaming.expert_pool import check_scope
 from .experts.streaming.mapped import MappedExperts
-from .experts.streaming.streamer import ExpertStreamer, check_scope
+from .experts.streaming.streamer import ExpertStreamer
 from .experts.weights import has_values, kept_arrays
 from .memory.caches import CACHE_STEP
 from .memory.keeper import MemoryKeeper

@@ -367,8 +367,8 @@ YARN = GPT_OSS_CONFIG["rope_scaling"]
 def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why, capsys):
     edit_config(copied, **changes)
     assert type(moeflux_mlx.load(copied)[0]) is stock.Model
-    assert f"our own does not do {why}" in capsys.readouterr().err
-    with pytest.raises(ModelError, match=f"our own does not do {why}"):
+    assert f"our own class does not support {why}" in capsys.readouterr().err
+    with pytest.raises(ModelError, match=f"our own class does not support {why}"):
         moeflux_mlx.load(copied, native=True)
 
 

@@ -111,14 +111,14 @@ def check_same(model, cache, other, other_cache) -> None:
     for a, b in zip(*(counters(m).values() for m in (model, other)), strict=True):
         assert a == b
     tables = [m.streamer._table for m in (model, other)]
-    assert tables[0].rows == tables[1].rows
+    assert tables[0].slots == tables[1].slots
     assert evictions(tables[0]) == evictions(tables[1])
 
 
 def evictions(table) -> list[int]:
     """Return what is in memory in the order in which it would be evicted."""
     policy, found = copy.deepcopy(table._policy), []
-    while (key := policy.victim(0, range(len(table.rows)), ())) is not None:
+    while (key := policy.victim(0, range(len(table.slots)), ())) is not None:
         policy.forget(key // table.n_experts, key)
         found.append(key)
     return found

@@ -384,14 +384,14 @@ def test_a_model_runs_as_tuned_and_gives_the_same(checkpoint, tuned_tiny, in_for
 
 def test_an_executor_without_kernels_is_refused(checkpoint):
     model = moeflux_mlx.load(checkpoint, executor="ops")[0]
-    with pytest.raises(BackendError, match="expected executor metal, cuda or sim"):
+    with pytest.raises(BackendError, match="with kernels, metal, cuda or sim, but got"):
         tune(model)
 
 
 @simulated
 def test_what_cannot_be_tuned_is_refused(packed, budget, checkpoint):
     streamed = moeflux_mlx.load(packed, executor="sim", expert_memory=budget)[0]
-    with pytest.raises(ModelError, match="expected every expert in memory"):
+    with pytest.raises(ModelError, match="expected all experts in memory"):
         tune(streamed)
     model = moeflux_mlx.load(checkpoint, executor="sim")[0]
     with pytest.raises(ConfigError, match=r"\[--prompts\] expected at least 2"):

@@ -317,7 +317,7 @@ def asking(experts: GraphExperts, form: Moe) -> Kernel:
         else:
             how = by.n_group, by.topk_group, by.scale, form.normalised
             indices, weights = noaux_topk(logits, bias[0].w, form.k, *how)
-        experts.ask(to_device(indices))
+        experts.request(to_device(indices))
         return indices, weights
 
     return choose

@@ -20,7 +20,7 @@ from .. import device
 from ..calls.arguments import ArgumentChecks, bounded, check_ids
 from ..calls.module_call import Backbone, ModuleCall, is_tied, without_adapters
 from ..calls.transforms import in_transformation, is_traced
-from ..experts.compute.streamed import AssumedExperts
+from ..experts.compute.streamed import SpeculativeExperts
 from ..experts.streaming.streamer import ExpertStreamer
 from ..experts.weights import Weight, has_values
 from ..memory.caches import PutBackOnFailure
@@ -286,7 +286,7 @@ class Forward:
             return None
         for source in sources:
             if source is not None:
-                source.asked(n_experts)
+                source.count(n_experts)
         self._guard(logits, cache)
         return logits
 
@@ -327,7 +327,7 @@ class Forward:
         n_seqs = x.shape[0]
         _, sources = self._bind()
         asked = {i: s for i in span if (s := sources[i]) is not None}
-        experts = {i: source.assumed(slots) for i, source in asked.items()}
+        experts = {i: source.speculative(slots) for i, source in asked.items()}
         self._in_trace = True
         try:
             hidden = x if span.start else self._embed(x, None, False)[0]
@@ -341,7 +341,7 @@ class Forward:
                 hidden = hidden.reshape(n_seqs, 1, -1)
         finally:
             self._in_trace = False
-        assumed = (e for e in experts.values() if isinstance(e, AssumedExperts))
+        assumed = (e for e in experts.values() if isinstance(e, SpeculativeExperts))
         chosen = [indices for source in assumed for indices in source.chosen]
         if slots is None:
             return Passed(hidden, [], None)
@@ -406,7 +406,7 @@ class Forward:
             for layer, layer_cache in zip(layers, cache, strict=True):
                 if streamer is not None and layer.index and layer.is_routed:
                     expected = to_device(layer.expected(hidden))
-                    streamer.foresee(layer.index, expected)
+                    streamer.begin_read_ahead(layer.index, expected)
                 self.runtime.executor.begin_layer(self._chunk, layer.index, hidden)
                 hidden = layer(hidden, layer_cache, steps)
                 report(layer.index)

@@ -172,7 +172,7 @@ class GraphLayer:
         gather = steps or lazy or self.runtime.is_reference
         one_token = context.n_seqs == context.t == 1
         streamer = None if parameters else self.runtime.streaming
-        waits = streamer is not None and streamer.reads_aside
+        waits = streamer is not None and streamer.reads_in_workers
         asks = self.is_routed and one_token and context.on_host and waits
         return Call(
             context.n_seqs,

@@ -20,9 +20,10 @@ from ..experts.files.store import ExpertStore, model_identity
 from ..experts.pool.budget import Amounts
 from ..experts.pool.policy import DEFAULT_POLICY, policy_factory
 from ..experts.streaming.access import expert_io, open_experts
+from ..experts.streaming.expert_pool import check_scope
 from ..experts.streaming.mapped import MappedExperts
 from ..experts.streaming.read_ahead import check_read_ahead
-from ..experts.streaming.streamer import ExpertStreamer, check_scope
+from ..experts.streaming.streamer import ExpertStreamer
 from ..memory.keeper import MemoryKeeper, make_room
 from ..memory.plan import MemoryPlan, Needs, plan_memory
 from ..memory.preflight import unasked_expert_bytes

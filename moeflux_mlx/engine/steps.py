@@ -21,7 +21,7 @@ from mlx_lm.models.cache import ArraysCache
 
 from .. import device
 from ..experts.streaming.streamer import ExpertStreamer
-from ..experts.streaming.windows import SPAN_GROWTH, spans_of, window_of
+from ..experts.streaming.windows import WINDOW_GROWTH, window_of, window_sizes
 from ..experts.weights import leaves
 from .graph.experts import GraphExperts
 from .trace import (
@@ -113,7 +113,7 @@ class _Run:
     ):
         self.caches, self.n_layers = caches, len(caches)
         self.asking = [
-            i for i, s in enumerate(sources) if s is not None and s.settled is None
+            i for i, s in enumerate(sources) if s is not None and s.resident is None
         ]
         self._tracer, self._held, self._traced = tracer, [*weights, *sources], traced
 
@@ -179,7 +179,7 @@ class _RunAhead:
         passed: list[Passed] = []
         n_layers = self._run.n_layers
         while layers:
-            most = SPAN_GROWTH if self._streamer.is_reading else n_layers
+            most = WINDOW_GROWTH if self._streamer.is_reading else n_layers
             span = first_span(layers, n_layers, most)
             slots = self._streamer.slots_on_device(span)
             passed.append(self._run(span, x, slots))
@@ -199,12 +199,12 @@ class _RunAhead:
         chosen = [part.chosen for part in passed if part.chosen is not None]
         if not asking:
             return None
-        n_foreseen = sum(layer < reached for layer in asking)
+        n_predicted = sum(layer < reached for layer in asking)
         n_right = self._streamer.confirm(
             asking,
             chosen,
             again=again and asking[:1] == [layers.start],
-            n_foreseen=n_foreseen if self._reads_ahead else None,
+            n_predicted=n_predicted if self._reads_ahead else None,
         )
         return None if n_right == len(asking) else asking[n_right]
 
@@ -218,7 +218,7 @@ def first_span(layers: range, n_layers: int, most: int) -> range:
     first = layers.start
     ends = (
         min(first + size, n_layers)
-        for size in spans_of(n_layers)
+        for size in window_sizes(n_layers)
         if first % size == 0 and size <= most
     )
     return range(first, max(end for end in ends if end <= layers.stop))

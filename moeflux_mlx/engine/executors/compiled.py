@@ -56,7 +56,7 @@ class CompiledSteps:
 
         # Sources of experts are the only values that are no arrays.
         self._sources = {
-            i: value.settled
+            i: value.resident
             for i, value in enumerate(values)
             if value is not None and not isinstance(value, mx.array)
         }
@@ -123,7 +123,7 @@ class CompiledSteps:
                 continue
             given = part.call(*[values[place] for place in part.takes])
             for place, n in part.asks:
-                values[place].asked(n)
+                values[place].count(n)
             for place in part.drops:
                 values[place] = None
             for place, value in zip(part.gives, given, strict=True):

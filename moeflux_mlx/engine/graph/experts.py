@@ -14,24 +14,24 @@ class GraphExperts(ExpertSource, Protocol):
     """One MoE layer's experts, wherever they are: MoE Ops read them through this."""
 
     @property
-    def settled(self) -> GraphExperts | None:
+    def resident(self) -> GraphExperts | None:
         """These experts, if none is ever read again and each is its own slot.
 
-        It counts nothing: who keeps it tells ``asked`` how many experts a run used.
+        It counts nothing: who keeps it tells ``count`` how many experts a run used.
         """
 
-    def assumed(self, slots: mx.array | None) -> GraphExperts:
+    def speculative(self, slots: mx.array | None) -> GraphExperts:
         """Return these experts for a trace: nothing read, nothing counted.
 
         Args:
             slots: uint32 ``[n_layers, n_experts]``: where to look up those that are
-                not ``settled``, by the layers of their streamer.
+                not ``resident``, by the layers of their streamer.
         """
 
-    def asked(self, n: int) -> None:
+    def count(self, n: int) -> None:
         """Hear that a run asked for ``n`` experts without calling ``slots``."""
 
-    def ask(self, indices: mx.array) -> None:
+    def request(self, indices: mx.array) -> None:
         """Begin to read the experts that ``slots`` or ``parts`` will ask for next.
 
         Args:

@@ -486,7 +486,7 @@ def routed_experts(ops: Sequence[Any], run: Run, values: Values) -> Values:
     x, logits = values[experts.mlp_in], values[top.logits]
     both = isinstance(x, RowPart) and isinstance(logits, RowPart)
     in_row = both and x.row is logits.row and logits.start == 0
-    if source.settled is None or not in_row or not _all_alike(ops[2:], values):
+    if source.resident is None or not in_row or not _all_alike(ops[2:], values):
         routed = route(ops[:2], run, values)
         return {**routed, **experts_and_shared(ops[2:], run, {**values, **routed})}
     stacks = source.weights
@@ -496,7 +496,7 @@ def routed_experts(ops: Sequence[Any], run: Run, values: Values) -> Values:
         x.row, top.n_experts, top.k, *matrices, *sizes, experts.alpha, experts.limit
     )
     opened, chosen, weights = run(launch)
-    source.asked(top.k)
+    source.count(top.k)
     out = _second_half(ops[2:], run, values, opened, chosen, weights)
     indices = chosen.view(mx.int32)
     return {**out, top.indices_out: indices, top.weights_out: weights}

@@ -176,7 +176,7 @@ def _gather(
     """Return the experts' rows ``[N, K, D]``."""
     experts, n_rows = source.weights, indices.size
     slot_of = mx.arange(op.n_experts, dtype=mx.uint32)
-    if source.settled is None:
+    if source.resident is None:
         slot_of[indices.reshape(-1)] = slots.reshape(-1)
     counts, lists = run(kernels.moe_id_map(indices, op.n_experts))
 

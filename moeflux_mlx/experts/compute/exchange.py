@@ -1,8 +1,8 @@
-"""Messages between ranks of a group: rows of their experts, and that they agree.
+"""Messages between the ranks of a process group: their experts' rows, and checks.
 
-Each rank computes the rows of its own experts. All are put together by adding them as
-whole numbers, zeros where a rank has none: that keeps every bit, of -0.0 and of what is
-no number too. Beside the rows goes what shows whether all ranks chose the same experts
+Each rank computes the rows of its own experts and has zeros for the others. The ranks
+add their rows as integers, which keeps every bit, even of -0.0 and NaN. Marks beside
+each row are added too. They show whether all ranks chose the same experts
 and had none that failed, so all of them go on or all of them end with an error.
 """
 
@@ -27,32 +27,35 @@ N_MARKS = 3
 
 
 class Told(NamedTuple):
-    """The sum of all ranks' words on a block's rows, and this one's choice."""
+    """The sum of all ranks' marks on a block's rows, and the ids that this rank chose.
+
+    ``asked`` is called with the checked ids, to count those of this rank's experts.
+    """
 
     name: str
     ids: mx.array | np.ndarray
     marks: mx.array
-    # Hears how many of the rows are of this rank's experts.
     asked: Callable[[np.ndarray], None]
 
 
 class Exchange:
-    """One rank's end of a group; every rank makes the same calls in the same order.
+    """One rank's connection to a process group.
 
-    ``waits``: each block waits for the others' rows. A GPU has better things to do.
+    Every rank must make the same calls in the same order. ``waits``: each block waits
+    for the other ranks' rows, as on a CPU; a GPU checks them at the end of a call.
 
     Args:
-        group: as ``mx.distributed.init`` returns it.
+        group: the group that ``mx.distributed.init`` returns.
 
     Raises:
-        GroupError: there are more ranks than can be told apart.
+        GroupError: there are more than ``MOST_RANKS`` ranks.
     """
 
     def __init__(self, group: mx.distributed.Group):
         self._group = group
         self.rank, self.size = group.rank(), group.size()
         self.waits = device.on_cpu()
-        # Whether a call is under way that looks at its end whether all ranks agreed.
+        # Whether the present call checks only at its end that all ranks agree.
         self.defers = False
         self._owed: list[Told] = []
         if self.size > MOST_RANKS:
@@ -61,7 +64,7 @@ class Exchange:
             )
 
     def own(self, n_experts: int) -> range:
-        """Return which experts of a block are this rank's."""
+        """Return this rank's share of a block's experts."""
         return share_of(n_experts, self.rank, self.size)
 
     def rows(
@@ -72,13 +75,14 @@ class Exchange:
         like: tuple[int, mx.Dtype],
         make: Callable[[np.ndarray], mx.array],
     ) -> mx.array:
-        """Return a row for each of the expert ``ids``, computed where the expert is.
+        """Return a row for each of the expert ``ids``, from the rank with the expert.
 
         Args:
-            name: the block's name in errors.
+            name: the block's name for errors.
+            ids: expert ids, the same on every rank.
             own: this rank's experts.
-            like: how long a row is, and its type.
-            make: returns rows for some places in ``ids``, those of ``own`` experts.
+            like: the length of a row, and its type.
+            make: returns the rows for places in ``ids`` that have ``own`` experts.
 
         Raises:
             PeerError: another rank failed.
@@ -110,13 +114,14 @@ class Exchange:
         rows: mx.array,
         asked: Callable[[int], None],
     ) -> mx.array:
-        """Return a row for each of the expert ``ids``, without a wait for any.
+        """Return a row for each of the expert ``ids``, without waiting for them.
 
         Args:
-            name: the block's name in errors.
+            name: the block's name for errors.
+            ids: expert ids, the same on every rank.
             own: this rank's experts.
-            rows: one for each id; those of other ranks' experts do not count.
-            asked: hears once it is known how many ids are of ``own``.
+            rows: a row for each id; rows of other ranks' experts are ignored.
+            asked: receives the number of ids in ``own`` once the ids are known.
 
         Raises:
             GroupError: another rank ended.
@@ -140,7 +145,7 @@ class Exchange:
         dtype: mx.Dtype,
         asked: Callable[[np.ndarray], None],
     ) -> mx.array:
-        """Return the rows of a sum, once or before it is known that all agree."""
+        """Return the rows of a sum; check the marks now, or later if ``defers``."""
         self._owed.append(Told(name, ids, total[:, -N_MARKS:], asked))
         if not self.defers:
             self._evaluate(total)
@@ -163,7 +168,7 @@ class Exchange:
             self._owed.clear()
 
     def _settle(self) -> None:
-        """Look at the ranks' words on rows so far."""
+        """Check all marks that were deferred."""
         owed, self._owed = self._owed, []
         if owed:
             self._evaluate(*(told.marks for told in owed))
@@ -175,13 +180,14 @@ class Exchange:
     def _marked(
         self, ids: np.ndarray, places: np.ndarray, rows: mx.array, *, failed: bool
     ) -> mx.array:
-        """Return rows at their places, zeros at others, each with its marks."""
+        """Return rows at their places and zeros elsewhere, each row with its marks."""
         words = rows.view(mx.uint32)
         blank = mx.zeros((1, words.shape[1]), mx.uint32)
         taken = np.full(len(ids), len(places), np.uint32)
         taken[places] = np.arange(len(places), dtype=np.uint32)
         marks = np.zeros((len(ids), N_MARKS), np.uint32)
-        # Sums of numbers and of their squares agree only where all numbers do.
+        # If the sums of n numbers and of their squares are n x and n x^2, then all of
+        # the numbers are x.
         marks[:, 0] = ids.astype(np.uint32) + 1
         marks[:, 1] = marks[:, 0] ** 2
         marks[:, 2] = failed << self.rank
@@ -212,11 +218,13 @@ class Exchange:
     def call(
         self, n_seqs: int, n_tokens: int, ids: mx.array, step: Callable[[], int]
     ) -> int:
-        """Return the fewest tokens of a call that any rank computes together.
+        """Return the number of tokens to compute together: the least of all ranks'.
 
         Args:
-            ids: the call's experts.
-            step: returns how many this rank has room for.
+            n_seqs: number of sequences.
+            n_tokens: tokens of each sequence.
+            ids: the call's token ids, to compare with the other ranks'.
+            step: returns the number of tokens for which this rank has room.
 
         Raises:
             PeerError: another rank has no room.
@@ -243,10 +251,10 @@ class Exchange:
         return int(told[:, -1].min())
 
     def agree(self, facts: Mapping[str, object]) -> None:
-        """Hold this rank's next step against the others'.
+        """Check that all ranks have the same facts, such as options, by name.
 
         Raises:
-            GroupError: a fact is another one there; names it.
+            GroupError: a fact differs; names it.
         """
         shown = [repr(fact).encode() for fact in facts.values()]
         told = self._tell([n for text in shown for n in _hash(text)])
@@ -255,12 +263,12 @@ class Exchange:
             others = np.flatnonzero((columns != columns[self.rank]).any(axis=1))
             if len(others):
                 raise GroupError(
-                    f"[group] expected the same {name} on every rank but rank "
-                    f"{others[0]} has another than {fact!r}: start all of them alike"
+                    f"[group] expected the same {name} on every rank but got another "
+                    f"than {fact!r} on rank {others[0]}: start all ranks alike"
                 )
 
     def first(self, numbers: Sequence[int]) -> list[int]:
-        """Return the 32-bit numbers that rank 0 gives."""
+        """Return rank 0's ``numbers``, of 32 bits each."""
         found: list[int] = self._tell(numbers)[0].tolist()
         return found
 
@@ -273,7 +281,7 @@ class Exchange:
         return np.array(total)
 
     def _added(self, own: mx.array) -> mx.array:
-        """Return the sum over ranks, modulo 2**32; it need not be computed yet."""
+        """Return the lazy sum over all ranks, modulo 2**32."""
         return mx.distributed.all_sum(own, group=self._group)
 
     def _evaluate(self, *sums: mx.array) -> None:
@@ -288,7 +296,7 @@ class Exchange:
 
 
 def _digest(ids: mx.array) -> tuple[int, int]:
-    """Return two numbers that stand for a call's arguments."""
+    """Return a hash of a call's token ids as two 32-bit numbers."""
     if not mx.issubdtype(ids.dtype, mx.integer):
         return 0, 0
     return _hash(np.array(ids).astype(np.int64).tobytes())
