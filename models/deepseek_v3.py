@@ -1,9 +1,9 @@
 """DeepSeek-V3, R1 and Kimi-K2: latent attention, experts chosen by sigmoids in groups.
 
 A drop-in for ``mlx_lm.models.deepseek_v3``: constructor, weight names, caches and
-sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer. Experts of
-groups that are not among the best are never chosen, as in transformers; mlx-lm gives
-them the score 0 instead, which its class (``native=False``) still does.
+sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer. As in
+transformers, experts outside the best groups are never chosen. mlx-lm gives them the
+score 0 instead; its class remains available with ``native=False``.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from moeflux_mlx.experts.files.configuration import (
 from moeflux_mlx.experts.files.safetensors import TensorEntry
 
 ModelArgs = stock.ModelArgs
-# Says where it follows transformers and mlx-lm's class does not.
+# Names where this class follows transformers but mlx-lm's does not.
 departs = noaux.departs
-# Whole numbers of a configuration that may be 0, null or of no use here.
+# Whole numbers that may be 0 or null, or that this class does not use.
 OTHER_COUNTS = {"first_k_dense_replace", "q_lora_rank", "num_key_value_heads"}
 
 
 def lacks(config: Mapping[str, Any]) -> str | None:
-    """Return a configuration's wish that the class does not do, if any."""
+    """Return a setting of a configuration that the class does not support, if any."""
     for key, value in (("moe_layer_freq", 1), ("rope_interleave", True)):
         if config.get(key, value) != value:
             return key
@@ -54,7 +54,7 @@ def layers(args: ModelArgs, *, joint_kv: bool = False) -> Iterator[LayerForm]:
     """Return the form of each layer.
 
     Args:
-        joint_kv: as ``LatentAttention`` has it.
+        joint_kv: as in ``LatentAttention``.
     """
     attention = LatentAttention(
         args.num_attention_heads,
@@ -78,13 +78,13 @@ class Model(NativeModel, GraphText, stock.Model):
 
 
 def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | None:
-    """Hold a configuration against a checkpoint's tensors, before building anything.
+    """Check a configuration against a checkpoint's tensors before anything is built.
 
     Returns:
         A tensor that no file has, if there is one.
 
     Raises:
-        ModelError: a value is not usable, or a tensor has another shape.
+        ModelError: a value is invalid, or a tensor has another shape.
     """
     config.check_counts({*counts_of(ModelArgs), "n_routed_experts"} - OTHER_COUNTS)
     if config.fields.get("q_lora_rank") is not None:

@@ -1,9 +1,9 @@
 """GLM-4.5, 4.6 and 4.7: full attention, experts chosen by sigmoids, a shared expert.
 
 A drop-in for ``mlx_lm.models.glm4_moe``: constructor, weight names, caches and
-sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer. Experts of
-groups that are not among the best are never chosen, as in transformers; mlx-lm gives
-them the score 0 instead, which its class (``native=False``) still does.
+sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer. As in
+transformers, experts outside the best groups are never chosen. mlx-lm gives them the
+score 0 instead; its class remains available with ``native=False``.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from moeflux_mlx.experts.files.configuration import (
 from moeflux_mlx.experts.files.safetensors import TensorEntry
 
 ModelArgs = stock.ModelArgs
-# Says where it follows transformers and mlx-lm's class does not.
+# Names where this class follows transformers but mlx-lm's does not.
 departs = noaux.departs
 
 
 def lacks(config: Mapping[str, Any]) -> str | None:
-    """Return a configuration's wish that the class does not do, if any."""
+    """Return a setting of a configuration that the class does not support, if any."""
     return lacks_of_rope(config) or noaux.lacks(config)
 
 

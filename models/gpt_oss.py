@@ -1,9 +1,9 @@
-"""gpt-oss: attention with sinks, every other layer in a window; experts with biases.
+"""gpt-oss: attention with sinks, windowed in every other layer; biased experts.
 
 A drop-in for ``mlx_lm.models.gpt_oss``: constructor, weight names, caches and
-sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer. A false
-``truncate`` in ``rope_scaling`` it follows, as transformers does: mlx-lm's class does
-not look at it, and is there with ``native=False``.
+sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer. As in
+transformers, a false ``truncate`` in ``rope_scaling`` is respected. mlx-lm ignores it;
+its class remains available with ``native=False``.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ departs = departs_by_truncate
 SLIDING, FULL = "sliding_attention", "full_attention"
 ATTENTION: dict[str, Any] = {"sinks": True, "scale_name": "sm_scale"}
 MOE: dict[str, Any] = {"routed_name": ROUTED, "router": "router", "biased": True}
-# A softmax of the top k gives the normalised weights of a softmax.
+# A softmax over the top k equals the normalised top k of a softmax over all.
 MOE |= {"normalised": True, "alpha": 1.702, "limit": 7.0}
-# Entries that a configuration may have: neither class looks at these.
+# The only supported values of entries that neither class reads.
 KNOWN = {"hidden_act": "silu", "swiglu_limit": 7.0, "attention_bias": True}
 KNOWN |= {"tie_word_embeddings": False, "rope_parameters": None}
 UNKNOWN = ("mscale", "mscale_all_dim", "attention_factor")
@@ -47,13 +47,13 @@ UNKNOWN = ("mscale", "mscale_all_dim", "attention_factor")
 
 @dataclass
 class ModelArgs(stock.ModelArgs):
-    """mlx-lm's, and how long a sequence may become."""
+    """mlx-lm's arguments and the longest sequence."""
 
     max_position_embeddings: int | None = None
 
 
 def lacks(config: Mapping[str, Any]) -> str | None:
-    """Return a configuration's wish that the class does not do, if any."""
+    """Return a setting of a configuration that the class does not support, if any."""
     stored = config.get("quantization_config") or {}
     if "quantization" not in config and "quant_method" in stored:
         return "experts as published, before 'moeflux pack' or mlx_lm.convert"
@@ -61,7 +61,7 @@ def lacks(config: Mapping[str, Any]) -> str | None:
         if config.get(key, value) != value:
             return key
     scaling = config.get("rope_scaling")
-    # Without it transformers has one of its own, and mlx-lm none.
+    # Without it transformers uses a default of its own, and mlx-lm none.
     if not isinstance(scaling, dict) or scaling.get("rope_type") != "yarn":
         return "rope_scaling"
     return next((key for key in UNKNOWN if scaling.get(key) is not None), None)

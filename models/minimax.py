@@ -34,19 +34,19 @@ from moeflux_mlx.experts.files.safetensors import TensorEntry
 
 ModelArgs = stock.ModelArgs
 BLOCK, CORRECTION = "block_sparse_moe", "e_score_correction_bias"
-# What a configuration may say: neither class looks at these.
+# The only supported values of entries that neither class reads.
 KNOWN = {"hidden_act": "silu", "scoring_func": "sigmoid", "sliding_window": None}
 KNOWN |= {"qk_norm_type": "per_layer"}
 
 
 def lacks(config: Mapping[str, Any]) -> str | None:
-    """Return a configuration's wish that the class does not do, if any."""
+    """Return a setting of a configuration that the class does not support, if any."""
     stored = config.get("quantization_config")
     if "quantization" not in config and isinstance(stored, dict):
         return f"quantization_config of {stored.get('quant_method')}"
     kinds = config.get("attn_type_list")
     if isinstance(kinds, list) and kinds != [1] * len(kinds):
-        return "attn_type_list but of full attention"
+        return "attn_type_list with other than full attention"
     for key, value in KNOWN.items():
         if config.get(key, value) != value:
             return key
@@ -54,7 +54,7 @@ def lacks(config: Mapping[str, Any]) -> str | None:
 
 
 def layers(args: ModelArgs) -> Iterator[LayerForm]:
-    """Yield what each layer is."""
+    """Yield the form of each layer."""
     heads = args.num_attention_heads, args.num_key_value_heads, _head_dim(args)
     norms = ("q", "k") if args.use_qk_norm else ()
     attention = Attention(*heads, norms=norms, row_norms=True)
@@ -85,7 +85,7 @@ class Model(NativeModel, GraphText, stock.Model):  # type: ignore[misc]
         """Return logits ``[B, T, V]``.
 
         Raises:
-            ModelError: there is a mask; mlx-lm's class does not look at it.
+            ModelError: a mask was given, which mlx-lm's class ignores.
         """
         if mask is not None:
             raise ModelError("[mask] expected None but got one: leave it out")

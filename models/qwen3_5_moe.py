@@ -27,7 +27,7 @@ from moeflux_mlx.experts.files.configuration import (
 from moeflux_mlx.experts.files.safetensors import TensorEntry
 
 ModelArgs = stock.ModelArgs
-# Whole numbers of a configuration that such a model does not use.
+# Whole numbers of a configuration that the class does not use.
 UNUSED_COUNTS = ("intermediate_size", "decoder_sparse_step", "max_position_embeddings")
 
 
@@ -35,7 +35,7 @@ def layers(args: TextModelArgs, *, taps_last: bool = False) -> Iterator[LayerFor
     """Yield the form of each layer.
 
     Args:
-        taps_last: as ``GatedDeltaNet`` has it.
+        taps_last: as in ``GatedDeltaNet``.
     """
     delta = GatedDeltaNet(
         args.linear_num_key_heads,
@@ -72,7 +72,7 @@ class Model(NativeModel, stock.Model):
 
     @property
     def engine(self) -> Forward:
-        """The maker of the model's calls."""
+        """The forward pass that runs the model's calls."""
         found: Forward = self.language_model.forward
         return found
 
@@ -99,7 +99,7 @@ def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | No
     missing = check_tensors(config, tensors, expected, optional=(ROUTED,))
     if missing is not None:
         return missing
-    # Not before sizes are known to be those of the files: positions take memory.
+    # Only now are sizes known to fit the files; positions take memory by their size.
     check_numbers(config, args)
     config.check_number("partial_rotary_factor", args.partial_rotary_factor, 1)
     key, divisor = "linear_num_value_heads", "linear_num_key_heads"

@@ -34,7 +34,7 @@ ModelArgs = stock.ModelArgs
 
 
 def lacks(config: Mapping[str, Any]) -> str | None:
-    """Return a configuration's wish that the class does not do, if any."""
+    """Return a setting of a configuration that the class does not support, if any."""
     if (key := lacks_of_rope(config, ["rope_scaling"])) is not None:
         return key
     if config.get("hidden_act", "silu") != "silu":

@@ -30,7 +30,7 @@ ModelArgs = stock.ModelArgs
 
 
 def lacks(config: Mapping[str, Any]) -> str | None:
-    """Return a configuration's wish that the class does not do, if any."""
+    """Return a setting of a configuration that the class does not support, if any."""
     if config.get("hidden_act", "silu") != "silu":
         return "hidden_act"
     return "no experts" if config.get("num_experts") == 0 else None
@@ -40,7 +40,7 @@ def layers(args: ModelArgs, *, taps_last: bool = False) -> Iterator[LayerForm]:
     """Yield the form of each layer.
 
     Args:
-        taps_last: as ``GatedDeltaNet`` has it.
+        taps_last: as in ``GatedDeltaNet``.
     """
     delta = GatedDeltaNet(
         args.linear_num_key_heads,

@@ -1,6 +1,6 @@
-"""The base of our own model classes: mlx-lm's module, its calls made of graphs.
+"""The base of native model classes: mlx-lm's modules with calls made of graphs.
 
-A family's file describes its layers; see ``models/``.
+The files in ``models/`` describe the layers of each family.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class GraphText(nn.Module):
 
 
 class GraphBackbone(nn.Module):
-    """The base of its backbone's class: tokens to normalised hidden states."""
+    """The base of a backbone's class: tokens to normalised hidden states."""
 
     forward: Forward
 
@@ -68,10 +68,10 @@ class GraphBackbone(nn.Module):
 
 
 class NativeModel(GuardsSaving, TrainsUncompiled):
-    """The base of a model's class, before mlx-lm's own.
+    """The base of a model's class, placed before mlx-lm's own.
 
-    ``options`` is set by subclasses that ``moeflux_mlx.load`` and packed directories
-    make; without it all experts are ordinary parameters.
+    Subclasses made by ``moeflux_mlx.load`` and packed directories set ``options``. By
+    default all experts are ordinary parameters.
     """
 
     options: ClassVar[RunOptions] = RunOptions()
@@ -83,7 +83,7 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
     def run_on_graphs(
         self, text: Any, forms: Iterable[LayerForm], path: str = ""
     ) -> None:
-        """Have the calls of the text model made of graphs.
+        """Run the calls of the text model on graphs.
 
         Args:
             text: mlx-lm's module, with its ``model`` of ``layers`` and its ``args``.
@@ -91,8 +91,8 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
             path: the prefix of its parameters' names.
 
         Raises:
-            ModelError: a layer is not one that graphs can perform, or its experts are
-                not in the files.
+            ModelError: graphs cannot perform a layer, or its experts are not in the
+                files.
         """
         forms = list(forms)
         for form, layer in zip(forms, text.model.layers, strict=True):
@@ -106,7 +106,7 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
         text.model.forward = text.forward
 
     def _stream_experts(self, text: Any, forms: list[LayerForm], path: str) -> None:
-        """Put readers of experts in the places of routed blocks, if files hold them."""
+        """Replace routed blocks by modules that stream, if experts are in files."""
         if self.runtime.store is None:
             return
         routed = [i for i, form in enumerate(forms) if form.routed is not None]
@@ -120,7 +120,7 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
     def _streamed(
         self, text: Any, block: nn.Module, index: int, name: str
     ) -> StreamedSwitch:
-        """Return the module that runs a layer's routed block where graphs do not."""
+        """Return the streaming module of a routed block, for calls without graphs."""
         runtime = self.runtime
         assert runtime.store is not None
         layout = runtime.store.layout(index)
@@ -141,13 +141,12 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
 
         switch = StreamedSwitch(RoutedBlock(name, block), source, runtime.alone)
         runtime.holders.add(switch.slot_block)
-        # Until weights are loaded: a configuration that names each matrix's form has
-        # mlx-lm quantise whatever module it finds under that name.
+        # While it loads, mlx-lm quantises every module that the configuration names.
         switch.show_matrices(False)
         return switch
 
     def load_weights(self, *arguments: Any, **options: Any) -> Any:
-        """Load parameters as mlx-lm does, after which streamed matrices are seen."""
+        """Load parameters as mlx-lm does, then show the streamed matrices."""
         loaded = super().load_weights(*arguments, **options)  # type: ignore[misc]
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, StreamedSwitch):
@@ -155,7 +154,7 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
         return loaded
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Rename weights as mlx-lm does; streamed experts are none of them."""
+        """Rename weights as mlx-lm does, without those of streamed experts."""
         found: dict[str, mx.array]
         found = super().sanitize(  # type: ignore[misc]
             self.runtime.without_streamed(weights)
@@ -168,7 +167,7 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
         """Replace parameters.
 
         Raises:
-            ModelError: some are of streamed experts; nothing is replaced.
+            ModelError: some belong to streamed experts; nothing is replaced.
         """
         if self.runtime.store is not None:
             refuse_experts(dict(tree_flatten(parameters)), self.engine.routed_name)
@@ -176,19 +175,19 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
 
     @property
     def engine(self) -> Forward:
-        """The maker of the model's calls."""
+        """The forward pass that runs the model's calls."""
         found: Forward = self.forward
         return found
 
     @property
     def streamer(self) -> Any:
-        """The expert streamer, or None when experts are parameters."""
+        """The expert streamer; None if experts are parameters."""
         self.runtime.open(self.needs)
         return self.runtime.streamer
 
     @property
     def needs(self) -> Needs:
-        """The model's needs of memory."""
+        """The memory that the model needs."""
         return self.engine.needs
 
     @property
@@ -202,13 +201,13 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
 
 
 def _begin_with(first: type, module: nn.Module) -> None:
-    """Give a module of mlx-lm's another one's calls."""
+    """Put a class before the class of mlx-lm's module."""
     module.__class__ = _beginning_with(first, type(module))
 
 
 @functools.cache
 def _beginning_with(first: type, stock: type) -> type:
-    """Return mlx-lm's class with another one's calls, under its own name."""
+    """Return mlx-lm's class with another one before it, under mlx-lm's name."""
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
     return type(stock.__name__, (first, stock), names)
 
@@ -224,7 +223,7 @@ def _check_form(form: LayerForm, layer: nn.Module) -> None:
 
 
 def lacks_of_yarn(config: Mapping[str, Any]) -> str | None:
-    """Return the key of YaRN that mlx-lm does not do as transformers does, if any."""
+    """Return the key of YaRN in which mlx-lm differs from transformers, if any."""
     scaling = config.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         return "rope_scaling"
@@ -248,7 +247,7 @@ def lacks_of_rope(
     config: Mapping[str, Any],
     keys: Iterable[str] = ("rope_scaling", "rope_parameters"),
 ) -> str | None:
-    """Return the key of rotary positions that are not mlx-lm's plain ones, if any."""
+    """Return the key of rotary positions other than mlx-lm's plain ones, if any."""
     for key in keys:
         found = config.get(key) or {}
         named = isinstance(found, dict)
@@ -265,15 +264,15 @@ def check_numbers(
     *,
     grouped: bool = True,
 ) -> None:
-    """Refuse numbers of a text model that no weight tells of; names the key.
+    """Refuse invalid numbers of a text model that no shape of a weight confirms.
 
     Args:
-        args: mlx-lm's, made of the configuration.
-        experts_key: the key of how many experts there are.
-        grouped: several heads share a key.
+        args: mlx-lm's arguments, made of the configuration.
+        experts_key: the key of the number of experts.
+        grouped: several query heads share a key head.
 
     Raises:
-        ModelError: one is of no use.
+        ModelError: a number is invalid; names the key.
     """
     if args.max_position_embeddings is not None:
         config.check_number("max_position_embeddings", args.max_position_embeddings)
@@ -295,15 +294,15 @@ def check_rope(
     *,
     pairs: bool = False,
 ) -> None:
-    """Refuse rotary positions that no kernel has.
+    """Refuse rotary positions that kernels cannot compute.
 
     Args:
-        key: the configuration's name for their kinds.
-        make: mlx-lm's making of them.
-        pairs: as ``rotation`` has it.
+        key: the configuration's key of their type.
+        make: makes mlx-lm's module of them.
+        pairs: as in ``rotation``.
 
     Raises:
-        ModelError: they depend on the length, or mlx-lm has none like them.
+        ModelError: they depend on the length, or mlx-lm lacks their type.
     """
     try:
         rotation(make(), pairs=pairs)

@@ -142,8 +142,7 @@ class TextNeeds:
         """Return the bytes of one layer's rows of a sequence, in the largest layer.
 
         Args:
-            n_tokens: tokens of a call; a cache with a window holds them as
-                well.
+            n_tokens: tokens of a call; a cache with a window holds them as well.
         """
         return max(
             round(form.row_bytes * min(n_cached, (window or n_cached) + n_tokens))

@@ -12,8 +12,8 @@ import mlx.core as mx
 class RowPart:
     """``size`` values of ``row`` ``[1, width]`` from ``start`` on.
 
-    Some launches take the whole row and an offset. Cutting the part out is an
-    operation of its own in MLX, as slow as a small launch.
+    Some launches take the whole row and an offset. Cutting the part out is an operation
+    of its own in MLX, as slow as a small launch.
     """
 
     row: mx.array

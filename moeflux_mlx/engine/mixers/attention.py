@@ -27,12 +27,12 @@ class Attention:
     """Causal attention with rotary positions over keys and values of all tokens.
 
     Args:
-        gated: ``q_proj`` gives each head's query and a gate on its attention's output.
-        norms: the projections whose heads are normalised.
-        row_norms: not each head of them is, but their rows of all heads.
+        gated: ``q_proj`` projects to each head's query and a gate on its output.
+        norms: the projections that are normalised.
+        row_norms: a norm covers the row of all heads, not each head alone.
         biases: the projections that add a bias.
-        sinks: each head has a further score, whose value is nothing.
-        window: how many of the last tokens a token sees, itself among them; None: all.
+        sinks: the softmax of each head has one more score, without a value.
+        window: number of last tokens that a token sees, itself included; None: all.
         scale_name: mlx-lm's name of the factor of scores.
     """
 
@@ -52,7 +52,7 @@ class Attention:
 
     @property
     def same_input(self) -> SameInput:
-        """The projections in."""
+        """Paths of the input projections."""
         return (tuple(f"{self.path}.{part}_proj" for part in "qkv"),)
 
     @property
@@ -61,7 +61,7 @@ class Attention:
         return ((1, self.kv_heads, None, self.head_dim),) * 2
 
     def shapes(self, dim: int) -> Shapes:
-        """Return the tensors by path below the layer, as they are once unpacked."""
+        """Return the unpacked shapes of its tensors by path below the layer."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {
             "q_proj.weight": ((1 + self.gated) * queries, dim),
@@ -79,20 +79,20 @@ class Attention:
         return {f"{self.path}.{name}": shape for name, shape in shapes.items()}
 
     def check(self, module: nn.Module) -> None:
-        """Raise ModelError for rotary positions that no kernel has."""
+        """Raise ModelError for rotary positions that kernels cannot compute."""
         rotation(module.rope)
 
     def begin(
         self, module: nn.Module, cache: Any, context: Context, *, spare: bool
     ) -> Begun:
-        """Return positions, the mask, and how the cache object takes new rows."""
+        """Return positions, the mask, and the Ops that the cache object performs."""
         if self.sinks and hasattr(cache, "bits"):
             raise ModelError(
                 "[cache] expected keys and values as they are, for attention with "
                 f"sinks, but got {type(cache).__name__}: leave quantised caches out"
             )
         mask, traced = context.masks[self.window], context.traced
-        # Slices of a growing cache would be copied, and traced anew, at every token.
+        # Slices of a growing cache would be copied, and compiled again, at every token.
         kept = traced or has_spare_rows(cache, self.window)
         one = mask is None and context.t == 1 and kept
         spare_rows = traced or (one and spare)
@@ -115,14 +115,14 @@ class Attention:
         return Begun(masks, inputs, cache_ops(*sizes, cache, context, spare_rows))
 
     def end(self, cache: Any, state: Mapping[str, Array], context: Context) -> None:
-        """Give a traced cache its new arrays; others took the rows themselves."""
+        """Give a traced cache its new arrays; other caches appended the rows."""
         if context.traced:
             cache.keys, cache.values = state["keys"], state["values"]
 
     def push(self, g: GraphBuilder, attn: nn.Module, x: BufId, call: Call) -> Pushed:
-        """Push all of it; its caches are inputs and outputs of the graph.
+        """Push the Ops; keys and values are inputs and outputs of the graph.
 
-        Outside of traces the KV cache object appends its rows itself.
+        Unless MLX traces the call, mlx-lm's cache object appends the rows.
         """
         heads, kv_heads, d = self.heads, self.kv_heads, self.head_dim
         n, seqs = call.n, call.n_seqs
@@ -188,7 +188,7 @@ class Attention:
     def _projections(
         self, g: GraphBuilder, x: BufId, n: int
     ) -> tuple[BufId, BufId, BufId, BufId | None]:
-        """Push queries, keys, values and the gate, None where there is none."""
+        """Push queries, keys, values and the gate, which may be None."""
         heads, d = self.heads, self.head_dim
         role = b.QProjOutBuf if self.gated else b.QBuf
         q: BufId = g.matvec(f"{self.path}.q_proj", x, role)
@@ -214,7 +214,7 @@ class Attention:
     def _row_norms(
         self, g: GraphBuilder, attn: nn.Module, q: BufId, k: BufId
     ) -> tuple[BufId, BufId]:
-        """Push norms over the rows of all heads."""
+        """Push norms over rows of all heads."""
         if "q" in self.norms:
             q = g.norm(f"{self.path}.q_norm", q, b.QBuf, attn.q_norm.eps)
         if "k" in self.norms:
@@ -229,7 +229,11 @@ class Attention:
         start: BufId,
         call: Call,
     ) -> None:
-        """Push norms and rotary positions of projections, each with its heads."""
+        """Push the norms and rotary positions of heads.
+
+        Args:
+            parts: each projection with its number of heads.
+        """
         frequencies, scale = rotation(attn.rope)
         inv_freq = g.constant("inv_freq", b.RopeInvFreqBuf, frequencies)
         for name, (buf, count) in parts.items():

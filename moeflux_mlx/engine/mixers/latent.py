@@ -1,4 +1,4 @@
-"""Attention over a compressed cache (MLA): heads read one latent row a token.
+"""Attention over a compressed cache (MLA): all heads read one latent row per token.
 
 Letters as in ``ops/latent.py``.
 """
@@ -27,10 +27,10 @@ class LatentAttention:
     """Causal attention whose cache has a latent row and a rope key for each token.
 
     Args:
-        q_rank: width that queries are made from; None: from the layer's row.
-        biases: whether the projections of the layer's row and the last one add a bias.
-        joint_kv: how files have the heads' matrices: ``kv_b_proj`` before mlx-lm's
-            conversion, ``embed_q`` and ``unembed_out`` after it.
+        q_rank: width of the row that queries are projected from; None: the model's.
+        biases: the input and output projections add biases.
+        joint_kv: files have the heads' matrices as ``kv_b_proj``, before mlx-lm's
+            conversion; else as ``embed_q`` and ``unembed_out``.
     """
 
     heads: int
@@ -48,17 +48,17 @@ class LatentAttention:
 
     @property
     def same_input(self) -> SameInput:
-        """The projections in."""
+        """Paths of the input projections."""
         first = "q_proj" if self.q_rank is None else "q_a_proj"
         return ((f"{self.path}.{first}", f"{self.path}.kv_a_proj_with_mqa"),)
 
     @property
     def cache_shapes(self) -> CacheShapes:
-        """Latent rows and rope keys, where other attention has keys and values."""
+        """Latent rows in place of keys, rope keys in place of values."""
         return (1, 1, None, self.latent_dim), (1, 1, None, self.rope_dim)
 
     def shapes(self, dim: int) -> Shapes:
-        """Return the tensors by path below the layer, as they are once unpacked."""
+        """Return the unpacked shapes of its tensors by path below the layer."""
         heads, latent = self.heads, self.latent_dim
         queries, values = (
             heads * (self.nope_dim + self.rope_dim),
@@ -87,16 +87,16 @@ class LatentAttention:
         return {f"{self.path}.{name}": shape for name, shape in shapes.items()}
 
     def check(self, module: nn.Module) -> None:
-        """Raise ModelError for rotary positions that no kernel has."""
+        """Raise ModelError for rotary positions that kernels cannot compute."""
         rotation(module.rope, pairs=True)
 
     def begin(
         self, module: nn.Module, cache: Any, context: Context, *, spare: bool
     ) -> Begun:
-        """Return positions, the mask, and how the cache object takes new rows.
+        """Return positions, the mask, and the Ops that the cache object performs.
 
         Raises:
-            ModelError: the cache is quantised, which mlx-lm's layer cannot read either.
+            ModelError: the cache is quantised; mlx-lm's layer cannot read it either.
         """
         if hasattr(cache, "bits"):
             raise ModelError(
@@ -104,7 +104,7 @@ class LatentAttention:
                 "leave kv_bits out"
             )
         mask, traced = context.masks[self.window], context.traced
-        # Slices of a growing cache would be traced anew at every token.
+        # Slices of a growing cache would be compiled again at every token.
         one = mask is None and context.t == 1
         spare_rows = traced or (one and spare and has_spare_rows(cache))
         inputs = {
@@ -121,12 +121,12 @@ class LatentAttention:
         return Begun(masks, inputs, cache_ops(*sizes, cache, context, spare_rows))
 
     def end(self, cache: Any, state: Mapping[str, Array], context: Context) -> None:
-        """Give a traced cache its new arrays; others took the rows themselves."""
+        """Give a traced cache its new arrays; other caches appended the rows."""
         if context.traced:
             cache.keys, cache.values = state["keys"], state["values"]
 
     def push(self, g: GraphBuilder, attn: nn.Module, x: BufId, call: Call) -> Pushed:
-        """Push all of it; its caches are inputs and outputs of the graph."""
+        """Push the Ops; the caches are inputs and outputs of the graph."""
         n, seqs, heads, latent_dim = call.n, call.n_seqs, self.heads, self.latent_dim
         start = g.input("start", b.StartPosBuf, (seqs,))
         q_nope, q_pe, latent, k_pe = self._projections(g, attn, x, n)
@@ -162,7 +162,7 @@ class LatentAttention:
     def _projections(
         self, g: GraphBuilder, attn: nn.Module, x: BufId, n: int
     ) -> tuple[BufId, BufId, BufId, BufId]:
-        """Push queries without positions and with, the latent row and the rope key."""
+        """Push queries without and with positions, the latent row and the rope key."""
         path, heads = self.path, self.heads
         kv_name = f"{path}.kv_a_proj_with_mqa"
         q: BufId
@@ -230,7 +230,7 @@ class LatentAttention:
     def _append(
         self, g: GraphBuilder, latent: BufId, k_pe: BufId, call: Call
     ) -> tuple[BufId, BufId]:
-        """Push the cache's new rows; outside of traces the cache takes them itself."""
+        """Push the append to the cache; unless traced, mlx-lm's object performs it."""
         seqs = call.n_seqs
         keys = g.input("keys", b.KvCacheKBuf, (seqs, 1, None, self.latent_dim))
         values = g.input("values", b.KvCacheVBuf, (seqs, 1, None, self.rope_dim))
@@ -255,7 +255,7 @@ class LatentAttention:
     def _by_head(
         self, g: GraphBuilder, name: str, x: BufId, role: type[b.HeadsOut], n: int
     ) -> BufId:
-        """Push the product of each head's part with its own matrix."""
+        """Push the product of each head's values and its own matrix."""
         weight = g.ref(f"{self.path}.{name}")
         heads, out_dim, in_dim = weight.shape
         out = g.new(name, role, (n, heads * out_dim))
