@@ -1,4 +1,4 @@
-"""From Metal source to a shared library: clang from the package ``ziglang``."""
+"""Compile Metal source to a shared library with clang of the package ``ziglang``."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _MACHINE = platform.machine()
 _CPU = ["-mavx2", "-mfma", "-mf16c"] if _MACHINE == "x86_64" else []
 FLAGS = [
     *("-std=c++17", "-O2", "-g1", "-fPIC", *_CPU),
-    # A kernel runs a few times for each time it is compiled, on one lane at a time.
+    # A compiled kernel runs a few times only, one lane at a time.
     *("-fno-vectorize", "-fno-slp-vectorize", "-fno-unroll-loops"),
     *("-Xclang", "-ffloat16-excess-precision=none"),
     *("-Xclang", "-cl-single-precision-constant", "-fno-math-errno"),
     *("-fno-sanitize=all", "-fno-exceptions", "-fno-rtti", "-nostdinc"),
-    # A read of an absent input is a fault, not code that cannot be reached.
+    # A read of an absent input must be a fault, not code that clang removes.
     *("-Xclang", "-fno-delete-null-pointer-checks"),
     *("-Wno-unknown-attributes", "-Wno-user-defined-literals", "-Wno-macro-redefined"),
     *("-Wno-unused-value", "-Wno-ignored-attributes", "-Wno-unknown-pragmas"),
     *("-Wno-deprecated-volatile", "-Wno-reserved-user-defined-literal"),
 ]
 # How numbers are computed: as the source says; with a * b + c contracted to one
-# rounding wherever the compiler likes; or so and with functions as inexact as Apple's
+# rounding wherever clang likes; or contracted, with functions as inexact as Apple's
 # fast ones may be. Apple's compiler does the last.
 NUMBERS = {
     "plain": ["-ffp-contract=off"],
@@ -44,7 +44,7 @@ NUMBERS = {
     "fast": ["-ffp-contract=fast", "-D__MSL_FAST"],
 }
 CHECKED_FLAGS = [
-    # Told to the compiler only: the driver would link a runtime of its own.
+    # Passed to the compiler only: the driver would link its own runtime.
     *("-Xclang", "-fsanitize=thread,array-bounds,integer-divide-by-zero"),
     *("-Xclang", "-fsanitize-trap=array-bounds,integer-divide-by-zero"),
     *("-Xclang", "-fno-sanitize-merge=array-bounds,integer-divide-by-zero"),
@@ -54,7 +54,7 @@ CHECKED_FLAGS = [
 
 
 def available() -> bool:
-    """Tell whether kernels can be simulated on this machine."""
+    """Return whether kernels can be simulated on this machine."""
     known = sys.platform == "linux" and _MACHINE in ("x86_64", "aarch64")
     found = all(importlib.util.find_spec(name) for name in ("ziglang", "elftools"))
     return known and found
@@ -62,7 +62,7 @@ def available() -> bool:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a kernel: ``buffer``, ``reference``, ``threadgroup`` or ids."""
+    """A parameter: of kind ``buffer``, ``reference``, ``threadgroup`` or ``ids``."""
 
     kind: str
     type: str
@@ -72,7 +72,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Function:
-    """A kernel that can be run: its name for callers and as C++ spells it."""
+    """A kernel that can be run: its name for callers and its spelling in C++."""
 
     name: str
     spelling: str
@@ -116,7 +116,7 @@ _ATTRIBUTES = {
 
 
 def with_includes(path: Path, seen: set[Path] | None = None) -> str:
-    """Return a file's text with the quoted files that it includes put in place."""
+    """Return a file's text with the quoted files that it includes inserted."""
     seen = set() if seen is None else seen
     seen.add(path.resolve())
     lines = []
@@ -134,17 +134,17 @@ def with_includes(path: Path, seen: set[Path] | None = None) -> str:
 
 
 def blank(text: str) -> str:
-    """Return as many lines of nothing."""
+    """Return as many empty lines."""
     return "\n" * text.count("\n")
 
 
 def without_comments(text: str) -> str:
-    """Replace comments by nothing; lines stay."""
+    """Remove comments and keep the lines."""
     return re.sub(r"//[^\n]*|/\*.*?\*/", lambda m: blank(m[0]) or " ", text, flags=re.S)
 
 
 def functions(source: str) -> list[Function]:
-    """Find the kernels of a source that can be run: plain ones and instances."""
+    """Return the kernels of a source that can be run: plain ones and instances."""
     signatures: dict[str, tuple[Parameter, ...]] = {}
     plain = []
     for found in _KERNEL.finditer(source):
@@ -187,14 +187,14 @@ def _parameters(text: str) -> tuple[Parameter, ...]:
 
 
 def translate(source: str, name: str) -> tuple[str, list[Function]]:
-    """Return C++ of a Metal source, with an entry for each kernel."""
+    """Translate Metal source to C++ with an entry point for each kernel."""
     text, found = translated(source, name)
     entries = [_entry(i, function) for i, function in enumerate(found)]
     return text + '#line 1 "entry"\n' + PROXIES + "\n".join(entries) + "\n", found
 
 
 def translated(source: str, name: str) -> tuple[str, list[Function]]:
-    """Return C++ of a Metal source, and its kernels."""
+    """Translate Metal source to C++; return its kernels too."""
     text = without_comments(source)
     found = functions(text)
     text = _INSTANCE.sub(lambda m: blank(m[0]), text)
@@ -205,7 +205,7 @@ def translated(source: str, name: str) -> tuple[str, list[Function]]:
 
 
 def _static_threadgroup(text: str) -> str:
-    """Make threadgroup arrays of kernels statics, as clang wants them."""
+    """Make threadgroup arrays of kernels static, as clang requires."""
 
     def add(match: re.Match[str]) -> str:
         return f"{match[1]}static {match[2]}"
@@ -237,11 +237,11 @@ def _entry(i: int, function: Function) -> str:
 
 
 def arguments(function: Function, buffer: str, ids: str) -> list[str]:
-    """Return a kernel's arguments.
+    """Return a kernel's arguments in C++.
 
     Args:
-        buffer: how an address is written, with ``{}`` for its number.
-        ids: the prefix of the names of ``Ids``.
+        buffer: the text of a buffer's address, with ``{}`` for its number. ids: the
+            prefix of the members of ``Ids``.
     """
     found = []
     for p in function.parameters:
@@ -268,7 +268,7 @@ def _id(p: Parameter, ids: str) -> str:
 
 
 def zig() -> Path:
-    """Return the compiler's program: its Python module would only start it."""
+    """Return the compiler's program, which its Python module would only start."""
     found = importlib.util.find_spec("ziglang")
     if found is None or found.origin is None:
         raise SimulatorError(
@@ -349,15 +349,15 @@ def runtime() -> Path:
     """Return the runtime's library."""
     flags = ["-std=c++17", "-O2", "-g1", "-fPIC", *_CPU, "-fno-sanitize=all"]
     flags += ["-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
-    # It alone uses the C library, whose headers ``clang`` would not find.
+    # Only the runtime uses the C library, whose headers ``clang`` would not find.
     return built("runtime", RUNTIME.read_text(), flags, [], program="c++")
 
 
 def examine(source: str, name: str = "kernel.metal") -> None:
-    """Have the compiler read a Metal source without making code of it.
+    """Check that Metal source compiles, without generating code.
 
     Raises:
-        SimulatorError: the compiler refuses it; the message is the compiler's.
+        SimulatorError: it does not compile; has the compiler's message.
     """
     text, _ = translate(source, name)
     with tempfile.TemporaryDirectory(dir=private.made("simulator")) as folder:
@@ -369,7 +369,7 @@ def examine(source: str, name: str = "kernel.metal") -> None:
 
 
 def _run(program: str, arguments: list[str], source: Path) -> None:
-    """Run a program of the package ziglang on a source file, in its folder."""
+    """Run a program of the package ziglang in the folder of a source file."""
     folder = str(source.parent)
     caches = {"ZIG_GLOBAL_CACHE_DIR": folder, "ZIG_LOCAL_CACHE_DIR": folder}
     done = children.run([str(zig()), program, *arguments], source.parent, caches)
@@ -384,7 +384,7 @@ def _flags(numbers: str, checked: bool) -> list[str]:
 
 
 def library(text: str, checked: bool, numbers: str = "plain") -> Path:
-    """Return the library of a translated source.
+    """Return the compiled library of a translated source.
 
     Args:
         numbers: one of ``NUMBERS``.

@@ -1,8 +1,9 @@
-"""How many registers a thread of a kernel would take: an estimate, made without a Mac.
+"""Estimate the registers of a kernel's thread without a Mac.
 
-The same source is compiled for an AMD GPU, whose instructions and registers are near
-enough to Apple's that what is published of two kernels of MLX comes out: one fits 1024
-threads, the other does not. Apple's compiler may need more or fewer: only a Mac tells.
+The source is compiled for an AMD GPU, whose instructions and registers resemble
+Apple's. The estimate agrees with published facts about two kernels of MLX: one fits
+1024 threads, the other does not. Apple's compiler may need more or fewer registers;
+only a Mac can tell.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ...errors import SimulatorError
 from ...system import children, private
 from . import compile as compiler
 
-# A GPU with simdgroups of 32 threads, as Apple's.
+# A GPU with simdgroups of 32 threads, like Apple's.
 _FLAGS = [
     *("-target", "amdgcn-amd-amdhsa", "-mcpu=gfx1100", "-nogpulib", "-nostdinc"),
     *("-std=c++17", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-w"),
@@ -49,13 +50,13 @@ __msl::Ids __ids(uint gx, uint gy, uint gz, uint sx, uint sy, uint sz) {
 
 
 def estimate(source: str, n_threads: int) -> int:
-    """Return the registers that a thread of the one kernel in a source would take.
+    """Return the registers that a thread of a source's only kernel would take.
 
-    Values that the compiler would have to keep in memory count too.
+    Spilled values count too.
 
     Args:
-        source: MLX's text for a call.
-        n_threads: of a threadgroup.
+        source: the source that MLX writes for a call.
+        n_threads: threads of a threadgroup.
 
     Raises:
         SimulatorError: the source does not compile.
@@ -73,7 +74,7 @@ def _for_gpu(source: str, n_threads: int) -> str:
     text, (function,) = compiler.translated(source, "kernel.metal")
     buffers = [f"unsigned long b{i}" for i in range(function.n_buffers)]
     sizes = [f"uint {name}" for name in ("gx", "gy", "gz", "sx", "sy", "sz")]
-    # Twelve such groups share 1536 registers a lane: 128 a thread, as Apple's have.
+    # Twelve such groups share 1536 registers per lane: 128 per thread, as on Apple's.
     group = f"amdgpu_flat_work_group_size(1, {max(256, n_threads)})"
     group += ", amdgpu_waves_per_eu(12, 16)"
     return "\n".join(
