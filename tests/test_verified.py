@@ -11,10 +11,11 @@ from op_cases import KERNEL_SPECS, SPECS
 
 import moeflux_mlx
 from moeflux_mlx.engine import lowering, simulator
-from moeflux_mlx.engine.executors.verified import fingerprint
+from moeflux_mlx.engine.executors.verified import fingerprint, without_words
 from moeflux_mlx.engine.launch import KERNELS
 from moeflux_mlx.engine.launch.check import relative_error
 from moeflux_mlx.engine.lowering import GROUPS, MLX, TABLE, table
+from moeflux_mlx.engine.metal import Library, cuda, library
 
 simulated = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"
@@ -68,6 +69,48 @@ def test_a_record_speaks_of_a_kernel_with_the_same_numbers_compiled_in(monkeypat
         changed = dataclasses.replace(KERNELS[name], fixed=fewer)
         monkeypatch.setitem(KERNELS, name, changed)
         assert fingerprint(name, executor) != before
+
+
+def test_a_comment_in_a_kernel_makes_no_record_stale(tmp_path):
+    ours = library()
+    for path in ours.folder.glob("*.*"):
+        lines = path.read_text().splitlines()
+        if path.suffix in (".metal", ".h"):
+            # A backslash must end its line.
+            said = [x if x.endswith("\\") else f"{x} // why, ({{" for x in lines]
+            lines = ["/* new", "*/", *("\n".join(said).splitlines())]
+        (tmp_path / path.name).write_text("\n".join(lines) + "\n")
+    commented = Library(tmp_path)
+    for name in KERNELS:
+        assert commented.fingerprint(name) == ours.fingerprint(name)
+        texts = [cuda.header(each, each[name]) for each in (commented, ours)]
+        assert texts[0] == texts[1]
+
+
+LAUNCH = '''
+def launch(x, n):
+    """Give the launch of x.
+
+    # No comment, but words.
+    """
+    # Why.
+    name = "# not a comment"  # Why not.
+
+    return Launch(name, (n, 1, 1))
+'''
+
+
+def test_words_in_a_launch_make_no_record_stale_and_code_does():
+    before = without_words(LAUNCH)
+    assert before == (
+        'def launch(x, n):\n    name = "# not a comment"\n'
+        "    return Launch(name, (n, 1, 1))"
+    )
+    other = LAUNCH.replace("Give the", "Return the\n\n   ").replace("# Why.", "")
+    assert other != LAUNCH and without_words(other) == before
+    for code in ("# not a comment", "(n, 1, 1)"):
+        changed = LAUNCH.replace(code, code.replace("n", "m"))
+        assert without_words(changed) != before
 
 
 def logits(model) -> mx.array:

@@ -1,13 +1,18 @@
 """Records of which kernels were found right, where: shipped ones and this machine's.
 
-A record holds the fingerprint of every kernel that agreed with its reference. Change
-the kernel or its launch, and the record no longer speaks of it.
+A record holds the fingerprint of every kernel that agreed with its reference. A change
+to the code of the kernel or of its launch makes the entry stale; a change to a comment
+does not.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
+import inspect
+import io
 import json
+import tokenize
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -42,12 +47,27 @@ class Record:
 
 
 def fingerprint(name: str, executor: str) -> str:
-    """Return a digest of a kernel's source with all it uses, and of its launch."""
+    """Return a digest of a kernel's code with its helpers, and of its launch."""
     kernel = KERNELS[name]
-    texts = [kernel.source, "compiled in", *sorted(kernel.fixed)]
+    launch = without_words(inspect.getsource(kernel.build))
+    texts = [launch, "compiled in", *sorted(kernel.fixed)]
     if executor == "cuda":
         texts.append(cuda.header(library(), library()[name]))
     return library().fingerprint(name, *texts)
+
+
+def without_words(text: str) -> str:
+    """Return Python code without its comments, docstrings and empty lines."""
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            first, last = node.body[0].lineno, node.body[0].end_lineno or 0
+            lines[first - 1 : last] = [""] * (last - first + 1)
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return "\n".join(filter(None, map(str.rstrip, lines)))
 
 
 def _own_name(executor: str) -> str:

@@ -210,11 +210,6 @@ class Kernel:
         """The parsed ``.metal`` function."""
         return library()[self.name]
 
-    @property
-    def source(self) -> str:
-        """The Python text of the launch."""
-        return inspect.getsource(self.build)
-
     def arguments(self, dtype: mx.Dtype, seed: int = 0, **sizes: Any) -> tuple:
         """Make seeded arguments of one size.
 

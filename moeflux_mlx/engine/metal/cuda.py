@@ -19,7 +19,7 @@ from .signature import (
     Scalar,
     TemplateParameter,
 )
-from .source import without_comments
+from .source import compact, without_comments
 
 DIALECT = "msl_cuda.h"
 _ROWS = ("fragments_cuda.h", "staged_cuda.h", "rows_cuda.h")
@@ -66,7 +66,7 @@ def header(library: Library, kernel: MetalKernel) -> str:
         f"inline void {kernel.name}({parameters}) {{{kernel.body}}}\n"
     )
     code = _SPACE.sub("", _SHARED.sub("MSL_SHARED", f"{helpers}\n{function}"))
-    return f"{_text(library.folder / DIALECT)}\nnamespace msl {{\n{code}}}\n"
+    return compact(f"{_text(library.folder / DIALECT)}\nnamespace msl {{\n{code}}}")
 
 
 def body(instance: Instance) -> str:
@@ -80,8 +80,7 @@ def body(instance: Instance) -> str:
 @functools.cache
 def _text(path: Path) -> str:
     """Return a CUDA file without comments and indentation."""
-    lines = without_comments(path.read_text()).splitlines()
-    return "\n".join(line.strip() for line in lines if line.strip())
+    return compact(without_comments(path.read_text()))
 
 
 def _parameter(p: Parameter) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ...errors import KernelError
 from .instance import Values, definitions
 from .signature import MetalKernel, constants, parse
-from .source import Declaration, declarations
+from .source import Declaration, compact, declarations
 
 HEADER = "moeflux.h"
 
@@ -96,9 +96,12 @@ class Library:
         return f"{bindings}{{\n{text}}}"
 
     def fingerprint(self, name: str, *more: str) -> str:
-        """Return a digest of a kernel, its helpers and ``more`` texts."""
+        """Return a digest of a kernel, its helpers and ``more`` texts.
+
+        Comments and layout of the Metal text do not change it.
+        """
         kernel = self[name]
-        parts = (self.header(kernel), kernel.declaration.text, *more)
+        parts = (self.header(kernel), compact(kernel.declaration.text), *more)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def used(self, kernel: MetalKernel) -> list[Declaration]:
@@ -135,8 +138,7 @@ def _is_system(declaration: Declaration) -> bool:
 def _text(text: str, file: str, line: int, lines: bool) -> str:
     if lines:
         return f'\n#line {line} "{file}"\n{text}\n'
-    kept = (" ".join(part.split()) for part in text.splitlines())
-    return "".join(f"{part}\n" for part in kept if part)
+    return compact(text)
 
 
 @functools.cache

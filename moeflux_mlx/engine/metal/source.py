@@ -52,6 +52,12 @@ def without_comments(text: str) -> str:
     return _COMMENT.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), text)
 
 
+def compact(text: str) -> str:
+    """Fold runs of spaces and drop empty lines, which no compiler sees."""
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return "".join(f"{line}\n" for line in lines if line)
+
+
 def declarations(path: Path) -> list[Declaration]:
     """Cut a ``.metal`` or ``.h`` file into its top-level declarations.
 
