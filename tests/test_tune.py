@@ -20,7 +20,7 @@ from moeflux_mlx.device import machine_name, mlx_version
 from moeflux_mlx.engine import lowering, simulator
 from moeflux_mlx.engine.graph import BufferPool, WeightRef, roles
 from moeflux_mlx.engine.lowering import tuned
-from moeflux_mlx.engine.lowering.table import Way
+from moeflux_mlx.engine.lowering.registry import Way
 from moeflux_mlx.engine.lowering.tuned import (
     ONE_BY_ONE,
     TOGETHER,
@@ -311,8 +311,8 @@ def tuned_tiny(checkpoint):
     bad = [Way(f.__name__, lambda op: True, f) for f in (off_by_one, broken)]
     model = moeflux_mlx.load(checkpoint, executor="sim")[0]
     with pytest.MonkeyPatch.context() as patch:
-        known = lowering.TABLE[ResidualAddNTokens]
-        patch.setitem(lowering.TABLE, ResidualAddNTokens, (*known, *bad))
+        known = lowering.WAYS[ResidualAddNTokens]
+        patch.setitem(lowering.WAYS, ResidualAddNTokens, (*known, *bad))
         kept: list[Tuning] = []
         timer = LastIsBest()
         found = tune(model, prompts=[3], context=3, timer=timer, keep=kept.append)

@@ -20,7 +20,7 @@ Kernel = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Together:
+class FusedCall:
     """A fusion of ``n`` Ops.
 
     ``call`` maps the values of their buffers, by ``BufId``, and weights, by name, to
@@ -35,7 +35,7 @@ class Together:
 
 
 # Returns the fusion that a list of Ops begins with; None: the first runs alone.
-Fuse = Callable[[Sequence[Op]], Together | None]
+Fuse = Callable[[Sequence[Op]], FusedCall | None]
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def lower(
 
 def _lower_together(
     ops: tuple[Op, ...],
-    together: Together,
+    together: FusedCall,
     physical: list[int],
     drops: tuple[int, ...],
     alive: set[Any],
