@@ -10,6 +10,7 @@ import platform
 import re
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -280,6 +281,7 @@ def zig() -> Path:
 
 @functools.cache
 def base_digest() -> bytes:
+    """Return a digest of all that every result of the compiler depends on."""
     from importlib.metadata import version
 
     parts = [version("ziglang"), platform.machine(), *FLAGS, *CHECKED_FLAGS]
@@ -288,6 +290,28 @@ def base_digest() -> bytes:
     for path in files:
         digest.update(path.read_bytes())
     return digest.digest()
+
+
+def cached(name: str, key: Sequence[str], make: Callable[[Path], object]) -> Path:
+    """Return a private file of the cache; make it if it is missing.
+
+    Args:
+        name: its name, to which a digest is added.
+        key: the texts that its content depends on, besides ``base_digest``.
+        make: writes the content to a path in an empty folder.
+    """
+    parts = "\0".join(key).encode()
+    digest = hashlib.sha256(base_digest() + parts).hexdigest()[:32]
+    stem, suffix = os.path.splitext(name)
+    path = private.made("simulator") / f"{stem}-{digest}{suffix}"
+    if not private.is_private(path):
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            out = Path(folder) / name
+            make(out)
+            out.chmod(0o600)
+            # Another process may make the same file: the last one wins whole.
+            os.replace(out, path)
+    return path
 
 
 def built(
@@ -299,48 +323,40 @@ def built(
     program: str = "clang",
     precompiled: bool = False,
 ) -> Path:
-    """Return the library of a C++ text, compiling it unless it is cached.
+    """Return the library of a C++ text; compile it unless it is cached.
 
     Args:
-        program: the compiler, of those that ziglang has.
+        key: the kind of library, part of its name.
+        program: the compiler, a program of ziglang.
         precompiled: whether the text includes the Metal standard library.
 
     Raises:
-        SimulatorError: the compiler refuses it; the message is the compiler's.
+        SimulatorError: it does not compile; has the compiler's message.
     """
-    parts = "\0".join([key, text, *flags]).encode()
-    digest = hashlib.sha256(base_digest() + parts).hexdigest()[:32]
-    path = private.made("simulator") / f"{key}-{digest}.so"
-    if private.is_private(path):
-        return path
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        source, out = Path(folder) / "kernel.cpp", Path(folder) / "out.so"
+
+    def make(out: Path) -> None:
+        source = out.with_name("kernel.cpp")
         source.write_text(text)
         code = str(source.with_suffix(".o"))
         known = _precompiled(tuple(flags)) if precompiled else []
         _run(program, [*flags, *known, "-c", "-o", code, str(source)], source)
         _run("ld.lld", ["-shared", "-o", str(out), code, *libraries], source)
-        out.chmod(0o600)
-        os.replace(out, path)
-    return path
+
+    return cached(f"{key}.so", [key, text, *flags], make)
 
 
 @functools.cache
 def _precompiled(flags: tuple[str, ...]) -> list[str]:
-    """Return the standard library, compiled once for these flags."""
-    # Clang wants the very files that it was made from.
+    """Return the flags that include the standard library, compiled once for these."""
+
+    def make(out: Path) -> None:
+        header = ["-x", "c++-header", str(INCLUDE / "metal_stdlib")]
+        own = ["-Wno-pragma-once-outside-header", "-o", str(out)]
+        _run("clang", [*flags, *own, *header], out)
+
+    # Clang refuses a precompiled header if the times of its sources changed.
     files = ((p, p.stat().st_mtime_ns) for p in sorted(INCLUDE.rglob("*")))
-    key = "\0".join([*flags, *map(str, files)]).encode()
-    digest = hashlib.sha256(base_digest() + key).hexdigest()[:32]
-    path = private.made("simulator") / f"library-{digest}.pch"
-    if not private.is_private(path):
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            out = Path(folder) / "library.pch"
-            header = ["-x", "c++-header", str(INCLUDE / "metal_stdlib")]
-            own = ["-Wno-pragma-once-outside-header", "-o", str(out)]
-            _run("clang", [*flags, *own, *header], out)
-            out.chmod(0o600)
-            os.replace(out, path)
+    path = cached("library.pch", [*flags, *map(str, files)], make)
     return ["-include-pch", str(path)]
 
 

@@ -8,13 +8,11 @@ only a Mac can tell.
 
 from __future__ import annotations
 
-import hashlib
 import re
-import tempfile
 from pathlib import Path
 
 from ...errors import SimulatorError
-from ...system import children, private
+from ...system import children
 from . import compile as compiler
 
 # A GPU with simdgroups of 32 threads, like Apple's.
@@ -62,12 +60,11 @@ def estimate(source: str, n_threads: int) -> int:
         SimulatorError: the source does not compile.
     """
     text = _for_gpu(source, n_threads)
-    key = "\0".join([text, *_FLAGS]).encode()
-    digest = hashlib.sha256(compiler.base_digest() + key).hexdigest()[:32]
-    path = private.made("simulator") / f"registers-{digest}.txt"
-    if not private.is_private(path):
-        private.write_text(path, str(_compiled(text, path.parent)))
-    return int(path.read_text())
+
+    def make(out: Path) -> None:
+        out.write_text(str(_compiled(text, out.parent)))
+
+    return int(compiler.cached("registers.txt", [text, *_FLAGS], make).read_text())
 
 
 def _for_gpu(source: str, n_threads: int) -> str:
@@ -93,15 +90,14 @@ def _for_gpu(source: str, n_threads: int) -> str:
 
 
 def _compiled(text: str, folder: Path) -> int:
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        source, out = Path(scratch) / "kernel.cpp", Path(scratch) / "kernel.s"
-        source.write_text(text)
-        command = [str(compiler.zig()), "clang", *_FLAGS]
-        command += ["-isystem", str(compiler.INCLUDE), "-o", str(out), str(source)]
-        done = children.run(command, Path(scratch))
-        if done.returncode:
-            raise SimulatorError(f"[registers] {done.stderr.strip()}")
-        assembly = out.read_text()
+    source, out = folder / "kernel.cpp", folder / "kernel.s"
+    source.write_text(text)
+    command = [str(compiler.zig()), "clang", *_FLAGS]
+    command += ["-isystem", str(compiler.INCLUDE), "-o", str(out), str(source)]
+    done = children.run(command, folder)
+    if done.returncode:
+        raise SimulatorError(f"[registers] {done.stderr.strip()}")
+    assembly = out.read_text()
     found = {
         name: int(n)
         for name, n in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", assembly)
