@@ -14,12 +14,13 @@ import mlx.nn as nn
 from ...errors import ModelError
 from .. import ops
 from ..blocks import Call, SameInput, Shapes, rotation
-from ..context import Context, cache_ops, has_spare_rows
+from ..context import Context
 from ..graph import BufId
 from ..graph import roles as b
 from ..model import GraphBuilder
 from ..ops.functions import Array
 from .base import Begun, CacheShapes, Pushed
+from .cached import Rotary, append_rows, begin_rows, end_rows, mask_input
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,33 +92,12 @@ class Attention:
                 "[cache] expected keys and values as they are, for attention with "
                 f"sinks, but got {type(cache).__name__}: leave quantised caches out"
             )
-        mask, traced = context.masks[self.window], context.traced
-        # Slices of a growing cache would be copied, and compiled again, at every token.
-        kept = traced or has_spare_rows(cache, self.window)
-        one = mask is None and context.t == 1 and kept
-        spare_rows = traced or (one and spare)
-        row, last = context.start[:1], None
-        if spare_rows and self.window is not None:
-            row = cache.row if traced else row
-            last = context.last_row(cache.keys.shape[2] if traced else self.window)
-        inputs = {
-            "start": context.start,
-            "row": row,
-            "last": last,
-            "keys": cache.keys if traced else None,
-            "values": cache.values if traced else None,
-            "attention_mask": mask,
-        }
-        masks = {"attention_mask": mask is not None, "spare_rows": spare_rows}
-        if traced:
-            return Begun(masks, inputs)
         sizes = self.heads, self.kv_heads, getattr(module, self.scale_name)
-        return Begun(masks, inputs, cache_ops(*sizes, cache, context, spare_rows))
+        return begin_rows(cache, context, *sizes, window=self.window, spare=spare)
 
     def end(self, cache: Any, state: Mapping[str, Array], context: Context) -> None:
         """Give a traced cache its new arrays; other caches appended the rows."""
-        if context.traced:
-            cache.keys, cache.values = state["keys"], state["values"]
+        end_rows(cache, state, context)
 
     def push(self, g: GraphBuilder, attn: nn.Module, x: BufId, call: Call) -> Pushed:
         """Push the Ops; keys and values are inputs and outputs of the graph.
@@ -131,27 +111,8 @@ class Attention:
         if self.row_norms:
             q, k = self._row_norms(g, attn, q, k)
         self._place_heads(g, attn, {"q": (q, heads), "k": (k, kv_heads)}, start, call)
-        cache_shape = (seqs, kv_heads, None, d)
-        keys = g.input("keys", b.KvCacheKBuf, cache_shape)
-        values = g.input("values", b.KvCacheVBuf, cache_shape)
-        row = g.input("row", b.StartPosBuf, (1,))
-        g.push(
-            ops.KvCacheAppendNTokens(
-                label="kv_append",
-                k_src=k,
-                v_src=v,
-                k_cache=keys,
-                v_cache=values,
-                row=row,
-                n_tokens=n,
-                n_seqs=seqs,
-                num_kv_heads=kv_heads,
-                head_dim=d,
-            )
-        )
-        mask = None
-        if call.attention_mask:
-            mask = g.input("attention_mask", b.AttnMaskBuf, (None, 1, call.t, None))
+        keys, values = append_rows(g, k, v, call, heads=kv_heads, width=d)
+        mask = mask_input(g, call)
         last = None
         if call.spare_rows:
             ring = self.window is not None
@@ -234,8 +195,7 @@ class Attention:
         Args:
             parts: each projection with its number of heads.
         """
-        frequencies, scale = rotation(attn.rope)
-        inv_freq = g.constant("inv_freq", b.RopeInvFreqBuf, frequencies)
+        rotary = Rotary.of(attn.rope, g, call, start)
         for name, (buf, count) in parts.items():
             if name in self.norms and not self.row_norms:
                 g.push(
@@ -249,17 +209,4 @@ class Attention:
                         eps=attn[f"{name}_norm"].eps,
                     )
                 )
-            g.push(
-                ops.RopeNTokens(
-                    label=f"{name}_rope",
-                    x=buf,
-                    inv_freq=inv_freq,
-                    start=start,
-                    n_tokens=call.n,
-                    n_seqs=call.n_seqs,
-                    num_heads=count,
-                    head_dim=self.head_dim,
-                    rotary_dim=2 * frequencies.size,
-                    scale=scale,
-                )
-            )
+            rotary.push(name, buf, count, self.head_dim)
