@@ -16,22 +16,18 @@ from mlx_lm.models import deepseek_v3 as stock
 from mlx_lm.models.rope_utils import initialize_rope
 
 from moeflux_mlx.engine import noaux
-from moeflux_mlx.engine.blocks import ROUTED
-from moeflux_mlx.engine.layer import LayerForm, expected_tensors
-from moeflux_mlx.engine.mixers import LatentAttention
-from moeflux_mlx.engine.native import (
-    GraphText,
-    NativeModel,
+from moeflux_mlx.engine.checks import (
     check_numbers,
     check_rope,
     lacks_of_rope,
     lacks_of_yarn,
+    missing_tensor,
+    read_arguments,
 )
-from moeflux_mlx.experts.files.configuration import (
-    Configuration,
-    check_tensors,
-    counts_of,
-)
+from moeflux_mlx.engine.layer import LayerForm
+from moeflux_mlx.engine.mixers import LatentAttention
+from moeflux_mlx.engine.native import GraphText, NativeModel
+from moeflux_mlx.experts.files.configuration import Configuration
 from moeflux_mlx.experts.files.safetensors import TensorEntry
 
 ModelArgs = stock.ModelArgs
@@ -86,16 +82,15 @@ def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | No
     Raises:
         ModelError: a value is invalid, or a tensor has another shape.
     """
-    config.check_counts({*counts_of(ModelArgs), "n_routed_experts"} - OTHER_COUNTS)
-    if config.fields.get("q_lora_rank") is not None:
-        config.check_counts(["q_lora_rank"])
-    args = ModelArgs.from_dict(copy.deepcopy(config.fields))
+    config.check_counts(["n_routed_experts"])
+    args = read_arguments(
+        config, ModelArgs, unused=OTHER_COUNTS, optional=["q_lora_rank"]
+    )
     noaux.check(config, args)
     check_numbers(config, args, "n_routed_experts", grouped=False)
     joint_kv = any(name.endswith("kv_b_proj.weight") for name in tensors)
-    expected = expected_tensors(args, layers(args, joint_kv=joint_kv))
-    missing = check_tensors(config, tensors, expected, optional=(ROUTED,))
-    if missing is not None:
+    forms = layers(args, joint_kv=joint_kv)
+    if missing := missing_tensor(config, tensors, args, forms):
         return missing
     dims, theta, longest = args.qk_rope_head_dim, args.rope_theta, 4096
     scaling = copy.deepcopy(args.rope_scaling)

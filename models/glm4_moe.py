@@ -8,7 +8,6 @@ score 0 instead; its class remains available with ``native=False``.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,21 +15,17 @@ import mlx.nn as nn
 from mlx_lm.models import glm4_moe as stock
 
 from moeflux_mlx.engine import noaux
-from moeflux_mlx.engine.blocks import ROUTED
-from moeflux_mlx.engine.layer import LayerForm, expected_tensors
-from moeflux_mlx.engine.mixers import Attention
-from moeflux_mlx.engine.native import (
-    GraphText,
-    NativeModel,
+from moeflux_mlx.engine.checks import (
     check_numbers,
     check_rope,
     lacks_of_rope,
+    missing_tensor,
+    read_arguments,
 )
-from moeflux_mlx.experts.files.configuration import (
-    Configuration,
-    check_tensors,
-    counts_of,
-)
+from moeflux_mlx.engine.layer import LayerForm
+from moeflux_mlx.engine.mixers import Attention
+from moeflux_mlx.engine.native import GraphText, NativeModel
+from moeflux_mlx.experts.files.configuration import Configuration
 from moeflux_mlx.experts.files.safetensors import TensorEntry
 
 ModelArgs = stock.ModelArgs
@@ -64,25 +59,21 @@ class Model(NativeModel, GraphText, stock.Model):
 
 
 def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | None:
-    """Hold a configuration against a checkpoint's tensors, before building anything.
+    """Check a configuration against a checkpoint's tensors before anything is built.
 
     Returns:
         A tensor that no file has, if there is one.
 
     Raises:
-        ModelError: a value is not usable, or a tensor has another shape.
+        ModelError: a value is invalid, or a tensor has another shape.
     """
-    config.check_given(ModelArgs)
-    optional = {"first_k_dense_replace", "n_shared_experts"}
-    config.check_counts(set(counts_of(ModelArgs)) - optional)
-    args = ModelArgs.from_dict(copy.deepcopy(config.fields))
+    unused = ["first_k_dense_replace", "n_shared_experts"]
+    args = read_arguments(config, ModelArgs, unused=unused)
     noaux.check(config, args)
     check_numbers(config, args, "n_routed_experts")
-    expected = expected_tensors(args, layers(args))
-    missing = check_tensors(config, tensors, expected, optional=(ROUTED,))
-    if missing is not None:
+    if missing := missing_tensor(config, tensors, args, layers(args)):
         return missing
     config.check_number("partial_rotary_factor", args.partial_rotary_factor, 1)
-    width = int(args.head_dim * args.partial_rotary_factor)
-    check_rope(config, "rope_theta", lambda: nn.RoPE(width, base=args.rope_theta))
+    width, theta = int(args.head_dim * args.partial_rotary_factor), args.rope_theta
+    check_rope(config, "rope_theta", lambda: nn.RoPE(width, base=theta))
     return None

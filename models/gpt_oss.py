@@ -8,7 +8,6 @@ its class remains available with ``native=False``.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,19 +16,21 @@ from mlx_lm.models import gpt_oss as stock
 from mlx_lm.models.rope_utils import initialize_rope
 
 from moeflux_mlx.engine.blocks import Moe
-from moeflux_mlx.engine.layer import LayerForm, expected_tensors
+from moeflux_mlx.engine.checks import (
+    check_numbers,
+    check_rope,
+    missing_tensor,
+    read_arguments,
+)
+from moeflux_mlx.engine.layer import LayerForm
 from moeflux_mlx.engine.mixers import Attention
-from moeflux_mlx.engine.native import GraphText, NativeModel, check_numbers, check_rope
+from moeflux_mlx.engine.native import GraphText, NativeModel
 from moeflux_mlx.engine.yarn import (
     check_truncate,
     departs_by_truncate,
     follow_truncate,
 )
-from moeflux_mlx.experts.files.configuration import (
-    Configuration,
-    check_tensors,
-    counts_of,
-)
+from moeflux_mlx.experts.files.configuration import Configuration
 from moeflux_mlx.experts.files.safetensors import TensorEntry
 
 ROUTED = "experts"
@@ -93,24 +94,22 @@ class Model(NativeModel, GraphText, stock.Model):
 
 
 def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | None:
-    """Hold a configuration against a checkpoint's tensors, before building anything.
+    """Check a configuration against a checkpoint's tensors before anything is built.
 
     Returns:
         A tensor that no file has, if there is one.
 
     Raises:
-        ModelError: a value is not usable, or a tensor has another shape.
+        ModelError: a value is invalid, or a tensor has another shape.
     """
-    config.check_counts(set(counts_of(stock.ModelArgs)) - {"rope_theta"})
-    args = ModelArgs.from_dict(copy.deepcopy(config.fields))
+    args = read_arguments(config, ModelArgs, unused=["rope_theta"])
     kinds, n = args.layer_types, args.num_hidden_layers
     by_turns = kinds is None and n % 2 == 0
     named = isinstance(kinds, list) and {*map(str, kinds)} == {SLIDING, FULL}
     if not (by_turns or (named and len(kinds) == n)):
         raise config.wrong("layer_types", f"{SLIDING} and {FULL}, {n} in all", kinds)
-    expected = expected_tensors(args, layers(args))
-    missing = check_tensors(config, tensors, expected, optional=(f".{ROUTED}.",))
-    if missing is not None:
+    forms, routed = layers(args), f".{ROUTED}."
+    if missing := missing_tensor(config, tensors, args, forms, routed):
         return missing
     check_numbers(config, args, "num_local_experts")
     sizes = args.head_dim, args.rope_theta, False, args.rope_scaling

@@ -6,7 +6,6 @@ sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,22 +13,19 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import minimax as stock
 
-from moeflux_mlx.engine.blocks import ROUTED, Moe, Noaux
-from moeflux_mlx.engine.layer import LayerForm, expected_tensors
-from moeflux_mlx.engine.mixers import Attention
-from moeflux_mlx.engine.native import (
-    GraphText,
-    NativeModel,
+from moeflux_mlx.engine.blocks import Moe, Noaux
+from moeflux_mlx.engine.checks import (
     check_numbers,
     check_rope,
     lacks_of_rope,
+    missing_tensor,
+    read_arguments,
 )
+from moeflux_mlx.engine.layer import LayerForm
+from moeflux_mlx.engine.mixers import Attention
+from moeflux_mlx.engine.native import GraphText, NativeModel
 from moeflux_mlx.errors import ModelError
-from moeflux_mlx.experts.files.configuration import (
-    Configuration,
-    check_tensors,
-    counts_of,
-)
+from moeflux_mlx.experts.files.configuration import Configuration
 from moeflux_mlx.experts.files.safetensors import TensorEntry
 
 ModelArgs = stock.ModelArgs
@@ -93,23 +89,19 @@ class Model(NativeModel, GraphText, stock.Model):  # type: ignore[misc]
 
 
 def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | None:
-    """Hold a configuration against a checkpoint's tensors, before building anything.
+    """Check a configuration against a checkpoint's tensors before anything is built.
 
     Returns:
         A tensor that no file has, if there is one.
 
     Raises:
-        ModelError: a value is not usable, or a tensor has another shape.
+        ModelError: a value is invalid, or a tensor has another shape.
     """
-    config.check_given(ModelArgs)
-    config.check_counts({*counts_of(ModelArgs)} - {"shared_intermediate_size"})
-    if config.fields.get("head_dim") is not None:
-        config.check_counts(["head_dim"])
-    args = ModelArgs.from_dict(copy.deepcopy(config.fields))
+    args = read_arguments(
+        config, ModelArgs, unused=["shared_intermediate_size"], optional=["head_dim"]
+    )
     check_numbers(config, args, "num_local_experts")
-    expected = expected_tensors(args, layers(args))
-    missing = check_tensors(config, tensors, expected, optional=(ROUTED,))
-    if missing is not None:
+    if missing := missing_tensor(config, tensors, args, layers(args)):
         return missing
     width, theta = args.rotary_dim, args.rope_theta
     config.check_number("rotary_dim", width, _head_dim(args))

@@ -6,7 +6,7 @@ The files in ``models/`` describe the layers of each family.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -17,7 +17,6 @@ from ..calls.module_call import backbone_of
 from ..drafts import let_all_draft
 from ..errors import ModelError
 from ..experts.compute.switch import StreamedSwitch
-from ..experts.files.configuration import Configuration
 from ..experts.files.layout import BIAS
 from ..experts.files.modules import (
     RoutedBlock,
@@ -27,7 +26,6 @@ from ..experts.files.modules import (
 from ..memory.plan import Needs
 from ..saving.guard import GuardsSaving, guard_saving, refuse_experts
 from ..training import TrainsUncompiled
-from .blocks import rotation
 from .forward import Forward
 from .graph.experts import GraphExperts
 from .layer import GraphLayer, LayerForm
@@ -220,95 +218,3 @@ def _check_form(form: LayerForm, layer: nn.Module) -> None:
             f"[config] num_experts_per_tok expected 1 to num_experts but got "
             f"{routed.k} of {routed.n_experts}"
         )
-
-
-def lacks_of_yarn(config: Mapping[str, Any]) -> str | None:
-    """Return the key of YaRN in which mlx-lm differs from transformers, if any."""
-    scaling = config.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        return "rope_scaling"
-    kind = scaling.get("type") or scaling.get("rope_type", "default")
-    mscales = [bool(scaling.get(key)) for key in ("mscale", "mscale_all_dim")]
-    if kind == "default":
-        return "mscale_all_dim without YaRN" if any(mscales) else None
-    if kind != "yarn":
-        return "rope_scaling"
-    # mlx-lm has one default for a missing entry, transformers another.
-    if "original_max_position_embeddings" not in scaling:
-        return "YaRN without original_max_position_embeddings"
-    if mscales[0] != mscales[1]:
-        return "YaRN with one mscale"
-    if scaling.get("attention_factor") is not None:
-        return "attention_factor"
-    return "truncate" if scaling.get("truncate") is False else None
-
-
-def lacks_of_rope(
-    config: Mapping[str, Any],
-    keys: Iterable[str] = ("rope_scaling", "rope_parameters"),
-) -> str | None:
-    """Return the key of rotary positions other than mlx-lm's plain ones, if any."""
-    for key in keys:
-        found = config.get(key) or {}
-        named = isinstance(found, dict)
-        kinds = {found[k] for k in ("type", "rope_type") if k in found} if named else {}
-        if not named or not {"default"}.issuperset(kinds):
-            return key
-    return None
-
-
-def check_numbers(
-    config: Configuration,
-    args: Any,
-    experts_key: str = "num_experts",
-    *,
-    grouped: bool = True,
-) -> None:
-    """Refuse invalid numbers of a text model that no shape of a weight confirms.
-
-    Args:
-        args: mlx-lm's arguments, made of the configuration.
-        experts_key: the key of the number of experts.
-        grouped: several query heads share a key head.
-
-    Raises:
-        ModelError: a number is invalid; names the key.
-    """
-    if args.max_position_embeddings is not None:
-        config.check_number("max_position_embeddings", args.max_position_embeddings)
-    config.check_number("rms_norm_eps", args.rms_norm_eps, zero=True)
-    config.check_number("rope_theta", args.rope_theta)
-    n_experts = getattr(args, experts_key)
-    if not 1 <= args.num_experts_per_tok <= n_experts:
-        expected = f"from 1 to {experts_key} ({n_experts})"
-        raise config.wrong("num_experts_per_tok", expected, args.num_experts_per_tok)
-    if grouped:
-        key, divisor = "num_attention_heads", "num_key_value_heads"
-        config.check_multiple(key, getattr(args, key), divisor, getattr(args, divisor))
-
-
-def check_rope(
-    config: Configuration,
-    key: str,
-    make: Callable[[], nn.Module],
-    *,
-    pairs: bool = False,
-) -> None:
-    """Refuse rotary positions that kernels cannot compute.
-
-    Args:
-        key: the configuration's key of their type.
-        make: makes mlx-lm's module of them.
-        pairs: as in ``rotation``.
-
-    Raises:
-        ModelError: they depend on the length, or mlx-lm lacks their type.
-    """
-    try:
-        rotation(make(), pairs=pairs)
-    except ModelError:
-        raise
-    except Exception as error:
-        known = "those of a rope_type that mlx-lm has"
-        told = f"{type(error).__name__}: {error}"
-        raise config.wrong(key, known, told) from error
