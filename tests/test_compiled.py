@@ -12,7 +12,7 @@ from tiny import make_checkpoint
 import moeflux_mlx
 from moeflux_mlx.engine.compiled_layers import CompiledLayers
 from moeflux_mlx.engine.executors import EXECUTORS, OpsExecutor
-from moeflux_mlx.engine.executors.compiled import CompiledSteps
+from moeflux_mlx.engine.executors.compiled import CompiledCalls
 from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.experts.files.packed import PackedExperts
 from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
@@ -66,7 +66,7 @@ def traces(monkeypatch) -> list[object]:
 
         monkeypatch.setattr(cls, name, call)
 
-    collect(CompiledSteps, "__init__")
+    collect(CompiledCalls, "__init__")
     collect(CompiledLayers, "_function")
     return made
 
@@ -109,7 +109,7 @@ def test_a_resident_model_gives_the_same_logits(plain, traces, n_seqs):
 def test_a_step_without_a_cache_is_traced_layer_by_layer(plain, traces):
     lazy, traced = models(plain)
     assert relative_rms(traced(tokens(1)), lazy(tokens(1))) < 1e-5
-    assert {type(trace) for trace in traces} == {CompiledSteps}
+    assert {type(trace) for trace in traces} == {CompiledCalls}
 
 
 def test_a_step_whose_layers_are_watched_is_not_traced_as_a_whole(
@@ -118,7 +118,7 @@ def test_a_step_whose_layers_are_watched_is_not_traced_as_a_whole(
     lazy, traced = models(plain)
     monkeypatch.setattr(Traced, "watches_layers", True)
     assert relative_rms(logits(traced), logits(lazy)) < 1e-5
-    assert {type(trace) for trace in traces} == {CompiledSteps}
+    assert {type(trace) for trace in traces} == {CompiledCalls}
 
 
 @pytest.mark.slow

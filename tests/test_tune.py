@@ -370,7 +370,7 @@ def test_a_model_runs_as_tuned_and_gives_the_same(checkpoint, tuned_tiny, in_for
         model = moeflux_mlx.load(checkpoint, executor="sim")[0]
         cache = make_prompt_cache(model)
         out = model(mx.array([[5]]), cache=cache)
-        steps = [len(s.ops) for g in model.runtime.graphs.values() for s in g.steps]
+        steps = [len(s.ops) for g in model.runtime.graphs.values() for s in g.calls]
         return out, model.runtime.executor.kernel_count, max(steps)
 
     expected, n_kernels, most = logits()

@@ -269,7 +269,7 @@ class Forward:
         self.graph_layers()
         # An observer must see each layer once, and running ahead may repeat layers.
         watched = executor.watches_layers or (
-            executor.watches_steps and self.runtime.streams
+            executor.watches_calls and self.runtime.streams
         )
         if watched or not self.runtime.steps:
             return None
@@ -280,7 +280,7 @@ class Forward:
         if streamer is not None and not streamer.fits(n_experts):
             return None
         self._check_tokens(inputs)
-        compiled = executor.compiles and not executor.watches_steps
+        compiled = executor.compiles and not executor.watches_calls
         given = inputs, cache, sources, weights, streamer
         logits = self._steps(*given, compiled=compiled)
         if logits is None:

@@ -17,11 +17,11 @@ from ..errors import ModelError
 from ..experts.weights import Weight, has_values
 from .executors import Encoding, Executor
 from .executors.base import arrays
-from .executors.compiled import CompiledSteps
+from .executors.compiled import CompiledCalls
 from .graph import Buf, BufferPool, BufId, Graph, Op, WeightRef
 from .graph.buffers import Shape
 from .graph.experts import GraphExperts
-from .graph.lower import Kernel, Step
+from .graph.lower import Kernel, LoweredCall
 from .graph.roles import ExpertBaseBuf, ResidualBuf
 from .ops import MatvecNTokens, ResidualAddNTokens, RmsNormBf16NTokens
 
@@ -36,7 +36,7 @@ class LayerGraph:
     graph: Graph
     inputs: dict[str, BufId[Any]]
     outputs: dict[str, BufId[Any]]
-    steps: list[Step]
+    calls: list[LoweredCall]
 
 
 class GraphBuilder:
@@ -132,8 +132,8 @@ class GraphBuilder:
         """Check, plan and lower the graph."""
         self.graph.verify()
         self.pool.commit_plan(self.graph)
-        steps = executor.lower(self.graph)
-        return LayerGraph(self.graph, self.inputs, outputs, steps)
+        calls = executor.lower(self.graph)
+        return LayerGraph(self.graph, self.inputs, outputs, calls)
 
 
 class BuiltOnce(Generic[T]):
@@ -165,12 +165,12 @@ class GraphRunner:
 
     def __init__(self, executor: Executor):
         self._executor = executor
-        self._compiled: BuiltOnce[CompiledSteps] = BuiltOnce(8)
+        self._compiled: BuiltOnce[CompiledCalls] = BuiltOnce(8)
 
     def let_go(self) -> None:
         """Drop compiled functions: they hold experts' arrays."""
-        for steps in self._compiled.values():
-            steps.let_go()
+        for calls in self._compiled.values():
+            calls.let_go()
         self._compiled.clear()
         forget_gone()
 
@@ -193,19 +193,19 @@ class GraphRunner:
         encoding = executor.begin_encoding(layer.graph.pool, weights, host)
         for name, buf in layer.inputs.items():
             encoding.bind(buf, inputs[name])
-        if recurs and executor.compiles and not executor.watches_steps:
+        if recurs and executor.compiles and not executor.watches_calls:
             self._compiled_for(layer, encoding, inputs.get("experts")).run(encoding)
         else:
-            executor.encode_graph(layer.steps, encoding)
+            executor.encode_graph(layer.calls, encoding)
         return encoding
 
     def _compiled_for(
         self, layer: LayerGraph, encoding: Encoding, experts: GraphExperts | None
-    ) -> CompiledSteps:
+    ) -> CompiledCalls:
         # A compiled function holds these objects, so no new object gets their ids.
         same = (id(encoding.weights), id(experts), frozenset(encoding.host))
         return self._compiled.get(
-            (layer, same), lambda: CompiledSteps(layer.steps, encoding)
+            (layer, same), lambda: CompiledCalls(layer.calls, encoding)
         )
 
 
@@ -251,7 +251,7 @@ class LayerSample:
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        for step in self.layer.steps:
-            executor.encode_graph([step], encoding)
+        for call in self.layer.calls:
+            executor.encode_graph([call], encoding)
             mx.eval(arrays(encoding.values))
         return mx.get_peak_memory() - before

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ..engine.executors.base import Encoding, arrays
 from ..engine.executors.kernels import KernelExecutor
-from ..engine.graph.lower import FusedCall, Kernel, Step, lower, lower_op
+from ..engine.graph.lower import FusedCall, Kernel, LoweredCall, lower, lower_op
 from ..engine.graph.op import Op
 from ..engine.graph.rows import RowPart, whole
 from ..engine.launch import KERNELS
@@ -165,7 +165,7 @@ class Collector:
         self._runtime, self._executor = runtime, runtime.executor
         self._best = best
 
-    def __call__(self, steps: Sequence[Step], encoding: Encoding) -> None:
+    def __call__(self, steps: Sequence[LoweredCall], encoding: Encoding) -> None:
         layer = layer_of(self._runtime, steps)
         values, weights, host = encoding.values, encoding.weights, encoding.host
         for step, choice in self._steps(layer):
@@ -186,7 +186,9 @@ class Collector:
             if choice is not None:
                 mx.eval(arrays(step.run(values, weights, host)))
 
-    def _meet_smaller(self, step: Step, layer: LayerGraph, encoding: Encoding) -> None:
+    def _meet_smaller(
+        self, step: LoweredCall, layer: LayerGraph, encoding: Encoding
+    ) -> None:
         """Meet the groups that perform some of a step's Ops where it does not."""
         group, _ = next(fusions_ahead(step.ops))
         own = set(map(id, step.ops))
@@ -202,7 +204,7 @@ class Collector:
         mx.eval(arrays(inputs))
         self.choices.setdefault(choice.key, choice).add(inputs)
 
-    def _of_op(self, op: Op, step: Step, layer: LayerGraph) -> Choice:
+    def _of_op(self, op: Op, step: LoweredCall, layer: LayerGraph) -> Choice:
         run = self._executor.run
         return Choice(
             name=op.variant_name,
@@ -218,7 +220,7 @@ class Collector:
 
     def _steps(
         self, layer: LayerGraph, size: int | None = None
-    ) -> Iterator[tuple[Step, Choice | None]]:
+    ) -> Iterator[tuple[LoweredCall, Choice | None]]:
         """Yield the steps of a graph, with their choices those that are groups.
 
         Args:
@@ -254,7 +256,7 @@ class Collector:
         layer: LayerGraph,
         perform: Callable[[Fusion, Sequence[Op]], Perform],
         size: int | None,
-    ) -> list[Step]:
+    ) -> list[LoweredCall]:
         """Lower a graph with its groups performed by what ``perform`` returns."""
 
         def fuse(ops: Sequence[Op]) -> FusedCall | None:

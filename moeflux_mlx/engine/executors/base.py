@@ -16,7 +16,7 @@ from ... import config
 from ...experts.weights import Weight
 from ..graph.buffers import BufferPool, BufId
 from ..graph.graph import Graph
-from ..graph.lower import Kernel, Step, lower, lower_op
+from ..graph.lower import Kernel, LoweredCall, lower, lower_op
 from ..graph.op import Op
 from ..graph.rows import RowPart, whole
 from ..graph.stats import Stats
@@ -44,7 +44,7 @@ class Encoding:
         return whole(self.values[self.pool.physical[buf.index]])
 
 
-Observer = Callable[[Sequence[Step], Encoding], None]
+Observer = Callable[[Sequence[LoweredCall], Encoding], None]
 
 
 class Executor(ABC):
@@ -83,7 +83,7 @@ class Executor(ABC):
     def kernel(self, op: Op) -> Kernel:
         """Return the function that performs ``op``, with its reference's signature."""
 
-    def lower(self, graph: Graph) -> list[Step]:
+    def lower(self, graph: Graph) -> list[LoweredCall]:
         """Lower a graph; the result can be encoded any number of times."""
         return lower(graph, self.kernel)
 
@@ -98,29 +98,31 @@ class Executor(ABC):
 
     def encode_op(self, op: Op, encoding: Encoding) -> None:
         """Encode one Op alone; its inputs stay alive."""
-        step = lower_op(op, self.kernel(op), encoding.pool.physical)
-        self.encode_graph([step], encoding)
+        call = lower_op(op, self.kernel(op), encoding.pool.physical)
+        self.encode_graph([call], encoding)
 
-    def encode_graph(self, graph: Graph | list[Step], encoding: Encoding) -> None:
+    def encode_graph(
+        self, graph: Graph | list[LoweredCall], encoding: Encoding
+    ) -> None:
         """Encode all Ops of a graph, or the calls that ``lower`` returned for it."""
-        steps = self.lower(graph) if isinstance(graph, Graph) else graph
+        calls = self.lower(graph) if isinstance(graph, Graph) else graph
         if self.observer is not None:
-            self.observer(steps, encoding)
+            self.observer(calls, encoding)
             return
-        run_step = self._time_step if self.profile_per_op else Step.run
-        for step in steps:
-            run_step(step, encoding.values, encoding.weights, encoding.host)
+        run_call = self._time_call if self.profile_per_op else LoweredCall.run
+        for call in calls:
+            run_call(call, encoding.values, encoding.weights, encoding.host)
 
-    def _time_step(
+    def _time_call(
         self,
-        step: Step,
+        call: LoweredCall,
         values: list[Any],
         weights: Mapping[str, Weight],
         host: Mapping[type[Op], Kernel],
     ) -> None:
         start = time.perf_counter_ns()
-        mx.eval(arrays(step.run(values, weights, host)))
-        self.stats.add(step.label, time.perf_counter_ns() - start)
+        mx.eval(arrays(call.run(values, weights, host)))
+        self.stats.add(call.label, time.perf_counter_ns() - start)
 
     def submit_and_wait(self, encoding: Encoding, label: str) -> None:
         """Evaluate all values still alive and count the wait under ``label``."""
@@ -159,7 +161,7 @@ class Executor(ABC):
         """
 
     @property
-    def watches_steps(self) -> bool:
+    def watches_calls(self) -> bool:
         """Return whether every call is observed, so that none may be compiled."""
         return self.profile_per_op or self.observer is not None
 

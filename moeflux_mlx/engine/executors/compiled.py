@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ...calls.compiling import Compiled
 from ...experts.weights import Weight
-from ..graph.lower import Step
+from ..graph.lower import LoweredCall
 from ..graph.rows import whole
 from .base import Encoding
 
@@ -29,15 +29,15 @@ class Section:
     source of experts with the number of experts requested there.
     """
 
-    steps: list[Step]
+    calls: list[LoweredCall]
     takes: list[int]
     gives: list[int]
     drops: list[int]
     requests: list[tuple[int, int]]
-    call: Callable[..., list[mx.array]] | None = None
+    compiled: Callable[..., list[mx.array]] | None = None
 
 
-class CompiledSteps:
+class CompiledCalls:
     """The calls of one graph, compiled with one set of weights and of experts.
 
     Args:
@@ -45,14 +45,14 @@ class CompiledSteps:
             capture its weights and sources of experts, so only activations are passed.
     """
 
-    def __init__(self, steps: Sequence[Step], encoding: Encoding):
+    def __init__(self, calls: Sequence[LoweredCall], encoding: Encoding):
         host, weights, values = encoding.host, encoding.weights, encoding.values
 
-        def can_compile(step: Step) -> bool:
-            places = (place for place in step.reads if place is not None)
+        def can_compile(call: LoweredCall) -> bool:
+            places = (place for place in call.reads if place is not None)
             settled = all(self._sources.get(place, True) for place in places)
-            reads_back = any(op.reads_back for op in step.ops)
-            return settled and not reads_back and not step.is_performed_by(host)
+            reads_back = any(op.reads_back for op in call.ops)
+            return settled and not reads_back and not call.is_performed_by(host)
 
         # All values are arrays, except sources of experts.
         self._sources = {
@@ -65,63 +65,63 @@ class CompiledSteps:
         self._bound = weights, [values[i] for i in self._sources]
         self._sections = [
             self._section(list(some), compiled, weights)
-            for compiled, some in groupby(steps, can_compile)
+            for compiled, some in groupby(calls, can_compile)
         ]
 
     def _section(
-        self, steps: list[Step], compiled: bool, weights: Mapping[str, Weight]
+        self, calls: list[LoweredCall], compiled: bool, weights: Mapping[str, Weight]
     ) -> Section:
         takes: dict[int, None] = {}
         alive: dict[int, None] = {}
         drops: dict[int, None] = {}
         requests: list[tuple[int, int]] = []
-        for step in steps:
-            for place in step.reads:
+        for call in calls:
+            for place in call.reads:
                 if place in self._sources:
-                    n_experts = sum(op.n_experts_used for op in step.ops)
+                    n_experts = sum(op.n_experts_used for op in call.ops)
                     requests.append((place, n_experts))
                 elif place is not None and place not in alive:
                     takes[place] = None
-            for place in step.drops:
+            for place in call.drops:
                 alive.pop(place, None)
                 drops[place] = None
-            for place in step.writes:
+            for place in call.writes:
                 alive[place] = None
                 drops.pop(place, None)
-        section = Section(steps, list(takes), list(alive), list(drops), requests)
+        section = Section(calls, list(takes), list(alive), list(drops), requests)
         if compiled:
-            section.call = Compiled(self._function(section, weights))
+            section.compiled = Compiled(self._function(section, weights))
         return section
 
     def _function(
         self, section: Section, weights: Mapping[str, Weight]
     ) -> Callable[..., list[mx.array]]:
-        def call(*taken: mx.array) -> list[mx.array]:
+        def function(*taken: mx.array) -> list[mx.array]:
             values: list[Any] = [None] * self._size
             for place, source in self._sources.items():
                 values[place] = source
             for place, value in zip(section.takes, taken, strict=True):
                 values[place] = value
-            for step in section.steps:
-                step.run(values, weights)
+            for call in section.calls:
+                call.run(values, weights)
             return [whole(values[place]) for place in section.gives]
 
-        return call
+        return function
 
     def let_go(self) -> None:
         """Drop the compiled functions, which refer back to their sections."""
         for section in self._sections:
-            section.call = None
+            section.compiled = None
 
     def run(self, encoding: Encoding) -> None:
         """Run the calls."""
         host, weights, values = encoding.host, encoding.weights, encoding.values
         for section in self._sections:
-            if section.call is None:
-                for step in section.steps:
-                    step.run(values, weights, host)
+            if section.compiled is None:
+                for call in section.calls:
+                    call.run(values, weights, host)
                 continue
-            given = section.call(*[values[place] for place in section.takes])
+            given = section.compiled(*[values[place] for place in section.takes])
             for place, n in section.requests:
                 values[place].asked(n)
             for place in section.drops:

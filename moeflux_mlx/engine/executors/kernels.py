@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..graph.graph import Graph
-from ..graph.lower import FusedCall, Kernel, Step, lower
+from ..graph.lower import FusedCall, Kernel, LoweredCall, lower
 from ..graph.op import Op
 from ..launch import KERNELS, Launch, prepare
 from ..launch.prepared import Prepared
@@ -62,7 +62,7 @@ class KernelExecutor(Executor):
     def kernel(self, op: Op) -> Kernel:
         return lowered(op, self.run, self.name, self.usable)
 
-    def lower(self, graph: Graph) -> list[Step]:
+    def lower(self, graph: Graph) -> list[LoweredCall]:
         def fuse(ops: Sequence[Op]) -> FusedCall | None:
             return fused(ops, self.run, self.name, self.usable)
 

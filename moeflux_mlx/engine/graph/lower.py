@@ -39,7 +39,7 @@ Fuse = Callable[[Sequence[Op]], FusedCall | None]
 
 
 @dataclass(frozen=True)
-class Step:
+class LoweredCall:
     """A call of one kernel over physical places; a read of None is an absent buffer."""
 
     ops: tuple[Op, ...]
@@ -90,7 +90,7 @@ class Step:
 
 def lower(
     graph: Graph, kernel_of: Callable[[Op], Kernel], fuse: Fuse = lambda ops: None
-) -> list[Step]:
+) -> list[LoweredCall]:
     """Lower every Op with ``kernel_of``, dropping each value at its last use.
 
     Args:
@@ -103,19 +103,19 @@ def lower(
         for index, life in analyze_lifetimes(graph).items()
         if life.last < len(graph.ops) - 1 or not _is_result(graph, index)
     }
-    steps: list[Step] = []
+    calls: list[LoweredCall] = []
     first = 0
     while first < len(graph.ops):
-        together = fuse(graph.ops[first:])
-        n = together.n if together else 1
+        fusion = fuse(graph.ops[first:])
+        n = fusion.n if fusion else 1
         drops = tuple(
             physical[index]
             for index, last in last_use.items()
             if first <= last < first + n
         )
         ops = tuple(graph.ops[first : first + n])
-        if together is None:
-            steps.append(lower_op(ops[0], kernel_of(ops[0]), physical, drops))
+        if fusion is None:
+            calls.append(lower_op(ops[0], kernel_of(ops[0]), physical, drops))
         else:
             alive = {
                 buf
@@ -123,36 +123,36 @@ def lower(
                 for buf in op.writes
                 if last_use.get(buf.index, len(graph.ops)) >= first + n
             }
-            steps.append(_lower_together(ops, together, physical, drops, alive))
+            calls.append(_lower_fusion(ops, fusion, physical, drops, alive))
         first += n
-    return steps
+    return calls
 
 
-def _lower_together(
+def _lower_fusion(
     ops: tuple[Op, ...],
-    together: FusedCall,
+    fusion: FusedCall,
     physical: list[int],
     drops: tuple[int, ...],
     alive: set[Any],
-) -> Step:
+) -> LoweredCall:
     """Lower a fusion; it writes only the buffers in ``alive``."""
     reads = buffers_read(ops)
     writes = sorted(alive, key=lambda buf: buf.index)
 
     def kernel(*inputs: Any) -> tuple[Any, ...]:
-        values = dict(zip((*reads, *together.weights), inputs, strict=True))
-        outputs = together.call({None: None, **values})
+        values = dict(zip((*reads, *fusion.weights), inputs, strict=True))
+        outputs = fusion.call({None: None, **values})
         return tuple(outputs[buf] for buf in writes)
 
     places = tuple(physical[buf.index] for buf in writes)
-    return Step(
+    return LoweredCall(
         ops=ops,
         kernel=kernel,
         reads=tuple(None if buf is None else physical[buf.index] for buf in reads),
-        weights=together.weights,
+        weights=fusion.weights,
         writes=places,
         drops=tuple(place for place in drops if place not in places),
-        takes_parts=together.takes_parts,
+        takes_parts=fusion.takes_parts,
     )
 
 
@@ -175,12 +175,12 @@ def buffers_read(ops: Sequence[Op]) -> list[BufId[Any] | None]:
 
 def lower_op(
     op: Op, kernel: Kernel, physical: list[int], drops: tuple[int, ...] = ()
-) -> Step:
+) -> LoweredCall:
     """Lower one Op to a call over physical places."""
     buffers = buffers_read((op,))
     writes = tuple(physical[buf.index] for buf in op.writes)
     refs = [getattr(op, name) for name in op.weight_fields]
-    return Step(
+    return LoweredCall(
         ops=(op,),
         kernel=kernel,
         reads=tuple(None if b is None else physical[b.index] for b in buffers),
