@@ -15,9 +15,11 @@ class CaptureWindow:
     Metal allows this only in a process started with ``MTL_CAPTURE_ENABLED=1``.
 
     Args:
-        path: the ``.gputrace`` to write; it must not exist. first: index of the first
-            layer to capture. last: index of the last layer. start: starts a capture to
-            a path. stop: stops it.
+        path: the ``.gputrace`` to write; it must not exist.
+        first: index of the first layer to capture.
+        last: index of the last layer.
+        start: starts a capture to a path.
+        stop: stops it.
     """
 
     def __init__(

@@ -18,9 +18,9 @@ class SimExecutor(KernelExecutor):
     """Runs the source that MLX writes for Metal, compiled for the CPU; slow.
 
     Args:
-        checked: look for races, bad accesses and uninitialised reads. seed: order in
-            which threads, simdgroups and threadgroups run. numbers: ``plain``,
-            ``contracted`` or ``fast``, as in ``simulator.call``.
+        checked: look for races, bad accesses and uninitialised reads.
+        seed: order in which threads, simdgroups and threadgroups run.
+        numbers: ``plain``, ``contracted`` or ``fast``, as in ``simulator.call``.
     """
 
     name = "sim"

@@ -251,13 +251,16 @@ def kernel(
 
     Args:
         reference: the same mathematics in plain MLX operations, by its Op's function if
-            there is one. sample: returns the arguments of a case, in the launch's
-            order. sizes: odd and ragged sizes for tests, small ones first. large: a
-            size worth timing. varying: scalars that stay data, such as numbers of
-            tokens; () if there are none. All others follow from a model's geometry and
-            are compiled in. It has no default: a forgotten number of tokens would be
-            compiled anew at every length. dtypes: activation types to try. tolerance:
-            relative RMS error allowed for each; integers must be equal.
+            there is one.
+        sample: returns the arguments of a case, in the launch's order.
+        sizes: odd and ragged sizes for tests, small ones first.
+        large: a size worth timing.
+        varying: scalars that stay data, such as numbers of tokens; () if there are
+            none. All others follow from a model's geometry and are compiled in. It has
+            no default: a forgotten number of tokens would be compiled anew at every
+            length.
+        dtypes: activation types to try.
+        tolerance: relative RMS error allowed for each; integers must be equal.
     """
 
     def register(build: Callable[..., Launch]) -> Kernel:

@@ -330,8 +330,8 @@ def norm_row(n_in: int, rows: Sequence[int]) -> list[int]:
     """Return the start of each part of the row of ``norm_matvecs``, and its width.
 
     Args:
-        n_in: width of the norm, which is the last part. rows: rows of each matrix, the
-            widths of the other parts.
+        n_in: width of the norm, which is the last part.
+        rows: rows of each matrix, the widths of the other parts.
     """
     starts = [0]
     for n in (*rows, n_in):

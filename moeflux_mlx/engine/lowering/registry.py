@@ -58,9 +58,10 @@ def way(
     """Add the decorated function to an Op's ways; earlier ones are preferred.
 
     Args:
-        op_type: the Op. name: the name of the way, which is that of its first kernel.
-            fits: returns whether an Op of this type can run this way. kernels: all
-            kernels that it may launch; default: the one of its name.
+        op_type: the Op.
+        name: the name of the way, which is that of its first kernel.
+        fits: returns whether an Op of this type can run this way.
+        kernels: all kernels that it may launch; default: the one of its name.
     """
     launched = (name,) if kernels is None else kernels
 

@@ -87,8 +87,8 @@ class Library:
         """Return the body to register, with thread attributes under our names.
 
         Args:
-            values: the values compiled in, defined first. lines: add ``#line``, for the
-                compiler's messages.
+            values: the values compiled in, defined first.
+            lines: add ``#line``, for the compiler's messages.
         """
         bindings = definitions(kernel, values or {})
         bindings += "".join(f"{a.binding}\n" for a in kernel.attributes if a.binding)

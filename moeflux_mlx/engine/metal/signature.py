@@ -232,8 +232,8 @@ def parse(
     """Parse a kernel's signature.
 
     Args:
-        declaration: the kernel's text. constants: integers defined before it, for the
-            sizes of its arrays.
+        declaration: the kernel's text.
+        constants: integers defined before it, for the sizes of its arrays.
 
     Raises:
         KernelError: it cannot be parsed; names file and line.

@@ -44,9 +44,10 @@ def call(
     outputs start as NaN, or as a bit pattern for integers.
 
     Args:
-        kernel: the object; arguments not listed here are those of its call. checked:
-            look for races, bad accesses and uninitialised reads. numbers: how numbers
-            are computed, one of ``compile.NUMBERS``. seed: order in which threads run.
+        kernel: the object; arguments not listed here are those of its call.
+        checked: look for races, bad accesses and uninitialised reads.
+        numbers: how numbers are computed, one of ``compile.NUMBERS``.
+        seed: order in which threads run.
 
     Raises:
         SimulatorError: the source does not compile, or the run found a fault.

@@ -241,8 +241,8 @@ def arguments(function: Function, buffer: str, ids: str) -> list[str]:
     """Return a kernel's arguments in C++.
 
     Args:
-        buffer: the text of a buffer's address, with ``{}`` for its number. ids: the
-            prefix of the members of ``Ids``.
+        buffer: the text of a buffer's address, with ``{}`` for its number.
+        ids: the prefix of the members of ``Ids``.
     """
     found = []
     for p in function.parameters:

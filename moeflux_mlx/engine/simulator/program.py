@@ -79,9 +79,9 @@ class Program:
     Args:
         source: Metal text. A kernel that is a template runs as the instances that
             ``template [[host_name(...)]]`` lines name, as in source that MLX writes.
-            checked: check every access: races, bounds, uninitialised reads. name: the
-            source's name in messages where it has no ``#line``. numbers: how numbers
-            are computed, one of ``compile.NUMBERS``.
+        checked: check every access: races, bounds, uninitialised reads.
+        name: the source's name in messages where it has no ``#line``.
+        numbers: how numbers are computed, one of ``compile.NUMBERS``.
 
     Raises:
         SimulatorError: it does not compile; has the compiler's message.
