@@ -3,8 +3,8 @@
 Letters: T tokens, H heads, N nope, R rope, L latent and V value width, S rows in the
 cache, G quantisation group. A row holds heads side by side: ``[T, H * N]``. Matrices
 are stacked as in mlx-lm, with 4 bits per value: words ``[H, O, I / 8]``, scales and
-biases ``[H, O, I / G]``. The caches of B sequences are two arrays, latents ``[B, S,
-L]`` and rotated rope keys ``[B, S, R]``. ``start`` is the row of the first new token.
+biases ``[H, O, I / G]``. B sequences have two caches: latents ``[B, S, L]``
+and rotated rope keys ``[B, S, R]``. ``start`` is the row of the first new token.
 """
 
 from __future__ import annotations

@@ -393,8 +393,9 @@ def norm_matvecs(
 ) -> Launch:
     """A row of one or two products ``[O_i]`` with the norm of ``[I]``, then the norm.
 
-    ``norm_row`` returns where each part begins; values between parts are 0. A row ``[1,
-    I]`` gives ``[1, width]``. ``added`` has a bias ``[O_i]`` or None for each product.
+    ``norm_row`` returns where each part begins; values between parts are 0. A row
+    ``[1, I]`` gives ``[1, width]``. ``added`` has a bias ``[O_i]`` or None for each
+    product.
     """
     n_in = one_row("x", x)
     expect("norm", norm, (n_in,))

@@ -199,11 +199,13 @@ class Fusion:
     """Consecutive Ops that cost less in common launches than one by one.
 
     ``types`` are the types of its first Ops; the last type may repeat. ``takes(ops)``
-    returns how many of the given Ops it performs, 0 for none. ``call(ops, run,
-    values)`` takes the values of their buffers, by ``BufId``, and weights, by name. It
-    returns, by ``BufId``, the values written that later Ops read. ``takes_parts``: it
-    takes ``RowPart`` values as they are. ``joint``: it takes joint matrices in place of
-    the matrices in them. ``kernels`` names every kernel that it may launch.
+    returns how many of the given Ops it performs, 0 for none.
+    ``call(ops, run, values)`` takes the values of their buffers, by ``BufId``, and
+    weights, by name. It returns, by ``BufId``, the values written that later Ops read.
+
+    ``takes_parts``: it takes ``RowPart`` values as they are. ``joint``: it takes joint
+    matrices in place of the matrices in them. ``kernels`` names every kernel that it
+    may launch.
     """
 
     name: str

@@ -56,9 +56,9 @@ def row_products(
 ) -> list[np.ndarray]:
     """Multiply row i of ``[K, I]`` by ``stack[slots[i]]`` ``[O, I]`` of each stack.
 
-    The product of each quantisation group is scaled afterwards: ``s (q . x) + b
-    sum(x)``. Several small matrices form one block; threads share the blocks of large
-    ones. The bits of a row do not depend on the other rows.
+    Products of a quantisation group are scaled afterwards: ``s (q . x) + b sum(x)``.
+    Several small matrices form one block; threads share the blocks of large ones. The
+    bits of a row do not depend on the other rows.
 
     Args:
         stacks: matrices of the same shape and quantisation.

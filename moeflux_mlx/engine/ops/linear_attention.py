@@ -324,8 +324,8 @@ class GatedDeltaNetChunkwise(_DeltaRule, Op):
 
     With G the running product of decays within a chunk and K, Q, V its rows, the
     corrections D solve ``(I + tril(beta G_i/G_j K K^T, -1)) D = beta (V - G K S^T)``;
-    then ``Y = G Q S^T + tril(G_i/G_j Q K^T) D`` and the state becomes ``G_C S + D^T
-    (G_C/G K)``. Only the update of the state from chunk to chunk is sequential.
+    then ``Y = G Q S^T + tril(G_i/G_j Q K^T) D`` and the state becomes
+    ``G_C S + D^T (G_C/G K)``. Only the update of the state is sequential.
     """
 
     chunk_size: int = 64
@@ -416,8 +416,8 @@ class GatedDeltaNetChunkwise(_DeltaRule, Op):
 def inverse_unit_lower(a: Array) -> Array:
     """Invert ``I + tril(a, -1)`` for ``[..., C, C]``, C a power of two.
 
-    It joins blocks of doubling size: two neighbours with inverses X and Y give ``[[X,
-    0], [-Y A X, Y]]``. This is back substitution, as stable, in matrix products.
+    It joins blocks of doubling size: two neighbours with inverses X and Y give
+    ``[[X, 0], [-Y A X, Y]]``. This is back substitution, as stable, in matrix products.
     """
     xp, batch, size = namespace(a), a.shape[:-2], a.shape[-1]
     inverse = xp.ones((*batch, size, 1, 1), a.dtype)
