@@ -65,8 +65,8 @@ def departs(config: Mapping[str, Any]) -> str | None:
     if (config.get("topk_group") or 1) >= (config.get("n_group") or 1):
         return None
     return (
-        "experts of groups left out: transformers never chooses them, mlx-lm gives "
-        "them the score 0, which is better than a negative one"
+        "experts of groups left out: transformers never chooses them; mlx-lm gives "
+        "them the score 0, which beats a negative score"
     )
 
 

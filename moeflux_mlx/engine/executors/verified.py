@@ -123,7 +123,7 @@ def _read(path: Path) -> Record | None:
         pairs = dict(record.kernels).items()
         texts = (*record.where, record.date, *(text for pair in pairs for text in pair))
         if not all(isinstance(text, str) for text in texts):
-            raise TypeError("something else in place of a text")
+            raise TypeError("a value that is not text")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:

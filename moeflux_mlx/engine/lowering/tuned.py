@@ -267,7 +267,7 @@ def _entry(**values: Any) -> Entry:
 def _check_texts(*values: object) -> None:
     for value in values:
         if not isinstance(value, str):
-            raise TypeError(f"{short(value)} in place of a text")
+            raise TypeError(f"{short(value)} where text is expected")
 
 
 def save(tuning: Tuning, path: Path) -> None:

@@ -211,7 +211,9 @@ def _array_bytes(
             try:
                 count *= evaluate(extent, known)
             except ValueError as error:
-                raise place.error(f"cannot tell the size [{extent}]: {error}") from None
+                raise place.error(
+                    f"cannot compute the size [{extent}]: {error}"
+                ) from None
         total += count * size
     return total
 
@@ -344,7 +346,7 @@ def _check_body(kernel: MetalKernel) -> None:
     found = re.search(rf"\b(?:{names})_(?:shape|strides|ndim)\b", kernel.body)
     if names and found:
         raise kernel.place_in_body(found.start()).error(
-            f"{found[0]} has a meaning to MLX"
+            f"{found[0]} is a name that MLX defines: choose another"
         )
     found = re.search(r"\b(device\s+const|const\s+device)\b", kernel.body)
     if found:

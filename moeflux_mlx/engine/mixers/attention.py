@@ -89,8 +89,8 @@ class Attention:
         """Return positions, the mask, and the Ops that the cache object performs."""
         if self.sinks and hasattr(cache, "bits"):
             raise ModelError(
-                "[cache] expected keys and values as they are, for attention with "
-                f"sinks, but got {type(cache).__name__}: leave quantised caches out"
+                "[cache] expected an unquantised cache, since attention has sinks, but "
+                f"got {type(cache).__name__}: leave kv_bits out"
             )
         sizes = self.heads, self.kv_heads, getattr(module, self.scale_name)
         return begin_rows(cache, context, *sizes, window=self.window, spare=spare)

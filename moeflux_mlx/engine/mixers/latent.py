@@ -101,8 +101,8 @@ class LatentAttention:
         """
         if hasattr(cache, "bits"):
             raise ModelError(
-                "[cache] expected latent rows as they are but got a quantised cache: "
-                "leave kv_bits out"
+                "[cache] expected an unquantised cache of latent rows but got one of "
+                f"{cache.bits} bits: leave kv_bits out"
             )
         return begin_rows(cache, context, self.heads, 1, module.scale, spare=spare)
 
