@@ -51,7 +51,7 @@ def layers(args: ModelArgs) -> Iterator[LayerForm]:
 
 
 class Model(NativeModel, GraphText, stock.Model):
-    """Tokens ``[B, T]`` to logits ``[B, T, V]``, whose calls are graphs."""
+    """A model from tokens ``[B, T]`` to logits ``[B, T, V]`` that runs on graphs."""
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)

@@ -65,7 +65,7 @@ def _head_dim(args: ModelArgs) -> int:
 
 
 class Model(NativeModel, GraphText, stock.Model):  # type: ignore[misc]
-    """Tokens ``[B, T]`` to logits ``[B, T, V]``, whose calls are graphs."""
+    """A model from tokens ``[B, T]`` to logits ``[B, T, V]`` that runs on graphs."""
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)

@@ -64,7 +64,7 @@ def layers(args: TextModelArgs, *, taps_last: bool = False) -> Iterator[LayerFor
 
 
 class Model(NativeModel, stock.Model):
-    """Language model over ``language_model``, whose calls are graphs."""
+    """A model whose ``language_model`` runs on graphs."""
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)

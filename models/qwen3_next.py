@@ -76,14 +76,14 @@ def layers(args: ModelArgs, *, taps_last: bool = False) -> Iterator[LayerForm]:
 
 
 class Model(NativeModel, GraphText, stock.Model):
-    """Tokens ``[B, T]`` to logits ``[B, T, V]``, whose calls are graphs."""
+    """A model from tokens ``[B, T]`` to logits ``[B, T, V]`` that runs on graphs."""
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)
         self.run_on_graphs(self, layers(args))
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Rename weights as mlx-lm does, wherever the experts are."""
+        """Rename weights as mlx-lm does, with experts stacked or streamed."""
         unused = ["lm_head.weight"] if self.args.tie_word_embeddings else []
         return converted(super().sanitize(weights), unused)
 

@@ -194,7 +194,7 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
         return self.engine.graph_layers()
 
     def shard(self, group: Any = None) -> None:
-        """Refuse: experts divided over machines are not supported yet."""
+        """Raise ModelError: sharding is not supported yet."""
         raise ModelError("[shard] expected one machine: sharding is not supported yet")
 
 
