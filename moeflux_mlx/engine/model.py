@@ -165,6 +165,7 @@ class GraphRunner:
 
     def __init__(self, executor: Executor):
         self._executor = executor
+        # One for each number of sequences, form of cache and set of weights.
         self._compiled: BuiltOnce[CompiledCalls] = BuiltOnce(8)
 
     def let_go(self) -> None:

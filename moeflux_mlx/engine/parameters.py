@@ -142,6 +142,7 @@ class LayerWeights:
             self._joints[name] = Weight(w, scales, biases, quantization)
             for path, weight in zip(paths, members, strict=True):
                 n = weight.w.shape[0]
+                # Once evaluated, the rows are views of the joint matrix.
                 rows = [array[first : first + n] for array in arrays]
                 mx.eval(rows)
                 for key, array in zip(KEYS, rows, strict=True):

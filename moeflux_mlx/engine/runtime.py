@@ -94,6 +94,7 @@ class Runtime(OneAtATime):
         super().__init__()
         self.executor = open_executor(options.executor)
         self._optimistic = config.optimistic(options.optimistic)
+        # One graph per kind of layer and of call; new lengths of prompts drop old ones.
         self.graphs: BuiltOnce[LayerGraph] = BuiltOnce(64)
         self.options = options
         self.amounts = options.amounts

@@ -151,6 +151,7 @@ def _lower_fusion(
         reads=tuple(None if buf is None else physical[buf.index] for buf in reads),
         weights=fusion.weights,
         writes=places,
+        # A result may take the place of a value that is dropped here.
         drops=tuple(place for place in drops if place not in places),
         takes_parts=fusion.takes_parts,
     )
@@ -186,6 +187,7 @@ def lower_op(
         reads=tuple(None if b is None else physical[b.index] for b in buffers),
         weights=tuple(None if ref is None else ref.name for ref in refs),
         writes=writes,
+        # A result may take the place of a value that is dropped here.
         drops=tuple(place for place in drops if place not in writes),
     )
 

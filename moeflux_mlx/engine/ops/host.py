@@ -237,6 +237,7 @@ def _fields(packed: np.ndarray, bits: int) -> np.ndarray:
     octets = octets.reshape(*octets.shape[:-1], -1, n_bits // 8)
     fields = np.empty((*octets.shape[:-1], n_bits // width), np.uint16)
     for i in range(n_bits // width):
+        # These widths and offsets keep every field within two bytes.
         first, shift = divmod(i * width, 8)
         pair = np.left_shift(octets[..., first + 1], 8, dtype=np.uint16)
         pair |= octets[..., first]

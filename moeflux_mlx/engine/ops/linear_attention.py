@@ -387,6 +387,7 @@ class GatedDeltaNetChunkwise(_DeltaRule, Op):
         xp = namespace(conv_out)
         q, k, v = delta_parts(conv_out, state, self.num_k_heads)
         n_seqs, t = q.shape[:2]
+        # A decay of 0 has no logarithm.
         tiny = float(np.finfo(np.float32).tiny)
         log_g = xp.log(xp.maximum(g_decay, tiny)).reshape(n_seqs, t, -1, 1)
         beta = beta_gate.reshape(n_seqs, t, -1, 1)
