@@ -133,7 +133,7 @@ def test_a_state_goes_on_and_a_short_cache_forgets(plain, packed, tmp_path):
 @pytest.mark.parametrize("plain", ["e8-k2"], indirect=True)
 def test_a_quantised_cache_is_refused(plain):
     model = load(plain)
-    with pytest.raises(ModelError, match="latent rows as they are"):
+    with pytest.raises(ModelError, match="unquantised cache of latent rows"):
         model(tokens(5), cache=[QuantizedKVCache(32, 4) for _ in model.layers])
 
 

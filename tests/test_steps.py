@@ -16,9 +16,9 @@ from tiny import make_checkpoint
 import moeflux_mlx
 from moeflux_mlx import config
 from moeflux_mlx.engine import simulator
+from moeflux_mlx.engine.compiled_layers import CompiledLayers
 from moeflux_mlx.engine.executors import EXECUTORS, OpsExecutor
 from moeflux_mlx.engine.steps import first_span
-from moeflux_mlx.engine.trace import StepTracer
 from moeflux_mlx.errors import ConfigError, ExpertStoreError
 from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.experts.files.packed import PackedExperts
@@ -199,13 +199,13 @@ class AllBut:
 def calls(monkeypatch) -> list[range]:
     """Collect the layers of each call of a tracer."""
     made: list[range] = []
-    call = StepTracer.__call__
+    call = CompiledLayers.__call__
 
     def collect(self, layers, *args, **options):
         made.append(layers)
         return call(self, layers, *args, **options)
 
-    monkeypatch.setattr(StepTracer, "__call__", collect)
+    monkeypatch.setattr(CompiledLayers, "__call__", collect)
     return made
 
 

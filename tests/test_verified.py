@@ -11,17 +11,18 @@ from op_cases import KERNEL_SPECS, SPECS
 
 import moeflux_mlx
 from moeflux_mlx.engine import lowering, simulator
-from moeflux_mlx.engine.executors.verified import fingerprint
+from moeflux_mlx.engine.executors.verified import fingerprint, without_words
 from moeflux_mlx.engine.launch import KERNELS
 from moeflux_mlx.engine.launch.check import relative_error
-from moeflux_mlx.engine.lowering import GROUPS, MLX, TABLE, table
+from moeflux_mlx.engine.lowering import FUSIONS, MLX, WAYS, registry
+from moeflux_mlx.engine.metal import Library, cuda, library
 
 simulated = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"
 )
 OPS = [spec.build().op for spec in (*SPECS, *KERNEL_SPECS)]
-FIRST = {ways[0].name for ways in TABLE.values()}
-TOGETHER = {group.name for group in GROUPS if group.kernels}
+FIRST = {ways[0].name for ways in WAYS.values()}
+TOGETHER = {group.name for group in FUSIONS if group.kernels}
 
 
 @pytest.mark.parametrize("executor", ["metal", "cuda", "sim"])
@@ -54,7 +55,7 @@ BY_MLX = ("mlx_dequantize", "mlx_expanded")
 
 
 def test_ways_and_groups_name_kernels_that_are_there():
-    each = [*GROUPS, *(way for ways in TABLE.values() for way in ways)]
+    each = [*FUSIONS, *(way for ways in WAYS.values() for way in ways)]
     for found in each:
         assert set(found.kernels) <= set(KERNELS)
         assert found.name in found.kernels or found.name in BY_MLX
@@ -68,6 +69,48 @@ def test_a_record_speaks_of_a_kernel_with_the_same_numbers_compiled_in(monkeypat
         changed = dataclasses.replace(KERNELS[name], fixed=fewer)
         monkeypatch.setitem(KERNELS, name, changed)
         assert fingerprint(name, executor) != before
+
+
+def test_a_comment_in_a_kernel_makes_no_record_stale(tmp_path):
+    ours = library()
+    for path in ours.folder.glob("*.*"):
+        lines = path.read_text().splitlines()
+        if path.suffix in (".metal", ".h"):
+            # A backslash must end its line.
+            said = [x if x.endswith("\\") else f"{x} // why, ({{" for x in lines]
+            lines = ["/* new", "*/", *("\n".join(said).splitlines())]
+        (tmp_path / path.name).write_text("\n".join(lines) + "\n")
+    commented = Library(tmp_path)
+    for name in KERNELS:
+        assert commented.fingerprint(name) == ours.fingerprint(name)
+        texts = [cuda.header(each, each[name]) for each in (commented, ours)]
+        assert texts[0] == texts[1]
+
+
+LAUNCH = '''
+def launch(x, n):
+    """Give the launch of x.
+
+    # No comment, but words.
+    """
+    # Why.
+    name = "# not a comment"  # Why not.
+
+    return Launch(name, (n, 1, 1))
+'''
+
+
+def test_words_in_a_launch_make_no_record_stale_and_code_does():
+    before = without_words(LAUNCH)
+    assert before == (
+        'def launch(x, n):\n    name = "# not a comment"\n'
+        "    return Launch(name, (n, 1, 1))"
+    )
+    other = LAUNCH.replace("Give the", "Return the\n\n   ").replace("# Why.", "")
+    assert other != LAUNCH and without_words(other) == before
+    for code in ("# not a comment", "(n, 1, 1)"):
+        changed = LAUNCH.replace(code, code.replace("n", "m"))
+        assert without_words(changed) != before
 
 
 def logits(model) -> mx.array:
@@ -101,7 +144,7 @@ def test_a_model_without_some_kernels_gives_the_same(bad, checkpoint, monkeypatc
 
         return dataclasses.replace(group, call=call)
 
-    monkeypatch.setattr(table, "GROUPS", [*map(watched, GROUPS)])
+    monkeypatch.setattr(registry, "FUSIONS", [*map(watched, FUSIONS)])
     got = logits(model)
     expected = logits(moeflux_mlx.load(checkpoint, executor="ops")[0])
     assert relative_error(got, expected) < 1e-5

@@ -15,14 +15,14 @@ import mlx.core as mx
 
 from ..engine.executors.base import Encoding, arrays
 from ..engine.executors.kernels import KernelExecutor
-from ..engine.graph.lower import Kernel, Step, Together, lower, lower_op
+from ..engine.graph.lower import FusedCall, Kernel, LoweredCall, lower, lower_op
 from ..engine.graph.op import Op
 from ..engine.graph.rows import RowPart, whole
 from ..engine.launch import KERNELS
 from ..engine.launch.base import TOLERANCE
 from ..engine.launch.check import relative_error
-from ..engine.lowering import GROUPS, Group, groups_ahead, ways
-from ..engine.lowering.groups import one_by_one
+from ..engine.lowering import FUSIONS, Fusion, fusions_ahead, ways
+from ..engine.lowering.fusions import one_by_one
 from ..engine.lowering.tuned import ONE_BY_ONE, TOGETHER, n_tokens_of, shape_of
 from ..engine.model import LayerGraph
 from ..engine.runtime import Runtime
@@ -37,7 +37,7 @@ MAX_SAMPLES, MAX_PROMPT_SAMPLES = 64, 4
 # Values of an output to compare; a larger one is compared in its first and last rows.
 MAX_COMPARED = 1 << 25
 Key = tuple[str, str, int]
-# Performs Ops on values by buffer and by name, as ``Together.call``.
+# Performs Ops on values by buffer and by name, as ``FusedCall.call``.
 Perform = Callable[[Mapping[Any, Any]], Mapping[Any, Any]]
 
 
@@ -166,7 +166,7 @@ class Collector:
         self._runtime, self._executor = runtime, runtime.executor
         self._best = best
 
-    def __call__(self, steps: Sequence[Step], encoding: Encoding) -> None:
+    def __call__(self, steps: Sequence[LoweredCall], encoding: Encoding) -> None:
         layer = layer_of(self._runtime, steps)
         values, weights, host = encoding.values, encoding.weights, encoding.host
         for step, choice in self._steps(layer):
@@ -187,11 +187,13 @@ class Collector:
             if choice is not None:
                 mx.eval(arrays(step.run(values, weights, host)))
 
-    def _meet_smaller(self, step: Step, layer: LayerGraph, encoding: Encoding) -> None:
+    def _meet_smaller(
+        self, step: LoweredCall, layer: LayerGraph, encoding: Encoding
+    ) -> None:
         """Collect the smaller fusions of a step's Ops, for when it is not fused."""
-        group, _ = next(groups_ahead(step.ops))
+        group, _ = next(fusions_ahead(step.ops))
         own = set(map(id, step.ops))
-        for size in {len(g.types) for g in GROUPS if len(g.types) < len(group.types)}:
+        for size in {len(g.types) for g in FUSIONS if len(g.types) < len(group.types)}:
             values = list(encoding.values)
             for smaller, choice in self._steps(layer, size):
                 if own.issuperset(map(id, smaller.ops)):
@@ -203,7 +205,7 @@ class Collector:
         mx.eval(arrays(inputs))
         self.choices.setdefault(choice.key, choice).add(inputs)
 
-    def _of_op(self, op: Op, step: Step, layer: LayerGraph) -> Choice:
+    def _of_op(self, op: Op, step: LoweredCall, layer: LayerGraph) -> Choice:
         run = self._executor.run
         return Choice(
             name=op.variant_name,
@@ -219,7 +221,7 @@ class Collector:
 
     def _steps(
         self, layer: LayerGraph, size: int | None = None
-    ) -> Iterator[tuple[Step, Choice | None]]:
+    ) -> Iterator[tuple[LoweredCall, Choice | None]]:
         """Yield the calls of a graph; with a choice if the call is a fusion.
 
         Args:
@@ -227,7 +229,7 @@ class Collector:
             size: ignore fusions of more types of Ops.
         """
         run, best = self._executor.run, self._best
-        performs: tuple[Callable[[Group, Sequence[Op]], Perform], ...] = (
+        performs: tuple[Callable[[Fusion, Sequence[Op]], Perform], ...] = (
             lambda group, ops: partial(group.call, ops, run),
             lambda _, ops: self._apart(ops, best),
             lambda _, ops: self._apart(ops, _reference),
@@ -254,12 +256,12 @@ class Collector:
     def _lowered(
         self,
         layer: LayerGraph,
-        perform: Callable[[Group, Sequence[Op]], Perform],
+        perform: Callable[[Fusion, Sequence[Op]], Perform],
         size: int | None,
-    ) -> list[Step]:
+    ) -> list[LoweredCall]:
         """Lower a graph; ``perform`` returns the function that performs a fusion."""
 
-        def fuse(ops: Sequence[Op]) -> Together | None:
+        def fuse(ops: Sequence[Op]) -> FusedCall | None:
             ahead = next(groups_of(ops, size), None)
             if ahead is None:
                 return None
@@ -268,7 +270,7 @@ class Collector:
             names = [ref.name for op in ops[:n] for ref in op.weight_refs]
             weights = tuple(dict.fromkeys((*group.weights(ops[:n]), *names)))
             call = perform(group, ops[:n])
-            return Together(n, call, weights, group.takes_parts)
+            return FusedCall(n, call, weights, group.takes_parts)
 
         return lower(layer.graph, self._executor.kernel, fuse)
 
@@ -277,9 +279,9 @@ class Collector:
         return lambda values: one_by_one(ops, [kernel(op) for op in ops], values)
 
 
-def groups_of(ops: Sequence[Op], size: int | None) -> Iterator[tuple[Group, int]]:
+def groups_of(ops: Sequence[Op], size: int | None) -> Iterator[tuple[Fusion, int]]:
     """Yield the fusions at the head of ``ops``, of at most ``size`` types of Ops."""
-    for group, n in groups_ahead(ops):
+    for group, n in fusions_ahead(ops):
         if size is None or len(group.types) <= size:
             yield group, n
 

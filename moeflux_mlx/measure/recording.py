@@ -12,7 +12,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from ..engine.executors.base import Encoding, Executor, Observer, arrays
 from ..engine.executors.kernels import KernelExecutor
-from ..engine.graph.lower import Step, buffers_read
+from ..engine.graph.lower import LoweredCall, buffers_read
 from ..engine.model import LayerGraph
 from ..engine.runtime import Runtime
 from ..errors import ConfigError, ModelError
@@ -60,7 +60,7 @@ class Record:
     own operations or a cache object perform the call.
     """
 
-    step: Step
+    step: LoweredCall
     graph: str
     work: Work
     launched: tuple[str, ...]
@@ -84,12 +84,14 @@ class Recorder:
         self._first: dict[int, list[Any]] = {}
         self._launched: list[str] = []
 
-    def __call__(self, steps: Sequence[Step], encoding: Encoding) -> None:
+    def __call__(self, steps: Sequence[LoweredCall], encoding: Encoding) -> None:
         layer = layer_of(self._runtime, steps)
         for step in steps:
             self.records.append(self._record(step, layer, encoding))
 
-    def _record(self, step: Step, layer: LayerGraph, encoding: Encoding) -> Record:
+    def _record(
+        self, step: LoweredCall, layer: LayerGraph, encoding: Encoding
+    ) -> Record:
         values, weights, host = encoding.values, encoding.weights, encoding.host
         inputs = step.inputs(values, weights)
         mx.eval(arrays(inputs))
@@ -141,9 +143,9 @@ def hearing(executor: Executor, hear: Callable[[str], object]) -> Iterator[None]
         executor.on_launch = None
 
 
-def layer_of(runtime: Runtime, steps: Sequence[Step]) -> LayerGraph:
+def layer_of(runtime: Runtime, steps: Sequence[LoweredCall]) -> LayerGraph:
     """Return the graph from which ``steps`` were lowered."""
-    return next(g for g in runtime.graphs.values() if g.steps is steps)
+    return next(g for g in runtime.graphs.values() if g.calls is steps)
 
 
 def shared(first: Sequence[Any], own: Sequence[Any]) -> list[Any]:
@@ -154,7 +156,7 @@ def shared(first: Sequence[Any], own: Sequence[Any]) -> list[Any]:
     ]
 
 
-def states(step: Step, layer: LayerGraph) -> tuple[tuple[int, int], ...]:
+def states(step: LoweredCall, layer: LayerGraph) -> tuple[tuple[int, int], ...]:
     """Pair a call's outputs with the inputs that they update: the model's states."""
     places = layer.graph.pool.physical
     found = {

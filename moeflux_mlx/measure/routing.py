@@ -10,7 +10,7 @@ import numpy as np
 from mlx_lm.generate import generate_step
 
 from ..engine.executors.base import Encoding
-from ..engine.graph.lower import Step, lower
+from ..engine.graph.lower import LoweredCall, lower
 from ..engine.layer import GraphLayer
 from ..engine.ops.moe import RoutedExperts
 from ..engine.runtime import Runtime
@@ -90,13 +90,13 @@ class RoutingRecorder:
 
     def __init__(self, runtime: Runtime, layers: Sequence[GraphLayer]):
         self._runtime, self._layers = runtime, layers
-        self._steps: dict[int, list[Step]] = {}
+        self._steps: dict[int, list[LoweredCall]] = {}
         # One entry for each layer, in running order.
         self._routed: list[RoutedExperts] = []
         self._chosen: list[Any] = []
         self._likely: list[Any] = []
 
-    def __call__(self, steps: Sequence[Step], encoding: Encoding) -> None:
+    def __call__(self, steps: Sequence[LoweredCall], encoding: Encoding) -> None:
         layer = layer_of(self._runtime, steps)
         if id(layer) not in self._steps:
             lowered = lower(layer.graph, self._runtime.executor.kernel)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..engine.graph.lower import Step, buffers_read
+from ..engine.graph.lower import LoweredCall, buffers_read
 from ..engine.graph.op import Op
 from ..engine.graph.roles import ExpertBaseBuf, KvCacheKBuf, KvCacheVBuf
 from ..engine.ops import (
@@ -17,7 +17,9 @@ from ..engine.ops import (
 from ..experts.weights import Weight
 
 
-def moved_bytes(step: Step, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+def moved_bytes(
+    step: LoweredCall, inputs: Sequence[Any], outputs: Sequence[Any]
+) -> int:
     """Return the bytes that a call reads and writes, each counted once.
 
     Weights count as stored. Routed experts count K for each token, at most once each.
