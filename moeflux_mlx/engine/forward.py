@@ -327,23 +327,23 @@ class Forward:
         """
         n_seqs = x.shape[0]
         _, sources = self._bind()
-        asked = {i: s for i in span if (s := sources[i]) is not None}
-        experts = {i: source.speculative(slots) for i, source in asked.items()}
+        routed = {i: s for i in span if (s := sources[i]) is not None}
+        experts = {i: source.speculative(slots) for i, source in routed.items()}
         self._in_trace = True
         try:
             hidden = x if span.start else self._embed(x, None, False)[0]
-            steps = self._context(span, cache, n_seqs, 1, host=False, experts=experts)
+            context = self._context(span, cache, n_seqs, 1, host=False, experts=experts)
             inputs = [x]
             for i, layer_cache in zip(span, cache, strict=True):
-                hidden = self.layers[i](hidden, layer_cache, steps)
+                hidden = self.layers[i](hidden, layer_cache, context)
                 inputs.append(hidden)
             if span.stop == len(self.layers):
                 hidden = self._head(self._end("norm", hidden, _build_norm))
                 hidden = hidden.reshape(n_seqs, 1, -1)
         finally:
             self._in_trace = False
-        assumed = (e for e in experts.values() if isinstance(e, SpeculativeExperts))
-        chosen = [indices for source in assumed for indices in source.chosen]
+        speculative = (e for e in experts.values() if isinstance(e, SpeculativeExperts))
+        chosen = [indices for source in speculative for indices in source.chosen]
         if slots is None:
             return Passed(hidden, [], None)
         return Passed(hidden, inputs[:-1], mx.stack(chosen) if chosen else None)
@@ -398,7 +398,7 @@ class Forward:
         cache = cache if cache is not None else [None] * len(layers)
         host = self._runs_on_host(inputs if embeddings is None else embeddings)
         hidden, n_seqs, t = self._embed(inputs, embeddings, host)
-        steps = self._context(range(len(layers)), cache, n_seqs, t, host=host)
+        context = self._context(range(len(layers)), cache, n_seqs, t, host=host)
         self._chunk = self._chunk + 1 if t > 1 else 0
         reading_ahead = self.runtime.reading_ahead(one_token=n_seqs == t == 1)
         shown = t if self.runtime.streams else 0
@@ -409,7 +409,7 @@ class Forward:
                     expected = to_device(layer.expected(hidden))
                     streamer.begin_read_ahead(layer.index, expected)
                 self.runtime.executor.begin_layer(self._chunk, layer.index, hidden)
-                hidden = layer(hidden, layer_cache, steps)
+                hidden = layer(hidden, layer_cache, context)
                 report(layer.index)
             self._guard(hidden, cache)
         shape = (n_seqs, t, self.args.hidden_size)

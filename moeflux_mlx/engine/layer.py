@@ -173,13 +173,13 @@ class GraphLayer:
         one_token = context.n_seqs == context.t == 1
         streamer = None if parameters else self.runtime.streaming
         waits = streamer is not None and streamer.reads_in_workers
-        asks = self.is_routed and one_token and context.on_host and waits
+        early = self.is_routed and one_token and context.on_host and waits
         return Call(
             context.n_seqs,
             context.t,
             context.dtype,
             gather_by_id=gather,
-            requests_early=asks,
+            requests_early=early,
             **masks,
         )
 

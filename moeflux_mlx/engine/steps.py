@@ -114,7 +114,7 @@ class _Run:
         compiled: bool,
     ):
         self.caches, self.n_layers = caches, len(caches)
-        self.asking = [
+        self.streamed = [
             i for i, s in enumerate(sources) if s is not None and s.resident is None
         ]
         self._run_layers, self._compiled = run_layers, compiled
@@ -199,18 +199,18 @@ class _RunAhead:
         Args:
             reached: layers before this one have run in this step before.
         """
-        asking = [layer for layer in self._run.asking if layer in layers]
+        requesting = [layer for layer in self._run.streamed if layer in layers]
         chosen = [part.chosen for part in passed if part.chosen is not None]
-        if not asking:
+        if not requesting:
             return None
-        n_predicted = sum(layer < reached for layer in asking)
+        n_predicted = sum(layer < reached for layer in requesting)
         n_right = self._streamer.confirm(
-            asking,
+            requesting,
             chosen,
-            again=again and asking[:1] == [layers.start],
+            again=again and requesting[:1] == [layers.start],
             n_predicted=n_predicted if self._reads_ahead else None,
         )
-        return None if n_right == len(asking) else asking[n_right]
+        return None if n_right == len(requesting) else requesting[n_right]
 
 
 def first_span(layers: range, n_layers: int, most: int) -> range:

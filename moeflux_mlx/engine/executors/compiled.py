@@ -50,9 +50,9 @@ class CompiledCalls:
 
         def can_compile(call: LoweredCall) -> bool:
             places = (place for place in call.reads if place is not None)
-            settled = all(self._sources.get(place, True) for place in places)
+            resident = all(self._sources.get(place, True) for place in places)
             reads_back = any(op.reads_back for op in call.ops)
-            return settled and not reads_back and not call.is_performed_by(host)
+            return resident and not reads_back and not call.is_performed_by(host)
 
         # All values are arrays, except sources of experts.
         self._sources = {
