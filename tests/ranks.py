@@ -242,10 +242,34 @@ def die(exchange: Exchange, folder: Path) -> dict[str, Any]:
     return {}
 
 
+def part(exchange: Exchange, folder: Path) -> dict[str, Any]:
+    """Have rank 1 choose other experts than rank 0, in every layer or in the last."""
+    outcome = {}
+    for name, places in {"all": slice(None), "last": slice(-1, None)}.items():
+        model, _ = moeflux_mlx.load(folder.parent / "pack", group=exchange._group)
+        own = model.__dict__["calls"]._exchange
+        gates = [layer.mlp.gate for layer in model.layers[places]]
+        if exchange.rank == 1:
+            for gate in gates:
+                gate.weight = -gate.weight
+        for own.waits in (True, False):
+            outcome[f"{name} {own.waits}"] = greedy(model)
+    block = model.layers[-1].mlp
+    outcome["no layer"] = said(lambda: apart(model, block))
+    return outcome
+
+
+def apart(model: Any, block: Any) -> None:
+    """Run a routed block in a call that goes through no layer."""
+    calls = model.__dict__["calls"]
+    x = mx.random.normal((1, 3, 64), key=mx.random.key(1))
+    calls._run(lambda cache: block(x), SimpleNamespace(args=(None,), kwargs={}), 3, [])
+
+
 def choose_late(exchange: Exchange) -> None:
     """Have ranks choose alike in one block and otherwise in the next."""
     rows = mx.zeros((3, 4))
-    with exchange.together():
+    with exchange.together(defers=True):
         for number in range(2):
             ids = mx.array([0, 1, 2 + number * exchange.rank])
             exchange.masked(f"block {number}", ids, range(1), rows, lambda n: None)

@@ -120,6 +120,13 @@ def test_a_rank_that_fails_ends_the_call_of_all_and_no_more(models, alone):
         assert "the same kind of memory bound" in outcome["bounds"]
 
 
+def test_ranks_that_choose_otherwise_follow_rank_0(models, alone):
+    for outcome in run(models, 2, ranks.part):
+        assert "expected every rank to choose the same" in outcome.pop("no layer")
+        for how, found in outcome.items():
+            assert found == alone["pack"], how
+
+
 def test_ranks_keep_to_their_own_memory_and_divide_a_prompt_alike(models, alone):
     outcomes = run(models, 2, ranks.bounded)
     assert [outcome["experts"] for outcome in outcomes] == [9, 12]

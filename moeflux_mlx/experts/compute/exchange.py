@@ -4,26 +4,38 @@ Each rank computes the rows of its own experts. All are put together by adding t
 whole numbers, zeros where a rank has none: that keeps every bit, of -0.0 and of what is
 no number too. Beside the rows goes what shows whether all ranks chose the same experts
 and had none that failed, so all of them go on or all of them end with an error.
+
+Ranks that compute the same layer on different devices may get other bits, and then
+choose other experts. In that case rank 0 leads: all compute the rows that it chose, of
+its own input, and go on from its output of the layer.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 import xxhash
+from mlx.utils import tree_map
 
 from ... import device
 from ...errors import GroupError, PeerError
 from ..files.share import share_of
+from ..weights import leaves
 
 # Ranks that failed are told apart by a bit each.
 MOST_RANKS = 32
 # Whole numbers beside each row: the expert, its square, and which ranks failed.
 N_MARKS = 3
+# Results of a call up to this size are rank 0's on all ranks: tokens are drawn of them.
+LED_BYTES = 16 << 20
+
+
+class OtherChoiceError(GroupError):
+    """Ranks chose other experts; every rank hears of it in the same step."""
 
 
 class Told(NamedTuple):
@@ -54,6 +66,8 @@ class Exchange:
         self.waits = device.on_cpu()
         # Whether a call is under way that looks at its end whether all ranks agreed.
         self.defers = False
+        # Whether ranks chose otherwise in the layer that is under way.
+        self._parted = False
         self._owed: list[Told] = []
         if self.size > MOST_RANKS:
             raise GroupError(
@@ -82,7 +96,8 @@ class Exchange:
 
         Raises:
             PeerError: another rank failed.
-            GroupError: another rank chose other experts, or ended.
+            OtherChoiceError: another rank chose other experts.
+            GroupError: another rank ended.
         """
         places = np.flatnonzero((ids >= own.start) & (ids < own.stop))
         self._settle()
@@ -148,19 +163,50 @@ class Exchange:
         return total[:, :-N_MARKS].view(dtype)
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Look no sooner than at the end whether all ranks agreed, if nothing waits.
+    def together(self, *, defers: bool) -> Iterator[None]:
+        """Make a call in here, after which all ranks have agreed.
+
+        Args:
+            defers: they look no sooner than at the end, if nothing waits.
 
         Raises:
-            PeerError, GroupError: as ``rows``.
+            PeerError, OtherChoiceError, GroupError: as ``rows``.
         """
-        self.defers = True
+        self.defers = defers
         try:
             yield
             self._settle()
+            if self._parted:
+                raise GroupError(
+                    "[group] expected every rank to choose the same experts but they "
+                    "chose others outside any decoder layer: load it in one process"
+                )
         finally:
-            self.defers = False
+            self.defers = self._parted = False
             self._owed.clear()
+
+    def led(self, array: mx.array) -> mx.array:
+        """Return rank 0's array of this shape and type, which need not be computed."""
+        flat = array.reshape(-1).view(mx.uint8)
+        words = mx.pad(flat, (0, -flat.size % 4)).view(mx.uint32)
+        total = self._added(words if self.rank == 0 else mx.zeros_like(words))
+        return total.view(mx.uint8)[: flat.size].view(array.dtype).reshape(array.shape)
+
+    def follow(self, *arrays: mx.array) -> list[mx.array]:
+        """Return rank 0's arrays after another choice, as the layer is to do too."""
+        self._parted = True
+        found = [self.led(array) for array in arrays]
+        self._evaluate(*found)
+        return found
+
+    def mended(self, out: Any) -> Any:
+        """Return a layer's output, rank 0's where ranks chose otherwise in it."""
+        if not self._parted:
+            return out
+        self._parted = False
+        led = tree_map(lambda x: self.led(x) if isinstance(x, mx.array) else x, out)
+        self._evaluate(*leaves(led))
+        return led
 
     def _settle(self) -> None:
         """Look at the ranks' words on rows so far."""
@@ -195,7 +241,7 @@ class Exchange:
         same &= told[:, 1] == wanted**2 * np.uint32(self.size)
         if not same.all():
             place = int(np.flatnonzero(~same)[0])
-            raise GroupError(
+            raise OtherChoiceError(
                 f"[group] {name}: expected every rank to choose the same experts but "
                 f"for row {place} not all chose {ids[place]}: use machines of one "
                 "kind, with the same model and the same version of MLX"
