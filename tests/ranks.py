@@ -5,17 +5,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
 import importlib.util
 import json
 import os
+import re
 import socket
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import SourceFileLoader
 from itertools import product
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +27,11 @@ from typing import Any
 import commands
 import mlx.core as mx
 import numpy as np
+from serving_client import Client
 
 import moeflux_mlx
 from moeflux_mlx.calls.group import launched_group
-from moeflux_mlx.errors import BudgetError, MoefluxError
+from moeflux_mlx.errors import BudgetError, ExpertStoreError, MoefluxError
 from moeflux_mlx.experts.compute.exchange import Exchange
 
 PROMPT = [[1, 5, 9, 200, 17, 3, 44, 8] * 3]
@@ -40,7 +45,24 @@ def launch(
     words: Sequence[object] = (),
     text: str = "",
 ) -> list[tuple[int | None, str]]:
-    """Run ``n`` ranks and wait for them; return their exit codes and output.
+    """Run ``n`` ranks and wait for them; return their exit codes and output."""
+    ended = []
+    for process, log in start(n, folder, work, words, text):
+        process.join(SECONDS)
+        if process.exitcode is None:
+            process.kill()
+        ended.append((process.exitcode, log.read_text()))
+    return ended
+
+
+def start(
+    n: int,
+    folder: Path,
+    work: Callable[..., Any],
+    words: Sequence[object] = (),
+    text: str = "",
+) -> list[tuple[BaseProcess, Path]]:
+    """Start ``n`` ranks; return each with the file that it prints to.
 
     Args:
         folder: where ``work`` finds its files, and leaves what it found as ``N.json``.
@@ -59,19 +81,32 @@ def launch(
     started, before = [], dict(os.environ)
     for rank in range(n):
         log = folder / f"{rank}.log"
-        log.unlink(missing_ok=True)
+        log.write_text("")
         os.environ.update(MLX_RANK=str(rank), MLX_HOSTFILE=str(hostfile))
         arguments = ["ranks", *map(str, words or [folder])]
         started.append((commands._start(arguments, [given, log, log], call), log))
     os.environ.clear()
     os.environ.update(before)
-    ended = []
-    for process, log in started:
-        process.join(SECONDS)
-        if process.exitcode is None:
+    return started
+
+
+@contextlib.contextmanager
+def serving(n: int, folder: Path, *words: object) -> Iterator[Client]:
+    """Run ``moeflux serve`` in ``n`` ranks while inside; they end without an error."""
+    words = ("serve", "--port", 0, *words)
+    started = start(n, folder, commands.called, words)
+    first, log = started[0]
+    try:
+        while not (found := re.search(r"serving .* at (http\S+)\n", log.read_text())):
+            assert first.is_alive(), log.read_text()
+            time.sleep(0.05)
+        yield Client(found[1])
+    finally:
+        first.terminate()
+        for process, _ in started:
+            process.join(SECONDS)
             process.kill()
-        ended.append((process.exitcode, log.read_text()))
-    return ended
+    assert [process.exitcode for process, _ in started] == [0] * n
 
 
 def mlx_lm(words: list[str]) -> int:
@@ -225,6 +260,49 @@ def bench(exchange: Exchange, folder: Path) -> dict[str, Any]:
     table = module.Table(*"abcdefgh")
     module.add_rows(table, 50, [outcome])
     assert table.row_count == 1
+    return outcome
+
+
+def pipelined(exchange: Exchange, folder: Path) -> dict[str, Any]:
+    """Run models whose layers are divided; have one rank fail, and go on."""
+    outcome: dict[str, Any] = {}
+    group = exchange._group
+    load = functools.partial(moeflux_mlx.load, group=group, pipeline=True)
+    for name in "plain", "pack", "hybrid", "deepseek", "glm":
+        model, _ = load(folder.parent / name, expert_memory=(1 << 21) + (1 << 16))
+        outcome[name] = greedy(model)
+        store = model.__dict__["store"]
+        outcome[f"{name} blocks"] = [store.name(layer) for layer in store.layers]
+    model, _ = load(folder.parent / "pack", memory="4GB")
+    outcome["planned"] = greedy(model)
+    calls = model.__dict__["calls"]
+    make_room = calls.keeper.make_room
+    if exchange.rank:
+        calls.keeper.make_room = lambda *args, **options: min(
+            make_room(*args, **options), 5
+        )
+    outcome["divided"] = greedy(model, 1)["tokens"]
+    calls.keeper.make_room = make_room
+    model, _ = load(folder.parent / "pack", expert_memory=(1 << 21) + (1 << 16))
+
+    def damaged() -> Any:
+        raise ExpertStoreError("[reader] damaged")
+
+    switch = model.layers[-1].mlp.switch_mlp
+    kept = switch._source
+    if exchange.rank == 1:
+        switch._source = damaged
+    outcome["fails"] = said(lambda: greedy(model, 1))
+    switch._source = kept
+    outcome["after"] = greedy(model)
+    outcome["compile"] = said(lambda: mx.compile(model)(mx.array(PROMPT)))
+    outcome["again"] = said(lambda: model.model.pipeline(group))
+    outcome["shard"] = said(lambda: model.shard(group))
+    outcome["state"] = said(
+        lambda: moeflux_mlx.save_state(folder / f"{exchange.rank}.state", model, [], [])
+    )
+    outcome["no experts"] = said(lambda: load(folder.parent / "short"))
+    outcome["no pipeline"] = said(lambda: load(folder.parent / "oss"))
     return outcome
 
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
 import commands
 import mlx.core as mx
+import mlx_lm
 import pytest
 import ranks
-from tiny import make_checkpoint, make_qwen3_moe
+from tiny import (
+    make_checkpoint,
+    make_deepseek_v3,
+    make_glm4_moe,
+    make_gpt_oss,
+    make_qwen3_moe,
+)
 
 import moeflux_mlx
 from moeflux_mlx.calls.group import launched_group
@@ -23,6 +31,7 @@ from moeflux_mlx.experts.files.store import open_store
 
 BIN = Path(sys.executable).parent
 E, LAYERS = 7, {"plain": 3, "pack": 3, "hybrid": 4}
+PROMPTS = ["def add(a, b):", "import", "x"]
 SMALL, LARGE = (1 << 21) + (1 << 16), 1 << 30
 
 
@@ -83,6 +92,36 @@ def test_ranks_with_uneven_shares_give_one_ranks_bits_and_read_their_own(
                     assert {expert for _, expert in one["read"]} <= {*share}
 
 
+def test_ranks_that_divide_the_layers_give_one_ranks_bits(models, alone):
+    make_deepseek_v3(models / "deepseek", num_hidden_layers=4)
+    make_glm4_moe(models / "glm", num_hidden_layers=4)
+    make_glm4_moe(models / "short", num_hidden_layers=3)
+    make_gpt_oss(models / "oss")
+    for name in "deepseek", "glm":
+        model, _ = moeflux_mlx.load(models / name, expert_memory=LARGE, native=False)
+        alone[name] = ranks.greedy(model)
+    first, second = outcomes = run(models, 2, ranks.pipelined)
+    for outcome in outcomes:
+        for name in "plain", "pack", "hybrid", "deepseek", "glm":
+            assert outcome[name] == alone[name], name
+        assert outcome["planned"] == outcome["after"] == alone["pack"]
+        assert outcome["divided"] == alone["pack"]["tokens"][:1]
+        assert outcome["again"] == "no error"
+        assert outcome["shard"].startswith("ModelError: [stream] ")
+        assert outcome["compile"].startswith("ModelError: [pipeline] ")
+        assert outcome["state"].startswith("StateError: [state] ")
+        assert "whose layers mlx-lm divides but" in outcome["no pipeline"]
+    block = "model.layers.{}.mlp.switch_mlp".format
+    for name in "plain", "pack":
+        # Rank 0 has the last layers.
+        assert first[f"{name} blocks"] == [block(1), block(2)]
+        assert second[f"{name} blocks"] == [block(0)]
+    assert "in the layers of rank 1 but found none" in second["no experts"]
+    assert first["no experts"].startswith("PeerError: ")
+    assert second["fails"] == "ExpertStoreError: [reader] damaged"
+    assert first["fails"].startswith("PeerError: [group] call: expected every rank")
+
+
 def test_no_bit_changes_on_the_way(models):
     for outcome in run(models, 2, ranks.exact):
         for dtype, (found, expected) in outcome.items():
@@ -115,7 +154,8 @@ def test_a_rank_that_fails_ends_the_call_of_all_and_no_more(models, alone):
         assert outcome["pipeline"].endswith("or load it without a bound on memory")
         assert outcome["shard"] == "no error"
         assert outcome["state"].startswith("StateError: [state] ")
-        for name in "native", "mmap", "ahead", "optimistic", "auto", "group":
+        assert outcome["native"] == "no error"
+        for name in "mmap", "ahead", "optimistic", "auto", "group":
             assert outcome[name].startswith("ConfigError: ["), name
         assert "the same kind of memory bound" in outcome["bounds"]
 
@@ -194,6 +234,28 @@ def test_chats_of_ours_and_of_mlx_lm_share_the_experts(
     assert (code, other) == (0, 0), first + second
     assert "6 tokens" in first and "bye" in first
     assert "tokens" not in second and "bye" not in second
+
+
+@pytest.mark.parametrize("way", [[], ["--pipeline"]], ids=["experts", "layers"])
+def test_a_server_of_several_processes_answers_as_one_does(models, tmp_path, way):
+    model, tokenizer = mlx_lm.load(str(models / "plain"))
+    expected = [mlx_lm.generate(model, tokenizer, p, max_tokens=9) for p in PROMPTS]
+
+    def complete(prompt: str) -> str:
+        return client.complete(prompt, max_tokens=9)
+
+    words = ("--model", models / "pack", "--memory", "3GB", *way)
+    with ranks.serving(2, tmp_path, *words) as client:
+        assert [*map(complete, PROMPTS)] == expected
+        with ThreadPoolExecutor(3) as threads:
+            assert [*threads.map(complete, PROMPTS)] == expected
+        assert client.post("/v1/completions", {"prompt": ""}).status == 400
+        # Whatever has a seed is served alone.
+        seeded = {"seed": 3, "temperature": 1.0, "max_tokens": 9}
+        assert client.complete("x", **seeded) == client.complete("x", **seeded)
+        assert complete(PROMPTS[1]) == expected[1]
+    for rank in range(2):
+        assert "Traceback" not in (tmp_path / f"{rank}.log").read_text()
 
 
 def test_commands_for_one_process_say_so(models, tmp_path):

@@ -87,7 +87,12 @@ def ways_in_group(
 
 
 def begin_together(
-    exchange: Exchange, model: nn.Module, directory: Path, amounts: Amounts
+    exchange: Exchange,
+    model: nn.Module,
+    directory: Path,
+    amounts: Amounts,
+    *,
+    pipeline: bool,
 ) -> None:
     """Wait until every rank has loaded the same model; share rank 0's random state.
 
@@ -99,6 +104,7 @@ def begin_together(
             "model": model_identity(directory),
             "class": type(model).__qualname__,
             "kind of memory bound": "process" if amounts.process else "experts",
+            "division": "layers" if pipeline else "experts",
         }
     )
     # A state is a seed's two halves.

@@ -222,11 +222,22 @@ class Calls(OneAtATime):
         if self._exchange is None or isinstance(self.streamer, BlankExperts):
             return step()
         first = next(iter(rows.arrays.values()))
-        return self._exchange.call(rows.n_seqs, rows.t, first, step)
+        while True:
+            try:
+                return self._exchange.call(rows.n_seqs, rows.t, first, step)
+            except BudgetError:
+                # Every rank hears of it, and keeps the same for later.
+                if self._give_way is None or not self._give_way():
+                    raise
 
     def _make_room(self, cache: list[Any], n_seqs: int, t: int, **options: Any) -> int:
         assert self.keeper is not None
-        return make_room(self.keeper, self._give_way, cache, n_seqs, t, **options)
+        give_way = self._give_way if self._exchange is None else None
+        return make_room(self.keeper, give_way, cache, n_seqs, t, **options)
+
+    def least(self, number: int) -> int:
+        """Return the smallest of all processes' numbers; each has to ask."""
+        return number if self._exchange is None else self._exchange.least(number)
 
     def _is_followed(self, rows: _Rows) -> bool:
         """Tell whether a transformation follows a call: it keeps its results."""

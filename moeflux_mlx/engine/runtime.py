@@ -45,7 +45,7 @@ class RunOptions:
     where that was measured to pay. ``expert_io`` is one of ``config.EXPERT_IO``.
     ``directory`` is where the model is from. ``give_way`` frees some memory that the
     model's caller keeps for later, and tells whether it did. ``group`` has the other
-    processes that share the experts.
+    processes that share the experts, or with ``pipeline`` the layers.
     """
 
     open_experts: Callable[[], ExpertStore] | None = None
@@ -60,6 +60,7 @@ class RunOptions:
     directory: Path | None = None
     give_way: Callable[[], bool] | None = None
     group: mx.distributed.Group | None = None
+    pipeline: bool = False
     _asked: Amounts | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:

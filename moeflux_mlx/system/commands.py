@@ -1,4 +1,4 @@
-"""Which command of mlx-lm asks: some save a model that they never call."""
+"""Which command of mlx-lm asks: some save a model, or divide it between processes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..errors import ModelError
 # Commands that save a model, and those that look into all of its matrices.
 CONVERT = "mlx_lm.convert"
 SAVING = (CONVERT, "mlx_lm.fuse")
+DIVIDING_DATA = ("mlx_lm.evaluate", "mlx_lm.lora")
 CHANGING = tuple(f"mlx_lm.quant.{n}" for n in ("awq", "dwq", "dynamic_quant", "gptq"))
 
 
@@ -34,6 +35,19 @@ def is_to_be_saved() -> bool:
         if name in SAVING:
             return True
     return False
+
+
+def divides_data() -> bool:
+    """Tell whether a command asks whose ranks have other tokens, each a whole model."""
+    return any(name in DIVIDING_DATA for _, name in _callers())
+
+
+def divides_layers() -> bool:
+    """Tell whether mlx-lm asks for a model whose layers it is going to divide."""
+    return any(
+        name == "mlx_lm.utils" and frame.f_locals.get("pipeline_group") is not None
+        for frame, name in _callers()
+    )
 
 
 def type_of_convert() -> Any:

@@ -22,7 +22,7 @@ import xxhash
 from mlx.utils import tree_map
 
 from ... import device
-from ...errors import GroupError, PeerError
+from ...errors import BudgetError, GroupError, PeerBudgetError, PeerError
 from ..files.share import share_of
 from ..weights import leaves
 
@@ -247,10 +247,12 @@ class Exchange:
                 "kind, with the same model and the same version of MLX"
             )
 
-    def _check_failed(self, name: str, bits: int) -> None:
+    def _check_failed(
+        self, name: str, bits: int, kind: type[PeerError] = PeerError
+    ) -> None:
         if failed := [rank for rank in range(self.size) if bits >> rank & 1]:
             ranks = ", ".join(map(str, failed))
-            raise PeerError(
+            raise kind(
                 f"[group] {name}: expected every rank to go on but rank {ranks} "
                 "failed: its own error says why"
             )
@@ -265,7 +267,8 @@ class Exchange:
             step: returns how many this rank has room for.
 
         Raises:
-            PeerError: another rank has no room.
+            PeerBudgetError: another rank has no room.
+            PeerError: another rank failed otherwise.
             GroupError: another rank was called otherwise, or ended.
         """
         failure: Exception | None = None
@@ -274,11 +277,13 @@ class Exchange:
             found = step()
         except Exception as error:
             failure = error
-        told = self._tell([n_seqs, n_tokens, *_digest(ids), found])
+        fails, lacks = failure is not None, isinstance(failure, BudgetError)
+        told = self._tell([n_seqs, n_tokens, *_digest(ids), fails, lacks, found])
         if failure is not None:
             raise failure
-        bits = sum(1 << rank for rank in range(self.size) if told[rank, -1] == 0)
-        self._check_failed("call", bits)
+        kind = PeerBudgetError if told[:, -2].any() else PeerError
+        self._check_failed("call", _bits(told[:, -3]), kind)
+        told = np.delete(told, (-3, -2), axis=1)
         if (told[:, :-1] != told[0, :-1]).any():
             shapes = [f"{row[0]} x {row[1]}" for row in told]
             raise GroupError(
@@ -287,6 +292,22 @@ class Exchange:
                 "mx.random.seed"
             )
         return int(told[:, -1].min())
+
+    def end(self, failure: Exception | None) -> None:
+        """End what all ranks did, with this one's failure if there is one.
+
+        Raises:
+            PeerError: another rank failed.
+        """
+        told = self._tell([failure is not None])
+        if failure is not None:
+            raise failure
+        self._check_failed("call", _bits(told[:, 0]))
+
+    def least(self, number: int) -> int:
+        """Return the smallest of all ranks' numbers, each of up to 64 bits."""
+        told = self._tell([number >> 32, number & 0xFFFFFFFF]).tolist()
+        return min(high << 32 | low for high, low in told)
 
     def agree(self, facts: Mapping[str, object]) -> None:
         """Hold this rank's next step against the others'.
@@ -331,6 +352,11 @@ class Exchange:
                 f"[group] expected {self.size} ranks but one of them ended ({told}): "
                 "its own error says why"
             ) from error
+
+
+def _bits(flags: np.ndarray) -> int:
+    """Return a whole number with a bit for each flag that is set."""
+    return sum(1 << int(rank) for rank in np.flatnonzero(flags))
 
 
 def _digest(ids: mx.array) -> tuple[int, int]:
