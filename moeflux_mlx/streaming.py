@@ -283,18 +283,17 @@ def _divided(
     model: nn.Module, exchange: Exchange, group: Any, undo: contextlib.ExitStack
 ) -> nn.Module:
     """Divide a model's layers between all ranks, or raise an error in each of them."""
-    failure: Exception | None = None
-    try:
+
+    def divide() -> nn.Module:
         backbone = divide_layers(model, group, undo)
         if not find_blocks(model):
             raise ModelError(
                 f"[pipeline] expected routed experts in the layers of rank "
                 f"{exchange.rank} but found none: start fewer ranks"
             )
-    except Exception as error:
-        failure = error
-    exchange.end(failure)
-    return backbone
+        return backbone
+
+    return exchange.alike(divide)
 
 
 def _blocks_of(model: nn.Module) -> list[RoutedBlock]:

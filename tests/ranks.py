@@ -27,6 +27,7 @@ from typing import Any
 import commands
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 from serving_client import Client
 
 import moeflux_mlx
@@ -136,8 +137,6 @@ def _called(work: Callable[[Exchange, Path], dict[str, Any]], args: list[str]) -
 
 def greedy(model: Any, n: int = 6) -> dict[str, Any]:
     """Return tokens, and the bits of the logits that they come of."""
-    from mlx_lm.models.cache import make_prompt_cache
-
     cache, tokens, bits = make_prompt_cache(model), [], hashlib.sha256()
     ids = mx.array(PROMPT)
     for _ in range(n):
@@ -167,7 +166,7 @@ def generate(exchange: Exchange, folder: Path) -> dict[str, Any]:
             model, _ = moeflux_mlx.load(
                 path, expert_memory=memory, group=exchange._group
             )
-            model.__dict__["calls"]._exchange.waits = waits
+            model.__dict__["calls"].exchange.waits = waits
             store, read = model.__dict__["store"], set()
             spans = store.spans
 
@@ -263,6 +262,48 @@ def bench(exchange: Exchange, folder: Path) -> dict[str, Any]:
     return outcome
 
 
+def states(exchange: Exchange, folder: Path) -> dict[str, Any]:
+    """Keep a state, load it and another one, and have one rank fail."""
+    load = functools.partial(
+        moeflux_mlx.load, folder.parent / "pack", group=exchange._group
+    )
+    model, _ = load(expert_memory=(1 << 21) + (1 << 16))
+    outcome: dict[str, Any] = {"one": continued(model, folder.parent / "one")}
+    cache, path = make_prompt_cache(model), folder.parent / "several"
+    mx.eval(model(mx.array(PROMPT), cache=cache))
+    streamer = model.streamer
+    outcome["held"] = len(streamer.held)
+    moeflux_mlx.save_state(path, model, cache, PROMPT[0])
+    model, _ = load(expert_memory=(1 << 21) + (1 << 16))
+    outcome["several"] = continued(model, path)
+    outcome["held again"] = len(model.streamer.held)
+    elsewhere = path if exchange.rank else folder / "none"
+    outcome["read"] = said(lambda: moeflux_mlx.load_state(elsewhere, model))
+    place = path if exchange.rank else folder / "no" / "place"
+    outcome["write"] = said(
+        lambda: moeflux_mlx.save_state(place, model, cache, PROMPT[0])
+    )
+    other = path if exchange.rank else folder.parent / "other"
+    outcome["other"] = said(lambda: moeflux_mlx.load_state(other, model))
+    return outcome
+
+
+def continued(model: Any, path: Path) -> list[int]:
+    """Return the tokens that follow a state."""
+    state = moeflux_mlx.load_state(path, model)
+    assert state.tokens == PROMPT[0]
+    return follow(model, state.cache)
+
+
+def follow(model: Any, cache: list[Any]) -> list[int]:
+    """Return the tokens that follow what caches hold."""
+    ids, tokens = mx.array([[7]]), []
+    for _ in range(4):
+        tokens.append(int(model(ids, cache=cache)[0, -1].argmax()))
+        ids = mx.array([[tokens[-1]]])
+    return tokens
+
+
 def pipelined(exchange: Exchange, folder: Path) -> dict[str, Any]:
     """Run models whose layers are divided; have one rank fail, and go on."""
     outcome: dict[str, Any] = {}
@@ -325,7 +366,7 @@ def part(exchange: Exchange, folder: Path) -> dict[str, Any]:
     outcome = {}
     for name, places in {"all": slice(None), "last": slice(-1, None)}.items():
         model, _ = moeflux_mlx.load(folder.parent / "pack", group=exchange._group)
-        own = model.__dict__["calls"]._exchange
+        own = model.__dict__["calls"].exchange
         gates = [layer.mlp.gate for layer in model.layers[places]]
         if exchange.rank == 1:
             for gate in gates:
@@ -371,7 +412,7 @@ def fail(exchange: Exchange, folder: Path) -> dict[str, Any]:
     if mine:
         file.write_bytes(kept[: len(kept) // 2] + bytes(len(kept) - len(kept) // 2))
     exchange.first([0])
-    own = model.__dict__["calls"]._exchange
+    own = model.__dict__["calls"].exchange
     outcome["damaged"] = call(PROMPT)
     own.waits = False
     outcome["damaged, not waiting"] = call(PROMPT)
@@ -403,9 +444,6 @@ def fail(exchange: Exchange, folder: Path) -> dict[str, Any]:
     outcome["compile"] = said(lambda: mx.compile(model)(mx.array(PROMPT)))
     outcome["pipeline"] = said(lambda: model.model.pipeline(group))
     outcome["shard"] = said(lambda: model.shard(group))
-    outcome["state"] = said(
-        lambda: moeflux_mlx.save_state(folder / f"{exchange.rank}.state", model, [], [])
-    )
     for name, options in {
         "native": {"native": True},
         "mmap": {"expert_io": "mmap"},

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 import ranks
+from mlx_lm.models.cache import make_prompt_cache
 from tiny import (
     make_checkpoint,
     make_deepseek_v3,
@@ -122,6 +123,27 @@ def test_ranks_that_divide_the_layers_give_one_ranks_bits(models, alone):
     assert first["fails"].startswith("PeerError: [group] call: expected every rank")
 
 
+def test_any_number_of_ranks_goes_on_from_a_state(models):
+    model, _ = moeflux_mlx.load(models / "pack", expert_memory=SMALL, native=False)
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.array(ranks.PROMPT), cache=cache))
+    moeflux_mlx.save_state(models / "one", model, cache, ranks.PROMPT[0])
+    expected = ranks.follow(model, cache)
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.array([[1, 2]]), cache=cache))
+    moeflux_mlx.save_state(models / "other", model, cache, [1, 2])
+    first, second = outcomes = run(models, 2, ranks.states)
+    for outcome in outcomes:
+        assert outcome["one"] == outcome["several"] == expected
+        assert outcome["held again"] == outcome["held"] > 0
+        assert "the same tokens of the state on every rank" in outcome["other"]
+    for fails in "read", "write":
+        assert first[fails].startswith("StateError: [state] cannot ")
+        assert second[fails].startswith("PeerError: ")
+    model, _ = moeflux_mlx.load(models / "pack", expert_memory=SMALL, native=False)
+    assert ranks.continued(model, models / "several") == expected
+
+
 def test_no_bit_changes_on_the_way(models):
     for outcome in run(models, 2, ranks.exact):
         for dtype, (found, expected) in outcome.items():
@@ -153,7 +175,6 @@ def test_a_rank_that_fails_ends_the_call_of_all_and_no_more(models, alone):
         assert "expected rows with values" in outcome["compile"]
         assert outcome["pipeline"].endswith("or load it without a bound on memory")
         assert outcome["shard"] == "no error"
-        assert outcome["state"].startswith("StateError: [state] ")
         assert outcome["native"] == "no error"
         for name in "mmap", "ahead", "optimistic", "auto", "group":
             assert outcome[name].startswith("ConfigError: ["), name
@@ -176,7 +197,9 @@ def test_ranks_keep_to_their_own_memory_and_divide_a_prompt_alike(models, alone)
         assert outcome["asked"] == [5, 5, 5, 5, 4]
     first, second = (outcome["too little"] for outcome in outcomes)
     assert second == "BudgetError: [memory] too little"
-    assert first.startswith("PeerError: [group] call: expected every rank to go on")
+    assert first.startswith(
+        "PeerBudgetError: [group] call: expected every rank to go on"
+    )
 
 
 def test_the_script_measures_the_bytes_of_each_rank(models):
@@ -261,9 +284,8 @@ def test_a_server_of_several_processes_answers_as_one_does(models, tmp_path, way
 def test_commands_for_one_process_say_so(models, tmp_path):
     for command in (
         ["pack", models / "plain", models / "again"],
-        [*words(models), "--save-state", models / "state"],
         [*words(models), "--prompt", "-"],
-        ["serve", "--model", models / "pack", "--port", 0],
+        ["serve", "--model", models / "pack", "--port", 0, "--draft-model", "x"],
     ):
         for code, log in ranks.launch(2, tmp_path, commands.called, command):
             assert code == 2, log

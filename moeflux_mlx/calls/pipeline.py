@@ -117,7 +117,7 @@ class PipelinedCalls(Calls):
     ) -> Any:
         if isinstance(self.streamer, BlankExperts):
             return super()._run(call, bound, t, states)
-        assert self._exchange is not None
+        assert self.exchange is not None
         if in_transformation() or not has_values(*bound.args[:1]):
             raise ModelError(
                 "[pipeline] expected a call outside of transformations: train or "
@@ -131,5 +131,5 @@ class PipelinedCalls(Calls):
             mx.eval(out, arrays_of(bound.arguments.get("cache") or []))
         finally:
             self._is_under_way = False
-        self._exchange.end(self._failure)
+        self.exchange.end(self._failure)
         return out

@@ -53,7 +53,7 @@ class Calls(OneAtATime):
         self._model = weakref.ref(model)
         self.ways = ways or Ways()
         self._give_way = give_way
-        self._exchange = self.ways.exchange = exchange
+        self.exchange = self.ways.exchange = exchange
         self.streamer: ExpertStreamer | MappedExperts | BlankExperts | None = None
         self.keeper: MemoryKeeper | None = None
         self.free_pool: FreePool | None = None
@@ -93,7 +93,7 @@ class Calls(OneAtATime):
 
     def _led(self, out: Any) -> Any:
         """Return the result of a whole call, rank 0's if tokens may be drawn of it."""
-        exchange = self._exchange
+        exchange = self.exchange
         is_small = isinstance(out, mx.array) and out.nbytes <= LED_BYTES
         if exchange is None or not is_small or in_transformation():
             return out
@@ -163,7 +163,7 @@ class Calls(OneAtATime):
     ) -> Any:
         whole = functools.partial(call, *bound.args, **bound.kwargs)
         run = functools.partial(self.ways.run, whole, self.streamer, t, states)
-        exchange = self._exchange
+        exchange = self.exchange
         if exchange is None or in_transformation():
             return run()
         if not exchange.waits and states is not None:
@@ -219,12 +219,12 @@ class Calls(OneAtATime):
 
     def _agreed(self, rows: _Rows, step: Callable[[], int]) -> int:
         """Return how many tokens are computed together: as many by every process."""
-        if self._exchange is None or isinstance(self.streamer, BlankExperts):
+        if self.exchange is None or isinstance(self.streamer, BlankExperts):
             return step()
         first = next(iter(rows.arrays.values()))
         while True:
             try:
-                return self._exchange.call(rows.n_seqs, rows.t, first, step)
+                return self.exchange.call(rows.n_seqs, rows.t, first, step)
             except BudgetError:
                 # Every rank hears of it, and keeps the same for later.
                 if self._give_way is None or not self._give_way():
@@ -232,12 +232,12 @@ class Calls(OneAtATime):
 
     def _make_room(self, cache: list[Any], n_seqs: int, t: int, **options: Any) -> int:
         assert self.keeper is not None
-        give_way = self._give_way if self._exchange is None else None
+        give_way = self._give_way if self.exchange is None else None
         return make_room(self.keeper, give_way, cache, n_seqs, t, **options)
 
     def least(self, number: int) -> int:
         """Return the smallest of all processes' numbers; each has to ask."""
-        return number if self._exchange is None else self._exchange.least(number)
+        return number if self.exchange is None else self.exchange.least(number)
 
     def _is_followed(self, rows: _Rows) -> bool:
         """Tell whether a transformation follows a call: it keeps its results."""

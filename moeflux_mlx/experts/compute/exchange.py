@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -26,6 +26,7 @@ from ...errors import BudgetError, GroupError, PeerBudgetError, PeerError
 from ..files.share import share_of
 from ..weights import leaves
 
+T = TypeVar("T")
 # Ranks that failed are told apart by a bit each.
 MOST_RANKS = 32
 # Whole numbers beside each row: the expert, its square, and which ranks failed.
@@ -278,7 +279,7 @@ class Exchange:
         except Exception as error:
             failure = error
         fails, lacks = failure is not None, isinstance(failure, BudgetError)
-        told = self._tell([n_seqs, n_tokens, *_digest(ids), fails, lacks, found])
+        told = self.tell([n_seqs, n_tokens, *_digest(ids), fails, lacks, found])
         if failure is not None:
             raise failure
         kind = PeerBudgetError if told[:, -2].any() else PeerError
@@ -299,14 +300,28 @@ class Exchange:
         Raises:
             PeerError: another rank failed.
         """
-        told = self._tell([failure is not None])
+        told = self.tell([failure is not None])
         if failure is not None:
             raise failure
         self._check_failed("call", _bits(told[:, 0]))
 
+    def alike(self, work: Callable[[], T]) -> T:
+        """Do what all ranks do, and end as they do.
+
+        Raises:
+            PeerError: another rank failed.
+        """
+        failure: Exception | None = None
+        try:
+            done = work()
+        except Exception as error:
+            failure = error
+        self.end(failure)
+        return done
+
     def least(self, number: int) -> int:
         """Return the smallest of all ranks' numbers, each of up to 64 bits."""
-        told = self._tell([number >> 32, number & 0xFFFFFFFF]).tolist()
+        told = self.tell([number >> 32, number & 0xFFFFFFFF]).tolist()
         return min(high << 32 | low for high, low in told)
 
     def agree(self, facts: Mapping[str, object]) -> None:
@@ -316,7 +331,7 @@ class Exchange:
             GroupError: a fact is another one there; names it.
         """
         shown = [repr(fact).encode() for fact in facts.values()]
-        told = self._tell([n for text in shown for n in _hash(text)])
+        told = self.tell([n for text in shown for n in _hash(text)])
         for number, (name, fact) in enumerate(facts.items()):
             columns = told[:, 2 * number : 2 * number + 2]
             others = np.flatnonzero((columns != columns[self.rank]).any(axis=1))
@@ -328,11 +343,11 @@ class Exchange:
 
     def first(self, numbers: Sequence[int]) -> list[int]:
         """Return the 32-bit numbers that rank 0 gives."""
-        found: list[int] = self._tell(numbers)[0].tolist()
+        found: list[int] = self.tell(numbers)[0].tolist()
         return found
 
-    def _tell(self, numbers: Sequence[int]) -> np.ndarray:
-        """Return the numbers of every rank, ``[size, n]``."""
+    def tell(self, numbers: Sequence[int]) -> np.ndarray:
+        """Return the 32-bit numbers of every rank, ``[size, n]``."""
         own = np.zeros((self.size, len(numbers)), np.uint32)
         own[self.rank] = numbers
         total = self._added(mx.array(own))
