@@ -40,7 +40,7 @@ from .opening.stock_model import (
 from .opening.tokenizer import open_tokenizer
 from .opening.weight_files import Reads, model_module, read_weights
 from .streaming import plan_stream
-from .system.commands import divides_data, divides_layers, is_to_be_saved
+from .system.commands import divides_data, is_to_be_saved, refuse_division_of_layers
 from .system.files import short, spelled_plainly
 from .system.progress import Report, byte_progress, notice
 
@@ -398,6 +398,8 @@ def pack_classes(model_file: str) -> tuple[type, type]:
     options = RunOptions(directory=directory, give_way=give_way)
     found = load_config(directory)
     group = None if saves or divides_data() else launched_group()
+    if group is not None:
+        refuse_division_of_layers()
     if group is not None or not has_own_class(found):
         return saved_plainly(
             *door_classes(
@@ -405,7 +407,6 @@ def pack_classes(model_file: str) -> tuple[type, type]:
                 found,
                 reads=not saves,
                 group=group,
-                pipeline=group is not None and divides_layers(),
             )
         )
     _tell_departure(found)

@@ -114,7 +114,6 @@ def door_classes(
     *,
     reads: bool = True,
     group: mx.distributed.Group | None = None,
-    pipeline: bool = False,
 ) -> tuple[type[nn.Module], type]:
     """Return mlx-lm's classes of a pack's model, which streams once it is loaded.
 
@@ -122,7 +121,7 @@ def door_classes(
 
     Args:
         reads: the model is to be called; else it takes room for one expert.
-        group, pipeline: as for ``load``.
+        group: as for ``load``.
     """
     bound, arguments = pack_classes_with(directory)(config)
 
@@ -133,9 +132,7 @@ def door_classes(
                 # Other weights come later.
                 return self
             memory = None if reads else least_bytes(directory)
-            stream(
-                self, directory, expert_memory=memory, group=group, pipeline=pipeline
-            )
+            stream(self, directory, expert_memory=memory, group=group)
             return self
 
     Model.__module__, Model.__qualname__ = bound.__module__, bound.__qualname__

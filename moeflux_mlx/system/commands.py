@@ -42,12 +42,20 @@ def divides_data() -> bool:
     return any(name in DIVIDING_DATA for _, name in _callers())
 
 
-def divides_layers() -> bool:
-    """Tell whether mlx-lm asks for a model whose layers it is going to divide."""
-    return any(
-        name == "mlx_lm.utils" and frame.f_locals.get("pipeline_group") is not None
-        for frame, name in _callers()
-    )
+def refuse_division_of_layers() -> None:
+    """Refuse to load a pack for mlx-lm to divide its layers: that takes an index file.
+
+    Raises:
+        ModelError: mlx-lm's ``sharded_load`` asks, with a group for that.
+    """
+    for frame, name in _callers():
+        asked = frame.f_locals.get("pipeline_group") if name == "mlx_lm.utils" else None
+        if asked is not None:
+            raise ModelError(
+                "[pipeline] expected a plain checkpoint but got a pack, whose layers "
+                "mlx-lm does not divide: run 'moeflux chat --pipeline', or generate or "
+                "serve"
+            )
 
 
 def type_of_convert() -> Any:
