@@ -254,9 +254,16 @@ def bench(exchange: Exchange, folder: Path) -> dict[str, Any]:
     spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None
     loader.exec_module(module := importlib.util.module_from_spec(spec))
-    args = SimpleNamespace(model=folder.parent / "pack", rounds=1, prompt=8, tokens=3)
+    args = SimpleNamespace(
+        model=folder.parent / "pack",
+        rounds=1,
+        prompt=8,
+        tokens=3,
+        feed=None,
+        pipeline=False,
+    )
     outcome: dict[str, Any] = module.measured(args, 50)
-    table = module.Table(*"abcdefgh")
+    table = module.Table(*"abcd", *module.COLUMNS)
     module.add_rows(table, 50, [outcome])
     assert table.row_count == 1
     return outcome
@@ -432,6 +439,10 @@ def fail(exchange: Exchange, folder: Path) -> dict[str, Any]:
             (4, mx.float32),
             lambda places: mx.zeros((len(places), 4)),
         )
+    )
+    own_marks = np.array([[1, 1, 0], [2, 4, 0]], np.uint32)
+    outcome["no sum"] = said(
+        lambda: exchange._check("block", np.array([0, 1]), own_marks)
     )
     outcome["choice, not waiting"] = said(lambda: choose_late(exchange))
     outcome["grad"] = said(

@@ -170,6 +170,7 @@ def test_a_rank_that_fails_ends_the_call_of_all_and_no_more(models, alone):
         assert outcome["lengths"].startswith(f"{same}others, of shapes 1 x 3, 1 x 4")
         assert "block: expected every rank to choose the same" in outcome["choice"]
         assert "for row 2 not all chose" in outcome["choice"]
+        assert "expected the sum of all ranks' numbers" in outcome["no sum"]
         assert "block 1: expected every rank" in outcome["choice, not waiting"]
         assert "expected no gradient" in outcome["grad"]
         assert "expected rows with values" in outcome["compile"]

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, GroupError, ModelError
 from ..experts.compute.blank import BlankExperts
 from ..experts.weights import has_values
 from ..memory.caches import CacheState, arrays_of
@@ -54,9 +54,30 @@ def divide_layers(
             f"[pipeline] expected at most {n_layers} ranks, one for each layer, but "
             f"got {group.size()}: start fewer"
         )
+    _check_messages(group)
     undo.callback(_restore, backbone, dict(backbone), dict(backbone.__dict__))
     backbone.pipeline(group)
     return backbone
+
+
+def _check_messages(group: Group) -> None:
+    """Send a number the way that rows go.
+
+    Raises:
+        GroupError: the backend sends nothing between two ranks, as NCCL's does not.
+    """
+    rank, size, number = group.rank(), group.size(), mx.ones(1)
+    try:
+        if rank < size - 1:
+            mx.eval(mx.distributed.recv_like(number, rank + 1))
+        if rank:
+            mx.eval(mx.distributed.send(number, rank - 1))
+    except (RuntimeError, ValueError) as error:
+        told = " ".join(str(error).split())
+        raise GroupError(
+            f"[pipeline] expected messages between two ranks but got {told!r}: start "
+            "them with another --backend, for example ring"
+        ) from error
 
 
 def _restore(module: nn.Module, items: dict[str, Any], names: dict[str, Any]) -> None:

@@ -67,8 +67,9 @@ class Exchange:
         self.waits = device.on_cpu()
         # Whether a call is under way that looks at its end whether all ranks agreed.
         self.defers = False
-        # Whether ranks chose otherwise in the layer that is under way.
+        # Whether ranks chose otherwise in the layer that is under way, and how often.
         self._parted = False
+        self.n_parted = 0
         self._owed: list[Told] = []
         if self.size > MOST_RANKS:
             raise GroupError(
@@ -196,6 +197,7 @@ class Exchange:
     def follow(self, *arrays: mx.array) -> list[mx.array]:
         """Return rank 0's arrays after another choice, as the layer is to do too."""
         self._parted = True
+        self.n_parted += 1
         found = [self.led(array) for array in arrays]
         self._evaluate(*found)
         return found
@@ -238,6 +240,11 @@ class Exchange:
     def _check(self, name: str, ids: np.ndarray, told: np.ndarray) -> None:
         self._check_failed(name, int(told[0, 2]) if len(told) else 0)
         wanted = ids.astype(np.uint32) + 1
+        if (told[:, 0] < wanted + self.size - 1).any():
+            raise GroupError(
+                f"[group] {name}: expected the sum of all ranks' numbers but got this "
+                "one's alone: use another --backend of mlx.launch"
+            )
         same = told[:, 0] == wanted * self.size
         same &= told[:, 1] == wanted**2 * np.uint32(self.size)
         if not same.all():
