@@ -241,6 +241,14 @@ def bounded(exchange: Exchange, folder: Path) -> dict[str, Any]:
 
     calls.keeper.make_room = refuse if exchange.rank else room
     outcome["too little"] = said(lambda: model(mx.array(PROMPT)))
+
+    def give_way() -> bool:
+        calls.keeper.make_room = room
+        outcome["gave way"] = True
+        return True
+
+    calls._give_way = give_way
+    outcome["given way"] = greedy(model, 1)["tokens"]
     calls.keeper.make_room = make_room
     outcome["after"] = greedy(model)["bits"]
     return outcome

@@ -196,6 +196,8 @@ def test_ranks_keep_to_their_own_memory_and_divide_a_prompt_alike(models, alone)
         assert outcome["bits"] == outcome["after"] == alone["pack"]["bits"]
         assert outcome["divided"] == alone["pack"]["tokens"][:1]
         assert outcome["asked"] == [5, 5, 5, 5, 4]
+        # All let go of a kept prompt where one has no room.
+        assert outcome["gave way"] and outcome["given way"] == outcome["divided"]
     first, second = (outcome["too little"] for outcome in outcomes)
     assert second == "BudgetError: [memory] too little"
     assert first.startswith(
@@ -260,7 +262,16 @@ def test_chats_of_ours_and_of_mlx_lm_share_the_experts(
     assert "tokens" not in second and "bye" not in second
 
 
-@pytest.mark.parametrize("way", [[], ["--pipeline"]], ids=["experts", "layers"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "way",
+    [
+        ["--expert-memory", SMALL],
+        ["--memory", "3GB"],
+        ["--memory", "3GB", "--pipeline"],
+    ],
+    ids=["experts", "planned", "layers"],
+)
 def test_a_server_of_several_processes_answers_as_one_does(models, tmp_path, way):
     model, tokenizer = mlx_lm.load(str(models / "plain"))
     expected = [mlx_lm.generate(model, tokenizer, p, max_tokens=9) for p in PROMPTS]
@@ -268,8 +279,17 @@ def test_a_server_of_several_processes_answers_as_one_does(models, tmp_path, way
     def complete(prompt: str) -> str:
         return client.complete(prompt, max_tokens=9)
 
-    words = ("--model", models / "pack", "--memory", "3GB", *way)
+    file = models / "pack" / "experts-001.bin"
+    words = ("--model", models / "pack", *way)
     with ranks.serving(2, tmp_path, *words) as client:
+        if SMALL in way:
+            # Nothing was read yet; rank 1's experts are in the second half.
+            kept = file.read_bytes()
+            half = len(kept) // 2
+            file.write_bytes(kept[:half] + bytes(len(kept) - half))
+            answer = client.post("/v1/completions", {"prompt": PROMPTS[0]})
+            file.write_bytes(kept)
+            assert answer.status == 500 and "but rank 1 failed" in answer.error
         assert [*map(complete, PROMPTS)] == expected
         with ThreadPoolExecutor(3) as threads:
             assert [*threads.map(complete, PROMPTS)] == expected
