@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -300,6 +301,35 @@ def test_a_server_of_several_processes_answers_as_one_does(models, tmp_path, way
         assert complete(PROMPTS[1]) == expected[1]
     for rank in range(2):
         assert "Traceback" not in (tmp_path / f"{rank}.log").read_text()
+
+
+@pytest.mark.slow
+def test_mlx_lms_training_divides_rows_and_not_the_model(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEFLUX_EXPERT_MEMORY", str(LARGE))
+    rows = [json.dumps({"text": f"def f{i}(a): return a + {i}"}) for i in range(8)]
+    for name in "train", "valid", "test":
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    words = ["lora", "--train", "--data", tmp_path, "--iters", 3, "--batch-size", 4]
+    words += ["--num-layers", 1, "--val-batches", 1, "--trust-remote-code"]
+    keys = ["self_attn.q_proj", "self_attn.v_proj"]
+    lora = {"keys": keys, "rank": 4, "scale": 20.0, "dropout": 0.0}
+    (tmp_path / "lora.yaml").write_text(json.dumps({"lora_parameters": lora}))
+    words += ["--config", tmp_path / "lora.yaml"]
+    adapters = {}
+    for name in "plain", "pack":
+        path = tmp_path / name
+        ended = ranks.launch(
+            2,
+            tmp_path / f"{name} ranks",
+            ranks.mlx_lm,
+            [*words, "--model", models / name, "--adapter-path", path],
+        )
+        assert [code for code, _ in ended] == [0, 0], ended
+        adapters[name] = mx.load(str(path / "adapters.safetensors"))
+    assert adapters["plain"].keys() == adapters["pack"].keys() != set()
+    for name, expected in adapters["plain"].items():
+        assert mx.abs(expected).max() > 0
+        assert mx.allclose(adapters["pack"][name], expected, rtol=1e-3, atol=1e-6)
 
 
 def test_commands_for_one_process_say_so(models, tmp_path):

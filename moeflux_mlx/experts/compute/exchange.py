@@ -32,7 +32,7 @@ MOST_RANKS = 32
 # Whole numbers beside each row: the expert, its square, and which ranks failed.
 N_MARKS = 3
 # Results of a call up to this size are rank 0's on all ranks: tokens are drawn of them.
-LED_BYTES = 16 << 20
+LED_BYTES = 8 << 20
 
 
 class OtherChoiceError(GroupError):
