@@ -91,17 +91,22 @@ def start(
     return started
 
 
+def address(process: BaseProcess, log: Path) -> str:
+    """Return where a rank serves, once it does."""
+    while not (found := re.search(r"serving .* at (http\S+)\n", log.read_text())):
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.05)
+    return found[1]
+
+
 @contextlib.contextmanager
 def serving(n: int, folder: Path, *words: object) -> Iterator[Client]:
     """Run ``moeflux serve`` in ``n`` ranks while inside; they end without an error."""
     words = ("serve", "--port", 0, *words)
     started = start(n, folder, commands.called, words)
-    first, log = started[0]
+    first = started[0][0]
     try:
-        while not (found := re.search(r"serving .* at (http\S+)\n", log.read_text())):
-            assert first.is_alive(), log.read_text()
-            time.sleep(0.05)
-        yield Client(found[1])
+        yield Client(address(*started[0]))
     finally:
         first.terminate()
         for process, _ in started:

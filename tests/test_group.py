@@ -304,6 +304,20 @@ def test_a_server_of_several_processes_answers_as_one_does(models, tmp_path, way
 
 
 @pytest.mark.slow
+def test_a_server_ends_in_one_line_with_one_of_its_processes(models, tmp_path):
+    words = ("serve", "--port", 0, "--model", models / "pack")
+    started = ranks.start(2, tmp_path, commands.called, words)
+    (first, log), (second, _) = started
+    ranks.address(first, log)
+    second.kill()
+    first.join(ranks.SECONDS)
+    assert first.exitcode == 1
+    text = log.read_text()
+    assert "[group] expected every process to serve but one ended" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.slow
 def test_mlx_lms_training_divides_rows_and_not_the_model(models, tmp_path, monkeypatch):
     monkeypatch.setenv("MOEFLUX_EXPERT_MEMORY", str(LARGE))
     rows = [json.dumps({"text": f"def f{i}(a): return a + {i}"}) for i in range(8)]

@@ -21,7 +21,7 @@ from mlx_lm import server as stock
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 
 from ..drafts import can_go_back
-from ..errors import ConfigError
+from ..errors import ConfigError, GroupError
 from ..experts.files.checkpoint import read_config
 from ..loading import load, load_draft
 from ..opening.download import find_model
@@ -152,7 +152,11 @@ class Generator(stock.ResponseGenerator):
             return
         finally:
             self._loaded.set()
-        super()._generate()
+        try:
+            super()._generate()
+        except GroupError as error:
+            logging.error("%s", error)
+            self._generation_failed = True
 
     def _tokenize(self, *args: Any) -> Any:
         found = super()._tokenize(*args)
@@ -171,6 +175,21 @@ class Generator(stock.ResponseGenerator):
         made = {"GenerationContext": _Unstoppable} if self._is_distributed else {}
         with replaced(stock, stream_generate=generate, **made):
             super()._serve_single(*args)
+
+    def _share_object(self, obj: Any) -> Any:
+        """Return the first process's object in all of them.
+
+        Raises:
+            GroupError: one of them ended.
+        """
+        try:
+            return super()._share_object(obj)
+        except RuntimeError as error:
+            told = " ".join(str(error).split())
+            raise GroupError(
+                f"[group] expected every process to serve but one ended ({told}): its "
+                "own error says why, start all of them again"
+            ) from error
 
     def _share_request(self, request: Any) -> Any:
         """Hand a request, or the end, to all processes."""
