@@ -157,15 +157,10 @@ def load(
         read_ahead,
         expert_io,
         give_way=serving.join(),
-        group=group if exchange_of(group) else None,
+        group=group if exchange_of(group, pipeline=pipeline) else None,
         pipeline=pipeline,
     )
     shares = options.group is not None
-    if pipeline and not shares:
-        raise ConfigError(
-            "[pipeline] expected several ranks but got one: start them with "
-            "mlx.launch, or leave pipeline out"
-        )
     path = find_model(path_or_hf_repo, revision)
     if trust_remote_code:
         _refuse_code(path)

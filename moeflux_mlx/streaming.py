@@ -18,7 +18,7 @@ from . import config, device, serving
 from .calls.arguments import bounded, check_ids
 from .calls.group import Group, begin_together, exchange_of, reached, ways_in_group
 from .calls.measured_needs import MeasuredNeeds
-from .calls.pipeline import PipelinedCalls, divide_layers
+from .calls.pipeline import PipelinedCalls, divide_alike
 from .calls.shared import Calls
 from .calls.ways import Ways, added_class
 from .drafts import let_all_draft
@@ -46,7 +46,7 @@ from .memory.plan import MemoryPlan, own_bytes, plan_memory
 from .memory.preflight import check_fits, unasked_expert_bytes
 from .memory.relief import FreePool
 from .memory.search import find_fastest
-from .saving.guard import GuardsSaving, guard_saving, keep_whole, refuse_division
+from .saving.guard import GuardsSaving, check_division, guard_saving, keep_whole
 from .system.progress import Report, notice
 from .training import TrainsUncompiled
 
@@ -110,7 +110,7 @@ class StreamedModel(GuardsSaving, TrainsUncompiled, StreamedPart):
         Raises:
             ModelError: it was not loaded with that group.
         """
-        _check_division(self, group, pipeline=False)
+        check_division(self, group, pipeline=False)
 
     def load_weights(
         self, file_or_weights: str | list[tuple[str, mx.array]], strict: bool = True
@@ -131,15 +131,6 @@ class StreamedModel(GuardsSaving, TrainsUncompiled, StreamedPart):
                     "are streamed: load the model without a bound on memory"
                 )
         return super().load_weights(weights, strict)
-
-
-def _check_division(model: nn.Module, group: Group | None, *, pipeline: bool) -> None:
-    """Refuse to divide a model in another way than loading has."""
-    asked = mx.distributed.init() if group is None else group
-    own: Group | None = model.__dict__["group"]
-    is_divided = own is not None and model.__dict__["pipeline"] == pipeline
-    if asked.size() != (own.size() if own is not None and is_divided else 1):
-        refuse_division()
 
 
 @memory_errors("[stream]")
@@ -185,7 +176,8 @@ def stream(
     """
     directory = Path(directory)
     check_scope(scope)
-    exchange, amounts = exchange_of(group), Amounts.read(memory, expert_memory)
+    exchange = exchange_of(group, pipeline=pipeline)
+    amounts = Amounts.read(memory, expert_memory)
     if exchange is not None:
         read_ahead, optimistic, expert_io = ways_in_group(
             read_ahead, optimistic, expert_io, amounts
@@ -195,8 +187,8 @@ def stream(
     make_policy = policy_factory(policy or config.policy() or DEFAULT_POLICY)
     with contextlib.ExitStack() as undo:
         backbone = None
-        if pipeline and exchange is not None:
-            backbone = _divided(model, exchange, group, undo)
+        if pipeline and exchange is not None and group is not None:
+            backbone = divide_alike(model, exchange, group, undo)
         blocks = _blocks_of(model)
         whole = backbone is None
         store = _open(model, blocks, directory, direct=io == "direct", whole=whole)
@@ -242,7 +234,7 @@ def stream(
     )
     if backbone is not None:
         backbone.__dict__["pipeline"] = functools.partial(
-            _check_division, model, pipeline=True
+            check_division, model, pipeline=True
         )
     if opened.plan is None and isinstance(streamer, ExpertStreamer):
         calls.free_pool = FreePool(streamer)
@@ -277,23 +269,6 @@ def plan_stream(
         opened.expert_bytes()
     assert opened.plan is not None
     return opened.plan
-
-
-def _divided(
-    model: nn.Module, exchange: Exchange, group: Any, undo: contextlib.ExitStack
-) -> nn.Module:
-    """Divide a model's layers between all ranks, or raise an error in each of them."""
-
-    def divide() -> nn.Module:
-        backbone = divide_layers(model, group, undo)
-        if not find_blocks(model):
-            raise ModelError(
-                f"[pipeline] expected routed experts in the layers of rank "
-                f"{exchange.rank} but found none: start fewer ranks"
-            )
-        return backbone
-
-    return exchange.alike(divide)
 
 
 def _blocks_of(model: nn.Module) -> list[RoutedBlock]:

@@ -386,3 +386,5 @@ def test_a_group_of_one_is_none(models, alone):
     model.shard(group)
     with pytest.raises(ConfigError, match="group"):
         moeflux_mlx.load(models / "pack", group=3)
+    with pytest.raises(ConfigError, match="several ranks but got one"):
+        moeflux_mlx.load(models / "pack", group=group, pipeline=True)

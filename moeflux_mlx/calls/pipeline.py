@@ -18,11 +18,41 @@ import mlx.nn as nn
 
 from ..errors import ConfigError, GroupError, ModelError
 from ..experts.compute.blank import BlankExperts
+from ..experts.compute.exchange import Exchange
+from ..experts.files.modules import find_blocks
 from ..experts.weights import has_values
 from ..memory.caches import CacheState, arrays_of
 from .group import Group
 from .shared import Calls
 from .transforms import in_transformation
+
+
+def divide_alike(
+    model: nn.Module, exchange: Exchange, group: Group, undo: contextlib.ExitStack
+) -> nn.Module:
+    """Divide a model's layers between all ranks, or raise an error in each of them.
+
+    Args:
+        undo: takes the function that puts the other ranks' layers back.
+
+    Returns:
+        The module that has the layers.
+
+    Raises:
+        PeerError: another rank cannot.
+        ModelError, ConfigError, GroupError: this one cannot.
+    """
+
+    def divide() -> nn.Module:
+        backbone = divide_layers(model, group, undo)
+        if not find_blocks(model):
+            raise ModelError(
+                f"[pipeline] expected routed experts in the layers of rank "
+                f"{exchange.rank} but found none: start fewer ranks"
+            )
+        return backbone
+
+    return exchange.alike(divide)
 
 
 def divide_layers(

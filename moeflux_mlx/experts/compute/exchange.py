@@ -174,7 +174,7 @@ class Exchange:
         Raises:
             PeerError, OtherChoiceError, GroupError: as ``rows``.
         """
-        self.defers = defers
+        self.defers, self._parted = defers, False
         try:
             yield
             self._settle()
