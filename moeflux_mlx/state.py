@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -28,6 +28,7 @@ from mlx_lm.models.cache import (
 
 from .adapters import has_adapters
 from .errors import BudgetError, ModelError, StateError
+from .experts.compute.exchange import Exchange
 from .experts.files.safetensors import (
     DTYPE_BYTES,
     TensorEntry,
@@ -63,7 +64,8 @@ def save_state(
     """Write caches, tokens and the set of experts in memory to one file, atomically.
 
     Between tokens only; it waits for arrays that are still being computed. Nobody but
-    the file's owner can read it.
+    the file's owner can read it. Where ranks share the experts each writes the same
+    file, one after the other, which any number of ranks can load.
 
     Args:
         cache: one sequence's caches of this model, one for each layer.
@@ -72,6 +74,7 @@ def save_state(
     Raises:
         StateError: the caches are not this model's or not of these tokens, or the file
             cannot be written.
+        GroupError: another rank failed or ended.
     """
     path, run = _path(path), _Run.of(model)
     caches, layouts = _caches(cache), run.needs.cache_layouts
@@ -104,13 +107,22 @@ def save_state(
         digest.update(_heading(entries[name]))
         digest.update(_bytes_of(arrays[name]))
     about["checksum"] = digest.hexdigest()
-    try:
-        with replacing(path) as file:
-            file.write(header_bytes(list(entries.values()), about))
-            for name in entries:
-                file.write(_bytes_of(arrays[name]))
-    except (OSError, ValueError) as error:
-        raise StateError(f"[state] cannot write {path}: {error}") from error
+
+    def write() -> None:
+        try:
+            with replacing(path) as file:
+                file.write(header_bytes(list(entries.values()), about))
+                for name in entries:
+                    file.write(_bytes_of(arrays[name]))
+        except (OSError, ValueError) as error:
+            raise StateError(f"[state] cannot write {path}: {error}") from error
+
+    if run.exchange is None:
+        write()
+        return
+    # One after the other: it may be one file.
+    for rank in range(run.exchange.size):
+        run.exchange.alike(write if rank == run.exchange.rank else lambda: None)
 
 
 def check_keeps_state(model: nn.Module) -> None:
@@ -120,13 +132,19 @@ def check_keeps_state(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class _Run:
-    """The model of a state: one of our own class, or one that streams its experts."""
+    """The model of a state: one of our own class, or one that streams its experts.
+
+    ``store`` has all experts and ``exchange`` reaches the other ranks, where several
+    share them.
+    """
 
     identity: str
     model: nn.Module
     needs: Any
     streamer: Any
     keeper: Any
+    exchange: Exchange | None = None
+    store: Any = None
 
     @classmethod
     def of(cls, model: nn.Module) -> _Run:
@@ -141,10 +159,10 @@ class _Run:
                 "adapters: fuse them into it with mlx_lm.fuse to keep states"
             )
         streams = isinstance(model, StreamedModel)
-        if streams and model.__dict__["group"] is not None:
+        if streams and model.__dict__["pipeline"]:
             raise StateError(
-                "[state] expected a model in one process but several share its "
-                "experts: load it without group= to keep its state"
+                "[state] expected all layers of a model but this rank has some of "
+                "them: load it without pipeline to keep its state"
             )
         owner: Any = model if streams else getattr(model, "runtime", None)
         if owner is None:
@@ -155,12 +173,44 @@ class _Run:
                 "load it with a bound on memory to keep its state"
             )
         needs, streamer = model.needs, model.streamer
-        return cls(str(owner.identity), model, needs, streamer, owner.keeper)
+        run = cls(str(owner.identity), model, needs, streamer, owner.keeper)
+        if streams and (exchange := model.__dict__["calls"].exchange) is not None:
+            return replace(run, exchange=exchange, store=model.__dict__["store"])
+        return run
+
+    @property
+    def experts(self) -> list[tuple[int, int]]:
+        """All experts, those of other ranks too."""
+        if self.exchange is None:
+            return [] if self.streamer is None else self.streamer.experts
+        store = self.store
+        return [(layer, e) for layer in store.layers for e in range(store.count(layer))]
 
     @property
     def held(self) -> list[tuple[int, int]]:
-        """The experts in memory; none where they are parameters."""
-        return [] if self.streamer is None else self.streamer.held
+        """The experts in the memory of any rank; none where they are parameters."""
+        held = [] if self.streamer is None else self.streamer.held
+        if self.exchange is None:
+            return held
+        own = {(layer, self._own(layer)[e]) for layer, e in held}
+        everything = self.experts
+        told = self.exchange.tell([one in own for one in everything]).sum(axis=0)
+        return [everything[place] for place in np.flatnonzero(told)]
+
+    def preload(self, experts: list[tuple[int, int]]) -> None:
+        """Read experts, of which a rank reads its own."""
+        if self.exchange is not None:
+            experts = [
+                (layer, e - self._own(layer).start)
+                for layer, e in experts
+                if e in self._own(layer)
+            ]
+        if self.streamer is not None:
+            self.streamer.preload(experts)
+
+    def _own(self, layer: int) -> range:
+        assert self.exchange is not None
+        return self.exchange.own(self.store.count(layer))
 
 
 def load_state(path: str | os.PathLike, model: nn.Module) -> State:
@@ -175,8 +225,17 @@ def load_state(path: str | os.PathLike, model: nn.Module) -> State:
             model, or of caches that this model does not have; says which.
         BudgetError: the caches do not fit into the model's memory.
         ExpertStoreError: an expert could not be read.
+        GroupError: another rank failed, ended or has the state of other tokens.
     """
     path, run = _path(path), _Run.of(model)
+    if run.exchange is None:
+        return _loaded(path, run)
+    state = run.exchange.alike(lambda: _loaded(path, run))
+    run.exchange.agree({"tokens of the state": state.tokens})
+    return state
+
+
+def _loaded(path: Path, run: _Run) -> State:
     try:
         with open_file(path) as file:
             entries, about = parse_header(path, file, HEADER_BYTES)
@@ -193,8 +252,7 @@ def load_state(path: str | os.PathLike, model: nn.Module) -> State:
         layer.fill([arrays[f"layers.{i}.{part}"] for part in range(len(layer.tensors))])
         for i, layer in enumerate(checked.layers)
     ]
-    if run.streamer is not None:
-        run.streamer.preload(experts)
+    run.preload(experts)
     return State(caches, tokens)
 
 
@@ -247,8 +305,8 @@ class _Checked:
 
     @property
     def _most_experts(self) -> int:
-        streamer = self._run.streamer
-        return MOST_EXPERTS if streamer is None else len(streamer.experts)
+        is_streamed = self._run.streamer is not None
+        return len(self._run.experts) if is_streamed else MOST_EXPERTS
 
     def make_room(self) -> None:
         """Let experts give way to the caches, where memory is bounded.
@@ -277,8 +335,8 @@ class _Checked:
         experts = [(layer, expert) for layer, expert in np.array(array).tolist()]
         if len(set(experts)) < len(experts):
             _refuse(self._path, "experts", "each once", "one twice")
-        streamer = self._run.streamer
-        if streamer is not None and not set(experts) <= set(streamer.experts):
+        is_streamed = self._run.streamer is not None
+        if is_streamed and not set(experts) <= set(self._run.experts):
             raise StateError(f"[state] {self._path}: expected experts of this model")
         return experts
 

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from .. import device
 from ..errors import BudgetError
 from ..experts.compute.blank import BlankExperts
-from ..experts.compute.exchange import Exchange
+from ..experts.compute.exchange import LED_BYTES, Exchange, OtherChoiceError
 from ..experts.compute.source import ExpertSource
 from ..experts.streaming.mapped import MappedExperts
 from ..experts.streaming.streamer import ExpertStreamer
@@ -53,7 +53,7 @@ class Calls(OneAtATime):
         self._model = weakref.ref(model)
         self.ways = ways or Ways()
         self._give_way = give_way
-        self._exchange = exchange
+        self.exchange = self.ways.exchange = exchange
         self.streamer: ExpertStreamer | MappedExperts | BlankExperts | None = None
         self.keeper: MemoryKeeper | None = None
         self.free_pool: FreePool | None = None
@@ -88,7 +88,16 @@ class Calls(OneAtATime):
     ) -> Any:
         """Make a call, checking its arguments first."""
         args, kwargs = self.checked(call, args, kwargs)
-        return self.run(call, args, kwargs) if gives_rows else call(*args, **kwargs)
+        out = self.run(call, args, kwargs) if gives_rows else call(*args, **kwargs)
+        return self._led(out) if self._depth == 1 else out
+
+    def _led(self, out: Any) -> Any:
+        """Return the result of a whole call, rank 0's if tokens may be drawn of it."""
+        exchange = self.exchange
+        is_small = isinstance(out, mx.array) and out.nbytes <= LED_BYTES
+        if exchange is None or not is_small or in_transformation():
+            return out
+        return exchange.led(out)
 
     def checked(
         self, call: Callable[..., Any], args: Any, kwargs: Any
@@ -153,15 +162,18 @@ class Calls(OneAtATime):
         states: list[CacheState] | None,
     ) -> Any:
         whole = functools.partial(call, *bound.args, **bound.kwargs)
-        with self._exchanging():
-            return self.ways.run(whole, self.streamer, t, states)
-
-    def _exchanging(self) -> contextlib.AbstractContextManager[None]:
-        """Let blocks not wait for other processes where the device need not."""
-        exchange = self._exchange
-        if exchange is None or exchange.waits or in_transformation():
-            return contextlib.nullcontext()
-        return exchange.together()
+        run = functools.partial(self.ways.run, whole, self.streamer, t, states)
+        exchange = self.exchange
+        if exchange is None or in_transformation():
+            return run()
+        if not exchange.waits and states is not None:
+            # Blocks do not wait for other processes, where ranks choose alike.
+            with contextlib.suppress(OtherChoiceError), exchange.together(defers=True):
+                return run()
+            for state in states:
+                state.put_back()
+        with exchange.together(defers=False):
+            return run()
 
     def _guard(self, out: Any) -> None:
         """Have rows computed before experts that they read are gone."""
@@ -207,14 +219,25 @@ class Calls(OneAtATime):
 
     def _agreed(self, rows: _Rows, step: Callable[[], int]) -> int:
         """Return how many tokens are computed together: as many by every process."""
-        if self._exchange is None or isinstance(self.streamer, BlankExperts):
+        if self.exchange is None or isinstance(self.streamer, BlankExperts):
             return step()
         first = next(iter(rows.arrays.values()))
-        return self._exchange.call(rows.n_seqs, rows.t, first, step)
+        while True:
+            try:
+                return self.exchange.call(rows.n_seqs, rows.t, first, step)
+            except BudgetError:
+                # Every rank hears of it, and keeps the same for later.
+                if self._give_way is None or not self._give_way():
+                    raise
 
     def _make_room(self, cache: list[Any], n_seqs: int, t: int, **options: Any) -> int:
         assert self.keeper is not None
-        return make_room(self.keeper, self._give_way, cache, n_seqs, t, **options)
+        give_way = self._give_way if self.exchange is None else None
+        return make_room(self.keeper, give_way, cache, n_seqs, t, **options)
+
+    def least(self, number: int) -> int:
+        """Return the smallest of all processes' numbers; each has to ask."""
+        return number if self.exchange is None else self.exchange.least(number)
 
     def _is_followed(self, rows: _Rows) -> bool:
         """Tell whether a transformation follows a call: it keeps its results."""

@@ -51,7 +51,8 @@ class RunOptions:
         directory: the model's directory.
         give_way: frees memory that the model's caller keeps for later; returns whether
             it freed any.
-        group: the process group that shares the experts.
+        group: the process group that shares the experts, or with ``pipeline`` the
+            layers.
     """
 
     open_experts: Callable[[], ExpertStore] | None = None
@@ -66,6 +67,7 @@ class RunOptions:
     directory: Path | None = None
     give_way: Callable[[], bool] | None = None
     group: mx.distributed.Group | None = None
+    pipeline: bool = False
     _given: Amounts | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ def takes_door(
     model_config: dict[str, Any] | None = None,
     *,
     told: bool = True,
+    shares: bool = False,
 ) -> bool:
     """Tell whether mlx-lm's class is to be loaded, and print a line if it is.
 
@@ -37,6 +38,7 @@ def takes_door(
         native: whether our own class is asked for; None: where there is one.
         model_config: entries of ``config.json`` that are to be different.
         told: False prints nothing.
+        shares: several ranks run the model, which our own classes do not do yet.
 
     Raises:
         ModelError: our own class is asked for but does not do all of it.
@@ -45,6 +47,8 @@ def takes_door(
     model_type, why = config.get("model_type"), why_stock(config)
     if native is False:
         why = "as asked"
+    elif shares:
+        native, why = None, why or "which several ranks can share"
     elif native and why not in (None, NONE_OF_OUR_OWN):
         raise ModelError(
             f"[native] {path}: expected a {model_type} that our own class runs but "
@@ -97,6 +101,7 @@ def load_through_door(
                 expert_io=options.expert_io,
                 report=report,
                 group=options.group,
+                pipeline=options.pipeline,
             )
         if not lazy:
             mx.eval(model.parameters(), kept_arrays(model))

@@ -4,26 +4,39 @@ Each rank computes the rows of its own experts and has zeros for the others. The
 add their rows as integers, which keeps every bit, even of -0.0 and NaN. Marks beside
 each row are added too. They show whether all ranks chose the same experts
 and had none that failed, so all of them go on or all of them end with an error.
+
+Ranks that compute the same layer on different devices may get other bits, and then
+choose other experts. In that case rank 0 leads: all compute the rows that it chose, of
+its own input, and go on from its output of the layer.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
 import xxhash
+from mlx.utils import tree_map
 
 from ... import device
-from ...errors import GroupError, PeerError
+from ...errors import BudgetError, GroupError, PeerBudgetError, PeerError
 from ..files.share import share_of
+from ..weights import leaves
 
+T = TypeVar("T")
 # Ranks that failed are told apart by a bit each.
 MOST_RANKS = 32
 # Whole numbers beside each row: the expert, its square, and which ranks failed.
 N_MARKS = 3
+# Results of a call up to this size are rank 0's on all ranks: tokens are drawn of them.
+LED_BYTES = 8 << 20
+
+
+class OtherChoiceError(GroupError):
+    """Ranks chose other experts; every rank hears of it in the same step."""
 
 
 class Told(NamedTuple):
@@ -57,6 +70,9 @@ class Exchange:
         self.waits = device.on_cpu()
         # Whether the present call checks only at its end that all ranks agree.
         self.defers = False
+        # Whether ranks chose otherwise in the layer that is under way, and how often.
+        self._parted = False
+        self.n_parted = 0
         self._owed: list[Told] = []
         if self.size > MOST_RANKS:
             raise GroupError(
@@ -86,7 +102,8 @@ class Exchange:
 
         Raises:
             PeerError: another rank failed.
-            GroupError: another rank chose other experts, or ended.
+            OtherChoiceError: another rank chose other experts.
+            GroupError: another rank ended.
         """
         places = np.flatnonzero((ids >= own.start) & (ids < own.stop))
         self._settle()
@@ -153,19 +170,51 @@ class Exchange:
         return total[:, :-N_MARKS].view(dtype)
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Look no sooner than at the end whether all ranks agreed, if nothing waits.
+    def together(self, *, defers: bool) -> Iterator[None]:
+        """Make a call in here, after which all ranks have agreed.
+
+        Args:
+            defers: they look no sooner than at the end, if nothing waits.
 
         Raises:
-            PeerError, GroupError: as ``rows``.
+            PeerError, OtherChoiceError, GroupError: as ``rows``.
         """
-        self.defers = True
+        self.defers, self._parted = defers, False
         try:
             yield
             self._settle()
+            if self._parted:
+                raise GroupError(
+                    "[group] expected every rank to choose the same experts but they "
+                    "chose others outside any decoder layer: load it in one process"
+                )
         finally:
-            self.defers = False
+            self.defers = self._parted = False
             self._owed.clear()
+
+    def led(self, array: mx.array) -> mx.array:
+        """Return rank 0's array of this shape and type, which need not be computed."""
+        flat = array.reshape(-1).view(mx.uint8)
+        words = mx.pad(flat, (0, -flat.size % 4)).view(mx.uint32)
+        total = self._added(words if self.rank == 0 else mx.zeros_like(words))
+        return total.view(mx.uint8)[: flat.size].view(array.dtype).reshape(array.shape)
+
+    def follow(self, *arrays: mx.array) -> list[mx.array]:
+        """Return rank 0's arrays after another choice, as the layer is to do too."""
+        self._parted = True
+        self.n_parted += 1
+        found = [self.led(array) for array in arrays]
+        self._evaluate(*found)
+        return found
+
+    def mended(self, out: Any) -> Any:
+        """Return a layer's output, rank 0's where ranks chose otherwise in it."""
+        if not self._parted:
+            return out
+        self._parted = False
+        led = tree_map(lambda x: self.led(x) if isinstance(x, mx.array) else x, out)
+        self._evaluate(*leaves(led))
+        return led
 
     def _settle(self) -> None:
         """Check all marks that were deferred."""
@@ -197,20 +246,27 @@ class Exchange:
     def _check(self, name: str, ids: np.ndarray, told: np.ndarray) -> None:
         self._check_failed(name, int(told[0, 2]) if len(told) else 0)
         wanted = ids.astype(np.uint32) + 1
+        if (told[:, 0] < wanted + self.size - 1).any():
+            raise GroupError(
+                f"[group] {name}: expected the sum of all ranks' numbers but got this "
+                "one's alone: use another --backend of mlx.launch"
+            )
         same = told[:, 0] == wanted * self.size
         same &= told[:, 1] == wanted**2 * np.uint32(self.size)
         if not same.all():
             place = int(np.flatnonzero(~same)[0])
-            raise GroupError(
+            raise OtherChoiceError(
                 f"[group] {name}: expected every rank to choose the same experts but "
                 f"for row {place} not all chose {ids[place]}: use machines of one "
                 "kind, with the same model and the same version of MLX"
             )
 
-    def _check_failed(self, name: str, bits: int) -> None:
+    def _check_failed(
+        self, name: str, bits: int, kind: type[PeerError] = PeerError
+    ) -> None:
         if failed := [rank for rank in range(self.size) if bits >> rank & 1]:
             ranks = ", ".join(map(str, failed))
-            raise PeerError(
+            raise kind(
                 f"[group] {name}: expected every rank to go on but rank {ranks} "
                 "failed: its own error says why"
             )
@@ -227,7 +283,8 @@ class Exchange:
             step: returns the number of tokens for which this rank has room.
 
         Raises:
-            PeerError: another rank has no room.
+            PeerBudgetError: another rank has no room.
+            PeerError: another rank failed otherwise.
             GroupError: another rank was called otherwise, or ended.
         """
         failure: Exception | None = None
@@ -236,11 +293,13 @@ class Exchange:
             found = step()
         except Exception as error:
             failure = error
-        told = self._tell([n_seqs, n_tokens, *_digest(ids), found])
+        fails, lacks = failure is not None, isinstance(failure, BudgetError)
+        told = self.tell([n_seqs, n_tokens, *_digest(ids), fails, lacks, found])
         if failure is not None:
             raise failure
-        bits = sum(1 << rank for rank in range(self.size) if told[rank, -1] == 0)
-        self._check_failed("call", bits)
+        kind = PeerBudgetError if told[:, -2].any() else PeerError
+        self._check_failed("call", _bits(told[:, -3]), kind)
+        told = np.delete(told, (-3, -2), axis=1)
         if (told[:, :-1] != told[0, :-1]).any():
             shapes = [f"{row[0]} x {row[1]}" for row in told]
             raise GroupError(
@@ -250,6 +309,36 @@ class Exchange:
             )
         return int(told[:, -1].min())
 
+    def end(self, failure: Exception | None) -> None:
+        """End what all ranks did, with this one's failure if there is one.
+
+        Raises:
+            PeerError: another rank failed.
+        """
+        told = self.tell([failure is not None])
+        if failure is not None:
+            raise failure
+        self._check_failed("call", _bits(told[:, 0]))
+
+    def alike(self, work: Callable[[], T]) -> T:
+        """Do what all ranks do, and end as they do.
+
+        Raises:
+            PeerError: another rank failed.
+        """
+        failure: Exception | None = None
+        try:
+            done = work()
+        except Exception as error:
+            failure = error
+        self.end(failure)
+        return done
+
+    def least(self, number: int) -> int:
+        """Return the smallest of all ranks' numbers, each of up to 64 bits."""
+        told = self.tell([number >> 32, number & 0xFFFFFFFF]).tolist()
+        return min(high << 32 | low for high, low in told)
+
     def agree(self, facts: Mapping[str, object]) -> None:
         """Check that all ranks have the same facts, such as options, by name.
 
@@ -257,7 +346,7 @@ class Exchange:
             GroupError: a fact differs; names it.
         """
         shown = [repr(fact).encode() for fact in facts.values()]
-        told = self._tell([n for text in shown for n in _hash(text)])
+        told = self.tell([n for text in shown for n in _hash(text)])
         for number, (name, fact) in enumerate(facts.items()):
             columns = told[:, 2 * number : 2 * number + 2]
             others = np.flatnonzero((columns != columns[self.rank]).any(axis=1))
@@ -269,11 +358,11 @@ class Exchange:
 
     def first(self, numbers: Sequence[int]) -> list[int]:
         """Return rank 0's ``numbers``, of 32 bits each."""
-        found: list[int] = self._tell(numbers)[0].tolist()
+        found: list[int] = self.tell(numbers)[0].tolist()
         return found
 
-    def _tell(self, numbers: Sequence[int]) -> np.ndarray:
-        """Return the numbers of every rank, ``[size, n]``."""
+    def tell(self, numbers: Sequence[int]) -> np.ndarray:
+        """Return the 32-bit numbers of every rank, ``[size, n]``."""
         own = np.zeros((self.size, len(numbers)), np.uint32)
         own[self.rank] = numbers
         total = self._added(mx.array(own))
@@ -293,6 +382,11 @@ class Exchange:
                 f"[group] expected {self.size} ranks but one of them ended ({told}): "
                 "its own error says why"
             ) from error
+
+
+def _bits(flags: np.ndarray) -> int:
+    """Return a whole number with a bit for each flag that is set."""
+    return sum(1 << int(rank) for rank in np.flatnonzero(flags))
 
 
 def _digest(ids: mx.array) -> tuple[int, int]:

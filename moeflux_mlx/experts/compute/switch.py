@@ -20,7 +20,7 @@ from ...system.uncopied import Uncopied
 from ..files.modules import RoutedBlock
 from ..weights import ExpertWeights, Quantization, has_values
 from .blank import BlankSource
-from .exchange import Exchange
+from .exchange import Exchange, OtherChoiceError
 from .resident import ResidentExperts
 from .slot_block import SORTED_FROM, SlotBlock
 from .source import ExpertSource
@@ -250,6 +250,16 @@ class StreamedSwitch(Uncopied, nn.Module):
         self, exchange: Exchange, source: ExpertSource, x: mx.array, indices: mx.array
     ) -> mx.array:
         """Run this rank's experts, and take the other rows from the other ranks."""
+        try:
+            return self._run_chosen(exchange, source, x, indices)
+        except OtherChoiceError:
+            if exchange.defers:
+                raise
+            return self._run_chosen(exchange, source, *exchange.follow(x, indices))
+
+    def _run_chosen(
+        self, exchange: Exchange, source: ExpertSource, x: mx.array, indices: mx.array
+    ) -> mx.array:
         own = exchange.own(self.slot_block.n_experts)
         ids = np.array(indices).ravel()
 

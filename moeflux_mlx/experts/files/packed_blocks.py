@@ -28,6 +28,7 @@ class PackedBlocks(PackedExperts):
         blocks: Sequence[RoutedBlock],
         *,
         direct: bool = False,
+        whole: bool = True,
     ) -> PackedBlocks:
         """Open a pack after all checks that do not read the experts.
 
@@ -35,6 +36,7 @@ class PackedBlocks(PackedExperts):
             directory: a directory that ``moeflux pack`` made.
             blocks: the result of ``find_blocks``, with their arrays.
             direct: as for ``PackedExperts.open``.
+            whole: these are all routed blocks of the model.
 
         Raises:
             ExpertStoreError: as ``PackedExperts.open``, or the pack has other blocks;
@@ -43,19 +45,22 @@ class PackedBlocks(PackedExperts):
         """
         store = cls.open(directory, direct=direct)
         try:
-            store._assign(blocks)
+            store._assign(blocks, whole)
         except BaseException:
             store.close()
             raise
         return store
 
-    def _assign(self, blocks: Sequence[RoutedBlock]) -> None:
+    def _assign(self, blocks: Sequence[RoutedBlock], whole: bool) -> None:
         """Renumber the pack's layers in the order of the blocks."""
-        entries = entries_of(self.manifest, [block.path for block in blocks])
+        paths = [block.path for block in blocks]
+        entries = entries_of(self.manifest, paths, whole=whole)
         for block, entry in zip(blocks, entries, strict=True):
             self._check(block, entry)
         fds = dict(self._fds)
         self._fds.clear()
+        for layer in fds.keys() - {entry.layer for entry in entries}:
+            os.close(fds[layer])
         self._fds.update({i: fds[entry.layer] for i, entry in enumerate(entries)})
         self._paths = {i: self.directory / e.file for i, e in enumerate(entries)}
         self._files = {
@@ -82,8 +87,13 @@ class PackedBlocks(PackedExperts):
         return 1
 
 
-def entries_of(manifest: Manifest, paths: Sequence[str]) -> list[LayerFile]:
+def entries_of(
+    manifest: Manifest, paths: Sequence[str], *, whole: bool = True
+) -> list[LayerFile]:
     """Return the expert file of each routed block of a model.
+
+    Args:
+        whole: there are no other blocks.
 
     Raises:
         ExpertStoreError: a block has no file, or a file has no block.
@@ -93,7 +103,7 @@ def entries_of(manifest: Manifest, paths: Sequence[str]) -> list[LayerFile]:
     }
     by_path = manifest.is_of_blocks
     names = [path if by_path else _layer_of(path) for path in paths]
-    if sorted(names) != sorted(known):
+    if sorted(names) != sorted(known if whole else known.keys() & set(names)):
         raise ExpertStoreError(
             f"[pack] expected experts of {short(sorted(names))} as in the model but "
             f"got those of {short(sorted(known))}: the pack belongs to another model"
