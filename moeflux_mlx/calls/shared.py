@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..memory.caches import CacheState, PutBackOnFailure, arrays_of
 from ..memory.keeper import MemoryKeeper, make_room
 from ..memory.relief import FreePool
 from .alone import OneAtATime
+from .gradients import Gradients
 from .stock_arguments import StockChecks
 from .transforms import in_transformation, is_traced
 from .ways import Ways
@@ -59,6 +60,7 @@ class Calls(OneAtATime):
         self.free_pool: FreePool | None = None
         # Bytes of a token's row as the last call gave them; None: it gave no rows.
         self.row_bytes: int | None = None
+        self._gradients = Gradients(self, lambda tokens: self._whole(tokens))
         self._checked = StockChecks(lambda: make_prompt_cache(self._whole))
 
     def source(self, block: int) -> ExpertSource:
@@ -68,20 +70,6 @@ class Calls(OneAtATime):
 
     def _begin(self) -> None:
         self.ways.forget()
-
-    @contextlib.contextmanager
-    def reaching(self, experts: BlankExperts) -> Iterator[None]:
-        """Have calls reach these experts in here, however much memory they take."""
-        with self.lock:
-            before = self.streamer, self.keeper, self.free_pool
-            self.streamer, self.keeper, self.free_pool = experts, None, None
-            # Calls in here are nobody's, so their arguments need no check.
-            self._depth += 1
-            try:
-                yield
-            finally:
-                self._depth -= 1
-                self.streamer, self.keeper, self.free_pool = before
 
     def call(
         self, call: Callable[..., Any], args: Any, kwargs: Any, *, gives_rows: bool
@@ -178,13 +166,17 @@ class Calls(OneAtATime):
         self, call: Callable[..., Any], rows: _Rows, states: list[CacheState]
     ) -> Any:
         n_seqs, t, given = rows.n_seqs, rows.t, rows.cache
+        if self._is_followed(rows):
+            arrays = rows.arrays.values()
+            self._gradients.make_room(self._whole, arrays, given or [], n_seqs, t)
+            return self._run(call, rows.bound, t, states)
         # Whoever keeps no cache wants logits; a long call needs one meanwhile.
         logits = not given
         cache = given or make_prompt_cache(self._whole)
         step = self._agreed(
             rows, lambda: self._make_room(cache, n_seqs, t, logits=logits) // n_seqs
         )
-        if step >= t or (logits and self._is_followed(rows)):
+        if step >= t:
             return self._run(call, rows.bound, t, states)
         if not rows.divides or self.row_bytes is None:
             raise BudgetError(
@@ -217,9 +209,12 @@ class Calls(OneAtATime):
         return make_room(self.keeper, self._give_way, cache, n_seqs, t, **options)
 
     def _is_followed(self, rows: _Rows) -> bool:
-        """Tell whether a transformation follows a call: it keeps its results."""
+        """Tell whether a transformation follows a call: it keeps what is computed."""
+        if not in_transformation():
+            return False
         parameters = leaves(self._whole.parameters())
-        return is_traced([*rows.arrays.values(), *parameters])
+        given = [*rows.arrays.values(), *arrays_of(rows.cache or [])]
+        return is_traced([*given, *parameters])
 
     @property
     def _whole(self) -> nn.Module:

@@ -18,6 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from .. import device
 from ..calls.arguments import ArgumentChecks, bounded, check_ids
+from ..calls.gradients import Gradients
 from ..calls.module_call import Backbone, ModuleCall, is_tied, without_adapters
 from ..calls.transforms import in_transformation, is_traced
 from ..experts.compute.streamed import AssumedExperts
@@ -63,6 +64,7 @@ class Forward:
         self.text, self.args, self.runtime = text, args, runtime
         self._forms = forms
         self._modules = ModuleCall(text, backbone, self._bounded)
+        self._gradients = Gradients(runtime, self._logits_of_modules)
         # Whether graphs perform all of the modules.
         self._is_known = True
         self._mixers = [form.mixer for form in forms]
@@ -169,6 +171,9 @@ class Forward:
         else:
             self._guard(rows, cache)
         return rows
+
+    def _logits_of_modules(self, tokens: mx.array) -> mx.array:
+        return self._modules.logits(self._modules.rows(tokens, None, None))
 
     def _put_back_on_failure(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
@@ -369,6 +374,9 @@ class Forward:
         """
         given = inputs if embeddings is None else embeddings
         n_seqs, t = given.shape[:2]
+        if whole and self.runtime.keeper is not None:
+            self._gradients.make_room(self.text, [given], cache or [], n_seqs, t)
+            return call(inputs, cache, embeddings)
         self.make_room(given, cache)
         if self.runtime.keeper is None or (cache and t == 1):
             return call(inputs, cache, embeddings)
@@ -376,8 +384,8 @@ class Forward:
         logits = not cache
         room = cache or make_prompt_cache(self.text)
         step = self.runtime.make_room(room, n_seqs, t, logits=logits) // n_seqs
-        if t <= step or whole:
-            return call(inputs, cache if whole else room, embeddings)
+        if t <= step:
+            return call(inputs, room, embeddings)
         parts: list[Array] = []
         # Products are as large as a part has tokens, not as the whole call has.
         with PutBackOnFailure(room), self._threads(n_seqs * step):

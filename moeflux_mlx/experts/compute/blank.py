@@ -17,7 +17,8 @@ class BlankExperts:
 
     ``watch`` hears of the arrays that are known before a block's experts are asked for
     (True) and after (False); None: nothing is computed here. ``most_chosen`` is the
-    most experts that a block chose for one token.
+    most experts that a block chose for one token. ``reads_again``: gradients ask for
+    experts once more, as of those that are read.
     """
 
     def __init__(self, store: ExpertStore):
@@ -26,6 +27,7 @@ class BlankExperts:
         self._pool = SlotPool(layouts, 1)
         self.watch: Callable[[bool, list[mx.array]], None] | None = None
         self.most_chosen = 1
+        self.reads_again = False
 
     def source(self, layer: int) -> BlankSource:
         """Return the experts of one block."""
@@ -42,9 +44,9 @@ class BlankSource:
         self._blank, self.weights = blank, weights
 
     @property
-    def settled(self) -> BlankSource:
+    def settled(self) -> BlankSource | None:
         """Nothing is ever read."""
-        return self
+        return None if self._blank.reads_again else self
 
     def portions(
         self, indices: mx.array

@@ -301,6 +301,14 @@ class ExpertStreamer(Uncopied):
                 self._unsettle()
             self._resizing(n_slots)
 
+    def come_and_go(self) -> None:
+        """Have calls ask for experts from now on, also where all of them are here."""
+        if self.resident and not self.stays:
+            with self.lock, self._repairs:
+                self._guards.wait()
+                self._holders.let_go()
+                self._unsettle()
+
     def let_go(self) -> None:
         """Keep no arrays of slots, nor what has some."""
         self._sources.clear()
