@@ -189,6 +189,8 @@ class Calls(OneAtATime):
             part = rows.part(slice(start, stop), cache)
             parts.append(self._run(call, part, stop - start, None))
             mx.eval(parts[-1], arrays_of(cache))
+            # Longer arrays than before find no place among freed ones.
+            device.trim_heap()
         return mx.concatenate(parts, axis=1)
 
     def _given_way(self, cache: list[Any], t: int) -> int:

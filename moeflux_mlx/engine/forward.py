@@ -18,8 +18,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from .. import device
 from ..calls.arguments import ArgumentChecks, bounded, check_ids
-from ..calls.gradients import Gradients
+from ..calls.gradients import Gradients, kind_of
 from ..calls.module_call import Backbone, ModuleCall, is_tied, without_adapters
+from ..calls.small_calls import SmallCalls
 from ..calls.transforms import in_transformation, is_traced
 from ..experts.compute.streamed import AssumedExperts
 from ..experts.streaming.streamer import ExpertStreamer
@@ -65,6 +66,7 @@ class Forward:
         self._forms = forms
         self._modules = ModuleCall(text, backbone, self._bounded)
         self._gradients = Gradients(runtime, self._logits_of_modules)
+        self._module_calls = SmallCalls(runtime)
         # Whether graphs perform all of the modules.
         self._is_known = True
         self._mixers = [form.mixer for form in forms]
@@ -83,7 +85,13 @@ class Forward:
         self._parameters: Watch | None = None
         self._bound: tuple[bool, list[Any], list[GraphExperts | None]] | None = None
         self.needs = TextNeeds(
-            text, args, self.routed_name, forms, self._planned_bytes, lambda: self.dtype
+            text,
+            args,
+            self.routed_name,
+            forms,
+            self._planned_bytes,
+            lambda: self.dtype,
+            self._module_bytes,
         )
         self._in_trace = False
 
@@ -174,6 +182,23 @@ class Forward:
 
     def _logits_of_modules(self, tokens: mx.array) -> mx.array:
         return self._modules.logits(self._modules.rows(tokens, None, None))
+
+    def _measure_modules(self, n_tokens: int, cache: list[Any]) -> None:
+        """Find what calls of modules take, which no graph tells."""
+        keeper = self.runtime.keeper
+        assert keeper is not None
+        self._module_calls.measure(
+            kind_of(self.text),
+            n_tokens,
+            lambda: keeper.clear(cache),
+            lambda tokens: self._modules.rows(tokens, None, None),
+        )
+
+    def _module_bytes(self, n_seqs: int, t: int, n_rows: int) -> float:
+        """Return the peak of a call if it is one of modules."""
+        if self._is_known:
+            return 0
+        return self._module_calls.taken.n_bytes(n_seqs, t, n_rows)
 
     def _put_back_on_failure(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
@@ -377,6 +402,8 @@ class Forward:
         if whole and self.runtime.keeper is not None:
             self._gradients.make_room(self.text, [given], cache or [], n_seqs, t)
             return call(inputs, cache, embeddings)
+        if self.runtime.keeper is not None and not self._is_known:
+            self._measure_modules(n_seqs * t, cache or [])
         self.make_room(given, cache)
         if self.runtime.keeper is None or (cache and t == 1):
             return call(inputs, cache, embeddings)
@@ -395,6 +422,8 @@ class Forward:
                 part = call(inputs[:, chunk], room, rows)
                 if isinstance(part, mx.array):
                     mx.eval(part)
+                    # Longer arrays than before find no place among freed ones.
+                    device.trim_heap()
                 parts.append(part)
         return namespace(parts[0]).concatenate(parts, axis=1)
 

@@ -31,6 +31,8 @@ class TextNeeds:
         forms: what each layer is.
         planned_bytes: returns the planned peak of the layer at a place for a call.
         dtype: type of activations, and of what caches keep of them.
+        of_modules: returns the peak of a call of so many sequences, tokens of each
+            and rows that these then have, where modules are called and not graphs.
     """
 
     def __init__(
@@ -41,9 +43,11 @@ class TextNeeds:
         forms: Sequence[LayerForm],
         planned_bytes: Callable[[int, Call], int],
         dtype: Callable[[], mx.Dtype],
+        of_modules: Callable[[int, int, int], float],
     ):
         self._text, self._args, self._skip, self._forms = text, args, skip, forms
         self._planned_bytes, self._dtype = planned_bytes, dtype
+        self._of_modules = of_modules
         self._peaks: dict[int, int] = {}
 
     def resident_bytes(self, unpack: bool) -> int:
@@ -66,6 +70,8 @@ class TextNeeds:
             own += score_bytes(
                 self._args.num_attention_heads, n_tokens // n_seqs, n_cached
             )
+        called = self._of_modules(n_seqs, n_tokens // n_seqs, n_cached)
+        own = max(own, math.ceil(called))
         # One layer's rows while its cache grows, and as they are handed on.
         return own + 2 * n_seqs * self._most_rows_bytes(n_tokens // n_seqs, n_cached)
 
