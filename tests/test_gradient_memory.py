@@ -1,4 +1,4 @@
-"""Gradients in planned memory: counted before they are taken, the same at any budget."""
+"""Gradients in planned memory: counted before they are taken, stock's at any budget."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -80,6 +79,7 @@ def stock(path: Path) -> nn.Module:
 
 def with_adapters(model: nn.Module) -> nn.Module:
     """Freeze a model but for adapters, whose second factors are no zeros."""
+    mx.random.seed(5)
     model.freeze()
     keys = ["self_attn.q_proj", "self_attn.v_proj"]
     linear_to_lora_layers(model, 2, {**LORA, "keys": keys})
@@ -132,26 +132,16 @@ FAMILIES = ["native", "qwen3_moe", "gpt_oss"]
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
-def test_what_a_gradient_is_given_is_what_it_takes(written, held, family, again):
-    """Steps of shapes that were never measured."""
+def test_what_a_gradient_is_given_is_what_it_takes(written, held, family):
+    """Steps of shapes that were never measured, also with layers computed again."""
     model = with_adapters(load(written(family), "4GB"))
-    with checkpointed(model, again):
-        for n_seqs, t in ((3, 40), (1, 190), (2, 7)):
+    for again, n_seqs, t in ((False, 3, 40), (False, 1, 190), (True, 2, 60)):
+        with checkpointed(model, again):
             mx.synchronize()
             before = mx.get_active_memory()
             step(model, n_seqs, t)
             taken = mx.get_peak_memory() - before
-            assert taken <= held[-1] <= 1.6 * taken + (1 << 20), (n_seqs, t)
-
-
-def test_layers_that_are_computed_again_are_given_less(written, held):
-    model = with_adapters(load(written("qwen3_moe"), "4GB"))
-    for again in (False, True, False):
-        with checkpointed(model, again):
-            step(model, 2, 60)
-    kept, less, as_before = held
-    assert less < 0.8 * kept and abs(as_before - kept) < 0.1 * kept
+        assert taken <= held[-1] <= 1.5 * taken + (1 << 20), (again, n_seqs, t)
 
 
 def error_of(model: nn.Module, n_seqs: int, t: int) -> str:

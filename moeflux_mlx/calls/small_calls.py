@@ -16,8 +16,9 @@ from .alone import OneAtATime
 # one, which tells apart bytes of tokens and of pairs of them. Larger ones are more
 # exact, and smaller ones show whether they have room.
 SIZES, WIDE = (1, 4, 16), 4
-# Measured peaks count with a share more.
-MARGIN = 1 / 8
+# Measured peaks count with a share more, and with a larger one where larger calls had
+# no room to be measured.
+MARGIN, ROUGH_MARGIN = 1 / 8, 1 / 2
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Taken:
     fixed: float = 0
     of_token: float = 0
     of_pair: float = 0
+    margin: float = MARGIN
 
     @classmethod
     def of(cls, n: int, few: int, wide: int, long: int) -> Taken:
@@ -50,7 +52,7 @@ class Taken:
         Args:
             n_rows: that a sequence has with them.
         """
-        return (1 + MARGIN) * self._n_bytes(n_seqs, t, n_rows)
+        return (1 + self.margin) * self._n_bytes(n_seqs, t, n_rows)
 
     def _n_bytes(self, n_seqs: int, t: int, n_rows: int) -> float:
         n_tokens = n_seqs * t
@@ -108,6 +110,7 @@ class SmallCalls:
         shapes = _shapes(n)
         if max(self.taken.n_bytes(n_seqs, t, t) for n_seqs, t in shapes) > room:
             self._sizes.clear()
+            self.taken = replace(self.taken, margin=ROUGH_MARGIN)
             return
         self.taken = Taken.of(n, *(_peak(call, shape) for shape in shapes))
         self._n_measured = WIDE * n
