@@ -167,8 +167,7 @@ class Calls(OneAtATime):
     ) -> Any:
         n_seqs, t, given = rows.n_seqs, rows.t, rows.cache
         if self._is_followed(rows):
-            arrays = rows.arrays.values()
-            self._gradients.make_room(self._whole, arrays, given or [], n_seqs, t)
+            self._agreed(rows, lambda: self._make_gradient_room(rows))
             return self._run(call, rows.bound, t, states)
         # Whoever keeps no cache wants logits; a long call needs one meanwhile.
         logits = not given
@@ -209,6 +208,11 @@ class Calls(OneAtATime):
     def _make_room(self, cache: list[Any], n_seqs: int, t: int, **options: Any) -> int:
         assert self.keeper is not None
         return make_room(self.keeper, self._give_way, cache, n_seqs, t, **options)
+
+    def _make_gradient_room(self, rows: _Rows) -> int:
+        given, cache = rows.arrays.values(), rows.cache or []
+        self._gradients.make_room(self._whole, given, cache, rows.n_seqs, rows.t)
+        return rows.t
 
     def _is_followed(self, rows: _Rows) -> bool:
         """Tell whether a transformation follows a call: it keeps what is computed."""

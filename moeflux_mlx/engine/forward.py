@@ -183,13 +183,15 @@ class Forward:
     def _logits_of_modules(self, tokens: mx.array) -> mx.array:
         return self._modules.logits(self._modules.rows(tokens, None, None))
 
-    def _measure_modules(self, n_tokens: int, cache: list[Any]) -> None:
+    def _measure_modules(self, n_seqs: int, t: int, cache: list[Any]) -> None:
         """Find what calls of modules take, which no graph tells."""
-        keeper = self.runtime.keeper
-        assert keeper is not None
+        # The room of a single token is known from any call before it.
+        is_known = t == 1 and self._module_calls.taken.of_token > 0
+        if (keeper := self.runtime.keeper) is None or is_known:
+            return
         self._module_calls.measure(
             kind_of(self.text),
-            n_tokens,
+            n_seqs * t,
             lambda: keeper.clear(cache),
             lambda tokens: self._modules.rows(tokens, None, None),
         )
@@ -402,8 +404,8 @@ class Forward:
         if whole and self.runtime.keeper is not None:
             self._gradients.make_room(self.text, [given], cache or [], n_seqs, t)
             return call(inputs, cache, embeddings)
-        if self.runtime.keeper is not None and not self._is_known:
-            self._measure_modules(n_seqs * t, cache or [])
+        if not self._is_known:
+            self._measure_modules(n_seqs, t, cache or [])
         self.make_room(given, cache)
         if self.runtime.keeper is None or (cache and t == 1):
             return call(inputs, cache, embeddings)

@@ -130,6 +130,7 @@ class MemoryKeeper:
             BudgetError: even with the fewest experts it does not fit.
         """
         self.count(cache)
+        self._relief.look(self._most_slots)
         device.trim_heap()
         call = _Planned(cache, n_seqs, t, logits=True)
         growth = call.growth(call.n_tokens, self._needs) if cache else 0
