@@ -22,6 +22,7 @@ from ..experts.compute.exchange import Exchange
 from ..experts.files.modules import find_blocks
 from ..experts.weights import has_values
 from ..memory.caches import CacheState, arrays_of
+from .alone import Experts
 from .group import Group
 from .shared import Calls
 from .transforms import in_transformation
@@ -143,7 +144,7 @@ class PipelinedCalls(Calls):
         self._failure: Exception | None = None
 
     @contextlib.contextmanager
-    def reaching(self, experts: BlankExperts) -> Iterator[None]:
+    def reaching(self, experts: Experts) -> Iterator[None]:
         """Have calls reach these experts in here, and no other rank."""
         with super().reaching(experts), undivided(self._backbone):
             yield

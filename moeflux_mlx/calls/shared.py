@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..memory.caches import CacheState, PutBackOnFailure, arrays_of
 from ..memory.keeper import MemoryKeeper, make_room
 from ..memory.relief import FreePool
 from .alone import OneAtATime
+from .gradients import Gradients
 from .stock_arguments import StockChecks
 from .transforms import in_transformation, is_traced
 from .ways import Ways
@@ -59,6 +60,7 @@ class Calls(OneAtATime):
         self.free_pool: FreePool | None = None
         # Bytes of a token's row as the last call gave them; None: it gave no rows.
         self.row_bytes: int | None = None
+        self._gradients = Gradients(self, lambda tokens: self._whole(tokens))
         self._checked = StockChecks(lambda: make_prompt_cache(self._whole))
 
     def source(self, block: int) -> ExpertSource:
@@ -68,20 +70,6 @@ class Calls(OneAtATime):
 
     def _begin(self) -> None:
         self.ways.forget()
-
-    @contextlib.contextmanager
-    def reaching(self, experts: BlankExperts) -> Iterator[None]:
-        """Have calls reach these experts in here, however much memory they take."""
-        with self.lock:
-            before = self.streamer, self.keeper, self.free_pool
-            self.streamer, self.keeper, self.free_pool = experts, None, None
-            # Calls in here are nobody's, so their arguments need no check.
-            self._depth += 1
-            try:
-                yield
-            finally:
-                self._depth -= 1
-                self.streamer, self.keeper, self.free_pool = before
 
     def call(
         self, call: Callable[..., Any], args: Any, kwargs: Any, *, gives_rows: bool
@@ -190,13 +178,16 @@ class Calls(OneAtATime):
         self, call: Callable[..., Any], rows: _Rows, states: list[CacheState]
     ) -> Any:
         n_seqs, t, given = rows.n_seqs, rows.t, rows.cache
+        if self._is_followed(rows):
+            self._agreed(rows, lambda: self._make_gradient_room(rows))
+            return self._run(call, rows.bound, t, states)
         # Whoever keeps no cache wants logits; a long call needs one meanwhile.
         logits = not given
         cache = given or make_prompt_cache(self._whole)
         step = self._agreed(
             rows, lambda: self._make_room(cache, n_seqs, t, logits=logits) // n_seqs
         )
-        if step >= t or (logits and self._is_followed(rows)):
+        if step >= t:
             return self._run(call, rows.bound, t, states)
         if not rows.divides or self.row_bytes is None:
             raise BudgetError(
@@ -209,6 +200,8 @@ class Calls(OneAtATime):
             part = rows.part(slice(start, stop), cache)
             parts.append(self._run(call, part, stop - start, None))
             mx.eval(parts[-1], arrays_of(cache))
+            # Longer arrays than before find no place among freed ones.
+            device.trim_heap()
         return mx.concatenate(parts, axis=1)
 
     def _given_way(self, cache: list[Any], t: int) -> int:
@@ -239,10 +232,18 @@ class Calls(OneAtATime):
         """Return the smallest of all processes' numbers; each has to ask."""
         return number if self.exchange is None else self.exchange.least(number)
 
+    def _make_gradient_room(self, rows: _Rows) -> int:
+        given, cache = rows.arrays.values(), rows.cache or []
+        self._gradients.make_room(self._whole, given, cache, rows.n_seqs, rows.t)
+        return rows.t
+
     def _is_followed(self, rows: _Rows) -> bool:
-        """Tell whether a transformation follows a call: it keeps its results."""
+        """Tell whether a transformation follows a call: it keeps what is computed."""
+        if not in_transformation():
+            return False
         parameters = leaves(self._whole.parameters())
-        return is_traced([*rows.arrays.values(), *parameters])
+        given = [*rows.arrays.values(), *arrays_of(rows.cache or [])]
+        return is_traced([*given, *parameters])
 
     @property
     def _whole(self) -> nn.Module:

@@ -18,7 +18,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from .. import device
 from ..calls.arguments import ArgumentChecks, bounded, check_ids
+from ..calls.gradients import Gradients, kind_of
 from ..calls.module_call import Backbone, ModuleCall, is_tied, without_adapters
+from ..calls.small_calls import SmallCalls
 from ..calls.transforms import in_transformation, is_traced
 from ..experts.compute.streamed import SpeculativeExperts
 from ..experts.streaming.streamer import ExpertStreamer
@@ -63,6 +65,8 @@ class Forward:
         self.text, self.args, self.runtime = text, args, runtime
         self._forms = forms
         self._modules = ModuleCall(text, backbone, self._bounded)
+        self._gradients = Gradients(runtime, self._logits_of_modules)
+        self._module_calls = SmallCalls(runtime)
         # Whether graphs perform every module; adapters and the like they do not.
         self._is_known = True
         self._mixers = [form.mixer for form in forms]
@@ -81,7 +85,13 @@ class Forward:
         self._parameters: Watch | None = None
         self._bound: tuple[bool, list[Any], list[GraphExperts | None]] | None = None
         self.needs = TextNeeds(
-            text, args, self.routed_name, forms, self._planned_bytes, lambda: self.dtype
+            text,
+            args,
+            self.routed_name,
+            forms,
+            self._planned_bytes,
+            lambda: self.dtype,
+            self._module_bytes,
         )
         self._in_trace = False
 
@@ -169,6 +179,28 @@ class Forward:
         else:
             self._guard(rows, cache)
         return rows
+
+    def _logits_of_modules(self, tokens: mx.array) -> mx.array:
+        return self._modules.logits(self._modules.rows(tokens, None, None))
+
+    def _measure_modules(self, n_seqs: int, t: int, cache: list[Any]) -> None:
+        """Find what calls of modules take, which no graph tells."""
+        # The room of a single token is known from any call before it.
+        is_known = t == 1 and self._module_calls.taken.of_token > 0
+        if (keeper := self.runtime.keeper) is None or is_known:
+            return
+        self._module_calls.measure(
+            kind_of(self.text),
+            n_seqs * t,
+            lambda: keeper.clear(cache),
+            lambda tokens: self._modules.rows(tokens, None, None),
+        )
+
+    def _module_bytes(self, n_seqs: int, t: int, n_rows: int) -> float:
+        """Return the peak of a call if it is one of modules."""
+        if self._is_known:
+            return 0
+        return self._module_calls.taken.n_bytes(n_seqs, t, n_rows)
 
     def _put_back_on_failure(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
@@ -370,6 +402,11 @@ class Forward:
         """
         given = inputs if embeddings is None else embeddings
         n_seqs, t = given.shape[:2]
+        if whole and self.runtime.keeper is not None:
+            self._gradients.make_room(self.text, [given], cache or [], n_seqs, t)
+            return call(inputs, cache, embeddings)
+        if not self._is_known:
+            self._measure_modules(n_seqs, t, cache or [])
         self.make_room(given, cache)
         if self.runtime.keeper is None or (cache and t == 1):
             return call(inputs, cache, embeddings)
@@ -377,8 +414,8 @@ class Forward:
         logits = not cache
         room = cache or make_prompt_cache(self.text)
         step = self.runtime.make_room(room, n_seqs, t, logits=logits) // n_seqs
-        if t <= step or whole:
-            return call(inputs, cache if whole else room, embeddings)
+        if t <= step:
+            return call(inputs, room, embeddings)
         parts: list[Array] = []
         # The size of a chunk, not of the whole call, decides on threads.
         with PutBackOnFailure(room), self._threads(n_seqs * step):
@@ -388,6 +425,8 @@ class Forward:
                 part = call(inputs[:, chunk], room, rows)
                 if isinstance(part, mx.array):
                     mx.eval(part)
+                    # Longer arrays than before find no place among freed ones.
+                    device.trim_heap()
                 parts.append(part)
         return namespace(parts[0]).concatenate(parts, axis=1)
 

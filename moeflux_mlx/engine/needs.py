@@ -31,6 +31,8 @@ class TextNeeds:
         forms: the form of each layer.
         planned_bytes: returns the planned peak of a call in the layer of an index.
         dtype: type of activations and of cached keys and values.
+        of_modules: returns the peak of a call that runs modules instead of graphs, from
+            the number of sequences, the tokens of each, and the rows in their caches.
     """
 
     def __init__(
@@ -41,9 +43,11 @@ class TextNeeds:
         forms: Sequence[LayerForm],
         planned_bytes: Callable[[int, Call], int],
         dtype: Callable[[], mx.Dtype],
+        of_modules: Callable[[int, int, int], float],
     ):
         self._text, self._args, self._skip, self._forms = text, args, skip, forms
         self._planned_bytes, self._dtype = planned_bytes, dtype
+        self._of_modules = of_modules
         self._peaks: dict[int, int] = {}
 
     def resident_bytes(self, unpack: bool) -> int:
@@ -67,6 +71,8 @@ class TextNeeds:
             own += score_bytes(
                 self._args.num_attention_heads, n_tokens // n_seqs, n_cached
             )
+        called = self._of_modules(n_seqs, n_tokens // n_seqs, n_cached)
+        own = max(own, math.ceil(called))
         # One layer's rows exist three times: as its cache grows, and as they are read.
         return own + 2 * n_seqs * self._most_rows_bytes(n_tokens // n_seqs, n_cached)
 

@@ -107,7 +107,7 @@ class Runtime(OneAtATime):
         self.store: ExpertStore | None = None
         self.streamer: ExpertStreamer | MappedExperts | None = None
         self.keeper: MemoryKeeper | None = None
-        self._free_pool: FreePool | None = None
+        self.free_pool: FreePool | None = None
         self.plan: MemoryPlan | None = None
         if options.open_experts is not None:
             self.store = options.open_experts()
@@ -158,7 +158,7 @@ class Runtime(OneAtATime):
         if plan is not None:
             self.keeper = MemoryKeeper(plan, needs, self.streamer)
         else:
-            self._free_pool = FreePool(self.streamer)
+            self.free_pool = FreePool(self.streamer)
 
     def make_plan(self, needs: Needs) -> MemoryPlan | None:
         """Return the plan of a bounded process's memory; allocate nothing."""
@@ -204,8 +204,8 @@ class Runtime(OneAtATime):
 
     def give_way(self, cache: list[Any]) -> None:
         """Shrink experts that no plan bounds if the system is short of memory."""
-        if self._free_pool is not None and not self.is_reference:
-            self._free_pool.give_way(cache)
+        if self.free_pool is not None and not self.is_reference:
+            self.free_pool.give_way(cache)
 
     def make_room(self, cache: list[Any], n_seqs: int, t: int, **options: Any) -> int:
         """Make room for the caches of a call; see ``MemoryKeeper.make_room``.

@@ -115,6 +115,56 @@ class MemoryKeeper:
         self._reserved = (weakref.ref(cache[0]), n_seqs, n_tokens)
         return chunk
 
+    def clear(self, cache: list[Any]) -> int:
+        """Hold the fewest experts; return the bytes that are free then."""
+        streamer = self._streamer
+        streamer.come_and_go()
+        resize(streamer, streamer.least_slots, cache)
+        taken = sum(self._parts(measured=True).values()) + self._least_bytes
+        return self.plan.budget_bytes - taken
+
+    def hold(self, n_bytes: int, cache: list[Any], n_seqs: int, t: int) -> None:
+        """Give a gradient room for all that is kept until it is there.
+
+        Experts are asked for once more on its way.
+
+        Args:
+            n_bytes: what it keeps of a call with ``t`` more tokens of each sequence.
+
+        Raises:
+            BudgetError: even with the fewest experts it does not fit.
+        """
+        self.count(cache)
+        self._relief.look(self._most_slots)
+        device.trim_heap()
+        call = _Planned(cache, n_seqs, t, logits=True)
+        growth = call.growth(call.n_tokens, self._needs) if cache else 0
+        parts = self._parts(measured=True)
+        room = self.plan.budget_bytes - sum(parts.values()) - growth
+        n_slots = self._n_slots(room - n_bytes, room)
+        if n_slots < self._streamer.least_slots:
+            parts |= {"caches": parts["caches"] + growth, "gradients": n_bytes}
+            raise self._no_gradient(parts, n_seqs, t)
+        self._streamer.come_and_go()
+        resize(self._streamer, n_slots, cache)
+        self._foreseen = (lambda: None, 0, 0)
+
+    @property
+    def _least_bytes(self) -> int:
+        streamer = self._streamer
+        return streamer.least_slots * streamer.slot_bytes + streamer.slack_bytes
+
+    def _no_gradient(self, parts: dict[str, int], n_seqs: int, t: int) -> BudgetError:
+        parts |= {f"{self._streamer.least_slots} experts": self._least_bytes}
+        needed, budget = sum(parts.values()), self.plan.budget_bytes
+        taken = ", ".join(f"{decimal(n)} {what}" for what, n in parts.items() if n)
+        return BudgetError(
+            f"[memory] expected at least {needed} bytes ({taken}) but got {budget} for "
+            f"the gradients of {n_seqs} x {t} tokens: train on fewer or shorter "
+            "sequences at a time, compute layers again (grad_checkpoint), or raise "
+            "memory"
+        )
+
     def _parts(self, *, measured: bool) -> dict[str, int]:
         """Return the bytes in use before a call, without experts, by purpose.
 
@@ -215,8 +265,7 @@ class MemoryKeeper:
         streamer = self._streamer
         *_, chunk = call.chunks()
         growth, scratch = call.growth(chunk, self._needs), self._scratch(chunk, call)[0]
-        n_least = streamer.least_slots
-        least_bytes = n_least * streamer.slot_bytes + streamer.slack_bytes
+        n_least, least_bytes = streamer.least_slots, self._least_bytes
         others = parts["caches"] - sum(c.nbytes for c in call.caches)
         parts = parts | {"caches": parts["caches"] + growth, "scratch": scratch}
         parts |= {f"{n_least} experts": least_bytes}

@@ -17,7 +17,8 @@ class BlankExperts:
 
     ``watch`` receives the arrays known before a block uses its experts, with True, and
     those known after it, with False. Without ``watch`` nothing is computed here.
-    ``most_chosen`` is the most experts that a block chose for one token.
+    ``most_chosen`` is the most experts that a block chose for one token. With
+    ``reads_again`` gradients request experts a second time, as from a streamer.
     """
 
     def __init__(self, store: ExpertStore):
@@ -26,6 +27,7 @@ class BlankExperts:
         self._pool = SlotPool(layouts, 1)
         self.watch: Callable[[bool, list[mx.array]], None] | None = None
         self.most_chosen = 1
+        self.reads_again = False
 
     def source(self, layer: int) -> BlankSource:
         """Return the experts of one block."""
@@ -42,9 +44,9 @@ class BlankSource:
         self._blank, self.weights = blank, weights
 
     @property
-    def resident(self) -> BlankSource:
-        """The same experts: none is ever read."""
-        return self
+    def resident(self) -> BlankSource | None:
+        """The same experts, as none is ever read; None if gradients request again."""
+        return None if self._blank.reads_again else self
 
     def portions(
         self, indices: mx.array

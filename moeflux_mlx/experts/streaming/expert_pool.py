@@ -294,6 +294,14 @@ class ExpertPool(Uncopied):
                 self._begin_streaming()
             self._resizing(n_slots)
 
+    def come_and_go(self) -> None:
+        """Stream experts from now on, even if all of them are in memory."""
+        if self.resident and not self.stays:
+            with self.lock, self._repairs:
+                self._guards.wait()
+                self._holders.let_go()
+                self._begin_streaming()
+
     def let_go(self) -> None:
         """Drop every array of slots, and every source that has some."""
         self._sources.clear()
