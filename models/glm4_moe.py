@@ -1,14 +1,13 @@
 """GLM-4.5, 4.6 and 4.7: full attention, experts chosen by sigmoids, a shared expert.
 
 A drop-in for ``mlx_lm.models.glm4_moe``: constructor, weight names, caches and
-sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer. Experts of
-groups that are not among the best are never chosen, as in transformers; mlx-lm gives
-them the score 0 instead, which its class (``native=False``) still does.
+sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer. As in
+transformers, experts outside the best groups are never chosen. mlx-lm gives them the
+score 0 instead; its class remains available with ``native=False``.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,30 +15,26 @@ import mlx.nn as nn
 from mlx_lm.models import glm4_moe as stock
 
 from moeflux_mlx.engine import noaux
-from moeflux_mlx.engine.blocks import ROUTED
-from moeflux_mlx.engine.layer import LayerForm, expected_tensors
-from moeflux_mlx.engine.mixers import Attention
-from moeflux_mlx.engine.native import (
-    GraphText,
-    NativeModel,
+from moeflux_mlx.engine.checks import (
     check_numbers,
     check_rope,
     lacks_of_rope,
+    missing_tensor,
+    read_arguments,
 )
-from moeflux_mlx.experts.files.configuration import (
-    Configuration,
-    check_tensors,
-    counts_of,
-)
+from moeflux_mlx.engine.layer import LayerForm
+from moeflux_mlx.engine.mixers import Attention
+from moeflux_mlx.engine.native import GraphText, NativeModel
+from moeflux_mlx.experts.files.configuration import Configuration
 from moeflux_mlx.experts.files.safetensors import TensorEntry
 
 ModelArgs = stock.ModelArgs
-# Says where it follows transformers and mlx-lm's class does not.
+# Names where this class follows transformers but mlx-lm's does not.
 departs = noaux.departs
 
 
 def lacks(config: Mapping[str, Any]) -> str | None:
-    """Return a configuration's wish that the class does not do, if any."""
+    """Return a setting of a configuration that the class does not support, if any."""
     return lacks_of_rope(config) or noaux.lacks(config)
 
 
@@ -56,7 +51,7 @@ def layers(args: ModelArgs) -> Iterator[LayerForm]:
 
 
 class Model(NativeModel, GraphText, stock.Model):
-    """Tokens ``[B, T]`` to logits ``[B, T, V]``, whose calls are graphs."""
+    """A model from tokens ``[B, T]`` to logits ``[B, T, V]`` that runs on graphs."""
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)
@@ -64,25 +59,21 @@ class Model(NativeModel, GraphText, stock.Model):
 
 
 def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | None:
-    """Hold a configuration against a checkpoint's tensors, before building anything.
+    """Check a configuration against a checkpoint's tensors before anything is built.
 
     Returns:
         A tensor that no file has, if there is one.
 
     Raises:
-        ModelError: a value is not usable, or a tensor has another shape.
+        ModelError: a value is invalid, or a tensor has another shape.
     """
-    config.check_given(ModelArgs)
-    optional = {"first_k_dense_replace", "n_shared_experts"}
-    config.check_counts(set(counts_of(ModelArgs)) - optional)
-    args = ModelArgs.from_dict(copy.deepcopy(config.fields))
+    unused = ["first_k_dense_replace", "n_shared_experts"]
+    args = read_arguments(config, ModelArgs, unused=unused)
     noaux.check(config, args)
     check_numbers(config, args, "n_routed_experts")
-    expected = expected_tensors(args, layers(args))
-    missing = check_tensors(config, tensors, expected, optional=(ROUTED,))
-    if missing is not None:
+    if missing := missing_tensor(config, tensors, args, layers(args)):
         return missing
     config.check_number("partial_rotary_factor", args.partial_rotary_factor, 1)
-    width = int(args.head_dim * args.partial_rotary_factor)
-    check_rope(config, "rope_theta", lambda: nn.RoPE(width, base=args.rope_theta))
+    width, theta = int(args.head_dim * args.partial_rotary_factor), args.rope_theta
+    check_rope(config, "rope_theta", lambda: nn.RoPE(width, base=theta))
     return None

@@ -6,7 +6,6 @@ sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,39 +13,36 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import minimax as stock
 
-from moeflux_mlx.engine.blocks import ROUTED, Moe, Noaux
-from moeflux_mlx.engine.layer import LayerForm, expected_tensors
-from moeflux_mlx.engine.mixers import Attention
-from moeflux_mlx.engine.native import (
-    GraphText,
-    NativeModel,
+from moeflux_mlx.engine.blocks import Moe, Noaux
+from moeflux_mlx.engine.checks import (
     check_numbers,
     check_rope,
     lacks_of_rope,
+    missing_tensor,
+    read_arguments,
 )
+from moeflux_mlx.engine.layer import LayerForm
+from moeflux_mlx.engine.mixers import Attention
+from moeflux_mlx.engine.native import GraphText, NativeModel
 from moeflux_mlx.errors import ModelError
-from moeflux_mlx.experts.files.configuration import (
-    Configuration,
-    check_tensors,
-    counts_of,
-)
+from moeflux_mlx.experts.files.configuration import Configuration
 from moeflux_mlx.experts.files.safetensors import TensorEntry
 
 ModelArgs = stock.ModelArgs
 BLOCK, CORRECTION = "block_sparse_moe", "e_score_correction_bias"
-# What a configuration may say: neither class looks at these.
+# The only supported values of entries that neither class reads.
 KNOWN = {"hidden_act": "silu", "scoring_func": "sigmoid", "sliding_window": None}
 KNOWN |= {"qk_norm_type": "per_layer"}
 
 
 def lacks(config: Mapping[str, Any]) -> str | None:
-    """Return a configuration's wish that the class does not do, if any."""
+    """Return a setting of a configuration that the class does not support, if any."""
     stored = config.get("quantization_config")
     if "quantization" not in config and isinstance(stored, dict):
         return f"quantization_config of {stored.get('quant_method')}"
     kinds = config.get("attn_type_list")
     if isinstance(kinds, list) and kinds != [1] * len(kinds):
-        return "attn_type_list but of full attention"
+        return "attn_type_list with other than full attention"
     for key, value in KNOWN.items():
         if config.get(key, value) != value:
             return key
@@ -54,7 +50,7 @@ def lacks(config: Mapping[str, Any]) -> str | None:
 
 
 def layers(args: ModelArgs) -> Iterator[LayerForm]:
-    """Yield what each layer is."""
+    """Yield the form of each layer."""
     heads = args.num_attention_heads, args.num_key_value_heads, _head_dim(args)
     norms = ("q", "k") if args.use_qk_norm else ()
     attention = Attention(*heads, norms=norms, row_norms=True)
@@ -69,7 +65,7 @@ def _head_dim(args: ModelArgs) -> int:
 
 
 class Model(NativeModel, GraphText, stock.Model):  # type: ignore[misc]
-    """Tokens ``[B, T]`` to logits ``[B, T, V]``, whose calls are graphs."""
+    """A model from tokens ``[B, T]`` to logits ``[B, T, V]`` that runs on graphs."""
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)
@@ -85,7 +81,7 @@ class Model(NativeModel, GraphText, stock.Model):  # type: ignore[misc]
         """Return logits ``[B, T, V]``.
 
         Raises:
-            ModelError: there is a mask; mlx-lm's class does not look at it.
+            ModelError: a mask was given, which mlx-lm's class ignores.
         """
         if mask is not None:
             raise ModelError("[mask] expected None but got one: leave it out")
@@ -93,23 +89,19 @@ class Model(NativeModel, GraphText, stock.Model):  # type: ignore[misc]
 
 
 def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | None:
-    """Hold a configuration against a checkpoint's tensors, before building anything.
+    """Check a configuration against a checkpoint's tensors before anything is built.
 
     Returns:
         A tensor that no file has, if there is one.
 
     Raises:
-        ModelError: a value is not usable, or a tensor has another shape.
+        ModelError: a value is invalid, or a tensor has another shape.
     """
-    config.check_given(ModelArgs)
-    config.check_counts({*counts_of(ModelArgs)} - {"shared_intermediate_size"})
-    if config.fields.get("head_dim") is not None:
-        config.check_counts(["head_dim"])
-    args = ModelArgs.from_dict(copy.deepcopy(config.fields))
+    args = read_arguments(
+        config, ModelArgs, unused=["shared_intermediate_size"], optional=["head_dim"]
+    )
     check_numbers(config, args, "num_local_experts")
-    expected = expected_tensors(args, layers(args))
-    missing = check_tensors(config, tensors, expected, optional=(ROUTED,))
-    if missing is not None:
+    if missing := missing_tensor(config, tensors, args, layers(args)):
         return missing
     width, theta = args.rotary_dim, args.rope_theta
     config.check_number("rotary_dim", width, _head_dim(args))

@@ -6,28 +6,29 @@ sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 
 from mlx_lm.models import qwen3_5_moe as stock
 from mlx_lm.models.qwen3_5 import TextModelArgs
-from mlx_lm.models.rope_utils import initialize_rope
 
-from moeflux_mlx.engine.blocks import ROUTED, Moe
-from moeflux_mlx.engine.forward import Forward
-from moeflux_mlx.engine.layer import LayerForm, expected_tensors
-from moeflux_mlx.engine.mixers import Attention, GatedDeltaNet
-from moeflux_mlx.engine.native import NativeModel, check_numbers, check_rope
-from moeflux_mlx.engine.published import has_taps_last
-from moeflux_mlx.experts.files.configuration import (
-    Configuration,
-    check_tensors,
-    counts_of,
+from moeflux_mlx.engine.blocks import Moe
+from moeflux_mlx.engine.checks import (
+    check_numbers,
+    check_partial_rope,
+    check_shared_heads,
+    missing_tensor,
+    read_arguments,
 )
+from moeflux_mlx.engine.forward import Forward
+from moeflux_mlx.engine.layer import LayerForm
+from moeflux_mlx.engine.mixers import Attention, GatedDeltaNet
+from moeflux_mlx.engine.native import NativeModel
+from moeflux_mlx.engine.published import has_taps_last
+from moeflux_mlx.experts.files.configuration import Configuration
 from moeflux_mlx.experts.files.safetensors import TensorEntry
 
 ModelArgs = stock.ModelArgs
-# Whole numbers of a configuration that such a model does not use.
+# Whole numbers of a configuration that the class does not use.
 UNUSED_COUNTS = ("intermediate_size", "decoder_sparse_step", "max_position_embeddings")
 
 
@@ -35,7 +36,7 @@ def layers(args: TextModelArgs, *, taps_last: bool = False) -> Iterator[LayerFor
     """Yield the form of each layer.
 
     Args:
-        taps_last: as ``GatedDeltaNet`` has it.
+        taps_last: as in ``GatedDeltaNet``.
     """
     delta = GatedDeltaNet(
         args.linear_num_key_heads,
@@ -63,7 +64,7 @@ def layers(args: TextModelArgs, *, taps_last: bool = False) -> Iterator[LayerFor
 
 
 class Model(NativeModel, stock.Model):
-    """Language model over ``language_model``, whose calls are graphs."""
+    """A model whose ``language_model`` runs on graphs."""
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)
@@ -72,44 +73,33 @@ class Model(NativeModel, stock.Model):
 
     @property
     def engine(self) -> Forward:
-        """The maker of the model's calls."""
+        """The forward pass that runs the model's calls."""
         found: Forward = self.language_model.forward
         return found
 
 
 def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | None:
-    """Hold a configuration against a checkpoint's tensors, before building anything.
+    """Check a configuration against a checkpoint's tensors before anything is built.
 
     Returns:
         A tensor that no file has, if there is one.
 
     Raises:
-        ModelError: a value is not usable, or a tensor has another shape.
+        ModelError: a value is invalid, or a tensor has another shape.
     """
-    config.check_counts(set(counts_of(TextModelArgs)) - set(UNUSED_COUNTS))
-    if config.fields.get("head_dim") is not None:
-        config.check_counts(["head_dim"])
     if not isinstance(rope := config.fields.get("rope_parameters"), dict | None):
         raise config.wrong("rope_parameters", "an object or null", rope)
-    args = TextModelArgs.from_dict(copy.deepcopy(config.fields))
+    args = read_arguments(
+        config, TextModelArgs, unused=UNUSED_COUNTS, optional=["head_dim"]
+    )
     if args.num_experts < 1:
         raise config.wrong("num_experts", "a positive whole number", args.num_experts)
-    taps_last = has_taps_last(tensors)
-    expected = expected_tensors(args, layers(args, taps_last=taps_last))
-    missing = check_tensors(config, tensors, expected, optional=(ROUTED,))
-    if missing is not None:
+    forms = layers(args, taps_last=has_taps_last(tensors))
+    if missing := missing_tensor(config, tensors, args, forms):
         return missing
-    # Not before sizes are known to be those of the files: positions take memory.
+    # Only now are sizes known to fit the files; positions take memory by their size.
     check_numbers(config, args)
-    config.check_number("partial_rotary_factor", args.partial_rotary_factor, 1)
-    key, divisor = "linear_num_value_heads", "linear_num_key_heads"
-    config.check_multiple(key, getattr(args, key), divisor, getattr(args, divisor))
-    dims = int(args.head_dim * args.partial_rotary_factor)  # type: ignore[operator]
-    scaling, longest = copy.deepcopy(args.rope_scaling), args.max_position_embeddings
-    theta = args.rope_theta
-    check_rope(
-        config,
-        "rope_parameters",
-        lambda: initialize_rope(dims, theta, False, scaling, longest),
-    )
+    heads = "linear_num_value_heads", "linear_num_key_heads"
+    check_shared_heads(config, args, *heads)
+    check_partial_rope(config, args, "rope_parameters")
     return None

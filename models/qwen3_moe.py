@@ -6,35 +6,31 @@ sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.models import qwen3_moe as stock
 
-from moeflux_mlx.engine.blocks import ROUTED, DenseMlp, Moe
-from moeflux_mlx.engine.layer import LayerForm, expected_tensors
-from moeflux_mlx.engine.mixers import Attention
-from moeflux_mlx.engine.native import (
-    GraphText,
-    NativeModel,
+from moeflux_mlx.engine.blocks import DenseMlp, Moe
+from moeflux_mlx.engine.checks import (
     check_numbers,
     check_rope,
     lacks_of_rope,
+    missing_tensor,
+    read_arguments,
 )
-from moeflux_mlx.experts.files.configuration import (
-    Configuration,
-    check_tensors,
-    counts_of,
-)
+from moeflux_mlx.engine.layer import LayerForm
+from moeflux_mlx.engine.mixers import Attention
+from moeflux_mlx.engine.native import GraphText, NativeModel
+from moeflux_mlx.experts.files.configuration import Configuration
 from moeflux_mlx.experts.files.safetensors import TensorEntry
 
 ModelArgs = stock.ModelArgs
 
 
 def lacks(config: Mapping[str, Any]) -> str | None:
-    """Return a configuration's wish that the class does not do, if any."""
+    """Return a setting of a configuration that the class does not support, if any."""
     if (key := lacks_of_rope(config, ["rope_scaling"])) is not None:
         return key
     if config.get("hidden_act", "silu") != "silu":
@@ -68,7 +64,7 @@ def layers(args: ModelArgs) -> Iterator[LayerForm]:
 
 
 class Model(NativeModel, GraphText, stock.Model):
-    """Tokens ``[B, T]`` to logits ``[B, T, V]``, whose calls are graphs."""
+    """A model from tokens ``[B, T]`` to logits ``[B, T, V]`` that runs on graphs."""
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)
@@ -76,21 +72,16 @@ class Model(NativeModel, GraphText, stock.Model):
 
 
 def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | None:
-    """Hold a configuration against a checkpoint's tensors, before building anything.
+    """Check a configuration against a checkpoint's tensors before anything is built.
 
     Returns:
         A tensor that no file has, if there is one.
 
     Raises:
-        ModelError: a value is not usable, or a tensor has another shape.
+        ModelError: a value is invalid, or a tensor has another shape.
     """
-    config.check_given(ModelArgs)
-    config.check_counts(counts_of(ModelArgs))
-    config.check_indices("mlp_only_layers")
-    args = ModelArgs.from_dict(copy.deepcopy(config.fields))
-    expected = expected_tensors(args, layers(args))
-    missing = check_tensors(config, tensors, expected, optional=(ROUTED,))
-    if missing is not None:
+    args = read_arguments(config, ModelArgs, indices=["mlp_only_layers"])
+    if missing := missing_tensor(config, tensors, args, layers(args)):
         return missing
     check_numbers(config, args)
     width, theta = args.head_dim, args.rope_theta

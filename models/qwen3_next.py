@@ -6,31 +6,32 @@ sanitising are mlx-lm's own; the forward pass is a graph of Ops per layer.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import qwen3_next as stock
-from mlx_lm.models.rope_utils import initialize_rope
 
-from moeflux_mlx.engine.blocks import ROUTED, DenseMlp, Moe
-from moeflux_mlx.engine.layer import LayerForm, expected_tensors
-from moeflux_mlx.engine.mixers import Attention, GatedDeltaNet
-from moeflux_mlx.engine.native import GraphText, NativeModel, check_numbers, check_rope
-from moeflux_mlx.engine.published import converted, has_taps_last
-from moeflux_mlx.experts.files.configuration import (
-    Configuration,
-    check_tensors,
-    counts_of,
+from moeflux_mlx.engine.blocks import DenseMlp, Moe
+from moeflux_mlx.engine.checks import (
+    check_numbers,
+    check_partial_rope,
+    check_shared_heads,
+    missing_tensor,
+    read_arguments,
 )
+from moeflux_mlx.engine.layer import LayerForm
+from moeflux_mlx.engine.mixers import Attention, GatedDeltaNet
+from moeflux_mlx.engine.native import GraphText, NativeModel
+from moeflux_mlx.engine.published import converted, has_taps_last
+from moeflux_mlx.experts.files.configuration import Configuration
 from moeflux_mlx.experts.files.safetensors import TensorEntry
 
 ModelArgs = stock.ModelArgs
 
 
 def lacks(config: Mapping[str, Any]) -> str | None:
-    """Return a configuration's wish that the class does not do, if any."""
+    """Return a setting of a configuration that the class does not support, if any."""
     if config.get("hidden_act", "silu") != "silu":
         return "hidden_act"
     return "no experts" if config.get("num_experts") == 0 else None
@@ -40,7 +41,7 @@ def layers(args: ModelArgs, *, taps_last: bool = False) -> Iterator[LayerForm]:
     """Yield the form of each layer.
 
     Args:
-        taps_last: as ``GatedDeltaNet`` has it.
+        taps_last: as in ``GatedDeltaNet``.
     """
     delta = GatedDeltaNet(
         args.linear_num_key_heads,
@@ -75,41 +76,33 @@ def layers(args: ModelArgs, *, taps_last: bool = False) -> Iterator[LayerForm]:
 
 
 class Model(NativeModel, GraphText, stock.Model):
-    """Tokens ``[B, T]`` to logits ``[B, T, V]``, whose calls are graphs."""
+    """A model from tokens ``[B, T]`` to logits ``[B, T, V]`` that runs on graphs."""
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)
         self.run_on_graphs(self, layers(args))
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Rename weights as mlx-lm does, wherever the experts are."""
+        """Rename weights as mlx-lm does, with experts stacked or streamed."""
         unused = ["lm_head.weight"] if self.args.tie_word_embeddings else []
         return converted(super().sanitize(weights), unused)
 
 
 def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | None:
-    """Hold a configuration against a checkpoint's tensors, before building anything.
+    """Check a configuration against a checkpoint's tensors before anything is built.
 
     Returns:
         A tensor that no file has, if there is one.
 
     Raises:
-        ModelError: a value is not usable, or a tensor has another shape.
+        ModelError: a value is invalid, or a tensor has another shape.
     """
-    config.check_given(ModelArgs)
-    config.check_counts(counts_of(ModelArgs))
-    config.check_indices("mlp_only_layers")
-    args = ModelArgs.from_dict(copy.deepcopy(config.fields))
-    expected = expected_tensors(args, layers(args, taps_last=has_taps_last(tensors)))
-    missing = check_tensors(config, tensors, expected, optional=(ROUTED,))
-    if missing is not None:
+    args = read_arguments(config, ModelArgs, indices=["mlp_only_layers"])
+    forms = layers(args, taps_last=has_taps_last(tensors))
+    if missing := missing_tensor(config, tensors, args, forms):
         return missing
     check_numbers(config, args)
-    config.check_number("partial_rotary_factor", args.partial_rotary_factor, 1)
-    key, divisor = "linear_num_value_heads", "linear_num_key_heads"
-    config.check_multiple(key, getattr(args, key), divisor, getattr(args, divisor))
-    dims = int(args.head_dim * args.partial_rotary_factor)
-    sizes = dims, args.rope_theta, False, args.rope_scaling
-    longest = args.max_position_embeddings
-    check_rope(config, "rope_scaling", lambda: initialize_rope(*sizes, longest))
+    heads = "linear_num_value_heads", "linear_num_key_heads"
+    check_shared_heads(config, args, *heads)
+    check_partial_rope(config, args, "rope_scaling")
     return None

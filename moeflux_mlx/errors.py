@@ -103,6 +103,10 @@ class PeerError(GroupError):
     """Another process of the group failed and reports the error itself."""
 
 
+class PeerBudgetError(PeerError, BudgetError):
+    """Another process of a group has no room for what all of them are to do."""
+
+
 class KernelError(MoefluxError, ValueError):
     """A kernel's source, arguments or launch do not match its signature."""
 

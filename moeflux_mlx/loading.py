@@ -40,7 +40,7 @@ from .opening.stock_model import (
 from .opening.tokenizer import open_tokenizer
 from .opening.weight_files import Reads, model_module, read_weights
 from .streaming import plan_stream
-from .system.commands import is_to_be_saved
+from .system.commands import divides_data, is_to_be_saved, refuse_division_of_layers
 from .system.files import short, spelled_plainly
 from .system.progress import Report, byte_progress, notice
 
@@ -66,6 +66,7 @@ def load(
     expert_io: str | None = None,
     native: bool | None = None,
     group: Group | None = None,
+    pipeline: bool = False,
 ) -> Any:
     """Load a model like ``mlx_lm.load``, with its experts streamed or as parameters.
 
@@ -106,8 +107,10 @@ def load(
             streamed if ``expert_memory`` bounds them; None prefers our class.
         group: process group of ``mx.distributed.init()``. Each rank reads a share of
             every layer's experts, and all ranks compute the rest. They must load the
-            same model and make the same calls. mlx-lm's class runs, with rank 0's
-            random state. Amounts of memory are per rank.
+            same model and make the same calls. mlx-lm's class runs, even if ``native``
+            is True, with rank 0's random state. Amounts of memory are per rank.
+        pipeline: the ranks divide layers instead of experts, like mlx-lm's
+            ``model.model.pipeline(group)``.
 
     Returns:
         ``(model, tokenizer)``, or with ``return_config`` also the configuration.
@@ -135,6 +138,7 @@ def load(
         ("revision", revision, str),
         ("trust_remote_code", trust_remote_code, bool),
         ("native", native, bool),
+        ("pipeline", pipeline, bool),
     )
     for name, value, kind in kinds:
         if value is not None and not isinstance(value, kind):
@@ -151,21 +155,15 @@ def load(
         read_ahead,
         expert_io,
         give_way=serving.join(),
-        group=group if exchange_of(group) else None,
+        group=group if exchange_of(group, pipeline=pipeline) else None,
+        pipeline=pipeline,
     )
-    if options.group is not None:
-        if native:
-            raise ConfigError(
-                "[native] expected none with several ranks but got True: they share "
-                "the experts of mlx-lm's class alone"
-            )
-        native = False
+    shares = options.group is not None
     path = find_model(path_or_hf_repo, revision)
     if trust_remote_code:
         _refuse_code(path)
-    load_it = (
-        _load_through_door if takes_door(path, native, model_config) else _load_our_own
-    )
+    through_door = takes_door(path, native, model_config, shares=shares)
+    load_it = _load_through_door if through_door else _load_our_own
     model, tokenizer, loaded = load_it(
         path, options, tokenizer_config, model_config, adapter_path, lazy
     )
@@ -392,10 +390,17 @@ def pack_classes(model_file: str) -> tuple[type, type]:
     check_settings()
     options = RunOptions(directory=directory, give_way=give_way)
     found = load_config(directory)
-    group = None if saves else launched_group()
+    group = None if saves or divides_data() else launched_group()
+    if group is not None:
+        refuse_division_of_layers()
     if group is not None or not has_own_class(found):
         return saved_plainly(
-            *door_classes(directory, found, reads=not saves, group=group)
+            *door_classes(
+                directory,
+                found,
+                reads=not saves,
+                group=group,
+            )
         )
     _tell_departure(found)
     direct = config.expert_io() == "direct"

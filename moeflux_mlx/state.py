@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -28,13 +28,14 @@ from mlx_lm.models.cache import (
 
 from .adapters import has_adapters
 from .errors import BudgetError, ModelError, StateError
+from .experts.compute.exchange import Exchange
 from .experts.files.safetensors import (
     DTYPE_BYTES,
     TensorEntry,
     header_bytes,
     parse_header,
 )
-from .memory.cache_layouts import DTYPES, CacheReader, Part, check_kinds, describe
+from .memory.cache_layouts import DTYPES, CacheReader, TensorForm, check_kinds, describe
 from .streaming import StreamedModel
 from .system.files import open_file, parse_json, replacing, short
 
@@ -63,7 +64,8 @@ def save_state(
     """Write caches, tokens and the list of experts in memory to a file, atomically.
 
     Call it between tokens; it waits for arrays that are still being computed. Only the
-    file's owner can read it.
+    file's owner can read it. Ranks that share the experts write the same file one after
+    the other, and any number of ranks can load it.
 
     Args:
         cache: one sequence's caches of this model, one per layer.
@@ -72,6 +74,7 @@ def save_state(
     Raises:
         StateError: the caches do not match the model or the tokens, or the file cannot
             be written.
+        GroupError: another rank failed or ended.
     """
     path, run = _path(path), _Run.of(model)
     caches, layouts = _caches(cache), run.needs.cache_layouts
@@ -104,13 +107,22 @@ def save_state(
         digest.update(_heading(entries[name]))
         digest.update(_bytes_of(arrays[name]))
     about["checksum"] = digest.hexdigest()
-    try:
-        with replacing(path) as file:
-            file.write(header_bytes(list(entries.values()), about))
-            for name in entries:
-                file.write(_bytes_of(arrays[name]))
-    except (OSError, ValueError) as error:
-        raise StateError(f"[state] cannot write {path}: {error}") from error
+
+    def write() -> None:
+        try:
+            with replacing(path) as file:
+                file.write(header_bytes(list(entries.values()), about))
+                for name in entries:
+                    file.write(_bytes_of(arrays[name]))
+        except (OSError, ValueError) as error:
+            raise StateError(f"[state] cannot write {path}: {error}") from error
+
+    if run.exchange is None:
+        write()
+        return
+    # One after the other: it may be one file.
+    for rank in range(run.exchange.size):
+        run.exchange.alike(write if rank == run.exchange.rank else lambda: None)
 
 
 def check_keeps_state(model: nn.Module) -> None:
@@ -120,13 +132,18 @@ def check_keeps_state(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class _Run:
-    """The parts of a model that a state needs; its class is ours, or it is streamed."""
+    """The parts of a model that a state needs; its class is ours, or it is streamed.
+
+    ``store`` has all experts; ``exchange`` connects the ranks if several share them.
+    """
 
     identity: str
     model: nn.Module
     needs: Any
     streamer: Any
     keeper: Any
+    exchange: Exchange | None = None
+    store: Any = None
 
     @classmethod
     def of(cls, model: nn.Module) -> _Run:
@@ -141,10 +158,10 @@ class _Run:
                 "adapters: fuse them with mlx_lm.fuse to save states"
             )
         streams = isinstance(model, StreamedModel)
-        if streams and model.__dict__["group"] is not None:
+        if streams and model.__dict__["pipeline"]:
             raise StateError(
-                "[state] expected a model in one process but several share its "
-                "experts: load it without group= to save its state"
+                "[state] expected all layers of a model but this rank has some of "
+                "them: load it without pipeline to save its state"
             )
         owner: Any = model if streams else getattr(model, "runtime", None)
         if owner is None:
@@ -155,12 +172,44 @@ class _Run:
                 "memory to save its state"
             )
         needs, streamer = model.needs, model.streamer
-        return cls(str(owner.identity), model, needs, streamer, owner.keeper)
+        run = cls(str(owner.identity), model, needs, streamer, owner.keeper)
+        if streams and (exchange := model.__dict__["calls"].exchange) is not None:
+            return replace(run, exchange=exchange, store=model.__dict__["store"])
+        return run
+
+    @property
+    def experts(self) -> list[tuple[int, int]]:
+        """All experts, those of other ranks too."""
+        if self.exchange is None:
+            return [] if self.streamer is None else self.streamer.experts
+        store = self.store
+        return [(layer, e) for layer in store.layers for e in range(store.count(layer))]
 
     @property
     def held(self) -> list[tuple[int, int]]:
-        """The experts in memory; empty if they are parameters."""
-        return [] if self.streamer is None else self.streamer.held
+        """The experts in memory on any rank; empty if they are parameters."""
+        held = [] if self.streamer is None else self.streamer.held
+        if self.exchange is None:
+            return held
+        own = {(layer, self._own(layer)[e]) for layer, e in held}
+        everything = self.experts
+        told = self.exchange.tell([one in own for one in everything]).sum(axis=0)
+        return [everything[place] for place in np.flatnonzero(told)]
+
+    def preload(self, experts: list[tuple[int, int]]) -> None:
+        """Read experts; a rank reads only its own."""
+        if self.exchange is not None:
+            experts = [
+                (layer, e - self._own(layer).start)
+                for layer, e in experts
+                if e in self._own(layer)
+            ]
+        if self.streamer is not None:
+            self.streamer.preload(experts)
+
+    def _own(self, layer: int) -> range:
+        assert self.exchange is not None
+        return self.exchange.own(self.store.count(layer))
 
 
 def load_state(path: str | os.PathLike, model: nn.Module) -> State:
@@ -175,8 +224,17 @@ def load_state(path: str | os.PathLike, model: nn.Module) -> State:
             caches that this model lacks; the message says which.
         BudgetError: the caches do not fit into the model's memory.
         ExpertStoreError: an expert could not be read.
+        GroupError: another rank failed, ended or has the state of other tokens.
     """
     path, run = _path(path), _Run.of(model)
+    if run.exchange is None:
+        return _loaded(path, run)
+    state = run.exchange.alike(lambda: _loaded(path, run))
+    run.exchange.agree({"tokens of the state": state.tokens})
+    return state
+
+
+def _loaded(path: Path, run: _Run) -> State:
     try:
         with open_file(path) as file:
             entries, about = parse_header(path, file, HEADER_BYTES)
@@ -190,11 +248,10 @@ def load_state(path: str | os.PathLike, model: nn.Module) -> State:
     tokens = checked.tokens(arrays[TOKENS])
     experts = checked.experts(arrays[EXPERTS])
     caches = [
-        layer.fill([arrays[f"layers.{i}.{part}"] for part in range(len(layer.parts))])
+        layer.fill([arrays[f"layers.{i}.{part}"] for part in range(len(layer.tensors))])
         for i, layer in enumerate(checked.layers)
     ]
-    if run.streamer is not None:
-        run.streamer.preload(experts)
+    run.preload(experts)
     return State(caches, tokens)
 
 
@@ -231,12 +288,14 @@ class _Checked:
         ]
         rows = entries[EXPERTS].shape[:1] if EXPERTS in entries else ()
         n_experts = min([*rows, self._most_experts])
-        expected: dict[str, Part] = {
+        expected: dict[str, TensorForm] = {
             TOKENS: (("U32",), (self._n_tokens,)),
             EXPERTS: (("I32",), (n_experts, 2)),
         }
         for i, layer in enumerate(self.layers):
-            expected |= {f"layers.{i}.{p}": part for p, part in enumerate(layer.parts)}
+            expected |= {
+                f"layers.{i}.{p}": form for p, form in enumerate(layer.tensors)
+            }
         self._expect("tensors", sorted(expected), sorted(entries))
         for name, (dtypes, shape) in expected.items():
             self._expect(f"shape of {name}", shape, entries[name].shape)
@@ -245,8 +304,8 @@ class _Checked:
 
     @property
     def _most_experts(self) -> int:
-        streamer = self._run.streamer
-        return MOST_EXPERTS if streamer is None else len(streamer.experts)
+        is_streamed = self._run.streamer is not None
+        return len(self._run.experts) if is_streamed else MOST_EXPERTS
 
     def make_room(self) -> None:
         """Release experts to make room for the caches, if memory is bounded.
@@ -257,8 +316,8 @@ class _Checked:
         keeper, needs = self._run.keeper, self._run.needs
         if keeper is None:
             return
-        parts = [part for layer in self.layers for part in layer.parts]
-        n_bytes = sum(DTYPE_BYTES[d[0]] * math.prod(shape) for d, shape in parts)
+        forms = [form for layer in self.layers for form in layer.tensors]
+        n_bytes = sum(DTYPE_BYTES[d[0]] * math.prod(shape) for d, shape in forms)
         n_rows = max(1, n_bytes // max(1, needs.cache_row_bytes))
         empty = make_prompt_cache(self._run.model)
         keeper.make_room(empty, 1, min(self._n_tokens, n_rows))
@@ -275,8 +334,8 @@ class _Checked:
         experts = [(layer, expert) for layer, expert in np.array(array).tolist()]
         if len(set(experts)) < len(experts):
             _refuse(self._path, "experts", "each once", "one twice")
-        streamer = self._run.streamer
-        if streamer is not None and not set(experts) <= set(streamer.experts):
+        is_streamed = self._run.streamer is not None
+        if is_streamed and not set(experts) <= set(self._run.experts):
             raise StateError(f"[state] {self._path}: expected experts of this model")
         return experts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from . import config, device, serving
 from .calls.arguments import bounded, check_ids
 from .calls.group import Group, begin_together, exchange_of, reached, ways_in_group
 from .calls.measured_needs import MeasuredNeeds
+from .calls.pipeline import PipelinedCalls, divide_alike
 from .calls.shared import Calls
 from .calls.ways import Ways, added_class
 from .drafts import let_all_draft
@@ -36,8 +37,9 @@ from .experts.pool.policy import DEFAULT_POLICY, policy_factory
 from .experts.pool.pool import pool_bytes
 from .experts.streaming.access import expert_io as way_of_reading
 from .experts.streaming.access import open_experts
+from .experts.streaming.expert_pool import check_scope
 from .experts.streaming.mapped import MappedExperts
-from .experts.streaming.streamer import ExpertStreamer, check_scope
+from .experts.streaming.streamer import ExpertStreamer
 from .experts.weights import has_values, kept_arrays
 from .memory.caches import CACHE_STEP
 from .memory.keeper import MemoryKeeper
@@ -45,7 +47,7 @@ from .memory.plan import MemoryPlan, own_bytes, plan_memory
 from .memory.preflight import check_fits, unasked_expert_bytes
 from .memory.relief import FreePool
 from .memory.search import find_fastest
-from .saving.guard import GuardsSaving, guard_saving, keep_whole, refuse_division
+from .saving.guard import GuardsSaving, check_division, guard_saving, keep_whole
 from .system.progress import Report, notice
 from .training import TrainsUncompiled
 
@@ -109,10 +111,7 @@ class StreamedModel(GuardsSaving, TrainsUncompiled, StreamedPart):
         Raises:
             ModelError: the model was not loaded with this process group.
         """
-        requested = mx.distributed.init() if group is None else group
-        own: Group | None = self.__dict__["group"]
-        if requested.size() != (1 if own is None else own.size()):
-            refuse_division()
+        check_division(self, group, pipeline=False)
 
     def load_weights(
         self, file_or_weights: str | list[tuple[str, mx.array]], strict: bool = True
@@ -149,6 +148,7 @@ def stream(
     expert_io: str | None = None,
     report: Report | None = None,
     group: Group | None = None,
+    pipeline: bool = False,
 ) -> M:
     """Stream the experts of a model that mlx-lm loaded with ``lazy=True``.
 
@@ -162,7 +162,7 @@ def stream(
         memory, expert_memory: see ``load``; the plan is printed.
         scope, policy, read_ahead, optimistic, expert_io: see ``load``.
         report: receives the progress of reading if all experts fit.
-        group: see ``load``.
+        group, pipeline: see ``load``.
 
     Returns:
         The model. Its ``streamer`` has the counts, its ``plan`` the memory.
@@ -178,7 +178,7 @@ def stream(
     """
     directory = Path(directory)
     check_scope(scope)
-    blocks, exchange = _blocks_of(model), exchange_of(group)
+    exchange = exchange_of(group, pipeline=pipeline)
     amounts = Amounts.read(memory, expert_memory)
     if exchange is not None:
         read_ahead, optimistic, expert_io = ways_in_group(
@@ -187,11 +187,16 @@ def stream(
     ways = Ways(optimistic)
     io = way_of_reading(expert_io, gives_way=amounts.process is not None)
     make_policy = policy_factory(policy or config.policy() or DEFAULT_POLICY)
-    store = _open(model, blocks, directory, direct=io == "direct")
     with contextlib.ExitStack() as undo:
+        backbone = None
+        if pipeline and exchange is not None and group is not None:
+            backbone = divide_alike(model, exchange, group, undo)
+        blocks = _blocks_of(model)
+        whole = backbone is None
+        store = _open(model, blocks, directory, direct=io == "direct", whole=whole)
         undo.callback(store.close)
-        calls = _install(model, blocks, ways, undo, exchange)
-        own = reached(store, exchange)
+        calls = _install(model, blocks, ways, undo, exchange, backbone)
+        own = reached(store, exchange if whole else None)
         opened = _Opening(model, blocks, calls, own, directory, amounts, scope)
         n_bytes, chosen = opened.expert_bytes()
         calls.streamer = streamer = open_experts(
@@ -216,7 +221,7 @@ def stream(
             report=report,
         )
         if exchange is not None:
-            begin_together(exchange, model, directory, amounts)
+            begin_together(exchange, model, directory, amounts, pipeline=pipeline)
         # A lazy array can be evaluated only by its own thread, but any thread may call.
         mx.eval(kept_arrays(model))
         undo.pop_all()
@@ -227,7 +232,12 @@ def stream(
         directory=directory,
         store=store,
         group=group if exchange is not None else None,
+        pipeline=backbone is not None,
     )
+    if backbone is not None:
+        backbone.__dict__["pipeline"] = functools.partial(
+            check_division, model, pipeline=True
+        )
     if opened.plan is None and isinstance(streamer, ExpertStreamer):
         calls.free_pool = FreePool(streamer)
     elif opened.plan is not None and isinstance(streamer, ExpertStreamer):
@@ -377,10 +387,15 @@ class _Opening:
 
 
 def _open(
-    model: nn.Module, blocks: list[RoutedBlock], directory: Path, *, direct: bool
+    model: nn.Module,
+    blocks: list[RoutedBlock],
+    directory: Path,
+    *,
+    direct: bool,
+    whole: bool = True,
 ) -> ModuleExperts | PackedBlocks:
     if is_packed(directory):
-        return PackedBlocks.open_for(directory, blocks, direct=direct)
+        return PackedBlocks.open_for(directory, blocks, direct=direct, whole=whole)
     with Checkpoint.kept(directory) as checkpoint:
         sources = unchanged(checkpoint, getattr(model, "sanitize", None))
         store = ModuleExperts(blocks, checkpoint, sources)
@@ -395,27 +410,36 @@ def _install(
     ways: Ways,
     undo: contextlib.ExitStack,
     exchange: Exchange | None = None,
+    backbone: nn.Module | None = None,
 ) -> Calls:
-    """Replace the model's routed blocks, and extend the modules above them."""
-    calls = Calls(model, serving.join(), ways, exchange)
+    """Replace the model's routed blocks, and extend the modules above them.
+
+    Args:
+        backbone: has this rank's layers if layers are divided instead of experts.
+    """
+    alone: Callable[..., mx.array]
+    if backbone is None:
+        calls = Calls(model, serving.join(), ways, exchange)
+        alone = calls.alone
+    else:
+        calls = piped = PipelinedCalls(model, backbone, serving.join(), ways, exchange)
+        exchange, alone = None, piped.block
     for number, block in enumerate(blocks):
         undo.callback(_put_back, model, block, block.parts)
         source = functools.partial(calls.source, number)
-        switch = StreamedSwitch(
-            block, source, calls.alone, lambda: ways.token, exchange
-        )
+        switch = StreamedSwitch(block, source, alone, lambda: ways.token, exchange)
         undo.callback(switch.slot_block.let_go)
         calls.holders.add(switch.slot_block)
         _replace(model, block.path, switch)
     owners = {_owner(block.path) for block in blocks}
-    backbone = next(iter(owners)) if len(owners) == 1 else ()
+    rows_of = next(iter(owners)) if len(owners) == 1 else ()
     for path in {owner[:n] for owner in owners for n in range(len(owner) + 1)}:
         part = _at(model, path)
         if isinstance(part, nn.Module):
             undo.callback(setattr, part, "__class__", type(part))
             added = StreamedModel if part is model else StreamedPart
             part.__class__ = added_class(added, type(part))
-            part.__dict__.update(calls=calls, gives_rows=path == backbone)
+            part.__dict__.update(calls=calls, gives_rows=path == rows_of)
     for _, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
             undo.callback(setattr, module, "__class__", type(module))

@@ -30,7 +30,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_lm.utils import load_tokenizer, quantize_model, save_config
 
 import moeflux_mlx
-from moeflux_mlx.engine.graph.lower import Step
+from moeflux_mlx.engine.graph.lower import LoweredCall
 from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.experts.files.packed import is_packed
 from moeflux_mlx.ops import MoeSoftmaxTopK
@@ -162,10 +162,10 @@ def record_routing(model: nn.Module, tokens: list[int]) -> np.ndarray:
     """Run tokens as one prompt and return the experts chosen, ``[N, layers, K]``."""
     chosen: list[np.ndarray] = []
 
-    def observe(steps: list[Step], encoding: Any) -> None:
-        for step in steps:
-            step.run(encoding.values, encoding.weights, encoding.host)
-            if isinstance(op := step.ops[0], MoeSoftmaxTopK):
+    def observe(calls: list[LoweredCall], encoding: Any) -> None:
+        for call in calls:
+            call.run(encoding.values, encoding.weights, encoding.host)
+            if isinstance(op := call.ops[0], MoeSoftmaxTopK):
                 chosen.append(np.array(encoding.value(op.indices_out)))
 
     executor = model.runtime.executor

@@ -34,7 +34,7 @@ from rich.table import Table
 from moeflux_mlx import config
 from moeflux_mlx.errors import ConfigError
 from moeflux_mlx.experts.files.direct import bypass_cache
-from moeflux_mlx.experts.files.reader import Batch, HostPlace, Read, ReadPool
+from moeflux_mlx.experts.files.reader import Batch, HostPlace, Read, ReadWorkers
 from moeflux_mlx.experts.files.spans import Span
 from moeflux_mlx.experts.pool.budget import parse_bytes
 from moeflux_mlx.experts.pool.pool import aligned_rows
@@ -87,7 +87,7 @@ class Sides:
         self.path, self.loop, self.n_threads = path, loop, n_threads
         self.slots = np.array(aligned_rows(N_SLOTS, RECORD_BYTES), copy=False)
         self.slots[:] = 1
-        self.pool = ReadPool(n_threads, inline_bytes=0)
+        self.pool = ReadWorkers(n_threads, inline_bytes=0)
 
     def ours(self, fd: int, records: list[int], case: Case) -> float:
         """Return the seconds that our reading threads take."""

@@ -5,17 +5,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
 import importlib.util
 import json
 import os
+import re
 import socket
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import SourceFileLoader
 from itertools import product
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +27,12 @@ from typing import Any
 import commands
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+from serving_client import Client
 
 import moeflux_mlx
 from moeflux_mlx.calls.group import launched_group
-from moeflux_mlx.errors import BudgetError, MoefluxError
+from moeflux_mlx.errors import BudgetError, ExpertStoreError, MoefluxError
 from moeflux_mlx.experts.compute.exchange import Exchange
 
 PROMPT = [[1, 5, 9, 200, 17, 3, 44, 8] * 3]
@@ -40,7 +46,24 @@ def launch(
     words: Sequence[object] = (),
     text: str = "",
 ) -> list[tuple[int | None, str]]:
-    """Run ``n`` ranks and wait for them; return their exit codes and output.
+    """Run ``n`` ranks and wait for them; return their exit codes and output."""
+    ended = []
+    for process, log in start(n, folder, work, words, text):
+        process.join(SECONDS)
+        if process.exitcode is None:
+            process.kill()
+        ended.append((process.exitcode, log.read_text()))
+    return ended
+
+
+def start(
+    n: int,
+    folder: Path,
+    work: Callable[..., Any],
+    words: Sequence[object] = (),
+    text: str = "",
+) -> list[tuple[BaseProcess, Path]]:
+    """Start ``n`` ranks; return each with the file that it prints to.
 
     Args:
         folder: where ``work`` finds its files, and leaves what it found as ``N.json``.
@@ -59,19 +82,37 @@ def launch(
     started, before = [], dict(os.environ)
     for rank in range(n):
         log = folder / f"{rank}.log"
-        log.unlink(missing_ok=True)
+        log.write_text("")
         os.environ.update(MLX_RANK=str(rank), MLX_HOSTFILE=str(hostfile))
         arguments = ["ranks", *map(str, words or [folder])]
         started.append((commands._start(arguments, [given, log, log], call), log))
     os.environ.clear()
     os.environ.update(before)
-    ended = []
-    for process, log in started:
-        process.join(SECONDS)
-        if process.exitcode is None:
+    return started
+
+
+def address(process: BaseProcess, log: Path) -> str:
+    """Return where a rank serves, once it does."""
+    while not (found := re.search(r"serving .* at (http\S+)\n", log.read_text())):
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.05)
+    return found[1]
+
+
+@contextlib.contextmanager
+def serving(n: int, folder: Path, *words: object) -> Iterator[Client]:
+    """Run ``moeflux serve`` in ``n`` ranks while inside; they end without an error."""
+    words = ("serve", "--port", 0, *words)
+    started = start(n, folder, commands.called, words)
+    first = started[0][0]
+    try:
+        yield Client(address(*started[0]))
+    finally:
+        first.terminate()
+        for process, _ in started:
+            process.join(SECONDS)
             process.kill()
-        ended.append((process.exitcode, log.read_text()))
-    return ended
+    assert [process.exitcode for process, _ in started] == [0] * n
 
 
 def mlx_lm(words: list[str]) -> int:
@@ -101,8 +142,6 @@ def _called(work: Callable[[Exchange, Path], dict[str, Any]], args: list[str]) -
 
 def greedy(model: Any, n: int = 6) -> dict[str, Any]:
     """Return tokens, and the bits of the logits that they come of."""
-    from mlx_lm.models.cache import make_prompt_cache
-
     cache, tokens, bits = make_prompt_cache(model), [], hashlib.sha256()
     ids = mx.array(PROMPT)
     for _ in range(n):
@@ -132,7 +171,7 @@ def generate(exchange: Exchange, folder: Path) -> dict[str, Any]:
             model, _ = moeflux_mlx.load(
                 path, expert_memory=memory, group=exchange._group
             )
-            model.__dict__["calls"]._exchange.waits = waits
+            model.__dict__["calls"].exchange.waits = waits
             store, read = model.__dict__["store"], set()
             spans = store.spans
 
@@ -207,6 +246,14 @@ def bounded(exchange: Exchange, folder: Path) -> dict[str, Any]:
 
     calls.keeper.make_room = refuse if exchange.rank else room
     outcome["too little"] = said(lambda: model(mx.array(PROMPT)))
+
+    def give_way() -> bool:
+        calls.keeper.make_room = room
+        outcome["gave way"] = True
+        return True
+
+    calls._give_way = give_way
+    outcome["given way"] = greedy(model, 1)["tokens"]
     calls.keeper.make_room = make_room
     outcome["after"] = greedy(model)["bits"]
     return outcome
@@ -220,11 +267,103 @@ def bench(exchange: Exchange, folder: Path) -> dict[str, Any]:
     spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None
     loader.exec_module(module := importlib.util.module_from_spec(spec))
-    args = SimpleNamespace(model=folder.parent / "pack", rounds=1, prompt=8, tokens=3)
+    args = SimpleNamespace(
+        model=folder.parent / "pack",
+        rounds=1,
+        prompt=8,
+        tokens=3,
+        feed=None,
+        pipeline=False,
+    )
     outcome: dict[str, Any] = module.measured(args, 50)
-    table = module.Table(*"abcdefgh")
+    table = module.Table(*"abcd", *module.COLUMNS)
     module.add_rows(table, 50, [outcome])
     assert table.row_count == 1
+    return outcome
+
+
+def states(exchange: Exchange, folder: Path) -> dict[str, Any]:
+    """Keep a state, load it and another one, and have one rank fail."""
+    load = functools.partial(
+        moeflux_mlx.load, folder.parent / "pack", group=exchange._group
+    )
+    model, _ = load(expert_memory=(1 << 21) + (1 << 16))
+    outcome: dict[str, Any] = {"one": continued(model, folder.parent / "one")}
+    cache, path = make_prompt_cache(model), folder.parent / "several"
+    mx.eval(model(mx.array(PROMPT), cache=cache))
+    streamer = model.streamer
+    outcome["held"] = len(streamer.held)
+    moeflux_mlx.save_state(path, model, cache, PROMPT[0])
+    model, _ = load(expert_memory=(1 << 21) + (1 << 16))
+    outcome["several"] = continued(model, path)
+    outcome["held again"] = len(model.streamer.held)
+    elsewhere = path if exchange.rank else folder / "none"
+    outcome["read"] = said(lambda: moeflux_mlx.load_state(elsewhere, model))
+    place = path if exchange.rank else folder / "no" / "place"
+    outcome["write"] = said(
+        lambda: moeflux_mlx.save_state(place, model, cache, PROMPT[0])
+    )
+    other = path if exchange.rank else folder.parent / "other"
+    outcome["other"] = said(lambda: moeflux_mlx.load_state(other, model))
+    return outcome
+
+
+def continued(model: Any, path: Path) -> list[int]:
+    """Return the tokens that follow a state."""
+    state = moeflux_mlx.load_state(path, model)
+    assert state.tokens == PROMPT[0]
+    return follow(model, state.cache)
+
+
+def follow(model: Any, cache: list[Any]) -> list[int]:
+    """Return the tokens that follow what caches hold."""
+    ids, tokens = mx.array([[7]]), []
+    for _ in range(4):
+        tokens.append(int(model(ids, cache=cache)[0, -1].argmax()))
+        ids = mx.array([[tokens[-1]]])
+    return tokens
+
+
+def pipelined(exchange: Exchange, folder: Path) -> dict[str, Any]:
+    """Run models whose layers are divided; have one rank fail, and go on."""
+    outcome: dict[str, Any] = {}
+    group = exchange._group
+    load = functools.partial(moeflux_mlx.load, group=group, pipeline=True)
+    for name in "plain", "pack", "hybrid", "deepseek", "glm":
+        model, _ = load(folder.parent / name, expert_memory=(1 << 21) + (1 << 16))
+        outcome[name] = greedy(model)
+        store = model.__dict__["store"]
+        outcome[f"{name} blocks"] = [store.name(layer) for layer in store.layers]
+    model, _ = load(folder.parent / "pack", memory="4GB")
+    outcome["planned"] = greedy(model)
+    calls = model.__dict__["calls"]
+    make_room = calls.keeper.make_room
+    if exchange.rank:
+        calls.keeper.make_room = lambda *args, **options: min(
+            make_room(*args, **options), 5
+        )
+    outcome["divided"] = greedy(model, 1)["tokens"]
+    calls.keeper.make_room = make_room
+    model, _ = load(folder.parent / "pack", expert_memory=(1 << 21) + (1 << 16))
+
+    def damaged() -> Any:
+        raise ExpertStoreError("[reader] damaged")
+
+    switch = model.layers[-1].mlp.switch_mlp
+    kept = switch._source
+    if exchange.rank == 1:
+        switch._source = damaged
+    outcome["fails"] = said(lambda: greedy(model, 1))
+    switch._source = kept
+    outcome["after"] = greedy(model)
+    outcome["compile"] = said(lambda: mx.compile(model)(mx.array(PROMPT)))
+    outcome["again"] = said(lambda: model.model.pipeline(group))
+    outcome["shard"] = said(lambda: model.shard(group))
+    outcome["state"] = said(
+        lambda: moeflux_mlx.save_state(folder / f"{exchange.rank}.state", model, [], [])
+    )
+    outcome["no experts"] = said(lambda: load(folder.parent / "short"))
+    outcome["no pipeline"] = said(lambda: load(folder.parent / "oss"))
     return outcome
 
 
@@ -242,10 +381,34 @@ def die(exchange: Exchange, folder: Path) -> dict[str, Any]:
     return {}
 
 
+def part(exchange: Exchange, folder: Path) -> dict[str, Any]:
+    """Have rank 1 choose other experts than rank 0, in every layer or in the last."""
+    outcome = {}
+    for name, places in {"all": slice(None), "last": slice(-1, None)}.items():
+        model, _ = moeflux_mlx.load(folder.parent / "pack", group=exchange._group)
+        own = model.__dict__["calls"].exchange
+        gates = [layer.mlp.gate for layer in model.layers[places]]
+        if exchange.rank == 1:
+            for gate in gates:
+                gate.weight = -gate.weight
+        for own.waits in (True, False):
+            outcome[f"{name} {own.waits}"] = greedy(model)
+    block = model.layers[-1].mlp
+    outcome["no layer"] = said(lambda: apart(model, block))
+    return outcome
+
+
+def apart(model: Any, block: Any) -> None:
+    """Run a routed block in a call that goes through no layer."""
+    calls = model.__dict__["calls"]
+    x = mx.random.normal((1, 3, 64), key=mx.random.key(1))
+    calls._run(lambda cache: block(x), SimpleNamespace(args=(None,), kwargs={}), 3, [])
+
+
 def choose_late(exchange: Exchange) -> None:
     """Have ranks choose alike in one block and otherwise in the next."""
     rows = mx.zeros((3, 4))
-    with exchange.together():
+    with exchange.together(defers=True):
         for number in range(2):
             ids = mx.array([0, 1, 2 + number * exchange.rank])
             exchange.masked(f"block {number}", ids, range(1), rows, lambda n: None)
@@ -269,7 +432,7 @@ def fail(exchange: Exchange, folder: Path) -> dict[str, Any]:
     if mine:
         file.write_bytes(kept[: len(kept) // 2] + bytes(len(kept) - len(kept) // 2))
     exchange.first([0])
-    own = model.__dict__["calls"]._exchange
+    own = model.__dict__["calls"].exchange
     outcome["damaged"] = call(PROMPT)
     own.waits = False
     outcome["damaged, not waiting"] = call(PROMPT)
@@ -290,6 +453,10 @@ def fail(exchange: Exchange, folder: Path) -> dict[str, Any]:
             lambda places: mx.zeros((len(places), 4)),
         )
     )
+    own_marks = np.array([[1, 1, 0], [2, 4, 0]], np.uint32)
+    outcome["no sum"] = said(
+        lambda: exchange._check("block", np.array([0, 1]), own_marks)
+    )
     outcome["choice, not waiting"] = said(lambda: choose_late(exchange))
     outcome["grad"] = said(
         lambda: mx.eval(
@@ -301,9 +468,6 @@ def fail(exchange: Exchange, folder: Path) -> dict[str, Any]:
     outcome["compile"] = said(lambda: mx.compile(model)(mx.array(PROMPT)))
     outcome["pipeline"] = said(lambda: model.model.pipeline(group))
     outcome["shard"] = said(lambda: model.shard(group))
-    outcome["state"] = said(
-        lambda: moeflux_mlx.save_state(folder / f"{exchange.rank}.state", model, [], [])
-    )
     for name, options in {
         "native": {"native": True},
         "mmap": {"expert_io": "mmap"},

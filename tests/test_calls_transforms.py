@@ -382,7 +382,7 @@ def test_a_gradient_with_respect_to_a_cache_is_stocks(plain):
 def test_experts_that_a_gradient_reads_stay_in_memory(plain):
     model = load(plain, packed=True)
     mx.eval(gradient_of_embeddings(Case(model, stock_of(plain), 5, False)))
-    with pytest.raises(BudgetError, match=r"\[resize\] .* load the model anew"):
+    with pytest.raises(BudgetError, match=r"\[resize\] .* load the model again"):
         model.streamer.resize(5)
 
 

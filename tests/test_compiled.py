@@ -10,9 +10,9 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from tiny import make_checkpoint
 
 import moeflux_mlx
+from moeflux_mlx.engine.compiled_layers import CompiledLayers
 from moeflux_mlx.engine.executors import EXECUTORS, OpsExecutor
-from moeflux_mlx.engine.executors.compiled import CompiledSteps
-from moeflux_mlx.engine.trace import StepTracer
+from moeflux_mlx.engine.executors.compiled import CompiledCalls
 from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.experts.files.packed import PackedExperts
 from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
@@ -66,8 +66,8 @@ def traces(monkeypatch) -> list[object]:
 
         monkeypatch.setattr(cls, name, call)
 
-    collect(CompiledSteps, "__init__")
-    collect(StepTracer, "_function")
+    collect(CompiledCalls, "__init__")
+    collect(CompiledLayers, "_function")
     return made
 
 
@@ -103,13 +103,13 @@ def test_a_resident_model_gives_the_same_logits(plain, traces, n_seqs):
     expected = logits(lazy, n_seqs=n_seqs)
     assert not traces
     assert relative_rms(logits(traced, n_seqs=n_seqs), expected) < 1e-5
-    assert [type(trace) for trace in traces] == [StepTracer]
+    assert [type(trace) for trace in traces] == [CompiledLayers]
 
 
 def test_a_step_without_a_cache_is_traced_layer_by_layer(plain, traces):
     lazy, traced = models(plain)
     assert relative_rms(traced(tokens(1)), lazy(tokens(1))) < 1e-5
-    assert {type(trace) for trace in traces} == {CompiledSteps}
+    assert {type(trace) for trace in traces} == {CompiledCalls}
 
 
 def test_a_step_whose_layers_are_watched_is_not_traced_as_a_whole(
@@ -118,7 +118,7 @@ def test_a_step_whose_layers_are_watched_is_not_traced_as_a_whole(
     lazy, traced = models(plain)
     monkeypatch.setattr(Traced, "watches_layers", True)
     assert relative_rms(logits(traced), logits(lazy)) < 1e-5
-    assert {type(trace) for trace in traces} == {CompiledSteps}
+    assert {type(trace) for trace in traces} == {CompiledCalls}
 
 
 @pytest.mark.slow
@@ -129,7 +129,7 @@ def test_a_trace_holds_until_a_cache_grows(plain, traces):
     got = logits(traced, n_prompt=250, n_steps=12)
     assert relative_rms(got, logits(lazy, n_prompt=250, n_steps=12)) < 1e-5
     # The token that makes it grow goes layer by layer, then the step is traced anew.
-    steps = [trace for trace in traces if isinstance(trace, StepTracer)]
+    steps = [trace for trace in traces if isinstance(trace, CompiledLayers)]
     assert len(steps) == 2
 
 

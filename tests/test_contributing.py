@@ -33,7 +33,7 @@ def fifo(monkeypatch):
 
 
 def test_the_page_s_policy_evicts_what_came_first(fifo):
-    made = policy.policy_factory("fifo")(PoolShape(n_rows=2, n_experts=4, n_slots=3))
+    made = policy.policy_factory("fifo")(PoolShape(n_layers=2, n_experts=4, n_slots=3))
     for key in (5, 1, 6):
         made.admit(key // 4, key)
     made.use(1, [5, 5, 5])

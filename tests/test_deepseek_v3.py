@@ -133,7 +133,7 @@ def test_a_state_goes_on_and_a_short_cache_forgets(plain, packed, tmp_path):
 @pytest.mark.parametrize("plain", ["e8-k2"], indirect=True)
 def test_a_quantised_cache_is_refused(plain):
     model = load(plain)
-    with pytest.raises(ModelError, match="latent rows as they are"):
+    with pytest.raises(ModelError, match="unquantised cache of latent rows"):
         model(tokens(5), cache=[QuantizedKVCache(32, 4) for _ in model.layers])
 
 
@@ -310,7 +310,7 @@ def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why, capsys):
     edit_config(copied, **changes)
     model, _ = moeflux_mlx.load(copied, expert_memory="3MB")
     assert isinstance(model, StreamedModel)
-    assert f"our own does not do {why}" in capsys.readouterr().err
+    assert f"our own class does not support {why}" in capsys.readouterr().err
     expected = mlx_lm.load(str(copied))[0](tokens(9))
     assert relative_rms(model(tokens(9)), expected) < 1e-5
 

@@ -110,14 +110,14 @@ def test_tokens_on_simulated_kernels_are_those_of_the_references(
     built = set(kernels.runtime.executor.built)
     assert {"experts_gate_up_swiglu", "qmm_t"} <= built
     if fuse == "1":
-        groups = {group.name for group in lowering.GROUPS}
+        groups = {group.name for group in lowering.FUSIONS}
         assert groups - built == {ONLY_RESIDENT, UNGATED, LATENT}
         resident, _ = moeflux_mlx.load(DEMO, executor="sim")
         got, _ = greedy(resident, tokenizer, "def f(x):", 2)
         assert got == want
         assert ONLY_RESIDENT in resident.runtime.executor.built
         return
-    for op, ways in lowering.TABLE.items():
+    for op, ways in lowering.WAYS.items():
         if op not in OTHER_FAMILIES:
             assert {way.name for way in ways} & built or ways[0].name in HOST_KERNELS
 

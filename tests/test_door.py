@@ -459,7 +459,7 @@ def test_load_takes_mlx_lms_class_where_ours_steps_aside(checkpoint, capsys):
     stock, _ = load_model(checkpoint)
     ours, tokenizer = moeflux_mlx.load(checkpoint, expert_memory=SLACK + 4 * SLOT)
     said = capsys.readouterr().err
-    why = "our own does not do use_sliding_window"
+    why = "our own class does not support use_sliding_window"
     assert said.count(f"model class: mlx-lm's qwen3_moe, {why}") == 1
     assert ours.streamer.n_slots == 4 and tokenizer.vocab_size
     tokens = mx.array([[1, 2, 3]])
@@ -529,7 +529,9 @@ def test_load_takes_mlx_lms_class_where_there_is_none_of_ours(copied, capsys):
 
 
 def test_asking_for_our_own_class_in_vain_is_an_error(copied):
-    with pytest.raises(ModelError, match="our own does not do use_sliding_window"):
+    with pytest.raises(
+        ModelError, match="our own class does not support use_sliding_window"
+    ):
         moeflux_mlx.load(copied, native=True)
     edit_config(copied, model_type="olmoe")
     with pytest.raises(ModelError, match="expected a supported model type"):

@@ -238,7 +238,7 @@ def test_a_pack_is_streamed_with_the_model_of_its_checkpoint(tmp_path):
     with pytest.raises(ExpertStoreError, match=r"layers\.0\.mlp\.switch_mlp: expected"):
         stream(other, tmp_path / "packed", expert_memory=LEAST)
     other = load_lazily(write(tmp_path / "mixtral", "mixtral")).model
-    with pytest.raises(ExpertStoreError, match="of another model"):
+    with pytest.raises(ExpertStoreError, match="to another model"):
         stream(other, tmp_path / "packed", expert_memory=LEAST)
 
 
@@ -279,7 +279,7 @@ def second(layer: dict) -> None:
         (lambda layer: layer.update(block=5), "block to be str"),
         (second, "a path of its own everywhere"),
         (lambda layer: layer["checksums"].pop(), "n_bytes"),
-        (lambda layer: layer.update(block=f"x.{layer['layer']}"), "of another model"),
+        (lambda layer: layer.update(block=f"x.{layer['layer']}"), "to another model"),
     ],
 )
 def test_a_manifest_of_other_blocks_is_refused(tmp_path, change, message):

@@ -313,7 +313,7 @@ def test_streamed_experts_are_those_of_the_file_whatever_has_a_slot(
         limit = 4 * store.layout(0).stride + POOL_ALIGNMENT
         with ExpertStreamer(store, limit) as streamer:
             source = streamer.source(0)
-            assert source.settled is None
+            assert source.resident is None
             for call in (ops.gather_experts, ops.batched_experts):
                 more = [mx.zeros((2, D))] if call is ops.batched_experts else []
                 given = X[:2], indices, SHARES[:2]

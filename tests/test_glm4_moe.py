@@ -229,7 +229,7 @@ def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why, capsys):
     edit_config(copied, **changes)
     model, _ = moeflux_mlx.load(copied, expert_memory="3MB")
     assert isinstance(model, StreamedModel)
-    assert f"our own does not do {why}" in capsys.readouterr().err
+    assert f"our own class does not support {why}" in capsys.readouterr().err
     expected = mlx_lm.load(str(copied))[0](tokens(9))
     assert relative_rms(model(tokens(9)), expected) < 1e-5
 
@@ -237,7 +237,7 @@ def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_group": ...}, "n_group but there is none"),
+        ({"n_group": ...}, "n_group but it is missing"),
         ({"n_group": 3}, r"n_routed_experts to be a multiple of n_group \(3\)"),
         ({"n_group": 8, "topk_group": 8}, "n_group to be of n_routed_experts"),
         ({"n_group": 2, "topk_group": 3}, "topk_group"),

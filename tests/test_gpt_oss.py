@@ -32,9 +32,9 @@ from test_steps import Lazy, Traced
 from tiny import GPT_OSS_CONFIG, make_gpt_oss, make_qwen3_moe
 
 import moeflux_mlx
+from moeflux_mlx.engine.compiled_layers import CompiledLayers
 from moeflux_mlx.engine.executors import EXECUTORS
 from moeflux_mlx.engine.native import NativeModel
-from moeflux_mlx.engine.trace import StepTracer
 from moeflux_mlx.errors import ExpertStoreError, ModelError
 from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
@@ -133,9 +133,9 @@ def test_running_ahead_gives_what_waiting_gives(plain, n_seqs, monkeypatch):
     """Windows are 8: they fill up, are full at once, or are cut, and go round twice."""
     monkeypatch.setitem(EXECUTORS, Lazy.name, Lazy)
     passed = []
-    run = StepTracer.__call__
+    run = CompiledLayers.__call__
     monkeypatch.setattr(
-        StepTracer, "__call__", lambda *a, **k: passed.append(a[1]) or run(*a, **k)
+        CompiledLayers, "__call__", lambda *a, **k: passed.append(a[1]) or run(*a, **k)
     )
     budget = {"executor": Lazy.name, "expert_memory": least(plain, 9)}
     waits, ahead = (load(plain, optimistic=on, **budget) for on in ("off", "on"))
@@ -244,7 +244,7 @@ def test_quantised_caches_are_refused(plain):
     cache = make_prompt_cache(model)
     mx.eval(model(tokens(3), cache=cache))
     cache[1] = cache[1].to_quantized(group_size=32, bits=8)
-    with pytest.raises(ModelError, match="attention with sinks"):
+    with pytest.raises(ModelError, match="attention has sinks"):
         model(tokens(1), cache=cache)
 
 
@@ -367,8 +367,8 @@ YARN = GPT_OSS_CONFIG["rope_scaling"]
 def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why, capsys):
     edit_config(copied, **changes)
     assert type(moeflux_mlx.load(copied)[0]) is stock.Model
-    assert f"our own does not do {why}" in capsys.readouterr().err
-    with pytest.raises(ModelError, match=f"our own does not do {why}"):
+    assert f"our own class does not support {why}" in capsys.readouterr().err
+    with pytest.raises(ModelError, match=f"our own class does not support {why}"):
         moeflux_mlx.load(copied, native=True)
 
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
 import commands
 import mlx.core as mx
+import mlx_lm
 import pytest
 import ranks
-from tiny import make_checkpoint, make_qwen3_moe
+from mlx_lm.models.cache import make_prompt_cache
+from tiny import (
+    make_checkpoint,
+    make_deepseek_v3,
+    make_glm4_moe,
+    make_gpt_oss,
+    make_qwen3_moe,
+)
 
 import moeflux_mlx
 from moeflux_mlx.calls.group import launched_group
@@ -23,6 +33,7 @@ from moeflux_mlx.experts.files.store import open_store
 
 BIN = Path(sys.executable).parent
 E, LAYERS = 7, {"plain": 3, "pack": 3, "hybrid": 4}
+PROMPTS = ["def add(a, b):", "import", "x"]
 SMALL, LARGE = (1 << 21) + (1 << 16), 1 << 30
 
 
@@ -83,6 +94,57 @@ def test_ranks_with_uneven_shares_give_one_ranks_bits_and_read_their_own(
                     assert {expert for _, expert in one["read"]} <= {*share}
 
 
+def test_ranks_that_divide_the_layers_give_one_ranks_bits(models, alone):
+    make_deepseek_v3(models / "deepseek", num_hidden_layers=4)
+    make_glm4_moe(models / "glm", num_hidden_layers=4)
+    make_glm4_moe(models / "short", num_hidden_layers=3)
+    make_gpt_oss(models / "oss")
+    for name in "deepseek", "glm":
+        model, _ = moeflux_mlx.load(models / name, expert_memory=LARGE, native=False)
+        alone[name] = ranks.greedy(model)
+    first, second = outcomes = run(models, 2, ranks.pipelined)
+    for outcome in outcomes:
+        for name in "plain", "pack", "hybrid", "deepseek", "glm":
+            assert outcome[name] == alone[name], name
+        assert outcome["planned"] == outcome["after"] == alone["pack"]
+        assert outcome["divided"] == alone["pack"]["tokens"][:1]
+        assert outcome["again"] == "no error"
+        assert outcome["shard"].startswith("ModelError: [stream] ")
+        assert outcome["compile"].startswith("ModelError: [pipeline] ")
+        assert outcome["state"].startswith("StateError: [state] ")
+        assert "whose layers mlx-lm divides but" in outcome["no pipeline"]
+    block = "model.layers.{}.mlp.switch_mlp".format
+    for name in "plain", "pack":
+        # Rank 0 has the last layers.
+        assert first[f"{name} blocks"] == [block(1), block(2)]
+        assert second[f"{name} blocks"] == [block(0)]
+    assert "in the layers of rank 1 but found none" in second["no experts"]
+    assert first["no experts"].startswith("PeerError: ")
+    assert second["fails"] == "ExpertStoreError: [reader] damaged"
+    assert first["fails"].startswith("PeerError: [group] call: expected every rank")
+
+
+def test_any_number_of_ranks_goes_on_from_a_state(models):
+    model, _ = moeflux_mlx.load(models / "pack", expert_memory=SMALL, native=False)
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.array(ranks.PROMPT), cache=cache))
+    moeflux_mlx.save_state(models / "one", model, cache, ranks.PROMPT[0])
+    expected = ranks.follow(model, cache)
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.array([[1, 2]]), cache=cache))
+    moeflux_mlx.save_state(models / "other", model, cache, [1, 2])
+    first, second = outcomes = run(models, 2, ranks.states)
+    for outcome in outcomes:
+        assert outcome["one"] == outcome["several"] == expected
+        assert outcome["held again"] == outcome["held"] > 0
+        assert "the same tokens of the state on every rank" in outcome["other"]
+    for fails in "read", "write":
+        assert first[fails].startswith("StateError: [state] cannot ")
+        assert second[fails].startswith("PeerError: ")
+    model, _ = moeflux_mlx.load(models / "pack", expert_memory=SMALL, native=False)
+    assert ranks.continued(model, models / "several") == expected
+
+
 def test_no_bit_changes_on_the_way(models):
     for outcome in run(models, 2, ranks.exact):
         for dtype, (found, expected) in outcome.items():
@@ -109,15 +171,23 @@ def test_a_rank_that_fails_ends_the_call_of_all_and_no_more(models, alone):
         assert outcome["lengths"].startswith(f"{same}others, of shapes 1 x 3, 1 x 4")
         assert "block: expected every rank to choose the same" in outcome["choice"]
         assert "for row 2 not all chose" in outcome["choice"]
+        assert "expected the sum of all ranks' numbers" in outcome["no sum"]
         assert "block 1: expected every rank" in outcome["choice, not waiting"]
         assert "expected no gradient" in outcome["grad"]
         assert "expected rows with values" in outcome["compile"]
         assert outcome["pipeline"].endswith("or load it without a bound on memory")
         assert outcome["shard"] == "no error"
-        assert outcome["state"].startswith("StateError: [state] ")
-        for name in "native", "mmap", "ahead", "optimistic", "auto", "group":
+        assert outcome["native"] == "no error"
+        for name in "mmap", "ahead", "optimistic", "auto", "group":
             assert outcome[name].startswith("ConfigError: ["), name
         assert "the same kind of memory bound" in outcome["bounds"]
+
+
+def test_ranks_that_choose_otherwise_follow_rank_0(models, alone):
+    for outcome in run(models, 2, ranks.part):
+        assert "expected every rank to choose the same" in outcome.pop("no layer")
+        for how, found in outcome.items():
+            assert found == alone["pack"], how
 
 
 def test_ranks_keep_to_their_own_memory_and_divide_a_prompt_alike(models, alone):
@@ -127,9 +197,13 @@ def test_ranks_keep_to_their_own_memory_and_divide_a_prompt_alike(models, alone)
         assert outcome["bits"] == outcome["after"] == alone["pack"]["bits"]
         assert outcome["divided"] == alone["pack"]["tokens"][:1]
         assert outcome["asked"] == [5, 5, 5, 5, 4]
+        # All let go of a kept prompt where one has no room.
+        assert outcome["gave way"] and outcome["given way"] == outcome["divided"]
     first, second = (outcome["too little"] for outcome in outcomes)
     assert second == "BudgetError: [memory] too little"
-    assert first.startswith("PeerError: [group] call: expected every rank to go on")
+    assert first.startswith(
+        "PeerBudgetError: [group] call: expected every rank to go on"
+    )
 
 
 def test_the_script_measures_the_bytes_of_each_rank(models):
@@ -189,12 +263,94 @@ def test_chats_of_ours_and_of_mlx_lm_share_the_experts(
     assert "tokens" not in second and "bye" not in second
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "way",
+    [
+        ["--expert-memory", SMALL],
+        ["--memory", "3GB"],
+        ["--memory", "3GB", "--pipeline"],
+    ],
+    ids=["experts", "planned", "layers"],
+)
+def test_a_server_of_several_processes_answers_as_one_does(models, tmp_path, way):
+    model, tokenizer = mlx_lm.load(str(models / "plain"))
+    expected = [mlx_lm.generate(model, tokenizer, p, max_tokens=9) for p in PROMPTS]
+
+    def complete(prompt: str) -> str:
+        return client.complete(prompt, max_tokens=9)
+
+    file = models / "pack" / "experts-001.bin"
+    words = ("--model", models / "pack", *way)
+    with ranks.serving(2, tmp_path, *words) as client:
+        if SMALL in way:
+            # Nothing was read yet; rank 1's experts are in the second half.
+            kept = file.read_bytes()
+            half = len(kept) // 2
+            file.write_bytes(kept[:half] + bytes(len(kept) - half))
+            answer = client.post("/v1/completions", {"prompt": PROMPTS[0]})
+            file.write_bytes(kept)
+            assert answer.status == 500 and "but rank 1 failed" in answer.error
+        assert [*map(complete, PROMPTS)] == expected
+        with ThreadPoolExecutor(3) as threads:
+            assert [*threads.map(complete, PROMPTS)] == expected
+        assert client.post("/v1/completions", {"prompt": ""}).status == 400
+        # Whatever has a seed is served alone.
+        seeded = {"seed": 3, "temperature": 1.0, "max_tokens": 9}
+        assert client.complete("x", **seeded) == client.complete("x", **seeded)
+        assert complete(PROMPTS[1]) == expected[1]
+    for rank in range(2):
+        assert "Traceback" not in (tmp_path / f"{rank}.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_server_ends_in_one_line_with_one_of_its_processes(models, tmp_path):
+    words = ("serve", "--port", 0, "--model", models / "pack")
+    started = ranks.start(2, tmp_path, commands.called, words)
+    (first, log), (second, _) = started
+    ranks.address(first, log)
+    second.kill()
+    first.join(ranks.SECONDS)
+    assert first.exitcode == 1
+    text = log.read_text()
+    assert "[group] expected every process to serve but one ended" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.slow
+def test_mlx_lms_training_divides_rows_and_not_the_model(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEFLUX_EXPERT_MEMORY", str(LARGE))
+    rows = [json.dumps({"text": f"def f{i}(a): return a + {i}"}) for i in range(8)]
+    for name in "train", "valid", "test":
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    words = ["lora", "--train", "--data", tmp_path, "--iters", 3, "--batch-size", 4]
+    words += ["--num-layers", 1, "--val-batches", 1, "--trust-remote-code"]
+    keys = ["self_attn.q_proj", "self_attn.v_proj"]
+    lora = {"keys": keys, "rank": 4, "scale": 20.0, "dropout": 0.0}
+    (tmp_path / "lora.yaml").write_text(json.dumps({"lora_parameters": lora}))
+    words += ["--config", tmp_path / "lora.yaml"]
+    adapters = {}
+    for name in "plain", "pack":
+        path = tmp_path / name
+        ended = ranks.launch(
+            2,
+            tmp_path / f"{name} ranks",
+            ranks.mlx_lm,
+            [*words, "--model", models / name, "--adapter-path", path],
+        )
+        assert [code for code, _ in ended] == [0, 0], ended
+        adapters[name] = mx.load(str(path / "adapters.safetensors"))
+    assert adapters["plain"].keys() == adapters["pack"].keys() != set()
+    for name, expected in adapters["plain"].items():
+        assert mx.abs(expected).max() > 0
+        assert mx.allclose(adapters["pack"][name], expected, rtol=1e-3, atol=1e-6)
+
+
 def test_commands_for_one_process_say_so(models, tmp_path):
     for command in (
         ["pack", models / "plain", models / "again"],
-        [*words(models), "--save-state", models / "state"],
         [*words(models), "--prompt", "-"],
-        ["serve", "--model", models / "pack", "--port", 0],
+        ["serve", "--model", models / "pack", "--port", 0, "--draft-model", "x"],
     ):
         for code, log in ranks.launch(2, tmp_path, commands.called, command):
             assert code == 2, log
@@ -230,3 +386,5 @@ def test_a_group_of_one_is_none(models, alone):
     model.shard(group)
     with pytest.raises(ConfigError, match="group"):
         moeflux_mlx.load(models / "pack", group=3)
+    with pytest.raises(ConfigError, match="several ranks but got one"):
+        moeflux_mlx.load(models / "pack", group=group, pipeline=True)

@@ -280,7 +280,9 @@ def test_a_model_that_does_not_fit_is_refused_unless_its_user_knows_better(
         with pytest.raises(BudgetError) as caught:
             moeflux_mlx.load(path)
         assert str(caught.value).startswith(f"[load] {path}: expected ")
-        assert "more of" in str(caught.value) and "--memory " in str(caught.value)
+        assert "of free memory" in str(caught.value) and "--memory " in str(
+            caught.value
+        )
         for asked in ({"lazy": True}, {"memory": "1GB"}, {"expert_memory": "1GB"}):
             if path == packed and "lazy" in asked:
                 continue

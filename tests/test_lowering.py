@@ -14,7 +14,7 @@ from moeflux_mlx.engine.executors.sim import SimExecutor
 from moeflux_mlx.engine.graph import REGISTRY, BufferPool, WeightRef, roles
 from moeflux_mlx.engine.launch import KERNELS
 from moeflux_mlx.engine.launch.check import relative_error
-from moeflux_mlx.engine.lowering import MLX, PREFERRED, TABLE
+from moeflux_mlx.engine.lowering import MLX, PREFERRED, WAYS
 from moeflux_mlx.errors import ConfigError
 from moeflux_mlx.experts.weights import Quantization
 
@@ -22,7 +22,7 @@ simulated = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"
 )
 ALL_SPECS = [*SPECS, *KERNEL_SPECS]
-WAYS = [
+WAY_CASES = [
     pytest.param(spec, way.name, id=f"{spec.id}-{way.name}")
     for spec in ALL_SPECS
     for way in lowering.ways(spec.build().op)
@@ -32,7 +32,7 @@ WAYS = [
 
 @pytest.mark.sampled
 @simulated
-@pytest.mark.parametrize(("spec", "way"), WAYS)
+@pytest.mark.parametrize(("spec", "way"), WAY_CASES)
 def test_an_op_on_the_simulator_gives_what_its_reference_gives(
     spec: Spec, way: str, monkeypatch
 ):
@@ -55,13 +55,13 @@ def test_an_op_on_the_simulator_gives_what_its_reference_gives(
 
 
 def test_every_op_has_kernels_and_a_case_that_runs_them():
-    assert set(TABLE) == set(REGISTRY.values())
-    tried = {(type(p.values[0].build().op), p.values[1]) for p in WAYS}
-    assert tried == {(op, way.name) for op, ways in TABLE.items() for way in ways}
+    assert set(WAYS) == set(REGISTRY.values())
+    tried = {(type(p.values[0].build().op), p.values[1]) for p in WAY_CASES}
+    assert tried == {(op, way.name) for op, ways in WAYS.items() for way in ways}
 
 
 def test_a_way_is_named_after_a_kernel():
-    names = {way.name for ways in TABLE.values() for way in ways}
+    names = {way.name for ways in WAYS.values() for way in ways}
     # This one prepares what MLX then multiplies.
     assert names - set(KERNELS) == {"mlx_dequantize"}
 
@@ -112,7 +112,7 @@ def test_what_is_preferred_on_an_executor_exists_and_goes_first(monkeypatch):
     for op_name, names in (
         pair for each in PREFERRED.values() for pair in each.items()
     ):
-        known = {way.name for way in TABLE[REGISTRY[op_name]]} | {MLX}
+        known = {way.name for way in WAYS[REGISTRY[op_name]]} | {MLX}
         assert {preferred.name for preferred in names} <= known
     builds = (s.build().op for s in KERNEL_SPECS if s.op.__name__ == "MatvecNTokens")
     found = {(op.n_tokens > 1, op.weight.quantization is None): op for op in builds}

@@ -599,6 +599,8 @@ def measure(monkeypatch):
         ("batch:3x200", 200, "3 texts"),
         ("state:600", 200, "4 tokens"),
         ("logits:1000", 200, "logits (1, 1000, 4096)"),
+        ("learn:1x4", 300, "loss"),
+        ("learn:1x64", 300, "BudgetError: [memory] expected at least"),
     ],
 )
 def test_no_process_ever_takes_more_than_its_budget(measure, case, budget, outcome):

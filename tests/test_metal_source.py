@@ -254,7 +254,7 @@ def test_a_number_has_a_type_of_its_own():
 def test_a_body_cannot_name_what_mlx_would_add(suffix):
     parameters = "device const float* x, constant uint& n, device float* y"
     for name in "xn":
-        wanted = rf"^\[some.metal:2\] {name}_{suffix} has a meaning to MLX"
+        wanted = rf"^\[some.metal:2\] {name}_{suffix} is a name that MLX defines"
         with pytest.raises(KernelError, match=wanted):
             read(parameters, f"\n  y[0] = {name}_{suffix}[0];")
     read(parameters, f"float max_{suffix} = 1.0f; float x_{suffix}_2 = 2.0f;")

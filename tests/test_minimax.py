@@ -172,7 +172,7 @@ def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why, capsys):
     edit_config(copied, **changes)
     model, _ = moeflux_mlx.load(copied, expert_memory="3MB")
     assert isinstance(model, StreamedModel)
-    assert f"our own does not do {why}" in capsys.readouterr().err
+    assert f"our own class does not support {why}" in capsys.readouterr().err
     expected = mlx_lm.load(str(copied))[0](tokens(9))
     assert relative_rms(model(tokens(9)), expected) < 1e-5
 
@@ -211,7 +211,7 @@ def test_experts_may_be_named_as_published(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rotary_dim": ...}, "rotary_dim but there is none"),
+        ({"rotary_dim": ...}, "rotary_dim but it is missing"),
         ({"rotary_dim": 64}, "rotary_dim to be a positive number up to 32"),
         ({"rotary_dim": 7}, r"\[rope\].*7 channels"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok|8 experts per token"),

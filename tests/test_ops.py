@@ -156,7 +156,7 @@ class ShuffledExperts:
         self.weights = ExpertWeights(*(take(stack, held) for stack in stacks))
         self.events: list[int | str] = []
 
-    settled = None
+    resident = None
 
     def slots(self, indices: mx.array) -> mx.array:
         return mx.array(self.slot_of)[indices].astype(mx.uint32)

@@ -232,7 +232,7 @@ def test_what_exists_is_never_overwritten(exists, tmp_path, plain):
         packed.mkdir()
         (packed / "moeflux.json").write_text("{}") if exists == "pack" else None
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ExpertStoreError, match="exists already"):
+    with pytest.raises(ExpertStoreError, match="it exists"):
         pack(plain, packed)
     assert sorted(tmp_path.rglob("*")) == before
 

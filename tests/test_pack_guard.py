@@ -201,7 +201,7 @@ def test_a_folder_of_blobs_that_is_a_link_is_outside(plain, tmp_path):
     blobs = links.parent.parent / "blobs"
     blobs.rename(tmp_path / "elsewhere")
     blobs.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ModelError, match="outside of it"):
+    with pytest.raises(ModelError, match="outside of the model"):
         pack(links, tmp_path / "packed")
 
 

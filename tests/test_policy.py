@@ -20,9 +20,9 @@ from moeflux_mlx.experts.pool.policy import (
 from moeflux_mlx.experts.pool.residency import EMPTY, SlotTable
 from moeflux_mlx.experts.pool.routing_trace import RoutingTrace
 
-N_ROWS, N_EXPERTS, TOP_K = 3, 5, 2
-SHAPE = PoolShape(N_ROWS, N_EXPERTS, n_slots=7)
-ROWS = range(N_ROWS)
+N_LAYERS, N_EXPERTS, TOP_K = 3, 5, 2
+SHAPE = PoolShape(N_LAYERS, N_EXPERTS, n_slots=7)
+LAYERS = range(N_LAYERS)
 
 
 def held(policy, *keys: int):
@@ -39,31 +39,31 @@ def trace_of(chosen: np.ndarray, n_experts: int = N_EXPERTS) -> RoutingTrace:
     return RoutingTrace("tiny", layers, n_experts, sizes, 1, passes, chosen)
 
 
-def test_lru_evicts_the_key_unused_for_longest_over_all_rows():
+def test_lru_evicts_the_key_unused_for_longest_over_all_layers():
     policy = held(LRU(SHAPE), 0, 5, 1)
     policy.use(0, [0])
-    assert policy.victim(0, ROWS, keep=()) == 5
-    assert policy.victim(0, ROWS, keep={5}) == 1
+    assert policy.victim(0, LAYERS, keep=()) == 5
+    assert policy.victim(0, LAYERS, keep={5}) == 1
     assert policy.victim(0, [0], keep={1}) == 0
     policy.forget(1, 5)
-    assert policy.victim(0, ROWS, keep=()) == 1
-    assert policy.victim(0, ROWS, keep={0, 1}) is None
+    assert policy.victim(0, LAYERS, keep=()) == 1
+    assert policy.victim(0, LAYERS, keep={0, 1}) is None
 
 
 def test_lfu_evicts_the_key_used_least_often_even_if_used_last():
     policy = held(LFU(SHAPE), 0, 1, 2)
     policy.use(0, [0, 1, 0, 1, 0, 1, 2])
-    assert policy.victim(0, ROWS, keep=()) == 2
+    assert policy.victim(0, LAYERS, keep=()) == 2
 
 
 def test_lfu_lets_old_uses_count_less():
     policy = held(LFU(SHAPE), 0, 1)
     policy.use(0, [0] * 10 + [1] * 5)
-    assert policy.victim(0, ROWS, keep=()) == 1
+    assert policy.victim(0, LAYERS, keep=()) == 1
     # Ten half-lives later, old uses are next to nothing.
-    policy.use(1, [5] * int(10 * LFU.HALF_LIFE * N_ROWS * N_EXPERTS))
+    policy.use(1, [5] * int(10 * LFU.HALF_LIFE * N_LAYERS * N_EXPERTS))
     policy.use(0, [1])
-    assert policy.victim(0, ROWS, keep=()) == 0
+    assert policy.victim(0, LAYERS, keep=()) == 0
 
 
 def test_lfu_remembers_uses_of_evicted_keys():
@@ -71,20 +71,20 @@ def test_lfu_remembers_uses_of_evicted_keys():
     policy.use(0, [0, 0, 1])
     policy.forget(0, 0)
     policy.admit(0, 0)
-    assert policy.victim(0, ROWS, keep=()) == 1
+    assert policy.victim(0, LAYERS, keep=()) == 1
 
 
 def test_lfu_keeps_no_more_than_it_needs_of_what_comes_and_goes():
     policy = held(LFU(SHAPE), 0, 1)
     for _ in range(1000):
         policy.use(0, [0, 1, 1])
-        assert policy.victim(0, ROWS, keep=()) == 0
+        assert policy.victim(0, LAYERS, keep=()) == 0
         policy.forget(0, 0)
         policy.admit(0, 0)
     assert len(policy._queues[0]) < 10
 
 
-keys = st.integers(0, N_ROWS * N_EXPERTS - 1)
+keys = st.integers(0, N_LAYERS * N_EXPERTS - 1)
 
 
 @settings(max_examples=200)
@@ -92,25 +92,25 @@ keys = st.integers(0, N_ROWS * N_EXPERTS - 1)
     uses=st.lists(keys, min_size=1, max_size=60),
     admitted=st.sets(keys, min_size=1),
     keep=st.sets(keys, max_size=4),
-    rows=st.sets(st.sampled_from(ROWS)),
+    layers=st.sets(st.sampled_from(LAYERS)),
     largest=st.sampled_from([1.05, 1e200]),
 )
-def test_lfu_evicts_what_its_definition_says(uses, admitted, keep, rows, largest):
+def test_lfu_evicts_what_its_definition_says(uses, admitted, keep, layers, largest):
     policy = LFU(SHAPE)
     policy._LARGEST = largest
     held(policy, *sorted(admitted))
     for key in uses:
         policy.use(key // N_EXPERTS, [key])
         # Looked up between uses, so that what is remembered may go out of date.
-        policy.victim(0, rows, keep)
-    half_life = LFU.HALF_LIFE * N_ROWS * N_EXPERTS
+        policy.victim(0, layers, keep)
+    half_life = LFU.HALF_LIFE * N_LAYERS * N_EXPERTS
     decay = 0.5 ** (1 / half_life)
 
     def count(key: int) -> float:
         return sum(decay ** (len(uses) - i) for i, k in enumerate(uses) if k == key)
 
-    free = {key: count(key) for key in admitted - keep if key // N_EXPERTS in rows}
-    found = policy.victim(0, rows, keep)
+    free = {key: count(key) for key in admitted - keep if key // N_EXPERTS in layers}
+    found = policy.victim(0, layers, keep)
     if not free:
         assert found is None
     else:
@@ -126,7 +126,7 @@ def test_markov_keeps_what_followed_the_experts_used_now():
     policy.use(0, [0])
     # After 0 come 1, then 2, then 3, then 0 again.
     order = []
-    while (key := policy.victim(0, ROWS, keep={0})) is not None:
+    while (key := policy.victim(0, LAYERS, keep={0})) is not None:
         order.append(key)
         policy.forget(0, key)
     assert order == [3, 2, 1]
@@ -136,29 +136,29 @@ def test_markov_keeps_what_followed_the_experts_used_now():
 @given(
     uses=st.lists(
         st.tuples(
-            st.sampled_from(ROWS),
+            st.sampled_from(LAYERS),
             st.sets(st.integers(0, N_EXPERTS - 1), min_size=1, max_size=4),
         ),
         max_size=30,
     ),
     admitted=st.sets(keys, min_size=1),
     keep=st.sets(keys, max_size=4),
-    rows=st.sets(st.sampled_from(ROWS)),
+    layers=st.sets(st.sampled_from(LAYERS)),
     shared=st.booleans(),
 )
-def test_markov_evicts_what_its_definition_says(uses, admitted, keep, rows, shared):
-    n_groups = 1 if shared else N_ROWS
-    policy = Markov(PoolShape(N_ROWS, N_EXPERTS, n_slots=9, n_groups=n_groups))
-    for i, (row, experts) in enumerate(uses):
-        policy.use(row, [row * N_EXPERTS + e for e in sorted(experts)])
+def test_markov_evicts_what_its_definition_says(uses, admitted, keep, layers, shared):
+    n_groups = 1 if shared else N_LAYERS
+    policy = Markov(PoolShape(N_LAYERS, N_EXPERTS, n_slots=9, n_groups=n_groups))
+    for i, (layer, experts) in enumerate(uses):
+        policy.use(layer, [layer * N_EXPERTS + e for e in sorted(experts)])
         if i == len(uses) // 2:
             held(policy, *sorted(admitted))
     if not uses:
         held(policy, *sorted(admitted))
 
     def value(key: int) -> float:
-        row, expert = divmod(key, N_EXPERTS)
-        steps = [experts for r, experts in uses if r == row]
+        layer, expert = divmod(key, N_EXPERTS)
+        steps = [experts for r, experts in uses if r == layer]
         fading = 0.5 ** (1 / Markov.LATELY)
         ages = [len(steps) - 1 - i for i, s in enumerate(steps) if expert in s]
         lately = (1 - fading) * sum(fading**age for age in ages)
@@ -180,14 +180,14 @@ def test_markov_evicts_what_its_definition_says(uses, admitted, keep, rows, shar
         return Markov.FOLLOWING * sum(means) / len(means) + base
 
     asked = 1
-    group = ROWS if shared else [asked]
+    group = LAYERS if shared else [asked]
     free = {
         key: value(key)
         for key in admitted - keep
-        if key // N_EXPERTS in rows and key // N_EXPERTS in group
+        if key // N_EXPERTS in layers and key // N_EXPERTS in group
     }
     for _ in range(2):
-        found = policy.victim(asked, rows, keep)
+        found = policy.victim(asked, layers, keep)
         if not free:
             assert found is None
         else:
@@ -204,7 +204,7 @@ def test_markov_forgets_what_followed_long_ago(monkeypatch):
         policy.use(0, [0])
         policy.use(0, [2])
     policy.use(0, [0])
-    assert policy.victim(0, ROWS, keep=()) == 1
+    assert policy.victim(0, LAYERS, keep=()) == 1
 
 
 def test_pins_stay_while_there_is_anything_else_to_evict():
@@ -213,14 +213,14 @@ def test_pins_stay_while_there_is_anything_else_to_evict():
     # Half of seven slots: the first three of those used equally often.
     held(policy, 1, 3, 5, 6, 14)
     evicted = []
-    while (key := policy.victim(0, ROWS, keep={14})) is not None:
+    while (key := policy.victim(0, LAYERS, keep={14})) is not None:
         evicted.append(key)
         policy.forget(key // N_EXPERTS, key)
     assert evicted == [6, 1, 3, 5]
 
 
 def test_pins_of_another_model_are_refused():
-    chosen = np.zeros((4, N_ROWS + 1, TOP_K), np.uint8)
+    chosen = np.zeros((4, N_LAYERS + 1, TOP_K), np.uint8)
     with pytest.raises(TraceError, match="3 layers with 5 experts but got 4 with 5"):
         Pins(SHAPE, trace_of(chosen), rest=LRU)
 
@@ -237,7 +237,7 @@ def test_policies_have_names(tmp_path):
     assert policy_factory("lru") is LRU
     assert policy_factory("lfu") is LFU
     path = tmp_path / "a+pins:b.npz"
-    trace_of(np.zeros((4, N_ROWS, TOP_K), np.uint8)).save(path)
+    trace_of(np.zeros((4, N_LAYERS, TOP_K), np.uint8)).save(path)
     assert policy_factory("markov") is Markov
     for name, rest in (
         ("pins", LFU),
@@ -253,7 +253,7 @@ def test_policies_have_names(tmp_path):
 
 visits = st.lists(
     st.tuples(
-        st.integers(0, N_ROWS - 1),
+        st.integers(0, N_LAYERS - 1),
         st.sets(st.integers(0, N_EXPERTS - 1), min_size=1, max_size=TOP_K),
     ),
     max_size=40,
@@ -272,34 +272,34 @@ def test_no_layer_falls_below_its_floor_for_another(
     visits, n_slots, floor, shared, policy
 ):
     if not shared:
-        n_slots = max(TOP_K, n_slots // N_ROWS) * N_ROWS
+        n_slots = max(TOP_K, n_slots // N_LAYERS) * N_LAYERS
     table = SlotTable(
-        N_ROWS,
+        N_LAYERS,
         N_EXPERTS,
         n_slots,
         top_k=TOP_K,
         policy=policy,
-        n_groups=1 if shared else N_ROWS,
+        n_groups=1 if shared else N_LAYERS,
         # More would leave a token of one layer no room.
-        floor=min(floor, (n_slots - TOP_K) // (N_ROWS - 1)),
+        floor=min(floor, (n_slots - TOP_K) // (N_LAYERS - 1)),
     )
 
-    def held_by(row: int) -> int:
-        return sum(slot != EMPTY for slot in table.rows[row])
+    def held_by(layer: int) -> int:
+        return sum(slot != EMPTY for slot in table.slots[layer])
 
-    for row, experts in visits:
-        before = [held_by(r) for r in ROWS]
-        kept = {table.key(row, expert) for expert in experts}
+    for layer, experts in visits:
+        before = [held_by(r) for r in LAYERS]
+        kept = {table.key(layer, expert) for expert in experts}
         for expert in sorted(experts):
-            if table.rows[row][expert] == EMPTY:
-                slot = table.claim(row, kept)
+            if table.slots[layer][expert] == EMPTY:
+                slot = table.claim(layer, kept)
                 assert slot is not None
-                table.place(row, expert, slot)
-        table.touch(row, sorted(experts))
-        assert all(table.rows[row][expert] != EMPTY for expert in experts)
-        for other in set(ROWS) - {row}:
+                table.place(layer, expert, slot)
+        table.touch(layer, sorted(experts))
+        assert all(table.slots[layer][expert] != EMPTY for expert in experts)
+        for other in set(LAYERS) - {layer}:
             assert held_by(other) >= min(before[other], table.floor)
-        slots = [slot for slots in table.rows for slot in slots if slot != EMPTY]
+        slots = [slot for slots in table.slots for slot in slots if slot != EMPTY]
         assert len(slots) == len(set(slots)) <= n_slots
 
 

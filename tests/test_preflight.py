@@ -242,7 +242,7 @@ def test_what_was_not_measured_is_not_made_up():
     assert "a disk not measured yet" in cold.speed()
     assert "after reading 2.0 GB from disk" in cold.first_token()
     unknown = of(token_bytes=None)
-    assert unknown.speed().startswith("not known") and unknown.token_seconds is None
+    assert unknown.speed().startswith("unknown") and unknown.token_seconds is None
     assert of(room_bytes=None).mode() == "9.0 GB in all: all in memory"
 
 

@@ -173,7 +173,7 @@ def test_a_pool_becomes_smaller_step_by_step_down_to_what_a_token_needs(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4
     assert lines[1] == (
-        "moeflux: warning: the system runs short of memory (critical), so experts "
+        "moeflux: warning: the system is short of memory (critical), so experts "
         "give way: 24 of 48 stay in memory"
     )
 
@@ -188,7 +188,7 @@ def test_it_grows_back_slowly_once_the_system_is_calm(capsys):
     assert watched.slots(CALM_SECONDS - 2 * LOOK_SECONDS, NORMAL) == []
     sizes = watched.slots(10 * CALM_SECONDS, NORMAL)
     assert sizes == sorted(sizes) and sizes[-1] == 64 and len(sizes) >= 6
-    assert capsys.readouterr().err.splitlines()[-1].endswith("have theirs back")
+    assert capsys.readouterr().err.splitlines()[-1].endswith("get theirs back")
     assert watched.slots(10 * CALM_SECONDS, NORMAL) == []
 
 

@@ -280,8 +280,8 @@ def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why, capsys):
     edit_config(copied, **changes)
     model, _ = moeflux_mlx.load(copied, expert_memory="3MB")
     assert isinstance(model, StreamedModel)
-    assert f"our own does not do {why}" in capsys.readouterr().err
-    with pytest.raises(ModelError, match=f"our own does not do {why}"):
+    assert f"our own class does not support {why}" in capsys.readouterr().err
+    with pytest.raises(ModelError, match=f"our own class does not support {why}"):
         moeflux_mlx.load(copied, native=True)
     pack(copied, copied.parent / "packed")
     packed, _ = moeflux_mlx.load(copied.parent / "packed")
@@ -304,7 +304,7 @@ def test_mlx_lms_class_serves_where_it_is_asked_for(packed, plain):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"decoder_sparse_step": ...}, "decoder_sparse_step but there is none"),
+        ({"decoder_sparse_step": ...}, "decoder_sparse_step but it is missing"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step"),
         ({"mlp_only_layers": 3}, "mlp_only_layers"),
         ({"mlp_only_layers": ["0"]}, "mlp_only_layers"),

@@ -197,7 +197,7 @@ def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why):
     edit_config(copied, **changes)
     assert isinstance(moeflux_mlx.load(copied)[0], StreamedModel | stock.Model)
     assert not isinstance(moeflux_mlx.load(copied)[0], NativeModel)
-    with pytest.raises(ModelError, match=f"our own does not do {why}"):
+    with pytest.raises(ModelError, match=f"our own class does not support {why}"):
         moeflux_mlx.load(copied, native=True)
 
 
@@ -205,7 +205,7 @@ def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why):
     ("changes", "message"),
     [
         ({"linear_num_key_heads": 4}, "in_proj_qkvz"),
-        ({"linear_key_head_dim": ...}, "linear_key_head_dim but there is none"),
+        ({"linear_key_head_dim": ...}, "linear_key_head_dim but it is missing"),
         ({"full_attention_interval": 0}, "full_attention_interval"),
         ({"mlp_only_layers": [1]}, "layers.1.mlp.gate_proj"),
         ({"partial_rotary_factor": 2.0}, "partial_rotary_factor"),

@@ -67,7 +67,7 @@ def test_the_shared_expert_is_computed_while_others_are_read(packed, monkeypatch
 
     def ask(layer, indices):
         layers_asked.append(layer)
-        ExpertStreamer.ask(streamer, layer, indices)
+        ExpertStreamer.request(streamer, layer, indices)
 
     def shared(*values):
         with progress:
@@ -82,7 +82,7 @@ def test_the_shared_expert_is_computed_while_others_are_read(packed, monkeypatch
         return preadv(*args)
 
     preadv = os.preadv
-    monkeypatch.setattr(streamer, "ask", ask)
+    monkeypatch.setattr(streamer, "request", ask)
     monkeypatch.setattr(SwigluFusedBatched, "reference", shared)
     monkeypatch.setattr(os, "preadv", lambda *args: held(preadv, *args))
     model(mx.array([[7]]), cache=make_prompt_cache(model))
@@ -121,7 +121,7 @@ def holds(streamer, store, layer: int, expert: int, slot: int) -> bool:
 
 @pytest.mark.parametrize("ask", ["slots", "parts"])
 def test_what_was_foreseen_is_a_hit_and_what_was_not_a_miss(streamer, store, ask):
-    streamer.foresee(1, ids(4, 5, 6))
+    streamer.begin_read_ahead(1, ids(4, 5, 6))
     source = streamer.source(1)
     if ask == "slots":
         slots = dict(
@@ -144,14 +144,14 @@ def test_what_was_foreseen_is_a_hit_and_what_was_not_a_miss(streamer, store, ask
 def test_what_is_in_memory_or_on_its_way_is_not_read_again(streamer):
     streamer.source(1).slots(ids(4, 5, 6))
     for _ in range(2):
-        streamer.foresee(1, ids(5, 6, 7))
+        streamer.begin_read_ahead(1, ids(5, 6, 7))
     streamer.source(1).slots(ids(5, 6, 7))
     assert (streamer.stats[1].misses, streamer.stats[1].read_ahead) == (3, 1)
 
 
 def test_slots_held_by_reads_ahead_are_had_when_they_are_needed(streamer, store):
-    streamer.foresee(0, ids(0, 1, 2, 3))
-    streamer.foresee(1, ids(0, 1, 2, 3))
+    streamer.begin_read_ahead(0, ids(0, 1, 2, 3))
+    streamer.begin_read_ahead(1, ids(0, 1, 2, 3))
     slots = streamer.source(1).slots(ids(8, 9, 10))[0].tolist()
     for expert, slot in zip((8, 9, 10), slots, strict=True):
         assert holds(streamer, store, 1, expert, slot)
@@ -167,7 +167,7 @@ def test_a_read_ahead_that_fails_is_nobodys_error(store, tmp_path):
         with ExpertStreamer(broken, memory, inline_bytes=0, read_ahead="on") as opened:
             whole = path.read_bytes()
             os.truncate(path, broken.offset(1, 4) + 63)
-            opened.foresee(1, ids(3, 4, 5))
+            opened.begin_read_ahead(1, ids(3, 4, 5))
             opened.source(0).slots(ids(0, 1, 2))
             path.write_bytes(whole)
             slot = opened.source(1).slots(ids(4))[0, 0].item()

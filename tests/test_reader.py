@@ -14,18 +14,18 @@ import pytest
 import xxhash
 
 from moeflux_mlx.errors import ExpertStoreError
-from moeflux_mlx.experts.files.reader import Batch, HostPlace, Read, ReadPool
+from moeflux_mlx.experts.files.reader import Batch, HostPlace, Read, ReadWorkers
 from moeflux_mlx.experts.files.spans import Span, read_fully
 
 INTERRUPTED = """
 import sys
-from moeflux_mlx.experts.files.reader import Batch, HostPlace, Read, ReadPool
+from moeflux_mlx.experts.files.reader import Batch, HostPlace, Read, ReadWorkers
 from moeflux_mlx.experts.files.spans import Span
 file = open(sys.argv[1], "rb")
 buffer = memoryview(bytearray(16 << 20))
 span = Span(file.fileno(), "f", 0, ((0, len(buffer)),))
 reads = [Read((span,), HostPlace(buffer), 0, e) for e in range(100_000)]
-pool, batch = ReadPool(3), Batch(reads)
+pool, batch = ReadWorkers(3), Batch(reads)
 pool.submit(batch)
 print("reading", flush=True)
 batch.wait()
@@ -52,7 +52,7 @@ def inline_bytes(request):
 
 
 def run(reads, inline_bytes):
-    pool, batch = ReadPool(3, inline_bytes), Batch(reads)
+    pool, batch = ReadWorkers(3, inline_bytes), Batch(reads)
     pool.submit(batch)
     batch.wait()
     pool.close()
@@ -79,7 +79,7 @@ def test_an_interrupt_while_threads_start_leaves_none_behind(monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        ReadPool(3)
+        ReadWorkers(3)
     assert len(started) == 2
     for thread in started:
         thread.join(timeout=10)
@@ -88,7 +88,7 @@ def test_an_interrupt_while_threads_start_leaves_none_behind(monkeypatch):
 
 def test_a_closed_pool_reads_without_threads(file):
     content = Path(file.name).read_bytes()
-    pool = ReadPool(3, inline_bytes=0)
+    pool = ReadWorkers(3, inline_bytes=0)
     pool.close()
     pool.submit(batch := Batch([read_of(file, 5, 63), read_of(file, 6, 63)]))
     assert batch.over
@@ -109,7 +109,7 @@ def test_reads_of_a_batch_end_in_any_order(file, monkeypatch):
 
     monkeypatch.setattr(os, "preadv", held)
     reads = [read_of(file, 100 * n, 63) for n in range(3)]
-    pool, batch = ReadPool(2, inline_bytes=0), Batch(reads)
+    pool, batch = ReadWorkers(2, inline_bytes=0), Batch(reads)
     pool.submit(batch)
     deadline = time.monotonic() + 60
     while not (reads[0].done and reads[2].done):
@@ -134,7 +134,7 @@ def test_what_is_cancelled_is_not_waited_for(file, monkeypatch):
 
     monkeypatch.setattr(os, "preadv", held)
     reads = [read_of(file, 0, 63) for _ in range(5)]
-    pool, batch = ReadPool(1, inline_bytes=0), Batch(reads)
+    pool, batch = ReadWorkers(1, inline_bytes=0), Batch(reads)
     pool.submit(batch)
     assert begun.wait(timeout=60)
     batch.cancel()
@@ -267,7 +267,7 @@ def test_an_error_that_nobody_expects_is_the_reads_own_and_ends_no_thread(
     def broken(*_):
         raise ZeroDivisionError
 
-    pool = ReadPool(2, inline_bytes=0)
+    pool = ReadWorkers(2, inline_bytes=0)
     with monkeypatch.context() as patch:
         patch.setattr(Read, step, broken)
         batch = Batch([read_of(file, n, 63) for n in range(9)])

@@ -327,7 +327,7 @@ def test_traces_of_single_layers_go_with_the_pool(packed, checkpoint, whole_buff
         run.cache[3] = RotatingKVCache(64)
         run(3)
         runners = [layer._runner for layer in run.model.graph_layers]
-        assert all(runner._traces.values() for runner in runners)
+        assert all(runner._compiled.values() for runner in runners)
         if changes:
             lost, wanted = released(run.model.streamer, 9)
             assert wanted > 256 * KIB and abs(lost - wanted) < 24 * KIB

@@ -155,4 +155,4 @@ def test_an_interrupted_move_loses_nothing():
     with pytest.raises(KeyboardInterrupt):
         table.resize(2, interrupted)
     table.repair()
-    assert table.rows[0] == [EMPTY, EMPTY, 2, 3]
+    assert table.slots[0] == [EMPTY, EMPTY, 2, 3]

@@ -81,19 +81,19 @@ def test_what_is_likely_is_what_the_streamer_is_told(packed, budget, trace):
     model, _ = moeflux_mlx.load(packed, expert_memory=budget, read_ahead="on")
     told = []
     with model.streamer as streamer:
-        foresee = streamer.foresee
+        foresee = streamer.begin_read_ahead
 
         def listening(layer, indices):
             told.append((layer, np.array(indices).ravel().tolist()))
             foresee(layer, indices)
 
-        streamer.foresee = listening
+        streamer.begin_read_ahead = listening
         for _ in generate_step(mx.array(PROMPT), model, max_tokens=N_TOKENS):
             pass
     assert trace.likely.shape == (1 + N_TOKENS, 3, 2)
     flat = trace.likely.reshape(-1, 2).tolist()
     assert told == list(zip([1, 2, 3] * (1 + N_TOKENS), flat, strict=True))
-    rows = list(trace.foreseen())
+    rows = list(trace.predicted())
     assert rows[0] is None
     assert rows[1:] == [[[], *map(sorted, token)] for token in trace.likely.tolist()]
 
@@ -280,7 +280,7 @@ def test_members_beyond_those_of_a_trace_are_refused(saved, tmp_path):
             z.writestr(name, b"")
         with pytest.raises(TraceError, match=r"more\.npz: expected"):
             RoutingTrace.load(path)
-    with pytest.raises(TraceError, match="at most 4 members but 5"):
+    with pytest.raises(TraceError, match="at most 4 members but got 5"):
         RoutingTrace.load(tmp_path / "one.npz")
 
 

@@ -19,7 +19,7 @@ from moeflux_mlx import device
 from moeflux_mlx.cli import main as moeflux
 from moeflux_mlx.errors import BudgetError, ConfigError
 from moeflux_mlx.experts.files.checkpoint_store import CheckpointExperts
-from moeflux_mlx.experts.pool.policy import part_of, rows_of
+from moeflux_mlx.experts.pool.policy import group_of, layers_of
 from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT, aligned_rows, allocated_bytes
 from moeflux_mlx.experts.pool.segments import Division, divide, full_bytes, shares
 from moeflux_mlx.experts.streaming.mapped import device_weights
@@ -97,7 +97,7 @@ def test_plans_keep_to_what_a_mac_allows(machine, model, scope, monkeypatch):
     taken = plan.process_bytes + plan.resident_bytes + plan.scratch_bytes
     taken += plan.cache_bytes + plan.expert_bytes + plan.replacing_bytes
     assert taken <= plan.budget_bytes == int(working_set)
-    assert "asked for, no more than the working set" in str(plan)
+    assert "but the working set that this device recommends" in str(plan)
     for n_bytes, spares in ((plan.expert_bytes, False), (None, True), (2**60, True)):
         found = divide(n_bytes, **options, spares=spares)
         assert found.longest_bytes(stride) <= buffer
@@ -158,14 +158,14 @@ def test_shares_are_whole_fair_and_never_grow_with_fewer_slots(most, least, data
     assert all(n <= m for n, m in zip(later, first, strict=True))
 
 
-@given(n_rows=st.integers(1, 50), data=st.data())
-def test_parts_of_rows_are_even_and_say_the_same_both_ways(n_rows, data):
-    n_parts = data.draw(st.integers(1, n_rows))
-    parts = [rows_of(part, n_rows, n_parts) for part in range(n_parts)]
-    assert [row for part in parts for row in part] == list(range(n_rows))
-    for part, rows in enumerate(parts):
-        assert {part_of(row, n_rows, n_parts) for row in rows} == {part}
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+@given(n_layers=st.integers(1, 50), data=st.data())
+def test_groups_of_layers_are_even_and_the_same_both_ways(n_layers, data):
+    n_groups = data.draw(st.integers(1, n_layers))
+    groups = [layers_of(group, n_layers, n_groups) for group in range(n_groups)]
+    assert [layer for group in groups for layer in group] == list(range(n_layers))
+    for group, layers in enumerate(groups):
+        assert {group_of(layer, n_layers, n_groups) for layer in layers} == {group}
+    assert max(map(len, groups)) - min(map(len, groups)) <= 1
 
 
 # The tiny model has 4 layers of 8 experts, of which a token takes 2.
@@ -315,7 +315,7 @@ def test_inspect_says_what_was_capped_by_what(packed, stride, monkeypatch, capsy
     assert moeflux(["inspect", str(packed), "--memory", "1GB"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert (
-        "of 1.0 GB asked for, no more than the working set that this device "
+        "not 1.0 GB but the working set that this device "
         "recommends, 600.0 MB; experts in 4 buffers, because of the longest buffer of "
         "this device" in printed
     )
@@ -332,7 +332,7 @@ def test_experts_alone_keep_to_the_working_set(packed, stride, monkeypatch, caps
     limited(monkeypatch, 2**60, most)
     model, _ = moeflux_mlx.load(packed, expert_memory="1GB", optimistic="off")
     assert model.streamer.memory_bytes == most and model.streamer.n_slots == 20
-    assert "the working set which this device recommends" in capsys.readouterr().err
+    assert "this device recommends no larger working set" in capsys.readouterr().err
     with pytest.raises(BudgetError, match="working set that this device recommends"):
         plan_load(packed, "1GB")
 

@@ -184,7 +184,7 @@ def test_what_is_rewritten_unchanged_is_the_state(model, saved):
                 (True, 32, "layer 3: bits one of"),
                 (3, 32, "layer 3: bits one of"),
                 (8, 0, r"layer 3: group_size one of .* but got 0"),
-                (8, 64, "layer 3: group_size a part of 32 but got 64"),
+                (8, 64, "layer 3: group_size a divisor of 32 but got 64"),
                 (8, 32, "expected tensors"),
             ]
         ],
@@ -354,7 +354,7 @@ def test_tokens_that_are_not_the_caches_are_refused(model, tmp_path):
     with pytest.raises(StateError, match="layer 0: expected a cache with tokens"):
         save_state(tmp_path / "state", model, make_prompt_cache(model), tokens)
     kind = [ConcatenateKVCache() for _ in cache]
-    with pytest.raises(StateError, match="but got ConcatenateKVCache: give caches"):
+    with pytest.raises(StateError, match="but got ConcatenateKVCache: use caches"):
         save_state(tmp_path / "state", model, kind, tokens)
     assert list(tmp_path.iterdir()) == []
 

@@ -16,9 +16,9 @@ from tiny import make_checkpoint
 import moeflux_mlx
 from moeflux_mlx import config
 from moeflux_mlx.engine import simulator
+from moeflux_mlx.engine.compiled_layers import CompiledLayers
 from moeflux_mlx.engine.executors import EXECUTORS, OpsExecutor
 from moeflux_mlx.engine.steps import first_span
-from moeflux_mlx.engine.trace import StepTracer
 from moeflux_mlx.errors import ConfigError, ExpertStoreError
 from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.experts.files.packed import PackedExperts
@@ -111,14 +111,14 @@ def check_same(model, cache, other, other_cache) -> None:
     for a, b in zip(*(counters(m).values() for m in (model, other)), strict=True):
         assert a == b
     tables = [m.streamer._table for m in (model, other)]
-    assert tables[0].rows == tables[1].rows
+    assert tables[0].slots == tables[1].slots
     assert evictions(tables[0]) == evictions(tables[1])
 
 
 def evictions(table) -> list[int]:
     """Return what is in memory in the order in which it would be evicted."""
     policy, found = copy.deepcopy(table._policy), []
-    while (key := policy.victim(0, range(len(table.rows)), ())) is not None:
+    while (key := policy.victim(0, range(len(table.slots)), ())) is not None:
         policy.forget(key // table.n_experts, key)
         found.append(key)
     return found
@@ -199,13 +199,13 @@ class AllBut:
 def calls(monkeypatch) -> list[range]:
     """Collect the layers of each call of a tracer."""
     made: list[range] = []
-    call = StepTracer.__call__
+    call = CompiledLayers.__call__
 
     def collect(self, layers, *args, **options):
         made.append(layers)
         return call(self, layers, *args, **options)
 
-    monkeypatch.setattr(StepTracer, "__call__", collect)
+    monkeypatch.setattr(CompiledLayers, "__call__", collect)
     return made
 
 

@@ -310,7 +310,9 @@ def leaves(value, place=()):
 
 def test_weights_laid_beside_a_pack_are_noticed(packed):
     shutil.copyfile(packed / "model.safetensors", packed / "model-2.safetensors")
-    assert f"{packed / 'model-2.safetensors'} is none of the files" in refused(packed)
+    assert f"{packed / 'model-2.safetensors'} does not belong to this" in refused(
+        packed
+    )
     report = verify(packed)
     assert report.problems == report.changes and len(report.changes) == 1
 
@@ -322,7 +324,7 @@ def test_weights_laid_beside_a_pack_are_noticed(packed):
 def test_a_file_too_many_is_noticed_if_it_may_be_read(packed, name):
     (packed / name).parent.mkdir(exist_ok=True)
     (packed / name).write_text("x")
-    assert f"{packed / name} is none of the files of this pack" in refused(packed)
+    assert f"{packed / name} does not belong to this pack" in refused(packed)
 
 
 def test_files_that_nobody_reads_may_come_and_go(packed):
@@ -440,6 +442,6 @@ def test_what_a_manifest_says_makes_no_error_long(packed):
     edit_manifest(
         packed, lambda fields: fields["resident"].update(fingerprint="x" * 9000)
     )
-    with pytest.raises(ExpertStoreError, match="damaged or the experts are") as caught:
+    with pytest.raises(ExpertStoreError, match="damaged or belong to") as caught:
         PackedExperts.open(packed)
     assert len(str(caught.value)) < 3000 and "model.safetensors" in str(caught.value)

@@ -263,7 +263,7 @@ def test_parts_are_first_what_is_in_memory_and_count_as_slots_do(store, expected
         ]
         counts = [(s.stats[0].hits, s.stats[0].misses) for s in (streamer, other)]
         assert counts[0] == counts[1]
-        assert streamer._table.rows == other._table.rows
+        assert streamer._table.slots == other._table.slots
 
 
 def test_parts_left_early_do_not_harm_what_follows(store, expected):
@@ -284,11 +284,11 @@ def test_who_asked_and_never_came_leaves_nothing_behind(store, expected):
     with stream(store, 4, floor=0) as streamer:
         source = streamer.source(0)
         source.slots(ids([0, 1, 2]))
-        source.ask(ids([0, 1, 2]))
+        source.request(ids([0, 1, 2]))
         for _ in streamer.source(1).waves(range(N_EXPERTS)):
             pass
         assert (0, 0) not in streamer.held
-        source.ask(ids([0, 1, 2]))
+        source.request(ids([0, 1, 2]))
         for expert, slot in enumerate(source.slots(ids([0, 1, 2]))[0].tolist()):
             assert seen(source, slot) == expected[0, expert]
 
@@ -321,16 +321,16 @@ def test_a_policy_of_one_s_own_decides_on_evictions(store):
             assert shape == PoolShape(N_LAYERS, N_EXPERTS, 3)
             self.keys = []
 
-        def use(self, row, keys):
+        def use(self, layer, keys):
             assert set(keys) <= set(self.keys)
 
-        def admit(self, row, key):
+        def admit(self, layer, key):
             self.keys.append(key)
 
-        def forget(self, row, key):
+        def forget(self, layer, key):
             self.keys.remove(key)
 
-        def victim(self, row, rows, keep):
+        def victim(self, layer, layers, keep):
             return next((k for k in reversed(self.keys) if k not in keep), None)
 
     with stream(store, 3, policy=Newest) as streamer:

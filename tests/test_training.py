@@ -12,9 +12,10 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.utils import load_model
+from test_calls_transforms import check_same
 from tiny import make_checkpoint, make_qwen3_moe
 
 import moeflux_mlx
@@ -24,8 +25,10 @@ IDS = mx.array(np.random.RandomState(0).randint(1, 300, (2, 9)))
 LENGTHS = mx.array([[0, 8], [0, 6]])
 HYBRID = {"num_hidden_layers": 2, "full_attention_interval": 2}
 MAKERS: dict[str, Callable[..., Path]] = {
-    "qwen3_moe": lambda path: make_qwen3_moe(path, bits=None, num_hidden_layers=2),
-    "qwen3_5_moe": lambda path: make_checkpoint(path, bits=None, **HYBRID),
+    "qwen3_moe": lambda path, bits=None: make_qwen3_moe(
+        path, bits=bits, num_hidden_layers=2
+    ),
+    "qwen3_5_moe": lambda path, bits=None: make_checkpoint(path, bits=bits, **HYBRID),
 }
 
 
@@ -66,6 +69,44 @@ def test_a_whole_model_learns_what_stock_learns(tmp_path, form):
             for name, array in expected.items():
                 off = mx.linalg.norm(found[name] - array)
                 assert off <= 1e-5 * mx.linalg.norm(array), name
+
+
+def mixed(model: Any) -> dict[str, np.ndarray]:
+    """Return gradients of float32 parameters, of a loss computed in bfloat16."""
+    masters = model.train().trainable_parameters()
+
+    def loss(masters: Any) -> mx.array:
+        model.update(tree_map(lambda x: x.astype(mx.bfloat16), masters))
+        return default_loss(model, IDS, LENGTHS)[0].astype(mx.float32)
+
+    value, found = mx.value_and_grad(loss)(masters)
+    mx.eval(value, found)
+    model.update(masters).eval()
+    named = {"loss": value, **dict(tree_flatten(found))}
+    assert {x.dtype for x in named.values()} == {mx.float32}
+    return {name: np.array(x, np.float64) for name, x in named.items()}
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "resident": {},
+    "streamed": {"expert_memory": "2200KB"},
+    "planned": {"memory": "4GB"},
+    "door": {"expert_memory": "2200KB", "native": False},
+}
+
+
+@pytest.mark.parametrize("form", MAKERS)
+def test_mixed_precision_gives_stocks_gradients(tmp_path, form):
+    path = MAKERS[form](tmp_path / "model", bits=4)
+    wanted, exact = mixed(load_model(path)[0]), loss_in_float32(path)
+    # It is another precision that is compared here.
+    assert abs(wanted["loss"] - exact) > 1e-4
+    for options in WAYS.values():
+        check_same(mixed(moeflux_mlx.load(path, **options)[0]), wanted)
+
+
+def loss_in_float32(path: Path) -> float:
+    return default_loss(load_model(path)[0], IDS, LENGTHS)[0].item()
 
 
 @pytest.mark.slow

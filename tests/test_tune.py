@@ -20,7 +20,7 @@ from moeflux_mlx.device import machine_name, mlx_version
 from moeflux_mlx.engine import lowering, simulator
 from moeflux_mlx.engine.graph import BufferPool, WeightRef, roles
 from moeflux_mlx.engine.lowering import tuned
-from moeflux_mlx.engine.lowering.table import Way
+from moeflux_mlx.engine.lowering.registry import Way
 from moeflux_mlx.engine.lowering.tuned import (
     ONE_BY_ONE,
     TOGETHER,
@@ -311,8 +311,8 @@ def tuned_tiny(checkpoint):
     bad = [Way(f.__name__, lambda op: True, f) for f in (off_by_one, broken)]
     model = moeflux_mlx.load(checkpoint, executor="sim")[0]
     with pytest.MonkeyPatch.context() as patch:
-        known = lowering.TABLE[ResidualAddNTokens]
-        patch.setitem(lowering.TABLE, ResidualAddNTokens, (*known, *bad))
+        known = lowering.WAYS[ResidualAddNTokens]
+        patch.setitem(lowering.WAYS, ResidualAddNTokens, (*known, *bad))
         kept: list[Tuning] = []
         timer = LastIsBest()
         found = tune(model, prompts=[3], context=3, timer=timer, keep=kept.append)
@@ -370,7 +370,7 @@ def test_a_model_runs_as_tuned_and_gives_the_same(checkpoint, tuned_tiny, in_for
         model = moeflux_mlx.load(checkpoint, executor="sim")[0]
         cache = make_prompt_cache(model)
         out = model(mx.array([[5]]), cache=cache)
-        steps = [len(s.ops) for g in model.runtime.graphs.values() for s in g.steps]
+        steps = [len(s.ops) for g in model.runtime.graphs.values() for s in g.calls]
         return out, model.runtime.executor.kernel_count, max(steps)
 
     expected, n_kernels, most = logits()
@@ -384,14 +384,14 @@ def test_a_model_runs_as_tuned_and_gives_the_same(checkpoint, tuned_tiny, in_for
 
 def test_an_executor_without_kernels_is_refused(checkpoint):
     model = moeflux_mlx.load(checkpoint, executor="ops")[0]
-    with pytest.raises(BackendError, match="expected executor metal, cuda or sim"):
+    with pytest.raises(BackendError, match="with kernels, metal, cuda or sim, but got"):
         tune(model)
 
 
 @simulated
 def test_what_cannot_be_tuned_is_refused(packed, budget, checkpoint):
     streamed = moeflux_mlx.load(packed, executor="sim", expert_memory=budget)[0]
-    with pytest.raises(ModelError, match="expected every expert in memory"):
+    with pytest.raises(ModelError, match="expected all experts in memory"):
         tune(streamed)
     model = moeflux_mlx.load(checkpoint, executor="sim")[0]
     with pytest.raises(ConfigError, match=r"\[--prompts\] expected at least 2"):

@@ -208,7 +208,7 @@ def test_what_somebody_else_put_there_stays(packed, tmp_path):
         unpack(packed, tmp_path / "back")
     assert (left / "thesis.txt").read_text() == "mine"
     (tmp_path / "back").mkdir()
-    with pytest.raises(ExpertStoreError, match="it exists already"):
+    with pytest.raises(ExpertStoreError, match="it exists"):
         unpack(packed, tmp_path / "back")
 
 
@@ -232,14 +232,14 @@ def edited(packed: Path, tmp_path: Path, change, part: str = "layers") -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda layer: layer.pop("names"), "the pack does not say them: mlx_lm.conv"),
+        (lambda layer: layer.pop("names"), "the pack has none: use mlx_lm.conv"),
         (lambda layer: layer["names"].pop(), "expected names to be 9 names"),
         (lambda layer: layer.update(names=[1] * 9), "names to be a list of names"),
         (lambda layer: layer.update(names="a" * 9), "names to be a list of names"),
         (lambda layer: layer.update(names=["a"] * 9), "rows of one length and type"),
         (
             lambda layer: layer.update(names=[*"abcdefghi"]),
-            "names of their own but got two of 'a'",
+            "a different name for each tensor but got two of 'a'",
         ),
     ],
 )

@@ -14,15 +14,15 @@ from moeflux_mlx.engine import lowering, simulator
 from moeflux_mlx.engine.executors.verified import fingerprint, without_words
 from moeflux_mlx.engine.launch import KERNELS
 from moeflux_mlx.engine.launch.check import relative_error
-from moeflux_mlx.engine.lowering import GROUPS, MLX, TABLE, table
+from moeflux_mlx.engine.lowering import FUSIONS, MLX, WAYS, registry
 from moeflux_mlx.engine.metal import Library, cuda, library
 
 simulated = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"
 )
 OPS = [spec.build().op for spec in (*SPECS, *KERNEL_SPECS)]
-FIRST = {ways[0].name for ways in TABLE.values()}
-TOGETHER = {group.name for group in GROUPS if group.kernels}
+FIRST = {ways[0].name for ways in WAYS.values()}
+TOGETHER = {group.name for group in FUSIONS if group.kernels}
 
 
 @pytest.mark.parametrize("executor", ["metal", "cuda", "sim"])
@@ -55,7 +55,7 @@ BY_MLX = ("mlx_dequantize", "mlx_expanded")
 
 
 def test_ways_and_groups_name_kernels_that_are_there():
-    each = [*GROUPS, *(way for ways in TABLE.values() for way in ways)]
+    each = [*FUSIONS, *(way for ways in WAYS.values() for way in ways)]
     for found in each:
         assert set(found.kernels) <= set(KERNELS)
         assert found.name in found.kernels or found.name in BY_MLX
@@ -144,7 +144,7 @@ def test_a_model_without_some_kernels_gives_the_same(bad, checkpoint, monkeypatc
 
         return dataclasses.replace(group, call=call)
 
-    monkeypatch.setattr(table, "GROUPS", [*map(watched, GROUPS)])
+    monkeypatch.setattr(registry, "FUSIONS", [*map(watched, FUSIONS)])
     got = logits(model)
     expected = logits(moeflux_mlx.load(checkpoint, executor="ops")[0])
     assert relative_error(got, expected) < 1e-5

@@ -20,7 +20,7 @@ import mlx.core as mx
 from ..experts.compute.source import ExpertSource
 from ..experts.compute.streamed import StreamedExperts
 from ..experts.streaming.streamer import ExpertStreamer
-from ..experts.streaming.windows import SPAN_GROWTH
+from ..experts.streaming.windows import WINDOW_GROWTH
 from ..memory.caches import CacheState, are_known, single_caches
 
 Build = Callable[[ExpertSource], mx.array]
@@ -112,7 +112,7 @@ class TokenAhead:
             return self._accept(self._run_ahead(source, build))
         out = self._run_ahead(source, build)
         self._pending[-1] = source.layer, indices, out
-        if self._n_blocks % SPAN_GROWTH == 0:
+        if self._n_blocks % WINDOW_GROWTH == 0:
             # MLX refuses this inside a transformation that was not detected.
             with contextlib.suppress(ValueError):
                 mx.async_eval(out)
@@ -143,7 +143,7 @@ class TokenAhead:
 
     def _run_ahead(self, source: StreamedExperts, build: Build) -> mx.array:
         slots = self._streamer.slots_on_device([source.layer])
-        out = build(source.assumed(slots))
+        out = build(source.speculative(slots))
         self._streamer.guard(out)
         return out
 
@@ -167,7 +167,7 @@ class TokenAhead:
         n_right = self._streamer.confirm(
             [layer for layer, _, _ in pending],
             [indices for _, indices, _ in pending],
-            n_foreseen=max(0, self._reached - first) if self._reads_ahead else None,
+            n_predicted=max(0, self._reached - first) if self._reads_ahead else None,
         )
         self._confirmed += [out for _, _, out in pending[:n_right] if out is not None]
         if n_right < len(pending) and pending[n_right][2] is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
 from ..errors import ModelError
@@ -23,7 +24,10 @@ class Experts(Protocol):
 class OneAtATime(Uncopied):
     """Serialises the calls of a model; ``streamer`` reads its experts, or is None."""
 
-    streamer: Experts | None = None
+    # Another type each in subclasses: the experts, and who makes room for calls.
+    streamer: Any = None
+    keeper: Any = None
+    free_pool: Any = None
 
     def __init__(self) -> None:
         # Held during each call.
@@ -52,6 +56,20 @@ class OneAtATime(Uncopied):
                 self._depth = depth
                 if depth == 0 and self.streamer is not None:
                     self.streamer.hand_over()
+
+    @contextlib.contextmanager
+    def reaching(self, experts: Experts) -> Iterator[None]:
+        """Have calls reach these experts in here, however much memory they take."""
+        with self.lock:
+            before = self.streamer, self.keeper, self.free_pool
+            self.streamer, self.keeper, self.free_pool = experts, None, None
+            # Calls in here are nobody's, so their arguments need no check.
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                self.streamer, self.keeper, self.free_pool = before
 
     def _begin(self) -> None:
         """Prepare a call that is not nested in another."""

@@ -33,19 +33,25 @@ def launched_group() -> Group | None:
     return group if group.size() > 1 else None
 
 
-def exchange_of(group: Group | None) -> Exchange | None:
+def exchange_of(group: Group | None, *, pipeline: bool = False) -> Exchange | None:
     """Return the connection to the other ranks, or None without any.
 
     Raises:
-        ConfigError: ``group`` is not a process group.
+        ConfigError: ``group`` is not a process group, or there is none to divide layers
+            between.
     """
-    if group is None:
-        return None
-    if not isinstance(group, Group):
+    if group is not None and not isinstance(group, Group):
         raise ConfigError(
             f"[group] expected a group of mx.distributed.init() but got {group!r}"
         )
-    return Exchange(group) if group.size() > 1 else None
+    if group is not None and group.size() > 1:
+        return Exchange(group)
+    if pipeline:
+        raise ConfigError(
+            "[pipeline] expected several ranks but got one: start them with "
+            "mlx.launch, or leave pipeline out"
+        )
+    return None
 
 
 def reached(store: ExpertStore, exchange: Exchange | None) -> ExpertStore:
@@ -89,7 +95,12 @@ def ways_in_group(
 
 
 def begin_together(
-    exchange: Exchange, model: nn.Module, directory: Path, amounts: Amounts
+    exchange: Exchange,
+    model: nn.Module,
+    directory: Path,
+    amounts: Amounts,
+    *,
+    pipeline: bool,
 ) -> None:
     """Wait until every rank has loaded the same model; share rank 0's random state.
 
@@ -101,6 +112,7 @@ def begin_together(
             "model": model_identity(directory),
             "class": type(model).__qualname__,
             "kind of memory bound": "process" if amounts.process else "experts",
+            "division": "layers" if pipeline else "experts",
         }
     )
     # MLX's random state is the two halves of a seed.

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from .. import device
 from ..errors import BudgetError
 from ..experts.compute.blank import BlankExperts
-from ..experts.compute.exchange import Exchange
+from ..experts.compute.exchange import LED_BYTES, Exchange, OtherChoiceError
 from ..experts.compute.source import ExpertSource
 from ..experts.streaming.mapped import MappedExperts
 from ..experts.streaming.streamer import ExpertStreamer
@@ -26,6 +26,7 @@ from ..memory.caches import CacheState, PutBackOnFailure, arrays_of
 from ..memory.keeper import MemoryKeeper, make_room
 from ..memory.relief import FreePool
 from .alone import OneAtATime
+from .gradients import Gradients
 from .stock_arguments import StockChecks
 from .transforms import in_transformation, is_traced
 from .ways import Ways
@@ -53,12 +54,13 @@ class Calls(OneAtATime):
         self._model = weakref.ref(model)
         self.ways = ways or Ways()
         self._give_way = give_way
-        self._exchange = exchange
+        self.exchange = self.ways.exchange = exchange
         self.streamer: ExpertStreamer | MappedExperts | BlankExperts | None = None
         self.keeper: MemoryKeeper | None = None
         self.free_pool: FreePool | None = None
         # Bytes of a token's row in the last call; None if it returned no rows.
         self.row_bytes: int | None = None
+        self._gradients = Gradients(self, lambda tokens: self._whole(tokens))
         self._checked = StockChecks(lambda: make_prompt_cache(self._whole))
 
     def source(self, block: int) -> ExpertSource:
@@ -69,26 +71,21 @@ class Calls(OneAtATime):
     def _begin(self) -> None:
         self.ways.forget()
 
-    @contextlib.contextmanager
-    def reaching(self, experts: BlankExperts) -> Iterator[None]:
-        """Let calls use these experts within this context, without a memory bound."""
-        with self.lock:
-            before = self.streamer, self.keeper, self.free_pool
-            self.streamer, self.keeper, self.free_pool = experts, None, None
-            # These calls are our own, so their arguments need no check.
-            self._depth += 1
-            try:
-                yield
-            finally:
-                self._depth -= 1
-                self.streamer, self.keeper, self.free_pool = before
-
     def call(
         self, call: Callable[..., Any], args: Any, kwargs: Any, *, gives_rows: bool
     ) -> Any:
         """Check the arguments of a call, and make it."""
         args, kwargs = self.checked(call, args, kwargs)
-        return self.run(call, args, kwargs) if gives_rows else call(*args, **kwargs)
+        out = self.run(call, args, kwargs) if gives_rows else call(*args, **kwargs)
+        return self._led(out) if self._depth == 1 else out
+
+    def _led(self, out: Any) -> Any:
+        """Return the result of a whole call, rank 0's if tokens may be drawn of it."""
+        exchange = self.exchange
+        is_small = isinstance(out, mx.array) and out.nbytes <= LED_BYTES
+        if exchange is None or not is_small or in_transformation():
+            return out
+        return exchange.led(out)
 
     def checked(
         self, call: Callable[..., Any], args: Any, kwargs: Any
@@ -154,15 +151,18 @@ class Calls(OneAtATime):
         states: list[CacheState] | None,
     ) -> Any:
         whole = functools.partial(call, *bound.args, **bound.kwargs)
-        with self._exchanging():
-            return self.ways.run(whole, self.streamer, t, states)
-
-    def _exchanging(self) -> contextlib.AbstractContextManager[None]:
-        """Let blocks continue without waiting for other processes, if possible."""
-        exchange = self._exchange
-        if exchange is None or exchange.waits or in_transformation():
-            return contextlib.nullcontext()
-        return exchange.together()
+        run = functools.partial(self.ways.run, whole, self.streamer, t, states)
+        exchange = self.exchange
+        if exchange is None or in_transformation():
+            return run()
+        if not exchange.waits and states is not None:
+            # Blocks do not wait for other processes, where ranks choose alike.
+            with contextlib.suppress(OtherChoiceError), exchange.together(defers=True):
+                return run()
+            for state in states:
+                state.put_back()
+        with exchange.together(defers=False):
+            return run()
 
     def _guard(self, out: Any) -> None:
         """Ensure that lazy rows are computed before their experts are released."""
@@ -180,12 +180,15 @@ class Calls(OneAtATime):
     ) -> Any:
         n_seqs, t, given = rows.n_seqs, rows.t, rows.cache
         # A call without caches returns all logits; dividing it needs temporary caches.
+        if self._is_followed(rows):
+            self._agreed(rows, lambda: self._make_gradient_room(rows))
+            return self._run(call, rows.bound, t, states)
         logits = not given
         cache = given or make_prompt_cache(self._whole)
         step = self._agreed(
             rows, lambda: self._make_room(cache, n_seqs, t, logits=logits) // n_seqs
         )
-        if step >= t or (logits and self._is_followed(rows)):
+        if step >= t:
             return self._run(call, rows.bound, t, states)
         if not rows.divides or self.row_bytes is None:
             raise BudgetError(
@@ -198,6 +201,8 @@ class Calls(OneAtATime):
             part = rows.part(slice(start, stop), cache)
             parts.append(self._run(call, part, stop - start, None))
             mx.eval(parts[-1], arrays_of(cache))
+            # Longer arrays than before find no place among freed ones.
+            device.trim_heap()
         return mx.concatenate(parts, axis=1)
 
     def _given_way(self, cache: list[Any], t: int) -> int:
@@ -208,19 +213,38 @@ class Calls(OneAtATime):
 
     def _agreed(self, rows: _Rows, step: Callable[[], int]) -> int:
         """Return the chunk of tokens to compute, the same in every process."""
-        if self._exchange is None or isinstance(self.streamer, BlankExperts):
+        if self.exchange is None or isinstance(self.streamer, BlankExperts):
             return step()
         first = next(iter(rows.arrays.values()))
-        return self._exchange.call(rows.n_seqs, rows.t, first, step)
+        while True:
+            try:
+                return self.exchange.call(rows.n_seqs, rows.t, first, step)
+            except BudgetError:
+                # Every rank hears of it, and keeps the same for later.
+                if self._give_way is None or not self._give_way():
+                    raise
 
     def _make_room(self, cache: list[Any], n_seqs: int, t: int, **options: Any) -> int:
         assert self.keeper is not None
-        return make_room(self.keeper, self._give_way, cache, n_seqs, t, **options)
+        give_way = self._give_way if self.exchange is None else None
+        return make_room(self.keeper, give_way, cache, n_seqs, t, **options)
+
+    def least(self, number: int) -> int:
+        """Return the smallest of all processes' numbers; each has to ask."""
+        return number if self.exchange is None else self.exchange.least(number)
+
+    def _make_gradient_room(self, rows: _Rows) -> int:
+        given, cache = rows.arrays.values(), rows.cache or []
+        self._gradients.make_room(self._whole, given, cache, rows.n_seqs, rows.t)
+        return rows.t
 
     def _is_followed(self, rows: _Rows) -> bool:
         """Tell whether a transformation traces a call, and so keeps its results."""
+        if not in_transformation():
+            return False
         parameters = leaves(self._whole.parameters())
-        return is_traced([*rows.arrays.values(), *parameters])
+        given = [*rows.arrays.values(), *arrays_of(rows.cache or [])]
+        return is_traced([*given, *parameters])
 
     @property
     def _whole(self) -> nn.Module:

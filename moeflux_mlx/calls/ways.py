@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import config, device
+from ..experts.compute.exchange import Exchange
 from ..experts.files.modules import RoutedBlock
 from ..experts.streaming.streamer import ExpertStreamer
 from ..experts.streaming.windows import window_of
@@ -49,6 +50,8 @@ class Ways:
     def __init__(self, optimistic: str | None = None):
         self._choice = config.optimistic(optimistic)
         self.runs_ahead = runs_ahead(self._choice)
+        # Other processes have a part of the experts.
+        self.exchange: Exchange | None = None
         self._choosers = Choosers({})
         self._n_blocks = 0
         self._token: TokenAhead | WaitingCall | None = None
@@ -154,8 +157,10 @@ class StreamedLayer(nn.Module):
     def __call__(self, *args: Any, **options: Any) -> Any:
         ways: Ways = self.__dict__["ways"]
         if (token := ways.token) is None:
-            return super().__call__(*args, **options)
-        return token.layer(super().__call__, args, options)
+            out = super().__call__(*args, **options)
+        else:
+            out = token.layer(super().__call__, args, options)
+        return out if ways.exchange is None else ways.exchange.mended(out)
 
 
 class StreamedChooser(nn.Module):

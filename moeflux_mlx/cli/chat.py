@@ -12,12 +12,19 @@ import mlx.core as mx
 from mlx_lm import chat as stock
 from mlx_lm.generate import stream_generate
 
-from ..errors import ConfigError, MoefluxError
+from ..errors import MoefluxError
 from ..loading import load
 from ..memory.caches import PutBackOnFailure
 from ..server.replaced import replaced
 from .arguments import check_number
-from .generate import NUMBERS, add_native_flag, add_streaming_flags, streaming_options
+from .generate import (
+    NUMBERS,
+    add_native_flag,
+    add_streaming_flags,
+    check_division,
+    division,
+    streaming_options,
+)
 from .preflight import announce
 
 
@@ -44,15 +51,7 @@ def run(args: argparse.Namespace) -> int:
     for name in NUMBERS.keys() & vars(args).keys():
         if (value := getattr(args, name)) is not None:
             check_number(f"--{name.replace('_', '-')}", value, NUMBERS[name])
-    if args.pipeline:
-        raise ConfigError(
-            "[chat] expected no --pipeline: several processes share the experts of all "
-            "layers"
-        )
-    if args.group is not None and args.adapter_path:
-        raise ConfigError(
-            "[chat] expected one process with --adapter-path: run it without mlx.launch"
-        )
+    check_division("chat", args, "adapter_path", "executor")
 
     def opened(
         path: str,
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     def shared(
         path: str, *groups: mx.distributed.Group | None, trust_remote_code: bool
     ) -> tuple[Any, Any]:
-        return load(path, **streaming_options(args), group=args.group)
+        return load(path, **streaming_options(args), **division(args))
 
     parsed = SimpleNamespace(parse_args=lambda: args)
     with replaced(

@@ -60,6 +60,11 @@ def add_parser(subparsers: Any) -> None:
     add_streaming_flags(parser)
     add_native_flag(parser)
     add_state_flags(parser)
+    parser.add_argument(
+        "--pipeline",
+        action="store_true",
+        help="several processes divide layers, not experts",
+    )
     parser.set_defaults(run=run, group=None)
 
 
@@ -120,6 +125,36 @@ def add_state_flags(parser: argparse.ArgumentParser) -> None:
     ours.add_argument("--save-state", metavar="FILE", help=save)
 
 
+def check_division(command: str, args: argparse.Namespace, *alone: str) -> None:
+    """Refuse flags that do not go with the number of processes.
+
+    Args:
+        alone: names of flags for one process.
+
+    Raises:
+        ConfigError: names the flag.
+    """
+    if args.group is None:
+        if args.pipeline:
+            raise ConfigError(
+                f"[{command}] expected several processes with --pipeline but got one: "
+                "start it with mlx.launch"
+            )
+        return
+    for flag in alone:
+        if getattr(args, flag) is not None:
+            name = flag.replace("_", "-")
+            raise ConfigError(
+                f"[{command}] expected one process with --{name} but "
+                f"{args.group.size()} were started: run it without mlx.launch"
+            )
+
+
+def division(args: argparse.Namespace) -> dict[str, Any]:
+    """Return how processes divide a model, as ``load`` takes it."""
+    return {"group": args.group, "pipeline": args.pipeline}
+
+
 def streaming_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the values of the streaming flags as arguments of ``load``."""
     names = ("memory", "expert_memory", "scope", "policy", "read_ahead", "expert_io")
@@ -174,8 +209,7 @@ def run(args: argparse.Namespace) -> int:
 def _refuse_unusable(args: argparse.Namespace) -> None:
     if args.image:
         raise ConfigError("[generate] expected a text prompt but got --image")
-    if args.group is not None:
-        _refuse_in_group(args)
+    _refuse_in_group(args)
     states = args.load_state is not None or args.save_state is not None
     for flag in ("prompt_cache_file", "draft_model"):
         if states and getattr(args, flag) is not None:
@@ -189,19 +223,13 @@ def _refuse_unusable(args: argparse.Namespace) -> None:
 
 
 def _refuse_in_group(args: argparse.Namespace) -> None:
+    check_division("generate", args, "executor")
     # Under mlx.launch standard input never ends.
-    if args.prompt == "-":
+    if args.group is not None and args.prompt == "-":
         raise ConfigError(
             "[generate] expected a prompt as text with several processes but got '-': "
             'give it as --prompt "$(cat FILE)"'
         )
-    for flag in ("load_state", "save_state", "executor"):
-        if getattr(args, flag) is not None:
-            name = flag.replace("_", "-")
-            raise ConfigError(
-                f"[generate] expected one process with --{name} but {args.group.size()}"
-                " were started: run it without mlx.launch"
-            )
 
 
 def _load(
@@ -210,7 +238,7 @@ def _load(
     model, tokenizer = load(
         path,
         **streaming_options(args),
-        group=args.group,
+        **division(args),
         adapter_path=args.adapter_path,
         tokenizer_config={
             **_object("--prompt-cache-file", saved.get("tokenizer_config")),

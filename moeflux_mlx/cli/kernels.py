@@ -13,7 +13,7 @@ from .. import config
 from ..engine.executors import gpu_executor
 from ..engine.executors.verified import Record, records
 from ..engine.launch import KERNELS, Kernel, Launch, prepare
-from ..engine.lowering import GROUPS, TABLE, launched_by
+from ..engine.lowering import FUSIONS, WAYS, launched_by
 from ..engine.lowering.tuned import Tuning, current
 from ..engine.metal import Scalar
 from ..system.terminal import WIDE, PlainConsole
@@ -58,12 +58,12 @@ def tuning_in_force() -> Tuning | None:
 
 def lowering_rows(tuning: Tuning | None) -> list[dict[str, Any]]:
     """Return a row for each Op and fusion: its ways, and the choices of tuning."""
-    names = {op.__name__: [way.name for way in ways] for op, ways in TABLE.items()}
+    names = {op.__name__: [way.name for way in ways] for op, ways in WAYS.items()}
     rows = [
         {"op": op, "ways": ways, "tuned": _tuned(op, tuning)}
         for op, ways in names.items()
     ]
-    for group in GROUPS:
+    for group in FUSIONS:
         ops = " + ".join(op.__name__ for op in group.types)
         tuned = _tuned(group.name, tuning)
         rows.append({"op": ops, "ways": [group.name], "tuned": tuned})

@@ -10,7 +10,13 @@ from typing import Any, NoReturn
 from ..errors import ConfigError
 from ..memory.cache_layouts import CACHE_BITS, CACHE_GROUPS
 from .arguments import Parser, check_number, integer, number, one_of
-from .generate import add_native_flag, add_streaming_flags, streaming_options
+from .generate import (
+    add_native_flag,
+    add_streaming_flags,
+    check_division,
+    division,
+    streaming_options,
+)
 from .preflight import announce
 
 # The usable ranges of mlx-lm's flags, which mlx-lm itself does not check.
@@ -69,7 +75,7 @@ def _parser(prog: str) -> Parser:
     )
     add_streaming_flags(parser)
     add_native_flag(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, group=None)
     return parser
 
 
@@ -108,12 +114,13 @@ def run(args: argparse.Namespace) -> int:
             check_number(f"--{name.replace('_', '-')}", value, parse)
     if not isinstance(args.chat_template_args, dict):
         raise ConfigError("[serve] --chat-template-args: expected a JSON object")
-    if args.pipeline:
-        raise ConfigError("[serve] expected one process but got --pipeline")
+    check_division("serve", args, "adapter_path", "draft_model", "executor")
+    is_first = args.group is None or args.group.rank() == 0
     logging.basicConfig(
-        level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s"
+        level=args.log_level if is_first else logging.WARNING,
+        format="%(asctime)s - %(levelname)s - %(message)s",
     )
     announce(args.model, streaming_options(args))
     from ..server.server import serve
 
-    return serve(args, streaming_options(args))
+    return serve(args, {**streaming_options(args), **division(args)})

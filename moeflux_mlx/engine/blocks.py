@@ -1,7 +1,7 @@
-"""The second half of a layer, as Ops pushed onto a graph: routed experts, or none.
+"""The second half of a layer as Ops pushed onto a graph: routed experts or an MLP.
 
-A form lists the parts of a family's layer. Its parameters are those of mlx-lm's module,
-by their paths below the layer.
+A form describes the block of a family in numbers. Its parameters are those of mlx-lm's
+module, by their paths below the layer.
 
 Letters: B sequences, T tokens each, N = B T, D model width, K experts of a token.
 """
@@ -31,9 +31,9 @@ from .ops.moe import noaux_topk, softmax_topk
 
 @dataclass(frozen=True)
 class Call:
-    """A call's facts that shape its graphs: sequences, tokens each, masks, experts.
+    """The facts of a call that shape its graphs: sequences, tokens, masks, experts.
 
-    ``asks_at_once``: experts are asked for when they are chosen, see ``asking``.
+    ``requests_early``: reading starts when experts are chosen; see ``requesting``.
     """
 
     n_seqs: int
@@ -44,7 +44,7 @@ class Call:
     lengths: bool = False
     spare_rows: bool = False
     gather_by_id: bool = False
-    asks_at_once: bool = False
+    requests_early: bool = False
 
     @property
     def n(self) -> int:
@@ -58,23 +58,23 @@ ROUTED = "switch_mlp"
 MLP = "mlp"
 # Matrices that multiply the same row one after the other, by path.
 SameInput = tuple[tuple[str, ...], ...]
-# The shapes of tensors as they are once unpacked, by name.
+# The unpacked shapes of tensors, by name.
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def rotation(rope: nn.Module, *, pairs: bool = False) -> tuple[mx.array, float]:
-    """Return how one of mlx-lm's rotary modules turns and scales channels.
+    """Return the angles and the factor of one of mlx-lm's rotary modules.
 
     Args:
-        pairs: neighbouring channels are to be pairs, not those of two halves.
+        pairs: neighbouring channels form pairs, not channels of two halves.
 
     Returns:
-        The angle per position of each channel pair, ``[rotary_dim / 2]``, and what the
-        rotated channels are multiplied by.
+        The angle per position of each channel pair, ``[rotary_dim / 2]``, and the
+        factor of rotated channels.
 
     Raises:
-        ModelError: angles depend on the length of the sequence, or are no numbers, or
-            other channels are paired.
+        ModelError: angles depend on the length of the sequence or are not finite, or
+            the module pairs other channels.
     """
     scale = getattr(rope, "mscale", getattr(rope, "_scale", 1.0))
     traditional = getattr(rope, "traditional", False)
@@ -106,7 +106,7 @@ def rotation(rope: nn.Module, *, pairs: bool = False) -> tuple[mx.array, float]:
 
 @dataclass(frozen=True)
 class RoutedShape:
-    """Model width, expert width, and bytes of one routed expert as stored."""
+    """Width of the model and of an expert, and the stored bytes of one expert."""
 
     dim: int
     expert_dim: int
@@ -117,7 +117,7 @@ class RoutedShape:
 class Noaux:
     """A choice by sigmoids with a correction, among the best groups of experts.
 
-    See ``MoeNoauxTopK``; ``bias`` is where in the block the correction lies.
+    See ``MoeNoauxTopK``. ``bias`` is the path of the correction in the block.
     """
 
     n_group: int = 1
@@ -128,18 +128,18 @@ class Noaux:
 
 @dataclass(frozen=True, eq=False)
 class Moe:
-    """Routed experts: by default a softmax over all of them, and the ``k`` likeliest.
+    """Routed experts: the ``k`` likeliest by a softmax over all, unless ``noaux``.
 
     Args:
         normalised: the weights of a token's experts are divided by their sum.
-        shared_dim: width of the expert that every token has beside; 0: there is none.
-        shared_name: mlx-lm's name for it.
-        gated: a gate of its own opens the shared expert.
+        shared_dim: width of the shared expert; 0: there is none.
+        shared_name: mlx-lm's name of the shared expert.
+        gated: a gate scales the output of the shared expert.
         noaux: experts are chosen by sigmoids.
         path: mlx-lm's name of the block in a layer.
-        routed_name, router: mlx-lm's names of the experts, and of their router.
-        biased: the experts and the router add biases to their products.
-        alpha, limit: of a clipped SwiGLU, as ``clipped_swiglu`` has it; 0: a plain one.
+        routed_name, router: mlx-lm's names of the experts and of their router.
+        biased: the experts and the router add biases.
+        alpha, limit: numbers of ``clipped_swiglu``; a limit of 0 is a plain SwiGLU.
     """
 
     n_experts: int
@@ -169,14 +169,14 @@ class Moe:
 
     @property
     def same_input(self) -> SameInput:
-        """Its matrices that read the same row, by path."""
+        """Paths of matrices that multiply the same row."""
         return (
             (self.router_path, f"{self.shared}_gate"),
             (f"{self.shared}.gate_proj", f"{self.shared}.up_proj"),
         )
 
     def shapes(self, dim: int) -> Shapes:
-        """Return the tensors of the block by name, as they are once unpacked."""
+        """Return the unpacked shapes of the block's tensors by name."""
         n, inner, stem = (
             self.n_experts,
             self.expert_dim,
@@ -203,7 +203,7 @@ class Moe:
         return routed
 
     def chosen_by(self, block: nn.Module) -> Moe:
-        """Return the form as mlx-lm's module has it: users change how it chooses."""
+        """Return the form with the module's own choice; users may change it."""
         noaux, gate = self.noaux, block[self.router]
         if noaux is not None and hasattr(gate, "topk_group"):
             block, scale = gate, float(gate.routed_scaling_factor)
@@ -212,7 +212,7 @@ class Moe:
             )
         k = getattr(block, "top_k", None) or block.num_experts_per_tok
         normalised = bool(getattr(block, "norm_topk_prob", self.normalised))
-        # mlx-lm leaves the weight of a single sigmoid as it is.
+        # mlx-lm does not normalise the weight of a single sigmoid.
         normalised = normalised and (block is not gate or k > 1)
         if (k, normalised, noaux) == (self.k, self.normalised, self.noaux):
             return self
@@ -226,19 +226,19 @@ class Moe:
 
 @dataclass(frozen=True, eq=False)
 class DenseMlp:
-    """One SwiGLU of the given width for every token."""
+    """One SwiGLU for every token, in place of experts."""
 
     inner_dim: int
     path: ClassVar[str] = MLP
     same_input: ClassVar[SameInput] = ((f"{MLP}.gate_proj", f"{MLP}.up_proj"),)
 
     def shapes(self, dim: int) -> Shapes:
-        """Return the tensors of the block by name, as they are once unpacked."""
+        """Return the unpacked shapes of the block's tensors by name."""
         return mlp_shapes(MLP, dim, self.inner_dim)
 
 
 def mlp_shapes(path: str, dim: int, inner: int) -> Shapes:
-    """Return the tensors of a SwiGLU at ``path``."""
+    """Return the shapes of the tensors of a SwiGLU at ``path``."""
     return {
         f"{path}.gate_proj.weight": (inner, dim),
         f"{path}.up_proj.weight": (inner, dim),
@@ -254,9 +254,9 @@ RoutedOp = (
 
 
 def experts_op(call: Call) -> RoutedOp:
-    """Return the Op that runs the routed experts of such calls.
+    """Return the Op that runs the routed experts of a call.
 
-    The choice never depends on the memory budget, so that results do not either.
+    It never depends on the memory budget, and so results do not either.
     """
     if call.n == 1:
         return ops.MoeDecodeExperts
@@ -266,7 +266,7 @@ def experts_op(call: Call) -> RoutedOp:
 def choose_experts(
     g: GraphBuilder, form: Moe, logits: BufId, n: int
 ) -> tuple[BufId, BufId]:
-    """Push the choice of each token's K experts, and their weights."""
+    """Push the choice of each token's K experts and of their weights."""
     k = form.k
     indices = g.new("expert_indices", b.RouterIdxBuf, (n, k))
     weights = g.new("expert_weights", b.RouterWeightsBuf, (n, k))
@@ -308,8 +308,8 @@ def choose_experts(
     return indices, weights
 
 
-def asking(experts: GraphExperts, form: Moe) -> Kernel:
-    """Return a function that performs ``form.choice`` and has its experts read."""
+def requesting(experts: GraphExperts, form: Moe) -> Kernel:
+    """Return a function that performs ``form.choice`` and starts to read experts."""
 
     def choose(logits: Array, *bias: Weight) -> tuple[Array, Array]:
         if (by := form.noaux) is None:
@@ -317,20 +317,20 @@ def asking(experts: GraphExperts, form: Moe) -> Kernel:
         else:
             how = by.n_group, by.topk_group, by.scale, form.normalised
             indices, weights = noaux_topk(logits, bias[0].w, form.k, *how)
-        experts.ask(to_device(indices))
+        experts.request(to_device(indices))
         return indices, weights
 
     return choose
 
 
 def expected_experts(g: GraphBuilder, form: Moe, x: BufId, n: int) -> BufId:
-    """Push a router on rows that are not quite its own: a guess at its next choice."""
+    """Push a router on rows close to its own, to predict its next choice."""
     logits = g.matvec(form.router_path, x, b.RouterLogitsBuf, label="router")
     return choose_experts(g, form, logits, n)[0]
 
 
 class _Swiglu:
-    """A SwiGLU at a path, pushed in two parts: others may come between them.
+    """A SwiGLU at a path, pushed in two parts, so that other Ops may come between.
 
     Args:
         name: the prefix of its labels.
@@ -345,7 +345,7 @@ class _Swiglu:
         self._up = self._matvec("up_proj", x, b.SharedFfnUpBuf)
 
     def close(self, n: int) -> BufId:
-        """Push the activation and the matrix that leads back."""
+        """Push the activation and the down projection."""
         width = self._g.ref(f"{self._path}.gate_proj").shape[0]
         act = self._g.new(f"{self._name}act", b.SharedFfnActBuf, (n, width))
         self._g.push(
@@ -366,9 +366,9 @@ class _Swiglu:
 
 
 class _Shared:
-    """The expert that every token has, and the gate over all of it, if there are such.
+    """The shared expert and its gate, if there are any.
 
-    Pushed in two parts, with the choice of the others between them or after.
+    It is pushed in two parts, with the choice of experts between or after them.
     """
 
     def __init__(self, g: GraphBuilder, form: Moe):
@@ -377,7 +377,7 @@ class _Shared:
         self.gate: BufId | None = None
 
     def open(self, x: BufId) -> None:
-        """Push the Ops that read the layer's row."""
+        """Push the products with the layer's row."""
         if not self._is_there:
             return
         if self._form.gated:
@@ -386,7 +386,7 @@ class _Shared:
         self._mlp.open(x)
 
     def close(self, n: int) -> BufId | None:
-        """Push the rest of it."""
+        """Push the activation and the down projection."""
         return self._mlp.close(n) if self._is_there else None
 
 
@@ -439,19 +439,19 @@ def moe(
     n, dim = call.n, routed.dim
     experts = g.input("experts", b.ExpertBaseBuf, (None,))
     shared = _Shared(g, form)
-    # A router that is never quantised is no product of the norm's launch.
-    apart = form.noaux is not None and not call.asks_at_once
+    # An unquantised router cannot join the norm's launch, so it must not part others.
+    apart = form.noaux is not None and not call.requests_early
     if apart:
         shared.open(x)
     logits = g.matvec(form.router_path, x, b.RouterLogitsBuf, label="router")
-    if call.asks_at_once:
-        # Ops that do not need them run while they are being read.
+    if call.requests_early:
+        # The shared expert runs while the chosen ones are being read.
         chosen = choose_experts(g, form, logits, n)
         shared.open(x)
         down = shared.close(n)
         out_sum = _experts_sum(g, form, x, chosen, experts, call, routed)
     else:
-        # In an order in which launches can perform neighbours together.
+        # An order in which neighbours can be fused.
         if not apart:
             shared.open(x)
         chosen = choose_experts(g, form, logits, n)

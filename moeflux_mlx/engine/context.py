@@ -1,7 +1,4 @@
-"""The surroundings of a graph in one call of a model: positions, masks and caches.
-
-All of it comes from mlx-lm's own cache objects, and goes back to them.
-"""
+"""Positions, masks and caches of one call of a model, from mlx-lm's cache objects."""
 
 from __future__ import annotations
 
@@ -23,27 +20,26 @@ from .ops.functions import namespace, to_device, to_host
 
 
 class Grows(Protocol):
-    """A mixer: whether its cache has a row for each token."""
+    """The part of a mixer that a ``Context`` reads."""
 
     @property
     def grows(self) -> bool:
-        """Whether it has; else a state of one size."""
+        """Whether the cache has a row for each token; else it has a fixed size."""
 
     @property
     def window(self) -> int | None:
-        """How many of the last tokens a token sees; None: all."""
+        """Number of last tokens that a token sees; None: all."""
 
 
 class Context:
     """Positions and masks of one call, made once for all layers.
 
-    ``masks`` of attention by its window are bool ``[B or 1, 1, T, S]``,
-    ``sequence_mask`` bool ``[B, T]``, each None when nothing but causality hides
-    tokens; ``start`` int32 ``[B]`` is the position of each sequence's first token.
-    ``move`` takes arrays to where the call
-    runs: NumPy ``on_host``. ``traced``: the whole call becomes one trace, so that
-    nothing in it needs one of its own, every cache is a ``TracedKV`` or of arrays, and
-    ``experts`` by layer stand for the layers' own.
+    ``masks`` holds the mask of attention by window, bool ``[B or 1, 1, T, S]``;
+    ``sequence_mask`` is bool ``[B, T]``. A mask is None if only causality hides tokens.
+    ``start`` int32 ``[B]`` is the position of each sequence's first token. ``move``
+    converts arrays for the call: to NumPy if ``on_host``. ``traced``: MLX compiles the
+    whole call as one function, so graphs are not compiled alone, every cache is a
+    ``TracedKV`` or has fixed arrays, and ``experts`` by layer replace the layers' own.
     """
 
     def __init__(
@@ -64,7 +60,7 @@ class Context:
         linear = _cache_of(mixers, cache, grows=False)
         full = _cache_of(mixers, cache, grows=True)
         pairs = zip(reversed(mixers), reversed(cache), strict=True)
-        # The first of each.
+        # Reversed, so that the first layer of each window wins.
         by_window = {m.window: c for m, c in pairs if m.grows}
         self.masks = {w: self._mask(stub, c, w) for w, c in by_window.items()}
         self.sequence_mask = self.move(base.create_ssm_mask(stub, linear))
@@ -77,10 +73,10 @@ class Context:
         self._last: dict[int, Any] = {}
 
     def last_row(self, n_rows: int) -> Any:
-        """Return the last row of a cache with something in it, int32 ``[B]``.
+        """Return the last row of a cache that is in use, int32 ``[B]``.
 
         Args:
-            n_rows: the most that the cache has: later tokens take the oldest one's row.
+            n_rows: rows of the cache; once it is full, a token replaces the oldest.
         """
         if n_rows not in self._last:
             at = namespace(self.start)
@@ -95,17 +91,17 @@ class Context:
 
 
 def _cache_of(mixers: Sequence[Grows], cache: list[Any], *, grows: bool) -> Any:
-    """Return the first cache of a kind; None when no mixer has such."""
+    """Return the first cache that grows, or does not; None if there is none."""
     pairs = zip(mixers, cache, strict=True)
     return next((c for mixer, c in pairs if mixer.grows == grows), None)
 
 
 def has_spare_rows(cache: Any, window: int | None = None) -> bool:
-    """Tell whether a cache's rows lie in arrays that also have room for later ones.
+    """Return whether a cache's arrays have room for later rows.
 
     Args:
-        window: how many of the last tokens a token sees. Then a cache of just those
-            has it, since a new token takes the place of one that is not seen.
+        window: number of last tokens that a token sees. A ring of that size has room: a
+            new token replaces one that is no longer seen.
     """
     if window is None:
         return type(cache) is KVCache
@@ -113,7 +109,7 @@ def has_spare_rows(cache: Any, window: int | None = None) -> bool:
 
 
 def turns_round(cache: Any, window: int | None) -> bool:
-    """Tell whether a cache keeps the last ``window`` tokens and no others."""
+    """Return whether a cache is a ring of the last ``window`` tokens."""
     own = type(cache) is RotatingKVCache and cache.keep == 0
     return own and cache.max_size == window
 
@@ -126,12 +122,12 @@ def cache_ops(
     context: Context,
     spare_rows: bool,
 ) -> dict[type[Op], Kernel]:
-    """Return the Ops that mlx-lm's cache object performs itself.
+    """Return functions for the Ops that mlx-lm's cache object performs, by Op.
 
     Args:
-        heads: of queries; ``kv_heads`` of keys and values.
+        heads: number of query heads; ``kv_heads`` of keys and values.
         scale: factor of the scores.
-        spare_rows: attention takes the cache's arrays whole.
+        spare_rows: attention takes the cache's whole arrays.
     """
     n_seqs = context.n_seqs
 

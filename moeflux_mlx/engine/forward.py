@@ -1,6 +1,6 @@
-"""A call of a model: tokens to rows, layer after layer, rows to logits.
+"""The forward pass of a model: tokens to rows, layer after layer, rows to logits.
 
-A family's forms describe its layers; nothing here knows how those mix or route.
+The forms of a family describe its layers; this module knows no mixer and no router.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from .. import device
 from ..calls.arguments import ArgumentChecks, bounded, check_ids
+from ..calls.gradients import Gradients, kind_of
 from ..calls.module_call import Backbone, ModuleCall, is_tied, without_adapters
+from ..calls.small_calls import SmallCalls
 from ..calls.transforms import in_transformation, is_traced
-from ..experts.compute.streamed import AssumedExperts
+from ..experts.compute.streamed import SpeculativeExperts
 from ..experts.streaming.streamer import ExpertStreamer
 from ..experts.weights import Weight, has_values
 from ..memory.caches import PutBackOnFailure
@@ -28,6 +30,7 @@ from ..memory.plan import affords_unpacked
 from ..system.progress import prompt_progress
 from . import ops
 from .blocks import ROUTED, Call
+from .compiled_layers import CompiledLayers, Passed, arrays_of
 from .context import Context
 from .graph import roles as b
 from .graph.experts import GraphExperts
@@ -38,18 +41,17 @@ from .ops.functions import Array, namespace, to_device, to_host
 from .parameters import LayerWeights, Watch
 from .runtime import Runtime
 from .steps import TokenSteps
-from .trace import Passed, StepTracer, arrays_of
 
 
 class Forward:
-    """Runs a text model: weights, states and masks to graphs, layer by layer.
+    """Runs a text model: passes weights, states and masks to graphs, layer by layer.
 
     Args:
         text: mlx-lm's module, with its ``model`` of ``layers`` between embedding and
             norm.
-        args: that module's.
+        args: the arguments of that module.
         forms: the form of each layer.
-        backbone: how mlx-lm calls ``text.model``, for calls that graphs cannot do.
+        backbone: mlx-lm's call of ``text.model``, for calls that graphs cannot do.
     """
 
     def __init__(
@@ -63,7 +65,9 @@ class Forward:
         self.text, self.args, self.runtime = text, args, runtime
         self._forms = forms
         self._modules = ModuleCall(text, backbone, self._bounded)
-        # Whether graphs perform all of the modules.
+        self._gradients = Gradients(runtime, self._logits_of_modules)
+        self._module_calls = SmallCalls(runtime)
+        # Whether graphs perform every module; adapters and the like they do not.
         self._is_known = True
         self._mixers = [form.mixer for form in forms]
         self._checked = ArgumentChecks(self._mixers, args.hidden_size)
@@ -71,23 +75,29 @@ class Forward:
         self._ends = LayerWeights(text, skip="layers")
         self._runner = GraphRunner(runtime.executor)
         self._chunk = 0
-        tracer = StepTracer(self._traced)
+        compiled = CompiledLayers(self._lazy_layers)
         windows = [mixer.window for mixer in self._mixers]
-        self._steps = TokenSteps(tracer, windows)
-        # The runner's graphs here have no experts.
-        runtime.holders.add(tracer)
+        self._steps = TokenSteps(compiled, windows)
+        # ``self._runner`` need not be added: its graphs have no experts.
+        runtime.holders.add(compiled)
         runtime.holders.add(self)
-        # The parameters of the last call that no transformation followed.
+        # The parameters of the last call outside of transformations.
         self._parameters: Watch | None = None
         self._bound: tuple[bool, list[Any], list[GraphExperts | None]] | None = None
         self.needs = TextNeeds(
-            text, args, self.routed_name, forms, self._planned_bytes, lambda: self.dtype
+            text,
+            args,
+            self.routed_name,
+            forms,
+            self._planned_bytes,
+            lambda: self.dtype,
+            self._module_bytes,
         )
         self._in_trace = False
 
     @property
     def routed_name(self) -> str:
-        """mlx-lm's name of the blocks of routed experts."""
+        """mlx-lm's name of blocks of routed experts."""
         routed = (f.routed_name for f in self._forms if f.routed is not None)
         return next(routed, ROUTED)
 
@@ -96,7 +106,7 @@ class Forward:
         return self._like(text, runtime)
 
     def let_go(self) -> None:
-        """Keep no layer's experts."""
+        """Drop the layers' experts."""
         self._bound = None
 
     def _like(self, text: nn.Module, runtime: Runtime) -> Forward:
@@ -107,24 +117,24 @@ class Forward:
 
     @property
     def dtype(self) -> mx.Dtype:
-        """Type of activations."""
+        """The type of activations."""
         return device.activation_dtype(self.text.model.norm.weight.dtype)
 
     def __call__(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> mx.array:
-        """Return the logits ``[B, T, V]`` of a call, the only one at this time."""
+        """Return logits ``[B, T, V]``; other threads' calls wait meanwhile."""
         logits: mx.array = self._alone(inputs, cache, embeddings, logits=True)
         return logits
 
     def rows(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> Array:
-        """Return the rows ``[B, T, D]`` that logits are made of; as ``__call__``."""
+        """Return normalised rows ``[B, T, D]``; other threads' calls wait meanwhile."""
         return self._alone(inputs, cache, embeddings, logits=False)
 
     def _alone(self, *arguments: Any, logits: bool) -> Array:
-        """Make a call while no other thread does; its lazy result may outlive this."""
+        """Make a call while no other thread does; its result may still be lazy."""
         return self.runtime.alone(self._called, *arguments, logits=logits)
 
     def _called(
@@ -145,7 +155,7 @@ class Forward:
         return call(inputs, cache, embeddings)
 
     def _streams_to(self, followed: list[mx.array]) -> bool:
-        """Tell whether a call that can be followed reads experts that come and go."""
+        """Return whether a transformed call with values reads streamed experts."""
         self.runtime.open(self.needs)
         return self.runtime.comes_and_goes and has_values(*followed)
 
@@ -157,18 +167,40 @@ class Forward:
         followed: list[mx.array],
     ) -> mx.array:
         if not has_values(*followed):
-            # Says why not, where experts are not among the parameters.
+            # Raises an error if experts are not among the parameters.
             self._reference(followed)
         self.runtime.open(self.needs)
         call, whole = self._put_back_on_failure, bool(followed)
         rows: mx.array = self._divided(call, inputs, cache, embeddings, whole=whole)
         streamer = self.runtime.streamer
         if followed and isinstance(streamer, ExpertStreamer) and streamer.resident:
-            # A computation backwards reads the experts once more.
+            # The backward pass reads the experts again.
             streamer.stay()
         else:
             self._guard(rows, cache)
         return rows
+
+    def _logits_of_modules(self, tokens: mx.array) -> mx.array:
+        return self._modules.logits(self._modules.rows(tokens, None, None))
+
+    def _measure_modules(self, n_seqs: int, t: int, cache: list[Any]) -> None:
+        """Find what calls of modules take, which no graph tells."""
+        # The room of a single token is known from any call before it.
+        is_known = t == 1 and self._module_calls.taken.of_token > 0
+        if (keeper := self.runtime.keeper) is None or is_known:
+            return
+        self._module_calls.measure(
+            kind_of(self.text),
+            n_seqs * t,
+            lambda: keeper.clear(cache),
+            lambda tokens: self._modules.rows(tokens, None, None),
+        )
+
+    def _module_bytes(self, n_seqs: int, t: int, n_rows: int) -> float:
+        """Return the peak of a call if it is one of modules."""
+        if self._is_known:
+            return 0
+        return self._module_calls.taken.n_bytes(n_seqs, t, n_rows)
 
     def _put_back_on_failure(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
@@ -188,7 +220,7 @@ class Forward:
     def _followed(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> list[mx.array]:
-        """Return the arrays that a call depends on if a transformation follows any."""
+        """Return the arrays of a call if a transformation traces any; else none."""
         if in_transformation():
             given = [inputs] if embeddings is None else [inputs, embeddings]
             if cache is not None:
@@ -207,26 +239,26 @@ class Forward:
         return []
 
     def _reference(self, followed: list[mx.array]) -> Forward:
-        """Return the runner of a call that a transformation follows: all of it lazy.
+        """Return a lazy runner for a call inside a transformation.
 
-        It serves one call: its weights may be another transformation's next time.
+        It serves one call: the next transformation may pass other weights.
 
         Raises:
-            ModelError: experts come and go, or cannot be part of a function.
+            ModelError: experts are streamed, or cannot be part of a function.
         """
         self.runtime.open(self.needs)
         runtime = self.runtime.reference(has_values=has_values(*followed))
         return self._like(self.text, runtime)
 
     def threads(self, inputs: mx.array) -> AbstractContextManager[None]:
-        """Give a call on the host the threads that its size deserves."""
+        """Return a context that gives a call on the host threads to fit its size."""
         return self._threads(inputs.size)
 
     def _threads(self, n_tokens: int) -> AbstractContextManager[None]:
         return device.host_threads(n_tokens * self.args.hidden_size**2)
 
     def prepare(self) -> None:
-        """Decide how weights are held; they are quantised only after construction."""
+        """Decide how to hold weights; mlx-lm quantises them after construction."""
         self.runtime.open(self.needs)
         plan = self.runtime.plan
         unpack = plan.unpack if plan else affords_unpacked(self.needs)
@@ -240,19 +272,19 @@ class Forward:
         return zip(self.text.model.layers, self._forms, strict=True)
 
     def graph_layers(self) -> list[GraphLayer]:
-        """Return the decoder layers, preparing them if no call did so before."""
+        """Return the decoder layers; prepare them on the first call."""
         if not self.layers:
             self.prepare()
         return self.layers
 
     def _planned_bytes(self, index: int, call: Call) -> int:
-        # An adapter is tiny beside its layer.
+        # An adapter is tiny compared to its layer, so the plan ignores it.
         module = without_adapters(self.text.model.layers[index])
         layer = GraphLayer(module, index, self._forms[index], self.runtime, False)
         return layer.planned_bytes(call)
 
     def make_room(self, inputs: mx.array, cache: list[Any] | None) -> None:
-        """Let experts give way to the system, and to the caches of single tokens."""
+        """Shrink experts for the system's needs and the caches of single tokens."""
         self.graph_layers()
         self.runtime.give_way(cache or [])
         n_seqs, t = inputs.shape[:2]
@@ -262,14 +294,14 @@ class Forward:
     def step(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> mx.array | None:
-        """Return the logits of one token each from traces, or None without them."""
+        """Return the logits of a decoding step; None if it needs an ordinary call."""
         if cache is None or embeddings is not None or inputs.shape[-1] != 1:
             return None
         executor = self.runtime.executor
         self.graph_layers()
-        # Whoever looks at steps is to see each layer's once.
+        # An observer must see each layer once, and running ahead may repeat layers.
         watched = executor.watches_layers or (
-            executor.watches_steps and self.runtime.streams
+            executor.watches_calls and self.runtime.streams
         )
         if watched or not self.runtime.steps:
             return None
@@ -280,32 +312,33 @@ class Forward:
         if streamer is not None and not streamer.fits(n_experts):
             return None
         self._check_tokens(inputs)
-        traced = executor.compiles and not executor.watches_steps
-        logits = self._steps(inputs, cache, sources, weights, streamer, traced=traced)
+        compiled = executor.compiles and not executor.watches_calls
+        given = inputs, cache, sources, weights, streamer
+        logits = self._steps(*given, compiled=compiled)
         if logits is None:
             return None
         for source in sources:
             if source is not None:
-                source.asked(n_experts)
+                source.count(n_experts)
         self._guard(logits, cache)
         return logits
 
     def _guard(self, result: Array, cache: list[Any] | None) -> None:
-        """Have the result of a call computed before experts that it reads are gone."""
+        """Keep the experts that a lazy result reads until it is computed."""
         streamer = self.runtime.streamer
-        # For a function that MLX transforms all experts stay, and on the host nothing
-        # is lazy.
+        # In a transformation all experts stay, and on the host nothing is lazy.
         lazy = isinstance(result, mx.array) and not self.runtime.is_reference
         if streamer is not None and lazy:
             streamer.guard_result(result)
         if isinstance(streamer, ExpertStreamer) and lazy and cache:
-            # What a trace gave keeps it, with experts' slots, until that is computed.
+            # Results of a compiled function hold experts' slots until they are
+            # computed.
             streamer.begin(arrays_of(cache))
 
     def _bind(self) -> tuple[list[Mapping[str, Weight]], list[GraphExperts | None]]:
-        """Return all weights and experts; anew if a call found that one changed.
+        """Return all weights and experts, collected again if a call found a change.
 
-        Layers without routed experts have None.
+        The experts of a dense layer are None.
         """
         streams, bound = self.runtime.streams, self._bound
         if bound is None or bound[0] != streams:
@@ -316,33 +349,33 @@ class Forward:
             bound = self._bound = streams, weights, sources
         return bound[1:]
 
-    def _traced(
+    def _lazy_layers(
         self, span: range, x: mx.array, cache: list[Any], slots: mx.array | None
     ) -> Passed:
-        """Run some layers as a ``StepTracer`` has them, with embedding and logits.
+        """Run some layers for ``CompiledLayers``, with embedding and logits.
 
         Args:
-            x: tokens ``[B, 1]`` before the first layer, else rows ``[B, D]``.
+            x: tokens ``[B, 1]`` for the first layer, else rows ``[B, D]``.
         """
         n_seqs = x.shape[0]
         _, sources = self._bind()
-        asked = {i: s for i in span if (s := sources[i]) is not None}
-        experts = {i: source.assumed(slots) for i, source in asked.items()}
+        routed = {i: s for i in span if (s := sources[i]) is not None}
+        experts = {i: source.speculative(slots) for i, source in routed.items()}
         self._in_trace = True
         try:
             hidden = x if span.start else self._embed(x, None, False)[0]
-            steps = self._context(span, cache, n_seqs, 1, host=False, experts=experts)
+            context = self._context(span, cache, n_seqs, 1, host=False, experts=experts)
             inputs = [x]
             for i, layer_cache in zip(span, cache, strict=True):
-                hidden = self.layers[i](hidden, layer_cache, steps)
+                hidden = self.layers[i](hidden, layer_cache, context)
                 inputs.append(hidden)
             if span.stop == len(self.layers):
                 hidden = self._head(self._end("norm", hidden, _build_norm))
                 hidden = hidden.reshape(n_seqs, 1, -1)
         finally:
             self._in_trace = False
-        assumed = (e for e in experts.values() if isinstance(e, AssumedExperts))
-        chosen = [indices for source in assumed for indices in source.chosen]
+        speculative = (e for e in experts.values() if isinstance(e, SpeculativeExperts))
+        chosen = [indices for source in speculative for indices in source.chosen]
         if slots is None:
             return Passed(hidden, [], None)
         return Passed(hidden, inputs[:-1], mx.stack(chosen) if chosen else None)
@@ -362,24 +395,29 @@ class Forward:
         *,
         whole: bool = False,
     ) -> Array:
-        """Return a call's result; with caches and planned memory in chunks if long.
+        """Return a call's result; divide a long call into chunks if memory is planned.
 
         Args:
-            whole: a transformation follows it, which keeps all that is computed.
+            whole: do not divide: a transformation keeps all intermediate arrays.
         """
         given = inputs if embeddings is None else embeddings
         n_seqs, t = given.shape[:2]
+        if whole and self.runtime.keeper is not None:
+            self._gradients.make_room(self.text, [given], cache or [], n_seqs, t)
+            return call(inputs, cache, embeddings)
+        if not self._is_known:
+            self._measure_modules(n_seqs, t, cache or [])
         self.make_room(given, cache)
         if self.runtime.keeper is None or (cache and t == 1):
             return call(inputs, cache, embeddings)
-        # Whoever keeps no cache wants logits; a long call needs one meanwhile.
+        # A call without a cache returns all logits, and needs a cache between chunks.
         logits = not cache
         room = cache or make_prompt_cache(self.text)
         step = self.runtime.make_room(room, n_seqs, t, logits=logits) // n_seqs
-        if t <= step or whole:
-            return call(inputs, cache if whole else room, embeddings)
+        if t <= step:
+            return call(inputs, room, embeddings)
         parts: list[Array] = []
-        # Products are as large as a part has tokens, not as the whole call has.
+        # The size of a chunk, not of the whole call, decides on threads.
         with PutBackOnFailure(room), self._threads(n_seqs * step):
             for start in range(0, t, step):
                 chunk = slice(start, start + step)
@@ -387,6 +425,8 @@ class Forward:
                 part = call(inputs[:, chunk], room, rows)
                 if isinstance(part, mx.array):
                     mx.eval(part)
+                    # Longer arrays than before find no place among freed ones.
+                    device.trim_heap()
                 parts.append(part)
         return namespace(parts[0]).concatenate(parts, axis=1)
 
@@ -397,7 +437,7 @@ class Forward:
         cache = cache if cache is not None else [None] * len(layers)
         host = self._runs_on_host(inputs if embeddings is None else embeddings)
         hidden, n_seqs, t = self._embed(inputs, embeddings, host)
-        steps = self._context(range(len(layers)), cache, n_seqs, t, host=host)
+        context = self._context(range(len(layers)), cache, n_seqs, t, host=host)
         self._chunk = self._chunk + 1 if t > 1 else 0
         reading_ahead = self.runtime.reading_ahead(one_token=n_seqs == t == 1)
         shown = t if self.runtime.streams else 0
@@ -406,9 +446,9 @@ class Forward:
             for layer, layer_cache in zip(layers, cache, strict=True):
                 if streamer is not None and layer.index and layer.is_routed:
                     expected = to_device(layer.expected(hidden))
-                    streamer.foresee(layer.index, expected)
+                    streamer.begin_read_ahead(layer.index, expected)
                 self.runtime.executor.begin_layer(self._chunk, layer.index, hidden)
-                hidden = layer(hidden, layer_cache, steps)
+                hidden = layer(hidden, layer_cache, context)
                 report(layer.index)
             self._guard(hidden, cache)
         shape = (n_seqs, t, self.args.hidden_size)
@@ -425,7 +465,7 @@ class Forward:
         rows = hidden.reshape(-1, self.args.hidden_size)
         most = device.EAGER_LOGITS_BYTES
         if (keeper := self.runtime.keeper) is not None:
-            # Computed on the host they are copied, and matrices unpacked beside them.
+            # On the host, logits are copied and matrices unpacked beside them.
             most = min(most, (keeper.scratch_bytes - self.needs.block_bytes) // 2)
         if self.needs.logits_bytes(len(rows)) > most:
             rows = to_device(rows)
@@ -436,7 +476,7 @@ class Forward:
         return to_device(self._end("logits", rows, _build_logits))
 
     def _runs_on_host(self, inputs: mx.array) -> bool:
-        """Tell whether NumPy can do this call."""
+        """Return whether NumPy runs this call."""
         takes = self.runtime.executor.takes_host_arrays
         return takes and device.prefers_host_arrays() and has_values(inputs)
 
@@ -461,22 +501,22 @@ class Forward:
         return rows, n_seqs, t
 
     def _bounded(self, inputs: mx.array) -> tuple[mx.array, mx.array | None]:
-        """Return ids that can be looked up, and which of them there are; None: all."""
-        # Who calls a trace has looked before.
+        """Return ids bounded to the vocabulary, and which were in it; None: all."""
+        # The caller of a compiled function has checked the ids.
         look = self._looks_at if self._in_trace else self._check_tokens
         if look(inputs):
             return inputs, None
         return bounded(inputs, self.args.vocab_size)
 
     def _looks_at(self, inputs: mx.array) -> bool:
-        """Tell whether ids are looked at if they have values."""
+        """Return whether to check ids that have values."""
         return device.on_cpu() or self.runtime.streams or inputs.size > 1
 
     def _check_tokens(self, inputs: mx.array) -> bool:
-        """Refuse ids outside the vocabulary, where looking costs no extra wait.
+        """Refuse ids outside the vocabulary if a check costs no extra wait.
 
         Returns:
-            Whether it looked.
+            Whether it checked.
         """
         if not self._looks_at(inputs) or not has_values(inputs):
             return False
@@ -484,7 +524,7 @@ class Forward:
         return True
 
     def _end(self, name: str, x: Array, build: Any) -> Array:
-        """Run one of the graphs before and after the layers on rows ``x``."""
+        """Run the embedding, the norm or the head on ``x``."""
         weights = self._ends.bind(self.dtype, host=isinstance(x, np.ndarray))
         graph = self.runtime.graphs.get(
             (name, x.shape, self._ends.signature),

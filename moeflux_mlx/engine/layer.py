@@ -34,7 +34,7 @@ MIXER_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
 
 @dataclass(frozen=True, eq=False)
 class LayerForm:
-    """A decoder layer's form: a mixer, then experts or one MLP, a norm before each.
+    """The form of a decoder layer: a mixer, then experts or an MLP, a norm before each.
 
     Layers of one form share their graphs, so a family makes each form once.
     """
@@ -46,20 +46,20 @@ class LayerForm:
 
     @property
     def routed(self) -> Moe | None:
-        """Its routed experts, if it has some."""
+        """The routed experts, if any."""
         return self.mlp if isinstance(self.mlp, Moe) else None
 
     @property
     def routed_name(self) -> str:
-        """mlx-lm's name of the block of its routed experts."""
+        """mlx-lm's name of the block of routed experts."""
         return ROUTED if self.routed is None else self.routed.routed_name
 
 
 def expected_tensors(args: Any, forms: Iterable[LayerForm]) -> Iterator[Expected]:
-    """Yield the tensors of a text model with their shapes as they are unpacked.
+    """Yield the tensors of a text model with their unpacked shapes.
 
     Args:
-        args: mlx-lm's, of the text model.
+        args: mlx-lm's arguments of the text model.
     """
     dim, vocab = args.hidden_size, args.vocab_size
     yield "embed_tokens.weight", (vocab, dim)
@@ -109,7 +109,7 @@ class GraphLayer:
         return self.form.routed is not None
 
     def __call__(self, hidden: Array, cache: Any, context: Context) -> Array:
-        """Run the layer on rows ``[N, D]``, moving its cache forward."""
+        """Run the layer on rows ``[N, D]`` and advance its cache."""
         mixer = self.form.mixer
         spare = self.runtime.executor.spare_rows
         begun = mixer.begin(self.module[mixer.path], cache, context, spare=spare)
@@ -119,10 +119,10 @@ class GraphLayer:
         return out
 
     def expected(self, hidden: Array) -> Array:
-        """Return the experts ``[N, K]`` that the layer will likely choose.
+        """Predict the experts ``[N, K]`` that the layer will choose.
 
-        Its router says so on the layer's input ``[N, D]``: less its own mixer,
-        that is the row it will see.
+        The router runs on the layer's input ``[N, D]``, which differs from the row that
+        it will see only by the output of the mixer.
         """
         n = hidden.shape[0]
         on_host = isinstance(hidden, np.ndarray)
@@ -134,24 +134,24 @@ class GraphLayer:
         return done.value(graph.outputs["experts"])
 
     def sample(self, n_tokens: int, dtype: mx.Dtype) -> LayerSample:
-        """Return the graph for one sequence of ``n_tokens`` with inputs to run it."""
+        """Return the graph for one sequence of ``n_tokens``, with inputs to run it."""
         weights = self.weights.bind(dtype)
         graph = self.graph(Call(1, n_tokens, dtype))
         return LayerSample.make(graph, weights, self.experts(dtype), n_tokens)
 
     def graph(self, call: Call) -> LayerGraph:
-        """Return the graph for calls like ``call``, shared by layers of one shape."""
+        """Return the graph for calls like ``call``; layers of one shape share it."""
         if self._shape is None or self._shape[0] != self.weights.signature:
             self._shape = (self.weights.signature, self.form, self._routed_shape())
         return self.runtime.graphs.get((self._shape, call), lambda: self._build(call))
 
     def planned_bytes(self, call: Call) -> int:
-        """Return the planned peak of a call's graph; needs no weight's value."""
+        """Return the planned peak bytes of a call's graph; reads no weight's value."""
         self.weights.refresh()
         return planned_peak_bytes(self.graph(call).graph)
 
     def experts(self, dtype: mx.Dtype) -> GraphExperts | None:
-        """Return the layer's routed experts, if it has some."""
+        """Return the layer's routed experts, if any."""
         if not self.is_routed:
             return None
         if self._parameters is None:
@@ -165,21 +165,21 @@ class GraphLayer:
         return self._resident[1]
 
     def _call(self, context: Context, masks: Mapping[str, bool]) -> Call:
-        # Gathered on the device, experts of several tokens are not read back.
-        steps = context.t == 1 and self.runtime.traces_steps
+        # Experts of several tokens are gathered on the device, without a read-back.
+        steps = context.t == 1 and self.runtime.compiles_steps
         parameters = self._parameters is not None
         lazy = parameters and not device.on_cpu()
         gather = steps or lazy or self.runtime.is_reference
         one_token = context.n_seqs == context.t == 1
         streamer = None if parameters else self.runtime.streaming
-        waits = streamer is not None and streamer.reads_aside
-        asks = self.is_routed and one_token and context.on_host and waits
+        waits = streamer is not None and streamer.reads_in_workers
+        early = self.is_routed and one_token and context.on_host and waits
         return Call(
             context.n_seqs,
             context.t,
             context.dtype,
             gather_by_id=gather,
-            asks_at_once=asks,
+            requests_early=early,
             **masks,
         )
 
@@ -198,11 +198,11 @@ class GraphLayer:
         else:
             experts = context.experts.get(self.index)
         inputs = {**inputs, "hidden": hidden, "experts": experts}
-        if call.asks_at_once:
+        if call.requests_early:
             assert experts is not None and self.form.routed is not None
-            route = blocks.asking(experts, self.form.routed)
+            route = blocks.requesting(experts, self.form.routed)
             host = {**(host or {}), self.form.routed.choice: route}
-        # Prompts come in any length: only single tokens are sure to come again.
+        # Prompts come in any length: only calls of single tokens are sure to recur.
         recurs = call.t == 1 and not context.traced
         done = self._runner.run(graph, weights, inputs, host, recurs=recurs)
         outputs = {name: done.value(buf) for name, buf in graph.outputs.items()}

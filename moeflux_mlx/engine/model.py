@@ -1,7 +1,7 @@
-"""The common ground of model classes: weights seen by Ops, graph building, and running.
+"""Graphs of layers: built from Ops, cached, and run.
 
-A model file describes its layers as graphs; this module knows neither the model nor
-any kernel.
+A family's file describes its layers as graphs. This module knows no family and no
+kernel.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ..errors import ModelError
 from ..experts.weights import Weight, has_values
 from .executors import Encoding, Executor
 from .executors.base import arrays
-from .executors.compiled import CompiledSteps
+from .executors.compiled import CompiledCalls
 from .graph import Buf, BufferPool, BufId, Graph, Op, WeightRef
 from .graph.buffers import Shape
 from .graph.experts import GraphExperts
-from .graph.lower import Kernel, Step
+from .graph.lower import Kernel, LoweredCall
 from .graph.roles import ExpertBaseBuf, ResidualBuf
 from .ops import MatvecNTokens, ResidualAddNTokens, RmsNormBf16NTokens
 
@@ -31,16 +31,16 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class LayerGraph:
-    """A graph with its lowered steps and its named inputs and outputs."""
+    """A graph with its lowered calls and its named inputs and outputs."""
 
     graph: Graph
     inputs: dict[str, BufId[Any]]
     outputs: dict[str, BufId[Any]]
-    steps: list[Step]
+    calls: list[LoweredCall]
 
 
 class GraphBuilder:
-    """Builds one graph over a pool of its own; a thin layer over ``Graph.push``."""
+    """Builds one graph over its own pool; a thin layer over ``Graph.push``."""
 
     def __init__(self, name: str, dtype: mx.Dtype, refs: Mapping[str, WeightRef]):
         self.pool = BufferPool(dtype)
@@ -55,8 +55,8 @@ class GraphBuilder:
         return buf
 
     def constant(self, name: str, role: type[B], array: mx.array) -> BufId[B]:
-        """Add a buffer with a value that never changes."""
-        # Graphs are shared by threads, and a lazy array belongs to its own.
+        """Add a buffer with a constant value."""
+        # Threads share graphs, and only its own thread can evaluate a lazy array.
         has_values(array)
         return self.pool.register_borrowed(role, array, name, persistent=True)
 
@@ -69,7 +69,7 @@ class GraphBuilder:
         self.graph.push(op)
 
     def ref(self, name: str) -> WeightRef:
-        """Return a weight by its path; ModelError when the model has none."""
+        """Return the weight at a path; raise ModelError if there is none."""
         if name not in self.refs:
             raise ModelError(f"[{self.graph.name}] expected a weight {name!r}")
         return self.refs[name]
@@ -77,7 +77,7 @@ class GraphBuilder:
     def matvec(
         self, name: str, x: BufId[Any], role: type[B], *, label: str | None = None
     ) -> BufId[B]:
-        """Multiply ``x`` by the matrix at path ``name``, plus its bias if any."""
+        """Push the product of ``x`` and the matrix at path ``name``, with its bias."""
         weight = self.ref(name)
         n_tokens, in_dim = self._rows(x)
         label = label or name.rsplit(".", 1)[-1]
@@ -96,7 +96,7 @@ class GraphBuilder:
         return out
 
     def norm(self, name: str, x: BufId[Any], role: type[B], eps: float) -> BufId[B]:
-        """Normalise rows with the weight at path ``name``."""
+        """Push an RMS norm of ``x`` with the weight at path ``name``."""
         n_tokens, dim = self._rows(x)
         out = self.new(name, role, (n_tokens, dim))
         op = RmsNormBf16NTokens(
@@ -114,7 +114,7 @@ class GraphBuilder:
     def residual_add(
         self, given: BufId[Any], stream: BufId[Any], *, label: str = "residual_add"
     ) -> BufId[ResidualBuf]:
-        """Add the output of half a layer to the residual stream."""
+        """Push the sum of half a layer's output and the residual stream."""
         n_tokens, dim = self._rows(stream)
         out = self.new("residual", ResidualBuf, (n_tokens, dim))
         op = ResidualAddNTokens(
@@ -132,19 +132,19 @@ class GraphBuilder:
         """Check, plan and lower the graph."""
         self.graph.verify()
         self.pool.commit_plan(self.graph)
-        steps = executor.lower(self.graph)
-        return LayerGraph(self.graph, self.inputs, outputs, steps)
+        calls = executor.lower(self.graph)
+        return LayerGraph(self.graph, self.inputs, outputs, calls)
 
 
 class BuiltOnce(Generic[T]):
-    """Values by key, built on first use; the oldest goes when it is full."""
+    """Values by key, built on first use; a full one drops its oldest value."""
 
     def __init__(self, max_size: int):
         self._built: dict[Hashable, T] = {}
         self._max_size = max_size
 
     def get(self, key: Hashable, build: Callable[[], T]) -> T:
-        """Return the value of ``key``, building it if there is none."""
+        """Return the value of ``key``; build it if there is none."""
         if key not in self._built:
             if len(self._built) >= self._max_size:
                 self._built.pop(next(iter(self._built)))
@@ -152,26 +152,27 @@ class BuiltOnce(Generic[T]):
         return self._built[key]
 
     def clear(self) -> None:
-        """Let go of everything built."""
+        """Drop all values."""
         self._built.clear()
 
     def values(self) -> list[T]:
-        """Return everything built and still here."""
+        """Return all values that were not dropped."""
         return list(self._built.values())
 
 
 class GraphRunner:
-    """Runs the graphs of one layer, and keeps traces of those that recur."""
+    """Runs the graphs of one layer; compiles those that recur."""
 
     def __init__(self, executor: Executor):
         self._executor = executor
-        self._traces: BuiltOnce[CompiledSteps] = BuiltOnce(8)
+        # One for each number of sequences, form of cache and set of weights.
+        self._compiled: BuiltOnce[CompiledCalls] = BuiltOnce(8)
 
     def let_go(self) -> None:
-        """Keep no traces: experts' arrays are part of them."""
-        for trace in self._traces.values():
-            trace.let_go()
-        self._traces.clear()
+        """Drop compiled functions: they hold experts' arrays."""
+        for calls in self._compiled.values():
+            calls.let_go()
+        self._compiled.clear()
         forget_gone()
 
     def run(
@@ -183,35 +184,35 @@ class GraphRunner:
         *,
         recurs: bool = False,
     ) -> Encoding:
-        """Encode a graph with its inputs bound; absent optional inputs are not in it.
+        """Encode a graph with its inputs bound; it has no absent optional inputs.
 
         Args:
-            host: Ops that the caller performs.
-            recurs: the same graph comes again with the same weights, as in decoding.
+            host: functions of the caller that replace kernels, by type of Op.
+            recurs: the graph will run again with the same weights, as in decoding.
         """
         executor = self._executor
         encoding = executor.begin_encoding(layer.graph.pool, weights, host)
         for name, buf in layer.inputs.items():
             encoding.bind(buf, inputs[name])
-        if recurs and executor.compiles and not executor.watches_steps:
-            self._trace(layer, encoding, inputs.get("experts")).run(encoding)
+        if recurs and executor.compiles and not executor.watches_calls:
+            self._compiled_for(layer, encoding, inputs.get("experts")).run(encoding)
         else:
-            executor.encode_graph(layer.steps, encoding)
+            executor.encode_graph(layer.calls, encoding)
         return encoding
 
-    def _trace(
+    def _compiled_for(
         self, layer: LayerGraph, encoding: Encoding, experts: GraphExperts | None
-    ) -> CompiledSteps:
-        # The trace keeps the objects behind ids, so no id is used again meanwhile.
+    ) -> CompiledCalls:
+        # A compiled function holds these objects, so no new object gets their ids.
         same = (id(encoding.weights), id(experts), frozenset(encoding.host))
-        return self._traces.get(
-            (layer, same), lambda: CompiledSteps(layer.steps, encoding)
+        return self._compiled.get(
+            (layer, same), lambda: CompiledCalls(layer.calls, encoding)
         )
 
 
 @dataclass
 class LayerSample:
-    """A layer's graph with made-up inputs, for looking at the cost of running it."""
+    """A layer's graph with made-up inputs, to measure its cost."""
 
     layer: LayerGraph
     weights: Mapping[str, Weight]
@@ -225,7 +226,7 @@ class LayerSample:
         experts: GraphExperts | None,
         n_tokens: int,
     ) -> LayerSample:
-        """Fill every input with seeded noise, unknown lengths with ``n_tokens``."""
+        """Fill every input with seeded noise; unknown lengths become ``n_tokens``."""
         inputs: dict[str, Any] = {}
         for i, (name, buf) in enumerate(layer.inputs.items()):
             info = layer.graph.pool.info(buf)
@@ -240,7 +241,7 @@ class LayerSample:
         return cls(layer, weights, inputs)
 
     def peak_bytes(self, executor: Executor) -> int:
-        """Run Op by Op and return the most MLX memory held besides the inputs."""
+        """Run Op by Op and return the peak of MLX's memory besides the inputs."""
         encoding = executor.begin_encoding(self.layer.graph.pool, self.weights)
         held = [*self.inputs.values()]
         for weight in self.weights.values():
@@ -251,7 +252,7 @@ class LayerSample:
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        for step in self.layer.steps:
-            executor.encode_graph([step], encoding)
+        for call in self.layer.calls:
+            executor.encode_graph([call], encoding)
             mx.eval(arrays(encoding.values))
         return mx.get_peak_memory() - before

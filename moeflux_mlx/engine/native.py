@@ -1,12 +1,12 @@
-"""The base of our own model classes: mlx-lm's module, its calls made of graphs.
+"""The base of native model classes: mlx-lm's modules with calls made of graphs.
 
-A family's file describes its layers; see ``models/``.
+The files in ``models/`` describe the layers of each family.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -17,7 +17,6 @@ from ..calls.module_call import backbone_of
 from ..drafts import let_all_draft
 from ..errors import ModelError
 from ..experts.compute.switch import StreamedSwitch
-from ..experts.files.configuration import Configuration
 from ..experts.files.layout import BIAS
 from ..experts.files.modules import (
     RoutedBlock,
@@ -27,7 +26,6 @@ from ..experts.files.modules import (
 from ..memory.plan import Needs
 from ..saving.guard import GuardsSaving, guard_saving, refuse_experts
 from ..training import TrainsUncompiled
-from .blocks import rotation
 from .forward import Forward
 from .graph.experts import GraphExperts
 from .layer import GraphLayer, LayerForm
@@ -53,7 +51,7 @@ class GraphText(nn.Module):
 
 
 class GraphBackbone(nn.Module):
-    """The base of its backbone's class: tokens to normalised hidden states."""
+    """The base of a backbone's class: tokens to normalised hidden states."""
 
     forward: Forward
 
@@ -68,10 +66,10 @@ class GraphBackbone(nn.Module):
 
 
 class NativeModel(GuardsSaving, TrainsUncompiled):
-    """The base of a model's class, before mlx-lm's own.
+    """The base of a model's class, placed before mlx-lm's own.
 
-    ``options`` is set by subclasses that ``moeflux_mlx.load`` and packed directories
-    make; without it all experts are ordinary parameters.
+    Subclasses made by ``moeflux_mlx.load`` and packed directories set ``options``. By
+    default all experts are ordinary parameters.
     """
 
     options: ClassVar[RunOptions] = RunOptions()
@@ -83,7 +81,7 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
     def run_on_graphs(
         self, text: Any, forms: Iterable[LayerForm], path: str = ""
     ) -> None:
-        """Have the calls of the text model made of graphs.
+        """Run the calls of the text model on graphs.
 
         Args:
             text: mlx-lm's module, with its ``model`` of ``layers`` and its ``args``.
@@ -91,8 +89,8 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
             path: the prefix of its parameters' names.
 
         Raises:
-            ModelError: a layer is not one that graphs can perform, or its experts are
-                not in the files.
+            ModelError: graphs cannot perform a layer, or its experts are not in the
+                files.
         """
         forms = list(forms)
         for form, layer in zip(forms, text.model.layers, strict=True):
@@ -106,7 +104,7 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
         text.model.forward = text.forward
 
     def _stream_experts(self, text: Any, forms: list[LayerForm], path: str) -> None:
-        """Put readers of experts in the places of routed blocks, if files hold them."""
+        """Replace routed blocks by modules that stream, if experts are in files."""
         if self.runtime.store is None:
             return
         routed = [i for i, form in enumerate(forms) if form.routed is not None]
@@ -120,7 +118,7 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
     def _streamed(
         self, text: Any, block: nn.Module, index: int, name: str
     ) -> StreamedSwitch:
-        """Return the module that runs a layer's routed block where graphs do not."""
+        """Return the streaming module of a routed block, for calls without graphs."""
         runtime = self.runtime
         assert runtime.store is not None
         layout = runtime.store.layout(index)
@@ -141,13 +139,12 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
 
         switch = StreamedSwitch(RoutedBlock(name, block), source, runtime.alone)
         runtime.holders.add(switch.slot_block)
-        # Until weights are loaded: a configuration that names each matrix's form has
-        # mlx-lm quantise whatever module it finds under that name.
+        # While it loads, mlx-lm quantises every module that the configuration names.
         switch.show_matrices(False)
         return switch
 
     def load_weights(self, *arguments: Any, **options: Any) -> Any:
-        """Load parameters as mlx-lm does, after which streamed matrices are seen."""
+        """Load parameters as mlx-lm does, then show the streamed matrices."""
         loaded = super().load_weights(*arguments, **options)  # type: ignore[misc]
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, StreamedSwitch):
@@ -155,7 +152,7 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
         return loaded
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Rename weights as mlx-lm does; streamed experts are none of them."""
+        """Rename weights as mlx-lm does, without those of streamed experts."""
         found: dict[str, mx.array]
         found = super().sanitize(  # type: ignore[misc]
             self.runtime.without_streamed(weights)
@@ -168,7 +165,7 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
         """Replace parameters.
 
         Raises:
-            ModelError: some are of streamed experts; nothing is replaced.
+            ModelError: some belong to streamed experts; nothing is replaced.
         """
         if self.runtime.store is not None:
             refuse_experts(dict(tree_flatten(parameters)), self.engine.routed_name)
@@ -176,19 +173,19 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
 
     @property
     def engine(self) -> Forward:
-        """The maker of the model's calls."""
+        """The forward pass that runs the model's calls."""
         found: Forward = self.forward
         return found
 
     @property
     def streamer(self) -> Any:
-        """The expert streamer, or None when experts are parameters."""
+        """The expert streamer; None if experts are parameters."""
         self.runtime.open(self.needs)
         return self.runtime.streamer
 
     @property
     def needs(self) -> Needs:
-        """The model's needs of memory."""
+        """The memory that the model needs."""
         return self.engine.needs
 
     @property
@@ -197,18 +194,18 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
         return self.engine.graph_layers()
 
     def shard(self, group: Any = None) -> None:
-        """Refuse: experts divided over machines are not supported yet."""
+        """Raise ModelError: sharding is not supported yet."""
         raise ModelError("[shard] expected one machine: sharding is not supported yet")
 
 
 def _begin_with(first: type, module: nn.Module) -> None:
-    """Give a module of mlx-lm's another one's calls."""
+    """Put a class before the class of mlx-lm's module."""
     module.__class__ = _beginning_with(first, type(module))
 
 
 @functools.cache
 def _beginning_with(first: type, stock: type) -> type:
-    """Return mlx-lm's class with another one's calls, under its own name."""
+    """Return mlx-lm's class with another one before it, under mlx-lm's name."""
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
     return type(stock.__name__, (first, stock), names)
 
@@ -221,95 +218,3 @@ def _check_form(form: LayerForm, layer: nn.Module) -> None:
             f"[config] num_experts_per_tok expected 1 to num_experts but got "
             f"{routed.k} of {routed.n_experts}"
         )
-
-
-def lacks_of_yarn(config: Mapping[str, Any]) -> str | None:
-    """Return the key of YaRN that mlx-lm does not do as transformers does, if any."""
-    scaling = config.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        return "rope_scaling"
-    kind = scaling.get("type") or scaling.get("rope_type", "default")
-    mscales = [bool(scaling.get(key)) for key in ("mscale", "mscale_all_dim")]
-    if kind == "default":
-        return "mscale_all_dim without YaRN" if any(mscales) else None
-    if kind != "yarn":
-        return "rope_scaling"
-    # mlx-lm has one default for a missing entry, transformers another.
-    if "original_max_position_embeddings" not in scaling:
-        return "YaRN without original_max_position_embeddings"
-    if mscales[0] != mscales[1]:
-        return "YaRN with one mscale"
-    if scaling.get("attention_factor") is not None:
-        return "attention_factor"
-    return "truncate" if scaling.get("truncate") is False else None
-
-
-def lacks_of_rope(
-    config: Mapping[str, Any],
-    keys: Iterable[str] = ("rope_scaling", "rope_parameters"),
-) -> str | None:
-    """Return the key of rotary positions that are not mlx-lm's plain ones, if any."""
-    for key in keys:
-        found = config.get(key) or {}
-        named = isinstance(found, dict)
-        kinds = {found[k] for k in ("type", "rope_type") if k in found} if named else {}
-        if not named or not {"default"}.issuperset(kinds):
-            return key
-    return None
-
-
-def check_numbers(
-    config: Configuration,
-    args: Any,
-    experts_key: str = "num_experts",
-    *,
-    grouped: bool = True,
-) -> None:
-    """Refuse numbers of a text model that no weight tells of; names the key.
-
-    Args:
-        args: mlx-lm's, made of the configuration.
-        experts_key: the key of how many experts there are.
-        grouped: several heads share a key.
-
-    Raises:
-        ModelError: one is of no use.
-    """
-    if args.max_position_embeddings is not None:
-        config.check_number("max_position_embeddings", args.max_position_embeddings)
-    config.check_number("rms_norm_eps", args.rms_norm_eps, zero=True)
-    config.check_number("rope_theta", args.rope_theta)
-    n_experts = getattr(args, experts_key)
-    if not 1 <= args.num_experts_per_tok <= n_experts:
-        expected = f"from 1 to {experts_key} ({n_experts})"
-        raise config.wrong("num_experts_per_tok", expected, args.num_experts_per_tok)
-    if grouped:
-        key, divisor = "num_attention_heads", "num_key_value_heads"
-        config.check_multiple(key, getattr(args, key), divisor, getattr(args, divisor))
-
-
-def check_rope(
-    config: Configuration,
-    key: str,
-    make: Callable[[], nn.Module],
-    *,
-    pairs: bool = False,
-) -> None:
-    """Refuse rotary positions that no kernel has.
-
-    Args:
-        key: the configuration's name for their kinds.
-        make: mlx-lm's making of them.
-        pairs: as ``rotation`` has it.
-
-    Raises:
-        ModelError: they depend on the length, or mlx-lm has none like them.
-    """
-    try:
-        rotation(make(), pairs=pairs)
-    except ModelError:
-        raise
-    except Exception as error:
-        known = "those of a rope_type that mlx-lm has"
-        told = f"{type(error).__name__}: {error}"
-        raise config.wrong(key, known, told) from error

@@ -1,4 +1,4 @@
-"""A language model's needs of memory, from its modules and graphs alone."""
+"""The memory that a language model needs, from its modules and graphs alone."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ from .parameters import dense_bytes, held_bytes
 
 
 class TextNeeds:
-    """The memory of a model whose layers are graphs; see ``memory.Needs``.
+    """The memory that a model of graphs needs; see ``memory.Needs``.
 
     Args:
         text: mlx-lm's module.
         skip: the name in the paths of routed experts.
-        forms: what each layer is.
-        planned_bytes: returns the planned peak of the layer at a place for a call.
-        dtype: type of activations, and of what caches keep of them.
+        forms: the form of each layer.
+        planned_bytes: returns the planned peak of a call in the layer of an index.
+        dtype: type of activations and of cached keys and values.
+        of_modules: returns the peak of a call that runs modules instead of graphs, from
+            the number of sequences, the tokens of each, and the rows in their caches.
     """
 
     def __init__(
@@ -41,24 +43,27 @@ class TextNeeds:
         forms: Sequence[LayerForm],
         planned_bytes: Callable[[int, Call], int],
         dtype: Callable[[], mx.Dtype],
+        of_modules: Callable[[int, int, int], float],
     ):
         self._text, self._args, self._skip, self._forms = text, args, skip, forms
         self._planned_bytes, self._dtype = planned_bytes, dtype
+        self._of_modules = of_modules
         self._peaks: dict[int, int] = {}
 
     def resident_bytes(self, unpack: bool) -> int:
-        """Return what parameters take once they are ready for use."""
+        """Return the bytes of parameters once they are ready for use."""
         return held_bytes(self._text, skip=self._skip, unpack=unpack)
 
     def scratch_bytes(self, n_tokens: int, n_cached: int, n_seqs: int = 1) -> int:
-        """Return the peak of one call beside weights, caches and experts.
+        """Return the peak bytes of one call besides weights, caches and experts.
 
         Args:
-            n_tokens: of all ``n_seqs`` sequences together.
+            n_tokens: tokens of all ``n_seqs`` sequences together.
             n_cached: rows of each sequence's cache.
         """
+        # Graphs plan only what they write: inputs and outputs add four float32 rows.
         own = self._peak_bytes(n_tokens) + 16 * n_tokens * self._args.hidden_size
-        # Logits of one token each are copied from the host; the mask of a batch.
+        # Logits of each last token are copied from the host; a batch has a mask.
         own += 2 * self.logits_bytes(n_seqs)
         own += 2 * n_tokens * n_cached if n_seqs > 1 else 0
         if device.on_cpu():
@@ -66,28 +71,27 @@ class TextNeeds:
             own += score_bytes(
                 self._args.num_attention_heads, n_tokens // n_seqs, n_cached
             )
-        # One layer's rows while its cache grows, and as they are handed on.
+        called = self._of_modules(n_seqs, n_tokens // n_seqs, n_cached)
+        own = max(own, math.ceil(called))
+        # One layer's rows exist three times: as its cache grows, and as they are read.
         return own + 2 * n_seqs * self._most_rows_bytes(n_tokens // n_seqs, n_cached)
 
     def output_bytes(self, n_tokens: int) -> int:
-        """Return what a call's hidden states take until their logits are known.
-
-        They are copied once for MLX.
-        """
+        """Return the bytes of a call's hidden states and of their copy for MLX."""
         return 2 * 4 * n_tokens * self._args.hidden_size
 
     def logits_bytes(self, n_tokens: int) -> int:
-        """Return what the logits of so many tokens take."""
+        """Return the bytes of the logits of ``n_tokens`` tokens."""
         return 4 * n_tokens * self._args.vocab_size
 
     @property
     def most_tokens(self) -> int:
-        """How long a sequence may become."""
+        """The longest sequence that the model allows, in tokens."""
         return getattr(self._args, "max_position_embeddings", None) or sys.maxsize
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens the model knows."""
+        """Number of tokens in the vocabulary."""
         return self._args.vocab_size
 
     @property
@@ -97,12 +101,12 @@ class TextNeeds:
 
     @functools.cached_property
     def cache_shapes(self) -> list[CacheShapes]:
-        """The arrays of each layer's cache, ``[1, H, None, d]`` if they grow."""
+        """The shapes of each layer's cache; ``[1, H, None, d]`` grows."""
         return [form.mixer.cache_shapes for form in self._forms]
 
     @property
     def cache_layouts(self) -> list[CacheLayout]:
-        """The form of each layer's cache."""
+        """The layout of each layer's cache."""
         return [self._layout(form.mixer) for form in self._forms]
 
     def _layout(self, mixer: Mixer) -> CacheLayout:
@@ -116,7 +120,7 @@ class TextNeeds:
 
     @property
     def cache_forms(self) -> list[CacheForm]:
-        """Bytes of each layer's cache for a sequence."""
+        """Bytes of each layer's cache, per sequence."""
         return [
             CacheForm(self.cache_dtype.size * _n_values(shapes), 0)
             if _grows(shapes)
@@ -126,29 +130,26 @@ class TextNeeds:
 
     @property
     def _caches(self) -> list[tuple[CacheForm, int | None]]:
-        """Each layer's cache, and how many rows it keeps; None: all."""
+        """Each layer's cache and the number of rows it keeps; None: all."""
         mixers = (form.mixer for form in self._forms)
         return list(zip(self.cache_forms, (m.window for m in mixers), strict=True))
 
     @property
     def cache_row_bytes(self) -> int:
-        """Bytes of each token of a sequence in caches that grow without end."""
+        """Bytes per token of a sequence in the caches that have no window."""
         return round(sum(f.row_bytes for f, window in self._caches if window is None))
 
     @property
     def cache_state_bytes(self) -> int:
-        """Bytes of each sequence in all other caches once they are full.
-
-        States are float32 at most.
-        """
+        """Bytes per sequence of all other caches when full; states count as float32."""
         rows = sum(form.row_bytes * (window or 0) for form, window in self._caches)
         return round(rows) + sum(form.state_bytes for form, _ in self._caches)
 
     def _most_rows_bytes(self, n_tokens: int, n_cached: int) -> int:
-        """Return the most that one layer's rows of a sequence take.
+        """Return the bytes of one layer's rows of a sequence, in the largest layer.
 
         Args:
-            n_tokens: of a call, whose rows a cache of a window has besides.
+            n_tokens: tokens of a call; a cache with a window holds them as well.
         """
         return max(
             round(form.row_bytes * min(n_cached, (window or n_cached) + n_tokens))
@@ -165,7 +166,7 @@ class TextNeeds:
 
     @functools.cached_property
     def block_bytes(self) -> int:
-        """Bytes of a matrix, or of a block of one, unpacked for one product."""
+        """Bytes of a matrix, or of a block of one, that a product unpacks."""
         if device.prefers_host_arrays():
             return 2 * device.n_cores() * 4 * device.HOST_BLOCK_VALUES
         return 2 * max(dense_bytes(module) for _, module in self._text.named_modules())

@@ -1,7 +1,7 @@
-"""The common ground of families that choose experts by sigmoids (noaux_tc).
+"""Families that choose experts by sigmoids (noaux_tc): forms and checks.
 
-Their first layers have no experts, the others one beside that every token has. The
-names in configurations are those of mlx-lm's arguments.
+Their first layers are dense; the others may have a shared expert. Keys of
+configurations have the names of mlx-lm's arguments.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .mixers import Mixer
 
 
 def forms(args: Any, mixer: Mixer) -> Iterator[LayerForm]:
-    """Yield the form of each layer, all with one mixer."""
+    """Yield the form of each layer; all share one mixer."""
     k = args.num_experts_per_tok
     moe = Moe(
         args.n_routed_experts,
@@ -37,10 +37,10 @@ def forms(args: Any, mixer: Mixer) -> Iterator[LayerForm]:
 
 
 def lacks(config: Mapping[str, Any]) -> str | None:
-    """Return a configuration's wish that graphs of such a family do not do.
+    """Return a setting of a configuration that such graphs do not support, if any.
 
-    Beside how experts are chosen it is in which form a publisher stores matrices: some
-    mlx-lm unpacks first.
+    It concerns the choice of experts, or a published form of matrices that mlx-lm
+    unpacks first.
     """
     stored = config.get("quantization_config")
     method = stored.get("quant_method") if isinstance(stored, dict) else None
@@ -54,30 +54,30 @@ def lacks(config: Mapping[str, Any]) -> str | None:
     for key, value in known.items():
         if config.get(key, value) != value:
             return key
-    # transformers divides the one weight by itself, mlx-lm leaves it as it is.
+    # transformers divides a single weight by itself; mlx-lm leaves it as it is.
     one = config.get("num_experts_per_tok", 1) == 1
     divides = one and config.get("norm_topk_prob", True)
     return "norm_topk_prob of one expert" if divides else None
 
 
 def departs(config: Mapping[str, Any]) -> str | None:
-    """Return where our classes follow transformers and mlx-lm's do not, if anywhere."""
+    """Return where native classes follow transformers but mlx-lm's do not, if so."""
     if (config.get("topk_group") or 1) >= (config.get("n_group") or 1):
         return None
     return (
-        "experts of groups left out: transformers never chooses them, mlx-lm gives "
-        "them the score 0, which is better than a negative one"
+        "experts of groups left out: transformers never chooses them; mlx-lm gives "
+        "them the score 0, which beats a negative score"
     )
 
 
 def check(config: Configuration, args: Any) -> None:
-    """Refuse layers and groups of experts that a choice by sigmoids cannot have.
+    """Refuse numbers of layers and groups that a choice by sigmoids cannot have.
 
     Args:
-        args: mlx-lm's, made of the configuration.
+        args: mlx-lm's arguments, made of the configuration.
 
     Raises:
-        ModelError: a number does not fit the others; names the key.
+        ModelError: a number contradicts the others; names the key.
     """
     first, n_layers = args.first_k_dense_replace, args.num_hidden_layers
     if type(first) is not int or not 0 <= first < n_layers:

@@ -1,4 +1,4 @@
-"""A layer's parameters as weights that Ops see."""
+"""The parameters of a layer as the weights of Ops."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ PARTS, KEYS = ("w", "scales", "biases"), ("weight", "scales", "biases")
 
 
 class Watch:
-    """Tells whether a parameter or a module was replaced in some modules."""
+    """Detects that a parameter or a submodule of some modules was replaced."""
 
     def __init__(self, modules: Iterable[nn.Module]):
         self._modules = list(modules)
         self.seen = self._values()
 
     def holds(self) -> bool:
-        """Tell whether every value is still the same object."""
+        """Return whether every value is still the same object."""
         values = self._values()
         return len(values) == len(self.seen) and all(map(is_, values, self.seen))
 
     def arrays_beside(self, known: Iterable[Any]) -> list[mx.array]:
-        """Return the arrays that are none of ``known``."""
+        """Return the arrays that are not among ``known``."""
         ids = set(map(id, known))
         arrays = (value for value in self.seen if isinstance(value, mx.array))
         return [array for array in arrays if id(array) not in ids]
@@ -49,11 +49,15 @@ _SIGNATURES: dict[tuple[WeightRef, ...], int] = {}
 class LayerWeights:
     """The weights below one module by path, as references and as arrays.
 
-    Parameters replaced later (``model.update``, a dtype change) are noticed at the
-    next use; values changed in place (``weight[0] = 1``) are not. ``unpack`` keeps
-    quantised matrices dense in float32 on the host. ``joined`` has
-    sequences of paths: the matrices of each become one, where they are quantised
-    alike, and parameters become views of its rows. A module that trains is left alone.
+    The next use notices parameters that were replaced (``model.update``, a dtype
+    change), but not values changed in place (``weight[0] = 1``).
+
+    Args:
+        skip: leave out parameters with this name in their path.
+        unpack: keep quantised matrices dense, in float32, on the host.
+        joined: sequences of paths. If the matrices of one are quantised alike, they
+            become one, and the parameters become views of its rows. A module that
+            trains is left alone.
     """
 
     def __init__(
@@ -72,14 +76,14 @@ class LayerWeights:
         self._stored: dict[str, Weight] = {}
         self._bound: dict[bool, dict[str, Weight]] = {}
         self.refs: dict[str, WeightRef] = {}
-        # Equal for modules whose graphs are the same.
+        # Modules with the same graphs have the same signature.
         self.signature = -1
 
     def bind(self, dtype: mx.Dtype, *, host: bool = False) -> Mapping[str, Weight]:
         """Return weights by path, ready for activations of type ``dtype``.
 
         Args:
-            host: as NumPy arrays, for references that run on the host.
+            host: return NumPy arrays, for references that run on the host.
         """
         self.refresh()
         if host not in self._bound:
@@ -88,13 +92,13 @@ class LayerWeights:
             self._bound[host] = {
                 name: prepare(weight, dtype) for name, weight in stored.items()
             }
-            # Only this thread could compute a lazy array.
+            # Other threads could not evaluate a lazy array of this one.
             bound = self._bound[host].values()
             has_values(*(x for w in bound for x in w.arrays))
         return self._bound[host]
 
     def refresh(self) -> None:
-        """Look at the module anew if any of its parameters was replaced."""
+        """Collect the weights again if a parameter of the module was replaced."""
         same_mode = self._trains == self._module.training
         if self._watch is not None and same_mode and self._watch.holds():
             return
@@ -119,7 +123,7 @@ class LayerWeights:
         self.signature = _SIGNATURES.setdefault(refs, len(_SIGNATURES))
 
     def _join(self) -> dict[str, JointRows]:
-        """Make matrices one and return where each lies by path."""
+        """Join matrices; return the rows of each in its joint matrix, by path."""
         places: dict[str, JointRows] = {}
         self._joints = {}
         if self._trains:
@@ -138,6 +142,7 @@ class LayerWeights:
             self._joints[name] = Weight(w, scales, biases, quantization)
             for path, weight in zip(paths, members, strict=True):
                 n = weight.w.shape[0]
+                # Once evaluated, the rows are views of the joint matrix.
                 rows = [array[first : first + n] for array in arrays]
                 mx.eval(rows)
                 for key, array in zip(KEYS, rows, strict=True):
@@ -151,7 +156,7 @@ class LayerWeights:
     def _join_biases(
         self, name: str, paths: Sequence[str], places: dict[str, JointRows]
     ) -> None:
-        """Have what is added to a joint matrix's products in one array too."""
+        """Join the biases of a joint matrix; a missing one becomes zeros."""
         found = {path: self._stored.get(f"{path}.bias") for path in paths}
         dtypes = [bias.w.dtype for bias in found.values() if bias is not None]
         if not dtypes:
@@ -207,7 +212,7 @@ class LayerWeights:
 
 
 def _joinable(members: Sequence[Weight]) -> bool:
-    """Tell whether matrices can be one: quantised alike, and there to be joined."""
+    """Return whether matrices can be joined: quantised alike, with values."""
     if len(members) < 2 or any(w.biases is None for w in members):
         return False
     first = members[0]
@@ -220,7 +225,7 @@ def _joinable(members: Sequence[Weight]) -> bool:
 
 
 def dense_bytes(module: nn.Module) -> int:
-    """Return the float32 bytes of a quantised module's matrix; 0 of any other's."""
+    """Return the float32 bytes of a quantised module's matrix; 0 for other modules."""
     if "scales" not in module:
         return 0
     bits = module.bits or OWN_FORM[getattr(module, "mode", "affine")][0]
@@ -228,7 +233,7 @@ def dense_bytes(module: nn.Module) -> int:
 
 
 def held_bytes(module: nn.Module, *, skip: str = "", unpack: bool = False) -> int:
-    """Return the bytes of all parameters below a module, and of copies for a CPU.
+    """Return the bytes of all parameters below a module, with the copies on a CPU.
 
     Args:
         skip: leave out parameters with this name in their path.

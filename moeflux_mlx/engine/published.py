@@ -1,4 +1,4 @@
-"""Weights in the form in which publishers give them, brought into mlx-lm's."""
+"""Convert weights from their publishers' layout to mlx-lm's."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import mlx.core as mx
 from ..experts.files.safetensors import TensorEntry
 
 CONVOLUTION = "conv1d.weight"
-# Norms that publishers keep as their difference from 1.
+# Norms that publishers store as their difference from 1.
 CENTRED = ("layernorm.weight", "model.norm.weight", "q_norm.weight", "k_norm.weight")
 
 
 def has_taps_last(tensors: Mapping[str, TensorEntry | mx.array]) -> bool:
-    """Tell whether convolutions are ``[C, 1, width]``, which mlx-lm's are not."""
+    """Return whether convolutions are ``[C, 1, width]``; mlx-lm's are not."""
     shapes = (x.shape for name, x in tensors.items() if name.endswith(CONVOLUTION))
     return not all(shape and shape[-1] == 1 for shape in shapes)
 
@@ -22,11 +22,11 @@ def has_taps_last(tensors: Mapping[str, TensorEntry | mx.array]) -> bool:
 def converted(
     weights: dict[str, mx.array], unused: Iterable[str] = ()
 ) -> dict[str, mx.array]:
-    """Return weights as mlx-lm's conversion would; converted ones stay as they are.
+    """Return weights in mlx-lm's layout; converted weights stay as they are.
 
-    mlx-lm knows by the experts whether weights are converted. Those may be stacked or
-    streamed, where the convolutions still tell. Centred norms get their 1 in the type
-    that they are stored in, as in mlx-lm.
+    mlx-lm tells by the experts whether weights are converted. Here experts may be
+    stacked or streamed, so the convolutions tell. Norms get their 1 in the type that
+    they are stored in, as in mlx-lm.
 
     Args:
         unused: names that the model has no place for.

@@ -20,9 +20,10 @@ from ..experts.files.store import ExpertStore, model_identity
 from ..experts.pool.budget import Amounts
 from ..experts.pool.policy import DEFAULT_POLICY, policy_factory
 from ..experts.streaming.access import expert_io, open_experts
+from ..experts.streaming.expert_pool import check_scope
 from ..experts.streaming.mapped import MappedExperts
 from ..experts.streaming.read_ahead import check_read_ahead
-from ..experts.streaming.streamer import ExpertStreamer, check_scope
+from ..experts.streaming.streamer import ExpertStreamer
 from ..memory.keeper import MemoryKeeper, make_room
 from ..memory.plan import MemoryPlan, Needs, plan_memory
 from ..memory.preflight import unasked_expert_bytes
@@ -35,17 +36,23 @@ from .model import BuiltOnce, LayerGraph
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a model is to run: which experts from where, in how much memory, and on what.
+    """How to run a model: where its experts come from, how much memory, which executor.
 
-    ``open_experts`` opens the store that experts are streamed from; None: they are
-    among the model's parameters. ``memory`` bounds the process, ``expert_memory`` the
-    experts. ``optimistic``: whether tokens run ahead of reading experts, as
-    ``config.optimistic`` has it; None takes the environment's choice. ``read_ahead``:
-    whether experts are read before they are asked for: ``on``, ``off``, or ``auto``
-    where that was measured to pay. ``expert_io`` is one of ``config.EXPERT_IO``.
-    ``directory`` is where the model is from. ``give_way`` frees some memory that the
-    model's caller keeps for later, and tells whether it did. ``group`` has the other
-    processes that share the experts.
+    Args:
+        open_experts: opens the store that experts are streamed from; None: they are
+            among the model's parameters.
+        memory: bound of the process, in bytes or as text.
+        expert_memory: bound of the experts.
+        optimistic: whether tokens run ahead of reading experts, as in
+            ``config.optimistic``; None takes the environment's choice.
+        read_ahead: whether experts are read before a router requests them: ``on``,
+            ``off``, or ``auto``, where it was measured to pay.
+        expert_io: one of ``config.EXPERT_IO``.
+        directory: the model's directory.
+        give_way: frees memory that the model's caller keeps for later; returns whether
+            it freed any.
+        group: the process group that shares the experts, or with ``pipeline`` the
+            layers.
     """
 
     open_experts: Callable[[], ExpertStore] | None = None
@@ -60,15 +67,16 @@ class RunOptions:
     directory: Path | None = None
     give_way: Callable[[], bool] | None = None
     group: mx.distributed.Group | None = None
-    _asked: Amounts | None = field(default=None, init=False, repr=False)
+    pipeline: bool = False
+    _given: Amounts | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Raise ConfigError or TraceError for wrong settings, before any is used."""
+        """Raise ConfigError or TraceError for invalid settings."""
         check_scope(self.scope)
         check_read_ahead(self.read_ahead)
         if (self.memory, self.expert_memory) != (None, None):
-            asked = Amounts.read(self.memory, self.expert_memory)
-            object.__setattr__(self, "_asked", asked)
+            given = Amounts.read(self.memory, self.expert_memory)
+            object.__setattr__(self, "_given", given)
         for name in ("policy", "executor", "optimistic", "expert_io"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
@@ -78,8 +86,8 @@ class RunOptions:
 
     @property
     def amounts(self) -> Amounts:
-        """The bounds in bytes, by the environment if none is given."""
-        return self._asked or Amounts.read(None, None)
+        """The bounds in bytes; those of the environment if none is given."""
+        return self._given or Amounts.read(None, None)
 
 
 class Runtime(OneAtATime):
@@ -89,29 +97,30 @@ class Runtime(OneAtATime):
         super().__init__()
         self.executor = open_executor(options.executor)
         self._optimistic = config.optimistic(options.optimistic)
+        # One graph per kind of layer and of call; new lengths of prompts drop old ones.
         self.graphs: BuiltOnce[LayerGraph] = BuiltOnce(64)
         self.options = options
         self.amounts = options.amounts
-        # Whether this is the ``reference`` of another one.
+        # Whether ``reference`` of another runtime returned this one.
         self.is_reference = False
         self._reference: Runtime | None = None
         self.store: ExpertStore | None = None
         self.streamer: ExpertStreamer | MappedExperts | None = None
         self.keeper: MemoryKeeper | None = None
-        self._free_pool: FreePool | None = None
+        self.free_pool: FreePool | None = None
         self.plan: MemoryPlan | None = None
         if options.open_experts is not None:
             self.store = options.open_experts()
 
     def open(self, needs: Needs, report: Report | None = None) -> None:
-        """Plan memory if it is bounded, and take the experts' share; once.
+        """Plan bounded memory and allocate the experts' share; later calls do nothing.
 
         Args:
-            report: hears how far reading has come where all experts fit.
+            report: is told the progress of reading if all experts fit.
 
         Raises:
             ConfigError: a bound is not an amount of bytes.
-            BudgetError: the needs of one token do not fit.
+            BudgetError: one token does not fit.
             ExpertStoreError: an expert could not be read.
         """
         if self.store is None or self.streamer is not None:
@@ -120,7 +129,7 @@ class Runtime(OneAtATime):
         bounded = self.amounts.process is not None
         io = expert_io(options.expert_io, gives_way=bounded)
         self.plan = plan = self.plan or self.make_plan(needs)
-        # Wrong names are errors even where experts are mapped and nothing is evicted.
+        # Invalid names are errors even where experts are mapped and never evicted.
         check_scope(options.scope)
         policy = policy_factory(options.policy or config.policy() or DEFAULT_POLICY)
         memory = plan.expert_bytes if plan else self.amounts.experts
@@ -149,10 +158,10 @@ class Runtime(OneAtATime):
         if plan is not None:
             self.keeper = MemoryKeeper(plan, needs, self.streamer)
         else:
-            self._free_pool = FreePool(self.streamer)
+            self.free_pool = FreePool(self.streamer)
 
     def make_plan(self, needs: Needs) -> MemoryPlan | None:
-        """Return the plan of a bounded process's memory; takes none of it."""
+        """Return the plan of a bounded process's memory; allocate nothing."""
         if self.store is None or self.amounts.process is None:
             return None
         return plan_memory(
@@ -164,16 +173,15 @@ class Runtime(OneAtATime):
         )
 
     def reference(self, *, has_values: bool) -> Runtime:
-        """Return the same with Ops as MLX can transform them: references, all lazy.
+        """Return a runtime whose Ops MLX can transform: lazy references.
 
         Args:
-            has_values: False if the transformation's arrays stand for any values,
-                as in a function that is compiled or exported.
+            has_values: False if the transformation's arrays have no values, as in a
+                function that is compiled or exported.
 
         Raises:
-            ModelError: experts come and go, so what MLX computes later would read
-                others in their place; or MLX would write memory that many experts
-                share as if it were one's own.
+            ModelError: experts may be evicted before MLX computes the result; or a pack
+                is mapped, and MLX would write to memory that experts share.
         """
         if self.comes_and_goes or (self.streamer is not None and not has_values):
             why = "streamed" if self.comes_and_goes else "read from a pack"
@@ -195,18 +203,18 @@ class Runtime(OneAtATime):
         return self._reference
 
     def give_way(self, cache: list[Any]) -> None:
-        """Let experts that no plan bounds give way where the system is short."""
-        if self._free_pool is not None and not self.is_reference:
-            self._free_pool.give_way(cache)
+        """Shrink experts that no plan bounds if the system is short of memory."""
+        if self.free_pool is not None and not self.is_reference:
+            self.free_pool.give_way(cache)
 
     def make_room(self, cache: list[Any], n_seqs: int, t: int, **options: Any) -> int:
-        """Give the caches of a call room; see ``MemoryKeeper.make_room``.
+        """Make room for the caches of a call; see ``MemoryKeeper.make_room``.
 
         Returns:
-            How many tokens are to be computed together: all of them without a plan.
+            The number of tokens to compute together: all of them without a plan.
 
         Raises:
-            BudgetError: they do not fit, whatever gives way.
+            BudgetError: they do not fit, even with the fewest experts.
         """
         if self.keeper is None:
             return n_seqs * t
@@ -215,10 +223,10 @@ class Runtime(OneAtATime):
 
     @functools.cached_property
     def identity(self) -> str:
-        """A hash that tells the model from any other, packed or not.
+        """A hash that identifies the model, the same packed or not.
 
         Raises:
-            ModelError: the model is from no directory, or that is gone.
+            ModelError: the model has no directory, or that was removed.
         """
         if self.options.directory is None:
             raise ModelError("[model] expected a model that load() read from files")
@@ -226,7 +234,7 @@ class Runtime(OneAtATime):
 
     @property
     def streaming(self) -> ExpertStreamer | None:
-        """The streamer, while some experts are not in memory."""
+        """The streamer, if some experts are not in memory; else None."""
         streamer = self.streamer
         if isinstance(streamer, ExpertStreamer) and not streamer.resident:
             return streamer
@@ -234,35 +242,35 @@ class Runtime(OneAtATime):
 
     @property
     def streams(self) -> bool:
-        """Tell whether some experts are not in memory."""
+        """Return whether some experts are not in memory."""
         return self.streaming is not None
 
     @property
     def comes_and_goes(self) -> bool:
-        """Tell whether experts are, or may come to be, read from files as needed."""
+        """Return whether experts are streamed, or may be once caches grow."""
         return self.streams or self.keeper is not None
 
     @property
     def steps(self) -> bool:
-        """Tell whether single tokens go through all layers without a read-back.
+        """Return whether single tokens pass through all layers without a read-back.
 
-        That is where launches are worth a trace: elsewhere reading back costs nothing.
+        This pays where launches are compiled; elsewhere a read-back costs nothing.
         """
-        return self.runs_ahead if self.streams else self.traces_steps
+        return self.runs_ahead if self.streams else self.compiles_steps
 
     @property
-    def traces_steps(self) -> bool:
-        """Tell whether single tokens do so when all their experts are in memory."""
+    def compiles_steps(self) -> bool:
+        """Return ``steps`` for the case that all experts are in memory."""
         return self.executor.compiles or self._optimistic == "on"
 
     @property
     def runs_ahead(self) -> bool:
-        """Tell whether single tokens do so when experts may be missing."""
-        return self.traces_steps and self._optimistic != "off"
+        """Return ``steps`` for the case that experts may be missing."""
+        return self.compiles_steps and self._optimistic != "off"
 
     @contextlib.contextmanager
     def reading_ahead(self, *, one_token: bool) -> Iterator[ExpertStreamer | None]:
-        """Give the streamer if a call, which is timed to find that out, reads ahead."""
+        """Yield the streamer if a call reads ahead; its time decides on later ones."""
         if (streamer := self.streaming) is None or not one_token:
             yield None
             return
@@ -278,12 +286,12 @@ class Runtime(OneAtATime):
         return Runtime(self.options)
 
     def without_streamed(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Leave the streamer's tensors out of a checkpoint's weights."""
+        """Return a checkpoint's weights without the tensors of streamed experts."""
         streamed = self.store.tensor_names if self.store is not None else ()
         return {name: w for name, w in weights.items() if name not in streamed}
 
     def check_layers(self, routed: Collection[int]) -> None:
-        """Raise ModelError unless the files have experts for every routed layer."""
+        """Raise ModelError if the files lack the experts of a routed layer."""
         missing = set(routed) - set(self.store.layers if self.store else routed)
         if missing:
             raise ModelError(

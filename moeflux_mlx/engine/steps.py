@@ -1,14 +1,15 @@
-"""One token of each sequence through all layers, with as few waits as experts allow.
+"""A decoding step through all layers, with as few waits as the experts allow.
 
-Where every expert is in memory that is one traced call. Where some are not, layers run
-ahead as if all were: slots are looked up on the device, and which experts were asked
-for is read back once for a window of layers. What the first layer that lacked one gave,
-and all after it, is thrown away; the expert is read, and that layer begins again from
-its input, which is still there. So nothing depends on which experts were in memory.
+If every expert is in memory, a step is one compiled call. Otherwise layers run ahead as
+if all were: slots are looked up on the device, and the requested experts are read back
+once for a window of layers. The outputs of the first layer that lacked an expert, and
+of all layers after it, are discarded. The expert is read, and that layer runs again
+from its input, which was kept. So results do not depend on which experts were in
+memory.
 
-What later layers asked for in vain they will likely ask for again: it is read with what
-the first one lacked, all at once, where that takes less time. Layers whose experts have
-arrived are computed while those of the next ones are read.
+Later layers will likely request the same missing experts again, so these are read
+together with the first layer's where that takes less time. Layers whose experts have
+arrived are computed while experts of the next layers are read.
 """
 
 from __future__ import annotations
@@ -21,30 +22,30 @@ from mlx_lm.models.cache import ArraysCache
 
 from .. import device
 from ..experts.streaming.streamer import ExpertStreamer
-from ..experts.streaming.windows import SPAN_GROWTH, spans_of, window_of
+from ..experts.streaming.windows import WINDOW_GROWTH, window_of, window_sizes
 from ..experts.weights import leaves
-from .graph.experts import GraphExperts
-from .trace import (
+from .compiled_layers import (
+    CompiledLayers,
     Passed,
-    StepTracer,
-    can_trace,
+    can_compile,
     end_at,
     place_of,
     set_states,
     states_of,
 )
+from .graph.experts import GraphExperts
 
 
 class TokenSteps:
-    """Runs single tokens from traces of a model's layers.
+    """Runs decoding steps as compiled calls of a model's layers.
 
     Args:
-        tracer: runs some of the layers.
-        windows: how many of the last tokens a token sees in each layer; None: all.
+        run_layers: runs some of the layers.
+        windows: number of last tokens that a token sees in each layer; None: all.
     """
 
-    def __init__(self, tracer: StepTracer, windows: Sequence[int | None]):
-        self._tracer, self._windows = tracer, windows
+    def __init__(self, run_layers: CompiledLayers, windows: Sequence[int | None]):
+        self._run_layers, self._windows = run_layers, windows
 
     def __call__(
         self,
@@ -54,26 +55,27 @@ class TokenSteps:
         weights: Sequence[object],
         streamer: ExpertStreamer | None,
         *,
-        traced: bool = True,
+        compiled: bool = True,
     ) -> mx.array | None:
-        """Return the logits ``[B, 1, V]``, or None where only an ordinary call can.
+        """Return the logits ``[B, 1, V]``; None if it needs an ordinary call.
 
-        That is for caches that no trace knows. A step that fails leaves the caches as
-        they were.
+        That is so for caches that cannot be compiled. A failed step leaves the caches
+        as they were.
 
         Args:
             tokens: ``[B, 1]``.
-            caches: one for each layer, as are ``sources``; None: without experts.
-            weights: arrays of the traces besides ``sources``.
-            streamer: of the experts that are not in memory for good; None: all are.
-            traced: False makes the same calls without traces, to look into them.
+            caches: the cache of each layer.
+            sources: the experts of each layer; None for a layer without experts.
+            weights: arrays that compiled functions capture besides ``sources``.
+            streamer: the streamer; None if all experts stay in memory.
+            compiled: False makes the same calls without compiling, to observe them.
 
         Raises:
             ExpertStoreError: an expert could not be read.
         """
-        if not all(map(can_trace, caches, self._windows)):
+        if not all(map(can_compile, caches, self._windows)):
             return None
-        run = _Run(self._tracer, caches, sources, weights, traced)
+        run = _Run(self._run_layers, caches, sources, weights, compiled)
         before = [states_of(c) if isinstance(c, ArraysCache) else None for c in caches]
         places = [(cache, place_of(cache)) for cache in caches]
         try:
@@ -92,7 +94,7 @@ class TokenSteps:
             for cache, place in places:
                 end_at(cache, place, 1)
         except BaseException:
-            self._tracer.give_back()
+            self._run_layers.give_back()
             run.put_back(before)
             for cache, place in places:
                 end_at(cache, place)
@@ -101,32 +103,34 @@ class TokenSteps:
 
 
 class _Run:
-    """A step's calls of the tracer."""
+    """The calls of one step."""
 
     def __init__(
         self,
-        tracer: StepTracer,
+        run_layers: CompiledLayers,
         caches: Sequence[Any],
         sources: Sequence[GraphExperts | None],
         weights: Sequence[object],
-        traced: bool,
+        compiled: bool,
     ):
         self.caches, self.n_layers = caches, len(caches)
-        self.asking = [
-            i for i, s in enumerate(sources) if s is not None and s.settled is None
+        self.streamed = [
+            i for i, s in enumerate(sources) if s is not None and s.resident is None
         ]
-        self._tracer, self._held, self._traced = tracer, [*weights, *sources], traced
+        self._run_layers, self._compiled = run_layers, compiled
+        self._held = [*weights, *sources]
 
     def __call__(self, span: range, x: mx.array, slots: mx.array | None) -> Passed:
         """Run a span of layers, beginning with ``x``."""
         caches = self.caches[span.start : span.stop]
-        return self._tracer(span, x, caches, self._held, slots, traced=self._traced)
+        how = self._held, slots
+        return self._run_layers(span, x, caches, *how, compiled=self._compiled)
 
     def put_back(self, states: Sequence[list[Any] | None], first: int = 0) -> None:
-        """Give caches from layer ``first`` on the states they had; None: nothing.
+        """Restore the states of caches from layer ``first`` on; None restores nothing.
 
-        Rows need none: those after a ``KVCache``'s end do not count, and the one that
-        a ``RotatingKVCache`` lost no later token sees.
+        Caches of rows need no restoring: rows after the end of a ``KVCache`` do not
+        count, and no later token sees the row that a ``RotatingKVCache`` lost.
         """
         for i in range(first, self.n_layers):
             if (held := states[i]) is not None:
@@ -134,7 +138,7 @@ class _Run:
 
 
 class _RunAhead:
-    """A step whose experts may be missing."""
+    """A step in which experts may be missing."""
 
     def __init__(
         self,
@@ -152,7 +156,7 @@ class _RunAhead:
         while first < n_layers:
             stop = first - first % window + window
             if again := first < reached:
-                # It has its experts now: only the next one can tell anything.
+                # This layer has its experts now, so only the next one can miss some.
                 stop = max(stop, first + 2)
             layers = range(first, min(n_layers, stop))
             passed = self._pass(layers, x)
@@ -171,15 +175,15 @@ class _RunAhead:
         return x
 
     def _pass(self, layers: range, x: mx.array) -> list[Passed]:
-        """Run layers span by span, each beginning with the last one's output.
+        """Run layers span by span, each on the output of the span before.
 
-        Spans are small while experts are on their way: layers whose experts are there
-        are computed.
+        Spans are small while experts are being read, so that layers whose experts have
+        arrived are computed meanwhile.
         """
         passed: list[Passed] = []
         n_layers = self._run.n_layers
         while layers:
-            most = SPAN_GROWTH if self._streamer.is_reading else n_layers
+            most = WINDOW_GROWTH if self._streamer.is_reading else n_layers
             span = first_span(layers, n_layers, most)
             slots = self._streamer.slots_on_device(span)
             passed.append(self._run(span, x, slots))
@@ -190,35 +194,35 @@ class _RunAhead:
     def _missed(
         self, layers: range, passed: Sequence[Passed], reached: int, *, again: bool
     ) -> int | None:
-        """Wait for the layers' choices; return the first that lacked an expert.
+        """Wait for the layers' choices; return the first layer that lacked an expert.
 
         Args:
-            reached: layers before this one have run before.
+            reached: layers before this one have run in this step before.
         """
-        asking = [layer for layer in self._run.asking if layer in layers]
+        requesting = [layer for layer in self._run.streamed if layer in layers]
         chosen = [part.chosen for part in passed if part.chosen is not None]
-        if not asking:
+        if not requesting:
             return None
-        n_foreseen = sum(layer < reached for layer in asking)
+        n_predicted = sum(layer < reached for layer in requesting)
         n_right = self._streamer.confirm(
-            asking,
+            requesting,
             chosen,
-            again=again and asking[:1] == [layers.start],
-            n_foreseen=n_foreseen if self._reads_ahead else None,
+            again=again and requesting[:1] == [layers.start],
+            n_predicted=n_predicted if self._reads_ahead else None,
         )
-        return None if n_right == len(asking) else asking[n_right]
+        return None if n_right == len(requesting) else requesting[n_right]
 
 
 def first_span(layers: range, n_layers: int, most: int) -> range:
-    """Return the largest span of up to ``most`` layers that layers begin with.
+    """Return the largest span of up to ``most`` layers at the start of ``layers``.
 
-    Few traces serve wherever a run begins and ends: a span begins at a multiple of its
-    size.
+    A span begins at a multiple of its size, so that few compiled functions serve runs
+    with any first and last layer.
     """
     first = layers.start
     ends = (
         min(first + size, n_layers)
-        for size in spans_of(n_layers)
+        for size in window_sizes(n_layers)
         if first % size == 0 and size <= most
     )
     return range(first, max(end for end in ends if end <= layers.stop))

@@ -1,4 +1,4 @@
-"""Rotary positions by YaRN as its authors' code has them, where mlx-lm rounds."""
+"""YaRN's rotary positions without truncation, as its authors' code has them."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from ..experts.files.configuration import Configuration
 
 
 def departs_by_truncate(config: Mapping[str, Any]) -> str | None:
-    """Name a ``truncate`` that is false, at which mlx-lm does not look."""
+    """Return a note if ``truncate`` is false, which mlx-lm ignores; else None."""
     truncates = _truncates(config.get("rope_scaling"))
     return None if truncates else "rope_scaling that does not truncate"
 
 
 def check_truncate(config: Configuration) -> None:
-    """Raise ModelError unless ``truncate`` is true or false, if it is there."""
+    """Raise ModelError unless ``truncate`` is absent, true or false."""
     found = (config.fields.get("rope_scaling") or {}).get("truncate", True)
     if not isinstance(found, bool):
         raise config.wrong("truncate", "true or false", found)
 
 
 def follow_truncate(ropes: Iterable[nn.Module], args: Any) -> None:
-    """Give mlx-lm's modules the angles of a ``truncate`` that is false.
+    """Replace the angles of mlx-lm's modules if ``truncate`` is false.
 
-    mlx-lm does not look at it: the channels between which angles change from one rule
-    to the other are always rounded to whole ones. Transformers rounds if it is true.
+    YaRN blends two rules for angles between two channels. mlx-lm always rounds those to
+    whole channels; transformers rounds them only if ``truncate`` is true.
 
     Args:
-        ropes: of the type ``yarn``; all else of them stays.
-        args: mlx-lm's, of the text model.
+        ropes: modules of YaRN; only their angles change.
+        args: mlx-lm's arguments of the text model.
     """
     if not _truncates(args.rope_scaling):
         for rope in ropes:
@@ -49,12 +49,13 @@ def _leave_unrounded(rope: nn.Module, base: float, scaling: Mapping[str, Any]) -
     longest = scaling.get("original_max_position_embeddings", 4096)
 
     def channel(turns: float) -> float:
-        """Return which channel turns so often over the original length."""
+        """Return the channel that makes ``turns`` turns over the original length."""
         share = longest / (2 * math.pi * turns)
         return dims * math.log(share) / (2 * math.log(base))
 
     low = max(channel(scaling.get("beta_fast", 32)), 0)
     high = min(channel(scaling.get("beta_slow", 1)), dims - 1)
+    # As the authors' code avoids a division by zero.
     width = high - low or 0.001
     ramp = mx.clip((mx.arange(dims // 2, dtype=mx.float32) - low) / width, 0, 1)
     own = base ** -(mx.arange(0, dims, 2, dtype=mx.float32) / dims)

@@ -1,6 +1,6 @@
-"""The core: experts on disk, in slots, and as a routed block computes with them.
+"""The core: experts on disk and in slots, and routed blocks that compute with them.
 
-Knows nothing of graphs, Ops or kernels: a model of mlx-lm needs no more than this.
+The core knows nothing of graphs, Ops or kernels. A model of mlx-lm needs only the core.
 
 Imports: nothing of ours.
 """

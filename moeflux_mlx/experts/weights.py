@@ -1,4 +1,4 @@
-"""A model's weights as Ops see them: arrays and the way they are quantised."""
+"""Weights: the arrays of a matrix and its quantisation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-# Bits and group of MLX's modes where none are given.
+# MLX's default bits and group size for each mode.
 OWN_FORM = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
 
@@ -28,13 +28,13 @@ MLX_DTYPES = {
     "I32": mx.int32,
     "F32": mx.float32,
 }
-# The first of several names is the one that MLX itself writes.
+# MLX itself writes the first of several names, so the reversal lets that one win.
 DTYPE_NAMES = {dtype: name for name, dtype in reversed(MLX_DTYPES.items())}
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a matrix is stored: ``bits`` per value in groups of ``group_size``.
+    """A matrix's quantisation: ``bits`` per value, groups of ``group_size`` values.
 
     ``mode`` is one of MLX's quantisation modes (``affine``, ``mxfp4``, ...).
     """
@@ -45,7 +45,7 @@ class Quantization:
 
     @classmethod
     def of(cls, bits: int | None, group_size: int | None, mode: str) -> Quantization:
-        """Return a form of which None, as in mixed recipes, is what MLX takes then."""
+        """Return a quantisation; None, as in mixed recipes, means MLX's default."""
         own_bits, own_group_size = OWN_FORM.get(mode, (4, 64))
         return cls(bits or own_bits, group_size or own_group_size, mode)
 
@@ -54,8 +54,8 @@ class Quantization:
 class Records:
     """One tensor of every slot: row ``slot`` of ``array``, from element ``base`` on.
 
-    ``array`` is ``[n_slots, row]`` of the tensor's type and lies end to end, so kernels
-    take it as it is.
+    ``array`` is ``[n_slots, row]`` of the tensor's type. It is contiguous, so kernels
+    take it without a copy.
     """
 
     array: mx.array
@@ -67,10 +67,10 @@ class Weight:
     """One matrix ``[..., O, I]`` in MLX (or NumPy) arrays; dense without quantization.
 
     Quantised, ``w`` is uint32 ``[..., O, I * bits / 32]`` with ``scales`` (and, for
-    affine, ``biases``) ``[..., O, I / group_size]``. A leading axis, if there is one,
-    counts experts or slots; where they do not lie end to end, ``in_pool`` says how
-    the parts lie in their records. ``bias`` ``[..., O]`` is added to products;
-    ``global_scale`` ``[...]`` is for mlx-lm's modules: no Op has it.
+    affine, ``biases``) ``[..., O, I / group_size]``. A leading axis counts experts or
+    slots. If these are not contiguous, ``in_pool`` locates each array in the records.
+    ``bias`` ``[..., O]`` is added to products. ``global_scale`` ``[...]`` is for
+    mlx-lm's modules; no Op takes it.
     """
 
     w: Any
@@ -83,12 +83,12 @@ class Weight:
 
     @property
     def strided(self) -> bool:
-        """Tell whether slots do not lie end to end."""
+        """Whether the slots are views into records, and not contiguous."""
         return self.in_pool is not None
 
     @property
     def arrays(self) -> list[mx.array]:
-        """Those of its parts that are MLX arrays."""
+        """The MLX arrays among ``w``, ``scales``, ``biases`` and ``bias``."""
         parts = (self.w, self.scales, self.biases, self.bias)
         return [x for x in parts if isinstance(x, mx.array)]
 
@@ -105,7 +105,8 @@ class Weight:
     @property
     def on_host(self) -> Weight:
         """The same memory as NumPy arrays; bfloat16 as its bits in uint16."""
-        # Kept by itself it would live, with its memory, until cycles are collected.
+        # Do not cache ``self`` on itself: such a cycle would keep the memory until the
+        # garbage collector runs.
         return self if isinstance(self.w, np.ndarray) else self._viewed
 
     @functools.cached_property
@@ -114,7 +115,7 @@ class Weight:
 
     @property
     def on_device(self) -> Weight:
-        """The same values as MLX arrays: copies where they are NumPy's."""
+        """The same values as MLX arrays; NumPy arrays are copied."""
         return self if isinstance(self.w, mx.array) else self._copied
 
     @functools.cached_property
@@ -124,9 +125,9 @@ class Weight:
         return copied
 
     def __getitem__(self, index: int | slice | None) -> Weight:
-        """Return one expert's matrix, or with None a stack of one, without a copy.
+        """Return one expert's matrix, or with None a stack of one matrix, uncopied.
 
-        A slice of the first axis is for NumPy arrays only.
+        A slice indexes the first axis of NumPy arrays only.
         """
         return self._like(lambda x: None if x is None else _pick(x, index))
 
@@ -137,9 +138,9 @@ class Weight:
 
 
 class ExpertWeights:
-    """The projections of the experts at hand, leading axis ``n_slots``.
+    """The projections of a layer's experts, with a leading axis ``n_slots``.
 
-    ``by_name`` has them under the names of mlx-lm's modules.
+    ``by_name`` maps the names of mlx-lm's modules to them.
     """
 
     def __init__(self, gate: Weight, up: Weight, down: Weight):
@@ -147,7 +148,7 @@ class ExpertWeights:
 
     @classmethod
     def named(cls, projections: Mapping[str, Weight]) -> ExpertWeights:
-        """Put projections together, which may be others than gate, up and down."""
+        """Return weights of any projections, not only gate, up and down."""
         weights = cls.__new__(cls)
         weights.by_name = dict(projections)
         return weights
@@ -174,7 +175,7 @@ class ExpertWeights:
 
 
 def _pick(x: Any, index: Any) -> Any:
-    """Index the first axis; MLX copies for ``x[index]`` but not for a slice of one."""
+    """Index the first axis; MLX copies for ``x[index]`` but not for a slice."""
     if index is None or isinstance(x, np.ndarray):
         return x[index]
     return x[index : index + 1].squeeze(0)
@@ -193,7 +194,7 @@ def _device_copy(x: np.ndarray | None) -> mx.array | None:
 
 
 def has_values(*arrays: mx.array) -> bool:
-    """Evaluate ``arrays`` if they can be: ``mx.compile`` and others trace without."""
+    """Evaluate ``arrays``; return False inside ``mx.compile`` and other transforms."""
     try:
         mx.eval(arrays)
     except ValueError:
@@ -202,13 +203,13 @@ def has_values(*arrays: mx.array) -> bool:
 
 
 def leaves(tree: Any) -> list[mx.array]:
-    """Return the MLX arrays in nested lists, tuples and dicts, each once."""
+    """Return the distinct MLX arrays in nested lists, tuples and dicts."""
     flat = dict(tree_flatten(tree)).values()
     return [*{id(x): x for x in flat if isinstance(x, mx.array)}.values()]
 
 
 def kept_arrays(model: nn.Module) -> list[mx.array]:
-    """Return the arrays that modules keep beside their parameters, as rotations do."""
+    """Return the modules' arrays that are not parameters, such as RoPE frequencies."""
     return [
         value
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""Belady's rule: the fewest misses that any policy could have, knowing the future."""
+"""Belady's rule: the fewest misses possible for a policy that knows the future."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Iterable, Sequence
 def fewest_misses(
     steps: Sequence[Sequence[int]], n_slots: int, at_once: Sequence[bool]
 ) -> list[int]:
-    """Return the keys that each step has to read, their sum being the least possible.
+    """Return the misses of each step under the policy with the fewest misses in all.
 
-    Evicting the key that is needed again the latest is optimal (Belady, 1966), also
-    where a step needs several keys in memory at once, which then are no candidates.
+    Evicting the key with the latest next use is optimal (Belady, 1966). That holds too
+    if a step needs several keys in memory together, which are then not evicted.
 
     Args:
         steps: the distinct keys that each step uses.
-        n_slots: keys that fit into memory; at least those of a step ``at_once``.
-        at_once: whether a step's keys must be in memory together. Else each is used as
-            it comes, what is in memory first, and need not stay: at best one miss
-            better than slots that must hold the last key of such a step.
+        n_slots: number of keys that fit into memory; at least a step ``at_once``.
+        at_once: whether a step's keys must be in memory together. Otherwise each key is
+            used when it is in memory, present ones first, and may be evicted at once.
+            This can save one miss compared with slots, which must hold the last key.
     """
     memory = _Memory(n_slots)
     misses: list[int] = []
@@ -34,7 +34,7 @@ def fewest_misses(
 
 
 def _next_uses(steps: Sequence[Sequence[int]]) -> list[dict[int, int]]:
-    """Return for each step its keys with the step that uses each next."""
+    """Return each step's keys with the number of the next step that uses them."""
     upcoming: dict[int, int] = {}
     found: list[dict[int, int]] = []
     for i in range(len(steps) - 1, -1, -1):
@@ -44,29 +44,29 @@ def _next_uses(steps: Sequence[Sequence[int]]) -> list[dict[int, int]]:
 
 
 class _Memory:
-    """Keys in memory with their next uses."""
+    """The keys in memory, with their next uses."""
 
     def __init__(self, n_slots: int):
         self._n_slots = n_slots
         self._next_use: dict[int, int | None] = {}
-        # Latest first; an entry that the dictionary contradicts is out of date.
+        # A heap, latest use first; an entry is stale if ``_next_use`` differs from it.
         self._latest: list[tuple[int, int]] = []
 
     def __contains__(self, key: int) -> bool:
         return key in self._next_use
 
     def lock(self, keys: Iterable[int]) -> None:
-        """Take keys in, never to be evicted before ``hold`` says when they are used."""
+        """Add keys that must not be evicted until ``hold`` gives their next use."""
         self._next_use.update(dict.fromkeys(keys))
 
     def hold(self, next_use: dict[int, int]) -> None:
-        """Take keys in, or say anew when they are used next."""
+        """Add keys, or update their next uses."""
         self._next_use.update(next_use)
         for key, step in next_use.items():
             heapq.heappush(self._latest, (-step, key))
 
     def trim(self) -> None:
-        """Evict until keys fit into the slots, the one used latest first."""
+        """Evict the keys with the latest next use until the rest fits."""
         while len(self._next_use) > self._n_slots:
             negative, key = heapq.heappop(self._latest)
             if self._next_use.get(key) == -negative:

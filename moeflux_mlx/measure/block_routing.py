@@ -1,4 +1,4 @@
-"""Keep which experts the routed blocks of mlx-lm's model are asked for."""
+"""Record the experts that mlx-lm's routed blocks use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..experts.pool.routing_trace import RoutingTrace
 
 @dataclass(frozen=True)
 class _Block:
-    """A routed block, in memory or streamed: how many experts, bytes of one."""
+    """A routed block, resident or streamed, and the size of its experts."""
 
     path: str
     module: nn.Module
@@ -38,13 +38,13 @@ def record_blocks(
     eos_tokens: Collection[int],
     **options: Any,
 ) -> RoutingTrace:
-    """Do as ``record_routing`` for a model of mlx-lm's class; blocks are its layers."""
+    """Do as ``record_routing`` for a model of mlx-lm's class; each block is a layer."""
     blocks = _blocks(model)
     if not blocks:
         kind = type(model)
         raise ModelError(
             f"[trace] expected routed experts in {kind.__module__}.{kind.__name__} but "
-            "found none"
+            "found none: trace a Mixture-of-Experts model"
         )
     recorded: Any = _RecordedModel(model, blocks)
     options = {**options, "max_tokens": max_tokens, "sampler": sampler}
@@ -65,7 +65,7 @@ def record_blocks(
 
 
 def _blocks(model: Any) -> list[_Block]:
-    """Return a model's blocks in the order in which a streamer numbers them."""
+    """Return a model's blocks in the streamer's order."""
     streamer = getattr(model, "streamer", None)
     if streamer is None:
         return [
@@ -90,12 +90,12 @@ def _blocks(model: Any) -> list[_Block]:
 
 
 def _sizes(arrays: list[mx.array]) -> tuple[int, int]:
-    """Return how many experts arrays have and the bytes of one."""
+    """Return the number of experts in ``arrays``, and the bytes of one."""
     return len(arrays[0]), sum(array.nbytes // len(array) for array in arrays)
 
 
 class _RecordedModel:
-    """A model that keeps the routing of every call; else it is the model."""
+    """A wrapper of a model that keeps the routing of every call."""
 
     def __init__(self, model: Any, blocks: list[_Block]):
         self.passes: list[np.ndarray] = []
@@ -112,21 +112,21 @@ class _RecordedModel:
         return logits
 
     def _take(self) -> np.ndarray:
-        """Return the choices of one pass: ``[N, L, K]``."""
+        """Return the chosen experts of one pass: ``[N, L, K]``."""
         for path, chosen in self._chosen.items():
             shapes = [ids.shape for calls in self._chosen.values() for ids in calls]
             if len(chosen) != 1 or len(set(shapes)) != 1:
                 raise ModelError(
-                    f"[trace] {path}: expected every routed block to be asked once for "
-                    "as many experts of as many tokens but got calls of "
+                    f"[trace] {path}: expected one call of every routed block, all "
+                    "with ids of one shape, but got calls with "
                     f"{[ids.shape for ids in chosen]} here and {sorted(set(shapes))} "
-                    "in all: this model's routing has no form that a recording has"
+                    "in all: a trace cannot represent this model's routing"
                 )
         return np.stack([chosen[0] for chosen in self._chosen.values()], axis=1)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Have the blocks keep their experts' ids while inside."""
+        """Record the expert ids of all blocks inside the ``with`` block."""
         kinds = {block.path: type(block.module) for block in self._blocks}
         try:
             for block in self._blocks:

@@ -1,4 +1,4 @@
-"""Replay recorded routing through the streamer's slot table, without reading."""
+"""Replay a routing trace through the streamer's slot table, without reading experts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .belady import fewest_misses
 class Replay:
     """The counts of one replay, by pass and layer: ``[S, L]``.
 
-    Requests are distinct experts of a layer in a pass, as the streamer counts them.
-    ``ahead`` are experts read before they were asked for, needed or not.
+    ``requests`` counts the distinct experts of a layer in a pass, as the streamer does.
+    ``ahead`` counts the experts read ahead, used or not.
     """
 
     requests: np.ndarray
@@ -29,19 +29,19 @@ class Replay:
     ahead: np.ndarray
 
     def hit_rate(self, first: int = 0) -> float:
-        """Return the share of requests from pass ``first`` on that were no misses."""
+        """Return the share of hits among the requests from pass ``first`` on."""
         n_requests = int(self.requests[first:].sum())
         return (n_requests - int(self.misses[first:].sum())) / max(1, n_requests)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a policy, or the optimum, fares with slots for a ``share`` of all experts.
+    """The result of a policy, or the optimum, with slots for a ``share`` of experts.
 
-    ``hit_rate`` is that of the whole run, from empty slots on: what was in memory, or
-    on its way, when it was asked for. The steady one, and ``bytes_per_token``, are
-    those of the second half of the generated tokens: by then slots are full, and what a
-    policy counts has been counted.
+    ``hit_rate`` covers the whole run, which begins with empty slots; experts in flight
+    count as hits. ``steady_hit_rate`` and ``bytes_per_token`` cover the second half of
+    the generated tokens. By then the slots are full and the policy's counts have
+    settled.
     """
 
     policy: str
@@ -53,7 +53,7 @@ class Outcome:
 
 
 OPTIMUM = "optimum"
-# Follows the name of a policy.
+# Suffix of a policy's name.
 READING_AHEAD = ", ahead"
 
 
@@ -70,19 +70,21 @@ def simulate(
     """Return the results of the optimum and every policy at each share of slots.
 
     Args:
-        shares: of all experts, more than 0 and less than 1.
+        trace: the recorded routing.
+        policies: factories by name.
+        shares: slots as shares of all experts, between 0 and 1.
         scope, floor: as for ``ExpertStreamer``.
-        read_ahead: let each policy also read ahead; the optimum never does.
-        n_segments: as for ``replay``; the optimum has one.
+        read_ahead: also run each policy with reading ahead; the optimum has none.
+        n_segments: as for ``replay``; the optimum has one segment.
 
     Raises:
-        ConfigError: a share is out of range, or too small for a token, or the trace
-            does not say which experts could have been read ahead.
+        ConfigError: a share is out of range or too small for one token, or
+            ``read_ahead`` needs predictions and the trace has none.
     """
     if read_ahead and trace.likely is None:
         raise ConfigError(
-            "[cachesim] expected a trace that says what each layer was expected to "
-            "choose, to read ahead: record it again"
+            "[cachesim] expected a trace with predicted experts, to read ahead, but "
+            "got one without: record it again"
         )
     found: list[Outcome] = []
     for share in shares:
@@ -106,13 +108,13 @@ def simulate(
 
 
 def _count_slots(trace: RoutingTrace, share: float, scope: str, n_segments: int) -> int:
-    n_rows = len(trace.layers)
-    if not 1 <= n_segments <= n_rows:
+    n_layers = len(trace.layers)
+    if not 1 <= n_segments <= n_layers:
         raise ConfigError(
-            f"[segments] expected 1 to {n_rows}, one a layer, but got {n_segments}"
+            f"[segments] expected 1 to {n_layers}, one a layer, but got {n_segments}"
         )
-    n_groups = n_segments if scope == "global" else n_rows
-    n_slots = round(share * n_rows * trace.n_experts) if 0 < share < 1 else 0
+    n_groups = n_segments if scope == "global" else n_layers
+    n_slots = round(share * n_layers * trace.n_experts) if 0 < share < 1 else 0
     if scope != "global":
         n_slots -= n_slots % n_groups
     if n_slots < n_groups * trace.top_k:
@@ -150,14 +152,15 @@ def replay(
     read_ahead: bool = False,
     n_segments: int = 1,
 ) -> Replay:
-    """Return the counts of an ``ExpertStreamer`` with as many slots on this routing.
+    """Return the counts of an ``ExpertStreamer`` for a trace.
 
     Args:
-        n_slots: of all layers together, fewer than there are experts.
+        trace: the recorded routing.
+        n_slots: slots over all layers, fewer than there are experts.
         policy, scope, floor: as for ``ExpertStreamer``.
-        read_ahead: read what ``trace.likely`` says before each layer asks; all of it
-            arrives in time, where the streamer might have to wait.
-        n_segments: buffers, whose layers alone share slots.
+        read_ahead: read the experts of ``trace.likely`` before each layer's request.
+            Here all of them arrive in time; a streamer might have to wait.
+        n_segments: number of buffers; only the layers of one buffer share slots.
     """
     table = SlotTable(
         len(trace.layers),
@@ -173,89 +176,92 @@ def replay(
     requests, misses, ahead = (
         np.zeros((len(trace.passes), len(trace.layers)), int) for _ in range(3)
     )
-    passes = zip(trace.needed(), trace.foreseen(), strict=True)
-    for i, ((n_tokens, rows), likely) in enumerate(passes):
+    passes = zip(trace.needed(), trace.predicted(), strict=True)
+    for i, ((n_tokens, by_layer), likely) in enumerate(passes):
         use = use_at_once if n_tokens == 1 else use_in_waves
-        for row, needed in enumerate(rows):
+        for layer, needed in enumerate(by_layer):
             if read_ahead and likely is not None:
-                ahead[i, row] = read_before_use(table, row, likely[row])
-            requests[i, row] = len(needed)
-            misses[i, row] = use(table, row, needed)
+                ahead[i, layer] = read_before_use(table, layer, likely[layer])
+            requests[i, layer] = len(needed)
+            misses[i, layer] = use(table, layer, needed)
     return Replay(requests, misses, ahead)
 
 
 def replay_optimum(
     trace: RoutingTrace, n_slots: int, *, scope: str = "global"
 ) -> Replay:
-    """Return the fewest misses possible, by Belady's rule; it knows of no floors."""
-    n_rows = len(trace.layers)
+    """Return the fewest misses possible, by Belady's rule and without floors."""
+    n_layers = len(trace.layers)
     keys = [
-        [[row * trace.n_experts + e for e in needed] for row, needed in enumerate(rows)]
-        for _, rows in trace.needed()
+        [
+            [layer * trace.n_experts + e for e in needed]
+            for layer, needed in enumerate(by_layer)
+        ]
+        for _, by_layer in trace.needed()
     ]
     together = (trace.passes == 1).tolist()
     if scope == "global":
-        steps = [step for rows in keys for step in rows]
-        at_once = [one for one in together for _ in range(n_rows)]
-        misses = np.array(fewest_misses(steps, n_slots, at_once)).reshape(-1, n_rows)
+        steps = [step for by_layer in keys for step in by_layer]
+        at_once = [one for one in together for _ in range(n_layers)]
+        misses = np.array(fewest_misses(steps, n_slots, at_once)).reshape(-1, n_layers)
     else:
-        divided = shares([trace.n_experts] * n_rows, n_slots, 1)
+        divided = shares([trace.n_experts] * n_layers, n_slots, 1)
         columns = [
-            fewest_misses([rows[row] for rows in keys], share, together)
-            for row, share in enumerate(divided)
+            fewest_misses([by_layer[layer] for by_layer in keys], share, together)
+            for layer, share in enumerate(divided)
         ]
         misses = np.array(columns).T
-    requests = [[len(needed) for needed in rows] for rows in keys]
+    requests = [[len(needed) for needed in by_layer] for by_layer in keys]
     return Replay(np.array(requests), misses, np.zeros_like(misses))
 
 
-def read_before_use(table: SlotTable, row: int, likely: Sequence[int]) -> int:
-    """Read the experts that a layer is expected to ask for; return how many."""
-    missing = [e for e in likely if table.rows[row][e] == EMPTY]
-    return _read(table, row, missing, likely)
+def read_before_use(table: SlotTable, layer: int, likely: Sequence[int]) -> int:
+    """Read the experts that a layer is predicted to use; return the number of reads."""
+    missing = [e for e in likely if table.slots[layer][e] == EMPTY]
+    return _read(table, layer, missing, likely)
 
 
-def use_at_once(table: SlotTable, row: int, needed: Sequence[int]) -> int:
-    """Use experts that are needed together, as one token does; return the misses."""
-    missing = [e for e in needed if table.rows[row][e] == EMPTY]
-    _read(table, row, missing, needed)
-    table.touch(row, needed)
+def use_at_once(table: SlotTable, layer: int, needed: Sequence[int]) -> int:
+    """Use experts that are needed together, as for one token; return the misses."""
+    missing = [e for e in needed if table.slots[layer][e] == EMPTY]
+    _read(table, layer, missing, needed)
+    table.touch(layer, needed)
     return len(missing)
 
 
-def use_in_waves(table: SlotTable, row: int, needed: Sequence[int]) -> int:
-    """Use each expert once, as a prompt does; return the misses.
+def use_in_waves(table: SlotTable, layer: int, needed: Sequence[int]) -> int:
+    """Use each expert once, as for a prompt; return the misses.
 
-    The streamer's ``waves`` without the reading: what is in memory first, and the next
+    This follows ``ExpertStreamer.waves``: experts in memory come first, and the next
     wave is read while one is used.
     """
     left, n_misses = list(needed), 0
     n_ahead = min(WAVE_EXPERTS, max(1, table.capacity // 2))
     while left:
-        wave = _present(table, row, left)
+        wave = _present(table, layer, left)
         if not wave:
-            n_misses += _read(table, row, left[:n_ahead], left)
-            wave = _present(table, row, left)
+            n_misses += _read(table, layer, left[:n_ahead], left)
+            wave = _present(table, layer, left)
         left = [e for e in left if e not in wave]
-        table.touch(row, wave)
-        n_misses += _read(table, row, left[:n_ahead], [*wave, *left])
+        table.touch(layer, wave)
+        n_misses += _read(table, layer, left[:n_ahead], [*wave, *left])
     return n_misses
 
 
 def _read(
-    table: SlotTable, row: int, experts: Sequence[int], keep: Collection[int]
+    table: SlotTable, layer: int, experts: Sequence[int], keep: Collection[int]
 ) -> int:
-    """Claim slots until none can be had, then fill them; return how many."""
-    kept = {table.key(row, expert) for expert in keep}
+    """Claim slots for experts while slots last, and fill them; return how many."""
+    kept = {table.key(layer, expert) for expert in keep}
     slots = []
     for _ in experts:
-        if (slot := table.claim(row, kept)) is None:
+        if (slot := table.claim(layer, kept)) is None:
             break
         slots.append(slot)
     for expert, slot in zip(experts, slots, strict=False):
-        table.place(row, expert, slot)
+        table.place(layer, expert, slot)
     return len(slots)
 
 
-def _present(table: SlotTable, row: int, experts: Sequence[int]) -> list[int]:
-    return [e for e in experts if table.rows[row][e] != EMPTY]
+def _present(table: SlotTable, layer: int, experts: Sequence[int]) -> list[int]:
+    return [e for e in experts if table.slots[layer][e] != EMPTY]

@@ -1,7 +1,7 @@
-"""The choices of lowering, met by running a model: Ops, groups, their inputs.
+"""Collect the choices of lowering by running a model: Ops, fusions and their inputs.
 
-A choice is one Op, or one group of Ops, at one shape; it is met in many layers, whose
-inputs and weights are its samples.
+A choice is one Op or one fusion at one shape. It occurs in many layers, whose inputs
+and weights are its samples.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import mlx.core as mx
 
 from ..engine.executors.base import Encoding, arrays
 from ..engine.executors.kernels import KernelExecutor
-from ..engine.graph.lower import Kernel, Step, Together, lower, lower_op
+from ..engine.graph.lower import FusedCall, Kernel, LoweredCall, lower, lower_op
 from ..engine.graph.op import Op
 from ..engine.graph.rows import RowPart, whole
 from ..engine.launch import KERNELS
 from ..engine.launch.base import TOLERANCE
 from ..engine.launch.check import relative_error
-from ..engine.lowering import GROUPS, Group, groups_ahead, ways
-from ..engine.lowering.groups import one_by_one
+from ..engine.lowering import FUSIONS, Fusion, fusions_ahead, ways
+from ..engine.lowering.fusions import one_by_one
 from ..engine.lowering.tuned import ONE_BY_ONE, TOGETHER, n_tokens_of, shape_of
 from ..engine.model import LayerGraph
 from ..engine.runtime import Runtime
@@ -31,21 +31,22 @@ from ..experts.weights import ExpertWeights, Weight
 from .recording import layer_of, shared, states
 from .timing import Work
 
-# Layers whose inputs are kept: of one token enough to fill a queue, of prompts few.
+# Samples kept for each choice: for one token enough to fill a queue, for prompts few,
+# because they are large.
 MAX_SAMPLES, MAX_PROMPT_SAMPLES = 64, 4
-# Values of an output that are compared: of more, those of the first and last rows.
+# Values of an output to compare; a larger one is compared in its first and last rows.
 MAX_COMPARED = 1 << 25
 Key = tuple[str, str, int]
-# Performs Ops on values by buffer and by name, as ``Together.call``.
+# Performs Ops on values by buffer and by name, as ``FusedCall.call``.
 Perform = Callable[[Mapping[Any, Any]], Mapping[Any, Any]]
 
 
 @dataclass
 class Choice:
-    """An Op or a group at one shape: the ways it can go, and inputs to try them on.
+    """An Op or a fusion at one shape: its ways, and inputs to try them on.
 
-    Every way takes ``inputs`` and returns outputs as ``reference`` does. ``carried``
-    pairs outputs with the inputs they become, as of ``Work``.
+    Every way takes the same inputs and returns the same outputs as ``reference``.
+    ``carried`` is as for ``Work``.
     """
 
     name: str
@@ -62,23 +63,23 @@ class Choice:
 
     @property
     def key(self) -> Key:
-        """The key that tells it from other choices."""
+        """The key that identifies the choice."""
         return self.name, self.shape, self.n_tokens
 
     @property
-    def is_group(self) -> bool:
-        """Tell whether it is of several Ops."""
+    def is_fusion(self) -> bool:
+        """Whether it has several Ops."""
         return TOGETHER in self.ways
 
     def add(self, inputs: list[Any]) -> None:
-        """Keep the inputs of one more layer, if there is room."""
+        """Keep the inputs of one more layer, up to the maximum."""
         many = self.n_tokens > 1
         if len(self.samples) < (MAX_PROMPT_SAMPLES if many else MAX_SAMPLES):
             first = self.samples[0] if self.samples and many else inputs
             self.samples.append(shared(first, inputs))
 
     def works(self, way: str) -> list[Work]:
-        """Return the work of going a way, once for each sample."""
+        """Return the work of a way for each sample."""
         call = self.ways[way]
         return [
             Work(call, list(inputs), self.carried, waits=self.reads_back)
@@ -86,16 +87,16 @@ class Choice:
         ]
 
     def n_launches(self, way: str, launched: Sequence[str]) -> int:
-        """Return how many launches a way counts for that launched these of our kernels.
+        """Return the number of launches of a way that launched these kernels of ours.
 
-        An Op that MLX performs itself counts as one.
+        An Op that MLX's own operations perform counts as one.
         """
         return max(self.n_ops if way == ONE_BY_ONE else 1, len(launched))
 
     def expected(self) -> list[mx.array]:
         """Return the reference's outputs for the first sample, computed in float32.
 
-        Where activations are float32 that is on the CPU: GPUs multiply with fewer bits.
+        If activations are float32, this runs on the CPU: GPUs multiply with fewer bits.
         """
         inputs = [_wide(value) for value in self.samples[0]]
         exact = self.dtype == mx.float32
@@ -105,9 +106,9 @@ class Choice:
         return outputs
 
     def error(self, way: str, expected: Sequence[mx.array]) -> str:
-        """Return the fault of a way's outputs for the first sample; "": nothing.
+        """Return the error of a way's outputs for the first sample; "" if right.
 
-        They must be as near to the reference as ``moeflux doctor`` asks of the kernel.
+        The tolerance is that of ``moeflux doctor`` for the kernel.
         """
         outputs = list(map(whole, _as_list(self.ways[way](*self.samples[0]))))
         mx.eval(arrays(outputs))
@@ -123,7 +124,7 @@ class Choice:
 
 
 def _ends(x: mx.array) -> mx.array:
-    """Return the first and the last rows of an array too large to compare whole."""
+    """Return an array, or its first and last rows if it is too large to compare."""
     n_rows = MAX_COMPARED * x.shape[0] // max(1, 2 * x.size) if x.ndim else 0
     if x.size <= MAX_COMPARED or not n_rows:
         return x
@@ -135,7 +136,7 @@ def _as_list(result: Any) -> list[mx.array]:
 
 
 def _wide(value: Any) -> Any:
-    """Return floats as float32, in weights and experts too."""
+    """Return a value with its floats as float32, also inside weights and experts."""
     if isinstance(value, RowPart):
         return _wide(value.array())
     if isinstance(value, mx.array):
@@ -152,11 +153,11 @@ def _wide(value: Any) -> Any:
 
 
 class Collector:
-    """Observes an executor: performs Op by Op and keeps every choice it meets.
+    """Observer of an executor that performs Op by Op and collects every choice.
 
     Args:
-        runtime: of the model that will be called.
-        best: tells which way an Op goes when its group is taken apart.
+        runtime: the runtime of the model to call.
+        best: returns the fastest known way of an Op, for fusions performed Op by Op.
     """
 
     def __init__(self, runtime: Runtime, best: Callable[[Op], Kernel]):
@@ -165,13 +166,13 @@ class Collector:
         self._runtime, self._executor = runtime, runtime.executor
         self._best = best
 
-    def __call__(self, steps: Sequence[Step], encoding: Encoding) -> None:
+    def __call__(self, steps: Sequence[LoweredCall], encoding: Encoding) -> None:
         layer = layer_of(self._runtime, steps)
         values, weights, host = encoding.values, encoding.weights, encoding.host
         for step, choice in self._steps(layer):
             side = values
             if choice is not None:
-                # A group is met on its launches' inputs, each Op on arrays.
+                # A fusion takes the inputs of its launches, but each Op takes arrays.
                 self._meet(choice, step.inputs(values, weights))
                 self._meet_smaller(step, layer, encoding)
                 side = [whole(value) for value in values]
@@ -186,11 +187,13 @@ class Collector:
             if choice is not None:
                 mx.eval(arrays(step.run(values, weights, host)))
 
-    def _meet_smaller(self, step: Step, layer: LayerGraph, encoding: Encoding) -> None:
-        """Meet the groups that perform some of a step's Ops where it does not."""
-        group, _ = next(groups_ahead(step.ops))
+    def _meet_smaller(
+        self, step: LoweredCall, layer: LayerGraph, encoding: Encoding
+    ) -> None:
+        """Collect the smaller fusions of a step's Ops, for when it is not fused."""
+        group, _ = next(fusions_ahead(step.ops))
         own = set(map(id, step.ops))
-        for size in {len(g.types) for g in GROUPS if len(g.types) < len(group.types)}:
+        for size in {len(g.types) for g in FUSIONS if len(g.types) < len(group.types)}:
             values = list(encoding.values)
             for smaller, choice in self._steps(layer, size):
                 if own.issuperset(map(id, smaller.ops)):
@@ -202,7 +205,7 @@ class Collector:
         mx.eval(arrays(inputs))
         self.choices.setdefault(choice.key, choice).add(inputs)
 
-    def _of_op(self, op: Op, step: Step, layer: LayerGraph) -> Choice:
+    def _of_op(self, op: Op, step: LoweredCall, layer: LayerGraph) -> Choice:
         run = self._executor.run
         return Choice(
             name=op.variant_name,
@@ -218,14 +221,15 @@ class Collector:
 
     def _steps(
         self, layer: LayerGraph, size: int | None = None
-    ) -> Iterator[tuple[Step, Choice | None]]:
-        """Yield the steps of a graph, with their choices those that are groups.
+    ) -> Iterator[tuple[LoweredCall, Choice | None]]:
+        """Yield the calls of a graph; with a choice if the call is a fusion.
 
         Args:
-            size: leave groups of more types of Ops out.
+            layer: the graph.
+            size: ignore fusions of more types of Ops.
         """
         run, best = self._executor.run, self._best
-        performs: tuple[Callable[[Group, Sequence[Op]], Perform], ...] = (
+        performs: tuple[Callable[[Fusion, Sequence[Op]], Perform], ...] = (
             lambda group, ops: partial(group.call, ops, run),
             lambda _, ops: self._apart(ops, best),
             lambda _, ops: self._apart(ops, _reference),
@@ -252,32 +256,32 @@ class Collector:
     def _lowered(
         self,
         layer: LayerGraph,
-        perform: Callable[[Group, Sequence[Op]], Perform],
+        perform: Callable[[Fusion, Sequence[Op]], Perform],
         size: int | None,
-    ) -> list[Step]:
-        """Lower a graph with its groups performed by what ``perform`` returns."""
+    ) -> list[LoweredCall]:
+        """Lower a graph; ``perform`` returns the function that performs a fusion."""
 
-        def fuse(ops: Sequence[Op]) -> Together | None:
+        def fuse(ops: Sequence[Op]) -> FusedCall | None:
             ahead = next(groups_of(ops, size), None)
             if ahead is None:
                 return None
             group, n = ahead
-            # Whoever performs them finds each matrix, and the one it is part of.
+            # Pass every matrix, and the joined matrix of which it is a part.
             names = [ref.name for op in ops[:n] for ref in op.weight_refs]
             weights = tuple(dict.fromkeys((*group.weights(ops[:n]), *names)))
             call = perform(group, ops[:n])
-            return Together(n, call, weights, group.takes_parts)
+            return FusedCall(n, call, weights, group.takes_parts)
 
         return lower(layer.graph, self._executor.kernel, fuse)
 
     def _apart(self, ops: Sequence[Op], kernel: Callable[[Op], Kernel]) -> Perform:
-        # Looked up when called: by then the fastest ways are known.
+        # Look the ways up at the call: by then the fastest ones are known.
         return lambda values: one_by_one(ops, [kernel(op) for op in ops], values)
 
 
-def groups_of(ops: Sequence[Op], size: int | None) -> Iterator[tuple[Group, int]]:
-    """Yield the groups ahead that are of at most ``size`` types of Ops."""
-    for group, n in groups_ahead(ops):
+def groups_of(ops: Sequence[Op], size: int | None) -> Iterator[tuple[Fusion, int]]:
+    """Yield the fusions at the head of ``ops``, of at most ``size`` types of Ops."""
+    for group, n in fusions_ahead(ops):
         if size is None or len(group.types) <= size:
             yield group, n
 

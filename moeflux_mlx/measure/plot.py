@@ -1,4 +1,4 @@
-"""Draw a profile, the parts of a step's time, or the hit rates of policies."""
+"""Plot the profile of a step, or the hit rates of policies."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ CURVES_INCHES = 6.0
 
 
 def check_plot(path: Path) -> None:
-    """Check that a plot can be drawn into a file, before anything is measured.
+    """Check, before anything is measured, that a plot can be written to a file.
 
     Raises:
-        ConfigError: matplotlib is missing, or it writes no files of that kind.
+        ConfigError: matplotlib is missing, or cannot write files of this type.
     """
     figure = _figure(MARGIN_INCHES)
     suffix = path.suffix.lstrip(".").lower()
     known = figure.canvas.get_supported_filetypes()
     if suffix not in known:
         names = ", ".join(f".{name}" for name in known)
-        raise ConfigError(f"[--plot] {path}: expected a file of {names}")
+        raise ConfigError(f"[--plot] {path}: expected a name that ends in {names}")
 
 
 def save_plot(profile: Profile, path: Path) -> None:
-    """Draw one bar a kind of step, microseconds of a whole step, with its GB/s.
+    """Draw a bar for each row: its microseconds in a whole step, and its GB/s.
 
     Raises:
         ConfigError: matplotlib is missing.
@@ -61,7 +61,7 @@ def save_plot(profile: Profile, path: Path) -> None:
 
 
 def save_hit_rates(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
-    """Draw each policy's steady hit rate over the share of experts in memory.
+    """Plot each policy's steady hit rate against the share of experts in memory.
 
     Raises:
         ConfigError: matplotlib is missing.
@@ -93,7 +93,7 @@ def _figure(height_inches: float) -> Any:
         raise ConfigError(
             "[--plot] expected matplotlib: pip install 'moeflux-mlx[plot]'"
         ) from error
-    # A file of settings in the working directory came with whatever lies there.
+    # Ignore matplotlib settings in the working directory: they are not the user's own.
     if Path(matplotlib.matplotlib_fname()).resolve().parent == Path.cwd():
         matplotlib.rcdefaults()
     size = (WIDTH_INCHES, height_inches)

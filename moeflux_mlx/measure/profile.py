@@ -1,4 +1,4 @@
-"""Where each microsecond of a step of decoding, or of a prompt, goes."""
+"""Profile a decoding step or a prompt: the time of each of its calls."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from .recording import (
 )
 from .timing import HostTimer, StepTimer, Work, timer_for
 
-# Single tokens timed in a row: as many as take a second, at most these.
+# Tokens timed in a run: as many as take DECODED_S, at most DECODED.
 DECODED = 32
 DECODED_S = 1.0
 
 
 @dataclass(frozen=True)
 class Row:
-    """The cost of one kind of step: the same step of all layers that share a graph.
+    """The cost of one call of a lowered graph, averaged over the layers that share it.
 
-    ``us`` is the time of one, ``count`` how many there are in a whole step; ``n_bytes``
-    the bytes that one must move. ``kernels`` are our launches, in order: none where
-    MLX's own operations or a cache object perform it. ``is_hidden``: the host's time is
-    not in ``us``.
+    ``us`` is the time of one call, ``n_bytes`` the bytes it must move, and ``count``
+    the number of calls in a whole step. ``kernels`` names our launches in order; it is
+    empty if MLX's own operations or a cache object perform the call. ``is_hidden``:
+    ``us`` does not include the host's time.
     """
 
     graph: str
@@ -52,28 +52,28 @@ class Row:
 
     @property
     def label(self) -> str:
-        """Labels of the Ops."""
+        """The Ops' labels."""
         return " + ".join(self.labels)
 
     @property
     def us_per_step(self) -> float:
-        """Microseconds of all of this kind in a whole step."""
+        """Microseconds of all these calls in a whole step."""
         return self.us * self.count
 
     @property
     def gbps(self) -> float:
-        """Bandwidth achieved, in GB/s."""
+        """Achieved bandwidth in GB/s."""
         return self.n_bytes / max(self.us, 1e-3) / 1e3
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The cost of a whole step, and the kinds of steps it consists of, in their order.
+    """The cost of a whole step, and of its calls in order.
 
-    A step of decoding has ``n_tokens`` 1 and ``context`` tokens before it, a prompt
-    none. ``whole_us`` is measured end to end, sampling included; ``host_us`` is what of
-    it Python and encoding take where they run beside the device, None where the host
-    computes itself.
+    A decoding step has ``n_tokens`` 1 and ``context`` tokens before it; a prompt has
+    none before it. ``whole_us`` is measured end to end and includes sampling.
+    ``host_us`` is the time of Python and encoding, which overlaps with the device's;
+    None if the host computes itself.
     """
 
     machine: str
@@ -88,17 +88,17 @@ class Profile:
 
     @property
     def kernels_us(self) -> float:
-        """Sum over all rows."""
+        """Microseconds of all rows."""
         return sum(row.us_per_step for row in self.rows)
 
     @property
     def remainder_us(self) -> float:
-        """The rest of the whole step, beyond all rows; negative where rows overlap."""
+        """Microseconds of the whole step less all rows; negative if rows overlap."""
         return self.whole_us - self.kernels_us
 
     @property
     def n_launches(self) -> int:
-        """Launches of our kernels in a whole step."""
+        """Number of launches of our kernels in a whole step."""
         return sum(row.count * len(row.kernels) for row in self.rows)
 
     @property
@@ -108,14 +108,14 @@ class Profile:
 
     @property
     def title(self) -> str:
-        """The profile's subject and place."""
-        what = f"a prompt of {self.n_tokens} tokens"
+        """The subject, the executor and the machine."""
+        subject = f"a prompt of {self.n_tokens} tokens"
         if self.n_tokens == 1:
-            what = f"one token after {self.context}"
-        return f"{what}, executor {self.executor}, {self.machine}"
+            subject = f"one token after {self.context}"
+        return f"{subject}, executor {self.executor}, {self.machine}"
 
     def largest_first(self) -> list[Row]:
-        """Return the rows by falling share of a whole step."""
+        """Return the rows, most expensive first."""
         return sorted(self.rows, key=lambda row: -row.us_per_step)
 
 
@@ -127,18 +127,18 @@ def profile(
     repeats: int = 5,
     timer: StepTimer | None = None,
 ) -> Profile:
-    """Profile a step of decoding, or a prompt, of a loaded model of ours.
+    """Profile a decoding step, or a prompt, of a loaded model of ours.
 
     Args:
-        context: tokens in the caches before the step, noise where it does not matter.
+        model: the model, with all experts in memory.
+        context: tokens in the caches before the step; most of them are random rows.
         prefill: profile a prompt of this many tokens instead.
-        repeats: measurements of each figure, of which the median counts.
-        timer: by default the one that fits the model's executor.
+        repeats: measurements of each figure; the median is used.
+        timer: default: the one that fits the model's executor.
 
     Raises:
-        ModelError: a model of another package, or one whose experts are not all in
-            memory.
-        ConfigError: a number that cannot be used.
+        ModelError: the model is not one of ours, or its experts are not all in memory.
+        ConfigError: a number is out of range.
     """
     for name, value, least in (("--prefill", prefill, 0), ("--repeats", repeats, 1)):
         if value < least:
@@ -178,7 +178,7 @@ def profile(
 
 
 def _by_kind(records: Iterable[Record]) -> list[list[Record]]:
-    """Put the same step of all layers that share a graph together, in order."""
+    """Group the records of the same call over all layers, in order."""
     kinds: dict[int, list[Record]] = {}
     for record in records:
         kinds.setdefault(id(record.step), []).append(record)
@@ -209,7 +209,7 @@ def _sampling(logits: mx.array, timer: StepTimer) -> Row:
 
 
 def _decode_seconds(model: Any, context: int, timer: StepTimer) -> float:
-    """Return the seconds of a token, the next one prepared while one is computed."""
+    """Return the seconds per token; the host prepares the next token meanwhile."""
     caches, token = filled_caches(model, context), mx.array([[1]])
     once = timer.elapsed(lambda: [step(model, caches, token)])
     n = int(min(DECODED, max(2, DECODED_S / max(once, 1e-6))))
@@ -236,7 +236,7 @@ def _decode(
 
 
 def _host_seconds(model: Any, context: int, timer: StepTimer) -> float:
-    """Return the seconds until a step is encoded, with nothing in the way."""
+    """Return the seconds to encode a step on an idle device."""
     caches, token = filled_caches(model, context), mx.array([[1]])
     times = []
     for _ in range(timer.repeats):
@@ -250,7 +250,7 @@ def _host_seconds(model: Any, context: int, timer: StepTimer) -> float:
 
 
 def _prompt_seconds(model: Any, tokens: mx.array, timer: StepTimer) -> float:
-    """Return the seconds of a prompt from empty caches."""
+    """Return the seconds of a prompt, starting with empty caches."""
 
     def run() -> list[mx.array]:
         caches = make_prompt_cache(model)
@@ -263,7 +263,7 @@ def _prompt_seconds(model: Any, tokens: mx.array, timer: StepTimer) -> float:
 
 
 def write_csv(found: Profile, path: Path) -> None:
-    """Write every row, then the sum, the whole step, the host's part, the remainder."""
+    """Write all rows, then the sum, the whole step, the host's time and the rest."""
     lines = [_cells(found, row) for row in found.rows]
     whole = {
         "sum": found.kernels_us,

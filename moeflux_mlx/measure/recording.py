@@ -1,4 +1,4 @@
-"""Run a model once and keep each step's inputs."""
+"""Run a model once and keep the inputs of each call of its graphs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from ..engine.executors.base import Encoding, Executor, Observer, arrays
 from ..engine.executors.kernels import KernelExecutor
-from ..engine.graph.lower import Step, buffers_read
+from ..engine.graph.lower import LoweredCall, buffers_read
 from ..engine.model import LayerGraph
 from ..engine.runtime import Runtime
 from ..errors import ConfigError, ModelError
 from .timing import Work
 from .traffic import moved_bytes
 
-# Single tokens before one is recorded: by then caches have room and states exist.
+# Tokens to run before recording, so that caches have room and states exist.
 WARM_UP = 2
 
 
@@ -27,7 +27,7 @@ def runtime_of(model: Any) -> Runtime:
     """Return the runtime of a model's graphs.
 
     Raises:
-        ModelError: it is none of ours.
+        ModelError: the model is not one of ours.
     """
     runtime = getattr(model, "runtime", None)
     if not isinstance(runtime, Runtime):
@@ -37,30 +37,30 @@ def runtime_of(model: Any) -> Runtime:
 
 
 def resident_runtime_of(model: Any) -> Runtime:
-    """Return the runtime of a model's graphs with all experts in memory.
+    """Return the runtime of a model that has all experts in memory.
 
     Raises:
-        ModelError: it is none of ours, or its experts are not all in memory.
+        ModelError: the model is not one of ours, or its experts are not all in memory.
     """
     runtime = runtime_of(model)
     if runtime.streams:
         raise ModelError(
-            "[experts] expected every expert in memory, for reading would hide what "
-            "computing costs, but this memory holds a part: give more (moeflux inspect "
-            "says how much) or the plain checkpoint"
+            "[experts] expected all experts in memory, because reads would distort "
+            "the times, but got fewer: give more memory (see moeflux inspect) or the "
+            "plain checkpoint"
         )
     return runtime
 
 
 @dataclass
 class Record:
-    """One step as it was performed once: in which graph, on what, by which kernels.
+    """One call of a lowered graph: its graph, inputs and kernels.
 
-    ``work`` performs it again. ``launched`` names our kernels in order, and is empty
-    where MLX's own operations or a cache object perform the step.
+    ``work`` repeats it. ``launched`` names our kernels in order; it is empty if MLX's
+    own operations or a cache object perform the call.
     """
 
-    step: Step
+    step: LoweredCall
     graph: str
     work: Work
     launched: tuple[str, ...]
@@ -68,13 +68,13 @@ class Record:
 
 
 class Recorder:
-    """Observes an executor: performs every step and keeps it as a ``Record``.
+    """Observer of an executor that performs every call and keeps a ``Record`` of it.
 
     Args:
-        runtime: of the model that will be called.
-        caches: the caches that it will be called with.
-        share: keep the activations of the first layer of a kind only, for the steps of
-            all: those of a long prompt are too large to be kept.
+        runtime: the runtime of the model to call.
+        caches: the caches to call it with.
+        share: keep only the first layer's activations and use them for all layers that
+            share its graph; a long prompt's are too large to keep them all.
     """
 
     def __init__(self, runtime: Runtime, caches: Sequence[Any], *, share: bool):
@@ -84,12 +84,14 @@ class Recorder:
         self._first: dict[int, list[Any]] = {}
         self._launched: list[str] = []
 
-    def __call__(self, steps: Sequence[Step], encoding: Encoding) -> None:
+    def __call__(self, steps: Sequence[LoweredCall], encoding: Encoding) -> None:
         layer = layer_of(self._runtime, steps)
         for step in steps:
             self.records.append(self._record(step, layer, encoding))
 
-    def _record(self, step: Step, layer: LayerGraph, encoding: Encoding) -> Record:
+    def _record(
+        self, step: LoweredCall, layer: LayerGraph, encoding: Encoding
+    ) -> Record:
         values, weights, host = encoding.values, encoding.weights, encoding.host
         inputs = step.inputs(values, weights)
         mx.eval(arrays(inputs))
@@ -112,7 +114,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[Recorder]:
-        """Record the steps that the executor encodes while inside."""
+        """Record all calls that the executor encodes inside the ``with`` block."""
         executor = self._runtime.executor
         with observing(executor, self), hearing(executor, self._launched.append):
             yield self
@@ -120,7 +122,7 @@ class Recorder:
 
 @contextlib.contextmanager
 def observing(executor: Executor, observer: Observer) -> Iterator[None]:
-    """Let ``observer`` encode steps while inside."""
+    """Let ``observer`` encode all calls inside the ``with`` block."""
     executor.observer = observer
     try:
         yield
@@ -130,7 +132,7 @@ def observing(executor: Executor, observer: Observer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hearing(executor: Executor, hear: Callable[[str], object]) -> Iterator[None]:
-    """Tell ``hear`` the name of every kernel of ours that is launched while inside."""
+    """Pass the name of every launched kernel of ours to ``hear`` inside the block."""
     if not isinstance(executor, KernelExecutor):
         yield
         return
@@ -141,21 +143,21 @@ def hearing(executor: Executor, hear: Callable[[str], object]) -> Iterator[None]
         executor.on_launch = None
 
 
-def layer_of(runtime: Runtime, steps: Sequence[Step]) -> LayerGraph:
-    """Return the graph that steps were lowered from."""
-    return next(g for g in runtime.graphs.values() if g.steps is steps)
+def layer_of(runtime: Runtime, steps: Sequence[LoweredCall]) -> LayerGraph:
+    """Return the graph from which ``steps`` were lowered."""
+    return next(g for g in runtime.graphs.values() if g.calls is steps)
 
 
 def shared(first: Sequence[Any], own: Sequence[Any]) -> list[Any]:
-    """Return ``own`` with the arrays of ``first``: weights and experts stay its own."""
+    """Return ``own`` with the arrays of ``first``; keep its weights and experts."""
     return [
         mine if mine is None or not hasattr(mine, "dtype") else theirs
         for theirs, mine in zip(first, own, strict=True)
     ]
 
 
-def states(step: Step, layer: LayerGraph) -> tuple[tuple[int, int], ...]:
-    """Pair the outputs of a step with its inputs that are states of the model."""
+def states(step: LoweredCall, layer: LayerGraph) -> tuple[tuple[int, int], ...]:
+    """Pair a call's outputs with the inputs that they update: the model's states."""
     places = layer.graph.pool.physical
     found = {
         buf
@@ -171,7 +173,7 @@ def states(step: Step, layer: LayerGraph) -> tuple[tuple[int, int], ...]:
 
 
 def restorer(caches: Sequence[Any]) -> Callable[[], None]:
-    """Return a function that sets the length of KV caches back to the present one."""
+    """Return a function that resets KV caches to their present length."""
     kept = [(cache, cache.offset) for cache in caches if isinstance(cache, KVCache)]
 
     def restore() -> None:
@@ -182,7 +184,7 @@ def restorer(caches: Sequence[Any]) -> Callable[[], None]:
 
 
 def filled_caches(model: Any, n_tokens: int) -> list[Any]:
-    """Return caches as after ``n_tokens`` tokens: one real, noise, and two real ones.
+    """Return caches of ``n_tokens`` tokens: one real, random rows, then two real ones.
 
     Raises:
         ConfigError: ``n_tokens`` is less than 1.
@@ -194,7 +196,7 @@ def filled_caches(model: Any, n_tokens: int) -> list[Any]:
     missing = n_tokens - 1 - WARM_UP
     for cache in caches:
         if isinstance(cache, KVCache) and missing > 0:
-            # A compressed cache has rows of two widths.
+            # In a compressed cache keys and values have different widths.
             rows = (_noise_like(kept, missing) for kept in (cache.keys, cache.values))
             cache.update_and_fetch(*rows)
     mx.eval([cache.state for cache in caches])
@@ -204,18 +206,18 @@ def filled_caches(model: Any, n_tokens: int) -> list[Any]:
 
 
 def _noise_like(kept: mx.array, n_rows: int) -> mx.array:
-    """Return so many rows as a cache's array has."""
+    """Return ``n_rows`` random rows of the form of a cache's array."""
     shape = (*kept.shape[:2], n_rows, *kept.shape[3:])
     return mx.random.normal(shape, key=mx.random.key(0)).astype(kept.dtype)
 
 
 def step(model: Any, caches: list[Any], token: mx.array) -> mx.array:
-    """Return the next token ``[1, 1]``, greedily, as mlx-lm's generation does."""
+    """Return the greedy next token ``[1, 1]``, computed as mlx-lm does."""
     return next_token(model(token, cache=caches))[None]
 
 
 def next_token(logits: mx.array) -> mx.array:
-    """Return the likeliest next token ``[B]`` of logits ``[B, T, V]``."""
+    """Return the most likely next token ``[B]`` of logits ``[B, T, V]``."""
     return mx.argmax(logits[:, -1], axis=-1)
 
 

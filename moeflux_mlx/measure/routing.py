@@ -1,4 +1,4 @@
-"""Run a model and keep which experts its routers chose."""
+"""Run a model and record the experts that its routers choose."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from mlx_lm.generate import generate_step
 
 from ..engine.executors.base import Encoding
-from ..engine.graph.lower import Step, lower
+from ..engine.graph.lower import LoweredCall, lower
 from ..engine.layer import GraphLayer
 from ..engine.ops.moe import RoutedExperts
 from ..engine.runtime import Runtime
@@ -29,26 +29,27 @@ def record_routing(
     eos_tokens: Collection[int] = (),
     **options: Any,
 ) -> RoutingTrace:
-    """Generate as mlx-lm does and return every choice of every router.
+    """Generate as mlx-lm does, and return the experts that every router chose.
 
-    For single tokens also the experts that the layer before would have had read.
+    For single tokens the trace also has the experts that reading ahead would predict.
 
     Args:
+        model: the model, of our class or mlx-lm's.
         prompt: token ids.
-        max_tokens: tokens to generate after it.
-        sampler: takes log-probabilities ``[1, V]``; None takes the likeliest token.
-        eos_tokens: ids that end the text before.
+        max_tokens: number of tokens to generate.
+        sampler: takes log-probabilities ``[1, V]``; None: the most likely token.
+        eos_tokens: ids that end the text early.
         options: passed on to mlx-lm's ``generate_step``.
 
     Raises:
-        ConfigError: there is no prompt, or nothing to generate.
-        ModelError: the model has no routed blocks, or what they are asked for has no
-            form that a recording has.
+        ConfigError: the prompt is empty, or ``max_tokens`` is less than 1.
+        ModelError: the model has no routed blocks, or a trace cannot represent its
+            routing.
     """
     if not prompt or max_tokens < 1:
         raise ConfigError(
-            "[trace] expected at least 1 token of a prompt and 1 to generate but got "
-            f"{len(prompt)} and {max_tokens}"
+            "[trace] expected a prompt of at least 1 token and at least 1 token to "
+            f"generate but got {len(prompt)} and {max_tokens}"
         )
     if not hasattr(model, "runtime"):
         return record_blocks(
@@ -81,22 +82,21 @@ def record_routing(
 
 
 class RoutingRecorder:
-    """Observes an executor: performs every step and keeps which experts were asked for.
+    """Observer of an executor that records the experts of every routed Op.
 
-    ``layers`` are those with routed experts.
-
-    Ops are performed one by one: several together may keep the choice to themselves.
+    ``layers`` are those with routed experts. Ops are performed one by one, because a
+    fusion may never write the router's choice to a buffer.
     """
 
     def __init__(self, runtime: Runtime, layers: Sequence[GraphLayer]):
         self._runtime, self._layers = runtime, layers
-        self._steps: dict[int, list[Step]] = {}
-        # By layer, in the order in which they are run.
+        self._steps: dict[int, list[LoweredCall]] = {}
+        # One entry for each layer, in running order.
         self._routed: list[RoutedExperts] = []
         self._chosen: list[Any] = []
         self._likely: list[Any] = []
 
-    def __call__(self, steps: Sequence[Step], encoding: Encoding) -> None:
+    def __call__(self, steps: Sequence[LoweredCall], encoding: Encoding) -> None:
         layer = layer_of(self._runtime, steps)
         if id(layer) not in self._steps:
             lowered = lower(layer.graph, self._runtime.executor.kernel)
@@ -113,9 +113,10 @@ class RoutingRecorder:
             step.run(encoding.values, encoding.weights, encoding.host)
 
     def take(self) -> tuple[list[RoutedExperts], np.ndarray, np.ndarray | None]:
-        """Return one pass: each layer's Op, its choice and its expected choice.
+        """Return one pass: the layers' Ops, their chosen and their predicted experts.
 
-        That is ``[N, L, K]`` and, of one token, ``[L - 1, K]``.
+        Chosen experts are ``[N, L, K]``. Predicted ones are ``[L - 1, K]`` for a pass
+        of one token, else None.
         """
         routed, chosen, likely = self._routed, self._chosen, self._likely
         self._routed, self._chosen, self._likely = [], [], []
@@ -124,7 +125,7 @@ class RoutingRecorder:
 
 
 class RecordedModel:
-    """A model that keeps the routing of every call; else it is the model."""
+    """A wrapper of a model that keeps the routing of every call."""
 
     def __init__(self, model: Any, recorder: RoutingRecorder):
         self.passes: list[np.ndarray] = []

@@ -1,11 +1,11 @@
-"""Time steps as they cost in a running model, whatever it takes to launch them.
+"""Time calls of a lowered graph as in a running model, without the host's launch time.
 
-On a GPU a kernel of one token takes less time than the host needs to launch it. So
-steps are queued behind a blocker, products that keep the GPU busy until the last of
-them is encoded, and each reads a value of the one before: as in a model, they run one
-after the other. A tiny launch makes that link. The same queue with the links alone is
-timed in turns with the whole, and taken off. Where the executor can read the GPU's own
-clock, it is read before and after the steps: how long the blocker took is no matter.
+On a GPU a kernel for one token takes less time than the host needs to launch it. So the
+calls are queued behind a blocker: matrix products that keep the GPU busy until the last
+call is encoded. As in a model, the calls must run one after the other. So a tiny launch
+links each call to the one before, by a value that it reads. The links alone are timed
+too, in turns with the whole queue, and subtracted. If the executor can read the GPU's
+own clock, it does so before and after the calls, and the blocker's time is excluded.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from ..calls.compiling import Compiled
 from ..engine.executors.base import Executor, arrays
 from ..engine.graph.rows import RowPart
 
-# Steps queued at a time: more would fill MLX's queue, and the host would wait for it.
+# Calls queued at a time: more would fill MLX's queue, and the host would wait for it.
 MAX_QUEUED = 64
-# One measurement takes about this long, where so few steps do.
+# Calls are repeated until a measurement takes about this long.
 WANTED_S = 0.01
 MIN_BLOCKER_S, MAX_BLOCKER_S = 1e-3, 0.1
-# The host encodes any step in far less: it cannot be what was timed.
+# The host encodes any call in far less time, so a longer one was not the host's.
 LONG_S = 1e-3
 COPIED_BYTES = 512 << 20
 COPIED_ON_CPU_BYTES = 64 << 20
-# Smaller arrays are read over the bus on CUDA.
+# On CUDA smaller arrays are read over the bus.
 LINKED_MIN_BYTES = 64
-# Launches that follow each other when the host's part of one is timed.
+# Launches in a row when the host's time for one launch is measured.
 TIMED_LAUNCHES = 64
 
 
@@ -45,11 +45,12 @@ Clock = Callable[[mx.array], mx.array]
 
 @dataclass
 class Work:
-    """Something to perform again and again: ``call(*inputs)`` returns its outputs.
+    """A call that can be repeated: ``call(*inputs)`` returns its outputs.
 
-    ``carried`` pairs outputs with the inputs that they replace the next time, so that
-    states are updated in place as in a model. ``before`` runs first, untimed on a GPU.
-    ``waits``: it looks at values on the host, so nothing can be queued.
+    ``carried`` pairs outputs with the inputs that they replace in the next repetition,
+    so that states are updated in place as in a model. ``before`` runs before each call,
+    untimed on a GPU. ``waits``: the call reads values back on the host, so it cannot be
+    queued.
     """
 
     call: Callable[..., Any]
@@ -63,12 +64,12 @@ class Work:
         self._link = _linkable(self.inputs, {i for _, i in self.carried})
 
     def perform(self, after: Sequence[mx.array] = ()) -> list[Any]:
-        """Call it, after ``after``, and return its outputs."""
+        """Perform the call, linked to ``after``, and return its outputs."""
         if self.before is not None:
             self.before()
         inputs = list(self.inputs)
         for _, i in self.carried:
-            # Held by nobody else, or it could not be updated in place.
+            # MLX updates an array in place only if nobody else holds it.
             self.inputs[i] = None
         if after and self._link is not None:
             old, new = _array(inputs[self._link]), self.link(after)
@@ -80,7 +81,7 @@ class Work:
         return outputs
 
     def link(self, after: Sequence[mx.array]) -> mx.array:
-        """Return the linked input again, as a value that waits for ``after``."""
+        """Return the linked input as a value that depends on ``after``."""
         assert self._link is not None
         x = _array(self.inputs[self._link])
         assert x is not None
@@ -89,13 +90,13 @@ class Work:
 
     @property
     def is_linked(self) -> bool:
-        """Tell whether an input can be made to wait."""
+        """Whether an input can be linked to another call."""
         return self._link is not None
 
 
 @Compiled
 def _after(x: mx.array, *firsts: mx.array) -> mx.array:
-    """Return ``x``, whatever ``firsts`` hold: one launch that reads them all."""
+    """Return ``x`` by one launch that also reads all ``firsts``."""
     seen = firsts[0] != 0
     for first in firsts[1:]:
         seen = seen | (first != 0)
@@ -103,7 +104,7 @@ def _after(x: mx.array, *firsts: mx.array) -> mx.array:
 
 
 def _linkable(inputs: Sequence[Any], carried: set[int]) -> int | None:
-    """Return which input is the cheapest to make wait: the smallest but tiny ones."""
+    """Return the index of the cheapest input to link: the smallest one, not tiny."""
     found = [
         (x.nbytes < LINKED_MIN_BYTES, x.nbytes, i)
         for i, x in enumerate(map(_array, inputs))
@@ -113,7 +114,7 @@ def _linkable(inputs: Sequence[Any], carried: set[int]) -> int | None:
 
 
 def _array(value: Any) -> mx.array | None:
-    """Return an array, or the row that a value is part of."""
+    """Return an array, or the whole row of a ``RowPart``; else None."""
     if isinstance(value, RowPart):
         return value.row
     return value if isinstance(value, mx.array) else None
@@ -125,18 +126,18 @@ def _replaced(value: Any, new: mx.array) -> Any:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one piece of work; ``is_hidden``: the host's part is not in them."""
+    """Seconds of a call; ``is_hidden``: they do not include the host's time."""
 
     seconds: float
     is_hidden: bool = True
 
 
 class StepTimer(ABC):
-    """Times pieces of work of one kind, as those of all layers of a model.
+    """Timer of calls of one kind, such as the same call of all layers.
 
     Args:
-        repeats: measurements, of which the median counts.
-        now: reads the clock, in seconds.
+        repeats: number of measurements; the median is used.
+        now: returns the time in seconds.
     """
 
     def __init__(self, repeats: int = 5, now: Callable[[], float] = time.perf_counter):
@@ -144,7 +145,7 @@ class StepTimer(ABC):
 
     @abstractmethod
     def time(self, works: Sequence[Work]) -> Timing:
-        """Return the time of one of ``works`` on average: all are performed in turn."""
+        """Return the mean time of ``works``, performed one after the other."""
 
     def elapsed(self, run: Callable[[], Any]) -> float:
         """Return the seconds until the result of ``run`` is evaluated."""
@@ -155,11 +156,11 @@ class StepTimer(ABC):
         return self.now() - start
 
     def launch_seconds(self) -> float:
-        """Return the host's time for a launch beyond the times of steps."""
+        """Return the host's time for a launch, which hidden times do not include."""
         return 0.0
 
     def copy_bytes_per_s(self) -> float:
-        """Return the bandwidth of a large copy, bytes read and bytes written."""
+        """Return the bandwidth of a large copy; reads and writes both count."""
         if device.prefers_host_arrays():
             x = np.zeros(COPIED_ON_CPU_BYTES, np.uint8)
             y = np.ones_like(x)
@@ -178,7 +179,7 @@ class StepTimer(ABC):
 
 
 class HostTimer(StepTimer):
-    """Performs and waits: for CPUs, where the host computes."""
+    """Timer for CPUs: it waits for each call, because the host itself computes."""
 
     def time(self, works: Sequence[Work]) -> Timing:
         once = self._round(works)
@@ -194,10 +195,10 @@ class HostTimer(StepTimer):
 
 
 class DeviceTimer(StepTimer):
-    """Queues steps behind a blocker: for GPUs, which run behind the host.
+    """Timer for GPUs: it queues calls behind a blocker.
 
-    At most ``max_queued`` at a time, or each of the works once. ``clock``
-    reads the device's own, as ``Executor.clock`` says.
+    The queue has at most ``max_queued`` calls, or each call once if there are more.
+    ``clock`` reads the device's clock, as ``Executor.clock`` says.
     """
 
     def __init__(
@@ -214,7 +215,7 @@ class DeviceTimer(StepTimer):
     def time(self, works: Sequence[Work]) -> Timing:
         if any(work.waits for work in works):
             return self._waited(works)
-        # Compile new functions, and take states out of the hands of others.
+        # Warm up: compile functions, and drop other references to the states.
         for _ in range(2):
             self.elapsed(lambda: self._steps(works, 1, []))
         once = self.elapsed(lambda: self._steps(works, 1, []))
@@ -228,7 +229,7 @@ class DeviceTimer(StepTimer):
             blocker_s = min(MAX_BLOCKER_S, 4 * blocker_s)
 
     def launch_seconds(self) -> float:
-        """Return the host's time for one launch of a function MLX traced once."""
+        """Return the host's time for one launch inside a compiled function."""
         x = mx.ones(LINKED_MIN_BYTES)
 
         def chain(x: mx.array) -> mx.array:
@@ -266,9 +267,9 @@ class DeviceTimer(StepTimer):
         blocker: Callable[[], list[mx.array]],
         encode: Callable[[list[mx.array]], list[mx.array]],
     ) -> tuple[float, float]:
-        """Return the seconds of the steps, and until all was encoded.
+        """Return the seconds of the queue, and the seconds until all was encoded.
 
-        Without a clock on the device those of the blocker are in them.
+        Without a device clock the former include the blocker.
         """
         mx.synchronize()
         start = self.now()
@@ -287,7 +288,7 @@ class DeviceTimer(StepTimer):
         return total, encoded - start
 
     def _stamp(self, after: list[mx.array]) -> list[mx.array]:
-        """Return the time on the device when ``after`` is there, or just ``after``."""
+        """Return the device's time after ``after``, or ``after`` without a clock."""
         if self.clock is None or not after:
             return after
         zero = mx.zeros(LINKED_MIN_BYTES, mx.uint8)
@@ -324,7 +325,7 @@ class DeviceTimer(StepTimer):
 class Blocker:
     """Products of square matrices that keep a GPU busy for a given time.
 
-    They are few and large: MLX lets only so many launches wait.
+    They are few and large, because MLX bounds the number of waiting launches.
     """
 
     WIDTHS = (1024, 2048, 4096, 8192, 16384)
@@ -336,7 +337,7 @@ class Blocker:
         self._product_s = 0.0
 
     def lasting(self, seconds: float) -> Callable[[], list[mx.array]]:
-        """Return work that lasts for ``seconds`` or longer once it is evaluated."""
+        """Return a function whose result takes at least ``seconds`` to evaluate."""
         widths = [w for w in self.WIDTHS if w > self._width]
         while self._matrices is None or (
             self.FEW * self._product_s < seconds and widths
@@ -367,7 +368,7 @@ class Blocker:
 
 
 def _rounds(once: float, n_works: int) -> int:
-    """Return how often to go over all works, of which once takes ``once`` seconds."""
+    """Return the number of rounds over all works, if one round takes ``once`` s."""
     wanted = round(WANTED_S / max(once, 1e-6))
     return int(min(max(1, wanted), max(1, 4 * MAX_QUEUED // n_works)))
 
@@ -375,7 +376,7 @@ def _rounds(once: float, n_works: int) -> int:
 def timer_for(
     executor: Executor, repeats: int, max_queued: int = MAX_QUEUED
 ) -> StepTimer:
-    """Return the timer that fits where an executor computes."""
+    """Return the timer for the device of an executor."""
     if device.on_cpu() or executor.name == "sim":
         return HostTimer(repeats)
     return DeviceTimer(repeats, max_queued=max_queued, clock=executor.clock())

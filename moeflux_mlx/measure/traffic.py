@@ -1,11 +1,11 @@
-"""Bytes that a step must move, however it is performed."""
+"""The bytes that a call of a lowered graph must move, in whatever way it runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from ..engine.graph.lower import Step, buffers_read
+from ..engine.graph.lower import LoweredCall, buffers_read
 from ..engine.graph.op import Op
 from ..engine.graph.roles import ExpertBaseBuf, KvCacheKBuf, KvCacheVBuf
 from ..engine.ops import (
@@ -17,16 +17,19 @@ from ..engine.ops import (
 from ..experts.weights import Weight
 
 
-def moved_bytes(step: Step, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-    """Return the bytes a step reads and writes, each once.
+def moved_bytes(
+    step: LoweredCall, inputs: Sequence[Any], outputs: Sequence[Any]
+) -> int:
+    """Return the bytes that a call reads and writes, each counted once.
 
-    That is: weights as stored; of routed experts at most K for each token and none
-    twice; of an embedding the rows looked up; of KV caches the rows seen or appended;
-    every other input and output whole. What passes between Ops performed together is
-    not counted.
+    Weights count as stored. Routed experts count K for each token, at most once each.
+    Embeddings count the rows looked up, KV caches the rows attended to or appended. All
+    other inputs and outputs count in full. Values that pass between fused Ops do not
+    count.
 
     Args:
-        inputs: its kernel's: values of buffers, then weights.
+        step: the call.
+        inputs: its kernel's inputs: values of buffers, then weights.
         outputs: its results.
     """
     buffers = buffers_read(step.ops)
@@ -66,7 +69,7 @@ def _expert_bytes(op: Op) -> int:
 
 
 def _seen_share(ops: Sequence[Op], inputs: Sequence[Any], cache: Any) -> float:
-    """Return which share of a cache's rows are seen: not the spare ones."""
+    """Return the share of a cache's rows that are attended to, without spare rows."""
     kinds = SdpaCausalTiled, SdpaLatentCausal
     attend = next(op for op in ops if isinstance(op, kinds))
     if attend.start is None:
@@ -77,7 +80,7 @@ def _seen_share(ops: Sequence[Op], inputs: Sequence[Any], cache: Any) -> float:
 
 
 def _used_share(ops: Sequence[Op], name: str) -> float:
-    """Return which share of a weight is read: of an embedding, the rows looked up."""
+    """Return the share of a weight that is read; less than 1 for embeddings only."""
     for op in ops:
         if isinstance(op, EmbedGatherNTokens) and op.weight.name == name:
             return min(1.0, op.n_tokens / op.vocab_size)

@@ -1,4 +1,4 @@
-"""Find the fastest right way of every Op of a model, on this device."""
+"""Find the fastest correct way of every Op of a model on this device."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from .choices import Choice, Collector, Key
 from .recording import filled_caches, hearing, observing, prompt, resident_runtime_of
 from .timing import StepTimer, timer_for
 
-# By how much of the default's time a way must be faster to displace it: less is noise.
+# A way must save this share of the default's time to replace it; less is noise.
 MARGIN = 0.05
-# Measurements of a way in a row, each time its turn comes.
+# Measurements of a way in each of its turns.
 PER_TURN = 3
 PROMPTS = (64, 512, 2048)
 Progress = Callable[[Sequence[Choice], str], Iterable[Choice]]
@@ -36,9 +36,9 @@ def decide(default: str, costs: Mapping[str, float], margin: float = MARGIN) -> 
     """Return the winner: the cheapest way if it beats the default by the margin.
 
     Args:
-        default: the way gone without tuning; it need not be among those timed.
-        costs: microseconds of every way that gave right results, at least one.
-        margin: share of the default's.
+        default: the way without tuning; ``costs`` need not contain it.
+        costs: microseconds of every correct way, at least one.
+        margin: share of the default's cost.
     """
     best = min(costs, key=lambda way: costs[way])
     if default not in costs or costs[best] < (1 - margin) * costs[default]:
@@ -56,25 +56,26 @@ def tune(
     progress: Progress = lambda choices, _: choices,
     keep: Callable[[Tuning], None] = lambda found: None,
 ) -> Tuning:
-    """Time every way of every Op of a loaded model, and of its groups of Ops.
+    """Time every way of every Op and every fusion of a loaded model.
 
-    That is for one token after ``context`` others, and for prompts of the lengths
-    ``prompts``. A way takes part if its result is as near to the Op's reference as
-    ``moeflux doctor`` asks for; one that is not, or that raises, is refused.
+    The ways are timed for one token after ``context`` tokens, and for prompts of the
+    lengths ``prompts``. A way is refused if it raises, or if its result is further from
+    the Op's reference than ``moeflux doctor`` allows.
 
     Args:
-        repeats: turns of each way, of which the median counts. All ways of an Op are
-            compiled first and then take turns, so that a device that grows faster or
-            slower meanwhile favours none.
-        timer: by default the one that fits the model's executor.
-        progress: wraps choices as they are tried, told what they are of.
-        keep: is given each winner when it is found, the entry of a tuning of one.
+        model: the model, with all experts in memory.
+        prompts: lengths of prompts in tokens.
+        context: tokens in the caches before the single token.
+        repeats: turns of each way; the median is used. All ways of an Op are compiled
+            first and then take turns, so that a device whose speed drifts favours none.
+        timer: default: the one that fits the model's executor.
+        progress: wraps the choices while they are tried; also receives their subject.
+        keep: receives each winner when it is found, as a tuning with one entry.
 
     Raises:
         BackendError: the model's executor has no kernels.
-        ModelError: a model of another package, or one whose experts are not all in
-            memory.
-        ConfigError: a number that cannot be used.
+        ModelError: the model is not one of ours, or its experts are not all in memory.
+        ConfigError: a number is out of range.
     """
     for name, least, values in (("--repeats", 1, [repeats]), ("--prompts", 2, prompts)):
         if any(value < least for value in values):
@@ -82,8 +83,8 @@ def tune(
     runtime = resident_runtime_of(model)
     if not isinstance(runtime.executor, KernelExecutor):
         raise BackendError(
-            f"[tune] expected executor metal, cuda or sim: {runtime.executor.name!r} "
-            "has no kernels"
+            "[tune] expected an executor with kernels, metal, cuda or sim, but got "
+            f"{runtime.executor.name!r}: set MOEFLUX_EXECUTOR"
         )
     model.eval()
     timer = timer or timer_for(runtime.executor, PER_TURN)
@@ -99,7 +100,7 @@ def tune(
 
 
 class Tuner:
-    """Tries choices, and remembers the winners: groups are compared with those."""
+    """Time choices and remember the winners, which compete with fusions."""
 
     def __init__(
         self,
@@ -115,7 +116,7 @@ class Tuner:
         self._launch_us = round(1e6 * timer.launch_seconds(), 3)
 
     def found(self, *entries: Entry) -> Tuning:
-        """Return entries with their names."""
+        """Return a tuning of this device with these entries."""
         return Tuning(
             device=machine_name(),
             executor=self._executor.name,
@@ -129,17 +130,17 @@ class Tuner:
         model: Any,
         tokens: mx.array,
         caches: list[Any],
-        what: str,
+        subject: str,
         progress: Progress,
     ) -> None:
-        """Run the model once and try every choice it meets and that is new."""
+        """Run the model once, and time every choice that is new."""
         collector = Collector(self._runtime, self._best)
         with observing(self._executor, collector):
             mx.eval(model(tokens, cache=caches))
         new = [c for key, c in collector.choices.items() if key not in self.entries]
-        # Ops before groups, whose Ops go their fastest ways when taken apart.
-        new.sort(key=lambda choice: choice.is_group)
-        for choice in progress(new, what):
+        # Ops before fusions: the alternative to a fusion is its Ops' fastest ways.
+        new.sort(key=lambda choice: choice.is_fusion)
+        for choice in progress(new, subject):
             entry = self._try(choice)
             if entry is not None:
                 self.entries[choice.key] = entry
@@ -147,14 +148,14 @@ class Tuner:
             choice.samples.clear()
 
     def _try(self, choice: Choice) -> Entry | None:
-        """Check and time every way; None where none is right."""
+        """Check and time every way; return None if none is correct."""
         times: dict[str, list[float]] = {}
         launches: dict[str, int] = {}
         refused: dict[str, str] = {}
         expected = choice.expected()
 
         def attempt(way: str, act: Callable[[str], str]) -> None:
-            # Whatever goes wrong with one way, the others are still worth knowing.
+            # A failing way must not stop the others.
             try:
                 wrong = act(way)
             except Exception as error:
@@ -198,7 +199,7 @@ class Tuner:
         return replace(entry, winner=decide(choice.default, costs))
 
     def _best(self, op: Op) -> Kernel:
-        """Return the fastest way of an Op, as far as it is known."""
+        """Return the fastest known way of an Op."""
         entry = self.entries.get((op.variant_name, shape_of([op]), n_tokens_of([op])))
         default = self._executor.default_way(op)
         by_name = {way.name: way for way in ways(op)}

@@ -1,4 +1,4 @@
-"""A process's memory: the plan before loading, who keeps to it, caches, who gives way.
+"""A process's memory: the plan made before loading, its enforcement, and the caches.
 
 Imports: errors, config, device, experts, experts.files, experts.pool,
 experts.streaming, system.

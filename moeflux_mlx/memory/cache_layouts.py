@@ -1,4 +1,4 @@
-"""The parts of mlx-lm's caches: told of a model's, written to a file, made again."""
+"""Layouts of mlx-lm's caches: describe them, save them in a file and restore them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ..errors import StateError
 from ..experts.weights import DTYPE_NAMES
 from .own_caches import OwnForm, is_own
 
-# Besides the types of weights: some caches keep token ids.
+# Some caches keep token ids, so they need more types than weights.
 DTYPES = {**DTYPE_NAMES, mx.int64: "I64", mx.uint64: "U64"}
 FLOATS = ("F32", "F16", "BF16")
-# The forms that QuantizedKVCache can go on with.
+# The quantisations that QuantizedKVCache supports.
 CACHE_BITS, CACHE_GROUPS = (2, 4, 8), (32, 64, 128)
-# No context is longer, so no window is.
+# Longer than any context or window.
 MOST_ROWS = 1 << 31
 
-# A file's entries for each kind of cache, besides its arrays.
+# The fields of each kind of cache in a file, besides its arrays.
 KINDS: dict[type, tuple[str, ...]] = {
     KVCache: (),
     QuantizedKVCache: ("group_size", "bits"),
@@ -37,31 +37,32 @@ KINDS: dict[type, tuple[str, ...]] = {
     ArraysCache: (),
     CacheList: ("caches",),
 }
-# Numbers that a model makes a cache with, and keeps to.
+# The constructor arguments of a cache, which the model chooses.
 MADE_WITH: dict[type, tuple[str, ...]] = {
     RotatingKVCache: ("keep", "max_size"),
     ChunkedKVCache: ("chunk_size",),
 }
-# Caches that users may put in the place of a model's own.
+# Kinds of cache that users may substitute for the model's own kind.
 STAND_INS: dict[type, tuple[type, ...]] = {
     KVCache: (KVCache, QuantizedKVCache, RotatingKVCache)
 }
 
-# None is for each of some rows.
+# A shape; None stands for the number of rows.
 Shape = tuple[int | None, ...]
-# The form of a tensor in a file: its type is one of these, its shape is this.
-Part = tuple[tuple[str, ...], tuple[int, ...]]
-# Raises the error that something was expected but something else was found.
+# The form of a tensor in a file: its allowed types and its shape.
+TensorForm = tuple[tuple[str, ...], tuple[int, ...]]
+# Raises an error; called with a name, the expected value and the found value.
 Refuse = Callable[[str, Any, Any], NoReturn]
 
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """The form of one cache of a model once it has tokens of one sequence.
+    """The form of one of a model's caches, with tokens of one sequence.
 
-    ``arrays`` are their shapes and types, None where it keeps none; ``numbers`` is what
-    the model made it with, ``caches`` those of a ``CacheList``. ``own`` gives
-    the form that a cache of the model's own class has after so many tokens.
+    ``arrays`` has the shape and type of each array, or None for an empty place.
+    ``numbers`` are the constructor's arguments, ``caches`` the members of a
+    ``CacheList``. ``own`` returns the form of a cache of the model's own class after a
+    number of tokens.
     """
 
     kind: type
@@ -72,10 +73,11 @@ class CacheLayout:
 
     @classmethod
     def of(cls, cache: Any, own: Callable[[int], OwnForm] | None = None) -> CacheLayout:
-        """Return the layout of a cache that a call left.
+        """Return the layout of a cache after a call.
 
         Args:
-            own: gives its form after so many tokens, if its class is the model's own.
+            cache: the cache.
+            own: as the attribute, for a cache of the model's own class.
         """
         kind = type(cache)
         if is_own(cache) and OwnForm.of(cache).is_plain:
@@ -85,8 +87,8 @@ class CacheLayout:
         if kind is ArraysCache:
             held = (x if x is None else (x.shape, x.dtype) for x in cache.cache)
             return cls(kind, tuple(held))
-        parts = (getattr(cache, name, None) for name in ("keys", "values"))
-        rows = [x for x in parts if isinstance(x, mx.array)]
+        pair = (getattr(cache, name, None) for name in ("keys", "values"))
+        rows = [x for x in pair if isinstance(x, mx.array)]
         numbers = {name: getattr(cache, name) for name in MADE_WITH.get(kind, ())}
         shapes = ((*x.shape[:-2], None, x.shape[-1]) for x in rows)
         types = (x.dtype for x in rows)
@@ -94,7 +96,7 @@ class CacheLayout:
 
 
 def check_kinds(layouts: Iterable[CacheLayout]) -> None:
-    """Raise StateError if there is a cache that cannot be kept, whatever it holds."""
+    """Raise StateError if a cache is of a kind that cannot be saved."""
     for i, layout in enumerate(layouts):
         if layout.kind not in KINDS and layout.own is None:
             raise _unknown(f"layer {i}", layout.kind)
@@ -104,21 +106,25 @@ def check_kinds(layouts: Iterable[CacheLayout]) -> None:
 def _unknown(where: str, kind: type) -> StateError:
     known = ", ".join(kind.__name__ for kind in KINDS)
     return StateError(
-        f"[state] {where}: expected a cache of {known} but got {kind.__name__}: give "
-        "caches of make_prompt_cache, or none to keep"
+        f"[state] {where}: expected a cache of {known} but got {kind.__name__}: use "
+        "caches of make_prompt_cache, or save no caches"
     )
 
 
 def describe(
     where: str, cache: Any, layout: CacheLayout, n_tokens: int
 ) -> tuple[dict[str, Any], list[mx.array]]:
-    """Return a file's entry for a cache, and the arrays that are written.
+    """Return a cache's fields for a file, and its arrays.
 
     Args:
-        where: names the cache.
+        where: the cache's name for errors.
+        cache: the cache.
+        layout: the model's layout for it.
+        n_tokens: number of tokens in the cache.
 
     Raises:
-        StateError: it cannot be kept, or is not of one sequence's tokens.
+        StateError: the cache cannot be saved, or does not have the tokens of one
+            sequence.
     """
     kind = type(cache)
     if layout.own is not None and kind is layout.kind:
@@ -137,13 +143,13 @@ def describe(
         raise StateError(
             f"[state] {where}: expected tokens {n_tokens} but got {cache.offset}"
         )
-    about: dict[str, Any] = {"kind": kind.__name__}
+    fields: dict[str, Any] = {"kind": kind.__name__}
     for name in KINDS[kind]:
         if name == "rows":
-            about[name] = arrays[0].shape[-2] if arrays else 0
+            fields[name] = arrays[0].shape[-2] if arrays else 0
         else:
-            about[name] = getattr(cache, "_idx" if name == "index" else name)
-    return about, arrays
+            fields[name] = getattr(cache, "_idx" if name == "index" else name)
+    return fields, arrays
 
 
 def _describe_own(
@@ -170,8 +176,8 @@ def _describe_several(
         describe(f"{where}, cache {i}", one, own, n_tokens)
         for i, (one, own) in enumerate(zip(cache.caches, layout.caches, strict=True))
     ]
-    about = {"kind": CacheList.__name__, "caches": [about for about, _ in found]}
-    return about, [array for _, arrays in found for array in arrays]
+    fields = {"kind": CacheList.__name__, "caches": [fields for fields, _ in found]}
+    return fields, [array for _, arrays in found for array in arrays]
 
 
 def _arrays_of(where: str, cache: Any) -> list[mx.array]:
@@ -181,10 +187,10 @@ def _arrays_of(where: str, cache: Any) -> list[mx.array]:
 
 
 def _rows_of(cache: Any) -> list[mx.array]:
-    """Return the rows in use: those of a window in the order in which they lie."""
+    """Return the arrays' rows in use, in storage order."""
     n_rows = cache.offset - getattr(cache, "start_position", 0)
-    parts = (x if isinstance(x, list | tuple) else [x] for x in _pair(cache))
-    return [x[..., : min(n_rows, x.shape[-2]), :] for part in parts for x in part]
+    sides = (x if isinstance(x, list | tuple) else [x] for x in _pair(cache))
+    return [x[..., : min(n_rows, x.shape[-2]), :] for side in sides for x in side]
 
 
 def _pair(cache: Any) -> tuple[Any, Any]:
@@ -193,17 +199,17 @@ def _pair(cache: Any) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class CacheFile:
-    """A cache in a file: the forms of its tensors, and the maker of a cache of them."""
+    """A cache in a file: its tensors' forms, and a function that builds the cache."""
 
-    parts: list[Part]
+    tensors: list[TensorForm]
     fill: Callable[[list[mx.array]], Any]
 
 
 class CacheReader:
-    """Holds a file's caches against the model's own.
+    """Check a file's caches against the model's layouts.
 
     Args:
-        n_tokens: how many tokens the caches stand for.
+        n_tokens: number of tokens in the caches.
         refuse: raises StateError.
     """
 
@@ -211,10 +217,10 @@ class CacheReader:
         self._n_tokens, self._refuse = n_tokens, refuse
 
     def __call__(self, where: str, fields: Any, layout: CacheLayout) -> CacheFile:
-        """Return one cache as it is in the file.
+        """Return one cache of the file.
 
         Raises:
-            StateError: it is none that the model takes.
+            StateError: the cache does not fit the model.
         """
         name = fields.get("kind") if isinstance(fields, dict) else None
         if layout.own is not None:
@@ -246,12 +252,12 @@ class CacheReader:
             value = fields[name]
             if type(value) is not int or value not in allowed:
                 self._refuse(f"{where}: {name}", f"one of {allowed}", value)
-        parts: list[Part] = []
+        tensors: list[TensorForm] = []
         for dtype, (*front, width) in self._sized(layout, self._n_tokens):
             if width % group:
-                self._refuse(f"{where}: group_size", f"a part of {width}", group)
+                self._refuse(f"{where}: group_size", f"a divisor of {width}", group)
             scales = (dtype,), (*front, width // group)
-            parts += [(("U32",), (*front, width * bits // 32)), scales, scales]
+            tensors += [(("U32",), (*front, width * bits // 32)), scales, scales]
 
         def fill(arrays: list[mx.array]) -> Any:
             cache: Any = QuantizedKVCache(group, bits)
@@ -260,7 +266,7 @@ class CacheReader:
                 cache.offset = self._n_tokens
             return cache
 
-        return CacheFile(parts, fill)
+        return CacheFile(tensors, fill)
 
     def _rotating(self, where: str, fields: Any, layout: CacheLayout) -> CacheFile:
         own = layout.numbers
@@ -271,12 +277,12 @@ class CacheReader:
                 self._expect(f"{where}: {name}", value, fields[name])
         if not layout.arrays:
             return self._rows(RotatingKVCache(size, keep), layout, 0)
-        # Rows leave only once the window is full, and take others' places only when
-        # there are as many as it has.
+        # A window drops rows only when it is full, and overwrites old rows only when it
+        # has exactly ``size`` rows.
         least = min(size, self._n_tokens)
         n_rows = self._whole(where, fields, "rows", least, self._n_tokens)
-        turned = n_rows == size < self._n_tokens
-        first = min(keep + 1, n_rows) if turned else n_rows
+        overwrites = n_rows == size < self._n_tokens
+        first = min(keep + 1, n_rows) if overwrites else n_rows
         index = self._whole(where, fields, "index", first, n_rows)
         cache = RotatingKVCache(size, keep)
         cache._idx = index
@@ -292,11 +298,11 @@ class CacheReader:
         return self._rows(cache, layout, self._n_tokens - start)
 
     def _arrays(self, where: str, fields: Any, layout: CacheLayout) -> CacheFile:
-        there = [x for x in layout.arrays if x is not None]
-        # Whoever computes on the host keeps float32.
-        types = [(d, (DTYPES.get(d, str(d)),)) for _, d in there]
+        present = [x for x in layout.arrays if x is not None]
+        # Accept any float: an executor on the host keeps these arrays in float32.
+        types = [(d, (DTYPES.get(d, str(d)),)) for _, d in present]
         dtypes = [FLOATS if mx.issubdtype(d, mx.floating) else t for d, t in types]
-        shapes = [tuple(n or 0 for n in shape) for shape, _ in there]
+        shapes = [tuple(n or 0 for n in shape) for shape, _ in present]
 
         def fill(arrays: list[mx.array]) -> Any:
             cache: Any = ArraysCache(len(layout.arrays))
@@ -308,8 +314,10 @@ class CacheReader:
 
     def _own(self, form: OwnForm) -> CacheFile:
         found = form.arrays.values()
-        parts: list[Part] = [((DTYPES.get(d, str(d)),), shape) for shape, d in found]
-        return CacheFile(parts, form.filled)
+        tensors: list[TensorForm] = [
+            ((DTYPES.get(d, str(d)),), shape) for shape, d in found
+        ]
+        return CacheFile(tensors, form.filled)
 
     def _several(self, where: str, fields: Any, layout: CacheLayout) -> CacheFile:
         caches = fields["caches"]
@@ -323,12 +331,12 @@ class CacheReader:
 
         def fill(arrays: list[mx.array]) -> Any:
             rest = iter(arrays)
-            return CacheList(*(f.fill([next(rest) for _ in f.parts]) for f in files))
+            return CacheList(*(f.fill([next(rest) for _ in f.tensors]) for f in files))
 
-        return CacheFile([part for file in files for part in file.parts], fill)
+        return CacheFile([form for file in files for form in file.tensors], fill)
 
     def _rows(self, cache: Any, layout: CacheLayout, n_rows: int) -> CacheFile:
-        """Return a function that fills an empty cache with rows of keys and values."""
+        """Return a cache of ``n_rows`` rows of keys and values; ``cache`` is empty."""
 
         def fill(arrays: list[mx.array]) -> Any:
             if arrays:
@@ -356,6 +364,6 @@ class CacheReader:
             self._refuse(f"{where}: {name}", wanted, value)
         return int(value)
 
-    def _expect(self, what: str, expected: Any, found: Any) -> None:
+    def _expect(self, name: str, expected: Any, found: Any) -> None:
         if expected != found:
-            self._refuse(what, expected, found)
+            self._refuse(name, expected, found)

@@ -1,4 +1,4 @@
-"""mlx-lm's caches of any kind: how they grow, and how they are put back."""
+"""mlx-lm's caches of any kind: their growth, and restoring their state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..experts.weights import leaves
 
 # mlx-lm's KV caches grow by this many rows.
 CACHE_STEP = 256
-# Their rows lie after each other, and later ones never touch those before the end.
+# These append rows and never overwrite a row before the end.
 APPENDED = (KVCache, QuantizedKVCache, BatchKVCache)
 ROTATING = (RotatingKVCache, BatchRotatingKVCache)
 KNOWN = (*APPENDED, *ROTATING, ArraysCache, ChunkedKVCache, ConcatenateKVCache)
@@ -31,28 +31,28 @@ KNOWN = (*APPENDED, *ROTATING, ArraysCache, ChunkedKVCache, ConcatenateKVCache)
 
 @dataclass(frozen=True)
 class CacheForm:
-    """Bytes of one cache for a sequence: for each row, and once for all."""
+    """Bytes of one cache for one sequence: for each row, and independent of rows."""
 
     row_bytes: float
     state_bytes: int
 
 
 def single_caches(cache: Iterable[Any]) -> Iterator[Any]:
-    """Give the caches of a call one by one: a layer may have a list of several."""
+    """Yield the caches of a call one by one; a layer may have a list of several."""
     for one in cache:
         if one is not None:
-            parts = getattr(one, "caches", None)
-            yield from [one] if parts is None else single_caches(parts)
+            inner = getattr(one, "caches", None)
+            yield from [one] if inner is None else single_caches(inner)
 
 
 def most_rows(cache: Any) -> int | None:
-    """Return how many rows a cache keeps of a long sequence; None: all of them."""
+    """Return the most rows that a cache keeps of a sequence; None: unbounded."""
     most = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
     return int(most) if most else None
 
 
 def rows(cache: Any) -> tuple[int, int, int]:
-    """Return a KV cache's rows, those in use, and the bytes of all; else zeros."""
+    """Return a KV cache's allocated rows, used rows and bytes; zeros for others."""
     keys = getattr(cache, "keys", None)
     if keys is None:
         return 0, 0, 0
@@ -62,14 +62,14 @@ def rows(cache: Any) -> tuple[int, int, int]:
 
 
 def n_rows(cache: Iterable[Any]) -> int:
-    """Return the most rows that any of the caches of a call has in use."""
+    """Return the most rows in use in any cache of a call."""
     return max((rows(c)[1] for c in single_caches(cache)), default=0)
 
 
 def growth_bytes(
     cache: Iterable[Any], forms: Sequence[CacheForm], n_seqs: int, t: int, step: int
 ) -> int:
-    """Return the bytes by which caches grow in ``t`` tokens, ``step`` at a time."""
+    """Return the bytes by which caches grow in ``t`` tokens, ``step`` per call."""
     pairs = zip(single_caches(cache), forms, strict=False)
     return sum(_growth(one, form, n_seqs, t, step) for one, form in pairs)
 
@@ -87,18 +87,20 @@ def _growth(cache: Any, form: CacheForm, n_seqs: int, t: int, step: int) -> int:
 
 
 def _rows_beyond(cache: Any, n: int) -> int:
-    """Return the rows that a cache which keeps few has beyond them after ``n`` more.
+    """Return the rows beyond its window that a windowed cache has after ``n`` more.
 
-    Some grow by whole steps. Others have the first new row replace the oldest.
+    A chunked cache grows by whole steps. In a rotating one the first new row replaces
+    the oldest.
     """
     grows_by_steps = isinstance(cache, ChunkedKVCache)
     return -(-n // CACHE_STEP) * CACHE_STEP if grows_by_steps else n - 1
 
 
 def _allocated(allocated: int, used: int, t: int, step: int) -> int:
-    """Return the rows of mlx-lm's KV cache after ``t`` tokens, ``step`` at a time.
+    """Return the allocated rows of mlx-lm's KV cache after ``t`` tokens.
 
-    A full one is cut to the rows in use and grows by whole steps of its own.
+    The tokens arrive ``step`` per call. A full cache is first cut to its rows in use
+    and then grows by multiples of ``CACHE_STEP``.
     """
     end = used + t
     while used < end:
@@ -116,20 +118,20 @@ def arrays_of(cache: Iterable[Any]) -> list[mx.array]:
 
 
 def are_known(cache: Iterable[Any]) -> bool:
-    """Tell whether a ``CacheState`` has all that each of the caches of a call is."""
+    """Return whether ``CacheState`` can restore every cache of a call."""
     return all(type(one) in KNOWN for one in single_caches(cache))
 
 
 class CacheState:
-    """Where a cache was before a call, to go back to as often as wanted.
+    """The state of a cache before a call, which can be restored any number of times.
 
-    MLX's values are immutable, so what a cache held is there as long as somebody holds
-    it. Yet rows are written in place only while nobody else holds them: where new ones
-    replace nothing that counts, not the rows are held but where they end.
+    MLX's arrays are immutable, so holding a cache's arrays is enough to restore them.
+    But MLX updates an array in place only if nobody else holds it. So if the call only
+    appends rows, this class holds the position of the end instead of the rows.
 
     Args:
         cache: one of ``single_caches``.
-        n_tokens: of each sequence, that the call will add; None: not known.
+        n_tokens: tokens of each sequence that the call will add; None: unknown.
     """
 
     def __init__(self, cache: Any, n_tokens: int | None = None):
@@ -139,14 +141,14 @@ class CacheState:
         self._held = self._values()
 
     def now(self) -> CacheState:
-        """Return where the cache is now, as far as this state knows of it."""
+        """Return the cache's present state, of the same attributes."""
         state = object.__new__(CacheState)
         state.cache, state._names = self.cache, self._names
         state._held = state._values()
         return state
 
     def put_back(self) -> None:
-        """Have the cache as it was."""
+        """Restore the cache."""
         for name, value in zip(self._names, self._held, strict=True):
             setattr(self.cache, name, _copied(value))
 
@@ -156,7 +158,7 @@ class CacheState:
 
 
 def _keeps_rows(cache: Any, n_tokens: int | None) -> bool:
-    """Tell whether rows that count stay in a cache's arrays while a call adds some."""
+    """Return whether a call leaves all rows that count in a cache's arrays."""
     kind = type(cache)
     if getattr(cache, "keys", None) is None:
         return False
@@ -165,7 +167,7 @@ def _keeps_rows(cache: Any, n_tokens: int | None) -> bool:
     if kind is ChunkedKVCache:
         return bool(cache.offset - cache.start_position <= cache.chunk_size)
     if kind in ROTATING and n_tokens == 1:
-        # A full one loses the row that the next token does not see any more.
+        # A full cache loses one row, which the next token does not attend to.
         allocated = cache.keys.shape[2]
         used = cache._offset if kind is BatchRotatingKVCache else cache.offset
         most = cache.max_size
@@ -174,9 +176,9 @@ def _keeps_rows(cache: Any, n_tokens: int | None) -> bool:
 
 
 def _copied(value: Any) -> Any:
-    """Return a value that a cache does not change with its own; no bytes move."""
+    """Return a copy that the cache's own updates do not change; no bytes move."""
     if isinstance(value, mx.array):
-        # The same values behind another handle.
+        # A view has the same values but is another Python object.
         return value.view(value.dtype)
     if type(value) in (list, tuple):
         return type(value)([_copied(part) for part in value])
@@ -184,10 +186,11 @@ def _copied(value: Any) -> Any:
 
 
 class PutBackOnFailure:
-    """Leaves mlx-lm's caches as they were if the block fails; gives their states.
+    """Context that restores mlx-lm's caches if its block fails; gives their states.
 
-    Rows that a KV cache took meanwhile stay, after its end, until others replace them.
-    A class: a generator that Ctrl-C leaves suspended would put them back at any time.
+    Rows that a KV cache received meanwhile stay behind its end until they are replaced.
+    This is a class because a generator interrupted by Ctrl-C would restore the caches
+    at an unknown time.
 
     Args:
         n_tokens: as for ``CacheState``.

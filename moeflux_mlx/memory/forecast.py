@@ -1,4 +1,4 @@
-"""Foretell how a model will run here, from its bytes and two measured bandwidths."""
+"""Predict how a model will run here, from its bytes and two measured bandwidths."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from rich.filesize import decimal
 
 from .. import device
 
-# Larger than the caches of processors.
+# Larger than processors' caches.
 COPIED_BYTES = 32 << 20
 ROUNDS = 4
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Whether a model fits, how it would run, and the least time its bytes take.
+    """Whether a model fits, how it would run, and the least time to move its bytes.
 
-    ``resident_bytes`` are read for every token, as are ``token_bytes``, the experts
-    that a token chooses; None: nothing says how many. ``held_bytes`` of all
-    ``expert_bytes`` are in memory. ``room_bytes`` is what the process may still take;
-    None: not known. Bandwidths are bytes a second, None where they were not measured.
+    Every token reads ``resident_bytes``, and ``token_bytes`` of chosen experts (None:
+    unknown number). ``held_bytes`` of all ``expert_bytes`` are in memory. The process
+    may still allocate ``room_bytes`` (None: unknown). Bandwidths are bytes per second
+    (None: not measured).
     """
 
     resident_bytes: int
@@ -49,12 +49,12 @@ class Forecast:
 
     @property
     def missing(self) -> float:
-        """The share of experts that is not in memory."""
+        """Share of the experts' bytes that are not in memory."""
         return 1 - min(1.0, self.held_bytes / max(1, self.expert_bytes))
 
     @property
     def token_seconds(self) -> float | None:
-        """Seconds to move a token's bytes, one after the other."""
+        """Seconds to move a token's bytes, memory and disk one after the other."""
         if self.token_bytes is None or self.memory_bandwidth is None:
             return None
         seconds = (self.resident_bytes + self.token_bytes) / self.memory_bandwidth
@@ -66,7 +66,7 @@ class Forecast:
 
     @property
     def loaded_bytes(self) -> int | None:
-        """Bytes read from disk before the first token of a short prompt is there."""
+        """Bytes read from disk until a short prompt's first token."""
         if not self.streams or self.missing == 0:
             return self.total_bytes
         if self.token_bytes is None:
@@ -75,14 +75,14 @@ class Forecast:
 
     @property
     def first_token_seconds(self) -> float | None:
-        """Seconds to read those, and to make one token."""
+        """Seconds to read ``loaded_bytes`` and compute one token."""
         if None in (self.token_seconds, self.loaded_bytes, self.disk_bandwidth):
             return None
         assert self.token_seconds and self.loaded_bytes and self.disk_bandwidth
         return self.loaded_bytes / self.disk_bandwidth + self.token_seconds
 
     def mode(self) -> str:
-        """Say whether it fits and how it runs."""
+        """Return a line: whether the model fits, and how it runs."""
         total, room = decimal(self.total_bytes), self.room_bytes
         fits = f"{total} in all"
         if room is not None:
@@ -94,13 +94,11 @@ class Forecast:
         return f"{fits}: experts streamed, {held}"
 
     def speed(self) -> str:
-        """Say how many tokens a second its bytes allow, and how that comes about."""
+        """Return a line: the bound on tokens per second, with its terms."""
         if self.token_bytes is None:
-            return (
-                "not known: the configuration does not say how many experts a token has"
-            )
+            return "unknown: the configuration has no number of experts per token"
         if self.memory_bandwidth is None:
-            return "not known: memory was not measured"
+            return "unknown: the memory's bandwidth was not measured"
         moved = f"{decimal(self.resident_bytes)} + {decimal(self.token_bytes)}"
         terms = f"({moved}) / {_rate(self.memory_bandwidth)}"
         if self.missing:
@@ -115,10 +113,10 @@ class Forecast:
         return f"at most {number} tokens/s = 1 / ({terms})"
 
     def first_token(self) -> str:
-        """Say how long the first token takes from the start, likewise."""
+        """Return a line: the least time until the first token."""
         seconds, loaded = self.first_token_seconds, self.loaded_bytes
         if loaded is None or self.token_bytes is None:
-            return "not known"
+            return "unknown"
         if seconds is None or self.disk_bandwidth is None:
             return f"after reading {decimal(loaded)} from disk"
         return (
@@ -133,9 +131,10 @@ def _rate(bandwidth: float) -> str:
 
 @functools.cache
 def memory_bandwidth() -> float | None:
-    """Return the bytes a second that memory gives where MLX computes by default.
+    """Return the memory bandwidth of MLX's default device in bytes per second.
 
-    Copying counts both ways. It is measured once; None where there is no room for it.
+    A copy counts as a read and a write. The value is measured once and cached; None if
+    there is no room for the measurement.
     """
     try:
         return _on_cpu() if device.on_cpu() else _on_gpu()
@@ -151,7 +150,7 @@ def _on_cpu() -> float:
 
 def _on_gpu() -> float:
     fastest = max(_copies_on_gpu(4 * COPIED_BYTES))
-    # Memory taken here is no part of a model's.
+    # Free this memory, and keep it out of a model's peak.
     mx.clear_cache()
     mx.reset_peak_memory()
     return 8 * fastest

@@ -1,4 +1,4 @@
-"""Keep a process to its memory plan while caches grow and prompts come."""
+"""Keep a process within its memory plan while caches grow and prompts arrive."""
 
 from __future__ import annotations
 
@@ -18,43 +18,43 @@ from .caches import CACHE_STEP
 from .plan import CHUNKS, KEPT_SHARE, SMALLER_CHUNKS, MemoryPlan, Needs
 from .relief import Relief, resize
 
-# Room is made for this many tokens at once, one after the other.
+# Single tokens for which room is made at a time.
 LOOKAHEAD = 16
-# Room for memory that no plan knew of is made in steps.
+# Unplanned memory is rounded up to multiples of this, so that the pool rarely changes.
 SURPLUS_STEP_BYTES = 16 << 20
 
 
 class MemoryKeeper:
-    """Resizes the expert pool between tokens so that a process keeps to its plan.
+    """Resize the expert pool between tokens, so that the process keeps to its plan.
 
-    Every cache that a call was made with counts for as long as it lives.
+    The cache of every call counts as long as it is alive.
     """
 
     def __init__(self, plan: MemoryPlan, needs: Needs, streamer: ExpertStreamer):
-        # MLX's cache of freed arrays belongs to no part of a plan.
+        # The plan has no room for MLX's cache of freed arrays.
         device.return_freed()
         self.plan, self._needs, self._streamer = plan, needs, streamer
         self._most_slots = streamer.n_slots
         self._relief = Relief(streamer)
         self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
-        # The first cache of a call, its sequences, and how many more tokens have room.
-        self._foreseen: tuple[Callable[[], Any], int, int] = (lambda: None, 0, 0)
-        # Whether the process has grown as a first prompt makes it grow.
+        # Who has room already: a call's first cache, its sequences, tokens left.
+        self._reserved: tuple[Callable[[], Any], int, int] = (lambda: None, 0, 0)
+        # Whether a first prompt, which makes the process grow, has run.
         self._has_grown = False
-        # The last call's memory beside caches and experts.
+        # The last call's scratch: its memory beyond weights, caches and experts.
         self.scratch_bytes = plan.scratch_bytes
 
     def limit(self, n_slots: int) -> None:
-        """Hold no more experts than ``n_slots`` from now on.
+        """Hold at most ``n_slots`` experts from now on.
 
         Raises:
-            BudgetError: that is not a number of slots there can be; nothing changes.
+            BudgetError: the pool cannot have this size; nothing changes.
         """
         self._streamer.resize(n_slots)
         self._most_slots = n_slots
 
     def count(self, cache: Iterable[Any]) -> None:
-        """Count caches that others keep, though no call was made with them."""
+        """Count caches that exist although no call has used them."""
         self._caches.update(c for c in cache if c is not None)
 
     def make_room(
@@ -66,27 +66,32 @@ class MemoryKeeper:
         logits: bool = False,
         spares: bool = False,
     ) -> int:
-        """Give the caches of a call with ``t`` more tokens the room they will take.
+        """Make room for a call with ``t`` more tokens of each sequence.
 
-        It is decided here for the whole call: its later chunks cannot be refused.
-        The logits of a call have room too where experts can give way to them; those of
-        a prompt are mostly thrown away unseen.
+        This decides for the whole call, so that none of its chunks is refused later.
+        It makes room for the call's logits too if experts can give way to them; a
+        prompt's logits are mostly discarded without being computed.
 
         Args:
-            logits: they are asked for, so there is room for all of them or an error.
-            spares: leave experts their floor, or raise: something else may give way.
+            cache: the caches of the call.
+            n_seqs: number of sequences.
+            t: tokens of each sequence.
+            logits: the caller uses all logits, so they need room.
+            spares: raise rather than take slots from the experts' floor, because the
+                caller has something else that can give way.
 
         Returns:
-            How many tokens, of all sequences, are to be computed together.
+            The number of tokens, over all sequences, to compute together.
 
         Raises:
-            BudgetError: even with the fewest experts they do not fit; nothing changes.
+            BudgetError: the call does not fit even with the fewest experts; nothing
+                changes.
         """
-        last, n_before, n_tokens = self._foreseen
+        last, n_before, n_tokens = self._reserved
         if self._relief.look(self._most_slots):
             n_tokens = 0
         if t == 1 and n_tokens > 0 and n_before == n_seqs and last() is cache[0]:
-            self._foreseen = (last, n_seqs, n_tokens - 1)
+            self._reserved = (last, n_seqs, n_tokens - 1)
             return n_seqs
         self.count(cache)
         call = _Planned(cache, n_seqs, t, logits)
@@ -94,7 +99,7 @@ class MemoryKeeper:
         parts = self._parts(measured=t > 1)
         choice = self._choose(parts, call, floor)
         if choice is None and not spares:
-            # Caches in reference cycles live on until they are collected.
+            # Caches in reference cycles stay alive until the collector runs.
             gc.collect()
             mx.clear_cache()
             device.trim_heap()
@@ -105,16 +110,66 @@ class MemoryKeeper:
         chunk, self.scratch_bytes, n_slots = choice
         resize(self._streamer, n_slots, cache)
         self._has_grown |= t > 1
-        # After a prompt experts come back at once.
+        # After a prompt nothing is reserved, so the next call gives experts room again.
         n_tokens = LOOKAHEAD - 1 if t == 1 else 0
-        self._foreseen = (weakref.ref(cache[0]), n_seqs, n_tokens)
+        self._reserved = (weakref.ref(cache[0]), n_seqs, n_tokens)
         return chunk
 
-    def _parts(self, *, measured: bool) -> dict[str, int]:
-        """Return the parts that take memory before a call, beside experts.
+    def clear(self, cache: list[Any]) -> int:
+        """Hold the fewest experts; return the bytes that are free then."""
+        streamer = self._streamer
+        streamer.come_and_go()
+        resize(streamer, streamer.least_slots, cache)
+        taken = sum(self._parts(measured=True).values()) + self._least_bytes
+        return self.plan.budget_bytes - taken
+
+    def hold(self, n_bytes: int, cache: list[Any], n_seqs: int, t: int) -> None:
+        """Give a gradient room for all that is kept until it is there.
+
+        Experts are asked for once more on its way.
 
         Args:
-            measured: look whether the process takes less than was planned.
+            n_bytes: what it keeps of a call with ``t`` more tokens of each sequence.
+
+        Raises:
+            BudgetError: even with the fewest experts it does not fit.
+        """
+        self.count(cache)
+        self._relief.look(self._most_slots)
+        device.trim_heap()
+        call = _Planned(cache, n_seqs, t, logits=True)
+        growth = call.growth(call.n_tokens, self._needs) if cache else 0
+        parts = self._parts(measured=True)
+        room = self.plan.budget_bytes - sum(parts.values()) - growth
+        n_slots = self._n_slots(room - n_bytes, room)
+        if n_slots < self._streamer.least_slots:
+            parts |= {"caches": parts["caches"] + growth, "gradients": n_bytes}
+            raise self._no_gradient(parts, n_seqs, t)
+        self._streamer.come_and_go()
+        resize(self._streamer, n_slots, cache)
+        self._foreseen = (lambda: None, 0, 0)
+
+    @property
+    def _least_bytes(self) -> int:
+        streamer = self._streamer
+        return streamer.least_slots * streamer.slot_bytes + streamer.slack_bytes
+
+    def _no_gradient(self, parts: dict[str, int], n_seqs: int, t: int) -> BudgetError:
+        parts |= {f"{self._streamer.least_slots} experts": self._least_bytes}
+        needed, budget = sum(parts.values()), self.plan.budget_bytes
+        taken = ", ".join(f"{decimal(n)} {what}" for what, n in parts.items() if n)
+        return BudgetError(
+            f"[memory] expected at least {needed} bytes ({taken}) but got {budget} for "
+            f"the gradients of {n_seqs} x {t} tokens: train on fewer or shorter "
+            "sequences at a time, compute layers again (grad_checkpoint), or raise "
+            "memory"
+        )
+
+    def _parts(self, *, measured: bool) -> dict[str, int]:
+        """Return the bytes in use before a call, without experts, by purpose.
+
+        Args:
+            measured: measure the process, which may take less than planned.
         """
         held = sum(c.nbytes for c in self._caches)
         process = self.plan.process_bytes
@@ -122,23 +177,23 @@ class MemoryKeeper:
         return {
             "process": self._measured_process(process) if measured else process,
             "weights": self.plan.resident_bytes,
-            "what no plan knew of": self._surplus(fixed + held),
+            "unplanned memory": self._surplus(fixed + held),
             "caches": held,
         }
 
     @property
     def _floor(self) -> int:
-        """The fewest experts beside anything that can give way."""
+        """The fewest slots while anything other than experts can give way."""
         floor, wanted = int(KEPT_SHARE * self.plan.n_slots), self._most_slots
         return max(self._streamer.least_slots, min(floor, self._relief.n_slots(wanted)))
 
     def _choose(
         self, parts: dict[str, int], call: _Planned, floor: int
     ) -> tuple[int, int, int] | None:
-        """Return the chunk, its scratch and the slots that read the fewest experts.
+        """Return the chunk, its scratch and the slots with the fewest expert reads.
 
-        Each chunk reads the experts that it asks for and that are not held; those that
-        give way are read once more afterwards. None: nothing fits.
+        Each chunk reads its experts that are not in memory. Experts that give way are
+        read once more afterwards. None: no chunk fits.
         """
         room = self.plan.budget_bytes - sum(parts.values())
         left, held = device.left_by_ulimit(), self._streamer.n_slots
@@ -147,40 +202,42 @@ class MemoryKeeper:
             growth = call.growth(chunk, self._needs)
             least, most = self._scratch(chunk, call)
             for scratch in (most, least):
-                # While experts move into another buffer no call takes its scratch.
+                # No call runs while experts move to a second buffer, so that buffer may
+                # use the scratch.
                 n_slots = self._n_slots(room - growth - scratch, room - growth)
                 if n_slots < floor:
                     continue
-                # Slots given up leave memory, but do not lower these limits' counts.
+                # A smaller pool frees memory, but a ulimit still counts its addresses.
                 if left is not None and growth + scratch > left:
                     continue
-                missing = max(0, self._streamer.most_asked(chunk) - n_slots)
+                missing = max(0, self._streamer.most_requested(chunk) - n_slots)
                 n_read = -(-call.n_tokens // chunk) * missing + max(0, held - n_slots)
                 choices.append((n_read, chunk, scratch, n_slots))
                 break
         if not choices:
             return None
-        # The first of equals is the longest.
+        # ``min`` returns the first of equal choices, which has the longest chunk.
         return min(choices, key=lambda choice: choice[0])[1:]
 
     def _scratch(self, chunk: int, call: _Planned) -> tuple[int, int]:
-        """Return the least that a call takes meanwhile, and with all its logits."""
+        """Return the scratch that a call needs, and the scratch with all its logits."""
         scratch = self._needs.scratch_bytes(chunk, call.n_rows, call.n_seqs)
         scratch += self._needs.output_bytes(call.n_tokens)
         most = max(scratch, self._needs.logits_bytes(call.n_tokens))
         return (most if call.logits else scratch), most
 
     def _n_slots(self, room: int, replacing: int) -> int:
-        """Return how many slots ``room`` is enough for, no more than are wanted.
+        """Return how many slots fit into ``room``, within the limits set here.
 
         Args:
-            replacing: the room while the pool becomes smaller.
+            room: bytes for the pool.
+            replacing: bytes for the pool while it shrinks, the second buffer included.
         """
         n_slots = self._streamer.most_fitting(room, replacing)
         return min(n_slots, self._relief.n_slots(self._most_slots))
 
     def _surplus(self, expected: int) -> int:
-        """Return the process's bytes beyond ``expected`` and its experts."""
+        """Return the process's bytes beyond ``expected`` and the experts, on a CPU."""
         expected += self._streamer.memory_bytes
         if not device.on_cpu() or (device.process_bytes() or 0) <= expected:
             return 0
@@ -189,9 +246,10 @@ class MemoryKeeper:
         return -(-surplus // SURPLUS_STEP_BYTES) * SURPLUS_STEP_BYTES
 
     def _measured_process(self, planned: int) -> int:
-        """Return the process's real memory, and a step more, if that is less.
+        """Return the process's measured bytes plus a margin, at most ``planned``.
 
-        Slots without an expert may never have been written, so they do not count.
+        Only slots with an expert are subtracted as pool memory: the system may never
+        have backed the others.
         """
         taken = device.process_bytes() if device.on_cpu() else None
         if taken is None or not self._has_grown:
@@ -207,16 +265,15 @@ class MemoryKeeper:
         streamer = self._streamer
         *_, chunk = call.chunks()
         growth, scratch = call.growth(chunk, self._needs), self._scratch(chunk, call)[0]
-        n_least = streamer.least_slots
-        least_bytes = n_least * streamer.slot_bytes + streamer.slack_bytes
+        n_least, least_bytes = streamer.least_slots, self._least_bytes
         others = parts["caches"] - sum(c.nbytes for c in call.caches)
         parts = parts | {"caches": parts["caches"] + growth, "scratch": scratch}
         parts |= {f"{n_least} experts": least_bytes}
         needed, budget = sum(parts.values()), self.plan.budget_bytes
-        taken = ", ".join(f"{decimal(n)} {what}" for what, n in parts.items() if n)
+        taken = ", ".join(f"{decimal(n)} {name}" for name, n in parts.items() if n)
         if needed <= budget:
             needed, budget = growth + scratch, device.left_by_ulimit() or 0
-            taken = f"{taken}: {decimal(needed)} of them yet to come"
+            taken = f"{taken}: {decimal(needed)} of them still to be allocated"
             given = f"{budget} that ulimit leaves"
         else:
             given = f"{budget}"
@@ -230,32 +287,32 @@ class MemoryKeeper:
 
 
 class _Planned:
-    """A call before it is made: caches and tokens; ``n_rows`` a sequence then has."""
+    """A planned call; ``n_rows`` is the length of each sequence's cache after it."""
 
     def __init__(self, cache: list[Any], n_seqs: int, t: int, logits: bool):
         self.caches = [c for c in cache if c is not None]
         self.n_seqs, self.t, self.logits = n_seqs, t, logits
         self.n_tokens = n_seqs * t
-        # More single tokens will come, each in a call of its own.
+        # A call of one token is followed by more such calls: plan for several.
         self._n_more = t if t > 1 else LOOKAHEAD
         used = caches.n_rows(self.caches)
         self.n_rows = -(-(used + self._n_more) // CACHE_STEP) * CACHE_STEP
 
     def chunks(self) -> list[int]:
-        """Return how many tokens may be computed together, the most first."""
+        """Return the possible numbers of tokens to compute together, descending."""
         return _chunks(self.n_seqs, self.t)
 
     def growth(self, chunk: int, needs: Needs) -> int:
-        """Return the bytes by which the caches grow, computed in such chunks."""
+        """Return the bytes by which the caches grow in chunks of ``chunk`` tokens."""
         step = chunk // self.n_seqs
         forms = needs.cache_forms
         return caches.growth_bytes(self.caches, forms, self.n_seqs, self._n_more, step)
 
 
 def _chunks(n_seqs: int, t: int) -> list[int]:
-    """Return how many tokens of a call may be computed together, the most first.
+    """Return the possible numbers of tokens to compute together, descending.
 
-    It is as many of each sequence, and at least one.
+    Each has equally many tokens of each sequence, at least one.
     """
     sizes = {min(n_seqs * t, size) for size in (*CHUNKS, *SMALLER_CHUNKS)}
     return sorted({max(1, size // n_seqs) * n_seqs for size in sizes}, reverse=True)
@@ -269,14 +326,16 @@ def make_room(
     t: int,
     **options: Any,
 ) -> int:
-    """Make room as ``MemoryKeeper.make_room`` does, freeing memory until it fits.
+    """Make room as ``MemoryKeeper.make_room``; first free memory that is not experts'.
 
     Args:
-        give_way: frees some memory, and tells whether it did; asked before experts
-            fall below their floor.
+        keeper: the keeper.
+        give_way: frees some memory and returns True, or returns False without any. It
+            is called before experts fall below their floor.
+        cache, n_seqs, t, options: as for ``MemoryKeeper.make_room``.
 
     Raises:
-        BudgetError: they do not fit, whatever gives way.
+        BudgetError: the call does not fit, whatever gives way.
     """
     spares = give_way is not None
     while True:
@@ -289,5 +348,5 @@ def make_room(
                 continue
             if not spares:
                 raise
-            # Nothing else is left to give way, so experts do.
+            # Nothing else can give way, so let experts fall below their floor.
             spares = False

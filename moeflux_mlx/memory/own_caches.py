@@ -1,7 +1,7 @@
-"""Caches of a class that a model's own file defines: told of, and made again.
+"""Caches of a class that a model's own file defines: describe and rebuild them.
 
-Nobody here knows what such a class does. So a model is asked what its cache is after
-some tokens, by a lazy call, and a file has to agree with that in everything but values.
+Nothing is known about such a class. So a lazy call shows the form of the model's cache
+after some tokens. A file must agree with that form in everything but arrays' values.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PLAIN = (int, float, str, type(None))
 
 @dataclass(frozen=True)
 class OwnForm:
-    """A cache by its attributes: shapes and types of arrays, and all else by value."""
+    """A cache's attributes: arrays by shape and type, all others by value."""
 
     kind: type
     arrays: dict[str, tuple[tuple[int, ...], mx.Dtype]]
@@ -26,7 +26,7 @@ class OwnForm:
 
     @classmethod
     def of(cls, cache: Any) -> OwnForm:
-        """Return the form of a cache; no array is evaluated."""
+        """Return the form of a cache, without evaluating arrays."""
         found = sorted(vars(cache).items())
         arrays = {n: (x.shape, x.dtype) for n, x in found if isinstance(x, mx.array)}
         values = {n: x for n, x in found if n not in arrays}
@@ -34,11 +34,11 @@ class OwnForm:
 
     @property
     def is_plain(self) -> bool:
-        """Whether arrays are all of a cache but for numbers and text."""
+        """Whether all attributes that are not arrays are numbers, text or None."""
         return all(isinstance(value, PLAIN) for value in self.values.values())
 
     def difference(self, other: OwnForm) -> tuple[str, Any, Any] | None:
-        """Return the first attribute in which another form differs, and both's."""
+        """Return the first differing attribute: its name, our value, the other's."""
         own, others = {**self.arrays, **self.values}, {**other.arrays, **other.values}
         for name in sorted(own.keys() | others.keys()):
             pair = own.get(name), others.get(name)
@@ -47,7 +47,7 @@ class OwnForm:
         return None
 
     def filled(self, arrays: Sequence[mx.array]) -> Any:
-        """Return a cache of this form with these arrays, in the order of names."""
+        """Return a cache of this form with these arrays, in the order of ``arrays``."""
         cache: Any = object.__new__(self.kind)
         vars(cache).update(self.values)
         vars(cache).update(zip(self.arrays, arrays, strict=True))
@@ -55,5 +55,5 @@ class OwnForm:
 
 
 def is_own(cache: Any) -> bool:
-    """Tell whether a cache's class is none of those that mlx-lm's models share."""
+    """Return whether a cache's class is not one of mlx-lm's shared cache classes."""
     return type(cache).__module__ != KVCache.__module__ and hasattr(cache, "__dict__")

@@ -1,4 +1,4 @@
-"""Plan a process's memory before loading."""
+"""Plan a process's memory before loading a model."""
 
 from __future__ import annotations
 
@@ -19,69 +19,70 @@ from ..experts.pool.pool import POOL_ALIGNMENT, pool_stride
 from ..experts.pool.segments import Division, divide
 from .caches import CACHE_STEP, CacheForm
 
-# Tokens that a plan keeps scratch for: the first of these whose scratch leaves experts
-# enough of the memory, or else the last. A prompt may take more of them together, for
-# which experts give way, or fewer beside long caches.
+# Chunk sizes in tokens. A plan has scratch for the first size that takes at most
+# SCRATCH_SHARE of the room, or for the last size. A prompt may later use larger chunks,
+# for which experts give way, or smaller ones beside long caches.
 CHUNKS = (2048, 1024, 512, 256, 128, 64)
 SCRATCH_SHARE = 1 / 4
 SMALLER_CHUNKS = (32, 16)
-# Share of the planned experts that stay beside prompts which a server keeps for later.
+# Share of the planned experts that do not give way to a server's cached prompts.
 KEPT_SHARE = 1 / 2
 
 
 class Needs(Protocol):
-    """A model's needs of memory, from shapes alone; bytes throughout."""
+    """A model's memory needs in bytes, computed from shapes alone."""
 
     def resident_bytes(self, unpack: bool) -> int:
-        """Return the bytes of parameters once they are ready for use.
+        """Return the bytes of the parameters in the form in which they are used.
 
         Args:
             unpack: quantised matrices are also kept dense in float32.
         """
 
     def scratch_bytes(self, n_tokens: int, n_cached: int, n_seqs: int = 1) -> int:
-        """Return the peak of one call beside weights, caches and experts.
+        """Return the peak of one call, without weights, caches and experts.
 
         Args:
-            n_tokens: of all ``n_seqs`` sequences together.
+            n_tokens: tokens over all ``n_seqs`` sequences.
             n_cached: rows of each sequence's cache.
+            n_seqs: number of sequences.
         """
 
     def output_bytes(self, n_tokens: int) -> int:
-        """Return the bytes of a call's hidden states until their logits are known."""
+        """Return the bytes of a call's hidden states, kept until its logits exist."""
 
     def logits_bytes(self, n_tokens: int) -> int:
-        """Return the bytes of the logits of so many tokens."""
+        """Return the bytes of the logits of ``n_tokens`` tokens."""
 
     @property
     def most_tokens(self) -> int:
-        """How long a sequence may become."""
+        """The maximum length of a sequence."""
 
     @property
     def cache_forms(self) -> list[CacheForm]:
-        """The form of each of the caches, in the order of ``single_caches``."""
+        """The form of each cache, in the order of ``single_caches``."""
 
     @property
     def cache_row_bytes(self) -> int:
-        """Bytes of each token of a sequence in caches that grow without end."""
+        """Bytes per token of a sequence in caches that grow without bound."""
 
     @property
     def cache_state_bytes(self) -> int:
-        """Bytes of each sequence in all other caches once they are full."""
+        """Bytes per sequence in all other caches when they are full."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The parts of a process's memory.
+    """The division of a process's memory.
 
-    ``process_bytes`` are the interpreter and libraries, ``cache_bytes`` the caches of
-    one sequence's first ``CACHE_STEP`` tokens: as they grow, the ``n_slots`` experts in
-    ``expert_bytes`` give way, until one sequence has ``context_tokens`` and experts are
-    at their least. Scratch is kept for ``chunk_tokens``, for more experts give way.
-    ``unpack``: quantised matrices are also kept dense in float32. Experts lie in
-    ``n_segments`` buffers, and ``replacing_bytes`` beside scratch are free for a second
-    one while experts give way; ``capped`` says which limits of the device shaped the
-    plan.
+    ``process_bytes`` are for the interpreter and libraries, ``cache_bytes`` for the
+    first ``CACHE_STEP`` tokens of one sequence. As caches grow, the ``n_slots`` experts
+    in ``expert_bytes`` give way. With the fewest experts, one sequence may have
+    ``context_tokens`` tokens. ``scratch_bytes`` are for ``chunk_tokens`` tokens;
+    experts give way to more. ``unpack``: quantised matrices are also kept dense in
+    float32. Experts are in ``n_segments`` buffers. ``replacing_bytes``, in addition to
+    scratch, are for a second buffer while experts give way. ``capped`` names the
+    device's limits that shaped the plan.
     """
 
     budget_bytes: int
@@ -101,9 +102,9 @@ class MemoryPlan:
 
     @property
     def prompt_bytes(self) -> int:
-        """Bytes for prompts that a server keeps for later, experts at their floor.
+        """Bytes for a server's cached prompts, with experts at their floor.
 
-        One request's own caches are not part of it.
+        They do not include the caches of the request that is running.
         """
         taken = self.process_bytes + self.resident_bytes + self.scratch_bytes
         experts_bytes = self.expert_bytes + self.replacing_bytes
@@ -138,25 +139,27 @@ def plan_memory(
     scope: str = "global",
     most_expert_bytes: int | None = None,
 ) -> MemoryPlan:
-    """Divide ``budget_bytes`` of a process's memory; experts take the rest.
+    """Divide ``budget_bytes`` of a process's memory; experts get the rest.
 
-    A limit of address space or of data that leaves less is the budget instead, and so
-    is the working set that a device recommends.
+    A smaller ulimit on address space or data replaces the budget. So does a smaller
+    working set that the device recommends.
 
     Args:
+        budget_bytes: bytes of the whole process.
+        needs: the model's needs.
+        store: the experts' files.
         scope: as for ``ExpertStreamer``.
-        most_expert_bytes: experts take no more than this.
+        most_expert_bytes: upper bound on experts' bytes.
 
     Raises:
-        BudgetError: the needs of one token do not fit; states the least that does, and
-            the bytes of each part.
+        BudgetError: one token does not fit; states the least budget and its division.
     """
     device.start_blas()
-    asked, budget_bytes = budget_bytes, within_working_set(budget_bytes)
+    requested, budget_bytes = budget_bytes, within_working_set(budget_bytes)
     why = ""
-    if budget_bytes < asked:
-        why = f", the working set that this device recommends, and not {asked}"
-    # Those that read experts, MLX's four that read weights, and its own two.
+    if budget_bytes < requested:
+        why = f", the working set that this device recommends, and not {requested}"
+    # The workers that read experts, MLX's four that read weights, and MLX's own two.
     n_threads = config.read_threads() + 6
     allowed = device.ulimit_bytes(n_threads)
     if allowed is not None and allowed < budget_bytes:
@@ -169,7 +172,7 @@ def plan_memory(
     }
     n_segments, division = 0, None
     while division is None or division.n_segments > n_segments:
-        # More segments need more experts at least, which the first round cannot know.
+        # More segments need more slots at least, so plan again with their number.
         n_segments = 1 if division is None else division.n_segments
         plan, division = _planned(
             budget_bytes,
@@ -181,7 +184,7 @@ def plan_memory(
             most_expert_bytes=most_expert_bytes,
             why=why,
         )
-    return replace(plan, capped=_capped(asked, plan, division))
+    return replace(plan, capped=_capped(requested, plan, division))
 
 
 def _planned(
@@ -195,11 +198,11 @@ def _planned(
     most_expert_bytes: int | None,
     why: str,
 ) -> tuple[MemoryPlan, Division]:
-    """Plan for experts in so many segments, or in more; say how they are divided.
+    """Return a plan for experts in at least ``n_segments``, and their division.
 
     Args:
-        parts: the bytes of all but scratch and experts.
-        why: ends an error's sentence on the budget.
+        parts: bytes by purpose, without scratch and experts.
+        why: the reason for the budget, which ends the error's sentence.
     """
     parts, unpack = dict(parts), False
     counts = [store.count(layer) for layer in store.layers]
@@ -216,7 +219,7 @@ def _planned(
     if room < least_bytes:
         parts |= {f"scratch for {chunk} tokens": scratch}
         parts |= {f"{groups * store.top_k} experts": least_bytes}
-        taken = ", ".join(f"{decimal(n)} {what}" for what, n in parts.items())
+        taken = ", ".join(f"{decimal(n)} {name}" for name, n in parts.items())
         raise BudgetError(
             f"[memory] expected at least {sum(parts.values())} bytes "
             f"({decimal(sum(parts.values()))}: {taken}) but got {budget_bytes}{why}"
@@ -227,7 +230,7 @@ def _planned(
         stride=stride,
         top_k=store.top_k,
         scope=scope,
-        # Between calls, when experts move, nothing takes scratch.
+        # Experts move between calls, when no call uses the scratch.
         replacing=room + scratch,
     )
     plan = MemoryPlan(
@@ -250,15 +253,15 @@ def _planned(
     return plan, division
 
 
-def _capped(asked: int, plan: MemoryPlan, division: Division) -> str:
-    """Say which limits of the device shaped a plan, if any did."""
+def _capped(requested: int, plan: MemoryPlan, division: Division) -> str:
+    """Return the device's limits that shaped a plan, as text; empty without any."""
     limits, found = device.gpu_limits(), []
     if limits is None:
         return ""
-    if min(asked, plan.budget_bytes) == limits.working_set_bytes < asked:
+    if min(requested, plan.budget_bytes) == limits.working_set_bytes < requested:
         found.append(
-            f"of {decimal(asked)} asked for, no more than the working set that this "
-            f"device recommends, {decimal(limits.working_set_bytes)}"
+            f"not {decimal(requested)} but the working set that this device "
+            f"recommends, {decimal(limits.working_set_bytes)}"
         )
     buffer = f"the longest buffer of this device, {decimal(limits.buffer_bytes)}"
     if division.shortened:
@@ -269,10 +272,11 @@ def _capped(asked: int, plan: MemoryPlan, division: Division) -> str:
 
 
 def affords_unpacked(needs: Needs, room: int | None = None) -> bool:
-    """Tell whether quantised matrices are to be kept dense on a CPU besides.
+    """Return whether to also keep quantised matrices dense, which speeds up a CPU.
 
     Args:
-        room: bytes there are for that; by default all that the machine has.
+        needs: the model's needs.
+        room: bytes available for it; default: the machine's memory.
     """
     if not device.on_cpu():
         return False
@@ -283,7 +287,7 @@ def affords_unpacked(needs: Needs, room: int | None = None) -> bool:
 
 
 def _chunk(needs: Needs, room: int) -> tuple[int, int]:
-    """Return how many tokens are computed together, and the scratch that takes."""
+    """Return the chunk size in tokens, and its scratch in bytes."""
     for chunk in CHUNKS:
         scratch = needs.scratch_bytes(chunk, CACHE_STEP)
         if scratch <= SCRATCH_SHARE * room:
@@ -292,7 +296,7 @@ def _chunk(needs: Needs, room: int) -> tuple[int, int]:
 
 
 def _context_tokens(needs: Needs, room: int) -> int:
-    """Return how many tokens one sequence may have beside the fewest experts."""
+    """Return the longest sequence in tokens that fits beside the fewest experts."""
     room -= needs.cache_state_bytes
 
     def fits(n_steps: int) -> bool:
@@ -306,7 +310,7 @@ def _context_tokens(needs: Needs, room: int) -> int:
 
 
 def own_bytes() -> int:
-    """Return the process's bytes but for MLX's arrays."""
+    """Return the process's bytes without MLX's arrays."""
     taken = device.process_bytes()
     if taken is None:
         taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

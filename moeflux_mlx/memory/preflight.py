@@ -1,4 +1,4 @@
-"""Say before loading that a model does not fit, and name the command that would do."""
+"""Refuse a model that does not fit before loading it, and name a command that works."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..experts.pool.budget import most_bytes
 from ..experts.weights import leaves
 from .plan import Needs
 
-# Where nobody bounds memory there is room for a prompt of one of mlx-lm's chunks.
+# Without a memory bound, leave room for a prompt of one of mlx-lm's chunks.
 UNASKED_TOKENS = 2048
 
 
 def check_fits(path: Path, model: nn.Module) -> None:
-    """Raise BudgetError unless a model's parameters fit into the memory that is left.
+    """Raise BudgetError unless a model's parameters fit into the free memory.
 
     Args:
         path: the model's directory, for the message.
-        model: its parameters not evaluated yet: shapes alone count.
+        model: the model with unevaluated parameters; only their shapes are used.
     """
     left = device.left_bytes()
     parameters = sum(array.nbytes for array in leaves(model.parameters()))
@@ -30,18 +30,18 @@ def check_fits(path: Path, model: nn.Module) -> None:
         return
     bound = f"{most_bytes() / 1e9:.2g}GB"
     raise BudgetError(
-        f"[load] {path}: expected {decimal(parameters)} of memory for what is loaded "
-        f"whole but this process can take {decimal(left)} more of "
-        f"{decimal(device.physical_memory_bytes())}: stream the experts with --memory "
-        f'{bound} (in Python memory="{bound}", for mlx-lm MOEFLUX_MEMORY={bound})'
+        f"[load] {path}: expected {decimal(parameters)} of free memory for the weights "
+        f"but got {decimal(left)} of {decimal(device.physical_memory_bytes())}: stream "
+        f'the experts with --memory {bound} (in Python memory="{bound}", for mlx-lm '
+        f"MOEFLUX_MEMORY={bound})"
     )
 
 
 def unasked_expert_bytes(needs: Needs) -> int:
-    """Return the bytes that experts may take where nobody bounds them.
+    """Return the default bound on experts in bytes.
 
-    That is 3/4 of what this process may hold, but no more than is left beside
-    parameters, caches and scratch, which come later.
+    It is 3/4 of the process's memory, or less: parameters, caches and scratch, which
+    are allocated later, must fit too.
     """
     left = device.left_bytes()
     if left is None:

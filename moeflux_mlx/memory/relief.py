@@ -1,4 +1,4 @@
-"""Let the pool of experts give way while the system itself runs short of memory."""
+"""Shrink the expert pool while the system is short of memory."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from ..system.pressure import Pressure
 from ..system.progress import notice
 from . import caches
 
-# Seconds between two looks at the system.
+# Seconds between two checks of the memory pressure.
 LOOK_SECONDS = 1.0
-# Seconds between two steps: the system needs some to notice the memory it was given.
+# Seconds between two reductions: the system needs time to notice the freed memory.
 STEP_SECONDS = 5.0
-# Seconds without pressure before experts come back, and between two such steps.
+# Seconds without pressure before the pool grows, and between two such steps.
 CALM_SECONDS = 30.0
-# Share of its slots that a pool keeps at a step, and the share of all that it gets back
-# at one.
+# A reduction keeps this share of the present slots. A growth step gives back this share
+# of all slots.
 KEPT = {Pressure.WARNING: 3 / 4, Pressure.CRITICAL: 1 / 2}
 REGAINED = 1 / 8
 
 
 class Relief:
-    """How many slots a pool has while the system is short: fewer and fewer.
+    """The pool size under memory pressure: it falls step by step, and recovers slowly.
 
-    It is looked at between calls only. Afterwards they come back, slowly.
+    The pressure is checked between calls only.
     """
 
     def __init__(
@@ -43,16 +43,16 @@ class Relief:
         self._share = 1.0
         now = clock()
         self._next_look = now
-        # When the pool may become smaller next, and when larger.
+        # The earliest times of the next reduction and of the next growth.
         self._next_less, self._next_more = now, now
 
     def n_slots(self, wanted: int) -> int:
-        """Return how many of so many wanted slots there may be now."""
+        """Return how many of ``wanted`` slots the pool may have now."""
         n_slots = max(self._streamer.least_slots, int(wanted * self._share))
         return min(wanted, self._streamer.rounded(n_slots))
 
     def look(self, wanted: int) -> bool:
-        """Look at the system if it is time; tell whether ``n_slots`` has changed."""
+        """Check the pressure if it is time; return whether ``n_slots`` has changed."""
         now = self._clock()
         if now < self._next_look or self._streamer.stays:
             return False
@@ -67,43 +67,43 @@ class Relief:
             self._next_more = now + CALM_SECONDS
             self._share = min(1.0, self._share + REGAINED)
             if self._share == 1:
-                notice("the system has memory again, so experts have theirs back")
+                notice("the system has free memory again: experts get theirs back")
         return self.n_slots(wanted) != before
 
     def _give_way(self, pressure: Pressure, before: int, wanted: int) -> None:
         self._share *= KEPT[pressure]
         n_slots = self.n_slots(wanted)
-        # The pool holds no less than one token needs, so that is where it grows from.
+        # The pool never has fewer slots than a token needs, so it grows from there.
         self._share = max(self._share, n_slots / wanted)
         notice(
-            f"warning: the system runs short of memory ({pressure.name.lower()}), so "
-            f"experts give way: {n_slots} of {before} stay in memory"
+            f"warning: the system is short of memory ({pressure.name.lower()}), "
+            f"so experts give way: {n_slots} of {before} stay in memory"
         )
 
 
 class FreePool:
-    """A pool that no plan bounds: it gives way to the system, and to nothing else."""
+    """A pool without a memory plan, which gives way only to memory pressure."""
 
     def __init__(self, streamer: ExpertStreamer):
         self._streamer, self._most_slots = streamer, streamer.n_slots
         self._relief = Relief(streamer)
 
     def give_way(self, cache: list[Any]) -> None:
-        """Bring the pool to its size before a call with these caches."""
+        """Resize the pool before a call with ``cache`` if the pressure has changed."""
         if self._relief.look(self._most_slots):
             resize(self._streamer, self._relief.n_slots(self._most_slots), cache)
 
 
 def resize(streamer: ExpertStreamer, n_slots: int, cache: list[Any]) -> None:
-    """Give the pool so many slots, once nothing that caches await reads them.
+    """Resize the pool to at most ``n_slots``, after computing the caches' arrays.
 
-    Where each change costs a copy of the pool there are somewhat fewer, so that caches
-    which grow bit by bit change it rarely.
+    If each change copies the pool, the size is rounded down, so that growing caches
+    change it rarely.
     """
     n_slots = streamer.rounded(n_slots)
     if n_slots == streamer.n_slots:
         return
-    # A lazy state may still have to read the slots it was computed from.
+    # A cache's lazy array may still read slots.
     mx.eval(caches.arrays_of(cache))
     mx.synchronize()
     streamer.resize(n_slots)

@@ -1,7 +1,7 @@
-"""Find by measuring how many experts in memory make decoding the fastest.
+"""Find by measurement the pool size that makes decoding the fastest.
 
-The most are not always the best: the pool's memory is lost to the system's page cache
-and to everything else on the machine.
+The largest pool is not always the best: its memory is missing from the system's page
+cache and from other programs.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from rich.filesize import decimal
 from ..errors import ConfigError
 from .keeper import MemoryKeeper
 
-# Shares of the most slots that memory has room for, and the time given to each.
+# The trials: shares of the largest possible pool, and seconds for each.
 SHARES = (1.0, 0.75, 0.5, 0.25)
 SECONDS_EACH = 2.0
 MIN_TOKENS = 8
-# A smaller pool must be this much faster: the rest is of use to others, but a
-# larger one will do better once it has seen more tokens.
+# A smaller pool must be faster by this factor: a larger one still improves as it sees
+# more tokens.
 GAIN = 1.03
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Median decoding speed with ``n_slots`` experts in memory."""
+    """The median decoding speed with ``n_slots`` experts in memory."""
 
     n_slots: int
     expert_bytes: int
@@ -43,10 +43,10 @@ class Trial:
 def find_fastest(
     model: nn.Module, keeper: MemoryKeeper | None, streamer: Any, prompt: list[int]
 ) -> str:
-    """Try decoding with fewer and fewer experts, keep the best number and say it.
+    """Decode with ever smaller pools, set the fastest size and return a summary.
 
     Raises:
-        ConfigError: the model's experts do not come from a streamer under a budget.
+        ConfigError: the model's experts are not streamed under a budget.
     """
     if keeper is None or streamer is None:
         raise ConfigError('[memory] expected experts to stream for "auto" but got none')
@@ -54,7 +54,7 @@ def find_fastest(
     sizes = {max(least, int(most * share)) for share in SHARES}
     tokens = _greedy(model, prompt)
     trials = []
-    # As mlx-lm generates, which then holds all of MLX's buffers resident on a Mac.
+    # mlx-lm generates inside this too: on a Mac it keeps all of MLX's buffers resident.
     with wired_limit(model):
         for n_slots in sorted(sizes, reverse=True):
             keeper.limit(n_slots)
@@ -70,7 +70,7 @@ def find_fastest(
 
 
 def choose(trials: list[Trial]) -> Trial:
-    """Return the fastest of trials by falling size; the larger one of near equals."""
+    """Return the fastest trial; the trials are in order of falling size."""
     best = trials[0]
     for trial in trials[1:]:
         if trial.tokens_per_second > GAIN * best.tokens_per_second:
@@ -79,7 +79,7 @@ def choose(trials: list[Trial]) -> Trial:
 
 
 def _greedy(model: nn.Module, prompt: list[int]) -> Iterator[int]:
-    """Yield tokens without end; a text begins anew where it has become long."""
+    """Yield tokens without end; start a new text after 256 tokens."""
     while True:
         cache = make_prompt_cache(model)
         for token, _ in generate_step(
@@ -89,7 +89,7 @@ def _greedy(model: nn.Module, prompt: list[int]) -> Iterator[int]:
 
 
 def _try(streamer: Any, tokens: Iterator[int]) -> Trial:
-    """Decode until the pool has warmed up for half of the time, then measure."""
+    """Warm the pool up for half of the time, then measure for the other half."""
     warm = time.perf_counter() + SECONDS_EACH / 2
     for n, _ in enumerate(tokens):
         if n >= MIN_TOKENS and time.perf_counter() > warm:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .. import config
 from ..engine.executors import EXECUTORS, default_executor
-from ..engine.lowering.table import asked_ways
+from ..engine.lowering.registry import requested_ways
 from ..engine.lowering.tuned import current
 from ..errors import BackendError
 from ..experts.pool.budget import AUTO, parse_bytes
@@ -35,5 +35,5 @@ def check_settings() -> None:
     if (policy := config.policy()) is not None:
         policy_factory(policy, "MOEFLUX_POLICY")
     config.check()
-    asked_ways()
+    requested_ways()
     current(executor)

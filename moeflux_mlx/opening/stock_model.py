@@ -30,6 +30,7 @@ def takes_door(
     model_config: dict[str, Any] | None = None,
     *,
     told: bool = True,
+    shares: bool = False,
 ) -> bool:
     """Tell whether to load mlx-lm's class, and print a message if so.
 
@@ -37,6 +38,7 @@ def takes_door(
         native: request our class (True) or mlx-lm's (False); None prefers ours.
         model_config: entries that replace those of ``config.json``.
         told: False prints nothing.
+        shares: several ranks run the model, which our own classes do not do yet.
 
     Raises:
         ModelError: our class is requested but does not support the configuration.
@@ -45,6 +47,8 @@ def takes_door(
     model_type, why = config.get("model_type"), why_stock(config)
     if native is False:
         why = "as asked"
+    elif shares:
+        native, why = None, why or "which several ranks can share"
     elif native and why not in (None, NONE_OF_OUR_OWN):
         raise ModelError(
             f"[native] {path}: expected a {model_type} that our own class runs but "
@@ -97,6 +101,7 @@ def load_through_door(
                 expert_io=options.expert_io,
                 report=report,
                 group=options.group,
+                pipeline=options.pipeline,
             )
         if not lazy:
             mx.eval(model.parameters(), kept_arrays(model))

@@ -1,4 +1,4 @@
-"""Every Op as a function of MLX arrays, and the classes that graphs are made of.
+"""Every Op as a function of MLX arrays, and the Op classes for graphs.
 
 Imports: errors, device, calls, engine.executors, engine.graph, engine.ops, experts,
 experts.compute, experts.files.

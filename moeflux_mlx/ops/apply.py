@@ -22,15 +22,19 @@ Function = Callable[..., Any]
 def apply(op_type: type[Op], fields: Mapping[str, Any], **values: Any) -> Any:
     """Run one Op on arrays and return its output, or the tuple of its outputs.
 
-    The default executor's kernel runs where there is one; gradients go through the
-    Op's reference, to arrays, to weights and to experts that are not quantised.
-    ``values`` holds the Op's inputs by field name: arrays, weights
-    (a ``Weight`` or a dense array), experts (``ExpertWeights`` or an
-    ``GraphExperts``), None for an absent optional field.
+    The default executor's kernel runs, if there is one. Gradients use the Op's
+    reference; they reach arrays, weights and experts that are not quantised.
+
+    Args:
+        op_type: the Op.
+        fields: the Op's numbers by field name.
+        values: the Op's inputs by field name: arrays, weights (a ``Weight`` or a dense
+            array), experts (``ExpertWeights`` or ``GraphExperts``); None for an absent
+            optional input.
 
     Raises:
-        Misfit: a value's type or shape is not the Op's, or an index is out of range;
-            names the field.
+        Misfit: a value has another type or shape than the Op declares, or an index is
+            out of range; names the field.
     """
     reads = [f.name for f in op_type.buffer_fields if f.access & Access.READ]
     given: dict[str, Any]
@@ -62,14 +66,14 @@ def _executor() -> Any:
 
 
 def _op(op_type: type[Op], fields: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-    """Make the Op; buffers are only told apart by their index."""
-    parts: dict[str, Any] = {"label": op_type.__name__}
+    """Make the Op, with numbered buffers that no pool holds."""
+    operands: dict[str, Any] = {"label": op_type.__name__}
     for i, field in enumerate(op_type.buffer_fields):
         absent = field.optional and given.get(field.name) is None
-        parts[field.name] = None if absent else BufId(i, field.role)
+        operands[field.name] = None if absent else BufId(i, field.role)
     for name in op_type.weight_fields:
-        parts[name] = _ref(op_type, name, given[name])
-    return op_type(**parts, **fields)
+        operands[name] = _ref(op_type, name, given[name])
+    return op_type(**operands, **fields)
 
 
 def _ref(op_type: type[Op], name: str, value: Any) -> WeightRef | None:
@@ -80,7 +84,7 @@ def _ref(op_type: type[Op], name: str, value: Any) -> WeightRef | None:
 
 
 def _differentiable(kernel: Function, reference: Function, values: list[Any]) -> Any:
-    """Call ``kernel``, with the gradient of ``reference``."""
+    """Call ``kernel`` with the gradient of ``reference``."""
     arrays, rebuild = _flatten(values)
 
     @mx.custom_function
@@ -117,24 +121,27 @@ def _floats(values: Any) -> list[mx.array]:
 
 
 def _as_list(values: Any) -> list[mx.array]:
-    """Return several arrays as a list: MLX gives one of its own as it is."""
+    """Return arrays as a list; MLX passes a single array without one."""
     return list(values) if isinstance(values, (tuple, list)) else [values]
 
 
 def _flatten(
     values: Sequence[Any],
 ) -> tuple[list[mx.array], Callable[[Sequence[mx.array]], list[Any]]]:
-    """Return the arrays among ``values``, in weights too, and how to put others in."""
+    """Return the arrays in ``values``, and a function that puts others in their place.
+
+    Arrays inside weights and dense experts count too.
+    """
     arrays: list[mx.array] = []
 
     def visit(value: Any, take: Callable[[mx.array], mx.array]) -> Any:
         if isinstance(value, mx.array):
             return take(value)
         if isinstance(value, Weight) and value.in_pool is None:
-            parts = (value.w, value.scales, value.biases)
-            w, scales, biases = [visit(x, take) for x in parts]
+            own = (value.w, value.scales, value.biases)
+            w, scales, biases = [visit(x, take) for x in own]
             return Weight(w, scales, biases, value.quantization)
-        # Quantised experts are constants: MLX has no gradient of gathered scales.
+        # Quantised experts are constants: MLX has no gradient for gathered scales.
         if type(value) is ResidentExperts and not value.weights.gate.quantization:
             stacks = value.weights
             gate, up, down = (

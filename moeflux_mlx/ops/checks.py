@@ -1,7 +1,7 @@
-"""Checks of the arguments of every function of this package.
+"""Checks of the arguments of all functions of this package.
 
-Types and numbers follow from a function's annotations, shapes and types of arrays from
-its Op's declarations, and so do the limits of indices. MLX itself trusts most of these.
+A function's annotations give the types of its arguments. Its Op's declarations give the
+shapes and types of arrays, and the ranges of indices. MLX itself checks few of these.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from ..experts.weights import ExpertWeights, Quantization, Weight, has_values
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# States that an Op updates keep a type of their own beside that of the activations.
+# The states that an Op updates may have another type than the activations.
 STATES = (ConvStateBuf, KvCacheKBuf, KvCacheVBuf)
 MAX_WHOLE = (1 << 31) - 1
 SOURCE_METHODS = ("batches", "guard", "parts", "slots", "waves")
 
 
 class Misfit(GraphError):
-    """A value that its argument cannot have; ``checked`` adds the function's name."""
+    """An unusable value of an argument; ``checked`` adds the function's name."""
 
     def __init__(self, name: str, wanted: Any, got: Any):
         self.name, self.wanted, self.got = name, wanted, got
@@ -53,8 +53,7 @@ def checked(**arguments: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Check a function's arguments by their annotations, and name them in errors.
 
     Args:
-        arguments: by field of the Op the argument that it comes from, where the names
-            differ.
+        arguments: the argument's name by the Op's field, if the two differ.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -72,8 +71,8 @@ def checked(**arguments: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                     given.arguments[key] = _argument(key, hints[key], value)
                 return function(*given.args, **given.kwargs)
             except Misfit as misfit:
-                field, dot, part = misfit.name.partition(".")
-                at = arguments.get(field, field) + dot + part
+                field, dot, attribute = misfit.name.partition(".")
+                at = arguments.get(field, field) + dot + attribute
                 why = f"expected {misfit.wanted} but got {misfit.got}"
                 raise GraphError(f"[ops.{name}] {at}: {why}") from None
 
@@ -83,7 +82,7 @@ def checked(**arguments: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def _argument(name: str, kind: Any, value: Any) -> Any:
-    """Return a value as its annotation says."""
+    """Check a value against its annotation, and return it in that type."""
     kinds = typing.get_args(kind) or (kind,)
     if value is None and type(None) in kinds:
         return None
@@ -101,14 +100,14 @@ def _argument(name: str, kind: Any, value: Any) -> Any:
 
 
 def flag(name: str, value: Any) -> bool:
-    """Return a truth value."""
+    """Return a bool, or raise Misfit."""
     if not isinstance(value, bool):
         raise Misfit(name, "True or False", got(value))
     return value
 
 
 def whole(name: str, value: Any) -> int:
-    """Return a positive whole number that fits a kernel's argument."""
+    """Return a positive int that fits a kernel's argument, or raise Misfit."""
     is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not is_whole or not 1 <= value <= MAX_WHOLE:
         raise Misfit(name, f"a whole number from 1 to {MAX_WHOLE}", got(value))
@@ -116,7 +115,7 @@ def whole(name: str, value: Any) -> int:
 
 
 def finite(name: str, value: Any) -> float:
-    """Return a number that float32 has; an ``eps`` is not negative."""
+    """Return a number in float32's range, or raise; an ``eps`` is at least 0."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     largest = float(np.finfo(np.float32).max)
     low = 0.0 if name == "eps" else -largest
@@ -127,7 +126,7 @@ def finite(name: str, value: Any) -> float:
 
 
 def array(name: str, value: Any) -> mx.array:
-    """Return an MLX array with elements."""
+    """Return an MLX array that is not empty, or raise Misfit."""
     if not isinstance(value, mx.array):
         raise Misfit(name, "an mx.array", got(value))
     if value.size == 0:
@@ -136,27 +135,30 @@ def array(name: str, value: Any) -> mx.array:
 
 
 def rows(name: str, x: mx.array, rank: int = 2) -> tuple[int, ...]:
-    """Return the shape of an array that must have ``rank`` dimensions."""
+    """Return an array's shape, or raise unless it has ``rank`` dimensions."""
     if x.ndim != rank:
         raise Misfit(name, f"{rank} dimensions", got(x))
     return tuple(x.shape)
 
 
-def parts(name: str, total: int, part: int) -> int:
-    """Return how often ``part`` goes into ``total``, which it must."""
-    if total % part:
-        raise Misfit(name, f"a divisor of {total}", part)
-    return total // part
+def quotient(name: str, total: int, divisor: int) -> int:
+    """Return ``total / divisor``, or raise unless it divides ``total``."""
+    if total % divisor:
+        raise Misfit(name, f"a divisor of {total}", divisor)
+    return total // divisor
 
 
 def at_most(name: str, things: str, value: int, limit: int) -> None:
-    """Refuse a number of things above its limit."""
+    """Raise Misfit for a number of ``things`` above its limit."""
     if value > limit:
         raise Misfit(name, f"at most {limit} {things}", value)
 
 
 def weight(name: str, value: Any) -> Weight:
-    """Return a weight whose arrays are as MLX's kernels trust them to be."""
+    """Return a weight, or raise unless its arrays fit together.
+
+    MLX's kernels do not check this.
+    """
     if not isinstance(value, Weight):
         raise Misfit(name, "a Weight or an mx.array", got(value))
     array(f"{name}.w" if value.quantization else name, value.w)
@@ -170,21 +172,21 @@ def weight(name: str, value: Any) -> Weight:
 
 
 def quantization(prefix: str, q: Any) -> Quantization:
-    """Return a form in which MLX and our host kernels take a matrix."""
+    """Return a quantisation, or raise unless MLX and our host kernels have it."""
     if not isinstance(q, Quantization):
         raise Misfit(f"{prefix}quantization", "a Quantization", got(q))
     modes = ("affine", *BYTE_SCALED)
     if not isinstance(q.mode, str) or q.mode not in modes:
         raise Misfit(f"{prefix}mode", f"one of {', '.join(modes)}", got(q.mode))
     byte_scaled = BYTE_SCALED.get(q.mode, (0, 0))
-    for part, own, affine in (
+    for key, own, affine in (
         ("bits", byte_scaled[0], AFFINE_BITS),
         ("group_size", byte_scaled[1], AFFINE_GROUPS),
     ):
-        found, known = getattr(q, part), (own,) if own else affine
+        found, known = getattr(q, key), (own,) if own else affine
         if isinstance(found, bool) or not isinstance(found, int) or found not in known:
             wanted = ", ".join(map(str, known))
-            raise Misfit(f"{prefix}{part}", f"{wanted} in mode {q.mode}", got(found))
+            raise Misfit(f"{prefix}{key}", f"{wanted} in mode {q.mode}", got(found))
     return q
 
 
@@ -217,7 +219,7 @@ def like(
     shape: Sequence[int | None],
     dtypes: Sequence[mx.Dtype] | None = None,
 ) -> None:
-    """Check an array's shape, and its type if there is a choice of types."""
+    """Check an array's shape, and its type if ``dtypes`` are given."""
     if not fits(shape, array(name, x).shape):
         raise Misfit(name, f"shape {sizes(shape)}", sizes(x.shape))
     if dtypes is not None:
@@ -236,25 +238,25 @@ def _type(dtype: mx.Dtype) -> str:
 
 
 def experts(name: str, value: Any) -> ExpertWeights | GraphExperts:
-    """Return experts whose three stacks of matrices belong together."""
+    """Return experts, or raise unless gate, up and down fit together."""
     stacks = value if isinstance(value, ExpertWeights) else _stacks(name, value)
     gate, up, down = (
-        weight(f"{name}.{part}", getattr(stacks, part))
-        for part in ("gate", "up", "down")
+        weight(f"{name}.{stack}", getattr(stacks, stack))
+        for stack in ("gate", "up", "down")
     )
-    for part, found in (("gate", gate), ("up", up), ("down", down)):
-        rows(f"{name}.{part}", found.w, 3)
+    for stack, found in (("gate", gate), ("up", up), ("down", down)):
+        rows(f"{name}.{stack}", found.w, 3)
     n_experts, expert_dim, dim = unpacked(gate)
     wanted = {"up": (n_experts, expert_dim, dim), "down": (n_experts, dim, expert_dim)}
-    for part, found in (("up", up), ("down", down)):
-        if unpacked(found) != wanted[part]:
-            shape = f"shape {sizes(wanted[part])}"
-            raise Misfit(f"{name}.{part}", shape, sizes(unpacked(found)))
+    for stack, found in (("up", up), ("down", down)):
+        if unpacked(found) != wanted[stack]:
+            shape = f"shape {sizes(wanted[stack])}"
+            raise Misfit(f"{name}.{stack}", shape, sizes(unpacked(found)))
     return value  # type: ignore[no-any-return]
 
 
 def _stacks(name: str, source: Any) -> ExpertWeights:
-    """Return the slots of a source of experts."""
+    """Return the weights of a source of experts."""
     is_source = all(callable(getattr(source, m, None)) for m in SOURCE_METHODS)
     stacks = getattr(source, "weights", None) if is_source else None
     if not isinstance(stacks, ExpertWeights):
@@ -263,14 +265,14 @@ def _stacks(name: str, source: Any) -> ExpertWeights:
 
 
 def unpacked(value: Weight) -> tuple[int, ...]:
-    """Return the shape of a checked weight's values."""
+    """Return the unpacked shape of a checked weight."""
     *outer, columns = value.w.shape
     q = value.quantization
     return (*outer, columns if q is None else columns * 32 // q.bits)
 
 
 def check(op: Op, given: Mapping[str, Any]) -> None:
-    """Check an Op's inputs against the shapes and types that it declares."""
+    """Check an Op's inputs against its declared shapes and types."""
     shapes = op.shapes()
     plain: list[BufferField] = []
     for field in op.buffer_fields:
@@ -291,7 +293,7 @@ def check(op: Op, given: Mapping[str, Any]) -> None:
 
 
 def _check_alike(fields: Sequence[BufferField], given: Mapping[str, Any]) -> None:
-    """Check that activations have one type, and so have the states beside them."""
+    """Check that all activations have one type, and all updated states have one."""
     own = [f for f in fields if f.role in STATES and f.access & Access.WRITE]
     for alike in (own, [f for f in fields if f not in own]):
         for field in alike[1:]:
@@ -302,14 +304,15 @@ Bounded = tuple[dict[str, Any], "mx.array | None"]
 
 
 def bound(op: Op, given: Mapping[str, Any]) -> Bounded:
-    """Refuse indices out of range; in a trace, which has no values, clamp them.
+    """Raise for indices out of range; inside ``mx.compile`` clamp them instead.
 
     Returns:
-        The values to run on, and whether all indices of a trace are in range.
+        The values to run on. Inside ``mx.compile``, also an array that tells whether
+        all indices are in range; else None.
 
     Raises:
-        Misfit: an index is out of range, an expert is twice in a row, or the Op reads
-            the indices of a trace back.
+        Misfit: an index is out of range, an expert occurs twice in a row of indices,
+            or the Op reads indices back inside ``mx.compile``.
     """
     bounded, inside = dict(given), None
     shapes = {k: tuple(x.shape) for k, x in given.items() if isinstance(x, mx.array)}
@@ -323,16 +326,16 @@ def bound(op: Op, given: Mapping[str, Any]) -> Bounded:
             _refuse_outside(field.name, np.array(x), known, distinct)
             continue
         if op.reads_back:
-            refuse_trace(field.name)
+            refuse_compiled(field.name)
         found = _all_inside(x, known, distinct)
         inside = found if inside is None else inside & found
         bounded[field.name] = mx.clip(x, known[0], known[-1])
     return bounded, inside
 
 
-def refuse_trace(name: str) -> NoReturn:
-    """Refuse indices that must be read back where there is nothing to read."""
-    raise Misfit(name, "indices with values", "those of a trace: do not compile this")
+def refuse_compiled(name: str) -> NoReturn:
+    """Raise Misfit for indices that an Op must read back but that have no values."""
+    raise Misfit(name, "indices with values", "none: call this outside mx.compile")
 
 
 def _refuse_outside(
@@ -357,7 +360,7 @@ def _all_inside(x: mx.array, known: range, distinct: bool) -> mx.array:
 
 
 def nan_unless(inside: mx.array | None, values: Any) -> Any:
-    """Return outputs whose numbers are NaN if an index of a trace was out of range."""
+    """Return outputs with NaN for all numbers unless ``inside`` is None or true."""
     if inside is None:
         return values
     if isinstance(values, tuple | list):

@@ -1,14 +1,14 @@
-"""Every Op as a function of MLX arrays, with gradients: for scripts of your own.
+"""Every Op as a function of MLX arrays, with gradients, for use in scripts.
 
-Sizes come from the arrays. Rows of several sequences lie behind each other: N = B
-sequences x T tokens, told apart by ``n_seqs`` = B where it matters. A weight is a dense
-array or a ``Weight`` (see ``quantize``). Where the machine has kernels the forward pass
-runs on them; gradients go through the Op's reference.
+Sizes follow from the arrays' shapes. The rows of several sequences are concatenated:
+N = B sequences x T tokens. A weight is a dense array or a ``Weight`` (see
+``quantize``). The forward pass uses our kernels if the machine has them. Gradients use
+the Op's reference.
 
-Every function raises GraphError, naming function and argument, for whatever does not
-fit: shapes, types, numbers, parts of a quantised weight, indices out of range. Indices
-are read for that. In a trace, as of ``mx.compile``, they have no values: there all that
-an index out of range leads to is NaN.
+Every function raises GraphError, which names function and argument, for a wrong shape,
+type or number, an inconsistent quantised weight, or an index out of range. Indices are
+read back for this check. Inside ``mx.compile`` they have no values; an index out of
+range then makes the outputs NaN.
 """
 
 from __future__ import annotations
@@ -62,16 +62,16 @@ from .checks import (
     checked,
     like,
     packable,
-    parts,
     quantization,
-    refuse_trace,
+    quotient,
+    refuse_compiled,
     rows,
     unpacked,
 )
 
 AnyWeight = Weight | mx.array
 Experts = ExpertWeights | GraphExperts
-# Tokens of a chunk of the delta rule, which makes matrices of their square.
+# The most tokens of a chunk of the delta rule, which builds [chunk, chunk] matrices.
 MAX_CHUNK = 256
 
 
@@ -115,7 +115,7 @@ def rms_norm_per_head(x: mx.array, weight: mx.array, eps: float = 1e-6) -> mx.ar
     op = RmsNormPerHeadNTokens
     n, width = rows("x", x)
     (head_dim,) = rows("weight", weight, 1)
-    heads = parts("weight", width, head_dim)
+    heads = quotient("weight", width, head_dim)
     fields = {"num_heads": heads, "head_dim": head_dim, "n_tokens": n, "eps": eps}
     return apply(op, fields, x=x, weight=weight)
 
@@ -124,12 +124,12 @@ def rms_norm_per_head(x: mx.array, weight: mx.array, eps: float = 1e-6) -> mx.ar
 def rms_norm_qk(
     x: mx.array, num_k_heads: int, key_dim: int, eps: float = 1e-6
 ) -> mx.array:
-    """Bring q and k of rows ``q|k|v`` to unit length and scale q by ``d^-1/2``.
+    """Normalise q and k of rows ``q|k|v`` to unit length; scale q by ``d^-1/2``.
 
     Args:
         x: ``[N, 2 * num_k_heads * key_dim + v]``.
-        num_k_heads: heads in each of q and k.
-        key_dim: their width d.
+        num_k_heads: number of heads of q, and of k.
+        key_dim: width d of a head.
         eps: added to the sum of squares.
     """
     n, width = rows("x", x)
@@ -153,7 +153,7 @@ def gated_rms_norm(
     op = GatedRmsNormNTokens
     n, width = rows("values", values)
     (value_dim,) = rows("weight", weight, 1)
-    heads = parts("weight", width, value_dim)
+    heads = quotient("weight", width, value_dim)
     fields = {"num_v_heads": heads, "value_dim": value_dim, "n_tokens": n, "eps": eps}
     return apply(op, fields, values=values, z=z, weight=weight)
 
@@ -166,20 +166,20 @@ def rope(
     num_heads: int,
     pairs: bool = False,
 ) -> mx.array:
-    """Rotate the first channels of each head, halves paired (NeoX).
+    """Rotate the first channels of each head by position (RoPE).
 
     Args:
         x: ``[N, num_heads * d]``.
         inv_freq: float32 ``[rotary / 2]``, angle per position of each channel pair.
         start: int32 ``[B]``, position of each sequence's first token, up to 2^24.
-        num_heads: heads in a row.
-        pairs: neighbouring channels are paired instead (GPT-J).
+        num_heads: number of heads.
+        pairs: pair neighbouring channels (GPT-J); default: the two halves (NeoX).
     """
     n, width = rows("x", x)
     (half,) = rows("inv_freq", inv_freq, 1)
     (n_seqs,) = rows("start", start, 1)
-    parts("start", n, n_seqs)
-    head_dim = parts("num_heads", width, num_heads)
+    quotient("start", n, n_seqs)
+    head_dim = quotient("num_heads", width, num_heads)
     at_most("inv_freq", "channel pairs", half, head_dim // 2)
     fields = {
         "n_tokens": n,
@@ -200,13 +200,13 @@ def kv_cache_append(
     v_cache: mx.array,
     row: mx.array,
 ) -> tuple[mx.array, mx.array]:
-    """Return both caches ``[B, Hkv, S, d]`` with new rows from ``row`` on.
+    """Return both caches with new keys and values written from ``row`` on.
 
     Args:
         keys: ``[N, Hkv * d]``.
-        values: as ``keys``, of the values' width.
+        values: ``[N, Hkv * dv]``.
         k_cache: ``[B, Hkv, S, d]``.
-        v_cache: as ``k_cache``; a value may have another width.
+        v_cache: ``[B, Hkv, S, dv]``.
         row: int32 ``[1]``.
     """
     op = KvCacheAppendNTokens
@@ -214,7 +214,7 @@ def kv_cache_append(
     n_seqs, kv_heads, n_rows, head_dim = rows("k_cache", k_cache, 4)
     like("v_cache", v_cache, (n_seqs, kv_heads, n_rows, None))
     value_dim = v_cache.shape[3]
-    at_most("keys", "tokens a sequence", parts("k_cache", n, n_seqs), n_rows)
+    at_most("keys", "tokens a sequence", quotient("k_cache", n, n_seqs), n_rows)
     fields = {
         "n_tokens": n,
         "n_seqs": n_seqs,
@@ -236,16 +236,16 @@ def causal_attention(
     mask: mx.array | None = None,
     start: mx.array | None = None,
 ) -> mx.array:
-    """Attend with T queries to caches whose last T rows are their own.
+    """Return causal attention of T queries; the last T rows of the caches are theirs.
 
     Args:
         q: ``[N, H * d]``.
-        k: ``[B, Hkv, S, d]``; head h reads ``h // (H / Hkv)``.
-        v: as ``k``.
-        scale: of the scores, ``d^-1/2`` by default.
-        mask: bool ``[B or 1, 1, T, S]``, true where seen, instead of causality.
-        start: int32 ``[B]``, the row of each first query where the caches have spare
-            rows after the queries' own; not together with ``mask``.
+        k: ``[B, Hkv, S, d]``; query head h uses key head ``h // (H / Hkv)``.
+        v: ``[B, Hkv, S, d]``.
+        scale: factor of the scores; default: ``d^-1/2``.
+        mask: bool ``[B or 1, 1, T, S]``, replaces the causal mask; true: attend.
+        start: int32 ``[B]``, the cache row of each sequence's first query, for caches
+            with spare rows after the queries' own; excludes ``mask``.
 
     Returns:
         ``[N, H * d]``.
@@ -253,13 +253,13 @@ def causal_attention(
     op = SdpaCausalTiled
     n, width = rows("q", q)
     n_seqs, kv_heads, n_rows, head_dim = rows("k", k, 4)
-    heads = parts("k", width, head_dim)
-    parts("k", n, n_seqs)
+    heads = quotient("k", width, head_dim)
+    quotient("k", n, n_seqs)
     fields = {
         "n_tokens": n,
         "n_seqs": n_seqs,
         "num_heads": heads,
-        "heads_per_kv": parts("k", heads, kv_heads),
+        "heads_per_kv": quotient("k", heads, kv_heads),
         "head_dim": head_dim,
         "softmax_scale": head_dim**-0.5 if scale is None else scale,
     }
@@ -269,7 +269,7 @@ def causal_attention(
     at_most("q", "tokens a sequence", n // n_seqs, n_rows)
     if mask is not None:
         like("mask", mask, (None, 1, n // n_seqs, n_rows))
-        parts("mask", n_seqs if mask.shape[0] > 1 else 1, mask.shape[0])
+        quotient("mask", n_seqs if mask.shape[0] > 1 else 1, mask.shape[0])
     return apply(op, fields, q=q, k=k, v=v, mask=mask, start=start)
 
 
@@ -277,12 +277,12 @@ def causal_attention(
 def split_latent(
     q: mx.array, kv: mx.array, num_heads: int, nope_dim: int
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """Part rows of latent attention into channels with positions and without.
+    """Split rows of latent attention into channels without and with positions.
 
     Args:
-        q: ``[N, H * (P + R)]``, of each head P channels without positions first.
-        kv: ``[N, L + R]``, the latent row first.
-        num_heads: heads in a row.
+        q: ``[N, H * (P + R)]``; each head has P channels without positions, then R.
+        kv: ``[N, L + R]``; the latent comes first.
+        num_heads: number of heads H.
         nope_dim: P.
 
     Returns:
@@ -290,7 +290,7 @@ def split_latent(
     """
     n, width = rows("q", q)
     _, kv_width = rows("kv", kv)
-    head_dim = parts("num_heads", width, num_heads)
+    head_dim = quotient("num_heads", width, num_heads)
     at_most("nope_dim", "channels of a head", nope_dim, head_dim - 1)
     rope_dim = head_dim - nope_dim
     at_most("num_heads", "channels of kv", rope_dim, kv_width - 1)
@@ -306,7 +306,7 @@ def split_latent(
 
 @checked(input="x")
 def head_linear(x: mx.array, weight: AnyWeight) -> mx.array:
-    """Multiply each head's part of ``[N, H * I]`` by its ``[O, I]`` transposed.
+    """Multiply each head's channels by its own matrix ``[O, I]``, transposed.
 
     Args:
         x: ``[N, H * I]``.
@@ -336,16 +336,16 @@ def latent_attention(
     mask: mx.array | None = None,
     start: mx.array | None = None,
 ) -> mx.array:
-    """Attend with T queries to a compressed cache whose last T rows are their own.
+    """Return causal attention to a compressed cache; its last T rows are the queries'.
 
     Args:
         q: ``[N, H * L]``, queries in the latent space.
-        q_pe: ``[N, H * R]``, their rotated parts.
-        latent: ``[B, 1, S, L]``, latent rows: keys and values.
-        rope: ``[B, 1, S, R]``, rotated keys.
-        scale: of the scores.
-        mask: as ``causal_attention`` has it.
-        start: as ``causal_attention`` has it.
+        q_pe: ``[N, H * R]``, the queries' rotated channels.
+        latent: ``[B, 1, S, L]``, keys and values.
+        rope: ``[B, 1, S, R]``, the keys' rotated channels.
+        scale: factor of the scores.
+        mask: as for ``causal_attention``.
+        start: as for ``causal_attention``.
 
     Returns:
         ``[N, H * L]``.
@@ -355,8 +355,8 @@ def latent_attention(
     at_most("latent", "head", one, 1)
     *_, rope_dim = rows("rope", rope, 4)
     like("rope", rope, (n_seqs, 1, n_rows, None))
-    heads = parts("latent", width, latent_dim)
-    parts("latent", n, n_seqs)
+    heads = quotient("latent", width, latent_dim)
+    quotient("latent", n, n_seqs)
     like("q_pe", q_pe, (n, heads * rope_dim))
     fields = {
         "n_tokens": n,
@@ -371,7 +371,7 @@ def latent_attention(
     at_most("q", "tokens a sequence", n // n_seqs, n_rows)
     if mask is not None:
         like("mask", mask, (None, 1, n // n_seqs, n_rows))
-        parts("mask", n_seqs if mask.shape[0] > 1 else 1, mask.shape[0])
+        quotient("mask", n_seqs if mask.shape[0] > 1 else 1, mask.shape[0])
     given = {"q": q, "q_pe": q_pe, "latent": latent, "rope": rope}
     return apply(SdpaLatentCausal, fields, **given, mask=mask, start=start)
 
@@ -407,9 +407,9 @@ def sigmoid_gate(x: mx.array, gate: mx.array) -> mx.array:
 
 @checked()
 def split_q_gate(q_proj: mx.array, num_heads: int) -> tuple[mx.array, mx.array]:
-    """Part ``[N, H * 2d]``, per head q then gate, into q and gate ``[N, H * d]``."""
+    """Split ``[N, H * 2d]``, per head q then gate, into q and gate ``[N, H * d]``."""
     n, width = rows("q_proj", q_proj)
-    head_dim = parts("num_heads", width, 2 * num_heads)
+    head_dim = quotient("num_heads", width, 2 * num_heads)
     fields = {"num_heads": num_heads, "head_dim": head_dim, "n_tokens": n}
     return apply(SplitQGate, fields, q_proj=q_proj)
 
@@ -418,26 +418,28 @@ def split_q_gate(q_proj: mx.array, num_heads: int) -> tuple[mx.array, mx.array]:
 def part_key_heads(
     qkvz: mx.array, ba: mx.array, num_k_heads: int, key_dim: int
 ) -> tuple[mx.array, ...]:
-    """Part projections that go by key head into those of all heads.
+    """Split projections that are grouped by key head into one array for each kind.
 
     Args:
-        qkvz: ``[N, 2 * Hk * dk + 2 * Hv * dv]``, of every key head q, k, and v and z of
-            its value heads.
-        ba: ``[N, 2 * Hv]``, of every key head b and alpha of its value heads.
+        qkvz: ``[N, 2 * Hk * dk + 2 * Hv * dv]``; for each key head q and k, then v and
+            z of its value heads.
+        ba: ``[N, 2 * Hv]``; for each key head b and alpha of its value heads.
+        num_k_heads: Hk.
+        key_dim: dk.
 
     Returns:
-        q, k and v together, z, b and alpha, each of all heads.
+        ``q|k|v``, z, b and alpha, each with all heads.
     """
     n, width = rows("qkvz", qkvz)
-    heads = parts("ba", rows("ba", ba)[1], 2)
-    parts("num_k_heads", heads, num_k_heads)
+    heads = quotient("ba", rows("ba", ba)[1], 2)
+    quotient("num_k_heads", heads, num_k_heads)
     keys = 2 * num_k_heads * key_dim
     at_most("key_dim", "channels of q and k", keys, width - 1)
     fields = {
         "num_k_heads": num_k_heads,
         "num_v_heads": heads,
         "key_dim": key_dim,
-        "value_dim": parts("qkvz", width - keys, 2 * heads),
+        "value_dim": quotient("qkvz", width - keys, 2 * heads),
         "n_tokens": n,
     }
     return apply(PartKeyHeadsNTokens, fields, qkvz=qkvz, ba=ba)
@@ -452,14 +454,14 @@ def conv1d_step(
     mask: mx.array | None = None,
     lengths: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Convolve channels causally over history and chunk, then SiLU.
+    """Apply a causal depthwise convolution over history and chunk, then SiLU.
 
     Args:
         x: ``[N, C]``.
         state: ``[B, W - 1, C]``, the inputs before the chunk.
         weight: ``[C, W, 1]``.
-        mask: bool ``[B, T]``; a masked token counts as zeros.
-        lengths: int32 ``[B]``; a sequence ends after so many tokens of this chunk.
+        mask: bool ``[B, T]``; a token with false counts as zeros.
+        lengths: int32 ``[B]``, number of tokens of each sequence in this chunk.
 
     Returns:
         The new state and ``[N, C]``.
@@ -467,7 +469,7 @@ def conv1d_step(
     op = Conv1dStepNTokens
     n, channels = rows("x", x)
     n_seqs, history, _ = rows("state", state, 3)
-    parts("state", n, n_seqs)
+    quotient("state", n, n_seqs)
     fields = {
         "conv_dim": channels,
         "kernel_size": history + 1,
@@ -494,7 +496,7 @@ def decay_beta(
         beta: ``[N, Hv]``.
         a_log: ``[Hv]``.
         dt_bias: ``[Hv]``.
-        mask: bool ``[B, T]``; a masked token gets decay 1 and beta 0.
+        mask: bool ``[B, T]``; a token with false gets decay 1 and beta 0.
 
     Returns:
         Two float32 ``[N, Hv]``.
@@ -502,7 +504,7 @@ def decay_beta(
     op = ComputeDecayBetaNTokens
     n, heads = rows("alpha", alpha)
     n_seqs = 1 if mask is None else rows("mask", mask)[0]
-    parts("mask", n, n_seqs)
+    quotient("mask", n, n_seqs)
     fields = {"num_v_heads": heads, "n_tokens": n, "n_seqs": n_seqs}
     weights = {"a_log": a_log, "dt_bias": dt_bias}
     return apply(op, fields, alpha_in=alpha, beta_in=beta, mask=mask, **weights)
@@ -541,7 +543,7 @@ def gated_delta_chunkwise(
         decay: float32 ``[N, Hv]``.
         beta: float32 ``[N, Hv]``.
         num_k_heads: Hk, a divisor of Hv.
-        chunk_size: tokens taken together, a power of two up to 256.
+        chunk_size: tokens of a chunk, a power of two up to 256.
 
     Returns:
         The new state and ``[N, Hv * dv]``.
@@ -565,8 +567,8 @@ def _delta_rule(
 ) -> tuple[mx.array, mx.array]:
     n, _ = rows("qkv", qkv)
     n_seqs, heads, value_dim, key_dim = rows("state", state, 4)
-    parts("state", n, n_seqs)
-    parts("num_k_heads", heads, num_k_heads)
+    quotient("state", n, n_seqs)
+    quotient("num_k_heads", heads, num_k_heads)
     fields = {
         "num_v_heads": heads,
         "num_k_heads": num_k_heads,
@@ -582,14 +584,14 @@ def _delta_rule(
 
 @checked()
 def softmax_topk(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
-    """Return the k experts of largest softmax and their weights.
+    """Return the k experts with the largest softmax, and their weights.
 
     Args:
         logits: ``[N, E]``.
         k: experts per token.
 
     Returns:
-        int32 ``[N, k]``, ties to the lower index, and float32 ``[N, k]``, falling.
+        int32 ``[N, k]``, ties to the lower index, and float32 ``[N, k]``, descending.
     """
     n, n_experts = rows("logits", logits)
     at_most("k", "experts", k, n_experts)
@@ -607,22 +609,23 @@ def noaux_topk(
     scale: float = 1.0,
     normalised: bool = True,
 ) -> tuple[mx.array, mx.array]:
-    """Return the k experts of best corrected sigmoid in the best groups, and weights.
+    """Return the k experts with the largest biased sigmoids in the best groups.
 
     Args:
         logits: ``[N, E]``.
-        bias: ``[E]``, added to the sigmoids for choosing alone.
+        bias: ``[E]``, added to the sigmoids for the choice but not for the weights.
         k: experts per token.
-        n_group: groups of neighbouring experts, all of one size.
-        topk_group: the groups with the best pairs, from which experts are chosen.
+        n_group: number of equal groups of consecutive experts.
+        topk_group: number of groups to choose from: those with the largest sums of
+            their two best experts.
         scale: factor of the weights.
-        normalised: weights are divided by their sum before that.
+        normalised: divide the weights by their sum before scaling.
 
     Returns:
         int32 ``[N, k]``, best first, ties to the lower index, and float32 ``[N, k]``.
     """
     n, n_experts = rows("logits", logits)
-    parts("n_group", n_experts, n_group)
+    quotient("n_group", n_experts, n_group)
     at_most("topk_group", "groups", topk_group, n_group)
     at_most("k", "experts of the groups kept", k, topk_group * n_experts // n_group)
     if n_group > 1:
@@ -650,7 +653,7 @@ def normalize_weights(weights: mx.array) -> mx.array:
 def decode_experts(
     x: mx.array, indices: mx.array, weights: mx.array, experts: Experts
 ) -> mx.array:
-    """Run one token's experts: ``[1, D]``; see ``gather_experts``."""
+    """Run one token's experts, ``[1, D]``, as ``gather_experts``."""
     return _routed(MoeDecodeExperts, x, indices, weights, experts)
 
 
@@ -658,13 +661,13 @@ def decode_experts(
 def gather_experts(
     x: mx.array, indices: mx.array, weights: mx.array, experts: Experts
 ) -> mx.array:
-    """Run all tokens' experts at once and sum them weighted.
+    """Return the weighted sums of all tokens' experts, computed at once.
 
     Args:
         x: ``[N, D]``.
         indices: int32 ``[N, K]``, distinct in each row.
         weights: float32 ``[N, K]``.
-        experts: gate, up and down of E experts, or a source of streamed ones.
+        experts: gate, up and down of E experts, or a source of streamed experts.
 
     Returns:
         ``[N, D]``.
@@ -680,10 +683,10 @@ def batched_experts(
     experts: Experts,
     out_sum: mx.array,
 ) -> mx.array:
-    """Add expert after expert to ``out_sum`` float32 ``[N, D]``; reads ``indices``.
+    """Add the experts' outputs to ``out_sum``, float32 ``[N, D]``, one by one.
 
-    The other arguments are those of ``gather_experts``; however few experts have a
-    slot, each is visited once.
+    This reads ``indices`` back, and visits each expert once, however few fit into
+    memory. The other arguments are those of ``gather_experts``.
     """
     more = {"out_sum": out_sum}
     return _routed(MoeBatchedPermuteFuse, x, indices, weights, experts, **more)
@@ -718,15 +721,16 @@ def _routed(
 
 
 def _sizes(experts: Experts, indices: mx.array) -> tuple[int, int, int]:
-    """Return how many experts there are, and their matrices' sizes F and D.
+    """Return the number of experts, and their matrices' sizes F and D.
 
-    A streamer alone knows how many: it checks ids when it reads, which no trace can.
+    The number of streamed experts is unknown here; the streamer checks ids itself when
+    it reads. It cannot do so inside ``mx.compile``.
     """
     source = ResidentExperts(experts) if isinstance(experts, ExpertWeights) else experts
     n_experts, expert_dim, dim = unpacked(source.weights.gate)
-    if source.settled is None:
+    if source.resident is None:
         if not has_values(indices):
-            refuse_trace("indices")
+            refuse_compiled("indices")
         n_experts = max(int(to_host(indices).max()) + 1, indices.shape[1])
     return n_experts, expert_dim, dim
 
@@ -742,14 +746,14 @@ def combine_residual(
 
     Args:
         residual: ``[N, D]``.
-        experts_sum: ``[N, D]``, the routed experts' weighted sum.
+        experts_sum: ``[N, D]``, the weighted sum of the routed experts.
         shared: ``[N, D]``, the shared expert's output.
         shared_gate: ``[N, 1]``.
     """
     op = MoeCombineResidualNTokens
     n, dim = rows("residual", residual)
-    parts = {"moe_sum": experts_sum, "shared_out": shared, "shared_gate": shared_gate}
-    return apply(op, {"n_tokens": n, "dim": dim}, h_mid=residual, **parts)
+    others = {"moe_sum": experts_sum, "shared_out": shared, "shared_gate": shared_gate}
+    return apply(op, {"n_tokens": n, "dim": dim}, h_mid=residual, **others)
 
 
 def _matrix(weight: AnyWeight) -> tuple[int, int]:
@@ -765,7 +769,7 @@ def quantize(w: mx.array, group_size: int = 64, bits: int = 4) -> Weight:
     """Quantise a dense matrix ``[..., O, I]`` in MLX's affine mode.
 
     Args:
-        w: I is a multiple of ``group_size``.
+        w: the matrix; I is a multiple of ``group_size``.
         group_size: 32, 64 or 128.
         bits: 2, 3, 4, 5, 6 or 8.
 
@@ -774,5 +778,5 @@ def quantize(w: mx.array, group_size: int = 64, bits: int = 4) -> Weight:
     """
     form = quantization("", Quantization(bits, group_size))
     packable("w", w, form)
-    parts = mx.quantize(w, group_size=group_size, bits=bits)
-    return Weight(*parts, form)
+    arrays = mx.quantize(w, group_size=group_size, bits=bits)
+    return Weight(*arrays, form)

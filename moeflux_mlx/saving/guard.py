@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm import utils
@@ -106,6 +107,21 @@ def keep_whole(model: nn.Module) -> None:
         for name in ("pipeline",) if module is model else ("shard", "pipeline"):
             if hasattr(type(module), name):
                 module.__dict__[name] = refuse_division
+
+
+def check_division(
+    model: nn.Module, group: mx.distributed.Group | None, *, pipeline: bool
+) -> None:
+    """Refuse to divide a streamed model in another way than loading has.
+
+    Raises:
+        ModelError: as ``refuse_division``.
+    """
+    asked = mx.distributed.init() if group is None else group
+    own = vars(model)["group"]
+    is_divided = own is not None and vars(model)["pipeline"] == pipeline
+    if asked.size() != (own.size() if is_divided else 1):
+        refuse_division()
 
 
 def refuse_division(*_arguments: Any, **_options: Any) -> None:

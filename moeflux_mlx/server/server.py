@@ -6,6 +6,7 @@ import argparse
 import functools
 import ipaddress
 import logging
+import os
 import signal
 import socket
 import sys
@@ -20,7 +21,7 @@ from mlx_lm import server as stock
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 
 from ..drafts import can_go_back
-from ..errors import ConfigError
+from ..errors import ConfigError, GroupError
 from ..experts.files.checkpoint import read_config
 from ..loading import load, load_draft
 from ..opening.download import find_model
@@ -45,6 +46,8 @@ def serve(args: argparse.Namespace, options: dict[str, Any]) -> int:
     Raises:
         MoefluxError: see ``load``; or the address cannot be used.
     """
+    if args.group is not None and args.group.rank():
+        return _follow(Generator(Provider(args, options)))
     server = Server(args.host, args.port)
     generator = Generator(Provider(args, options))
     server.generator = generator
@@ -63,20 +66,28 @@ def serve(args: argparse.Namespace, options: dict[str, Any]) -> int:
     return int(failed)
 
 
+def _follow(generator: Generator) -> int:
+    """Generate what the first process is asked for, until that one ends."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        generator.wait_until_loaded()
+        generator.join()
+    except KeyboardInterrupt:
+        # The first process ends too, and tells so unless it is gone.
+        if not generator.has_ended(guards.ENDING_SECONDS):
+            os._exit(1)
+    return int(not generator.has_ended(0))
+
+
 class Provider(stock.ModelProvider):
     """Loads the served model with ``moeflux_mlx.load``."""
 
     def __init__(self, args: argparse.Namespace, options: dict[str, Any]):
         super().__init__(args)
-        if self.is_distributed:
-            raise ConfigError(
-                "[serve] expected one process but got several: start it without "
-                "mlx.launch"
-            )
         self._options = options
 
     def _load(self, *key: Any) -> None:
-        with replaced(stock, load=self._opened):
+        with replaced(stock, load=self._opened, sharded_load=self._divided):
             super()._load(*key)
         if self.draft_model is None:
             return
@@ -107,6 +118,12 @@ class Provider(stock.ModelProvider):
         )
         return model, tokenizer, read_config(find_model(path))
 
+    def _divided(
+        self, path: str, *, tokenizer_config: dict[str, Any], **_groups: Any
+    ) -> Any:
+        """Stand in for ``mlx_lm.utils.sharded_load``: our options say how."""
+        return self._opened(path, None, tokenizer_config, True)
+
 
 class Generator(stock.ResponseGenerator):
     """mlx-lm's generating thread, extended to count its work."""
@@ -117,6 +134,8 @@ class Generator(stock.ResponseGenerator):
         self.here = threading.local()
         self._loaded = threading.Event()
         self._failure: BaseException | None = None
+        # The first of several processes is to end, and tells the others.
+        self._ends = False
         super().__init__(provider, LRUPromptCache(provider.cli_args.prompt_cache_size))
 
     def _run_generate(self) -> None:
@@ -133,7 +152,11 @@ class Generator(stock.ResponseGenerator):
             return
         finally:
             self._loaded.set()
-        super()._generate()
+        try:
+            super()._generate()
+        except GroupError as error:
+            logging.error("%s", error)
+            self._generation_failed = True
 
     def _tokenize(self, *args: Any) -> Any:
         found = super()._tokenize(*args)
@@ -149,8 +172,38 @@ class Generator(stock.ResponseGenerator):
             tokens, segments, kinds = self._divided
             yield from generate_in_turns(tokens, segments, kinds, keep, **options)
 
-        with replaced(stock, stream_generate=generate):
+        made = {"GenerationContext": _Unstoppable} if self._is_distributed else {}
+        with replaced(stock, stream_generate=generate, **made):
             super()._serve_single(*args)
+
+    def _share_object(self, obj: Any) -> Any:
+        """Return the first process's object in all of them.
+
+        Raises:
+            GroupError: one of them ended.
+        """
+        try:
+            return super()._share_object(obj)
+        except RuntimeError as error:
+            told = " ".join(str(error).split())
+            raise GroupError(
+                f"[group] expected every process to serve but one ended ({told}): its "
+                "own error says why, start all of them again"
+            ) from error
+
+    def _share_request(self, request: Any) -> Any:
+        """Hand a request, or the end, to all processes."""
+        if self._is_distributed:
+            self._stop = self._share_object(self._ends or None) is not None
+        return None if self._stop else super()._share_request(request)
+
+    def stop_and_join(self) -> None:
+        """Have the generating thread end, in all processes, and wait for it."""
+        if self._is_distributed:
+            self._ends = True
+            self.join()
+        else:
+            super().stop_and_join()
 
     def wait_until_loaded(self) -> None:
         """Wait until the model is loaded.
@@ -163,6 +216,11 @@ class Generator(stock.ResponseGenerator):
             pass
         if self._failure is not None:
             raise self._failure
+
+    def has_ended(self, seconds: float) -> bool:
+        """Tell whether the generating thread comes to its end in that time."""
+        self._generation_thread.join(seconds)
+        return not (self._generation_thread.is_alive() or self._generation_failed)
 
     @property
     def has_loaded(self) -> bool:
@@ -212,6 +270,13 @@ class Generator(stock.ResponseGenerator):
         path = Path(name)
         found = [str(path.resolve()), name, path.name] if path.exists() else [name]
         return [*found, DEFAULT]
+
+
+class _Unstoppable(stock.GenerationContext):
+    """A request that is served alone by several processes, each up to its end."""
+
+    def stop(self) -> None:
+        """Go on, though its client is gone: the other processes do."""
 
 
 class Server(ThreadingHTTPServer):

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import BudgetError, RequestError, one_line
 from .batches import GuardedBatches
-from .owner import bounds_of, keeper_of, plan_of
+from .owner import bounds_of, keeper_of, least_of, plan_of
 from .prompts import KeptPrompts, release_oldest_prompt
 from .requests import check_arguments
 
@@ -95,13 +95,14 @@ def _guard_requests(server: ModuleType) -> None:
 
 def _check_room(generator: Any, n_prompt: int) -> None:
     """Raise BudgetError for a prompt that can never fit, before it is read."""
-    plan = plan_of(generator.model_provider.model)
+    model = generator.model_provider.model
+    plan = plan_of(model)
     # The plan assumes unquantised caches.
     if plan is None or generator.cli_args.kv_bits is not None:
         return
-    if n_prompt > plan.context_tokens:
+    if n_prompt > (most := least_of(model, plan.context_tokens)):
         raise BudgetError(
-            f"[memory] expected a prompt of at most {plan.context_tokens} tokens, for "
+            f"[memory] expected a prompt of at most {most} tokens, for "
             f"which {plan.budget_bytes} bytes have room, but got {n_prompt}: shorten "
             "it, or raise memory"
         )
@@ -112,7 +113,9 @@ def kept_prompts(generator: Any) -> KeptPrompts:
     provider, args = generator.model_provider, generator.cli_args
     if args.prompt_cache_bytes is None:
         plan = plan_of(provider.model)
-        args.prompt_cache_bytes = None if plan is None else plan.prompt_bytes
+        args.prompt_cache_bytes = (
+            None if plan is None else least_of(provider.model, plan.prompt_bytes)
+        )
     return KeptPrompts(
         generator.prompt_cache.max_size,
         args.prompt_cache_bytes,

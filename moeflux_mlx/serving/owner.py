@@ -16,6 +16,12 @@ def plan_of(model: Any) -> Any:
     return getattr(_owner(model), "plan", None)
 
 
+def least_of(model: Any, number: int) -> int:
+    """Return the smallest number of all processes that run a model; each has to ask."""
+    calls = vars(model).get("calls")
+    return number if calls is None else int(calls.least(number))
+
+
 def bounds_of(model: Any) -> tuple[int, int]:
     """Return the size of a model's vocabulary and its maximum sequence length."""
     if (needs := getattr(model, "needs", None)) is not None:

@@ -1,4 +1,4 @@
-"""Detect the running command of mlx-lm; some save a model without calling it."""
+"""Detect the running command of mlx-lm; some save a model, or divide it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..errors import ModelError
 # Commands that save a model, and commands that change all of its matrices.
 CONVERT = "mlx_lm.convert"
 SAVING = (CONVERT, "mlx_lm.fuse")
+DIVIDING_DATA = ("mlx_lm.evaluate", "mlx_lm.lora")
 CHANGING = tuple(f"mlx_lm.quant.{n}" for n in ("awq", "dwq", "dynamic_quant", "gptq"))
 
 
@@ -34,6 +35,27 @@ def is_to_be_saved() -> bool:
         if name in SAVING:
             return True
     return False
+
+
+def divides_data() -> bool:
+    """Tell whether a command asks whose ranks have other tokens, each a whole model."""
+    return any(name in DIVIDING_DATA for _, name in _callers())
+
+
+def refuse_division_of_layers() -> None:
+    """Refuse to load a pack for mlx-lm to divide its layers: that takes an index file.
+
+    Raises:
+        ModelError: mlx-lm's ``sharded_load`` asks, with a group for that.
+    """
+    for frame, name in _callers():
+        asked = frame.f_locals.get("pipeline_group") if name == "mlx_lm.utils" else None
+        if asked is not None:
+            raise ModelError(
+                "[pipeline] expected a plain checkpoint but got a pack, whose layers "
+                "mlx-lm does not divide: run 'moeflux chat --pipeline', or generate or "
+                "serve"
+            )
 
 
 def type_of_convert() -> Any:

@@ -27,33 +27,33 @@ EXECUTORS: dict[str, type[Executor]] = {
 def open_executor(name: str | None = None) -> Executor:
     """Open the executor called ``name``, or the environment's choice, or the default.
 
-    The default is ``metal`` or ``cuda`` where ``moeflux doctor`` has found kernels of
-    this version right on this machine, and ``ops`` everywhere else. The default
-    launches just the kernels found right; who names an executor takes all it has.
+    The default is ``metal`` or ``cuda`` if ``moeflux doctor`` has verified kernels of
+    this version on this machine, else ``ops``. The default launches only verified
+    kernels; an executor that is named launches all.
 
     Raises:
-        BackendError: when there is none of that name or it cannot run here.
+        BackendError: there is none of that name, or it cannot run here.
     """
-    asked = name or config.executor_name()
-    name = asked or default_executor()
+    requested = name or config.executor_name()
+    name = requested or default_executor()
     if name not in EXECUTORS:
         raise BackendError(
             f"[executor] expected one of {', '.join(EXECUTORS)} but got {name!r}"
         )
     executor = EXECUTORS[name].open()
-    if not asked and isinstance(executor, KernelExecutor):
+    if not requested and isinstance(executor, KernelExecutor):
         executor.usable = verified_kernels(name).__contains__
     return executor
 
 
 def default_executor() -> str:
-    """Name the executor used when nobody asks for one."""
+    """Return the name of the executor that runs if none is named."""
     name = gpu_executor()
     return name if name and verified_kernels(name) else "ops"
 
 
 def gpu_executor() -> str | None:
-    """Name the executor that runs our kernels on a GPU here; None without one."""
+    """Return the name of the executor that runs our kernels on a GPU here, or None."""
     if mx.metal.is_available():
         return "metal"
     return "cuda" if mx.cuda.is_available() else None

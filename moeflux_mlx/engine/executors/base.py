@@ -1,4 +1,4 @@
-"""The protocol every executor follows: encode Ops lazily, then submit and wait."""
+"""The base of executors: encode Ops lazily, then submit and wait."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ... import config
 from ...experts.weights import Weight
 from ..graph.buffers import BufferPool, BufId
 from ..graph.graph import Graph
-from ..graph.lower import Kernel, Step, lower, lower_op
+from ..graph.lower import Kernel, LoweredCall, lower, lower_op
 from ..graph.op import Op
 from ..graph.rows import RowPart, whole
 from ..graph.stats import Stats
@@ -24,10 +24,10 @@ from ..graph.stats import Stats
 
 @dataclass
 class Encoding:
-    """Values of one run over a pool: the bound ones, then those that Ops wrote.
+    """The values of one run over a pool: the bound ones, then those that Ops wrote.
 
-    ``host`` replaces an Op's kernel by a function of the caller with the signature of
-    the Op's reference: a KV cache object appends rows itself.
+    ``host`` has functions of the caller that replace kernels, by type of Op, with the
+    signature of the Op's reference. For example, a KV cache object appends its rows.
     """
 
     pool: BufferPool
@@ -40,31 +40,31 @@ class Encoding:
         self.values[self.pool.physical[buf.index]] = value
 
     def value(self, buf: BufId[Any]) -> Any:
-        """Return a buffer's value; None when it was dropped after its last use."""
+        """Return a buffer's value; None if it was dropped after its last use."""
         return whole(self.values[self.pool.physical[buf.index]])
 
 
-Observer = Callable[[Sequence[Step], Encoding], None]
+Observer = Callable[[Sequence[LoweredCall], Encoding], None]
 
 
 class Executor(ABC):
-    """Runs graphs; subclasses say which function performs an Op."""
+    """Runs graphs; subclasses choose the function that performs an Op."""
 
     name: ClassVar[str]
-    # Whether Ops may be given NumPy arrays where the machine prefers them.
+    # Whether Ops take NumPy arrays on machines that prefer these.
     takes_host_arrays: ClassVar[bool] = False
-    # Whether steps that recur are worth a trace: where launches cost more in Python
-    # than on the device.
+    # Whether to compile recurring graphs: launches cost more in Python than on the
+    # device.
     compiles: ClassVar[bool] = False
-    # Whether attention is given whole caches, spare rows included, so that no shape
-    # changes from token to token.
+    # Whether attention takes whole caches with spare rows, so that no shape changes
+    # from token to token.
     spare_rows: ClassVar[bool] = False
-    # Whether matrices that multiply the same row are best kept as one.
+    # Whether joining matrices that multiply the same row makes launches cheaper.
     joins_matrices: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.stats = Stats()
-        # Encodes steps in place of ``encode_graph``, to look at each.
+        # Encodes calls in place of ``encode_graph``, to observe each.
         self.observer: Observer | None = None
         self.profile_per_op = config.profile_per_op()
         if self.profile_per_op:
@@ -75,7 +75,7 @@ class Executor(ABC):
         """Return a ready executor.
 
         Raises:
-            BackendError: when it cannot run on this machine.
+            BackendError: it cannot run on this machine.
         """
         return cls()
 
@@ -83,8 +83,8 @@ class Executor(ABC):
     def kernel(self, op: Op) -> Kernel:
         """Return the function that performs ``op``, with its reference's signature."""
 
-    def lower(self, graph: Graph) -> list[Step]:
-        """Lower a graph once; the result may be encoded any number of times."""
+    def lower(self, graph: Graph) -> list[LoweredCall]:
+        """Lower a graph; the result can be encoded any number of times."""
         return lower(graph, self.kernel)
 
     def begin_encoding(
@@ -93,37 +93,39 @@ class Executor(ABC):
         weights: Mapping[str, Weight] | None = None,
         host: Mapping[type[Op], Kernel] | None = None,
     ) -> Encoding:
-        """Start a run whose values begin as the pool's."""
+        """Start a run with the values of the pool."""
         return Encoding(pool, weights or {}, list(pool.values), host or {})
 
     def encode_op(self, op: Op, encoding: Encoding) -> None:
-        """Encode one Op by itself; its inputs stay alive."""
-        step = lower_op(op, self.kernel(op), encoding.pool.physical)
-        self.encode_graph([step], encoding)
+        """Encode one Op alone; its inputs stay alive."""
+        call = lower_op(op, self.kernel(op), encoding.pool.physical)
+        self.encode_graph([call], encoding)
 
-    def encode_graph(self, graph: Graph | list[Step], encoding: Encoding) -> None:
-        """Encode all Ops of a graph, or the steps that ``lower`` made of it."""
-        steps = self.lower(graph) if isinstance(graph, Graph) else graph
+    def encode_graph(
+        self, graph: Graph | list[LoweredCall], encoding: Encoding
+    ) -> None:
+        """Encode all Ops of a graph, or the calls that ``lower`` returned for it."""
+        calls = self.lower(graph) if isinstance(graph, Graph) else graph
         if self.observer is not None:
-            self.observer(steps, encoding)
+            self.observer(calls, encoding)
             return
-        run_step = self._time_step if self.profile_per_op else Step.run
-        for step in steps:
-            run_step(step, encoding.values, encoding.weights, encoding.host)
+        run_call = self._time_call if self.profile_per_op else LoweredCall.run
+        for call in calls:
+            run_call(call, encoding.values, encoding.weights, encoding.host)
 
-    def _time_step(
+    def _time_call(
         self,
-        step: Step,
+        call: LoweredCall,
         values: list[Any],
         weights: Mapping[str, Weight],
         host: Mapping[type[Op], Kernel],
     ) -> None:
         start = time.perf_counter_ns()
-        mx.eval(arrays(step.run(values, weights, host)))
-        self.stats.add(step.label, time.perf_counter_ns() - start)
+        mx.eval(arrays(call.run(values, weights, host)))
+        self.stats.add(call.label, time.perf_counter_ns() - start)
 
     def submit_and_wait(self, encoding: Encoding, label: str) -> None:
-        """Evaluate everything still alive and count the wait under ``label``."""
+        """Evaluate all values still alive and count the wait under ``label``."""
         self.wait(label, *arrays(encoding.values))
         encoding.pool.values[: len(encoding.values)] = map(whole, encoding.values)
 
@@ -139,7 +141,7 @@ class Executor(ABC):
         label: str,
         weights: Mapping[str, Weight] | None = None,
     ) -> None:
-        """Encode a graph over its pool, evaluate it, and leave results in the pool."""
+        """Encode a graph over its pool, evaluate it, and store results in the pool."""
         encoding = self.begin_encoding(graph.pool, weights)
         written: set[int] = set()
         for op in graph:
@@ -153,36 +155,36 @@ class Executor(ABC):
     def begin_layer(  # noqa: B027
         self, chunk: int, layer: int, *inputs: mx.array
     ) -> None:
-        """Hear that layer ``layer`` of prompt chunk ``chunk`` begins on ``inputs``.
+        """Note that layer ``layer`` of prompt chunk ``chunk`` begins with ``inputs``.
 
-        Executors that record GPU traces open and close their window here.
+        Executors that capture GPU work start and stop here.
         """
 
     @property
-    def watches_steps(self) -> bool:
-        """Tell whether every step is looked at, so that none may be traced."""
+    def watches_calls(self) -> bool:
+        """Return whether every call is observed, so that none may be compiled."""
         return self.profile_per_op or self.observer is not None
 
     @property
     def watches_layers(self) -> bool:
-        """Tell whether ``begin_layer`` must be heard when work is really done."""
+        """Return whether ``begin_layer`` must be called while work is really done."""
         return self.profile_per_op
 
     def clock(self) -> Callable[[mx.array], mx.array] | None:
-        """Return the reader of the device's clock, if it can be read.
+        """Return a function that reads the device's clock, or None.
 
-        Given an array it returns uint64, of which the first is the nanoseconds on the
-        device when the array had been computed.
+        Given an array it returns uint64 values. The first is the device's time in
+        nanoseconds once the array was computed.
         """
         return None
 
     def drain(self) -> None:
-        """Wait until the device has finished everything given to it."""
+        """Wait until the device has finished all work."""
         mx.synchronize()
 
 
 def arrays(values: Any) -> list[mx.array]:
-    """Return the MLX arrays among ``values``, each row of parts once."""
+    """Return the MLX arrays among ``values``, with the row of several parts once."""
     held = (value.row if isinstance(value, RowPart) else value for value in values)
     found = {id(value): value for value in held if isinstance(value, mx.array)}
     return [*found.values()]

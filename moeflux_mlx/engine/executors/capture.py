@@ -1,4 +1,4 @@
-"""A window of layers recorded into a GPU trace for Xcode."""
+"""A GPU capture of some layers, for Xcode."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ...errors import BackendError
 
 
 class CaptureWindow:
-    """Records from the first layer of a range to its last, once.
+    """Captures a range of layers once.
 
-    Metal allows it only in a process started with ``MTL_CAPTURE_ENABLED=1``.
+    Metal allows this only in a process started with ``MTL_CAPTURE_ENABLED=1``.
 
     Args:
-        path: the ``.gputrace`` to make; it must not exist.
-        first: index of the first layer in the trace.
-        last: index of the last one.
-        start: begins the trace at a path.
-        stop: ends it.
+        path: the ``.gputrace`` to write; it must not exist.
+        first: index of the first layer to capture.
+        last: index of the last layer.
+        start: starts a capture to a path.
+        stop: stops it.
     """
 
     def __init__(
@@ -36,14 +36,14 @@ class CaptureWindow:
 
     @property
     def waits_for_work(self) -> bool:
-        """Tell whether work must be done before the next layer is begun."""
+        """Return whether work must be done before the next layer begins."""
         return self._state != "done"
 
     def begin_layer(self, layer: int) -> None:
-        """Hear that a layer begins; everything before it has been evaluated.
+        """Start or stop as a layer begins; everything before it has been evaluated.
 
         Raises:
-            BackendError: the trace cannot be started.
+            BackendError: the capture cannot be started.
         """
         if self._state == "waiting" and layer == self.first:
             try:

@@ -19,7 +19,7 @@ from .kernels import KernelExecutor
 
 
 class CudaExecutor(KernelExecutor):
-    """Launches lazily, as ``metal`` does; MLX keeps compiled kernels on disk."""
+    """Launches lazily, like ``metal``; MLX caches compiled kernels on disk."""
 
     name = "cuda"
     compiles = True
@@ -48,7 +48,7 @@ class CudaExecutor(KernelExecutor):
 
 
 def bound(ready: Prepared) -> list[mx.array]:
-    """Return a launch's inputs, numbers as arrays in the GPU's memory."""
+    """Return a launch's inputs, with numbers as arrays in the GPU's memory."""
     pairs = zip(ready.instance.inputs, ready.inputs, strict=True)
     return [
         _on_device(ready.numbers[p.name], x.dtype) if p.name in ready.numbers else x
@@ -84,7 +84,7 @@ def _clock() -> Any:
 
 
 def _check_grid(ready: Prepared) -> None:
-    """Refuse a grid that Metal takes and CUDA does not."""
+    """Refuse a grid that Metal accepts and CUDA does not."""
     for axis in (1, 2):
         n = ready.grid[axis] // ready.threadgroup[axis]
         if n > MAX_CUDA_GRID_YZ:
@@ -96,9 +96,10 @@ def _check_grid(ready: Prepared) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _on_device(value: float, dtype: mx.Dtype) -> mx.array:
-    """Return a number in the GPU's memory, where MLX keeps none of up to 8 bytes.
+    """Return a number as an array in the GPU's memory.
 
-    Read over the bus by every threadgroup, such numbers cost 35 us a launch.
+    MLX keeps arrays of up to 8 bytes in the host's memory. Every threadgroup reads them
+    over the bus, which costs 35 us per launch. So this array has four elements.
     """
     array = mx.full((4,), value, dtype)
     mx.eval(array)
@@ -107,13 +108,13 @@ def _on_device(value: float, dtype: mx.Dtype) -> mx.array:
 
 @functools.cache
 def _cuda_kernel(instance: Instance) -> Any:
-    """Register an instance of a kernel.
+    """Register an instance of a kernel with MLX.
 
-    At every launch MLX hashes all of the source and looks the name up: both are short.
+    MLX hashes the source and looks up the name at every launch, so both are short.
     """
     kernel = instance.kernel
     body, header = cuda.body(instance), cuda.header(library(), kernel)
-    # MLX tells compiled kernels apart by name, in memory and on disk.
+    # MLX identifies compiled kernels by name, in memory and on disk.
     digest = hashlib.sha256(f"{header}\0{body}".encode()).hexdigest()[:16]
     return mx.fast.cuda_kernel(
         name=f"moeflux_{kernel.name}_{digest}",
@@ -126,7 +127,7 @@ def _cuda_kernel(instance: Instance) -> Any:
 
 @functools.cache
 def _included(header: str) -> str:
-    """Return an include of a file that holds a header, or the header."""
+    """Return an include of a file with a header; the header if none can be written."""
     digest = hashlib.sha256(header.encode()).hexdigest()[:16]
     try:
         path = private.made("cuda") / f"{digest}.h"

@@ -1,4 +1,4 @@
-"""The common ground of executors that run our kernels: building, calling, counting."""
+"""The base of executors that run our kernels: building and launching."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..graph.graph import Graph
-from ..graph.lower import Kernel, Step, Together, lower
+from ..graph.lower import FusedCall, Kernel, LoweredCall, lower
 from ..graph.op import Op
 from ..launch import KERNELS, Launch, prepare
 from ..launch.prepared import Prepared
@@ -21,9 +21,9 @@ from .base import Executor
 
 
 class KernelExecutor(Executor):
-    """Runs every Op as launches of our kernels; subclasses say where.
+    """Runs Ops as launches of our kernels; subclasses say where.
 
-    A kernel is built when it is first launched.
+    The first launch of a kernel builds it.
     """
 
     spare_rows = True
@@ -32,14 +32,14 @@ class KernelExecutor(Executor):
     def __init__(self) -> None:
         super().__init__()
         self._built: dict[Instance, Any] = {}
-        # Hears the name of every kernel launched.
+        # Is called with the name of every kernel launched.
         self.on_launch: Callable[[str], object] | None = None
-        # Ways whose kernels are not usable are passed over.
+        # Ways with kernels that are not usable are skipped.
         self.usable: Usable = any_kernel
 
     @property
     def instances(self) -> tuple[Instance, ...]:
-        """Instances built so far, in order: a kernel once for each set of values."""
+        """Instances built so far, in order; a kernel has one for each set of values."""
         return tuple(self._built)
 
     @property
@@ -49,11 +49,11 @@ class KernelExecutor(Executor):
 
     @property
     def kernel_count(self) -> int:
-        """How many kernels were built so far."""
+        """Number of kernels built so far."""
         return len(self.built)
 
     def warm_all(self) -> int:
-        """Build every kernel and run its smallest sample; return how many there are."""
+        """Build every kernel and run its smallest sample; return their number."""
         for kernel in KERNELS.values():
             launch = kernel(*kernel.arguments(kernel.dtypes[0], **kernel.sizes[0]))
             mx.eval(self.run(launch))
@@ -62,18 +62,18 @@ class KernelExecutor(Executor):
     def kernel(self, op: Op) -> Kernel:
         return lowered(op, self.run, self.name, self.usable)
 
-    def lower(self, graph: Graph) -> list[Step]:
-        def fuse(ops: Sequence[Op]) -> Together | None:
+    def lower(self, graph: Graph) -> list[LoweredCall]:
+        def fuse(ops: Sequence[Op]) -> FusedCall | None:
             return fused(ops, self.run, self.name, self.usable)
 
         return lower(graph, self.kernel, fuse)
 
     def default_way(self, op: Op) -> Way:
-        """Return the way of an Op where nobody chose and nothing is tuned."""
+        """Return the way of an Op without a request and without tuning."""
         return default_way(op, self.name, self.usable)
 
     def run(self, launch: Launch) -> tuple[mx.array, ...]:
-        """Launch a kernel; return its outputs in the signature's order.
+        """Launch a kernel; return its outputs in the order of the signature.
 
         Raises:
             KernelError: the launch does not match the signature.
@@ -87,7 +87,7 @@ class KernelExecutor(Executor):
         return tuple(self.call(self._built[instance], ready))
 
     def build(self, instance: Instance) -> Any:
-        """Return MLX's kernel object of a kernel with the values compiled into it."""
+        """Return MLX's kernel object for an instance."""
         return metal_kernel(instance, lines=False)
 
     @abstractmethod
@@ -97,16 +97,16 @@ class KernelExecutor(Executor):
 
 @functools.cache
 def metal_kernel(instance: Instance, *, lines: bool) -> Any:
-    """Register an instance of one of our kernels with MLX, from its own signature.
+    """Register an instance of a kernel with MLX, by its signature.
 
-    No template is left to MLX, which would write it out at every launch.
+    Template values are compiled in: MLX would expand a template at every launch.
 
     Args:
-        lines: keep the file and line of every part in the source.
+        lines: add ``#line`` to the source, for the compiler's messages.
     """
     kernels, kernel = library(), instance.kernel
     body = kernels.body(kernel, instance.values, lines=lines)
-    # MLX may tell compiled kernels apart by name alone.
+    # MLX may identify compiled kernels by name alone.
     digest = hashlib.sha256(body.encode()).hexdigest()[:16]
     return mx.fast.metal_kernel(
         name=f"moeflux_{kernel.name}_{digest}",

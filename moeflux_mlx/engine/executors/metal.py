@@ -14,7 +14,7 @@ from .kernels import KernelExecutor
 
 
 class MetalExecutor(KernelExecutor):
-    """Launches lazily: nothing runs before MLX needs its result."""
+    """Launches lazily: a kernel runs when MLX needs its result."""
 
     name = "metal"
     compiles = True

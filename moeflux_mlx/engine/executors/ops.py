@@ -1,4 +1,4 @@
-"""Executor ``ops``: every Op through its reference in MLX's own operations."""
+"""Executor ``ops``: every Op by its reference in MLX's own operations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .base import Executor
 
 
 class OpsExecutor(Executor):
-    """Runs on any device; it is the CPU path, the gradient path and the oracle."""
+    """Runs on any device: for CPUs, for gradients, and as the oracle of kernels."""
 
     name = "ops"
     takes_host_arrays = True
@@ -18,6 +18,6 @@ class OpsExecutor(Executor):
 
 
 class LazyOpsExecutor(OpsExecutor):
-    """The same on MLX's arrays alone, so that MLX can transform them."""
+    """The same on MLX's arrays only, so that MLX can transform it."""
 
     takes_host_arrays = False

@@ -1,4 +1,4 @@
-"""Estimate, without a Mac, whether M1 and M2 would take a launch."""
+"""Estimate without a Mac whether M1 and M2 can run a launch."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def registers(launch: Launch) -> int:
 
 
 def n_threads(launch: Launch) -> int:
-    """Return the threads of a launch's threadgroup."""
+    """Return the number of threads in a launch's threadgroup."""
     return math.prod(launch.threadgroup)
 
 
 def fits(launch: Launch, n_registers: int) -> bool:
-    """Tell whether a threadgroup fits the registers of a core, and spills nothing."""
+    """Return whether a threadgroup fits the registers of a core without spilling."""
     within = n_threads(launch) * n_registers <= THREADGROUP_REGISTERS
     return within and n_registers <= MAX_REGISTERS

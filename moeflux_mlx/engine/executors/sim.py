@@ -1,4 +1,4 @@
-"""Executor ``sim``: our Metal kernels on a simulator, on any Linux machine."""
+"""Executor ``sim``: our Metal kernels on the simulator, on any Linux machine."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class SimExecutor(KernelExecutor):
     """Runs the source that MLX writes for Metal, compiled for the CPU; slow.
 
     Args:
-        checked: look for races, bad accesses and uninitialised reads as well.
-        seed: order in which threads, simdgroups and threadgroups take turns.
-        numbers: ``plain``, ``contracted`` or ``fast``, as of ``simulator.call``.
+        checked: look for races, bad accesses and uninitialised reads.
+        seed: order in which threads, simdgroups and threadgroups run.
+        numbers: ``plain``, ``contracted`` or ``fast``, as in ``simulator.call``.
     """
 
     name = "sim"

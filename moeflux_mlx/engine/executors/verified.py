@@ -1,4 +1,4 @@
-"""Records of which kernels were found right, where: shipped ones and this machine's.
+"""Records of verified kernels: the shipped ones and this machine's.
 
 A record holds the fingerprint of every kernel that agreed with its reference. A change
 to the code of the kernel or of its launch makes the entry stale; a change to a comment
@@ -28,7 +28,7 @@ from ..metal.library import kernels_folder, library
 
 @dataclass(frozen=True)
 class Record:
-    """One machine's findings: kernel → fingerprint, for those that agreed."""
+    """The fingerprints, by kernel, of the kernels that one machine verified."""
 
     executor: str
     machine: str
@@ -38,11 +38,11 @@ class Record:
 
     @property
     def where(self) -> tuple[str, str, str]:
-        """The place that ran the kernels: executor, machine and MLX."""
+        """The executor, machine and MLX that ran the kernels."""
         return self.executor, self.machine, self.mlx
 
     def holds(self, name: str) -> bool:
-        """Tell whether the kernel, as it is now, was found right."""
+        """Return whether the kernel's present code was verified."""
         return self.kernels.get(name) == fingerprint(name, self.executor)
 
 
@@ -75,9 +75,9 @@ def _own_name(executor: str) -> str:
 
 
 def with_earlier(record: Record, path: Path, examined: Collection[str]) -> Record:
-    """Add the entries of the record at ``path``, if any, for kernels not examined now.
+    """Add entries of the record at ``path`` for kernels that were not examined now.
 
-    That is a record of the same executor, machine and MLX.
+    A record of another executor, machine or MLX adds none.
     """
     earlier = _read(path)
     if earlier is None or earlier.where != record.where:
@@ -87,7 +87,7 @@ def with_earlier(record: Record, path: Path, examined: Collection[str]) -> Recor
 
 
 def remember(record: Record, examined: Collection[str]) -> None:
-    """Write a record where ``verified_kernels`` looks.
+    """Write a record to this machine's own file, which ``verified_kernels`` reads.
 
     Entries of kernels that were not examined stay.
     """
@@ -109,7 +109,7 @@ def _text(record: Record) -> str:
 
 
 def records() -> list[Record]:
-    """Return the shipped records and this machine's own; unreadable ones are none."""
+    """Return the shipped records and this machine's own; skip unreadable ones."""
     shipped = sorted((kernels_folder() / "verified").glob("*.json"))
     own = private.found()
     kept = filter(private.is_private, sorted(own.glob("*.json")) if own else ())
@@ -117,13 +117,13 @@ def records() -> list[Record]:
 
 
 def _read(path: Path) -> Record | None:
-    """Return a record, or None where there is none or, with a warning, nonsense."""
+    """Return a record; None if there is none or, with a warning, if it is invalid."""
     try:
         record = Record(**read_json(path, RECORD_BYTES))
         pairs = dict(record.kernels).items()
         texts = (*record.where, record.date, *(text for pair in pairs for text in pair))
         if not all(isinstance(text, str) for text in texts):
-            raise TypeError("something else in place of a text")
+            raise TypeError("a value that is not text")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
@@ -138,10 +138,10 @@ def _read(path: Path) -> Record | None:
 
 @functools.cache
 def verified_kernels(executor: str) -> frozenset[str]:
-    """Return the kernels that, as they are now, were found right on this machine."""
+    """Return the kernels whose present code was verified on this machine."""
     folder = private.found()
     path = folder / _own_name(executor) if folder else None
-    # Kernels run instead of MLX's own operations on this file's word.
+    # This file decides that kernels replace MLX's operations, so it must be private.
     record = _read(path) if path and private.is_private(path) else None
     if record is None or record.where != (executor, machine_name(), mlx_version()):
         return frozenset()

@@ -1,4 +1,4 @@
-"""Graphs of Ops: roles, buffers, lifetimes, lowering into steps.
+"""Graphs of Ops: roles, buffers, lifetimes, lowering into calls.
 
 Imports: errors, experts, experts.compute, experts.pool.
 """

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 B = TypeVar("B", bound=Buf)
 B_co = TypeVar("B_co", bound=Buf, covariant=True)
 
-# A dimension of None is only known when an array is bound, like a cache's length.
+# A dimension is None if only a bound array knows it, as the length of a cache.
 Shape = tuple["int | None", ...]
 
 
@@ -37,7 +37,7 @@ class BufId(Generic[B_co]):
 
 @dataclass
 class BufferInfo:
-    """The pool's facts of one buffer besides its value."""
+    """A buffer's role, shape, type and label; the pool keeps its value apart."""
 
     role: type[Buf]
     shape: Shape
@@ -53,14 +53,14 @@ class BufferInfo:
 
 
 def fits(expected: Sequence[int | None], got: Sequence[int | None]) -> bool:
-    """Tell whether ``got`` is ``expected``, None matching any length."""
+    """Return whether ``got`` matches ``expected``; None matches any length."""
     return len(expected) == len(got) and all(
         e is None or g is None or e == g for e, g in zip(expected, got, strict=True)
     )
 
 
 class BufferPool:
-    """Buffers by ``BufId``: values are MLX arrays, so a write replaces a value.
+    """Buffers by ``BufId``. Values are MLX arrays, so a write replaces the value.
 
     Several ids may share one physical place after ``commit_plan``. Persistent buffers
     survive ``reset_transient`` and are never shared.
@@ -92,7 +92,7 @@ class BufferPool:
     ) -> BufId[B]:
         """Add ``n_bytes`` of uint8 whose address is a multiple of ``alignment``.
 
-        Uploads to it write in place, so that a disk read can land there.
+        Uploads write in place, so a disk read can target it.
         """
         from ...experts.pool.pool import aligned_bytes
 
@@ -126,7 +126,7 @@ class BufferPool:
         return BufId(len(self.infos) - 1, role)
 
     def info(self, buf: BufId[Any]) -> BufferInfo:
-        """Return shape, type and label; GraphError when the id is not of this pool."""
+        """Return shape, type and label; raise GraphError for another pool's id."""
         if not 0 <= buf.index < len(self.infos):
             raise GraphError(f"[BufferPool] buffer id {buf} out of range")
         return self.infos[buf.index]
@@ -136,9 +136,10 @@ class BufferPool:
         return self.info(buf).label
 
     def handle(self, buf: BufId[Any]) -> Any:
-        """Return the buffer's value, zeros when nothing was written yet."""
+        """Return the buffer's value, or zeros if nothing was written yet."""
         info = self.info(buf)
         value = self.values[self.physical[buf.index]]
+        # The place of a planned buffer may hold another buffer's value.
         if info.planned and isinstance(value, mx.array):
             is_own = fits(info.shape, value.shape) and value.dtype == info.dtype
             value = value if is_own else None
@@ -148,7 +149,7 @@ class BufferPool:
         return value
 
     def bind(self, buf: BufId[Any], value: Any) -> None:
-        """Replace the buffer's value by an array of its shape."""
+        """Replace the buffer's value with an array of the same shape."""
         info = self.info(buf)
         if isinstance(value, mx.array) and not fits(info.shape, value.shape):
             raise GraphError(
@@ -158,10 +159,10 @@ class BufferPool:
         self.values[self.physical[buf.index]] = value
 
     def upload(self, buf: BufId[Any], host: Any) -> None:
-        """Copy host bytes over the start of the buffer; fewer than it holds is fine.
+        """Copy host bytes to the start of the buffer; the rest stays as it is.
 
         Raises:
-            SizeMismatch: when ``host`` is longer than the buffer.
+            SizeMismatch: ``host`` is longer than the buffer.
         """
         self.upload_at(buf, 0, host)
 
@@ -182,10 +183,10 @@ class BufferPool:
         self.bind(buf, mx.array(raw).view(info.dtype).reshape(array.shape))
 
     def download(self, buf: BufId[Any], host: Any) -> None:
-        """Fill ``host`` (a writable buffer) from the start of this buffer.
+        """Fill ``host``, a writable buffer, from the start of this buffer.
 
         Raises:
-            SizeMismatch: when ``host`` is longer than the buffer.
+            SizeMismatch: ``host`` is longer than the buffer.
         """
         target = np.frombuffer(memoryview(host).cast("B"), np.uint8)
         info = self.info(buf)
@@ -194,9 +195,9 @@ class BufferPool:
         target[:] = _host_bytes(self.handle(buf))[: target.size]
 
     def reset_transient(self) -> None:
-        """Forget all buffers allocated after the last persistent one.
+        """Drop the values of all transient buffers.
 
-        Their ids become invalid; values of transient buffers before it are dropped.
+        Those allocated after the last persistent one go, and their ids are invalid.
         """
         keep = max((i + 1 for i, b in enumerate(self.infos) if b.persistent), default=0)
         del self.infos[keep:], self.physical[keep:]
@@ -209,10 +210,10 @@ class BufferPool:
         ]
 
     def commit_plan(self, graph: Graph) -> None:
-        """Let buffers of ``graph`` that never live together share a physical place.
+        """Let buffers share a physical place if their lifetimes do not overlap.
 
-        Persistent buffers and those the graph only reads keep a place of their own
-        and their value. Planned buffers become persistent: their layout is frozen.
+        Persistent buffers, and those the graph only reads, keep their own place and
+        value. Planned buffers become persistent, so their layout is fixed.
         """
         from .lifetime import analyze_lifetimes, greedy_color
 

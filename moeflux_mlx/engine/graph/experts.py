@@ -1,4 +1,4 @@
-"""The engine's view of a layer's experts, beyond that of a routed block."""
+"""The interface through which MoE Ops use a layer's experts."""
 
 from __future__ import annotations
 
@@ -11,66 +11,66 @@ from ...experts.compute.source import ExpertSource
 
 
 class GraphExperts(ExpertSource, Protocol):
-    """One MoE layer's experts, wherever they are: MoE Ops read them through this."""
+    """The experts of one MoE layer, resident or streamed, as MoE Ops see them."""
 
     @property
-    def settled(self) -> GraphExperts | None:
-        """These experts, if none is ever read again and each is its own slot.
+    def resident(self) -> GraphExperts | None:
+        """These experts if all stay in memory, each in the slot of its id; else None.
 
-        It counts nothing: who keeps it tells ``asked`` how many experts a run used.
+        It counts no requests: the caller reports them to ``count``.
         """
 
-    def assumed(self, slots: mx.array | None) -> GraphExperts:
-        """Return these experts for a trace: nothing read, nothing counted.
+    def speculative(self, slots: mx.array | None) -> GraphExperts:
+        """Return a view of these experts for a compiled function: it reads nothing.
 
         Args:
-            slots: uint32 ``[n_layers, n_experts]``: where to look up those that are
-                not ``settled``, by the layers of their streamer.
+            slots: uint32 ``[n_layers, n_experts]``, the slot of each expert by the
+                streamer's layers. Experts that are not ``resident`` are found there.
         """
 
-    def asked(self, n: int) -> None:
-        """Hear that a run asked for ``n`` experts without calling ``slots``."""
+    def count(self, n: int) -> None:
+        """Count ``n`` experts that a run used without calling ``slots``."""
 
-    def ask(self, indices: mx.array) -> None:
-        """Begin to read the experts that ``slots`` or ``parts`` will ask for next.
+    def request(self, indices: mx.array) -> None:
+        """Start to read the experts that the next ``slots`` or ``parts`` will request.
 
         Args:
             indices: ``[1, K]`` expert ids of one token.
         """
 
     def slots(self, indices: mx.array) -> mx.array:
-        """Map expert ids to slots that hold them, reading those that are missing.
+        """Return the slots of experts; read those that are missing first.
 
         Args:
-            indices: ``[N, K]`` int32 or uint32 expert ids of one step whose distinct
-                experts fit into the pool together (``N = 1`` always does).
+            indices: ``[N, K]`` int32 or uint32 expert ids. Their distinct experts must
+                fit into the pool together, which those of ``N = 1`` always do.
 
         Returns:
             ``[N, K]`` uint32 slots.
         """
 
     def batches(self, indices: mx.array) -> Iterator[tuple[slice, mx.array]]:
-        """Yield which rows of ``indices``, in order, and the slots of their experts.
+        """Yield consecutive rows of ``indices`` and the slots of their experts.
 
-        The caller builds whatever reads them and passes it to ``guard`` before it asks
-        for the next: each batch's experts fit into the pool together.
+        The experts of one batch fit into the pool together. The caller passes every
+        array that reads them to ``guard`` before it takes the next batch.
 
         Args:
             indices: ``[N, K]`` expert ids.
         """
 
     def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield columns of ``indices`` and the slots of their experts, as they come.
+        """Yield columns of ``indices`` and the slots of their experts as they arrive.
 
-        While the caller computes with those in memory the others are being read.
+        Experts in memory come first; the others are read meanwhile.
 
         Args:
             indices: ``[1, K]`` expert ids of one token.
         """
 
     def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
-        """Yield ``(expert, slot)`` lists that together visit each expert once.
+        """Yield lists of ``(expert, slot)`` that together visit each expert once.
 
-        The caller builds whatever reads a wave's slots and passes it to ``guard``
-        before it asks for the next wave.
+        The caller passes every array that reads a wave's slots to ``guard`` before it
+        takes the next wave.
         """

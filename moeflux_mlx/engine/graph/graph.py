@@ -1,4 +1,4 @@
-"""A dispatch list of typed Ops, checked as it is built."""
+"""A list of typed Ops, checked as it is built."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ class Graph:
         """Append ``op``.
 
         Raises:
-            GraphError: naming Op, field, the expected and the given value, when a
-                buffer has the wrong role or shape or a weight the wrong shape.
+            GraphError: a buffer has the wrong role or shape, or a weight the wrong
+                shape. The message names the Op, the field, and the expected and given
+                values.
         """
         self._check_roles(op)
         self._check_weights(op)
@@ -93,7 +94,7 @@ class Graph:
         return [op.label for op in self.ops]
 
     def dump(self) -> str:
-        """Return one line an Op: index, variant and label."""
+        """Return one line per Op: index, variant and label."""
         lines = (
             f"{i:3}  {op.variant_name:<28}  {op.label}\n"
             for i, op in enumerate(self.ops)
@@ -105,11 +106,11 @@ class Graph:
         return reduce(Cost.__add__, (op.cost() for op in self.ops), Cost())
 
     def verify(self) -> None:
-        """Check the graph as a whole.
+        """Check the order of reads and writes, and the labels.
 
         Raises:
-            GraphError: when a transient buffer is read before any Op wrote it, or
-                two Ops have the same label.
+            GraphError: a transient buffer is read before any Op wrote it, or two Ops
+                have the same label.
         """
         written: set[int] = set()
         labels: set[str] = set()

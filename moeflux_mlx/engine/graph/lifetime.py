@@ -1,8 +1,8 @@
-"""When a buffer's value is needed, and which buffers may share a place.
+"""Lifetimes of buffers, and which buffers may share a place.
 
-Only a buffer whose first use is a plain write is planned: anything else brings a value
-from outside. A value no Op reads after its last write is a result and lives on to the
-end of the graph.
+A buffer is planned only if its first use is a plain write; otherwise its value comes
+from outside the graph. A value that no Op reads after its last write is a result and
+lives to the end of the graph.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .graph import Graph
 
 @dataclass(frozen=True)
 class Lifetime:
-    """First and last Op (inclusive indices) during which a value must be kept."""
+    """The first and the last Op that need a value, by index, both inclusive."""
 
     first: int
     last: int
@@ -23,14 +23,14 @@ class Lifetime:
 
 @dataclass(frozen=True)
 class Coloring:
-    """Buffer index → colour; buffers of one colour share a place."""
+    """The colour of each buffer by index; buffers of one colour share a place."""
 
     colors: dict[int, int]
     n_colors: int
 
 
 def analyze_lifetimes(graph: Graph) -> dict[int, Lifetime]:
-    """Return the lifetime of every buffer the graph produces itself, by index."""
+    """Return the lifetime of every buffer that the graph itself produces, by index."""
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     from_outside: set[int] = set()
@@ -68,7 +68,7 @@ def greedy_color(lifetimes: Mapping[int, Lifetime]) -> Coloring:
 
 
 def planned_peak_bytes(graph: Graph) -> int:
-    """Return the most bytes live at one Op: planned values and the Op's scratch."""
+    """Return the most bytes live at one Op: planned values plus the Op's scratch."""
     lifetimes = analyze_lifetimes(graph)
     itemsize = graph.pool.activation_dtype.size
     return max(

@@ -1,6 +1,6 @@
-"""From a graph to a list of calls: each one's kernel, reads, writes and drops.
+"""Lower a graph to calls: the kernel, reads, writes and drops of each.
 
-A call performs one Op, or several consecutive ones together.
+A call performs one Op, or a fusion of consecutive Ops.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Kernel = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Together:
-    """How ``n`` Ops are performed together.
+class FusedCall:
+    """A fusion of ``n`` Ops.
 
-    ``call`` takes the values of their buffers and weights by ``BufId`` and name (None
-    by None) and returns those of the buffers it wrote. ``weights`` names those it reads
-    of the layer's. Whether it ``takes_parts`` of rows as they are.
+    ``call`` maps the values of their buffers, by ``BufId``, and weights, by name, to
+    the values of the buffers it wrote; None maps to None. ``weights`` names the layer's
+    weights that it reads. ``takes_parts``: it takes ``RowPart`` values as they are.
     """
 
     n: int
@@ -34,13 +34,13 @@ class Together:
     takes_parts: bool = False
 
 
-# Tells how the Ops ahead can be performed together; None: the first by itself.
-Fuse = Callable[[Sequence[Op]], Together | None]
+# Returns the fusion that a list of Ops begins with; None: the first runs alone.
+Fuse = Callable[[Sequence[Op]], FusedCall | None]
 
 
 @dataclass(frozen=True)
-class Step:
-    """Lowered Ops over physical places; a read of None is an absent buffer."""
+class LoweredCall:
+    """A call of one kernel over physical places; a read of None is an absent buffer."""
 
     ops: tuple[Op, ...]
     kernel: Kernel
@@ -52,16 +52,16 @@ class Step:
 
     @property
     def label(self) -> str:
-        """Names and labels of the Ops."""
+        """The Ops' names, then their labels."""
         names = "+".join(op.variant_name for op in self.ops)
         return f"{names} {'+'.join(op.label for op in self.ops)}"
 
     def is_performed_by(self, host: Mapping[type[Op], Kernel]) -> bool:
-        """Tell whether the caller's functions ``host`` perform it."""
+        """Return whether a function in ``host`` performs it."""
         return type(self.ops[0]) in host
 
     def inputs(self, values: Sequence[Any], weights: Mapping[str, Weight]) -> list[Any]:
-        """Return its kernel's arguments: the buffers it reads, then its weights."""
+        """Return the kernel's arguments: the buffers it reads, then its weights."""
         read = [None if i is None else values[i] for i in self.reads]
         if not self.takes_parts:
             read = [whole(value) for value in read]
@@ -73,10 +73,10 @@ class Step:
         weights: Mapping[str, Weight],
         host: Mapping[type[Op], Kernel] | None = None,
     ) -> tuple[Any, ...]:
-        """Perform it, store its results, drop values that nobody reads any more.
+        """Run the kernel, store its results, and drop values after their last read.
 
         Args:
-            host: functions of the caller that perform Ops of their types instead.
+            host: functions of the caller that replace kernels, by type of Op.
         """
         kernel = (host or {}).get(type(self.ops[0]), self.kernel)
         result = kernel(*self.inputs(values, weights))
@@ -90,32 +90,32 @@ class Step:
 
 def lower(
     graph: Graph, kernel_of: Callable[[Op], Kernel], fuse: Fuse = lambda ops: None
-) -> list[Step]:
+) -> list[LoweredCall]:
     """Lower every Op with ``kernel_of``, dropping each value at its last use.
 
     Args:
-        fuse: asked first; Ops that it performs together become one step.
+        fuse: is tried first; the Ops of a fusion become one call.
     """
     physical = graph.pool.physical
-    # A buffer that is not here lives on after the graph.
+    # Buffers missing here live on after the graph.
     last_use = {
         index: life.last
         for index, life in analyze_lifetimes(graph).items()
         if life.last < len(graph.ops) - 1 or not _is_result(graph, index)
     }
-    steps: list[Step] = []
+    calls: list[LoweredCall] = []
     first = 0
     while first < len(graph.ops):
-        together = fuse(graph.ops[first:])
-        n = together.n if together else 1
+        fusion = fuse(graph.ops[first:])
+        n = fusion.n if fusion else 1
         drops = tuple(
             physical[index]
             for index, last in last_use.items()
             if first <= last < first + n
         )
         ops = tuple(graph.ops[first : first + n])
-        if together is None:
-            steps.append(lower_op(ops[0], kernel_of(ops[0]), physical, drops))
+        if fusion is None:
+            calls.append(lower_op(ops[0], kernel_of(ops[0]), physical, drops))
         else:
             alive = {
                 buf
@@ -123,44 +123,45 @@ def lower(
                 for buf in op.writes
                 if last_use.get(buf.index, len(graph.ops)) >= first + n
             }
-            steps.append(_lower_together(ops, together, physical, drops, alive))
+            calls.append(_lower_fusion(ops, fusion, physical, drops, alive))
         first += n
-    return steps
+    return calls
 
 
-def _lower_together(
+def _lower_fusion(
     ops: tuple[Op, ...],
-    together: Together,
+    fusion: FusedCall,
     physical: list[int],
     drops: tuple[int, ...],
     alive: set[Any],
-) -> Step:
-    """Lower Ops that are performed together; only ``alive`` buffers are written."""
+) -> LoweredCall:
+    """Lower a fusion; it writes only the buffers in ``alive``."""
     reads = buffers_read(ops)
     writes = sorted(alive, key=lambda buf: buf.index)
 
     def kernel(*inputs: Any) -> tuple[Any, ...]:
-        values = dict(zip((*reads, *together.weights), inputs, strict=True))
-        outputs = together.call({None: None, **values})
+        values = dict(zip((*reads, *fusion.weights), inputs, strict=True))
+        outputs = fusion.call({None: None, **values})
         return tuple(outputs[buf] for buf in writes)
 
     places = tuple(physical[buf.index] for buf in writes)
-    return Step(
+    return LoweredCall(
         ops=ops,
         kernel=kernel,
         reads=tuple(None if buf is None else physical[buf.index] for buf in reads),
-        weights=together.weights,
+        weights=fusion.weights,
         writes=places,
+        # A result may take the place of a value that is dropped here.
         drops=tuple(place for place in drops if place not in places),
-        takes_parts=together.takes_parts,
+        takes_parts=fusion.takes_parts,
     )
 
 
 def buffers_read(ops: Sequence[Op]) -> list[BufId[Any] | None]:
-    """Return the buffers that Ops read together, in the order of their step's reads.
+    """Return the buffers that a call of Ops reads, in the order of its ``reads``.
 
-    One Op reads every field, None where an optional one is absent. Several read, once
-    each, the buffers that none of them wrote before.
+    A single Op reads every field, None where an optional one is absent. A fusion reads
+    each buffer once, without those that its earlier Ops wrote.
     """
     if len(ops) == 1:
         fields = (f for f in ops[0].buffer_fields if f.access & Access.READ)
@@ -175,23 +176,24 @@ def buffers_read(ops: Sequence[Op]) -> list[BufId[Any] | None]:
 
 def lower_op(
     op: Op, kernel: Kernel, physical: list[int], drops: tuple[int, ...] = ()
-) -> Step:
+) -> LoweredCall:
     """Lower one Op to a call over physical places."""
     buffers = buffers_read((op,))
     writes = tuple(physical[buf.index] for buf in op.writes)
     refs = [getattr(op, name) for name in op.weight_fields]
-    return Step(
+    return LoweredCall(
         ops=(op,),
         kernel=kernel,
         reads=tuple(None if b is None else physical[b.index] for b in buffers),
         weights=tuple(None if ref is None else ref.name for ref in refs),
         writes=writes,
+        # A result may take the place of a value that is dropped here.
         drops=tuple(place for place in drops if place not in writes),
     )
 
 
 def _is_result(graph: Graph, index: int) -> bool:
-    """Tell whether no Op reads the buffer after its last write."""
+    """Return whether no Op reads the buffer after its last write."""
     result = False
     for op in graph.ops:
         if any(buf.index == index for buf in op.reads):

@@ -1,8 +1,8 @@
 """The base of every Op: typed fields, access, shapes, cost and reference.
 
-A subclass is complete or it does not import: ``Op.__init_subclass__`` turns it into a
-frozen dataclass, reads which buffers it reads and writes off its annotations and
-checks that nothing is missing.
+``Op.__init_subclass__`` makes each subclass a frozen dataclass, derives from its
+annotations which buffers it reads and writes, and raises TypeError if a part is
+missing. So an incomplete Op fails at import.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ InOut = Annotated[BufId[B_co], Access.READ | Access.WRITE]
 
 @dataclass(frozen=True)
 class JointRows:
-    """Where a matrix lies in one that holds several: from row ``first`` of ``n_rows``.
+    """A matrix's place in a joint matrix: its rows from ``first`` on, of ``n_rows``.
 
-    ``name`` is the joint matrix's among the layer's weights. Biases lie likewise.
+    A joint matrix holds several that multiply the same row. ``name`` is its name among
+    the layer's weights. Joint biases are laid out likewise.
     """
 
     name: str
@@ -61,10 +62,10 @@ class JointRows:
 
 @dataclass(frozen=True)
 class WeightRef:
-    """A matrix or vector of the model, by its path below the layer.
+    """A matrix or vector of the model, named by its path below the layer.
 
-    ``shape`` is the unpacked one, ``[O, I]``; ``quantization`` None means dense.
-    ``joint`` says which rows of a joint matrix it is, if any.
+    ``shape`` is the unpacked one, ``[O, I]``. ``quantization`` is None for a dense one.
+    ``joint`` says which rows of a joint matrix it occupies, if any.
     """
 
     name: str
@@ -75,7 +76,7 @@ class WeightRef:
 
     @classmethod
     def of(cls, name: str, weight: Weight, joint: JointRows | None = None) -> WeightRef:
-        """Describe a weight's arrays."""
+        """Return the reference of a weight."""
         q = weight.quantization
         if q is None or weight.scales is None:
             return cls(name, tuple(weight.w.shape), None, weight.w.dtype, joint)
@@ -84,13 +85,14 @@ class WeightRef:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes as stored, scales and biases included."""
+        """Stored bytes, with scales and biases."""
         n_values = 1
         for d in self.shape:
             n_values *= d
         q = self.quantization
         if q is None:
             return n_values * self.dtype.size
+        # An affine group has a scale and a bias; a float mode has one byte of scale.
         per_group = 2 * self.dtype.size if q.mode == "affine" else 1
         return n_values * q.bits // 8 + n_values // q.group_size * per_group
 
@@ -113,7 +115,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class BufferField:
-    """A buffer field of an Op class: its union of roles and how it is accessed."""
+    """A buffer field of an Op class: the roles it accepts, and its access."""
 
     name: str
     role: type[Buf]
@@ -126,7 +128,7 @@ REGISTRY: dict[str, type[Op]] = {}
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, eq_default=False)
 class OpFields:
-    """Makes frozen dataclasses of subclasses: Ops, or fields that several Ops share."""
+    """Makes each subclass a frozen dataclass: an Op, or fields that Ops share."""
 
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True, kw_only=True, eq=False)(cls)
@@ -140,14 +142,14 @@ class Op(OpFields):
 
     - ``shapes()``: field name → shape of every buffer and weight;
     - ``cost()``: a ``Cost``;
-    - ``reference(reads..., weights...)``: the Op in plain MLX operations; takes the
-      values of the read fields, then of the weights, each in field order, and returns
-      the value (or tuple of values) of the written fields in field order.
+    - ``reference(reads..., weights...)``: the Op in plain MLX operations. It takes the
+      values of the fields read, then those of the weights. It returns the value, or
+      the tuple of values, of the fields written. All are in field order.
     """
 
     label: str
 
-    # Whether performing it looks at values on the host, which a trace does not have.
+    # Whether it reads values on the host, which a function being compiled lacks.
     reads_back: ClassVar[bool] = False
     buffer_fields: ClassVar[tuple[BufferField, ...]] = ()
     weight_fields: ClassVar[tuple[str, ...]] = ()
@@ -165,12 +167,12 @@ class Op(OpFields):
 
     @property
     def n_experts_used(self) -> int:
-        """Experts that one execution asks an ``GraphExperts`` for."""
+        """Number of experts that one run requests from its ``GraphExperts``."""
         return 0
 
     @property
     def reads(self) -> tuple[BufId[Any], ...]:
-        """Buffers read, in field order; absent optional ones are left out."""
+        """Buffers read, in field order, without absent optional ones."""
         return self._buffers(Access.READ)
 
     @property
@@ -195,21 +197,22 @@ class Op(OpFields):
     def index_ranges(
         self, shapes: Mapping[str, tuple[int, ...]]
     ) -> Mapping[str, range]:
-        """Return which buffers hold indices or positions, and which these may be.
+        """Return the valid values of each buffer of indices or positions, by field.
 
-        Kernels trust indices: whoever takes them from outside checks them.
+        Kernels do not check indices, so whoever takes them from users must.
 
         Args:
-            shapes: of the arrays read, by field: those declared leave lengths open.
+            shapes: shapes of the arrays read, by field; declared shapes leave lengths
+                open.
         """
         return {}
 
     def cost(self) -> Cost:
-        """Return the work of one execution."""
+        """Return the work of one run."""
         raise NotImplementedError
 
     def scratch_bytes(self, itemsize: int) -> int:
-        """Return bytes the reference holds besides its inputs and outputs.
+        """Return the bytes that the reference holds besides its inputs and outputs.
 
         Args:
             itemsize: bytes of one activation value.

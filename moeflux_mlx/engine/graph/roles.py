@@ -1,8 +1,8 @@
 """Roles of buffers and their unions.
 
 A role says what a buffer means, not only its shape: a pre-norm residual is not a
-post-norm MoE input even where both are ``[N, D]``. Unions are base classes of roles,
-so mypy and ``Graph.push`` accept any role where one of its unions is asked for.
+post-norm MoE input even where both are ``[N, D]``. Unions are base classes of roles, so
+mypy and ``Graph.push`` accept a role wherever one of its unions is expected.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import mlx.core as mx
 
 
 class Buf:
-    """Role of a buffer; ``dtype`` is fixed by the role or None for activations."""
+    """The role of a buffer; a ``dtype`` of None is that of activations."""
 
     dtype: mx.Dtype | None = None
 
@@ -30,11 +30,11 @@ class MatvecOut(Buf): ...
 
 
 class HeadsIn(Buf):
-    """Rows with a part for each head, which a matrix of the head's own reads."""
+    """Rows of per-head values, the input of one matrix per head."""
 
 
 class HeadsOut(Buf):
-    """Rows with a part for each head, which such a matrix gives."""
+    """Rows of per-head values, the output of one matrix per head."""
 
 
 class ResidualIn(Buf):
@@ -72,7 +72,7 @@ class QProjOutBuf(MatvecOut): ...
 
 
 class QBuf(MatvecOut, RmsNormIn, RmsNormOut):
-    """Queries: a projection, or a part split from one."""
+    """Queries: a projection, or the half of one beside its gate."""
 
 
 class QGateBuf(Buf): ...
@@ -131,11 +131,11 @@ class LatentBuf(RmsNormIn): ...
 
 
 class LatentKeyBuf(KProjOutBuf):
-    """The rows of a compressed cache in the place of keys."""
+    """The latent rows of a compressed cache, stored where others store keys."""
 
 
 class RopeKeyBuf(VProjOutBuf, RmsNormIn):
-    """The rows of a compressed cache in the place of values."""
+    """The rope keys of a compressed cache, stored where others store values."""
 
 
 class LatentQueryBuf(HeadsOut): ...
@@ -208,7 +208,7 @@ class RouterWeightsBuf(Buf):
 
 
 class ExpertBaseBuf(Buf):
-    """Holds an ``GraphExperts`` rather than one array: experts may be on disk."""
+    """Holds a ``GraphExperts``, not an array: experts may be on disk."""
 
     dtype = mx.uint8
 
@@ -217,7 +217,7 @@ class MoeOutSumBuf(Buf):
     dtype = mx.float32
 
 
-# The expert that every token has, or a layer's only one.
+# The shared expert, or the MLP of a dense layer.
 class SharedFfnGateBuf(MatvecOut): ...
 
 

@@ -1,4 +1,4 @@
-"""Values that are part of a longer row, because one launch wrote several of them."""
+"""Values that are part of a longer row: one launch wrote several of them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import mlx.core as mx
 class RowPart:
     """``size`` values of ``row`` ``[1, width]`` from ``start`` on.
 
-    Launches that know where to look take the row as it is; cutting the part out is an
-    operation of its own for MLX, which takes as long as a small launch.
+    Some launches take the whole row and an offset. Cutting the part out is an operation
+    of its own in MLX, as slow as a small launch.
     """
 
     row: mx.array
@@ -31,5 +31,5 @@ class RowPart:
 
 
 def whole(value: Any) -> Any:
-    """Return a value, a part of a row as an array of its own."""
+    """Return a value; cut it out of its row if it is a ``RowPart``."""
     return value.array() if isinstance(value, RowPart) else value

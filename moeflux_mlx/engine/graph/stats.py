@@ -1,4 +1,4 @@
-"""Time and count of evaluations by label."""
+"""Number and time of evaluations by label."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass
 class LabelStats:
-    """How often a label was waited for, and how long in nanoseconds."""
+    """The number of waits under a label, and their nanoseconds in all."""
 
     count: int = 0
     wait_ns: int = 0
 
 
 class Stats:
-    """Statistics by label: ``snapshot`` copies them, ``reset`` starts anew."""
+    """Waits by label."""
 
     def __init__(self) -> None:
         self._labels: dict[str, LabelStats] = {}
@@ -30,11 +30,11 @@ class Stats:
         return {k: LabelStats(v.count, v.wait_ns) for k, v in self._labels.items()}
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Drop all counts."""
         self._labels.clear()
 
     def table(self) -> str:
-        """Return labels by falling total time, one a line, with shares in percent."""
+        """Return a table of labels, the slowest first, with shares in percent."""
         rows = sorted(self._labels.items(), key=lambda kv: -kv[1].wait_ns)
         total = sum(v.wait_ns for _, v in rows) or 1
         lines = [

@@ -1,4 +1,4 @@
-"""How every kernel of ``kernels/`` is launched, in the same families.
+"""The launch of every kernel, in modules named after the files of ``kernels/``.
 
 Imports: errors, device, engine.metal, engine.ops, experts.
 """

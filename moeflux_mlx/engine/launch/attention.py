@@ -1,8 +1,7 @@
 """Launches of ``kernels/attention.metal``.
 
 Letters: N = B sequences x T tokens, H query heads, Hkv key heads, d head width, S rows
-in the cache. Caches are ``[B, Hkv, S, d]``; MLX copies one that is a slice of a longer
-one.
+in the cache. Caches are ``[B, Hkv, S, d]``; MLX copies a slice of a longer one.
 """
 
 from __future__ import annotations
@@ -35,16 +34,17 @@ from .base import (
 MAX_HEAD_DIM = 256
 FLOAT32 = mx.float32
 FOLDS = (8, 4, 2, 1)
-# A lane holds its share of the queries and of the sums in fold * d / 16 registers: for
-# prompts and parts of the cache, and for a whole cache. On Metal more than 32 of them
-# leave a core with one threadgroup.
+# Most channels of the heads that a simdgroup takes together: for prompts and splits of
+# a cache, and for a whole cache. A lane needs fold * d / 16 registers for its share of
+# queries and sums. On Metal more than 32 leave a core with one threadgroup.
 FOLDED_CHANNELS, DECODE_CHANNELS = (
     (1024, 2048) if device.has_many_registers() else (512, 512)
 )
 
 
 def _rope(given: Given) -> mx.array:
-    # On the host: MLX's own takes the frequencies' reciprocals, which rounds twice.
+    # On the host, because MLX's takes reciprocals of the frequencies, which round
+    # twice.
     x, inv_freq, start = map(to_host, (given.wide.x, given.inv_freq, given.start))
     heads = split_heads(x, start.size, given.num_heads)
     turned = rope(heads, 2 * inv_freq.size, inv_freq, start, given.scale)
@@ -79,10 +79,10 @@ def rope_n_tokens(
     num_heads: int,
     scale: float = 1.0,
 ) -> Launch:
-    """Rotate the first channels of each head of ``[N, H * d]``, halves paired.
+    """Rotate the first channels of each head of ``[N, H * d]``, pairing their halves.
 
-    ``inv_freq`` float32 ``[rotary / 2]``; ``start`` int32 ``[B]``; ``scale`` multiplies
-    what is rotated.
+    ``inv_freq`` is float32 ``[rotary / 2]``, ``start`` int32 ``[B]``. ``scale``
+    multiplies the rotated channels.
     """
     n, width = dims("x", x, 2)
     (pairs,) = dims("inv_freq", inv_freq, 1)
@@ -110,7 +110,7 @@ def rope_n_tokens(
     )
 
 
-# Not the Op's: the kernel drops rows that lie outside, which the Op refuses.
+# Not the Op's function: the kernel drops rows outside the cache, the Op refuses them.
 def _append(given: Given) -> tuple[mx.array, mx.array]:
     n_seqs, heads, n_rows, d = given.k_cache.shape
     t, first = given.keys.shape[0] // n_seqs, int(np.array(given.row)[0])
@@ -151,7 +151,7 @@ def kv_cache_append_n_tokens(
     v_cache: mx.array,
     row: mx.array,
 ) -> Launch:
-    """Both caches with rows ``[N, Hkv * d]`` from ``row`` (int32 ``[1]``) on."""
+    """Both caches with new rows ``[N, Hkv * d]`` from ``row`` (int32 ``[1]``) on."""
     n_seqs, heads, n_rows, d = dims("k_cache", k_cache, 4)
     expect("v_cache", v_cache, k_cache.shape)
     n, _ = dims("keys", keys, 2)
@@ -179,7 +179,7 @@ def kv_cache_append_n_tokens(
 
 
 def _check_cache(name: str, cache: mx.array) -> tuple[int, int, int, int]:
-    """Return B, Hkv, S and d of a cache whose width a simdgroup can share."""
+    """Return B, Hkv, S and d of a cache; a simdgroup must be able to share d."""
     n_seqs, heads, n_rows, d = dims(name, cache, 4)
     known = d % SIMD == 0 and d <= MAX_HEAD_DIM
     require(name, known, f"d a multiple of {SIMD}, at most {MAX_HEAD_DIM}", d)
@@ -187,7 +187,7 @@ def _check_cache(name: str, cache: mx.array) -> tuple[int, int, int, int]:
 
 
 def _heads(q: mx.array, kv_heads: int, d: int) -> tuple[int, int, int]:
-    """Return N, H and heads per key head of queries ``[N, H * d]``."""
+    """Return N, H and the heads per key head of queries ``[N, H * d]``."""
     n, width = dims("q", q, 2)
     fits = width % (kv_heads * d) == 0
     require("q", fits, f"a multiple of {kv_heads * d} columns", width)
@@ -223,7 +223,7 @@ DECODE_LARGE = dict(b=1, h=2, per=8, s=32768, d=256)
     varying=("n_rows",),
 )
 def attn_scores_batched(q: mx.array, k: mx.array, scale: float) -> Launch:
-    """Scores float32 ``[B, H, S]`` of one query a sequence, ``q`` ``[B, H * d]``."""
+    """Scores float32 ``[B, H, S]`` of one query per sequence, ``q`` ``[B, H * d]``."""
     n_seqs, kv_heads, n_rows, d = _check_cache("k", k)
     n, heads, per = _heads(q, kv_heads, d)
     require("q", n == n_seqs, f"{n_seqs} rows", n)
@@ -322,7 +322,7 @@ def _attention(given: Given) -> mx.array:
     heads = split_heads(q, n_seqs, q.shape[1] // d)
     out = attention(heads, k, v, given.scale, mask)
     if mask is not None:
-        # Ops leave the result of a query that sees nothing open: kernels say 0.
+        # Kernels return 0 for a query that sees nothing; Ops leave its result open.
         out = np.where(mask.any(-1, keepdims=True), out, 0)
     return mx.array(join_heads(out)).astype(given.q.dtype)
 
@@ -341,7 +341,7 @@ def _some_attention(case: Case) -> tuple[Any, ...]:
 def _check_attention(
     q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None, fold: int
 ) -> tuple[dict[str, Any], tuple[int, int, int], dict[str, int]]:
-    """Return inputs but the scale, (B, T, H), and the template's numbers."""
+    """Check arguments; return the inputs without scale, (B, T, H) and the template."""
     n_seqs, kv_heads, n_rows, d = _check_cache("k", k)
     expect("v", v, k.shape)
     n, heads, per = _heads(q, kv_heads, d)
@@ -378,7 +378,7 @@ PREFILL_LARGE = dict(b=1, t=512, h=2, per=8, s=2048, d=128)
 
 
 def _folded(fold: int, *more: dict[str, int]) -> Any:
-    """Return a registration of the direct form that folds ``fold`` heads."""
+    """Return the decorator that registers the direct form for ``fold`` heads."""
     sizes = [{**size, "per": size["per"] * fold} for size in PREFILL_SIZES] + [*more]
     return kernel(
         reference=_attention,
@@ -458,13 +458,13 @@ def sdpa_causal_staged(
 
 
 def _fold(per: int, d: int, channels: int) -> int:
-    """Return how many heads of a key head are taken together."""
+    """Return the number of heads of a key head that a simdgroup takes together."""
     return next(f for f in FOLDS if per % f == 0 and (f == 1 or f * d <= channels))
 
 
 def _some_decode(case: Case) -> tuple[Any, ...]:
     q, k, v, scale, mask = _some_attention(case.but(t=1))
-    # Scores lie around the level, which no power of e may be taken of by itself.
+    # Scores near ``level`` overflow unless the kernel subtracts their maximum.
     common = (case.get("level", 0.0) / (scale * case.d)) ** 0.5
     moved = ((x + common).astype(case.dtype) for x in (q, k))
     return *moved, v, scale, mask
@@ -487,7 +487,7 @@ def _some_decode(case: Case) -> tuple[Any, ...]:
 def sdpa_decode(
     q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None
 ) -> Launch:
-    """Attention of one token a sequence, ``q`` ``[B, H * d]``."""
+    """Attention of one token per sequence, ``q`` ``[B, H * d]``."""
     inputs, (n_seqs, t, heads), template = _check_attention(q, k, v, mask, 1)
     require("q", t == 1, "one token of each sequence", t)
     fold = _fold(inputs["heads_per_kv"], template["D"], DECODE_CHANNELS)
@@ -564,8 +564,8 @@ def attention_inputs(
 ) -> Launch:
     """Queries ``[B, H * d]``, their gate and keys ``[B, Hkv * d]`` of one token each.
 
-    ``q_proj`` ``[B, H * 2 * d]`` holds query then gate of each head; norms are ``[d]``;
-    ``inv_freq`` float32 ``[rotary / 2]``; ``start`` int32 ``[B]``.
+    ``q_proj`` ``[B, H * 2 * d]`` holds query then gate of each head. Norms are ``[d]``,
+    ``inv_freq`` float32 ``[rotary / 2]``, ``start`` int32 ``[B]``.
     """
     (d,) = dims("q_norm", q_norm, 1)
     given = q_proj, k_proj, q_norm, k_norm, inv_freq, start, eps
@@ -598,8 +598,8 @@ def attention_inputs_ungated(
 ) -> Launch:
     """Queries ``[B, H * d]`` and keys ``[B, Hkv * d]`` of one token each.
 
-    ``q_proj`` is ``[B, H * d]``; ``scale`` multiplies what is rotated. Without norms
-    ``head_dim`` says how wide heads are. The rest is as ``attention_inputs`` has it.
+    ``q_proj`` is ``[B, H * d]``; ``scale`` multiplies the rotated channels. Without
+    norms ``head_dim`` is the width of heads. The rest is as in ``attention_inputs``.
     """
     there = q_norm is not None
     require("k_norm", (k_norm is not None) == there, "both norms or none", k_norm)
@@ -629,7 +629,7 @@ def _place_heads(
     d: int,
     q_width: int,
 ) -> Launch:
-    """Check both kernels' arguments, a head of ``q_proj`` being ``q_width`` wide."""
+    """Check arguments and return the launch; heads of ``q_proj`` have ``q_width``."""
     require("q_norm", d <= MAX_HEAD_DIM, f"a width up to {MAX_HEAD_DIM}", d)
     if k_norm is not None:
         expect("k_norm", k_norm, (d,))
@@ -653,22 +653,22 @@ def _place_heads(
 
 
 def _whole_heads(name: str, x: mx.array, n: int, width: int) -> int:
-    """Return the heads of ``[n, heads * width]``."""
+    """Return the number of heads of ``[n, heads * width]``."""
     rows, columns = dims(name, x, 2)
     require(name, rows == n, f"{n} rows", rows)
     require(name, columns % width == 0, f"heads of {width}", columns)
     return columns // width
 
 
-# Rows of the cache that a threadgroup takes at least, and the parts there are at most.
+# The fewest rows of a split of the cache, and the most splits.
 PART_ROWS = 32
 MAX_PARTS = 64
-# Parts that can be joined.
+# The most splits that can be joined.
 MAX_JOINED = 256
 
 
 def part_rows(n_rows: int) -> int:
-    """Return how many rows of a cache of ``n_rows`` make a part."""
+    """Return the rows of a split of a cache of ``n_rows``."""
     return max(PART_ROWS, groups(n_rows, MAX_PARTS))
 
 
@@ -716,10 +716,10 @@ def _some_parts(case: Case) -> tuple[Any, ...]:
 def sdpa_decode_parts(
     q: mx.array, k: mx.array, v: mx.array, start: mx.array, scale: float
 ) -> Launch:
-    """Attention of one token a sequence over parts of a cache with spare rows.
+    """Attention of one token per sequence over P splits of a cache with spare rows.
 
-    ``start`` int32 ``[B]`` is the last row seen. Returns what ``sdpa_decode_join``
-    takes: ``[B, H, P, d]`` and ``[B, H, P, 2]``.
+    ``start`` int32 ``[B]`` is the last row seen. The outputs are inputs of
+    ``sdpa_decode_join``: sums ``[B, H, P, d]`` and stats ``[B, H, P, 2]``.
     """
     inputs, (n_seqs, t, heads), template = _check_attention(q, k, v, None, 1)
     require("q", t == 1, "one token of each sequence", t)
@@ -770,17 +770,17 @@ def _joined(given: Given) -> mx.array:
 def _some_joined(case: Case) -> tuple[Any, ...]:
     b, h, p, blind = case.b, case.h, case.p, case.get("blind")
     sums = normal(case.rng, FLOAT32, b, h, p, case.d)
-    # A part that saw one row has a total of 1; tops are far from zero.
+    # A split that saw one row has a total of 1; maxima are far from zero.
     total = np.ones((b, h, p), np.float32)
     if p > 1:
         total = case.rng.uniform(1.0, 20.0, (b, h, p)).astype(np.float32)
     top = (60 + case.rng.standard_normal((b, h, p))).astype(np.float32)
-    # Parts that saw nothing, their tops above all others'.
+    # Splits that saw nothing, with maxima above all others.
     total[:, :, p - blind :] = 0
     top[:, :, p - blind :] = 90
     stats = mx.array(np.stack([top, total], -1))
     gate = case.normal(b, h * case.d) if case.gated else None
-    # Above all tops, among them and below.
+    # Above all maxima, among them and below.
     sinks = 60 + case.normal(h, scale=2.0) if case.get("sunk") else None
     return sums, stats, case.dtype, gate, sinks
 
@@ -809,7 +809,7 @@ def sdpa_decode_join(
 ) -> Launch:
     """Attention ``[B, H * d]`` of ``sdpa_decode_parts``, times a gate's sigmoid.
 
-    ``sinks`` ``[H]`` are one more score of each head, whose value is nothing.
+    ``sinks`` ``[H]`` is one more score per head, without a value.
     """
     n_seqs, heads, n_parts, d = dims("sums", sums, 4)
     expect("stats", stats, (n_seqs, heads, n_parts, 2))

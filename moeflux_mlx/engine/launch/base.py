@@ -1,10 +1,10 @@
-"""How a kernel is registered.
+"""The registration of kernels.
 
-A kernel's ``.metal`` signature says names, order and types. Here stands the rest: for
-given arrays the shapes, template numbers, grid and outputs (a ``Launch``), the
-reference in plain MLX operations, and the samples that tests and the doctor run. The
-launch's own signature is the one list of its arguments: the reference is ``Given`` them
-by name, and the sample returns them in that order.
+A kernel's ``.metal`` signature says names, order and types. A registration adds the
+rest: the shapes, template numbers, grid and outputs for given arrays (a ``Launch``),
+the reference in plain MLX operations, and the samples that tests and the doctor run.
+The launch function's signature is the only list of its arguments: the reference gets
+them by name (``Given``), and the sample returns them in that order.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ TOLERANCE: Mapping[mx.Dtype, float] = {
 
 
 class ShapeError(KernelError):
-    """A kernel's argument has a shape or value it cannot have."""
+    """An argument of a kernel has an invalid shape or value."""
 
 
 def dims(name: str, array: mx.array, rank: int) -> tuple[int, ...]:
-    """Return the shape of an array that must have ``rank`` dimensions, none empty."""
+    """Return the shape of an array; require ``rank`` dimensions and no empty one."""
     if not isinstance(array, mx.array):
         raise ShapeError(f"{name}: expected an mx.array but got {type(array).__name__}")
     if array.ndim != rank or array.size == 0:
@@ -49,7 +49,7 @@ def dims(name: str, array: mx.array, rank: int) -> tuple[int, ...]:
 
 
 def one_row(name: str, array: mx.array, width: int | None = None) -> int:
-    """Return the width of ``[n]`` or ``[1, n]``: neither form needs a reshape."""
+    """Return the width of ``[n]`` or ``[1, n]``; kernels take both as they are."""
     rank = 2 if isinstance(array, mx.array) and array.ndim == 2 else 1
     *rows, n = dims(name, array, rank)
     require(name, rows in ([], [1]), "one row", tuple(array.shape))
@@ -58,7 +58,7 @@ def one_row(name: str, array: mx.array, width: int | None = None) -> int:
 
 
 def expect(name: str, array: mx.array, shape: Sequence[int]) -> None:
-    """Check that an array has exactly this shape."""
+    """Raise ShapeError unless an array has exactly this shape."""
     if not isinstance(array, mx.array):
         raise ShapeError(f"{name}: expected an mx.array but got {type(array).__name__}")
     if tuple(array.shape) != tuple(shape):
@@ -67,19 +67,19 @@ def expect(name: str, array: mx.array, shape: Sequence[int]) -> None:
 
 
 def require(name: str, condition: bool, wanted: str, got: Any) -> None:
-    """Check a number or a relation between sizes."""
+    """Raise ShapeError unless a condition on an argument holds."""
     if not condition:
         raise ShapeError(f"{name}: expected {wanted} but got {got}")
 
 
 def require_part(name: str, at: Any, size: int, width: int) -> None:
-    """Refuse a part of ``size`` values that does not lie within a row."""
+    """Raise ShapeError unless ``size`` values from ``at`` on lie within a row."""
     inside = isinstance(at, int) and 0 <= at <= width - size
     require(name, inside, f"{size} values of a row of {width}", at)
 
 
 def _misfit(build: Callable[..., Launch], args: Any, options: Any) -> str:
-    """Say which argument is not of the type that the launch function asks for."""
+    """Return a message about the argument of the wrong type; "" if all types fit."""
     try:
         given = inspect.signature(build).bind(*args, **options).arguments
     except TypeError as error:
@@ -95,11 +95,11 @@ def _misfit(build: Callable[..., Launch], args: Any, options: Any) -> str:
 
 
 class Given(SimpleNamespace):
-    """The arguments of a launch by the names that its signature has."""
+    """The arguments of a launch, by the names in its signature."""
 
     @property
     def wide(self) -> Given:
-        """The same arguments with its floating arrays in float32."""
+        """The same arguments with floating arrays in float32."""
         wide = {name: _in_float32(value) for name, value in vars(self).items()}
         return Given(**wide)
 
@@ -110,9 +110,9 @@ def _in_float32(value: Any) -> Any:
 
 
 class Case:
-    """One case to try a kernel at: a type, sizes, and a generator for the rest.
+    """One case for a kernel's sample: a type, sizes, and a random generator.
 
-    ``case.t`` is the size ``t``; ``case.get`` is for sizes that may be left out.
+    ``case.t`` is the size ``t``; ``case.get`` reads optional sizes.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Case:
         return self.get(letter)
 
     def get(self, letter: str, default: Any = 0) -> Any:
-        """Return a size, or the default where there is none."""
+        """Return a size, or the default if it is not given."""
         self.read.add(letter)
         return self.sizes.get(letter, default)
 
@@ -135,18 +135,17 @@ class Case:
         """Return this case with some sizes changed, on the same generator."""
         self.read |= set(sizes)
         changed = Case(self.rng, self.dtype, {**self.sizes, **sizes})
-        # A size that the changed case reads counts as read here: one sample uses
-        # another.
+        # Samples use other samples, so sizes that the changed case reads count here.
         changed.read = self.read
         return changed
 
     def normal(self, *shape: int, scale: float = 1.0) -> mx.array:
-        """Return normal noise of the activations' type."""
+        """Return normal noise in the activations' type."""
         return normal(self.rng, self.dtype, *shape, scale=scale)
 
     @property
     def other(self) -> mx.Dtype:
-        """The weights' type: the activations', or bfloat16 where size ``s`` is set."""
+        """The weights' type: that of activations, or bfloat16 if size ``s`` is set."""
         return mx.bfloat16 if self.s else self.dtype
 
 
@@ -155,7 +154,7 @@ Sample = Callable[[Case], tuple[Any, ...]]
 
 
 def in_float32(mathematics: Callable[..., Any]) -> Reference:
-    """Return the reference that calls an Op's function of the launch's arguments.
+    """Return a reference that calls an Op's function with the launch's arguments.
 
     It computes in float32 and returns results in the type of the first argument.
     """
@@ -173,11 +172,11 @@ def in_float32(mathematics: Callable[..., Any]) -> Reference:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A registered kernel: how to launch it, its reference, and how to try it.
+    """A registered kernel: its launch function, its reference and its samples.
 
-    ``build`` maps arguments to a ``Launch``; ``reference`` takes them by name and
-    returns the right outputs; ``sample`` makes the arguments of a case;
-    ``fixed`` names the scalars that are compiled in.
+    ``build`` maps arguments to a ``Launch``. ``reference`` takes them by name and
+    returns the right outputs. ``sample`` makes the arguments of a case. ``fixed`` names
+    the scalars that are compiled in.
     """
 
     name: str
@@ -195,7 +194,7 @@ class Kernel:
         """Return the launch for these arguments.
 
         Raises:
-            KernelError: an argument the kernel cannot take; names both.
+            KernelError: the kernel cannot take an argument; names both.
         """
         try:
             return self.build(*args, **options)
@@ -214,7 +213,7 @@ class Kernel:
         """Make seeded arguments of one size.
 
         Raises:
-            TypeError: a size that the sample does not know: it would change nothing.
+            TypeError: the sample never reads a size, which would change nothing.
         """
         case = Case(np.random.default_rng(seed), dtype, sizes)
         arguments = self.sample(case)
@@ -225,11 +224,11 @@ class Kernel:
     def expected(self, *args: Any, **options: Any) -> tuple[mx.array, ...]:
         """Return the reference's outputs for the same arguments.
 
-        Computed on the CPU: GPUs multiply float32 with fewer bits than it has.
+        It runs on the CPU: GPUs multiply float32 with reduced precision.
         """
         bound = inspect.signature(self.build).bind(*args, **options)
         bound.apply_defaults()
-        # Infinities of damaged arguments are the caller's to judge.
+        # Damaged arguments may give infinities; the caller judges them.
         with mx.stream(mx.cpu), np.errstate(all="ignore"):
             out = self.reference(Given(**bound.arguments))
         return out if isinstance(out, tuple) else (out,)
@@ -248,18 +247,18 @@ def kernel(
     dtypes: tuple[mx.Dtype, ...] = FLOATS,
     tolerance: Mapping[mx.Dtype, float] = TOLERANCE,
 ) -> Callable[[Callable[..., Launch]], Kernel]:
-    """Register the decorated function, named as the kernel, as its launch.
+    """Register the decorated function as the launch of the kernel of its name.
 
     Args:
-        reference: the same mathematics in plain MLX operations: its Op's, where there
-            is one.
+        reference: the same mathematics in plain MLX operations, by its Op's function if
+            there is one.
         sample: returns the arguments of a case, in the launch's order.
         sizes: odd and ragged sizes for tests, small ones first.
         large: a size worth timing.
-        varying: scalars that stay data, such as numbers of tokens. All others follow
-            from a model's geometry and are compiled in. These are named because they
-            are fewer, and must be, even if there are none: a number of tokens that was
-            forgotten would have the GPU's compiler run at every new length.
+        varying: scalars that stay data, such as numbers of tokens; () if there are
+            none. All others follow from a model's geometry and are compiled in. It has
+            no default: a forgotten number of tokens would be compiled anew at every
+            length.
         dtypes: activation types to try.
         tolerance: relative RMS error allowed for each; integers must be equal.
     """
@@ -296,7 +295,7 @@ def kernel(
 
 
 def _fixed(name: str, varying: tuple[str, ...]) -> frozenset[str]:
-    """Return the scalars of a signature but those that vary."""
+    """Return the scalars of a signature that do not vary."""
     scalars = {p.name: p.type for p in library()[name].inputs if isinstance(p, Scalar)}
     if not set(varying) <= set(scalars) or len(set(varying)) < len(varying):
         raise TypeError(
@@ -304,14 +303,14 @@ def _fixed(name: str, varying: tuple[str, ...]) -> frozenset[str]:
         )
     fixed = frozenset(scalars) - frozenset(varying)
     for scalar in fixed:
-        # Metal and CUDA are given the bits of a float, or a whole number.
+        # Only float32 bits and integers can be written as literals.
         if scalars[scalar] in ("half", "bfloat"):
             raise TypeError(f"[{name}] {scalar} expected float, or to be varying")
     return fixed
 
 
 def groups(n: int, per_group: int) -> int:
-    """Return how many groups of ``per_group`` cover ``n``."""
+    """Return the number of groups of ``per_group`` that cover ``n``, rounded up."""
     return -(-n // per_group)
 
 

@@ -1,4 +1,4 @@
-"""Run a kernel against its reference: tests and ``moeflux doctor`` both do so."""
+"""Compare a kernel with its reference, for tests and ``moeflux doctor``."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Run = Callable[[Launch], tuple[mx.array, ...]]
 
 @dataclass(frozen=True)
 class Result:
-    """How far one kernel was from its reference at one type and size.
+    """The errors of one kernel at one type and size.
 
-    ``errors`` maps an output to its relative RMS error (integers: share unequal).
+    ``errors`` maps each output to its ``relative_error``.
     """
 
     kernel: str
@@ -30,7 +30,7 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Tell whether every output is within its limit."""
+        """Return whether every output is within its limit."""
         return all(e <= self.limits[name] for name, e in self.errors.items())
 
     def __str__(self) -> str:
@@ -43,9 +43,10 @@ class Result:
 
 
 def relative_error(got: mx.array, expected: mx.array) -> float:
-    """Return RMS of the difference over RMS of ``expected``; integers: share unequal.
+    """Return the RMS of the difference over that of ``expected``.
 
-    A wrong shape, or a value that is not finite where it should be, makes it infinite.
+    For integers it is the share of unequal values. It is infinite for a wrong shape, or
+    for a value that is not finite but should be.
     """
     if got.shape != expected.shape:
         return float("inf")
@@ -53,7 +54,7 @@ def relative_error(got: mx.array, expected: mx.array) -> float:
         return float(np.mean(np.array(got) != np.array(expected)))
     a = np.array(got.astype(mx.float32)).astype(np.float64)
     b = np.array(expected.astype(mx.float32)).astype(np.float64)
-    # An infinity that both have, such as a masked score, is right.
+    # An infinity in both, such as a masked score, is right.
     same = np.isinf(b) & (a == b)
     a[same] = b[same] = 0
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
@@ -85,12 +86,12 @@ class Timing:
 
     @property
     def gbps(self) -> float:
-        """Achieved bandwidth in GB/s, every byte counted once."""
+        """Achieved bandwidth in GB/s; every byte counts once."""
         return self.n_bytes / self.seconds / 1e9
 
 
 def measure(kernel: Kernel, run: Run, repeats: int = 20) -> Timing:
-    """Time a kernel at its large size, warm, one launch at a time."""
+    """Time a warm kernel at its large size, one launch at a time."""
     dtype = mx.bfloat16 if mx.bfloat16 in kernel.dtypes else kernel.dtypes[0]
     launch = kernel(*kernel.arguments(dtype, **kernel.large))
     arrays = [x for x in launch.inputs.values() if isinstance(x, mx.array)]

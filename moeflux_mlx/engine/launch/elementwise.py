@@ -1,7 +1,7 @@
 """Launches of ``kernels/elementwise.metal``.
 
-Letters: T tokens, D model width, F width of an activation, K experts a token, H heads,
-d head width.
+Letters: T tokens, D model width, F width of an activation, K experts per token, H
+heads, d head width.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from ..ops import elementwise as ops
 from ..ops.functions import clipped_swiglu, swiglu
 from .base import Case, Given, Launch, dims, expect, groups, in_float32, kernel, require
 
-# Threads of a group that only share their start. Groups are always whole.
+# Threads of a threadgroup that share nothing. Grids are whole threadgroups.
 THREADS = 256
 MAX_VALUES = 1 << 31
 
 
 def _whole_groups(n: int, n_threads: int) -> int:
-    """Return ``n`` threads rounded up to whole groups of ``n_threads``."""
+    """Return ``n`` threads rounded up to whole threadgroups of ``n_threads``."""
     return groups(n, n_threads) * n_threads
 
 
 def _pair(
     name: str, inputs: dict[str, mx.array], rank: int, per_thread: int = 1
 ) -> Launch:
-    """Return the launch over two arrays of one shape, which is also the output's."""
+    """Return the launch over two arrays; they and the output have one shape."""
     (first, a), (second, b) = inputs.items()
     shape = dims(first, a, rank)
     expect(second, b, shape)
@@ -97,7 +97,7 @@ _swiglu = in_float32(swiglu)
     varying=("n",),
 )
 def swiglu_fused(gate: mx.array, up: mx.array) -> Launch:
-    """``silu(gate) * up`` over ``[n]``, one thread a value."""
+    """``silu(gate) * up`` over ``[n]``, one thread per value."""
     return _pair("swiglu_fused", {"gate": gate, "up": up}, 1)
 
 
@@ -109,7 +109,7 @@ def swiglu_fused(gate: mx.array, up: mx.array) -> Launch:
     varying=("n",),
 )
 def swiglu_fused_vec4(gate: mx.array, up: mx.array) -> Launch:
-    """``silu(gate) * up`` over ``[n]``, a multiple of four, four values a thread."""
+    """``silu(gate) * up`` over ``[n]``, a multiple of four; four values per thread."""
     (n,) = dims("gate", gate, 1)
     require("gate", n % 4 == 0, "a multiple of 4 values", n)
     return _pair("swiglu_fused_vec4", {"gate": gate, "up": up}, 1, per_thread=4)
@@ -136,7 +136,7 @@ def _two_to_clip(case: Case) -> tuple[Any, ...]:
 def swiglu_fused_batched(
     gate: mx.array, up: mx.array, alpha: float = 1.0, limit: float = 0.0
 ) -> Launch:
-    """``silu(gate) * up`` over ``[T, F]``; a ``limit`` clips as ``swiglu`` does."""
+    """``silu(gate) * up`` over ``[T, F]``, or ``clipped_swiglu`` with a ``limit``."""
     require("limit", limit >= 0, "0 or a bound", limit)
     inputs = {"gate": gate, "up": up}
     launch = _pair("swiglu_fused_batched", inputs, 2, per_thread=4)
@@ -181,7 +181,7 @@ def _some_q_proj(case: Case) -> tuple[Any, ...]:
     varying=("n_slices",),
 )
 def split_q_gate(q_proj: mx.array, num_heads: int) -> Launch:
-    """``[T, H * 2d]``, per head q then gate, as two ``[T, H * d]``."""
+    """``[T, H * 2d]``, per head q then gate, split into two ``[T, H * d]``."""
     n_tokens, width = dims("q_proj", q_proj, 2)
     require("num_heads", num_heads > 0, "a positive number", num_heads)
     require("q_proj", width % (2 * num_heads) == 0, f"{num_heads} times 2d", width)
@@ -220,7 +220,7 @@ def _some_values(case: Case) -> tuple[Any, ...]:
     varying=(),
 )
 def weighted_sum(values: mx.array, weights: mx.array) -> Launch:
-    """Sum of ``weights[k] * values[k]`` over ``[K, D]``; weights are float32."""
+    """The sum of ``weights[k] * values[k]`` over ``[K, D]``; weights are float32."""
     k, dim = dims("values", values, 2)
     expect("weights", weights, (k,))
     return Launch(

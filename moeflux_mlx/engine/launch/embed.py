@@ -45,7 +45,7 @@ def embed_gather_4bit(
 ) -> Launch:
     """Rows ``token_ids`` int32 ``[T]`` of an embedding ``[V, D]``, as ``dtype``.
 
-    Ids are the caller's to check, being data.
+    The kernel does not check ids: they are data, so callers must.
     """
     (n_tokens,) = dims("token_ids", token_ids, 1)
     require("bits", bits in (2, 4, 8), "2, 4 or 8", bits)

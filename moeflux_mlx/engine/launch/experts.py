@@ -1,9 +1,8 @@
 """Launches of ``kernels/experts.metal``.
 
-Letters: D model width, E experts, K experts of the token, N expert width, F that of the
-shared expert, I and O input and output width of a projection, G quantisation group. One
-projection of all experts is given as ``Weight.records``: words, scales, biases and what
-is added to products, row ``slot`` of each array, the matrix from the base on.
+Letters: D model width, E experts, K experts of the token, N and F width of a routed and
+of the shared expert, I and O input and output width of a projection, G quantisation
+group. One projection of all experts is a matrix in slots, as ``slots.py`` describes it.
 """
 
 from __future__ import annotations
@@ -45,10 +44,10 @@ from .slots import (
 def _words_a_load(
     matrices: list[Matrix], n_rows: int, n_in: int, bits: int, group_size: int
 ) -> int:
-    """Return the widest aligned load that leaves no lane of a simdgroup idle.
+    """Return the words of the widest aligned load that leaves no lane idle.
 
-    At most 32 values of a group, so that they have one scale. ``n_rows`` are walked as
-    one.
+    A load has at most 32 values of one group, which share a scale. The kernel reads
+    ``n_rows`` rows as one.
     """
     row_words = n_in * bits // 32
     words = min(4, bits, group_size * bits // 32)
@@ -74,7 +73,7 @@ def _gate_up(given: Given) -> mx.array:
 
 
 def _slots(case: Case) -> mx.array:
-    """Return K distinct ones of K + 1 slots."""
+    """Return K distinct slots of K + 1."""
     chosen = case.rng.permutation(case.k + 1)[: case.k]
     return mx.array(chosen.astype(np.uint32))
 
@@ -87,7 +86,7 @@ def _some_gate_up(case: Case) -> tuple[Any, ...]:
     return (*given, *CLIPPED) if case.get("clipped") else given
 
 
-# As gpt-oss has it, but for a limit that products of samples pass.
+# As in gpt-oss, with a lower limit, which products of samples exceed.
 CLIPPED = (1.702, 0.5)
 
 
@@ -124,7 +123,7 @@ def experts_gate_up_swiglu(
     """``silu(Wg x) * (Wu x)`` of the experts in ``slots``: ``[K, N]``.
 
     ``x`` is ``[I]`` or ``[1, I]``, or a row in which the ``n_in`` values begin at
-    ``x_at``; ``slots`` ``[K]`` or ``[1, K]``. A ``limit`` clips as ``swiglu`` does.
+    ``x_at``. ``slots`` is ``[K]`` or ``[1, K]``. A ``limit`` means ``clipped_swiglu``.
     """
     width, k = one_row("x", x), one_row("slots", slots)
     n_in = width if n_in is None else n_in
@@ -154,7 +153,7 @@ def _gate_and_up(
     alpha: float,
     limit: float,
 ) -> tuple[dict[str, Any], dict[str, int], dict[str, mx.Dtype]]:
-    """Check arguments of both kernels of gate and up; return a launch's parts."""
+    """Check arguments of a gate-and-up kernel; return inputs, template and types."""
     require_part("x_at", x_at, n_in, one_row("x", x))
     require("limit", limit >= 0, "0 or a bound", limit)
     rows = check_matrix("gate", gate, n_out, n_in, bits, group_size)
@@ -221,12 +220,12 @@ def experts_route_gate_up(
     alpha: float = 1.0,
     limit: float = 0.0,
 ) -> Launch:
-    """``silu(Wg x) * (Wu x)`` of the ``k`` best experts: ``[K, N]``, and which.
+    """``silu(Wg x) * (Wu x)`` of the ``k`` best experts: ``[K, N]``, and the choice.
 
-    ``x`` is a row ``[1, n]`` with the logits first and the ``n_in`` values from
-    ``x_at`` on. Expert e lies in slot e. ``chosen`` and ``weights`` ``[1, K]`` are
-    those of ``moe_softmax_topk``, the weights divided by their sum. A ``limit`` clips
-    as ``swiglu`` does.
+    ``x`` is a row ``[1, n]``: the logits come first, and the ``n_in`` values begin at
+    ``x_at``. Expert e is in slot e. ``chosen`` and ``weights`` ``[1, K]`` are those of
+    ``moe_softmax_topk``; the weights are divided by their sum. A ``limit`` means
+    ``clipped_swiglu``.
     """
     _, n_experts = check_routing(x, k, n_experts)
     inputs, template, types = _gate_and_up(
@@ -322,7 +321,7 @@ def experts_down_sum(
     )
 
 
-# Words, scales, biases and bits of a matrix in arrays of its own.
+# Words, scales, biases and bits of a matrix that is not in slots.
 Shared = tuple[mx.array, mx.array, mx.array, int]
 
 
@@ -391,19 +390,19 @@ def experts_down_combine(
     bits: int,
     group_size: int,
 ) -> Launch:
-    """``residual`` ``[D]``, the experts' sum and the gated shared expert's output.
+    """The sum of ``residual`` ``[D]``, the experts' sum and the shared expert's output.
 
-    ``row`` holds the shared expert's projections: gate and up ``[F]`` and the gate's
-    ``[1]`` value, which begin at ``starts``: two numbers where there is no gate.
-    ``shared`` is its down matrix ``[D, F]`` in groups of ``group_size`` like the
-    experts'; all three are None where there is none. Any row may be ``[1, n]``; the
-    result is shaped as ``residual``.
+    ``row`` holds the shared expert's projections: gate and up ``[F]``, and one value
+    that gates its output. They begin at ``starts``, two numbers if there is no gate.
+    ``shared`` is its down matrix ``[D, F]``, in groups of ``group_size`` like the
+    experts'. Without a shared expert all three are None. Any row may be ``[1, n]``; the
+    output has the shape of ``residual``.
     """
     n_out = one_row("residual", residual)
     launch = experts_down_sum(act, slots, weights, down, n_out, bits, group_size)
     if row is None and starts is None and shared is None:
-        # The kernel reads nothing of a matrix without columns, and one value of the
-        # row.
+        # Stand-ins: the kernel reads no value of a matrix without columns, and one
+        # value of the row.
         shared = (launch.inputs["w"], residual, residual, bits)
         row, starts, n_shared = residual, (0, 0), 0
     else:

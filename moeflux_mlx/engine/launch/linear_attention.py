@@ -34,20 +34,20 @@ ROWS = 4
 MAX_WIDTH = 8
 MAX_KEY_DIM = 256
 MAX_VALUE_DIM = 256
-# The chunked form keeps a chunk's keys and queries in threadgroup memory.
+# The chunked form keeps the keys and queries of a chunk in threadgroup memory.
 MAX_CHUNKED_KEY_DIM = 192
-# Simdgroups of a value head's threadgroup in decoding, and values of the state that one
-# of them holds: a lane has a register for every 32.
+# In decoding: simdgroups per threadgroup, which has one value head, and values of the
+# state that a simdgroup holds. A lane needs a register for every 32.
 DECODE_SIMDGROUPS, HELD_VALUES = (
     (16, 2048) if device.has_many_registers() else (8, 1024)
 )
 FLOAT32 = mx.float32
-# Sums of many products, then a recurrence over tokens.
+# Wider tolerances: sums of many products, then a recurrence over tokens.
 RECURRENT = {mx.float32: 3e-5, mx.float16: 1e-3, mx.bfloat16: 6e-3}
 
 
 def _sequences(n: int, n_seqs: int) -> int:
-    """Return tokens of each sequence."""
+    """Return the tokens of each sequence."""
     fits = n_seqs >= 1 and n % n_seqs == 0
     require("x", fits, f"rows of {n_seqs} sequences", n)
     return n // n_seqs
@@ -60,7 +60,7 @@ def _decay_beta(given: Given) -> tuple[mx.array, mx.array]:
 def _some_gates(case: Case) -> tuple[Any, ...]:
     alpha = case.normal(case.n, case.h, scale=12.0)
     vectors = [normal(case.rng, case.other, case.h) for _ in range(2)]
-    # Softplus of zero, where its series is longest.
+    # Softplus at zero, where its series converges slowest.
     alpha[::2] = -vectors[1].astype(case.dtype)
     mask = mx.array(case.rng.random(case.n) < 0.5) if case.masked else None
     return alpha, case.normal(case.n, case.h), *vectors, mask
@@ -136,7 +136,7 @@ def _some_by_key(case: Case) -> tuple[Any, ...]:
 def part_key_heads(
     qkvz: mx.array, ba: mx.array, num_k_heads: int, key_dim: int
 ) -> Launch:
-    """Rows ``[N, ...]`` by key head as q, k and v ``[N, C]``, z, b and alpha."""
+    """Rows grouped by key head as q, k and v ``[N, C]``, z, b and alpha."""
     n, width = dims("qkvz", qkvz, 2)
     _, gates = dims("ba", ba, 2)
     known = isinstance(num_k_heads, int) and num_k_heads >= 1
@@ -332,7 +332,7 @@ def _check_delta(
 
 
 def _by_rows(n_seqs: int, heads: int, dv: int) -> Any:
-    """Return grid and threadgroup of the forms that part the state into rows."""
+    """Return grid and threadgroup of the forms that divide the state by rows."""
     return (SIMD, 4 * groups(groups(dv, ROWS), 4), n_seqs * heads), (SIMD, 4, 1)
 
 
@@ -446,7 +446,7 @@ def gated_delta_net_chunkwise(
 def _projections(
     rows: mx.array, starts: tuple[int, ...], num_k_heads: int, state: mx.array
 ) -> tuple[mx.array, ...]:
-    """Return q, k and v together, z, b and alpha, in whichever order rows have them."""
+    """Return q, k and v as one, z, b and alpha, from rows in either order."""
     _, heads, dv, dk = state.shape
     channels = 2 * num_k_heads * dk + heads * dv
     sizes = [channels, heads * dv, heads, heads]
@@ -488,7 +488,7 @@ def _some_decode(case: Case) -> tuple[Any, ...]:
     vectors = [normal(case.rng, case.other, hv) for _ in range(2)]
     state = normal(case.rng, FLOAT32, b, hv, dv, dk, scale=0.3)
     norm = normal(case.rng, case.other, dv)
-    # Large ones are seen in the result.
+    # Large enough to show in the result.
     epsilons = (0.1, 0.5) if s else (1e-6, 1e-6)
     return rows, starts, history, taps, *vectors, state, norm, case.hk, *epsilons
 
@@ -496,7 +496,7 @@ def _some_decode(case: Case) -> tuple[Any, ...]:
 def _places(
     starts: Any, n_key_heads: int, per_key: int, dk: int, dv: int, row_width: int
 ) -> dict[str, int]:
-    """Return where a key head's values begin in a row, and how far from the next's."""
+    """Return where values of the first key head begin in a row, and the strides."""
     keys, values = n_key_heads * dk, per_key * dv
     gates = n_key_heads * per_key
     sizes = [2 * keys + gates * dv, gates * dv, gates, gates]
@@ -550,12 +550,12 @@ def gated_delta_decode(
 ) -> Launch:
     """History, state and rows ``[B, Hv * dv]`` after one token of each sequence.
 
-    ``rows`` ``[B, width]`` hold the projections: q, k and v ``[C]``, z ``[Hv * dv]``,
-    b and alpha ``[Hv]``, which begin at ``starts``; or, of two ``starts``, both rows
-    that ``part_key_heads`` takes. ``history`` ``[B, W - 1, C]`` are the inputs before;
-    ``taps`` ``[C, W]`` or, as layers keep them, ``[C, W, 1]``, the oldest first;
-    ``norm`` ``[dv]``. ``eps`` is the norm's, ``qk_eps`` is added to the sums of squares
-    of queries and keys.
+    ``rows`` ``[B, width]`` hold the projections: q, k and v ``[C]``, z ``[Hv * dv]``, b
+    and alpha ``[Hv]``, which begin at ``starts``. With two ``starts`` they hold both
+    rows that ``part_key_heads`` takes. ``history`` ``[B, W - 1, C]`` has the inputs
+    before. ``taps`` is ``[C, W]`` or, as layers keep it, ``[C, W, 1]``, with the oldest
+    tap first. ``norm`` is ``[dv]``, with epsilon ``eps``. ``qk_eps`` is added to the
+    sums of squares of queries and keys.
     """
     n_seqs, row_width = dims("rows", rows, 2)
     _, heads, dv, dk = dims("state", state, 4)

@@ -1,10 +1,10 @@
 """Launches of ``kernels/mla.metal``: attention of the DeepSeek-V3 family.
 
 Letters: T tokens, H heads, N nope, R rope, L latent and V value width, S rows in the
-cache, G quantisation group. Heads lie side by side in a row: ``[T, H * N]``. Matrices
-are stacked as mlx-lm has them, 4 bits a value: words ``[H, O, I / 8]``, scales and
-biases ``[H, O, I / G]``. The caches of B sequences are two arrays, latents
-``[B, S, L]`` and rotated rope keys ``[B, S, R]``; ``start`` is where new tokens begin.
+cache, G quantisation group. A row holds heads side by side: ``[T, H * N]``. Matrices
+are stacked as in mlx-lm, with 4 bits per value: words ``[H, O, I / 8]``, scales and
+biases ``[H, O, I / G]``. B sequences have two caches: latents ``[B, S, L]``
+and rotated rope keys ``[B, S, R]``. ``start`` is the row of the first new token.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from .base import (
 from .prepared import Size3
 
 MAX_SIMDGROUPS = 8
-# Heads that fold onto one cache row: the rows of a matrix.
+# Heads that share a read of a cache row: the rows of a simdgroup matrix.
 FOLD = 8
 HEADS_PER_THREAD = 4
-# Rows of weights that a lane holds, times the lanes of a simdgroup.
+# Rows of weights that a lane holds.
 ROWS = 4
 MAX_MATRIX_IN = 1024
 MAX_LATENT = 512
@@ -49,7 +49,7 @@ Start = int | mx.array
 
 
 def _simdgroup_rows(n: int, *more: int) -> tuple[Size3, Size3]:
-    """Return grid and threadgroup for ``n`` simdgroups a row, four a threadgroup."""
+    """Return grid and threadgroup for ``n`` simdgroups per row, four a threadgroup."""
     y, z = (*more, 1, 1)[:2]
     return (groups(n, 4) * 4 * SIMD, y, z), (4 * SIMD, 1, 1)
 
@@ -122,7 +122,7 @@ def _yarn(given: Given) -> mx.array:
 
 
 def _position(case: Case) -> Start:
-    """Return the start as a number, or as an array."""
+    """Return the start as a number or as an array."""
     return mx.array([case.start], mx.int32) if case.get("as_array") else case.start
 
 
@@ -183,14 +183,14 @@ def yarn_rope_apply(
 
 
 def _new_tokens(name: str, each: mx.array, n_tokens: int) -> int:
-    """Return the tokens of a sequence, of which an array says something each."""
+    """Return the tokens of a sequence, given an array with one value per sequence."""
     (n_seqs,) = dims(name, each, 1)
     require(name, n_tokens % n_seqs == 0, f"a divisor of {n_tokens} rows", n_seqs)
     return n_tokens // n_seqs
 
 
 def _check_start(start: Start, limit: int) -> None:
-    """Check a start that is a number; the kernels take any that is an array."""
+    """Check a start that is a number; kernels accept any value of an array."""
     if not isinstance(start, mx.array):
         require("start", 0 <= start < limit, f"0 to {limit - 1}", start)
 
@@ -229,7 +229,7 @@ def mla_kv_cache_append(
     k_pe: mx.array,
     start: Start,
 ) -> Launch:
-    """Both caches with rows ``[start, start + T)`` new; none past the end."""
+    """Both caches with new rows ``[start, start + T)``, without any past the end."""
     n_rows, latent_dim = dims("latent_cache", latent_cache, 2)
     _, rope_dim = dims("rope_cache", rope_cache, 2)
     expect("rope_cache", rope_cache, (n_rows, rope_dim))
@@ -261,7 +261,7 @@ def mla_kv_cache_append(
 def _check_heads_matrix(
     x_name: str, x: mx.array, w: mx.array, scales: mx.array, biases: mx.array
 ) -> tuple[int, int, int, int, int]:
-    """Return T, H, O, I and I / G of a matrix a head and its rows."""
+    """Check one matrix per head and its rows; return T, H, O, I and I / G."""
     n_heads, n_out, n_words = dims("w", w, 3)
     n_in, n_groups = 8 * n_words, dims("scales", scales, 3)[2]
     require("w", n_in % 32 == 0, "an input width in groups of 32", n_in)
@@ -277,7 +277,7 @@ def _check_heads_matrix(
 
 
 def _lanes(n_in: int) -> int:
-    """Return how many lanes take a row: 32 columns each, a power of two."""
+    """Return the lanes that share a row: a power of two, for 32 columns each."""
     n_lanes: int = 1 << (n_in // 32 - 1).bit_length()
     return n_lanes
 
@@ -287,7 +287,7 @@ def _per_head_grid(n_out: int, n_heads: int, n_lanes: int) -> tuple[Size3, Size3
 
 
 def _per_head(name: str) -> Reference:
-    """Return the reference of a kernel whose rows have this name."""
+    """Return the reference of a kernel whose input rows have this name."""
 
     def reference(given: Given) -> mx.array:
         n_heads, _, n_words = given.w.shape
@@ -407,7 +407,7 @@ def _attention(
     scale: float,
     seen: mx.array | None,
 ) -> tuple[dict[str, Any], int, int, dict[str, int]]:
-    """Check attention's inputs; return them, H, simdgroups and template numbers."""
+    """Check attention's inputs; return them, H, simdgroups and the template."""
     n_tokens, width = dims("q_prime", q_prime, 2)
     n_seqs, n_rows, latent_dim = dims("latent", latent, 3)
     rope_seqs, rope_rows, rope_dim = dims("rope", rope, 3)
@@ -447,7 +447,7 @@ def _attention(
 
 
 def _scores(given: Given) -> mx.array:
-    """Return the scores ``[B, H, T, S]``, -inf where a token does not see."""
+    """Return the scores ``[B, H, T, S]``, -inf for rows that a token does not see."""
     wide, (n_seqs, n_rows, _) = given.wide, given.latent.shape
     n_new = len(given.q_prime) // n_seqs
     total = mx.zeros((n_new, n_rows))
@@ -467,10 +467,10 @@ def _folded(given: Given) -> mx.array:
 
 
 def _some_attention(case: Case) -> tuple[Any, ...]:
-    """Return queries, caches and scale; with ``rise``, all heads' scores rise by row.
+    """Return queries, caches and scale; with ``rise`` scores increase by row.
 
-    With ``spare`` the caches end with so many rows that nobody sees, the first with
-    one less.
+    With ``spare`` the caches end with that many rows that no token sees, the first of
+    several caches with one less.
     """
     t, h, s, l, r, b = case.t, case.h, case.s, case.l, case.r, case.get("b", 1)
     shapes = (b * t, h, l), (b, s, l)
@@ -511,10 +511,10 @@ def mla_sdpa_folded(
     scale: float,
     seen: mx.array | None = None,
 ) -> Launch:
-    """Causal attention of ``[N, H * L]`` and ``[N, H * R]`` over the caches, at once.
+    """Causal attention of ``[N, H * L]`` and ``[N, H * R]`` over the caches.
 
-    Caches are ``[B, S, L]`` and ``[B, S, R]``, N = B T; ``seen`` uint32 ``[B]`` says
-    how many rows there are, where more are spare.
+    Caches are ``[B, S, L]`` and ``[B, S, R]``, N = B T. ``seen`` uint32 ``[B]`` is the
+    number of rows in use of caches with spare rows.
     """
     inputs, n_heads, n_simdgroups, blocks = _attention(
         q_prime, q_pe, latent, rope, scale, seen
@@ -576,7 +576,7 @@ def mla_sdpa_tile_accumulate(
 ) -> Launch:
     """Maximum, denominator and sums of every tile of the cache, for each head.
 
-    ``seen`` is as ``mla_sdpa_folded`` has it: tiles behind it are as if unseen.
+    ``seen`` is as in ``mla_sdpa_folded``; tiles after it count as unseen.
     """
     inputs, n_heads, n_simdgroups, blocks = _attention(
         q_prime, q_pe, latent, rope, scale, seen
@@ -613,7 +613,7 @@ def _some_tiles(case: Case) -> tuple[Any, ...]:
     denominators = rng.uniform(1.0, 9.0, (n, heads)).astype(np.float32)
     sums = rng.standard_normal((n, heads, case.l), np.float32)
     if n > 1:
-        # A tile that a token does not see.
+        # A tile that the first token does not see.
         maxima[-1, 0], denominators[-1, 0], sums[-1, 0] = -np.inf, 0, 0
     return mx.array(maxima), mx.array(denominators), mx.array(sums), case.h, case.dtype
 
@@ -636,7 +636,7 @@ def mla_sdpa_tile_finalize(
     num_heads: int,
     dtype: mx.Dtype,
 ) -> Launch:
-    """Tiles' results as the context ``[T, H * L]`` in ``dtype``."""
+    """The context ``[T, H * L]`` in ``dtype``, joined from tiles."""
     n_tiles, n_slices = dims("maxima", maxima, 2)
     expect("denominators", denominators, (n_tiles, n_slices))
     _, _, latent_dim = dims("sums", sums, 3)

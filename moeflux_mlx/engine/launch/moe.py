@@ -1,9 +1,8 @@
 """Launches of ``kernels/moe.metal``.
 
-Letters: T tokens, D model width, E experts, K experts a token, N expert width, I and O
-input and output width of a projection, G quantisation group. Where experts lie in slots
-of a pool, one projection is given as ``Weight.records``: words, scales, biases and what
-is added to products, row ``slot`` of each array, the matrix from the base on.
+Letters: T tokens, D model width, E experts, K experts per token, N expert width, I and
+O input and output width of a projection, G quantisation group. One projection of all
+experts is a matrix in slots, as ``slots.py`` describes it.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ UNUSED = 0xFFFFFFFF
 def check_routing(
     logits: mx.array, k: int, first: int | None = None
 ) -> tuple[int, int]:
-    """Return tokens and experts; with ``first`` only so many values are logits."""
+    """Return tokens and experts; with ``first`` only that many values are logits."""
     n_tokens, n_experts = dims("logits", logits, 2)
     if first is not None:
         fits = n_tokens == 1 and 1 <= first <= n_experts
@@ -60,7 +59,7 @@ def check_routing(
 
 
 def _one_simdgroup_each(n: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Return grid and threadgroup for ``n`` simdgroups, four a threadgroup."""
+    """Return grid and threadgroup for ``n`` simdgroups, four per threadgroup."""
     return (groups(n, 4) * 4 * SIMD, 1, 1), (4 * SIMD, 1, 1)
 
 
@@ -71,7 +70,7 @@ def softmax_topk(given: Given) -> tuple[mx.array, mx.array]:
 
 
 def random_logits(case: Case, t: int) -> mx.array:
-    """Return logits ``[T, E]`` of which three are the largest, two of them 32 apart."""
+    """Return logits ``[T, E]`` with three equal maxima, two of them 32 apart."""
     logits = case.rng.standard_normal((t, case.e), np.float32)
     tokens, largest, top = np.arange(t), logits.argmax(-1), logits.max(-1)
     for distance in (3, SIMD):
@@ -102,10 +101,10 @@ def _some_logits(case: Case) -> tuple[Any, ...]:
 def moe_softmax_topk(
     logits: mx.array, k: int, normalize: bool = False, n_experts: int | None = None
 ) -> Launch:
-    """Softmax of ``[T, E]``, the K largest: ``indices`` and ``weights`` ``[T, K]``.
+    """The K largest of a softmax of ``[T, E]``: ``indices`` and ``weights`` ``[T, K]``.
 
-    ``normalize`` divides each token's weights by their sum. With ``n_experts`` logits
-    are the first values of one row ``[1, n]``.
+    ``normalize`` divides each token's weights by their sum. With ``n_experts`` the
+    logits are the first values of one row ``[1, n]``.
     """
     n_tokens, n_experts = check_routing(logits, k, n_experts)
     grid, threadgroup = _one_simdgroup_each(n_tokens)
@@ -187,8 +186,8 @@ def moe_noaux_topk(
 ) -> Launch:
     """DeepSeek-V3's choice of K of ``[T, E]``: ``indices``, ``weights`` ``[T, K]``.
 
-    Experts of groups that are not among the best are never chosen, as in transformers.
-    mlx-lm never normalises for K = 1: then ``normalize`` must be false.
+    As in transformers, experts outside the best groups are never chosen. mlx-lm does
+    not normalise for K = 1, where ``normalize`` must be false to agree with it.
     """
     n_tokens, n_experts = check_routing(logits, k)
     expect("bias", bias, (n_experts,))
@@ -268,13 +267,13 @@ def moe_combine_residual(
     weights: mx.array,
     experts: list[mx.array],
 ) -> Launch:
-    """``h + sum(w * e) + sigmoid(gate) * shared``, all ``[D]``, K experts apart."""
+    """``h + sum(w * e) + sigmoid(gate) * shared``, ``[D]``, of K separate arrays."""
     n, k = _check_token(h, shared, weights)
     expect("gate", gate, (1,))
     require("experts", len(experts) == k, f"K = {k} arrays", len(experts))
     for j, expert in enumerate(experts):
         expect(f"experts[{j}]", expert, (n,))
-    # Buffers that no one reads, but Metal wants bound.
+    # Metal requires every buffer bound; the kernel does not read these.
     bound = [*experts, *[gate] * (MAX_K - k)]
     return Launch(
         "moe_combine_residual",
@@ -394,7 +393,7 @@ def _some_bucket(case: Case) -> tuple[Any, ...]:
 def moe_bucket_accumulate(
     acc: mx.array, bucket: mx.array, tokens: mx.array, weights: mx.array
 ) -> Launch:
-    """Float32 ``acc`` ``[T, D]`` plus ``weights * bucket`` at ``tokens`` ``[M]``."""
+    """Float32 ``acc`` ``[T, D]``, plus ``weights * bucket`` at ``tokens`` ``[M]``."""
     n_tokens, n = dims("acc", acc, 2)
     m, _ = dims("bucket", bucket, 2)
     expect("bucket", bucket, (m, n))
@@ -428,7 +427,7 @@ def _id_map(given: Given) -> tuple[mx.array, mx.array]:
 
 
 def _some_choices(case: Case) -> tuple[Any, ...]:
-    """Return K distinct experts a token, the lower ones more often."""
+    """Return K distinct experts per token, lower ids more often."""
     share = 1.0 / np.arange(1, case.e + 1)
     share /= share.sum()
     rows = [
@@ -451,12 +450,12 @@ def _some_choices(case: Case) -> tuple[Any, ...]:
     dtypes=FLOAT32,
 )
 def moe_id_map(indices: mx.array, n_experts: int) -> Launch:
-    """``[T, K]`` experts to ``counts`` ``[E]`` and lists of assignments ``[E, T]``."""
+    """Experts ``[T, K]`` as ``counts`` ``[E]`` and lists of assignments ``[E, T]``."""
     n_tokens, k = dims("indices", indices, 2)
     known = 1 <= n_experts <= MAX_EXPERTS
     require("n_experts", known, f"1 to {MAX_EXPERTS}", n_experts)
     require("indices", k <= min(MAX_K, n_experts), f"K <= {MAX_K}, at most E", k)
-    # Assignments are uint32, and one value stands for none.
+    # Assignments are uint32, of which one value means none.
     require("indices", n_tokens * k < 1 << 31, "T * K < 2^31", n_tokens * k)
     grid, threadgroup = _one_simdgroup_each(n_experts)
     return Launch(
@@ -516,10 +515,10 @@ def moe_mm_id(
     bits: int,
     group_size: int,
 ) -> Launch:
-    """Experts' products with the rows that ``moe_id_map`` lists: ``[T, K, O]``.
+    """Products of experts with the rows that ``moe_id_map`` lists: ``[T, K, O]``.
 
-    ``x`` is ``[T, I]``, shared by a token's K experts, or ``[T * K, I]``; to a product
-    its expert's bias is added, if there is one.
+    ``x`` is ``[T, I]``, shared by a token's K experts, or ``[T * K, I]``. Experts may
+    have biases.
     """
     n_experts, n_tokens = dims("lists", lists, 2)
     n_rows, n_in = dims("x", x, 2)
@@ -578,7 +577,7 @@ def _some_slots(case: Case) -> tuple[Any, ...]:
     varying=("n",),
 )
 def moe_combine_topk(mid: mx.array, weights: mx.array) -> Launch:
-    """Weighted sum over the slots of ``[T, K, D]``, weights ``[T, K]``: ``[T, D]``."""
+    """The weighted sum over K of ``[T, K, D]``, weights ``[T, K]``: ``[T, D]``."""
     n_tokens, k, n = dims("mid", mid, 3)
     expect("weights", weights, (n_tokens, k))
     return Launch(

@@ -1,7 +1,7 @@
 """Launches of ``kernels/norm.metal``.
 
-Letters: T tokens, D row width, H heads, Hk key heads, d head width. A weight may have a
-type of its own: bfloat16 weights of a checkpoint serve float32 activations.
+Letters: T tokens, D row width, H heads, Hk key heads, d head width. A weight may have
+another type than activations: bfloat16 in a checkpoint, with float32 activations.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ..ops.functions import rms_norm
 from .base import Case, Given, Launch, dims, expect, groups, in_float32, kernel, require
 
 MAX_THREADS = 1024
-# Columns of a row that a simdgroup, or 1024 threads, keep in registers: on Metal 1024
-# threads of 16 values each are as many as M1 and M2 take for certain.
+# Columns of a row that a simdgroup, or a threadgroup of 1024, keeps in registers. On
+# Metal, M1 and M2 are certain to run 1024 threads with 16 values each.
 MAX_HEAD_DIM = 1024
 MAX_DIM = 1 << 16 if device.has_many_registers() else 1 << 14
 
@@ -30,12 +30,12 @@ def _check_eps(eps: float) -> None:
 
 
 def _row_threads(dim: int) -> int:
-    """Return threads of whole simdgroups, four columns each, for a row."""
+    """Return the threads for a row: whole simdgroups, four columns per thread."""
     return min(MAX_THREADS, groups(dim, 4 * SIMD) * SIMD)
 
 
 def _slices(name: str, x: mx.array, weight: mx.array) -> tuple[int, int]:
-    """Return number and width of the slices of ``x`` that have ``weight``'s width."""
+    """Return the number and width of the slices of ``x``, as wide as ``weight``."""
     n_tokens, width = dims(name, x, 2)
     (dim,) = dims("weight", weight, 1)
     require("weight", dim <= MAX_HEAD_DIM, f"d <= {MAX_HEAD_DIM}", dim)
@@ -44,7 +44,7 @@ def _slices(name: str, x: mx.array, weight: mx.array) -> tuple[int, int]:
 
 
 def _simdgroup_each(n: int) -> tuple[int, int, int]:
-    """Return the grid for ``n`` simdgroups, four a threadgroup."""
+    """Return the grid for ``n`` simdgroups, four per threadgroup."""
     return (4 * SIMD, groups(n, 4), 1)
 
 
@@ -80,7 +80,7 @@ def _some_rows(case: Case) -> tuple[Any, ...]:
 
 @kernel(reference=_sum_sq, sample=_some_rows, sizes=ROWS, large=LARGE_ROWS, varying=())
 def rms_norm_sum_sq(x: mx.array) -> Launch:
-    """Sum of squares of each row of ``[T, D]``, float32 ``[T]``."""
+    """The sum of squares of each row of ``[T, D]``, float32 ``[T]``."""
     n_tokens, dim = dims("x", x, 2)
     require("x", dim < 1 << 31, "D < 2^31", dim)
     n_threads = _row_threads(dim)
@@ -134,7 +134,7 @@ def _apply_launch(
 def rms_norm_apply(
     x: mx.array, sum_sq: mx.array, weight: mx.array, eps: float
 ) -> Launch:
-    """``x * rsqrt(sum_sq / D + eps) * weight`` over ``[T, D]``, one thread a value."""
+    """``x * rsqrt(sum_sq / D + eps) * weight`` over ``[T, D]``, a thread per value."""
     return _apply_launch("rms_norm_apply", x, sum_sq, weight, eps, 1)
 
 
@@ -144,7 +144,7 @@ def rms_norm_apply(
 def rms_norm_apply_bf16(
     x: mx.array, sum_sq: mx.array, weight: mx.array, eps: float
 ) -> Launch:
-    """``x * rsqrt(sum_sq / D + eps) * weight`` over ``[T, D]``, four a thread."""
+    """``x * rsqrt(sum_sq / D + eps) * weight`` over ``[T, D]``, four per thread."""
     return _apply_launch("rms_norm_apply_bf16", x, sum_sq, weight, eps, 4)
 
 
@@ -202,7 +202,7 @@ LARGE_HEADS = {"t": 4096, "h": 32, "d": 128, "s": 1}
     varying=("n_slices",),
 )
 def rms_norm_per_head_n_tokens(x: mx.array, weight: mx.array, eps: float) -> Launch:
-    """The weighted norm of each slice of d columns of ``[T, H * d]``."""
+    """The weighted RMS norm of each slice of d columns of ``[T, H * d]``."""
     n_slices, dim = _slices("x", x, weight)
     _check_eps(eps)
     return Launch(
@@ -240,11 +240,11 @@ def _some_qkv(case: Case) -> tuple[Any, ...]:
 def rms_norm_qk(
     x: mx.array, num_k_heads: int, key_dim: int, key_offset: int, eps: float
 ) -> Launch:
-    """Heads of q and k in rows ``q|gap|k|v`` made unit vectors, q times d^-1/2.
+    """Rows ``q|gap|k|v`` with heads of q and k as unit vectors, q times d^-1/2.
 
     Args:
-        x: ``[T, total]``; q from column 0 on.
-        num_k_heads: Hk, heads of q and of k.
+        x: ``[T, total]``; q begins at column 0.
+        num_k_heads: Hk, the heads of q and of k.
         key_dim: d.
         key_offset: first column of k.
         eps: added to each head's sum of squares.

@@ -1,4 +1,4 @@
-"""Launches, and the checks before one."""
+"""Launches, and the checks of a launch before it runs."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from ..metal.signature import DTYPES
 
 Size3 = tuple[int, int, int]
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
-# What the type of an input may be if a launch says so itself.
+# Types that a launch may name itself for an input.
 NAMED = (*FLOATS, mx.uint8)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch, ready to run: nothing about it is left to decide.
+    """One kernel launch, completely decided.
 
     ``inputs`` holds an array, or a Python number for a scalar, for every input of the
-    signature. None stands for an input ``x`` that is absent, which the template says as
-    ``HAS_X``: nothing is bound for it. ``outputs`` holds the shape of every output;
-    ``template`` the values of the ``int`` and ``bool`` template parameters; ``types``
-    those type parameters that no input has, or that are bytes. ``grid`` counts threads,
-    not threadgroups, of which it is a whole number: CUDA would add the missing threads.
+    signature. None stands for an absent input ``x``, whose template parameter ``HAS_X``
+    is false: nothing is bound for it. ``outputs`` holds the shape of every output.
+    ``template`` holds the values of ``int`` and ``bool`` template parameters, ``types``
+    the type parameters that no input determines, or that are bytes. ``grid`` counts
+    threads and is a multiple of ``threadgroup``: CUDA would add missing threads.
     """
 
     kernel: str
@@ -50,8 +50,8 @@ class Launch:
 class Prepared:
     """A launch checked against its signature, as MLX's kernel call takes it.
 
-    ``inputs`` are left to bind, in the order of ``instance.inputs``;
-    ``numbers`` holds those of them that were given as Python numbers.
+    ``inputs`` are those to bind, in the order of ``instance.inputs``. ``numbers`` holds
+    those of them that were given as Python numbers.
     """
 
     instance: Instance
@@ -78,25 +78,25 @@ class Prepared:
         }
 
 
-# The scalars that are compiled in, by kernel.
+# Names of the scalars that are compiled in, by kernel.
 FIXED: dict[str, frozenset[str]] = {}
 _NONE: frozenset[str] = frozenset()
-# Stands for a number that varies; no number is a type.
+# Stands for any varying number; it is no number itself.
 _VARIES = type
-# An array's type and shape; anything else's class and, if it is compiled in, itself.
+# The type and shape of an array; else the class and, if it is compiled in, the value.
 Form = tuple[mx.Dtype, tuple[int, ...]] | tuple[type, Any]
 
 
 def prepare(launch: Launch) -> Prepared:
     """Check a launch and put it into the signature's order.
 
-    Where launches differ only in numbers that vary and in the values of arrays, only
-    the first is looked at whole: prompts run every kernel once a layer, and checking
-    takes the host longer than launching.
+    Launches that differ only in varying numbers and in values of arrays share one full
+    check: every layer of a prompt runs the same kernels, and a check takes the host
+    longer than a launch.
 
     Raises:
-        KernelError: names, types, shapes or limits are not the signature's; the message
-            names kernel and parameter.
+        KernelError: names, types, shapes or limits contradict the signature; names
+            kernel and parameter.
     """
     given = launch.inputs
     fixed = FIXED.get(launch.kernel, _NONE)
@@ -109,7 +109,7 @@ def prepare(launch: Launch) -> Prepared:
         tuple(launch.types.items()),
         tuple(launch.outputs.items()),
         tuple(given),
-        # Most of a launch's time on the host goes here: no calls of functions.
+        # Written without function calls: most of a launch's time on the host is here.
         tuple(
             [
                 (value.dtype, value.shape)
@@ -122,7 +122,7 @@ def prepare(launch: Launch) -> Prepared:
     try:
         checked = _checked(*form)
     except TypeError:
-        # A value that cannot be hashed is in no launch: let the checks say why.
+        # An unhashable value is invalid: the checks raise the error that says why.
         checked = _checked.__wrapped__(*form)
     inputs: list[mx.array] = []
     numbers: dict[str, int | float] = {}
@@ -148,10 +148,10 @@ def prepare(launch: Launch) -> Prepared:
 
 @dataclass(frozen=True)
 class Checked:
-    """The common part of all launches of one form, as MLX's kernel call takes it."""
+    """The part of a ``Prepared`` that all launches of one form share."""
 
     instance: Instance
-    # The inputs that are bound by name, and the types of scalars.
+    # The names of bound inputs, with the types of scalars.
     bound: list[tuple[str, mx.Dtype | None]]
     output_shapes: list[tuple[int, ...]]
     output_dtypes: list[mx.Dtype]
@@ -169,7 +169,7 @@ def _checked(
     inputs: tuple[str, ...],
     input_forms: tuple[Form, ...],
 ) -> Checked:
-    """Check all of a launch but numbers that vary."""
+    """Check all of a launch except varying numbers."""
     kernel = kernels[name]
     numbers, shapes = dict(template), dict(outputs)
     forms = dict(zip(inputs, input_forms, strict=True))
@@ -222,7 +222,7 @@ def _compiled_in(
 def _instance(
     kernels: Library, name: str, values: tuple[tuple[str, Value], ...]
 ) -> Instance:
-    """Return the one instance of a kernel with these values: models have few."""
+    """Return the one instance of a kernel with these values; models need few."""
     return Instance(kernels[name], dict(values))
 
 
@@ -240,7 +240,7 @@ def _check_input(
     template: Mapping[str, int],
     types: dict[str, mx.Dtype],
 ) -> None:
-    """Check an input by its form, and note the type that it gives a type parameter."""
+    """Check an input by its form; record the type that it gives a type parameter."""
     name, has = parameter.name, f"HAS_{parameter.name.upper()}"
     dtype, shape = form
     if isinstance(parameter, Input) and not template.get(has, True):
@@ -272,17 +272,16 @@ def _scalar(kernel: MetalKernel, name: str, value: Any, dtype: mx.Dtype) -> mx.a
     try:
         return _number(value, dtype)
     except (TypeError, ValueError):
-        # A value that cannot be hashed is no number: let the check say why.
+        # An unhashable value is no number: the check raises the error that says why.
         return mx.array(_fitting(kernel, name, value, dtype), dtype)
 
 
 @functools.lru_cache(maxsize=4096, typed=True)
 def _number(value: Any, dtype: mx.Dtype) -> mx.array:
-    """Return a number as an array without dimensions.
+    """Return a number as a zero-dimensional array.
 
     Raises:
-        ValueError: it is not such a number; the message says which was expected
-        instead.
+        ValueError: it does not fit the type; says which number was expected.
     """
     array = mx.array(_fit(value, dtype), dtype)
     mx.eval(array)
@@ -290,7 +289,7 @@ def _number(value: Any, dtype: mx.Dtype) -> mx.array:
 
 
 def _fitting(kernel: MetalKernel, name: str, value: Any, dtype: mx.Dtype) -> Any:
-    """Return a number of a type as Python's."""
+    """Return a number as Python's; raise KernelError if it does not fit a type."""
     try:
         return _fit(value, dtype)
     except ValueError as error:

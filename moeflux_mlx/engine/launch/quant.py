@@ -39,7 +39,7 @@ from .slots import (
     random_matrix,
 )
 
-# Inputs that the kernels of the v3 kind keep in threadgroup memory.
+# Columns of the input that the v3 kernels keep in threadgroup memory.
 CACHED = 4096
 
 
@@ -51,7 +51,7 @@ def check_rows(
     bits: int,
     group: int,
 ) -> int:
-    """Check a matrix and return its rows; without biases it is one of floats."""
+    """Check a matrix and return its rows; one without biases has 4-bit floats."""
     check_form("x", n_in, bits, group, floats=biases is None)
     n_out = dims("w", w, 2)[0]
     expect("w", w, (n_out, n_in * bits // 32))
@@ -64,7 +64,7 @@ def check_rows(
 def stored(
     group: int, w: mx.array, scales: mx.array, biases: mx.array | None, bits: int
 ) -> Weight:
-    """Return a matrix as Ops have it, its scales in float32 unless they are bytes."""
+    """Return a matrix as a ``Weight`` with float32 scales, unless these are bytes."""
     if biases is None:
         return Weight(w, scales, None, Quantization(bits, group, FLOAT_MODES[group]))
     wide = scales.astype(mx.float32), biases.astype(mx.float32)
@@ -72,7 +72,7 @@ def stored(
 
 
 def stored_in(given: Given, bits: int | None = None) -> Weight:
-    """Return the one matrix that a launch takes."""
+    """Return the only matrix of a launch as a ``Weight``."""
     bits = given.bits if bits is None else bits
     return stored(given.group_size, given.w, given.scales, given.biases, bits)
 
@@ -80,7 +80,7 @@ def stored_in(given: Given, bits: int | None = None) -> Weight:
 def quantised(
     case: Case, o: int, i: int, bits: int, dtype: mx.Dtype | None = None
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Return a random matrix ``[O, I]`` in groups of ``g``, scales as weights are."""
+    """Return a random matrix ``[O, I]`` in groups of ``g``, scales in weights' type."""
     dense = normal(case.rng, mx.float32, o, i, scale=i**-0.5)
     w, scales, biases = mx.quantize(dense, group_size=case.g, bits=bits)
     dtype = dtype or case.other
@@ -143,7 +143,7 @@ def _matvec(
     n_threads: int,
     max_in: int | None = CACHED,
 ) -> Launch:
-    """Launch a kernel of one token: ``n_threads`` for ``per_group`` rows."""
+    """Return the launch for one token: ``n_threads`` for every ``per_group`` rows."""
     x, w, scales, biases = arrays
     (n_in,) = dims("x", x, 1)
     require("x", max_in is None or n_in <= max_in, f"a width up to {max_in}", n_in)
@@ -171,7 +171,7 @@ def _matvec_n_tokens(
     n_threads: int,
     max_in: int | None = CACHED,
 ) -> Launch:
-    """Launch a kernel of T tokens by rows of the matrix."""
+    """Return the launch for T tokens: ``n_threads`` for every ``per_group`` rows."""
     x, w, scales, biases = arrays
     n_tokens, n_in = dims("x", x, 2)
     require("x", max_in is None or n_in <= max_in, f"a width up to {max_in}", n_in)
@@ -191,7 +191,7 @@ def _matvec_n_tokens(
 def dequant_matvec_4bit(
     x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int
 ) -> Launch:
-    """``W x`` of ``[I]``, one thread a row: the readable baseline."""
+    """``W x`` of ``[I]``, one thread per row: the readable baseline."""
     name, arrays = "dequant_matvec_4bit", (x, w, scales, biases)
     return _matvec(name, 4, arrays, group_size, 64, 64, None)
 
@@ -214,8 +214,8 @@ def dequant_matvec_4bit_v3(
     return _matvec(name, 4, arrays, group_size, 8, 256)
 
 
-# Rows that a threadgroup takes from so many on: it then reads x less often, and still
-# leaves a GPU's cores enough threadgroups each.
+# For a matrix of at least so many rows, the rows of a threadgroup. More rows read x
+# less often; enough threadgroups must remain for every core.
 ROWS_FROM = ((65536, 64), (8192, 32), (1, 16))
 ROWS = [
     dict(i=32, o=1, g=32, s=0),
@@ -255,9 +255,9 @@ def dequant_matvec_4bit_v4(
 
 
 def _rows_and_words(n_in: int, n_out: int) -> dict[str, int]:
-    """Return the rows of a threadgroup and the words of a load, for a matrix."""
+    """Return the rows of a threadgroup and the words of a load, by a matrix's shape."""
     rows = next(rows for least, rows in ROWS_FROM if n_out >= least)
-    # As wide as leaves no lane without work.
+    # The widest load that leaves no lane idle.
     words = next(n for n in (4, 2, 1) if n == 1 or n_in >= 8 * n * SIMD)
     return {"ROWS": rows, "WORDS": words}
 
@@ -301,10 +301,7 @@ def matvec_residual(
     group_size: int,
     bias: mx.array | None = None,
 ) -> Launch:
-    """``residual + W x``: rows ``[I]`` and ``[O]``, or ``[1, I]`` and ``[1, O]``.
-
-    ``bias`` ``[O]`` is added too.
-    """
+    """``residual + W x + bias``: rows ``[I]`` and ``[O]``, or both ``[1, n]``."""
     n_in = one_row("x", x)
     n_out = check_rows(w, scales, biases, n_in, bits, group_size)
     one_row("residual", residual, n_out)
@@ -325,15 +322,16 @@ def matvec_residual(
 # Words, scales, biases and bits.
 Product = tuple[mx.array, mx.array, mx.array, int]
 MAX_PRODUCTS = 2
-# Parts of a row begin at whole multiples of so many values: one access of 16 bytes.
+# Parts of a row begin at multiples of this many values, for accesses of 16 bytes.
 ALIGNED = 8
 
 
 def norm_row(n_in: int, rows: Sequence[int]) -> list[int]:
-    """Return where each part of the row of ``norm_matvecs`` begins, and its width.
+    """Return the start of each part of the row of ``norm_matvecs``, and its width.
 
     Args:
-        rows: of each matrix; the norm itself, ``n_in`` values, is the last part.
+        n_in: width of the norm, which is the last part.
+        rows: rows of each matrix, the widths of the other parts.
     """
     starts = [0]
     for n in (*rows, n_in):
@@ -393,10 +391,11 @@ def norm_matvecs(
     group_size: int,
     added: Sequence[mx.array | None] = (None,) * MAX_PRODUCTS,
 ) -> Launch:
-    """One row of one or two products ``[O_i]`` with the norm of ``[I]``, and the norm.
+    """A row of one or two products ``[O_i]`` with the norm of ``[I]``, then the norm.
 
-    ``norm_row`` says where each part lies; the values between are 0. A row ``[1, I]``
-    gives ``[1, width]``. ``added`` has for each product a bias ``[O_i]``, or None.
+    ``norm_row`` returns where each part begins; values between parts are 0. A row
+    ``[1, I]`` gives ``[1, width]``. ``added`` has a bias ``[O_i]`` or None for each
+    product.
     """
     n_in = one_row("x", x)
     expect("norm", norm, (n_in,))
@@ -435,7 +434,7 @@ def norm_matvecs(
 def dequant_matvec_4bit_v5(
     x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int
 ) -> Launch:
-    """``W x`` of ``[I]``, I at most 4096, with a table a group."""
+    """``W x`` of ``[I]``, I at most 4096, with a lookup table per group."""
     name, arrays = "dequant_matvec_4bit_v5", (x, w, scales, biases)
     return _matvec(name, 4, arrays, group_size, 8, 256)
 
@@ -531,7 +530,7 @@ def _some_batched(case: Case) -> tuple[Any, ...]:
     n = case.o * case.i
     steps = np.array([n // 8, n // case.g, n // case.g])
     offsets = (order[:, None] * steps).astype(np.uint32)
-    # Past the end.
+    # Past the end, as the kernel must survive.
     offsets[-1] += case.s * 2**31
     return case.normal(case.k, case.i), *flat, mx.array(offsets), case.o, case.g
 
@@ -562,8 +561,8 @@ def dequant_matvec_4bit_batched(
 ) -> Launch:
     """K products ``[K, O]`` of ``[K, I]`` with matrices anywhere in flat buffers.
 
-    ``offsets`` uint32 ``[K, 3]``: first word, scale and bias of each matrix. One past
-    the last matrix that fits is taken for it: offsets are data, not checked here.
+    ``offsets`` uint32 ``[K, 3]`` has the first word, scale and bias of each matrix. The
+    kernel clamps an offset to the last matrix that fits, since offsets are data.
     """
     k, n_in = dims("x", x, 2)
     require("x", n_in <= CACHED, f"a width up to {CACHED}", n_in)
@@ -622,7 +621,7 @@ def dequant_matvec_4bit_v3_experts(
 ) -> Launch:
     """K products ``[K, O]`` with matrices in ``slots`` uint32 ``[K]`` of a pool.
 
-    ``x`` is ``[I]``, shared, or ``[K, I]``; I at most 4096.
+    ``x`` is ``[I]``, shared by all, or ``[K, I]``; I is at most 4096.
     """
     (k,) = dims("slots", slots, 1)
     per_expert = isinstance(x, mx.array) and x.ndim == 2
@@ -749,7 +748,7 @@ def qmm_t(
 ) -> Launch:
     """``x W^T`` of ``[T, I]`` in tiles; 2, 4 or 8 bits.
 
-    Without ``biases`` values are floats of 4 bits, as ``slots.py`` has them.
+    Without ``biases`` values are 4-bit floats, as in ``slots.py``.
     """
     n_tokens, n_in = dims("x", x, 2)
     n_out = check_rows(w, scales, biases, n_in, bits, group_size)

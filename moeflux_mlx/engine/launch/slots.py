@@ -1,9 +1,9 @@
-"""Quantised matrices in the slots of a pool: the common ground of launches over them.
+"""Quantised matrices in the slots of a pool, as launches take them.
 
-A matrix is ``Weight.records``: words, scales, biases and what is added to products,
-each ``[n_slots, row]`` with the matrix ``[O, I]``, or the ``[O]`` added, from ``base``
-on in every row. Without biases packed values are 4-bit floats, their scales bytes:
-``mxfp4`` in groups of 32, ``nvfp4`` of 16.
+A matrix is ``Weight.records``: words, scales, biases, and the bias of the product. Each
+is ``[n_slots, row]``; in every row the values of the matrix ``[O, I]``, or of the bias
+``[O]``, begin at ``base``. Without biases the packed values are 4-bit floats with
+scales of one byte: ``mxfp4`` in groups of 32, ``nvfp4`` in groups of 16.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from .base import Case, Given, dims, normal, require
 
 Matrix = tuple[Records | None, ...]
 GROUP_SIZES = (32, 64, 128)
-# MLX's modes of 4-bit floats by group.
+# MLX's modes of 4-bit floats, by group size.
 FLOAT_MODES = {32: "mxfp4", 16: "nvfp4"}
-# What the parts of a matrix are called, and what it is called where they begin.
+# The parts of a matrix, and the prefix of their bases and rows in kernels.
 PARTS = {"w": "w", "scales": "s", "biases": "b", "bias": "bias"}
 
 
 def is_floats(matrix: Matrix) -> bool:
-    """Tell whether packed values are 4-bit floats."""
+    """Return whether packed values are 4-bit floats."""
     return len(matrix) == len(PARTS) and matrix[2] is None
 
 
 def check_form(
     name: str, n_in: int, bits: int, group_size: int, *, floats: bool
 ) -> None:
-    """Check how a matrix of ``n_in`` columns is packed."""
+    """Raise ShapeError unless kernels know the packing of ``n_in`` columns."""
     if floats:
         require("bits", bits == 4, "4 for floats", bits)
         known = group_size in FLOAT_MODES
@@ -49,7 +49,7 @@ def check_form(
 def check_matrix(
     name: str, matrix: Matrix, n_out: int, n_in: int, bits: int, group_size: int
 ) -> tuple[int, int, int, int]:
-    """Check that the matrix lies within every record; return the records' lengths."""
+    """Check that a matrix lies within its records; return the records' lengths."""
     parts = isinstance(matrix, tuple) and len(matrix) == len(PARTS)
     require(name, parts, "words, scales, biases and bias", type(matrix).__name__)
     check_form(name, n_in, bits, group_size, floats=is_floats(matrix))
@@ -80,10 +80,10 @@ def check_matrix(
 def matrix_inputs(
     matrix: Matrix, prefix: str = ""
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Return a checked matrix as inputs of a kernel, and which of them there are.
+    """Return a checked matrix as inputs of a kernel, and ``HAS_X`` of optional ones.
 
     Args:
-        prefix: what their names begin with in the kernel.
+        prefix: prefix of their names in the kernel.
     """
     inputs: dict[str, Any] = {}
     for (part, short), records in zip(PARTS.items(), matrix, strict=True):
@@ -98,16 +98,16 @@ def matrix_inputs(
 
 
 def row_lengths(lengths: tuple[int, ...]) -> dict[str, int]:
-    """Return the lengths of records as a kernel's inputs."""
+    """Return the lengths of records as inputs of a kernel."""
     names = (f"{short}_row" for short in PARTS.values())
     return dict(zip(names, lengths, strict=True))
 
 
 def types_of(matrix: Matrix, dtype: mx.Dtype) -> dict[str, mx.Dtype]:
-    """Return types that a kernel's other inputs do not give.
+    """Return the type parameters that no other input determines.
 
     Args:
-        dtype: of what is added to products, if nothing is.
+        dtype: type of the bias if there is none.
     """
     types = {"S": mx.uint8} if is_floats(matrix) else {}
     return types if matrix[3] is not None else {**types, "A": dtype}
@@ -116,7 +116,7 @@ def types_of(matrix: Matrix, dtype: mx.Dtype) -> dict[str, mx.Dtype]:
 def in_slots(
     name: str, matrix: Matrix, n_out: int, n_in: int, bits: int, group_size: int
 ) -> dict[str, Any]:
-    """Check the matrix of a kernel that knows whole numbers; return its inputs."""
+    """Check the matrix of a kernel for packed integers only; return its inputs."""
     lengths = check_matrix(name, matrix, n_out, n_in, bits, group_size)
     plain = matrix[2] is not None and matrix[3] is None
     require(name, plain, "biases of groups and no bias", "others")
@@ -128,10 +128,10 @@ def in_slots(
 def random_matrix(
     case: Case, n_slots: int, shape: tuple[int, int], bits: int
 ) -> Matrix:
-    """Return a matrix a slot, size ``base`` values from the start of its records.
+    """Return one random matrix per slot, ``base`` values into its records.
 
-    With size ``floats`` packed values are 4-bit floats; with ``bias`` something is
-    added to products.
+    With size ``floats`` packed values are 4-bit floats; with ``bias`` products have a
+    bias.
     """
     rng, base, g = case.rng, case.get("base"), case.g
     n = shape[0] * shape[1]
@@ -158,11 +158,11 @@ def random_matrix(
 def _random_bytes(
     rng: np.random.Generator, shape: tuple[int, ...], n_in: int, group_size: int
 ) -> np.ndarray:
-    """Return scales of 4-bit floats that leave products about as large as inputs."""
+    """Return scales of 4-bit floats that keep products about as large as inputs."""
     exponent = round(np.log2(3 * n_in**0.5))
     if group_size == 32:
         return (127 - exponent + rng.integers(-1, 2, shape)).astype(np.uint8)
-    # Three bits of mantissa follow the exponent, and a sign goes before it.
+    # An e4m3 float: a sign, four bits of exponent, three of mantissa.
     scales = rng.integers(1, 8 * max(1, 8 - exponent), shape)
     return (scales | 128 * (rng.integers(0, 4, shape) == 0)).astype(np.uint8)
 
@@ -170,7 +170,7 @@ def _random_bytes(
 def in_slot(
     given: Given, matrix: Matrix, slot: int, n_in: int, bits: int | None = None
 ) -> Weight:
-    """Return one slot's matrix ``[O, I]`` as Ops have it, its scales in float32."""
+    """Return the matrix ``[O, I]`` of one slot as a ``Weight`` with float32 scales."""
     bits, group_size = given.bits if bits is None else bits, given.group_size
     n_groups = n_in // group_size
     widths = (n_in * bits // 32, n_groups, n_groups, 1)
@@ -190,5 +190,5 @@ def in_slot(
 
 
 def numbers(x: mx.array) -> list[int]:
-    """Return an array's integers, for references that go expert by expert."""
+    """Return an array's integers as a list, for references that loop over experts."""
     return [int(n) for n in np.array(x).reshape(-1)]

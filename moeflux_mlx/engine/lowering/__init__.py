@@ -1,41 +1,41 @@
-"""From Ops to launches: the one table of the kernels that run each Op.
+"""From Ops to launches: the registry of the ways to run each Op.
 
-One module per family; in each, the preferred way of an Op stands first.
+Each family has a module, in which the preferred way of an Op comes first.
 
 Imports: errors, config, device, engine.graph, engine.launch, engine.ops, experts,
 system.
 """
 
 from ..graph.op import REGISTRY
-from . import attention, groups, latent, linear_attention, moe, rows
-from .table import (
-    GROUPS,
+from . import attention, fusions, latent, linear_attention, moe, rows
+from .registry import (
+    FUSIONS,
     MLX,
     PREFERRED,
-    TABLE,
-    Group,
+    WAYS,
+    Fusion,
     Usable,
     Way,
     any_kernel,
     choose,
     default_way,
     fused,
-    groups_ahead,
+    fusions_ahead,
     launched_by,
     lowered,
     ways,
 )
 
-_missing = sorted(set(REGISTRY) - {op.__name__ for op in TABLE})
+_missing = sorted(set(REGISTRY) - {op.__name__ for op in WAYS})
 if _missing:
     raise TypeError(f"[lowering] Ops without a kernel: {', '.join(_missing)}")
 
 __all__ = [
-    "GROUPS",
+    "FUSIONS",
     "MLX",
     "PREFERRED",
-    "TABLE",
-    "Group",
+    "WAYS",
+    "Fusion",
     "Usable",
     "Way",
     "any_kernel",
@@ -43,8 +43,8 @@ __all__ = [
     "choose",
     "default_way",
     "fused",
-    "groups",
-    "groups_ahead",
+    "fusions",
+    "fusions_ahead",
     "latent",
     "launched_by",
     "linear_attention",

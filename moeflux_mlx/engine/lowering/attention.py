@@ -12,7 +12,7 @@ from ...experts.weights import Weight
 from ..launch import Kernel
 from ..launch import attention as kernels
 from ..ops import attention as ops
-from .table import Run, way
+from .registry import Run, way
 
 
 @way(ops.RopeNTokens, "rope_n_tokens", lambda op: not op.pairs)
@@ -39,7 +39,7 @@ def _known_width(op: ops.SdpaCausalTiled) -> bool:
 
 
 def takes_spare(op: ops.SdpaCausalTiled) -> bool:
-    """Tell whether kernels can attend over a cache with spare rows."""
+    """Return whether kernels can attend over a cache with spare rows."""
     one_each = op.n_tokens == op.n_seqs
     return op.start is not None and one_each and _known_width(op)
 
@@ -54,13 +54,13 @@ def attend_spare(
     gate: mx.array | None = None,
     sinks: Weight | None = None,
 ) -> mx.array:
-    """Attend over parts of a cache with spare rows, then join them, and gate."""
+    """Attend over splits of a cache with spare rows, join them, and gate the result."""
     sums, stats = run(kernels.sdpa_decode_parts(q, k, v, start, scale))
     scores = None if sinks is None else sinks.w.astype(q.dtype)
     return run(kernels.sdpa_decode_join(sums, stats, q.dtype, gate, scores))[0]
 
 
-# The kernels of ``attend_spare``.
+# The kernels that ``attend_spare`` launches.
 SPARE_KERNELS = ("sdpa_decode_parts", "sdpa_decode_join")
 
 
@@ -68,13 +68,13 @@ SPARE_KERNELS = ("sdpa_decode_parts", "sdpa_decode_join")
 def sdpa_parts(
     op: Any, run: Run, q: mx.array, k: mx.array, v: mx.array, *rest: Any
 ) -> mx.array:
-    """One token, however many rows are seen: launches never change."""
+    """Attend for one token; launches do not depend on the number of rows in use."""
     _, start, sinks = rest
     return attend_spare(run, q, k, v, start, op.softmax_scale, sinks=sinks)
 
 
 def _width_fits(op: ops.SdpaCausalTiled) -> bool:
-    # Sinks are known where parts are joined alone.
+    # Only the kernel that joins splits takes sinks.
     return op.start is None and op.sinks is None and _known_width(op)
 
 
@@ -83,7 +83,7 @@ def _one_token(op: ops.SdpaCausalTiled) -> bool:
 
 
 def _one_launch(kernel: Kernel, fits: Callable[[Any], bool]) -> None:
-    """Add a way that is one launch over the whole cache."""
+    """Add a way of one launch over the whole cache."""
 
     @way(ops.SdpaCausalTiled, kernel.name, fits)
     def attend(
@@ -99,7 +99,7 @@ def _one_launch(kernel: Kernel, fits: Callable[[Any], bool]) -> None:
 
 
 def _folds(fold: int) -> Callable[[Any], bool]:
-    """Tell whether ``fold`` query heads of one key head can be taken together."""
+    """Return a test whether ``fold`` query heads of a key head fit one simdgroup."""
 
     def fits(op: ops.SdpaCausalTiled) -> bool:
         few = fold * op.head_dim <= kernels.FOLDED_CHANNELS

@@ -14,15 +14,14 @@ from ..ops import attention as attention_ops
 from ..ops import latent as ops
 from ..ops.attention import join_heads, split_heads
 from ..ops.functions import attention, dequantize
+from .registry import Run, Values, fusion, way
 from .rows import kernel_form, parts
-from .table import Run, Values, group, way
 
-# Tiles of the cache run at once, each in a threadgroup for eight heads. Fewer rows than
-# these are not worth a launch more; more tiles than these write more sums than the
-# cache has bytes.
+# Tiles of the cache run at once, each in a threadgroup for eight heads. Fewer rows per
+# tile do not repay another launch; the sums of more tiles exceed the cache's bytes.
 MIN_TILE, MAX_TILES = 64, 32
-# Tokens up to which kernels that go through a cache or a matrix for each pay: matrix
-# products of more are MLX's.
+# The most tokens for kernels that read a cache or a matrix once per token. For more,
+# MLX's matrix products are faster.
 FEW = 8
 
 
@@ -85,7 +84,7 @@ def attend(
     _: None,
     start: mx.array | None,
 ) -> mx.array:
-    """Attend in one launch over a short cache, in tiles over a long one."""
+    """Attend in one launch over a short cache, and in tiles over a long one."""
     n_new = op.n_tokens // op.n_seqs
     seen = None if start is None else (start + n_new).astype(mx.uint32)
     given = q, q_pe, latent[:, 0], rope[:, 0], op.softmax_scale
@@ -97,15 +96,16 @@ def attend(
 
 
 def tile_of(n_rows: int) -> int:
-    """Return the rows of a tile: a power of two, as each is a kernel of its own."""
+    """Return the rows of a tile: a power of two, since each size is another kernel."""
     least = -(-n_rows // MAX_TILES)
     return max(MIN_TILE, 1 << (least - 1).bit_length())
 
 
 def _expanded(ops_ahead: Sequence[Any]) -> int:
-    """Tell whether keys and values of heads cost less than queries of latent width.
+    """Return 3 if expanding keys and values costs less than attending to latents.
 
-    They are made of all rows, once; then each query meets narrower rows.
+    Keys and values of all heads are expanded from all rows once; then each query reads
+    narrower rows.
     """
     embed, attend, out = ops_ahead[:3]
     linked = attend.q == embed.output and out.input == attend.context
@@ -116,14 +116,14 @@ def _expanded(ops_ahead: Sequence[Any]) -> int:
     return 3 * (linked and long and attend.start is None)
 
 
-@group(
+@fusion(
     "mlx_expanded",
     (ops.HeadMatvecNTokens, ops.SdpaLatentCausal, ops.HeadMatvecNTokens),
     _expanded,
     kernels=(),
 )
 def attend_expanded(ops_ahead: Sequence[Any], _run: Run, values: Values) -> Values:
-    """Make each head's keys and values of the latents, then attend as others do."""
+    """Expand each head's keys and values from the latents, then attend to these."""
     embed, attend, out = ops_ahead
     latents, ropes = values[attend.latent], values[attend.rope]
     matrices = (_unpacked(values[op.weight.name], latents) for op in (embed, out))

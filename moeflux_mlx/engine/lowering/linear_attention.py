@@ -1,4 +1,4 @@
-"""Ways of the gated delta rule and of the Ops before it."""
+"""Ways of the gated delta rule and of the Ops that precede it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import mlx.core as mx
 from ...experts.weights import Weight
 from ..launch import linear_attention as kernels
 from ..ops import linear_attention as ops
-from .table import Run, way
+from .registry import Run, way
 
 
 @way(ops.PartKeyHeadsNTokens, "part_key_heads")
@@ -34,7 +34,7 @@ def conv1d_step(
     lengths: mx.array | None,
     weight: Weight,
 ) -> tuple[mx.array, mx.array]:
-    """Convolve, then move the history on: two launches that read the same inputs."""
+    """Convolve, then update the history: two launches that read the same inputs."""
     state = state.astype(x.dtype)
     taps = weight.w.reshape(op.conv_dim, op.kernel_size)
     (out,) = run(kernels.conv1d_step(x, state, taps, mask))
@@ -66,7 +66,7 @@ def _one_token(op: Any) -> bool:
 
 
 def _delta(op_type: Any, kernel: Any, fits: Any) -> None:
-    """Add a way of the delta rule: all its kernels take the same arguments."""
+    """Add a way of the delta rule; all its kernels take the same arguments."""
 
     @way(op_type, kernel.name, fits)
     def run_rule(
@@ -82,7 +82,7 @@ def _delta(op_type: Any, kernel: Any, fits: Any) -> None:
 
 _fits = _key_dim_fits(kernels.MAX_KEY_DIM)
 _fits_chunks = _key_dim_fits(kernels.MAX_CHUNKED_KEY_DIM)
-# The user's engine found the sequential form the fastest on Apple's GPUs.
+# The sequential form was the fastest on Apple's GPUs in an earlier engine.
 _delta(ops.GatedDeltaNetStepNTokens, kernels.gated_delta_net_step, _one_token)
 _delta(ops.GatedDeltaNetStepNTokens, kernels.gated_delta_net_sequential, _fits)
 _delta(ops.GatedDeltaNetChunkwise, kernels.gated_delta_net_sequential, _fits)

@@ -15,8 +15,8 @@ from ..launch import elementwise, quant
 from ..launch import experts as expert_kernels
 from ..launch import moe as kernels
 from ..ops import moe as ops
+from .registry import Run, way
 from .rows import form, kernel_form, parts
-from .table import Run, way
 
 
 def routing_fits(op: ops.MoeSoftmaxTopK) -> bool:
@@ -62,12 +62,12 @@ def combine(
     return run(launch)[0]
 
 
-# Modes of 4-bit floats that experts may be stored in.
+# The modes of 4-bit floats that kernels know for experts.
 FLOATS = (Quantization(4, 32, "mxfp4"), Quantization(4, 16, "nvfp4"))
 
 
 def all_known(experts: ExpertWeights) -> bool:
-    """Tell whether our kernels know how experts are quantised."""
+    """Return whether our kernels know the experts' quantisation."""
     gate, up, down = experts.gate, experts.up, experts.down
     known = (kernel_form(w) or w.quantization in FLOATS for w in (gate, up, down))
     if not all(known):
@@ -87,9 +87,9 @@ def _packed(weight: Weight) -> tuple[Quantization | None, bool]:
 def _with_known_experts(
     call: Callable[..., mx.array],
 ) -> Callable[..., mx.array]:
-    """Go MLX's way for experts of a form that no kernel knows, or of two forms.
+    """Wrap a way: use the reference for experts whose form no kernel knows.
 
-    How experts are stored is only known once there are some.
+    The form is known only at run time, when the experts are there.
     """
 
     def go(op: Any, run: Run, *values: Any) -> mx.array:
@@ -115,7 +115,7 @@ def decode_experts(
     weights: mx.array,
     source: GraphExperts,
 ) -> mx.array:
-    """Run two launches over the slots: gate, up and SwiGLU; down and the sum."""
+    """Run two launches over the slots: gate, up and SwiGLU, then down and the sum."""
     slots, act = experts_act(op, run, x, indices, source)
     down = source.weights.down
     sizes = (op.dim, *form(down))
@@ -133,7 +133,7 @@ def experts_act(
     indices: mx.array,
     source: GraphExperts,
 ) -> tuple[mx.array, mx.array]:
-    """Return the slots ``[1, K]`` of a token's experts and their opened gates."""
+    """Return the slots ``[1, K]`` of a token's experts and their activations."""
     slots, experts = source.slots(indices), source.weights
     gate, up = experts.gate.records, experts.up.records
     row, start = (x.row, x.start) if isinstance(x, RowPart) else (x, 0)
@@ -156,7 +156,7 @@ def gather_experts(
     weights: mx.array,
     source: GraphExperts,
 ) -> mx.array:
-    """Run each projection of all experts as one launch."""
+    """Run one launch for each projection of all experts."""
     outs = []
     for rows, slots in source.batches(indices):
         outs.append(_gather(op, run, x[rows], indices[rows], slots, source))
@@ -176,7 +176,7 @@ def _gather(
     """Return the experts' rows ``[N, K, D]``."""
     experts, n_rows = source.weights, indices.size
     slot_of = mx.arange(op.n_experts, dtype=mx.uint32)
-    if source.settled is None:
+    if source.resident is None:
         slot_of[indices.reshape(-1)] = slots.reshape(-1)
     counts, lists = run(kernels.moe_id_map(indices, op.n_experts))
 
@@ -204,12 +204,12 @@ def expert_rows(
 
 
 def matmul(run: Run, rows: mx.array, weight: Weight) -> mx.array:
-    """Multiply rows by a quantised matrix, as tiles; add its bias, if it has one."""
+    """Multiply rows by a quantised matrix in tiles; add its bias, if any."""
     (out,) = run(quant.qmm_t(rows, *parts(weight), *form(weight)))
     return out if weight.bias is None else out + weight.bias.astype(out.dtype)
 
 
-# The kernels of ``expert_rows``.
+# The kernels that ``expert_rows`` launches.
 EXPERT_KERNELS = ("qmm_t", "swiglu_fused_batched")
 
 
@@ -228,7 +228,7 @@ def batched_experts(
     source: GraphExperts,
     out_sum: mx.array,
 ) -> mx.array:
-    """Run expert after expert, then sum each token's rows by rising expert."""
+    """Run expert after expert, then sum each token's rows by increasing expert."""
     order, outs, used = _by_expert(op, run, x, indices, source)
     position, rising = op.rising(order)
     mid = mx.concatenate([outs[expert] for expert in used])[mx.array(position)]
@@ -251,7 +251,7 @@ def bucket_experts(
     source: GraphExperts,
     out_sum: mx.array,
 ) -> mx.array:
-    """Run expert after expert and add each one's rows to the sum as a bucket."""
+    """Run expert after expert; add the rows of each to the sum in one launch."""
     order, outs, used = _by_expert(op, run, x, indices, source)
     shares = weights.reshape(-1)[mx.array(order)]
     tokens = mx.array((order // op.k).astype(np.uint32))

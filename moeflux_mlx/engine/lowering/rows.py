@@ -1,4 +1,4 @@
-"""Ways of products, norms, embedding and whatever goes element by element."""
+"""Ways of products, norms, the embedding and elementwise Ops."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..ops import elementwise as elementwise_ops
 from ..ops import embed as embed_ops
 from ..ops import norm as norm_ops
 from ..ops.quant import MatvecNTokens
-from .table import Run, way
+from .registry import Run, way
 
 KERNEL_BITS = (2, 4, 8)
 KERNEL_GROUPS = (32, 64, 128)
-# Columns that the kernels of the v3 kind keep in threadgroup memory.
+# Columns of the input that the v3 kernels keep in threadgroup memory.
 V3_MAX_IN_DIM = 4096
 
 
 def kernel_form(ref: WeightRef | Weight) -> bool:
-    """Tell whether our kernels know how a matrix is quantised."""
+    """Return whether our kernels know a matrix's quantisation."""
     q = ref.quantization
     return (
         q is not None
@@ -44,7 +44,7 @@ def form(weight: Weight) -> tuple[int, int]:
     return q.bits, q.group_size
 
 
-# Products with a matrix. T = 1 goes by rows of the matrix, more by tiles.
+# Products with a matrix: by rows of the matrix for one token, in tiles for more.
 def _bits(op: MatvecNTokens, bits: int) -> bool:
     q = op.weight.quantization
     return kernel_form(op.weight) and q is not None and q.bits == bits
@@ -61,7 +61,7 @@ def _with_bias(out: mx.array, x: mx.array, bias: Weight | None) -> mx.array:
 
 
 def _matvec(name: str, fits: Any) -> None:
-    """Add a way of one token: a kernel of ``[I]`` and a matrix."""
+    """Add a way for one token: a kernel of a row ``[I]`` and a matrix."""
 
     @way(MatvecNTokens, name, fits)
     def run_one(
@@ -72,8 +72,8 @@ def _matvec(name: str, fits: Any) -> None:
         return _with_bias(run(launch)[0], x, bias)
 
 
-# Only ways that were the fastest somewhere, or that nobody has timed yet: 2 bits and
-# dense matrices. The library has other kernels of the same products.
+# Only ways that were the fastest somewhere, or that nobody has timed: those of 2 bits
+# and of dense matrices. The library has more kernels for the same products.
 _matvec("dequant_matvec_4bit_v3", lambda op: _one_token(op, 4, V3_MAX_IN_DIM))
 _matvec("dequant_matvec_4bit_fast", lambda op: _one_token(op, 4))
 _matvec("dequant_matvec_2bit", lambda op: _one_token(op, 2))
@@ -103,7 +103,7 @@ def qmm_t(
     return _with_bias(out, x, bias)
 
 
-# Tokens from which, and values up to which, a matrix is worth unpacking first.
+# Unpacking a matrix first pays for at least so many tokens and at most so many values.
 UNPACKED_TOKENS, UNPACKED_VALUES = 256, 1 << 26
 
 
@@ -116,7 +116,7 @@ def _worth_unpacking(op: MatvecNTokens) -> bool:
 def unpacked_product(
     _op: Any, _run: Run, x: mx.array, weight: Weight, bias: Weight | None
 ) -> mx.array:
-    """Unpack the matrix to the rows' type, then multiply as MLX does dense ones."""
+    """Unpack the matrix to the rows' type, then use MLX's dense product."""
     bits, group_size = form(weight)
     dense = mx.dequantize(*parts(weight), group_size=group_size, bits=bits)
     return _with_bias(x @ dense.astype(x.dtype).T, x, bias)
@@ -205,7 +205,7 @@ def gated_rms_norm(
     return run(norm.gated_rms_norm(values, z, weight.w, op.eps))[0]
 
 
-# Element by element.
+# Elementwise.
 @way(elementwise_ops.ResidualAddNTokens, "residual_add_n_tokens")
 def residual_add(_op: Any, run: Run, a: mx.array, b: mx.array) -> mx.array:
     return run(elementwise.residual_add_n_tokens(a, b))[0]

@@ -1,11 +1,11 @@
 """The winners of ``moeflux tune`` on this device, as lowering reads them.
 
-One JSON file for each device and executor. Its entries name the winner for an Op, or
-for a group of Ops, at one shape, with all times, so that a reader sees why.
+Each device and executor has one JSON file. Its entries name the winner for an Op, or a
+fusion of Ops, at one shape, with all times for readers.
 
-A file found fastest somewhere else, or with another MLX, says nothing here: it is
-passed over with one warning. So is a broken one in this machine's cache, which
-``moeflux tune`` writes anew; a broken one that ``MOEFLUX_TUNING`` names is an error.
+A file of another device or another MLX is ignored with one warning. So is a broken file
+in this machine's cache, which ``moeflux tune`` overwrites. A broken file that
+``MOEFLUX_TUNING`` names is an error.
 """
 
 from __future__ import annotations
@@ -28,20 +28,19 @@ from ...system.files import RECORD_BYTES, read_json, short
 from ..graph.op import Op, WeightRef
 
 FORMAT = 2
-# A day: no way takes so long.
+# A day: larger times are invalid.
 MOST_US = 24 * 3600 * 10**6
-# The winner in the entry of a group: one launch for all, or each Op by itself.
+# The winner in the entry of a fusion: common launches, or each Op alone.
 TOGETHER, ONE_BY_ONE = "together", "one by one"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The fastest way of an Op, or of a group of them, at one shape.
+    """The fastest way of an Op, or of a fusion, at one shape.
 
-    ``us`` holds the microseconds on the device of every way that gave right results,
-    ``launches`` how many launches it takes, one for an Op that MLX performs itself, and
-    ``launch_us`` the host's time for one; ``refused`` says why each other way is out of
-    the question.
+    ``us`` holds the microseconds on the device of every way with right results, and
+    ``launches`` its number of launches, 1 for MLX's own operations. ``launch_us`` is
+    the host's time for one launch. ``refused`` says why each other way was refused.
     """
 
     name: str
@@ -55,15 +54,15 @@ class Entry:
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def cost(self, way: str) -> float:
-        """Return a way's microseconds on the device and on the host that launches it.
+        """Return the microseconds of a way on the device plus those on the host.
 
-        Their sum, for a token may wait for either.
+        It is the sum because a token may wait for either.
         """
         return self.us[way] + self.launches.get(way, 1) * self.launch_us
 
     @property
     def gain(self) -> float:
-        """How many times less the winner costs than the default."""
+        """The cost of the default over that of the winner."""
         if self.winner == self.default or self.default not in self.us:
             return 1.0
         return self.cost(self.default) / self.cost(self.winner)
@@ -71,7 +70,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Entries found on one device with one executor and one MLX."""
+    """Entries of one device, one executor and one MLX."""
 
     device: str
     executor: str
@@ -81,10 +80,10 @@ class Tuning:
     format: int = FORMAT
 
     def winner(self, name: str, shape: str, n_tokens: int) -> str | None:
-        """Return the fastest way, or None where nothing like it was tried.
+        """Return the fastest way, or None if no such Op was tuned.
 
-        One token takes what was found for one token. A prompt takes what was found for
-        the prompt of the nearest length, by ratio, the shorter of two as near.
+        One token takes the winner for one token. A prompt takes the winner for the
+        prompt of the nearest length by ratio, the shorter of two equally near.
         """
         found = self._by_shape.get((name, shape), {})
         if n_tokens <= 1:
@@ -106,7 +105,7 @@ class Tuning:
     def merged(self, older: Tuning | None) -> Tuning:
         """Return these entries and those of ``older`` that they do not replace.
 
-        Nothing is kept of an older one from elsewhere.
+        An older tuning of another device, executor or MLX is dropped.
         """
         if older is None or older._origin != self._origin:
             return self
@@ -120,10 +119,10 @@ class Tuning:
 
 
 def shape_of(ops: Sequence[Op]) -> str:
-    """Return the facts of Ops that decide which way is fast, but the number of tokens.
+    """Return the facts of Ops that decide which way is fast, except their tokens.
 
-    Dimensions by name, how weights are stored, which optional fields are there; of
-    several Ops their names as well.
+    They are dimensions by name, the form of weights and the optional fields in use, and
+    the names of several Ops.
     """
     if len(ops) == 1:
         return " ".join(_parts(ops[0]))
@@ -149,15 +148,15 @@ def _stored(ref: WeightRef) -> str:
 
 
 def n_tokens_of(ops: Sequence[Op]) -> int:
-    """Return the number of tokens that Ops are for; 0 where they have none."""
+    """Return the number of tokens of Ops; 0 if they have none."""
     return int(getattr(ops[0], "n_tokens", 0))
 
 
 def tuned(name: str, ops: Sequence[Op], executor: str) -> str | None:
-    """Return the way found fastest for these Ops here; None: none was.
+    """Return the fastest way found for these Ops here, or None.
 
     Raises:
-        ConfigError: ``MOEFLUX_TUNING`` names a file that is none.
+        ConfigError: ``MOEFLUX_TUNING`` names a file that is not a tuning.
     """
     if not executor:
         return None
@@ -171,7 +170,7 @@ def current(executor: str) -> Tuning | None:
     """Return the tuning in force for an executor here, if any.
 
     Raises:
-        ConfigError: ``MOEFLUX_TUNING`` names a file that is none.
+        ConfigError: ``MOEFLUX_TUNING`` names a file that is not a tuning.
     """
     chosen = config.tuning()
     if chosen is False:
@@ -184,12 +183,12 @@ def current(executor: str) -> Tuning | None:
 
 
 def default_path(executor: str) -> Path:
-    """Return where this device's own file is written, its folder made."""
+    """Return the path of this device's own file; make its folder."""
     return private.made("tuned") / _own_name(executor)
 
 
 def _own_file(executor: str) -> Path | None:
-    """Return this device's own file, unless there is none or others may write it."""
+    """Return this device's own file; None if it is missing or others may write it."""
     folder = private.found("tuned")
     path = folder / _own_name(executor) if folder else None
     return path if path and private.is_private(path) else None
@@ -202,7 +201,7 @@ def _own_name(executor: str) -> str:
 
 @functools.cache
 def _usable(path: Path, executor: str, named: bool) -> Tuning | None:
-    """Read a file once and judge it."""
+    """Read a file once; return None, with a warning, if it is of no use here."""
     try:
         tuning = read(path)
     except ConfigError as error:
@@ -226,10 +225,10 @@ def _pass_over(message: str) -> None:
 
 
 def read(path: Path) -> Tuning:
-    """Read a file.
+    """Read a file that ``save`` wrote.
 
     Raises:
-        ConfigError: it cannot be read, or is not of the form that ``save`` writes.
+        ConfigError: it cannot be read, or has another format.
     """
     try:
         found: dict[str, Any] = read_json(path, RECORD_BYTES)
@@ -268,11 +267,11 @@ def _entry(**values: Any) -> Entry:
 def _check_texts(*values: object) -> None:
     for value in values:
         if not isinstance(value, str):
-            raise TypeError(f"{short(value)} in place of a text")
+            raise TypeError(f"{short(value)} where text is expected")
 
 
 def save(tuning: Tuning, path: Path) -> None:
-    """Write a file; its next reader sees all of it or the one before."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     private.write_text(path, json.dumps(asdict(tuning), indent=1) + "\n")
     _usable.cache_clear()

@@ -1,4 +1,4 @@
-"""Metal source as text: declarations, kernel signatures, registration, lint.
+"""Metal source as text: declarations, kernel signatures, instances, CUDA.
 
 Imports: errors.
 """

@@ -1,4 +1,4 @@
-"""Our Metal as CUDA C++: the same declarations behind ``kernels/msl_cuda.h``."""
+"""Our Metal source as CUDA C++, behind the header ``kernels/msl_cuda.h``."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from .source import compact, without_comments
 
 DIALECT = "msl_cuda.h"
 _ROWS = ("fragments_cuda.h", "staged_cuda.h", "rows_cuda.h")
-# Helpers that have a twin of their own in CUDA, for types that tensor cores take. It
-# overloads the helper and stands in the last of the files named here.
+# Helpers with a CUDA twin for types that tensor cores take, and the files it needs. The
+# twin overloads the helper and is in the last file.
 TWINS = {
     "multiply_tile": ("fragments_cuda.h", "tiles_cuda.h"),
     "attend_part": ("fragments_cuda.h", "attention_cuda.h"),
     "rows_of_matrices": _ROWS,
     "combined_rows": (*_ROWS, "experts_cuda.h"),
 }
-# ``threadgroup T x[n], y[m];`` declares storage; any other address space qualifies what
-# a pointer points to, which in CUDA needs no word.
+# ``threadgroup T x[n], y[m];`` declares storage. Any other address space qualifies the
+# target of a pointer, for which CUDA has no keyword.
 _SHARED = re.compile(r"\bthreadgroup(?=\s+(?:alignas\(\d+\)\s*)?\w+\s+\w+\s*\[)")
 _SPACE = re.compile(r"\b(?:device|constant|thread|threadgroup)\b\s*")
 
 
-# MLX's types by their names in the dialect.
+# The names of MLX's types in the dialect.
 TYPES = {
     mx.float32: "float",
     mx.float16: "msl::half",
@@ -51,8 +51,8 @@ TYPES = {
 
 
 def header(library: Library, kernel: MetalKernel) -> str:
-    """Return the dialect, all that ``kernel`` uses, and itself as a device function."""
-    # A twin comes right behind its helper, so that whatever calls one sees both.
+    """Return the dialect, a kernel's helpers, and the kernel as a device function."""
+    # A twin directly follows its helper, so that callers see both.
     texts: dict[str, None] = {}
     for helper in (d for d in library.used(kernel) if d.kind != "include"):
         texts[helper.text] = None
@@ -79,7 +79,7 @@ def body(instance: Instance) -> str:
 
 @functools.cache
 def _text(path: Path) -> str:
-    """Return a file of CUDA without comments and indentation."""
+    """Return a CUDA file without comments and indentation."""
     return compact(without_comments(path.read_text()))
 
 

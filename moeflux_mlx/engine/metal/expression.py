@@ -1,4 +1,4 @@
-"""Constant expressions of integers, as sizes in Metal source are written."""
+"""Constant integer expressions in Metal source."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _TOKEN = re.compile(
 
 
 def _divide(a: int, b: int) -> int:
-    """Divide as C does, towards zero."""
+    """Divide as C does, rounding towards zero."""
     return a // b if (a < 0) == (b < 0) else -(-a // b)
 
 
 Binary = Callable[[int, int], int]
-# From the weakest binding to the strongest.
+# From the lowest precedence to the highest.
 _LEVELS: tuple[Mapping[str, Binary], ...] = (
     {"||": lambda a, b: int(bool(a) or bool(b))},
     {"&&": lambda a, b: int(bool(a) and bool(b))},
@@ -40,7 +40,7 @@ def evaluate(expression: str, known: Mapping[str, int]) -> int:
     """Compute a constant C expression of integers.
 
     Raises:
-        ValueError: for anything but numbers, known names, casts such as ``int(N)`` and
+        ValueError: it has more than numbers, known names, casts such as ``int(N)`` and
             ``+ - * / % << >> < <= > >= == != && || ! ?:``.
     """
     reader = _Reader(expression, known)
@@ -51,7 +51,7 @@ def evaluate(expression: str, known: Mapping[str, int]) -> int:
 
 
 class _Reader:
-    """Reads an expression by falling precedence; both sides of ``?:`` are computed."""
+    """Parses by recursive descent; it computes both sides of ``?:``."""
 
     def __init__(self, text: str, known: Mapping[str, int]):
         self.text, self.known, self.at = text.rstrip(), known, 0
@@ -59,7 +59,7 @@ class _Reader:
         self.advance()
 
     def advance(self) -> str:
-        """Step to the next token; return the one left, an empty one at the end."""
+        """Move to the next token; return the one before, "" at the end."""
         left = self.token
         found = _TOKEN.match(self.text, self.at)
         if found is None and self.at < len(self.text):

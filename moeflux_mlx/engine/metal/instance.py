@@ -1,8 +1,8 @@
-"""A kernel with all that is compiled into it: one source for MLX.
+"""A kernel with the values compiled into it: one source for MLX.
 
-That are the values of its template, the numbers that a model's geometry fixes, and
-which of its optional inputs are absent. Written into the source they cost no buffer, no
-thread reads them, and loops have known ends.
+The values are those of its template, the numbers that a model's geometry fixes, and
+which optional inputs are absent. In the source they need no buffer and no reads, and
+loops have known ends.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 
 from .signature import Input, MetalKernel, Scalar
 
-# None stands for an input that is absent.
+# None stands for an absent input.
 Value = int | float | bool | mx.Dtype | None
 Values = Mapping[str, Value]
-# MLX's own names: it writes the types of inputs and outputs with them.
+# MLX's names of types, as it writes them for inputs and outputs.
 TYPES = {
     mx.float32: "float",
     mx.float16: "float16_t",
@@ -31,19 +31,22 @@ TYPES = {
 
 @dataclass(frozen=True, eq=False)
 class Instance:
-    """A kernel and the values compiled into it; two of the same values are one."""
+    """A kernel and the values compiled into it.
+
+    Compared by identity: ``prepare`` makes one object for the same values.
+    """
 
     kernel: MetalKernel
     values: Values
 
     @cached_property
     def inputs(self) -> tuple[Input | Scalar, ...]:
-        """The inputs that a launch still binds, in order."""
+        """The inputs that a launch binds, in order."""
         return tuple(p for p in self.kernel.inputs if p.name not in self.values)
 
 
 def definitions(kernel: MetalKernel, values: Values) -> str:
-    """Return a line of Metal for every value of template and signature."""
+    """Return a line of Metal for every value of the template and the signature."""
     lines = [
         _template(p.kind, p.name, values[p.name])
         for p in kernel.template
@@ -54,13 +57,13 @@ def definitions(kernel: MetalKernel, values: Values) -> str:
 
 
 def literal(value: Value) -> str:
-    """Return a whole number or a truth as both Metal and CUDA write it."""
+    """Return an integer or a boolean as a literal of Metal and CUDA."""
     assert isinstance(value, int)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def float_bits(value: Value) -> str:
-    """Return the bits of a float32: no decimal stands between it and the compiler."""
+    """Return the bits of a float32, so that no decimal rounds it."""
     assert isinstance(value, int | float)
     (bits,) = struct.unpack("<I", struct.pack("<f", np.float32(value)))
     return f"{bits:#x}u"
@@ -74,7 +77,7 @@ def _template(kind: str, name: str, value: Value) -> str:
 
 def _parameter(p: Input | Scalar, value: Value) -> str:
     if isinstance(p, Input):
-        # Null, so that a read would be found: an absent input has no memory.
+        # Null, so that the simulator finds a read: an absent input has no memory.
         return f"const device {p.type}* {p.name} = nullptr;"
     if p.type == "float":
         return f"const float {p.name} = as_type<float>({float_bits(value)});"

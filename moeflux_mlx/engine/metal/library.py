@@ -1,4 +1,4 @@
-"""All kernels of ``kernels/`` and the least source that each needs."""
+"""All kernels of ``kernels/``, and the source that each needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def kernels_folder() -> Path:
 
 
 def metal_files() -> list[Path]:
-    """Return our Metal files; headers that end in ``_cuda.h`` are of CUDA."""
+    """Return our Metal files; headers that end in ``_cuda.h`` are CUDA's."""
     files = sorted(kernels_folder().iterdir())
     return [
         file
@@ -36,7 +36,7 @@ class Library:
     """The kernels of a folder's ``.metal`` files, by name.
 
     Raises:
-        KernelError: a file is not understood, or two kernels have one name.
+        KernelError: a file cannot be parsed, or two kernels have one name.
     """
 
     def __init__(self, folder: Path):
@@ -75,7 +75,7 @@ class Library:
         """Return the declarations that ``kernel`` needs, without comments.
 
         Args:
-            lines: name file and line of each, for compilers' messages.
+            lines: add ``#line`` to each, for the compiler's messages.
         """
         used = self.used(kernel)
         parts = [_text(d.text, d.place.file, d.place.line, lines) for d in used]
@@ -84,10 +84,11 @@ class Library:
     def body(
         self, kernel: MetalKernel, values: Values | None = None, *, lines: bool = False
     ) -> str:
-        """Return the body to register, its thread attributes under our names.
+        """Return the body to register, with thread attributes under our names.
 
         Args:
-            values: the numbers compiled in, defined before anything else.
+            values: the values compiled in, defined first.
+            lines: add ``#line``, for the compiler's messages.
         """
         bindings = definitions(kernel, values or {})
         bindings += "".join(f"{a.binding}\n" for a in kernel.attributes if a.binding)
@@ -95,7 +96,7 @@ class Library:
         return f"{bindings}{{\n{text}}}"
 
     def fingerprint(self, name: str, *more: str) -> str:
-        """Return a digest of a kernel, of all that it uses and of ``more`` texts.
+        """Return a digest of a kernel, its helpers and ``more`` texts.
 
         Comments and layout of the Metal text do not change it.
         """
@@ -104,7 +105,7 @@ class Library:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def used(self, kernel: MetalKernel) -> list[Declaration]:
-        """Return helpers reached from the kernel, in the order of the files."""
+        """Return the helpers that the kernel uses, in the order of the files."""
         helpers = self._helpers[kernel.place.file]
         by_name: dict[str, list[Declaration]] = {}
         for helper in helpers:
@@ -123,7 +124,7 @@ class Library:
 
 
 def _check_include(declaration: Declaration) -> None:
-    """Refuse another header of ours: its helpers would not be found."""
+    """Refuse any other header of ours: its helpers would not be found."""
     if not _is_system(declaration) and declaration.name != f'"{HEADER}"':
         raise declaration.place.error(
             f"expected {HEADER} or a system header but got {declaration.name}"

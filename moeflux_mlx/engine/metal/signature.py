@@ -1,7 +1,7 @@
-"""A kernel's signature as it stands in the ``.metal`` file: the only registration.
+"""The signature of a kernel, parsed from its ``.metal`` file: its only registration.
 
-Inputs are ``device const T* name`` or, for one value, ``constant uint& name``; outputs
-``device T* name``, after the inputs; then thread attributes. Nothing else is accepted.
+Inputs are ``device const T* name`` or, for one value, ``constant uint& name``. Outputs
+``device T* name`` follow, then thread attributes. Anything else is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...errors import KernelError
 from .expression import evaluate
 from .source import Declaration, Place, matching, split_commas, without_template
 
-# Types that a parameter may have besides the template's, and MLX's type for each.
+# The types of parameters besides the template's, and MLX's type for each.
 DTYPES: Mapping[str, mx.Dtype] = {
     "float": mx.float32,
     "half": mx.float16,
@@ -31,7 +31,7 @@ DTYPES: Mapping[str, mx.Dtype] = {
     "long": mx.int64,
     "bool": mx.bool_,
 }
-# Thread attributes that MLX passes, and how many numbers each has there.
+# Thread attributes that MLX passes, and the number of components of each.
 ATTRIBUTES: Mapping[str, int] = {
     "thread_position_in_grid": 3,
     "thread_position_in_threadgroup": 3,
@@ -82,7 +82,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Scalar:
-    """``constant type& name``: one number, passed as an array without dimensions."""
+    """``constant type& name``: one number, passed as a zero-dimensional array."""
 
     type: str
     name: str
@@ -98,7 +98,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Attribute:
-    """``uint name [[attribute]]``; ``width`` numbers of it are wanted."""
+    """``uint name [[attribute]]``, with ``width`` components."""
 
     width: int
     name: str
@@ -111,13 +111,13 @@ class Attribute:
 
     @property
     def part(self) -> str:
-        """The attribute's numbers that are wanted: ``.x``, ``.xy`` or all."""
+        """The swizzle of the components used: ``.x``, ``.xy`` or "" for all."""
         given = ATTRIBUTES[self.attribute]
         return {1: ".x", 2: ".xy", 3: ""}[self.width] if given == 3 else ""
 
     @property
     def binding(self) -> str:
-        """Statement that makes our name from MLX's, empty when they are the same."""
+        """The statement that defines our name by MLX's; "" if they are the same."""
         if self.name == self.attribute and not self.part:
             return ""
         return f"const {self.type_name} {self.name} = {self.attribute}{self.part};"
@@ -151,30 +151,30 @@ class MetalKernel:
 
     @cached_property
     def attributes(self) -> tuple[Attribute, ...]:
-        """Thread attributes asked for."""
+        """Thread attributes in the signature."""
         return tuple(p for p in self.parameters if isinstance(p, Attribute))
 
     @cached_property
     def type_parameters(self) -> tuple[str, ...]:
-        """Names of the template's types."""
+        """Names of the template's type parameters."""
         return tuple(p.name for p in self.template if p.kind == "typename")
 
     @cached_property
     def values(self) -> Mapping[str, str]:
-        """The template's numbers by name: ``int`` or ``bool``."""
+        """The template's other parameters: ``int`` or ``bool`` by name."""
         return {p.name: p.kind for p in self.template if p.kind != "typename"}
 
     def place_in_body(self, at: int) -> Place:
-        """Return where a character of the body stands."""
+        """Return the place of a character of the body."""
         return Place(self.place.file, self.body_line + self.body.count("\n", 0, at))
 
     def threadgroup_bytes(
         self, template: Mapping[str, int], types: Mapping[str, mx.Dtype]
     ) -> int:
-        """Return the static threadgroup memory of one instantiation.
+        """Return the static threadgroup memory of one instance.
 
         Raises:
-            KernelError: for a size that is not made of template and constexpr numbers.
+            KernelError: a size has more than template and constexpr numbers.
         """
         known = self._known(template)
         total = 0
@@ -211,16 +211,18 @@ def _array_bytes(
             try:
                 count *= evaluate(extent, known)
             except ValueError as error:
-                raise place.error(f"cannot tell the size [{extent}]: {error}") from None
+                raise place.error(
+                    f"cannot compute the size [{extent}]: {error}"
+                ) from None
         total += count * size
     return total
 
 
 def constants(text: str, known: Mapping[str, int]) -> dict[str, int]:
-    """Return the ``constexpr`` integers that a text defines, from those known."""
+    """Return the ``constexpr`` integers that a text defines, given those known."""
     found: dict[str, int] = {}
     for name, value in _CONSTEXPR.findall(text):
-        # An expression of unknown integers may still be of no use to a size.
+        # Sizes may not need an integer whose expression is unknown.
         with contextlib.suppress(ValueError):
             found[name] = evaluate(value, {**known, **found})
     return found
@@ -229,14 +231,14 @@ def constants(text: str, known: Mapping[str, int]) -> dict[str, int]:
 def parse(
     declaration: Declaration, constants: Mapping[str, int] | None = None
 ) -> MetalKernel:
-    """Read a kernel's signature.
+    """Parse a kernel's signature.
 
     Args:
         declaration: the kernel's text.
         constants: integers defined before it, for the sizes of its arrays.
 
     Raises:
-        KernelError: for anything not understood, with file and line.
+        KernelError: it cannot be parsed; names file and line.
     """
     text, place = declaration.text, declaration.place
     head = without_template(text)
@@ -277,7 +279,7 @@ def parse(
 
 
 def _check_commas(text: str, n_parameters: int, place: Place) -> None:
-    """Refuse a comma too many: splitting passes over it, no parameter contains one."""
+    """Refuse extra commas, which splitting ignores; no parameter contains one."""
     if text.count(",") > max(0, n_parameters - 1):
         raise place.error("expected a parameter between every two commas")
 
@@ -302,7 +304,8 @@ def _parameter(text: str, types: set[str], place: Place) -> Parameter:
     for rule, make in rules:
         found = rule.fullmatch(text)
         if found:
-            # One number is given as Python's, which has no type for a template.
+            # A scalar is a Python number, from which MLX could not infer a template's
+            # type.
             known = DTYPES if make is Scalar else {*DTYPES, *types}
             if found[1] not in known:
                 raise place.error(f"expected a known type but got {found[1]!r}")
@@ -328,7 +331,7 @@ def _check_order(parameters: list[Parameter], place: Place) -> None:
 
 
 def _check_names(names: list[str], parameters: list[Parameter], place: Place) -> None:
-    """Refuse two of a name, and names that MLX's own parameters have."""
+    """Refuse duplicate names, and the names of MLX's own parameters."""
     if len(set(names)) != len(names):
         raise place.error(f"expected distinct parameter names but got {names}")
     for p in parameters:
@@ -338,12 +341,12 @@ def _check_names(names: list[str], parameters: list[Parameter], place: Place) ->
 
 
 def _check_body(kernel: MetalKernel) -> None:
-    """Refuse names that would mean something else in the signature that MLX writes."""
+    """Refuse names that have another meaning in the signature that MLX writes."""
     names = "|".join(p.name for p in kernel.inputs)
     found = re.search(rf"\b(?:{names})_(?:shape|strides|ndim)\b", kernel.body)
     if names and found:
         raise kernel.place_in_body(found.start()).error(
-            f"{found[0]} has a meaning to MLX"
+            f"{found[0]} is a name that MLX defines: choose another"
         )
     found = re.search(r"\b(device\s+const|const\s+device)\b", kernel.body)
     if found:

@@ -1,4 +1,4 @@
-"""Metal text cut into declarations, comments taken out, lines kept."""
+"""Cut Metal text into declarations, without comments but with line numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Declaration:
-    """One top-level declaration: its text without comments and the name it declares.
+    """A top-level declaration: its text without comments, and the name it declares.
 
     ``kind`` is ``function``, ``kernel``, ``type``, ``value``, ``macro``, ``include`` or
     ``using``.
@@ -43,12 +43,12 @@ class Declaration:
 
     @property
     def identifiers(self) -> frozenset[str]:
-        """Every name that the text mentions."""
+        """Every identifier in the text."""
         return frozenset(_IDENTIFIER.findall(self.text))
 
 
 def without_comments(text: str) -> str:
-    """Replace comments by spaces; lines and columns stay where they are."""
+    """Replace comments by spaces, so that lines and columns stay the same."""
     return _COMMENT.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), text)
 
 
@@ -62,7 +62,7 @@ def declarations(path: Path) -> list[Declaration]:
     """Cut a ``.metal`` or ``.h`` file into its top-level declarations.
 
     Raises:
-        KernelError: at the first thing that is not understood, with file and line.
+        KernelError: a declaration cannot be parsed; names file and line.
     """
     text = without_comments(path.read_text())
     found, start = [], 0
@@ -97,7 +97,7 @@ def _end_of_directive(text: str, begin: int) -> int:
 
 
 def _end_of_declaration(text: str, begin: int, place: Place) -> int:
-    """Return where a declaration ends: after its ``;`` or its function's ``}``."""
+    """Return the end of a declaration: after its ``;`` or its function's ``}``."""
     depth = 0
     for i in range(begin, len(text)):
         c = text[i]
@@ -116,7 +116,7 @@ _FUNCTION_HEAD = re.compile(r"\)\s*(?:const\s*|\[\[[^\]]*\]\]\s*)*$")
 
 
 def _is_function(text: str) -> bool:
-    """Tell whether a braced text is a function's: its head ends in ``)``."""
+    """Return whether a braced text is a function: its head ends in ``)``."""
     return _FUNCTION_HEAD.search(text[: text.index("{")]) is not None
 
 
@@ -167,7 +167,7 @@ def _declaration(text: str, place: Place) -> Declaration:
 def _check_declaration(
     kind: str, found: re.Match[str], head: str, place: Place
 ) -> None:
-    """Refuse a kernel that would be lost in silence: one not seen, a second name."""
+    """Refuse a kernel or a value that would be silently ignored."""
     if kind == "function" and re.search(r"\bkernel\b", found[0]):
         got = " ".join(found[0].split())
         raise place.error(f"expected '[[kernel]] void name(' but got {got!r}")
@@ -177,7 +177,7 @@ def _check_declaration(
 
 
 def without_template(text: str) -> str:
-    """Return a declaration's text after its ``template <...>``, if it has one."""
+    """Return a declaration's text after its ``template <...>``, if any."""
     found = re.match(r"template\s*<", text)
     if not found:
         return text
@@ -185,7 +185,7 @@ def without_template(text: str) -> str:
 
 
 def matching(text: str, begin: int, pair: str) -> int:
-    """Return where the bracket that opens at ``begin`` closes."""
+    """Return the place of the bracket that closes the one at ``begin``."""
     depth = 0
     for i in range(begin, len(text)):
         depth += (text[i] == pair[0]) - (text[i] == pair[1])

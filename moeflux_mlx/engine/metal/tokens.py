@@ -1,8 +1,8 @@
-"""Metal text as tokens, functions and statements: a scan that copes with any file.
+"""Metal text as tokens, functions and statements: a scan of any file.
 
-``source.py`` reads our own kernels and refuses text that it does not understand; the
-lint reads whole files of other people too, so nothing here ever fails. Only the first
-branch of an ``#if`` is read, because both together need not have matching braces.
+``source.py`` reads our own kernels and refuses text that it cannot parse. The lint also
+reads other people's files, so this scan never fails. It reads only the first branch of
+an ``#if``: both branches together need not have matching braces.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ Tokens = Sequence[Token]
 class Function:
     """A function with its body.
 
-    ``head`` is what stands before its name, ``tail`` what stands between its parameters
-    and its body.
+    ``head`` holds the tokens before its name, ``tail`` those between its parameters and
+    its body.
     """
 
     name: Token
@@ -55,23 +55,23 @@ class Function:
 
     @property
     def is_kernel(self) -> bool:
-        """Tell whether it is called from the host."""
+        """Return whether the host launches it."""
         words = {t.text for t in self.head}
         return bool(words & {"kernel", "vertex", "fragment"})
 
     @property
     def type_parameters(self) -> tuple[str, ...]:
-        """Names of the template's types."""
+        """Names of the template's type parameters."""
         pairs = zip(self.template, self.template[1:], strict=False)
         return tuple(b.text for a, b in pairs if a.text in ("typename", "class"))
 
 
 @dataclass
 class Scan:
-    """One file: all tokens, functions, and statements outside functions.
+    """One file: its tokens, functions, and statements outside functions.
 
-    ``program`` holds statements at program scope, ``members`` those within types;
-    ``headers`` are included files that were found.
+    ``program`` holds statements at program scope, ``members`` those within types.
+    ``headers`` are the included files that were found.
     """
 
     tokens: list[Token] = field(default_factory=list)
@@ -108,7 +108,7 @@ def tokenize(text: str, line: int = 1) -> Iterator[Token]:
 
 
 def _directives(text: str, result: Scan) -> str:
-    """Take directives, and all but the first branch of an ``#if``, out of the text."""
+    """Remove directives, and all but the first branch of an ``#if``, from the text."""
     kept, at, branches = [], 0, ["taken"]
     for found in _DIRECTIVE.finditer(text):
         piece = text[at : found.start()]
@@ -162,7 +162,7 @@ def _scope(
 
 
 def _braces(tokens: Tokens, begin: int, i: int, closing: int, result: Scan) -> bool:
-    """Read a block in braces; tell whether the declaration ends with it."""
+    """Read a block in braces; return whether the declaration ends with it."""
     template, first = _template(tokens, _after_macros(tokens, begin, i), i)
     head = tokens[first:i]
     words = [t.text for t in head]
@@ -208,7 +208,7 @@ def _template(tokens: Tokens, begin: int, end: int) -> tuple[Tokens, int]:
 
 
 def _function(template: Tokens, head: Tokens, body: Tokens) -> Function | None:
-    """Return the function whose head this is: ``name ( ... )`` and few words more."""
+    """Return the function with this head, ``name ( ... )``; None for other blocks."""
     i = 0
     while i < len(head):
         text = head[i].text
@@ -225,7 +225,7 @@ def _function(template: Tokens, head: Tokens, body: Tokens) -> Function | None:
 
 
 def _name_before(head: Tokens, i: int) -> int:
-    """Return where the name of the function stands whose parameters open at ``i``."""
+    """Return the index of a function's name; its parameters open at ``i``."""
     i -= 1
     if i >= 0 and head[i].text == ">":
         depth = 0
@@ -243,7 +243,7 @@ def _name_before(head: Tokens, i: int) -> int:
 
 
 def matching(tokens: Tokens, i: int) -> int:
-    """Return where the bracket at ``i`` closes, or the end of the tokens."""
+    """Return the index of the bracket that closes the one at ``i``, or the end."""
     depth = 0
     for j in range(i, len(tokens)):
         text = tokens[j].text
@@ -254,7 +254,7 @@ def matching(tokens: Tokens, i: int) -> int:
 
 
 def split(tokens: Tokens, mark: str = ",") -> tuple[Tokens, ...]:
-    """Split at a mark outside brackets; angle brackets count where they can."""
+    """Split at a mark outside brackets; for commas, also outside angle brackets."""
     parts, begin, depth, angles = [], 0, 0, 0
     for i, token in enumerate(tokens):
         depth += (token.text in _OPEN) - (token.text in _CLOSE)

@@ -1,8 +1,7 @@
-"""Mixers: how a layer lets a token see those before it, and its memory of them.
+"""Mixers: the part of a layer in which a token sees those before it, and its cache.
 
-A form says how a family's mixer is built, in numbers. Its parameters, rotary positions
-and epsilons are those of mlx-lm's module, so one form serves every family that has one
-like it.
+A form describes a mixer in numbers. Parameters, rotary positions and epsilons are those
+of mlx-lm's module, so one form serves all families with such a mixer.
 """
 
 from .attention import Attention

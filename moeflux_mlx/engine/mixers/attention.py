@@ -14,12 +14,13 @@ import mlx.nn as nn
 from ...errors import ModelError
 from .. import ops
 from ..blocks import Call, SameInput, Shapes, rotation
-from ..context import Context, cache_ops, has_spare_rows
+from ..context import Context
 from ..graph import BufId
 from ..graph import roles as b
 from ..model import GraphBuilder
 from ..ops.functions import Array
 from .base import Begun, CacheShapes, Pushed
+from .cached import Rotary, append_rows, begin_rows, end_rows, mask_input
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,12 +28,12 @@ class Attention:
     """Causal attention with rotary positions over keys and values of all tokens.
 
     Args:
-        gated: ``q_proj`` gives each head's query and a gate on its attention's output.
-        norms: the projections whose heads are normalised.
-        row_norms: not each head of them is, but their rows of all heads.
+        gated: ``q_proj`` projects to each head's query and a gate on its output.
+        norms: the projections that are normalised.
+        row_norms: a norm covers the row of all heads, not each head alone.
         biases: the projections that add a bias.
-        sinks: each head has a further score, whose value is nothing.
-        window: how many of the last tokens a token sees, itself among them; None: all.
+        sinks: the softmax of each head has one more score, without a value.
+        window: number of last tokens that a token sees, itself included; None: all.
         scale_name: mlx-lm's name of the factor of scores.
     """
 
@@ -52,7 +53,7 @@ class Attention:
 
     @property
     def same_input(self) -> SameInput:
-        """The projections in."""
+        """Paths of the input projections."""
         return (tuple(f"{self.path}.{part}_proj" for part in "qkv"),)
 
     @property
@@ -61,7 +62,7 @@ class Attention:
         return ((1, self.kv_heads, None, self.head_dim),) * 2
 
     def shapes(self, dim: int) -> Shapes:
-        """Return the tensors by path below the layer, as they are once unpacked."""
+        """Return the unpacked shapes of its tensors by path below the layer."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {
             "q_proj.weight": ((1 + self.gated) * queries, dim),
@@ -79,50 +80,29 @@ class Attention:
         return {f"{self.path}.{name}": shape for name, shape in shapes.items()}
 
     def check(self, module: nn.Module) -> None:
-        """Raise ModelError for rotary positions that no kernel has."""
+        """Raise ModelError for rotary positions that kernels cannot compute."""
         rotation(module.rope)
 
     def begin(
         self, module: nn.Module, cache: Any, context: Context, *, spare: bool
     ) -> Begun:
-        """Return positions, the mask, and how the cache object takes new rows."""
+        """Return positions, the mask, and the Ops that the cache object performs."""
         if self.sinks and hasattr(cache, "bits"):
             raise ModelError(
-                "[cache] expected keys and values as they are, for attention with "
-                f"sinks, but got {type(cache).__name__}: leave quantised caches out"
+                "[cache] expected an unquantised cache, since attention has sinks, but "
+                f"got {type(cache).__name__}: leave kv_bits out"
             )
-        mask, traced = context.masks[self.window], context.traced
-        # Slices of a growing cache would be copied, and traced anew, at every token.
-        kept = traced or has_spare_rows(cache, self.window)
-        one = mask is None and context.t == 1 and kept
-        spare_rows = traced or (one and spare)
-        row, last = context.start[:1], None
-        if spare_rows and self.window is not None:
-            row = cache.row if traced else row
-            last = context.last_row(cache.keys.shape[2] if traced else self.window)
-        inputs = {
-            "start": context.start,
-            "row": row,
-            "last": last,
-            "keys": cache.keys if traced else None,
-            "values": cache.values if traced else None,
-            "attention_mask": mask,
-        }
-        masks = {"attention_mask": mask is not None, "spare_rows": spare_rows}
-        if traced:
-            return Begun(masks, inputs)
         sizes = self.heads, self.kv_heads, getattr(module, self.scale_name)
-        return Begun(masks, inputs, cache_ops(*sizes, cache, context, spare_rows))
+        return begin_rows(cache, context, *sizes, window=self.window, spare=spare)
 
     def end(self, cache: Any, state: Mapping[str, Array], context: Context) -> None:
-        """Give a traced cache its new arrays; others took the rows themselves."""
-        if context.traced:
-            cache.keys, cache.values = state["keys"], state["values"]
+        """Give a traced cache its new arrays; other caches appended the rows."""
+        end_rows(cache, state, context)
 
     def push(self, g: GraphBuilder, attn: nn.Module, x: BufId, call: Call) -> Pushed:
-        """Push all of it; its caches are inputs and outputs of the graph.
+        """Push the Ops; keys and values are inputs and outputs of the graph.
 
-        Outside of traces the KV cache object appends its rows itself.
+        Unless MLX traces the call, mlx-lm's cache object appends the rows.
         """
         heads, kv_heads, d = self.heads, self.kv_heads, self.head_dim
         n, seqs = call.n, call.n_seqs
@@ -131,27 +111,8 @@ class Attention:
         if self.row_norms:
             q, k = self._row_norms(g, attn, q, k)
         self._place_heads(g, attn, {"q": (q, heads), "k": (k, kv_heads)}, start, call)
-        cache_shape = (seqs, kv_heads, None, d)
-        keys = g.input("keys", b.KvCacheKBuf, cache_shape)
-        values = g.input("values", b.KvCacheVBuf, cache_shape)
-        row = g.input("row", b.StartPosBuf, (1,))
-        g.push(
-            ops.KvCacheAppendNTokens(
-                label="kv_append",
-                k_src=k,
-                v_src=v,
-                k_cache=keys,
-                v_cache=values,
-                row=row,
-                n_tokens=n,
-                n_seqs=seqs,
-                num_kv_heads=kv_heads,
-                head_dim=d,
-            )
-        )
-        mask = None
-        if call.attention_mask:
-            mask = g.input("attention_mask", b.AttnMaskBuf, (None, 1, call.t, None))
+        keys, values = append_rows(g, k, v, call, heads=kv_heads, width=d)
+        mask = mask_input(g, call)
         last = None
         if call.spare_rows:
             ring = self.window is not None
@@ -188,7 +149,7 @@ class Attention:
     def _projections(
         self, g: GraphBuilder, x: BufId, n: int
     ) -> tuple[BufId, BufId, BufId, BufId | None]:
-        """Push queries, keys, values and the gate, None where there is none."""
+        """Push queries, keys, values and the gate, which may be None."""
         heads, d = self.heads, self.head_dim
         role = b.QProjOutBuf if self.gated else b.QBuf
         q: BufId = g.matvec(f"{self.path}.q_proj", x, role)
@@ -214,7 +175,7 @@ class Attention:
     def _row_norms(
         self, g: GraphBuilder, attn: nn.Module, q: BufId, k: BufId
     ) -> tuple[BufId, BufId]:
-        """Push norms over the rows of all heads."""
+        """Push norms over rows of all heads."""
         if "q" in self.norms:
             q = g.norm(f"{self.path}.q_norm", q, b.QBuf, attn.q_norm.eps)
         if "k" in self.norms:
@@ -229,9 +190,12 @@ class Attention:
         start: BufId,
         call: Call,
     ) -> None:
-        """Push norms and rotary positions of projections, each with its heads."""
-        frequencies, scale = rotation(attn.rope)
-        inv_freq = g.constant("inv_freq", b.RopeInvFreqBuf, frequencies)
+        """Push the norms and rotary positions of heads.
+
+        Args:
+            parts: each projection with its number of heads.
+        """
+        rotary = Rotary.of(attn.rope, g, call, start)
         for name, (buf, count) in parts.items():
             if name in self.norms and not self.row_norms:
                 g.push(
@@ -245,17 +209,4 @@ class Attention:
                         eps=attn[f"{name}_norm"].eps,
                     )
                 )
-            g.push(
-                ops.RopeNTokens(
-                    label=f"{name}_rope",
-                    x=buf,
-                    inv_freq=inv_freq,
-                    start=start,
-                    n_tokens=call.n,
-                    n_seqs=call.n_seqs,
-                    num_heads=count,
-                    head_dim=self.head_dim,
-                    rotary_dim=2 * frequencies.size,
-                    scale=scale,
-                )
-            )
+            rotary.push(name, buf, count, self.head_dim)

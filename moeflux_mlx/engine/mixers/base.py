@@ -1,4 +1,4 @@
-"""The interface of a mixer, and its inputs in a call."""
+"""The interface of mixers, and a mixer's inputs in a call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..graph.lower import Kernel
 from ..model import GraphBuilder
 from ..ops.functions import Array
 
-# The arrays of a layer's cache for one sequence, ``[1, H, None, d]`` if they grow.
+# The shapes of a layer's cache for one sequence; ``[1, H, None, d]`` grows.
 CacheShapes = tuple[tuple[int | None, ...], ...]
 Pushed = tuple[BufId, dict[str, BufId]]
 
@@ -24,8 +24,8 @@ Pushed = tuple[BufId, dict[str, BufId]]
 class Begun:
     """A mixer's inputs in one call.
 
-    ``masks`` are fields of a ``Call``; ``inputs`` its graph's by name; ``host`` the Ops
-    that a cache object performs itself.
+    ``masks`` are fields of a ``Call``, and ``inputs`` those of its graph by name.
+    ``host`` has functions of a cache object that replace kernels, by type of Op.
     """
 
     masks: Mapping[str, bool]
@@ -38,45 +38,45 @@ class Mixer(Protocol):
 
     @property
     def name(self) -> str:
-        """Its name in reports."""
+        """The name in reports."""
 
     @property
     def path(self) -> str:
-        """Where mlx-lm's layer keeps its module."""
+        """The path of mlx-lm's module in a layer."""
 
     @property
     def grows(self) -> bool:
-        """Whether its cache has a row for each token."""
+        """Whether the cache has a row for each token."""
 
     @property
     def window(self) -> int | None:
-        """How many of the last tokens a token sees, itself among them; None: all."""
+        """Number of last tokens that a token sees, itself included; None: all."""
 
     @property
     def same_input(self) -> SameInput:
-        """Its matrices that read the same row, by path."""
+        """Paths of matrices that multiply the same row."""
 
     @property
     def cache_shapes(self) -> CacheShapes:
-        """The arrays of its cache for one sequence."""
+        """The shapes of the cache's arrays for one sequence."""
 
     def shapes(self, dim: int) -> Shapes:
-        """Return its tensors by path below the layer, as they are once unpacked."""
+        """Return the unpacked shapes of its tensors by path below the layer."""
 
     def check(self, module: nn.Module) -> None:
-        """Raise ModelError for a module that graphs cannot perform."""
+        """Raise ModelError if graphs cannot perform the module."""
 
     def begin(
         self, module: nn.Module, cache: Any, context: Context, *, spare: bool
     ) -> Begun:
-        """Return its graph's inputs for a call.
+        """Return the graph's inputs for a call.
 
         Args:
-            spare: kernels can read a cache with room for later rows as it is.
+            spare: kernels can read a cache with spare rows without slicing it.
         """
 
     def push(self, g: GraphBuilder, module: nn.Module, x: BufId, call: Call) -> Pushed:
-        """Push its Ops; return its output and, by name, its cache's new values."""
+        """Push the Ops; return the output and, by name, the cache's new values."""
 
     def end(self, cache: Any, state: Mapping[str, Array], context: Context) -> None:
-        """Move its cache on."""
+        """Advance the cache."""

@@ -24,13 +24,13 @@ from .base import Begun, CacheShapes, Pushed
 
 @dataclass(frozen=True, eq=False)
 class GatedDeltaNet:
-    """A gated DeltaNet: a convolution and the delta rule, with a state of one size.
+    """A gated DeltaNet: a convolution and the delta rule, with a state of fixed size.
 
     Args:
-        taps_last: how files have the convolution: ``[C, 1, width]`` before mlx-lm's
-            conversion, ``[C, width, 1]`` after it.
-        by_key: two matrices give q, k, v and z, and b and a, one key head after the
-            other; else there is one for q, k and v, and one for each of the rest.
+        taps_last: files have the convolution as ``[C, 1, width]``, before mlx-lm's
+            conversion; else as ``[C, width, 1]``.
+        by_key: one matrix projects to q, k, v and z, and one to b and a, key head after
+            key head; else one projects to q, k and v, and one to each of the others.
     """
 
     k_heads: int
@@ -47,17 +47,17 @@ class GatedDeltaNet:
 
     @property
     def conv_dim(self) -> int:
-        """Channels of the convolution."""
+        """Number of channels of the convolution."""
         return 2 * self.k_heads * self.key_dim + self.v_heads * self.value_dim
 
     @property
     def same_input(self) -> SameInput:
-        """The projections in."""
+        """Paths of the input projections."""
         return (tuple(f"{self.path}.in_proj_{part}" for part in self._inputs),)
 
     @property
     def _inputs(self) -> Mapping[str, int]:
-        """Rows of the matrices that project in, by the last part of their names."""
+        """Rows of the input projections, by the last part of their names."""
         values = self.v_heads * self.value_dim
         if self.by_key:
             return {"qkvz": self.conv_dim + values, "ba": 2 * self.v_heads}
@@ -66,12 +66,12 @@ class GatedDeltaNet:
 
     @property
     def cache_shapes(self) -> CacheShapes:
-        """The convolution's last rows, and the state."""
+        """The convolution's last rows and the state."""
         state = (1, self.v_heads, self.value_dim, self.key_dim)
         return (1, self.conv_width - 1, self.conv_dim), state
 
     def shapes(self, dim: int) -> Shapes:
-        """Return the tensors by path below the layer, as they are once unpacked."""
+        """Return the unpacked shapes of its tensors by path below the layer."""
         values, conv, width = (
             self.v_heads * self.value_dim,
             self.conv_dim,
@@ -88,12 +88,12 @@ class GatedDeltaNet:
         return {f"{self.path}.{name}": shape for name, shape in shapes.items()}
 
     def check(self, module: nn.Module) -> None:
-        """Accept any: all that it is made of is in the form."""
+        """Accept any module: the form describes all of it."""
 
     def begin(
         self, module: nn.Module, cache: Any, context: Context, *, spare: bool
     ) -> Begun:
-        """Return states and masks; an empty cache begins with zeros."""
+        """Return states and masks; an empty cache starts with zeros."""
         conv, delta, lengths = None, None, None
         if cache is not None:
             conv, delta, lengths = cache[0], cache[1], cache.lengths
@@ -120,7 +120,7 @@ class GatedDeltaNet:
             cache.advance(context.t)
 
     def push(self, g: GraphBuilder, net: nn.Module, x: BufId, call: Call) -> Pushed:
-        """Push all of it; its states are inputs and outputs of the graph."""
+        """Push the Ops; the states are inputs and outputs of the graph."""
         hk, hv, dk, dv = self.k_heads, self.v_heads, self.key_dim, self.value_dim
         n, seqs, conv_dim = call.n, call.n_seqs, self.conv_dim
         qkv, z, beta, alpha = self._projections(g, x, n)
@@ -215,7 +215,7 @@ class GatedDeltaNet:
     def _projections(
         self, g: GraphBuilder, x: BufId, n: int
     ) -> tuple[BufId, BufId, BufId, BufId]:
-        """Push q, k and v together, z, b and a."""
+        """Push the projections: q, k and v as one, z, b and a."""
         path, heads = f"{self.path}.in_proj", self.v_heads
         if not self.by_key:
             return (

@@ -1,4 +1,4 @@
-"""Attention over a compressed cache (MLA): heads read one latent row a token.
+"""Attention over a compressed cache (MLA): all heads read one latent row per token.
 
 Letters as in ``ops/latent.py``.
 """
@@ -14,12 +14,13 @@ import mlx.nn as nn
 from ...errors import ModelError
 from .. import ops
 from ..blocks import Call, SameInput, Shapes, rotation
-from ..context import Context, cache_ops, has_spare_rows
+from ..context import Context
 from ..graph import BufId
 from ..graph import roles as b
 from ..model import GraphBuilder
 from ..ops.functions import Array
 from .base import Begun, CacheShapes, Pushed
+from .cached import Rotary, append_rows, begin_rows, end_rows, mask_input
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +28,10 @@ class LatentAttention:
     """Causal attention whose cache has a latent row and a rope key for each token.
 
     Args:
-        q_rank: width that queries are made from; None: from the layer's row.
-        biases: whether the projections of the layer's row and the last one add a bias.
-        joint_kv: how files have the heads' matrices: ``kv_b_proj`` before mlx-lm's
-            conversion, ``embed_q`` and ``unembed_out`` after it.
+        q_rank: width of the row that queries are projected from; None: the model's.
+        biases: the input and output projections add biases.
+        joint_kv: files have the heads' matrices as ``kv_b_proj``, before mlx-lm's
+            conversion; else as ``embed_q`` and ``unembed_out``.
     """
 
     heads: int
@@ -48,17 +49,17 @@ class LatentAttention:
 
     @property
     def same_input(self) -> SameInput:
-        """The projections in."""
+        """Paths of the input projections."""
         first = "q_proj" if self.q_rank is None else "q_a_proj"
         return ((f"{self.path}.{first}", f"{self.path}.kv_a_proj_with_mqa"),)
 
     @property
     def cache_shapes(self) -> CacheShapes:
-        """Latent rows and rope keys, where other attention has keys and values."""
+        """Latent rows in place of keys, rope keys in place of values."""
         return (1, 1, None, self.latent_dim), (1, 1, None, self.rope_dim)
 
     def shapes(self, dim: int) -> Shapes:
-        """Return the tensors by path below the layer, as they are once unpacked."""
+        """Return the unpacked shapes of its tensors by path below the layer."""
         heads, latent = self.heads, self.latent_dim
         queries, values = (
             heads * (self.nope_dim + self.rope_dim),
@@ -87,54 +88,39 @@ class LatentAttention:
         return {f"{self.path}.{name}": shape for name, shape in shapes.items()}
 
     def check(self, module: nn.Module) -> None:
-        """Raise ModelError for rotary positions that no kernel has."""
+        """Raise ModelError for rotary positions that kernels cannot compute."""
         rotation(module.rope, pairs=True)
 
     def begin(
         self, module: nn.Module, cache: Any, context: Context, *, spare: bool
     ) -> Begun:
-        """Return positions, the mask, and how the cache object takes new rows.
+        """Return positions, the mask, and the Ops that the cache object performs.
 
         Raises:
-            ModelError: the cache is quantised, which mlx-lm's layer cannot read either.
+            ModelError: the cache is quantised; mlx-lm's layer cannot read it either.
         """
         if hasattr(cache, "bits"):
             raise ModelError(
-                "[cache] expected latent rows as they are but got a quantised cache: "
-                "leave kv_bits out"
+                "[cache] expected an unquantised cache of latent rows but got one of "
+                f"{cache.bits} bits: leave kv_bits out"
             )
-        mask, traced = context.masks[self.window], context.traced
-        # Slices of a growing cache would be traced anew at every token.
-        one = mask is None and context.t == 1
-        spare_rows = traced or (one and spare and has_spare_rows(cache))
-        inputs = {
-            "start": context.start,
-            "row": context.start[:1],
-            "keys": cache.keys if traced else None,
-            "values": cache.values if traced else None,
-            "attention_mask": mask,
-        }
-        masks = {"attention_mask": mask is not None, "spare_rows": spare_rows}
-        if traced:
-            return Begun(masks, inputs)
-        sizes = self.heads, 1, module.scale
-        return Begun(masks, inputs, cache_ops(*sizes, cache, context, spare_rows))
+        return begin_rows(cache, context, self.heads, 1, module.scale, spare=spare)
 
     def end(self, cache: Any, state: Mapping[str, Array], context: Context) -> None:
-        """Give a traced cache its new arrays; others took the rows themselves."""
-        if context.traced:
-            cache.keys, cache.values = state["keys"], state["values"]
+        """Give a traced cache its new arrays; other caches appended the rows."""
+        end_rows(cache, state, context)
 
     def push(self, g: GraphBuilder, attn: nn.Module, x: BufId, call: Call) -> Pushed:
-        """Push all of it; its caches are inputs and outputs of the graph."""
+        """Push the Ops; the caches are inputs and outputs of the graph."""
         n, seqs, heads, latent_dim = call.n, call.n_seqs, self.heads, self.latent_dim
         start = g.input("start", b.StartPosBuf, (seqs,))
         q_nope, q_pe, latent, k_pe = self._projections(g, attn, x, n)
-        self._rotate(g, attn, {"q_pe": (q_pe, heads), "k_pe": (k_pe, 1)}, start, call)
-        keys, values = self._append(g, latent, k_pe, call)
-        mask = None
-        if call.attention_mask:
-            mask = g.input("attention_mask", b.AttnMaskBuf, (None, 1, call.t, None))
+        rotary = Rotary.of(attn.rope, g, call, start, pairs=True)
+        rotary.push("q_pe", q_pe, heads, self.rope_dim)
+        rotary.push("k_pe", k_pe, 1, self.rope_dim)
+        widths = {"width": latent_dim, "value_width": self.rope_dim}
+        keys, values = append_rows(g, latent, k_pe, call, heads=1, **widths)
+        mask = mask_input(g, call)
         query = self._by_head(g, "embed_q", q_nope, b.LatentQueryBuf, n)
         context = g.new("context", b.LatentContextBuf, (n, heads * latent_dim))
         g.push(
@@ -162,7 +148,7 @@ class LatentAttention:
     def _projections(
         self, g: GraphBuilder, attn: nn.Module, x: BufId, n: int
     ) -> tuple[BufId, BufId, BufId, BufId]:
-        """Push queries without positions and with, the latent row and the rope key."""
+        """Push queries without and with positions, the latent row and the rope key."""
         path, heads = self.path, self.heads
         kv_name = f"{path}.kv_a_proj_with_mqa"
         q: BufId
@@ -199,63 +185,10 @@ class LatentAttention:
         normed_latent = g.norm(f"{path}.kv_a_layernorm", latent, b.LatentKeyBuf, eps)
         return q_nope, q_pe, normed_latent, k_pe
 
-    def _rotate(
-        self,
-        g: GraphBuilder,
-        attn: nn.Module,
-        parts: Mapping[str, tuple[BufId, int]],
-        start: BufId,
-        call: Call,
-    ) -> None:
-        """Push the rotary positions of queries and of the rope key."""
-        frequencies, scale = rotation(attn.rope, pairs=True)
-        inv_freq = g.constant("inv_freq", b.RopeInvFreqBuf, frequencies)
-        for name, (buf, count) in parts.items():
-            g.push(
-                ops.RopeNTokens(
-                    label=f"{name}_rope",
-                    x=buf,
-                    inv_freq=inv_freq,
-                    start=start,
-                    n_tokens=call.n,
-                    n_seqs=call.n_seqs,
-                    num_heads=count,
-                    head_dim=self.rope_dim,
-                    rotary_dim=self.rope_dim,
-                    scale=scale,
-                    pairs=True,
-                )
-            )
-
-    def _append(
-        self, g: GraphBuilder, latent: BufId, k_pe: BufId, call: Call
-    ) -> tuple[BufId, BufId]:
-        """Push the cache's new rows; outside of traces the cache takes them itself."""
-        seqs = call.n_seqs
-        keys = g.input("keys", b.KvCacheKBuf, (seqs, 1, None, self.latent_dim))
-        values = g.input("values", b.KvCacheVBuf, (seqs, 1, None, self.rope_dim))
-        row = g.input("row", b.StartPosBuf, (1,))
-        g.push(
-            ops.KvCacheAppendNTokens(
-                label="kv_append",
-                k_src=latent,
-                v_src=k_pe,
-                k_cache=keys,
-                v_cache=values,
-                row=row,
-                n_tokens=call.n,
-                n_seqs=seqs,
-                num_kv_heads=1,
-                head_dim=self.latent_dim,
-                value_dim=self.rope_dim,
-            )
-        )
-        return keys, values
-
     def _by_head(
         self, g: GraphBuilder, name: str, x: BufId, role: type[b.HeadsOut], n: int
     ) -> BufId:
-        """Push the product of each head's part with its own matrix."""
+        """Push the product of each head's values and its own matrix."""
         weight = g.ref(f"{self.path}.{name}")
         heads, out_dim, in_dim = weight.shape
         out = g.new(name, role, (n, heads * out_dim))

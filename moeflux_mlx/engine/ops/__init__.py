@@ -1,4 +1,4 @@
-"""Every Op, one class each in the families of ``kernels/``.
+"""Every Op, one class each, in modules named after the files of ``kernels/``.
 
 Imports: device, engine.graph, experts.
 """

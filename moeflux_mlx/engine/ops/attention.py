@@ -27,26 +27,29 @@ from ..graph.roles import (
 )
 from .functions import QUERY_BLOCK, Array, attention, namespace, rope
 
-# Whole numbers above this float32 skips.
+# Above this, float32 cannot hold every whole number.
 MAX_POSITION = 1 << 24
 
 
 def split_heads(x: Array, n_seqs: int, num_heads: int) -> Array:
-    """Turn ``[N, H * d]`` into ``[B, H, T, d]``."""
+    """Reshape ``[N, H * d]`` to ``[B, H, T, d]``."""
     return x.reshape(n_seqs, x.shape[0] // n_seqs, num_heads, -1).swapaxes(1, 2)
 
 
 def join_heads(x: Array) -> Array:
-    """Turn ``[B, H, T, d]`` into ``[N, H * d]``."""
+    """Reshape ``[B, H, T, d]`` to ``[N, H * d]``."""
     n_seqs, num_heads, t, head_dim = x.shape
     return x.swapaxes(1, 2).reshape(n_seqs * t, num_heads * head_dim)
 
 
 def seen_rows(start: Array, t: int, n_rows: int) -> Array:
-    """Return which rows T new tokens see of a cache with spare ones: ``[B, 1, T, S]``.
+    """Return the rows that T new tokens see of a cache with spare rows.
 
     Args:
         start: ``[B]``, the position of each sequence's first new token.
+
+    Returns:
+        bool ``[B, 1, T, S]``.
     """
     at = namespace(start)
     token, row = at.arange(t)[:, None], at.arange(n_rows)
@@ -54,13 +57,12 @@ def seen_rows(start: Array, t: int, n_rows: int) -> Array:
 
 
 class RopeNTokens(Op):
-    """Rotate the first ``rotary_dim`` channels of each head, halves paired (NeoX).
+    """Rotate the first ``rotary_dim`` channels of each head by its position.
 
-    With ``pairs`` neighbouring channels are a pair instead (GPT-J).
-
-    Token t of sequence b stands at ``start[b] + t``; ``inv_freq[i]`` is the angle of
-    channel pair i per position and ``scale`` multiplies the rotated channels, so the Op
-    is the same for every scaling rule.
+    Channels of the two halves form pairs (NeoX), or with ``pairs`` neighbouring
+    channels (GPT-J). The position of token t of sequence b is ``start[b] + t``.
+    ``inv_freq[i]`` is the angle of channel pair i per position, and ``scale``
+    multiplies the rotated channels, so the Op serves every scaling rule.
     """
 
     x: InOut[RmsNormIn]
@@ -82,7 +84,7 @@ class RopeNTokens(Op):
         }
 
     def index_ranges(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, range]:
-        """Return positions that float32 holds; padding may begin below 0."""
+        """Return the positions that float32 can hold; padding may start below 0."""
         last = MAX_POSITION - self.n_tokens // self.n_seqs
         return {"start": range(-MAX_POSITION, last + 1)}
 
@@ -103,10 +105,10 @@ class RopeNTokens(Op):
 class KvCacheAppendNTokens(Op):
     """Write rows ``[row, row + T)`` of the caches ``[B, Hkv, S, d]``.
 
-    In a model mlx-lm's own cache object does this, so that prompt caches, trimming and
-    batches keep working; it may return a cache of another length. All rows must lie
-    within the caches: kernels drop others, MLX ends the process. Values may have a
-    width of their own, ``value_dim``.
+    In a model, mlx-lm's cache object performs this Op, so that prompt caches, trimming
+    and batches keep working; it may return a cache of another length. All rows must lie
+    within the caches: kernels drop other rows, and MLX ends the process. Values may
+    have another width, ``value_dim``.
     """
 
     k_src: In[KProjOutBuf]
@@ -122,7 +124,7 @@ class KvCacheAppendNTokens(Op):
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Channels of a key and of a value."""
+        """Widths of a key and of a value."""
         return self.head_dim, self.value_dim or self.head_dim
 
     def shapes(self) -> dict[str, Shape]:
@@ -158,7 +160,7 @@ class KvCacheAppendNTokens(Op):
 
 
 def with_rows(cache: Array, new: Array, row: Array) -> Array:
-    """Return the cache with ``new`` in its rows from ``row`` on."""
+    """Return the cache with ``new`` written to its rows from ``row`` on."""
     if isinstance(cache, mx.array):
         return mx.slice_update(cache, new, row, (2,))
     cache = cache.copy()
@@ -169,13 +171,13 @@ def with_rows(cache: Array, new: Array, row: Array) -> Array:
 class SdpaCausalTiled(Op):
     """Attend causally: T queries over a cache whose last T rows are their own.
 
-    Query t of each sequence sees rows ``[0, S - T + t]``, or what ``mask`` (true: seen)
-    allows when there is one. With ``start``, the position of each sequence's first new
+    Query t of each sequence sees rows ``[0, S - T + t]``, or the rows that ``mask``
+    (true: seen) allows. With ``start``, the position of each sequence's first new
     token, the cache has spare rows after the new ones, and there is no mask. Query head
-    h reads key head ``h // heads_per_kv``; ``sinks`` ``[H]`` has a further score for
-    it, whose value is nothing. What a
-    query gets that sees no row, as one of padding, is finite and means nothing: zeros
-    from a kernel, the mean of the values from MLX.
+    h reads key head ``h // heads_per_kv``. ``sinks`` ``[H]`` adds one score per head to
+    the softmax, without a value. A query that sees no row, such as one of padding, gets
+    a finite output without meaning: zeros from a kernel, the mean of the values from
+    MLX.
     """
 
     q: In[QBuf]
@@ -212,7 +214,7 @@ class SdpaCausalTiled(Op):
         return {"start": range(last + 1)}
 
     def cost(self) -> Cost:
-        """Count the T new rows only: the cache's length is data, not a field."""
+        """Count only the T new rows: the cache's length is data, not a field."""
         t = self.n_tokens // self.n_seqs
         pairs = self.n_seqs * self.num_heads * t * (t + 1) // 2
         rows = self.n_tokens * self.head_dim

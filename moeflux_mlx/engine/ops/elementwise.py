@@ -1,4 +1,4 @@
-"""Element by element: residual, gates, SwiGLU, zeroing and de-interleaving."""
+"""Elementwise Ops: residual, gates, SwiGLU, zeroing and de-interleaving."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def add(a: Array, b: Array) -> Array:
 
 
 class ZeroBuffer(Op):
-    """Clear an accumulator ``[N, D]``; it is only written, never read."""
+    """Write zeros to an accumulator ``[N, D]``."""
 
     buf: Out[MoeOutSumBuf]
     n_tokens: int
@@ -115,7 +115,7 @@ def sigmoid_gate(x: Array, gate: Array) -> Array:
 
 
 class SplitQGate(Op):
-    """Part ``[N, H, 2d]``, per head q then gate, into two ``[N, H * d]``."""
+    """Split ``[N, H, 2d]``, per head q then gate, into two ``[N, H * d]``."""
 
     q_proj: In[QProjOutBuf]
     q_out: Out[QBuf]
@@ -141,7 +141,7 @@ class SplitQGate(Op):
 
 
 def split_q_gate(q_proj: Array, num_heads: int) -> tuple[Array, Array]:
-    """Return q and gate ``[N, H * d]`` of ``[N, H * 2d]``, per head q then gate."""
+    """Split ``[N, H * 2d]``, per head q then gate, into q and gate ``[N, H * d]``."""
     pairs = q_proj.reshape(len(q_proj), num_heads, 2, -1)
     shape = (len(q_proj), q_proj.shape[1] // 2)
     return pairs[:, :, 0].reshape(shape), pairs[:, :, 1].reshape(shape)

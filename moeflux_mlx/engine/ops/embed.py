@@ -14,7 +14,7 @@ from .functions import Array, embed
 class EmbedGatherNTokens(Op):
     """Unpack row ``token_ids[t]`` of the embedding for each of N tokens.
 
-    Kernels trust ids to be in range: callers check them before the graph runs.
+    Kernels do not check the range of ids: callers do so before the graph runs.
     """
 
     token_ids: In[TokenIdsBuf]

@@ -1,9 +1,9 @@
-"""Array functions that references are written in, for MLX and for NumPy arrays.
+"""The functions of references, for arrays of MLX and of NumPy.
 
-References run on MLX arrays everywhere. On a Linux CPU they may also be given NumPy
-arrays: MLX's CPU library there links the reference BLAS and hands every small
-operation to another thread, which costs 50 times NumPy's time for a product and 10
-times for the rest. The mathematics is written once either way.
+References run on MLX arrays everywhere. On a Linux CPU they also take NumPy arrays:
+there MLX's library links the reference BLAS and hands every small operation to another
+thread, which takes 50 times as long as NumPy for a product and 10 times for the rest.
+The same code serves both.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ def namespace(x: Array) -> Any:
 
 
 def to_host(x: Array) -> Array:
-    """Return an MLX array's memory as a NumPy array; bfloat16 becomes float32."""
+    """Return an MLX array as a NumPy view of its memory; bfloat16 becomes float32."""
     if not isinstance(x, mx.array):
         return x
     return np.asarray(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
 
 
 def to_device(x: Array) -> Array:
-    """Return a NumPy array's values as an MLX array."""
+    """Return a NumPy array as an MLX array."""
     return mx.array(x) if isinstance(x, np.ndarray) else x
 
 
 def detached(x: Array) -> Array:
-    """Return a part of an array with memory of its own, so that the rest can go."""
+    """Copy a part of an array, so that the rest of its memory can be freed."""
     return mx.contiguous(x) if isinstance(x, mx.array) else x.copy()
 
 
@@ -54,6 +54,7 @@ def sigmoid(x: Array) -> Array:
     """Return ``1 / (1 + exp(-x))``."""
     if isinstance(x, mx.array):
         return mx.sigmoid(x)
+    # Bounded, so that ``exp`` does not overflow float32.
     return 1 / (1 + np.exp(-np.maximum(x, -80)))
 
 
@@ -79,7 +80,7 @@ def argsort(x: Array) -> Array:
 
 
 def take_columns(x: Array, indices: Array) -> Array:
-    """Return from each row of ``[N, E]`` its entries ``indices`` ``[N, K]``."""
+    """Return the entries ``indices`` ``[N, K]`` of each row of ``[N, E]``."""
     if isinstance(x, mx.array):
         return mx.take_along_axis(x, indices, axis=-1)
     return x[np.arange(len(x))[:, None], indices]
@@ -103,10 +104,12 @@ def rope(
     *,
     pairs: bool = False,
 ) -> Array:
-    """Rotate the first ``dims`` channels of ``[B, H, T, d]``, halves paired.
+    """Rotate the first ``dims`` channels of ``[B, H, T, d]``, as ``RopeNTokens`` does.
 
-    ``start`` ``[B]`` is the position of each sequence's first token; ``scale``
-    multiplies the rotated channels; with ``pairs`` neighbours are paired.
+    Args:
+        start: ``[B]``, the position of each sequence's first token.
+        scale: factor of the rotated channels.
+        pairs: neighbouring channels form pairs, not channels of two halves.
     """
     if isinstance(x, mx.array):
         if scale != 1.0:
@@ -131,14 +134,14 @@ def rope(
     return np.concatenate(rotated, axis=-1)
 
 
-# Queries taken together on the host: bounds the score matrix, skips what is hidden.
+# Queries of one block on the host: bounds the score matrix, and skips hidden rows.
 QUERY_BLOCK = 256
 
 
 def score_bytes(n_heads: int, t: int, s: int) -> int:
-    """Return the bytes of attention's scores of T queries over S rows on the host."""
+    """Return the bytes of the scores of T queries over S rows on the host."""
     n_scores = min(t, QUERY_BLOCK) * s
-    # Four bytes a score, and one where a mask hides it.
+    # A float32 score and a byte of its mask.
     return 5 * max(n_scores, min(n_heads * n_scores, device.HOST_SCORES))
 
 
@@ -158,9 +161,9 @@ def attention(
         q: ``[B, H, T, d]``, the last T positions.
         k: ``[B, Hkv, S, d]``; head h reads ``h // (H / Hkv)``.
         v: as ``k``; its heads may have another width.
-        beside: queries ``[B, H, T, r]`` and keys ``[B, 1, S, r]`` whose products are
-            added to the others'.
-        sinks: ``[H]``: a further score of each head, whose value is nothing.
+        beside: queries ``[B, H, T, r]`` and keys ``[B, 1, S, r]``; their products are
+            added to the scores.
+        sinks: ``[H]``, one more score per head, without a value.
     """
     if isinstance(q, mx.array):
         if beside is not None:
@@ -188,7 +191,7 @@ def attention(
 def _scores_beside(
     q: mx.array, k: mx.array, scale: float, mask: mx.array | None
 ) -> mx.array:
-    """Return products ``[B, H, T, S]`` to add, the lowest where nothing is seen."""
+    """Return products ``[B, H, T, S]`` to add, the lowest number for hidden rows."""
     scores = (q * scale) @ k.swapaxes(-1, -2)
     t, s = scores.shape[-2:]
     if mask is None and t > 1:
@@ -207,7 +210,7 @@ def _attend(
     """Attend with heads that read the same rows.
 
     Args:
-        pairs: queries ``[H, T, d]`` and keys ``[S, d]``; scores are their sum.
+        pairs: queries ``[H, T, d]`` and keys ``[S, d]``; their products add up.
         sinks: ``[H, 1, 1]``.
     """
     n_heads, t, _ = pairs[0][0].shape
@@ -236,9 +239,9 @@ def _attend(
 
 
 def linear(x: Array, weight: Weight) -> Array:
-    """Return ``x`` ``[..., I]`` times the transpose of ``weight`` ``[O, I]``.
+    """Return ``x`` ``[..., I]`` times the transpose of ``weight`` ``[O, I]``, and bias.
 
-    A weight of either kind of arrays serves rows of both. Its bias is added, if any.
+    Rows and weight may be arrays of MLX or of NumPy; the result is of the rows' type.
     """
     on_host = isinstance(x, np.ndarray)
     weight = weight.on_host if on_host else weight.on_device
@@ -268,7 +271,7 @@ def _device_linear(x: mx.array, weight: Weight) -> mx.array:
 
 
 def heads_linear(x: Array, weight: Weight) -> Array:
-    """Return each head's ``[N, H, I]`` times the transpose of its own matrix.
+    """Return rows ``[N, H, I]`` times the transpose of each head's own matrix.
 
     Args:
         weight: ``[H, O, I]``.
@@ -286,7 +289,7 @@ def heads_linear(x: Array, weight: Weight) -> Array:
 def embed(token_ids: Array, weight: Weight) -> Array:
     """Return rows ``token_ids`` ``[N]`` of ``weight`` ``[V, D]``, unpacked.
 
-    A weight of MLX arrays serves NumPy ids too.
+    With NumPy ids the weight may have MLX arrays; the result is of NumPy.
     """
     on_host = isinstance(token_ids, np.ndarray)
     weight = weight.on_host if on_host else weight
@@ -315,9 +318,9 @@ Activation = Callable[[Array, Array], Array]
 
 
 def clipped_swiglu(gate: Array, up: Array, alpha: float, limit: float) -> Array:
-    """Return ``gate * sigmoid(alpha * gate) * (up + 1)``, both clipped first.
+    """Return ``gate * sigmoid(alpha * gate) * (up + 1)`` of clipped values.
 
-    ``gate`` is at most ``limit``, ``up`` lies between ``-limit`` and ``limit``.
+    ``gate`` is clipped to at most ``limit``, ``up`` to ``-limit`` to ``limit``.
     """
     xp = namespace(gate)
     gate, up = xp.minimum(gate, limit), xp.clip(up, -limit, limit)
@@ -344,7 +347,7 @@ def experts_by_slot(
     """Run rows ``[N, D]`` through the experts in their slots ``[N, K]``.
 
     Args:
-        in_order: slots never fall from row to row, which lets MLX group rows.
+        in_order: slots never decrease from row to row, which lets MLX batch rows.
 
     Returns:
         ``[N, K, D]``.
@@ -399,7 +402,7 @@ def _gather_product(
         weight, slots = _end_to_end(weight, slots)
     q = weight.quantization
     if q is None:
-        # Not told that slots are in order: MLX's CUDA product is wrong then.
+        # ``sorted_indices`` is left out: with it, MLX's CUDA product is wrong.
         return mx.gather_mm(x, weight.w.swapaxes(-1, -2), rhs_indices=slots)
     scales, biases = _scales_like(x, weight)
     return mx.gather_qmm(
@@ -417,13 +420,13 @@ def _gather_product(
 
 
 def _gathers_in_place(weight: Weight, dtype: mx.Dtype) -> bool:
-    """Tell whether MLX takes slots as they are; another type would convert them all."""
+    """Return whether MLX gathers from slots without converting all of them first."""
     own = weight.w if weight.quantization is None else weight.scales
     return device.gathers_strided() and own.dtype in (dtype, mx.uint8)
 
 
 def dequantize(weight: Weight) -> Array:
-    """Unpack ``weight`` to ``[..., O, I]``; float32 when its arrays are NumPy's."""
+    """Unpack ``weight`` to ``[..., O, I]``; NumPy arrays become float32."""
     q = weight.quantization
     assert q is not None
     if isinstance(weight.w, mx.array):
@@ -439,7 +442,7 @@ def dequantize(weight: Weight) -> Array:
 
 
 def _end_to_end(weight: Weight, slots: mx.array) -> tuple[Weight, mx.array]:
-    """Return copies of the matrices in ``slots``, and where each is among them."""
+    """Return contiguous copies of the matrices in ``slots``, and their new indices."""
     parts = (weight.w, weight.scales, weight.biases)
     w, scales, biases = (None if x is None else x[slots.flatten()] for x in parts)
     places = mx.arange(slots.size, dtype=mx.uint32).reshape(slots.shape)

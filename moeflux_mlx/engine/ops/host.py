@@ -1,7 +1,7 @@
-"""Products with matrices on the host: packed values are cut out or looked up.
+"""Products with quantised matrices on the host.
 
-NumPy has neither bfloat16 nor packed values, and MLX unpacks on a CPU value by value,
-up to 30 times slower than these functions.
+Packed values are cut out of bytes or looked up in tables. NumPy has neither bfloat16
+nor packed values, and on a CPU MLX unpacks value by value, up to 30 times slower.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import numpy as np
 from ... import device
 from ...experts.weights import Quantization, Weight
 
-# A field is a run of bits with a whole number of values, few enough for a table.
+# Bits of a field: it holds a whole number of values, few enough for a table.
 FIELD_BITS = {2: 8, 3: 12, 4: 8, 5: 10, 6: 12, 8: 8}
-# A byte of values that are one, and a scale that is one, where scales are bytes.
+# A byte of values of 1.0, and the byte of a scale of 1.0, by mode.
 ONES = {"mxfp4": (0x22, 0x7F), "mxfp8": (0x38, 0x7F), "nvfp4": (0x22, 0x38)}
 
 
@@ -40,7 +40,7 @@ def host_linear(x: np.ndarray, weight: Weight) -> np.ndarray:
 
 
 def _unpacked_product(x: np.ndarray, weight: Weight) -> np.ndarray:
-    """Unpack a block of the matrix at a time, small enough for the cache."""
+    """Multiply block by block, each small enough for the cache once unpacked."""
     n_out, n_in = weight.w.shape[0], x.shape[1]
     step = max(8, device.HOST_BLOCK_VALUES // n_in)
     out = np.empty((len(x), n_out), np.float32)
@@ -56,12 +56,15 @@ def row_products(
 ) -> list[np.ndarray]:
     """Multiply row i of ``[K, I]`` by ``stack[slots[i]]`` ``[O, I]`` of each stack.
 
-    Values are scaled after the products with each group: ``s (q . x) + b sum(x)``.
-    Small matrices are taken together, large ones in blocks by several threads; the bits
-    of a row are the same whichever others come with it.
+    Products of a quantisation group are scaled afterwards: ``s (q . x) + b sum(x)``.
+    Several small matrices form one block; threads share the blocks of large ones. The
+    bits of a row do not depend on the other rows.
+
+    Args:
+        stacks: matrices of the same shape and quantisation.
 
     Returns:
-        ``[K, O]`` for each stack; all have the same shape and quantisation.
+        ``[K, O]`` for each stack.
     """
     q = stacks[0].quantization
     if q is None:
@@ -103,7 +106,7 @@ def row_products(
 
 
 class Block(NamedTuple):
-    """A part of several products: of which matrices, of which rows, which outputs."""
+    """A block of several products: its stacks, the rows of ``x``, and the outputs."""
 
     stacks: slice
     which: slice
@@ -111,7 +114,7 @@ class Block(NamedTuple):
 
 
 def _blocks(n_stacks: int, n_rows: int, n_out: int, n_in: int) -> Iterator[Block]:
-    """Divide products into blocks whose values, ``n_in`` a row, fit a cache."""
+    """Divide products into blocks whose values, ``n_in`` per row, fit the cache."""
     step = max(8, device.HOST_BLOCK_VALUES // n_in)
     if n_stacks * n_out <= step:
         together = step // (n_stacks * n_out)
@@ -126,7 +129,7 @@ def _blocks(n_stacks: int, n_rows: int, n_out: int, n_in: int) -> Iterator[Block
 
 
 def _stack(arrays: Iterable[np.ndarray]) -> np.ndarray:
-    """Stack arrays; one alone is not copied."""
+    """Stack arrays; do not copy a single one."""
     found = [*arrays]
     return found[0][None] if len(found) == 1 else np.stack(found)
 
@@ -137,18 +140,18 @@ def _threads() -> ThreadPoolExecutor:
 
 
 if hasattr(os, "register_at_fork"):
-    # A forked process has none of its parent's threads.
+    # The threads do not exist in a forked child.
     os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 class Scratch(threading.local):
-    """Memory of each thread, to be written over: new memory costs a fault a page."""
+    """Memory that each thread reuses: new memory costs a page fault per page."""
 
     def __init__(self) -> None:
         self._held: dict[type, np.ndarray] = {}
 
     def array(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        """Return an array with anything in it; there is one of each type."""
+        """Return an uninitialised array; the next one of its type reuses the memory."""
         n, held = math.prod(shape), self._held.get(dtype)
         if held is None or held.size < n:
             held = self._held[dtype] = np.empty(n, dtype)
@@ -159,14 +162,14 @@ _scratch = Scratch()
 
 
 def _n_planes(q: Quantization) -> int:
-    """Return in how many arrays ``_planes`` gives values: those of a byte apart."""
+    """Return the number of planes that ``_planes`` yields: the values in a byte."""
     return 8 // q.bits if q.mode == "affine" and FIELD_BITS[q.bits] == 8 else 1
 
 
 def _planes(packed: np.ndarray, q: Quantization) -> Iterator[np.ndarray]:
-    """Yield packed values, unscaled, as float32: plane i has every n-th from i on.
+    """Yield packed values, unscaled, as float32: plane i of n has values i, i + n, ...
 
-    Each is written over by the next one, and by whatever this thread does next.
+    All planes share memory that the thread's next product reuses.
     """
     fields, n_planes = _fields(packed, q.bits), _n_planes(q)
     if n_planes == 1:
@@ -188,7 +191,7 @@ def unpack(weight: Weight, out: np.ndarray | None = None) -> np.ndarray:
     """Return a quantised weight of NumPy arrays as float32 ``[..., O, I]``.
 
     Args:
-        out: memory of that shape to use.
+        out: write to this array of that shape.
     """
     q = weight.quantization
     assert q is not None
@@ -204,7 +207,7 @@ def unpack(weight: Weight, out: np.ndarray | None = None) -> np.ndarray:
 
 
 def widen(x: Any) -> np.ndarray:
-    """Return float32 of float32 or float16 values, or of bfloat16 ones as bits."""
+    """Convert float32, float16, or the uint16 bits of bfloat16 to float32."""
     if x.dtype == np.uint16:
         return np.left_shift(x, 16, dtype=np.uint32).view(np.float32)
     return x.astype(np.float32, copy=False)
@@ -215,7 +218,7 @@ def _scales(scales: np.ndarray, q: Quantization) -> np.ndarray:
 
 
 def _look_up(fields: np.ndarray, q: Quantization, out: np.ndarray) -> None:
-    """Write the values of fields, unscaled, in their order."""
+    """Write the unscaled values of fields to ``out`` in order."""
     if q.mode == "affine" and q.bits == FIELD_BITS[q.bits]:
         np.copyto(out, fields.reshape(out.shape))
         return
@@ -225,7 +228,7 @@ def _look_up(fields: np.ndarray, q: Quantization, out: np.ndarray) -> None:
 
 
 def _fields(packed: np.ndarray, bits: int) -> np.ndarray:
-    """Cut words into fields ``[..., n]``, bytes where those hold whole values."""
+    """Cut words into fields ``[..., n]``: bytes, where these hold whole values."""
     octets = np.ascontiguousarray(packed).view(np.uint8)
     width = FIELD_BITS[bits]
     if width == 8:
@@ -234,6 +237,7 @@ def _fields(packed: np.ndarray, bits: int) -> np.ndarray:
     octets = octets.reshape(*octets.shape[:-1], -1, n_bits // 8)
     fields = np.empty((*octets.shape[:-1], n_bits // width), np.uint16)
     for i in range(n_bits // width):
+        # These widths and offsets keep every field within two bytes.
         first, shift = divmod(i * width, 8)
         pair = np.left_shift(octets[..., first + 1], 8, dtype=np.uint16)
         pair |= octets[..., first]
@@ -244,7 +248,7 @@ def _fields(packed: np.ndarray, bits: int) -> np.ndarray:
 
 @functools.cache
 def _value_table(q: Quantization) -> np.ndarray:
-    """Map a field to its values; small enough to stay in the cache."""
+    """Return the table from a field to its values; it fits the cache."""
     width = FIELD_BITS[q.bits]
     if q.mode != "affine":
         codes = np.arange(256, dtype=np.uint8).reshape(-1, q.group_size * q.bits // 8)
@@ -257,14 +261,14 @@ def _value_table(q: Quantization) -> np.ndarray:
 
 @functools.cache
 def _scale_table(q: Quantization) -> np.ndarray:
-    """Map a scale that is one byte to its value."""
+    """Return the table from a scale of one byte to its value."""
     scales = np.arange(256, dtype=np.uint8)[:, None]
     ones = np.full((256, q.group_size * q.bits // 8), ONES[q.mode][0], np.uint8)
     return _decoded(ones, scales, q)[:, 0].copy()
 
 
 def _decoded(codes: np.ndarray, scales: np.ndarray, q: Quantization) -> np.ndarray:
-    """Let MLX unpack the bytes, so that there is one definition of its modes."""
+    """Unpack bytes by MLX, which thus alone defines its modes."""
     words = mx.array(np.ascontiguousarray(codes).view(np.uint32))
     values = mx.dequantize(
         words,

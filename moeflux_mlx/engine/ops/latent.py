@@ -1,7 +1,7 @@
-"""Attention over a compressed cache: a latent row and a rope key a token (MLA).
+"""Attention over a compressed cache: a latent row and a rope key per token (MLA).
 
-Letters: N = B sequences x T tokens, H heads, L latent width, P width of a head's
-query without positions, R with, V width of a head's value, S rows in the cache.
+Letters: N = B sequences x T tokens, H heads, L latent width, P and R width of a head's
+query without and with positions, V width of a head's value, S rows in the cache.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .functions import QUERY_BLOCK, Array, attention, heads_linear
 
 
 class MlaSplitQKv(Op):
-    """Part heads' queries ``P|R`` and a token's row ``L|R``; R has positions."""
+    """Split heads' queries ``P|R`` and a token's row ``L|R``; R has positions."""
 
     q: In[MlaQBuf]
     kv: In[MlaKvBuf]
@@ -67,7 +67,7 @@ class MlaSplitQKv(Op):
 
 
 def split_q_kv(q: Array, kv: Array, num_heads: int, nope_dim: int) -> tuple[Array, ...]:
-    """Part queries and a token's row as ``MlaSplitQKv`` does."""
+    """Split queries and a token's row as ``MlaSplitQKv`` does."""
     n, p = len(q), nope_dim
     heads = q.reshape(n, num_heads, -1)
     latent_dim = kv.shape[1] - heads.shape[2] + p
@@ -76,9 +76,9 @@ def split_q_kv(q: Array, kv: Array, num_heads: int, nope_dim: int) -> tuple[Arra
 
 
 class HeadMatvecNTokens(Op):
-    """Multiply each head's part of a row ``[N, H * I]`` by a matrix of its own.
+    """Multiply each head's values of a row ``[N, H * I]`` by the head's own matrix.
 
-    ``weight`` is ``[H, O, I]``, each head's to be transposed.
+    ``weight`` is ``[H, O, I]``; each matrix is transposed.
     """
 
     weight: WeightRef
@@ -114,11 +114,11 @@ class HeadMatvecNTokens(Op):
 
 
 class SdpaLatentCausal(Op):
-    """Attend causally in the latent space: T queries, the cache's last T rows theirs.
+    """Attend causally in the latent space, over a cache whose last T rows are new.
 
-    Scores are those of ``q`` ``[N, H * L]`` with latent rows and of ``q_pe``
-    ``[N, H * R]`` with rope keys together; the rows summed are latent ones. Masks and
-    ``start`` are those of ``SdpaCausalTiled``.
+    A score is the sum of two products: ``q`` ``[N, H * L]`` with a latent row, and
+    ``q_pe`` ``[N, H * R]`` with a rope key. The output is a weighted sum of latent
+    rows. ``mask`` and ``start`` are as in ``SdpaCausalTiled``.
     """
 
     q: In[LatentQueryBuf]
@@ -152,7 +152,7 @@ class SdpaLatentCausal(Op):
         return {"start": range(last + 1)}
 
     def cost(self) -> Cost:
-        """Count the T new rows only: the cache's length is data, not a field."""
+        """Count only the T new rows: the cache's length is data, not a field."""
         t = self.n_tokens // self.n_seqs
         pairs = self.n_seqs * self.num_heads * t * (t + 1) // 2
         width = self.num_heads * (2 * self.latent_dim + self.rope_dim)
@@ -162,7 +162,7 @@ class SdpaLatentCausal(Op):
         )
 
     def scratch_bytes(self, itemsize: int) -> int:
-        """Count all scores twice where MLX makes them: it has no blocks of them."""
+        """Count all scores twice where MLX computes them: it has no query blocks."""
         t = self.n_tokens // self.n_seqs
         together = min(t, QUERY_BLOCK) if device.prefers_host_arrays() else t
         scores = self.n_seqs * self.num_heads * together * t

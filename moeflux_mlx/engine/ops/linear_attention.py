@@ -1,8 +1,8 @@
 """Gated DeltaNet: causal convolution, decay, and the delta rule in two forms.
 
 Letters: N = B sequences x T tokens, Hk key heads, Hv value heads, dk and dv their
-widths, C chunk length. State S is ``[B, Hv, dv, dk]`` in float32.
-Source: Yang et al., Gated Delta Networks (2024); chunked form after the same.
+widths, C chunk length. State S is ``[B, Hv, dv, dk]`` in float32. Source: Yang et al.,
+Gated Delta Networks (2024), for both forms.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from .functions import Array, detached, float32, namespace, sigmoid, silu
 
 
 class PartKeyHeadsNTokens(Op):
-    """Part projections that go by key head into those of all heads.
+    """Reorder projections that are grouped by key head.
 
-    ``qkvz`` has for each key head its q, its k, the v of its value heads and their z;
-    ``ba`` the b of its value heads and their alpha.
+    For each key head ``qkvz`` has its q, its k, the v of its value heads and their z;
+    ``ba`` has the b of its value heads and their alpha. The outputs hold all heads of
+    one kind together.
     """
 
     qkvz: In[QkvzStackBuf]
@@ -73,7 +74,7 @@ class PartKeyHeadsNTokens(Op):
 def part_key_heads(
     qkvz: Array, ba: Array, num_k_heads: int, key_dim: int
 ) -> tuple[Array, ...]:
-    """Part rows that go by key head as ``PartKeyHeadsNTokens`` does."""
+    """Reorder rows that are grouped by key head as ``PartKeyHeadsNTokens`` does."""
     n, hk, dk = len(qkvz), num_k_heads, key_dim
     each, gates = qkvz.reshape(n, hk, -1), ba.reshape(n, hk, -1)
     per_key = gates.shape[2] // 2
@@ -89,10 +90,10 @@ def part_key_heads(
 
 
 class Conv1dStepNTokens(Op):
-    """Convolve each channel causally over history and chunk, then SiLU.
+    """Convolve each channel causally over history and chunk, then apply SiLU.
 
-    ``conv_state`` ``[B, W - 1, C]`` holds the last inputs before the chunk and becomes
-    those of its end. Masked tokens count as zero inputs; with ``lengths`` a sequence
+    ``conv_state`` ``[B, W - 1, C]`` holds the last inputs before the chunk, and then
+    the chunk's last inputs. Masked tokens count as zeros. With ``lengths`` a sequence
     ends after ``lengths[b]`` tokens of this chunk.
     """
 
@@ -141,7 +142,7 @@ class Conv1dStepNTokens(Op):
 
 
 def conv_inputs(x: Array, state: Array, mask: Array | None) -> Array:
-    """Return history and chunk of each sequence ``[B, W - 1 + T, C]``."""
+    """Return the history and chunk of each sequence, ``[B, W - 1 + T, C]``."""
     xp, chunk = namespace(x), x.reshape(len(state), -1, x.shape[1])
     if mask is not None:
         chunk = xp.where(mask[..., None], chunk, 0)
@@ -158,7 +159,7 @@ def last_inputs(inputs: Array, keep: int, lengths: Array | None) -> Array:
 
 
 def convolved(inputs: Array, weight: Array) -> Array:
-    """Return the chunk's ``[B, T, C]`` convolution by ``[C, W]``, then SiLU."""
+    """Convolve by ``[C, W]`` and apply SiLU; return the chunk's ``[B, T, C]``."""
     taps, width = weight.T, weight.shape[1]
     t = inputs.shape[1] - width + 1
     out = inputs[:, :t] * taps[0]
@@ -170,7 +171,7 @@ def convolved(inputs: Array, weight: Array) -> Array:
 class ComputeDecayBetaNTokens(Op):
     """Return decay ``exp(-exp(A_log) softplus(a + dt_bias))`` and ``sigmoid(b)``.
 
-    A masked token gets decay 1 and beta 0: it leaves the state as it is.
+    A masked token gets decay 1 and beta 0, which leave the state as it is.
     """
 
     alpha_in: In[AlphaStackBuf]
@@ -224,7 +225,7 @@ def decay_beta(
 
 
 class _DeltaRule(OpFields):
-    """The fields and shapes that both forms of the delta rule share."""
+    """The fields and shapes of both forms of the delta rule."""
 
     state: InOut[DeltaStateBuf]
     conv_out: In[ConvOutBuf]
@@ -249,7 +250,7 @@ class _DeltaRule(OpFields):
         }
 
     def row_bytes(self) -> int:
-        """Bytes of state, inputs and outputs in float32."""
+        """Return the bytes of state, inputs and outputs in float32."""
         state = 2 * self.n_seqs * self.num_v_heads * self.value_dim * self.key_dim
         row = 2 * self.num_k_heads * self.key_dim
         row += 2 * self.num_v_heads * (self.value_dim + 1)
@@ -270,8 +271,8 @@ def delta_parts(
 class GatedDeltaNetStepNTokens(_DeltaRule, Op):
     """Run the delta rule token by token; meant for T = 1.
 
-    S = g S; S = S + beta (v - S k) k^T; y = S q, per value head, whose key head is
-    ``head // (Hv / Hk)``.
+    For each value head: S = g S; S = S + beta (v - S k) k^T; y = S q. Value head h
+    reads key head ``h // (Hv / Hk)``.
     """
 
     def cost(self) -> Cost:
@@ -304,7 +305,8 @@ def delta_rule(
     g, beta = (x.reshape(n_seqs, t, -1, 1) for x in (g, beta))
     outs = []
     for i in range(t):
-        # The new state's product with q follows from the old one's: S is read once.
+        # The new state's product with q is computed from the old state's: S is read
+        # once.
         key, query = k[:, i], q[:, i]
         decay, overlap = g[:, i], (key * query).sum(-1)[..., None]
         recalled = (state @ key[..., None])[..., 0] * decay
@@ -323,7 +325,7 @@ class GatedDeltaNetChunkwise(_DeltaRule, Op):
     With G the running product of decays within a chunk and K, Q, V its rows, the
     corrections D solve ``(I + tril(beta G_i/G_j K K^T, -1)) D = beta (V - G K S^T)``;
     then ``Y = G Q S^T + tril(G_i/G_j Q K^T) D`` and the state becomes
-    ``G_C S + D^T (G_C/G K)``. Only the state's way from chunk to chunk is sequential.
+    ``G_C S + D^T (G_C/G K)``. Only the update of the state is sequential.
     """
 
     chunk_size: int = 64
@@ -351,7 +353,7 @@ class GatedDeltaNetChunkwise(_DeltaRule, Op):
         q, k, v, log_g, beta = self._chunks(conv_out, state, g_decay, beta_gate)
         total = xp.cumsum(log_g, axis=-1)
         lower = xp.tril(xp.ones((self.chunk_size, self.chunk_size), xp.float32))
-        # Not as differences of totals, which strong decay makes too large to subtract.
+        # Differences of totals would lose precision: strong decay makes totals large.
         gaps = xp.cumsum(log_g[..., None] * xp.tril(lower, -1), axis=-2)
         decay = xp.exp(gaps) * lower
         keys_t = k.swapaxes(-1, -2)
@@ -380,11 +382,12 @@ class GatedDeltaNetChunkwise(_DeltaRule, Op):
     ) -> tuple[Array, ...]:
         """Arrange rows as ``[B, chunks, Hk, Hv / Hk, C, ...]``, zero-padded.
 
-        A padding token has decay 1 and beta 0 and changes nothing.
+        A padding token has decay 1 and beta 0, which change nothing.
         """
         xp = namespace(conv_out)
         q, k, v = delta_parts(conv_out, state, self.num_k_heads)
         n_seqs, t = q.shape[:2]
+        # A decay of 0 has no logarithm.
         tiny = float(np.finfo(np.float32).tiny)
         log_g = xp.log(xp.maximum(g_decay, tiny)).reshape(n_seqs, t, -1, 1)
         beta = beta_gate.reshape(n_seqs, t, -1, 1)
@@ -405,7 +408,7 @@ class GatedDeltaNetChunkwise(_DeltaRule, Op):
         return arrange(q), arrange(k), arrange(v), log_g, beta
 
     def _rows(self, out: Array) -> Array:
-        """Turn ``[B, Hk, Hv / Hk, chunks * C, dv]`` into rows ``[N, Hv * dv]``."""
+        """Reshape ``[B, Hk, Hv / Hk, chunks * C, dv]`` to rows ``[N, Hv * dv]``."""
         t = self.n_tokens // self.n_seqs
         heads = out.reshape(self.n_seqs, self.num_v_heads, -1, self.value_dim)
         return heads[:, :, :t].swapaxes(1, 2).reshape(self.n_tokens, -1)
@@ -414,8 +417,8 @@ class GatedDeltaNetChunkwise(_DeltaRule, Op):
 def inverse_unit_lower(a: Array) -> Array:
     """Invert ``I + tril(a, -1)`` for ``[..., C, C]``, C a power of two.
 
-    Works by blocks of doubling size, ``[[X, 0], [-Y A X, Y]]`` from the inverses X, Y
-    of two neighbours: back substitution, so as stable, but made of products.
+    It joins blocks of doubling size: two neighbours with inverses X and Y give
+    ``[[X, 0], [-Y A X, Y]]``. This is back substitution, as stable, in matrix products.
     """
     xp, batch, size = namespace(a), a.shape[:-2], a.shape[-1]
     inverse = xp.ones((*batch, size, 1, 1), a.dtype)

@@ -1,8 +1,8 @@
-"""Mixture of experts: routing, the routed experts three ways, and the combination.
+"""Mixture of experts: routing, three Ops for routed experts, and the combination.
 
-Letters: N tokens, D model width, E experts, K experts a token, F expert width.
-The routed experts come as an ``GraphExperts``: whether they are in memory or on disk
-changes when they are read, never what is computed.
+Letters: N tokens, D model width, E experts, K experts per token, F expert width. Ops
+get the routed experts as a ``GraphExperts``. Whether these are in memory or on disk
+decides when they are read, and never changes the result.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from .functions import (
 
 
 class MoeSoftmaxTopK(Op):
-    """Softmax ``[N, E]`` logits in float32 and keep the K largest.
+    """Apply a float32 softmax to logits ``[N, E]`` and keep the K largest.
 
-    Indices come in order of falling weight; ties go to the lower index.
+    Indices are in order of decreasing weight; ties go to the lower index.
     """
 
     logits: In[RouterLogitsBuf]
@@ -91,12 +91,13 @@ def softmax_topk(logits: Array, k: int) -> tuple[Array, Array]:
 
 
 class MoeNoauxTopK(Op):
-    """Keep the K best of ``[N, E]`` sigmoids, with a correction for choosing alone.
+    """Keep the K best of ``[N, E]`` sigmoids, corrected for the choice only (noaux_tc).
 
-    The correction ``bias`` ``[E]`` is added to the scores; the ``topk_group`` of
-    ``n_group`` groups of neighbours with the largest sum of their two best stay, and
-    the K best experts there are chosen, ties to the lower index. Weights are the
-    scores, divided by their sum if ``normalised``, times ``scale``. As DeepSeek-V3.
+    The correction ``bias`` ``[E]`` is added to the scores. Experts form ``n_group``
+    groups of neighbours; the ``topk_group`` groups with the largest sum of their two
+    best scores stay. The K best experts in them are chosen; ties go to the lower index.
+    Weights are the uncorrected scores, divided by their sum if ``normalised``, times
+    ``scale``. Source: DeepSeek-V3.
     """
 
     logits: In[RouterLogitsBuf]
@@ -157,7 +158,7 @@ def noaux_topk(
         indices = mx.stop_gradient(indices)
     weights = take_columns(scores, indices)
     if normalize:
-        # As in transformers: scores of nothing give weights of nothing.
+        # As in transformers: scores of zero give weights of zero, not NaN.
         weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
     return indices, weights * scale
 
@@ -186,7 +187,7 @@ def normalised(weights: Array) -> Array:
 
 
 class RoutedExperts(OpFields):
-    """Shapes, cost and all fields but the output of the Ops over routed experts."""
+    """Fields, shapes and cost of the Ops over routed experts; Ops add the output."""
 
     mlp_in: In[MoeInputBuf]
     indices: In[RouterIdxBuf]
@@ -202,7 +203,7 @@ class RoutedExperts(OpFields):
     limit: float = 0.0
 
     def activation(self, gate: Array, up: Array) -> Array:
-        """Return a SwiGLU, or with a ``limit`` the clipped one that goes with it."""
+        """Apply a SwiGLU, or with a ``limit`` the clipped one."""
         if not self.limit:
             return swiglu(gate, up)
         return clipped_swiglu(gate, up, self.alpha, self.limit)
@@ -221,7 +222,7 @@ class RoutedExperts(OpFields):
         return {"indices": range(self.n_experts)}
 
     def cost(self) -> Cost:
-        """Count every expert that can be asked for as read from disk once."""
+        """Count every expert that may be chosen as read from disk once."""
         rows = self.n_tokens * self.k
         visited = min(rows, self.n_experts)
         return Cost(
@@ -232,19 +233,19 @@ class RoutedExperts(OpFields):
 
     @property
     def n_experts_used(self) -> int:
-        """K for each token."""
+        """K per token."""
         return self.n_tokens * self.k
 
     def scratch_bytes(self, itemsize: int) -> int:
-        """Rows by expert, before and after the experts, and again in token order."""
+        """Count rows before and after the experts, and once more in token order."""
         chosen = self.n_tokens * self.k * self.dim
-        # At worst all tokens choose the same expert.
+        # In the worst case all tokens choose the same expert.
         one = self.n_tokens * (6 * self.expert_dim + 3 * self.dim)
         return max(3 * chosen, chosen + one) * itemsize
 
 
 class MoeDecodeExperts(RoutedExperts, Op):
-    """Run one token's K experts against the slots that hold them: ``[1, D]``."""
+    """Run one token's K experts from the slots that hold them: ``[1, D]``."""
 
     out_sum: Out[MoeOutSumBuf]
 
@@ -270,10 +271,10 @@ def as_they_come(
     experts: GraphExperts,
     activation: Activation = swiglu,
 ) -> np.ndarray:
-    """Run one row through its experts ``[1, K]``, some while others are being read.
+    """Run one row through its experts ``[1, K]`` as they arrive from disk.
 
     Returns:
-        ``[1, K, D]``, the same bits whatever was in memory.
+        ``[1, K, D]``; the bits do not depend on which experts were in memory.
     """
     out = np.empty((1, indices.size, mlp_in.shape[1]), "f4")
     for columns, slots in experts.parts(to_device(indices)):
@@ -286,8 +287,8 @@ def as_they_come(
 class MoeGatherIdFuse(RoutedExperts, Op):
     """Run all N tokens' experts at once, rows sorted by slot on the device.
 
-    Where not all of them fit into memory together it is as many tokens as do; which,
-    changes no bit.
+    If their experts do not fit into memory together, tokens are divided into batches,
+    which changes no bit.
     """
 
     out_sum: Out[MoeOutSumBuf]
@@ -320,9 +321,9 @@ class MoeGatherIdFuse(RoutedExperts, Op):
 class MoeBatchedPermuteFuse(RoutedExperts, Op):
     """Run expert after expert over the tokens that chose it, adding to ``out_sum``.
 
-    Tokens are sorted by expert on the host, so each needed expert is visited once
-    whatever the number of slots. A token's sum runs over its experts in rising id: the
-    result does not depend on the order in which experts were at hand.
+    Tokens are sorted by expert on the host, so each expert is visited once, however few
+    slots there are. A token's sum runs over its experts by increasing id, so the result
+    does not depend on the order in which experts arrived.
     """
 
     reads_back: ClassVar[bool] = True
@@ -362,7 +363,7 @@ class MoeBatchedPermuteFuse(RoutedExperts, Op):
         starts: dict[int, tuple[int, int]],
         experts: GraphExperts,
     ) -> np.ndarray:
-        """Return rows ``[N * K, D]`` by expert; there is no other copy of them."""
+        """Return rows ``[N * K, D]`` by expert without another copy of all of them."""
         out, tokens = np.empty((order.size, self.dim), np.float32), order // self.k
         for wave in experts.waves(used):
             for expert, slot in wave:
@@ -374,7 +375,7 @@ class MoeBatchedPermuteFuse(RoutedExperts, Op):
     def _combined(
         self, rows: np.ndarray, order: np.ndarray, weights: Array, out_sum: np.ndarray
     ) -> np.ndarray:
-        """Add each token's rows, as many tokens at a time as fit a cache."""
+        """Add each token's rows, in blocks of tokens that fit the cache."""
         position, rising = self.rising(order)
         weights = take_columns(weights, rising)
         step = max(1, device.HOST_BLOCK_VALUES // (self.k * self.dim))
@@ -386,7 +387,7 @@ class MoeBatchedPermuteFuse(RoutedExperts, Op):
         return total
 
     def rising(self, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return where each token's rows are, by rising expert, and that order."""
+        """Return the place of each token's rows by increasing expert, and the order."""
         position = np.empty_like(order)
         position[order] = np.arange(order.size)
         position = position.reshape(self.n_tokens, self.k)
@@ -397,7 +398,7 @@ class MoeBatchedPermuteFuse(RoutedExperts, Op):
 def by_expert(
     ids: np.ndarray,
 ) -> tuple[np.ndarray, list[int], dict[int, tuple[int, int]]]:
-    """Return the order that sorts ``ids``, the experts used and their row ranges."""
+    """Return the order that sorts ``ids``, the experts used, and their row ranges."""
     order = np.argsort(ids, kind="stable")
     used, first = np.unique(ids[order], return_index=True)
     bounds = zip(first.tolist(), [*first[1:].tolist(), ids.size], strict=True)
@@ -405,7 +406,7 @@ def by_expert(
 
 
 def guard(experts: GraphExperts, outputs: list[Array]) -> None:
-    """Have slots kept until lazy ``outputs`` are evaluated; host arrays are already."""
+    """Keep the slots until lazy ``outputs`` are evaluated; host arrays already are."""
     lazy = [x for x in outputs if isinstance(x, mx.array)]
     if lazy:
         experts.guard(*lazy)
@@ -414,8 +415,8 @@ def guard(experts: GraphExperts, outputs: list[Array]) -> None:
 class MoeCombineResidualNTokens(Op):
     """Return ``h_mid + moe_sum + sigmoid(shared_gate) * shared_out``, ``[N, D]``.
 
-    Without a shared expert it is the sum of the first two; without a gate the shared
-    expert counts whole.
+    Without a shared expert it is the sum of the first two; without a gate the factor of
+    the shared expert is 1.
     """
 
     h_mid: In[ResidualBuf]
@@ -453,7 +454,7 @@ class MoeCombineResidualNTokens(Op):
 def combined(
     h: Array, moe_sum: Array, shared: Array | None, gate: Array | None
 ) -> Array:
-    """Return ``h + moe_sum + sigmoid(gate) * shared`` , as far as they are there."""
+    """Return ``h + moe_sum + sigmoid(gate) * shared``; the last two may be None."""
     out = h + moe_sum
     if shared is not None:
         out = out + (1 if gate is None else sigmoid(gate)) * shared

@@ -1,4 +1,4 @@
-"""RMS norms: of rows, of heads, of keys without a weight, and gated.
+"""RMS norms of rows, of heads, of q and k without a weight, and gated ones.
 
 Letters: N tokens of all sequences together, D row width, H heads, d head width.
 """
@@ -20,7 +20,7 @@ from .functions import Array, float32, namespace, rms_norm, silu
 
 
 class RmsNormBf16NTokens(Op):
-    """Normalise rows: ``x * rsqrt(mean(x^2) + eps) * weight`` over ``[N, D]``."""
+    """Return ``x * rsqrt(mean(x^2) + eps) * weight`` of rows ``[N, D]`` of any type."""
 
     x: In[RmsNormIn]
     weight: WeightRef
@@ -47,7 +47,7 @@ class RmsNormBf16NTokens(Op):
 class RmsNormPerHeadNTokens(Op):
     """Normalise every head's slice of ``[N, H * d]`` with one shared weight, in place.
 
-    Serves ``q_norm`` and ``k_norm`` of full attention.
+    It is the ``q_norm`` and ``k_norm`` of full attention.
     """
 
     x: InOut[RmsNormIn]
@@ -79,11 +79,10 @@ def rms_norm_heads(x: Array, weight: Array, eps: float) -> Array:
 
 
 class RmsNormQkNTokens(Op):
-    """Bring q and k of each ``q|k|v`` row to unit length and scale q, in place.
+    """Scale q and k of each ``q|k|v`` row to unit length, q by ``d^-1/2``, in place.
 
-    Each key head is normalised without a weight; q is then multiplied by ``d^-1`` and
-    k by ``d^-1/2``, which makes k a unit vector and q a unit vector times ``d^-1/2``.
-    ``eps`` is added to the sum of squares, as in mlx-lm.
+    Each head gets an RMS norm without a weight; then q is multiplied by ``d^-1`` and k
+    by ``d^-1/2``. ``eps`` is added to the sum of squares, as in mlx-lm.
     """
 
     x: InOut[ConvOutBuf]
@@ -112,7 +111,7 @@ class RmsNormQkNTokens(Op):
 def unit_qk(
     x: Array, num_k_heads: int, key_dim: int, key_offset: int, eps: float
 ) -> Array:
-    """Bring q and k of rows to unit length as ``RmsNormQkNTokens`` does."""
+    """Scale q and k of rows as ``RmsNormQkNTokens`` does."""
     width, start, scale = num_k_heads * key_dim, key_offset, key_dim**-0.5
 
     def unit(part: Array) -> Array:
@@ -156,6 +155,6 @@ class GatedRmsNormNTokens(Op):
 
 
 def gated_rms_norm(values: Array, z: Array, weight: Array, eps: float) -> Array:
-    """Return ``rms_norm(values) * weight * silu(z)`` by heads of ``[N, H * d]``."""
+    """Return ``rms_norm(values) * weight * silu(z)`` per head of ``[N, H * d]``."""
     normed = rms_norm_heads(values, weight, eps)
     return (silu(float32(z)) * float32(normed)).astype(values.dtype)

@@ -1,6 +1,6 @@
-"""Metal kernels on a CPU: compiled by clang, threads as fibers, every access checked.
+"""Metal kernels on a CPU: compiled by clang, threads as fibers, accesses checked.
 
-Evidence, not proof: nothing here is Apple's compiler or GPU.
+Its results are evidence, not proof: neither Apple's compiler nor its GPU takes part.
 
 Imports: errors, device, engine.metal, system.
 """

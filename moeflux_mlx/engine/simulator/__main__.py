@@ -10,7 +10,7 @@ from .program import Program
 
 
 def main(paths: list[str]) -> int:
-    """Compile each file and name its kernels; return 1 if any did not compile."""
+    """Compile each file and list its kernels; return 1 if one does not compile."""
     failed = False
     for path in paths:
         try:

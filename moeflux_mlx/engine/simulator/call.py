@@ -20,7 +20,7 @@ from .program import Program, Size3
 
 _LOCK = threading.Lock()
 _PROGRAMS: dict[tuple[Any, ...], tuple[Any, Program]] = {}
-# MLX puts inputs of fewer elements into constant memory.
+# MLX puts inputs of fewer elements than this into constant memory.
 _CONSTANT_BELOW = 8
 
 
@@ -40,17 +40,17 @@ def call(
 ) -> list[mx.array]:
     """Run a kernel object of ``mx.fast.metal_kernel`` as MLX would call it.
 
-    The source is the one that MLX itself writes for these inputs. Outputs that are not
-    given ``init_value`` begin as NaN, or as a pattern for integers.
+    The source is the one that MLX writes for these inputs. Without ``init_value``,
+    outputs start as NaN, or as a bit pattern for integers.
 
     Args:
-        kernel: the object; other arguments are those of its call.
+        kernel: the object; arguments not listed here are those of its call.
         checked: look for races, bad accesses and uninitialised reads.
-        numbers: how they are computed, one of ``compile.NUMBERS``.
+        numbers: how numbers are computed, one of ``compile.NUMBERS``.
         seed: order in which threads run.
 
     Raises:
-        SimulatorError: the source does not compile, or its run went wrong.
+        SimulatorError: the source does not compile, or the run found a fault.
     """
     arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
     options = {
@@ -95,7 +95,7 @@ def _program(
     with _LOCK:
         if key not in _PROGRAMS:
             source = written_source(kernel, arrays, options)
-            # The kernel is kept, so that its id stays its own.
+            # The kernel is kept alive, so that no other object gets its id.
             _PROGRAMS[key] = kernel, Program(source, checked=checked, numbers=numbers)
         return _PROGRAMS[key][1]
 
@@ -120,7 +120,7 @@ def written_source(kernel: Any, arrays: list[mx.array], options: dict[str, Any])
 
 @contextlib.contextmanager
 def _standard_output(path: Path) -> Iterator[Path]:
-    """Send C++'s output to a file."""
+    """Redirect the standard output of C++ to a file."""
     import sys
 
     sys.stdout.flush()
@@ -157,7 +157,7 @@ def _fresh(
     size = int(np.prod(shape, dtype=np.int64))
     if init_value is not None:
         return _to_numpy(mx.full(tuple(shape), init_value).astype(dtype)).copy()
-    # All bits set is NaN for floats, and an unlikely number for integers.
+    # With all bits set, floats are NaN and integers an unlikely number.
     bytes_ = np.full(size * dtype.size, 0xFF, np.uint8)
     return bytes_.view(_numpy_dtype(dtype)).reshape(tuple(shape))
 
@@ -181,7 +181,7 @@ def _bind(
     given: list[np.ndarray],
     outputs: list[np.ndarray],
 ) -> list[np.ndarray]:
-    """Return all buffers, with the shapes and strides that the body asked for."""
+    """Return all buffers, with the shapes and strides that the body uses."""
     parameters = [p for p in program.parameters(name) if p.index >= 0]
     extra = len(parameters) - len(given) - len(outputs)
     if extra == 0:

@@ -1,4 +1,4 @@
-"""From Metal source to a shared library: clang from the package ``ziglang``."""
+"""Compile Metal source to a shared library with clang of the package ``ziglang``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import platform
 import re
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,19 +25,19 @@ _MACHINE = platform.machine()
 _CPU = ["-mavx2", "-mfma", "-mf16c"] if _MACHINE == "x86_64" else []
 FLAGS = [
     *("-std=c++17", "-O2", "-g1", "-fPIC", *_CPU),
-    # A kernel runs a few times for each time it is compiled, on one lane at a time.
+    # A compiled kernel runs a few times only, one lane at a time.
     *("-fno-vectorize", "-fno-slp-vectorize", "-fno-unroll-loops"),
     *("-Xclang", "-ffloat16-excess-precision=none"),
     *("-Xclang", "-cl-single-precision-constant", "-fno-math-errno"),
     *("-fno-sanitize=all", "-fno-exceptions", "-fno-rtti", "-nostdinc"),
-    # A read of an absent input is a fault, not code that cannot be reached.
+    # A read of an absent input must be a fault, not code that clang removes.
     *("-Xclang", "-fno-delete-null-pointer-checks"),
     *("-Wno-unknown-attributes", "-Wno-user-defined-literals", "-Wno-macro-redefined"),
     *("-Wno-unused-value", "-Wno-ignored-attributes", "-Wno-unknown-pragmas"),
     *("-Wno-deprecated-volatile", "-Wno-reserved-user-defined-literal"),
 ]
 # How numbers are computed: as the source says; with a * b + c contracted to one
-# rounding wherever the compiler likes; or so and with functions as inexact as Apple's
+# rounding wherever clang likes; or contracted, with functions as inexact as Apple's
 # fast ones may be. Apple's compiler does the last.
 NUMBERS = {
     "plain": ["-ffp-contract=off"],
@@ -44,7 +45,7 @@ NUMBERS = {
     "fast": ["-ffp-contract=fast", "-D__MSL_FAST"],
 }
 CHECKED_FLAGS = [
-    # Told to the compiler only: the driver would link a runtime of its own.
+    # Passed to the compiler only: the driver would link its own runtime.
     *("-Xclang", "-fsanitize=thread,array-bounds,integer-divide-by-zero"),
     *("-Xclang", "-fsanitize-trap=array-bounds,integer-divide-by-zero"),
     *("-Xclang", "-fno-sanitize-merge=array-bounds,integer-divide-by-zero"),
@@ -54,7 +55,7 @@ CHECKED_FLAGS = [
 
 
 def available() -> bool:
-    """Tell whether kernels can be simulated on this machine."""
+    """Return whether kernels can be simulated on this machine."""
     known = sys.platform == "linux" and _MACHINE in ("x86_64", "aarch64")
     found = all(importlib.util.find_spec(name) for name in ("ziglang", "elftools"))
     return known and found
@@ -62,7 +63,7 @@ def available() -> bool:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a kernel: ``buffer``, ``reference``, ``threadgroup`` or ids."""
+    """A parameter: of kind ``buffer``, ``reference``, ``threadgroup`` or ``ids``."""
 
     kind: str
     type: str
@@ -72,7 +73,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Function:
-    """A kernel that can be run: its name for callers and as C++ spells it."""
+    """A kernel that can be run: its name for callers and its spelling in C++."""
 
     name: str
     spelling: str
@@ -116,7 +117,7 @@ _ATTRIBUTES = {
 
 
 def with_includes(path: Path, seen: set[Path] | None = None) -> str:
-    """Return a file's text with the quoted files that it includes put in place."""
+    """Return a file's text with the quoted files that it includes inserted."""
     seen = set() if seen is None else seen
     seen.add(path.resolve())
     lines = []
@@ -134,17 +135,17 @@ def with_includes(path: Path, seen: set[Path] | None = None) -> str:
 
 
 def blank(text: str) -> str:
-    """Return as many lines of nothing."""
+    """Return as many empty lines."""
     return "\n" * text.count("\n")
 
 
 def without_comments(text: str) -> str:
-    """Replace comments by nothing; lines stay."""
+    """Remove comments and keep the lines."""
     return re.sub(r"//[^\n]*|/\*.*?\*/", lambda m: blank(m[0]) or " ", text, flags=re.S)
 
 
 def functions(source: str) -> list[Function]:
-    """Find the kernels of a source that can be run: plain ones and instances."""
+    """Return the kernels of a source that can be run: plain ones and instances."""
     signatures: dict[str, tuple[Parameter, ...]] = {}
     plain = []
     for found in _KERNEL.finditer(source):
@@ -187,14 +188,14 @@ def _parameters(text: str) -> tuple[Parameter, ...]:
 
 
 def translate(source: str, name: str) -> tuple[str, list[Function]]:
-    """Return C++ of a Metal source, with an entry for each kernel."""
+    """Translate Metal source to C++ with an entry point for each kernel."""
     text, found = translated(source, name)
     entries = [_entry(i, function) for i, function in enumerate(found)]
     return text + '#line 1 "entry"\n' + PROXIES + "\n".join(entries) + "\n", found
 
 
 def translated(source: str, name: str) -> tuple[str, list[Function]]:
-    """Return C++ of a Metal source, and its kernels."""
+    """Translate Metal source to C++; return its kernels too."""
     text = without_comments(source)
     found = functions(text)
     text = _INSTANCE.sub(lambda m: blank(m[0]), text)
@@ -205,7 +206,7 @@ def translated(source: str, name: str) -> tuple[str, list[Function]]:
 
 
 def _static_threadgroup(text: str) -> str:
-    """Make threadgroup arrays of kernels statics, as clang wants them."""
+    """Make threadgroup arrays of kernels static, as clang requires."""
 
     def add(match: re.Match[str]) -> str:
         return f"{match[1]}static {match[2]}"
@@ -237,11 +238,11 @@ def _entry(i: int, function: Function) -> str:
 
 
 def arguments(function: Function, buffer: str, ids: str) -> list[str]:
-    """Return a kernel's arguments.
+    """Return a kernel's arguments in C++.
 
     Args:
-        buffer: how an address is written, with ``{}`` for its number.
-        ids: the prefix of the names of ``Ids``.
+        buffer: the text of a buffer's address, with ``{}`` for its number.
+        ids: the prefix of the members of ``Ids``.
     """
     found = []
     for p in function.parameters:
@@ -268,7 +269,7 @@ def _id(p: Parameter, ids: str) -> str:
 
 
 def zig() -> Path:
-    """Return the compiler's program: its Python module would only start it."""
+    """Return the compiler's program, which its Python module would only start."""
     found = importlib.util.find_spec("ziglang")
     if found is None or found.origin is None:
         raise SimulatorError(
@@ -280,6 +281,7 @@ def zig() -> Path:
 
 @functools.cache
 def base_digest() -> bytes:
+    """Return a digest of all that every result of the compiler depends on."""
     from importlib.metadata import version
 
     parts = [version("ziglang"), platform.machine(), *FLAGS, *CHECKED_FLAGS]
@@ -288,6 +290,28 @@ def base_digest() -> bytes:
     for path in files:
         digest.update(path.read_bytes())
     return digest.digest()
+
+
+def cached(name: str, key: Sequence[str], make: Callable[[Path], object]) -> Path:
+    """Return a private file of the cache; make it if it is missing.
+
+    Args:
+        name: its name, to which a digest is added.
+        key: the texts that its content depends on, besides ``base_digest``.
+        make: writes the content to a path in an empty folder.
+    """
+    parts = "\0".join(key).encode()
+    digest = hashlib.sha256(base_digest() + parts).hexdigest()[:32]
+    stem, suffix = os.path.splitext(name)
+    path = private.made("simulator") / f"{stem}-{digest}{suffix}"
+    if not private.is_private(path):
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            out = Path(folder) / name
+            make(out)
+            out.chmod(0o600)
+            # Another process may make the same file: the last one wins whole.
+            os.replace(out, path)
+    return path
 
 
 def built(
@@ -299,48 +323,40 @@ def built(
     program: str = "clang",
     precompiled: bool = False,
 ) -> Path:
-    """Return the library of a C++ text, compiling it unless it is cached.
+    """Return the library of a C++ text; compile it unless it is cached.
 
     Args:
-        program: the compiler, of those that ziglang has.
+        key: the kind of library, part of its name.
+        program: the compiler, a program of ziglang.
         precompiled: whether the text includes the Metal standard library.
 
     Raises:
-        SimulatorError: the compiler refuses it; the message is the compiler's.
+        SimulatorError: it does not compile; has the compiler's message.
     """
-    parts = "\0".join([key, text, *flags]).encode()
-    digest = hashlib.sha256(base_digest() + parts).hexdigest()[:32]
-    path = private.made("simulator") / f"{key}-{digest}.so"
-    if private.is_private(path):
-        return path
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        source, out = Path(folder) / "kernel.cpp", Path(folder) / "out.so"
+
+    def make(out: Path) -> None:
+        source = out.with_name("kernel.cpp")
         source.write_text(text)
         code = str(source.with_suffix(".o"))
         known = _precompiled(tuple(flags)) if precompiled else []
         _run(program, [*flags, *known, "-c", "-o", code, str(source)], source)
         _run("ld.lld", ["-shared", "-o", str(out), code, *libraries], source)
-        out.chmod(0o600)
-        os.replace(out, path)
-    return path
+
+    return cached(f"{key}.so", [key, text, *flags], make)
 
 
 @functools.cache
 def _precompiled(flags: tuple[str, ...]) -> list[str]:
-    """Return the standard library, compiled once for these flags."""
-    # Clang wants the very files that it was made from.
+    """Return the flags that include the standard library, compiled once for these."""
+
+    def make(out: Path) -> None:
+        header = ["-x", "c++-header", str(INCLUDE / "metal_stdlib")]
+        own = ["-Wno-pragma-once-outside-header", "-o", str(out)]
+        _run("clang", [*flags, *own, *header], out)
+
+    # Clang refuses a precompiled header if the times of its sources changed.
     files = ((p, p.stat().st_mtime_ns) for p in sorted(INCLUDE.rglob("*")))
-    key = "\0".join([*flags, *map(str, files)]).encode()
-    digest = hashlib.sha256(base_digest() + key).hexdigest()[:32]
-    path = private.made("simulator") / f"library-{digest}.pch"
-    if not private.is_private(path):
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            out = Path(folder) / "library.pch"
-            header = ["-x", "c++-header", str(INCLUDE / "metal_stdlib")]
-            own = ["-Wno-pragma-once-outside-header", "-o", str(out)]
-            _run("clang", [*flags, *own, *header], out)
-            out.chmod(0o600)
-            os.replace(out, path)
+    path = cached("library.pch", [*flags, *map(str, files)], make)
     return ["-include-pch", str(path)]
 
 
@@ -351,15 +367,15 @@ def runtime() -> Path:
     """
     flags = ["-std=c++17", "-O2", "-g1", "-fPIC", *_CPU, "-fno-sanitize=all"]
     flags += ["-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
-    # It alone uses the C library, whose headers ``clang`` would not find.
+    # Only the runtime uses the C library, whose headers ``clang`` would not find.
     return built("runtime", RUNTIME.read_text(), flags, [], program="c++")
 
 
 def examine(source: str, name: str = "kernel.metal") -> None:
-    """Have the compiler read a Metal source without making code of it.
+    """Check that Metal source compiles, without generating code.
 
     Raises:
-        SimulatorError: the compiler refuses it; the message is the compiler's.
+        SimulatorError: it does not compile; has the compiler's message.
     """
     text, _ = translate(source, name)
     with tempfile.TemporaryDirectory(dir=private.made("simulator")) as folder:
@@ -371,7 +387,7 @@ def examine(source: str, name: str = "kernel.metal") -> None:
 
 
 def _run(program: str, arguments: list[str], source: Path) -> None:
-    """Run a program of the package ziglang on a source file, in its folder."""
+    """Run a program of the package ziglang in the folder of a source file."""
     folder = str(source.parent)
     caches = {"ZIG_GLOBAL_CACHE_DIR": folder, "ZIG_LOCAL_CACHE_DIR": folder}
     done = children.run([str(zig()), program, *arguments], source.parent, caches)
@@ -386,7 +402,7 @@ def _flags(numbers: str, checked: bool) -> list[str]:
 
 
 def library(text: str, checked: bool, numbers: str = "plain") -> Path:
-    """Return the library of a translated source.
+    """Return the compiled library of a translated source.
 
     Args:
         numbers: one of ``NUMBERS``.

@@ -74,17 +74,17 @@ def _runtime() -> ctypes.CDLL:
 
 
 class Program:
-    """Compiles a Metal source, whole ``.metal`` files too.
+    """A compiled Metal source.
 
     Args:
-        source: Metal text. Kernels that are templates run through the instances that
-            ``template [[host_name(...)]]`` lines name, as in what MLX writes.
-        checked: look at every access: races, bounds, uninitialised reads.
-        name: the source's name in messages where it has no ``#line`` of its own.
-        numbers: how they are computed, one of ``compile.NUMBERS``.
+        source: Metal text. A kernel that is a template runs as the instances that
+            ``template [[host_name(...)]]`` lines name, as in source that MLX writes.
+        checked: check every access: races, bounds, uninitialised reads.
+        name: the source's name in messages where it has no ``#line``.
+        numbers: how numbers are computed, one of ``compile.NUMBERS``.
 
     Raises:
-        SimulatorError: the source does not compile; with the compiler's message.
+        SimulatorError: it does not compile; has the compiler's message.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Program:
 
     @classmethod
     def of_file(cls, path: Path, *, checked: bool = False) -> Program:
-        """Compile a ``.metal`` file as it stands, with the files it includes beside it.
+        """Compile a ``.metal`` file with the files that it includes from its folder.
 
         Raises:
             OSError: the file cannot be read.
@@ -154,11 +154,11 @@ class Program:
             grid: threads in each direction; groups at the edges may be smaller.
             threadgroup: threads of a group in each direction.
             seed: order in which groups and threads run; 0 is the natural one.
-            uninitialised: buffers that must be written before they are read.
+            uninitialised: indices of buffers that must be written before they are read.
 
         Raises:
-            SimulatorError: the launch is beyond Metal's limits, or the run went wrong;
-                the message lists the findings, with file and line.
+            SimulatorError: the launch exceeds Metal's limits, or the run found faults;
+                lists them with file and line.
         """
         if kernel not in self._functions:
             known = ", ".join(self._functions)
@@ -240,7 +240,7 @@ class Program:
     ) -> str:
         where = self._place(f.pc)
         if f.kind == 4:
-            # The call stands at the site's line, whatever is inlined there.
+            # The line of the call, not that of a function inlined there.
             where = f"{where.rpartition(':')[0]}:{f.offset // 1000}"
             return (
                 f"divergent barrier: {where} reached by {f.extra} of {f.size} threads"
@@ -278,13 +278,13 @@ class Program:
         return "no memory of this kernel"
 
     def _place(self, pc: int) -> str:
-        # A return address: the call is before it.
+        # A return address points behind its call.
         found = self._lines.find(pc - 1 - self._base) if pc else None
         return f"{found[0]}:{found[1]}" if found else "an unknown line"
 
 
 class _Guarded:
-    """A copy of an array that ends where unmapped memory begins."""
+    """A copy of an array between protected pages, which end it exactly."""
 
     def __init__(self, array: np.ndarray):
         page = mmap.PAGESIZE
@@ -295,20 +295,20 @@ class _Guarded:
         libc = ctypes.CDLL(None, use_errno=True)
         for guard in (start, start + page + whole):
             libc.mprotect(ctypes.c_void_p(guard), page, 0)
-        # As aligned as Metal's buffers are, at the cost of up to 15 bytes of slack.
+        # Aligned as Metal's buffers are, so up to 15 bytes past the end go unnoticed.
         self.address = start + page + (whole - self.n_bytes) // 16 * 16
         memory = (ctypes.c_uint8 * max(1, self.n_bytes)).from_address(self.address)
         self._view = np.ctypeslib.as_array(memory)[: self.n_bytes]
         self._view[:] = array.reshape(-1).view(np.uint8)
 
     def back_to(self, array: np.ndarray) -> None:
-        """Copy written values back, where the array can be written."""
+        """Copy written values back, if the array is writeable."""
         if array.flags.writeable:
             array.reshape(-1).view(np.uint8)[:] = self._view
 
 
 def _mapped(path: Path, *, read_only: bool = False) -> tuple[int, int]:
-    """Return from where to where a library is mapped, or only its constant part."""
+    """Return the address range of a mapped library, or of its read-only part."""
     begin, end = 2**64 - 1, 0
     with open("/proc/self/maps") as file:
         for line in file:

@@ -1,22 +1,21 @@
-"""How many registers a thread of a kernel would take: an estimate, made without a Mac.
+"""Estimate the registers of a kernel's thread without a Mac.
 
-The same source is compiled for an AMD GPU, whose instructions and registers are near
-enough to Apple's that what is published of two kernels of MLX comes out: one fits 1024
-threads, the other does not. Apple's compiler may need more or fewer: only a Mac tells.
+The source is compiled for an AMD GPU, whose instructions and registers resemble
+Apple's. The estimate agrees with published facts about two kernels of MLX: one fits
+1024 threads, the other does not. Apple's compiler may need more or fewer registers;
+only a Mac can tell.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-import tempfile
 from pathlib import Path
 
 from ...errors import SimulatorError
-from ...system import children, private
+from ...system import children
 from . import compile as compiler
 
-# A GPU with simdgroups of 32 threads, as Apple's.
+# A GPU with simdgroups of 32 threads, like Apple's.
 _FLAGS = [
     *("-target", "amdgcn-amd-amdhsa", "-mcpu=gfx1100", "-nogpulib", "-nostdinc"),
     *("-std=c++17", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-w"),
@@ -49,31 +48,30 @@ __msl::Ids __ids(uint gx, uint gy, uint gz, uint sx, uint sy, uint sz) {
 
 
 def estimate(source: str, n_threads: int) -> int:
-    """Return the registers that a thread of the one kernel in a source would take.
+    """Return the registers that a thread of a source's only kernel would take.
 
-    Values that the compiler would have to keep in memory count too.
+    Spilled values count too.
 
     Args:
-        source: MLX's text for a call.
-        n_threads: of a threadgroup.
+        source: the source that MLX writes for a call.
+        n_threads: threads of a threadgroup.
 
     Raises:
         SimulatorError: the source does not compile.
     """
     text = _for_gpu(source, n_threads)
-    key = "\0".join([text, *_FLAGS]).encode()
-    digest = hashlib.sha256(compiler.base_digest() + key).hexdigest()[:32]
-    path = private.made("simulator") / f"registers-{digest}.txt"
-    if not private.is_private(path):
-        private.write_text(path, str(_compiled(text, path.parent)))
-    return int(path.read_text())
+
+    def make(out: Path) -> None:
+        out.write_text(str(_compiled(text, out.parent)))
+
+    return int(compiler.cached("registers.txt", [text, *_FLAGS], make).read_text())
 
 
 def _for_gpu(source: str, n_threads: int) -> str:
     text, (function,) = compiler.translated(source, "kernel.metal")
     buffers = [f"unsigned long b{i}" for i in range(function.n_buffers)]
     sizes = [f"uint {name}" for name in ("gx", "gy", "gz", "sx", "sy", "sz")]
-    # Twelve such groups share 1536 registers a lane: 128 a thread, as Apple's have.
+    # Twelve such groups share 1536 registers per lane: 128 per thread, as on Apple's.
     group = f"amdgpu_flat_work_group_size(1, {max(256, n_threads)})"
     group += ", amdgpu_waves_per_eu(12, 16)"
     return "\n".join(
@@ -92,15 +90,14 @@ def _for_gpu(source: str, n_threads: int) -> str:
 
 
 def _compiled(text: str, folder: Path) -> int:
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        source, out = Path(scratch) / "kernel.cpp", Path(scratch) / "kernel.s"
-        source.write_text(text)
-        command = [str(compiler.zig()), "clang", *_FLAGS]
-        command += ["-isystem", str(compiler.INCLUDE), "-o", str(out), str(source)]
-        done = children.run(command, Path(scratch))
-        if done.returncode:
-            raise SimulatorError(f"[registers] {done.stderr.strip()}")
-        assembly = out.read_text()
+    source, out = folder / "kernel.cpp", folder / "kernel.s"
+    source.write_text(text)
+    command = [str(compiler.zig()), "clang", *_FLAGS]
+    command += ["-isystem", str(compiler.INCLUDE), "-o", str(out), str(source)]
+    done = children.run(command, folder)
+    if done.returncode:
+        raise SimulatorError(f"[registers] {done.stderr.strip()}")
+    assembly = out.read_text()
     found = {
         name: int(n)
         for name, n in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", assembly)

@@ -1,6 +1,6 @@
-"""A compiled kernel's debug information: lines and threadgroup arrays.
+"""Debug information of a compiled kernel: lines and threadgroup arrays.
 
-The package that reads it is optional, and imported only where it is used.
+The package that reads it is optional, and so imported where it is used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shared:
-    """A threadgroup array: the kernel that has it, its name, place and size."""
+    """A threadgroup array: its kernel, name, address and size."""
 
     kernel: str
     name: str
@@ -23,7 +23,7 @@ class Shared:
 
 
 def shared_arrays(path: Path) -> list[Shared]:
-    """Return every threadgroup array of a library: the statics of its functions."""
+    """Return the threadgroup arrays of a library: the statics of its functions."""
     from elftools.elf.elffile import ELFFile
     from elftools.elf.sections import SymbolTableSection
 
@@ -55,7 +55,7 @@ def _last_name(mangled: str) -> str:
 
 
 class Lines:
-    """Finds file and line of an address in a library."""
+    """Finds the file and line of an address in a library."""
 
     def __init__(self, path: Path):
         from elftools.elf.elffile import ELFFile
@@ -87,7 +87,7 @@ class Lines:
     def find(self, address: int) -> tuple[str, int] | None:
         """Return file and line of the instruction at or before ``address``.
 
-        An access of the standard library counts as its caller's.
+        An access inside the standard library has the line of its caller.
         """
         at = bisect.bisect_right(self._addresses, address) - 1
         while at >= 0 and (self._rows[at][2] == 0 or self._is_ours(at)):

@@ -1,4 +1,4 @@
-"""Routed blocks that run on slots, and experts that are in memory for good.
+"""Routed blocks that compute on slots, and the sources of their experts.
 
 Imports: errors, device, experts, experts.files, experts.pool, system.
 """

@@ -1,4 +1,4 @@
-"""Experts that are never read, for a call that shows how much memory it takes."""
+"""Blank experts, never read, for a call that measures how much memory it needs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from ..weights import ExpertWeights
 class BlankExperts:
     """One slot of zeros that stands for every expert of every block.
 
-    ``watch`` hears of the arrays that are known before a block's experts are asked for
-    (True) and after (False); None: nothing is computed here. ``most_chosen`` is the
-    most experts that a block chose for one token.
+    ``watch`` receives the arrays known before a block uses its experts, with True, and
+    those known after it, with False. Without ``watch`` nothing is computed here.
+    ``most_chosen`` is the most experts that a block chose for one token. With
+    ``reads_again`` gradients request experts a second time, as from a streamer.
     """
 
     def __init__(self, store: ExpertStore):
@@ -26,6 +27,7 @@ class BlankExperts:
         self._pool = SlotPool(layouts, 1)
         self.watch: Callable[[bool, list[mx.array]], None] | None = None
         self.most_chosen = 1
+        self.reads_again = False
 
     def source(self, layer: int) -> BlankSource:
         """Return the experts of one block."""
@@ -42,14 +44,14 @@ class BlankSource:
         self._blank, self.weights = blank, weights
 
     @property
-    def settled(self) -> BlankSource:
-        """Nothing is ever read."""
-        return self
+    def resident(self) -> BlankSource | None:
+        """The same experts, as none is ever read; None if gradients request again."""
+        return None if self._blank.reads_again else self
 
     def portions(
         self, indices: mx.array
     ) -> Iterator[tuple[np.ndarray | None, mx.array]]:
-        """Yield all places but the last, then that: the most that is held at once."""
+        """Yield all places but the last, then the last: the most memory at a time."""
         blank = self._blank
         blank.most_chosen = max(blank.most_chosen, indices.shape[-1])
         if blank.watch is None or indices.size == 1:
@@ -60,6 +62,6 @@ class BlankSource:
             yield places, mx.zeros(len(places), mx.uint32)
 
     def guard(self, *outputs: mx.array) -> None:
-        """Compute ``outputs`` now, as any reader of slots before they change."""
+        """Pass ``outputs`` to ``watch``, which computes them now."""
         if self._blank.watch is not None:
             self._blank.watch(False, list(outputs))

@@ -1,59 +1,78 @@
-"""Messages between ranks of a group: rows of their experts, and that they agree.
+"""Messages between the ranks of a process group: their experts' rows, and checks.
 
-Each rank computes the rows of its own experts. All are put together by adding them as
-whole numbers, zeros where a rank has none: that keeps every bit, of -0.0 and of what is
-no number too. Beside the rows goes what shows whether all ranks chose the same experts
+Each rank computes the rows of its own experts and has zeros for the others. The ranks
+add their rows as integers, which keeps every bit, even of -0.0 and NaN. Marks beside
+each row are added too. They show whether all ranks chose the same experts
 and had none that failed, so all of them go on or all of them end with an error.
+
+Ranks that compute the same layer on different devices may get other bits, and then
+choose other experts. In that case rank 0 leads: all compute the rows that it chose, of
+its own input, and go on from its output of the layer.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
 import xxhash
+from mlx.utils import tree_map
 
 from ... import device
-from ...errors import GroupError, PeerError
+from ...errors import BudgetError, GroupError, PeerBudgetError, PeerError
 from ..files.share import share_of
+from ..weights import leaves
 
+T = TypeVar("T")
 # Ranks that failed are told apart by a bit each.
 MOST_RANKS = 32
 # Whole numbers beside each row: the expert, its square, and which ranks failed.
 N_MARKS = 3
+# Results of a call up to this size are rank 0's on all ranks: tokens are drawn of them.
+LED_BYTES = 8 << 20
+
+
+class OtherChoiceError(GroupError):
+    """Ranks chose other experts; every rank hears of it in the same step."""
 
 
 class Told(NamedTuple):
-    """The sum of all ranks' words on a block's rows, and this one's choice."""
+    """The sum of all ranks' marks on a block's rows, and the ids that this rank chose.
+
+    ``asked`` is called with the checked ids, to count those of this rank's experts.
+    """
 
     name: str
     ids: mx.array | np.ndarray
     marks: mx.array
-    # Hears how many of the rows are of this rank's experts.
     asked: Callable[[np.ndarray], None]
 
 
 class Exchange:
-    """One rank's end of a group; every rank makes the same calls in the same order.
+    """One rank's connection to a process group.
 
-    ``waits``: each block waits for the others' rows. A GPU has better things to do.
+    Every rank must make the same calls in the same order. ``waits``: each block waits
+    for the other ranks' rows, as on a CPU; a GPU checks them at the end of a call.
 
     Args:
-        group: as ``mx.distributed.init`` returns it.
+        group: the group that ``mx.distributed.init`` returns.
 
     Raises:
-        GroupError: there are more ranks than can be told apart.
+        GroupError: there are more than ``MOST_RANKS`` ranks.
     """
 
     def __init__(self, group: mx.distributed.Group):
         self._group = group
         self.rank, self.size = group.rank(), group.size()
         self.waits = device.on_cpu()
-        # Whether a call is under way that looks at its end whether all ranks agreed.
+        # Whether the present call checks only at its end that all ranks agree.
         self.defers = False
+        # Whether ranks chose otherwise in the layer that is under way, and how often.
+        self._parted = False
+        self.n_parted = 0
         self._owed: list[Told] = []
         if self.size > MOST_RANKS:
             raise GroupError(
@@ -61,7 +80,7 @@ class Exchange:
             )
 
     def own(self, n_experts: int) -> range:
-        """Return which experts of a block are this rank's."""
+        """Return this rank's share of a block's experts."""
         return share_of(n_experts, self.rank, self.size)
 
     def rows(
@@ -72,17 +91,19 @@ class Exchange:
         like: tuple[int, mx.Dtype],
         make: Callable[[np.ndarray], mx.array],
     ) -> mx.array:
-        """Return a row for each of the expert ``ids``, computed where the expert is.
+        """Return a row for each of the expert ``ids``, from the rank with the expert.
 
         Args:
-            name: the block's name in errors.
+            name: the block's name for errors.
+            ids: expert ids, the same on every rank.
             own: this rank's experts.
-            like: how long a row is, and its type.
-            make: returns rows for some places in ``ids``, those of ``own`` experts.
+            like: the length of a row, and its type.
+            make: returns the rows for places in ``ids`` that have ``own`` experts.
 
         Raises:
             PeerError: another rank failed.
-            GroupError: another rank chose other experts, or ended.
+            OtherChoiceError: another rank chose other experts.
+            GroupError: another rank ended.
         """
         places = np.flatnonzero((ids >= own.start) & (ids < own.stop))
         self._settle()
@@ -110,13 +131,14 @@ class Exchange:
         rows: mx.array,
         asked: Callable[[int], None],
     ) -> mx.array:
-        """Return a row for each of the expert ``ids``, without a wait for any.
+        """Return a row for each of the expert ``ids``, without waiting for them.
 
         Args:
-            name: the block's name in errors.
+            name: the block's name for errors.
+            ids: expert ids, the same on every rank.
             own: this rank's experts.
-            rows: one for each id; those of other ranks' experts do not count.
-            asked: hears once it is known how many ids are of ``own``.
+            rows: a row for each id; rows of other ranks' experts are ignored.
+            asked: receives the number of ids in ``own`` once the ids are known.
 
         Raises:
             GroupError: another rank ended.
@@ -140,7 +162,7 @@ class Exchange:
         dtype: mx.Dtype,
         asked: Callable[[np.ndarray], None],
     ) -> mx.array:
-        """Return the rows of a sum, once or before it is known that all agree."""
+        """Return the rows of a sum; check the marks now, or later if ``defers``."""
         self._owed.append(Told(name, ids, total[:, -N_MARKS:], asked))
         if not self.defers:
             self._evaluate(total)
@@ -148,22 +170,54 @@ class Exchange:
         return total[:, :-N_MARKS].view(dtype)
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Look no sooner than at the end whether all ranks agreed, if nothing waits.
+    def together(self, *, defers: bool) -> Iterator[None]:
+        """Make a call in here, after which all ranks have agreed.
+
+        Args:
+            defers: they look no sooner than at the end, if nothing waits.
 
         Raises:
-            PeerError, GroupError: as ``rows``.
+            PeerError, OtherChoiceError, GroupError: as ``rows``.
         """
-        self.defers = True
+        self.defers, self._parted = defers, False
         try:
             yield
             self._settle()
+            if self._parted:
+                raise GroupError(
+                    "[group] expected every rank to choose the same experts but they "
+                    "chose others outside any decoder layer: load it in one process"
+                )
         finally:
-            self.defers = False
+            self.defers = self._parted = False
             self._owed.clear()
 
+    def led(self, array: mx.array) -> mx.array:
+        """Return rank 0's array of this shape and type, which need not be computed."""
+        flat = array.reshape(-1).view(mx.uint8)
+        words = mx.pad(flat, (0, -flat.size % 4)).view(mx.uint32)
+        total = self._added(words if self.rank == 0 else mx.zeros_like(words))
+        return total.view(mx.uint8)[: flat.size].view(array.dtype).reshape(array.shape)
+
+    def follow(self, *arrays: mx.array) -> list[mx.array]:
+        """Return rank 0's arrays after another choice, as the layer is to do too."""
+        self._parted = True
+        self.n_parted += 1
+        found = [self.led(array) for array in arrays]
+        self._evaluate(*found)
+        return found
+
+    def mended(self, out: Any) -> Any:
+        """Return a layer's output, rank 0's where ranks chose otherwise in it."""
+        if not self._parted:
+            return out
+        self._parted = False
+        led = tree_map(lambda x: self.led(x) if isinstance(x, mx.array) else x, out)
+        self._evaluate(*leaves(led))
+        return led
+
     def _settle(self) -> None:
-        """Look at the ranks' words on rows so far."""
+        """Check all marks that were deferred."""
         owed, self._owed = self._owed, []
         if owed:
             self._evaluate(*(told.marks for told in owed))
@@ -175,13 +229,14 @@ class Exchange:
     def _marked(
         self, ids: np.ndarray, places: np.ndarray, rows: mx.array, *, failed: bool
     ) -> mx.array:
-        """Return rows at their places, zeros at others, each with its marks."""
+        """Return rows at their places and zeros elsewhere, each row with its marks."""
         words = rows.view(mx.uint32)
         blank = mx.zeros((1, words.shape[1]), mx.uint32)
         taken = np.full(len(ids), len(places), np.uint32)
         taken[places] = np.arange(len(places), dtype=np.uint32)
         marks = np.zeros((len(ids), N_MARKS), np.uint32)
-        # Sums of numbers and of their squares agree only where all numbers do.
+        # If the sums of n numbers and of their squares are n x and n x^2, then all of
+        # the numbers are x.
         marks[:, 0] = ids.astype(np.uint32) + 1
         marks[:, 1] = marks[:, 0] ** 2
         marks[:, 2] = failed << self.rank
@@ -191,20 +246,27 @@ class Exchange:
     def _check(self, name: str, ids: np.ndarray, told: np.ndarray) -> None:
         self._check_failed(name, int(told[0, 2]) if len(told) else 0)
         wanted = ids.astype(np.uint32) + 1
+        if (told[:, 0] < wanted + self.size - 1).any():
+            raise GroupError(
+                f"[group] {name}: expected the sum of all ranks' numbers but got this "
+                "one's alone: use another --backend of mlx.launch"
+            )
         same = told[:, 0] == wanted * self.size
         same &= told[:, 1] == wanted**2 * np.uint32(self.size)
         if not same.all():
             place = int(np.flatnonzero(~same)[0])
-            raise GroupError(
+            raise OtherChoiceError(
                 f"[group] {name}: expected every rank to choose the same experts but "
                 f"for row {place} not all chose {ids[place]}: use machines of one "
                 "kind, with the same model and the same version of MLX"
             )
 
-    def _check_failed(self, name: str, bits: int) -> None:
+    def _check_failed(
+        self, name: str, bits: int, kind: type[PeerError] = PeerError
+    ) -> None:
         if failed := [rank for rank in range(self.size) if bits >> rank & 1]:
             ranks = ", ".join(map(str, failed))
-            raise PeerError(
+            raise kind(
                 f"[group] {name}: expected every rank to go on but rank {ranks} "
                 "failed: its own error says why"
             )
@@ -212,14 +274,17 @@ class Exchange:
     def call(
         self, n_seqs: int, n_tokens: int, ids: mx.array, step: Callable[[], int]
     ) -> int:
-        """Return the fewest tokens of a call that any rank computes together.
+        """Return the number of tokens to compute together: the least of all ranks'.
 
         Args:
-            ids: the call's experts.
-            step: returns how many this rank has room for.
+            n_seqs: number of sequences.
+            n_tokens: tokens of each sequence.
+            ids: the call's token ids, to compare with the other ranks'.
+            step: returns the number of tokens for which this rank has room.
 
         Raises:
-            PeerError: another rank has no room.
+            PeerBudgetError: another rank has no room.
+            PeerError: another rank failed otherwise.
             GroupError: another rank was called otherwise, or ended.
         """
         failure: Exception | None = None
@@ -228,11 +293,13 @@ class Exchange:
             found = step()
         except Exception as error:
             failure = error
-        told = self._tell([n_seqs, n_tokens, *_digest(ids), found])
+        fails, lacks = failure is not None, isinstance(failure, BudgetError)
+        told = self.tell([n_seqs, n_tokens, *_digest(ids), fails, lacks, found])
         if failure is not None:
             raise failure
-        bits = sum(1 << rank for rank in range(self.size) if told[rank, -1] == 0)
-        self._check_failed("call", bits)
+        kind = PeerBudgetError if told[:, -2].any() else PeerError
+        self._check_failed("call", _bits(told[:, -3]), kind)
+        told = np.delete(told, (-3, -2), axis=1)
         if (told[:, :-1] != told[0, :-1]).any():
             shapes = [f"{row[0]} x {row[1]}" for row in told]
             raise GroupError(
@@ -242,30 +309,60 @@ class Exchange:
             )
         return int(told[:, -1].min())
 
-    def agree(self, facts: Mapping[str, object]) -> None:
-        """Hold this rank's next step against the others'.
+    def end(self, failure: Exception | None) -> None:
+        """End what all ranks did, with this one's failure if there is one.
 
         Raises:
-            GroupError: a fact is another one there; names it.
+            PeerError: another rank failed.
+        """
+        told = self.tell([failure is not None])
+        if failure is not None:
+            raise failure
+        self._check_failed("call", _bits(told[:, 0]))
+
+    def alike(self, work: Callable[[], T]) -> T:
+        """Do what all ranks do, and end as they do.
+
+        Raises:
+            PeerError: another rank failed.
+        """
+        failure: Exception | None = None
+        try:
+            done = work()
+        except Exception as error:
+            failure = error
+        self.end(failure)
+        return done
+
+    def least(self, number: int) -> int:
+        """Return the smallest of all ranks' numbers, each of up to 64 bits."""
+        told = self.tell([number >> 32, number & 0xFFFFFFFF]).tolist()
+        return min(high << 32 | low for high, low in told)
+
+    def agree(self, facts: Mapping[str, object]) -> None:
+        """Check that all ranks have the same facts, such as options, by name.
+
+        Raises:
+            GroupError: a fact differs; names it.
         """
         shown = [repr(fact).encode() for fact in facts.values()]
-        told = self._tell([n for text in shown for n in _hash(text)])
+        told = self.tell([n for text in shown for n in _hash(text)])
         for number, (name, fact) in enumerate(facts.items()):
             columns = told[:, 2 * number : 2 * number + 2]
             others = np.flatnonzero((columns != columns[self.rank]).any(axis=1))
             if len(others):
                 raise GroupError(
-                    f"[group] expected the same {name} on every rank but rank "
-                    f"{others[0]} has another than {fact!r}: start all of them alike"
+                    f"[group] expected the same {name} on every rank but got another "
+                    f"than {fact!r} on rank {others[0]}: start all ranks alike"
                 )
 
     def first(self, numbers: Sequence[int]) -> list[int]:
-        """Return the 32-bit numbers that rank 0 gives."""
-        found: list[int] = self._tell(numbers)[0].tolist()
+        """Return rank 0's ``numbers``, of 32 bits each."""
+        found: list[int] = self.tell(numbers)[0].tolist()
         return found
 
-    def _tell(self, numbers: Sequence[int]) -> np.ndarray:
-        """Return the numbers of every rank, ``[size, n]``."""
+    def tell(self, numbers: Sequence[int]) -> np.ndarray:
+        """Return the 32-bit numbers of every rank, ``[size, n]``."""
         own = np.zeros((self.size, len(numbers)), np.uint32)
         own[self.rank] = numbers
         total = self._added(mx.array(own))
@@ -273,7 +370,7 @@ class Exchange:
         return np.array(total)
 
     def _added(self, own: mx.array) -> mx.array:
-        """Return the sum over ranks, modulo 2**32; it need not be computed yet."""
+        """Return the lazy sum over all ranks, modulo 2**32."""
         return mx.distributed.all_sum(own, group=self._group)
 
     def _evaluate(self, *sums: mx.array) -> None:
@@ -287,8 +384,13 @@ class Exchange:
             ) from error
 
 
+def _bits(flags: np.ndarray) -> int:
+    """Return a whole number with a bit for each flag that is set."""
+    return sum(1 << int(rank) for rank in np.flatnonzero(flags))
+
+
 def _digest(ids: mx.array) -> tuple[int, int]:
-    """Return two numbers that stand for a call's arguments."""
+    """Return a hash of a call's token ids as two 32-bit numbers."""
     if not mx.issubdtype(ids.dtype, mx.integer):
         return 0, 0
     return _hash(np.array(ids).astype(np.int64).tobytes())

@@ -1,4 +1,4 @@
-"""Experts that are in memory for good, behind the streamer's interface."""
+"""Experts that stay in memory, with the interface of streamed ones."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class ResidentExperts:
         return self._weights
 
     @property
-    def settled(self) -> ResidentExperts:
-        """These experts without whatever counts their use."""
+    def resident(self) -> ResidentExperts:
+        """The same experts, without counters."""
         return self
 
-    def assumed(self, slots: mx.array | None) -> ResidentExperts:
-        """Return the same experts, uncounted: each is its own slot."""
-        return self.settled
+    def speculative(self, slots: mx.array | None) -> ResidentExperts:
+        """Return the same experts, without counters: slot == expert."""
+        return self.resident
 
-    def asked(self, n: int) -> None:
-        """Hear that a run asked for ``n`` experts without calling ``slots``."""
+    def count(self, n: int) -> None:
+        """Count ``n`` experts that a run used without calling ``slots``."""
 
-    def ask(self, indices: mx.array) -> None:
-        """Do nothing: they are here."""
+    def request(self, indices: mx.array) -> None:
+        """Do nothing: every expert is in memory."""
 
     def slots(self, indices: mx.array) -> mx.array:
         """Return ``indices`` as uint32, without reading or copying them."""
@@ -46,8 +46,8 @@ class ResidentExperts:
         yield slice(indices.shape[0]), self.slots(indices)
 
     def portions(self, indices: mx.array) -> Iterator[tuple[None, mx.array]]:
-        """Yield all ids at once, in any number: each is its own slot."""
-        self.asked(indices.size)
+        """Yield all ids at once, as their own slots."""
+        self.count(indices.size)
         yield None, indices
 
     def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
@@ -68,26 +68,26 @@ class ResidentExperts:
 class PreloadedExperts(ResidentExperts):
     """One layer of an ``ExpertStreamer`` that holds every expert.
 
-    Ids are not read back, so each one asked for counts as a hit, repeated or not.
+    The ids are not read back, so every id counts as a hit, repeated ones included.
     """
 
     def __init__(self, weights: ExpertWeights, counters: Counters):
         super().__init__(weights)
         self._counters = counters
-        self._settled = ResidentExperts(weights)
+        self._resident = ResidentExperts(weights)
 
     @property
-    def settled(self) -> ResidentExperts:
-        """The same experts, uncounted."""
-        return self._settled
+    def resident(self) -> ResidentExperts:
+        """The same experts, without counters."""
+        return self._resident
 
-    def asked(self, n: int) -> None:
+    def count(self, n: int) -> None:
         """Count ``n`` hits."""
         self._counters.hits += n
 
     def slots(self, indices: mx.array) -> mx.array:
         """Return ``indices`` as uint32, without reading them."""
-        self.asked(indices.size)
+        self.count(indices.size)
         return super().slots(indices)
 
     def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:

@@ -1,4 +1,4 @@
-"""mlx-lm's routed block on the matrices in slots."""
+"""mlx-lm's routed block with the matrices in slots."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ..files.layout import ALL_PARTS
 from ..files.modules import RoutedBlock
 from ..weights import ExpertWeights, Weight
 
-# From so many ids on mlx-lm sorts rows by expert, which takes another kernel.
+# mlx-lm sorts rows by expert from this many ids on, and MLX then uses another kernel.
 SORTED_FROM = 64
-# mlx-lm's names of the parts of a Weight.
+# The field of a Weight for each of mlx-lm's parameter names.
 FIELDS = dict(
     zip(ALL_PARTS, ("w", "scales", "biases", "bias", "global_scale"), strict=True)
 )
 
 
 class SlotLinear(QuantizedSwitchLinear):
-    """mlx-lm's module, told whether to make use of it that ids are sorted."""
+    """mlx-lm's module, with a switch for the kernel that needs sorted ids."""
 
     by_blocks = False
 
@@ -36,10 +36,11 @@ class SlotLinear(QuantizedSwitchLinear):
 
 
 class SlotBlock:
-    """mlx-lm's block with the matrices that are in slots.
+    """mlx-lm's block with the matrices in slots.
 
-    MLX chooses a kernel by the number of matrices and of rows. So it is told of those
-    that the block of all experts would have, in a call for all ids.
+    MLX chooses a kernel by the number of matrices and rows, and kernels differ in their
+    rounding. To give the same bits on every budget, this class makes MLX choose the
+    kernel that it would use for all experts and all ids of the call.
     """
 
     def __init__(self, block: RoutedBlock):
@@ -51,8 +52,8 @@ class SlotBlock:
             if type(module) is QuantizedSwitchLinear
         ]
         self._held: ExpertWeights | None = None
-        self._told = False
-        # Let go of the parameters loaded for it, unread.
+        self._last_by_blocks = False
+        # Drop the block's lazily loaded parameters, so that they are never read.
         self._hold(None)
 
     def __call__(
@@ -62,35 +63,35 @@ class SlotBlock:
         slots: mx.array,
         n_ids: int | None = None,
         *,
-        settled: bool = False,
+        resident: bool = False,
     ) -> mx.array:
         """Run rows ``[..., D]`` through the experts in ``slots`` ``[..., K]``.
 
         Args:
-            n_ids: of the whole call, if this is a part of it.
-            settled: the weights are those of the block's own experts, all of them.
+            n_ids: number of ids of the whole call, if this is one portion of it.
+            resident: ``weights`` has all experts of the block, slot == id.
         """
-        if settled and weights is self._held:
+        if resident and weights is self._held:
             return cast(mx.array, self._module(x, slots))
         by_blocks = self._by_blocks(slots.size if n_ids is None else n_ids)
-        in_place = settled or (not by_blocks and _converts_none(weights, x.dtype))
+        in_place = resident or (not by_blocks and _converts_none(weights, x.dtype))
         if not (in_place and _lies_well(weights)):
             weights, slots = _end_to_end(weights, slots)
         if weights is not self._held:
-            self._hold(weights, settled=settled)
-        if by_blocks is not self._told:
-            self._told = by_blocks
+            self._hold(weights, resident=resident)
+        if by_blocks is not self._last_by_blocks:
+            self._last_by_blocks = by_blocks
             for module in self._quantized:
                 module.by_blocks = by_blocks
         out: mx.array = self._module(x, slots)
         return out
 
     def least_rows(self, slots: mx.array, n_ids: int) -> int:
-        """Return how many rows a part of a call needs to take the call's kernel.
+        """Return how many rows a portion needs for MLX to choose the call's kernel.
 
         Args:
-            slots: of the part.
-            n_ids: of the whole call.
+            slots: the portion's slots.
+            n_ids: number of ids of the whole call.
         """
         if self._by_blocks(n_ids):
             n_matrices = len(np.unique(np.array(slots)))
@@ -98,18 +99,19 @@ class SlotBlock:
         return 1 if device.multiplies_row_by_row() else min(n_ids, SORTED_FROM)
 
     def _by_blocks(self, n_ids: int) -> bool:
+        """Return whether MLX would multiply a call's sorted rows in blocks."""
         is_sorted = n_ids >= SORTED_FROM
         return is_sorted and device.multiplies_by_blocks(n_ids, self.n_experts)
 
     def let_go(self) -> None:
-        """Hold nothing, as mlx-lm's own block before its weights are loaded."""
+        """Hold no weights, like mlx-lm's block before its weights are loaded."""
         self._hold(None)
 
-    def _hold(self, weights: ExpertWeights | None, *, settled: bool = True) -> None:
-        """Have these weights; with all of them each module is mlx-lm's own."""
+    def _hold(self, weights: ExpertWeights | None, *, resident: bool = True) -> None:
+        """Hold ``weights``; resident ones use mlx-lm's own module class."""
         self._held = weights
         for module in self._quantized:
-            module.__class__ = QuantizedSwitchLinear if settled else SlotLinear
+            module.__class__ = QuantizedSwitchLinear if resident else SlotLinear
         for name, module in self.projections.items():
             for part, field in FIELDS.items():
                 if weights is None:
@@ -119,14 +121,14 @@ class SlotBlock:
 
 
 def _lies_well(weights: ExpertWeights) -> bool:
-    """Tell whether MLX gathers matrices as they lie."""
+    """Return whether MLX can gather the matrices in place."""
     return device.gathers_strided() or not any(
         weight.strided for weight in weights.by_name.values()
     )
 
 
 def _converts_none(weights: ExpertWeights, dtype: mx.Dtype) -> bool:
-    """Tell whether MLX takes slots as they are; another type would convert them all."""
+    """Return whether MLX needs no conversion of all slots to ``dtype``."""
     own = (w.w if w.scales is None else w.scales for w in weights.by_name.values())
     return all(array.dtype in (dtype, mx.uint8) for array in own)
 
@@ -134,9 +136,10 @@ def _converts_none(weights: ExpertWeights, dtype: mx.Dtype) -> bool:
 def _end_to_end(
     weights: ExpertWeights, slots: mx.array
 ) -> tuple[ExpertWeights, mx.array]:
-    """Return copies of the matrices in ``slots``, and where each is among them."""
+    """Return contiguous copies of the matrices in ``slots``, and their indices."""
     if slots.size < SORTED_FROM:
-        # A token's are distinct, and may not be known to the host yet.
+        # Do not read the slots back: few ids hardly repeat, and the host may not know
+        # them yet.
         take = slots.flatten()
         found = mx.arange(slots.size, dtype=mx.uint32).reshape(slots.shape)
     else:

@@ -1,4 +1,4 @@
-"""The interface of a routed block's experts, wherever they are."""
+"""The interface between a routed block and its experts."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from ..weights import ExpertWeights
 class ExpertSource(Protocol):
     """The experts of one block, in slots.
 
-    Slots handed out stay as they are until the arrays given to ``guard`` have been
-    evaluated, so a lazy graph never reads an overwritten slot.
+    A slot keeps its expert until the arrays given to ``guard`` have been evaluated, so
+    a lazy graph never reads an overwritten slot.
     """
 
     @property
     def weights(self) -> ExpertWeights:
-        """All slots as arrays with a leading slot axis."""
+        """The tensors of all slots, with a leading slot axis."""
 
     @property
-    def settled(self) -> ExpertSource | None:
-        """These experts, if none is ever read again and each is its own slot."""
+    def resident(self) -> ExpertSource | None:
+        """The block's experts if all are in memory for good, slot == id; else None."""
 
     def portions(
         self, indices: mx.array
     ) -> Iterator[tuple[np.ndarray | None, mx.array]]:
         """Yield places in ``indices``, counted flat, and the slots of their experts.
 
-        Places are None where one portion is all there is: slots then have the shape of
-        ``indices``. The caller builds whatever reads them and passes it to ``guard``
-        before it asks for the next: each portion's experts fit into memory together,
-        and no expert is in two.
+        A portion's experts fit into memory together, and no expert is in two portions.
+        If one portion is enough, its places are None and its slots have the shape of
+        ``indices``. Before it takes the next portion, the caller builds the arrays that
+        read the slots and passes them to ``guard``.
 
         Args:
             indices: ``[..., K]`` expert ids of one step, any number.
         """
 
     def guard(self, *outputs: mx.array) -> None:
-        """Evaluate ``outputs`` before any slot handed out so far is overwritten."""
+        """Evaluate ``outputs`` before any slot given out so far is overwritten."""

@@ -1,4 +1,4 @@
-"""One layer's streamed experts, as its MoE Op sees them."""
+"""One layer's streamed experts."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ..weights import ExpertWeights
 
 
 class Streamer(Protocol):
-    """The streamer of all layers, as the experts of one layer see it."""
+    """The part of ``ExpertStreamer`` that one layer's experts use."""
 
     @property
     def capacity(self) -> int:
-        """Experts of one layer that fit into memory together."""
+        """Number of experts of one layer that always fit into memory together."""
 
     def weights(self, layer: int) -> ExpertWeights:
         """See ``StreamedExperts.weights``."""
 
-    def ask(self, layer: int, indices: mx.array) -> None:
-        """See ``StreamedExperts.ask``."""
+    def request(self, layer: int, indices: mx.array) -> None:
+        """See ``StreamedExperts.request``."""
 
     def slots(
         self,
@@ -54,68 +54,74 @@ class Streamer(Protocol):
 class StreamedExperts:
     """One layer of a streamer that does not hold every expert.
 
-    ``row`` is the layer's in the streamer's table of slots.
+    ``index`` is the layer's index in the slot table.
     """
 
-    def __init__(self, streamer: Streamer, layer: int, row: int):
-        self._streamer, self._layer, self._row = streamer, layer, row
+    def __init__(self, streamer: Streamer, layer: int, index: int):
+        self._streamer, self._layer, self._index = streamer, layer, index
         self._expected: dict[int, mx.array] | None = None
 
     @property
     def layer(self) -> int:
-        """The streamer's number of the layer."""
+        """The layer's number in the streamer."""
         return self._layer
 
     @property
     def weights(self) -> ExpertWeights:
-        """All slots of the layer's segment in its layout, where they are now."""
+        """The tensors of all slots of the layer's segment, valid until ``resize``."""
         return self._streamer.weights(self._layer)
 
     @property
-    def settled(self) -> None:
-        """Experts come and go."""
+    def resident(self) -> None:
+        """None: experts may be evicted."""
         return None
 
-    def assumed(self, slots: mx.array | None) -> AssumedExperts:
-        """Return these experts as if each lay where the table ``slots`` says."""
-        assert slots is not None
-        return AssumedExperts(self.weights, slots[self._row])
-
-    def expecting(self, layer: int, indices: mx.array) -> StreamedExperts:
-        """Return these experts, which another layer's are read ahead with.
+    def speculative(self, slots: mx.array | None) -> SpeculativeExperts:
+        """Return the experts for a run that looks them up in ``slots`` on the device.
 
         Args:
-            indices: ids that it will likely ask for.
+            slots: uint32 ``[n_layers, n_experts]``, as ``slots_on_device`` returns it.
         """
-        experts = StreamedExperts(self._streamer, self._layer, self._row)
+        assert slots is not None
+        return SpeculativeExperts(self.weights, slots[self._index])
+
+    def expecting(self, layer: int, indices: mx.array) -> StreamedExperts:
+        """Return the same experts; their reads also read another layer's ahead.
+
+        Args:
+            layer: the other layer.
+            indices: the experts that it is predicted to request.
+        """
+        experts = StreamedExperts(self._streamer, self._layer, self._index)
         experts._expected = {layer: indices}
         return experts
 
-    def asked(self, n: int) -> None:
-        """Hear of nothing: whoever asks calls ``slots``, which counts."""
+    def count(self, n: int) -> None:
+        """Do nothing: ``slots`` counts."""
 
-    def ask(self, indices: mx.array) -> None:
-        """Begin to read those of ``[1, K]`` experts that are missing.
+    def request(self, indices: mx.array) -> None:
+        """Begin to read the missing ones of ``[1, K]`` experts.
+
+        A failed read raises later, in ``slots`` or ``parts``.
 
         Raises:
-            ExpertStoreError: an id is out of range. That one cannot be read, who asks
-                for slots will hear.
-            BudgetError: more distinct experts than slots.
+            ExpertStoreError: an id is out of range.
+            BudgetError: there are more distinct experts than slots.
         """
-        self._streamer.ask(self._layer, indices)
+        self._streamer.request(self._layer, indices)
 
     def slots(self, indices: mx.array) -> mx.array:
-        """Map ``[N, K]`` expert ids to slots, reading those that are missing.
+        """Map ``[N, K]`` expert ids to slots, and read the missing experts.
 
         Raises:
-            ExpertStoreError: an id is out of range, or a record cannot be read; what
-                could be read is kept, and the call may be repeated.
-            BudgetError: more distinct experts than slots.
+            ExpertStoreError: an id is out of range, or a record cannot be read. The
+                other records are kept, and the call may be repeated.
+            BudgetError: there are more distinct experts than slots.
         """
         return self._streamer.slots(self._layer, indices, self._expected)
 
     def batches(self, indices: mx.array) -> Iterator[tuple[slice, mx.array]]:
-        """Yield tokens whose experts fit into memory together, and their slots.
+        """Yield runs of tokens whose experts fit into memory together, and their slots.
 
         Raises:
             ExpertStoreError: as ``slots``.
@@ -125,7 +131,7 @@ class StreamedExperts:
     def portions(
         self, indices: mx.array
     ) -> Iterator[tuple[np.ndarray | None, mx.array]]:
-        """Yield places in ``[..., K]`` ids and their slots: see ``ExpertSource``.
+        """Yield places in ``[..., K]`` ids and their slots, as ``ExpertSource`` says.
 
         Raises:
             ExpertStoreError: as ``slots``.
@@ -147,7 +153,7 @@ class StreamedExperts:
             yield places, mx.array(slots[found].astype(np.uint32))
 
     def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield columns of ``indices`` and their slots: in memory first, then read.
+        """Yield columns of ``indices`` and their slots: experts in memory come first.
 
         Raises:
             ExpertStoreError, BudgetError: as ``slots``.
@@ -155,9 +161,9 @@ class StreamedExperts:
         return self._streamer.parts(self._layer, indices)
 
     def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
-        """Yield ``(expert, slot)`` lists: first experts in memory, then those read.
+        """Yield lists of ``(expert, slot)``: experts in memory come first.
 
-        While the caller computes with one wave the next one is being read.
+        The next wave is read while the caller computes with this one.
 
         Raises:
             ExpertStoreError: an id is out of range, or a record cannot be read.
@@ -165,37 +171,37 @@ class StreamedExperts:
         return self._streamer.waves(self._layer, experts)
 
     def guard(self, *outputs: mx.array) -> None:
-        """Evaluate ``outputs`` before any slot handed out so far is overwritten."""
+        """Evaluate ``outputs`` before any slot given out so far is overwritten."""
         self._streamer.guard(*outputs)
 
 
-class AssumedExperts:
-    """Experts of a run that reads nothing back: slots are looked up on the device.
+class SpeculativeExperts:
+    """Experts of a run that looks slots up on the device and reads nothing back.
 
-    ``slot_of`` is uint32 ``[n_experts]``. Whether the experts really were there the
-    host finds out from ``chosen``: what each ``slots`` was asked for.
+    ``slot_of`` is uint32 ``[n_experts]``. ``chosen`` collects the ids passed to
+    ``slots``. From these the host finds out later whether all experts were in memory.
     """
 
-    settled = None
+    resident = None
 
     def __init__(self, weights: ExpertWeights, slot_of: mx.array):
         self.weights, self._slot_of = weights, slot_of
         self.chosen: list[mx.array] = []
 
-    def assumed(self, slots: mx.array | None) -> AssumedExperts:
-        """Return itself."""
+    def speculative(self, slots: mx.array | None) -> SpeculativeExperts:
+        """Return these experts."""
         return self
 
-    def asked(self, n: int) -> None:
-        """Hear of nothing: the host counts the choices."""
+    def count(self, n: int) -> None:
+        """Do nothing: the host counts the chosen experts."""
 
-    def ask(self, indices: mx.array) -> None:
-        """Do nothing: the host finds out afterwards which are missing."""
+    def request(self, indices: mx.array) -> None:
+        """Do nothing: the host reads missing experts afterwards."""
 
     def slots(self, indices: mx.array) -> mx.array:
-        """Look up ``[N, K]`` expert ids, any number, without reading anything."""
+        """Look up the slots of ``[N, K]`` expert ids; read nothing."""
         self.chosen.append(indices)
-        # What follows from a missing expert may be no number, nor any id from it.
+        # After a missing expert activations may be NaN, and ids out of range.
         last = self._slot_of.size - 1
         return self._slot_of[mx.minimum(indices.view(mx.uint32), last)]
 
@@ -208,12 +214,12 @@ class AssumedExperts:
         yield None, self.slots(indices)
 
     def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
-        """Refuse: who takes experts as they come has read their ids back."""
+        """Not available: the caller would have to read the ids back."""
         raise NotImplementedError
 
     def waves(self, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
-        """Refuse: who visits experts one by one has read their ids back."""
+        """Not available: the caller would have to read the ids back."""
         raise NotImplementedError
 
     def guard(self, *outputs: mx.array) -> None:
-        """Do nothing: whoever runs all of it guards the outputs."""
+        """Do nothing: the caller guards the outputs of the whole run."""

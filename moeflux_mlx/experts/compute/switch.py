@@ -1,7 +1,7 @@
-"""A routed block whose experts are streamed: mlx-lm's own, run on slots.
+"""A routed block with streamed experts: mlx-lm's own block, run on slots.
 
-mlx-lm's block takes experts' ids to choose matrices. Here it takes slots, its matrices
-being those in the slots, so that whatever else it does stays its own.
+mlx-lm's block indexes its matrices with expert ids. Here its matrices are the slots,
+and it indexes them with slot numbers. The rest of the block is unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ...system.uncopied import Uncopied
 from ..files.modules import RoutedBlock
 from ..weights import ExpertWeights, Quantization, has_values
 from .blank import BlankSource
-from .exchange import Exchange
+from .exchange import Exchange, OtherChoiceError
 from .resident import ResidentExperts
 from .slot_block import SORTED_FROM, SlotBlock
 from .source import ExpertSource
@@ -32,11 +32,11 @@ PLAIN_FIRST = (
 
 
 class RoutedWeightsError(ModelError, AttributeError):
-    """Something asks a streamed block for the weights that it does not have."""
+    """Code reads the weights of a streamed block, which has none of its own."""
 
 
 class Token(Protocol):
-    """A call that says how its blocks get their experts."""
+    """A call of the model that decides how its blocks get their experts."""
 
     def block(
         self,
@@ -44,24 +44,24 @@ class Token(Protocol):
         indices: mx.array,
         build: Callable[[ExpertSource], mx.array],
     ) -> mx.array:
-        """Return a block's output, made by ``build`` unless it is known."""
+        """Return a block's output: a known one, or a new one from ``build``."""
 
 
 class StreamedProjection(nn.Module):
-    """In the place of a streamed matrix, which takes no adapter.
+    """The placeholder of a streamed matrix, which takes no adapter.
 
-    ``form`` is how whoever saves the model is to write it; None is dense.
+    ``form`` is the quantisation with which to save the matrix; None: dense.
     """
 
     def __init__(self, form: Quantization | None):
         super().__init__()
         self.__dict__["form"] = form
-        # MLX passes over modules with nothing in them.
+        # MLX skips empty modules, so put something in.
         self["is_streamed"] = True
 
 
 class DenseProjection(StreamedProjection):
-    """In the place of one that could be quantised, as whoever quantises is to know."""
+    """The placeholder of a dense streamed matrix, which ``nn.quantize`` can find."""
 
     def __init__(self, path: str, shape: tuple[int, ...]):
         super().__init__(None)
@@ -69,7 +69,7 @@ class DenseProjection(StreamedProjection):
 
     @property
     def weight(self) -> mx.array:
-        """An array of the matrices' shape, for who looks at no more than that."""
+        """Zeros of the matrices' shape, for callers that need only the shape."""
         shape: tuple[int, ...] = self.__dict__["shape"]
         return mx.zeros(shape)
 
@@ -80,29 +80,30 @@ class DenseProjection(StreamedProjection):
         mode: str = "affine",
         global_scale: bool = False,
     ) -> StreamedProjection:
-        """Return the modules that are saved quantised.
+        """Return the placeholder of matrices to be saved quantised.
 
         Raises:
-            ModelError: the model may yet be called, on matrices as files have them;
-                names them and what to do.
+            ModelError: the model is not only to be saved. Calls would still use the
+                matrices in the files.
         """
         if global_scale or not is_to_be_saved():
             raise ModelError(
                 f"[quantize] {self.__dict__['path']}: expected experts in memory but "
-                f"they are read from files: {PLAIN_FIRST}"
+                f"they are streamed from files: {PLAIN_FIRST}"
             )
         return StreamedProjection(Quantization(bits, group_size, mode))
 
 
 class StreamedSwitch(Uncopied, nn.Module):
-    """In the place of a routed block; has none of the experts' parameters.
+    """The replacement of a routed block, without the experts' parameters.
 
     Args:
-        source: returns the block's experts as they are reached now.
-        alone: calls what it is given while no other thread asks for slots; what is left
-            to compute then, any thread may wait for.
-        token: returns the call of the model that asks, if values alone come of it.
-        exchange: the source has this rank's experts, and other ranks the others.
+        source: returns the block's current source of experts.
+        alone: calls a function while no other thread requests slots, then begins its
+            lazy results, so that any thread can wait for them.
+        token: returns the model's current call if it needs values only (no gradient or
+            compilation); else None.
+        exchange: exchanges rows with other ranks, if each has a share of the experts.
     """
 
     def __init__(
@@ -116,13 +117,13 @@ class StreamedSwitch(Uncopied, nn.Module):
         super().__init__()
         forms, parts = block.quantization, block.parts
         self.path, self.slot_block = block.path, SlotBlock(block)
-        # The type of floating-point parameters for whoever saves the model, if another.
+        # The type in which to save floating-point parameters; None: their own.
         self.saved_dtype: mx.Dtype | None = None
         self._source, self._alone, self._token = source, alone, token
         self._exchange = exchange
-        # How long a row is and its type, by that of a block's input.
+        # An output row's length and type, by the type of the block's input.
         self._rows_like: dict[mx.Dtype, tuple[int, mx.Dtype]] = {}
-        # The activation, and whatever a model has put there besides.
+        # Keep the activation and every other child of mlx-lm's block.
         for name, child in block.module.items():
             if name not in block.projections:
                 self[name] = child
@@ -134,11 +135,11 @@ class StreamedSwitch(Uncopied, nn.Module):
 
     @property
     def saved_forms(self) -> dict[str, Quantization | None]:
-        """How whoever saves the model is to write each projection; None is dense."""
+        """The quantisation with which to save each projection; None: dense."""
         return {name: self[name].form for name in self.slot_block.projections}
 
     def show_matrices(self, shown: bool) -> None:
-        """Let who goes through a model's modules see this block's matrices, or not."""
+        """Show or hide this block's matrices from a walk over the model's modules."""
         for name in self.slot_block.projections:
             if shown:
                 self[name]["is_streamed"] = True
@@ -146,7 +147,7 @@ class StreamedSwitch(Uncopied, nn.Module):
                 del self[name]["is_streamed"]
 
     def dequantize(self) -> None:
-        """Have all matrices saved dense."""
+        """Save all matrices dense."""
         for name in self.slot_block.projections:
             self[name] = StreamedProjection(None)
 
@@ -168,9 +169,9 @@ class StreamedSwitch(Uncopied, nn.Module):
         if self._exchange is not None and not isinstance(source, BlankSource):
             return self._exchanged(self._exchange, source, x, indices)
         if isinstance(source, ResidentExperts):
-            source.asked(indices.size)
-            return self.slot_block(source.weights, x, indices, settled=True)
-        if source.settled is not None:
+            source.count(indices.size)
+            return self.slot_block(source.weights, x, indices, resident=True)
+        if source.resident is not None:
             return self._run(source, x, indices)
         if (token := self._token()) is not None:
             build = partial(self._run, x=x, indices=indices)
@@ -180,7 +181,7 @@ class StreamedSwitch(Uncopied, nn.Module):
     def _streamed(
         self, source: ExpertSource, x: mx.array, indices: mx.array
     ) -> mx.array:
-        """Run as ``_run`` does, with a gradient that reads the experts once more."""
+        """Do as ``_run``, with a gradient that requests the experts again."""
         self._check_values(x, indices)
 
         @mx.custom_function  # type: ignore[untyped-decorator]
@@ -198,15 +199,15 @@ class StreamedSwitch(Uncopied, nn.Module):
     def _check_values(self, x: mx.array, indices: mx.array) -> None:
         if not has_values(x, indices):
             raise ModelError(
-                f"[stream] {self.path}: expected rows with values but got a trace: "
+                f"[stream] {self.path}: expected rows with values but got none: "
                 "call a model with streamed experts outside mx.compile and mx.vmap, "
-                "or model.train() first to train it"
+                "or call model.train() before training"
             )
 
     def _exchanged(
         self, exchange: Exchange, source: ExpertSource, x: mx.array, indices: mx.array
     ) -> mx.array:
-        """Run as ``_run`` does, with rows of all ranks and without a gradient."""
+        """Do as ``_run`` with the experts of all ranks; there is no gradient."""
         few = indices.size < SORTED_FROM
         if exchange.defers and few and isinstance(source, ResidentExperts):
             return self._masked(exchange, source, x, indices)
@@ -219,7 +220,7 @@ class StreamedSwitch(Uncopied, nn.Module):
         @run.vjp
         def gradient(*_):  # type: ignore[no-untyped-def]
             raise ModelError(
-                f"[group] {self.path}: expected no gradient but one is asked for: "
+                f"[group] {self.path}: expected no gradient but one is needed: "
                 "train in one process, without group="
             )
 
@@ -232,37 +233,48 @@ class StreamedSwitch(Uncopied, nn.Module):
         x: mx.array,
         indices: mx.array,
     ) -> mx.array:
-        """Run all rows, those of other ranks' experts through any, and ask for them.
+        """Run all rows here, then take the rows of other ranks' experts from them.
 
-        That is more work for the device, but nothing is read back.
+        A row of another rank's expert runs through any own expert and is discarded.
+        The device does more work, but the host reads nothing back.
         """
         own = exchange.own(self.slot_block.n_experts)
         ids = indices.flatten().astype(mx.int32)
         slots = mx.clip(indices.astype(mx.int32) - own.start, 0, len(own) - 1)
         out = self.slot_block(experts.weights, x, slots.astype(mx.uint32))
         rows = out.reshape(ids.size, -1)
-        given = exchange.masked(self.path, ids, own, rows, experts.asked)
+        given = exchange.masked(self.path, ids, own, rows, experts.count)
         return given.reshape(out.shape)
 
     def _run_own(
         self, exchange: Exchange, source: ExpertSource, x: mx.array, indices: mx.array
     ) -> mx.array:
-        """Run this rank's experts, and take the rest from the others."""
+        """Run this rank's experts, and take the other rows from the other ranks."""
+        try:
+            return self._run_chosen(exchange, source, x, indices)
+        except OtherChoiceError:
+            if exchange.defers:
+                raise
+            return self._run_chosen(exchange, source, *exchange.follow(x, indices))
+
+    def _run_chosen(
+        self, exchange: Exchange, source: ExpertSource, x: mx.array, indices: mx.array
+    ) -> mx.array:
         own = exchange.own(self.slot_block.n_experts)
         ids = np.array(indices).ravel()
 
         def make(places: np.ndarray) -> mx.array:
             rows, found = _rows_of(x, indices, places), []
             for where, slots in source.portions(mx.array(ids[places] - own.start)):
-                part = rows if where is None else rows[mx.array(where)]
-                out = self._portion(source.weights, part, slots, indices)
+                chosen = rows if where is None else rows[mx.array(where)]
+                out = self._portion(source.weights, chosen, slots, indices)
                 source.guard(out)
                 found.append((np.arange(len(places)) if where is None else where, out))
             order = np.argsort(np.concatenate([where for where, _ in found]))
             return mx.concatenate([out for _, out in found])[mx.array(order)]
 
         if x.dtype not in self._rows_like:
-            # Never computed.
+            # Only its shape and type are used, so it is never computed.
             row = _rows_of(x, indices, np.zeros(1, int))
             out = self._portion(source.weights, row, mx.zeros(1, mx.uint32), indices)
             self._rows_like[x.dtype] = out.shape[-1], out.dtype
@@ -288,9 +300,9 @@ class StreamedSwitch(Uncopied, nn.Module):
     def _portion(
         self, weights: ExpertWeights, rows: mx.array, slots: mx.array, indices: mx.array
     ) -> mx.array:
-        """Run rows ``[P, D]``, one slot each, as a part of a call for ``indices``."""
+        """Run rows ``[P, D]``, one slot each: a portion of ``indices``."""
         n, n_ids = len(rows), indices.size
-        # Few as they are, they take the kernel that the whole call takes.
+        # Repeat rows until MLX chooses the kernel of the whole call: see ``SlotBlock``.
         least = self.slot_block.least_rows(slots, n_ids)
         if n < least:
             every = mx.minimum(mx.arange(least), n - 1)
@@ -300,7 +312,7 @@ class StreamedSwitch(Uncopied, nn.Module):
     def _gradient(
         self, source: ExpertSource, x: mx.array, indices: mx.array, out: mx.array
     ) -> mx.array:
-        """Return the gradient for ``x`` from that for the outputs."""
+        """Return the gradient of ``x`` from the gradient ``out`` of the outputs."""
         weights = source.weights
         total = mx.zeros((x.size // x.shape[-1], x.shape[-1]), x.dtype)
         for where, slots in source.portions(indices):
@@ -319,7 +331,7 @@ class StreamedSwitch(Uncopied, nn.Module):
 
 
 def _rows_of(x: mx.array, indices: mx.array, where: np.ndarray) -> mx.array:
-    """Return the row ``[D]`` that each place in ``indices`` is for."""
+    """Return the row ``[D]`` of each place's token."""
     if x.shape[:-1] != indices.shape[:-1]:
         raise ModelError(
             f"[stream] expected a row for each of {list(indices.shape[:-1])} tokens "

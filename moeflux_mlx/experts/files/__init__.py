@@ -1,4 +1,4 @@
-"""Formats: checkpoints and packs, which bytes of them an expert is, and reading those.
+"""File formats: checkpoints and packs, where an expert's bytes are, and their readers.
 
 Imports: errors, device, experts, system.
 """

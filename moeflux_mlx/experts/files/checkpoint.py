@@ -1,4 +1,4 @@
-"""A plain mlx-lm checkpoint directory: its configuration and tensors by position."""
+"""A plain mlx-lm checkpoint: its configuration, and where its tensors are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .spans import close_files, read_fully
 
 N_EXPERTS_KEYS = ("num_experts", "n_routed_experts", "num_local_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k", "top_k")
-# Without "top_k": with many models that is how tokens are drawn.
+# "top_k" is left out, because for many models it is a sampling parameter.
 EVERY_TOP_K_KEY = (*TOP_K_KEYS[:-1], "num_experts_per_token", "top_k_experts")
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -28,23 +28,23 @@ NUMBERED = re.compile(
     r"(?P<stem>model.*)-(?P<number>\d+)-of-(?P<all>\d+)\.safetensors", re.ASCII
 )
 LAYER = re.compile(r"(?:.*\.)?layers\.(?P<layer>\d{1,9})\.", re.ASCII)
-# More files than any model has: numbers in names are not to be trusted.
+# More files than any model has; a limit, because a file's name may claim any number.
 MOST_SHARDS = 1000
 LFS_POINTER = b"version https://git-lfs"
-# Beginnings, or parts, of names that the text model does not use.
+# Prefixes of tensor names that the text model does not use.
 UNUSED_STARTS = ("vision_tower", "model.visual")
-# As mlx-lm names layers that predict several tokens, and leaves them out.
+# mlx-lm ignores multi-token prediction layers, whose names contain this.
 UNUSED_PART = "mtp."
 
 
 def is_used(name: str) -> bool:
-    """Tell whether a text model has a place for a tensor of this name."""
+    """Return whether a text model uses a tensor of this name."""
     return not name.startswith(UNUSED_STARTS) and UNUSED_PART not in name
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A configuration's numbers of the model's shape."""
+    """The numbers that a configuration gives for a model's shape."""
 
     model_type: str
     n_layers: int
@@ -56,7 +56,7 @@ def read_config(directory: Path) -> dict:
     """Return ``config.json`` of a model directory.
 
     Raises:
-        ModelError: no such directory, no such file, or not a JSON object.
+        ModelError: the directory or the file is missing, or it is not a JSON object.
     """
     path = Path(directory) / "config.json"
     if not Path(directory).is_dir():
@@ -70,7 +70,9 @@ def read_config(directory: Path) -> dict:
     except (OSError, ValueError) as error:
         raise ModelError(f"[model] cannot read {path}: {error}") from error
     if not isinstance(config, dict):
-        raise ModelError(f"[model] expected a JSON object in {path}")
+        raise ModelError(
+            f"[model] {path}: expected a JSON object but got {type(config).__name__}"
+        )
     return config
 
 
@@ -78,7 +80,7 @@ def model_facts(config: dict) -> ModelFacts:
     """Read layers, experts and experts per token from a model's configuration.
 
     Raises:
-        ModelError: the configuration is not that of a Mixture-of-Experts model.
+        ModelError: the model is not a Mixture-of-Experts model.
     """
     text = text_config(config)
     return ModelFacts(
@@ -90,7 +92,7 @@ def model_facts(config: dict) -> ModelFacts:
 
 
 def experts_per_token(config: dict, n_experts: int) -> int | None:
-    """Return how many experts a token takes in a block, if a configuration says so."""
+    """Return the experts per token of a block, or None if a configuration has none."""
     text = text_config(config)
     found = (text.get(key) for key in EVERY_TOP_K_KEY)
     usable = (k for k in found if type(k) is int and 1 <= k <= n_experts)
@@ -98,7 +100,7 @@ def experts_per_token(config: dict, n_experts: int) -> int | None:
 
 
 def text_config(config: dict) -> dict:
-    """Return the configuration of the language model, with its surroundings."""
+    """Return the configuration with the keys of ``text_config`` merged in."""
     nested = config.get("text_config")
     return {**config, **(nested if isinstance(nested, dict) else {})}
 
@@ -116,8 +118,7 @@ def _count(config: dict, keys: tuple[str, ...]) -> int:
 class Checkpoint:
     """The open safetensors files of a model directory; a context manager.
 
-    ``index`` says which file holds a tensor: it decides where several do, as they do
-    those in ``twice``.
+    ``twice`` has the tensors that are in several files; ``index`` decides between them.
     """
 
     def __init__(self, directory: Path, config: dict, shards: list[Path]):
@@ -126,7 +127,7 @@ class Checkpoint:
         self.index = read_index(directory)
         self.twice: dict[str, list[TensorEntry]] = {}
         self._fds: dict[Path, int] = {}
-        # For who never closes: models are dropped, not closed.
+        # Models are usually dropped without a call of ``close``.
         weakref.finalize(self, close_files, self._fds)
         for shard in shards:
             _refuse_pointer(shard)
@@ -138,25 +139,24 @@ class Checkpoint:
             self.tensors[name] = self._chosen(name, entries)
 
     def _chosen(self, name: str, entries: list[TensorEntry]) -> TensorEntry:
-        """Return the tensor that the index means; refuse to guess without it."""
+        """Return the tensor that the index names; raise if it names none."""
         for entry in entries:
             if entry.file.name == self.index.get(name) or not is_used(name):
                 return entry
         files = " and in ".join(str(entry.file) for entry in entries)
         raise ModelError(
             f"[checkpoint] {name!r} is in {files}, and {INDEX_NAME} names neither: "
-            "remove the file that is not of this model"
+            "remove the file that does not belong to this model"
         )
 
     @classmethod
     def open(cls, directory: str | os.PathLike) -> Checkpoint:
         """Open every ``model*.safetensors`` of a directory and check their headers.
 
-        These are the files that mlx-lm reads. Whether all that a model needs is in them
-        is for ``missing`` to tell.
+        mlx-lm reads the same files. This does not check that they are complete.
 
         Raises:
-            ModelError: not a model directory, or a file is malformed or cut.
+            ModelError: not a model directory, or a file is malformed or truncated.
         """
         directory = Path(directory)
         config = read_config(directory)
@@ -178,7 +178,7 @@ class Checkpoint:
     @classmethod
     @contextlib.contextmanager
     def kept(cls, directory: str | os.PathLike) -> Iterator[Checkpoint]:
-        """Open as ``open`` for who goes on with it; an error in here closes it.
+        """Open as ``open``; close the checkpoint only if an error leaves the block.
 
         Raises:
             ModelError: as ``open``.
@@ -192,15 +192,15 @@ class Checkpoint:
 
     @property
     def layers(self) -> set[int]:
-        """Numbers of the layers that tensors of the text model name."""
+        """The layer numbers in the names of the text model's tensors."""
         matches = (LAYER.match(name) for name in self.tensors if is_used(name))
         return {int(match["layer"]) for match in matches if match}
 
     @property
     def absent(self) -> list[Path]:
-        """Files that the index or the numbers of others name, and that are not there.
+        """Missing files that the index, or the numbering of the others, calls for.
 
-        That matters only where a tensor is missing too.
+        A missing file is an error only if a tensor is missing too.
         """
         names = set(self.index.values())
         for shard in self.shards:
@@ -212,7 +212,7 @@ class Checkpoint:
                     for i in numbers
                 }
         there = {shard.name for shard in self.shards}
-        # An index may say anything.
+        # An index is untrusted: ignore names that lead out of the directory.
         plain = {n for n in names - there if n == os.path.basename(n)}
         return [
             self.directory / name
@@ -220,26 +220,27 @@ class Checkpoint:
             if not (self.directory / name).exists()
         ]
 
-    def missing(self, what: str) -> ModelError:
-        """Return the error that something is in none of the files; says which lack."""
+    def missing(self, problem: str) -> ModelError:
+        """Return the error for tensors in none of the files; name missing files."""
         absent = self.absent
         if not absent:
-            return ModelError(f"[checkpoint] {self.directory}: {what}")
+            return ModelError(f"[checkpoint] {self.directory}: {problem}")
         more = f" and {len(absent) - 1} other files" if len(absent) > 1 else ""
         return ModelError(
-            f"[checkpoint] {absent[0]}{more} missing: {what}; download the model again"
+            f"[checkpoint] {absent[0]}{more} missing: {problem}; download the model "
+            "again"
         )
 
     @property
     def identity(self) -> str:
-        """A hash that tells this checkpoint from any other; reads a few blocks."""
+        """A hash that identifies this checkpoint; reads a few blocks of each file."""
         digest = xxhash.xxh3_64(json.dumps(self.config, sort_keys=True).encode())
         for shard in self.shards:
             digest.update(f"{shard.name} {fingerprint(shard)}\n".encode())
         return digest.hexdigest()
 
     def fd(self, shard: Path) -> int:
-        """Return the open file descriptor of one of the files."""
+        """Return a file's open descriptor."""
         return self._fds[shard]
 
     def read_into(self, entry: TensorEntry, start: int, buffer: memoryview) -> None:
@@ -251,8 +252,8 @@ class Checkpoint:
         n_bytes = len(buffer)
         if start + n_bytes > entry.n_bytes:
             raise ModelError(
-                f"[checkpoint] {entry.name!r} has {entry.n_bytes} bytes but "
-                f"{start + n_bytes} were asked for"
+                f"[checkpoint] {entry.name!r} of {entry.file}: expected at least "
+                f"{start + n_bytes} bytes but got {entry.n_bytes}"
             )
         try:
             read_fully(self._fds[entry.file], entry.offset + start, buffer)
@@ -286,9 +287,9 @@ def _refuse_pointer(shard: Path) -> None:
 
 
 def read_index(directory: Path) -> dict[str, str]:
-    """Return the file of each tensor as the index says; empty without a usable one.
+    """Return each tensor's file by the index, or an empty dict without a usable one.
 
-    No model needs an index, so a broken one is none.
+    No model needs an index, so a damaged one is ignored.
     """
     try:
         weight_map = read_json(directory / INDEX_NAME, INDEX_BYTES)["weight_map"]

@@ -1,4 +1,4 @@
-"""The experts of a plain checkpoint, read from where they lie."""
+"""The experts of a plain checkpoint, read from its tensors in place."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ else:
 
 
 class TensorExperts(Uncopied):
-    """Experts that lie scattered over the tensors of a checkpoint; a context manager.
+    """Experts that are scattered over a checkpoint's tensors; a context manager.
 
-    Records have the layout that packing would give them, but lie scattered: each
-    tensor of an expert is a span of its own unless it follows another in a file.
+    Records have the same layout as in a pack. But each tensor of an expert is a span of
+    its own, unless it is adjacent to another one in a file.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class TensorExperts(Uncopied):
         return tuple(self.routed)
 
     def count(self, layer: int) -> int:
-        """Return how many experts one layer has."""
+        """Return the number of experts of a layer."""
         return self.routed[layer].n_experts
 
     def name(self, layer: int) -> str:
-        """Return a layer's name in errors."""
+        """Return a layer's name for errors."""
         return f"layer {layer}"
 
     def layout(self, layer: int) -> ExpertLayout:
@@ -65,8 +65,8 @@ class TensorExperts(Uncopied):
         return self._layouts[layer]
 
     def spans(self, layer: int, expert: int) -> tuple[Span, ...]:
-        """Return the reads that together fill an expert's record."""
-        # Kept, for finding them takes as long as a third of a read from the page cache.
+        """Return the reads that fill an expert's record."""
+        # Cached: finding them takes a third of the time of a read from the page cache.
         if (spans := self._spans.get((layer, expert))) is None:
             spans = self._spans[layer, expert] = self._find(layer, expert)
         return spans
@@ -87,12 +87,14 @@ class TensorExperts(Uncopied):
         """Return None: a checkpoint has no checksums."""
 
     def bypass_cache(self) -> None:
-        """Read past the page cache, which macOS alone can do with tensors at any
-        offset; elsewhere warn and do not."""
+        """Make reads bypass the page cache on macOS; elsewhere warn and change nothing.
+
+        Only macOS can do this for tensors at unaligned offsets.
+        """
         bypass_cache(list(self._paths), self.checkpoint.directory, aligned=False)
 
     def read_record(self, layer: int, expert: int, record: memoryview) -> None:
-        """Fill ``record`` with an expert's tensors; padding stays as it is.
+        """Fill ``record`` with an expert's tensors; leave its padding unchanged.
 
         Raises:
             ExpertStoreError: a file cannot be read or ends early.
@@ -117,11 +119,11 @@ class CheckpointExperts(TensorExperts):
     """The experts in a checkpoint's safetensors files, found by their names."""
 
     def __init__(self, checkpoint: Checkpoint, alignment: int = DEFAULT_ALIGNMENT):
-        """Find the experts among a checkpoint's tensors; the checkpoint is kept.
+        """Find the experts among the tensors of ``checkpoint``, which stays open.
 
         Raises:
-            ModelError: there are none, some are missing, their form is unknown, or
-                they do not fit each other or ``config.json``; names the tensor.
+            ModelError: there are none, some are missing or of an unknown form, or they
+                contradict each other or ``config.json``; names the tensor.
         """
         routed = find_routed(checkpoint)
         self.model = _checked_facts(checkpoint, routed)
@@ -137,15 +139,15 @@ class CheckpointExperts(TensorExperts):
     def open(
         cls, directory: str | os.PathLike, *, direct: bool = False
     ) -> CheckpointExperts:
-        """Open a checkpoint after every check that reads no more than headers.
+        """Open a checkpoint after all checks that read headers only.
 
         Args:
-            directory: with ``config.json`` and safetensors files.
-            direct: as ``bypass_cache``.
+            directory: a directory with ``config.json`` and safetensors files.
+            direct: call ``bypass_cache``.
 
         Raises:
-            ModelError: not a model directory, a file missing or truncated, or experts
-                of no usable form.
+            ModelError: not a model directory, a file is missing or truncated, or the
+                experts have an unknown form.
         """
         with Checkpoint.kept(directory) as checkpoint:
             store = cls(checkpoint)
@@ -155,7 +157,7 @@ class CheckpointExperts(TensorExperts):
 
 
 def find_routed(checkpoint: Checkpoint) -> dict[int, RoutedLayer]:
-    """Collect the experts of a checkpoint and hold them against ``config.json``.
+    """Collect the routed experts of a checkpoint by layer.
 
     Raises:
         ModelError: as ``routed_layers``; also names files that are missing.
@@ -191,7 +193,8 @@ def _checked_facts(
             )
         if layer.layer >= facts.n_layers:
             raise ModelError(
-                f"[experts] {layer.path}: expected fewer than {facts.n_layers} layers"
+                f"[experts] {layer.path}: expected a layer below {facts.n_layers}, as "
+                f"in config.json, but got {layer.layer}"
             )
     if facts.top_k > facts.n_experts:
         raise ModelError(
@@ -202,7 +205,7 @@ def _checked_facts(
 
 
 def check_sizes(config: dict, layer: RoutedLayer, layout: ExpertLayout) -> None:
-    """Hold the rows of gate, up and down against the configuration's sizes."""
+    """Raise ModelError unless gate, up and down have the configuration's row counts."""
     sizes = text_config(config)
     inner, hidden = sizes.get("moe_intermediate_size"), sizes.get("hidden_size")
     expected = {"gate_proj": inner, "up_proj": inner, "down_proj": hidden}

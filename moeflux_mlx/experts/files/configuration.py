@@ -1,4 +1,4 @@
-"""Hold a configuration against the tensors it is of, before anything is built of it."""
+"""Check a configuration, alone and against the tensors, before a model is built."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from ...errors import ModelError
 from .checkpoint import is_used
 from .safetensors import TensorEntry
 
-# The forms that MLX can store a matrix in; None takes the mode's own.
+# MLX's quantisations; None stands for the mode's default.
 BITS = (1, 2, 3, 4, 5, 6, 8)
 GROUPS = (16, 32, 64, 128)
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 LARGEST, LARGEST_FLOAT = 2**31 - 1, 1e30
-# How checkpoints name the text model, in any order.
+# The prefixes of the text model in checkpoints, in any order.
 PREFIX = re.compile(r"(?:language_model\.|model\.)*")
 
-# A tensor's name below the text model, and its shape as it is once unpacked.
+# A tensor's name without that prefix, and its shape when unpacked.
 Expected = tuple[str, tuple[int, ...]]
 
 
 class Configuration:
-    """The text part of a ``config.json``, whose checks name the file and the key."""
+    """The text model's part of a ``config.json``; its errors name file and key."""
 
     def __init__(self, path: Path, fields: Mapping[str, Any]):
         self.path = path
@@ -36,7 +36,7 @@ class Configuration:
         _check_quantization(self, fields)
 
     def wrong(self, key: str, expected: str, got: object) -> ModelError:
-        """Return the error that a key has an unusable value."""
+        """Return the error for a key with an unusable value."""
         shown = repr(got)
         shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
         return ModelError(
@@ -44,7 +44,7 @@ class Configuration:
         )
 
     def check_given(self, args_type: type) -> None:
-        """Refuse a configuration without the entries that mlx-lm's class requires.
+        """Check that all keys that mlx-lm's class requires are present.
 
         Raises:
             ModelError: a key is missing; names it.
@@ -54,12 +54,12 @@ class Configuration:
             is_needed = each.default is missing and each.default_factory is missing
             if is_needed and each.name not in self.fields:
                 raise ModelError(
-                    f"[{self.path}] expected {each.name} but there is none: add it, as "
-                    "the model's publisher has it"
+                    f"[{self.path}] expected {each.name} but it is missing: copy it "
+                    "from the publisher's configuration"
                 )
 
     def check_counts(self, keys: Iterable[str]) -> None:
-        """Refuse values that are no count; absent keys have the model's own default."""
+        """Raise unless the keys are positive ints or absent (the model's default)."""
         for key in keys:
             value = self.fields.get(key, 1)
             if type(value) is not int or not 1 <= value <= LARGEST:
@@ -68,27 +68,27 @@ class Configuration:
     def check_number(
         self, key: str, value: Any, most: float = LARGEST_FLOAT, *, zero: bool = False
     ) -> None:
-        """Refuse all but positive numbers up to ``most``; ``zero`` may be allowed."""
+        """Raise unless a value is a positive number up to ``most``, or allowed zero."""
         is_number = type(value) in (int, float) and 0 <= value <= most
         if not is_number or not (value or zero):
             sign = "number of 0 or more" if zero else "positive number"
             raise self.wrong(key, f"a {sign} up to {most:g}", value)
 
     def check_indices(self, key: str) -> None:
-        """Refuse a value that is no list of whole numbers."""
+        """Raise unless a value is a list of ints."""
         value = self.fields[key]
         numbers = isinstance(value, list) and all(type(n) is int for n in value)
         if not numbers:
             raise self.wrong(key, "a list of whole numbers", value)
 
     def check_multiple(self, key: str, value: int, of: str, divisor: int) -> None:
-        """Refuse a count that another one does not divide."""
+        """Raise unless ``value`` is a multiple of ``divisor``, the value of ``of``."""
         if value % divisor:
             raise self.wrong(key, f"a multiple of {of} ({divisor})", value)
 
 
 def counts_of(args_type: type) -> list[str]:
-    """Return the keys of a configuration class that are whole numbers."""
+    """Return the int keys of a configuration class."""
     fields = dataclasses.fields(args_type)
     return [f.name for f in fields if f.type in (int, "int")]
 
@@ -99,15 +99,15 @@ def check_tensors(
     expected: Iterable[Expected],
     optional: Collection[str] = (),
 ) -> str | None:
-    """Hold tensors against the shapes that a configuration gives them.
+    """Compare tensors' shapes with those that a configuration implies.
 
     Args:
-        tensors: by their names in files.
-        expected: names below the text model, whatever files put before them.
-        optional: parts of names that files may leave out.
+        tensors: the files' tensors by name.
+        expected: names without the text model's prefix, and shapes.
+        optional: substrings of names that may be missing.
 
     Returns:
-        The first name that no file has, if there is one.
+        The first expected name that is missing, or None.
 
     Raises:
         ModelError: a tensor has another shape; names the tensor and its file.
@@ -135,10 +135,10 @@ def check_tensors(
 def unpacked_shape(
     entry: TensorEntry, scales: TensorEntry | None, expected: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """Return the shape of a matrix once it is unpacked to the expected columns.
+    """Return the shape of a matrix when unpacked to the expected number of columns.
 
     Raises:
-        ModelError: it is quantised in a way that MLX does not have.
+        ModelError: MLX does not have the quantisation.
     """
     if scales is None or not entry.shape:
         return entry.shape
@@ -164,7 +164,7 @@ def unpacked_shape(
 
 
 def _check_quantization(config: Configuration, fields: Mapping[str, Any]) -> None:
-    """Refuse tables that mlx-lm would follow to a division by zero."""
+    """Raise for quantisation tables with which mlx-lm would divide by zero."""
     table = fields.get("quantization")
     if table is None:
         table = fields.get("quantization_config") or config.fields.get(

@@ -1,4 +1,4 @@
-"""Direct I/O: reads that go past the page cache, where the system allows it."""
+"""Direct I/O: reads that bypass the page cache, where the system allows it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .layout import ExpertLayout
 
 
 def are_aligned(layouts: Collection[ExpertLayout]) -> bool:
-    """Tell whether records lie at whole disk blocks, in files and in slots."""
+    """Return whether records begin and end at disk blocks, in files and in slots."""
     return all(layout.stride % DISK_BLOCK_BYTES == 0 for layout in layouts)
 
 
 def bypass_cache(fds: Collection[int], directory: Path, *, aligned: bool) -> bool:
-    """Make reads of open files direct; where one refuses, warn and leave all as is.
+    """Make reads of open files direct; if one file refuses, warn and change none.
 
     Args:
         fds: the files' descriptors.
-        directory: names them in the warning.
-        aligned: whether reads begin and end at whole blocks, in files and in memory.
+        directory: the files' directory, for the warning.
+        aligned: whether reads begin and end at disk blocks, in files and in memory.
 
     Returns:
         Whether reads are direct now.
@@ -38,7 +38,7 @@ def bypass_cache(fds: Collection[int], directory: Path, *, aligned: bool) -> boo
         for fd in fds:
             _set_cached(fd)
         warnings.warn(
-            f"[direct] {directory}: no direct I/O, reads go through the page cache: "
+            f"[direct] {directory}: no direct I/O, so reads use the page cache: "
             f"{error.strerror}",
             stacklevel=2,
         )
@@ -47,10 +47,10 @@ def bypass_cache(fds: Collection[int], directory: Path, *, aligned: bool) -> boo
 
 
 def direct_excess(fd: int, position: int) -> int:
-    """Return how far a position of a file is past where a read may begin.
+    """Return the distance from the last position where a read may begin.
 
-    Direct reads on Linux begin with a block; a read may end early anywhere, for a
-    signal, a quota or a network's sake.
+    On Linux a direct read must begin at a disk block. But the read before may have
+    ended anywhere, because of a signal, a quota or the network.
     """
     excess = position % DISK_BLOCK_BYTES
     return excess if excess and _is_direct(fd) else 0
@@ -62,7 +62,7 @@ if sys.platform == "darwin":
         return False
 
     def _set_direct(fd: int, aligned: bool) -> None:
-        # macOS reads unaligned spans through the cache by itself.
+        # macOS accepts unaligned reads here and serves them through the cache.
         fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
 
     def _set_cached(fd: int) -> None:
@@ -77,12 +77,12 @@ else:
         if not aligned:
             raise OSError(
                 errno.EINVAL,
-                f"the experts do not lie at multiples of {DISK_BLOCK_BYTES} bytes; "
-                "those that `moeflux pack` writes do",
+                f"the experts are not at multiples of {DISK_BLOCK_BYTES} bytes: pack "
+                "the model with `moeflux pack`",
             )
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
         fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
-        # Some file systems take the flag and refuse the reads.
+        # Some file systems accept the flag but refuse direct reads, so try one.
         with mmap.mmap(-1, DISK_BLOCK_BYTES) as block:
             os.preadv(fd, [block], 0)
 

@@ -1,4 +1,4 @@
-"""A folder held by its descriptor, in which no name leads anywhere else."""
+"""A folder held open by its descriptor, so that no link can redirect a write."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Folder:
-    """An open folder: files in it are made, replaced and removed, links never followed.
+    """An open folder in which to make, replace and remove files; it follows no links.
 
     Args:
-        fd: its descriptor, which stays the caller's.
-        path: its name in messages, and for who only reads.
-        part: the part of the program that writes there, which errors begin with.
+        fd: the folder's descriptor; the caller closes it.
+        path: the folder's path, for messages and for readers.
+        part: the writing command, with which errors begin.
     """
 
     def __init__(self, fd: int, path: Path, part: str = "pack"):
@@ -29,10 +29,10 @@ class Folder:
 
     @contextlib.contextmanager
     def inner(self, name: str) -> Iterator[Folder]:
-        """Open a folder in this one, made if it is not there.
+        """Open a folder inside this one; make it if it does not exist.
 
         Raises:
-            OSError: it cannot be made, or the name is a link or a file.
+            OSError: the folder cannot be made, or the name is a link or a file.
         """
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, dir_fd=self.fd)
@@ -44,7 +44,7 @@ class Folder:
 
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[BinaryIO]:
-        """Give a new, empty file, durable once all is written; an older one goes."""
+        """Yield a new file that replaces an old one, and sync it to disk at the end."""
         self.remove(name)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(name, flags, 0o666, dir_fd=self.fd)
@@ -53,41 +53,42 @@ class Folder:
             sync(fd)
 
     def write_text(self, name: str, text: str) -> None:
-        """Replace a file by ``text`` at once, so that it is never seen half written."""
-        part = f"{name}.tmp"
-        with self.create(part) as file:
+        """Replace a file with ``text`` atomically."""
+        temporary = f"{name}.tmp"
+        with self.create(temporary) as file:
             write_all(file, memoryview(text.encode()))
-        self.rename(part, name)
+        self.rename(temporary, name)
 
     def rename(self, name: str, new_name: str) -> None:
-        """Give a file another name, for good; a file of that name goes."""
+        """Rename a file durably, replacing any file of the new name."""
         os.replace(name, new_name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         sync(self.fd)
 
     def remove(self, name: str) -> None:
-        """Remove a file or a link, if there is one."""
+        """Remove a file or a link, if it exists."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.fd)
 
     def n_bytes(self, name: str) -> int:
-        """Return what a file takes of its volume."""
+        """Return the bytes that a file occupies on its volume."""
         return 512 * os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_blocks
 
     def plain_names(self, folders: frozenset[str] = frozenset()) -> list[str]:
-        """Return the names of the files here, all of them plain and of one name.
+        """Return the names of the files here, and check that all are plain files.
 
         Args:
-            folders: names that may be folders; they are left out.
+            folders: names of allowed folders, which are not returned.
 
         Raises:
-            ExpertStoreError: there is a link or anything else; names it.
+            ExpertStoreError: an entry is a link, has a second hard link, or is not a
+                file; names it.
         """
         names = []
         for name in sorted(os.listdir(self.fd)):
             status = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
             if stat.S_ISDIR(status.st_mode) and name in folders:
                 continue
-            # A file of two names would be changed where it is not ours.
+            # Writing to a file with a second hard link would change another's file.
             if not (stat.S_ISREG(status.st_mode) and status.st_nlink == 1):
                 raise ExpertStoreError(
                     f"[{self.part}] {self.path / name}: expected a plain file of an "
@@ -98,7 +99,7 @@ class Folder:
         return names
 
     def is_at(self, parent: Folder, name: str) -> bool:
-        """Tell whether a name in another folder still is this one."""
+        """Return whether ``name`` in ``parent`` is still this folder."""
         here = os.fstat(self.fd)
         there = os.stat(name, dir_fd=parent.fd, follow_symlinks=False)
         return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
@@ -106,9 +107,9 @@ class Folder:
 
 @contextlib.contextmanager
 def open_parent(path: Path, part: str = "pack") -> Iterator[Folder]:
-    """Open the folder that a path lies in, made if it is not there.
+    """Open a path's parent folder; make it if it does not exist.
 
-    It may be reached through links: whoever gave the path meant them.
+    Links in the path are followed, because the user gave them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -119,6 +120,6 @@ def open_parent(path: Path, part: str = "pack") -> Iterator[Folder]:
 
 
 def write_all(file: BinaryIO, data: memoryview) -> None:
-    """Write all bytes; a short write goes on."""
+    """Write all bytes; continue after short writes."""
     while data:
         data = data[file.write(data) :]

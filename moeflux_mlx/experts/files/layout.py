@@ -1,4 +1,4 @@
-"""Where the tensors of one expert lie inside its record."""
+"""The record layout: where each tensor of an expert is in its record."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from .safetensors import DTYPE_BYTES, MAX_RANK
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PARTS = ("weight", "scales", "biases")
-# The bias of a projection: a row's own number.
+# A projection's bias, one value for each row; not the quantisation's ``biases``.
 BIAS = "bias"
-# All that a projection of mlx-lm can have.
+# All arrays that a projection of mlx-lm can have.
 ALL_PARTS = (*PARTS, BIAS, "global_scale")
+# Kernels load up to 16 bytes at a time.
 TENSOR_ALIGNMENT = 16
-# Apple's page, and a multiple of every disk's logical block.
+# Apple's page size, and a multiple of every disk's logical block.
 DEFAULT_ALIGNMENT = 16 * 1024
 
 PartShapes = Mapping[tuple[str, str], tuple[str, tuple[int, ...]]]
@@ -27,7 +28,7 @@ PartShapes = Mapping[tuple[str, str], tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of one expert: ``shape`` has no expert axis, ``offset`` in record."""
+    """One tensor of one expert, at ``offset`` of the record, without an expert axis."""
 
     projection: str
     part: str
@@ -41,9 +42,9 @@ class TensorSpec:
 class ExpertLayout:
     """The record of one expert: ``[gate w|s|b, up w|s|b, down w|s|b]``.
 
-    Blocks with other projections have those in their place. ``quantization`` follows
-    ``projections``; None is a dense one. Records lie ``stride`` bytes apart, a multiple
-    of ``alignment``.
+    A block with other projections has those instead. ``quantization`` has one entry for
+    each of ``projections``; None means dense. Records begin ``stride`` bytes apart,
+    which is a multiple of ``alignment``.
     """
 
     tensors: tuple[TensorSpec, ...]
@@ -57,10 +58,12 @@ class ExpertLayout:
         quantization: Mapping[str, Quantization | None],
         alignment: int = DEFAULT_ALIGNMENT,
     ) -> ExpertLayout:
-        """Lay out one expert's tensors, given as ``(dtype, shape)`` without experts.
+        """Lay out one expert's tensors.
 
         Args:
-            quantization: by projection, in the order of the record.
+            parts: each tensor's ``(dtype, shape)``, without an expert axis.
+            quantization: by projection, in the record's order.
+            alignment: bytes; ``stride`` is a multiple of it.
 
         Raises:
             ConfigError: ``alignment`` is not a power of two of at least 16.
@@ -83,23 +86,23 @@ class ExpertLayout:
 
     @cached_property
     def projections(self) -> tuple[str, ...]:
-        """Names of the projections, in the order of the record."""
+        """Names of the projections, in the record's order."""
         return tuple(dict.fromkeys(t.projection for t in self.tensors))
 
     @property
     def is_biased(self) -> bool:
-        """Tell whether projections have biases."""
+        """Whether projections have biases."""
         return any(t.part == BIAS for t in self.tensors)
 
     @cached_property
     def record_bytes(self) -> int:
-        """Bytes of one expert without the padding after it."""
+        """Bytes of one record, without padding."""
         last = self.tensors[-1]
         return last.offset + last.n_bytes
 
     @cached_property
     def stride(self) -> int:
-        """Bytes from one record to the next."""
+        """Bytes from the start of one record to the start of the next."""
         return _round_up(self.record_bytes, self.alignment)
 
     def to_json(self) -> dict:
@@ -126,10 +129,10 @@ class ExpertLayout:
 
     @classmethod
     def from_json(cls, fields: dict) -> ExpertLayout:
-        """Rebuild a layout and check that its offsets are those it would be given.
+        """Rebuild a layout, and check that ``build`` gives the same offsets.
 
         Raises:
-            ExpertStoreError: fields are missing, of a wrong type or inconsistent.
+            ExpertStoreError: a field is missing, has a wrong type or is inconsistent.
         """
         try:
             parts = {
@@ -170,7 +173,7 @@ def check_alignment(alignment: int) -> None:
 
 
 def _shape(values: list) -> tuple[int, ...]:
-    # Products of more sizes take time that grows faster than the text that states them.
+    # A hostile shape of many large sizes would make their product very slow.
     if len(values) > MAX_RANK or any(type(n) is not int or n < 1 for n in values):
         raise ValueError(f"shape {short(values)}")
     return tuple(values)

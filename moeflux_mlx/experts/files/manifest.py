@@ -1,4 +1,4 @@
-"""``moeflux.json``: what a packed directory holds, in a versioned form."""
+"""``moeflux.json``: the versioned list of a packed directory's contents."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .layout import ExpertLayout
 MANIFEST_NAME = "moeflux.json"
 FORMAT, VERSION = "moeflux-experts", 2
 
-# No file system has longer names, and errors repeat them.
+# No file system has longer names, and a longer one would blow up error messages.
 MOST_NAME = 255
-# A plain name, so no manifest can point outside its own directory.
+# Names of our own files; a manifest must not point outside its directory.
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
-# Other files have the names that their authors gave them.
+# Names of other files, which their authors chose; also inside the directory.
 INSIDE = re.compile(r"[^./\\\0][^/\\\0]*(/[^./\\\0][^/\\\0]*)*")
 
 T = TypeVar("T")
@@ -32,12 +32,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LayerFile:
-    """The expert file of one MoE layer; ``checksums`` are xxh3-64 of each record.
+    """The expert file of one MoE layer; ``checksums`` has each record's xxh3-64.
 
-    Where ``block`` is not empty, it is the path of a routed block in mlx-lm's model,
-    and ``layer`` counts these blocks. Else ``names`` has the checkpoint's own names of
-    the tensors, one for each of the layout's, as ``PlainLayer`` takes them; packs that
-    were written before names were kept have none.
+    If ``block`` is not empty, it is the path of a routed block in mlx-lm's model, and
+    ``layer`` counts these blocks. Otherwise ``names`` has the checkpoint's name for
+    each tensor of the layout, as ``PlainLayer`` takes them. Old packs have no names.
     """
 
     layer: int
@@ -51,7 +50,7 @@ class LayerFile:
 
 @dataclass(frozen=True)
 class ResidentFile:
-    """The file with everything but routed experts."""
+    """The file of all tensors that are not routed experts."""
 
     file: str
     n_bytes: int
@@ -61,7 +60,7 @@ class ResidentFile:
 
 @dataclass(frozen=True)
 class SmallFile:
-    """Another file that loading reads; ``file`` may lie in a folder of the pack."""
+    """Another file that loading reads; ``file`` may be in a folder of the pack."""
 
     file: str
     n_bytes: int
@@ -70,11 +69,12 @@ class SmallFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a pack says about itself; ``resident`` is None until it is whole.
+    """The contents of a pack; ``resident`` is None until packing has finished.
 
-    A pack for a class of ours has the tensors' own names, and layers by number. Any
-    other is of mlx-lm's model: its parameters' names, and routed blocks by path; its
-    ``model`` then counts blocks for layers and the most experts that a block has.
+    A pack for a class of ours has the checkpoint's tensor names, and layers by number.
+    Any other pack is for mlx-lm's class. It has the names of that model's parameters,
+    and routed blocks by path. Its ``model.n_layers`` then counts these blocks, and
+    ``model.n_experts`` is the number of experts of the largest block.
     """
 
     source_name: str
@@ -87,7 +87,7 @@ class Manifest:
 
     @property
     def is_of_blocks(self) -> bool:
-        """Tell whether it is of the routed blocks of mlx-lm's model."""
+        """Whether the pack has the routed blocks of mlx-lm's model, by path."""
         return any(entry.block for entry in self.layers)
 
     def to_json(self) -> str:
@@ -126,7 +126,7 @@ class Manifest:
         """Parse and check a manifest.
 
         Raises:
-            ExpertStoreError: unreadable, of another version, or inconsistent.
+            ExpertStoreError: it is unreadable, inconsistent or of another version.
         """
         try:
             fields = read_json(path, MANIFEST_BYTES)
@@ -136,13 +136,13 @@ class Manifest:
 
 
 def checksum_of(fields: Mapping[str, Any]) -> str:
-    """Return the checksum that a manifest has of its other fields."""
+    """Return the checksum of a manifest's other fields."""
     rest = {name: value for name, value in fields.items() if name != "checksum"}
     return xxhash.xxh3_64_hexdigest(json.dumps(rest, sort_keys=True).encode())
 
 
 class _Parser:
-    """Typed look-ups whose errors name the manifest and the field."""
+    """Parser of a manifest; its errors name the file and the field."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -244,7 +244,7 @@ class _Parser:
         return tuple(values)
 
     def check_blocks(self, blocks: list[str], model: ModelFacts) -> None:
-        """Refuse blocks of one path, and paths for some of them only."""
+        """Raise unless all blocks have different paths, or none has a path."""
         if any(blocks) and not all(blocks):
             raise self.wrong("block", "a path everywhere", "")
         if any(blocks) and len(set(blocks)) < len(blocks):

@@ -1,4 +1,4 @@
-"""``moeflux_model.py``: the one file of a pack that is run, by stock mlx-lm."""
+"""``moeflux_model.py``: the file of a pack that stock mlx-lm runs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Model, ModelArgs = pack_classes(__file__)
 
 
 def check_model_file(directory: Path) -> None:
-    """Compare the file that a pack's configuration names with what packing writes.
+    """Check that a pack names ``moeflux_model.py``, and that it is as packing wrote it.
 
     Raises:
-        ExpertStoreError: it is missing, another, or of other contents.
+        ExpertStoreError: the file is missing or changed, or another one is named.
     """
     name, path = read_config(directory).get("model_file"), directory / MODEL_FILE
     if name != MODEL_FILE:
@@ -37,12 +37,12 @@ def check_model_file(directory: Path) -> None:
     if found != SHIM.encode():
         raise ExpertStoreError(
             f"[pack] {path}: expected the file that moeflux pack writes but got "
-            "another: stock mlx-lm would run it: pack the model again"
+            "another, which stock mlx-lm would run: pack the model again"
         )
 
 
 def remove_model_file(directory: Path) -> None:
-    """Remove the file that packing writes from a directory that is no pack."""
+    """Remove ``moeflux_model.py`` from a directory that is not a pack."""
     path = directory / MODEL_FILE
     if not (directory / MANIFEST_NAME).exists() and _contents(path) == SHIM.encode():
         path.unlink()
@@ -52,5 +52,5 @@ def _contents(path: Path) -> bytes | None:
     if not path.is_file():
         return None
     with open(path, "rb") as file:
-        # One byte more than is right tells what is longer, however long it is.
+        # Read at most one byte too many, so that a huge file is not read in full.
         return file.read(len(SHIM.encode()) + 1)

@@ -1,4 +1,4 @@
-"""The experts of a model's routed blocks, from the tensors they were loaded from."""
+"""The experts of a model's routed blocks, in the checkpoint's tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Sanitize = Callable[[dict[str, mx.array]], dict[str, mx.array]]
 
 
 class ModuleExperts(TensorExperts):
-    """The experts of a model's blocks in a checkpoint; blocks are its layers."""
+    """The experts of a model's blocks in a checkpoint; each block is a layer."""
 
     def __init__(
         self,
@@ -28,13 +28,14 @@ class ModuleExperts(TensorExperts):
         sources: Mapping[str, str],
         alignment: int = DEFAULT_ALIGNMENT,
     ):
-        """Find each block's tensors; the checkpoint is kept.
+        """Find each block's tensors in ``checkpoint``, which stays open.
 
         Args:
-            sources: by a parameter's path, the tensor that it is, unchanged.
+            sources: the name of each parameter's unchanged tensor, by the parameter's
+                path.
 
         Raises:
-            ModelError: a parameter is not a tensor of the checkpoint; names it.
+            ModelError: a parameter is not an unchanged tensor; names it.
         """
         self.blocks = list(blocks)
         routed = {
@@ -46,7 +47,7 @@ class ModuleExperts(TensorExperts):
         layouts = {
             number: layout_of(block, alignment) for number, block in enumerate(blocks)
         }
-        # A step that needs more slots than there are is divided.
+        # 1: a step that needs more experts than there are slots is divided.
         super().__init__(checkpoint, routed, layouts, top_k=1)
 
     def name(self, layer: int) -> str:
@@ -55,18 +56,18 @@ class ModuleExperts(TensorExperts):
 
 
 def layout_of(block: RoutedBlock, alignment: int = DEFAULT_ALIGNMENT) -> ExpertLayout:
-    """Lay out one expert of a block by its arrays; none is evaluated.
+    """Lay out one expert of a block by its arrays, without evaluating them.
 
     Raises:
-        ModelError: the arrays are of different numbers of experts, or of a type that
-            no file has.
+        ModelError: the arrays have different numbers of experts, or a type that
+            safetensors does not have.
     """
     parts = {}
     for (projection, part), array in block.parts.items():
         dtype, n_experts = DTYPE_NAMES.get(array.dtype), count_of(block)
         if dtype is None or array.shape[:1] != (n_experts,):
             raise ModelError(
-                f"[experts] {block.path}.{projection}.{part}: expected numbers of "
+                f"[experts] {block.path}.{projection}.{part}: expected an array of "
                 f"{n_experts} experts but got {array.dtype} {list(array.shape)}"
             )
         parts[projection, part] = dtype, array.shape[1:]
@@ -74,7 +75,7 @@ def layout_of(block: RoutedBlock, alignment: int = DEFAULT_ALIGNMENT) -> ExpertL
 
 
 def count_of(block: RoutedBlock) -> int:
-    """Return how many experts a block has."""
+    """Return the number of experts of a block."""
     return int(next(iter(block.parts.values())).shape[0])
 
 
@@ -96,14 +97,14 @@ def _stacked(
     if entry is None:
         raise ModelError(
             f"[stream] {checkpoint.directory}: expected {path} among the tensors but "
-            f"the model makes it of others: run 'moeflux pack {checkpoint.directory} "
-            "DST' and stream DST"
+            f"the model computes it from others: run 'moeflux pack "
+            f"{checkpoint.directory} DST' and stream DST"
         )
     return stacked(entry)
 
 
 def stacked(entry: TensorEntry) -> ExpertTensors:
-    """Return a tensor with a row for each expert as theirs."""
+    """Return a tensor with a leading expert axis as ``ExpertTensors``."""
     n_experts, *shape = entry.shape
     stride = entry.n_bytes // n_experts
     return ExpertTensors((entry,), n_experts, tuple(shape), 0, stride)
@@ -112,7 +113,7 @@ def stacked(entry: TensorEntry) -> ExpertTensors:
 def own_tensor(
     path: str, array: mx.array, checkpoint: Checkpoint, sources: Mapping[str, str]
 ) -> TensorEntry | None:
-    """Return the tensor of the files that a parameter is, byte for byte, if any."""
+    """Return the tensor whose bytes a parameter has unchanged, or None."""
     entry = checkpoint.tensors.get(sources.get(path, ""))
     if entry is None or entry.shape != array.shape:
         return None
@@ -120,23 +121,23 @@ def own_tensor(
 
 
 def refuse_twice(checkpoint: Checkpoint) -> None:
-    """Raise ModelError if a tensor is in two files: mlx-lm takes either."""
+    """Raise ModelError if a tensor is in two files: mlx-lm might take either."""
     for name, entries in checkpoint.twice.items():
         files = " and in ".join(str(entry.file) for entry in entries)
         raise ModelError(
             f"[checkpoint] expected {name!r} once but it is in {files}: remove the "
-            "file that is not of this model"
+            "file that does not belong to this model"
         )
 
 
 def unchanged(checkpoint: Checkpoint, sanitize: Sanitize | None) -> dict[str, str]:
-    """Return, by a parameter's path, the tensor that ``sanitize`` makes it of as it is.
+    """Return the tensors that ``sanitize`` only renames: names by parameter path.
 
-    What is stacked, divided or converted on the way has no entry. No tensor is read.
+    Stacked, split and converted tensors have no entry. No tensor is read.
 
     Raises:
-        ModelError: ``sanitize`` does not take the checkpoint's tensors, or one of
-            them is in two files.
+        ModelError: ``sanitize`` fails on the checkpoint's tensors, or one of them is in
+            two files.
     """
     refuse_twice(checkpoint)
     arrays: dict[str, mx.array] = {}
@@ -147,7 +148,7 @@ def unchanged(checkpoint: Checkpoint, sanitize: Sanitize | None) -> dict[str, st
         made = arrays if sanitize is None else sanitize(dict(arrays))
     except Exception as error:
         raise ModelError(
-            f"[stream] {checkpoint.directory}: expected tensors that the model's own "
-            f"sanitize takes but got {error!r}"
+            f"[stream] {checkpoint.directory}: expected tensors for the model's own "
+            f"sanitize but it failed: {error!r}"
         ) from error
     return {path: names[id(x)] for path, x in made.items() if id(x) in names}

@@ -1,4 +1,4 @@
-"""Find the routed blocks of a model that mlx-lm built, and their parts."""
+"""Find the routed blocks of a model that mlx-lm built."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ...errors import ModelError
 from ..weights import Quantization
 from .layout import ALL_PARTS
 
-# Calls that do nothing with the experts' ids but choose these matrices.
+# The known calls, which use expert ids only to index these matrices.
 KNOWN_CALLS = {
     SwitchGLU.__call__: ("gate_proj", "up_proj", "down_proj"),
     SwitchMLP.__call__: ("fc1", "fc2"),
@@ -30,19 +30,19 @@ PROJECTION = (SwitchLinear, QuantizedSwitchLinear)
 
 @dataclass(frozen=True)
 class RoutedBlock:
-    """One routed block of a model: ``module`` is mlx-lm's own, at ``path``."""
+    """A routed block of a model: mlx-lm's ``module`` at ``path``."""
 
     path: str
     module: nn.Module
 
     @property
     def projections(self) -> dict[str, nn.Module]:
-        """The block's matrices, by attribute."""
+        """The block's projections by attribute name."""
         return projections_of(self.module)
 
     @property
     def parts(self) -> dict[tuple[str, str], mx.array]:
-        """The arrays of all experts by projection and part; none is evaluated."""
+        """The arrays of all experts by projection and part, unevaluated."""
         return {
             (name, part): module[part]
             for name, module in self.projections.items()
@@ -52,17 +52,17 @@ class RoutedBlock:
 
     @property
     def quantization(self) -> dict[str, Quantization | None]:
-        """How each projection is stored; None is a dense one."""
+        """Each projection's quantisation; None: dense."""
         return {name: _quantization(m) for name, m in self.projections.items()}
 
 
 def quantize_as_stored(
     module: nn.Module, quantization: Mapping[str, Quantization | None]
 ) -> None:
-    """Make a block's matrices of the kinds that the files have; reads nothing.
+    """Quantise a block's projections as in the files, without reading any weights.
 
     Args:
-        quantization: by projection; None is a dense one.
+        quantization: by projection; None: dense.
     """
     for name, form in quantization.items():
         if form is not None:
@@ -71,13 +71,13 @@ def quantize_as_stored(
 
 
 def find_blocks(model: nn.Module) -> list[RoutedBlock]:
-    """Return the routed blocks of a model, layer by layer.
+    """Return the routed blocks of a model in layer order.
 
-    A single expert matrix among other weights is no block: it stays where it is.
+    A single expert matrix among other weights is not a block, and is not streamed.
 
     Raises:
-        ModelError: a block's class has a call of its own that nobody here knows, or
-            its experts are not mlx-lm's matrices; names it.
+        ModelError: a block's class has an unknown call, or its experts are not mlx-lm's
+            projections; names the block.
     """
     found = [
         RoutedBlock(path, module)
@@ -88,7 +88,7 @@ def find_blocks(model: nn.Module) -> list[RoutedBlock]:
 
 
 def projections_of(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the children that are one matrix an expert."""
+    """Return the children with one matrix for each expert."""
     children = module.children().items()
     return {name: m for name, m in children if isinstance(m, PROJECTION)}
 
@@ -100,8 +100,8 @@ def _is_block(path: str, module: nn.Module) -> bool:
             if not isinstance(module.get(name), PROJECTION):
                 raise ModelError(
                     f"[stream] {path}.{name}: expected a SwitchLinear but got "
-                    f"{type(module.get(name)).__name__}: stream the model before it is "
-                    "changed"
+                    f"{type(module.get(name)).__name__}: stream the model before you "
+                    "change it"
                 )
         return True
     projections = projections_of(module)
@@ -110,14 +110,14 @@ def _is_block(path: str, module: nn.Module) -> bool:
         kind = type(module)
         raise ModelError(
             f"[stream] {path}: expected SwitchGLU or SwitchMLP but got "
-            f"{kind.__module__}.{kind.__name__} with a call of its own: its experts "
-            "cannot be streamed, load the model with all of them in memory"
+            f"{kind.__module__}.{kind.__name__} with a call of its own, whose experts "
+            "cannot be streamed: load the model with all experts in memory"
         )
     return False
 
 
 def _with_parameters(module: nn.Module) -> set[str]:
-    """Return the attributes that are, or have in them, parameters."""
+    """Return the attributes that are parameters or contain some."""
     return {path.split(".")[0] for path in dict(tree_flatten(module.parameters()))}
 
 
@@ -128,6 +128,6 @@ def _quantization(module: nn.Module) -> Quantization | None:
 
 
 def by_number(path: str) -> list[tuple[int, str]]:
-    """Sort numbers in paths by value."""
+    """Return a sort key for paths that compares their numbers by value."""
     parts = re.split(r"\.", path)
     return [(int(p), "") if p.isdigit() else (-1, p) for p in parts]

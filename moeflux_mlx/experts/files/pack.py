@@ -1,4 +1,4 @@
-"""Repack a checkpoint: one record per expert, everything else as it was."""
+"""Pack a checkpoint: one record for each expert; everything else unchanged."""
 
 from __future__ import annotations
 
@@ -41,27 +41,27 @@ def pack(
 ) -> Manifest:
     """Write ``dst``, a model directory whose routed experts can be streamed.
 
-    Work happens in ``dst.partial`` beside it, which takes the name at the end; after a
-    crash the same call goes on with the first unfinished layer.
+    The files are written to ``dst.partial``, which is renamed to ``dst`` at the end.
+    After a crash the same call continues with the first unfinished layer.
 
     Args:
         src: checkpoint directory, in any form that the model's class takes.
         dst: directory to make; it must not exist.
-        verify: read everything back before the directory takes its name.
+        verify: read all files back before the renaming.
         alignment: records are padded to a multiple of this many bytes.
-        progress: called with a text, the bytes done and the bytes in all.
+        progress: receives a text, the bytes done and the total bytes.
 
     Raises:
-        ModelError: ``src`` is not a checkpoint of the right form, or a file in it is a
-            link that leaves it, or no plain file.
-        ExpertStoreError: ``dst`` exists, the disk is full, or ``dst.partial`` is of
-            another source or holds files that no earlier run wrote.
+        ModelError: ``src`` is not a checkpoint that can be packed, or contains a link
+            that leaves it or something other than a plain file.
+        ExpertStoreError: ``dst`` exists; the disk is full; or ``dst.partial`` belongs
+            to another source or contains files that no earlier run wrote.
         ConfigError: ``alignment`` is not a power of two of at least 16.
     """
     source, target = Path(src), Path(dst).absolute()
     check_alignment(alignment)
     refuse_existing(target, "pack")
-    # Before anything is opened: a pipe among the files would be waited for.
+    # Check the files before opening any: opening a pipe would block.
     source_files(source)
     with Checkpoint.open(source) as checkpoint:
         job = _Job(checkpoint, alignment, progress or (lambda *_: None))
@@ -73,7 +73,7 @@ def pack(
 
 
 class _Job:
-    """One checkpoint on its way into one directory."""
+    """One run of ``pack``."""
 
     def __init__(self, checkpoint: Checkpoint, alignment: int, progress: Report):
         if is_packed(checkpoint.directory) or "model_file" in checkpoint.config:
@@ -110,11 +110,11 @@ class _Job:
         stale = set(names) - {JOURNAL_NAME, *(entry.file for entry in kept)}
         needed = self.total_bytes - sum(e.n_bytes for e in kept)
         needed += files.n_bytes + len(SHIM) + len(self.config_text.encode())
-        # Files of an earlier run that this one writes again make room for themselves.
+        # Stale files of an earlier run are removed below, which frees their space.
         check_space(folder, needed - sum(map(folder.n_bytes, stale)))
         manifest = dataclasses.replace(fresh, layers=tuple(kept))
         folder.write_text(JOURNAL_NAME, manifest.to_json())
-        # The manifest too, so that no half-made directory can pass for a whole one.
+        # A stale manifest goes too, so that no unfinished directory passes for a pack.
         for name in stale:
             folder.remove(name)
         remove_templates(folder)
@@ -128,13 +128,13 @@ class _Job:
         return self.finish(folder, files, manifest)
 
     def known_names(self, files: SourceFiles) -> set[str]:
-        """Return the names that a run writes, half-written ones too."""
+        """Return the names of all files that a run writes, temporary ones included."""
         known = OWN_NAMES | {RESIDENT_FILE} | {*files.copied}
         known |= {layer_name(number) for number in self.source.layers}
         return known | {f"{name}.tmp" for name in OWN_NAMES}
 
     def finished_layers(self, partial: Path, fresh: Manifest) -> Iterator[LayerFile]:
-        """Yield the layers of an earlier run whose bytes still match."""
+        """Yield the layers of an earlier run whose files still match."""
         names = [partial / JOURNAL_NAME, partial / MANIFEST_NAME]
         path = next((p for p in names if p.is_file()), None)
         if path is None:
@@ -142,8 +142,9 @@ class _Job:
         earlier = Manifest.read(path)
         if dataclasses.replace(earlier, layers=(), resident=None, files=()) != fresh:
             raise ExpertStoreError(
-                f"[pack] {partial} was begun from another source or alignment "
-                f"({earlier.source_name}, {earlier.alignment}): remove it first"
+                f"[pack] {partial}: expected files of this source and alignment but "
+                f"got those of another source or alignment ({earlier.source_name}, "
+                f"{earlier.alignment}): remove it first"
             )
         for entry in earlier.layers:
             file = partial / entry.file
@@ -161,9 +162,8 @@ class _Job:
                 yield entry
 
     def write_layer(self, folder: Folder, layer: int) -> LayerFile:
-        what = f"layer {layer}"
         written = self.source.write_layer(
-            layer, folder, lambda n: self.advance(what, n)
+            layer, folder, lambda n: self.advance(f"layer {layer}", n)
         )
         block, names = self.source.block(layer), self.source.names(layer)
         return dataclasses.replace(written, block=block, names=names)
@@ -171,7 +171,7 @@ class _Job:
     def finish(
         self, folder: Folder, files: SourceFiles, manifest: Manifest
     ) -> Manifest:
-        """Write all that is not experts, the manifest last."""
+        """Write the other files, and the manifest last."""
         resident = write_resident(
             self.resident, folder, lambda n: self.advance(RESIDENT_FILE, n)
         )
@@ -184,6 +184,6 @@ class _Job:
         folder.rename(JOURNAL_NAME, MANIFEST_NAME)
         return manifest
 
-    def advance(self, what: str, n_bytes: int) -> None:
+    def advance(self, text: str, n_bytes: int) -> None:
         self.done_bytes += n_bytes
-        self.progress(what, self.done_bytes, self.total_bytes)
+        self.progress(text, self.done_bytes, self.total_bytes)

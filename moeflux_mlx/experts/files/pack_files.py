@@ -1,4 +1,4 @@
-"""What loading reads of a pack besides weights: listed once, and held against that."""
+"""The small files of a pack that loading reads: list them, and detect changes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import xxhash
 from ...system.files import open_file
 from .manifest import MANIFEST_NAME, Manifest, SmallFile
 
-# By what ends the names of files that mlx-lm and tokenizers read; notes are nobody's.
+# Suffixes of the files that mlx-lm and tokenizers read; other files, such as notes, may
+# change.
 READ_SUFFIXES = frozenset(
     (".json", ".jsonl", ".jinja", ".model", ".py", ".safetensors", ".tiktoken", ".txt")
 )
@@ -19,22 +20,22 @@ CHUNK_BYTES = 1 << 20
 
 
 def list_files(directory: Path, *but: str) -> tuple[SmallFile, ...]:
-    """Describe every file that loading may read, except those named.
+    """List every file that loading may read, except those named ``but``.
 
     Raises:
-        OSError: one cannot be read.
+        OSError: a file cannot be read.
     """
     names = sorted(set(_names(directory)) - {*but})
     return tuple(SmallFile(name, *_examine(directory / name)) for name in names)
 
 
 def changes(directory: Path, manifest: Manifest) -> Iterator[str]:
-    """Say of each file that loading may read if it is not as it was packed."""
+    """Yield a line for each file that loading may read and that changed."""
     known = {file.file for file in manifest.files} | {MANIFEST_NAME}
     if manifest.resident is not None:
         known.add(manifest.resident.file)
     for name in sorted(set(_names(directory)) - known):
-        yield f"{directory / name} is none of the files of this pack: move it away"
+        yield f"{directory / name} does not belong to this pack: move it away"
     for file in manifest.files:
         path = directory / file.file
         try:

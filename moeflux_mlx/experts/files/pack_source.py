@@ -1,8 +1,8 @@
-"""The source of a pack: its tensors as they lie, or as a model has them.
+"""The source of a pack: a checkpoint's tensors, or the parameters of mlx-lm's model.
 
-A class of ours reads tensors under the names that files have. For any other model
-mlx-lm's own ``sanitize`` changes the tensors. It is lazy: nothing is read
-before it is written, and what was written is let go.
+A class of ours reads tensors by their names in the files. For any other model mlx-lm's
+own ``sanitize`` renames and changes the tensors. Its result is lazy: each tensor is
+read when it is written, and freed afterwards.
 """
 
 from __future__ import annotations
@@ -38,40 +38,40 @@ from .writer import (
 
 
 class PackSource(Protocol):
-    """A checkpoint on its way into a pack."""
+    """A checkpoint in the form in which it is packed."""
 
     model: ModelFacts
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration that is written."""
+        """The configuration to write."""
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Numbers of the layers that have an expert file each."""
+        """Numbers of the layers; each gets an expert file."""
 
     @property
     def resident(self) -> list[Tensor]:
-        """All tensors but the experts'."""
+        """All tensors that are not experts."""
 
     def count(self, layer: int) -> int:
-        """Return how many experts a layer has."""
+        """Return the number of experts of a layer."""
 
     def layout(self, layer: int) -> ExpertLayout:
         """Return the layout of a layer's records."""
 
     def block(self, layer: int) -> str:
-        """Return the path of a layer's routed block, if it goes by that."""
+        """Return ``LayerFile.block`` of a layer."""
 
     def names(self, layer: int) -> tuple[str, ...]:
-        """Return the names of a layer's tensors as ``LayerFile`` has them."""
+        """Return ``LayerFile.names`` of a layer."""
 
     def write_layer(self, layer: int, folder: Folder, advance: Advance) -> LayerFile:
         """Write a layer's file."""
 
 
 class NamedSource:
-    """A checkpoint for a class of ours: its tensors as they are."""
+    """A checkpoint for a class of ours: its tensors unchanged."""
 
     def __init__(self, checkpoint: Checkpoint, alignment: int):
         self._checkpoint = checkpoint
@@ -86,7 +86,7 @@ class NamedSource:
 
     @property
     def resident(self) -> list[Tensor]:
-        """All tensors but the experts', those that nobody uses too."""
+        """All tensors that are not experts, unused ones included."""
         tensors, routed = self._checkpoint.tensors, self.experts.tensor_names
         return [
             Tensor(entry, partial(chunks_of_file, self._checkpoint, entry))
@@ -95,30 +95,30 @@ class NamedSource:
         ]
 
     def block(self, layer: int) -> str:
-        """Return nothing: layers go by their number."""
+        """Return an empty path: layers are identified by number."""
         return ""
 
     def names(self, layer: int) -> tuple[str, ...]:
-        """Return the names that the checkpoint's tensors have."""
+        """Return the names of a layer's tensors in the checkpoint."""
         return names_of(self.experts.routed[layer], self.layout(layer))
 
     def write_layer(self, layer: int, folder: Folder, advance: Advance) -> LayerFile:
-        """Copy a layer's experts, one after the other."""
+        """Copy a layer's experts record by record."""
         return write_layer(self.experts, layer, folder, advance)
 
 
 class ModuleSource:
-    """A checkpoint as mlx-lm's model takes it: parameters by their own paths.
+    """A checkpoint in the form of mlx-lm's model: parameters by their paths.
 
-    Tensors that ``sanitize`` leaves as they are are copied record by record. Others are
-    computed when they are written, one tensor of a block's experts at a time.
+    Tensors that ``sanitize`` does not change are copied record by record. Other tensors
+    are computed when they are written, one at a time for all experts of a block.
     """
 
     def __init__(self, checkpoint: Checkpoint, alignment: int):
-        """Build the model; the checkpoint is kept.
+        """Build the model of ``checkpoint``, which stays open.
 
         Raises:
-            ModelError: mlx-lm cannot load it, or it has no routed blocks.
+            ModelError: mlx-lm cannot load the model, or it has no routed blocks.
         """
         refuse_twice(checkpoint)
         stock = load_lazily(checkpoint.directory)
@@ -143,7 +143,7 @@ class ModuleSource:
         self.model = ModelFacts(model_type, len(blocks), n_experts, top_k)
 
     def _find_copied(self, blocks: list[RoutedBlock]) -> TensorExperts | None:
-        """Return the experts of blocks whose every array is a tensor of the files."""
+        """Return the experts of those blocks whose arrays are all unchanged tensors."""
         routed = {
             number: RoutedLayer(
                 number,
@@ -167,11 +167,11 @@ class ModuleSource:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The blocks by number."""
+        """Numbers of the blocks, from 0."""
         return tuple(range(len(self._paths)))
 
     def count(self, layer: int) -> int:
-        """Return how many experts a block has."""
+        """Return the number of experts of a block."""
         return self._counts[layer]
 
     def layout(self, layer: int) -> ExpertLayout:
@@ -183,12 +183,12 @@ class ModuleSource:
         return self._paths[layer]
 
     def names(self, layer: int) -> tuple[str, ...]:
-        """Return nothing: names follow from the path."""
+        """Return no names: they follow from the block's path."""
         return ()
 
     @property
     def resident(self) -> list[Tensor]:
-        """The parameters but the experts'."""
+        """All parameters that are not experts."""
         return [self._resident_tensor(path) for path in self._resident]
 
     def _resident_tensor(self, path: str) -> Tensor:
@@ -208,13 +208,13 @@ class ModuleSource:
         mx.clear_cache()
 
     def write_layer(self, layer: int, folder: Folder, advance: Advance) -> LayerFile:
-        """Write a block's experts, copied or as ``sanitize`` makes them."""
+        """Write a block's experts: copy them, or compute what ``sanitize`` returns."""
         copied = self._copied
         if copied is not None and layer in copied.layers:
             self._parts[layer].clear()
             return write_layer(copied, layer, folder, advance)
         return write_parts(
-            partial(self._rows, layer),
+            partial(self._expert_bytes, layer),
             layer,
             self._counts[layer],
             self._layouts[layer],
@@ -222,27 +222,31 @@ class ModuleSource:
             advance,
         )
 
-    def _rows(self, layer: int, projection: str, part: str) -> Iterator[memoryview]:
+    def _expert_bytes(
+        self, layer: int, projection: str, part: str
+    ) -> Iterator[memoryview]:
+        """Yield one tensor's bytes expert by expert, then free it."""
         path = f"{self._paths[layer]}.{projection}.{part}"
         with one_line_errors(f"[pack] {self._checkpoint.directory}: {path}"):
             array = self._parts[layer].pop((projection, part))
             mx.eval(array)
         for expert in range(self._counts[layer]):
-            row = mx.contiguous(array[expert]).reshape(-1).view(mx.uint8)
-            mx.eval(row)
-            yield memoryview(row)  # type: ignore[arg-type]
+            data = mx.contiguous(array[expert]).reshape(-1).view(mx.uint8)
+            mx.eval(data)
+            yield memoryview(data)  # type: ignore[arg-type]
         del array
         mx.clear_cache()
 
 
 def _config(checkpoint: Checkpoint, stock: StockModel) -> dict[str, Any]:
-    """Return the configuration of parameters as mlx-lm made them of the tensors."""
+    """Return the checkpoint's configuration with mlx-lm's own quantisation entries."""
     made = ("quantization", "quantization_config")
     own = {name: stock.config[name] for name in made if name in stock.config}
     return {**checkpoint.config, **own}
 
 
 def _besides(model: Any, blocks: list[RoutedBlock]) -> dict[str, mx.array]:
+    """Return the parameters by path that belong to no block's experts."""
     routed = {
         f"{block.path}.{projection}.{part}"
         for block in blocks

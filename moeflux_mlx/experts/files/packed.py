@@ -1,4 +1,4 @@
-"""A packed model directory: opened, checked, and read back."""
+"""Open, check and verify a packed model directory."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ CHUNK_BYTES = 8 * 1024 * 1024
 
 
 def is_packed(directory: str | os.PathLike) -> bool:
-    """Tell whether a directory was made by ``moeflux pack``."""
+    """Return whether ``moeflux pack`` made a directory."""
     return (Path(directory) / MANIFEST_NAME).is_file()
 
 
 class PackedExperts(Uncopied):
     """The open expert files of a packed directory; a context manager.
 
-    Expert ``e`` of a layer is the record of ``layout(layer).record_bytes`` bytes at
-    ``offset(layer, e)`` of the file ``fd(layer)``.
+    The record of expert ``e`` is ``layout(layer).record_bytes`` bytes long and begins
+    at ``offset(layer, e)`` of the file ``fd(layer)``.
     """
 
     def __init__(self, directory: Path, manifest: Manifest):
@@ -52,22 +52,22 @@ class PackedExperts(Uncopied):
         self._files = {entry.layer: entry for entry in manifest.layers}
         self._paths = {entry.layer: directory / entry.file for entry in manifest.layers}
         self._fds: dict[int, int] = {}
-        # For who never closes: models are dropped, not closed.
+        # Models are usually dropped without a call of ``close``.
         weakref.finalize(self, close_files, self._fds)
         self._direct = False
 
     @classmethod
     def open(cls, directory: str | os.PathLike, *, direct: bool = False) -> Self:
-        """Open a pack after every check that does not read all of it.
+        """Open a pack after all checks that do not read the experts.
 
         Args:
-            directory: made by ``moeflux pack``.
-            direct: read past the page cache; where that cannot be, warn and do not.
+            directory: a directory that ``moeflux pack`` made.
+            direct: bypass the page cache; where the system cannot, warn.
 
         Raises:
-            ExpertStoreError: wrong version, a file missing, unreadable, changed or of
-                another size, one too many, layouts that no expert has, or weights and
-                configuration of another model.
+            ExpertStoreError: the version is wrong; a file is missing, unreadable,
+                changed or unknown; a layout fits no experts; or the weights and the
+                configuration are of different models.
             ModelError: not a model directory.
         """
         store = cls._open(Path(directory), direct)
@@ -82,7 +82,7 @@ class PackedExperts(Uncopied):
 
     @classmethod
     def _open(cls, directory: Path, direct: bool = False) -> Self:
-        """Open a pack of which files besides weights may have been changed."""
+        """Open a pack without checking the small files for changes."""
         config = read_config(directory)
         manifest = Manifest.read(directory / MANIFEST_NAME)
         _check_model(directory, config, manifest)
@@ -108,25 +108,25 @@ class PackedExperts(Uncopied):
 
     @property
     def n_experts(self) -> int:
-        """Routed experts of each layer, or of that with the most."""
+        """Number of routed experts of the layer with the most."""
         return self.manifest.model.n_experts
 
     @property
     def top_k(self) -> int:
-        """Experts that one token uses in one layer; 0 if nothing says so."""
+        """Number of experts that one token uses in one layer; 0 if unknown."""
         return self.manifest.model.top_k
 
     def count(self, layer: int) -> int:
-        """Return how many experts one layer has."""
+        """Return the number of experts of a layer."""
         return len(self._files[layer].checksums)
 
     def name(self, layer: int) -> str:
-        """Return a layer's name in errors."""
+        """Return a layer's name for errors."""
         return self._files[layer].block or f"layer {layer}"
 
     @property
     def tensor_names(self) -> frozenset[str]:
-        """No names: a pack's weights are without the experts."""
+        """Empty: a pack's weight file has no experts."""
         return frozenset()
 
     @property
@@ -143,17 +143,17 @@ class PackedExperts(Uncopied):
         return self._paths[layer]
 
     def fd(self, layer: int) -> int:
-        """Return the open file descriptor of one layer's experts."""
+        """Return the open descriptor of one layer's expert file."""
         return self._fds[layer]
 
     def offset(self, layer: int, expert: int) -> int:
-        """Return where the record of an expert begins in its file."""
+        """Return the first byte of an expert's record in its file."""
         return expert * self._files[layer].layout.stride
 
     def spans(self, layer: int, expert: int) -> tuple[Span, ...]:
-        """Return the one read that fills an expert's record.
+        """Return the read that fills an expert's record.
 
-        A direct one also takes the padding, so that it ends with a block.
+        A direct read takes the padding too, so that it ends at a disk block.
         """
         layout = self.layout(layer)
         pieces = ((0, layout.stride if self._direct else layout.record_bytes),)
@@ -177,7 +177,10 @@ class PackedExperts(Uncopied):
 
 def _check_model(directory: Path, config: dict, manifest: Manifest) -> None:
     if manifest.resident is None:
-        raise ExpertStoreError(f"[pack] {directory} was not packed to its end")
+        raise ExpertStoreError(
+            f"[pack] {directory}: expected a complete pack but packing did not finish: "
+            "pack the model again"
+        )
     try:
         facts = _facts(config, manifest)
         found = fingerprint(directory / manifest.resident.file)
@@ -186,38 +189,39 @@ def _check_model(directory: Path, config: dict, manifest: Manifest) -> None:
     if facts != manifest.model:
         raise ExpertStoreError(
             f"[pack] {directory / 'config.json'}: expected the configuration of "
-            f"{short(manifest.model)} but got {short(facts)}: the experts are of "
-            "another model"
+            f"{short(manifest.model)} but got {short(facts)}: the experts belong to "
+            "another model; pack it again"
         )
     if found != manifest.resident.fingerprint:
         raise ExpertStoreError(
             f"[pack] {directory / manifest.resident.file}: expected the weights "
-            f"{manifest.resident.fingerprint} but got {found}: they are damaged or the "
-            "experts are of another model"
+            f"{manifest.resident.fingerprint} but got {found}: they are damaged or "
+            "belong to another model; pack it again"
         )
 
 
 def _facts(config: dict, manifest: Manifest) -> ModelFacts:
-    """Read a configuration's facts of the manifest's model."""
+    """Return a configuration's facts, to compare with the manifest's."""
     if not manifest.is_of_blocks:
         return model_facts(config)
     model_type = str(config.get("model_type"))
     if has_own_class(config) and not all(map(_is_numbered, manifest.layers)):
         raise ModelError(
-            f"expected layers by number, as our own class of {model_type} reads them, "
-            "but got routed blocks by path: pack the model again"
+            f"expected layers by number, as moeflux-mlx's class of {model_type} reads "
+            "them, but got routed blocks by path: pack the model again"
         )
-    # All that a model says of itself is in its own blocks, which mlx-lm builds.
+    # The configuration is not read here: mlx-lm builds the blocks, and ``PackedBlocks``
+    # compares them.
     return dataclasses.replace(manifest.model, model_type=model_type)
 
 
 def _is_numbered(entry: LayerFile) -> bool:
-    """Tell whether a block's number is also that of its layer."""
+    """Return whether a block's number is its layer's number."""
     return f".layers.{entry.layer}." in entry.block
 
 
 def _check_layouts(directory: Path, config: dict, manifest: Manifest) -> None:
-    """Hold the layouts against those of a plain checkpoint of such tensors."""
+    """Raise ExpertStoreError unless a plain checkpoint would give the same layouts."""
     for entry in manifest.layers:
         layer = _as_routed(directory, entry, config)
         try:
@@ -244,7 +248,7 @@ def _check_layouts(directory: Path, config: dict, manifest: Manifest) -> None:
 
 
 def _as_routed(directory: Path, entry: LayerFile, config: dict) -> RoutedLayer:
-    """Return a layer's experts as a checkpoint would have them."""
+    """Return a layer's experts in the form of a checkpoint's tensors."""
     layout, n_experts = entry.layout, len(entry.checksums)
     table = config.get("quantization") or config.get("quantization_config")
     names = table if isinstance(table, dict) else {}
@@ -281,9 +285,9 @@ def _open_file(directory: Path, entry: LayerFile) -> int:
 
 @dataclass
 class VerifyReport:
-    """The findings of reading a whole pack back; ``damaged`` has (file, layer, expert).
+    """The result of ``verify``; ``damaged`` lists ``(file, layer, expert)``.
 
-    ``changes`` says which files besides weights are not as they were packed.
+    ``changes`` describes each small file that changed after packing.
     """
 
     layers: list[LayerFile] = field(default_factory=list)
@@ -291,18 +295,18 @@ class VerifyReport:
     damaged: list[tuple[Path, int | None, int | None]] = field(default_factory=list)
 
     def raise_damage(self) -> None:
-        """Raise ExpertStoreError for the first damaged place, if there is one."""
+        """Raise ExpertStoreError for the first problem, if any."""
         for problem in self.problems:
             raise ExpertStoreError(f"[verify] {problem}")
 
     @property
     def problems(self) -> list[str]:
-        """All that is wrong, a line each."""
+        """All problems, one line each."""
         return [*(describe_damage(*place) for place in self.damaged), *self.changes]
 
 
 def describe_damage(path: Path, layer: int | None, expert: int | None) -> str:
-    """Say which file, layer and expert does not match its checksum."""
+    """Return the line for a file, or an expert, that does not match its checksum."""
     if layer is None:
         return f"{path} does not match its checksum"
     return f"{path}: expert {expert} of layer {layer} does not match its checksum"
@@ -311,17 +315,17 @@ def describe_damage(path: Path, layer: int | None, expert: int | None) -> str:
 def verify(
     directory: str | os.PathLike, progress: Report | None = None
 ) -> VerifyReport:
-    """Read every file of a pack back against its checksums.
+    """Read every file of a pack and compare all checksums.
 
     Raises:
-        ExpertStoreError: the pack cannot be opened or read at all.
+        ExpertStoreError: the pack cannot be opened or read.
         ModelError: not a model directory.
     """
     report = VerifyReport()
     with PackedExperts._open(Path(directory)) as store:
         report.changes += changes(store.directory, store.manifest)
         if not report.changes:
-            # Whoever wrote another file may have written the manifest anew.
+            # An attacker who replaced the file may have updated the manifest too.
             check_model_file(store.directory)
         resident = store.manifest.resident
         assert resident is not None
@@ -342,7 +346,7 @@ def verify(
 
 
 def damaged_records(path: Path, entry: LayerFile) -> list[int]:
-    """Return the experts of one file whose bytes do not match their checksums."""
+    """Return the experts of a file that do not match their checksums."""
     record_bytes, stride = entry.layout.record_bytes, entry.layout.stride
     damaged = []
     try:
@@ -360,6 +364,7 @@ def damaged_records(path: Path, entry: LayerFile) -> list[int]:
 
 
 def resident_matches(path: Path, resident: ResidentFile) -> bool:
+    """Return whether the weight file matches its checksum."""
     digest = xxhash.xxh3_64()
     try:
         with open_file(path) as file:

@@ -1,4 +1,4 @@
-"""A folder that takes its name when all of it is written."""
+"""A folder under a temporary name, renamed when all of it is written."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ from .writer import disk_errors
 
 
 def refuse_existing(target: Path, part: str) -> None:
-    """Raise ExpertStoreError if a path to be written is taken."""
+    """Raise ExpertStoreError if ``target`` exists."""
     if os.path.lexists(target):
-        raise ExpertStoreError(f"[{part}] expected no {target} but it exists already")
+        raise ExpertStoreError(
+            f"[{part}] expected no {target} but it exists: give another directory"
+        )
 
 
 @contextlib.contextmanager
 def made_whole(target: Path, part: str) -> Iterator[Folder]:
-    """Give ``target.partial``, which takes the target's name unless an error comes.
+    """Yield the folder ``target.partial``; without an error rename it to ``target``.
 
-    It may be there from an earlier run.
+    The folder may exist from an earlier run.
 
     Args:
-        target: absolute.
-        part: the part of the program that writes, which errors begin with.
+        target: absolute path.
+        part: the writing command, with which errors begin.
 
     Raises:
-        ExpertStoreError: either name is somebody else's, or cannot be written.
+        ExpertStoreError: ``target`` exists, the folder is not this user's own, or
+            either cannot be written.
     """
     refuse_existing(target, part)
     partial = target.with_name(target.name + ".partial")
@@ -42,15 +45,21 @@ def made_whole(target: Path, part: str) -> Iterator[Folder]:
     ):
         yield folder
         if os.path.lexists(target):
-            raise ExpertStoreError(f"[{part}] {target} appeared while it was made")
+            raise ExpertStoreError(
+                f"[{part}] expected no {target} but another program made it meanwhile: "
+                "give another directory"
+            )
         if not folder.is_at(parent, partial.name):
-            raise ExpertStoreError(f"[{part}] {partial} was replaced while it was made")
+            raise ExpertStoreError(
+                f"[{part}] {partial}: expected the folder of this run but another "
+                "program replaced it: run the command again"
+            )
         parent.rename(partial.name, target.name)
 
 
 @contextlib.contextmanager
 def _own_folder(parent: Folder, path: Path) -> Iterator[Folder]:
-    """Make or open the folder that is written to, and hold it."""
+    """Make or open the folder to write to, and lock it."""
     if path.is_symlink():
         raise ExpertStoreError(
             f"[{parent.part}] {path}: expected a folder of an earlier run but got a "
@@ -67,10 +76,10 @@ def _own_folder(parent: Folder, path: Path) -> Iterator[Folder]:
 
 
 def check_names(folder: Folder, known: set[str]) -> list[str]:
-    """Return the names of the files of an earlier run.
+    """Return the names of an earlier run's files.
 
     Raises:
-        ExpertStoreError: a file is none of those that a run writes; names it.
+        ExpertStoreError: there is a file that no run writes; names it.
     """
     names = folder.plain_names(frozenset({TEMPLATES}))
     if strange := sorted(set(names) - known):
@@ -82,7 +91,7 @@ def check_names(folder: Folder, known: set[str]) -> list[str]:
 
 
 def remove_templates(folder: Folder) -> None:
-    """Remove an earlier run's copies from the one folder inside."""
+    """Remove an earlier run's folder of templates."""
     if TEMPLATES in os.listdir(folder.fd):
         with folder.inner(TEMPLATES) as templates:
             for name in templates.plain_names():

@@ -1,7 +1,7 @@
 """Write a plain checkpoint: tensors by name, experts record by record.
 
-Every tensor's place follows from names and shapes alone. So each record is read once,
-held against its checksum, and its parts are written where they belong.
+Names and shapes determine the place of every tensor in advance. So each record is read
+once, its checksum is compared, and its tensors are written to their places.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from .safetensors import DTYPE_BYTES, TensorEntry, header_bytes
 from .store import ExpertStore
 from .writer import Advance, Tensor, disk_errors, write_at
 
-# As mlx-lm's.
+# The same as mlx-lm's.
 SHARD_BYTES = 5 << 30
-# Stands for the number of an expert in the name of a tensor that each has for itself.
+# Placeholder of the expert's number in a tensor's name, if each expert has a tensor.
 NUMBER = "{}"
-# Returns the record of an expert of a layer.
+# Returns an expert's record, given layer and expert.
 ReadRecord = Callable[[int, int], memoryview]
 
 
 @dataclass(frozen=True)
 class PlainLayer:
-    """A layer's experts, and the names that their tensors are to have.
+    """A layer's experts, and the names of their tensors in the checkpoint.
 
-    ``names`` has one for each tensor of the layout. Projections of the same name are
-    rows of one tensor, in the layout's order.
+    ``names`` has one name for each tensor of the layout. Projections with the same name
+    are concatenated by rows into one tensor, in the layout's order.
     """
 
     layer: int
@@ -51,10 +51,10 @@ class PlainLayer:
         return self.n_experts * sum(spec.n_bytes for spec in self.layout.tensors)
 
     def tensors(self) -> Iterator[TensorEntry]:
-        """Yield the tensors in the order in which they are written.
+        """Yield the tensors in writing order.
 
         Raises:
-            ExpertStoreError: rows of one tensor do not fit each other.
+            ExpertStoreError: the rows of one tensor differ in length or type.
         """
         for name, specs in self._groups():
             first = specs[0]
@@ -73,7 +73,7 @@ class PlainLayer:
                 yield _entry(own, first.dtype, shape)
 
     def pieces(self, expert: int) -> Iterator[tuple[TensorSpec, str, int]]:
-        """Yield each part of an expert, its tensor's name and where in it it begins."""
+        """Yield an expert's tensors, each with its name and start in the checkpoint."""
         for name, specs in self._groups():
             own = name.replace(NUMBER, str(expert))
             n_rows_bytes = sum(spec.n_bytes for spec in specs)
@@ -90,9 +90,9 @@ class PlainLayer:
 
 
 def names_of(layer: RoutedLayer, layout: ExpertLayout) -> tuple[str, ...]:
-    """Return the names that a checkpoint has for a layer's tensors.
+    """Return the names of a layer's tensors in the checkpoint.
 
-    None at all where experts are not numbered as usual, so that no name would say it.
+    The result is empty if the experts are not numbered in the usual way.
     """
     names = []
     for spec in layout.tensors:
@@ -109,7 +109,7 @@ def names_of(layer: RoutedLayer, layout: ExpertLayout) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which tensors go into which file; ``files`` has each file's name and tensors."""
+    """The tensors of a checkpoint, and their distribution over ``files`` by name."""
 
     resident: Sequence[Tensor]
     layers: Sequence[PlainLayer]
@@ -122,12 +122,12 @@ class Plan:
         layers: Sequence[PlainLayer],
         shard_bytes: int | None = SHARD_BYTES,
     ) -> Plan:
-        """Deal tensors out to files of ``shard_bytes`` at most, or of one tensor.
+        """Distribute tensors over files of at most ``shard_bytes``.
 
-        None of them: all go into one file.
+        A longer tensor gets a file of its own. None: one file for all tensors.
 
         Raises:
-            ExpertStoreError: two tensors have one name.
+            ExpertStoreError: two tensors have the same name.
         """
         shards: list[list[TensorEntry]] = [[]]
         names: set[str] = set()
@@ -137,8 +137,8 @@ class Plan:
         for entry in entries:
             if entry.name in names:
                 raise ExpertStoreError(
-                    f"[unpack] expected tensors of names of their own but got two of "
-                    f"{entry.name!r}"
+                    f"[unpack] expected a different name for each tensor but got two "
+                    f"of {entry.name!r}"
                 )
             names.add(entry.name)
             most = n_bytes + entry.n_bytes if shard_bytes is None else shard_bytes
@@ -158,7 +158,7 @@ class Plan:
 
     @property
     def index(self) -> str:
-        """The text of the index beside the files."""
+        """The text of the index file."""
         files = {e.name: file for file, entries in self.files.items() for e in entries}
         fields = {
             "metadata": {"total_size": self.n_bytes},
@@ -167,14 +167,14 @@ class Plan:
         return json.dumps(fields, indent=4)
 
     def write(self, read: ReadRecord, folder: Folder, advance: Advance) -> None:
-        """Write the files and their index, holding one record in memory.
+        """Write the files and their index with one record in memory at a time.
 
         Args:
-            read: returns an expert's record, whose bytes count until the next call.
-            advance: hears how many bytes were written.
+            read: returns an expert's record, valid until the next call.
+            advance: receives the number of bytes written since the last call.
 
         Raises:
-            ExpertStoreError: a record cannot be read or is damaged; the disk is full.
+            ExpertStoreError: a record is unreadable or damaged, or the disk is full.
         """
         with contextlib.ExitStack() as files:
             write = self._open(folder, files)
@@ -196,7 +196,7 @@ class Plan:
     def _open(
         self, folder: Folder, files: contextlib.ExitStack
     ) -> Callable[[str, int, memoryview], None]:
-        """Make the files; return the writer of bytes from a place in a tensor on."""
+        """Make the files; return a function that writes bytes into a tensor."""
         places: dict[str, tuple[int, Path, int]] = {}
         for file, entries in self.files.items():
             path = folder.path / file
@@ -208,7 +208,7 @@ class Plan:
             for entry in entries:
                 places[entry.name] = opened.fileno(), path, begin
                 begin += entry.n_bytes
-            # Its length is right before its last tensor is.
+            # Set the final length now: tensors are written in any order.
             opened.truncate(begin)
 
         def write(name: str, start: int, data: memoryview) -> None:
@@ -220,19 +220,19 @@ class Plan:
 
 
 class Records:
-    """Reads the records of a store one after the other, each against its checksum."""
+    """Read the records of a store one by one, and compare their checksums."""
 
     def __init__(self, store: ExpertStore):
         self._store = store
         strides = [store.layout(layer).stride for layer in store.layers]
-        # Direct reads go to whole pages only.
+        # Direct reads need page-aligned memory, which mmap gives.
         self._buffer = memoryview(mmap.mmap(-1, max(strides)))
 
     def __call__(self, layer: int, expert: int) -> memoryview:
         """Return an expert's record; the next call overwrites it.
 
         Raises:
-            ExpertStoreError: it cannot be read, or does not match its checksum.
+            ExpertStoreError: the record cannot be read or is damaged.
         """
         store, layout = self._store, self._store.layout(layer)
         read = Read(
@@ -256,7 +256,7 @@ def _entry(name: str, dtype: str, shape: tuple[int, ...]) -> TensorEntry:
 
 
 def _names(n_files: int) -> list[str]:
-    """Return the names of a checkpoint's files, as mlx-lm gives them."""
+    """Return the names of a checkpoint's files, in mlx-lm's form."""
     if n_files == 1:
         return ["model.safetensors"]
     return [f"model-{i + 1:05d}-of-{n_files:05d}.safetensors" for i in range(n_files)]

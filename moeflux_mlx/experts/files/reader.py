@@ -1,4 +1,4 @@
-"""Threads that read records straight into their slots."""
+"""Worker threads that read records directly into their slots."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .spans import Span
 
 # Waking a thread takes longer than reading this much from the page cache.
 INLINE_BYTES = 256 * 1024
-# Disks and networks give these for bytes that they read a moment later.
+# Errors after which a second try often succeeds, on disks and network volumes.
 TRANSIENT = {errno.EIO, errno.EINTR, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT}
 
 
 class Place:
-    """Where a record goes: ``n_bytes`` that are read into between open and close."""
+    """The target of a read: ``n_bytes`` of memory, valid between open and close."""
 
     def __init__(self, n_bytes: int):
         self.n_bytes = n_bytes
@@ -32,11 +32,11 @@ class Place:
         raise NotImplementedError
 
     def close(self, whole: bool) -> None:
-        """Have the read arrive if it is whole; nobody reads into it any more."""
+        """End the read; if it is whole, deliver the record."""
 
 
 class HostPlace(Place):
-    """Memory that the host writes where it is."""
+    """Host memory that the read fills directly."""
 
     def __init__(self, buffer: memoryview):
         super().__init__(len(buffer))
@@ -48,11 +48,11 @@ class HostPlace(Place):
 
 @dataclass(slots=True)
 class Read:
-    """One record on its way: ``done`` once all of it was read, well or not.
+    """The read of one record; ``done`` once all spans were read or one failed.
 
-    ``place`` takes the record and ``padding`` bytes after it, which direct reads fill
-    too. ``name`` is the layer's in errors. ``second_tries`` counts spans whose
-    first read failed.
+    ``place`` has room for the record and for ``padding`` bytes after it, which direct
+    reads fill too. ``name`` is the layer's name for errors. ``second_tries`` counts the
+    spans whose first read failed.
     """
 
     spans: tuple[Span, ...]
@@ -78,7 +78,7 @@ class Read:
         return self.place.n_bytes - self.padding
 
     def begin(self) -> None:
-        """Have memory to read into; for one thread at a time, before each span."""
+        """Open the place before the first span; one thread at a time may call this."""
         if self._memory is None and self.error is None:
             try:
                 self._memory = self.place.open()
@@ -86,10 +86,10 @@ class Read:
                 self.fail(self.spans[0], error)
 
     def read(self, span: Span) -> bool:
-        """Read one of the spans, unless another one has failed.
+        """Read a span, unless another one has failed.
 
         Returns:
-            Whether it took a second try.
+            Whether a second try was needed.
         """
         if self.error is not None:
             return False
@@ -102,13 +102,13 @@ class Read:
                     raise
                 span.read(self._memory)
                 return True
-        # A read that ended in any other way must not pass for a record.
+        # Catch everything: an unfinished read must never pass for a record.
         except Exception as error:
             self.fail(span, error)
         return False
 
     def finish(self) -> None:
-        """Once every span was read, compare the checksum, if any, and let it arrive."""
+        """Compare the checksum, if any, and deliver the record, after the last span."""
         if self.error is None and self.checksum is not None:
             self._compare()
         try:
@@ -128,7 +128,7 @@ class Read:
             )
 
     def fail(self, span: Span, why: Exception | str) -> None:
-        """Say why a span could not be read."""
+        """Record the error of a span."""
         self.error = ExpertStoreError(
             f"[reader] {span.path}: expert {self.expert} of "
             f"{self.name or f'layer {self.layer}'} at {span.offset}: "
@@ -139,10 +139,10 @@ class Read:
 
 
 class Batch:
-    """Reads handed over together; threads take their spans one by one.
+    """Reads submitted together; workers take their spans one by one.
 
-    The thread that waits may be interrupted anywhere, so it holds no lock, and what it
-    waits for is a state: news only say that it is time to look at it again.
+    Ctrl-C may interrupt the waiting thread anywhere, so that thread takes no lock. It
+    waits until ``over`` is true; an entry in ``_news`` only tells it to check again.
     """
 
     def __init__(self, reads: Sequence[Read]):
@@ -157,35 +157,35 @@ class Batch:
 
     @property
     def over(self) -> bool:
-        """Whether nothing is left to read and no thread is at it."""
+        """Whether no span is left and no worker is reading one."""
         return not (self._left or self._n_threads)
 
     def let_go(self) -> None:
-        """Keep no slots' memory: a thread may yet come to find nothing left."""
+        """Drop the reads and so their slots: a late worker may still hold the batch."""
         self.reads = ()
 
     def cancel(self) -> None:
-        """Leave out reads that no thread has begun; such ones are never ``done``."""
+        """Drop the spans that no worker has begun; their reads never get ``done``."""
         self._left.clear()
 
     def wait(self) -> None:
-        """Wait until every read is over; Ctrl-C gets through, the reads go on."""
+        """Wait until the batch is over; after Ctrl-C the reads go on."""
         while not self.over:
             self._news.get()
 
     def run_here(self) -> None:
-        """Do every read now; those that an interrupt leaves out are not done."""
+        """Do every read in this thread; an interrupt leaves the rest not ``done``."""
         left, self._left = self._left, []
         while left:
             self._run(*left.pop())
 
     def run_some(self) -> None:
-        """Read spans until none is left: the work of every reading thread."""
+        """Read spans until none is left; each worker calls this."""
         with self._counting:
-            # Before any is taken: at no moment does it seem to be over.
+            # Count before taking a span, so that ``over`` is never true too early.
             self._n_threads += 1
-        while (part := self._take()) is not None:
-            self._run(*part)
+        while (taken := self._take()) is not None:
+            self._run(*taken)
         with self._counting:
             self._n_threads -= 1
         if self.over:
@@ -209,24 +209,24 @@ class Batch:
                 is_last = not read.n_left
             if is_last:
                 read.finish()
-        # A thread that ended here would be waited for without end.
+        # Catch everything: if the worker ended here, ``wait`` would never return.
         except Exception as error:
             read.fail(span, error)
         read.seconds += time.perf_counter() - start
 
 
-class ReadPool:
-    """A fixed number of reading threads: so many reads are under way at a time.
+class ReadWorkers:
+    """A fixed number of worker threads, which bounds the reads in flight.
 
-    The threads are daemons: a process that is told to end does not wait for a disk.
-    Batches of up to ``inline_bytes`` are read by the thread that submits them, and all
-    are once the pool is closed.
+    The threads are daemons, so a process can end without waiting for a disk. The
+    submitting thread itself reads batches of at most ``inline_bytes``, and all batches
+    once the workers are closed.
     """
 
     def __init__(self, n_threads: int, inline_bytes: int = INLINE_BYTES):
         self.inline_bytes = inline_bytes
         self._queue: SimpleQueue[Batch | None] = SimpleQueue()
-        # Idle threads must not outlive a pool that nobody closed.
+        # End idle threads with this object, in case nobody calls ``close``.
         weakref.finalize(self, self._queue.put, None)
         self._threads = [
             threading.Thread(
@@ -234,13 +234,13 @@ class ReadPool:
             )
             for _ in range(n_threads)
         ]
-        # Not at the first read: Ctrl-C in Thread.start may come out of it as another
-        # error, and must leave every request with its own.
+        # Start now and not at the first read: Ctrl-C inside Thread.start may surface as
+        # another error, and a request must only raise its own errors.
         for thread in self._threads:
             thread.start()
 
     def submit(self, batch: Batch) -> None:
-        """Begin to read; the batch tells which have arrived."""
+        """Begin to read a batch, which then tells when it is over."""
         n_bytes = sum(read.n_bytes for read in batch.reads)
         if n_bytes <= self.inline_bytes or not self._threads:
             batch.run_here()
@@ -249,7 +249,7 @@ class ReadPool:
             self._queue.put(batch)
 
     def close(self) -> None:
-        """Let the threads finish submitted reads, and end them."""
+        """Finish submitted reads and end the threads."""
         self._queue.put(None)
         for thread in self._threads:
             thread.join()
@@ -257,9 +257,9 @@ class ReadPool:
 
 
 def _work(queue: SimpleQueue[Batch | None]) -> None:
-    """Do reads until None comes, and leave that to the other threads."""
+    """Read batches until None arrives, then pass None on to the other threads."""
     while (batch := queue.get()) is not None:
         batch.run_some()
-        # An idle thread keeps no slot's memory.
+        # Do not keep slots alive while idle.
         del batch
     queue.put(None)

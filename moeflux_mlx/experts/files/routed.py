@@ -1,4 +1,4 @@
-"""Find the routed experts of a checkpoint and lay out their records."""
+"""Find the routed experts of a checkpoint by name, and lay out their records."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .checkpoint import is_used
 from .layout import BIAS, DEFAULT_ALIGNMENT, PARTS, PROJECTIONS, ExpertLayout
 from .safetensors import DTYPE_BYTES, TensorEntry
 
-# One tensor for all experts (switch_mlp.up_proj.weight, experts.down_proj) or for
-# each (experts.7.up_proj.weight).
+# A tensor of all experts (switch_mlp.up_proj.weight, experts.down_proj) or of one
+# (experts.7.up_proj.weight).
 ROUTED = re.compile(
     r"(?P<path>(?:.*\.)?layers\.(?P<layer>\d+)\.\w+\."
     r"(?:switch_mlp|experts(?=\.(?P<expert>\d+)\.)|experts))"
     r"(?:\.\d+)?\.(?P<projection>[a-z]\w*)(?:\.(?P<part>\w+))?"
 )
-# Publishers' names of a single expert's matrices, as MiniMax has them.
+# Some publishers, such as MiniMax, use these names for a single expert's matrices.
 OTHER_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-# The rows of both, one after the other.
+# A matrix of the rows of gate_proj followed by those of up_proj.
 FUSED = "gate_up_proj"
 FUSED_HALVES = ("gate_proj", "up_proj")
 OTHER_RELEASE = (
@@ -35,16 +35,17 @@ FLOATS_OF_8_BITS = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
 
 DENSE_DTYPES = ("F32", "F16", "BF16")
 AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
-# Bits and group of the modes whose scales are one byte each.
+# Bits and group size of the modes with one-byte scales.
 BYTE_SCALED = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
 
 @dataclass(frozen=True)
 class ExpertTensors:
-    """One tensor of every expert of a layer, wherever the checkpoint keeps it.
+    """One tensor of every expert of a layer, and its place in the checkpoint.
 
-    ``entries`` is one tensor with all experts, which lie ``stride`` bytes apart from
-    ``first`` on, or one tensor for each expert. ``shape`` is that of one expert.
+    ``entries`` is either one tensor for each expert, or one tensor of all experts. In
+    that one an expert's bytes begin at ``first + expert * stride``. ``shape`` is that
+    of one expert.
     """
 
     entries: tuple[TensorEntry, ...]
@@ -55,7 +56,7 @@ class ExpertTensors:
 
     @property
     def dtype(self) -> str:
-        """The type of the elements, as safetensors names it."""
+        """The elements' type, by its name in safetensors."""
         return self.entries[0].dtype
 
     @property
@@ -64,19 +65,19 @@ class ExpertTensors:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
     def locate(self, expert: int) -> tuple[TensorEntry, int]:
-        """Return the tensor that holds an expert and where in it its bytes begin."""
+        """Return the tensor that holds an expert, and the expert's first byte in it."""
         if len(self.entries) == self.n_experts and not self.stride:
             return self.entries[expert], self.first
         return self.entries[0], self.first + expert * self.stride
 
     @property
     def is_half(self) -> bool:
-        """Tell whether the entries also hold another projection's rows."""
+        """Whether the entries hold another projection's rows too."""
         rows = self.entries[0].shape[-2]
         return rows != self.shape[0]
 
     def halves(self) -> tuple[ExpertTensors, ExpertTensors]:
-        """Split the rows of each expert in two, without reading any."""
+        """Split each expert's rows into two halves; nothing is read."""
         shape = (self.shape[0] // 2, *self.shape[1:])
         second = self.first + self.n_bytes // 2
         first = ExpertTensors(
@@ -97,15 +98,15 @@ class RoutedLayer:
 
     @property
     def n_experts(self) -> int:
-        """How many experts the layer has."""
+        """Number of experts of the layer."""
         return next(iter(self.tensors.values())).n_experts
 
     def layout(self, config: dict, alignment: int = DEFAULT_ALIGNMENT) -> ExpertLayout:
-        """Lay out one expert; bits and group follow from the tensors' shapes.
+        """Lay out one expert; the tensors' shapes give its bits and group size.
 
         Raises:
-            ModelError: shapes that do not belong together, or a quantisation that
-                MLX does not have.
+            ModelError: the shapes contradict each other, or MLX does not have the
+                quantisation.
         """
         parts = {key: (t.dtype, t.shape) for key, t in self.tensors.items()}
         quantization = {p: self._quantization(p, config) for p in PROJECTIONS}
@@ -119,7 +120,8 @@ class RoutedLayer:
         scales = self.tensors.get((projection, "scales"))
         biases = self.tensors.get((projection, "biases"))
         entry = weight.entries[0]
-        # One projection's inputs are another one's outputs.
+        # A matrix's inputs are the rows of the matrix before it: gate and up take the
+        # hidden state (down's rows), down takes the activations (gate's rows).
         source = "gate_proj" if projection == "down_proj" else "down_proj"
         n_inputs = self.tensors[source, "weight"].shape[0]
         if scales is None:
@@ -149,7 +151,7 @@ class RoutedLayer:
     def _check_named_mode(
         self, projection: str, found: Quantization, config: dict
     ) -> None:
-        """Refuse a mode of ``config.json`` that is not the one the shapes show."""
+        """Raise ModelError if ``config.json`` names another mode than the shapes."""
         entry = self.tensors[projection, "scales"].entries[0]
         table = config.get("quantization") or config.get("quantization_config")
         if not isinstance(table, dict):
@@ -169,7 +171,7 @@ class RoutedLayer:
 
 @dataclass
 class _Found:
-    """What names say of one layer; expert None is a tensor with all experts."""
+    """The tensors found for one layer, by expert; None: a tensor of all experts."""
 
     layer: int
     path: str
@@ -178,7 +180,7 @@ class _Found:
     )
 
     def collect(self) -> RoutedLayer:
-        """Check that all is there and of one form."""
+        """Return the layer; check that its tensors are complete and consistent."""
         experts = [e for part in self.entries.values() for e in part if e is not None]
         n_each = 1 + max(experts, default=-1)
         layer = RoutedLayer(self.layer, self.path, {})
@@ -221,7 +223,7 @@ class _Found:
 
 
 def refuse_floats_of_8_bits(tensors: Mapping[str, TensorEntry]) -> None:
-    """Raise ModelError if weights are 8-bit floats, which MLX has no products for."""
+    """Raise ModelError for weights of 8-bit floats, which MLX cannot multiply."""
     for entry in tensors.values():
         if is_used(entry.name) and entry.dtype in FLOATS_OF_8_BITS:
             raise ModelError(
@@ -233,11 +235,11 @@ def refuse_floats_of_8_bits(tensors: Mapping[str, TensorEntry]) -> None:
 def routed_layers(tensors: Mapping[str, TensorEntry]) -> dict[int, RoutedLayer]:
     """Collect the experts of every MoE layer, by layer number.
 
-    Experts may be stacked in one tensor ``[E, O, I]`` or have one each, gate and up
-    may be fused.
+    Experts may be stacked in one tensor ``[E, O, I]`` or have a tensor each. Gate and
+    up may be fused.
 
     Raises:
-        ModelError: there are none, some are missing, or they are of another form.
+        ModelError: there are none, some are missing, or their form is unknown.
     """
     found: dict[int, _Found] = {}
     refuse_floats_of_8_bits(tensors)
@@ -247,7 +249,7 @@ def routed_layers(tensors: Mapping[str, TensorEntry]) -> dict[int, RoutedLayer]:
         number, projection = int(match["layer"]), match["projection"]
         projection = OTHER_NAMES.get(projection, projection)
         part = match["part"] or "weight"
-        # Which rows of a fused one are whose, families say in different ways.
+        # No bias for fused matrices: families order its elements differently.
         parts = PARTS if projection == FUSED else (*PARTS, BIAS)
         if projection not in (*PROJECTIONS, FUSED) or part not in parts:
             raise _unusable(entry, f"{PROJECTIONS} with {(*PARTS, BIAS)}")
@@ -260,14 +262,14 @@ def routed_layers(tensors: Mapping[str, TensorEntry]) -> dict[int, RoutedLayer]:
     if not found:
         raise ModelError(
             "[experts] expected experts (layers.N.mlp.switch_mlp.* or .experts.*) but "
-            "found none: not a Mixture-of-Experts model, or not one whose experts "
-            "moeflux-mlx knows by these names"
+            "found none: this is not a Mixture-of-Experts model, or its experts have "
+            "names that moeflux-mlx does not know"
         )
     return {number: layer.collect() for number, layer in sorted(found.items())}
 
 
 def check_rows(layer: RoutedLayer) -> None:
-    """Raise ModelError unless a layer's tensors are of as many rows and experts."""
+    """Raise ModelError unless a layer's tensors agree in rows and experts."""
     for projection in PROJECTIONS:
         if (projection, "weight") not in layer.tensors:
             raise ModelError(f"[experts] {layer.path}.{projection}.weight is missing")
@@ -283,7 +285,7 @@ def check_rows(layer: RoutedLayer) -> None:
 
 
 def _mode(scales: ExpertTensors, bits: int, group_size: int) -> str:
-    """Tell the mode as mlx-lm does: only affine scales have the weights' type."""
+    """Return the mode by mlx-lm's rule: only affine scales have a dense type."""
     if scales.dtype in DENSE_DTYPES:
         return "affine"
     for mode, form in BYTE_SCALED.items():

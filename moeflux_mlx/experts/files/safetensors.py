@@ -1,4 +1,4 @@
-"""Read safetensors files by position: header, bounds, spans of bytes."""
+"""Read safetensors headers: each tensor's type, shape and checked position."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DTYPE_BYTES = {
     "C64": 8,
 }
 
-# The limit of the format's own implementation.
+# The limit of the safetensors library.
 MAX_HEADER_BYTES = 100_000_000
 MAX_RANK = 16
 FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 64, 4096
@@ -57,20 +57,20 @@ class TensorEntry:
 
 
 def load_arrays(file: Path) -> dict[str, mx.array]:
-    """Return a file's tensors by name, none of them read before it is used."""
+    """Return a file's tensors by name; MLX reads each on its first use."""
     with spelled_plainly(file.parent) as plain:
         return cast(dict[str, mx.array], mx.load(str(plain / file.name)))
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Parse and bounds-check the header of a safetensors file.
+    """Parse the header of a safetensors file, and check all bounds.
 
     Returns:
-        Every tensor by name, in the order of their bytes, none of which two share.
+        Every tensor by name, in file order; no two tensors overlap.
 
     Raises:
-        ModelError: the file is unreadable or not a whole safetensors file; names the
-            file and the tensor.
+        ModelError: the file is unreadable, truncated or not a safetensors file; names
+            the file and the tensor.
     """
     try:
         with open_file(path) as file:
@@ -82,11 +82,12 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 def parse_header(
     path: Path, file: BinaryIO, most_bytes: int = MAX_HEADER_BYTES
 ) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """Do as ``read_header`` with an open file; return its metadata as well.
+    """Parse the header of an open file as ``read_header``; also return its metadata.
 
     Raises:
-        ModelError: it is not a whole safetensors file, or its header is too large.
-        OSError: it cannot be read.
+        ModelError: the file is truncated or not a safetensors file, or its header is
+            longer than ``most_bytes``.
+        OSError: the file cannot be read.
     """
     file_bytes = os.fstat(file.fileno()).st_size
     header = file.read(_header_bytes(path, file.read(8), file_bytes, most_bytes))
@@ -96,8 +97,10 @@ def parse_header(
         raise _malformed(path, f"a JSON header but got {error}") from error
     if not isinstance(fields, dict):
         raise _malformed(path, f"a JSON object but got {type(fields).__name__}")
-    about = fields.pop("__metadata__", None) or {}
-    if not isinstance(about, dict) or any(type(v) is not str for v in about.values()):
+    metadata = fields.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or any(
+        type(value) is not str for value in metadata.values()
+    ):
         raise _malformed(path, "metadata of strings")
     data_start = 8 + len(header)
     entries = [
@@ -109,7 +112,7 @@ def parse_header(
         if entry.offset < before.offset + before.n_bytes:
             names = f"{short(before.name)} and {short(entry.name)}"
             raise _malformed(path, f"{names} in bytes of their own")
-    return {entry.name: entry for entry in entries}, about
+    return {entry.name: entry for entry in entries}, metadata
 
 
 def _header_bytes(
@@ -141,7 +144,7 @@ def _entry(
             raise _malformed(path, f"dtype, shape and offsets of {short(name)}")
     if dtype not in DTYPE_BYTES:
         raise _malformed(path, f"a known type of {short(name)} but got {short(dtype)}")
-    # Products of more sizes take time that grows faster than the header.
+    # A hostile shape of many large sizes would make their product very slow.
     if len(shape) > MAX_RANK:
         raise _malformed(
             path, f"at most {MAX_RANK} axes of {short(name)} but got {len(shape)}"
@@ -161,18 +164,18 @@ def _entry(
     return TensorEntry(path, name, dtype, tuple(shape), data_start + begin, n_bytes)
 
 
-def _malformed(path: Path, what: str) -> ModelError:
-    return ModelError(f"[safetensors] {path}: expected {what}")
+def _malformed(path: Path, expected: str) -> ModelError:
+    return ModelError(f"[safetensors] {path}: expected {expected}")
 
 
 def header_bytes(
-    entries: list[TensorEntry], about: Mapping[str, str] | None = None
+    entries: list[TensorEntry], metadata: Mapping[str, str] | None = None
 ) -> bytes:
     """Return the header of a file that holds ``entries`` one after the other.
 
-    ``about`` is its metadata, by default mlx-lm's.
+    ``metadata`` is by default the same as mlx-lm's.
     """
-    fields: dict[str, object] = {"__metadata__": about or {"format": "mlx"}}
+    fields: dict[str, object] = {"__metadata__": metadata or {"format": "mlx"}}
     begin = 0
     for entry in entries:
         fields[entry.name] = {
@@ -189,7 +192,8 @@ def header_bytes(
 def fingerprint(path: Path) -> str:
     """Hash the size, the header and 64 evenly spaced 4 KiB blocks of a file.
 
-    Cheap enough for every start; it tells models apart, not single flipped bits.
+    The hash is fast enough for every start. It tells models apart, but it does not
+    detect every flipped bit.
 
     Raises:
         ModelError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""One rank's share of a store: experts next to each other, of every layer."""
+"""One rank's share of a store: consecutive experts of every layer."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .store import ExpertStore
 
 
 def share_of(count: int, rank: int, size: int) -> range:
-    """Return which of ``count`` experts a rank of ``size`` has; shares may differ."""
+    """Return a rank's share of ``count`` experts in a process group of ``size``."""
     return range(rank * count // size, (rank + 1) * count // size)
 
 
 class SharedExperts:
-    """A rank's experts of a store, counted from 0 in every layer.
+    """An ``ExpertStore`` of one rank's experts, numbered from 0 in every layer.
 
-    See ``ExpertStore``. The store behind it stays the caller's to close.
+    The caller closes the underlying store.
 
     Raises:
         ModelError: a layer has fewer experts than there are ranks.
@@ -44,20 +44,20 @@ class SharedExperts:
 
     @property
     def top_k(self) -> int:
-        """Experts that must fit into memory together."""
+        """Number of a layer's experts that must fit into memory together."""
         return self._store.top_k
 
     def count(self, layer: int) -> int:
-        """Return how many of a layer's experts are this rank's."""
+        """Return the number of this rank's experts of a layer."""
         return len(self._own[layer])
 
     def name(self, layer: int) -> str:
-        """Return what errors call a layer, and which of its experts is this one's 0."""
+        """Return a layer's name for errors, with the number of this share's first."""
         return f"{self._store.name(layer)}, counted from its {self._own[layer].start}"
 
     @property
     def tensor_names(self) -> Collection[str]:
-        """Names of the experts' tensors among the model's weights, if they are."""
+        """Names of the weight files' tensors that hold experts."""
         return self._store.tensor_names
 
     def layout(self, layer: int) -> ExpertLayout:
@@ -65,7 +65,7 @@ class SharedExperts:
         return self._store.layout(layer)
 
     def spans(self, layer: int, expert: int) -> tuple[Span, ...]:
-        """Return the reads that together fill an expert's record."""
+        """Return the reads that fill an expert's record."""
         return self._store.spans(layer, self._own[layer][expert])
 
     def checksum(self, layer: int, expert: int) -> int | None:
@@ -73,4 +73,4 @@ class SharedExperts:
         return self._store.checksum(layer, self._own[layer][expert])
 
     def close(self) -> None:
-        """Do nothing: the store behind it is somebody else's."""
+        """Do nothing: the caller closes the underlying store."""

@@ -1,7 +1,7 @@
-"""Which files of a checkpoint a pack takes along, and that they are the checkpoint's.
+"""The small files of a checkpoint that a pack copies, checked to lie inside it.
 
-Nothing is followed out of the source. In a hub's cache a model is a folder of links to
-``blobs`` of the same repository, which belongs to the source there.
+No link may lead out of the checkpoint. In a hub's cache a model is a folder of links
+into ``blobs`` of the same repository; there ``blobs`` is part of the checkpoint.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ WEIGHT_SUFFIXES |= {".onnx", ".msgpack", ".ckpt", ".pkl"}
 # The files that packing writes itself.
 JOURNAL_NAME = "moeflux.partial.json"
 OWN_NAMES = {"config.json", JOURNAL_NAME, MANIFEST_NAME, MODEL_FILE}
-# Where transformers looks for templates by name.
+# The folder in which transformers looks for named templates.
 TEMPLATES = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """Files that are copied, by name in the pack; and names of those that are not."""
+    """The files to copy, by their names in the pack, and the names of all others."""
 
     copied: dict[str, Path]
     left_out: tuple[str, ...]
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all that is copied."""
+        """Bytes of all files to copy."""
         return sum(path.stat().st_size for path in self.copied.values())
 
     @property
     def code(self) -> tuple[str, ...]:
-        """Names of files of Python, which run where a model's code is trusted."""
+        """Names of Python files, which run if the user trusts the model's code."""
         return tuple(name for name in self.copied if name.endswith(".py"))
 
 
 def source_files(directory: Path) -> SourceFiles:
-    """Look at every file of a checkpoint that packing reads.
+    """Find and check every file of a checkpoint that packing reads.
 
     Raises:
-        ModelError: no directory, or a file is a link that leaves it, a pipe or the
-            like; names it.
+        ModelError: not a directory, or a file is a link that leaves it, a pipe or
+            another special file; names it.
     """
     if not directory.is_dir():
         raise ModelError(f"[pack] expected a directory but got {directory}")
@@ -76,11 +76,11 @@ def source_files(directory: Path) -> SourceFiles:
 
 
 def open_inside(path: Path) -> BinaryIO:
-    """Open a file that ``source_files`` found, if it still is a plain one.
+    """Open a file that ``source_files`` found, and check again that it is plain.
 
     Raises:
-        ModelError: it is a link, a pipe or the like by now.
-        OSError: it cannot be opened.
+        ModelError: it is a special file now.
+        OSError: it is a link now, or cannot be opened.
     """
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -90,27 +90,27 @@ def open_inside(path: Path) -> BinaryIO:
 
 
 def _roots(directory: Path) -> tuple[Path, ...]:
-    """Return where the files of a checkpoint may lie."""
+    """Return the folders that the files of a checkpoint may be in."""
     real = directory.resolve()
     for folder in real.parents:
         blobs = folder.parent / "blobs"
-        # A link there could lead to any folder.
+        # A ``blobs`` that is a link could lead to any folder.
         if folder.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink():
             return real, blobs
     return (real,)
 
 
 def _inside(path: Path, roots: tuple[Path, ...]) -> Path:
-    """Return the file itself that a name stands for."""
+    """Return a path with its links resolved, which must end inside ``roots``."""
     try:
         real = path.resolve()
     except (OSError, RuntimeError) as error:
-        # Links that lead to each other: a RuntimeError before Python 3.13.
+        # A loop of links is a RuntimeError before Python 3.13.
         raise _no_file(path) from error
     if not any(real.is_relative_to(root) for root in roots):
         raise ModelError(
             f"[pack] {path}: expected a file of the model but got a link to {real}, "
-            "outside of it: put the file itself there"
+            "outside of the model: replace the link with the file"
         )
     if not real.is_file():
         raise _no_file(path)

@@ -1,4 +1,4 @@
-"""Runs of bytes in files, and where in an expert's record they go."""
+"""Spans: runs of bytes in files, and their places in an expert's record."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .direct import direct_excess
 
 
 class Piece(NamedTuple):
-    """``n_bytes`` at ``offset`` of an open file that go to ``start`` of a record."""
+    """``n_bytes`` at ``offset`` of an open file, for ``start`` of a record."""
 
     fd: int
     offset: int
@@ -21,9 +21,9 @@ class Piece(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Bytes that lie end to end in an open file, from ``offset`` on: one read.
+    """Contiguous bytes of an open file, from ``offset`` on, that one call reads.
 
-    ``pieces`` are ``(start, n_bytes)`` in the record, in the order of the file.
+    ``pieces`` are their places ``(start, n_bytes)`` in the record, in file order.
     """
 
     fd: int
@@ -40,23 +40,23 @@ class Span(NamedTuple):
         """
         places = [record[start : start + n_bytes] for start, n_bytes in self.pieces]
         end = self.offset + read_fully(self.fd, self.offset, *places)
-        # A file that is cut during a read may give zeros for its last bytes, but not
-        # before its size has changed.
+        # A file truncated during the read may return zeros at its end. Its size changes
+        # before that, so check the size after the read.
         file_bytes = os.lseek(self.fd, 0, os.SEEK_END)
         if file_bytes < end:
             raise EOFError(f"the file was cut to {file_bytes} bytes during the read")
 
 
 def close_files(files: dict[Any, int]) -> None:
-    """Close the descriptors in ``files`` and take them out."""
+    """Close the descriptors in ``files`` and remove them."""
     while files:
         os.close(files.popitem()[1])
 
 
 def merge(pieces: Iterable[Piece]) -> list[list[Piece]]:
-    """Group pieces that follow each other in a file, in the order of files and bytes.
+    """Group pieces that are adjacent in a file, sorted by file and offset.
 
-    Pieces that also follow each other in the record become one.
+    Pieces that are adjacent in the record too become one piece.
     """
     runs: list[list[Piece]] = []
     next_fd = next_offset = next_start = -1
@@ -76,11 +76,11 @@ def merge(pieces: Iterable[Piece]) -> list[list[Piece]]:
 def read_fully(fd: int, offset: int, *buffers: memoryview) -> int:
     """Fill ``buffers`` one after the other from ``offset`` on, by scatter reads.
 
-    Short reads are continued, direct ones from the last whole block; interrupted calls
-    are repeated by Python itself.
+    A short read is continued; a direct one is continued from its last whole block.
+    Python itself repeats an interrupted call.
 
     Returns:
-        The bytes read, which are those of all buffers.
+        The number of bytes read, which is the length of all buffers.
 
     Raises:
         OSError: the read failed.
@@ -89,7 +89,7 @@ def read_fully(fd: int, offset: int, *buffers: memoryview) -> int:
     expected = sum(map(len, buffers))
     done = 0
     while True:
-        # A direct read has to begin with a block, where an earlier one need not end.
+        # A direct read must begin at a block, but the last one may have ended anywhere.
         start = done - direct_excess(fd, offset + done) if done else 0
         n_bytes = os.preadv(fd, _rest(buffers, start), offset + start)
         if start + n_bytes == expected:
@@ -104,7 +104,7 @@ def read_fully(fd: int, offset: int, *buffers: memoryview) -> int:
 
 
 def _rest(buffers: Sequence[memoryview], n_bytes: int) -> Sequence[memoryview]:
-    """Return the rest of ``buffers`` once the first ``n_bytes`` are filled."""
+    """Return ``buffers`` without their first ``n_bytes``."""
     if not n_bytes:
         return buffers
     for i, buffer in enumerate(buffers):

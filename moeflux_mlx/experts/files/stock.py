@@ -1,4 +1,4 @@
-"""Build mlx-lm's own model of a directory; its weights are read when they are used."""
+"""Build mlx-lm's own model of a directory, with weights that are read on demand."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Classes = Callable[[dict[str, Any]], tuple[type, type]]
 
 @dataclass(frozen=True)
 class StockModel:
-    """A model of mlx-lm's class, none of its parameters evaluated.
+    """A model of mlx-lm's class with unevaluated parameters.
 
-    ``sources`` has, by a parameter's path, the tensor of the files that it is,
-    unchanged. What the model's ``sanitize`` makes of several or of a part is not in it.
+    ``sources`` maps a parameter's path to the name of its tensor in the files if
+    ``sanitize`` did not change it. Stacked, split and converted ones have no entry.
     """
 
     model: nn.Module
@@ -37,14 +37,14 @@ class StockModel:
 
 
 def has_own_class(config: Mapping[str, Any]) -> bool:
-    """Tell whether moeflux-mlx has a class of its own for a configuration."""
+    """Return whether moeflux-mlx has its own class for a configuration."""
     return why_stock(config) is None
 
 
 def why_stock(config: Mapping[str, Any]) -> str | None:
-    """Return why a configuration's model is run by mlx-lm's class; None: by our own.
+    """Return why a model runs in mlx-lm's class, or None if it runs in our own.
 
-    A family's ``lacks`` names what of a configuration our own class does not do.
+    A family's ``lacks`` names a feature of the configuration that our class lacks.
     """
     model_type = config.get("model_type")
     if not (isinstance(model_type, str) and model_type.isidentifier()):
@@ -54,13 +54,13 @@ def why_stock(config: Mapping[str, Any]) -> str | None:
         return NONE_OF_OUR_OWN
     lacks = getattr(import_module(name), "lacks", None)
     found = None if lacks is None else lacks(config)
-    return None if found is None else f"our own does not do {found}"
+    return None if found is None else f"our own class does not support {found}"
 
 
 def departs(config: Mapping[str, Any]) -> str | None:
-    """Return where our own class follows transformers and mlx-lm's does not, if so.
+    """Return where our class follows transformers and mlx-lm's does not, or None.
 
-    A family's ``departs`` names it; the classes then agree elsewhere only.
+    A family's ``departs`` names the difference; otherwise the two classes agree.
     """
     if not has_own_class(config):
         return None
@@ -74,16 +74,17 @@ def load_lazily(
     model_config: dict[str, Any] | None = None,
     classes: Classes = _get_classes,
 ) -> StockModel:
-    """Build mlx-lm's model and say where its parameters lie; no weight is read.
+    """Build mlx-lm's model and find the tensors of its parameters; read no weights.
 
     Args:
-        model_config: what of ``config.json`` is to be another way.
-        classes: returns the model's class and that of its arguments.
+        path: the model directory.
+        model_config: entries that override ``config.json``.
+        classes: returns the class of the model and the class of its arguments.
 
     Raises:
-        ModelError: mlx-lm cannot load it.
+        ModelError: mlx-lm cannot load the model.
     """
-    # Held until the end, so that no two arrays have the same id.
+    # Keep all arrays until the end, so that their ids stay unique.
     read: dict[str, mx.array] = {}
 
     def noting(config: dict[str, Any]) -> tuple[type, type]:
@@ -112,7 +113,7 @@ def load_lazily(
             model_config={**(model_config or {}), "model_file": None},
             get_model_classes=noting,
         )
-    # The class as it is: models may tell themselves apart by it, and others look.
+    # Restore mlx-lm's class, because models and callers may compare it.
     model.__class__ = type(model).__mro__[1]
     names = {id(array): name for name, array in read.items()}
     parameters = dict(tree_flatten(model.parameters()))
@@ -123,9 +124,10 @@ def load_lazily(
 def _check_groups(
     path: Path, config: dict[str, Any], model: nn.Module, weights: dict[str, mx.array]
 ) -> None:
-    """Refuse groups that MLX would divide by, though they have no columns.
+    """Raise ModelError for a group size with which MLX would divide by zero.
 
-    mlx-lm takes a module's from the configuration, or else from its width and scales.
+    mlx-lm takes a module's group size from the configuration, or computes it from the
+    shapes of its weight and scales.
     """
     table = config.get("quantization")
     for name, module in model.named_modules():
@@ -148,7 +150,7 @@ def _check_groups(
 def sanitized(
     model_class: type, model: nn.Module, weights: dict[str, mx.array]
 ) -> dict[str, mx.array]:
-    """Return weights under the names of a model's own parameters."""
+    """Return the result of the model's ``sanitize``: weights by parameter path."""
     inherited = getattr(model_class, "sanitize", None)
     found: dict[str, mx.array]
     found = weights if inherited is None else inherited(model, weights)

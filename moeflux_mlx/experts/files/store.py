@@ -1,4 +1,4 @@
-"""What a streamer asks of the files that experts come from."""
+"""The interface between a streamer and the files of its experts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .spans import Span
 
 
 class ExpertStore(Protocol):
-    """Open files with experts; layers without routed experts are not in ``layers``.
+    """The open files of a model's experts.
 
-    A layer here is one stack of experts: where a model's layer has several, each has a
-    number of its own.
+    A layer here is one stack of experts. If a layer of the model has several stacks,
+    each has a number of its own; a layer without routed experts has none.
     """
 
     @property
@@ -26,30 +26,27 @@ class ExpertStore(Protocol):
 
     @property
     def n_experts(self) -> int:
-        """Routed experts of each layer, or of that with the most."""
+        """Number of routed experts of the layer with the most."""
 
     @property
     def top_k(self) -> int:
-        """Experts that one token uses in one layer, which must fit into memory."""
+        """Number of a layer's experts that must fit into memory together."""
 
     def count(self, layer: int) -> int:
-        """Return how many experts one layer has."""
+        """Return the number of experts of a layer."""
 
     def name(self, layer: int) -> str:
-        """Return what errors call a layer."""
+        """Return a layer's name for errors."""
 
     @property
     def tensor_names(self) -> Collection[str]:
-        """Names of the experts' tensors among the model's weights, if they are."""
+        """Names of the weight files' tensors that hold experts."""
 
     def layout(self, layer: int) -> ExpertLayout:
         """Return the layout of one layer's records."""
 
     def spans(self, layer: int, expert: int) -> tuple[Span, ...]:
-        """Return the reads that together fill an expert's record.
-
-        They may go on into the padding after it.
-        """
+        """Return the reads that fill an expert's record, and maybe its padding."""
 
     def checksum(self, layer: int, expert: int) -> int | None:
         """Return the xxh3-64 of an expert's record, without padding, if known."""
@@ -63,18 +60,18 @@ def open_store(
 ) -> PackedExperts | CheckpointExperts:
     """Open the experts of a packed directory or of a plain checkpoint.
 
-    ``direct`` asks for reads past the page cache; a warning says where it cannot be.
+    With ``direct`` reads bypass the page cache; a warning says if they cannot.
 
     Raises:
-        ExpertStoreError: a packed directory with something missing or changed.
-        ModelError: not a model directory, or a checkpoint of no usable form.
+        ExpertStoreError: a file of a packed directory is missing or changed.
+        ModelError: not a model directory, or its experts cannot be streamed.
     """
     store = PackedExperts if is_packed(directory) else CheckpointExperts
     return store.open(directory, direct=direct)
 
 
 def model_identity(directory: str | os.PathLike) -> str:
-    """Return a hash that tells a model from any other, the same once it is packed.
+    """Return a hash that identifies a model; a pack has its checkpoint's hash.
 
     Raises:
         ExpertStoreError, ModelError: as ``open_store``.

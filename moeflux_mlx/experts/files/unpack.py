@@ -1,4 +1,4 @@
-"""Write a pack back as a plain checkpoint: it puts together what packing put apart."""
+"""Unpack: write a pack back as a plain checkpoint."""
 
 from __future__ import annotations
 
@@ -35,24 +35,25 @@ def unpack(
     progress: Report | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write ``dst``, a plain checkpoint with the tensors that ``src`` was packed of.
+    """Write ``dst``, a plain checkpoint with the tensors from which ``src`` was packed.
 
-    Names, types and bytes of the tensors are those of the checkpoint. Where packing
-    went through mlx-lm's ``sanitize``, they are those that mlx-lm's own converter
-    writes. Work happens in ``dst.partial`` beside it, which takes the name at the end
-    and goes after an error; the same call removes the leavings of a crash.
+    The tensors have the same names, types and bytes as in the packed checkpoint. If
+    packing used mlx-lm's ``sanitize``, they have those that mlx-lm's converter writes.
+
+    The files are written to ``dst.partial``, which is renamed to ``dst`` at the end and
+    removed after an error. After a crash the same call removes the remains.
 
     Args:
-        src: directory made by ``moeflux pack``.
+        src: a directory that ``moeflux pack`` made.
         dst: directory to make; it must not exist.
-        progress: called with a text, the bytes done and the bytes in all.
-        shard_bytes: most bytes of a file, unless a tensor has more.
+        progress: receives a text, the bytes done and the total bytes.
+        shard_bytes: most bytes of a file; a longer tensor gets a file of its own.
 
     Raises:
-        ModelError: ``src`` is no packed directory.
+        ModelError: ``src`` is not a packed directory.
         ExpertStoreError: a file of the pack is missing, damaged or changed; the pack
-            does not say its tensors' names; ``dst`` exists, the disk is full, or
-            ``dst.partial`` holds files that no earlier run wrote.
+            has no names of its tensors; ``dst`` exists; the disk is full; or
+            ``dst.partial`` contains files that no earlier run wrote.
     """
     source, target = Path(src), Path(dst).absolute()
     refuse_existing(target, "unpack")
@@ -74,7 +75,7 @@ def unpack(
 
 
 class _Job:
-    """A pack on its way into one directory."""
+    """One run of ``unpack``."""
 
     def __init__(
         self, store: PackedExperts, plan: Plan, files: SourceFiles, progress: Report
@@ -112,15 +113,15 @@ def _empty(folder: Folder, names: list[str]) -> None:
 
 
 def _plain(manifest: Manifest, entry: LayerFile) -> PlainLayer:
-    """Return a layer with the names that a pack has for its tensors."""
+    """Return a layer with its tensors' names, which the pack states or implies."""
     specs, names = entry.layout.tensors, entry.names
     if entry.block:
         names = tuple(f"{entry.block}.{s.projection}.{s.part}" for s in specs)
     if not names:
         raise ExpertStoreError(
             f"[unpack] layer {entry.layer} of {manifest.source_name}: expected the "
-            "names of its tensors but the pack does not say them: mlx_lm.convert "
-            "--trust-remote-code writes it under mlx-lm's names"
+            "names of its tensors but the pack has none: use mlx_lm.convert "
+            "--trust-remote-code, which writes mlx-lm's names"
         )
     return PlainLayer(entry.layer, len(entry.checksums), entry.layout, names)
 
@@ -141,7 +142,7 @@ def _chunks(entry: TensorEntry) -> Iterator[memoryview]:
             if file.readinto(chunk) != len(chunk):  # type: ignore[attr-defined]
                 raise ExpertStoreError(
                     f"[unpack] {entry.file}: expected {entry.n_bytes} bytes of "
-                    f"{entry.name!r} but it ends before"
+                    f"{entry.name!r} but the file ends early"
                 )
             yield chunk
 

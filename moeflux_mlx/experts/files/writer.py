@@ -1,4 +1,4 @@
-"""Write the parts of a packed directory so that a crash never leaves half a file."""
+"""Write the files of a packed directory, each of them crash-safe."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ from .sidecars import SourceFiles, open_inside
 
 RESIDENT_FILE = "model.safetensors"
 Advance = Callable[[int], None]
-# By projection and part, the bytes of each expert in turn.
-Rows = Callable[[str, str], Iterator[memoryview]]
+# Yields the bytes of one tensor (projection, part), expert by expert.
+ExpertBytes = Callable[[str, str], Iterator[memoryview]]
 
-
-# Types that parameters besides experts may have too.
+# Types that only parameters other than experts may have.
 OTHER_NAMES = {
     mx.bool_: "BOOL",
     mx.int16: "I16",
@@ -42,7 +41,7 @@ OTHER_NAMES = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor to be written: ``entry`` has its name, type, shape and bytes."""
+    """A tensor to write; ``entry`` has its name, type, shape and number of bytes."""
 
     entry: TensorEntry
     chunks: Callable[[], Iterator[memoryview]]
@@ -50,33 +49,32 @@ class Tensor:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, part: str = "pack") -> Iterator[None]:
-    """Turn OSError into ExpertStoreError that names what was being written."""
+    """Turn an OSError into an ExpertStoreError that names the path."""
     try:
         yield
     except OSError as error:
         hint = ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = "; make room and run the same command again to continue"
+            hint = ": make room and run the same command again to continue"
         raise ExpertStoreError(
             f"[{part}] cannot write {path}: {error.strerror or error}{hint}"
         ) from error
 
 
 def check_space(folder: Folder, needed_bytes: int) -> None:
-    """Raise ExpertStoreError unless the disk has ``needed_bytes`` to give."""
+    """Raise ExpertStoreError unless the disk has ``needed_bytes`` free."""
     available = free_bytes(folder.fd)
     if available is not None and available < needed_bytes:
         raise ExpertStoreError(
-            f"[{folder.part}] expected {needed_bytes} bytes free for {folder.path} but "
-            f"only {available} bytes are available: make room and run the same command "
-            "again"
+            f"[{folder.part}] {folder.path}: expected {needed_bytes} bytes free but "
+            f"got {available} bytes: make room and run the same command again"
         )
 
 
 def write_layer(
     experts: TensorExperts, layer: int, folder: Folder, advance: Advance
 ) -> LayerFile:
-    """Write one layer's experts, holding a single record in memory."""
+    """Write one layer's experts with one record in memory at a time."""
     layout, n_experts = experts.layout(layer), experts.count(layer)
     record = memoryview(bytearray(layout.stride))
     name, checksums = layer_name(layer), []
@@ -91,20 +89,21 @@ def write_layer(
 
 
 def write_parts(
-    rows: Rows,
+    expert_bytes: ExpertBytes,
     layer: int,
     n_experts: int,
     layout: ExpertLayout,
     folder: Folder,
     advance: Advance,
 ) -> LayerFile:
-    """Write one layer's experts, holding one tensor of all of them in memory."""
+    """Write one layer's experts with one tensor of all experts in memory at a time."""
     name, n_bytes = layer_name(layer), n_experts * layout.stride
     with disk_errors(folder.path / name), folder.create(name) as file:
         os.ftruncate(file.fileno(), n_bytes)
         for spec in layout.tensors:
-            for expert, row in enumerate(rows(spec.projection, spec.part)):
-                write_at(file.fileno(), row, expert * layout.stride + spec.offset)
+            tensors = expert_bytes(spec.projection, spec.part)
+            for expert, data in enumerate(tensors):
+                write_at(file.fileno(), data, expert * layout.stride + spec.offset)
             advance(n_experts * spec.n_bytes)
         used = sum(spec.n_bytes for spec in layout.tensors)
         checksums = [
@@ -118,6 +117,7 @@ def write_parts(
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Write all bytes at an offset; continue after short writes."""
     while data:
         n_written = os.pwrite(fd, data, offset)
         data, offset = data[n_written:], offset + n_written
@@ -143,7 +143,7 @@ def write_resident(
 
 
 def chunks_of_file(checkpoint: Checkpoint, entry: TensorEntry) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor as a file has them."""
+    """Yield the bytes of a tensor from its file."""
     buffer = memoryview(bytearray(min(CHUNK_BYTES, entry.n_bytes)))
     for start in range(0, entry.n_bytes, CHUNK_BYTES):
         chunk = buffer[: min(CHUNK_BYTES, entry.n_bytes - start)]
@@ -152,7 +152,10 @@ def chunks_of_file(checkpoint: Checkpoint, entry: TensorEntry) -> Iterator[memor
 
 
 def chunks_of_array(array: mx.array) -> Iterator[memoryview]:
-    """Yield the bytes of an array, a few rows at a time: MLX counts 2**31 of them."""
+    """Yield the bytes of an array, some rows at a time.
+
+    The uint8 view of a whole array could be longer than MLX can count, 2**31.
+    """
     n_rows = len(array) if array.ndim else 1
     step = max(1, n_rows * CHUNK_BYTES // max(1, array.nbytes))
     for start in range(0, n_rows, step):
@@ -163,21 +166,21 @@ def chunks_of_array(array: mx.array) -> Iterator[memoryview]:
 
 
 def entry_of(name: str, array: mx.array, where: str) -> TensorEntry:
-    """Describe an array as the tensor of a file; errors begin with ``where``.
+    """Return an array's entry for a file; errors begin with ``where``.
 
     Raises:
-        ModelError: it is of a type that no file has.
+        ModelError: safetensors has no such type.
     """
     dtype = DTYPE_NAMES.get(array.dtype) or OTHER_NAMES.get(array.dtype)
     if dtype is None:
         raise ModelError(
-            f"{where}{name}: expected a type that files have but got {array.dtype}"
+            f"{where}{name}: expected a type of safetensors but got {array.dtype}"
         )
     return TensorEntry(Path(), name, dtype, tuple(array.shape), 0, array.nbytes)
 
 
 def copy_small_files(files: SourceFiles, folder: Folder) -> None:
-    """Copy tokenizer, templates, cards: all that is neither weights nor ours."""
+    """Copy the files that are neither weights nor written by packing."""
     for name, path in files.copied.items():
         inner, _, last = name.rpartition("/")
         with contextlib.ExitStack() as stack:
@@ -192,5 +195,5 @@ def copy_small_files(files: SourceFiles, folder: Folder) -> None:
 
 
 def layer_name(layer: int) -> str:
-    """Return the name of the file with one layer's experts."""
+    """Return the name of a layer's expert file."""
     return f"experts-{layer:03d}.bin"

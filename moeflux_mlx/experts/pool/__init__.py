@@ -1,4 +1,4 @@
-"""Memory for experts: slots, which expert is in which, and who makes room.
+"""Memory for experts: the slots, their contents, and the eviction policies.
 
 Imports: errors, config, device, experts, experts.files, system.
 """

@@ -1,4 +1,4 @@
-"""Read amounts of memory, and turn experts' share into a number of slots."""
+"""Parse amounts of memory, and convert the experts' share into a number of slots."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ UNITS = {
 }
 AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
 
-# More than any machine has, or than counters of bytes can hold.
+# More than any machine has, and the first value that int64 byte counts cannot hold.
 MOST = 2**63
-# Above this share of physical memory experts would push everything else out.
+# Experts take at most this share of physical memory. A larger one would leave too
+# little for the system and the page cache.
 MEMORY_SHARE = 0.75
-# An amount as users give it.
+# An amount as users write it.
 Amount = int | float | str
-# Instead of an amount: as much as is found to be the fastest.
+# The amount that a search finds to be the fastest.
 AUTO = "auto"
 
 
 def parse_bytes(memory: Amount, name: str = "memory") -> int:
-    """Read an amount of memory such as ``8GB``, ``512MiB``, ``1.5e9`` or an int.
+    """Parse an amount of memory such as ``8GB``, ``512MiB``, ``1.5e9`` or an int.
 
     Raises:
-        ConfigError: names the argument when the amount is not a positive number of
-            bytes in a known unit.
+        ConfigError: the amount is not a positive number in a known unit; names the
+            argument.
     """
     amount = _amount(memory)
     if amount is None or not 1 <= amount < MOST:
@@ -50,9 +51,9 @@ def parse_bytes(memory: Amount, name: str = "memory") -> int:
 
 
 def _shown(value: object) -> str:
-    # Python refuses to write whole numbers of more than 4,300 digits.
+    # Python refuses to print an int of more than 4,300 digits.
     if isinstance(value, int) and abs(value) >= MOST:
-        return "more bytes than there are"
+        return "an int beyond 63 bits"
     return reprlib.repr(value)
 
 
@@ -66,21 +67,21 @@ def _amount(memory: object) -> float | None:
 
 
 def most_bytes() -> int:
-    """Return the memory to take where none is asked for."""
+    """Return the default budget: a share of physical memory, capped by the device."""
     return within_working_set(int(MEMORY_SHARE * device.physical_memory_bytes()))
 
 
 def within_working_set(n_bytes: int) -> int:
-    """Return as many of the bytes as the device recommends to use at most."""
+    """Return ``n_bytes``, capped at the working set that the device recommends."""
     limits = device.gpu_limits()
     return n_bytes if limits is None else min(n_bytes, limits.working_set_bytes)
 
 
 @dataclass(frozen=True)
 class Amounts:
-    """Bounds on memory in bytes: on the process, and on its experts; None: neither.
+    """Memory bounds in bytes for the process and for its experts; None: unbounded.
 
-    ``fastest``: the process takes the amount found to be the fastest, within its bound.
+    ``fastest``: search for the fastest amount within the process's bound.
     """
 
     process: int | None = None
@@ -89,7 +90,7 @@ class Amounts:
 
     @classmethod
     def read(cls, memory: Amount | None, expert_memory: Amount | None) -> Amounts:
-        """Read a user's amounts; the environment has them where the user gives none.
+        """Parse a user's amounts; without any, take the environment's.
 
         Raises:
             ConfigError: as ``parse_bytes``.
@@ -114,16 +115,16 @@ def count_slots(
     n_records: int,
     n_minimum: int,
 ) -> int:
-    """Return how many slots of ``stride`` bytes fit into ``memory`` beside the slack.
+    """Return how many slots of ``stride`` bytes fit into ``memory`` less the slack.
 
     Args:
-        memory: the budget for experts.
+        memory: the budget for experts in bytes.
         slack_bytes: bytes for the pool's alignment.
-        n_records: no more slots than these are of use.
-        n_minimum: fewer slots cannot serve one token.
+        n_records: number of records, which is the most slots of use.
+        n_minimum: number of slots that one token needs.
 
     Raises:
-        BudgetError: the minimum does not fit; states it.
+        BudgetError: ``n_minimum`` slots do not fit; states the bytes they need.
     """
     n_slots = min((memory - slack_bytes) // stride, n_records)
     if n_slots < n_minimum:

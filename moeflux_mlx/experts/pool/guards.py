@@ -9,11 +9,11 @@ import mlx.core as mx
 
 
 class Guards:
-    """What must be computed before a slot is overwritten, by one thread at a time.
+    """Arrays to compute before a slot is overwritten, used by one thread at a time.
 
-    Only the thread that made a lazy array can compute it. So before another one comes,
-    it begins to: ``hand_over``. What a thread left without that is of a call that
-    Ctrl-C ended, and nobody has its results.
+    Only the thread that made a lazy array can begin to compute it. So a thread calls
+    ``hand_over`` before another thread takes its turn. If it did not, Ctrl-C ended its
+    call: nobody has the results, and its guards are dropped.
 
     Args:
         evaluate: computes arrays, like ``mx.eval``.
@@ -23,8 +23,8 @@ class Guards:
         self._evaluate = evaluate
         self._thread = 0
         self._own: list[mx.array] = []
-        # To be begun with them, and not waited for.
-        self._besides: list[mx.array] = []
+        # Arrays to begin on hand-over without waiting for them later.
+        self._unwaited: list[mx.array] = []
         self._handed: list[mx.array] = []
 
     def add(self, arrays: Sequence[mx.array]) -> None:
@@ -33,30 +33,31 @@ class Guards:
         self._own.extend(arrays)
 
     def begin(self, arrays: Sequence[mx.array]) -> None:
-        """Have lazy arrays begun when this thread hands over, and keep them no longer.
+        """Begin lazy arrays when this thread hands over, then drop them.
 
-        What holds memory as long as it is lazy, others may update in place later.
+        A lazy array keeps its inputs, such as slots, alive until it is computed. It is
+        not kept here afterwards, so that its owner can update it in place.
         """
         self._enter()
-        self._besides.extend(arrays)
+        self._unwaited.extend(arrays)
 
     def hand_over(self) -> None:
-        """Begin to compute what this thread guards, for any thread to wait for."""
+        """Begin to compute this thread's guards, so any thread can wait for them."""
         self._enter()
-        besides, self._besides = self._besides, []
-        begun = [*self._own, *besides]
+        unwaited, self._unwaited = self._unwaited, []
+        begun = [*self._own, *unwaited]
         if not begun:
             return
         try:
             mx.async_eval(*begun)
         except ValueError:
-            # As inside mx.grad, where waiting is allowed.
+            # Inside mx.grad, for example: MLX refuses async_eval there but not eval.
             mx.eval(*begun)
         self._handed.extend(self._own)
         self._own = []
 
     def wait(self, *others: mx.array) -> None:
-        """Compute all that is guarded, and ``others``."""
+        """Compute all guarded arrays, and ``others``."""
         self._enter()
         guards = [*self._handed, *self._own]
         if not guards and not others:
@@ -66,11 +67,12 @@ class Guards:
         except Exception:
             self._forget()
             raise
-        # Ctrl-C leaves them guarded: another call may be next, and evict.
+        # After Ctrl-C, which is no Exception, they stay guarded: the next call may
+        # evict their experts.
         self._forget()
 
     def keep(self, n: int) -> None:
-        """Wait for all but the newest ``n`` that were handed over."""
+        """Wait for all handed-over arrays but the newest ``n``, and drop them."""
         oldest = self._handed[:-n]
         if oldest:
             mx.eval(oldest)
@@ -79,7 +81,7 @@ class Guards:
     def _enter(self) -> None:
         me = threading.get_ident()
         if self._thread != me:
-            self._own, self._besides = [], []
+            self._own, self._unwaited = [], []
             self._thread = me
 
     def _forget(self) -> None:

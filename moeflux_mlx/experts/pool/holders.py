@@ -1,4 +1,4 @@
-"""Who keeps arrays of slots from one call to the next."""
+"""Objects that keep arrays of slots from one call to the next."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import Protocol
 
 
 class Holder(Protocol):
-    """Keeps arrays that look into slots, or what was made of such arrays."""
+    """An object that keeps views of slots, or objects made from such views."""
 
     def let_go(self) -> None:
-        """Keep none of them any more; ask the streamer for new ones."""
+        """Drop them all; the next use takes new ones from the streamer."""
 
 
 class Holders:
-    """Those that must let go before the memory of slots can go back to the system.
+    """The holders that must let go before the memory of slots can be freed.
 
-    They are not kept alive by this.
+    The references are weak: a holder may be collected at any time.
     """
 
     def __init__(self) -> None:
         self._holders: weakref.WeakSet[Holder] = weakref.WeakSet()
 
     def add(self, holder: Holder) -> None:
-        """Have one be asked from now on."""
+        """Add a holder."""
         self._holders.add(holder)
 
     def let_go(self) -> None:
-        """Have all of them let go."""
+        """Make every holder drop its arrays."""
         for holder in [*self._holders]:
             holder.let_go()

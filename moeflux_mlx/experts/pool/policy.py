@@ -1,4 +1,4 @@
-"""Which expert gives up its slot when another one needs it."""
+"""Eviction policies: which expert gives up its slot to another one."""
 
 from __future__ import annotations
 
@@ -20,63 +20,64 @@ DEFAULT_POLICY = "lfu"
 
 @dataclass(frozen=True)
 class PoolShape:
-    """What a policy decides about: slots, and the rows of experts that share them.
+    """The slots that a policy manages, and the MoE layers that share them.
 
-    A row is one MoE layer, counted from 0, of ``n_experts``. Rows next to each other
-    form a group, which has its own part of the slots.
+    Layers count from 0; each has ``n_experts`` experts. Consecutive layers form a group
+    with slots of its own.
     """
 
-    n_rows: int
+    n_layers: int
     n_experts: int
     n_slots: int
     n_groups: int = 1
 
-    def group(self, row: int) -> int:
-        """Return which group of slots a row takes part in."""
-        return part_of(row, self.n_rows, self.n_groups)
+    def group(self, layer: int) -> int:
+        """Return the group of a layer."""
+        return group_of(layer, self.n_layers, self.n_groups)
 
-    def rows(self, group: int) -> range:
-        """Return the rows of a group."""
-        return rows_of(group, self.n_rows, self.n_groups)
-
-
-def part_of(row: int, n_rows: int, n_parts: int) -> int:
-    """Return which of the parts a row is in, where all are as long as can be."""
-    return row * n_parts // n_rows
+    def layers(self, group: int) -> range:
+        """Return the layers of a group."""
+        return layers_of(group, self.n_layers, self.n_groups)
 
 
-def rows_of(part: int, n_rows: int, n_parts: int) -> range:
-    """Return the rows of a part: those for which ``part_of`` gives it."""
-    return range(-(-part * n_rows // n_parts), -(-(part + 1) * n_rows // n_parts))
+def group_of(layer: int, n_layers: int, n_groups: int) -> int:
+    """Return a layer's group, where groups are as equal in length as possible."""
+    return layer * n_groups // n_layers
+
+
+def layers_of(group: int, n_layers: int, n_groups: int) -> range:
+    """Return the layers whose ``group_of`` is ``group``."""
+    first, stop = (-(-g * n_layers // n_groups) for g in (group, group + 1))
+    return range(first, stop)
 
 
 class Policy(ABC):
-    """Orders the experts in memory; a key is ``row * n_experts + expert``.
+    """Choose which expert in memory to evict; a key is ``layer * n_experts + expert``.
 
-    The same calls in the same order give the same victims.
+    A policy is deterministic: the same calls in the same order give the same victims.
     """
 
     @abstractmethod
-    def use(self, row: int, keys: Iterable[int]) -> None:
-        """Note that a step uses these experts of a row, in this order."""
+    def use(self, layer: int, keys: Iterable[int]) -> None:
+        """Note that a step uses these experts of a layer, in this order."""
 
     @abstractmethod
-    def admit(self, row: int, key: int) -> None:
-        """Note that an expert is in memory from now on, used or not."""
+    def admit(self, layer: int, key: int) -> None:
+        """Note that an expert has entered memory."""
 
     @abstractmethod
-    def forget(self, row: int, key: int) -> None:
-        """Note that an expert is in memory no more."""
+    def forget(self, layer: int, key: int) -> None:
+        """Note that an expert has left memory."""
 
     @abstractmethod
     def victim(
-        self, row: int, rows: Container[int], keep: Container[int]
+        self, layer: int, layers: Container[int], keep: Container[int]
     ) -> int | None:
-        """Return the key to evict for an expert of ``row``; None if there is none.
+        """Return the key to evict for an expert of ``layer``, or None without any.
 
         Args:
-            rows: those of its group that may give up a slot.
-            keep: keys that may not.
+            layers: layers of the same group that may give up a slot.
+            keep: keys that must stay in memory.
         """
 
 
@@ -84,64 +85,65 @@ PolicyFactory = Callable[[PoolShape], Policy]
 
 
 class LRU(Policy):
-    """Evict the expert whose last use is the longest ago."""
+    """Evict the least recently used expert."""
 
     def __init__(self, shape: PoolShape):
         self._shape = shape
-        # A dict keeps insertion order: the oldest use comes first.
+        # A dict keeps insertion order, so the oldest use comes first.
         self._uses: list[dict[int, None]] = [{} for _ in range(shape.n_groups)]
 
-    def use(self, row: int, keys: Iterable[int]) -> None:
-        """Move the keys that are in memory to the end of the line."""
-        uses = self._uses[self._shape.group(row)]
+    def use(self, layer: int, keys: Iterable[int]) -> None:
+        """Move the keys that are in memory to the end of the queue."""
+        uses = self._uses[self._shape.group(layer)]
         for key in keys:
             if key in uses:
                 del uses[key]
                 uses[key] = None
 
-    def admit(self, row: int, key: int) -> None:
-        """Put a key at the end of the line."""
-        self._uses[self._shape.group(row)][key] = None
+    def admit(self, layer: int, key: int) -> None:
+        """Put a key at the end of the queue."""
+        self._uses[self._shape.group(layer)][key] = None
 
-    def forget(self, row: int, key: int) -> None:
-        """Take a key out of the line."""
-        del self._uses[self._shape.group(row)][key]
+    def forget(self, layer: int, key: int) -> None:
+        """Remove a key from the queue."""
+        del self._uses[self._shape.group(layer)][key]
 
     def victim(
-        self, row: int, rows: Container[int], keep: Container[int]
+        self, layer: int, layers: Container[int], keep: Container[int]
     ) -> int | None:
-        """Return the oldest key that may go."""
+        """Return the oldest key that may be evicted."""
         n_experts = self._shape.n_experts
-        for key in self._uses[self._shape.group(row)]:
-            if key not in keep and key // n_experts in rows:
+        for key in self._uses[self._shape.group(layer)]:
+            if key not in keep and key // n_experts in layers:
                 return key
         return None
 
 
 class LFU(Policy):
-    """Evict the expert used least often, with ageing.
+    """Evict the least frequently used expert, with ageing.
 
-    A use counts half once every expert has, on average, been used ``HALF_LIFE`` times
-    since. Counts outlive eviction.
+    A use counts half after ``HALF_LIFE`` further uses per expert on average. Counts
+    outlive eviction.
     """
 
     HALF_LIFE: ClassVar[float] = 4.0
     _LARGEST: ClassVar[float] = 1e200
 
     def __init__(self, shape: PoolShape):
-        n_keys = shape.n_rows * shape.n_experts
+        n_keys = shape.n_layers * shape.n_experts
         self._shape = shape
-        # Instead of older uses counting less, newer ones count more.
+        # Newer uses get a larger weight, which spares ageing every older count.
         self._counts = [0.0] * n_keys
         self._weight = 1.0
         self._growth = 2 ** (1 / (self.HALF_LIFE * n_keys))
         self._held: list[dict[int, None]] = [{} for _ in range(shape.n_groups)]
-        # Heaps of keys with their counts as they were, for counts only grow; one entry
-        # for each key, which may stay when the key is forgotten.
+        # Heaps of (count, key) with at most one entry for each key. A count may be out
+        # of date, and a forgotten key's entry stays: ``victim`` corrects both. Counts
+        # only grow, so an old count never hides a smaller one.
         self._queues: list[list[tuple[float, int]]] = [[] for _ in self._held]
         self._queued: list[set[int]] = [set() for _ in self._held]
 
-    def use(self, row: int, keys: Iterable[int]) -> None:
+    def use(self, layer: int, keys: Iterable[int]) -> None:
         """Count a use of each key, in memory or not."""
         counts = self._counts
         for key in keys:
@@ -150,23 +152,23 @@ class LFU(Policy):
         if self._weight > self._LARGEST:
             self._rescale()
 
-    def admit(self, row: int, key: int) -> None:
-        """Let a key be evicted, by the uses counted so far."""
-        group = self._shape.group(row)
+    def admit(self, layer: int, key: int) -> None:
+        """Queue a key for eviction by the uses counted so far."""
+        group = self._shape.group(layer)
         self._held[group][key] = None
         if key not in self._queued[group]:
             self._queued[group].add(key)
             heapq.heappush(self._queues[group], (self._counts[key], key))
 
-    def forget(self, row: int, key: int) -> None:
-        """Let a key be no victim; its count stays."""
-        del self._held[self._shape.group(row)][key]
+    def forget(self, layer: int, key: int) -> None:
+        """Stop evicting a key, but keep its count."""
+        del self._held[self._shape.group(layer)][key]
 
     def victim(
-        self, row: int, rows: Container[int], keep: Container[int]
+        self, layer: int, layers: Container[int], keep: Container[int]
     ) -> int | None:
-        """Return the key of least count that may go."""
-        group, n_experts = self._shape.group(row), self._shape.n_experts
+        """Return the key with the least count that may be evicted."""
+        group, n_experts = self._shape.group(layer), self._shape.n_experts
         counts, held, queue = self._counts, self._held[group], self._queues[group]
         found, passed = None, []
         while queue and found is None:
@@ -176,7 +178,7 @@ class LFU(Policy):
                 self._queued[group].remove(key)
             elif count != counts[key]:
                 heapq.heapreplace(queue, (counts[key], key))
-            elif key in keep or key // n_experts not in rows:
+            elif key in keep or key // n_experts not in layers:
                 passed.append(heapq.heappop(queue))
             else:
                 found = key
@@ -193,64 +195,67 @@ class LFU(Policy):
 
 
 class Markov(Policy):
-    """Evict the expert that is least expected soon, by which experts follow which.
+    """Evict the expert with the least value, by which experts follow which.
 
-    A use that comes t tokens later is worth ``DISCOUNT ** t``. How much an expert is
-    expected to be worth, counts tell for each expert that its layer has just used: what
-    came after that one before. ``FOLLOWING`` of an expert's value is the mean of these,
-    the rest how often it was used lately. Counts are float32
-    ``[n_rows, n_experts, n_experts]`` and outlive eviction.
+    A layer counts how often each expert followed each other one; a use t tokens later
+    counts ``DISCOUNT ** t``. The layer's last step used some experts. ``FOLLOWING`` of
+    an expert's value is its mean count after these; the rest is its share of recent
+    uses. Counts are float32 ``[n_layers, n_experts, n_experts]`` and outlive eviction.
     """
 
     DISCOUNT: ClassVar[float] = 0.6
     FOLLOWING: ClassVar[float] = 0.7
-    # Steps of a layer after which a use counts half: lately, and as one that followed.
+    # Half-lives in steps of a layer: of a recent use, and of a count of followers.
     LATELY: ClassVar[float] = 30.0
     FOLLOWED: ClassVar[float] = 1400.0
     _AGEING_STEPS: ClassVar[int] = 64
 
     def __init__(self, shape: PoolShape):
-        n, e = shape.n_rows, shape.n_experts
+        n, e = shape.n_layers, shape.n_experts
         self._shape = shape
-        # For each row: how often one expert followed another; how often each was used;
-        # how recently, discounted; how often lately; and the value that follows.
+        # For each layer: how often an expert (first index) followed another; each
+        # expert's uses, discounted recent uses, share of recent uses, and value.
         self._followed = np.zeros((n, e, e), np.float32)
         self._uses = np.full((n, e), 1e-9, np.float32)
         self._recent = np.zeros((n, e), np.float32)
         self._lately = np.zeros((n, e), np.float32)
         self._values = np.zeros((n, e), np.float32)
-        # The values of what is in memory, infinite for all else.
+        # The values of the experts in memory, infinite for all others.
         self._standing = np.full((n, e), np.inf, np.float32)
         self._steps = [0] * n
 
-    def use(self, row: int, keys: Iterable[int]) -> None:
-        """Count what followed what, and expect what followed these."""
-        used = [key - row * self._shape.n_experts for key in keys]
+    def use(self, layer: int, keys: Iterable[int]) -> None:
+        """Count the used experts after earlier ones, and update the layer's values."""
+        used = [key - layer * self._shape.n_experts for key in keys]
         if not used:
             return
         fading = 0.5 ** (1 / self.LATELY)
-        lately, values = self._lately[row], self._values[row]
+        lately, values = self._lately[layer], self._values[layer]
         lately *= fading
         lately[used] += 1 - fading
-        # By the discount's sum, so that both parts of a value are worth alike.
+        # Scale by the discounts' sum, 1 / (1 - DISCOUNT), so that both terms are alike.
         np.multiply(lately, (1 - self.FOLLOWING) / (1 - self.DISCOUNT), out=values)
         if 2 * len(used) > self._shape.n_experts:
-            # Most experts, as a prompt uses: that says nothing of what follows what.
-            self._recent[row] = 0
+            # A prompt uses most experts, which tells nothing about followers.
+            self._recent[layer] = 0
         else:
-            values += self._follow(row, used)
-        standing = self._standing[row]
+            values += self._follow(layer, used)
+        standing = self._standing[layer]
         np.copyto(standing, values, where=standing < np.inf)
 
-    def _follow(self, row: int, used: list[int]) -> np.ndarray:
-        """Count experts after those before them; return what to expect after them."""
-        followed, uses, recent = self._followed[row], self._uses[row], self._recent[row]
+    def _follow(self, layer: int, used: list[int]) -> np.ndarray:
+        """Count followers; return ``FOLLOWING`` times the mean count after ``used``."""
+        followed, uses, recent = (
+            self._followed[layer],
+            self._uses[layer],
+            self._recent[layer],
+        )
         followed[used] += recent
         recent *= self.DISCOUNT
         recent[used] += 1
         uses[used] += 1
-        self._steps[row] += 1
-        if self._steps[row] % self._AGEING_STEPS == 0:
+        self._steps[layer] += 1
+        if self._steps[layer] % self._AGEING_STEPS == 0:
             ageing = 0.5 ** (self._AGEING_STEPS / self.FOLLOWED)
             followed *= ageing
             uses *= ageing
@@ -258,27 +263,27 @@ class Markov(Policy):
         shares[used] = self.FOLLOWING / len(used) / uses[used]
         return followed @ shares
 
-    def admit(self, row: int, key: int) -> None:
-        """Let a key be evicted."""
+    def admit(self, layer: int, key: int) -> None:
+        """Make a key a possible victim."""
         self._standing.flat[key] = self._values.flat[key]
 
-    def forget(self, row: int, key: int) -> None:
-        """Let a key be no victim; what is known of it stays."""
+    def forget(self, layer: int, key: int) -> None:
+        """Stop evicting a key, but keep its counts."""
         self._standing.flat[key] = np.inf
 
     def victim(
-        self, row: int, rows: Container[int], keep: Container[int]
+        self, layer: int, layers: Container[int], keep: Container[int]
     ) -> int | None:
-        """Return the key of least value that may go, the first of several."""
+        """Return the first key with the least value that may be evicted."""
         n_experts = self._shape.n_experts
-        group = self._shape.rows(self._shape.group(row))
+        group = self._shape.layers(self._shape.group(layer))
         first = group.start
         standing = self._standing[first : group.stop].reshape(-1)
         passed: list[tuple[int, float]] = []
         found = None
         while found is None and standing[place := int(standing.argmin())] < np.inf:
             key = first * n_experts + place
-            if key not in keep and key // n_experts in rows:
+            if key not in keep and key // n_experts in layers:
                 found = key
             else:
                 passed.append((place, standing[place]))
@@ -289,20 +294,19 @@ class Markov(Policy):
 
 
 class Pins(Policy):
-    """Keep the experts that a recorded run used most; the rest is another policy's.
+    """Pin the experts that a recorded run used most; another policy evicts the rest.
 
-    A pinned expert is read when first needed and evicted only when there is nothing
-    else to evict.
+    A pinned expert is read on its first use, and evicted only without another victim.
     """
 
-    # The pinned share of all slots.
+    # Share of all slots for pinned experts.
     SHARE: ClassVar[float] = 0.5
 
     def __init__(self, shape: PoolShape, trace: RoutingTrace, rest: PolicyFactory):
         counts = trace.counts()
-        if counts.shape != (shape.n_rows, shape.n_experts):
+        if counts.shape != (shape.n_layers, shape.n_experts):
             raise TraceError(
-                f"[policy] expected a trace of {shape.n_rows} layers with "
+                f"[policy] expected a trace of {shape.n_layers} layers with "
                 f"{shape.n_experts} experts but got {counts.shape[0]} with "
                 f"{counts.shape[1]}"
             )
@@ -312,33 +316,33 @@ class Pins(Policy):
         self._held: list[dict[int, None]] = [{} for _ in range(shape.n_groups)]
         self._rest = rest(shape)
 
-    def use(self, row: int, keys: Iterable[int]) -> None:
-        """Tell the other policy: it knows which are its own."""
-        self._rest.use(row, keys)
+    def use(self, layer: int, keys: Iterable[int]) -> None:
+        """Pass the uses to the other policy, which ignores keys it did not admit."""
+        self._rest.use(layer, keys)
 
-    def admit(self, row: int, key: int) -> None:
+    def admit(self, layer: int, key: int) -> None:
         """Pin a key, or leave it to the other policy."""
         if key in self._pins:
-            self._held[self._shape.group(row)][key] = None
+            self._held[self._shape.group(layer)][key] = None
         else:
-            self._rest.admit(row, key)
+            self._rest.admit(layer, key)
 
-    def forget(self, row: int, key: int) -> None:
-        """Note that a key, pinned or not, is in memory no more."""
+    def forget(self, layer: int, key: int) -> None:
+        """Note that a key has left memory."""
         if key in self._pins:
-            del self._held[self._shape.group(row)][key]
+            del self._held[self._shape.group(layer)][key]
         else:
-            self._rest.forget(row, key)
+            self._rest.forget(layer, key)
 
     def victim(
-        self, row: int, rows: Container[int], keep: Container[int]
+        self, layer: int, layers: Container[int], keep: Container[int]
     ) -> int | None:
-        """Return the other policy's victim; a pinned key where it has none."""
-        if (found := self._rest.victim(row, rows, keep)) is not None:
+        """Return the other policy's victim, or a pinned key if it has none."""
+        if (found := self._rest.victim(layer, layers, keep)) is not None:
             return found
         n_experts = self._shape.n_experts
-        held = self._held[self._shape.group(row)]
-        free = (key for key in held if key not in keep and key // n_experts in rows)
+        held = self._held[self._shape.group(layer)]
+        free = (key for key in held if key not in keep and key // n_experts in layers)
         return next(free, None)
 
 
@@ -349,17 +353,17 @@ POLICY_FORMS = (
 
 
 def policy_factory(name: str, argument: str = "policy") -> PolicyFactory:
-    """Return what makes the policy of a name.
+    """Return the factory of a policy.
 
     Args:
-        name: ``lru``, ``lfu``, ``markov``, or ``pins:TRACE`` with a file of ``moeflux
-            trace``, after one of these and ``+`` if the rest is not to go by the
-            default.
-        argument: what an error calls it.
+        name: ``lru``, ``lfu``, ``markov``, ``pins:TRACE`` or ``NAME+pins:TRACE``.
+            ``TRACE`` is a file of ``moeflux trace``; ``NAME`` is the policy for experts
+            that are not pinned, by default ``DEFAULT_POLICY``.
+        argument: the argument's name for errors.
 
     Raises:
         ConfigError: there is no policy of that name.
-        TraceError: the file is missing, damaged or no trace.
+        TraceError: the file is missing, damaged or not a trace.
     """
     if name in POLICIES:
         return POLICIES[name]

@@ -1,4 +1,4 @@
-"""Memory for experts: one aligned MLX array, written in place, read as tensors."""
+"""Memory for experts: an aligned MLX array, written in place and viewed as tensors."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ..weights import MLX_DTYPES, ExpertWeights, Records, Weight
 from .staging import StagedPlace, Staging, open_staging
 
 POOL_ALIGNMENT = 2 * 1024 * 1024
-# MLX counts elements of one axis in 32 bits, so memory is asked for in rows.
+# MLX counts the elements of an axis in 32 bits, so memory is allocated in rows.
 ROW_BYTES = 16 * 1024
 
 
 def aligned_rows(
     n_rows: int, row_bytes: int, alignment: int = POOL_ALIGNMENT
 ) -> mx.array:
-    """Allocate a uint8 array ``[n_rows, row_bytes]`` that begins at a multiple.
+    """Allocate a uint8 array ``[n_rows, row_bytes]`` at an aligned address.
 
-    Takes ``alignment`` bytes more than the array holds. Any size works: no axis has
-    more elements than MLX can count as long as both arguments fit into 31 bits.
+    The buffer is ``alignment`` bytes longer than the array. ``n_rows`` and
+    ``row_bytes`` must each fit into 31 bits; their product may be larger.
 
     Raises:
-        BudgetError: the memory cannot be had.
+        BudgetError: the memory cannot be allocated.
     """
     n_bytes = allocated_bytes(n_rows, row_bytes, alignment)
     limits = device.gpu_limits()
@@ -46,9 +46,9 @@ def aligned_rows(
     except (RuntimeError, MemoryError) as error:
         raise BudgetError(f"[pool] cannot allocate {n_bytes} bytes: {error}") from error
     offset = -_address(raw) % alignment
-    # as_strided flattens its input, which is too long to be flattened, but looks at
-    # the buffer only: one row of it stands for all. The slice after it makes MLX
-    # compute the extent anew.
+    # as_strided flattens its input, and the whole array is too long for that. It uses
+    # only the input's buffer, so one row will do. The slice makes MLX compute the
+    # array's extent again.
     grown = mx.as_strided(raw[:1], (n_rows + 1, row_bytes), (row_bytes, 1), offset)
     rows = grown[:n_rows]
     mx.eval(rows)
@@ -63,10 +63,10 @@ def allocated_bytes(
 
 
 def aligned_bytes(n_bytes: int, alignment: int = POOL_ALIGNMENT) -> mx.array:
-    """Allocate a uint8 array ``[n_bytes]`` whose address is a multiple.
+    """Allocate a uint8 array ``[n_bytes]`` at an aligned address.
 
     Raises:
-        BudgetError: the memory cannot be had.
+        BudgetError: the memory cannot be allocated.
     """
     rows = aligned_rows(1, n_bytes, alignment)
     flat = rows.reshape(n_bytes)
@@ -79,10 +79,9 @@ def _address(array: mx.array) -> int:
 
 
 class Buffer:
-    """Slots of ``stride`` bytes in one aligned MLX array; zeros at first.
+    """Slots of ``stride`` bytes in one aligned MLX array, initially zero.
 
-    ``array`` is uint8 ``[n_rows, stride]``; ``bytes`` is the same memory as the host
-    sees it.
+    ``array`` is uint8 ``[n_rows, stride]``; ``bytes`` is a NumPy view of its memory.
     """
 
     def __init__(self, n_rows: int, stride: int):
@@ -94,18 +93,18 @@ class Buffer:
                 "[pool] expected writable memory at a multiple of "
                 f"{POOL_ALIGNMENT} bytes but got {self.begin:#x}"
             )
-        # Views of it, which live no longer than it does.
+        # Views of the array, cached here so that they are freed with it.
         self.weights: dict[tuple[ExpertLayout, int, int], ExpertWeights] = {}
 
 
 class SlotPool:
-    """Slots of the largest layout's stride in one buffer.
+    """The slots of one segment, each as long as the largest layout's stride.
 
-    With ``blank`` one more slot follows: zeros, an expert that adds nothing. Nothing
-    here knows which expert is in which slot.
+    With ``blank`` one more slot follows. It stays zero: an expert that adds nothing.
+    The ``SlotTable`` knows which expert is in which slot, this class does not.
 
     Args:
-        staging: by which what is read comes into slots; None: the host writes them.
+        staging: copies records into slots; None: the host writes slots directly.
     """
 
     def __init__(
@@ -116,7 +115,7 @@ class SlotPool:
         blank: bool = False,
         staging: Staging | None = None,
     ):
-        self.n_given_up = 0
+        self.n_given_back = 0
         self.stride = pool_stride(layouts)
         self.slack_bytes = POOL_ALIGNMENT + blank * self.stride
         self._n_blank, self._staging = int(blank), staging
@@ -129,49 +128,49 @@ class SlotPool:
 
     @property
     def bytes(self) -> np.ndarray:
-        """The same memory as the host sees it."""
+        """A NumPy view of the same memory."""
         return self._buffer.bytes
 
     @property
     def n_slots(self) -> int:
-        """Slots but for the blank one, which comes after them."""
+        """Number of slots without the blank one, which comes last."""
         return len(self._buffer.bytes) - self._n_blank
 
     @property
     def absent(self) -> int:
-        """The slot of an expert that has none: the blank one if there is one."""
+        """The slot that stands for an absent expert: the blank one, or slot 0."""
         return self.n_slots if self._n_blank else 0
 
     @property
     def n_bytes(self) -> int:
-        """Bytes taken in all, with the blank slot and what the alignment costs."""
-        return (self.n_slots - self.n_given_up) * self.stride + self.slack_bytes
+        """Bytes in use, with the blank slot and the alignment."""
+        return (self.n_slots - self.n_given_back) * self.stride + self.slack_bytes
 
-    def give_up(self, slots: Sequence[range]) -> None:
-        """Return the memory of these slots, and of no others, to the system.
+    def give_back(self, slots: Sequence[range]) -> None:
+        """Give the memory of these slots back to the system, and of no others.
 
-        What they held is lost. They may be written again: then they take memory anew.
+        Their contents are lost. A later write takes new memory for them.
         """
         returned = [
-            len(part)
-            for part in filter(len, slots)
-            if device.return_memory(self.bytes[part.start : part.stop])
+            len(run)
+            for run in filter(len, slots)
+            if device.return_memory(self.bytes[run.start : run.stop])
         ]
-        self.n_given_up = sum(returned)
+        self.n_given_back = sum(returned)
 
     def allocate(self, n_slots: int) -> Buffer:
-        """Return memory for so many slots, to ``replace`` this pool's.
+        """Return a buffer of ``n_slots`` slots to pass to ``replace``.
 
         Raises:
-            BudgetError: it cannot be had.
+            BudgetError: the memory cannot be allocated.
         """
         return Buffer(n_slots + self._n_blank, self.stride)
 
     def replace(self, buffer: Buffer) -> None:
-        """Have the slots in another buffer; what does not fit there is lost.
+        """Move the slots to another buffer; drop those that do not fit.
 
-        The old one is freed with the last array that looks into it. If this fails, it
-        is still the pool's, whole.
+        The old buffer is freed with the last array that views it. After an error the
+        pool still uses the old buffer, unchanged.
         """
         old = self._buffer
         n_kept = min(len(old.bytes), len(buffer.bytes)) - self._n_blank
@@ -190,11 +189,11 @@ class SlotPool:
             self._staging.move(*addresses, self.stride)
 
     def buffer(self, slot: int, n_bytes: int) -> memoryview:
-        """Return the first bytes of a slot as the host sees them."""
+        """Return the first bytes of a slot, writable by the host."""
         return self.bytes[slot, :n_bytes].data
 
     def place(self, slot: int, n_bytes: int) -> Place:
-        """Return the first bytes of a slot as the place of a record."""
+        """Return the first bytes of a slot as the target of a read."""
         if self._staging is None:
             return HostPlace(self.buffer(slot, n_bytes))
         return StagedPlace(self._staging, self._address(slot), n_bytes)
@@ -207,9 +206,9 @@ class SlotPool:
     ) -> ExpertWeights:
         """Return slots ``first`` to ``first + count`` as tensors ``[count, O, I]``.
 
-        The tensors are views of the pool: what is written into a slot shows in them.
-        Without ``count`` the blank slot is the last. Made once for each layout, range
-        and buffer.
+        The tensors are views of the pool, so they show what is written into the slots.
+        Without ``count`` they end with the blank slot. They are cached by layout and
+        range until the buffer changes.
         """
         made = self._buffer.weights
         key = layout, first, len(self.bytes) - first if count is None else count
@@ -221,9 +220,9 @@ class SlotPool:
         return slot_weights(self.array[first : first + count], layout)
 
     def stack(self, layout: ExpertLayout, first: int, count: int) -> ExpertWeights:
-        """Have each tensor of some slots lie end to end, and return them all so.
+        """Rearrange some slots so that each tensor is contiguous; return the tensors.
 
-        Until ``unstack`` no slot of these holds a record.
+        Until ``unstack`` these slots hold no records.
         """
         region = self.bytes[first : first + count]
         records = region[:, : layout.record_bytes].copy()
@@ -232,7 +231,7 @@ class SlotPool:
             part = records[:, spec.offset : spec.offset + spec.n_bytes]
             region.reshape(-1)[begin : begin + part.size] = part.ravel()
             dtype = MLX_DTYPES[spec.dtype]
-            # One row stands for the region, which is too long for one axis.
+            # The region is too long for one axis, and as_strided uses only its buffer.
             row = self.array[first : first + 1].view(dtype)
             shape = (count, *spec.shape)
             strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
@@ -242,7 +241,7 @@ class SlotPool:
         return weights_of(layout, tensors)
 
     def unstack(self, layout: ExpertLayout, first: int, count: int) -> None:
-        """Have a record in each slot again; nobody may use the tensors any more."""
+        """Put a record into each slot again; the stacked tensors become invalid."""
         region = self.bytes[first : first + count]
         records = np.zeros((count, layout.record_bytes), np.uint8)
         for spec, begin in _stacked(layout, count):
@@ -255,15 +254,15 @@ class SlotPool:
 def open_pools(
     layouts: Sequence[ExpertLayout], n_slots: Sequence[int], *, blank: bool
 ) -> list[SlotPool]:
-    """Return pools of so many slots each, which share what reads go through."""
+    """Return one pool for each number in ``n_slots``; all share one staging."""
     staging = open_staging(pool_stride(layouts))
     return [SlotPool(layouts, n, blank=blank, staging=staging) for n in n_slots]
 
 
 def _stacked(layout: ExpertLayout, count: int) -> Iterator[tuple[TensorSpec, int]]:
-    """Yield where each tensor of ``count`` records begins if it lies end to end.
+    """Yield each tensor and its first byte when ``count`` records are stacked.
 
-    It takes no more than the records, in which each begins at such a multiple too.
+    The stack is no longer than the records, which align their tensors equally.
     """
     begin = 0
     for spec in layout.tensors:
@@ -273,7 +272,7 @@ def _stacked(layout: ExpertLayout, count: int) -> Iterator[tuple[TensorSpec, int
 
 
 def slot_weights(slots: mx.array, layout: ExpertLayout) -> ExpertWeights:
-    """Return records, uint8 ``[n, stride]``, as tensors ``[n, O, I]``, views."""
+    """Return views of records, uint8 ``[n, stride]``, as tensors ``[n, O, I]``."""
     tensors: dict[tuple[str, str], mx.array] = {}
     records: dict[tuple[str, str], Records] = {}
     for spec in layout.tensors:
@@ -282,9 +281,9 @@ def slot_weights(slots: mx.array, layout: ExpertLayout) -> ExpertWeights:
         rows = slots.view(dtype)
         columns = rows[:, begin : begin + math.prod(spec.shape)]
         name = spec.projection, spec.part
-        # One number an expert has no axis of its own.
-        whole = mx.unflatten(columns, 1, spec.shape or (1,))
-        tensors[name] = whole if spec.shape else whole.squeeze(1)
+        # A scalar for each expert has no axis of its own.
+        tensor = mx.unflatten(columns, 1, spec.shape or (1,))
+        tensors[name] = tensor if spec.shape else tensor.squeeze(1)
         records[name] = Records(rows, begin)
     mx.eval([*tensors.values(), *(r.array for r in records.values())])
     return weights_of(layout, tensors, records)
@@ -295,7 +294,7 @@ def weights_of(
     tensors: Mapping[tuple[str, str], Any],
     records: Mapping[tuple[str, str], Records] | None = None,
 ) -> ExpertWeights:
-    """Put tensors by projection and part together as weights."""
+    """Combine tensors, keyed by projection and part, into ``ExpertWeights``."""
 
     def in_pool(projection: str) -> tuple[Records | None, ...] | None:
         if records is None:
@@ -321,10 +320,10 @@ def weights_of(
 
 
 def pool_stride(layouts: Sequence[ExpertLayout]) -> int:
-    """Return the bytes of a slot that takes a record of any of the layouts."""
+    """Return the bytes of a slot that can hold a record of any of the layouts."""
     return max(layout.stride for layout in layouts)
 
 
 def pool_bytes(layouts: Sequence[ExpertLayout], n_slots: int) -> int:
-    """Return the memory of so many slots, with what the alignment costs."""
+    """Return the bytes of ``n_slots`` slots and their alignment."""
     return n_slots * pool_stride(layouts) + POOL_ALIGNMENT

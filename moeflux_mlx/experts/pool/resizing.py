@@ -1,4 +1,4 @@
-"""A pool that becomes smaller and larger again, and returns memory meanwhile."""
+"""Shrink a pool and grow it again, and give memory back to the system meanwhile."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from .segments import largest_replaced, sizes
 
 
 class Resizing:
-    """Gives a pool fewer slots, or more again up to as many as it had at first.
+    """Change the number of slots of a pool, up to its first size.
 
-    Where the system takes single pages back, they are those of the last slots of each
-    group. Elsewhere each group has a segment of its own, which is replaced by a shorter
-    or a longer buffer, one after the other.
+    Where the system takes back single pages, each layer group gives back the pages of
+    its last slots. Elsewhere each group has its own segment. The segments are then
+    replaced, one after the other, by shorter or longer buffers.
 
     Args:
-        pools: the segments.
-        holders: keep arrays of slots.
+        pools: the pools of the segments.
+        least_slots: slots that one token needs.
+        holders: the objects that keep arrays of slots.
     """
 
     def __init__(
@@ -40,18 +41,19 @@ class Resizing:
 
     @property
     def slack_bytes(self) -> int:
-        """Bytes taken beside those of slots."""
+        """Bytes allocated in addition to the slots."""
         return sum(pool.slack_bytes for pool in self._pools)
 
     def rounded(self, n_slots: int) -> int:
-        """Return the largest number of slots up to this one that is worth a change."""
+        """Return the largest pool size, at most ``n_slots``, that resizing uses."""
         return self._sizes[max(0, bisect.bisect_right(self._sizes, n_slots) - 1)]
 
     def most_fitting(self, room: int, replacing: int) -> int:
-        """Return how many slots fit into ``room``; fewer than the least: none do.
+        """Return how many slots fit into ``room``; below ``least_slots`` means none.
 
         Args:
-            replacing: bytes that there are for slots while the pool becomes smaller.
+            room: bytes for the pool.
+            replacing: bytes for the pool while it shrinks, the second buffer included.
         """
         stride, slack = self._pools[0].stride, self.slack_bytes
         n_slots = min((room - slack) // stride, self.most_slots)
@@ -71,18 +73,18 @@ class Resizing:
         return allocated_bytes(largest + n_blank, pool.stride) if largest else 0
 
     def __call__(self, n_slots: int) -> None:
-        """Change the number of slots, all groups together; no read may be in flight.
+        """Change the number of slots of all groups; no read may be in flight.
 
         Raises:
-            BudgetError: memory for the copy cannot be had. What was in memory still is,
-                but for what a segment that became smaller before had no room for.
+            BudgetError: a second buffer cannot be allocated. Segments replaced before
+                keep their new size; the others are unchanged.
         """
         if self._replaces:
             self._replace_all(self._table.shares(n_slots))
             return
         self._table.resize(n_slots, self._move)
         for segment, pool in enumerate(self._pools):
-            pool.give_up(self._table.unused(segment))
+            pool.give_back(self._table.unused(segment))
 
     def _replace_all(self, n_slots: Sequence[int]) -> None:
         changed = [
@@ -90,7 +92,7 @@ class Resizing:
         ]
         if changed:
             self._holders.let_go()
-            # What still reads slots has been asked for, but may not be done.
+            # Readers of slots were submitted; wait until the device has finished them.
             mx.synchronize()
         for group in changed:
             self._replace(group, n_slots[group])
@@ -107,13 +109,13 @@ class Resizing:
             self._follow(group)
 
     def repair(self) -> None:
-        """Set right what an interrupt left, once the table is right in itself."""
+        """Fit the repaired table to the segments after an interrupt."""
         if self._replaces:
             for group in range(len(self._pools)):
                 self._follow(group)
 
     def _follow(self, group: int) -> None:
-        """Have the table use all slots that a group's segment has, no fewer."""
+        """Let the table use exactly the slots that a group's segment has."""
         self._table.resize_group(group, self._pools[group].n_slots, self._move)
 
     def _move(self, segment: int, source: int, target: int) -> None:

@@ -1,17 +1,17 @@
-"""Which experts every layer's router chose, token by token: a recording in a file.
+"""Routing traces: which experts each router chose, token by token, in a file.
 
 The file is a compressed NumPy archive (``.npz``) of these arrays:
 
 ========== =========================================================================
 ``header`` JSON: ``format`` and ``version``; ``model_type``; ``layers``, the numbers of
            the L layers with routed experts; ``n_experts`` of each; ``record_bytes``,
-           what one expert of each layer takes; ``n_prompt_tokens``
-``passes`` ``[S]`` uint32: tokens of each pass through the model, in order; a prompt
-           goes through in chunks, what is generated token by token
+           the bytes of one expert in each layer; ``n_prompt_tokens``
+``passes`` ``[S]`` uint32: the number of tokens in each pass through the model, in
+           order; a prompt passes in chunks, generated tokens pass one by one
 ``chosen`` ``[N, L, K]`` uint8 (uint16 from 257 experts on): the experts of each token
-           in each layer, by falling weight
-``likely`` ``[S1, L - 1, K]``, of the S1 passes of one token: what each layer but the
-           first was expected to choose one layer before; may be missing
+           in each layer, by descending weight
+``likely`` ``[S1, L - 1, K]`` for the S1 passes of one token: the experts predicted for
+           each layer but the first, one layer earlier; optional
 ========== =========================================================================
 """
 
@@ -35,21 +35,22 @@ from ...system.files import brief, open_file, parse_json, replacing, short
 
 FORMAT, VERSION = "moeflux routing trace", 1
 MEMBERS = ("header", "passes", "chosen", "likely")
-# 500,000 tokens of a large model; a small file may claim to unpack to any size.
+# Unpacked size of 500,000 tokens of a large model. A limit is needed because a small
+# zip file may claim to unpack to any size.
 MOST_BYTES = 256 << 20
 # More than any model has.
 MOST_LAYERS, MOST_EXPERTS, MOST_RECORD_BYTES = 4096, 1 << 16, 1 << 40
-# How a zip file without a comment ends: magic, members, bytes of their directory.
+# The end of a zip file without a comment: magic, number of members, directory bytes.
 ZIP_END = struct.Struct("<4s6xHI6x")
 DIRECTORY_BYTES, HEADER_BYTES = 4096, 1 << 20
 
 
 @dataclass(frozen=True)
 class RoutingTrace:
-    """The routing of one run: prompt and generated tokens, all routed layers.
+    """The routing of one run: all its tokens, in all layers with routed experts.
 
-    ``passes``, ``chosen`` and ``likely`` are as in the file; ``record_bytes`` has one
-    number for each of ``layers``.
+    ``passes``, ``chosen`` and ``likely`` are the file's arrays. ``record_bytes`` has
+    one number for each of ``layers``.
     """
 
     model_type: str
@@ -63,16 +64,16 @@ class RoutingTrace:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens recorded, those of the prompt included."""
+        """Number of recorded tokens, with those of the prompt."""
         return len(self.chosen)
 
     @property
     def top_k(self) -> int:
-        """Experts that one token uses in one layer."""
+        """Number of experts that one token uses in one layer."""
         return self.chosen.shape[2]
 
     def needed(self) -> Iterator[tuple[int, list[list[int]]]]:
-        """Yield each pass: its tokens and, by layer, its distinct experts, rising."""
+        """Yield each pass: its number of tokens and each layer's distinct experts."""
         first = 0
         for n_tokens in self.passes.tolist():
             chosen = self.chosen[first : first + n_tokens]
@@ -80,10 +81,10 @@ class RoutingTrace:
             yield n_tokens, [sorted({*chosen[:, r].ravel().tolist()}) for r in layers]
             first += n_tokens
 
-    def foreseen(self) -> Iterator[list[list[int]] | None]:
-        """Yield for each pass what layers were expected to choose, or None.
+    def predicted(self) -> Iterator[list[list[int]] | None]:
+        """Yield each layer's predicted experts for each pass of one token, else None.
 
-        That is, for one token, by layer, distinct experts, rising; none for the first.
+        The experts are distinct and ascending; the first layer has none.
         """
         left = iter(() if self.likely is None else self.likely)
         for n_tokens in self.passes.tolist():
@@ -91,7 +92,7 @@ class RoutingTrace:
             yield None if rows is None else [[], *(sorted({*r}) for r in rows.tolist())]
 
     def counts(self) -> np.ndarray:
-        """Return how many tokens chose each expert: ``[L, E]``."""
+        """Return the number of tokens that chose each expert: ``[L, E]``."""
         counts = [
             np.bincount(self.chosen[:, layer].ravel(), minlength=self.n_experts)
             for layer in range(len(self.layers))
@@ -99,10 +100,10 @@ class RoutingTrace:
         return np.stack(counts)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the file, replacing the one there.
+        """Write the file, replacing an existing one.
 
         Raises:
-            TraceError: it would be larger than ``load`` takes, or cannot be written.
+            TraceError: the file would be too large for ``load``, or cannot be written.
         """
         header = {
             "format": FORMAT,
@@ -114,8 +115,8 @@ class RoutingTrace:
             "n_prompt_tokens": self.n_prompt_tokens,
         }
         dtype = np.dtype(np.uint8 if self.n_experts <= 256 else np.uint16)
-        parts = [self.chosen] if self.likely is None else [self.chosen, self.likely]
-        n_bytes = sum(part.size for part in parts) * dtype.itemsize
+        ids = [self.chosen] if self.likely is None else [self.chosen, self.likely]
+        n_bytes = sum(array.size for array in ids) * dtype.itemsize
         n_bytes += 4 * self.passes.size + HEADER_BYTES
         if n_bytes > MOST_BYTES:
             raise TraceError(
@@ -140,7 +141,7 @@ class RoutingTrace:
         """Read a file that ``save`` wrote.
 
         Raises:
-            TraceError: it is no such file, of another version, or damaged.
+            TraceError: the file is not a trace, has another version, or is damaged.
         """
         header, arrays = _read(Path(path))
         try:
@@ -154,14 +155,14 @@ class RoutingTrace:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise TraceError(
-                f"[trace] {path}: expected a whole header but got {short(header)}"
+                f"[trace] {path}: expected a complete header but got {short(header)}"
             ) from error
         found._check(Path(path))
         return found
 
     def _check(self, path: Path) -> None:
-        """Raise TraceError unless everything in the file fits together."""
-        whole = {
+        """Raise TraceError unless the header and the arrays are consistent."""
+        conditions = {
             "layers, each once": 0 < len(self.layers) == len(self.record_bytes)
             and len({*self.layers}) == len(self.layers)
             and max(self.layers) < MOST_LAYERS,
@@ -175,14 +176,14 @@ class RoutingTrace:
             and self.chosen.size > 0
             and self.chosen.shape[2] <= self.n_experts,
             "expert ids below n_experts": self.chosen.max(initial=0) < self.n_experts,
-            "passes that make up all tokens": self.passes.ndim == 1
+            "passes that add up to all tokens": self.passes.ndim == 1
             and self.passes.dtype == np.uint32
             and self.passes.min(initial=1) > 0
             and int(self.passes.sum()) == len(self.chosen),
-            "likely experts as [S1, L - 1, K] of these": self._are_likely_whole(),
+            "likely experts as [S1, L - 1, K] of these": self._is_likely_valid(),
             "a prompt within the tokens": 0 <= self.n_prompt_tokens <= len(self.chosen),
         }
-        for expected, holds in whole.items():
+        for expected, holds in conditions.items():
             if not holds:
                 raise TraceError(
                     f"[trace] {path}: expected {expected} but got {len(self.layers)} "
@@ -191,7 +192,7 @@ class RoutingTrace:
                     f"chosen {self.chosen.dtype} {self.chosen.shape}"
                 )
 
-    def _are_likely_whole(self) -> bool:
+    def _is_likely_valid(self) -> bool:
         if self.likely is None:
             return True
         n_single, n_layers = int((self.passes == 1).sum()), len(self.layers)
@@ -204,7 +205,7 @@ class RoutingTrace:
 
 def _count(value: object) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{short(value)} is no number of anything")
+        raise ValueError(f"{short(value)} is not a count")
     return value
 
 
@@ -215,7 +216,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         header = parse_json(str(arrays.pop("header")[()]))
     except TraceError as error:
         raise TraceError(f"[trace] {path}: {error}") from error
-    # zipfile and NumPy raise nearly anything for bytes that are none of theirs.
+    # zipfile and NumPy raise nearly any exception for damaged bytes.
     except Exception as error:
         raise TraceError(
             f"[trace] {path}: expected a file of moeflux trace: {brief(error)}"
@@ -230,19 +231,19 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def _plain(file: BinaryIO) -> BinaryIO:
-    """Return a file if it ends as a zip file of no more members than a trace has."""
+    """Return the file if it ends like a zip file of at most a trace's members."""
     file.seek(max(0, os.fstat(file.fileno()).st_size - ZIP_END.size))
     end = file.read(ZIP_END.size)
     if len(end) < ZIP_END.size or not end.startswith(b"PK\5\6"):
         raise ValueError("it does not end as a zip file")
     _, n_members, directory_bytes = ZIP_END.unpack(end)
     if n_members > len(MEMBERS) or directory_bytes > DIRECTORY_BYTES:
-        raise TraceError(f"expected at most {len(MEMBERS)} members but {n_members}")
+        raise TraceError(f"expected at most {len(MEMBERS)} members but got {n_members}")
     return file
 
 
 def _arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
-    """Read the members of a trace; their memory is known before it is taken."""
+    """Read the members of a trace; check their sizes before allocating memory."""
     found: dict[str, np.ndarray] = {}
     members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
     unknown = members.keys() - MEMBERS
@@ -255,7 +256,7 @@ def _arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
             f"header's, but got {n_bytes}"
         )
     for name, info in members.items():
-        # Other members of zip files may unpack more than was asked for.
+        # Other compression methods may unpack more bytes than requested.
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise TraceError(f"expected {name} deflated")
         with archive.open(info) as member:
@@ -264,16 +265,17 @@ def _arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
 
 
 def _array(member: IO[bytes], n_bytes: int, name: str) -> np.ndarray:
-    """Read an array of NumPy's own format, which is as large as its file says."""
+    """Read an array in NumPy's format; its size must match the member's."""
     version = np.lib.format.read_magic(member)
     if version != (1, 0):
         raise ValueError(f"an array of version {version}")
     with warnings.catch_warnings():
-        # NumPy parses Python's notation: a warning of that looks for its source file.
+        # NumPy parses the header as Python, and a warning about a damaged one would
+        # look for a source file.
         warnings.simplefilter("ignore")
         shape, by_column, dtype = np.lib.format.read_array_header_1_0(member)
     n_values, left = math.prod(shape), n_bytes - member.tell()
-    # Objects would be unpickled.
+    # Accept strings and unsigned ints only: an object array would be unpickled.
     kind = "U" if name == "header" else "u"
     if by_column or dtype.kind != kind or n_values * dtype.itemsize != left:
         raise ValueError(f"an array of {dtype} {short(shape)} in {left} bytes")

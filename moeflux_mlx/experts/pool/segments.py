@@ -1,11 +1,12 @@
-"""How slots are divided: between groups of layers, and into segments of memory.
+"""Divide slots among layer groups, and memory into segments.
 
-A segment is one buffer, of which a device bounds the length. Layers next to each other
-share it, and none reaches into another's: a launch is given one buffer.
+A segment is one buffer, and a device bounds a buffer's length. Consecutive layers share
+a segment. All slots of a layer are in the same segment, because a launch takes one
+buffer of experts.
 
-Where only whole buffers go back to the system, a pool that becomes smaller replaces one
-segment after the other. Meanwhile there are two buffers of one segment, so a pool that
-may become smaller has several.
+Where the system takes back whole buffers only, a shrinking pool replaces its segments
+one after the other. A second buffer of one segment then exists for a moment. So a pool
+that may have to shrink has several short segments.
 """
 
 from __future__ import annotations
@@ -18,28 +19,29 @@ from functools import cached_property
 from ... import device
 from ...errors import BudgetError
 from .budget import count_slots, most_bytes, within_working_set
-from .policy import part_of, rows_of
+from .policy import group_of, layers_of
 from .pool import POOL_ALIGNMENT, allocated_bytes
 
-# Segments of a pool that may have to replace them. More keep worse experts: see
-# docs/memory.md for what was measured.
+# Segments of a pool that may have to replace them. More segments hit less often: see
+# the measurements in docs/memory.md.
 MOST_SEGMENTS = 8
-# Slots that each of them has at least, or as many as a layer has experts: enough for a
-# prompt to read some experts while it uses others.
+# Each of these segments has at least this many slots, or a layer's number of experts if
+# that is less. A prompt can then read some experts while it uses others.
 LEAST_SEGMENT_SLOTS = 64
-# Sizes that such a pool takes, in equal steps: each change copies all that it holds.
+# Such a pool has one of N_SIZES sizes in equal steps. More sizes mean more changes, and
+# each change copies the pool.
 N_SIZES = 8
 
 
 @dataclass(frozen=True)
 class Division:
-    """The parts of a pool.
+    """A pool's layer groups and segments.
 
-    ``counts`` are the experts of each row, which is one MoE layer. Rows of a group
-    share slots, of which it has at least ``least``; groups next to each other share a
-    segment. With ``blank`` each segment has one slot more. ``shortened``: memory has
-    room for more slots, but buffers have not. ``n_wanted`` segments there would be if
-    buffers were of any length.
+    ``counts`` has the number of experts of each MoE layer. The layers of a group share
+    at least ``least`` slots. Consecutive groups share a segment. With ``blank`` each
+    segment has one more slot. ``shortened``: the buffers' length bounds the number of
+    slots, not the memory. ``n_wanted`` is the number of segments that the pool would
+    have if buffers could have any length.
     """
 
     counts: tuple[int, ...]
@@ -51,40 +53,40 @@ class Division:
     shortened: bool = False
     n_wanted: int = 1
 
-    def segment(self, row: int) -> int:
-        """Return which segment a row's slots are in."""
-        return part_of(row, len(self.counts), self.n_segments)
+    def segment(self, layer: int) -> int:
+        """Return the segment of a layer's slots."""
+        return group_of(layer, len(self.counts), self.n_segments)
 
     @cached_property
     def group_slots(self) -> list[int]:
-        """Slots of each group."""
+        """Number of slots of each group."""
         return shares(by_group(self.counts, self.n_groups), self.n_slots, self.least)
 
     @cached_property
     def segment_slots(self) -> list[int]:
-        """Slots of each segment, but for the blank one."""
-        n_rows, found = len(self.counts), [0] * self.n_segments
+        """Number of slots of each segment, without the blank one."""
+        n_layers, found = len(self.counts), [0] * self.n_segments
         for group, n in enumerate(self.group_slots):
-            first = rows_of(group, n_rows, self.n_groups).start
+            first = layers_of(group, n_layers, self.n_groups).start
             found[self.segment(first)] += n
         return found
 
     def longest_bytes(self, stride: int) -> int:
-        """Return the bytes of the longest buffer, with slots of ``stride``."""
+        """Return the bytes of the longest buffer with slots of ``stride`` bytes."""
         return allocated_bytes(max(self.segment_slots) + self.blank, stride)
 
     def slack_bytes(self, stride: int) -> int:
-        """Return the bytes that are taken beside those of ``n_slots``."""
+        """Return the bytes allocated in addition to ``n_slots`` slots."""
         return self.n_segments * (POOL_ALIGNMENT + self.blank * stride)
 
     def n_bytes(self, stride: int) -> int:
-        """Return the bytes of all of it."""
+        """Return the bytes of the pool."""
         return self.n_slots * stride + self.slack_bytes(stride)
 
     def replacing_bytes(self, stride: int) -> int:
-        """Return the bytes to be taken besides when it first becomes smaller.
+        """Return the bytes of the second buffer when the pool first shrinks.
 
-        They are enough for a blank slot, whether or not there is one.
+        They include a blank slot, whether or not the pool has one.
         """
         least = self.n_groups * self.least
         most = largest_replaced(self.group_slots, self.n_slots, least)
@@ -92,18 +94,18 @@ class Division:
 
 
 def by_group(counts: Sequence[int], n_groups: int) -> list[int]:
-    """Return the sums of rows' ``counts`` in each of the groups."""
-    groups = (rows_of(g, len(counts), n_groups) for g in range(n_groups))
-    return [sum(counts[rows.start : rows.stop]) for rows in groups]
+    """Return the sum of the layers' ``counts`` in each group."""
+    groups = (layers_of(g, len(counts), n_groups) for g in range(n_groups))
+    return [sum(counts[layers.start : layers.stop]) for layers in groups]
 
 
 def shares(most: Sequence[int], n_slots: int, least: int) -> list[int]:
     """Divide slots: ``least`` for each group, the rest in proportion.
 
-    With fewer slots no group has more than before.
+    The division is monotonic: with fewer slots in all, no group gets more.
 
     Args:
-        most: slots that each group can use.
+        most: number of slots that each group can use.
     """
     found = [min(least, n) for n in most]
     wanted = [n - share for n, share in zip(most, found, strict=True)]
@@ -121,11 +123,11 @@ def shares(most: Sequence[int], n_slots: int, least: int) -> list[int]:
 
 
 def sizes(most: int, least: int) -> Sequence[int]:
-    """Return the numbers of slots that a pool takes, in rising order.
+    """Return the sizes of a pool in slots, ascending.
 
     Args:
-        most: its first size.
-        least: slots that one token needs.
+        most: the first size.
+        least: number of slots that one token needs.
     """
     if device.returns_pages():
         return range(least, most + 1)
@@ -134,13 +136,14 @@ def sizes(most: int, least: int) -> Sequence[int]:
 
 
 def largest_replaced(most: Sequence[int], n_slots: int, least: int) -> int:
-    """Return the slots of the longest buffer that a pool takes to become smaller.
+    """Return the slots of the longest buffer that a pool allocates when it shrinks.
 
-    Where it becomes larger again, up to ``n_slots``, that was its longest one.
+    A pool that grows to ``n_slots`` again has allocated no longer second buffer.
 
     Args:
-        most: slots of each group at first, each of which has its own segment.
-        least: slots of all groups that one token needs.
+        most: first number of slots of each group; each group has its own segment.
+        n_slots: number of slots before the pool shrinks.
+        least: number of slots that one token needs, over all groups.
     """
     if device.returns_pages():
         return 0
@@ -150,7 +153,7 @@ def largest_replaced(most: Sequence[int], n_slots: int, least: int) -> int:
 
 @dataclass(frozen=True)
 class _Room:
-    """What ``divide`` is given: see there."""
+    """The arguments of ``divide``."""
 
     bytes: int
     replacing: int | None
@@ -161,17 +164,17 @@ class _Room:
     spares: bool
 
     def groups(self, n_segments: int) -> int:
-        """Return how many groups share slots, where there are so many segments."""
+        """Return the number of layer groups for a number of segments."""
         return n_segments if self.scope == "global" else len(self.counts)
 
     def allows(self, n_segments: int) -> bool:
-        """Tell whether one token's experts fit into so many segments."""
+        """Return whether one token's experts fit into ``n_segments`` segments."""
         n_least = self.groups(n_segments) * self.top_k
         least_bytes = n_least * self.stride + n_segments * POOL_ALIGNMENT
         return least_bytes <= self.bytes and n_least <= sum(self.counts)
 
     def division(self, n_segments: int) -> Division:
-        """Return the most slots that there can be in so many segments.
+        """Return the division into ``n_segments`` segments with the most slots.
 
         Raises:
             BudgetError: one token's experts do not fit.
@@ -188,35 +191,36 @@ class _Room:
         rest = n_slots - n_segments
         blank = self.spares and n_slots < n_records and rest >= n_least
         n_slots = rest if blank else n_slots
-        whole = Division(self.counts, n_slots, n_groups, n_segments, self.top_k, blank)
+        most = Division(self.counts, n_slots, n_groups, n_segments, self.top_k, blank)
         if self.replacing is None:
-            return whole
+            return most
         found = range(n_least, n_slots + 1)
         n_fitting = bisect.bisect_left(
             found,
             True,
-            key=lambda n: not self._replaces(replace(whole, n_slots=n)),
+            key=lambda n: not self._can_shrink(replace(most, n_slots=n)),
         )
-        return replace(whole, n_slots=found[max(0, n_fitting - 1)])
+        return replace(most, n_slots=found[max(0, n_fitting - 1)])
 
-    def _replaces(self, division: Division) -> bool:
-        """Tell whether there is room to make a division's pool smaller."""
+    def _can_shrink(self, division: Division) -> bool:
+        """Return whether ``replacing`` has room for a division and a second buffer."""
         assert self.replacing is not None
         taken = division.n_bytes(self.stride) + division.replacing_bytes(self.stride)
         return taken <= self.replacing
 
     def wanted(self, *, gives_way: bool) -> int:
-        """Return how many segments there are to be, whatever a buffer's length."""
+        """Return the number of segments, without regard to a buffer's length."""
         if device.returns_pages():
             return 1
         if self.scope != "global":
-            # Each group of slots has its own, to be replaced whole.
+            # Each layer has its own segment, so that it can be replaced alone.
             return len(self.counts)
         each = min(max(self.counts), LEAST_SEGMENT_SLOTS)
-        # As many for who plans the pool as for who makes it, and spares slots.
-        whole = replace(self, spares=False)
+        # Ignore blank slots: the planner, which knows of none, must get the same number
+        # as the streamer.
+        plain = replace(self, spares=False)
         for n in range(min(MOST_SEGMENTS, len(self.counts)), 1, -1):
-            if gives_way and self.allows(n) and whole.division(n).n_slots >= n * each:
+            if gives_way and self.allows(n) and plain.division(n).n_slots >= n * each:
                 return n
         return 1
 
@@ -232,25 +236,27 @@ def divide(
     gives_way: bool = True,
     replacing: int | None = None,
 ) -> Division:
-    """Divide ``memory`` into slots of ``stride`` bytes, in as few segments as may be.
+    """Divide ``memory`` into slots of ``stride`` bytes, in as few segments as possible.
 
     Args:
-        memory: bytes in all; None: as many as fit into 3/4 of physical memory. No more
-            is taken than the device recommends.
-        counts: experts of each row; more slots are of no use.
-        top_k: slots that one token needs in a group.
+        memory: bytes of the pool, capped at the working set that the device recommends;
+            None: 3/4 of physical memory.
+        counts: number of experts of each layer, which is the most slots of use.
+        stride: bytes of a slot.
+        top_k: number of slots of a group that one token needs.
         scope: as for ``ExpertStreamer``.
-        spares: a slot of each segment stays blank, if one can be spared.
-        gives_way: the pool may have to become smaller.
-        replacing: bytes in all while it does; None: unbounded.
+        spares: keep a blank slot in each segment if there is room.
+        gives_way: the pool may have to shrink.
+        replacing: bytes of the pool and a second buffer while it shrinks; None:
+            unbounded.
 
     Raises:
-        BudgetError: one token's experts do not fit into memory, or one row's into a
-            buffer.
+        BudgetError: one token's experts do not fit into memory, or those of one layer
+            do not fit into a buffer.
     """
     limits = device.gpu_limits()
-    asked = most_bytes() if memory is None else within_working_set(memory)
-    room = _Room(asked, replacing, tuple(counts), stride, top_k, scope, spares)
+    n_bytes = most_bytes() if memory is None else within_working_set(memory)
+    room = _Room(n_bytes, replacing, tuple(counts), stride, top_k, scope, spares)
     n_wanted = room.wanted(gives_way=gives_way)
     found = None
     for n_segments in range(n_wanted, len(counts) + 1):
@@ -264,7 +270,7 @@ def divide(
 
 
 def full_bytes(counts: Sequence[int], stride: int) -> int:
-    """Return the memory of slots for all experts, in as many segments as they need."""
+    """Return the bytes of a pool that holds all experts, in the segments it needs."""
     limits, n_slots = device.gpu_limits(), sum(counts)
     first = 1 if device.returns_pages() else min(MOST_SEGMENTS, len(counts))
     for n in range(first, len(counts) + 1):
@@ -275,7 +281,7 @@ def full_bytes(counts: Sequence[int], stride: int) -> int:
 
 
 def _shortened(division: Division, stride: int, limit_bytes: int) -> Division:
-    """Return a division of fewer slots, so few that the longest buffer is allowed."""
+    """Return the division with the most slots whose longest buffer is allowed."""
 
     def of(n_slots: int) -> Division:
         return replace(division, n_slots=n_slots, shortened=True)

@@ -1,8 +1,8 @@
-"""Records on their way to a GPU with memory of its own, through pinned host memory.
+"""Copies of records to a CUDA GPU, through pinned host memory.
 
-What the host writes into memory that CUDA manages takes the pages away from the GPU,
-which then fetches them back, fault by fault. So records are read into host memory that
-the GPU's copy engine reaches, and sent to their slots by one copy each.
+If the host wrote into managed memory, its pages would move to the host, and the GPU
+would fetch them back one page fault at a time. So records are read into pinned host
+memory instead, and each is copied to its slot by one transfer of the copy engine.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from ..files.reader import Place
 
 
 class Copier:
-    """What staging asks of CUDA's runtime.
+    """The calls of CUDA's runtime that staging needs.
 
     Raises:
-        BackendError: CUDA refused; says what.
+        BackendError: a call failed; names the call and CUDA's error.
     """
 
     def __init__(self, runtime: Any):
-        """Use ``cuda.bindings.runtime``, or what has the same functions."""
+        """Use ``cuda.bindings.runtime``, or an object with the same functions."""
         self._runtime = runtime
 
     def pin(self, address: int, n_bytes: int) -> None:
-        """Let the copy engine reach host memory."""
+        """Pin host memory, so that the copy engine can read it."""
         self._call("cudaHostRegister", address, n_bytes, 0)
 
     def unpin(self, address: int) -> None:
-        """Take that back; the memory may be freed then."""
+        """Unpin host memory; it may be freed afterwards."""
         self._call("cudaHostUnregister", address)
 
     def stream(self) -> Any:
-        """Return a new stream that waits for no other one."""
+        """Return a new stream that does not synchronise with the default stream."""
         return self._call(
             "cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking
         )
 
     def close(self, stream: Any) -> None:
-        """Give a stream back."""
+        """Destroy a stream."""
         self._call("cudaStreamDestroy", stream)
 
     def copy(self, target: int, source: int, n_bytes: int, stream: Any) -> None:
-        """Copy between addresses, host's or GPU's, and wait until that is done."""
+        """Copy between host or GPU addresses, and wait for the copy."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
         self._call("cudaMemcpyAsync", target, source, n_bytes, kind, stream)
         self._call("cudaStreamSynchronize", stream)
@@ -66,7 +66,7 @@ class Copier:
 
 
 class Stage:
-    """``n_bytes`` of pinned memory, and a stream for what is copied out of it."""
+    """A pinned host buffer of ``n_bytes``, and a stream for copies out of it."""
 
     def __init__(self, copier: Copier, n_bytes: int):
         self._copier = copier
@@ -79,19 +79,19 @@ class Stage:
         weakref.finalize(self, copier.unpin, self._address)
 
     def send(self, address: int, n_bytes: int) -> None:
-        """Copy the first bytes to a GPU's address; they are there on return."""
+        """Copy the first ``n_bytes`` to a GPU address; return when they are there."""
         self.copy(address, self._address, n_bytes)
 
     def copy(self, target: int, source: int, n_bytes: int) -> None:
-        """Copy between a GPU's addresses."""
+        """Copy between two GPU addresses."""
         self._copier.copy(target, source, n_bytes, self._stream)
 
 
 class Staging:
-    """Stages that reads borrow, as many as are under way at a time.
+    """A set of stages that grows with the number of concurrent reads.
 
     Args:
-        n_bytes: of the largest record.
+        n_bytes: bytes of the largest record.
     """
 
     def __init__(self, copier: Copier, n_bytes: int):
@@ -99,18 +99,18 @@ class Staging:
         self._free: deque[Stage] = deque()
 
     def take(self) -> Stage:
-        """Lend a stage; one that is never given back is freed with its last use."""
+        """Take a free stage or make one; a stage that is not returned is collected."""
         try:
             return self._free.pop()
         except IndexError:
             return Stage(self._copier, self._n_bytes)
 
     def give(self, stage: Stage) -> None:
-        """Take a stage back."""
+        """Return a stage for the next read."""
         self._free.append(stage)
 
     def move(self, target: int, source: int, n_bytes: int) -> None:
-        """Copy between addresses of the GPU's memory."""
+        """Copy between two GPU addresses."""
         stage = self.take()
         stage.copy(target, source, n_bytes)
         self.give(stage)
@@ -137,9 +137,10 @@ class StagedPlace(Place):
 
 
 def open_staging(n_bytes: int) -> Staging | None:
-    """Return stages for records of up to ``n_bytes``; None where the host writes slots.
+    """Return staging for records of at most ``n_bytes``, or None without need for it.
 
-    That is anywhere but on an NVIDIA GPU, and there where ``cuda-bindings`` is missing.
+    The host writes slots directly where MLX has no CUDA GPU or ``cuda-bindings`` is
+    not installed.
     """
     if device.on_cpu() or not mx.cuda.is_available():
         return None
@@ -153,7 +154,7 @@ def _runtime() -> Any:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError:
         notice(
-            "experts are read several times slower without cuda-bindings, which "
-            "moeflux-mlx[cuda] installs"
+            "experts are read several times slower without cuda-bindings: install "
+            "moeflux-mlx[cuda]"
         )
         return None

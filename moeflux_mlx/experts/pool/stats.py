@@ -1,4 +1,4 @@
-"""What expert streaming did and how long it took, by layer."""
+"""Counters of expert streaming, by layer: hits, misses, bytes and seconds."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass, fields, replace
 
 @dataclass
 class Counters:
-    """Counts of one layer, or of all.
+    """Counters of one layer, or the sum over all layers.
 
-    ``hits`` and ``misses`` count distinct experts of each call. ``preloaded`` are
-    experts read before anyone asked. ``read_ahead`` were read because the layer was
-    expected to ask for them next, of which it did for ``read_ahead_used``: these count
-    as hits. ``read_seconds`` adds up over reading threads,
-    ``wait_seconds`` is how long computation stood still. ``second_tries`` are reads
-    that failed at first and then did not.
+    ``hits`` and ``misses`` count the distinct experts of each call. ``preloaded``
+    counts experts read before any call. ``read_ahead`` counts experts read on a
+    prediction; the layer then used ``read_ahead_used`` of them, which are also hits.
+    ``read_seconds`` adds up over the reading threads. ``wait_seconds`` is the time for
+    which computation waited. ``second_tries`` counts reads that failed once and then
+    succeeded.
     """
 
     hits: int = 0
@@ -30,22 +30,22 @@ class Counters:
 
     @property
     def hit_rate(self) -> float:
-        """Share of requests that found their expert in memory; 0 without requests."""
+        """Share of the requested experts that were in memory; 0 without requests."""
         return self.hits / max(1, self.hits + self.misses)
 
     @property
     def recall(self) -> float:
-        """Share of the experts not in memory that were read ahead; 0 without any."""
+        """Share of the needed reads that were made ahead; 0 without any."""
         return self.read_ahead_used / max(1, self.read_ahead_used + self.misses)
 
     @property
     def precision(self) -> float:
-        """Share of the experts read ahead that were asked for; 0 without any."""
+        """Share of the experts read ahead that were used; 0 without any."""
         return self.read_ahead_used / max(1, self.read_ahead)
 
     @property
     def wasted_bytes(self) -> int:
-        """Bytes read ahead in vain."""
+        """Bytes read ahead and never used."""
         n_reads = self.misses + self.preloaded + self.read_ahead
         n_wasted = self.read_ahead - self.read_ahead_used
         return self.read_bytes * n_wasted // max(1, n_reads)
@@ -58,13 +58,13 @@ class Counters:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Counters at one moment."""
+    """A copy of all counters at one moment."""
 
     layers: dict[int, Counters]
 
     @property
     def total(self) -> Counters:
-        """All layers together."""
+        """The sum over all layers."""
         return sum(self.layers.values(), Counters())
 
 
@@ -79,7 +79,7 @@ class StreamStats:
 
     @property
     def total(self) -> Counters:
-        """All layers together."""
+        """The sum over all layers."""
         return self.snapshot().total
 
     def snapshot(self) -> Snapshot:
@@ -87,6 +87,6 @@ class StreamStats:
         return Snapshot({layer: replace(c) for layer, c in self._layers.items()})
 
     def reset(self) -> None:
-        """Begin to count from zero."""
+        """Set all counters to zero."""
         for counters in self._layers.values():
             counters.__init__()  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Experts on demand: requests of a step, reads on their way, reading ahead.
+"""Experts on demand: the requests of each step, reads in flight, reading ahead.
 
 Imports: errors, config, device, experts, experts.compute, experts.files, experts.pool,
 system.

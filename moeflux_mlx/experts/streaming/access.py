@@ -1,4 +1,4 @@
-"""How experts are reached: mapped where files can be the memory, else in slots."""
+"""Choose how to reach experts: files mapped into memory, or records read into slots."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .streamer import ExpertStreamer
 
 
 def expert_io(io: str | None, *, gives_way: bool) -> str:
-    """Return the way of reading that is asked for; mapped experts never give way.
+    """Return the requested way of reading experts.
 
     Args:
         io: one of ``config.EXPERT_IO``; None takes the environment's choice.
-        gives_way: experts are to give way as caches grow.
+        gives_way: the pool must shrink as caches grow, which mapped experts cannot.
 
     Raises:
-        ConfigError: ``io`` is none of these, or one that cannot give way.
+        ConfigError: ``io`` is unknown, or is ``mmap`` while ``gives_way`` is set.
     """
     io = config.expert_io(io)
     if not gives_way:
@@ -50,45 +50,45 @@ def open_experts(
     on_host: bool = False,
     report: Report | None = None,
 ) -> ExpertStreamer | MappedExperts:
-    """Map a pack that fits where MLX computes on its pages, else stream; say which.
+    """Map a pack if it fits and MLX can use its pages, else stream; print the choice.
 
-    On a CPU all that fit are read into slots once: the system takes idle pages of files
-    away, and then a token waits for the disk again.
+    On a CPU a store that fits is read into slots instead: the system drops idle pages
+    of mapped files, and the next token would wait for the disk again.
 
     Args:
-        store: the open files that experts come from.
+        store: the open files of the experts.
         memory: bytes for experts, as for ``ExpertStreamer``.
         stream: opens the store's streamer with that memory.
         io: one of ``config.EXPERT_IO``; None takes the environment's choice.
-        on_host: MoE Ops take NumPy arrays here.
-        report: hears how far the reading of a map has come.
+        on_host: whether MoE Ops take NumPy arrays here.
+        report: receives the progress of reading a map.
 
     Raises:
-        ConfigError: ``io`` is none of these, or experts are to be mapped that cannot.
-        BudgetError: ``memory`` is too small, for the map or for a token.
-        ExpertStoreError: a record could not be read.
+        ConfigError: ``io`` is unknown, or the experts cannot be mapped as requested.
+        BudgetError: ``memory`` is too small for the map or for one token.
+        ExpertStoreError: a record cannot be read.
     """
     io = config.expert_io(io)
     if io == "mmap":
         experts = MappedExperts(
             _mappable(store, memory), on_host=on_host, report=report
         )
-        notice(f"experts mapped as asked: {_decision(store)}")
+        notice(f"experts mapped as requested: {_decision(store)}")
         return experts
     fits = io == "auto" and all_fit(store, memory)
     if fits and not on_host and isinstance(store, PackedExperts):
         try:
             experts = MappedExperts(store, on_host=False, report=report)
         except ConfigError:
-            # MLX wants memory of its own here: they are read once, into the pool.
+            # MLX cannot compute on mapped pages here: read every expert into the pool.
             pass
         else:
             notice(f"experts mapped: {_decision(store)}")
             return experts
     if memory is not None and (most := within_working_set(memory)) < memory:
         notice(
-            f"experts take {decimal(most)} of {decimal(memory)}: that is the working "
-            "set which this device recommends"
+            f"experts take {decimal(most)} of {decimal(memory)}: this device "
+            "recommends no larger working set"
         )
     streamer = stream()
     if io == "auto":
@@ -98,10 +98,9 @@ def open_experts(
 
 
 def all_fit(store: ExpertStore, memory: int | None) -> bool:
-    """Tell whether slots for all experts fit into ``memory`` and the machine's share.
+    """Return whether an ``ExpertStreamer`` with ``memory`` would hold every expert.
 
-    These are the slots that an ``ExpertStreamer`` would read them all into, and the
-    share is what it takes where no ``memory`` is given.
+    The bound is the smaller of ``memory`` and the default budget (``most_bytes``).
     """
     layouts = [store.layout(layer) for layer in store.layers]
     counts = [store.count(layer) for layer in store.layers]
@@ -111,10 +110,10 @@ def all_fit(store: ExpertStore, memory: int | None) -> bool:
 def slots_fit(
     layouts: Sequence[ExpertLayout], counts: Sequence[int], memory: int | None = None
 ) -> bool:
-    """Do as ``all_fit`` for layers of so many experts of these layouts."""
+    """Return ``all_fit`` for layers with these record layouts and expert counts."""
     most = most_bytes()
-    asked = most if memory is None else memory
-    return full_bytes(counts, pool_stride(layouts)) <= min(asked, most)
+    budget = most if memory is None else min(memory, most)
+    return full_bytes(counts, pool_stride(layouts)) <= budget
 
 
 def all_bytes(store: ExpertStore) -> int:

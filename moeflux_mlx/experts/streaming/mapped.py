@@ -1,4 +1,4 @@
-"""All experts of a pack in place: its files mapped into memory, nothing copied."""
+"""All experts of a pack, in files that are mapped into memory and never copied."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from ..weights import MLX_DTYPES, ExpertWeights
 
 
 class MappedExperts(Uncopied):
-    """Does as an ``ExpertStreamer`` that holds every expert, without a pool.
+    """Serve every expert as an ``ExpertStreamer`` does, but without a pool.
 
-    The pages are the page cache's: other processes share them, and the system may drop
-    them and read them again. Every record is read and checked once before, so that a
-    disk that fails is an error then and the first token finds its experts in memory.
+    The memory is the system's page cache: processes share its pages, and the system may
+    drop them and read them again. The constructor reads and checks every record, so a
+    failing disk is an error on opening, and the first token waits for no read.
     """
 
     resident = True
@@ -39,13 +39,13 @@ class MappedExperts(Uncopied):
     def __init__(
         self, store: PackedExperts, *, on_host: bool, report: Report | None = None
     ):
-        """Check and map every expert file; the store stays the caller's to close.
+        """Check and map every expert file; the caller closes the store.
 
         Args:
             store: the open pack.
-            on_host: make NumPy arrays, for references that run on the host; else MLX's
-                over the same memory.
-            report: hears how far reading has come.
+            on_host: make NumPy arrays, which host references take, instead of MLX
+                arrays over the same memory.
+            report: receives the progress of reading.
 
         Raises:
             ConfigError: MLX cannot use mapped memory here.
@@ -64,14 +64,14 @@ class MappedExperts(Uncopied):
 
     @property
     def held(self) -> list[tuple[int, int]]:
-        """The experts in memory, as ``(layer, expert)``: all there are."""
+        """The experts in memory as ``(layer, expert)``: all of them."""
         return self.experts
 
     def preload(self, experts: Collection[tuple[int, int]]) -> None:
-        """Do nothing: they are there."""
+        """Do nothing: every expert is in memory."""
 
     def source(self, layer: int) -> PreloadedExperts:
-        """Return one layer's experts as its MoE Op reads them.
+        """Return one layer's experts.
 
         Raises:
             ConfigError: the layer has no routed experts.
@@ -93,7 +93,7 @@ class MappedExperts(Uncopied):
         """Do nothing: no slot is ever overwritten."""
 
     def close(self) -> None:
-        """Let go of the files; they stay mapped while arrays of theirs are in use."""
+        """Drop the maps; a file stays mapped as long as an array uses its memory."""
         self._weights.clear()
 
     def __enter__(self) -> MappedExperts:
@@ -129,49 +129,49 @@ class MappedExperts(Uncopied):
                 if report is not None:
                     report("reading experts", n_done, n_all)
         finally:
-            # After an error or Ctrl-C nobody waits for reads that have not begun.
+            # After an error or Ctrl-C, do not wait for reads that have not begun.
             threads.shutdown(cancel_futures=True)
 
 
-def host_weights(rows: np.ndarray, layout: ExpertLayout) -> ExpertWeights:
+def host_weights(records: np.ndarray, layout: ExpertLayout) -> ExpertWeights:
     """Return records, uint8 ``[n, stride]``, as NumPy tensors ``[n, O, I]``."""
     tensors = {}
     for spec in layout.tensors:
-        part = rows[:, spec.offset : spec.offset + spec.n_bytes]
-        shape = (len(rows), *spec.shape)
-        values = part.view(_host_type(spec.dtype)).reshape(shape)
+        columns = records[:, spec.offset : spec.offset + spec.n_bytes]
+        shape = (len(records), *spec.shape)
+        values = columns.view(_host_type(spec.dtype)).reshape(shape)
         tensors[spec.projection, spec.part] = values
     return weights_of(layout, tensors)
 
 
-def device_weights(rows: np.ndarray, layout: ExpertLayout) -> ExpertWeights:
+def device_weights(records: np.ndarray, layout: ExpertLayout) -> ExpertWeights:
     """Return records, uint8 ``[n, stride]``, as MLX tensors ``[n, O, I]``.
 
     Raises:
-        ConfigError: MLX would have to copy: it takes other memory on Metal only. Or it
-            would refuse a buffer of that length.
+        ConfigError: MLX would copy (only Metal computes on memory that MLX did not
+            allocate), or the buffer is longer than the device allows.
     """
     limits = device.gpu_limits()
-    if limits is not None and rows.nbytes > limits.buffer_bytes:
+    if limits is not None and records.nbytes > limits.buffer_bytes:
         raise ConfigError(
             f"[expert_io] expected layers of at most {limits.buffer_bytes} bytes, the "
-            f"longest buffer of this device, for 'mmap' but got {rows.nbytes}: use "
+            f"longest buffer of this device, for 'mmap' but got {records.nbytes}: use "
             "'pread'"
         )
     try:
-        array = mx.from_dlpack(rows, copy=False)
+        array = mx.from_dlpack(records, copy=False)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"[expert_io] expected MLX to take mapped memory as it is but got: {error}"
+            f"[expert_io] expected MLX to take mapped memory uncopied but got: {error}"
         ) from error
     return slot_weights(array, layout)
 
 
 def _map(store: PackedExperts, layer: int) -> np.ndarray:
-    """Map the file of one layer's experts: uint8 ``[n_experts, stride]``, read-only."""
+    """Map one layer's expert file, read-only: uint8 ``[n_experts, stride]``."""
     shape = store.count(layer), store.layout(layer).stride
     n_bytes, path = math.prod(shape), store.path(layer)
-    # Beyond a file's end lies a signal that ends the process.
+    # A mapped page beyond the file's end raises SIGBUS, which ends the process.
     found = os.fstat(store.fd(layer)).st_size
     if found < n_bytes:
         raise ExpertStoreError(
@@ -190,7 +190,7 @@ def _map(store: PackedExperts, layer: int) -> np.ndarray:
 def _check_record(
     store: PackedExperts, layer: int, expert: int, buffer: memoryview
 ) -> int:
-    """Hold a record against its checksum; return its bytes."""
+    """Compare a record with its checksum; return its length in bytes."""
     record = buffer[: store.layout(layer).record_bytes]
     offset, expected = store.offset(layer, expert), store.checksum(layer, expert)
     try:
@@ -208,6 +208,6 @@ def _check_record(
 
 
 def _host_type(name: str) -> np.dtype:
-    """Return NumPy's type of a tensor; bfloat16, which it lacks, is uint16."""
+    """Return NumPy's type of a tensor; uint16 for bfloat16, which NumPy lacks."""
     dtype = MLX_DTYPES[name]
     return np.dtype("u2" if dtype == mx.bfloat16 else str(dtype).rpartition(".")[2])

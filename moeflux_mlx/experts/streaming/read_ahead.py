@@ -1,4 +1,4 @@
-"""Whether to read experts before they are asked for: found out by trying both."""
+"""Decide by trial whether to read experts ahead of the router's choice."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from collections.abc import Callable, Sequence
 
 from ...errors import ConfigError
 
-# Tokens timed with reading ahead, and as many without, the two in turns. One turn of
-# each is enough where a way saves this share.
+# A trial times TRIAL_TOKENS with reading ahead and TRIAL_TOKENS without, in alternating
+# turns of TURN_TOKENS. One turn of each decides if the faster one saves CLEAR_SHARE.
 TRIAL_TOKENS = 32
 TURN_TOKENS = 8
 CLEAR_SHARE = 0.2
-# The slowest of this many tokens is ignored.
+# One token in this many, the slowest, is left out of a mean.
 SLOWEST_OF = 8
-# Tokens for which the outcome holds.
+# A decision holds for this many tokens; then the trial is repeated.
 HOLD_TOKENS = 512
-# Least share of a token's time that must be waiting, and that must be saved.
+# Reading ahead must save this share of a token's time. Without it, a token must spend
+# this share on waiting, or there is nothing to save.
 LEAST_SHARE = 0.02
 
 
 def check_read_ahead(choice: str) -> None:
-    """Raise ConfigError unless it says whether to read ahead."""
+    """Raise ConfigError unless ``choice`` is ``auto``, ``on`` or ``off``."""
     if choice not in ("auto", "on", "off"):
         raise ConfigError(
             f"[read_ahead] expected 'auto', 'on' or 'off' but got {choice!r}"
@@ -29,15 +30,15 @@ def check_read_ahead(choice: str) -> None:
 
 
 class ReadAhead:
-    """Says for each token whether to read ahead.
+    """Decide for each token whether to read ahead.
 
     Args:
-        choice: ``on``, ``off``, or ``auto`` for the faster one here.
-        waited: returns the seconds waited for reads so far.
+        choice: ``on``, ``off``, or ``auto``: measure both and use the faster one.
+        waited: returns the total seconds spent waiting for reads.
         clock: returns seconds.
 
     Raises:
-        ConfigError: there is no such choice.
+        ConfigError: ``choice`` is unknown.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class ReadAhead:
         self._waits: list[float] = []
 
     def begin(self) -> bool:
-        """Hear that a token begins; tell whether to read ahead for it."""
+        """Start the timing of a token; return whether to read ahead for it."""
         self._began = self._clock(), self._waited()
         if self._choice != "auto":
             return self._choice == "on"
@@ -70,7 +71,7 @@ class ReadAhead:
         return self._active
 
     def end(self) -> None:
-        """Hear that the token is over."""
+        """End the timing of the token, and decide if enough tokens were timed."""
         if self._choice != "auto":
             return
         if self._left:
@@ -82,14 +83,14 @@ class ReadAhead:
             self._waits.append(self._waited() - self._began[1])
         without, ahead = self._times[False], self._times[True]
         if len(without) == TURN_TOKENS and not ahead:
-            # Nothing to hide: no need to try.
-            if _usual(self._waits) < LEAST_SHARE * _usual(without):
+            # Tokens hardly wait for reads: reading ahead has nothing to save.
+            if _trimmed_mean(self._waits) < LEAST_SHARE * _trimmed_mean(without):
                 self._decide(False)
         elif len(without) == len(ahead):
-            self._compare(_usual(without), _usual(ahead))
+            self._compare(_trimmed_mean(without), _trimmed_mean(ahead))
 
     def _compare(self, without: float, ahead: float) -> None:
-        """Decide after as many tokens of each, unless the two are too alike yet."""
+        """Decide if one way is clearly faster, or if the trial is over."""
         is_clear = min(without, ahead) < (1 - CLEAR_SHARE) * max(without, ahead)
         if is_clear or len(self._times[True]) == TRIAL_TOKENS:
             self._decide(ahead < (1 - LEAST_SHARE) * without)
@@ -99,11 +100,11 @@ class ReadAhead:
         self._forget()
 
 
-def _usual(times: Sequence[float]) -> float:
-    """Return the mean of all but the slowest tokens.
+def _trimmed_mean(times: Sequence[float]) -> float:
+    """Return the mean without the slowest tokens.
 
-    A first token may take seconds, in which kernels are compiled. But a median would
-    leave out every token that waits for the disk where most find the page cache filled.
+    The first token may take seconds, because it compiles kernels. But a median would
+    ignore all reads from the disk if most tokens find their experts in the page cache.
     """
     n = len(times) - len(times) // SLOWEST_OF
     return sum(sorted(times)[:n]) / n

@@ -1,8 +1,8 @@
-"""Run the same tokens through stock mlx-lm and moeflux-mlx, and compare.
+"""Run the same tokens through stock mlx-lm and moeflux-mlx, and compare the results.
 
-Each side runs in a process of its own, so that its speed and peak memory are its own.
-They meet in temporary files: an .npz of tokens and figures, and float32 logits that
-are compared a few rows at a time.
+Each side runs in a process of its own, so that speed and peak memory are measured
+separately. The processes write temporary files: an .npz of tokens and figures, and
+float32 logits, which are compared a few rows at a time.
 
 Imports: errors, experts, experts.files, loading, memory, opening, system.
 """
@@ -44,18 +44,19 @@ from .metrics import (
 from .process import Side, run_job
 from .reference import load_stock, stacked_experts
 
-# Relative RMS of logits. In bfloat16 one rounding is 2e-3 and a model makes hundreds.
+# Relative RMS errors of logits. One rounding to bfloat16 is 2e-3, and a model rounds
+# hundreds of times.
 TOLERANCES = {"float32": 1e-4, "model": 5e-2}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything ``compare`` found; within tolerance when the relative RMS error is.
+    """The result of ``compare``.
 
-    ``options`` are those of ``load`` for our side that were given. ``layer_errors`` are
-    relative RMS errors of each layer's output, on the first tokens of the prompt;
-    None where the two sides have not the same layers. Two comparisons of the same
-    ``bits`` have the same logits of ours at every position, to the bit.
+    ``options`` are the given options of ``load`` for our side. ``layer_errors`` has the
+    relative RMS error of each layer's output for the first tokens of the prompt; None
+    if the two sides have different layers. ``bits`` is a hash of our logits: if it is
+    equal in two comparisons, all our logits are equal bit by bit.
     """
 
     model: str
@@ -71,16 +72,16 @@ class Comparison:
     options: dict[str, Any]
     layer_errors: list[float] | None
     bits: str
-    # Where our class follows transformers and mlx-lm's does not.
+    # The feature in which our class follows transformers and mlx-lm's does not.
     departs: str | None = None
 
     @property
     def within_tolerance(self) -> bool:
-        """False also when an error is not a number."""
+        """Whether the relative RMS error is within the tolerance; False for NaN."""
         return self.logits.relative_rms_error <= self.tolerance
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values; a number that is not finite becomes None."""
+        """Return plain JSON values; infinite numbers and NaN become None."""
         fields = asdict(self)
         fields["tokens"]["share"] = self.tokens.share
         return _finite({**fields, "within_tolerance": self.within_tolerance})
@@ -106,23 +107,23 @@ def compare(
 ) -> Comparison:
     """Compare moeflux-mlx with stock mlx-lm; each side runs in its own process.
 
-    Needs ``8 * vocabulary * (prompt + max_tokens)`` bytes of temporary disk space.
+    This needs ``8 * vocabulary * (prompt + max_tokens)`` bytes of temporary disk space.
 
     Args:
         model: plain or packed model, a directory or a hub id.
         prompt: text to continue greedily, past any end-of-text token.
-        max_tokens: length of the continuation.
-        text: measures the perplexity of both sides.
-        against: model that stock loads, by default ``model``; stock's experts are
-            stacked in memory again when it is packed.
-        dtype: ``float32`` casts both sides; ``model`` leaves each its own type.
-        tolerance: largest relative RMS error, by default that of ``TOLERANCES``.
+        max_tokens: length of the continuation in tokens.
+        text: text for both sides' perplexity; None: do not measure it.
+        against: the model that stock loads, by default ``model``; the experts of a pack
+            are stacked in memory again.
+        dtype: ``float32`` casts both sides; ``model`` keeps each model's type.
+        tolerance: largest relative RMS error; default: ``TOLERANCES[dtype]``.
         memory, expert_memory, scope, policy, read_ahead, expert_io, executor, native:
             as for ``load``.
 
     Raises:
-        ConfigError: an argument is not usable.
-        ModelError: a model cannot be loaded, or the two do not belong together.
+        ConfigError: an argument has no usable value.
+        ModelError: a model cannot be loaded, or the two have different vocabularies.
         ExpertStoreError: a pack is damaged, or ``memory`` is too small.
     """
     options = {
@@ -162,7 +163,8 @@ def compare_each(
     """Yield a comparison for each way to load our side; stock runs once.
 
     Args:
-        ways: options of ``load``; the other arguments are those of ``compare``.
+        ways: options of ``load`` for each comparison.
+        model, prompt, max_tokens, text, against, dtype, tolerance: as for ``compare``.
 
     Raises:
         ConfigError, ModelError, ExpertStoreError: as ``compare``.
@@ -213,7 +215,8 @@ def _finite(value: Any) -> Any:
 def _check_arguments(dtype: str, max_tokens: int) -> None:
     if dtype not in TOLERANCES:
         raise ConfigError(
-            f"[compare] dtype expected one of {list(TOLERANCES)} but got {dtype!r}"
+            f"[compare] expected dtype to be one of {list(TOLERANCES)} but got "
+            f"{dtype!r}"
         )
     if max_tokens < 1:
         raise ConfigError(
@@ -225,7 +228,8 @@ def _encode(tokenizer: Any, text: str, n_least: int, name: str) -> list[int]:
     tokens = list(tokenizer.encode(text))
     if len(tokens) < n_least:
         raise ConfigError(
-            f"[compare] {name} expected at least {n_least} tokens but got {len(tokens)}"
+            f"[compare] expected a {name} of at least {n_least} tokens but got "
+            f"{len(tokens)}"
         )
     return tokens
 

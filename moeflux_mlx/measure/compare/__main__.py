@@ -1,4 +1,4 @@
-"""Do one side's job, which ``process.run_job`` wrote to a file."""
+"""Run one side's job, which ``process.run_job`` wrote to a file."""
 
 import sys
 from pathlib import Path

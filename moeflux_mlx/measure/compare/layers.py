@@ -1,4 +1,4 @@
-"""Outputs of each decoder layer of a model, of whatever class it is."""
+"""The outputs of each decoder layer of a model of any class."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-# Rows of so many tokens stay below 120 MB with 61 layers of width 7168.
+# The outputs for this many tokens stay below 120 MB, with 61 layers of width 7168.
 LAYER_TOKENS = 64
 
 
 def layer_rows(model: Any, tokens: Sequence[int]) -> list[np.ndarray]:
-    """Return float32 rows ``[N, D]`` that leave each layer, of a prompt's first tokens.
+    """Return each layer's output, float32 ``[N, D]``, for a prompt's first tokens.
 
-    The list is empty where a layer is not called once for each part of the prompt.
+    The list is empty if the layers are not all called equally often.
     """
-    # Layers of our classes are graphs beside the modules that hold their weights.
+    # In our classes the layers are graphs, apart from the modules with the weights.
     engine = getattr(model, "engine", None)
     layers = getattr(model, "layers", []) if engine is None else engine.graph_layers()
     cache = make_prompt_cache(model)
@@ -33,7 +33,7 @@ def layer_rows(model: Any, tokens: Sequence[int]) -> list[np.ndarray]:
 
 @contextlib.contextmanager
 def _recorded(layers: Sequence[Any]) -> Iterator[list[list[np.ndarray]]]:
-    """Keep each layer's output while inside."""
+    """Record each layer's outputs inside the ``with`` block."""
     kinds = [type(layer) for layer in layers]
     found: list[list[np.ndarray]] = [[] for _ in layers]
     try:
@@ -48,11 +48,11 @@ def _recorded(layers: Sequence[Any]) -> Iterator[list[list[np.ndarray]]]:
 def _recording(kind: type, rows: list[np.ndarray]) -> type:
     def call(layer: Any, *args: Any, **options: Any) -> Any:
         out = kind.__call__(layer, *args, **options)  # type: ignore[operator]
-        # Some layers of mlx-lm's hand more on than rows; the rows come first.
+        # Some of mlx-lm's layers return a tuple, with the hidden states first.
         given = out[0] if isinstance(out, tuple | list) else out
         if isinstance(given, mx.array):
             given = given.astype(mx.float32)
-        # A copy, made now: a lazy array reads experts that give way.
+        # Copy now: a lazy array would read slots that may be overwritten.
         rows.append(np.array(given, np.float32).reshape(-1, given.shape[-1]))
         return out
 
@@ -62,7 +62,7 @@ def _recording(kind: type, rows: list[np.ndarray]) -> type:
 def layer_errors(stock: Path, ours: Path) -> list[float] | None:
     """Return the relative RMS error of each layer's output, from two files.
 
-    It is None where the sides have not the same layers, or one of them has none.
+    The result is None if the sides have different layers, or none.
     """
     with np.load(stock) as theirs, np.load(ours) as own:
         if not theirs.files or theirs.files != own.files:

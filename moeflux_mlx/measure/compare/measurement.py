@@ -1,4 +1,4 @@
-"""The measurements of one process: speed, memory, logits and perplexity of one side."""
+"""The measurements of one side: speed, memory, logits and perplexity."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ...loading import load
 from .layers import layer_rows
 from .reference import load_stock
 
-# Logits of one piece stay below 130 MB even with a vocabulary of 248 thousand.
+# The logits of one piece stay below 130 MB, with a vocabulary of 248,000.
 PIECE_TOKENS = 128
-# Perplexity starts afresh after as many tokens, as mlx_lm.perplexity does.
+# Perplexity is scored in separate windows of this many tokens, as in mlx_lm.perplexity.
 WINDOW_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Job:
-    """One side's job; ``forced`` are stock's tokens, for the other side."""
+    """One side's job; ``forced`` are stock's tokens, which our side must follow."""
 
     side: str
     path: str
@@ -42,9 +42,10 @@ class Job:
 
 
 def measure(job: Job, path: Path) -> None:
-    """Load and run one side, writing ``path`` as .npz, .logits and .layers.npz."""
+    """Load and run one side; write ``path`` as .npz, .logits and .layers.npz."""
     model = _load(job)
-    greedy(model, job.prompt[:1], 2)  # one-time costs are not speed
+    # Warm up: one-time costs are not part of the speed.
+    greedy(model, job.prompt[:1], 2)
     streamer = getattr(model, "streamer", None)
     if streamer is not None:
         streamer.stats.reset()
@@ -81,7 +82,7 @@ def _load(job: Job) -> nn.Module:
 
 
 def _cast(model: nn.Module) -> None:
-    """Make a model's own parameters float32; experts that are read stay as they are."""
+    """Cast a model's parameters to float32; streamed experts keep their type."""
     cast = [
         (name, array.astype(mx.float32))
         for name, array in dict(tree_flatten(model.parameters())).items()
@@ -93,9 +94,9 @@ def _cast(model: nn.Module) -> None:
 def greedy(
     model: nn.Module, prompt: Sequence[int], max_tokens: int
 ) -> tuple[list[int], float, float]:
-    """Return ``(tokens, prompt tokens/s, generated tokens/s)``, not stopping at an end.
+    """Return ``(tokens, prompt tokens/s, generated tokens/s)``; ignore end tokens.
 
-    The first token belongs to the prompt's time; alone, generation has speed 0.
+    The first token counts to the prompt's time, so a single token has speed 0.
     """
     tokens, times = [], [time.perf_counter()]
     for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=max_tokens):
@@ -109,7 +110,7 @@ def greedy(
 def _force(
     model: nn.Module, prompt: list[int], continuation: list[int], file: BinaryIO
 ) -> int:
-    """Write the logits of every position as generation computes them; return V."""
+    """Write the logits of every position, computed as in generation; return V."""
     pieces = [prompt[i : i + PIECE_TOKENS] for i in range(0, len(prompt), PIECE_TOKENS)]
     pieces += [[token] for token in continuation[:-1]]
     for logits in _logits(model, pieces):
@@ -129,7 +130,7 @@ def _logits(model: nn.Module, pieces: list[list[int]]) -> Iterator[mx.array]:
 def perplexity(model: nn.Module, tokens: Sequence[int]) -> float:
     """Return exp of the mean negative log-likelihood of ``tokens``.
 
-    Windows of ``WINDOW_TOKENS`` are scored on their own, without their first token.
+    Windows of ``WINDOW_TOKENS`` are scored separately, without their first token.
     """
     total, n_scored = 0.0, 0
     for start in range(0, len(tokens) - 1, WINDOW_TOKENS):
@@ -152,9 +153,9 @@ def log_likelihood(model: nn.Module, tokens: list[int]) -> float:
 
 
 def peak_process_bytes() -> int:
-    """Return the most memory this process has had resident."""
+    """Return the process's peak resident memory in bytes."""
     try:
-        # Unlike ru_maxrss, it does not start at the size of the parent process.
+        # Prefer this to ru_maxrss, which starts at the parent process's size.
         status = Path("/proc/self/status").read_text()
         return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024  # type: ignore[index]
     except (OSError, TypeError):

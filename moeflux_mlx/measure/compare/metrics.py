@@ -1,4 +1,4 @@
-"""How far tokens and logits of the two sides are apart."""
+"""The differences between the two sides' tokens and logits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first token, counted from 0, in which two continuations differ."""
+    """The first position, counted from 0, at which two continuations differ."""
 
     position: int
     stock: Token
@@ -31,10 +31,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class TokenAgreement:
-    """How many of ``n_tokens`` greedy tokens are equal at their position.
-
-    ``stock`` and ``ours`` are the two continuations.
-    """
+    """The equal tokens of two greedy continuations, ``stock`` and ``ours``."""
 
     n_tokens: int
     n_equal: int
@@ -44,15 +41,15 @@ class TokenAgreement:
 
     @property
     def share(self) -> float:
-        """Equal tokens of all."""
+        """Share of equal tokens."""
         return self.n_equal / self.n_tokens
 
 
 @dataclass(frozen=True)
 class LogitErrors:
-    """Our logits against stock's, both sides forced through stock's tokens.
+    """The errors of our logits against stock's, both for stock's tokens.
 
-    ``kl_mean`` and ``kl_max`` are KL(stock || ours) of a position in nats;
+    ``kl_mean`` and ``kl_max`` are KL(stock || ours) per position in nats.
     ``relative_rms_error`` is relative to the RMS of stock's logits. ``kl`` and
     ``equal_top1`` have a value for each position.
     """
@@ -70,7 +67,7 @@ class LogitErrors:
 
 
 def agreement(stock: list[int], ours: list[int], tokenizer: Any) -> TokenAgreement:
-    """Count equal tokens of two continuations and find the first that is not."""
+    """Count the equal tokens of two continuations, and find the first difference."""
     theirs, own = (
         [Token(t, tokenizer.decode([t])) for t in side] for side in (stock, ours)
     )
@@ -82,15 +79,15 @@ def agreement(stock: list[int], ours: list[int], tokenizer: Any) -> TokenAgreeme
 
 
 def logit_errors(stock: np.ndarray, ours: np.ndarray) -> LogitErrors:
-    """Compare logits ``[T, V]`` of two sides, float32, a few rows at a time.
+    """Compare float32 logits ``[T, V]`` of two sides, a few rows at a time.
 
     Raises:
-        ModelError: the shapes differ, so the vocabularies do.
+        ModelError: the vocabularies differ.
     """
     if stock.shape != ours.shape:
         raise ModelError(
-            f"[compare] expected logits {list(stock.shape)} as of stock mlx-lm but got "
-            f"{list(ours.shape)}: the models do not have the same vocabulary"
+            f"[compare] expected logits {list(stock.shape)} as from stock mlx-lm but "
+            f"got {list(ours.shape)}: compare models with the same vocabulary"
         )
     n_rows = max(1, COMPARED_VALUES // stock.shape[1])
     pieces = [
@@ -115,7 +112,10 @@ def logit_errors(stock: np.ndarray, ours: np.ndarray) -> LogitErrors:
 
 
 def _piece_errors(stock: np.ndarray, ours: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Return KL, top-1 equality, largest error, sums of squares, all ``[T]``."""
+    """Return KL, top-1 equality, largest error, squared error and squared reference.
+
+    Each is ``[T]``.
+    """
     p, q = stock.astype(np.float64), ours.astype(np.float64)
     log_p, log_q = _log_softmax(p), _log_softmax(q)
     return (

@@ -1,4 +1,4 @@
-"""Each side in a process of its own: start it, do its job there, read the results."""
+"""Run each side in a process of its own: start it, do its job, read its results."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ FAILED = 2
 
 @dataclass(frozen=True)
 class Side:
-    """One side's cost, and its perplexity on the text if there was one.
+    """One side's speed and memory, and its perplexity if there was a text.
 
-    ``prompt_tps`` and ``generation_tps`` are tokens per second. The peaks were reached
-    while loading and generating: ``peak_process_bytes`` of the whole process,
-    ``peak_mlx_bytes`` of what MLX allocated, which is not all on a CPU. ``executor``
-    ran the graphs of a class of ours; None: mlx-lm's class ran.
+    ``prompt_tps`` and ``generation_tps`` are tokens per second. The peaks cover loading
+    and generating: ``peak_process_bytes`` of the process, ``peak_mlx_bytes`` of MLX's
+    allocations, which on a CPU are only a part. ``executor`` is the one that ran our
+    class; None: mlx-lm's class ran.
     """
 
     prompt_tps: float
@@ -46,9 +46,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Measured:
-    """A job's results: stock's or our figures, tokens and logits ``[T, V]``.
+    """A job's results: figures, tokens, and logits ``[T, V]``.
 
-    ``layers`` is a file of each layer's output.
+    ``layers`` is the file of the layers' outputs.
     """
 
     side: Side
@@ -58,7 +58,7 @@ class Measured:
 
 
 def run_job(job: Job, directory: Path) -> Measured:
-    """Do a job in a process of its own and read its results."""
+    """Run a job in a process of its own and read its results."""
     path = directory / f"{job.side}.json"
     path.write_text(json.dumps(asdict(job)))
     done = run_module("moeflux_mlx.measure.compare", str(path))
@@ -84,7 +84,7 @@ def _failure(job: Job, done: subprocess.CompletedProcess[str]) -> MoefluxError:
 
 
 def work(path: Path) -> int:
-    """Do the job described in a file; the results get its name."""
+    """Run the job in a file; write the results to files of the same name."""
     job = Job(**json.loads(path.read_text()))
     try:
         measure(job, path)

@@ -1,4 +1,4 @@
-"""Stock mlx-lm's side: its own classes, a pack's experts stacked again."""
+"""Stock mlx-lm's side: its own classes, with a pack's experts stacked again."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from ...system.files import spelled_plainly
 
 
 def load_stock(path: str | Path) -> nn.Module:
-    """Load mlx-lm's own class, everything in memory, also from a packed directory.
+    """Load mlx-lm's own class with all weights in memory, also from a pack.
 
     Raises:
-        ModelError: mlx-lm cannot load it.
+        ModelError: mlx-lm cannot load the model.
         ExpertStoreError: the pack is damaged.
     """
     path = Path(path)
@@ -50,7 +50,7 @@ def load_stock(path: str | Path) -> nn.Module:
 
 
 def stacked_experts(store: PackedExperts, layer: int) -> Iterator[tuple[str, mx.array]]:
-    """Yield one layer's tensors as mlx-lm stores them, ``[E, ...]``, by name."""
+    """Yield one layer's tensors by name in mlx-lm's form, ``[E, ...]``."""
     layout = store.layout(layer)
     shape = (store.count(layer), layout.stride)
     records = np.memmap(store.path(layer), np.uint8, "r", shape=shape)

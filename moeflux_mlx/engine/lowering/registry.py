@@ -1,4 +1,4 @@
-"""Which kernels an Op may run as, which it does, and who decides."""
+"""The registry of ways to run each Op and of fusions, and the choice among them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ... import config
 from ...errors import ConfigError
-from ..graph.lower import Kernel, Together
+from ..graph.lower import FusedCall, Kernel
 from ..graph.op import REGISTRY, Op
 from ..launch import Launch
 from .tuned import ONE_BY_ONE, tuned
@@ -21,10 +21,10 @@ Run = Callable[[Launch], tuple[mx.array, ...]]
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run an Op: launches over its values, where ``fits`` allows.
+    """A way to run the Ops for which ``fits`` is true: launches over their values.
 
-    ``call(op, run, *values)`` takes the values that the Op's reference takes and
-    returns the same. ``kernels`` names every kernel that it may launch.
+    ``call(op, run, *values)`` takes and returns the same values as the Op's reference.
+    ``kernels`` names every kernel that it may launch.
     """
 
     name: str
@@ -33,15 +33,15 @@ class Way:
     kernels: tuple[str, ...] = ()
 
 
-# MLX's own operations: every Op's last way.
+# The last way of every Op: its reference on MLX's own operations.
 MLX = "mlx"
-TABLE: dict[type[Op], tuple[Way, ...]] = {}
-# Tells of a kernel, by its name, whether it may be launched.
+WAYS: dict[type[Op], tuple[Way, ...]] = {}
+# Returns whether the kernel of a name may be launched.
 Usable = Callable[[str], bool]
 
 
 def any_kernel(_name: str) -> bool:
-    """Let every kernel be launched."""
+    """Allow every kernel."""
     return True
 
 
@@ -59,26 +59,26 @@ def way(
 
     Args:
         op_type: the Op.
-        name: of the way: that of its kernel, or of its first one.
-        fits: whether an Op of this type can go this way.
-        kernels: all that it may launch, if not just the one of its name.
+        name: the name of the way, which is that of its first kernel.
+        fits: returns whether an Op of this type can run this way.
+        kernels: all kernels that it may launch; default: the one of its name.
     """
     launched = (name,) if kernels is None else kernels
 
     def add(call: Callable[..., Any]) -> Callable[..., Any]:
-        TABLE[op_type] = (*TABLE.get(op_type, ()), Way(name, fits, call, launched))
+        WAYS[op_type] = (*WAYS.get(op_type, ()), Way(name, fits, call, launched))
         return call
 
     return add
 
 
 def ways(op: Op) -> tuple[Way, ...]:
-    """Return the ways open to an Op, the preferred one first, MLX's own last."""
+    """Return the ways that fit an Op, the preferred one first and MLX's own last."""
     last = Way(MLX, _always, lambda op, _run, *values: op.reference(*values))
-    return (*(w for w in TABLE[type(op)] if w.fits(op)), last)
+    return (*(w for w in WAYS[type(op)] if w.fits(op)), last)
 
 
-# Values of a row so short that tensor cores do not pay for staging an input.
+# The longest row for which tensor cores do not repay the staging of an input.
 SHORT_ROW = 512
 
 
@@ -92,20 +92,20 @@ def _has_long_rows(op: Any) -> bool:
 
 @dataclass(frozen=True)
 class Preferred:
-    """The name of a way, and the Ops that it is preferred for."""
+    """The name of a way, and the Ops for which it is preferred."""
 
     name: str
     fits: Callable[[Any], bool] = lambda op: True
 
 
-# Ways that go before the table's order on an executor: on CUDA as measured there, on
-# Metal those that need no measurement, until `moeflux tune` has made some.
+# Ways that an executor tries before the order of ``WAYS``. Those of CUDA were measured;
+# those of Metal follow from its design, until `moeflux tune` measures there.
 PREFERRED: Mapping[str, Mapping[str, tuple[Preferred, ...]]] = {
     "metal": {
-        # One token goes by rows. For several MLX has matrix units that our tiles have
-        # not, and knows which Macs have better ones.
+        # One token uses our kernels by rows. For more, MLX uses matrix units that our
+        # tiles do not, and knows which Macs have better ones.
         "MatvecNTokens": (
-            # Without the 16 KiB that v3 reserves more threadgroups fit on a core.
+            # v3 reserves 16 KiB, so that fewer threadgroups fit on a core.
             Preferred("dequant_matvec_4bit_v4", _has_long_rows),
             Preferred("dequant_matvec_4bit_v3"),
             Preferred("dequant_matvec_2bit"),
@@ -119,8 +119,8 @@ PREFERRED: Mapping[str, Mapping[str, tuple[Preferred, ...]]] = {
         ),
     },
     "cuda": {
-        # MLX's own products of many tokens use tensor cores; its dense one is several
-        # times as fast as its quantised one.
+        # For many tokens MLX's products use tensor cores, and its dense product is
+        # several times as fast as its quantised one.
         "MatvecNTokens": (
             Preferred("dequant_matvec_4bit_fast", _has_short_rows),
             Preferred("dequant_matvec_4bit_v4"),
@@ -128,7 +128,7 @@ PREFERRED: Mapping[str, Mapping[str, tuple[Preferred, ...]]] = {
             Preferred("mlx_dequantize"),
             Preferred(MLX),
         ),
-        # MLX's attention of many tokens uses tensor cores and ours does not.
+        # For many tokens MLX's attention uses tensor cores, which ours does not.
         "SdpaCausalTiled": (
             Preferred("sdpa_decode_parts"),
             Preferred("sdpa_decode"),
@@ -140,20 +140,20 @@ PREFERRED: Mapping[str, Mapping[str, tuple[Preferred, ...]]] = {
 
 
 def choose(op: Op, executor: str = "", usable: Usable = any_kernel) -> Way:
-    """Return the way an Op goes on an executor.
+    """Return the way to run an Op on an executor.
 
-    That is the environment's choice, or what was found fastest on this device, or what
-    is preferred on the executor, or the table's first. A way that does not fit this
-    Op's shape is passed over, and so is one with a kernel that is not usable, unless
-    the environment asks for it.
+    The environment's choice comes first, then the fastest way found on this device, the
+    way preferred on the executor, and the first of ``WAYS``. Ways that do not fit the
+    Op are skipped, and so are ways with a kernel that is not usable, unless the
+    environment requests them.
 
     Raises:
         ConfigError: the environment names an Op or a way that does not exist.
     """
     by_name = {way.name: way for way in ways(op)}
-    asked = asked_ways().get(op.variant_name)
-    if asked in by_name:
-        return by_name[asked]
+    requested = requested_ways().get(op.variant_name)
+    if requested in by_name:
+        return by_name[requested]
     winner = by_name.get(tuned(op.variant_name, [op], executor) or "")
     if winner is not None and all(map(usable, winner.kernels)):
         return winner
@@ -161,10 +161,10 @@ def choose(op: Op, executor: str = "", usable: Usable = any_kernel) -> Way:
 
 
 def default_way(op: Op, executor: str = "", usable: Usable = any_kernel) -> Way:
-    """Return the way an Op goes on an executor where nobody chose and nothing is tuned.
+    """Return the way to run an Op without a request and without tuning.
 
-    That is a way preferred there, or the table's first that fits, of the ways whose
-    kernels are usable.
+    It is the first way with usable kernels: of those preferred on the executor, then of
+    ``WAYS``.
     """
     by_name = {way.name: way for way in ways(op) if all(map(usable, way.kernels))}
     entries = PREFERRED.get(executor, {}).get(op.variant_name, ())
@@ -172,8 +172,8 @@ def default_way(op: Op, executor: str = "", usable: Usable = any_kernel) -> Way:
     return next(by_name[name] for name in (*preferred, *by_name) if name in by_name)
 
 
-def asked_ways() -> dict[str, str]:
-    """Return the ways that the environment asks for by Op name.
+def requested_ways() -> dict[str, str]:
+    """Return the ways that the environment requests, by the name of the Op.
 
     Raises:
         ConfigError: there is no such Op or way.
@@ -182,7 +182,7 @@ def asked_ways() -> dict[str, str]:
     for op, name in wanted.items():
         if op not in REGISTRY:
             raise ConfigError(f"[MOEFLUX_LOWERING] expected an Op but got {op!r}")
-        names = [w.name for w in TABLE[REGISTRY[op]]] + [MLX]
+        names = [w.name for w in WAYS[REGISTRY[op]]] + [MLX]
         if name not in names:
             raise ConfigError(
                 f"[MOEFLUX_LOWERING] {op}: expected one of {', '.join(names)} but got "
@@ -195,15 +195,17 @@ Values = Mapping[Any, Any]
 
 
 @dataclass(frozen=True)
-class Group:
-    """Consecutive Ops that launches perform together, for less than one by one.
+class Fusion:
+    """Consecutive Ops that cost less in common launches than one by one.
 
-    ``types`` are those of the Ops, of which the last may come again; ``takes(ops)``
-    tells how many of the Ops ahead it performs, 0 for none;
-    ``call(ops, run, values)`` takes what their buffers and weights hold by ``BufId``
-    and name and returns by ``BufId`` what it wrote of buffers read later. Whether it
-    ``takes_parts`` of rows as they are; ``joint``: matrices come as those that hold
-    them. ``kernels`` names every kernel that it may launch.
+    ``types`` are the types of its first Ops; the last type may repeat. ``takes(ops)``
+    returns how many of the given Ops it performs, 0 for none.
+    ``call(ops, run, values)`` takes the values of their buffers, by ``BufId``, and
+    weights, by name. It returns, by ``BufId``, the values written that later Ops read.
+
+    ``takes_parts``: it takes ``RowPart`` values as they are. ``joint``: it takes joint
+    matrices in place of the matrices in them. ``kernels`` names every kernel that it
+    may launch.
     """
 
     name: str
@@ -215,7 +217,7 @@ class Group:
     kernels: tuple[str, ...]
 
     def weights(self, ops: Sequence[Op]) -> tuple[str, ...]:
-        """Return the names of the layer's weights that it reads."""
+        """Return the names of the weights that it reads."""
         refs = (ref for op in ops for ref in op.weight_refs)
         names = (
             ref.joint.name if self.joint and ref.joint else ref.name for ref in refs
@@ -223,10 +225,10 @@ class Group:
         return tuple(dict.fromkeys(names))
 
 
-GROUPS: list[Group] = []
+FUSIONS: list[Fusion] = []
 
 
-def group(
+def fusion(
     name: str,
     types: tuple[type[Op], ...],
     takes: Callable[[Sequence[Op]], int],
@@ -235,57 +237,56 @@ def group(
     joint: bool = False,
     kernels: tuple[str, ...] | None = None,
 ) -> Callable[[Callable[..., Values]], Callable[..., Values]]:
-    """Add the decorated function as a group, named after its kernel.
+    """Add the decorated function as a fusion, named after its kernel.
 
     Args:
-        kernels: all that it may launch, if not just the one of its name.
+        kernels: all kernels that it may launch; default: the one of its name.
     """
     launched = (name,) if kernels is None else kernels
 
     def add(call: Callable[..., Values]) -> Callable[..., Values]:
-        GROUPS.append(Group(name, types, takes, call, takes_parts, joint, launched))
-        # Where several fit, that of most Ops.
-        GROUPS.sort(key=lambda each: -len(each.types))
+        FUSIONS.append(Fusion(name, types, takes, call, takes_parts, joint, launched))
+        # Where several fit, the one of most Ops is tried first.
+        FUSIONS.sort(key=lambda each: -len(each.types))
         return call
 
     return add
 
 
 def launched_by(kernel: str) -> list[str]:
-    """Return the names of the Ops, and groups of them, that may launch a kernel."""
+    """Return the names of the Ops and fusions that may launch a kernel."""
     by_ops = {
         op.__name__
-        for op, ways in TABLE.items()
+        for op, ways in WAYS.items()
         if any(kernel in way.kernels for way in ways)
     }
-    return sorted(by_ops) + [each.name for each in GROUPS if kernel in each.kernels]
+    return sorted(by_ops) + [each.name for each in FUSIONS if kernel in each.kernels]
 
 
 def fused(
     ops: Sequence[Op], run: Run, executor: str = "", usable: Usable = any_kernel
-) -> Together | None:
-    """Return how the Ops ahead are performed together, or None.
+) -> FusedCall | None:
+    """Return the fusion that a list of Ops begins with, or None.
 
-    An Op whose way the environment chose is left alone, as are Ops that were found
-    faster one by one on this device. A group with a kernel that is not usable is passed
-    over.
+    Ops are not fused if the environment requests a way of one of them, if they were
+    faster one by one on this device, or if a kernel of the fusion is not usable.
     """
     if not config.fuse():
         return None
-    asked = asked_ways()
-    for each, n in groups_ahead(ops):
-        chosen = any(op.variant_name in asked for op in ops[:n])
+    requested = requested_ways()
+    for each, n in fusions_ahead(ops):
+        chosen = any(op.variant_name in requested for op in ops[:n])
         if chosen or not all(map(usable, each.kernels)):
             continue
         if tuned(each.name, ops[:n], executor) != ONE_BY_ONE:
             call = partial(each.call, ops[:n], run)
-            return Together(n, call, each.weights(ops[:n]), each.takes_parts)
+            return FusedCall(n, call, each.weights(ops[:n]), each.takes_parts)
     return None
 
 
-def groups_ahead(ops: Sequence[Op]) -> Iterator[tuple[Group, int]]:
-    """Yield the groups that can perform Ops ahead, and how many of them."""
-    for each in GROUPS:
+def fusions_ahead(ops: Sequence[Op]) -> Iterator[tuple[Fusion, int]]:
+    """Yield the fusions that a list of Ops can begin with, and their number of Ops."""
+    for each in FUSIONS:
         ahead = zip(ops, each.types, strict=False)
         here = len(ops) >= len(each.types) and all(isinstance(*pair) for pair in ahead)
         n = each.takes(ops) if here else 0
@@ -296,5 +297,5 @@ def groups_ahead(ops: Sequence[Op]) -> Iterator[tuple[Group, int]]:
 def lowered(
     op: Op, run: Run, executor: str = "", usable: Usable = any_kernel
 ) -> Kernel:
-    """Return the function that performs ``op`` with launches given to ``run``."""
+    """Return the function that performs ``op`` by passing launches to ``run``."""
     return partial(choose(op, executor, usable).call, op, run)

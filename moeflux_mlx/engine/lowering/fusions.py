@@ -1,11 +1,10 @@
-"""Consecutive Ops as one launch: decoding one token consists of such.
+"""Fusions: consecutive Ops of one token that run as one launch.
 
-A launch costs some microseconds whatever it does, and a layer of one token is some
-twenty Ops of which most do next to nothing. All groups here are of one token.
+A launch costs some microseconds, however little it computes, and a layer has about
+twenty Ops, most of them tiny.
 
-Ops are found by what they read of each other, not by the model that they are of: where
-a family leaves some out, as an output gate or a shared expert, the others still run
-together.
+A fusion finds its Ops by the values that they read of each other, not by the model. So
+a family without an output gate or a shared expert still has the other fusions.
 """
 
 from __future__ import annotations
@@ -50,8 +49,8 @@ from ..ops.norm import (
 from ..ops.quant import MatvecNTokens
 from .attention import SPARE_KERNELS, attend_spare, takes_spare
 from .moe import all_known, experts_act, routing_fits
+from .registry import Run, Values, fusion
 from .rows import form, kernel_form, parts
-from .table import Run, Values, group
 
 
 def _is_product(op: Op, *, with_bias: bool = False) -> bool:
@@ -64,12 +63,12 @@ def _is_product(op: Op, *, with_bias: bool = False) -> bool:
 
 
 def _reads(op: Op, x: Any) -> bool:
-    """Tell whether an Op is a product with ``x``, which may add a bias."""
+    """Return whether an Op is a product with ``x``, with or without a bias."""
     return _is_product(op, with_bias=True) and op.input == x  # type: ignore[attr-defined]
 
 
 def _norm_and_products(ops: Sequence[Any]) -> int:
-    """Count a norm and the products that read it: all of one or two matrices."""
+    """Count a norm and the products that read it, with one or two whole matrices."""
     norm = ops[0]
     if norm.n_tokens > 1:
         return 0
@@ -77,15 +76,15 @@ def _norm_and_products(ops: Sequence[Any]) -> int:
     matrices = itertools.islice(_matrices(ops[1:], norm.out), quant.MAX_PRODUCTS)
     for matrix in matrices:
         own = matrix[0].weight
-        same_group = own.quantization.group_size == first.quantization.group_size
-        if not same_group or own.dtype != first.dtype:
+        same_size = own.quantization.group_size == first.quantization.group_size
+        if not same_size or own.dtype != first.dtype:
             break
         n += len(matrix)
     return n if n > 1 else 0
 
 
 def _matrices(ops: Sequence[Any], x: Any) -> Iterator[list[Any]]:
-    """Yield the products ahead that read ``x``, all of a joint matrix at a time."""
+    """Yield lists of the leading products with ``x``, one list for a joint matrix."""
     while ops and _reads(ops[0], x):
         joint = ops[0].weight.joint
         n, rows = 0, 0
@@ -100,14 +99,14 @@ def _matrices(ops: Sequence[Any], x: Any) -> Iterator[list[Any]]:
         ops = ops[n or 1 :]
 
 
-@group(
+@fusion(
     "norm_matvecs",
     (RmsNormBf16NTokens, MatvecNTokens),
     _norm_and_products,
     joint=True,
 )
 def norm_matvecs(ops: Sequence[Any], run: Run, values: Values) -> Values:
-    """Run a norm and the products with its row; all come as parts of one row."""
+    """Run a norm and the products with its output; return all as parts of one row."""
     norm, *products = ops
     x, weight = values[norm.x], values[norm.weight.name].w
     matrices, biases, parts_of = [], [], []
@@ -130,7 +129,7 @@ def norm_matvecs(ops: Sequence[Any], run: Run, values: Values) -> Values:
 
 
 def _bias(products: Sequence[Any], values: Values, dtype: mx.Dtype) -> Any:
-    """Return what is added to the products of one matrix, None for nothing."""
+    """Return the bias of the products with one matrix, or None."""
     ref = next((op.bias for op in products if op.bias is not None), None)
     if ref is None:
         return None
@@ -139,7 +138,7 @@ def _bias(products: Sequence[Any], values: Values, dtype: mx.Dtype) -> Any:
 
 
 def _one_row(*parts: Any) -> tuple[mx.array, tuple[int, ...]]:
-    """Return one array ``[B, width]`` with all parts and where each begins."""
+    """Return an array ``[B, width]`` that holds all parts, and where each begins."""
     rows = {id(part.row) for part in parts if isinstance(part, RowPart)}
     if len(rows) == 1 and all(isinstance(part, RowPart) for part in parts):
         return parts[0].row, tuple(part.start for part in parts)
@@ -153,9 +152,9 @@ def _product_and_residual(ops: Sequence[Any]) -> int:
     return 2 * (is_product and ops[1].a == ops[0].output)
 
 
-@group("matvec_residual", (MatvecNTokens, ResidualAddNTokens), _product_and_residual)
+@fusion("matvec_residual", (MatvecNTokens, ResidualAddNTokens), _product_and_residual)
 def matvec_residual(ops: Sequence[Any], run: Run, values: Values) -> Values:
-    """Run a product that is added to the residual stream."""
+    """Run a product and its sum with the residual stream."""
     product, add = ops
     weight, x, residual = (
         values[product.weight.name],
@@ -200,7 +199,7 @@ def _gated_delta(ops: Sequence[Any]) -> int:
     return len(GATED_DELTA) if fits and linked else 0
 
 
-@group("gated_delta_decode", GATED_DELTA, _gated_delta, takes_parts=True)
+@fusion("gated_delta_decode", GATED_DELTA, _gated_delta, takes_parts=True)
 def gated_delta_decode(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Run all of a gated DeltaNet between its projections."""
     conv, _, gates, _, norm = ops
@@ -222,14 +221,14 @@ def _gated_delta_by_key(ops: Sequence[Any]) -> int:
     return n and 1 + n
 
 
-@group(
+@fusion(
     "gated_delta_decode",
     (PartKeyHeadsNTokens, *GATED_DELTA),
     _gated_delta_by_key,
     takes_parts=True,
 )
 def gated_delta_by_key(ops: Sequence[Any], run: Run, values: Values) -> Values:
-    """Run the same where projections go by key head."""
+    """Run the same for projections that are grouped by key head."""
     part, *rest = ops
     return _decode_delta(rest, run, values, (part.qkvz, part.ba))
 
@@ -266,7 +265,7 @@ PLACED_HEADS = (
 
 
 def _places_heads(ops: Sequence[Any]) -> bool:
-    """Tell whether norms and rotations are of one token's queries and keys."""
+    """Return whether norms and rotations belong to one token's queries and keys."""
     q_norm, q_rope, k_norm, k_rope = ops[:4]
     linked = (
         q_norm.x == q_rope.x
@@ -304,9 +303,9 @@ def _attention_inputs(ops: Sequence[Any]) -> int:
     return 5 if fits else 0
 
 
-@group("attention_inputs", (SplitQGate, *PLACED_HEADS), _attention_inputs)
+@fusion("attention_inputs", (SplitQGate, *PLACED_HEADS), _attention_inputs)
 def attention_inputs(ops: Sequence[Any], run: Run, values: Values) -> Values:
-    """Part queries from their gate, normalise and rotate queries and keys."""
+    """Split queries from their gate; normalise and rotate queries and keys."""
     split, *placed = ops
     given = _placing(placed, split.q_proj, values)
     q, gate, k = run(attention.attention_inputs(*given))
@@ -317,7 +316,7 @@ def _ungated_inputs(ops: Sequence[Any]) -> int:
     return 4 * (ops[0].x != ops[2].x and _places_heads(ops))
 
 
-@group("attention_inputs_ungated", PLACED_HEADS, _ungated_inputs)
+@fusion("attention_inputs_ungated", PLACED_HEADS, _ungated_inputs)
 def ungated_attention_inputs(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Normalise and rotate queries and keys."""
     given = _placing(ops, ops[0].x, values)
@@ -337,9 +336,9 @@ def _turned_heads(ops: Sequence[Any]) -> int:
     return 2 * (q_rope.x != k_rope.x and alike and one_each and halves and narrow)
 
 
-@group("attention_inputs_ungated", (RopeNTokens, RopeNTokens), _turned_heads)
+@fusion("attention_inputs_ungated", (RopeNTokens, RopeNTokens), _turned_heads)
 def turned_heads(ops: Sequence[Any], run: Run, values: Values) -> Values:
-    """Rotate queries and keys that have no norms."""
+    """Rotate queries and keys without norms."""
     q_rope, k_rope = ops
     launch = attention.attention_inputs_ungated(
         values[q_rope.x],
@@ -359,14 +358,14 @@ def _gated_attention(ops: Sequence[Any]) -> int:
     return 2 * (takes_spare(ops[0]) and ops[1].x == ops[0].attn_out)
 
 
-@group(
+@fusion(
     "sdpa_decode_parts",
     (SdpaCausalTiled, SigmoidGateNTokens),
     _gated_attention,
     kernels=SPARE_KERNELS,
 )
 def gated_attention(ops: Sequence[Any], run: Run, values: Values) -> Values:
-    """Attend over parts of the cache, then join and gate them."""
+    """Attend over splits of the cache, then join and gate them."""
     attend, gate = ops
     q, k, v = values[attend.q], values[attend.k], values[attend.v]
     start, scale = values[attend.start], attend.softmax_scale
@@ -379,14 +378,14 @@ def _routing(ops: Sequence[Any]) -> int:
     return 2 * (routing_fits(ops[0]) and ops[1].weights == ops[0].weights_out)
 
 
-@group(
+@fusion(
     "moe_softmax_topk",
     (MoeSoftmaxTopK, MoeNormalizeWeights),
     _routing,
     takes_parts=True,
 )
 def route(ops: Sequence[Any], run: Run, values: Values) -> Values:
-    """Choose experts and divide their weights by the sum."""
+    """Choose experts and divide their weights by their sum."""
     top, _ = ops
     logits, n_experts = values[top.logits], None
     if isinstance(logits, RowPart) and logits.start == 0:
@@ -397,7 +396,7 @@ def route(ops: Sequence[Any], run: Run, values: Values) -> Values:
 
 
 def _experts(ops: Sequence[Any]) -> int:
-    """Count the Ops after routing: routed experts, the shared one if any, their sum."""
+    """Count routed experts, the Ops of a shared expert if any, and their sum."""
     experts, *rest = ops
     if isinstance(rest[0], MoeCombineResidualNTokens):
         combine = rest[0]
@@ -418,7 +417,7 @@ EXPERT_KERNELS = ("experts_gate_up_swiglu", "experts_down_combine")
 
 
 def experts_and_shared(ops: Sequence[Any], run: Run, values: Values) -> Values:
-    """Run the experts' first half, then theirs and the shared expert's second."""
+    """Run the experts' first half, then their second half and the shared expert's."""
     experts, source = ops[0], values[ops[0].experts]
     if not _all_alike(ops, values):
         return one_by_one(ops, [op.reference for op in ops], values)
@@ -428,7 +427,7 @@ def experts_and_shared(ops: Sequence[Any], run: Run, values: Values) -> Values:
 
 
 def _all_alike(ops: Sequence[Any], values: Values) -> bool:
-    """Tell whether kernels know all matrices, which is known only with the experts."""
+    """Return whether kernels know all matrices; only run time tells, by the experts."""
     experts, *shared, _ = ops
     stacks = values[experts.experts].weights
     if not all_known(stacks):
@@ -473,7 +472,7 @@ def _second_half(
 
 
 def _routed(ops: Sequence[Any]) -> int:
-    """Count routing and all that follows it."""
+    """Count routing and the Ops of the experts."""
     top, experts = ops[0], ops[2]
     linked = experts.indices == top.indices_out and experts.weights == top.weights_out
     n = _experts(ops[2:]) if linked and _routing(ops) else 0
@@ -481,12 +480,12 @@ def _routed(ops: Sequence[Any]) -> int:
 
 
 def routed_experts(ops: Sequence[Any], run: Run, values: Values) -> Values:
-    """Route within the experts' first launch, where each expert is its own slot."""
+    """Route in the experts' first launch, if each expert is in the slot of its id."""
     top, experts, source = ops[0], ops[2], values[ops[2].experts]
     x, logits = values[experts.mlp_in], values[top.logits]
     both = isinstance(x, RowPart) and isinstance(logits, RowPart)
     in_row = both and x.row is logits.row and logits.start == 0
-    if source.settled is None or not in_row or not _all_alike(ops[2:], values):
+    if source.resident is None or not in_row or not _all_alike(ops[2:], values):
         routed = route(ops[:2], run, values)
         return {**routed, **experts_and_shared(ops[2:], run, {**values, **routed})}
     stacks = source.weights
@@ -496,17 +495,17 @@ def routed_experts(ops: Sequence[Any], run: Run, values: Values) -> Values:
         x.row, top.n_experts, top.k, *matrices, *sizes, experts.alpha, experts.limit
     )
     opened, chosen, weights = run(launch)
-    source.asked(top.k)
+    source.count(top.k)
     out = _second_half(ops[2:], run, values, opened, chosen, weights)
     indices = chosen.view(mx.int32)
     return {**out, top.indices_out: indices, top.weights_out: weights}
 
 
 def _add_experts(*shared: type[Op]) -> None:
-    """Add the groups of routed experts, with a shared one's Ops between them."""
+    """Add the fusions of routed experts, with the Ops of a shared one if given."""
     types: tuple[type[Op], ...]
     types = (MoeDecodeExperts, *shared, MoeCombineResidualNTokens)
-    add = group(
+    add = fusion(
         "experts_down_combine",
         types,
         _experts,
@@ -514,12 +513,12 @@ def _add_experts(*shared: type[Op]) -> None:
         kernels=EXPERT_KERNELS,
     )
     add(experts_and_shared)
-    add = group(
+    add = fusion(
         "experts_route_gate_up",
         (MoeSoftmaxTopK, MoeNormalizeWeights, *types),
         _routed,
         takes_parts=True,
-        # The experts may have to be found first, after a launch that routes alone.
+        # Streamed experts must be found first, after a launch that only routes.
         kernels=("experts_route_gate_up", "moe_softmax_topk", *EXPERT_KERNELS),
     )
     add(routed_experts)
@@ -530,7 +529,7 @@ _add_experts()
 
 
 def one_by_one(ops: Sequence[Op], kernels: Sequence[Kernel], values: Values) -> Values:
-    """Perform Ops, each by its kernel, in place of their group."""
+    """Run Ops one by one with their kernels, in place of a fusion."""
     held = {key: whole(value) for key, value in values.items()}
     for op, kernel in zip(ops, kernels, strict=True):
         names = [f.name for f in op.buffer_fields if f.access & Access.READ]

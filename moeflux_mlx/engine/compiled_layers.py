@@ -1,8 +1,8 @@
-"""One token through layers of a model as one function that MLX traced once.
+"""A decoding step through layers of a model as one function that MLX compiled.
 
-Python then only hands states over; MLX replays the same launches. What would change a
-launch from token to token is kept from it: caches come whole, with spare rows, and
-where they end is an array; which expert lies in which slot is an array too.
+Python only passes states; MLX replays the same launches. No launch changes from token
+to token: a cache is passed whole, with spare rows, and the row where it ends is an
+array. The slot of each expert is an array too.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from ..experts.weights import leaves
 from .context import turns_round
 from .model import BuiltOnce
 
-# Traces of some layers: as many shapes of caches and numbers of sequences at a time.
-MAX_TRACES = 4
+# Compiled functions kept for a range of layers, one for each shape of its inputs.
+MAX_FUNCTIONS = 4
 
 
 @dataclass(frozen=True)
 class Passed:
     """The results of one token of each sequence in some layers.
 
-    ``out`` is the last one's output, or the logits after a model's last.
-    Where slots were looked up, ``inputs`` are what a run from each layer on begins
-    with, tokens before the first, and ``chosen`` int32 ``[n, B, K]`` the experts asked
-    for, a row for each layer that did.
+    ``out`` is the output of the last layer, or the logits after the model's last one.
+    If slots were looked up, ``inputs`` holds the input of each layer, which is tokens
+    for the first, and ``chosen`` int32 ``[n, B, K]`` the experts that each routed layer
+    requested.
     """
 
     out: mx.array
@@ -42,9 +42,9 @@ Forward = Callable[[range, mx.array, list[Any], mx.array | None], Passed]
 
 
 class TracedKV:
-    """Stands for a cache of rows in a trace: whole arrays, and an array as offset.
+    """Stands for a cache of rows as MLX traces: whole arrays, an array as offset.
 
-    ``row`` int32 ``[1]`` is where the token goes, if that does not follow from it.
+    ``row`` int32 ``[1]`` is the row that the token takes, if not that of ``offset``.
     """
 
     def __init__(
@@ -57,21 +57,21 @@ class TracedKV:
         self.keys, self.values, self.offset, self.row = keys, values, offset, row
 
     def make_mask(self, *_args: Any, **_options: Any) -> None:
-        """Return None: a single token sees all rows up to its own, or all."""
+        """Return None: a single token sees all rows up to its own, or all rows."""
 
 
-class StepTracer:
-    """Runs ``forward(layers, x, caches, slots)`` for one token of each sequence.
+class CompiledLayers:
+    """Compiles and runs ``forward(layers, x, caches, slots)`` for one decoding step.
 
     Args:
-        forward: an ordinary call of some layers of the model, lazy throughout, that
-            takes ``TracedKV`` for ``KVCache`` and moves all caches on.
+        forward: an ordinary, lazy call of some layers of the model. It accepts
+            ``TracedKV`` in place of ``KVCache`` and advances all caches.
     """
 
     def __init__(self, forward: Forward):
         self._forward = forward
-        self._traces: dict[range, BuiltOnce[tuple[Callable[..., Any], Any]]] = {}
-        # Caches whose states a call has, and their new values.
+        self._compiled: dict[range, BuiltOnce[tuple[Callable[..., Any], Any]]] = {}
+        # Caches whose states a running call holds, and the states to give back.
         self._lent: tuple[Sequence[Any], list[Any]] | None = None
 
     def __call__(
@@ -82,30 +82,30 @@ class StepTracer:
         held: Sequence[object],
         slots: mx.array | None = None,
         *,
-        traced: bool = True,
+        compiled: bool = True,
     ) -> Passed:
-        """Run layers from a trace; caches are given new states, not moved on.
+        """Run layers; give their caches new states without advancing them.
 
-        Their own row is thus written again by whoever runs the layers again, and
-        states that are to be put back later the caller keeps.
+        A second run of the layers writes the same row again. The caller keeps the old
+        states if it may have to restore them.
 
         Args:
-            x: tokens ``[B, 1]`` before the first layer, else what the layer before
-                gave.
-            caches: of these layers, all of which ``can_trace``.
-            held: what is part of a trace and not an argument, as weights: a trace
-                serves as long as these are the same objects, and keeps them.
-            slots: uint32 ``[n, E]``, where experts that are not in memory for good
-                lie; None if all are.
-            traced: False makes the same call without a trace, to look into it.
+            x: tokens ``[B, 1]`` for the first layer, else the output of the layer
+                before.
+            caches: caches of these layers; ``can_compile`` holds for all.
+            held: objects that the compiled function captures, such as weights. It is
+                used only with the same objects, and keeps them alive.
+            slots: uint32 ``[n, E]``, the slots of experts that may be evicted; None if
+                all stay in memory.
+            compiled: False makes the same call without compiling, to observe it.
         """
         kinds = [type(cache) for cache in caches]
         states = [state for cache in caches for state in states_of(cache)]
         shapes = tuple(state.shape for state in states)
         key = (tuple(map(id, held)), x.shape, tuple(kinds), shapes, slots is None)
-        if traced:
-            traces = self._traces.setdefault(layers, BuiltOnce(MAX_TRACES))
-            call, _ = traces.get(
+        if compiled:
+            functions = self._compiled.setdefault(layers, BuiltOnce(MAX_FUNCTIONS))
+            call, _ = functions.get(
                 key, lambda: (Compiled(self._function(layers, kinds)), held)
             )
         else:
@@ -115,7 +115,7 @@ class StepTracer:
         rows = mx.array(list(map(next_row, caches)), mx.int32) if turning else None
         self._lent = caches, states
         try:
-            # Nobody else may hold them when MLX evaluates: it updates them in place.
+            # MLX updates the states in place only if nothing else holds them.
             for cache in caches:
                 set_states(cache, [None, None])
             passed, new = call(x, mx.array(offset, mx.int32), rows, slots, states)
@@ -125,14 +125,14 @@ class StepTracer:
         return Passed(*passed)
 
     def let_go(self) -> None:
-        """Keep no traces, nor what is part of them."""
-        self._traces.clear()
+        """Drop the compiled functions and the objects that they capture."""
+        self._compiled.clear()
         forget_gone()
 
     def give_back(self) -> None:
-        """Give caches the states that a call has, unless they have theirs.
+        """Give caches back the states that an interrupted call still holds.
 
-        A call does so itself; after Ctrl-C in the middle of that somebody else must.
+        A call does so itself, but Ctrl-C may interrupt that.
         """
         if self._lent is None:
             return
@@ -167,14 +167,13 @@ class StepTracer:
         return step
 
 
-def can_trace(cache: Any, window: int | None) -> bool:
-    """Tell whether a trace can move a cache on by one token.
+def can_compile(cache: Any, window: int | None) -> bool:
+    """Return whether a compiled function can advance a cache by one token.
 
-    Not before the first one, nor when there is no room for one more, nor others than
-    mlx-lm's plain caches.
+    It must be one of mlx-lm's plain caches, hold a token, and have room for another.
 
     Args:
-        window: how many of the last tokens a token sees; None: all.
+        window: number of last tokens that a token sees; None: all.
     """
     if type(cache) is KVCache and window is None:
         return cache.keys is not None and cache.offset < cache.keys.shape[2]
@@ -189,22 +188,22 @@ def can_trace(cache: Any, window: int | None) -> bool:
 
 
 def next_row(cache: Any) -> int:
-    """Return the row that the next token takes in a cache that has rows; else 0."""
+    """Return the row that the next token takes in a cache of rows; 0 for others."""
     if isinstance(cache, RotatingKVCache):
-        # One that is full begins again with its first.
+        # A full ring begins again at its first row.
         return 0 if cache._idx == cache.max_size else cache._idx
     return getattr(cache, "offset", 0)
 
 
 def place_of(cache: Any) -> tuple[int, ...]:
-    """Return where a cache of rows ends; nothing of others."""
+    """Return where a cache of rows ends; an empty tuple for others."""
     if isinstance(cache, RotatingKVCache):
         return cache.offset, cache._idx
     return (cache.offset,) if isinstance(cache, KVCache) else ()
 
 
 def end_at(cache: Any, place: tuple[int, ...], n_more: int = 0) -> None:
-    """Have a cache of rows end where it did, or ``n_more`` tokens of 0 or 1 later."""
+    """Set the end of a cache of rows: at ``place``, or ``n_more`` (0 or 1) later."""
     if isinstance(cache, RotatingKVCache):
         cache.offset, cache._idx = place
         if n_more:
@@ -215,14 +214,14 @@ def end_at(cache: Any, place: tuple[int, ...], n_more: int = 0) -> None:
 
 
 def states_of(cache: Any) -> list[Any]:
-    """Return the two arrays that a cache holds."""
+    """Return the two arrays of a cache."""
     if isinstance(cache, ArraysCache):
         return [*cache.cache]
     return [cache.keys, cache.values]
 
 
 def arrays_of(caches: Sequence[Any]) -> list[mx.array]:
-    """Return every array that caches hold, of whatever kind they are."""
+    """Return every array of caches of any type."""
     plain = [c for c in caches if type(c) is KVCache]
     held = [x for c in plain for x in (c.keys, c.values) if x is not None]
     others = [vars(c) for c in caches if c is not None and type(c) is not KVCache]

@@ -1,0 +1,131 @@
+"""The memory of a model's large calls, found by making small ones without experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from .. import device
+from ..experts.compute.blank import BlankExperts
+from .alone import OneAtATime
+
+# Tokens of measured calls: of one sequence, of WIDE of them, and WIDE times as many of
+# one, which tells apart bytes of tokens and of pairs of them. Larger ones are more
+# exact, and smaller ones show whether they have room.
+SIZES, WIDE = (1, 4, 16), 4
+# Measured peaks count with a share more, and with a larger one where larger calls had
+# no room to be measured.
+MARGIN, ROUGH_MARGIN = 1 / 8, 1 / 2
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Bytes that a call takes; pairs are of a token and a row that it sees."""
+
+    fixed: float = 0
+    of_token: float = 0
+    of_pair: float = 0
+    margin: float = MARGIN
+
+    @classmethod
+    def of(cls, n: int, few: int, wide: int, long: int) -> Taken:
+        """Return the least that no measured call exceeds.
+
+        Args:
+            n: tokens of the smallest call, ``few``.
+        """
+        of_pair = max(0.0, (long - wide) / (n * n * WIDE * (WIDE - 1)))
+        more = wide - few - of_pair * n * n * (WIDE - 1)
+        line = cls(0, max(0.0, more / (n * (WIDE - 1))), of_pair)
+        beyond = (
+            peak - line._n_bytes(n_seqs, t, t)
+            for (n_seqs, t), peak in zip(_shapes(n), (few, wide, long), strict=True)
+        )
+        return replace(line, fixed=max(0.0, *beyond))
+
+    def n_bytes(self, n_seqs: int, t: int, n_rows: int) -> float:
+        """Return the most bytes of a call with ``t`` tokens of each sequence.
+
+        Args:
+            n_rows: that a sequence has with them.
+        """
+        return (1 + self.margin) * self._n_bytes(n_seqs, t, n_rows)
+
+    def _n_bytes(self, n_seqs: int, t: int, n_rows: int) -> float:
+        n_tokens = n_seqs * t
+        of_pairs = self.of_pair * n_tokens * n_rows
+        return self.fixed + self.of_token * n_tokens + of_pairs
+
+
+class SmallCalls:
+    """Measures calls of one model, as far as a call to come is worth it.
+
+    Args:
+        calls: those of the model.
+    """
+
+    def __init__(self, calls: OneAtATime):
+        self._calls = calls
+        self._kind: Any = None
+        # Tokens of the largest measured call, and sizes that were not tried yet.
+        self._n_measured, self._sizes = 0, [*SIZES]
+        self.taken = Taken()
+
+    def measure(
+        self,
+        kind: Any,
+        n_tokens: int,
+        clear: Callable[[], int],
+        call: Callable[[mx.array], Any],
+    ) -> Taken:
+        """Return what calls of a kind take.
+
+        Args:
+            kind: a value that calls have in common which take as much.
+            n_tokens: of the call to come, beyond which nothing is measured.
+            clear: makes room and returns its bytes; what would take more is not
+                measured either.
+            call: calls with tokens; returns arrays.
+        """
+        if self._kind != kind:
+            self._kind, self._n_measured, self._sizes = kind, 0, [*SIZES]
+        if self._sizes and self._n_measured < n_tokens:
+            room = clear()
+            blank = BlankExperts(self._calls.streamer.store)
+            blank.watch, blank.reads_again = lambda _, arrays: mx.eval(arrays), True
+            with self._calls.reaching(blank):
+                while self._sizes and self._n_measured < n_tokens:
+                    self._measure_size(self._sizes[0], room, call)
+            mx.clear_cache()
+            device.trim_heap()
+        return self.taken
+
+    def _measure_size(self, n: int, room: int, call: Callable[[mx.array], Any]) -> None:
+        """Measure calls of one size if there is room; without it, no larger ones."""
+        if not self._n_measured:
+            self.taken, self._n_measured = Taken(0, _peak(call, (1, n)) / n), n
+        shapes = _shapes(n)
+        if max(self.taken.n_bytes(n_seqs, t, t) for n_seqs, t in shapes) > room:
+            self._sizes.clear()
+            self.taken = replace(self.taken, margin=ROUGH_MARGIN)
+            return
+        self.taken = Taken.of(n, *(_peak(call, shape) for shape in shapes))
+        self._n_measured = WIDE * n
+        self._sizes.pop(0)
+
+
+def _peak(call: Callable[[mx.array], Any], shape: tuple[int, int]) -> int:
+    tokens = mx.zeros(shape, mx.int32)
+    mx.eval(tokens)
+    base = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(call(tokens))
+    return mx.get_peak_memory() - base
+
+
+def _shapes(n: int) -> list[tuple[int, int]]:
+    """Return the measured calls of one size: sequences, and tokens of each."""
+    return [(1, n), (WIDE, n), (1, WIDE * n)]

@@ -1,0 +1,239 @@
+"""Gradients in planned memory: counted before they are taken, stock's at any budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tuner import trainer
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import load_model
+from test_calls_transforms import check_same
+from tiny import make_qwen3_moe
+
+import moeflux_mlx
+from moeflux_mlx import device
+from moeflux_mlx.calls.small_calls import Taken
+from moeflux_mlx.errors import BudgetError
+from moeflux_mlx.memory import plan
+from moeflux_mlx.memory.keeper import MemoryKeeper
+from moeflux_mlx.streaming import stream
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCAB = 128
+LORA = {"rank": 4, "scale": 2.0, "dropout": 0.0}
+OWN_BYTES = 100 << 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts():
+    """Make the modules beside the scripts importable."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_bytes(monkeypatch):
+    """What the interpreter takes, always the same: the tests' own grows."""
+    monkeypatch.setattr(plan, "own_bytes", lambda: OWN_BYTES)
+    monkeypatch.setattr("moeflux_mlx.streaming.own_bytes", lambda: OWN_BYTES)
+    monkeypatch.setattr(device, "process_bytes", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Callable[[str], Path]:
+    """Tiny models: of mlx-lm's own class by family, and "native" of ours."""
+    import family_trials
+
+    @cache
+    def write(family: str) -> Path:
+        path = tmp_path_factory.mktemp("gradients") / family
+        if family == "native":
+            return make_qwen3_moe(path, num_hidden_layers=2)
+        path.mkdir()
+        family_trials.write_model(path, family, 4)
+        return path
+
+    return write
+
+
+def load(path: Path, budget: int | str) -> nn.Module:
+    if path.name == "native":
+        return moeflux_mlx.load(path, memory=budget)[0]
+    return stream(load_model(path, lazy=True)[0], path, memory=budget)
+
+
+def stock(path: Path) -> nn.Module:
+    return mlx_lm.load(path)[0] if path.name == "native" else load_model(path)[0]
+
+
+def with_adapters(model: nn.Module) -> nn.Module:
+    """Freeze a model but for adapters, whose second factors are no zeros."""
+    mx.random.seed(5)
+    model.freeze()
+    keys = ["self_attn.q_proj", "self_attn.v_proj"]
+    linear_to_lora_layers(model, 2, {**LORA, "keys": keys})
+    for name, x in tree_flatten(model.trainable_parameters()):
+        noise = 0.1 * mx.random.normal(x.shape, key=mx.random.key(len(name)))
+        model.load_weights([(name, x + noise)], strict=False)
+    return model.train()
+
+
+def step(model: nn.Module, n_seqs: int, t: int) -> dict[str, np.ndarray]:
+    """Return the loss and the gradients of a step, as mlx-lm's trainer takes it."""
+    ids = np.random.RandomState(t).randint(1, VOCAB, (n_seqs, t + 1))
+    batch, lengths = mx.array(ids), mx.array([[0, t]] * n_seqs)
+    gradient = nn.value_and_grad(model, trainer.default_loss)
+    (loss, _), found = gradient(model, batch, lengths)
+    mx.eval(loss, found)
+    named = {"loss": loss, **dict(tree_flatten(found))}
+    return {name: np.array(x, np.float64) for name, x in named.items()}
+
+
+@pytest.fixture
+def held(monkeypatch) -> list[int]:
+    """The bytes that gradients were given."""
+    found: list[int] = []
+    hold = MemoryKeeper.hold
+
+    def noted(keeper, n_bytes, *call):
+        found.append(n_bytes)
+        hold(keeper, n_bytes, *call)
+        # From here on it is the step itself that takes memory.
+        mx.reset_peak_memory()
+
+    monkeypatch.setattr(MemoryKeeper, "hold", noted)
+    return found
+
+
+@contextmanager
+def checkpointed(model: nn.Module, on: bool) -> Iterator[None]:
+    """Have layers computed again on the way back."""
+    kind = type(model.layers[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "__call__", kind.__call__)
+        if on:
+            trainer.grad_checkpoint(model.layers[0])
+        yield
+
+
+FAMILIES = ["native", "qwen3_moe", "gpt_oss"]
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_gradient_is_given_is_what_it_takes(written, held, family):
+    """Steps of shapes that were never measured, also with layers computed again."""
+    model = with_adapters(load(written(family), "4GB"))
+    for again, n_seqs, t in ((False, 3, 40), (False, 1, 190), (True, 2, 60)):
+        with checkpointed(model, again):
+            mx.synchronize()
+            before = mx.get_active_memory()
+            step(model, n_seqs, t)
+            taken = mx.get_peak_memory() - before
+        assert taken <= held[-1] <= 1.5 * taken + (1 << 20), (again, n_seqs, t)
+
+
+def error_of(model: nn.Module, n_seqs: int, t: int) -> str:
+    with pytest.raises(BudgetError, match=r"\[memory\] expected at least") as caught:
+        step(model, n_seqs, t)
+    return str(caught.value)
+
+
+def least_of(message: str) -> int:
+    return int(re.search(r"at least (\d+) bytes", message)[1])
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("family", FAMILIES)
+def test_too_little_is_refused_and_the_least_gives_stocks_gradients(written, family):
+    path = written(family)
+    with pytest.raises(BudgetError) as caught:
+        load(path, OWN_BYTES + device.PROCESS_GROWTH_BYTES + (11 << 18))
+    few = load(path, least_of(str(caught.value)) + (1 << 20))
+    before = np.array(few(mx.array([[1, 2, 3]])))
+    message = error_of(with_adapters(few), 2, 150)
+    assert "gradients" in message and "2 x 150 tokens" in message
+    assert "\n" not in message and "grad_checkpoint" in message
+    # Nothing is lost: a short step is still taken, and the model is as it was.
+    wanted = with_adapters(stock(path))
+    check_same(step(few, 1, 2), step(wanted, 1, 2))
+    mlx_lm.tuner.utils.remove_lora_layers(few)
+    assert np.allclose(np.array(few.eval()(mx.array([[1, 2, 3]]))), before, atol=1e-5)
+
+    enough = with_adapters(load(path, least_of(message)))
+    for n_seqs, t in ((1, 9), (2, 150)):
+        check_same(step(enough, n_seqs, t), step(wanted, n_seqs, t))
+
+
+@pytest.mark.parametrize("family", ["native", "qwen3_moe"])
+def test_experts_that_were_all_here_give_way_and_come_back(written, family):
+    path = written(family)
+    whole = load(path, "4GB")
+    streamer, most = whole.streamer, whole.streamer.n_slots
+    assert streamer.resident
+    model, wanted = with_adapters(whole), with_adapters(stock(path))
+    keeper = whole.runtime.keeper if family == "native" else whole.keeper
+    short, tight = step(model, 1, 20), step(wanted, 1, 20)
+    check_same(short, tight)
+    # As much less memory as makes a longer step take room of experts.
+    parts = sum(keeper._parts(measured=False).values())
+    needed = 0
+
+    def note(n_bytes, *call):
+        nonlocal needed
+        needed = n_bytes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keeper, "hold", note)
+        step(model, 2, 90)
+    budget = parts + needed + streamer.slack_bytes + 3 * streamer.slot_bytes
+    object.__setattr__(keeper.plan, "budget_bytes", budget)
+    check_same(step(model, 2, 90), step(wanted, 2, 90))
+    assert streamer.n_slots == 3 < most
+    check_same(step(model, 1, 20), short)
+    assert streamer.n_slots > 3
+    object.__setattr__(keeper.plan, "budget_bytes", 4 * 10**9)
+    tokens = mx.array([[5, 6, 7]])
+    assert mx.allclose(model.eval()(tokens), wanted.eval()(tokens), atol=1e-5)
+    assert streamer.n_slots == most
+
+
+@pytest.mark.slow
+def test_a_prompt_through_adapters_has_the_room_that_modules_take(tmp_path):
+    """Attention of mlx-lm's modules keeps all its scores, which no graph does."""
+    sizes = dict(num_attention_heads=16, num_key_value_heads=4, num_hidden_layers=2)
+    model = load(make_qwen3_moe(tmp_path / "native", **sizes), "4GB")
+    of_graphs = model.needs.scratch_bytes(512, 1536)
+    with_adapters(model).eval()
+    cache, taken = make_prompt_cache(model), 0
+    for _ in range(3):
+        mx.eval([one.state for one in cache if not one.empty()])
+        before = mx.get_active_memory() - sum(one.nbytes for one in cache)
+        rows = model.model(mx.ones((1, 512), mx.int32), cache=cache)
+        # Small calls were measured first; the last of the three needs none.
+        mx.eval(rows)
+        held = before + sum(one.nbytes for one in cache)
+        taken = mx.get_peak_memory() - held
+        mx.reset_peak_memory()
+    assert of_graphs < taken <= model.runtime.keeper.scratch_bytes
+
+
+def test_no_measured_call_is_beyond_what_is_foretold():
+    few, wide, long = 1000, 3900, 5200
+    taken = Taken.of(4, few, wide, long)
+    for (n_seqs, t), peak in (((1, 4), few), ((4, 4), wide), ((1, 16), long)):
+        assert peak <= taken.n_bytes(n_seqs, t, t) <= 1.2 * peak
+    # Scores of four times the tokens are sixteen times as many.
+    assert taken.n_bytes(1, 400, 400) - 100 * few > 100 * (long - wide)
