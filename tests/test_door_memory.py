@@ -6,8 +6,6 @@ import copy
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+from commands import interpreted, running
 from mlx_lm import batch_generate
 from mlx_lm.models.cache import (
     ChunkedKVCache,
@@ -401,12 +400,7 @@ def test_mlx_lms_server_serves_and_long_prompts_fail_alone(tmp_path, monkeypatch
         p: mlx_lm.generate(stock, tokenizer, p, max_tokens=N_TOKENS) for p in prompts
     }
     port, log = free_port(), tmp_path / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, "--model", path, "--port", str(port)],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
+    words = ["-c", SERVER, "--model", path, "--port", port]
     address = f"http://127.0.0.1:{port}"
 
     def ask(prompt: str) -> str:
@@ -415,7 +409,7 @@ def test_mlx_lms_server_serves_and_long_prompts_fail_alone(tmp_path, monkeypatch
             "text"
         ]
 
-    try:
+    with running(log, *words, call=interpreted) as process:
         wait_until_healthy(address, process, log)
         for i in range(4):
             post(address, "/v1/completions", prompt=f"{i}" + "ab" * 130, max_tokens=2)
@@ -423,9 +417,6 @@ def test_mlx_lms_server_serves_and_long_prompts_fail_alone(tmp_path, monkeypatch
         assert status == 503 and "[memory]" in message
         with ThreadPoolExecutor(3) as pool:
             assert dict(zip(prompts, pool.map(ask, prompts), strict=True)) == answers
-    finally:
-        process.terminate()
-        process.wait()
     kept = re.findall(r"Prompt Cache: (\d+) sequences", log.read_text())
     assert int(kept[-1]) < 7
 
