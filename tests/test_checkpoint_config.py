@@ -122,6 +122,7 @@ def test_a_tokens_list_and_no_token_at_all_end_generation(broken):
     assert moeflux_mlx.load(broken)[1].eos_token_ids == {0}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_every_form_is_loaded_without_a_budget_too(form, checkpoint, tmp_path):
     path = reform(checkpoint, tmp_path / "other", form, 2)

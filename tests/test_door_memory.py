@@ -144,6 +144,7 @@ FORMS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("family", FORMS)
 def test_caches_are_known_before_a_weight_is_read(written, family, own_bytes):
     needs = streamed(written(family), "4GB").keeper._needs
@@ -153,6 +154,7 @@ def test_caches_are_known_before_a_weight_is_read(written, family, own_bytes):
     assert needs.output_bytes(3) == 2 * 3 * 64 * 4
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "qwen3_next"])
 def test_measured_scratch_is_what_longer_calls_take(written, family, own_bytes):
     """Calls of sizes that were never measured, beside caches of other lengths."""
@@ -202,6 +204,7 @@ class Few:
         return 0 if n_tokens <= self._most else 1 << 40
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "qwen3_next"])
 def test_a_long_prompt_is_divided_as_mlx_lm_divides_one(
@@ -288,6 +291,7 @@ def test_caches_that_cannot_fit_stay_as_they_were(written, own_bytes):
     model(tokens[:, :3], cache=make_prompt_cache(model))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "qwen3_next"])
 def test_a_call_that_fails_leaves_its_caches_as_they_were(written, family, monkeypatch):
     path = written(family)

@@ -166,6 +166,7 @@ def test_caches_are_put_back_when_a_call_fails_and_not_when_its_error_is_forgott
     assert one.offset == 5
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("way", WAYS)
 def test_results_still_to_be_computed_survive_that_experts_give_way(checkpoint, way):
     def run(*, gives_way: bool) -> list[np.ndarray]:

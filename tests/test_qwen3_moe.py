@@ -117,6 +117,7 @@ def test_kernels_give_mlx_lms_tokens_and_logits(plain, packed):
         assert found == chosen, name
 
 
+@pytest.mark.sampled
 def test_any_budget_gives_the_same_bits(plain, packed):
     models = open_with(plain, packed, executor="ops")
     expected, _ = greedy(models.pop("resident"), 1, 6)
@@ -191,6 +192,7 @@ def test_a_state_goes_on_where_it_was_saved(packed, tmp_path):
     assert mx.array_equal(again(tokens(1, seed=9), cache=state.cache), expected)
 
 
+@pytest.mark.sampled
 def test_a_budget_of_the_process_gives_the_same(packed):
     bounded, _ = moeflux_mlx.load(packed, memory="4GB")
     free, _ = moeflux_mlx.load(packed)
@@ -267,6 +269,7 @@ def copied(tmp_path):
     return make_qwen3_moe(tmp_path / "copy")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
@@ -293,6 +296,7 @@ def test_default_rope_scaling_is_none(copied):
     assert isinstance(moeflux_mlx.load(copied)[0], NativeModel)
 
 
+@pytest.mark.sampled
 def test_mlx_lms_class_serves_where_it_is_asked_for(packed, plain):
     for path in (packed, plain):
         model, _ = moeflux_mlx.load(path, native=False, expert_memory="3MB")

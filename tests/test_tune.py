@@ -348,6 +348,7 @@ def test_every_op_and_group_is_tried_at_every_length(tuned_tiny):
     assert len(set(keys)) == len(keys)
 
 
+@pytest.mark.slow
 @simulated
 def test_a_wrong_way_never_wins_and_is_reported(tuned_tiny, capsys):
     found = [e for e in tuned_tiny.entries if e.name == "ResidualAddNTokens"]
@@ -364,6 +365,7 @@ def test_a_wrong_way_never_wins_and_is_reported(tuned_tiny, capsys):
     assert "experts_down_combine" in text
 
 
+@pytest.mark.slow
 @simulated
 def test_a_model_runs_as_tuned_and_gives_the_same(checkpoint, tuned_tiny, in_force):
     def logits():
