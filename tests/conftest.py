@@ -7,7 +7,7 @@ import gc
 import os
 import signal
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -83,13 +83,18 @@ def pytest_collection_modifyitems(
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
     """Leave what is loaded by now out of every later search for garbage.
 
     Several tests search, and thousands of collected tests make each search long.
     """
+    gc.disable()
+    found = yield
+    gc.enable()
     gc.collect()
     gc.freeze()
+    return found
 
 
 def only_with_all(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
