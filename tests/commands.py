@@ -19,8 +19,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import MappingProxyType
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["mlx_lm.generate", "mlx_lm.utils", "moeflux_mlx.cli"])
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["mlx_lm.generate", "mlx_lm.utils", "moeflux_mlx.cli"])
 
 
 def moeflux(*args: object, text: str = "") -> subprocess.CompletedProcess[str]:
@@ -86,7 +86,7 @@ def _start(
 ) -> BaseProcess:
     environment = {**os.environ, **variables}
     place = words, environment, os.getcwd(), [str(p) for p in paths], call
-    process = _SERVER.Process(target=_work, args=place)
+    process = SERVER.Process(target=_work, args=place)
     process.start()
     return process
 
