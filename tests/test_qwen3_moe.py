@@ -76,7 +76,7 @@ def open_with(plain, packed, names=(), **options) -> dict[str, NativeModel]:
     """Return models whose experts are in memory, in as little as can be, or ahead.
 
     Args:
-        names: of those to open, all by default.
+        names: which of them, all by default.
     """
     small, more = {"expert_memory": least(packed)}, {"expert_memory": least(packed, 5)}
     budgets = {
