@@ -1,4 +1,4 @@
-"""The command line in processes that have its modules already.
+"""Commands and scripts in processes that have their modules already.
 
 To import mlx-lm takes longer than most commands. Processes are forked from one that has
 imported it and computed nothing, so each is as fresh as one that was started.
@@ -9,25 +9,48 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import MappingProxyType
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["mlx_lm.generate", "mlx_lm.utils", "moeflux_mlx.cli"])
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["mlx_lm.generate", "mlx_lm.utils", "moeflux_mlx.cli"])
 
 
 def moeflux(*args: object, text: str = "") -> subprocess.CompletedProcess[str]:
     """Run ``moeflux`` with these arguments and this text on its standard input."""
-    words = ["moeflux", *map(str, args)]
+    return _finished(["moeflux", *map(str, args)], called, text)
+
+
+def python(
+    *args: object, text: str = "", **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python with these arguments: a file, ``-m`` a module, or ``-c`` a program.
+
+    Args:
+        text: what it reads from its standard input.
+        variables: of the environment, beside those of this process. What a module
+            reads as it is imported was read before, and is as it was.
+    """
+    return _finished(["python", *map(str, args)], interpreted, text, variables)
+
+
+def _finished(
+    words: list[str],
+    call: Callable[[list[str]], int],
+    text: str,
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
         paths[0].write_text(text)
-        process = _start(words, paths, called)
+        process = _start(words, paths, call, variables)
         process.join()
         out, err = (path.read_text() for path in paths[1:])
     return subprocess.CompletedProcess(words, process.exitcode, out, err)
@@ -35,15 +58,19 @@ def moeflux(*args: object, text: str = "") -> subprocess.CompletedProcess[str]:
 
 @contextlib.contextmanager
 def running(
-    log: Path, *args: object, call: Callable[[list[str]], int] | None = None
+    log: Path,
+    *args: object,
+    call: Callable[[list[str]], int] | None = None,
+    **variables: str,
 ) -> Iterator[BaseProcess]:
     """Run ``moeflux`` while inside, what it prints in a file; then terminate it.
 
     Args:
         call: what is called with the arguments in place of the command.
+        variables: of the environment, beside those of this process.
     """
-    words = ["moeflux", *map(str, args)]
-    process = _start(words, [Path(os.devnull), log, log], call or called)
+    words, paths = ["moeflux", *map(str, args)], [Path(os.devnull), log, log]
+    process = _start(words, paths, call or called, variables)
     try:
         yield process
     finally:
@@ -52,10 +79,14 @@ def running(
 
 
 def _start(
-    words: list[str], paths: list[Path], call: Callable[[list[str]], int]
+    words: list[str],
+    paths: list[Path],
+    call: Callable[[list[str]], int],
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> BaseProcess:
-    place = words, dict(os.environ), os.getcwd(), [str(p) for p in paths], call
-    process = _SERVER.Process(target=_work, args=place)
+    environment = {**os.environ, **variables}
+    place = words, environment, os.getcwd(), [str(p) for p in paths], call
+    process = SERVER.Process(target=_work, args=place)
     process.start()
     return process
 
@@ -90,8 +121,31 @@ def called(args: list[str]) -> int:
     """Run ``moeflux`` in this process."""
     from moeflux_mlx.cli import main
 
+    return _exit_code(lambda: main(args))
+
+
+def interpreted(args: list[str]) -> int:
+    """Do in this process what Python would do with these arguments."""
+    return _exit_code(lambda: _interpret(*args))
+
+
+def _interpret(first: str, *rest: str) -> None:
+    if first == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+    elif first == "-m":
+        sys.argv = [*rest]
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [first, *rest]
+        sys.path.insert(0, str(Path(first).parent))
+        runpy.run_path(first, run_name="__main__")
+
+
+def _exit_code(call: Callable[[], object]) -> int:
+    """Return what a process that makes this call ends with."""
     try:
-        return int(main(args) or 0)
+        return int(call() or 0)
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)

@@ -6,11 +6,13 @@ import contextlib
 import gc
 import os
 import signal
-from collections.abc import Iterable, Iterator
+import subprocess
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from commands import python
 from hypothesis import settings
 from tiny import make_checkpoint
 
@@ -18,6 +20,7 @@ from moeflux_mlx import device
 from moeflux_mlx.calls.transforms import compiles
 from moeflux_mlx.cli.inspect import summarize
 from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.measure.compare import process
 from moeflux_mlx.system.pressure import Pressure
 
 # Their assertions are to say as much as those of the tests that call them.
@@ -80,13 +83,18 @@ def pytest_collection_modifyitems(
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
     """Leave what is loaded by now out of every later search for garbage.
 
     Several tests search, and thousands of collected tests make each search long.
     """
+    gc.disable()
+    found = yield
+    gc.enable()
     gc.collect()
     gc.freeze()
+    return found
 
 
 def only_with_all(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
@@ -114,6 +122,18 @@ def compiles_again() -> Iterator[None]:
     yield
     if not compiles():
         gc.collect()
+
+
+@pytest.fixture(scope="module")
+def forked_sides() -> Iterator[None]:
+    """Fork each side of a comparison from a process that has imported mlx-lm."""
+
+    def run_module(module: str, *args: str) -> subprocess.CompletedProcess[str]:
+        return python("-m", module, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "run_module", run_module)
+        yield
 
 
 @pytest.fixture(scope="session")

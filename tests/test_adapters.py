@@ -169,6 +169,7 @@ def gradients(model: nn.Module) -> dict[str, mx.array]:
     return {"loss": loss, **dict(tree_flatten(grads))}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_gradients_of_adapters_are_stocks(plain, loaders, trained, kind, way):
@@ -208,6 +209,7 @@ def test_by_default_all_but_routed_experts_learn(plain, loaders, way, tmp_path):
         assert set(got) == {name for name in wanted if "switch_mlp" not in name}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("way", ["resident", "budget", "pack"])
 def test_training_resumes_as_stock_does(plain, loaders, trained, way, tmp_path):
     resume = {"resume_adapter_file": str(trained["lora"][2] / "adapters.safetensors")}
@@ -279,6 +281,7 @@ def text(plain, trained) -> dict[str, str]:
     return found
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("way", [*WAYS, "no-native", "no-native-budget"])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_generate_with_adapters_writes_stocks_text(
@@ -339,6 +342,7 @@ def test_adapters_fuse_into_a_model_of_ours(plain, trained):
     assert mx.allclose(*found, atol=1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("way", WAYS)
 def test_adapters_may_come_and_go_between_calls(plain, loaders, trained, way):
     stock, model = mlx_lm.load(str(plain))[0], loaders[way]()[0]

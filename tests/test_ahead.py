@@ -131,6 +131,7 @@ FAMILIES = ("deepseek_v32", "gpt_oss", "llama4", "qwen3_next", "nemotron_h", "ge
 FORESEEN = ("gpt_oss", "llama4", "qwen3_next", "gemma4")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_of_other_caches_do_too(tmp_path, window, begun_again, family):
     window(ALL)
@@ -260,6 +261,7 @@ def held(cache: list[Any]) -> list[mx.array]:
     return [x[..., : c.offset, :] for c in cache for x in (c.keys, c.values)]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("optimistic", ["on", "off"])
 @pytest.mark.parametrize("error", [ExpertStoreError, KeyboardInterrupt])
 def test_a_call_that_fails_leaves_its_caches(
@@ -373,6 +375,7 @@ def add(cache: Any, n: int, seed: int, n_seqs: int) -> list[mx.array]:
     return [*parts, *([mask] if isinstance(mask, mx.array) else [])]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS_ALONE)
 @pytest.mark.parametrize("first", [1, 3, 9])
 def test_what_a_call_added_is_as_if_it_never_was(kind, first):

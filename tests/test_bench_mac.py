@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 import random
 import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from commands import python
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "bench_mac"
@@ -144,16 +145,19 @@ def test_budgets_are_shares_of_what_there_is_room_for(bench, checkpoint, monkeyp
 
 
 @pytest.mark.slow
-def test_every_way_runs_apart_and_the_row_fits_the_table(checkpoint, tmp_path):
+def test_every_way_runs_apart_and_the_row_fits_the_table(
+    bench, checkpoint, tmp_path, monkeypatch, capsys
+):
+    def forked(command, **_):
+        return python(*command[1:], MOEFLUX_EXECUTOR="ops")
+
+    apart = SimpleNamespace(run=forked, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(bench, "subprocess", apart)
     path = tmp_path / "found.json"
     flags = f"--tokens 32 --prompt-tokens 8 --repeats 1 --model {checkpoint}"
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *flags.split(), "--json", str(path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "MOEFLUX_EXECUTOR": "ops"},
-    )
-    assert done.returncode == 0, done.stderr
+    words = [str(SCRIPT), *flags.split(), "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", words)
+    assert bench.main() == 0
     report = json.loads(path.read_text())
     assert report["void"] == [] and report["environment"]["mlx"]
     ways = report["ways"]
@@ -166,7 +170,7 @@ def test_every_way_runs_apart_and_the_row_fits_the_table(checkpoint, tmp_path):
         assert (run["misses"] > 0) == (run["read_bytes"] > 0) == streams
     assert ways["1/4"]["experts_held"] < ways["1/2"]["experts_held"]
     assert ways["resident"]["runs"][0]["tokens"] == ways["1/4"]["runs"][0]["tokens"]
-    (row,) = done.stdout.splitlines()
+    (row,) = capsys.readouterr().out.splitlines()
     header, rule = (
         line for line in (ROOT / "docs/macs.md").read_text().splitlines() if "|" in line
     )

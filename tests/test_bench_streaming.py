@@ -9,6 +9,7 @@ from collections import OrderedDict
 from pathlib import Path
 from types import ModuleType
 
+import commands
 import numpy as np
 import pytest
 
@@ -45,6 +46,7 @@ def scripts(monkeypatch) -> None:
 def decode(scripts, monkeypatch) -> ModuleType:
     module = importlib.import_module("streaming_decode")
     monkeypatch.setattr(module, "TRACE_STEPS", N_STEPS)
+    monkeypatch.setattr(module, "get_context", lambda _: commands.SERVER)
     return module
 
 

@@ -90,6 +90,7 @@ def refuses(argument: str, why: str):
     return pytest.raises(ModelError, match=rf"\A\[{argument}\] expected [^\n]*{why}")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", TOKENS_REFUSED)
 def test_tokens_that_are_none_are_refused(model, case):
     bad, why = TOKENS_REFUSED[case]
@@ -166,6 +167,7 @@ ROWS_REFUSED: dict[str, tuple[Callable[[mx.array], Any], str]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", ROWS_REFUSED)
 def test_embeddings_that_are_none_are_refused(model, plain, case):
     change, why = ROWS_REFUSED[case]
@@ -207,6 +209,7 @@ CACHES_REFUSED: dict[str, tuple[Callable[[Any], Any], str, str]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", CACHES_REFUSED)
 def test_caches_that_are_none_are_refused(model, case):
     make, name, why = CACHES_REFUSED[case]

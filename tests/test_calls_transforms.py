@@ -299,6 +299,7 @@ def check_constants(transform, case, wanted, tmp_path, why):
         check_same(values(transform, case, tmp_path), wanted)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", WHOLE)
 @transforms
 def test_a_pack_in_memory_gives_stocks_values_or_refuses(

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from commands import moeflux
+from commands import moeflux, python
 from test_serving import damage
 
 from moeflux_mlx.cli.inspect import summarize
@@ -27,10 +25,8 @@ def said(text: str) -> str:
 @pytest.fixture(scope="module")
 def stock(checkpoint: Path) -> str:
     """What mlx-lm's own chat says to the plain model."""
-    command = [sys.executable, "-m", "mlx_lm", "chat", "--model", str(checkpoint)]
-    done = subprocess.run(
-        [*command, "-m", "12"], input=TYPED, capture_output=True, text=True
-    )
+    command = ["-m", "mlx_lm", "chat", "--model", checkpoint]
+    done = python(*command, "-m", 12, text=TYPED)
     assert done.returncode == 0, done.stderr
     return said(done.stdout)
 

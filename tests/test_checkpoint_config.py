@@ -7,13 +7,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from commands import python
 from forms import FORMS, reform
 from mlx.utils import tree_flatten
 from test_checkpoint_model import logits, memory_for
@@ -58,8 +57,7 @@ def test_every_changed_value_ends_in_one_line_or_in_stock_logits(
     source = packed if form == "packed" else checkpoint
     path = shutil.copytree(source, tmp_path / "model")
     memory = "" if form == "plain" else budget
-    command = [sys.executable, TESTS / "mutate_config.py", path, memory, str(every)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = python(TESTS / "mutate_config.py", path, memory, every)
     lines = dict(line.split("\t") for line in done.stdout.splitlines())
     assert done.returncode == 0, (list(lines)[-1:], done.stderr[-2000:])
     outcomes = {name: ast.literal_eval(text) for name, text in lines.items()}
@@ -124,6 +122,7 @@ def test_a_tokens_list_and_no_token_at_all_end_generation(broken):
     assert moeflux_mlx.load(broken)[1].eos_token_ids == {0}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_every_form_is_loaded_without_a_budget_too(form, checkpoint, tmp_path):
     path = reform(checkpoint, tmp_path / "other", form, 2)

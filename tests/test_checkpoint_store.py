@@ -79,6 +79,7 @@ def edit(directory: Path, change, n_shards: int = 1) -> None:
     write_raw(directory, tensors, n_shards)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("n_shards", [1, 3])
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("form", FORMS)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import mlx_lm
 import pytest
-from commands import moeflux
+from commands import moeflux, python
 
 import moeflux_mlx
 
@@ -105,27 +104,26 @@ def test_generate_reads_the_prompt_from_stdin(packed, stock_text):
 def test_generate_applies_the_chat_template_as_mlx_lm_does(packed, checkpoint):
     flags = ["--system-prompt", "be brief", "--prefill-response", "so", "-m", "12"]
     flags += ["--prompt", "hello\\nyou", "--verbose", "False"]
-    stock = [sys.executable, "-m", "mlx_lm", "generate", "--model", str(checkpoint)]
-    expected = subprocess.run([*stock, *flags], capture_output=True, text=True).stdout
+    stock = ["-m", "mlx_lm", "generate", "--model", checkpoint]
+    expected = python(*stock, *flags).stdout
     assert expected.strip()
     assert moeflux("generate", "--model", packed, *flags).stdout == expected
 
 
 def test_stock_mlx_lm_generate_runs_a_packed_directory(packed, budget, stock_text):
-    command = [sys.executable, "-m", "mlx_lm", "generate", "--trust-remote-code"]
-    command += ["--model", str(packed), "--prompt", PROMPT, "-m", str(N_TOKENS)]
+    command = ["-m", "mlx_lm", "generate", "--trust-remote-code"]
+    command += ["--model", packed, "--prompt", PROMPT, "-m", N_TOKENS]
     command += ["--ignore-chat-template", "--verbose", "False"]
-    env = {**os.environ, "MOEFLUX_EXPERT_MEMORY": budget}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = python(*command, MOEFLUX_EXPERT_MEMORY=budget)
     assert done.stdout == stock_text + "\n", done.stderr
 
 
 @pytest.mark.slow
 def test_a_seed_gives_the_text_of_mlx_lms_own_command(packed, checkpoint, budget):
     flags = ["--temp", "0.9", "--top-p", "0.95", "--seed", "7", "--verbose", "False"]
-    stock = [sys.executable, "-m", "mlx_lm", "generate", "--model", str(checkpoint)]
-    fixed = ["--prompt", PROMPT, "-m", str(N_TOKENS), "--ignore-chat-template"]
-    done = subprocess.run([*stock, *fixed, *flags], capture_output=True, text=True)
+    stock = ["-m", "mlx_lm", "generate", "--model", checkpoint]
+    fixed = ["--prompt", PROMPT, "-m", N_TOKENS, "--ignore-chat-template"]
+    done = python(*stock, *fixed, *flags)
     assert done.stdout.strip(), done.stderr
     few = ["--expert-memory", budget]
     for model, more in (
@@ -139,15 +137,15 @@ def test_a_seed_gives_the_text_of_mlx_lms_own_command(packed, checkpoint, budget
 @pytest.mark.slow
 def test_a_saved_prompt_cache_continues_where_it_ended(packed, tmp_path):
     cache = tmp_path / "cache.safetensors"
-    stock = [sys.executable, "-m", "mlx_lm"]
+    stock = ["-m", "mlx_lm"]
     flags = ["--model", str(packed), "--trust-remote-code"]
     flags += ["--prompt-cache-file", str(cache)]
     save = [*stock, "cache_prompt", *flags, "--prompt", "be brief"]
-    assert subprocess.run(save, capture_output=True).returncode == 0
+    assert python(*save).returncode == 0
     flags += ["--prompt", "hello", "--verbose", "False", "-m", "12"]
-    expected = subprocess.run([*stock, "generate", *flags], capture_output=True)
+    expected = python(*stock, "generate", *flags)
     assert expected.stdout.strip()
-    assert moeflux("generate", *flags).stdout.encode() == expected.stdout
+    assert moeflux("generate", *flags).stdout == expected.stdout
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,17 @@ LINES = {
         "{trace} --plot {folder}",
     ],
 }
-ALL = [f"{start} {line}".strip() for start, lines in LINES.items() for line in lines]
+# The first lines of a command stand for the others where not all tests run.
+N_FIRST = 3
+ALL = [
+    pytest.param(
+        (text := f"{start} {line}".strip()),
+        id=text[:60],
+        marks=[pytest.mark.slow] if i >= N_FIRST else [],
+    )
+    for start, lines in LINES.items()
+    for i, line in enumerate(lines)
+]
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +198,7 @@ def places(checkpoint, packed, tmp_path_factory):
     return {**found, "plain": str(checkpoint), "packed": str(packed), "mem": mem}
 
 
-@pytest.mark.parametrize("line", ALL, ids=lambda line: line[:60])
+@pytest.mark.parametrize("line", ALL)
 def test_a_wrong_command_line_is_one_line(line, places, capfd, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code = main(shlex.split(line.format(**places)))

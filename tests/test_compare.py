@@ -32,6 +32,7 @@ from moeflux_mlx.measure.compare import (
     stacked_experts,
 )
 
+pytestmark = pytest.mark.usefixtures("forked_sides")
 PROMPT = "def add(a, b):"
 TEXT = "A text of more than one window, " * 20
 N_TOKENS = 10

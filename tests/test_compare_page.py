@@ -21,6 +21,7 @@ from moeflux_mlx.measure.compare import Comparison, compare_each, load_stock
 from moeflux_mlx.measure.compare.layers import LAYER_TOKENS, layer_errors, layer_rows
 from moeflux_mlx.measure.compare.metrics import Divergence, Token, TokenAgreement
 
+pytestmark = pytest.mark.usefixtures("forked_sides")
 PROMPT = "def add(a, b):"
 N_TOKENS = 8
 

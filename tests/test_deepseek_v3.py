@@ -163,6 +163,7 @@ ATTENTION = [
 ]
 
 
+@pytest.mark.slow
 @simulated
 def test_a_token_takes_seventeen_launches_a_layer(tmp_path):
     sizes = dict(num_hidden_layers=2, first_k_dense_replace=0, kv_lora_rank=64)
@@ -180,6 +181,7 @@ def one_layer(tmp_path_factory):
     return make_deepseek_v3(tmp_path_factory.mktemp("one") / "layer", **sizes)
 
 
+@pytest.mark.slow
 @simulated
 def test_a_batchs_tokens_take_the_kernels_that_one_takes(one_layer):
     theirs = mlx_lm.load(str(one_layer))[0]
@@ -294,6 +296,7 @@ def copied(tmp_path):
     return make_deepseek_v3(tmp_path / "copy", num_hidden_layers=2)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("changes", "why"),
     [

@@ -40,6 +40,7 @@ def model(request, plain) -> Any:
     return moeflux_mlx.load(path, native=False, **bound)[0]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", TOKENS_REFUSED)
 def test_tokens_that_are_none_are_refused(model, case):
     bad, why = TOKENS_REFUSED[case]
@@ -100,6 +101,7 @@ def test_an_id_that_is_not_waited_for_gives_no_number(model, plain, bad, monkeyp
     assert mx.array_equal(model(TOKENS[:, :1]), stock(TOKENS[:, :1]))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "family", ["gpt_oss", "gemma4", "longcat_flash_ngram", "deepseek_v32", "phixtral"]
 )

@@ -6,8 +6,6 @@ import copy
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+from commands import interpreted, running
 from mlx_lm import batch_generate
 from mlx_lm.models.cache import (
     ChunkedKVCache,
@@ -145,6 +144,7 @@ FORMS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("family", FORMS)
 def test_caches_are_known_before_a_weight_is_read(written, family, own_bytes):
     needs = streamed(written(family), "4GB").keeper._needs
@@ -154,6 +154,7 @@ def test_caches_are_known_before_a_weight_is_read(written, family, own_bytes):
     assert needs.output_bytes(3) == 2 * 3 * 64 * 4
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "qwen3_next"])
 def test_measured_scratch_is_what_longer_calls_take(written, family, own_bytes):
     """Calls of sizes that were never measured, beside caches of other lengths."""
@@ -203,6 +204,7 @@ class Few:
         return 0 if n_tokens <= self._most else 1 << 40
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "qwen3_next"])
 def test_a_long_prompt_is_divided_as_mlx_lm_divides_one(
@@ -289,6 +291,7 @@ def test_caches_that_cannot_fit_stay_as_they_were(written, own_bytes):
     model(tokens[:, :3], cache=make_prompt_cache(model))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "qwen3_next"])
 def test_a_call_that_fails_leaves_its_caches_as_they_were(written, family, monkeypatch):
     path = written(family)
@@ -401,12 +404,7 @@ def test_mlx_lms_server_serves_and_long_prompts_fail_alone(tmp_path, monkeypatch
         p: mlx_lm.generate(stock, tokenizer, p, max_tokens=N_TOKENS) for p in prompts
     }
     port, log = free_port(), tmp_path / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, "--model", path, "--port", str(port)],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
+    words = ["-c", SERVER, "--model", path, "--port", port]
     address = f"http://127.0.0.1:{port}"
 
     def ask(prompt: str) -> str:
@@ -415,7 +413,7 @@ def test_mlx_lms_server_serves_and_long_prompts_fail_alone(tmp_path, monkeypatch
             "text"
         ]
 
-    try:
+    with running(log, *words, call=interpreted) as process:
         wait_until_healthy(address, process, log)
         for i in range(4):
             post(address, "/v1/completions", prompt=f"{i}" + "ab" * 130, max_tokens=2)
@@ -423,9 +421,6 @@ def test_mlx_lms_server_serves_and_long_prompts_fail_alone(tmp_path, monkeypatch
         assert status == 503 and "[memory]" in message
         with ThreadPoolExecutor(3) as pool:
             assert dict(zip(prompts, pool.map(ask, prompts), strict=True)) == answers
-    finally:
-        process.terminate()
-        process.wait()
     kept = re.findall(r"Prompt Cache: (\d+) sequences", log.read_text())
     assert int(kept[-1]) < 7
 

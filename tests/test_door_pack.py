@@ -184,6 +184,7 @@ def original(request, tmp_path) -> Path:
     return rewrite(write(path, request.param), ORIGINAL[request.param])
 
 
+@pytest.mark.sampled
 def test_original_forms_are_packed_to_stocks_bits(original, tmp_path):
     stock, _ = load_model(original)
     wanted = logits(stock)

@@ -279,6 +279,7 @@ def bounded(written) -> dict[bool, tuple[nn.Module, nn.Module]]:
     return {False: both(written("qwen3_moe", 4)), True: (stock, ours)}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("memory", [False, True], ids=["experts", "memory"])
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda f: f.__name__)

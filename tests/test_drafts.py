@@ -125,6 +125,7 @@ def calls_and_returns() -> Iterator[tuple[str, int]]:
         yield "back", int(rng.randint(0, min(3, added) + 1))
 
 
+@pytest.mark.sampled
 def test_logits_are_those_of_the_tokens_that_stay(plain):
     """However often tokens are taken back, none that was leaves a trace."""
     hold_to_logits(few(plain))

@@ -51,6 +51,7 @@ def until_end(tokens: list[int], tokenizer) -> list[int]:
     return list(itertools.takewhile(lambda token: token not in ends, tokens))
 
 
+@pytest.mark.sampled
 def test_mlx_lm_perplexity_scores_a_batch_as_stock(stock, ours):
     mx.random.seed(3)
     rows = mx.random.randint(0, 320, (5, 33))
@@ -98,6 +99,7 @@ def test_a_batch_of_unequal_prompts_generates_what_each_does_alone(stock, ours):
     assert alone == [until_end(greedy(stock[0], p), tokenizer) for p in PROMPTS]
 
 
+@pytest.mark.sampled
 def test_a_batch_has_stock_log_probabilities(stock, ours):
     options = {"max_tokens": N_TOKENS, "return_logprobs": True}
     expected = batch_generate(*stock, PROMPTS, **options).logprobs

@@ -110,6 +110,7 @@ def test_files_cut_while_open_are_an_error_until_they_are_whole_again(
         assert generated(model) == expected
 
 
+@pytest.mark.sampled
 def test_a_file_cut_during_a_read_is_an_error(model, directory, expected, monkeypatch):
     """The size is looked at after the bytes, which may be zeros by then."""
     files = expert_files(directory)
@@ -132,6 +133,7 @@ def test_a_file_cut_during_a_read_is_an_error(model, directory, expected, monkey
     assert generated(model) == expected
 
 
+@pytest.mark.sampled
 def test_files_deleted_while_open_are_still_read(model, directory, budget, expected):
     """Their bytes stay for as long as they are open; opening them again is an error."""
     for file in expert_files(directory):
@@ -141,6 +143,7 @@ def test_files_deleted_while_open_are_still_read(model, directory, budget, expec
         moeflux_mlx.load(directory, expert_memory=budget)
 
 
+@pytest.mark.sampled
 def test_files_replaced_while_open_are_read_as_they_were(model, directory, expected):
     for file in expert_files(directory):
         other = file.with_name("other")
@@ -149,6 +152,7 @@ def test_files_replaced_while_open_are_read_as_they_were(model, directory, expec
     assert generated(model) == expected
 
 
+@pytest.mark.sampled
 def test_an_input_error_is_an_error_until_it_is_gone(model, directory, expected):
     """Reads of what no process maps fail with EIO, which stands for a broken disk."""
     if not os.path.exists("/proc/self/mem"):
@@ -173,6 +177,7 @@ def test_an_input_error_is_an_error_until_it_is_gone(model, directory, expected)
     assert generated(model) == expected
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("n_good", [0, 1, 7, 20])
 def test_an_error_after_some_reads_harms_none_of_them(
     n_good, model, directory, expected, monkeypatch
@@ -195,6 +200,7 @@ def test_an_error_after_some_reads_harms_none_of_them(
 TRANSIENT = (errno.EIO, errno.EINTR, errno.EAGAIN, errno.ESTALE, None)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("code", TRANSIENT, ids=lambda c: errno.errorcode.get(c, "end"))
 def test_a_read_that_fails_once_is_tried_again_and_counted(
     code, model, expected, monkeypatch
@@ -234,6 +240,7 @@ def test_an_error_that_no_second_try_mends_is_not_tried_again(
     assert len(tries) == len(set(tries)) > 0
 
 
+@pytest.mark.sampled
 def test_short_reads_are_continued(model, expected, monkeypatch):
     def short(preadv, fd, buffers, offset):
         return preadv(fd, [buffers[0][:1_009]], offset)
@@ -242,6 +249,7 @@ def test_short_reads_are_continued(model, expected, monkeypatch):
         assert generated(model) == expected
 
 
+@pytest.mark.sampled
 def test_a_slow_disk_changes_no_token(model, expected, monkeypatch):
     n_read = 0
 
@@ -255,6 +263,7 @@ def test_a_slow_disk_changes_no_token(model, expected, monkeypatch):
         assert generated(model) == expected
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("n_good", [0, 7])
 def test_an_interrupt_in_the_middle_of_a_read_gets_through(
     n_good, model, expected, monkeypatch

@@ -30,6 +30,7 @@ def wanted(checkpoint) -> mx.array:
     return run(stock, make_prompt_cache(stock), 6)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("n_slots", [1, TOP_K, 2 * TOP_K, 9, N_LAYERS * N_EXPERTS - 1])
 def test_reading_ahead_changes_neither_bits_nor_counts(checkpoint, wanted, n_slots):
     totals = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
-import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from commands import python
 from synthetic import write_checkpoint
 from test_functional import (
     CACHE,
@@ -60,11 +60,7 @@ def load_script():
 
 @pytest.mark.slow
 def test_wrong_calls_end_in_typed_errors_and_right_ones_in_right_results():
-    found = subprocess.run(
-        [sys.executable, SCRIPT, "--calls", "300", "--seed", "1"],
-        capture_output=True,
-        text=True,
-    )
+    found = python(SCRIPT, "--calls", 300, "--seed", 1)
     assert found.returncode == 0, found.stdout + found.stderr
     lines = found.stdout.splitlines()
     right, typed, *faults = map(int, lines[-2].split("|")[1:])

@@ -158,6 +158,7 @@ def test_a_large_matrix_is_multiplied_to_its_last_row():
     assert relative_rms(linear(x, weight), expected) < 1e-5
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("n_rows", [1, 2, 18])
 @pytest.mark.parametrize("step", [8, 9, 400, 517])
 @pytest.mark.parametrize("form", FORMS, ids=str)

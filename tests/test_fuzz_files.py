@@ -50,6 +50,7 @@ def test_a_wrong_file_is_a_typed_error(fuzzing, kinds, name):
     assert [str(fault) for fault in cases if fault] == []
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", KINDS)
 def test_most_cases_are_wrong_and_follow_from_their_numbers(fuzzing, kinds, name):
     kind = kinds[name]

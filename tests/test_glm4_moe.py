@@ -150,6 +150,7 @@ EXPERTS = [
 ]
 
 
+@pytest.mark.slow
 @simulated
 def test_a_token_takes_eleven_launches_a_layer(tmp_path):
     sizes = dict(num_hidden_layers=2, first_k_dense_replace=0, moe_intermediate_size=64)

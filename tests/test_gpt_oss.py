@@ -79,6 +79,7 @@ plain, packed = made_of(make, CONFIGS)
 only_quantised = pytest.mark.parametrize("plain", ["e7-k3"], indirect=True)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("n_seqs", [1, 3])
 def test_64_greedy_tokens_and_their_logits_are_mlx_lms(plain, n_seqs):
     expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, 64)
@@ -90,6 +91,7 @@ def test_64_greedy_tokens_and_their_logits_are_mlx_lms(plain, n_seqs):
     assert model.streamer.stats.total.misses
 
 
+@pytest.mark.sampled
 def test_any_budget_gives_the_same_bits(plain, packed):
     expected, _ = greedy(load(plain, executor="ops"), 1, 6)
     for path, more in ((plain, {}), (packed, {}), (packed, {"read_ahead": "on"})):
@@ -108,6 +110,7 @@ def test_kernels_give_mlx_lms_tokens_and_logits(plain):
         assert found == chosen, n_seqs
 
 
+@pytest.mark.slow
 @simulated
 def test_a_token_takes_the_nine_launches_a_layer_that_qwens_takes(tmp_path):
     """Biases, sinks, windows and what clips are within."""
@@ -126,7 +129,7 @@ def logits_after(model, n_prompt: int, n_seqs: int) -> mx.array:
     return mx.concatenate(parts, axis=1)
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @only_quantised
 @pytest.mark.parametrize("n_seqs", [3, 1])
 def test_running_ahead_gives_what_waiting_gives(plain, n_seqs, monkeypatch):
@@ -294,6 +297,7 @@ def unrounded(dims: int, base: float, scaling: dict) -> np.ndarray:
     return 1 / (angles / factor * share + angles * (1 - share))
 
 
+@pytest.mark.slow
 def test_a_false_truncate_is_followed_as_transformers_does(tmp_path, capsys):
     scaling = {**GPT_OSS_CONFIG["rope_scaling"], "truncate": False}
     path = make_gpt_oss(tmp_path / "model", rope_scaling=scaling)

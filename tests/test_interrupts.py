@@ -55,6 +55,12 @@ def checkpoints(code: CodeType) -> frozenset[int]:
     return frozenset(found)
 
 
+@functools.cache
+def is_watched(file: str) -> bool:
+    """Tell whether a function of this file may be interrupted."""
+    return file.startswith(WATCHED) or file.endswith("contextlib.py")
+
+
 class Clock:
     """Counts moments of the package in this thread, and interrupts at one."""
 
@@ -62,16 +68,21 @@ class Clock:
         self.n, self._moment = 0, moment
 
     def _trace(self, frame: FrameType, event: str, _: object) -> Any:
-        name = frame.f_code.co_filename
-        if not (name.startswith(WATCHED) or name.endswith("contextlib.py")):
+        if not is_watched(frame.f_code.co_filename):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        if event == "opcode" and frame.f_lasti in checkpoints(frame.f_code):
-            self.n += 1
-            if self.n == self._moment:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return self._trace
+        # Looked up once a call: to hash a function's code takes long.
+        points = checkpoints(frame.f_code)
+
+        def step(frame: FrameType, event: str, _: object) -> Any:
+            if event == "opcode" and frame.f_lasti in points:
+                self.n += 1
+                if self.n == self._moment:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return step
+
+        return step
 
     def run(self, call: Callable[[], object]) -> None:
         sys.settrace(self._trace)
@@ -155,6 +166,7 @@ def test_caches_are_put_back_when_a_call_fails_and_not_when_its_error_is_forgott
     assert one.offset == 5
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("way", WAYS)
 def test_results_still_to_be_computed_survive_that_experts_give_way(checkpoint, way):
     def run(*, gives_way: bool) -> list[np.ndarray]:

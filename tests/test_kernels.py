@@ -96,6 +96,7 @@ def in_constant_memory(ready: Prepared, names: set[str]) -> str:
     return simulator.written_source(kernel, arrays, ready.options)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", KERNELS)
 def test_any_input_may_lie_in_constant_memory(name):
     """MLX puts inputs of fewer than 8 elements there: each alone, and all of them."""

@@ -267,7 +267,7 @@ def close(found: mx.array, wanted: mx.array, limit: float) -> bool:
     return float(mx.abs(found - wanted).max()) <= limit * float(mx.abs(wanted).max())
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("strong", [0, 1])
 def test_step_sequence_and_chunks_of_the_delta_rule_agree(strong):
     sizes = {"b": 1, "t": 512, "hk": 1, "hv": 2, "dk": 128, "dv": 16, "strong": strong}

@@ -573,6 +573,7 @@ def shapes(outputs: Mapping[str, Any] | tuple[mx.array, ...]) -> list[tuple[int,
     return [tuple(x.shape) for x in outputs]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", KERNELS)
 @settings(max_examples=40)
 @given(data=st.data())

@@ -15,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from commands import python
 from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 from sparse import make_sparse_checkpoint
 from tiny import make_checkpoint
@@ -405,8 +406,7 @@ print((taken() - before) // 12)
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is as Linux counts it")
 def test_a_model_that_is_dropped_leaves_little_behind():
     """Lazy random numbers of its making alone would leave 1 MB for each load."""
-    command = [sys.executable, "-c", LOADS, str(ROOT / "models" / "demo")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = python("-c", LOADS, ROOT / "models" / "demo")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 400 << 10
 

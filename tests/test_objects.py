@@ -170,6 +170,7 @@ def agree(one: Any, other: Any) -> bool:
     return one == other
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("pair", KINDS, indirect=True)
 def test_objects_are_as_stocks(pair):
     for name, operation in ALIKE.items():
@@ -242,6 +243,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("pair", STREAMED, indirect=True)
 def test_what_experts_from_files_cannot_be_is_refused(pair):
     model, _ = pair
@@ -292,6 +294,7 @@ def test_streamed_dense_experts_are_not_quantised(native, tmp_path):
     assert mx.allclose(model(TOKENS), stock(TOKENS), atol=1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["checkpoint", "packed", "door", "door_pack"])
 @pytest.mark.parametrize("memory", [None, "4MB"])
 def test_load_takes_what_mlx_lms_takes(directories, name, memory, tmp_path):

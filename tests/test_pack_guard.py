@@ -74,6 +74,7 @@ WRITTEN = ["experts-002.bin", "model.safetensors", "config.json", "tokenizer.jso
 WRITTEN += [MODEL_FILE, "moeflux.json", f"{JOURNAL_NAME}.tmp", "config.json.tmp"]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["link", "broken link", "second name", "pipe"])
 @pytest.mark.parametrize("name", WRITTEN)
 def test_nothing_is_written_through_what_lies_in_a_partial_folder(

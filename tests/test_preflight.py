@@ -110,6 +110,7 @@ def hub(large, checkpoint, packed, monkeypatch, tmp_path) -> Iterator[Hub]:
     server.server_close()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
 @pytest.mark.parametrize("name", ["large", "small"])
 def test_headers_of_a_hub_tell_what_the_files_tell(

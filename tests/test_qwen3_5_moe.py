@@ -86,7 +86,7 @@ def greedy(model, tokenizer, n: int) -> list[int]:
     return [step.token for step in steps]
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 def test_200_greedy_tokens_are_those_of_mlx_lm(checkpoint):
     expected, tokenizer = mlx_lm.load(str(checkpoint))
     ours, _ = moeflux_mlx.load(checkpoint)
@@ -94,6 +94,7 @@ def test_200_greedy_tokens_are_those_of_mlx_lm(checkpoint):
     assert greedy(ours, tokenizer, 200) == greedy(expected, tokenizer, 200)
 
 
+@pytest.mark.sampled
 def test_matrices_too_large_to_keep_unpacked_give_the_same(checkpoint, monkeypatch):
     unpacked, _ = moeflux_mlx.load(checkpoint)
     expected = unpacked(tokens(37))
@@ -102,6 +103,7 @@ def test_matrices_too_large_to_keep_unpacked_give_the_same(checkpoint, monkeypat
     assert relative_rms(ours(tokens(37)), expected) < 1e-5
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("n_tokens", [1, 2, 63, 64, 65, 130])
 def test_logits_are_within_1e_4_of_mlx_lm(checkpoint, n_tokens):
     expected, _ = mlx_lm.load(str(checkpoint))
@@ -165,6 +167,7 @@ def test_any_budget_gives_the_same_bits(packed, n_tokens):
         assert mx.array_equal(got, expected), f"{n_slots} slots"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("warm_seed", [1, 2, 3])
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_any_history_of_evictions_gives_the_same_bits(packed, scope, warm_seed):
@@ -175,6 +178,7 @@ def test_any_history_of_evictions_gives_the_same_bits(packed, scope, warm_seed):
     assert mx.array_equal(got, expected)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("n_slots", [2, 3, 19, 31])
 def test_a_chunk_of_a_prompt_reads_no_expert_twice(packed, n_slots, monkeypatch):
     model, _ = moeflux_mlx.load(packed[1], expert_memory=memory_for(packed[1], n_slots))

@@ -72,8 +72,12 @@ N_GREEDY = 64
 plain, packed = made_of(make_qwen3_moe, CONFIGS)
 
 
-def open_with(plain, packed, **options) -> dict[str, NativeModel]:
-    """Return models whose experts are in memory, in as little as can be, or ahead."""
+def open_with(plain, packed, names=(), **options) -> dict[str, NativeModel]:
+    """Return models whose experts are in memory, in as little as can be, or ahead.
+
+    Args:
+        names: which of them, all by default.
+    """
     small, more = {"expert_memory": least(packed)}, {"expert_memory": least(packed, 5)}
     budgets = {
         "resident": (plain, {}),
@@ -83,7 +87,8 @@ def open_with(plain, packed, **options) -> dict[str, NativeModel]:
         "runs ahead": (packed, {**more, "optimistic": "on"}),
     }
     models = {}
-    for name, (path, own) in budgets.items():
+    for name in names or budgets:
+        path, own = budgets[name]
         models[name] = load(path, **own, **options)
     return models
 
@@ -93,9 +98,8 @@ def open_with(plain, packed, **options) -> dict[str, NativeModel]:
 def test_64_greedy_tokens_and_their_logits_are_mlx_lms(plain, packed, n_seqs):
     n = N_GREEDY if n_seqs == 1 else 16
     expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, n)
-    models = open_with(plain, packed, executor="ops")
-    if n_seqs > 1:
-        models = {name: models[name] for name in ("resident", "least")}
+    names = ("resident", "least") if n_seqs > 1 else ()
+    models = open_with(plain, packed, names, executor="ops")
     for name, model in models.items():
         got, found = greedy(model, n_seqs, n)
         assert relative_rms(got, expected) < 1e-5, name
@@ -109,7 +113,7 @@ def test_64_greedy_tokens_and_their_logits_are_mlx_lms(plain, packed, n_seqs):
 @simulated
 @pytest.mark.parametrize("plain", ["e13-k10-dense-layers"], indirect=True)
 def test_kernels_give_mlx_lms_tokens_and_logits(plain, packed):
-    models = open_with(plain, packed, executor="sim")
+    models = open_with(plain, packed, ("resident", "least"), executor="sim")
     for name, n_seqs in (("resident", 1), ("least", 3)):
         expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, 1)
         got, found = greedy(models[name], n_seqs, 1)
@@ -117,6 +121,7 @@ def test_kernels_give_mlx_lms_tokens_and_logits(plain, packed):
         assert found == chosen, name
 
 
+@pytest.mark.sampled
 def test_any_budget_gives_the_same_bits(plain, packed):
     models = open_with(plain, packed, executor="ops")
     expected, _ = greedy(models.pop("resident"), 1, 6)
@@ -191,6 +196,7 @@ def test_a_state_goes_on_where_it_was_saved(packed, tmp_path):
     assert mx.array_equal(again(tokens(1, seed=9), cache=state.cache), expected)
 
 
+@pytest.mark.sampled
 def test_a_budget_of_the_process_gives_the_same(packed):
     bounded, _ = moeflux_mlx.load(packed, memory="4GB")
     free, _ = moeflux_mlx.load(packed)
@@ -267,6 +273,7 @@ def copied(tmp_path):
     return make_qwen3_moe(tmp_path / "copy")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
@@ -293,6 +300,7 @@ def test_default_rope_scaling_is_none(copied):
     assert isinstance(moeflux_mlx.load(copied)[0], NativeModel)
 
 
+@pytest.mark.sampled
 def test_mlx_lms_class_serves_where_it_is_asked_for(packed, plain):
     for path in (packed, plain):
         model, _ = moeflux_mlx.load(path, native=False, expert_memory="3MB")

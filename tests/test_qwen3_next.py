@@ -79,6 +79,7 @@ def open_with(plain, packed, **options) -> dict[str, NativeModel]:
     return models
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("n_seqs", [1, 3])
 def test_64_greedy_tokens_and_their_logits_are_mlx_lms(plain, packed, n_seqs):
     expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, 64)
@@ -97,6 +98,7 @@ def test_any_budget_gives_the_same_bits(plain, packed):
         assert mx.array_equal(greedy(model, 1, 6)[0], expected), name
 
 
+@pytest.mark.slow
 @simulated
 def test_kernels_give_mlx_lms_tokens_in_the_launches_of_qwen3_5_moe(tmp_path):
     sizes = dict(num_experts=7, num_experts_per_tok=3, moe_intermediate_size=64)

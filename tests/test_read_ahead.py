@@ -43,6 +43,7 @@ def decode(path, n_slots: int, read_ahead: str):
     return out, model.streamer.stats.total
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("n_slots", [2, 3, 9, 20])
 def test_logits_are_the_same_bits_with_and_without(packed, n_slots):
     ahead, counts = decode(packed, n_slots, "on")

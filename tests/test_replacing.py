@@ -138,6 +138,7 @@ CALLS = [
 REFUSED = BudgetError("[pool] cannot allocate")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("n_slots", "begin", "end", "error", "calls"),
     [
@@ -275,6 +276,7 @@ def released(streamer, n_slots: int) -> tuple[int, int]:
     return before - mx.get_active_memory(), taken - streamer.memory_bytes
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("kind", "executor", "optimistic", "read_ahead"),
     [

@@ -69,6 +69,7 @@ def assert_same(one: dict[str, mx.array], other: dict[str, mx.array]) -> None:
         assert mx.array_equal(array, other[name]), name
 
 
+@pytest.mark.sampled
 def test_save_model_writes_the_whole_model(streamed, checkpoint, tmp_path):
     streamed.language_model.model.norm.weight *= 2
     # Imported here by its name before there was a model of ours.
@@ -114,6 +115,7 @@ def test_save_weights_writes_nothing_where_experts_cannot_go(streamed, tmp_path)
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.sampled
 def test_save_leaves_what_was_there(streamed, packed, tmp_path):
     _, tokenizer, config = load(str(packed), trust_remote_code=True, return_config=True)
     (tmp_path / "kept").write_text("kept")
@@ -156,6 +158,7 @@ DENSE = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("more", MORE)
 def test_convert_of_a_pack_writes_what_it_writes_of_the_checkpoint(
     checkpoint, packed, tmp_path, more
@@ -165,6 +168,7 @@ def test_convert_of_a_pack_writes_what_it_writes_of_the_checkpoint(
     assert_alike(tmp_path / "out", tmp_path / "stock")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("more", DENSE)
 def test_convert_of_a_dense_pack_is_the_checkpoints(dense_pack, tmp_path, more):
     for path, name in ((dense_pack, "out"), (dense_pack.parent / "plain", "stock")):
@@ -199,6 +203,7 @@ def test_fuse_of_a_pack_writes_what_it_writes_of_the_checkpoint(
     assert not mx.array_equal(logits(tmp_path / "out"), logits(checkpoint))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("family", "bits", "more"), FAMILIES)
 def test_convert_of_a_pack_of_mlx_lms_class_is_the_checkpoints(
     family, bits, more, tmp_path, monkeypatch
@@ -264,6 +269,7 @@ def test_the_way_that_is_named_leads_there(dense_pack, tmp_path):
     assert_alike(tmp_path / "out", tmp_path / "b")
 
 
+@pytest.mark.sampled
 def test_a_dequantised_model_is_saved_and_not_called(streamed, checkpoint, tmp_path):
     stock = utils.dequantize_model(mlx_lm.load(str(checkpoint))[0])
     utils.save_model(tmp_path / "stock", stock)
@@ -323,6 +329,7 @@ def test_parameters_stay_there_for_counting(streamed):
     assert set(dict(tree_flatten(streamed.trainable_parameters()))) <= set(found)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("change", ["update", "load_weights"])
 def test_weights_for_streamed_experts_are_refused_not_dropped(
     streamed, checkpoint, change

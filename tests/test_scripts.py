@@ -15,6 +15,7 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import commands
 import mlx.core as mx
 import pytest
 from conftest import only_with_all
@@ -313,15 +314,16 @@ def test_a_failed_install_is_not_taken_for_a_finished_one(clone):
 
 @pytest.mark.slow
 def test_the_demo_packs_once_and_again_when_the_model_changes(
-    checkpoint, budget, tmp_path
+    checkpoint, budget, tmp_path, monkeypatch
 ):
     model = tmp_path / "models" / "demo"
     shutil.copytree(checkpoint, model)
-    command = [sys.executable, "-m", "moeflux_mlx.cli.demo", "--max-tokens", "5"]
+    monkeypatch.chdir(tmp_path)
+    command = ["-m", "moeflux_mlx.cli.demo", "--max-tokens", 5]
     command += ["--prompt", "def sum", "--expert-memory", budget]
 
     def demo() -> tuple[str, set[str]]:
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        done = commands.python(*command)
         assert done.returncode == 0, done.stderr
         return done.stdout, {pack.name for pack in (tmp_path / "build").iterdir()}
 
@@ -353,7 +355,7 @@ def test_import_without_an_mlx_library_names_the_extra_to_install(tmp_path):
 
 @pytest.mark.slow
 def test_a_test_for_a_device_that_is_not_here_skips_with_a_reason(tmp_path):
-    for name in ("conftest.py", "tiny.py"):
+    for name in ("conftest.py", "commands.py", "tiny.py"):
         shutil.copy(ROOT / "tests" / name, tmp_path)
     (tmp_path / "test_device.py").write_text(
         "import pytest\n"

@@ -184,19 +184,16 @@ def test_python_m_imports_nothing_of_ours_from_the_working_directory(model, mark
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flag", ["1", ""], ids=["safe path", "as Python 3.10"])
-def test_a_child_does_not_import_from_the_working_directory(flag, model, mark):
-    script = "from moeflux_mlx.system import children as c\n"
-    script += (
-        "print(c.run_module('moeflux_mlx.engine.simulator', 'no-such-file').stderr)"
-    )
-    if not flag:
-        arguments = ["moeflux_mlx.engine.simulator", "no-such-file"]
-        script = f"import sys; sys.argv[1:] = {arguments}"
-        script = f"{script}\n{children._BOOT}"
-    command = [sys.executable, "-c", script]
+def test_a_child_does_not_import_from_the_working_directory(
+    flag, model, mark, monkeypatch
+):
+    arguments = ["moeflux_mlx.engine.simulator", "no-such-file"]
     if flag:
-        command.insert(1, "-P")
-    done = run_there(model, *command)
+        monkeypatch.chdir(model)
+        done = children.run_module(*arguments)
+    else:
+        script = f"import sys; sys.argv[1:] = {arguments}\n{children._BOOT}"
+        done = run_there(model, sys.executable, "-c", script)
     assert not mark.exists()
     assert "no-such-file" in done.stdout + done.stderr
 

@@ -251,6 +251,7 @@ def test_segments_change_no_bit(
     assert np.array_equal(logits(model), expected)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("policy", ["lru", "markov"])
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_policies_and_scopes_keep_to_segments(

@@ -8,18 +8,18 @@ import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import mlx_lm
 import pytest
+from commands import interpreted, running
 from tiny import make_checkpoint
 
 from moeflux_mlx.cli.inspect import summarize
@@ -54,27 +54,16 @@ def server(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 @contextlib.contextmanager
 def served(model: Path, log: Path, **variables: str) -> Iterator[str]:
     """Run ``mlx_lm.server``; give its address once it is healthy."""
-    address, process = start(model, log, **variables)
-    try:
+    port = free_port()
+    with running(log, *command(model, port), call=interpreted, **variables) as process:
+        address = f"http://127.0.0.1:{port}"
         wait_until_healthy(address, process, log)
         yield address
-    finally:
-        process.terminate()
-        process.wait()
 
 
-def start(model: Path, log: Path, **variables: str) -> tuple[str, subprocess.Popen]:
-    port = free_port()
-    command = [sys.executable, "-m", "mlx_lm", "server", "--trust-remote-code"]
-    command += ["--model", str(model), "--port", str(port)]
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **variables},
-        )
-    return f"http://127.0.0.1:{port}", process
+def command(model: Path, port: int) -> list[object]:
+    words = ["-m", "mlx_lm", "server", "--trust-remote-code"]
+    return [*words, "--model", model, "--port", port]
 
 
 def free_port() -> int:
@@ -83,15 +72,15 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def wait_until_healthy(address: str, process: subprocess.Popen, log: Path) -> None:
-    while process.poll() is None:
+def wait_until_healthy(address: str, process: BaseProcess, log: Path) -> None:
+    while process.is_alive():
         try:
             with urllib.request.urlopen(f"{address}/health") as answer:
                 if answer.status == 200:
                     return
         except OSError:
             time.sleep(0.1)
-    pytest.fail(f"the server ended with {process.returncode}:\n{log.read_text()}")
+    pytest.fail(f"the server ended with {process.exitcode}:\n{log.read_text()}")
 
 
 def post(address: str, path: str, **body: Any) -> bytes:
@@ -202,6 +191,9 @@ def test_long_chats_give_way_and_one_too_long_fails_alone(tmp_path):
 
 @pytest.mark.slow
 def test_a_setting_that_cannot_be_used_ends_the_server_with_its_name(packed, tmp_path):
-    _, process = start(packed, tmp_path / "log", MOEFLUX_EXPERT_MEMORY="much")
-    assert process.wait(timeout=120) != 0
-    assert "[MOEFLUX_EXPERT_MEMORY] expected bytes" in (tmp_path / "log").read_text()
+    log, words = tmp_path / "log", command(packed, free_port())
+    much = {"MOEFLUX_EXPERT_MEMORY": "much"}
+    with running(log, *words, call=interpreted, **much) as process:
+        process.join(120)
+        assert process.exitcode not in (0, None)
+    assert "[MOEFLUX_EXPERT_MEMORY] expected bytes" in log.read_text()

@@ -6,13 +6,12 @@ import importlib
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from commands import python
 
 ROOT = Path(__file__).resolve().parent.parent
 WAYS = [{"optimistic": "off"}, {"optimistic": "on", "read_ahead": "on"}]
@@ -87,9 +86,9 @@ def test_growth_is_the_slope_after_settling(soaking):
 @pytest.mark.slow
 def test_the_command_says_how_it_went(packed):
     flags = ["--model", packed, "--seconds", "0", "--tokens", "4", "--growth", "1e12"]
-    command = [sys.executable, ROOT / "scripts" / "soak", *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [ROOT / "scripts" / "soak", *flags]
+    done = python(*command)
     assert done.returncode == 0, done.stderr
     assert "packed: " in done.stdout and "every token as resident" in done.stdout
-    grown = subprocess.run([*command, "--growth=-1e12"], capture_output=True)
-    assert grown.returncode == 1 and b"soak: expected growth" in grown.stderr
+    grown = python(*command, "--growth=-1e12")
+    assert grown.returncode == 1 and "soak: expected growth" in grown.stderr

@@ -140,6 +140,7 @@ def check(streamer, plain, layer, experts) -> None:
                 assert content == expected[f"{projection}_proj.{part}"]
 
 
+@pytest.mark.sampled
 def test_slots_hold_what_was_asked_for(runtime, store, plain, inline_bytes):
     rng = np.random.default_rng(1)
     with stream(store, 5, inline_bytes=inline_bytes) as streamer:

@@ -163,6 +163,7 @@ def test_what_is_rewritten_unchanged_is_the_state(model, saved):
     assert state.tokens == load_state(saved, model).tokens
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("change", "error"),
     [
@@ -271,6 +272,7 @@ def test_something_else_in_the_place_of_a_state_is_an_error(model, tmp_path):
             load_state(path, model)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("wrong", [None, 0, 3, True, 1.5, b"state", ["state"]])
 def test_arguments_of_other_types_are_refused(wrong, model, tmp_path):
     cache, tokens = run(model)
@@ -301,6 +303,7 @@ def test_tokens_that_are_none_are_refused(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("key", "value", "error"),
     [
@@ -331,6 +334,7 @@ def test_a_changed_byte_is_noticed(model, saved):
         load_state(saved, model)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kept", [0, 4, 100, -1])
 def test_a_truncated_file_changes_nothing(packed, budget, saved, kept):
     fresh = moeflux_mlx.load(packed, expert_memory=budget)[0]

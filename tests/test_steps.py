@@ -209,6 +209,7 @@ def calls(monkeypatch) -> list[range]:
     return made
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("missing", "again"),
     [
@@ -262,6 +263,7 @@ def test_traces_give_what_waiting_gives(packed):
     assert mx.array_equal(got, expected)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("n_slots", [2, 5, 9, 30])
 def test_several_sequences_give_what_waiting_gives(packed, n_slots, calls):
     """Also where the pool is too small for all of a step's experts."""

@@ -6,14 +6,13 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import open_files
 import pytest
 import xxhash
+from commands import python
 from synthetic import write_checkpoint
 
 from moeflux_mlx.errors import ExpertStoreError, ModelError
@@ -127,8 +126,7 @@ def test_a_file_that_may_not_be_read_is_refused():
         packed = Path(root) / "packed"
         pack(plain, packed)
         os.chmod(packed / "experts-001.bin", 0)
-        command = [sys.executable, "-c", OPEN, str(packed)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        done = python("-c", OPEN, packed)
     assert done.returncode == 0, done.stderr
     assert f"{packed / 'experts-001.bin'} of layer 1" in done.stdout
     assert "Permission denied" in done.stdout

@@ -91,6 +91,7 @@ def metal(monkeypatch):
     monkeypatch.setattr(device, "multiplies_row_by_row", lambda: False)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("n_slots", [1, 2, 4, 7, 2 * N_EXPERTS])
 @pytest.mark.parametrize("n_tokens", [1, 7, 9, 33, 60])
 def test_kernels_are_those_of_the_block_with_all_experts(

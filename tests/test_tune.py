@@ -298,9 +298,8 @@ class LastIsBest(StepTimer):
         return Timing(self.seconds.setdefault(call, 1e3 * 0.9 ** len(self.seconds)))
 
 
-@pytest.fixture(scope="module")
-def tuned_tiny(checkpoint):
-    """What is found for a tiny model with two ways more, both bad, the last ones."""
+def tuned_with_bad_ways(checkpoint, progress) -> Tuning:
+    """Tune a tiny model with two ways more of an Op, both bad, the last ones."""
 
     def off_by_one(_op, _run, a, b):
         return a + b + 1
@@ -315,9 +314,25 @@ def tuned_tiny(checkpoint):
         patch.setitem(lowering.WAYS, ResidualAddNTokens, (*known, *bad))
         kept: list[Tuning] = []
         timer = LastIsBest()
-        found = tune(model, prompts=[3], context=3, timer=timer, keep=kept.append)
+        more = {"timer": timer, "progress": progress, "keep": kept.append}
+        found = tune(model, prompts=[3], context=3, **more)
         assert kept == [replace(found, entries=(entry,)) for entry in found.entries]
         return found
+
+
+@pytest.fixture(scope="module")
+def tuned_tiny(checkpoint):
+    """What is found of every Op and group."""
+    return tuned_with_bad_ways(checkpoint, lambda choices, _: choices)
+
+
+@pytest.fixture(scope="module")
+def tuned_few(checkpoint):
+    """What is found of the Op with the bad ways, and of a group."""
+    few = ("ResidualAddNTokens", "experts_down_combine")
+    return tuned_with_bad_ways(
+        checkpoint, lambda choices, _: [c for c in choices if c.name in few]
+    )
 
 
 @pytest.mark.slow
@@ -337,6 +352,7 @@ def test_every_op_and_group_is_tried_at_every_length(tuned_tiny):
     # The cache object's work is not ours to choose.
     assert not any(name == "KvCacheAppendNTokens" for name, _ in tried)
     for e in tuned_tiny.entries:
+        assert bool(e.refused) == (e.name == "ResidualAddNTokens")
         group = {TOGETHER, ONE_BY_ONE}
         assert e.winner == (ONE_BY_ONE if set(e.us) == group else lowering.MLX)
         assert e.default in e.us and e.gain >= 1
@@ -349,21 +365,22 @@ def test_every_op_and_group_is_tried_at_every_length(tuned_tiny):
 
 
 @simulated
-def test_a_wrong_way_never_wins_and_is_reported(tuned_tiny, capsys):
-    found = [e for e in tuned_tiny.entries if e.name == "ResidualAddNTokens"]
+def test_a_wrong_way_never_wins_and_is_reported(tuned_few, capsys):
+    found = [e for e in tuned_few.entries if e.name == "ResidualAddNTokens"]
     assert len(found) == 2
     for e in found:
         assert set(e.us) == {"residual_add_n_tokens", "mlx"}
         assert "output 0: error" in e.refused["off_by_one"]
         assert e.refused["broken"] == "RuntimeError: no such thing"
-    others = (e for e in tuned_tiny.entries if e.name != "ResidualAddNTokens")
-    assert not any(e.refused for e in others)
-    print_tuning(tuned_tiny, wide_console())
+    others = [e for e in tuned_few.entries if e.name != "ResidualAddNTokens"]
+    assert others and not any(e.refused for e in others)
+    print_tuning(tuned_few, wide_console())
     text = capsys.readouterr().out
     assert "refused broken: ResidualAddNTokens, 3 tokens" in text
     assert "experts_down_combine" in text
 
 
+@pytest.mark.slow
 @simulated
 def test_a_model_runs_as_tuned_and_gives_the_same(checkpoint, tuned_tiny, in_force):
     def logits():
@@ -400,17 +417,17 @@ def test_what_cannot_be_tuned_is_refused(packed, budget, checkpoint):
 
 @simulated
 def test_the_command_keeps_what_it_found_only_where_times_mean_something(
-    checkpoint, tuned_tiny, tmp_path, monkeypatch, capsys
+    checkpoint, tuned_few, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    n_found = len(tuned_tiny.entries)
+    n_found = len(tuned_few.entries)
 
     def found(_model, *, keep, **_):
-        for entry in tuned_tiny.entries[:n_found]:
-            keep(replace(tuned_tiny, entries=(entry,)))
-        if n_found < len(tuned_tiny.entries):
+        for entry in tuned_few.entries[:n_found]:
+            keep(replace(tuned_few, entries=(entry,)))
+        if n_found < len(tuned_few.entries):
             raise KeyboardInterrupt
-        return tuned_tiny
+        return tuned_few
 
     monkeypatch.setattr("moeflux_mlx.cli.tune.tune", found)
     command = ["tune", str(checkpoint), "--executor", "sim"]
@@ -419,7 +436,7 @@ def test_the_command_keeps_what_it_found_only_where_times_mean_something(
     assert not list(tmp_path.rglob("*.json"))
     path = tmp_path / "mine.json"
     assert main([*command, "--file", str(path)]) == 0
-    assert len(json.loads(path.read_text())["entries"]) == len(tuned_tiny.entries)
+    assert len(json.loads(path.read_text())["entries"]) == len(tuned_few.entries)
     path.unlink()
     n_found = 2
     assert main([*command, "--file", str(path)]) == 130

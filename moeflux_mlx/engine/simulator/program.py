@@ -101,7 +101,9 @@ class Program:
         self._path = compiler.library(text, checked, numbers)
         _runtime()
         self._library = ctypes.CDLL(str(self._path))
-        self._base = _base_address(self._path)
+        # Read once: the list of mappings is long where many kernels are loaded.
+        self._code = _constant_part(self._path)
+        self._base = self._code[0]
         self._shared = shared_arrays(self._path)
 
     @classmethod
@@ -179,7 +181,6 @@ class Program:
             *(_Region(self._base + s.address, s.n_bytes, 0, 0) for s in arrays)
         )
         findings = (_Finding * _MAX_FINDINGS)()
-        code = _mapped(self._path, read_only=True)
         request = _Request(
             ctypes.cast(getattr(self._library, f"__run_{index}"), ctypes.c_void_p),
             pointers,
@@ -192,7 +193,7 @@ class Program:
             seed,
             int(self.checked),
             0,
-            *code,
+            *self._code,
             findings,
         )
         n_found = _runtime().msl_run(ctypes.byref(request))
@@ -307,17 +308,12 @@ class _Guarded:
             array.reshape(-1).view(np.uint8)[:] = self._view
 
 
-def _mapped(path: Path, *, read_only: bool = False) -> tuple[int, int]:
-    """Return the address range of a mapped library, or of its read-only part."""
-    begin, end = 2**64 - 1, 0
+def _constant_part(path: Path) -> tuple[int, int]:
+    """Return from where to where a library is mapped, without what it may write."""
+    begin, end, last_word = 2**64 - 1, 0, f"{path}\n"
     with open("/proc/self/maps") as file:
         for line in file:
-            writable = "w" in line.split()[1]
-            if line.rstrip().endswith(str(path)) and not (read_only and writable):
+            if line.endswith(last_word) and "w" not in line.split()[1]:
                 first, last = (int(x, 16) for x in line.split()[0].split("-"))
                 begin, end = min(begin, first), max(end, last)
     return begin, end
-
-
-def _base_address(path: Path) -> int:
-    return _mapped(path)[0]
