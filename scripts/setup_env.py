@@ -43,8 +43,9 @@ def ensure_python():
 def ensure_environment(groups):
     """Install the package in ``.venv`` with optional ``groups``; return its Python.
 
-    The environment is reused while pyproject.toml, the Python and the kind of MLX stay
-    the same, and is created again otherwise.
+    The environment is reused while the Python, the kind of MLX and the parts of
+    pyproject.toml that decide what is installed stay the same, and is created again
+    otherwise.
     """
     mlx = _mlx_extra()
     fingerprint = _fingerprint(mlx)
@@ -128,7 +129,18 @@ def _installed_extras(fingerprint):
 
 
 def _fingerprint(mlx):
-    parts = [(ROOT / "pyproject.toml").read_text(), sys.version, str(ROOT), *mlx]
+    # An older Python has no tomllib, and gets no further than ensure_python.
+    import tomllib
+
+    text = (ROOT / "pyproject.toml").read_text()
+    try:
+        tables = tomllib.loads(text)
+        setuptools = tables["tool"]["setuptools"]
+        text = json.dumps([tables["build-system"], tables["project"], setuptools])
+    except (ValueError, KeyError):
+        # pip will say why this is no project.
+        pass
+    parts = [text, sys.version, str(ROOT), *mlx]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

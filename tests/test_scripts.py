@@ -297,9 +297,15 @@ stamp = {"fingerprint": setup_env._fingerprint(mlx), "extras": ["test", *mlx]}
 setup_env.VENV.mkdir()
 setup_env.STAMP.write_text(json.dumps(stamp))
 print(setup_env.ensure_environment(["test"]))
+with (setup_env.ROOT / "pyproject.toml").open("a") as file:
+    print("[tool.other]", file=file, flush=True)
+    print(setup_env.ensure_environment(["test"]))
+    print("[project.urls]\\nHome = 'https://home'", file=file, flush=True)
+    print(setup_env._installed_extras(setup_env._fingerprint(mlx)))
 """
     done = run(sys.executable, "-c", code, PYTHONPATH=str(clone / "scripts"))
-    assert done.stdout.splitlines() == [str(clone / ".venv" / "bin" / "python")]
+    python = str(clone / ".venv" / "bin" / "python")
+    assert done.stdout.splitlines() == [python, python, "None"], done.stderr
 
 
 @pytest.mark.slow
