@@ -1,7 +1,7 @@
-"""Room for gradients: a call keeps all that it computes until they are there.
+"""Room for gradients: a call under a transformation keeps its intermediate arrays.
 
-How much that is depends on what is trained, and on layers that are computed again. So
-a step of a new kind is preceded by small ones, which are measured.
+Their bytes depend on the trained parameters and on checkpointed layers. Before the
+first step of a new kind, small steps are therefore run and measured.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .alone import OneAtATime
 from .small_calls import SmallCalls
 from .transforms import is_traced
 
-# What a step takes besides for each parameter that it trains: the new value, and two
-# more with their own new ones, as of Adam.
+# Copies of each trained parameter in a step with Adam: the new value, and two moments
+# with their new values. The gradient itself is part of the measured step.
 N_TRAINED = 4
 
 Logits = Callable[[mx.array], mx.array]
@@ -33,8 +33,8 @@ class Gradients:
     """Makes room for the gradients of one model.
 
     Args:
-        calls: those of the model.
-        logits: the model's own call, of which each is a part.
+        calls: the calls of the model.
+        logits: computes the model's logits from token ids.
     """
 
     def __init__(self, calls: OneAtATime, logits: Logits):
@@ -49,14 +49,17 @@ class Gradients:
         n_seqs: int,
         t: int,
     ) -> None:
-        """Have experts give way to all that a call under a transformation keeps.
+        """Shrink the pool to make room for a call under a transformation.
 
         Args:
-            module: has all parameters that may be followed.
-            given: arrays that it was called with.
+            module: the module with all parameters that may have gradients.
+            given: the call's array arguments.
+            cache: the call's prompt caches.
+            n_seqs: number of sequences.
+            t: tokens of each sequence.
 
         Raises:
-            BudgetError: even with the fewest experts it does not fit.
+            BudgetError: the call does not fit even with the fewest experts.
         """
         keeper, n_tokens = self._calls.keeper, n_seqs * t
         followed = _Followed.of(module, [*given, *arrays_of(cache)])
@@ -74,7 +77,7 @@ class Gradients:
         keeper.hold(math.ceil(n_bytes), cache, n_seqs, t)
 
     def _step(self, followed: _Followed, tokens: mx.array) -> Any:
-        """Return the loss of a step of training, and its gradients."""
+        """Return the loss of a training step and its gradients."""
 
         def loss(*arrays: dict[str, mx.array]) -> mx.array:
             followed.put(*arrays)
@@ -83,7 +86,7 @@ class Gradients:
         return mx.value_and_grad(loss)(followed.by, followed.beside)
 
     def _copied_bytes(self, n_tokens: int) -> int:
-        """Return the bytes of a block's matrices, where those chosen are copied."""
+        """Return the bytes of the chosen experts, if this device copies them."""
         if device.gathers_strided():
             return 0
         store = self._calls.streamer.store
@@ -95,8 +98,8 @@ class Gradients:
 class _Followed:
     """The parameters that a transformation follows.
 
-    ``by`` has gradients. ``beside`` are followed too, as where a function of the model
-    is differentiated: what is computed of them is kept.
+    ``by`` get gradients. ``beside`` are followed without gradients, for example if a
+    function of the whole model is differentiated; arrays computed from them are kept.
     """
 
     module: nn.Module
@@ -106,38 +109,39 @@ class _Followed:
 
     @classmethod
     def of(cls, module: nn.Module, given: list[mx.array]) -> _Followed:
-        """Look what is followed in a call with some arrays."""
+        """Find the followed parameters of a call with these array arguments."""
         arrays = dict(tree_flatten(module.parameters()))
         trainable = dict(tree_flatten(module.trainable_parameters()))
         by = trainable if is_traced([*trainable.values()]) else {}
         n_bytes = sum(x.nbytes for x in by.values())
         if not by or is_traced(given):
-            # The first layer is followed, so any of its parameters stands for that.
+            # The input is followed, so every layer keeps arrays: small parameters of
+            # each layer make the measured step keep them too.
             by = {**{name: x for name, x in arrays.items() if _is_vector(x)}, **by}
         others = {name: x for name, x in arrays.items() if name not in by}
         return cls(module, by, others if is_traced([*others.values()]) else {}, n_bytes)
 
     @property
     def kind(self) -> Any:
-        """A value that steps have in common which keep as much."""
+        """Steps of equal ``kind`` keep the same number of bytes per token."""
         by = [(name, x.shape, x.dtype) for name, x in self.by.items()]
         return by, bool(self.beside), kind_of(self.module)
 
     def put(self, *arrays: dict[str, mx.array]) -> None:
-        """Give the module others in the places of these."""
+        """Put arrays into the module in the places of these."""
         self.module.update(tree_unflatten([x for some in arrays for x in some.items()]))
 
     def put_back(self) -> None:
-        """Have the module as it was."""
+        """Restore the module's own arrays."""
         self.put(self.by, self.beside)
 
 
 def kind_of(module: nn.Module) -> Any:
-    """Return what calls of a module have in common which compute alike."""
-    # Layers that are computed again have a call of their own class's.
+    """Return a value that is equal for modules that compute in the same way."""
+    # ``grad_checkpoint`` replaces ``__call__`` of a layer's class.
     return {(type(m), type(m).__call__, m.training) for m in module.modules()}
 
 
 def _is_vector(x: mx.array) -> bool:
-    """Tell whether an array is a norm's weight or the like, of few bytes."""
+    """Return whether an array is small, like the weight of a norm."""
     return x.ndim == 1 and mx.issubdtype(x.dtype, mx.floating)

@@ -1,8 +1,8 @@
-"""Layers of a model divided between processes, in the way of mlx-lm's ``pipeline``.
+"""Divide the layers of a model between processes with mlx-lm's ``pipeline``.
 
-Each rank runs its own layers on rows that the rank before it sends. Whoever fails in
-the middle goes on with zeros, so that nobody waits for rows that never come; the end of
-the call tells all ranks of it.
+Each rank runs its own layers on rows from the previous rank. A rank that fails sends
+zeros, so that no other rank waits forever; at the end of the call all ranks learn of
+the failure.
 """
 
 from __future__ import annotations
@@ -31,17 +31,20 @@ from .transforms import in_transformation
 def divide_alike(
     model: nn.Module, exchange: Exchange, group: Group, undo: contextlib.ExitStack
 ) -> nn.Module:
-    """Divide a model's layers between all ranks, or raise an error in each of them.
+    """Divide a model's layers between all ranks, or raise an error on every rank.
 
     Args:
-        undo: takes the function that puts the other ranks' layers back.
+        model: mlx-lm's model.
+        exchange: the messages of the group.
+        group: the process group.
+        undo: receives a callback that restores the other ranks' layers.
 
     Returns:
-        The module that has the layers.
+        The module that contains the layers.
 
     Raises:
-        PeerError: another rank cannot.
-        ModelError, ConfigError, GroupError: this one cannot.
+        PeerError: another rank failed.
+        ModelError, ConfigError, GroupError: this rank failed.
     """
 
     def divide() -> nn.Module:
@@ -59,14 +62,16 @@ def divide_alike(
 def divide_layers(
     model: nn.Module, group: Group, undo: contextlib.ExitStack
 ) -> nn.Module:
-    """Leave a model this rank's layers only; return the module that has them.
+    """Keep only this rank's layers of a model; return the module that contains them.
 
     Args:
-        undo: takes the function that puts the others back.
+        model: mlx-lm's model.
+        group: the process group.
+        undo: receives a callback that restores the other layers.
 
     Raises:
-        ModelError: mlx-lm does not divide the model, or it has too few layers.
-        ConfigError: the group is not of all processes, which mlx-lm's messages reach.
+        ModelError: mlx-lm cannot divide the model, or it has too few layers.
+        ConfigError: the group lacks processes; mlx-lm's messages go to all of them.
     """
     backbone = getattr(model, "model", None)
     if not isinstance(backbone, nn.Module) or not hasattr(backbone, "pipeline"):
@@ -92,10 +97,10 @@ def divide_layers(
 
 
 def _check_messages(group: Group) -> None:
-    """Send a number the way that rows go.
+    """Send a number from each rank to the next, as layers send rows.
 
     Raises:
-        GroupError: the backend sends nothing between two ranks, as NCCL's does not.
+        GroupError: the backend cannot send between two ranks; NCCL's cannot.
     """
     rank, size, number = group.rank(), group.size(), mx.ones(1)
     try:
@@ -119,7 +124,7 @@ def _restore(module: nn.Module, items: dict[str, Any], names: dict[str, Any]) ->
 
 @contextlib.contextmanager
 def undivided(backbone: nn.Module) -> Iterator[None]:
-    """Have calls in here go through this rank's layers alone, and reach no other."""
+    """Run calls in this context on this rank's layers only, without messages."""
     before = backbone.pipeline_rank, backbone.pipeline_size
     backbone.pipeline_rank, backbone.pipeline_size = 0, 1
     try:
@@ -129,15 +134,16 @@ def undivided(backbone: nn.Module) -> Iterator[None]:
 
 
 class PipelinedCalls(Calls):
-    """One model's calls, of which other ranks run the layers before and after.
+    """The calls of a model whose other layers run on other ranks.
 
     Args:
-        backbone: the module that has the layers.
+        model: mlx-lm's model.
+        backbone: the module that contains the layers.
     """
 
     def __init__(self, model: nn.Module, backbone: nn.Module, *args: Any):
         super().__init__(model, *args)
-        # Layers do not ask it: each has all of its experts.
+        # A layer has all of its experts here, so it exchanges no rows of experts.
         self.ways.exchange = None
         self._backbone = backbone
         self._is_under_way = False
@@ -145,12 +151,12 @@ class PipelinedCalls(Calls):
 
     @contextlib.contextmanager
     def reaching(self, experts: Experts) -> Iterator[None]:
-        """Have calls reach these experts in here, and no other rank."""
+        """Run calls in this context with these experts, without other ranks."""
         with super().reaching(experts), undivided(self._backbone):
             yield
 
     def block(self, call: Callable[..., mx.array], *args: Any) -> mx.array:
-        """Run a routed block; one that fails in a call gives zeros for now."""
+        """Run a routed block; if it fails during a call, return zeros."""
         try:
             return self.alone(call, *args)
         except Exception as error:
@@ -179,7 +185,7 @@ class PipelinedCalls(Calls):
         self._failure, self._is_under_way = None, True
         try:
             out = self.ways.run(whole, self.streamer, t, states)
-            # Before messages of another kind: all rows are sent and have come.
+            # All rows must be sent and received before messages of another kind.
             mx.eval(out, arrays_of(bound.arguments.get("cache") or []))
         finally:
             self._is_under_way = False

@@ -1,4 +1,4 @@
-"""The memory of a model's large calls, found by making small ones without experts."""
+"""Estimate the memory of large calls by measuring small ones with blank experts."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .. import device
 from ..experts.compute.blank import BlankExperts
 from .alone import OneAtATime
 
-# Tokens of measured calls: of one sequence, of WIDE of them, and WIDE times as many of
-# one, which tells apart bytes of tokens and of pairs of them. Larger ones are more
-# exact, and smaller ones show whether they have room.
+# Each size n is measured as one sequence of n tokens, WIDE sequences of n, and one of
+# WIDE * n: the latter two separate bytes per token from bytes per pair of tokens. Larger
+# sizes are more exact, and smaller ones show whether the larger ones have room.
 SIZES, WIDE = (1, 4, 16), 4
-# Measured peaks count with a share more, and with a larger one where larger calls had
-# no room to be measured.
+# Share added to measured peaks, and the larger share where the larger sizes had no room
+# to be measured.
 MARGIN, ROUGH_MARGIN = 1 / 8, 1 / 2
 
 
 @dataclass(frozen=True)
 class Taken:
-    """Bytes that a call takes; pairs are of a token and a row that it sees."""
+    """The bytes of a call. A pair is a token and a cached row that it attends to."""
 
     fixed: float = 0
     of_token: float = 0
@@ -32,10 +32,13 @@ class Taken:
 
     @classmethod
     def of(cls, n: int, few: int, wide: int, long: int) -> Taken:
-        """Return the least that no measured call exceeds.
+        """Fit the smallest estimate that no measured call exceeds.
 
         Args:
-            n: tokens of the smallest call, ``few``.
+            n: tokens of the smallest call.
+            few: peak of one sequence of ``n`` tokens, in bytes.
+            wide: peak of ``WIDE`` sequences of ``n`` tokens.
+            long: peak of one sequence of ``WIDE * n`` tokens.
         """
         of_pair = max(0.0, (long - wide) / (n * n * WIDE * (WIDE - 1)))
         more = wide - few - of_pair * n * n * (WIDE - 1)
@@ -47,10 +50,12 @@ class Taken:
         return replace(line, fixed=max(0.0, *beyond))
 
     def n_bytes(self, n_seqs: int, t: int, n_rows: int) -> float:
-        """Return the most bytes of a call with ``t`` tokens of each sequence.
+        """Return the bytes of a call, with the margin.
 
         Args:
-            n_rows: that a sequence has with them.
+            n_seqs: number of sequences.
+            t: tokens of each sequence.
+            n_rows: cached rows of each sequence, these tokens included.
         """
         return (1 + self.margin) * self._n_bytes(n_seqs, t, n_rows)
 
@@ -61,16 +66,16 @@ class Taken:
 
 
 class SmallCalls:
-    """Measures calls of one model, as far as a call to come is worth it.
+    """Measures small calls of one model, no larger than the coming call.
 
     Args:
-        calls: those of the model.
+        calls: the calls of the model.
     """
 
     def __init__(self, calls: OneAtATime):
         self._calls = calls
         self._kind: Any = None
-        # Tokens of the largest measured call, and sizes that were not tried yet.
+        # Tokens of the largest measured call, and the sizes not tried yet.
         self._n_measured, self._sizes = 0, [*SIZES]
         self.taken = Taken()
 
@@ -81,14 +86,14 @@ class SmallCalls:
         clear: Callable[[], int],
         call: Callable[[mx.array], Any],
     ) -> Taken:
-        """Return what calls of a kind take.
+        """Return the estimate for calls of a kind.
 
         Args:
-            kind: a value that calls have in common which take as much.
-            n_tokens: of the call to come, beyond which nothing is measured.
-            clear: makes room and returns its bytes; what would take more is not
-                measured either.
-            call: calls with tokens; returns arrays.
+            kind: equal for calls that take the same bytes per token.
+            n_tokens: tokens of the coming call; no larger call is measured.
+            clear: makes room and returns its bytes; sizes that would exceed them are
+                not measured.
+            call: runs the model on token ids and returns arrays.
         """
         if self._kind != kind:
             self._kind, self._n_measured, self._sizes = kind, 0, [*SIZES]
@@ -104,7 +109,7 @@ class SmallCalls:
         return self.taken
 
     def _measure_size(self, n: int, room: int, call: Callable[[mx.array], Any]) -> None:
-        """Measure calls of one size if there is room; without it, no larger ones."""
+        """Measure the calls of one size, or give up this and larger sizes."""
         if not self._n_measured:
             self.taken, self._n_measured = Taken(0, _peak(call, (1, n)) / n), n
         shapes = _shapes(n)
@@ -127,5 +132,5 @@ def _peak(call: Callable[[mx.array], Any], shape: tuple[int, int]) -> int:
 
 
 def _shapes(n: int) -> list[tuple[int, int]]:
-    """Return the measured calls of one size: sequences, and tokens of each."""
+    """Return the sequences and tokens per sequence of one size's measured calls."""
     return [(1, n), (WIDE, n), (1, WIDE * n)]
