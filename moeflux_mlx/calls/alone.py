@@ -59,11 +59,11 @@ class OneAtATime(Uncopied):
 
     @contextlib.contextmanager
     def reaching(self, experts: Experts) -> Iterator[None]:
-        """Have calls reach these experts in here, however much memory they take."""
+        """Run calls in this context with these experts, outside the memory plan."""
         with self.lock:
             before = self.streamer, self.keeper, self.free_pool
             self.streamer, self.keeper, self.free_pool = experts, None, None
-            # Calls in here are nobody's, so their arguments need no check.
+            # A nested call skips the checks of arguments, which are our own here.
             self._depth += 1
             try:
                 yield

@@ -22,8 +22,8 @@ from .alone import OneAtATime
 from .small_calls import SmallCalls
 from .transforms import is_traced
 
-# Copies of each trained parameter in a step with Adam: the new value, and two moments
-# with their new values. The gradient itself is part of the measured step.
+# Copies of each trained parameter that an update with Adam may hold, beside the gradient,
+# which is part of the measured step: moments, their new values, the new parameter.
 N_TRAINED = 4
 
 Logits = Callable[[mx.array], mx.array]

@@ -13,8 +13,8 @@ from ..experts.compute.blank import BlankExperts
 from .alone import OneAtATime
 
 # Each size n is measured as one sequence of n tokens, WIDE sequences of n, and one of
-# WIDE * n: the latter two separate bytes per token from bytes per pair of tokens. Larger
-# sizes are more exact, and smaller ones show whether the larger ones have room.
+# WIDE * n: the latter two separate bytes per token from bytes per pair of tokens.
+# Larger sizes are more exact; smaller ones show whether the larger ones have room.
 SIZES, WIDE = (1, 4, 16), 4
 # Share added to measured peaks, and the larger share where the larger sizes had no room
 # to be measured.
