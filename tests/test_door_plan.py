@@ -16,7 +16,8 @@ from tiny import write_tokenizer
 
 import moeflux_mlx
 from moeflux_mlx import device
-from moeflux_mlx.calls.measured_needs import CallPieces, MeasuredNeeds
+from moeflux_mlx.calls.call_pieces import CallPieces
+from moeflux_mlx.calls.measured_needs import MeasuredNeeds
 from moeflux_mlx.cli import main as moeflux
 from moeflux_mlx.errors import BudgetError
 from moeflux_mlx.experts.files.pack import pack

@@ -12,7 +12,6 @@ import pytest
 from op_cases import TOLERANCE, quantized, relative_rms, spec
 
 from moeflux_mlx import device, ops
-from moeflux_mlx.engine.blocks import rotation
 from moeflux_mlx.engine.ops import functions
 from moeflux_mlx.engine.ops.functions import (
     QUERY_BLOCK,
@@ -23,6 +22,7 @@ from moeflux_mlx.engine.ops.functions import (
     to_host,
 )
 from moeflux_mlx.engine.ops.host import row_products
+from moeflux_mlx.engine.rotation import rotation
 from moeflux_mlx.experts.weights import Quantization, Weight
 
 on_both = pytest.mark.parametrize("to", [mx.array, np.array], ids=["mlx", "numpy"])

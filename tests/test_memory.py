@@ -220,9 +220,9 @@ def test_a_call_without_caches_keeps_to_the_plan_too(packed, least):
     model = load(packed, least + (1 << 20))
     tokens = mx.array([np.random.default_rng(3).integers(1, 300, 300).tolist()])
     chunks = []
-    forward = model.language_model.forward
-    compute = forward._hidden_states
-    forward._hidden_states = lambda inputs, *rest: (
+    graphs = model.language_model.forward._graphs
+    compute = graphs.rows
+    graphs.rows = lambda inputs, *rest: (
         chunks.append(inputs.shape[1]) or compute(inputs, *rest)
     )
     logits = model(tokens)

@@ -12,8 +12,9 @@ from mlx_lm.models.rope_utils import initialize_rope
 from ..errors import ModelError
 from ..experts.files.configuration import Configuration, check_tensors, counts_of
 from ..experts.files.safetensors import TensorEntry
-from .blocks import ROUTED, rotation
+from .blocks import ROUTED
 from .layer import LayerForm, expected_tensors
+from .rotation import rotation
 
 
 def read_arguments(

@@ -16,7 +16,7 @@ from ..experts.compute.resident import ResidentExperts
 from ..experts.compute.switch import StreamedSwitch
 from ..experts.files.configuration import Expected
 from ..experts.weights import ExpertWeights, Weight
-from . import blocks
+from . import block_ops
 from .blocks import ROUTED, Call, DenseMlp, Moe, RoutedShape
 from .context import Context
 from .graph import Op, planned_peak_bytes
@@ -200,7 +200,7 @@ class GraphLayer:
         inputs = {**inputs, "hidden": hidden, "experts": experts}
         if call.requests_early:
             assert experts is not None and self.form.routed is not None
-            route = blocks.requesting(experts, self.form.routed)
+            route = block_ops.requesting(experts, self.form.routed)
             host = {**(host or {}), self.form.routed.choice: route}
         # Prompts come in any length: only calls of single tokens are sure to recur.
         recurs = call.t == 1 and not context.traced
@@ -225,7 +225,7 @@ class GraphLayer:
         g = GraphBuilder("router of the layer ahead", dtype, self.weights.refs)
         hidden = g.input("hidden", b.HiddenBuf, (n, self.form.dim))
         x = g.norm(MLP_NORM, hidden, b.MoeInputBuf, self.form.eps)
-        experts = blocks.expected_experts(g, self.form.routed, x, n)
+        experts = block_ops.expected_experts(g, self.form.routed, x, n)
         return g.finish(self.runtime.executor, experts=experts)
 
     def _build(self, call: Call) -> LayerGraph:
@@ -238,9 +238,9 @@ class GraphLayer:
         residual = g.residual_add(mixed, hidden)
         mlp_in = g.norm(MLP_NORM, residual, b.MoeInputBuf, form.eps)
         if form.routed is None or routed is None:
-            out = blocks.dense_mlp(g, residual, mlp_in, call)
+            out = block_ops.dense_mlp(g, residual, mlp_in, call)
         else:
-            out = blocks.moe(g, form.routed, residual, mlp_in, call, routed)
+            out = block_ops.moe(g, form.routed, residual, mlp_in, call, routed)
         return g.finish(self.runtime.executor, hidden=out, **state)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,3 +34,13 @@ class RowPart:
 def whole(value: Any) -> Any:
     """Return a value; cut it out of its row if it is a ``RowPart``."""
     return value.array() if isinstance(value, RowPart) else value
+
+
+def one_row(*parts: Any) -> tuple[mx.array, tuple[int, ...]]:
+    """Return an array ``[B, width]`` that holds all parts, and where each begins."""
+    rows = {id(part.row) for part in parts if isinstance(part, RowPart)}
+    if len(rows) == 1 and all(isinstance(part, RowPart) for part in parts):
+        return parts[0].row, tuple(part.start for part in parts)
+    arrays = [whole(part) for part in parts]
+    starts = itertools.accumulate((x.shape[-1] for x in arrays[:-1]), initial=0)
+    return mx.concatenate(arrays, axis=-1), tuple(starts)

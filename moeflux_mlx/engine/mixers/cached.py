@@ -9,12 +9,13 @@ from typing import Any
 import mlx.nn as nn
 
 from .. import ops
-from ..blocks import Call, rotation
+from ..blocks import Call
 from ..context import Context, cache_ops, has_spare_rows
 from ..graph import BufId
 from ..graph import roles as b
 from ..model import GraphBuilder
 from ..ops.functions import Array
+from ..rotation import rotation
 from .base import Begun
 
 

@@ -13,12 +13,13 @@ import mlx.nn as nn
 
 from ...errors import ModelError
 from .. import ops
-from ..blocks import Call, SameInput, Shapes, rotation
+from ..blocks import Call, SameInput, Shapes
 from ..context import Context
 from ..graph import BufId
 from ..graph import roles as b
 from ..model import GraphBuilder
 from ..ops.functions import Array
+from ..rotation import rotation
 from .base import Begun, CacheShapes, Pushed
 from .cached import Rotary, append_rows, begin_rows, end_rows, mask_input
 

@@ -1,0 +1,125 @@
+"""Fusions of products with matrices: after a norm, and before the residual stream."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from ...graph.op import JointRows, Op
+from ...graph.rows import RowPart
+from ...launch import quant
+from ...ops.elementwise import ResidualAddNTokens
+from ...ops.norm import RmsNormBf16NTokens
+from ...ops.quant import MatvecNTokens
+from ..registry import Run, Values, fusion
+from ..rows import form, kernel_form, parts
+
+
+def is_product(op: Op, *, with_bias: bool = False) -> bool:
+    """Return whether an Op is a product of one token that kernels can run."""
+    return (
+        isinstance(op, MatvecNTokens)
+        and op.n_tokens == 1
+        and (with_bias or op.bias is None)
+        and kernel_form(op.weight)
+    )
+
+
+def _reads(op: Op, x: Any) -> bool:
+    """Return whether an Op is a product with ``x``, with or without a bias."""
+    return is_product(op, with_bias=True) and op.input == x  # type: ignore[attr-defined]
+
+
+def _norm_and_products(ops: Sequence[Any]) -> int:
+    """Count a norm and the products that read it, with one or two whole matrices."""
+    norm = ops[0]
+    if norm.n_tokens > 1:
+        return 0
+    n, first = 1, ops[1].weight
+    matrices = itertools.islice(_matrices(ops[1:], norm.out), quant.MAX_PRODUCTS)
+    for matrix in matrices:
+        own = matrix[0].weight
+        same_size = own.quantization.group_size == first.quantization.group_size
+        if not same_size or own.dtype != first.dtype:
+            break
+        n += len(matrix)
+    return n if n > 1 else 0
+
+
+def _matrices(ops: Sequence[Any], x: Any) -> Iterator[list[Any]]:
+    """Yield lists of the leading products with ``x``, one list for a joint matrix."""
+    while ops and _reads(ops[0], x):
+        joint = ops[0].weight.joint
+        n, rows = 0, 0
+        for op in ops:
+            own = op.weight.joint if _reads(op, x) else None
+            if joint is None or own != JointRows(joint.name, rows, joint.n_rows):
+                break
+            n, rows = n + 1, rows + op.out_dim
+        if joint is not None and rows != joint.n_rows:
+            return
+        yield list(ops[: n or 1])
+        ops = ops[n or 1 :]
+
+
+@fusion(
+    "norm_matvecs",
+    (RmsNormBf16NTokens, MatvecNTokens),
+    _norm_and_products,
+    joint=True,
+)
+def norm_matvecs(ops: Sequence[Any], run: Run, values: Values) -> Values:
+    """Run a norm and the products with its output; return all as parts of one row."""
+    norm, *products = ops
+    x, weight = values[norm.x], values[norm.weight.name].w
+    matrices, biases, parts_of = [], [], []
+    for same in _matrices(products, norm.out):
+        ref = same[0].weight
+        matrix = values[ref.joint.name if ref.joint else ref.name]
+        group_size = form(matrix)[1]
+        matrices.append((*parts(matrix), form(matrix)[0]))
+        biases.append(_bias(same, values, x.dtype))
+        parts_of.append(same)
+    launch = quant.norm_matvecs(x, weight, matrices, norm.eps, group_size, biases)
+    (row,) = run(launch)
+    *starts, _ = quant.norm_row(norm.dim, [m[0].shape[0] for m in matrices])
+    out: dict[Any, Any] = {norm.out: RowPart(row, starts[-1], norm.dim)}
+    for start, same in zip(starts, parts_of, strict=False):
+        for op in same:
+            first = op.weight.joint.first if op.weight.joint else 0
+            out[op.output] = RowPart(row, start + first, op.out_dim)
+    return out
+
+
+def _bias(products: Sequence[Any], values: Values, dtype: mx.Dtype) -> Any:
+    """Return the bias of the products with one matrix, or None."""
+    ref = next((op.bias for op in products if op.bias is not None), None)
+    if ref is None:
+        return None
+    bias: mx.array = values[ref.joint.name if ref.joint else ref.name].w
+    return bias.astype(dtype)
+
+
+def _product_and_residual(ops: Sequence[Any]) -> int:
+    fits = is_product(ops[0], with_bias=True)
+    return 2 * (fits and ops[1].a == ops[0].output)
+
+
+@fusion("matvec_residual", (MatvecNTokens, ResidualAddNTokens), _product_and_residual)
+def matvec_residual(ops: Sequence[Any], run: Run, values: Values) -> Values:
+    """Run a product and its sum with the residual stream."""
+    product, add = ops
+    weight, x, residual = (
+        values[product.weight.name],
+        values[product.input],
+        values[add.b],
+    )
+    bias = None if product.bias is None else values[product.bias.name].w
+    given = x, *parts(weight), residual, *form(weight)
+    launch = quant.matvec_residual(
+        *given, None if bias is None else bias.astype(x.dtype)
+    )
+    return {add.out: run(launch)[0]}
