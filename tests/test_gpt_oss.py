@@ -382,7 +382,7 @@ def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why, capsys):
         ({"layer_types": [FULL, FULL]}, "layer_types"),
         ({"layer_types": [SLIDING]}, "layer_types"),
         ({"layer_types": [SLIDING, [FULL]]}, "layer_types"),
-        ({"num_hidden_layers": 1, "layer_types": None}, "layer_types|than 1 layers"),
+        ({"num_hidden_layers": 1, "layer_types": None}, "layer_types|layer below 1"),
         ({"sliding_window": 0}, "sliding_window"),
         ({"num_local_experts": 4}, "router|experts"),
         ({"num_experts_per_tok": 9}, r"num_experts_per_tok|8 experts per token|got 9"),

@@ -22,8 +22,8 @@ from .alone import OneAtATime
 from .small_calls import SmallCalls
 from .transforms import is_traced
 
-# Copies of each trained parameter that an update with Adam may hold, beside the gradient,
-# which is part of the measured step: moments, their new values, the new parameter.
+# Copies of each trained parameter that an update with Adam may hold: moments, their new
+# values, the new parameter. The gradient itself is part of the measured step.
 N_TRAINED = 4
 
 Logits = Callable[[mx.array], mx.array]
