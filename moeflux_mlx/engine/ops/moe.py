@@ -47,6 +47,9 @@ from .functions import (
     to_host,
 )
 
+# Rows of several experts that the host multiplies together.
+SHARED_ROWS = 64
+
 
 class MoeSoftmaxTopK(Op):
     """Apply a float32 softmax to logits ``[N, E]`` and keep the K largest.
@@ -238,10 +241,11 @@ class RoutedExperts(OpFields):
 
     def scratch_bytes(self, itemsize: int) -> int:
         """Count rows before and after the experts, and once more in token order."""
-        chosen = self.n_tokens * self.k * self.dim
+        chosen = self.n_tokens * self.k
         # In the worst case all tokens choose the same expert.
-        one = self.n_tokens * (6 * self.expert_dim + 3 * self.dim)
-        return max(3 * chosen, chosen + one) * itemsize
+        together = max(self.n_tokens, min(chosen, SHARED_ROWS))
+        one = together * (6 * self.expert_dim + 3 * self.dim)
+        return max(3 * chosen * self.dim, chosen * self.dim + one) * itemsize
 
 
 class MoeDecodeExperts(RoutedExperts, Op):
@@ -366,10 +370,29 @@ class MoeBatchedPermuteFuse(RoutedExperts, Op):
         """Return rows ``[N * K, D]`` by expert without another copy of all of them."""
         out, tokens = np.empty((order.size, self.dim), np.float32), order // self.k
         for wave in experts.waves(used):
+            few: list[int] = []
+            few_slots: list[int] = []
             for expert, slot in wave:
-                rows = slice(*starts[expert])
-                part, stacks = mlp_in[tokens[rows]], experts.weights
-                out[rows] = expert_mlp(part, stacks, slot, self.activation)
+                rows = range(*starts[expert])
+                if len(rows) < device.UNPACK_MIN_ROWS and _is_packed(experts.weights):
+                    few += rows
+                    few_slots += [slot] * len(rows)
+                    continue
+                part = mlp_in[tokens[rows.start : rows.stop]]
+                done = expert_mlp(part, experts.weights, slot, self.activation)
+                out[rows.start : rows.stop] = done
+            # Rows for which no matrix is unpacked share products across experts: one
+            # product for each expert costs several times as much. The bits are equal.
+            for start in range(0, len(few), SHARED_ROWS):
+                chosen = few[start : start + SHARED_ROWS]
+                slots = np.array(few_slots[start : start + SHARED_ROWS])[:, None]
+                by_slot = experts_by_slot(
+                    mlp_in[tokens[chosen]],
+                    slots,
+                    experts.weights,
+                    activation=self.activation,
+                )
+                out[chosen] = by_slot[:, 0]
         return out
 
     def _combined(
@@ -393,6 +416,11 @@ class MoeBatchedPermuteFuse(RoutedExperts, Op):
         position = position.reshape(self.n_tokens, self.k)
         rising = np.argsort(position, axis=1)
         return np.take_along_axis(position, rising, axis=1), rising
+
+
+def _is_packed(experts: ExpertWeights) -> bool:
+    """Return whether all matrices are quantised."""
+    return all(w.quantization for w in (experts.gate, experts.up, experts.down))
 
 
 def by_expert(
