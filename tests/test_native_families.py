@@ -96,7 +96,7 @@ def test_greedy_tokens_and_their_logits_are_mlx_lms(
 @on(FIRST.items())
 @pytest.mark.parametrize("n_seqs", [1, 3])
 def test_kernels_give_mlx_lms_tokens_and_logits(plain, n_seqs):
-    assert_kernels_give_mlx_lms(plain, n_seqs, 1)
+    assert_kernels_give_mlx_lms(plain, n_seqs)
 
 
 def ahead_or_waiting(path, n_seqs: int, executor: str, optimistic: str, **memory):

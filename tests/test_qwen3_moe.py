@@ -35,7 +35,7 @@ N_GREEDY = 64
 @of("qwen3_moe", "e13-k10-dense-layers")
 @pytest.mark.parametrize("n_seqs", [1, 3])
 def test_kernels_give_mlx_lms_tokens_and_logits(plain, n_seqs):
-    assert_kernels_give_mlx_lms(plain, n_seqs, 1)
+    assert_kernels_give_mlx_lms(plain, n_seqs)
 
 
 @pytest.mark.slow
