@@ -47,7 +47,10 @@ def on(cases, slow=()) -> pytest.MarkDecorator:
 
 each_configuration = on(CASES)
 # The first configuration; slow runs try them all.
-each_family = on(CASES, [case for case in CASES if FIRST[case[0]] != case[1]])
+MORE = [case for case in CASES if FIRST[case[0]] != case[1]]
+each_family = on(CASES, MORE)
+# The tests of streaming and of steps, which take this family, need not be repeated.
+each_other_family = on(CASES, [*MORE, ("qwen3_5_moe", FIRST["qwen3_5_moe"])])
 
 
 @pytest.fixture
@@ -64,7 +67,7 @@ def test_no_family_is_left_out():
     assert written == {*FAMILIES, "kimi_k2", "minimax_m2"}
 
 
-@each_family
+@each_other_family
 @pytest.mark.parametrize(
     ("n_seqs", "n_tokens"), [(1, 64), pytest.param(3, 24, marks=pytest.mark.slow)]
 )
@@ -108,7 +111,7 @@ def ahead_or_waiting(path, n_seqs: int, executor: str, optimistic: str, **memory
     return logits
 
 
-@each_family
+@each_other_family
 @pytest.mark.parametrize("n_seqs", [1, 3])
 def test_running_ahead_gives_what_waiting_gives(plain_packed, n_seqs, monkeypatch):
     monkeypatch.setitem(EXECUTORS, Lazy.name, Lazy)
