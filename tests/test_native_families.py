@@ -45,7 +45,6 @@ def on(cases, slow=()) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("plain", params, indirect=True)
 
 
-each_configuration = on(CASES)
 # The first configuration; slow runs try them all.
 MORE = [case for case in CASES if FIRST[case[0]] != case[1]]
 each_family = on(CASES, MORE)
@@ -112,7 +111,7 @@ def ahead_or_waiting(path, n_seqs: int, executor: str, optimistic: str, **memory
 
 
 @each_other_family
-@pytest.mark.parametrize("n_seqs", [1, 3])
+@pytest.mark.parametrize("n_seqs", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_running_ahead_gives_what_waiting_gives(plain_packed, n_seqs, monkeypatch):
     monkeypatch.setitem(EXECUTORS, Lazy.name, Lazy)
     # All that a call of three sequences can ask of a layer fits.
@@ -124,7 +123,7 @@ def test_running_ahead_gives_what_waiting_gives(plain_packed, n_seqs, monkeypatc
 
 # MLX compiles traces for seconds.
 @pytest.mark.sampled
-@each_configuration
+@on(CASES)
 @pytest.mark.parametrize("n_seqs", [1, 3])
 def test_traces_that_run_ahead_give_what_waiting_gives(
     plain_packed, n_seqs, monkeypatch
@@ -155,7 +154,7 @@ def assert_same_state(own, theirs) -> None:
             assert states[0][name] == expected, name
 
 
-@each_configuration
+@each_family
 def test_names_of_weights_and_calls_and_caches_are_mlx_lms(plain, tolerance):
     expected, ours = mlx_lm.load(str(plain))[0], load(plain)
     assert isinstance(ours, type(expected))
