@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import signal
 import subprocess
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from commands import python
+from families import write
 from hypothesis import settings
 from tiny import make_checkpoint
 
@@ -156,3 +158,29 @@ def budget(packed: Path) -> str:
     summary = summarize(packed)
     least, full = summary.minimum_bytes, summary.full_bytes
     return str(least + (full - least) // 4)
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """What writes a checkpoint of a family's configuration once, and gives its path."""
+
+    @functools.cache
+    def write_once(family: str, config: str) -> Path:
+        return write(tmp_path_factory.mktemp(family) / config, family, config)
+
+    return write_once
+
+
+@pytest.fixture
+def plain(request: pytest.FixtureRequest, written: Callable[[str, str], Path]) -> Path:
+    """A checkpoint of the family and configuration that a test asks for."""
+    return written(*request.param)
+
+
+@pytest.fixture
+def plain_packed(plain: Path) -> Path:
+    """The same model, packed."""
+    path = plain.with_name("packed")
+    if not path.exists():
+        pack(plain, path)
+    return path

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from families import FAMILIES
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import moeflux_mlx
 from moeflux_mlx.engine import simulator
 from moeflux_mlx.engine.native import NativeModel
-from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.files.store import open_store
 from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
+from moeflux_mlx.streaming import StreamedModel
 
 simulated = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"
@@ -37,28 +38,11 @@ LAYER = [
 ]
 
 
-def made_of(
-    make: Callable[..., Path], configs: Mapping[str, Mapping[str, Any]]
-) -> tuple[Any, Any]:
-    """Return fixtures: a checkpoint for each configuration, and a pack of it.
-
-    Args:
-        make: writes a checkpoint; one whose name ends in ``floats`` is not quantised.
-    """
-
-    @pytest.fixture(scope="module", params=configs)
-    def plain(request, tmp_path_factory):
-        path = tmp_path_factory.mktemp(make.__name__) / request.param
-        bits = None if request.param.endswith("floats") else 4
-        seed = list(configs).index(request.param)
-        return make(path, seed=seed, bits=bits, **configs[request.param])
-
-    @pytest.fixture(scope="module")
-    def packed(plain):
-        pack(plain, plain.parent / "packed")
-        return plain.parent / "packed"
-
-    return plain, packed
+def of(family: str, *configs: str) -> pytest.MarkDecorator:
+    """Have a test try checkpoints of a family, of all configurations by default."""
+    params = [(family, config) for config in configs or FAMILIES[family].configs]
+    ids = [config for _, config in params]
+    return pytest.mark.parametrize("plain", params, ids=ids, indirect=True)
 
 
 def load(path, **options) -> NativeModel:
@@ -95,47 +79,47 @@ def relative_rms(got: mx.array, expected: mx.array) -> float:
     return (error / mx.sqrt(mx.mean(expected**2))).item()
 
 
-def assert_tokens_are_mlx_lms(plain, packed, n_seqs: int, n_tokens: int) -> None:
-    """Check logits and greedy tokens: all experts in memory, few, and few of a pack."""
-    expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, n_tokens)
-    budget = {"expert_memory": least(plain)}
-    models = {
-        "resident": load(plain, executor="ops"),
-        "least": load(plain, executor="ops", **budget),
-        "least of a pack": load(packed, executor="ops", read_ahead="on", **budget),
-    }
-    found = {}
-    for name, model in models.items():
-        found[name], ids = greedy(model, n_seqs, n_tokens)
-        assert relative_rms(found[name], expected) < 1e-5, name
-        assert ids == chosen, name
-        assert mx.array_equal(found[name], found["resident"]), name
-        if name != "resident":
-            assert model.streamer.stats.total.misses, name
+def assert_kernels_give_mlx_lms(plain, n_seqs: int) -> None:
+    """Check logits and a greedy token of simulated kernels.
 
-
-def assert_kernels_give_mlx_lms(plain, n_seqs: int, n_tokens: int) -> None:
-    """Check logits and greedy tokens of simulated kernels, with few experts."""
-    expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, n_tokens)
-    options = {"executor": "sim", "expert_memory": least(plain)}
-    got, found = greedy(load(plain, **options), n_seqs, n_tokens)
-    assert relative_rms(got, expected) < 1e-5
-    assert found == chosen
-
-
-def assert_ahead_is_as_waiting(packed, n_seqs: int, lazy: str) -> None:
-    """Check logits of tokens that ran ahead against those that waited.
-
-    Args:
-        lazy: name of an executor that computes nothing before it must.
+    Three sequences have few experts in memory; one has few, and all.
     """
-    found = []
-    for optimistic in ("off", "on"):
-        options = {"expert_memory": least(packed, 9), "optimistic": optimistic}
-        model = load(packed, executor=lazy, **options)
-        found.append(greedy(model, n_seqs, 6)[0])
-        assert model.runtime.steps == (optimistic == "on")
-    assert relative_rms(found[1], found[0]) < 1e-6
+    expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, 1)
+    few = {"expert_memory": least(plain)}
+    for memory in (few, {}) if n_seqs == 1 else (few,):
+        got, found = greedy(load(plain, executor="sim", **memory), n_seqs, 1)
+        assert relative_rms(got, expected) < 1e-5, memory
+        assert found == chosen, memory
+
+
+def assert_mlx_lms_class_serves(path, why: str, capsys) -> None:
+    """Check that mlx-lm's class serves, and that a reason says why ours does not."""
+    model, _ = moeflux_mlx.load(path, expert_memory="3MB")
+    assert isinstance(model, StreamedModel)
+    assert f"our own class does not support {why}" in capsys.readouterr().err
+    expected = mlx_lm.load(str(path))[0](tokens(9))
+    assert relative_rms(model(tokens(9)), expected) < 1e-5
+    with pytest.raises(ModelError, match=f"our own class does not support {why}"):
+        moeflux_mlx.load(path, native=True)
+
+
+def assert_refused(path, message: str) -> None:
+    """Check that a model is refused, bounded or not."""
+    for bound in ({}, {"expert_memory": "3MB"}):
+        with pytest.raises(ModelError, match=message):
+            moeflux_mlx.load(path, **bound)
+
+
+def adapt(model) -> None:
+    """Give the projections of two layers, those of experts too, random adapters."""
+    mx.random.seed(0)
+    model.freeze()
+    linear_to_lora_layers(model, 2, {"rank": 4, "scale": 2.0, "dropout": 0.0})
+    adapters = dict(tree_flatten(model.trainable_parameters()))
+    assert adapters
+    for name in sorted(adapters):
+        adapters[name] = 0.1 * mx.random.normal(adapters[name].shape)
+    model.load_weights(list(adapters.items()), strict=False)
 
 
 def launches(model) -> list[str]:

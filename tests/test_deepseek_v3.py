@@ -5,139 +5,49 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx_lm
 import pytest
-from mlx.utils import tree_flatten
-from mlx_lm.models import deepseek_v3 as stock
+from families import YARN
 from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache, make_prompt_cache
 from native_models import (
-    assert_ahead_is_as_waiting,
-    assert_kernels_give_mlx_lms,
-    assert_tokens_are_mlx_lms,
+    assert_mlx_lms_class_serves,
+    assert_refused,
     edit_config,
     launches,
     least,
     load,
-    made_of,
+    of,
     relative_rms,
     simulated,
     tokens,
 )
-from test_glm4_moe import EXPERTS, lowered, of_dropped_groups
-from test_steps import Lazy
-from tiny import DEEPSEEK_V3_CONFIG, make_deepseek_v3
+from test_glm4_moe import EXPERTS
+from tiny import make_deepseek_v3
 
 import moeflux_mlx
-from moeflux_mlx.engine.executors import EXECUTORS
 from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.measure.profile import profile
 from moeflux_mlx.measure.recording import filled_caches
 from moeflux_mlx.streaming import StreamedModel
 
-YARN = DEEPSEEK_V3_CONFIG["rope_scaling"]
-# YaRN with both mscales or none, queries from a narrow row or from the layer's own,
-# groups or none, odd numbers of experts and heads, widths that fit no kernel.
-CONFIGS = {
-    "e8-k2": {},
-    "e9-k3-groups-heads3-no-rank": dict(
-        n_routed_experts=9,
-        num_experts_per_tok=3,
-        n_group=3,
-        topk_group=2,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        q_lora_rank=None,
-        first_k_dense_replace=0,
-        num_hidden_layers=2,
-        rope_scaling={**YARN, "mscale": 1.3},
-    ),
-    "e13-k1-biases-floats": dict(
-        hidden_size=72,
-        n_routed_experts=13,
-        num_experts_per_tok=1,
-        norm_topk_prob=False,
-        n_shared_experts=2,
-        moe_intermediate_size=36,
-        num_attention_heads=5,
-        num_key_value_heads=5,
-        q_lora_rank=20,
-        kv_lora_rank=28,
-        qk_nope_head_dim=12,
-        qk_rope_head_dim=10,
-        v_head_dim=14,
-        attention_bias=True,
-        rope_scaling=None,
-    ),
-}
-GROUPS = "e9-k3-groups-heads3-no-rank"
 
-
-plain, packed = made_of(make_deepseek_v3, CONFIGS)
-
-
-@pytest.mark.sampled
-@pytest.mark.parametrize(("n_seqs", "n_tokens"), [(1, 64), (3, 16)])
-def test_greedy_tokens_and_their_logits_are_mlx_lms(plain, packed, n_seqs, n_tokens):
-    assert_tokens_are_mlx_lms(plain, packed, n_seqs, n_tokens)
-
-
-@pytest.mark.slow
-@simulated
-@pytest.mark.parametrize("plain", [GROUPS], indirect=True)
-def test_kernels_give_mlx_lms_tokens_and_logits(plain):
-    assert_kernels_give_mlx_lms(plain, 1, 2)
-
-
-@pytest.mark.parametrize("plain", [GROUPS], indirect=True)
-@pytest.mark.parametrize("n_seqs", [1, 3])
-def test_running_ahead_gives_what_waiting_gives(packed, n_seqs, monkeypatch):
-    monkeypatch.setitem(EXECUTORS, Lazy.name, Lazy)
-    assert_ahead_is_as_waiting(packed, n_seqs, Lazy.name)
-
-
-def test_weights_caches_and_calls_are_mlx_lms(plain):
-    expected, ours = mlx_lm.load(str(plain))[0], load(plain)
-    assert isinstance(ours, stock.Model)
-    names = {name: p.shape for name, p in tree_flatten(expected.parameters())}
-    assert {name: p.shape for name, p in tree_flatten(ours.parameters())} == names
-    prompt = tokens(19, seed=4, n_seqs=2)
-    rows, wanted = ours.model.embed_tokens(prompt), expected(prompt)
-    assert relative_rms(ours(prompt), wanted) < 1e-5
-    assert relative_rms(ours(prompt, input_embeddings=rows), wanted) < 1e-5
-    caches = [make_prompt_cache(model) for model in (expected, ours)]
-    for model, cache in zip((expected, ours), caches, strict=True):
-        mx.eval(model(prompt, cache=cache))
-    for theirs, own in zip(*caches, strict=True):
-        assert type(own) is type(theirs) and own.offset == theirs.offset
-        for a, b in ((own.keys, theirs.keys), (own.values, theirs.values)):
-            assert relative_rms(a[:, :, :19], b[:, :, :19]) < 1e-5
-
-
-@pytest.mark.parametrize("plain", ["e8-k2"], indirect=True)
-def test_a_state_goes_on_and_a_short_cache_forgets(plain, packed, tmp_path):
-    model = load(packed, expert_memory=least(packed, 3))
-    cache, prompt = make_prompt_cache(model), tokens(21)
-    mx.eval(model(prompt, cache=cache))
-    moeflux_mlx.save_state(tmp_path / "state", model, cache, prompt[0].tolist())
-    expected = model(tokens(1, seed=9), cache=cache)
-    again = load(packed, expert_memory=least(packed, 3))
-    state = moeflux_mlx.load_state(tmp_path / "state", again)
-    assert mx.array_equal(again(tokens(1, seed=9), cache=state.cache), expected)
-    found = []
-    for model in (mlx_lm.load(str(plain))[0], again):
+@of("deepseek_v3", "e8-k2")
+def test_a_short_cache_forgets(plain):
+    prompt, found = tokens(21), []
+    for model in (mlx_lm.load(str(plain))[0], load(plain)):
         cache = [RotatingKVCache(8, 2) for _ in model.layers]
         mx.eval(model(prompt, cache=cache))
         found.append(model(tokens(1, seed=9), cache=cache))
     assert relative_rms(found[1], found[0]) < 1e-5
 
 
-@pytest.mark.parametrize("plain", ["e8-k2"], indirect=True)
+@of("deepseek_v3", "e8-k2")
 def test_a_quantised_cache_is_refused(plain):
     model = load(plain)
     with pytest.raises(ModelError, match="unquantised cache of latent rows"):
         model(tokens(5), cache=[QuantizedKVCache(32, 4) for _ in model.layers])
 
 
-@pytest.mark.parametrize("plain", ["e8-k2"], indirect=True)
+@of("deepseek_v3", "e8-k2")
 def test_a_step_is_profiled_over_a_filled_cache(plain):
     model = load(plain, executor="ops")
     found = profile(model, context=40, repeats=1)
@@ -224,19 +134,7 @@ def test_a_long_prompt_makes_keys_and_values_of_heads(one_layer, n_seqs):
     assert [n for n in launched if n in by_head] == [*by_head]
 
 
-@pytest.mark.parametrize("plain", [GROUPS], indirect=True)
-def test_no_expert_of_a_dropped_group_is_chosen(plain, tmp_path, monkeypatch):
-    """Where all scores are negative mlx-lm prefers the dropped groups' zeros."""
-    model, path = lowered(plain, tmp_path / "model")
-    by_mlx_lm, got = model(tokens(9)), load(path)(tokens(9))
-    assert relative_rms(got, by_mlx_lm) > 1e-2
-    theirs, _ = moeflux_mlx.load(path, native=False)
-    assert relative_rms(theirs(tokens(9)), by_mlx_lm) < 1e-5
-    monkeypatch.setattr(stock, "group_expert_select", of_dropped_groups)
-    assert relative_rms(got, model(tokens(9))) < 1e-5
-
-
-@pytest.mark.parametrize("plain", ["e13-k1-biases-floats"], indirect=True)
+@of("deepseek_v3", "e13-k1-biases-floats")
 def test_heads_matrices_in_one_tensor_are_parted(plain, tmp_path):
     """The publisher's files have keys' and values' matrices of all heads in one."""
     expected = mlx_lm.load(str(plain))[0](tokens(9))
@@ -311,11 +209,7 @@ def copied(tmp_path):
 )
 def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why, capsys):
     edit_config(copied, **changes)
-    model, _ = moeflux_mlx.load(copied, expert_memory="3MB")
-    assert isinstance(model, StreamedModel)
-    assert f"our own class does not support {why}" in capsys.readouterr().err
-    expected = mlx_lm.load(str(copied))[0](tokens(9))
-    assert relative_rms(model(tokens(9)), expected) < 1e-5
+    assert_mlx_lms_class_serves(copied, why, capsys)
 
 
 @pytest.mark.parametrize(
@@ -335,6 +229,4 @@ def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why, capsys):
 )
 def test_a_configuration_that_is_not_of_the_files_is_refused(copied, changes, message):
     edit_config(copied, **changes)
-    for bound in ({}, {"expert_memory": "3MB"}):
-        with pytest.raises(ModelError, match=message):
-            moeflux_mlx.load(copied, **bound)
+    assert_refused(copied, message)

@@ -7,129 +7,25 @@ import mlx_lm
 import numpy as np
 import pytest
 from commands import moeflux
-from mlx.utils import tree_flatten, tree_map_with_path
-from mlx_lm.models import glm4_moe as stock
-from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx.utils import tree_map_with_path
+from mlx_lm.models import deepseek_v3, glm4_moe
 from mlx_lm.utils import save_model
 from native_models import (
-    assert_ahead_is_as_waiting,
-    assert_kernels_give_mlx_lms,
-    assert_tokens_are_mlx_lms,
+    assert_mlx_lms_class_serves,
+    assert_refused,
     edit_config,
     launches,
-    least,
     load,
-    made_of,
+    of,
     relative_rms,
     simulated,
     tokens,
 )
-from test_steps import Lazy
 from tiny import make_glm4_moe
 
 import moeflux_mlx
-from moeflux_mlx.engine.executors import EXECUTORS
-from moeflux_mlx.errors import ModelError
-from moeflux_mlx.measure.routing import record_routing
-from moeflux_mlx.streaming import StreamedModel
 
-# Groups or none, one expert or several, odd numbers of experts and heads, with norms
-# and biases or without, layers without experts, widths that fit no kernel.
-CONFIGS = {
-    "e8-k2": {},
-    "e9-k3-groups-heads3": dict(
-        n_routed_experts=9,
-        num_experts_per_tok=3,
-        n_group=3,
-        topk_group=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        use_qk_norm=False,
-        first_k_dense_replace=0,
-        num_hidden_layers=2,
-    ),
-    "e13-k1-raw-floats": dict(
-        hidden_size=72,
-        n_routed_experts=13,
-        num_experts_per_tok=1,
-        norm_topk_prob=False,
-        n_shared_experts=2,
-        moe_intermediate_size=36,
-        head_dim=20,
-        partial_rotary_factor=0.4,
-        attention_bias=False,
-        first_k_dense_replace=2,
-        num_hidden_layers=4,
-    ),
-}
 GROUPS = "e9-k3-groups-heads3"
-
-
-plain, packed = made_of(make_glm4_moe, CONFIGS)
-
-
-@pytest.mark.sampled
-@pytest.mark.parametrize(("n_seqs", "n_tokens"), [(1, 64), (3, 16)])
-def test_greedy_tokens_and_their_logits_are_mlx_lms(plain, packed, n_seqs, n_tokens):
-    assert_tokens_are_mlx_lms(plain, packed, n_seqs, n_tokens)
-
-
-@pytest.mark.slow
-@simulated
-@pytest.mark.parametrize("plain", [GROUPS], indirect=True)
-def test_kernels_give_mlx_lms_tokens_and_logits(plain):
-    assert_kernels_give_mlx_lms(plain, 1, 1)
-
-
-@pytest.mark.parametrize("plain", [GROUPS], indirect=True)
-@pytest.mark.parametrize("n_seqs", [1, 3])
-def test_running_ahead_gives_what_waiting_gives(packed, n_seqs, monkeypatch):
-    monkeypatch.setitem(EXECUTORS, Lazy.name, Lazy)
-    assert_ahead_is_as_waiting(packed, n_seqs, Lazy.name)
-
-
-def test_weights_caches_and_calls_are_mlx_lms(plain):
-    expected, ours = mlx_lm.load(str(plain))[0], load(plain)
-    assert isinstance(ours, stock.Model)
-    names = {name: p.shape for name, p in tree_flatten(expected.parameters())}
-    assert {name: p.shape for name, p in tree_flatten(ours.parameters())} == names
-    kinds = [type(c) for c in make_prompt_cache(expected)]
-    assert [type(c) for c in make_prompt_cache(ours)] == kinds
-    prompt = tokens(19, seed=4, n_seqs=2)
-    rows, wanted = ours.model.embed_tokens(prompt), expected(prompt)
-    assert relative_rms(ours(prompt), wanted) < 1e-5
-    assert relative_rms(ours(prompt, input_embeddings=rows), wanted) < 1e-5
-
-
-@pytest.mark.parametrize("plain", ["e8-k2"], indirect=True)
-def test_what_mlx_lms_modules_compute_takes_embeddings_too(plain):
-    """Adapters are run by modules, and mlx-lm's backbone takes ids alone."""
-    models, prompt = (mlx_lm.load(str(plain))[0], load(plain)), tokens(7)
-    for model in models:
-        mx.random.seed(0)
-        model.freeze()
-        linear_to_lora_layers(model, 1, {"rank": 4, "scale": 2.0, "dropout": 0.0})
-        layer = model.layers[-1].self_attn.q_proj
-        layer.lora_b = mx.random.normal(layer.lora_b.shape)
-    wanted, ours = models[0](prompt), models[1]
-    rows = ours.model.embed_tokens(prompt)
-    assert relative_rms(ours(prompt), wanted) < 1e-5
-    assert relative_rms(ours(0 * prompt, input_embeddings=rows), wanted) < 1e-5
-
-
-@pytest.mark.parametrize("plain", ["e8-k2"], indirect=True)
-def test_a_state_goes_on_and_routing_is_recorded(packed, tmp_path):
-    model = load(packed, expert_memory=least(packed, 3))
-    cache, prompt = make_prompt_cache(model), tokens(21)
-    mx.eval(model(prompt, cache=cache))
-    moeflux_mlx.save_state(tmp_path / "state", model, cache, prompt[0].tolist())
-    expected = model(tokens(1, seed=9), cache=cache)
-    again = load(packed, expert_memory=least(packed, 3))
-    state = moeflux_mlx.load_state(tmp_path / "state", again)
-    assert mx.array_equal(again(tokens(1, seed=9), cache=state.cache), expected)
-    trace = record_routing(model, [5, 6, 7], max_tokens=3)
-    assert list(trace.layers) == [1, 2]
 
 
 # One token: six of attention with norms of heads, then experts and a shared one.
@@ -187,8 +83,16 @@ def lowered(plain, path):
     return model, path
 
 
-@pytest.mark.parametrize("plain", [GROUPS], indirect=True)
-def test_no_expert_of_a_dropped_group_is_chosen(plain, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("plain", "stock"),
+    [
+        (("glm4_moe", GROUPS), glm4_moe),
+        (("deepseek_v3", "e9-k3-groups-heads3-no-rank"), deepseek_v3),
+    ],
+    indirect=["plain"],
+    ids=["glm4_moe", "deepseek_v3"],
+)
+def test_no_expert_of_a_dropped_group_is_chosen(plain, stock, tmp_path, monkeypatch):
     """Where all scores are negative mlx-lm prefers the dropped groups' zeros."""
     model, edit = lowered(plain, tmp_path / "model")
     by_mlx_lm, got = model(tokens(9)), load(edit)(tokens(9))
@@ -200,7 +104,7 @@ def test_no_expert_of_a_dropped_group_is_chosen(plain, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plain", [GROUPS], indirect=True)
+@of("glm4_moe", GROUPS)
 def test_compare_names_what_it_may_be(plain, tmp_path):
     _, path = lowered(plain, tmp_path / "model")
     ours = moeflux("compare", path, "--prompt", "ab", "-m", 2)
@@ -228,11 +132,7 @@ def copied(tmp_path):
 )
 def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why, capsys):
     edit_config(copied, **changes)
-    model, _ = moeflux_mlx.load(copied, expert_memory="3MB")
-    assert isinstance(model, StreamedModel)
-    assert f"our own class does not support {why}" in capsys.readouterr().err
-    expected = mlx_lm.load(str(copied))[0](tokens(9))
-    assert relative_rms(model(tokens(9)), expected) < 1e-5
+    assert_mlx_lms_class_serves(copied, why, capsys)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +154,4 @@ def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why, capsys):
 )
 def test_a_configuration_that_is_not_of_the_files_is_refused(copied, changes, message):
     edit_config(copied, **changes)
-    for bound in ({}, {"expert_memory": "3MB"}):
-        with pytest.raises(ModelError, match=message):
-            moeflux_mlx.load(copied, **bound)
+    assert_refused(copied, message)

@@ -6,29 +6,30 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from mlx_lm.models import gpt_oss as stock
+from families import FULL, GPT_OSS, MXFP4, SLIDING
 from mlx_lm.models.cache import (
     BatchKVCache,
     BatchRotatingKVCache,
     KVCache,
     make_prompt_cache,
 )
-from mlx_lm.tuner.utils import linear_to_lora_layers
 from moeflux_mlx.models.gpt_oss import lacks
 from native_models import (
     LAYER,
+    assert_mlx_lms_class_serves,
+    assert_refused,
     edit_config,
     greedy,
     launches,
     least,
     load,
-    made_of,
+    of,
     relative_rms,
     simulated,
     tokens,
 )
 from test_door_pack import interleaved, rewrite
-from test_steps import Lazy, Traced
+from test_steps import Lazy
 from tiny import GPT_OSS_CONFIG, make_gpt_oss, make_qwen3_moe
 
 import moeflux_mlx
@@ -38,76 +39,10 @@ from moeflux_mlx.engine.native import NativeModel
 from moeflux_mlx.errors import ExpertStoreError, ModelError
 from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
-from moeflux_mlx.experts.weights import Quantization
 from moeflux_mlx.measure.compare import compare
 from moeflux_mlx.memory.caches import CACHE_STEP
 
-SLIDING, FULL = "sliding_attention", "full_attention"
-MXFP4 = Quantization(4, 32, "mxfp4")
-# Odd numbers of experts and heads, windows shorter than a prompt, each kind of layer
-# first, widths that fit no kernel.
-CONFIGS = {
-    "e7-k3": dict(
-        num_local_experts=7,
-        num_experts_per_tok=3,
-        num_hidden_layers=3,
-        layer_types=[SLIDING, FULL, SLIDING],
-    ),
-    "e6-k2-mxfp4": dict(num_local_experts=6, num_hidden_layers=2, layer_types=None),
-    "e5-k1-full-first-floats": dict(
-        hidden_size=72,
-        intermediate_size=36,
-        num_local_experts=5,
-        num_experts_per_tok=1,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        head_dim=20,
-        sliding_window=5,
-        num_hidden_layers=3,
-        layer_types=[FULL, SLIDING, SLIDING],
-    ),
-}
-
-
-def make(path, *, bits, **config):
-    """Write a checkpoint, its experts in mxfp4 where the name of ``path`` ends so."""
-    experts = MXFP4 if path.name.endswith("mxfp4") else None
-    return make_gpt_oss(path, bits=bits, experts=experts, **config)
-
-
-plain, packed = made_of(make, CONFIGS)
-only_quantised = pytest.mark.parametrize("plain", ["e7-k3"], indirect=True)
-
-
-@pytest.mark.sampled
-@pytest.mark.parametrize("n_seqs", [1, 3])
-def test_64_greedy_tokens_and_their_logits_are_mlx_lms(plain, n_seqs):
-    expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, 64)
-    for options in ({}, {"expert_memory": least(plain)}):
-        model = load(plain, executor="ops", **options)
-        got, found = greedy(model, n_seqs, 64)
-        assert relative_rms(got, expected) < 1e-5, options
-        assert found == chosen, options
-    assert model.streamer.stats.total.misses
-
-
-@pytest.mark.sampled
-def test_any_budget_gives_the_same_bits(plain, packed):
-    expected, _ = greedy(load(plain, executor="ops"), 1, 6)
-    for path, more in ((plain, {}), (packed, {}), (packed, {"read_ahead": "on"})):
-        model = load(path, executor="ops", expert_memory=least(path), **more)
-        assert mx.array_equal(greedy(model, 1, 6)[0], expected), (path, more)
-
-
-@simulated
-@only_quantised
-def test_kernels_give_mlx_lms_tokens_and_logits(plain):
-    for n_seqs, options in ((1, {}), (3, {"expert_memory": least(plain)})):
-        expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, 1)
-        model = load(plain, executor="sim", **options)
-        got, found = greedy(model, n_seqs, 1)
-        assert relative_rms(got, expected) < 1e-5, n_seqs
-        assert found == chosen, n_seqs
+only_quantised = of("gpt_oss", "e7-k3")
 
 
 @pytest.mark.slow
@@ -184,18 +119,6 @@ def test_a_step_that_fails_may_be_made_again(plain, monkeypatch):
 
 
 @only_quantised
-@pytest.mark.parametrize("executor", [Lazy, Traced])
-def test_what_is_lazy_gives_the_same(plain, executor, monkeypatch):
-    monkeypatch.setitem(EXECUTORS, executor.name, executor)
-    expected, chosen = greedy(mlx_lm.load(str(plain))[0], 2, 6)
-    for options in ({}, {"expert_memory": least(plain, 4)}):
-        model = load(plain, executor=executor.name, optimistic="on", **options)
-        got, found = greedy(model, 2, 6)
-        assert relative_rms(got, expected) < 1e-5, options
-        assert found == chosen, options
-
-
-@only_quantised
 def test_a_plan_counts_windows_as_caches_have_them(plain):
     model = load(plain, executor="ops", expert_memory=least(plain))
     needs, cache = model.needs, make_prompt_cache(model)
@@ -229,7 +152,7 @@ def batched(kinds: list[str], padding: list[int]) -> list:
 def test_caches_of_other_kinds_are_seen_through_the_windows(plain, optimistic):
     theirs, _ = mlx_lm.load(str(plain))
     ours = load(plain, optimistic=optimistic)
-    kinds = CONFIGS["e7-k3"]["layer_types"]
+    kinds = GPT_OSS["e7-k3"]["layer_types"]
     for make in (
         lambda: make_prompt_cache(theirs),
         lambda: batched(kinds, [0, 3]),
@@ -249,39 +172,6 @@ def test_quantised_caches_are_refused(plain):
     cache[1] = cache[1].to_quantized(group_size=32, bits=8)
     with pytest.raises(ModelError, match="attention has sinks"):
         model(tokens(1), cache=cache)
-
-
-def test_a_state_goes_on_where_it_was_saved(packed, tmp_path):
-    model = load(packed, expert_memory=least(packed, 3))
-    cache, prompt = make_prompt_cache(model), tokens(21)
-    mx.eval(model(prompt, cache=cache))
-    moeflux_mlx.save_state(tmp_path / "state", model, cache, prompt[0].tolist())
-    expected = model(tokens(1, seed=9), cache=cache)
-    again = load(packed, expert_memory=least(packed, 3))
-    state = moeflux_mlx.load_state(tmp_path / "state", again)
-    assert mx.array_equal(again(tokens(1, seed=9), cache=state.cache), expected)
-
-
-@only_quantised
-def test_a_budget_of_the_process_gives_the_same(packed):
-    bounded = load(packed, memory="4GB")
-    assert bounded.runtime.plan is not None
-    got, expected = (greedy(model, 1, 4)[0] for model in (bounded, load(packed)))
-    assert relative_rms(got, expected) < 1e-5
-
-
-@only_quantised
-def test_adapters_and_a_compiled_call_take_mlx_lms_modules(plain):
-    expected, ours = mlx_lm.load(str(plain))[0], load(plain)
-    prompt = tokens(11)
-    assert relative_rms(mx.compile(ours)(prompt), expected(prompt)) < 1e-5
-    for model in (expected, ours):
-        mx.random.seed(0)
-        model.freeze()
-        linear_to_lora_layers(model, 1, {"rank": 4, "scale": 2.0, "dropout": 0.0})
-        layer = model.layers[-1].self_attn.q_proj
-        layer.lora_b = mx.random.normal(layer.lora_b.shape)
-    assert relative_rms(ours(prompt), expected(prompt)) < 1e-5
 
 
 def unrounded(dims: int, base: float, scaling: dict) -> np.ndarray:
@@ -370,10 +260,7 @@ YARN = GPT_OSS_CONFIG["rope_scaling"]
 )
 def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why, capsys):
     edit_config(copied, **changes)
-    assert type(moeflux_mlx.load(copied)[0]) is stock.Model
-    assert f"our own class does not support {why}" in capsys.readouterr().err
-    with pytest.raises(ModelError, match=f"our own class does not support {why}"):
-        moeflux_mlx.load(copied, native=True)
+    assert_mlx_lms_class_serves(copied, why, capsys)
 
 
 @pytest.mark.parametrize(
@@ -393,9 +280,7 @@ def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why, capsys):
 )
 def test_a_configuration_that_is_not_of_the_files_is_refused(copied, changes, message):
     edit_config(copied, **changes)
-    for bound in ({}, {"expert_memory": "3MB"}):
-        with pytest.raises(ModelError, match=message):
-            moeflux_mlx.load(copied, **bound)
+    assert_refused(copied, message)
 
 
 def test_the_published_configuration_is_one_of_ours():

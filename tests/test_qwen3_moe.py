@@ -5,212 +5,37 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import mlx.core as mx
 import mlx_lm
 import pytest
-from mlx.utils import tree_flatten
-from mlx_lm.models import qwen3_moe as stock
-from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.tuner.utils import linear_to_lora_layers
 from native_models import (
     LAYER,
+    assert_kernels_give_mlx_lms,
+    assert_mlx_lms_class_serves,
+    assert_refused,
     edit_config,
-    greedy,
     launches,
-    least,
-    load,
-    made_of,
+    of,
     relative_rms,
     simulated,
     tokens,
 )
-from test_steps import Lazy, Traced
 from tiny import make_checkpoint, make_qwen3_moe
 
 import moeflux_mlx
-from moeflux_mlx.engine.executors import EXECUTORS
 from moeflux_mlx.engine.native import NativeModel
-from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.files.pack import pack
-from moeflux_mlx.measure.routing import record_routing
 from moeflux_mlx.streaming import StreamedModel
 
-# Odd numbers of experts and heads, one expert or ten, layers without experts, widths
-# that fit no kernel.
-CONFIGS = {
-    "e8-k2": {},
-    "e5-k1-heads3-tied": dict(
-        num_experts=5,
-        num_experts_per_tok=1,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-    ),
-    "e13-k10-dense-layers": dict(
-        num_experts=13,
-        num_experts_per_tok=10,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        num_hidden_layers=6,
-        mlp_only_layers=[0, 3, 4],
-    ),
-    "e7-k3-every2-unnormalised-floats": dict(
-        hidden_size=72,
-        num_experts=7,
-        num_experts_per_tok=3,
-        head_dim=20,
-        moe_intermediate_size=36,
-        intermediate_size=52,
-        num_hidden_layers=4,
-        decoder_sparse_step=2,
-        norm_topk_prob=False,
-    ),
-}
 N_GREEDY = 64
-
-
-plain, packed = made_of(make_qwen3_moe, CONFIGS)
-
-
-def open_with(plain, packed, names=(), **options) -> dict[str, NativeModel]:
-    """Return models whose experts are in memory, in as little as can be, or ahead.
-
-    Args:
-        names: which of them, all by default.
-    """
-    small, more = {"expert_memory": least(packed)}, {"expert_memory": least(packed, 5)}
-    budgets = {
-        "resident": (plain, {}),
-        "least": (plain, {"expert_memory": least(plain)}),
-        "least of a pack": (packed, {**small, "read_ahead": "off"}),
-        "reads ahead": (packed, {**small, "read_ahead": "on"}),
-        "runs ahead": (packed, {**more, "optimistic": "on"}),
-    }
-    models = {}
-    for name in names or budgets:
-        path, own = budgets[name]
-        models[name] = load(path, **own, **options)
-    return models
-
-
-@pytest.mark.sampled
-@pytest.mark.parametrize("n_seqs", [1, 3])
-def test_64_greedy_tokens_and_their_logits_are_mlx_lms(plain, packed, n_seqs):
-    n = N_GREEDY if n_seqs == 1 else 16
-    expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, n)
-    names = ("resident", "least") if n_seqs > 1 else ()
-    models = open_with(plain, packed, names, executor="ops")
-    for name, model in models.items():
-        got, found = greedy(model, n_seqs, n)
-        assert relative_rms(got, expected) < 1e-5, name
-        assert found == chosen, name
-        if name != "resident":
-            assert model.streamer.stats.total.misses, name
 
 
 # Odd experts, many choices, layers without experts.
 @pytest.mark.slow
 @simulated
-@pytest.mark.parametrize("plain", ["e13-k10-dense-layers"], indirect=True)
-def test_kernels_give_mlx_lms_tokens_and_logits(plain, packed):
-    models = open_with(plain, packed, ("resident", "least"), executor="sim")
-    for name, n_seqs in (("resident", 1), ("least", 3)):
-        expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, 1)
-        got, found = greedy(models[name], n_seqs, 1)
-        assert relative_rms(got, expected) < 1e-5, name
-        assert found == chosen, name
-
-
-@pytest.mark.sampled
-def test_any_budget_gives_the_same_bits(plain, packed):
-    models = open_with(plain, packed, executor="ops")
-    expected, _ = greedy(models.pop("resident"), 1, 6)
-    # Its arrays are MLX's, which adds in another order than NumPy.
-    models.pop("runs ahead")
-    for name, model in models.items():
-        assert mx.array_equal(greedy(model, 1, 6)[0], expected), name
-
-
-@pytest.mark.sampled
+@of("qwen3_moe", "e13-k10-dense-layers")
 @pytest.mark.parametrize("n_seqs", [1, 3])
-def test_traces_that_run_ahead_give_what_waiting_gives(
-    plain, packed, n_seqs, monkeypatch
-):
-    for executor in (Lazy, Traced):
-        monkeypatch.setitem(EXECUTORS, executor.name, executor)
-    found = {}
-    # All that a call of three sequences can ask of a layer fits.
-    bound = {"expert_memory": least(packed, 20)}
-    for name, optimistic in (("lazy", "off"), ("lazy", "on"), ("traced", "on")):
-        options = {**bound, "executor": name, "optimistic": optimistic}
-        model, _ = moeflux_mlx.load(packed, **options, read_ahead="on")
-        found[name, optimistic], _ = greedy(model, n_seqs, 6)
-        assert model.runtime.steps == (optimistic == "on")
-    expected = found.pop(("lazy", "off"))
-    for name, got in found.items():
-        assert relative_rms(got, expected) < 1e-6, name
-
-
-def test_names_of_weights_and_types_of_caches_are_mlx_lms(plain):
-    expected, _ = mlx_lm.load(str(plain))
-    ours, _ = moeflux_mlx.load(plain)
-    names = {name: p.shape for name, p in tree_flatten(expected.parameters())}
-    assert {name: p.shape for name, p in tree_flatten(ours.parameters())} == names
-    kinds = [type(c) for c in make_prompt_cache(expected)]
-    assert [type(c) for c in make_prompt_cache(ours)] == kinds
-    assert isinstance(ours, stock.Model)
-
-
-def test_a_call_without_a_cache_and_with_embeddings(plain):
-    expected, _ = mlx_lm.load(str(plain))
-    ours, _ = moeflux_mlx.load(plain)
-    prompt = tokens(19, seed=4, n_seqs=2)
-    rows = ours.model.embed_tokens(prompt)
-    assert relative_rms(ours(prompt), expected(prompt)) < 1e-5
-    assert relative_rms(ours(prompt, input_embeddings=rows), expected(prompt)) < 1e-5
-
-
-def test_adapters_and_a_compiled_call_take_mlx_lms_modules(plain):
-    expected, _ = mlx_lm.load(str(plain))
-    ours, _ = moeflux_mlx.load(plain)
-    prompt = tokens(7)
-    assert relative_rms(mx.compile(ours)(prompt), expected(prompt)) < 1e-5
-    for model in (expected, ours):
-        mx.random.seed(0)
-        model.freeze()
-        linear_to_lora_layers(model, 1, {"rank": 4, "scale": 2.0, "dropout": 0.0})
-        layer = model.layers[-1].self_attn.q_proj
-        layer.lora_b = mx.random.normal(layer.lora_b.shape)
-    assert relative_rms(ours(prompt), expected(prompt)) < 1e-5
-
-
-def test_a_state_goes_on_where_it_was_saved(packed, tmp_path):
-    model, _ = moeflux_mlx.load(packed, expert_memory=least(packed, 3))
-    cache, prompt = make_prompt_cache(model), tokens(21)
-    mx.eval(model(prompt, cache=cache))
-    moeflux_mlx.save_state(tmp_path / "state", model, cache, prompt[0].tolist())
-    expected = model(tokens(1, seed=9), cache=cache)
-    again, _ = moeflux_mlx.load(packed, expert_memory=least(packed, 3))
-    state = moeflux_mlx.load_state(tmp_path / "state", again)
-    assert state.tokens == prompt[0].tolist()
-    assert mx.array_equal(again(tokens(1, seed=9), cache=state.cache), expected)
-
-
-@pytest.mark.sampled
-def test_a_budget_of_the_process_gives_the_same(packed):
-    bounded, _ = moeflux_mlx.load(packed, memory="4GB")
-    free, _ = moeflux_mlx.load(packed)
-    assert bounded.runtime.plan is not None
-    got, expected = (greedy(model, 1, 4)[0] for model in (bounded, free))
-    assert relative_rms(got, expected) < 1e-5
-
-
-def test_routing_is_recorded_of_the_layers_that_route(plain):
-    model, _ = moeflux_mlx.load(plain)
-    routed = [i for i, layer in enumerate(model.layers) if "switch_mlp" in layer.mlp]
-    trace = record_routing(model, [5, 6, 7], max_tokens=3)
-    assert list(trace.layers) == routed
-    assert trace.chosen.shape[1:] == (len(routed), model.args.num_experts_per_tok)
+def test_kernels_give_mlx_lms_tokens_and_logits(plain, n_seqs):
+    assert_kernels_give_mlx_lms(plain, n_seqs)
 
 
 @pytest.mark.slow
@@ -285,11 +110,7 @@ def copied(tmp_path):
 )
 def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why, capsys):
     edit_config(copied, **changes)
-    model, _ = moeflux_mlx.load(copied, expert_memory="3MB")
-    assert isinstance(model, StreamedModel)
-    assert f"our own class does not support {why}" in capsys.readouterr().err
-    with pytest.raises(ModelError, match=f"our own class does not support {why}"):
-        moeflux_mlx.load(copied, native=True)
+    assert_mlx_lms_class_serves(copied, why, capsys)
     pack(copied, copied.parent / "packed")
     packed, _ = moeflux_mlx.load(copied.parent / "packed")
     assert isinstance(packed, StreamedModel)
@@ -298,15 +119,6 @@ def test_what_it_does_not_do_mlx_lms_class_does(copied, changes, why, capsys):
 def test_default_rope_scaling_is_none(copied):
     edit_config(copied, rope_scaling={"rope_type": "default"})
     assert isinstance(moeflux_mlx.load(copied)[0], NativeModel)
-
-
-@pytest.mark.sampled
-def test_mlx_lms_class_serves_where_it_is_asked_for(packed, plain):
-    for path in (packed, plain):
-        model, _ = moeflux_mlx.load(path, native=False, expert_memory="3MB")
-        assert isinstance(model, StreamedModel)
-        expected = mlx_lm.load(str(plain))[0](tokens(9))
-        assert relative_rms(model(tokens(9)), expected) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -326,11 +138,10 @@ def test_mlx_lms_class_serves_where_it_is_asked_for(packed, plain):
 )
 def test_a_configuration_that_is_not_of_the_files_is_refused(copied, changes, message):
     edit_config(copied, **changes)
-    for bound in ({}, {"expert_memory": "3MB"}):
-        with pytest.raises(ModelError, match=message):
-            moeflux_mlx.load(copied, **bound)
+    assert_refused(copied, message)
 
 
+@of("qwen3_moe")
 def test_fewer_experts_chosen_before_the_first_call_are_fewer(plain):
     models = [mlx_lm.load(str(plain))[0], moeflux_mlx.load(plain)[0]]
     for model in models:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -24,25 +25,45 @@ from mlx_lm.utils import quantize_model, save_config, save_model
 
 from moeflux_mlx.experts.weights import Quantization
 
-TEXT_CONFIG = dict(
-    model_type="qwen3_5_moe_text",
+# What every family's configuration has; a family's own follows.
+SIZES = dict(
     hidden_size=64,
-    num_hidden_layers=4,
     num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    rms_norm_eps=1e-6,
+    num_experts_per_tok=2,
     vocab_size=320,
     max_position_embeddings=4096,
+)
+HEADS = dict(num_key_value_heads=2, head_dim=32)
+LINEAR_HEADS = dict(
     linear_num_value_heads=4,
     linear_num_key_heads=2,
     linear_key_head_dim=32,
     linear_value_head_dim=32,
     linear_conv_kernel_dim=4,
+)
+# Experts that a sigmoid's score chooses within groups, beside shared ones.
+GROUPED_EXPERTS = dict(
+    num_hidden_layers=3,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    n_routed_experts=8,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+    n_group=1,
+    topk_group=1,
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    rope_theta=10000.0,
+)
+
+TEXT_CONFIG = dict(
+    SIZES | HEADS | LINEAR_HEADS,
+    model_type="qwen3_5_moe_text",
+    num_hidden_layers=4,
+    rms_norm_eps=1e-6,
     tie_word_embeddings=False,
     full_attention_interval=4,
     num_experts=8,
-    num_experts_per_tok=2,
     shared_expert_intermediate_size=64,
     moe_intermediate_size=64,
     norm_topk_prob=True,
@@ -54,20 +75,14 @@ TEXT_CONFIG = dict(
 )
 
 QWEN3_MOE_CONFIG = dict(
+    SIZES | HEADS,
     model_type="qwen3_moe",
-    hidden_size=64,
     num_hidden_layers=3,
     intermediate_size=96,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
     rms_norm_eps=1e-6,
-    vocab_size=320,
-    max_position_embeddings=4096,
     rope_theta=10000.0,
     tie_word_embeddings=False,
     num_experts=8,
-    num_experts_per_tok=2,
     decoder_sparse_step=1,
     mlp_only_layers=[],
     moe_intermediate_size=32,
@@ -75,32 +90,22 @@ QWEN3_MOE_CONFIG = dict(
 )
 
 QWEN3_NEXT_CONFIG = dict(
-    QWEN3_MOE_CONFIG,
+    QWEN3_MOE_CONFIG | LINEAR_HEADS,
     model_type="qwen3_next",
     num_hidden_layers=4,
     partial_rotary_factor=0.25,
     full_attention_interval=2,
     shared_expert_intermediate_size=64,
-    linear_num_value_heads=4,
-    linear_num_key_heads=2,
-    linear_key_head_dim=32,
-    linear_value_head_dim=32,
-    linear_conv_kernel_dim=4,
 )
 
 GPT_OSS_CONFIG = dict(
+    SIZES | HEADS,
     model_type="gpt_oss",
-    hidden_size=64,
     num_hidden_layers=4,
     intermediate_size=64,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
     sliding_window=8,
     layer_types=["sliding_attention", "full_attention"] * 2,
     rms_norm_eps=1e-5,
-    vocab_size=320,
-    max_position_embeddings=4096,
     rope_theta=10000.0,
     rope_scaling=dict(
         rope_type="yarn",
@@ -111,46 +116,22 @@ GPT_OSS_CONFIG = dict(
         truncate=True,
     ),
     num_local_experts=8,
-    num_experts_per_tok=2,
 )
 
-
 GLM4_MOE_CONFIG = dict(
+    SIZES | HEADS | GROUPED_EXPERTS,
     model_type="glm4_moe",
-    hidden_size=64,
-    num_hidden_layers=3,
-    intermediate_size=96,
-    moe_intermediate_size=32,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
     partial_rotary_factor=0.5,
     attention_bias=True,
     use_qk_norm=True,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    n_shared_experts=1,
-    first_k_dense_replace=1,
-    n_group=1,
-    topk_group=1,
-    norm_topk_prob=True,
-    routed_scaling_factor=2.5,
     rms_norm_eps=1e-5,
-    vocab_size=320,
-    max_position_embeddings=4096,
-    rope_theta=10000.0,
     rope_scaling=None,
     tie_word_embeddings=False,
 )
 
-
 DEEPSEEK_V3_CONFIG = dict(
+    SIZES | GROUPED_EXPERTS,
     model_type="deepseek_v3",
-    hidden_size=64,
-    num_hidden_layers=3,
-    intermediate_size=96,
-    moe_intermediate_size=32,
-    num_attention_heads=4,
     num_key_value_heads=4,
     q_lora_rank=64,
     kv_lora_rank=32,
@@ -158,19 +139,8 @@ DEEPSEEK_V3_CONFIG = dict(
     qk_rope_head_dim=16,
     v_head_dim=24,
     attention_bias=False,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    n_shared_experts=1,
-    first_k_dense_replace=1,
     moe_layer_freq=1,
-    n_group=1,
-    topk_group=1,
-    norm_topk_prob=True,
-    routed_scaling_factor=2.5,
     rms_norm_eps=1e-6,
-    vocab_size=320,
-    max_position_embeddings=4096,
-    rope_theta=10000.0,
     rope_scaling={
         "type": "yarn",
         "factor": 40,
@@ -182,24 +152,17 @@ DEEPSEEK_V3_CONFIG = dict(
     },
 )
 
-
 MINIMAX_CONFIG = dict(
+    SIZES | HEADS,
     model_type="minimax",
-    hidden_size=64,
     num_hidden_layers=2,
     intermediate_size=32,
     shared_intermediate_size=0,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
     rotary_dim=16,
     use_qk_norm=True,
     num_local_experts=8,
-    num_experts_per_tok=2,
     scoring_func="sigmoid",
     rms_norm_eps=1e-6,
-    vocab_size=320,
-    max_position_embeddings=4096,
     rope_theta=10000.0,
     tie_word_embeddings=False,
 )
@@ -209,17 +172,6 @@ MINIMAX_CONFIG = dict(
 ExpertForms = Mapping[tuple[int, str], Quantization | mx.Dtype]
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-
-
-def stock_model(seed: int = 0, dtype: mx.Dtype = mx.float32, **overrides) -> nn.Module:
-    """Build mlx-lm's own model with seeded random weights; overrides are config."""
-    mx.random.seed(seed)
-    config = {
-        "model_type": "qwen3_5_moe",
-        "text_config": {**TEXT_CONFIG, **overrides},
-    }
-    model = qwen3_5_moe.Model(qwen3_5_moe.ModelArgs.from_dict(config))
-    return randomised(model, dtype)
 
 
 def randomised(model: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
@@ -237,115 +189,88 @@ def randomised(model: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
     return model.eval()
 
 
-def make_checkpoint(
+def built(
+    family: ModuleType, config: dict, seed: int, dtype: mx.Dtype = mx.float32
+) -> nn.Module:
+    """Build mlx-lm's own model with seeded random weights."""
+    mx.random.seed(seed)
+    return randomised(family.Model(family.ModelArgs.from_dict(config)), dtype)
+
+
+def stock_model(seed: int = 0, dtype: mx.Dtype = mx.float32, **overrides) -> nn.Module:
+    """Build mlx-lm's own qwen3_5_moe with random weights; overrides are config."""
+    return built(qwen3_5_moe, qwen3_5_moe_config(overrides), seed, dtype)
+
+
+def qwen3_5_moe_config(overrides: Mapping[str, object]) -> dict:
+    """Return a configuration; the text model's is nested in it."""
+    return {
+        "model_type": "qwen3_5_moe",
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "text_config": {**TEXT_CONFIG, **overrides},
+    }
+
+
+def make_of(
+    family: ModuleType,
+    configure: Callable[[Mapping[str, object]], dict],
     path: Path,
     *,
     seed: int = 0,
     bits: int | None = 4,
     group_size: int = 32,
     dtype: mx.Dtype = mx.float32,
-    experts: ExpertForms | None = None,
-    **overrides,
-) -> Path:
-    """Write a random quantised (dense when ``bits`` is None) checkpoint to ``path``.
-
-    ``experts`` says how the routed experts are stored, if not like everything else.
-    """
-    model = stock_model(seed, dtype, **overrides)
-    config = {
-        "model_type": "qwen3_5_moe",
-        "architectures": ["Qwen3_5MoeForCausalLM"],
-        "text_config": {**TEXT_CONFIG, **overrides},
-        "eos_token_id": 0,
-    }
-    if bits is not None:
-        predicate = model.quant_predicate
-        if experts is not None:
-            predicate = forms_of_experts(model, experts)
-        model, config = quantize_model(
-            model, config, group_size, bits, quant_predicate=predicate
-        )
-    path.mkdir(parents=True, exist_ok=True)
-    save_model(path, model)
-    save_config(config, path / "config.json")
-    write_tokenizer(path, overrides.get("vocab_size", TEXT_CONFIG["vocab_size"]))
-    return path
-
-
-def make_qwen3_moe(path: Path, **options) -> Path:
-    """Write a random checkpoint of mlx-lm's qwen3_moe, dense when ``bits`` is None."""
-    return make_of(qwen3_moe, QWEN3_MOE_CONFIG, path, **options)
-
-
-def make_glm4_moe(path: Path, **options) -> Path:
-    """Write a random checkpoint of mlx-lm's glm4_moe, dense when ``bits`` is None."""
-    return make_of(glm4_moe, GLM4_MOE_CONFIG, path, **options)
-
-
-def make_deepseek_v3(path: Path, **options) -> Path:
-    """Write a random checkpoint of mlx-lm's deepseek_v3; dense if ``bits`` is None."""
-    return make_of(deepseek_v3, DEEPSEEK_V3_CONFIG, path, **options)
-
-
-def make_minimax(path: Path, **options) -> Path:
-    """Write a random checkpoint of mlx-lm's minimax, dense when ``bits`` is None."""
-    return make_of(minimax, MINIMAX_CONFIG, path, **options)
-
-
-def make_qwen3_next(path: Path, **options) -> Path:
-    """Write a random checkpoint of mlx-lm's qwen3_next, dense when ``bits`` is None."""
-    return make_of(qwen3_next, QWEN3_NEXT_CONFIG, path, **options)
-
-
-def make_gpt_oss(path: Path, **options) -> Path:
-    """Write a random checkpoint of mlx-lm's gpt_oss, dense when ``bits`` is None."""
-    return make_of(gpt_oss, GPT_OSS_CONFIG, path, **options)
-
-
-def make_of(
-    family: ModuleType,
-    defaults: Mapping[str, object],
-    path: Path,
-    *,
-    seed: int = 0,
-    bits: int | None = 4,
-    group_size: int = 32,
-    experts: Quantization | None = None,
+    experts: Quantization | ExpertForms | None = None,
     **overrides,
 ) -> Path:
     """Write a random checkpoint of a family of mlx-lm; overrides are config.
 
-    ``experts`` says how all routed experts are stored, if not like everything else.
+    All but ``experts`` is dense when ``bits`` is None.
+
+    Args:
+        configure: returns the configuration that overrides make.
+        experts: how the routed experts are stored, if not like everything else.
     """
-    mx.random.seed(seed)
-    config = {**defaults, **overrides}
-    model = randomised(family.Model(family.ModelArgs.from_dict(config)))
-    own = getattr(model, "quant_predicate", None)
-
-    def predicate(path: str, module: nn.Module) -> bool | dict:
-        if experts is not None and ".experts." in path:
-            return dict(vars(experts))
-        return bits is not None and (own is None or own(path, module))
-
+    config = configure(overrides)
+    model = built(family, config, seed, dtype)
     if bits is not None or experts is not None:
+        predicate = forms_of_weights(model, bits, experts)
         model, config = quantize_model(
             model, config, group_size, bits or 4, quant_predicate=predicate
         )
     path.mkdir(parents=True, exist_ok=True)
     save_model(path, model)
     save_config({**config, "eos_token_id": 0}, path / "config.json")
-    write_tokenizer(path, config["vocab_size"])
+    write_tokenizer(path, {**SIZES, **overrides}["vocab_size"])
     return path
 
 
-def forms_of_experts(model: nn.Module, experts: ExpertForms):
+def maker(family: ModuleType, defaults: Mapping[str, object]) -> Callable[..., Path]:
+    """Return what writes checkpoints of a family whose configuration is flat."""
+    return partial(make_of, family, lambda overrides: {**defaults, **overrides})
+
+
+make_checkpoint = partial(make_of, qwen3_5_moe, qwen3_5_moe_config)
+make_qwen3_moe = maker(qwen3_moe, QWEN3_MOE_CONFIG)
+make_qwen3_next = maker(qwen3_next, QWEN3_NEXT_CONFIG)
+make_glm4_moe = maker(glm4_moe, GLM4_MOE_CONFIG)
+make_deepseek_v3 = maker(deepseek_v3, DEEPSEEK_V3_CONFIG)
+make_minimax = maker(minimax, MINIMAX_CONFIG)
+make_gpt_oss = maker(gpt_oss, GPT_OSS_CONFIG)
+
+
+def forms_of_weights(
+    model: nn.Module, bits: int | None, experts: Quantization | ExpertForms | None
+) -> Callable[[str, nn.Module], bool | dict]:
     """Return what tells ``quantize_model`` of each matrix; casts those left dense."""
+    own = getattr(model, "quant_predicate", None)
 
     def predicate(path: str, module: nn.Module) -> bool | dict:
-        found = re.search(r"layers\.(\d+)\..*switch_mlp\.(\w+)", path)
-        if found is None:
-            return model.quant_predicate(path, module)
-        form = experts[int(found[1]), found[2]]
+        found = re.search(r"layers\.(\d+)\..*(?:switch_mlp|experts)\.(\w+)", path)
+        if experts is None or found is None:
+            return bits is not None and (own is None or own(path, module))
+        one_form = isinstance(experts, Quantization)
+        form = experts if one_form else experts[int(found[1]), found[2]]
         if isinstance(form, Quantization):
             return dict(vars(form))
         module.weight = module.weight.astype(form)
