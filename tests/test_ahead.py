@@ -1,4 +1,4 @@
-"""A call of mlx-lm's class that runs ahead of its experts gives what waiting gives."""
+"""A call of mlx-lm's class that runs ahead of its experts equals one that waits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SLOT = 16 << 10
 
 @pytest.fixture(autouse=True, scope="module")
 def scripts():
-    """Make the modules beside the scripts importable."""
+    """Make the scripts' modules importable."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "scripts"))
         yield
@@ -39,7 +39,7 @@ def scripts():
 
 @pytest.fixture
 def window(monkeypatch) -> Callable[[int], None]:
-    """Let tokens run so many blocks ahead, whatever they miss."""
+    """Let tokens run this many blocks ahead, whatever they miss."""
 
     def decide(size: int) -> None:
         monkeypatch.setattr(ways, "window_of", lambda *_, **__: size)
@@ -49,7 +49,7 @@ def window(monkeypatch) -> Callable[[int], None]:
 
 @pytest.fixture
 def begun_again(monkeypatch) -> list[int]:
-    """Return a list that gets, of each new beginning, the blocks known to be right."""
+    """Return a list that collects the number of confirmed blocks at each restart."""
     found: list[int] = []
     original = TokenAhead._restart
 
@@ -81,7 +81,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def streamed(path: Path, n_slots: int, optimistic: str = "on", **options: Any) -> Any:
-    """Stream a model with ``n_slots`` slots, besides the blank one."""
+    """Stream a model with ``n_slots`` slots and the blank one."""
     model, _ = load_model(path, lazy=True)
     n_slots += optimistic == "on"
     memory = POOL_ALIGNMENT + n_slots * SLOT
@@ -127,7 +127,7 @@ def test_every_kind_of_cache_is_put_back(checkpoint, window, begun_again, kind):
 
 # Latent attention with an indexer, windows, chunks, states and both in one model.
 FAMILIES = ("deepseek_v32", "gpt_oss", "llama4", "qwen3_next", "nemotron_h", "gemma4")
-# Blocks follow each other there.
+# These blocks follow each other.
 FORESEEN = ("gpt_oss", "llama4", "qwen3_next", "gemma4")
 
 
@@ -160,7 +160,7 @@ def test_no_number_of_slots_changes_a_bit(
     assert ours.streamer.n_slots == n_slots
     assert mx.array_equal(wanted, run(ours, make_prompt_cache(ours), 4))
     if read_ahead == "off":
-        # What was thrown away is neither a hit nor a miss.
+        # Discarded work counts neither as a hit nor as a miss.
         found, expected = (m.streamer.stats.total for m in (ours, waiting))
         assert (found.hits, found.misses) == (expected.hits, expected.misses)
 
@@ -229,7 +229,7 @@ def test_a_gpu_waits_where_experts_are_missing(
 ):
     with monkeypatch.context() as patch:
         patch.setattr(device, "on_cpu", lambda: False)
-        # With a slot for the blank one.
+        # This includes the blank slot.
         n_slots = TOP_K + (optimistic == "auto")
         ours = streamed(checkpoint, n_slots, optimistic, read_ahead="off")
     cache = make_prompt_cache(ours)
@@ -362,7 +362,7 @@ def rows(n: int, seed: int, n_seqs: int) -> tuple[mx.array, mx.array]:
 
 
 def add(cache: Any, n: int, seed: int, n_seqs: int) -> list[mx.array]:
-    """Add tokens as a model does; return all that attention would see of it."""
+    """Add tokens as a model does; return all that attention sees."""
     if hasattr(cache, "maybe_trim_front"):
         cache.maybe_trim_front()
     mask = (
@@ -382,13 +382,13 @@ def test_what_a_call_added_is_as_if_it_never_was(kind, first):
     n_seqs = 2 if "batch" in kind else 1
     cache, other = KINDS_ALONE[kind](), KINDS_ALONE[kind]()
     for i, n in enumerate([first, *[1] * 12, 2, 1, 5, 1]):
-        # Whatever follows is seldom as long as what was taken back.
+        # The next call rarely has the length of the call that was undone.
         for n_tokens in (n, n, None, 1):
             state = CacheState(cache, n_tokens)
             add(cache, n_tokens or n, 1000 + i, n_seqs)
             after = state.now()
             state.put_back()
-            # What a call did can be done again, too.
+            # A call can be repeated after it was undone.
             after.put_back()
             state.put_back()
         wanted, got = (add(c, n, i, n_seqs) for c in (other, cache))

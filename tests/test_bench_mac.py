@@ -1,4 +1,4 @@
-"""scripts/bench_mac: the row that a Mac's owner pastes, and when it is void."""
+"""scripts/bench_mac: the row that a Mac's owner reports, and the reasons to void it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCRIPT = ROOT / "scripts" / "bench_mac"
 
 @pytest.fixture
 def bench(monkeypatch):
-    """scripts/bench_mac as a module."""
+    """Return scripts/bench_mac as a module."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     loader = SourceFileLoader("bench_mac", str(SCRIPT))
@@ -88,7 +88,7 @@ def way(tokens: list[int], **more) -> dict:
 
 @pytest.fixture
 def found(bench):
-    """What all ways measured: the same text, but for stock's second half."""
+    """Results of all ways: the same text, except for stock's second half."""
     text = noise(64)
     ways = {name: way([*text], executor="metal") for name in bench.NAMES}
     ways["stock"] = way(text[:40] + noise(24, 3), executor="mlx-lm")
@@ -114,7 +114,7 @@ def test_a_row_is_void_where_a_text_loops(bench, found):
 def test_a_row_is_void_where_budgets_give_different_texts(bench, found):
     found["1/2"]["runs"][0]["tokens"][50] += 1
     assert bench.why_void(found) == ["text 1 of 1/2 is not that of resident"]
-    # Less of the same text, for want of time, is no difference.
+    # A text cut short by the time limit is no difference.
     del found["1/2"]["runs"][0]["tokens"][50:]
     assert bench.why_void(found) == []
 

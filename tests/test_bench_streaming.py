@@ -1,4 +1,4 @@
-"""scripts/bench_streaming: tokens route as traced, and no figure is of wrong ones."""
+"""scripts/bench_streaming: tokens route as traced, and wrong ones yield no figure."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ N_STEPS = 8
 
 @pytest.fixture
 def scripts(monkeypatch) -> None:
-    """Let the scripts' modules be imported, with a tiny geometry to choose."""
+    """Make the scripts' modules importable, and add a tiny geometry."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     geometries = importlib.import_module("bench_geometry").GEOMETRIES
     tiny = {**geometries["qwen3.6-35b-a3b"], **TINY}
@@ -57,7 +57,7 @@ def run(part: ModuleType, *flags: object) -> int:
 
 
 def hits_of_lru(trace: np.ndarray, n_slots: int, n_warm_up: int) -> float:
-    """Return the hit rate of one pool for all layers after the first steps."""
+    """Return the hit rate after the first steps, with one pool for all layers."""
     held: OrderedDict[tuple[int, int], None] = OrderedDict()
     hits = []
     for step in trace.tolist():
@@ -94,7 +94,7 @@ def test_decoding_is_measured_on_the_traced_routing(decode, tmp_path):
         assert rate == pytest.approx(hits_of_lru(trace, 32, 4), abs=1e-4)
         assert all(float(row["mb_per_token"]) > 0 for row in ours)
         assert all(float(row["recall"]) == 0 for row in ours)
-    # The same model again, read otherwise.
+    # The same model with another way of reading.
     flags += ["--read-ahead", "on", "--traces", "zipf"]
     assert run(decode, *flags, "--device", "cpu", "--csv", rows) == 0
     found = list(csv.DictReader(rows.read_text().splitlines()))
@@ -195,7 +195,7 @@ def test_no_figure_of_drafts_is_of_other_tokens(
     flags = "--model", checkpoint, "--tokens", 8, "--rounds", 1, "--shares", 50
     assert run(part, *flags, "--drafted", 3) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if "50 %" in line]
-    # No draft, one that is right three times of four, and one that errs.
+    # No draft, a draft that is right three times of four, and one that is wrong.
     assert [row.split("│")[4].strip() for row in rows[:2]] == ["0%", "75%"]
     assert len(rows) == 3
     monkeypatch.setattr(part, "generate_step", lambda *_, **__: iter([(7, None)] * 8))

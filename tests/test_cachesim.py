@@ -1,4 +1,4 @@
-"""The simulator: Belady's optimum is one, and hits are those of the streamer."""
+"""The cache simulator: Belady's optimum is optimal, and hits equal the streamer's."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PROMPT = [5, 17, 60, 3, 44, 44, 9, 130, 71, 2, 8]
 
 
 def least_by_search(steps, n_slots: int, at_once) -> int:
-    """Try every way to evict."""
+    """Return the fewest misses over every possible choice of evictions."""
 
     @cache
     def least(memory: frozenset[int], i: int) -> int:
@@ -75,7 +75,7 @@ def traces(draw) -> RoutingTrace:
     passes = draw(st.lists(st.sampled_from([1, 1, 1, 4]), min_size=1, max_size=12))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     scores = random.random((sum(passes), n_layers, n_experts))
-    # Some experts are asked for more often than others.
+    # Some experts are requested more often than others.
     scores *= random.random((n_layers, n_experts))
     return RoutingTrace(
         model_type="random",
@@ -192,7 +192,7 @@ def test_the_optimum_is_the_same_whatever_the_policies(trace):
 
 
 def test_steady_figures_are_of_the_second_half_of_what_was_generated():
-    # One expert of two again and again, then in turns; a prompt of two tokens.
+    # A prompt of two tokens; then one expert repeatedly, then both in turn.
     chosen = np.array([0, 1, *[0] * 4, *[0, 1] * 2], np.uint8)[:, None, None]
     passes = np.array([2] + [1] * 8, np.uint32)
     trace = RoutingTrace("one", (0,), 2, (10,), 2, passes, chosen)

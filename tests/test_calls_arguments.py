@@ -1,4 +1,4 @@
-"""Arguments of a call: the right logits, or one line that names the argument."""
+"""Arguments of a call give the right logits, or one line that names the argument."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_what_means_tokens_is_taken_as_tokens(model, same):
 
 @pytest.mark.parametrize("bad", [-1, 320, 1 << 40])
 def test_ids_outside_that_have_no_values_yet_give_no_number(plain, bad):
-    """A compiled call cannot look: its logits are NaN, its other sequences right."""
+    """A compiled call cannot check ids: bad sequences give NaN, others are right."""
     model = load(plain)
     call = mx.compile(lambda x: model(x))
     logits = call(mx.array([[5, 6], [bad, 7], [6, bad]], mx.int64))
@@ -136,7 +136,7 @@ def test_ids_outside_that_have_no_values_yet_give_no_number(plain, bad):
 def test_a_single_id_that_is_not_waited_for_gives_no_number(
     plain, executor, monkeypatch
 ):
-    """On a GPU nobody reads the token of a step back."""
+    """On a GPU the token of a step is never read back to the host."""
     for each in (Lazy, Traced):
         monkeypatch.setitem(EXECUTORS, each.name, each)
     model, stock = load(plain, executor=executor), stock_of(plain)

@@ -1,4 +1,4 @@
-"""``moeflux chat``: mlx-lm's own chat, typed into, beside it."""
+"""``moeflux chat`` beside mlx-lm's own chat, with the same typed input."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def said(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def stock(checkpoint: Path) -> str:
-    """What mlx-lm's own chat says to the plain model."""
+    """The output of mlx-lm's own chat on the plain model."""
     command = ["-m", "mlx_lm", "chat", "--model", checkpoint]
     done = python(*command, "-m", 12, text=TYPED)
     assert done.returncode == 0, done.stderr
@@ -43,7 +43,7 @@ def test_a_chat_says_what_stocks_says(name, checkpoint, packed, stock):
 
 
 def test_a_question_that_fails_is_forgotten_and_the_chat_goes_on(packed, tmp_path):
-    """Tokens that end at a damaged expert leave nothing behind."""
+    """An answer that fails at a damaged expert leaves nothing in the cache."""
     model = Path(shutil.copytree(packed, tmp_path / "model"))
     memory = summarize(packed).minimum_bytes
     flags = "--model", model, "-m", 4, "--expert-memory", memory

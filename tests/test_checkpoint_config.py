@@ -1,4 +1,4 @@
-"""Configurations and directories that are nonsense: one typed line, or stock's text."""
+"""Nonsense in configurations and directories ends in one typed line or stock's text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TESTS = Path(__file__).parent
 
 @pytest.fixture
 def broken(checkpoint, tmp_path):
-    """A checkpoint to be damaged."""
+    """A copy of the checkpoint, for tests to damage."""
     return Path(shutil.copytree(checkpoint, tmp_path / "broken"))
 
 
@@ -170,7 +170,7 @@ def test_reports_count_what_is_used(broken):
 
 
 def counted(path: Path) -> list[int]:
-    """Return the bytes of weights that inspect, a plan, a model and a profile count."""
+    """Return the bytes of weights that inspect, plan, model and profile count."""
     model, _ = moeflux_mlx.load(path)
     held = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     moved = profile(model, context=4, repeats=1).n_bytes

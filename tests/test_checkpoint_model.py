@@ -1,4 +1,4 @@
-"""A plain checkpoint whose experts are streamed: the same bits, in less memory."""
+"""Streaming experts from a plain checkpoint gives the same bits in less memory."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_the_environment_asks_for_streaming_too(checkpoint, monkeypatch):
 
 
 def test_a_budget_that_holds_no_token_leaves_no_file_open(checkpoint):
-    # Weights that nobody has read yet keep their file open until they are collected.
+    # Lazy weights keep their file open until they are collected.
     with open_files.none_left(), pytest.raises(BudgetError, match="at least"):
         moeflux_mlx.load(checkpoint, expert_memory="1KB")
 
@@ -180,7 +180,7 @@ def test_inspect_says_what_streaming_costs(form, reads, checkpoint, packed, tmp_
 
 @pytest.mark.slow
 def test_a_name_on_the_hub_is_streamed_from_the_download_cache(checkpoint, tmp_path):
-    """No hub is asked: the cache has the links that huggingface_hub makes."""
+    """No hub is contacted: the cache has the links that huggingface_hub makes."""
     repo, revision = tmp_path / "models--owner--name", "0" * 40
     snapshot = repo / "snapshots" / revision
     for folder in (snapshot, repo / "blobs", repo / "refs"):
@@ -192,7 +192,7 @@ def test_a_name_on_the_hub_is_streamed_from_the_download_cache(checkpoint, tmp_p
     offline = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     flags = ["--prompt", PROMPT, "--ignore-chat-template", "-m", "5"]
     flags += ["--expert-memory", memory_for(checkpoint, 5)]
-    # Where the cache is, is read as huggingface_hub is imported.
+    # huggingface_hub reads the cache's path when it is imported.
     command = [sys.executable, "-m", "moeflux_mlx.cli", "generate"]
     command += ["--model", "owner/name", *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, env=offline)

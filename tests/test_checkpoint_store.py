@@ -1,4 +1,4 @@
-"""Streaming from plain checkpoints: the records of a pack, from wherever they lie."""
+"""Streaming from plain checkpoints gives a pack's records, in any layout of files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ QUANTIZATIONS = {
     "dense": None,
     "by-layer": [AFFINE, Quantization(8, 32), None],
 }
-# Reads of one affine expert, whose tensors a file holds in the order of their names.
+# Reads per affine expert, whose tensors a file holds sorted by name.
 N_SPANS = {"stacked": 9, "each": 1, "fused": 6, "each-fused": 1}
 
 
@@ -67,7 +67,7 @@ def records(store: ExpertStore) -> dict[tuple[int, int], bytes]:
 
 
 def refused(directory: Path) -> str:
-    """Open a checkpoint that cannot be opened, and return why."""
+    """Open a checkpoint that must be refused; return the error's message."""
     with open_files.none_left(), pytest.raises(ModelError) as caught:
         CheckpointExperts.open(directory)
     return str(caught.value)
@@ -154,7 +154,7 @@ def test_any_order_in_any_shards_streams_the_same(
                 n_bytes = store.layout(layer).record_bytes
                 for wave in streamer.source(layer).waves([4, 0, 3, 1, 2]):
                     for expert, slot in wave:
-                        # With all experts in memory, slots count within the layer.
+                        # With all experts in memory, each layer counts its own slots.
                         row = 5 * layer + slot if streamer.resident else slot
                         found = bytes(streamer.pools[0].buffer(row, n_bytes))
                         assert found == expected[layer, expert]
@@ -217,7 +217,7 @@ def reshape(name, *shape, dtype=None):
 
 
 def cut(name, n_rows, axis=1):
-    """Leave out the last rows (experts when axis is 0) of a tensor."""
+    """Drop the last rows of a tensor (experts when the axis is 0)."""
 
     def change(tensors):
         parts = [tensors[name]] if axis == 0 else tensors[name].experts()

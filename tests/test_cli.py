@@ -1,4 +1,4 @@
-"""The command ``moeflux``, run as a user runs it."""
+"""Run the command ``moeflux`` as a user runs it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMANDS += ["tune", "trace", "cachesim", "chat", "serve"]
 
 
 def one_line_error(done: subprocess.CompletedProcess[str]) -> str:
-    """Check that a run failed on purpose, and return what it said."""
+    """Check that a run was refused; return its error message."""
     assert done.returncode == 2, done.stderr
     *decisions, line = done.stderr.splitlines()
     told = ("moeflux: experts ", "moeflux: before loading ")
@@ -31,7 +31,7 @@ def one_line_error(done: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.fixture(scope="module")
 def stock_text(checkpoint: Path) -> str:
-    """What stock mlx-lm generates, greedily, from the plain checkpoint."""
+    """The text that stock mlx-lm generates greedily from the plain checkpoint."""
     model, tokenizer = mlx_lm.load(str(checkpoint))
     return mlx_lm.generate(model, tokenizer, PROMPT, max_tokens=N_TOKENS)
 

@@ -1,4 +1,4 @@
-"""Command lines and surroundings that are wrong: one line each, and no traceback."""
+"""Wrong command lines and environments end in one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMAND = [sys.executable, "-m", "moeflux_mlx.cli"]
 
 
 def spoil(name: str, text: str | None):
-    """Return what writes a text in place of a model's file, or takes the file away."""
+    """Return a function that overwrites a model's file, or removes it."""
 
     def change(model: Path) -> None:
         (model / name).unlink()
@@ -72,7 +72,7 @@ def test_a_spoilt_model_is_one_line(change, checkpoint, tmp_path, capfd):
 
 
 def check_one_line(capfd) -> str:
-    """Hold standard error to one line of ours; return it."""
+    """Check that standard error is one line of ours; return it."""
     lines = capfd.readouterr().err.splitlines()
     ours = [line for line in lines if line.startswith("moeflux: ")]
     assert len(ours) >= 1 and not any("Traceback" in line for line in lines), lines
@@ -116,7 +116,7 @@ VARIABLES = {
 def test_every_variable_is_looked_at_before_anything_is_read(
     name, tmp_path, monkeypatch, capfd
 ):
-    """Also where an argument stands for it: the model's directory does not exist."""
+    """The model's directory does not exist, so the variable must be checked first."""
     monkeypatch.setenv(name, VARIABLES[name])
     more = ["--memory", "1GB", "--policy", "lru", "--executor", "ops"]
     model = str(tmp_path / "none")

@@ -1,4 +1,4 @@
-"""What commands say in tables and errors, to people at a terminal of 80 columns."""
+"""Tables and errors of commands, at a terminal of 80 columns."""
 
 from __future__ import annotations
 

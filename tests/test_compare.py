@@ -1,4 +1,4 @@
-"""``moeflux compare``: stock mlx-lm and our models, each in its own process."""
+"""``moeflux compare`` runs stock mlx-lm and our models, each in its own process."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def identical(checkpoint: Path) -> Comparison:
 
 @pytest.fixture(scope="module")
 def perturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pack of the same model whose last norm is another one."""
+    """A pack of the same model, with another last norm."""
     directory = tmp_path_factory.mktemp("perturbed")
     plain = directory / "plain"
     shutil.copytree(checkpoint, plain)
@@ -101,7 +101,7 @@ def test_each_side_reports_its_own_speed_and_memory(identical):
     for side in (identical.stock, identical.ours):
         assert side.prompt_tps > 0
         assert side.generation_tps > 0
-        # An interpreter with MLX and mlx-lm in it.
+        # The size of an interpreter that has imported MLX and mlx-lm.
         assert side.peak_process_bytes > 30 * 2**20
         assert side.peak_mlx_bytes > 0
 
@@ -193,7 +193,7 @@ def test_logit_errors_follow_their_definitions(monkeypatch):
     ours = stock + random.normal(size=(7, 11)).astype(np.float32) / 8
     monkeypatch.setattr(
         "moeflux_mlx.measure.compare.metrics.COMPARED_VALUES", 22
-    )  # 4 pieces
+    )  # 4 chunks
     found = logit_errors(stock, ours)
     p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (stock, ours))
     kl = (p * np.log(p / q)).sum(1)

@@ -1,4 +1,4 @@
-"""The page of ``moeflux compare --html``: what it says, and in a real browser."""
+"""The page of ``moeflux compare --html``: its content, and its look in a browser."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ N_TOKENS = 8
 
 @pytest.fixture(scope="module")
 def found(packed: Path, budget: str) -> list[Comparison]:
-    """The same pack at two budgets, and through mlx-lm's class."""
+    """A comparison of one pack at two budgets and through mlx-lm's class."""
     ways = [{"expert_memory": budget}, {}, {"native": False}]
     return [*compare_each(packed, PROMPT, ways, max_tokens=N_TOKENS)]
 
 
 @pytest.fixture(scope="module")
 def diverging(found) -> Comparison:
-    """A comparison whose fourth token differs, and one position's top-1."""
+    """A comparison with a different fourth token and one different top-1."""
     ours, stock = found[0], found[0].tokens.stock
     other = [*stock[:3], Token(999, "<b>&\n"), *stock[4:]]
     first = Divergence(3, stock[3], other[3])
@@ -78,7 +78,7 @@ def test_other_weights_show_in_the_layer_where_they_are(checkpoint, packed, tmp_
 
 
 class PassesOver(nn.Module):
-    """Does not call the last of its layers."""
+    """A model that does not call its last layer."""
 
     def __init__(self):
         super().__init__()

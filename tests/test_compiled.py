@@ -1,4 +1,4 @@
-"""Traced steps give what steps run one by one give, and notice what changes."""
+"""Compiled steps equal uncompiled ones, and notice replaced weights and caches."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from moeflux_mlx.ops import RmsNormBf16NTokens
 
 
 class Lazy(OpsExecutor):
-    """The references on MLX arrays, as a GPU runs them."""
+    """Run references on MLX arrays, as a GPU does."""
 
     name = "lazy"
     takes_host_arrays = False
 
 
 class Traced(Lazy):
-    """The same, traced."""
+    """Run the same references in compiled functions."""
 
     name = "traced"
     compiles = True
@@ -54,7 +54,7 @@ def packed(plain):
 
 @pytest.fixture
 def traces(monkeypatch) -> list[object]:
-    """Collect the traces made: of layers, and of whole steps."""
+    """Collect the compiled functions that are made: of layers, and of whole steps."""
     made: list[object] = []
 
     def collect(cls, name):
@@ -128,7 +128,7 @@ def test_a_trace_holds_until_a_cache_grows(plain, traces):
     assert len(traces) == 1
     got = logits(traced, n_prompt=250, n_steps=12)
     assert relative_rms(got, logits(lazy, n_prompt=250, n_steps=12)) < 1e-5
-    # The token that makes it grow goes layer by layer, then the step is traced anew.
+    # The token that makes it grow runs layer by layer; then the step is compiled anew.
     steps = [trace for trace in traces if isinstance(trace, CompiledLayers)]
     assert len(steps) == 2
 
