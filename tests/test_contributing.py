@@ -1,4 +1,4 @@
-"""The policy of CONTRIBUTING.md, added for real: streamed with it, bits are right."""
+"""Add the policy of CONTRIBUTING.md for real: streaming with it gives the same bits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAGE = Path(__file__).resolve().parents[1] / "CONTRIBUTING.md"
 
 @pytest.fixture
 def fifo(monkeypatch):
-    """Add the page's class where the page says."""
+    """Register the page's class as the page says."""
     source = re.search(r"```python\n(class FIFO.*?)```", PAGE.read_text(), re.DOTALL)
     assert source and '`"fifo": FIFO` to `POLICIES`' in PAGE.read_text()
     names = dict(vars(policy))

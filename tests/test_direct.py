@@ -1,4 +1,4 @@
-"""Direct I/O: the same bytes past the page cache, or a warning and the same bytes."""
+"""Direct I/O reads the same bytes past the page cache, or warns and reads via it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="is about O_DIRECT")
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """Experts of 2304 bytes, which is no number of blocks of any disk."""
+    """Experts of 2304 bytes, which is not a multiple of any disk's block."""
     path = tmp_path_factory.mktemp("direct") / "plain"
     return write_checkpoint(path, hidden=32, inner=32)
 
@@ -49,7 +49,7 @@ def is_direct(store) -> bool:
 
 
 def open_directly(path):
-    """Open, or skip where the file system of the tests refuses."""
+    """Open directly, or skip where the tests' file system refuses."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
@@ -120,7 +120,7 @@ def test_a_direct_read_past_the_end_names_file_layer_and_expert(plain, tmp_path)
 def test_a_direct_read_that_comes_back_short_goes_on_from_a_whole_block(
     lost, small, expected, monkeypatch
 ):
-    """Each second read loses its end; a read from within a block is refused."""
+    """Every second read is cut short; a read that begins within a block is refused."""
     preadv, n_reads, n_short = os.preadv, 0, 0
 
     def short(fd, buffers, offset):

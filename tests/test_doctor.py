@@ -1,4 +1,4 @@
-"""``moeflux doctor`` and ``moeflux kernels``, and what they remember."""
+"""``moeflux doctor`` and ``moeflux kernels``, and the record that they keep."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ simulated = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A cache that keeps what the simulator compiles from test to test."""
+    """Share a cache for the simulator's compiled objects among tests."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(autouse=True)
 def own_folder(cache, monkeypatch):
-    """Keep what doctor remembers out of this machine's own cache."""
+    """Keep the doctor's record out of this machine's own cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     folder = cache / "moeflux-mlx"
     for path in folder.glob("verified-*"):
@@ -57,7 +57,7 @@ for name, kernel in KERNELS.items():
 
 @pytest.fixture
 def damage(tmp_path, monkeypatch):
-    """Have the processes that examine kernels find some of them damaged."""
+    """Make the examining processes find damaged kernels."""
 
     def write(text: str) -> None:
         folder = tmp_path / "damage"
@@ -110,7 +110,7 @@ def test_the_report_as_json_has_machine_cases_and_errors(capsys, tmp_path, monke
     assert not record.holds("residual_add")
 
 
-# What becomes of a kernel, how that is brought about, and how its complaint begins.
+# A kernel's outcome, the code that causes it, and the start of its complaint.
 FATES = {
     "residual_add": (
         """
@@ -172,13 +172,13 @@ launch.KERNELS = Deadly(KERNELS)
     ),
 }
 
-# What stands in for the process that examines kernels: two of them hang.
+# Replaces the process that examines kernels: two of them hang.
 STAND_IN = """
 import json, sys, time
 for name in sys.argv[1:]:
     print("now", name, file=sys.stderr, flush=True)
     if name in ("residual_add", "rms_norm_apply"):
-        # Half a line is no finding.
+        # An incomplete line is no finding.
         sys.stdout.write('{"kernel"')
         sys.stdout.flush()
         time.sleep(3600)
@@ -197,7 +197,7 @@ def test_whatever_becomes_of_some_kernels_the_doctor_reports_on_all(capsys, dama
     assert {name for name, k in found.items() if not k["passed"]} == set(FATES)
     for name, (_, complaint) in FATES.items():
         assert re.match(complaint, found[name]["complaints"][0]), name
-    # What agreed serves from now on, what did not does not.
+    # Kernels that agreed may serve from now on; the others may not.
     good = set(found) - set(FATES)
     assert "rms_norm_per_head_n_tokens" in good
     assert verified.verified_kernels("sim") == good
@@ -244,7 +244,7 @@ def test_a_kernel_that_is_wrong_is_named_and_the_exit_code_is_1(capsys, monkeypa
     def full(path, text):
         raise OSError(28, "No space left on device", str(path))
 
-    # A report that cannot be remembered is given all the same.
+    # A report that cannot be saved is printed nevertheless.
     monkeypatch.setattr(verified.private, "write_text", full)
     assert main(["doctor", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
@@ -294,7 +294,7 @@ def test_metal_is_the_default_where_kernels_were_found_right(monkeypatch):
     assert default_executor() == "metal"
     executor = executors.open_executor()
     assert [name for name in KERNELS if not executor.usable(name)] == [first]
-    # Who asks for it by name takes all that it has.
+    # A user who names the executor gets all of its kernels.
     assert all(map(executors.open_executor("metal").usable, KERNELS))
     verified.remember(found_right("metal", first), [first])
     assert all(map(executors.open_executor().usable, KERNELS))
@@ -318,7 +318,7 @@ def test_a_record_of_another_machine_or_mlx_counts_for_nothing(own_folder):
     path.unlink()
     os.mkfifo(path)
     verified.verified_kernels.cache_clear()
-    # What is no plain file of ours is passed over, and never waited for.
+    # Anything but a plain file of ours is ignored, and never blocks.
     assert not verified.verified_kernels("metal")
 
 
@@ -354,7 +354,7 @@ def test_kernels_lists_each_with_signature_launch_and_verification(capsys):
 
 
 def test_kernels_were_verified_on_the_simulator_as_they_are(capsys):
-    """The shipped record must be of these very kernels: doctor --record renews it."""
+    """The shipped record must match these kernels: doctor --record renews it."""
     main(["kernels", "--json"])
     rows = json.loads(capsys.readouterr().out)
     stale = [
@@ -365,7 +365,7 @@ def test_kernels_were_verified_on_the_simulator_as_they_are(capsys):
     assert stale == []
 
 
-# Kernels for scripts, which call them by name: that no Op launches them is meant.
+# Scripts call these kernels by name, so no Op needs to launch them.
 FOR_SCRIPTS = {
     "dequant_matvec_4bit",
     "dequant_matvec_4bit_batched",

@@ -1,4 +1,4 @@
-"""Any model of mlx-lm with its experts streamed: the same bits, or a typed error."""
+"""Streaming any model of mlx-lm gives the same bits, or a typed error."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ DIM = 128
 
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch):
-    """Make the modules beside the scripts importable."""
+    """Make the scripts' modules importable."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
 
-# Each differs from all others in its activation, its way of routing or what is around.
+# Each differs from the others in its activation, its routing or its other layers.
 FAMILIES = {
     "qwen3_moe": 4,
     "mixtral": None,
@@ -72,7 +72,7 @@ def test_families_stream_with_stocks_bits_through_one_slot(family, bits):
 
 
 class Layers(nn.Module):
-    """Routed blocks one after the other, each token to ``k`` experts in turn."""
+    """Routed blocks in sequence; each token takes ``k`` experts in turn."""
 
     def __init__(self, *blocks: nn.Module, k: int = 2):
         super().__init__()
@@ -96,7 +96,7 @@ def random(module: nn.Module, seed: int = 1) -> nn.Module:
 
 
 def saved(model: nn.Module, path: Path) -> Path:
-    """Write a model's weights with a configuration that says nothing."""
+    """Write a model's weights with an empty configuration."""
     path.mkdir()
     save_model(path, model)
     # Tests change names.
@@ -106,7 +106,7 @@ def saved(model: nn.Module, path: Path) -> Path:
 
 
 def lazily(model: nn.Module, path: Path) -> nn.Module:
-    """Give a model the weights of a directory, none of them read."""
+    """Give a model a directory's weights without reading them."""
     return model.load_weights(str(path / "model.safetensors"))
 
 
@@ -132,7 +132,7 @@ def quantized(block: nn.Module, forms: dict[str, Quantization | None]) -> nn.Mod
 
 
 def make(forms: list[dict[str, Quantization | None]]) -> nn.Module:
-    """Build two gated blocks of different width and one of two projections."""
+    """Build two gated blocks of different widths and one with two projections."""
     blocks = [
         SwitchGLU(DIM, DIM, 5, bias=True),
         SwitchGLU(DIM, 2 * DIM, 5),
@@ -168,7 +168,7 @@ def test_forms_may_be_mixed_by_projection_and_by_block(tmp_path):
 class TwoBlocks(nn.Module):
     """Layers of two routed blocks, one between latent projections, and one without.
 
-    Numbers of experts and their widths are another in each layer and block.
+    The number of experts and their widths differ in each layer and block.
     """
 
     def __init__(self) -> None:
@@ -224,7 +224,7 @@ def check_same(tmp_path: Path, forms: list[dict], n_slots: int) -> None:
 
 
 def slot_bytes(model: nn.Module, path: Path) -> int:
-    """Return the bytes of a slot, as the error says that states the least."""
+    """Return a slot's bytes from the error that states the minimum."""
     with opened(model, path) as store:
         return max(store.layout(layer).stride for layer in store.layers)
 
@@ -257,14 +257,14 @@ def test_what_a_cpu_cannot_multiply_lies_in_its_slots(tmp_path, dtype):
 
 
 class OwnCall(SwitchGLU):
-    """A block that does something with ids that nobody knows."""
+    """A block with a call of its own."""
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         return super().__call__(x, indices) * indices[..., None]
 
 
 class OwnBlock(nn.Module):
-    """A block of its own kind."""
+    """A block of a class of its own."""
 
     def __init__(self):
         super().__init__()
@@ -471,7 +471,7 @@ def test_load_without_a_bound_is_mlx_lms_own_model(checkpoint):
     assert type(model.model.layers[0].mlp.switch_mlp) is SwitchGLU
 
 
-# Their modules keep arrays that are no parameters: positions, slopes, a scaled norm.
+# Their modules hold arrays that are no parameters: positions, slopes, a scaled norm.
 @pytest.mark.parametrize("family", ["deepseek_v2", "bailing_moe_linear", "kimi_k3"])
 @pytest.mark.parametrize("expert_memory", [None, "3MB"], ids=["whole", "streamed"])
 def test_the_first_call_may_be_another_threads(family, expert_memory, tmp_path):
@@ -540,7 +540,7 @@ def test_asking_for_our_own_class_in_vain_is_an_error(copied):
 
 @pytest.fixture
 def copied(checkpoint, tmp_path) -> Path:
-    """A copy of the checkpoint to change."""
+    """A copy of the checkpoint, for tests to change."""
     return shutil.copytree(checkpoint, tmp_path / "copy")
 
 
@@ -567,7 +567,7 @@ def test_experts_and_the_door_need_nothing_of_the_engine():
 
 
 def imported(path: Path, package: Path) -> list[Path]:
-    """Return the package's modules that a module imports, at any depth in it."""
+    """Return the package's modules that a module imports, directly or not."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:

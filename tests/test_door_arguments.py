@@ -1,4 +1,4 @@
-"""Arguments of models that mlx-lm's classes run: refused as our own class does."""
+"""Models of mlx-lm's classes refuse bad arguments as our own class does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from moeflux_mlx import device
 from moeflux_mlx.errors import ModelError
 
 ROOT = Path(__file__).resolve().parents[1]
-# Who does not know a model's width leaves it to the model to refuse another.
+# Where the width is unknown, the model itself refuses a wrong one.
 ROWS = ROWS_REFUSED.keys() - {"wider", "narrower", "rank-2", "empty"}
 __all__ = ["plain"]
 
@@ -92,7 +92,7 @@ def test_a_gradient_at_an_id_outside_is_refused(model):
 
 @pytest.mark.parametrize("bad", [-1, 320, 1 << 40])
 def test_an_id_that_is_not_waited_for_gives_no_number(model, plain, bad, monkeypatch):
-    """On a GPU nobody reads a token back where every expert is in memory."""
+    """On a GPU with all experts in memory, a token is never read back to the host."""
     assert model.streamer.resident
     monkeypatch.setattr(device, "on_cpu", lambda: False)
     held, stock = make_prompt_cache(model), stock_of(plain)

@@ -1,4 +1,4 @@
-"""Any model of mlx-lm in bounded memory: planned, kept to, the same tokens."""
+"""Any model of mlx-lm in bounded memory keeps to its plan and gives the same tokens."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from moeflux_mlx.streaming import stream
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN_BYTES = 100 << 20
-# Peaks that are measured differ a little from call to call.
+# Measured peaks differ a little from call to call.
 SLACK = 256 << 10
 VOCAB = 128
 SEED = np.random.RandomState(3)
@@ -53,7 +53,7 @@ PROMPTS = [SEED.randint(1, VOCAB, n).tolist() for n in (3, 70, 1, 12)]
 
 @pytest.fixture(scope="module", autouse=True)
 def scripts():
-    """Make the modules beside the scripts importable."""
+    """Make the scripts' modules importable."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "scripts"))
         yield
@@ -61,7 +61,7 @@ def scripts():
 
 @pytest.fixture
 def own_bytes(monkeypatch):
-    """What the interpreter takes, always the same: the tests' own grows."""
+    """Pretend that the interpreter's memory is constant: that of the tests grows."""
     monkeypatch.setattr(memory, "own_bytes", lambda: OWN_BYTES)
     monkeypatch.setattr("moeflux_mlx.streaming.own_bytes", lambda: OWN_BYTES)
     monkeypatch.setattr(device, "process_bytes", lambda: None)
@@ -125,7 +125,7 @@ def test_weights_that_cannot_fit_are_not_read(written, own_bytes):
     with pytest.raises(BudgetError, match=r"weights.*scratch memory but got 1"):
         stream(model, path, memory=1)
     assert mx.get_active_memory() <= before
-    # It is as it was: mlx-lm's own, with weights that may be read.
+    # The model is unchanged: mlx-lm's own, and its weights can be read.
     stock = load_model(path)[0]
     assert type(model) is type(stock)
     tokens = mx.array([PROMPTS[0]])
@@ -157,7 +157,7 @@ def test_caches_are_known_before_a_weight_is_read(written, family, own_bytes):
 @pytest.mark.sampled
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "qwen3_next"])
 def test_measured_scratch_is_what_longer_calls_take(written, family, own_bytes):
-    """Calls of sizes that were never measured, beside caches of other lengths."""
+    """Calls have sizes that were never measured, beside caches of other lengths."""
     model = streamed(written(family), "4GB")
     needs = model.keeper._needs
     for n_tokens, n_before in ((150, 0), (40, 300), (300, 100)):
@@ -179,7 +179,7 @@ def test_measured_scratch_is_what_longer_calls_take(written, family, own_bytes):
 
 @pytest.fixture
 def parts_called(monkeypatch) -> list[int]:
-    """How many tokens each part of a divided call had."""
+    """The number of tokens in each part of a divided call."""
     found: list[int] = []
     part = calls._Rows.part
 
@@ -192,7 +192,7 @@ def parts_called(monkeypatch) -> list[int]:
 
 
 class Few:
-    """Needs of which a call has room for few tokens."""
+    """Needs that leave a call room for few tokens."""
 
     def __init__(self, needs, most: int):
         self._needs, self._most = needs, most
@@ -240,7 +240,7 @@ def test_what_cannot_be_divided_is_refused(written, own_bytes):
     model.keeper._needs = Few(model.keeper._needs, 40)
     rows = mx.zeros((1, 100, 64))
     assert model(None, input_embeddings=rows).shape == (1, 100, VOCAB)
-    # A mask is of all tokens.
+    # A mask covers all tokens, so the call cannot be divided.
     model = streamed(written("phixtral"), "4GB")
     model.keeper._needs = Few(model.keeper._needs, 40)
     with pytest.raises(BudgetError, match=r"at most 32 of 100 tokens"):
@@ -248,7 +248,7 @@ def test_what_cannot_be_divided_is_refused(written, own_bytes):
 
 
 def bound(model: nn.Module, n_slots: int, cache_bytes: int, scratch: int) -> None:
-    """Leave a model so much memory that it holds ``n_slots`` beside the rest."""
+    """Leave a model enough memory for ``n_slots`` beside the rest."""
     plan, streamer = model.plan, model.streamer
     budget = plan.process_bytes + plan.resident_bytes + cache_bytes + scratch
     budget += streamer.slack_bytes + n_slots * streamer.slot_bytes
@@ -354,7 +354,7 @@ def test_served_batches_get_what_each_prompt_gets_alone(written, family, own_byt
 
 
 def test_a_batch_too_large_ends_the_longest_and_no_other(written, own_bytes):
-    """Each sequence's cache takes 131 kB; there is room for three."""
+    """Each sequence's cache takes 131 kB; three fit."""
     path = written("qwen3_moe")
     model = streamed(path, "4GB")
     needs = model.keeper._needs
@@ -464,7 +464,7 @@ def test_floors_follow_what_a_call_shows(written):
 
 @pytest.mark.parametrize("t", [1, 30, 300])
 def test_growth_is_what_caches_then_take(t):
-    """Whole steps of rows, and no more of a window than it has."""
+    """Caches grow by whole steps of rows, and a window not beyond its length."""
     form = CacheForm(2 * 16 * 4, 0)
     for one, before in ((KVCache(), 0), (KVCache(), 250), (RotatingKVCache(64), 60)):
         if before:
@@ -477,7 +477,7 @@ def test_growth_is_what_caches_then_take(t):
 
 @pytest.mark.parametrize("kind", [RotatingKVCache, ChunkedKVCache])
 def test_growth_in_parts_is_a_window_and_what_a_part_adds(kind):
-    """A long prompt is computed in parts, of which no cache of a window keeps all."""
+    """A long prompt is computed in parts; a window's cache keeps only the last ones."""
     one, form, t, step, held = kind(64), CacheForm(2 * 16 * 4, 0), 700, 100, []
     grown = caches.growth_bytes([one], [form], 1, t, step)
     for _ in range(0, t, step):

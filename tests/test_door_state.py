@@ -1,4 +1,4 @@
-"""Saved states of models that mlx-lm's classes run: they go on with the same bits."""
+"""Runs of mlx-lm's classes continue from saved states with the same bits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROMPT, LONG = [7, 31, 100, 5, 90], [*range(1, 71)]
 
 @pytest.fixture(scope="module", autouse=True)
 def scripts():
-    """Make the modules beside the scripts importable."""
+    """Make the scripts' modules importable."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "scripts"))
         yield
@@ -60,7 +60,7 @@ def opened(path: Path, **bound: Any) -> Any:
 
 
 def run(model: Any, cache: list[Any], tokens: list[int], n: int) -> list[mx.array]:
-    """Logits of ``tokens`` and of ``n`` greedy ones, which go into the cache too."""
+    """Return logits of ``tokens`` and of ``n`` greedy tokens; all go into the cache."""
     found = [model(mx.array([tokens]), cache=cache)]
     for _ in range(n):
         tokens.append(int(found[-1][0, -1].argmax()))
@@ -95,7 +95,7 @@ def test_a_run_goes_on_with_the_same_bits(written, family, tmp_path):
         assert [type(c) for c in state.cache] == [type(c) for c in held]
         theirs = make_prompt_cache(stock)
         run(stock, theirs, [*prompt], 40)
-        # A window turns meanwhile, is set right by a prompt, and turns again.
+        # Meanwhile a window wraps, a prompt puts it in order, and it wraps again.
         for more in ([3], [44, 3, 101] * 4, [5]):
             wanted = run(model, held, [*more], 3)
             for each, own in ((again, state.cache), (stock, theirs)):
@@ -113,7 +113,7 @@ def test_a_state_of_the_plain_checkpoint_serves_its_pack(written, tmp_path):
     assert all(map(mx.array_equal, got, wanted))
 
 
-# Two layers that compress 4 tokens into one, and one that looks at the first's.
+# Two layers that compress 4 tokens into one, and one that reads the first's cache.
 COMPRESSED = {
     "num_hidden_layers": 3,
     "compress_ratios": [4, 4, 4],
@@ -126,7 +126,7 @@ COMPRESSED = {
 
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory) -> tuple[Path, Path]:
-    """A model whose caches are of a class of its own, plain and packed."""
+    """A model with its own class of caches, plain and packed."""
     import family_trials
 
     path = tmp_path_factory.mktemp("compressed") / "plain"
@@ -211,7 +211,7 @@ def test_quantised_caches_are_kept_too(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def window(written, tmp_path_factory) -> tuple[Any, Path]:
-    """A model with a window of 32 rows, and a state of 91 tokens in which it turned."""
+    """A model with a window of 32 rows, and a state of 91 tokens, so it has wrapped."""
     model = opened(written("gpt_oss"))
     path = tmp_path_factory.mktemp("window") / "state"
     tokens, held = [*LONG], make_prompt_cache(model)

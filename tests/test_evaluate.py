@@ -1,4 +1,4 @@
-"""mlx-lm's own scoring and batching, with our model in place of stock's."""
+"""mlx-lm's own scoring and batching, on our model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def stock(checkpoint: Path):
 
 @pytest.fixture(scope="module", params=["plain", "packed", "streamed"])
 def ours(request, checkpoint: Path, packed: Path, budget: str):
-    """Our model: experts as parameters, all in the pool, and a quarter of them."""
+    """Our model: experts as parameters, all in the pool, or a quarter in the pool."""
     if request.param == "plain":
         return moeflux_mlx.load(checkpoint)[0]
     memory = budget if request.param == "streamed" else None

@@ -1,4 +1,4 @@
-"""Executors: encode lazily, wait once, leave results, count by label."""
+"""Executors encode lazily, wait once, leave results, and count by label."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def graph():
 
 
 def poison(pool, op):
-    """Fill what ``op`` only writes with NaN."""
+    """Fill the fields that ``op`` only writes with NaN."""
     for buf in set(op.writes) - set(op.reads):
         info = pool.info(buf)
         shape = [d or 1 for d in info.shape]

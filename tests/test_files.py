@@ -1,4 +1,4 @@
-"""Files that anybody may have written: parsed within limits, or an error at once."""
+"""Files from unknown authors are parsed within limits, or refused at once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from moeflux_mlx.system.files import (
 
 @pytest.fixture(params=["FIFO", "directory", "socket", "device"])
 def other(request, tmp_path):
-    """Something that is no file, with its kind."""
+    """A path that is not a regular file, with its kind."""
     path = tmp_path / "other"
     if request.param == "FIFO":
         os.mkfifo(path)
@@ -64,7 +64,7 @@ def test_a_file_is_read_up_to_its_limit(tmp_path):
     assert read_json(path, 5) == [1, 2]
     with pytest.raises(ValueError, match="at most 4 bytes but got 5"):
         read_file(path, 4)
-    # A hole is as large as it says, and nothing of it is read.
+    # A sparse file has the stated size, and none of it is read.
     os.truncate(path, 1 << 40)
     with pytest.raises(ValueError, match=f"but got {1 << 40}"):
         read_json(path, 5)
@@ -241,7 +241,7 @@ def test_the_part_of_a_killed_process_goes_with_the_next_call(tmp_path):
     mine = tmp_path / ".state[1].part"
     mine.write_bytes(b"another's")
     with replacing(path) as first, replacing(path) as second:
-        # What is still being written stays.
+        # A part that is still being written stays.
         first.write(b"first")
         second.write(b"second")
     assert path.read_bytes() == b"first"

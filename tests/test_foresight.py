@@ -1,4 +1,4 @@
-"""What the next block will likely choose is read ahead of it, and changes no bit."""
+"""Reading the next block's likely experts ahead of time changes no bit."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_guess_is_what_the_next_router_chooses_for_the_last_input(
 
 @pytest.mark.parametrize("family", ["gemma4_text", "deepseek_v41"])
 def test_ids_that_a_module_is_handed_are_foreseen_too(tmp_path, monkeypatch, family):
-    """The module that a block is in takes ids there: others choose experts."""
+    """A block's module may receive ids that other modules chose."""
     with monkeypatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "scripts"))
         path = write(tmp_path / family, family)
@@ -120,7 +120,7 @@ def test_several_sequences_are_foreseen_together(checkpoint):
 
 
 def test_a_prompt_reads_each_expert_once_a_layer(checkpoint):
-    # All of a layer's are asked for, in waves where not all have a slot.
+    # All experts of a layer are requested, in waves where not all have a slot.
     for n_slots in (3, N_EXPERTS, 2 * N_EXPERTS):
         ours = streamed(checkpoint, n_slots, "off", read_ahead="on")
         ours(ids(60), cache=make_prompt_cache(ours))
@@ -129,7 +129,7 @@ def test_a_prompt_reads_each_expert_once_a_layer(checkpoint):
 
 
 class Refuses(nn.Module):
-    """A chooser that cannot be asked for a guess."""
+    """A chooser that cannot make a guess."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,12 +144,12 @@ def test_who_cannot_be_asked_is_asked_once():
     refuses, gives = Refuses(), nn.Identity()
     choosers = Choosers({0: refuses, 1: gives})
     assert choosers.ask(0, mx.ones(3)) is None and refuses.n_asked == 1
-    # It came to its end without calling a block.
+    # It ended without calling a block.
     assert choosers.ask(1, mx.ones(3)) is None
     assert 0 not in choosers and 1 not in choosers
     choosers.add(2, refuses, 0)
     assert choosers.ask(2, mx.ones(3)) is None and refuses.n_asked == 2
-    # Whoever gives ids beside a block is found again with every token.
+    # A module that hands ids to a block is found anew for every token.
     choosers.add(2, refuses, 0)
     assert 2 not in choosers
 

@@ -1,4 +1,4 @@
-"""Ops as functions of arrays: values, gradients and errors, on every executor here."""
+"""Ops as functions of arrays: values, gradients and errors, on each executor here."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def as_tuple(value):
 
 
 def on_reference(name):
-    """What the Op's reference gives, without any kernel."""
+    """Return the result of the Op's reference, without any kernel."""
     call = CALLS[name]
 
     def run(*x):

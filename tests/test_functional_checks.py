@@ -1,4 +1,4 @@
-"""Arguments of the functions of Ops: right, or an error that names the argument."""
+"""Arguments of Ops' functions give right results, or an error that names them."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_every_function_and_each_of_its_arguments_is_called_wrongly():
 
 
 def test_without_its_bounds_a_function_is_found_out(monkeypatch):
-    """The script must see an answer that nobody should give, and a raw error."""
+    """The script must notice a result for wrong arguments, and an untyped error."""
     fuzz = load_script()
     name, _, changes = fuzz.catalogue()[0]
     assert name == "embedding"
@@ -94,7 +94,7 @@ def test_without_its_bounds_a_function_is_found_out(monkeypatch):
 
 
 def test_each_op_that_reads_whole_numbers_says_how_far_they_reach():
-    """Lengths are clamped by Op and kernel."""
+    """Op and kernel clamp lengths, so these have no bound."""
     free = {("Conv1dStepNTokens", "lengths")}
     reading = {
         (name, field.name)
@@ -293,7 +293,7 @@ def test_streamed_experts_are_those_of_the_file_whatever_has_a_slot(
     executor,  # noqa: F811
     tmp_path,
 ):
-    """Fewer slots than experts: how many there are is not the number of slots."""
+    """With fewer slots than experts, the number of experts is not that of slots."""
     path = write_checkpoint(tmp_path / "plain", n_layers=1, n_experts=11, top_k=3)
     pack(path, tmp_path / "packed")
     tensors = mx.load(str(path / "model.safetensors"))

@@ -1,4 +1,4 @@
-"""What references are written in, on both kinds of arrays."""
+"""The functions that references use, on both kinds of arrays."""
 
 from __future__ import annotations
 
@@ -293,7 +293,7 @@ def test_a_mask_of_the_causal_order_changes_nothing():
 
 @on_both
 def test_a_query_that_may_see_nothing_stays_finite(to):
-    """Padding tokens of a batch: a NaN of theirs would spread by 0 * NaN."""
+    """These are a batch's padding tokens: their NaN would spread as 0 * NaN."""
     case = attention_case(5, 5, mask=lambda *_: np.tri(5, dtype=bool)[None, None])
     q, k, v, mask = (case.inputs[name] for name in ("q", "k", "v", "mask"))
     mask[0, 0, :2] = False

@@ -1,4 +1,4 @@
-"""Wrong files of every kind: typed errors only; ``scripts/fuzz_files`` tries more."""
+"""Wrong files of every kind end in typed errors; ``scripts/fuzz_files`` tries more."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def raises(error):
 
 
 class LoudError(ModelError):
-    """Says all that it was made of."""
+    """An error that shows all of its arguments."""
 
     __str__ = Exception.__str__
 
