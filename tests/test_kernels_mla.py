@@ -1,4 +1,4 @@
-"""The kernels of latent attention together: mlx-lm's DeepSeek-V3 attention."""
+"""The kernels of latent attention together equal mlx-lm's DeepSeek-V3 attention."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moeflux_mlx.errors import KernelError
 pytestmark = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"
 )
-# Nine heads: one more than a matrix has rows. 24: no multiple of anything.
+# Nine heads: one more than a matrix has rows. 24: not a multiple of a tile.
 D, H, L, N, R, V = 48, 9, 64, 32, 16, 24
 YARN = {
     "type": "yarn",
@@ -68,7 +68,7 @@ def attention_layer(seed: int) -> DeepseekV3Attention:
 
 
 def attend(queries, cache, scale, tile):
-    """Attend to one sequence with the folded kernel, or with tiles of so many rows."""
+    """Attend to one sequence with the folded kernel, or with tiles of ``tile`` rows."""
     cache = [x[None] for x in cache]
     if tile is None:
         return run(mla.mla_sdpa_folded(*queries, *cache, scale))
@@ -149,7 +149,7 @@ def test_scores_that_rise_beyond_what_exp_can_hold_keep_their_softmax():
 
 
 def test_rows_behind_those_given_do_not_matter():
-    """A model's cache is longer than what it holds: the rest may be anything."""
+    """A model's cache is longer than its contents: the other rows may be anything."""
     queries, (latent, rope) = random_attention(2, H, 40)
     spoiled = [mx.concatenate([x[:19], x[19:] * mx.nan]) for x in (latent, rope)]
     for tile in TILES:
@@ -199,7 +199,7 @@ W = mx.zeros((2, 4, 8), mx.uint32)
 SCALES = mx.zeros((2, 4, 2))
 Q, QR = mx.zeros((3, 2 * 64)), mx.zeros((3, 2 * 8))
 LATENT, ROPE = mx.zeros((5, 64)), mx.zeros((5, 8))
-# What is wrong, and the argument that the message must name.
+# The fault, and the argument that the message must name.
 REFUSED = {
     "q: expected a multiple": lambda: mla.mla_split_q_kv(Q, Q, 3, 8),
     "nope_dim": lambda: mla.mla_split_q_kv(Q, Q, 2, 64),

@@ -1,4 +1,4 @@
-"""Limits of memory: control groups, ulimits, the machine; and what heeds them."""
+"""Limits of memory: control groups, ulimits, the machine; and code that obeys them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="these limits are Lin
 
 
 def make_root(root: Path, cgroup: str, mounts: str, files: dict[str, str]) -> Path:
-    """Write what a system says of control groups below a directory."""
+    """Write a system's files about control groups below a directory."""
     proc = root / "proc/self"
     proc.mkdir(parents=True)
     (proc / "cgroup").write_text(cgroup)
@@ -184,7 +184,7 @@ def test_an_allocation_beyond_any_machine_is_refused():
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> tuple[Path, int]:
-    """A plain model of 1.7 GB of experts, most of it a hole in the file."""
+    """A plain model with 1.7 GB of experts, most of them a hole in the file."""
     path = tmp_path_factory.mktemp("limits") / "large"
     sizes = dict(hidden_size=1024, moe_intermediate_size=1024, num_experts=256)
     return path, make_sparse_checkpoint(path, **sizes, num_hidden_layers=4)
@@ -291,7 +291,7 @@ def test_a_model_that_does_not_fit_is_refused_unless_its_user_knows_better(
 
 
 def test_experts_nobody_bounds_leave_room_for_the_rest(packed, monkeypatch):
-    """With little memory left the default streams instead of taking three quarters."""
+    """With little memory left, the default streams into the remaining memory."""
     model, _ = moeflux_mlx.load(packed)
     needs, slot = model.needs, model.streamer.slot_bytes
     assert model.streamer.resident

@@ -1,4 +1,4 @@
-"""The lint of Metal source: a bad text and a good look-alike for every rule."""
+"""The lint of Metal source: a bad text and a similar good one for every rule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from moeflux_mlx.engine.metal.library import metal_files
 from moeflux_mlx.proof import lint
 
-# Rule, what it refuses with the line it refuses, and what looks alike and is right.
+# Rule, a bad text with the line of its finding, and a similar good text.
 CASES = [
     (
         "lambda",

@@ -1,4 +1,4 @@
-"""Every Op by every way it can go, on the simulator, against its reference."""
+"""Compare every Op, by each of its ways, with its reference on the simulator."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_every_op_has_kernels_and_a_case_that_runs_them():
 
 def test_a_way_is_named_after_a_kernel():
     names = {way.name for ways in WAYS.values() for way in ways}
-    # This one prepares what MLX then multiplies.
+    # This one prepares the operands of MLX's product.
     assert names - set(KERNELS) == {"mlx_dequantize"}
 
 

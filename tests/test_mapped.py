@@ -1,4 +1,4 @@
-"""Experts mapped from a pack's files: the gate, the same bits, no copy, no signal."""
+"""Experts mapped from a pack's files: conditions, equal bits, no copy, no signal."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def store(packed):
 
 @pytest.fixture
 def on_metal(monkeypatch):
-    """Have views of the host's memory stand for Metal's, which computes on pages."""
+    """Use views of host memory for those of Metal, which computes on pages."""
     monkeypatch.setattr(module, "device_weights", host_weights)
     return partial(opened, on_host=False)
 
@@ -54,7 +54,7 @@ def opened(store, memory=None, io=None, *, on_host=True):
     return open_experts(store, memory, stream, io=io, on_host=on_host)
 
 
-# What is the same, and what is not taken.
+# Equal results, and memory that is not allocated.
 @on_host
 @pytest.mark.parametrize("n_tokens", [1, 9])
 def test_logits_are_those_of_experts_read_into_memory(packed, n_tokens):
@@ -110,7 +110,7 @@ def test_a_pack_deleted_while_mapped_goes_on(checkpoint, packed, tmp_path):
 
 # The gate.
 def full_bytes(store):
-    """What slots for all experts take."""
+    """Return the bytes of slots for all experts."""
     return memory_for(store.directory.with_name("plain"), N_RECORDS)
 
 
@@ -185,7 +185,7 @@ def test_metal_computes_on_the_pages_of_the_file(store):
         assert first.ctypes.data == rows.ctypes.data
 
 
-# Files that are not what they were.
+# Files that changed.
 @pytest.mark.parametrize("n_left", [0, 1000])
 def test_a_file_cut_after_opening_is_never_mapped(n_left, packed, tmp_path):
     path = tmp_path / "packed"

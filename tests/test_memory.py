@@ -1,4 +1,4 @@
-"""A process's memory: planned before loading, kept to while caches grow."""
+"""A process plans its memory before loading and keeps to it while caches grow."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ OWN_BYTES = 100 << 20
 
 @pytest.fixture
 def own_bytes(monkeypatch):
-    """What the interpreter takes, always the same: the tests' own grows."""
+    """Pretend that the interpreter's memory is constant: that of the tests grows."""
     monkeypatch.setattr(memory, "own_bytes", lambda: OWN_BYTES)
     monkeypatch.setattr(device, "process_bytes", lambda: None)
 
 
 @pytest.fixture
 def least(packed, own_bytes) -> int:
-    """The least memory that the packed model runs in."""
+    """The least memory in which the packed model runs."""
     with pytest.raises(BudgetError) as caught:
         plan_load(packed, 1)
     return int(re.search(r"at least (\d+) bytes", str(caught.value))[1])
@@ -103,7 +103,7 @@ def test_the_plan_is_printed_once(packed, own_bytes, capsys):
 
 
 def decode(model, prompt, n_tokens):
-    """Greedy tokens, and how many experts fitted into memory at each."""
+    """Return greedy tokens, and the number of experts in memory at each."""
     cache = make_prompt_cache(model)
     logits, tokens, sizes = model(mx.array([prompt]), cache=cache), [], []
     for _ in range(n_tokens):
@@ -114,7 +114,7 @@ def decode(model, prompt, n_tokens):
 
 
 def long_cache(model, n_rows):
-    """A run's caches of so many tokens, as if they had been computed."""
+    """Return caches of this many tokens, as if they had been computed."""
     cache = make_prompt_cache(model)
     model(mx.array([[1, 2]]), cache=cache)
     for c in cache:
@@ -127,7 +127,7 @@ def long_cache(model, n_rows):
 
 
 def slots_left(model, n_tokens, n_rows, *, chunk):
-    """How many experts fit beside a call of one sequence, by the plan's own parts."""
+    """Return the number of experts that the plan fits beside a call of one sequence."""
     plan, needs, streamer = model.runtime.plan, model.needs, model.streamer
     room = plan.budget_bytes - plan.process_bytes - plan.resident_bytes
     room -= needs.cache_state_bytes + n_rows * needs.cache_row_bytes
@@ -154,7 +154,7 @@ def test_experts_give_way_to_a_growing_cache_and_come_back(packed, least):
 
 @pytest.mark.parametrize(
     ("most", "chunk", "n_slots"),
-    # 256 + 44 tokens read 2 x 22 of 32 experts and then the 2 that gave way: less than
+    # 256 + 44 tokens read 2 x 22 of 32 experts and then the 2 evicted ones: fewer than
     # 3 chunks of up to 128, which read 20 each, or none if all can be held.
     [(12, 256, 10), (32, 128, 32)],
 )
@@ -272,7 +272,7 @@ def test_caches_that_cannot_fit_are_an_error_that_says_so(packed, least):
     assert f"room for {context} tokens: drop old caches" in str(caught.value)
     with pytest.raises(BudgetError, match=r"\[memory\] expected"):
         model(mx.array([[1] * 300]), cache=cache)
-    # A new cache has the room that the old one had.
+    # A new cache takes the old one's space.
     del cache
     decode(model, [1, 2, 3], 3)
 
@@ -329,7 +329,7 @@ def test_a_call_is_decided_once_and_not_refused_in_its_middle(packed, least):
         return chunk
 
     keeper.make_room = watched
-    # The last chunk has few tokens, so that lookahead would ask for another step.
+    # The last chunk has few tokens, so that lookahead would request another step.
     cache = make_prompt_cache(model)
     mx.eval(model(mx.array([[7] * 509]), cache=cache))
     assert len(asked) == 1 and asked[0][1] < 509
@@ -405,7 +405,7 @@ print((taken() - before) // 12)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is as Linux counts it")
 def test_a_model_that_is_dropped_leaves_little_behind():
-    """Lazy random numbers of its making alone would leave 1 MB for each load."""
+    """Lazy random numbers from its creation alone would leave 1 MB per load."""
     done = python("-c", LOADS, ROOT / "models" / "demo")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 400 << 10
@@ -417,7 +417,7 @@ def test_what_no_plan_knew_of_makes_experts_give_way(packed, monkeypatch):
     if device.process_bytes() is None:
         pytest.skip("nobody counts a process's memory here")
     keeper = model.runtime.keeper
-    # What other tests left behind must not go away in the middle.
+    # Garbage of other tests must not be freed during the measurement.
     gc.collect()
     device.trim_heap()
     used = device.process_bytes()
@@ -481,8 +481,8 @@ def test_inspect_shows_the_plan_without_loading(packed, own_bytes, capsys):
 
 
 BUDGET = 200 << 20
-# Under the limit of memory that the process may still map, but for stacks, whose
-# pages are never touched, or in a control group from its beginning.
+# Limit the memory that the process may still map, except for stacks, whose pages are
+# never touched; or start it in a control group.
 UNDER_LIMIT = """
 import json, os, resource, sys
 
@@ -521,7 +521,7 @@ def run_under_limit(
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A model of three budgets, and the tokens it gives without a limit."""
+    """A model of three times the budget, and its tokens without a limit."""
     path = tmp_path_factory.mktemp("memory") / "large"
     sizes = dict(hidden_size=256, moe_intermediate_size=256, num_experts=384)
     n_bytes = make_sparse_checkpoint(path, **sizes, num_hidden_layers=16)
@@ -547,7 +547,7 @@ def test_a_process_stays_under_its_budget_and_is_refused_without(large):
 
 @pytest.fixture
 def control_group():
-    """A control group that ends processes which hold more than the budget."""
+    """A control group that kills processes above the budget."""
     version_1 = Path("/sys/fs/cgroup/memory")
     parent = version_1 if version_1.is_dir() else Path("/sys/fs/cgroup")
     limit = "memory.limit_in_bytes" if version_1.is_dir() else "memory.max"
@@ -577,7 +577,7 @@ def test_a_control_group_lets_it_live_and_has_it_refused_without(large, control_
 
 @pytest.fixture
 def measure(monkeypatch):
-    """What ``scripts/measure_budget`` does for each of its rows."""
+    """Measure one row, as ``scripts/measure_budget`` does."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     path = ROOT / "scripts" / "measure_budget"
     loader = SourceFileLoader("measure_budget", str(path))
@@ -593,7 +593,7 @@ def measure(monkeypatch):
 @pytest.mark.parametrize(
     ("case", "budget", "outcome"),
     [
-        # What MLX kept of freed arrays made it 4 MB too much.
+        # MLX's cache of freed arrays could exceed the budget by 4 MB here.
         ("prompt:1500", 175, "4 tokens"),
         ("prompt:3900", 150, "BudgetError: [memory] expected at least"),
         ("batch:3x200", 200, "3 texts"),

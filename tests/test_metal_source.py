@@ -1,4 +1,4 @@
-"""What ``moeflux_mlx/engine/metal/`` reads out of Metal source, and what it refuses."""
+"""``moeflux_mlx/engine/metal/`` reads valid Metal source and refuses other source."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def read(parameters: str, body: str = "", template: str = "") -> MetalKernel:
     return parse(Declaration("kernel", "k", text, Place("some.metal", 1)))
 
 
-# What is read.
+# Accepted source.
 def test_parameters_keep_their_names_order_and_types():
     found = read(
         "device const T* x, constant uint& n, device const half* w, "
@@ -161,7 +161,7 @@ def test_a_kernel_needs_neither_inputs_nor_attributes_nor_a_template():
     assert (found.inputs, found.attributes, found.template) == ((), (), ())
 
 
-# What is refused, and where.
+# Refused source, with its line.
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
@@ -486,7 +486,7 @@ def test_sums_and_products_are_python_s(text):
     assert evaluate(text, {}) == eval(text)
 
 
-# What is registered.
+# Registered kernels.
 SHARED = """
 // Used by all.
 inline float deep(float x) { return x; /* not this */ }
@@ -521,7 +521,7 @@ def test_a_header_holds_what_the_kernel_reaches_and_nothing_else(make):
         "inline float middle(float x) { return deep(x); }\n"
         "#include <metal_stdlib>\n"
     )
-    # Both functions of a name come, and the type that one of them returns.
+    # Both functions of this name are included, and the type that one returns.
     assert found.header(found["second"]) == (
         "#define LIMIT 4\n"
         "struct Pair { float a; };\n"
@@ -557,7 +557,7 @@ def test_a_fingerprint_changes_with_what_the_kernel_uses_only(make):
 
 
 def lines_by_directive(text: str) -> list[tuple[str, int, str]]:
-    """Return file, number and text of every line that a ``#line`` gives a place."""
+    """Return file, number and text of every line placed by a ``#line`` directive."""
     found, file, number = [], "", 0
     for line in text.split("\n"):
         directive = re.fullmatch(r'#line (\d+) "(.+)"', line)
@@ -603,7 +603,7 @@ def test_our_kernels_are_named_as_the_file_that_holds_them_says():
         assert library()[found.name] is found
 
 
-# Any signature.
+# Random signatures.
 SPACES = st.lists(
     st.sampled_from([" ", "\n", "\t", " // why, ({<\n", "/* a, b */", "/* (\n */"]),
     max_size=2,
@@ -613,7 +613,7 @@ STEMS = st.from_regex(r"[A-Za-z_][a-z_]{0,5}", fullmatch=True)
 
 @st.composite
 def signatures(draw) -> tuple[list[TemplateParameter], list, str]:
-    """Return template, parameters and a spelling of a valid signature."""
+    """Return the template, parameters and source of a valid signature."""
     counter = iter(range(100))
 
     def name() -> str:
@@ -636,7 +636,7 @@ def signatures(draw) -> tuple[list[TemplateParameter], list, str]:
 
 
 def spelling(template: list[TemplateParameter], parameters: list) -> list[str]:
-    """Return tokens; where a space must follow it is part of the token."""
+    """Return tokens; a token includes the space that must follow it."""
     tokens = ["template ", "<"] if template else []
     for p in template:
         tokens += [f"{p.kind} ", p.name, ","]

@@ -1,4 +1,4 @@
-"""Directories of odd names, and directories with something else than files in them."""
+"""Directories with odd names, and directories that hold other things than files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_directory_of_any_name_is_a_model(name, checkpoint, logits, tmp_path, 
     assert main(["pack", str(plain), str(packed)]) == 0
     assert main(["verify", str(packed)]) == main(["inspect", str(plain)]) == 0
     shown = "".join(capfd.readouterr()).replace("\n", "")
-    # Rich cuts a long name into lines; a terminal obeys nothing of it.
+    # Rich wraps a long name, and no escape sequence reaches the terminal.
     assert shown.isprintable() and (":smile:" in shown) == (":smile:" in name)
     for path, memory in ((plain, None), (plain, "3MB"), (packed, "3MB")):
         model, _ = moeflux_mlx.load(path, expert_memory=memory)
@@ -87,7 +87,7 @@ def test_what_is_no_file_is_one_line_and_never_waited_for(
     kind(model / name)
     commands = [["pack", str(model), str(tmp_path / "packed")]]
     if kind is not loop:
-        # A link to nowhere is a file that is not there, which may be right.
+        # A broken link counts as a missing file, which may be valid.
         for options in ({}, {"expert_memory": "3MB"}, {"native": False}):
             with pytest.raises(ModelError, match=r"no file|file|config\.json"):
                 moeflux_mlx.load(model, **options)

@@ -1,4 +1,4 @@
-"""Packing: what is written, what is refused, and what a crash leaves."""
+"""Packing: the files it writes, the sources it refuses, and recovery after a crash."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from moeflux_mlx.system.volume import lock
 
 ROOT = Path(__file__).parent.parent
 
-# Packs, and waits to be killed once half of the bytes are written.
+# Pack, and wait to be killed once half of the bytes are written.
 KILLED = """
 import sys, time
 from moeflux_mlx.experts.files.pack import pack
@@ -68,7 +68,7 @@ def plain(tmp_path):
 
 @contextlib.contextmanager
 def tmpfs(path: Path, n_bytes: int):
-    """Mount a small disk of its own at ``path``."""
+    """Mount a small disk at ``path``."""
     path.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "tmpfs", str(path)]
     if sys.platform != "linux" or os.geteuid() != 0:
@@ -154,7 +154,7 @@ def test_shards_make_the_same_experts_as_one_file(tmp_path, plain):
 
 
 def hub_cache(path: Path, model: Path) -> Path:
-    """Lay a model out as a hub's cache does; return the folder of links."""
+    """Arrange a model as a hub's cache does; return the folder of links."""
     links = path / "models--a--b" / "snapshots" / "0123abcd"
     links.mkdir(parents=True)
     (path / "models--a--b" / "blobs").mkdir()
@@ -346,7 +346,7 @@ def test_a_disk_that_fills_up_loses_nothing_and_packing_goes_on(tmp_path, plain)
 
 @pytest.fixture
 def killed(tmp_path, plain):
-    """``packed.partial`` as ``kill -9`` leaves it half way."""
+    """``packed.partial`` as ``kill -9`` leaves it halfway."""
     with run_script(KILLED, plain, tmp_path / "packed") as process:
         assert process.stdout.readline().startswith("layer")
         process.send_signal(signal.SIGKILL)

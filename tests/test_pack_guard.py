@@ -1,4 +1,4 @@
-"""Packing stays in its folder, in its source and on its disk, and waits for nobody."""
+"""Packing stays in its folder, in its source and on its disk, and never blocks."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ def plain(tmp_path):
 
 @pytest.fixture
 def whole(plain, tmp_path):
-    """What packing without any trouble makes."""
+    """The files of an undisturbed pack."""
     pack(plain, tmp_path / "whole")
     return contents(tmp_path / "whole")
 
 
 @pytest.fixture
 def outside(tmp_path):
-    """A file that is nobody's business."""
+    """A file outside, which packing must not touch."""
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "secret").write_text("secret")
     return tmp_path / "outside" / "secret"
 
 
 def stop_after(layer: int):
-    """Progress that ends packing once a layer is written."""
+    """A progress callback that ends packing once a layer is written."""
 
     def progress(what, done, total):
         if what == f"layer {layer + 1}":
@@ -64,7 +64,7 @@ def stop_after(layer: int):
 
 @pytest.fixture
 def begun(plain, tmp_path):
-    """A folder that an earlier run left half way."""
+    """A folder that an earlier run left halfway."""
     with pytest.raises(KeyboardInterrupt):
         pack(plain, tmp_path / "packed", progress=stop_after(1))
     return tmp_path / "packed.partial"
@@ -165,7 +165,7 @@ def test_a_source_with_anything_but_files_of_its_own_is_refused(
     elif kind == "pipe":
         os.mkfifo(path)
     elif kind == "socket":
-        # The path of a socket is short.
+        # The path of a socket must be short.
         here = os.open(plain, os.O_RDONLY)
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(f"/proc/self/fd/{here}/{name}")
@@ -296,7 +296,7 @@ def test_a_run_goes_on_where_the_disk_has_room_for_the_whole_and_no_more(
     plain, whole, tmp_path
 ):
     blocks = sum(-(-len(data) // 4096) for data in whole.values())
-    # The journal lies beside the manifest for a moment, and the folder is a page.
+    # The journal briefly exists beside the manifest, and the folder takes a page.
     with tmpfs(tmp_path / "disk", 4096 * (blocks + 4)) as disk:
         for layer in (0, 1):
             with pytest.raises(KeyboardInterrupt):
@@ -310,7 +310,7 @@ def test_what_is_written_again_counts_as_free_and_what_is_kept_as_done(
 ):
     kept = sum(len(whole[f"experts-00{n}.bin"]) for n in (0, 1))
     again = 512 * (begun / "experts-002.bin").stat().st_blocks
-    # Neither the manifest nor the header of the one file of weights is counted.
+    # The manifest and the header of the single weight file are not counted.
     needed = sum(len(data) for name, data in whole.items() if name != "moeflux.json")
     header = int.from_bytes(whole["model.safetensors"][:8], "little") + 8
     least = needed - header - kept - again
@@ -394,7 +394,7 @@ def test_a_changed_model_file_is_seen_by_verify_and_by_loading(
     assert str(path) in "".join(capsys.readouterr())
     if change in ("missing", "pipe"):
         return
-    # Whoever can write the file can write the manifest too.
+    # A user who can write the file can write the manifest too.
     manifest = Manifest.read(copy / MANIFEST_NAME)
     files = list_files(copy, MANIFEST_NAME, manifest.resident.file)
     text = replace(manifest, files=files).to_json()

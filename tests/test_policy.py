@@ -1,4 +1,4 @@
-"""Eviction policies: whom each evicts, and that no layer is starved."""
+"""Eviction policies: the expert that each evicts, and a floor for every layer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def held(policy, *keys: int):
 
 
 def trace_of(chosen: np.ndarray, n_experts: int = N_EXPERTS) -> RoutingTrace:
-    """A trace of single tokens ``[N, L, K]``."""
+    """Return a trace of single tokens ``[N, L, K]``."""
     passes = np.ones(len(chosen), np.uint32)
     layers = tuple(range(chosen.shape[1]))
     sizes = (100,) * len(layers)
@@ -60,7 +60,7 @@ def test_lfu_lets_old_uses_count_less():
     policy = held(LFU(SHAPE), 0, 1)
     policy.use(0, [0] * 10 + [1] * 5)
     assert policy.victim(0, LAYERS, keep=()) == 1
-    # Ten half-lives later, old uses are next to nothing.
+    # After ten half-lives, old uses count almost nothing.
     policy.use(1, [5] * int(10 * LFU.HALF_LIFE * N_LAYERS * N_EXPERTS))
     policy.use(0, [1])
     assert policy.victim(0, LAYERS, keep=()) == 0
@@ -101,7 +101,7 @@ def test_lfu_evicts_what_its_definition_says(uses, admitted, keep, layers, large
     held(policy, *sorted(admitted))
     for key in uses:
         policy.use(key // N_EXPERTS, [key])
-        # Looked up between uses, so that what is remembered may go out of date.
+        # Choose victims between uses, so that remembered values can become stale.
         policy.victim(0, layers, keep)
     half_life = LFU.HALF_LIFE * N_LAYERS * N_EXPERTS
     decay = 0.5 ** (1 / half_life)
@@ -280,7 +280,7 @@ def test_no_layer_falls_below_its_floor_for_another(
         top_k=TOP_K,
         policy=policy,
         n_groups=1 if shared else N_LAYERS,
-        # More would leave a token of one layer no room.
+        # With more, a token of one layer would not fit.
         floor=min(floor, (n_slots - TOP_K) // (N_LAYERS - 1)),
     )
 

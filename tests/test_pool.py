@@ -1,4 +1,4 @@
-"""Memory for experts: aligned, shared by its views, and paid for once."""
+"""Memory for experts is aligned, shared by its views, and allocated once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DTYPE_NAMES = {
 
 
 def stacks(q, n_experts=7, rows=24, columns=192, dtype=mx.float32):
-    """Random stacks of experts by projection and part, and the layout of one."""
+    """Return random stacks of experts by projection and part, and one's layout."""
     mx.random.seed(5)
     arrays = {
         (projection, part): array

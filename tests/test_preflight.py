@@ -1,4 +1,4 @@
-"""What is said of a model before it is read: here, and of a hub from headers alone."""
+"""Reports on a model before it is read: from local files, or from a hub's headers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LINE = "moeflux: before loading "
 
 
 class Hub(NamedTuple):
-    """A hub on loopback: how many bytes of each file it sent, and what it can do."""
+    """A hub on loopback, with its settings and the bytes sent of each file."""
 
     sent: dict[str, int]
     settings: dict[str, bool]
@@ -40,7 +40,7 @@ class Hub(NamedTuple):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
-    """A plain model of 0.4 GB, most of it a hole, whose headers are long."""
+    """A plain model of 0.4 GB, mostly a hole, with long headers."""
     path = tmp_path_factory.mktemp("preflight") / "large"
     sizes = dict(hidden_size=512, moe_intermediate_size=512, num_experts=64)
     make_sparse_checkpoint(path, **sizes, num_hidden_layers=16)
@@ -49,7 +49,7 @@ def large(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def hub(large, checkpoint, packed, monkeypatch, tmp_path) -> Iterator[Hub]:
-    """Serve three models as huggingface_hub asks for them."""
+    """Serve three models as huggingface_hub requests them."""
     models = {"me/large": large, "me/small": checkpoint, "me/pack": packed}
     sent: dict[str, int] = {}
     settings = {"ranges": True}
@@ -207,7 +207,7 @@ def test_what_loading_will_refuse_is_not_announced(packed, tmp_path, capfd):
 
 
 def of(**changes) -> Forecast:
-    """Return a model of 1 GB and 8 GB of experts on a machine of round numbers."""
+    """Forecast a model of 1 GB and 8 GB of experts, on a machine with round numbers."""
     given = dict(
         resident_bytes=10**9,
         expert_bytes=8 * 10**9,

@@ -1,4 +1,4 @@
-"""The system runs short of memory: what it says, and how experts give way to that."""
+"""The system's signals of low memory, and the experts that are evicted for it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def stalls(some: object, full: object) -> str:
 
 
 def group(path: str, left: int, text: str) -> dict[str, str]:
-    """A control group of 800 bytes, of which so many are left, and its stalls."""
+    """Return the files of a control group of 800 bytes with ``left`` bytes free."""
     folder = f"{GROUPS}/{path}"
     return {
         f"{folder}/memory.max": "800\n",
@@ -134,13 +134,13 @@ def test_macos_says_it_by_a_number(number, expected, monkeypatch):
 
 @linux
 def test_a_system_without_that_number_has_no_pressure():
-    # Linux's library has no such function, as no later macOS may have.
+    # Linux's library lacks this function, as a later macOS may.
     assert pressure._macos_level() is None
     assert pressure.level_of(None) is NORMAL
 
 
 class Watched:
-    """A relief of a pool under a stated pressure, at a stated time."""
+    """A pool's relief under a given pressure, at a given time."""
 
     def __init__(self, least: int = 6, wanted: int = 64):
         self.now, self.level, self.n_looks, self.wanted = 0.0, NORMAL, 0, wanted
@@ -154,7 +154,7 @@ class Watched:
         return self.level
 
     def slots(self, seconds: float, level: Pressure) -> list[int]:
-        """The sizes that follow each other in so many seconds of this pressure."""
+        """Return the successive sizes in this many seconds of pressure."""
         self.level, end, sizes = level, self.now + seconds, []
         while self.now < end:
             changed = self.relief.look(self.wanted)
@@ -183,7 +183,7 @@ def test_it_grows_back_slowly_once_the_system_is_calm(capsys):
     watched.slots(10 * STEP_SECONDS, CRITICAL)
     assert watched.slots(CALM_SECONDS - 2 * LOOK_SECONDS, NORMAL) == []
     assert watched.slots(CALM_SECONDS, NORMAL) == [14]
-    # A moment of pressure has it wait again.
+    # A moment of pressure makes it wait again.
     assert watched.slots(LOOK_SECONDS, WARNING) == [10]
     assert watched.slots(CALM_SECONDS - 2 * LOOK_SECONDS, NORMAL) == []
     sizes = watched.slots(10 * CALM_SECONDS, NORMAL)
@@ -200,7 +200,7 @@ def test_the_system_is_looked_at_once_a_second_at_most():
 
 @pytest.fixture
 def hurried(monkeypatch):
-    """A pressure to be stated; looks and steps without a pause."""
+    """A settable pressure, with checks and steps without a pause."""
     for name in ("LOOK_SECONDS", "STEP_SECONDS", "CALM_SECONDS"):
         monkeypatch.setattr(relief, name, 0.0)
     stated = SimpleNamespace(level=NORMAL)
@@ -213,7 +213,7 @@ LEVELS = [NORMAL, WARNING, CRITICAL, CRITICAL, CRITICAL, *[NORMAL] * 10]
 
 
 def decode(model, stated=None):
-    """Greedy tokens with their logits, and the experts in memory at each."""
+    """Return greedy tokens with their logits, and the experts in memory at each."""
     cache, found, sizes = make_prompt_cache(model), [], []
     tokens = PROMPT
     for i in range(N_TOKENS):

@@ -1,4 +1,4 @@
-"""What a profile counts and adds up, and how its timers time; no figure of time."""
+"""A profile's counts and sums, and its timers on a fake clock; no real times."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ N_LINEAR, N_FULL = 3, 1
 
 
 class Fixed(StepTimer):
-    """Says that everything takes two microseconds, and performs it twice."""
+    """A timer that performs everything twice and reports two microseconds."""
 
     def __init__(self):
         super().__init__(repeats=1)
@@ -53,7 +53,7 @@ class Fixed(StepTimer):
 
 
 class Traced(OpsExecutor):
-    """The references on MLX arrays, a step of decoding as one trace: as on a GPU."""
+    """Run references on MLX arrays, with a compiled step of decoding, as on a GPU."""
 
     name = "traced"
     takes_host_arrays = False
@@ -105,7 +105,7 @@ def test_bytes_are_those_that_a_step_must_move(checkpoint):
     one_expert = 3 * (64 * 64 // 2 + 2 * 4 * 64 * 64 // 32)
     chosen = 2 * (4 + 4)
     assert rows[linear, "experts"].n_bytes == 2 * one_expert + 4 * 2 * 64 + chosen
-    # Rows looked up, appended and seen, not whole tables and caches.
+    # Only the rows looked up, appended and attended, not complete tables and caches.
     row = 64 // 2 + 2 * 4 * 64 // 32
     assert rows["embed", "embed"].n_bytes == 4 + row + 4 * 64
     assert rows[full, "kv_append"].n_bytes == 2 * 2 * 4 * 64
@@ -133,7 +133,7 @@ def test_our_launches_are_counted_where_ops_run_together(packed):
     assert rows["full attention layer", "kv_append"].kernels == ()
     assert found.n_launches == sum(r.count * len(r.kernels) for r in found.rows)
     layers = [row for row in found.rows if row.graph == "linear attention layer"]
-    # Two products more than a norm takes along: they are quantised in another group.
+    # Two products more than a norm fuses: their quantisation group size differs.
     assert sum(len(row.kernels) for row in layers) == 8
 
 
@@ -181,7 +181,7 @@ def test_a_number_that_cannot_be_used_is_refused(checkpoint, name):
 
 
 class Clock:
-    """A clock that stands still unless it is moved."""
+    """A clock that stands still unless moved."""
 
     def __init__(self):
         self.seconds = 0.0
@@ -201,7 +201,7 @@ def test_a_host_timer_divides_by_all_works():
 
 
 class NoBlocker:
-    """Blocks for no time at all."""
+    """A blocker that takes no time."""
 
     def lasting(self, seconds: float):
         return lambda: [mx.ones(1)]
@@ -219,7 +219,7 @@ def test_a_device_timer_takes_links_off_and_says_when_the_host_was_in_it():
     timing = timer.time([Work(slow_to_launch, [x]) for _ in range(4)])
     assert timing.seconds == pytest.approx(1e-4)
     assert not timing.is_hidden
-    # Blockers and steps that take no time by this clock.
+    # Blockers and steps take no time on this clock.
     timing = timer.time([Work(lambda x: x + 1, [x])])
     assert timing == Timing(0.0, False)
 
@@ -232,7 +232,7 @@ def test_only_where_the_host_is_not_what_computes_do_launches_cost_extra():
 
 
 def test_a_device_timer_reads_the_devices_clock_where_it_can():
-    """On this one a step takes 7 us, a link 2, and blockers any time."""
+    """On this device a step takes 7 us, a link 2 us, and a blocker any time."""
     device_ns, read = 0, []
 
     def step(x):
@@ -267,7 +267,7 @@ def test_a_device_timer_reads_the_devices_clock_where_it_can():
 
 
 def test_a_device_timer_queues_until_the_host_is_hidden():
-    """The blocker moves the clock when it is evaluated, launches when encoded."""
+    """The blocker moves the clock when evaluated, and launches move it when encoded."""
     asked = []
 
     class Scripted(DeviceTimer):

@@ -24,7 +24,7 @@ from moeflux_mlx.experts.files.packed import PackedExperts
 from moeflux_mlx.experts.files.reader import Read
 from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
 
-# Odd expert counts, top-k 1 to 10, one to three full attention layers, tied or not.
+# Odd expert counts, top-k 1 to 10, one to three full attention layers, tied weights.
 CONFIGS = {
     "e8-k2-every4": {},
     "e5-k1-every3-tied": dict(

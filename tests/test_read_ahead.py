@@ -1,4 +1,4 @@
-"""Experts read before they are asked for: nothing but time and bytes read changes."""
+"""Reading experts before they are requested changes only time and bytes read."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_a_read_ahead_that_fails_is_nobodys_error(store, tmp_path):
 
 
 class Machine:
-    """A clock on which a token takes as long as it is told."""
+    """A clock on which a token takes a given time."""
 
     def __init__(self, without: float, ahead: float, waits: float):
         self.seconds = {False: without, True: ahead}
@@ -222,7 +222,7 @@ def test_a_first_token_that_takes_long_decides_nothing(ahead):
 
 
 def test_tokens_that_wait_for_the_disk_count_where_most_do_not():
-    """Most find their experts in the page cache; a third of them takes longer."""
+    """Most tokens find their experts in the page cache; a third take longer."""
     machine = Machine(1.0, 1.0, waits=0.0)
     tried = []
     for i in range(8 * TURN_TOKENS):

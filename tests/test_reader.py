@@ -1,4 +1,4 @@
-"""Reads by position: whole or with an error that says where."""
+"""Reads by position are complete, or end in an error that names the place."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_many_reads_by_few_threads_fill_every_buffer(file, inline_bytes):
 
 
 def test_an_interrupt_while_threads_start_leaves_none_behind(monkeypatch):
-    """Ctrl-C may come when a thread runs and its start has not returned."""
+    """Ctrl-C may come when a thread runs but its start has not returned."""
     start, started = threading.Thread.start, []
 
     def interrupted(thread):
@@ -273,7 +273,7 @@ def test_an_error_that_nobody_expects_is_the_reads_own_and_ends_no_thread(
         batch = Batch([read_of(file, n, 63) for n in range(9)])
         pool.submit(batch)
         batch.wait()
-    # It has no text of its own.
+    # The error has no message, so its type must be named.
     named = ["ZeroDivisionError" in str(read.error) for read in batch.reads]
     assert all(named) and not any(read.done for read in batch.reads)
     pool.submit(again := Batch([read_of(file, 5, 63)]))

@@ -1,4 +1,4 @@
-"""Fewer slots, and more again: right bytes throughout, memory really returned."""
+"""Shrink and grow the slots: bytes stay right, and memory is really returned."""
 
 from __future__ import annotations
 

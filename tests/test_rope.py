@@ -1,4 +1,4 @@
-"""Rotary positions of every kind that mlx-lm builds: as stock, or refused at once."""
+"""Rotary positions of each of mlx-lm's kinds equal stock's, or are refused at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recordings of routing: what routers really chose, and files that are checked."""
+"""Routing traces: the real choices of routers, and files that are checked."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def trace(checkpoint):
 
 
 class Listening:
-    """Stands for a stock model's experts and keeps what they are asked for."""
+    """Stands in for a stock model's experts and records their requests."""
 
     def __init__(self, experts, heard):
         self.experts, self.heard = experts, heard
@@ -160,7 +160,7 @@ def test_damage_is_an_error_or_changes_nothing(saved, trace, data):
     except TraceError as error:
         assert str(path) in str(error)
     else:
-        # Zip files have fields that nobody reads.
+        # Zip files have fields that no reader uses.
         assert found.chosen.tolist() == trace.chosen.tolist()
         assert found.passes.tolist() == trace.passes.tolist()
         assert found.likely is None or found.likely.tolist() == trace.likely.tolist()
@@ -220,7 +220,7 @@ def test_a_file_whose_parts_do_not_fit_is_refused(saved, tmp_path, change):
 
 
 def patched(path, name, offset, value):
-    """Write a number into the directory of a zip file, where it speaks of a member."""
+    """Write a number into a member's entry in a zip file's directory."""
     raw = bytearray(path.read_bytes())
     at = raw.rindex(f"{name}.npy".encode()) - 46
     assert raw[at : at + 4] == b"PK\1\2"

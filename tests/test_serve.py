@@ -34,7 +34,7 @@ PROMPTS = ["def add(a, b):", "import", "x"]
 
 @pytest.fixture(scope="module")
 def answers(checkpoint: Path) -> dict[str, str]:
-    """What stock mlx-lm says to each prompt, greedily, from the plain checkpoint."""
+    """Stock mlx-lm's greedy answers to each prompt, from the plain checkpoint."""
     model, tokenizer = mlx_lm.load(str(checkpoint))
     return {
         prompt: mlx_lm.generate(model, tokenizer, prompt, max_tokens=N_TOKENS)
@@ -43,7 +43,7 @@ def answers(checkpoint: Path) -> dict[str, str]:
 
 
 def telling(args: list[str]) -> int:
-    """Serve; write the streamer's own counts to a file whenever that is removed."""
+    """Serve, and write the streamer's own counts to a file whenever it is removed."""
     told = Path(os.environ["TOLD"])
 
     def tell() -> None:
@@ -67,7 +67,7 @@ def telling(args: list[str]) -> int:
 def served(
     packed: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Client, Callable[[], dict]]]:
-    """A server in the least memory, and what gives its streamer's own counts."""
+    """A server in the least memory, and a function that gives its streamer's counts."""
     folder = tmp_path_factory.mktemp("serve")
     told = folder / "told"
     memory = summarize(packed).minimum_bytes
@@ -121,7 +121,7 @@ def test_every_name_of_the_model_is_known_and_no_other_is_loaded(client, packed)
             assert answer.status == 404 and f"[{field}]" in answer.error
 
 
-# What no request can be, and the field that its error names.
+# Invalid values of each field, which the error must name.
 WRONG_FIELDS = {
     "max_tokens": ["9", 0, -1, True, 1.5, 10**6, 10**12, [1]],
     "max_completion_tokens": ["9", 0],
@@ -369,7 +369,7 @@ def test_kept_prompts_are_in_the_plan_and_a_request_too_large_fails_alone(tmp_pa
 
 @pytest.mark.parametrize("fields", [{}, {"seed": 1}], ids=["batch", "alone"])
 def test_a_second_turn_reads_only_what_is_new(client, checkpoint, fields):
-    """States of linear attention cannot be cut, so prompts are kept where turns end."""
+    """Linear attention's states cannot be trimmed, so prompts are kept per turn."""
     first = [{"role": "user", "content": f"one {fields} " * 9}]
     more = {"role": "assistant", "content": "two"}, {"role": "user", "content": "three"}
 

@@ -1,4 +1,4 @@
-"""Kernels broken on purpose are caught, with kind and line; good ones are not."""
+"""Deliberately broken kernels are caught, with kind and line; good ones pass."""
 
 # Bodies of kernels stand on one line here.
 # ruff: noqa: E501
@@ -34,7 +34,7 @@ TILE = "threadgroup float t[64];\n"
 
 @dataclass(frozen=True)
 class Broken:
-    """A body, what is found in it, and the line of the body where it is found."""
+    """A kernel's body, the finding in it, and the line of the finding."""
 
     body: str
     finding: str

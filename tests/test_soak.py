@@ -1,4 +1,4 @@
-"""scripts/soak: it passes where tokens are right, and only there."""
+"""scripts/soak passes if and only if the tokens are right."""
 
 from __future__ import annotations
 

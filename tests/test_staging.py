@@ -1,4 +1,4 @@
-"""Records that reach slots through pinned memory: all of them, whole, and in time."""
+"""Records that reach slots through pinned memory: all, complete, and in time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ N_LAYERS, N_EXPERTS, TOP_K, N_THREADS = 2, 9, 2, 3
 
 
 class Runtime:
-    """CUDA's functions over host memory: a copy is done when its stream is waited for.
+    """CUDA's functions over host memory; a copy happens when its stream is awaited.
 
     ``failing`` names a function that reports an error.
     """
@@ -129,7 +129,7 @@ def stream(store, n_slots, **options):
 
 
 def check(streamer, plain, layer, experts) -> None:
-    """Ask for experts, and hold what is in their slots against the checkpoint."""
+    """Request experts, and compare their slots with the checkpoint."""
     source = streamer.source(layer)
     slots = source.slots(mx.array([experts])).tolist()[0]
     for expert, slot in zip(experts, slots, strict=True):
@@ -271,7 +271,7 @@ def test_an_error_of_cuda_names_call_and_code():
 
 
 def check_on_gpu(streamer, plain, layer, experts) -> None:
-    """Do as ``check`` with what the GPU finds in the slots."""
+    """Compare the slots as the GPU reads them with the checkpoint."""
     source = streamer.source(layer)
     slots = source.slots(mx.array([experts]))
     found = np.array(source.weights.gate.w[slots[0]])

@@ -1,4 +1,4 @@
-"""Saved states: all of a run comes back, or nothing and an error that says why."""
+"""Saved states restore all of a run, or nothing with an error that says why."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def model(packed, budget):
 
 
 def continued(model, cache, tokens, n_tokens=12):
-    """Greedy tokens after ``tokens``; every one of them goes into the cache."""
+    """Return greedy tokens after ``tokens``; all of them go into the cache."""
     found = []
     for _ in range(n_tokens):
         logits = model(mx.array([tokens]), cache=cache)
@@ -50,7 +50,7 @@ def run(model):
 
 @pytest.fixture
 def saved(model, tmp_path):
-    """The file of a state."""
+    """The path of a saved state."""
     cache, tokens = run(model)
     save_state(tmp_path / "state", model, cache, tokens)
     return tmp_path / "state"
@@ -238,7 +238,7 @@ def test_a_state_that_is_none_of_the_models_changes_nothing(
 
 
 def test_what_a_state_says_of_its_size_is_not_believed(model, saved):
-    # A hole in the file costs its writer nothing.
+    # A sparse file of this size takes no disk space.
     n_bytes = 1 << 40
     path = rewrite(
         saved, lambda t, a: t.update({"layers.3.0": ("F32", [n_bytes // 4], b"")})

@@ -1,4 +1,4 @@
-"""A token that runs ahead of its experts gives what one that waits for them gives."""
+"""A token that runs ahead of its experts equals one that waits for them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ N_LAYERS, N_EXPERTS = 6, 8
 
 
 class Lazy(OpsExecutor):
-    """The references on MLX arrays, as a GPU runs them, without traces."""
+    """Run references on MLX arrays, as a GPU does, without compiled functions."""
 
     name = "lazy"
     takes_host_arrays = False
@@ -41,7 +41,7 @@ class Lazy(OpsExecutor):
 
 
 class Traced(Lazy):
-    """The same, traced."""
+    """Run the same references in compiled functions."""
 
     name = "traced"
     compiles = True
@@ -67,7 +67,7 @@ def packed(tmp_path_factory):
 def load(path, n_slots: int, optimistic: str, executor: str = "lazy"):
     """Load a model with ``n_slots`` slots, one fewer if that is all but one.
 
-    Who runs ahead keeps a blank one besides.
+    Running ahead keeps an additional blank slot.
     """
     with PackedExperts.open(path) as store:
         n_records = len(store.layers) * store.n_experts
@@ -96,7 +96,7 @@ def begin(model, n_prompt: int = 5):
 
 
 def state_of(cache) -> list[np.ndarray]:
-    """Return what a cache holds that counts."""
+    """Return the meaningful contents of a cache."""
     if isinstance(cache, KVCache):
         return [np.array(x) for x in cache.keys_and_values()]
     return [np.array(x) for x in cache.cache]
@@ -116,7 +116,7 @@ def check_same(model, cache, other, other_cache) -> None:
 
 
 def evictions(table) -> list[int]:
-    """Return what is in memory in the order in which it would be evicted."""
+    """Return the experts in memory in the order of their eviction."""
     policy, found = copy.deepcopy(table._policy), []
     while (key := policy.victim(0, range(len(table.slots)), ())) is not None:
         policy.forget(key // table.n_experts, key)
@@ -163,7 +163,7 @@ class Script:
         self.expected = self.run()
 
     def run(self) -> mx.array:
-        """Run the token with a copy of the cache, which is then as after it."""
+        """Run the token with a copy of the cache."""
         self.after = copy.deepcopy(self.cache)
         note_use = Demand._note_use
 
@@ -186,7 +186,7 @@ class Script:
 
 
 class AllBut:
-    """Every key but one."""
+    """A set of all keys except one."""
 
     def __init__(self, key: int):
         self.key = key
@@ -266,7 +266,7 @@ def test_traces_give_what_waiting_gives(packed):
 @pytest.mark.sampled
 @pytest.mark.parametrize("n_slots", [2, 5, 9, 30])
 def test_several_sequences_give_what_waiting_gives(packed, n_slots, calls):
-    """Also where the pool is too small for all of a step's experts."""
+    """This holds even if the pool is too small for a step's experts."""
     pairs = []
     for mode in ("on", "off"):
         model = load(packed, n_slots, mode, "traced")
@@ -283,7 +283,7 @@ def test_several_sequences_give_what_waiting_gives(packed, n_slots, calls):
 
 
 def test_where_every_layer_misses_each_is_read_back_once(packed, calls):
-    """What begins again goes one layer further, and that is then read back."""
+    """Each restart reaches one layer further, whose routing is then read back."""
     ahead, waiting = load(packed, 3, "on"), load(packed, 3, "off")
     caches = [begin(model) for model in (ahead, waiting)]
     stats = ahead.runtime.executor.stats
@@ -300,14 +300,14 @@ def test_where_every_layer_misses_each_is_read_back_once(packed, calls):
 
 
 class Ahead(ReadAhead):
-    """Reads ahead or not, as told, whatever that takes."""
+    """Read ahead or not, as set, regardless of its cost."""
 
     def __init__(self, choice: str):
         super().__init__(choice, lambda: 0.0)
 
 
 def forget_experts(streamer) -> None:
-    """Keep next to none in memory, and have a token run through all layers at once."""
+    """Evict nearly all experts, and let a token run through all layers at once."""
     n_slots = streamer.n_slots
     streamer.resize(streamer.least_slots)
     streamer.resize(n_slots)
@@ -316,7 +316,7 @@ def forget_experts(streamer) -> None:
 
 @pytest.mark.parametrize("executor", ["lazy", "traced"])
 def test_what_a_first_run_foresees_is_read_at_once(packed, executor):
-    """Without that, a token with nothing in memory would read back each layer."""
+    """Otherwise a token with no experts in memory would read back each layer."""
     logits, n_read_back, n_asked = [], [], []
     for choice in ("off", "on"):
         model = load(packed, N_LAYERS * N_EXPERTS - 1, "on", executor)
@@ -344,7 +344,7 @@ def test_layers_run_again_while_the_experts_of_later_ones_are_read(
     late, read = [], Read.read
 
     def wait_for_layers_before(self, span):
-        # First the run that foresees, then that of the layers that have their experts.
+        # First the run that predicts experts, then the layers that have theirs.
         deadline = time.monotonic() + 20
         while self.layer > 3 and len(calls) < 2 and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -413,7 +413,7 @@ def test_only_what_was_foreseen_wrongly_makes_windows_smaller(packed):
 def test_with_and_without_reading_ahead_are_timed_in_turns(packed):
     model = load(packed, 12, "auto", "traced")
     cache, streamer = begin(model), model.streamer
-    # Each look at the clock is a second later, half of which was waiting.
+    # Each reading of the clock is a second later, half of which was waiting.
     seconds = iter(range(10**9))
     streamer.read_ahead = ReadAhead(
         "auto", lambda: next(seconds) / 2, lambda: next(seconds)
@@ -455,7 +455,7 @@ def test_a_read_error_leaves_model_and_caches_usable(packed, tmp_path, optimisti
         for cache, expected in zip(script.after, script.cache, strict=True):
             assert getattr(cache, "offset", None) == getattr(expected, "offset", None)
     path.write_bytes(whole)
-    # The very caches that the failed step was given.
+    # These are the same caches that the failed step received.
     assert mx.array_equal(generate(script.model, script.after, [3]), script.expected)
 
 
@@ -495,7 +495,7 @@ def test_kernels_look_slots_up_too(tmp_path):
 
 
 def spans(layers: range, n_layers: int, most: int) -> list[range]:
-    """Part layers as a run does."""
+    """Split layers into spans as a run does."""
     found = []
     while layers:
         found.append(first_span(layers, n_layers, most))

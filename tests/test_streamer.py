@@ -1,4 +1,4 @@
-"""Streaming: always the right bytes, each read once, nothing overwritten too early."""
+"""Streaming gives the right bytes, reads each once, and overwrites nothing early."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def budget(store: PackedExperts, n_slots: int) -> int:
 
 
 def stream(store: PackedExperts, n_slots: int, **options) -> ExpertStreamer:
-    """Stream with room for ``n_slots`` and, unless told otherwise, by threads."""
+    """Stream with ``n_slots`` slots and, by default, with reader threads."""
     return ExpertStreamer(
         store, budget(store, n_slots), **{"inline_bytes": 0, **options}
     )
@@ -79,7 +79,7 @@ def ids(*rows: list[int]) -> mx.array:
 
 
 def seen(source, slot: int) -> dict[str, bytes]:
-    """What an Op sees in one slot, by tensor name."""
+    """Return an Op's view of one slot, by tensor name."""
     weights = source.weights
     named = {
         "gate_proj": weights.gate,
@@ -280,7 +280,7 @@ def test_parts_left_early_do_not_harm_what_follows(store, expected):
 
 
 def test_who_asked_and_never_came_leaves_nothing_behind(store, expected):
-    """As a call that Ctrl-C ends between asking and computing, and another's prompt."""
+    """For example, Ctrl-C may end a call between its request and its computation."""
     with stream(store, 4, floor=0) as streamer:
         source = streamer.source(0)
         source.slots(ids([0, 1, 2]))
@@ -549,7 +549,7 @@ def test_an_interrupt_leaves_a_streamer_that_works(store, expected):
     def forever(source):
         while True:
             for first in range(N_EXPERTS):
-                # Python drops what is raised inside a finalizer.
+                # Python drops exceptions raised inside a finalizer.
                 if fired:
                     raise KeyboardInterrupt
                 source.slots(ids([(first + k) % N_EXPERTS for k in range(TOP_K)]))

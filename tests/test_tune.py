@@ -1,4 +1,4 @@
-"""What tuning decides, keeps and refuses, and that lowering follows it."""
+"""Tuning: its decisions, its file, its refusals, and lowering that follows it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def tuning(*entries: Entry, executor: str = "cuda") -> Tuning:
 
 @pytest.fixture
 def in_force(tmp_path, monkeypatch):
-    """Write a file and let it decide."""
+    """Write a tuning file and put it in force."""
 
     def use(found: Tuning):
         path = tmp_path / "tuned.json"
@@ -287,7 +287,7 @@ def test_a_second_model_keeps_what_the_first_one_found():
 
 
 class LastIsBest(StepTimer):
-    """Says that each way is faster than those it met before; performs nothing."""
+    """A timer that reports each way as faster than those before, without running."""
 
     def __init__(self):
         super().__init__()
@@ -299,7 +299,7 @@ class LastIsBest(StepTimer):
 
 
 def tuned_with_bad_ways(checkpoint, progress) -> Tuning:
-    """Tune a tiny model with two ways more of an Op, both bad, the last ones."""
+    """Tune a tiny model, with two bad ways added at the end of an Op's list."""
 
     def off_by_one(_op, _run, a, b):
         return a + b + 1
@@ -322,13 +322,13 @@ def tuned_with_bad_ways(checkpoint, progress) -> Tuning:
 
 @pytest.fixture(scope="module")
 def tuned_tiny(checkpoint):
-    """What is found of every Op and group."""
+    """The findings for every Op and fusion."""
     return tuned_with_bad_ways(checkpoint, lambda choices, _: choices)
 
 
 @pytest.fixture(scope="module")
 def tuned_few(checkpoint):
-    """What is found of the Op with the bad ways, and of a group."""
+    """The findings for the Op with the bad ways, and for a fusion."""
     few = ("ResidualAddNTokens", "experts_down_combine")
     return tuned_with_bad_ways(
         checkpoint, lambda choices, _: [c for c in choices if c.name in few]
@@ -349,7 +349,7 @@ def test_every_op_and_group_is_tried_at_every_length(tuned_tiny):
     assert {(name, n) for name in both for n in (1, 3)} <= tried
     assert ("experts_down_combine", 1) in tried
     assert ("MoeBatchedPermuteFuse", 3) in tried
-    # The cache object's work is not ours to choose.
+    # The cache object does this work, so there is nothing to choose.
     assert not any(name == "KvCacheAppendNTokens" for name, _ in tried)
     for e in tuned_tiny.entries:
         assert bool(e.refused) == (e.name == "ResidualAddNTokens")
@@ -394,7 +394,7 @@ def test_a_model_runs_as_tuned_and_gives_the_same(checkpoint, tuned_tiny, in_for
     assert n_kernels > 0 and most > 1
     in_force(tuned_tiny)
     got, n_kernels, most = logits()
-    # Every winner is MLX's own, one by one.
+    # Every winner is MLX's way, without fusion.
     assert (n_kernels, most) == (0, 1)
     assert mx.allclose(got, expected, rtol=1e-3, atol=1e-4)
 

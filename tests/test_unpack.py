@@ -1,4 +1,4 @@
-"""A pack is written back as the checkpoint that it was made of, bit for bit."""
+"""Unpacking restores the checkpoint that a pack was made from, bit for bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TOKENS = mx.array([[5, 6, 7, 9]])
 
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch):
-    """Make the modules beside the scripts importable."""
+    """Make the scripts' modules importable."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
 
@@ -106,7 +106,7 @@ def test_forms_and_types_come_back_in_shards_with_an_index(form, dtype, tmp_path
 
 
 def fused(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Store gate and up of all experts as rows of one tensor, as releases do."""
+    """Store all experts' gate and up as rows of one tensor, as releases do."""
     made = {}
     for name, array in weights.items():
         if ".switch_mlp.up_proj." in name:
@@ -219,7 +219,7 @@ def test_a_plain_checkpoint_is_not_unpacked(checkpoint, tmp_path):
 
 
 def edited(packed: Path, tmp_path: Path, change, part: str = "layers") -> Path:
-    """Copy a pack and change its manifest's layers, or another part; checksum too."""
+    """Copy a pack; change its manifest's layers or another part, and its checksum."""
     path = copied(packed, tmp_path)
     fields = json.loads((path / MANIFEST_NAME).read_text())
     for one in fields[part] if part == "layers" else [fields[part]]:
