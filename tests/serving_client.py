@@ -106,7 +106,7 @@ def serving(
 
 
 def read(log: Path) -> str:
-    """Return what was logged so far."""
+    """Return the log so far."""
     return log.read_text() if log.exists() else ""
 
 

@@ -172,7 +172,7 @@ def gradients(model: nn.Module) -> dict[str, mx.array]:
 @pytest.mark.sampled
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_gradients_of_adapters_are_stocks(plain, loaders, trained, kind, way):
+def test_gradients_of_adapters_equal_stocks(plain, loaders, trained, kind, way):
     found = []
     for load in (lambda: mlx_lm.load(str(plain)), loaders[way]):
         model = load()[0].freeze()
@@ -388,7 +388,7 @@ class Negated(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["resident", "pack"])
-def test_any_module_that_graphs_do_not_know_is_called(plain, loaders, way):
+def test_a_module_that_graphs_cannot_represent_is_called(plain, loaders, way):
     found = []
     for load in (lambda: mlx_lm.load(str(plain)), loaders[way]):
         model = load()[0]
@@ -432,7 +432,7 @@ def test_adapters_of_streamed_experts_are_refused_by_name(packed, few, routed, n
         model.load_weights(str(routed / "adapters.safetensors"), strict=False)
 
 
-def test_adapters_of_resident_experts_are_stocks(plain, routed):
+def test_adapters_of_resident_experts_equal_stocks(plain, routed):
     models = [
         load(str(plain), adapter_path=str(routed))[0]
         for load in (mlx_lm.load, moeflux_mlx.load)
@@ -461,7 +461,7 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [broken_json, of_another_model, without_weights, cut]
 )
-def test_adapters_that_cannot_be_used_are_one_line(plain, trained, damage, tmp_path):
+def test_unusable_adapters_end_in_one_line(plain, trained, damage, tmp_path):
     path = tmp_path / "adapters"
     path.mkdir()
     for name in ("adapter_config.json", "adapters.safetensors"):

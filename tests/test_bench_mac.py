@@ -63,7 +63,7 @@ def test_a_text_that_repeats_itself_is_found(bench, text):
 
 
 @pytest.mark.parametrize("text", OTHERS)
-def test_other_texts_are_let_be(bench, text):
+def test_other_texts_pass(bench, text):
     assert bench.mac_way.loops(OTHERS[text]) is None
 
 
@@ -127,7 +127,7 @@ def test_a_row_without_a_text_of_ours_is_void(bench, found):
     assert bench.cell(found["1/4"]) == "ended with 1"
 
 
-def test_budgets_are_shares_of_what_there_is_room_for(bench, checkpoint, monkeypatch):
+def test_budgets_are_shares_of_the_experts_that_fit(bench, checkpoint, monkeypatch):
     summary = bench.summarize(checkpoint)
     full, least = summary.full_bytes, summary.minimum_bytes
     whole = bench.budgets(summary)
@@ -145,7 +145,7 @@ def test_budgets_are_shares_of_what_there_is_room_for(bench, checkpoint, monkeyp
 
 
 @pytest.mark.slow
-def test_every_way_runs_apart_and_the_row_fits_the_table(
+def test_every_way_runs_in_its_own_process_and_the_row_fits_the_table(
     bench, checkpoint, tmp_path, monkeypatch, capsys
 ):
     def forked(command, **_):
@@ -187,7 +187,7 @@ def test_a_way_that_takes_too_long_or_fails_is_a_cell(bench, tmp_path):
     assert bench.run_apart(hurried) == {"failure": "stopped after 0 s"}
 
 
-def test_the_form_asks_for_what_the_commands_give():
+def test_the_form_asks_for_the_output_of_the_commands():
     yaml = pytest.importorskip("yaml")
     path = ROOT / ".github" / "ISSUE_TEMPLATE" / "mac.yml"
     form = yaml.safe_load(path.read_text())

@@ -117,7 +117,9 @@ def test_tokens_choose_the_experts_of_their_traces(scripts, tmp_path):
 
 
 @pytest.mark.slow
-def test_so_they_do_where_mlx_lms_class_runs(scripts, tmp_path, monkeypatch):
+def test_tokens_choose_the_experts_of_their_traces_in_mlx_lms_class_too(
+    scripts, tmp_path, monkeypatch
+):
     models = importlib.import_module("streaming_model")
     sides = importlib.import_module("streaming_side")
     published = models.DOOR_GEOMETRIES["qwen3-30b-a3b"]
@@ -147,7 +149,7 @@ def test_so_they_do_where_mlx_lms_class_runs(scripts, tmp_path, monkeypatch):
     assert sum(s.n_bytes for s in spans) == store.layout(1).record_bytes
 
 
-def test_traces_are_skewed_and_recorded_ones_keep_to_their_experts(scripts):
+def test_traces_are_skewed_and_recorded_ones_keep_their_experts(scripts):
     models = importlib.import_module("streaming_model")
     zipf = models.zipf_trace(300, 3, 64, 4)
     assert zipf.shape == (300, 3, 4)
@@ -159,7 +161,7 @@ def test_traces_are_skewed_and_recorded_ones_keep_to_their_experts(scripts):
     assert len(np.unique(recorded)) > 8
 
 
-def test_no_speed_is_printed_of_other_logits(decode):
+def test_no_speed_is_printed_for_wrong_logits(decode):
     side, step = decode.Side, decode.Step
     right, near = np.ones(5, np.float32), np.full(5, 1 + 1e-6, np.float32)
 
@@ -175,7 +177,7 @@ def test_no_speed_is_printed_of_other_logits(decode):
     assert "is off" in decode.disagreement(runs(np.nan * right), 1e-4)
 
 
-def test_the_worst_ratio_is_held_against_its_aim(decode):
+def test_the_worst_ratio_is_compared_with_its_goal(decode):
     rows = [
         {"side": "ours, 100 %", "of_resident": 1.01},
         {"side": "ours, 50 %", "of_resident": 1.5, "of_mlx_vlm": 0.2, "of_disk": 1.1},
@@ -188,7 +190,7 @@ def test_the_worst_ratio_is_held_against_its_aim(decode):
 
 
 @pytest.mark.slow
-def test_no_figure_of_drafts_is_of_other_tokens(
+def test_no_speed_of_drafts_is_printed_for_wrong_tokens(
     scripts, checkpoint, capsys, monkeypatch
 ):
     part = importlib.import_module("streaming_draft")

@@ -128,7 +128,7 @@ def test_threads_get_the_bits_of_a_model_alone(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LAZY_KINDS)
-def test_what_is_lazy_is_computed_before_another_thread_changes_slots(
+def test_lazy_arrays_are_computed_before_another_thread_changes_slots(
     kind, checkpoint, packed, expected
 ):
     model = load(packed, checkpoint, **LAZY_KINDS[kind])
@@ -140,7 +140,7 @@ def test_what_is_lazy_is_computed_before_another_thread_changes_slots(
         together(n_threads, lambda i: check(model, i, alone.get))
 
 
-def test_lazy_logits_of_a_thread_that_waits_are_its_own(checkpoint, packed, expected):
+def test_lazy_logits_survive_a_call_of_another_thread(checkpoint, packed, expected):
     """Another thread calls before the first thread uses its logits."""
     model = load(packed, checkpoint, executor="lazy")
     called, go_on = threading.Event(), threading.Event()
@@ -163,7 +163,7 @@ def test_lazy_logits_of_a_thread_that_waits_are_its_own(checkpoint, packed, expe
     assert found == [True]
 
 
-def test_rows_of_the_backbone_are_a_call_too(checkpoint, packed, expected):
+def test_rows_of_the_backbone_count_as_a_call_too(checkpoint, packed, expected):
     model = load(packed, checkpoint)
     tokens = mx.array([[9, 8, 7, 6]])
     wanted = np.array(load(checkpoint, checkpoint, None).model(tokens))
@@ -178,7 +178,7 @@ def test_rows_of_the_backbone_are_a_call_too(checkpoint, packed, expected):
     together(4, work)
 
 
-def test_slots_change_between_calls_only(checkpoint, packed, expected, tmp_path):
+def test_slots_change_only_between_calls(checkpoint, packed, expected, tmp_path):
     """Load states, preload and change memory while other threads generate."""
     model = load(packed, checkpoint, 12)
     cache = make_prompt_cache(model)
@@ -220,7 +220,7 @@ def test_generators_take_turns_in_one_thread(checkpoint, packed, expected):
             check_same(np.array(got), expected(number)[i])
 
 
-def test_a_thread_that_fails_lets_the_next_one_call(
+def test_a_failed_thread_lets_the_next_one_call(
     checkpoint, packed, expected, monkeypatch
 ):
     model = load(packed, checkpoint)
@@ -255,7 +255,7 @@ class Ended(Exception):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("options", [{}, dict(optimistic="on")], ids=["ops", "on"])
-def test_a_thread_that_is_ended_anywhere_lets_the_next_one_call(
+def test_a_thread_ended_anywhere_lets_the_next_one_call(
     checkpoint, packed, expected, options
 ):
     model = load(packed, checkpoint, **options)

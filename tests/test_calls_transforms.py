@@ -329,7 +329,7 @@ def test_streamed_experts_give_stocks_values_or_refuse(
 
 
 @pytest.mark.parametrize("kind", [*STREAMED, "packed"])
-def test_steps_of_training_need_not_be_compiled(plain, kind, tmp_path):
+def test_training_steps_work_uncompiled(plain, kind, tmp_path):
     model, call = load(plain, **{**STREAMED, **WHOLE}[kind]), CALLS["prompt"]
     case = Case(model, stock_of(plain), *call)
     wanted = expected(compiled_gradient, plain, call, tmp_path)
@@ -344,7 +344,7 @@ def test_steps_of_training_need_not_be_compiled(plain, kind, tmp_path):
         values(compiled_gradient, case, tmp_path)
 
 
-def test_a_model_that_is_gone_trains_no_more(plain):
+def test_a_deleted_model_no_longer_counts_as_training(plain):
     model = load(plain, n_slots=5).train()
     assert not compiles()
     del model
@@ -365,7 +365,7 @@ def test_the_rows_below_the_logits_have_gradients_too(plain):
     check_same(*grads)
 
 
-def test_a_gradient_with_respect_to_a_cache_is_stocks(plain):
+def test_a_gradient_with_respect_to_a_cache_equals_stocks(plain):
     grads = []
     for model in (stock_of(plain), load(plain)):
         caches = make_prompt_cache(model)
@@ -399,7 +399,7 @@ def test_training_learns_and_leaves_ordinary_calls_right(plain):
 
 
 @pytest.mark.parametrize("compiles", [True, False])
-def test_a_traced_array_is_told_from_one_with_values(compiles):
+def test_a_traced_array_is_distinguished_from_one_with_values(compiles):
     constant, seen, within = mx.array([1.0, 2.0]), [], []
 
     def look(x):

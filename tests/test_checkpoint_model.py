@@ -48,7 +48,7 @@ def memory_for(path, n_slots: int) -> int:
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("n_tokens", [1, 2, 65])
-def test_logits_are_those_of_the_pack_and_of_all_in_memory(
+def test_logits_equal_those_of_the_pack_and_of_all_in_memory(
     checkpoint, packed, n_tokens
 ):
     resident, _ = moeflux_mlx.load(checkpoint)
@@ -78,7 +78,7 @@ def test_every_form_gives_the_same_logits(form, n_shards, checkpoint, packed, tm
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
-def test_fused_dense_experts_are_what_mlx_lm_makes_of_them(dtype, tmp_path):
+def test_fused_dense_experts_equal_those_of_mlx_lm(dtype, tmp_path):
     plain = make_checkpoint(tmp_path / "plain", bits=None, dtype=dtype)
     path = reform(plain, tmp_path / "fused", "fused", 2)
     resident, _ = moeflux_mlx.load(path)
@@ -162,7 +162,7 @@ def test_generate_streams_a_plain_checkpoint_and_prints_stock_text(checkpoint):
 
 
 @pytest.mark.parametrize(("form", "reads"), [("stacked", 9), ("fused", 6), ("each", 1)])
-def test_inspect_says_what_streaming_costs(form, reads, checkpoint, packed, tmp_path):
+def test_inspect_shows_the_cost_of_streaming(form, reads, checkpoint, packed, tmp_path):
     path = reform(checkpoint, tmp_path / "other", form)
     plain, pack = summarize(path), summarize(packed)
     assert (plain.reads_per_expert, pack.reads_per_expert) == (reads, 1)

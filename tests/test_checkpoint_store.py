@@ -105,7 +105,7 @@ def test_every_form_gives_the_records_of_a_pack(form, quantization, n_shards, tm
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_tensors_that_follow_each_other_are_one_read(form, plain, tmp_path):
+def test_adjacent_tensors_are_one_read(form, plain, tmp_path):
     path = reform(plain, tmp_path / "other", form)
     with CheckpointExperts.open(path) as store:
         spans = {len(store.spans(layer, e)) for layer in range(3) for e in range(5)}
@@ -361,7 +361,7 @@ def test_a_missing_shard_is_named_without_an_index_too(plain, tmp_path):
         shard.write_bytes(data)
 
 
-def test_a_pointer_to_weights_is_named(plain, tmp_path):
+def test_a_git_lfs_pointer_is_named(plain, tmp_path):
     path = reform(plain, tmp_path / "shards", "stacked", 3)
     shard = path / "model-00002-of-00003.safetensors"
     shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
@@ -429,7 +429,7 @@ def test_an_offset_out_of_the_file_names_file_and_tensor(broken):
 
 
 @pytest.mark.parametrize("inline_bytes", [0, 10**9], ids=["threads", "inline"])
-def test_a_file_truncated_after_opening_is_an_error_and_no_wrong_expert(
+def test_a_file_truncated_after_opening_is_an_error_not_a_wrong_expert(
     broken, expected, inline_bytes
 ):
     path = broken / "model.safetensors"
@@ -458,7 +458,7 @@ def test_a_file_truncated_after_opening_is_an_error_and_no_wrong_expert(
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_files_of_a_store_that_nobody_closes_are_closed(plain, tmp_path, is_packed):
+def test_files_of_an_unclosed_store_are_closed(plain, tmp_path, is_packed):
     path = plain
     if is_packed:
         path = tmp_path / "packed"

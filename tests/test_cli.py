@@ -46,7 +46,7 @@ def test_version_is_the_package_version():
 
 
 @pytest.mark.slow
-def test_the_installed_command_is_this_one():
+def test_the_installed_command_is_this_version():
     script = Path(sys.executable).with_name("moeflux")
     if not script.exists():
         pytest.skip("the package is not installed in this environment")
@@ -162,21 +162,21 @@ def test_a_saved_prompt_cache_continues_where_it_ended(packed, tmp_path):
     ],
     ids=lambda flags: flags[0].lstrip("-"),
 )
-def test_a_flag_that_cannot_be_used_is_one_clear_line(packed, flags):
+def test_an_unusable_flag_ends_in_one_clear_line(packed, flags):
     one_line_error(moeflux("generate", "--model", packed, *flags))
 
 
-def test_a_directory_that_is_not_a_model_is_one_clear_line(tmp_path):
+def test_a_directory_without_a_model_ends_in_one_clear_line(tmp_path):
     for command in (["generate", "--model"], ["inspect"]):
         assert str(tmp_path) in one_line_error(moeflux(*command, tmp_path))
 
 
-def test_a_missing_model_is_one_clear_line(tmp_path):
+def test_a_missing_model_ends_in_one_clear_line(tmp_path):
     path = tmp_path / "nowhere"
     assert str(path) in one_line_error(moeflux("generate", "--model", path))
 
 
-def test_generate_without_a_model_is_one_clear_line():
+def test_generate_without_a_model_ends_in_one_clear_line():
     assert "--model" in one_line_error(moeflux("generate"))
 
 

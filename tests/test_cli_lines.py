@@ -199,7 +199,7 @@ def places(checkpoint, packed, tmp_path_factory):
 
 
 @pytest.mark.parametrize("line", ALL)
-def test_a_wrong_command_line_is_one_line(line, places, capfd, monkeypatch):
+def test_a_wrong_command_line_ends_in_one_line(line, places, capfd, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code = main(shlex.split(line.format(**places)))
     lines = capfd.readouterr().err.splitlines()

@@ -30,7 +30,7 @@ def test_every_kernel_is_named_in_full(columns, monkeypatch, capsys):
         ("zzz", [*KERNELS]),
     ],
 )
-def test_the_doctor_names_kernels_that_may_be_meant(pattern, there, capsys):
+def test_the_doctor_suggests_kernels_of_similar_names(pattern, there, capsys):
     assert main(["doctor", "--executor", "sim", "--only", pattern]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"but got {pattern!r}: there are " in line

@@ -61,7 +61,7 @@ def results(compiler, threads: Threads) -> list[tuple[float, list[float]]]:
     return found
 
 
-def test_mlx_runs_a_function_that_is_gone(threads):
+def test_mlx_runs_a_deleted_function(threads):
     """This passes while MLX has the fault that ``Compiled`` works around."""
     found = results(mx.compile, threads)
     if all(got == [wanted] * 2 for wanted, got in found):
@@ -76,7 +76,7 @@ def test_a_new_function_at_an_old_address_gives_its_own_results(threads):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("compiles", [True, False])
-def test_threads_forget_functions_that_are_gone(threads, compiles):
+def test_threads_forget_deleted_functions(threads, compiles):
     """MLX's cache entries go too, at the thread's next new function."""
     x = mx.ones((1, 500))
     mx.eval(x)
@@ -119,7 +119,7 @@ def test_each_thread_compiles_once_and_gives_the_same(threads):
     assert seen == [3.0, 3.0]
 
 
-def test_a_function_that_holds_what_compiled_it_is_collected():
+def test_a_function_that_holds_its_compiled_form_is_collected():
     class Holder:
         def __init__(self) -> None:
             self.call = Compiled(lambda x: x * self.factor)

@@ -31,7 +31,7 @@ def greedy(model, tokenizer, prompt: str, n: int) -> tuple[list[int], str]:
     return [step.token for step in steps], "".join(step.text for step in steps)
 
 
-def test_it_is_what_the_model_card_says():
+def test_the_demo_model_matches_its_card():
     config = json.loads((DEMO / "config.json").read_text())
     text = config.get("text_config", config)
     assert sum(f.stat().st_size for f in DEMO.iterdir()) <= 12_000_000
@@ -77,7 +77,7 @@ def test_it_continues_def_into_a_function_with_an_indented_body(packed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", [0, 3], ids=["linear", "full"])
-def test_the_planned_peak_is_within_a_quarter_of_what_mlx_holds(layer):
+def test_the_planned_peak_is_within_a_quarter_of_mlxs_memory(layer):
     model, _ = moeflux_mlx.load(DEMO)
     sample = model.graph_layers[layer].sample(512, mx.float32)
     planned = planned_peak_bytes(sample.layer.graph)

@@ -142,7 +142,7 @@ def test_a_direct_read_that_comes_back_short_goes_on_from_a_whole_block(
 
 
 @linux
-def test_direct_reads_that_never_get_past_a_place_end_in_an_error(small, monkeypatch):
+def test_direct_reads_that_make_no_progress_end_in_an_error(small, monkeypatch):
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda *args: min(preadv(*args), 100))
     with open_directly(small) as store:
@@ -169,7 +169,7 @@ def test_experts_at_any_offset_are_read_through_the_cache_with_one_warning(
 
 
 @linux
-def test_where_one_file_refuses_none_is_read_directly(small):
+def test_if_one_file_refuses_none_is_read_directly(small):
     with PackedExperts.open(small) as store, open("/proc/version", "rb") as refusing:
         fds = [*(store.fd(layer) for layer in store.layers), refusing.fileno()]
         with pytest.warns(UserWarning, match=r"\[direct\] .*packed") as caught:

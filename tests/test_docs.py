@@ -54,7 +54,7 @@ def test_a_page_names_files_that_exist(page):
     assert [str(target) for target in targets if not target.exists()] == []
 
 
-def test_a_name_that_no_file_has_is_found():
+def test_a_name_without_a_file_is_found():
     known = ["moeflux_mlx/engine/forward.py"]
     assert misnamed("`forward.py`, `engine/forward.py`", known) == []
     wrong = "`ward.py` and `graph/forward.py`"
@@ -88,7 +88,7 @@ def test_the_table_of_macs_has_every_model_and_every_mac(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_table_of_macs_is_what_the_planner_says(monkeypatch):
+def test_the_table_of_macs_equals_the_planners_figures(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import real_sizes
 

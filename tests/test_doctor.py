@@ -77,7 +77,7 @@ def report_of(capsys, pattern: str, status: int, *more: str) -> dict:
 
 @pytest.mark.slow
 @simulated
-def test_doctor_checks_a_kernel_and_says_what_it_is_worth(capsys):
+def test_doctor_checks_a_kernel_and_states_the_weight_of_the_evidence(capsys):
     assert main(["doctor", "--executor", "sim", "--only", "residual_add"]) == 0
     out = capsys.readouterr().out
     assert "1 of 1 kernels agree" in out
@@ -189,7 +189,7 @@ for name in sys.argv[1:]:
 
 @pytest.mark.slow
 @simulated
-def test_whatever_becomes_of_some_kernels_the_doctor_reports_on_all(capsys, damage):
+def test_the_doctor_reports_on_all_kernels_whatever_happens_to_some(capsys, damage):
     damage("".join(text for text, _ in FATES.values()))
     report = report_of(capsys, "r[em]*", 1)
     assert report["passed"] is False
@@ -260,12 +260,14 @@ def test_a_kernel_that_is_wrong_is_named_and_the_exit_code_is_1(capsys, monkeypa
         ([], "disk full", "models use none of them: disk full"),
     ],
 )
-def test_the_report_ends_with_what_follows_for_models(complaints, failure, conclusion):
+def test_the_report_ends_with_its_consequence_for_models(
+    complaints, failure, conclusion
+):
     findings = [examination.Finding("residual_add", "family", complaints=complaints)]
     assert conclusion in doctor._conclusion("metal", findings, failure)
 
 
-def test_a_record_keeps_what_it_says_of_kernels_not_examined(tmp_path):
+def test_a_record_keeps_its_findings_on_kernels_not_examined(tmp_path):
     path = tmp_path / "record.json"
     first = found_right("sim", "residual_add", "swiglu_fused")
     verified.save(first, path)
@@ -300,7 +302,7 @@ def test_metal_is_the_default_where_kernels_were_found_right(monkeypatch):
     assert all(map(executors.open_executor().usable, KERNELS))
 
 
-def test_a_record_of_another_machine_or_mlx_counts_for_nothing(own_folder):
+def test_a_record_of_another_machine_or_mlx_is_ignored(own_folder):
     record = found_right("metal", *KERNELS)
     for other in ({"machine": "another"}, {"mlx": "0.1"}):
         verified.remember(dataclasses.replace(record, **other), KERNELS)
@@ -412,7 +414,7 @@ def window(first: int, last: int) -> tuple[CaptureWindow, list[str]]:
     ), log
 
 
-def test_a_trace_holds_the_layers_asked_for_once():
+def test_a_capture_holds_the_requested_layers_once():
     trace, log = window(1, 2)
     for token in range(3):
         for layer in range(4):
@@ -423,7 +425,7 @@ def test_a_trace_holds_the_layers_asked_for_once():
     assert not trace.waits_for_work
 
 
-def test_a_trace_that_cannot_start_says_what_metal_needs():
+def test_a_capture_that_cannot_start_names_metals_requirement():
     def refuse(path: str) -> None:
         raise RuntimeError("no Metal")
 

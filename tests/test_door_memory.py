@@ -99,7 +99,7 @@ def parts(plan: memory.MemoryPlan) -> int:
 
 
 @pytest.mark.slow
-def test_the_least_memory_is_stated_and_enough(written, own_bytes, capsys):
+def test_the_minimum_of_memory_is_stated_and_enough(written, own_bytes, capsys):
     path = written("qwen3_moe")
     least = least_of(path)
     with pytest.raises(
@@ -117,7 +117,7 @@ def test_the_least_memory_is_stated_and_enough(written, own_bytes, capsys):
     assert mx.array_equal(model(tokens), stock(tokens))
 
 
-def test_weights_that_cannot_fit_are_not_read(written, own_bytes):
+def test_weights_that_do_not_fit_are_not_read(written, own_bytes):
     path = written("qwen3_moe")
     model = load_model(path, lazy=True)[0]
     mx.synchronize()
@@ -156,7 +156,7 @@ def test_caches_are_known_before_a_weight_is_read(written, family, own_bytes):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "qwen3_next"])
-def test_measured_scratch_is_what_longer_calls_take(written, family, own_bytes):
+def test_measured_scratch_predicts_that_of_longer_calls(written, family, own_bytes):
     """Calls have sizes that were never measured, beside caches of other lengths."""
     model = streamed(written(family), "4GB")
     needs = model.keeper._needs
@@ -235,7 +235,7 @@ def test_a_gradient_is_not_divided(written, own_bytes, parts_called):
     assert parts_called == []
 
 
-def test_what_cannot_be_divided_is_refused(written, own_bytes):
+def test_an_indivisible_call_is_refused(written, own_bytes):
     model = streamed(written("qwen3_moe"), "4GB")
     model.keeper._needs = Few(model.keeper._needs, 40)
     rows = mx.zeros((1, 100, 64))
@@ -257,7 +257,7 @@ def bound(model: nn.Module, n_slots: int, cache_bytes: int, scratch: int) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-def test_experts_give_way_to_growing_caches_and_come_back(written, family, own_bytes):
+def test_experts_are_evicted_for_growing_caches_and_return(written, family, own_bytes):
     path = written(family)
     model, stock = streamed(path, "4GB"), load_model(path)[0]
     n_all = model.plan.n_experts
@@ -277,7 +277,7 @@ def test_experts_give_way_to_growing_caches_and_come_back(written, family, own_b
     assert model.streamer.n_slots == n_all
 
 
-def test_caches_that_cannot_fit_stay_as_they_were(written, own_bytes):
+def test_caches_that_do_not_fit_stay_unchanged(written, own_bytes):
     path = written("gpt_oss")
     model = streamed(path, least_of(path) + SLACK)
     cache = make_prompt_cache(model)
@@ -293,7 +293,7 @@ def test_caches_that_cannot_fit_stay_as_they_were(written, own_bytes):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "qwen3_next"])
-def test_a_call_that_fails_leaves_its_caches_as_they_were(written, family, monkeypatch):
+def test_a_failed_call_leaves_its_caches_unchanged(written, family, monkeypatch):
     path = written(family)
     model, stock = streamed(path, "4GB"), load_model(path)[0]
     model.keeper.limit(1)
@@ -345,7 +345,7 @@ def test_batches_get_stocks_tokens_through_one_slot(written, family, own_bytes):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("family", BATCHED)
-def test_served_batches_get_what_each_prompt_gets_alone(written, family, own_bytes):
+def test_served_batches_equal_prompts_served_alone(written, family, own_bytes):
     path = written(family)
     model = streamed(path, least_of(path) + (1 << 20))
     model.keeper.limit(2)
@@ -425,7 +425,7 @@ def test_mlx_lms_server_serves_and_long_prompts_fail_alone(tmp_path, monkeypatch
     assert int(kept[-1]) < 7
 
 
-def test_all_ways_in_take_turns(written, own_bytes):
+def test_all_entry_points_take_turns(written, own_bytes):
     path = written("qwen3_moe")
     model, stock = streamed(path, "4GB"), load_model(path)[0]
     mx.eval(model.parameters())
@@ -455,7 +455,7 @@ def test_a_streamed_model_is_not_copied(written, own_bytes):
             copy.deepcopy(part)
 
 
-def test_floors_follow_what_a_call_shows(written):
+def test_floors_follow_the_routing_of_a_call(written):
     path = written("qwen3_moe")
     model = stream(load_model(path, lazy=True)[0], path, expert_memory="1GB")
     assert model.streamer._chosen == 2 and model.streamer.least_slots == 1
@@ -463,7 +463,7 @@ def test_floors_follow_what_a_call_shows(written):
 
 
 @pytest.mark.parametrize("t", [1, 30, 300])
-def test_growth_is_what_caches_then_take(t):
+def test_predicted_growth_equals_that_of_caches(t):
     """Caches grow by whole steps of rows, and a window not beyond its length."""
     form = CacheForm(2 * 16 * 4, 0)
     for one, before in ((KVCache(), 0), (KVCache(), 250), (RotatingKVCache(64), 60)):
@@ -476,7 +476,7 @@ def test_growth_is_what_caches_then_take(t):
 
 
 @pytest.mark.parametrize("kind", [RotatingKVCache, ChunkedKVCache])
-def test_growth_in_parts_is_a_window_and_what_a_part_adds(kind):
+def test_growth_in_parts_is_a_window_and_the_rows_of_a_part(kind):
     """A long prompt is computed in parts; a window's cache keeps only the last ones."""
     one, form, t, step, held = kind(64), CacheForm(2 * 16 * 4, 0), 700, 100, []
     grown = caches.growth_bytes([one], [form], 1, t, step)

@@ -214,7 +214,7 @@ def test_a_pack_of_an_original_form_has_the_modules_own_names(tmp_path):
     assert [e.block for e in manifest.layers] == ["model.layers.1.mlp.switch_mlp"]
 
 
-def test_records_hold_what_sanitize_makes(tmp_path):
+def test_records_hold_the_tensors_that_sanitize_makes(tmp_path):
     path = rewrite(write(tmp_path / "fp8", "deepseek_v3"), eight_bit_floats)
     block = load_model(path)[0].model.layers[1].mlp.switch_mlp
     pack(path, tmp_path / "packed")
@@ -291,7 +291,7 @@ def test_a_manifest_of_other_blocks_is_refused(tmp_path, change, message):
         moeflux_mlx.load(tmp_path / "packed", expert_memory=LEAST)
 
 
-def test_packing_goes_on_where_it_was_stopped(tmp_path):
+def test_packing_continues_where_it_stopped(tmp_path):
     path = rewrite(write(tmp_path / "plain", "mixtral"), ORIGINAL["mixtral"])
     pack(path, tmp_path / "whole")
 
@@ -421,7 +421,7 @@ def streamed(tmp_path):
     return moeflux_mlx.load(path, expert_memory=LEAST)[0]
 
 
-def test_a_streamed_model_is_saved_whole(streamed, tmp_path):
+def test_a_streamed_model_is_saved_completely(streamed, tmp_path):
     save_model(tmp_path / "out", streamed)
     streamed.save_weights(str(tmp_path / "w.safetensors"))
     load_model(tmp_path / "plain")[0].save_weights(str(tmp_path / "s.safetensors"))
@@ -479,7 +479,7 @@ def test_a_fused_checkpoint_is_packed_and_gives_stocks_bits(plain_and_packed, tm
     assert mx.array_equal(logits(model), logits(stock))
 
 
-def test_a_state_that_cannot_be_kept_is_refused_before_text_is_made(
+def test_a_state_that_cannot_be_saved_is_refused_before_generation(
     tmp_path, capsys, monkeypatch
 ):
     path = write(tmp_path / "plain", "mixtral", 4)

@@ -163,7 +163,7 @@ def test_attention_after_the_last_experts_is_measured_too():
     assert last_new("AAAA", tail="A") is None
 
 
-def test_experts_leave_room_for_the_rest_where_nobody_bounds_them(written, monkeypatch):
+def test_unbounded_experts_leave_memory_for_the_rest(written, monkeypatch):
     path = written("qwen3_moe", packed=True)
     # Measured peaks differ from call to call.
     monkeypatch.setattr(MeasuredNeeds, "scratch_bytes", lambda *_: 1 << 20)
@@ -180,7 +180,7 @@ def test_experts_leave_room_for_the_rest_where_nobody_bounds_them(written, monke
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_what_is_larger_than_memory_is_said_before_loading(
+def test_a_model_larger_than_memory_is_reported_before_loading(
     written, packed, monkeypatch
 ):
     path = written("qwen3_moe", packed=packed)

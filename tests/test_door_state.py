@@ -80,7 +80,7 @@ FORMS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FORMS)
-def test_a_run_goes_on_with_the_same_bits(written, family, tmp_path):
+def test_a_run_continues_with_the_same_bits(written, family, tmp_path):
     packed, bound = FORMS[family]
     path = written(family, packed)
     model, again = opened(path, **bound), opened(path, **bound)
@@ -155,7 +155,7 @@ def test_caches_of_a_models_own_class_are_kept_too(compressed, prompt, tmp_path)
             assert all(map(mx.array_equal, run(model, own, [*more], 3), wanted))
 
 
-def test_caches_of_a_models_own_class_that_cannot_be_are_refused(compressed, tmp_path):
+def test_impossible_caches_of_a_models_own_class_are_refused(compressed, tmp_path):
     model = opened(compressed[0], expert_memory="3MB")
     tokens, held = [*LONG], make_prompt_cache(model)
     run(model, held, tokens, 3)
@@ -180,7 +180,7 @@ def test_caches_of_a_models_own_class_that_cannot_be_are_refused(compressed, tmp
         save_state(tmp_path / "state", model, held, tokens)
 
 
-def test_a_window_that_users_put_there_is_kept_too(written, tmp_path):
+def test_a_window_added_by_a_user_is_saved_too(written, tmp_path):
     model = opened(written("qwen3_moe"))
     tokens, held = [*LONG], [RotatingKVCache(32, keep=4) for _ in model.layers]
     run(model, held, tokens, 40)
@@ -246,7 +246,7 @@ def change_first(about: dict[str, str], fields: dict[str, Any]) -> None:
         ({"more": 1}, "layer 0: fields"),
     ],
 )
-def test_a_window_that_cannot_be_is_refused(window, fields, error):
+def test_an_impossible_window_is_refused(window, fields, error):
     model, path = window
     held = model.streamer.held
     changed = rewrite(path, lambda _, about: change_first(about, fields))
@@ -276,7 +276,7 @@ def test_a_window_that_cannot_be_is_refused(window, fields, error):
         ),
     ],
 )
-def test_lists_and_chunks_that_cannot_be_are_refused(written, family, wrong, tmp_path):
+def test_impossible_lists_and_chunks_are_refused(written, family, wrong, tmp_path):
     model = opened(written(family), expert_memory="3MB")
     tokens, held = [*LONG], make_prompt_cache(model)
     run(model, held, tokens, 5)
@@ -312,14 +312,14 @@ def test_a_state_of_another_model_or_of_other_tokens_is_refused(
     assert not (tmp_path / "state").exists()
 
 
-def test_what_cannot_be_kept_is_said_before_text_is_made(written):
+def test_unsavable_caches_are_reported_before_generation(written):
     check_keeps_state(opened(written("qwen3_moe")))
     with pytest.raises(StateError, match="load it with a bound on memory"):
         check_keeps_state(moeflux_mlx.load(written("qwen3_moe"))[0])
 
 
 @pytest.mark.slow
-def test_generate_goes_on_from_a_file(written, tmp_path, capsys):
+def test_generate_continues_from_a_file(written, tmp_path, capsys):
     path, file = written("gpt_oss", True), tmp_path / "state"
     model, tokenizer = moeflux_mlx.load(path, memory="4GB")
 

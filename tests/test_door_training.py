@@ -88,7 +88,7 @@ FAMILIES = ["qwen3_moe", "gpt_oss", "deepseek_v3"]
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("trains", [True, False])
-def test_gradients_of_what_is_trainable_are_stocks(written, family, bits, trains):
+def test_gradients_of_trainable_parameters_equal_stocks(written, family, bits, trains):
     found = []
     for model in both(written(family, bits)):
         model.train(trains)
@@ -118,7 +118,7 @@ def with_adapters(model: nn.Module, keys: list[str]) -> nn.Module:
 @pytest.mark.parametrize(
     ("family", "router"), [("qwen3_moe", "mlp.gate"), ("gpt_oss", "mlp.router")]
 )
-def test_adapters_learn_what_they_learn_in_stock(written, family, router):
+def test_adapters_learn_as_in_stock(written, family, router):
     keys = ["self_attn.q_proj", "self_attn.v_proj", router]
     losses, weights, first = [], [], []
     for model in both(written(family, 4)):
@@ -188,7 +188,7 @@ def test_experts_are_read_again_in_the_backward_pass_and_not_kept(written):
     assert ours.streamer.n_slots == 1
 
 
-def test_others_may_call_while_one_differentiates(written):
+def test_other_threads_may_call_while_one_differentiates(written):
     """Parameters stay unchanged, though mlx swaps those of a model in training."""
     stock, ours = both(written("qwen3_moe", None))
     rows = stock.model.embed_tokens(TOKENS)

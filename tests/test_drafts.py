@@ -95,7 +95,7 @@ def test_tokens_are_those_without_a_draft(plain, n):
 
 
 @pytest.mark.sampled
-def test_caches_that_are_given_have_all_tokens_afterwards(plain):
+def test_given_caches_hold_all_tokens_afterwards(plain):
     """Generation continues from them as it would without a draft."""
     model, draft = few(plain), Guesses(few(plain), 2)
     own, other = make_prompt_cache(model), make_prompt_cache(draft)
@@ -126,14 +126,16 @@ def calls_and_returns() -> Iterator[tuple[str, int]]:
 
 
 @pytest.mark.sampled
-def test_logits_are_those_of_the_tokens_that_stay(plain):
+def test_logits_follow_only_the_remaining_tokens(plain):
     """Tokens that were taken back leave no effect, however often that happens."""
     hold_to_logits(few(plain))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("executor", [Lazy, Traced])
-def test_so_are_logits_of_tokens_that_run_ahead(plain, executor, monkeypatch):
+def test_logits_of_tokens_that_run_ahead_follow_only_the_remaining_tokens(
+    plain, executor, monkeypatch
+):
     monkeypatch.setitem(EXECUTORS, executor.name, executor)
     options = {"executor": executor.name, "optimistic": "on"}
     model = load(plain, expert_memory=least(plain, 9), **options)
@@ -141,7 +143,7 @@ def test_so_are_logits_of_tokens_that_run_ahead(plain, executor, monkeypatch):
 
 
 @pytest.mark.slow
-def test_so_are_logits_of_mlx_lms_classes(plain):
+def test_logits_of_mlx_lms_classes_follow_only_the_remaining_tokens(plain):
     budget = {"expert_memory": least(plain, 1)}
     hold_to_logits(moeflux_mlx.load(plain, native=False, **budget)[0])
 
@@ -169,7 +171,7 @@ def hold_to_logits(model) -> None:
 
 
 @pytest.mark.sampled
-def test_a_call_that_fails_ends_it_with_its_own_error(plain, monkeypatch):
+def test_a_failed_call_ends_drafting_with_its_own_error(plain, monkeypatch):
     model = few(plain)
     steps = speculative_generate_step(PROMPT, model, few(plain), max_tokens=9)
     next(steps)
@@ -183,7 +185,7 @@ def fail(*_arguments, **_options):
 
 
 @pytest.mark.parametrize("plain", ["qwen3_5_moe"], indirect=True)
-def test_what_cannot_go_back_is_refused(plain):
+def test_a_cache_that_cannot_be_rewound_is_refused(plain):
     class Other(RotatingKVCache):
         """A user's own cache."""
 
@@ -205,7 +207,7 @@ def test_models_of_mlx_lm_alone_are_left_as_they_were(tmp_path):
         next(steps)
 
 
-def test_what_can_be_cut_back_goes_mlx_lms_way(tmp_path, monkeypatch):
+def test_caches_that_mlx_lm_can_trim_are_left_to_mlx_lm(tmp_path, monkeypatch):
     plain = FAMILIES["qwen3_moe"](tmp_path / "plain")
     monkeypatch.setattr(GoesBack, "__init__", fail)
     expected = alone(few(plain))

@@ -80,7 +80,7 @@ def test_generate_writes_stocks_text(pair, few, capsys):
 
 
 @pytest.mark.sampled
-def test_chat_says_what_stock_says(pair, few, capsys, monkeypatch):
+def test_chat_prints_the_text_of_stocks(pair, few, capsys, monkeypatch):
     spoken = []
     for path in pair:
         monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand then\nr\nhey\nq\n"))
@@ -103,7 +103,7 @@ def test_a_cached_prompt_continues_as_stocks(pair, few, capsys, tmp_path):
 
 
 @pytest.mark.sampled
-def test_perplexity_is_stocks(pair, few, capsys, monkeypatch):
+def test_perplexity_equals_stocks(pair, few, capsys, monkeypatch):
     """Replace only the command's data set, which is on a hub."""
     rows = mx.random.randint(0, 90, (4, 17), key=mx.random.key(1))
     perplexity = importlib.import_module("mlx_lm.perplexity")
@@ -183,7 +183,7 @@ def test_lora_trains_and_tests_as_stock(pair, few, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("name", QUANTISERS)
-def test_what_looks_into_every_expert_is_refused(pair, tmp_path, monkeypatch, name):
+def test_commands_that_read_every_expert_are_refused(pair, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mlx_lm.quant.dwq.load_data", lambda *_: ([], []))
     with pytest.raises(ModelError, match=rf"moeflux unpack PACK DIR.*mlx_lm.{name}"):
@@ -205,7 +205,7 @@ def models(pair, few) -> tuple[Any, Any, Any]:
 
 
 @pytest.mark.sampled
-def test_streams_of_text_are_stocks(models):
+def test_streams_of_text_equal_stocks(models):
     stock, ours, tokenizer = models
     options = {
         "max_tokens": N_TOKENS,
@@ -224,7 +224,7 @@ def test_streams_of_text_are_stocks(models):
     assert texts[0] == texts[1]
 
 
-def test_batches_are_stocks(models):
+def test_batches_equal_stocks(models):
     stock, ours, tokenizer = models
     prompts = [[7], [1, 2, 3], [9, 8, 7, 6, 5]]
     options = {"max_tokens": N_TOKENS, "return_token_ids": True}
@@ -252,7 +252,7 @@ def test_prompt_caches_are_kept_and_fetched_as_stocks(models, tmp_path):
     assert mx.allclose(*rows, atol=1e-4)
 
 
-def test_steps_with_a_draft_are_stocks(models):
+def test_steps_with_a_draft_equal_stocks(models):
     """The draft is the plain model, which guesses every token."""
     stock, ours, _ = models
     prompt = mx.array([5, 6, 7])
@@ -272,7 +272,7 @@ def test_convert_writes_the_whole_model(pair, tmp_path):
     assert_alike(tmp_path / "out", tmp_path / "stock", logits)
 
 
-def test_what_counts_parameters_counts_without_streamed_experts(models):
+def test_parameter_counts_exclude_streamed_experts(models):
     stock, ours, _ = models
     assert 0 < utils.get_total_parameters(ours) < utils.get_total_parameters(stock)
     # The remaining parameters, such as norms and routers, have more bits than experts.
@@ -322,7 +322,7 @@ def test_the_page_has_every_public_name_of_mlx_lm_and_of_its_caches():
 
 
 @pytest.mark.parametrize("name", rows())
-def test_a_row_says_what_is_and_names_tests_that_exist(name):
+def test_a_row_has_valid_cells_and_names_existing_tests(name):
     cells = rows()[name]
     assert len(cells) == 4
     for cell in cells[:3]:

@@ -143,7 +143,7 @@ def by_hand(x: np.ndarray, slot: int, experts: ExpertWeights) -> np.ndarray:
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_slots_of_any_form_are_multiplied_by_numpy_and_by_mlx(form):
+def test_numpy_and_mlx_multiply_slots_of_any_form(form):
     mx.random.seed(3)
     shapes = (WIDTH, DIM), (WIDTH, DIM), (DIM, WIDTH)
     experts = in_pool(ExpertWeights(*(stored(form, shape) for shape in shapes)))

@@ -250,6 +250,6 @@ def test_scales_of_a_quantised_matrix_have_gradients(executor):
         ),
     ],
 )
-def test_what_does_not_fit_is_an_error_that_names_op_and_argument(wrong, message):
+def test_a_misfit_is_an_error_that_names_op_and_argument(wrong, message):
     with pytest.raises(GraphError, match=message):
         wrong()

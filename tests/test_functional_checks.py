@@ -77,7 +77,7 @@ def test_every_function_and_each_of_its_arguments_is_called_wrongly():
     assert found == wanted
 
 
-def test_without_its_bounds_a_function_is_found_out(monkeypatch):
+def test_the_script_finds_a_function_without_bounds(monkeypatch):
     """The script must notice a result for wrong arguments, and an untyped error."""
     fuzz = load_script()
     name, _, changes = fuzz.catalogue()[0]
@@ -93,7 +93,7 @@ def test_without_its_bounds_a_function_is_found_out(monkeypatch):
     assert fuzz.outcome(none)[0] == "raw error"
 
 
-def test_each_op_that_reads_whole_numbers_says_how_far_they_reach():
+def test_each_op_that_reads_integers_states_their_bounds():
     """Op and kernel clamp lengths, so these have no bound."""
     free = {("Conv1dStepNTokens", "lengths")}
     reading = {
@@ -258,7 +258,7 @@ OF_INDICES = {
 
 
 @pytest.mark.parametrize("name", OF_INDICES)
-def test_an_index_out_of_range_in_a_trace_gives_nan_and_others_what_they_should(name):
+def test_a_traced_index_out_of_range_gives_nan_and_others_right_values(name):
     call, right, wrong = OF_INDICES[name]
     if name in ("gather_experts", "kv_cache_append"):
         traced = mx.compile(call)
@@ -274,7 +274,7 @@ def test_an_index_out_of_range_in_a_trace_gives_nan_and_others_what_they_should(
         assert np.isnan(np.array(traced(mx.array(indices)))).all()
 
 
-def test_a_function_over_a_batch_is_bounded_for_each_of_its_members():
+def test_a_vmapped_function_checks_each_member():
     out = mx.vmap(lambda i: ops.embedding(i, TABLE))(mx.array([[1, 2], [3, 11]]))
     close(out[0], ops.embedding(mx.array([1, 2]), TABLE))
     assert np.isnan(np.array(out[1])).all()
@@ -289,7 +289,7 @@ def test_experts_that_are_visited_one_by_one_cannot_be_traced():
 
 
 @pytest.mark.sampled
-def test_streamed_experts_are_those_of_the_file_whatever_has_a_slot(
+def test_streamed_experts_are_those_of_the_file_whichever_have_slots(
     executor,  # noqa: F811
     tmp_path,
 ):

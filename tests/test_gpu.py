@@ -46,7 +46,7 @@ LIMIT = 2e-3
 
 @on_gpu
 @pytest.mark.parametrize("name", KERNELS)
-def test_a_kernel_gives_what_its_reference_gives(device, name):
+def test_a_kernel_gives_the_result_of_its_reference(device, name):
     executor, kernel = open_executor(device), KERNELS[name]
     results = [
         check(kernel, dtype, sizes, executor.run)
@@ -57,7 +57,7 @@ def test_a_kernel_gives_what_its_reference_gives(device, name):
 
 
 @on_gpu
-def test_ops_give_by_every_way_what_their_references_give(device, monkeypatch):
+def test_ops_give_the_result_of_their_reference_by_every_way(device, monkeypatch):
     executor, wrong = open_executor(device), []
     for spec in (*SPECS, *KERNEL_SPECS):
         case = spec.build()

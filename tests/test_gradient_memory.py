@@ -133,7 +133,9 @@ FAMILIES = ["native", "qwen3_moe", "gpt_oss"]
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_gradient_is_given_is_what_it_takes(written, held, family):
+def test_the_memory_reserved_for_a_gradient_is_the_memory_it_uses(
+    written, held, family
+):
     """Steps have shapes that were never measured, also with layers recomputed."""
     model = with_adapters(load(written(family), "4GB"))
     for again, n_seqs, t in ((False, 3, 40), (False, 1, 190), (True, 2, 60)):
@@ -157,7 +159,9 @@ def least_of(message: str) -> int:
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("family", FAMILIES)
-def test_too_little_is_refused_and_the_least_gives_stocks_gradients(written, family):
+def test_too_little_memory_is_refused_and_the_minimum_gives_stocks_gradients(
+    written, family
+):
     path = written(family)
     with pytest.raises(BudgetError) as caught:
         load(path, OWN_BYTES + device.PROCESS_GROWTH_BYTES + (11 << 18))
@@ -178,7 +182,7 @@ def test_too_little_is_refused_and_the_least_gives_stocks_gradients(written, fam
 
 
 @pytest.mark.parametrize("family", ["native", "qwen3_moe"])
-def test_experts_that_were_all_here_give_way_and_come_back(written, family):
+def test_resident_experts_are_evicted_and_return(written, family):
     path = written(family)
     whole = load(path, "4GB")
     streamer, most = whole.streamer, whole.streamer.n_slots
@@ -211,7 +215,7 @@ def test_experts_that_were_all_here_give_way_and_come_back(written, family):
 
 
 @pytest.mark.slow
-def test_a_prompt_through_adapters_has_the_room_that_modules_take(tmp_path):
+def test_a_prompt_through_adapters_has_memory_for_its_modules(tmp_path):
     """mlx-lm's attention modules keep all their scores, unlike our graphs."""
     sizes = dict(num_attention_heads=16, num_key_value_heads=4, num_hidden_layers=2)
     model = load(make_qwen3_moe(tmp_path / "native", **sizes), "4GB")
@@ -230,7 +234,7 @@ def test_a_prompt_through_adapters_has_the_room_that_modules_take(tmp_path):
     assert of_graphs < taken <= model.runtime.keeper.scratch_bytes
 
 
-def test_no_measured_call_is_beyond_what_is_foretold():
+def test_no_measured_call_exceeds_its_prediction():
     few, wide, long = 1000, 3900, 5200
     taken = Taken.of(4, few, wide, long)
     for (n_seqs, t), peak in (((1, 4), few), ((4, 4), wide), ((1, 16), long)):

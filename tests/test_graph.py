@@ -242,7 +242,7 @@ def test_the_dump_of_a_small_graph(graph, pool):
     )
 
 
-def test_the_dump_of_nothing_is_empty(graph):
+def test_the_dump_of_an_empty_graph_is_empty(graph):
     assert graph.dump() == "" and graph.labels() == [] and graph.cost() == Cost()
 
 
@@ -266,7 +266,7 @@ def test_a_read_before_any_write_is_found(graph, pool):
     )
 
 
-def test_an_in_place_op_does_not_write_what_it_reads_first(graph, pool):
+def test_an_in_place_op_does_not_initialise_its_input(graph, pool):
     x = rows(pool, b.AttnOutBuf, "attended")
     gate = pool.alloc(b.QGateBuf, (N, DIM), "gate", persistent=True)
     graph.push(ops.SigmoidGateNTokens(label="g", x=x, gate=gate, dim=DIM, n_tokens=N))

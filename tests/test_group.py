@@ -124,7 +124,7 @@ def test_ranks_that_divide_the_layers_give_one_ranks_bits(models, alone):
     assert first["fails"].startswith("PeerError: [group] call: expected every rank")
 
 
-def test_any_number_of_ranks_goes_on_from_a_state(models):
+def test_any_number_of_ranks_continues_from_a_state(models):
     model, _ = moeflux_mlx.load(models / "pack", expert_memory=SMALL, native=False)
     cache = make_prompt_cache(model)
     mx.eval(model(mx.array(ranks.PROMPT), cache=cache))
@@ -145,7 +145,7 @@ def test_any_number_of_ranks_goes_on_from_a_state(models):
     assert ranks.continued(model, models / "several") == expected
 
 
-def test_no_bit_changes_on_the_way(models):
+def test_no_bit_changes_between_ranks(models):
     for outcome in run(models, 2, ranks.exact):
         for dtype, (found, expected) in outcome.items():
             assert found == expected, dtype
@@ -183,7 +183,7 @@ def test_a_rank_that_fails_ends_the_call_of_all_and_no_more(models, alone):
         assert "the same kind of memory bound" in outcome["bounds"]
 
 
-def test_ranks_that_choose_otherwise_follow_rank_0(models, alone):
+def test_ranks_that_choose_other_experts_follow_rank_0(models, alone):
     for outcome in run(models, 2, ranks.part):
         assert "expected every rank to choose the same" in outcome.pop("no layer")
         for how, found in outcome.items():
@@ -233,7 +233,7 @@ def words(models: Path) -> list[object]:
 
 
 @pytest.mark.slow
-def test_the_command_prints_once_what_one_process_prints(models, capfd):
+def test_the_command_prints_the_text_of_one_process_once(models, capfd):
     assert main([*map(str, words(models)), "--no-native"]) == 0
     text = capfd.readouterr().out.partition("┏")[0]
     command = [BIN / "mlx.launch", "-n", "2", "--backend", "ring", "--python"]

@@ -97,7 +97,7 @@ def test_cuda_has_values_as_arguments(gated):
 
 @simulated
 @pytest.mark.parametrize("name", KERNELS)
-def test_what_metal_gets_passes_the_lint_and_has_no_template(name):
+def test_source_for_metal_passes_the_lint_and_has_no_template(name):
     kernel = KERNELS[name]
     dtype = mx.bfloat16 if mx.bfloat16 in kernel.dtypes else kernel.dtypes[0]
     launch = kernel(*kernel.arguments(dtype, **kernel.sizes[0]))

@@ -168,7 +168,7 @@ def test_caches_are_put_back_when_a_call_fails_and_not_when_its_error_is_forgott
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("way", WAYS)
-def test_results_still_to_be_computed_survive_that_experts_give_way(checkpoint, way):
+def test_lazy_results_survive_the_eviction_of_their_experts(checkpoint, way):
     def run(*, gives_way: bool) -> list[np.ndarray]:
         options = {"expert_io": "pread", **WAYS[way]}
         model = moeflux_mlx.load(checkpoint, expert_memory="8GB", **options)[0]
@@ -187,7 +187,7 @@ def test_results_still_to_be_computed_survive_that_experts_give_way(checkpoint, 
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_thread_may_shrink_what_another_ones_results_still_read(
+def test_a_thread_may_shrink_a_pool_that_lazy_results_of_another_read(
     checkpoint, way, in_thread
 ):
     options = {"expert_io": "pread", **WAYS[way]}

@@ -74,7 +74,7 @@ def test_experts_make_room_for_kept_prompts_down_to_their_floor(model, kept):
     assert kept.fetch_nearest_cache("model", [0, 1, 5])[1] == [0, 1, 5]
 
 
-def test_where_nothing_is_kept_experts_fall_below_that_floor(model, kept):
+def test_without_kept_prompts_experts_fall_below_that_floor(model, kept):
     """A single request may take memory until the fewest possible experts remain."""
     others = []
     while model.streamer.n_slots >= N_SLOTS // 2:
@@ -100,7 +100,7 @@ def test_prompts_are_bounded_by_the_plan(model, kept):
     assert 0 < len(bounded) * 58e3 < most
 
 
-def test_what_is_fetched_counts_beside_what_is_kept(model, kept):
+def test_fetched_prompts_count_beside_kept_ones(model, kept):
     while model.streamer.n_slots == N_SLOTS:
         kept.insert_cache("model", [len(kept), 1], rows_of(model, 64))
         decode(model)

@@ -44,7 +44,9 @@ SMALL = [
 
 
 @pytest.mark.parametrize(("kernel", "dtype", "sizes"), CASES)
-def test_a_kernel_gives_what_its_reference_gives_in_any_schedule(kernel, dtype, sizes):
+def test_a_kernel_gives_the_result_of_its_reference_in_any_schedule(
+    kernel, dtype, sizes
+):
     for seed in range(N_SEEDS):
         executor = SimExecutor(checked=False, seed=seed)
         result = check(kernel, dtype, sizes, executor.run)
@@ -82,7 +84,7 @@ def test_every_metal_function_is_registered_and_every_registration_has_one():
     assert set(KERNELS) == set(library().kernels)
 
 
-def test_not_a_number_in_an_output_is_an_infinite_error():
+def test_nan_in_an_output_is_an_infinite_error():
     assert relative_error(mx.array([np.nan, 1.0]), mx.array([0.0, 1.0])) == np.inf
 
 

@@ -175,7 +175,7 @@ def test_buckets_one_after_another_give_each_token_its_sum():
     assert relative_error(acc, out) < 1e-6
 
 
-def test_arguments_that_no_launch_may_see_are_refused(pool):
+def test_arguments_that_no_launch_accepts_are_refused(pool):
     x, slots, up = normal(D), mx.array(SLOTS), pool.up.records
     with pytest.raises(KernelError, match=r"moe_softmax_topk.*logits.*E <= 512"):
         moe.moe_softmax_topk(normal(1, 513), 2)

@@ -153,7 +153,7 @@ ANY_SIZES: dict[str, st.SearchStrategy[dict[str, int]]] = {
 # Shapes differ at every run. Each needs its own source, compiled in about a second.
 @settings(max_examples=2)
 @given(data=st.data())
-def test_a_kernel_gives_what_its_reference_gives_at_any_shape(name, data):
+def test_a_kernel_gives_the_result_of_its_reference_at_any_shape(name, data):
     kernel = KERNELS[name]
     dtype = data.draw(st.sampled_from(kernel.dtypes), "dtype")
     sizes = data.draw(ANY_SIZES[name], "sizes")
@@ -224,7 +224,7 @@ LAUNCHES = [
 
 @pytest.mark.sampled
 @pytest.mark.parametrize(("name", "module", "constants", "values"), LAUNCHES)
-def test_macs_launch_otherwise_than_cuda_and_give_the_same_bits(
+def test_launches_on_macs_differ_from_cudas_and_give_the_same_bits(
     name, module, constants, values, monkeypatch
 ):
     kernel, launches, outputs = KERNELS[name], [], []
@@ -289,7 +289,7 @@ def test_step_sequence_and_chunks_of_the_delta_rule_agree(strong):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", [1, 15, 16, 17, 33])
-def test_the_delta_rule_goes_on_from_where_it_was_left(split):
+def test_the_delta_rule_continues_from_its_state(split):
     sizes = {"b": 1, "t": 34, "hk": 1, "hv": 1, "dk": 64, "dv": 9}
     name = "gated_delta_net_chunkwise"
     args = KERNELS[name].arguments(mx.float32, **sizes)

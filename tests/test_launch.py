@@ -105,7 +105,7 @@ def test_a_launch_is_put_into_the_order_of_the_signature(use):
         assert ready.output_dtypes == [mx.float16, mx.float32]
 
 
-def test_a_number_may_come_as_an_array_of_one_value(use):
+def test_a_number_may_be_an_array_of_one_value(use):
     for value in (mx.array(7, mx.uint32), mx.array([7], mx.uint32), np.int64(7), 7):
         found = prepare(changed("inputs", n=value)).inputs[3]
         assert (found.shape, found.item()) == ((), 7)
@@ -227,7 +227,7 @@ def test_the_limits_themselves_are_allowed(use):
         (changed("types", V=mx.float32), r"types: expected .*'U'.* but got \['V'\]"),
     ],
 )
-def test_names_are_the_signature_s(use, launch, message):
+def test_names_are_those_of_the_signature(use, launch, message):
     with pytest.raises(KernelError, match=rf"^\[every\] {message}"):
         prepare(launch)
 
@@ -381,7 +381,7 @@ def test_expect_refuses_any_other_shape():
             expect("x", value, (3, 8))
 
 
-def test_require_says_what_was_wanted_and_what_came():
+def test_require_states_the_expected_and_the_given_value():
     require("n", True, "anything", 3)
     with pytest.raises(KernelError, match=r"^n: expected a prime but got 4$"):
         require("n", False, "a prime", 4)
@@ -473,7 +473,7 @@ def test_scalars_that_vary_are_named_and_are_the_signature_s(use, monkeypatch):
     assert dict(base.FIXED) == {"every": {"eps"}}
 
 
-def test_an_argument_that_is_none_is_named_with_its_kernel():
+def test_an_argument_of_none_is_named_with_its_kernel():
     add = KERNELS["residual_add"]
     with pytest.raises(KernelError, match=r"^\[residual_add\] b: expected an mx.array"):
         add(mx.ones((3,)), 3)
@@ -613,7 +613,7 @@ def test_a_view_with_strides_is_accepted_as_it_is(name):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_samples_launch_what_the_reference_returns(name):
+def test_samples_launch_the_outputs_of_the_reference(name):
     found = KERNELS[name]
     for dtype in found.dtypes:
         for i in range(len(found.sizes)):

@@ -118,7 +118,7 @@ def test_an_empty_graph_needs_nothing():
     assert greedy_color({}).n_colors == 0
 
 
-def test_what_comes_from_outside_is_not_planned(block):
+def test_values_from_outside_are_not_planned(block):
     assert "x" not in by_label(block, analyze_lifetimes(block))
 
 
@@ -358,7 +358,7 @@ def test_results_have_the_same_bits_with_and_without_the_plan(program):
 
 @randomly
 @given(programs())
-def test_values_are_let_go_after_their_last_use(program):
+def test_values_are_freed_after_their_last_use(program):
     program.pool.commit_plan(program.graph)
     program.start()
     encoding = EXECUTOR.begin_encoding(program.pool, program.weights)
@@ -371,7 +371,7 @@ def test_values_are_let_go_after_their_last_use(program):
 
 @randomly
 @given(programs())
-def test_the_planned_peak_covers_what_each_op_keeps_alive(program):
+def test_the_planned_peak_covers_the_values_alive_at_each_op(program):
     graph, infos = program.graph, program.pool.infos
     peak = planned_peak_bytes(graph)
     results = program.results() - program.given.keys()

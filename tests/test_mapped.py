@@ -166,7 +166,7 @@ def test_where_mlx_takes_no_mapped_memory_experts_are_read(store):
         opened(store, io="mmap", on_host=False)
 
 
-def test_what_cannot_be_mapped_as_asked_is_an_error(store, checkpoint):
+def test_an_impossible_mapping_is_an_error(store, checkpoint):
     with pytest.raises(BudgetError, match=rf"at least {all_bytes(store)} bytes"):
         opened(store, all_bytes(store) - 1, io="mmap")
     with (

@@ -61,7 +61,7 @@ def parts(plan: memory.MemoryPlan) -> int:
     return fixed + plan.scratch_bytes + plan.cache_bytes + plan.expert_bytes
 
 
-def test_a_plan_gives_experts_what_the_rest_leaves(packed, least):
+def test_a_plan_gives_experts_the_remaining_memory(packed, least):
     slot = load(packed, "1GB").streamer.slot_bytes
     for n_more in (0, 1, 5):
         plan = plan_load(packed, least + n_more * slot)
@@ -70,14 +70,14 @@ def test_a_plan_gives_experts_what_the_rest_leaves(packed, least):
         assert plan.process_bytes == OWN_BYTES + device.PROCESS_GROWTH_BYTES
 
 
-def test_with_memory_to_spare_everything_is_held(packed, own_bytes):
+def test_with_enough_memory_all_experts_are_held(packed, own_bytes):
     plan = plan_load(packed, "1GB")
     assert plan.n_slots == plan.n_experts == 32
     assert plan.chunk_tokens == 2048 and plan.unpack
     assert parts(plan) < plan.budget_bytes
 
 
-def test_too_little_memory_states_the_least_and_what_takes_it(packed, least):
+def test_too_little_memory_states_the_minimum_and_its_parts(packed, least):
     with pytest.raises(BudgetError) as caught:
         load(packed, least - 1)
     message = str(caught.value)
@@ -135,7 +135,7 @@ def slots_left(model, n_tokens, n_rows, *, chunk):
     return (room - streamer.slack_bytes) // streamer.slot_bytes
 
 
-def test_experts_give_way_to_a_growing_cache_and_come_back(packed, least):
+def test_experts_are_evicted_for_a_growing_cache_and_return(packed, least):
     model = load(packed, least + (1 << 18))
     plan, streamer = model.runtime.plan, model.streamer
     sizes = range(memory.CACHE_STEP, 4096, memory.CACHE_STEP)
@@ -158,7 +158,7 @@ def test_experts_give_way_to_a_growing_cache_and_come_back(packed, least):
     # 3 chunks of up to 128, which read 20 each, or none if all can be held.
     [(12, 256, 10), (32, 128, 32)],
 )
-def test_experts_give_way_to_a_prompt_if_fewer_are_read(
+def test_experts_are_evicted_for_a_prompt_if_that_saves_reads(
     packed, least, most, chunk, n_slots
 ):
     model = load(packed, "1GB")
@@ -234,7 +234,7 @@ def test_a_call_without_caches_keeps_to_the_plan_too(packed, least):
     model(tokens[:, :8])
 
 
-def test_what_can_not_be_kept_is_refused(packed, own_bytes):
+def test_unusable_options_beside_memory_are_refused(packed, own_bytes):
     with pytest.raises(ConfigError, match=r"\[expert_io\] expected 'pread'"):
         load(packed, "1GB", expert_io="mmap")
     with pytest.raises(ConfigError, match=r"\[expert_memory\] expected bytes"):
@@ -249,7 +249,7 @@ def test_a_limit_that_is_refused_changes_nothing(packed, own_bytes):
     assert model.streamer.n_slots == 32
 
 
-def test_experts_all_in_memory_give_way_too(packed, least):
+def test_resident_experts_are_evicted_too(packed, least):
     prompt = list(range(1, 250))
     everything, expected = load(packed, "1GB"), load(packed, "1GB")
     assert everything.streamer.resident
@@ -302,7 +302,7 @@ def test_a_long_prompt_is_computed_in_chunks_that_fit(packed, least):
 @pytest.mark.parametrize("used", [0, 100, 256, 300])
 @pytest.mark.parametrize("t, step", [(1, 1), (300, 16), (300, 100), (300, 300)])
 @pytest.mark.parametrize("kind", [KVCache, lambda: BatchKVCache([0, 3])])
-def test_caches_become_as_long_as_their_room(kind, used, t, step):
+def test_predicted_allocations_equal_those_of_caches(kind, used, t, step):
     cache = kind()
 
     def append(n):
@@ -318,7 +318,7 @@ def test_caches_become_as_long_as_their_room(kind, used, t, step):
     assert found == cache.keys.shape[2]
 
 
-def test_a_call_is_decided_once_and_not_refused_in_its_middle(packed, least):
+def test_memory_for_a_call_is_decided_once_at_its_start(packed, least):
     model = load(packed, least + (1 << 20))
     keeper, asked = model.runtime.keeper, []
     make_room = keeper.make_room
@@ -337,7 +337,7 @@ def test_a_call_is_decided_once_and_not_refused_in_its_middle(packed, least):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_batch_that_fails_leaves_its_caches_as_they_were(fails):
+def test_a_failed_batch_leaves_its_caches_unchanged(fails):
     cache, other = (BatchKVCache([0, 2]) for _ in range(2))
     first, wrong, right = (mx.random.normal((2, 1, n, 4)) for n in (5, 3, 3))
     for c in (cache, other):
@@ -404,14 +404,14 @@ print((taken() - before) // 12)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is as Linux counts it")
-def test_a_model_that_is_dropped_leaves_little_behind():
+def test_a_deleted_model_leaves_little_memory_in_use():
     """Lazy random numbers from its creation alone would leave 1 MB per load."""
     done = python("-c", LOADS, ROOT / "models" / "demo")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 400 << 10
 
 
-def test_what_no_plan_knew_of_makes_experts_give_way(packed, monkeypatch):
+def test_unplanned_memory_evicts_experts(packed, monkeypatch):
     plan = plan_load(packed, "1GB")
     model = load(packed, parts(plan) + (24 << 20))
     if device.process_bytes() is None:
@@ -452,7 +452,7 @@ def test_a_smaller_pool_must_be_clearly_faster(speeds, best):
 @pytest.mark.skipif(not device.prefers_host_arrays(), reason="copies are a CPU's")
 @pytest.mark.parametrize("unpack", [False, True], ids=["packed", "unpacked"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
-def test_weights_take_what_the_plan_counts(tmp_path, dtype, unpack):
+def test_weights_take_the_planned_memory(tmp_path, dtype, unpack):
     path = make_checkpoint(tmp_path / "model", dtype=dtype)
     model = moeflux_mlx.load(path)[0]
     text = model.language_model
@@ -534,7 +534,7 @@ def large(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
-def test_a_process_stays_under_its_budget_and_is_refused_without(large):
+def test_a_process_stays_under_its_budget_and_is_refused_without_one(large):
     path, tokens = large
     without = run_under_limit(path, limited=1)
     assert without.returncode == 1 and "BudgetError: [load]" in without.stderr
@@ -566,7 +566,9 @@ def control_group():
 
 
 @pytest.mark.slow
-def test_a_control_group_lets_it_live_and_has_it_refused_without(large, control_group):
+def test_a_control_group_spares_a_process_with_a_budget_and_it_is_refused_without(
+    large, control_group
+):
     path, tokens = large
     without = run_under_limit(path, limited=1, group=control_group)
     assert without.returncode == 1 and "BudgetError: [load]" in without.stderr

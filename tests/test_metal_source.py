@@ -116,7 +116,7 @@ def test_an_input_may_be_spelt_in_every_way_that_metal_allows(text, wanted):
 
 
 @pytest.mark.parametrize("attribute", ATTRIBUTES)
-def test_an_attribute_is_bound_to_our_name_from_what_mlx_gives(attribute):
+def test_an_attribute_is_bound_to_our_name_from_mlxs(attribute):
     numbers = ATTRIBUTES[attribute]
     for width in range(1, numbers + 1):
         kind = "uint" if width == 1 else f"uint{width}"
@@ -251,7 +251,7 @@ def test_a_number_has_a_type_of_its_own():
 
 
 @pytest.mark.parametrize("suffix", ["shape", "strides", "ndim"])
-def test_a_body_cannot_name_what_mlx_would_add(suffix):
+def test_a_body_cannot_use_names_that_mlx_adds(suffix):
     parameters = "device const float* x, constant uint& n, device float* y"
     for name in "xn":
         wanted = rf"^\[some.metal:2\] {name}_{suffix} is a name that MLX defines"
@@ -514,7 +514,7 @@ inline float pair(int x) { return 0.0f; }
 """
 
 
-def test_a_header_holds_what_the_kernel_reaches_and_nothing_else(make):
+def test_a_header_holds_only_declarations_that_the_kernel_reaches(make):
     found = make(USING, SHARED)
     assert found.header(found["first"]) == (
         "inline float deep(float x) { return x; }\n"
@@ -547,7 +547,7 @@ def test_a_body_has_our_names_of_the_attributes_and_no_comments(make):
     )
 
 
-def test_a_fingerprint_changes_with_what_the_kernel_uses_only(make):
+def test_a_fingerprint_changes_only_with_source_that_the_kernel_uses(make):
     before = make(USING, SHARED).fingerprint("first")
     commented = SHARED.replace("Used by all", "Another comment").replace("+ 1.0f", "")
     assert make(USING.replace("Why", "How"), commented).fingerprint("first") == before
@@ -662,7 +662,7 @@ def spelling(template: list[TemplateParameter], parameters: list) -> list[str]:
 
 @pytest.mark.slow
 @given(signatures())
-def test_any_valid_signature_is_read_as_it_was_meant(tmp_path_factory, signature):
+def test_any_valid_signature_is_read_correctly(tmp_path_factory, signature):
     template, parameters, text = signature
     path = tmp_path_factory.getbasetemp() / "any.metal"
     path.write_text(text)

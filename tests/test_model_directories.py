@@ -53,7 +53,9 @@ def test_an_error_shows_nothing_of_a_name_that_moves_the_terminal(
 
 
 @pytest.mark.parametrize("name", ["[a]", os.fsdecode(b"a\xffb")], ids=ascii)
-def test_mlx_lms_own_class_is_read_from_there_too(name, checkpoint, tmp_path):
+def test_mlx_lms_own_class_loads_from_a_directory_of_any_name(
+    name, checkpoint, tmp_path
+):
     path = Path(shutil.copytree(checkpoint, tmp_path / name))
     whole = moeflux_mlx.load(path, native=False)[0](TOKENS)
     streamed = moeflux_mlx.load(path, native=False, expert_memory="3MB")[0](TOKENS)
@@ -79,7 +81,7 @@ FILES += ["model-extra.safetensors", "special_tokens_map.json", "chat_template.j
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kind", [fifo, device, loop], ids=lambda kind: kind.__name__)
-def test_what_is_no_file_is_one_line_and_never_waited_for(
+def test_anything_but_a_file_ends_in_one_line_and_never_blocks(
     kind, name, checkpoint, tmp_path, capfd
 ):
     model = Path(shutil.copytree(checkpoint, tmp_path / "model"))

@@ -245,7 +245,7 @@ REFUSED = {
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("pair", STREAMED, indirect=True)
-def test_what_experts_from_files_cannot_be_is_refused(pair):
+def test_operations_that_experts_from_files_lack_are_refused(pair):
     model, _ = pair
     before = model(TOKENS)
     for name, (operation, message) in REFUSED.items():
@@ -270,7 +270,7 @@ def test_a_resident_model_is_changed_as_stocks(pair):
     assert agree(cast(ours), stocks(TOKENS).astype(mx.float32))
 
 
-def test_our_own_class_says_how_else_it_is_kept(directories):
+def test_pickling_our_own_class_names_another_way_to_save_it(directories):
     ours, _ = moeflux_mlx.load(directories["checkpoint"])
     with pytest.raises(ModelError, match=r"\[pickle\] .*mlx_lm\.utils\.save_model"):
         pickle.dumps(ours)
@@ -297,7 +297,9 @@ def test_streamed_dense_experts_are_not_quantised(native, tmp_path):
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", ["checkpoint", "packed", "door", "door_pack"])
 @pytest.mark.parametrize("memory", [None, "4MB"])
-def test_load_takes_what_mlx_lms_takes(directories, name, memory, tmp_path):
+def test_load_accepts_the_arguments_of_mlx_lms_load(
+    directories, name, memory, tmp_path
+):
     path = directories[name]
     plain = directories[name.replace("_pack", "").replace("packed", "checkpoint")]
     change = {"max_position_embeddings": 99}
@@ -318,7 +320,7 @@ def test_load_puts_adapters_in_their_place_of_the_signature(directories, tmp_pat
         assert agree(ours(TOKENS), stock(TOKENS))
 
 
-def test_what_load_returns_is_saved_as_a_whole_model(directories, tmp_path):
+def test_the_results_of_load_are_saved_as_a_complete_model(directories, tmp_path):
     path = directories["door_pack"]
     model, tokenizer, config = moeflux_mlx.load(
         path, return_config=True, expert_memory=LEAST
@@ -339,12 +341,12 @@ def test_what_load_returns_is_saved_as_a_whole_model(directories, tmp_path):
         ("trust_remote_code", None.__class__),
     ],
 )
-def test_load_names_an_argument_of_another_kind(directories, name, value):
+def test_load_names_an_argument_of_a_wrong_type(directories, name, value):
     with pytest.raises(ConfigError, match=rf"\[{name}\] expected a"):
         moeflux_mlx.load(directories["checkpoint"], **{name: value})
 
 
-def test_a_models_own_code_is_not_run_and_said_to_be(directories, tmp_path):
+def test_a_models_own_code_is_not_run_and_that_is_reported(directories, tmp_path):
     path = make_checkpoint(tmp_path / "own")
     config = (path / "config.json").read_text()
     (path / "config.json").write_text(config.replace("{", '{"model_file": "m.py",', 1))

@@ -62,7 +62,7 @@ def test_every_registered_op_has_a_case():
 
 
 @every_op
-def test_the_reference_gives_what_the_formula_says(case):
+def test_the_reference_gives_the_result_of_the_formula(case):
     for got, expected in zip(case.on_device_result(), case.expected(), strict=True):
         assert relative_rms(got, expected) < TOLERANCE
 

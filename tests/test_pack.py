@@ -222,7 +222,7 @@ def test_memory_stays_at_one_expert_whatever_the_size_of_a_stack(tmp_path):
 
 
 @pytest.mark.parametrize("exists", ["file", "empty", "pack", "broken link"])
-def test_what_exists_is_never_overwritten(exists, tmp_path, plain):
+def test_an_existing_target_is_never_overwritten(exists, tmp_path, plain):
     packed = tmp_path / "packed"
     if exists == "file":
         packed.write_text("precious")
@@ -355,7 +355,7 @@ def killed(tmp_path, plain):
 
 
 @pytest.mark.slow
-def test_a_killed_pack_goes_on_where_it_stopped(killed, tmp_path, plain):
+def test_a_killed_pack_continues_where_it_stopped(killed, tmp_path, plain):
     assert not (tmp_path / "packed").exists()
     finished = killed / "experts-000.bin"
     before = finished.stat()
@@ -417,7 +417,7 @@ def test_verify_finds_one_flipped_bit(name, tmp_path, plain):
         assert verify(packed).damaged == [(path, 1, 3)]
 
 
-def test_the_commands_pack_and_verify_tell_what_they_did(tmp_path, checkpoint):
+def test_the_commands_pack_and_verify_report_their_work(tmp_path, checkpoint):
     packed = tmp_path / "packed"
     done = moeflux("pack", checkpoint, packed, "--verify", "--alignment", 4096)
     assert done.returncode == 0, done.stderr

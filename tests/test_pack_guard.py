@@ -77,7 +77,7 @@ WRITTEN += [MODEL_FILE, "moeflux.json", f"{JOURNAL_NAME}.tmp", "config.json.tmp"
 @pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["link", "broken link", "second name", "pipe"])
 @pytest.mark.parametrize("name", WRITTEN)
-def test_nothing_is_written_through_what_lies_in_a_partial_folder(
+def test_nothing_is_written_through_files_in_a_partial_folder(
     name, kind, begun, plain, tmp_path, outside
 ):
     path = begun / name
@@ -118,7 +118,9 @@ def test_a_folder_of_templates_that_is_a_link_is_not_entered(
 
 
 @pytest.mark.parametrize("name", ["model-2.safetensors", "evil.py", ".hidden"])
-def test_what_no_run_wrote_is_neither_packed_nor_removed(name, begun, plain, tmp_path):
+def test_files_that_no_run_wrote_are_neither_packed_nor_removed(
+    name, begun, plain, tmp_path
+):
     (begun / name).write_text("laid beside")
     with pytest.raises(ExpertStoreError, match=name.replace(".", r"\.")):
         pack(plain, tmp_path / "packed")
@@ -254,9 +256,7 @@ def test_the_tokenizer_and_all_its_templates_are_those_of_the_original(tmp_path)
         assert one == other != ""
 
 
-def test_the_command_says_what_it_leaves_out_and_that_code_comes_along(
-    tmp_path, capsys
-):
+def test_the_command_lists_omitted_files_and_copied_code(tmp_path, capsys):
     plain = make_checkpoint(tmp_path / "plain")
     (plain / "mtp.safetensors").write_bytes(b"unused")
     (plain / "pytorch_model.bin").write_bytes(b"unused")
@@ -283,7 +283,9 @@ def more_layers(config):
 
 
 @pytest.mark.parametrize("spoil", [no_class, other_width, more_layers])
-def test_the_command_refuses_at_once_what_nothing_can_load(spoil, tmp_path, capsys):
+def test_the_command_refuses_at_once_a_model_that_nothing_can_load(
+    spoil, tmp_path, capsys
+):
     plain = make_checkpoint(tmp_path / "plain")
     config = json.loads((plain / "config.json").read_text())
     (plain / "config.json").write_text(json.dumps(spoil(config)))
@@ -292,9 +294,7 @@ def test_the_command_refuses_at_once_what_nothing_can_load(spoil, tmp_path, caps
     assert not list(tmp_path.glob("packed*"))
 
 
-def test_a_run_goes_on_where_the_disk_has_room_for_the_whole_and_no_more(
-    plain, whole, tmp_path
-):
+def test_a_run_needs_exactly_the_disk_space_of_the_pack(plain, whole, tmp_path):
     blocks = sum(-(-len(data) // 4096) for data in whole.values())
     # The journal briefly exists beside the manifest, and the folder takes a page.
     with tmpfs(tmp_path / "disk", 4096 * (blocks + 4)) as disk:
@@ -305,7 +305,7 @@ def test_a_run_goes_on_where_the_disk_has_room_for_the_whole_and_no_more(
         assert contents(disk / "packed") == whole
 
 
-def test_what_is_written_again_counts_as_free_and_what_is_kept_as_done(
+def test_files_to_rewrite_count_as_free_and_kept_files_as_done(
     begun, plain, whole, tmp_path, monkeypatch
 ):
     kept = sum(len(whole[f"experts-00{n}.bin"]) for n in (0, 1))
@@ -355,7 +355,7 @@ def test_bytes_that_did_not_reach_the_disk_are_an_error(plain, tmp_path, monkeyp
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/version"), reason="needs /proc")
-def test_a_volume_that_does_not_say_what_is_free_is_not_full():
+def test_a_volume_of_unknown_free_space_is_not_full():
     with open("/proc/version") as file:
         assert volume.free_bytes(file.fileno()) is None
 
@@ -404,7 +404,7 @@ def test_a_changed_model_file_is_seen_by_verify_and_by_loading(
             action(copy)
 
 
-def test_what_packing_writes_itself_and_what_is_hidden_is_not_copied(tmp_path):
+def test_files_that_packing_writes_and_hidden_files_are_not_copied(tmp_path):
     plain = make_checkpoint(tmp_path / "plain")
     (plain / ".cache").mkdir()
     for name in (".gitattributes", JOURNAL_NAME, MODEL_FILE):

@@ -56,7 +56,7 @@ def test_a_buffer_reads_as_zeros_until_it_is_written(buffer):
     assert pool.handle(buf).dtype == pool.info(buf).dtype
 
 
-def test_what_is_uploaded_comes_back(buffer):
+def test_uploaded_values_are_downloaded_unchanged(buffer):
     pool, buf, values = buffer
     pool.upload(buf, values)
     assert np.array_equal(fetch(pool, buf, values), values)
@@ -215,7 +215,7 @@ def test_an_id_of_no_buffer_is_refused_everywhere(pool, index):
             use(bad)
 
 
-def test_reset_forgets_what_follows_the_last_persistent_buffer(pool):
+def test_reset_forgets_buffers_after_the_last_persistent_one(pool):
     scratch = pool.alloc(b.HiddenBuf, (N, DIM), "scratch")
     kept = pool.alloc(b.HiddenBuf, (N, DIM), "kept", persistent=True)
     gone = pool.alloc(b.HiddenBuf, (N, DIM), "gone")

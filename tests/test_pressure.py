@@ -101,7 +101,7 @@ SYSTEM = "proc/pressure/memory"
         ),
     ],
 )
-def test_linux_says_what_it_is_short_of(files, expected, tmp_path):
+def test_linux_reports_low_memory(files, expected, tmp_path):
     mounts = V2.format(top="/", at="/" + GROUPS)
     root = make_root(tmp_path, "0::/a/b\n", mounts, files)
     assert memory_pressure(root) is expected
@@ -126,7 +126,7 @@ def test_a_file_that_cannot_be_read_is_no_pressure(tmp_path):
         (None, NORMAL),
     ],
 )
-def test_macos_says_it_by_a_number(number, expected, monkeypatch):
+def test_macos_reports_low_memory_by_a_number(number, expected, monkeypatch):
     monkeypatch.setattr(pressure, "_macos_level", lambda: number)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert memory_pressure() is expected
@@ -164,7 +164,7 @@ class Watched:
         return sizes
 
 
-def test_a_pool_becomes_smaller_step_by_step_down_to_what_a_token_needs(capsys):
+def test_a_pool_shrinks_step_by_step_down_to_the_need_of_a_token(capsys):
     watched = Watched()
     assert watched.slots(10, NORMAL) == []
     assert watched.slots(STEP_SECONDS, WARNING) == [48]
@@ -192,7 +192,7 @@ def test_it_grows_back_slowly_once_the_system_is_calm(capsys):
     assert watched.slots(10 * CALM_SECONDS, NORMAL) == []
 
 
-def test_the_system_is_looked_at_once_a_second_at_most():
+def test_the_system_is_checked_at_most_once_a_second():
     watched = Watched()
     watched.slots(20, WARNING)
     assert watched.n_looks == 20 / LOOK_SECONDS
@@ -231,7 +231,7 @@ def decode(model, stated=None):
 @pytest.mark.parametrize(
     "bound", [{"memory": "1GB"}, {"expert_memory": "1GB"}], ids=["plan", "no-plan"]
 )
-def test_logits_stay_the_same_while_experts_give_way(packed, hurried, native, bound):
+def test_logits_stay_the_same_while_experts_are_evicted(packed, hurried, native, bound):
     expected, held = decode(moeflux_mlx.load(packed, native=native, **bound)[0])
     model = moeflux_mlx.load(packed, native=native, **bound)[0]
     most, least = model.streamer.n_slots, model.streamer.least_slots
@@ -280,7 +280,7 @@ def test_experts_that_a_gradient_reads_stay(packed, hurried):
     assert sizes == [most] * N_TOKENS and len(found) == N_TOKENS
 
 
-def test_what_the_system_is_short_of_is_nothing_to_a_gpu_with_its_own(monkeypatch):
+def test_low_system_memory_does_not_concern_a_gpu_with_its_own_memory(monkeypatch):
     monkeypatch.setattr(device, "system_pressure", lambda: CRITICAL)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     assert device.memory_pressure() is CRITICAL

@@ -139,7 +139,7 @@ DOUBTFUL = [opened, linked, piped, pytest.param(planted, marks=root)]
 
 
 @pytest.mark.parametrize("spoil", DOUBTFUL)
-def test_records_that_others_could_have_written_count_for_nothing(spoil, cache):
+def test_records_that_others_could_have_written_are_ignored(spoil, cache):
     record = verified.Record("metal", "m", "2026-01-01", "1", {})
     verified.remember(record, ())
     path = cache / "verified-metal.json"

@@ -148,7 +148,7 @@ def test_a_prompt_counts_no_more_experts_than_there_are(checkpoint, executor):
 
 
 @pytest.mark.parametrize("executor", ["ops", "traced"])
-def test_a_model_goes_on_as_if_it_had_not_been_profiled(checkpoint, executor):
+def test_profiling_leaves_no_effect_on_a_model(checkpoint, executor):
     model = load(checkpoint, executor)
 
     def logits():
@@ -224,7 +224,7 @@ def test_a_device_timer_takes_links_off_and_says_when_the_host_was_in_it():
     assert timing == Timing(0.0, False)
 
 
-def test_only_where_the_host_is_not_what_computes_do_launches_cost_extra():
+def test_launches_cost_extra_only_where_the_host_does_not_compute():
     ticks = itertools.count()
     assert HostTimer(3, lambda: next(ticks)).launch_seconds() == 0
     found = DeviceTimer(3, lambda: next(ticks)).launch_seconds()
@@ -354,7 +354,7 @@ def test_the_command_prints_and_writes_every_row(checkpoint, tmp_path, capsys):
     assert "MoeDecodeExperts" in {row["ops"] for row in steps}
 
 
-def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch, tmp_path):
+def test_a_plot_without_matplotlib_names_the_extra_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match=r"pip install 'moeflux-mlx\[plot\]'"):
         check_plot(tmp_path / "x.png")

@@ -124,7 +124,7 @@ def test_reads_of_a_batch_end_in_any_order(file, monkeypatch):
     pool.close()
 
 
-def test_what_is_cancelled_is_not_waited_for(file, monkeypatch):
+def test_cancelled_reads_are_not_awaited(file, monkeypatch):
     preadv, begun, go_on = os.preadv, threading.Event(), threading.Event()
 
     def held(*args):
@@ -261,7 +261,7 @@ def test_a_read_of_several_spans_names_the_file_that_ends_early(
 
 
 @pytest.mark.parametrize("step", ["begin", "read", "finish"])
-def test_an_error_that_nobody_expects_is_the_reads_own_and_ends_no_thread(
+def test_an_unexpected_error_belongs_to_its_read_and_ends_no_thread(
     file, monkeypatch, step
 ):
     def broken(*_):

@@ -51,7 +51,7 @@ def published() -> list:
 @simulated
 @pytest.mark.skipif(not (MLX / "sdpa_vector.h").exists(), reason="MLX came without it")
 @pytest.mark.parametrize(("width", "allowed"), [(256, 1024), (512, 832)])
-def test_the_estimate_is_near_what_a_mac_allows_kernels_of_mlx(width, allowed):
+def test_the_estimate_is_near_the_limits_of_a_mac_for_mlxs_kernels(width, allowed):
     """An M1 runs MLX's attention of one token with 1024 threads at 256, 832 at 512."""
     text = (MLX / "sdpa_vector.h").read_text()
     constant = r"constant (bool|int) (\w+) \[\[function_constant\(\d+\)\]\];"

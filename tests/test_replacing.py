@@ -106,7 +106,7 @@ def check_held(streamer, expected):
     scope=st.sampled_from(["global", "layer"]),
     runs_ahead=st.booleans(),
 )
-def test_experts_are_right_whatever_the_size_becomes(
+def test_experts_are_right_after_any_change_of_size(
     store, expected, steps, n_slots, scope, runs_ahead
 ):
     options = {"scope": scope, "runs_ahead": runs_ahead}
@@ -148,7 +148,7 @@ REFUSED = BudgetError("[pool] cannot allocate")
         (24, 18, 9, REFUSED, CALLS[:2]),
     ],
 )
-def test_whatever_ends_a_change_of_size_loses_nothing(
+def test_an_interrupted_change_of_size_loses_nothing(
     store, expected, n_slots, begin, end, error, calls, monkeypatch
 ):
     """End it before and after each of the calls that it makes."""

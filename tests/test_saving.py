@@ -89,7 +89,7 @@ def test_save_model_writes_the_whole_model(streamed, checkpoint, tmp_path):
     assert streamed(PROMPT).shape == (1, 3, 320)
 
 
-def test_what_was_kept_from_before_writes_nothing(streamed, tmp_path):
+def test_a_function_imported_before_the_model_writes_nothing(streamed, tmp_path):
     with pytest.raises(ModelError, match=r"\[save\] .* nothing is written: import it"):
         KEPT(tmp_path / "out", streamed)
     assert [*tmp_path.glob("out/*")] == []
@@ -116,7 +116,7 @@ def test_save_weights_writes_nothing_where_experts_cannot_go(streamed, tmp_path)
 
 
 @pytest.mark.sampled
-def test_save_leaves_what_was_there(streamed, packed, tmp_path):
+def test_save_leaves_existing_files(streamed, packed, tmp_path):
     _, tokenizer, config = load(str(packed), trust_remote_code=True, return_config=True)
     (tmp_path / "kept").write_text("kept")
     save(tmp_path, packed, streamed, tokenizer, config)
@@ -136,7 +136,7 @@ def damaged(packed, tmp_path):
     return copied
 
 
-def test_of_a_damaged_expert_nothing_has_a_name(damaged, tmp_path):
+def test_a_damaged_expert_leaves_no_named_file(damaged, tmp_path):
     memory = POOL_ALIGNMENT + 9 * 20_000
     model = moeflux_mlx.load(damaged, expert_memory=memory)[0]
     for write in (
@@ -160,7 +160,7 @@ DENSE = [
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("more", MORE)
-def test_convert_of_a_pack_writes_what_it_writes_of_the_checkpoint(
+def test_convert_of_a_pack_equals_that_of_the_checkpoint(
     checkpoint, packed, tmp_path, more
 ):
     for path, name in ((packed, "out"), (checkpoint, "stock")):
@@ -192,7 +192,7 @@ def assert_alike(one: Path, other: Path, call=logits) -> None:
 
 
 @pytest.mark.parametrize("more", [[], ["--dequantize"]])
-def test_fuse_of_a_pack_writes_what_it_writes_of_the_checkpoint(
+def test_fuse_of_a_pack_equals_that_of_the_checkpoint(
     checkpoint, packed, tmp_path, more
 ):
     adapter = adapters(tmp_path / "adapters")
@@ -231,7 +231,7 @@ def test_convert_of_a_pack_of_mlx_lms_class_is_the_checkpoints(
         ("quant.gptq", [], "mlx_lm.gptq on DIR"),
     ],
 )
-def test_what_would_change_experts_ends_before_anything_is_written(
+def test_commands_that_would_change_experts_end_before_writing(
     packed, tmp_path, monkeypatch, name, flags, way
 ):
     monkeypatch.chdir(tmp_path)
@@ -261,7 +261,7 @@ def dense_pack(tmp_path_factory) -> Path:
     return folder / "packed"
 
 
-def test_the_way_that_is_named_leads_there(dense_pack, tmp_path):
+def test_the_way_named_in_the_error_works(dense_pack, tmp_path):
     unpack(dense_pack, tmp_path / "plain")
     for path, name in ((tmp_path / "plain", "out"), (dense_pack.parent / "plain", "b")):
         flags = ["--mlx-path", tmp_path / name, "-q", "--q-group-size", "32"]
@@ -282,7 +282,7 @@ def test_a_dequantised_model_is_saved_and_not_called(streamed, checkpoint, tmp_p
         model(PROMPT)
 
 
-def test_what_experts_did_not_hear_of_is_not_saved(streamed, tmp_path):
+def test_a_change_that_experts_did_not_follow_is_not_saved(streamed, tmp_path):
     kept = utils.dequantize_model.__wrapped__
     with pytest.raises(ModelError, match="quantised matrices besides experts"):
         utils.save_model(tmp_path / "out", kept(streamed))

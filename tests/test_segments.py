@@ -75,7 +75,7 @@ class FewNeeds:
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("scope", ["global", "layer"])
-def test_plans_keep_to_what_a_mac_allows(machine, model, scope, monkeypatch):
+def test_plans_keep_to_the_limits_of_a_mac(machine, model, scope, monkeypatch):
     physical, buffer, working_set = MACHINES[machine]
     counts, top_k, stride = MODELS[model]
     limited(monkeypatch, buffer, working_set)
@@ -307,7 +307,7 @@ def test_segments_change_no_bit_of_mlx_lms_own_classes(
     assert np.array_equal(logits(model, sizes), expected)
 
 
-def test_inspect_says_what_was_capped_by_what(packed, stride, monkeypatch, capsys):
+def test_inspect_names_each_cap_and_its_cause(packed, stride, monkeypatch, capsys):
     monkeypatch.setattr(memory, "own_bytes", lambda: 100 * MIB)
     limited(monkeypatch, allocated_bytes(9, stride), 600_000_000)
     plan = plan_load(packed, "1GB")

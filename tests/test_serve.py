@@ -160,7 +160,7 @@ WRONG_BODIES = [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 10**5]
 WRONG_BODIES += [b'{"prompt": "x", "temperature": NaN}', b'{"top_k": 1' + b"0" * 9999]
 
 
-def test_what_is_no_request_gets_a_status_and_a_reason_and_harms_nobody(
+def test_an_invalid_request_gets_a_status_and_a_reason_and_harms_no_other(
     client, answers
 ):
     before = client.settled()
@@ -187,7 +187,7 @@ def test_what_is_no_request_gets_a_status_and_a_reason_and_harms_nobody(
     assert after[name] - before.get(name, 0) == n_wrong
 
 
-def test_what_is_no_http_of_ours_gets_a_status(client, answers):
+def test_unsupported_http_gets_a_status(client, answers):
     assert client.post("/v1/nothing", {}).status == 404
     assert client.get("/../../etc/passwd").status == 404
     assert client.get("/v1/models/etc").status == 200
@@ -202,7 +202,7 @@ def test_what_is_no_http_of_ours_gets_a_status(client, answers):
     assert client.complete(PROMPTS[1]) == answers[PROMPTS[1]]
 
 
-def test_a_web_page_of_others_is_answered_only_if_it_is_allowed(client, packed):
+def test_a_foreign_web_page_is_answered_only_if_allowed(client, packed):
     own = {"Origin": client.address}
     assert client.get("/health", **own).status == 200
     for headers in ({"Origin": "http://evil.example"}, {"Host": "evil.example"}):
@@ -280,7 +280,7 @@ def test_a_client_that_hangs_up_ends_its_own_request_only(client, answers, strea
     assert client.metrics()[made] - before[made] < 4000
 
 
-def test_the_status_page_shows_what_there_is_and_nothing_of_others(
+def test_the_status_page_shows_the_server_and_nothing_of_its_clients(
     packed, tmp_path, answers
 ):
     name = "<b>&\"'<script>"
@@ -368,7 +368,7 @@ def test_kept_prompts_are_in_the_plan_and_a_request_too_large_fails_alone(tmp_pa
 
 
 @pytest.mark.parametrize("fields", [{}, {"seed": 1}], ids=["batch", "alone"])
-def test_a_second_turn_reads_only_what_is_new(client, checkpoint, fields):
+def test_a_second_turn_computes_only_new_tokens(client, checkpoint, fields):
     """Linear attention's states cannot be trimmed, so prompts are kept per turn."""
     first = [{"role": "user", "content": f"one {fields} " * 9}]
     more = {"role": "assistant", "content": "two"}, {"role": "user", "content": "three"}
@@ -417,7 +417,7 @@ def test_every_flag_of_stocks_server_is_there():
         [],
     ],
 )
-def test_a_server_that_cannot_begin_says_why_in_one_line(
+def test_a_server_that_cannot_start_says_why_in_one_line(
     args, checkpoint, packed, tmp_path
 ):
     places = {"none": tmp_path / "none", "packed": packed, "plain": checkpoint}

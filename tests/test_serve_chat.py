@@ -131,7 +131,7 @@ def said(events: list[dict], what: str) -> Any:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("n_tokens", [1, 3])
-def test_tool_calls_are_stocks(both, token, stream, n_tokens):
+def test_tool_calls_equal_stocks(both, token, stream, n_tokens):
     fields = dict(tools=TOOLS, stream=stream, max_tokens=n_tokens)
     fields["logit_bias"] = {token[CALL]: 1000}
     ours, stock = told_by_both(both, **fields)
@@ -143,7 +143,7 @@ def test_tool_calls_are_stocks(both, token, stream, n_tokens):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_reasoning_is_stocks(both, token, stream):
+def test_reasoning_equals_stocks(both, token, stream):
     fields = dict(stream=stream, max_tokens=1, logit_bias={token[THOUGHT]: 1000})
     fields["chat_template_kwargs"] = {"think": True}
     ours, stock = told_by_both(both, **fields)
@@ -159,7 +159,7 @@ def test_a_broken_tool_call_harms_nobody(both, token, stream):
     assert ours == stock and said(ours, "tool_calls") == []
 
 
-def test_what_an_answer_may_carry_is_stocks(both):
+def test_all_fields_of_an_answer_equal_stocks(both):
     for fields in (
         dict(max_tokens=6, logprobs=True, top_logprobs=3),
         dict(max_tokens=6, stop=["!", "zz"]),

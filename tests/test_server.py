@@ -165,7 +165,7 @@ def test_requests_that_fail_are_told_why_and_harm_nobody(
 
 
 @pytest.mark.slow
-def test_long_chats_give_way_and_one_too_long_fails_alone(tmp_path):
+def test_long_chats_are_evicted_and_one_too_long_fails_alone(tmp_path):
     plain = make_checkpoint(
         tmp_path / "plain",
         num_key_value_heads=4,

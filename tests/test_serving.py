@@ -151,7 +151,7 @@ def test_caches_that_do_not_fit_end_the_longest_and_make_room_for_the_others(
         assert isinstance(error, BudgetError) if i in failed else error is None
 
 
-def test_what_gives_way_lets_a_call_go_on(tmp_path, monkeypatch):
+def test_dropping_kept_prompts_lets_a_call_continue(tmp_path, monkeypatch):
     """Kept prompts are dropped one by one, oldest first, until a new one fits."""
     path = make_checkpoint(
         tmp_path / "model", num_key_value_heads=4, head_dim=256, vocab_size=320

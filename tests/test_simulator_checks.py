@@ -183,7 +183,7 @@ def test_a_good_kernel_raises_no_false_alarm(name, seed):
 
 
 @pytest.mark.parametrize("name", WRONG_SPACES)
-def test_what_metal_refuses_to_compile_is_refused_with_its_line(name):
+def test_code_that_metal_refuses_is_refused_with_its_line(name):
     with pytest.raises(SimulatorError, match=r"broken\.metal:\d+.*error"):
         run(WRONG_SPACES[name], checked=False)
 

@@ -83,7 +83,7 @@ VARIANTS = {
 @pytest.mark.parametrize(("checked", "seed"), MODES, ids=["0", "1", "2", "checked"])
 @pytest.mark.parametrize("dtype", TYPES, ids=["f32", "bf16", "f16"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gated_delta_kernels_give_what_mlx_lms_operations_give(
+def test_gated_delta_kernels_equal_mlx_lms_operations(
     variant, dtype, checked, seed, load, monkeypatch
 ):
     monkeypatch.setattr(Simulated, "mode", (checked, seed))
@@ -117,7 +117,7 @@ def test_the_packed_kernel_gives_the_bits_of_the_explicit_tree(load):
 
 @pytest.mark.parametrize(("checked", "seed"), MODES, ids=["0", "1", "2", "checked"])
 @pytest.mark.parametrize("dtype", TYPES, ids=["f32", "bf16", "f16"])
-def test_the_state_space_kernel_gives_what_mlx_lms_operations_give(
+def test_the_state_space_kernel_equals_mlx_lms_operations(
     dtype, checked, seed, load, monkeypatch
 ):
     monkeypatch.setattr(Simulated, "mode", (checked, seed))

@@ -141,7 +141,7 @@ def check(streamer, plain, layer, experts) -> None:
 
 
 @pytest.mark.sampled
-def test_slots_hold_what_was_asked_for(runtime, store, plain, inline_bytes):
+def test_slots_hold_the_requested_experts(runtime, store, plain, inline_bytes):
     rng = np.random.default_rng(1)
     with stream(store, 5, inline_bytes=inline_bytes) as streamer:
         for _ in range(60):
@@ -214,7 +214,7 @@ def test_experts_are_copied_into_a_shorter_buffer_on_the_device(
         "cudaStreamSynchronize",
     ],
 )
-def test_what_cuda_refuses_is_an_error_of_that_read(
+def test_an_error_of_cuda_belongs_to_its_read(
     runtime, store, plain, inline_bytes, failing
 ):
     with stream(store, 5, inline_bytes=inline_bytes) as streamer:
@@ -294,7 +294,9 @@ def test_records_arrive_in_the_memory_of_a_gpu(store, plain, inline_bytes):
 
 
 @pytest.mark.cuda
-def test_a_shorter_buffer_has_what_moved_there_on_the_gpu(store, plain, inline_bytes):
+def test_a_shorter_buffer_holds_the_moved_experts_on_the_gpu(
+    store, plain, inline_bytes
+):
     with stream(store, 2 * N_EXPERTS - 2, inline_bytes=inline_bytes) as streamer:
         for layer in range(N_LAYERS):
             for first in range(0, N_EXPERTS - 1, 2):

@@ -131,7 +131,7 @@ def counters(model) -> dict[int, tuple[int, int, int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n_slots", [2, 7, 40])
-def test_logits_caches_and_counts_are_those_of_waiting(packed, n_slots):
+def test_logits_caches_and_counts_equal_those_of_waiting(packed, n_slots):
     ahead, waiting = load(packed, n_slots, "on"), load(packed, n_slots, "off")
     caches = [begin(model) for model in (ahead, waiting)]
     got, expected = (
@@ -142,7 +142,7 @@ def test_logits_caches_and_counts_are_those_of_waiting(packed, n_slots):
     check_same(ahead, caches[0], waiting, caches[1])
 
 
-def test_of_all_experts_in_memory_it_is_the_same_step(packed):
+def test_with_all_experts_in_memory_the_step_is_the_same(packed):
     ahead, waiting = load(packed, 999, "on"), load(packed, 30, "off")
     got, expected = (generate(m, begin(m), range(5)) for m in (ahead, waiting))
     assert ahead.streamer.resident
@@ -222,7 +222,7 @@ def calls(monkeypatch) -> list[range]:
         ([2, 3], None),
     ],
 )
-def test_a_step_begins_again_where_an_expert_was_missing(packed, calls, missing, again):
+def test_a_step_restarts_at_a_missing_expert(packed, calls, missing, again):
     script = Script(packed)
     script.run()
     script.streamer._demand.miss_rate = 0
@@ -244,7 +244,7 @@ def test_a_step_begins_again_where_an_expert_was_missing(packed, calls, missing,
         assert n_hits == n_chosen - (layer in missing)
 
 
-def test_where_everything_hits_a_token_is_one_trace_and_one_read_back(packed, calls):
+def test_a_token_without_misses_is_one_compiled_call_and_one_read_back(packed, calls):
     script = Script(packed, "traced")
     script.streamer._demand.miss_rate = 0
     calls.clear()
@@ -257,7 +257,7 @@ def test_where_everything_hits_a_token_is_one_trace_and_one_read_back(packed, ca
     assert stats.snapshot()["routing"].count == 1
 
 
-def test_traces_give_what_waiting_gives(packed):
+def test_compiled_steps_equal_waiting(packed):
     ahead, waiting = (load(packed, 30, mode, "traced") for mode in ("on", "off"))
     got, expected = (generate(m, begin(m), range(5)) for m in (ahead, waiting))
     assert mx.array_equal(got, expected)
@@ -265,7 +265,7 @@ def test_traces_give_what_waiting_gives(packed):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("n_slots", [2, 5, 9, 30])
-def test_several_sequences_give_what_waiting_gives(packed, n_slots, calls):
+def test_several_sequences_equal_waiting(packed, n_slots, calls):
     """This holds even if the pool is too small for a step's experts."""
     pairs = []
     for mode in ("on", "off"):
@@ -282,7 +282,7 @@ def test_several_sequences_give_what_waiting_gives(packed, n_slots, calls):
     check_same(ahead, cache, waiting, other_cache)
 
 
-def test_where_every_layer_misses_each_is_read_back_once(packed, calls):
+def test_if_every_layer_misses_each_is_read_back_once(packed, calls):
     """Each restart reaches one layer further, whose routing is then read back."""
     ahead, waiting = load(packed, 3, "on"), load(packed, 3, "off")
     caches = [begin(model) for model in (ahead, waiting)]
@@ -315,7 +315,7 @@ def forget_experts(streamer) -> None:
 
 
 @pytest.mark.parametrize("executor", ["lazy", "traced"])
-def test_what_a_first_run_foresees_is_read_at_once(packed, executor):
+def test_the_predictions_of_a_first_run_are_read_at_once(packed, executor):
     """Otherwise a token with no experts in memory would read back each layer."""
     logits, n_read_back, n_asked = [], [], []
     for choice in ("off", "on"):
@@ -379,7 +379,7 @@ def test_reading_ahead_changes_no_logits(packed, n_slots):
     assert mx.array_equal(*outs)
 
 
-def test_what_cannot_be_read_ahead_is_an_error_once_it_is_needed(packed, tmp_path):
+def test_a_failed_read_ahead_is_an_error_once_the_expert_is_needed(packed, tmp_path):
     shutil.copytree(packed, tmp_path / "packed")
     models = [load(path, 9, "on") for path in (packed, tmp_path / "packed")]
     caches = [begin(model) for model in models]
@@ -398,7 +398,7 @@ def test_what_cannot_be_read_ahead_is_an_error_once_it_is_needed(packed, tmp_pat
     assert mx.array_equal(generate(models[1], caches[1], [3, 4]), expected)
 
 
-def test_only_what_was_foreseen_wrongly_makes_windows_smaller(packed):
+def test_only_wrong_predictions_shrink_windows(packed):
     model = load(packed, 9, "on")
     cache, streamer = begin(model), model.streamer
     rates = {}
@@ -518,7 +518,7 @@ def test_spans_cover_layers_in_few_pieces_of_few_kinds(n_layers):
     assert len(kinds) <= 2 * n_layers
 
 
-def test_the_window_is_the_wider_the_rarer_misses_are():
+def test_windows_widen_as_misses_become_rarer():
     rates = (1, 0.6, 0.4, 0.1, 0.02, 0.007, 0.001, 0)
     assert [window_of(rate, 40, 4) for rate in rates] == [1, 1, 4, 4, 16, 16, 40, 40]
     assert window_of(0, 1, 4) == 1
@@ -527,7 +527,7 @@ def test_the_window_is_the_wider_the_rarer_misses_are():
     assert window_of(1, 2, 4, ahead=True) == 2
 
 
-def test_a_choice_without_meaning_is_refused(packed, monkeypatch):
+def test_an_invalid_choice_is_refused(packed, monkeypatch):
     assert config.optimistic() == "auto"
     monkeypatch.setenv("MOEFLUX_OPTIMISTIC", "off")
     assert config.optimistic() == "off"

@@ -107,7 +107,7 @@ def test_a_missing_layer_file_is_refused(packed):
     assert str(packed / "experts-002.bin") in message and "layer 2" in message
 
 
-def test_something_else_in_the_place_of_a_file_is_refused(packed):
+def test_another_thing_in_place_of_a_file_is_refused(packed):
     path = packed / "experts-000.bin"
     path.unlink()
     path.mkdir()
@@ -436,7 +436,7 @@ def test_a_file_of_a_name_that_no_disk_has_is_refused_in_a_short_line(packed):
     assert len(str(caught.value)) < 1000
 
 
-def test_what_a_manifest_says_makes_no_error_long(packed):
+def test_values_of_a_manifest_are_shortened_in_errors(packed):
     edit_manifest(
         packed, lambda fields: fields["resident"].update(fingerprint="x" * 9000)
     )

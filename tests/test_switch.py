@@ -111,7 +111,9 @@ def test_kernels_are_those_of_the_block_with_all_experts(
 
 
 @pytest.mark.parametrize("bits", [4, None])
-def test_what_lies_end_to_end_stays_when_all_is_in_memory(tmp_path, monkeypatch, bits):
+def test_contiguous_matrices_stay_contiguous_with_all_in_memory(
+    tmp_path, monkeypatch, bits
+):
     stock = Two(bits)
     path = saved(stock, tmp_path / "model")
     monkeypatch.setattr(device, "gathers_strided", lambda: False)

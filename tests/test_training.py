@@ -56,7 +56,7 @@ def trained(model: Any, *, compiled: bool) -> tuple[list[float], dict[str, mx.ar
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("form", MAKERS)
-def test_a_whole_model_learns_what_stock_learns(tmp_path, form):
+def test_a_whole_model_learns_as_stock(tmp_path, form):
     path = MAKERS[form](tmp_path / "model")
     losses, expected = trained(load_model(path)[0], compiled=True)
     assert losses[2] < losses[1] < losses[0]

@@ -99,7 +99,7 @@ def in_force(tmp_path, monkeypatch):
     ],
     ids=["within noise", "faster", "fastest", "default is wrong", "no other"],
 )
-def test_only_what_beats_the_default_by_the_margin_displaces_it(us, winner):
+def test_only_a_way_faster_by_the_margin_displaces_the_default(us, winner):
     assert decide("a", us, margin=0.05) == winner
 
 
@@ -150,7 +150,7 @@ def test_the_environment_goes_before_tuning_and_tuning_before_preference(
         assert lowering.choose(op, "cuda").name == default
 
 
-def test_a_way_that_is_gone_or_does_not_fit_is_passed_over(in_force):
+def test_a_missing_or_unfit_way_is_skipped(in_force):
     op = product(n_tokens=3)
     for way in ("a_kernel_of_old", "dequant_matvec_4bit_v3"):
         in_force(tuning(entry([op], way, n_tokens=3)))
@@ -240,7 +240,7 @@ def test_an_entry_of_nonsense_is_an_error_where_it_was_named(
         lowering.choose(product(), "cuda")
 
 
-def test_a_tuning_file_that_is_none_is_an_error_at_once(tmp_path, monkeypatch):
+def test_an_invalid_tuning_file_is_an_error_at_once(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", tmp_path):
         monkeypatch.setenv("MOEFLUX_TUNING", str(path))
@@ -273,7 +273,7 @@ def test_times_from_elsewhere_are_passed_over_with_a_warning(other, in_force):
         assert lowering.choose(product(), "cuda").name != "qmm_t"
 
 
-def test_a_second_model_keeps_what_the_first_one_found():
+def test_tuning_a_second_model_keeps_the_entries_of_the_first():
     small, large = [product()], [product(out_dim=16)]
     first = tuning(entry(small, "qmm_t"), entry(large, "mlx"))
     second = tuning(entry(small, "mlx"))
@@ -406,7 +406,7 @@ def test_an_executor_without_kernels_is_refused(checkpoint):
 
 
 @simulated
-def test_what_cannot_be_tuned_is_refused(packed, budget, checkpoint):
+def test_a_model_that_cannot_be_tuned_is_refused(packed, budget, checkpoint):
     streamed = moeflux_mlx.load(packed, executor="sim", expert_memory=budget)[0]
     with pytest.raises(ModelError, match="expected all experts in memory"):
         tune(streamed)
@@ -416,7 +416,7 @@ def test_what_cannot_be_tuned_is_refused(packed, budget, checkpoint):
 
 
 @simulated
-def test_the_command_keeps_what_it_found_only_where_times_mean_something(
+def test_the_command_saves_entries_only_where_times_are_meaningful(
     checkpoint, tuned_few, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -443,7 +443,7 @@ def test_the_command_keeps_what_it_found_only_where_times_mean_something(
     assert len(json.loads(path.read_text())["entries"]) == 2
 
 
-def test_the_list_of_lowerings_shows_what_is_tuned(in_force, monkeypatch, capsys):
+def test_the_list_of_lowerings_shows_tuned_entries(in_force, monkeypatch, capsys):
     monkeypatch.setenv("MOEFLUX_EXECUTOR", "cuda")
     in_force(tuning(entry([product()], "qmm_t")))
     assert main(["kernels", "--lowering", "--json"]) == 0

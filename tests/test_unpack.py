@@ -140,7 +140,7 @@ def test_a_pack_of_mlx_lms_class_comes_back(family, bits, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
-def test_what_sanitize_changed_comes_back_as_mlx_lms_converter_writes_it(
+def test_tensors_that_sanitize_changed_equal_those_of_mlx_lms_converter(
     family, tmp_path
 ):
     path = rewrite(write(tmp_path / "plain", family), ORIGINAL[family])
@@ -170,7 +170,7 @@ def flip(file: Path, place: int) -> None:
         ("tokenizer.json", 100, "tokenizer.json was changed after packing"),
     ],
 )
-def test_of_a_damaged_pack_nothing_is_left(packed, tmp_path, file, place, message):
+def test_a_damaged_pack_leaves_no_output(packed, tmp_path, file, place, message):
     pack_dir = copied(packed, tmp_path)
     flip(pack_dir / file, place)
     before = sorted(tmp_path.iterdir())
@@ -180,7 +180,7 @@ def test_of_a_damaged_pack_nothing_is_left(packed, tmp_path, file, place, messag
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left")])
-def test_what_ends_early_leaves_nothing(packed, tmp_path, error):
+def test_an_interrupted_unpack_leaves_nothing(packed, tmp_path, error):
     def stop(what: str, done: int, total: int) -> None:
         if done > total // 2:
             raise error
@@ -190,7 +190,7 @@ def test_what_ends_early_leaves_nothing(packed, tmp_path, error):
     assert [*tmp_path.iterdir()] == []
 
 
-def test_what_a_crash_left_is_written_again(checkpoint, packed, tmp_path):
+def test_leftovers_of_a_crash_are_overwritten(checkpoint, packed, tmp_path):
     left = tmp_path / "back.partial"
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
@@ -200,7 +200,7 @@ def test_what_a_crash_left_is_written_again(checkpoint, packed, tmp_path):
     assert not left.exists()
 
 
-def test_what_somebody_else_put_there_stays(packed, tmp_path):
+def test_foreign_files_stay_untouched(packed, tmp_path):
     left = tmp_path / "back.partial"
     left.mkdir()
     (left / "thesis.txt").write_text("mine")
@@ -243,7 +243,7 @@ def edited(packed: Path, tmp_path: Path, change, part: str = "layers") -> Path:
         ),
     ],
 )
-def test_names_that_cannot_be_are_refused(packed, tmp_path, change, message):
+def test_impossible_names_are_refused(packed, tmp_path, change, message):
     path = edited(packed, tmp_path, change)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ExpertStoreError, match=message):

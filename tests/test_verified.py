@@ -26,7 +26,7 @@ TOGETHER = {group.name for group in FUSIONS if group.kernels}
 
 
 @pytest.mark.parametrize("executor", ["metal", "cuda", "sim"])
-def test_of_an_ops_ways_the_first_serves_whose_kernels_are_usable(executor):
+def test_the_first_way_with_usable_kernels_is_chosen(executor):
     n_passed = 0
     for op in OPS:
         bad: set[str] = set()
