@@ -119,7 +119,7 @@ def test_a_row_is_void_where_budgets_give_different_texts(bench, found):
     assert bench.why_void(found) == []
 
 
-def test_a_row_without_a_text_of_ours_is_void(bench, found):
+def test_a_row_without_our_text_is_void(bench, found):
     for name in bench.NAMES[1:]:
         found[name] = {"failure": "ended with 1: no memory"}
     (reason,) = bench.why_void(found)

@@ -42,7 +42,7 @@ def test_a_chat_prints_the_text_of_stocks(name, checkpoint, packed, stock):
     assert said(done.stdout).replace(str(packed), str(checkpoint)) == stock
 
 
-def test_a_question_that_fails_is_forgotten_and_the_chat_goes_on(packed, tmp_path):
+def test_a_failed_question_is_forgotten_and_the_chat_continues(packed, tmp_path):
     """An answer that fails at a damaged expert leaves nothing in the cache."""
     model = Path(shutil.copytree(packed, tmp_path / "model"))
     memory = summarize(packed).minimum_bytes

@@ -43,9 +43,7 @@ def test_the_doctor_suggests_kernels_of_similar_names(pattern, there, capsys):
 
 
 @pytest.mark.skipif(gpu_executor() is not None, reason="here is something to tune")
-def test_tuning_without_a_gpu_says_at_once_that_there_is_nothing(
-    tmp_path, capsys, monkeypatch
-):
+def test_tuning_without_a_gpu_is_refused_at_once(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("MOEFLUX_EXECUTOR", raising=False)
     assert main(["tune", str(tmp_path / "not even a model")]) == 2
     (line,) = capsys.readouterr().err.splitlines()

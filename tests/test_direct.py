@@ -117,7 +117,7 @@ def test_a_direct_read_past_the_end_names_file_layer_and_expert(plain, tmp_path)
 
 @linux
 @pytest.mark.parametrize("lost", [1, 700, 4096, 5000])
-def test_a_direct_read_that_comes_back_short_goes_on_from_a_whole_block(
+def test_a_short_direct_read_continues_at_a_block_boundary(
     lost, small, expected, monkeypatch
 ):
     """Every second read is cut short; a read that begins within a block is refused."""
@@ -179,7 +179,7 @@ def test_if_one_file_refuses_none_is_read_directly(small):
 
 
 @linux
-def test_a_model_is_read_directly_when_asked_to(packed, budget, monkeypatch):
+def test_a_model_is_read_directly_on_request(packed, budget, monkeypatch):
     open_directly(packed).close()
     loaded, _ = moeflux_mlx.load(packed, expert_memory=budget)
     assert not is_direct(loaded.runtime.store)

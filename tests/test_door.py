@@ -582,7 +582,7 @@ def imported(path: Path, package: Path) -> list[Path]:
     return [module for module in found if module.is_file()]
 
 
-def test_a_block_says_how_its_matrices_are_stored():
+def test_a_block_shows_the_form_of_its_matrices():
     model = make([dict.fromkeys(GATED, FORMS[1]), dict.fromkeys(GATED), {"fc1": None}])
     blocks = find_blocks(model)
     assert [b.path for b in blocks] == [f"layers.{i}.mlp.switch" for i in range(3)]

@@ -200,7 +200,7 @@ def test_a_cache_that_cannot_be_rewound_is_refused(plain):
         next(steps)
 
 
-def test_models_of_mlx_lm_alone_are_left_as_they_were(tmp_path):
+def test_models_of_mlx_lm_alone_are_left_unchanged(tmp_path):
     model, _ = mlx_lm.load(str(make_checkpoint(tmp_path / "plain")))
     steps = speculative_generate_step(PROMPT, model, model, max_tokens=3)
     with pytest.raises(ValueError, match="requires a trimmable prompt cache"):

@@ -93,7 +93,7 @@ def test_an_unknown_executor_is_refused_with_the_choices():
     assert str(error.value) == f"[executor] expected one of {choices} but got 'abacus'"
 
 
-def test_every_executor_opens_under_its_own_name_or_says_why_not():
+def test_every_executor_opens_by_name_or_gives_a_reason():
     for name in EXECUTORS:
         try:
             opened = open_executor(name)

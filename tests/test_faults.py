@@ -144,7 +144,7 @@ def test_files_deleted_while_open_are_still_read(model, directory, budget, expec
 
 
 @pytest.mark.sampled
-def test_files_replaced_while_open_are_read_as_they_were(model, directory, expected):
+def test_replaced_files_are_read_with_their_old_contents(model, directory, expected):
     for file in expert_files(directory):
         other = file.with_name("other")
         other.write_bytes(bytes(file.stat().st_size))

@@ -151,7 +151,7 @@ def test_no_bit_changes_between_ranks(models):
             assert found == expected, dtype
 
 
-def test_a_rank_that_fails_ends_the_call_of_all_and_no_more(models, alone):
+def test_a_failed_rank_ends_the_call_on_every_rank_but_no_later_call(models, alone):
     first, second = run(models, 2, ranks.fail)
     told = "its own error says why"
     block = "model.layers.1.mlp.switch_mlp"

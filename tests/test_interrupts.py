@@ -150,7 +150,7 @@ def test_a_call_interrupted_anywhere_leaves_the_model_and_its_caches_right(
     assert n_interrupted > N_MOMENTS
 
 
-def test_caches_are_put_back_when_a_call_fails_and_not_when_its_error_is_forgotten():
+def test_caches_are_restored_when_a_call_fails_not_when_its_error_is_freed():
     class Cache:
         offset = 0
 

@@ -143,7 +143,7 @@ def test_numbers_that_do_not_vary_are_compiled_in_and_not_bound(use, monkeypatch
     assert "n" in [p.name for p in as_array.instance.inputs]
 
 
-def test_an_input_is_absent_where_the_template_says_so_and_only_there(use):
+def test_an_input_is_absent_exactly_where_the_template_says_so(use):
     use(METAL.replace("bool B", "bool HAS_WHERE"))
 
     def launch(has: bool, where: Any) -> Launch:
@@ -430,7 +430,7 @@ def test_a_kernel_is_registered_once_whole_and_documented():
     assert not {"undocumented", "other"} & set(KERNELS)
 
 
-def test_a_sample_is_of_all_sizes_given_and_of_no_others():
+def test_a_sample_has_exactly_the_given_sizes():
     kernel = KERNELS["residual_add"]
     assert [x.shape for x in kernel.arguments(mx.float32, n=3)] == [(3,), (3,)]
     with pytest.raises(TypeError, match=r"\[residual_add\] .* knows no sizes \['m'\]"):

@@ -98,7 +98,7 @@ def test_tensors_on_the_host_are_the_bytes_of_the_file_uncopied(store):
                 assert np.array_equal(getattr(got, part), getattr(wanted, part))
 
 
-def test_a_pack_deleted_while_mapped_goes_on(checkpoint, packed, tmp_path):
+def test_a_pack_deleted_while_mapped_still_works(checkpoint, packed, tmp_path):
     path = tmp_path / "packed"
     shutil.copytree(packed, path)
     model, _ = moeflux_mlx.load(path, expert_io="mmap")

@@ -260,7 +260,7 @@ def test_resident_experts_are_evicted_too(packed, least):
     assert decode(everything, prompt, 3)[0] == tokens == decode(expected, prompt, 3)[0]
 
 
-def test_caches_that_cannot_fit_are_an_error_that_says_so(packed, least):
+def test_caches_that_do_not_fit_are_a_clear_error(packed, least):
     model = load(packed, least)
     cache = make_prompt_cache(model)
     with pytest.raises(BudgetError, match=r"\[memory\] expected at least") as caught:
@@ -278,7 +278,7 @@ def test_caches_that_cannot_fit_are_an_error_that_says_so(packed, least):
 
 
 @pytest.mark.parametrize("n_more", [0, 1 << 20])
-def test_the_plan_says_how_long_a_context_may_become(packed, least, n_more):
+def test_the_plan_states_the_longest_context(packed, least, n_more):
     model = load(packed, least + n_more)
     plan, keeper = model.runtime.plan, model.runtime.keeper
     assert f"room for {plan.context_tokens} tokens" in str(plan)

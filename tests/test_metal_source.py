@@ -322,7 +322,7 @@ def test_two_kernels_of_one_name_in_a_file_are_refused(make):
         ("constant int A = 1, B = 2;", "expected one value a declaration"),
     ],
 )
-def test_a_line_that_is_not_understood_is_named(make, line, message):
+def test_an_unknown_line_is_named(make, line, message):
     wanted = rf"^\[some.metal:3\] .*{message}"
     with pytest.raises(KernelError, match=wanted):
         make(f"// A comment.\n\n{line}")
@@ -330,7 +330,7 @@ def test_a_line_that_is_not_understood_is_named(make, line, message):
         make("", header=f"// A comment.\n\n{line}")
 
 
-def test_a_kernel_that_is_not_there_is_named(make):
+def test_a_missing_kernel_is_named(make):
     with pytest.raises(KernelError, match=r"\[missing\] expected a kernel of"):
         make(kernel("device float* y"))["missing"]
 
@@ -432,7 +432,7 @@ def test_threadgroup_memory_is_counted_for_one_instance(make, body, n_bytes):
         ("threadgroup float (&s)[4] = t;", "expected threadgroup arrays"),
     ],
 )
-def test_threadgroup_memory_that_cannot_be_counted_is_an_error(body, message):
+def test_uncountable_threadgroup_memory_is_an_error(body, message):
     found = read("device float* y", f"\n\n  {body}", "template <typename T>\n")
     with pytest.raises(KernelError, match=rf"^\[some.metal:4\] .*{message}"):
         found.threadgroup_bytes({}, NAMES)
@@ -595,7 +595,7 @@ def test_line_directives_of_our_kernels_are_right():
                 assert line in originals[file][number - 1], (file, number)
 
 
-def test_our_kernels_are_named_as_the_file_that_holds_them_says():
+def test_our_kernels_are_named_as_their_files_declare():
     for found in library():
         text = (kernels_folder() / found.place.file).read_text()
         line = text.split("\n")[found.place.line - 1]

@@ -302,7 +302,7 @@ def a_shard_is_missing(path):
         (a_shard_is_missing, r"model-00002-of-00002\.safetensors"),
     ],
 )
-def test_a_source_that_is_no_usable_model_is_refused(spoil, message, tmp_path, plain):
+def test_an_unusable_source_is_refused(spoil, message, tmp_path, plain):
     spoil(plain)
     with pytest.raises(ModelError, match=message):
         pack(plain, tmp_path / "packed")
@@ -325,7 +325,7 @@ def test_a_disk_that_is_too_small_is_found_before_writing(tmp_path, plain):
         assert not (disk / "packed").exists()
 
 
-def test_a_disk_that_fills_up_loses_nothing_and_packing_goes_on(tmp_path, plain):
+def test_a_full_disk_loses_nothing_and_packing_continues(tmp_path, plain):
     pack(plain, tmp_path / "whole")
     with tmpfs(tmp_path / "disk", 1024 * 1024) as disk:
 

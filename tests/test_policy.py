@@ -312,7 +312,7 @@ def test_floors_are_the_need_of_a_token_where_slots_allow():
     assert [floor(n) for n in (3, 8, 16, 24, 60)] == [0, 1, 2, 3, 3]
 
 
-def test_a_floor_is_no_reason_to_find_no_slot():
+def test_a_floor_never_leaves_a_request_without_a_slot():
     table = SlotTable(2, 4, 2, top_k=1, policy=LRU, floor=2)
     for expert in (0, 1):
         table.place(0, expert, table.claim(0, ()))

@@ -289,7 +289,7 @@ def test_a_forecast_follows_the_given_memory(packed, checkpoint):
         ("packed", {"policy": "lru", "expert_memory": "few"}, []),
     ],
 )
-def test_options_without_effect_are_said_to_be(
+def test_options_without_effect_are_reported(
     name, options, flags, checkpoint, packed, budget, capfd
 ):
     if "expert_memory" in options:

@@ -108,7 +108,7 @@ def test_linux_reports_low_memory(files, expected, tmp_path):
 
 
 @linux
-def test_a_file_that_cannot_be_read_is_no_pressure(tmp_path):
+def test_an_unreadable_file_means_no_pressure(tmp_path):
     root = make_root(tmp_path, "", "", {"proc/meminfo": SCARCE})
     (root / SYSTEM).mkdir(parents=True)
     assert memory_pressure(root) is NORMAL
@@ -133,7 +133,7 @@ def test_macos_reports_low_memory_by_a_number(number, expected, monkeypatch):
 
 
 @linux
-def test_a_system_without_that_number_has_no_pressure():
+def test_a_system_without_that_number_reports_no_pressure():
     # Linux's library lacks this function, as a later macOS may.
     assert pressure._macos_level() is None
     assert pressure.level_of(None) is NORMAL
@@ -262,7 +262,7 @@ def test_segments_are_replaced_in_steps_where_only_they_give_memory_back(
     assert streamer.memory_bytes == taken
 
 
-def test_a_long_call_without_caches_gives_way_before_it_begins(packed, hurried):
+def test_a_long_call_without_caches_evicts_experts_before_it_begins(packed, hurried):
     model = moeflux_mlx.load(packed, expert_memory="1GB")[0]
     most = model.streamer.n_slots
     expected = model(mx.array([PROMPT])).tolist()

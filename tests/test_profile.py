@@ -174,7 +174,7 @@ def test_a_model_that_is_not_ours_is_refused():
 
 
 @pytest.mark.parametrize("name", ["context", "repeats", "prefill"])
-def test_a_number_that_cannot_be_used_is_refused(checkpoint, name):
+def test_an_unusable_number_is_refused(checkpoint, name):
     value = -1 if name == "prefill" else 0
     with pytest.raises(ConfigError, match=rf"\[--{name}\] expected at least"):
         profile(load(checkpoint), **{name: value})
@@ -207,7 +207,7 @@ class NoBlocker:
         return lambda: [mx.ones(1)]
 
 
-def test_a_device_timer_takes_links_off_and_says_when_the_host_was_in_it():
+def test_a_device_timer_subtracts_links_and_reports_host_time():
     clock, x = Clock(), mx.ones(64)
 
     def slow_to_launch(x):
@@ -299,7 +299,7 @@ def test_a_device_timer_queues_as_many_steps_as_it_may():
     assert queued == [63, 6, 3]
 
 
-def test_a_blocker_lasts_at_least_as_long_as_asked():
+def test_a_blocker_lasts_at_least_the_requested_time():
     widths = []
 
     def elapsed(run):
@@ -330,7 +330,7 @@ def test_linked_work_waits_and_gets_the_same_values():
     assert work.is_linked and not Work(lambda: mx.ones(3), []).is_linked
 
 
-def test_states_are_carried_on_and_held_by_nobody_else():
+def test_a_state_is_carried_from_step_to_step():
     state = mx.zeros(16)
     work = Work(lambda s, x: (x, s + 1), [state, mx.ones(16)], carried=((1, 0),))
     for _ in range(3):

@@ -80,7 +80,7 @@ def test_reading_all_experts_shows_progress(packed, monkeypatch):
     assert "reading experts" in terminal.text()
 
 
-def test_nothing_is_shown_where_there_is_no_terminal(packed, budget, capfd):
+def test_nothing_is_shown_without_a_terminal(packed, budget, capfd):
     run(packed, budget, 70)
     shown = capfd.readouterr()
     assert shown.out == ""

@@ -237,7 +237,7 @@ def test_names_of_weights_and_types_of_caches_are_mlx_lms(checkpoint):
     assert ours.quant_predicate(path, None) == expected.quant_predicate(path, None)
 
 
-def test_a_prompt_cache_saved_and_loaded_goes_on_where_it_was(packed, tmp_path):
+def test_a_saved_and_loaded_prompt_cache_continues_where_it_ended(packed, tmp_path):
     model, _ = moeflux_mlx.load(packed[1], expert_memory=minimum_memory(packed[1]))
     cache = make_prompt_cache(model)
     mx.eval(model(tokens(21), cache=cache))

@@ -77,7 +77,7 @@ def test_positions_are_those_of_mlx_lm(kind, checkpoint, budget, tmp_path):
     assert np.array_equal(streamed, resident)
 
 
-def test_the_kinds_are_told_apart(checkpoint, tmp_path):
+def test_the_kinds_are_distinguished(checkpoint, tmp_path):
     found = {}
     for kind in ("default", "linear", "llama3", "yarn", "yarn-mscale", "longrope"):
         parameters = {**PLAIN, **KINDS[kind]}

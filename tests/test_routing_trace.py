@@ -384,9 +384,7 @@ def test_the_environment_names_a_policy(packed, budget, monkeypatch):
     assert isinstance(model.streamer._table._policy, LRU)
 
 
-def test_a_prompt_file_that_cannot_be_read_ends_in_one_clear_line(
-    packed, tmp_path, capsys
-):
+def test_an_unreadable_prompt_file_ends_in_one_clear_line(packed, tmp_path, capsys):
     flags = ["--prompt-file", str(tmp_path / "none"), "-o", str(tmp_path / "t.npz")]
     assert main(["trace", str(packed), *flags]) == 2
     assert "--prompt-file" in capsys.readouterr().err

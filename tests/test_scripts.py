@@ -267,7 +267,7 @@ def old_python() -> str | None:
     return next((p for p in found if run(p, "-c", "").returncode == 0), None)
 
 
-def test_an_old_python_is_told_which_one_is_needed(clone):
+def test_an_old_python_is_refused_with_the_needed_version(clone):
     python = old_python()
     if python is None:
         pytest.skip("no Python older than 3.11 on this machine")
@@ -278,7 +278,7 @@ def test_an_old_python_is_told_which_one_is_needed(clone):
     assert not (clone / ".venv").exists()
 
 
-def test_a_python_without_ensurepip_is_told_the_package_to_install(clone):
+def test_a_python_without_ensurepip_is_refused_with_the_package_to_install(clone):
     missing = clone / "missing"
     missing.mkdir()
     (missing / "ensurepip.py").write_text("raise ImportError('not packaged')")
@@ -360,7 +360,7 @@ def test_import_without_an_mlx_library_names_the_extra_to_install(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_test_for_a_device_that_is_not_here_skips_with_a_reason(tmp_path):
+def test_a_test_for_an_absent_device_skips_with_a_reason(tmp_path):
     for name in ("conftest.py", "commands.py", "tiny.py"):
         shutil.copy(ROOT / "tests" / name, tmp_path)
     (tmp_path / "test_device.py").write_text(
@@ -422,7 +422,7 @@ def test_a_pattern_that_names_nothing_is_an_error(name, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_instructions_of_launches_are_held_against_those_of_another_tree(monkeypatch):
+def test_instructions_of_launches_are_compared_with_those_of_another_tree(monkeypatch):
     """Compiling is NVIDIA's; the sources, and telling them apart, are ours."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     path = str(ROOT / "scripts" / "cuda_code")

@@ -61,7 +61,7 @@ def run_there(model: Path, *command: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_each_trap_works_where_it_is_asked_to(model, mark):
+def test_each_trap_works_when_sprung_on_purpose(model, mark):
     run_there(model, sys.executable, "-c", "import xxhash")
     assert mark.read_text() == "xxhash"
     mark.unlink()

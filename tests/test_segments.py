@@ -347,7 +347,7 @@ def test_no_file_longer_than_a_buffer_is_mapped(checkpoint, monkeypatch):
         device_weights(rows, layout)
 
 
-def test_a_division_says_where_rows_are():
+def test_a_division_gives_the_segment_of_each_layer():
     found = Division((8, 8, 2, 8), 26, 2, 2, 1)
     assert found.segment_slots == [16, 10]
     assert [found.segment(row) for row in range(4)] == [0, 0, 1, 1]

@@ -245,7 +245,7 @@ def test_metrics_are_the_streamers_own_counts(served, answers):
     assert json.loads(client.get("/health").body) == {"status": "ok"}
 
 
-def test_requests_that_wait_are_counted_and_told(client):
+def test_waiting_requests_are_counted_and_reported(client):
     """One of them has a seed, so nobody shares a batch with it."""
     long = {"prompt": "x", "max_tokens": 60, "stream": True, "temperature": 0}
 
@@ -319,7 +319,7 @@ def test_nothing_that_a_model_brings_is_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_expert_ends_the_requests_that_ask_for_it(packed, answers, tmp_path):
+def test_a_damaged_expert_ends_the_requests_that_need_it(packed, answers, tmp_path):
     model = Path(shutil.copytree(packed, tmp_path / "model"))
     memory = summarize(packed).minimum_bytes
     args = model, tmp_path / "log", "--expert-memory", memory

@@ -152,7 +152,7 @@ def test_reasoning_equals_stocks(both, token, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_broken_tool_call_harms_nobody(both, token, stream):
+def test_a_broken_tool_call_harms_no_other_request(both, token, stream):
     fields = dict(tools=TOOLS, stream=stream, max_tokens=2)
     fields["logit_bias"] = {token[BROKEN]: 1000}
     ours, stock = told_by_both(both, **fields)

@@ -138,7 +138,7 @@ def refused(address: str, **body: Any) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-def test_requests_that_fail_are_told_why_and_harm_nobody(
+def test_failed_requests_get_a_reason_and_harm_no_other(
     checkpoint, packed, answers, tmp_path
 ):
     model = Path(shutil.copytree(packed, tmp_path / "model"))
@@ -190,7 +190,7 @@ def test_long_chats_are_evicted_and_one_too_long_fails_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_setting_that_cannot_be_used_ends_the_server_with_its_name(packed, tmp_path):
+def test_an_unusable_setting_ends_the_server_with_its_name(packed, tmp_path):
     log, words = tmp_path / "log", command(packed, free_port())
     much = {"MOEFLUX_EXPERT_MEMORY": "much"}
     with running(log, *words, call=interpreted, **much) as process:

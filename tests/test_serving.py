@@ -75,7 +75,7 @@ def test_batches_of_streamed_experts_get_the_resident_models_tokens(
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("layer, expert", [(0, 7), (2, 0), (3, 0)])
-def test_a_damaged_expert_ends_the_requests_that_ask_for_it_and_no_other(
+def test_a_damaged_expert_ends_only_the_requests_that_need_it(
     layer, expert, packed, budget, expected, tmp_path
 ):
     path = Path(shutil.copytree(packed, tmp_path / "model"))

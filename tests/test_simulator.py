@@ -399,7 +399,7 @@ NUMBERS_SOURCE = (
 
 
 @pytest.mark.parametrize("numbers", ["plain", "contracted", "fast"])
-def test_numbers_are_computed_as_asked(numbers):
+def test_numbers_are_computed_in_the_requested_mode(numbers):
     x = np.float32([1 + 2**-13, 1 - 2**-13, -1])
     y = np.zeros(6, np.float32)
     program = simulator.Program(NUMBERS_SOURCE, numbers=numbers)

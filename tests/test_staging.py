@@ -249,7 +249,7 @@ def test_without_a_gpu_the_host_writes_slots(monkeypatch):
         assert open_staging(64) is None
 
 
-def test_without_cuda_bindings_the_host_writes_slots_and_says_so(monkeypatch, capsys):
+def test_without_cuda_bindings_the_host_writes_slots_and_warns(monkeypatch, capsys):
     monkeypatch.setattr(device, "on_cpu", lambda: False)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)

@@ -226,7 +226,7 @@ def test_a_state_rewritten_unchanged_is_the_same_state(model, saved):
         ),
     ],
 )
-def test_a_state_that_is_none_of_the_models_changes_nothing(
+def test_a_state_that_does_not_fit_the_model_changes_nothing(
     model, saved, change, error
 ):
     held = model.streamer.held
@@ -375,7 +375,7 @@ def test_a_failed_save_leaves_the_old_state(model, saved, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"state", "folder"}
 
 
-def test_tokens_can_be_taken_back_as_often_as_wanted(model):
+def test_tokens_can_be_undone_repeatedly(model):
     cache, _ = run(model)
     point = CacheCheckpoint.take(cache)
     first = continued(model, cache, FOLLOW_UP)

@@ -269,7 +269,7 @@ def lay_out(layout):
         ),
     ],
 )
-def test_layouts_are_held_against_the_configuration(packed, edit):
+def test_layouts_are_checked_against_the_configuration(packed, edit):
     edit_config(packed, edit)
     assert "[experts]" in refused(packed)
 
@@ -325,7 +325,7 @@ def test_a_file_too_many_is_noticed_if_it_may_be_read(packed, name):
     assert f"{packed / name} does not belong to this pack" in refused(packed)
 
 
-def test_files_that_nobody_reads_may_come_and_go(packed):
+def test_unused_files_may_be_added_and_removed(packed):
     for name in ("README.md", "notes", ".DS_Store", "trace.npz"):
         (packed / name).write_text("x")
     for name in ("__pycache__", ".cache"):

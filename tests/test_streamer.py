@@ -124,7 +124,7 @@ steps = st.lists(
     policy=st.sampled_from([*POLICIES]),
     inline_bytes=st.sampled_from([0, 10**9]),
 )
-def test_every_slot_holds_the_expert_asked_for(
+def test_every_slot_holds_the_requested_expert(
     store, expected, steps, n_slots, minimal, scope, policy, inline_bytes
 ):
     if minimal:
@@ -596,7 +596,7 @@ def test_closing_twice_is_harmless_and_ends_the_threads(store):
     assert threading.active_count() == before
 
 
-def test_a_streamer_that_nobody_closed_frees_memory_and_threads(store):
+def test_an_unclosed_streamer_frees_memory_and_threads(store):
     gc.collect()
     before, threads = mx.get_active_memory(), set(threading.enumerate())
     streamer = stream(store, 5, read_threads=3)

@@ -248,7 +248,7 @@ def test_an_invalid_tuning_file_is_an_error_at_once(tmp_path, monkeypatch):
             tuned.current("cuda")
 
 
-def test_a_broken_file_of_this_machine_is_passed_over_with_one_warning(
+def test_a_broken_file_of_this_machine_is_skipped_with_one_warning(
     tmp_path, monkeypatch
 ):
     monkeypatch.delenv("MOEFLUX_TUNING")
@@ -266,7 +266,7 @@ def test_a_broken_file_of_this_machine_is_passed_over_with_one_warning(
 
 
 @pytest.mark.parametrize("other", ["device", "executor", "mlx"])
-def test_times_from_elsewhere_are_passed_over_with_a_warning(other, in_force):
+def test_times_from_elsewhere_are_skipped_with_a_warning(other, in_force):
     found = replace(tuning(entry([product()], "qmm_t")), **{other: "another"})
     in_force(found)
     with pytest.warns(UserWarning, match="expected times of .* but they are of"):

@@ -58,7 +58,7 @@ def logits(path: Path) -> mx.array:
     return load_model(path)[0](TOKENS)
 
 
-def test_a_pack_of_our_own_class_comes_back(checkpoint, packed, tmp_path):
+def test_a_pack_of_our_own_class_is_restored(checkpoint, packed, tmp_path):
     back = tmp_path / "back"
     done = moeflux("unpack", packed, back)
     assert done.returncode == 0, done.stderr
@@ -85,7 +85,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_forms_and_types_come_back_in_shards_with_an_index(form, dtype, tmp_path):
+def test_forms_and_types_are_restored_in_shards_with_an_index(form, dtype, tmp_path):
     forms = [Quantization(4, 32), FORMS[form], FORMS[form]]
     path = write_checkpoint(
         tmp_path / "plain", quantization=forms, dtype=dtype, n_shards=3
@@ -121,7 +121,7 @@ def fused(weights: dict[str, mx.array]) -> dict[str, mx.array]:
 
 
 @pytest.mark.parametrize("change", ["an expert each", "fused"])
-def test_other_forms_come_back_under_their_names(change, tmp_path):
+def test_other_forms_are_restored_under_their_names(change, tmp_path):
     path = make_checkpoint(tmp_path / "plain", bits=None)
     each = unstacked("switch_mlp", "experts", PLAIN_NAMES)
     rewrite(path, fused if change == "fused" else each)
@@ -132,7 +132,7 @@ def test_other_forms_come_back_under_their_names(change, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "bits"), [("gpt_oss", 4), ("gemma4_text", None)])
-def test_a_pack_of_mlx_lms_class_comes_back(family, bits, tmp_path):
+def test_a_pack_of_mlx_lms_class_is_restored(family, bits, tmp_path):
     path = write(tmp_path / "plain", family, bits)
     back = there_and_back(path)
     assert tensors(back) == tensors(path)
@@ -251,7 +251,7 @@ def test_impossible_names_are_refused(packed, tmp_path, change, message):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_weights_are_held_against_their_checksum(packed, tmp_path):
+def test_weights_are_checked_against_their_checksum(packed, tmp_path):
     path = edited(packed, tmp_path, lambda r: r.update(checksum="0" * 16), "resident")
     with pytest.raises(ExpertStoreError, match="safetensors does not match its check"):
         unpack(path, tmp_path / "back")

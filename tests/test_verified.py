@@ -41,7 +41,7 @@ def test_the_first_way_with_usable_kernels_is_chosen(executor):
     assert n_passed > len(OPS) // 2
 
 
-def test_the_environment_chooses_a_way_that_is_not_verified(monkeypatch):
+def test_the_environment_may_choose_an_unverified_way(monkeypatch):
     op = next(op for op in OPS if op.variant_name == "ResidualAddNTokens")
     only = "ResidualAddNTokens=residual_add_n_tokens"
     assert lowering.choose(op, "metal", lambda name: False).name == MLX
