@@ -24,7 +24,7 @@ from moeflux_mlx.experts.files.packed import PackedExperts
 from moeflux_mlx.experts.files.reader import Read
 from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
 
-# Odd expert counts, top-k 1 to 10, one to three full attention layers, tied weights.
+# Odd expert counts, top-k 1 to 10, one to three full attention layers, tied or not.
 CONFIGS = {
     "e8-k2-every4": {},
     "e5-k1-every3-tied": dict(
@@ -237,7 +237,7 @@ def test_names_of_weights_and_types_of_caches_are_mlx_lms(checkpoint):
     assert ours.quant_predicate(path, None) == expected.quant_predicate(path, None)
 
 
-def test_a_saved_and_loaded_prompt_cache_continues_where_it_ended(packed, tmp_path):
+def test_a_prompt_cache_saved_and_loaded_goes_on_where_it_was(packed, tmp_path):
     model, _ = moeflux_mlx.load(packed[1], expert_memory=minimum_memory(packed[1]))
     cache = make_prompt_cache(model)
     mx.eval(model(tokens(21), cache=cache))
