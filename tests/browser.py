@@ -1,4 +1,4 @@
-"""A real browser for pages: what it makes of them on a phone and on a desk."""
+"""Check pages in a real browser, at the widths of a phone and of a desk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FLAGS = (
 )
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
 
-# Puts the page into frames of each width and tells what ``look`` finds in them.
+# Puts the page into frames of each width and reports the result of ``look`` in each.
 OUTER = """<!DOCTYPE html><body>{frames}<pre id="found"></pre><script>
 onload = () => {{
   const look = (d, w) => {{ {look} }};
@@ -33,7 +33,7 @@ onload = () => {{
 
 
 def seen(page: str, widths: tuple[int, ...], look: str, folder: Path) -> list[Any]:
-    """Return what JavaScript finds in a page, at each width in pixels.
+    """Run JavaScript in a page at each width in pixels; return the results.
 
     Args:
         look: the body of a function of a document ``d`` and its window ``w``.

@@ -1,7 +1,7 @@
-"""Commands and scripts in processes that have their modules already.
+"""Run commands and scripts in processes that already have their modules.
 
-To import mlx-lm takes longer than most commands. Processes are forked from one that has
-imported it and computed nothing, so each is as fresh as one that was started.
+Importing mlx-lm takes longer than most commands. Processes are forked from one that has
+imported it and computed nothing, so each is as fresh as a new process.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def python(
     """Run Python with these arguments: a file, ``-m`` a module, or ``-c`` a program.
 
     Args:
-        text: what it reads from its standard input.
-        variables: of the environment, beside those of this process. What a module
-            reads as it is imported was read before, and is as it was.
+        text: the standard input.
+        variables: environment variables to add. Modules that read a variable when
+            they are imported have read it already and do not see the new value.
     """
     return _finished(["python", *map(str, args)], interpreted, text, variables)
 
@@ -63,11 +63,11 @@ def running(
     call: Callable[[list[str]], int] | None = None,
     **variables: str,
 ) -> Iterator[BaseProcess]:
-    """Run ``moeflux`` while inside, what it prints in a file; then terminate it.
+    """Run ``moeflux`` with its output in a file, and terminate it on exit.
 
     Args:
-        call: what is called with the arguments in place of the command.
-        variables: of the environment, beside those of this process.
+        call: the function to call with the arguments in place of the command.
+        variables: environment variables to add.
     """
     words, paths = ["moeflux", *map(str, args)], [Path(os.devnull), log, log]
     process = _start(words, paths, call or called, variables)
@@ -125,7 +125,7 @@ def called(args: list[str]) -> int:
 
 
 def interpreted(args: list[str]) -> int:
-    """Do in this process what Python would do with these arguments."""
+    """Run Python's command line with these arguments in this process."""
     return _exit_code(lambda: _interpret(*args))
 
 
@@ -143,7 +143,7 @@ def _interpret(first: str, *rest: str) -> None:
 
 
 def _exit_code(call: Callable[[], object]) -> int:
-    """Return what a process that makes this call ends with."""
+    """Return the exit code of a process that makes this call."""
     try:
         return int(call() or 0)
     except SystemExit as end:

@@ -1,4 +1,4 @@
-"""What every test shares: device markers and small checkpoints on disk."""
+"""Shared by every test: device markers and small checkpoints on disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.measure.compare import process
 from moeflux_mlx.system.pressure import Pressure
 
-# Their assertions are to say as much as those of the tests that call them.
+# Have pytest explain assertions of helpers as it explains those of tests.
 pytest.register_assert_rewrite("native_models")
 
 NEEDS = {
@@ -34,24 +34,24 @@ NEEDS = {
 }
 
 
-# No test is held to a time: machines are busy.
+# No test has a deadline: machines are busy.
 settings.register_profile("moeflux", deadline=None)
 settings.load_profile("moeflux")
 
-# What needs no GPU runs on the CPU, as it does where there is nothing else.
+# Tests that need no GPU run on the CPU, as on a machine without a GPU.
 mx.set_default_device(mx.cpu)
 
-# What was tuned on this machine decides nothing here, nor in processes started here.
+# This machine's tuning file must not affect tests or the processes they start.
 os.environ["MOEFLUX_TUNING"] = "0"
 
-# A shell has what it runs in the background ignore Ctrl-C, which tests press.
+# A shell lets background jobs ignore Ctrl-C, but tests send it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def calm_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the system short of no memory, whatever else runs here."""
+    """Pretend that the system has enough memory, whatever else runs here."""
     monkeypatch.setattr(device, "system_pressure", lambda: Pressure.NORMAL)
 
 
@@ -59,13 +59,13 @@ def calm_system(monkeypatch: pytest.MonkeyPatch) -> None:
 def pages_return(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Have the system take single pages back, whatever is here, except on GPUs."""
+    """Pretend that the system takes back single pages, except on GPUs."""
     if not any(map(request.node.get_closest_marker, NEEDS)):
         monkeypatch.setattr(device, "returns_pages", lambda: True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the flag that has every test run."""
+    """Add the flag that runs every test."""
     every = "also run what is slow, and every case of tests that have many"
     parser.addoption("--all", action="store_true", help=every)
 
@@ -73,7 +73,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """Leave out what only ``--all`` runs; skip tests for a device that is not here."""
+    """Leave out tests that need ``--all``; skip tests for an absent device."""
     named = any("::" in word for word in config.args)
     if not (config.getoption("--all") or named):
         left_out = set(only_with_all(items))
@@ -87,9 +87,9 @@ def pytest_collection_modifyitems(
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Leave what is loaded by now out of every later search for garbage.
+    """Exclude all objects made so far from later garbage collections.
 
-    Several tests search, and thousands of collected tests make each search long.
+    Several tests collect garbage, and thousands of collected tests make that slow.
     """
     gc.disable()
     found = yield
@@ -100,7 +100,7 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def only_with_all(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
-    """Yield slow tests, and all cases but the first of those that are sampled."""
+    """Yield slow tests and, for each sampled test, all cases but the first."""
     begun = set()
     for item in items:
         test = item.nodeid.partition("[")[0]
@@ -112,7 +112,7 @@ def only_with_all(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
 
 @pytest.fixture(autouse=True)
 def on_gpu_if_marked(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run tests marked for a GPU there."""
+    """Run tests marked for a GPU on the GPU."""
     marked = any(map(request.node.get_closest_marker, NEEDS))
     with mx.stream(mx.gpu) if marked else contextlib.nullcontext():
         yield
@@ -120,7 +120,7 @@ def on_gpu_if_marked(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def compiles_again() -> Iterator[None]:
-    """Let go of models that were trained: MLX compiles nothing while there are some."""
+    """Free trained models: MLX compiles nothing while one exists."""
     yield
     if not compiles():
         gc.collect()
@@ -146,7 +146,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def packed(checkpoint: Path) -> Path:
-    """The same model, packed: its experts can be streamed."""
+    """The same model as a pack, whose experts can be streamed."""
     path = checkpoint.with_name("packed")
     pack(checkpoint, path)
     return path

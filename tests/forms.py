@@ -1,4 +1,4 @@
-"""The same checkpoint with its experts in other forms, byte by byte."""
+"""Rewrite a checkpoint with its experts in another form, byte by byte."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import NamedTuple
 from moeflux_mlx.experts.files.safetensors import TensorEntry, header_bytes, read_header
 
 STACKED = re.compile(r"(.*)\.switch_mlp\.(\w+)\.(\w+)")
-# Tensors [E, ...]; one for each expert; gate and up fused; both.
+# Stacked tensors [E, ...]; a tensor per expert; gate and up fused; both.
 FORMS = ("stacked", "each", "fused", "each-fused")
 
 
 class Raw(NamedTuple):
-    """A tensor as a file has it."""
+    """A tensor as it is stored in a file."""
 
     dtype: str
     shape: tuple[int, ...]
     data: bytes
 
     def experts(self) -> list[Raw]:
-        """Return the parts along the first axis."""
+        """Split the tensor along its first axis."""
         n, *shape = self.shape
         size = len(self.data) // n
         parts = [self.data[e * size : (e + 1) * size] for e in range(n)]
@@ -50,7 +50,7 @@ def read_raw(directory: Path) -> dict[str, Raw]:
 
 
 def write_raw(directory: Path, tensors: dict[str, Raw], n_shards: int = 1) -> None:
-    """Write tensors in their order, end to end, dealt out in runs to shards."""
+    """Write tensors in order, end to end, with a run of them in each shard."""
     for old in directory.glob("model*"):
         old.unlink()
     names, weight_map = list(tensors), {}
@@ -74,7 +74,7 @@ def write_raw(directory: Path, tensors: dict[str, Raw], n_shards: int = 1) -> No
 
 
 def in_form(tensors: dict[str, Raw], form: str) -> dict[str, Raw]:
-    """Rename and cut stacked experts; the order is that of names."""
+    """Rename and split stacked experts; the tensors are sorted by name."""
     found = {n: raw for n, raw in tensors.items() if not STACKED.fullmatch(n)}
     for name, raw in tensors.items():
         if (match := STACKED.fullmatch(name)) is None:

@@ -1,4 +1,4 @@
-"""A model whose every file that could be code leaves a mark when it is run."""
+"""A model in which every file that could be run as code leaves a mark when run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tiny import make_checkpoint
 
-# What we, our dependencies and our children import, and what Python does at its start.
+# Modules that we, our dependencies and our children import, or Python at its start.
 MODULES = sorted(
     {name for name in sys.stdlib_module_names if not name.startswith("_")}
     - set(sys.builtin_module_names)
@@ -30,7 +30,7 @@ class Trap:
 
 
 def template(mark: Path) -> str:
-    """A chat template that tries the known ways out of a sandbox."""
+    """Return a chat template that tries the known ways out of a sandbox."""
     reach = "''.__class__.__mro__[1].__subclasses__()"
     run = f"__import__('pathlib').Path('{mark}').write_text('template')"
     tries = [
@@ -41,7 +41,7 @@ def template(mark: Path) -> str:
         f"strftime_now.__globals__['__builtins__']['exec'](\"{run}\")",
         "messages.append.__self__.__class__.__base__.__subclasses__()",
     ]
-    # The first way that ends in an error must not hide the next: one a message.
+    # One way per message, so that an error in one does not hide the next.
     cases = [
         f"{{% if messages[0]['content'] == '{i}' %}}{{{{ {x} }}}}{{% endif %}}"
         for i, x in enumerate(tries)
@@ -53,7 +53,7 @@ N_TEMPLATE_TRIES = 6
 
 
 def make_hostile(path: Path, mark: Path) -> Path:
-    """Write a small model that loads, and writes ``mark`` if anything of it is run."""
+    """Write a small model that loads, and that writes ``mark`` if its code is run."""
     make_checkpoint(path)
     code = f"open({str(mark)!r}, 'a').write(__name__)\n"
     traps = f"{code}Model = ModelArgs = object\n"

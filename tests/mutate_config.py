@@ -1,9 +1,10 @@
-"""Load a model with one value of config.json changed after the other; print what came.
+"""Change one value of config.json at a time, load the model, and print the result.
 
     python tests/mutate_config.py DIRECTORY EXPERT_MEMORY EVERY
 
-A process of its own, for a division by zero in MLX ends it. A line for each change:
-its name, a tab, then the error or ``=`` and how far logits are from mlx-lm's.
+This is a process of its own, because a division by zero in MLX ends it. It prints a
+line for each change: its name, a tab, and the error or ``=`` with the largest
+difference between its logits and mlx-lm's.
 """
 
 from __future__ import annotations

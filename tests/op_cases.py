@@ -1,8 +1,8 @@
-"""Every Op at odd sizes, and what it should give: plain NumPy in float64.
+"""Every Op at odd sizes, and an oracle for each in plain NumPy and float64.
 
 A spec builds a case: a pool, an Op, seeded inputs and weights. The oracles are written
-from the formulas alone, token by token where a formula is one, and share no code with
-the references.
+from the formulas alone, token by token where the formula is, and share no code with the
+references.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MXFP4, NVFP4 = Quantization(4, 32, "mxfp4"), Quantization(4, 16, "nvfp4")
 EPS = 1e-6
 # GPUs multiply float32 matrices in TF32.
 TOLERANCE = 1e-5 if device.on_cpu() else 2e-3
-# The role that stands for a union.
+# The role to use for a union of roles.
 CONCRETE = {
     b.RmsNormIn: b.HiddenBuf,
     b.RmsNormOut: b.AttnInputBuf,
@@ -58,7 +58,7 @@ def distinct(below: int) -> Maker:
 
 
 def sized(*shape: int) -> Maker:
-    """Normals of a shape that is only known when an array is bound."""
+    """Normal values; the shape is known only when an array is bound."""
     return lambda rng, _: rng.standard_normal(shape)
 
 
@@ -81,27 +81,27 @@ class Case:
         return [f.name for f in self.op.buffer_fields if f.access & Access.WRITE]
 
     def on_device(self, field: str) -> Any:
-        """An input as the reference takes it: an MLX array of its buffer's type."""
+        """Return an input as an MLX array of its buffer's type."""
         x = self.inputs[field]
         if not isinstance(x, np.ndarray):
             return x
         return mx.array(x).astype(self.pool.info(getattr(self.op, field)).dtype)
 
     def on_device_result(self, **changed: mx.array) -> list[mx.array]:
-        """What the reference gives on MLX arrays; ``changed`` replaces inputs."""
+        """Run the reference on MLX arrays; ``changed`` replaces inputs."""
         inputs = [changed.get(name, self.on_device(name)) for name in self.inputs]
         weights = [self.weights.get(name) for name in self.op.weight_fields]
         return as_list(self.op.reference(*inputs, *weights))
 
     def on_host_result(self) -> list[np.ndarray]:
-        """What the reference gives on NumPy arrays."""
+        """Run the reference on NumPy arrays."""
         weights = [self.weights.get(name) for name in self.op.weight_fields]
         on_host = [None if w is None else w.on_host for w in weights]
         result = self.op.reference(*self.inputs.values(), *on_host)
         return [np.asarray(x) for x in as_list(result)]
 
     def expected(self, **changed: np.ndarray) -> list[np.ndarray]:
-        """What the oracle gives in float64; ``changed`` replaces inputs."""
+        """Run the oracle in float64; ``changed`` replaces inputs."""
         wide = {name: widen(x) for name, x in (self.inputs | changed).items()}
         named = {name: self.weights.get(name) for name in self.op.weight_fields}
         unpacked = {name: unpack(weight) for name, weight in named.items()}
@@ -110,7 +110,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Spec:
-    """How to make a case; its id says Op, sizes and form of the weights."""
+    """The recipe for a case; its id names the Op, the sizes and the weights' form."""
 
     op: type[Op]
     fields: dict[str, Any]
@@ -128,7 +128,7 @@ class Spec:
 
     @property
     def gathers_dense(self) -> bool:
-        """Tell whether unpacked experts are gathered on the device."""
+        """Return whether unpacked experts are gathered on the device."""
         gathers = (ops.MoeDecodeExperts, ops.MoeGatherIdFuse)
         return self.form is None and self.op in gathers
 
@@ -197,7 +197,7 @@ def rounded(x: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
 def spec(
     op: type[Op], form: Quantization | None = None, note: str = "", **given: Any
 ) -> Spec:
-    """Part what is given into sizes of the Op and makers of inputs."""
+    """Split the arguments into sizes of the Op and makers of inputs."""
     makers = {k: v for k, v in given.items() if callable(v)}
     fields = {k: v for k, v in given.items() if not callable(v)}
     return Spec(op, fields, makers, form, note)
@@ -241,7 +241,7 @@ def as_list(result: Any) -> list[Any]:
 
 
 def relative_rms(got: Any, expected: Any) -> float:
-    """Return RMS of the error over RMS of what is expected; NaN counts as wrong."""
+    """Return the error's RMS over the expected value's; NaN counts as wrong."""
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
     assert got.shape == expected.shape, f"expected {expected.shape} but got {got.shape}"
     error = np.sqrt(np.mean((got - expected) ** 2))
@@ -254,7 +254,7 @@ LATENT = dict(num_heads=3, latent_dim=8, rope_dim=6, softmax_scale=0.3)
 
 
 def latents(n_seqs: int, n_rows: int, width: int = 8) -> dict[str, Maker]:
-    """Return makers of a compressed cache of so many rows."""
+    """Return makers of a compressed cache with this number of rows."""
     shape = n_seqs, 1, n_rows
     return dict(latent=sized(*shape, width), rope=sized(*shape, 6))
 
@@ -401,7 +401,7 @@ SPECS = [
 ]  # fmt: skip
 
 
-# Sizes that kernels take: widths of whole groups and simdgroups, rows still ragged.
+# Sizes that kernels accept: widths of whole groups and simdgroups, ragged rows.
 DELTA_32 = dict(num_v_heads=4, num_k_heads=2, key_dim=32, value_dim=33)
 HEADS_64 = dict(num_heads=8, head_dim=64, softmax_scale=0.125)
 
@@ -501,7 +501,7 @@ def unpack(weight: Weight | None) -> np.ndarray | None:
     return dense.reshape(*w.shape[:-1], -1)
 
 
-# Floats of four bits; what bytes are as scales: powers of two, floats of eight bits.
+# 4-bit floats; then the scales that bytes encode: powers of two, 8-bit floats.
 SMALL_FLOATS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 SMALL_FLOATS = np.concatenate([SMALL_FLOATS, -SMALL_FLOATS])
 POWERS = 2.0 ** (np.arange(256) - 127)
@@ -580,7 +580,7 @@ def append(op, k_src, v_src, k_cache, v_cache, row):
 
 
 def attend(op, q, k, v, mask, start, sinks=None):
-    """One query and one head at a time."""
+    """Attend with one query and one head at a time."""
     t, s = op.n_tokens // op.n_seqs, k.shape[2]
     queries = q.reshape(op.n_tokens, op.num_heads, op.head_dim)
     out = np.empty_like(queries)
@@ -615,7 +615,7 @@ def by_head(op, input, weight):
 
 
 def attend_latent(op, q, q_pe, latent, rope, mask, start):
-    """Attend with keys whose first channels are the values, as one group of heads."""
+    """Attend with keys whose first channels are the values; all heads share them."""
     n, heads = op.n_tokens, op.num_heads
     both = q.reshape(n, heads, -1), q_pe.reshape(n, heads, -1)
     keys = np.concatenate([latent, rope], axis=-1)
@@ -696,7 +696,7 @@ def convolve(op, qkv_in, conv_state, mask, lengths, weight):
 
 
 def part_key_heads(op, qkvz, ba):
-    """One key head of one token at a time."""
+    """Compute one key head of one token at a time."""
     per_key = op.num_v_heads // op.num_k_heads
     values = per_key * op.value_dim
     parts = [[[] for _ in range(op.n_tokens)] for _ in range(6)]
@@ -721,7 +721,7 @@ def decay_beta(_op, alpha_in, beta_in, mask, a_log, dt_bias):
 
 
 def delta_rule(op, state, conv_out, g_decay, beta_gate):
-    """One token and one head at a time."""
+    """Compute one token and one head at a time."""
     t, width = op.n_tokens // op.n_seqs, op.num_k_heads * op.key_dim
     state, per_key = state.copy(), op.num_v_heads // op.num_k_heads
     out = np.empty((op.n_tokens, op.num_v_heads, op.value_dim))

@@ -1,4 +1,4 @@
-"""Which files this process has open."""
+"""Count the files that this process has open."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Iterator
 
 
 def count() -> int:
-    """Return how many files are open, but those that only garbage holds."""
+    """Return the number of open files, without those that only garbage holds."""
     gc.collect()
     return len(os.listdir("/dev/fd"))
 
 
 @contextlib.contextmanager
 def none_left() -> Iterator[None]:
-    """Fail if more files are open after what is done in here."""
+    """Fail if more files are open at the end of the block than at its start."""
     before = len(os.listdir("/dev/fd"))
     yield
-    # To search for garbage takes long, and seldom is some left.
+    # Collecting garbage is slow and rarely needed, so count first.
     if len(os.listdir("/dev/fd")) != before:
         assert count() <= before, "files were left open"

@@ -1,6 +1,6 @@
-"""Several processes of one group on this machine, forked from one that has its modules.
+"""Run several ranks of one process group, forked from one that has its modules.
 
-``launch`` runs a function of this file, or the command line, in each of them.
+``launch`` runs a function of this file, or the command line, in each rank.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def start(
     """Start ``n`` ranks; return each with the file that it prints to.
 
     Args:
-        folder: where ``work`` finds its files, and leaves what it found as ``N.json``.
-        work: takes an exchange and the folder; or the ``words`` if there are some.
-        text: what each reads from its standard input.
+        folder: where ``work`` reads its files and writes its result as ``N.json``.
+        work: a function of an exchange and the folder, or of the ``words`` if given.
+        text: the standard input of each rank.
     """
     folder.mkdir(exist_ok=True)
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
@@ -92,7 +92,7 @@ def start(
 
 
 def address(process: BaseProcess, log: Path) -> str:
-    """Return where a rank serves, once it does."""
+    """Wait until a rank serves; return its address."""
     while not (found := re.search(r"serving .* at (http\S+)\n", log.read_text())):
         assert process.is_alive(), log.read_text()
         time.sleep(0.05)
@@ -101,7 +101,7 @@ def address(process: BaseProcess, log: Path) -> str:
 
 @contextlib.contextmanager
 def serving(n: int, folder: Path, *words: object) -> Iterator[Client]:
-    """Run ``moeflux serve`` in ``n`` ranks while inside; they end without an error."""
+    """Run ``moeflux serve`` in ``n`` ranks; check that they end without an error."""
     words = ("serve", "--port", 0, *words)
     started = start(n, folder, commands.called, words)
     first = started[0][0]
@@ -116,7 +116,7 @@ def serving(n: int, folder: Path, *words: object) -> Iterator[Client]:
 
 
 def mlx_lm(words: list[str]) -> int:
-    """Run a command of mlx-lm's own."""
+    """Run one of mlx-lm's commands."""
     mx.set_default_device(mx.cpu)
     sys.argv = words
     importlib.import_module(f"mlx_lm.{words[0]}").main()
@@ -124,7 +124,7 @@ def mlx_lm(words: list[str]) -> int:
 
 
 def found(folder: Path, n: int) -> list[dict[str, Any]]:
-    """Return what each rank's ``work`` found."""
+    """Return the result of each rank's ``work``."""
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(n)]
 
 
@@ -135,13 +135,13 @@ def _called(work: Callable[[Exchange, Path], dict[str, Any]], args: list[str]) -
     exchange, folder = Exchange(group), Path(args[0])
     outcome = work(exchange, folder)
     (folder / f"{exchange.rank}.json").write_text(json.dumps(outcome))
-    # Nobody ends while another one still waits for what it gives.
+    # No rank may end while another still waits for its experts.
     exchange.first([0])
     return 0
 
 
 def greedy(model: Any, n: int = 6) -> dict[str, Any]:
-    """Return tokens, and the bits of the logits that they come of."""
+    """Return tokens, and the bits of the logits that chose them."""
     cache, tokens, bits = make_prompt_cache(model), [], hashlib.sha256()
     ids = mx.array(PROMPT)
     for _ in range(n):
@@ -153,7 +153,7 @@ def greedy(model: Any, n: int = 6) -> dict[str, Any]:
 
 
 def said(call: Callable[[], Any]) -> str:
-    """Return the error that a call ends in."""
+    """Return the message of the error that a call raises."""
     try:
         call()
     except MoefluxError as error:
@@ -162,7 +162,7 @@ def said(call: Callable[[], Any]) -> str:
 
 
 def generate(exchange: Exchange, folder: Path) -> dict[str, Any]:
-    """Run every model in the folder, streamed and all in memory; say what was read."""
+    """Run every model in the folder, streamed and in memory; return its reads too."""
     outcome = {}
     for path in sorted(
         p for p in folder.parent.iterdir() if p.is_dir() and p != folder
@@ -195,11 +195,11 @@ def generate(exchange: Exchange, folder: Path) -> dict[str, Any]:
 
 
 def exact(exchange: Exchange, folder: Path) -> dict[str, Any]:
-    """Put rows together of which no bit may change; return them as whole numbers."""
+    """Exchange rows whose bits must not change; return them as integers."""
     outcome: dict[str, Any] = {}
     for dtype, words in ("float32", np.uint32), ("bfloat16", np.uint16):
         n = np.iinfo(words).max
-        # -0.0, numbers that are none, the smallest and whatever else there is.
+        # -0.0, NaN, subnormals and arbitrary bits.
         bits = np.array([[n // 2 + 1, n, n - 1, 1], [0, 3, n // 3, n // 2]], words)
 
         def make(places, bits=bits, dtype=dtype):
@@ -215,7 +215,7 @@ def exact(exchange: Exchange, folder: Path) -> dict[str, Any]:
 
 
 def bounded(exchange: Exchange, folder: Path) -> dict[str, Any]:
-    """Run in memory that one rank has less of, then in too little for a prompt."""
+    """Run with less memory on one rank, then with too little for a prompt."""
     outcome = {}
     gib = 1 << 30
     model, _ = moeflux_mlx.load(
@@ -283,7 +283,7 @@ def bench(exchange: Exchange, folder: Path) -> dict[str, Any]:
 
 
 def states(exchange: Exchange, folder: Path) -> dict[str, Any]:
-    """Keep a state, load it and another one, and have one rank fail."""
+    """Save a state, load it and another one, and let one rank fail."""
     load = functools.partial(
         moeflux_mlx.load, folder.parent / "pack", group=exchange._group
     )
@@ -316,7 +316,7 @@ def continued(model: Any, path: Path) -> list[int]:
 
 
 def follow(model: Any, cache: list[Any]) -> list[int]:
-    """Return the tokens that follow what caches hold."""
+    """Return the tokens that follow the tokens in the caches."""
     ids, tokens = mx.array([[7]]), []
     for _ in range(4):
         tokens.append(int(model(ids, cache=cache)[0, -1].argmax()))
@@ -325,7 +325,7 @@ def follow(model: Any, cache: list[Any]) -> list[int]:
 
 
 def pipelined(exchange: Exchange, folder: Path) -> dict[str, Any]:
-    """Run models whose layers are divided; have one rank fail, and go on."""
+    """Run models with divided layers; let one rank fail, then continue."""
     outcome: dict[str, Any] = {}
     group = exchange._group
     load = functools.partial(moeflux_mlx.load, group=group, pipeline=True)
@@ -368,7 +368,7 @@ def pipelined(exchange: Exchange, folder: Path) -> dict[str, Any]:
 
 
 def die(exchange: Exchange, folder: Path) -> dict[str, Any]:
-    """Have rank 1 end in the middle of a call."""
+    """End rank 1 in the middle of a call."""
     model, _ = moeflux_mlx.load(folder.parent / "pack", group=exchange._group)
     greedy(model, 1)
     if exchange.rank == 1:
@@ -382,7 +382,7 @@ def die(exchange: Exchange, folder: Path) -> dict[str, Any]:
 
 
 def part(exchange: Exchange, folder: Path) -> dict[str, Any]:
-    """Have rank 1 choose other experts than rank 0, in every layer or in the last."""
+    """Let rank 1 choose other experts than rank 0, in every layer or in the last."""
     outcome = {}
     for name, places in {"all": slice(None), "last": slice(-1, None)}.items():
         model, _ = moeflux_mlx.load(folder.parent / "pack", group=exchange._group)
@@ -399,14 +399,14 @@ def part(exchange: Exchange, folder: Path) -> dict[str, Any]:
 
 
 def apart(model: Any, block: Any) -> None:
-    """Run a routed block in a call that goes through no layer."""
+    """Call a routed block directly, without its layer."""
     calls = model.__dict__["calls"]
     x = mx.random.normal((1, 3, 64), key=mx.random.key(1))
     calls._run(lambda cache: block(x), SimpleNamespace(args=(None,), kwargs={}), 3, [])
 
 
 def choose_late(exchange: Exchange) -> None:
-    """Have ranks choose alike in one block and otherwise in the next."""
+    """Let ranks choose the same experts in one block and others in the next."""
     rows = mx.zeros((3, 4))
     with exchange.together(defers=True):
         for number in range(2):
@@ -415,7 +415,7 @@ def choose_late(exchange: Exchange) -> None:
 
 
 def fail(exchange: Exchange, folder: Path) -> dict[str, Any]:
-    """Have one rank fail in every way, and go on with right results after each."""
+    """Let one rank fail in every way; check the results after each failure."""
     outcome, group = {}, exchange._group
     path = folder.parent / "pack"
     load = functools.partial(moeflux_mlx.load, path, group=group)
@@ -425,7 +425,7 @@ def fail(exchange: Exchange, folder: Path) -> dict[str, Any]:
     def call(ids, model=model):
         return said(lambda: mx.eval(model(mx.array(ids))))
 
-    # Rank 1 alone writes, and everybody waits for it.
+    # Rank 1 alone writes, and all ranks wait for it.
     file = path / "experts-001.bin"
     kept = file.read_bytes()
     exchange.first([0])

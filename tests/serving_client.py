@@ -1,4 +1,4 @@
-"""Talk to a server that a test runs, as clients do."""
+"""A client for the server that a test runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ N_TOKENS = 40
 
 
 class Answer(NamedTuple):
-    """What came back: the status, headers, and the body."""
+    """An answer: its status, headers and body."""
 
     status: int
     headers: Any
@@ -28,14 +28,14 @@ class Answer(NamedTuple):
 
     @property
     def error(self) -> str:
-        """The reason that an answer gives, one line."""
+        """The reason in an answer's error: one line."""
         text = json.loads(self.body)["error"]
         assert text and "\n" not in text
         return text
 
     @property
     def events(self) -> list[dict]:
-        """The events of a stream but its end."""
+        """The events of a stream, without the one that ends it."""
         lines = self.body.decode().split("\n\n")
         found = [line[6:] for line in lines if line.startswith("data: ")]
         return [json.loads(line) for line in found if line != "[DONE]"]
@@ -52,7 +52,7 @@ class Client:
         return self._send("GET", path, None, headers)
 
     def post(self, path: str, body: bytes | dict, **headers: str) -> Answer:
-        """Post a body: an object, or bytes as they are."""
+        """Post a body: an object as JSON, or bytes unchanged."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         return self._send("POST", path, data, headers)
 
@@ -64,7 +64,7 @@ class Client:
         return json.loads(answer.body)["choices"][0]["text"]
 
     def metrics(self) -> dict[str, float]:
-        """Return every metric by its name, and its labels if it has some."""
+        """Return every metric by its name and labels."""
         answer = self.get("/metrics")
         assert answer.status == 200
         return {
@@ -74,7 +74,7 @@ class Client:
         }
 
     def settled(self) -> dict[str, float]:
-        """Return the metrics once every request is counted, which its answer is not."""
+        """Return the metrics once all requests are counted: answers arrive earlier."""
 
         def found() -> dict[str, float] | None:
             metrics = self.metrics()
@@ -95,7 +95,7 @@ class Client:
 def serving(
     model: Path, log: Path, *args: object, call: Callable | None = None
 ) -> Iterator[Client]:
-    """Run ``moeflux serve`` while inside; give its client once it is there."""
+    """Run ``moeflux serve``; yield a client once it answers."""
     words = ("serve", "--model", model, "--port", 0, *args)
     with running(log, *words, call=call) as process:
         while not (found := re.search(r"serving .* at (http\S+)\n", read(log))):
@@ -106,12 +106,12 @@ def serving(
 
 
 def read(log: Path) -> str:
-    """Return what was logged so far."""
+    """Return the log so far."""
     return log.read_text() if log.exists() else ""
 
 
 def until(is_so: Callable[[], Any]) -> Any:
-    """Wait for something and return it; a test that waits for ever is ended."""
+    """Wait for a true value and return it; fail the test after too long."""
     while not (found := is_so()):
         time.sleep(0.02)
     return found

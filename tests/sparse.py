@@ -1,4 +1,4 @@
-"""A checkpoint whose experts are large and cost neither time nor disk to make."""
+"""Make checkpoints with large experts that take neither time nor disk space."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ GROUP, BITS = 64, 4
 def make_sparse_checkpoint(path: Path, **overrides: int) -> int:
     """Write a random 4-bit checkpoint; return the bytes of its experts.
 
-    The experts' packed values are a hole in the file, so all zero: what an expert does
-    comes from its random biases.
+    The experts' packed values are a hole in the file, so all are zero: an expert's
+    output comes from its random biases.
     """
     text = {**TEXT_CONFIG, **overrides}
     config = {
@@ -31,7 +31,7 @@ def make_sparse_checkpoint(path: Path, **overrides: int) -> int:
         "quantization": {"group_size": GROUP, "bits": BITS},
     }
     mx.random.seed(3)
-    # Experts are left lazy: they are written below.
+    # Experts stay lazy: they are written below.
     model = qwen3_5_moe.Model(qwen3_5_moe.ModelArgs.from_dict(config))
     nn.quantize(
         model, GROUP, BITS, class_predicate=lambda p, m: hasattr(m, "to_quantized")
@@ -80,7 +80,7 @@ def _write_experts(path: Path, text: dict) -> int:
             begin, end = entry["data_offsets"]
             if entry["dtype"] == "BF16":
                 file.seek(start + begin)
-                # Each tensor begins elsewhere in the noise, so no two are alike.
+                # Tensors start at different offsets of the noise, so no two are equal.
                 shifted = bits[2 * i :] + bits[: 2 * i]
                 n_bytes = end - begin
                 file.write((shifted * (n_bytes // len(bits) + 1))[:n_bytes])

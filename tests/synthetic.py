@@ -1,4 +1,4 @@
-"""Checkpoints of nothing but stacked experts, in any form, for the expert store."""
+"""Make checkpoints of stacked experts alone, in any form, for the expert store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moeflux_mlx.experts.weights import Quantization, Weight
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 AFFINE = Quantization(4, 32)
 
-# One for all projections, or each its own; None is dense.
+# One form for all projections, or one for each; None is dense.
 Form = Mapping[str, Quantization | None] | Quantization | None
 
 
@@ -33,9 +33,9 @@ def write_checkpoint(
     n_shards: int = 1,
     seed: int = 0,
 ) -> Path:
-    """Write random experts as mlx-lm would, and one resident tensor beside them.
+    """Write random experts as mlx-lm does, and one resident tensor.
 
-    A list in ``quantization`` has a form for each layer.
+    A list in ``quantization`` gives a form for each layer.
     """
     mx.random.seed(seed)
     path.mkdir(parents=True)
@@ -73,7 +73,7 @@ def quantize(dense: mx.array, q: Quantization | None) -> dict[str, mx.array]:
 
 
 def write_shards(path: Path, tensors: dict[str, mx.array], n_shards: int) -> None:
-    """Write tensors into one file, or dealt out to several with an index."""
+    """Write tensors into one file, or into several with an index."""
     if n_shards == 1:
         mx.save_safetensors(str(path / "model.safetensors"), tensors, {"format": "mlx"})
         return
@@ -102,7 +102,7 @@ def expert_bytes(checkpoint: Path, layer: int, expert: int) -> dict[str, bytes]:
 
 
 def slot_bytes(weight: Weight, slot: int) -> dict[str, bytes]:
-    """Return what a slot of one projection holds, by part."""
+    """Return a slot's arrays of one projection, by their names."""
     parts = {"weight": weight.w, "scales": weight.scales, "biases": weight.biases}
     return {
         part: np.array(array[slot].flatten().view(mx.uint8)).tobytes()
@@ -112,7 +112,7 @@ def slot_bytes(weight: Weight, slot: int) -> dict[str, bytes]:
 
 
 def record_bytes(store: PackedExperts, layer: int, expert: int) -> dict[str, bytes]:
-    """Return one expert's tensors as the expert file holds them."""
+    """Return one expert's tensors as they lie in the expert file."""
     data = store.path(layer).read_bytes()[store.offset(layer, expert) :]
     return {
         f"{t.projection}.{t.part}": data[t.offset : t.offset + t.n_bytes]

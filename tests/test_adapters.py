@@ -1,4 +1,4 @@
-"""Adapters through mlx-lm's own entry points, on a model of our own class: stock's."""
+"""Adapters through mlx-lm's entry points, on our own class: results equal stock's."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ KEYS = [
     "mlp.shared_expert.down_proj",
 ]
 LORA = {"rank": 4, "scale": 4.0, "dropout": 0.0}
-# What makes a difference to text within three steps.
+# Settings that change the text within three steps.
 RATE = 0.05
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Path:
-    """A checkpoint, and its pack and something to learn beside it."""
+    """A checkpoint with its pack and training data."""
     path = tmp_path_factory.mktemp("adapters") / "plain"
     make_checkpoint(path, num_hidden_layers=2, full_attention_interval=2)
     pack(path, path.with_name("packed"))
@@ -72,7 +72,7 @@ def few(plain) -> str:
 
 @pytest.fixture(scope="module")
 def loaders(plain, packed, few) -> dict[str, Any]:
-    """What loads the model, by the way that it runs."""
+    """Return the function that loads the model, for the way that it runs."""
     load = moeflux_mlx.load
     return {
         "resident": partial(load, plain),
@@ -127,7 +127,7 @@ def train(plain: Path, loaded: Any, out: Path, kind: str, **options: Any):
 
 @pytest.fixture(scope="module")
 def trained(plain, tmp_path_factory) -> dict[str, Any]:
-    """What stock's training gives, by kind: losses, adapters and where they are."""
+    """Stock's training by kind of adapter: losses, adapters and their folder."""
     found = {}
     for kind in ("lora", "dora"):
         out = tmp_path_factory.mktemp("stock") / kind
@@ -160,7 +160,7 @@ def test_training_gives_stocks_losses_and_adapters(
 
 
 def gradients(model: nn.Module) -> dict[str, mx.array]:
-    """Return what the first step of training changes adapters by, and its loss."""
+    """Return the first training step's changes to adapters, and its loss."""
     model.train()
     lengths = mx.array([[0, 6], [0, 4]])
     step = nn.value_and_grad(model, default_loss)
@@ -172,13 +172,13 @@ def gradients(model: nn.Module) -> dict[str, mx.array]:
 @pytest.mark.sampled
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_gradients_of_adapters_are_stocks(plain, loaders, trained, kind, way):
+def test_gradients_of_adapters_equal_stocks(plain, loaders, trained, kind, way):
     found = []
     for load in (lambda: mlx_lm.load(str(plain)), loaders[way]):
         model = load()[0].freeze()
         config = {**LORA, "keys": KEYS}
         linear_to_lora_layers(model, 2, config, use_dora=kind == "dora")
-        # Second factors that are no zeros.
+        # Nonzero second factors, so that adapters have an effect.
         model.load_weights([*trained[kind][1].items()], strict=False)
         found.append(gradients(model))
     assert len(found[0]) == 1 + len(trained[kind][1])
@@ -204,7 +204,7 @@ def test_by_default_all_but_routed_experts_learn(plain, loaders, way, tmp_path):
         assert np.allclose(losses, stocks, rtol=1e-5)
         check_same(got, wanted)
     else:
-        # Routed experts have none, so that losses part after the first step.
+        # Routed experts have no adapters, so losses differ after the first step.
         assert np.allclose(losses[:2], stocks[:2], rtol=1e-5)
         assert set(got) == {name for name in wanted if "switch_mlp" not in name}
 
@@ -222,7 +222,7 @@ def test_training_resumes_as_stock_does(plain, loaders, trained, way, tmp_path):
 
 
 def command(name: str, *flags: object) -> None:
-    """Run a command of mlx-lm in this process, as its entry point does."""
+    """Run one of mlx-lm's commands in this process, as its entry point does."""
     __import__(f"mlx_lm.{name}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"mlx_lm.{name}", *map(str, flags)])
@@ -272,7 +272,7 @@ PROMPT = ["--prompt", "ab", "--ignore-chat-template", "-m", 10, "--verbose", "Fa
 
 @pytest.fixture(scope="module")
 def text(plain, trained) -> dict[str, str]:
-    """What stock writes, by kind of adapter, and without."""
+    """Stock's text by kind of adapter, and without adapters."""
     found = {}
     for kind, path in {"none": None, **{k: v[2] for k, v in trained.items()}}.items():
         model, tokenizer = mlx_lm.load(str(plain), adapter_path=path and str(path))
@@ -377,7 +377,7 @@ def test_a_long_call_with_adapters_is_divided(loaders, trained, monkeypatch):
 
 
 class Negated(nn.Module):
-    """A layer that somebody made, around one of the model's."""
+    """A user's own layer around one of the model's layers."""
 
     def __init__(self, linear: nn.Module):
         super().__init__()
@@ -388,7 +388,7 @@ class Negated(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["resident", "pack"])
-def test_any_module_that_graphs_do_not_know_is_called(plain, loaders, way):
+def test_a_module_that_graphs_cannot_represent_is_called(plain, loaders, way):
     found = []
     for load in (lambda: mlx_lm.load(str(plain)), loaders[way]):
         model = load()[0]
@@ -402,7 +402,7 @@ def test_any_module_that_graphs_do_not_know_is_called(plain, loaders, way):
 
 @pytest.fixture(scope="module")
 def routed(plain, tmp_path_factory) -> Path:
-    """Adapters of everything, routed experts among them."""
+    """Adapters of all linear layers, routed experts included."""
     path = tmp_path_factory.mktemp("routed") / "adapters"
     options = {"lora_parameters": LORA, "iters": 1}
     train(plain, mlx_lm.load(str(plain)), path, "lora", **options)
@@ -432,7 +432,7 @@ def test_adapters_of_streamed_experts_are_refused_by_name(packed, few, routed, n
         model.load_weights(str(routed / "adapters.safetensors"), strict=False)
 
 
-def test_adapters_of_resident_experts_are_stocks(plain, routed):
+def test_adapters_of_resident_experts_equal_stocks(plain, routed):
     models = [
         load(str(plain), adapter_path=str(routed))[0]
         for load in (mlx_lm.load, moeflux_mlx.load)
@@ -461,7 +461,7 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [broken_json, of_another_model, without_weights, cut]
 )
-def test_adapters_that_cannot_be_used_are_one_line(plain, trained, damage, tmp_path):
+def test_unusable_adapters_end_in_one_line(plain, trained, damage, tmp_path):
     path = tmp_path / "adapters"
     path.mkdir()
     for name in ("adapter_config.json", "adapters.safetensors"):

@@ -1,4 +1,4 @@
-"""A call of mlx-lm's class that runs ahead of its experts gives what waiting gives."""
+"""A call of mlx-lm's class that runs ahead of its experts equals one that waits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SLOT = 16 << 10
 
 @pytest.fixture(autouse=True, scope="module")
 def scripts():
-    """Make the modules beside the scripts importable."""
+    """Make the scripts' modules importable."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "scripts"))
         yield
@@ -39,7 +39,7 @@ def scripts():
 
 @pytest.fixture
 def window(monkeypatch) -> Callable[[int], None]:
-    """Let tokens run so many blocks ahead, whatever they miss."""
+    """Let tokens run this many blocks ahead, whatever they miss."""
 
     def decide(size: int) -> None:
         monkeypatch.setattr(ways, "window_of", lambda *_, **__: size)
@@ -49,7 +49,7 @@ def window(monkeypatch) -> Callable[[int], None]:
 
 @pytest.fixture
 def begun_again(monkeypatch) -> list[int]:
-    """Return a list that gets, of each new beginning, the blocks known to be right."""
+    """Return a list that collects the number of confirmed blocks at each restart."""
     found: list[int] = []
     original = TokenAhead._restart
 
@@ -81,7 +81,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def streamed(path: Path, n_slots: int, optimistic: str = "on", **options: Any) -> Any:
-    """Stream a model with ``n_slots`` slots, besides the blank one."""
+    """Stream a model with ``n_slots`` slots and the blank one."""
     model, _ = load_model(path, lazy=True)
     n_slots += optimistic == "on"
     memory = POOL_ALIGNMENT + n_slots * SLOT
@@ -114,7 +114,7 @@ KINDS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_cache_is_put_back(checkpoint, window, begun_again, kind):
+def test_every_kind_of_cache_is_restored(checkpoint, window, begun_again, kind):
     window(ALL)
     n_seqs = 2 if "batch" in kind else 1
     stock, _ = load_model(checkpoint)
@@ -127,13 +127,15 @@ def test_every_kind_of_cache_is_put_back(checkpoint, window, begun_again, kind):
 
 # Latent attention with an indexer, windows, chunks, states and both in one model.
 FAMILIES = ("deepseek_v32", "gpt_oss", "llama4", "qwen3_next", "nemotron_h", "gemma4")
-# Blocks follow each other there.
+# These blocks follow each other.
 FORESEEN = ("gpt_oss", "llama4", "qwen3_next", "gemma4")
 
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_of_other_caches_do_too(tmp_path, window, begun_again, family):
+def test_families_with_other_caches_restore_theirs_too(
+    tmp_path, window, begun_again, family
+):
     window(ALL)
     path = write(tmp_path / family, family)
     stock, _ = load_model(path)
@@ -160,12 +162,12 @@ def test_no_number_of_slots_changes_a_bit(
     assert ours.streamer.n_slots == n_slots
     assert mx.array_equal(wanted, run(ours, make_prompt_cache(ours), 4))
     if read_ahead == "off":
-        # What was thrown away is neither a hit nor a miss.
+        # Discarded work counts neither as a hit nor as a miss.
         found, expected = (m.streamer.stats.total for m in (ours, waiting))
         assert (found.hits, found.misses) == (expected.hits, expected.misses)
 
 
-def test_a_token_begins_again_after_layers_that_are_right(
+def test_a_token_restarts_after_its_confirmed_layers(
     checkpoint, window, begun_again, monkeypatch
 ):
     window(ALL)
@@ -202,7 +204,7 @@ def n_read_back(monkeypatch) -> list[int]:
     return found
 
 
-def test_where_everything_hits_a_token_is_read_back_once(checkpoint, n_read_back):
+def test_a_token_without_misses_is_read_back_once(checkpoint, n_read_back):
     ours = streamed(checkpoint, N_LAYERS * N_EXPERTS - 2)
     cache = make_prompt_cache(ours)
     for _ in range(30):
@@ -229,7 +231,7 @@ def test_a_gpu_waits_where_experts_are_missing(
 ):
     with monkeypatch.context() as patch:
         patch.setattr(device, "on_cpu", lambda: False)
-        # With a slot for the blank one.
+        # This includes the blank slot.
         n_slots = TOP_K + (optimistic == "auto")
         ours = streamed(checkpoint, n_slots, optimistic, read_ahead="off")
     cache = make_prompt_cache(ours)
@@ -245,7 +247,7 @@ def test_with_all_experts_in_memory_nothing_is_read_back(checkpoint, n_read_back
     assert n_read_back == []
 
 
-def test_an_unknown_cache_is_waited_for(checkpoint, window, n_read_back):
+def test_a_call_with_an_unknown_cache_waits(checkpoint, window, n_read_back):
     class OwnCache(KVCache):
         pass
 
@@ -264,7 +266,7 @@ def held(cache: list[Any]) -> list[mx.array]:
 @pytest.mark.sampled
 @pytest.mark.parametrize("optimistic", ["on", "off"])
 @pytest.mark.parametrize("error", [ExpertStoreError, KeyboardInterrupt])
-def test_a_call_that_fails_leaves_its_caches(
+def test_a_failed_call_leaves_its_caches_unchanged(
     checkpoint, window, monkeypatch, optimistic, error
 ):
     window(ALL)
@@ -296,7 +298,7 @@ def test_a_call_that_fails_leaves_its_caches(
         assert mx.array_equal(wanted, got)
 
 
-def test_a_failed_read_leaves_them_too(tmp_path, window):
+def test_a_failed_read_leaves_caches_unchanged_too(tmp_path, window):
     window(ALL)
     path = write(tmp_path / "model", "qwen3_moe", num_hidden_layers=N_LAYERS)
     ours, (file,) = streamed(path, 4), path.glob("*.safetensors")
@@ -316,7 +318,7 @@ def test_a_failed_read_leaves_them_too(tmp_path, window):
     assert mx.array_equal(stock(tokens, cache=others), ours(tokens, cache=cache))
 
 
-def test_gradients_of_weights_are_stocks(checkpoint, window):
+def test_gradients_of_weights_equal_stocks(checkpoint, window):
     window(ALL)
 
     def gradient(model: nn.Module) -> mx.array:
@@ -336,14 +338,14 @@ def test_gradients_of_weights_are_stocks(checkpoint, window):
     assert mx.abs(want).max() > 0 and mx.allclose(want, got, rtol=1e-4, atol=1e-5)
 
 
-def test_inside_a_trace_ids_have_no_values(checkpoint):
+def test_tracing_a_call_without_values_of_ids_is_refused(checkpoint):
     ours = streamed(checkpoint, 4)
     with pytest.raises(ModelError, match=r"outside mx\.compile"):
         mx.compile(lambda x: ours(x, cache=make_prompt_cache(ours)))(ids(1))
     assert ours(ids(1), cache=make_prompt_cache(ours)).shape == (1, 1, 128)
 
 
-def test_a_choice_without_meaning_is_refused(checkpoint):
+def test_an_invalid_choice_is_refused(checkpoint):
     with pytest.raises(ConfigError, match=r"\[optimistic\] expected one of"):
         streamed(checkpoint, 4, "perhaps")
 
@@ -362,7 +364,7 @@ def rows(n: int, seed: int, n_seqs: int) -> tuple[mx.array, mx.array]:
 
 
 def add(cache: Any, n: int, seed: int, n_seqs: int) -> list[mx.array]:
-    """Add tokens as a model does; return all that attention would see of it."""
+    """Add tokens as a model does; return all that attention sees."""
     if hasattr(cache, "maybe_trim_front"):
         cache.maybe_trim_front()
     mask = (
@@ -378,24 +380,24 @@ def add(cache: Any, n: int, seed: int, n_seqs: int) -> list[mx.array]:
 @pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS_ALONE)
 @pytest.mark.parametrize("first", [1, 3, 9])
-def test_what_a_call_added_is_as_if_it_never_was(kind, first):
+def test_a_restored_cache_has_no_trace_of_the_call(kind, first):
     n_seqs = 2 if "batch" in kind else 1
     cache, other = KINDS_ALONE[kind](), KINDS_ALONE[kind]()
     for i, n in enumerate([first, *[1] * 12, 2, 1, 5, 1]):
-        # Whatever follows is seldom as long as what was taken back.
+        # The next call rarely has the length of the call that was undone.
         for n_tokens in (n, n, None, 1):
             state = CacheState(cache, n_tokens)
             add(cache, n_tokens or n, 1000 + i, n_seqs)
             after = state.now()
             state.put_back()
-            # What a call did can be done again, too.
+            # A call can be repeated after it was undone.
             after.put_back()
             state.put_back()
         wanted, got = (add(c, n, i, n_seqs) for c in (other, cache))
         assert len(wanted) == len(got) and all(map(mx.array_equal, wanted, got))
 
 
-def test_rows_are_written_in_place_while_a_token_may_be_taken_back():
+def test_rows_are_written_in_place_while_a_token_can_be_undone():
     cache = KVCache()
     add(cache, 4, 0, 1)
     mx.eval(cache.keys, cache.values)

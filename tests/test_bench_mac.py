@@ -1,4 +1,4 @@
-"""scripts/bench_mac: the row that a Mac's owner pastes, and when it is void."""
+"""scripts/bench_mac: the row that a Mac's owner reports, and the reasons to void it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCRIPT = ROOT / "scripts" / "bench_mac"
 
 @pytest.fixture
 def bench(monkeypatch):
-    """scripts/bench_mac as a module."""
+    """Return scripts/bench_mac as a module."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     loader = SourceFileLoader("bench_mac", str(SCRIPT))
@@ -63,7 +63,7 @@ def test_a_text_that_repeats_itself_is_found(bench, text):
 
 
 @pytest.mark.parametrize("text", OTHERS)
-def test_other_texts_are_let_be(bench, text):
+def test_other_texts_pass(bench, text):
     assert bench.mac_way.loops(OTHERS[text]) is None
 
 
@@ -88,7 +88,7 @@ def way(tokens: list[int], **more) -> dict:
 
 @pytest.fixture
 def found(bench):
-    """What all ways measured: the same text, but for stock's second half."""
+    """Results of all ways: the same text, except for stock's second half."""
     text = noise(64)
     ways = {name: way([*text], executor="metal") for name in bench.NAMES}
     ways["stock"] = way(text[:40] + noise(24, 3), executor="mlx-lm")
@@ -114,12 +114,12 @@ def test_a_row_is_void_where_a_text_loops(bench, found):
 def test_a_row_is_void_where_budgets_give_different_texts(bench, found):
     found["1/2"]["runs"][0]["tokens"][50] += 1
     assert bench.why_void(found) == ["text 1 of 1/2 is not that of resident"]
-    # Less of the same text, for want of time, is no difference.
+    # A text cut short by the time limit is no difference.
     del found["1/2"]["runs"][0]["tokens"][50:]
     assert bench.why_void(found) == []
 
 
-def test_a_row_without_a_text_of_ours_is_void(bench, found):
+def test_a_row_without_our_text_is_void(bench, found):
     for name in bench.NAMES[1:]:
         found[name] = {"failure": "ended with 1: no memory"}
     (reason,) = bench.why_void(found)
@@ -127,7 +127,7 @@ def test_a_row_without_a_text_of_ours_is_void(bench, found):
     assert bench.cell(found["1/4"]) == "ended with 1"
 
 
-def test_budgets_are_shares_of_what_there_is_room_for(bench, checkpoint, monkeypatch):
+def test_budgets_are_shares_of_the_experts_that_fit(bench, checkpoint, monkeypatch):
     summary = bench.summarize(checkpoint)
     full, least = summary.full_bytes, summary.minimum_bytes
     whole = bench.budgets(summary)
@@ -145,7 +145,7 @@ def test_budgets_are_shares_of_what_there_is_room_for(bench, checkpoint, monkeyp
 
 
 @pytest.mark.slow
-def test_every_way_runs_apart_and_the_row_fits_the_table(
+def test_every_way_runs_in_its_own_process_and_the_row_fits_the_table(
     bench, checkpoint, tmp_path, monkeypatch, capsys
 ):
     def forked(command, **_):
@@ -187,7 +187,7 @@ def test_a_way_that_takes_too_long_or_fails_is_a_cell(bench, tmp_path):
     assert bench.run_apart(hurried) == {"failure": "stopped after 0 s"}
 
 
-def test_the_form_asks_for_what_the_commands_give():
+def test_the_form_asks_for_the_output_of_the_commands():
     yaml = pytest.importorskip("yaml")
     path = ROOT / ".github" / "ISSUE_TEMPLATE" / "mac.yml"
     form = yaml.safe_load(path.read_text())

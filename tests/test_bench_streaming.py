@@ -1,4 +1,4 @@
-"""scripts/bench_streaming: tokens route as traced, and no figure is of wrong ones."""
+"""scripts/bench_streaming: tokens route as traced, and wrong ones yield no figure."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ N_STEPS = 8
 
 @pytest.fixture
 def scripts(monkeypatch) -> None:
-    """Let the scripts' modules be imported, with a tiny geometry to choose."""
+    """Make the scripts' modules importable, and add a tiny geometry."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     geometries = importlib.import_module("bench_geometry").GEOMETRIES
     tiny = {**geometries["qwen3.6-35b-a3b"], **TINY}
@@ -57,7 +57,7 @@ def run(part: ModuleType, *flags: object) -> int:
 
 
 def hits_of_lru(trace: np.ndarray, n_slots: int, n_warm_up: int) -> float:
-    """Return the hit rate of one pool for all layers after the first steps."""
+    """Return the hit rate after the first steps, with one pool for all layers."""
     held: OrderedDict[tuple[int, int], None] = OrderedDict()
     hits = []
     for step in trace.tolist():
@@ -94,7 +94,7 @@ def test_decoding_is_measured_on_the_traced_routing(decode, tmp_path):
         assert rate == pytest.approx(hits_of_lru(trace, 32, 4), abs=1e-4)
         assert all(float(row["mb_per_token"]) > 0 for row in ours)
         assert all(float(row["recall"]) == 0 for row in ours)
-    # The same model again, read otherwise.
+    # The same model with another way of reading.
     flags += ["--read-ahead", "on", "--traces", "zipf"]
     assert run(decode, *flags, "--device", "cpu", "--csv", rows) == 0
     found = list(csv.DictReader(rows.read_text().splitlines()))
@@ -117,7 +117,9 @@ def test_tokens_choose_the_experts_of_their_traces(scripts, tmp_path):
 
 
 @pytest.mark.slow
-def test_so_they_do_where_mlx_lms_class_runs(scripts, tmp_path, monkeypatch):
+def test_tokens_choose_the_experts_of_their_traces_in_mlx_lms_class_too(
+    scripts, tmp_path, monkeypatch
+):
     models = importlib.import_module("streaming_model")
     sides = importlib.import_module("streaming_side")
     published = models.DOOR_GEOMETRIES["qwen3-30b-a3b"]
@@ -147,7 +149,7 @@ def test_so_they_do_where_mlx_lms_class_runs(scripts, tmp_path, monkeypatch):
     assert sum(s.n_bytes for s in spans) == store.layout(1).record_bytes
 
 
-def test_traces_are_skewed_and_recorded_ones_keep_to_their_experts(scripts):
+def test_traces_are_skewed_and_recorded_ones_keep_their_experts(scripts):
     models = importlib.import_module("streaming_model")
     zipf = models.zipf_trace(300, 3, 64, 4)
     assert zipf.shape == (300, 3, 4)
@@ -159,7 +161,7 @@ def test_traces_are_skewed_and_recorded_ones_keep_to_their_experts(scripts):
     assert len(np.unique(recorded)) > 8
 
 
-def test_no_speed_is_printed_of_other_logits(decode):
+def test_no_speed_is_printed_for_wrong_logits(decode):
     side, step = decode.Side, decode.Step
     right, near = np.ones(5, np.float32), np.full(5, 1 + 1e-6, np.float32)
 
@@ -175,7 +177,7 @@ def test_no_speed_is_printed_of_other_logits(decode):
     assert "is off" in decode.disagreement(runs(np.nan * right), 1e-4)
 
 
-def test_the_worst_ratio_is_held_against_its_aim(decode):
+def test_the_worst_ratio_is_compared_with_its_goal(decode):
     rows = [
         {"side": "ours, 100 %", "of_resident": 1.01},
         {"side": "ours, 50 %", "of_resident": 1.5, "of_mlx_vlm": 0.2, "of_disk": 1.1},
@@ -188,14 +190,14 @@ def test_the_worst_ratio_is_held_against_its_aim(decode):
 
 
 @pytest.mark.slow
-def test_no_figure_of_drafts_is_of_other_tokens(
+def test_no_speed_of_drafts_is_printed_for_wrong_tokens(
     scripts, checkpoint, capsys, monkeypatch
 ):
     part = importlib.import_module("streaming_draft")
     flags = "--model", checkpoint, "--tokens", 8, "--rounds", 1, "--shares", 50
     assert run(part, *flags, "--drafted", 3) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if "50 %" in line]
-    # No draft, one that is right three times of four, and one that errs.
+    # No draft, a draft that is right three times of four, and one that is wrong.
     assert [row.split("│")[4].strip() for row in rows[:2]] == ["0%", "75%"]
     assert len(rows) == 3
     monkeypatch.setattr(part, "generate_step", lambda *_, **__: iter([(7, None)] * 8))

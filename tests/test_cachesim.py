@@ -1,4 +1,4 @@
-"""The simulator: Belady's optimum is one, and hits are those of the streamer."""
+"""The cache simulator: Belady's optimum is optimal, and hits equal the streamer's."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PROMPT = [5, 17, 60, 3, 44, 44, 9, 130, 71, 2, 8]
 
 
 def least_by_search(steps, n_slots: int, at_once) -> int:
-    """Try every way to evict."""
+    """Return the fewest misses over every possible choice of evictions."""
 
     @cache
     def least(memory: frozenset[int], i: int) -> int:
@@ -75,7 +75,7 @@ def traces(draw) -> RoutingTrace:
     passes = draw(st.lists(st.sampled_from([1, 1, 1, 4]), min_size=1, max_size=12))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     scores = random.random((sum(passes), n_layers, n_experts))
-    # Some experts are asked for more often than others.
+    # Some experts are requested more often than others.
     scores *= random.random((n_layers, n_experts))
     return RoutingTrace(
         model_type="random",
@@ -119,7 +119,7 @@ def trace(checkpoint):
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("n_slots", [8, 12, 20])
-def test_hits_are_those_that_the_streamer_counts(packed, trace, n_slots, name, scope):
+def test_hits_equal_the_streamers_count(packed, trace, n_slots, name, scope):
     memory = n_slots * stride(packed) + POOL_ALIGNMENT
     model, _ = moeflux_mlx.load(packed, expert_memory=memory, scope=scope, policy=name)
     with model.streamer as streamer:
@@ -135,9 +135,7 @@ def test_hits_are_those_that_the_streamer_counts(packed, trace, n_slots, name, s
             assert counted.hits == simulated.requests[:, row].sum() - n_misses
 
 
-def test_hits_with_segments_are_those_that_the_streamer_counts(
-    packed, trace, monkeypatch
-):
+def test_hits_with_segments_equal_the_streamers_count(packed, trace, monkeypatch):
     n_bytes = 24 * stride(packed) + 3 * POOL_ALIGNMENT
     monkeypatch.setattr(device, "returns_pages", lambda: False)
     model, _ = moeflux_mlx.load(packed, expert_memory=n_bytes, policy="lfu")
@@ -157,7 +155,7 @@ def test_hits_with_segments_are_those_that_the_streamer_counts(
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("n_slots", [12, 20])
-def test_reads_ahead_are_those_that_the_streamer_counts(packed, trace, n_slots, name):
+def test_reads_ahead_equal_the_streamers_count(packed, trace, n_slots, name):
     memory = n_slots * stride(packed) + POOL_ALIGNMENT
     model, _ = moeflux_mlx.load(
         packed, expert_memory=memory, policy=name, read_ahead="on"
@@ -181,7 +179,7 @@ def stride(packed) -> int:
         return (streamer.memory_bytes - POOL_ALIGNMENT) // streamer.n_slots
 
 
-def test_the_optimum_is_the_same_whatever_the_policies(trace):
+def test_the_optimum_does_not_depend_on_the_policies(trace):
     outcomes = simulate(trace, {"a": LRU, "b": LFU}, [0.75, 0.5])
     assert [o.policy for o in outcomes] == [OPTIMUM, "a", "b"] * 2
     assert [o.n_slots for o in outcomes] == [24] * 3 + [16] * 3
@@ -191,8 +189,8 @@ def test_the_optimum_is_the_same_whatever_the_policies(trace):
             assert other.bytes_per_token > 0
 
 
-def test_steady_figures_are_of_the_second_half_of_what_was_generated():
-    # One expert of two again and again, then in turns; a prompt of two tokens.
+def test_steady_figures_cover_the_second_half_of_the_generated_tokens():
+    # A prompt of two tokens; then one expert repeatedly, then both in turn.
     chosen = np.array([0, 1, *[0] * 4, *[0, 1] * 2], np.uint8)[:, None, None]
     passes = np.array([2] + [1] * 8, np.uint32)
     trace = RoutingTrace("one", (0,), 2, (10,), 2, passes, chosen)
@@ -210,7 +208,7 @@ def test_rates_without_requests_are_no_error():
 @pytest.mark.parametrize(
     ("share", "scope"), [(0, "global"), (1, "global"), (0.2, "layer")]
 )
-def test_a_share_that_no_token_can_run_with_is_refused(trace, share, scope):
+def test_a_share_too_small_for_a_token_is_refused(trace, share, scope):
     with pytest.raises(ConfigError, match=r"\[cachesim\] expected a share"):
         simulate(trace, {}, [share], scope=scope)
 
@@ -250,14 +248,14 @@ def test_reading_ahead_costs_the_bytes_that_it_reads(trace):
     assert ahead.bytes_per_token == n_read * trace.record_bytes[0] / (31 // 2)
 
 
-def test_a_trace_without_what_was_foreseen_is_refused(trace, tmp_path, capsys):
+def test_a_trace_without_predictions_is_refused(trace, tmp_path, capsys):
     path = tmp_path / "trace.npz"
     replace(trace, likely=None).save(path)
     assert main(["cachesim", str(path), "--read-ahead"]) == 2
     assert "record it again" in capsys.readouterr().err
 
 
-def test_a_file_that_is_no_trace_is_one_clear_line(tmp_path, capsys):
+def test_a_file_that_is_not_a_trace_ends_in_one_clear_line(tmp_path, capsys):
     path = tmp_path / "other.npz"
     path.write_bytes(b"PK\x03\x04 not a trace")
     assert main(["cachesim", str(path)]) == 2

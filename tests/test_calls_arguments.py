@@ -1,4 +1,4 @@
-"""Arguments of a call: the right logits, or one line that names the argument."""
+"""Arguments of a call give the right logits, or one line that names the argument."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def refuses(argument: str, why: str):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("case", TOKENS_REFUSED)
-def test_tokens_that_are_none_are_refused(model, case):
+def test_invalid_tokens_are_refused(model, case):
     bad, why = TOKENS_REFUSED[case]
     with refuses("tokens", why):
         mx.eval(model(bad))
@@ -116,13 +116,13 @@ def test_a_gradient_at_an_id_outside_is_refused(plain, bad):
 @pytest.mark.parametrize(
     "same", [[[5, 6, 7]], ((5, 6, 7),), np.array([[5, 6, 7]]), TOKENS.astype(mx.uint8)]
 )
-def test_what_means_tokens_is_taken_as_tokens(model, same):
+def test_every_form_of_tokens_is_accepted(model, same):
     assert mx.array_equal(model(same), model(TOKENS))
 
 
 @pytest.mark.parametrize("bad", [-1, 320, 1 << 40])
-def test_ids_outside_that_have_no_values_yet_give_no_number(plain, bad):
-    """A compiled call cannot look: its logits are NaN, its other sequences right."""
+def test_lazy_ids_outside_the_vocabulary_give_nan(plain, bad):
+    """A compiled call cannot check ids: bad sequences give NaN, others are right."""
     model = load(plain)
     call = mx.compile(lambda x: model(x))
     logits = call(mx.array([[5, 6], [bad, 7], [6, bad]], mx.int64))
@@ -133,10 +133,8 @@ def test_ids_outside_that_have_no_values_yet_give_no_number(plain, bad):
 
 
 @pytest.mark.parametrize("executor", ["lazy", "traced"])
-def test_a_single_id_that_is_not_waited_for_gives_no_number(
-    plain, executor, monkeypatch
-):
-    """On a GPU nobody reads the token of a step back."""
+def test_a_single_id_that_is_never_read_back_gives_nan(plain, executor, monkeypatch):
+    """On a GPU the token of a step is never read back to the host."""
     for each in (Lazy, Traced):
         monkeypatch.setitem(EXECUTORS, each.name, each)
     model, stock = load(plain, executor=executor), stock_of(plain)
@@ -169,7 +167,7 @@ ROWS_REFUSED: dict[str, tuple[Callable[[mx.array], Any], str]] = {
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("case", ROWS_REFUSED)
-def test_embeddings_that_are_none_are_refused(model, plain, case):
+def test_invalid_embeddings_are_refused(model, plain, case):
     change, why = ROWS_REFUSED[case]
     for held in (None, caches(model)):
         with refuses("input_embeddings", why):
@@ -211,7 +209,7 @@ CACHES_REFUSED: dict[str, tuple[Callable[[Any], Any], str, str]] = {
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("case", CACHES_REFUSED)
-def test_caches_that_are_none_are_refused(model, case):
+def test_invalid_caches_are_refused(model, case):
     make, name, why = CACHES_REFUSED[case]
     for tokens in (TOKENS, TOKENS[:, :1]):
         held = make(model)
@@ -221,7 +219,7 @@ def test_caches_that_are_none_are_refused(model, case):
             model.model(tokens, cache=held)
 
 
-def test_caches_that_change_after_a_step_are_looked_at_again(model):
+def test_caches_that_change_after_a_step_are_checked_again(model):
     held = caches(model)
     model(TOKENS[:, :1], cache=held)
     other = caches(model, 2)
@@ -238,6 +236,6 @@ def test_caches_of_another_model_are_refused(model, plain, tmp_path):
             model(tokens, cache=held)
 
 
-def test_a_tuple_of_caches_is_as_good_as_a_list(model):
+def test_a_tuple_of_caches_works_like_a_list(model):
     got = model(TOKENS, cache=tuple(caches(model)))
     assert mx.array_equal(got, model(TOKENS, cache=caches(model)))

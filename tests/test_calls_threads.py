@@ -1,4 +1,4 @@
-"""Several threads may call one model: every token is the one of a model by itself."""
+"""Several threads may call one model: each gets the tokens of a model of its own."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def executors(monkeypatch):
 
 @pytest.fixture(scope="module")
 def expected(checkpoint) -> Callable[[int], list[np.ndarray]]:
-    """The logits of a sequence by its number, from a resident model alone."""
+    """Return a sequence's logits from a resident model in one thread."""
     model, _ = moeflux_mlx.load(checkpoint)
     found: dict[int, list[np.ndarray]] = {}
 
@@ -50,9 +50,9 @@ def expected(checkpoint) -> Callable[[int], list[np.ndarray]]:
 
 
 def sequence(model, number: int) -> Iterator[mx.array]:
-    """Yield the logits of a prompt and of single tokens after it, lazy as they are.
+    """Yield the lazy logits of a prompt and of single tokens after it.
 
-    Even sequences have a cache, odd ones are calls of their own; some are of rows.
+    Even sequences have a cache, odd ones are separate calls; some pass embeddings.
     """
     ids = np.random.RandomState(number).randint(1, 320, (1, 3 + number + N_TOKENS))
     tokens, n = mx.array(ids), 3 + number
@@ -80,7 +80,7 @@ def load(path, checkpoint, n_slots: int | None = 5, **options):
     return moeflux_mlx.load(path, expert_memory=memory, **options)[0]
 
 
-# Where experts are and how they are read; bits are the resident model's on the host.
+# Where experts are and how they are read. On the host all give the same bits.
 KINDS = {
     "packed": ("packed", dict()),
     "packed-ahead": ("packed", dict(read_ahead="on")),
@@ -102,7 +102,7 @@ LAZY_KINDS = {
 
 
 def together(n_threads: int, work: Callable[[int], None]) -> None:
-    """Run ``work(i)`` in as many threads at once; the first failure is raised."""
+    """Run ``work(i)`` in ``n`` threads at once; raise the first failure."""
     begin = threading.Barrier(n_threads)
 
     def run(i: int) -> None:
@@ -128,7 +128,7 @@ def test_threads_get_the_bits_of_a_model_alone(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LAZY_KINDS)
-def test_what_is_lazy_is_computed_before_another_thread_changes_slots(
+def test_lazy_arrays_are_computed_before_another_thread_changes_slots(
     kind, checkpoint, packed, expected
 ):
     model = load(packed, checkpoint, **LAZY_KINDS[kind])
@@ -140,8 +140,8 @@ def test_what_is_lazy_is_computed_before_another_thread_changes_slots(
         together(n_threads, lambda i: check(model, i, alone.get))
 
 
-def test_lazy_logits_of_a_thread_that_waits_are_its_own(checkpoint, packed, expected):
-    """Another thread calls between a call and the use of what it gave."""
+def test_lazy_logits_survive_a_call_of_another_thread(checkpoint, packed, expected):
+    """Another thread calls before the first thread uses its logits."""
     model = load(packed, checkpoint, executor="lazy")
     called, go_on = threading.Event(), threading.Event()
     found: list[bool] = []
@@ -163,7 +163,7 @@ def test_lazy_logits_of_a_thread_that_waits_are_its_own(checkpoint, packed, expe
     assert found == [True]
 
 
-def test_rows_of_the_backbone_are_a_call_too(checkpoint, packed, expected):
+def test_rows_of_the_backbone_count_as_a_call_too(checkpoint, packed, expected):
     model = load(packed, checkpoint)
     tokens = mx.array([[9, 8, 7, 6]])
     wanted = np.array(load(checkpoint, checkpoint, None).model(tokens))
@@ -178,8 +178,8 @@ def test_rows_of_the_backbone_are_a_call_too(checkpoint, packed, expected):
     together(4, work)
 
 
-def test_slots_change_between_calls_only(checkpoint, packed, expected, tmp_path):
-    """States, preloading and other amounts of memory, while others generate."""
+def test_slots_change_only_between_calls(checkpoint, packed, expected, tmp_path):
+    """Load states, preload and change memory while other threads generate."""
     model = load(packed, checkpoint, 12)
     cache = make_prompt_cache(model)
     mx.eval(model(mx.array([[5, 6]]), cache=cache))
@@ -220,7 +220,7 @@ def test_generators_take_turns_in_one_thread(checkpoint, packed, expected):
             check_same(np.array(got), expected(number)[i])
 
 
-def test_a_thread_that_fails_lets_the_next_one_call(
+def test_a_failed_thread_lets_the_next_one_call(
     checkpoint, packed, expected, monkeypatch
 ):
     model = load(packed, checkpoint)
@@ -241,7 +241,7 @@ def test_a_thread_that_fails_lets_the_next_one_call(
         for _ in range(3):
             with pytest.raises(ExpertStoreError, match="this read fails"):
                 list(sequence(model, i))
-            # Others make the experts that it lacks give way.
+            # Other threads evict the experts that it needs.
             model.streamer.resize(2)
             model.streamer.resize(5)
 
@@ -250,12 +250,12 @@ def test_a_thread_that_fails_lets_the_next_one_call(
 
 
 class Ended(Exception):
-    """Raised in a thread from outside."""
+    """An error that another thread raises in this one."""
 
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("options", [{}, dict(optimistic="on")], ids=["ops", "on"])
-def test_a_thread_that_is_ended_anywhere_lets_the_next_one_call(
+def test_a_thread_ended_anywhere_lets_the_next_one_call(
     checkpoint, packed, expected, options
 ):
     model = load(packed, checkpoint, **options)
@@ -272,7 +272,7 @@ def test_a_thread_that_is_ended_anywhere_lets_the_next_one_call(
             except Ended:
                 ended += 1
             except ExpertStoreError as error:
-                # It came in the middle of a read, which must not pass for a record.
+                # The read was cut short, and its bytes must not pass for a record.
                 assert isinstance(error.__cause__, Ended), error
                 ended += 1
 
@@ -289,7 +289,7 @@ def test_a_thread_that_is_ended_anywhere_lets_the_next_one_call(
 
 
 def raise_in(thread: threading.Thread, error: type[BaseException]) -> None:
-    """Raise an error in another thread, at its next step."""
+    """Raise an error in another thread, at its next bytecode."""
     ident = ctypes.c_ulong(thread.ident)
     n = ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(error))
     assert n == 1

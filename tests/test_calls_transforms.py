@@ -1,7 +1,7 @@
-"""Every transformation of MLX on every kind of call: stock's value or an error.
+"""Every transformation of MLX on every kind of call gives stock's value or an error.
 
-A transformation that stock mlx-lm cannot do ends in an error for both. Never is there
-a number that is not stock's.
+A transformation that stock mlx-lm cannot do ends in an error for both. No result may
+differ from stock's.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def stock_of(path: Path) -> nn.Module:
 
 
 def load(path: Path, *, packed: bool = False, n_slots: int | None = None, **options):
-    """Load a model that nobody has called; ``n_slots``: how many experts it holds."""
+    """Load a model that was never called, with ``n_slots`` slots for experts."""
     store = None
     if packed or n_slots is not None:
         store = open_store(path.with_name("packed") if packed else path)
@@ -82,7 +82,7 @@ def load(path: Path, *, packed: bool = False, n_slots: int | None = None, **opti
     )[0]
 
 
-# Experts are parameters, all in memory, or come and go.
+# Experts are parameters, all in the pool, or streamed.
 WHOLE = {"packed": dict(packed=True), "packed-on": dict(packed=True, optimistic="on")}
 STREAMED = {
     "streamed": dict(n_slots=5),
@@ -95,7 +95,7 @@ STREAMED = {
 
 @dataclass
 class Case:
-    """A model and what it is called with."""
+    """A model and the arguments of its call."""
 
     model: nn.Module
     stock: nn.Module
@@ -191,7 +191,7 @@ def checkpointed_model(case: Case) -> Any:
     return loss(case.model)
 
 
-# Whether arrays have values under a transformation.
+# Whether arrays have values during a transformation.
 WITH_VALUES = [
     gradients_of_parameters,
     gradient_of_embeddings,
@@ -209,7 +209,7 @@ EXPECTED: dict[Any, Any] = {}
 transforms = pytest.mark.parametrize(
     "transform", [*WITH_VALUES, *WITHOUT], ids=lambda f: f.__name__
 )
-# Which checkpoint, options, mode and calls go together; the first has all of them.
+# Valid combinations of checkpoint, options, mode and calls; the first has all.
 WITH_EXPERTS = {
     **{f"eval-{call}": ("plain", {}, False, call) for call in CALLS},
     "train-dense-prompt": ("dense", {}, True, "prompt"),
@@ -232,10 +232,10 @@ def values(transform, case: Case, tmp_path: Path) -> dict[str, np.ndarray]:
 
 
 def expected(transform, path: Path, call, tmp_path: Path):
-    """What stock mlx-lm gives; None where that is an error."""
+    """Stock mlx-lm's result; None where it raises an error."""
     key = transform, path, call
     if transform is exported:
-        # Stock may evaluate nothing in it, not even the prompt of its cache.
+        # Stock may evaluate nothing here, not even its cache's prompt.
         return expected(compiled, path, call, tmp_path)
     if key not in EXPECTED:
         stock = stock_of(path)
@@ -250,7 +250,7 @@ def norm(arrays) -> float:
 
 
 def check_same(got: dict, wanted: dict) -> None:
-    """Compare all together, and each with all: some are nothing but rounding."""
+    """Compare all arrays, then each on the scale of all: some hold only rounding."""
     assert set(got) <= set(wanted) and got
     wanted = {name: wanted[name] for name in got}
     assert norm(wanted.values()) > 0
@@ -280,14 +280,14 @@ def test_a_model_with_its_experts_gives_stocks_values(
             got = values(transform, case, tmp_path)
             assert set(got) == set(wanted)
             check_same(got, wanted)
-        # An ordinary call before and between changes nothing, nor is it changed.
+        # Ordinary calls before and between have no effect and are not affected.
         if not used:
             stock_logits = np.array(stock_of(plain)(PROMPT))
             assert np.allclose(np.array(model(PROMPT)), stock_logits, atol=1e-4)
 
 
 def check_constants(transform, case, wanted, tmp_path, why):
-    """Where experts are no parameters: stock's values, or a refusal that says why."""
+    """Check stock's values, or a refusal with its reason; experts are no parameters."""
     if transform in WITHOUT:
         with pytest.raises(ModelError, match=rf"\[transform\] .* {why}"):
             values(transform, case, tmp_path)
@@ -295,7 +295,7 @@ def check_constants(transform, case, wanted, tmp_path, why):
         with pytest.raises((ValueError, RuntimeError, TypeError)):
             values(transform, case, tmp_path)
     else:
-        # Experts are constants: they have no gradient of their own.
+        # Experts are constants, so they have no gradient.
         check_same(values(transform, case, tmp_path), wanted)
 
 
@@ -329,7 +329,7 @@ def test_streamed_experts_give_stocks_values_or_refuse(
 
 
 @pytest.mark.parametrize("kind", [*STREAMED, "packed"])
-def test_steps_of_training_need_not_be_compiled(plain, kind, tmp_path):
+def test_training_steps_work_uncompiled(plain, kind, tmp_path):
     model, call = load(plain, **{**STREAMED, **WHOLE}[kind]), CALLS["prompt"]
     case = Case(model, stock_of(plain), *call)
     wanted = expected(compiled_gradient, plain, call, tmp_path)
@@ -344,7 +344,7 @@ def test_steps_of_training_need_not_be_compiled(plain, kind, tmp_path):
         values(compiled_gradient, case, tmp_path)
 
 
-def test_a_model_that_is_gone_trains_no_more(plain):
+def test_a_deleted_model_no_longer_counts_as_training(plain):
     model = load(plain, n_slots=5).train()
     assert not compiles()
     del model
@@ -365,7 +365,7 @@ def test_the_rows_below_the_logits_have_gradients_too(plain):
     check_same(*grads)
 
 
-def test_a_gradient_with_respect_to_a_cache_is_stocks(plain):
+def test_a_gradient_with_respect_to_a_cache_equals_stocks(plain):
     grads = []
     for model in (stock_of(plain), load(plain)):
         caches = make_prompt_cache(model)
@@ -399,7 +399,7 @@ def test_training_learns_and_leaves_ordinary_calls_right(plain):
 
 
 @pytest.mark.parametrize("compiles", [True, False])
-def test_a_traced_array_is_told_from_one_with_values(compiles):
+def test_a_traced_array_is_distinguished_from_one_with_values(compiles):
     constant, seen, within = mx.array([1.0, 2.0]), [], []
 
     def look(x):

@@ -1,4 +1,4 @@
-"""``moeflux chat``: mlx-lm's own chat, typed into, beside it."""
+"""``moeflux chat`` beside mlx-lm's own chat, with the same typed input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TYPED = "hello\nand then\nr\nhello\nh\nq\n"
 
 
 def said(text: str) -> str:
-    """Return what a chat printed, without colours, speeds and the frame's width."""
+    """Return a chat's output without colours, speeds and the frame's width."""
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]|[\x01\x02]", "", text)
     text = re.sub(r"[─╭╮╰╯]+|\d+\.\d+ (?:tok/s|GB)", "", text)
     return re.sub(r"[^\S\n]+", " ", text)
@@ -24,7 +24,7 @@ def said(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def stock(checkpoint: Path) -> str:
-    """What mlx-lm's own chat says to the plain model."""
+    """The output of mlx-lm's own chat on the plain model."""
     command = ["-m", "mlx_lm", "chat", "--model", checkpoint]
     done = python(*command, "-m", 12, text=TYPED)
     assert done.returncode == 0, done.stderr
@@ -33,7 +33,7 @@ def stock(checkpoint: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "packed"])
-def test_a_chat_says_what_stocks_says(name, checkpoint, packed, stock):
+def test_a_chat_prints_the_text_of_stocks(name, checkpoint, packed, stock):
     model = {"plain": checkpoint, "packed": packed}[name]
     memory = summarize(packed).minimum_bytes
     flags = "-m", 12, "--expert-memory", memory
@@ -42,8 +42,8 @@ def test_a_chat_says_what_stocks_says(name, checkpoint, packed, stock):
     assert said(done.stdout).replace(str(packed), str(checkpoint)) == stock
 
 
-def test_a_question_that_fails_is_forgotten_and_the_chat_goes_on(packed, tmp_path):
-    """Tokens that end at a damaged expert leave nothing behind."""
+def test_a_failed_question_is_forgotten_and_the_chat_continues(packed, tmp_path):
+    """An answer that fails at a damaged expert leaves nothing in the cache."""
     model = Path(shutil.copytree(packed, tmp_path / "model"))
     memory = summarize(packed).minimum_bytes
     flags = "--model", model, "-m", 4, "--expert-memory", memory
@@ -56,7 +56,7 @@ def test_a_question_that_fails_is_forgotten_and_the_chat_goes_on(packed, tmp_pat
     assert all("the question is forgotten" in line for line in lines)
 
 
-def test_the_end_of_what_is_typed_ends_a_chat_well(packed):
+def test_the_end_of_input_ends_a_chat_without_error(packed):
     done = moeflux("chat", "--model", packed, "-m", 2, text="hello\n")
     assert done.returncode == 0 and "Error" not in done.stderr
 
@@ -72,7 +72,7 @@ def test_the_end_of_what_is_typed_ends_a_chat_well(packed):
         [],
     ],
 )
-def test_a_chat_that_cannot_begin_says_why_in_one_line(args, packed, tmp_path):
+def test_a_chat_that_cannot_start_says_why_in_one_line(args, packed, tmp_path):
     places = {"none": tmp_path / "none", "packed": packed}
     done = moeflux("chat", *(arg.format(**places) for arg in args))
     *_, line = done.stderr.splitlines()

@@ -1,4 +1,4 @@
-"""Configurations and directories that are nonsense: one typed line, or stock's text."""
+"""Nonsense in configurations and directories ends in one typed line or stock's text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TESTS = Path(__file__).parent
 
 @pytest.fixture
 def broken(checkpoint, tmp_path):
-    """A checkpoint to be damaged."""
+    """A copy of the checkpoint, for tests to damage."""
     return Path(shutil.copytree(checkpoint, tmp_path / "broken"))
 
 
@@ -72,7 +72,7 @@ def test_every_changed_value_ends_in_one_line_or_in_stock_logits(
         assert len(loaded) > 5 and "quantization.bits=0" not in loaded
 
 
-def test_null_and_absent_fields_are_what_mlx_lm_takes_them_for(broken):
+def test_null_and_absent_fields_mean_the_same_as_in_mlx_lm(broken):
     expected = logits(moeflux_mlx.load(broken)[0], 5)
     config = json.loads((broken / "config.json").read_text())
     text, table = config["text_config"], config["quantization"]
@@ -106,7 +106,7 @@ def test_null_and_absent_fields_are_what_mlx_lm_takes_them_for(broken):
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id"),
     ],
 )
-def test_broken_files_beside_the_weights_are_one_line(file, text, word, broken):
+def test_broken_files_beside_the_weights_end_in_one_line(file, text, word, broken):
     if text is None:
         (broken / file).unlink()
     else:
@@ -115,7 +115,7 @@ def test_broken_files_beside_the_weights_are_one_line(file, text, word, broken):
     assert word in message and str(broken) in message, message
 
 
-def test_a_tokens_list_and_no_token_at_all_end_generation(broken):
+def test_a_list_of_end_tokens_or_none_is_accepted(broken):
     edit(broken, eos_token_id=[0, 7])
     assert moeflux_mlx.load(broken)[1].eos_token_ids == {0, 7}
     edit(broken, eos_token_id=None)
@@ -124,7 +124,7 @@ def test_a_tokens_list_and_no_token_at_all_end_generation(broken):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("form", FORMS[1:])
-def test_every_form_is_loaded_without_a_budget_too(form, checkpoint, tmp_path):
+def test_every_form_loads_without_a_budget_too(form, checkpoint, tmp_path):
     path = reform(checkpoint, tmp_path / "other", form, 2)
     expected, _ = moeflux_mlx.load(checkpoint)
     resident, _ = moeflux_mlx.load(path)
@@ -132,7 +132,7 @@ def test_every_form_is_loaded_without_a_budget_too(form, checkpoint, tmp_path):
     assert mx.array_equal(logits(resident, 19), logits(expected, 19))
 
 
-def test_dense_experts_one_by_one_are_loaded_without_a_budget(tmp_path):
+def test_separate_dense_experts_load_without_a_budget(tmp_path):
     plain = make_checkpoint(tmp_path / "plain", bits=None, dtype=mx.bfloat16)
     path = reform(plain, tmp_path / "each", "each", 2)
     expected, got = moeflux_mlx.load(plain)[0], moeflux_mlx.load(path)[0]
@@ -153,12 +153,12 @@ def test_the_index_chooses_resident_weights_too(streams, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("n_bytes", [0, 7, 10_000])
-def test_cut_weights_are_named_without_a_budget(n_bytes, broken):
+def test_truncated_weights_are_named_without_a_budget(n_bytes, broken):
     os.truncate(broken / "model.safetensors", n_bytes)
     assert str(broken / "model.safetensors") in refused(broken)
 
 
-def test_reports_count_what_is_used(broken):
+def test_reports_count_only_used_weights(broken):
     before = counted(broken)
     extra = {
         "mtp.fc.weight": mx.zeros((64, 128)),
@@ -170,7 +170,7 @@ def test_reports_count_what_is_used(broken):
 
 
 def counted(path: Path) -> list[int]:
-    """Return the bytes of weights that inspect, a plan, a model and a profile count."""
+    """Return the bytes of weights that inspect, plan, model and profile count."""
     model, _ = moeflux_mlx.load(path)
     held = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     moved = profile(model, context=4, repeats=1).n_bytes
@@ -204,7 +204,7 @@ def counted(path: Path) -> list[int]:
         ("native", "yes"),
     ],
 )
-def test_arguments_of_no_usable_value_are_named(name, value, checkpoint, budget):
+def test_arguments_with_unusable_values_are_named(name, value, checkpoint, budget):
     options = {"expert_memory": budget, name: value}
     if name == "memory":
         del options["expert_memory"]
@@ -214,7 +214,7 @@ def test_arguments_of_no_usable_value_are_named(name, value, checkpoint, budget)
 
 
 @pytest.mark.parametrize("path", [5, None, "", "no/such/model/at/all", "a\0b"])
-def test_a_path_that_is_none_is_one_line(path):
+def test_an_invalid_path_ends_in_one_line(path):
     assert "[load]" in refused(path)
 
 
@@ -241,7 +241,7 @@ def test_a_model_of_another_type_is_named(broken):
 
 
 @pytest.mark.parametrize("template", ["{% for %}", "{{ raise_exception('no') }}"])
-def test_a_broken_chat_template_is_one_line(template, broken):
+def test_a_broken_chat_template_ends_in_one_line(template, broken):
     file = broken / "tokenizer_config.json"
     fields = json.loads(file.read_text())
     file.write_text(json.dumps({**fields, "chat_template": template}))
@@ -249,7 +249,7 @@ def test_a_broken_chat_template_is_one_line(template, broken):
     assert "chat template" in one_line_error(done)
 
 
-def test_packing_refuses_what_cannot_be_loaded(broken, tmp_path):
+def test_packing_refuses_a_model_that_cannot_be_loaded(broken, tmp_path):
     edit(broken, quantization={"bits": 0, "group_size": 64})
     done = moeflux("pack", broken, tmp_path / "packed")
     assert "bits" in one_line_error(done)

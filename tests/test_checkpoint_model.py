@@ -1,4 +1,4 @@
-"""A plain checkpoint whose experts are streamed: the same bits, in less memory."""
+"""Streaming experts from a plain checkpoint gives the same bits in less memory."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def memory_for(path, n_slots: int) -> int:
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("n_tokens", [1, 2, 65])
-def test_logits_are_those_of_the_pack_and_of_all_in_memory(
+def test_logits_equal_those_of_the_pack_and_of_all_in_memory(
     checkpoint, packed, n_tokens
 ):
     resident, _ = moeflux_mlx.load(checkpoint)
@@ -78,7 +78,7 @@ def test_every_form_gives_the_same_logits(form, n_shards, checkpoint, packed, tm
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
-def test_fused_dense_experts_are_what_mlx_lm_makes_of_them(dtype, tmp_path):
+def test_fused_dense_experts_equal_those_of_mlx_lm(dtype, tmp_path):
     plain = make_checkpoint(tmp_path / "plain", bits=None, dtype=dtype)
     path = reform(plain, tmp_path / "fused", "fused", 2)
     resident, _ = moeflux_mlx.load(path)
@@ -118,7 +118,7 @@ def test_the_environment_asks_for_streaming_too(checkpoint, monkeypatch):
 
 
 def test_a_budget_that_holds_no_token_leaves_no_file_open(checkpoint):
-    # Weights that nobody has read yet keep their file open until they are collected.
+    # Lazy weights keep their file open until they are collected.
     with open_files.none_left(), pytest.raises(BudgetError, match="at least"):
         moeflux_mlx.load(checkpoint, expert_memory="1KB")
 
@@ -162,7 +162,7 @@ def test_generate_streams_a_plain_checkpoint_and_prints_stock_text(checkpoint):
 
 
 @pytest.mark.parametrize(("form", "reads"), [("stacked", 9), ("fused", 6), ("each", 1)])
-def test_inspect_says_what_streaming_costs(form, reads, checkpoint, packed, tmp_path):
+def test_inspect_shows_the_cost_of_streaming(form, reads, checkpoint, packed, tmp_path):
     path = reform(checkpoint, tmp_path / "other", form)
     plain, pack = summarize(path), summarize(packed)
     assert (plain.reads_per_expert, pack.reads_per_expert) == (reads, 1)
@@ -180,7 +180,7 @@ def test_inspect_says_what_streaming_costs(form, reads, checkpoint, packed, tmp_
 
 @pytest.mark.slow
 def test_a_name_on_the_hub_is_streamed_from_the_download_cache(checkpoint, tmp_path):
-    """No hub is asked: the cache has the links that huggingface_hub makes."""
+    """No hub is contacted: the cache has the links that huggingface_hub makes."""
     repo, revision = tmp_path / "models--owner--name", "0" * 40
     snapshot = repo / "snapshots" / revision
     for folder in (snapshot, repo / "blobs", repo / "refs"):
@@ -192,7 +192,7 @@ def test_a_name_on_the_hub_is_streamed_from_the_download_cache(checkpoint, tmp_p
     offline = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     flags = ["--prompt", PROMPT, "--ignore-chat-template", "-m", "5"]
     flags += ["--expert-memory", memory_for(checkpoint, 5)]
-    # Where the cache is, is read as huggingface_hub is imported.
+    # huggingface_hub reads the cache's path when it is imported.
     command = [sys.executable, "-m", "moeflux_mlx.cli", "generate"]
     command += ["--model", "owner/name", *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, env=offline)

@@ -1,4 +1,4 @@
-"""Streaming from plain checkpoints: the records of a pack, from wherever they lie."""
+"""Streaming from plain checkpoints gives a pack's records, in any layout of files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ QUANTIZATIONS = {
     "dense": None,
     "by-layer": [AFFINE, Quantization(8, 32), None],
 }
-# Reads of one affine expert, whose tensors a file holds in the order of their names.
+# Reads per affine expert, whose tensors a file holds sorted by name.
 N_SPANS = {"stacked": 9, "each": 1, "fused": 6, "each-fused": 1}
 
 
@@ -67,7 +67,7 @@ def records(store: ExpertStore) -> dict[tuple[int, int], bytes]:
 
 
 def refused(directory: Path) -> str:
-    """Open a checkpoint that cannot be opened, and return why."""
+    """Open a checkpoint that must be refused; return the error's message."""
     with open_files.none_left(), pytest.raises(ModelError) as caught:
         CheckpointExperts.open(directory)
     return str(caught.value)
@@ -105,7 +105,7 @@ def test_every_form_gives_the_records_of_a_pack(form, quantization, n_shards, tm
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_tensors_that_follow_each_other_are_one_read(form, plain, tmp_path):
+def test_adjacent_tensors_are_one_read(form, plain, tmp_path):
     path = reform(plain, tmp_path / "other", form)
     with CheckpointExperts.open(path) as store:
         spans = {len(store.spans(layer, e)) for layer in range(3) for e in range(5)}
@@ -154,7 +154,7 @@ def test_any_order_in_any_shards_streams_the_same(
                 n_bytes = store.layout(layer).record_bytes
                 for wave in streamer.source(layer).waves([4, 0, 3, 1, 2]):
                     for expert, slot in wave:
-                        # With all experts in memory, slots count within the layer.
+                        # With all experts in memory, each layer counts its own slots.
                         row = 5 * layer + slot if streamer.resident else slot
                         found = bytes(streamer.pools[0].buffer(row, n_bytes))
                         assert found == expected[layer, expert]
@@ -217,7 +217,7 @@ def reshape(name, *shape, dtype=None):
 
 
 def cut(name, n_rows, axis=1):
-    """Leave out the last rows (experts when axis is 0) of a tensor."""
+    """Drop the last rows of a tensor (experts when the axis is 0)."""
 
     def change(tensors):
         parts = [tensors[name]] if axis == 0 else tensors[name].experts()
@@ -361,7 +361,7 @@ def test_a_missing_shard_is_named_without_an_index_too(plain, tmp_path):
         shard.write_bytes(data)
 
 
-def test_a_pointer_to_weights_is_named(plain, tmp_path):
+def test_a_git_lfs_pointer_is_named(plain, tmp_path):
     path = reform(plain, tmp_path / "shards", "stacked", 3)
     shard = path / "model-00002-of-00003.safetensors"
     shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
@@ -429,7 +429,7 @@ def test_an_offset_out_of_the_file_names_file_and_tensor(broken):
 
 
 @pytest.mark.parametrize("inline_bytes", [0, 10**9], ids=["threads", "inline"])
-def test_a_file_truncated_after_opening_is_an_error_and_no_wrong_expert(
+def test_a_file_truncated_after_opening_is_an_error_not_a_wrong_expert(
     broken, expected, inline_bytes
 ):
     path = broken / "model.safetensors"
@@ -458,7 +458,7 @@ def test_a_file_truncated_after_opening_is_an_error_and_no_wrong_expert(
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_files_of_a_store_that_nobody_closes_are_closed(plain, tmp_path, is_packed):
+def test_files_of_an_unclosed_store_are_closed(plain, tmp_path, is_packed):
     path = plain
     if is_packed:
         path = tmp_path / "packed"

@@ -1,4 +1,4 @@
-"""The command ``moeflux``, run as a user runs it."""
+"""Run the command ``moeflux`` as a user runs it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMANDS += ["tune", "trace", "cachesim", "chat", "serve"]
 
 
 def one_line_error(done: subprocess.CompletedProcess[str]) -> str:
-    """Check that a run failed on purpose, and return what it said."""
+    """Check that a run was refused; return its error message."""
     assert done.returncode == 2, done.stderr
     *decisions, line = done.stderr.splitlines()
     told = ("moeflux: experts ", "moeflux: before loading ")
@@ -31,7 +31,7 @@ def one_line_error(done: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.fixture(scope="module")
 def stock_text(checkpoint: Path) -> str:
-    """What stock mlx-lm generates, greedily, from the plain checkpoint."""
+    """The text that stock mlx-lm generates greedily from the plain checkpoint."""
     model, tokenizer = mlx_lm.load(str(checkpoint))
     return mlx_lm.generate(model, tokenizer, PROMPT, max_tokens=N_TOKENS)
 
@@ -46,7 +46,7 @@ def test_version_is_the_package_version():
 
 
 @pytest.mark.slow
-def test_the_installed_command_is_this_one():
+def test_the_installed_command_is_this_version():
     script = Path(sys.executable).with_name("moeflux")
     if not script.exists():
         pytest.skip("the package is not installed in this environment")
@@ -162,21 +162,21 @@ def test_a_saved_prompt_cache_continues_where_it_ended(packed, tmp_path):
     ],
     ids=lambda flags: flags[0].lstrip("-"),
 )
-def test_a_flag_that_cannot_be_used_is_one_clear_line(packed, flags):
+def test_an_unusable_flag_ends_in_one_clear_line(packed, flags):
     one_line_error(moeflux("generate", "--model", packed, *flags))
 
 
-def test_a_directory_that_is_not_a_model_is_one_clear_line(tmp_path):
+def test_a_directory_without_a_model_ends_in_one_clear_line(tmp_path):
     for command in (["generate", "--model"], ["inspect"]):
         assert str(tmp_path) in one_line_error(moeflux(*command, tmp_path))
 
 
-def test_a_missing_model_is_one_clear_line(tmp_path):
+def test_a_missing_model_ends_in_one_clear_line(tmp_path):
     path = tmp_path / "nowhere"
     assert str(path) in one_line_error(moeflux("generate", "--model", path))
 
 
-def test_generate_without_a_model_is_one_clear_line():
+def test_generate_without_a_model_ends_in_one_clear_line():
     assert "--model" in one_line_error(moeflux("generate"))
 
 

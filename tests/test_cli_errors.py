@@ -1,4 +1,4 @@
-"""Command lines and surroundings that are wrong: one line each, and no traceback."""
+"""Wrong command lines and environments end in one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMAND = [sys.executable, "-m", "moeflux_mlx.cli"]
 
 
 def spoil(name: str, text: str | None):
-    """Return what writes a text in place of a model's file, or takes the file away."""
+    """Return a function that overwrites a model's file, or removes it."""
 
     def change(model: Path) -> None:
         (model / name).unlink()
@@ -64,7 +64,7 @@ def directory_for(name: str):
     }.items(),
     ids=lambda item: item[0],
 )
-def test_a_spoilt_model_is_one_line(change, checkpoint, tmp_path, capfd):
+def test_a_spoilt_model_ends_in_one_line(change, checkpoint, tmp_path, capfd):
     model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
     change[1](model)
     assert main(["generate", "--model", str(model), *FIXED]) in (1, 2)
@@ -72,7 +72,7 @@ def test_a_spoilt_model_is_one_line(change, checkpoint, tmp_path, capfd):
 
 
 def check_one_line(capfd) -> str:
-    """Hold standard error to one line of ours; return it."""
+    """Check that standard error is one line of ours; return it."""
     lines = capfd.readouterr().err.splitlines()
     ours = [line for line in lines if line.startswith("moeflux: ")]
     assert len(ours) >= 1 and not any("Traceback" in line for line in lines), lines
@@ -80,14 +80,14 @@ def check_one_line(capfd) -> str:
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "packed"])
-def test_an_empty_prompt_is_one_line(name, request, capfd):
+def test_an_empty_prompt_ends_in_one_line(name, request, capfd):
     model = str(request.getfixturevalue(name))
     more = ["--prompt", "", "--ignore-chat-template"]
     assert main(["generate", "--model", model, *more]) == 2
     assert "[generate] expected a prompt" in check_one_line(capfd)
 
 
-def test_a_traceback_is_shown_to_who_asks(checkpoint, tmp_path, capfd, monkeypatch):
+def test_a_traceback_is_shown_on_request(checkpoint, tmp_path, capfd, monkeypatch):
     model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
     spoil_config(hidden_size="x")(model)
     monkeypatch.setenv("MOEFLUX_TRACEBACK", "1")
@@ -113,10 +113,10 @@ VARIABLES = {
 
 
 @pytest.mark.parametrize("name", VARIABLES)
-def test_every_variable_is_looked_at_before_anything_is_read(
+def test_every_variable_is_checked_before_anything_is_read(
     name, tmp_path, monkeypatch, capfd
 ):
-    """Also where an argument stands for it: the model's directory does not exist."""
+    """The model's directory does not exist, so the variable must be checked first."""
     monkeypatch.setenv(name, VARIABLES[name])
     more = ["--memory", "1GB", "--policy", "lru", "--executor", "ops"]
     model = str(tmp_path / "none")
@@ -125,7 +125,7 @@ def test_every_variable_is_looked_at_before_anything_is_read(
     assert name in line or (name, "[tuning]") == ("MOEFLUX_TUNING", line.split()[1])
 
 
-def test_every_variable_that_is_listed_is_tried():
+def test_every_listed_variable_is_tested():
     listed = {word.strip("`") for word in config.__doc__.split() if "MOEFLUX_" in word}
     assert listed - {"MOEFLUX_TRACEBACK"} == set(VARIABLES)
 
@@ -144,7 +144,7 @@ def run(*arguments: str | Path, before: str = "", after: str = "", **variables: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii"])
-def test_output_that_is_not_utf8_is_degraded(encoding, checkpoint):
+def test_output_without_utf8_is_degraded(encoding, checkpoint):
     for arguments in (["kernels"], ["generate", "--model", checkpoint, *FIXED]):
         done = run(*arguments, PYTHONIOENCODING=encoding)
         assert (done.returncode, done.stderr.count("Traceback")) == (0, 0), done.stderr
@@ -158,22 +158,20 @@ def test_a_reader_that_leaves_ends_the_command_in_silence():
 
 
 @pytest.mark.slow
-def test_a_closed_output_is_no_traceback(checkpoint):
+def test_a_closed_output_gives_no_traceback(checkpoint):
     done = run("generate", "--model", checkpoint, *FIXED, after=">&-")
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
-def test_a_low_hard_limit_of_open_files_is_no_traceback(checkpoint, tmp_path):
+def test_a_low_hard_limit_of_open_files_gives_no_traceback(checkpoint, tmp_path):
     done = run("--version", before="ulimit -n 64;")
     assert (done.returncode, done.stderr) == (0, "")
     done = run("pack", checkpoint, tmp_path / "packed", before="ulimit -n 256;")
     assert done.returncode == 0, done.stderr
 
 
-def test_a_home_that_cannot_be_written_costs_only_what_would_be_kept(
-    checkpoint, monkeypatch, capfd
-):
+def test_a_read_only_home_costs_only_the_cache(checkpoint, monkeypatch, capfd):
     monkeypatch.setenv("HOME", "/proc/nowhere")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert main(["inspect", str(checkpoint)]) == 0

@@ -1,4 +1,4 @@
-"""Command lines that cannot be right: each ends in one line on standard error."""
+"""Wrong command lines: each ends in one line on standard error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny import make_checkpoint
 import moeflux_mlx
 from moeflux_mlx.cli import main
 
-# {plain} and {packed} are models, the other names are what no model is: see ``places``.
+# {plain} and {packed} are models, the other names are not: see ``places``.
 GENERATE = "generate --model {plain} --prompt hi -m 2 --temp 0"
 PACKED = "generate --model {packed} --prompt hi -m 2 --temp 0"
 LINES = {
@@ -163,7 +163,7 @@ LINES = {
         "{trace} --plot {folder}",
     ],
 }
-# The first lines of a command stand for the others where not all tests run.
+# Without --all, only the first lines of each command run.
 N_FIRST = 3
 ALL = [
     pytest.param(
@@ -178,7 +178,7 @@ ALL = [
 
 @pytest.fixture(scope="module")
 def places(checkpoint, packed, tmp_path_factory):
-    """Paths by name: models, files of ours, and what is neither."""
+    """Paths by name: models, files of ours, and other things."""
     top = tmp_path_factory.mktemp("places")
     (top / "text").write_text("nonsense\n")
     (top / "bytes").write_bytes(b"\xff\xfe\0" * 9)
@@ -193,13 +193,13 @@ def places(checkpoint, packed, tmp_path_factory):
     assert main(["trace", str(checkpoint), *trace]) == 0
     names = ("text", "bytes", "empty", "folder", "fifo", "none", "state", "trace")
     found = {name: str(top / name) for name in names}
-    # A plain file that cannot be read, by root neither.
+    # A plain file that nobody can read, not even root.
     mem = "/proc/self/mem" if os.path.exists("/proc/self/mem") else found["none"]
     return {**found, "plain": str(checkpoint), "packed": str(packed), "mem": mem}
 
 
 @pytest.mark.parametrize("line", ALL)
-def test_a_wrong_command_line_is_one_line(line, places, capfd, monkeypatch):
+def test_a_wrong_command_line_ends_in_one_line(line, places, capfd, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code = main(shlex.split(line.format(**places)))
     lines = capfd.readouterr().err.splitlines()

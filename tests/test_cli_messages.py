@@ -1,4 +1,4 @@
-"""What commands say in tables and errors, to people at a terminal of 80 columns."""
+"""Tables and errors of commands, at a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_kernel_is_named_in_full(columns, monkeypatch, capsys):
         ("zzz", [*KERNELS]),
     ],
 )
-def test_the_doctor_names_kernels_that_may_be_meant(pattern, there, capsys):
+def test_the_doctor_suggests_kernels_of_similar_names(pattern, there, capsys):
     assert main(["doctor", "--executor", "sim", "--only", pattern]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"but got {pattern!r}: there are " in line
@@ -43,9 +43,7 @@ def test_the_doctor_names_kernels_that_may_be_meant(pattern, there, capsys):
 
 
 @pytest.mark.skipif(gpu_executor() is not None, reason="here is something to tune")
-def test_tuning_without_a_gpu_says_at_once_that_there_is_nothing(
-    tmp_path, capsys, monkeypatch
-):
+def test_tuning_without_a_gpu_is_refused_at_once(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("MOEFLUX_EXECUTOR", raising=False)
     assert main(["tune", str(tmp_path / "not even a model")]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""``moeflux compare``: stock mlx-lm and our models, each in its own process."""
+"""``moeflux compare`` runs stock mlx-lm and our models, each in its own process."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def identical(checkpoint: Path) -> Comparison:
 
 @pytest.fixture(scope="module")
 def perturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pack of the same model whose last norm is another one."""
+    """A pack of the same model, with another last norm."""
     directory = tmp_path_factory.mktemp("perturbed")
     plain = directory / "plain"
     shutil.copytree(checkpoint, plain)
@@ -101,7 +101,7 @@ def test_each_side_reports_its_own_speed_and_memory(identical):
     for side in (identical.stock, identical.ours):
         assert side.prompt_tps > 0
         assert side.generation_tps > 0
-        # An interpreter with MLX and mlx-lm in it.
+        # The size of an interpreter that has imported MLX and mlx-lm.
         assert side.peak_process_bytes > 30 * 2**20
         assert side.peak_mlx_bytes > 0
 
@@ -153,7 +153,7 @@ def test_other_weights_exit_with_1_and_show_the_first_divergence(
     assert text.endswith(first["stock"]["text"])
 
 
-def test_the_tables_name_the_divergence_and_only_what_was_measured(identical):
+def test_the_tables_name_the_divergence_and_only_measured_figures(identical):
     first = Divergence(4, Token(7, "a"), Token(9, "b"))
     tokens = TokenAgreement(10, 5, first, [], [])
     result = dataclasses.replace(identical, tokens=tokens)
@@ -193,7 +193,7 @@ def test_logit_errors_follow_their_definitions(monkeypatch):
     ours = stock + random.normal(size=(7, 11)).astype(np.float32) / 8
     monkeypatch.setattr(
         "moeflux_mlx.measure.compare.metrics.COMPARED_VALUES", 22
-    )  # 4 pieces
+    )  # 4 chunks
     found = logit_errors(stock, ours)
     p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (stock, ours))
     kl = (p * np.log(p / q)).sum(1)
@@ -210,7 +210,7 @@ def test_logit_errors_follow_their_definitions(monkeypatch):
     assert found.relative_rms_error == pytest.approx(relative, rel=1e-4)
 
 
-def test_a_result_that_is_no_number_is_outside_every_tolerance(identical):
+def test_a_result_of_nan_is_outside_every_tolerance(identical):
     stock = np.ones((2, 3), np.float32)
     logits = logit_errors(stock, np.array([[1, np.nan, 1], [1, 1, 1]], np.float32))
     result = dataclasses.replace(identical, logits=logits, tolerance=1e9)
@@ -220,12 +220,12 @@ def test_a_result_that_is_no_number_is_outside_every_tolerance(identical):
 
 
 @pytest.mark.slow
-def test_a_budget_that_is_too_small_is_the_error_of_the_side_that_met_it(packed):
+def test_a_too_small_budget_is_reported_by_its_side(packed):
     with pytest.raises(BudgetError, match=r"\[memory\] expected at least"):
         compare(packed, PROMPT, max_tokens=1, memory="1KB")
 
 
-def test_a_reference_that_is_no_model_is_refused(checkpoint, tmp_path):
+def test_a_reference_without_a_model_is_refused(checkpoint, tmp_path):
     with pytest.raises(ModelError, match=str(tmp_path)):
         compare(checkpoint, PROMPT, against=tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "abacus"}')
@@ -243,7 +243,7 @@ def test_models_of_different_vocabularies_are_refused():
     [{"dtype": "float8"}, {"max_tokens": 0}, {"text": "x"}, {"prompt": ""}],
     ids=lambda options: next(iter(options)),
 )
-def test_an_argument_that_cannot_be_used_is_refused_before_any_run(checkpoint, options):
+def test_an_unusable_argument_is_refused_before_any_run(checkpoint, options):
     options = {"prompt": PROMPT, **options}
     with pytest.raises(ConfigError, match=r"\[compare\]"):
         compare(checkpoint, **options)

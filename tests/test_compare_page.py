@@ -1,4 +1,4 @@
-"""The page of ``moeflux compare --html``: what it says, and in a real browser."""
+"""The page of ``moeflux compare --html``: its content, and its look in a browser."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ N_TOKENS = 8
 
 @pytest.fixture(scope="module")
 def found(packed: Path, budget: str) -> list[Comparison]:
-    """The same pack at two budgets, and through mlx-lm's class."""
+    """A comparison of one pack at two budgets and through mlx-lm's class."""
     ways = [{"expert_memory": budget}, {}, {"native": False}]
     return [*compare_each(packed, PROMPT, ways, max_tokens=N_TOKENS)]
 
 
 @pytest.fixture(scope="module")
 def diverging(found) -> Comparison:
-    """A comparison whose fourth token differs, and one position's top-1."""
+    """A comparison with a different fourth token and one different top-1."""
     ours, stock = found[0], found[0].tokens.stock
     other = [*stock[:3], Token(999, "<b>&\n"), *stock[4:]]
     first = Divergence(3, stock[3], other[3])
@@ -60,7 +60,7 @@ def test_every_budget_has_the_same_bits_and_each_way_its_own_errors(found):
     assert [t.id for t in quarter.tokens.stock] == [t.id for t in quarter.tokens.ours]
 
 
-def test_other_weights_show_in_the_layer_where_they_are(checkpoint, packed, tmp_path):
+def test_changed_weights_show_in_their_layer(checkpoint, packed, tmp_path):
     changed = moeflux_mlx.load(packed)[0]
     norm = changed.layers[2].input_layernorm
     norm.weight = norm.weight * 2
@@ -78,7 +78,7 @@ def test_other_weights_show_in_the_layer_where_they_are(checkpoint, packed, tmp_
 
 
 class PassesOver(nn.Module):
-    """Does not call the last of its layers."""
+    """A model that does not call its last layer."""
 
     def __init__(self):
         super().__init__()
@@ -89,7 +89,7 @@ class PassesOver(nn.Module):
         return self.layers[1](self.layers[0](self.embedding(tokens)))
 
 
-def test_a_model_that_passes_over_a_layer_has_no_rows():
+def test_a_model_that_skips_a_layer_has_no_rows():
     model = PassesOver()
     assert layer_rows(model, [1, 2]) == []
     model.layers = model.layers[:2]
@@ -99,7 +99,7 @@ def test_a_model_that_passes_over_a_layer_has_no_rows():
 
 
 @pytest.mark.slow
-def test_models_of_other_widths_have_no_error_by_layer(found):
+def test_models_of_different_widths_have_no_error_by_layer(found):
     without = dataclasses.replace(found[0], layer_errors=None)
     assert "do not have the same layers" in render([without])
 
@@ -173,7 +173,7 @@ LOOK = """
 
 @pytest.mark.slow
 @needs_browser
-def test_a_browser_shows_it_on_a_phone_and_on_a_desk(diverging, tmp_path):
+def test_a_browser_shows_the_page_on_a_phone_and_on_a_desk(diverging, tmp_path):
     for place in seen(render([diverging]), (360, 1280), LOOK, tmp_path):
         assert place["over"] <= 0, "the page is wider than the screen"
         assert place["beside"] > 0, "the two texts do not stand side by side"

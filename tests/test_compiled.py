@@ -1,4 +1,4 @@
-"""Traced steps give what steps run one by one give, and notice what changes."""
+"""Compiled steps equal uncompiled ones, and notice replaced weights and caches."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from moeflux_mlx.ops import RmsNormBf16NTokens
 
 
 class Lazy(OpsExecutor):
-    """The references on MLX arrays, as a GPU runs them."""
+    """Run references on MLX arrays, as a GPU does."""
 
     name = "lazy"
     takes_host_arrays = False
 
 
 class Traced(Lazy):
-    """The same, traced."""
+    """Run the same references in compiled functions."""
 
     name = "traced"
     compiles = True
@@ -54,7 +54,7 @@ def packed(plain):
 
 @pytest.fixture
 def traces(monkeypatch) -> list[object]:
-    """Collect the traces made: of layers, and of whole steps."""
+    """Collect the compiled functions that are made: of layers, and of whole steps."""
     made: list[object] = []
 
     def collect(cls, name):
@@ -106,15 +106,13 @@ def test_a_resident_model_gives_the_same_logits(plain, traces, n_seqs):
     assert [type(trace) for trace in traces] == [CompiledLayers]
 
 
-def test_a_step_without_a_cache_is_traced_layer_by_layer(plain, traces):
+def test_a_step_without_a_cache_is_compiled_layer_by_layer(plain, traces):
     lazy, traced = models(plain)
     assert relative_rms(traced(tokens(1)), lazy(tokens(1))) < 1e-5
     assert {type(trace) for trace in traces} == {CompiledCalls}
 
 
-def test_a_step_whose_layers_are_watched_is_not_traced_as_a_whole(
-    plain, traces, monkeypatch
-):
+def test_a_step_with_layer_hooks_is_not_compiled_as_a_whole(plain, traces, monkeypatch):
     lazy, traced = models(plain)
     monkeypatch.setattr(Traced, "watches_layers", True)
     assert relative_rms(logits(traced), logits(lazy)) < 1e-5
@@ -122,18 +120,18 @@ def test_a_step_whose_layers_are_watched_is_not_traced_as_a_whole(
 
 
 @pytest.mark.slow
-def test_a_trace_holds_until_a_cache_grows(plain, traces):
+def test_a_compiled_step_is_valid_until_a_cache_grows(plain, traces):
     lazy, traced = models(plain)
     logits(traced, n_prompt=250, n_steps=3)
     assert len(traces) == 1
     got = logits(traced, n_prompt=250, n_steps=12)
     assert relative_rms(got, logits(lazy, n_prompt=250, n_steps=12)) < 1e-5
-    # The token that makes it grow goes layer by layer, then the step is traced anew.
+    # The token that makes it grow runs layer by layer; then the step is compiled anew.
     steps = [trace for trace in traces if isinstance(trace, CompiledLayers)]
     assert len(steps) == 2
 
 
-def test_caches_hold_after_a_step_what_they_hold_without_traces(plain):
+def test_caches_are_the_same_with_and_without_compiled_steps(plain):
     states = []
     for model in models(plain):
         cache = make_prompt_cache(model)
@@ -169,7 +167,7 @@ def test_a_cache_left_behind_by_a_failed_step_can_be_used(plain, monkeypatch):
     assert relative_rms(got, lazy(tokens(1), cache=expected)) < 1e-5
 
 
-def test_steps_are_traced_once_for_any_number_of_tokens(plain, traces):
+def test_steps_are_compiled_once_for_any_number_of_tokens(plain, traces):
     _, traced = models(plain)
     logits(traced, n_steps=2)
     n_traces = len(traces)
@@ -178,7 +176,7 @@ def test_steps_are_traced_once_for_any_number_of_tokens(plain, traces):
 
 
 @pytest.mark.parametrize("n_slots", [2, 5])
-def test_streamed_experts_are_read_outside_the_traces(packed, traces, n_slots):
+def test_streamed_experts_are_read_outside_compiled_functions(packed, traces, n_slots):
     with PackedExperts.open(packed) as store:
         memory = n_slots * store.layout(0).stride + POOL_ALIGNMENT
     lazy, traced = models(packed, expert_memory=memory)
@@ -198,7 +196,7 @@ def test_hits_of_preloaded_experts_are_counted(packed, traces):
     assert hits[0] == hits[1] > 0
 
 
-def test_without_a_cache_and_with_a_quantised_one(plain):
+def test_logits_are_right_without_a_cache_and_with_a_quantised_one(plain):
     lazy, traced = models(plain)
     for model in (lazy, traced):
         model(tokens(1))
@@ -225,7 +223,7 @@ def test_replaced_weights_are_noticed(plain):
     assert relative_rms(logits(traced), logits(lazy)) < 1e-5
 
 
-def test_a_users_own_compile_takes_a_traced_model(plain):
+def test_a_users_own_compile_accepts_a_compiled_model(plain):
     lazy, traced = models(plain)
     step = mx.compile(lambda x: traced(x))
     for seed in range(3):
@@ -243,7 +241,7 @@ def test_a_users_compiled_training_step_can_be_traced(plain):
 
 
 @pytest.mark.parametrize("trains", [False, True])
-def test_gradients_do_not_meet_a_trace(plain, traces, trains):
+def test_gradients_do_not_use_compiled_steps(plain, traces, trains):
     lazy, traced = models(plain)
     grads = []
     for model in (lazy, traced):

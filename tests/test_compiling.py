@@ -1,4 +1,4 @@
-"""MLX knows compiled functions by thread and address; ours it never mixes up."""
+"""MLX finds compiled functions by thread and address, and never mixes ours up."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Threads = list[ThreadPoolExecutor]
 
 @pytest.fixture
 def threads() -> Iterator[Threads]:
-    """Two threads that live on from call to call."""
+    """Two threads that live across calls."""
     pools = [ThreadPoolExecutor(1), ThreadPoolExecutor(1)]
     yield pools
     for pool in pools:
@@ -35,7 +35,7 @@ def make(factor: float, seen: list[float] | None = None) -> Callable:
 
 
 def made_at(address: int | None, factor: float) -> Callable:
-    """Make a function, at an address that another one had if that is given."""
+    """Make a function, at the address of a deleted one if that is given."""
     others = []
     for _ in range(1000):
         function = make(factor)
@@ -46,14 +46,14 @@ def made_at(address: int | None, factor: float) -> Callable:
 
 
 def results(compiler, threads: Threads) -> list[tuple[float, list[float]]]:
-    """Call functions that follow each other at one address, in several threads."""
+    """Call functions that reuse one address, in several threads."""
     x, found, address = mx.array([1.0]), [], None
     mx.eval(x)
     for i in range(N_ROUNDS):
         function = made_at(address, i + 2.0)
         address = id(function)
         call = compiler(function)
-        # Threads evaluate for themselves: an array belongs to its thread's stream.
+        # Each thread evaluates its own arrays: an array belongs to its thread's stream.
         got = [t.submit(lambda call=call: call(x).item()).result() for t in threads]
         found.append((i + 2.0, got))
         del function, call
@@ -61,8 +61,8 @@ def results(compiler, threads: Threads) -> list[tuple[float, list[float]]]:
     return found
 
 
-def test_mlx_runs_a_function_that_is_gone(threads):
-    """Passing means MLX still has the fault for which ``Compiled`` is there."""
+def test_mlx_runs_a_deleted_function(threads):
+    """This passes while MLX has the fault that ``Compiled`` works around."""
     found = results(mx.compile, threads)
     if all(got == [wanted] * 2 for wanted, got in found):
         pytest.skip("MLX mended this, or used no address again")
@@ -76,8 +76,8 @@ def test_a_new_function_at_an_old_address_gives_its_own_results(threads):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("compiles", [True, False])
-def test_threads_forget_functions_that_are_gone(threads, compiles):
-    """What MLX kept of them goes too, at the thread's next new function."""
+def test_threads_forget_deleted_functions(threads, compiles):
+    """MLX's cache entries go too, at the thread's next new function."""
     x = mx.ones((1, 500))
     mx.eval(x)
 
@@ -110,7 +110,7 @@ def test_each_thread_compiles_once_and_gives_the_same(threads):
     seen: list[float] = []
     call, x = Compiled(make(3.0, seen)), mx.array([5.0])
     mx.eval(x)
-    # At its first call a thread has no stream yet, and MLX compiles once more.
+    # A thread has no stream at its first call, so MLX compiles a second time.
     for thread in threads:
         thread.submit(lambda: mx.eval(Compiled(make(2.0))(x))).result()
     for _ in range(3):
@@ -119,7 +119,7 @@ def test_each_thread_compiles_once_and_gives_the_same(threads):
     assert seen == [3.0, 3.0]
 
 
-def test_a_function_that_holds_what_compiled_it_is_collected():
+def test_a_function_that_holds_its_compiled_form_is_collected():
     class Holder:
         def __init__(self) -> None:
             self.call = Compiled(lambda x: x * self.factor)

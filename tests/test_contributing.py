@@ -1,4 +1,4 @@
-"""The policy of CONTRIBUTING.md, added for real: streamed with it, bits are right."""
+"""Add the policy of CONTRIBUTING.md for real: streaming with it gives the same bits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAGE = Path(__file__).resolve().parents[1] / "CONTRIBUTING.md"
 
 @pytest.fixture
 def fifo(monkeypatch):
-    """Add the page's class where the page says."""
+    """Register the page's class as the page says."""
     source = re.search(r"```python\n(class FIFO.*?)```", PAGE.read_text(), re.DOTALL)
     assert source and '`"fifo": FIFO` to `POLICIES`' in PAGE.read_text()
     names = dict(vars(policy))
@@ -32,7 +32,7 @@ def fifo(monkeypatch):
     return names["FIFO"]
 
 
-def test_the_page_s_policy_evicts_what_came_first(fifo):
+def test_the_pages_policy_evicts_the_oldest_expert(fifo):
     made = policy.policy_factory("fifo")(PoolShape(n_layers=2, n_experts=4, n_slots=3))
     for key in (5, 1, 6):
         made.admit(key // 4, key)
@@ -43,7 +43,7 @@ def test_the_page_s_policy_evicts_what_came_first(fifo):
     assert made.victim(0, range(2), keep={1}) == 6
 
 
-def test_a_model_streamed_with_it_gives_the_resident_s_bits(fifo, tmp_path):
+def test_a_model_streamed_with_it_gives_the_bits_of_a_resident_one(fifo, tmp_path):
     plain = make_checkpoint(tmp_path / "plain", seed=3)
     tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
     whole, _ = moeflux_mlx.load(plain)
@@ -64,6 +64,6 @@ def test_cachesim_replays_it(fifo):
     assert 0 < found.hit_rate <= best.hit_rate < 1
 
 
-def test_an_unknown_one_names_those_that_there_are():
+def test_an_unknown_policy_names_the_existing_ones():
     with pytest.raises(ConfigError, match="lru, lfu, markov, pins:TRACE"):
         policy.policy_factory("fifo")

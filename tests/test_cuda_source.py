@@ -1,4 +1,4 @@
-"""Every instantiation of every kernel compiles as CUDA, where there is a compiler."""
+"""Compile every instantiation of every kernel as CUDA, where a compiler exists."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OPEN = "\nnamespace msl {\n"
 
 
 def compiler() -> str | None:
-    """Find nvcc where its installers put it."""
+    """Find nvcc in its usual places."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     places = [Path(home) / "bin/nvcc"] if home else []
     places += sorted(Path("/usr/local").glob("cuda*/bin/nvcc"), reverse=True)
@@ -41,7 +41,7 @@ def compiler() -> str | None:
 
 
 def samples(family: str) -> Iterator[Prepared]:
-    """Prepare one launch of each instantiation that the registry's samples have."""
+    """Prepare one launch of each instantiation in the registry's samples."""
     seen = set()
     for kernel in KERNELS.values():
         if kernel.metal.place.file != family:
@@ -56,7 +56,7 @@ def samples(family: str) -> Iterator[Prepared]:
 
 
 def translation_unit(family: str) -> str:
-    """Return all of a family as MLX would hand it over, one kernel after the other."""
+    """Return a family's kernels as the source that MLX would compile."""
     parts = ["#include <cuda_fp16.h>\n#include <cuda_bf16.h>\n"]
     seen: set[str] = set()
     for number, ready in enumerate(samples(family)):
@@ -64,7 +64,7 @@ def translation_unit(family: str) -> str:
         dialect, code = cuda.header(library(), kernel).rsplit(OPEN, 1)
         if not seen:
             parts.append(dialect)
-        # Helpers stand before each kernel that uses them, so each has its own space.
+        # Each kernel repeats its helpers, so each needs a namespace of its own.
         space = f"of_{kernel.name}"
         if kernel.name not in seen:
             seen.add(kernel.name)
@@ -87,7 +87,7 @@ def test_a_family_compiles(family, tmp_path):
     source = tmp_path / f"{Path(family).stem}.cu"
     source.write_text(translation_unit(family))
     options = ["-std=c++17", "-arch=compute_90a", "-ptx", "-o", str(tmp_path / "out")]
-    # Every template is still instantiated and checked, in a quarter of the time.
+    # This still instantiates and checks every template, in a quarter of the time.
     options.append("-Ofc=max")
     done = subprocess.run(
         [compiler(), *options, str(source)], capture_output=True, text=True
@@ -102,5 +102,5 @@ def test_a_family_compiles(family, tmp_path):
 def test_every_instantiation_is_in_the_source(family):
     text, count = translation_unit(family), len(list(samples(family)))
     assert text.count("__global__") == count > 0
-    # No word of Metal is left that CUDA does not know.
+    # No Metal word is left that CUDA lacks.
     assert re.search(r"\b(threadgroup|device|constant|thread)\s|\[\[", text) is None

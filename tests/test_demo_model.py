@@ -1,4 +1,4 @@
-"""The model that ships: small, trained, equal to mlx-lm, and planned as measured."""
+"""The demo model is small, trained, equal to mlx-lm, and planned as measured."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def greedy(model, tokenizer, prompt: str, n: int) -> tuple[list[int], str]:
     return [step.token for step in steps], "".join(step.text for step in steps)
 
 
-def test_it_is_what_the_model_card_says():
+def test_the_demo_model_matches_its_card():
     config = json.loads((DEMO / "config.json").read_text())
     text = config.get("text_config", config)
     assert sum(f.stat().st_size for f in DEMO.iterdir()) <= 12_000_000
@@ -77,7 +77,7 @@ def test_it_continues_def_into_a_function_with_an_indented_body(packed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", [0, 3], ids=["linear", "full"])
-def test_the_planned_peak_is_within_a_quarter_of_what_mlx_holds(layer):
+def test_the_planned_peak_is_within_a_quarter_of_mlxs_memory(layer):
     model, _ = moeflux_mlx.load(DEMO)
     sample = model.graph_layers[layer].sample(512, mx.float32)
     planned = planned_peak_bytes(sample.layer.graph)
@@ -103,7 +103,7 @@ def test_tokens_on_simulated_kernels_are_those_of_the_references(
         packed, expert_memory="4MB", executor="ops"
     )
     kernels, _ = moeflux_mlx.load(packed, expert_memory="4MB", executor="sim")
-    # Few tokens: simulated ones take seconds.
+    # Few tokens: simulating one takes seconds.
     want, _ = greedy(references, tokenizer, "def f(x):", 2)
     got, _ = greedy(kernels, tokenizer, "def f(x):", 2)
     assert got == want
@@ -122,12 +122,12 @@ def test_tokens_on_simulated_kernels_are_those_of_the_references(
             assert {way.name for way in ways} & built or ways[0].name in HOST_KERNELS
 
 
-# mlx-lm's cache object appends keys and values, and the experts of a prompt are run
-# one after the other where they are streamed.
+# mlx-lm's cache object appends keys and values, and streamed experts of a prompt run
+# one after the other.
 HOST_KERNELS = {"kv_cache_append_n_tokens", "moe_mm_id"}
-# Experts that may have to be read are known before the launch that runs them.
+# Streaming must know the experts before the launch that runs them.
 ONLY_RESIDENT = "experts_route_gate_up"
-# Ops that layers of this family do not have.
+# Ops that this family's layers lack.
 OTHER_FAMILIES = {
     ops.HeadMatvecNTokens,
     ops.MlaSplitQKv,
@@ -137,5 +137,5 @@ OTHER_FAMILIES = {
 }
 # The demo model gates its attention.
 UNGATED = "attention_inputs_ungated"
-# Latent attention, which the demo has not.
+# The demo has no latent attention.
 LATENT = "mlx_expanded"

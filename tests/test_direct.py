@@ -1,4 +1,4 @@
-"""Direct I/O: the same bytes past the page cache, or a warning and the same bytes."""
+"""Direct I/O reads the same bytes past the page cache, or warns and reads via it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="is about O_DIRECT")
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """Experts of 2304 bytes, which is no number of blocks of any disk."""
+    """Experts of 2304 bytes, which is not a multiple of any disk's block."""
     path = tmp_path_factory.mktemp("direct") / "plain"
     return write_checkpoint(path, hidden=32, inner=32)
 
@@ -49,7 +49,7 @@ def is_direct(store) -> bool:
 
 
 def open_directly(path):
-    """Open, or skip where the file system of the tests refuses."""
+    """Open directly, or skip where the tests' file system refuses."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
@@ -117,10 +117,10 @@ def test_a_direct_read_past_the_end_names_file_layer_and_expert(plain, tmp_path)
 
 @linux
 @pytest.mark.parametrize("lost", [1, 700, 4096, 5000])
-def test_a_direct_read_that_comes_back_short_goes_on_from_a_whole_block(
+def test_a_short_direct_read_continues_at_a_block_boundary(
     lost, small, expected, monkeypatch
 ):
-    """Each second read loses its end; a read from within a block is refused."""
+    """Every second read is cut short; a read that begins within a block is refused."""
     preadv, n_reads, n_short = os.preadv, 0, 0
 
     def short(fd, buffers, offset):
@@ -142,7 +142,7 @@ def test_a_direct_read_that_comes_back_short_goes_on_from_a_whole_block(
 
 
 @linux
-def test_direct_reads_that_never_get_past_a_place_end_in_an_error(small, monkeypatch):
+def test_direct_reads_that_make_no_progress_end_in_an_error(small, monkeypatch):
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda *args: min(preadv(*args), 100))
     with open_directly(small) as store:
@@ -169,7 +169,7 @@ def test_experts_at_any_offset_are_read_through_the_cache_with_one_warning(
 
 
 @linux
-def test_where_one_file_refuses_none_is_read_directly(small):
+def test_if_one_file_refuses_none_is_read_directly(small):
     with PackedExperts.open(small) as store, open("/proc/version", "rb") as refusing:
         fds = [*(store.fd(layer) for layer in store.layers), refusing.fileno()]
         with pytest.warns(UserWarning, match=r"\[direct\] .*packed") as caught:
@@ -179,7 +179,7 @@ def test_where_one_file_refuses_none_is_read_directly(small):
 
 
 @linux
-def test_a_model_is_read_directly_when_asked_to(packed, budget, monkeypatch):
+def test_a_model_is_read_directly_on_request(packed, budget, monkeypatch):
     open_directly(packed).close()
     loaded, _ = moeflux_mlx.load(packed, expert_memory=budget)
     assert not is_direct(loaded.runtime.store)

@@ -17,12 +17,12 @@ PAGES = [
     *(ROOT / "docs").glob("*.md"),
     ROOT / "kernels" / "README.md",
 ]
-# A changelog speaks of files as they were.
+# A changelog names files as they were.
 PAGES = [page for page in PAGES if page.name != "CHANGELOG.md"]
 NAMED = re.compile(r"`([\w./-]+\.(?:py|metal|h|md|cpp|json|csv))(?:::\w+)?`")
 # GitHub leads ../../actions from the page to this repository's own runs.
 LINKED = re.compile(r"\]\((?!https?:|#|mailto:|\.\./\.\./actions/)([^)#]+)")
-# Files that users have, not this repository.
+# Files of users, not of this repository.
 OF_USERS = {
     *("config.json", "moeflux.json", "moeflux_model.py", "doctor.json"),
     *("bench_mac.json", "tokenizer_config.json", "models/FAMILY.py"),
@@ -30,14 +30,14 @@ OF_USERS = {
 
 
 def files() -> list[str]:
-    """Return the paths of this repository's files, of a checkout or an archive."""
+    """Return the paths of this repository's files, in a checkout or an archive."""
     folders = ("moeflux_mlx", "models", "kernels", "scripts", "tests", "docs")
     found = [p for f in folders for p in (ROOT / f).rglob("*") if p.is_file()]
     return [p.relative_to(ROOT).as_posix() for p in [*found, *ROOT.glob("*")]]
 
 
 def misnamed(text: str, known: list[str]) -> list[str]:
-    """Return the names of files in a page that end no path of the repository."""
+    """Return the file names in a page that match no path of the repository."""
     ends = tuple(f"/{path}" for path in known)
     return [
         name
@@ -54,7 +54,7 @@ def test_a_page_names_files_that_exist(page):
     assert [str(target) for target in targets if not target.exists()] == []
 
 
-def test_a_name_that_no_file_has_is_found():
+def test_a_name_without_a_file_is_found():
     known = ["moeflux_mlx/engine/forward.py"]
     assert misnamed("`forward.py`, `engine/forward.py`", known) == []
     wrong = "`ward.py` and `graph/forward.py`"
@@ -62,7 +62,7 @@ def test_a_name_that_no_file_has_is_found():
 
 
 def test_the_graph_made_by_hand_runs(capsys):
-    """The page of the API: upload, execute, download."""
+    """The example of the API's page uploads, executes and downloads."""
     (code,) = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs/api.md").read_text(), re.S
     )
@@ -88,7 +88,7 @@ def test_the_table_of_macs_has_every_model_and_every_mac(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_table_of_macs_is_what_the_planner_says(monkeypatch):
+def test_the_table_of_macs_equals_the_planners_figures(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import real_sizes
 

@@ -1,4 +1,4 @@
-"""``moeflux doctor`` and ``moeflux kernels``, and what they remember."""
+"""``moeflux doctor`` and ``moeflux kernels``, and the record that they keep."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ simulated = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A cache that keeps what the simulator compiles from test to test."""
+    """Share a cache for the simulator's compiled objects among tests."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(autouse=True)
 def own_folder(cache, monkeypatch):
-    """Keep what doctor remembers out of this machine's own cache."""
+    """Keep the doctor's record out of this machine's own cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     folder = cache / "moeflux-mlx"
     for path in folder.glob("verified-*"):
@@ -57,7 +57,7 @@ for name, kernel in KERNELS.items():
 
 @pytest.fixture
 def damage(tmp_path, monkeypatch):
-    """Have the processes that examine kernels find some of them damaged."""
+    """Make the examining processes find damaged kernels."""
 
     def write(text: str) -> None:
         folder = tmp_path / "damage"
@@ -77,7 +77,7 @@ def report_of(capsys, pattern: str, status: int, *more: str) -> dict:
 
 @pytest.mark.slow
 @simulated
-def test_doctor_checks_a_kernel_and_says_what_it_is_worth(capsys):
+def test_doctor_checks_a_kernel_and_states_the_weight_of_the_evidence(capsys):
     assert main(["doctor", "--executor", "sim", "--only", "residual_add"]) == 0
     out = capsys.readouterr().out
     assert "1 of 1 kernels agree" in out
@@ -110,7 +110,7 @@ def test_the_report_as_json_has_machine_cases_and_errors(capsys, tmp_path, monke
     assert not record.holds("residual_add")
 
 
-# What becomes of a kernel, how that is brought about, and how its complaint begins.
+# A kernel's outcome, the code that causes it, and the start of its complaint.
 FATES = {
     "residual_add": (
         """
@@ -172,13 +172,13 @@ launch.KERNELS = Deadly(KERNELS)
     ),
 }
 
-# What stands in for the process that examines kernels: two of them hang.
+# Replaces the process that examines kernels: two of them hang.
 STAND_IN = """
 import json, sys, time
 for name in sys.argv[1:]:
     print("now", name, file=sys.stderr, flush=True)
     if name in ("residual_add", "rms_norm_apply"):
-        # Half a line is no finding.
+        # An incomplete line is no finding.
         sys.stdout.write('{"kernel"')
         sys.stdout.flush()
         time.sleep(3600)
@@ -189,7 +189,7 @@ for name in sys.argv[1:]:
 
 @pytest.mark.slow
 @simulated
-def test_whatever_becomes_of_some_kernels_the_doctor_reports_on_all(capsys, damage):
+def test_the_doctor_reports_on_all_kernels_whatever_happens_to_some(capsys, damage):
     damage("".join(text for text, _ in FATES.values()))
     report = report_of(capsys, "r[em]*", 1)
     assert report["passed"] is False
@@ -197,7 +197,7 @@ def test_whatever_becomes_of_some_kernels_the_doctor_reports_on_all(capsys, dama
     assert {name for name, k in found.items() if not k["passed"]} == set(FATES)
     for name, (_, complaint) in FATES.items():
         assert re.match(complaint, found[name]["complaints"][0]), name
-    # What agreed serves from now on, what did not does not.
+    # Kernels that agreed may serve from now on; the others may not.
     good = set(found) - set(FATES)
     assert "rms_norm_per_head_n_tokens" in good
     assert verified.verified_kernels("sim") == good
@@ -244,7 +244,7 @@ def test_a_kernel_that_is_wrong_is_named_and_the_exit_code_is_1(capsys, monkeypa
     def full(path, text):
         raise OSError(28, "No space left on device", str(path))
 
-    # A report that cannot be remembered is given all the same.
+    # A report that cannot be saved is printed nevertheless.
     monkeypatch.setattr(verified.private, "write_text", full)
     assert main(["doctor", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
@@ -260,12 +260,14 @@ def test_a_kernel_that_is_wrong_is_named_and_the_exit_code_is_1(capsys, monkeypa
         ([], "disk full", "models use none of them: disk full"),
     ],
 )
-def test_the_report_ends_with_what_follows_for_models(complaints, failure, conclusion):
+def test_the_report_ends_with_its_consequence_for_models(
+    complaints, failure, conclusion
+):
     findings = [examination.Finding("residual_add", "family", complaints=complaints)]
     assert conclusion in doctor._conclusion("metal", findings, failure)
 
 
-def test_a_record_keeps_what_it_says_of_kernels_not_examined(tmp_path):
+def test_a_record_keeps_its_findings_on_kernels_not_examined(tmp_path):
     path = tmp_path / "record.json"
     first = found_right("sim", "residual_add", "swiglu_fused")
     verified.save(first, path)
@@ -294,13 +296,13 @@ def test_metal_is_the_default_where_kernels_were_found_right(monkeypatch):
     assert default_executor() == "metal"
     executor = executors.open_executor()
     assert [name for name in KERNELS if not executor.usable(name)] == [first]
-    # Who asks for it by name takes all that it has.
+    # A user who names the executor gets all of its kernels.
     assert all(map(executors.open_executor("metal").usable, KERNELS))
     verified.remember(found_right("metal", first), [first])
     assert all(map(executors.open_executor().usable, KERNELS))
 
 
-def test_a_record_of_another_machine_or_mlx_counts_for_nothing(own_folder):
+def test_a_record_of_another_machine_or_mlx_is_ignored(own_folder):
     record = found_right("metal", *KERNELS)
     for other in ({"machine": "another"}, {"mlx": "0.1"}):
         verified.remember(dataclasses.replace(record, **other), KERNELS)
@@ -318,7 +320,7 @@ def test_a_record_of_another_machine_or_mlx_counts_for_nothing(own_folder):
     path.unlink()
     os.mkfifo(path)
     verified.verified_kernels.cache_clear()
-    # What is no plain file of ours is passed over, and never waited for.
+    # Anything but a plain file of ours is ignored, and never blocks.
     assert not verified.verified_kernels("metal")
 
 
@@ -354,7 +356,7 @@ def test_kernels_lists_each_with_signature_launch_and_verification(capsys):
 
 
 def test_kernels_were_verified_on_the_simulator_as_they_are(capsys):
-    """The shipped record must be of these very kernels: doctor --record renews it."""
+    """The shipped record must match these kernels: doctor --record renews it."""
     main(["kernels", "--json"])
     rows = json.loads(capsys.readouterr().out)
     stale = [
@@ -365,7 +367,7 @@ def test_kernels_were_verified_on_the_simulator_as_they_are(capsys):
     assert stale == []
 
 
-# Kernels for scripts, which call them by name: that no Op launches them is meant.
+# Scripts call these kernels by name, so no Op needs to launch them.
 FOR_SCRIPTS = {
     "dequant_matvec_4bit",
     "dequant_matvec_4bit_batched",
@@ -412,7 +414,7 @@ def window(first: int, last: int) -> tuple[CaptureWindow, list[str]]:
     ), log
 
 
-def test_a_trace_holds_the_layers_asked_for_once():
+def test_a_capture_holds_the_requested_layers_once():
     trace, log = window(1, 2)
     for token in range(3):
         for layer in range(4):
@@ -423,7 +425,7 @@ def test_a_trace_holds_the_layers_asked_for_once():
     assert not trace.waits_for_work
 
 
-def test_a_trace_that_cannot_start_says_what_metal_needs():
+def test_a_capture_that_cannot_start_names_metals_requirement():
     def refuse(path: str) -> None:
         raise RuntimeError("no Metal")
 

@@ -1,4 +1,4 @@
-"""Any model of mlx-lm with its experts streamed: the same bits, or a typed error."""
+"""Streaming any model of mlx-lm gives the same bits, or a typed error."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ DIM = 128
 
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch):
-    """Make the modules beside the scripts importable."""
+    """Make the scripts' modules importable."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
 
-# Each differs from all others in its activation, its way of routing or what is around.
+# Each differs from the others in its activation, its routing or its other layers.
 FAMILIES = {
     "qwen3_moe": 4,
     "mixtral": None,
@@ -72,7 +72,7 @@ def test_families_stream_with_stocks_bits_through_one_slot(family, bits):
 
 
 class Layers(nn.Module):
-    """Routed blocks one after the other, each token to ``k`` experts in turn."""
+    """Routed blocks in sequence; each token takes ``k`` experts in turn."""
 
     def __init__(self, *blocks: nn.Module, k: int = 2):
         super().__init__()
@@ -96,7 +96,7 @@ def random(module: nn.Module, seed: int = 1) -> nn.Module:
 
 
 def saved(model: nn.Module, path: Path) -> Path:
-    """Write a model's weights with a configuration that says nothing."""
+    """Write a model's weights with an empty configuration."""
     path.mkdir()
     save_model(path, model)
     # Tests change names.
@@ -106,7 +106,7 @@ def saved(model: nn.Module, path: Path) -> Path:
 
 
 def lazily(model: nn.Module, path: Path) -> nn.Module:
-    """Give a model the weights of a directory, none of them read."""
+    """Give a model a directory's weights without reading them."""
     return model.load_weights(str(path / "model.safetensors"))
 
 
@@ -132,7 +132,7 @@ def quantized(block: nn.Module, forms: dict[str, Quantization | None]) -> nn.Mod
 
 
 def make(forms: list[dict[str, Quantization | None]]) -> nn.Module:
-    """Build two gated blocks of different width and one of two projections."""
+    """Build two gated blocks of different widths and one with two projections."""
     blocks = [
         SwitchGLU(DIM, DIM, 5, bias=True),
         SwitchGLU(DIM, 2 * DIM, 5),
@@ -154,7 +154,7 @@ def test_every_form_gives_the_bits_of_all_in_memory(tmp_path, form):
 
 
 @pytest.mark.parametrize("n_slots", [1, 2, 7, 15])
-def test_so_does_every_number_of_slots(tmp_path, n_slots):
+def test_every_number_of_slots_gives_the_bits_of_all_in_memory(tmp_path, n_slots):
     forms = [dict.fromkeys(names, FORMS[1]) for names in (GATED, GATED, PLAIN)]
     check_same(tmp_path, forms, n_slots)
 
@@ -168,7 +168,7 @@ def test_forms_may_be_mixed_by_projection_and_by_block(tmp_path):
 class TwoBlocks(nn.Module):
     """Layers of two routed blocks, one between latent projections, and one without.
 
-    Numbers of experts and their widths are another in each layer and block.
+    The number of experts and their widths differ in each layer and block.
     """
 
     def __init__(self) -> None:
@@ -199,7 +199,7 @@ class TwoBlocks(nn.Module):
 
 
 @pytest.mark.parametrize("n_slots", [1, 4, 27])
-def test_several_blocks_of_other_widths_may_be_in_a_layer(tmp_path, n_slots):
+def test_a_layer_may_have_several_blocks_of_different_widths(tmp_path, n_slots):
     stock, ours = random(TwoBlocks()), random(TwoBlocks())
     path = saved(stock, tmp_path / "model")
     largest = slot_bytes(lazily(TwoBlocks(), path), path)
@@ -224,7 +224,7 @@ def check_same(tmp_path: Path, forms: list[dict], n_slots: int) -> None:
 
 
 def slot_bytes(model: nn.Module, path: Path) -> int:
-    """Return the bytes of a slot, as the error says that states the least."""
+    """Return a slot's bytes from the error that states the minimum."""
     with opened(model, path) as store:
         return max(store.layout(layer).stride for layer in store.layers)
 
@@ -235,7 +235,7 @@ def opened(model: nn.Module, path: Path) -> ModuleExperts:
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
-def test_what_a_cpu_cannot_multiply_lies_in_its_slots(tmp_path, dtype):
+def test_matrices_that_a_cpu_cannot_multiply_are_stored_in_slots(tmp_path, dtype):
     def build() -> nn.Module:
         model = random(Layers(SwitchGLU(DIM, DIM, 5, bias=True)))
         model.set_dtype(dtype)
@@ -257,14 +257,14 @@ def test_what_a_cpu_cannot_multiply_lies_in_its_slots(tmp_path, dtype):
 
 
 class OwnCall(SwitchGLU):
-    """A block that does something with ids that nobody knows."""
+    """A block with a call of its own."""
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         return super().__call__(x, indices) * indices[..., None]
 
 
 class OwnBlock(nn.Module):
-    """A block of its own kind."""
+    """A block of a class of its own."""
 
     def __init__(self):
         super().__init__()
@@ -273,7 +273,7 @@ class OwnBlock(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [OwnCall, OwnBlock])
-def test_a_call_that_nobody_knows_is_refused_by_name(kind):
+def test_an_unknown_call_is_refused_by_name(kind):
     block = OwnBlock() if kind is OwnBlock else kind(DIM, DIM, 5)
     name = rf"layers\.0\.mlp\.switch: .*{kind.__name__} with a call of its own"
     with pytest.raises(ModelError, match=name):
@@ -296,7 +296,7 @@ def test_a_block_with_adapters_is_refused():
         find_blocks(Layers(block))
 
 
-def test_what_a_model_puts_into_a_block_stays_there(tmp_path):
+def test_modules_that_a_model_adds_to_a_block_stay_there(tmp_path):
     def build() -> nn.Module:
         model = Layers(SwitchGLU(DIM, DIM, 5))
         model.layers[0]["mlp"]["switch"].after = nn.RMSNorm(DIM)
@@ -318,7 +318,7 @@ def plain(tmp_path) -> Path:
     return saved(small(), tmp_path / "plain")
 
 
-def test_routed_weights_are_asked_for_in_vain(plain, tmp_path):
+def test_reading_routed_weights_is_refused(plain, tmp_path):
     ours = stream(lazily(small(), plain), plain, expert_memory=SLACK + 20 * SLOT)
     block = ours.layers[0]["mlp"]["switch"]
     with pytest.raises(ModelError, match=r"switch\.gate_proj.*streamed"):
@@ -334,7 +334,7 @@ def test_routed_weights_are_asked_for_in_vain(plain, tmp_path):
         stream(ours, plain)
 
 
-def test_gradients_are_stocks(plain):
+def test_gradients_equal_stocks(plain):
     x = mx.random.normal((40, DIM))
     ours = stream(lazily(small(), plain), plain, expert_memory=SLACK + 20 * SLOT)
     assert ours.streamer.n_slots < 5
@@ -346,14 +346,14 @@ def test_gradients_are_stocks(plain):
     assert mx.allclose(want, got, rtol=1e-5, atol=1e-5)
 
 
-def test_inside_a_trace_ids_have_no_values(plain):
+def test_tracing_a_call_without_values_of_ids_is_refused(plain):
     ours = stream(lazily(small(), plain), plain, expert_memory=SLACK + 20 * SLOT)
     with pytest.raises(ModelError, match=r"outside mx\.compile"):
         mx.compile(ours)(mx.ones((2, DIM)))
     assert ours(mx.ones((2, DIM))).shape == (2, DIM)
 
 
-def test_an_id_of_no_expert_names_the_block(plain):
+def test_an_id_without_an_expert_names_the_block(plain):
     ours = stream(lazily(small(), plain), plain, expert_memory=SLACK + 20 * SLOT)
     block = ours.layers[0]["mlp"]["switch"]
     with pytest.raises(ExpertStoreError, match=r"layers\.0\.mlp\.switch: .* 0 to 4"):
@@ -430,7 +430,7 @@ def test_tensors_that_sanitize_renames_are_streamed(tmp_path):
     assert mx.array_equal(stock(x), ours(x))
 
 
-def test_too_little_memory_states_the_least(plain):
+def test_too_little_memory_states_the_minimum(plain):
     with pytest.raises(BudgetError, match=r"at least \d+ bytes"):
         stream(lazily(small(), plain), plain, expert_memory=1)
 
@@ -455,7 +455,7 @@ def checkpoint(tmp_path_factory) -> Iterator[Path]:
     yield path
 
 
-def test_load_takes_mlx_lms_class_where_ours_steps_aside(checkpoint, capsys):
+def test_load_uses_mlx_lms_class_where_ours_steps_aside(checkpoint, capsys):
     stock, _ = load_model(checkpoint)
     ours, tokenizer = moeflux_mlx.load(checkpoint, expert_memory=SLACK + 4 * SLOT)
     said = capsys.readouterr().err
@@ -471,7 +471,7 @@ def test_load_without_a_bound_is_mlx_lms_own_model(checkpoint):
     assert type(model.model.layers[0].mlp.switch_mlp) is SwitchGLU
 
 
-# Their modules keep arrays that are no parameters: positions, slopes, a scaled norm.
+# Their modules hold arrays that are no parameters: positions, slopes, a scaled norm.
 @pytest.mark.parametrize("family", ["deepseek_v2", "bailing_moe_linear", "kimi_k3"])
 @pytest.mark.parametrize("expert_memory", [None, "3MB"], ids=["whole", "streamed"])
 def test_the_first_call_may_be_another_threads(family, expert_memory, tmp_path):
@@ -497,7 +497,7 @@ def test_the_first_call_may_be_another_threads(family, expert_memory, tmp_path):
         ({"optimistic": "maybe"}, r"\[optimistic\] expected one of"),
     ],
 )
-def test_load_refuses_what_mlx_lms_class_cannot_do(checkpoint, options, message):
+def test_load_refuses_options_that_mlx_lms_class_lacks(checkpoint, options, message):
     with pytest.raises(ConfigError, match=message):
         moeflux_mlx.load(checkpoint, **options)
 
@@ -512,7 +512,7 @@ def test_load_refuses_what_mlx_lms_class_cannot_do(checkpoint, options, message)
     ],
     ids=["experts", "attention", "table"],
 )
-def test_groups_that_mlx_would_divide_by_zero_are_refused(
+def test_a_group_size_that_mlx_would_divide_by_is_refused(
     changes, expert_memory, copied
 ):
     edit_config(copied, **changes)
@@ -520,7 +520,7 @@ def test_groups_that_mlx_would_divide_by_zero_are_refused(
         moeflux_mlx.load(copied, expert_memory=expert_memory)
 
 
-def test_load_takes_mlx_lms_class_where_there_is_none_of_ours(copied, capsys):
+def test_load_uses_mlx_lms_class_if_we_have_none(copied, capsys):
     edit_config(copied, model_type="olmoe")
     with pytest.raises(ModelError, match="olmoe"):
         moeflux_mlx.load(copied)
@@ -528,7 +528,7 @@ def test_load_takes_mlx_lms_class_where_there_is_none_of_ours(copied, capsys):
     assert said.count("model class: mlx-lm's olmoe, there is none of our own") == 1
 
 
-def test_asking_for_our_own_class_in_vain_is_an_error(copied):
+def test_requesting_a_missing_class_of_ours_is_an_error(copied):
     with pytest.raises(
         ModelError, match="our own class does not support use_sliding_window"
     ):
@@ -540,7 +540,7 @@ def test_asking_for_our_own_class_in_vain_is_an_error(copied):
 
 @pytest.fixture
 def copied(checkpoint, tmp_path) -> Path:
-    """A copy of the checkpoint to change."""
+    """A copy of the checkpoint, for tests to change."""
     return shutil.copytree(checkpoint, tmp_path / "copy")
 
 
@@ -552,7 +552,7 @@ def edit_config(path: Path, **changes: object) -> None:
 ENGINE = ("graph", "ops", "lowering", "launch", "executors", "metal", "simulator")
 
 
-def test_experts_and_the_door_need_nothing_of_the_engine():
+def test_experts_and_the_door_import_nothing_of_the_engine():
     package = ROOT / "moeflux_mlx"
     left = [*sorted((package / "experts").rglob("*.py")), package / "streaming.py"]
     seen: set[Path] = set()
@@ -567,7 +567,7 @@ def test_experts_and_the_door_need_nothing_of_the_engine():
 
 
 def imported(path: Path, package: Path) -> list[Path]:
-    """Return the package's modules that a module imports, at any depth in it."""
+    """Return the package's modules that a module imports, directly or not."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -582,7 +582,7 @@ def imported(path: Path, package: Path) -> list[Path]:
     return [module for module in found if module.is_file()]
 
 
-def test_a_block_says_how_its_matrices_are_stored():
+def test_a_block_shows_the_form_of_its_matrices():
     model = make([dict.fromkeys(GATED, FORMS[1]), dict.fromkeys(GATED), {"fc1": None}])
     blocks = find_blocks(model)
     assert [b.path for b in blocks] == [f"layers.{i}.mlp.switch" for i in range(3)]

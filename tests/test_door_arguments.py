@@ -1,4 +1,4 @@
-"""Arguments of models that mlx-lm's classes run: refused as our own class does."""
+"""Models of mlx-lm's classes refuse bad arguments as our own class does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from moeflux_mlx import device
 from moeflux_mlx.errors import ModelError
 
 ROOT = Path(__file__).resolve().parents[1]
-# Who does not know a model's width leaves it to the model to refuse another.
+# Where the width is unknown, the model itself refuses a wrong one.
 ROWS = ROWS_REFUSED.keys() - {"wider", "narrower", "rank-2", "empty"}
 __all__ = ["plain"]
 
@@ -42,7 +42,7 @@ def model(request, plain) -> Any:
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("case", TOKENS_REFUSED)
-def test_tokens_that_are_none_are_refused(model, case):
+def test_invalid_tokens_are_refused(model, case):
     bad, why = TOKENS_REFUSED[case]
     for call in (model, model.language_model, model.language_model.model):
         with refuses("tokens", why):
@@ -55,7 +55,7 @@ def test_tokens_that_are_none_are_refused(model, case):
 
 
 @pytest.mark.parametrize("case", sorted(ROWS))
-def test_embeddings_that_are_none_are_refused(model, plain, case):
+def test_invalid_embeddings_are_refused(model, plain, case):
     change, why = ROWS_REFUSED[case]
     rows = stock_of(plain).language_model.model.embed_tokens(TOKENS)
     for held in (None, caches(model)):
@@ -64,7 +64,7 @@ def test_embeddings_that_are_none_are_refused(model, plain, case):
 
 
 @pytest.mark.parametrize("case", CACHES_REFUSED)
-def test_caches_that_are_none_are_refused(model, case):
+def test_invalid_caches_are_refused(model, case):
     make, name, why = CACHES_REFUSED[case]
     why = why.replace("an ArraysCache of 2", "a cache like ArraysCache")
     why = why.replace("an ArraysCache", "a cache like ArraysCache")
@@ -77,7 +77,7 @@ def test_caches_that_are_none_are_refused(model, case):
 @pytest.mark.parametrize(
     "same", [[[5, 6, 7]], ((5, 6, 7),), np.array([[5, 6, 7]]), TOKENS.astype(mx.uint8)]
 )
-def test_what_means_tokens_is_taken_as_tokens(model, same):
+def test_every_form_of_tokens_is_accepted(model, same):
     assert mx.array_equal(model(same), model(TOKENS))
 
 
@@ -91,8 +91,8 @@ def test_a_gradient_at_an_id_outside_is_refused(model):
 
 
 @pytest.mark.parametrize("bad", [-1, 320, 1 << 40])
-def test_an_id_that_is_not_waited_for_gives_no_number(model, plain, bad, monkeypatch):
-    """On a GPU nobody reads a token back where every expert is in memory."""
+def test_an_id_that_is_never_read_back_gives_nan(model, plain, bad, monkeypatch):
+    """On a GPU with all experts in memory, a token is never read back to the host."""
     assert model.streamer.resident
     monkeypatch.setattr(device, "on_cpu", lambda: False)
     held, stock = make_prompt_cache(model), stock_of(plain)

@@ -1,4 +1,4 @@
-"""Any model of mlx-lm in bounded memory: planned, kept to, the same tokens."""
+"""Any model of mlx-lm in bounded memory keeps to its plan and gives the same tokens."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from moeflux_mlx.streaming import stream
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN_BYTES = 100 << 20
-# Peaks that are measured differ a little from call to call.
+# Measured peaks differ a little from call to call.
 SLACK = 256 << 10
 VOCAB = 128
 SEED = np.random.RandomState(3)
@@ -53,7 +53,7 @@ PROMPTS = [SEED.randint(1, VOCAB, n).tolist() for n in (3, 70, 1, 12)]
 
 @pytest.fixture(scope="module", autouse=True)
 def scripts():
-    """Make the modules beside the scripts importable."""
+    """Make the scripts' modules importable."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "scripts"))
         yield
@@ -61,7 +61,7 @@ def scripts():
 
 @pytest.fixture
 def own_bytes(monkeypatch):
-    """What the interpreter takes, always the same: the tests' own grows."""
+    """Pretend that the interpreter's memory is constant: that of the tests grows."""
     monkeypatch.setattr(memory, "own_bytes", lambda: OWN_BYTES)
     monkeypatch.setattr("moeflux_mlx.streaming.own_bytes", lambda: OWN_BYTES)
     monkeypatch.setattr(device, "process_bytes", lambda: None)
@@ -99,7 +99,7 @@ def parts(plan: memory.MemoryPlan) -> int:
 
 
 @pytest.mark.slow
-def test_the_least_memory_is_stated_and_enough(written, own_bytes, capsys):
+def test_the_minimum_of_memory_is_stated_and_enough(written, own_bytes, capsys):
     path = written("qwen3_moe")
     least = least_of(path)
     with pytest.raises(
@@ -117,7 +117,7 @@ def test_the_least_memory_is_stated_and_enough(written, own_bytes, capsys):
     assert mx.array_equal(model(tokens), stock(tokens))
 
 
-def test_weights_that_cannot_fit_are_not_read(written, own_bytes):
+def test_weights_that_do_not_fit_are_not_read(written, own_bytes):
     path = written("qwen3_moe")
     model = load_model(path, lazy=True)[0]
     mx.synchronize()
@@ -125,7 +125,7 @@ def test_weights_that_cannot_fit_are_not_read(written, own_bytes):
     with pytest.raises(BudgetError, match=r"weights.*scratch memory but got 1"):
         stream(model, path, memory=1)
     assert mx.get_active_memory() <= before
-    # It is as it was: mlx-lm's own, with weights that may be read.
+    # The model is unchanged: mlx-lm's own, and its weights can be read.
     stock = load_model(path)[0]
     assert type(model) is type(stock)
     tokens = mx.array([PROMPTS[0]])
@@ -156,8 +156,8 @@ def test_caches_are_known_before_a_weight_is_read(written, family, own_bytes):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "qwen3_next"])
-def test_measured_scratch_is_what_longer_calls_take(written, family, own_bytes):
-    """Calls of sizes that were never measured, beside caches of other lengths."""
+def test_measured_scratch_predicts_that_of_longer_calls(written, family, own_bytes):
+    """Calls have sizes that were never measured, beside caches of other lengths."""
     model = streamed(written(family), "4GB")
     needs = model.keeper._needs
     for n_tokens, n_before in ((150, 0), (40, 300), (300, 100)):
@@ -179,7 +179,7 @@ def test_measured_scratch_is_what_longer_calls_take(written, family, own_bytes):
 
 @pytest.fixture
 def parts_called(monkeypatch) -> list[int]:
-    """How many tokens each part of a divided call had."""
+    """The number of tokens in each part of a divided call."""
     found: list[int] = []
     part = calls._Rows.part
 
@@ -192,7 +192,7 @@ def parts_called(monkeypatch) -> list[int]:
 
 
 class Few:
-    """Needs of which a call has room for few tokens."""
+    """Needs that leave a call room for few tokens."""
 
     def __init__(self, needs, most: int):
         self._needs, self._most = needs, most
@@ -235,12 +235,12 @@ def test_a_gradient_is_not_divided(written, own_bytes, parts_called):
     assert parts_called == []
 
 
-def test_what_cannot_be_divided_is_refused(written, own_bytes):
+def test_an_indivisible_call_is_refused(written, own_bytes):
     model = streamed(written("qwen3_moe"), "4GB")
     model.keeper._needs = Few(model.keeper._needs, 40)
     rows = mx.zeros((1, 100, 64))
     assert model(None, input_embeddings=rows).shape == (1, 100, VOCAB)
-    # A mask is of all tokens.
+    # A mask covers all tokens, so the call cannot be divided.
     model = streamed(written("phixtral"), "4GB")
     model.keeper._needs = Few(model.keeper._needs, 40)
     with pytest.raises(BudgetError, match=r"at most 32 of 100 tokens"):
@@ -248,7 +248,7 @@ def test_what_cannot_be_divided_is_refused(written, own_bytes):
 
 
 def bound(model: nn.Module, n_slots: int, cache_bytes: int, scratch: int) -> None:
-    """Leave a model so much memory that it holds ``n_slots`` beside the rest."""
+    """Leave a model enough memory for ``n_slots`` beside the rest."""
     plan, streamer = model.plan, model.streamer
     budget = plan.process_bytes + plan.resident_bytes + cache_bytes + scratch
     budget += streamer.slack_bytes + n_slots * streamer.slot_bytes
@@ -257,7 +257,7 @@ def bound(model: nn.Module, n_slots: int, cache_bytes: int, scratch: int) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-def test_experts_give_way_to_growing_caches_and_come_back(written, family, own_bytes):
+def test_experts_are_evicted_for_growing_caches_and_return(written, family, own_bytes):
     path = written(family)
     model, stock = streamed(path, "4GB"), load_model(path)[0]
     n_all = model.plan.n_experts
@@ -277,7 +277,7 @@ def test_experts_give_way_to_growing_caches_and_come_back(written, family, own_b
     assert model.streamer.n_slots == n_all
 
 
-def test_caches_that_cannot_fit_stay_as_they_were(written, own_bytes):
+def test_caches_that_do_not_fit_stay_unchanged(written, own_bytes):
     path = written("gpt_oss")
     model = streamed(path, least_of(path) + SLACK)
     cache = make_prompt_cache(model)
@@ -293,7 +293,7 @@ def test_caches_that_cannot_fit_stay_as_they_were(written, own_bytes):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "qwen3_next"])
-def test_a_call_that_fails_leaves_its_caches_as_they_were(written, family, monkeypatch):
+def test_a_failed_call_leaves_its_caches_unchanged(written, family, monkeypatch):
     path = written(family)
     model, stock = streamed(path, "4GB"), load_model(path)[0]
     model.keeper.limit(1)
@@ -345,7 +345,7 @@ def test_batches_get_stocks_tokens_through_one_slot(written, family, own_bytes):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("family", BATCHED)
-def test_served_batches_get_what_each_prompt_gets_alone(written, family, own_bytes):
+def test_served_batches_equal_prompts_served_alone(written, family, own_bytes):
     path = written(family)
     model = streamed(path, least_of(path) + (1 << 20))
     model.keeper.limit(2)
@@ -354,7 +354,7 @@ def test_served_batches_get_what_each_prompt_gets_alone(written, family, own_byt
 
 
 def test_a_batch_too_large_ends_the_longest_and_no_other(written, own_bytes):
-    """Each sequence's cache takes 131 kB; there is room for three."""
+    """Each sequence's cache takes 131 kB; three fit."""
     path = written("qwen3_moe")
     model = streamed(path, "4GB")
     needs = model.keeper._needs
@@ -425,7 +425,7 @@ def test_mlx_lms_server_serves_and_long_prompts_fail_alone(tmp_path, monkeypatch
     assert int(kept[-1]) < 7
 
 
-def test_all_ways_in_take_turns(written, own_bytes):
+def test_all_entry_points_take_turns(written, own_bytes):
     path = written("qwen3_moe")
     model, stock = streamed(path, "4GB"), load_model(path)[0]
     mx.eval(model.parameters())
@@ -455,7 +455,7 @@ def test_a_streamed_model_is_not_copied(written, own_bytes):
             copy.deepcopy(part)
 
 
-def test_floors_follow_what_a_call_shows(written):
+def test_floors_follow_the_routing_of_a_call(written):
     path = written("qwen3_moe")
     model = stream(load_model(path, lazy=True)[0], path, expert_memory="1GB")
     assert model.streamer._chosen == 2 and model.streamer.least_slots == 1
@@ -463,8 +463,8 @@ def test_floors_follow_what_a_call_shows(written):
 
 
 @pytest.mark.parametrize("t", [1, 30, 300])
-def test_growth_is_what_caches_then_take(t):
-    """Whole steps of rows, and no more of a window than it has."""
+def test_predicted_growth_equals_that_of_caches(t):
+    """Caches grow by whole steps of rows, and a window not beyond its length."""
     form = CacheForm(2 * 16 * 4, 0)
     for one, before in ((KVCache(), 0), (KVCache(), 250), (RotatingKVCache(64), 60)):
         if before:
@@ -476,8 +476,8 @@ def test_growth_is_what_caches_then_take(t):
 
 
 @pytest.mark.parametrize("kind", [RotatingKVCache, ChunkedKVCache])
-def test_growth_in_parts_is_a_window_and_what_a_part_adds(kind):
-    """A long prompt is computed in parts, of which no cache of a window keeps all."""
+def test_growth_in_parts_is_a_window_and_the_rows_of_a_part(kind):
+    """A long prompt is computed in parts; a window's cache keeps only the last ones."""
     one, form, t, step, held = kind(64), CacheForm(2 * 16 * 4, 0), 700, 100, []
     grown = caches.growth_bytes([one], [form], 1, t, step)
     for _ in range(0, t, step):

@@ -1,4 +1,4 @@
-"""Packs of any family: made through the model's own sanitize, and run by its class."""
+"""Packs of any family are made by the model's own sanitize and run by its class."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LEAST = "2200kB"
 
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch):
-    """Make the modules beside the scripts importable."""
+    """Make the scripts' modules importable."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
 
@@ -71,7 +71,7 @@ def test_packs_stream_with_stocks_bits_through_one_slot(family, bits):
 
 
 def rewrite(path: Path, change) -> Path:
-    """Replace the tensors of a model's directory by what ``change`` makes of them."""
+    """Apply ``change`` to the tensors of a model's directory."""
     file = path / "model.safetensors"
     tensors = change(mx.load(str(file)))
     mx.eval(tensors)
@@ -81,7 +81,7 @@ def rewrite(path: Path, change) -> Path:
 
 
 def unstacked(stack: str, one: str, names: dict[str, str]):
-    """Return what gives each expert tensors of its own, as original releases do."""
+    """Return a change that gives each expert its own tensors, as in releases."""
 
     def change(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
         made = {}
@@ -103,7 +103,7 @@ W_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
 def eight_bit_floats(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Store matrices as deepseek_v3 was published: fp8, a scale for 128 x 128."""
+    """Store matrices as published for deepseek_v3: fp8, a scale for each 128 x 128."""
     made = {}
     change = unstacked("switch_mlp", "experts", PLAIN_NAMES)
     for name, array in change(tensors).items():
@@ -188,7 +188,7 @@ def original(request, tmp_path) -> Path:
 def test_original_forms_are_packed_to_stocks_bits(original, tmp_path):
     stock, _ = load_model(original)
     wanted = logits(stock)
-    # Each of these is made of others, so nothing can be streamed of it.
+    # Each of these is computed from others, so it cannot be streamed as it is.
     with pytest.raises(ModelError, match=f"'moeflux pack {original} DST'"):
         stream(load_lazily(original).model, original, expert_memory=LEAST)
     pack(original, tmp_path / "packed", verify=True)
@@ -214,7 +214,7 @@ def test_a_pack_of_an_original_form_has_the_modules_own_names(tmp_path):
     assert [e.block for e in manifest.layers] == ["model.layers.1.mlp.switch_mlp"]
 
 
-def test_records_hold_what_sanitize_makes(tmp_path):
+def test_records_hold_the_tensors_that_sanitize_makes(tmp_path):
     path = rewrite(write(tmp_path / "fp8", "deepseek_v3"), eight_bit_floats)
     block = load_model(path)[0].model.layers[1].mlp.switch_mlp
     pack(path, tmp_path / "packed")
@@ -261,7 +261,7 @@ def test_our_own_class_refuses_a_pack_by_path(packed, tmp_path):
 
 
 def edit(path: Path, change) -> None:
-    """Change every layer of a pack's manifest, its checksum with it."""
+    """Change every layer of a pack's manifest, and its checksum to match."""
     fields = json.loads((path / MANIFEST_NAME).read_text())
     for layer in fields["layers"]:
         change(layer)
@@ -291,7 +291,7 @@ def test_a_manifest_of_other_blocks_is_refused(tmp_path, change, message):
         moeflux_mlx.load(tmp_path / "packed", expert_memory=LEAST)
 
 
-def test_packing_goes_on_where_it_was_stopped(tmp_path):
+def test_packing_continues_where_it_stopped(tmp_path):
     path = rewrite(write(tmp_path / "plain", "mixtral"), ORIGINAL["mixtral"])
     pack(path, tmp_path / "whole")
 
@@ -338,7 +338,7 @@ def test_packing_an_original_form_holds_one_tensor_of_a_layer(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     tensor = 4 * n_experts * width * dim
     experts = 3 * n_layers * tensor
-    # A stack beside what it is made of, and the code that does it.
+    # A stack and its sources together, and the code that stacks.
     assert int(done.stdout) < 2 * tensor + (24 << 20) < experts / 4
 
 
@@ -421,7 +421,7 @@ def streamed(tmp_path):
     return moeflux_mlx.load(path, expert_memory=LEAST)[0]
 
 
-def test_a_streamed_model_is_saved_whole(streamed, tmp_path):
+def test_a_streamed_model_is_saved_completely(streamed, tmp_path):
     save_model(tmp_path / "out", streamed)
     streamed.save_weights(str(tmp_path / "w.safetensors"))
     load_model(tmp_path / "plain")[0].save_weights(str(tmp_path / "s.safetensors"))
@@ -431,7 +431,7 @@ def test_a_streamed_model_is_saved_whole(streamed, tmp_path):
 
 
 def adapters(path: Path) -> Path:
-    """Write what ``mlx_lm.lora`` leaves: a matrix of the last layer is adapted."""
+    """Write adapters as ``mlx_lm.lora`` does, for a matrix of the last layer."""
     path.mkdir()
     lora = {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
     config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": lora}
@@ -444,7 +444,7 @@ def adapters(path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def plain_and_packed(tmp_path_factory):
-    """A model of mlx-lm's class that its commands load, plain and packed."""
+    """A model of mlx-lm's class that mlx-lm's commands load, plain and packed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "scripts"))
         path = write(tmp_path_factory.mktemp("commands") / "plain", "qwen3_moe", 4)
@@ -479,7 +479,7 @@ def test_a_fused_checkpoint_is_packed_and_gives_stocks_bits(plain_and_packed, tm
     assert mx.array_equal(logits(model), logits(stock))
 
 
-def test_a_state_that_cannot_be_kept_is_refused_before_text_is_made(
+def test_a_state_that_cannot_be_saved_is_refused_before_generation(
     tmp_path, capsys, monkeypatch
 ):
     path = write(tmp_path / "plain", "mixtral", 4)
@@ -547,7 +547,7 @@ def test_a_streamed_model_is_not_divided(streamed):
     assert mx.array_equal(logits(streamed), before)
 
 
-# Billions of parameters as counted from the published shapes.
+# Billions of parameters, counted from the published shapes.
 SIZES = {
     "Qwen3-30B-A3B": (30.53e9, 48, 128, 8),
     "Qwen3-Next-80B-A3B": (79.7e9, 48, 512, 10),
@@ -570,7 +570,7 @@ def test_published_sizes_are_inspected(name, tmp_path):
     published, *expected = SIZES[name]
     assert found == (*expected,)
     assert n_parameters == pytest.approx(published, rel=1e-3)
-    # 4 bits, and a scale with a bias in 64 or a scale of 8 bits in 32.
+    # 4 bits; a scale and a bias per 64 values, or an 8-bit scale per 32.
     bits = 4.25 if "mxfp4 4 bits/32" in summary.forms else 4.5
     in_experts = 8 * summary.expert_bytes / bits
     assert 0.9 * n_parameters < in_experts < 1.02 * n_parameters

@@ -1,4 +1,4 @@
-"""Plans of memory for mlx-lm's models: from headers, the same as measured ones."""
+"""Memory plans for mlx-lm's models: those from headers equal the measured ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TOKENS = mx.array([[7, 31, 100, 5, 90]])
 
 @pytest.fixture(scope="module", autouse=True)
 def scripts():
-    """Make the modules beside the scripts importable."""
+    """Make the scripts' modules importable."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "scripts"))
         yield
@@ -61,7 +61,7 @@ def written(tmp_path_factory) -> Callable[..., Path]:
 
 @pytest.fixture
 def own_bytes(monkeypatch):
-    """What the interpreter takes, always the same: the tests' own grows."""
+    """Pretend that the interpreter's memory is constant: that of the tests grows."""
     for name in (
         "moeflux_mlx.memory.plan.own_bytes",
         "moeflux_mlx.streaming.own_bytes",
@@ -77,7 +77,7 @@ FAMILIES = ["qwen3_moe", "gpt_oss", "qwen3_next", "deepseek_v3", "glm4_moe"]
 def test_the_plan_without_weights_is_the_measured_one(written, family, own_bytes):
     path = written(family, packed=family == "gpt_oss")
     ratios = []
-    # MLX's threads free memory sooner or later, so peaks differ from time to time.
+    # MLX's threads free memory at varying times, so peaks vary.
     while not any(0.8 < ratio < 1.25 for ratio in ratios):
         assert len(ratios) < 4, ratios
         other = asdict(plan_load(path, "4GB"))
@@ -102,11 +102,11 @@ def test_planning_leaves_a_model_as_it_was(written):
 
 @pytest.mark.slow
 def test_a_published_model_is_planned_from_its_headers(tmp_path, capsys, monkeypatch):
-    """Planning reads no matrix's byte of 17 GB in a file without contents."""
+    """Planning reads no weight: the file of 17 GB has no contents."""
     import real_sizes
 
     name = "Qwen3-30B-A3B"
-    # Our own class steps aside for what mlx-lm's does not look at.
+    # Our own class steps aside for this setting, which mlx-lm's class ignores.
     config = {**real_sizes.MODELS[name], "use_sliding_window": True}
     monkeypatch.setitem(real_sizes.MODELS, name, config)
     real_sizes.write_sparse(tmp_path, name)
@@ -124,7 +124,7 @@ def test_a_published_model_is_planned_from_its_headers(tmp_path, capsys, monkeyp
     parts = ("process", "resident", "scratch", "cache", "expert")
     total = sum(plan[f"{name}_bytes"] for name in parts)
     assert 12e9 - found["bytes_per_expert"] < total <= 12e9
-    # At least the scores of 32 heads in 2048 tokens, and few copies of them.
+    # At least the scores of 32 heads for 2048 tokens, and at most a few copies.
     scores = 32 * 2048 * 256 * 2
     assert scores < plan["scratch_bytes"] < 40 * scores
 
@@ -139,7 +139,7 @@ class Cache:
 
 
 def last_new(layers: str, *, tail: str = "") -> int | None:
-    """Return what ``CallPieces`` says of layers by kind; small letters have windows."""
+    """Return ``last_new`` after a call of layers; lower-case kinds have windows."""
     caches = [Cache(32 if kind.islower() else None) for kind in layers + tail]
     pieces = CallPieces(caches)
     for number, kind in enumerate(layers):
@@ -163,7 +163,7 @@ def test_attention_after_the_last_experts_is_measured_too():
     assert last_new("AAAA", tail="A") is None
 
 
-def test_experts_leave_room_for_the_rest_where_nobody_bounds_them(written, monkeypatch):
+def test_unbounded_experts_leave_memory_for_the_rest(written, monkeypatch):
     path = written("qwen3_moe", packed=True)
     # Measured peaks differ from call to call.
     monkeypatch.setattr(MeasuredNeeds, "scratch_bytes", lambda *_: 1 << 20)
@@ -180,7 +180,7 @@ def test_experts_leave_room_for_the_rest_where_nobody_bounds_them(written, monke
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_what_is_larger_than_memory_is_said_before_loading(
+def test_a_model_larger_than_memory_is_reported_before_loading(
     written, packed, monkeypatch
 ):
     path = written("qwen3_moe", packed=packed)

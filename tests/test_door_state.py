@@ -1,4 +1,4 @@
-"""Saved states of models that mlx-lm's classes run: they go on with the same bits."""
+"""Runs of mlx-lm's classes continue from saved states with the same bits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROMPT, LONG = [7, 31, 100, 5, 90], [*range(1, 71)]
 
 @pytest.fixture(scope="module", autouse=True)
 def scripts():
-    """Make the modules beside the scripts importable."""
+    """Make the scripts' modules importable."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "scripts"))
         yield
@@ -60,7 +60,7 @@ def opened(path: Path, **bound: Any) -> Any:
 
 
 def run(model: Any, cache: list[Any], tokens: list[int], n: int) -> list[mx.array]:
-    """Logits of ``tokens`` and of ``n`` greedy ones, which go into the cache too."""
+    """Return logits of ``tokens`` and of ``n`` greedy tokens; all go into the cache."""
     found = [model(mx.array([tokens]), cache=cache)]
     for _ in range(n):
         tokens.append(int(found[-1][0, -1].argmax()))
@@ -80,7 +80,7 @@ FORMS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FORMS)
-def test_a_run_goes_on_with_the_same_bits(written, family, tmp_path):
+def test_a_run_continues_with_the_same_bits(written, family, tmp_path):
     packed, bound = FORMS[family]
     path = written(family, packed)
     model, again = opened(path, **bound), opened(path, **bound)
@@ -95,7 +95,7 @@ def test_a_run_goes_on_with_the_same_bits(written, family, tmp_path):
         assert [type(c) for c in state.cache] == [type(c) for c in held]
         theirs = make_prompt_cache(stock)
         run(stock, theirs, [*prompt], 40)
-        # A window turns meanwhile, is set right by a prompt, and turns again.
+        # Meanwhile a window wraps, a prompt puts it in order, and it wraps again.
         for more in ([3], [44, 3, 101] * 4, [5]):
             wanted = run(model, held, [*more], 3)
             for each, own in ((again, state.cache), (stock, theirs)):
@@ -113,7 +113,7 @@ def test_a_state_of_the_plain_checkpoint_serves_its_pack(written, tmp_path):
     assert all(map(mx.array_equal, got, wanted))
 
 
-# Two layers that compress 4 tokens into one, and one that looks at the first's.
+# Two layers that compress 4 tokens into one, and one that reads the first's cache.
 COMPRESSED = {
     "num_hidden_layers": 3,
     "compress_ratios": [4, 4, 4],
@@ -126,7 +126,7 @@ COMPRESSED = {
 
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory) -> tuple[Path, Path]:
-    """A model whose caches are of a class of its own, plain and packed."""
+    """A model with its own class of caches, plain and packed."""
     import family_trials
 
     path = tmp_path_factory.mktemp("compressed") / "plain"
@@ -155,7 +155,7 @@ def test_caches_of_a_models_own_class_are_kept_too(compressed, prompt, tmp_path)
             assert all(map(mx.array_equal, run(model, own, [*more], 3), wanted))
 
 
-def test_caches_of_a_models_own_class_that_cannot_be_are_refused(compressed, tmp_path):
+def test_impossible_caches_of_a_models_own_class_are_refused(compressed, tmp_path):
     model = opened(compressed[0], expert_memory="3MB")
     tokens, held = [*LONG], make_prompt_cache(model)
     run(model, held, tokens, 3)
@@ -180,7 +180,7 @@ def test_caches_of_a_models_own_class_that_cannot_be_are_refused(compressed, tmp
         save_state(tmp_path / "state", model, held, tokens)
 
 
-def test_a_window_that_users_put_there_is_kept_too(written, tmp_path):
+def test_a_window_added_by_a_user_is_saved_too(written, tmp_path):
     model = opened(written("qwen3_moe"))
     tokens, held = [*LONG], [RotatingKVCache(32, keep=4) for _ in model.layers]
     run(model, held, tokens, 40)
@@ -211,7 +211,7 @@ def test_quantised_caches_are_kept_too(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def window(written, tmp_path_factory) -> tuple[Any, Path]:
-    """A model with a window of 32 rows, and a state of 91 tokens in which it turned."""
+    """A model with a window of 32 rows, and a state of 91 tokens, so it has wrapped."""
     model = opened(written("gpt_oss"))
     path = tmp_path_factory.mktemp("window") / "state"
     tokens, held = [*LONG], make_prompt_cache(model)
@@ -246,7 +246,7 @@ def change_first(about: dict[str, str], fields: dict[str, Any]) -> None:
         ({"more": 1}, "layer 0: fields"),
     ],
 )
-def test_a_window_that_cannot_be_is_refused(window, fields, error):
+def test_an_impossible_window_is_refused(window, fields, error):
     model, path = window
     held = model.streamer.held
     changed = rewrite(path, lambda _, about: change_first(about, fields))
@@ -276,7 +276,7 @@ def test_a_window_that_cannot_be_is_refused(window, fields, error):
         ),
     ],
 )
-def test_lists_and_chunks_that_cannot_be_are_refused(written, family, wrong, tmp_path):
+def test_impossible_lists_and_chunks_are_refused(written, family, wrong, tmp_path):
     model = opened(written(family), expert_memory="3MB")
     tokens, held = [*LONG], make_prompt_cache(model)
     run(model, held, tokens, 5)
@@ -312,14 +312,14 @@ def test_a_state_of_another_model_or_of_other_tokens_is_refused(
     assert not (tmp_path / "state").exists()
 
 
-def test_what_cannot_be_kept_is_said_before_text_is_made(written):
+def test_unsavable_caches_are_reported_before_generation(written):
     check_keeps_state(opened(written("qwen3_moe")))
     with pytest.raises(StateError, match="load it with a bound on memory"):
         check_keeps_state(moeflux_mlx.load(written("qwen3_moe"))[0])
 
 
 @pytest.mark.slow
-def test_generate_goes_on_from_a_file(written, tmp_path, capsys):
+def test_generate_continues_from_a_file(written, tmp_path, capsys):
     path, file = written("gpt_oss", True), tmp_path / "state"
     model, tokenizer = moeflux_mlx.load(path, memory="4GB")
 

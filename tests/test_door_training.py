@@ -1,4 +1,4 @@
-"""Transformations and training of models with streamed experts: stock's values."""
+"""Transformations and training of models with streamed experts give stock's values."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LORA = {"rank": 4, "scale": 2.0, "dropout": 0.0}
 
 @pytest.fixture(scope="module", autouse=True)
 def scripts():
-    """Make the modules beside the scripts importable."""
+    """Make the scripts' modules importable."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "scripts"))
         yield
@@ -62,7 +62,7 @@ def written(tmp_path_factory):
 
 
 def both(path: Path) -> tuple[nn.Module, nn.Module]:
-    """Return stock's model with frozen experts, and ours through a single slot."""
+    """Return stock's model with frozen experts, and ours with a single slot."""
     import family_trials
 
     stock, ours = load_model(path)[0], family_trials.stream_least(path)
@@ -88,7 +88,7 @@ FAMILIES = ["qwen3_moe", "gpt_oss", "deepseek_v3"]
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("trains", [True, False])
-def test_gradients_of_what_is_trainable_are_stocks(written, family, bits, trains):
+def test_gradients_of_trainable_parameters_equal_stocks(written, family, bits, trains):
     found = []
     for model in both(written(family, bits)):
         model.train(trains)
@@ -105,7 +105,7 @@ def test_gradients_of_what_is_trainable_are_stocks(written, family, bits, trains
 
 
 def with_adapters(model: nn.Module, keys: list[str]) -> nn.Module:
-    """Freeze a model but for adapters, whose second factors are no zeros."""
+    """Freeze a model except for its adapters, whose second factors are nonzero."""
     mx.random.seed(5)
     model.freeze()
     linear_to_lora_layers(model, 2, {**LORA, "keys": keys})
@@ -118,7 +118,7 @@ def with_adapters(model: nn.Module, keys: list[str]) -> nn.Module:
 @pytest.mark.parametrize(
     ("family", "router"), [("qwen3_moe", "mlp.gate"), ("gpt_oss", "mlp.router")]
 )
-def test_adapters_learn_what_they_learn_in_stock(written, family, router):
+def test_adapters_learn_as_in_stock(written, family, router):
     keys = ["self_attn.q_proj", "self_attn.v_proj", router]
     losses, weights, first = [], [], []
     for model in both(written(family, 4)):
@@ -188,8 +188,8 @@ def test_experts_are_read_again_in_the_backward_pass_and_not_kept(written):
     assert ours.streamer.n_slots == 1
 
 
-def test_others_may_call_while_one_differentiates(written):
-    """Parameters stay as they are; mlx puts others into a model that trains."""
+def test_other_threads_may_call_while_one_differentiates(written):
+    """Parameters stay unchanged, though mlx swaps those of a model in training."""
     stock, ours = both(written("qwen3_moe", None))
     rows = stock.model.embed_tokens(TOKENS)
 
@@ -217,7 +217,7 @@ def test_others_may_call_while_one_differentiates(written):
 
 
 class DoorCase(Case):
-    """A model of mlx-lm's own and what it is called with."""
+    """A model of mlx-lm and the arguments of its call."""
 
     def __call__(self, tokens: mx.array | None, rows: mx.array | None = None):
         tokens = self.tokens if tokens is None else tokens
@@ -268,9 +268,9 @@ def values(transform, case: Case, tmp_path: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def bounded(written) -> dict[bool, tuple[nn.Module, nn.Module]]:
-    """Stock's model and ours, by whether all memory is bounded or experts alone.
+    """Stock's model and ours, with a bound on all memory or on experts alone.
 
-    Without quantisation stock has more derivatives.
+    Unquantised, because stock then has more derivatives.
     """
     path = written("qwen3_moe", None)
     stock, _ = both(path)

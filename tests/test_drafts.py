@@ -1,4 +1,4 @@
-"""Drafts for models whose caches cannot be cut back, and by such models."""
+"""Drafts for, and by, models whose caches cannot be trimmed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from moeflux_mlx.engine.executors import EXECUTORS
 from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.files.pack import pack
 
-# States of linear attention, windows of eight tokens, and what mlx-lm can cut back.
+# States of linear attention, windows of eight tokens, and caches that mlx-lm trims.
 FAMILIES = {
     "qwen3_5_moe": partial(
         make_checkpoint, num_hidden_layers=2, full_attention_interval=2
@@ -47,23 +47,23 @@ def few(path, **options):
 
 
 def alone(model, cache=None) -> list[int]:
-    """Return likeliest tokens without a draft."""
+    """Return greedy tokens without a draft."""
     steps = generate_step(PROMPT, model, max_tokens=N_TOKENS, prompt_cache=cache)
     return [int(token) for token, _ in steps]
 
 
 def drafted(model, draft, n: int, cache=None) -> list[tuple[int, bool]]:
-    """Return the same with one, and which of them it had guessed."""
+    """Return greedy tokens with a draft, and which of them it guessed."""
     options = {"num_draft_tokens": n, "max_tokens": N_TOKENS, "prompt_cache": cache}
     steps = speculative_generate_step(PROMPT, model, draft, **options)
     return [(int(token), by_draft) for token, _, by_draft in steps]
 
 
 class Guesses:
-    """A model that says what another one says, but for some of its tokens.
+    """A model that repeats another one's tokens, except for some.
 
     Args:
-        period: each so manyth token that it is asked for is another one.
+        period: every ``period``-th token is changed.
     """
 
     def __init__(self, model, period: int):
@@ -82,7 +82,7 @@ class Guesses:
 @pytest.mark.sampled
 @pytest.mark.parametrize("n", [3, 1])
 def test_tokens_are_those_without_a_draft(plain, n):
-    """Drafts are always right, sometimes, or never."""
+    """The draft is always, sometimes or never right."""
     expected = alone(few(plain))
     guessed = []
     for period in (10**6, 2, 1):
@@ -90,17 +90,17 @@ def test_tokens_are_those_without_a_draft(plain, n):
         assert [token for token, _ in found] == expected, period
         guessed.append(sum(by_draft for _, by_draft in found))
     right, sometimes, never = guessed
-    # All but one after n of them, for the draft's caches go back exactly too.
+    # All but one after n tokens are guessed, as the draft's caches go back exactly too.
     assert right == N_TOKENS - -(-N_TOKENS // (n + 1)) > sometimes > never == 0
 
 
 @pytest.mark.sampled
-def test_caches_that_are_given_have_all_tokens_afterwards(plain):
-    """Whoever goes on with them finds what there would be without a draft."""
+def test_given_caches_hold_all_tokens_afterwards(plain):
+    """Generation continues from them as it would without a draft."""
     model, draft = few(plain), Guesses(few(plain), 2)
     own, other = make_prompt_cache(model), make_prompt_cache(draft)
     expected = alone(model, cache := make_prompt_cache(model))
-    # mlx-lm gives the last token to no cache but where it computes one more.
+    # mlx-lm puts the last token into the cache only when it computes another one.
     wanted = model(mx.array([[7]]), cache=cache)
     found = [token for token, _ in drafted(model, draft, 3, [*own, *other])]
     assert found == expected
@@ -114,7 +114,7 @@ def test_caches_that_are_given_have_all_tokens_afterwards(plain):
 
 
 def calls_and_returns() -> Iterator[tuple[str, int]]:
-    """Yield calls of so many tokens, and how many tokens go back after them."""
+    """Yield the number of tokens in a call, and how many are taken back after it."""
     rng = np.random.RandomState(1)
     for _ in range(8):
         added = 0
@@ -126,14 +126,16 @@ def calls_and_returns() -> Iterator[tuple[str, int]]:
 
 
 @pytest.mark.sampled
-def test_logits_are_those_of_the_tokens_that_stay(plain):
-    """However often tokens are taken back, none that was leaves a trace."""
+def test_logits_follow_only_the_remaining_tokens(plain):
+    """Tokens that were taken back leave no effect, however often that happens."""
     hold_to_logits(few(plain))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("executor", [Lazy, Traced])
-def test_so_are_logits_of_tokens_that_run_ahead(plain, executor, monkeypatch):
+def test_logits_of_tokens_that_run_ahead_follow_only_the_remaining_tokens(
+    plain, executor, monkeypatch
+):
     monkeypatch.setitem(EXECUTORS, executor.name, executor)
     options = {"executor": executor.name, "optimistic": "on"}
     model = load(plain, expert_memory=least(plain, 9), **options)
@@ -141,13 +143,13 @@ def test_so_are_logits_of_tokens_that_run_ahead(plain, executor, monkeypatch):
 
 
 @pytest.mark.slow
-def test_so_are_logits_of_mlx_lms_classes(plain):
+def test_logits_of_mlx_lms_classes_follow_only_the_remaining_tokens(plain):
     budget = {"expert_memory": least(plain, 1)}
     hold_to_logits(moeflux_mlx.load(plain, native=False, **budget)[0])
 
 
 def hold_to_logits(model) -> None:
-    """Take tokens back at random; hold logits to those of a call of what stays."""
+    """Take tokens back at random; compare logits with a call of the other tokens."""
     rng = np.random.RandomState(0)
     back = GoesBack(model, make_prompt_cache(model), 3)
     stay = [3, 4, 5, 6, 7]
@@ -169,7 +171,7 @@ def hold_to_logits(model) -> None:
 
 
 @pytest.mark.sampled
-def test_a_call_that_fails_ends_it_with_its_own_error(plain, monkeypatch):
+def test_a_failed_call_ends_drafting_with_its_own_error(plain, monkeypatch):
     model = few(plain)
     steps = speculative_generate_step(PROMPT, model, few(plain), max_tokens=9)
     next(steps)
@@ -183,9 +185,9 @@ def fail(*_arguments, **_options):
 
 
 @pytest.mark.parametrize("plain", ["qwen3_5_moe"], indirect=True)
-def test_what_cannot_go_back_is_refused(plain):
+def test_a_cache_that_cannot_be_rewound_is_refused(plain):
     class Other(RotatingKVCache):
-        """A cache of somebody's own."""
+        """A user's own cache."""
 
     model = few(plain)
     given = [Other(8) for _ in model.layers] + make_prompt_cache(model)
@@ -198,14 +200,14 @@ def test_what_cannot_go_back_is_refused(plain):
         next(steps)
 
 
-def test_models_of_mlx_lm_alone_are_left_as_they_were(tmp_path):
+def test_models_of_mlx_lm_alone_are_left_unchanged(tmp_path):
     model, _ = mlx_lm.load(str(make_checkpoint(tmp_path / "plain")))
     steps = speculative_generate_step(PROMPT, model, model, max_tokens=3)
     with pytest.raises(ValueError, match="requires a trimmable prompt cache"):
         next(steps)
 
 
-def test_what_can_be_cut_back_goes_mlx_lms_way(tmp_path, monkeypatch):
+def test_caches_that_mlx_lm_can_trim_are_left_to_mlx_lm(tmp_path, monkeypatch):
     plain = FAMILIES["qwen3_moe"](tmp_path / "plain")
     monkeypatch.setattr(GoesBack, "__init__", fail)
     expected = alone(few(plain))
@@ -216,7 +218,7 @@ def test_what_can_be_cut_back_goes_mlx_lms_way(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("plain", ["qwen3_5_moe"], indirect=True)
 def test_commands_take_a_draft(plain, tmp_path):
-    """The draft is a pack too; what is written is what is written without one."""
+    """The draft is a pack too; the text is the same as without a draft."""
     pack(plain, packed := tmp_path / "packed")
     flags = ["generate", "--model", packed, "--prompt", "ab", "-m", 8]
     flags += ["--verbose", "False"]

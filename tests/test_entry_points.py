@@ -1,6 +1,6 @@
-"""mlx-lm's own entry points on packs of both kinds of class, beside stock.
+"""mlx-lm's own entry points on packs of our class and of mlx-lm's, beside stock.
 
-docs/entry-points.md has a row for each of them, and names the tests.
+docs/entry-points.md has a row for each entry point and names its tests.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ def pair(request, checkpoint, packed, tmp_path_factory) -> Pair:
 
 @pytest.fixture
 def few(pair, monkeypatch) -> str:
-    """Memory for a few experts, which commands of mlx-lm take from the environment."""
+    """Memory for a few experts, which mlx-lm's commands read from the environment."""
     memory = str(summarize(pair.packed).minimum_bytes * 2)
     monkeypatch.setenv("MOEFLUX_EXPERT_MEMORY", memory)
     return memory
 
 
 def told(capsys, name: str, model: Path, *flags: object) -> str:
-    """Return what a command of mlx-lm prints on a model, without the model's name."""
+    """Return the output of one of mlx-lm's commands, without the model's name."""
     command(name, "--model", model, "--trust-remote-code", *flags)
     return capsys.readouterr().out.replace(str(model), "MODEL")
 
@@ -80,7 +80,7 @@ def test_generate_writes_stocks_text(pair, few, capsys):
 
 
 @pytest.mark.sampled
-def test_chat_says_what_stock_says(pair, few, capsys, monkeypatch):
+def test_chat_prints_the_text_of_stocks(pair, few, capsys, monkeypatch):
     spoken = []
     for path in pair:
         monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand then\nr\nhey\nq\n"))
@@ -103,8 +103,8 @@ def test_a_cached_prompt_continues_as_stocks(pair, few, capsys, tmp_path):
 
 
 @pytest.mark.sampled
-def test_perplexity_is_stocks(pair, few, capsys, monkeypatch):
-    """The command, but for its data set, which is on a hub."""
+def test_perplexity_equals_stocks(pair, few, capsys, monkeypatch):
+    """Replace only the command's data set, which is on a hub."""
     rows = mx.random.randint(0, 90, (4, 17), key=mx.random.key(1))
     perplexity = importlib.import_module("mlx_lm.perplexity")
     monkeypatch.setattr(perplexity, "load_data", lambda *_, **__: rows)
@@ -137,7 +137,7 @@ def test_evaluate_scores_a_task_as_stock(pair, few, capsys, tmp_path, monkeypatc
         "doc_to_target": "gold",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
-    # YAML takes JSON.
+    # JSON is valid YAML.
     Path("choose.yaml").write_text(json.dumps(task))
     for path in pair:
         told(capsys, "evaluate", path, "--tasks", "choose.yaml", "--output-dir", "out")
@@ -183,7 +183,7 @@ def test_lora_trains_and_tests_as_stock(pair, few, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("name", QUANTISERS)
-def test_what_looks_into_every_expert_is_refused(pair, tmp_path, monkeypatch, name):
+def test_commands_that_read_every_expert_are_refused(pair, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mlx_lm.quant.dwq.load_data", lambda *_: ([], []))
     with pytest.raises(ModelError, match=rf"moeflux unpack PACK DIR.*mlx_lm.{name}"):
@@ -195,7 +195,7 @@ def test_what_looks_into_every_expert_is_refused(pair, tmp_path, monkeypatch, na
 
 @pytest.fixture
 def models(pair, few) -> tuple[Any, Any, Any]:
-    """Stock's model, ours by mlx-lm's own ``load`` of the pack, and the tokenizer."""
+    """Stock's model, ours from mlx-lm's own ``load``, and the tokenizer."""
     stock, tokenizer = utils.load(str(pair.plain))
     ours, _ = utils.load(
         str(pair.packed), {"trust_remote_code": True}, trust_remote_code=True
@@ -205,7 +205,7 @@ def models(pair, few) -> tuple[Any, Any, Any]:
 
 
 @pytest.mark.sampled
-def test_streams_of_text_are_stocks(models):
+def test_streams_of_text_equal_stocks(models):
     stock, ours, tokenizer = models
     options = {
         "max_tokens": N_TOKENS,
@@ -224,7 +224,7 @@ def test_streams_of_text_are_stocks(models):
     assert texts[0] == texts[1]
 
 
-def test_batches_are_stocks(models):
+def test_batches_equal_stocks(models):
     stock, ours, tokenizer = models
     prompts = [[7], [1, 2, 3], [9, 8, 7, 6, 5]]
     options = {"max_tokens": N_TOKENS, "return_token_ids": True}
@@ -252,7 +252,7 @@ def test_prompt_caches_are_kept_and_fetched_as_stocks(models, tmp_path):
     assert mx.allclose(*rows, atol=1e-4)
 
 
-def test_steps_with_a_draft_are_stocks(models):
+def test_steps_with_a_draft_equal_stocks(models):
     """The draft is the plain model, which guesses every token."""
     stock, ours, _ = models
     prompt = mx.array([5, 6, 7])
@@ -272,10 +272,10 @@ def test_convert_writes_the_whole_model(pair, tmp_path):
     assert_alike(tmp_path / "out", tmp_path / "stock", logits)
 
 
-def test_what_counts_parameters_counts_without_streamed_experts(models):
+def test_parameter_counts_exclude_streamed_experts(models):
     stock, ours, _ = models
     assert 0 < utils.get_total_parameters(ours) < utils.get_total_parameters(stock)
-    # All that is left here, norms and routers too, has more bits than the experts.
+    # The remaining parameters, such as norms and routers, have more bits than experts.
     assert utils.compute_bits_per_weight(ours) > utils.compute_bits_per_weight(stock)
 
 
@@ -287,7 +287,7 @@ TEST = re.compile(r"`(tests/\w+\.py)(?:::(\w+))?`")
 
 
 def rows() -> dict[str, list[str]]:
-    """Return the cells of the page's tables by each name in their first one."""
+    """Return the cells of the page's rows by each name in the first cell."""
     found = {}
     for line in PAGE.splitlines():
         if match := ROW.match(line):
@@ -307,7 +307,7 @@ def test_the_page_has_every_command_of_the_installed_mlx_lm():
 
 def test_the_page_has_every_public_name_of_mlx_lm_and_of_its_caches():
     public = {*mlx_lm.__all__} - {"__version__"}
-    # Functions that somebody may call with a model or with its caches.
+    # Functions that users may call with a model or with its caches.
     public |= {
         name
         for name in vars(caches)
@@ -322,7 +322,7 @@ def test_the_page_has_every_public_name_of_mlx_lm_and_of_its_caches():
 
 
 @pytest.mark.parametrize("name", rows())
-def test_a_row_says_what_is_and_names_tests_that_exist(name):
+def test_a_row_has_valid_cells_and_names_existing_tests(name):
     cells = rows()[name]
     assert len(cells) == 4
     for cell in cells[:3]:

@@ -1,4 +1,4 @@
-"""mlx-lm's own scoring and batching, with our model in place of stock's."""
+"""mlx-lm's own scoring and batching, on our model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def stock(checkpoint: Path):
 
 @pytest.fixture(scope="module", params=["plain", "packed", "streamed"])
 def ours(request, checkpoint: Path, packed: Path, budget: str):
-    """Our model: experts as parameters, all in the pool, and a quarter of them."""
+    """Our model: experts as parameters, all in the pool, or a quarter in the pool."""
     if request.param == "plain":
         return moeflux_mlx.load(checkpoint)[0]
     memory = budget if request.param == "streamed" else None
@@ -89,7 +89,7 @@ def test_mlx_lm_evaluate_scores_a_packed_directory_as_stock(checkpoint, packed):
 
 
 @pytest.mark.sampled
-def test_a_batch_of_unequal_prompts_generates_what_each_does_alone(stock, ours):
+def test_a_batch_of_unequal_prompts_generates_the_tokens_of_each_alone(stock, ours):
     tokenizer = stock[1]
     alone = [until_end(greedy(ours, prompt), tokenizer) for prompt in PROMPTS]
     batch = batch_generate(
@@ -109,7 +109,7 @@ def test_a_batch_has_stock_log_probabilities(stock, ours):
 
 
 @pytest.mark.sampled
-def test_prompts_that_join_later_generate_what_they_do_alone(stock, ours):
+def test_prompts_that_join_later_generate_their_tokens_alone(stock, ours):
     tokenizer = stock[1]
     options = {"max_tokens": [4, 12, 7, 9], "return_token_ids": True}
     batch = batch_generate(

@@ -1,4 +1,4 @@
-"""Executors: encode lazily, wait once, leave results, count by label."""
+"""Executors encode lazily, wait once, leave results, and count by label."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def graph():
 
 
 def poison(pool, op):
-    """Fill what ``op`` only writes with NaN."""
+    """Fill the fields that ``op`` only writes with NaN."""
     for buf in set(op.writes) - set(op.reads):
         info = pool.info(buf)
         shape = [d or 1 for d in info.shape]
@@ -78,7 +78,7 @@ def poison(pool, op):
 
 
 # Opening.
-def test_the_default_executor_is_the_environments(monkeypatch):
+def test_the_environment_sets_the_default_executor(monkeypatch):
     monkeypatch.delenv("MOEFLUX_EXECUTOR", raising=False)
     assert isinstance(open_executor(), OpsExecutor)
     monkeypatch.setenv("MOEFLUX_EXECUTOR", "abacus")
@@ -93,7 +93,7 @@ def test_an_unknown_executor_is_refused_with_the_choices():
     assert str(error.value) == f"[executor] expected one of {choices} but got 'abacus'"
 
 
-def test_every_executor_opens_under_its_own_name_or_says_why_not():
+def test_every_executor_opens_by_name_or_gives_a_reason():
     for name in EXECUTORS:
         try:
             opened = open_executor(name)
@@ -147,7 +147,7 @@ def test_an_input_that_was_never_written_is_zeros(graph, executor):
     assert mx.all(pool.handle(out) == 3)
 
 
-def test_one_op_at_a_time_gives_what_the_graph_gives(graph, executor):
+def test_one_op_at_a_time_gives_the_result_of_the_graph(graph, executor):
     results = []
     for encode in (
         lambda encoding: executor.encode_graph(graph, encoding),
@@ -182,7 +182,7 @@ def test_a_run_does_not_touch_the_pool_before_it_is_submitted(graph, executor):
     assert mx.allclose(graph.pool.handle(out), mx.ones((N, DIM)))
 
 
-def test_two_runs_over_one_pool_do_not_meet(graph, executor):
+def test_two_runs_over_one_pool_do_not_interfere(graph, executor):
     add = graph.ops[1]
     steps = executor.lower(graph)
     encodings = [executor.begin_encoding(graph.pool, WEIGHTS) for _ in range(2)]

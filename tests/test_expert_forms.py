@@ -1,4 +1,4 @@
-"""Every form in which experts may be stored: same logits streamed, packed, resident."""
+"""Every form of stored experts gives the same logits: streamed, packed and resident."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ PLACES = [(layer, p) for layer in range(N_LAYERS) for p in PROJECTIONS]
 
 
 def dealt(first: int) -> dict[tuple[int, str], Quantization | mx.Dtype]:
-    """Give each projection of each layer a form of its own, from one on."""
+    """Give each projection of each layer another form, beginning with one."""
     chosen = list(FORMS.values())[first : first + len(PLACES)]
     return dict(zip(PLACES, chosen, strict=True))
 
 
-# Between them all forms, next to other ones in a layer.
+# Together these have all forms, beside others in the same layer.
 MIXES = {"low": dealt(0), "high": dealt(len(PLACES))}
 
 
@@ -102,7 +102,7 @@ def test_inspect_counts_the_bytes_of_mixed_experts(mixed, tmp_path):
     assert packed.token_reads == 2 * N_LAYERS < plain.token_reads
 
 
-# Op by Op, so that a form that fails is named.
+# Run Op by Op, so that an error names the form.
 N_SLOTS, DIM, WIDTH = 5, 256, 128
 
 
@@ -143,7 +143,7 @@ def by_hand(x: np.ndarray, slot: int, experts: ExpertWeights) -> np.ndarray:
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_slots_of_any_form_are_multiplied_by_numpy_and_by_mlx(form):
+def test_numpy_and_mlx_multiply_slots_of_any_form(form):
     mx.random.seed(3)
     shapes = (WIDTH, DIM), (WIDTH, DIM), (DIM, WIDTH)
     experts = in_pool(ExpertWeights(*(stored(form, shape) for shape in shapes)))
@@ -162,7 +162,7 @@ def test_slots_of_any_form_are_multiplied_by_numpy_and_by_mlx(form):
 
 @pytest.mark.parametrize("to", [np.asarray, mx.array], ids=["numpy", "mlx"])
 def test_scales_of_two_types_are_not_mixed_up(to):
-    """NumPy sees only the bits of bfloat16, which must not meet float32 values."""
+    """NumPy sees bfloat16 as bits, which must not be mixed with float32 values."""
     mx.random.seed(4)
     gate, up = (stored(Quantization(4, 32), (WIDTH, DIM)) for _ in range(2))
     exact = mx.float32, mx.bfloat16
@@ -199,9 +199,9 @@ def test_our_kernels_run_experts_of_the_forms_they_know(gate, up, down, known):
     assert all_known(ExpertWeights(*weights)) == known
 
 
-# What cannot be done says so.
+# Unsupported forms are refused.
 def test_a_scale_of_the_whole_matrix_is_refused_by_name(tmp_path):
-    """mlx-lm can write one beside nvfp4: leaving it out would be another model."""
+    """mlx-lm can write one beside nvfp4: without it, the model would differ."""
     form = dict.fromkeys(PLACES, Quantization(4, 16, "nvfp4"))
     path = make_checkpoint(tmp_path / "plain", experts=form)
     name = "language_model.model.layers.1.mlp.switch_mlp.up_proj"

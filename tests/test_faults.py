@@ -1,6 +1,6 @@
-"""Disks that fail while experts are streamed: an error that says where, then recovery.
+"""Disks that fail while experts stream: an error names the place, then recovery.
 
-No fault may hang, give a wrong token or spoil the model for the request after it.
+No fault may hang, give a wrong token or damage the model for the next request.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LIMIT_SECONDS = 120
 
 @pytest.fixture(autouse=True)
 def no_hang():
-    """End the process, printing what every thread does, should a test hang."""
+    """If a test hangs, print each thread's stack and end the process."""
     faulthandler.dump_traceback_later(LIMIT_SECONDS, exit=True, file=sys.__stderr__)
     yield
     faulthandler.cancel_dump_traceback_later()
@@ -45,7 +45,7 @@ def no_hang():
 
 @pytest.fixture(params=["packed", "plain"])
 def directory(request, checkpoint, packed, tmp_path):
-    """A model directory of one's own, to be damaged."""
+    """A copy of the model, for tests to damage."""
     source = packed if request.param == "packed" else checkpoint
     return Path(shutil.copytree(source, tmp_path / "model"))
 
@@ -62,7 +62,7 @@ def model(request, directory, budget):
 
 @pytest.fixture(scope="module")
 def expected(checkpoint):
-    """What the model says with all experts in memory."""
+    """The model's tokens with all experts in memory."""
     return generated(moeflux_mlx.load(checkpoint)[0])
 
 
@@ -76,7 +76,7 @@ def expert_files(directory: Path) -> list[Path]:
 
 
 def check_named(error: BaseException, files: list[Path], *words: str) -> None:
-    """Hold a message to naming one of the files, the layer, the expert and why."""
+    """Check that a message names a file, the layer, the expert and the cause."""
     text = str(error)
     assert any(str(file) in text for file in files), text
     assert re.search(r"expert \d+ of layer \d+", text), text
@@ -86,7 +86,7 @@ def check_named(error: BaseException, files: list[Path], *words: str) -> None:
 
 @contextlib.contextmanager
 def preadv_of(monkeypatch, function):
-    """Let ``function(preadv, fd, buffers, offset)`` stand for ``os.preadv``."""
+    """Replace ``os.preadv`` by ``function(preadv, fd, buffers, offset)``."""
     preadv = os.preadv
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", lambda *args: function(preadv, *args))
@@ -112,7 +112,7 @@ def test_files_cut_while_open_are_an_error_until_they_are_whole_again(
 
 @pytest.mark.sampled
 def test_a_file_cut_during_a_read_is_an_error(model, directory, expected, monkeypatch):
-    """The size is looked at after the bytes, which may be zeros by then."""
+    """The size is checked after the read, whose bytes may be zeros."""
     files = expert_files(directory)
     whole = [file.read_bytes() for file in files]
 
@@ -125,7 +125,7 @@ def test_a_file_cut_during_a_read_is_an_error(model, directory, expected, monkey
     with preadv_of(monkeypatch, cut), pytest.raises(ExpertStoreError) as caught:
         generated(model)
     check_named(caught.value, files)
-    # The second is what another thread may meet that begins after the cut.
+    # Another thread that begins after the cut may raise the second error.
     seen = "cut to 0 bytes during the read", "the file ends after"
     assert any(words in str(caught.value) for words in seen)
     for file, data in zip(files, whole, strict=True):
@@ -135,7 +135,7 @@ def test_a_file_cut_during_a_read_is_an_error(model, directory, expected, monkey
 
 @pytest.mark.sampled
 def test_files_deleted_while_open_are_still_read(model, directory, budget, expected):
-    """Their bytes stay for as long as they are open; opening them again is an error."""
+    """Their bytes exist while the files are open; opening them again is an error."""
     for file in expert_files(directory):
         file.unlink()
     assert generated(model) == expected
@@ -144,7 +144,7 @@ def test_files_deleted_while_open_are_still_read(model, directory, budget, expec
 
 
 @pytest.mark.sampled
-def test_files_replaced_while_open_are_read_as_they_were(model, directory, expected):
+def test_replaced_files_are_read_with_their_old_contents(model, directory, expected):
     for file in expert_files(directory):
         other = file.with_name("other")
         other.write_bytes(bytes(file.stat().st_size))
@@ -154,7 +154,7 @@ def test_files_replaced_while_open_are_read_as_they_were(model, directory, expec
 
 @pytest.mark.sampled
 def test_an_input_error_is_an_error_until_it_is_gone(model, directory, expected):
-    """Reads of what no process maps fail with EIO, which stands for a broken disk."""
+    """Reads of unmapped process memory fail with EIO, as a broken disk does."""
     if not os.path.exists("/proc/self/mem"):
         pytest.skip("no file here whose reads fail with EIO")
     files = expert_files(directory)
@@ -205,7 +205,7 @@ TRANSIENT = (errno.EIO, errno.EINTR, errno.EAGAIN, errno.ESTALE, None)
 def test_a_read_that_fails_once_is_tried_again_and_counted(
     code, model, expected, monkeypatch
 ):
-    """Every other read fails; None stands for a file that seems to end."""
+    """Every other read fails; None means a file that seems to end."""
     tried: set[tuple[int, int]] = set()
     failures = []
 
@@ -268,7 +268,7 @@ def test_a_slow_disk_changes_no_token(model, expected, monkeypatch):
 def test_an_interrupt_in_the_middle_of_a_read_gets_through(
     n_good, model, expected, monkeypatch
 ):
-    """Ctrl-C ends the request though the disk does not answer, and nothing else."""
+    """Ctrl-C ends only the request, even if the disk does not answer."""
     reading, go_on = threading.Event(), threading.Event()
     n_read = 0
 
@@ -282,7 +282,7 @@ def test_an_interrupt_in_the_middle_of_a_read_gets_through(
 
     def press():
         assert reading.wait(timeout=LIMIT_SECONDS)
-        # Once the other thread waits for the read, or is in it.
+        # Interrupt once the other thread waits for the read, or is in it.
         time.sleep(0.02)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
@@ -307,7 +307,7 @@ def test_a_file_cut_before_it_is_opened_is_refused(n_bytes, directory, budget):
 
 
 def test_records_are_checked_again_after_their_file_failed(tmp_path):
-    """Whoever mends a file may leave it damaged elsewhere."""
+    """A repaired file may be damaged elsewhere."""
     pack(write_checkpoint(tmp_path / "plain"), tmp_path / "packed")
     with PackedExperts.open(tmp_path / "packed") as store:
         memory = 2 * store.layout(1).stride + POOL_ALIGNMENT
@@ -333,7 +333,7 @@ def test_records_are_checked_again_after_their_file_failed(tmp_path):
 
 @contextlib.contextmanager
 def loop_device(image: Path, mount_point: Path):
-    """Mount a new file system that lies in a file; skip where that is not allowed."""
+    """Mount a new file system from a file; skip where mounting is not allowed."""
     mount_point.mkdir()
     with open(image, "wb") as file:
         file.truncate(16 << 20)
@@ -367,14 +367,14 @@ def test_a_disk_that_ends_too_early_is_an_input_error(form, tmp_path):
     with loop_device(image, mount_point) as device:
         directory = mount_point / form
         shutil.copytree(tmp_path / form, directory)
-        # Mounted anew, the file system holds none of it in memory.
+        # After a new mount, the page cache holds none of the file.
         run("umount", mount_point)
         run("mount", device, mount_point)
         with open_store(directory) as store:
             memory = 2 * store.layout(0).stride + POOL_ALIGNMENT
             with ExpertStreamer(store, memory, inline_bytes=0) as streamer:
                 whole = image.read_bytes()
-                # Its own tables lie at the beginning.
+                # The file system's own tables lie at the beginning.
                 os.truncate(image, 1 << 20)
                 with pytest.raises(ExpertStoreError) as caught:
                     list(streamer.source(0).waves(range(64)))

@@ -1,4 +1,4 @@
-"""Files that anybody may have written: parsed within limits, or an error at once."""
+"""Files from unknown authors are parsed within limits, or refused at once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from moeflux_mlx.system.files import (
 
 @pytest.fixture(params=["FIFO", "directory", "socket", "device"])
 def other(request, tmp_path):
-    """Something that is no file, with its kind."""
+    """A path that is not a regular file, with its kind."""
     path = tmp_path / "other"
     if request.param == "FIFO":
         os.mkfifo(path)
@@ -46,7 +46,7 @@ def other(request, tmp_path):
     return path, request.param
 
 
-def test_what_is_no_file_is_an_error_at_once(other):
+def test_anything_but_a_file_is_an_error_at_once(other):
     path, kind = other
     with pytest.raises(OSError) as caught:
         open_file(path)
@@ -64,7 +64,7 @@ def test_a_file_is_read_up_to_its_limit(tmp_path):
     assert read_json(path, 5) == [1, 2]
     with pytest.raises(ValueError, match="at most 4 bytes but got 5"):
         read_file(path, 4)
-    # A hole is as large as it says, and nothing of it is read.
+    # A sparse file has the stated size, and none of it is read.
     os.truncate(path, 1 << 40)
     with pytest.raises(ValueError, match=f"but got {1 << 40}"):
         read_json(path, 5)
@@ -97,12 +97,12 @@ def test_a_file_is_read_up_to_its_limit(tmp_path):
         ("{}".encode("utf-16"), "utf-8"),
     ],
 )
-def test_json_that_is_none_is_a_value_error(text, error):
+def test_invalid_json_is_a_value_error(text, error):
     with pytest.raises(ValueError, match=error):
         parse_json(text)
 
 
-def test_json_that_is_right_is_as_pythons_own():
+def test_valid_json_is_parsed_as_by_python():
     text = (
         '{"a": [1, -2.5, 1e3, true, null, "\\u00e9"], "b": {"c": -9223372036854775808}}'
     )
@@ -122,7 +122,7 @@ def test_names_given_twice_are_found_among_many():
         parse_json("{" + names + ',"99999":0}')
 
 
-def test_what_an_error_shows_is_short():
+def test_values_in_errors_are_shortened():
     for value in ("x" * 10**6, ["y" * 10**6] * 1000, {"a": {"b": [[[[1]]]]}}, 10**3999):
         assert len(short(value)) < 2500 and "\n" not in short(value)
     assert short("a\nb") == "'a\\nb'"
@@ -207,7 +207,7 @@ def test_a_header_of_long_shapes_is_refused_before_they_are_multiplied(tmp_path)
         read_header(path)
 
 
-def test_a_file_is_replaced_whole_and_for_its_owner_alone(tmp_path):
+def test_a_file_is_replaced_atomically_and_for_its_owner_alone(tmp_path):
     path = tmp_path / "state"
     path.write_bytes(b"before")
     with replacing(path) as file:
@@ -219,7 +219,7 @@ def test_a_file_is_replaced_whole_and_for_its_owner_alone(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, ValueError])
-def test_an_error_leaves_what_was_there(tmp_path, kind):
+def test_an_error_leaves_the_old_file(tmp_path, kind):
     path = tmp_path / "state"
     path.write_bytes(b"before")
     with pytest.raises(kind), replacing(path) as file:
@@ -228,7 +228,7 @@ def test_an_error_leaves_what_was_there(tmp_path, kind):
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_part_of_a_killed_process_goes_with_the_next_call(tmp_path):
+def test_the_partial_file_of_a_killed_process_is_removed_by_the_next_call(tmp_path):
     path = tmp_path / "state[1]"
     if not (child := os.fork()):
         with replacing(path) as file:
@@ -241,7 +241,7 @@ def test_the_part_of_a_killed_process_goes_with_the_next_call(tmp_path):
     mine = tmp_path / ".state[1].part"
     mine.write_bytes(b"another's")
     with replacing(path) as first, replacing(path) as second:
-        # What is still being written stays.
+        # A part that is still being written stays.
         first.write(b"first")
         second.write(b"second")
     assert path.read_bytes() == b"first"

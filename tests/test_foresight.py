@@ -1,4 +1,4 @@
-"""What the next block will likely choose is read ahead of it, and changes no bit."""
+"""Reading the next block's likely experts ahead of time changes no bit."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ def test_reading_ahead_changes_neither_bits_nor_counts(checkpoint, wanted, n_slo
     assert ahead.read_ahead_used <= ahead.read_ahead
 
 
-def test_a_guess_is_what_the_next_router_chooses_for_the_last_input(
-    checkpoint, monkeypatch
-):
+def test_a_guess_is_the_next_routers_choice_for_the_last_input(checkpoint, monkeypatch):
     stock, _ = load_model(checkpoint)
     ours = streamed(checkpoint, 9, "off", read_ahead="on")
     guesses: dict[int, list[int]] = {}
@@ -77,8 +75,8 @@ def test_a_guess_is_what_the_next_router_chooses_for_the_last_input(
 
 
 @pytest.mark.parametrize("family", ["gemma4_text", "deepseek_v41"])
-def test_ids_that_a_module_is_handed_are_foreseen_too(tmp_path, monkeypatch, family):
-    """The module that a block is in takes ids there: others choose experts."""
+def test_ids_passed_into_a_module_are_predicted_too(tmp_path, monkeypatch, family):
+    """A block's module may receive ids that other modules chose."""
     with monkeypatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "scripts"))
         path = write(tmp_path / family, family)
@@ -111,7 +109,7 @@ def test_ids_that_a_module_is_handed_are_foreseen_too(tmp_path, monkeypatch, fam
     assert guesses == [sorted(call(routers[1], inputs[0])[0].flatten().tolist())]
 
 
-def test_several_sequences_are_foreseen_together(checkpoint):
+def test_several_sequences_are_predicted_together(checkpoint):
     stock, _ = load_model(checkpoint)
     wanted = run(stock, make_prompt_cache(stock), 4, n_seqs=3)
     ours = streamed(checkpoint, 5 * TOP_K, "off", read_ahead="on")
@@ -120,7 +118,7 @@ def test_several_sequences_are_foreseen_together(checkpoint):
 
 
 def test_a_prompt_reads_each_expert_once_a_layer(checkpoint):
-    # All of a layer's are asked for, in waves where not all have a slot.
+    # All experts of a layer are requested, in waves where not all have a slot.
     for n_slots in (3, N_EXPERTS, 2 * N_EXPERTS):
         ours = streamed(checkpoint, n_slots, "off", read_ahead="on")
         ours(ids(60), cache=make_prompt_cache(ours))
@@ -129,7 +127,7 @@ def test_a_prompt_reads_each_expert_once_a_layer(checkpoint):
 
 
 class Refuses(nn.Module):
-    """A chooser that cannot be asked for a guess."""
+    """A chooser that cannot make a guess."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,21 +138,21 @@ class Refuses(nn.Module):
         raise ValueError("another input")
 
 
-def test_who_cannot_be_asked_is_asked_once():
+def test_a_chooser_that_cannot_guess_is_asked_once():
     refuses, gives = Refuses(), nn.Identity()
     choosers = Choosers({0: refuses, 1: gives})
     assert choosers.ask(0, mx.ones(3)) is None and refuses.n_asked == 1
-    # It came to its end without calling a block.
+    # It ended without calling a block.
     assert choosers.ask(1, mx.ones(3)) is None
     assert 0 not in choosers and 1 not in choosers
     choosers.add(2, refuses, 0)
     assert choosers.ask(2, mx.ones(3)) is None and refuses.n_asked == 2
-    # Whoever gives ids beside a block is found again with every token.
+    # A module that hands ids to a block is found anew for every token.
     choosers.add(2, refuses, 0)
     assert 2 not in choosers
 
 
-def test_a_chooser_takes_one_array():
+def test_only_a_chooser_of_one_array_is_asked():
     class TakesTwo(nn.Module):
         def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
             return x + mask
@@ -175,7 +173,7 @@ def test_an_error_of_the_model_is_no_guess(checkpoint):
     assert ours(ids(1), cache=make_prompt_cache(ours)).shape == (1, 1, 128)
 
 
-def test_what_another_thread_calls_meanwhile_is_no_part_of_the_call(checkpoint):
+def test_a_block_called_by_another_thread_is_not_part_of_the_call(checkpoint):
     ours = streamed(checkpoint, 9, "off", read_ahead="on")
     ways = ours.__dict__["calls"].ways
     found: list[object] = []
@@ -196,7 +194,7 @@ def test_what_another_thread_calls_meanwhile_is_no_part_of_the_call(checkpoint):
     assert ways.token is None
 
 
-def test_a_call_that_could_not_clean_up_is_no_part_of_the_next(checkpoint, wanted):
+def test_an_unfinished_call_is_not_part_of_the_next(checkpoint, wanted):
     ours = streamed(checkpoint, 9, "off", read_ahead="on")
     ways = ours.__dict__["calls"].ways
     ways._token, ways._thread = WaitingCall(None), threading.get_ident()

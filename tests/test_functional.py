@@ -1,4 +1,4 @@
-"""Ops as functions of arrays: values, gradients and errors, on every executor here."""
+"""Ops as functions of arrays: values, gradients and errors, on each executor here."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def as_tuple(value):
 
 
 def on_reference(name):
-    """What the Op's reference gives, without any kernel."""
+    """Return the result of the Op's reference, without any kernel."""
     call = CALLS[name]
 
     def run(*x):
@@ -250,6 +250,6 @@ def test_scales_of_a_quantised_matrix_have_gradients(executor):
         ),
     ],
 )
-def test_what_does_not_fit_is_an_error_that_names_op_and_argument(wrong, message):
+def test_a_misfit_is_an_error_that_names_op_and_argument(wrong, message):
     with pytest.raises(GraphError, match=message):
         wrong()

@@ -1,4 +1,4 @@
-"""Arguments of the functions of Ops: right, or an error that names the argument."""
+"""Arguments of Ops' functions give right results, or an error that names them."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_every_function_and_each_of_its_arguments_is_called_wrongly():
     assert found == wanted
 
 
-def test_without_its_bounds_a_function_is_found_out(monkeypatch):
-    """The script must see an answer that nobody should give, and a raw error."""
+def test_the_script_finds_a_function_without_bounds(monkeypatch):
+    """The script must notice a result for wrong arguments, and an untyped error."""
     fuzz = load_script()
     name, _, changes = fuzz.catalogue()[0]
     assert name == "embedding"
@@ -93,8 +93,8 @@ def test_without_its_bounds_a_function_is_found_out(monkeypatch):
     assert fuzz.outcome(none)[0] == "raw error"
 
 
-def test_each_op_that_reads_whole_numbers_says_how_far_they_reach():
-    """Lengths are clamped by Op and kernel."""
+def test_each_op_that_reads_integers_states_their_bounds():
+    """Op and kernel clamp lengths, so these have no bound."""
     free = {("Conv1dStepNTokens", "lengths")}
     reading = {
         (name, field.name)
@@ -258,7 +258,7 @@ OF_INDICES = {
 
 
 @pytest.mark.parametrize("name", OF_INDICES)
-def test_an_index_out_of_range_in_a_trace_gives_nan_and_others_what_they_should(name):
+def test_a_traced_index_out_of_range_gives_nan_and_others_right_values(name):
     call, right, wrong = OF_INDICES[name]
     if name in ("gather_experts", "kv_cache_append"):
         traced = mx.compile(call)
@@ -274,7 +274,7 @@ def test_an_index_out_of_range_in_a_trace_gives_nan_and_others_what_they_should(
         assert np.isnan(np.array(traced(mx.array(indices)))).all()
 
 
-def test_a_function_over_a_batch_is_bounded_for_each_of_its_members():
+def test_a_vmapped_function_checks_each_member():
     out = mx.vmap(lambda i: ops.embedding(i, TABLE))(mx.array([[1, 2], [3, 11]]))
     close(out[0], ops.embedding(mx.array([1, 2]), TABLE))
     assert np.isnan(np.array(out[1])).all()
@@ -289,11 +289,11 @@ def test_experts_that_are_visited_one_by_one_cannot_be_traced():
 
 
 @pytest.mark.sampled
-def test_streamed_experts_are_those_of_the_file_whatever_has_a_slot(
+def test_streamed_experts_are_those_of_the_file_whichever_have_slots(
     executor,  # noqa: F811
     tmp_path,
 ):
-    """Fewer slots than experts: how many there are is not the number of slots."""
+    """With fewer slots than experts, the number of experts is not that of slots."""
     path = write_checkpoint(tmp_path / "plain", n_layers=1, n_experts=11, top_k=3)
     pack(path, tmp_path / "packed")
     tensors = mx.load(str(path / "model.safetensors"))

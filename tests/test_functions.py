@@ -1,4 +1,4 @@
-"""What references are written in, on both kinds of arrays."""
+"""The functions that references use, on both kinds of arrays."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_to_host_widens_bfloat16_exactly():
     assert np.array_equal(on_host, np.array(x.astype(mx.float32)))
 
 
-def test_what_is_already_there_is_returned_as_it_is():
+def test_an_array_already_in_place_is_returned_unchanged():
     x = random(3)
     assert to_host(x) is x and to_host(None) is None
     y = mx.array(x)
@@ -107,7 +107,7 @@ def test_unpacking_on_the_host_equals_mlx_dequantize(shape, form, dtype):
 
 
 @pytest.mark.parametrize("form", [f for f in FORMS if f.mode != "affine"], ids=form_id)
-def test_every_byte_and_every_scale_means_on_the_host_what_it_means_to_mlx(form):
+def test_every_byte_and_scale_has_the_same_value_on_the_host_and_in_mlx(form):
     n_bytes = form.group_size * form.bits // 8
     codes = np.tile(np.arange(256, dtype=np.uint8), 256).view(np.uint32)
     words = np.ascontiguousarray(codes).reshape(256, -1)
@@ -293,7 +293,7 @@ def test_a_mask_of_the_causal_order_changes_nothing():
 
 @on_both
 def test_a_query_that_may_see_nothing_stays_finite(to):
-    """Padding tokens of a batch: a NaN of theirs would spread by 0 * NaN."""
+    """These are a batch's padding tokens: their NaN would spread as 0 * NaN."""
     case = attention_case(5, 5, mask=lambda *_: np.tri(5, dtype=bool)[None, None])
     q, k, v, mask = (case.inputs[name] for name in ("q", "k", "v", "mask"))
     mask[0, 0, :2] = False

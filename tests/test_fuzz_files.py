@@ -1,4 +1,4 @@
-"""Wrong files of every kind: typed errors only; ``scripts/fuzz_files`` tries more."""
+"""Wrong files of every kind end in typed errors; ``scripts/fuzz_files`` tries more."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def raises(error):
 
 
 class LoudError(ModelError):
-    """Says all that it was made of."""
+    """An error that shows all of its arguments."""
 
     __str__ = Exception.__str__
 
@@ -98,14 +98,16 @@ def hangs(path):
         (hangs, "TimeoutError: it took 1 seconds"),
     ],
 )
-def test_what_no_file_may_do_is_reported(fuzzing, tmp_path, monkeypatch, read, what):
+def test_the_forbidden_effects_of_a_file_are_reported(
+    fuzzing, tmp_path, monkeypatch, read, what
+):
     monkeypatch.setattr(fuzzing, "LIMIT_S", 1)
     kind = fuzzing.Kind([b"{}"], fuzzing.mutate_json_file, tmp_path / "file", read)
     (fault,) = fuzzing.fuzz("any", kind, 3, 7, 1)
     assert str(fault).startswith(f"any --seed 3 --first 7: {what}")
 
 
-def test_the_script_says_what_it_tried(fuzzing, kinds, monkeypatch, capsys):
+def test_the_script_reports_its_attempts(fuzzing, kinds, monkeypatch, capsys):
     monkeypatch.setattr(fuzzing, "make_kinds", lambda folder: kinds)
     monkeypatch.setattr(sys, "argv", ["fuzz_files", "tuning", "-n", "20"])
     with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,4 @@
-"""On a GPU, where there is one: the registry's checks, every way, whole models."""
+"""Run the registry's checks, every way and complete models on a GPU, if present."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LIMIT = 2e-3
 
 @on_gpu
 @pytest.mark.parametrize("name", KERNELS)
-def test_a_kernel_gives_what_its_reference_gives(device, name):
+def test_a_kernel_gives_the_result_of_its_reference(device, name):
     executor, kernel = open_executor(device), KERNELS[name]
     results = [
         check(kernel, dtype, sizes, executor.run)
@@ -57,7 +57,7 @@ def test_a_kernel_gives_what_its_reference_gives(device, name):
 
 
 @on_gpu
-def test_ops_give_by_every_way_what_their_references_give(device, monkeypatch):
+def test_ops_give_the_result_of_their_reference_by_every_way(device, monkeypatch):
     executor, wrong = open_executor(device), []
     for spec in (*SPECS, *KERNEL_SPECS):
         case = spec.build()
@@ -76,7 +76,7 @@ def test_ops_give_by_every_way_what_their_references_give(device, monkeypatch):
 
 @dataclass(frozen=True)
 class Family:
-    """How a random model of a family is made, and its keys of experts and widths."""
+    """A family's maker of random models, with its keys for experts and widths."""
 
     make: Callable[..., Path]
     n_experts: str = "num_experts"
@@ -97,7 +97,7 @@ FAMILIES = {
         partial(make_deepseek_v3, kv_lora_rank=256, v_head_dim=32), "n_routed_experts"
     ),
     "gpt_oss": Family(make_gpt_oss, *OF_GPT_OSS),
-    # As it is published: experts in floats of 4 bits.
+    # As published: experts in 4-bit floats.
     "gpt_oss-mxfp4": Family(
         partial(make_gpt_oss, experts=Quantization(4, 32, "mxfp4")), *OF_GPT_OSS
     ),
@@ -110,7 +110,7 @@ each_family = pytest.fixture(scope="module", params=FAMILIES)
 
 
 def made(name: str, path: Path, n_experts: int, **overrides: int) -> Path:
-    """Write a model of few layers, as wide as simdgroups and tensor cores meet."""
+    """Write a model of few layers, wide enough for simdgroups and tensor cores."""
     family = FAMILIES[name]
     sizes = {family.n_experts: n_experts, family.width: 128, "hidden_size": 256}
     return family.make(path, seed=3, **sizes, **overrides)
@@ -125,14 +125,14 @@ def plain(request, tmp_path_factory):
 def unrouted(request, tmp_path_factory):
     """A model whose tokens use every expert.
 
-    Random routers always make some choice so near that 11 bits decide it.
+    With random routers, some choice is always so close that 11 bits decide it.
     """
     path = tmp_path_factory.mktemp("gpu") / "unrouted"
     return made(request.param, path, 8, num_experts_per_tok=8)
 
 
 def logits(model, n_seqs: int = 1) -> mx.array:
-    """Return the logits of a prompt and of tokens after it, each alone."""
+    """Return the logits of a prompt and of single tokens after it."""
     tokens = mx.random.randint(1, 320, (n_seqs, 46), key=mx.random.key(4))
     cache = make_prompt_cache(model)
     parts = [model(tokens[:, :37], cache=cache)]
@@ -167,7 +167,7 @@ def packed(plain):
 @pytest.mark.parametrize("bound", ["memory", "expert_memory"])
 @pytest.mark.parametrize("share", [1, 5 / 8])
 def test_memory_falls_with_the_pool(device, packed, bound, share):
-    """The GPU takes back what a smaller pool leaves, and no bit changes."""
+    """A smaller pool frees memory of the GPU, and no bit changes."""
     expected = logits(moeflux_mlx.load(packed, executor=device)[0])
     with PackedExperts.open(packed) as store:
         layers = store.layers
@@ -209,7 +209,7 @@ def test_any_budget_gives_the_same_bits(device, packed, n_slots, read_ahead):
     few, _ = moeflux_mlx.load(
         packed, expert_memory=memory, executor=device, read_ahead=read_ahead
     )
-    # Threads read, however small a record: layers are computed meanwhile.
+    # Threads read records of any size, so that layers are computed meanwhile.
     few.streamer._in_flight.reader.inline_bytes = 0
     assert mx.array_equal(logits(few), logits(whole))
     assert bool(few.streamer.stats.total.read_ahead) == (read_ahead == "on")

@@ -1,4 +1,4 @@
-"""Models of mlx-lm with streamed experts on a GPU: stock's bits at every share."""
+"""Models of mlx-lm that stream experts on a GPU give stock's bits at every share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ on_gpu = pytest.mark.parametrize(
         pytest.param("cuda", marks=pytest.mark.cuda),
     ],
 )
-# Wide enough for the kernels that large models take, and too narrow for them.
+# Widths for the kernels of large models, and widths too small for those.
 WIDE = {"hidden_size": 256, "moe_intermediate_size": 128, "intermediate_size": 128}
 CASES = [
     ("qwen3_moe", 4, WIDE),
@@ -36,7 +36,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch):
-    """Make the modules beside the scripts importable."""
+    """Make the scripts' modules importable."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
 
@@ -69,7 +69,7 @@ def ids(n_seqs: int, n: int, seed: int) -> mx.array:
 
 
 def run(model: Any) -> list[mx.array]:
-    """Return logits of prompts, sorted or not, and of single tokens."""
+    """Return logits of prompts, with sorted ids or not, and of single tokens."""
     logits = []
     for n_seqs, n_tokens in ((1, 3), (1, 40), (1, 200), (3, 5)):
         cache = make_prompt_cache(model)

@@ -1,4 +1,4 @@
-"""Gradients in planned memory: counted before they are taken, stock's at any budget."""
+"""Gradients in planned memory: counted beforehand, and equal to stock's."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OWN_BYTES = 100 << 20
 
 @pytest.fixture(scope="module", autouse=True)
 def scripts():
-    """Make the modules beside the scripts importable."""
+    """Make the scripts' modules importable."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "scripts"))
         yield
@@ -45,7 +45,7 @@ def scripts():
 
 @pytest.fixture(autouse=True)
 def own_bytes(monkeypatch):
-    """What the interpreter takes, always the same: the tests' own grows."""
+    """Pretend that the interpreter's memory is constant: that of the tests grows."""
     monkeypatch.setattr(plan, "own_bytes", lambda: OWN_BYTES)
     monkeypatch.setattr("moeflux_mlx.streaming.own_bytes", lambda: OWN_BYTES)
     monkeypatch.setattr(device, "process_bytes", lambda: None)
@@ -53,7 +53,7 @@ def own_bytes(monkeypatch):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Callable[[str], Path]:
-    """Tiny models: of mlx-lm's own class by family, and "native" of ours."""
+    """Tiny models by family, of mlx-lm's class; "native" is of our class."""
     import family_trials
 
     @cache
@@ -79,7 +79,7 @@ def stock(path: Path) -> nn.Module:
 
 
 def with_adapters(model: nn.Module) -> nn.Module:
-    """Freeze a model but for adapters, whose second factors are no zeros."""
+    """Freeze a model except for its adapters, whose second factors are nonzero."""
     mx.random.seed(5)
     model.freeze()
     keys = ["self_attn.q_proj", "self_attn.v_proj"]
@@ -91,7 +91,7 @@ def with_adapters(model: nn.Module) -> nn.Module:
 
 
 def step(model: nn.Module, n_seqs: int, t: int) -> dict[str, np.ndarray]:
-    """Return the loss and the gradients of a step, as mlx-lm's trainer takes it."""
+    """Return the loss and the gradients of a step, as in mlx-lm's trainer."""
     ids = np.random.RandomState(t).randint(1, VOCAB, (n_seqs, t + 1))
     batch, lengths = mx.array(ids), mx.array([[0, t]] * n_seqs)
     gradient = nn.value_and_grad(model, trainer.default_loss)
@@ -103,14 +103,14 @@ def step(model: nn.Module, n_seqs: int, t: int) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def held(monkeypatch) -> list[int]:
-    """The bytes that gradients were given."""
+    """The bytes that were reserved for gradients."""
     found: list[int] = []
     hold = MemoryKeeper.hold
 
     def noted(keeper, n_bytes, *call):
         found.append(n_bytes)
         hold(keeper, n_bytes, *call)
-        # From here on it is the step itself that takes memory.
+        # Measure the memory of the step itself from here on.
         mx.reset_peak_memory()
 
     monkeypatch.setattr(MemoryKeeper, "hold", noted)
@@ -119,7 +119,7 @@ def held(monkeypatch) -> list[int]:
 
 @contextmanager
 def checkpointed(model: nn.Module, on: bool) -> Iterator[None]:
-    """Have layers computed again on the way back."""
+    """Recompute layers in the backward pass."""
     kind = type(model.layers[0])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "__call__", kind.__call__)
@@ -133,8 +133,10 @@ FAMILIES = ["native", "qwen3_moe", "gpt_oss"]
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_gradient_is_given_is_what_it_takes(written, held, family):
-    """Steps of shapes that were never measured, also with layers computed again."""
+def test_the_memory_reserved_for_a_gradient_is_the_memory_it_uses(
+    written, held, family
+):
+    """Steps have shapes that were never measured, also with layers recomputed."""
     model = with_adapters(load(written(family), "4GB"))
     for again, n_seqs, t in ((False, 3, 40), (False, 1, 190), (True, 2, 60)):
         with checkpointed(model, again):
@@ -157,7 +159,9 @@ def least_of(message: str) -> int:
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("family", FAMILIES)
-def test_too_little_is_refused_and_the_least_gives_stocks_gradients(written, family):
+def test_too_little_memory_is_refused_and_the_minimum_gives_stocks_gradients(
+    written, family
+):
     path = written(family)
     with pytest.raises(BudgetError) as caught:
         load(path, OWN_BYTES + device.PROCESS_GROWTH_BYTES + (11 << 18))
@@ -166,7 +170,7 @@ def test_too_little_is_refused_and_the_least_gives_stocks_gradients(written, fam
     message = error_of(with_adapters(few), 2, 150)
     assert "gradients" in message and "2 x 150 tokens" in message
     assert "\n" not in message and "grad_checkpoint" in message
-    # Nothing is lost: a short step is still taken, and the model is as it was.
+    # Nothing is lost: a short step still works, and the model is unchanged.
     wanted = with_adapters(stock(path))
     check_same(step(few, 1, 2), step(wanted, 1, 2))
     mlx_lm.tuner.utils.remove_lora_layers(few)
@@ -178,7 +182,7 @@ def test_too_little_is_refused_and_the_least_gives_stocks_gradients(written, fam
 
 
 @pytest.mark.parametrize("family", ["native", "qwen3_moe"])
-def test_experts_that_were_all_here_give_way_and_come_back(written, family):
+def test_resident_experts_are_evicted_and_return(written, family):
     path = written(family)
     whole = load(path, "4GB")
     streamer, most = whole.streamer, whole.streamer.n_slots
@@ -187,7 +191,7 @@ def test_experts_that_were_all_here_give_way_and_come_back(written, family):
     keeper = whole.runtime.keeper if family == "native" else whole.keeper
     short, tight = step(model, 1, 20), step(wanted, 1, 20)
     check_same(short, tight)
-    # As much less memory as makes a longer step take room of experts.
+    # Reduce memory until a longer step must take space from the experts.
     parts = sum(keeper._parts(measured=False).values())
     needed = 0
 
@@ -211,8 +215,8 @@ def test_experts_that_were_all_here_give_way_and_come_back(written, family):
 
 
 @pytest.mark.slow
-def test_a_prompt_through_adapters_has_the_room_that_modules_take(tmp_path):
-    """Attention of mlx-lm's modules keeps all its scores, which no graph does."""
+def test_a_prompt_through_adapters_has_memory_for_its_modules(tmp_path):
+    """mlx-lm's attention modules keep all their scores, unlike our graphs."""
     sizes = dict(num_attention_heads=16, num_key_value_heads=4, num_hidden_layers=2)
     model = load(make_qwen3_moe(tmp_path / "native", **sizes), "4GB")
     of_graphs = model.needs.scratch_bytes(512, 1536)
@@ -222,7 +226,7 @@ def test_a_prompt_through_adapters_has_the_room_that_modules_take(tmp_path):
         mx.eval([one.state for one in cache if not one.empty()])
         before = mx.get_active_memory() - sum(one.nbytes for one in cache)
         rows = model.model(mx.ones((1, 512), mx.int32), cache=cache)
-        # Small calls were measured first; the last of the three needs none.
+        # Small calls were measured first; the last of the three needs no measurement.
         mx.eval(rows)
         held = before + sum(one.nbytes for one in cache)
         taken = mx.get_peak_memory() - held
@@ -230,10 +234,10 @@ def test_a_prompt_through_adapters_has_the_room_that_modules_take(tmp_path):
     assert of_graphs < taken <= model.runtime.keeper.scratch_bytes
 
 
-def test_no_measured_call_is_beyond_what_is_foretold():
+def test_no_measured_call_exceeds_its_prediction():
     few, wide, long = 1000, 3900, 5200
     taken = Taken.of(4, few, wide, long)
     for (n_seqs, t), peak in (((1, 4), few), ((4, 4), wide), ((1, 16), long)):
         assert peak <= taken.n_bytes(n_seqs, t, t) <= 1.2 * peak
-    # Scores of four times the tokens are sixteen times as many.
+    # Four times the tokens have sixteen times the scores.
     assert taken.n_bytes(1, 400, 400) - 100 * few > 100 * (long - wide)

@@ -1,4 +1,4 @@
-"""A graph takes only what fits: roles, shapes, weights and buffers of its own pool."""
+"""A graph accepts only fitting roles, shapes, weights and buffers of its own pool."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def matvec(pool, weight, label="q_proj"):
 
 
 def refusal(graph, op):
-    """The message with which ``graph`` refuses ``op``; nothing may be left of it."""
+    """Return the error of adding ``op``, which must not change the graph."""
     with pytest.raises(GraphError) as error:
         graph.push(op)
     assert len(graph) == 0
     return str(error.value)
 
 
-# What is refused.
+# Refused.
 @pytest.mark.parametrize(
     "op", [ops.MoeDecodeExperts, ops.MoeGatherIdFuse, ops.MoeBatchedPermuteFuse]
 )
@@ -134,7 +134,7 @@ def test_a_buffer_of_another_pool_is_refused_when_its_role_is_another(graph, poo
     )
 
 
-# What is taken.
+# Accepted.
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.id)
 def test_every_op_is_taken_over_buffers_of_its_roles(spec):
     case = spec.build()
@@ -163,9 +163,9 @@ def test_a_length_known_only_at_run_time_fits_any(pool):
     assert not fits((3, None), (4, 5)) and not fits((None,), (3, 5))
 
 
-# What a graph tells.
+# Queries.
 def one_of_each():
-    """One Op of every class, each over a pool of its own: access and names only."""
+    """One Op of every class, each over its own pool, for its fields and names only."""
     first = {spec.op: spec for spec in reversed(SPECS)}
     return [spec.build().op for spec in first.values()]
 
@@ -242,7 +242,7 @@ def test_the_dump_of_a_small_graph(graph, pool):
     )
 
 
-def test_the_dump_of_nothing_is_empty(graph):
+def test_the_dump_of_an_empty_graph_is_empty(graph):
     assert graph.dump() == "" and graph.labels() == [] and graph.cost() == Cost()
 
 
@@ -266,7 +266,7 @@ def test_a_read_before_any_write_is_found(graph, pool):
     )
 
 
-def test_an_in_place_op_does_not_write_what_it_reads_first(graph, pool):
+def test_an_in_place_op_does_not_initialise_its_input(graph, pool):
     x = rows(pool, b.AttnOutBuf, "attended")
     gate = pool.alloc(b.QGateBuf, (N, DIM), "gate", persistent=True)
     graph.push(ops.SigmoidGateNTokens(label="g", x=x, gate=gate, dim=DIM, n_tokens=N))

@@ -1,4 +1,4 @@
-"""Several processes share a model's experts: one process's bits, or an error in all."""
+"""Several processes that share experts give one process's bits, or an error in all."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SMALL, LARGE = (1 << 21) + (1 << 16), 1 << 30
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """A folder with models of seven experts a layer: plain, packed, and a hybrid."""
+    """A folder with models of seven experts per layer: plain, packed, and a hybrid."""
     folder = tmp_path_factory.mktemp("group")
     make_qwen3_moe(folder / "plain", num_experts=E, num_experts_per_tok=3)
     make_checkpoint(folder / "hybrid", num_experts=E)
@@ -49,7 +49,7 @@ def models(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(models) -> dict[str, dict]:
-    """What one process makes of each model."""
+    """One process's results for each model."""
     outcome = {}
     for name in LAYERS:
         model, _ = moeflux_mlx.load(models / name, expert_memory=SMALL, native=False)
@@ -79,7 +79,7 @@ def test_ranks_with_uneven_shares_give_one_ranks_bits_and_read_their_own(
     for name, n_layers in LAYERS.items():
         for memory, waits in product((SMALL, LARGE), (True, False)):
             found = [outcome[f"{name} {memory} {waits}"] for outcome in outcomes]
-            # Whether or not somebody waits, each rank is asked for its own.
+            # Each rank's own experts are requested, whether or not a call waits.
             waiting = [outcome[f"{name} {memory} True"] for outcome in outcomes]
             assert [one["hits"] for one in found] == [one["hits"] for one in waiting]
             assert len({one["random"] for one in found}) == 1
@@ -124,7 +124,7 @@ def test_ranks_that_divide_the_layers_give_one_ranks_bits(models, alone):
     assert first["fails"].startswith("PeerError: [group] call: expected every rank")
 
 
-def test_any_number_of_ranks_goes_on_from_a_state(models):
+def test_any_number_of_ranks_continues_from_a_state(models):
     model, _ = moeflux_mlx.load(models / "pack", expert_memory=SMALL, native=False)
     cache = make_prompt_cache(model)
     mx.eval(model(mx.array(ranks.PROMPT), cache=cache))
@@ -145,13 +145,13 @@ def test_any_number_of_ranks_goes_on_from_a_state(models):
     assert ranks.continued(model, models / "several") == expected
 
 
-def test_no_bit_changes_on_the_way(models):
+def test_no_bit_changes_between_ranks(models):
     for outcome in run(models, 2, ranks.exact):
         for dtype, (found, expected) in outcome.items():
             assert found == expected, dtype
 
 
-def test_a_rank_that_fails_ends_the_call_of_all_and_no_more(models, alone):
+def test_a_failed_rank_ends_the_call_on_every_rank_but_no_later_call(models, alone):
     first, second = run(models, 2, ranks.fail)
     told = "its own error says why"
     block = "model.layers.1.mlp.switch_mlp"
@@ -183,7 +183,7 @@ def test_a_rank_that_fails_ends_the_call_of_all_and_no_more(models, alone):
         assert "the same kind of memory bound" in outcome["bounds"]
 
 
-def test_ranks_that_choose_otherwise_follow_rank_0(models, alone):
+def test_ranks_that_choose_other_experts_follow_rank_0(models, alone):
     for outcome in run(models, 2, ranks.part):
         assert "expected every rank to choose the same" in outcome.pop("no layer")
         for how, found in outcome.items():
@@ -197,7 +197,7 @@ def test_ranks_keep_to_their_own_memory_and_divide_a_prompt_alike(models, alone)
         assert outcome["bits"] == outcome["after"] == alone["pack"]["bits"]
         assert outcome["divided"] == alone["pack"]["tokens"][:1]
         assert outcome["asked"] == [5, 5, 5, 5, 4]
-        # All let go of a kept prompt where one has no room.
+        # All ranks drop a kept prompt if one of them has no room.
         assert outcome["gave way"] and outcome["given way"] == outcome["divided"]
     first, second = (outcome["too little"] for outcome in outcomes)
     assert second == "BudgetError: [memory] too little"
@@ -233,7 +233,7 @@ def words(models: Path) -> list[object]:
 
 
 @pytest.mark.slow
-def test_the_command_prints_once_what_one_process_prints(models, capfd):
+def test_the_command_prints_the_text_of_one_process_once(models, capfd):
     assert main([*map(str, words(models)), "--no-native"]) == 0
     text = capfd.readouterr().out.partition("┏")[0]
     command = [BIN / "mlx.launch", "-n", "2", "--backend", "ring", "--python"]
@@ -284,7 +284,7 @@ def test_a_server_of_several_processes_answers_as_one_does(models, tmp_path, way
     words = ("--model", models / "pack", *way)
     with ranks.serving(2, tmp_path, *words) as client:
         if SMALL in way:
-            # Nothing was read yet; rank 1's experts are in the second half.
+            # No expert was read yet; rank 1's experts are in the second half.
             kept = file.read_bytes()
             half = len(kept) // 2
             file.write_bytes(kept[:half] + bytes(len(kept) - half))
@@ -295,7 +295,7 @@ def test_a_server_of_several_processes_answers_as_one_does(models, tmp_path, way
         with ThreadPoolExecutor(3) as threads:
             assert [*threads.map(complete, PROMPTS)] == expected
         assert client.post("/v1/completions", {"prompt": ""}).status == 400
-        # Whatever has a seed is served alone.
+        # A request with a seed is served alone.
         seeded = {"seed": 3, "temperature": 1.0, "max_tokens": 9}
         assert client.complete("x", **seeded) == client.complete("x", **seeded)
         assert complete(PROMPTS[1]) == expected[1]

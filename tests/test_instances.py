@@ -1,4 +1,4 @@
-"""What is compiled into a kernel: the source of each, and how many there are."""
+"""Kernel instances: the source of each, and their number."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_cuda_has_values_as_arguments(gated):
 
 @simulated
 @pytest.mark.parametrize("name", KERNELS)
-def test_what_metal_gets_passes_the_lint_and_has_no_template(name):
+def test_source_for_metal_passes_the_lint_and_has_no_template(name):
     kernel = KERNELS[name]
     dtype = mx.bfloat16 if mx.bfloat16 in kernel.dtypes else kernel.dtypes[0]
     launch = kernel(*kernel.arguments(dtype, **kernel.sizes[0]))
@@ -129,7 +129,7 @@ def test_every_instance_has_a_name_of_its_own():
 
 # Absent inputs.
 def arrays(given):
-    """Yield the arrays in a launch's arguments: alone, in records, in matrices."""
+    """Yield the arrays in a launch's arguments, also inside records and matrices."""
     if isinstance(given, mx.array | Records):
         yield getattr(given, "array", given)
     elif isinstance(given, tuple | list):
@@ -162,7 +162,7 @@ def test_no_launch_makes_an_array_for_an_absent_input(monkeypatch):
             if p.name not in ready.numbers
         }
         assert bound <= given
-    # Each may be absent in some sample, which runs in checked mode.
+    # Each is absent in some sample, which runs in checked mode.
     optional = {
         (kernel.name, p.name)
         for kernel in KERNELS.values()
@@ -197,7 +197,7 @@ def test_a_read_of_an_absent_input_is_found(gated, monkeypatch, checked):
         run(Library(gated.folder))
 
 
-# How many.
+# The number of instances.
 @pytest.mark.slow
 @simulated
 def test_tokens_and_prompts_of_other_lengths_need_no_other_source(checkpoint):

@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment of a call: the next call, in any thread, is right."""
+"""After Ctrl-C at any moment of a call, the next call in any thread is right."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 N_MOMENTS = 12
 # Six experts of four layers with eight each.
 MEMORY = (2 << 20) + 6 * (16 << 10)
-# Where an interrupt is likely to leave something half done.
+# Modules where an interrupt is likely to leave something half done.
 WATCHED = tuple(
     str(Path(moeflux_mlx.__file__).parent / name)
     for name in ("", "../models/", "experts/")
@@ -37,13 +37,13 @@ WAYS = {
 }
 
 
-# Python looks for signals as a function begins, as a loop goes on, and after a call.
+# Python checks signals when a function begins, when a loop repeats and after a call.
 AFTER_CALL = ("POP_TOP", "RETURN_VALUE")
 
 
 @functools.cache
 def checkpoints(code: CodeType) -> frozenset[int]:
-    """Return the instructions of a function at which Ctrl-C may come out."""
+    """Return a function's instructions at which Ctrl-C may be raised."""
     found, before = set(), ""
     for step in dis.get_instructions(code):
         called = before.startswith("CALL") and step.opname.startswith(
@@ -62,7 +62,7 @@ def is_watched(file: str) -> bool:
 
 
 class Clock:
-    """Counts moments of the package in this thread, and interrupts at one."""
+    """Count moments in the package's code in this thread, and interrupt at one."""
 
     def __init__(self, moment: int | None = None):
         self.n, self._moment = 0, moment
@@ -71,7 +71,7 @@ class Clock:
         if not is_watched(frame.f_code.co_filename):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        # Looked up once a call: to hash a function's code takes long.
+        # Look this up once per call: hashing a function's code is slow.
         points = checkpoints(frame.f_code)
 
         def step(frame: FrameType, event: str, _: object) -> Any:
@@ -98,13 +98,13 @@ def logits(model: Any, tokens: list[int], cache: list[Any]) -> np.ndarray:
 
 @pytest.fixture
 def in_thread() -> Iterator[Callable[[Callable[[], Any]], Any]]:
-    """Return what calls in another thread; a lock kept for good is an error."""
+    """Return a caller in another thread; a lock that is never freed is an error."""
     with ThreadPoolExecutor(1) as pool:
         yield lambda call: pool.submit(call).result(timeout=60)
 
 
 def moments(n: int) -> Iterator[int]:
-    """Give some of ``n`` moments, the ends more often."""
+    """Choose some of ``n`` moments, those near the ends more often."""
     chance = random.Random(n)
     yield from chance.sample(range(1, n), N_MOMENTS)
     yield from (*range(1, 20, 3), *range(n - 20, n, 2))
@@ -131,13 +131,13 @@ def test_a_call_interrupted_anywhere_leaves_the_model_and_its_caches_right(
     point.restore()
     n_interrupted = 0
     for moment in moments(clock.n):
-        # Others' experts are read in between, so that there is something to read.
+        # Read other experts in between, so that the call must read some.
         model.streamer.preload([(layer, moment % 8) for layer in range(4)])
         held: BaseException | None = None
         try:
             Clock(moment).run(lambda: logits(model, [7], cache))
         except KeyboardInterrupt as interrupt:
-            # Whoever keeps the error keeps every frame that it ended.
+            # A kept error keeps every frame in its traceback.
             held = interrupt
             n_interrupted += 1
         found = in_thread(lambda: logits(model, [8], other))
@@ -150,7 +150,7 @@ def test_a_call_interrupted_anywhere_leaves_the_model_and_its_caches_right(
     assert n_interrupted > N_MOMENTS
 
 
-def test_caches_are_put_back_when_a_call_fails_and_not_when_its_error_is_forgotten():
+def test_caches_are_restored_when_a_call_fails_not_when_its_error_is_freed():
     class Cache:
         offset = 0
 
@@ -168,7 +168,7 @@ def test_caches_are_put_back_when_a_call_fails_and_not_when_its_error_is_forgott
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("way", WAYS)
-def test_results_still_to_be_computed_survive_that_experts_give_way(checkpoint, way):
+def test_lazy_results_survive_the_eviction_of_their_experts(checkpoint, way):
     def run(*, gives_way: bool) -> list[np.ndarray]:
         options = {"expert_io": "pread", **WAYS[way]}
         model = moeflux_mlx.load(checkpoint, expert_memory="8GB", **options)[0]
@@ -187,7 +187,7 @@ def test_results_still_to_be_computed_survive_that_experts_give_way(checkpoint, 
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_thread_may_shrink_what_another_ones_results_still_read(
+def test_a_thread_may_shrink_a_pool_that_lazy_results_of_another_read(
     checkpoint, way, in_thread
 ):
     options = {"expert_io": "pread", **WAYS[way]}

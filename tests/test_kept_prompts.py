@@ -1,4 +1,4 @@
-"""Prompts that a server keeps count as memory, and give way before experts do."""
+"""Prompts that a server keeps count as memory, and are evicted before experts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model(packed, monkeypatch):
 
 @pytest.fixture
 def kept(model, monkeypatch):
-    """Prompts that are kept for that model, which give way to its calls."""
+    """Prompts kept for that model, which are evicted for its calls."""
     kept = serving.KeptPrompts(1000, None, lambda: model.runtime.keeper)
     monkeypatch.setattr(serving.prompts, "_kept", {kept})
     give_way = serving.release_oldest_prompt
@@ -44,7 +44,7 @@ def kept(model, monkeypatch):
 
 
 def rows_of(model, n_rows: int) -> list:
-    """Return a prompt's caches as a batch leaves them: no call was made with them."""
+    """Return a prompt's caches as a batch leaves them, without making a call."""
     caches = make_prompt_cache(model)
     for cache in caches:
         if isinstance(cache, KVCache):
@@ -68,14 +68,14 @@ def test_experts_make_room_for_kept_prompts_down_to_their_floor(model, kept):
         sizes.append(model.streamer.n_slots)
     floor = N_SLOTS // 2
     assert sizes[0] == N_SLOTS and floor <= min(sizes) < N_SLOTS
-    # Then the oldest go, each in the place of a new one.
+    # Then each new prompt evicts the oldest one.
     assert 10 < len(kept) < 90
     assert kept.fetch_nearest_cache("model", [89, 1, 5])[1] == [5]
     assert kept.fetch_nearest_cache("model", [0, 1, 5])[1] == [0, 1, 5]
 
 
-def test_where_nothing_is_kept_experts_fall_below_that_floor(model, kept):
-    """One request alone may take what it needs, to the fewest experts there can be."""
+def test_without_kept_prompts_experts_fall_below_that_floor(model, kept):
+    """A single request may take memory until the fewest possible experts remain."""
     others = []
     while model.streamer.n_slots >= N_SLOTS // 2:
         others += rows_of(model, 64)
@@ -100,7 +100,7 @@ def test_prompts_are_bounded_by_the_plan(model, kept):
     assert 0 < len(bounded) * 58e3 < most
 
 
-def test_what_is_fetched_counts_beside_what_is_kept(model, kept):
+def test_fetched_prompts_count_beside_kept_ones(model, kept):
     while model.streamer.n_slots == N_SLOTS:
         kept.insert_cache("model", [len(kept), 1], rows_of(model, 64))
         decode(model)

@@ -1,4 +1,4 @@
-"""Every registered kernel against its reference, on the simulator."""
+"""Compare every registered kernel with its reference on the simulator."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"
 )
 N_SEEDS = 3
-# Each size in one type, in turn. All sizes in all types are in the record that
-# `moeflux doctor` makes, which a test holds to be of these kernels.
+# Each size has one type, in turn. All sizes in all types are in the record that
+# `moeflux doctor` makes; a test checks that the record matches these kernels.
 CASES = [
     pytest.param(
         *(kernel, dtype, sizes),
@@ -33,7 +33,7 @@ CASES = [
     for i, sizes in enumerate(kernel.sizes)
     if (i + j) % len(kernel.dtypes) == 0
 ]
-# Checked mode is some 20 times slower: the smaller half of a kernel's sizes.
+# Checked mode is about 20 times slower, so it runs a kernel's smaller sizes.
 SMALL = [
     pytest.param(
         kernel, sizes, id=f"{kernel.name}-{i}", marks=[pytest.mark.slow] if i else []
@@ -44,7 +44,9 @@ SMALL = [
 
 
 @pytest.mark.parametrize(("kernel", "dtype", "sizes"), CASES)
-def test_a_kernel_gives_what_its_reference_gives_in_any_schedule(kernel, dtype, sizes):
+def test_a_kernel_gives_the_result_of_its_reference_in_any_schedule(
+    kernel, dtype, sizes
+):
     for seed in range(N_SEEDS):
         executor = SimExecutor(checked=False, seed=seed)
         result = check(kernel, dtype, sizes, executor.run)
@@ -58,7 +60,7 @@ def test_a_kernel_has_no_race_and_touches_only_its_own_memory(kernel, sizes):
     assert result.passed, str(result)
 
 
-# What Apple's compiler replaces by functions that are less exact.
+# Functions that Apple's compiler replaces by less exact ones.
 INEXACT = re.compile(r"(?<!precise::)\b(?:exp2?|log2?|r?sqrt)\(")
 
 
@@ -82,7 +84,7 @@ def test_every_metal_function_is_registered_and_every_registration_has_one():
     assert set(KERNELS) == set(library().kernels)
 
 
-def test_not_a_number_in_an_output_is_an_infinite_error():
+def test_nan_in_an_output_is_an_infinite_error():
     assert relative_error(mx.array([np.nan, 1.0]), mx.array([0.0, 1.0])) == np.inf
 
 
@@ -99,7 +101,7 @@ def in_constant_memory(ready: Prepared, names: set[str]) -> str:
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", KERNELS)
 def test_any_input_may_lie_in_constant_memory(name):
-    """MLX puts inputs of fewer than 8 elements there: each alone, and all of them."""
+    """MLX puts inputs of fewer than 8 elements there: try each alone, and all."""
     kernel = KERNELS[name]
     ready = prepare(kernel(*kernel.arguments(kernel.dtypes[-1], **kernel.sizes[-1])))
     names = [p.name for p in ready.instance.inputs if isinstance(p, Input)]

@@ -1,4 +1,4 @@
-"""The kernels of latent attention together: mlx-lm's DeepSeek-V3 attention."""
+"""The kernels of latent attention together equal mlx-lm's DeepSeek-V3 attention."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moeflux_mlx.errors import KernelError
 pytestmark = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"
 )
-# Nine heads: one more than a matrix has rows. 24: no multiple of anything.
+# Nine heads: one more than a matrix has rows. 24: not a multiple of a tile.
 D, H, L, N, R, V = 48, 9, 64, 32, 16, 24
 YARN = {
     "type": "yarn",
@@ -68,7 +68,7 @@ def attention_layer(seed: int) -> DeepseekV3Attention:
 
 
 def attend(queries, cache, scale, tile):
-    """Attend to one sequence with the folded kernel, or with tiles of so many rows."""
+    """Attend to one sequence with the folded kernel, or with tiles of ``tile`` rows."""
     cache = [x[None] for x in cache]
     if tile is None:
         return run(mla.mla_sdpa_folded(*queries, *cache, scale))
@@ -98,7 +98,7 @@ def by_kernels(layer, x, caches, start, tile):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("tile", TILES, ids=lambda t: f"tile {t}" if t else "folded")
-def test_a_prompt_and_its_next_tokens_give_what_mlx_lm_gives(tile):
+def test_a_prompt_and_its_next_tokens_equal_mlx_lms(tile):
     """mlx-lm takes a prompt with keys and values unfolded, a token in latent form."""
     layer, cache = attention_layer(3), KVCache()
     caches = mx.zeros((N_ROWS, L)), mx.zeros((N_ROWS, R))
@@ -138,7 +138,7 @@ def random_attention(t, h, s, l=64, r=32, seed=0):
     return queries, (normal(s, l, seed=seed + 2), normal(s, r, seed=seed + 3))
 
 
-def test_scores_that_rise_beyond_what_exp_can_hold_keep_their_softmax():
+def test_scores_too_large_for_exp_keep_their_softmax():
     queries, (latent, rope) = random_attention(1, H, 61)
     grown = latent * (1 + mx.arange(61))[:, None]
     for tile in TILES:
@@ -148,8 +148,8 @@ def test_scores_that_rise_beyond_what_exp_can_hold_keep_their_softmax():
         assert relative_error(got, wanted) < 1e-5
 
 
-def test_rows_behind_those_given_do_not_matter():
-    """A model's cache is longer than what it holds: the rest may be anything."""
+def test_rows_after_the_given_ones_do_not_matter():
+    """A model's cache is longer than its contents: the other rows may be anything."""
     queries, (latent, rope) = random_attention(2, H, 40)
     spoiled = [mx.concatenate([x[:19], x[19:] * mx.nan]) for x in (latent, rope)]
     for tile in TILES:
@@ -158,7 +158,7 @@ def test_rows_behind_those_given_do_not_matter():
         assert mx.array_equal(clean, got)
 
 
-def test_a_token_gets_the_same_bits_whatever_comes_along():
+def test_a_token_gets_the_same_bits_whatever_other_tokens_come_with_it():
     queries, cache = random_attention(5, H, 29)
     w, scales, biases = mx.quantize(normal(H * 40, 64).reshape(H, 40, 64), 32, 4)
     for build in (mla.mla_q_prime_4bit, mla.mla_out_per_head_4bit):
@@ -199,7 +199,7 @@ W = mx.zeros((2, 4, 8), mx.uint32)
 SCALES = mx.zeros((2, 4, 2))
 Q, QR = mx.zeros((3, 2 * 64)), mx.zeros((3, 2 * 8))
 LATENT, ROPE = mx.zeros((5, 64)), mx.zeros((5, 8))
-# What is wrong, and the argument that the message must name.
+# The fault, and the argument that the message must name.
 REFUSED = {
     "q: expected a multiple": lambda: mla.mla_split_q_kv(Q, Q, 3, 8),
     "nope_dim": lambda: mla.mla_split_q_kv(Q, Q, 2, 64),

@@ -1,4 +1,4 @@
-"""What the kernels of mixtures of experts do together, and at the edges of routing."""
+"""The kernels of mixtures of experts together, and the edge cases of routing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moeflux_mlx.experts.weights import Quantization
 pytestmark = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"
 )
-# T, E, K, n_group, topk_group; the last as in DeepSeek-V3, the others as it might be.
+# T, E, K, n_group, topk_group; the last is DeepSeek-V3's, the others are possible.
 ROUTINGS = [(3, 40, 6, 8, 3), (5, 48, 10, 1, 1), (2, 64, 1, 4, 2), (4, 256, 8, 8, 4)]
 T, D, N, E, K = 37, 64, 96, 5, 2
 Q = Quantization(4, 32)
@@ -38,7 +38,7 @@ def normal(*shape, seed=0):
 
 
 def by_expert(indices, weights):
-    """Return a token's choices in rising id: mlx-lm gives them in no order."""
+    """Return a token's choices sorted by id: mlx-lm's are unordered."""
     order = mx.argsort(indices, axis=-1)
     return (mx.take_along_axis(x, order, axis=-1) for x in (indices, weights))
 
@@ -97,7 +97,7 @@ def test_indices_exist_and_differ_whatever_the_logits(value):
 
 @pytest.fixture(scope="module")
 def pool():
-    """Experts of odd places in a pool, as they come from a packed file."""
+    """Experts at odd slots of a pool, as if read from a packed file."""
     shapes = {"gate_proj": (N, D), "up_proj": (N, D), "down_proj": (D, N)}
     parts = {}
     for projection, (o, i) in shapes.items():
@@ -175,7 +175,7 @@ def test_buckets_one_after_another_give_each_token_its_sum():
     assert relative_error(acc, out) < 1e-6
 
 
-def test_arguments_that_no_launch_may_see_are_refused(pool):
+def test_arguments_that_no_launch_accepts_are_refused(pool):
     x, slots, up = normal(D), mx.array(SLOTS), pool.up.records
     with pytest.raises(KernelError, match=r"moe_softmax_topk.*logits.*E <= 512"):
         moe.moe_softmax_topk(normal(1, 513), 2)

@@ -1,7 +1,7 @@
-"""The kernels that carry a model, at any shape, and against one another.
+"""The main kernels of a model, at any shape, and compared with one another.
 
-Shapes are drawn: widths within and past a tile, one row to several groups of rows. The
-seed of the schedule is drawn too; one example in four runs checked.
+Shapes are random: widths within and past a tile, one row to several groups of rows. The
+seed of the schedule is random too, and one example in four runs in checked mode.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 BITS = st.sampled_from((2, 4, 8))
 GROUPS = st.sampled_from((32, 64, 128))
 FEW = st.integers(1, 9)
-# Half the time scales are bfloat16, whatever the activations.
+# Half of the examples have bfloat16 scales, whatever the activations.
 QUANTISED = {"g": GROUPS, "s": st.integers(0, 1)}
 
 
@@ -63,7 +63,7 @@ HEADS = sizes_of(
     s=st.integers(1, 70),
     d=st.sampled_from((32, 64, 96, 128, 256)),
 ).flatmap(
-    # No mask, one for all sequences, or one for each.
+    # No mask, one mask for all sequences, or one for each.
     lambda sizes: st.sampled_from((0, 1, sizes["b"])).map(
         lambda masks: {**sizes, "masks": masks}
     )
@@ -150,10 +150,10 @@ ANY_SIZES: dict[str, st.SearchStrategy[dict[str, int]]] = {
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", ANY_SIZES)
-# Other shapes at every run. Each is a source of its own, compiled in about a second.
+# Shapes differ at every run. Each needs its own source, compiled in about a second.
 @settings(max_examples=2)
 @given(data=st.data())
-def test_a_kernel_gives_what_its_reference_gives_at_any_shape(name, data):
+def test_a_kernel_gives_the_result_of_its_reference_at_any_shape(name, data):
     kernel = KERNELS[name]
     dtype = data.draw(st.sampled_from(kernel.dtypes), "dtype")
     sizes = data.draw(ANY_SIZES[name], "sizes")
@@ -164,12 +164,12 @@ def test_a_kernel_gives_what_its_reference_gives_at_any_shape(name, data):
     assert result.passed, str(result)
 
 
-# A kernel of many tokens does for each what the kernel of one token does.
+# A kernel of many tokens computes each as the kernel of one token does.
 def identical(a: mx.array, b: mx.array) -> bool:
     return bool(np.array_equal(np.array(a.view(mx.uint8)), np.array(b.view(mx.uint8))))
 
 
-# Apple's compiler contracts a * b + c where it likes: equal bits must not hang on that.
+# Apple's compiler may contract a * b + c: equal bits must not depend on that.
 ANYHOW = [(mx.float16, "plain"), (mx.bfloat16, "plain")]
 ANYHOW += [(mx.float32, numbers) for numbers in NUMBERS]
 
@@ -206,7 +206,7 @@ WIDE: dict[str, dict[str, int]] = {
     "sdpa_decode": dict(b=1, h=1, per=8, s=19, d=256, masks=1),
     "sdpa_decode_parts": dict(b=1, h=1, per=8, s=70, d=256, at=66),
 }
-# What the H200 was measured with: threads, and the part of the template that differs.
+# The launches measured on the H200: threads, and the part of the template that differs.
 ON_CUDA = {
     "gated_delta_decode": (512, {"ROWS": 8, "SIMDGROUPS": 16}),
     "sdpa_decode": (256, {"FOLD": 8}),
@@ -224,7 +224,7 @@ LAUNCHES = [
 
 @pytest.mark.sampled
 @pytest.mark.parametrize(("name", "module", "constants", "values"), LAUNCHES)
-def test_macs_launch_otherwise_than_cuda_and_give_the_same_bits(
+def test_launches_on_macs_differ_from_cudas_and_give_the_same_bits(
     name, module, constants, values, monkeypatch
 ):
     kernel, launches, outputs = KERNELS[name], [], []
@@ -252,7 +252,7 @@ DELTA_ARGS = tuple[mx.array, mx.array, mx.array, mx.array, int]
 
 
 def delta(name: str, args: DELTA_ARGS) -> tuple[mx.array, mx.array]:
-    """Return the state and the rows that a kernel makes of a sequence."""
+    """Return a kernel's state and rows for a sequence."""
     state, rows = SimExecutor(checked=False, seed=1).run(KERNELS[name](*args))
     return state, rows
 
@@ -289,7 +289,7 @@ def test_step_sequence_and_chunks_of_the_delta_rule_agree(strong):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", [1, 15, 16, 17, 33])
-def test_the_delta_rule_goes_on_from_where_it_was_left(split):
+def test_the_delta_rule_continues_from_its_state(split):
     sizes = {"b": 1, "t": 34, "hk": 1, "hv": 1, "dk": 64, "dv": 9}
     name = "gated_delta_net_chunkwise"
     args = KERNELS[name].arguments(mx.float32, **sizes)

@@ -1,4 +1,4 @@
-"""What stands between arguments and a launch: every check, on every kernel."""
+"""Every check between a kernel's arguments and its launch, on every kernel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moeflux_mlx.engine.metal.library import HEADER
 from moeflux_mlx.errors import KernelError
 
 X, W = mx.ones((3, 8), mx.float16), mx.ones((8,), mx.bfloat16)
-# Every kind of part that a launch has.
+# A kernel whose launch has every kind of part.
 METAL = """
 template <typename T, typename W, typename U, int N, bool B>
 [[kernel]] void every(
@@ -51,7 +51,7 @@ EVERY = Launch(
 
 @pytest.fixture
 def use(tmp_path, monkeypatch) -> Callable[[str], None]:
-    """Make the kernels of a text the ones that launches are checked against."""
+    """Check launches against the kernels of a source text."""
 
     def write(metal: str) -> None:
         (tmp_path / HEADER).write_text("")
@@ -64,13 +64,13 @@ def use(tmp_path, monkeypatch) -> Callable[[str], None]:
 
 
 def changed(part: str, **values: Any) -> Launch:
-    """Return the launch with entries of one part changed, or taken out if None."""
+    """Return the launch with entries of one part changed, or removed if None."""
     entries = {**getattr(EVERY, part), **values}
     kept = {name: value for name, value in entries.items() if value is not None}
     return dataclasses.replace(EVERY, **{part: kept})
 
 
-# A launch that is right.
+# Valid launches.
 def test_a_launch_is_put_into_the_order_of_the_signature(use):
     shuffled = dataclasses.replace(
         EVERY,
@@ -105,7 +105,7 @@ def test_a_launch_is_put_into_the_order_of_the_signature(use):
         assert ready.output_dtypes == [mx.float16, mx.float32]
 
 
-def test_a_number_may_come_as_an_array_of_one_value(use):
+def test_a_number_may_be_an_array_of_one_value(use):
     for value in (mx.array(7, mx.uint32), mx.array([7], mx.uint32), np.int64(7), 7):
         found = prepare(changed("inputs", n=value)).inputs[3]
         assert (found.shape, found.item()) == ((), 7)
@@ -125,7 +125,7 @@ def test_a_launch_like_an_earlier_one_has_arrays_and_numbers_of_its_own(use):
         prepare(changed("inputs", x=other, n=-1))
 
 
-# What is compiled in.
+# Compiled-in values.
 def test_numbers_that_do_not_vary_are_compiled_in_and_not_bound(use, monkeypatch):
     monkeypatch.setitem(prepared.FIXED, "every", frozenset({"n", "eps"}))
     found = prepare(EVERY)
@@ -143,7 +143,7 @@ def test_numbers_that_do_not_vary_are_compiled_in_and_not_bound(use, monkeypatch
     assert "n" in [p.name for p in as_array.instance.inputs]
 
 
-def test_an_input_is_absent_where_the_template_says_so_and_only_there(use):
+def test_an_input_is_absent_exactly_where_the_template_says_so(use):
     use(METAL.replace("bool B", "bool HAS_WHERE"))
 
     def launch(has: bool, where: Any) -> Launch:
@@ -177,7 +177,7 @@ CHANGING = {
     "norm": "t",
     "quant": "t",
 }
-# Here a letter says something else, or there is one token only.
+# In these kernels the letter means something else, or there is only one token.
 OTHERWISE = {("attention_inputs", "s"), ("gated_delta_net_step", "t")}
 LONGER = [
     pytest.param(kernel, letter, id=f"{kernel.name}-{letter}")
@@ -199,7 +199,7 @@ def test_a_kernel_is_compiled_once_for_any_number_of_tokens(kernel, letter):
         arguments = kernel.arguments(kernel.dtypes[0], **{**sizes, letter: n})
         return prepare(kernel(*arguments)).instance
 
-    # So many rows that parts of a cache grow with them.
+    # Enough rows that the cache's splits grow with them.
     n = 1500 if letter == "s" else sizes[letter]
     assert instance(n) is instance(4 * n)
 
@@ -213,7 +213,7 @@ def test_the_limits_themselves_are_allowed(use):
     assert prepare(changed("inputs", n=2**32 - 1, offset=-(2**31)))
 
 
-# A launch that is not.
+# Invalid launches.
 @pytest.mark.parametrize(
     ("launch", "message"),
     [
@@ -227,7 +227,7 @@ def test_the_limits_themselves_are_allowed(use):
         (changed("types", V=mx.float32), r"types: expected .*'U'.* but got \['V'\]"),
     ],
 )
-def test_names_are_the_signature_s(use, launch, message):
+def test_names_are_those_of_the_signature(use, launch, message):
     with pytest.raises(KernelError, match=rf"^\[every\] {message}"):
         prepare(launch)
 
@@ -366,7 +366,7 @@ def test_a_kernel_that_does_not_exist_is_named(use):
         prepare(dataclasses.replace(EVERY, kernel="no_such"))
 
 
-# What launch functions check with.
+# Helpers that launch functions use for checks.
 def test_dims_returns_a_shape_of_the_rank_and_refuses_any_other():
     assert dims("x", X, 2) == (3, 8)
     for value in (X[0], X[None], mx.zeros((0, 8)), 3, None, np.ones((3, 8))):
@@ -381,7 +381,7 @@ def test_expect_refuses_any_other_shape():
             expect("x", value, (3, 8))
 
 
-def test_require_says_what_was_wanted_and_what_came():
+def test_require_states_the_expected_and_the_given_value():
     require("n", True, "anything", 3)
     with pytest.raises(KernelError, match=r"^n: expected a prime but got 4$"):
         require("n", False, "a prime", 4)
@@ -430,7 +430,7 @@ def test_a_kernel_is_registered_once_whole_and_documented():
     assert not {"undocumented", "other"} & set(KERNELS)
 
 
-def test_a_sample_is_of_all_sizes_given_and_of_no_others():
+def test_a_sample_has_exactly_the_given_sizes():
     kernel = KERNELS["residual_add"]
     assert [x.shape for x in kernel.arguments(mx.float32, n=3)] == [(3,), (3,)]
     with pytest.raises(TypeError, match=r"\[residual_add\] .* knows no sizes \['m'\]"):
@@ -473,7 +473,7 @@ def test_scalars_that_vary_are_named_and_are_the_signature_s(use, monkeypatch):
     assert dict(base.FIXED) == {"every": {"eps"}}
 
 
-def test_an_argument_that_is_none_is_named_with_its_kernel():
+def test_an_argument_of_none_is_named_with_its_kernel():
     add = KERNELS["residual_add"]
     with pytest.raises(KernelError, match=r"^\[residual_add\] b: expected an mx.array"):
         add(mx.ones((3,)), 3)
@@ -522,13 +522,13 @@ def leaves(value: Any) -> Iterator[Leaf]:
 
 
 def strided(x: mx.array) -> mx.array:
-    """Return the same values as every second one of a wider array."""
+    """Return the same values as a strided view of a wider array."""
     return mx.repeat(x, 2, axis=-1)[..., ::2]
 
 
 @st.composite
 def damaged_arrays(draw, x: mx.array) -> tuple[str, Any]:
-    """Return what was done to an array, and it afterwards."""
+    """Return a change's name, and the changed array."""
     how = draw(
         st.sampled_from(("rank", "dtype", "longer", "shorter", "empty", "object"))
     )
@@ -552,7 +552,7 @@ def damaged_arrays(draw, x: mx.array) -> tuple[str, Any]:
 
 @st.composite
 def damaged_numbers(draw, n: float) -> tuple[str, Any]:
-    """Return what was done to a number, and it afterwards."""
+    """Return a change's name, and the changed number."""
     near = [-n, -1, 0, n + 1, n - 1, 2 * n + 1, n + 0.5]
     huge = [1 << 31, 1 << 32, 1 << 64, -(1 << 40), 1e30, math.inf, -math.inf, math.nan]
     how = draw(st.sampled_from(("near", "huge", "object")))
@@ -613,7 +613,7 @@ def test_a_view_with_strides_is_accepted_as_it_is(name):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_samples_launch_what_the_reference_returns(name):
+def test_samples_launch_the_outputs_of_the_reference(name):
     found = KERNELS[name]
     for dtype in found.dtypes:
         for i in range(len(found.sizes)):

@@ -1,4 +1,4 @@
-"""Records, safetensors headers, and the bits and groups that follow from shapes."""
+"""Records, safetensors headers, and bits and group sizes derived from shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lifetimes and colours: exact on a small graph, and true of random ones."""
+"""Lifetimes and colours: exact on a small graph, and valid on random ones."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_the_peak_is_that_of_the_op_with_most_alive(block):
 
 
 def overlap(one: Lifetime, other: Lifetime) -> bool:
-    """Tell whether both values are live at some Op."""
+    """Return whether both values are live at some Op."""
     return one.first <= other.last and other.first <= one.last
 
 
@@ -118,7 +118,7 @@ def test_an_empty_graph_needs_nothing():
     assert greedy_color({}).n_colors == 0
 
 
-def test_what_comes_from_outside_is_not_planned(block):
+def test_values_from_outside_are_not_planned(block):
     assert "x" not in by_label(block, analyze_lifetimes(block))
 
 
@@ -178,7 +178,7 @@ class Program:
         return buf
 
     def write(self, role: type, width: int) -> BufId:
-        """Pick a buffer that is written over, or add a new one."""
+        """Pick a buffer to overwrite, or add a new one."""
         fitting = [x for x in self.bufs if x.role is role and self.width(x) == width]
         if fitting and self.rng.random() < 0.2:
             return self.rng.choice(fitting)
@@ -269,12 +269,12 @@ class Program:
         )
 
     def start(self) -> None:
-        """Put the given values where the pool keeps them now."""
+        """Put the given values where the pool now keeps them."""
         for index, value in self.given.items():
             self.pool.bind(BufId(index, self.pool.infos[index].role), value)
 
     def naive(self) -> dict[int, mx.array]:
-        """Run Op after Op, keeping every buffer's last value."""
+        """Run Op by Op, keeping every buffer's last value."""
         values = dict(self.given)
         for op in self.graph:
             reads = [values[buf.index] for buf in op.reads]
@@ -358,7 +358,7 @@ def test_results_have_the_same_bits_with_and_without_the_plan(program):
 
 @randomly
 @given(programs())
-def test_values_are_let_go_after_their_last_use(program):
+def test_values_are_freed_after_their_last_use(program):
     program.pool.commit_plan(program.graph)
     program.start()
     encoding = EXECUTOR.begin_encoding(program.pool, program.weights)
@@ -371,7 +371,7 @@ def test_values_are_let_go_after_their_last_use(program):
 
 @randomly
 @given(programs())
-def test_the_planned_peak_covers_what_each_op_keeps_alive(program):
+def test_the_planned_peak_covers_the_values_alive_at_each_op(program):
     graph, infos = program.graph, program.pool.infos
     peak = planned_peak_bytes(graph)
     results = program.results() - program.given.keys()

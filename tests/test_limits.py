@@ -1,4 +1,4 @@
-"""Limits of memory: control groups, ulimits, the machine; and what heeds them."""
+"""Limits of memory: control groups, ulimits, the machine; and code that obeys them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="these limits are Lin
 
 
 def make_root(root: Path, cgroup: str, mounts: str, files: dict[str, str]) -> Path:
-    """Write what a system says of control groups below a directory."""
+    """Write a system's files about control groups below a directory."""
     proc = root / "proc/self"
     proc.mkdir(parents=True)
     (proc / "cgroup").write_text(cgroup)
@@ -117,7 +117,7 @@ def test_a_system_without_groups_has_the_machines_memory(tmp_path):
     assert limits.memory_limit_bytes(tmp_path) == limits.machine_bytes() > 256 * MIB
 
 
-def test_free_memory_counts_swap_and_what_can_be_dropped(tmp_path):
+def test_free_memory_counts_swap_and_droppable_pages(tmp_path):
     root = make_root(tmp_path, "", "", {})
     text = "MemTotal: 9 kB\nMemFree: 1 kB\nMemAvailable: 5 kB\nSwapFree: 2 kB\n"
     (root / "proc/meminfo").write_text(text)
@@ -140,7 +140,7 @@ resource.setrlimit(resource.{ULIMITS[flag]}, 2 * ({int(n_kib) * 1024},))
 @pytest.mark.slow
 @linux
 @pytest.mark.parametrize("ulimit", ["-v 3000000", "-d 1500000"])
-def test_ulimits_bound_what_is_taken_unasked(ulimit):
+def test_ulimits_bound_the_default_amount_of_memory(ulimit):
     code = "from moeflux_mlx import device; print(device.physical_memory_bytes())"
     done = under_ulimit(ulimit, code)
     assert done.returncode == 0, done.stderr
@@ -168,7 +168,7 @@ for share in map(float, sys.argv[1:]):
 @pytest.mark.slow
 @linux
 @pytest.mark.parametrize("ulimit", ["-v 3000000", "-d 1500000"])
-def test_memory_that_cannot_be_had_is_an_error_and_no_signal(ulimit):
+def test_unavailable_memory_is_an_error_not_a_signal(ulimit):
     done = under_ulimit(ulimit, ALLOCATE, "0.99999", "1.01", "2", "1000", "0.3")
     assert done.returncode == 0, done
     *refused, had = done.stdout.splitlines()
@@ -184,7 +184,7 @@ def test_an_allocation_beyond_any_machine_is_refused():
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> tuple[Path, int]:
-    """A plain model of 1.7 GB of experts, most of it a hole in the file."""
+    """A plain model with 1.7 GB of experts, most of them a hole in the file."""
     path = tmp_path_factory.mktemp("limits") / "large"
     sizes = dict(hidden_size=1024, moe_intermediate_size=1024, num_experts=256)
     return path, make_sparse_checkpoint(path, **sizes, num_hidden_layers=4)
@@ -200,7 +200,7 @@ sys.exit(main(["generate", *fixed.split(), "--model", *sys.argv[1:]]))
 
 @pytest.mark.slow
 @linux
-def test_what_does_not_fit_is_refused_before_it_is_read_and_runs_as_advised(large):
+def test_a_model_that_does_not_fit_is_refused_unread_and_runs_as_advised(large):
     path, n_bytes = large
     assert n_bytes > 1.7e9
     done = under_ulimit("-d 1200000", GENERATE, path)
@@ -290,8 +290,8 @@ def test_a_model_that_does_not_fit_is_refused_unless_its_user_knows_better(
             assert model.runtime.streamer is None or model.runtime.streamer.n_slots
 
 
-def test_experts_nobody_bounds_leave_room_for_the_rest(packed, monkeypatch):
-    """With little memory left the default streams instead of taking three quarters."""
+def test_unbounded_experts_leave_memory_for_the_rest(packed, monkeypatch):
+    """With little memory left, the default streams into the remaining memory."""
     model, _ = moeflux_mlx.load(packed)
     needs, slot = model.needs, model.streamer.slot_bytes
     assert model.streamer.resident
@@ -305,14 +305,14 @@ def test_experts_nobody_bounds_leave_room_for_the_rest(packed, monkeypatch):
 
 @pytest.mark.slow
 @linux
-def test_compare_refuses_what_stock_cannot_hold(large):
+def test_compare_refuses_a_model_that_stock_cannot_hold(large):
     code = "import sys; from moeflux_mlx.cli import main; sys.exit(main(sys.argv[1:]))"
     done = under_ulimit("-d 1200000", code, "compare", large[0])
     assert done.returncode == 2 and "--memory" in done.stderr, done
     assert done.stderr.count("\n") == 1
 
 
-def test_memory_that_nobody_can_have_is_an_error_of_ours(tmp_path, monkeypatch):
+def test_an_impossible_allocation_is_an_error_of_ours(tmp_path, monkeypatch):
     def nothing(*_):
         raise MemoryError
 

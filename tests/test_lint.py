@@ -1,4 +1,4 @@
-"""The lint of Metal source: a bad text and a good look-alike for every rule."""
+"""The lint of Metal source: a bad text and a similar good one for every rule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from moeflux_mlx.engine.metal.library import metal_files
 from moeflux_mlx.proof import lint
 
-# Rule, what it refuses with the line it refuses, and what looks alike and is right.
+# Rule, a bad text with the line of its finding, and a similar good text.
 CASES = [
     (
         "lambda",
@@ -489,7 +489,7 @@ IDS = [f"{case[0]}-{i}" for i, case in enumerate(CASES)]
 
 
 @pytest.mark.parametrize(("rule", "line", "bad", "good"), CASES, ids=IDS)
-def test_a_rule_names_the_line_and_passes_what_looks_alike(rule, line, bad, good):
+def test_a_rule_names_the_line_and_passes_similar_text(rule, line, bad, good):
     found = [(f.line, f.rule) for f in lint.check(bad) if f.rule == rule]
     assert found[:1] == [(line, rule)]
     assert [str(f) for f in lint.check(good)] == []
@@ -525,7 +525,7 @@ def test_findings_come_by_line_with_the_name_they_were_given():
     ]
 
 
-def test_text_that_is_no_metal_at_all_is_read_without_an_error():
+def test_text_other_than_metal_is_read_without_an_error():
     for text in (
         "",
         "}}})",
@@ -544,7 +544,7 @@ def test_only_the_first_branch_of_an_if_is_read_and_lines_stay():
     assert [(f.line, f.rule) for f in lint.check(text)] == [(4, "goto")]
 
 
-def test_a_header_beside_the_file_tells_what_exists(tmp_path: Path):
+def test_a_header_beside_the_file_adds_its_declarations(tmp_path: Path):
     (tmp_path / "a.h").write_text('#include "b.h"\nconstant int N = 9000;')
     (tmp_path / "b.h").write_text("inline float erf(float x) { return x; }")
     file = tmp_path / "k.metal"

@@ -1,4 +1,4 @@
-"""Every Op by every way it can go, on the simulator, against its reference."""
+"""Compare every Op, by each of its ways, with its reference on the simulator."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WAY_CASES = [
 @pytest.mark.sampled
 @simulated
 @pytest.mark.parametrize(("spec", "way"), WAY_CASES)
-def test_an_op_on_the_simulator_gives_what_its_reference_gives(
+def test_an_op_on_the_simulator_gives_the_result_of_its_reference(
     spec: Spec, way: str, monkeypatch
 ):
     case = spec.build()
@@ -62,7 +62,7 @@ def test_every_op_has_kernels_and_a_case_that_runs_them():
 
 def test_a_way_is_named_after_a_kernel():
     names = {way.name for ways in WAYS.values() for way in ways}
-    # This one prepares what MLX then multiplies.
+    # This one prepares the operands of MLX's product.
     assert names - set(KERNELS) == {"mlx_dequantize"}
 
 
@@ -108,7 +108,7 @@ def test_ops_run_together_unless_the_environment_says_otherwise(monkeypatch):
     assert lowering.fused([product, add], None) is None
 
 
-def test_what_is_preferred_on_an_executor_exists_and_goes_first(monkeypatch):
+def test_preferred_ways_of_an_executor_exist_and_come_first(monkeypatch):
     for op_name, names in (
         pair for each in PREFERRED.values() for pair in each.items()
     ):

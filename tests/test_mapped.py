@@ -1,4 +1,4 @@
-"""Experts mapped from a pack's files: the gate, the same bits, no copy, no signal."""
+"""Experts mapped from a pack's files: conditions, equal bits, no copy, no signal."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def store(packed):
 
 @pytest.fixture
 def on_metal(monkeypatch):
-    """Have views of the host's memory stand for Metal's, which computes on pages."""
+    """Use views of host memory for those of Metal, which computes on pages."""
     monkeypatch.setattr(module, "device_weights", host_weights)
     return partial(opened, on_host=False)
 
@@ -54,7 +54,7 @@ def opened(store, memory=None, io=None, *, on_host=True):
     return open_experts(store, memory, stream, io=io, on_host=on_host)
 
 
-# What is the same, and what is not taken.
+# Equal results, and memory that is not allocated.
 @on_host
 @pytest.mark.parametrize("n_tokens", [1, 9])
 def test_logits_are_those_of_experts_read_into_memory(packed, n_tokens):
@@ -98,7 +98,7 @@ def test_tensors_on_the_host_are_the_bytes_of_the_file_uncopied(store):
                 assert np.array_equal(getattr(got, part), getattr(wanted, part))
 
 
-def test_a_pack_deleted_while_mapped_goes_on(checkpoint, packed, tmp_path):
+def test_a_pack_deleted_while_mapped_still_works(checkpoint, packed, tmp_path):
     path = tmp_path / "packed"
     shutil.copytree(packed, path)
     model, _ = moeflux_mlx.load(path, expert_io="mmap")
@@ -110,7 +110,7 @@ def test_a_pack_deleted_while_mapped_goes_on(checkpoint, packed, tmp_path):
 
 # The gate.
 def full_bytes(store):
-    """What slots for all experts take."""
+    """Return the bytes of slots for all experts."""
     return memory_for(store.directory.with_name("plain"), N_RECORDS)
 
 
@@ -166,7 +166,7 @@ def test_where_mlx_takes_no_mapped_memory_experts_are_read(store):
         opened(store, io="mmap", on_host=False)
 
 
-def test_what_cannot_be_mapped_as_asked_is_an_error(store, checkpoint):
+def test_an_impossible_mapping_is_an_error(store, checkpoint):
     with pytest.raises(BudgetError, match=rf"at least {all_bytes(store)} bytes"):
         opened(store, all_bytes(store) - 1, io="mmap")
     with (
@@ -185,7 +185,7 @@ def test_metal_computes_on_the_pages_of_the_file(store):
         assert first.ctypes.data == rows.ctypes.data
 
 
-# Files that are not what they were.
+# Files that changed.
 @pytest.mark.parametrize("n_left", [0, 1000])
 def test_a_file_cut_after_opening_is_never_mapped(n_left, packed, tmp_path):
     path = tmp_path / "packed"

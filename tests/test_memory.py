@@ -1,4 +1,4 @@
-"""A process's memory: planned before loading, kept to while caches grow."""
+"""A process plans its memory before loading and keeps to it while caches grow."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ OWN_BYTES = 100 << 20
 
 @pytest.fixture
 def own_bytes(monkeypatch):
-    """What the interpreter takes, always the same: the tests' own grows."""
+    """Pretend that the interpreter's memory is constant: that of the tests grows."""
     monkeypatch.setattr(memory, "own_bytes", lambda: OWN_BYTES)
     monkeypatch.setattr(device, "process_bytes", lambda: None)
 
 
 @pytest.fixture
 def least(packed, own_bytes) -> int:
-    """The least memory that the packed model runs in."""
+    """The least memory in which the packed model runs."""
     with pytest.raises(BudgetError) as caught:
         plan_load(packed, 1)
     return int(re.search(r"at least (\d+) bytes", str(caught.value))[1])
@@ -61,7 +61,7 @@ def parts(plan: memory.MemoryPlan) -> int:
     return fixed + plan.scratch_bytes + plan.cache_bytes + plan.expert_bytes
 
 
-def test_a_plan_gives_experts_what_the_rest_leaves(packed, least):
+def test_a_plan_gives_experts_the_remaining_memory(packed, least):
     slot = load(packed, "1GB").streamer.slot_bytes
     for n_more in (0, 1, 5):
         plan = plan_load(packed, least + n_more * slot)
@@ -70,14 +70,14 @@ def test_a_plan_gives_experts_what_the_rest_leaves(packed, least):
         assert plan.process_bytes == OWN_BYTES + device.PROCESS_GROWTH_BYTES
 
 
-def test_with_memory_to_spare_everything_is_held(packed, own_bytes):
+def test_with_enough_memory_all_experts_are_held(packed, own_bytes):
     plan = plan_load(packed, "1GB")
     assert plan.n_slots == plan.n_experts == 32
     assert plan.chunk_tokens == 2048 and plan.unpack
     assert parts(plan) < plan.budget_bytes
 
 
-def test_too_little_memory_states_the_least_and_what_takes_it(packed, least):
+def test_too_little_memory_states_the_minimum_and_its_parts(packed, least):
     with pytest.raises(BudgetError) as caught:
         load(packed, least - 1)
     message = str(caught.value)
@@ -103,7 +103,7 @@ def test_the_plan_is_printed_once(packed, own_bytes, capsys):
 
 
 def decode(model, prompt, n_tokens):
-    """Greedy tokens, and how many experts fitted into memory at each."""
+    """Return greedy tokens, and the number of experts in memory at each."""
     cache = make_prompt_cache(model)
     logits, tokens, sizes = model(mx.array([prompt]), cache=cache), [], []
     for _ in range(n_tokens):
@@ -114,7 +114,7 @@ def decode(model, prompt, n_tokens):
 
 
 def long_cache(model, n_rows):
-    """A run's caches of so many tokens, as if they had been computed."""
+    """Return caches of this many tokens, as if they had been computed."""
     cache = make_prompt_cache(model)
     model(mx.array([[1, 2]]), cache=cache)
     for c in cache:
@@ -127,7 +127,7 @@ def long_cache(model, n_rows):
 
 
 def slots_left(model, n_tokens, n_rows, *, chunk):
-    """How many experts fit beside a call of one sequence, by the plan's own parts."""
+    """Return the number of experts that the plan fits beside a call of one sequence."""
     plan, needs, streamer = model.runtime.plan, model.needs, model.streamer
     room = plan.budget_bytes - plan.process_bytes - plan.resident_bytes
     room -= needs.cache_state_bytes + n_rows * needs.cache_row_bytes
@@ -135,7 +135,7 @@ def slots_left(model, n_tokens, n_rows, *, chunk):
     return (room - streamer.slack_bytes) // streamer.slot_bytes
 
 
-def test_experts_give_way_to_a_growing_cache_and_come_back(packed, least):
+def test_experts_are_evicted_for_a_growing_cache_and_return(packed, least):
     model = load(packed, least + (1 << 18))
     plan, streamer = model.runtime.plan, model.streamer
     sizes = range(memory.CACHE_STEP, 4096, memory.CACHE_STEP)
@@ -154,11 +154,11 @@ def test_experts_give_way_to_a_growing_cache_and_come_back(packed, least):
 
 @pytest.mark.parametrize(
     ("most", "chunk", "n_slots"),
-    # 256 + 44 tokens read 2 x 22 of 32 experts and then the 2 that gave way: less than
+    # 256 + 44 tokens read 2 x 22 of 32 experts and then the 2 evicted ones: fewer than
     # 3 chunks of up to 128, which read 20 each, or none if all can be held.
     [(12, 256, 10), (32, 128, 32)],
 )
-def test_experts_give_way_to_a_prompt_if_fewer_are_read(
+def test_experts_are_evicted_for_a_prompt_if_that_saves_reads(
     packed, least, most, chunk, n_slots
 ):
     model = load(packed, "1GB")
@@ -234,7 +234,7 @@ def test_a_call_without_caches_keeps_to_the_plan_too(packed, least):
     model(tokens[:, :8])
 
 
-def test_what_can_not_be_kept_is_refused(packed, own_bytes):
+def test_unusable_options_beside_memory_are_refused(packed, own_bytes):
     with pytest.raises(ConfigError, match=r"\[expert_io\] expected 'pread'"):
         load(packed, "1GB", expert_io="mmap")
     with pytest.raises(ConfigError, match=r"\[expert_memory\] expected bytes"):
@@ -249,7 +249,7 @@ def test_a_limit_that_is_refused_changes_nothing(packed, own_bytes):
     assert model.streamer.n_slots == 32
 
 
-def test_experts_all_in_memory_give_way_too(packed, least):
+def test_resident_experts_are_evicted_too(packed, least):
     prompt = list(range(1, 250))
     everything, expected = load(packed, "1GB"), load(packed, "1GB")
     assert everything.streamer.resident
@@ -260,7 +260,7 @@ def test_experts_all_in_memory_give_way_too(packed, least):
     assert decode(everything, prompt, 3)[0] == tokens == decode(expected, prompt, 3)[0]
 
 
-def test_caches_that_cannot_fit_are_an_error_that_says_so(packed, least):
+def test_caches_that_do_not_fit_are_a_clear_error(packed, least):
     model = load(packed, least)
     cache = make_prompt_cache(model)
     with pytest.raises(BudgetError, match=r"\[memory\] expected at least") as caught:
@@ -272,13 +272,13 @@ def test_caches_that_cannot_fit_are_an_error_that_says_so(packed, least):
     assert f"room for {context} tokens: drop old caches" in str(caught.value)
     with pytest.raises(BudgetError, match=r"\[memory\] expected"):
         model(mx.array([[1] * 300]), cache=cache)
-    # A new cache has the room that the old one had.
+    # A new cache takes the old one's space.
     del cache
     decode(model, [1, 2, 3], 3)
 
 
 @pytest.mark.parametrize("n_more", [0, 1 << 20])
-def test_the_plan_says_how_long_a_context_may_become(packed, least, n_more):
+def test_the_plan_states_the_longest_context(packed, least, n_more):
     model = load(packed, least + n_more)
     plan, keeper = model.runtime.plan, model.runtime.keeper
     assert f"room for {plan.context_tokens} tokens" in str(plan)
@@ -302,7 +302,7 @@ def test_a_long_prompt_is_computed_in_chunks_that_fit(packed, least):
 @pytest.mark.parametrize("used", [0, 100, 256, 300])
 @pytest.mark.parametrize("t, step", [(1, 1), (300, 16), (300, 100), (300, 300)])
 @pytest.mark.parametrize("kind", [KVCache, lambda: BatchKVCache([0, 3])])
-def test_caches_become_as_long_as_their_room(kind, used, t, step):
+def test_predicted_allocations_equal_those_of_caches(kind, used, t, step):
     cache = kind()
 
     def append(n):
@@ -318,7 +318,7 @@ def test_caches_become_as_long_as_their_room(kind, used, t, step):
     assert found == cache.keys.shape[2]
 
 
-def test_a_call_is_decided_once_and_not_refused_in_its_middle(packed, least):
+def test_memory_for_a_call_is_decided_once_at_its_start(packed, least):
     model = load(packed, least + (1 << 20))
     keeper, asked = model.runtime.keeper, []
     make_room = keeper.make_room
@@ -329,7 +329,7 @@ def test_a_call_is_decided_once_and_not_refused_in_its_middle(packed, least):
         return chunk
 
     keeper.make_room = watched
-    # The last chunk has few tokens, so that lookahead would ask for another step.
+    # The last chunk has few tokens, so that lookahead would request another step.
     cache = make_prompt_cache(model)
     mx.eval(model(mx.array([[7] * 509]), cache=cache))
     assert len(asked) == 1 and asked[0][1] < 509
@@ -337,7 +337,7 @@ def test_a_call_is_decided_once_and_not_refused_in_its_middle(packed, least):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_batch_that_fails_leaves_its_caches_as_they_were(fails):
+def test_a_failed_batch_leaves_its_caches_unchanged(fails):
     cache, other = (BatchKVCache([0, 2]) for _ in range(2))
     first, wrong, right = (mx.random.normal((2, 1, n, 4)) for n in (5, 3, 3))
     for c in (cache, other):
@@ -404,20 +404,20 @@ print((taken() - before) // 12)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is as Linux counts it")
-def test_a_model_that_is_dropped_leaves_little_behind():
-    """Lazy random numbers of its making alone would leave 1 MB for each load."""
+def test_a_deleted_model_leaves_little_memory_in_use():
+    """Lazy random numbers from its creation alone would leave 1 MB per load."""
     done = python("-c", LOADS, ROOT / "models" / "demo")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 400 << 10
 
 
-def test_what_no_plan_knew_of_makes_experts_give_way(packed, monkeypatch):
+def test_unplanned_memory_evicts_experts(packed, monkeypatch):
     plan = plan_load(packed, "1GB")
     model = load(packed, parts(plan) + (24 << 20))
     if device.process_bytes() is None:
         pytest.skip("nobody counts a process's memory here")
     keeper = model.runtime.keeper
-    # What other tests left behind must not go away in the middle.
+    # Garbage of other tests must not be freed during the measurement.
     gc.collect()
     device.trim_heap()
     used = device.process_bytes()
@@ -452,7 +452,7 @@ def test_a_smaller_pool_must_be_clearly_faster(speeds, best):
 @pytest.mark.skipif(not device.prefers_host_arrays(), reason="copies are a CPU's")
 @pytest.mark.parametrize("unpack", [False, True], ids=["packed", "unpacked"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
-def test_weights_take_what_the_plan_counts(tmp_path, dtype, unpack):
+def test_weights_take_the_planned_memory(tmp_path, dtype, unpack):
     path = make_checkpoint(tmp_path / "model", dtype=dtype)
     model = moeflux_mlx.load(path)[0]
     text = model.language_model
@@ -481,8 +481,8 @@ def test_inspect_shows_the_plan_without_loading(packed, own_bytes, capsys):
 
 
 BUDGET = 200 << 20
-# Under the limit of memory that the process may still map, but for stacks, whose
-# pages are never touched, or in a control group from its beginning.
+# Limit the memory that the process may still map, except for stacks, whose pages are
+# never touched; or start it in a control group.
 UNDER_LIMIT = """
 import json, os, resource, sys
 
@@ -521,7 +521,7 @@ def run_under_limit(
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A model of three budgets, and the tokens it gives without a limit."""
+    """A model of three times the budget, and its tokens without a limit."""
     path = tmp_path_factory.mktemp("memory") / "large"
     sizes = dict(hidden_size=256, moe_intermediate_size=256, num_experts=384)
     n_bytes = make_sparse_checkpoint(path, **sizes, num_hidden_layers=16)
@@ -534,7 +534,7 @@ def large(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
-def test_a_process_stays_under_its_budget_and_is_refused_without(large):
+def test_a_process_stays_under_its_budget_and_is_refused_without_one(large):
     path, tokens = large
     without = run_under_limit(path, limited=1)
     assert without.returncode == 1 and "BudgetError: [load]" in without.stderr
@@ -547,7 +547,7 @@ def test_a_process_stays_under_its_budget_and_is_refused_without(large):
 
 @pytest.fixture
 def control_group():
-    """A control group that ends processes which hold more than the budget."""
+    """A control group that kills processes above the budget."""
     version_1 = Path("/sys/fs/cgroup/memory")
     parent = version_1 if version_1.is_dir() else Path("/sys/fs/cgroup")
     limit = "memory.limit_in_bytes" if version_1.is_dir() else "memory.max"
@@ -566,7 +566,9 @@ def control_group():
 
 
 @pytest.mark.slow
-def test_a_control_group_lets_it_live_and_has_it_refused_without(large, control_group):
+def test_a_control_group_spares_a_process_with_a_budget_and_it_is_refused_without(
+    large, control_group
+):
     path, tokens = large
     without = run_under_limit(path, limited=1, group=control_group)
     assert without.returncode == 1 and "BudgetError: [load]" in without.stderr
@@ -577,7 +579,7 @@ def test_a_control_group_lets_it_live_and_has_it_refused_without(large, control_
 
 @pytest.fixture
 def measure(monkeypatch):
-    """What ``scripts/measure_budget`` does for each of its rows."""
+    """Measure one row, as ``scripts/measure_budget`` does."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     path = ROOT / "scripts" / "measure_budget"
     loader = SourceFileLoader("measure_budget", str(path))
@@ -593,7 +595,7 @@ def measure(monkeypatch):
 @pytest.mark.parametrize(
     ("case", "budget", "outcome"),
     [
-        # What MLX kept of freed arrays made it 4 MB too much.
+        # MLX's cache of freed arrays could exceed the budget by 4 MB here.
         ("prompt:1500", 175, "4 tokens"),
         ("prompt:3900", 150, "BudgetError: [memory] expected at least"),
         ("batch:3x200", 200, "3 texts"),

@@ -1,4 +1,4 @@
-"""What ``moeflux_mlx/engine/metal/`` reads out of Metal source, and what it refuses."""
+"""``moeflux_mlx/engine/metal/`` reads valid Metal source and refuses other source."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def read(parameters: str, body: str = "", template: str = "") -> MetalKernel:
     return parse(Declaration("kernel", "k", text, Place("some.metal", 1)))
 
 
-# What is read.
+# Accepted source.
 def test_parameters_keep_their_names_order_and_types():
     found = read(
         "device const T* x, constant uint& n, device const half* w, "
@@ -116,7 +116,7 @@ def test_an_input_may_be_spelt_in_every_way_that_metal_allows(text, wanted):
 
 
 @pytest.mark.parametrize("attribute", ATTRIBUTES)
-def test_an_attribute_is_bound_to_our_name_from_what_mlx_gives(attribute):
+def test_an_attribute_is_bound_to_our_name_from_mlxs(attribute):
     numbers = ATTRIBUTES[attribute]
     for width in range(1, numbers + 1):
         kind = "uint" if width == 1 else f"uint{width}"
@@ -161,7 +161,7 @@ def test_a_kernel_needs_neither_inputs_nor_attributes_nor_a_template():
     assert (found.inputs, found.attributes, found.template) == ((), (), ())
 
 
-# What is refused, and where.
+# Refused source, with its line.
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
@@ -251,7 +251,7 @@ def test_a_number_has_a_type_of_its_own():
 
 
 @pytest.mark.parametrize("suffix", ["shape", "strides", "ndim"])
-def test_a_body_cannot_name_what_mlx_would_add(suffix):
+def test_a_body_cannot_use_names_that_mlx_adds(suffix):
     parameters = "device const float* x, constant uint& n, device float* y"
     for name in "xn":
         wanted = rf"^\[some.metal:2\] {name}_{suffix} is a name that MLX defines"
@@ -322,7 +322,7 @@ def test_two_kernels_of_one_name_in_a_file_are_refused(make):
         ("constant int A = 1, B = 2;", "expected one value a declaration"),
     ],
 )
-def test_a_line_that_is_not_understood_is_named(make, line, message):
+def test_an_unknown_line_is_named(make, line, message):
     wanted = rf"^\[some.metal:3\] .*{message}"
     with pytest.raises(KernelError, match=wanted):
         make(f"// A comment.\n\n{line}")
@@ -330,7 +330,7 @@ def test_a_line_that_is_not_understood_is_named(make, line, message):
         make("", header=f"// A comment.\n\n{line}")
 
 
-def test_a_kernel_that_is_not_there_is_named(make):
+def test_a_missing_kernel_is_named(make):
     with pytest.raises(KernelError, match=r"\[missing\] expected a kernel of"):
         make(kernel("device float* y"))["missing"]
 
@@ -432,7 +432,7 @@ def test_threadgroup_memory_is_counted_for_one_instance(make, body, n_bytes):
         ("threadgroup float (&s)[4] = t;", "expected threadgroup arrays"),
     ],
 )
-def test_threadgroup_memory_that_cannot_be_counted_is_an_error(body, message):
+def test_uncountable_threadgroup_memory_is_an_error(body, message):
     found = read("device float* y", f"\n\n  {body}", "template <typename T>\n")
     with pytest.raises(KernelError, match=rf"^\[some.metal:4\] .*{message}"):
         found.threadgroup_bytes({}, NAMES)
@@ -486,7 +486,7 @@ def test_sums_and_products_are_python_s(text):
     assert evaluate(text, {}) == eval(text)
 
 
-# What is registered.
+# Registered kernels.
 SHARED = """
 // Used by all.
 inline float deep(float x) { return x; /* not this */ }
@@ -514,14 +514,14 @@ inline float pair(int x) { return 0.0f; }
 """
 
 
-def test_a_header_holds_what_the_kernel_reaches_and_nothing_else(make):
+def test_a_header_holds_only_declarations_that_the_kernel_reaches(make):
     found = make(USING, SHARED)
     assert found.header(found["first"]) == (
         "inline float deep(float x) { return x; }\n"
         "inline float middle(float x) { return deep(x); }\n"
         "#include <metal_stdlib>\n"
     )
-    # Both functions of a name come, and the type that one of them returns.
+    # Both functions of this name are included, and the type that one returns.
     assert found.header(found["second"]) == (
         "#define LIMIT 4\n"
         "struct Pair { float a; };\n"
@@ -547,7 +547,7 @@ def test_a_body_has_our_names_of_the_attributes_and_no_comments(make):
     )
 
 
-def test_a_fingerprint_changes_with_what_the_kernel_uses_only(make):
+def test_a_fingerprint_changes_only_with_source_that_the_kernel_uses(make):
     before = make(USING, SHARED).fingerprint("first")
     commented = SHARED.replace("Used by all", "Another comment").replace("+ 1.0f", "")
     assert make(USING.replace("Why", "How"), commented).fingerprint("first") == before
@@ -557,7 +557,7 @@ def test_a_fingerprint_changes_with_what_the_kernel_uses_only(make):
 
 
 def lines_by_directive(text: str) -> list[tuple[str, int, str]]:
-    """Return file, number and text of every line that a ``#line`` gives a place."""
+    """Return file, number and text of every line placed by a ``#line`` directive."""
     found, file, number = [], "", 0
     for line in text.split("\n"):
         directive = re.fullmatch(r'#line (\d+) "(.+)"', line)
@@ -595,7 +595,7 @@ def test_line_directives_of_our_kernels_are_right():
                 assert line in originals[file][number - 1], (file, number)
 
 
-def test_our_kernels_are_named_as_the_file_that_holds_them_says():
+def test_our_kernels_are_named_as_their_files_declare():
     for found in library():
         text = (kernels_folder() / found.place.file).read_text()
         line = text.split("\n")[found.place.line - 1]
@@ -603,7 +603,7 @@ def test_our_kernels_are_named_as_the_file_that_holds_them_says():
         assert library()[found.name] is found
 
 
-# Any signature.
+# Random signatures.
 SPACES = st.lists(
     st.sampled_from([" ", "\n", "\t", " // why, ({<\n", "/* a, b */", "/* (\n */"]),
     max_size=2,
@@ -613,7 +613,7 @@ STEMS = st.from_regex(r"[A-Za-z_][a-z_]{0,5}", fullmatch=True)
 
 @st.composite
 def signatures(draw) -> tuple[list[TemplateParameter], list, str]:
-    """Return template, parameters and a spelling of a valid signature."""
+    """Return the template, parameters and source of a valid signature."""
     counter = iter(range(100))
 
     def name() -> str:
@@ -636,7 +636,7 @@ def signatures(draw) -> tuple[list[TemplateParameter], list, str]:
 
 
 def spelling(template: list[TemplateParameter], parameters: list) -> list[str]:
-    """Return tokens; where a space must follow it is part of the token."""
+    """Return tokens; a token includes the space that must follow it."""
     tokens = ["template ", "<"] if template else []
     for p in template:
         tokens += [f"{p.kind} ", p.name, ","]
@@ -662,7 +662,7 @@ def spelling(template: list[TemplateParameter], parameters: list) -> list[str]:
 
 @pytest.mark.slow
 @given(signatures())
-def test_any_valid_signature_is_read_as_it_was_meant(tmp_path_factory, signature):
+def test_any_valid_signature_is_read_correctly(tmp_path_factory, signature):
     template, parameters, text = signature
     path = tmp_path_factory.getbasetemp() / "any.metal"
     path.write_text(text)

@@ -1,4 +1,4 @@
-"""Directories of odd names, and directories with something else than files in them."""
+"""Directories with odd names, and directories that hold other things than files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_directory_of_any_name_is_a_model(name, checkpoint, logits, tmp_path, 
     assert main(["pack", str(plain), str(packed)]) == 0
     assert main(["verify", str(packed)]) == main(["inspect", str(plain)]) == 0
     shown = "".join(capfd.readouterr()).replace("\n", "")
-    # Rich cuts a long name into lines; a terminal obeys nothing of it.
+    # Rich wraps a long name, and no escape sequence reaches the terminal.
     assert shown.isprintable() and (":smile:" in shown) == (":smile:" in name)
     for path, memory in ((plain, None), (plain, "3MB"), (packed, "3MB")):
         model, _ = moeflux_mlx.load(path, expert_memory=memory)
@@ -53,7 +53,9 @@ def test_an_error_shows_nothing_of_a_name_that_moves_the_terminal(
 
 
 @pytest.mark.parametrize("name", ["[a]", os.fsdecode(b"a\xffb")], ids=ascii)
-def test_mlx_lms_own_class_is_read_from_there_too(name, checkpoint, tmp_path):
+def test_mlx_lms_own_class_loads_from_a_directory_of_any_name(
+    name, checkpoint, tmp_path
+):
     path = Path(shutil.copytree(checkpoint, tmp_path / name))
     whole = moeflux_mlx.load(path, native=False)[0](TOKENS)
     streamed = moeflux_mlx.load(path, native=False, expert_memory="3MB")[0](TOKENS)
@@ -79,7 +81,7 @@ FILES += ["model-extra.safetensors", "special_tokens_map.json", "chat_template.j
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kind", [fifo, device, loop], ids=lambda kind: kind.__name__)
-def test_what_is_no_file_is_one_line_and_never_waited_for(
+def test_anything_but_a_file_ends_in_one_line_and_never_blocks(
     kind, name, checkpoint, tmp_path, capfd
 ):
     model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
@@ -87,7 +89,7 @@ def test_what_is_no_file_is_one_line_and_never_waited_for(
     kind(model / name)
     commands = [["pack", str(model), str(tmp_path / "packed")]]
     if kind is not loop:
-        # A link to nowhere is a file that is not there, which may be right.
+        # A broken link counts as a missing file, which may be valid.
         for options in ({}, {"expert_memory": "3MB"}, {"native": False}):
             with pytest.raises(ModelError, match=r"no file|file|config\.json"):
                 moeflux_mlx.load(model, **options)

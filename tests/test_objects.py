@@ -1,4 +1,4 @@
-"""What Python and MLX do with models as objects: stock's answer, or a typed error."""
+"""Operations of Python and MLX on models give stock's answer, or a typed error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOKENS = mx.array([[5, 6, 7, 9]])
 SMALL = POOL_ALIGNMENT + 9 * 20_000
 
-# Which directory, and how much memory for experts.
+# The directory, and the memory for experts.
 KINDS = {
     "native resident": ("checkpoint", None),
     "native streamed": ("checkpoint", SMALL),
@@ -53,7 +53,7 @@ def directories(checkpoint, packed, tmp_path_factory):
 
 @pytest.fixture
 def pair(request, directories):
-    """A kind of model of ours, and stock's of the plain checkpoint."""
+    """One of our kinds of models, and stock's model of the plain checkpoint."""
     name, memory = KINDS[request.param]
     plain = directories["door" if "door" in name else "checkpoint"]
     ours = moeflux_mlx.load(directories[name], expert_memory=memory)[0]
@@ -72,7 +72,7 @@ def doubled(x: mx.array) -> mx.array:
 
 
 def layer_calls(model: Any) -> list[mx.array]:
-    """Call each layer by itself: rows, then more of them with a cache and a mask."""
+    """Call each layer alone: with rows, then with more rows, a cache and a mask."""
     found = []
     for layer, cache in zip(model.layers, make_prompt_cache(model), strict=True):
         found.append(layer(rows()))
@@ -114,7 +114,7 @@ def parameters(model: Any) -> list[Any]:
 
 
 def without_matrices(paths: Any) -> list[str]:
-    """Return paths but those of single matrices of experts."""
+    """Return paths without those of single expert matrices."""
     return [path for path in paths if ".switch_mlp." not in path]
 
 
@@ -128,7 +128,7 @@ def requantized(model: Any) -> mx.array:
     return model(TOKENS)
 
 
-# These give stock's answer for every kind of model.
+# Operations that give stock's answer for every kind of model.
 ALIKE = {
     "a list of lists": lambda m: m([[5, 6, 7, 9]]),
     "lists of a batch": lambda m: m([[5, 6], [7, 9]]),
@@ -163,7 +163,7 @@ def copied_caches(model: Any, again: Any) -> mx.array:
 def agree(one: Any, other: Any) -> bool:
     if isinstance(one, mx.array):
         same = one.shape == other.shape and one.dtype == other.dtype
-        # Ours sums in another order.
+        # Our model sums in another order.
         return same and mx.allclose(one, other, rtol=1e-4, atol=1e-4).item()
     if isinstance(one, list):
         return len(one) == len(other) and all(map(agree, one, other))
@@ -179,10 +179,10 @@ def test_objects_are_as_stocks(pair):
 
 
 def again(pair: tuple[Any, Any], name: str) -> tuple[Any, Any]:
-    """Return models that an earlier operation has not changed."""
+    """Return models without the changes of earlier operations."""
     changed = ("update", "load_weights")
     if name in changed:
-        # What doubled them is taken back, exactly.
+        # Keep the original parameters: later operations must find them again.
         for model in pair:
             model.__dict__.setdefault("own", model.parameters())
     else:
@@ -220,7 +220,7 @@ def experts_updated(model: Any) -> mx.array:
 COPY = r"\[copy\] .* load it a second time"
 PICKLE = r"\[pickle\] .* load the model again where it is needed"
 UNPACK = "'moeflux unpack PACK DIR'"
-# These are refused where experts are read from files.
+# Operations that are refused where experts are read from files.
 REFUSED = {
     "a deep copy": (copy.deepcopy, COPY),
     "a deep copy of its streamer": (lambda m: copy.deepcopy(m.streamer), COPY),
@@ -245,7 +245,7 @@ REFUSED = {
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("pair", STREAMED, indirect=True)
-def test_what_experts_from_files_cannot_be_is_refused(pair):
+def test_operations_that_experts_from_files_lack_are_refused(pair):
     model, _ = pair
     before = model(TOKENS)
     for name, (operation, message) in REFUSED.items():
@@ -265,12 +265,12 @@ def test_a_resident_model_is_changed_as_stocks(pair):
     ours, stocks = pair
     stocks.set_dtype(mx.float16)
     if isinstance(ours, type(stocks)) and hasattr(ours, "language_model"):
-        # Ours computes in float32 on a CPU, with the weights' rounded values.
+        # On a CPU our model computes in float32, with the weights' rounded values.
         stocks.set_dtype(mx.float32)
     assert agree(cast(ours), stocks(TOKENS).astype(mx.float32))
 
 
-def test_our_own_class_says_how_else_it_is_kept(directories):
+def test_pickling_our_own_class_names_another_way_to_save_it(directories):
     ours, _ = moeflux_mlx.load(directories["checkpoint"])
     with pytest.raises(ModelError, match=r"\[pickle\] .*mlx_lm\.utils\.save_model"):
         pickle.dumps(ours)
@@ -287,7 +287,7 @@ def test_streamed_dense_experts_are_not_quantised(native, tmp_path):
     with pytest.raises(ModelError, match=rf"\[quantize\] .*gate_proj: .*{UNPACK}"):
         nn.quantize(model, 32, 4)
     assert mx.array_equal(model(TOKENS), before)
-    # Whoever leaves experts out gets all else quantised.
+    # A predicate that skips experts has all other layers quantised.
     nn.quantize(model, 32, 8, class_predicate=lambda _, m: isinstance(m, nn.Linear))
     stock = mlx_lm.load(str(path))[0]
     nn.quantize(stock, 32, 8, class_predicate=lambda _, m: isinstance(m, nn.Linear))
@@ -297,7 +297,9 @@ def test_streamed_dense_experts_are_not_quantised(native, tmp_path):
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", ["checkpoint", "packed", "door", "door_pack"])
 @pytest.mark.parametrize("memory", [None, "4MB"])
-def test_load_takes_what_mlx_lms_takes(directories, name, memory, tmp_path):
+def test_load_accepts_the_arguments_of_mlx_lms_load(
+    directories, name, memory, tmp_path
+):
     path = directories[name]
     plain = directories[name.replace("_pack", "").replace("packed", "checkpoint")]
     change = {"max_position_embeddings": 99}
@@ -318,7 +320,7 @@ def test_load_puts_adapters_in_their_place_of_the_signature(directories, tmp_pat
         assert agree(ours(TOKENS), stock(TOKENS))
 
 
-def test_what_load_returns_is_saved_as_a_whole_model(directories, tmp_path):
+def test_the_results_of_load_are_saved_as_a_complete_model(directories, tmp_path):
     path = directories["door_pack"]
     model, tokenizer, config = moeflux_mlx.load(
         path, return_config=True, expert_memory=LEAST
@@ -339,12 +341,12 @@ def test_what_load_returns_is_saved_as_a_whole_model(directories, tmp_path):
         ("trust_remote_code", None.__class__),
     ],
 )
-def test_load_names_an_argument_of_another_kind(directories, name, value):
+def test_load_names_an_argument_of_a_wrong_type(directories, name, value):
     with pytest.raises(ConfigError, match=rf"\[{name}\] expected a"):
         moeflux_mlx.load(directories["checkpoint"], **{name: value})
 
 
-def test_a_models_own_code_is_not_run_and_said_to_be(directories, tmp_path):
+def test_a_models_own_code_is_not_run_and_that_is_reported(directories, tmp_path):
     path = make_checkpoint(tmp_path / "own")
     config = (path / "config.json").read_text()
     (path / "config.json").write_text(config.replace("{", '{"model_file": "m.py",', 1))

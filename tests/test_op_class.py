@@ -1,4 +1,4 @@
-"""An Op is whole or it does not import; what it costs follows from its sizes."""
+"""An incomplete Op does not import; an Op's cost follows from its sizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from moeflux_mlx.experts.weights import Quantization
 
 @pytest.fixture(autouse=True)
 def registry():
-    """Forget the Ops a test defines."""
+    """Unregister the Ops that a test defines."""
     before = dict(REGISTRY)
     yield REGISTRY
     REGISTRY.clear()
@@ -58,7 +58,7 @@ WHOLE = {
 
 
 def define(**changes: Any) -> type[Op]:
-    """Define the Op class ``Double``, whole but for ``changes``; None leaves out."""
+    """Define the Op class ``Double`` with ``changes``; None removes an entry."""
     body = {k: v for k, v in (WHOLE | changes).items() if v is not None}
     return type(Op)("Double", (Op,), body)
 

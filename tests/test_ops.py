@@ -1,4 +1,4 @@
-"""Every Op's reference against formulas in float64, itself and mlx-lm's functions."""
+"""Compare each Op's reference with formulas in float64, itself and mlx-lm."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def is_float(x):
 
 @pytest.fixture(autouse=True)
 def uncompiled():
-    """Run mlx-lm's compiled functions as they are: a CPU compiles for seconds."""
+    """Run mlx-lm's compiled functions uncompiled: a CPU compiles for seconds."""
     mx.disable_compile()
     yield
     mx.enable_compile()
@@ -62,7 +62,7 @@ def test_every_registered_op_has_a_case():
 
 
 @every_op
-def test_the_reference_gives_what_the_formula_says(case):
+def test_the_reference_gives_the_result_of_the_formula(case):
     for got, expected in zip(case.on_device_result(), case.expected(), strict=True):
         assert relative_rms(got, expected) < TOLERANCE
 
@@ -89,7 +89,7 @@ def test_results_have_the_shape_and_type_of_their_buffers(spec, dtype):
 
 
 def projected(outputs, directions):
-    """The inner product of all outputs with ``directions``: one number to derive."""
+    """Return the inner product of all outputs with ``directions``, to differentiate."""
     return sum((x * d).sum() for x, d in zip(outputs, directions, strict=True))
 
 
@@ -146,7 +146,7 @@ def test_routing_survives_logits_that_overflow_a_naive_softmax(to):
 
 
 class ShuffledExperts:
-    """Experts in permuted slots, handed out in permuted waves of uneven length."""
+    """Experts in permuted slots, given out in permuted waves of uneven length."""
 
     def __init__(self, experts: ExpertWeights, seed: int):
         self.rng = np.random.default_rng(seed)
@@ -442,7 +442,7 @@ def test_the_gated_norm_is_mlx_lms(dtype):
     assert relative_rms(got, expected) < (TOLERANCE if dtype == mx.float32 else 1e-3)
 
 
-# The convolution's and the cache's state.
+# The states of the convolution and the cache.
 @on_both
 @pytest.mark.parametrize("split", [(1, 6), (2, 5), (3, 4), (6, 1), (1, 1, 5)], ids=str)
 def test_the_convolution_continues_where_the_last_chunk_ended(split, to):

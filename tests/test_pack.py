@@ -1,4 +1,4 @@
-"""Packing: what is written, what is refused, and what a crash leaves."""
+"""Packing: the files it writes, the sources it refuses, and recovery after a crash."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from moeflux_mlx.system.volume import lock
 
 ROOT = Path(__file__).parent.parent
 
-# Packs, and waits to be killed once half of the bytes are written.
+# Pack, and wait to be killed once half of the bytes are written.
 KILLED = """
 import sys, time
 from moeflux_mlx.experts.files.pack import pack
@@ -68,7 +68,7 @@ def plain(tmp_path):
 
 @contextlib.contextmanager
 def tmpfs(path: Path, n_bytes: int):
-    """Mount a small disk of its own at ``path``."""
+    """Mount a small disk at ``path``."""
     path.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "tmpfs", str(path)]
     if sys.platform != "linux" or os.geteuid() != 0:
@@ -154,7 +154,7 @@ def test_shards_make_the_same_experts_as_one_file(tmp_path, plain):
 
 
 def hub_cache(path: Path, model: Path) -> Path:
-    """Lay a model out as a hub's cache does; return the folder of links."""
+    """Arrange a model as a hub's cache does; return the folder of links."""
     links = path / "models--a--b" / "snapshots" / "0123abcd"
     links.mkdir(parents=True)
     (path / "models--a--b" / "blobs").mkdir()
@@ -222,7 +222,7 @@ def test_memory_stays_at_one_expert_whatever_the_size_of_a_stack(tmp_path):
 
 
 @pytest.mark.parametrize("exists", ["file", "empty", "pack", "broken link"])
-def test_what_exists_is_never_overwritten(exists, tmp_path, plain):
+def test_an_existing_target_is_never_overwritten(exists, tmp_path, plain):
     packed = tmp_path / "packed"
     if exists == "file":
         packed.write_text("precious")
@@ -302,7 +302,7 @@ def a_shard_is_missing(path):
         (a_shard_is_missing, r"model-00002-of-00002\.safetensors"),
     ],
 )
-def test_a_source_that_is_no_usable_model_is_refused(spoil, message, tmp_path, plain):
+def test_an_unusable_source_is_refused(spoil, message, tmp_path, plain):
     spoil(plain)
     with pytest.raises(ModelError, match=message):
         pack(plain, tmp_path / "packed")
@@ -325,7 +325,7 @@ def test_a_disk_that_is_too_small_is_found_before_writing(tmp_path, plain):
         assert not (disk / "packed").exists()
 
 
-def test_a_disk_that_fills_up_loses_nothing_and_packing_goes_on(tmp_path, plain):
+def test_a_full_disk_loses_nothing_and_packing_continues(tmp_path, plain):
     pack(plain, tmp_path / "whole")
     with tmpfs(tmp_path / "disk", 1024 * 1024) as disk:
 
@@ -346,7 +346,7 @@ def test_a_disk_that_fills_up_loses_nothing_and_packing_goes_on(tmp_path, plain)
 
 @pytest.fixture
 def killed(tmp_path, plain):
-    """``packed.partial`` as ``kill -9`` leaves it half way."""
+    """``packed.partial`` as ``kill -9`` leaves it halfway."""
     with run_script(KILLED, plain, tmp_path / "packed") as process:
         assert process.stdout.readline().startswith("layer")
         process.send_signal(signal.SIGKILL)
@@ -355,7 +355,7 @@ def killed(tmp_path, plain):
 
 
 @pytest.mark.slow
-def test_a_killed_pack_goes_on_where_it_stopped(killed, tmp_path, plain):
+def test_a_killed_pack_continues_where_it_stopped(killed, tmp_path, plain):
     assert not (tmp_path / "packed").exists()
     finished = killed / "experts-000.bin"
     before = finished.stat()
@@ -417,7 +417,7 @@ def test_verify_finds_one_flipped_bit(name, tmp_path, plain):
         assert verify(packed).damaged == [(path, 1, 3)]
 
 
-def test_the_commands_pack_and_verify_tell_what_they_did(tmp_path, checkpoint):
+def test_the_commands_pack_and_verify_report_their_work(tmp_path, checkpoint):
     packed = tmp_path / "packed"
     done = moeflux("pack", checkpoint, packed, "--verify", "--alignment", 4096)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Packing stays in its folder, in its source and on its disk, and waits for nobody."""
+"""Packing stays in its folder, in its source and on its disk, and never blocks."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ def plain(tmp_path):
 
 @pytest.fixture
 def whole(plain, tmp_path):
-    """What packing without any trouble makes."""
+    """The files of an undisturbed pack."""
     pack(plain, tmp_path / "whole")
     return contents(tmp_path / "whole")
 
 
 @pytest.fixture
 def outside(tmp_path):
-    """A file that is nobody's business."""
+    """A file outside, which packing must not touch."""
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "secret").write_text("secret")
     return tmp_path / "outside" / "secret"
 
 
 def stop_after(layer: int):
-    """Progress that ends packing once a layer is written."""
+    """A progress callback that ends packing once a layer is written."""
 
     def progress(what, done, total):
         if what == f"layer {layer + 1}":
@@ -64,7 +64,7 @@ def stop_after(layer: int):
 
 @pytest.fixture
 def begun(plain, tmp_path):
-    """A folder that an earlier run left half way."""
+    """A folder that an earlier run left halfway."""
     with pytest.raises(KeyboardInterrupt):
         pack(plain, tmp_path / "packed", progress=stop_after(1))
     return tmp_path / "packed.partial"
@@ -77,7 +77,7 @@ WRITTEN += [MODEL_FILE, "moeflux.json", f"{JOURNAL_NAME}.tmp", "config.json.tmp"
 @pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["link", "broken link", "second name", "pipe"])
 @pytest.mark.parametrize("name", WRITTEN)
-def test_nothing_is_written_through_what_lies_in_a_partial_folder(
+def test_nothing_is_written_through_files_in_a_partial_folder(
     name, kind, begun, plain, tmp_path, outside
 ):
     path = begun / name
@@ -118,7 +118,9 @@ def test_a_folder_of_templates_that_is_a_link_is_not_entered(
 
 
 @pytest.mark.parametrize("name", ["model-2.safetensors", "evil.py", ".hidden"])
-def test_what_no_run_wrote_is_neither_packed_nor_removed(name, begun, plain, tmp_path):
+def test_files_that_no_run_wrote_are_neither_packed_nor_removed(
+    name, begun, plain, tmp_path
+):
     (begun / name).write_text("laid beside")
     with pytest.raises(ExpertStoreError, match=name.replace(".", r"\.")):
         pack(plain, tmp_path / "packed")
@@ -165,7 +167,7 @@ def test_a_source_with_anything_but_files_of_its_own_is_refused(
     elif kind == "pipe":
         os.mkfifo(path)
     elif kind == "socket":
-        # The path of a socket is short.
+        # The path of a socket must be short.
         here = os.open(plain, os.O_RDONLY)
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(f"/proc/self/fd/{here}/{name}")
@@ -254,9 +256,7 @@ def test_the_tokenizer_and_all_its_templates_are_those_of_the_original(tmp_path)
         assert one == other != ""
 
 
-def test_the_command_says_what_it_leaves_out_and_that_code_comes_along(
-    tmp_path, capsys
-):
+def test_the_command_lists_omitted_files_and_copied_code(tmp_path, capsys):
     plain = make_checkpoint(tmp_path / "plain")
     (plain / "mtp.safetensors").write_bytes(b"unused")
     (plain / "pytorch_model.bin").write_bytes(b"unused")
@@ -283,7 +283,9 @@ def more_layers(config):
 
 
 @pytest.mark.parametrize("spoil", [no_class, other_width, more_layers])
-def test_the_command_refuses_at_once_what_nothing_can_load(spoil, tmp_path, capsys):
+def test_the_command_refuses_at_once_a_model_that_nothing_can_load(
+    spoil, tmp_path, capsys
+):
     plain = make_checkpoint(tmp_path / "plain")
     config = json.loads((plain / "config.json").read_text())
     (plain / "config.json").write_text(json.dumps(spoil(config)))
@@ -292,11 +294,9 @@ def test_the_command_refuses_at_once_what_nothing_can_load(spoil, tmp_path, caps
     assert not list(tmp_path.glob("packed*"))
 
 
-def test_a_run_goes_on_where_the_disk_has_room_for_the_whole_and_no_more(
-    plain, whole, tmp_path
-):
+def test_a_run_needs_exactly_the_disk_space_of_the_pack(plain, whole, tmp_path):
     blocks = sum(-(-len(data) // 4096) for data in whole.values())
-    # The journal lies beside the manifest for a moment, and the folder is a page.
+    # The journal briefly exists beside the manifest, and the folder takes a page.
     with tmpfs(tmp_path / "disk", 4096 * (blocks + 4)) as disk:
         for layer in (0, 1):
             with pytest.raises(KeyboardInterrupt):
@@ -305,12 +305,12 @@ def test_a_run_goes_on_where_the_disk_has_room_for_the_whole_and_no_more(
         assert contents(disk / "packed") == whole
 
 
-def test_what_is_written_again_counts_as_free_and_what_is_kept_as_done(
+def test_files_to_rewrite_count_as_free_and_kept_files_as_done(
     begun, plain, whole, tmp_path, monkeypatch
 ):
     kept = sum(len(whole[f"experts-00{n}.bin"]) for n in (0, 1))
     again = 512 * (begun / "experts-002.bin").stat().st_blocks
-    # Neither the manifest nor the header of the one file of weights is counted.
+    # The manifest and the header of the single weight file are not counted.
     needed = sum(len(data) for name, data in whole.items() if name != "moeflux.json")
     header = int.from_bytes(whole["model.safetensors"][:8], "little") + 8
     least = needed - header - kept - again
@@ -355,7 +355,7 @@ def test_bytes_that_did_not_reach_the_disk_are_an_error(plain, tmp_path, monkeyp
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/version"), reason="needs /proc")
-def test_a_volume_that_does_not_say_what_is_free_is_not_full():
+def test_a_volume_of_unknown_free_space_is_not_full():
     with open("/proc/version") as file:
         assert volume.free_bytes(file.fileno()) is None
 
@@ -394,7 +394,7 @@ def test_a_changed_model_file_is_seen_by_verify_and_by_loading(
     assert str(path) in "".join(capsys.readouterr())
     if change in ("missing", "pipe"):
         return
-    # Whoever can write the file can write the manifest too.
+    # A user who can write the file can write the manifest too.
     manifest = Manifest.read(copy / MANIFEST_NAME)
     files = list_files(copy, MANIFEST_NAME, manifest.resident.file)
     text = replace(manifest, files=files).to_json()
@@ -404,7 +404,7 @@ def test_a_changed_model_file_is_seen_by_verify_and_by_loading(
             action(copy)
 
 
-def test_what_packing_writes_itself_and_what_is_hidden_is_not_copied(tmp_path):
+def test_files_that_packing_writes_and_hidden_files_are_not_copied(tmp_path):
     plain = make_checkpoint(tmp_path / "plain")
     (plain / ".cache").mkdir()
     for name in (".gitattributes", JOURNAL_NAME, MODEL_FILE):

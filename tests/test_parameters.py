@@ -1,4 +1,4 @@
-"""Parameters as Ops see them: matrices of one input as one, and what is noticed."""
+"""Parameters as Ops see them: joined matrices of one input, and noticed changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Eviction policies: whom each evicts, and that no layer is starved."""
+"""Eviction policies: the expert that each evicts, and a floor for every layer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def held(policy, *keys: int):
 
 
 def trace_of(chosen: np.ndarray, n_experts: int = N_EXPERTS) -> RoutingTrace:
-    """A trace of single tokens ``[N, L, K]``."""
+    """Return a trace of single tokens ``[N, L, K]``."""
     passes = np.ones(len(chosen), np.uint32)
     layers = tuple(range(chosen.shape[1]))
     sizes = (100,) * len(layers)
@@ -60,7 +60,7 @@ def test_lfu_lets_old_uses_count_less():
     policy = held(LFU(SHAPE), 0, 1)
     policy.use(0, [0] * 10 + [1] * 5)
     assert policy.victim(0, LAYERS, keep=()) == 1
-    # Ten half-lives later, old uses are next to nothing.
+    # After ten half-lives, old uses count almost nothing.
     policy.use(1, [5] * int(10 * LFU.HALF_LIFE * N_LAYERS * N_EXPERTS))
     policy.use(0, [1])
     assert policy.victim(0, LAYERS, keep=()) == 0
@@ -74,7 +74,7 @@ def test_lfu_remembers_uses_of_evicted_keys():
     assert policy.victim(0, LAYERS, keep=()) == 1
 
 
-def test_lfu_keeps_no_more_than_it_needs_of_what_comes_and_goes():
+def test_lfu_keeps_a_bounded_record_of_evicted_experts():
     policy = held(LFU(SHAPE), 0, 1)
     for _ in range(1000):
         policy.use(0, [0, 1, 1])
@@ -95,13 +95,13 @@ keys = st.integers(0, N_LAYERS * N_EXPERTS - 1)
     layers=st.sets(st.sampled_from(LAYERS)),
     largest=st.sampled_from([1.05, 1e200]),
 )
-def test_lfu_evicts_what_its_definition_says(uses, admitted, keep, layers, largest):
+def test_lfu_evicts_the_expert_of_its_definition(uses, admitted, keep, layers, largest):
     policy = LFU(SHAPE)
     policy._LARGEST = largest
     held(policy, *sorted(admitted))
     for key in uses:
         policy.use(key // N_EXPERTS, [key])
-        # Looked up between uses, so that what is remembered may go out of date.
+        # Choose victims between uses, so that remembered values can become stale.
         policy.victim(0, layers, keep)
     half_life = LFU.HALF_LIFE * N_LAYERS * N_EXPERTS
     decay = 0.5 ** (1 / half_life)
@@ -117,7 +117,7 @@ def test_lfu_evicts_what_its_definition_says(uses, admitted, keep, layers, large
         assert free[found] == pytest.approx(min(free.values()), rel=1e-9)
 
 
-def test_markov_keeps_what_followed_the_experts_used_now():
+def test_markov_keeps_experts_that_followed_those_in_use():
     policy = held(Markov(SHAPE), 0, 1, 2, 3)
     # 0 then 1, 2 then 3, each as often as the other.
     for _ in range(20):
@@ -146,7 +146,9 @@ def test_markov_keeps_what_followed_the_experts_used_now():
     layers=st.sets(st.sampled_from(LAYERS)),
     shared=st.booleans(),
 )
-def test_markov_evicts_what_its_definition_says(uses, admitted, keep, layers, shared):
+def test_markov_evicts_the_expert_of_its_definition(
+    uses, admitted, keep, layers, shared
+):
     n_groups = 1 if shared else N_LAYERS
     policy = Markov(PoolShape(N_LAYERS, N_EXPERTS, n_slots=9, n_groups=n_groups))
     for i, (layer, experts) in enumerate(uses):
@@ -194,7 +196,7 @@ def test_markov_evicts_what_its_definition_says(uses, admitted, keep, layers, sh
             assert free[found] == pytest.approx(min(free.values()), rel=1e-4, abs=1e-6)
 
 
-def test_markov_forgets_what_followed_long_ago(monkeypatch):
+def test_markov_forgets_old_successors(monkeypatch):
     monkeypatch.setattr(Markov, "FOLLOWED", 16.0)
     policy = held(Markov(SHAPE), 1, 2)
     for _ in range(64):
@@ -280,7 +282,7 @@ def test_no_layer_falls_below_its_floor_for_another(
         top_k=TOP_K,
         policy=policy,
         n_groups=1 if shared else N_LAYERS,
-        # More would leave a token of one layer no room.
+        # With more, a token of one layer would not fit.
         floor=min(floor, (n_slots - TOP_K) // (N_LAYERS - 1)),
     )
 
@@ -303,14 +305,14 @@ def test_no_layer_falls_below_its_floor_for_another(
         assert len(slots) == len(set(slots)) <= n_slots
 
 
-def test_floors_are_what_a_token_needs_where_slots_allow():
+def test_floors_are_the_need_of_a_token_where_slots_allow():
     def floor(n_slots: int) -> int:
         return SlotTable(4, 16, n_slots, top_k=3, policy=LRU).floor
 
     assert [floor(n) for n in (3, 8, 16, 24, 60)] == [0, 1, 2, 3, 3]
 
 
-def test_a_floor_is_no_reason_to_find_no_slot():
+def test_a_floor_never_leaves_a_request_without_a_slot():
     table = SlotTable(2, 4, 2, top_k=1, policy=LRU, floor=2)
     for expert in (0, 1):
         table.place(0, expert, table.claim(0, ()))

@@ -1,4 +1,4 @@
-"""Memory for experts: aligned, shared by its views, and paid for once."""
+"""Memory for experts is aligned, shared by its views, and allocated once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DTYPE_NAMES = {
 
 
 def stacks(q, n_experts=7, rows=24, columns=192, dtype=mx.float32):
-    """Random stacks of experts by projection and part, and the layout of one."""
+    """Return random stacks of experts by projection and part, and one's layout."""
     mx.random.seed(5)
     arrays = {
         (projection, part): array
@@ -79,7 +79,7 @@ def test_aligned_bytes_begin_at_the_alignment_and_are_writable(n_bytes, alignmen
 
 @pytest.mark.parametrize("q", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["f32", "bf16"])
-def test_what_is_written_into_a_slot_shows_in_its_tensors(q, dtype):
+def test_bytes_written_into_a_slot_show_in_its_tensors(q, dtype):
     arrays, layout = stacks(q, dtype=dtype)
     pool = SlotPool([layout], 5)
     views = weight_arrays(pool.weights(layout))
@@ -212,7 +212,7 @@ NOT_AMOUNTS += ["", "8GB 2", 0, -5, True, None, [], float("nan"), float("inf")]
 
 
 @pytest.mark.parametrize("memory", NOT_AMOUNTS)
-def test_anything_else_is_refused_by_the_argument_s_name(memory):
+def test_any_other_amount_is_refused_with_the_name_of_the_argument(memory):
     with pytest.raises(ConfigError, match=r"\[memory\] expected bytes") as caught:
         parse_bytes(memory)
     assert repr(memory) in str(caught.value)

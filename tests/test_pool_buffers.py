@@ -1,4 +1,4 @@
-"""The pool: host bytes in and out by prefix, aligned and borrowed memory, the plan."""
+"""The pool: prefix uploads and downloads, aligned and borrowed memory, the plan."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moeflux_mlx.errors import GraphError, SizeMismatch
 
 TWO_MIB = 2 << 20
 N, DIM = 3, 5
-# A role for each type of value; bfloat16 is seen from the host as uint16.
+# A role for each type of value; the host sees bfloat16 as uint16.
 TYPES = {
     "float32": (mx.float32, b.GDecayBuf, np.float32),
     "bfloat16": (mx.bfloat16, b.HiddenBuf, np.uint16),
@@ -56,7 +56,7 @@ def test_a_buffer_reads_as_zeros_until_it_is_written(buffer):
     assert pool.handle(buf).dtype == pool.info(buf).dtype
 
 
-def test_what_is_uploaded_comes_back(buffer):
+def test_uploaded_values_are_downloaded_unchanged(buffer):
     pool, buf, values = buffer
     pool.upload(buf, values)
     assert np.array_equal(fetch(pool, buf, values), values)
@@ -135,7 +135,7 @@ def test_a_value_of_another_shape_is_not_bound(pool):
         pool.bind(buf, mx.zeros((DIM, N)))
 
 
-# Memory of its own, memory of others.
+# Owned and borrowed memory.
 @pytest.mark.parametrize("alignment", [4096, TWO_MIB])
 @pytest.mark.parametrize("n_bytes", [1, 65537])
 def test_aligned_memory_begins_at_a_multiple(pool, n_bytes, alignment):
@@ -215,7 +215,7 @@ def test_an_id_of_no_buffer_is_refused_everywhere(pool, index):
             use(bad)
 
 
-def test_reset_forgets_what_follows_the_last_persistent_buffer(pool):
+def test_reset_forgets_buffers_after_the_last_persistent_one(pool):
     scratch = pool.alloc(b.HiddenBuf, (N, DIM), "scratch")
     kept = pool.alloc(b.HiddenBuf, (N, DIM), "kept", persistent=True)
     gone = pool.alloc(b.HiddenBuf, (N, DIM), "gone")
@@ -238,7 +238,7 @@ def test_reset_without_persistent_buffers_forgets_all(pool):
 
 # The plan.
 def chain(pool, n_links=5):
-    """Add ``mixed`` to ``stream`` again and again; returns graph and buffers."""
+    """Add ``mixed`` to ``stream`` repeatedly; return the graph and its buffers."""
     stream = pool.alloc(b.HiddenBuf, (N, DIM), "stream", persistent=True)
     mixed = pool.alloc(b.OProjOutBuf, (N, DIM), "mixed")
     pool.upload(stream, np.full((N, DIM), 2, np.float32))

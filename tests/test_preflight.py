@@ -1,4 +1,4 @@
-"""What is said of a model before it is read: here, and of a hub from headers alone."""
+"""Reports on a model before it is read: from local files, or from a hub's headers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LINE = "moeflux: before loading "
 
 
 class Hub(NamedTuple):
-    """A hub on loopback: how many bytes of each file it sent, and what it can do."""
+    """A hub on loopback, with its settings and the bytes sent of each file."""
 
     sent: dict[str, int]
     settings: dict[str, bool]
@@ -40,7 +40,7 @@ class Hub(NamedTuple):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
-    """A plain model of 0.4 GB, most of it a hole, whose headers are long."""
+    """A plain model of 0.4 GB, mostly a hole, with long headers."""
     path = tmp_path_factory.mktemp("preflight") / "large"
     sizes = dict(hidden_size=512, moe_intermediate_size=512, num_experts=64)
     make_sparse_checkpoint(path, **sizes, num_hidden_layers=16)
@@ -49,7 +49,7 @@ def large(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def hub(large, checkpoint, packed, monkeypatch, tmp_path) -> Iterator[Hub]:
-    """Serve three models as huggingface_hub asks for them."""
+    """Serve three models as huggingface_hub requests them."""
     models = {"me/large": large, "me/small": checkpoint, "me/pack": packed}
     sent: dict[str, int] = {}
     settings = {"ranges": True}
@@ -113,7 +113,7 @@ def hub(large, checkpoint, packed, monkeypatch, tmp_path) -> Iterator[Hub]:
 @pytest.mark.sampled
 @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
 @pytest.mark.parametrize("name", ["large", "small"])
-def test_headers_of_a_hub_tell_what_the_files_tell(
+def test_headers_from_a_hub_give_the_report_of_the_files(
     name, ranges, hub, large, checkpoint
 ):
     hub.settings["ranges"] = ranges
@@ -129,7 +129,7 @@ def test_headers_of_a_hub_tell_what_the_files_tell(
     assert told == known
 
 
-def test_only_configuration_and_headers_are_asked_for(hub, large, capsys):
+def test_only_configuration_and_headers_are_requested(hub, large, capsys):
     assert main(["inspect", "me/large", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["expert_bytes"] > 0.4e9 and found["forecast"]["disk_bandwidth"] is None
@@ -145,7 +145,7 @@ def test_only_configuration_and_headers_are_asked_for(hub, large, capsys):
     assert {*hub.sent} <= {"config.json", *weights}
 
 
-def test_a_hub_without_the_model_is_one_line(hub, capsys):
+def test_a_hub_without_the_model_ends_in_one_line(hub, capsys):
     assert main(["inspect", "me/none"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("moeflux: [inspect] expected a local directory or a hub id")
@@ -159,7 +159,9 @@ def test_a_pack_of_a_hub_is_refused_with_the_command(hub):
         pass
 
 
-def test_what_does_not_fit_is_said_before_a_download(hub, monkeypatch, capfd):
+def test_a_model_that_does_not_fit_is_reported_before_a_download(
+    hub, monkeypatch, capfd
+):
     monkeypatch.setattr(device, "left_bytes", lambda: 200_000_000)
     with pytest.raises(BudgetError, match=r"does not fit into 200\.0 MB.*--memory \d"):
         announce("me/large", {})
@@ -171,7 +173,7 @@ def test_what_does_not_fit_is_said_before_a_download(hub, monkeypatch, capfd):
     assert sum(hub.sent.values()) < 4 << 20
 
 
-def test_what_is_larger_than_memory_is_said_by_inspect(large, monkeypatch, capsys):
+def test_inspect_reports_a_model_larger_than_memory(large, monkeypatch, capsys):
     monkeypatch.setattr(device, "left_bytes", lambda: 200_000_000)
     assert main(["inspect", str(large)]) == 0
     text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
@@ -187,7 +189,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_commands_say_it_before_they_load(
+def test_commands_report_it_before_loading(
     name, packed, tmp_path, capfd, monkeypatch, budget
 ):
     monkeypatch.setattr("sys.stdin", io.StringIO())
@@ -198,7 +200,7 @@ def test_commands_say_it_before_they_load(
     assert re.search(r"experts streamed, \d+% of the experts in memory; ", first)
 
 
-def test_what_loading_will_refuse_is_not_announced(packed, tmp_path, capfd):
+def test_a_model_that_loading_refuses_is_not_announced(packed, tmp_path, capfd):
     announce(packed, {"expert_memory": 1})
     announce(packed, {"memory": "much"})
     announce(tmp_path, {})
@@ -207,7 +209,7 @@ def test_what_loading_will_refuse_is_not_announced(packed, tmp_path, capfd):
 
 
 def of(**changes) -> Forecast:
-    """Return a model of 1 GB and 8 GB of experts on a machine of round numbers."""
+    """Forecast a model of 1 GB and 8 GB of experts, on a machine with round numbers."""
     given = dict(
         resident_bytes=10**9,
         expert_bytes=8 * 10**9,
@@ -237,7 +239,7 @@ def test_the_arithmetic_is_bytes_over_bandwidth():
     )
 
 
-def test_what_was_not_measured_is_not_made_up():
+def test_unmeasured_speeds_are_not_invented():
     cold = of(streams=True, held_bytes=0, disk_bandwidth=None)
     assert cold.token_seconds is None and cold.first_token_seconds is None
     assert "a disk not measured yet" in cold.speed()
@@ -257,7 +259,7 @@ def test_bandwidths_are_measured(tmp_path, packed):
     assert memory_bandwidth() == memory_bandwidth()
 
 
-def test_a_forecast_follows_what_memory_is_given(packed, checkpoint):
+def test_a_forecast_follows_the_given_memory(packed, checkpoint):
     summary = summarize(packed)
     slots = summary.full_bytes - POOL_ALIGNMENT
     held = [
@@ -287,7 +289,7 @@ def test_a_forecast_follows_what_memory_is_given(packed, checkpoint):
         ("packed", {"policy": "lru", "expert_memory": "few"}, []),
     ],
 )
-def test_options_without_effect_are_said_to_be(
+def test_options_without_effect_are_reported(
     name, options, flags, checkpoint, packed, budget, capfd
 ):
     if "expert_memory" in options:

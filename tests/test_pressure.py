@@ -1,4 +1,4 @@
-"""The system runs short of memory: what it says, and how experts give way to that."""
+"""The system's signals of low memory, and the experts that are evicted for it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def stalls(some: object, full: object) -> str:
 
 
 def group(path: str, left: int, text: str) -> dict[str, str]:
-    """A control group of 800 bytes, of which so many are left, and its stalls."""
+    """Return the files of a control group of 800 bytes with ``left`` bytes free."""
     folder = f"{GROUPS}/{path}"
     return {
         f"{folder}/memory.max": "800\n",
@@ -101,14 +101,14 @@ SYSTEM = "proc/pressure/memory"
         ),
     ],
 )
-def test_linux_says_what_it_is_short_of(files, expected, tmp_path):
+def test_linux_reports_low_memory(files, expected, tmp_path):
     mounts = V2.format(top="/", at="/" + GROUPS)
     root = make_root(tmp_path, "0::/a/b\n", mounts, files)
     assert memory_pressure(root) is expected
 
 
 @linux
-def test_a_file_that_cannot_be_read_is_no_pressure(tmp_path):
+def test_an_unreadable_file_means_no_pressure(tmp_path):
     root = make_root(tmp_path, "", "", {"proc/meminfo": SCARCE})
     (root / SYSTEM).mkdir(parents=True)
     assert memory_pressure(root) is NORMAL
@@ -126,21 +126,21 @@ def test_a_file_that_cannot_be_read_is_no_pressure(tmp_path):
         (None, NORMAL),
     ],
 )
-def test_macos_says_it_by_a_number(number, expected, monkeypatch):
+def test_macos_reports_low_memory_by_a_number(number, expected, monkeypatch):
     monkeypatch.setattr(pressure, "_macos_level", lambda: number)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert memory_pressure() is expected
 
 
 @linux
-def test_a_system_without_that_number_has_no_pressure():
-    # Linux's library has no such function, as no later macOS may have.
+def test_a_system_without_that_number_reports_no_pressure():
+    # Linux's library lacks this function, as a later macOS may.
     assert pressure._macos_level() is None
     assert pressure.level_of(None) is NORMAL
 
 
 class Watched:
-    """A relief of a pool under a stated pressure, at a stated time."""
+    """A pool's relief under a given pressure, at a given time."""
 
     def __init__(self, least: int = 6, wanted: int = 64):
         self.now, self.level, self.n_looks, self.wanted = 0.0, NORMAL, 0, wanted
@@ -154,7 +154,7 @@ class Watched:
         return self.level
 
     def slots(self, seconds: float, level: Pressure) -> list[int]:
-        """The sizes that follow each other in so many seconds of this pressure."""
+        """Return the successive sizes in this many seconds of pressure."""
         self.level, end, sizes = level, self.now + seconds, []
         while self.now < end:
             changed = self.relief.look(self.wanted)
@@ -164,7 +164,7 @@ class Watched:
         return sizes
 
 
-def test_a_pool_becomes_smaller_step_by_step_down_to_what_a_token_needs(capsys):
+def test_a_pool_shrinks_step_by_step_down_to_the_need_of_a_token(capsys):
     watched = Watched()
     assert watched.slots(10, NORMAL) == []
     assert watched.slots(STEP_SECONDS, WARNING) == [48]
@@ -183,7 +183,7 @@ def test_it_grows_back_slowly_once_the_system_is_calm(capsys):
     watched.slots(10 * STEP_SECONDS, CRITICAL)
     assert watched.slots(CALM_SECONDS - 2 * LOOK_SECONDS, NORMAL) == []
     assert watched.slots(CALM_SECONDS, NORMAL) == [14]
-    # A moment of pressure has it wait again.
+    # A moment of pressure makes it wait again.
     assert watched.slots(LOOK_SECONDS, WARNING) == [10]
     assert watched.slots(CALM_SECONDS - 2 * LOOK_SECONDS, NORMAL) == []
     sizes = watched.slots(10 * CALM_SECONDS, NORMAL)
@@ -192,7 +192,7 @@ def test_it_grows_back_slowly_once_the_system_is_calm(capsys):
     assert watched.slots(10 * CALM_SECONDS, NORMAL) == []
 
 
-def test_the_system_is_looked_at_once_a_second_at_most():
+def test_the_system_is_checked_at_most_once_a_second():
     watched = Watched()
     watched.slots(20, WARNING)
     assert watched.n_looks == 20 / LOOK_SECONDS
@@ -200,7 +200,7 @@ def test_the_system_is_looked_at_once_a_second_at_most():
 
 @pytest.fixture
 def hurried(monkeypatch):
-    """A pressure to be stated; looks and steps without a pause."""
+    """A settable pressure, with checks and steps without a pause."""
     for name in ("LOOK_SECONDS", "STEP_SECONDS", "CALM_SECONDS"):
         monkeypatch.setattr(relief, name, 0.0)
     stated = SimpleNamespace(level=NORMAL)
@@ -213,7 +213,7 @@ LEVELS = [NORMAL, WARNING, CRITICAL, CRITICAL, CRITICAL, *[NORMAL] * 10]
 
 
 def decode(model, stated=None):
-    """Greedy tokens with their logits, and the experts in memory at each."""
+    """Return greedy tokens with their logits, and the experts in memory at each."""
     cache, found, sizes = make_prompt_cache(model), [], []
     tokens = PROMPT
     for i in range(N_TOKENS):
@@ -231,7 +231,7 @@ def decode(model, stated=None):
 @pytest.mark.parametrize(
     "bound", [{"memory": "1GB"}, {"expert_memory": "1GB"}], ids=["plan", "no-plan"]
 )
-def test_logits_stay_the_same_while_experts_give_way(packed, hurried, native, bound):
+def test_logits_stay_the_same_while_experts_are_evicted(packed, hurried, native, bound):
     expected, held = decode(moeflux_mlx.load(packed, native=native, **bound)[0])
     model = moeflux_mlx.load(packed, native=native, **bound)[0]
     most, least = model.streamer.n_slots, model.streamer.least_slots
@@ -262,7 +262,7 @@ def test_segments_are_replaced_in_steps_where_only_they_give_memory_back(
     assert streamer.memory_bytes == taken
 
 
-def test_a_long_call_without_caches_gives_way_before_it_begins(packed, hurried):
+def test_a_long_call_without_caches_evicts_experts_before_it_begins(packed, hurried):
     model = moeflux_mlx.load(packed, expert_memory="1GB")[0]
     most = model.streamer.n_slots
     expected = model(mx.array([PROMPT])).tolist()
@@ -280,7 +280,7 @@ def test_experts_that_a_gradient_reads_stay(packed, hurried):
     assert sizes == [most] * N_TOKENS and len(found) == N_TOKENS
 
 
-def test_what_the_system_is_short_of_is_nothing_to_a_gpu_with_its_own(monkeypatch):
+def test_low_system_memory_does_not_concern_a_gpu_with_its_own_memory(monkeypatch):
     monkeypatch.setattr(device, "system_pressure", lambda: CRITICAL)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     assert device.memory_pressure() is CRITICAL

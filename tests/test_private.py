@@ -1,4 +1,4 @@
-"""What lies in a cache is used only where no other user could have put it."""
+"""A cache's files are used only where no other user could have written them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOBODY = 65534
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """The folder of the cache, which is not there yet."""
+    """The folder of the cache, which does not exist yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(private, "_instead", {})
     return tmp_path / "moeflux-mlx"
@@ -139,7 +139,7 @@ DOUBTFUL = [opened, linked, piped, pytest.param(planted, marks=root)]
 
 
 @pytest.mark.parametrize("spoil", DOUBTFUL)
-def test_records_that_others_could_have_written_count_for_nothing(spoil, cache):
+def test_records_that_others_could_have_written_are_ignored(spoil, cache):
     record = verified.Record("metal", "m", "2026-01-01", "1", {})
     verified.remember(record, ())
     path = cache / "verified-metal.json"
@@ -168,7 +168,7 @@ def test_a_planted_object_is_not_loaded(spoil, cache, monkeypatch):
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
-    """The folder for temporary files, as MLX sees it."""
+    """The folder for temporary files that MLX uses."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()

@@ -1,4 +1,4 @@
-"""What a profile counts and adds up, and how its timers time; no figure of time."""
+"""A profile's counts and sums, and its timers on a fake clock; no real times."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ N_LINEAR, N_FULL = 3, 1
 
 
 class Fixed(StepTimer):
-    """Says that everything takes two microseconds, and performs it twice."""
+    """A timer that performs everything twice and reports two microseconds."""
 
     def __init__(self):
         super().__init__(repeats=1)
@@ -53,7 +53,7 @@ class Fixed(StepTimer):
 
 
 class Traced(OpsExecutor):
-    """The references on MLX arrays, a step of decoding as one trace: as on a GPU."""
+    """Run references on MLX arrays, with a compiled step of decoding, as on a GPU."""
 
     name = "traced"
     takes_host_arrays = False
@@ -105,7 +105,7 @@ def test_bytes_are_those_that_a_step_must_move(checkpoint):
     one_expert = 3 * (64 * 64 // 2 + 2 * 4 * 64 * 64 // 32)
     chosen = 2 * (4 + 4)
     assert rows[linear, "experts"].n_bytes == 2 * one_expert + 4 * 2 * 64 + chosen
-    # Rows looked up, appended and seen, not whole tables and caches.
+    # Only the rows looked up, appended and attended, not complete tables and caches.
     row = 64 // 2 + 2 * 4 * 64 // 32
     assert rows["embed", "embed"].n_bytes == 4 + row + 4 * 64
     assert rows[full, "kv_append"].n_bytes == 2 * 2 * 4 * 64
@@ -133,7 +133,7 @@ def test_our_launches_are_counted_where_ops_run_together(packed):
     assert rows["full attention layer", "kv_append"].kernels == ()
     assert found.n_launches == sum(r.count * len(r.kernels) for r in found.rows)
     layers = [row for row in found.rows if row.graph == "linear attention layer"]
-    # Two products more than a norm takes along: they are quantised in another group.
+    # Two products more than a norm fuses: their quantisation group size differs.
     assert sum(len(row.kernels) for row in layers) == 8
 
 
@@ -148,7 +148,7 @@ def test_a_prompt_counts_no_more_experts_than_there_are(checkpoint, executor):
 
 
 @pytest.mark.parametrize("executor", ["ops", "traced"])
-def test_a_model_goes_on_as_if_it_had_not_been_profiled(checkpoint, executor):
+def test_profiling_leaves_no_effect_on_a_model(checkpoint, executor):
     model = load(checkpoint, executor)
 
     def logits():
@@ -174,14 +174,14 @@ def test_a_model_that_is_not_ours_is_refused():
 
 
 @pytest.mark.parametrize("name", ["context", "repeats", "prefill"])
-def test_a_number_that_cannot_be_used_is_refused(checkpoint, name):
+def test_an_unusable_number_is_refused(checkpoint, name):
     value = -1 if name == "prefill" else 0
     with pytest.raises(ConfigError, match=rf"\[--{name}\] expected at least"):
         profile(load(checkpoint), **{name: value})
 
 
 class Clock:
-    """A clock that stands still unless it is moved."""
+    """A clock that stands still unless moved."""
 
     def __init__(self):
         self.seconds = 0.0
@@ -201,13 +201,13 @@ def test_a_host_timer_divides_by_all_works():
 
 
 class NoBlocker:
-    """Blocks for no time at all."""
+    """A blocker that takes no time."""
 
     def lasting(self, seconds: float):
         return lambda: [mx.ones(1)]
 
 
-def test_a_device_timer_takes_links_off_and_says_when_the_host_was_in_it():
+def test_a_device_timer_subtracts_links_and_reports_host_time():
     clock, x = Clock(), mx.ones(64)
 
     def slow_to_launch(x):
@@ -219,12 +219,12 @@ def test_a_device_timer_takes_links_off_and_says_when_the_host_was_in_it():
     timing = timer.time([Work(slow_to_launch, [x]) for _ in range(4)])
     assert timing.seconds == pytest.approx(1e-4)
     assert not timing.is_hidden
-    # Blockers and steps that take no time by this clock.
+    # Blockers and steps take no time on this clock.
     timing = timer.time([Work(lambda x: x + 1, [x])])
     assert timing == Timing(0.0, False)
 
 
-def test_only_where_the_host_is_not_what_computes_do_launches_cost_extra():
+def test_launches_cost_extra_only_where_the_host_does_not_compute():
     ticks = itertools.count()
     assert HostTimer(3, lambda: next(ticks)).launch_seconds() == 0
     found = DeviceTimer(3, lambda: next(ticks)).launch_seconds()
@@ -232,7 +232,7 @@ def test_only_where_the_host_is_not_what_computes_do_launches_cost_extra():
 
 
 def test_a_device_timer_reads_the_devices_clock_where_it_can():
-    """On this one a step takes 7 us, a link 2, and blockers any time."""
+    """On this device a step takes 7 us, a link 2 us, and a blocker any time."""
     device_ns, read = 0, []
 
     def step(x):
@@ -267,7 +267,7 @@ def test_a_device_timer_reads_the_devices_clock_where_it_can():
 
 
 def test_a_device_timer_queues_until_the_host_is_hidden():
-    """The blocker moves the clock when it is evaluated, launches when encoded."""
+    """The blocker moves the clock when evaluated, and launches move it when encoded."""
     asked = []
 
     class Scripted(DeviceTimer):
@@ -299,7 +299,7 @@ def test_a_device_timer_queues_as_many_steps_as_it_may():
     assert queued == [63, 6, 3]
 
 
-def test_a_blocker_lasts_at_least_as_long_as_asked():
+def test_a_blocker_lasts_at_least_the_requested_time():
     widths = []
 
     def elapsed(run):
@@ -330,7 +330,7 @@ def test_linked_work_waits_and_gets_the_same_values():
     assert work.is_linked and not Work(lambda: mx.ones(3), []).is_linked
 
 
-def test_states_are_carried_on_and_held_by_nobody_else():
+def test_a_state_is_carried_from_step_to_step():
     state = mx.zeros(16)
     work = Work(lambda s, x: (x, s + 1), [state, mx.ones(16)], carried=((1, 0),))
     for _ in range(3):
@@ -354,7 +354,7 @@ def test_the_command_prints_and_writes_every_row(checkpoint, tmp_path, capsys):
     assert "MoeDecodeExperts" in {row["ops"] for row in steps}
 
 
-def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch, tmp_path):
+def test_a_plot_without_matplotlib_names_the_extra_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match=r"pip install 'moeflux-mlx\[plot\]'"):
         check_plot(tmp_path / "x.png")

@@ -1,4 +1,4 @@
-"""Progress is for terminals, and leaves nothing behind."""
+"""Progress shows on terminals only, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moeflux_mlx.system.progress import byte_progress, showing_prompts
 
 
 class Terminal:
-    """A pseudo-terminal in place of standard error, and what was written to it."""
+    """A pseudo-terminal as standard error, with the text written to it."""
 
     def __init__(self, monkeypatch):
         self._main, end = pty.openpty()
@@ -23,7 +23,7 @@ class Terminal:
         self._parts: list[bytes] = []
         monkeypatch.setenv("TERM", "xterm")
         monkeypatch.setattr(sys, "stderr", self._file)
-        # A full pseudo-terminal would block whoever writes.
+        # A full pseudo-terminal would block its writer.
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
@@ -66,7 +66,7 @@ def test_short_prompts_show_none(packed, budget, monkeypatch):
 
 
 def test_the_output_of_others_is_not_cut_by_a_prompts_bar(packed, budget, monkeypatch):
-    """As in mlx-lm's commands, which may be in the middle of a line."""
+    """mlx-lm's commands may be in the middle of a line."""
     model, _ = moeflux_mlx.load(packed, expert_memory=budget)
     terminal = Terminal(monkeypatch)
     tokens = mx.array([[i % 300 for i in range(70)]])
@@ -80,11 +80,11 @@ def test_reading_all_experts_shows_progress(packed, monkeypatch):
     assert "reading experts" in terminal.text()
 
 
-def test_nothing_is_shown_where_there_is_no_terminal(packed, budget, capfd):
+def test_nothing_is_shown_without_a_terminal(packed, budget, capfd):
     run(packed, budget, 70)
     shown = capfd.readouterr()
     assert shown.out == ""
-    # What was decided, and nothing that moves.
+    # The decision is printed, but no moving bar.
     assert shown.err.splitlines() and "\x1b" not in shown.err
     assert all(line.startswith("moeflux: ") for line in shown.err.splitlines())
 

@@ -1,4 +1,4 @@
-"""Experts read before they are asked for: nothing but time and bytes read changes."""
+"""Reading experts before they are requested changes only time and bytes read."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def holds(streamer, store, layer: int, expert: int, slot: int) -> bool:
 
 
 @pytest.mark.parametrize("ask", ["slots", "parts"])
-def test_what_was_foreseen_is_a_hit_and_what_was_not_a_miss(streamer, store, ask):
+def test_predicted_experts_are_hits_and_others_misses(streamer, store, ask):
     streamer.begin_read_ahead(1, ids(4, 5, 6))
     source = streamer.source(1)
     if ask == "slots":
@@ -142,7 +142,7 @@ def test_what_was_foreseen_is_a_hit_and_what_was_not_a_miss(streamer, store, ask
     assert counts.wasted_bytes == store.layout(1).record_bytes
 
 
-def test_what_is_in_memory_or_on_its_way_is_not_read_again(streamer):
+def test_experts_in_memory_or_being_read_are_not_read_again(streamer):
     streamer.source(1).slots(ids(4, 5, 6))
     for _ in range(2):
         streamer.begin_read_ahead(1, ids(5, 6, 7))
@@ -150,7 +150,7 @@ def test_what_is_in_memory_or_on_its_way_is_not_read_again(streamer):
     assert (streamer.stats[1].misses, streamer.stats[1].read_ahead) == (3, 1)
 
 
-def test_slots_held_by_reads_ahead_are_had_when_they_are_needed(streamer, store):
+def test_slots_held_by_reads_ahead_are_freed_when_needed(streamer, store):
     streamer.begin_read_ahead(0, ids(0, 1, 2, 3))
     streamer.begin_read_ahead(1, ids(0, 1, 2, 3))
     slots = streamer.source(1).slots(ids(8, 9, 10))[0].tolist()
@@ -158,7 +158,7 @@ def test_slots_held_by_reads_ahead_are_had_when_they_are_needed(streamer, store)
         assert holds(streamer, store, 1, expert, slot)
 
 
-def test_a_read_ahead_that_fails_is_nobodys_error(store, tmp_path):
+def test_a_failed_read_ahead_raises_no_error(store, tmp_path):
     folder = store.path(0).parents[1]
     shutil.copytree(folder, tmp_path / "all")
     path = tmp_path / "all" / store.path(1).relative_to(folder)
@@ -176,7 +176,7 @@ def test_a_read_ahead_that_fails_is_nobodys_error(store, tmp_path):
 
 
 class Machine:
-    """A clock on which a token takes as long as it is told."""
+    """A clock on which a token takes a given time."""
 
     def __init__(self, without: float, ahead: float, waits: float):
         self.seconds = {False: without, True: ahead}
@@ -222,7 +222,7 @@ def test_a_first_token_that_takes_long_decides_nothing(ahead):
 
 
 def test_tokens_that_wait_for_the_disk_count_where_most_do_not():
-    """Most find their experts in the page cache; a third of them takes longer."""
+    """Most tokens find their experts in the page cache; a third take longer."""
     machine = Machine(1.0, 1.0, waits=0.0)
     tried = []
     for i in range(8 * TURN_TOKENS):
@@ -236,11 +236,11 @@ def test_tokens_that_wait_for_the_disk_count_where_most_do_not():
     assert machine.token()
 
 
-def test_nothing_is_tried_where_nothing_is_waited_for():
+def test_nothing_is_tried_where_no_read_delays_a_token():
     machine = Machine(1.0, 0.5, waits=0.001)
     assert not any(machine.token() for _ in range(TURN_TOKENS + HOLD_TOKENS))
 
 
-def test_a_choice_without_meaning_is_refused():
+def test_an_invalid_choice_is_refused():
     with pytest.raises(ConfigError, match="'maybe'"):
         ReadAhead("maybe", float)

@@ -1,4 +1,4 @@
-"""Reads by position: whole or with an error that says where."""
+"""Reads by position are complete, or end in an error that names the place."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_many_reads_by_few_threads_fill_every_buffer(file, inline_bytes):
 
 
 def test_an_interrupt_while_threads_start_leaves_none_behind(monkeypatch):
-    """Ctrl-C may come when a thread runs and its start has not returned."""
+    """Ctrl-C may come when a thread runs but its start has not returned."""
     start, started = threading.Thread.start, []
 
     def interrupted(thread):
@@ -124,7 +124,7 @@ def test_reads_of_a_batch_end_in_any_order(file, monkeypatch):
     pool.close()
 
 
-def test_what_is_cancelled_is_not_waited_for(file, monkeypatch):
+def test_cancelled_reads_are_not_awaited(file, monkeypatch):
     preadv, begun, go_on = os.preadv, threading.Event(), threading.Event()
 
     def held(*args):
@@ -261,7 +261,7 @@ def test_a_read_of_several_spans_names_the_file_that_ends_early(
 
 
 @pytest.mark.parametrize("step", ["begin", "read", "finish"])
-def test_an_error_that_nobody_expects_is_the_reads_own_and_ends_no_thread(
+def test_an_unexpected_error_belongs_to_its_read_and_ends_no_thread(
     file, monkeypatch, step
 ):
     def broken(*_):
@@ -273,7 +273,7 @@ def test_an_error_that_nobody_expects_is_the_reads_own_and_ends_no_thread(
         batch = Batch([read_of(file, n, 63) for n in range(9)])
         pool.submit(batch)
         batch.wait()
-    # It has no text of its own.
+    # The error has no message, so its type must be named.
     named = ["ZeroDivisionError" in str(read.error) for read in batch.reads]
     assert all(named) and not any(read.done for read in batch.reads)
     pool.submit(again := Batch([read_of(file, 5, 63)]))

@@ -1,4 +1,4 @@
-"""An estimate of registers: near what is published, and enough for every launch."""
+"""The estimate of registers is near published figures, and launches fit it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def published() -> list:
 @simulated
 @pytest.mark.skipif(not (MLX / "sdpa_vector.h").exists(), reason="MLX came without it")
 @pytest.mark.parametrize(("width", "allowed"), [(256, 1024), (512, 832)])
-def test_the_estimate_is_near_what_a_mac_allows_kernels_of_mlx(width, allowed):
+def test_the_estimate_is_near_the_limits_of_a_mac_for_mlxs_kernels(width, allowed):
     """An M1 runs MLX's attention of one token with 1024 threads at 256, 832 at 512."""
     text = (MLX / "sdpa_vector.h").read_text()
     constant = r"constant (bool|int) (\w+) \[\[function_constant\(\d+\)\]\];"
@@ -81,7 +81,7 @@ def test_a_launch_of_a_published_width_fits_the_registers_of_m1(name, sizes):
 
 @pytest.mark.slow
 def test_a_launch_of_many_threads_has_an_estimate(tool):
-    """Up to 384 threads fit whatever their registers; more have to be looked at."""
+    """Up to 384 threads fit with any registers; larger launches need an estimate."""
     assert 384 * MAX_REGISTERS <= THREADGROUP_REGISTERS
 
     def many(kernel, dtype, sizes) -> list:
@@ -108,7 +108,7 @@ def test_a_launch_of_many_threads_has_an_estimate(tool):
 @pytest.mark.sampled
 @pytest.mark.parametrize(("name", "sizes"), published())
 def test_a_template_that_a_published_width_reaches_stands_in_a_sample(name, sizes):
-    """What the doctor and the tests try is what models run."""
+    """The doctor and the tests try the templates that models run."""
     kernel = KERNELS[name]
 
     def template(dtype, each) -> dict:

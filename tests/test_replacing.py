@@ -1,4 +1,4 @@
-"""Where only whole buffers go back: memory falls with the pool, and no bit changes."""
+"""Where the system takes back only entire buffers, memory still falls with the pool."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KIB, OWN_BYTES = 1 << 10, 100 << 20
 
 @contextmanager
 def stated():
-    """A device that takes back nothing but whole buffers."""
+    """A device that takes back only entire buffers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "returns_pages", lambda: False)
         yield patch
@@ -71,7 +71,7 @@ def check(source, expected, layer, experts):
 
 
 def check_held(streamer, expected):
-    """Hold what the table says against the bytes in the slots, and every size."""
+    """Check the table against the bytes in the slots, and check every size."""
     held, table = streamer.held, streamer._table
     assert [table.n_slots_of(g) for g in range(table.n_groups)] == [
         pool.n_slots for pool in streamer.pools
@@ -106,7 +106,7 @@ def check_held(streamer, expected):
     scope=st.sampled_from(["global", "layer"]),
     runs_ahead=st.booleans(),
 )
-def test_experts_are_right_whatever_the_size_becomes(
+def test_experts_are_right_after_any_change_of_size(
     store, expected, steps, n_slots, scope, runs_ahead
 ):
     options = {"scope": scope, "runs_ahead": runs_ahead}
@@ -148,10 +148,10 @@ REFUSED = BudgetError("[pool] cannot allocate")
         (24, 18, 9, REFUSED, CALLS[:2]),
     ],
 )
-def test_whatever_ends_a_change_of_size_loses_nothing(
+def test_an_interrupted_change_of_size_loses_nothing(
     store, expected, n_slots, begin, end, error, calls, monkeypatch
 ):
-    """At each of the calls that it consists of, before it and after it."""
+    """End it before and after each of the calls that it makes."""
     monkeypatch.setattr(device, "returns_pages", lambda: False)
     n_left = 0
 
@@ -221,7 +221,7 @@ PROMPT, N_TOKENS = [3, 1, 4, 1, 5, 9, 2, 6], 2
 
 
 class Run:
-    """Greedy tokens of a model, and their logits."""
+    """Return a model's greedy tokens, and their logits."""
 
     def __init__(self, model):
         self.model, self.cache = model, make_prompt_cache(model)
@@ -250,21 +250,21 @@ def opened(kind, executor, optimistic, read_ahead, n_slots, packed, checkpoint):
     else:
         model = moeflux_mlx.load(packed, executor=executor, **options)[0]
     assert len(model.streamer.pools) == n_segments
-    # Threads read, however small a record.
+    # Threads read records of any size.
     model.streamer._in_flight.reader.inline_bytes = 0
     return model
 
 
 @pytest.fixture(scope="module")
 def resident():
-    """Logits of models that hold all experts and never change, by how they run."""
+    """Logits of models that always hold all experts, by the way that they run."""
     return {}
 
 
 def released(streamer, n_slots: int) -> tuple[int, int]:
-    """Change the size; return what active memory and what the pool lost by that.
+    """Change the size; return the loss of active memory and the loss of the pool.
 
-    Meanwhile there may be one buffer more, of one segment.
+    During the change, one segment may have a second buffer.
     """
     before, taken = mx.get_active_memory(), streamer.memory_bytes
     largest = max(p.bytes.nbytes for p in streamer.pools)
@@ -302,7 +302,7 @@ def test_memory_falls_with_the_pool_and_no_bit_changes(
     whole_buffers,
     resident,
 ):
-    """The next token does not take the old buffers again."""
+    """The next token does not allocate the old buffers again."""
     options = kind, executor, optimistic, read_ahead
     if options not in resident:
         whole = Run(opened(*options, 32, packed, checkpoint))
@@ -322,7 +322,7 @@ def test_memory_falls_with_the_pool_and_no_bit_changes(
 
 
 def test_traces_of_single_layers_go_with_the_pool(packed, checkpoint, whole_buffers):
-    """As with a cache that no trace of a whole step knows."""
+    """As with a cache that no compiled step supports."""
     runs = []
     for changes in (False, True):
         run = Run(opened("native", "traced", "on", "off", 32, packed, checkpoint))
@@ -338,7 +338,7 @@ def test_traces_of_single_layers_go_with_the_pool(packed, checkpoint, whole_buff
 
 
 class FewNeeds:
-    """A model with one cache of 8 KiB a token, and little beside it."""
+    """A model with one cache of 8 KiB per token, and little else."""
 
     row_bytes = 8 * KIB
     most_tokens, cache_row_bytes, cache_state_bytes = 4096, row_bytes, 0
@@ -358,7 +358,7 @@ class FewNeeds:
 
 
 def grow(cache: KVCache, n_rows: int) -> None:
-    """Have a cache hold so many rows, all of them in use."""
+    """Give a cache this many rows, all of them in use."""
     rows = mx.zeros((1, 1, n_rows, FewNeeds.row_bytes // 8))
     cache.keys, cache.values, cache.offset = rows, mx.zeros_like(rows), n_rows
     mx.eval(cache.keys, cache.values)
@@ -366,7 +366,7 @@ def grow(cache: KVCache, n_rows: int) -> None:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """Experts that take more memory than a call's scratch."""
+    """A model whose experts take more memory than a call's scratch."""
     path = tmp_path_factory.mktemp("wide") / "plain"
     sizes = {"n_layers": N_LAYERS, "n_experts": N_EXPERTS, "top_k": TOP_K}
     with CheckpointExperts.open(write_checkpoint(path, inner=1024, **sizes)) as opened:
@@ -377,7 +377,7 @@ def wide(tmp_path_factory):
 def test_a_pool_keeps_to_its_plan_while_it_moves(
     room, wide, whole_buffers, monkeypatch
 ):
-    """Whenever a segment has two buffers, caches and pool are within the budget."""
+    """While a segment has two buffers, caches and pool stay within the budget."""
     room <<= 20
     baseline, peaks, taken = mx.get_active_memory(), [], []
     change = ExpertStreamer.resize
@@ -405,7 +405,7 @@ def test_a_pool_keeps_to_its_plan_while_it_moves(
             taken.append(mx.get_active_memory() - baseline)
             sizes.append(streamer.n_slots)
             del cache
-        # A prompt's caches and scratch make experts give way too, and come back.
+        # A prompt's caches and scratch evict experts too, which are read again later.
         n_tokens = plan.context_tokens - 256
         assert keeper.make_room([KVCache()], 1, n_tokens) <= n_tokens
         assert streamer.n_slots < most

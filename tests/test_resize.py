@@ -1,4 +1,4 @@
-"""Fewer slots, and more again: right bytes throughout, memory really returned."""
+"""Shrink and grow the slots: bytes stay right, and memory is really returned."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def use(streamer, expected, layer, experts):
     n_slots=st.sampled_from([20, N_RECORDS]),
     scope=st.sampled_from(["global", "layer"]),
 )
-def test_experts_are_right_whatever_the_size_becomes(
+def test_experts_are_right_after_any_change_of_size(
     store, expected, steps, n_slots, scope
 ):
     with stream(store, n_slots, scope=scope) as streamer:
@@ -95,7 +95,7 @@ def test_experts_are_right_whatever_the_size_becomes(
             use(streamer, expected, layer, experts)
 
 
-def test_what_is_used_last_stays_in_memory(store, expected):
+def test_the_experts_used_last_stay_in_memory(store, expected):
     with stream(store, 12) as streamer:
         for experts in ([0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 0]):
             use(streamer, expected, 1, experts)

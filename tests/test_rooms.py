@@ -1,4 +1,4 @@
-"""The package's rooms: each says what it imports, and data goes one way."""
+"""The package's rooms: each lists its imports, and data goes one way."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ FILES = [
     if "models" not in path.relative_to(FOLDER).parts and path.parent != FOLDER
 ]
 TOP = [path for path in FOLDER.glob("*.py") if path.name != "__init__.py"]
-# A room is a folder that says what it imports; others are part of the one above.
+# A room is a folder that lists its imports; other folders belong to the one above.
 SAYS = re.compile(r"^Imports: ([\w., \n]+)\.$", re.MULTILINE)
 
 
 def says(folder: Path) -> re.Match[str] | None:
-    """Find the line of a folder's docstring that says what it imports."""
+    """Find the line of a folder's docstring that lists its imports."""
     text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
     return SAYS.search(text)
 
@@ -71,7 +71,7 @@ def dotted(path: Path) -> str:
 
 
 def said(room: str) -> set[str]:
-    """Return what a room's docstring says that it imports."""
+    """Return the imports that a room's docstring lists."""
     found = says(FOLDER.joinpath(*room.split(".")))
     names = re.split(r",\s+", found[1]) if found else []
     return set() if names == ["nothing of ours"] else set(names)
@@ -101,11 +101,11 @@ def test_an_import_is_found_wherever_it_stands(tmp_path):
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_what_it_says(room):
+def test_a_room_imports_the_rooms_it_lists(room):
     assert said(room) == imports_of(room)
 
 
-def test_no_room_is_reached_from_what_it_imports():
+def test_imports_of_rooms_have_no_cycle():
     graph = {unit: imports_of(unit) for unit in UNITS}
     try:
         order = [*TopologicalSorter(graph).static_order()]

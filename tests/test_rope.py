@@ -1,4 +1,4 @@
-"""Rotary positions of every kind that mlx-lm builds: as stock, or refused at once."""
+"""Rotary positions of each of mlx-lm's kinds equal stock's, or are refused at once."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_positions_are_those_of_mlx_lm(kind, checkpoint, budget, tmp_path):
     assert np.array_equal(streamed, resident)
 
 
-def test_the_kinds_are_told_apart(checkpoint, tmp_path):
+def test_the_kinds_are_distinguished(checkpoint, tmp_path):
     found = {}
     for kind in ("default", "linear", "llama3", "yarn", "yarn-mscale", "longrope"):
         parameters = {**PLAIN, **KINDS[kind]}

@@ -1,4 +1,4 @@
-"""Recordings of routing: what routers really chose, and files that are checked."""
+"""Routing traces: the real choices of routers, and files that are checked."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def trace(checkpoint):
 
 
 class Listening:
-    """Stands for a stock model's experts and keeps what they are asked for."""
+    """Stands in for a stock model's experts and records their requests."""
 
     def __init__(self, experts, heard):
         self.experts, self.heard = experts, heard
@@ -49,7 +49,7 @@ class Listening:
         return self.experts(x, indices)
 
 
-def test_a_trace_holds_what_stock_mlx_lm_s_routers_choose(checkpoint, trace):
+def test_a_trace_holds_the_choices_of_stocks_routers(checkpoint, trace):
     model, _ = mlx_lm.load(str(checkpoint))
     heard = [[] for _ in trace.layers]
     for layer, kept in zip(model.layers, heard, strict=True):
@@ -77,7 +77,7 @@ def test_streamed_models_are_traced_alike(packed, budget, trace):
     assert model.runtime.executor.observer is None
 
 
-def test_what_is_likely_is_what_the_streamer_is_told(packed, budget, trace):
+def test_likely_experts_are_those_announced_to_the_streamer(packed, budget, trace):
     model, _ = moeflux_mlx.load(packed, expert_memory=budget, read_ahead="on")
     told = []
     with model.streamer as streamer:
@@ -108,7 +108,7 @@ def test_generation_ends_at_an_end_of_text_token(checkpoint, trace):
     assert found.chosen.tolist() == trace.chosen[:n].tolist()
 
 
-def test_needed_and_counts_say_the_same(trace):
+def test_needed_and_counts_agree(trace):
     counts = np.zeros((4, 8), int)
     first = 0
     for n_tokens, layers in trace.needed():
@@ -123,7 +123,7 @@ def test_needed_and_counts_say_the_same(trace):
 
 
 @pytest.mark.parametrize("n_experts", [8, 300])
-def test_a_file_gives_back_what_was_saved(trace, tmp_path, n_experts):
+def test_a_file_restores_the_saved_trace(trace, tmp_path, n_experts):
     path = tmp_path / "any name"
     replace(trace, n_experts=n_experts).save(path)
     found = RoutingTrace.load(path)
@@ -160,7 +160,7 @@ def test_damage_is_an_error_or_changes_nothing(saved, trace, data):
     except TraceError as error:
         assert str(path) in str(error)
     else:
-        # Zip files have fields that nobody reads.
+        # Zip files have fields that no reader uses.
         assert found.chosen.tolist() == trace.chosen.tolist()
         assert found.passes.tolist() == trace.passes.tolist()
         assert found.likely is None or found.likely.tolist() == trace.likely.tolist()
@@ -220,7 +220,7 @@ def test_a_file_whose_parts_do_not_fit_is_refused(saved, tmp_path, change):
 
 
 def patched(path, name, offset, value):
-    """Write a number into the directory of a zip file, where it speaks of a member."""
+    """Write a number into a member's entry in a zip file's directory."""
     raw = bytearray(path.read_bytes())
     at = raw.rindex(f"{name}.npy".encode()) - 46
     assert raw[at : at + 4] == b"PK\1\2"
@@ -237,7 +237,7 @@ def patched(path, name, offset, value):
         ("chosen", 100, "expected a file of moeflux trace"),
     ],
 )
-def test_what_a_trace_would_unpack_to_is_known_before(
+def test_the_unpacked_size_of_a_trace_is_checked_beforehand(
     saved, tmp_path, name, n_bytes, error
 ):
     path = shutil.copyfile(saved, tmp_path / "changed.npz")
@@ -260,7 +260,7 @@ def test_an_array_that_claims_to_be_larger_is_refused(saved, tmp_path):
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_what_unpacks_without_bounds_is_refused(saved, tmp_path, method):
+def test_unbounded_compression_methods_are_refused(saved, tmp_path, method):
     path = tmp_path / "other.npz"
     with zipfile.ZipFile(saved) as old, zipfile.ZipFile(path, "w", method) as new:
         for name in old.namelist():
@@ -301,7 +301,7 @@ def test_nothing_is_unpickled(saved, tmp_path):
     assert not mark.exists()
 
 
-def test_something_else_in_the_place_of_a_trace_is_an_error(tmp_path):
+def test_another_thing_in_place_of_a_trace_file_is_an_error(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", tmp_path):
         with pytest.raises(TraceError, match="expected a regular file"):
@@ -332,7 +332,7 @@ def test_foreign_and_missing_files_are_refused(tmp_path, checkpoint):
             RoutingTrace.load(path)
 
 
-def test_what_cannot_be_recorded_is_refused(checkpoint):
+def test_an_impossible_recording_is_refused(checkpoint):
     model, _ = moeflux_mlx.load(checkpoint)
     for prompt, n in (([], 3), ([1], 0)):
         with pytest.raises(ConfigError, match="at least 1 token"):
@@ -384,7 +384,7 @@ def test_the_environment_names_a_policy(packed, budget, monkeypatch):
     assert isinstance(model.streamer._table._policy, LRU)
 
 
-def test_a_prompt_file_that_cannot_be_read_is_one_clear_line(packed, tmp_path, capsys):
+def test_an_unreadable_prompt_file_ends_in_one_clear_line(packed, tmp_path, capsys):
     flags = ["--prompt-file", str(tmp_path / "none"), "-o", str(tmp_path / "t.npz")]
     assert main(["trace", str(packed), *flags]) == 2
     assert "--prompt-file" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A model whose experts are read from files is saved whole, or not at all."""
+"""A model whose experts are read from files is saved completely, or not at all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.experts.files.unpack import unpack
 from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
 
-# Taken before any model of ours was loaded, as scripts do.
+# Imported before any model of ours was loaded, as scripts do.
 KEPT = getattr(save_model, "__wrapped__", save_model)
 
 PROMPT = mx.array([[5, 6, 7]])
@@ -36,7 +36,7 @@ FAMILIES = [
 
 @pytest.fixture(params=["streamed", "whole", "checkpoint", "mlx-lm"])
 def streamed(request, checkpoint, packed):
-    """Models whose experts are read from files, all in memory or not."""
+    """Models whose experts are read from files, with all in memory or not."""
     if request.param == "mlx-lm":
         return mlx_lm.load(str(packed), trust_remote_code=True)[0]
     path = checkpoint if request.param == "checkpoint" else packed
@@ -89,7 +89,7 @@ def test_save_model_writes_the_whole_model(streamed, checkpoint, tmp_path):
     assert streamed(PROMPT).shape == (1, 3, 320)
 
 
-def test_what_was_kept_from_before_writes_nothing(streamed, tmp_path):
+def test_a_function_imported_before_the_model_writes_nothing(streamed, tmp_path):
     with pytest.raises(ModelError, match=r"\[save\] .* nothing is written: import it"):
         KEPT(tmp_path / "out", streamed)
     assert [*tmp_path.glob("out/*")] == []
@@ -116,7 +116,7 @@ def test_save_weights_writes_nothing_where_experts_cannot_go(streamed, tmp_path)
 
 
 @pytest.mark.sampled
-def test_save_leaves_what_was_there(streamed, packed, tmp_path):
+def test_save_leaves_existing_files(streamed, packed, tmp_path):
     _, tokenizer, config = load(str(packed), trust_remote_code=True, return_config=True)
     (tmp_path / "kept").write_text("kept")
     save(tmp_path, packed, streamed, tokenizer, config)
@@ -136,7 +136,7 @@ def damaged(packed, tmp_path):
     return copied
 
 
-def test_of_a_damaged_expert_nothing_has_a_name(damaged, tmp_path):
+def test_a_damaged_expert_leaves_no_named_file(damaged, tmp_path):
     memory = POOL_ALIGNMENT + 9 * 20_000
     model = moeflux_mlx.load(damaged, expert_memory=memory)[0]
     for write in (
@@ -160,7 +160,7 @@ DENSE = [
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("more", MORE)
-def test_convert_of_a_pack_writes_what_it_writes_of_the_checkpoint(
+def test_convert_of_a_pack_equals_that_of_the_checkpoint(
     checkpoint, packed, tmp_path, more
 ):
     for path, name in ((packed, "out"), (checkpoint, "stock")):
@@ -177,7 +177,7 @@ def test_convert_of_a_dense_pack_is_the_checkpoints(dense_pack, tmp_path, more):
 
 
 def assert_alike(one: Path, other: Path, call=logits) -> None:
-    """Check that two directories are the same checkpoint; ``call`` computes of them."""
+    """Check that two directories hold the same checkpoint, also by ``call``."""
     assert_same(arrays(one), arrays(other))
     # There are eight experts.
     assert any(x.ndim == 3 and len(x) == 8 for x in arrays(one).values())
@@ -185,14 +185,14 @@ def assert_alike(one: Path, other: Path, call=logits) -> None:
     configs = [json.loads((p / "config.json").read_text()) for p in (one, other)]
     assert configs[0] == configs[1]
     experts = (x.dtype for n, x in arrays(one).items() if n.endswith("up_proj.weight"))
-    # MLX multiplies chosen matrices of no other type on a CPU.
+    # On a CPU, MLX's gathered products support no other type.
     if {mx.float16, mx.bfloat16}.isdisjoint(experts):
         models = (load_model(path)[0] for path in (one, other))
         assert mx.array_equal(*map(call, models))
 
 
 @pytest.mark.parametrize("more", [[], ["--dequantize"]])
-def test_fuse_of_a_pack_writes_what_it_writes_of_the_checkpoint(
+def test_fuse_of_a_pack_equals_that_of_the_checkpoint(
     checkpoint, packed, tmp_path, more
 ):
     adapter = adapters(tmp_path / "adapters")
@@ -231,11 +231,11 @@ def test_convert_of_a_pack_of_mlx_lms_class_is_the_checkpoints(
         ("quant.gptq", [], "mlx_lm.gptq on DIR"),
     ],
 )
-def test_what_would_change_experts_ends_before_anything_is_written(
+def test_commands_that_would_change_experts_end_before_writing(
     packed, tmp_path, monkeypatch, name, flags, way
 ):
     monkeypatch.chdir(tmp_path)
-    # Not here without a hub.
+    # The data is on a hub, which tests do not contact.
     monkeypatch.setattr("mlx_lm.quant.dwq.load_data", lambda *_: ([], []))
     where = "--mlx-path" if name != "fuse" else "--save-path"
     before = sorted(tmp_path.rglob("*"))
@@ -261,7 +261,7 @@ def dense_pack(tmp_path_factory) -> Path:
     return folder / "packed"
 
 
-def test_the_way_that_is_named_leads_there(dense_pack, tmp_path):
+def test_the_way_named_in_the_error_works(dense_pack, tmp_path):
     unpack(dense_pack, tmp_path / "plain")
     for path, name in ((tmp_path / "plain", "out"), (dense_pack.parent / "plain", "b")):
         flags = ["--mlx-path", tmp_path / name, "-q", "--q-group-size", "32"]
@@ -282,7 +282,7 @@ def test_a_dequantised_model_is_saved_and_not_called(streamed, checkpoint, tmp_p
         model(PROMPT)
 
 
-def test_what_experts_did_not_hear_of_is_not_saved(streamed, tmp_path):
+def test_a_change_that_experts_did_not_follow_is_not_saved(streamed, tmp_path):
     kept = utils.dequantize_model.__wrapped__
     with pytest.raises(ModelError, match="quantised matrices besides experts"):
         utils.save_model(tmp_path / "out", kept(streamed))
@@ -290,7 +290,7 @@ def test_what_experts_did_not_hear_of_is_not_saved(streamed, tmp_path):
 
 
 def adapters(path: Path) -> Path:
-    """Write what ``mlx_lm.lora`` leaves: a matrix of the last layer is adapted."""
+    """Write adapters as ``mlx_lm.lora`` does, for a matrix of the last layer."""
     path.mkdir()
     lora = {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
     config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": lora}
@@ -302,7 +302,7 @@ def adapters(path: Path) -> Path:
 
 
 def command(name: str, *args) -> None:
-    """Run a command of mlx-lm in this process, as its entry point does."""
+    """Run one of mlx-lm's commands in this process, as its entry point does."""
     main = __import__(f"mlx_lm.{name}", fromlist=["main"])
     main = main if callable(main) else sys.modules[f"mlx_lm.{name}"].main
     argv = [f"mlx_lm.{name}", *map(str, args), "--trust-remote-code"]

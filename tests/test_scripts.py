@@ -1,4 +1,4 @@
-"""The scripts that set a machine up, run as a user runs them."""
+"""Run the scripts as a user runs them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_a_geometry_is_measured_and_written(tmp_path, monkeypatch):
-    """On the CPU, tiny: stock's bfloat16 is imprecise there, so the gate is opened."""
+    """This is tiny, on the CPU, where stock's bfloat16 is imprecise: relax the gate."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     bench = importlib.import_module("bench_geometry")
     tiny = dict(
@@ -112,7 +112,7 @@ def test_a_cut_of_latent_attention_is_built_with_routers_that_choose(monkeypatch
 
 TINY_EXPERTS = dict(n_experts=12, k=4, dim=128, width=64)
 TINY_DELTA = dict(hk=1, hv=2, d=32)
-# Families of scripts/bench_kernels at sizes that the simulator runs in a moment.
+# Families of scripts/bench_kernels at sizes that the simulator runs quickly.
 TINY = {
     "matvec": [dict(n_out=24, n_in=128)],
     "norm": [dict(n_out=24, n_in=128)],
@@ -135,7 +135,7 @@ def loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     loader = SourceFileLoader(name.partition(".")[0], str(ROOT / "scripts" / name))
     spec = importlib.util.spec_from_loader(loader.name, loader)
     module = importlib.util.module_from_spec(spec)
-    # Where dataclasses look their module up.
+    # Dataclasses look up their module here.
     monkeypatch.setitem(sys.modules, loader.name, module)
     loader.exec_module(module)
     return module
@@ -143,7 +143,7 @@ def loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def bench(monkeypatch) -> ModuleType:
-    """scripts/bench_kernels, turning through two sets of weights only."""
+    """scripts/bench_kernels, rotating through only two sets of weights."""
     module = loaded("bench_kernels", monkeypatch)
     monkeypatch.setattr(module, "MAX_TURNS", 2)
     monkeypatch.setattr(module, "CHOICES", 2)
@@ -158,7 +158,7 @@ def slightly_off(step):
 @pytest.mark.sampled
 @pytest.mark.parametrize("family", TINY)
 def test_all_sides_of_a_timed_case_compute_the_same(bench, monkeypatch, family):
-    """In float32: MLX's bfloat16 is imprecise on the CPU."""
+    """This uses float32: MLX's bfloat16 is imprecise on the CPU."""
     monkeypatch.setattr(bench, "DTYPE", mx.float32)
     monkeypatch.setattr(bench, "LIMIT", 1e-5)
     assert set(TINY) == set(bench.FAMILIES)
@@ -196,7 +196,7 @@ def test_kernels_are_timed_and_written_beside_the_ceilings(
     assert (ours["copy_GBps"], ours["bf16_TFLOPps"]) == ("4.0", "2.0")
     assert ours["host_hidden"] in ("yes", "no")
     assert all(ours.values())
-    # Without MLX's own operation mlx-lm's loop is what counts as MLX's.
+    # Without an operation of MLX, mlx-lm's loop counts as MLX's.
     assert bench.main(["--csv", str(path), "--only", "delta"]) == 0
     rows = list(csv.DictReader(path.read_text().splitlines()))
     assert {row["against"] for row in rows} == {"mlx-lm"}
@@ -255,7 +255,7 @@ def test_chained_steps_follow_one_another(bench):
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A copy of what the set-up needs, with no environment made yet."""
+    """A copy of the files that setup needs, without an environment."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
@@ -267,7 +267,7 @@ def old_python() -> str | None:
     return next((p for p in found if run(p, "-c", "").returncode == 0), None)
 
 
-def test_an_old_python_is_told_which_one_is_needed(clone):
+def test_an_old_python_is_refused_with_the_needed_version(clone):
     python = old_python()
     if python is None:
         pytest.skip("no Python older than 3.11 on this machine")
@@ -278,7 +278,7 @@ def test_an_old_python_is_told_which_one_is_needed(clone):
     assert not (clone / ".venv").exists()
 
 
-def test_a_python_without_ensurepip_is_told_the_package_to_install(clone):
+def test_a_python_without_ensurepip_is_refused_with_the_package_to_install(clone):
     missing = clone / "missing"
     missing.mkdir()
     (missing / "ensurepip.py").write_text("raise ImportError('not packaged')")
@@ -343,7 +343,7 @@ def test_the_demo_packs_once_and_again_when_the_model_changes(
 
 
 def copy_mlx_without_library(target: Path) -> None:
-    """Lay out what plain ``pip install mlx`` leaves on Linux: no ``libmlx``."""
+    """Arrange files as plain ``pip install mlx`` does on Linux: without ``libmlx``."""
     source = Path(mx.__file__).parent
     shutil.copytree(source, target / "mlx", ignore=shutil.ignore_patterns("lib"))
 
@@ -360,7 +360,7 @@ def test_import_without_an_mlx_library_names_the_extra_to_install(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_test_for_a_device_that_is_not_here_skips_with_a_reason(tmp_path):
+def test_a_test_for_an_absent_device_skips_with_a_reason(tmp_path):
     for name in ("conftest.py", "commands.py", "tiny.py"):
         shutil.copy(ROOT / "tests" / name, tmp_path)
     (tmp_path / "test_device.py").write_text(
@@ -422,7 +422,7 @@ def test_a_pattern_that_names_nothing_is_an_error(name, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_instructions_of_launches_are_held_against_those_of_another_tree(monkeypatch):
+def test_instructions_of_launches_are_compared_with_those_of_another_tree(monkeypatch):
     """Compiling is NVIDIA's; the sources, and telling them apart, are ours."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     path = str(ROOT / "scripts" / "cuda_code")

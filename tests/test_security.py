@@ -1,4 +1,4 @@
-"""A model's files are data: none is run, whatever it is called and wherever we are."""
+"""A model's files are data: none is run, whatever its name or our working directory."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ simulated = pytest.mark.skipif(
 
 @pytest.fixture
 def mark(tmp_path):
-    """The file that says that code of the model was run."""
+    """The file that exists once code of the model was run."""
     return tmp_path / "mark"
 
 
 @pytest.fixture
 def model(tmp_path, mark, monkeypatch):
-    """A hostile model; whoever is asked whether to run its code says yes."""
+    """A hostile model; every question whether to run its code is answered yes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 99))
@@ -48,7 +48,7 @@ def model(tmp_path, mark, monkeypatch):
 
 
 def with_own_tokenizer(model: Path) -> Path:
-    """Have the model load but for its class of tokenizer, which is an ordinary one."""
+    """Give the model an ordinary class of tokenizer, so that it loads."""
     file = model / "tokenizer_config.json"
     settings = {**json.loads(file.read_text()), "tokenizer_class": "TokenizersBackend"}
     file.write_text(json.dumps(settings))
@@ -61,7 +61,7 @@ def run_there(model: Path, *command: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_each_trap_works_where_it_is_asked_to(model, mark):
+def test_each_trap_works_when_sprung_on_purpose(model, mark):
     run_there(model, sys.executable, "-c", "import xxhash")
     assert mark.read_text() == "xxhash"
     mark.unlink()
@@ -100,7 +100,7 @@ COMMANDS = {
     "trace": (0, ["trace", "--prompt", "y", "-m", "2", "-o", "trace.npz"]),
     "profile": (0, ["profile", "--executor", "ops", "--repeats", "1"]),
     "chat": (0, ["chat", "-m", "1", "--expert-memory", "4MB", "--model"]),
-    # Stock mlx-lm, our packer and our tuner have nothing to do with such a model.
+    # Stock mlx-lm, our packer and our tuner are not involved.
     "compare": (2, ["compare", "--prompt", "y", "--max-tokens", "2"]),
     "tune": (2, ["tune", "--executor", "ops"]),
     "verify": (1, ["verify"]),
@@ -171,7 +171,7 @@ def test_the_compiler_is_not_looked_for_in_the_working_directory(model, mark):
 
 @pytest.mark.slow
 def test_python_m_imports_nothing_of_ours_from_the_working_directory(model, mark):
-    """Python itself looks there for its own library; that is not ours to mend."""
+    """Python itself searches it for its own library, which we cannot change."""
     for path in model.glob("*.py"):
         if path.stem in sys.stdlib_module_names or path.stem == "moeflux_mlx":
             path.unlink()
@@ -210,7 +210,7 @@ def test_a_name_of_a_parser_is_no_path_to_a_file(key, model, mark):
 
 
 def test_one_function_starts_every_child():
-    """Whoever starts another has to say why the working directory is no danger."""
+    """A new place that starts a child must show that the working directory is safe."""
     found = {
         str(path.relative_to(PACKAGE))
         for path in PACKAGE.rglob("*.py")

@@ -1,4 +1,4 @@
-"""Where a device bounds buffers and memory: no array above, and the same bits."""
+"""Where a device bounds buffers and memory, no array exceeds them, nor bits change."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from moeflux_mlx.memory.plan import plan_memory
 
 GB, MIB = 10**9, 2**20
 # Memory, longest buffer and working set. The buffers of 8 and 512 GB, and all working
-# sets, are assumed; the other buffers were seen on such machines.
+# sets, are assumed; the other buffers were observed on such machines.
 MACHINES = {
     "8 GB": (8 << 30, 4 * GB, 5.7 * GB),
     "16 GB": (16 << 30, 8 * GB, 11.8 * GB),
@@ -39,7 +39,7 @@ MACHINES = {
     "128 GB": (128 << 30, 86.6 * GB, 103 * GB),
     "512 GB": (512 << 30, 330 * GB, 464 * GB),
 }
-# Experts of each layer, top-k and bytes of one: small, large, of unequal layers.
+# Experts of each layer, top-k, and bytes of one: small, large, unequal layers.
 MODELS = {
     "35B": ([256] * 40, 8, 1_785_856),
     "235B": ([128] * 94, 8, 10_649_600),
@@ -54,7 +54,7 @@ def limited(monkeypatch, buffer_bytes: float, working_set_bytes: float = 2**60):
 
 
 class FewNeeds:
-    """A model that takes little beside its experts."""
+    """A model that needs little memory beside its experts."""
 
     most_tokens, cache_row_bytes, cache_state_bytes = 4096, 20_000, 0
     cache_forms: tuple[CacheForm, ...] = ()
@@ -75,7 +75,7 @@ class FewNeeds:
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("scope", ["global", "layer"])
-def test_plans_keep_to_what_a_mac_allows(machine, model, scope, monkeypatch):
+def test_plans_keep_to_the_limits_of_a_mac(machine, model, scope, monkeypatch):
     physical, buffer, working_set = MACHINES[machine]
     counts, top_k, stride = MODELS[model]
     limited(monkeypatch, buffer, working_set)
@@ -106,12 +106,12 @@ def test_plans_keep_to_what_a_mac_allows(machine, model, scope, monkeypatch):
         assert min(found.segment_slots) >= top_k
     found = divide(plan.expert_bytes, **options)
     assert found.n_slots == plan.n_slots
-    # A segment's second buffer fits, beside all but scratch.
+    # A segment's second buffer fits beside everything except scratch.
     second = found.replacing_bytes(stride)
     assert second <= plan.replacing_bytes + plan.scratch_bytes
     if scope == "global" and len(set(counts)) == 1:
         assert second < found.n_bytes(stride) / min(found.n_segments, 7)
-    # Nothing is given away but where a layer's own share is longer than a buffer.
+    # Slots are lost only where a layer's own share is longer than a buffer.
     lost = plan.budget_bytes - taken
     assert lost < 2 * stride or plan.n_slots == sum(counts) or found.shortened
     assert plan.n_segments == found.n_segments >= found.n_wanted
@@ -174,7 +174,7 @@ N_RECORDS, N_STEPS = 32, 8
 
 
 def logits(model, resizes: list[int] | None = None) -> np.ndarray:
-    """Decode greedily; return all logits. Some steps find another number of slots."""
+    """Decode greedily and return all logits; change the number of slots meanwhile."""
     cache, tokens, found = make_prompt_cache(model), PROMPT, []
     for step in range(N_STEPS):
         if resizes and step % 3 == 1:
@@ -193,7 +193,7 @@ def stride(checkpoint):
 
 @pytest.fixture(scope="module")
 def resident(packed):
-    """Logits with all experts in one buffer, by how single tokens are computed."""
+    """Logits with all experts in one buffer, by the way to compute single tokens."""
 
     def found(optimistic: str) -> np.ndarray:
         model, _ = moeflux_mlx.load(packed, optimistic=optimistic)
@@ -307,7 +307,7 @@ def test_segments_change_no_bit_of_mlx_lms_own_classes(
     assert np.array_equal(logits(model, sizes), expected)
 
 
-def test_inspect_says_what_was_capped_by_what(packed, stride, monkeypatch, capsys):
+def test_inspect_names_each_cap_and_its_cause(packed, stride, monkeypatch, capsys):
     monkeypatch.setattr(memory, "own_bytes", lambda: 100 * MIB)
     limited(monkeypatch, allocated_bytes(9, stride), 600_000_000)
     plan = plan_load(packed, "1GB")
@@ -347,7 +347,7 @@ def test_no_file_longer_than_a_buffer_is_mapped(checkpoint, monkeypatch):
         device_weights(rows, layout)
 
 
-def test_a_division_says_where_rows_are():
+def test_a_division_gives_the_segment_of_each_layer():
     found = Division((8, 8, 2, 8), 26, 2, 2, 1)
     assert found.segment_slots == [16, 10]
     assert [found.segment(row) for row in range(4)] == [0, 0, 1, 1]

@@ -34,7 +34,7 @@ PROMPTS = ["def add(a, b):", "import", "x"]
 
 @pytest.fixture(scope="module")
 def answers(checkpoint: Path) -> dict[str, str]:
-    """What stock mlx-lm says to each prompt, greedily, from the plain checkpoint."""
+    """Stock mlx-lm's greedy answers to each prompt, from the plain checkpoint."""
     model, tokenizer = mlx_lm.load(str(checkpoint))
     return {
         prompt: mlx_lm.generate(model, tokenizer, prompt, max_tokens=N_TOKENS)
@@ -43,7 +43,7 @@ def answers(checkpoint: Path) -> dict[str, str]:
 
 
 def telling(args: list[str]) -> int:
-    """Serve; write the streamer's own counts to a file whenever that is removed."""
+    """Serve, and write the streamer's own counts to a file whenever it is removed."""
     told = Path(os.environ["TOLD"])
 
     def tell() -> None:
@@ -67,7 +67,7 @@ def telling(args: list[str]) -> int:
 def served(
     packed: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Client, Callable[[], dict]]]:
-    """A server in the least memory, and what gives its streamer's own counts."""
+    """A server in the least memory, and a function that gives its streamer's counts."""
     folder = tmp_path_factory.mktemp("serve")
     told = folder / "told"
     memory = summarize(packed).minimum_bytes
@@ -121,7 +121,7 @@ def test_every_name_of_the_model_is_known_and_no_other_is_loaded(client, packed)
             assert answer.status == 404 and f"[{field}]" in answer.error
 
 
-# What no request can be, and the field that its error names.
+# Invalid values of each field, which the error must name.
 WRONG_FIELDS = {
     "max_tokens": ["9", 0, -1, True, 1.5, 10**6, 10**12, [1]],
     "max_completion_tokens": ["9", 0],
@@ -160,7 +160,7 @@ WRONG_BODIES = [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 10**5]
 WRONG_BODIES += [b'{"prompt": "x", "temperature": NaN}', b'{"top_k": 1' + b"0" * 9999]
 
 
-def test_what_is_no_request_gets_a_status_and_a_reason_and_harms_nobody(
+def test_an_invalid_request_gets_a_status_and_a_reason_and_harms_no_other(
     client, answers
 ):
     before = client.settled()
@@ -187,7 +187,7 @@ def test_what_is_no_request_gets_a_status_and_a_reason_and_harms_nobody(
     assert after[name] - before.get(name, 0) == n_wrong
 
 
-def test_what_is_no_http_of_ours_gets_a_status(client, answers):
+def test_unsupported_http_gets_a_status(client, answers):
     assert client.post("/v1/nothing", {}).status == 404
     assert client.get("/../../etc/passwd").status == 404
     assert client.get("/v1/models/etc").status == 200
@@ -202,7 +202,7 @@ def test_what_is_no_http_of_ours_gets_a_status(client, answers):
     assert client.complete(PROMPTS[1]) == answers[PROMPTS[1]]
 
 
-def test_a_web_page_of_others_is_answered_only_if_it_is_allowed(client, packed):
+def test_a_foreign_web_page_is_answered_only_if_allowed(client, packed):
     own = {"Origin": client.address}
     assert client.get("/health", **own).status == 200
     for headers in ({"Origin": "http://evil.example"}, {"Host": "evil.example"}):
@@ -245,7 +245,7 @@ def test_metrics_are_the_streamers_own_counts(served, answers):
     assert json.loads(client.get("/health").body) == {"status": "ok"}
 
 
-def test_requests_that_wait_are_counted_and_told(client):
+def test_waiting_requests_are_counted_and_reported(client):
     """One of them has a seed, so nobody shares a batch with it."""
     long = {"prompt": "x", "max_tokens": 60, "stream": True, "temperature": 0}
 
@@ -280,7 +280,7 @@ def test_a_client_that_hangs_up_ends_its_own_request_only(client, answers, strea
     assert client.metrics()[made] - before[made] < 4000
 
 
-def test_the_status_page_shows_what_there_is_and_nothing_of_others(
+def test_the_status_page_shows_the_server_and_nothing_of_its_clients(
     packed, tmp_path, answers
 ):
     name = "<b>&\"'<script>"
@@ -319,7 +319,7 @@ def test_nothing_that_a_model_brings_is_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_expert_ends_the_requests_that_ask_for_it(packed, answers, tmp_path):
+def test_a_damaged_expert_ends_the_requests_that_need_it(packed, answers, tmp_path):
     model = Path(shutil.copytree(packed, tmp_path / "model"))
     memory = summarize(packed).minimum_bytes
     args = model, tmp_path / "log", "--expert-memory", memory
@@ -368,8 +368,8 @@ def test_kept_prompts_are_in_the_plan_and_a_request_too_large_fails_alone(tmp_pa
 
 
 @pytest.mark.parametrize("fields", [{}, {"seed": 1}], ids=["batch", "alone"])
-def test_a_second_turn_reads_only_what_is_new(client, checkpoint, fields):
-    """States of linear attention cannot be cut, so prompts are kept where turns end."""
+def test_a_second_turn_computes_only_new_tokens(client, checkpoint, fields):
+    """Linear attention's states cannot be trimmed, so prompts are kept per turn."""
     first = [{"role": "user", "content": f"one {fields} " * 9}]
     more = {"role": "assistant", "content": "two"}, {"role": "user", "content": "three"}
 
@@ -417,7 +417,7 @@ def test_every_flag_of_stocks_server_is_there():
         [],
     ],
 )
-def test_a_server_that_cannot_begin_says_why_in_one_line(
+def test_a_server_that_cannot_start_says_why_in_one_line(
     args, checkpoint, packed, tmp_path
 ):
     places = {"none": tmp_path / "none", "packed": packed, "plain": checkpoint}

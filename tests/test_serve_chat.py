@@ -1,4 +1,4 @@
-"""Tool calls, reasoning and streams of ``moeflux serve``, beside stock's own server."""
+"""Tool calls, reasoning and streams of ``moeflux serve``, beside stock's server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moeflux_mlx.cli.inspect import summarize
 from moeflux_mlx.experts.files.pack import pack
 
 CHAT = "/v1/chat/completions"
-# Each is one token, which a bias makes the model say.
+# Each is one token, which a bias makes the model choose.
 CALL = '<tool_call>{"name":"add","arguments":{"a":1}}</tool_call>'
 BROKEN = '<tool_call>{"name":</tool_call>'
 THOUGHT = "because</think>done"
@@ -36,7 +36,7 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> tuple[Path, Path]:
-    """A plain model whose tokens are whole calls and thoughts, and its pack."""
+    """A plain model with complete calls and thoughts as tokens, and its pack."""
     folder = tmp_path_factory.mktemp("talking")
     plain = make_checkpoint(folder / "plain")
     tokenizer = Tokenizer.from_file(str(plain / "tokenizer.json"))
@@ -84,7 +84,7 @@ def stock_serving(model: Path, log: Path) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def both(models, tmp_path_factory) -> Iterator[tuple[Client, Client]]:
-    """Clients of ours, in the least memory, and of stock's server."""
+    """Clients of our server, in the least memory, and of stock's."""
     folder = tmp_path_factory.mktemp("logs")
     plain, packed = models
     memory = summarize(packed).minimum_bytes
@@ -94,9 +94,9 @@ def both(models, tmp_path_factory) -> Iterator[tuple[Client, Client]]:
 
 
 def told_by_both(both, **fields: Any) -> tuple[Any, Any]:
-    """Return what both say to a conversation that neither has kept.
+    """Return both servers' answers to a conversation that neither has kept.
 
-    Stock's generating thread ends where it has kept all of a prompt.
+    Stock's generating thread dies if it has kept all of a prompt.
     """
     opening = {"role": "user", "content": f"{next(_numbers)} x"}
     messages = [opening, *fields.pop("messages", [])]
@@ -108,7 +108,7 @@ _numbers = itertools.count()
 
 
 def told(client: Client, **fields: Any) -> Any:
-    """Return what is said, whole or in pieces, but for what differs each time."""
+    """Return an answer, complete or streamed, without fields that always differ."""
     body = {"temperature": 0, **fields}
     answer = client.post(CHAT, body)
     assert answer.status == 200, answer.body
@@ -131,7 +131,7 @@ def said(events: list[dict], what: str) -> Any:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("n_tokens", [1, 3])
-def test_tool_calls_are_stocks(both, token, stream, n_tokens):
+def test_tool_calls_equal_stocks(both, token, stream, n_tokens):
     fields = dict(tools=TOOLS, stream=stream, max_tokens=n_tokens)
     fields["logit_bias"] = {token[CALL]: 1000}
     ours, stock = told_by_both(both, **fields)
@@ -143,7 +143,7 @@ def test_tool_calls_are_stocks(both, token, stream, n_tokens):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_reasoning_is_stocks(both, token, stream):
+def test_reasoning_equals_stocks(both, token, stream):
     fields = dict(stream=stream, max_tokens=1, logit_bias={token[THOUGHT]: 1000})
     fields["chat_template_kwargs"] = {"think": True}
     ours, stock = told_by_both(both, **fields)
@@ -152,14 +152,14 @@ def test_reasoning_is_stocks(both, token, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_broken_tool_call_harms_nobody(both, token, stream):
+def test_a_broken_tool_call_harms_no_other_request(both, token, stream):
     fields = dict(tools=TOOLS, stream=stream, max_tokens=2)
     fields["logit_bias"] = {token[BROKEN]: 1000}
     ours, stock = told_by_both(both, **fields)
     assert ours == stock and said(ours, "tool_calls") == []
 
 
-def test_what_an_answer_may_carry_is_stocks(both):
+def test_all_fields_of_an_answer_equal_stocks(both):
     for fields in (
         dict(max_tokens=6, logprobs=True, top_logprobs=3),
         dict(max_tokens=6, stop=["!", "zz"]),
@@ -186,7 +186,7 @@ HISTORY = [
 
 
 def rounded(value: Any) -> Any:
-    """Return what was answered with floats that may differ in the last bits."""
+    """Return an answer whose floats may differ in the last bits."""
     if isinstance(value, dict):
         return {name: rounded(v) for name, v in value.items()}
     if isinstance(value, list):

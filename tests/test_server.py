@@ -31,7 +31,7 @@ N_TOKENS = 40
 
 @pytest.fixture(scope="module")
 def answers(checkpoint: Path) -> dict[str, str]:
-    """What stock mlx-lm says to each prompt, greedily, from the plain checkpoint."""
+    """Stock mlx-lm's greedy answers to each prompt, from the plain checkpoint."""
     model, tokenizer = mlx_lm.load(str(checkpoint))
     return {
         prompt: mlx_lm.generate(model, tokenizer, prompt, max_tokens=N_TOKENS)
@@ -43,7 +43,7 @@ def answers(checkpoint: Path) -> dict[str, str]:
 def server(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of ``mlx_lm.server`` with the packed model in the least memory.
 
-    Requests in one batch need more experts than it holds at a time.
+    Requests in one batch need more experts than fit at a time.
     """
     memory = str(summarize(packed).minimum_bytes)
     log = tmp_path_factory.mktemp("server") / "log.txt"
@@ -53,7 +53,7 @@ def server(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 
 @contextlib.contextmanager
 def served(model: Path, log: Path, **variables: str) -> Iterator[str]:
-    """Run ``mlx_lm.server``; give its address once it is healthy."""
+    """Run ``mlx_lm.server``; yield its address once it is healthy."""
     port = free_port()
     with running(log, *command(model, port), call=interpreted, **variables) as process:
         address = f"http://127.0.0.1:{port}"
@@ -131,14 +131,14 @@ def test_requests_at_the_same_time_get_the_answers_they_get_alone(server, answer
 
 
 def refused(address: str, **body: Any) -> tuple[int, str]:
-    """Return status and message of a completion that is to fail."""
+    """Return the status and message of a completion that must fail."""
     with pytest.raises(urllib.error.HTTPError) as caught:
         post(address, "/v1/completions", **body)
     return caught.value.code, json.loads(caught.value.read())["error"]
 
 
 @pytest.mark.slow
-def test_requests_that_fail_are_told_why_and_harm_nobody(
+def test_failed_requests_get_a_reason_and_harm_no_other(
     checkpoint, packed, answers, tmp_path
 ):
     model = Path(shutil.copytree(packed, tmp_path / "model"))
@@ -149,7 +149,7 @@ def test_requests_that_fail_are_told_why_and_harm_nobody(
         assert 400 <= status < 500 and "[prompt] expected at least one token" in message
         for wrong in ({"stop": [1]}, {"stop": 5}, {"logit_bias": {"1": "x"}}):
             assert 400 <= refused(address, prompt="x", **wrong)[0] < 600
-        # The answer's own text, repeated as a prompt, is a prompt like any other.
+        # The answer's text, sent as a prompt, is a prompt like any other.
         once = json.loads(post(address, "/v1/completions", prompt="x", max_tokens=1))
         complete(address, "x" + once["choices"][0]["text"])
         whole = {file: file.read_bytes() for file in model.glob("experts-*.bin")}
@@ -165,7 +165,7 @@ def test_requests_that_fail_are_told_why_and_harm_nobody(
 
 
 @pytest.mark.slow
-def test_long_chats_give_way_and_one_too_long_fails_alone(tmp_path):
+def test_long_chats_are_evicted_and_one_too_long_fails_alone(tmp_path):
     plain = make_checkpoint(
         tmp_path / "plain",
         num_key_value_heads=4,
@@ -190,7 +190,7 @@ def test_long_chats_give_way_and_one_too_long_fails_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_setting_that_cannot_be_used_ends_the_server_with_its_name(packed, tmp_path):
+def test_an_unusable_setting_ends_the_server_with_its_name(packed, tmp_path):
     log, words = tmp_path / "log", command(packed, free_port())
     much = {"MOEFLUX_EXPERT_MEMORY": "much"}
     with running(log, *words, call=interpreted, **much) as process:

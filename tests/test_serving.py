@@ -1,4 +1,4 @@
-"""Batches of requests of which some fail: the others get what they get alone."""
+"""In a batch where some requests fail, the others get the answers they get alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def batches(model) -> serving.GuardedBatches:
 
 
 def serve(model, prompts) -> list[tuple[list[int], Exception | None]]:
-    """Give each prompt's tokens and its error as the server's loop would see them."""
+    """Return each prompt's tokens and error as the server's loop sees them."""
     running = batches(model)
     uids = running.insert(prompts)
     tokens: dict[int, list[int]] = {uid: [] for uid in uids}
@@ -50,7 +50,7 @@ def serve(model, prompts) -> list[tuple[list[int], Exception | None]]:
 
 @pytest.fixture(scope="module")
 def expected(checkpoint) -> list[list[int]]:
-    """What each prompt gets with all experts in memory."""
+    """Each prompt's tokens with all experts in memory."""
     model, _ = moeflux_mlx.load(checkpoint)
     return [greedy(model, prompt, N_TOKENS)[0] for prompt in PROMPTS]
 
@@ -75,7 +75,7 @@ def test_batches_of_streamed_experts_get_the_resident_models_tokens(
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("layer, expert", [(0, 7), (2, 0), (3, 0)])
-def test_a_damaged_expert_ends_the_requests_that_ask_for_it_and_no_other(
+def test_a_damaged_expert_ends_only_the_requests_that_need_it(
     layer, expert, packed, budget, expected, tmp_path
 ):
     path = Path(shutil.copytree(packed, tmp_path / "model"))
@@ -94,7 +94,7 @@ def test_a_damaged_expert_ends_the_requests_that_ask_for_it_and_no_other(
             assert f"expert {expert} of layer {layer}" in str(error)
     failed = [error is not None for _, error in together]
     assert any(failed) and not all(failed)
-    # The model is as good as before for whoever comes next.
+    # The model still works for the next request.
     again = serve(model, PROMPTS)
     assert [(tokens, str(error)) for tokens, error in again] == [
         (tokens, str(error)) for tokens, error in together
@@ -132,7 +132,7 @@ def test_caches_that_do_not_fit_end_the_longest_and_make_room_for_the_others(
     packed, budget, expected
 ):
     class Full:
-        """Has room for three sequences at a time."""
+        """Allow three sequences at a time."""
 
         scratch_bytes = 1 << 20
 
@@ -151,8 +151,8 @@ def test_caches_that_do_not_fit_end_the_longest_and_make_room_for_the_others(
         assert isinstance(error, BudgetError) if i in failed else error is None
 
 
-def test_what_gives_way_lets_a_call_go_on(tmp_path, monkeypatch):
-    """Old prompts that a server keeps are dropped one by one until a new one fits."""
+def test_dropping_kept_prompts_lets_a_call_continue(tmp_path, monkeypatch):
+    """Kept prompts are dropped one by one, oldest first, until a new one fits."""
     path = make_checkpoint(
         tmp_path / "model", num_key_value_heads=4, head_dim=256, vocab_size=320
     )
@@ -166,7 +166,7 @@ def test_what_gives_way_lets_a_call_go_on(tmp_path, monkeypatch):
     )
 
     class Until:
-        """Has room once one prompt alone is kept."""
+        """Allow the call once only one prompt is kept."""
 
         def make_room(self, cache, n_seqs, t, *, spares):
             if len(kept) > 1:
@@ -181,7 +181,7 @@ def test_what_gives_way_lets_a_call_go_on(tmp_path, monkeypatch):
 
 
 def test_a_prompt_that_is_kept_whole_is_read_again(packed, budget):
-    """mlx-lm's batches need a token to begin with, and would end the server."""
+    """mlx-lm's batches need at least one token; without it the server would die."""
     model, _ = moeflux_mlx.load(packed, expert_memory=budget)
     kept = serving.KeptPrompts(10)
     kept.insert_cache("model", [1, 2, 3], make_prompt_cache(model))

@@ -1,4 +1,4 @@
-"""The simulator: programs, grids, schedules, its standard library, MLX's own source."""
+"""The simulator: programs, grids, schedules, its standard library, MLX's source."""
 
 # Kernels stand on one line here.
 # ruff: noqa: E501
@@ -54,7 +54,7 @@ def program_of(
 
 
 def lanes(expression: str, table, *inputs: np.ndarray, out="f4", seed: int = 0):
-    """Run one of a table's expressions in one simdgroup."""
+    """Run one of the table's expressions in one simdgroup."""
     kinds = " ".join(x.dtype.str[1:] for x in inputs)
     program = program_of(tuple(table), kinds, out)
     result = np.zeros(32, out)
@@ -399,12 +399,12 @@ NUMBERS_SOURCE = (
 
 
 @pytest.mark.parametrize("numbers", ["plain", "contracted", "fast"])
-def test_numbers_are_computed_as_asked(numbers):
+def test_numbers_are_computed_in_the_requested_mode(numbers):
     x = np.float32([1 + 2**-13, 1 - 2**-13, -1])
     y = np.zeros(6, np.float32)
     program = simulator.Program(NUMBERS_SOURCE, numbers=numbers)
     program.run("k", [x, y], (1, 1, 1), (1, 1, 1))
-    # Rounded once, the product keeps what the sum then uncovers.
+    # With one rounding, the product keeps low bits that the sum then reveals.
     assert y[0] == (0 if numbers == "plain" else -(2.0**-26))
     exact = np.exp(np.float64(x[0]))
     assert abs(y[2] - exact) <= 2**-23 * exact

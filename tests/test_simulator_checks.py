@@ -1,4 +1,4 @@
-"""Kernels broken on purpose are caught, with kind and line; good ones are not."""
+"""Deliberately broken kernels are caught, with kind and line; good ones pass."""
 
 # Bodies of kernels stand on one line here.
 # ruff: noqa: E501
@@ -34,7 +34,7 @@ TILE = "threadgroup float t[64];\n"
 
 @dataclass(frozen=True)
 class Broken:
-    """A body, what is found in it, and the line of the body where it is found."""
+    """A kernel's body, the finding in it, and the line of the finding."""
 
     body: str
     finding: str
@@ -183,7 +183,7 @@ def test_a_good_kernel_raises_no_false_alarm(name, seed):
 
 
 @pytest.mark.parametrize("name", WRONG_SPACES)
-def test_what_metal_refuses_to_compile_is_refused_with_its_line(name):
+def test_code_that_metal_refuses_is_refused_with_its_line(name):
     with pytest.raises(SimulatorError, match=r"broken\.metal:\d+.*error"):
         run(WRONG_SPACES[name], checked=False)
 

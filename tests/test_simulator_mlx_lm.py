@@ -1,4 +1,4 @@
-"""The simulator on kernels that are not ours: mlx-lm's own bodies, as it calls them."""
+"""The simulator on mlx-lm's own kernels, as mlx-lm calls them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ pytestmark = pytest.mark.skipif(
     not simulator.available(), reason="the simulator needs ziglang and pyelftools"
 )
 TYPES = [mx.float32, mx.bfloat16, mx.float16]
-# Against references that round every step to the type of the activations.
+# The references round every step to the type of the activations.
 LIMITS = {mx.float32: 2e-6, mx.bfloat16: 2e-2, mx.float16: 2e-3}
 MODES = [(False, 0), (False, 1), (False, 2), (True, 0)]
 
 
 class Simulated:
-    """Stands where mlx-lm holds a kernel of MLX, and runs it on the simulator."""
+    """Replaces a kernel of MLX in mlx-lm, and runs it on the simulator."""
 
     mode = (False, 0)
 
@@ -37,7 +37,7 @@ class Simulated:
 
 @pytest.fixture(scope="module")
 def load() -> Iterator[Any]:
-    """Import a module of mlx-lm anew, as it would be on a Mac."""
+    """Import a module of mlx-lm anew, as on a Mac."""
     patch = pytest.MonkeyPatch()
     real = mx.fast.metal_kernel
     patch.setattr(mx.metal, "is_available", lambda: True)
@@ -83,7 +83,7 @@ VARIANTS = {
 @pytest.mark.parametrize(("checked", "seed"), MODES, ids=["0", "1", "2", "checked"])
 @pytest.mark.parametrize("dtype", TYPES, ids=["f32", "bf16", "f16"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gated_delta_kernels_give_what_mlx_lms_operations_give(
+def test_gated_delta_kernels_equal_mlx_lms_operations(
     variant, dtype, checked, seed, load, monkeypatch
 ):
     monkeypatch.setattr(Simulated, "mode", (checked, seed))
@@ -99,14 +99,14 @@ def test_gated_delta_kernels_give_what_mlx_lms_operations_give(
     y, state = getattr(module, name)(*inputs, mask=mask)
     wide = [x.astype(mx.float32) for x in inputs]
     want_y, want_state = module.gated_delta_ops(*wide, mask=mask)
-    if mask is not None:  # what a masked token puts out is nobody's business
+    if mask is not None:  # A masked token's output is undefined.
         y, want_y = (mx.where(mask[..., None, None], x, 0) for x in (y, want_y))
     assert relative_error(y, want_y.astype(y.dtype)) <= LIMITS[dtype]
     assert relative_error(state, want_state) <= LIMITS[dtype]
 
 
 def test_the_packed_kernel_gives_the_bits_of_the_explicit_tree(load):
-    """As mlx-lm promises: true here because contraction is off."""
+    """mlx-lm promises this; it holds here because contraction is off."""
     module = load("gated_delta")
     inputs = delta_inputs(mx.float32, 128, vectorised=False)
     packed = module.gated_delta_kernel(*inputs)
@@ -117,7 +117,7 @@ def test_the_packed_kernel_gives_the_bits_of_the_explicit_tree(load):
 
 @pytest.mark.parametrize(("checked", "seed"), MODES, ids=["0", "1", "2", "checked"])
 @pytest.mark.parametrize("dtype", TYPES, ids=["f32", "bf16", "f16"])
-def test_the_state_space_kernel_gives_what_mlx_lms_operations_give(
+def test_the_state_space_kernel_equals_mlx_lms_operations(
     dtype, checked, seed, load, monkeypatch
 ):
     monkeypatch.setattr(Simulated, "mode", (checked, seed))

@@ -1,4 +1,4 @@
-"""scripts/soak: it passes where tokens are right, and only there."""
+"""scripts/soak passes if and only if the tokens are right."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_growth_is_the_slope_after_settling(soaking):
 
 
 @pytest.mark.slow
-def test_the_command_says_how_it_went(packed):
+def test_the_command_reports_its_outcome(packed):
     flags = ["--model", packed, "--seconds", "0", "--tokens", "4", "--growth", "1e12"]
     command = [ROOT / "scripts" / "soak", *flags]
     done = python(*command)

@@ -1,4 +1,4 @@
-"""Records that reach slots through pinned memory: all of them, whole, and in time."""
+"""Records that reach slots through pinned memory: all, complete, and in time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ N_LAYERS, N_EXPERTS, TOP_K, N_THREADS = 2, 9, 2, 3
 
 
 class Runtime:
-    """CUDA's functions over host memory: a copy is done when its stream is waited for.
+    """CUDA's functions over host memory; a copy happens when its stream is awaited.
 
     ``failing`` names a function that reports an error.
     """
@@ -129,7 +129,7 @@ def stream(store, n_slots, **options):
 
 
 def check(streamer, plain, layer, experts) -> None:
-    """Ask for experts, and hold what is in their slots against the checkpoint."""
+    """Request experts, and compare their slots with the checkpoint."""
     source = streamer.source(layer)
     slots = source.slots(mx.array([experts])).tolist()[0]
     for expert, slot in zip(experts, slots, strict=True):
@@ -141,7 +141,7 @@ def check(streamer, plain, layer, experts) -> None:
 
 
 @pytest.mark.sampled
-def test_slots_hold_what_was_asked_for(runtime, store, plain, inline_bytes):
+def test_slots_hold_the_requested_experts(runtime, store, plain, inline_bytes):
     rng = np.random.default_rng(1)
     with stream(store, 5, inline_bytes=inline_bytes) as streamer:
         for _ in range(60):
@@ -214,7 +214,7 @@ def test_experts_are_copied_into_a_shorter_buffer_on_the_device(
         "cudaStreamSynchronize",
     ],
 )
-def test_what_cuda_refuses_is_an_error_of_that_read(
+def test_an_error_of_cuda_belongs_to_its_read(
     runtime, store, plain, inline_bytes, failing
 ):
     with stream(store, 5, inline_bytes=inline_bytes) as streamer:
@@ -249,7 +249,7 @@ def test_without_a_gpu_the_host_writes_slots(monkeypatch):
         assert open_staging(64) is None
 
 
-def test_without_cuda_bindings_the_host_writes_slots_and_says_so(monkeypatch, capsys):
+def test_without_cuda_bindings_the_host_writes_slots_and_warns(monkeypatch, capsys):
     monkeypatch.setattr(device, "on_cpu", lambda: False)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
@@ -271,7 +271,7 @@ def test_an_error_of_cuda_names_call_and_code():
 
 
 def check_on_gpu(streamer, plain, layer, experts) -> None:
-    """Do as ``check`` with what the GPU finds in the slots."""
+    """Compare the slots as the GPU reads them with the checkpoint."""
     source = streamer.source(layer)
     slots = source.slots(mx.array([experts]))
     found = np.array(source.weights.gate.w[slots[0]])
@@ -294,7 +294,9 @@ def test_records_arrive_in_the_memory_of_a_gpu(store, plain, inline_bytes):
 
 
 @pytest.mark.cuda
-def test_a_shorter_buffer_has_what_moved_there_on_the_gpu(store, plain, inline_bytes):
+def test_a_shorter_buffer_holds_the_moved_experts_on_the_gpu(
+    store, plain, inline_bytes
+):
     with stream(store, 2 * N_EXPERTS - 2, inline_bytes=inline_bytes) as streamer:
         for layer in range(N_LAYERS):
             for first in range(0, N_EXPERTS - 1, 2):

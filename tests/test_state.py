@@ -1,4 +1,4 @@
-"""Saved states: all of a run comes back, or nothing and an error that says why."""
+"""Saved states restore all of a run, or nothing with an error that says why."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def model(packed, budget):
 
 
 def continued(model, cache, tokens, n_tokens=12):
-    """Greedy tokens after ``tokens``; every one of them goes into the cache."""
+    """Return greedy tokens after ``tokens``; all of them go into the cache."""
     found = []
     for _ in range(n_tokens):
         logits = model(mx.array([tokens]), cache=cache)
@@ -50,13 +50,13 @@ def run(model):
 
 @pytest.fixture
 def saved(model, tmp_path):
-    """The file of a state."""
+    """The path of a saved state."""
     cache, tokens = run(model)
     save_state(tmp_path / "state", model, cache, tokens)
     return tmp_path / "state"
 
 
-def test_a_run_goes_on_as_if_it_had_never_stopped(packed, budget, model, tmp_path):
+def test_a_run_continues_as_if_it_had_never_stopped(packed, budget, model, tmp_path):
     cache, tokens = run(model)
     save_state(tmp_path / "state", model, cache, tokens)
     held = model.streamer.held
@@ -158,7 +158,7 @@ def experts(tensors, rows):
     tensors["experts"] = ("I32", [len(rows), 2], raw)
 
 
-def test_what_is_rewritten_unchanged_is_the_state(model, saved):
+def test_a_state_rewritten_unchanged_is_the_same_state(model, saved):
     state = load_state(rewrite(saved, lambda *_: None), model)
     assert state.tokens == load_state(saved, model).tokens
 
@@ -226,7 +226,7 @@ def test_what_is_rewritten_unchanged_is_the_state(model, saved):
         ),
     ],
 )
-def test_a_state_that_is_none_of_the_models_changes_nothing(
+def test_a_state_that_does_not_fit_the_model_changes_nothing(
     model, saved, change, error
 ):
     held = model.streamer.held
@@ -237,8 +237,8 @@ def test_a_state_that_is_none_of_the_models_changes_nothing(
     assert continued(model, load_state(saved, model).cache, FOLLOW_UP, 2)
 
 
-def test_what_a_state_says_of_its_size_is_not_believed(model, saved):
-    # A hole in the file costs its writer nothing.
+def test_the_size_that_a_state_claims_is_not_trusted(model, saved):
+    # A sparse file of this size takes no disk space.
     n_bytes = 1 << 40
     path = rewrite(
         saved, lambda t, a: t.update({"layers.3.0": ("F32", [n_bytes // 4], b"")})
@@ -254,7 +254,7 @@ def test_what_a_state_says_of_its_size_is_not_believed(model, saved):
         load_state(path, model)
 
 
-def test_a_state_that_memory_has_no_room_for_is_not_read(packed, saved):
+def test_a_state_larger_than_memory_is_not_read(packed, saved):
     small = moeflux_mlx.load(packed, memory="2GB")[0]
     keeper = small.runtime.keeper
     keeper.plan = dataclasses.replace(keeper.plan, budget_bytes=1 << 20)
@@ -264,7 +264,7 @@ def test_a_state_that_memory_has_no_room_for_is_not_read(packed, saved):
     assert small.streamer.n_slots == n_slots
 
 
-def test_something_else_in_the_place_of_a_state_is_an_error(model, tmp_path):
+def test_another_thing_in_place_of_a_state_file_is_an_error(model, tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "device").symlink_to("/dev/zero")
     for path in (tmp_path / "fifo", tmp_path / "device", tmp_path):
@@ -292,7 +292,7 @@ def test_a_state_is_for_its_owner_alone(saved):
     assert saved.stat().st_mode & 0o777 == 0o600
 
 
-def test_tokens_that_are_none_are_refused(model, tmp_path):
+def test_invalid_tokens_are_refused(model, tmp_path):
     cache, tokens = run(model)
     for wrong in ([-1], [320], [2**32], [10**30], ["1"], [1.5], [None], [[1]]):
         with pytest.raises(StateError, match="expected token ids from 0 to 319 but"):
@@ -320,7 +320,7 @@ def test_tokens_that_are_none_are_refused(model, tmp_path):
         ("layers", "{}", "expected layers a list"),
     ],
 )
-def test_what_is_not_as_written_is_refused(model, saved, key, value, error):
+def test_a_state_with_changed_metadata_is_refused(model, saved, key, value, error):
     path = rewrite(saved, lambda tensors, about: about.update({key: value}), "old")
     with pytest.raises(StateError, match=error):
         load_state(path, model)
@@ -375,7 +375,7 @@ def test_a_failed_save_leaves_the_old_state(model, saved, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"state", "folder"}
 
 
-def test_tokens_can_be_taken_back_as_often_as_wanted(model):
+def test_tokens_can_be_undone_repeatedly(model):
     cache, _ = run(model)
     point = CacheCheckpoint.take(cache)
     first = continued(model, cache, FOLLOW_UP)
@@ -396,7 +396,7 @@ def test_the_state_after_going_back_is_the_state_before(model):
     assert all(map(np.array_equal, before, after))
 
 
-def test_one_cannot_go_back_to_what_is_gone(model):
+def test_removed_tokens_cannot_be_restored(model):
     cache, _ = run(model)
     point = CacheCheckpoint.take(cache)
     cache[3].trim(2)
@@ -414,7 +414,7 @@ def generate(model, *flags):
     return command("generate", "--model", model, *quiet, *flags)
 
 
-def test_generate_goes_on_from_a_file(packed, tmp_path):
+def test_generate_continues_from_a_file(packed, tmp_path):
     file = tmp_path / "state"
     first = generate(packed, "--prompt", "def f", "--save-state", file)
     assert first.returncode == 0, first.stderr
@@ -436,7 +436,7 @@ def test_a_state_goes_with_no_other_cache(packed, tmp_path, capsys, flag):
     assert not (tmp_path / "state").exists()
 
 
-def test_a_state_file_that_is_missing_is_one_clear_line(packed, tmp_path, capsys):
+def test_a_state_file_that_is_missing_ends_in_one_clear_line(packed, tmp_path, capsys):
     path = str(tmp_path / "nowhere")
     assert moeflux(["generate", "--model", str(packed), "--load-state", path]) == 2
     *decisions, error = capsys.readouterr().err.splitlines()

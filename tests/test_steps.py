@@ -1,4 +1,4 @@
-"""A token that runs ahead of its experts gives what one that waits for them gives."""
+"""A token that runs ahead of its experts equals one that waits for them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ N_LAYERS, N_EXPERTS = 6, 8
 
 
 class Lazy(OpsExecutor):
-    """The references on MLX arrays, as a GPU runs them, without traces."""
+    """Run references on MLX arrays, as a GPU does, without compiled functions."""
 
     name = "lazy"
     takes_host_arrays = False
@@ -41,7 +41,7 @@ class Lazy(OpsExecutor):
 
 
 class Traced(Lazy):
-    """The same, traced."""
+    """Run the same references in compiled functions."""
 
     name = "traced"
     compiles = True
@@ -67,7 +67,7 @@ def packed(tmp_path_factory):
 def load(path, n_slots: int, optimistic: str, executor: str = "lazy"):
     """Load a model with ``n_slots`` slots, one fewer if that is all but one.
 
-    Who runs ahead keeps a blank one besides.
+    Running ahead keeps an additional blank slot.
     """
     with PackedExperts.open(path) as store:
         n_records = len(store.layers) * store.n_experts
@@ -96,7 +96,7 @@ def begin(model, n_prompt: int = 5):
 
 
 def state_of(cache) -> list[np.ndarray]:
-    """Return what a cache holds that counts."""
+    """Return the meaningful contents of a cache."""
     if isinstance(cache, KVCache):
         return [np.array(x) for x in cache.keys_and_values()]
     return [np.array(x) for x in cache.cache]
@@ -116,7 +116,7 @@ def check_same(model, cache, other, other_cache) -> None:
 
 
 def evictions(table) -> list[int]:
-    """Return what is in memory in the order in which it would be evicted."""
+    """Return the experts in memory in the order of their eviction."""
     policy, found = copy.deepcopy(table._policy), []
     while (key := policy.victim(0, range(len(table.slots)), ())) is not None:
         policy.forget(key // table.n_experts, key)
@@ -131,7 +131,7 @@ def counters(model) -> dict[int, tuple[int, int, int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n_slots", [2, 7, 40])
-def test_logits_caches_and_counts_are_those_of_waiting(packed, n_slots):
+def test_logits_caches_and_counts_equal_those_of_waiting(packed, n_slots):
     ahead, waiting = load(packed, n_slots, "on"), load(packed, n_slots, "off")
     caches = [begin(model) for model in (ahead, waiting)]
     got, expected = (
@@ -142,7 +142,7 @@ def test_logits_caches_and_counts_are_those_of_waiting(packed, n_slots):
     check_same(ahead, caches[0], waiting, caches[1])
 
 
-def test_of_all_experts_in_memory_it_is_the_same_step(packed):
+def test_with_all_experts_in_memory_the_step_is_the_same(packed):
     ahead, waiting = load(packed, 999, "on"), load(packed, 30, "off")
     got, expected = (generate(m, begin(m), range(5)) for m in (ahead, waiting))
     assert ahead.streamer.resident
@@ -163,7 +163,7 @@ class Script:
         self.expected = self.run()
 
     def run(self) -> mx.array:
-        """Run the token with a copy of the cache, which is then as after it."""
+        """Run the token with a copy of the cache."""
         self.after = copy.deepcopy(self.cache)
         note_use = Demand._note_use
 
@@ -186,7 +186,7 @@ class Script:
 
 
 class AllBut:
-    """Every key but one."""
+    """A set of all keys except one."""
 
     def __init__(self, key: int):
         self.key = key
@@ -222,7 +222,7 @@ def calls(monkeypatch) -> list[range]:
         ([2, 3], None),
     ],
 )
-def test_a_step_begins_again_where_an_expert_was_missing(packed, calls, missing, again):
+def test_a_step_restarts_at_a_missing_expert(packed, calls, missing, again):
     script = Script(packed)
     script.run()
     script.streamer._demand.miss_rate = 0
@@ -244,7 +244,7 @@ def test_a_step_begins_again_where_an_expert_was_missing(packed, calls, missing,
         assert n_hits == n_chosen - (layer in missing)
 
 
-def test_where_everything_hits_a_token_is_one_trace_and_one_read_back(packed, calls):
+def test_a_token_without_misses_is_one_compiled_call_and_one_read_back(packed, calls):
     script = Script(packed, "traced")
     script.streamer._demand.miss_rate = 0
     calls.clear()
@@ -257,7 +257,7 @@ def test_where_everything_hits_a_token_is_one_trace_and_one_read_back(packed, ca
     assert stats.snapshot()["routing"].count == 1
 
 
-def test_traces_give_what_waiting_gives(packed):
+def test_compiled_steps_equal_waiting(packed):
     ahead, waiting = (load(packed, 30, mode, "traced") for mode in ("on", "off"))
     got, expected = (generate(m, begin(m), range(5)) for m in (ahead, waiting))
     assert mx.array_equal(got, expected)
@@ -265,8 +265,8 @@ def test_traces_give_what_waiting_gives(packed):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("n_slots", [2, 5, 9, 30])
-def test_several_sequences_give_what_waiting_gives(packed, n_slots, calls):
-    """Also where the pool is too small for all of a step's experts."""
+def test_several_sequences_equal_waiting(packed, n_slots, calls):
+    """This holds even if the pool is too small for a step's experts."""
     pairs = []
     for mode in ("on", "off"):
         model = load(packed, n_slots, mode, "traced")
@@ -282,8 +282,8 @@ def test_several_sequences_give_what_waiting_gives(packed, n_slots, calls):
     check_same(ahead, cache, waiting, other_cache)
 
 
-def test_where_every_layer_misses_each_is_read_back_once(packed, calls):
-    """What begins again goes one layer further, and that is then read back."""
+def test_if_every_layer_misses_each_is_read_back_once(packed, calls):
+    """Each restart reaches one layer further, whose routing is then read back."""
     ahead, waiting = load(packed, 3, "on"), load(packed, 3, "off")
     caches = [begin(model) for model in (ahead, waiting)]
     stats = ahead.runtime.executor.stats
@@ -300,14 +300,14 @@ def test_where_every_layer_misses_each_is_read_back_once(packed, calls):
 
 
 class Ahead(ReadAhead):
-    """Reads ahead or not, as told, whatever that takes."""
+    """Read ahead or not, as set, regardless of its cost."""
 
     def __init__(self, choice: str):
         super().__init__(choice, lambda: 0.0)
 
 
 def forget_experts(streamer) -> None:
-    """Keep next to none in memory, and have a token run through all layers at once."""
+    """Evict nearly all experts, and let a token run through all layers at once."""
     n_slots = streamer.n_slots
     streamer.resize(streamer.least_slots)
     streamer.resize(n_slots)
@@ -315,8 +315,8 @@ def forget_experts(streamer) -> None:
 
 
 @pytest.mark.parametrize("executor", ["lazy", "traced"])
-def test_what_a_first_run_foresees_is_read_at_once(packed, executor):
-    """Without that, a token with nothing in memory would read back each layer."""
+def test_the_predictions_of_a_first_run_are_read_at_once(packed, executor):
+    """Otherwise a token with no experts in memory would read back each layer."""
     logits, n_read_back, n_asked = [], [], []
     for choice in ("off", "on"):
         model = load(packed, N_LAYERS * N_EXPERTS - 1, "on", executor)
@@ -344,7 +344,7 @@ def test_layers_run_again_while_the_experts_of_later_ones_are_read(
     late, read = [], Read.read
 
     def wait_for_layers_before(self, span):
-        # First the run that foresees, then that of the layers that have their experts.
+        # First the run that predicts experts, then the layers that have theirs.
         deadline = time.monotonic() + 20
         while self.layer > 3 and len(calls) < 2 and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -379,7 +379,7 @@ def test_reading_ahead_changes_no_logits(packed, n_slots):
     assert mx.array_equal(*outs)
 
 
-def test_what_cannot_be_read_ahead_is_an_error_once_it_is_needed(packed, tmp_path):
+def test_a_failed_read_ahead_is_an_error_once_the_expert_is_needed(packed, tmp_path):
     shutil.copytree(packed, tmp_path / "packed")
     models = [load(path, 9, "on") for path in (packed, tmp_path / "packed")]
     caches = [begin(model) for model in models]
@@ -398,7 +398,7 @@ def test_what_cannot_be_read_ahead_is_an_error_once_it_is_needed(packed, tmp_pat
     assert mx.array_equal(generate(models[1], caches[1], [3, 4]), expected)
 
 
-def test_only_what_was_foreseen_wrongly_makes_windows_smaller(packed):
+def test_only_wrong_predictions_shrink_windows(packed):
     model = load(packed, 9, "on")
     cache, streamer = begin(model), model.streamer
     rates = {}
@@ -413,7 +413,7 @@ def test_only_what_was_foreseen_wrongly_makes_windows_smaller(packed):
 def test_with_and_without_reading_ahead_are_timed_in_turns(packed):
     model = load(packed, 12, "auto", "traced")
     cache, streamer = begin(model), model.streamer
-    # Each look at the clock is a second later, half of which was waiting.
+    # Each reading of the clock is a second later, half of which was waiting.
     seconds = iter(range(10**9))
     streamer.read_ahead = ReadAhead(
         "auto", lambda: next(seconds) / 2, lambda: next(seconds)
@@ -455,7 +455,7 @@ def test_a_read_error_leaves_model_and_caches_usable(packed, tmp_path, optimisti
         for cache, expected in zip(script.after, script.cache, strict=True):
             assert getattr(cache, "offset", None) == getattr(expected, "offset", None)
     path.write_bytes(whole)
-    # The very caches that the failed step was given.
+    # These are the same caches that the failed step received.
     assert mx.array_equal(generate(script.model, script.after, [3]), script.expected)
 
 
@@ -495,7 +495,7 @@ def test_kernels_look_slots_up_too(tmp_path):
 
 
 def spans(layers: range, n_layers: int, most: int) -> list[range]:
-    """Part layers as a run does."""
+    """Split layers into spans as a run does."""
     found = []
     while layers:
         found.append(first_span(layers, n_layers, most))
@@ -518,7 +518,7 @@ def test_spans_cover_layers_in_few_pieces_of_few_kinds(n_layers):
     assert len(kinds) <= 2 * n_layers
 
 
-def test_the_window_is_the_wider_the_rarer_misses_are():
+def test_windows_widen_as_misses_become_rarer():
     rates = (1, 0.6, 0.4, 0.1, 0.02, 0.007, 0.001, 0)
     assert [window_of(rate, 40, 4) for rate in rates] == [1, 1, 4, 4, 16, 16, 40, 40]
     assert window_of(0, 1, 4) == 1
@@ -527,7 +527,7 @@ def test_the_window_is_the_wider_the_rarer_misses_are():
     assert window_of(1, 2, 4, ahead=True) == 2
 
 
-def test_a_choice_without_meaning_is_refused(packed, monkeypatch):
+def test_an_invalid_choice_is_refused(packed, monkeypatch):
     assert config.optimistic() == "auto"
     monkeypatch.setenv("MOEFLUX_OPTIMISTIC", "off")
     assert config.optimistic() == "off"

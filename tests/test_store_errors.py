@@ -1,4 +1,4 @@
-"""Opening a pack: whatever is wrong with it has a type and names the place."""
+"""Opening a faulty pack raises a typed error that names the place."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def packed(model, tmp_path):
 
 
 def refused(directory: Path) -> str:
-    """Open a pack that cannot be opened, and return why."""
+    """Open a pack that must be refused; return the error's message."""
     with open_files.none_left(), pytest.raises(ExpertStoreError) as caught:
         PackedExperts.open(directory)
     return str(caught.value)
@@ -62,7 +62,7 @@ def edit_manifest(directory: Path, edit) -> None:
     path = directory / MANIFEST_NAME
     fields = json.loads(path.read_text())
     edit(fields)
-    # Who changes one means it: the checksum is right.
+    # The change is deliberate: the checksum is right.
     path.write_text(json.dumps({**fields, "checksum": checksum_of(fields)}))
 
 
@@ -107,7 +107,7 @@ def test_a_missing_layer_file_is_refused(packed):
     assert str(packed / "experts-002.bin") in message and "layer 2" in message
 
 
-def test_something_else_in_the_place_of_a_file_is_refused(packed):
+def test_another_thing_in_place_of_a_file_is_refused(packed):
     path = packed / "experts-000.bin"
     path.unlink()
     path.mkdir()
@@ -119,7 +119,7 @@ def test_something_else_in_the_place_of_a_file_is_refused(packed):
 
 @pytest.mark.slow
 def test_a_file_that_may_not_be_read_is_refused():
-    # Not under tmp_path, which only its owner may enter.
+    # Only its owner may enter tmp_path, so use another folder.
     with tempfile.TemporaryDirectory() as root:
         os.chmod(root, 0o755)
         plain = write_checkpoint(Path(root) / "plain")
@@ -207,7 +207,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(packed, edit):
     assert refused(packed).startswith("[")
 
 
-# Every field of a record's layout with other values, of which none is right.
+# Every field of a record's layout with wrong values.
 Q = {"bits": 4, "group_size": 32, "mode": "affine"}
 LAYOUTS = [
     *[("quantization", "gate_proj", {**Q, "bits": bits}) for bits in (0, 1, 2, 8, "4")],
@@ -225,7 +225,7 @@ LAYOUTS = [
 @pytest.mark.parametrize(("table", "key", "value"), LAYOUTS)
 @pytest.mark.parametrize("as_made", [False, True])
 def test_a_layout_that_no_expert_has_is_refused(packed, table, key, value, as_made):
-    """Even where offsets, sizes and checksums are those that such a layout has."""
+    """This holds even if offsets, sizes and checksums fit such a layout."""
 
     def edit(fields):
         layout = fields["layouts"][0]
@@ -243,7 +243,7 @@ def test_a_layout_that_no_expert_has_is_refused(packed, table, key, value, as_ma
     try:
         edit_manifest(packed, edit)
     except ExpertStoreError as error:
-        # Nothing can be laid out like that.
+        # No layout is possible with these values.
         assert as_made and str(error).startswith("[layout] expected")
     else:
         assert str(packed / MANIFEST_NAME) in refused(packed)
@@ -269,7 +269,7 @@ def lay_out(layout):
         ),
     ],
 )
-def test_layouts_are_held_against_the_configuration(packed, edit):
+def test_layouts_are_checked_against_the_configuration(packed, edit):
     edit_config(packed, edit)
     assert "[experts]" in refused(packed)
 
@@ -297,7 +297,7 @@ def test_every_single_change_of_a_manifest_is_noticed(packed):
 
 
 def leaves(value, place=()):
-    """Yield the place and value of everything in JSON that holds nothing more."""
+    """Yield the path and value of every leaf in JSON."""
     inner = value.items() if isinstance(value, dict) else enumerate(value)
     for key, part in inner:
         if isinstance(part, dict | list):
@@ -325,7 +325,7 @@ def test_a_file_too_many_is_noticed_if_it_may_be_read(packed, name):
     assert f"{packed / name} does not belong to this pack" in refused(packed)
 
 
-def test_files_that_nobody_reads_may_come_and_go(packed):
+def test_unused_files_may_be_added_and_removed(packed):
     for name in ("README.md", "notes", ".DS_Store", "trace.npz"):
         (packed / name).write_text("x")
     for name in ("__pycache__", ".cache"):
@@ -356,7 +356,7 @@ def test_a_changed_small_file_is_noticed(packed, name, change):
 
 
 def test_a_pack_whose_files_are_links_opens(packed, tmp_path):
-    # As a hub's cache has them.
+    # A hub's cache consists of such links.
     links = tmp_path / "snapshot"
     links.mkdir()
     for path in packed.iterdir():
@@ -436,7 +436,7 @@ def test_a_file_of_a_name_that_no_disk_has_is_refused_in_a_short_line(packed):
     assert len(str(caught.value)) < 1000
 
 
-def test_what_a_manifest_says_makes_no_error_long(packed):
+def test_values_of_a_manifest_are_shortened_in_errors(packed):
     edit_manifest(
         packed, lambda fields: fields["resident"].update(fingerprint="x" * 9000)
     )

@@ -1,4 +1,4 @@
-"""Streaming: always the right bytes, each read once, nothing overwritten too early."""
+"""Streaming gives the right bytes, reads each once, and overwrites nothing early."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def budget(store: PackedExperts, n_slots: int) -> int:
 
 
 def stream(store: PackedExperts, n_slots: int, **options) -> ExpertStreamer:
-    """Stream with room for ``n_slots`` and, unless told otherwise, by threads."""
+    """Stream with ``n_slots`` slots and, by default, with reader threads."""
     return ExpertStreamer(
         store, budget(store, n_slots), **{"inline_bytes": 0, **options}
     )
@@ -79,7 +79,7 @@ def ids(*rows: list[int]) -> mx.array:
 
 
 def seen(source, slot: int) -> dict[str, bytes]:
-    """What an Op sees in one slot, by tensor name."""
+    """Return an Op's view of one slot, by tensor name."""
     weights = source.weights
     named = {
         "gate_proj": weights.gate,
@@ -124,7 +124,7 @@ steps = st.lists(
     policy=st.sampled_from([*POLICIES]),
     inline_bytes=st.sampled_from([0, 10**9]),
 )
-def test_every_slot_holds_the_expert_asked_for(
+def test_every_slot_holds_the_requested_expert(
     store, expected, steps, n_slots, minimal, scope, policy, inline_bytes
 ):
     if minimal:
@@ -218,7 +218,7 @@ def test_waves_do_not_depend_on_the_budget_but_in_their_order(store):
             assert all(wave for wave in waves)
 
 
-def test_waves_begin_with_what_is_in_memory(store):
+def test_waves_begin_with_experts_in_memory(store):
     with stream(store, 5) as streamer:
         source = streamer.source(0)
         source.slots(ids([8, 9, 10]))
@@ -228,7 +228,7 @@ def test_waves_begin_with_what_is_in_memory(store):
         assert streamer.stats[0].hits == 3
 
 
-def test_a_wave_left_early_does_not_harm_what_follows(store, expected):
+def test_a_wave_left_early_does_not_harm_later_requests(store, expected):
     with stream(store, 5) as streamer:
         source = streamer.source(0)
         for _ in source.waves(range(N_EXPERTS)):
@@ -239,7 +239,7 @@ def test_a_wave_left_early_does_not_harm_what_follows(store, expected):
         check_counters(streamer, store)
 
 
-def test_parts_are_first_what_is_in_memory_and_count_as_slots_do(store, expected):
+def test_parts_begin_with_experts_in_memory_and_count_as_slots_do(store, expected):
     rows = ([8, 9, 10], [9, 2, 8], [2, 2, 9], [5, 6, 7], [10, 5, 0])
     with stream(store, 5) as streamer, stream(store, 5) as other:
         source = streamer.source(0)
@@ -266,7 +266,7 @@ def test_parts_are_first_what_is_in_memory_and_count_as_slots_do(store, expected
         assert streamer._table.slots == other._table.slots
 
 
-def test_parts_left_early_do_not_harm_what_follows(store, expected):
+def test_parts_left_early_do_not_harm_later_requests(store, expected):
     with stream(store, 5) as streamer:
         source = streamer.source(0)
         source.slots(ids([0, 1, 2]))
@@ -279,8 +279,8 @@ def test_parts_left_early_do_not_harm_what_follows(store, expected):
         check_counters(streamer, store)
 
 
-def test_who_asked_and_never_came_leaves_nothing_behind(store, expected):
-    """As a call that Ctrl-C ends between asking and computing, and another's prompt."""
+def test_an_abandoned_request_leaves_nothing_behind(store, expected):
+    """For example, Ctrl-C may end a call between its request and its computation."""
     with stream(store, 4, floor=0) as streamer:
         source = streamer.source(0)
         source.slots(ids([0, 1, 2]))
@@ -315,7 +315,7 @@ def test_layers_compete_for_slots_or_have_their_own(store):
     assert misses == {"global": 9, "layer": 12}
 
 
-def test_a_policy_of_one_s_own_decides_on_evictions(store):
+def test_a_users_own_policy_decides_on_evictions(store):
     class Newest(Policy):
         def __init__(self, shape):
             assert shape == PoolShape(N_LAYERS, N_EXPERTS, 3)
@@ -373,7 +373,7 @@ def test_without_a_budget_a_small_model_is_held_whole(store):
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
-def test_who_runs_ahead_has_a_blank_slot_for_what_is_missing(store, scope):
+def test_running_ahead_has_a_blank_slot_for_missing_experts(store, scope):
     groups = N_LAYERS if scope == "layer" else 1
     least, everything = groups * TOP_K, N_LAYERS * N_EXPERTS
     for n_slots in (least, least + 1, 20, everything - 1, everything):
@@ -427,7 +427,7 @@ def test_a_budget_too_small_for_a_token_states_the_minimum(store, scope, n_minim
         assert streamer.n_slots == n_minimum
 
 
-def test_arguments_without_meaning_are_refused(store):
+def test_invalid_arguments_are_refused(store):
     with pytest.raises(ConfigError, match=r"\[scope\]"):
         ExpertStreamer(store, scope="token")
     with pytest.raises(ConfigError, match=r"\[policy\].*lru.*'newest'"):
@@ -549,7 +549,7 @@ def test_an_interrupt_leaves_a_streamer_that_works(store, expected):
     def forever(source):
         while True:
             for first in range(N_EXPERTS):
-                # Python drops what is raised inside a finalizer.
+                # Python drops exceptions raised inside a finalizer.
                 if fired:
                     raise KeyboardInterrupt
                 source.slots(ids([(first + k) % N_EXPERTS for k in range(TOP_K)]))
@@ -596,7 +596,7 @@ def test_closing_twice_is_harmless_and_ends_the_threads(store):
     assert threading.active_count() == before
 
 
-def test_a_streamer_that_nobody_closed_frees_memory_and_threads(store):
+def test_an_unclosed_streamer_frees_memory_and_threads(store):
     gc.collect()
     before, threads = mx.get_active_memory(), set(threading.enumerate())
     streamer = stream(store, 5, read_threads=3)

@@ -1,4 +1,4 @@
-"""A streamed block takes the kernels that mlx-lm's own takes, on whatever device."""
+"""A streamed block uses the same kernels as mlx-lm's block, on every device."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def given(n: int, k: int = 2) -> tuple[mx.array, mx.array]:
 
 @pytest.fixture
 def told(monkeypatch) -> list[tuple[int, int, bool]]:
-    """Return a list of ids, matrices and whether ids are sorted, of each product."""
+    """Return a list of each product's ids, matrices, and whether ids are sorted."""
     found: list[tuple[int, int, bool]] = []
     original = mx.gather_qmm
 
@@ -80,13 +80,13 @@ def told(monkeypatch) -> list[tuple[int, int, bool]]:
 
 
 def takes_blocks(n_rows: int, n_matrices: int, is_sorted: bool) -> bool:
-    """Say what MLX's Metal kernels are chosen by."""
+    """Return the properties by which MLX chooses its Metal kernels."""
     return is_sorted and n_rows >= 16 and n_rows // n_matrices >= 4
 
 
 @pytest.fixture
 def metal(monkeypatch):
-    """Take kernels as on Metal; a CPU computes the same with each."""
+    """Choose kernels as on Metal; on a CPU all compute the same."""
     monkeypatch.setattr(device, "multiplies_by_blocks", lambda rows, n: rows // n >= 4)
     monkeypatch.setattr(device, "multiplies_row_by_row", lambda: False)
 
@@ -106,12 +106,14 @@ def test_kernels_are_those_of_the_block_with_all_experts(
     got = ours(x, ids)
     assert mx.array_equal(wanted, got)
     assert told and {takes_blocks(*call) for call in told} == {want}
-    # On CUDA fewer than eight rows take another kernel.
+    # On CUDA, fewer than eight rows use another kernel.
     assert all((rows < 8) == (ids.size < 8) for rows, _, _ in told)
 
 
 @pytest.mark.parametrize("bits", [4, None])
-def test_what_lies_end_to_end_stays_when_all_is_in_memory(tmp_path, monkeypatch, bits):
+def test_contiguous_matrices_stay_contiguous_with_all_in_memory(
+    tmp_path, monkeypatch, bits
+):
     stock = Two(bits)
     path = saved(stock, tmp_path / "model")
     monkeypatch.setattr(device, "gathers_strided", lambda: False)

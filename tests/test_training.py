@@ -1,4 +1,4 @@
-"""Training of whole models, and the scripts that the page on training prints."""
+"""Training of complete models, and the scripts on the page about training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MAKERS: dict[str, Callable[..., Path]] = {
 
 
 def trained(model: Any, *, compiled: bool) -> tuple[list[float], dict[str, mx.array]]:
-    """Train all of a model for three steps; return losses and what it gives then."""
+    """Train all of a model for three steps; return its losses and final logits."""
     model.train()
     optimizer = optim.SGD(learning_rate=0.02)
     gradient = nn.value_and_grad(model, default_loss)
@@ -56,7 +56,7 @@ def trained(model: Any, *, compiled: bool) -> tuple[list[float], dict[str, mx.ar
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("form", MAKERS)
-def test_a_whole_model_learns_what_stock_learns(tmp_path, form):
+def test_a_whole_model_learns_as_stock(tmp_path, form):
     path = MAKERS[form](tmp_path / "model")
     losses, expected = trained(load_model(path)[0], compiled=True)
     assert losses[2] < losses[1] < losses[0]
@@ -99,7 +99,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_mixed_precision_gives_stocks_gradients(tmp_path, form):
     path = MAKERS[form](tmp_path / "model", bits=4)
     wanted, exact = mixed(load_model(path)[0]), loss_in_float32(path)
-    # It is another precision that is compared here.
+    # This test compares the other precision.
     assert abs(wanted["loss"] - exact) > 1e-4
     for options in WAYS.values():
         check_same(mixed(moeflux_mlx.load(path, **options)[0]), wanted)

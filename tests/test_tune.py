@@ -1,4 +1,4 @@
-"""What tuning decides, keeps and refuses, and that lowering follows it."""
+"""Tuning: its decisions, its file, its refusals, and lowering that follows it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def tuning(*entries: Entry, executor: str = "cuda") -> Tuning:
 
 @pytest.fixture
 def in_force(tmp_path, monkeypatch):
-    """Write a file and let it decide."""
+    """Write a tuning file and put it in force."""
 
     def use(found: Tuning):
         path = tmp_path / "tuned.json"
@@ -99,7 +99,7 @@ def in_force(tmp_path, monkeypatch):
     ],
     ids=["within noise", "faster", "fastest", "default is wrong", "no other"],
 )
-def test_only_what_beats_the_default_by_the_margin_displaces_it(us, winner):
+def test_only_a_way_faster_by_the_margin_displaces_the_default(us, winner):
     assert decide("a", us, margin=0.05) == winner
 
 
@@ -150,7 +150,7 @@ def test_the_environment_goes_before_tuning_and_tuning_before_preference(
         assert lowering.choose(op, "cuda").name == default
 
 
-def test_a_way_that_is_gone_or_does_not_fit_is_passed_over(in_force):
+def test_a_missing_or_unfit_way_is_skipped(in_force):
     op = product(n_tokens=3)
     for way in ("a_kernel_of_old", "dequant_matvec_4bit_v3"):
         in_force(tuning(entry([op], way, n_tokens=3)))
@@ -240,7 +240,7 @@ def test_an_entry_of_nonsense_is_an_error_where_it_was_named(
         lowering.choose(product(), "cuda")
 
 
-def test_a_tuning_file_that_is_none_is_an_error_at_once(tmp_path, monkeypatch):
+def test_an_invalid_tuning_file_is_an_error_at_once(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", tmp_path):
         monkeypatch.setenv("MOEFLUX_TUNING", str(path))
@@ -248,7 +248,7 @@ def test_a_tuning_file_that_is_none_is_an_error_at_once(tmp_path, monkeypatch):
             tuned.current("cuda")
 
 
-def test_a_broken_file_of_this_machine_is_passed_over_with_one_warning(
+def test_a_broken_file_of_this_machine_is_skipped_with_one_warning(
     tmp_path, monkeypatch
 ):
     monkeypatch.delenv("MOEFLUX_TUNING")
@@ -266,14 +266,14 @@ def test_a_broken_file_of_this_machine_is_passed_over_with_one_warning(
 
 
 @pytest.mark.parametrize("other", ["device", "executor", "mlx"])
-def test_times_from_elsewhere_are_passed_over_with_a_warning(other, in_force):
+def test_times_from_elsewhere_are_skipped_with_a_warning(other, in_force):
     found = replace(tuning(entry([product()], "qmm_t")), **{other: "another"})
     in_force(found)
     with pytest.warns(UserWarning, match="expected times of .* but they are of"):
         assert lowering.choose(product(), "cuda").name != "qmm_t"
 
 
-def test_a_second_model_keeps_what_the_first_one_found():
+def test_tuning_a_second_model_keeps_the_entries_of_the_first():
     small, large = [product()], [product(out_dim=16)]
     first = tuning(entry(small, "qmm_t"), entry(large, "mlx"))
     second = tuning(entry(small, "mlx"))
@@ -287,7 +287,7 @@ def test_a_second_model_keeps_what_the_first_one_found():
 
 
 class LastIsBest(StepTimer):
-    """Says that each way is faster than those it met before; performs nothing."""
+    """A timer that reports each way as faster than those before, without running."""
 
     def __init__(self):
         super().__init__()
@@ -299,7 +299,7 @@ class LastIsBest(StepTimer):
 
 
 def tuned_with_bad_ways(checkpoint, progress) -> Tuning:
-    """Tune a tiny model with two ways more of an Op, both bad, the last ones."""
+    """Tune a tiny model, with two bad ways added at the end of an Op's list."""
 
     def off_by_one(_op, _run, a, b):
         return a + b + 1
@@ -322,13 +322,13 @@ def tuned_with_bad_ways(checkpoint, progress) -> Tuning:
 
 @pytest.fixture(scope="module")
 def tuned_tiny(checkpoint):
-    """What is found of every Op and group."""
+    """The findings for every Op and fusion."""
     return tuned_with_bad_ways(checkpoint, lambda choices, _: choices)
 
 
 @pytest.fixture(scope="module")
 def tuned_few(checkpoint):
-    """What is found of the Op with the bad ways, and of a group."""
+    """The findings for the Op with the bad ways, and for a fusion."""
     few = ("ResidualAddNTokens", "experts_down_combine")
     return tuned_with_bad_ways(
         checkpoint, lambda choices, _: [c for c in choices if c.name in few]
@@ -349,7 +349,7 @@ def test_every_op_and_group_is_tried_at_every_length(tuned_tiny):
     assert {(name, n) for name in both for n in (1, 3)} <= tried
     assert ("experts_down_combine", 1) in tried
     assert ("MoeBatchedPermuteFuse", 3) in tried
-    # The cache object's work is not ours to choose.
+    # The cache object does this work, so there is nothing to choose.
     assert not any(name == "KvCacheAppendNTokens" for name, _ in tried)
     for e in tuned_tiny.entries:
         assert bool(e.refused) == (e.name == "ResidualAddNTokens")
@@ -394,7 +394,7 @@ def test_a_model_runs_as_tuned_and_gives_the_same(checkpoint, tuned_tiny, in_for
     assert n_kernels > 0 and most > 1
     in_force(tuned_tiny)
     got, n_kernels, most = logits()
-    # Every winner is MLX's own, one by one.
+    # Every winner is MLX's way, without fusion.
     assert (n_kernels, most) == (0, 1)
     assert mx.allclose(got, expected, rtol=1e-3, atol=1e-4)
 
@@ -406,7 +406,7 @@ def test_an_executor_without_kernels_is_refused(checkpoint):
 
 
 @simulated
-def test_what_cannot_be_tuned_is_refused(packed, budget, checkpoint):
+def test_a_model_that_cannot_be_tuned_is_refused(packed, budget, checkpoint):
     streamed = moeflux_mlx.load(packed, executor="sim", expert_memory=budget)[0]
     with pytest.raises(ModelError, match="expected all experts in memory"):
         tune(streamed)
@@ -416,7 +416,7 @@ def test_what_cannot_be_tuned_is_refused(packed, budget, checkpoint):
 
 
 @simulated
-def test_the_command_keeps_what_it_found_only_where_times_mean_something(
+def test_the_command_saves_entries_only_where_times_are_meaningful(
     checkpoint, tuned_few, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -443,7 +443,7 @@ def test_the_command_keeps_what_it_found_only_where_times_mean_something(
     assert len(json.loads(path.read_text())["entries"]) == 2
 
 
-def test_the_list_of_lowerings_shows_what_is_tuned(in_force, monkeypatch, capsys):
+def test_the_list_of_lowerings_shows_tuned_entries(in_force, monkeypatch, capsys):
     monkeypatch.setenv("MOEFLUX_EXECUTOR", "cuda")
     in_force(tuning(entry([product()], "qmm_t")))
     assert main(["kernels", "--lowering", "--json"]) == 0

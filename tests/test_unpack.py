@@ -1,4 +1,4 @@
-"""A pack is written back as the checkpoint that it was made of, bit for bit."""
+"""Unpacking restores the checkpoint that a pack was made from, bit for bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TOKENS = mx.array([[5, 6, 7, 9]])
 
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch):
-    """Make the modules beside the scripts importable."""
+    """Make the scripts' modules importable."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
 
@@ -58,7 +58,7 @@ def logits(path: Path) -> mx.array:
     return load_model(path)[0](TOKENS)
 
 
-def test_a_pack_of_our_own_class_comes_back(checkpoint, packed, tmp_path):
+def test_a_pack_of_our_own_class_is_restored(checkpoint, packed, tmp_path):
     back = tmp_path / "back"
     done = moeflux("unpack", packed, back)
     assert done.returncode == 0, done.stderr
@@ -85,7 +85,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_forms_and_types_come_back_in_shards_with_an_index(form, dtype, tmp_path):
+def test_forms_and_types_are_restored_in_shards_with_an_index(form, dtype, tmp_path):
     forms = [Quantization(4, 32), FORMS[form], FORMS[form]]
     path = write_checkpoint(
         tmp_path / "plain", quantization=forms, dtype=dtype, n_shards=3
@@ -106,7 +106,7 @@ def test_forms_and_types_come_back_in_shards_with_an_index(form, dtype, tmp_path
 
 
 def fused(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Store gate and up of all experts as rows of one tensor, as releases do."""
+    """Store all experts' gate and up as rows of one tensor, as releases do."""
     made = {}
     for name, array in weights.items():
         if ".switch_mlp.up_proj." in name:
@@ -121,7 +121,7 @@ def fused(weights: dict[str, mx.array]) -> dict[str, mx.array]:
 
 
 @pytest.mark.parametrize("change", ["an expert each", "fused"])
-def test_other_forms_come_back_under_their_names(change, tmp_path):
+def test_other_forms_are_restored_under_their_names(change, tmp_path):
     path = make_checkpoint(tmp_path / "plain", bits=None)
     each = unstacked("switch_mlp", "experts", PLAIN_NAMES)
     rewrite(path, fused if change == "fused" else each)
@@ -132,7 +132,7 @@ def test_other_forms_come_back_under_their_names(change, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "bits"), [("gpt_oss", 4), ("gemma4_text", None)])
-def test_a_pack_of_mlx_lms_class_comes_back(family, bits, tmp_path):
+def test_a_pack_of_mlx_lms_class_is_restored(family, bits, tmp_path):
     path = write(tmp_path / "plain", family, bits)
     back = there_and_back(path)
     assert tensors(back) == tensors(path)
@@ -140,7 +140,7 @@ def test_a_pack_of_mlx_lms_class_comes_back(family, bits, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
-def test_what_sanitize_changed_comes_back_as_mlx_lms_converter_writes_it(
+def test_tensors_that_sanitize_changed_equal_those_of_mlx_lms_converter(
     family, tmp_path
 ):
     path = rewrite(write(tmp_path / "plain", family), ORIGINAL[family])
@@ -170,7 +170,7 @@ def flip(file: Path, place: int) -> None:
         ("tokenizer.json", 100, "tokenizer.json was changed after packing"),
     ],
 )
-def test_of_a_damaged_pack_nothing_is_left(packed, tmp_path, file, place, message):
+def test_a_damaged_pack_leaves_no_output(packed, tmp_path, file, place, message):
     pack_dir = copied(packed, tmp_path)
     flip(pack_dir / file, place)
     before = sorted(tmp_path.iterdir())
@@ -180,7 +180,7 @@ def test_of_a_damaged_pack_nothing_is_left(packed, tmp_path, file, place, messag
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left")])
-def test_what_ends_early_leaves_nothing(packed, tmp_path, error):
+def test_an_interrupted_unpack_leaves_nothing(packed, tmp_path, error):
     def stop(what: str, done: int, total: int) -> None:
         if done > total // 2:
             raise error
@@ -190,7 +190,7 @@ def test_what_ends_early_leaves_nothing(packed, tmp_path, error):
     assert [*tmp_path.iterdir()] == []
 
 
-def test_what_a_crash_left_is_written_again(checkpoint, packed, tmp_path):
+def test_leftovers_of_a_crash_are_overwritten(checkpoint, packed, tmp_path):
     left = tmp_path / "back.partial"
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
@@ -200,7 +200,7 @@ def test_what_a_crash_left_is_written_again(checkpoint, packed, tmp_path):
     assert not left.exists()
 
 
-def test_what_somebody_else_put_there_stays(packed, tmp_path):
+def test_foreign_files_stay_untouched(packed, tmp_path):
     left = tmp_path / "back.partial"
     left.mkdir()
     (left / "thesis.txt").write_text("mine")
@@ -219,7 +219,7 @@ def test_a_plain_checkpoint_is_not_unpacked(checkpoint, tmp_path):
 
 
 def edited(packed: Path, tmp_path: Path, change, part: str = "layers") -> Path:
-    """Copy a pack and change its manifest's layers, or another part; checksum too."""
+    """Copy a pack; change its manifest's layers or another part, and its checksum."""
     path = copied(packed, tmp_path)
     fields = json.loads((path / MANIFEST_NAME).read_text())
     for one in fields[part] if part == "layers" else [fields[part]]:
@@ -243,7 +243,7 @@ def edited(packed: Path, tmp_path: Path, change, part: str = "layers") -> Path:
         ),
     ],
 )
-def test_names_that_cannot_be_are_refused(packed, tmp_path, change, message):
+def test_impossible_names_are_refused(packed, tmp_path, change, message):
     path = edited(packed, tmp_path, change)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ExpertStoreError, match=message):
@@ -251,7 +251,7 @@ def test_names_that_cannot_be_are_refused(packed, tmp_path, change, message):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_weights_are_held_against_their_checksum(packed, tmp_path):
+def test_weights_are_checked_against_their_checksum(packed, tmp_path):
     path = edited(packed, tmp_path, lambda r: r.update(checksum="0" * 16), "resident")
     with pytest.raises(ExpertStoreError, match="safetensors does not match its check"):
         unpack(path, tmp_path / "back")

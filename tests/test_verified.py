@@ -1,4 +1,4 @@
-"""A kernel that was not found right here is passed over, and the next way serves."""
+"""A kernel not verified on this machine is skipped, and the next way is used."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOGETHER = {group.name for group in FUSIONS if group.kernels}
 
 
 @pytest.mark.parametrize("executor", ["metal", "cuda", "sim"])
-def test_of_an_ops_ways_the_first_serves_whose_kernels_are_usable(executor):
+def test_the_first_way_with_usable_kernels_is_chosen(executor):
     n_passed = 0
     for op in OPS:
         bad: set[str] = set()
@@ -34,14 +34,14 @@ def test_of_an_ops_ways_the_first_serves_whose_kernels_are_usable(executor):
             way := lowering.choose(op, executor, lambda n, b=bad: n not in b)
         ).kernels:
             assert not bad & set(way.kernels)
-            # One kernel of a way is enough to pass it over.
+            # One unverified kernel is enough to skip a way.
             bad.add(way.kernels[len(bad) % len(way.kernels)])
             n_passed += 1
         assert way.name in (MLX, "mlx_dequantize")
     assert n_passed > len(OPS) // 2
 
 
-def test_the_environment_chooses_a_way_that_is_not_verified(monkeypatch):
+def test_the_environment_may_choose_an_unverified_way(monkeypatch):
     op = next(op for op in OPS if op.variant_name == "ResidualAddNTokens")
     only = "ResidualAddNTokens=residual_add_n_tokens"
     assert lowering.choose(op, "metal", lambda name: False).name == MLX
@@ -50,7 +50,7 @@ def test_the_environment_chooses_a_way_that_is_not_verified(monkeypatch):
     assert found.name == "residual_add_n_tokens"
 
 
-# What launches no kernel, but goes another way than an Op's reference.
+# Ways that launch no kernel, but differ from the Op's reference.
 BY_MLX = ("mlx_dequantize", "mlx_expanded")
 
 
@@ -76,7 +76,7 @@ def test_a_comment_in_a_kernel_makes_no_record_stale(tmp_path):
     for path in ours.folder.glob("*.*"):
         lines = path.read_text().splitlines()
         if path.suffix in (".metal", ".h"):
-            # A backslash must end its line.
+            # A backslash must be the last character of its line.
             said = [x if x.endswith("\\") else f"{x} // why, ({{" for x in lines]
             lines = ["/* new", "*/", *("\n".join(said).splitlines())]
         (tmp_path / path.name).write_text("\n".join(lines) + "\n")
