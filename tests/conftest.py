@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from commands import python
-from families import write
+from native_family_table import write
 from hypothesis import settings
 from tiny import make_checkpoint
 

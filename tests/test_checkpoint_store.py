@@ -314,7 +314,7 @@ def test_fused_rows_that_cannot_be_halved_are_refused(broken):
     [
         ({"num_experts": 6}, ["layers.0", "expected 6 experts", "got 5"]),
         ({"num_experts": 4}, ["layers.0", "expected 4 experts", "got 5"]),
-        ({"num_hidden_layers": 2}, ["layers.2", "fewer than 2 layers"]),
+        ({"num_hidden_layers": 2}, ["layers.2", "layer below 2"]),
         ({"num_experts_per_tok": 6}, ["at most 5 experts per token"]),
         ({"moe_intermediate_size": 97}, ["gate_proj.weight", "97 rows", "got 96"]),
         ({"hidden_size": 65}, ["down_proj.weight", "65 rows", "got 64"]),

@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from families import FULL, GPT_OSS, MXFP4, SLIDING
+from native_family_table import FULL, GPT_OSS, MXFP4, SLIDING
 from mlx_lm.models.cache import (
     BatchKVCache,
     BatchRotatingKVCache,
