@@ -14,8 +14,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from commands import python
-from native_family_table import write
 from hypothesis import settings
+from native_family_table import write
 from tiny import make_checkpoint
 
 from moeflux_mlx import device

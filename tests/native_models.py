@@ -8,10 +8,10 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from native_family_table import FAMILIES
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
+from native_family_table import FAMILIES
 
 import moeflux_mlx
 from moeflux_mlx.engine import simulator

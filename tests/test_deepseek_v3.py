@@ -5,8 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx_lm
 import pytest
-from native_family_table import YARN
 from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache, make_prompt_cache
+from native_family_table import YARN
 from native_models import (
     assert_mlx_lms_class_serves,
     assert_refused,

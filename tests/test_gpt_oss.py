@@ -6,7 +6,6 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from native_family_table import FULL, GPT_OSS, MXFP4, SLIDING
 from mlx_lm.models.cache import (
     BatchKVCache,
     BatchRotatingKVCache,
@@ -14,6 +13,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 from moeflux_mlx.models.gpt_oss import lacks
+from native_family_table import FULL, GPT_OSS, MXFP4, SLIDING
 from native_models import (
     LAYER,
     assert_mlx_lms_class_serves,

@@ -11,10 +11,10 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm
 import pytest
-from native_family_table import FAMILIES
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchGLU
+from native_family_table import FAMILIES
 from native_models import (
     adapt,
     assert_kernels_give_mlx_lms,
