@@ -1,6 +1,7 @@
 """Every family with a class of our own gives what mlx-lm's class gives, bounded or not.
 
-A new family adds a line to ``native_family_table.FAMILIES``; its own file tests what it alone has.
+A new family adds a line to ``native_family_table.FAMILIES``. A file of its own tests
+the rest of its behaviour.
 """
 
 from __future__ import annotations
