@@ -68,12 +68,13 @@ def test_no_family_is_left_out():
 
 
 @each_other_family
-@pytest.mark.parametrize(
-    ("n_seqs", "n_tokens"), [(1, 64), pytest.param(3, 24, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("n_seqs", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_greedy_tokens_and_their_logits_are_mlx_lms(
-    plain, plain_packed, n_seqs, n_tokens, tolerance
+    plain, plain_packed, n_seqs, tolerance, request
 ):
+    # Many tokens with one configuration of a family, fewer with the others.
+    is_first = tuple(request.node.callspec.params["plain"]) in FIRST.items()
+    n_tokens = {1: 64, 3: 24}[n_seqs] // (1 if is_first else 4)
     expected, chosen = greedy(mlx_lm.load(str(plain))[0], n_seqs, n_tokens)
     few = {"expert_memory": least(plain)}
     ways = {
