@@ -425,12 +425,7 @@ def test_a_pattern_that_names_nothing_is_an_error(name, capsys, monkeypatch):
 @pytest.mark.slow
 def test_instructions_of_launches_are_compared_with_those_of_another_tree(monkeypatch):
     """Compiling is NVIDIA's; the sources, and telling them apart, are ours."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    path = str(ROOT / "scripts" / "cuda_code")
-    loader = importlib.machinery.SourceFileLoader("cuda_code", path)
-    spec = importlib.util.spec_from_loader("cuda_code", loader)
-    code = importlib.util.module_from_spec(spec)
-    loader.exec_module(code)
+    code = loaded("cuda_code", monkeypatch)
     here = code.sources(ROOT, "norm")
     ((_, side, kernel, number),) = here
     assert (side, kernel, number) == ("norm_matvecs", "norm_matvecs", 0)
