@@ -99,6 +99,17 @@ def pytest_collection() -> Generator[None, object, object]:
     return found
 
 
+# The memory of the interpreter as tests of plans state it.
+OWN_BYTES = 100 << 20
+
+
+def hold_own_bytes(monkeypatch) -> None:
+    """Pretend that the interpreter's memory is constant: that of the tests grows."""
+    for name in ("moeflux_mlx.memory.plan", "moeflux_mlx.streaming"):
+        monkeypatch.setattr(f"{name}.own_bytes", lambda: OWN_BYTES)
+    monkeypatch.setattr("moeflux_mlx.device.process_bytes", lambda: None)
+
+
 def only_with_all(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
     """Yield slow tests and, for each sampled test, all cases but the first."""
     begun = set()

@@ -18,6 +18,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from commands import interpreted, running
+from conftest import OWN_BYTES, hold_own_bytes
 from mlx_lm import batch_generate
 from mlx_lm.models.cache import (
     ChunkedKVCache,
@@ -43,7 +44,6 @@ from moeflux_mlx.memory.keeper import LOOKAHEAD
 from moeflux_mlx.streaming import stream
 
 ROOT = Path(__file__).resolve().parents[1]
-OWN_BYTES = 100 << 20
 # Measured peaks differ a little from call to call.
 SLACK = 256 << 10
 VOCAB = 128
@@ -61,10 +61,7 @@ def scripts():
 
 @pytest.fixture
 def own_bytes(monkeypatch):
-    """Pretend that the interpreter's memory is constant: that of the tests grows."""
-    monkeypatch.setattr(memory, "own_bytes", lambda: OWN_BYTES)
-    monkeypatch.setattr("moeflux_mlx.streaming.own_bytes", lambda: OWN_BYTES)
-    monkeypatch.setattr(device, "process_bytes", lambda: None)
+    hold_own_bytes(monkeypatch)
 
 
 @pytest.fixture(scope="module")

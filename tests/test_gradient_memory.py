@@ -13,6 +13,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+from conftest import OWN_BYTES, hold_own_bytes
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner import trainer
@@ -25,14 +26,12 @@ import moeflux_mlx
 from moeflux_mlx import device
 from moeflux_mlx.calls.small_calls import Taken
 from moeflux_mlx.errors import BudgetError
-from moeflux_mlx.memory import plan
 from moeflux_mlx.memory.keeper import MemoryKeeper
 from moeflux_mlx.streaming import stream
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB = 128
 LORA = {"rank": 4, "scale": 2.0, "dropout": 0.0}
-OWN_BYTES = 100 << 20
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,10 +44,7 @@ def scripts():
 
 @pytest.fixture(autouse=True)
 def own_bytes(monkeypatch):
-    """Pretend that the interpreter's memory is constant: that of the tests grows."""
-    monkeypatch.setattr(plan, "own_bytes", lambda: OWN_BYTES)
-    monkeypatch.setattr("moeflux_mlx.streaming.own_bytes", lambda: OWN_BYTES)
-    monkeypatch.setattr(device, "process_bytes", lambda: None)
+    hold_own_bytes(monkeypatch)
 
 
 @pytest.fixture(scope="module")

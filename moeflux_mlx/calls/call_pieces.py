@@ -1,4 +1,4 @@
-"""The pieces of a call between its routed blocks, told apart by what they change."""
+"""The pieces of a call between its routed blocks, told apart by their effects."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class TextNeeds:
             n_tokens: tokens of all ``n_seqs`` sequences together.
             n_cached: rows of each sequence's cache.
         """
-        # Graphs plan only what they write: inputs and outputs add four float32 rows.
+        # Graphs plan their own results only: inputs and outputs add four float32 rows.
         own = self._peak_bytes(n_tokens) + 16 * n_tokens * self._args.hidden_size
         # Logits of each last token are copied from the host; a batch has a mask.
         own += 2 * self.logits_bytes(n_seqs)

@@ -309,7 +309,7 @@ class _Guarded:
 
 
 def _constant_part(path: Path) -> tuple[int, int]:
-    """Return from where to where a library is mapped, without what it may write."""
+    """Return the address range of a library's read-only mappings."""
     begin, end, last_word = 2**64 - 1, 0, f"{path}\n"
     with open("/proc/self/maps") as file:
         for line in file:
