@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -368,6 +369,61 @@ def test_compiled_objects_are_kept_by_content(tmp_path, monkeypatch):
     assert {p.name: p.stat().st_mtime_ns for p in kept.glob("fast-*.so")} == first
     simulator.Program(source.replace("= 1", "= 2"))
     assert len(list(kept.glob("fast-*.so"))) == len(first) + 1 == 2
+
+
+SHARED = (
+    HEAD
+    + """kernel void k(device uint* y, uint i [[thread_index_in_threadgroup]]) {
+  threadgroup uint s[64];
+  for (uint n = 0; n < 50; ++n) {
+    s[i] = y[i] + n;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    y[i] = s[63 - i];
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+}"""
+)
+
+
+def turned(n_times: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers that ``SHARED`` is given, and its results."""
+    given = np.arange(64, dtype=np.uint32)
+    result = given.copy()
+    for n in range(n_times):
+        result = (result + np.uint32(n))[::-1]
+    return given, np.ascontiguousarray(result)
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_a_library_runs_when_another_process_replaced_its_file(
+    checked, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    given, wanted = turned(50)
+    for _ in range(2):
+        program = simulator.Program(SHARED, checked=checked)
+        values = given.copy()
+        program.run("k", [values], (64, 1, 1), (64, 1, 1))
+        assert (values == wanted).all()
+        # Two processes that compile the same source both put the result here.
+        for path in tmp_path.rglob("*.so"):
+            copy = path.with_suffix(".other")
+            copy.write_bytes(path.read_bytes())
+            copy.chmod(0o600)
+            copy.replace(path)
+
+
+def test_kernels_of_two_threads_run_one_after_the_other():
+    program = simulator.Program(SHARED)
+    given, wanted = turned(50)
+
+    def run(_: int) -> bool:
+        values = given.copy()
+        program.run("k", [values], (64, 1, 1), (64, 1, 1))
+        return bool((values == wanted).all())
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(run, range(200)))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import mmap
 import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +15,11 @@ import numpy as np
 from ...device import MAX_BUFFERS, MAX_THREADGROUP_BYTES, MAX_THREADS_PER_GROUP
 from ...errors import SimulatorError
 from . import compile as compiler
-from .symbols import Lines, Shared, shared_arrays
+from .symbols import Layout, Lines, Shared
 
 Size3 = tuple[int, int, int]
+# The runtime has one set of fibers, and a call of it lets other Python threads run.
+_RUNNING = threading.Lock()
 _MAX_FINDINGS = 32
 _KINDS = (
     "race",
@@ -101,10 +104,12 @@ class Program:
         self._path = compiler.library(text, checked, numbers)
         _runtime()
         self._library = ctypes.CDLL(str(self._path))
-        # Read once: the list of mappings is long where many kernels are loaded.
-        self._code = _constant_part(self._path)
-        self._base = self._code[0]
-        self._shared = shared_arrays(self._path)
+        layout = Layout.of(self._path)
+        # A function tells where the library is. The list of mappings does not: another
+        # process may have put the same library in place of this file.
+        self._base = self._address(0) - layout.functions["__run_0"] if found else 0
+        self._code = tuple(self._base + at for at in layout.constant)
+        self._shared = layout.shared
 
     @classmethod
     def of_file(cls, path: Path, *, checked: bool = False) -> Program:
@@ -125,6 +130,10 @@ class Program:
     def parameters(self, kernel: str) -> tuple[compiler.Parameter, ...]:
         """Return a kernel's parameters in order."""
         return self._functions[kernel][1].parameters
+
+    def _address(self, index: int) -> int:
+        entry = getattr(self._library, f"__run_{index}")
+        return ctypes.cast(entry, ctypes.c_void_p).value or 0
 
     @functools.cached_property
     def _lines(self) -> Lines:
@@ -182,7 +191,7 @@ class Program:
         )
         findings = (_Finding * _MAX_FINDINGS)()
         request = _Request(
-            ctypes.cast(getattr(self._library, f"__run_{index}"), ctypes.c_void_p),
+            self._address(index),
             pointers,
             regions,
             n,
@@ -196,7 +205,8 @@ class Program:
             *self._code,
             findings,
         )
-        n_found = _runtime().msl_run(ctypes.byref(request))
+        with _RUNNING:
+            n_found = _runtime().msl_run(ctypes.byref(request))
         for array, copy in zip(buffers, guarded, strict=True):
             copy.back_to(array)
         if n_found:
@@ -306,14 +316,3 @@ class _Guarded:
         """Copy written values back, if the array is writeable."""
         if array.flags.writeable:
             array.reshape(-1).view(np.uint8)[:] = self._view
-
-
-def _constant_part(path: Path) -> tuple[int, int]:
-    """Return the address range of a library's read-only mappings."""
-    begin, end, last_word = 2**64 - 1, 0, f"{path}\n"
-    with open("/proc/self/maps") as file:
-        for line in file:
-            if line.endswith(last_word) and "w" not in line.split()[1]:
-                first, last = (int(x, 16) for x in line.split()[0].split("-"))
-                begin, end = min(begin, first), max(end, last)
-    return begin, end

@@ -381,15 +381,14 @@ void on_signal(int number, siginfo_t* info, void* context) {
   siglongjmp(escape, 1);
 }
 
+// The alternate stack belongs to the calling thread, which gets its own back afterwards.
 void catch_signals(bool on) {
-  static char* stack = nullptr;
-  if (!stack) {
-    stack = static_cast<char*>(malloc(1 << 16));
-    stack_t alternate = {};
-    alternate.ss_sp = stack;
-    alternate.ss_size = 1 << 16;
-    sigaltstack(&alternate, nullptr);
-  }
+  static char memory[1 << 16];
+  static stack_t old_stack;
+  stack_t alternate = {};
+  alternate.ss_sp = memory;
+  alternate.ss_size = sizeof memory;
+  sigaltstack(on ? &alternate : &old_stack, on ? &old_stack : nullptr);
   int numbers[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
   struct sigaction* saved[] = {&old_segv, &old_bus, &old_fpe, &old_ill};
   for (int i = 0; i < 4; ++i) {

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# PF_W of the ELF format.
+_WRITEABLE = 2
+
 
 @dataclass(frozen=True)
 class Shared:
@@ -22,27 +25,54 @@ class Shared:
     n_bytes: int
 
 
-def shared_arrays(path: Path) -> list[Shared]:
-    """Return the threadgroup arrays of a library: the statics of its functions."""
-    from elftools.elf.elffile import ELFFile
-    from elftools.elf.sections import SymbolTableSection
+@dataclass(frozen=True)
+class Layout:
+    """Where a library's parts are, as offsets from the place where it is loaded.
 
-    found: dict[int, Shared] = {}
-    with path.open("rb") as file:
-        table = ELFFile(file).get_section_by_name(".symtab")
-        assert isinstance(table, SymbolTableSection)
-        for symbol in table.iter_symbols():
-            if symbol["st_info"]["type"] != "STT_OBJECT" or not symbol["st_size"]:
-                continue
-            mangled = re.match(r"_ZZ(?:N)?(\d+)", symbol.name)
-            if not mangled:
-                continue
-            begin = mangled.end()
-            kernel = symbol.name[begin : begin + int(mangled[1])]
-            name = _last_name(symbol.name)
-            at = symbol["st_value"]
-            found[at] = Shared(kernel, name, at, symbol["st_size"])
-    return sorted(found.values(), key=lambda s: s.address)
+    Attributes:
+        functions: addresses of exported functions.
+        constant: begin and end of the memory that nobody writes: code and constants.
+        shared: threadgroup arrays, in the order of their addresses.
+    """
+
+    functions: dict[str, int]
+    constant: tuple[int, int]
+    shared: list[Shared]
+
+    @classmethod
+    def of(cls, path: Path) -> Layout:
+        """Read the layout of a library's file."""
+        from elftools.elf.elffile import ELFFile
+        from elftools.elf.sections import SymbolTableSection
+
+        functions: dict[str, int] = {}
+        arrays: dict[int, Shared] = {}
+        with path.open("rb") as file:
+            elf = ELFFile(file)
+            loaded = [s.header for s in elf.iter_segments("PT_LOAD")]
+            table = elf.get_section_by_name(".symtab")
+            assert isinstance(table, SymbolTableSection)
+            for symbol in table.iter_symbols():
+                kind, at = symbol["st_info"]["type"], symbol["st_value"]
+                if kind == "STT_FUNC" and symbol["st_shndx"] != "SHN_UNDEF":
+                    functions[symbol.name] = at
+                elif kind == "STT_OBJECT" and symbol["st_size"]:
+                    array = _threadgroup_array(symbol.name, at, symbol["st_size"])
+                    if array:
+                        arrays[at] = array
+        constant = [h for h in loaded if not h["p_flags"] & _WRITEABLE]
+        begin = min(h["p_vaddr"] for h in constant)
+        end = max(h["p_vaddr"] + h["p_memsz"] for h in constant)
+        return cls(functions, (begin, end), [arrays[at] for at in sorted(arrays)])
+
+
+def _threadgroup_array(mangled: str, at: int, n_bytes: int) -> Shared | None:
+    """Return the threadgroup array of a symbol: a static of a function."""
+    match = re.match(r"_ZZ(?:N)?(\d+)", mangled)
+    if not match:
+        return None
+    kernel = mangled[match.end() : match.end() + int(match[1])]
+    return Shared(kernel, _last_name(mangled), at, n_bytes)
 
 
 def _last_name(mangled: str) -> str:
