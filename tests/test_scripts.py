@@ -423,6 +423,29 @@ def test_a_pattern_that_names_nothing_is_an_error(name, capsys, monkeypatch):
 
 
 @pytest.mark.slow
+def test_kernels_are_timed_in_turns_with_those_of_another_tree(bench, tmp_path):
+    """The other tree is this one's copy, with one side of another name."""
+    for name in ("moeflux_mlx", "models", "kernels"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    text = (ROOT / "scripts" / "bench_kernels").read_text()
+    (tmp_path / "scripts").mkdir()
+    there = tmp_path / "scripts" / "bench_kernels"
+    there.write_text(text.replace('"sdpa_decode": whole', '"renamed": whole'))
+    few = {"MAX_TURNS": 2, "ROUNDS": 1}
+    turns = importlib.import_module("kernel_turns")
+    cases = [(name, TINY[name][0]) for name in ("norm", "attention")]
+    rows = list(turns.compare(str(tmp_path), cases, "sim", 2, few))
+    sides = ["norm_matvecs", "sdpa_decode_parts + join"]
+    assert [row["side"] for row in rows] == sides
+    for row in rows:
+        assert 0 < row["least_ratio"] <= row["ratio"] <= row["largest_ratio"]
+        assert row["us"] > 0 and row["us_there"] > 0
+    timings = [({"us": 2.0, "hidden": True}, {"us": 4.0, "hidden": n}) for n in (1, 0)]
+    assert turns.figures(timings)["ratio"] == 0.5
+    assert turns.figures(timings)["host_hidden"] == "no"
+
+
+@pytest.mark.slow
 def test_instructions_of_launches_are_compared_with_those_of_another_tree(monkeypatch):
     """Compiling is NVIDIA's; the sources, and telling them apart, are ours."""
     code = loaded("cuda_code", monkeypatch)
