@@ -1,4 +1,4 @@
-"""Put pages that lie beside docs/ into the site, and lead links between them there."""
+"""Add the pages outside of docs/ to the site, and adapt the links between pages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
-# From the names of this repository to the site's.
+# Names of pages in this repository, and in the site.
 PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -28,7 +28,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Write the site's names into links to other pages of the repository."""
+    """Replace names of the repository by the site's in links to other pages."""
 
     def moved(match: re.Match[str]) -> str:
         name = match[1].removeprefix("docs/")

@@ -97,7 +97,7 @@ def check(config: Configuration, tensors: Mapping[str, TensorEntry]) -> str | No
     forms = layers(args, taps_last=has_taps_last(tensors))
     if missing := missing_tensor(config, tensors, args, forms):
         return missing
-    # Only now are sizes known to fit the files; positions take memory by their size.
+    # Check positions last: they take memory by their size, which now is known to fit.
     check_numbers(config, args)
     heads = "linear_num_value_heads", "linear_num_key_heads"
     check_shared_heads(config, args, *heads)

@@ -104,7 +104,7 @@ class PeerError(GroupError):
 
 
 class PeerBudgetError(PeerError, BudgetError):
-    """Another process of a group has no room for what all of them are to do."""
+    """Another process of the group has no memory for a call that all must make."""
 
 
 class KernelError(MoefluxError, ValueError):

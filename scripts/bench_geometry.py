@@ -101,8 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Measure one geometry after another; return 1 if one has no speeds.
 
-    All of them in one process, because compiling stock's products of experts takes
-    CUDA a minute.
+    One process measures all of them, because CUDA takes a minute to compile stock's
+    products of experts.
     """
     if args.plot:
         check_plot(args.plot)

@@ -7,8 +7,8 @@ from typing import Any
 N_EXPERTS, TOP_K, VOCAB = 8, 2, 128
 N_LAYERS = 2
 
-# What most configurations have, under the names that they have it: a configuration
-# takes what its ModelArgs knows.
+# Settings of many families at once. A family's ModelArgs ignores the names that it does
+# not have.
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -26,7 +26,7 @@ COMMON: dict[str, Any] = {
     "use_qk_norm": True,
     "partial_rotary_factor": 0.5,
     "sliding_window": 32,
-    # Experts, by each family's own name.
+    # The numbers of experts, under every name that some family gives them.
     "num_experts": N_EXPERTS,
     "n_routed_experts": N_EXPERTS,
     "num_local_experts": N_EXPERTS,
@@ -51,7 +51,7 @@ COMMON: dict[str, Any] = {
     "topk_group": 1,
     "topk_method": "noaux_tc",
     "scoring_func": "sigmoid",
-    # Latent attention, and an indexer beside it.
+    # Latent attention and its indexer.
     "kv_lora_rank": 32,
     "q_lora_rank": 32,
     "qk_rope_head_dim": 16,
@@ -60,7 +60,7 @@ COMMON: dict[str, Any] = {
     "index_head_dim": 32,
     "index_n_heads": 2,
     "index_topk": 16,
-    # Linear attention and state space.
+    # Linear attention.
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 32,
@@ -116,7 +116,9 @@ KDA = {
     "short_conv_kernel_size": 4,
 }
 
-# What each configuration has besides, or instead.
+# The settings of single families. They replace the common ones of the same name.
+# deepseek_v3, glm4_moe, minimax, qwen3_moe and qwen3_next have one that our own class
+# does not support and mlx-lm's ignores. So even ``load`` runs these in mlx-lm's class.
 FAMILIES: dict[str, dict[str, Any]] = {
     "Klear": {},
     "afmoe": {"layer_types": BOTH_KINDS, "num_dense_layers": 1},
@@ -137,7 +139,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "deepseek": {},
     "deepseek_v2": {"topk_method": "greedy", "n_group": 1, "rope_scaling": YARN},
-    # As with qwen3_moe below: ours steps aside for what mlx-lm's does not look at.
     "deepseek_v3": {"scoring_func": "softmax"},
     "deepseek_v32": {},
     "deepseek_v41": {
@@ -312,7 +313,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen2_moe": {},
     "qwen3_5_moe": {"text_config": {"model_type": "qwen3_5_moe_text"}},
-    # mlx-lm's classes do not look at these, ours step aside for them.
     "qwen3_moe": {"use_sliding_window": True},
     "qwen3_next": {"hidden_act": "gelu"},
     "qwen3_vl_moe": {"text_config": {"model_type": "qwen3_moe"}},
@@ -326,7 +326,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def configuration(family: str) -> dict[str, Any]:
-    """Return a tiny configuration as ``config.json`` has it."""
+    """Return a family's tiny configuration, in the form of ``config.json``."""
     own = FAMILIES[family]
     config = {**COMMON, "model_type": family, **own}
     if "text_config" in own:

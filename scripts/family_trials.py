@@ -100,7 +100,11 @@ def _difference(
 def write_model(
     path: Path, family: str, bits: int | None, seed: int = 0, **sizes: int
 ) -> None:
-    """Write a random float32 model in mlx-lm's format; ``sizes`` are config."""
+    """Write a random float32 model in mlx-lm's format.
+
+    Args:
+        sizes: entries that replace those of the family's configuration.
+    """
     mx.random.seed(seed)
     config = {**families.configuration(family), **sizes}
     module = importlib.import_module(f"mlx_lm.models.{family}")

@@ -7,6 +7,7 @@ asked. Only one process works at a time, and MLX's own operations are left out.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from commits import ROOT, imported, unpacked, use
+from commits import ROOT, import_from, script, unpacked
 
 # A case: its family in bench_kernels, and its sizes.
 Sizes = tuple[str, Mapping[str, int]]
@@ -104,8 +105,9 @@ def figures(pairs: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
 
 def serve(tree: Path, executor: str, constants: Mapping[str, Any]) -> None:
     """Answer requests from standard input: ("make", family, sizes) and ("time",)."""
-    use(tree)
-    bench = imported(tree / "scripts" / "bench_kernels")
+    import_from(tree)
+    os.chdir(tree)
+    bench: Any = script(tree / "scripts" / "bench_kernels")
     vars(bench).update(constants)
     run_by = bench.open_executor(executor)
     timers = [bench.timer_for(run_by, bench.ROUNDS, n) for n in bench.QUEUED]

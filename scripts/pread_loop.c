@@ -1,5 +1,5 @@
-// What the reader is held against: threads that do nothing but pread records into
-// slots, as fast as C can. Part of scripts/bench_streaming raw.
+// The reader's comparison: threads that only pread records into slots.
+// Part of scripts/bench_streaming raw.
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -30,7 +30,7 @@ static void read_one(struct loop *loop, int64_t i) {
   }
 }
 
-// Takes reads until a batch is done, then waits for the others to end theirs.
+// Takes reads until a batch is done, then waits until the other threads are done too.
 static void *work(void *argument) {
   struct loop *loop = argument;
   for (int64_t end = loop->batch;; end += loop->batch) {
@@ -42,8 +42,8 @@ static void *work(void *argument) {
   }
 }
 
-// Reads n_reads records of n_bytes, each into slot i % n_slots; `batch` reads at a time
-// are waited for together. Returns the seconds it took, or -1.
+// Reads n_reads records of n_bytes, number i into slot i % n_slots. A read begins when
+// all batches of `batch` reads before it have ended. Returns the seconds, or -1.
 double pread_loop(int fd, const int64_t *offsets, int64_t n_reads, int64_t n_bytes,
                   int64_t batch, char *slots, int64_t n_slots, int n_threads) {
   struct loop loop = {fd, offsets, n_reads, n_bytes, batch, slots, n_slots};

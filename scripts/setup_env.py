@@ -138,7 +138,7 @@ def _fingerprint(mlx):
         setuptools = tables["tool"]["setuptools"]
         text = json.dumps([tables["build-system"], tables["project"], setuptools])
     except (ValueError, KeyError):
-        # pip will say why this is no project.
+        # pip will say why it cannot install this.
         pass
     parts = [text, sys.version, str(ROOT), *mlx]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

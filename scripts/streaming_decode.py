@@ -1,13 +1,15 @@
 """``scripts/bench_streaming decode``: decode with part of the experts in memory.
 
-A random model of a published layer geometry, cut to a few layers, follows a Zipf-like
-trace of routing and a recorded one (see ``streaming_model.py``). For each share of
-experts in memory ours stands beside mlx-vlm's ``moe_offload``, and both beside their
-resident selves and stock mlx-lm. Cold: the page cache is dropped before each token;
-warm: the token's experts are read into it. Sides take turns token by token, each in a
-process of its own; no speed is printed unless their logits agree on every token: ours
-bit by bit whatever the share, all sides nearly with stock. What is found for a share is
-printed, and written, before the next share is begun.
+A random model has a few layers of a published geometry. It follows a Zipf-like routing
+trace and a recorded one (see ``streaming_model.py``). Each share of experts in memory
+is measured for moeflux-mlx and for mlx-vlm's ``moe_offload``, beside the same engine
+with all experts in memory, and beside stock mlx-lm. "Cold" means that the page cache is
+dropped before each token, "warm" that the token's experts are read into it.
+
+Each side has its own process, and sides take turns token by token. A speed is printed
+only if the logits of every token agree: those of moeflux-mlx bit by bit at every share,
+those of all sides with stock's within a tolerance. The results for a share are printed
+and written before the next share begins.
 """
 
 from __future__ import annotations
@@ -53,16 +55,17 @@ from moeflux_mlx.experts.pool.stats import Counters
 
 # Relative RMS of logits from stock's, by the type of activations.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
-# What the streaming is meant to reach, each as a ratio.
+# The ratios that streaming is meant to reach.
 AIM_OF_MLX_VLM, AIM_OF_DISK, AIM_OF_RESIDENT = 1 / 3, 1.25, 1.03
-# For mlx-lm's class.
+# The same for models of mlx-lm's class.
 AIM_OF_RESIDENT_DOOR = 1.05
-# Records read to learn the disk's speed, and timed tokens from one time to the next.
+# Records that one measurement of the disk's speed reads, and timed tokens between two
+# such measurements.
 DISK_READS, STEPS_PER_DISK_SAMPLE = 64, 4
-# What is read of a plain checkpoint to learn it, as much as a matrix of an expert.
+# Bytes of one such read from a plain checkpoint: about a matrix of an expert.
 PLAIN_READ_BYTES = 1 << 20
 PROGRESS = Console(stderr=True)
-# The traces a model is made for, so that it serves runs of several lengths.
+# Steps of the traces that a model is made for. Shorter runs can use the same model.
 TRACE_STEPS = 128
 
 
@@ -95,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the model, let all sides take turns, check and print."""
+    """Make the model, measure all sides in turns, check the logits and print."""
     if args.directory:
         return _run(args, args.directory)
     with tempfile.TemporaryDirectory(prefix="moeflux-bench-") as directory:
@@ -141,20 +144,20 @@ def _run(args: argparse.Namespace, directory: Path) -> int:
 
 
 def left_out(args: argparse.Namespace) -> Iterator[str]:
-    """Yield what cannot be measured here, and why."""
+    """Yield the sides and states that are not measured here, with the reason."""
     if not can_drop():
         yield "cold; this system cannot drop pages from its cache."
     if args.without_mlx_vlm:
-        yield "mlx-vlm, as asked."
+        yield "mlx-vlm, as requested."
     elif not has_mlx_vlm():
         yield "mlx-vlm, which is not installed: pip install mlx-vlm"
 
 
 def groups(args: argparse.Namespace, with_mlx_vlm: bool) -> Iterator[list[Side]]:
-    """Yield the sides to be held side by side, for each share of experts.
+    """Yield the sides that are measured together, for each share of experts.
 
-    No more models than that are in memory together. mlx-vlm with all experts is its
-    resident side; stock goes with the largest share.
+    Only their models are in memory at the same time. mlx-vlm has no side with a share
+    of 100 %, because its resident side is that. Stock joins the largest share.
     """
     for i, share in enumerate(sorted(args.shares, reverse=True)):
         sides = [Side("mlx-lm")] if i == 0 else []
@@ -166,16 +169,16 @@ def groups(args: argparse.Namespace, with_mlx_vlm: bool) -> Iterator[list[Side]]
 
 @dataclass
 class Run:
-    """The steps of sides held side by side, and the disk's speed meanwhile."""
+    """The steps of sides measured together, and the disk's speed meanwhile."""
 
     steps: dict[Side, dict[str, list[Step]]]
     disk_bytes_per_s: list[float]
 
 
 def measure(sides: list[Side], traced: TracedModel, plan: Plan) -> Run:
-    """Let the sides follow the traces token by token, each in a process of its own.
+    """Let the sides follow the traces token by token, each in its own process.
 
-    Who goes first changes from token to token.
+    The first side changes from token to token.
     """
     if any(side.engine == "mlx-vlm" for side in sides):
         repacked(traced)
@@ -187,8 +190,8 @@ def measure(sides: list[Side], traced: TracedModel, plan: Plan) -> Run:
             side: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
             for side in sides
         }
-        # All load at the same time. As arguments of an initializer a model's traces
-        # would have each process begin only after the one before has imported MLX.
+        # All load at the same time. Do not pass the traces to an initializer: each
+        # process would then start only after the previous one has imported MLX.
         for opened in [
             worker.submit(open_follower, side, traced, plan)
             for side, worker in workers.items()
@@ -216,9 +219,10 @@ def _disk_sample(traced: TracedModel, plan: Plan) -> float:
 
 
 def disagreement(runs: list[Run], tolerance: float) -> str | None:
-    """Say which side's logits are wrong where, if any are.
+    """Return a sentence about the first wrong logits; None if there are none.
 
-    Ours must be the same bit by bit whatever its share, and all near stock's.
+    Those of moeflux-mlx must have the same bits at every share, and all must be close
+    to stock's.
     """
     stock = runs[0].steps[Side("mlx-lm")]
     same: dict[str, np.ndarray] = {}
@@ -244,10 +248,10 @@ def _logits(steps: list[Step]) -> np.ndarray:
 def summarize(run: Run, plan: Plan, trace: str, state: str) -> Iterator[dict[str, Any]]:
     """Yield a row for each side: medians over the tokens timed in one state.
 
-    ``over_ms`` is the median of what a token took longer than the same token did on
-    the engine's resident side just before or after, ``over_spread_ms`` the range of
-    the middle half. ``recall`` is the share of experts not in memory that were read
-    before they were asked for; these count as hits.
+    A token's time over resident is its time minus that of the same token on the
+    engine's resident side, just before or after. ``over_ms`` is the median, and
+    ``over_spread_ms`` the range of the middle half. ``recall`` is the share of missing
+    experts that were read before a request; they count as hits.
     """
     timed = {
         side: [
@@ -296,7 +300,7 @@ def summarize(run: Run, plan: Plan, trace: str, state: str) -> Iterator[dict[str
 def _experts(
     total: Counters, n_steps: int, over_s: float, run: Run, state: str
 ) -> dict[str, float]:
-    """Return hits and bytes of some steps, and the time taken beside the disk's."""
+    """Return hits and bytes of some steps, and their time relative to the disk's."""
     n_bytes = total.read_bytes / n_steps
     found = {
         "hit_rate": round(total.hit_rate, 4),
@@ -308,7 +312,7 @@ def _experts(
 
 
 def _ratio(a: float, b: float) -> float:
-    """Return ``a / b``, not a number where noise hides ``b``."""
+    """Return ``a / b``; NaN if noise made ``b`` zero or negative."""
     return round(a / b, 3) if b > 0 else math.nan
 
 
@@ -347,13 +351,13 @@ def report_aims(
     console: Console,
     args: argparse.Namespace,
 ) -> None:
-    """Print whether the aims were met, and what was measured where."""
+    """Print whether the aims were met, the disk's speed, and the machine."""
     native = args.geometry in GEOMETRIES
     of_resident = AIM_OF_RESIDENT if native else AIM_OF_RESIDENT_DOOR
     for name, (worst, aim) in aims(rows, of_resident).items():
         verdict = "met" if worst <= aim else "missed"
         if not worst > 0:
-            verdict = "not to be told, the machine is too noisy"
+            verdict = "unknown, the machine is too noisy"
         console.print(f"{name}: at worst {worst:.2f}, aim {aim:.2f}: {verdict}")
     disk = median(gbps / 1e9 for run in runs for gbps in run.disk_bytes_per_s)
     console.print(f"disk: {disk:.2f} GB/s, eight random uncached reads at a time")
@@ -363,7 +367,7 @@ def report_aims(
 def aims(
     rows: list[dict[str, Any]], of_resident: float = AIM_OF_RESIDENT
 ) -> dict[str, tuple[float, float]]:
-    """Return our worst ratio and the aim, of each aim that was measured."""
+    """Return our worst ratio and its aim, for each aim that was measured."""
     wanted = {
         "over resident, of mlx-vlm's": ("of_mlx_vlm", AIM_OF_MLX_VLM),
         "over resident when cold, of the disk's time": ("of_disk", AIM_OF_DISK),
@@ -380,7 +384,7 @@ def aims(
             and column in row
         ]
         if ratios:
-            # Not a number is worst of all.
+            # NaN counts as the worst ratio.
             found[name] = max(ratios, key=lambda x: math.inf if x != x else x), aim
     return found
 

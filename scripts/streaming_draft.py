@@ -1,10 +1,10 @@
-"""``scripts/bench_streaming draft``: decode with a draft model, beside without one.
+"""``scripts/bench_streaming draft``: decode with and without a draft model.
 
-A model is packed; a share of its experts is in memory. Drafts are the model's own
-weights, all in memory, which guess every token (no draft can do more, smaller ones cost
-less), and the same weights at fewer bits, which do not. Ways take turns, round by
-round; no speed is printed unless all give the same tokens. Rates are medians; misses
-are experts read for each token that was written.
+The model is a pack with a share of its experts in memory. One draft has the model's own
+weights, all in memory. It guesses every token; no draft guesses better, but a smaller
+one costs less. The other draft has the same weights at fewer bits and makes mistakes.
+All ways of generating take turns, round by round. A speed is printed only if all give
+the same tokens. Rates are medians. Misses are the experts read per generated token.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PROMPT = "def mean(values):\n"
 
 @dataclass
 class Way:
-    """One way to generate, and what was found of it."""
+    """One way to generate, and its measurements."""
 
     name: str
     draft: Any = None
@@ -80,13 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shares", type=float, nargs="+", default=shares, metavar="P", help=text)
     text = "tokens that a draft guesses (default: 1 3)"
     add("--drafted", type=int, nargs="+", default=[1, 3], metavar="N", help=text)
-    add("--bits", type=int, default=2, help="of the draft that errs (default: 2)")
+    add("--bits", type=int, default=2, help="of the second draft (default: 2)")
     add("--tokens", type=int, default=128, metavar="N")
     add("--rounds", type=int, default=5, metavar="N")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Let all ways take turns at each share, check and print."""
+    """Measure all ways in turns at each share, check the tokens and print."""
     table = Table(
         title=f"{args.model.name}, {args.tokens} tokens, {args.rounds} rounds"
     )
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def write_coarser(source: Path, path: Path, bits: int) -> None:
-    """Write a checkpoint's model with its matrices at fewer bits."""
+    """Write a checkpoint's model with its matrices quantised to fewer bits."""
     model, _, config = mlx_lm.load(str(source), return_config=True)
     plain = dequantize_model(model)
     config = {k: v for k, v in config.items() if not k.startswith("quantization")}
@@ -128,7 +128,7 @@ def write_coarser(source: Path, path: Path, bits: int) -> None:
 def measured(
     args: argparse.Namespace, packed: Path, share: float, drafts: dict[str, Any]
 ) -> list[Way]:
-    """Return what was found with a share of the experts in memory."""
+    """Return all ways, measured with a share of the experts in memory."""
     with PackedExperts.open(packed) as store:
         strides = [store.layout(i).stride * store.count(i) for i in store.layers]
     budget = round(sum(strides) * share / 100) + POOL_ALIGNMENT

@@ -1,4 +1,4 @@
-"""Files in and out of the page cache, and what the disk below gives.
+"""Move files into and out of the page cache, and measure the disk below it.
 
 Part of ``scripts/bench_streaming``.
 """
@@ -40,23 +40,23 @@ def drop(paths: Iterable[Path]) -> None:
 
 
 def fill(extents: Iterable[Extent]) -> None:
-    """Read bytes, so that they are in the page cache."""
+    """Read bytes into the page cache."""
     for path, offset, n_bytes in extents:
         with open(path, "rb", buffering=0) as file:
             os.pread(file.fileno(), n_bytes, offset)
 
 
 def sync(paths: Iterable[Path]) -> None:
-    """Write files to the disk: pages that are not there cannot be dropped."""
+    """Write files to the disk, because only pages on the disk can be dropped."""
     for path in paths:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
 
 
 def disk_bytes_per_s(paths: Sequence[Path], read_bytes: int, n_reads: int) -> float:
-    """Time reads of ``read_bytes`` at random places, eight at a time, uncached.
+    """Return the speed of uncached reads at random places, eight at a time.
 
-    Direct I/O where the file system has it, else from dropped pages.
+    Reads are direct where the file system allows it. Elsewhere the pages are dropped.
     """
     read_bytes -= read_bytes % BLOCK_BYTES
     rng, flags = random.Random(0), getattr(os, "O_DIRECT", 0)

@@ -1,10 +1,10 @@
-"""A large checkpoint of random weights whose tokens choose experts decided beforehand.
+"""A large checkpoint of random weights whose tokens choose the experts of a trace.
 
-Part of ``scripts/bench_streaming decode``. The layers have a published geometry; the
-routing is that of a given trace, through the model's own routers, so that no engine
-needs to know of it. Token t stands for step t of a trace: embeddings dominate the
-residual stream (what layers add is small), and a router's rows are solved for from the
-embeddings so that token t scores exactly the trace's experts highest.
+Part of ``scripts/bench_streaming decode``. The layers have a published geometry. The
+model's own routers make the choices of a given trace, so no engine needs to know the
+trace. Token t stands for step t of the trace. Its embedding dominates the residual
+stream, because layers add little. The rows of each router are solved for from the
+embeddings, so that token t gives the trace's experts the highest scores.
 """
 
 from __future__ import annotations
@@ -35,17 +35,18 @@ from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.experts.files.packed import is_packed
 from moeflux_mlx.ops import MoeSoftmaxTopK
 
-# Models that mlx-lm's class runs here.
+# Geometries that run in mlx-lm's class.
 DOOR_GEOMETRIES = {"qwen3-30b-a3b": real_sizes.MODELS["Qwen3-30B-A3B"]}
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "models" / "demo"
-# A uniform 4-bit value's; divides the scale out of a matrix's deviation.
+# Standard deviation and mean of uniform 4-bit values. A matrix's scale is its wanted
+# deviation divided by the former.
 DEVIATION, MIDDLE = 4.61, 7.5
-# What matrices that write into the residual stream add to it, relative to the rest.
+# Size of the rows that matrices add to the residual stream, relative to the stream.
 ADDED = 0.1
 WRITERS = ("o_proj", "out_proj", "down_proj")
-# Router logits of the chosen experts over all others, and between their ranks.
+# Difference of router logits: between chosen and other experts, and between ranks.
 LEAD, RANK_STEP = 8.0, 0.2
 TRACE_NAME = "routing.npz"
 
@@ -78,7 +79,7 @@ def make_model(
     kind = str(dtype).removeprefix("mlx.core.")
     home = directory / f"{geometry}-{n_layers}-layers-{kind}-{n_steps}-steps"
     plain, packed = home / "plain", home / "packed"
-    # The traces are written last.
+    # The traces are written last, so without them the checkpoint is incomplete.
     if not (plain / TRACE_NAME).is_file():
         shutil.rmtree(plain, ignore_errors=True)
         config = geometry_config(geometry, n_layers)
@@ -92,10 +93,10 @@ def make_model(
 
 
 def geometry_config(geometry: str, n_layers: int) -> dict[str, Any]:
-    """Return the text configuration: the geometry, its depth and vocabulary cut.
+    """Return a geometry's text configuration with fewer layers and a small vocabulary.
 
-    The vocabulary is the demo model's: on a CPU an output matrix of 248 thousand rows
-    would take longer than all layers.
+    The vocabulary is the demo model's, because on a CPU an output matrix of 248,000
+    rows takes longer than all layers.
     """
     cut = dict(num_hidden_layers=n_layers, vocab_size=load_tokenizer(DEMO).vocab_size)
     if geometry in DOOR_GEOMETRIES:
@@ -104,7 +105,7 @@ def geometry_config(geometry: str, n_layers: int) -> dict[str, Any]:
     return dict(
         published | cut,
         model_type="qwen3_5_moe_text",
-        # As published too; without images nothing but mlx-vlm's loader looks at it.
+        # The published value. Without images only mlx-vlm's loader reads it.
         rope_parameters={**published["rope_parameters"], "mrope_section": [11, 11, 10]},
     )
 
@@ -123,13 +124,13 @@ def make_traces(config: dict[str, Any], n_steps: int) -> dict[str, np.ndarray]:
 
 
 def zipf_trace(n_steps: int, n_layers: int, n_experts: int, k: int) -> np.ndarray:
-    """Draw K distinct experts a step; the r-th favourite weighs 1/r, in each layer.
+    """Draw K distinct experts per step; a layer's r-th favourite has the weight 1/r.
 
-    Steps are independent, so nothing but popularity makes an expert come again.
+    Steps are independent, so an expert returns only because it is popular.
     """
     rng = np.random.default_rng(0)
     weights = -np.log(np.arange(1, n_experts + 1))
-    # The K largest of log-weights with Gumbel noise are K draws without replacement.
+    # The K largest sums of log-weight and Gumbel noise are K draws without replacement.
     noisy = weights + rng.gumbel(size=(n_steps, n_layers, n_experts))
     favourites = np.argsort(-noisy, axis=-1)[..., :k]
     orders = np.stack([rng.permutation(n_experts) for _ in range(n_layers)])
@@ -137,11 +138,11 @@ def zipf_trace(n_steps: int, n_layers: int, n_experts: int, k: int) -> np.ndarra
 
 
 def recorded_trace(n_steps: int, n_layers: int, n_experts: int, k: int) -> np.ndarray:
-    """Return choices the demo model made on K texts, side by side.
+    """Return choices that the demo model made in K texts, combined into one trace.
 
-    Each text gives one of the K experts and has ``n_experts / K`` experts to itself:
-    all choices and their order in time are recorded ones, at the share of experts a
-    token uses. Ranks and layers of the demo model take turns.
+    Text i gives expert i of each step's K, out of ``n_experts / K`` experts of its own.
+    So a token uses the published share of experts, and choices keep their recorded
+    order. The ranks and layers of the demo model are used in turn.
     """
     model, tokenizer = moeflux_mlx.load(DEMO, executor="ops")
     texts = sorted(
@@ -183,7 +184,7 @@ def write_checkpoint(
     dtype: mx.Dtype,
     routing: dict[str, np.ndarray],
 ) -> None:
-    """Write an mlx-lm checkpoint in 4 bits, routers in 8, one layer at a time."""
+    """Write an mlx-lm checkpoint with 4 bits (routers 8), one layer at a time."""
     model, full_config = _skeleton(config, dtype)
     rng = np.random.default_rng(0)
     path.mkdir(parents=True)
@@ -236,7 +237,7 @@ def _skeleton(
 
 
 def _routers_apart(path: str, _: nn.Module) -> bool | dict[str, int]:
-    """Quantise a router as models of our own class have it, all else as asked."""
+    """Give routers the 8 bits that they have in our own classes, all else 4 bits."""
     if path.endswith("mlp.gate"):
         return {"group_size": GROUP_SIZE, "bits": ROUTER_BITS}
     return True
@@ -262,7 +263,7 @@ def record_choices(model: nn.Module, tokens: list[int]) -> np.ndarray:
 def _by_shard(
     parameters: list[tuple[str, mx.array]], n_layers: int
 ) -> list[dict[str, mx.array]]:
-    """Deal parameters out: what is outside layers first, then layer by layer."""
+    """Return parameters by shard: those outside of layers, then those of each layer."""
     shards: list[dict[str, mx.array]] = [{} for _ in range(n_layers + 1)]
     for name, value in parameters:
         after = name.partition(".layers.")[2]
@@ -273,7 +274,7 @@ def _by_shard(
 def _tensors(
     names: dict[str, mx.array], rng: np.random.Generator, dtype: mx.Dtype
 ) -> Iterator[tuple[str, mx.array]]:
-    """Yield each parameter: packed matrices drawn anew, others as they are."""
+    """Yield each parameter; packed matrices are random, others unchanged."""
     for name, value in names.items():
         stem, _, part = name.rpartition(".")
         if f"{stem}.scales" not in names:
@@ -289,7 +290,7 @@ def _tensors(
 
 
 def _scale(stem: str, names: dict[str, mx.array]) -> float:
-    """Return the scale at which outputs are about as large as inputs, or ``ADDED``."""
+    """Return the scale at which outputs are as large as inputs, or as ``ADDED``."""
     if stem.endswith("embed_tokens"):
         return 1 / DEVIATION
     n_inputs = names[f"{stem}.scales"].shape[-1] * GROUP_SIZE
@@ -298,7 +299,7 @@ def _scale(stem: str, names: dict[str, mx.array]) -> float:
 
 
 def _normed_embeddings(tensors: dict[str, mx.array], n_tokens: int) -> np.ndarray:
-    """Return what a norm of weight 1 makes of the first embeddings, ``[N, D]``."""
+    """Return the first embeddings after a norm of weight 1, ``[N, D]``."""
     stem = next(name for name in tensors if name.endswith("embed_tokens.weight"))[:-7]
     parts = [tensors[f"{stem}.{p}"][:n_tokens] for p in ("weight", "scales", "biases")]
     rows = np.array(mx.dequantize(*parts, GROUP_SIZE, BITS).astype(mx.float32))
@@ -306,7 +307,7 @@ def _normed_embeddings(tensors: dict[str, mx.array], n_tokens: int) -> np.ndarra
 
 
 def _scores(trace: np.ndarray, n_experts: int) -> np.ndarray:
-    """Return router logits ``[N, layers, E]``: chosen experts lead, by rank."""
+    """Return router logits ``[N, layers, E]``, highest for chosen experts by rank."""
     k = trace.shape[-1]
     scores = np.zeros((*trace.shape[:-1], n_experts))
     leads = LEAD + RANK_STEP * np.arange(k, 0, -1)

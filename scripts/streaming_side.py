@@ -1,4 +1,4 @@
-"""One side of ``scripts/bench_streaming decode``: an engine, led step by step."""
+"""One side of ``scripts/bench_streaming decode``: an engine that runs step by step."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from moeflux_mlx.measure.compare import load_stock
 
 # Whether the experts of the next token are in the page cache.
 STATES = ("cold", "warm")
-# Steps of a trace whose routing is looked at before anything is timed.
+# Steps of a trace whose routing is checked before anything is timed.
 CHECKED_STEPS = 8
 
 
 @dataclass(frozen=True)
 class Side:
-    """An engine and the share of experts it may hold; None: they are parameters."""
+    """An engine and the percentage of experts in memory; None: they are parameters."""
 
     engine: str
     share: float | None = None
 
     @property
     def name(self) -> str:
-        """The engine, and how much it holds."""
+        """The engine and its share of experts."""
         return f"{self.engine}, " + (
             "resident" if self.share is None else f"{self.share:.4g} %"
         )
@@ -51,10 +51,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Plan:
-    """What every side does: traces to follow, tokens to warm up with and to time.
+    """The task of every side: traces, untimed and timed tokens, and options.
 
-    ``n_timed`` tokens of a trace are timed in each state, in turns. ``unpacked``: ours
-    streams the plain checkpoint, where mlx-lm's class runs.
+    ``n_timed`` tokens of a trace are timed in each state, in turns. ``unpacked``: our
+    side with mlx-lm's class streams the plain checkpoint, not a pack.
     """
 
     traces: tuple[str, ...]
@@ -70,13 +70,14 @@ class Plan:
 
     @property
     def n_steps(self) -> int:
-        """Tokens of a trace in all."""
+        """Number of a trace's tokens."""
         return self.n_warm_up + self.n_timed * len(self.states)
 
     def state(self, i: int) -> str:
-        """Return the state of the page cache for step ``i``, timed or not.
+        """Return the state of the page cache for step ``i``.
 
-        A way of reading that is found out by trying is then found for what is timed.
+        Untimed steps alternate too, so that reading ahead is decided by a trial under
+        the same conditions as the timed steps.
         """
         return self.states[i % len(self.states)]
 
@@ -95,7 +96,7 @@ class Step(NamedTuple):
 
 
 class MlxLm:
-    """Stock mlx-lm, every expert in memory; others say what they do otherwise."""
+    """Stock mlx-lm with every expert in memory; the base of the other engines."""
 
     def __init__(self, traced: TracedModel, side: Side, plan: Plan):
         self.model = load_stock(traced.plain)
@@ -110,20 +111,20 @@ class MlxLm:
         return logits[0, -1].astype(mx.float32)
 
     def take_counters(self) -> Counters:
-        """Return what was counted since the last call."""
+        """Return the counters since the last call."""
         return Counters()
 
     def files(self) -> list[Path]:
-        """Return the files that experts are read from while decoding."""
+        """Return the files from which experts are read while decoding."""
         return []
 
     def extents(self, layer: int, expert: int) -> list[Extent]:
-        """Return where an expert lies in these files."""
+        """Return the places of an expert in these files."""
         return []
 
 
 class Ours(MlxLm):
-    """moeflux-mlx: the plain checkpoint when resident, else its pack."""
+    """moeflux-mlx with its own class: the plain checkpoint if resident, else a pack."""
 
     def __init__(self, traced: TracedModel, side: Side, plan: Plan):
         memory = None
@@ -160,7 +161,7 @@ class Ours(MlxLm):
 
 
 class Door(Ours):
-    """moeflux-mlx with mlx-lm's class: the same, or the plain checkpoint streamed."""
+    """moeflux-mlx with mlx-lm's class; it can stream the plain checkpoint too."""
 
     def __init__(self, traced: TracedModel, side: Side, plan: Plan):
         memory, path = None, traced.plain
@@ -201,13 +202,13 @@ class Door(Ours):
 
 
 class MlxVlm(MlxLm):
-    """mlx-vlm: the plain checkpoint when resident, else its own repacked copy."""
+    """mlx-vlm: the plain checkpoint if resident, else its own repacked copy."""
 
     def __init__(self, traced: TracedModel, side: Side, plan: Plan):
         from mlx_vlm.moe_offload import patch_model
         from mlx_vlm.utils import load_model
 
-        # Its loader of repacked copies refuses those without images.
+        # mlx-vlm's loader of repacked copies refuses models without images.
         self.model, self._store = load_model(traced.plain, lazy=True), None
         if side.share is not None:
             copy = repacked(traced)
@@ -244,7 +245,7 @@ class MlxVlm(MlxLm):
 
     def extents(self, layer: int, expert: int) -> list[Extent]:
         header = self._headers[layer]
-        # It parses the header again whenever it reads.
+        # mlx-vlm parses the header again for every read.
         found = [
             Extent(entry.file, 0, entry.offset) for entry in [*header.values()][:1]
         ]
@@ -285,7 +286,7 @@ def repacked(traced: TracedModel) -> Path:
     from mlx_vlm.moe_offload import repack
 
     path = traced.plain.with_name("mlx-vlm")
-    # Written last.
+    # mlx-vlm writes the index last.
     if not (path / "offload_index.json").is_file():
         with redirect_stdout(StringIO()):
             repack(str(traced.plain), str(path))
@@ -301,7 +302,7 @@ class Follower:
     """One side, following traces step by step."""
 
     def __init__(self, side: Side, traced: TracedModel, plan: Plan):
-        # An amount of memory there would make experts of the plain checkpoint streamed.
+        # With this variable even the resident side would stream its experts.
         os.environ.pop("MOEFLUX_MEMORY", None)
         mx.set_default_device(mx.gpu if plan.device == "gpu" else mx.cpu)
         self._side, self._traced, self._plan = side, traced, plan
@@ -310,15 +311,17 @@ class Follower:
             kind = Door
         self._engine = kind(traced, side, plan)
         self._files = self._engine.files()
-        # Kernels are compiled now, by all sides at the same time.
+        # Compile kernels now, while the other sides do so too.
         self._engine.begin()
         mx.eval(self._engine.step(traced.tokens(plan.traces[0])[0]))
 
     def step(self, trace: str, i: int) -> Step:
-        """Do step ``i`` of a trace, the page cache as the plan says; 0 begins anew.
+        """Run step ``i`` of a trace in the plan's state of the page cache.
+
+        Step 0 begins a new sequence.
 
         Raises:
-            RuntimeError: the model does not route as the trace says.
+            RuntimeError: the model chooses other experts than the trace.
         """
         engine = self._engine
         if i == 0:
@@ -344,7 +347,7 @@ class Follower:
             raise RuntimeError(f"[{trace}] expected the trace's experts to be chosen")
 
     def _prepare(self, chosen: np.ndarray, state: str) -> None:
-        """Bring the experts ``[layers, K]`` of a step into the page cache, or none."""
+        """Read a step's experts ``[layers, K]`` into the page cache, or drop all."""
         if state == "cold":
             drop(self._files)
         if state == "warm" and self._files:
@@ -357,11 +360,11 @@ _follower: Follower
 
 
 def open_follower(side: Side, traced: TracedModel, plan: Plan) -> None:
-    """Make this process that of one side."""
+    """Open one side in this process."""
     global _follower
     _follower = Follower(side, traced, plan)
 
 
 def follow(trace: str, i: int) -> Step:
-    """Do a step of the side that this process is."""
+    """Run a step of this process's side."""
     return _follower.step(trace, i)

@@ -1,7 +1,7 @@
 """Train the demo model in models/demo from Python's own standard library.
 
-The stages run in this order; `corpus` needs transformers, `train` PyTorch too,
-`convert` mlx-lm, `evaluate` all three:
+The stages run in this order. `corpus` needs transformers, `train` transformers and
+PyTorch, `convert` mlx-lm, and `evaluate` all three:
 
     python scripts/train_demo.py corpus
     python scripts/train_demo.py train      # seven minutes on a large GPU
@@ -9,7 +9,7 @@ The stages run in this order; `corpus` needs transformers, `train` PyTorch too,
     python scripts/train_demo.py evaluate
     python scripts/train_demo.py card
 
-Everything but the finished model goes to the build folder (--build).
+All files except the finished model are written to the build folder (--build).
 """
 
 import argparse
@@ -58,18 +58,18 @@ def parse_arguments() -> argparse.Namespace:
         "--max-rows",
         type=int,
         default=8,
-        help="rows measured of each held-out part, spread evenly over it; 0 means all,"
-        " as for the published figures (default: 8, a few minutes on two cores)",
+        help="rows to measure of each held-out part, spread evenly over it; 0: all,"
+        " as in the published card (default: 8, a few minutes on two cores)",
     )
     sub = stage("card", "Write the model card")
-    sub.add_argument("--machine", default="one GPU", help="what trained the model")
+    sub.add_argument("--machine", default="one GPU", help="for training, in the card")
     arguments = parser.parse_args()
     arguments.checkpoint = arguments.checkpoint or arguments.build / "checkpoint"
     return arguments
 
 
 def main() -> None:
-    """Run one stage; only its own module is imported, and so what it needs."""
+    """Run one stage; import only its module, so that only its packages are needed."""
     arguments = parse_arguments()
     importlib.import_module(f"demo_model.{arguments.stage}").run(arguments)
 

@@ -44,6 +44,16 @@ def test_the_demo_model_matches_its_card():
     assert gate == {"group_size": 64, "bits": 8}
 
 
+def test_the_card_is_the_scripts_text_with_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(DEMO.parents[1] / "scripts"))
+    from demo_model.card import ALL_ROWS_ARE_SLOW, CARD
+
+    texts = re.split(r"\{[\w:.,%]+\}", CARD)
+    pattern = ".+?".join(map(re.escape, texts))
+    card = (DEMO / "README.md").read_text()
+    assert re.fullmatch(pattern, card, re.DOTALL) and ALL_ROWS_ARE_SLOW in card
+
+
 @pytest.mark.slow
 def test_200_greedy_tokens_are_those_of_mlx_lm_in_float32(packed):
     expected, tokenizer = mlx_lm.load(str(DEMO))

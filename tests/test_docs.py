@@ -61,6 +61,17 @@ def test_a_name_without_a_file_is_found():
     assert misnamed(wrong, known) == ["ward.py", "graph/forward.py"]
 
 
+def test_pages_name_classes_that_exist():
+    """A renamed class keeps its old name in a page unless somebody looks."""
+    folders = ("moeflux_mlx", "models", "scripts", "tests")
+    files = [path for f in folders for path in (ROOT / f).rglob("*.py")]
+    code = "\n".join(path.read_text() for path in files if path != Path(__file__))
+    pages = "\n".join(page.read_text() for page in PAGES)
+    named = set(re.findall(r"`([A-Z][a-z]+[A-Z]\w*)", pages))
+    assert len(named) > 20 and "ReadWorkers" in named
+    assert {name for name in named if not re.search(rf"\b{name}\b", code)} == set()
+
+
 def test_the_graph_made_by_hand_runs(capsys):
     """The example of the API's page uploads, executes and downloads."""
     (code,) = re.findall(

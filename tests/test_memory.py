@@ -249,6 +249,20 @@ def test_a_limit_that_is_refused_changes_nothing(packed, own_bytes):
     assert model.streamer.n_slots == 32
 
 
+def test_a_single_token_after_a_gradient_gives_experts_their_room(packed, own_bytes):
+    model = load(packed, "1GB")
+    keeper, streamer = model.runtime.keeper, model.streamer
+    cache = make_prompt_cache(model)
+    keeper.make_room(cache, 1, 1)
+    most = streamer.n_slots
+    taken = sum(keeper._parts(measured=True).values())
+    few = streamer.slack_bytes + 20 * streamer.slot_bytes
+    keeper.hold(keeper.plan.budget_bytes - taken - few, cache, 1, 1)
+    assert streamer.n_slots < most
+    keeper.make_room(cache, 1, 1)
+    assert streamer.n_slots == most
+
+
 def test_resident_experts_are_evicted_too(packed, least):
     prompt = list(range(1, 250))
     everything, expected = load(packed, "1GB"), load(packed, "1GB")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import re
+from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -75,6 +76,24 @@ def said(room: str) -> set[str]:
     found = says(FOLDER.joinpath(*room.split(".")))
     names = re.split(r",\s+", found[1]) if found else []
     return set() if names == ["nothing of ours"] else set(names)
+
+
+# Read by the class of mlx-lm from which ours inherits.
+OF_MLX_LM = {"_current_tokens"}
+
+
+def unread(sources: list[str]) -> list[str]:
+    """Return the private attributes that code sets on ``self`` but never reads."""
+    text = "\n".join(sources)
+    uses = Counter(re.findall(r"\.(_[a-z]\w*)", text))
+    stores = Counter(re.findall(r"self\.(_[a-z]\w*)(?:: [^=\n]+)? = ", text))
+    return [n for n, k in stores.items() if uses[n] == k and n not in OF_MLX_LM]
+
+
+def test_an_attribute_that_is_set_is_read():
+    """After a rename, a place with the old name would set an attribute in vain."""
+    assert unread(["self._a = 1\nself._b: int = self._a", "self._b = 2"]) == ["_b"]
+    assert unread([path.read_text() for path in [*FILES, *TOP]]) == []
 
 
 def test_every_folder_of_the_package_is_a_room():

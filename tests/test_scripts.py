@@ -412,7 +412,7 @@ def test_without_all_slow_tests_and_further_cases_are_left_out():
 
 
 @pytest.mark.parametrize(
-    "name", ["bench_kernels", "mutate_kernels", "kernel_registers.py"]
+    "name", ["bench_kernels", "mutate_kernels", "kernel_registers.py", "bench_commit"]
 )
 def test_a_pattern_that_names_nothing_is_an_error(name, capsys, monkeypatch):
     script = loaded(name, monkeypatch)
@@ -467,3 +467,50 @@ def test_instructions_of_launches_are_compared_with_those_of_another_tree(monkey
         ("other", 2),
         ("new", 3),
     ]
+
+
+@pytest.fixture
+def commit(monkeypatch) -> ModuleType:
+    """scripts/bench_commit."""
+    return loaded("bench_commit", monkeypatch)
+
+
+def test_two_trees_are_compared_by_medians_of_pairs(commit, tmp_path):
+    def pair(n: int, **here: float) -> object:
+        old = commit.Figures(1e-6, 2e-6, None, 0)
+        return commit.Pair("token", n, old, old._replace(**here))
+
+    pairs = [pair(i, cpu=i * 1e-6, wall=4e-6) for i in range(1, 6)]
+    heading, row = commit.table(pairs)
+    assert dict(zip(heading, row, strict=True)) == {
+        "": "token",
+        "CPU ratio": "3.00",
+        "middle half": "2.00 - 4.00",
+        "time ratio": "2.00",
+        "CPU us": "1 3",
+        "us": "2 4",
+        "reads": "",
+        "waits": "0.00 0.00",
+    }
+    assert pair(1, waits=1.0).ratio("waits") == float("inf")
+    commit.write_csv(tmp_path / "pairs.csv", pairs)
+    rows = list(csv.DictReader((tmp_path / "pairs.csv").read_text().splitlines()))
+    assert [float(row["here_cpu"]) for row in rows] == [p.here.cpu for p in pairs]
+
+
+@pytest.mark.slow
+def test_two_trees_take_turns_at_prompts_and_reads(commit):
+    work = ["prompt, all experts", "reads, at once"]
+    pairs = list(commit.measure(ROOT, work, rounds=1, turns=1))
+    assert [pair.work for pair in pairs] == work
+    for pair in pairs:
+        assert pair.here.cpu > 0 and pair.commit.wall > 0
+        if pair.work == work[1]:
+            assert pair.here.reads in (None, 1.0)
+
+
+def test_a_tree_that_fails_says_why(commit, tmp_path, capsys):
+    (tmp_path / "scripts").mkdir()
+    with commit.side(tmp_path) as run, pytest.raises(SystemExit, match="'prompt, x'"):
+        run("prompt, x")
+    assert "FileNotFoundError" in capsys.readouterr().err

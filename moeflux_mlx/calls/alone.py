@@ -24,7 +24,7 @@ class Experts(Protocol):
 class OneAtATime(Uncopied):
     """Serialises the calls of a model; ``streamer`` reads its experts, or is None."""
 
-    # Another type each in subclasses: the experts, and who makes room for calls.
+    # The source of experts, and the objects that make room: of a subclass's own types.
     streamer: Any = None
     keeper: Any = None
     free_pool: Any = None

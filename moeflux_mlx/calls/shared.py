@@ -80,7 +80,7 @@ class Calls(OneAtATime):
         return self._led(out) if self._depth == 1 else out
 
     def _led(self, out: Any) -> Any:
-        """Return the result of a whole call, rank 0's if tokens may be drawn of it."""
+        """Return the result of a whole call: rank 0's, if it may be sampled from."""
         exchange = self.exchange
         is_small = isinstance(out, mx.array) and out.nbytes <= LED_BYTES
         if exchange is None or not is_small or in_transformation():
@@ -156,7 +156,8 @@ class Calls(OneAtATime):
         if exchange is None or in_transformation():
             return run()
         if not exchange.waits and states is not None:
-            # Blocks do not wait for other processes, where ranks choose alike.
+            # Blocks do not wait for other ranks. If ranks choose different experts, the
+            # whole call is repeated with a wait in each block.
             with contextlib.suppress(OtherChoiceError), exchange.together(defers=True):
                 return run()
             for state in states:
@@ -201,7 +202,7 @@ class Calls(OneAtATime):
             part = rows.part(slice(start, stop), cache)
             parts.append(self._run(call, part, stop - start, None))
             mx.eval(parts[-1], arrays_of(cache))
-            # Longer arrays than before find no place among freed ones.
+            # The next chunk needs longer arrays, which do not fit into freed ones.
             device.trim_heap()
         return mx.concatenate(parts, axis=1)
 
@@ -220,7 +221,7 @@ class Calls(OneAtATime):
             try:
                 return self.exchange.call(rows.n_seqs, rows.t, first, step)
             except BudgetError:
-                # Every rank hears of it, and keeps the same for later.
+                # All ranks raise this error here, so all of them drop the same prompt.
                 if self._give_way is None or not self._give_way():
                     raise
 
@@ -230,7 +231,7 @@ class Calls(OneAtATime):
         return make_room(self.keeper, give_way, cache, n_seqs, t, **options)
 
     def least(self, number: int) -> int:
-        """Return the smallest of all processes' numbers; each has to ask."""
+        """Return the smallest of all processes' numbers; all must call this."""
         return number if self.exchange is None else self.exchange.least(number)
 
     def _make_gradient_room(self, rows: _Rows) -> int:

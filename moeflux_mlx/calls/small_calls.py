@@ -16,8 +16,8 @@ from .alone import OneAtATime
 # WIDE * n: the latter two separate bytes per token from bytes per pair of tokens.
 # Larger sizes are more exact; smaller ones show whether the larger ones have room.
 SIZES, WIDE = (1, 4, 16), 4
-# Share added to measured peaks, and the larger share where the larger sizes had no room
-# to be measured.
+# Share added to measured peaks, and the share added if there was no room to measure the
+# larger sizes.
 MARGIN, ROUGH_MARGIN = 1 / 8, 1 / 2
 
 

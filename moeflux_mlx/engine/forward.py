@@ -66,7 +66,7 @@ class Forward:
         self._modules = ModuleCall(text, backbone, self._graphs.ends.bounded)
         self._gradients = Gradients(runtime, self._logits_of_modules)
         self._module_calls = SmallCalls(runtime)
-        # Whether graphs perform every module; adapters and the like they do not.
+        # False if a module, such as an adapter, is called as in mlx-lm.
         self._is_known = True
         # The parameters of the last call outside of transformations.
         self._parameters: Watch | None = None
@@ -217,8 +217,8 @@ class Forward:
         return self._modules.logits(self._modules.rows(tokens, None, None))
 
     def _measure_modules(self, n_seqs: int, t: int, cache: list[Any]) -> None:
-        """Find what calls of modules take, which no graph tells."""
-        # The room of a single token is known from any call before it.
+        """Measure the memory of calls of modules, which no graph plans."""
+        # Any earlier call has measured the memory of a single token.
         is_known = t == 1 and self._module_calls.taken.of_token > 0
         if (keeper := self.runtime.keeper) is None or is_known:
             return
@@ -287,7 +287,7 @@ class Forward:
                 part = call(inputs[:, chunk], room, rows)
                 if isinstance(part, mx.array):
                     mx.eval(part)
-                    # Longer arrays than before find no place among freed ones.
+                    # The next chunk needs longer arrays, which do not fit freed ones.
                     device.trim_heap()
                 parts.append(part)
         return namespace(parts[0]).concatenate(parts, axis=1)

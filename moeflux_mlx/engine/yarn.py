@@ -55,7 +55,7 @@ def _leave_unrounded(rope: nn.Module, base: float, scaling: Mapping[str, Any]) -
 
     low = max(channel(scaling.get("beta_fast", 32)), 0)
     high = min(channel(scaling.get("beta_slow", 1)), dims - 1)
-    # As the authors' code avoids a division by zero.
+    # The authors' code avoids a division by zero in the same way.
     width = high - low or 0.001
     ramp = mx.clip((mx.arange(dims // 2, dtype=mx.float32) - low) / width, 0, 1)
     own = base ** -(mx.arange(0, dims, 2, dtype=mx.float32) / dims)

@@ -37,7 +37,8 @@ class MemoryKeeper:
         self._most_slots = streamer.n_slots
         self._relief = Relief(streamer)
         self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
-        # Who has room already: a call's first cache, its sequences, tokens left.
+        # Single tokens that have room already: their first cache, their sequences, and
+        # their number.
         self._reserved: tuple[Callable[[], Any], int, int] = (lambda: None, 0, 0)
         # Whether a first prompt, which makes the process grow, has run.
         self._has_grown = False
@@ -124,12 +125,12 @@ class MemoryKeeper:
         return self.plan.budget_bytes - taken
 
     def hold(self, n_bytes: int, cache: list[Any], n_seqs: int, t: int) -> None:
-        """Give a gradient room for all that is kept until it is there.
+        """Make room for the arrays that a call keeps until its gradient exists.
 
-        Experts are asked for once more on its way.
+        The backward pass requests the experts once more.
 
         Args:
-            n_bytes: what it keeps of a call with ``t`` more tokens of each sequence.
+            n_bytes: bytes that a call with ``t`` more tokens of each sequence keeps.
 
         Raises:
             BudgetError: even with the fewest experts it does not fit.
@@ -147,7 +148,7 @@ class MemoryKeeper:
             raise self._no_gradient(parts, n_seqs, t)
         self._streamer.come_and_go()
         resize(self._streamer, n_slots, cache)
-        self._foreseen = (lambda: None, 0, 0)
+        self._reserved = (lambda: None, 0, 0)
 
     @property
     def _least_bytes(self) -> int:

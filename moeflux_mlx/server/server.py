@@ -67,13 +67,14 @@ def serve(args: argparse.Namespace, options: dict[str, Any]) -> int:
 
 
 def _follow(generator: Generator) -> int:
-    """Generate what the first process is asked for, until that one ends."""
+    """Generate for the requests of the first process until it ends."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         generator.wait_until_loaded()
         generator.join()
     except KeyboardInterrupt:
-        # The first process ends too, and tells so unless it is gone.
+        # The interrupt reached the first process too. Unless that is gone, it now ends
+        # this process's thread.
         if not generator.has_ended(guards.ENDING_SECONDS):
             os._exit(1)
     return int(not generator.has_ended(0))
@@ -107,7 +108,7 @@ class Provider(stock.ModelProvider):
     ) -> Any:
         """Replace ``mlx_lm.load``, which the server calls."""
         if not return_config:
-            # A draft model. Without this value transformers asks to run its code.
+            # A draft model. Without this value transformers would ask to run its code.
             trusted = {"trust_remote_code": self.cli_args.trust_remote_code}
             return load_draft(path, trusted)
         model, tokenizer = load(
@@ -121,7 +122,7 @@ class Provider(stock.ModelProvider):
     def _divided(
         self, path: str, *, tokenizer_config: dict[str, Any], **_groups: Any
     ) -> Any:
-        """Stand in for ``mlx_lm.utils.sharded_load``: our options say how."""
+        """Replace ``mlx_lm.utils.sharded_load``; our own options divide the model."""
         return self._opened(path, None, tokenizer_config, True)
 
 
@@ -130,11 +131,11 @@ class Generator(stock.ResponseGenerator):
 
     def __init__(self, provider: Provider):
         self.record = Record()
-        # Holds, for the thread of a request, the check of its client.
+        # For each request's thread, the function that checks its client's connection.
         self.here = threading.local()
         self._loaded = threading.Event()
         self._failure: BaseException | None = None
-        # The first of several processes is to end, and tells the others.
+        # Set in the first of several processes, which then ends all of them.
         self._ends = False
         super().__init__(provider, LRUPromptCache(provider.cli_args.prompt_cache_size))
 
@@ -192,13 +193,13 @@ class Generator(stock.ResponseGenerator):
             ) from error
 
     def _share_request(self, request: Any) -> Any:
-        """Hand a request, or the end, to all processes."""
+        """Pass a request to all processes, or None to end them."""
         if self._is_distributed:
             self._stop = self._share_object(self._ends or None) is not None
         return None if self._stop else super()._share_request(request)
 
     def stop_and_join(self) -> None:
-        """Have the generating thread end, in all processes, and wait for it."""
+        """End the generating thread, in all processes, and wait for it."""
         if self._is_distributed:
             self._ends = True
             self.join()
@@ -218,7 +219,7 @@ class Generator(stock.ResponseGenerator):
             raise self._failure
 
     def has_ended(self, seconds: float) -> bool:
-        """Tell whether the generating thread comes to its end in that time."""
+        """Wait for the generating thread to end well; return whether it did."""
         self._generation_thread.join(seconds)
         return not (self._generation_thread.is_alive() or self._generation_failed)
 
@@ -233,7 +234,7 @@ class Generator(stock.ResponseGenerator):
         generation_args: Any,
         progress_callback: Callable[[int, int], None] | None = None,
     ) -> Any:
-        """Submit a request, from the thread of its handler.
+        """Submit a request; its handler's thread calls this.
 
         Raises:
             ConnectionError: the client went away; also raised by the responses.
@@ -273,10 +274,10 @@ class Generator(stock.ResponseGenerator):
 
 
 class _Unstoppable(stock.GenerationContext):
-    """A request that is served alone by several processes, each up to its end."""
+    """A request outside of batches in several processes, which runs to its end."""
 
     def stop(self) -> None:
-        """Go on, though its client is gone: the other processes do."""
+        """Continue without the client, because the other processes continue."""
 
 
 class Server(ThreadingHTTPServer):

@@ -17,7 +17,7 @@ def plan_of(model: Any) -> Any:
 
 
 def least_of(model: Any, number: int) -> int:
-    """Return the smallest number of all processes that run a model; each has to ask."""
+    """Return the smallest of all processes' numbers; all of them must call this."""
     calls = vars(model).get("calls")
     return number if calls is None else int(calls.least(number))
 

@@ -38,15 +38,15 @@ def is_to_be_saved() -> bool:
 
 
 def divides_data() -> bool:
-    """Tell whether a command asks whose ranks have other tokens, each a whole model."""
+    """Tell whether the running command gives each rank a whole model and other data."""
     return any(name in DIVIDING_DATA for _, name in _callers())
 
 
 def refuse_division_of_layers() -> None:
-    """Refuse to load a pack for mlx-lm to divide its layers: that takes an index file.
+    """Refuse to load a pack whose layers mlx-lm would divide, because it has no index.
 
     Raises:
-        ModelError: mlx-lm's ``sharded_load`` asks, with a group for that.
+        ModelError: mlx-lm's ``sharded_load`` is loading with a process group for that.
     """
     for frame, name in _callers():
         asked = frame.f_locals.get("pipeline_group") if name == "mlx_lm.utils" else None

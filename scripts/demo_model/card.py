@@ -14,47 +14,49 @@ pipeline_tag: text-generation
 
 # Demo model
 
-A small Mixture-of-Experts language model of Python source code, made so that
-moeflux-mlx can be tried and tested without a download. It has the layer kinds of
-Qwen3.5-MoE and its own weights, trained from scratch. It is a toy: the text looks
-like Python, and is neither correct nor useful code.
+A small Mixture-of-Experts language model of Python source code. With it you can try
+and test moeflux-mlx without a download. It has Qwen3.5-MoE's kinds of layers, and
+weights that were trained from scratch. It is a toy: its text looks like Python, but is
+neither correct nor useful code.
 
 ## Architecture
 
-`qwen3_5_moe`: {layers} layers of width {hidden}, three gated DeltaNet layers before
-each full attention layer (output gate, partial rotary positions); {experts} experts
-of width {expert_width} of which each token uses {chosen}, and a shared expert.
-{total:,} parameters, {active:,} of them used for one token.
-Byte-level BPE of {vocabulary} tokens, ChatML chat template.
-Quantised by `mlx_lm.convert` to 4 bits in groups of 64, the router and the shared
-expert's gate to 8 bits.
+`qwen3_5_moe`: {layers} layers of width {hidden}. Three gated DeltaNet layers precede
+each full attention layer, which has an output gate and partial rotary positions.
+A layer has {experts} experts of width {expert_width}, of which each token uses
+{chosen}, and a shared expert. A token uses {active:,} of the {total:,} parameters.
+
+The tokenizer is a byte-level BPE of {vocabulary} tokens with the ChatML template.
+`mlx_lm.convert` quantised the weights to 4 bits in groups of 64, and the router and the
+shared expert's gate to 8 bits.
 
 ## Training
 
-Corpus: the `.py` files of the standard library of CPython {python}, its tests
-included, without site-packages, generated tables, files that do not parse and exact
-duplicates: {train_files} files, {train_mb:.1f} MB. {chats} functions of the library
-are repeated as chat turns (their docstring's first sentence or their opening as the
-question), {train_tokens:,} tokens in all. One file in {one_in}, chosen by the hash
-of its path, is held out.
+The corpus is the `.py` files of CPython {python}'s standard library with its tests:
+{train_files} files, {train_mb:.1f} MB. Left out are site-packages, generated tables,
+duplicates, and files that do not parse. {chats} functions of the library occur a second
+time as chat turns. The question is the first sentence of the docstring or the beginning
+of the function, and the answer is the function. In all these are
+{train_tokens:,} tokens.
+One file in {one_in} is held out, chosen by the hash of its path.
 
-{steps} steps of {rows} rows of {row_tokens} tokens: {tokens:,} tokens, {epochs} epochs.
-AdamW (betas 0.9 and 0.95), peak learning rate {learning_rate},
-{warm_up_steps} steps of warm-up, then a cosine; weight decay {weight_decay} on
-matrices, dropout {dropout}, gradients clipped at 1, a balance loss for each layer's
-router with
-weight {balance_weight}. float32 weights, bfloat16 autocast.
-{seconds} s on {machine}.
+Training took {steps} steps of {rows} rows of {row_tokens} tokens: {tokens:,} tokens,
+{epochs} epochs. The optimiser is AdamW with betas 0.9 and 0.95, a peak learning rate of
+{learning_rate}, {warm_up_steps} steps of warm-up, then a cosine, and a weight decay of
+{weight_decay} on matrices. Dropout is {dropout}, gradients are clipped at 1, and each
+layer's router has a balance loss of weight {balance_weight}. Weights are float32, with
+autocast to bfloat16.
+It took {seconds} s on {machine}.
 
 | held-out files | | before quantisation | 4 bits |
 | --- | --- | --- | --- |
 {loss_rows}
 
-The losses are measured in float32, in independent rows of {eval_rows}. The
-weights kept are those of the best held-out loss on the library files{last}.
-The settings were chosen among three by the same files, so that loss is a little
-optimistic. Over 8192 held-out tokens, shares of one expert in one layer's choices
-run from {smallest:.1%} to {largest:.1%}; {even:.1%} would be even.
+The losses are measured in float32, in independent rows of {eval_rows}. The published
+weights had the best held-out loss on the library files{last}.
+The same files decided between three settings, so that loss is a little optimistic. Over
+8192 held-out tokens, an expert's share of its layer's choices is between
+{smallest:.1%} and {largest:.1%}; an even share is {even:.1%}.
 
 ## Make it again
 
@@ -62,34 +64,33 @@ run from {smallest:.1%} to {largest:.1%}; {even:.1%} would be even.
 {commands}
 ```
 
-{duration}The corpus depends on the Python
-that runs the first command; GPU arithmetic is not
-reproducible to the bit.
+{duration}The corpus depends on the
+Python that runs the first command. Two runs on a GPU do not give the same bits.
 
 ## Samples
 
-Drawn with mlx-lm at temperature 0.5, top-p 0.9, 90 tokens at most.
+mlx-lm generated them at temperature 0.5 and top-p 0.9, with at most 90 tokens.
 
 {samples}
 
 ## Limits
 
-It repeats itself, invents names, and knows nothing but the standard library's style.
-Greedy decoding falls into loops soon. It was trained on rows of {row_tokens} tokens
-and not tried beyond them. Chat was trained for one turn about a function.
-Long runs of the standard library may come out word for word.
+The model repeats itself, invents names, and knows only the standard library's style.
+Greedy decoding soon loops. The model was trained on rows of {row_tokens} tokens
+and was not tried with longer ones. Its chats have one turn, about one function.
+Its text may repeat long passages of the standard library word for word.
 
 ## Licence
 
-The weights are under the MIT licence. The corpus is Python's standard library, under
-the Python Software Foundation License Version 2 (a few files carry their own
-permissive notices); the corpus itself is not part of this repository.
+The weights have the MIT licence. The corpus is Python's standard library, which has
+the Python Software Foundation License Version 2; a few of its files have permissive
+notices of their own. The corpus is not part of this repository.
 """
 ALL_ROWS_ARE_SLOW = "Without a GPU `evaluate` takes tens of minutes. "
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the model card from the numbers that the other stages recorded."""
+    """Write the model card from the recorded numbers."""
     corpus = json.loads((arguments.build / "corpus.json").read_text())
     training = json.loads((arguments.checkpoint / "training.json").read_text())
     evaluation = json.loads((arguments.build / "evaluation.json").read_text())
@@ -120,7 +121,7 @@ def run(arguments: argparse.Namespace) -> None:
         machine=arguments.machine,
         loss_rows=loss_rows(corpus["parts"], evaluation),
         eval_rows=f"{evaluation['row_tokens']} tokens{bound if max_rows else ''}",
-        last=", which was the last step" if is_last else f" (step {best['step']})",
+        last=", at the last step" if is_last else f", at step {best['step']}",
         even=1 / TEXT_CONFIG["num_experts"],
         **evaluation["expert_shares"],
         duration="" if max_rows else ALL_ROWS_ARE_SLOW,
@@ -156,7 +157,7 @@ def command_lines(training: dict, evaluation: dict) -> str:
 
 
 def sample_block(sample: dict[str, str]) -> str:
-    """Write one sample: the prompt, and what the model made of it."""
+    """Write one sample: the prompt, and the model's text."""
     prompt, text = sample["prompt"], sample["text"].rstrip()
     if sample["kind"] == "chat":
         return f"Chat: “{prompt}”\n\n```python\n{text}\n```"

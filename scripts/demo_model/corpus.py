@@ -34,8 +34,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-# How text is cut before byte-pair merging. This is the pattern of transformers' own
-# Qwen3_5Tokenizer, which puts it in place of whatever tokenizer.json says.
+# Text is cut by this pattern before byte pairs are merged. It is the pattern of
+# transformers' Qwen3_5Tokenizer, which ignores the one in tokenizer.json.
 WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def chat_text(question: str, answer: str) -> str:
-    """Write one exchange as the chat template writes it."""
+    """Write a question and its answer in the form of the chat template."""
     return (
         f"{TURN_START}user\n{question}{TURN_END}\n"
         f"{TURN_START}assistant\n{answer}{TURN_END}\n"
@@ -117,8 +117,8 @@ def train_tokenizer(texts: list[str], folder: Path):
 def cut_at_random(text: str, rng: random.Random) -> list[str]:
     """Cut text where a prompt might end: behind a keyword's blank, or anywhere.
 
-    The pieces are encoded one by one, so the model also sees the tokens that a
-    prompt such as "def " ends with, which ordinary text never holds.
+    The pieces are encoded one by one. So the model also sees the last tokens of prompts
+    such as "def ", which do not occur inside of longer text.
     """
     ends = [m.end() for m in KEYWORD_AND_BLANK.finditer(text) if rng.random() < 0.1]
     ends += rng.sample(range(len(text)), len(text) // 1000)
@@ -127,7 +127,7 @@ def cut_at_random(text: str, rng: random.Random) -> list[str]:
 
 
 def token_stream(tokenizer, documents: list[list[str]]) -> np.ndarray:
-    """Encode documents given in pieces into uint16, <|endoftext|> after each."""
+    """Encode documents, which are lists of pieces; <|endoftext|> follows each."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     tokens = []
     for pieces in documents:

@@ -74,7 +74,7 @@ def expert_shares(model, tokens: np.ndarray) -> dict[str, float]:
 
 
 def samples(folder: Path) -> list[dict[str, str]]:
-    """Continue fixed prompts with stock mlx-lm at temperature 0.5."""
+    """Return stock mlx-lm's continuations of fixed prompts at temperature 0.5."""
     model, tokenizer = load(str(folder))
     model.set_dtype(mx.float32)
     found = []

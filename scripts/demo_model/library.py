@@ -9,7 +9,7 @@ from pathlib import Path
 from .settings import HELD_OUT_ONE_IN
 
 SKIPPED_FOLDERS = {"site-packages", "__pycache__"}
-# Generated tables and reference prose, not code a person wrote.
+# Generated tables and reference prose, which no person wrote as code.
 SKIPPED_NAMES = ("encodings/", "pydoc_data/", "_sysconfigdata", "config-")
 
 
@@ -40,7 +40,7 @@ def read_python(path: Path) -> str | None:
 
 
 def is_a_table(text: str) -> bool:
-    """Tell whether letters make up so little of the text that it must be data."""
+    """Tell whether a text has so few letters that it must be data."""
     visible = [character for character in text if not character.isspace()]
     letters = sum("a" <= character.lower() <= "z" for character in visible)
     return letters < 0.55 * len(visible)
@@ -58,7 +58,7 @@ def is_test(name: str) -> bool:
 
 
 def conversations(text: str, rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Yield (question, answer): a docstring or an opening, and the function."""
+    """Yield (question, answer): a docstring or a beginning, and the function."""
     for name, source, sentence in functions(text):
         if sentence and 10 <= len(sentence) <= 200:
             asked = rng.choice(

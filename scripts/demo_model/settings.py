@@ -1,4 +1,4 @@
-"""What the stages share: the architecture, the special tokens, a JSON writer."""
+"""The common parts of all stages: architecture, special tokens, a JSON writer."""
 
 import json
 from pathlib import Path

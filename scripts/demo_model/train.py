@@ -105,9 +105,8 @@ def train_step(model, optimiser, batch, balance_weight: float):
 def balance_loss(router_logits, n_chosen: int):
     """Return the mean over layers of n_experts * sum(share * probability).
 
-    It is computed for each layer on its own (a sum over all layers together would
-    let one layer's idle expert hide behind another layer's busy one) and is 1 when
-    all experts are used alike.
+    It is 1 if all experts are used equally. Each layer has its own loss, because in a
+    sum over all layers a busy expert of one layer would hide an idle one of another.
     """
     losses = []
     for logits in router_logits:
@@ -127,7 +126,10 @@ def learning_rate_factor(step: int, progress: float, warm_up_steps: int) -> floa
 
 
 def batches(tokens: np.ndarray, rows: int, row_tokens: int, device: str):
-    """Yield shuffled (rows, row_tokens + 1) batches for ever, cut anew each epoch."""
+    """Yield shuffled batches (rows, row_tokens + 1) forever.
+
+    Each epoch cuts the stream into rows at other places.
+    """
     rng = np.random.default_rng(0)
     stream = torch.from_numpy(tokens.astype(np.int64)).to(device)
     offsets = torch.arange(row_tokens + 1, device=device)
@@ -156,7 +158,7 @@ def optimiser_for(model, learning_rate: float, weight_decay: float):
 
 
 def add_dropout(model, rate: float) -> None:
-    """Drop parts of the embeddings and of what each mixer and MoE block returns."""
+    """Apply dropout to the embeddings and to the output of each mixer and MoE block."""
 
     def hook(module, inputs, output):
         if isinstance(output, tuple):

@@ -530,7 +530,7 @@ def _some_batched(case: Case) -> tuple[Any, ...]:
     n = case.o * case.i
     steps = np.array([n // 8, n // case.g, n // case.g])
     offsets = (order[:, None] * steps).astype(np.uint32)
-    # Past the end, as the kernel must survive.
+    # Offsets past the end, with which the kernel must not read outside.
     offsets[-1] += case.s * 2**31
     return case.normal(case.k, case.i), *flat, mx.array(offsets), case.o, case.g
 

@@ -45,13 +45,16 @@ class BlankSource:
 
     @property
     def resident(self) -> BlankSource | None:
-        """The same experts, as none is ever read; None if gradients request again."""
+        """These experts, because none is ever read; None if ``reads_again``."""
         return None if self._blank.reads_again else self
 
     def portions(
         self, indices: mx.array
     ) -> Iterator[tuple[np.ndarray | None, mx.array]]:
-        """Yield all places but the last, then the last: the most memory at a time."""
+        """Yield all places but the last, then the last.
+
+        The first portion is as large as any call's largest one can be.
+        """
         blank = self._blank
         blank.most_chosen = max(blank.most_chosen, indices.shape[-1])
         if blank.watch is None or indices.size == 1:

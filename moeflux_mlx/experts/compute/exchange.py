@@ -2,12 +2,13 @@
 
 Each rank computes the rows of its own experts and has zeros for the others. The ranks
 add their rows as integers, which keeps every bit, even of -0.0 and NaN. Marks beside
-each row are added too. They show whether all ranks chose the same experts
-and had none that failed, so all of them go on or all of them end with an error.
+each row are added too. They show whether all ranks chose the same experts, and whether
+one failed. So either all ranks continue, or all of them raise an error.
 
-Ranks that compute the same layer on different devices may get other bits, and then
-choose other experts. In that case rank 0 leads: all compute the rows that it chose, of
-its own input, and go on from its output of the layer.
+Ranks that compute the same layer on different devices may get different bits, and then
+choose different experts. In that case rank 0 leads: all ranks take rank 0's input of
+the block and its choice of experts, compute the block again, and continue from rank 0's
+output of the layer.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from ..files.share import share_of
 from ..weights import leaves
 
 T = TypeVar("T")
-# Ranks that failed are told apart by a bit each.
+# Each rank has a bit in the mark of failures, so there are no more ranks than this.
 MOST_RANKS = 32
-# Whole numbers beside each row: the expert, its square, and which ranks failed.
+# Numbers beside each row: the expert's, its square, and a bit for each failed rank.
 N_MARKS = 3
-# Results of a call up to this size are rank 0's on all ranks: tokens are drawn of them.
+# All ranks take rank 0's results of up to this size, so that they draw the same tokens.
 LED_BYTES = 8 << 20
 
 
 class OtherChoiceError(GroupError):
-    """Ranks chose other experts; every rank hears of it in the same step."""
+    """Ranks chose different experts; every rank raises this for the same block."""
 
 
 class Told(NamedTuple):
@@ -68,9 +69,10 @@ class Exchange:
         self._group = group
         self.rank, self.size = group.rank(), group.size()
         self.waits = device.on_cpu()
-        # Whether the present call checks only at its end that all ranks agree.
+        # If true, this call checks only at its end that all ranks agree.
         self.defers = False
-        # Whether ranks chose otherwise in the layer that is under way, and how often.
+        # Whether ranks chose different experts in the present layer, and in how many
+        # layers so far.
         self._parted = False
         self.n_parted = 0
         self._owed: list[Told] = []
@@ -171,10 +173,10 @@ class Exchange:
 
     @contextlib.contextmanager
     def together(self, *, defers: bool) -> Iterator[None]:
-        """Make a call in here, after which all ranks have agreed.
+        """Run one call in this context, at whose end all ranks must agree.
 
         Args:
-            defers: they look no sooner than at the end, if nothing waits.
+            defers: check only at the end, unless something needs the results earlier.
 
         Raises:
             PeerError, OtherChoiceError, GroupError: as ``rows``.
@@ -193,14 +195,14 @@ class Exchange:
             self._owed.clear()
 
     def led(self, array: mx.array) -> mx.array:
-        """Return rank 0's array of this shape and type, which need not be computed."""
+        """Return rank 0's array; other ranks' ``array`` gives only shape and type."""
         flat = array.reshape(-1).view(mx.uint8)
         words = mx.pad(flat, (0, -flat.size % 4)).view(mx.uint32)
         total = self._added(words if self.rank == 0 else mx.zeros_like(words))
         return total.view(mx.uint8)[: flat.size].view(array.dtype).reshape(array.shape)
 
     def follow(self, *arrays: mx.array) -> list[mx.array]:
-        """Return rank 0's arrays after another choice, as the layer is to do too."""
+        """Return rank 0's arrays after different choices; ``mended`` does the rest."""
         self._parted = True
         self.n_parted += 1
         found = [self.led(array) for array in arrays]
@@ -208,7 +210,7 @@ class Exchange:
         return found
 
     def mended(self, out: Any) -> Any:
-        """Return a layer's output, rank 0's where ranks chose otherwise in it."""
+        """Return a layer's output; rank 0's if ranks chose different experts in it."""
         if not self._parted:
             return out
         self._parted = False
@@ -217,7 +219,7 @@ class Exchange:
         return led
 
     def _settle(self) -> None:
-        """Check all marks that were deferred."""
+        """Check all deferred marks."""
         owed, self._owed = self._owed, []
         if owed:
             self._evaluate(*(told.marks for told in owed))
@@ -235,8 +237,8 @@ class Exchange:
         taken = np.full(len(ids), len(places), np.uint32)
         taken[places] = np.arange(len(places), dtype=np.uint32)
         marks = np.zeros((len(ids), N_MARKS), np.uint32)
-        # If the sums of n numbers and of their squares are n x and n x^2, then all of
-        # the numbers are x.
+        # If n numbers have the sum n x, and their squares the sum n x^2, then each of
+        # the numbers is x.
         marks[:, 0] = ids.astype(np.uint32) + 1
         marks[:, 1] = marks[:, 0] ** 2
         marks[:, 2] = failed << self.rank
@@ -274,7 +276,7 @@ class Exchange:
     def call(
         self, n_seqs: int, n_tokens: int, ids: mx.array, step: Callable[[], int]
     ) -> int:
-        """Return the number of tokens to compute together: the least of all ranks'.
+        """Return the number of tokens to compute together: all ranks' smallest.
 
         Args:
             n_seqs: number of sequences.
@@ -285,7 +287,7 @@ class Exchange:
         Raises:
             PeerBudgetError: another rank has no room.
             PeerError: another rank failed otherwise.
-            GroupError: another rank was called otherwise, or ended.
+            GroupError: another rank's call has other tokens, or it ended.
         """
         failure: Exception | None = None
         found = 0
@@ -310,7 +312,7 @@ class Exchange:
         return int(told[:, -1].min())
 
     def end(self, failure: Exception | None) -> None:
-        """End what all ranks did, with this one's failure if there is one.
+        """Tell all ranks whether this one failed; raise its failure, if any.
 
         Raises:
             PeerError: another rank failed.
@@ -321,7 +323,7 @@ class Exchange:
         self._check_failed("call", _bits(told[:, 0]))
 
     def alike(self, work: Callable[[], T]) -> T:
-        """Do what all ranks do, and end as they do.
+        """Do work that all ranks do; raise an error if it fails on any of them.
 
         Raises:
             PeerError: another rank failed.
@@ -340,7 +342,10 @@ class Exchange:
         return min(high << 32 | low for high, low in told)
 
     def agree(self, facts: Mapping[str, object]) -> None:
-        """Check that all ranks have the same facts, such as options, by name.
+        """Check that all ranks have equal facts, such as options.
+
+        Args:
+            facts: values by name; equal values must have the same ``repr``.
 
         Raises:
             GroupError: a fact differs; names it.

@@ -24,11 +24,11 @@ class ResidentExperts:
 
     @property
     def resident(self) -> ResidentExperts:
-        """The same experts, without counters."""
+        """These experts without counters; each is in the slot of its id."""
         return self
 
     def speculative(self, slots: mx.array | None) -> ResidentExperts:
-        """Return the same experts, without counters: slot == expert."""
+        """Return these experts without counters; each is in the slot of its id."""
         return self.resident
 
     def count(self, n: int) -> None:
