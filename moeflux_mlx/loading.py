@@ -83,7 +83,7 @@ def load(
         trust_remote_code: True is refused for a model with its own Python code, which
             never runs here.
         memory: bytes (``8000000000`` or ``"8GB"``) for the whole process. Experts get
-            what other parts leave, and less as caches grow. The plan is printed on
+            the rest, which shrinks as caches grow. The plan is printed on
             standard error. ``"auto"`` tries several amounts of up to 3/4 of the
             machine's memory for a few seconds and keeps the fastest.
         expert_memory: bytes for the experts alone. Without either amount,

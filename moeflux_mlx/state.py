@@ -259,7 +259,7 @@ class _Checked:
     """A state's header after a comparison of every field with the model.
 
     Raises:
-        StateError: a field differs from what this model would write.
+        StateError: a field differs from that of a state of this model.
     """
 
     def __init__(

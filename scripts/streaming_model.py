@@ -244,7 +244,7 @@ def _routers_apart(path: str, _: nn.Module) -> bool | dict[str, int]:
 
 
 def record_choices(model: nn.Module, tokens: list[int]) -> np.ndarray:
-    """Do what ``record_routing`` does for mlx-lm's class with all its experts."""
+    """Do as ``record_routing`` for a model of mlx-lm's class with all its experts."""
     chosen: list[np.ndarray] = []
     original = SwitchGLU.__call__
 

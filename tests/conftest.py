@@ -173,7 +173,7 @@ def budget(packed: Path) -> str:
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """What writes a checkpoint of a family's configuration once, and gives its path."""
+    """A function that writes a family's configuration once, and returns the path."""
 
     @functools.cache
     def write_once(family: str, config: str) -> Path:

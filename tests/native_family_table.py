@@ -230,7 +230,7 @@ QWEN3_5_MOE = {
 
 
 class Family(NamedTuple):
-    """What writes a family's checkpoints, and the configurations to try.
+    """A function that writes a family's checkpoints, and the configurations to try.
 
     A test of seconds tries the first of them, and all of them in slow runs.
 

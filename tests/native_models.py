@@ -1,4 +1,4 @@
-"""Random models of families with a class of our own, and what tests ask of them."""
+"""Random models of families with a class of our own, and the questions to them."""
 
 from __future__ import annotations
 

@@ -67,3 +67,12 @@ def test_cachesim_replays_it(fifo):
 def test_an_unknown_policy_names_the_existing_ones():
     with pytest.raises(ConfigError, match="lru, lfu, markov, pins:TRACE"):
         policy.policy_factory("fifo")
+
+
+def test_the_page_names_values_where_they_are_defined():
+    named = re.findall(r"((?:`\w+` or )?`\w+`) in `([\w/]+\.py)`", PAGE.read_text())
+    assert len(named) >= 4
+    for names, file in named:
+        source = (PAGE.parent / file).read_text()
+        for name in re.findall(r"\w{3,}", names):
+            assert re.search(rf"^{name}\b.* = ", source, re.MULTILINE), (name, file)

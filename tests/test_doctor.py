@@ -281,6 +281,21 @@ def test_a_record_keeps_its_findings_on_kernels_not_examined(tmp_path):
         assert verified.with_earlier(now, path, ["swiglu_fused"]) == now
 
 
+@simulated
+def test_entries_of_another_machine_are_not_lost(tmp_path, capsys):
+    path = tmp_path / "record.json"
+    record = found_right("sim", "residual_add", "swiglu_fused")
+    verified.save(dataclasses.replace(record, machine="another"), path)
+    before = path.read_text()
+    flags = ["--executor", "sim", "--record", str(path)]
+    assert main(["doctor", *flags, "--only", "swiglu_fused"]) == 2
+    message = capsys.readouterr().err
+    assert "sim on another with MLX" in message and "leave --only out" in message
+    assert path.read_text() == before
+    # A record of the examined kernels alone has nothing to lose.
+    assert verified.lost(record, path, ["residual_add", "swiglu_fused"]) is None
+
+
 def found_right(executor: str, *names: str) -> verified.Record:
     """Return the record of a doctor that found these kernels right."""
     findings = [examination.Finding(name, "family") for name in names]

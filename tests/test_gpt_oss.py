@@ -160,7 +160,7 @@ def test_caches_of_other_kinds_are_seen_through_the_windows(plain, optimistic):
         lambda: [None for _ in kinds],
     ):
         expected, got = (logits_of(model, make()) for model in (theirs, ours))
-        # What is padding sees nothing.
+        # Padding sees nothing.
         assert relative_rms(got[:, 3:], expected[:, 3:]) < 1e-5
 
 

@@ -25,7 +25,7 @@ from mlx_lm.utils import quantize_model, save_config, save_model
 
 from moeflux_mlx.experts.weights import Quantization
 
-# What every family's configuration has; a family's own follows.
+# Settings of every family; those of single families follow.
 SIZES = dict(
     hidden_size=64,
     num_attention_heads=4,
@@ -246,7 +246,7 @@ def make_of(
 
 
 def maker(family: ModuleType, defaults: Mapping[str, object]) -> Callable[..., Path]:
-    """Return what writes checkpoints of a family whose configuration is flat."""
+    """Return a function that writes checkpoints with this flat configuration."""
     return partial(make_of, family, lambda overrides: {**defaults, **overrides})
 
 
@@ -262,7 +262,7 @@ make_gpt_oss = maker(gpt_oss, GPT_OSS_CONFIG)
 def forms_of_weights(
     model: nn.Module, bits: int | None, experts: Quantization | ExpertForms | None
 ) -> Callable[[str, nn.Module], bool | dict]:
-    """Return what tells ``quantize_model`` of each matrix; casts those left dense."""
+    """Return a predicate for ``quantize_model``; it casts the matrices left dense."""
     own = getattr(model, "quant_predicate", None)
 
     def predicate(path: str, module: nn.Module) -> bool | dict:

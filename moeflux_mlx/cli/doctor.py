@@ -23,6 +23,7 @@ from ..engine.executors import gpu_executor
 from ..engine.executors.verified import (
     Record,
     fingerprint,
+    lost,
     machine_name,
     mlx_version,
     remember,
@@ -71,7 +72,8 @@ def add_parser(subparsers: Any) -> None:
         "--record",
         type=Path,
         metavar="FILE",
-        help="also write the kernels that passed to FILE, and keep its other entries",
+        help="also write the kernels that passed to FILE, and keep its other entries, "
+        "which must be of this executor, machine and MLX",
     )
     parser.set_defaults(run=run)
 
@@ -83,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     names = fnmatch.filter(KERNELS, args.only)
     if not names:
         raise ConfigError(_no_kernel(args.only))
+    if args.record and args.only != "*":
+        _check_entries(make_record(executor, []), args.record, names)
     console = PlainConsole(stderr=True)
     found = examine_apart(names, executor, args.timeout)
     findings = [*track(found, "kernels", len(names), console=console, transient=True)]
@@ -104,6 +108,20 @@ def _no_kernel(pattern: str) -> str:
         f"[--only] expected a kernel's name but got {pattern!r}: there are {there}, "
         "and patterns such as moe_*"
     )
+
+
+def _check_entries(record: Record, path: Path, names: list[str]) -> None:
+    """Raise ConfigError if writing these kernels would drop entries of a record."""
+    if other := lost(record, path, names):
+        raise ConfigError(
+            f"[--record] expected a record of {_where(record)} but got {path} of "
+            f"{_where(other)}, whose other entries would be lost: leave --only out, "
+            "or name another file"
+        )
+
+
+def _where(record: Record) -> str:
+    return f"{record.executor} on {record.machine} with MLX {record.mlx}"
 
 
 def _keep(record: Record, names: list[str], path: Path | None) -> str:

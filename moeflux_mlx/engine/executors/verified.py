@@ -74,6 +74,14 @@ def _own_name(executor: str) -> str:
     return f"verified-{executor}.json"
 
 
+def lost(record: Record, path: Path, examined: Collection[str]) -> Record | None:
+    """Return the record at ``path`` if ``with_earlier`` would drop entries of it."""
+    earlier = _read(path)
+    if earlier is None or earlier.where == record.where:
+        return None
+    return earlier if set(earlier.kernels) - set(examined) else None
+
+
 def with_earlier(record: Record, path: Path, examined: Collection[str]) -> Record:
     """Add entries of the record at ``path`` for kernels that were not examined now.
 

@@ -208,7 +208,7 @@ class ModuleSource:
         mx.clear_cache()
 
     def write_layer(self, layer: int, folder: Folder, advance: Advance) -> LayerFile:
-        """Write a block's experts: copy them, or compute what ``sanitize`` returns."""
+        """Write a block's experts: copy them, or compute the result of ``sanitize``."""
         copied = self._copied
         if copied is not None and layer in copied.layers:
             self._parts[layer].clear()

@@ -206,7 +206,7 @@ class SlotPool:
     ) -> ExpertWeights:
         """Return slots ``first`` to ``first + count`` as tensors ``[count, O, I]``.
 
-        The tensors are views of the pool, so they show what is written into the slots.
+        The tensors are views of the pool, so they show later writes to the slots.
         Without ``count`` they end with the blank slot. They are cached by layout and
         range until the buffer changes.
         """
