@@ -40,15 +40,16 @@ class OtherChoiceError(GroupError):
 
 
 class Told(NamedTuple):
-    """The sum of all ranks' marks on a block's rows, and the ids that this rank chose.
+    """The sums of all ranks' marks on some blocks' rows, and the ids of this rank.
 
-    ``asked`` is called with the checked ids, to count those of this rank's experts.
+    ``ids`` is ``[B, n]`` and ``marks`` ``[B, n, N_MARKS]`` for B blocks. The functions
+    in ``asked`` are called with a block's checked ids, to count this rank's experts.
     """
 
-    name: str
+    names: Sequence[str]
     ids: mx.array | np.ndarray
     marks: mx.array
-    asked: Callable[[np.ndarray], None]
+    asked: Sequence[Callable[[np.ndarray], None]]
 
 
 class Exchange:
@@ -70,6 +71,8 @@ class Exchange:
         self.waits = device.on_cpu()
         # Whether the present call checks only at its end that all ranks agree.
         self.defers = False
+        # Whether all ranks can make the present call so.
+        self.may_defer = False
         # Whether ranks chose otherwise in the layer that is under way, and how often.
         self._parted = False
         self.n_parted = 0
@@ -143,16 +146,23 @@ class Exchange:
         Raises:
             GroupError: another rank ended.
         """
+        total = self.masked_sum(ids, own, rows)
+
+        def count(ids: np.ndarray) -> None:
+            asked(n_within(ids, own))
+
+        return self._given(name, ids, total, rows.dtype, count)
+
+    def masked_sum(self, ids: mx.array, own: range, rows: mx.array) -> mx.array:
+        """Return the lazy sum of all ranks' rows and marks, uint32 ``[n, words]``.
+
+        ``parted`` divides it again; the other arguments are those of ``masked``.
+        """
         inside = (ids >= own.start) & (ids < own.stop)
         words = mx.where(inside[:, None], rows.view(mx.uint32), 0)
         numbers = ids.astype(mx.uint32) + 1
         marks = [numbers, numbers * numbers, mx.zeros_like(numbers)]
-        marked = mx.concatenate([words, mx.stack(marks, axis=1)], axis=1)
-
-        def count(ids: np.ndarray) -> None:
-            asked(int(((ids >= own.start) & (ids < own.stop)).sum()))
-
-        return self._given(name, ids, self._added(marked), rows.dtype, count)
+        return self._added(mx.concatenate([words, mx.stack(marks, axis=1)], axis=1))
 
     def _given(
         self,
@@ -163,11 +173,16 @@ class Exchange:
         asked: Callable[[np.ndarray], None],
     ) -> mx.array:
         """Return the rows of a sum; check the marks now, or later if ``defers``."""
-        self._owed.append(Told(name, ids, total[:, -N_MARKS:], asked))
+        rows, marks = parted(total, dtype)
+        self.owe(Told([name], ids[None], marks[None], [asked]))
         if not self.defers:
             self._evaluate(total)
             self._settle()
-        return total[:, :-N_MARKS].view(dtype)
+        return rows
+
+    def owe(self, told: Told) -> None:
+        """Check marks at the end of the call, or before the next rows are needed."""
+        self._owed.append(told)
 
     @contextlib.contextmanager
     def together(self, *, defers: bool) -> Iterator[None]:
@@ -207,6 +222,11 @@ class Exchange:
         self._evaluate(*found)
         return found
 
+    @property
+    def has_parted(self) -> bool:
+        """Whether ranks chose other experts in the layer that is under way."""
+        return self._parted
+
     def mended(self, out: Any) -> Any:
         """Return a layer's output, rank 0's where ranks chose otherwise in it."""
         if not self._parted:
@@ -220,11 +240,15 @@ class Exchange:
         """Check all marks that were deferred."""
         owed, self._owed = self._owed, []
         if owed:
-            self._evaluate(*(told.marks for told in owed))
-        for told in owed:
-            ids = np.array(told.ids)
-            self._check(told.name, ids, np.array(told.marks))
-            told.asked(ids)
+            lazy = (x for told in owed for x in (told.marks, told.ids))
+            self._evaluate(*(x for x in lazy if isinstance(x, mx.array)))
+        for names, lazy_ids, lazy_marks, asked in owed:
+            every = zip(
+                names, np.array(lazy_ids), np.array(lazy_marks), asked, strict=True
+            )
+            for name, ids, marks, count in every:
+                self._check(name, ids, marks)
+                count(ids)
 
     def _marked(
         self, ids: np.ndarray, places: np.ndarray, rows: mx.array, *, failed: bool
@@ -272,7 +296,13 @@ class Exchange:
             )
 
     def call(
-        self, n_seqs: int, n_tokens: int, ids: mx.array, step: Callable[[], int]
+        self,
+        n_seqs: int,
+        n_tokens: int,
+        ids: mx.array,
+        step: Callable[[], int],
+        *,
+        resident: Callable[[], bool],
     ) -> int:
         """Return the number of tokens to compute together: the least of all ranks'.
 
@@ -281,6 +311,8 @@ class Exchange:
             n_tokens: tokens of each sequence.
             ids: the call's token ids, to compare with the other ranks'.
             step: returns the number of tokens for which this rank has room.
+            resident: returns whether this rank keeps all of its experts in memory.
+                Ranks may check late only if all make the call in the same way.
 
         Raises:
             PeerBudgetError: another rank has no room.
@@ -294,7 +326,10 @@ class Exchange:
         except Exception as error:
             failure = error
         fails, lacks = failure is not None, isinstance(failure, BudgetError)
-        told = self.tell([n_seqs, n_tokens, *_digest(ids), fails, lacks, found])
+        way = 0 if self.waits else 1 + resident()
+        told = self.tell([way, n_seqs, n_tokens, *_digest(ids), fails, lacks, found])
+        ways, told = told[:, 0], told[:, 1:]
+        self.may_defer = bool(ways[0] and (ways == ways[0]).all())
         if failure is not None:
             raise failure
         kind = PeerBudgetError if told[:, -2].any() else PeerError
@@ -382,6 +417,16 @@ class Exchange:
                 f"[group] expected {self.size} ranks but one of them ended ({told}): "
                 "its own error says why"
             ) from error
+
+
+def parted(total: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """Return the rows of a sum of ``masked_sum``, and its marks ``[n, N_MARKS]``."""
+    return total[:, :-N_MARKS].view(dtype), total[:, -N_MARKS:]
+
+
+def n_within(ids: np.ndarray, own: range) -> int:
+    """Return how many ids are in a rank's share."""
+    return int(((ids >= own.start) & (ids < own.stop)).sum())
 
 
 def _bits(flags: np.ndarray) -> int:
