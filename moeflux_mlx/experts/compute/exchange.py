@@ -44,10 +44,11 @@ class Told(NamedTuple):
 
     ``ids`` is ``[B, n]`` and ``marks`` ``[B, n, N_MARKS]`` for B blocks. The functions
     in ``asked`` are called with a block's checked ids, to count this rank's experts.
+    Without ``ids`` the marks are compared with the ranks' mean id.
     """
 
     names: Sequence[str]
-    ids: mx.array | np.ndarray
+    ids: mx.array | np.ndarray | None
     marks: mx.array
     asked: Sequence[Callable[[np.ndarray], None]]
 
@@ -154,15 +155,16 @@ class Exchange:
         return self._given(name, ids, total, rows.dtype, count)
 
     def masked_sum(self, ids: mx.array, own: range, rows: mx.array) -> mx.array:
-        """Return the lazy sum of all ranks' rows and marks, uint32 ``[n, words]``.
+        """Return the lazy sum of all ranks' rows and marks, uint32 ``[words]``.
 
         ``parted`` divides it again; the other arguments are those of ``masked``.
         """
         inside = (ids >= own.start) & (ids < own.stop)
         words = mx.where(inside[:, None], rows.view(mx.uint32), 0)
-        numbers = ids.astype(mx.uint32) + 1
-        marks = [numbers, numbers * numbers, mx.zeros_like(numbers)]
-        return self._added(mx.concatenate([words, mx.stack(marks, axis=1)], axis=1))
+        numbers, column = ids.astype(mx.uint32)[:, None] + 1, mx.arange(N_MARKS)
+        squares = mx.where(column == 1, numbers * numbers, 0)
+        marks = mx.where(column == 0, numbers, squares)
+        return self._added(_joined(words, marks))
 
     def _given(
         self,
@@ -173,7 +175,7 @@ class Exchange:
         asked: Callable[[np.ndarray], None],
     ) -> mx.array:
         """Return the rows of a sum; check the marks now, or later if ``defers``."""
-        rows, marks = parted(total, dtype)
+        rows, marks = parted(total, len(ids), dtype)
         self.owe(Told([name], ids[None], marks[None], [asked]))
         if not self.defers:
             self._evaluate(total)
@@ -242,11 +244,11 @@ class Exchange:
         if owed:
             lazy = (x for told in owed for x in (told.marks, told.ids))
             self._evaluate(*(x for x in lazy if isinstance(x, mx.array)))
-        for names, lazy_ids, lazy_marks, asked in owed:
-            every = zip(
-                names, np.array(lazy_ids), np.array(lazy_marks), asked, strict=True
-            )
-            for name, ids, marks, count in every:
+        for names, given, lazy_marks, asked in owed:
+            sums = np.array(lazy_marks)
+            # If the numbers of all ranks are equal, each is their mean.
+            own = sums[..., 0] // self.size - 1 if given is None else np.array(given)
+            for name, ids, marks, count in zip(names, own, sums, asked, strict=True):
                 self._check(name, ids, marks)
                 count(ids)
 
@@ -265,7 +267,7 @@ class Exchange:
         marks[:, 1] = marks[:, 0] ** 2
         marks[:, 2] = failed << self.rank
         placed = mx.concatenate([words, blank])[mx.array(taken)]
-        return mx.concatenate([placed, mx.array(marks)], axis=1)
+        return _joined(placed, mx.array(marks))
 
     def _check(self, name: str, ids: np.ndarray, told: np.ndarray) -> None:
         self._check_failed(name, int(told[0, 2]) if len(told) else 0)
@@ -419,9 +421,16 @@ class Exchange:
             ) from error
 
 
-def parted(total: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """Return the rows of a sum of ``masked_sum``, and its marks ``[n, N_MARKS]``."""
-    return total[:, :-N_MARKS].view(dtype), total[:, -N_MARKS:]
+def _joined(rows: mx.array, marks: mx.array) -> mx.array:
+    """Return a message: the rows come first, so that nothing is copied out of it."""
+    return mx.concatenate([rows.reshape(-1), marks.reshape(-1)])
+
+
+def parted(total: mx.array, n: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """Return the ``n`` rows of a sum of ``masked_sum``, and its marks."""
+    n_marks = n * N_MARKS
+    rows, marks = mx.split(total, [total.size - n_marks])
+    return rows.view(dtype).reshape(n, -1), marks.reshape(n, N_MARKS)
 
 
 def n_within(ids: np.ndarray, own: range) -> int:

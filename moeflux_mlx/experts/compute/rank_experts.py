@@ -53,7 +53,7 @@ class RankExperts:
     def __init__(self, source: OwnSource, exchange: Exchange, name: str, own: range):
         self.source, self.name, self.own = source, name, own
         self._exchange = exchange
-        # Sums of marks and ids that a compiled function returns, to check later.
+        # Sums of marks that a compiled function returns, to check later.
         self._told: list[mx.array] | None = None
 
     @property
@@ -77,7 +77,7 @@ class RankExperts:
 
     @property
     def chosen(self) -> list[mx.array]:
-        """The ids and sums of marks, uint32 ``[n, 1 + N_MARKS]``, of compiled calls."""
+        """The sums of marks, uint32 ``[n, N_MARKS]``, of a compiled call."""
         return self._told or []
 
     def owed(self) -> tuple[str, Callable[[np.ndarray], None]]:
@@ -126,9 +126,8 @@ class RankExperts:
             total = exchange.masked(self.name, ids, own, rows, self.source.count)
         else:
             both = exchange.masked_sum(ids, own, rows)
-            total, marks = parted(both, rows.dtype)
-            numbers = ids.astype(mx.uint32)[:, None]
-            self._told.append(mx.concatenate([numbers, marks], axis=1))
+            total, marks = parted(both, ids.size, rows.dtype)
+            self._told.append(marks)
         return total.reshape(*indices.shape, -1)
 
     def _waited(self, x: Any, indices: Any, make: ByExpert) -> Any:
@@ -191,7 +190,7 @@ def told_of(sources: Sequence[RankExperts], chosen: mx.array) -> Told:
 
     Args:
         sources: the blocks' experts.
-        chosen: uint32 ``[B, n, 1 + N_MARKS]``, from all blocks.
+        chosen: uint32 ``[B, n, N_MARKS]``, from all blocks.
     """
     names, counts = zip(*(source.owed() for source in sources), strict=True)
-    return Told(names, chosen[..., 0], chosen[..., 1:], counts)
+    return Told(names, None, chosen, counts)
