@@ -208,16 +208,18 @@ def test_ranks_keep_to_their_own_memory_and_divide_a_prompt_alike(models, alone)
 
 
 def test_the_script_measures_the_bytes_of_each_rank(models):
-    first, second = run(models, 2, ranks.bench)
-    assert (first["tokens"], first["bits"]) == (second["tokens"], second["bits"])
-    assert [one["experts"] for one in (first, second)] == [9, 12]
-    assert {one["ranks"] for one in (first, second)} == {2}
-    assert [one["rank"] for one in (first, second)] == [0, 1]
-    for one in first, second:
-        # Half of the larger share.
-        assert one["held"] == 6 and one["device"] == "Device(cpu, 0)"
-        assert min(one["tps"], one["prompt_tps"], one["exchange_us"]) > 0
-        assert one["prompt_bytes"] + one["token_bytes"] > 0
+    outcomes = run(models, 2, ranks.bench)
+    for kind in "native", "door":
+        first, second = found = [outcome[kind] for outcome in outcomes]
+        assert (first["tokens"], first["bits"]) == (second["tokens"], second["bits"])
+        assert [one["experts"] for one in found] == [9, 12]
+        assert {one["ranks"] for one in found} == {2}
+        assert [one["rank"] for one in found] == [0, 1]
+        for one in found:
+            # Half of the larger share.
+            assert one["held"] == 6 and one["device"] == "Device(cpu, 0)"
+            assert min(one["tps"], one["prompt_tps"], one["exchange_us"]) > 0
+            assert one["prompt_bytes"] + one["token_bytes"] > 0
 
 
 def test_a_rank_that_ends_ends_the_others(models):

@@ -20,6 +20,8 @@ from ranks import SMALL
 from tiny import make_checkpoint, make_deepseek_v3, make_gpt_oss, make_qwen3_moe
 
 import moeflux_mlx
+from moeflux_mlx.calls.together import Together
+from moeflux_mlx.experts.compute.exchange import Exchange
 from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.experts.files.share import share_of
 
@@ -62,7 +64,7 @@ def test_ranks_give_one_processs_bits_and_hold_their_own_experts(models, n, name
         expected = {late: alone(models / name, late=late) for late in (False, True)}
         for way, (memory, waits) in WAYS.items():
             # Streamed layers wait for each other, on NumPy's arrays here.
-            late = memory == LARGE and not waits
+            late = not waits
             found = [outcome[f"{name} {way}"] for outcome in outcomes]
             shares = [len(share_of(E, rank, n)) for rank in range(n)]
             for share, one in zip(shares, found, strict=True):
@@ -75,8 +77,8 @@ def test_ranks_give_one_processs_bits_and_hold_their_own_experts(models, n, name
 
 @pytest.mark.slow
 def test_ranks_that_run_our_kernels_give_one_processs_tokens(models):
-    given = dict(names=["pack"], ways=["streamed", "resident, late checks"])
-    outcomes = run(models, 2, partial(native_ranks.generate, executor="sim", **given))
+    work = partial(native_ranks.generate, names=["pack"], executor="sim")
+    outcomes = run(models, 2, work)
     found = [one for outcome in outcomes for one in outcome.values()]
     # Memory and waiting change no bit.
     assert len({one["bits"] for one in found}) == 1
@@ -86,8 +88,29 @@ def test_ranks_that_run_our_kernels_give_one_processs_tokens(models):
         assert one["batch"] == expected["batch"]
 
 
+@pytest.mark.slow
+def test_a_token_takes_two_more_launches_in_a_layer_than_in_one_process(models):
+    counts = []
+    for together in Together(None), Together(Exchange(mx.distributed.init())):
+        model, _ = moeflux_mlx.load(
+            models / "pack", expert_memory=LARGE, executor="sim", optimistic="on"
+        )
+        model.runtime.together = together
+        cache = make_prompt_cache(model)
+        mx.eval(model(mx.array([[1, 2, 3]]), cache=cache))
+        if together.exchange is not None:
+            together.exchange.waits = False
+        launched: list[str] = []
+        model.runtime.executor.on_launch = launched.append
+        mx.eval(model(mx.array([[5]]), cache=cache))
+        counts.append(len(launched))
+    n_layers, ends = 3, 3
+    assert counts == [9 * n_layers + ends, 11 * n_layers + ends]
+
+
 def test_ranks_that_choose_other_experts_follow_rank_0(models):
-    expected = ranks.greedy(moeflux_mlx.load(models / "pack", expert_memory=SMALL)[0])
+    model, _ = moeflux_mlx.load(models / "pack", expert_memory=SMALL)
+    expected = ranks.greedy(model, 3)
     for outcome in run(models, 2, partial(ranks.part, native=True)):
         for how, found in outcome.items():
             assert found == expected, how
