@@ -366,6 +366,49 @@ template <
   }
 }
 
+// Down projections of one token's K experts, one by one: out[k] = Wd_k act[k] + bias_k.
+//
+// out: [K,D]; other arguments: see `experts_down_sum`. Launch: threadgroups of 256 on (D / 16, K).
+// Machines that share the experts exchange these rows before they add them.
+template <
+    typename T, typename S, typename A, int BITS, int G, int WORDS, bool HAS_BIASES, bool HAS_BIAS>
+[[kernel]] void experts_down_rows(
+    device const T* act,
+    device const uint* slots,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    device const A* bias,
+    constant uint& w_base,
+    constant uint& s_base,
+    constant uint& b_base,
+    constant uint& bias_base,
+    constant uint& w_row,
+    constant uint& s_row,
+    constant uint& b_row,
+    constant uint& bias_row,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* out,
+    uint2 group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float sums[32];
+  uint row = group.x * 16;
+  const float whole[1] = {1.0f};
+  auto own = act + group.y * n_in;
+  auto slot = slots + group.y;
+  combined_rows<BITS, !HAS_BIASES, BITS, G, WORDS>(
+      own, slot, whole, w + w_base, scales + s_base, biases + b_base, w_row, s_row, b_row, own, own,
+      w, scales, biases, 0.0f, row, 1u, n_in, 0u, n_out, sums, thread_index, simdgroup, lane);
+  if (thread_index < 16 && row + thread_index < n_out) {
+    float added = row_bias<HAS_BIAS>(
+        bias, ulong(slot[0]) * bias_row + bias_base + row + thread_index);
+    out[group.y * n_out + row + thread_index] = T(sums[thread_index] + added);
+  }
+}
+
 // `experts_down_sum`, the shared expert's down projection and the residual stream together:
 // out = residual + sum over k of weights[k] * (Wd_k act[k] + bias_k)
 //       + sigmoid(shared_gate) * Ws (silu(gate) * up).

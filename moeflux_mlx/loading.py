@@ -17,7 +17,13 @@ from mlx_lm.utils import load_config, load_model
 
 from . import config, device, serving
 from .adapters import put_adapters
-from .calls.group import Group, exchange_of, launched_group
+from .calls.group import (
+    Group,
+    begin_together,
+    exchange_of,
+    launched_group,
+    ways_in_group,
+)
 from .engine.runtime import RunOptions
 from .errors import ConfigError, memory_errors, one_line_errors
 from .experts.files.checkpoint import read_config
@@ -39,6 +45,7 @@ from .opening.stock_model import (
 )
 from .opening.tokenizer import open_tokenizer
 from .opening.weight_files import Reads, model_module, read_weights
+from .saving.guard import keep_whole
 from .streaming import plan_stream
 from .system.commands import divides_data, is_to_be_saved, refuse_division_of_layers
 from .system.files import short, spelled_plainly
@@ -107,10 +114,10 @@ def load(
             streamed if ``expert_memory`` bounds them; None prefers our class.
         group: process group of ``mx.distributed.init()``. Each rank reads a share of
             every layer's experts, and all ranks compute the rest. They must load the
-            same model and make the same calls. mlx-lm's class runs, even if ``native``
-            is True, with rank 0's random state. Amounts of memory are per rank.
+            same model and make the same calls, with rank 0's random state. Amounts of
+            memory are per rank. With adapters mlx-lm's class runs.
         pipeline: the ranks divide layers instead of experts, like mlx-lm's
-            ``model.model.pipeline(group)``.
+            ``model.model.pipeline(group)``; mlx-lm's class runs.
 
     Returns:
         ``(model, tokenizer)``, or with ``return_config`` also the configuration.
@@ -158,11 +165,11 @@ def load(
         group=group if exchange_of(group, pipeline=pipeline) else None,
         pipeline=pipeline,
     )
-    shares = options.group is not None
     path = find_model(path_or_hf_repo, revision)
     if trust_remote_code:
         _refuse_code(path)
-    through_door = takes_door(path, native, model_config, shares=shares)
+    why = None if options.group is None else _why_stock_in_group(options, adapter_path)
+    through_door = takes_door(path, native, model_config, why=why)
     load_it = _load_through_door if through_door else _load_our_own
     model, tokenizer, loaded = load_it(
         path, options, tokenizer_config, model_config, adapter_path, lazy
@@ -172,6 +179,15 @@ def load(
     # The configuration of a saved model must not name a pack's Python file.
     loaded.pop("model_file", None)
     return model, tokenizer, loaded
+
+
+def _why_stock_in_group(
+    options: RunOptions, adapter_path: str | Path | None
+) -> str | None:
+    """Return why several ranks run mlx-lm's class of a model; None: they do not."""
+    if options.pipeline:
+        return "whose layers several ranks can divide"
+    return None if adapter_path is None else "which several ranks can run with adapters"
 
 
 def load_draft(path_or_hf_repo: str, tokenizer_config: dict[str, Any]) -> Any:
@@ -218,11 +234,19 @@ def _load_our_own(
     lazy: bool,
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Load our class of a model."""
+    amounts, exchange = options.amounts, exchange_of(options.group)
+    if exchange is not None:
+        ahead, optimistic, io = ways_in_group(
+            options.read_ahead, options.optimistic, options.expert_io, amounts
+        )
+        options = replace(
+            options, read_ahead=ahead, optimistic=optimistic, expert_io=io
+        )
     with _built(path, options, model_config) as (model, loaded):
         _tell_departure(loaded)
         if adapter_path is not None:
             put_adapters(model, adapter_path)
-        if not lazy and options.amounts == Amounts():
+        if not lazy and amounts == Amounts():
             check_fits(path, model)
         # Before the memory plan, because the tokenizer takes memory too.
         eos = loaded.get("eos_token_id")
@@ -231,6 +255,9 @@ def _load_our_own(
             model.runtime.open(model.needs, report)
             if not lazy:
                 _read_parameters(model, report)
+        if exchange is not None:
+            begin_together(exchange, model, path, amounts, pipeline=False)
+            keep_whole(model)
     if (plan := model.runtime.plan) is not None:
         notice(str(plan))
         if model.runtime.amounts.fastest:
@@ -303,7 +330,8 @@ def _built(
     path: Path, options: RunOptions, model_config: dict[str, Any] | None = None
 ) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     """Build a model without reading weights; an error closes its files."""
-    streams = options.amounts != Amounts() or is_packed(path)
+    bounded = options.amounts != Amounts()
+    streams = bounded or is_packed(path) or options.group is not None
     # Open the store first: mlx-lm's errors name neither the file nor the expert.
     direct = config.expert_io(options.expert_io) == "direct"
     store = open_store(path, direct=direct) if streams else None

@@ -36,6 +36,7 @@ from .experts.files.safetensors import (
     parse_header,
 )
 from .memory.cache_layouts import DTYPES, CacheReader, TensorForm, check_kinds, describe
+from .saving.whole import store_of
 from .streaming import StreamedModel
 from .system.files import open_file, parse_json, replacing, short
 
@@ -173,9 +174,9 @@ class _Run:
             )
         needs, streamer = model.needs, model.streamer
         run = cls(str(owner.identity), model, needs, streamer, owner.keeper)
-        if streams and (exchange := model.__dict__["calls"].exchange) is not None:
-            return replace(run, exchange=exchange, store=model.__dict__["store"])
-        return run
+        calls = model.__dict__["calls"] if streams else owner
+        exchange = calls.together.exchange
+        return replace(run, exchange=exchange, store=store_of(model))
 
     @property
     def experts(self) -> list[tuple[int, int]]:

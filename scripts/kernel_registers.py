@@ -45,6 +45,10 @@ PUBLISHED: dict[str, tuple[dict[str, Any], ...]] = {
         dict(i=2048, n=512, **EXPERT),
         dict(i=2880, n=2880, clipped=1, **FLOATS),
     ),
+    "experts_down_rows": (
+        dict(n=512, d=2048, **EXPERT),
+        dict(n=2880, d=2880, **FLOATS),
+    ),
     "experts_down_sum": (
         dict(n=512, d=2048, **EXPERT),
         dict(n=2880, d=2880, **FLOATS),

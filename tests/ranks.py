@@ -35,6 +35,8 @@ from moeflux_mlx.calls.group import launched_group
 from moeflux_mlx.errors import BudgetError, ExpertStoreError, MoefluxError
 from moeflux_mlx.experts.compute.exchange import Exchange
 
+# Bytes in which a few of a tiny model's experts fit.
+SMALL = (1 << 21) + (1 << 16)
 PROMPT = [[1, 5, 9, 200, 17, 3, 44, 8] * 3]
 SECONDS = 120
 
@@ -152,6 +154,13 @@ def greedy(model: Any, n: int = 6) -> dict[str, Any]:
     return {"tokens": tokens, "bits": bits.hexdigest()}
 
 
+def exchange_of(model: Any) -> Exchange:
+    """Return a model's connection to the other ranks."""
+    owner = vars(model).get("calls", vars(model).get("runtime"))
+    found: Exchange = owner.together.exchange
+    return found
+
+
 def said(call: Callable[[], Any]) -> str:
     """Return the message of the error that a call raises."""
     try:
@@ -167,11 +176,11 @@ def generate(exchange: Exchange, folder: Path) -> dict[str, Any]:
     for path in sorted(
         p for p in folder.parent.iterdir() if p.is_dir() and p != folder
     ):
-        for memory, waits in product(((1 << 21) + (1 << 16), 1 << 30), (True, False)):
+        for memory, waits in product((SMALL, 1 << 30), (True, False)):
             model, _ = moeflux_mlx.load(
-                path, expert_memory=memory, group=exchange._group
+                path, expert_memory=memory, native=False, group=exchange._group
             )
-            model.__dict__["calls"].exchange.waits = waits
+            exchange_of(model).waits = waits
             store, read = model.__dict__["store"], set()
             spans = store.spans
 
@@ -221,6 +230,7 @@ def bounded(exchange: Exchange, folder: Path) -> dict[str, Any]:
     model, _ = moeflux_mlx.load(
         folder.parent / "pack",
         memory=2 * gib if exchange.rank else 3 * gib,
+        native=False,
         group=exchange._group,
     )
     outcome["experts"] = model.plan.n_experts
@@ -275,26 +285,27 @@ def bench(exchange: Exchange, folder: Path) -> dict[str, Any]:
         feed=None,
         pipeline=False,
     )
-    outcome: dict[str, Any] = module.measured(args, 50)
-    table = module.Table(*"abcd", *module.COLUMNS)
-    module.add_rows(table, 50, [outcome])
-    assert table.row_count == 1
-    return outcome
+    table = module.Table(*"abcde", *module.COLUMNS)
+    outcomes = {kind: module.measured(args, 50, kind) for kind in module.CLASSES}
+    for outcome in outcomes.values():
+        module.add_rows(table, 50, [outcome])
+    assert table.row_count == 2
+    return outcomes
 
 
-def states(exchange: Exchange, folder: Path) -> dict[str, Any]:
+def states(exchange: Exchange, folder: Path, *, native: bool) -> dict[str, Any]:
     """Save a state, load it and another one, and let one rank fail."""
     load = functools.partial(
-        moeflux_mlx.load, folder.parent / "pack", group=exchange._group
+        moeflux_mlx.load, folder.parent / "pack", native=native, group=exchange._group
     )
-    model, _ = load(expert_memory=(1 << 21) + (1 << 16))
+    model, _ = load(expert_memory=SMALL)
     outcome: dict[str, Any] = {"one": continued(model, folder.parent / "one")}
     cache, path = make_prompt_cache(model), folder.parent / "several"
     mx.eval(model(mx.array(PROMPT), cache=cache))
     streamer = model.streamer
     outcome["held"] = len(streamer.held)
     moeflux_mlx.save_state(path, model, cache, PROMPT[0])
-    model, _ = load(expert_memory=(1 << 21) + (1 << 16))
+    model, _ = load(expert_memory=SMALL)
     outcome["several"] = continued(model, path)
     outcome["held again"] = len(model.streamer.held)
     elsewhere = path if exchange.rank else folder / "none"
@@ -330,7 +341,7 @@ def pipelined(exchange: Exchange, folder: Path) -> dict[str, Any]:
     group = exchange._group
     load = functools.partial(moeflux_mlx.load, group=group, pipeline=True)
     for name in "plain", "pack", "hybrid", "deepseek", "glm":
-        model, _ = load(folder.parent / name, expert_memory=(1 << 21) + (1 << 16))
+        model, _ = load(folder.parent / name, expert_memory=SMALL)
         outcome[name] = greedy(model)
         store = model.__dict__["store"]
         outcome[f"{name} blocks"] = [store.name(layer) for layer in store.layers]
@@ -344,7 +355,7 @@ def pipelined(exchange: Exchange, folder: Path) -> dict[str, Any]:
         )
     outcome["divided"] = greedy(model, 1)["tokens"]
     calls.keeper.make_room = make_room
-    model, _ = load(folder.parent / "pack", expert_memory=(1 << 21) + (1 << 16))
+    model, _ = load(folder.parent / "pack", expert_memory=SMALL)
 
     def damaged() -> Any:
         raise ExpertStoreError("[reader] damaged")
@@ -367,9 +378,11 @@ def pipelined(exchange: Exchange, folder: Path) -> dict[str, Any]:
     return outcome
 
 
-def die(exchange: Exchange, folder: Path) -> dict[str, Any]:
+def die(exchange: Exchange, folder: Path, *, native: bool) -> dict[str, Any]:
     """End rank 1 in the middle of a call."""
-    model, _ = moeflux_mlx.load(folder.parent / "pack", group=exchange._group)
+    model, _ = moeflux_mlx.load(
+        folder.parent / "pack", native=native, group=exchange._group
+    )
     greedy(model, 1)
     if exchange.rank == 1:
         os._exit(9)
@@ -381,20 +394,30 @@ def die(exchange: Exchange, folder: Path) -> dict[str, Any]:
     return {}
 
 
-def part(exchange: Exchange, folder: Path) -> dict[str, Any]:
+def part(exchange: Exchange, folder: Path, *, native: bool) -> dict[str, Any]:
     """Let rank 1 choose other experts than rank 0, in every layer or in the last."""
-    outcome = {}
+    outcome, n = {}, 3 if native else 6
+    load = functools.partial(
+        moeflux_mlx.load, folder.parent / "pack", native=native, group=exchange._group
+    )
     for name, places in {"all": slice(None), "last": slice(-1, None)}.items():
-        model, _ = moeflux_mlx.load(folder.parent / "pack", group=exchange._group)
-        own = model.__dict__["calls"].exchange
+        model, _ = load()
+        own = exchange_of(model)
         gates = [layer.mlp.gate for layer in model.layers[places]]
         if exchange.rank == 1:
             for gate in gates:
                 gate.weight = -gate.weight
         for own.waits in (True, False):
-            outcome[f"{name} {own.waits}"] = greedy(model)
-    block = model.layers[-1].mlp
-    outcome["no layer"] = said(lambda: apart(model, block))
+            outcome[f"{name} {own.waits}"] = greedy(model, n)
+    if not native:
+        block = model.layers[-1].mlp
+        outcome["no layer"] = said(lambda: apart(model, block))
+    # Rank 0 has all of its experts in memory, rank 1 has few.
+    model, _ = load(expert_memory=(1 << 30) if exchange.rank == 0 else SMALL)
+    if exchange.rank == 1:
+        model.layers[1].mlp.gate.weight = -model.layers[1].mlp.gate.weight
+    exchange_of(model).waits = False
+    outcome["other memory"] = greedy(model, n)
     return outcome
 
 
@@ -414,36 +437,9 @@ def choose_late(exchange: Exchange) -> None:
             exchange.masked(f"block {number}", ids, range(1), rows, lambda n: None)
 
 
-def fail(exchange: Exchange, folder: Path) -> dict[str, Any]:
-    """Let one rank fail in every way; check the results after each failure."""
-    outcome, group = {}, exchange._group
-    path = folder.parent / "pack"
-    load = functools.partial(moeflux_mlx.load, path, group=group)
-    mine = exchange.rank == 1
-    model, _ = load(expert_memory=(1 << 21) + (1 << 16))
-
-    def call(ids, model=model):
-        return said(lambda: mx.eval(model(mx.array(ids))))
-
-    # Rank 1 alone writes, and all ranks wait for it.
-    file = path / "experts-001.bin"
-    kept = file.read_bytes()
-    exchange.first([0])
-    if mine:
-        file.write_bytes(kept[: len(kept) // 2] + bytes(len(kept) - len(kept) // 2))
-    exchange.first([0])
-    own = model.__dict__["calls"].exchange
-    outcome["damaged"] = call(PROMPT)
-    own.waits = False
-    outcome["damaged, not waiting"] = call(PROMPT)
-    own.waits = True
-    if mine:
-        file.write_bytes(kept)
-    exchange.first([0])
-    outcome["mended"] = greedy(model)
-    outcome["tokens"] = call([[1, 2, 3 + mine]])
-    outcome["lengths"] = call([[1, 2, 3, 4][: 3 + mine]])
-    outcome["after"] = greedy(model)
+def messages(exchange: Exchange, mine: bool) -> dict[str, Any]:
+    """Exchange rows of other experts, and check marks that were not added."""
+    outcome: dict[str, Any] = {}
     outcome["choice"] = said(
         lambda: exchange.rows(
             "block",
@@ -458,6 +454,41 @@ def fail(exchange: Exchange, folder: Path) -> dict[str, Any]:
         lambda: exchange._check("block", np.array([0, 1]), own_marks)
     )
     outcome["choice, not waiting"] = said(lambda: choose_late(exchange))
+    return outcome
+
+
+def fail(exchange: Exchange, folder: Path, *, native: bool) -> dict[str, Any]:
+    """Let one rank fail in every way; check the results after each failure."""
+    outcome, group = {}, exchange._group
+    path = folder.parent / "pack"
+    load = functools.partial(moeflux_mlx.load, path, native=native, group=group)
+    mine = exchange.rank == 1
+    model, _ = load(expert_memory=SMALL)
+
+    def call(ids, model=model):
+        return said(lambda: mx.eval(model(mx.array(ids))))
+
+    # Rank 1 alone writes, and all ranks wait for it.
+    file = path / "experts-001.bin"
+    kept = file.read_bytes()
+    exchange.first([0])
+    if mine:
+        file.write_bytes(kept[: len(kept) // 2] + bytes(len(kept) - len(kept) // 2))
+    exchange.first([0])
+    own = exchange_of(model)
+    outcome["damaged"] = call(PROMPT)
+    own.waits = False
+    outcome["damaged, not waiting"] = call(PROMPT)
+    own.waits = True
+    if mine:
+        file.write_bytes(kept)
+    exchange.first([0])
+    outcome["mended"] = greedy(model)
+    outcome["tokens"] = call([[1, 2, 3 + mine]])
+    outcome["lengths"] = call([[1, 2, 3, 4][: 3 + mine]])
+    outcome["after"] = greedy(model)
+    if not native:
+        outcome |= messages(exchange, mine)
     outcome["grad"] = said(
         lambda: mx.eval(
             mx.grad(lambda x: model.model(None, input_embeddings=x).sum())(

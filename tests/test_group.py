@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from moeflux_mlx.experts.files.store import open_store
 BIN = Path(sys.executable).parent
 E, LAYERS = 7, {"plain": 3, "pack": 3, "hybrid": 4}
 PROMPTS = ["def add(a, b):", "import", "x"]
-SMALL, LARGE = (1 << 21) + (1 << 16), 1 << 30
+SMALL, LARGE = ranks.SMALL, 1 << 30
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ def test_any_number_of_ranks_continues_from_a_state(models):
     cache = make_prompt_cache(model)
     mx.eval(model(mx.array([[1, 2]]), cache=cache))
     moeflux_mlx.save_state(models / "other", model, cache, [1, 2])
-    first, second = outcomes = run(models, 2, ranks.states)
+    first, second = outcomes = run(models, 2, partial(ranks.states, native=False))
     for outcome in outcomes:
         assert outcome["one"] == outcome["several"] == expected
         assert outcome["held again"] == outcome["held"] > 0
@@ -152,7 +153,7 @@ def test_no_bit_changes_between_ranks(models):
 
 
 def test_a_failed_rank_ends_the_call_on_every_rank_but_no_later_call(models, alone):
-    first, second = run(models, 2, ranks.fail)
+    first, second = run(models, 2, partial(ranks.fail, native=False))
     told = "its own error says why"
     block = "model.layers.1.mlp.switch_mlp"
     assert second["damaged"].startswith("ExpertStoreError: [reader] ")
@@ -184,7 +185,7 @@ def test_a_failed_rank_ends_the_call_on_every_rank_but_no_later_call(models, alo
 
 
 def test_ranks_that_choose_other_experts_follow_rank_0(models, alone):
-    for outcome in run(models, 2, ranks.part):
+    for outcome in run(models, 2, partial(ranks.part, native=False)):
         assert "expected every rank to choose the same" in outcome.pop("no layer")
         for how, found in outcome.items():
             assert found == alone["pack"], how
@@ -207,20 +208,24 @@ def test_ranks_keep_to_their_own_memory_and_divide_a_prompt_alike(models, alone)
 
 
 def test_the_script_measures_the_bytes_of_each_rank(models):
-    first, second = run(models, 2, ranks.bench)
-    assert (first["tokens"], first["bits"]) == (second["tokens"], second["bits"])
-    assert [one["experts"] for one in (first, second)] == [9, 12]
-    assert {one["ranks"] for one in (first, second)} == {2}
-    assert [one["rank"] for one in (first, second)] == [0, 1]
-    for one in first, second:
-        # Half of the larger share.
-        assert one["held"] == 6 and one["device"] == "Device(cpu, 0)"
-        assert min(one["tps"], one["prompt_tps"], one["exchange_us"]) > 0
-        assert one["prompt_bytes"] + one["token_bytes"] > 0
+    outcomes = run(models, 2, ranks.bench)
+    for kind in "native", "door":
+        first, second = found = [outcome[kind] for outcome in outcomes]
+        assert (first["tokens"], first["bits"]) == (second["tokens"], second["bits"])
+        assert [one["experts"] for one in found] == [9, 12]
+        assert {one["ranks"] for one in found} == {2}
+        assert [one["rank"] for one in found] == [0, 1]
+        for one in found:
+            # Half of the larger share.
+            assert one["held"] == 6 and one["device"] == "Device(cpu, 0)"
+            assert min(one["tps"], one["prompt_tps"], one["exchange_us"]) > 0
+            assert one["prompt_bytes"] + one["token_bytes"] > 0
 
 
 def test_a_rank_that_ends_ends_the_others(models):
-    (code, log), (other, _) = ranks.launch(2, models / "died", ranks.die)
+    (code, log), (other, _) = ranks.launch(
+        2, models / "died", partial(ranks.die, native=False)
+    )
     assert (code, other) == (2, 9)
     assert "GroupError: [group] expected 2 ranks but one of them ended" in log
 

@@ -97,6 +97,11 @@ ANY_SIZES: dict[str, st.SearchStrategy[dict[str, int]]] = {
         "i",
         1200,
     ),
+    "experts_down_rows": in_groups(
+        sizes_of(k=FEW, d=st.integers(1, 40), base=FEW, bits=BITS, **QUANTISED),
+        "n",
+        600,
+    ),
     "experts_down_sum": in_groups(
         sizes_of(k=FEW, d=st.integers(1, 40), base=FEW, bits=BITS, **QUANTISED),
         "n",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import weakref
@@ -17,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from .. import device
 from ..errors import BudgetError
 from ..experts.compute.blank import BlankExperts
-from ..experts.compute.exchange import LED_BYTES, Exchange, OtherChoiceError
+from ..experts.compute.exchange import Exchange
 from ..experts.compute.source import ExpertSource
 from ..experts.streaming.mapped import MappedExperts
 from ..experts.streaming.streamer import ExpertStreamer
@@ -28,6 +27,7 @@ from ..memory.relief import FreePool
 from .alone import OneAtATime
 from .gradients import Gradients
 from .stock_arguments import StockChecks
+from .together import Together
 from .transforms import in_transformation, is_traced
 from .ways import Ways
 
@@ -55,6 +55,7 @@ class Calls(OneAtATime):
         self.ways = ways or Ways()
         self._give_way = give_way
         self.exchange = self.ways.exchange = exchange
+        self.together = Together(exchange)
         self.streamer: ExpertStreamer | MappedExperts | BlankExperts | None = None
         self.keeper: MemoryKeeper | None = None
         self.free_pool: FreePool | None = None
@@ -77,15 +78,7 @@ class Calls(OneAtATime):
         """Check the arguments of a call, and make it."""
         args, kwargs = self.checked(call, args, kwargs)
         out = self.run(call, args, kwargs) if gives_rows else call(*args, **kwargs)
-        return self._led(out) if self._depth == 1 else out
-
-    def _led(self, out: Any) -> Any:
-        """Return the result of a whole call: rank 0's, if it may be sampled from."""
-        exchange = self.exchange
-        is_small = isinstance(out, mx.array) and out.nbytes <= LED_BYTES
-        if exchange is None or not is_small or in_transformation():
-            return out
-        return exchange.led(out)
+        return self.together.led(out) if self._depth == 1 else out
 
     def checked(
         self, call: Callable[..., Any], args: Any, kwargs: Any
@@ -152,18 +145,7 @@ class Calls(OneAtATime):
     ) -> Any:
         whole = functools.partial(call, *bound.args, **bound.kwargs)
         run = functools.partial(self.ways.run, whole, self.streamer, t, states)
-        exchange = self.exchange
-        if exchange is None or in_transformation():
-            return run()
-        if not exchange.waits and states is not None:
-            # Blocks do not wait for other ranks. If ranks choose different experts, the
-            # whole call is repeated with a wait in each block.
-            with contextlib.suppress(OtherChoiceError), exchange.together(defers=True):
-                return run()
-            for state in states:
-                state.put_back()
-        with exchange.together(defers=False):
-            return run()
+        return self.together.run(run, states)
 
     def _guard(self, out: Any) -> None:
         """Ensure that lazy rows are computed before their experts are released."""
@@ -214,25 +196,23 @@ class Calls(OneAtATime):
 
     def _agreed(self, rows: _Rows, step: Callable[[], int]) -> int:
         """Return the chunk of tokens to compute, the same in every process."""
-        if self.exchange is None or isinstance(self.streamer, BlankExperts):
+        streamer = self.streamer
+        if isinstance(streamer, BlankExperts):
             return step()
         first = next(iter(rows.arrays.values()))
-        while True:
-            try:
-                return self.exchange.call(rows.n_seqs, rows.t, first, step)
-            except BudgetError:
-                # All ranks raise this error here, so all of them drop the same prompt.
-                if self._give_way is None or not self._give_way():
-                    raise
+        give_way = self._give_way
+
+        def resident() -> bool:
+            return isinstance(streamer, ExpertStreamer) and streamer.resident
+
+        return self.together.agreed(
+            rows.n_seqs, rows.t, first, step, resident=resident, give_way=give_way
+        )
 
     def _make_room(self, cache: list[Any], n_seqs: int, t: int, **options: Any) -> int:
         assert self.keeper is not None
         give_way = self._give_way if self.exchange is None else None
         return make_room(self.keeper, give_way, cache, n_seqs, t, **options)
-
-    def least(self, number: int) -> int:
-        """Return the smallest of all processes' numbers; all must call this."""
-        return number if self.exchange is None else self.exchange.least(number)
 
     def _make_gradient_room(self, rows: _Rows) -> int:
         given, cache = rows.arrays.values(), rows.cache or []

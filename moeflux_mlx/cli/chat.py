@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     for name in NUMBERS.keys() & vars(args).keys():
         if (value := getattr(args, name)) is not None:
             check_number(f"--{name.replace('_', '-')}", value, NUMBERS[name])
-    check_division("chat", args, "adapter_path", "executor")
+    check_division("chat", args, "adapter_path")
 
     def opened(
         path: str,

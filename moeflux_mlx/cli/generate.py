@@ -223,7 +223,7 @@ def _refuse_unusable(args: argparse.Namespace) -> None:
 
 
 def _refuse_in_group(args: argparse.Namespace) -> None:
-    check_division("generate", args, "executor")
+    check_division("generate", args)
     # Under mlx.launch standard input never ends.
     if args.group is not None and args.prompt == "-":
         raise ConfigError(

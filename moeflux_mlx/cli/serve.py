@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
             check_number(f"--{name.replace('_', '-')}", value, parse)
     if not isinstance(args.chat_template_args, dict):
         raise ConfigError("[serve] --chat-template-args: expected a JSON object")
-    check_division("serve", args, "adapter_path", "draft_model", "executor")
+    check_division("serve", args, "adapter_path", "draft_model")
     is_first = args.group is None or args.group.rank() == 0
     logging.basicConfig(
         level=args.log_level if is_first else logging.WARNING,

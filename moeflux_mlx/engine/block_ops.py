@@ -192,6 +192,7 @@ def _experts_sum(
             expert_bytes=routed.expert_bytes,
             alpha=form.alpha,
             limit=form.limit,
+            shared=routed.shared,
         )
     )
     return out_sum

@@ -49,11 +49,15 @@ class Call:
 
 @dataclass(frozen=True)
 class RoutedShape:
-    """Width of the model and of an expert, and the stored bytes of one expert."""
+    """Width of the model and of an expert, and the stored bytes of one expert.
+
+    ``shared``: several ranks of a process group share the experts.
+    """
 
     dim: int
     expert_dim: int
     expert_bytes: int
+    shared: bool = False
 
 
 @dataclass(frozen=True)

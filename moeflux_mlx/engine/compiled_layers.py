@@ -30,7 +30,7 @@ class Passed:
     ``out`` is the output of the last layer, or the logits after the model's last one.
     If slots were looked up, ``inputs`` holds the input of each layer, which is tokens
     for the first, and ``chosen`` int32 ``[n, B, K]`` the experts that each routed layer
-    requested.
+    requested. Where ranks share the experts, ``chosen`` is that of ``RankExperts``.
     """
 
     out: mx.array

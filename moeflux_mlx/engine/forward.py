@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +19,7 @@ from ..calls.gradients import Gradients, kind_of
 from ..calls.module_call import Backbone, ModuleCall, without_adapters
 from ..calls.small_calls import SmallCalls
 from ..calls.transforms import in_transformation, is_traced
+from ..errors import ModelError
 from ..experts.streaming.streamer import ExpertStreamer
 from ..experts.weights import has_values
 from ..memory.caches import PutBackOnFailure
@@ -28,6 +31,8 @@ from .needs import TextNeeds
 from .ops.functions import Array, namespace
 from .parameters import Watch
 from .runtime import Runtime
+
+R = TypeVar("R")
 
 
 class Forward:
@@ -120,6 +125,10 @@ class Forward:
     ) -> Array:
         given = inputs, cache, embeddings = self._checked(inputs, cache, embeddings)
         followed = self._followed(inputs, cache, embeddings)
+        if self.runtime.together.exchange is not None:
+            self._check_shared(followed)
+            out = self._logits_of_graphs if logits else self._rows_of_graphs
+            return self.runtime.together.led(out(*given))
         if not self._is_known or (followed and self._streams_to(followed)):
             rows = self._rows_of_modules(inputs, cache, embeddings, followed)
             return self._modules.logits(rows) if logits else rows
@@ -153,6 +162,25 @@ class Forward:
         self._graphs.let_go()
         return []
 
+    def _check_shared(self, followed: list[mx.array]) -> None:
+        """Refuse calls that ranks which share experts cannot make.
+
+        Raises:
+            ModelError: a transformation follows the call, or a module is not the
+                model's own.
+        """
+        if followed:
+            raise ModelError(
+                "[group] expected a call outside of transformations but got one that "
+                "needs a gradient or is compiled: train or compile in one process, "
+                "without group="
+            )
+        if not self._is_known:
+            raise ModelError(
+                "[group] expected the model's own modules but got adapters or others: "
+                "load it with native=False"
+            )
+
     def _streams_to(self, followed: list[mx.array]) -> bool:
         """Return whether a transformed call with values reads streamed experts."""
         self.runtime.open(self.needs)
@@ -175,16 +203,33 @@ class Forward:
     def _logits_of_graphs(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> mx.array:
-        step = self._graphs.step(inputs, cache, embeddings)
-        if step is not None:
-            return step
-        with self.threads(inputs):
-            return self._graphs.logits(self._rows_of_graphs(inputs, cache, embeddings))
+        room = self._room(inputs, cache, embeddings)
+        if not room.is_whole:
+            with self.threads(inputs):
+                rows = self._in_chunks(self._graphs.rows, inputs, room, embeddings)
+                return self._graphs.logits(rows)
+
+        def call() -> mx.array:
+            step = self._graphs.step(inputs, cache, embeddings)
+            if step is not None:
+                return step
+            with self.threads(inputs):
+                rows = self._graphs.rows(inputs, room.cache, embeddings)
+                return self._graphs.logits(rows)
+
+        return self._together(call, room)
 
     def _rows_of_graphs(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> Array:
         return self._divided(self._graphs.rows, inputs, cache, embeddings)
+
+    def _together(self, call: Callable[[], R], room: _Room) -> R:
+        """Make a whole call, with the other ranks that share the experts if any."""
+        if self.runtime.together.exchange is None:
+            return call()
+        with PutBackOnFailure(room.cache or [], room.t) as states:
+            return self.runtime.together.run(call, states)
 
     def _rows_of_modules(
         self,
@@ -267,27 +312,76 @@ class Forward:
         if whole and self.runtime.keeper is not None:
             self._gradients.make_room(self.text, [given], cache or [], n_seqs, t)
             return call(inputs, cache, embeddings)
+        room = self._room(inputs, cache, embeddings)
+        if not room.is_whole:
+            return self._in_chunks(call, inputs, room, embeddings)
+        return self._together(partial(call, inputs, room.cache, embeddings), room)
+
+    def _room(
+        self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
+    ) -> _Room:
+        """Make room for a call, the same as on the other ranks if there are any."""
+        given = inputs if embeddings is None else embeddings
+        n_seqs, t = given.shape[:2]
         if not self._is_known:
             self._measure_modules(n_seqs, t, cache or [])
-        self._graphs.make_room(given, cache)
-        if self.runtime.keeper is None or (cache and t == 1):
-            return call(inputs, cache, embeddings)
-        # A call without a cache returns all logits, and needs a cache between chunks.
-        logits = not cache
-        room = cache or make_prompt_cache(self.text)
-        step = self.runtime.make_room(room, n_seqs, t, logits=logits) // n_seqs
-        if t <= step:
-            return call(inputs, room, embeddings)
+        together, runtime = self.runtime.together, self.runtime
+        room = cache
+
+        def step() -> int:
+            nonlocal room
+            self._graphs.make_room(given, cache)
+            if runtime.keeper is None or (cache and t == 1):
+                return t
+            # A call without a cache returns all logits, and needs a cache between
+            # chunks.
+            room = cache or make_prompt_cache(self.text)
+            return runtime.make_room(room, n_seqs, t, logits=not cache) // n_seqs
+
+        least = together.agreed(
+            n_seqs,
+            t,
+            given,
+            step,
+            resident=lambda: runtime.streamer is not None and not runtime.streams,
+            give_way=runtime.options.give_way,
+        )
+        return _Room(room, n_seqs, t, least)
+
+    def _in_chunks(
+        self,
+        call: Callable[[mx.array, Any, mx.array | None], Array],
+        inputs: mx.array,
+        room: _Room,
+        embeddings: mx.array | None,
+    ) -> Array:
+        cache, n_seqs, t, step = room.cache, room.n_seqs, room.t, room.step
         parts: list[Array] = []
         # The size of a chunk, not of the whole call, decides on threads.
-        with PutBackOnFailure(room), self._threads(n_seqs * step):
+        with PutBackOnFailure(cache or []), self._threads(n_seqs * step):
             for start in range(0, t, step):
                 chunk = slice(start, start + step)
                 rows = None if embeddings is None else embeddings[:, chunk]
-                part = call(inputs[:, chunk], room, rows)
+                each = partial(call, inputs[:, chunk], cache, rows)
+                part = self.runtime.together.run(each, None)
                 if isinstance(part, mx.array):
                     mx.eval(part)
                     # The next chunk needs longer arrays, which do not fit freed ones.
                     device.trim_heap()
                 parts.append(part)
         return namespace(parts[0]).concatenate(parts, axis=1)
+
+
+@dataclass(frozen=True)
+class _Room:
+    """The caches of a call, its sequences, and the tokens to compute together."""
+
+    cache: list[Any] | None
+    n_seqs: int
+    t: int
+    step: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the call is not divided into chunks."""
+        return self.t <= self.step

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import device
+from ..experts.compute.rank_experts import RankExperts, told_of
 from ..experts.compute.streamed import SpeculativeExperts
 from ..experts.streaming.streamer import ExpertStreamer
 from ..experts.weights import Weight, has_values
@@ -94,7 +95,10 @@ class GraphCall:
     def step(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> mx.array | None:
-        """Return the logits of a decoding step; None if it needs an ordinary call."""
+        """Return the logits of a decoding step; None if it needs an ordinary call.
+
+        The caller has made room, and if ranks share the experts, they have agreed.
+        """
         if cache is None or embeddings is not None or inputs.shape[-1] != 1:
             return None
         executor = self._runtime.executor
@@ -103,9 +107,10 @@ class GraphCall:
         watched = executor.watches_layers or (
             executor.watches_calls and self._runtime.streams
         )
-        if watched or not self._runtime.steps:
+        exchange = self._runtime.together.exchange
+        waits = exchange is not None and not exchange.defers
+        if watched or waits or not self._runtime.steps:
             return None
-        self.make_room(inputs, cache)
         weights, sources = self._bind()
         n_experts = inputs.size * self._args.num_experts_per_tok
         streamer = self._runtime.streaming
@@ -114,7 +119,13 @@ class GraphCall:
         self.ends.check_tokens(inputs)
         compiled = executor.compiles and not executor.watches_calls
         given = inputs, cache, sources, weights, streamer
-        logits = self._steps(*given, compiled=compiled)
+
+        def told(chosen: mx.array) -> None:
+            assert exchange is not None
+            shared: list[Any] = [s for s in sources if isinstance(s, RankExperts)]
+            exchange.owe(told_of(shared, chosen))
+
+        logits = self._steps(*given, compiled=compiled, told=told)
         if logits is None:
             return None
         for source in sources:
@@ -170,11 +181,11 @@ class GraphCall:
         if span.stop == len(self._layers):
             hidden = ends.logits(ends.norm(hidden, traced=True), traced=True)
             hidden = hidden.reshape(n_seqs, 1, -1)
-        speculative = (e for e in experts.values() if isinstance(e, SpeculativeExperts))
-        chosen = [indices for source in speculative for indices in source.chosen]
-        if slots is None:
-            return Passed(hidden, [], None)
-        return Passed(hidden, inputs[:-1], mx.stack(chosen) if chosen else None)
+        kinds = SpeculativeExperts, RankExperts
+        looked_up = (e for e in experts.values() if isinstance(e, kinds))
+        found = [array for source in looked_up for array in source.chosen]
+        chosen = mx.stack(found) if found else None
+        return Passed(hidden, [] if slots is None else inputs[:-1], chosen)
 
     def rows(
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +12,7 @@ import numpy as np
 
 from .. import device
 from ..calls.module_call import is_tied
+from ..experts.compute.rank_experts import RankExperts
 from ..experts.compute.resident import ResidentExperts
 from ..experts.compute.switch import StreamedSwitch
 from ..experts.files.configuration import Expected
@@ -25,7 +26,7 @@ from .graph.experts import GraphExperts
 from .graph.lower import Kernel
 from .mixers import Mixer
 from .model import GraphBuilder, GraphRunner, LayerGraph, LayerSample
-from .ops.functions import Array
+from .ops.functions import Array, to_device, to_host
 from .parameters import LayerWeights
 from .runtime import Runtime
 
@@ -101,6 +102,7 @@ class GraphLayer:
         self._runner = GraphRunner(runtime.executor)
         runtime.holders.add(self._runner)
         self._resident: tuple[Any, GraphExperts] | None = None
+        self._of_ranks: RankExperts | None = None
         self._shape: tuple[int, LayerForm, RoutedShape | None] | None = None
 
     @property
@@ -116,7 +118,15 @@ class GraphLayer:
         call = self._call(context, begun.masks)
         out, state = self._run(hidden, call, begun.inputs, context, begun.host)
         mixer.end(cache, state, context)
-        return out
+        return self._mended(out)
+
+    def _mended(self, out: Array) -> Array:
+        """Return the layer's output, rank 0's where ranks chose other experts."""
+        exchange = self.runtime.together.exchange
+        if exchange is None or not exchange.has_parted:
+            return out
+        led = exchange.mended(to_device(out))
+        return to_host(led) if isinstance(out, np.ndarray) else led
 
     def expected(self, hidden: Array) -> Array:
         """Predict the experts ``[N, K]`` that the layer will choose.
@@ -156,13 +166,25 @@ class GraphLayer:
             return None
         if self._parameters is None:
             assert self.runtime.streamer is not None
-            return self.runtime.streamer.source(self.index)
+            return self._shared(self.runtime.streamer.source(self.index))
         bound = self._parameters.bind(dtype)
         if self._resident is None or self._resident[0] is not bound:
             names = ("gate_proj", "up_proj", "down_proj")
             experts = ExpertWeights(*(_with_bias(bound, name) for name in names))
             self._resident = bound, ResidentExperts(experts)
         return self._resident[1]
+
+    def _shared(self, source: GraphExperts) -> GraphExperts:
+        """Return the experts of all ranks, if several share them."""
+        exchange, routed = self.runtime.together.exchange, self.form.routed
+        if exchange is None:
+            return source
+        if self._of_ranks is None or self._of_ranks.source is not source:
+            assert routed is not None
+            name = f"layers.{self.index}.{routed.path}.{routed.routed_name}"
+            own = exchange.own(routed.n_experts)
+            self._of_ranks = RankExperts(source, exchange, name, own)
+        return cast(GraphExperts, self._of_ranks)
 
     def _call(self, context: Context, masks: Mapping[str, bool]) -> Call:
         # Experts of several tokens are gathered on the device, without a read-back.
@@ -173,7 +195,8 @@ class GraphLayer:
         one_token = context.n_seqs == context.t == 1
         streamer = None if parameters else self.runtime.streaming
         waits = streamer is not None and streamer.reads_in_workers
-        early = self.is_routed and one_token and context.on_host and waits
+        alone = self.runtime.together.exchange is None
+        early = self.is_routed and one_token and context.on_host and waits and alone
         return Call(
             context.n_seqs,
             context.t,
@@ -218,7 +241,8 @@ class GraphLayer:
             self._parameters.refresh()
             total = sum(ref.n_bytes for ref in self._parameters.refs.values())
             n_bytes = total // routed.n_experts
-        return RoutedShape(self.form.dim, routed.expert_dim, n_bytes)
+        shared = self.runtime.together.exchange is not None
+        return RoutedShape(self.form.dim, routed.expert_dim, n_bytes, shared)
 
     def _build_expected(self, n: int, dtype: mx.Dtype) -> LayerGraph:
         assert self.form.routed is not None

@@ -24,7 +24,12 @@ from ..experts.files.modules import (
     quantize_as_stored,
 )
 from ..memory.plan import Needs
-from ..saving.guard import GuardsSaving, guard_saving, refuse_experts
+from ..saving.guard import (
+    GuardsSaving,
+    check_division,
+    guard_saving,
+    refuse_experts,
+)
 from ..training import TrainsUncompiled
 from .forward import Forward
 from .graph.experts import GraphExperts
@@ -77,6 +82,7 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
     def __init__(self, args: Any):
         super().__init__(args)  # type: ignore[call-arg]
         self.runtime = Runtime(self.options)
+        self.__dict__.update(group=self.options.group, pipeline=False)
 
     def run_on_graphs(
         self, text: Any, forms: Iterable[LayerForm], path: str = ""
@@ -137,7 +143,8 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
             assert runtime.streamer is not None
             return runtime.streamer.source(index)
 
-        switch = StreamedSwitch(RoutedBlock(name, block), source, runtime.alone)
+        routed, exchange = RoutedBlock(name, block), runtime.together.exchange
+        switch = StreamedSwitch(routed, source, runtime.alone, exchange=exchange)
         runtime.holders.add(switch.slot_block)
         # While it loads, mlx-lm quantises every module that the configuration names.
         switch.show_matrices(False)
@@ -193,9 +200,18 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
         """The decoder layers as graphs."""
         return self.engine.graph_layers()
 
-    def shard(self, group: Any = None) -> None:
-        """Raise ModelError: sharding is not supported yet."""
-        raise ModelError("[shard] expected one machine: sharding is not supported yet")
+    def shard(self, group: mx.distributed.Group | None = None) -> None:
+        """Do nothing if loading has divided the experts between the ranks.
+
+        Raises:
+            ModelError: the model was not loaded with this process group.
+        """
+        if self.options.group is None:
+            raise ModelError(
+                "[shard] expected a model that load(group=) divided between ranks but "
+                "got one of one process: load it so"
+            )
+        check_division(self, group, pipeline=False)
 
 
 def _begin_with(first: type, module: nn.Module) -> None:

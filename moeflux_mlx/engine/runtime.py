@@ -15,6 +15,8 @@ import mlx.core as mx
 
 from .. import config, device
 from ..calls.alone import OneAtATime
+from ..calls.group import exchange_of, reached
+from ..calls.together import Together
 from ..errors import ConfigError, ModelError
 from ..experts.files.store import ExpertStore, model_identity
 from ..experts.pool.budget import Amounts
@@ -104,13 +106,19 @@ class Runtime(OneAtATime):
         # Whether ``reference`` of another runtime returned this one.
         self.is_reference = False
         self._reference: Runtime | None = None
-        self.store: ExpertStore | None = None
+        self.store: ExpertStore | None
+        self._own_store: ExpertStore | None
         self.streamer: ExpertStreamer | MappedExperts | None = None
         self.keeper: MemoryKeeper | None = None
         self.free_pool: FreePool | None = None
         self.plan: MemoryPlan | None = None
+        exchange = None if options.pipeline else exchange_of(options.group)
+        self.together = Together(exchange)
+        # All experts, and those of this rank.
+        self.store = self._own_store = None
         if options.open_experts is not None:
             self.store = options.open_experts()
+            self._own_store = reached(self.store, exchange)
 
     def open(self, needs: Needs, report: Report | None = None) -> None:
         """Plan bounded memory and allocate the experts' share; later calls do nothing.
@@ -123,7 +131,7 @@ class Runtime(OneAtATime):
             BudgetError: one token does not fit.
             ExpertStoreError: an expert could not be read.
         """
-        if self.store is None or self.streamer is not None:
+        if self._own_store is None or self.streamer is not None:
             return
         options = self.options
         bounded = self.amounts.process is not None
@@ -137,7 +145,7 @@ class Runtime(OneAtATime):
             memory = unasked_expert_bytes(needs)
         stream = partial(
             ExpertStreamer,
-            self.store,
+            self._own_store,
             memory,
             scope=options.scope,
             policy=policy,
@@ -151,7 +159,7 @@ class Runtime(OneAtATime):
         )
         on_host = self.executor.takes_host_arrays and device.prefers_host_arrays()
         self.streamer = open_experts(
-            self.store, memory, stream, io=io, on_host=on_host, report=report
+            self._own_store, memory, stream, io=io, on_host=on_host, report=report
         )
         if not isinstance(self.streamer, ExpertStreamer):
             return
@@ -162,12 +170,12 @@ class Runtime(OneAtATime):
 
     def make_plan(self, needs: Needs) -> MemoryPlan | None:
         """Return the plan of a bounded process's memory; allocate nothing."""
-        if self.store is None or self.amounts.process is None:
+        if self._own_store is None or self.amounts.process is None:
             return None
         return plan_memory(
             self.amounts.process,
             needs,
-            self.store,
+            self._own_store,
             scope=self.options.scope,
             most_expert_bytes=self.amounts.experts,
         )
@@ -218,7 +226,8 @@ class Runtime(OneAtATime):
         """
         if self.keeper is None:
             return n_seqs * t
-        give_way = self.options.give_way
+        alone = self.together.exchange is None
+        give_way = self.options.give_way if alone else None
         return make_room(self.keeper, give_way, cache, n_seqs, t, **options)
 
     @functools.cached_property
@@ -266,7 +275,9 @@ class Runtime(OneAtATime):
     @property
     def runs_ahead(self) -> bool:
         """Return ``steps`` for the case that experts may be missing."""
-        return self.compiles_steps and self._optimistic != "off"
+        # Layers with missing experts wait for other ranks, so they cannot run ahead.
+        alone = self.together.exchange is None
+        return self.compiles_steps and self._optimistic != "off" and alone
 
     @contextlib.contextmanager
     def reading_ahead(self, *, one_token: bool) -> Iterator[ExpertStreamer | None]:

@@ -14,7 +14,7 @@ arrived are computed while experts of the next layers are read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -56,6 +56,7 @@ class TokenSteps:
         streamer: ExpertStreamer | None,
         *,
         compiled: bool = True,
+        told: Callable[[mx.array], None] | None = None,
     ) -> mx.array | None:
         """Return the logits ``[B, 1, V]``; None if it needs an ordinary call.
 
@@ -69,6 +70,8 @@ class TokenSteps:
             weights: arrays that compiled functions capture besides ``sources``.
             streamer: the streamer; None if all experts stay in memory.
             compiled: False makes the same calls without compiling, to observe them.
+            told: receives ``Passed.chosen`` if ranks share the experts, all of which
+                stay in memory.
 
         Raises:
             ExpertStoreError: an expert could not be read.
@@ -80,7 +83,10 @@ class TokenSteps:
         places = [(cache, place_of(cache)) for cache in caches]
         try:
             if streamer is None:
-                logits = run(range(len(caches)), tokens, None).out
+                passed = run(range(len(caches)), tokens, None)
+                logits = passed.out
+                if told is not None and passed.chosen is not None:
+                    told(passed.chosen)
             else:
                 ahead = streamer.read_ahead.begin()
                 window = window_of(

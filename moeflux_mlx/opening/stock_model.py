@@ -30,7 +30,7 @@ def takes_door(
     model_config: dict[str, Any] | None = None,
     *,
     told: bool = True,
-    shares: bool = False,
+    why: str | None = None,
 ) -> bool:
     """Tell whether to load mlx-lm's class, and print a message if so.
 
@@ -38,17 +38,18 @@ def takes_door(
         native: request our class (True) or mlx-lm's (False); None prefers ours.
         model_config: entries that replace those of ``config.json``.
         told: False prints nothing.
-        shares: several ranks run the model, which our own classes do not do yet.
+        why: why mlx-lm's class is needed, whatever ``native`` says; None: it is not.
 
     Raises:
         ModelError: our class is requested but does not support the configuration.
     """
     config = {**read_config(path), **(model_config or {})}
-    model_type, why = config.get("model_type"), why_stock(config)
+    model_type, needed = config.get("model_type"), why
+    why = why_stock(config) or needed
     if native is False:
         why = "as asked"
-    elif shares:
-        native, why = None, why or "which several ranks can share"
+    elif needed is not None:
+        native = None
     elif native and why not in (None, NONE_OF_OUR_OWN):
         raise ModelError(
             f"[native] {path}: expected a {model_type} that our own class runs but "

@@ -321,6 +321,77 @@ def experts_down_sum(
     )
 
 
+def _down_rows(given: Given) -> mx.array:
+    act, rows = given.wide.act, []
+    for j, slot in enumerate(numbers(given.slots)):
+        down = in_slot(given, given.down, slot, act.shape[1])
+        rows.append(linear(act[j : j + 1], down)[0])
+    return mx.stack(rows).astype(given.act.dtype)
+
+
+def _some_down_rows(case: Case) -> tuple[Any, ...]:
+    act, slots, _, *more = _some_down(case)
+    return act, slots, *more
+
+
+@kernel(
+    reference=_down_rows,
+    sample=_some_down_rows,
+    sizes=[
+        dict(k=1, n=32, d=1, bits=2, g=32, s=0),
+        dict(k=10, n=96, d=13, bits=4, g=32, s=1, base=2),
+        dict(k=3, n=512, d=18, bits=4, g=128, s=1, base=4),
+        dict(k=2, n=2048, d=5, bits=4, g=64, s=0),
+        dict(k=8, n=64, d=9, bits=8, g=64, s=0, base=3),
+        dict(k=3, n=160, d=19, bits=4, g=32, s=1, base=4, floats=1, bias=1),
+        dict(k=4, n=96, d=5, bits=4, g=16, s=0, base=2, floats=1),
+        dict(k=4, n=512, d=8, bits=4, g=32, s=0, floats=1, bias=1),
+        dict(k=3, n=64, d=18, bits=4, g=64, s=0, base=1, bias=1),
+    ],
+    large=dict(k=8, n=768, d=2048, bits=4, g=64, s=1),
+    varying=(),
+)
+def experts_down_rows(
+    act: mx.array,
+    slots: mx.array,
+    down: Matrix,
+    n_out: int,
+    bits: int,
+    group_size: int,
+) -> Launch:
+    """``Wd act + bias`` of the experts in ``slots``: ``[K, D]``.
+
+    ``slots`` is ``[K]`` or ``[1, K]``.
+    """
+    k, n_in = dims("act", act, 2)
+    one_row("slots", slots, k)
+    require("act", k * n_in < 1 << 31, "K * N < 2^31", k * n_in)
+    require("n_out", k * n_out < 1 << 31, "K * D < 2^31", k * n_out)
+    lengths = check_matrix("down", down, n_out, n_in, bits, group_size)
+    inputs, there = matrix_inputs(down)
+    return Launch(
+        "experts_down_rows",
+        {
+            "act": act,
+            "slots": slots,
+            **inputs,
+            **row_lengths(lengths),
+            "n_in": n_in,
+            "n_out": n_out,
+        },
+        {"out": (k, n_out)},
+        (256 * groups(n_out, 16), k, 1),
+        (256, 1, 1),
+        {
+            "BITS": bits,
+            "G": group_size,
+            "WORDS": _words_a_load([down], 1, n_in, bits, group_size),
+            **there,
+        },
+        types_of(down, act.dtype),
+    )
+
+
 # Words, scales, biases and bits of a matrix that is not in slots.
 Shared = tuple[mx.array, mx.array, mx.array, int]
 

@@ -3,7 +3,7 @@
 Each family has a module, in which the preferred way of an Op comes first.
 
 Imports: errors, config, device, engine.graph, engine.launch, engine.ops, experts,
-system.
+experts.compute, system.
 """
 
 from ..graph.op import REGISTRY

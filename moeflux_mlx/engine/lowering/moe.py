@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ...experts.compute.rank_experts import RankExperts
 from ...experts.weights import ExpertWeights, Quantization, Weight
 from ..graph.experts import GraphExperts
 from ..graph.rows import RowPart
@@ -101,9 +102,18 @@ def _with_known_experts(
     return go
 
 
+def _own_alone(op: ops.RoutedExperts) -> bool:
+    return not op.shared
+
+
+def _of_all_ranks(op: ops.RoutedExperts) -> bool:
+    return op.shared
+
+
 @way(
     ops.MoeDecodeExperts,
     "experts_gate_up_swiglu",
+    _own_alone,
     kernels=("experts_gate_up_swiglu", "experts_down_sum"),
 )
 @_with_known_experts
@@ -134,12 +144,56 @@ def experts_act(
     source: GraphExperts,
 ) -> tuple[mx.array, mx.array]:
     """Return the slots ``[1, K]`` of a token's experts and their activations."""
-    slots, experts = source.slots(indices), source.weights
+    slots = source.slots(indices)
+    return slots, act_in_slots(op, run, x, slots, source.weights)
+
+
+def act_in_slots(
+    op: ops.MoeDecodeExperts,
+    run: Run,
+    x: mx.array | RowPart,
+    slots: mx.array,
+    experts: ExpertWeights,
+) -> mx.array:
+    """Return the activations ``[K, F]`` of a token in the experts' slots."""
     gate, up = experts.gate.records, experts.up.records
     row, start = (x.row, x.start) if isinstance(x, RowPart) else (x, 0)
     sizes = (op.expert_dim, *form(experts.gate), start, op.dim, op.alpha, op.limit)
     (act,) = run(expert_kernels.experts_gate_up_swiglu(row, slots, gate, up, *sizes))
-    return slots, act
+    return act
+
+
+@way(
+    ops.MoeDecodeExperts,
+    "experts_down_rows",
+    _of_all_ranks,
+    kernels=("experts_gate_up_swiglu", "experts_down_rows", "moe_combine_topk"),
+)
+@_with_known_experts
+def decode_of_all_ranks(
+    op: Any,
+    run: Run,
+    x: mx.array,
+    indices: mx.array,
+    weights: mx.array,
+    source: RankExperts,
+) -> mx.array:
+    """Run the experts' halves as ``decode_experts``, but exchange rows, then sum."""
+    experts = source.weights
+
+    def make(x: mx.array, _: Any, ids: mx.array, slots: mx.array) -> mx.array:
+        # Always K slots, so that one compiled kernel serves any number of own experts.
+        n = slots.size
+        every = slots if n == op.k else slots[mx.minimum(mx.arange(op.k), n - 1)]
+        act = act_in_slots(op, run, x, every, experts)
+        sizes = (op.dim, *form(experts.down))
+        launch = expert_kernels.experts_down_rows(
+            act, every, experts.down.records, *sizes
+        )
+        return run(launch)[0][:n]
+
+    mid = source.by_slot(x, indices, make)
+    return run(kernels.moe_combine_topk(mid, weights))[0]
 
 
 @way(
@@ -157,6 +211,9 @@ def gather_experts(
     source: GraphExperts,
 ) -> mx.array:
     """Run one launch for each projection of all experts."""
+    if op.shared:
+        mid = _gather_of_all_ranks(op, run, x, indices, source)
+        return run(kernels.moe_combine_topk(mid, weights))[0]
     outs = []
     for rows, slots in source.batches(indices):
         outs.append(_gather(op, run, x[rows], indices[rows], slots, source))
@@ -174,15 +231,27 @@ def _gather(
     source: GraphExperts,
 ) -> mx.array:
     """Return the experts' rows ``[N, K, D]``."""
-    experts, n_rows = source.weights, indices.size
     slot_of = mx.arange(op.n_experts, dtype=mx.uint32)
     if source.resident is None:
         slot_of[indices.reshape(-1)] = slots.reshape(-1)
-    counts, lists = run(kernels.moe_id_map(indices, op.n_experts))
+    return _gathered(op, run, x, indices, slot_of, source.weights)
+
+
+def _gathered(
+    op: ops.MoeGatherIdFuse,
+    run: Run,
+    x: mx.array,
+    indices: mx.array,
+    slot_of: mx.array,
+    experts: ExpertWeights,
+) -> mx.array:
+    """Return the rows ``[N, K, D]`` of experts in the slots ``[E]`` of their ids."""
+    n_rows, k = indices.size, indices.shape[1]
+    counts, lists = run(kernels.moe_id_map(indices, slot_of.size))
 
     def product(rows: mx.array, weight: Weight, n_out: int) -> mx.array:
         launch = kernels.moe_mm_id(
-            rows, weight.records, counts, lists, slot_of, op.k, n_out, *form(weight)
+            rows, weight.records, counts, lists, slot_of, k, n_out, *form(weight)
         )
         return run(launch)[0]
 
@@ -191,6 +260,27 @@ def _gather(
     opened = (part.reshape(n_rows, op.expert_dim) for part in (gate, up))
     (act,) = run(elementwise.swiglu_fused_batched(*opened, op.alpha, op.limit))
     return product(act, experts.down, op.dim)
+
+
+def _gather_of_all_ranks(
+    op: ops.MoeGatherIdFuse,
+    run: Run,
+    x: mx.array,
+    indices: mx.array,
+    source: GraphExperts,
+) -> mx.array:
+    """Return the rows ``[N, K, D]`` of the experts of all ranks."""
+    assert isinstance(source, RankExperts)
+    experts, n_own = source.weights, len(source.own)
+
+    def make(x: mx.array, tokens: Any, ids: mx.array, slots: mx.array) -> mx.array:
+        slot_of = mx.arange(n_own, dtype=mx.uint32)
+        slot_of[ids] = slots
+        rows, one_each = x[mx.array(tokens)], ids.astype(mx.int32)[:, None]
+        return _gathered(op, run, rows, one_each, slot_of, experts)[:, 0]
+
+    found: mx.array = source.by_slot(x, indices, make)
+    return found
 
 
 def expert_rows(
@@ -229,16 +319,26 @@ def batched_experts(
     out_sum: mx.array,
 ) -> mx.array:
     """Run expert after expert, then sum each token's rows by increasing expert."""
-    order, outs, used = _by_expert(op, run, x, indices, source)
+    order, used, ranges = ops.by_expert(np.array(indices).reshape(-1))
     position, rising = op.rising(order)
-    mid = mx.concatenate([outs[expert] for expert in used])[mx.array(position)]
+
+    def make(x: mx.array, tokens: Any, *chosen: Any) -> mx.array:
+        return mx.concatenate([*_by_expert(op, run, x, tokens, *chosen)])
+
+    if op.shared:
+        rows = op.by_expert_of_all_ranks(x, indices, source, make)
+        position = order[position]
+    else:
+        rows = make(x, order // op.k, used, ranges, source)
     shares = mx.take_along_axis(weights, mx.array(rising), axis=-1)
+    mid = rows[mx.array(position)]
     return out_sum + run(kernels.moe_combine_topk(mid, shares))[0]
 
 
 @way(
     ops.MoeBatchedPermuteFuse,
     "moe_bucket_accumulate",
+    _own_alone,
     kernels=(*EXPERT_KERNELS, "moe_bucket_accumulate"),
 )
 @_with_known_experts
@@ -252,14 +352,15 @@ def bucket_experts(
     out_sum: mx.array,
 ) -> mx.array:
     """Run expert after expert; add the rows of each to the sum in one launch."""
-    order, outs, used = _by_expert(op, run, x, indices, source)
+    order, used, ranges = ops.by_expert(np.array(indices).reshape(-1))
+    outs = _by_expert(op, run, x, order // op.k, used, ranges, source)
     shares = weights.reshape(-1)[mx.array(order)]
     tokens = mx.array((order // op.k).astype(np.uint32))
     start = 0
-    for expert in used:
-        stop = start + outs[expert].shape[0]
+    for out in outs:
+        stop = start + out.shape[0]
         launch = kernels.moe_bucket_accumulate(
-            out_sum, outs[expert], tokens[start:stop], shares[start:stop]
+            out_sum, out, tokens[start:stop], shares[start:stop]
         )
         (out_sum,) = run(launch)
         start = stop
@@ -267,15 +368,20 @@ def bucket_experts(
 
 
 def _by_expert(
-    op: Any, run: Run, x: mx.array, indices: mx.array, source: GraphExperts
-) -> tuple[np.ndarray, dict[int, mx.array], list[int]]:
-    """Return the order of rows by expert, each one's output, and those used."""
-    order, used, ranges = ops.by_expert(np.array(indices).reshape(-1))
-    rows, outs = x[mx.array(order // op.k)], {}
+    op: Any,
+    run: Run,
+    x: mx.array,
+    tokens: np.ndarray,
+    used: list[int],
+    ranges: ops.Ranges,
+    source: GraphExperts,
+) -> list[mx.array]:
+    """Return the rows of ``tokens`` through each expert in ``used``, in order."""
+    rows, outs = x[mx.array(tokens)], {}
     for wave in source.waves(used):
         for expert, slot in wave:
             start, stop = ranges[expert]
             part = rows[start:stop]
             outs[expert] = expert_rows(op, run, part, source.weights, slot)
         ops.guard(source, [outs[expert] for expert, _ in wave])
-    return order, outs, used
+    return [outs[expert] for expert in used]

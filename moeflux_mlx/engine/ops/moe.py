@@ -7,13 +7,14 @@ decides when they are read, and never changes the result.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
 
 from ... import device
+from ...experts.compute.rank_experts import RankExperts
 from ...experts.weights import ExpertWeights, Weight
 from ..graph.buffers import Shape
 from ..graph.experts import GraphExperts
@@ -49,6 +50,9 @@ from .functions import (
 
 # Rows of several experts that the host multiplies together.
 SHARED_ROWS = 64
+# The rows of each expert, by expert.
+Ranges = dict[int, tuple[int, int]]
+RowsByExpert = Callable[[Array, np.ndarray, list[int], Ranges, GraphExperts], Array]
 
 
 class MoeSoftmaxTopK(Op):
@@ -190,7 +194,11 @@ def normalised(weights: Array) -> Array:
 
 
 class RoutedExperts(OpFields):
-    """Fields, shapes and cost of the Ops over routed experts; Ops add the output."""
+    """Fields, shapes and cost of the Ops over routed experts; Ops add the output.
+
+    ``shared``: ``experts`` is a ``RankExperts``. Several ranks compute the experts'
+    rows and exchange them, and each adds all of a token's rows itself.
+    """
 
     mlp_in: In[MoeInputBuf]
     indices: In[RouterIdxBuf]
@@ -204,6 +212,7 @@ class RoutedExperts(OpFields):
     expert_bytes: int
     alpha: float = 1.0
     limit: float = 0.0
+    shared: bool = False
 
     def activation(self, gate: Array, up: Array) -> Array:
         """Apply a SwiGLU, or with a ``limit`` the clipped one."""
@@ -245,7 +254,25 @@ class RoutedExperts(OpFields):
         # In the worst case all tokens choose the same expert.
         together = max(self.n_tokens, min(chosen, SHARED_ROWS))
         one = together * (6 * self.expert_dim + 3 * self.dim)
-        return max(3 * chosen * self.dim, chosen * self.dim + one) * itemsize
+        # This rank's rows among zeros, then with marks, and the sum of all ranks'.
+        exchanged = 3 * chosen * (self.dim * itemsize + 12) if self.shared else 0
+        most = max(3 * chosen * self.dim, chosen * self.dim + one) * itemsize
+        return exchanged + most
+
+    def rows_of_all_ranks(
+        self, mlp_in: Array, indices: Array, experts: GraphExperts
+    ) -> Array:
+        """Return the rows ``[N, K, D]`` of experts that ranks share."""
+        assert isinstance(experts, RankExperts)
+        stacks = experts.weights
+
+        def make(x: Array, tokens: Array, _: Array, slots: Array) -> Array:
+            rows = x[tokens if isinstance(x, np.ndarray) else mx.array(tokens)]
+            chosen = slots.reshape(-1, 1)
+            out = experts_by_slot(rows, chosen, stacks, activation=self.activation)
+            return out[:, 0]
+
+        return experts.by_slot(mlp_in, indices, make)
 
 
 class MoeDecodeExperts(RoutedExperts, Op):
@@ -260,7 +287,9 @@ class MoeDecodeExperts(RoutedExperts, Op):
         weights: Array,
         experts: GraphExperts,
     ) -> Array:
-        if isinstance(mlp_in, np.ndarray):
+        if self.shared:
+            out = self.rows_of_all_ranks(mlp_in, indices, experts)
+        elif isinstance(mlp_in, np.ndarray):
             out = as_they_come(mlp_in, indices, experts, self.activation)
         else:
             slots, stacks = experts.slots(indices), experts.weights
@@ -304,6 +333,9 @@ class MoeGatherIdFuse(RoutedExperts, Op):
         weights: Array,
         experts: GraphExperts,
     ) -> Array:
+        if self.shared:
+            out = self.rows_of_all_ranks(mlp_in, indices, experts)
+            return (out * weights[..., None]).sum(axis=1)
         outs = []
         for rows, slots in experts.batches(to_device(indices)):
             slots = to_host(slots) if isinstance(mlp_in, np.ndarray) else slots
@@ -342,10 +374,51 @@ class MoeBatchedPermuteFuse(RoutedExperts, Op):
         out_sum: Array,
     ) -> Array:
         order, used, starts = by_expert(to_host(indices).reshape(-1))
+        position, rising = self.rising(order)
+        if self.shared:
+            rows = self.by_expert_of_all_ranks(mlp_in, indices, experts, self._rows)
+            # Rows of all ranks are in the order of ``indices``.
+            position = order[position]
+        else:
+            rows = self._rows(mlp_in, order // self.k, used, starts, experts)
+        if isinstance(rows, np.ndarray):
+            return self._combined(rows, position, rising, weights, to_host(out_sum))
+        weights = take_columns(weights, mx.array(rising))
+        per_token = rows[mx.array(position)]
+        return out_sum + (per_token * weights[..., None]).sum(axis=1)
+
+    def by_expert_of_all_ranks(
+        self, mlp_in: Array, indices: Array, experts: GraphExperts, make: RowsByExpert
+    ) -> Array:
+        """Return the rows ``[N * K, D]`` of experts that ranks share.
+
+        Args:
+            make: returns rows in the order of this rank's experts.
+        """
+        assert isinstance(experts, RankExperts)
+        own = experts.source
+
+        def in_place(x: Array, tokens: np.ndarray, ids: np.ndarray) -> Array:
+            order, used, starts = by_expert(ids)
+            rows = make(x, tokens[order], used, starts, own)
+            places = np.argsort(order)
+            return rows[places if isinstance(rows, np.ndarray) else mx.array(places)]
+
+        found = experts.by_expert(mlp_in, indices, in_place)
+        return found.reshape(-1, self.dim)
+
+    def _rows(
+        self,
+        mlp_in: Array,
+        tokens: np.ndarray,
+        used: list[int],
+        starts: Ranges,
+        experts: GraphExperts,
+    ) -> Array:
+        """Return the rows of ``tokens`` through the experts in ``used``, in order."""
         if isinstance(mlp_in, np.ndarray):
-            rows = self._on_host(mlp_in, order, used, starts, experts)
-            return self._combined(rows, order, weights, to_host(out_sum))
-        rows, stacks = mlp_in[mx.array(order // self.k)], experts.weights
+            return self._on_host(mlp_in, tokens, used, starts, experts)
+        rows, stacks = mlp_in[mx.array(tokens)], experts.weights
         outs: dict[int, Array] = {}
         for wave in experts.waves(used):
             for expert, slot in wave:
@@ -353,22 +426,18 @@ class MoeBatchedPermuteFuse(RoutedExperts, Op):
                 part = rows[start:stop]
                 outs[expert] = expert_mlp(part, stacks, slot, self.activation)
             guard(experts, [outs[expert] for expert, _ in wave])
-        sorted_out = mx.concatenate([outs[expert] for expert in used])
-        position, rising = self.rising(order)
-        weights = take_columns(weights, mx.array(rising))
-        per_token = sorted_out[mx.array(position)]
-        return out_sum + (per_token * weights[..., None]).sum(axis=1)
+        return mx.concatenate([outs[expert] for expert in used])
 
     def _on_host(
         self,
         mlp_in: np.ndarray,
-        order: np.ndarray,
+        tokens: np.ndarray,
         used: list[int],
-        starts: dict[int, tuple[int, int]],
+        starts: Ranges,
         experts: GraphExperts,
     ) -> np.ndarray:
-        """Return rows ``[N * K, D]`` by expert without another copy of all of them."""
-        out, tokens = np.empty((order.size, self.dim), np.float32), order // self.k
+        """Return the rows of ``_rows`` without another copy of all of them."""
+        out = np.empty((tokens.size, self.dim), np.float32)
         for wave in experts.waves(used):
             few: list[int] = []
             few_slots: list[int] = []
@@ -396,10 +465,14 @@ class MoeBatchedPermuteFuse(RoutedExperts, Op):
         return out
 
     def _combined(
-        self, rows: np.ndarray, order: np.ndarray, weights: Array, out_sum: np.ndarray
+        self,
+        rows: np.ndarray,
+        position: np.ndarray,
+        rising: np.ndarray,
+        weights: Array,
+        out_sum: np.ndarray,
     ) -> np.ndarray:
         """Add each token's rows, in blocks of tokens that fit the cache."""
-        position, rising = self.rising(order)
         weights = take_columns(weights, rising)
         step = max(1, device.HOST_BLOCK_VALUES // (self.k * self.dim))
         total = np.empty((self.n_tokens, self.dim), np.float32)
@@ -425,7 +498,7 @@ def _is_packed(experts: ExpertWeights) -> bool:
 
 def by_expert(
     ids: np.ndarray,
-) -> tuple[np.ndarray, list[int], dict[int, tuple[int, int]]]:
+) -> tuple[np.ndarray, list[int], Ranges]:
     """Return the order that sorts ``ids``, the experts used, and their row ranges."""
     order = np.argsort(ids, kind="stable")
     used, first = np.unique(ids[order], return_index=True)

@@ -41,15 +41,17 @@ class OtherChoiceError(GroupError):
 
 
 class Told(NamedTuple):
-    """The sum of all ranks' marks on a block's rows, and the ids that this rank chose.
+    """The sums of all ranks' marks on some blocks' rows, and the ids of this rank.
 
-    ``asked`` is called with the checked ids, to count those of this rank's experts.
+    ``ids`` is ``[B, n]`` and ``marks`` ``[B, n, N_MARKS]`` for B blocks. The functions
+    in ``asked`` are called with a block's checked ids, to count this rank's experts.
+    Without ``ids`` the marks are compared with the ranks' mean id.
     """
 
-    name: str
-    ids: mx.array | np.ndarray
+    names: Sequence[str]
+    ids: mx.array | np.ndarray | None
     marks: mx.array
-    asked: Callable[[np.ndarray], None]
+    asked: Sequence[Callable[[np.ndarray], None]]
 
 
 class Exchange:
@@ -71,6 +73,8 @@ class Exchange:
         self.waits = device.on_cpu()
         # If true, this call checks only at its end that all ranks agree.
         self.defers = False
+        # Whether all ranks can make the present call so.
+        self.may_defer = False
         # Whether ranks chose different experts in the present layer, and in how many
         # layers so far.
         self._parted = False
@@ -145,16 +149,24 @@ class Exchange:
         Raises:
             GroupError: another rank ended.
         """
-        inside = (ids >= own.start) & (ids < own.stop)
-        words = mx.where(inside[:, None], rows.view(mx.uint32), 0)
-        numbers = ids.astype(mx.uint32) + 1
-        marks = [numbers, numbers * numbers, mx.zeros_like(numbers)]
-        marked = mx.concatenate([words, mx.stack(marks, axis=1)], axis=1)
+        total = self.masked_sum(ids, own, rows)
 
         def count(ids: np.ndarray) -> None:
-            asked(int(((ids >= own.start) & (ids < own.stop)).sum()))
+            asked(n_within(ids, own))
 
-        return self._given(name, ids, self._added(marked), rows.dtype, count)
+        return self._given(name, ids, total, rows.dtype, count)
+
+    def masked_sum(self, ids: mx.array, own: range, rows: mx.array) -> mx.array:
+        """Return the lazy sum of all ranks' rows and marks, uint32 ``[words]``.
+
+        ``parted`` divides it again; the other arguments are those of ``masked``.
+        """
+        inside = (ids >= own.start) & (ids < own.stop)
+        words = mx.where(inside[:, None], rows.view(mx.uint32), 0)
+        numbers, column = ids.astype(mx.uint32)[:, None] + 1, mx.arange(N_MARKS)
+        squares = mx.where(column == 1, numbers * numbers, 0)
+        marks = mx.where(column == 0, numbers, squares)
+        return self._added(_joined(words, marks))
 
     def _given(
         self,
@@ -165,11 +177,16 @@ class Exchange:
         asked: Callable[[np.ndarray], None],
     ) -> mx.array:
         """Return the rows of a sum; check the marks now, or later if ``defers``."""
-        self._owed.append(Told(name, ids, total[:, -N_MARKS:], asked))
+        rows, marks = parted(total, len(ids), dtype)
+        self.owe(Told([name], ids[None], marks[None], [asked]))
         if not self.defers:
             self._evaluate(total)
             self._settle()
-        return total[:, :-N_MARKS].view(dtype)
+        return rows
+
+    def owe(self, told: Told) -> None:
+        """Check marks at the end of the call, or before the next rows are needed."""
+        self._owed.append(told)
 
     @contextlib.contextmanager
     def together(self, *, defers: bool) -> Iterator[None]:
@@ -209,6 +226,11 @@ class Exchange:
         self._evaluate(*found)
         return found
 
+    @property
+    def has_parted(self) -> bool:
+        """Whether ranks chose other experts in the layer that is under way."""
+        return self._parted
+
     def mended(self, out: Any) -> Any:
         """Return a layer's output; rank 0's if ranks chose different experts in it."""
         if not self._parted:
@@ -222,11 +244,15 @@ class Exchange:
         """Check all deferred marks."""
         owed, self._owed = self._owed, []
         if owed:
-            self._evaluate(*(told.marks for told in owed))
-        for told in owed:
-            ids = np.array(told.ids)
-            self._check(told.name, ids, np.array(told.marks))
-            told.asked(ids)
+            lazy = (x for told in owed for x in (told.marks, told.ids))
+            self._evaluate(*(x for x in lazy if isinstance(x, mx.array)))
+        for names, given, lazy_marks, asked in owed:
+            sums = np.array(lazy_marks)
+            # If the numbers of all ranks are equal, each is their mean.
+            own = sums[..., 0] // self.size - 1 if given is None else np.array(given)
+            for name, ids, marks, count in zip(names, own, sums, asked, strict=True):
+                self._check(name, ids, marks)
+                count(ids)
 
     def _marked(
         self, ids: np.ndarray, places: np.ndarray, rows: mx.array, *, failed: bool
@@ -243,7 +269,7 @@ class Exchange:
         marks[:, 1] = marks[:, 0] ** 2
         marks[:, 2] = failed << self.rank
         placed = mx.concatenate([words, blank])[mx.array(taken)]
-        return mx.concatenate([placed, mx.array(marks)], axis=1)
+        return _joined(placed, mx.array(marks))
 
     def _check(self, name: str, ids: np.ndarray, told: np.ndarray) -> None:
         self._check_failed(name, int(told[0, 2]) if len(told) else 0)
@@ -274,7 +300,13 @@ class Exchange:
             )
 
     def call(
-        self, n_seqs: int, n_tokens: int, ids: mx.array, step: Callable[[], int]
+        self,
+        n_seqs: int,
+        n_tokens: int,
+        ids: mx.array,
+        step: Callable[[], int],
+        *,
+        resident: Callable[[], bool],
     ) -> int:
         """Return the number of tokens to compute together: all ranks' smallest.
 
@@ -283,6 +315,8 @@ class Exchange:
             n_tokens: tokens of each sequence.
             ids: the call's token ids, to compare with the other ranks'.
             step: returns the number of tokens for which this rank has room.
+            resident: returns whether this rank keeps all of its experts in memory.
+                Ranks may check late only if all make the call in the same way.
 
         Raises:
             PeerBudgetError: another rank has no room.
@@ -296,7 +330,10 @@ class Exchange:
         except Exception as error:
             failure = error
         fails, lacks = failure is not None, isinstance(failure, BudgetError)
-        told = self.tell([n_seqs, n_tokens, *_digest(ids), fails, lacks, found])
+        way = 0 if self.waits else 1 + resident()
+        told = self.tell([way, n_seqs, n_tokens, *_digest(ids), fails, lacks, found])
+        ways, told = told[:, 0], told[:, 1:]
+        self.may_defer = bool(ways[0] and (ways == ways[0]).all())
         if failure is not None:
             raise failure
         kind = PeerBudgetError if told[:, -2].any() else PeerError
@@ -387,6 +424,23 @@ class Exchange:
                 f"[group] expected {self.size} ranks but one of them ended ({told}): "
                 "its own error says why"
             ) from error
+
+
+def _joined(rows: mx.array, marks: mx.array) -> mx.array:
+    """Return a message: the rows come first, so that nothing is copied out of it."""
+    return mx.concatenate([rows.reshape(-1), marks.reshape(-1)])
+
+
+def parted(total: mx.array, n: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """Return the ``n`` rows of a sum of ``masked_sum``, and its marks."""
+    n_marks = n * N_MARKS
+    rows, marks = mx.split(total, [total.size - n_marks])
+    return rows.view(dtype).reshape(n, -1), marks.reshape(n, N_MARKS)
+
+
+def n_within(ids: np.ndarray, own: range) -> int:
+    """Return how many ids are in a rank's share."""
+    return int(((ids >= own.start) & (ids < own.stop)).sum())
 
 
 def _bits(flags: np.ndarray) -> int:

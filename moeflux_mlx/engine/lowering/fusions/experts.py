@@ -62,7 +62,8 @@ def _experts(ops: Sequence[Any]) -> int:
             and combine.shared_out == down.output
         )
     n = 2 + rest.index(combine)
-    linked = linked and combine.moe_sum == experts.out_sum
+    # Rows of experts that ranks share are exchanged before they are added.
+    linked = linked and combine.moe_sum == experts.out_sum and not experts.shared
     return n if linked else 0
 
 
