@@ -101,7 +101,7 @@ SMALL = dict(
         ("glm-4.5-air", "9 10", 6),
         ("deepseek-v3", "15 16", 7),
         ("minimax-m2", "12 12", 5),
-        ("gpt-oss-120b", "10 10", 24),
+        ("gpt-oss-120b", "9 9", 19),
     ],
 )
 def test_the_hosts_work_for_a_token_is_counted(
