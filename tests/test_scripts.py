@@ -99,7 +99,7 @@ SMALL = dict(
         ("qwen3-30b-a3b", "9 9", 5),
         ("qwen3-next-80b-a3b", "6 6 6 9", 5),
         ("glm-4.5-air", "9 10", 6),
-        ("deepseek-v3", "15 16", 7),
+        ("deepseek-v3", "12 13", 7),
         ("minimax-m2", "12 12", 5),
         ("gpt-oss-120b", "9 9", 19),
     ],

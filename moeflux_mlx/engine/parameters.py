@@ -18,7 +18,7 @@ from .graph.op import JointRows, WeightRef
 from .ops.functions import dequantize, to_host
 
 # The parts of a quantised ``Weight``, and their names among a module's parameters.
-PARTS, KEYS = ("w", "scales", "biases"), ("weight", "scales", "biases")
+KEYS = {"w": "weight", "scales": "scales", "biases": "biases"}
 
 
 class Watch:
@@ -136,21 +136,21 @@ class LayerWeights:
             name, first = "+".join(paths), 0
             quantization = members[0].quantization
             # A dense matrix has no scales and biases.
-            names = PARTS if quantization is not None else PARTS[:1]
-            arrays = [
-                mx.concatenate([getattr(member, part) for member in members])
-                for part in names
-            ]
-            self._joints[name] = Weight(*arrays, quantization=quantization)
+            arrays: dict[str, Any] = {
+                part: mx.concatenate([getattr(member, part) for member in members])
+                for part in (KEYS if quantization is not None else ("w",))
+            }
+            joint = Weight(**arrays, quantization=quantization)
+            self._joints[name] = joint
             for path, weight in zip(paths, members, strict=True):
                 n = weight.w.shape[0]
                 # Once evaluated, the rows are views of the joint matrix.
-                rows = [array[first : first + n] for array in arrays]
+                rows = {part: x[first : first + n] for part, x in arrays.items()}
                 mx.eval(rows)
-                for key, array in zip(KEYS, rows, strict=False):
-                    modules[path][key] = array
-                self._stored[path] = Weight(*rows, quantization=quantization)
-                places[path] = JointRows(name, first, arrays[0].shape[0])
+                for part, array in rows.items():
+                    modules[path][KEYS[part]] = array
+                self._stored[path] = Weight(**rows, quantization=quantization)
+                places[path] = JointRows(name, first, joint.w.shape[0])
                 first += n
             self._join_biases(name, paths, places)
         return places
