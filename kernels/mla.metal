@@ -85,6 +85,80 @@ template <typename T>
   }
 }
 
+// Scale n columns of a row by mscale and rotate their neighbouring pairs, with the lanes of a
+// simdgroup.
+template <typename P, typename F, typename T>
+inline void rotate_row(
+    P from,
+    device T* to,
+    F inv_freq,
+    float position,
+    float mscale,
+    uint n,
+    uint lane) {
+  for (uint i = 4 * lane; i < n; i += 4 * SIMD) {
+    float2 angle = position * float2(inv_freq[i / 2], inv_freq[min(i / 2 + 1, n / 2 - 1)]);
+    float2 c = mscale * precise::cos(angle);
+    float2 s = mscale * precise::sin(angle);
+    float4 v = read_columns(from, i, n);
+    float2 even = v.xz * c - v.yw * s;
+    float2 odd = v.xz * s + v.yw * c;
+    write_columns(to, i, n, float4(even.x, odd.x, even.y, odd.y));
+  }
+}
+
+// `mla_split_q_kv`, the norm of the latent row, and the rotation of all rope columns, for one token
+// of each sequence.
+//
+// q: [B,H*(N+R)]; kv: [B,L+R]; weight: [L]; inv_freq: [R/2] float32; start: [B], the position of
+// each token; q_nope: [B,H*N]; q_pe: [B,H*R]; latent: [B,L]; k_pe: [B,R]. Launch: one simdgroup per
+// head and one more for the key-value row of a token, four per threadgroup. Each head computes its
+// own sines and cosines: for one token that takes less time than another launch.
+template <typename T, typename W>
+[[kernel]] void mla_inputs(
+    device const T* q,
+    device const T* kv,
+    device const W* weight,
+    device const float* inv_freq,
+    device const int* start,
+    constant float& eps,
+    constant float& mscale,
+    constant uint& n_heads,
+    constant uint& nope_dim,
+    constant uint& rope_dim,
+    constant uint& latent_dim,
+    device T* q_nope,
+    device T* q_pe,
+    device T* latent,
+    device T* k_pe,
+    uint2 at [[thread_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  uint slice = at.x / SIMD;
+  ulong token = at.y;
+  float position = float(start[token]);
+  if (slice < n_heads) {
+    ulong head = token * n_heads + slice;
+    auto row = q + head * (nope_dim + rope_dim);
+    copy_row(row, q_nope + head * nope_dim, nope_dim, lane);
+    rotate_row(row + nope_dim, q_pe + head * rope_dim, inv_freq, position, mscale, rope_dim, lane);
+  } else if (slice == n_heads) {
+    auto row = kv + token * (latent_dim + rope_dim);
+    float squares = 0.0f;
+    for (uint i = 4 * lane; i < latent_dim; i += 4 * SIMD) {
+      float4 values = read_columns(row, i, latent_dim);
+      squares += dot(values, values);
+    }
+    float scale = rsqrt(simd_sum(squares) / float(latent_dim) + eps);
+    for (uint i = 4 * lane; i < latent_dim; i += 4 * SIMD) {
+      float4 values = scale * read_columns(row, i, latent_dim);
+      values *= read_columns(weight, i, latent_dim);
+      write_columns(latent + token * latent_dim, i, latent_dim, values);
+    }
+    rotate_row(
+        row + latent_dim, k_pe + token * rope_dim, inv_freq, position, mscale, rope_dim, lane);
+  }
+}
+
 // Copy both caches, replacing rows start to start + T - 1 by new ones.
 //
 // latent_cache, latent_out: [S,L]; rope_cache, rope_out: [S,R]; latent: [T,L]; k_pe: [T,R]. Launch:

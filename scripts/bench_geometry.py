@@ -89,6 +89,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prefill", type=int, default=2048, help="prompt of prefill")
     group.add_argument("--stock-prefill", type=int, default=0, help="stock's prompt")
     group.add_argument("--executor", help="executor of our side (default: the GPU's)")
+    group.add_argument(
+        "--host",
+        action="store_true",
+        help="only count launches and measure the host's work; needs no GPU",
+    )
     group.add_argument("--csv", help="also write the rows to this file")
     group.add_argument(
         "--profile", type=Path, help="also profile our decode step into this .csv"
@@ -106,6 +111,8 @@ def main(args: argparse.Namespace) -> int:
     """
     if args.plot:
         check_plot(args.plot)
+    if args.host:
+        return host_work(args)
     executor = args.executor or gpu_executor()
     if executor is None:
         print("bench_decode: --geometry needs a GPU or --executor", file=sys.stderr)
@@ -118,6 +125,23 @@ def main(args: argparse.Namespace) -> int:
         if args.csv and rows:
             save(rows, args.csv)
     return failed
+
+
+def host_work(args: argparse.Namespace) -> int:
+    """Print and save the host's work for a token of each geometry."""
+    # It measures with this module's models.
+    import bench_host
+
+    mx.set_default_device(mx.cpu)
+    rows: list[dict[str, Any]] = []
+    for name in args.geometry:
+        config = (GEOMETRIES | MORE_GEOMETRIES)[name]
+        config = cut(config, args.layers or config["num_hidden_layers"])
+        rows += bench_host.measure(name, config, args.context, args.repeats)
+    bench_host.print_rows(rows)
+    if args.csv:
+        save(rows, args.csv)
+    return 0
 
 
 def measure(
@@ -178,30 +202,45 @@ def profile_ours(model: nn.Module, args: argparse.Namespace) -> None:
 
 def build(config: dict[str, Any], executor: str) -> dict[str, nn.Module]:
     """Return stock and ours with the same random quantised arrays."""
-    ours = importlib.import_module(f"moeflux_mlx.models.{config['model_type']}")
     mx.random.seed(0)
+    return built(config, executor, randomise)
+
+
+def built(
+    config: dict[str, Any], executor: str, fill: Callable[[nn.Module], None]
+) -> dict[str, nn.Module]:
+    """Return stock and ours with the same quantised arrays.
+
+    Args:
+        fill: gives stock's model values.
+    """
+    ours = importlib.import_module(f"moeflux_mlx.models.{config['model_type']}")
     theirs = stock_model(config)
     theirs.set_dtype(mx.bfloat16)
     quantize(theirs, config)
-    divide_large(theirs)
+    fill(theirs)
 
     class Chosen(ours.Model):
         options = RunOptions(executor=executor)
 
     mine = Chosen(ours.ModelArgs.from_dict(dict(config)))
     quantize(mine, config, theirs)
-    for layer in theirs.layers:
-        mx.eval(layer.parameters())
-    for name, x in tree_flatten(theirs.parameters()):
-        # A router of zeros would have ties only.
-        if name.endswith("mlp.gate.weight") and not x.any():
-            noise = like(x, x.shape[0]) * x.shape[-1] ** -0.5
-            theirs.load_weights([(name, noise.astype(x.dtype))], strict=False)
-    mx.eval(theirs.parameters())
     mine.update(theirs.parameters())
     theirs.eval()
     mine.eval()
     return {"stock": theirs, executor: mine}
+
+
+def randomise(model: nn.Module) -> None:
+    """Make a model's random parameters, and routers that have no ties only."""
+    divide_large(model)
+    for layer in model.layers:
+        mx.eval(layer.parameters())
+    for name, x in tree_flatten(model.parameters()):
+        if name.endswith("mlp.gate.weight") and not x.any():
+            noise = like(x, x.shape[0]) * x.shape[-1] ** -0.5
+            model.load_weights([(name, noise.astype(x.dtype))], strict=False)
+    mx.eval(model.parameters())
 
 
 def quantize(

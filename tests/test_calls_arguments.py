@@ -15,6 +15,7 @@ from test_steps import Lazy, Traced
 from tiny import make_checkpoint
 
 from moeflux_mlx import device
+from moeflux_mlx.calls.arguments import INTEGERS, bounded
 from moeflux_mlx.engine.executors import EXECUTORS
 from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.files.pack import pack
@@ -130,6 +131,23 @@ def test_lazy_ids_outside_the_vocabulary_give_nan(plain, bad):
     assert np.isnan(np.array(logits[2, 1])).all()
     wanted = stock_of(plain)(mx.array([[5, 6]]))
     assert np.allclose(np.array(logits[:1]), np.array(wanted), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_ids_of_every_type_are_moved_into_a_vocabulary(dtype):
+    """A vocabulary may be larger than the type's numbers, and these larger than ids."""
+    info, n = mx.iinfo(dtype), 300
+    given = sorted({int(info.min), 0, 7, min(299, int(info.max)), int(info.max)})
+    exact = np.array(given, str(dtype).removeprefix("mlx.core."))
+    ids, inside = bounded(mx.array(exact), n)
+    assert inside.tolist() == [0 <= number < n for number in given]
+    assert all(0 <= number < n for number in ids.tolist())
+    kept = [
+        number
+        for number, right in zip(ids.tolist(), inside.tolist(), strict=True)
+        if right
+    ]
+    assert kept == [number for number in given if 0 <= number < n]
 
 
 @pytest.mark.parametrize("executor", ["lazy", "traced"])

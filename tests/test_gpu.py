@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
+from native_models import least
 from op_cases import KERNEL_SPECS, SPECS, as_list
 from tiny import (
     make_checkpoint,
@@ -96,6 +97,10 @@ FAMILIES = {
     "deepseek_v3": Family(
         partial(make_deepseek_v3, kv_lora_rank=256, v_head_dim=32), "n_routed_experts"
     ),
+    "kimi_k2": Family(
+        partial(make_deepseek_v3, model_type="kimi_k2", rope_scaling=None),
+        "n_routed_experts",
+    ),
     "gpt_oss": Family(make_gpt_oss, *OF_GPT_OSS),
     # As published: experts in 4-bit floats.
     "gpt_oss-mxfp4": Family(
@@ -104,7 +109,8 @@ FAMILIES = {
     "gpt_oss-nvfp4": Family(
         partial(make_gpt_oss, experts=Quantization(4, 16, "nvfp4")), *OF_GPT_OSS
     ),
-    "minimax": Family(make_minimax, "num_local_experts", "intermediate_size"),
+    "minimax": Family(make_minimax, *OF_GPT_OSS),
+    "minimax_m2": Family(partial(make_minimax, model_type="minimax_m2"), *OF_GPT_OSS),
 }
 each_family = pytest.fixture(scope="module", params=FAMILIES)
 
@@ -214,3 +220,22 @@ def test_any_budget_gives_the_same_bits(device, packed, n_slots, read_ahead):
     assert mx.array_equal(logits(few), logits(whole))
     assert bool(few.streamer.stats.total.read_ahead) == (read_ahead == "on")
     assert few.streamer.stats.total.misses > 0
+
+
+@on_gpu
+@pytest.mark.parametrize("n_seqs", [1, 3])
+def test_the_smallest_budget_gives_the_bits_of_all_experts(device, plain, n_seqs):
+    whole, _ = moeflux_mlx.load(plain, executor=device)
+    few, _ = moeflux_mlx.load(plain, executor=device, expert_memory=least(plain))
+    assert mx.array_equal(logits(few, n_seqs), logits(whole, n_seqs))
+    assert few.streamer.stats.total.misses > 0
+
+
+@on_gpu
+def test_the_smallest_budget_gives_the_logits_of_the_references(device, unrouted):
+    memory = least(unrouted)
+    kernels, references = (
+        moeflux_mlx.load(unrouted, executor=name, expert_memory=memory)[0]
+        for name in (device, "ops")
+    )
+    assert relative_error(logits(kernels), logits(references)) < 10 * LIMIT

@@ -199,12 +199,26 @@ W = mx.zeros((2, 4, 8), mx.uint32)
 SCALES = mx.zeros((2, 4, 2))
 Q, QR = mx.zeros((3, 2 * 64)), mx.zeros((3, 2 * 8))
 LATENT, ROPE = mx.zeros((5, 64)), mx.zeros((5, 8))
+
+
+def placed(**changes):
+    """Return a launch of ``mla_inputs``, or fail at a changed argument."""
+    given = dict(q=Q, kv=mx.zeros((3, 48)), weight=mx.zeros((16,)), num_heads=2)
+    given |= dict(inv_freq=mx.zeros((16,)), start=mx.zeros((3,), mx.int32))
+    given |= dict(nope_dim=32, eps=1e-6, mscale=1.0)
+    return mla.mla_inputs(**{**given, **changes})
+
+
 # The fault, and the argument that the message must name.
 REFUSED = {
     "q: expected a multiple": lambda: mla.mla_split_q_kv(Q, Q, 3, 8),
     "nope_dim": lambda: mla.mla_split_q_kv(Q, Q, 2, 64),
     "kv: expected 3 rows": lambda: mla.mla_split_q_kv(Q, ROPE, 2, 32),
     "kv: expected more": lambda: mla.mla_split_q_kv(Q, mx.zeros((3, 32)), 2, 32),
+    "weight": lambda: placed(weight=mx.zeros((48,))),
+    "inv_freq": lambda: placed(inv_freq=mx.zeros((3,))),
+    "q: expected whole pairs": lambda: placed(nope_dim=25, kv=mx.zeros((3, 64))),
+    "start: expected shape": lambda: placed(start=mx.zeros((2,), mx.int32)),
     "x": lambda: mla.yarn_rope_apply(Q, mx.zeros((5,)), mx.array([0]), 1.0),
     "start": lambda: mla.yarn_rope_apply(Q, mx.zeros((4,)), mx.array([0, 1]), 1.0),
     "start: expected 0 to 2": lambda: mla.mla_kv_cache_append(

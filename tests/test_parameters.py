@@ -6,7 +6,8 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
-from tiny import make_checkpoint
+from native_models import greedy, least
+from tiny import make_checkpoint, make_gpt_oss
 
 import moeflux_mlx
 from moeflux_mlx.engine import simulator
@@ -73,3 +74,29 @@ def test_nothing_is_joined_while_a_model_trains(model):
     assert all(ref.joint is None for ref in layer.weights.refs.values())
     model.eval()
     assert SHARED in layer.weights.bind(mx.float32)
+
+
+@pytest.mark.slow
+def test_dense_matrices_of_one_input_are_multiplied_as_one(tmp_path, monkeypatch):
+    path = make_gpt_oss(
+        tmp_path / "dense", bits=None, num_hidden_layers=2, layer_types=None
+    )
+    few, whole = (
+        moeflux_mlx.load(path, executor="sim", **memory)[0]
+        for memory in ({"expert_memory": least(path)}, {})
+    )
+    joint = "self_attn.q_proj+self_attn.k_proj+self_attn.v_proj"
+    layer = whole.graph_layers[0]
+    attention, bound = layer.module.self_attn, layer.weights.bind(mx.float32)
+    for name, key in ((joint, "weight"), (f"{joint}.bias", "bias")):
+        rows = [attention[f"{part}_proj"][key] for part in "qkv"]
+        assert mx.array_equal(bound[name].w, mx.concatenate(rows))
+    logits, _ = greedy(whole, 1, 2)
+    assert mx.array_equal(greedy(few, 1, 2)[0], logits)
+    names = [
+        call.label for graph in whole.runtime.graphs.values() for call in graph.calls
+    ]
+    assert sum(name.startswith("+".join(3 * ["MatvecNTokens"])) for name in names) == 2
+    monkeypatch.setenv("MOEFLUX_FUSE", "0")
+    alone = moeflux_mlx.load(path, executor="sim")[0]
+    assert mx.allclose(greedy(alone, 1, 2)[0], logits, rtol=1e-4, atol=1e-5)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,9 +13,11 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
+from rich.console import Console
 
 import moeflux_mlx
 from moeflux_mlx.cli import main
+from moeflux_mlx.cli.profile import print_profile
 from moeflux_mlx.engine import simulator
 from moeflux_mlx.engine.executors import EXECUTORS, OpsExecutor
 from moeflux_mlx.errors import ConfigError, ModelError
@@ -26,6 +30,7 @@ from moeflux_mlx.measure.timing import (
     StepTimer,
     Timing,
     Work,
+    linked,
 )
 
 simulated = pytest.mark.skipif(
@@ -86,7 +91,7 @@ def test_every_op_of_a_step_is_in_one_row_as_often_as_it_is_performed(checkpoint
         "logits": 1,
         "sampling": 1,
     }
-    assert timer.n_works == [row.count for row in found.rows]
+    assert sorted(timer.n_works) == sorted(row.count for row in found.rows)
     single = [g for g in model.runtime.graphs.values() if g.graph.ops[0].n_tokens == 1]
     expected = {(g.graph.name, label) for g in single for label in g.graph.labels()}
     assert set(rows_by_label(found)) == {*expected, ("sampling", "argmax")}
@@ -352,6 +357,45 @@ def test_the_command_prints_and_writes_every_row(checkpoint, tmp_path, capsys):
     assert total == pytest.approx(float(rows[-3]["us_per_step"]), rel=1e-3)
     assert sum(float(row["share"]) for row in steps) == pytest.approx(1, abs=0.01)
     assert "MoeDecodeExperts" in {row["ops"] for row in steps}
+
+
+def test_without_time_left_the_largest_call_is_timed_and_the_rest_counted(
+    checkpoint, capsys
+):
+    told = []
+    found = profile(
+        load(checkpoint),
+        context=3,
+        seconds=0,
+        timer=Fixed(),
+        report=lambda what, done, total: told.append((done, total)),
+    )
+    whole = profile(load(checkpoint), context=3, timer=Fixed())
+    *calls, sampling = whole.rows
+    largest = max(calls, key=lambda row: row.count * row.n_bytes)
+    assert [row.label for row in found.rows] == [largest.label, sampling.label]
+    assert found.n_untimed == sum(row.count for row in calls) - largest.count
+    assert whole.n_untimed == 0 and found.whole_us > 0
+    assert told == [(1, len(calls))]
+    print_profile(found, Console(width=160))
+    assert f"{found.n_untimed} calls were not timed" in capsys.readouterr().out
+
+
+def test_two_launches_link_calls_of_any_types():
+    """A GPU compiles a launch for each combination of types, which takes seconds."""
+    types = (mx.float32, mx.bfloat16, mx.int32, mx.bool_)
+    names = set()
+    for x_type, *seen in itertools.product(types, types, types):
+        for after in (seen, seen[:1], seen * 3):
+            x = mx.ones((3, 5), x_type)
+            made = linked(x, [mx.ones((2, 3), dtype) for dtype in after])
+            assert made.dtype == x_type and made.shape == x.shape
+            graph = io.StringIO()
+            mx.export_to_dot(graph, made)
+            names |= {*re.findall(r'label ="(Compiled[^"]*)"', graph.getvalue())}
+    assert len(names) == 2
+    x = mx.arange(6.0).reshape(2, 3).T
+    assert mx.array_equal(linked(x, [x]), x)
 
 
 def test_a_plot_without_matplotlib_names_the_extra_to_install(monkeypatch, tmp_path):

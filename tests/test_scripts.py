@@ -20,6 +20,7 @@ import mlx.core as mx
 import pytest
 from conftest import only_with_all
 
+from moeflux_mlx import device
 from moeflux_mlx.engine.executors import open_executor
 from moeflux_mlx.measure.timing import Timing
 
@@ -78,6 +79,45 @@ def test_a_geometry_is_measured_and_written(tmp_path, monkeypatch):
     assert stock["prefill_tokens_per_s"] == ""
     graphs = [row["graph"] for row in csv.DictReader(profile.read_text().splitlines())]
     assert graphs[0] == "embed" and graphs[-1] == "remainder"
+
+
+# Smaller than published, with widths that the kernels of the published shapes take.
+SMALL = dict(
+    vocab_size=512,
+    hidden_size=256,
+    intermediate_size=128,
+    moe_intermediate_size=128,
+    n_routed_experts=16,
+    num_experts=16,
+    num_local_experts=16,
+)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "by_layer", "n_others"),
+    [
+        ("qwen3-30b-a3b", "9 9", 5),
+        ("qwen3-next-80b-a3b", "6 6 6 9", 5),
+        ("glm-4.5-air", "9 10", 6),
+        ("deepseek-v3", "12 13", 7),
+        ("minimax-m2", "12 12", 5),
+        ("gpt-oss-120b", "9 9", 19),
+    ],
+)
+def test_the_hosts_work_for_a_token_is_counted(
+    geometry, by_layer, n_others, monkeypatch
+):
+    """MLX's own operations beside launches are few: each costs as much as a launch."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    geometries = importlib.import_module("bench_geometry")
+    host = importlib.import_module("bench_host")
+    config = geometries.cut({**geometries.MORE_GEOMETRIES[geometry], **SMALL}, 2)
+    stock, ours = host.measure(geometry, config, context=600, repeats=1)
+    assert ours["by_layer"] == by_layer
+    assert ours["without_views"] - ours["launches"] <= n_others
+    assert ours["without_views"] < stock["without_views"]
+    assert ours["host_us"] > 0
+    assert device.on_cpu()
 
 
 def test_a_cut_of_latent_attention_is_built_with_routers_that_choose(monkeypatch):

@@ -146,9 +146,15 @@ def sizes(shape: Sequence[int | None]) -> str:
 
 
 def bounded(tokens: mx.array, vocab_size: int) -> tuple[mx.array, mx.array]:
-    """Return ids with those outside a vocabulary set to 0, and a mask of the others."""
-    inside = (tokens >= 0) & (tokens < vocab_size)
-    return mx.where(inside, tokens, 0), inside
+    """Return ids moved into a vocabulary, and a mask of those that were inside."""
+    if tokens.dtype.size < 4:
+        # A vocabulary may be larger than the type's numbers.
+        tokens = tokens.astype(mx.int32)
+    elif tokens.dtype == mx.uint32:
+        # Ids from 2^31 on become negative, and so stay outside; no value is copied.
+        tokens = tokens.view(mx.int32)
+    ids = mx.clip(tokens, 0, vocab_size - 1)
+    return ids, tokens == ids
 
 
 def float_rows(embeddings: Any, hidden_size: int | None = None) -> mx.array:

@@ -11,7 +11,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from ..loading import load
-from ..measure import Profile, Row, check_plot, profile, save_plot, write_csv
+from ..measure import SECONDS, Profile, Row, check_plot, profile, save_plot, write_csv
+from ..system.progress import count_progress
 from ..system.terminal import wide_console
 from .arguments import check_output, integer
 from .generate import add_streaming_flags, streaming_options
@@ -43,6 +44,13 @@ def add_parser(subparsers: Any) -> None:
         default=5,
         help="measurements of each figure; the median is shown (default: %(default)s)",
     )
+    parser.add_argument(
+        "--seconds",
+        type=integer(1),
+        default=int(SECONDS),
+        metavar="S",
+        help="time no further call after S seconds (default: %(default)s)",
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write every row")
     parser.add_argument(
         "--plot",
@@ -62,9 +70,15 @@ def run(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     announce(args.model, streaming_options(args))
     model, _ = load(args.model, **{**streaming_options(args), "native": True})
-    found = profile(
-        model, context=args.context, prefill=args.prefill, repeats=args.repeats
-    )
+    with count_progress() as report:
+        found = profile(
+            model,
+            context=args.context,
+            prefill=args.prefill,
+            repeats=args.repeats,
+            seconds=args.seconds,
+            report=report,
+        )
     print_profile(found, wide_console())
     if args.csv:
         write_csv(found, args.csv)
@@ -81,6 +95,12 @@ def print_profile(found: Profile, console: Console) -> None:
         f"{found.copy_gbps:.1f} GB/s here.",
         highlight=False,
     )
+    if found.n_untimed:
+        console.print(
+            f"{found.n_untimed} calls were not timed, because --seconds had passed; "
+            "their time is in the last row",
+            highlight=False,
+        )
     if not all(row.is_hidden for row in found.rows):
         console.print("*: may include the host's launch time", highlight=False)
 

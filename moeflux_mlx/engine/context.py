@@ -64,12 +64,7 @@ class Context:
         by_window = {m.window: c for m, c in pairs if m.grows}
         self.masks = {w: self._mask(stub, c, w) for w, c in by_window.items()}
         self.sequence_mask = self.move(base.create_ssm_mask(stub, linear))
-        offset = mx.array(0 if full is None else full.offset, mx.int32)
-        start = mx.broadcast_to(offset.reshape(-1), (n_seqs,))
-        if not host and not device.on_cpu():
-            # MLX keeps arrays of up to 8 bytes where a GPU reads them over the bus.
-            start = mx.concatenate([start, mx.zeros(4, mx.int32)])[:n_seqs]
-        self.start = self.move(start)
+        self.start = self.move(_starts(0 if full is None else full.offset, n_seqs))
         self._last: dict[int, Any] = {}
 
     def last_row(self, n_rows: int) -> Any:
@@ -88,6 +83,18 @@ class Context:
         if not isinstance(mask, mx.array):
             return None
         return self.move(mask.reshape((1,) * (4 - mask.ndim) + mask.shape))
+
+
+def _starts(offset: int | mx.array, n_seqs: int) -> mx.array:
+    """Return the position int32 ``[B]`` that each sequence has reached."""
+    if not isinstance(offset, mx.array) or offset.dtype != mx.int32:
+        offset = mx.array(offset, mx.int32)
+    if device.on_cpu():
+        return mx.broadcast_to(offset.reshape(-1), (n_seqs,))
+    # MLX keeps arrays of up to 8 bytes where a GPU reads them over the bus.
+    if offset.size == 1:
+        return mx.full((n_seqs + 4,), offset.reshape(()))[:n_seqs]
+    return mx.concatenate([offset.reshape(-1), mx.zeros(4, mx.int32)])[:n_seqs]
 
 
 def _cache_of(mixers: Sequence[Grows], cache: list[Any], *, grows: bool) -> Any:

@@ -73,15 +73,16 @@ class Ends:
             rows = embeddings.astype(self.dtype).reshape(-1, dim)
             return move(rows), n_seqs, t
         n_seqs, t = inputs.shape
-        inputs, inside = self.bounded(inputs, traced=traced)
-        ids = move(inputs.reshape(-1).astype(mx.int32))
+        # In the shape of rows: MLX then compiles the mask and its use as one launch.
+        inputs, inside = self.bounded(inputs.reshape(-1, 1), traced=traced)
+        ids = move(inputs.astype(mx.int32).reshape(-1))
         rows = self._run("embed", ids, self._build_embed, traced)
         if host:
             return rows, n_seqs, t
         rows = rows.astype(self.dtype)
         if inside is not None:
             nan = mx.array(math.nan, rows.dtype)
-            rows = mx.where(inside.reshape(-1, 1), rows, nan)
+            rows = mx.where(inside, rows, nan)
         return rows, n_seqs, t
 
     def norm(self, rows: Array, *, traced: bool = False) -> Array:

@@ -18,7 +18,7 @@ from .graph.op import JointRows, WeightRef
 from .ops.functions import dequantize, to_host
 
 # The parts of a quantised ``Weight``, and their names among a module's parameters.
-PARTS, KEYS = ("w", "scales", "biases"), ("weight", "scales", "biases")
+KEYS = {"w": "weight", "scales": "scales", "biases": "biases"}
 
 
 class Watch:
@@ -55,7 +55,7 @@ class LayerWeights:
     Args:
         skip: leave out parameters with this name in their path.
         unpack: keep quantised matrices dense, in float32, on the host.
-        joined: sequences of paths. If the matrices of one are quantised alike, they
+        joined: sequences of paths. If the matrices of one are stored alike, they
             become one, and the parameters become views of its rows. A module that
             trains is left alone.
     """
@@ -134,21 +134,23 @@ class LayerWeights:
             if not _joinable(members):
                 continue
             name, first = "+".join(paths), 0
-            w, scales, biases = arrays = [
-                mx.concatenate([getattr(member, part) for member in members])
-                for part in PARTS
-            ]
             quantization = members[0].quantization
-            self._joints[name] = Weight(w, scales, biases, quantization)
+            # A dense matrix has no scales and biases.
+            arrays: dict[str, Any] = {
+                part: mx.concatenate([getattr(member, part) for member in members])
+                for part in (KEYS if quantization is not None else ("w",))
+            }
+            joint = Weight(**arrays, quantization=quantization)
+            self._joints[name] = joint
             for path, weight in zip(paths, members, strict=True):
                 n = weight.w.shape[0]
                 # Once evaluated, the rows are views of the joint matrix.
-                rows = [array[first : first + n] for array in arrays]
+                rows = {part: x[first : first + n] for part, x in arrays.items()}
                 mx.eval(rows)
-                for key, array in zip(KEYS, rows, strict=True):
-                    modules[path][key] = array
-                self._stored[path] = Weight(rows[0], rows[1], rows[2], quantization)
-                places[path] = JointRows(name, first, w.shape[0])
+                for part, array in rows.items():
+                    modules[path][KEYS[part]] = array
+                self._stored[path] = Weight(**rows, quantization=quantization)
+                places[path] = JointRows(name, first, joint.w.shape[0])
                 first += n
             self._join_biases(name, paths, places)
         return places
@@ -212,16 +214,18 @@ class LayerWeights:
 
 
 def _joinable(members: Sequence[Weight]) -> bool:
-    """Return whether matrices can be joined: quantised alike, with values."""
-    if len(members) < 2 or any(w.biases is None for w in members):
+    """Return whether matrices can be joined: stored alike, with values."""
+    if len(members) < 2 or len({_form(member) for member in members}) > 1:
         return False
-    first = members[0]
-    alike = all(
-        (w.quantization, w.scales.dtype, w.w.shape[1])
-        == (first.quantization, first.scales.dtype, first.w.shape[1])
-        for w in members
-    )
-    return alike and has_values(*(w.w for w in members))
+    quantised = members[0].quantization is not None
+    whole = members[0].biases is not None or not quantised
+    return whole and has_values(*(w.w for w in members))
+
+
+def _form(matrix: Weight) -> tuple[Any, ...]:
+    """Return how a matrix is stored, and the length of its rows."""
+    like = matrix.w if matrix.quantization is None else matrix.scales
+    return matrix.quantization, like.dtype, matrix.w.shape[1:], matrix.biases is None
 
 
 def dense_bytes(module: nn.Module) -> int:

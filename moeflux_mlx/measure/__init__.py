@@ -2,16 +2,17 @@
 
 Imports: errors, device, calls, engine, engine.executors, engine.graph, engine.launch,
 engine.lowering, engine.ops, experts, experts.compute, experts.files, experts.pool,
-experts.streaming.
+experts.streaming, system.
 """
 
 from .plot import check_plot, save_hit_rates, save_plot
-from .profile import Profile, Row, profile, write_csv
+from .profile import SECONDS, Profile, Row, profile, write_csv
 from .routing import record_routing
 from .tune import PROMPTS, decide, tune
 
 __all__ = [
     "PROMPTS",
+    "SECONDS",
     "Profile",
     "Row",
     "check_plot",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..device import machine_name, mlx_version
 from ..errors import ConfigError
+from ..system.progress import Report
 from .recording import (
     Record,
     Recorder,
@@ -26,6 +27,8 @@ from .recording import (
 )
 from .timing import HostTimer, StepTimer, Work, timer_for
 
+# Seconds after which no further call is timed.
+SECONDS = 60.0
 # Tokens timed in a run: as many as take DECODED_S, at most DECODED.
 DECODED = 32
 DECODED_S = 1.0
@@ -73,7 +76,8 @@ class Profile:
     A decoding step has ``n_tokens`` 1 and ``context`` tokens before it; a prompt has
     none before it. ``whole_us`` is measured end to end and includes sampling.
     ``host_us`` is the time of Python and encoding, which overlaps with the device's;
-    None if the host computes itself.
+    None if the host computes itself. ``n_untimed`` counts the calls that have no row
+    because there was no time left.
     """
 
     machine: str
@@ -85,6 +89,7 @@ class Profile:
     copy_gbps: float
     whole_us: float
     host_us: float | None
+    n_untimed: int = 0
 
     @property
     def kernels_us(self) -> float:
@@ -125,7 +130,9 @@ def profile(
     context: int = 512,
     prefill: int = 0,
     repeats: int = 5,
+    seconds: float = SECONDS,
     timer: StepTimer | None = None,
+    report: Report | None = None,
 ) -> Profile:
     """Profile a decoding step, or a prompt, of a loaded model of ours.
 
@@ -134,6 +141,9 @@ def profile(
         context: tokens in the caches before the step; most of them are random rows.
         prefill: profile a prompt of this many tokens instead.
         repeats: measurements of each figure; the median is used.
+        seconds: after these no further call is timed. The whole step is timed first,
+            then the calls, those of the most bytes first, and at least one.
+        report: is told how many calls have been timed.
         timer: default: the one that fits the model's executor.
 
     Raises:
@@ -149,31 +159,37 @@ def profile(
     vocab_size = model.needs.vocab_size
     tokens = prompt(prefill, vocab_size) if prefill else mx.array([[1]])
     caches = make_prompt_cache(model) if prefill else filled_caches(model, context)
+    end = timer.now() + seconds
+    if prefill:
+        whole, host = _prompt_seconds(model, tokens, timer), None
+    else:
+        whole, host = _token_seconds(model, context, timer)
     recorder = Recorder(runtime, caches, share=bool(prefill))
     with recorder.attached():
         logits = model(tokens, cache=caches)
     mx.eval(logits)
+    kinds = _by_kind(recorder.records)
     with model.engine.threads(tokens):
-        rows = [_row(records, timer) for records in _by_kind(recorder.records)]
-        rows.append(_sampling(logits, timer))
+        rows = _rows(kinds, timer, end, report)
+        timed = [row for row in rows if row is not None]
+        timed.append(_sampling(logits, timer))
     recorder.records.clear()
     del caches, logits
-    if prefill:
-        whole, host = _prompt_seconds(model, tokens, timer), None
-    else:
-        whole = _decode_seconds(model, context, timer)
-        waits = isinstance(timer, HostTimer)
-        host = None if waits else _host_seconds(model, context, timer)
     return Profile(
         machine=machine_name(),
         executor=runtime.executor.name,
         mlx=mlx_version(),
         n_tokens=prefill or 1,
         context=0 if prefill else context,
-        rows=tuple(rows),
+        rows=tuple(timed),
         copy_gbps=timer.copy_bytes_per_s() / 1e9,
         whole_us=1e6 * whole,
         host_us=None if host is None else 1e6 * host,
+        n_untimed=sum(
+            len(records)
+            for row, records in zip(rows, kinds, strict=True)
+            if row is None
+        ),
     )
 
 
@@ -183,6 +199,28 @@ def _by_kind(records: Iterable[Record]) -> list[list[Record]]:
     for record in records:
         kinds.setdefault(id(record.step), []).append(record)
     return list(kinds.values())
+
+
+def _rows(
+    kinds: Sequence[list[Record]],
+    timer: StepTimer,
+    end: float,
+    report: Report | None,
+) -> list[Row | None]:
+    """Time calls of each kind, in order; None for those without time left.
+
+    Args:
+        end: the timer's time after which no further kind is timed.
+    """
+    rows: list[Row | None] = [None] * len(kinds)
+    moved = [sum(record.n_bytes for record in records) for records in kinds]
+    for n, i in enumerate(sorted(range(len(kinds)), key=lambda i: -moved[i])):
+        if n and timer.now() >= end:
+            break
+        rows[i] = _row(kinds[i], timer)
+        if report is not None:
+            report("timing calls", n + 1, len(kinds))
+    return rows
 
 
 def _row(records: list[Record], timer: StepTimer) -> Row:
@@ -206,6 +244,15 @@ def _sampling(logits: mx.array, timer: StepTimer) -> Row:
     labels = ("argmax",)
     us = 1e6 * timing.seconds
     return Row("sampling", labels, labels, (), 1, n_bytes, us, timing.is_hidden)
+
+
+def _token_seconds(
+    model: Any, context: int, timer: StepTimer
+) -> tuple[float, float | None]:
+    """Return the seconds per token, and those of the host if it does not wait."""
+    whole = _decode_seconds(model, context, timer)
+    waits = isinstance(timer, HostTimer)
+    return whole, None if waits else _host_seconds(model, context, timer)
 
 
 def _decode_seconds(model: Any, context: int, timer: StepTimer) -> float:

@@ -36,6 +36,8 @@ COPIED_BYTES = 512 << 20
 COPIED_ON_CPU_BYTES = 64 << 20
 # On CUDA smaller arrays are read over the bus.
 LINKED_MIN_BYTES = 64
+# Few calls have more outputs, so that few launches that link calls are compiled.
+LINKED_ARRAYS = 4
 # Launches in a row when the host's time for one launch is measured.
 TIMED_LAUNCHES = 64
 
@@ -85,13 +87,31 @@ class Work:
         assert self._link is not None
         x = _array(self.inputs[self._link])
         assert x is not None
-        firsts = [a[(slice(0, 1),) * a.ndim].reshape(-1) for a in after if a.size]
-        return _after(x, *firsts) if firsts else x
+        return linked(x, after)
 
     @property
     def is_linked(self) -> bool:
         """Whether an input can be linked to another call."""
         return self._link is not None
+
+
+def linked(x: mx.array, after: Sequence[mx.array]) -> mx.array:
+    """Return ``x`` by one launch that also reads a value of each array in ``after``.
+
+    MLX compiles such a launch for each number and type of its inputs, which takes CUDA
+    seconds. So all inputs are seen as bytes, and their number is a multiple of
+    ``LINKED_ARRAYS``.
+    """
+    firsts = [a[(slice(0, 1),) * a.ndim].reshape(-1) for a in after if a.size]
+    if not firsts or not x.size:
+        return x
+    seen = [_bytes(first)[:1] for first in firsts]
+    seen += [seen[0]] * (-len(seen) % LINKED_ARRAYS)
+    return _after(_bytes(x.reshape(-1)), *seen).view(x.dtype).reshape(x.shape)
+
+
+def _bytes(x: mx.array) -> mx.array:
+    return x if x.dtype == mx.uint8 else x.view(mx.uint8)
 
 
 @Compiled
@@ -292,8 +312,7 @@ class DeviceTimer(StepTimer):
         if self.clock is None or not after:
             return after
         zero = mx.zeros(LINKED_MIN_BYTES, mx.uint8)
-        firsts = [a[(slice(0, 1),) * a.ndim].reshape(-1) for a in after if a.size]
-        return [self.clock(_after(zero, *firsts))]
+        return [self.clock(linked(zero, after))]
 
     def _steps(
         self, works: Sequence[Work], n: int, after: list[mx.array]

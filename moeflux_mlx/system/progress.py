@@ -56,6 +56,11 @@ def byte_progress() -> contextlib.AbstractContextManager[Report]:
     return _bar(DownloadColumn(), TransferSpeedColumn())
 
 
+def count_progress() -> contextlib.AbstractContextManager[Report]:
+    """Show a bar of things done within this context, as ``byte_progress`` does."""
+    return _bar(MofNCompleteColumn())
+
+
 @contextlib.contextmanager
 def showing_prompts() -> Iterator[None]:
     """Let long prompts show a bar within this context.

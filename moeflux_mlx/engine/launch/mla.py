@@ -18,7 +18,7 @@ from ...device import SIMD
 from ...experts.weights import Quantization, Weight
 from ..ops import latent as ops
 from ..ops.attention import join_heads, split_heads, with_rows
-from ..ops.functions import heads_linear, rope, to_host
+from ..ops.functions import heads_linear, rms_norm, rope, to_host
 from .base import (
     Case,
     Given,
@@ -29,6 +29,7 @@ from .base import (
     groups,
     in_float32,
     kernel,
+    normal,
     require,
 )
 from .prepared import Size3
@@ -179,6 +180,80 @@ def yarn_rope_apply(
             n_tokens,
         ),
         (wide, high, 1),
+    )
+
+
+def _placed(given: Given) -> tuple[mx.array, ...]:
+    wide = given.wide
+    nope, q_pe, latent, k_pe = ops.split_q_kv(
+        wide.q, wide.kv, given.num_heads, given.nope_dim
+    )
+    latent = rms_norm(latent, wide.weight, given.eps)
+    q_pe, k_pe = (_yarn(Given(**vars(wide), x=x)) for x in (q_pe, k_pe))
+    return tuple(x.astype(given.q.dtype) for x in (nope, q_pe, latent, k_pe))
+
+
+def _some_inputs(case: Case) -> tuple[Any, ...]:
+    q, kv, *sizes = _some_q_kv(case)
+    _, inv_freq, start, mscale = _some_rope(case.but(b=case.t, t=1))
+    weight = 1 + normal(case.rng, case.other, case.l, scale=0.1)
+    return q, kv, weight, inv_freq, start, *sizes, 1e-6, mscale
+
+
+@kernel(
+    reference=_placed,
+    sample=_some_inputs,
+    sizes=[
+        {"t": 1, "h": 1, "n": 1, "r": 2, "l": 1, "start": 0, "s": 0},
+        {"t": 3, "h": 5, "n": 6, "r": 10, "l": 161, "start": 7, "s": 1},
+        {"t": 1, "h": 16, "n": 128, "r": 64, "l": 512, "start": 4095, "s": 1},
+        {"t": 2, "h": 3, "n": 12, "r": 196, "l": 96, "start": 100, "s": 0},
+    ],
+    large={"t": 1, "h": 128, "n": 128, "r": 64, "l": 512, "start": 8000, "s": 0},
+    varying=(),
+)
+def mla_inputs(
+    q: mx.array,
+    kv: mx.array,
+    weight: mx.array,
+    inv_freq: mx.array,
+    start: mx.array,
+    num_heads: int,
+    nope_dim: int,
+    eps: float,
+    mscale: float,
+) -> Launch:
+    """``mla_split_q_kv`` of one token each, its latents normed, its rope parts rotated.
+
+    ``weight`` is ``[L]``; ``inv_freq`` and ``mscale`` are those of
+    ``yarn_rope_apply``, and ``start`` int32 ``[B]``. The outputs are q_nope, q_pe,
+    latent and rope key.
+    """
+    split = mla_split_q_kv(q, kv, num_heads, nope_dim)
+    sizes = {
+        name: split.inputs[name] for name in ("nope_dim", "rope_dim", "latent_dim")
+    }
+    pairs = sizes["rope_dim"] % 2 == 0
+    require("q", pairs, "whole pairs with positions", sizes["rope_dim"])
+    expect("weight", weight, (sizes["latent_dim"],))
+    expect("inv_freq", inv_freq, (sizes["rope_dim"] // 2,))
+    expect("start", start, (split.inputs["n_tokens"],))
+    return Launch(
+        "mla_inputs",
+        {
+            "q": q,
+            "kv": kv,
+            "weight": weight,
+            "inv_freq": inv_freq,
+            "start": start,
+            "eps": eps,
+            "mscale": mscale,
+            "n_heads": num_heads,
+            **sizes,
+        },
+        split.outputs,
+        split.grid,
+        split.threadgroup,
     )
 
 

@@ -161,5 +161,6 @@ def append(
 ) -> tuple[mx.array, ...]:
     if latents.nbytes > device.COPIED_CACHE_BYTES:
         return op.reference(latent, k_pe, latents, ropes, row)
-    new = kernels.mla_kv_cache_append(latents[0, 0], ropes[0, 0], latent, k_pe, row)
+    caches = (x.reshape(x.shape[2:]) for x in (latents, ropes))
+    new = kernels.mla_kv_cache_append(*caches, latent, k_pe, row)
     return tuple(x[None, None] for x in run(new))

@@ -7,7 +7,14 @@ A fusion finds its Ops by the values that they read of each other, not by the mo
 a family without an output gate or a shared expert still has the other fusions.
 """
 
-from . import attention, experts, linear_attention, products
+from . import attention, experts, latent, linear_attention, products
 from .one_by_one import one_by_one
 
-__all__ = ["attention", "experts", "linear_attention", "one_by_one", "products"]
+__all__ = [
+    "attention",
+    "experts",
+    "latent",
+    "linear_attention",
+    "one_by_one",
+    "products",
+]

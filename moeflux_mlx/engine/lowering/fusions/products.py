@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -53,16 +53,28 @@ def _matrices(ops: Sequence[Any], x: Any) -> Iterator[list[Any]]:
     """Yield lists of the leading products with ``x``, one list for a joint matrix."""
     while ops and _reads(ops[0], x):
         joint = ops[0].weight.joint
-        n, rows = 0, 0
-        for op in ops:
-            own = op.weight.joint if _reads(op, x) else None
-            if joint is None or own != JointRows(joint.name, rows, joint.n_rows):
-                break
-            n, rows = n + 1, rows + op.out_dim
-        if joint is not None and rows != joint.n_rows:
+        n = _n_joint(ops, lambda op: _reads(op, x))
+        if joint is not None and not n:
             return
         yield list(ops[: n or 1])
         ops = ops[n or 1 :]
+
+
+def _n_joint(ops: Sequence[Any], reads: Callable[[Any], bool]) -> int:
+    """Return how many leading products make up a joint matrix; 0 for none.
+
+    Args:
+        reads: returns whether an Op is a product with the row of the first one.
+    """
+    joint, rows = ops[0].weight.joint, 0
+    for n, op in enumerate(ops):
+        own = op.weight.joint if reads(op) else None
+        if joint is None or own != JointRows(joint.name, rows, joint.n_rows):
+            return 0
+        rows += op.out_dim
+        if rows == joint.n_rows:
+            return n + 1
+    return 0
 
 
 @fusion(
@@ -101,6 +113,54 @@ def _bias(products: Sequence[Any], values: Values, dtype: mx.Dtype) -> Any:
         return None
     bias: mx.array = values[ref.joint.name if ref.joint else ref.name].w
     return bias.astype(dtype)
+
+
+def _is_dense(op: Any) -> bool:
+    """Return whether an Op is a product of one token with a dense matrix."""
+    one = isinstance(op, MatvecNTokens) and op.n_tokens == 1
+    return one and op.weight.quantization is None
+
+
+def _dense_products(ops: Sequence[Any]) -> int:
+    x = ops[0].input
+    return _n_joint(ops, lambda op: _is_dense(op) and op.input == x)
+
+
+@fusion(
+    "mlx_products",
+    (MatvecNTokens, MatvecNTokens),
+    _dense_products,
+    joint=True,
+    kernels=(),
+)
+def dense_products(ops: Sequence[Any], _run: Run, values: Values) -> Values:
+    """Multiply a row by a joint dense matrix; return all products as parts of one."""
+    joint = ops[0].weight.joint
+    x = values[ops[0].input]
+    row = x @ values[joint.name].w.astype(x.dtype).T
+    bias = _bias(ops, values, x.dtype)
+    row = row if bias is None else row + bias
+    parts_of = ((op, op.weight.joint.first, op.out_dim) for op in ops)
+    return {op.output: RowPart(row, at, size) for op, at, size in parts_of}
+
+
+def _dense_and_residual(ops: Sequence[Any]) -> int:
+    biased = _is_dense(ops[0]) and ops[0].bias is not None
+    return 2 * (biased and ops[1].a == ops[0].output)
+
+
+@fusion(
+    "mlx_product_residual",
+    (MatvecNTokens, ResidualAddNTokens),
+    _dense_and_residual,
+    kernels=(),
+)
+def dense_and_residual(ops: Sequence[Any], _run: Run, values: Values) -> Values:
+    """Run a dense product; MLX compiles both sums after it as one launch."""
+    product, add = ops
+    x, bias = values[product.input], values[product.bias.name].w
+    out = x @ values[product.weight.name].w.astype(x.dtype).T
+    return {add.out: out + bias.astype(x.dtype) + values[add.b]}
 
 
 def _product_and_residual(ops: Sequence[Any]) -> int:
