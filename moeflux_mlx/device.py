@@ -10,6 +10,7 @@ import os
 import platform
 import resource
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -165,8 +166,36 @@ def host_threads(n_macs: int) -> Iterator[None]:
     if n_macs >= THREADED_MIN_MACS:
         yield
         return
-    with _blas().limit(limits=1, user_api="blas"):
+    with _ONE_THREAD:
         yield
+
+
+class _OneThread:
+    """Holds NumPy's BLAS to one thread while any thread of the process is inside.
+
+    The limit is the process's: if each thread restored the number that it found, the
+    last one could restore another's limit for good.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_inside = 0
+        self._limit: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._n_inside:
+                self._limit = _blas().limit(limits=1, user_api="blas")
+            self._n_inside += 1
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            self._n_inside -= 1
+            if not self._n_inside:
+                self._limit.restore_original_limits()
+
+
+_ONE_THREAD = _OneThread()
 
 
 @functools.cache

@@ -30,6 +30,7 @@ from .experts.files.checkpoint import read_config
 from .experts.files.packed import PackedExperts, is_packed
 from .experts.files.stock import departs, has_own_class
 from .experts.files.store import open_store
+from .experts.files.unchanged import Unchanged
 from .experts.pool.budget import Amounts
 from .experts.weights import leaves
 from .memory.plan import MemoryPlan
@@ -168,12 +169,14 @@ def load(
     path = find_model(path_or_hf_repo, revision)
     if trust_remote_code:
         _refuse_code(path)
+    files = Unchanged(path)
     why = None if options.group is None else _why_stock_in_group(options, adapter_path)
     through_door = takes_door(path, native, model_config, why=why)
     load_it = _load_through_door if through_door else _load_our_own
     model, tokenizer, loaded = load_it(
         path, options, tokenizer_config, model_config, adapter_path, lazy
     )
+    files.check()
     if not return_config:
         return model, tokenizer
     # The configuration of a saved model must not name a pack's Python file.

@@ -6,18 +6,16 @@ experts to read. mlx-lm's trainer compiles its steps.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .calls.transforms import compiles
+from .calls.transforms import COMPILATION, compiles
 from .saving.guard import reads_experts
 from .system.progress import notice
 
-_LOCK = threading.Lock()
 # Ids of the models in training, for which MLX must not compile.
 _TRAINING: set[int] = set()
 
@@ -37,7 +35,7 @@ class TrainsUncompiled(nn.Module):
 
 
 def _begin(model: nn.Module) -> None:
-    with _LOCK:
+    with COMPILATION:
         if id(model) in _TRAINING or not (_TRAINING or compiles()):
             return
         if "trains" not in vars(model):
@@ -49,7 +47,7 @@ def _begin(model: nn.Module) -> None:
 
 
 def _end(model_id: int) -> None:
-    with _LOCK:
+    with COMPILATION:
         if model_id in _TRAINING:
             _TRAINING.remove(model_id)
             if not _TRAINING:

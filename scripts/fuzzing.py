@@ -106,7 +106,7 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
     state, trace = folder / "state", folder / "trace.npz"
     _trace().save(trace)
     record, tuning = folder / "record.json", folder / "tuned.json"
-    verified.save(_record(), record)
+    verified.save(_record(), record, ())
     tuned.save(_tuning(), tuning)
 
     def open_plain(_: Path) -> None:

@@ -241,11 +241,11 @@ def test_a_kernel_that_is_wrong_is_named_and_the_exit_code_is_1(capsys, monkeypa
     assert "1 of 2 kernels agree" in captured.out
     assert "FAILED residual_add: so\nbad" in captured.err
 
-    def full(path, text):
+    def full(path, mode):
         raise OSError(28, "No space left on device", str(path))
 
     # A report that cannot be saved is printed nevertheless.
-    monkeypatch.setattr(verified.private, "write_text", full)
+    monkeypatch.setattr(verified, "replacing", full)
     assert main(["doctor", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert "No space left on device" in report["not_remembered"]
@@ -270,15 +270,16 @@ def test_the_report_ends_with_its_consequence_for_models(
 def test_a_record_keeps_its_findings_on_kernels_not_examined(tmp_path):
     path = tmp_path / "record.json"
     first = found_right("sim", "residual_add", "swiglu_fused")
-    verified.save(first, path)
     broken = examination.Finding("swiglu_fused", "family", complaints=["wrong"])
     now = doctor.make_record("sim", [broken])
-    kept = verified.with_earlier(now, path, ["swiglu_fused"])
-    assert kept.kernels == {"residual_add": first.kernels["residual_add"]}
-    assert verified.with_earlier(now, tmp_path / "none", []) == now
+    verified.save(first, path, KERNELS)
+    verified.save(now, path, ["swiglu_fused"])
+    kept = {"residual_add": first.kernels["residual_add"]}
+    assert verified._read(path) == dataclasses.replace(now, kernels=kept)
     for other in ({"machine": "another"}, {"mlx": "0.1"}, {"executor": "metal"}):
-        verified.save(dataclasses.replace(first, **other), path)
-        assert verified.with_earlier(now, path, ["swiglu_fused"]) == now
+        verified.save(dataclasses.replace(first, **other), path, KERNELS)
+        verified.save(now, path, ["swiglu_fused"])
+        assert verified._read(path) == now
 
 
 @simulated

@@ -32,11 +32,27 @@ class _Known:
         return [] if function is None else function(*args, **options)
 
 
+class _End:
+    """Lets MLX forget a thread when Python ends it.
+
+    MLX itself would do so later, without Python's lock. If the process ends meanwhile,
+    it aborts: "terminate called without an active exception".
+    """
+
+    def __init__(self) -> None:
+        self._is_main = threading.current_thread() is threading.main_thread()
+
+    def __del__(self) -> None:
+        if not self._is_main:
+            mx.clear_streams()
+
+
 class _Thread(threading.local):
     """The functions that MLX may know in this thread, because it has called them."""
 
     def __init__(self) -> None:
         self.called: set[_Known] = set()
+        self._end = _End()
 
     def forget(self) -> None:
         """Let MLX forget every deleted function in this thread."""

@@ -16,6 +16,10 @@ import mlx.core as mx
 
 from .compiling import Compiled
 
+# Held while MLX's switch for compilation is changed or asked: all threads share it.
+# Python may end a model, and so its training, while this thread holds the lock.
+COMPILATION = threading.RLock()
+
 
 class _Count(threading.local):
     n = 0
@@ -58,14 +62,15 @@ def _is_followed(array: mx.array) -> bool:
 @contextlib.contextmanager
 def _compiling() -> Iterator[None]:
     """Enable compilation within this context."""
-    if compiles():
-        yield
-        return
-    mx.enable_compile()
-    try:
-        yield
-    finally:
-        mx.disable_compile()
+    with COMPILATION:
+        if compiles():
+            yield
+            return
+        mx.enable_compile()
+        try:
+            yield
+        finally:
+            mx.disable_compile()
 
 
 def _is_called(probe: Callable[..., Any], *arguments: mx.array) -> bool:

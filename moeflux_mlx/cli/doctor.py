@@ -28,7 +28,6 @@ from ..engine.executors.verified import (
     mlx_version,
     remember,
     save,
-    with_earlier,
 )
 from ..engine.launch import KERNELS
 from ..errors import ConfigError
@@ -129,7 +128,7 @@ def _keep(record: Record, names: list[str], path: Path | None) -> str:
     try:
         remember(record, names)
         if path:
-            save(with_earlier(record, path, names), path)
+            save(record, path, names)
     except OSError as error:
         return str(error)
     return ""

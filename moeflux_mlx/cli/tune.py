@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from rich.text import Text
 
 from .. import config
 from ..engine.executors import gpu_executor
-from ..engine.lowering.tuned import Entry, Tuning, default_path, read, save
+from ..engine.lowering.tuned import Entry, Tuning, add, default_path
 from ..errors import ConfigError, one_line
 from ..loading import load
 from ..measure import PROMPTS, tune
@@ -83,17 +82,10 @@ def run(args: argparse.Namespace) -> int:
     def progress(choices: Sequence[Choice], what: str) -> Iterable[Choice]:
         return track(choices, what, console=console, transient=True)
 
-    older = None
-    if path is not None:
-        with contextlib.suppress(ConfigError):
-            older = read(path)
-
     def keep(winner: Tuning) -> None:
         """Save each winner at once, so that an interruption loses nothing."""
-        nonlocal older
         if path is not None:
-            older = winner.merged(older)
-            save(older, path)
+            add(winner, path)
         if not console.is_terminal:
             (entry,) = winner.entries
             us = f"{entry.us[entry.winner]:.1f} us"

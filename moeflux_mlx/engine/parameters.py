@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -44,6 +45,8 @@ class Watch:
 
 
 _SIGNATURES: dict[tuple[WeightRef, ...], int] = {}
+# Never gives a number twice, whichever threads load models.
+_NUMBERS = itertools.count()
 
 
 class LayerWeights:
@@ -120,7 +123,7 @@ class LayerWeights:
             for name, weight in self._stored.items()
         }
         refs = tuple(self.refs.values())
-        self.signature = _SIGNATURES.setdefault(refs, len(_SIGNATURES))
+        self.signature = _SIGNATURES.setdefault(refs, next(_NUMBERS))
 
     def _join(self) -> dict[str, JointRows]:
         """Join matrices; return the rows of each in its joint matrix, by path."""

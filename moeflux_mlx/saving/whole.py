@@ -30,6 +30,7 @@ from ..experts.files.writer import (
     entry_of,
 )
 from ..experts.weights import DTYPE_NAMES, MLX_DTYPES, Quantization
+from ..system.volume import lock
 
 # Folder for files until they get their names.
 UNFINISHED = "moeflux.unfinished"
@@ -119,30 +120,29 @@ def _write(
     with (
         disk_errors(directory, "save"),
         open_parent(directory / UNFINISHED, "save") as folder,
+        folder.inner(UNFINISHED) as unfinished,
     ):
+        # Two programs that save here must not rename each other's halves.
+        lock(unfinished.fd, directory, "save")
         try:
-            with folder.inner(UNFINISHED) as unfinished:
-                for name in unfinished.plain_names():
-                    unfinished.remove(name)
-                check_space(unfinished, plan.n_bytes)
-                plan.write(read, unfinished, lambda _: None)
-                for made, name in names.items():
-                    os.replace(
-                        made, name, src_dir_fd=unfinished.fd, dst_dir_fd=folder.fd
-                    )
+            for name in unfinished.plain_names():
+                unfinished.remove(name)
+            check_space(unfinished, plan.n_bytes)
+            plan.write(read, unfinished, lambda _: None)
+            for made, name in names.items():
+                os.replace(made, name, src_dir_fd=unfinished.fd, dst_dir_fd=folder.fd)
         finally:
-            _remove(folder)
+            _remove(folder, unfinished)
             if is_new:
                 # mlx_lm.convert refuses an existing directory, even an empty one.
                 with contextlib.suppress(OSError):
                     os.rmdir(directory)
 
 
-def _remove(folder: Folder) -> None:
+def _remove(folder: Folder, unfinished: Folder) -> None:
     with contextlib.suppress(OSError):
-        with folder.inner(UNFINISHED) as unfinished:
-            for name in os.listdir(unfinished.fd):
-                unfinished.remove(name)
+        for name in os.listdir(unfinished.fd):
+            unfinished.remove(name)
         os.rmdir(UNFINISHED, dir_fd=folder.fd)
 
 

@@ -173,14 +173,9 @@ def replacing(path: Path, mode: int = 0o600) -> Iterator[BinaryIO]:
         OSError: the file cannot be written.
     """
     _remove_parts(path)
-    part = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.part")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    fd = os.open(part, flags, mode)
+    part, fd = _new_part(path, mode)
     try:
         with os.fdopen(fd, "wb") as file:
-            # The lock marks the file as in use; not every volume has locks.
-            with contextlib.suppress(OSError):
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()
             sync(fd)
@@ -210,6 +205,21 @@ def spelled_plainly(directory: Path) -> Iterator[Path]:
 
 def _prefix(path: Path) -> str:
     return f".{path.name[:48]}."
+
+
+def _new_part(path: Path, mode: int) -> tuple[Path, int]:
+    """Make a locked file for ``path``; return it with its descriptor."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    while True:
+        part = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.part")
+        fd = os.open(part, flags, mode)
+        # The lock marks the file as in use; not every volume has locks.
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.path.lexists(part):
+            return part, fd
+        # Another process locked it first, took it for a leftover and removed it.
+        os.close(fd)
 
 
 def _remove_parts(path: Path) -> None:

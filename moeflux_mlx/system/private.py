@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -22,7 +23,10 @@ from pathlib import Path
 from .. import config
 from .files import replacing
 from .progress import notice
+from .volume import in_turn
 
+# How the name of a folder for unfinished files begins.
+WORKPLACE = ".work-"
 # Temporary folders of this process, by the cache that each replaces.
 _instead: dict[Path, Path] = {}
 
@@ -92,6 +96,49 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file by ``text`` atomically; only this user can read or write it."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+@contextlib.contextmanager
+def workplace(parent: Path) -> Iterator[Path]:
+    """Yield an empty folder in ``parent``; remove it at the end.
+
+    The next call removes folders that a killed process left.
+
+    Raises:
+        OSError: the folder cannot be created.
+    """
+    with in_turn(parent):
+        for left in parent.glob(f"{WORKPLACE}*"):
+            with contextlib.suppress(OSError):
+                os.close(_locked(left))
+                shutil.rmtree(left)
+        folder = Path(tempfile.mkdtemp(prefix=WORKPLACE, dir=parent))
+        try:
+            fd = _locked(folder)
+        except OSError:
+            # Its volume has no locks, so no call takes it for a leftover.
+            fd = None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if fd is not None:
+            os.close(fd)
+
+
+def _locked(folder: Path) -> int:
+    """Open and lock a folder.
+
+    Raises:
+        OSError: a process holds it, or its volume has no locks.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _made(base: Path, names: tuple[str, ...]) -> Path:

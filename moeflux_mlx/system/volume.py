@@ -57,16 +57,35 @@ def lock(fd: int, directory: Path, part: str = "pack") -> None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ExpertStoreError(
-            f"[{part}] another process is {part}ing into {directory}"
+            f"[{part}] {directory}: another process writes there: wait for it, or "
+            "give another directory"
         ) from error
     except OSError as error:
         if error.errno not in LACKING:
             raise
         warnings.warn(
             f"[{part}] {directory}: its volume has no locks ({error.strerror}): make "
-            f"sure that no other process {part}s there",
+            "sure that no other process writes there",
             stacklevel=2,
         )
+
+
+@contextlib.contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Let one process and thread at a time update the files of a folder.
+
+    On a volume without locks nobody waits.
+
+    Raises:
+        OSError: the folder cannot be opened or locked.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with if_supported():
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def free_bytes(fd: int) -> int | None:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from ...device import machine_name, mlx_version
 from ...system import private
-from ...system.files import RECORD_BYTES, read_json, short
+from ...system.files import RECORD_BYTES, read_json, replacing, short
+from ...system.volume import in_turn
 from ..launch import KERNELS
 from ..metal import cuda
 from ..metal.library import kernels_folder, library
@@ -75,23 +76,11 @@ def _own_name(executor: str) -> str:
 
 
 def lost(record: Record, path: Path, examined: Collection[str]) -> Record | None:
-    """Return the record at ``path`` if ``with_earlier`` would drop entries of it."""
+    """Return the record at ``path`` if ``save`` would drop entries of it."""
     earlier = _read(path)
     if earlier is None or earlier.where == record.where:
         return None
     return earlier if set(earlier.kernels) - set(examined) else None
-
-
-def with_earlier(record: Record, path: Path, examined: Collection[str]) -> Record:
-    """Add entries of the record at ``path`` for kernels that were not examined now.
-
-    A record of another executor, machine or MLX adds none.
-    """
-    earlier = _read(path)
-    if earlier is None or earlier.where != record.where:
-        return record
-    kept = {n: digest for n, digest in earlier.kernels.items() if n not in examined}
-    return replace(record, kernels={**kept, **record.kernels})
 
 
 def remember(record: Record, examined: Collection[str]) -> None:
@@ -100,20 +89,34 @@ def remember(record: Record, examined: Collection[str]) -> None:
     Entries of kernels that were not examined stay.
     """
     path = private.made() / _own_name(record.executor)
-    if private.is_private(path):
-        record = with_earlier(record, path, examined)
-    private.write_text(path, _text(record))
+    _update(path, record, examined, only_private=True)
     verified_kernels.cache_clear()
 
 
-def save(record: Record, path: Path) -> None:
-    """Write a record to a file."""
+def save(record: Record, path: Path, examined: Collection[str]) -> None:
+    """Write a record to a file; its entries of kernels not examined now stay.
+
+    A record of another executor, machine or MLX leaves none.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_text(record))
+    _update(path, record, examined, only_private=False)
 
 
-def _text(record: Record) -> str:
-    return json.dumps(asdict(record), indent=1, sort_keys=True) + "\n"
+def _update(
+    path: Path, record: Record, examined: Collection[str], *, only_private: bool
+) -> None:
+    # Two doctors at once, for different kernels, keep the entries of both.
+    with in_turn(path.parent):
+        earlier = None
+        if not only_private or private.is_private(path):
+            earlier = _read(path)
+        if earlier is not None and earlier.where == record.where:
+            known = earlier.kernels.items()
+            kept = {name: digest for name, digest in known if name not in examined}
+            record = replace(record, kernels={**kept, **record.kernels})
+        text = json.dumps(asdict(record), indent=1, sort_keys=True) + "\n"
+        with replacing(path, 0o600 if only_private else 0o666) as file:
+            file.write(text.encode())
 
 
 def records() -> list[Record]:

@@ -10,6 +10,7 @@ in this machine's cache, which ``moeflux tune`` overwrites. A broken file that
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -25,6 +26,7 @@ from ...device import machine_name, mlx_version
 from ...errors import ConfigError
 from ...system import private
 from ...system.files import RECORD_BYTES, read_json, short
+from ...system.volume import in_turn
 from ..graph.op import Op, WeightRef
 
 FORMAT = 2
@@ -268,6 +270,20 @@ def _check_texts(*values: object) -> None:
     for value in values:
         if not isinstance(value, str):
             raise TypeError(f"{short(value)} where text is expected")
+
+
+def add(tuning: Tuning, path: Path) -> None:
+    """Add entries to a file, which keeps its others if they are of the same origin.
+
+    A file that is no tuning is replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Commands that tune two models at once keep the winners of both.
+    with in_turn(path.parent):
+        older = None
+        with contextlib.suppress(ConfigError):
+            older = read(path)
+        save(tuning.merged(older), path)
 
 
 def save(tuning: Tuning, path: Path) -> None:

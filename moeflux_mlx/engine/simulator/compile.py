@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -305,8 +304,8 @@ def cached(name: str, key: Sequence[str], make: Callable[[Path], object]) -> Pat
     stem, suffix = os.path.splitext(name)
     path = private.made("simulator") / f"{stem}-{digest}{suffix}"
     if not private.is_private(path):
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            out = Path(folder) / name
+        with private.workplace(path.parent) as folder:
+            out = folder / name
             make(out)
             out.chmod(0o600)
             # Another process may make the same file: the last one wins whole.
@@ -378,8 +377,8 @@ def examine(source: str, name: str = "kernel.metal") -> None:
         SimulatorError: it does not compile; has the compiler's message.
     """
     text, _ = translate(source, name)
-    with tempfile.TemporaryDirectory(dir=private.made("simulator")) as folder:
-        path = Path(folder) / "kernel.cpp"
+    with private.workplace(private.made("simulator")) as folder:
+        path = folder / "kernel.cpp"
         path.write_text(text)
         flags = _flags("plain", False)
         flags += _precompiled(tuple(flags))

@@ -10,12 +10,13 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import xxhash
 
 from ...errors import ModelError
 from ...system.files import CONFIG_BYTES, INDEX_BYTES, open_file, read_json, short
-from .safetensors import TensorEntry, fingerprint, read_header
+from .safetensors import TensorEntry, fingerprint, parse_header
 from .spans import close_files, read_fully
 
 N_EXPERTS_KEYS = ("num_experts", "n_routed_experts", "num_local_experts")
@@ -122,6 +123,11 @@ class Checkpoint:
     """
 
     def __init__(self, directory: Path, config: dict, shards: list[Path]):
+        """Open the files; after an error all are closed.
+
+        Raises:
+            ModelError: see ``open``.
+        """
         self.directory, self.config, self.shards = directory, config, shards
         self.tensors: dict[str, TensorEntry] = {}
         self.index = read_index(directory)
@@ -129,14 +135,28 @@ class Checkpoint:
         self._fds: dict[Path, int] = {}
         # Models are usually dropped without a call of ``close``.
         weakref.finalize(self, close_files, self._fds)
-        for shard in shards:
-            _refuse_pointer(shard)
-            for name, entry in read_header(shard).items():
-                first = self.tensors.setdefault(name, entry)
-                if first is not entry:
-                    self.twice.setdefault(name, [first]).append(entry)
-        for name, entries in self.twice.items():
-            self.tensors[name] = self._chosen(name, entries)
+        try:
+            for shard in shards:
+                self._open(shard)
+            for name, entries in self.twice.items():
+                self.tensors[name] = self._chosen(name, entries)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, shard: Path) -> None:
+        """Open a file once, because another program may replace it at any time."""
+        try:
+            with open_file(shard) as file:
+                self._fds[shard] = os.dup(file.fileno())
+                _refuse_pointer(shard, file)
+                entries, _ = parse_header(shard, file)
+        except OSError as error:
+            raise ModelError(f"[checkpoint] cannot read {shard}: {error}") from error
+        for name, entry in entries.items():
+            first = self.tensors.setdefault(name, entry)
+            if first is not entry:
+                self.twice.setdefault(name, [first]).append(entry)
 
     def _chosen(self, name: str, entries: list[TensorEntry]) -> TensorEntry:
         """Return the tensor that the index names; raise if it names none."""
@@ -166,14 +186,7 @@ class Checkpoint:
                 f"[checkpoint] no model*.safetensors in {directory}: download the "
                 "weights too"
             )
-        checkpoint = cls(directory, config, shards)
-        try:
-            for shard in shards:
-                checkpoint._fds[shard] = os.open(shard, os.O_RDONLY)
-        except OSError as error:
-            checkpoint.close()
-            raise ModelError(f"[checkpoint] cannot read {shard}: {error}") from error
-        return checkpoint
+        return cls(directory, config, shards)
 
     @classmethod
     @contextlib.contextmanager
@@ -273,12 +286,9 @@ class Checkpoint:
         self.close()
 
 
-def _refuse_pointer(shard: Path) -> None:
-    try:
-        with open_file(shard) as file:
-            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
-    except OSError as error:
-        raise ModelError(f"[checkpoint] cannot read {shard}: {error}") from error
+def _refuse_pointer(shard: Path, file: BinaryIO) -> None:
+    is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    file.seek(0)
     if is_pointer:
         raise ModelError(
             f"[checkpoint] {shard}: expected weights but got a Git LFS pointer to "

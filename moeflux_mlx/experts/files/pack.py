@@ -22,6 +22,7 @@ from .packed import verify as verify_pack
 from .partial import check_names, made_whole, refuse_existing, remove_templates
 from .sidecars import JOURNAL_NAME, OWN_NAMES, SourceFiles, source_files
 from .stock import has_own_class
+from .unchanged import Unchanged
 from .writer import (
     RESIDENT_FILE,
     check_space,
@@ -61,6 +62,7 @@ def pack(
     source, target = Path(src), Path(dst).absolute()
     check_alignment(alignment)
     refuse_existing(target, "pack")
+    files = Unchanged(source)
     # Check the files before opening any: opening a pipe would block.
     source_files(source)
     with Checkpoint.open(source) as checkpoint:
@@ -69,6 +71,7 @@ def pack(
             manifest = job.run(folder)
             if verify:
                 verify_pack(folder.path, progress).raise_damage()
+            files.check()
     return manifest
 
 

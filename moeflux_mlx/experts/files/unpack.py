@@ -25,6 +25,7 @@ from .partial import check_names, made_whole, refuse_existing, remove_templates
 from .plain import SHARD_BYTES, PlainLayer, Plan, Records
 from .safetensors import TensorEntry, read_header
 from .sidecars import SourceFiles, source_files
+from .unchanged import Unchanged
 from .writer import Tensor, check_space, copy_small_files
 
 
@@ -61,7 +62,7 @@ def unpack(
         raise ModelError(
             f"[unpack] expected a directory that moeflux pack made but got {source}"
         )
-    files = source_files(source)
+    before, files = Unchanged(source), source_files(source)
     with PackedExperts.open(source) as store:
         plan = Plan.make(
             [*_resident(store)],
@@ -72,6 +73,7 @@ def unpack(
         job = _Job(store, plan, files, progress or (lambda *_: None))
         with made_whole(target, "unpack") as folder:
             job.run(folder)
+            before.check()
 
 
 class _Job:
