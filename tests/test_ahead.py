@@ -127,8 +127,10 @@ def test_every_kind_of_cache_is_restored(checkpoint, window, begun_again, kind):
 
 # Latent attention with an indexer, windows, chunks, states and both in one model.
 FAMILIES = ("deepseek_v32", "gpt_oss", "llama4", "qwen3_next", "nemotron_h", "gemma4")
+# A cache of the model's own class, and layers that change a dictionary.
+FAMILIES = (*FAMILIES, "deepseek_v41")
 # These blocks follow each other.
-FORESEEN = ("gpt_oss", "llama4", "qwen3_next", "gemma4")
+FORESEEN = ("gpt_oss", "llama4", "qwen3_next", "gemma4", "deepseek_v41")
 
 
 @pytest.mark.sampled
@@ -167,11 +169,21 @@ def test_no_number_of_slots_changes_a_bit(
         assert (found.hits, found.misses) == (expected.hits, expected.misses)
 
 
+# Layers of the second family leave arrays for later ones in a dictionary.
+RESTARTED = {
+    "qwen3_moe": dict(head_dim=32),
+    "deepseek_v41": dict(compress_ratios=[4] * N_LAYERS),
+}
+
+
+@pytest.mark.parametrize("family", RESTARTED)
 def test_a_token_restarts_after_its_confirmed_layers(
-    checkpoint, window, begun_again, monkeypatch
+    tmp_path, window, begun_again, monkeypatch, family
 ):
     window(ALL)
-    ours = streamed(checkpoint, 6)
+    sizes = dict(num_hidden_layers=N_LAYERS, **RESTARTED[family])
+    path = write(tmp_path / family, family, **sizes)
+    ours = streamed(path, 6)
     cache = make_prompt_cache(ours)
     ours(ids(9), cache=cache)
     ran: list[int] = []
@@ -188,6 +200,9 @@ def test_a_token_restarts_after_its_confirmed_layers(
     for n_right in begun_again:
         expected += range(n_right, N_LAYERS)
     assert begun_again == sorted(set(begun_again)) and ran == expected
+    stock, _ = load_model(path)
+    got, wanted = (run(m, make_prompt_cache(m), 2) for m in (ours, stock))
+    assert mx.array_equal(got, wanted)
 
 
 @pytest.fixture

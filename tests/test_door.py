@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import shutil
 import threading
@@ -272,6 +273,33 @@ class OwnBlock(nn.Module):
         self.two = SwitchLinear(DIM, DIM, 5)
 
 
+class OwnProjection(SwitchLinear):
+    """A projection with a call of its own, to which slots are not ids."""
+
+    def __call__(self, x: mx.array, indices: mx.array, *args, **kwargs) -> mx.array:
+        return super().__call__(x, indices, *args, **kwargs) + indices[..., None, None]
+
+
+class OwnQuantized(QuantizedSwitchLinear):
+    """A quantised projection with a call of its own."""
+
+    __call__ = OwnProjection.__call__
+
+
+@pytest.mark.parametrize("kind", [OwnProjection, OwnQuantized])
+def test_an_unknown_call_of_a_projection_is_refused_by_name(kind):
+    block = SwitchGLU(DIM, DIM, 5)
+    block.up_proj = kind(DIM, DIM, 5)
+    with pytest.raises(ModelError, match=rf"switch\.up_proj: .*{kind.__name__}"):
+        find_blocks(Layers(block))
+
+
+def test_a_block_at_two_paths_is_refused_by_name():
+    block = SwitchGLU(DIM, DIM, 5)
+    with pytest.raises(ModelError, match=r"layers\.0\..*that of layers\.1\."):
+        find_blocks(Layers(block, block))
+
+
 @pytest.mark.parametrize("kind", [OwnCall, OwnBlock])
 def test_an_unknown_call_is_refused_by_name(kind):
     block = OwnBlock() if kind is OwnBlock else kind(DIM, DIM, 5)
@@ -353,6 +381,30 @@ def test_tracing_a_call_without_values_of_ids_is_refused(plain):
     assert ours(mx.ones((2, DIM))).shape == (2, DIM)
 
 
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_weights_changed_after_loading_are_refused_by_name(plain, evaluated):
+    model = lazily(small(), plain)
+    up = model.layers[0]["mlp"]["switch"].up_proj
+    # A sum with zeros changes no value, so it is not refused.
+    for change, is_refused in ((mx.zeros(1), False), (mx.ones(1), True)):
+        up.weight = up.weight + change
+        if evaluated:
+            mx.eval(up.weight)
+        wrong = pytest.raises(ModelError, match=r"switch\.up_proj\.weight.* others")
+        with wrong if is_refused else contextlib.nullcontext():
+            opened(model, plain).close()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bool_])
+def test_ids_that_are_no_integers_are_refused_by_any_number_of_slots(plain, dtype):
+    for n_slots in (1, 4, 20):
+        memory = SLACK + n_slots * slot_bytes(lazily(small(), plain), plain)
+        ours = stream(lazily(small(), plain), plain, expert_memory=memory)
+        block = ours.layers[0]["mlp"]["switch"]
+        with pytest.raises((ExpertStoreError, ValueError), match="integ"):
+            mx.eval(block(mx.ones((2, DIM)), mx.array([[0, 1], [1, 0]], dtype)))
+
+
 def test_an_id_without_an_expert_names_the_block(plain):
     ours = stream(lazily(small(), plain), plain, expert_memory=SLACK + 20 * SLOT)
     block = ours.layers[0]["mlp"]["switch"]
@@ -425,6 +477,7 @@ def test_tensors_that_sanitize_renames_are_streamed(tmp_path):
             return {name.removeprefix("old."): x for name, x in weights.items()}
 
     model = Renamed(SwitchGLU(DIM, DIM, 5))
+    model.load_weights([*model.sanitize(mx.load(file)).items()])
     ours = stream(model, path, expert_memory=SLACK + 20 * SLOT)
     x = mx.random.normal((3, DIM))
     assert mx.array_equal(stock(x), ours(x))

@@ -30,6 +30,7 @@ from test_calls_transforms import (
 
 from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.files.modules import find_blocks
+from moeflux_mlx.opening.stock_model import load_stock_lazily
 from moeflux_mlx.streaming import stream
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -188,9 +189,17 @@ def test_experts_are_read_again_in_the_backward_pass_and_not_kept(written):
     assert ours.streamer.n_slots == 1
 
 
-def test_other_threads_may_call_while_one_differentiates(written):
+@pytest.mark.parametrize("n_slots", [1, 12])
+def test_other_threads_may_call_while_one_differentiates(written, n_slots):
     """Parameters stay unchanged, though mlx swaps those of a model in training."""
-    stock, ours = both(written("qwen3_moe", None))
+    path = written("qwen3_moe", None)
+    stock, ours = both(path)
+    if n_slots > 1:
+        # A layer's experts then fit together, and are requested at once.
+        memory = ours.streamer.memory_bytes + (n_slots - 1) * ours.streamer.slot_bytes
+        ours = stream(load_stock_lazily(path).model, path, expert_memory=memory)
+        mx.eval(ours.parameters())
+    assert ours.streamer.n_slots == n_slots
     rows = stock.model.embed_tokens(TOKENS)
 
     def gradient(model: nn.Module) -> dict[str, np.ndarray]:

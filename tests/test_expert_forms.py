@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 
@@ -26,13 +27,14 @@ from moeflux_mlx.experts.files.layout import PARTS, ExpertLayout
 from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.experts.files.packed import verify
 from moeflux_mlx.experts.files.store import open_store
+from moeflux_mlx.experts.files.unpack import unpack as unpack_pack
 from moeflux_mlx.experts.pool.pool import SlotPool
 from moeflux_mlx.experts.weights import ExpertWeights, Quantization, Weight
 
 QUANTIZED = {
     **{
         f"{bits}bit-g{group}": Quantization(bits, group)
-        for bits in (2, 3, 4, 5, 6, 8)
+        for bits in (1, 2, 3, 4, 5, 6, 8)
         for group in (32, 64, 128)
     },
     "mxfp4": Quantization(4, 32, "mxfp4"),
@@ -41,8 +43,8 @@ QUANTIZED = {
 }
 DENSE = {"f32": mx.float32, "f16": mx.float16, "bf16": mx.bfloat16}
 FORMS = {**QUANTIZED, **DENSE}
-SIZES = dict(hidden_size=128, moe_intermediate_size=128)
-N_LAYERS = 4
+N_LAYERS = 5
+SIZES = dict(hidden_size=128, moe_intermediate_size=128, num_hidden_layers=N_LAYERS)
 
 
 PLACES = [(layer, p) for layer in range(N_LAYERS) for p in PROJECTIONS]
@@ -50,8 +52,8 @@ PLACES = [(layer, p) for layer in range(N_LAYERS) for p in PROJECTIONS]
 
 def dealt(first: int) -> dict[tuple[int, str], Quantization | mx.Dtype]:
     """Give each projection of each layer another form, beginning with one."""
-    chosen = list(FORMS.values())[first : first + len(PLACES)]
-    return dict(zip(PLACES, chosen, strict=True))
+    dealt = itertools.cycle(FORMS.values())
+    return dict(zip(PLACES, itertools.islice(dealt, first, None), strict=False))
 
 
 # Together these have all forms, beside others in the same layer.
@@ -199,25 +201,37 @@ def test_our_kernels_run_experts_of_the_forms_they_know(gate, up, down, known):
     assert all_known(ExpertWeights(*weights)) == known
 
 
-# Unsupported forms are refused.
-def test_a_scale_of_the_whole_matrix_is_refused_by_name(tmp_path):
+def test_a_scale_of_the_whole_matrix_needs_mlx_lms_class(tmp_path):
     """mlx-lm can write one beside nvfp4: without it, the model would differ."""
     form = dict.fromkeys(PLACES, Quantization(4, 16, "nvfp4"))
-    path = make_checkpoint(tmp_path / "plain", experts=form)
+    path = make_checkpoint(tmp_path / "plain", experts=form, **SIZES)
     name = "language_model.model.layers.1.mlp.switch_mlp.up_proj"
     tensors = read_raw(path)
     ones = np.ones(8, np.float32)
     tensors[f"{name}.global_scale"] = Raw("F32", (8,), ones.tobytes())
     write_raw(path, tensors)
     config = json.loads((path / "config.json").read_text())
-    config["quantization"][name]["global_scale"] = True
-    (path / "config.json").write_text(json.dumps(config))
     for memory in ("4GB", None):
         with pytest.raises(ModelError, match=r"up_proj\.global_scale"):
-            model, _ = moeflux_mlx.load(path, expert_memory=memory)
+            moeflux_mlx.load(path, expert_memory=memory)
+    config["quantization"][name]["global_scale"] = True
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="our own class does not support a global_s"):
+        moeflux_mlx.load(path, native=True)
+    pack(path, tmp_path / "packed")
+    for source in (path, tmp_path / "packed"):
+        model, _ = moeflux_mlx.load(source, expert_memory="4GB")
+        own = model.streamer.source(1).weights.by_name["up_proj"].global_scale
+        assert np.array_equal(np.array(own), ones)
+        with pytest.raises(
+            ModelError, match=r"layers\.1\.mlp.*up_proj: expected a GPU"
+        ):
             model(mx.array([[1]]))
+    unpack_pack(tmp_path / "packed", tmp_path / "back")
+    assert read_raw(tmp_path / "back").keys() == tensors.keys()
 
 
+# Unsupported forms are refused.
 def test_biases_of_another_type_than_their_scales_are_refused_by_name(
     checkpoint, tmp_path
 ):

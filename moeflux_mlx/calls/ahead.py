@@ -32,11 +32,16 @@ class RestartError(Exception):
 
 @dataclass(frozen=True)
 class _Passed:
-    """A layer's output, its caches afterwards, and the blocks up to its end."""
+    """A layer's output, its caches afterwards, and the blocks up to its end.
+
+    ``shared`` has the contents of its dictionaries afterwards, in which layers of some
+    models leave arrays for later ones.
+    """
 
     out: Any
     states: list[CacheState]
     n_blocks: int
+    shared: list[dict[Any, Any]]
 
 
 class TokenAhead:
@@ -128,13 +133,18 @@ class TokenAhead:
         if passed is not None and passed.n_blocks <= len(self._confirmed):
             for state in passed.states:
                 state.put_back()
+            for given, held in zip(_shared(args, options), passed.shared, strict=True):
+                given.clear()
+                given.update(held)
             self._n_blocks = passed.n_blocks
             return passed.out
         out = call(*args, **options)
         used: list[CacheState] = []
         known = self._is_function(args, options, used) and _is_value(out)
         states = [state.now() for state in used]
-        self._passed[i:] = [_Passed(out, states, self._n_blocks) if known else None]
+        shared = [dict(one) for one in _shared(args, options)]
+        passed = _Passed(out, states, self._n_blocks, shared)
+        self._passed[i:] = [passed if known else None]
         return out
 
     def _can_run_ahead(self, indices: mx.array) -> bool:
@@ -177,13 +187,14 @@ class TokenAhead:
     def _is_function(
         self, args: tuple[Any, ...], options: dict[str, Any], used: list[CacheState]
     ) -> bool:
-        """Tell whether a layer changes none of its arguments except known caches.
+        """Tell whether a layer changes only known caches and dictionaries of values.
 
         Args:
             used: receives the states of these caches.
         """
         for value in (*args, *options.values()):
-            if _is_value(value):
+            held = tuple(value.values()) if isinstance(value, dict) else value
+            if _is_value(held):
                 continue
             given = value if isinstance(value, list | tuple) else [value]
             if not are_known(given):
@@ -193,6 +204,11 @@ class TokenAhead:
                     return False
                 used.append(state)
         return True
+
+
+def _shared(args: tuple[Any, ...], options: dict[str, Any]) -> list[dict[Any, Any]]:
+    """Return the dictionaries among a layer's arguments."""
+    return [value for value in (*args, *options.values()) if isinstance(value, dict)]
 
 
 def _is_value(value: Any) -> bool:

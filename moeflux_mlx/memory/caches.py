@@ -20,6 +20,7 @@ from mlx_lm.models.cache import (
 )
 
 from ..experts.weights import leaves
+from .own_caches import OwnForm, is_own
 
 # mlx-lm's KV caches grow by this many rows.
 CACHE_STEP = 256
@@ -119,7 +120,16 @@ def arrays_of(cache: Iterable[Any]) -> list[mx.array]:
 
 def are_known(cache: Iterable[Any]) -> bool:
     """Return whether ``CacheState`` can restore every cache of a call."""
-    return all(type(one) in KNOWN for one in single_caches(cache))
+    return all(type(one) in KNOWN or _is_of_model(one) for one in single_caches(cache))
+
+
+def _is_of_model(cache: Any) -> bool:
+    """Tell whether a file of an mlx-lm model defines a cache of immutable values.
+
+    Subclasses of other caches may write rows where these do not, and are unknown.
+    """
+    is_models = type(cache).__module__.startswith("mlx_lm.models.") and is_own(cache)
+    return is_models and not isinstance(cache, KNOWN) and OwnForm.of(cache).is_plain
 
 
 class CacheState:

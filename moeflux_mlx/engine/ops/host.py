@@ -22,7 +22,7 @@ from ... import device
 from ...experts.weights import Quantization, Weight
 
 # Bits of a field: it holds a whole number of values, few enough for a table.
-FIELD_BITS = {2: 8, 3: 12, 4: 8, 5: 10, 6: 12, 8: 8}
+FIELD_BITS = {1: 8, 2: 8, 3: 12, 4: 8, 5: 10, 6: 12, 8: 8}
 # A byte of values of 1.0, and the byte of a scale of 1.0, by mode.
 ONES = {"mxfp4": (0x22, 0x7F), "mxfp8": (0x38, 0x7F), "nvfp4": (0x22, 0x38)}
 

@@ -8,6 +8,7 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
+from ...errors import ExpertStoreError
 from ..weights import ExpertWeights
 
 
@@ -49,6 +50,19 @@ class Streamer(Protocol):
 
     def guard(self, *outputs: mx.array) -> None:
         """See ``StreamedExperts.guard``."""
+
+
+def ids_of(indices: mx.array) -> np.ndarray:
+    """Wait for expert ids, and return them.
+
+    Raises:
+        ExpertStoreError: they are no integers.
+    """
+    if not mx.issubdtype(indices.dtype, mx.integer):
+        raise ExpertStoreError(
+            f"[slots] expected expert ids as integers but got {indices.dtype}"
+        )
+    return np.array(indices, copy=False)
 
 
 class StreamedExperts:
@@ -140,7 +154,7 @@ class StreamedExperts:
         if indices.size <= streamer.capacity:
             yield None, self.slots(indices)
             return
-        ids = np.array(indices).ravel()
+        ids = ids_of(indices).ravel()
         distinct = np.unique(ids)
         if len(distinct) <= streamer.capacity:
             yield None, self.slots(indices)

@@ -14,9 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ... import device
 from ...errors import ModelError
 from ...system.commands import is_to_be_saved
 from ...system.uncopied import Uncopied
+from ..files.layout import GLOBAL_SCALE
 from ..files.modules import RoutedBlock
 from ..weights import ExpertWeights, Quantization, has_values
 from .blank import BlankSource
@@ -121,6 +123,8 @@ class StreamedSwitch(Uncopied, nn.Module):
         self.saved_dtype: mx.Dtype | None = None
         self._source, self._alone, self._token = source, alone, token
         self._exchange = exchange
+        # The projections that MLX multiplies on GPUs only.
+        self._for_gpus = [n for n, part in parts if part == GLOBAL_SCALE]
         # An output row's length and type, by the type of the block's input.
         self._rows_like: dict[mx.Dtype, tuple[int, mx.Dtype]] = {}
         # Keep the activation and every other child of mlx-lm's block.
@@ -165,6 +169,12 @@ class StreamedSwitch(Uncopied, nn.Module):
         return self._alone(self._called, x, indices)
 
     def _called(self, x: mx.array, indices: mx.array) -> mx.array:
+        if self._for_gpus and device.on_cpu():
+            raise ModelError(
+                f"[stream] {self.path}.{self._for_gpus[0]}: expected a GPU for a "
+                "global_scale but got a CPU: use a release of the model with "
+                "experts in another quantisation"
+            )
         source = self._source()
         if self._exchange is not None and not isinstance(source, BlankSource):
             return self._exchanged(self._exchange, source, x, indices)

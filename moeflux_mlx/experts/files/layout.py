@@ -16,8 +16,10 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PARTS = ("weight", "scales", "biases")
 # A projection's bias, one value for each row; not the quantisation's ``biases``.
 BIAS = "bias"
+# A scale of an expert's whole matrix, beside those of its groups.
+GLOBAL_SCALE = "global_scale"
 # All arrays that a projection of mlx-lm can have.
-ALL_PARTS = (*PARTS, BIAS, "global_scale")
+ALL_PARTS = (*PARTS, BIAS, GLOBAL_SCALE)
 # Kernels load up to 16 bytes at a time.
 TENSOR_ALIGNMENT = 16
 # Apple's page size, and a multiple of every disk's logical block.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import mlx.core as mx
@@ -35,7 +37,8 @@ class ModuleExperts(TensorExperts):
                 path.
 
         Raises:
-            ModelError: a parameter is not an unchanged tensor; names it.
+            ModelError: a parameter is not an unchanged tensor; names it. Only
+                parameters that are not to be read from a file are compared with it.
         """
         self.blocks = list(blocks)
         routed = {
@@ -100,7 +103,25 @@ def _stacked(
             f"the model computes it from others: run 'moeflux pack "
             f"{checkpoint.directory} DST' and stream DST"
         )
+    if not (_is_to_be_read(array) or _has_values_of(array, entry)):
+        raise ModelError(
+            f"[stream] {path}: expected the values of {entry.file} but got others: "
+            "stream the model before you change it, or load it with all experts in "
+            "memory"
+        )
     return stacked(entry)
+
+
+def _is_to_be_read(array: mx.array) -> bool:
+    """Tell whether an array will be read from a file, and nothing changes it then."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, array)
+    return re.findall(r'label ="(\w+)"', graph.getvalue()) == ["Load"]
+
+
+def _has_values_of(array: mx.array, entry: TensorEntry) -> bool:
+    own = load_arrays(entry.file)[entry.name]
+    return mx.array_equal(array.view(mx.uint8), own.view(mx.uint8)).item() is True
 
 
 def stacked(entry: TensorEntry) -> ExpertTensors:

@@ -76,15 +76,20 @@ def find_blocks(model: nn.Module) -> list[RoutedBlock]:
     A single expert matrix among other weights is not a block, and is not streamed.
 
     Raises:
-        ModelError: a block's class has an unknown call, or its experts are not mlx-lm's
-            projections; names the block.
+        ModelError: a block's class has an unknown call, its experts are not mlx-lm's
+            projections, or it is at two paths; names the block.
     """
-    found = [
-        RoutedBlock(path, module)
-        for path, module in model.named_modules()
-        if _is_block(path, module)
-    ]
-    return sorted(found, key=lambda block: by_number(block.path))
+    found: dict[int, RoutedBlock] = {}
+    for path, module in model.named_modules():
+        if not _is_block(path, module):
+            continue
+        first = found.setdefault(id(module), RoutedBlock(path, module))
+        if first.path != path:
+            raise ModelError(
+                f"[stream] {path}: expected a routed block of its own but got that of "
+                f"{first.path}: load the model with all experts in memory"
+            )
+    return sorted(found.values(), key=lambda block: by_number(block.path))
 
 
 def projections_of(module: nn.Module) -> dict[str, nn.Module]:
@@ -93,15 +98,21 @@ def projections_of(module: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in children if isinstance(m, PROJECTION)}
 
 
+def _is_known(projection: object) -> bool:
+    """Tell whether a projection is mlx-lm's, with mlx-lm's own call."""
+    calls = [kind.__call__ for kind in PROJECTION]
+    return isinstance(projection, PROJECTION) and type(projection).__call__ in calls
+
+
 def _is_block(path: str, module: nn.Module) -> bool:
     names = KNOWN_CALLS.get(type(module).__call__)
     if names is not None:
         for name in names:
-            if not isinstance(module.get(name), PROJECTION):
+            if not _is_known(module.get(name)):
                 raise ModelError(
-                    f"[stream] {path}.{name}: expected a SwitchLinear but got "
-                    f"{type(module.get(name)).__name__}: stream the model before you "
-                    "change it"
+                    f"[stream] {path}.{name}: expected a SwitchLinear with mlx-lm's "
+                    f"call but got {type(module.get(name)).__name__}: stream the model "
+                    "before you change it, or load it with all experts in memory"
                 )
         return True
     projections = projections_of(module)

@@ -57,14 +57,15 @@ class PlainLayer:
             ExpertStoreError: the rows of one tensor differ in length or type.
         """
         for name, specs in self._groups():
-            first = specs[0]
+            first, shape = specs[0], specs[0].shape
             rest = {(spec.dtype, spec.shape[1:]) for spec in specs}
-            if len(rest) > 1 or not first.shape:
+            if len(specs) > 1 and (len(rest) > 1 or not shape):
                 raise ExpertStoreError(
                     f"[unpack] {name!r}: expected rows of one length and type but got "
                     f"{[(spec.dtype, list(spec.shape)) for spec in specs]}"
                 )
-            shape = (sum(spec.shape[0] for spec in specs), *first.shape[1:])
+            if shape:
+                shape = (sum(spec.shape[0] for spec in specs), *shape[1:])
             if NUMBER not in name:
                 yield _entry(name, first.dtype, (self.n_experts, *shape))
                 continue

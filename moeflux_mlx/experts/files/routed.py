@@ -12,7 +12,14 @@ from ...errors import ModelError
 from ...system.files import short
 from ..weights import Quantization
 from .checkpoint import is_used
-from .layout import BIAS, DEFAULT_ALIGNMENT, PARTS, PROJECTIONS, ExpertLayout
+from .layout import (
+    BIAS,
+    DEFAULT_ALIGNMENT,
+    GLOBAL_SCALE,
+    PARTS,
+    PROJECTIONS,
+    ExpertLayout,
+)
 from .safetensors import DTYPE_BYTES, TensorEntry
 
 # A tensor of all experts (switch_mlp.up_proj.weight, experts.down_proj) or of one
@@ -34,7 +41,7 @@ OTHER_RELEASE = (
 FLOATS_OF_8_BITS = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
 
 DENSE_DTYPES = ("F32", "F16", "BF16")
-AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+AFFINE_BITS, AFFINE_GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)
 # Bits and group size of the modes with one-byte scales.
 BYTE_SCALED = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
@@ -251,6 +258,12 @@ def routed_layers(tensors: Mapping[str, TensorEntry]) -> dict[int, RoutedLayer]:
         part = match["part"] or "weight"
         # No bias for fused matrices: families order its elements differently.
         parts = PARTS if projection == FUSED else (*PARTS, BIAS)
+        if part == GLOBAL_SCALE:
+            raise ModelError(
+                f"[experts] {name!r} of {entry.file}: expected '{GLOBAL_SCALE}: true' "
+                "for this matrix in config.json, where mlx-lm's converter writes it, "
+                "but it is missing: add it to 'quantization'"
+            )
         if projection not in (*PROJECTIONS, FUSED) or part not in parts:
             raise _unusable(entry, f"{PROJECTIONS} with {(*PARTS, BIAS)}")
         layer = found.setdefault(number, _Found(number, match["path"]))

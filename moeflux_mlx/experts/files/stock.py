@@ -54,7 +54,16 @@ def why_stock(config: Mapping[str, Any]) -> str | None:
         return NONE_OF_OUR_OWN
     lacks = getattr(import_module(name), "lacks", None)
     found = None if lacks is None else lacks(config)
+    found = found or _unknown_form(config)
     return None if found is None else f"our own class does not support {found}"
+
+
+def _unknown_form(config: Mapping[str, Any]) -> str | None:
+    """Return the part of a quantisation that no class of ours supports, if any."""
+    table = config.get("quantization")
+    forms = table.values() if isinstance(table, dict) else ()
+    scaled = any(isinstance(f, dict) and f.get("global_scale") for f in forms)
+    return "a global_scale" if scaled else None
 
 
 def departs(config: Mapping[str, Any]) -> str | None:

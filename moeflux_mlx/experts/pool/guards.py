@@ -59,11 +59,13 @@ class Guards:
     def wait(self, *others: mx.array) -> None:
         """Compute all guarded arrays, and ``others``."""
         self._enter()
-        guards = [*self._handed, *self._own]
-        if not guards and not others:
-            return
         try:
-            self._evaluate(*others, *guards)
+            # Apart from the rest: while this thread differentiates, MLX crashes on one
+            # evaluation of its own arrays and of those that another thread has begun.
+            if self._handed:
+                mx.eval(self._handed)
+            if others or self._own:
+                self._evaluate(*others, *self._own)
         except Exception:
             self._forget()
             raise

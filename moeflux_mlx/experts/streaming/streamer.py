@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import mlx.core as mx
 import numpy as np
 
-from ...errors import ConfigError, ExpertStoreError
+from ...errors import ConfigError
 from ..compute.resident import PreloadedExperts
-from ..compute.streamed import StreamedExperts
+from ..compute.streamed import StreamedExperts, ids_of
 from ..pool.residency import EMPTY
 from ..weights import ExpertWeights
 from .expert_pool import ExpertPool, Source
@@ -238,12 +238,7 @@ class ExpertStreamer(ExpertPool):
     def _read_back(self, chosen: Sequence[mx.array]) -> list[np.ndarray]:
         """Wait for expert ids and for all guarded arrays; return the ids."""
         self._guards.wait(*chosen)
-        for indices in chosen:
-            if not mx.issubdtype(indices.dtype, mx.integer):
-                raise ExpertStoreError(
-                    f"[slots] expected expert ids as integers but got {indices.dtype}"
-                )
-        return [np.array(indices, copy=False) for indices in chosen]
+        return [ids_of(indices) for indices in chosen]
 
     def waves(
         self, layer: int, experts: Sequence[int]
