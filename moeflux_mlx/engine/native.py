@@ -24,7 +24,7 @@ from ..experts.files.modules import (
     quantize_as_stored,
 )
 from ..memory.plan import Needs
-from ..saving.guard import GuardsSaving, guard_saving, refuse_experts
+from ..saving.guard import GuardsSaving, guard_saving, keep_whole, refuse_experts
 from ..training import TrainsUncompiled
 from .forward import Forward
 from .graph.experts import GraphExperts
@@ -102,6 +102,7 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
         self._stream_experts(text, forms, path)
         text.forward = Forward(text, text.args, self.runtime, forms, backbone)
         text.model.forward = text.forward
+        keep_whole(self)  # type: ignore[arg-type]
 
     def _stream_experts(self, text: Any, forms: list[LayerForm], path: str) -> None:
         """Replace routed blocks by modules that stream, if experts are in files."""
@@ -192,10 +193,6 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
     def graph_layers(self) -> list[GraphLayer]:
         """The decoder layers as graphs."""
         return self.engine.graph_layers()
-
-    def shard(self, group: Any = None) -> None:
-        """Raise ModelError: sharding is not supported yet."""
-        raise ModelError("[shard] expected one machine: sharding is not supported yet")
 
 
 def _begin_with(first: type, module: nn.Module) -> None:
