@@ -421,9 +421,8 @@ def pack_classes(model_file: str) -> tuple[type, type]:
     check_settings()
     options = RunOptions(directory=directory, give_way=give_way)
     found = load_config(directory)
+    refuse_division_of_layers()
     group = None if saves or divides_data() else launched_group()
-    if group is not None:
-        refuse_division_of_layers()
     if group is not None or not has_own_class(found):
         return saved_plainly(
             *door_classes(

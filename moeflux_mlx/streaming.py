@@ -105,14 +105,6 @@ class StreamedModel(GuardsSaving, TrainsUncompiled, StreamedPart):
         calls: Calls = self.__dict__["calls"]
         return calls.keeper
 
-    def shard(self, group: Group | None = None) -> None:
-        """Do nothing, because loading has divided the model.
-
-        Raises:
-            ModelError: the model was not loaded with this process group.
-        """
-        check_division(self, group, pipeline=False)
-
     def load_weights(
         self, file_or_weights: str | list[tuple[str, mx.array]], strict: bool = True
     ) -> nn.Module:

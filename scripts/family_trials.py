@@ -98,7 +98,7 @@ def _difference(
 
 
 def write_model(
-    path: Path, family: str, bits: int | None, seed: int = 0, **sizes: int
+    path: Path, family: str, bits: int | None, seed: int = 0, **sizes: int | None
 ) -> None:
     """Write a random float32 model in mlx-lm's format.
 

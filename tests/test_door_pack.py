@@ -42,12 +42,12 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
 
-def write(path: Path, family: str, bits: int | None = None) -> Path:
+def write(path: Path, family: str, bits: int | None = None, **sizes) -> Path:
     import families
     import family_trials
 
     path.mkdir()
-    family_trials.write_model(path, family, bits)
+    family_trials.write_model(path, family, bits, **sizes)
     write_tokenizer(path, families.VOCAB)
     return path
 

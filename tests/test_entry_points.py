@@ -24,7 +24,7 @@ from mlx_lm.models import cache as caches
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from test_adapters import command
 from test_door_pack import write
-from test_saving import assert_alike
+from test_saving import arrays, assert_alike, assert_same
 from test_saving import command as strict_command
 
 import moeflux_mlx
@@ -33,6 +33,7 @@ from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts.files.checkpoint import read_config
 from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.experts.files.stock import has_own_class
+from moeflux_mlx.experts.files.unpack import unpack
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "entry-points.md").read_text()
@@ -191,6 +192,84 @@ def test_commands_that_read_every_expert_are_refused(pair, tmp_path, monkeypatch
             f"quant.{name}", "--model", pair.packed, "--mlx-path", tmp_path / "out"
         )
     assert [*tmp_path.iterdir()] == []
+
+
+# Options for small models: one group of 32 columns, and few trials.
+OF_QUANTISERS = {
+    "awq": ["--group-size", 32, "--n-grid", 2],
+    "dwq": ["--group-size", 32, "--batch-size", 2],
+    "dynamic_quant": ["--low-group-size", 32, "--high-group-size", 32],
+    "gptq": ["--group-size", 32, "--fallback-group-size", 32],
+}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Pair:
+    """A dense checkpoint of a family that ``mlx_lm.awq`` supports, and its pack."""
+    plain = tmp_path_factory.mktemp("dense") / "plain"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts"))
+        write(plain, "deepseek_v2", q_lora_rank=None)
+    pack(plain, plain.with_name("packed"))
+    return Pair(plain, plain.with_name("packed"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUANTISERS)
+def test_quantisers_change_an_unpacked_model_as_the_original(
+    dense, tmp_path, monkeypatch, name
+):
+    """Replace only the commands' data sets, which are on a hub."""
+    rows = mx.random.randint(1, 90, (4, 17), key=mx.random.key(1))
+    module = importlib.import_module(f"mlx_lm.quant.{name}")
+    pairs = [(row, 0) for row in rows.tolist()]
+    found = (pairs, pairs) if name == "dwq" else rows
+    monkeypatch.setattr(module, "load_data", lambda *_, **__: found)
+    monkeypatch.chdir(tmp_path)
+    unpack(dense.packed, tmp_path / "unpacked")
+    for path in (dense.plain, tmp_path / "unpacked"):
+        out = tmp_path / f"{path.name}-out"
+        flags = ["--model", path, "--mlx-path", out, *OF_QUANTISERS[name]]
+        strict_command(f"quant.{name}", *flags)
+    ours, stocks = tmp_path / "unpacked-out", tmp_path / "plain-out"
+    assert_same(arrays(ours), arrays(stocks))
+    pack(ours, tmp_path / "packed")
+    again, _ = moeflux_mlx.load(tmp_path / "packed", expert_memory="2200kB")
+    stock, _ = mlx_lm.load(str(stocks))
+    assert mx.array_equal(again(rows), stock(rows))
+
+
+def test_quantisers_refuse_a_model_whose_experts_are_in_files(pair, few):
+    """As functions they would otherwise change everything except the experts."""
+    dwq, dynamic, gptq = (
+        importlib.import_module(f"mlx_lm.quant.{name}") for name in QUANTISERS[1:]
+    )
+    model, _ = moeflux_mlx.load(pair.packed)
+    before = model(mx.array([[5, 6]]))
+    for quantise in (
+        lambda: dwq.dwq_quantize(model, *[None] * 7),
+        lambda: dynamic.estimate_sensitivities(model, [], 4, 32, 5, 32),
+        lambda: gptq.gptq_quantize(model, [], 4, 32, 6, 32),
+    ):
+        with pytest.raises(ModelError, match=r"moeflux unpack PACK DIR.*mlx_lm\."):
+            quantise()
+    assert mx.array_equal(model(mx.array([[5, 6]])), before)
+
+
+@pytest.mark.parametrize("loader", ["sharded_load", "pipeline_load"])
+def test_loaders_that_divide_a_model_work_alone_or_refuse(pair, few, loader):
+    """Another test runs them in several processes."""
+    tokens, trusted = mx.array([[5, 6, 7]]), {"trust_remote_code": True}
+    if loader == "sharded_load":
+        model, _ = utils.sharded_load(str(pair.packed), **trusted)
+        stock, _ = utils.load(str(pair.plain))
+        assert mx.allclose(model(tokens), stock(tokens), atol=1e-4)
+        with pytest.raises(ModelError, match="moeflux chat --pipeline"):
+            utils.sharded_load(str(pair.packed), mx.distributed.init(), **trusted)
+    else:
+        # Stock's own refusal: this loader takes no ``trust_remote_code``.
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            utils.pipeline_load(str(pair.packed))
 
 
 @pytest.fixture

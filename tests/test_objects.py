@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -241,6 +242,29 @@ REFUSED = {
     "ragged tokens": (lambda m: m([[5, 6], [7]]), "rows of one length"),
     "flat tokens": (lambda m: m([5, 6]), r"integer ids \[B, T\]"),
 }
+
+
+# Ways to divide a model that mlx-lm's classes have, in a group of two.
+PAIR_OF_RANKS = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+DIVIDED = {
+    "its shard": lambda m: m.shard(PAIR_OF_RANKS),
+    "pipeline": lambda m: getattr(m, "language_model", m).model.pipeline(PAIR_OF_RANKS),
+}
+
+
+@pytest.mark.parametrize("pair", ["native resident", "door streamed"], indirect=True)
+def test_only_loading_divides_models(pair):
+    ours, stock = pair
+    before = ours(TOKENS)
+    for name, divide in DIVIDED.items():
+        with pytest.raises(ModelError, match=r"\[shard\] .*load\(group=\)") as caught:
+            divide(ours)
+        assert "\n" not in str(caught.value), name
+        assert mx.array_equal(ours(TOKENS), before), name
+    # A single process is divided already.
+    ours.shard(mx.distributed.init())
+    stock.shard(mx.distributed.init())
+    assert agree(ours(TOKENS), stock(TOKENS))
 
 
 @pytest.mark.sampled

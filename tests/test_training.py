@@ -12,7 +12,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.utils import load_model
 from test_calls_transforms import check_same
@@ -103,6 +103,36 @@ def test_mixed_precision_gives_stocks_gradients(tmp_path, form):
     assert abs(wanted["loss"] - exact) > 1e-4
     for options in WAYS.values():
         check_same(mixed(moeflux_mlx.load(path, **options)[0]), wanted)
+
+
+def with_scales(model: Any) -> dict[str, np.ndarray]:
+    """Return gradients of all numbers, scales and biases of matrices included."""
+    model.train().unfreeze()
+    arrays = tree_flatten(model.parameters())
+    floats = tree_unflatten(
+        [a for a in arrays if mx.issubdtype(a[1].dtype, mx.floating)]
+    )
+
+    def loss(floats: Any) -> mx.array:
+        model.update(floats)
+        return default_loss(model, IDS, LENGTHS)[0]
+
+    found = mx.grad(loss)(floats)
+    mx.eval(found)
+    model.update(floats)
+    return {name: np.array(x, np.float64) for name, x in tree_flatten(found)}
+
+
+@pytest.mark.parametrize("form", MAKERS)
+def test_scales_of_quantised_matrices_have_stocks_gradients(tmp_path, form):
+    """``mlx_lm.dwq`` trains them, also those of experts that are parameters."""
+    path = MAKERS[form](tmp_path / "model", bits=4)
+    wanted = with_scales(load_model(path)[0])
+    for way, options in WAYS.items():
+        found = with_scales(moeflux_mlx.load(path, **options)[0])
+        check_same(found, wanted)
+        if way == "resident":
+            assert found.keys() == wanted.keys()
 
 
 def loss_in_float32(path: Path) -> float:

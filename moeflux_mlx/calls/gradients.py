@@ -111,7 +111,9 @@ class _Followed:
     def of(cls, module: nn.Module, given: list[mx.array]) -> _Followed:
         """Find the followed parameters of a call with these array arguments."""
         arrays = dict(tree_flatten(module.parameters()))
-        trainable = dict(tree_flatten(module.trainable_parameters()))
+        every: dict[str, mx.array] = dict(tree_flatten(module.trainable_parameters()))
+        # Packed matrices have no gradients, though a model may call them trainable.
+        trainable = {name: x for name, x in every.items() if _is_floating(x)}
         by = trainable if is_traced([*trainable.values()]) else {}
         n_bytes = sum(x.nbytes for x in by.values())
         if not by or is_traced(given):
@@ -144,4 +146,9 @@ def kind_of(module: nn.Module) -> Any:
 
 def _is_vector(x: mx.array) -> bool:
     """Return whether an array is small, like the weight of a norm."""
-    return x.ndim == 1 and mx.issubdtype(x.dtype, mx.floating)
+    return x.ndim == 1 and _is_floating(x)
+
+
+def _is_floating(x: mx.array) -> bool:
+    """Return whether an array may have a gradient."""
+    return mx.issubdtype(x.dtype, mx.floating)

@@ -24,12 +24,7 @@ from ..experts.files.modules import (
     quantize_as_stored,
 )
 from ..memory.plan import Needs
-from ..saving.guard import (
-    GuardsSaving,
-    check_division,
-    guard_saving,
-    refuse_experts,
-)
+from ..saving.guard import GuardsSaving, guard_saving, keep_whole, refuse_experts
 from ..training import TrainsUncompiled
 from .forward import Forward
 from .graph.experts import GraphExperts
@@ -108,6 +103,7 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
         self._stream_experts(text, forms, path)
         text.forward = Forward(text, text.args, self.runtime, forms, backbone)
         text.model.forward = text.forward
+        keep_whole(self)  # type: ignore[arg-type]
 
     def _stream_experts(self, text: Any, forms: list[LayerForm], path: str) -> None:
         """Replace routed blocks by modules that stream, if experts are in files."""
@@ -199,19 +195,6 @@ class NativeModel(GuardsSaving, TrainsUncompiled):
     def graph_layers(self) -> list[GraphLayer]:
         """The decoder layers as graphs."""
         return self.engine.graph_layers()
-
-    def shard(self, group: mx.distributed.Group | None = None) -> None:
-        """Do nothing if loading has divided the experts between the ranks.
-
-        Raises:
-            ModelError: the model was not loaded with this process group.
-        """
-        if self.options.group is None:
-            raise ModelError(
-                "[shard] expected a model that load(group=) divided between ranks but "
-                "got one of one process: load it so"
-            )
-        check_division(self, group, pipeline=False)
 
 
 def _begin_with(first: type, module: nn.Module) -> None:

@@ -22,7 +22,7 @@ from ..calls.alone import OneAtATime
 from ..errors import ModelError
 from ..experts.compute.switch import PLAIN_FIRST
 from ..experts.files.model_file import remove_model_file
-from ..system.commands import type_of_convert
+from ..system.commands import refuse_quantisers, type_of_convert
 from ..system.uncopied import Unpickled
 from .whole import save_file, save_shards, store_of, switches_of
 
@@ -97,9 +97,39 @@ class GuardsSaving(Unpickled, nn.Module):
         refuse_saving_now(self)
         return super().parameters()
 
+    def shard(self, group: mx.distributed.Group | None = None) -> None:
+        """Do nothing, because loading has divided the model.
+
+        Raises:
+            ModelError: the model was not loaded with this process group.
+        """
+        check_division(self, group, pipeline=False)
+
+    def leaf_modules(self) -> Any:
+        """Return all modules without children, as ``mlx.nn.Module`` does.
+
+        Raises:
+            ModelError: a quantiser of mlx-lm would change experts that are in files.
+        """
+        self._refuse_quantisers()
+        return super().leaf_modules()
+
+    def apply_to_modules(self, apply_fn: Callable[[str, nn.Module], Any]) -> nn.Module:
+        """Call a function on all modules, as ``mlx.nn.Module`` does.
+
+        Raises:
+            ModelError: a quantiser of mlx-lm would change experts that are in files.
+        """
+        self._refuse_quantisers()
+        return super().apply_to_modules(apply_fn)
+
+    def _refuse_quantisers(self) -> None:
+        if reads_experts(self):
+            refuse_quantisers()
+
 
 def keep_whole(model: nn.Module) -> None:
-    """Make every module of a streamed model refuse ``shard`` and ``pipeline``.
+    """Make every module of a model of ours refuse ``shard`` and ``pipeline``.
 
     The model itself keeps its own ``shard``.
     """
@@ -112,28 +142,29 @@ def keep_whole(model: nn.Module) -> None:
 def check_division(
     model: nn.Module, group: mx.distributed.Group | None, *, pipeline: bool
 ) -> None:
-    """Refuse to divide a streamed model in another way than loading has.
+    """Refuse to divide a model in another way than loading has.
 
     Raises:
         ModelError: as ``refuse_division``.
     """
     asked = mx.distributed.init() if group is None else group
-    own = vars(model)["group"]
+    own: Any = vars(model).get("group")
     is_divided = own is not None and vars(model)["pipeline"] == pipeline
     if asked.size() != (own.size() if is_divided else 1):
         refuse_division()
 
 
 def refuse_division(*_arguments: Any, **_options: Any) -> None:
-    """Refuse to divide a model with streamed experts.
+    """Refuse to divide a model of our own class, or one with streamed experts.
 
     Raises:
         ModelError: always; the message names the alternatives.
     """
     raise ModelError(
-        "[stream] expected a model with its experts among its parameters but got one "
-        "that reads them from files: divide the experts between processes with "
-        "load(group=), or load it without a bound on memory"
+        "[shard] expected a model of mlx-lm's class with its experts among its "
+        "parameters but got one of our own class, or one that reads them from files: "
+        "divide the experts between processes with load(group=), or load a plain "
+        "checkpoint with native=False and without a bound on memory"
     )
 
 

@@ -22,19 +22,34 @@ def is_to_be_saved() -> bool:
     """Tell whether the running command of mlx-lm saves a model without calling it.
 
     Raises:
-        ModelError: the command would change experts, which is impossible in a pack.
+        ModelError: the command would change experts that are read from files.
     """
     for frame, name in _callers():
-        command = name.rpartition(".")[2]
-        if name in CHANGING or _exports(frame):
-            raise ModelError(
-                f"[{command}] expected a checkpoint with its experts among its "
-                "parameters but got a pack, nothing is written: run 'moeflux unpack "
-                f"PACK DIR' and mlx_lm.{command} on DIR"
-            )
+        _refuse_changing(frame, name)
         if name in SAVING:
             return True
     return False
+
+
+def refuse_quantisers() -> None:
+    """Refuse to let mlx-lm's quantisers change a model without its experts.
+
+    Raises:
+        ModelError: one of them calls this, as a command or as a function.
+    """
+    for frame, name in _callers():
+        _refuse_changing(frame, name)
+
+
+def _refuse_changing(frame: FrameType, name: str) -> None:
+    if name in CHANGING or _exports(frame):
+        command = name.rpartition(".")[2]
+        raise ModelError(
+            f"[{command}] expected a checkpoint with its experts among its parameters "
+            "but they are read from files, nothing is written: run 'moeflux unpack "
+            f"PACK DIR' if it is a pack, and mlx_lm.{command} on the plain checkpoint "
+            "without a bound on memory"
+        )
 
 
 def divides_data() -> bool:

@@ -405,7 +405,11 @@ def _gather_product(
         # ``sorted_indices`` is left out: with it, MLX's CUDA product is wrong.
         return mx.gather_mm(x, weight.w.swapaxes(-1, -2), rhs_indices=slots)
     scales, biases = _scales_like(x, weight)
-    return mx.gather_qmm(
+    shape = slots.shape
+    if in_order:
+        # For sorted indices of two dimensions MLX has no gradients of the scales.
+        x, slots = x.flatten(0, -3), slots.flatten()
+    out = mx.gather_qmm(
         x,
         weight.w,
         scales,
@@ -417,6 +421,7 @@ def _gather_product(
         mode=q.mode,
         sorted_indices=in_order,
     )
+    return mx.unflatten(out, 0, shape) if in_order else out
 
 
 def _gathers_in_place(weight: Weight, dtype: mx.Dtype) -> bool:
