@@ -32,27 +32,17 @@ class _Known:
         return [] if function is None else function(*args, **options)
 
 
-class _End:
-    """Lets MLX forget a thread when Python ends it.
+class _Functions:
+    """The functions that MLX may know in a thread, because it has called them.
 
-    MLX itself would do so later, without Python's lock. If the process ends meanwhile,
-    it aborts: "terminate called without an active exception".
+    Python deletes this when the thread ends, and MLX then forgets the thread. MLX itself
+    would do so later, without Python's lock. If the process ends meanwhile, it aborts:
+    "terminate called without an active exception".
     """
 
     def __init__(self) -> None:
-        self._is_main = threading.current_thread() is threading.main_thread()
-
-    def __del__(self) -> None:
-        if not self._is_main:
-            mx.clear_streams()
-
-
-class _Thread(threading.local):
-    """The functions that MLX may know in this thread, because it has called them."""
-
-    def __init__(self) -> None:
         self.called: set[_Known] = set()
-        self._end = _End()
+        self._is_main = threading.current_thread() is threading.main_thread()
 
     def forget(self) -> None:
         """Let MLX forget every deleted function in this thread."""
@@ -60,6 +50,17 @@ class _Thread(threading.local):
             # Deleting a compiled function makes its last calling thread forget it.
             mx.compile(known)()
             self.called.discard(known)
+
+    def __del__(self) -> None:
+        if not self._is_main:
+            mx.clear_streams()
+
+
+class _Thread(threading.local):
+    """The present thread's functions."""
+
+    def __init__(self) -> None:
+        self.functions = _Functions()
 
 
 _THREAD = _Thread()
@@ -70,7 +71,7 @@ def forget_gone() -> None:
 
     Other threads do so when they next call a compiled function, or end.
     """
-    _THREAD.forget()
+    _THREAD.functions.forget()
 
 
 class Compiled(Generic[P, R]):
@@ -84,7 +85,8 @@ class Compiled(Generic[P, R]):
         self._call = mx.compile(self._known)
 
     def __call__(self, *args: P.args, **options: P.kwargs) -> R:
-        if self._known not in _THREAD.called:
-            _THREAD.forget()
-            _THREAD.called.add(self._known)
+        functions = _THREAD.functions
+        if self._known not in functions.called:
+            functions.forget()
+            functions.called.add(self._known)
         return self._call(*args, **options)  # type: ignore[no-any-return]
