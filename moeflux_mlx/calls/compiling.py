@@ -35,9 +35,9 @@ class _Known:
 class _Functions:
     """The functions that MLX may know in a thread, because it has called them.
 
-    Python deletes this when the thread ends, and MLX then forgets the thread. MLX itself
-    would do so later, without Python's lock. If the process ends meanwhile, it aborts:
-    "terminate called without an active exception".
+    Python deletes this when the thread ends, and MLX then forgets the thread. MLX
+    itself would do so later, without Python's lock. If the process ends meanwhile, it
+    aborts: "terminate called without an active exception".
     """
 
     def __init__(self) -> None:
