@@ -509,6 +509,17 @@ def test_instructions_of_launches_are_compared_with_those_of_another_tree(monkey
     ]
 
 
+def test_calls_of_installed_packages_do_not_count_as_the_projects(monkeypatch):
+    own_file = loaded("measure_house", monkeypatch).own_file
+    assert (
+        own_file("/a/moeflux_mlx/ops/apply.py", Path("/a"))
+        == "moeflux_mlx/ops/apply.py"
+    )
+    installed = "/a/.venv/lib/python3.11/site-packages/numpy/core/fromnumeric.py"
+    for name in (installed, "/b/moeflux_mlx/state.py", "<string>"):
+        assert own_file(name, Path("/a")) == ""
+
+
 @pytest.fixture
 def commit(monkeypatch) -> ModuleType:
     """scripts/bench_commit."""
