@@ -152,5 +152,6 @@ def test_a_model_without_some_kernels_gives_the_same(bad, checkpoint, monkeypatc
     assert bool(launched) == (bad != set(KERNELS))
     assert outside == []
     if not bad:
+        # Those of other families, and of streamed experts.
         others = {"moe_softmax_topk", "attention_inputs_ungated", "mla_inputs"}
         assert set(launched) >= TOGETHER - others
