@@ -4,6 +4,13 @@ from .system import working_directory
 
 working_directory.forget()
 
+import os  # noqa: E402
+
+if not os.path.isdir(os.path.join(__path__[0], "models")):
+    # Python started in a checkout imports this folder, even after ``pip install .``.
+    # There the folder of models is beside it.
+    __path__.append(os.path.dirname(__path__[0]))
+
 from .system.backend import own_file_limit, require_backend  # noqa: E402
 
 require_backend()

@@ -7,9 +7,12 @@ import functools
 import re
 from collections import Counter
 from graphlib import CycleError, TopologicalSorter
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
+
+import moeflux_mlx
 
 FOLDER = Path(__file__).resolve().parents[1] / "moeflux_mlx"
 FILES = [
@@ -143,3 +146,10 @@ def test_the_top_level_holds_the_ground_and_the_doors():
     ground = {"errors", "config", "device"}
     doors = {"loading", "streaming", "state", "training", "adapters", "drafts"}
     assert {path.stem for path in TOP} == ground | doors
+
+
+def test_models_are_found_in_a_checkout_that_is_not_installed_in_place():
+    # Without the finder of an editable installation only paths tell where they are.
+    found = PathFinder.find_spec("moeflux_mlx.models", moeflux_mlx.__path__)
+    assert found is not None and found.origin is not None
+    assert (Path(found.origin).parent / "qwen3_moe.py").is_file()
