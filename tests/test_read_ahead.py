@@ -17,6 +17,7 @@ from moeflux_mlx.errors import ConfigError
 from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.experts.files.packed import PackedExperts
 from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
+from moeflux_mlx.experts.pool.stats import StreamStats
 from moeflux_mlx.experts.streaming.read_ahead import HOLD_TOKENS, TURN_TOKENS, ReadAhead
 from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
 from moeflux_mlx.ops import SwigluFusedBatched
@@ -239,6 +240,28 @@ def test_tokens_that_wait_for_the_disk_count_where_most_do_not():
 def test_nothing_is_tried_where_no_read_delays_a_token():
     machine = Machine(1.0, 0.5, waits=0.001)
     assert not any(machine.token() for _ in range(TURN_TOKENS + HOLD_TOKENS))
+
+
+@pytest.mark.parametrize("choice", ["on", "off", "auto"])
+def test_only_a_trial_asks_how_long_tokens_waited(choice):
+    asked = []
+    chooser = ReadAhead(choice, lambda: asked.append(0) or 0.0)
+    for _ in range(TURN_TOKENS):
+        chooser.begin()
+        chooser.end()
+    assert bool(asked) == (choice == "auto")
+    asked.clear()
+    # Nothing waited, so the choice is kept.
+    chooser.begin()
+    chooser.end()
+    assert not asked
+
+
+def test_seconds_of_waiting_are_those_of_all_layers():
+    stats = StreamStats(range(3))
+    for layer in range(3):
+        stats[layer].wait_seconds += 1 + layer
+    assert stats.wait_seconds == stats.total.wait_seconds == 6
 
 
 def test_an_invalid_choice_is_refused():

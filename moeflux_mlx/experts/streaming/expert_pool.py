@@ -184,7 +184,7 @@ class ExpertPool(Uncopied):
         self._least_record = min(layout.record_bytes for layout in layouts)
         if read_ahead == "auto" and not self.reads_in_workers:
             read_ahead = "off"
-        self.read_ahead = ReadAhead(read_ahead, lambda: self.stats.total.wait_seconds)
+        self.read_ahead = ReadAhead(read_ahead, lambda: self.stats.wait_seconds)
         self.resident = division.n_slots == sum(counts)
         # Whether ``resize`` is refused.
         self.stays = False

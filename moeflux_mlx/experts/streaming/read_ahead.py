@@ -59,13 +59,13 @@ class ReadAhead:
         self._waits: list[float] = []
 
     def begin(self) -> bool:
-        """Start the timing of a token; return whether to read ahead for it."""
-        self._began = self._clock(), self._waited()
+        """Start a token, timed during a trial; return whether to read ahead for it."""
         if self._choice != "auto":
             return self._choice == "on"
         if self._left:
             self._active = self._winner
         else:
+            self._began = self._clock(), self._waited()
             n = sum(map(len, self._times.values()))
             self._active = n // TURN_TOKENS % 2 == 1
         return self._active
