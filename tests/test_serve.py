@@ -409,6 +409,7 @@ def test_every_flag_of_stocks_server_is_there():
         ["--model", "{packed}", "--port", "70000"],
         ["--model", "{packed}", "--port", "0", "--host", "192.0.2.1"],
         ["--model", "{packed}", "--temp", "nan"],
+        ["--model", "{packed}", "--prompt-cache-bytes", "1TB"],
         ["--model", "{packed}", "--chat-template-args", "[]"],
         ["--model", "{packed}", "--pipeline"],
         ["--model", "{packed}", "--prompt-concurrency", "8"],

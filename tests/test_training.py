@@ -19,6 +19,7 @@ from test_calls_transforms import check_same
 from tiny import make_checkpoint, make_qwen3_moe
 
 import moeflux_mlx
+from moeflux_mlx.errors import ModelError
 
 ROOT = Path(__file__).resolve().parents[1]
 IDS = mx.array(np.random.RandomState(0).randint(1, 300, (2, 9)))
@@ -133,6 +134,37 @@ def test_scales_of_quantised_matrices_have_stocks_gradients(tmp_path, form):
         check_same(found, wanted)
         if way == "resident":
             assert found.keys() == wanted.keys()
+
+
+def second_derivative(model: Any) -> mx.array:
+    norm = model.freeze().layers[0].input_layernorm
+    kept = norm.weight
+
+    def loss(weight: mx.array) -> mx.array:
+        norm.weight = weight
+        return model(IDS).square().mean()
+
+    try:
+        found = mx.grad(lambda weight: mx.grad(loss)(weight).sum())(kept)
+        mx.eval(found)
+    finally:
+        norm.weight = kept
+    return found
+
+
+def test_a_second_derivative_is_stocks_or_refused(tmp_path):
+    """Slots hold other experts by the time that it would need them."""
+    path = MAKERS["qwen3_moe"](tmp_path / "model", bits=4)
+    wanted = second_derivative(load_model(path)[0])
+    for way, options in WAYS.items():
+        model = moeflux_mlx.load(path, **options)[0]
+        if way == "resident":
+            assert mx.allclose(second_derivative(model), wanted, rtol=1e-4, atol=1e-7)
+            continue
+        before = model(IDS)
+        with pytest.raises(ModelError, match=r"\[stream\] .* first derivative"):
+            second_derivative(model)
+        assert mx.allclose(model(IDS), before, atol=1e-5), way
 
 
 def loss_in_float32(path: Path) -> float:

@@ -79,11 +79,13 @@ class Gradients:
     def _step(self, followed: _Followed, tokens: mx.array) -> Any:
         """Return the loss of a training step and its gradients."""
 
-        def loss(*arrays: dict[str, mx.array]) -> mx.array:
-            followed.put(*arrays)
-            return nn.losses.cross_entropy(self._logits(tokens), tokens).mean()
+        def loss(*arguments: Any) -> mx.array:
+            followed.put(*arguments[:2])
+            ids = arguments[2] if followed.has_tokens else tokens
+            return nn.losses.cross_entropy(self._logits(ids), tokens).mean()
 
-        return mx.value_and_grad(loss)(followed.by, followed.beside)
+        given = [tokens] if followed.has_tokens else []
+        return mx.value_and_grad(loss)(followed.by, followed.beside, *given)
 
     def _copied_bytes(self, n_tokens: int) -> int:
         """Return the bytes of the chosen experts, if this device copies them."""
@@ -99,12 +101,14 @@ class _Followed:
     """The parameters that a transformation follows.
 
     ``by`` get gradients. ``beside`` are followed without gradients, for example if a
-    function of the whole model is differentiated; arrays computed from them are kept.
+    function of the whole model is differentiated, and with ``has_tokens`` so are the
+    token ids; arrays computed from them are kept.
     """
 
     module: nn.Module
     by: dict[str, mx.array]
     beside: dict[str, mx.array]
+    has_tokens: bool
     trained_bytes: int
 
     @classmethod
@@ -116,18 +120,20 @@ class _Followed:
         trainable = {name: x for name, x in every.items() if _is_floating(x)}
         by = trainable if is_traced([*trainable.values()]) else {}
         n_bytes = sum(x.nbytes for x in by.values())
-        if not by or is_traced(given):
-            # The input is followed, so every layer keeps arrays: small parameters of
-            # each layer make the measured step keep them too.
+        if not by or is_traced([x for x in given if _is_floating(x)]):
+            # The input may have a gradient, which passes through every layer: small
+            # parameters of each layer make the measured step do the same.
             by = {**{name: x for name, x in arrays.items() if _is_vector(x)}, **by}
         others = {name: x for name, x in arrays.items() if name not in by}
-        return cls(module, by, others if is_traced([*others.values()]) else {}, n_bytes)
+        beside = others if is_traced([*others.values()]) else {}
+        has_tokens = is_traced([x for x in given if not _is_floating(x)])
+        return cls(module, by, beside, has_tokens, n_bytes)
 
     @property
     def kind(self) -> Any:
         """Steps of equal ``kind`` keep the same number of bytes per token."""
         by = [(name, x.shape, x.dtype) for name, x in self.by.items()]
-        return by, bool(self.beside), kind_of(self.module)
+        return by, bool(self.beside), self.has_tokens, kind_of(self.module)
 
     def put(self, *arrays: dict[str, mx.array]) -> None:
         """Put arrays into the module in the places of these."""

@@ -15,10 +15,12 @@ from .alone import OneAtATime
 # Each size n is measured as one sequence of n tokens, WIDE sequences of n, and one of
 # WIDE * n: the latter two separate bytes per token from bytes per pair of tokens.
 # Larger sizes are more exact; smaller ones show whether the larger ones have room.
+# Where a size has no room, half of its tokens are tried.
 SIZES, WIDE = (1, 4, 16), 4
-# Share added to measured peaks, and the share added if there was no room to measure the
-# larger sizes.
-MARGIN, ROUGH_MARGIN = 1 / 8, 1 / 2
+# Share added to measured peaks. The larger ones are for estimates from small sizes and
+# from one token alone, which shows nothing about pairs. With the memory that such an
+# estimate asks for, the larger sizes are measured, and must ask for no more.
+MARGIN, ROUGH_MARGIN, ALONE_MARGIN = 1 / 8, 3 / 8, 1
 
 
 @dataclass(frozen=True)
@@ -31,22 +33,21 @@ class Taken:
     margin: float = MARGIN
 
     @classmethod
-    def of(cls, n: int, few: int, wide: int, long: int) -> Taken:
+    def of(cls, n: int, few: int, wide: int, long: int, times: int = WIDE) -> Taken:
         """Fit the smallest estimate that no measured call exceeds.
 
         Args:
             n: tokens of the smallest call.
             few: peak of one sequence of ``n`` tokens, in bytes.
-            wide: peak of ``WIDE`` sequences of ``n`` tokens.
-            long: peak of one sequence of ``WIDE * n`` tokens.
+            wide: peak of ``times`` sequences of ``n`` tokens.
+            long: peak of one sequence of ``times * n`` tokens.
+            times: how many times as many tokens the larger calls have.
         """
-        of_pair = max(0.0, (long - wide) / (n * n * WIDE * (WIDE - 1)))
-        more = wide - few - of_pair * n * n * (WIDE - 1)
-        line = cls(0, max(0.0, more / (n * (WIDE - 1))), of_pair)
-        beyond = (
-            peak - line._n_bytes(n_seqs, t, t)
-            for (n_seqs, t), peak in zip(_shapes(n), (few, wide, long), strict=True)
-        )
+        of_pair = max(0.0, (long - wide) / (n * n * times * (times - 1)))
+        more = wide - few - of_pair * n * n * (times - 1)
+        line = cls(0, max(0.0, more / (n * (times - 1))), of_pair)
+        shapes = zip(_shapes(n, times), (few, wide, long), strict=True)
+        beyond = (peak - line._n_bytes(n_seqs, t, t) for (n_seqs, t), peak in shapes)
         return replace(line, fixed=max(0.0, *beyond))
 
     def n_bytes(self, n_seqs: int, t: int, n_rows: int) -> float:
@@ -109,17 +110,29 @@ class SmallCalls:
         return self.taken
 
     def _measure_size(self, n: int, room: int, call: Callable[[mx.array], Any]) -> None:
-        """Measure the calls of one size, or give up this and larger sizes."""
+        """Measure the calls of one size, or of half of it and give up larger sizes."""
         if not self._n_measured:
-            self.taken, self._n_measured = Taken(0, _peak(call, (1, n)) / n), n
-        shapes = _shapes(n)
-        if max(self.taken.n_bytes(n_seqs, t, t) for n_seqs, t in shapes) > room:
-            self._sizes.clear()
-            self.taken = replace(self.taken, margin=ROUGH_MARGIN)
+            alone = _peak(call, (1, n)) / n
+            self.taken = Taken(0, alone, margin=ALONE_MARGIN)
+            self._n_measured = n
+        half = (n // 2, WIDE) if n > 1 else (n, WIDE // 2)
+        for size, times in ((n, WIDE), half):
+            shapes = _shapes(size, times)
+            if all(self._fits(shape, room) for shape in shapes):
+                few, wide, long = (_peak(call, shape) for shape in shapes)
+                self.taken = Taken.of(size, few, wide, long, times)
+                self._n_measured = times * size
+                break
+        if self._n_measured == WIDE * n:
+            self._sizes.pop(0)
             return
-        self.taken = Taken.of(n, *(_peak(call, shape) for shape in shapes))
-        self._n_measured = WIDE * n
-        self._sizes.pop(0)
+        self._sizes.clear()
+        if self.taken.margin != ALONE_MARGIN:
+            self.taken = replace(self.taken, margin=ROUGH_MARGIN)
+
+    def _fits(self, shape: tuple[int, int], room: int) -> bool:
+        """Tell whether a call has room, by what smaller calls took."""
+        return (1 + MARGIN) * self.taken._n_bytes(*shape, shape[1]) <= room
 
 
 def _peak(call: Callable[[mx.array], Any], shape: tuple[int, int]) -> int:
@@ -131,6 +144,6 @@ def _peak(call: Callable[[mx.array], Any], shape: tuple[int, int]) -> int:
     return mx.get_peak_memory() - base
 
 
-def _shapes(n: int) -> list[tuple[int, int]]:
+def _shapes(n: int, times: int) -> list[tuple[int, int]]:
     """Return the sequences and tokens per sequence of one size's measured calls."""
-    return [(1, n), (WIDE, n), (1, WIDE * n)]
+    return [(1, n), (times, n), (1, times * n)]

@@ -66,6 +66,11 @@ def _parser(prog: str) -> Parser:
         help="origins whose web pages may use this server, as https://a,https://b; * "
         "allows all (default: none)",
     )
+    parser.add_argument(
+        "--prompt-cache-bytes",
+        type=_size,
+        help="bytes for kept prompts (default: the memory plan's share for them)",
+    )
     # Prompts run one at a time, so that an error belongs to one of them.
     parser.add_argument(
         "--prompt-concurrency",
@@ -89,6 +94,18 @@ class _Made(Exception):
 class _Kept(argparse.ArgumentParser):
     def parse_args(self, *_: Any, **__: Any) -> NoReturn:
         raise _Made(self)
+
+
+def _size(text: str) -> int:
+    """Parse bytes as mlx-lm does, which raises other errors than argparse reports."""
+    from mlx_lm.utils import _parse_size
+
+    try:
+        return int(_parse_size(text))
+    except (LookupError, ArithmeticError):
+        raise argparse.ArgumentTypeError(
+            f"expected bytes such as 8GB or 512MB but got {text!r}"
+        ) from None
 
 
 def stock_parser() -> argparse.ArgumentParser:

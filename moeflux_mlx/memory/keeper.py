@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -22,6 +23,9 @@ from .relief import Relief, resize
 LOOKAHEAD = 16
 # Unplanned memory is rounded up to multiples of this, so that the pool rarely changes.
 SURPLUS_STEP_BYTES = 16 << 20
+# Share that a refusal adds to a gradient's bytes: with the memory that it asks for they
+# are measured again, and peaks vary.
+STATED_SHARE = 1 / 16
 
 
 class MemoryKeeper:
@@ -144,7 +148,8 @@ class MemoryKeeper:
         room = self.plan.budget_bytes - sum(parts.values()) - growth
         n_slots = self._n_slots(room - n_bytes, room)
         if n_slots < self._streamer.least_slots:
-            parts |= {"caches": parts["caches"] + growth, "gradients": n_bytes}
+            stated = math.ceil((1 + STATED_SHARE) * n_bytes)
+            parts |= {"caches": parts["caches"] + growth, "gradients": stated}
             raise self._no_gradient(parts, n_seqs, t)
         self._streamer.come_and_go()
         resize(self._streamer, n_slots, cache)

@@ -201,8 +201,19 @@ class StreamedSwitch(Uncopied, nn.Module):
         @run.vjp
         def gradient(primals, cotangent, _):  # type: ignore[no-untyped-def]
             x, indices = primals
-            gradient = self._alone(self._gradient, source, x, indices, cotangent)
-            return gradient, mx.zeros_like(indices)
+            return first(x, indices, cotangent), mx.zeros_like(indices)
+
+        @mx.custom_function  # type: ignore[untyped-decorator]
+        def first(x: mx.array, indices: mx.array, cotangent: mx.array) -> mx.array:
+            return self._alone(self._gradient, source, x, indices, cotangent)
+
+        @first.vjp
+        def second(*_):  # type: ignore[no-untyped-def]
+            # Other experts are in the slots by then.
+            raise ModelError(
+                f"[stream] {self.path}: expected a first derivative but got one of a "
+                f"derivative, through experts that are read from files: {PLAIN_FIRST}"
+            )
 
         return cast(mx.array, run(x, indices))
 
