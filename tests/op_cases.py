@@ -20,6 +20,8 @@ import numpy as np
 from moeflux_mlx import device, ops
 from moeflux_mlx.engine.graph import Access, BufferPool, BufId, Op, WeightRef
 from moeflux_mlx.engine.graph import roles as b
+from moeflux_mlx.experts.compute.exchange import Exchange
+from moeflux_mlx.experts.compute.rank_experts import RankExperts
 from moeflux_mlx.experts.compute.resident import ResidentExperts
 from moeflux_mlx.experts.weights import ExpertWeights, Quantization, Weight
 
@@ -181,12 +183,20 @@ class Spec:
             sizes = (self.fields[n] for n in ("n_experts", "dim", "expert_dim"))
             biased = "limit" in self.fields
             made = random_experts(rng, *sizes, self.form, dtype, biased=biased)
-            return ResidentExperts(made)
+            experts = ResidentExperts(made)
+            return alone_in_a_group(experts) if "shared" in self.fields else experts
         made = self.makers.get(field.name, normal())(rng, shapes[field.name])
         kinds = {mx.int32: np.int32, mx.bool_: np.bool_}
         if field.role.dtype in kinds:
             return np.asarray(made, kinds[field.role.dtype])
         return rounded(made, field.role.dtype or dtype)
+
+
+def alone_in_a_group(experts: ResidentExperts) -> RankExperts:
+    """Return the experts of a process group's only rank, which has all of them."""
+    exchange = Exchange(mx.distributed.init())
+    n_experts = experts.weights.gate.w.shape[0]
+    return RankExperts(experts, exchange, "experts", range(n_experts))
 
 
 def rounded(x: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
@@ -269,6 +279,8 @@ DELTA_INPUTS = dict(
 )
 # Low enough to clip something; experts then have biases too.
 CLIPPED = dict(alpha=1.5, limit=0.5, note="clipped")
+# Several ranks share the experts.
+SHARED = dict(shared=True, note="shared")
 HEADS = dict(num_heads=6, head_dim=7, softmax_scale=7**-0.5)
 
 
@@ -362,6 +374,9 @@ SPECS = [
     spec(ops.MoeDecodeExperts, Q4, **routed(1, 64, 32, 5, 2), **CLIPPED),
     spec(ops.MoeDecodeExperts, MXFP4, **routed(1, 64, 96, 5, 3), **CLIPPED),
     spec(ops.MoeDecodeExperts, NVFP4, **routed(1, 32, 64, 3, 2)),
+    spec(ops.MoeDecodeExperts, Q4, **routed(1, 64, 96, 11, 10), **SHARED),
+    spec(ops.MoeGatherIdFuse, Q4, **routed(5, 64, 32, 11, 10), **SHARED),
+    spec(ops.MoeBatchedPermuteFuse, Q4, **routed(5, 64, 32, 11, 10), **SHARED),
     spec(ops.MoeGatherIdFuse, MXFP4, **routed(5, 64, 32, 7, 3), **CLIPPED),
     spec(ops.MoeGatherIdFuse, NVFP4, **routed(3, 32, 32, 3, 2)),
     spec(ops.MoeBatchedPermuteFuse, MXFP4, **routed(5, 64, 32, 7, 3), **CLIPPED),
@@ -469,7 +484,7 @@ KERNEL_SPECS = [
 
 # Oracles: NumPy, float64, one formula each.
 def widen(x: Any) -> Any:
-    if isinstance(x, ResidentExperts):
+    if isinstance(x, ResidentExperts | RankExperts):
         stacks = x.weights.gate, x.weights.up, x.weights.down
         none = (np.zeros(s.w.shape[:2]) for s in stacks)
         biases = (

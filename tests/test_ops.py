@@ -21,6 +21,7 @@ from op_cases import (
     Q8,
     SPECS,
     TOLERANCE,
+    Spec,
     random_experts,
     relative_rms,
     routed,
@@ -96,8 +97,13 @@ def projected(outputs, directions):
 CONSTANT = (ops.ZeroBuffer, ops.EmbedGatherNTokens)
 
 
+def has_slopes(spec: Spec) -> bool:
+    """Return whether an Op depends on its inputs; ranks exchange bits of rows."""
+    return spec.op not in CONSTANT and "shared" not in spec.fields
+
+
 @pytest.mark.parametrize(
-    "spec", [s for s in SPECS if s.op not in CONSTANT], ids=lambda s: s.id
+    "spec", [s for s in SPECS if has_slopes(s)], ids=lambda s: s.id
 )
 def test_gradients_are_the_slopes_of_the_formula(spec):
     case, rng, step = spec.build(), np.random.default_rng(7), 1e-5
