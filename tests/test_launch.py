@@ -15,7 +15,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from moeflux_mlx.engine.launch import KERNELS, Kernel, Launch, base, prepare, prepared
-from moeflux_mlx.engine.launch.base import dims, expect, groups, kernel, require
+from moeflux_mlx.engine.launch.base import ceil_div, dims, expect, kernel, require
 from moeflux_mlx.engine.metal import Library
 from moeflux_mlx.engine.metal.library import HEADER
 from moeflux_mlx.errors import KernelError
@@ -389,7 +389,7 @@ def test_require_states_the_expected_and_the_given_value():
 
 @given(st.integers(0, 10**9), st.integers(1, 10**5))
 def test_groups_cover_exactly(n, per_group):
-    found = groups(n, per_group)
+    found = ceil_div(n, per_group)
     assert (found - 1) * per_group < n <= found * per_group or n == found == 0
 
 

@@ -11,7 +11,7 @@ from op_cases import KERNEL_SPECS, SPECS
 
 import moeflux_mlx
 from moeflux_mlx.engine import lowering, simulator
-from moeflux_mlx.engine.executors.verified import fingerprint, without_words
+from moeflux_mlx.engine.executors.verified import fingerprint, records, without_words
 from moeflux_mlx.engine.launch import KERNELS
 from moeflux_mlx.engine.launch.check import relative_error
 from moeflux_mlx.engine.lowering import FUSIONS, MLX, WAYS, registry
@@ -59,6 +59,14 @@ def test_ways_and_groups_name_kernels_that_are_there():
     for found in each:
         assert set(found.kernels) <= set(KERNELS)
         assert found.name in found.kernels or found.name in BY_MLX
+
+
+def test_every_kernel_has_a_shipped_record_of_its_present_code(tmp_path, monkeypatch):
+    """Recording some kernels on another machine once dropped all others."""
+    # Without records of this machine's own.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    known = records()
+    assert [name for name in KERNELS if not any(r.holds(name) for r in known)] == []
 
 
 def test_a_record_speaks_of_a_kernel_with_the_same_numbers_compiled_in(monkeypatch):

@@ -23,9 +23,9 @@ from .base import (
     Given,
     Kernel,
     Launch,
+    ceil_div,
     dims,
     expect,
-    groups,
     kernel,
     normal,
     require,
@@ -105,7 +105,7 @@ def rope_n_tokens(
             "scale": scale,
         },
         {"out": (n, width)},
-        (32 * groups(d - pairs, 32), num_heads, n),
+        (32 * ceil_div(d - pairs, 32), num_heads, n),
         (32, 1, 1),
     )
 
@@ -173,7 +173,7 @@ def kv_cache_append_n_tokens(
             "head_dim": d,
         },
         dict.fromkeys(("k_out", "v_out"), (n_seqs, heads, n_rows, d)),
-        (32 * groups(d, 128), n_rows, n_seqs * heads),
+        (32 * ceil_div(d, 128), n_rows, n_seqs * heads),
         (32, 1, 1),
     )
 
@@ -238,7 +238,7 @@ def attn_scores_batched(q: mx.array, k: mx.array, scale: float) -> Launch:
             "n_rows": n_rows,
         },
         {"scores": (n_seqs, heads, n_rows)},
-        (SIMD, 8 * groups(n_rows, 8), n_seqs * kv_heads),
+        (SIMD, 8 * ceil_div(n_rows, 8), n_seqs * kv_heads),
         (SIMD, 8, 1),
         {"D": d},
     )
@@ -403,7 +403,7 @@ def _direct(
         name,
         {**inputs, "scale": scale, "n_tokens": t},
         {"out": tuple(q.shape)},
-        (SIMD, 4 * groups(t, 4), n_seqs * heads // fold),
+        (SIMD, 4 * ceil_div(t, 4), n_seqs * heads // fold),
         (SIMD, 4, 1),
         template,
     )
@@ -451,7 +451,7 @@ def sdpa_causal_staged(
         "sdpa_causal_staged",
         {**inputs, "scale": scale, "n_tokens": t},
         {"out": tuple(q.shape)},
-        (SIMD, 8 * groups(t, 8), n_seqs * heads),
+        (SIMD, 8 * ceil_div(t, 8), n_seqs * heads),
         (SIMD, 8, 1),
         template,
     )
@@ -647,7 +647,7 @@ def _place_heads(
         name,
         {**arrays, "inv_freq": inv_freq, "start": start, "eps": eps, **sizes},
         {"q": (n, heads * d), **gate, "k": (n, kv_heads * d)},
-        (SIMD, 4 * groups(heads + kv_heads, 4), n),
+        (SIMD, 4 * ceil_div(heads + kv_heads, 4), n),
         (SIMD, 4, 1),
     )
 
@@ -669,14 +669,14 @@ MAX_JOINED = 256
 
 def part_rows(n_rows: int) -> int:
     """Return the rows of a split of a cache of ``n_rows``."""
-    return max(PART_ROWS, groups(n_rows, MAX_PARTS))
+    return max(PART_ROWS, ceil_div(n_rows, MAX_PARTS))
 
 
 def _parts(given: Given) -> tuple[mx.array, mx.array]:
     n_seqs, kv_heads, n_rows, d = given.k.shape
     per = given.q.shape[1] // (kv_heads * d)
     size = part_rows(n_rows)
-    n_parts = groups(n_rows, size)
+    n_parts = ceil_div(n_rows, size)
     grown = [(0, 0), (0, 0), (0, n_parts * size - n_rows), (0, 0)]
     wide = given.wide
     keys, values = (mx.repeat(mx.pad(x, grown), per, axis=1) for x in (wide.k, wide.v))
@@ -727,7 +727,7 @@ def sdpa_decode_parts(
     d, per, n_rows = template["D"], inputs["heads_per_kv"], inputs["n_rows"]
     fold = _fold(per, d, FOLDED_CHANNELS)
     size = part_rows(n_rows)
-    n_parts = groups(n_rows, size)
+    n_parts = ceil_div(n_rows, size)
     names = ("q", "k", "v", "n_heads", "heads_per_kv", "n_rows")
     return Launch(
         "sdpa_decode_parts",

@@ -309,9 +309,9 @@ def _fixed(name: str, varying: tuple[str, ...]) -> frozenset[str]:
     return fixed
 
 
-def groups(n: int, per_group: int) -> int:
-    """Return the number of groups of ``per_group`` that cover ``n``, rounded up."""
-    return -(-n // per_group)
+def ceil_div(n: int, size: int) -> int:
+    """Return how many parts of ``size`` cover ``n``: the quotient, rounded up."""
+    return -(-n // size)
 
 
 def normal(

@@ -14,7 +14,17 @@ import numpy as np
 
 from ..ops import elementwise as ops
 from ..ops.functions import clipped_swiglu, swiglu
-from .base import Case, Given, Launch, dims, expect, groups, in_float32, kernel, require
+from .base import (
+    Case,
+    Given,
+    Launch,
+    ceil_div,
+    dims,
+    expect,
+    in_float32,
+    kernel,
+    require,
+)
 
 # Threads of a threadgroup that share nothing. Grids are whole threadgroups.
 THREADS = 256
@@ -23,7 +33,7 @@ MAX_VALUES = 1 << 31
 
 def _whole_groups(n: int, n_threads: int) -> int:
     """Return ``n`` threads rounded up to whole threadgroups of ``n_threads``."""
-    return groups(n, n_threads) * n_threads
+    return ceil_div(n, n_threads) * n_threads
 
 
 def _pair(
@@ -34,7 +44,7 @@ def _pair(
     shape = dims(first, a, rank)
     expect(second, b, shape)
     require(first, a.size < MAX_VALUES, "fewer than 2^31 values", a.size)
-    grid = (_whole_groups(groups(a.size, per_thread), THREADS), 1, 1)
+    grid = (_whole_groups(ceil_div(a.size, per_thread), THREADS), 1, 1)
     inputs_and_n: dict[str, Any] = {**inputs, "n": a.size}
     return Launch(name, inputs_and_n, {"out": shape}, grid, (THREADS, 1, 1))
 
@@ -186,13 +196,13 @@ def split_q_gate(q_proj: mx.array, num_heads: int) -> Launch:
     require("num_heads", num_heads > 0, "a positive number", num_heads)
     require("q_proj", width % (2 * num_heads) == 0, f"{num_heads} times 2d", width)
     head_dim, n_slices = width // num_heads // 2, n_tokens * num_heads
-    wide = min(groups(head_dim, 4), THREADS)
+    wide = min(ceil_div(head_dim, 4), THREADS)
     high, half = THREADS // wide, (n_tokens, width // 2)
     return Launch(
         "split_q_gate",
         {"q_proj": q_proj, "n_slices": n_slices, "dim": head_dim},
         {"q": half, "gate": half},
-        (_whole_groups(groups(head_dim, 4), wide), _whole_groups(n_slices, high), 1),
+        (_whole_groups(ceil_div(head_dim, 4), wide), _whole_groups(n_slices, high), 1),
         (wide, high, 1),
     )
 
@@ -251,5 +261,5 @@ def _count(case: Case) -> tuple[Any, ...]:
 def zero_buffer(n: int) -> Launch:
     """Zeros ``[n]`` in float32."""
     require("n", 0 < n < MAX_VALUES, "a positive number below 2^31", n)
-    grid = (_whole_groups(groups(n, 4), THREADS), 1, 1)
+    grid = (_whole_groups(ceil_div(n, 4), THREADS), 1, 1)
     return Launch("zero_buffer", {"n": n}, {"out": (n,)}, grid, (THREADS, 1, 1))

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..ops.functions import embed
-from .base import FLOATS, Case, Given, Launch, dims, expect, groups, kernel, require
+from .base import FLOATS, Case, Given, Launch, ceil_div, dims, expect, kernel, require
 from .quant import quantised, stored_in
 
 
@@ -66,7 +66,7 @@ def embed_gather_4bit(
             "dim": dim,
         },
         {"out": (n_tokens, dim)},
-        (64 * groups(n_words, 64), n_tokens, 1),
+        (64 * ceil_div(n_words, 64), n_tokens, 1),
         (64, 1, 1),
         {"BITS": bits, "G": group_size},
         {"T": dtype},

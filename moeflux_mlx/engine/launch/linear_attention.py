@@ -20,9 +20,9 @@ from .base import (
     Case,
     Given,
     Launch,
+    ceil_div,
     dims,
     expect,
-    groups,
     in_float32,
     kernel,
     normal,
@@ -107,7 +107,7 @@ def compute_decay_beta(
             "n_heads": n_heads,
         },
         dict.fromkeys(("g", "beta"), (n_tokens, n_heads)),
-        (256 * groups(n, 256), 1, 1),
+        (256 * ceil_div(n, 256), 1, 1),
         (256, 1, 1),
         {"HAS_MASK": int(mask is not None)},
     )
@@ -162,7 +162,7 @@ def part_key_heads(
             "b": (n, heads),
             "a": (n, heads),
         },
-        (256 * groups(width + gates, 256), n, 1),
+        (256 * ceil_div(width + gates, 256), n, 1),
         (256, 1, 1),
     )
 
@@ -221,7 +221,7 @@ def conv1d_step(
             "n_channels": channels,
         },
         {"out": (n, channels)},
-        (64 * groups(channels, 64), groups(t, 8), n_seqs),
+        (64 * ceil_div(channels, 64), ceil_div(t, 8), n_seqs),
         (64, 1, 1),
         {"W": width, "HAS_MASK": int(mask is not None)},
     )
@@ -286,7 +286,7 @@ def conv1d_state_update(
             "n_history": history,
         },
         {"out": (n_seqs, history, channels)},
-        (64 * groups(channels, 64), history, n_seqs),
+        (64 * ceil_div(channels, 64), history, n_seqs),
         (64, 1, 1),
         {"HAS_MASK": int(mask is not None), "HAS_LENGTHS": int(lengths is not None)},
     )
@@ -333,7 +333,7 @@ def _check_delta(
 
 def _by_rows(n_seqs: int, heads: int, dv: int) -> Any:
     """Return grid and threadgroup of the forms that divide the state by rows."""
-    return (SIMD, 4 * groups(groups(dv, ROWS), 4), n_seqs * heads), (SIMD, 4, 1)
+    return (SIMD, 4 * ceil_div(ceil_div(dv, ROWS), 4), n_seqs * heads), (SIMD, 4, 1)
 
 
 @kernel(
@@ -437,7 +437,7 @@ def gated_delta_net_chunkwise(
         "gated_delta_net_chunkwise",
         inputs | _delta_sizes(t, num_k_heads, heads, dv),
         {"state_out": tuple(state.shape), "out": (n_seqs * t, heads * dv)},
-        (128, groups(dv, 32), n_seqs * heads),
+        (128, ceil_div(dv, 32), n_seqs * heads),
         (128, 1, 1),
         {"DK": dk},
     )

@@ -24,9 +24,9 @@ from .base import (
     Given,
     Launch,
     Reference,
+    ceil_div,
     dims,
     expect,
-    groups,
     in_float32,
     kernel,
     normal,
@@ -52,7 +52,7 @@ Start = int | mx.array
 def _simdgroup_rows(n: int, *more: int) -> tuple[Size3, Size3]:
     """Return grid and threadgroup for ``n`` simdgroups per row, four a threadgroup."""
     y, z = (*more, 1, 1)[:2]
-    return (groups(n, 4) * 4 * SIMD, y, z), (4 * SIMD, 1, 1)
+    return (ceil_div(n, 4) * 4 * SIMD, y, z), (4 * SIMD, 1, 1)
 
 
 def _heads(name: str, width: int, head_width: int) -> int:
@@ -160,8 +160,8 @@ def yarn_rope_apply(
     n_tokens, width = dims("x", x, 2)
     n_heads = _heads("x", width, 2 * n_pairs)
     n_new = _new_tokens("start", start, n_tokens)
-    wide = min(groups(n_pairs, 2), 64)
-    high = min(groups(n_heads, HEADS_PER_THREAD), 256 // wide)
+    wide = min(ceil_div(n_pairs, 2), 64)
+    high = min(ceil_div(n_heads, HEADS_PER_THREAD), 256 // wide)
     return Launch(
         "yarn_rope_apply",
         {
@@ -175,8 +175,8 @@ def yarn_rope_apply(
         },
         {"out": (n_tokens, width)},
         (
-            groups(groups(n_pairs, 2), wide) * wide,
-            groups(groups(n_heads, HEADS_PER_THREAD), high) * high,
+            ceil_div(ceil_div(n_pairs, 2), wide) * wide,
+            ceil_div(ceil_div(n_heads, HEADS_PER_THREAD), high) * high,
             n_tokens,
         ),
         (wide, high, 1),
@@ -358,7 +358,7 @@ def _lanes(n_in: int) -> int:
 
 
 def _per_head_grid(n_out: int, n_heads: int, n_lanes: int) -> tuple[Size3, Size3]:
-    return _simdgroup_rows(groups(n_out, ROWS * SIMD // n_lanes), n_heads)
+    return _simdgroup_rows(ceil_div(n_out, ROWS * SIMD // n_lanes), n_heads)
 
 
 def _per_head(name: str) -> Reference:
@@ -514,8 +514,8 @@ def _attention(
         "rope_dim": rope_dim,
     }
     blocks = {
-        "BLOCKS": groups(latent_dim // 32, n_simdgroups),
-        "ROPE_BLOCKS": groups(groups(rope_dim, 32), n_simdgroups),
+        "BLOCKS": ceil_div(latent_dim // 32, n_simdgroups),
+        "ROPE_BLOCKS": ceil_div(ceil_div(rope_dim, 32), n_simdgroups),
         "HAS_SEEN": int(seen is not None),
     }
     return inputs, n_heads, n_simdgroups, blocks
@@ -600,7 +600,7 @@ def mla_sdpa_folded(
         "mla_sdpa_folded",
         inputs,
         {"context": tuple(q_prime.shape)},
-        (groups(n_heads, FOLD) * n_threads, n_tokens, 1),
+        (ceil_div(n_heads, FOLD) * n_threads, n_tokens, 1),
         (n_threads, 1, 1),
         blocks,
     )
@@ -658,7 +658,7 @@ def mla_sdpa_tile_accumulate(
     )
     require("tile", tile > 0 and tile % STEP == 0, f"a multiple of {STEP} rows", tile)
     n_tokens, n_rows = q_prime.shape[0], latent.shape[1]
-    n_tiles, n_slices = groups(n_rows, tile), n_tokens * n_heads
+    n_tiles, n_slices = ceil_div(n_rows, tile), n_tokens * n_heads
     n_threads = SIMD * n_simdgroups
     return Launch(
         "mla_sdpa_tile_accumulate",
@@ -668,7 +668,7 @@ def mla_sdpa_tile_accumulate(
             "denominators": (n_tiles, n_slices),
             "sums": (n_tiles, n_slices, inputs["latent_dim"]),
         },
-        (groups(n_heads, FOLD) * n_threads, n_tokens, n_tiles),
+        (ceil_div(n_heads, FOLD) * n_threads, n_tokens, n_tiles),
         (n_threads, 1, 1),
         {**blocks, "TILE": tile},
     )
@@ -733,7 +733,7 @@ def mla_sdpa_tile_finalize(
             "latent_dim": latent_dim,
         },
         {"context": (n_slices // num_heads, num_heads * latent_dim)},
-        (groups(latent_dim // 4, wide) * wide, n_slices, 1),
+        (ceil_div(latent_dim // 4, wide) * wide, n_slices, 1),
         (wide, 1, 1),
         types={"T": dtype},
     )

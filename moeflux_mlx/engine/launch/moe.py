@@ -19,9 +19,9 @@ from .base import (
     Case,
     Given,
     Launch,
+    ceil_div,
     dims,
     expect,
-    groups,
     in_float32,
     kernel,
     normal,
@@ -60,7 +60,7 @@ def check_routing(
 
 def _one_simdgroup_each(n: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Return grid and threadgroup for ``n`` simdgroups, four per threadgroup."""
-    return (groups(n, 4) * 4 * SIMD, 1, 1), (4 * SIMD, 1, 1)
+    return (ceil_div(n, 4) * 4 * SIMD, 1, 1), (4 * SIMD, 1, 1)
 
 
 def softmax_topk(given: Given) -> tuple[mx.array, mx.array]:
@@ -114,7 +114,7 @@ def moe_softmax_topk(
         {"indices": (n_tokens, k), "weights": (n_tokens, k)},
         grid,
         threadgroup,
-        {"PER_LANE": groups(n_experts, SIMD), "NORMALIZE": int(normalize)},
+        {"PER_LANE": ceil_div(n_experts, SIMD), "NORMALIZE": int(normalize)},
     )
 
 
@@ -147,7 +147,7 @@ def moe_normalize_weights(weights: mx.array) -> Launch:
         "moe_normalize_weights",
         {"weights": weights, "n": n, "k": k},
         {"out": (n_tokens, k)},
-        (groups(n, 256) * 256, 1, 1),
+        (ceil_div(n, 256) * 256, 1, 1),
         (256, 1, 1),
     )
 
@@ -218,7 +218,7 @@ def moe_noaux_topk(
         grid,
         threadgroup,
         {
-            "PER_LANE": groups(per_group, SIMD // n_group),
+            "PER_LANE": ceil_div(per_group, SIMD // n_group),
             "NORMALIZE": int(normalize),
         },
     )
@@ -286,7 +286,7 @@ def moe_combine_residual(
             "n": n,
         },
         {"out": (n,)},
-        (groups(n, 256) * 256, 1, 1),
+        (ceil_div(n, 256) * 256, 1, 1),
         (256, 1, 1),
         {"K": k},
     )
@@ -323,7 +323,7 @@ def moe_combine_residual_flat(
             "n": n,
         },
         {"out": (n,)},
-        (groups(n, 256) * 256, 1, 1),
+        (ceil_div(n, 256) * 256, 1, 1),
         (256, 1, 1),
     )
 
@@ -361,7 +361,7 @@ def moe_combine_residual_n_tokens(
         "moe_combine_residual_n_tokens",
         {"h": h, "moe_sum": moe_sum, "shared": shared, "gate": gate, "n": n},
         {"out": (n_tokens, n)},
-        (256 * groups(n, 4 * 256), n_tokens, 1),
+        (256 * ceil_div(n, 4 * 256), n_tokens, 1),
         (256, 1, 1),
     )
 
@@ -411,7 +411,7 @@ def moe_bucket_accumulate(
             "n": n,
         },
         {"out": (n_tokens, n)},
-        (groups(n, 4 * 128) * 128, n_tokens, 1),
+        (ceil_div(n, 4 * 128) * 128, n_tokens, 1),
         (128, 1, 1),
     )
 
@@ -544,7 +544,7 @@ def moe_mm_id(
             "n_out": n_out,
         },
         {"out": (n_tokens, k, n_out)},
-        (128 * groups(n_out, 64), groups(n_tokens, 32), n_experts),
+        (128 * ceil_div(n_out, 64), ceil_div(n_tokens, 32), n_experts),
         (128, 1, 1),
         {
             "BITS": bits,
@@ -584,6 +584,6 @@ def moe_combine_topk(mid: mx.array, weights: mx.array) -> Launch:
         "moe_combine_topk",
         {"mid": mid, "weights": weights, "k": k, "n": n},
         {"out": (n_tokens, n)},
-        (256 * groups(n, 4 * 256), n_tokens, 1),
+        (256 * ceil_div(n, 4 * 256), n_tokens, 1),
         (256, 1, 1),
     )

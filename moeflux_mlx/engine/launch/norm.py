@@ -16,7 +16,17 @@ from ... import device
 from ...device import SIMD
 from ..ops import norm as ops
 from ..ops.functions import rms_norm
-from .base import Case, Given, Launch, dims, expect, groups, in_float32, kernel, require
+from .base import (
+    Case,
+    Given,
+    Launch,
+    ceil_div,
+    dims,
+    expect,
+    in_float32,
+    kernel,
+    require,
+)
 
 MAX_THREADS = 1024
 # Columns of a row that a simdgroup, or a threadgroup of 1024, keeps in registers. On
@@ -31,7 +41,7 @@ def _check_eps(eps: float) -> None:
 
 def _row_threads(dim: int) -> int:
     """Return the threads for a row: whole simdgroups, four columns per thread."""
-    return min(MAX_THREADS, groups(dim, 4 * SIMD) * SIMD)
+    return min(MAX_THREADS, ceil_div(dim, 4 * SIMD) * SIMD)
 
 
 def _slices(name: str, x: mx.array, weight: mx.array) -> tuple[int, int]:
@@ -45,7 +55,7 @@ def _slices(name: str, x: mx.array, weight: mx.array) -> tuple[int, int]:
 
 def _simdgroup_each(n: int) -> tuple[int, int, int]:
     """Return the grid for ``n`` simdgroups, four per threadgroup."""
-    return (4 * SIMD, groups(n, 4), 1)
+    return (4 * SIMD, ceil_div(n, 4), 1)
 
 
 def _weight(case: Case) -> mx.array:
@@ -117,8 +127,8 @@ def _apply_launch(
     expect("sum_sq", sum_sq, (n_tokens,))
     expect("weight", weight, (dim,))
     _check_eps(eps)
-    n_threads = min(256, groups(dim, per_thread * SIMD) * SIMD)
-    wide = groups(dim, per_thread * n_threads) * n_threads
+    n_threads = min(256, ceil_div(dim, per_thread * SIMD) * SIMD)
+    wide = ceil_div(dim, per_thread * n_threads) * n_threads
     return Launch(
         name,
         {"x": x, "sum_sq": sum_sq, "weight": weight, "dim": dim, "eps": eps},
@@ -171,7 +181,7 @@ def rms_norm_bf16_fused_n_tokens(x: mx.array, weight: mx.array, eps: float) -> L
         {"out": (n_tokens, dim)},
         (n_threads, n_tokens, 1),
         (n_threads, 1, 1),
-        {"BLOCKS": groups(dim, 4 * n_threads)},
+        {"BLOCKS": ceil_div(dim, 4 * n_threads)},
     )
 
 
@@ -211,7 +221,7 @@ def rms_norm_per_head_n_tokens(x: mx.array, weight: mx.array, eps: float) -> Lau
         {"out": tuple(x.shape)},
         _simdgroup_each(n_slices),
         (4 * SIMD, 1, 1),
-        {"BLOCKS": groups(dim, 4 * SIMD)},
+        {"BLOCKS": ceil_div(dim, 4 * SIMD)},
     )
 
 
@@ -257,15 +267,15 @@ def rms_norm_qk(
     require("key_offset", inside, f"{width} columns on both sides", key_offset)
     require("x", total < 1 << 31, "fewer than 2^31 columns", total)
     _check_eps(eps)
-    n_blocks = groups(key_dim, 4 * SIMD)
+    n_blocks = ceil_div(key_dim, 4 * SIMD)
     chunk, rest = 4 * SIMD * n_blocks, (key_offset - width, total - key_offset - width)
-    n_pieces = 2 * num_k_heads + sum(groups(n, chunk) for n in rest)
+    n_pieces = 2 * num_k_heads + sum(ceil_div(n, chunk) for n in rest)
     sizes = {"n_heads": num_k_heads, "dim": key_dim, "key_offset": key_offset}
     return Launch(
         "rms_norm_qk",
         {"x": x, **sizes, "total": total, "eps": eps},
         {"out": (n_tokens, total)},
-        (4 * SIMD, groups(n_pieces, 4), n_tokens),
+        (4 * SIMD, ceil_div(n_pieces, 4), n_tokens),
         (4 * SIMD, 1, 1),
         {"BLOCKS": n_blocks},
     )
@@ -300,5 +310,5 @@ def gated_rms_norm(
         {"out": tuple(values.shape)},
         _simdgroup_each(n_slices),
         (4 * SIMD, 1, 1),
-        {"BLOCKS": groups(dim, 4 * SIMD)},
+        {"BLOCKS": ceil_div(dim, 4 * SIMD)},
     )

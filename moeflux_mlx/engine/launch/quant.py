@@ -20,9 +20,9 @@ from .base import (
     Case,
     Given,
     Launch,
+    ceil_div,
     dims,
     expect,
-    groups,
     kernel,
     normal,
     one_row,
@@ -156,7 +156,7 @@ def _matvec(
         name,
         inputs,
         {"out": (n_out,)},
-        (n_threads * groups(n_out, per_group), 1, 1),
+        (n_threads * ceil_div(n_out, per_group), 1, 1),
         (n_threads, 1, 1),
         {"G": group_size},
     )
@@ -181,7 +181,7 @@ def _matvec_n_tokens(
         name,
         {**inputs, "n_in": n_in, "n_out": n_out},
         {"out": (n_tokens, n_out)},
-        (n_threads * groups(n_out, per_group), n_tokens, 1),
+        (n_threads * ceil_div(n_out, per_group), n_tokens, 1),
         (n_threads, 1, 1),
         {"G": group_size},
     )
@@ -248,7 +248,7 @@ def dequant_matvec_4bit_v4(
             "n_out": n_out,
         },
         {"out": (n_out,)},
-        (128 * groups(n_out, sizes["ROWS"]), 1, 1),
+        (128 * ceil_div(n_out, sizes["ROWS"]), 1, 1),
         (128, 1, 1),
         {"G": group_size, **sizes},
     )
@@ -313,7 +313,7 @@ def matvec_residual(
         "matvec_residual",
         {**inputs, "residual": residual, "bias": bias, "n_in": n_in, "n_out": n_out},
         {"out": tuple(residual.shape)},
-        (128 * groups(n_out, sizes["ROWS"]), 1, 1),
+        (128 * ceil_div(n_out, sizes["ROWS"]), 1, 1),
         (128, 1, 1),
         {"BITS": bits, "G": group_size, "HAS_BIAS": int(bias is not None), **sizes},
     )
@@ -335,7 +335,7 @@ def norm_row(n_in: int, rows: Sequence[int]) -> list[int]:
     """
     starts = [0]
     for n in (*rows, n_in):
-        starts.append(ALIGNED * groups(starts[-1] + n, ALIGNED))
+        starts.append(ALIGNED * ceil_div(starts[-1] + n, ALIGNED))
     return [*starts[:-1], starts[-2] + n_in]
 
 
@@ -419,7 +419,7 @@ def norm_matvecs(
         template |= {f"BITS{i}": product[3], f"HAS_BIAS{i}": int(bias is not None)}
     _, inputs["at1"], inputs["at_normed"], width = norm_row(n_in, rows)
     sizes = _rows_and_words(n_in, sum(rows))
-    n_groups = 1 + sum(groups(n, sizes["ROWS"]) for n in rows)
+    n_groups = 1 + sum(ceil_div(n, sizes["ROWS"]) for n in rows)
     return Launch(
         "norm_matvecs",
         inputs,
@@ -503,7 +503,7 @@ def fused_gate_up_swiglu(
         "fused_gate_up_swiglu",
         {"x": x, **arrays, "n_in": n_in, "n_out": n_out},
         {"out": (n_out,)},
-        (256 * groups(n_out, 8), 1, 1),
+        (256 * ceil_div(n_out, 8), 1, 1),
         (256, 1, 1),
         {"G": group_size},
     )
@@ -584,7 +584,7 @@ def dequant_matvec_4bit_batched(
         "dequant_matvec_4bit_batched",
         {**inputs, "offsets": offsets, "n_in": n_in, "n_out": n_out, **last},
         {"out": (k, n_out)},
-        (256 * groups(n_out, 8), k, 1),
+        (256 * ceil_div(n_out, 8), k, 1),
         (256, 1, 1),
         {"G": group_size},
     )
@@ -640,7 +640,7 @@ def dequant_matvec_4bit_v3_experts(
             "n_out": n_out,
         },
         {"out": (k, n_out)},
-        (256 * groups(n_out, 8), k, 1),
+        (256 * ceil_div(n_out, 8), k, 1),
         (256, 1, 1),
         {"G": group_size, "PER_EXPERT": int(per_expert)},
     )
@@ -683,7 +683,7 @@ def bf16_matvec(x: mx.array, w: mx.array) -> Launch:
         "bf16_matvec",
         {"x": x, "w": w, "n_in": n_in, "n_out": n_out},
         {"out": (n_out,)},
-        (128 * groups(n_out, 4), 1, 1),
+        (128 * ceil_div(n_out, 4), 1, 1),
         (128, 1, 1),
     )
 
@@ -704,7 +704,7 @@ def bf16_matmul_n_tokens(x: mx.array, w: mx.array) -> Launch:
         "bf16_matmul_n_tokens",
         {"x": x, "w": w, "n_tokens": n_tokens, "n_in": n_in, "n_out": n_out},
         {"out": (n_tokens, n_out)},
-        (128 * groups(n_out, 4), groups(n_tokens, 4), 1),
+        (128 * ceil_div(n_out, 4), ceil_div(n_tokens, 4), 1),
         (128, 1, 1),
     )
 
@@ -757,7 +757,7 @@ def qmm_t(
         "qmm_t",
         {**inputs, "n_tokens": n_tokens, "n_in": n_in, "n_out": n_out},
         {"out": (n_tokens, n_out)},
-        (128 * groups(n_out, 64), groups(n_tokens, 32), 1),
+        (128 * ceil_div(n_out, 64), ceil_div(n_tokens, 32), 1),
         (128, 1, 1),
         {"BITS": bits, "G": group_size, "HAS_BIASES": int(biases is not None)},
         {} if biases is not None else {"S": mx.uint8},
