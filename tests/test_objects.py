@@ -257,7 +257,7 @@ def test_only_loading_divides_models(pair):
     ours, stock = pair
     before = ours(TOKENS)
     for name, divide in DIVIDED.items():
-        with pytest.raises(ModelError, match=r"\[shard\] .*load\(group=\)") as caught:
+        with pytest.raises(ModelError, match=r"\[stream\] .*load\(group=\)") as caught:
             divide(ours)
         assert "\n" not in str(caught.value), name
         assert mx.array_equal(ours(TOKENS), before), name

@@ -161,7 +161,7 @@ def refuse_division(*_arguments: Any, **_options: Any) -> None:
         ModelError: always; the message names the alternatives.
     """
     raise ModelError(
-        "[shard] expected a model of mlx-lm's class with its experts among its "
+        "[stream] expected a model of mlx-lm's class with its experts among its "
         "parameters but got one of our own class, or one that reads them from files: "
         "divide the experts between processes with load(group=), or load a plain "
         "checkpoint with native=False and without a bound on memory"
