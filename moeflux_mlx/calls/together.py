@@ -56,12 +56,12 @@ class Together:
             try:
                 return self.exchange.call(n_seqs, t, ids, step, resident=resident)
             except BudgetError:
-                # Every rank hears of it, and keeps the same for later.
+                # All ranks raise this error here, so all of them drop the same prompt.
                 if give_way is None or not give_way():
                     raise
 
     def run(self, call: Callable[[], R], states: Sequence[CacheState] | None) -> R:
-        """Make a call, at the end of which all ranks have agreed.
+        """Make a call; at its end all ranks have agreed.
 
         Args:
             states: states of the call's caches; None if they cannot be restored.
@@ -73,7 +73,8 @@ class Together:
         if exchange is None or in_transformation():
             return call()
         if exchange.may_defer and states is not None:
-            # Blocks do not wait for other processes, where ranks choose alike.
+            # Blocks do not wait for other ranks. If ranks choose different experts, the
+            # whole call is repeated with a wait in each block.
             with contextlib.suppress(OtherChoiceError), exchange.together(defers=True):
                 return call()
             for state in states:
@@ -82,7 +83,7 @@ class Together:
             return call()
 
     def led(self, out: R) -> R:
-        """Return the result of a whole call, rank 0's if tokens may be drawn of it."""
+        """Return a whole call's result; rank 0's, if it may be sampled from."""
         exchange = self.exchange
         is_small = isinstance(out, mx.array) and out.nbytes <= LED_BYTES
         if exchange is None or not is_small or in_transformation():
@@ -90,5 +91,5 @@ class Together:
         return exchange.led(out)  # type: ignore[arg-type, return-value]
 
     def least(self, number: int) -> int:
-        """Return the smallest of all processes' numbers; each has to ask."""
+        """Return the smallest of all processes' numbers; all of them must call this."""
         return number if self.exchange is None else self.exchange.least(number)

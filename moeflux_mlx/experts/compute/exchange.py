@@ -73,7 +73,7 @@ class Exchange:
         self.waits = device.on_cpu()
         # If true, this call checks only at its end that all ranks agree.
         self.defers = False
-        # Whether all ranks can make the present call so.
+        # Whether all ranks can check the present call at its end.
         self.may_defer = False
         # Whether ranks chose different experts in the present layer, and in how many
         # layers so far.
@@ -228,7 +228,7 @@ class Exchange:
 
     @property
     def has_parted(self) -> bool:
-        """Whether ranks chose other experts in the layer that is under way."""
+        """Whether ranks chose different experts in the present layer."""
         return self._parted
 
     def mended(self, out: Any) -> Any:
