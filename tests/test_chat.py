@@ -22,6 +22,14 @@ def said(text: str) -> str:
     return re.sub(r"[^\S\n]+", " ", text)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def wide():
+    """Make lines so long that no model's name breaks one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "500")
+        yield
+
+
 @pytest.fixture(scope="module")
 def stock(checkpoint: Path) -> str:
     """The output of mlx-lm's own chat on the plain model."""

@@ -286,7 +286,7 @@ def test_a_record_keeps_its_findings_on_kernels_not_examined(tmp_path):
 def test_entries_of_another_machine_are_not_lost(tmp_path, capsys):
     path = tmp_path / "record.json"
     record = found_right("sim", "residual_add", "swiglu_fused")
-    verified.save(dataclasses.replace(record, machine="another"), path)
+    verified.save(dataclasses.replace(record, machine="another"), path, KERNELS)
     before = path.read_text()
     flags = ["--executor", "sim", "--record", str(path)]
     assert main(["doctor", *flags, "--only", "swiglu_fused"]) == 2

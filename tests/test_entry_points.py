@@ -82,6 +82,8 @@ def test_generate_writes_stocks_text(pair, few, capsys):
 
 @pytest.mark.sampled
 def test_chat_prints_the_text_of_stocks(pair, few, capsys, monkeypatch):
+    # Names of models differ in length, and must not break a line.
+    monkeypatch.setenv("COLUMNS", "500")
     spoken = []
     for path in pair:
         monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand then\nr\nhey\nq\n"))

@@ -172,7 +172,7 @@ def changed(row):
         ),
         (
             lambda: ops.linear(X, dataclasses.replace(TABLE, quantization=BITS_0)),
-            "[ops.linear] weight.bits: expected 2, 3, 4, 5, 6, 8 in mode affine but "
+            "[ops.linear] weight.bits: expected 1, 2, 3, 4, 5, 6, 8 in mode affine but "
             "got 0",
         ),
         (

@@ -224,11 +224,15 @@ def test_convert_of_a_pack_of_mlx_lms_class_is_the_checkpoints(
 @pytest.mark.parametrize(
     ("name", "flags", "way"),
     [
-        ("fuse", ["--export-gguf"], "moeflux unpack PACK DIR' and mlx_lm.fuse on DIR"),
-        ("quant.awq", [], "mlx_lm.awq on DIR"),
-        ("quant.dwq", [], "mlx_lm.dwq on DIR"),
-        ("quant.dynamic_quant", [], "mlx_lm.dynamic_quant on DIR"),
-        ("quant.gptq", [], "mlx_lm.gptq on DIR"),
+        (
+            "fuse",
+            ["--export-gguf"],
+            "'moeflux unpack PACK DIR' if it is a pack, and mlx_lm.fuse on the plain",
+        ),
+        ("quant.awq", [], "and mlx_lm.awq on the plain checkpoint"),
+        ("quant.dwq", [], "and mlx_lm.dwq on the plain checkpoint"),
+        ("quant.dynamic_quant", [], "and mlx_lm.dynamic_quant on the plain checkpoint"),
+        ("quant.gptq", [], "and mlx_lm.gptq on the plain checkpoint"),
     ],
 )
 def test_commands_that_would_change_experts_end_before_writing(
