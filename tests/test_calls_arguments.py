@@ -121,6 +121,7 @@ def test_every_form_of_tokens_is_accepted(model, same):
     assert mx.array_equal(model(same), model(TOKENS))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("bad", [-1, 320, 1 << 40])
 def test_lazy_ids_outside_the_vocabulary_give_nan(plain, bad):
     """A compiled call cannot check ids: bad sequences give NaN, others are right."""
@@ -150,6 +151,7 @@ def test_ids_of_every_type_are_moved_into_a_vocabulary(dtype):
     assert kept == [number for number in given if 0 <= number < n]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("executor", ["lazy", "traced"])
 def test_a_single_id_that_is_never_read_back_gives_nan(plain, executor, monkeypatch):
     """On a GPU the token of a step is never read back to the host."""

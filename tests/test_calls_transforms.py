@@ -328,6 +328,7 @@ def test_streamed_experts_give_stocks_values_or_refuse(
     assert np.allclose(np.array(model(PROMPT)), logits, atol=1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", [*STREAMED, "packed"])
 def test_training_steps_work_uncompiled(plain, kind, tmp_path):
     model, call = load(plain, **{**STREAMED, **WHOLE}[kind]), CALLS["prompt"]

@@ -109,7 +109,7 @@ def test_a_batchs_tokens_take_the_kernels_that_one_takes(one_layer):
     assert len(latent) == 5
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @simulated
 @pytest.mark.parametrize("n_seqs", [2, 1])
 def test_a_long_prompt_makes_keys_and_values_of_heads(one_layer, n_seqs):

@@ -148,6 +148,7 @@ def make(forms: list[dict[str, Quantization | None]]) -> nn.Module:
 GATED, PLAIN = ("gate_proj", "up_proj", "down_proj"), ("fc1", "fc2")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_every_form_gives_the_bits_of_all_in_memory(tmp_path, form):
     forms = [dict.fromkeys(names, form) for names in (GATED, GATED, PLAIN)]
@@ -525,6 +526,7 @@ def test_load_without_a_bound_is_mlx_lms_own_model(checkpoint):
 
 
 # Their modules hold arrays that are no parameters: positions, slopes, a scaled norm.
+@pytest.mark.sampled
 @pytest.mark.parametrize("family", ["deepseek_v2", "bailing_moe_linear", "kimi_k3"])
 @pytest.mark.parametrize("expert_memory", [None, "3MB"], ids=["whole", "streamed"])
 def test_the_first_call_may_be_another_threads(family, expert_memory, tmp_path):

@@ -137,6 +137,7 @@ def compressed(tmp_path_factory) -> tuple[Path, Path]:
     return path, path.with_name("packed")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("prompt", [PROMPT, LONG], ids=len)
 def test_caches_of_a_models_own_class_are_kept_too(compressed, prompt, tmp_path):
     plain, packed = (opened(path, expert_memory="3MB") for path in compressed)

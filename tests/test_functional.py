@@ -142,6 +142,7 @@ def test_a_function_gives_the_same_on_every_executor(name, executor, monkeypatch
         close(a, b)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_a_gradient_is_that_of_finite_differences(name, executor):
     call, f = CALLS[name], getattr(ops, name)

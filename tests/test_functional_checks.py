@@ -224,6 +224,7 @@ def test_nan_in_data_is_data(executor):  # noqa: F811
     assert np.isnan(out).sum() == 1 and np.isnan(out[1, 0])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_a_compiled_function_gives_the_same(name):
     call, x = CALLS[name], inspect.signature(CALLS[name]).parameters["x"].default

@@ -57,6 +57,7 @@ def run(models: Path, n: int, work: Any) -> list[dict]:
     return ranks.found(folder, n)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("n", "names"), [(2, NAMES[:3]), (3, NAMES[3:])])
 def test_ranks_give_one_processs_bits_and_hold_their_own_experts(models, n, names):
     outcomes = run(models, n, partial(native_ranks.generate, names=names))

@@ -604,7 +604,7 @@ def measure(monkeypatch):
     return module.measure
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is as Linux counts it")
 @pytest.mark.parametrize(
     ("case", "budget", "outcome"),

@@ -112,6 +112,7 @@ def ahead_or_waiting(path, n_seqs: int, executor: str, optimistic: str, **memory
     return logits
 
 
+@pytest.mark.sampled
 @each_other_family
 @pytest.mark.parametrize("n_seqs", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_running_ahead_gives_what_waiting_gives(plain_packed, n_seqs, monkeypatch):
@@ -174,6 +175,7 @@ def test_names_of_weights_and_calls_and_caches_are_mlx_lms(plain, tolerance):
         assert_same_state(own.state, theirs.state)
 
 
+@pytest.mark.sampled
 @each_family
 def test_adapters_and_a_compiled_call_take_mlx_lms_modules(plain, tolerance):
     models, prompt = (mlx_lm.load(str(plain))[0], load(plain)), tokens(7)
@@ -220,6 +222,7 @@ def test_routing_is_recorded_of_the_layers_that_route(plain):
     assert trace.chosen.shape[1:] == (len(routed), top_k)
 
 
+@pytest.mark.sampled
 @each_family
 def test_a_budget_of_the_process_gives_the_same(plain_packed, tolerance):
     bounded, free = load(plain_packed, memory="4GB"), load(plain_packed)

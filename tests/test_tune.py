@@ -364,6 +364,7 @@ def test_every_op_and_group_is_tried_at_every_length(tuned_tiny):
     assert len(set(keys)) == len(keys)
 
 
+@pytest.mark.slow
 @simulated
 def test_a_wrong_way_never_wins_and_is_reported(tuned_few, capsys):
     found = [e for e in tuned_few.entries if e.name == "ResidualAddNTokens"]
