@@ -214,6 +214,7 @@ def test_by_default_all_but_routed_experts_learn(plain, loaders, way, tmp_path):
         assert set(got) == {name for name in wanted if "switch_mlp" not in name}
 
 
+@pytest.mark.slow
 @pytest.mark.sampled
 @pytest.mark.parametrize("way", ["resident", "budget", "pack"])
 def test_training_resumes_as_stock_does(plain, loaders, trained, way, tmp_path):

@@ -416,6 +416,7 @@ def test_a_model_that_cannot_be_tuned_is_refused(packed, budget, checkpoint):
         tune(model, prompts=[64, 1])
 
 
+@pytest.mark.slow
 @simulated
 def test_the_command_saves_entries_only_where_times_are_meaningful(
     checkpoint, tuned_few, tmp_path, monkeypatch, capsys
