@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
@@ -18,11 +20,13 @@ import moeflux_mlx
 from moeflux_mlx import device
 from moeflux_mlx.calls.call_pieces import CallPieces
 from moeflux_mlx.calls.measured_needs import MeasuredNeeds
+from moeflux_mlx.calls.measured_scratch import ScratchMeasure
 from moeflux_mlx.cli import main as moeflux
 from moeflux_mlx.errors import BudgetError
 from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.loading import plan_load
 from moeflux_mlx.memory.preflight import UNASKED_TOKENS
+from moeflux_mlx.memory.steady import STEADY
 from moeflux_mlx.opening.stock_model import load_stock_lazily
 from moeflux_mlx.streaming import plan_stream, stream
 
@@ -85,6 +89,35 @@ def test_the_plan_without_weights_is_the_measured_one(written, family, own_bytes
         measured = asdict(model.plan)
         ratios.append(other.pop("scratch_bytes") / measured.pop("scratch_bytes"))
         assert other == measured
+
+
+def test_the_collector_frees_nothing_while_memory_is_measured(written, monkeypatch):
+    """A model that it freed meanwhile made the plan's scratch half as large."""
+    measure, enabled = ScratchMeasure._peaks, []
+
+    def watched(self, *sizes):
+        enabled.append(gc.isenabled())
+        return measure(self, *sizes)
+
+    monkeypatch.setattr(ScratchMeasure, "_peaks", watched)
+    plan_load(written("qwen3_moe"), "4GB")
+    assert enabled and not any(enabled) and gc.isenabled()
+    # Two measurements overlap, and the one that began first ends first.
+    inside, ended = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with STEADY:
+            inside.set()
+            ended.wait(60)
+
+    thread = threading.Thread(target=other)
+    with STEADY:
+        thread.start()
+        assert inside.wait(60)
+    assert not gc.isenabled()
+    ended.set()
+    thread.join()
+    assert gc.isenabled()
 
 
 def test_planning_leaves_a_model_as_it_was(written):

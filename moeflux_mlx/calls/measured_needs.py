@@ -23,6 +23,7 @@ from ..experts.pool.pool import pool_stride
 from ..experts.weights import leaves
 from ..memory.cache_layouts import CacheLayout
 from ..memory.caches import CacheForm
+from ..memory.steady import STEADY
 from .call_shapes import CallShapes
 from .measured_scratch import Scratch, ScratchMeasure
 from .shared import Calls
@@ -142,7 +143,7 @@ class MeasuredNeeds:
     def _scratch(self) -> Scratch:
         """Measure calls with few and many tokens, and short and long caches."""
         measure = ScratchMeasure(self._model, self._blank, self._blocks, self._shapes)
-        with self._calls.reaching(self._blank):
+        with self._calls.reaching(self._blank), STEADY:
             found = measure.of_model() if self._reads else measure.of_first_layers()
         mx.clear_cache()
         device.trim_heap()

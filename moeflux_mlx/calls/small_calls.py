@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from .. import device
 from ..experts.compute.blank import BlankExperts
+from ..memory.steady import STEADY
 from .alone import OneAtATime
 
 # Each size n is measured as one sequence of n tokens, WIDE sequences of n, and one of
@@ -102,7 +103,7 @@ class SmallCalls:
             room = clear()
             blank = BlankExperts(self._calls.streamer.store)
             blank.watch, blank.reads_again = lambda _, arrays: mx.eval(arrays), True
-            with self._calls.reaching(blank):
+            with self._calls.reaching(blank), STEADY:
                 while self._sizes and self._n_measured < n_tokens:
                     self._measure_size(self._sizes[0], room, call)
             mx.clear_cache()

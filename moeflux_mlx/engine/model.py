@@ -15,6 +15,7 @@ import mlx.core as mx
 from ..calls.compiling import forget_gone
 from ..errors import ModelError
 from ..experts.weights import Weight, has_values
+from ..memory.steady import STEADY
 from .executors import Encoding, Executor
 from .executors.base import arrays
 from .executors.compiled import CompiledCalls
@@ -250,9 +251,10 @@ class LayerSample:
         for name, buf in self.layer.inputs.items():
             encoding.bind(buf, self.inputs[name])
         mx.clear_cache()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        for call in self.layer.calls:
-            executor.encode_graph([call], encoding)
-            mx.eval(arrays(encoding.values))
-        return mx.get_peak_memory() - before
+        with STEADY:
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+            for call in self.layer.calls:
+                executor.encode_graph([call], encoding)
+                mx.eval(arrays(encoding.values))
+            return mx.get_peak_memory() - before
