@@ -108,7 +108,7 @@ def dequantize(w: mx.array, scales: mx.array, *rest: Any, **form: Any) -> mx.arr
 
 @contextlib.contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Choose as on CUDA, and replace what a CPU divides into several operations."""
+    """Choose as on CUDA, and replace operations that a CPU divides into several."""
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
             (device, "on_cpu", lambda: False),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import module_from_spec, spec_from_file_location, spec_from_loader
 from io import BytesIO
@@ -36,6 +37,39 @@ def unpacked(commit: str) -> Iterator[Path]:
         with tarfile.open(fileobj=BytesIO(packed.stdout)) as archive:
             archive.extractall(folder, filter="data")
         yield Path(folder).resolve()
+
+
+@contextlib.contextmanager
+def asked(file: str, *arguments: str) -> Iterator[Callable[[str], Any]]:
+    """Yield a function that sends a line to a script's process and returns its answer.
+
+    The answer is a line of JSON. If the process ends, SystemExit follows its messages.
+    """
+    pipe = subprocess.PIPE
+    with (
+        tempfile.TemporaryFile("w+") as messages,
+        subprocess.Popen(
+            [sys.executable, file, *arguments],
+            stdin=pipe,
+            stdout=pipe,
+            stderr=messages,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdin and process.stdout
+
+        def ask(request: str) -> Any:
+            print(request, file=process.stdin, flush=True)
+            line = process.stdout.readline()
+            if not line:
+                messages.seek(0)
+                print(messages.read(), file=sys.stderr)
+                name = Path(file).name
+                raise SystemExit(f"{name}: {request!r} failed for {arguments}")
+            return json.loads(line)
+
+        # Leaving the block closes the input, which ends the process.
+        yield ask
 
 
 def import_from(tree: Path) -> None:

@@ -9,48 +9,15 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from commits import ROOT, import_from, script, unpacked
+from commits import ROOT, asked, import_from, script, unpacked
 
 # A case: its family in bench_kernels, and its sizes.
 Sizes = tuple[str, Mapping[str, int]]
-
-
-class Timed:
-    """A process that times the launches of one tree.
-
-    Args:
-        tree: a folder with the files of a commit.
-        executor: the name of its executor.
-        constants: values of bench_kernels that differ from its own.
-    """
-
-    def __init__(self, tree: Path, executor: str, constants: Mapping[str, Any]):
-        command = [sys.executable, __file__, str(tree), executor, json.dumps(constants)]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-
-    def ask(self, *request: Any) -> Any:
-        """Return the answer to a request; SystemExit if the process ended."""
-        to, back = self._process.stdin, self._process.stdout
-        assert to and back
-        print(json.dumps(request), file=to, flush=True)
-        answer = back.readline()
-        if not answer:
-            raise SystemExit("bench_kernels: a tree's process ended; see its message")
-        return json.loads(answer)
-
-    def __enter__(self) -> Timed:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
 
 
 def compare(
@@ -69,19 +36,19 @@ def compare(
         commit: a commit, or a folder with its files.
         rounds: how often each tree times a case; they begin in turns.
     """
-    given = executor, constants or {}
+    given = executor, json.dumps(constants or {})
     with (
         unpacked(commit) as tree,
-        Timed(ROOT, *given) as here,
-        Timed(tree, *given) as there,
+        asked(__file__, str(ROOT), *given) as here,
+        asked(__file__, str(tree), *given) as there,
     ):
         for case in cases:
-            name = here.ask("make", *case)
-            there.ask("make", *case)
+            make = json.dumps(("make", *case))
+            name, _ = here(make), there(make)
             times: list[tuple[dict[str, Any], dict[str, Any]]] = []
             for turn in range(rounds):
                 order = (here, there) if turn % 2 == 0 else (there, here)
-                found = {side: side.ask("time") for side in order}
+                found = {side: side(json.dumps(["time"])) for side in order}
                 times.append((found[here], found[there]))
             for side in times[0][0]:
                 if side in times[0][1]:
@@ -105,6 +72,8 @@ def figures(pairs: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
 
 def serve(tree: Path, executor: str, constants: Mapping[str, Any]) -> None:
     """Answer requests from standard input: ("make", family, sizes) and ("time",)."""
+    # Keep other output out of the answers.
+    answers, sys.stdout = sys.stdout, sys.stderr
     import_from(tree)
     os.chdir(tree)
     bench: Any = script(tree / "scripts" / "bench_kernels")
@@ -129,7 +98,7 @@ def serve(tree: Path, executor: str, constants: Mapping[str, Any]) -> None:
                 name: {"us": 1e6 * max(t.seconds, 1e-9), "hidden": t.is_hidden}
                 for name, t in timings.items()
             }
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

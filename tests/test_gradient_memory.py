@@ -272,5 +272,5 @@ def test_estimates_from_few_tokens_suffice_and_stay_below_twice_the_need(
     assert max(tried) <= room
     for n_seqs, t in ((1, 100), (8, 100), (2, 300)):
         need, found = peak(None, (n_seqs, t)), small.taken.n_bytes(n_seqs, t, t)
-        # One token alone also counts what a call takes whatever its length.
+        # An estimate from one token counts bytes of every call as bytes of a token.
         assert need <= found <= (8 if len(tried) < 3 else 2) * need
