@@ -167,10 +167,11 @@ class ShuffledExperts:
     def slots(self, indices: mx.array) -> mx.array:
         return mx.array(self.slot_of)[indices].astype(mx.uint32)
 
-    def batches(self, indices: mx.array) -> Iterator[tuple[slice, mx.array]]:
-        for first in range(0, indices.shape[0], 2):
-            rows = slice(first, first + 2)
-            yield rows, self.slots(indices[rows])
+    def portions(self, indices: mx.array) -> Iterator[tuple[np.ndarray, mx.array]]:
+        ids = np.array(indices).ravel()
+        for wave in self.waves(np.unique(ids).tolist()):
+            places = np.flatnonzero(np.isin(ids, [expert for expert, _ in wave]))
+            yield places, mx.array(self.slot_of[ids[places]].astype(np.uint32))
 
     def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
         slots = np.array(self.slots(indices)).ravel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -213,12 +214,8 @@ def gather_experts(
     """Run one launch for each projection of all experts."""
     if op.shared:
         mid = _gather_of_all_ranks(op, run, x, indices, source)
-        return run(kernels.moe_combine_topk(mid, weights))[0]
-    outs = []
-    for rows, slots in source.batches(indices):
-        outs.append(_gather(op, run, x[rows], indices[rows], slots, source))
-        ops.guard(source, outs[-1:])
-    mid = outs[0] if len(outs) == 1 else mx.concatenate(outs)
+    else:
+        mid = op.rows_in_portions(x, indices, source, partial(_gather, op, run))
     return run(kernels.moe_combine_topk(mid, weights))[0]
 
 

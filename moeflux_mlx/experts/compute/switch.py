@@ -25,7 +25,7 @@ from .blank import BlankSource
 from .exchange import Exchange, OtherChoiceError
 from .resident import ResidentExperts
 from .slot_block import SORTED_FROM, SlotBlock
-from .source import ExpertSource
+from .source import ExpertSource, in_portions
 
 PLAIN_FIRST = (
     "load a plain checkpoint without a bound on memory, which 'moeflux unpack PACK "
@@ -304,19 +304,12 @@ class StreamedSwitch(Uncopied, nn.Module):
         return rows.reshape(*indices.shape, -1)
 
     def _run(self, source: ExpertSource, x: mx.array, indices: mx.array) -> mx.array:
-        outputs, places = [], []
-        for where, slots in source.portions(indices):
-            if where is None:
-                out = self.slot_block(source.weights, x, slots)
-                source.guard(out)
-                return out
+        def part(where: np.ndarray, slots: mx.array) -> mx.array:
             rows = _rows_of(x, indices, where)
-            out = self._portion(source.weights, rows, slots, indices)
-            source.guard(out)
-            outputs.append(out)
-            places.append(where)
-        order = mx.array(np.argsort(np.concatenate(places)))
-        return mx.concatenate(outputs)[order].reshape(*indices.shape, -1)
+            return self._portion(source.weights, rows, slots, indices)
+
+        whole = partial(self.slot_block, source.weights, x)
+        return in_portions(source, indices, whole, part)
 
     def _portion(
         self, weights: ExpertWeights, rows: mx.array, slots: mx.array, indices: mx.array
