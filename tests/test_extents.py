@@ -12,15 +12,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from native_models import relative_rms
-from test_switch import Two, given, load, saved
+from test_switch import SLOT, Two, given, load, saved
 
 from moeflux_mlx import device
 from moeflux_mlx.engine.ops.functions import experts_by_slot
+from moeflux_mlx.errors import ModelError
 from moeflux_mlx.experts import records
 from moeflux_mlx.experts.compute.stacks import in_parts
+from moeflux_mlx.experts.files import writer
 from moeflux_mlx.experts.files.layout import ExpertLayout
-from moeflux_mlx.experts.pool.pool import SlotPool
+from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT, SlotPool
 from moeflux_mlx.experts.weights import ARRAYS, ExpertWeights, Quantization
+from moeflux_mlx.streaming import stream
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 N_SLOTS = 6
@@ -248,6 +251,27 @@ def test_a_stack_that_a_cpu_cannot_index_is_multiplied_rightly():
     found = in_parts(product, stack[0], 4, mx.array([0, 5, n - 1], mx.uint32))
     wanted = mx.quantized_matmul(x[0], *(part[0] for part in parts), **form)
     assert mx.array_equal(found, mx.broadcast_to(wanted, found.shape))
+
+
+def test_values_are_compared_with_their_file_some_at_a_time(tmp_path, monkeypatch):
+    """MLX on a CPU compares no more than 2^31 bytes."""
+    path = saved(Two(), tmp_path / "model")
+    monkeypatch.setattr(writer, "CHUNK_BYTES", 1 << 10)
+    found = []
+    original = np.array_equal
+    monkeypatch.setattr(
+        np, "array_equal", lambda *pair: found.append(len(pair[0])) or original(*pair)
+    )
+    model = Two().load_weights(str(path / "model.safetensors"))
+    mx.eval(model.parameters())
+    stream(model, path, expert_memory=POOL_ALIGNMENT + 4 * SLOT)
+    assert 1 << 10 < max(found) < 1 << 15
+    model = Two().load_weights(str(path / "model.safetensors"))
+    words = np.array(model.blocks[1].down_proj.weight)
+    words[-1, -1, -1] ^= 1
+    model.blocks[1].down_proj.weight = mx.array(words)
+    with pytest.raises(ModelError, match="expected the values of"):
+        stream(model, path, expert_memory=POOL_ALIGNMENT + 4 * SLOT)
 
 
 def test_limits_are_those_of_the_device(monkeypatch):
