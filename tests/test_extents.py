@@ -291,3 +291,49 @@ def test_limits_are_those_of_the_device(monkeypatch):
     assert limits() == (292, 146)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
     assert min(limits()) > 1 << 40
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+@pytest.mark.parametrize("gib", [5, 17], ids="{}GiB".format)
+def test_a_gpu_copies_from_the_last_of_many_slots(gib):
+    """Offsets pass 2^31 elements of bfloat16 at 4 GiB, and of 8 bytes at 16 GiB."""
+    shapes = {(name, "weight"): ("BF16", (32, 96)) for name in NAMES}
+    layout = ExpertLayout.build(shapes, dict.fromkeys(NAMES))
+    n = (gib << 30) // layout.stride
+    pool = SlotPool([layout], n)
+    chosen = [n - 1, 0, n - 2]
+    noise = np.random.default_rng(0).integers(0, 256, (3, layout.stride), np.uint8)
+    for slot, row in zip(chosen, noise, strict=True):
+        pool.bytes[slot] = row
+    copies = pool.weights(layout).copied(mx.array(chosen, mx.uint32))
+    for spec in layout.tensors:
+        found = bits(copies.by_name[spec.projection].w).reshape(3, -1)
+        assert np.array_equal(found, noise[:, spec.offset : spec.offset + spec.n_bytes])
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [4, None], ids=["quantised", "dense"])
+def test_a_gpu_multiplies_by_the_last_of_a_large_stack(form):
+    """The stacks pass 2^32 packed values, and 2^31 bytes of dense ones."""
+    n, side = (1100, 2048) if form else (300, 2048)
+    last = mx.random.normal((1, side, side), key=mx.random.key(1)).astype(mx.bfloat16)
+    parts = mx.quantize(last, 64, form) if form else [last]
+    blank = [mx.zeros((n - 1, *part.shape[1:]), part.dtype) for part in parts]
+    stack = [mx.concatenate(pair) for pair in zip(blank, parts, strict=True)]
+    x = mx.random.normal((16, 1, side), key=mx.random.key(2)).astype(mx.bfloat16)
+    assert device.most_matrices(stack[0], form) < n
+
+    def product(own: list[mx.array], ids: mx.array) -> mx.array:
+        if form is None:
+            w = own[0].swapaxes(-1, -2)
+            return mx.gather_mm(x, w, rhs_indices=ids, sorted_indices=True)
+        options: dict[str, Any] = dict(transpose=True, group_size=64, bits=form)
+        return mx.gather_qmm(x, *own, rhs_indices=ids, **options)
+
+    def part_of(part: slice | None, ids: mx.array) -> mx.array:
+        return product(stack if part is None else [a[part] for a in stack], ids)
+
+    found = in_parts(part_of, stack[0], form, mx.full(16, n - 1, mx.uint32))
+    assert mx.array_equal(found, product([*parts], mx.zeros(16, mx.uint32)))
