@@ -12,6 +12,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from .records import Copier
+from .records import Records as Records
+
 # MLX's default bits and group size for each mode.
 OWN_FORM = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
@@ -30,6 +33,8 @@ MLX_DTYPES = {
 }
 # MLX itself writes the first of several names, so the reversal lets that one win.
 DTYPE_NAMES = {dtype: name for name, dtype in reversed(MLX_DTYPES.items())}
+# The fields of a Weight that are arrays.
+ARRAYS = ("w", "scales", "biases", "bias", "global_scale")
 
 
 @dataclass(frozen=True)
@@ -51,24 +56,12 @@ class Quantization:
 
 
 @dataclass(frozen=True)
-class Records:
-    """One tensor of every slot: row ``slot`` of ``array``, from element ``base`` on.
-
-    ``array`` is ``[n_slots, row]`` of the tensor's type. It is contiguous, so kernels
-    take it without a copy.
-    """
-
-    array: mx.array
-    base: int
-
-
-@dataclass(frozen=True)
 class Weight:
     """One matrix ``[..., O, I]`` in MLX (or NumPy) arrays; dense without quantization.
 
     Quantised, ``w`` is uint32 ``[..., O, I * bits / 32]`` with ``scales`` (and, for
     affine, ``biases``) ``[..., O, I / group_size]``. A leading axis counts experts or
-    slots. If these are not contiguous, ``in_pool`` locates each array in the records.
+    slots. If these are not contiguous, ``in_pool`` locates each of ``ARRAYS``.
     ``bias`` ``[..., O]`` is added to products. ``global_scale`` ``[...]`` is for
     mlx-lm's modules; no Op takes it.
     """
@@ -96,11 +89,27 @@ class Weight:
     def records(self) -> tuple[Records | None, ...]:
         """``w``, ``scales``, ``biases`` and ``bias`` of all slots, never copied."""
         if self.in_pool is not None:
-            return self.in_pool
+            return self.in_pool[:4]
         parts = (self.w, self.scales, self.biases, self.bias)
         rows = [None if x is None else x.reshape(x.shape[0], -1) for x in parts]
         has_values(*(x for x in rows if x is not None))
         return tuple(None if x is None else Records(x, 0) for x in rows)
+
+    def located(self) -> dict[str, tuple[Records, mx.array]]:
+        """Return the place and the view of each array that is in records, by field."""
+        places = zip(ARRAYS, self.in_pool or (), strict=bool(self.in_pool))
+        return {f: (r, getattr(self, f)) for f, r in places if r is not None}
+
+    def bias_of(self, slots: mx.array) -> mx.array:
+        """Return the biases ``[*slots.shape, O]`` of the matrices in ``slots``."""
+        if self.in_pool is None:
+            return self.on_device.bias[slots]
+        copied = self._bias_copier(slots.flatten())["bias"]
+        return mx.unflatten(copied, 0, slots.shape)
+
+    @functools.cached_property
+    def _bias_copier(self) -> Copier[str]:
+        return Copier({"bias": self.located()["bias"]})
 
     @property
     def on_host(self) -> Weight:
@@ -125,9 +134,9 @@ class Weight:
         return copied
 
     def __getitem__(self, index: int | slice | None) -> Weight:
-        """Return one expert's matrix, or with None a stack of one matrix, uncopied.
+        """Return one expert's matrix, with a slice some, uncopied.
 
-        A slice indexes the first axis of NumPy arrays only.
+        None gives a stack of one matrix. The result has no ``in_pool``.
         """
         return self._like(lambda x: None if x is None else _pick(x, index))
 
@@ -168,6 +177,30 @@ class ExpertWeights:
         """The projection back to the model's width."""
         return self.by_name["down_proj"]
 
+    def copied(self, slots: mx.array) -> ExpertWeights:
+        """Return contiguous copies of the matrices in ``slots`` ``[n]``."""
+        copies = self._copier(slots)
+
+        def own(name: str, weight: Weight) -> Weight:
+            arrays: dict[str, Any] = {}
+            for field in ARRAYS:
+                if (x := getattr(weight, field)) is not None:
+                    is_view = weight.strided
+                    arrays[field] = copies[name, field] if is_view else x[slots]
+            return Weight(**arrays, quantization=weight.quantization)
+
+        return self.named({n: own(n, weight) for n, weight in self.by_name.items()})
+
+    @functools.cached_property
+    def _copier(self) -> Copier[tuple[str, str]]:
+        return Copier(
+            {
+                (name, field): tensor
+                for name, weight in self.by_name.items()
+                for field, tensor in weight.located().items()
+            }
+        )
+
     @functools.cached_property
     def on_host(self) -> ExpertWeights:
         """The same slots as NumPy views."""
@@ -176,7 +209,7 @@ class ExpertWeights:
 
 def _pick(x: Any, index: Any) -> Any:
     """Index the first axis; MLX copies for ``x[index]`` but not for a slice."""
-    if index is None or isinstance(x, np.ndarray):
+    if index is None or isinstance(index, slice) or isinstance(x, np.ndarray):
         return x[index]
     return x[index : index + 1].squeeze(0)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ... import device
 from ...errors import BudgetError, ExpertStoreError
-from ..files.layout import BIAS, PARTS, TENSOR_ALIGNMENT, ExpertLayout, TensorSpec
+from ..files.layout import ALL_PARTS, TENSOR_ALIGNMENT, ExpertLayout, TensorSpec
 from ..files.reader import HostPlace, Place
 from ..weights import MLX_DTYPES, ExpertWeights, Records, Weight
 from .staging import StagedPlace, Staging, open_staging
@@ -275,10 +275,13 @@ def slot_weights(slots: mx.array, layout: ExpertLayout) -> ExpertWeights:
     """Return views of records, uint8 ``[n, stride]``, as tensors ``[n, O, I]``."""
     tensors: dict[tuple[str, str], mx.array] = {}
     records: dict[tuple[str, str], Records] = {}
+    # Tensors of one type share an array, by which a copy finds that they lie together.
+    dtypes = {MLX_DTYPES[spec.dtype] for spec in layout.tensors}
+    views = {dtype: slots.view(dtype) for dtype in dtypes}
     for spec in layout.tensors:
         dtype = MLX_DTYPES[spec.dtype]
         begin = spec.offset // dtype.size
-        rows = slots.view(dtype)
+        rows = views[dtype]
         columns = rows[:, begin : begin + math.prod(spec.shape)]
         name = spec.projection, spec.part
         # A scalar for each expert has no axis of its own.
@@ -299,7 +302,7 @@ def weights_of(
     def in_pool(projection: str) -> tuple[Records | None, ...] | None:
         if records is None:
             return None
-        return tuple(records.get((projection, part)) for part in (*PARTS, BIAS))
+        return tuple(records.get((projection, part)) for part in ALL_PARTS)
 
     return ExpertWeights.named(
         {
