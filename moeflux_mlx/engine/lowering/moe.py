@@ -30,13 +30,13 @@ def softmax_topk(op: Any, run: Run, logits: mx.array) -> tuple[mx.array, ...]:
     return run(kernels.moe_softmax_topk(logits, op.k))
 
 
-def _noaux_fits(op: ops.MoeNoauxTopK) -> bool:
+def noaux_fits(op: ops.MoeNoauxTopK) -> bool:
     fits = op.n_experts <= kernels.MAX_EXPERTS and op.k <= kernels.MAX_K
     pairs = op.n_group == 1 or op.n_experts > op.n_group
     return fits and pairs and kernels.SIMD % op.n_group == 0
 
 
-@way(ops.MoeNoauxTopK, "moe_noaux_topk", _noaux_fits)
+@way(ops.MoeNoauxTopK, "moe_noaux_topk", noaux_fits)
 def noaux_topk(
     op: Any, run: Run, logits: mx.array, bias: Weight
 ) -> tuple[mx.array, ...]:

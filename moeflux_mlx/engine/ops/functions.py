@@ -8,6 +8,7 @@ The same code serves both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -299,6 +300,17 @@ def embed(token_ids: Array, weight: Weight) -> Array:
     if weight.quantization is None:
         return widen(w) if on_host else w
     return dequantize(Weight(w, scales, biases, weight.quantization))
+
+
+def inside_rows(token_ids: Array, weight: Weight) -> Array:
+    """Return rows as ``embed`` does; those of ids outside of ``weight`` are NaN."""
+    at = namespace(token_ids)
+    ids = at.clip(token_ids, 0, weight.w.shape[0] - 1)
+    rows = embed(ids, weight)
+    nan = at.array(math.nan, dtype=rows.dtype)
+    # In the shape of rows: MLX then compiles the mask and its use as one launch.
+    inside = token_ids.reshape(-1, 1) == ids.reshape(-1, 1)
+    return at.where(inside, rows, nan)
 
 
 def _scales_like(x: mx.array, weight: Weight) -> tuple[mx.array, mx.array | None]:
