@@ -199,6 +199,32 @@ def take(weight: Weight, index: mx.array) -> Weight:
     return Weight(*taken, weight.quantization)
 
 
+@pytest.mark.parametrize("by_blocks", [False, True])
+def test_portions_have_the_rows_for_which_a_gpu_takes_the_kernel_of_the_whole_call(
+    by_blocks, monkeypatch
+):
+    case = spec(ops.MoeGatherIdFuse, Q4, **routed(40, 64, 32, 11, 5)).build()
+    experts = case.inputs.pop("experts")
+    given = [mx.array(x) for x in case.inputs.values()]
+    expected = case.op.reference(*given, experts)
+    calls: list[tuple[int, int, bool]] = []
+    original = mx.gather_qmm
+
+    def note(x, w, *rest, **options):
+        calls.append((options["rhs_indices"].size, len(w), options["sorted_indices"]))
+        return original(x, w, *rest, **options)
+
+    monkeypatch.setattr(mx, "gather_qmm", note)
+    monkeypatch.setattr(device, "multiplies_row_by_row", lambda: False)
+    monkeypatch.setattr(device, "multiplies_by_blocks", lambda *_: by_blocks)
+    got = case.op.reference(*given, ShuffledExperts(experts.weights, 0))
+    assert mx.array_equal(got, expected)
+    assert len(calls) > 9
+    for n_rows, n_matrices, is_sorted in calls:
+        assert n_rows >= 64 and is_sorted
+        assert not by_blocks or n_rows >= 4 * n_matrices
+
+
 @on_both
 @pytest.mark.parametrize("form", [None, Q4, Q8], ids=["dense", "4bit", "8bit"])
 @pytest.mark.parametrize("n", [2, 9])

@@ -33,6 +33,8 @@ MLX_DTYPES = {
 }
 # MLX itself writes the first of several names, so the reversal lets that one win.
 DTYPE_NAMES = {dtype: name for name, dtype in reversed(MLX_DTYPES.items())}
+# From this many ids on, matrices are copied once each, whatever the wait for the ids.
+READ_BACK_FROM = 64
 # The fields of a Weight that are arrays.
 ARRAYS = ("w", "scales", "biases", "bias", "global_scale")
 
@@ -190,6 +192,19 @@ class ExpertWeights:
             return Weight(**arrays, quantization=weight.quantization)
 
         return self.named({n: own(n, weight) for n, weight in self.by_name.items()})
+
+    def end_to_end(self, slots: mx.array) -> tuple[ExpertWeights, mx.array]:
+        """Return contiguous copies of the matrices in ``slots``, and their indices.
+
+        Many ids are read back, so that each matrix is copied once. Few ids hardly
+        repeat, and the host may not know them yet.
+        """
+        if slots.size < READ_BACK_FROM or not has_values(slots):
+            found = mx.arange(slots.size, dtype=mx.uint32).reshape(slots.shape)
+            return self.copied(slots.flatten()), found
+        chosen, places = np.unique(np.array(slots), return_inverse=True)
+        found = mx.array(places.reshape(slots.shape).astype(np.uint32))
+        return self.copied(mx.array(chosen)), found
 
     @functools.cached_property
     def _copier(self) -> Copier[tuple[str, str]]:

@@ -408,8 +408,7 @@ def _gatherable(
     """
     if all(_gathers_in_place(w, dtype) for w in experts.by_name.values()):
         return experts, slots
-    places = mx.arange(slots.size, dtype=mx.uint32).reshape(slots.shape)
-    return experts.copied(slots.flatten()), places
+    return experts.end_to_end(slots)
 
 
 def _gathers_in_place(weight: Weight, dtype: mx.Dtype) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 
 from ... import device
 from ...experts.compute.rank_experts import RankExperts
+from ...experts.compute.slot_block import SORTED_FROM
 from ...experts.compute.source import in_portions
 from ...experts.weights import ExpertWeights, Weight
 from ..graph.buffers import Shape
@@ -372,10 +373,27 @@ class MoeGatherIdFuse(RoutedExperts, Op):
     ) -> Array:
         shape, k, slots = slots.shape, slots.shape[1], slots.reshape(-1)
         order = argsort(slots)
-        rows, chosen = x[order // k], slots[order][:, None]
+        rows, chosen, stacks = x[order // k], slots[order], experts.weights
+        by_blocks = device.multiplies_by_blocks(self.n_experts_used, self.n_experts)
+        n = least = len(chosen)
+        if not (device.multiplies_row_by_row() or experts.resident):
+            # MLX chooses a kernel by the number of rows and matrices. Have it choose
+            # that of the whole call with all experts in memory.
+            least = min(self.n_experts_used, SORTED_FROM)
+            if by_blocks:
+                stacks, chosen = stacks.end_to_end(chosen)
+                n_matrices = len(stacks.gate.w)
+                least = max(SORTED_FROM, device.METAL_ROWS_A_MATRIX * n_matrices)
+        if n < least:
+            every = mx.minimum(mx.arange(least), n - 1)
+            rows, chosen = rows[every], chosen[every]
         by_slot = experts_by_slot(
-            rows, chosen, experts.weights, activation=self.activation, in_order=True
-        )
+            rows,
+            chosen[:, None],
+            stacks,
+            activation=self.activation,
+            in_order=by_blocks or device.on_cpu(),
+        )[:n]
         return by_slot[argsort(order)].reshape(*shape, self.dim)
 
 

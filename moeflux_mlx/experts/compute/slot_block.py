@@ -107,7 +107,7 @@ class SlotBlock:
         by_blocks = resident or self._by_blocks(slots.size if n_ids is None else n_ids)
         in_place = resident or (not by_blocks and _converts_none(weights, x.dtype))
         if not (in_place and all(map(lies_well, weights.by_name.values()))):
-            weights, slots = _end_to_end(weights, slots)
+            weights, slots = weights.end_to_end(slots)
         if weights is not self._held:
             self._hold(weights, resident=resident)
         if by_blocks is not self._last_by_blocks:
@@ -173,20 +173,3 @@ def _converts_none(weights: ExpertWeights, dtype: mx.Dtype) -> bool:
     """Return whether MLX needs no conversion of all slots to ``dtype``."""
     own = (w.w if w.scales is None else w.scales for w in weights.by_name.values())
     return all(array.dtype in (dtype, mx.uint8) for array in own)
-
-
-def _end_to_end(
-    weights: ExpertWeights, slots: mx.array
-) -> tuple[ExpertWeights, mx.array]:
-    """Return contiguous copies of the matrices in ``slots``, and their indices."""
-    if slots.size < SORTED_FROM:
-        # Do not read the slots back: few ids hardly repeat, and the host may not know
-        # them yet.
-        take = slots.flatten()
-        found = mx.arange(slots.size, dtype=mx.uint32).reshape(slots.shape)
-    else:
-        chosen, places = np.unique(np.array(slots), return_inverse=True)
-        take = mx.array(chosen)
-        found = mx.array(places.reshape(slots.shape).astype(np.uint32))
-
-    return weights.copied(take), found
