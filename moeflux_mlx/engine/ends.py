@@ -14,6 +14,7 @@ from ..calls.arguments import as_int32, bounded, check_ids
 from ..calls.module_call import is_tied
 from ..experts.weights import Weight, has_values
 from . import ops
+from .graph import BufId
 from .graph import roles as b
 from .model import GraphBuilder, GraphRunner, LayerGraph
 from .ops.functions import Array, to_device, to_host
@@ -89,6 +90,10 @@ class Ends:
         """Return logits ``[N, V]`` of normalised rows."""
         return to_device(self._run("logits", rows, self._build_logits, traced))
 
+    def last_logits(self, rows: Array, *, traced: bool = False) -> mx.array:
+        """Return logits ``[N, V]`` of rows that the last norm has not seen."""
+        return to_device(self._run("norm, logits", rows, self._build_last, traced))
+
     def bounded(self, inputs: mx.array) -> tuple[mx.array, mx.array | None]:
         """Return ids bounded to the vocabulary, and which were in it; None: all."""
         if self.check_tokens(inputs):
@@ -154,8 +159,15 @@ class Ends:
         out = g.norm("model.norm", hidden, b.FinalNormBuf, self._args.rms_norm_eps)
         return g.finish(self._runtime.executor, out=out)
 
+    def _build_last(self, g: GraphBuilder, x: Array) -> LayerGraph:
+        hidden = g.input("x", b.HiddenBuf, x.shape)
+        eps = self._args.rms_norm_eps
+        return self._head(g, g.norm("model.norm", hidden, b.FinalNormBuf, eps))
+
     def _build_logits(self, g: GraphBuilder, x: Array) -> LayerGraph:
-        normed = g.input("x", b.FinalNormBuf, x.shape)
+        return self._head(g, g.input("x", b.FinalNormBuf, x.shape))
+
+    def _head(self, g: GraphBuilder, normed: BufId[b.FinalNormBuf]) -> LayerGraph:
         name = "model.embed_tokens" if is_tied(self._args) else "lm_head"
         out = g.matvec(name, normed, b.LogitsBuf, label="logits")
         return g.finish(self._runtime.executor, out=out)

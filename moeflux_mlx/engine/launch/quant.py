@@ -27,6 +27,7 @@ from .base import (
     normal,
     one_row,
     require,
+    require_part,
 )
 from .slots import (
     FLOAT_MODES,
@@ -341,7 +342,7 @@ def norm_row(n_in: int, rows: Sequence[int]) -> list[int]:
 
 def _norm_products(given: Given) -> mx.array:
     wide, parts = given.wide, []
-    normed = rms_norm(wide.x.reshape(-1), wide.norm, wide.eps)
+    normed = rms_norm(wide.x.reshape(-1)[: wide.norm.size], wide.norm, wide.eps)
     for product, bias in zip(given.products, given.added, strict=False):
         part = linear(normed, stored(given.group_size, *product))
         parts.append(part if bias is None else part + bias.astype(mx.float32))
@@ -358,7 +359,8 @@ def _some_norm_products(case: Case) -> tuple[Any, ...]:
         for rows, bits in zip(case.o, case.bits, strict=True)
     ]
     weight = 1 + normal(case.rng, case.other, case.i, scale=0.1)
-    x = case.normal(1, case.i) if case.s else case.normal(case.i)
+    width = case.i + case.get("more")
+    x = case.normal(1, width) if case.s else case.normal(width)
     given = x, weight, products, 0.05, case.g
     bias = case.get("bias", ())
     each = zip(case.o, bias, strict=False)
@@ -378,7 +380,7 @@ def _some_norm_products(case: Case) -> tuple[Any, ...]:
         dict(i=32, o=(8195, 1), bits=(2, 4), g=32, s=0),
         dict(i=96, o=(19, 5), bits=(4, 8), g=32, s=0, bias=(1, 1)),
         dict(i=64, o=(35, 7), bits=(4, 4), g=64, s=1, bias=(0, 1)),
-        dict(i=64, o=(18,), bits=(8,), g=64, s=1, bias=(1,)),
+        dict(i=64, o=(18,), bits=(8,), g=64, s=1, bias=(1,), more=5),
     ],
     large=dict(i=2048, o=(12352,), bits=(4,), g=64, s=0),
     varying=(),
@@ -394,11 +396,11 @@ def norm_matvecs(
     """A row of one or two products ``[O_i]`` with the norm of ``[I]``, then the norm.
 
     ``norm_row`` returns where each part begins; values between parts are 0. A row
-    ``[1, I]`` gives ``[1, width]``. ``added`` has a bias ``[O_i]`` or None for each
-    product.
+    ``[1, I]`` gives ``[1, width]``. ``x`` may be longer: it then begins with the I
+    values. ``added`` has a bias ``[O_i]`` or None for each product.
     """
-    n_in = one_row("x", x)
-    expect("norm", norm, (n_in,))
+    (n_in,) = dims("norm", norm, 1)
+    require_part("x", 0, n_in, one_row("x", x))
     few = isinstance(products, list | tuple) and 1 <= len(products) <= MAX_PRODUCTS
     require("products", few, f"1 to {MAX_PRODUCTS} matrices", products)
     each = len(products) <= len(added) <= MAX_PRODUCTS

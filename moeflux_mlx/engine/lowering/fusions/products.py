@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ....experts.weights import Weight
 from ...graph.op import JointRows, Op
-from ...graph.rows import RowPart
+from ...graph.rows import RowPart, whole
 from ...launch import quant
 from ...ops.elementwise import ResidualAddNTokens
 from ...ops.norm import RmsNormBf16NTokens
@@ -189,12 +189,15 @@ def _n_joint(ops: Sequence[Any], reads: Callable[[Any], bool]) -> int:
     "norm_matvecs",
     (RmsNormBf16NTokens, MatvecNTokens),
     _norm_and_products,
+    takes_parts=True,
     joint=True,
 )
 def norm_matvecs(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Run a norm and the products with its output; return all as parts of one row."""
     norm, *products = ops
     x, weight = values[norm.x], values[norm.weight.name].w
+    # A part that begins its row need not be cut out.
+    x = x.row if isinstance(x, RowPart) and x.start == 0 else whole(x)
     matrices, biases, parts_of = [], [], []
     for same in _matrices(products, norm.out):
         matrix = _matrix(same, values)
