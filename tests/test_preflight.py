@@ -24,7 +24,7 @@ from sparse import make_sparse_checkpoint
 from moeflux_mlx import device
 from moeflux_mlx.cli import main
 from moeflux_mlx.cli.inspect_summary import summarize
-from moeflux_mlx.cli.preflight import announce, forecast
+from moeflux_mlx.cli.preflight import announce, check_template, forecast
 from moeflux_mlx.errors import BudgetError, ModelError
 from moeflux_mlx.experts.pool.budget import Amounts
 from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
@@ -312,6 +312,50 @@ def test_commands_report_it_before_loading(
     first = capfd.readouterr().err.splitlines()[0]
     assert first.startswith(f"{LINE}{packed}: ")
     assert re.search(r"experts streamed, \d+% of the experts in memory; ", first)
+
+
+BAD = "{% for m in messages %}\n{{ m "
+TEMPLATES: dict[str, tuple[str, Any]] = {
+    "text": ("tokenizer_config.json", BAD),
+    "named": ("tokenizer_config.json", [{"name": "default", "template": BAD}]),
+    "file": ("chat_template.jinja", BAD),
+}
+
+
+def write_template(model: Path, file: str, template: Any) -> None:
+    """Give a model's tokenizer a template in one of its files."""
+    if not file.endswith(".json"):
+        (model / file).write_text(template)
+        return
+    fields = json.loads((model / file).read_text())
+    (model / file).write_text(json.dumps({**fields, "chat_template": template}))
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "serve"])
+@pytest.mark.parametrize("form", TEMPLATES)
+def test_a_template_that_is_none_is_refused_before_loading(
+    form, command, checkpoint, tmp_path, capfd
+):
+    model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    write_template(model, *TEMPLATES[form])
+    assert main([command, "--model", str(model)]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"moeflux: [chat template] {model / TEMPLATES[form][0]}: ")
+    assert "line 2: " in line
+
+
+def test_only_the_template_in_use_is_checked(checkpoint, tmp_path, capfd):
+    model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    write_template(model, "tokenizer_config.json", BAD)
+    flags = ["--model", str(model), "--prompt", "hi", "-m", "1"]
+    assert main(["generate", *flags, "--ignore-chat-template"]) == 0
+    assert main(["serve", "--model", str(model), "--chat-template", "{% if"]) == 2
+    assert "[chat template] --chat-template: " in capfd.readouterr().err
+    write_template(model, "chat_template.jinja", "{{ raise_exception('no') }}")
+    check_template(model)
+    (model / "chat_template.jinja").unlink()
+    write_template(model, "tokenizer_config.json", 5)
+    check_template(model)
 
 
 def test_a_model_that_loading_refuses_is_not_announced(packed, tmp_path, capfd):

@@ -43,10 +43,8 @@ def model_headers(path_or_repo: str | Path) -> Iterator[Path]:
     Raises:
         ModelError: there is no such model, or it has to be downloaded first.
     """
-    if _exists(path_or_repo):
-        yield Path(path_or_repo)
-    elif (kept := downloaded(str(path_or_repo))) is not None:
-        yield kept
+    if (here := local(path_or_repo)) is not None:
+        yield here
     else:
         with tempfile.TemporaryDirectory(prefix="moeflux-headers-") as folder:
             with hub_errors("inspect", str(path_or_repo)):
@@ -54,16 +52,14 @@ def model_headers(path_or_repo: str | Path) -> Iterator[Path]:
             yield Path(folder)
 
 
-def is_local(path_or_repo: str | Path) -> bool:
-    """Tell whether a model needs no download."""
-    return _exists(path_or_repo) or downloaded(str(path_or_repo)) is not None
-
-
-def _exists(path_or_repo: str | Path) -> bool:
+def local(path_or_repo: str | Path) -> Path | None:
+    """Return the directory of a model that needs no download."""
     try:
-        return Path(path_or_repo).exists()
+        if Path(path_or_repo).exists():
+            return Path(path_or_repo)
     except (OSError, ValueError):
-        return False
+        pass
+    return downloaded(str(path_or_repo))
 
 
 def _fetch(repo: str, folder: Path) -> None:
