@@ -54,7 +54,8 @@ class InSlots(nn.Module):
         module = type(self).__new__(type(self))
         module.__dict__.update(self.__dict__)
         for name, value in self.items():
-            dict.__setitem__(module, name, value[part] if name in FIELDS else value)
+            is_stack = name in FIELDS and value is not None
+            dict.__setitem__(module, name, value[part] if is_stack else value)
         return module
 
 
