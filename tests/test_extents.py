@@ -205,7 +205,7 @@ def test_a_block_multiplies_in_parts_with_the_same_bits(
 
     wanted = run()
     assert max(told) > 2
-    monkeypatch.setattr(device, "most_matrices", lambda w, bits: 2)
+    monkeypatch.setattr(device, "most_matrices", lambda *_: 2)
     *found, gradient = run()
     assert all(map(mx.array_equal, found, wanted))
     # Parts of a gradient may be added in another order.
@@ -226,7 +226,7 @@ def test_an_op_multiplies_in_parts_with_the_same_bits(monkeypatch, form):
     cases = [(slots, False), (mx.sort(slots.flatten())[:4, None], True)]
     wanted = [experts_by_slot(x, s, whole, in_order=o) for s, o in cases]
     assert all(mx.isfinite(out).all() for out in wanted)
-    monkeypatch.setattr(device, "most_matrices", lambda w, bits: 2)
+    monkeypatch.setattr(device, "most_matrices", lambda *_: 2)
     for stacks in (whole, weights):
         found = [experts_by_slot(x, s, stacks, in_order=o) for s, o in cases]
         assert all(map(mx.array_equal, found, wanted))
@@ -289,6 +289,7 @@ def test_limits_are_those_of_the_device(monkeypatch):
     monkeypatch.setattr(device, "on_cpu", lambda: False)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     assert limits() == (292, 146)
+    assert device.most_matrices(dense, None, in_order=False) == 292
     monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
     assert min(limits()) > 1 << 40
 
@@ -335,5 +336,6 @@ def test_a_gpu_multiplies_by_the_last_of_a_large_stack(form):
     def part_of(part: slice | None, ids: mx.array) -> mx.array:
         return product(stack if part is None else [a[part] for a in stack], ids)
 
-    found = in_parts(part_of, stack[0], form, mx.full(16, n - 1, mx.uint32))
+    ids = mx.full(16, n - 1, mx.uint32)
+    found = in_parts(part_of, stack[0], form, ids, in_order=True)
     assert mx.array_equal(found, product([*parts], mx.zeros(16, mx.uint32)))

@@ -99,8 +99,9 @@ class Weight:
 
     def located(self) -> dict[str, tuple[Records, mx.array]]:
         """Return the place and the view of each array that is in records, by field."""
-        places = zip(ARRAYS, self.in_pool or (), strict=bool(self.in_pool))
-        return {f: (r, getattr(self, f)) for f, r in places if r is not None}
+        places = self.in_pool or [None] * len(ARRAYS)
+        found = zip(ARRAYS, places, strict=True)
+        return {f: (r, getattr(self, f)) for f, r in found if r is not None}
 
     def bias_of(self, slots: mx.array) -> mx.array:
         """Return the biases ``[*slots.shape, O]`` of the matrices in ``slots``."""

@@ -44,7 +44,8 @@ class InSlots(nn.Module):
             call = super(InSlots, module).__call__  # type: ignore[misc]
             return cast(mx.array, call(x, ids, sorted_indices=by_blocks))
 
-        out = in_parts(product, self["weight"], getattr(self, "bits", None), indices)
+        w, bits = self["weight"], getattr(self, "bits", None)
+        out = in_parts(product, w, bits, indices, in_order=by_blocks)
         if self.bias_of is not None:
             out = out + mx.expand_dims(self.bias_of(indices), -2)
         return out
@@ -54,7 +55,8 @@ class InSlots(nn.Module):
         module = type(self).__new__(type(self))
         module.__dict__.update(self.__dict__)
         for name, value in self.items():
-            dict.__setitem__(module, name, value[part] if name in FIELDS else value)
+            is_stack = name in FIELDS and value is not None
+            dict.__setitem__(module, name, value[part] if is_stack else value)
         return module
 
 

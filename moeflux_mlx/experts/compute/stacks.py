@@ -15,6 +15,7 @@ def in_parts(
     w: mx.array,
     bits: int | None,
     ids: mx.array,
+    in_order: bool = False,
 ) -> mx.array:
     """Multiply by matrices of a stack, as many at a time as MLX indexes rightly.
 
@@ -28,8 +29,9 @@ def in_parts(
         w: the stack ``[n, rows, columns]``.
         bits: bits of a value; None: dense.
         ids: the id of each row's matrix.
+        in_order: ``product`` tells MLX that ids are sorted.
     """
-    most = device.most_matrices(w, bits)
+    most = device.most_matrices(w, bits, in_order)
     if len(w) <= most:
         return product(None, ids)
     out = product(slice(0, most), mx.minimum(ids, most - 1))
