@@ -149,6 +149,7 @@ OTHER_FAMILIES = {
 # a softmax chooses its experts.
 OF_OTHERS = (
     "attention_inputs_ungated",
+    "attention_inputs_append",
     "mla_inputs",
     "norm_dense_matvecs",
     "dense_residual",

@@ -79,7 +79,7 @@ class Ends:
         # A column of single tokens needs no other shape.
         column = inputs if t == 1 else inputs.reshape(-1)
         ids = move(as_int32(column, self._args.vocab_size))
-        rows = self._run(build.__name__, ids, build, traced)
+        rows = self._run("embed", ids, build, traced)
         return (rows if host else rows.astype(self.dtype)), n_seqs, t
 
     def norm(self, rows: Array, *, traced: bool = False) -> Array:
@@ -92,7 +92,7 @@ class Ends:
 
     def last_logits(self, rows: Array, *, traced: bool = False) -> mx.array:
         """Return logits ``[N, V]`` of rows that the last norm has not seen."""
-        return to_device(self._run("norm, logits", rows, self._build_last, traced))
+        return to_device(self._run("logits", rows, self._build_last, traced))
 
     def bounded(self, inputs: mx.array) -> tuple[mx.array, mx.array | None]:
         """Return ids bounded to the vocabulary, and which were in it; None: all."""
@@ -124,7 +124,7 @@ class Ends:
     ) -> Array:
         weights = self.weights(host=isinstance(x, np.ndarray))
         graph = self._runtime.graphs.get(
-            (name, x.shape, self._weights.signature),
+            (build.__name__, x.shape, self._weights.signature),
             lambda: build(GraphBuilder(name, self.dtype, self._weights.refs), x),
         )
         recurs = len(x) == 1 and not traced
