@@ -99,6 +99,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="only count launches and measure the host's work; needs no GPU",
     )
+    group.add_argument(
+        "--operations",
+        action="store_true",
+        help="with --host: also print every operation of our token in order",
+    )
     group.add_argument("--csv", help="also write the rows to this file")
     group.add_argument(
         "--profile", type=Path, help="also profile our decode step into this .csv"
@@ -142,7 +147,8 @@ def host_work(args: argparse.Namespace) -> int:
     for name in args.geometry:
         config = (GEOMETRIES | MORE_GEOMETRIES)[name]
         config = cut(config, args.layers or config["num_hidden_layers"])
-        rows += bench_host.measure(name, config, args.context, args.repeats)
+        given = name, config, args.context, args.repeats
+        rows += bench_host.measure(*given, shows=args.operations)
     bench_host.print_rows(rows)
     if args.csv:
         save(rows, args.csv)

@@ -59,14 +59,25 @@ class StandIn(KernelExecutor):
 
     def call(self, built: Any, ready: Prepared) -> list[mx.array]:
         outputs = zip(ready.output_shapes, ready.output_dtypes, strict=True)
-        made = [nothing(tuple(shape), dtype) for shape, dtype in outputs]
+        name = ready.kernel.name
+        made = [nothing(tuple(shape), dtype, name) for shape, dtype in outputs]
         return mx.depends(made, ready.inputs)
 
 
+# Arrays that stand for results, by the name that a list of operations shows.
+STAND_INS: dict[str, mx.array] = {}
+
+
 @functools.cache
-def nothing(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """Return an array that no operation made, so that any thread may capture it."""
-    return mx.array(np.zeros(shape, np.float32), dtype)
+def nothing(shape: tuple[int, ...], dtype: mx.Dtype, name: str = "mx.fast") -> mx.array:
+    """Return an array that no operation made, so that any thread may capture it.
+
+    Args:
+        name: what it stands for.
+    """
+    array = mx.array(np.zeros(shape, np.float32), dtype)
+    STAND_INS[f"{name} {list(shape)} {len(STAND_INS)}"] = array
+    return array
 
 
 @functools.cache
@@ -166,12 +177,27 @@ class Steps:
 
     def operations(self) -> Counter[str]:
         """Return the number of MLX's operations in a step by their names."""
+        return Counter(label for _, label in self._nodes(self._graph()))
+
+    def listed(self) -> list[str]:
+        """Return MLX's operations in a step in order, launches by their kernels."""
+        text = self._graph(**STAND_INS)
+        stands: dict[str, str] = {}
+        for source, node in re.findall(r'^"(.*) \d+" -> (\d+)$', text, re.MULTILINE):
+            stands.setdefault(node, source)
+        return [stands.get(node, label) for node, label in self._nodes(text)]
+
+    def _graph(self, **names: mx.array) -> str:
+        """Return a step's graph in the language of dot."""
         text = io.StringIO()
         token, _ = self.build()
-        mx.export_to_dot(text, token, *self._new_states())
-        return Counter(
-            re.findall(r'label ="([^"]*)", shape=rectangle', text.getvalue())
-        )
+        mx.export_to_dot(text, token, *self._new_states(), **names)
+        return text.getvalue()
+
+    @staticmethod
+    def _nodes(text: str) -> list[tuple[str, str]]:
+        """Return the number and the name of each operation."""
+        return re.findall(r'(\d+) \[label ="([^"]*)", shape=rectangle', text)
 
     def _new_states(self) -> list[mx.array]:
         values = [value for cache in self._caches for value in vars(cache).values()]
@@ -208,14 +234,25 @@ def launches_of(model: Any, steps: Steps) -> tuple[list[str], list[int]]:
 
 
 def measure(
-    geometry: str, config: dict[str, Any], context: int, repeats: int
+    geometry: str,
+    config: dict[str, Any],
+    context: int,
+    repeats: int,
+    *,
+    shows: bool = False,
 ) -> list[dict[str, Any]]:
-    """Build both sides and return a row of figures for each."""
+    """Build both sides and return a row of figures for each.
+
+    Args:
+        shows: also print the operations of our side.
+    """
     with as_on_cuda():
         models = bench_geometry.built(config, NAME, blanked)
         steps = {side: Steps(model, context) for side, model in models.items()}
         launched, in_layers = launches_of(models[NAME], steps[NAME])
         counts = {side: of.operations() for side, of in steps.items()}
+        if shows:
+            print(geometry, *steps[NAME].listed(), sep="\n  ")
         rounds: dict[str, list[float]] = {side: [] for side in steps}
         for _ in range(repeats):
             for side, of in steps.items():

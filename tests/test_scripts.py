@@ -23,6 +23,7 @@ from conftest import only_with_all
 
 from moeflux_mlx import device
 from moeflux_mlx.engine.executors import open_executor
+from moeflux_mlx.engine.launch import KERNELS
 from moeflux_mlx.measure.timing import Timing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,27 +102,32 @@ SMALL = dict(
 
 
 @pytest.mark.parametrize(
-    ("geometry", "by_layer", "n_others"),
+    ("geometry", "by_layer", "n_others", "n_views"),
     [
-        ("qwen3-30b-a3b", "9 9", 5),
-        ("qwen3-next-80b-a3b", "6 6 6 9", 5),
-        ("glm-4.5-air", "9 10", 6),
-        ("deepseek-v3", "12 13", 7),
-        ("minimax-m2", "12 12", 5),
-        ("gpt-oss-120b", "9 9", 19),
+        ("qwen3-30b-a3b", "8 8", 2, 8),
+        ("qwen3-next-80b-a3b", "6 6 6 9", 2, 11),
+        ("glm-4.5-air", "8 8", 2, 10),
+        ("deepseek-v3", "12 12", 3, 11),
+        ("minimax-m2", "11 11", 2, 14),
+        ("gpt-oss-120b", "8 8", 3, 9),
     ],
 )
 def test_the_hosts_work_for_a_token_is_counted(
-    geometry, by_layer, n_others, monkeypatch
+    geometry, by_layer, n_others, n_views, monkeypatch, capsys
 ):
     """MLX's own operations beside launches are few: each costs as much as a launch."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     geometries = importlib.import_module("bench_geometry")
     host = importlib.import_module("bench_host")
     config = geometries.cut({**geometries.MORE_GEOMETRIES[geometry], **SMALL}, 2)
-    stock, ours = host.measure(geometry, config, context=600, repeats=1)
+    how = {"context": 600, "repeats": 1, "shows": True}
+    stock, ours = host.measure(geometry, config, **how)
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert len(names) == ours["operations"]
+    assert sum(name in KERNELS for name in names) == ours["launches"]
     assert ours["by_layer"] == by_layer
     assert ours["without_views"] - ours["launches"] <= n_others
+    assert ours["operations"] - ours["without_views"] <= n_views
     assert ours["without_views"] < stock["without_views"]
     assert ours["host_us"] > 0
     assert device.on_cpu()

@@ -134,8 +134,7 @@ class Forward:
             return self._modules.logits(rows) if logits else rows
         if followed:
             graphs = self._reference(followed)
-            rows = graphs.rows(*given)
-            return graphs.logits(rows) if logits else rows
+            return graphs.logits_of(*given) if logits else graphs.rows(*given)
         return (
             self._logits_of_graphs(*given) if logits else self._rows_of_graphs(*given)
         )
@@ -214,8 +213,7 @@ class Forward:
             if step is not None:
                 return step
             with self.threads(inputs):
-                rows = self._graphs.rows(inputs, room.cache, embeddings)
-                return self._graphs.logits(rows)
+                return self._graphs.logits_of(inputs, room.cache, embeddings)
 
         return self._together(call, room)
 

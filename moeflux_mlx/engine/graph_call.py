@@ -191,6 +191,24 @@ class GraphCall:
         self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
     ) -> Array:
         """Return the final norm's output ``[B, T, D]``, layer after layer."""
+        hidden, n_seqs, t = self._hidden(inputs, cache, embeddings)
+        return self.ends.norm(hidden).reshape(n_seqs, t, self._args.hidden_size)
+
+    def logits_of(
+        self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
+    ) -> mx.array:
+        """Return the logits ``[B, T, V]`` of a call, layer after layer."""
+        hidden, n_seqs, t = self._hidden(inputs, cache, embeddings)
+        if isinstance(hidden, mx.array) and len(hidden) == 1:
+            # As in a compiled step, so that both give the same bits.
+            return self.ends.last_logits(hidden).reshape(n_seqs, t, -1)
+        rows = self.ends.norm(hidden)
+        return self.logits(rows.reshape(n_seqs, t, self._args.hidden_size))
+
+    def _hidden(
+        self, inputs: mx.array, cache: list[Any] | None, embeddings: mx.array | None
+    ) -> tuple[Array, int, int]:
+        """Return the last layer's rows ``[N, D]``, and the call's B and T."""
         layers = self.layers()
         cache = cache if cache is not None else [None] * len(layers)
         host = self._runs_on_host(inputs if embeddings is None else embeddings)
@@ -209,7 +227,7 @@ class GraphCall:
                 hidden = layer(hidden, layer_cache, context)
                 report(layer.index)
             self.guard(hidden, cache)
-        return self.ends.norm(hidden).reshape(n_seqs, t, self._args.hidden_size)
+        return hidden, n_seqs, t
 
     def _runs_on_host(self, inputs: mx.array) -> bool:
         """Return whether NumPy runs this call."""
