@@ -17,7 +17,7 @@ from mlx_lm.generate import generation_stream, speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from .errors import ModelError
-from .memory.caches import ROTATING, CacheState, are_known, single_caches
+from .memory.caches import CacheState, always_trim, are_known, single_caches
 from .saving.guard import GuardsSaving, put_everywhere
 
 _STOCK = speculative_generate_step
@@ -27,13 +27,7 @@ DRAFT_TOKENS = 2
 
 def can_go_back(cache: Sequence[Any]) -> bool:
     """Tell whether a model with such caches can take part in speculative decoding."""
-    return not _needs_help(cache) or are_known(cache)
-
-
-def _needs_help(cache: Sequence[Any]) -> bool:
-    """Tell whether some cache cannot be trimmed, now or when it is full."""
-    singles = [*single_caches(cache)]
-    return any(isinstance(c, ROTATING) or not c.is_trimmable() for c in singles)
+    return always_trim(cache) or are_known(cache)
 
 
 class GoesBack:
@@ -172,7 +166,7 @@ def _helped(
     Raises:
         ModelError: the caches cannot be restored either.
     """
-    if not _needs_help(cache):
+    if always_trim(cache):
         return model
     if not are_known(cache):
         kinds = sorted({type(one).__name__ for one in single_caches(cache)})

@@ -46,6 +46,12 @@ def single_caches(cache: Iterable[Any]) -> Iterator[Any]:
             yield from [one] if inner is None else single_caches(inner)
 
 
+def always_trim(cache: Iterable[Any]) -> bool:
+    """Tell whether all caches of a call can be trimmed, now and when they are full."""
+    singles = [*single_caches(cache)]
+    return all(one.is_trimmable() and not isinstance(one, ROTATING) for one in singles)
+
+
 def most_rows(cache: Any) -> int | None:
     """Return the most rows that a cache keeps of a sequence; None: unbounded."""
     most = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)

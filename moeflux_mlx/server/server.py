@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 from mlx_lm import server as stock
@@ -51,7 +51,8 @@ def serve(args: argparse.Namespace, options: dict[str, Any]) -> int:
     server = Server(args.host, args.port)
     generator = Generator(Provider(args, options))
     server.generator = generator
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)
     try:
         generator.wait_until_loaded()
         server.server_activate()
@@ -66,9 +67,23 @@ def serve(args: argparse.Namespace, options: dict[str, Any]) -> int:
     return int(failed)
 
 
+def _end(*_: Any) -> NoReturn:
+    """End the server once: a second signal must not break that off, which aborts.
+
+    Ctrl-C a second time ends the process at once.
+
+    Raises:
+        KeyboardInterrupt: always.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    raise KeyboardInterrupt
+
+
 def _follow(generator: Generator) -> int:
     """Generate for the requests of the first process until it ends."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)
     try:
         generator.wait_until_loaded()
         generator.join()

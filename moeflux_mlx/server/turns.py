@@ -3,7 +3,7 @@
 mlx-lm's batches do so. For requests outside batches (with a seed or quantised caches)
 mlx-lm keeps only the caches after the answer. If the next turn repeats the answer in
 other words, or omits its reasoning, these caches do not match, and states of linear
-attention cannot be trimmed back to the end of the turn.
+attention and full windows cannot be trimmed back to the end of the turn.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step, stream_generate
-from mlx_lm.models.cache import can_trim_prompt_cache
+
+from ..memory.caches import always_trim
 
 # The options of generating that also apply to reading a prompt.
 READING = (
@@ -52,7 +53,7 @@ def generate_in_turns(
     # Logits processors need the whole prompt in one call.
     whole = draft_model is not None or bool(options.get("logits_processors"))
     whole = whole or options.get("input_embeddings") is not None
-    if not whole and not can_trim_prompt_cache(prompt_cache):
+    if not whole and not always_trim(prompt_cache):
         reading = {name: options[name] for name in READING if name in options}
         start, end = len(tokens) - len(prompt), 0
         for segment, kind in zip(segments, kinds, strict=True):
