@@ -16,6 +16,7 @@ from rich.filesize import decimal
 
 from . import config, device, serving
 from .calls.arguments import bounded, check_ids
+from .calls.compiling import Compiled
 from .calls.group import Group, begin_together, exchange_of, reached, ways_in_group
 from .calls.measured_needs import MeasuredNeeds
 from .calls.pipeline import PipelinedCalls, divide_alike
@@ -75,9 +76,28 @@ class CheckedEmbedding(nn.Module):
             if ids.size:
                 check_ids(ids, n_rows)
             return super().__call__(ids)
-        ids, inside = bounded(ids, n_rows)
-        rows: mx.array = super().__call__(ids)
-        return mx.where(inside[..., None], rows, mx.array(math.nan, rows.dtype))
+        move_inside, mark_outside = _bounding(n_rows)
+        rows: mx.array = super().__call__(move_inside(ids))
+        return mark_outside(ids[..., None], rows)
+
+
+@functools.cache
+def _bounding(
+    n_rows: int,
+) -> tuple[Compiled[[mx.array], mx.array], Compiled[[mx.array, mx.array], mx.array]]:
+    """Return functions for ids and for the rows found: one launch each on a GPU.
+
+    The first moves ids into the table. The second gives NaN for ids outside of it.
+    """
+
+    def move_inside(ids: mx.array) -> mx.array:
+        return bounded(ids, n_rows)[0]
+
+    def mark_outside(ids: mx.array, rows: mx.array) -> mx.array:
+        inside = bounded(ids, n_rows)[1]
+        return mx.where(inside, rows, mx.array(math.nan, rows.dtype))
+
+    return Compiled(move_inside), Compiled(mark_outside)
 
 
 class StreamedModel(GuardsSaving, TrainsUncompiled, StreamedPart):
