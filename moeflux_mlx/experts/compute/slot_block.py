@@ -12,6 +12,8 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from ... import device
 from ..files.layout import ALL_PARTS
 from ..files.modules import RoutedBlock
+from ..files.store import ExpertStore
+from ..pool.pool import pool_stride
 from ..weights import ExpertWeights, Weight
 
 # mlx-lm sorts rows by expert from this many ids on, and MLX then uses another kernel.
@@ -75,8 +77,26 @@ class SlotBlock:
             return cast(mx.array, self._module(x, slots))
         by_blocks = self._by_blocks(slots.size if n_ids is None else n_ids)
         in_place = resident or (not by_blocks and _converts_none(weights, x.dtype))
-        if not (in_place and _lies_well(weights)):
-            weights, slots = _end_to_end(weights, slots)
+        if in_place and _lies_well(weights):
+            return self._run(weights, x, slots, by_blocks, resident=resident)
+        weights, slots = _end_to_end(weights, slots, self.n_experts)
+        try:
+            return self._run(weights, x, slots, by_blocks, resident=resident)
+        finally:
+            # Only the lazy result may hold the copies: those of all blocks together
+            # could take as much memory as the whole model.
+            self._hold(None)
+
+    def _run(
+        self,
+        weights: ExpertWeights,
+        x: mx.array,
+        slots: mx.array,
+        by_blocks: bool,
+        *,
+        resident: bool,
+    ) -> mx.array:
+        """Run rows through mlx-lm's block with ``weights``."""
         if weights is not self._held:
             self._hold(weights, resident=resident)
         if by_blocks is not self._last_by_blocks:
@@ -120,6 +140,18 @@ class SlotBlock:
                     module[part] = array
 
 
+def copied_bytes(store: ExpertStore, n_ids: int) -> int:
+    """Return the most bytes of matrices that a block copies out of slots at a time.
+
+    Args:
+        n_ids: number of ids of the whole call.
+    """
+    counts = [store.count(layer) for layer in store.layers]
+    copied = (min(n_ids, n) for n in counts if device.copies_slots(n_ids, n))
+    stride = pool_stride([store.layout(layer) for layer in store.layers])
+    return max(copied, default=0) * stride
+
+
 def _lies_well(weights: ExpertWeights) -> bool:
     """Return whether MLX can gather the matrices in place."""
     return device.gathers_strided() or not any(
@@ -134,14 +166,19 @@ def _converts_none(weights: ExpertWeights, dtype: mx.Dtype) -> bool:
 
 
 def _end_to_end(
-    weights: ExpertWeights, slots: mx.array
+    weights: ExpertWeights, slots: mx.array, n_experts: int
 ) -> tuple[ExpertWeights, mx.array]:
-    """Return contiguous copies of the matrices in ``slots``, and their indices."""
-    if slots.size < SORTED_FROM:
-        # Do not read the slots back: few ids hardly repeat, and the host may not know
-        # them yet.
+    """Return contiguous copies of the matrices in ``slots``, and their indices.
+
+    There are no more copies than experts. Few slots are not read back, because the host
+    may not know them yet.
+    """
+    if slots.size <= min(n_experts, SORTED_FROM - 1):
+        # Few ids of many experts hardly repeat.
         take = slots.flatten()
         found = mx.arange(slots.size, dtype=mx.uint32).reshape(slots.shape)
+    elif slots.size < SORTED_FROM:
+        take, found = _distinct(slots, n_experts)
     else:
         chosen, places = np.unique(np.array(slots), return_inverse=True)
         take = mx.array(chosen)
@@ -154,3 +191,15 @@ def _end_to_end(
 
     copies = {name: copy(weight) for name, weight in weights.by_name.items()}
     return ExpertWeights.named(copies), found
+
+
+def _distinct(slots: mx.array, n: int) -> tuple[mx.array, mx.array]:
+    """Return ``n`` slots, among them all in ``slots``, and the place of each there."""
+    flat = slots.flatten()
+    order = mx.argsort(flat)
+    rising = flat[order]
+    is_other = mx.concatenate([mx.array([False]), rising[1:] != rising[:-1]])
+    places = mx.cumsum(is_other.astype(mx.uint32))
+    take, found = mx.zeros(n, mx.uint32), mx.zeros(slots.size, mx.uint32)
+    take[places], found[order] = rising, places
+    return take, found.reshape(slots.shape)
