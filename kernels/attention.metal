@@ -585,8 +585,9 @@ template <typename T, typename C, int D, int FOLD, bool HAS_MASK>
 
 // Normalise (if NORMED) and rotate the heads of a token's queries and keys, and multiply the
 // rotated channels by turned_scale. One simdgroup handles one head, query heads first, four per
-// threadgroup. A query is the first head_dim of q_width values; `slices` holds 4 * 256 values.
-// Contains a barrier: all threads must call it.
+// threadgroup. A query is the first head_dim of q_width values; key heads are k_step apart in k, and
+// not written unless has_keys. `slices` holds 4 * 256 values. Contains a barrier: all threads must
+// call it.
 template <
     typename T, bool NORMED, typename Q, typename K, typename N, typename M, typename F, typename P>
 inline void place_heads(
@@ -605,6 +606,8 @@ inline void place_heads(
     uint n_pairs,
     device T* q,
     device T* k,
+    ulong k_step,
+    bool has_keys,
     threadgroup float* slices,
     uint3 group,
     uint simdgroup,
@@ -612,13 +615,14 @@ inline void place_heads(
   threadgroup float* slice = slices + simdgroup * 256;
   ulong sequence = group.z;
   uint head = 4 * group.y + simdgroup;
-  bool there = head < n_heads + n_kv_heads;
   bool is_query = head < n_heads;
+  bool there = is_query || (has_keys && head < n_heads + n_kv_heads);
   // Simdgroups without a head repeat the last head, to reach the barrier, and write nothing.
   uint own = is_query ? head : min(head - n_heads, n_kv_heads - 1);
   ulong from = is_query ? (sequence * n_heads + own) * q_width
                         : (sequence * n_kv_heads + own) * head_dim;
-  ulong to = (sequence * (is_query ? n_heads : n_kv_heads) + own) * head_dim;
+  ulong to = is_query ? (sequence * n_heads + own) * head_dim
+                      : (sequence * n_kv_heads + own) * k_step;
   float squares = 0.0f;
   for (uint i = lane; i < head_dim; i += SIMD) {
     float value = float(is_query ? q_proj[from + i] : k_proj[from + i]);
@@ -678,7 +682,7 @@ template <typename T, typename N>
   threadgroup float slices[4 * 256];
   place_heads<T, true>(
       q_proj, k_proj, q_norm, k_norm, inv_freq, start, eps, 1.0f, n_heads, n_kv_heads, head_dim,
-      2 * head_dim, n_pairs, q, k, slices, group, simdgroup, lane);
+      2 * head_dim, n_pairs, q, k, head_dim, true, slices, group, simdgroup, lane);
   uint head = 4 * group.y + simdgroup;
   if (head < n_heads) {
     ulong at = (group.z * ulong(n_heads) + head) * head_dim;
@@ -714,7 +718,72 @@ template <typename T, typename N, bool HAS_Q_NORM, bool HAS_K_NORM>
   threadgroup float slices[4 * 256];
   place_heads<T, HAS_Q_NORM>(
       q_proj, k_proj, q_norm, k_norm, inv_freq, start, eps, turned_scale, n_heads, n_kv_heads,
-      head_dim, head_dim, n_pairs, q, k, slices, group, simdgroup, lane);
+      head_dim, head_dim, n_pairs, q, k, head_dim, true, slices, group, simdgroup, lane);
+}
+
+// `attention_inputs_ungated` of one token, then `kv_cache_append_n_tokens` with its key and value.
+//
+// row: holds the token's queries [H d], keys and values [Hkv d] from q_at, k_at and v_at on; k_cache,
+// v_cache and outputs: [Hkv,S,d]; place: [1], the row of the cache, which is dropped outside of it.
+// Other arguments: see `attention_inputs_ungated`. Launch: threadgroups of 128: one per four heads,
+// query heads first, then one per 32 rows of all key heads, which copy the caches.
+template <typename T, typename N, bool HAS_Q_NORM, bool HAS_K_NORM>
+[[kernel]] void attention_inputs_append(
+    device const T* row,
+    device const N* q_norm,
+    device const N* k_norm,
+    device const float* inv_freq,
+    device const int* start,
+    device const T* k_cache,
+    device const T* v_cache,
+    device const int* place,
+    constant float& eps,
+    constant float& turned_scale,
+    constant uint& q_at,
+    constant uint& k_at,
+    constant uint& v_at,
+    constant uint& n_heads,
+    constant uint& n_kv_heads,
+    constant uint& head_dim,
+    constant uint& n_pairs,
+    constant uint& n_rows,
+    device T* q,
+    device T* k_out,
+    device T* v_out,
+    uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float slices[4 * 256];
+  uint n_placing = (n_heads + n_kv_heads + 3) / 4;
+  bool inside = place[0] >= 0 && place[0] < int(n_rows);
+  uint at = inside ? uint(place[0]) : 0u;
+  if (group < n_placing) {
+    place_heads<T, HAS_Q_NORM>(
+        row + q_at, row + k_at, q_norm, k_norm, inv_freq, start, eps, turned_scale, n_heads,
+        n_kv_heads, head_dim, head_dim, n_pairs, q, k_out + ulong(at) * head_dim,
+        ulong(n_rows) * head_dim, inside, slices, uint3(0, group, 0), simdgroup, lane);
+    uint head = 4 * group + simdgroup;
+    if (inside && head >= n_heads && head < n_heads + n_kv_heads) {
+      uint own = head - n_heads;
+      auto from = row + v_at + own * head_dim;
+      device T* to = v_out + (ulong(own) * n_rows + at) * head_dim;
+      for (uint i = 4 * lane; i < head_dim; i += 4 * SIMD) {
+        write_columns(to, i, head_dim, read_columns(from, i, head_dim));
+      }
+    }
+    return;
+  }
+  uint first = 32 * (group - n_placing) + 8 * simdgroup;
+  for (uint own = first; own < first + 8 && own < n_kv_heads * n_rows; ++own) {
+    if (inside && own % n_rows == at) {
+      continue;
+    }
+    ulong to = ulong(own) * head_dim;
+    for (uint i = 4 * lane; i < head_dim; i += 4 * SIMD) {
+      write_columns(k_out + to, i, head_dim, read_columns(k_cache + to, i, head_dim));
+      write_columns(v_out + to, i, head_dim, read_columns(v_cache + to, i, head_dim));
+    }
+  }
 }
 
 // Attention of FOLD queries of neighbouring heads over n_rows rows, by 8 simdgroups. For each query

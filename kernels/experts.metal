@@ -199,6 +199,89 @@ template <
   }
 }
 
+// `moe_noaux_topk` for one token, then `experts_gate_up_swiglu` for the chosen experts, where
+// expert e lies in slot e.
+//
+// x: a row that holds the logits [E] from 0 on and the token's [I] from x_at on; correction: [E], the
+// bias of the choice; chosen, weights: [K]; other arguments: see `moe_noaux_topk` and
+// `experts_gate_up_swiglu`. The experts have no biases and a plain SwiGLU. Launch: see
+// `experts_gate_up_swiglu`. Every simdgroup repeats the search for its expert, which takes less time
+// than a launch.
+template <
+    typename T,
+    typename S,
+    typename C,
+    int BITS,
+    int G,
+    int WORDS,
+    int PER_LANE,
+    bool NORMALIZE,
+    bool HAS_GATE_BIASES,
+    bool HAS_UP_BIASES>
+[[kernel]] void experts_noaux_gate_up(
+    device const T* x,
+    device const C* correction,
+    device const uint* gate_w,
+    device const S* gate_scales,
+    device const S* gate_biases,
+    device const uint* up_w,
+    device const S* up_scales,
+    device const S* up_biases,
+    constant uint& x_at,
+    constant uint& gate_w_base,
+    constant uint& gate_s_base,
+    constant uint& gate_b_base,
+    constant uint& up_w_base,
+    constant uint& up_s_base,
+    constant uint& up_b_base,
+    constant uint& w_row,
+    constant uint& s_row,
+    constant uint& b_row,
+    constant uint& n_experts,
+    constant uint& n_group,
+    constant uint& topk_group,
+    constant uint& k,
+    constant float& scale,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* act,
+    device uint* chosen,
+    device float* weights,
+    uint2 group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float sums[32];
+  uint keys[PER_LANE];
+  uint first;
+  uint step;
+  noaux_keys<PER_LANE>(x, correction, n_experts, n_group, topk_group, lane, keys, first, step);
+  // The threadgroups of the last expert find all K experts; the first of them writes the result.
+  uint expert = 0;
+  uint own_expert = 0;
+  for (uint n = 0; n <= group.y; ++n) {
+    take_largest<PER_LANE>(keys, first, step, expert);
+    own_expert = lane == n ? expert : own_expert;
+  }
+  if (group.x == 0 && group.y == k - 1 && simdgroup == 0) {
+    float weight = noaux_weight<NORMALIZE>(x, own_expert, k, scale, lane);
+    if (lane < k) {
+      chosen[lane] = own_expert;
+      weights[lane] = weight;
+    }
+  }
+  uint row = group.x * 16;
+  ulong slot = expert;
+  float opened = opened_rows<BITS, !HAS_GATE_BIASES, G, WORDS>(
+      x + x_at, gate_w + slot * w_row + gate_w_base, gate_scales + slot * s_row + gate_s_base,
+      gate_biases + slot * b_row + gate_b_base, up_w + slot * w_row + up_w_base,
+      up_scales + slot * s_row + up_s_base, up_biases + slot * b_row + up_b_base, 0.0f, 0.0f, 1.0f,
+      0.0f, row, n_in, n_out, sums, thread_index, simdgroup, lane);
+  if (thread_index < 16 && row + thread_index < n_out) {
+    act[group.y * n_out + row + thread_index] = T(opened);
+  }
+}
+
 // Row `row` of sum over k of weights[k] * bias_k, or 0 without biases.
 template <bool HAS, typename I, typename E, typename P>
 inline float weighted_bias(I slots, E weights, P bias, uint bias_row, uint k, uint row) {

@@ -110,8 +110,9 @@ inline void rotate_row(
 // `mla_split_q_kv`, the norm of the latent row, and the rotation of all rope columns, for one token
 // of each sequence.
 //
-// q: [B,H*(N+R)]; kv: [B,L+R]; weight: [L]; inv_freq: [R/2] float32; start: [B], the position of
-// each token; q_nope: [B,H*N]; q_pe: [B,H*R]; latent: [B,L]; k_pe: [B,R]. Launch: one simdgroup per
+// q: [B,H*(N+R)]; kv: [B,L+R], from kv_at on; weight: [L]; inv_freq: [R/2] float32; start: [B], the
+// position of each token; q_nope: [B,H*N]; q_pe: [B,H*R]; latent: [B,L]; k_pe: [B,R]. For B = 1 both
+// q and kv may be parts of a longer row. Launch: one simdgroup per
 // head and one more for the key-value row of a token, four per threadgroup. Each head computes its
 // own sines and cosines: for one token that takes less time than another launch.
 template <typename T, typename W>
@@ -123,6 +124,7 @@ template <typename T, typename W>
     device const int* start,
     constant float& eps,
     constant float& mscale,
+    constant uint& kv_at,
     constant uint& n_heads,
     constant uint& nope_dim,
     constant uint& rope_dim,
@@ -142,7 +144,7 @@ template <typename T, typename W>
     copy_row(row, q_nope + head * nope_dim, nope_dim, lane);
     rotate_row(row + nope_dim, q_pe + head * rope_dim, inv_freq, position, mscale, rope_dim, lane);
   } else if (slice == n_heads) {
-    auto row = kv + token * (latent_dim + rope_dim);
+    auto row = kv + kv_at + token * (latent_dim + rope_dim);
     float squares = 0.0f;
     for (uint i = 4 * lane; i < latent_dim; i += 4 * SIMD) {
       float4 values = read_columns(row, i, latent_dim);

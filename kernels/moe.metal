@@ -87,9 +87,7 @@ template <typename T, int PER_LANE, bool NORMALIZE>
 //
 // logits: [T,E]; bias: [E]; indices, weights: [T,K]. E <= 512; K <= 16 and at most the number of
 // experts in topk_group groups; n_group divides 32 and E. Launch: one simdgroup per token, four per
-// threadgroup. A group belongs to L = 32 / n_group neighbouring lanes with
-// PER_LANE = ceil(E / n_group / L) experts each, so log2(L) exchanges find the two best scores of
-// all groups at once.
+// threadgroup; see `noaux_keys`.
 template <typename T, typename S, int PER_LANE, bool NORMALIZE>
 [[kernel]] void moe_noaux_topk(
     device const T* logits,
@@ -109,55 +107,21 @@ template <typename T, typename S, int PER_LANE, bool NORMALIZE>
     return;
   }
   auto row = logits + ulong(token) * n_experts;
-  uint group_experts = n_experts / n_group;
-  uint n_lanes = SIMD / n_group;
-  uint group = lane / n_lanes;
-  uint within = lane % n_lanes;
-  uint first = group * group_experts + within;
   uint keys[PER_LANE];
-  float best = -INFINITY;
-  float second = -INFINITY;
-#pragma unroll
-  for (int j = 0; j < PER_LANE; ++j) {
-    keys[j] = 0;
-    uint at = uint(j) * n_lanes;
-    if (within + at < group_experts) {
-      float score = sigmoid(float(row[first + at])) + float(bias[first + at]);
-      keys[j] = ordered(score);
-      second = max(second, min(best, score));
-      best = max(best, score);
-    }
-  }
-  for (ushort distance = ushort(n_lanes / 2); distance > 0; distance /= 2) {
-    float other_best = simd_shuffle_xor(best, distance);
-    float other_second = simd_shuffle_xor(second, distance);
-    second = max(min(best, other_best), max(second, other_second));
-    best = max(best, other_best);
-  }
-  float group_score = best + second;
-  uint n_better = 0;
-  for (uint g = 0; g < n_group; ++g) {
-    float other = simd_shuffle(group_score, ushort(g * n_lanes));
-    n_better += uint(other > group_score || (other == group_score && g < group));
-  }
-#pragma unroll
-  for (int j = 0; j < PER_LANE; ++j) {
-    keys[j] = n_better < topk_group ? keys[j] : 0u;
-  }
+  uint first;
+  uint step;
+  noaux_keys<PER_LANE>(row, bias, n_experts, n_group, topk_group, lane, keys, first, step);
   uint chosen = 0;
   for (uint n = 0; n < k; ++n) {
     uint expert;
-    take_largest<PER_LANE>(keys, first, n_lanes, expert);
+    take_largest<PER_LANE>(keys, first, step, expert);
     chosen = lane == n ? expert : chosen;
   }
-  float weight = lane < k ? sigmoid(float(row[chosen])) : 0.0f;
-  if (NORMALIZE) {
-    weight /= simd_sum(weight) + 1e-20f;
-  }
+  float weight = noaux_weight<NORMALIZE>(row, chosen, k, scale, lane);
   if (lane < k) {
     ulong at = ulong(token) * k + lane;
     indices[at] = int(chosen);
-    weights[at] = weight * scale;
+    weights[at] = weight;
   }
 }
 

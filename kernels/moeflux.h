@@ -536,3 +536,65 @@ inline uint take_largest(thread uint* keys, uint first, uint step, thread uint& 
   }
   return largest;
 }
+
+// Prepare the choice of one token's experts as `moe_noaux_topk` makes it: `keys` receives this
+// lane's experts `first`, first + step, ..., with key 0 for those that may not be chosen.
+// logits, bias: [E]. A group belongs to L = 32 / n_group neighbouring lanes with
+// PER_LANE = ceil(E / n_group / L) experts each, so log2(L) exchanges find the two best scores of
+// all groups at once.
+template <int PER_LANE, typename L, typename B>
+inline void noaux_keys(
+    L logits,
+    B bias,
+    uint n_experts,
+    uint n_group,
+    uint topk_group,
+    uint lane,
+    thread uint* keys,
+    thread uint& first,
+    thread uint& step) {
+  uint group_experts = n_experts / n_group;
+  step = SIMD / n_group;
+  uint group = lane / step;
+  uint within = lane % step;
+  first = group * group_experts + within;
+  float best = -INFINITY;
+  float second = -INFINITY;
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) {
+    keys[j] = 0;
+    uint at = uint(j) * step;
+    if (within + at < group_experts) {
+      float score = sigmoid(float(logits[first + at])) + float(bias[first + at]);
+      keys[j] = ordered(score);
+      second = max(second, min(best, score));
+      best = max(best, score);
+    }
+  }
+  for (ushort distance = ushort(step / 2); distance > 0; distance /= 2) {
+    float other_best = simd_shuffle_xor(best, distance);
+    float other_second = simd_shuffle_xor(second, distance);
+    second = max(min(best, other_best), max(second, other_second));
+    best = max(best, other_best);
+  }
+  float group_score = best + second;
+  uint n_better = 0;
+  for (uint g = 0; g < n_group; ++g) {
+    float other = simd_shuffle(group_score, ushort(g * step));
+    n_better += uint(other > group_score || (other == group_score && g < group));
+  }
+#pragma unroll
+  for (int j = 0; j < PER_LANE; ++j) {
+    keys[j] = n_better < topk_group ? keys[j] : 0u;
+  }
+}
+
+// The weight of lane n's expert, the n-th chosen one, as `moe_noaux_topk` gives it.
+template <bool NORMALIZE, typename L>
+inline float noaux_weight(L logits, uint chosen, uint k, float scale, uint lane) {
+  float weight = lane < k ? sigmoid(float(logits[chosen])) : 0.0f;
+  if (NORMALIZE) {
+    weight /= simd_sum(weight) + 1e-20f;
+  }
+  return weight * scale;
+}

@@ -317,6 +317,161 @@ template <
   }
 }
 
+// A thread's share of the product of x with four rows of a dense matrix, from `row` on, by a
+// threadgroup of 128. If NORM, x is multiplied by `norm` first, and sums[4] receives the share of
+// its sum of squares. Every thread reads parts of all four rows, so that x is read once.
+template <bool NORM, typename X, typename N, typename W>
+inline void dense_sums(
+    X x, N norm, W w, uint row, uint n_in, uint n_out, uint thread_index, thread float* sums) {
+  for (uint at = 8 * thread_index; at < n_in; at += 8 * 128) {
+    float4 low = read4(x + at);
+    float4 high = read4(x + at + 4);
+    if (NORM) {
+      sums[4] += dot(low, low) + dot(high, high);
+      low *= read4(norm + at);
+      high *= read4(norm + at + 4);
+    }
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      // Rows past the end read the last row; the caller drops their products.
+      auto from = w + ulong(min(row + uint(r), n_out - 1)) * n_in + at;
+      sums[r] += dot(low, read4(from)) + dot(high, read4(from + 4));
+    }
+  }
+}
+
+// Four rows of a dense matrix, from `row` on, times x, by a threadgroup of 128: thread i < 4
+// receives the product of row i. If NORM, x is replaced by its RMS norm with weight `norm`. `parts`
+// holds 20 values. Contains a barrier: all threads must call it.
+template <bool NORM, typename X, typename N, typename W>
+inline float dense_rows(
+    X x,
+    N norm,
+    float eps,
+    W w,
+    uint row,
+    uint n_in,
+    uint n_out,
+    threadgroup float* parts,
+    uint thread_index,
+    uint simdgroup,
+    uint lane) {
+  float sums[5] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+  dense_sums<NORM>(x, norm, w, row, n_in, n_out, thread_index, sums);
+#pragma unroll
+  for (int r = 0; r < 5; ++r) {
+    float total = simd_sum(sums[r]);
+    if (lane == 0) {
+      parts[5 * simdgroup + r] = total;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  uint own = thread_index % 4;
+  float product = (parts[own] + parts[5 + own]) + (parts[10 + own] + parts[15 + own]);
+  float squares = (parts[4] + parts[9]) + (parts[14] + parts[19]);
+  return NORM ? product * rsqrt(squares / float(n_in) + eps) : product;
+}
+
+// The RMS norm of a row and the products of a dense matrix with it, and of a quantised one if any,
+// written to one row.
+//
+// x: [I]; norm: [I], the norm's weight; dense: [n_dense, I]; bias: [n_dense], added to its product;
+// w, scales, biases: [n_rows, I] in BITS bits, n_rows being 0 without it; out: [at_normed + I]: the
+// dense product at 0, the quantised one at at_rows, the norm at at_normed. I is a multiple of 8.
+// Launch: threadgroups of 128, one per four rows of the dense matrix, then one per ROWS of the other,
+// and a last one for the norm. So a router needs no launch of its own.
+template <
+    typename T,
+    typename N,
+    typename D,
+    typename S,
+    int BITS,
+    int G,
+    int WORDS,
+    int ROWS,
+    bool HAS_BIAS,
+    bool HAS_W,
+    bool HAS_SCALES,
+    bool HAS_BIASES>
+[[kernel]] void norm_dense_matvecs(
+    device const T* x,
+    device const N* norm,
+    device const D* dense,
+    device const T* bias,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    constant float& eps,
+    constant uint& n_in,
+    constant uint& n_dense,
+    constant uint& n_rows,
+    constant uint& at_rows,
+    constant uint& at_normed,
+    device T* out,
+    uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float sums[ROWS];
+  threadgroup float parts[20];
+  uint first = (n_dense + 3) / 4;
+  uint last = first + (n_rows + ROWS - 1) / ROWS;
+  if (group < first) {
+    uint row = group * 4;
+    float product = dense_rows<true>(
+        x, norm, eps, dense, row, n_in, n_dense, parts, thread_index, simdgroup, lane);
+    if (thread_index < 4 && row + thread_index < n_dense) {
+      out[row + thread_index] = T(product + row_bias<HAS_BIAS>(bias, row + thread_index));
+    }
+  } else if (HAS_W && group < last) {
+    uint row = (group - first) * ROWS;
+    block_rows<BITS, G, WORDS, ROWS, true>(
+        x, norm, eps, w, scales, biases, row, n_in, n_rows, sums, simdgroup, lane);
+    if (thread_index < ROWS && row + thread_index < n_rows) {
+      out[at_rows + row + thread_index] = T(sums[thread_index]);
+    }
+  } else {
+    float scale = rms_scale(x, n_in, eps, lane);
+    for (uint i = 4 * thread_index; i < n_in; i += 4 * 128) {
+      write4(out + at_normed + i, scale * read4(x + i) * read4(norm + i));
+    }
+    // Clear the gaps between the three results, so that no output is left unwritten.
+    if (thread_index < at_rows - n_dense) {
+      out[n_dense + thread_index] = T(0.0f);
+    }
+    if (thread_index < at_normed - at_rows - n_rows) {
+      out[at_rows + n_rows + thread_index] = T(0.0f);
+    }
+  }
+}
+
+// out = residual + W x + bias for a dense matrix.
+//
+// x: [I], I being a multiple of 8; w: [O,I]; residual, bias, out: [O]. Launch: threadgroups of 128,
+// one per four rows. It saves the launches of two sums.
+template <typename T, typename W, bool HAS_BIAS>
+[[kernel]] void dense_residual(
+    device const T* x,
+    device const W* w,
+    device const T* residual,
+    device const T* bias,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* out,
+    uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float parts[20];
+  uint row = group * 4;
+  float product = dense_rows<false>(
+      x, x, 0.0f, w, row, n_in, n_out, parts, thread_index, simdgroup, lane);
+  if (thread_index < 4 && row + thread_index < n_out) {
+    uint own = row + thread_index;
+    out[own] = T(float(residual[own]) + product + row_bias<HAS_BIAS>(bias, own));
+  }
+}
+
 // `dequant_matvec_4bit_v3` with a lookup table of a group's 16 values.
 //
 // Launch: see `dequant_matvec_4bit_v3`. A lane computes the 16 values that its 32 packed values can

@@ -64,6 +64,13 @@ UNPACKED_SHARE = 1 / 8
 GPU_READ_BACK_LAYERS = 4.0
 # From this many rows per matrix on, MLX's gather_qmm on Metal multiplies in blocks.
 METAL_ROWS_A_MATRIX = 4
+# MLX's CUDA products of a stack of matrices find a matrix by an unsigned 32-bit number
+# of values. Beyond it they read another matrix without an error.
+CUDA_STACK_VALUES = 1 << 32
+# The same for dense matrices and sorted ids: a signed number of bytes.
+CUDA_STACK_BYTES = 1 << 31
+# The same for quantised matrices on a CPU: a signed number of packed words.
+CPU_STACK_WORDS = 1 << 31
 
 
 def on_cpu() -> bool:
@@ -133,6 +140,30 @@ def has_many_registers() -> bool:
 def gathers_strided() -> bool:
     """Tell whether MLX can gather non-contiguous matrices, which CUDA cannot."""
     return on_cpu() or not mx.cuda.is_available()
+
+
+def most_matrices(w: mx.array, bits: int | None, in_order: bool = True) -> int:
+    """Return how many matrices a product of MLX over a stack indexes rightly.
+
+    On Metal, and on a CPU for dense matrices, MLX counts in 64 bits.
+
+    Args:
+        w: the stack, ``[n, rows, columns]`` of values or of packed words.
+        bits: bits of a packed value; None: dense.
+        in_order: the product may be told that ids are sorted.
+    """
+    size = w.shape[1] * w.shape[2]
+    if on_cpu():
+        most = sys.maxsize if bits is None else CPU_STACK_WORDS // size
+    elif not mx.cuda.is_available():
+        most = sys.maxsize
+    elif bits is None and in_order:
+        most = CUDA_STACK_BYTES // (size * w.itemsize)
+    elif bits is None:
+        most = CUDA_STACK_VALUES // size
+    else:
+        most = CUDA_STACK_VALUES * bits // (size * 8 * w.itemsize)
+    return max(1, most)
 
 
 def multiplies_by_blocks(n_rows: int, n_matrices: int) -> bool:

@@ -8,12 +8,13 @@ a prompt of a few hundred tokens on CUDA.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import importlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -30,10 +31,12 @@ from mlx_lm.utils import _get_classes
 from rich.console import Console
 from rich.table import Table
 
+from moeflux_mlx import device
 from moeflux_mlx.cli.profile import print_profile
 from moeflux_mlx.device import machine_name
 from moeflux_mlx.engine.executors import gpu_executor
 from moeflux_mlx.engine.runtime import RunOptions
+from moeflux_mlx.experts.compute.slot_block import in_slots
 from moeflux_mlx.measure import check_plot, profile, save_plot, write_csv
 
 GROUP_SIZE, BITS, ROUTER_BITS = 64, 4, 8
@@ -73,6 +76,8 @@ MORE_GEOMETRIES = {name.lower(): shape for name, shape in real_sizes.MODELS.item
 # With random layers rounding differences grow without bound, and near ties of random
 # routers choose other experts. So ours must be about as close to float32 as stock.
 COMPARED_LAYERS, COMPARED_TOKENS, MAX_RATIO = 4, 8, 1.5
+# The name of stock with products in parts that MLX can index.
+IN_PARTS = "stock in parts"
 # Seconds after which a prompt is not repeated. Stock on CUDA may take a minute for one.
 PREFILL_S = 30.0
 # MLX's random numbers and quantisation take arrays of fewer than 2^32 values.
@@ -158,7 +163,13 @@ def measure(
     each = ", ".join(f"{name} {error:.1e}" for name, error in off.items())
     n = few["num_hidden_layers"]
     print(f"relative RMS of logits from float32, {n} layers: {each}", flush=True)
-    if not off[executor] <= MAX_RATIO * off["stock"]:
+    if IN_PARTS in off:
+        print(
+            "stock is wrong here: MLX's products cannot index such large stacks of "
+            "experts, except for a few rows",
+            flush=True,
+        )
+    if not off[executor] <= MAX_RATIO * off.get(IN_PARTS, off["stock"]):
         print("bench_decode: no speeds, our logits are worse", file=sys.stderr)
         return 1
     models = build(config, executor)
@@ -276,20 +287,46 @@ def divide_large(model: nn.Module) -> None:
 def errors(models: dict[str, nn.Module], config: dict[str, Any]) -> dict[str, float]:
     """Return the error of each model's logits against stock in float32.
 
-    It is the median over single tokens of the relative RMS error.
+    It is the median over single tokens of the relative RMS error. Where MLX cannot
+    index a layer's experts, the reference multiplies in parts, and another entry has
+    the error of stock if it does so too.
     """
     exact = stock_model(config)
     quantize(exact, config)
     exact.update(models["stock"].parameters())
     exact.set_dtype(mx.float32)
     exact.eval()
-    wanted = _logits(exact, config)
-    found = {}
-    for name, model in models.items():
+    with in_parts(exact):
+        wanted = _logits(exact, config)
+
+    def error(model: nn.Module) -> float:
         difference = mx.linalg.norm(_logits(model, config) - wanted, axis=-1)
         relative = difference / mx.linalg.norm(wanted, axis=-1)
-        found[name] = float(np.median(np.array(relative)))
+        return float(np.median(np.array(relative)))
+
+    found = {name: error(model) for name, model in models.items()}
+    with in_parts(models["stock"]) as n_divided:
+        if n_divided:
+            found[IN_PARTS] = error(models["stock"])
     return found
+
+
+@contextlib.contextmanager
+def in_parts(model: nn.Module) -> Iterator[int]:
+    """Divide the products that MLX cannot index; give their number."""
+    divided = [
+        (module, type(module))
+        for module in model.modules()
+        if isinstance(module, QuantizedSwitchLinear)
+        and len(module.weight) > device.most_matrices(module.weight, module.bits)
+    ]
+    for module, kind in divided:
+        module.__class__ = in_slots(kind)
+    try:
+        yield len(divided)
+    finally:
+        for module, kind in divided:
+            module.__class__ = kind
 
 
 def _logits(model: nn.Module, config: dict[str, Any]) -> mx.array:

@@ -36,6 +36,8 @@ LAYER = [
     "experts_route_gate_up",
     "experts_down_combine",
 ]
+# The same without a gate, where one launch places heads and appends to the cache.
+UNGATED_LAYER = [LAYER[0], "attention_inputs_append", *LAYER[3:]]
 
 
 def of(family: str, *configs: str) -> pytest.MarkDecorator:

@@ -219,6 +219,10 @@ REFUSED = {
     "inv_freq": lambda: placed(inv_freq=mx.zeros((3,))),
     "q: expected whole pairs": lambda: placed(nope_dim=25, kv=mx.zeros((3, 64))),
     "start: expected shape": lambda: placed(start=mx.zeros((2,), mx.int32)),
+    "kv: expected 48 values": lambda: placed(
+        q=Q[:1], kv=mx.zeros((1, 80)), start=mx.zeros((1,), mx.int32), kv_at=33
+    ),
+    "q: expected one row": lambda: placed(kv_at=0),
     "x": lambda: mla.yarn_rope_apply(Q, mx.zeros((5,)), mx.array([0]), 1.0),
     "start": lambda: mla.yarn_rope_apply(Q, mx.zeros((4,)), mx.array([0, 1]), 1.0),
     "start: expected 0 to 2": lambda: mla.mla_kv_cache_append(

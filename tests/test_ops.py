@@ -167,10 +167,11 @@ class ShuffledExperts:
     def slots(self, indices: mx.array) -> mx.array:
         return mx.array(self.slot_of)[indices].astype(mx.uint32)
 
-    def batches(self, indices: mx.array) -> Iterator[tuple[slice, mx.array]]:
-        for first in range(0, indices.shape[0], 2):
-            rows = slice(first, first + 2)
-            yield rows, self.slots(indices[rows])
+    def portions(self, indices: mx.array) -> Iterator[tuple[np.ndarray, mx.array]]:
+        ids = np.array(indices).ravel()
+        for wave in self.waves(np.unique(ids).tolist()):
+            places = np.flatnonzero(np.isin(ids, [expert for expert, _ in wave]))
+            yield places, mx.array(self.slot_of[ids[places]].astype(np.uint32))
 
     def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
         slots = np.array(self.slots(indices)).ravel()
@@ -196,6 +197,32 @@ def take(weight: Weight, index: mx.array) -> Weight:
     parts = (weight.w, weight.scales, weight.biases)
     taken = (None if x is None else x[index] for x in parts)
     return Weight(*taken, weight.quantization)
+
+
+@pytest.mark.parametrize("by_blocks", [False, True])
+def test_portions_have_the_rows_for_which_a_gpu_takes_the_kernel_of_the_whole_call(
+    by_blocks, monkeypatch
+):
+    case = spec(ops.MoeGatherIdFuse, Q4, **routed(40, 64, 32, 11, 5)).build()
+    experts = case.inputs.pop("experts")
+    given = [mx.array(x) for x in case.inputs.values()]
+    expected = case.op.reference(*given, experts)
+    calls: list[tuple[int, int, bool]] = []
+    original = mx.gather_qmm
+
+    def note(x, w, *rest, **options):
+        calls.append((options["rhs_indices"].size, len(w), options["sorted_indices"]))
+        return original(x, w, *rest, **options)
+
+    monkeypatch.setattr(mx, "gather_qmm", note)
+    monkeypatch.setattr(device, "multiplies_row_by_row", lambda: False)
+    monkeypatch.setattr(device, "multiplies_by_blocks", lambda *_: by_blocks)
+    got = case.op.reference(*given, ShuffledExperts(experts.weights, 0))
+    assert mx.array_equal(got, expected)
+    assert len(calls) > 9
+    for n_rows, n_matrices, is_sorted in calls:
+        assert n_rows >= 64 and is_sorted
+        assert not by_blocks or n_rows >= 4 * n_matrices
 
 
 @on_both

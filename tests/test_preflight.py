@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
 import re
+import shutil
+import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import pytest
@@ -20,11 +24,12 @@ from sparse import make_sparse_checkpoint
 from moeflux_mlx import device
 from moeflux_mlx.cli import main
 from moeflux_mlx.cli.inspect_summary import summarize
-from moeflux_mlx.cli.preflight import announce, forecast
+from moeflux_mlx.cli.preflight import announce, check_template, forecast
 from moeflux_mlx.errors import BudgetError, ModelError
 from moeflux_mlx.experts.pool.budget import Amounts
 from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
 from moeflux_mlx.memory.forecast import Forecast, memory_bandwidth
+from moeflux_mlx.opening.download import find_model
 from moeflux_mlx.opening.headers import FIRST_BYTES, model_headers
 from moeflux_mlx.system.bandwidth import PIECE_BYTES, disk_bytes_per_second
 
@@ -35,7 +40,7 @@ class Hub(NamedTuple):
     """A hub on loopback, with its settings and the bytes sent of each file."""
 
     sent: dict[str, int]
-    settings: dict[str, bool]
+    settings: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +57,7 @@ def hub(large, checkpoint, packed, monkeypatch, tmp_path) -> Iterator[Hub]:
     """Serve three models as huggingface_hub requests them."""
     models = {"me/large": large, "me/small": checkpoint, "me/pack": packed}
     sent: dict[str, int] = {}
-    settings = {"ranges": True}
+    settings: dict[str, Any] = {"ranges": True, "fault": None}
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -61,7 +66,9 @@ def hub(large, checkpoint, packed, monkeypatch, tmp_path) -> Iterator[Hub]:
             pass
 
         def do_GET(self):
-            if match := re.match(r"/api/models/(\w+/\w+)/tree/main", self.path):
+            if (fault := settings["fault"]) is not None:
+                return fault(self)
+            if match := re.match(r"/api/models/(\w+/\w+)\?", self.path):
                 folder = models.get(match[1])
                 return self.answer(404, b"{}") if folder is None else self.list(folder)
             match = re.match(r"/(\w+/\w+)/resolve/main/([\w.-]+)$", self.path)
@@ -69,10 +76,10 @@ def hub(large, checkpoint, packed, monkeypatch, tmp_path) -> Iterator[Hub]:
 
         def list(self, folder: Path):
             files = [
-                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0"}
+                {"rfilename": f.name, "size": f.stat().st_size}
                 for f in sorted(folder.iterdir())
             ]
-            self.answer(200, json.dumps(files).encode())
+            self.answer(200, json.dumps({"id": "me", "siblings": files}).encode())
 
         def send(self, file: Path):
             size = file.stat().st_size
@@ -87,8 +94,10 @@ def hub(large, checkpoint, packed, monkeypatch, tmp_path) -> Iterator[Hub]:
             sent[file.name] = sent.get(file.name, 0) + len(body)
             self.answer(status, body)
 
-        def answer(self, status: int, body: bytes):
+        def answer(self, status: int, body: bytes, **headers: str):
             self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -101,7 +110,7 @@ def hub(large, checkpoint, packed, monkeypatch, tmp_path) -> Iterator[Hub]:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     address = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setattr("moeflux_mlx.opening.headers.ENDPOINT", address)
+    monkeypatch.setattr("moeflux_mlx.opening.hub.ENDPOINT", address)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     yield Hub(sent, settings)
@@ -151,6 +160,111 @@ def test_a_hub_without_the_model_ends_in_one_line(hub, capsys):
     assert line.startswith("moeflux: [inspect] expected a local directory or a hub id")
 
 
+def fall_silent(asked) -> None:
+    """Answer too late."""
+    time.sleep(0.4)
+    asked.close_connection = True
+
+
+def drip(asked) -> None:
+    """Send a few bytes of many, each of them in time."""
+    asked.send_response(200)
+    asked.send_header("Content-Length", "1000")
+    asked.end_headers()
+    with contextlib.suppress(OSError):
+        for _ in range(10):
+            asked.wfile.write(b" ")
+            time.sleep(0.05)
+    asked.close_connection = True
+
+
+def hang_up(asked) -> None:
+    asked.close_connection = True
+    asked.connection.shutdown(socket.SHUT_RDWR)
+
+
+def of_files(fault: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Answer the list of files, and let only the files fail."""
+
+    def answer(asked) -> None:
+        if asked.path.startswith("/api/"):
+            listed = [{"rfilename": "config.json", "size": 1000}]
+            asked.answer(200, json.dumps({"id": "me", "siblings": listed}).encode())
+        else:
+            fault(asked)
+
+    return answer
+
+
+def gate(asked) -> None:
+    asked.answer(403, b"{}", X_Error_Code="GatedRepo")
+
+
+# What a hub does, and the words that its line holds.
+FAULTS: dict[str, tuple[Callable[[Any], None], str]] = {
+    "unauthorised": (lambda a: a.answer(401, b"{}"), "hf auth login"),
+    "gated": (gate, "ask for access on http://127.0.0.1:"),
+    "gated files": (of_files(gate), "ask for access on http://127.0.0.1:"),
+    "down": (lambda a: a.answer(500, b"oh"), "answers with status 500"),
+    "busy": (lambda a: a.answer(429, b"{}"), "answers with status 429"),
+    "a login page": (lambda a: a.answer(200, b"<html>"), "not as a hub"),
+    "silent": (fall_silent, "does not answer"),
+    "silent files": (of_files(fall_silent), "does not answer"),
+    "dripping files": (of_files(drip), "bytes per second of config.json"),
+    "hanging up": (hang_up, "does not answer"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_hubs_fault_is_one_line_and_ends(fault, hub, monkeypatch, capfd):
+    hub.settings["fault"], told = FAULTS[fault]
+    for module in ("hub", "headers"):
+        monkeypatch.setattr(f"moeflux_mlx.opening.{module}.SECONDS", 0.2)
+    monkeypatch.setattr("moeflux_mlx.opening.headers.LEAST_RATE", 1e6)
+    assert main(["inspect", "me/small"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("moeflux: [inspect] ") and told in line
+    if "files" not in fault:
+        assert main(["generate", "--model", "me/small", "--prompt", "hi"]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith("moeflux: [load] ") and told in line
+
+
+def test_a_hub_out_of_reach_is_one_line(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("moeflux_mlx.opening.hub.ENDPOINT", "http://127.0.0.1:9")
+    for command in (["inspect"], ["generate", "--prompt", "hi", "--model"]):
+        assert main([*command, "me/small"]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert "http://127.0.0.1:9 does not answer" in line
+
+
+@pytest.mark.parametrize("name", ["small", "pack"])
+def test_a_download_without_other_files_needs_no_hub(
+    name, checkpoint, packed, monkeypatch, tmp_path
+):
+    """A download of mlx-lm or of ours lacks files that no model reads."""
+    kept = pytest.importorskip("huggingface_hub._tree_cache")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("moeflux_mlx.opening.hub.ENDPOINT", "http://127.0.0.1:9")
+    root, commit = tmp_path / f"models--me--{name}", "0" * 40
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(commit)
+    files = root / "snapshots" / commit
+    shutil.copytree({"small": checkpoint, "pack": packed}[name], files)
+    sizes = {file.name: file.stat().st_size for file in files.iterdir()}
+    entries = {n: kept.TreeCacheEntry(size, "a" * 40) for n, size in sizes.items()}
+    others = dict.fromkeys(("README.md", "extra.bin"), kept.TreeCacheEntry(9, "b" * 40))
+    kept.write_tree_cache(str(root), commit, entries | others)
+    with model_headers(f"me/{name}") as path:
+        assert path == files
+    assert find_model(f"me/{name}") == files
+    (files / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="does not answer"):
+        find_model(f"me/{name}")
+
+
 def test_a_pack_of_a_hub_is_refused_with_the_command(hub):
     with (
         pytest.raises(ModelError, match="hf download me/pack first"),
@@ -198,6 +312,50 @@ def test_commands_report_it_before_loading(
     first = capfd.readouterr().err.splitlines()[0]
     assert first.startswith(f"{LINE}{packed}: ")
     assert re.search(r"experts streamed, \d+% of the experts in memory; ", first)
+
+
+BAD = "{% for m in messages %}\n{{ m "
+TEMPLATES: dict[str, tuple[str, Any]] = {
+    "text": ("tokenizer_config.json", BAD),
+    "named": ("tokenizer_config.json", [{"name": "default", "template": BAD}]),
+    "file": ("chat_template.jinja", BAD),
+}
+
+
+def write_template(model: Path, file: str, template: Any) -> None:
+    """Give a model's tokenizer a template in one of its files."""
+    if not file.endswith(".json"):
+        (model / file).write_text(template)
+        return
+    fields = json.loads((model / file).read_text())
+    (model / file).write_text(json.dumps({**fields, "chat_template": template}))
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "serve"])
+@pytest.mark.parametrize("form", TEMPLATES)
+def test_a_template_that_is_none_is_refused_before_loading(
+    form, command, checkpoint, tmp_path, capfd
+):
+    model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    write_template(model, *TEMPLATES[form])
+    assert main([command, "--model", str(model)]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"moeflux: [chat template] {model / TEMPLATES[form][0]}: ")
+    assert "line 2: " in line
+
+
+def test_only_the_template_in_use_is_checked(checkpoint, tmp_path, capfd):
+    model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    write_template(model, "tokenizer_config.json", BAD)
+    flags = ["--model", str(model), "--prompt", "hi", "-m", "1"]
+    assert main(["generate", *flags, "--ignore-chat-template"]) == 0
+    assert main(["serve", "--model", str(model), "--chat-template", "{% if"]) == 2
+    assert "[chat template] --chat-template: " in capfd.readouterr().err
+    write_template(model, "chat_template.jinja", "{{ raise_exception('no') }}")
+    check_template(model)
+    (model / "chat_template.jinja").unlink()
+    write_template(model, "tokenizer_config.json", 5)
+    check_template(model)
 
 
 def test_a_model_that_loading_refuses_is_not_announced(packed, tmp_path, capfd):

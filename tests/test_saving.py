@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from moeflux_mlx.errors import ExpertStoreError, ModelError
 from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.experts.files.unpack import unpack
 from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
+from moeflux_mlx.saving import whole
 
 # Imported before any model of ours was loaded, as scripts do.
 KEPT = getattr(save_model, "__wrapped__", save_model)
@@ -123,6 +125,58 @@ def test_save_leaves_existing_files(streamed, packed, tmp_path):
     assert (tmp_path / "kept").read_text() == "kept"
     assert not (tmp_path / "moeflux_model.py").exists()
     assert mx.array_equal(logits(tmp_path), mlx_lm.load(str(tmp_path))[0](PROMPT))
+
+
+@pytest.mark.parametrize("crashes", [False, True], ids=["error", "crash"])
+def test_a_save_that_ends_between_files_never_leaves_parts_of_two_models(
+    crashes, packed, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(whole, "SHARD_BYTES", 220_000)
+    model = moeflux_mlx.load(packed, expert_memory=POOL_ALIGNMENT + 9 * 20_000)[0]
+    norm = model.language_model.model.norm
+    first, out = tmp_path / "first", tmp_path / "out"
+    save_model(first, model)
+    norm.weight = norm.weight * 2
+    save_model(tmp_path / "second", model)
+    assert len([*first.glob("model-*")]) > 2
+    before, after = arrays(first), arrays(tmp_path / "second")
+    n_files, replace = len([*first.iterdir()]), os.replace
+    for n_done in range(2 * n_files):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(first, out)
+        calls = []
+
+        def interrupted(*args, n_done=n_done, calls=calls, **options):
+            calls.append(args)
+            if len(calls) == n_done + 1:
+                raise KeyboardInterrupt
+            replace(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", interrupted)
+            if crashes:
+                # A process that has ended puts nothing back and removes nothing.
+                patch.setattr(whole, "_put_back", lambda *_: None)
+                patch.setattr(whole, "_remove", lambda *_: None)
+            with pytest.raises(KeyboardInterrupt):
+                save_model(out, model)
+        found = arrays(out)
+        if not crashes:
+            assert_same(found, before)
+            assert {p.name for p in out.iterdir()} == {p.name for p in first.iterdir()}
+        elif found.keys() == before.keys():
+            whole_one = after if n_done > n_files else before
+            assert_same(found, whole_one)
+    save_model(out, model)
+    assert_same(arrays(out), after)
+
+
+def test_a_save_beside_other_weights_is_refused(packed, tmp_path):
+    model = moeflux_mlx.load(packed)[0]
+    shutil.copy(packed / "model.safetensors", tmp_path / "model-2.safetensors")
+    with pytest.raises(ModelError, match=r"model-2\.safetensors', which mlx-lm would"):
+        save_model(tmp_path, model)
+    assert [p.name for p in tmp_path.iterdir()] == ["model-2.safetensors"]
 
 
 @pytest.fixture

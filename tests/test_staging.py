@@ -204,6 +204,43 @@ def test_experts_are_copied_into_a_shorter_buffer_on_the_device(
             check(streamer, plain, layer, [expert])
 
 
+class Untouched:
+    """Stands for the host's view of slots, of which only the length is asked."""
+
+    def __init__(self, n: int):
+        self._n = n
+
+    def __len__(self) -> int:
+        return self._n
+
+
+def tensors(source) -> list[np.ndarray]:
+    """Return copies of all tensors of a layer."""
+    weights = source.weights.by_name.values()
+    return [np.array(array) for weight in weights for array in weight.arrays]
+
+
+@pytest.mark.parametrize("store", ["pack"], indirect=True)
+def test_tensors_are_stacked_on_the_device(runtime, store, plain, monkeypatch):
+    """The host touches no slot: pages of the GPU's memory would move to it."""
+    monkeypatch.setattr(device, "returns_pages", lambda: False)
+    n_slots = N_LAYERS * N_EXPERTS
+    with stream(store, n_slots) as one, stream(store, n_slots, stacks=True) as streamer:
+        for pool_ in streamer.pools:
+            pool_._buffer.bytes = Untouched(len(pool_.bytes))
+        for layer in range(N_LAYERS):
+            expected, found = (tensors(s.source(layer)) for s in (one, streamer))
+            assert found and all(map(np.array_equal, found, expected))
+            weights = streamer.source(layer).weights.by_name.values()
+            assert not any(weight.strided for weight in weights)
+        # Slots hold records again.
+        streamer.resize(n_slots - 1)
+        misses = streamer.stats.total.misses
+        for layer, expert in streamer.held:
+            check(streamer, plain, layer, [expert])
+        assert streamer.stats.total.misses == misses
+
+
 @pytest.mark.sampled
 @pytest.mark.parametrize(
     "failing",

@@ -14,12 +14,12 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_lm.utils import save_model
 
 from moeflux_mlx import device
-from moeflux_mlx.experts.compute import slot_block
 from moeflux_mlx.experts.files.checkpoint import Checkpoint
 from moeflux_mlx.experts.files.module_store import ModuleExperts, unchanged
 from moeflux_mlx.experts.files.modules import find_blocks
 from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
 from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
+from moeflux_mlx.experts.weights import ExpertWeights
 from moeflux_mlx.streaming import stream
 
 DIM, N_EXPERTS, SLOT = 128, 5, 80 << 10
@@ -130,7 +130,7 @@ def test_contiguous_matrices_stay_contiguous_with_all_in_memory(
     def fail(*_: Any) -> None:
         raise AssertionError("copied")
 
-    monkeypatch.setattr(slot_block, "_end_to_end", fail)
+    monkeypatch.setattr(ExpertWeights, "end_to_end", fail)
     for n in (1, 60):
         assert mx.array_equal(stock(*given(n)), ours(*given(n)))
 
@@ -154,13 +154,13 @@ def test_scales_of_another_type_are_not_copied_where_all_is_in_memory(
     path = saved(stock, tmp_path / "model")
     ours, few = (load(path, n, dtype=mx.bfloat16) for n in (2 * N_EXPERTS, 4))
     copied: list[int] = []
-    original = slot_block._end_to_end
+    original = ExpertWeights.end_to_end
 
     def note(*args: Any) -> Any:
         copied.append(1)
         return original(*args)
 
-    monkeypatch.setattr(slot_block, "_end_to_end", note)
+    monkeypatch.setattr(ExpertWeights, "end_to_end", note)
     for n in (1, 40):
         wanted = stock(*given(n))
         assert mx.array_equal(wanted, ours(*given(n))) and not copied

@@ -51,7 +51,7 @@ def test_the_environment_may_choose_an_unverified_way(monkeypatch):
 
 
 # Ways that launch no kernel, but differ from the Op's reference.
-BY_MLX = ("mlx_dequantize", "mlx_expanded", "mlx_products", "mlx_product_residual")
+BY_MLX = ("mlx_dequantize", "mlx_expanded", "mlx_products")
 
 
 def test_ways_and_groups_name_kernels_that_are_there():
@@ -162,4 +162,6 @@ def test_a_model_without_some_kernels_gives_the_same(bad, checkpoint, monkeypatc
     if not bad:
         # Those of other families, and of streamed experts.
         others = {"moe_softmax_topk", "attention_inputs_ungated", "mla_inputs"}
+        others |= {"norm_dense_matvecs", "dense_residual", "experts_noaux_gate_up"}
+        others |= {"attention_inputs_append"}
         assert set(launched) >= TOGETHER - others

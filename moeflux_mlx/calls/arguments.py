@@ -147,14 +147,21 @@ def sizes(shape: Sequence[int | None]) -> str:
 
 def bounded(tokens: mx.array, vocab_size: int) -> tuple[mx.array, mx.array]:
     """Return ids moved into a vocabulary, and a mask of those that were inside."""
-    if tokens.dtype.size < 4:
-        # A vocabulary may be larger than the type's numbers.
-        tokens = tokens.astype(mx.int32)
-    elif tokens.dtype == mx.uint32:
-        # Ids from 2^31 on become negative, and so stay outside; no value is copied.
-        tokens = tokens.view(mx.int32)
+    tokens = as_int32(tokens, vocab_size)
     ids = mx.clip(tokens, 0, vocab_size - 1)
     return ids, tokens == ids
+
+
+def as_int32(tokens: mx.array, vocab_size: int) -> mx.array:
+    """Return ids as int32; those outside of a vocabulary stay outside."""
+    if tokens.dtype == mx.uint32:
+        # Ids from 2^31 on become negative; no value is copied.
+        return tokens.view(mx.int32)
+    if tokens.dtype.size > 4:
+        # -1 is no number of uint64, whose ids are never negative.
+        low = 0 if tokens.dtype == mx.uint64 else -1
+        tokens = mx.clip(tokens, low, vocab_size)
+    return tokens.astype(mx.int32)
 
 
 def float_rows(embeddings: Any, hidden_size: int | None = None) -> mx.array:

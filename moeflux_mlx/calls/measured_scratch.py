@@ -19,6 +19,7 @@ from .. import device
 from ..experts.compute.blank import BlankExperts
 from ..experts.files.modules import RoutedBlock
 from ..memory.caches import CACHE_STEP, arrays_of, single_caches
+from ..memory.steady import active_bytes
 from .blank_matrices import blank_matrices
 from .call_pieces import CallPieces
 from .call_shapes import CallShapes, call_with_zeros
@@ -139,7 +140,7 @@ class ScratchMeasure:
         if n_rows:
             self._fill(cache, n_rows)
         mx.eval(arrays_of(cache))
-        base = mx.get_active_memory() - _bytes(cache)
+        base = active_bytes() - _bytes(cache)
         peaks, n_blocks = [0, 0], itertools.count()
 
         def watch(before: bool, arrays: list[mx.array]) -> None:

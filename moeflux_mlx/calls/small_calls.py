@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from .. import device
 from ..experts.compute.blank import BlankExperts
-from ..memory.steady import STEADY
+from ..memory.steady import STEADY, active_bytes
 from .alone import OneAtATime
 
 # Each size n is measured as one sequence of n tokens, WIDE sequences of n, and one of
@@ -139,7 +139,7 @@ class SmallCalls:
 def _peak(call: Callable[[mx.array], Any], shape: tuple[int, int]) -> int:
     tokens = mx.zeros(shape, mx.int32)
     mx.eval(tokens)
-    base = mx.get_active_memory()
+    base = active_bytes()
     mx.reset_peak_memory()
     mx.eval(call(tokens))
     return mx.get_peak_memory() - base

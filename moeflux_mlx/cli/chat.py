@@ -25,7 +25,7 @@ from .generate import (
     division,
     streaming_options,
 )
-from .preflight import announce
+from .preflight import announce, check_template
 
 
 def add_parser(subparsers: Any) -> None:
@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer_config: dict[str, Any],
         trust_remote_code: bool,
     ) -> tuple[Any, Any]:
+        check_template(path)
         announce(path, streaming_options(args))
         return load(
             path,

@@ -23,7 +23,7 @@ from ..memory.cache_layouts import CACHE_BITS, CACHE_GROUPS
 from ..state import check_keeps_state, load_state, save_state
 from ..system.files import open_file, parse_json, short
 from .arguments import check_number, check_output, integer, number, one_of
-from .preflight import announce
+from .preflight import announce, check_template
 from .report import generate_and_print, prepare
 
 # The usable ranges of mlx-lm's flags, which mlx-lm itself does not check.
@@ -168,6 +168,8 @@ def run(args: argparse.Namespace) -> int:
     check_output("--save-state", args.save_state)
     cache, saved = _prompt_cache(args)
     path = _model_path(args, saved)
+    if not args.ignore_chat_template:
+        check_template(path)
     announce(path, streaming_options(args))
     # Seed before loading, as mlx_lm.generate does: loading draws random numbers, the
     # same number as stock's, so that the text is the same.

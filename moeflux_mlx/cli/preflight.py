@@ -1,4 +1,4 @@
-"""Forecasts that commands print before loading: does a model fit, how will it run."""
+"""Checks and forecasts of commands before they load a model."""
 
 from __future__ import annotations
 
@@ -11,14 +11,32 @@ from ..experts.pool.budget import Amounts, most_bytes
 from ..experts.pool.pool import POOL_ALIGNMENT
 from ..memory.forecast import Forecast, memory_bandwidth
 from ..memory.plan import MemoryPlan, own_bytes
+from ..opening.chat_template import check_chat_template, check_syntax
 from ..opening.download import check_kinds
-from ..opening.headers import is_local, model_headers
+from ..opening.headers import local, model_headers
 from ..system.bandwidth import disk_bytes_per_second
 from ..system.progress import notice
 from .inspect_summary import ModelSummary, summarize
 
 # The flags of streaming with their defaults.
 DEFAULTS = {"scope": "global", "policy": None, "read_ahead": "auto", "expert_io": None}
+
+
+def check_template(model: str | Path, given: str | None = None) -> None:
+    """Check the chat template of a command that uses one.
+
+    The template of a model that is yet to be downloaded is not checked.
+
+    Args:
+        given: a template that replaces the model's.
+
+    Raises:
+        ModelError: the template is not in Jinja's syntax.
+    """
+    if given is not None:
+        check_syntax("--chat-template", given)
+    elif (path := local(model)) is not None:
+        check_chat_template(path)
 
 
 def announce(model: str | Path, options: dict[str, Any]) -> None:
@@ -41,7 +59,7 @@ def announce(model: str | Path, options: dict[str, Any]) -> None:
     if found.streams and found.held_bytes < summary.bytes_per_expert:
         return
     if not found.fits and not found.streams:
-        if not is_local(model):
+        if local(model) is None:
             raise BudgetError(f"[load] {model}: {found.mode()}: {advice(found)}")
         return
     notice(f"before loading {model}: {found.mode()}; {found.speed()}")

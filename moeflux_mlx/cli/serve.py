@@ -17,7 +17,7 @@ from .generate import (
     division,
     streaming_options,
 )
-from .preflight import announce
+from .preflight import announce, check_template
 
 # The usable ranges of mlx-lm's flags, which mlx-lm itself does not check.
 NUMBERS = {
@@ -137,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
         level=args.log_level if is_first else logging.WARNING,
         format="%(asctime)s - %(levelname)s - %(message)s",
     )
+    check_template(args.model, args.chat_template or None)
     announce(args.model, streaming_options(args))
     from ..server.server import serve
 

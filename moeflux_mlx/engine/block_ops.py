@@ -210,10 +210,6 @@ def moe(
     n, dim = call.n, routed.dim
     experts = g.input("experts", b.ExpertBaseBuf, (None,))
     shared = _Shared(g, form)
-    # An unquantised router cannot join the norm's launch, so it must not part others.
-    apart = form.noaux is not None and not call.requests_early
-    if apart:
-        shared.open(x)
     logits = g.matvec(form.router_path, x, b.RouterLogitsBuf, label="router")
     if call.requests_early:
         # The shared expert runs while the chosen ones are being read.
@@ -223,8 +219,7 @@ def moe(
         out_sum = _experts_sum(g, form, x, chosen, experts, call, routed)
     else:
         # An order in which neighbours can be fused.
-        if not apart:
-            shared.open(x)
+        shared.open(x)
         chosen = choose_experts(g, form, logits, n)
         out_sum = _experts_sum(g, form, x, chosen, experts, call, routed)
         down = shared.close(n)

@@ -29,6 +29,7 @@ class Call:
     """The facts of a call that shape its graphs: sequences, tokens, masks, experts.
 
     ``requests_early``: reading starts when experts are chosen; see ``requesting``.
+    ``traced``: MLX traces the call, and no object of mlx-lm keeps its caches.
     """
 
     n_seqs: int
@@ -40,6 +41,7 @@ class Call:
     spare_rows: bool = False
     gather_by_id: bool = False
     requests_early: bool = False
+    traced: bool = False
 
     @property
     def n(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,10 +10,11 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import device
-from ..calls.arguments import bounded, check_ids
+from ..calls.arguments import as_int32, bounded, check_ids
 from ..calls.module_call import is_tied
 from ..experts.weights import Weight, has_values
 from . import ops
+from .graph import BufId
 from .graph import roles as b
 from .model import GraphBuilder, GraphRunner, LayerGraph
 from .ops.functions import Array, to_device, to_host
@@ -73,17 +73,14 @@ class Ends:
             rows = embeddings.astype(self.dtype).reshape(-1, dim)
             return move(rows), n_seqs, t
         n_seqs, t = inputs.shape
-        # In the shape of rows: MLX then compiles the mask and its use as one launch.
-        inputs, inside = self.bounded(inputs.reshape(-1, 1), traced=traced)
-        ids = move(inputs.astype(mx.int32).reshape(-1))
-        rows = self._run("embed", ids, self._build_embed, traced)
-        if host:
-            return rows, n_seqs, t
-        rows = rows.astype(self.dtype)
-        if inside is not None:
-            nan = mx.array(math.nan, rows.dtype)
-            rows = mx.where(inside, rows, nan)
-        return rows, n_seqs, t
+        # The caller of a compiled function has checked the ids.
+        look = self._looks_at if traced else self.check_tokens
+        build = self._build_embed if look(inputs) else self._build_embed_any
+        # A column of single tokens needs no other shape.
+        column = inputs if t == 1 else inputs.reshape(-1)
+        ids = move(as_int32(column, self._args.vocab_size))
+        rows = self._run("embed", ids, build, traced)
+        return (rows if host else rows.astype(self.dtype)), n_seqs, t
 
     def norm(self, rows: Array, *, traced: bool = False) -> Array:
         """Return normalised rows ``[N, D]``."""
@@ -93,13 +90,13 @@ class Ends:
         """Return logits ``[N, V]`` of normalised rows."""
         return to_device(self._run("logits", rows, self._build_logits, traced))
 
-    def bounded(
-        self, inputs: mx.array, *, traced: bool = False
-    ) -> tuple[mx.array, mx.array | None]:
+    def last_logits(self, rows: Array, *, traced: bool = False) -> mx.array:
+        """Return logits ``[N, V]`` of rows that the last norm has not seen."""
+        return to_device(self._run("logits", rows, self._build_last, traced))
+
+    def bounded(self, inputs: mx.array) -> tuple[mx.array, mx.array | None]:
         """Return ids bounded to the vocabulary, and which were in it; None: all."""
-        # The caller of a compiled function has checked the ids.
-        look = self._looks_at if traced else self.check_tokens
-        if look(inputs):
+        if self.check_tokens(inputs):
             return inputs, None
         return bounded(inputs, self._args.vocab_size)
 
@@ -127,16 +124,21 @@ class Ends:
     ) -> Array:
         weights = self.weights(host=isinstance(x, np.ndarray))
         graph = self._runtime.graphs.get(
-            (name, x.shape, self._weights.signature),
+            (build.__name__, x.shape, self._weights.signature),
             lambda: build(GraphBuilder(name, self.dtype, self._weights.refs), x),
         )
         recurs = len(x) == 1 and not traced
         done = self._runner.run(graph, weights, {"x": x}, recurs=recurs)
         return done.value(graph.outputs["out"])
 
-    def _build_embed(self, g: GraphBuilder, x: Array) -> LayerGraph:
+    def _build_embed_any(self, g: GraphBuilder, x: Array) -> LayerGraph:
+        return self._build_embed(g, x, any_ids=True)
+
+    def _build_embed(
+        self, g: GraphBuilder, x: Array, *, any_ids: bool = False
+    ) -> LayerGraph:
         weight = g.ref("model.embed_tokens")
-        ids = g.input("x", b.TokenIdsBuf, x.shape)
+        ids = g.input("x", b.TokenIdsBuf, (x.size,))
         out = g.new("embedding", b.EmbedOutBuf, (x.size, weight.shape[1]))
         g.push(
             ops.EmbedGatherNTokens(
@@ -147,6 +149,7 @@ class Ends:
                 vocab_size=weight.shape[0],
                 hidden_dim=weight.shape[1],
                 n_tokens=x.size,
+                any_ids=any_ids,
             )
         )
         return g.finish(self._runtime.executor, out=out)
@@ -156,8 +159,15 @@ class Ends:
         out = g.norm("model.norm", hidden, b.FinalNormBuf, self._args.rms_norm_eps)
         return g.finish(self._runtime.executor, out=out)
 
+    def _build_last(self, g: GraphBuilder, x: Array) -> LayerGraph:
+        hidden = g.input("x", b.HiddenBuf, x.shape)
+        eps = self._args.rms_norm_eps
+        return self._head(g, g.norm("model.norm", hidden, b.FinalNormBuf, eps))
+
     def _build_logits(self, g: GraphBuilder, x: Array) -> LayerGraph:
-        normed = g.input("x", b.FinalNormBuf, x.shape)
+        return self._head(g, g.input("x", b.FinalNormBuf, x.shape))
+
+    def _head(self, g: GraphBuilder, normed: BufId[b.FinalNormBuf]) -> LayerGraph:
         name = "model.embed_tokens" if is_tied(self._args) else "lm_head"
         out = g.matvec(name, normed, b.LogitsBuf, label="logits")
         return g.finish(self._runtime.executor, out=out)

@@ -179,7 +179,7 @@ class GraphCall:
             hidden = self._layers[i](hidden, layer_cache, context)
             inputs.append(hidden)
         if span.stop == len(self._layers):
-            hidden = ends.logits(ends.norm(hidden, traced=True), traced=True)
+            hidden = ends.last_logits(hidden, traced=True)
             hidden = hidden.reshape(n_seqs, 1, -1)
         kinds = SpeculativeExperts, RankExperts
         looked_up = (e for e in experts.values() if isinstance(e, kinds))

@@ -10,7 +10,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .. import device
 from ..calls.module_call import is_tied
 from ..experts.compute.rank_experts import RankExperts
 from ..experts.compute.resident import ResidentExperts
@@ -187,13 +186,8 @@ class GraphLayer:
         return cast(GraphExperts, self._of_ranks)
 
     def _call(self, context: Context, masks: Mapping[str, bool]) -> Call:
-        # Experts of several tokens are gathered on the device, without a read-back.
-        steps = context.t == 1 and self.runtime.compiles_steps
-        parameters = self._parameters is not None
-        lazy = parameters and not device.on_cpu()
-        gather = steps or lazy or self.runtime.is_reference
         one_token = context.n_seqs == context.t == 1
-        streamer = None if parameters else self.runtime.streaming
+        streamer = self.runtime.streaming if self._parameters is None else None
         waits = streamer is not None and streamer.reads_in_workers
         alone = self.runtime.together.exchange is None
         early = self.is_routed and one_token and context.on_host and waits and alone
@@ -201,7 +195,8 @@ class GraphLayer:
             context.n_seqs,
             context.t,
             context.dtype,
-            gather_by_id=gather,
+            # The host multiplies each expert's rows at once; a device multiplies all.
+            gather_by_id=not context.on_host,
             requests_early=early,
             **masks,
         )

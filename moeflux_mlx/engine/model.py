@@ -15,7 +15,7 @@ import mlx.core as mx
 from ..calls.compiling import forget_gone
 from ..errors import ModelError
 from ..experts.weights import Weight, has_values
-from ..memory.steady import STEADY
+from ..memory.steady import STEADY, active_bytes
 from .executors import Encoding, Executor
 from .executors.base import arrays
 from .executors.compiled import CompiledCalls
@@ -252,7 +252,7 @@ class LayerSample:
             encoding.bind(buf, self.inputs[name])
         mx.clear_cache()
         with STEADY:
-            before = mx.get_active_memory()
+            before = active_bytes()
             mx.reset_peak_memory()
             for call in self.layer.calls:
                 executor.encode_graph([call], encoding)

@@ -12,6 +12,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from .records import Copier
+from .records import Records as Records
+
 # MLX's default bits and group size for each mode.
 OWN_FORM = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
@@ -30,6 +33,10 @@ MLX_DTYPES = {
 }
 # MLX itself writes the first of several names, so the reversal lets that one win.
 DTYPE_NAMES = {dtype: name for name, dtype in reversed(MLX_DTYPES.items())}
+# From this many ids on, matrices are copied once each, whatever the wait for the ids.
+READ_BACK_FROM = 64
+# The fields of a Weight that are arrays.
+ARRAYS = ("w", "scales", "biases", "bias", "global_scale")
 
 
 @dataclass(frozen=True)
@@ -51,24 +58,12 @@ class Quantization:
 
 
 @dataclass(frozen=True)
-class Records:
-    """One tensor of every slot: row ``slot`` of ``array``, from element ``base`` on.
-
-    ``array`` is ``[n_slots, row]`` of the tensor's type. It is contiguous, so kernels
-    take it without a copy.
-    """
-
-    array: mx.array
-    base: int
-
-
-@dataclass(frozen=True)
 class Weight:
     """One matrix ``[..., O, I]`` in MLX (or NumPy) arrays; dense without quantization.
 
     Quantised, ``w`` is uint32 ``[..., O, I * bits / 32]`` with ``scales`` (and, for
     affine, ``biases``) ``[..., O, I / group_size]``. A leading axis counts experts or
-    slots. If these are not contiguous, ``in_pool`` locates each array in the records.
+    slots. If these are not contiguous, ``in_pool`` locates each of ``ARRAYS``.
     ``bias`` ``[..., O]`` is added to products. ``global_scale`` ``[...]`` is for
     mlx-lm's modules; no Op takes it.
     """
@@ -96,11 +91,28 @@ class Weight:
     def records(self) -> tuple[Records | None, ...]:
         """``w``, ``scales``, ``biases`` and ``bias`` of all slots, never copied."""
         if self.in_pool is not None:
-            return self.in_pool
+            return self.in_pool[:4]
         parts = (self.w, self.scales, self.biases, self.bias)
         rows = [None if x is None else x.reshape(x.shape[0], -1) for x in parts]
         has_values(*(x for x in rows if x is not None))
         return tuple(None if x is None else Records(x, 0) for x in rows)
+
+    def located(self) -> dict[str, tuple[Records, mx.array]]:
+        """Return the place and the view of each array that is in records, by field."""
+        places = self.in_pool or [None] * len(ARRAYS)
+        found = zip(ARRAYS, places, strict=True)
+        return {f: (r, getattr(self, f)) for f, r in found if r is not None}
+
+    def bias_of(self, slots: mx.array) -> mx.array:
+        """Return the biases ``[*slots.shape, O]`` of the matrices in ``slots``."""
+        if self.in_pool is None:
+            return self.on_device.bias[slots]
+        copied = self._bias_copier(slots.flatten())["bias"]
+        return mx.unflatten(copied, 0, slots.shape)
+
+    @functools.cached_property
+    def _bias_copier(self) -> Copier[str]:
+        return Copier({"bias": self.located()["bias"]})
 
     @property
     def on_host(self) -> Weight:
@@ -125,9 +137,9 @@ class Weight:
         return copied
 
     def __getitem__(self, index: int | slice | None) -> Weight:
-        """Return one expert's matrix, or with None a stack of one matrix, uncopied.
+        """Return one expert's matrix, with a slice some, uncopied.
 
-        A slice indexes the first axis of NumPy arrays only.
+        None gives a stack of one matrix. The result has no ``in_pool``.
         """
         return self._like(lambda x: None if x is None else _pick(x, index))
 
@@ -168,15 +180,75 @@ class ExpertWeights:
         """The projection back to the model's width."""
         return self.by_name["down_proj"]
 
+    def copied(self, slots: mx.array) -> ExpertWeights:
+        """Return contiguous copies of the matrices in ``slots`` ``[n]``."""
+        copies = self._copier(slots)
+
+        def own(name: str, weight: Weight) -> Weight:
+            arrays: dict[str, Any] = {}
+            for field in ARRAYS:
+                if (x := getattr(weight, field)) is not None:
+                    is_view = weight.strided
+                    arrays[field] = copies[name, field] if is_view else x[slots]
+            return Weight(**arrays, quantization=weight.quantization)
+
+        return self.named({n: own(n, weight) for n, weight in self.by_name.items()})
+
+    def end_to_end(
+        self, slots: mx.array, most: int | None = None
+    ) -> tuple[ExpertWeights, mx.array]:
+        """Return contiguous copies of the matrices in ``slots``, and their indices.
+
+        Many ids are read back, so that each matrix is copied once. Few ids hardly
+        repeat, and the host may not know them yet.
+
+        Args:
+            most: number of distinct slots that there can be; there are no more copies.
+        """
+        if slots.size < READ_BACK_FROM or not has_values(slots):
+            if most is not None and slots.size > most:
+                take, found = _distinct(slots, most)
+                return self.copied(take), found
+            found = mx.arange(slots.size, dtype=mx.uint32).reshape(slots.shape)
+            return self.copied(slots.flatten()), found
+        chosen, places = np.unique(np.array(slots), return_inverse=True)
+        found = mx.array(places.reshape(slots.shape).astype(np.uint32))
+        return self.copied(mx.array(chosen)), found
+
+    @functools.cached_property
+    def _copier(self) -> Copier[tuple[str, str]]:
+        return Copier(
+            {
+                (name, field): tensor
+                for name, weight in self.by_name.items()
+                for field, tensor in weight.located().items()
+            }
+        )
+
     @functools.cached_property
     def on_host(self) -> ExpertWeights:
         """The same slots as NumPy views."""
         return ExpertWeights(self.gate.on_host, self.up.on_host, self.down.on_host)
 
 
+def _distinct(slots: mx.array, n: int) -> tuple[mx.array, mx.array]:
+    """Return ``n`` slots, among them all in ``slots``, and the place of each there.
+
+    Nothing is read back.
+    """
+    flat = slots.flatten()
+    order = mx.argsort(flat)
+    rising = flat[order]
+    is_other = mx.concatenate([mx.array([False]), rising[1:] != rising[:-1]])
+    places = mx.cumsum(is_other.astype(mx.uint32))
+    take, found = mx.zeros(n, mx.uint32), mx.zeros(slots.size, mx.uint32)
+    take[places], found[order] = rising, places
+    return take, found.reshape(slots.shape)
+
+
 def _pick(x: Any, index: Any) -> Any:
     """Index the first axis; MLX copies for ``x[index]`` but not for a slice."""
-    if index is None or isinstance(x, np.ndarray):
+    if index is None or isinstance(index, slice) or isinstance(x, np.ndarray):
         return x[index]
     return x[index : index + 1].squeeze(0)
 

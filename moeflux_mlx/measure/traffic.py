@@ -34,15 +34,21 @@ def moved_bytes(
     """
     buffers = buffers_read(step.ops)
     values, weights = inputs[: len(buffers)], inputs[len(buffers) :]
-    append = step.ops[0]
-    if isinstance(append, KvCacheAppendNTokens):
+    caches = KvCacheKBuf, KvCacheVBuf
+    append = next((op for op in step.ops if isinstance(op, KvCacheAppendNTokens)), None)
+    if append is step.ops[0]:
         return 2 * sum(_n_bytes(x) for x in values[:2])
     total = sum(map(_n_bytes, outputs))
     for buf, value in zip(buffers, values, strict=True):
         if buf is None or buf.role is ExpertBaseBuf:
             continue
         share = 1.0
-        if buf.role in (KvCacheKBuf, KvCacheVBuf):
+        if append is not None and buf.role in caches:
+            # The output is as large as the input, but only a row of it is new.
+            new = value.size // value.shape[2] * append.n_tokens // append.n_seqs
+            total += new * value.itemsize - _n_bytes(value)
+            continue
+        if buf.role in caches:
             share = _seen_share(step.ops, inputs, value)
         total += round(share * _n_bytes(value))
     total += sum(_expert_bytes(op) for op in step.ops)

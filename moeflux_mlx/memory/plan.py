@@ -8,7 +8,6 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import mlx.core as mx
 from rich.filesize import decimal
 
 from .. import config, device
@@ -18,6 +17,7 @@ from ..experts.pool.budget import within_working_set
 from ..experts.pool.pool import POOL_ALIGNMENT, pool_stride
 from ..experts.pool.segments import Division, divide
 from .caches import CACHE_STEP, CacheForm
+from .steady import active_bytes
 
 # Chunk sizes in tokens. A plan has scratch for the first size that takes at most
 # SCRATCH_SHARE of the room, or for the last size. A prompt may later use larger chunks,
@@ -315,4 +315,4 @@ def own_bytes() -> int:
     if taken is None:
         taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         taken *= 1 if sys.platform == "darwin" else 1024
-    return max(0, taken - mx.get_active_memory())
+    return max(0, taken - active_bytes())

@@ -1,9 +1,11 @@
-"""Keep Python's collector from freeing arrays while their memory is measured."""
+"""Measure memory that neither Python's collector nor a device frees meanwhile."""
 
 from __future__ import annotations
 
 import gc
 import threading
+
+import mlx.core as mx
 
 
 class _Steady:
@@ -33,3 +35,13 @@ class _Steady:
 
 
 STEADY = _Steady()
+
+
+def active_bytes() -> int:
+    """Return the bytes of MLX's arrays, without those of finished work.
+
+    A GPU's result is there before the arrays that led to it are freed: MLX frees them
+    when it is told that the work has ended, on CUDA in another thread.
+    """
+    mx.synchronize()
+    return mx.get_active_memory()

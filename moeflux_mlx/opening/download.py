@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+from mlx_lm import utils
 from mlx_lm.utils import _download
 
 from ..errors import ModelError
 from ..experts.files.checkpoint import read_index
 from ..experts.files.manifest import MANIFEST_NAME
+from .hub import file_sizes, hub_errors
 
 # Configuration, tokenizer and chat templates, but never code.
 SMALL_FILES = (
@@ -62,19 +67,42 @@ def check_kinds(path: Path) -> None:
 
 def _from_hub(repo: str, revision: str | None) -> Path:
     """Download the small files, then the weights that they name."""
+    with hub_errors("load", repo):
+        if utils.snapshot_download is snapshot_download:
+            try:
+                file_sizes(repo, revision)
+            except Exception:
+                # mlx-lm's function would wait for ever, or ask for half a minute.
+                if (kept := downloaded(repo, revision)) is not None:
+                    return kept
+                raise
+        return _gather(lambda names: _download(repo, revision, allow_patterns=names))
+
+
+def downloaded(repo: str, revision: str | None = None) -> Path | None:
+    """Return a model's directory in the hub's cache if all files to read are there.
+
+    A download of mlx-lm or of ours lacks the repository's other files.
+    """
+    get = partial(snapshot_download, repo, revision=revision, local_files_only=True)
     try:
-        path = _download(repo, revision, allow_patterns=[*SMALL_FILES])
-        names = weights_of(path)
-        path = _download(repo, revision, allow_patterns=[*SMALL_FILES, *names])
-        if not all(_is_there(path, name) for name in names):
-            names = [WEIGHTS]
-            path = _download(repo, revision, allow_patterns=[*SMALL_FILES, *names])
-        return path
-    except Exception as error:
-        told = " ".join(str(error).split())
-        raise ModelError(
-            f"[load] expected a local directory or a hub id but got {repo!r}: {told}"
-        ) from error
+        path = _gather(lambda names: Path(get(allow_patterns=names)))
+    except Exception:
+        return None
+    return path if (path / "config.json").exists() and is_complete(path) else None
+
+
+def _gather(get: Callable[[list[str]], Path]) -> Path:
+    """Get the small files, then the weights that they name.
+
+    Args:
+        get: returns the directory that has the files with the given patterns.
+    """
+    names = weights_of(get([*SMALL_FILES]))
+    path = get([*SMALL_FILES, *names])
+    if not all(_is_there(path, name) for name in names):
+        path = get([*SMALL_FILES, WEIGHTS])
+    return path
 
 
 def is_complete(path: Path) -> bool:

@@ -5,26 +5,32 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, get_session
+from huggingface_hub import hf_hub_url
+from huggingface_hub.utils import (
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+)
 
 from ..errors import ModelError
 from ..experts.files.manifest import MANIFEST_NAME
 from ..experts.files.safetensors import MAX_HEADER_BYTES
-from .download import WEIGHTS, is_complete, weights_of
+from . import hub
+from .download import WEIGHTS, downloaded, weights_of
+from .hub import SECONDS, file_sizes, hub_errors
 
-ENDPOINT = constants.ENDPOINT
 # Files that describe a model's tensors and their storage.
 DESCRIPTIONS = ("config.json", "generation_config.json", "*.safetensors.index.json")
 # Size of the first request, which covers most headers.
 FIRST_BYTES = 100_000
 # Bound of the size of a description.
 MOST_BYTES = 64 << 20
-SECONDS = 10.0
+# A hub that sends fewer bytes per second is given up.
+LEAST_RATE = 10_000
 
 
 @contextlib.contextmanager
@@ -37,53 +43,27 @@ def model_headers(path_or_repo: str | Path) -> Iterator[Path]:
     Raises:
         ModelError: there is no such model, or it has to be downloaded first.
     """
-    if _exists(path_or_repo):
-        yield Path(path_or_repo)
-    elif (kept := downloaded(str(path_or_repo))) is not None:
-        yield kept
+    if (here := local(path_or_repo)) is not None:
+        yield here
     else:
         with tempfile.TemporaryDirectory(prefix="moeflux-headers-") as folder:
-            try:
+            with hub_errors("inspect", str(path_or_repo)):
                 _fetch(str(path_or_repo), Path(folder))
-            except ModelError:
-                raise
-            except Exception as error:
-                told = " ".join(str(error).split())
-                raise ModelError(
-                    "[inspect] expected a local directory or a hub id but got "
-                    f"{str(path_or_repo)!r}: {told}"
-                ) from error
             yield Path(folder)
 
 
-def is_local(path_or_repo: str | Path) -> bool:
-    """Tell whether a model needs no download."""
-    return _exists(path_or_repo) or downloaded(str(path_or_repo)) is not None
-
-
-def _exists(path_or_repo: str | Path) -> bool:
+def local(path_or_repo: str | Path) -> Path | None:
+    """Return the directory of a model that needs no download."""
     try:
-        return Path(path_or_repo).exists()
+        if Path(path_or_repo).exists():
+            return Path(path_or_repo)
     except (OSError, ValueError):
-        return False
-
-
-def downloaded(repo: str) -> Path | None:
-    """Return a model's directory in the hub's cache if it is complete."""
-    try:
-        path = Path(snapshot_download(repo, local_files_only=True))
-    except Exception:
-        return None
-    return path if (path / "config.json").exists() and is_complete(path) else None
+        pass
+    return downloaded(str(path_or_repo))
 
 
 def _fetch(repo: str, folder: Path) -> None:
-    api = HfApi(endpoint=ENDPOINT)
-    sizes = {
-        entry.path: entry.size
-        for entry in api.list_repo_tree(repo)
-        if isinstance(entry, RepoFile) and "/" not in entry.path
-    }
+    sizes = file_sizes(repo)
     if MANIFEST_NAME in sizes:
         raise ModelError(
             f"[inspect] {repo}: expected a plain checkpoint but got a pack, whose "
@@ -116,17 +96,26 @@ def _header(repo: str, name: str, size: int, file: Path) -> None:
 
 def _range(repo: str, name: str, start: int, end: int) -> bytes:
     """Fetch only the bytes of a file from ``start`` to ``end``."""
-    url = hf_hub_url(repo, name, endpoint=ENDPOINT)
+    url = hf_hub_url(repo, name, endpoint=hub.ENDPOINT)
     headers = {**build_hf_headers(), "range": f"bytes={start}-{end - 1}"}
     found = bytearray()
+    until = time.monotonic() + SECONDS + end / LEAST_RATE
     with get_session().stream("GET", url, headers=headers, timeout=SECONDS) as answer:
-        answer.raise_for_status()
+        if answer.is_error:
+            # The error quotes the body.
+            answer.read()
+        hf_raise_for_status(answer)
         # A server without range requests sends the file from its beginning.
         skip = 0 if answer.status_code == 206 else start
         for chunk in answer.iter_bytes():
             found += chunk
             if len(found) >= skip + end - start:
                 break
+            if time.monotonic() > until:
+                raise ModelError(
+                    f"[inspect] {repo}: expected {LEAST_RATE} bytes per second of "
+                    f"{name} from {hub.ENDPOINT} but got only {len(found)} bytes"
+                )
     if len(found) < skip + end - start:
         raise ModelError(f"[inspect] {repo}: {name} ends before byte {end}")
     return bytes(found[skip : skip + end - start])

@@ -38,7 +38,7 @@ R = TypeVar("R")
 # The states that an Op updates may have another type than the activations.
 STATES = (ConvStateBuf, KvCacheKBuf, KvCacheVBuf)
 MAX_WHOLE = (1 << 31) - 1
-SOURCE_METHODS = ("batches", "guard", "parts", "slots", "waves")
+SOURCE_METHODS = ("guard", "parts", "portions", "slots", "waves")
 
 
 class Misfit(GraphError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import os
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +31,7 @@ from ..experts.files.writer import (
     entry_of,
 )
 from ..experts.weights import DTYPE_NAMES, MLX_DTYPES, Quantization
+from ..system.files import short
 from ..system.volume import lock
 
 # Folder for files until they get their names.
@@ -56,7 +58,8 @@ def save_shards(model: nn.Module, directory: Path) -> None:
     all of them are written.
 
     Raises:
-        ModelError: the module is only a part of a model, or a type cannot be stored.
+        ModelError: the module is only a part of a model, a type cannot be stored, or
+            the directory has files of weights that would be loaded too.
         ExpertStoreError: an expert is damaged or unreadable, or the disk is full.
     """
     plan, read = _plan(model, SHARD_BYTES)
@@ -127,16 +130,59 @@ def _write(
         try:
             for name in unfinished.plain_names():
                 unfinished.remove(name)
+            others = fnmatch.filter(os.listdir(folder.fd), "model*.safetensors")
+            if len(names) > 1 and (rest := sorted({*others} - {*names.values()})):
+                raise ModelError(
+                    f"[save] {directory}: expected no weights of another model but got "
+                    f"{short(rest[0])}, which mlx-lm would load with the new ones, "
+                    "nothing is written: remove it, or save to another directory"
+                )
             check_space(unfinished, plan.n_bytes)
             plan.write(read, unfinished, lambda _: None)
-            for made, name in names.items():
-                os.replace(made, name, src_dir_fd=unfinished.fd, dst_dir_fd=folder.fd)
+            _name_together(names, unfinished, folder)
         finally:
             _remove(folder, unfinished)
             if is_new:
                 # mlx_lm.convert refuses an existing directory, even an empty one.
                 with contextlib.suppress(OSError):
                     os.rmdir(directory)
+
+
+def _name_together(names: dict[str, str], unfinished: Folder, folder: Folder) -> None:
+    """Give new files their names: all of them, or after an error none.
+
+    Files that they replace are moved away first. So a crash in between leaves a part of
+    one model, which cannot be loaded, and never parts of two.
+    """
+    out, back = (
+        partial(os.replace, src_dir_fd=one.fd, dst_dir_fd=other.fd)
+        for one, other in ((unfinished, folder), (folder, unfinished))
+    )
+    if len(names) == 1:
+        out(*next(iter(names.items())))
+        return
+    aside = {name: f"old-{number}" for number, name in enumerate(names.values())}
+    try:
+        for name, old in aside.items():
+            with contextlib.suppress(FileNotFoundError):
+                back(name, old)
+        for made, name in names.items():
+            out(made, name)
+    except BaseException:
+        _put_back(names, aside, unfinished, folder)
+        raise
+
+
+def _put_back(
+    names: dict[str, str], aside: dict[str, str], unfinished: Folder, folder: Folder
+) -> None:
+    """Remove new files that have their names, and give old ones theirs again."""
+    left = os.listdir(unfinished.fd)
+    for made, name in names.items():
+        if made not in left:
+            folder.remove(name)
+        if (old := aside[name]) in left:
+            os.replace(old, name, src_dir_fd=unfinished.fd, dst_dir_fd=folder.fd)
 
 
 def _remove(folder: Folder, unfinished: Folder) -> None:

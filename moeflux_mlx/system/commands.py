@@ -12,8 +12,8 @@ import mlx.core as mx
 from ..errors import ModelError
 
 # Commands that save a model, and commands that change all of its matrices.
-CONVERT = "mlx_lm.convert"
-SAVING = (CONVERT, "mlx_lm.fuse")
+CONVERT, FUSE = "mlx_lm.convert", "mlx_lm.fuse"
+SAVING = (CONVERT, FUSE)
 DIVIDING_DATA = ("mlx_lm.evaluate", "mlx_lm.lora")
 CHANGING = tuple(f"mlx_lm.quant.{n}" for n in ("awq", "dwq", "dynamic_quant", "gptq"))
 
@@ -42,7 +42,9 @@ def refuse_quantisers() -> None:
 
 
 def _refuse_changing(frame: FrameType, name: str) -> None:
-    if name in CHANGING or _exports(frame):
+    # Python keeps all locals of a frame alive once its ``f_locals`` was read, such as
+    # the caches of a user's function. So read no frame but mlx-lm's own.
+    if name in CHANGING or (name == FUSE and _exports(frame)):
         command = name.rpartition(".")[2]
         raise ModelError(
             f"[{command}] expected a checkpoint with its experts among its parameters "

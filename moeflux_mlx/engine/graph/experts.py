@@ -49,16 +49,6 @@ class GraphExperts(ExpertSource, Protocol):
             ``[N, K]`` uint32 slots.
         """
 
-    def batches(self, indices: mx.array) -> Iterator[tuple[slice, mx.array]]:
-        """Yield consecutive rows of ``indices`` and the slots of their experts.
-
-        The experts of one batch fit into the pool together. The caller passes every
-        array that reads them to ``guard`` before it takes the next batch.
-
-        Args:
-            indices: ``[N, K]`` expert ids.
-        """
-
     def parts(self, indices: mx.array) -> Iterator[tuple[list[int], list[int]]]:
         """Yield columns of ``indices`` and the slots of their experts as they arrive.
 

@@ -29,6 +29,7 @@ from .base import (
     kernel,
     normal,
     require,
+    require_part,
 )
 
 MAX_HEAD_DIM = 256
@@ -658,6 +659,108 @@ def _whole_heads(name: str, x: mx.array, n: int, width: int) -> int:
     require(name, rows == n, f"{n} rows", rows)
     require(name, columns % width == 0, f"heads of {width}", columns)
     return columns // width
+
+
+def _inputs_and_append(given: Given) -> tuple[mx.array, ...]:
+    _, kv_heads, _, d = given.k_cache.shape
+    widths = given.num_heads * d, kv_heads * d, kv_heads * d
+    parts = zip(given.starts, widths, strict=True)
+    q_proj, k_proj, values = (given.row[:, at : at + n] for at, n in parts)
+    rest = Given(**vars(given), q_proj=q_proj, k_proj=k_proj, head_dim=d)
+    q, keys = _ungated_inputs(rest)
+    more = {"keys": keys, "values": values, "row": given.place}
+    return q, *_append(Given(**{**vars(given), **more}))
+
+
+def _some_inputs_and_append(case: Case) -> tuple[Any, ...]:
+    q, k, *norms, inv_freq, start, eps = _some_inputs(case.but(b=1, gates=0))[:7]
+    shape = 1, case.hk, case.rows, case.d
+    caches, place = [case.normal(*shape) for _ in "kv"], mx.array([case.row], mx.int32)
+    # The parts lie in another order, with a gap.
+    row = mx.concatenate([k, case.normal(1, 3), q, case.normal(*k.shape)], axis=1)
+    starts = k.size + 3, 0, k.size + 3 + q.size
+    given = row, *norms, inv_freq, start, *caches, place, case.h, starts
+    return *given, eps, 1.25 if norms[0] is None else 1.0
+
+
+@kernel(
+    reference=_inputs_and_append,
+    sample=_some_inputs_and_append,
+    sizes=[
+        dict(h=1, hk=1, d=2, pairs=1, at=0, s=0, rows=1, row=0),
+        dict(h=3, hk=2, d=37, pairs=9, at=5, s=1, rows=19, row=7),
+        dict(h=7, hk=1, d=128, pairs=64, at=1000, s=0, rows=33, row=32),
+        dict(h=4, hk=2, d=256, pairs=32, at=70, s=1, rows=16, row=0),
+        dict(h=3, hk=3, d=64, pairs=9, at=5, s=0, norms=0, rows=11, row=10),
+        dict(h=5, hk=3, d=64, pairs=9, at=5, s=0, norms=0, rows=7, row=7),
+        dict(h=2, hk=1, d=36, pairs=9, at=5, s=1, rows=3, row=-1),
+    ],
+    large=dict(h=32, hk=4, d=128, pairs=64, at=700, s=0, rows=768, row=700),
+    varying=("n_rows",),
+)
+def attention_inputs_append(
+    row: mx.array,
+    q_norm: mx.array | None,
+    k_norm: mx.array | None,
+    inv_freq: mx.array,
+    start: mx.array,
+    k_cache: mx.array,
+    v_cache: mx.array,
+    place: mx.array,
+    num_heads: int,
+    starts: tuple[int, int, int],
+    eps: float = 0.0,
+    scale: float = 1.0,
+) -> Launch:
+    """Queries ``[1, H * d]`` of one token, and both caches with its key and value.
+
+    The queries, keys and values begin at ``starts`` in ``row`` ``[1, n]``. Caches are
+    ``[1, Hkv, S, d]``; the new row is ``place`` int32 ``[1]``, dropped if outside. The
+    rest is as in ``attention_inputs_ungated``.
+    """
+    one, kv_heads, n_rows, d = dims("k_cache", k_cache, 4)
+    require("k_cache", one == 1, "one sequence", one)
+    require("k_cache", d <= MAX_HEAD_DIM, f"a width up to {MAX_HEAD_DIM}", d)
+    require("k_cache", kv_heads * n_rows < 1 << 30, "fewer than 2^30 rows", n_rows)
+    expect("v_cache", v_cache, k_cache.shape)
+    require("num_heads", num_heads > 0, "a positive number", num_heads)
+    three = isinstance(starts, tuple) and len(starts) == 3
+    require("starts", three, "where three parts begin", starts)
+    rows, width = dims("row", row, 2)
+    require("row", rows == 1, "one row", rows)
+    for at, heads in zip(starts, (num_heads, kv_heads, kv_heads), strict=True):
+        require_part("starts", at, heads * d, width)
+    there = q_norm is not None
+    require("k_norm", (k_norm is not None) == there, "both norms or none", k_norm)
+    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if norm is not None:
+            expect(name, norm, (d,))
+    expect("start", start, (1,))
+    expect("place", place, (1,))
+    (pairs,) = dims("inv_freq", inv_freq, 1)
+    require("inv_freq", 2 * pairs <= d, f"at most {d // 2} pairs", pairs)
+    arrays = {"row": row, "q_norm": q_norm, "k_norm": k_norm, "inv_freq": inv_freq}
+    arrays |= {"start": start, "k_cache": k_cache, "v_cache": v_cache, "place": place}
+    n_placing = ceil_div(num_heads + kv_heads, 4)
+    return Launch(
+        "attention_inputs_append",
+        {
+            **arrays,
+            **dict(zip(("q_at", "k_at", "v_at"), starts, strict=True)),
+            "eps": eps,
+            "turned_scale": scale,
+            "n_heads": num_heads,
+            "n_kv_heads": kv_heads,
+            "head_dim": d,
+            "n_pairs": pairs,
+            "n_rows": n_rows,
+        },
+        {"q": (1, num_heads * d), **dict.fromkeys(("k_out", "v_out"), k_cache.shape)},
+        (128 * (n_placing + ceil_div(kv_heads * n_rows, 32)), 1, 1),
+        (128, 1, 1),
+        {"HAS_Q_NORM": int(there), "HAS_K_NORM": int(there)},
+        {} if there else {"N": row.dtype},
+    )
 
 
 # The fewest rows of a split of the cache, and the most splits.

@@ -46,7 +46,7 @@ def relative_error(got: mx.array, expected: mx.array) -> float:
     """Return the RMS of the difference over that of ``expected``.
 
     For integers it is the share of unequal values. It is infinite for a wrong shape, or
-    for a value that is not finite but should be.
+    for a value that is not finite but should be, or the other way round.
     """
     if got.shape != expected.shape:
         return float("inf")
@@ -54,8 +54,8 @@ def relative_error(got: mx.array, expected: mx.array) -> float:
         return float(np.mean(np.array(got) != np.array(expected)))
     a = np.array(got.astype(mx.float32)).astype(np.float64)
     b = np.array(expected.astype(mx.float32)).astype(np.float64)
-    # An infinity in both, such as a masked score, is right.
-    same = np.isinf(b) & (a == b)
+    # An infinity in both, such as a masked score, is right, and so is a NaN in both.
+    same = (np.isinf(b) & (a == b)) | (np.isnan(b) & np.isnan(a))
     a[same] = b[same] = 0
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return float("inf")

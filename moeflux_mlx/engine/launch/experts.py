@@ -14,7 +14,7 @@ import numpy as np
 
 from ...device import SIMD
 from ..ops.functions import linear, swiglu
-from ..ops.moe import combined
+from ..ops.moe import combined, noaux_topk
 from .base import (
     Case,
     Given,
@@ -22,12 +22,19 @@ from .base import (
     ceil_div,
     dims,
     kernel,
+    normal,
     one_row,
     require,
     require_part,
 )
 from .elementwise import activated
-from .moe import check_routing, random_logits, random_weights, softmax_topk
+from .moe import (
+    check_groups,
+    check_routing,
+    random_logits,
+    random_weights,
+    softmax_topk,
+)
 from .quant import check_rows, quantised, stored
 from .slots import (
     Matrix,
@@ -242,6 +249,90 @@ def experts_route_gate_up(
         {**template, "PER_LANE": ceil_div(n_experts, SIMD)},
         types,
     )
+
+
+def _noaux_gate_up(given: Given) -> tuple[mx.array, mx.array, mx.array]:
+    logits = given.x.reshape(1, -1)[:, : given.correction.size]
+    form = given.k, given.n_group, given.topk_group, given.scale, given.normalize
+    correction = given.correction.astype(mx.float32)
+    chosen, weights = noaux_topk(logits.astype(mx.float32), correction, *form)
+    chosen = chosen.astype(mx.uint32)
+    act = _gate_up(Given(**vars(given), slots=chosen, alpha=1.0, limit=0.0))
+    return act, chosen, weights
+
+
+def _some_noaux(case: Case) -> tuple[Any, ...]:
+    x, e, k, gate, up, *sizes = _some_routed(case)
+    dtype = (case.dtype, mx.float32)[case.s]
+    correction = normal(case.rng, dtype, e, scale=0.1)
+    form = case.groups, case.best, 2.5, bool(case.get("normalize", 1))
+    return x, correction, k, *form, gate, up, *sizes
+
+
+@kernel(
+    reference=_noaux_gate_up,
+    sample=_some_noaux,
+    sizes=[
+        dict(e=3, k=1, i=32, n=1, bits=2, g=32, s=0, groups=1, best=1, normalize=0),
+        dict(e=40, k=6, i=576, n=7, bits=4, g=64, s=1, base=2, groups=8, best=3),
+        dict(e=9, k=8, i=1152, n=18, bits=4, g=128, s=1, base=4, groups=1, best=1),
+        dict(e=64, k=10, i=1056, n=6, bits=8, g=32, s=0, base=3, groups=32, best=9),
+        dict(e=256, k=8, i=1088, n=5, bits=4, g=64, s=1, groups=8, best=4),
+        dict(e=384, k=8, i=96, n=19, bits=4, g=32, s=1, groups=1, best=1, floats=1),
+    ],
+    large=dict(e=128, k=8, i=2048, n=512, bits=4, g=64, s=0, groups=1, best=1),
+    varying=(),
+)
+def experts_noaux_gate_up(
+    x: mx.array,
+    correction: mx.array,
+    k: int,
+    n_group: int,
+    topk_group: int,
+    scale: float,
+    normalize: bool,
+    gate: Matrix,
+    up: Matrix,
+    n_out: int,
+    bits: int,
+    group_size: int,
+    x_at: int,
+    n_in: int,
+) -> Launch:
+    """``silu(Wg x) * (Wu x)`` of the chosen experts: ``[K, N]``, and the choice.
+
+    ``chosen`` and ``weights`` ``[1, K]`` are those of ``moe_noaux_topk``, whose bias is
+    ``correction`` ``[E]``. The row ``x`` and the slots are as in
+    ``experts_route_gate_up``. The matrices have no biases.
+    """
+    (n_experts,) = dims("correction", correction, 1)
+    check_routing(x, k, n_experts)
+    per_lane = check_groups(n_experts, k, n_group, topk_group)
+    inputs, template, types = _gate_and_up(
+        x, gate, up, n_out, bits, group_size, x_at, n_in, 1.0, 0.0
+    )
+    n_slots = inputs["gate_w"].shape[0]
+    require("gate", n_slots >= n_experts, f"{n_experts} slots", n_slots)
+    unbiased = gate[3] is None and up[3] is None
+    require("gate", unbiased, "matrices without a bias of rows", "some with one")
+    inputs = {name: value for name, value in inputs.items() if name not in _UNBIASED}
+    template = {name: value for name, value in template.items() if name in _TEMPLATE}
+    choice = {"n_group": n_group, "topk_group": topk_group, "scale": scale}
+    return Launch(
+        "experts_noaux_gate_up",
+        {**inputs, "correction": correction, "n_experts": n_experts, "k": k, **choice},
+        {"act": (k, n_out), "chosen": (1, k), "weights": (1, k)},
+        (256 * ceil_div(n_out, 16), k, 1),
+        (256, 1, 1),
+        {**template, "PER_LANE": per_lane, "NORMALIZE": int(normalize)},
+        {name: dtype for name, dtype in types.items() if name == "S"},
+    )
+
+
+# What ``_gate_and_up`` returns for kernels with biases of rows and a clipped SwiGLU.
+_OF_ROWS = ("gate_bias", "up_bias", "gate_bias_base", "up_bias_base", "bias_row")
+_UNBIASED = (*_OF_ROWS, "alpha", "limit")
+_TEMPLATE = ("BITS", "G", "WORDS", "HAS_GATE_BIASES", "HAS_UP_BIASES")
 
 
 def _down_sum(given: Given) -> mx.array:

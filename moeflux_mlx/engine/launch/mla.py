@@ -31,6 +31,7 @@ from .base import (
     kernel,
     normal,
     require,
+    require_part,
 )
 from .prepared import Size3
 
@@ -184,10 +185,10 @@ def yarn_rope_apply(
 
 
 def _placed(given: Given) -> tuple[mx.array, ...]:
-    wide = given.wide
-    nope, q_pe, latent, k_pe = ops.split_q_kv(
-        wide.q, wide.kv, given.num_heads, given.nope_dim
-    )
+    wide, rope_dim = given.wide, 2 * given.inv_freq.size
+    q = wide.q[:, : given.num_heads * (given.nope_dim + rope_dim)]
+    kv = wide.kv[:, given.kv_at or 0 :][:, : wide.weight.size + rope_dim]
+    nope, q_pe, latent, k_pe = ops.split_q_kv(q, kv, given.num_heads, given.nope_dim)
     latent = rms_norm(latent, wide.weight, given.eps)
     q_pe, k_pe = (_yarn(Given(**vars(wide), x=x)) for x in (q_pe, k_pe))
     return tuple(x.astype(given.q.dtype) for x in (nope, q_pe, latent, k_pe))
@@ -197,7 +198,11 @@ def _some_inputs(case: Case) -> tuple[Any, ...]:
     q, kv, *sizes = _some_q_kv(case)
     _, inv_freq, start, mscale = _some_rope(case.but(b=case.t, t=1))
     weight = 1 + normal(case.rng, case.other, case.l, scale=0.1)
-    return q, kv, weight, inv_freq, start, *sizes, 1e-6, mscale
+    given = weight, inv_freq, start, *sizes, 1e-6, mscale
+    if not (at := case.get("at")):
+        return q, kv, *given
+    row = mx.concatenate([q, case.normal(case.t, at - q.shape[1]), kv, q], axis=1)
+    return row, row, *given, at
 
 
 @kernel(
@@ -208,6 +213,7 @@ def _some_inputs(case: Case) -> tuple[Any, ...]:
         {"t": 3, "h": 5, "n": 6, "r": 10, "l": 161, "start": 7, "s": 1},
         {"t": 1, "h": 16, "n": 128, "r": 64, "l": 512, "start": 4095, "s": 1},
         {"t": 2, "h": 3, "n": 12, "r": 196, "l": 96, "start": 100, "s": 0},
+        {"t": 1, "h": 3, "n": 6, "r": 10, "l": 35, "start": 7, "s": 1, "at": 51},
     ],
     large={"t": 1, "h": 128, "n": 128, "r": 64, "l": 512, "start": 8000, "s": 0},
     varying=(),
@@ -222,14 +228,20 @@ def mla_inputs(
     nope_dim: int,
     eps: float,
     mscale: float,
+    kv_at: int | None = None,
 ) -> Launch:
     """``mla_split_q_kv`` of one token each, its latents normed, its rope parts rotated.
 
     ``weight`` is ``[L]``; ``inv_freq`` and ``mscale`` are those of
     ``yarn_rope_apply``, and ``start`` int32 ``[B]``. The outputs are q_nope, q_pe,
-    latent and rope key.
+    latent and rope key. With ``kv_at`` both inputs are rows ``[1, n]`` of a single
+    token: ``q`` begins with the queries, and the other part of ``kv`` begins there.
     """
-    split = mla_split_q_kv(q, kv, num_heads, nope_dim)
+    if kv_at is not None:
+        parts = _parts_of_rows(q, kv, weight, inv_freq, num_heads, nope_dim, kv_at)
+        split = mla_split_q_kv(*parts, num_heads, nope_dim)
+    else:
+        split = mla_split_q_kv(q, kv, num_heads, nope_dim)
     sizes = {
         name: split.inputs[name] for name in ("nope_dim", "rope_dim", "latent_dim")
     }
@@ -248,6 +260,7 @@ def mla_inputs(
             "start": start,
             "eps": eps,
             "mscale": mscale,
+            "kv_at": kv_at or 0,
             "n_heads": num_heads,
             **sizes,
         },
@@ -255,6 +268,29 @@ def mla_inputs(
         split.grid,
         split.threadgroup,
     )
+
+
+def _parts_of_rows(
+    q: mx.array,
+    kv: mx.array,
+    weight: mx.array,
+    inv_freq: mx.array,
+    num_heads: int,
+    nope_dim: int,
+    kv_at: int,
+) -> tuple[mx.array, mx.array]:
+    """Check rows that hold more than queries and a key-value row; return these parts.
+
+    A launch takes the rows whole: nothing evaluates the parts.
+    """
+    (latent_dim,), (n_pairs,) = dims("weight", weight, 1), dims("inv_freq", inv_freq, 1)
+    q_width = num_heads * (nope_dim + 2 * n_pairs)
+    kv_width = latent_dim + 2 * n_pairs
+    for name, row, at, width in (("q", q, 0, q_width), ("kv", kv, kv_at, kv_width)):
+        rows, n = dims(name, row, 2)
+        require(name, rows == 1, "one row", rows)
+        require_part(name, at, width, n)
+    return q[:, :q_width], kv[:, kv_at : kv_at + kv_width]
 
 
 def _new_tokens(name: str, each: mx.array, n_tokens: int) -> int:
@@ -274,13 +310,20 @@ def _append(given: Given) -> tuple[mx.array, mx.array]:
     at = mx.array(given.start).reshape(1)
     pairs = (given.latent_cache, given.latent), (given.rope_cache, given.k_pe)
     latents, ropes = (
-        with_rows(cache[None, None], new[None, None], at)[0, 0] for cache, new in pairs
+        with_rows(_as_heads(cache), new[None, None], at).reshape(cache.shape)
+        for cache, new in pairs
     )
     return latents, ropes
 
 
+def _as_heads(cache: mx.array) -> mx.array:
+    """Return ``[S, W]`` or ``[1, 1, S, W]`` as the latter."""
+    return cache.reshape(1, 1, *cache.shape[-2:])
+
+
 def _some_caches(case: Case) -> tuple[Any, ...]:
-    caches = case.normal(case.s, case.l), case.normal(case.s, case.r)
+    ones = [1, 1] * case.get("heads")
+    caches = case.normal(*ones, case.s, case.l), case.normal(*ones, case.s, case.r)
     rows = case.normal(case.t, case.l), case.normal(case.t, case.r)
     return *caches, *rows, _position(case)
 
@@ -290,7 +333,7 @@ def _some_caches(case: Case) -> tuple[Any, ...]:
     sample=_some_caches,
     sizes=[
         {"s": 1, "t": 1, "l": 1, "r": 1, "start": 0},
-        {"s": 9, "t": 3, "l": 33, "r": 6, "start": 6, "as_array": 1},
+        {"s": 9, "t": 3, "l": 33, "r": 6, "start": 6, "as_array": 1, "heads": 1},
         {"s": 2, "t": 1, "l": 96, "r": 2, "start": 0},
         {"s": 21, "t": 1, "l": 512, "r": 64, "start": 13},
     ],
@@ -304,10 +347,17 @@ def mla_kv_cache_append(
     k_pe: mx.array,
     start: Start,
 ) -> Launch:
-    """Both caches with new rows ``[start, start + T)``, without any past the end."""
-    n_rows, latent_dim = dims("latent_cache", latent_cache, 2)
-    _, rope_dim = dims("rope_cache", rope_cache, 2)
-    expect("rope_cache", rope_cache, (n_rows, rope_dim))
+    """Both caches with new rows ``[start, start + T)``, without any past the end.
+
+    Caches are ``[S, L]`` and ``[S, R]``, or ``[1, 1, S, W]`` as models hold them; the
+    outputs have the same shapes.
+    """
+    as_held = isinstance(latent_cache, mx.array) and latent_cache.ndim == 4
+    *ones, n_rows, latent_dim = dims("latent_cache", latent_cache, 4 if as_held else 2)
+    one = f"one sequence and head of {n_rows} rows"
+    require("latent_cache", ones in ([], [1, 1]), one, tuple(latent_cache.shape))
+    rope_dim = dims("rope_cache", rope_cache, 2 + len(ones))[-1]
+    expect("rope_cache", rope_cache, (*ones, n_rows, rope_dim))
     n_new, _ = dims("latent", latent, 2)
     require("latent", n_new <= n_rows, f"at most {n_rows} rows", n_new)
     expect("latent", latent, (n_new, latent_dim))
@@ -327,7 +377,10 @@ def mla_kv_cache_append(
             "latent_dim": latent_dim,
             "rope_dim": rope_dim,
         },
-        {"latent_out": (n_rows, latent_dim), "rope_out": (n_rows, rope_dim)},
+        {
+            "latent_out": tuple(latent_cache.shape),
+            "rope_out": tuple(rope_cache.shape),
+        },
         grid,
         threadgroup,
     )
@@ -484,8 +537,8 @@ def _attention(
 ) -> tuple[dict[str, Any], int, int, dict[str, int]]:
     """Check attention's inputs; return them, H, simdgroups and the template."""
     n_tokens, width = dims("q_prime", q_prime, 2)
-    n_seqs, n_rows, latent_dim = dims("latent", latent, 3)
-    rope_seqs, rope_rows, rope_dim = dims("rope", rope, 3)
+    n_seqs, n_rows, latent_dim = _one_head("latent", latent)
+    rope_seqs, rope_rows, rope_dim = _one_head("rope", rope)
     require("latent", n_tokens % n_seqs == 0, f"a divisor of {n_tokens}", n_seqs)
     require("rope", rope_seqs == n_seqs, f"{n_seqs} sequences", rope_seqs)
     n_new = n_tokens // n_seqs
@@ -521,12 +574,26 @@ def _attention(
     return inputs, n_heads, n_simdgroups, blocks
 
 
+def _one_head(name: str, cache: mx.array) -> tuple[int, int, int]:
+    """Return the sizes of a cache ``[B, S, W]`` or ``[B, 1, S, W]``."""
+    as_held = isinstance(cache, mx.array) and cache.ndim == 4
+    n_seqs, *one, n_rows, width = dims(name, cache, 4 if as_held else 3)
+    require(name, one in ([], [1]), "one head", tuple(cache.shape))
+    return n_seqs, n_rows, width
+
+
+def _rows_of(cache: mx.array) -> mx.array:
+    """Return the rows ``[B, S, W]`` of a cache."""
+    return cache.reshape(cache.shape[0], *cache.shape[-2:])
+
+
 def _scores(given: Given) -> mx.array:
     """Return the scores ``[B, H, T, S]``, -inf for rows that a token does not see."""
-    wide, (n_seqs, n_rows, _) = given.wide, given.latent.shape
+    wide, latent, rope = given.wide, _rows_of(given.wide.latent), given.wide.rope
+    n_seqs, n_rows, _ = latent.shape
     n_new = len(given.q_prime) // n_seqs
     total = mx.zeros((n_new, n_rows))
-    for queries, keys in ((wide.q_prime, wide.latent), (wide.q_pe, wide.rope)):
+    for queries, keys in ((wide.q_prime, latent), (wide.q_pe, _rows_of(rope))):
         heads = queries.reshape(n_seqs, n_new, -1, keys.shape[2]).swapaxes(1, 2)
         total = total + heads @ keys.swapaxes(1, 2)[:, None]
     ends = mx.full(n_seqs, n_rows) if given.seen is None else given.seen
@@ -537,7 +604,7 @@ def _scores(given: Given) -> mx.array:
 
 def _folded(given: Given) -> mx.array:
     weights = mx.softmax(_scores(given), axis=-1)
-    context = (weights @ given.wide.latent[:, None]).swapaxes(1, 2)
+    context = (weights @ _rows_of(given.wide.latent)[:, None]).swapaxes(1, 2)
     return context.reshape(given.q_prime.shape).astype(given.q_prime.dtype)
 
 
@@ -557,6 +624,8 @@ def _some_attention(case: Case) -> tuple[Any, ...]:
         for x in (queries.reshape(b * t, h * l), latent)
     )
     ropes, q_pe = case.normal(b, s, r), case.normal(b * t, h * r)
+    if case.get("held"):
+        latents, ropes = latents[:, None], ropes[:, None]
     given = q_prime, q_pe, latents, ropes, 2.0 * (l + r) ** -0.5
     if not case.get("spare"):
         return given
@@ -588,7 +657,8 @@ def mla_sdpa_folded(
 ) -> Launch:
     """Causal attention of ``[N, H * L]`` and ``[N, H * R]`` over the caches.
 
-    Caches are ``[B, S, L]`` and ``[B, S, R]``, N = B T. ``seen`` uint32 ``[B]`` is the
+    Caches are ``[B, S, L]`` and ``[B, S, R]``, N = B T, or have a dimension of one
+    head before S, as models hold them. ``seen`` uint32 ``[B]`` is the
     number of rows in use of caches with spare rows.
     """
     inputs, n_heads, n_simdgroups, blocks = _attention(
@@ -607,7 +677,7 @@ def mla_sdpa_folded(
 
 
 def _tiles(given: Given) -> tuple[mx.array, ...]:
-    scores, latent, parts = _scores(given), given.wide.latent[:, None], []
+    scores, latent, parts = _scores(given), _rows_of(given.wide.latent)[:, None], []
     for begin in range(0, latent.shape[2], given.tile):
         part = scores[..., begin : begin + given.tile]
         largest = part.max(axis=-1, keepdims=True)
@@ -636,6 +706,17 @@ def _some_tiled_attention(case: Case) -> tuple[Any, ...]:
         {"t": 3, "h": 3, "s": 34, "l": 288, "r": 64, "tile": 16},
         {"t": 1, "h": 2, "s": 75, "l": 32, "r": 42, "tile": 16, "spare": 30},
         {"t": 2, "h": 3, "s": 37, "l": 64, "r": 8, "tile": 16, "spare": 9, "b": 2},
+        {
+            "t": 1,
+            "h": 3,
+            "s": 19,
+            "l": 32,
+            "r": 8,
+            "tile": 16,
+            "b": 2,
+            "held": 1,
+            "spare": 3,
+        },
     ],
     large={"t": 1, "h": 128, "s": 32768, "l": 512, "r": 64, "tile": TILE},
     varying=("n_tokens", "n_new", "n_rows"),
@@ -657,7 +738,7 @@ def mla_sdpa_tile_accumulate(
         q_prime, q_pe, latent, rope, scale, seen
     )
     require("tile", tile > 0 and tile % STEP == 0, f"a multiple of {STEP} rows", tile)
-    n_tokens, n_rows = q_prime.shape[0], latent.shape[1]
+    n_tokens, n_rows = q_prime.shape[0], inputs["n_rows"]
     n_tiles, n_slices = ceil_div(n_rows, tile), n_tokens * n_heads
     n_threads = SIMD * n_simdgroups
     return Launch(

@@ -191,16 +191,7 @@ def moe_noaux_topk(
     """
     n_tokens, n_experts = check_routing(logits, k)
     expect("bias", bias, (n_experts,))
-    require("n_group", n_group > 0 and SIMD % n_group == 0, "a divisor of 32", n_group)
-    require(
-        "n_group", n_experts % n_group == 0, f"a divisor of E = {n_experts}", n_group
-    )
-    per_group = n_experts // n_group
-    require("n_group", n_group == 1 or per_group > 1, "two experts a group", n_group)
-    known = 1 <= topk_group <= n_group
-    require("topk_group", known, f"1 to n_group = {n_group}", topk_group)
-    n_kept = topk_group * per_group
-    require("k", k <= n_kept, f"at most {n_kept} experts of the groups kept", k)
+    per_lane = check_groups(n_experts, k, n_group, topk_group)
     grid, threadgroup = _one_simdgroup_each(n_tokens)
     return Launch(
         "moe_noaux_topk",
@@ -218,10 +209,25 @@ def moe_noaux_topk(
         grid,
         threadgroup,
         {
-            "PER_LANE": ceil_div(per_group, SIMD // n_group),
+            "PER_LANE": per_lane,
             "NORMALIZE": int(normalize),
         },
     )
+
+
+def check_groups(n_experts: int, k: int, n_group: int, topk_group: int) -> int:
+    """Check groups of experts; return the most experts that a lane looks at."""
+    require("n_group", n_group > 0 and SIMD % n_group == 0, "a divisor of 32", n_group)
+    require(
+        "n_group", n_experts % n_group == 0, f"a divisor of E = {n_experts}", n_group
+    )
+    per_group = n_experts // n_group
+    require("n_group", n_group == 1 or per_group > 1, "two experts a group", n_group)
+    known = 1 <= topk_group <= n_group
+    require("topk_group", known, f"1 to n_group = {n_group}", topk_group)
+    n_kept = topk_group * per_group
+    require("k", k <= n_kept, f"at most {n_kept} experts of the groups kept", k)
+    return ceil_div(per_group, SIMD // n_group)
 
 
 def _combine(given: Given) -> mx.array:

@@ -27,6 +27,7 @@ from .base import (
     normal,
     one_row,
     require,
+    require_part,
 )
 from .slots import (
     FLOAT_MODES,
@@ -341,7 +342,7 @@ def norm_row(n_in: int, rows: Sequence[int]) -> list[int]:
 
 def _norm_products(given: Given) -> mx.array:
     wide, parts = given.wide, []
-    normed = rms_norm(wide.x.reshape(-1), wide.norm, wide.eps)
+    normed = rms_norm(wide.x.reshape(-1)[: wide.norm.size], wide.norm, wide.eps)
     for product, bias in zip(given.products, given.added, strict=False):
         part = linear(normed, stored(given.group_size, *product))
         parts.append(part if bias is None else part + bias.astype(mx.float32))
@@ -358,7 +359,8 @@ def _some_norm_products(case: Case) -> tuple[Any, ...]:
         for rows, bits in zip(case.o, case.bits, strict=True)
     ]
     weight = 1 + normal(case.rng, case.other, case.i, scale=0.1)
-    x = case.normal(1, case.i) if case.s else case.normal(case.i)
+    width = case.i + case.get("more")
+    x = case.normal(1, width) if case.s else case.normal(width)
     given = x, weight, products, 0.05, case.g
     bias = case.get("bias", ())
     each = zip(case.o, bias, strict=False)
@@ -378,7 +380,7 @@ def _some_norm_products(case: Case) -> tuple[Any, ...]:
         dict(i=32, o=(8195, 1), bits=(2, 4), g=32, s=0),
         dict(i=96, o=(19, 5), bits=(4, 8), g=32, s=0, bias=(1, 1)),
         dict(i=64, o=(35, 7), bits=(4, 4), g=64, s=1, bias=(0, 1)),
-        dict(i=64, o=(18,), bits=(8,), g=64, s=1, bias=(1,)),
+        dict(i=64, o=(18,), bits=(8,), g=64, s=1, bias=(1,), more=5),
     ],
     large=dict(i=2048, o=(12352,), bits=(4,), g=64, s=0),
     varying=(),
@@ -394,11 +396,11 @@ def norm_matvecs(
     """A row of one or two products ``[O_i]`` with the norm of ``[I]``, then the norm.
 
     ``norm_row`` returns where each part begins; values between parts are 0. A row
-    ``[1, I]`` gives ``[1, width]``. ``added`` has a bias ``[O_i]`` or None for each
-    product.
+    ``[1, I]`` gives ``[1, width]``. ``x`` may be longer: it then begins with the I
+    values. ``added`` has a bias ``[O_i]`` or None for each product.
     """
-    n_in = one_row("x", x)
-    expect("norm", norm, (n_in,))
+    (n_in,) = dims("norm", norm, 1)
+    require_part("x", 0, n_in, one_row("x", x))
     few = isinstance(products, list | tuple) and 1 <= len(products) <= MAX_PRODUCTS
     require("products", few, f"1 to {MAX_PRODUCTS} matrices", products)
     each = len(products) <= len(added) <= MAX_PRODUCTS
@@ -706,6 +708,161 @@ def bf16_matmul_n_tokens(x: mx.array, w: mx.array) -> Launch:
         {"out": (n_tokens, n_out)},
         (128 * ceil_div(n_out, 4), ceil_div(n_tokens, 4), 1),
         (128, 1, 1),
+    )
+
+
+def _residual_and_dense(given: Given) -> mx.array:
+    wide = given.wide
+    out = wide.residual + linear(wide.x, Weight(wide.w)).reshape(wide.residual.shape)
+    return (out if wide.bias is None else out + wide.bias).astype(given.x.dtype)
+
+
+def _some_residual_dense(case: Case) -> tuple[Any, ...]:
+    x, residual = (case.normal(*[1] * case.s, n) for n in (case.i, case.o))
+    w = normal(case.rng, case.other, case.o, case.i, scale=case.i**-0.5)
+    return x, w, residual, case.normal(case.o) if case.get("bias") else None
+
+
+@kernel(
+    reference=_residual_and_dense,
+    sample=_some_residual_dense,
+    sizes=[
+        dict(i=8, o=1, s=0),
+        dict(i=1032, o=11, s=1, bias=1),
+        dict(i=2112, o=8, s=0, bias=1),
+        dict(i=264, o=6, s=1),
+    ],
+    large=dict(i=4096, o=2880, s=0, bias=1),
+    varying=(),
+)
+def dense_residual(
+    x: mx.array, w: mx.array, residual: mx.array, bias: mx.array | None = None
+) -> Launch:
+    """``residual + W x + bias``, W dense: rows ``[I]`` and ``[O]``, or both ``[1, n]``.
+
+    I is a multiple of 8.
+    """
+    n_in, n_out = one_row("x", x), one_row("residual", residual)
+    _check_dense("w", w, n_out, n_in)
+    if bias is not None:
+        expect("bias", bias, (n_out,))
+    return Launch(
+        "dense_residual",
+        {
+            "x": x,
+            "w": w,
+            "residual": residual,
+            "bias": bias,
+            "n_in": n_in,
+            "n_out": n_out,
+        },
+        {"out": tuple(residual.shape)},
+        (128 * ceil_div(n_out, DENSE_ROWS), 1, 1),
+        (128, 1, 1),
+        {"HAS_BIAS": int(bias is not None)},
+    )
+
+
+# Rows of a dense matrix for a threadgroup, and values of a row that a thread loads.
+DENSE_ROWS, DENSE_VALUES = 4, 8
+
+
+def _check_dense(name: str, w: mx.array, n_out: int, n_in: int) -> None:
+    """Check a dense matrix ``[O, I]`` whose rows are read in whole loads."""
+    whole = f"a width that is a multiple of {DENSE_VALUES}"
+    require(name, n_in % DENSE_VALUES == 0, whole, n_in)
+    expect(name, w, (n_out, n_in))
+
+
+def _norm_dense(given: Given) -> mx.array:
+    wide, product = given.wide, given.product
+    normed = rms_norm(wide.x.reshape(-1), wide.norm, wide.eps)
+    first = linear(normed, Weight(wide.dense))
+    parts = [first if wide.bias is None else first + wide.bias]
+    if product is not None:
+        parts.append(linear(normed, stored(given.group_size, *product)))
+    *starts, width = norm_row(normed.size, [part.size for part in parts])
+    out = mx.zeros(width)
+    for start, part in zip(starts, (*parts, normed), strict=True):
+        out[start : start + part.size] = part
+    return out.reshape(*given.x.shape[:-1], -1).astype(given.x.dtype)
+
+
+def _some_norm_dense(case: Case) -> tuple[Any, ...]:
+    i, n = case.i, case.get("o")
+    x = case.normal(1, i) if case.s else case.normal(i)
+    weight = 1 + normal(case.rng, case.other, i, scale=0.1)
+    dtype = mx.float32 if case.get("wide") else case.other
+    dense = normal(case.rng, dtype, case.e, i, scale=i**-0.5)
+    bias = case.normal(case.e) if case.get("bias") else None
+    bits = case.get("bits", 4)
+    product = (*quantised(case, n, i, bits), bits) if n else None
+    return x, weight, dense, 0.05, bias, product, case.get("g", 64)
+
+
+@kernel(
+    reference=_norm_dense,
+    sample=_some_norm_dense,
+    sizes=[
+        dict(i=8, e=1, s=0),
+        dict(i=32, e=3, o=1, g=32, s=0),
+        dict(i=1032, e=11, s=1, bias=1),
+        dict(i=192, e=16, o=35, g=64, s=1, bits=8, wide=1),
+        dict(i=2176, e=9, o=11, g=128, s=1, bias=1),
+        dict(i=32, e=6, o=2051, g=32, s=0, bits=2),
+        dict(i=4224, e=5, o=3, g=64, s=0),
+    ],
+    large=dict(i=4096, e=128, o=2816, g=64, s=0),
+    varying=(),
+)
+def norm_dense_matvecs(
+    x: mx.array,
+    norm: mx.array,
+    dense: mx.array,
+    eps: float,
+    bias: mx.array | None = None,
+    product: Product | None = None,
+    group_size: int = 64,
+) -> Launch:
+    """A row of a dense product ``[E]`` and a quantised one ``[O]``, if any, and a norm.
+
+    Both multiply the norm of ``[I]``, the last part; ``norm_row`` returns where each
+    part begins, and values between parts are 0. A row ``[1, I]`` gives ``[1, width]``.
+    ``bias`` ``[E]`` is added to the dense product. I is a multiple of 8.
+    """
+    n_in, n_dense = one_row("x", x), dims("dense", dense, 2)[0]
+    expect("norm", norm, (n_in,))
+    _check_dense("dense", dense, n_dense, n_in)
+    if bias is not None:
+        expect("bias", bias, (n_dense,))
+    w, scales, biases, bits, n_rows = None, None, None, 4, 0
+    if product is not None:
+        four = isinstance(product, tuple) and len(product) == 4
+        require("product", four, "words, scales, biases and bits", product)
+        w, scales, biases, bits = product
+        n_rows = check_rows(w, scales, biases, n_in, bits, group_size)
+    # A part without values takes no place.
+    _, at_rows, at_normed, width = norm_row(n_in, [n_dense, n_rows])
+    there = int(product is not None)
+    sizes = _rows_and_words(n_in, max(n_rows, 1))
+    n_groups = 1 + ceil_div(n_dense, DENSE_ROWS) + ceil_div(n_rows, sizes["ROWS"])
+    inputs: dict[str, Any] = {"x": x, "norm": norm, "dense": dense, "bias": bias}
+    inputs |= {"w": w, "scales": scales, "biases": biases}
+    inputs |= {"eps": eps, "n_in": n_in, "n_dense": n_dense, "n_rows": n_rows}
+    return Launch(
+        "norm_dense_matvecs",
+        {**inputs, "at_rows": at_rows, "at_normed": at_normed},
+        {"out": (*x.shape[:-1], width)},
+        (128 * n_groups, 1, 1),
+        (128, 1, 1),
+        {
+            "BITS": bits,
+            "G": group_size,
+            "HAS_BIAS": int(bias is not None),
+            **dict.fromkeys(("HAS_W", "HAS_SCALES", "HAS_BIASES"), there),
+            **sizes,
+        },
+        {} if there else {"S": x.dtype},
     )
 
 

@@ -87,7 +87,7 @@ def attend(
     """Attend in one launch over a short cache, and in tiles over a long one."""
     n_new = op.n_tokens // op.n_seqs
     seen = None if start is None else (start + n_new).astype(mx.uint32)
-    given = q, q_pe, latent[:, 0], rope[:, 0], op.softmax_scale
+    given = q, q_pe, latent, rope, op.softmax_scale
     n_rows = latent.shape[2]
     if n_rows <= MIN_TILE:
         return run(kernels.mla_sdpa_folded(*given, seen))[0]
@@ -161,6 +161,4 @@ def append(
 ) -> tuple[mx.array, ...]:
     if latents.nbytes > device.COPIED_CACHE_BYTES:
         return op.reference(latent, k_pe, latents, ropes, row)
-    caches = (x.reshape(x.shape[2:]) for x in (latents, ropes))
-    new = kernels.mla_kv_cache_append(*caches, latent, k_pe, row)
-    return tuple(x[None, None] for x in run(new))
+    return run(kernels.mla_kv_cache_append(latents, ropes, latent, k_pe, row))

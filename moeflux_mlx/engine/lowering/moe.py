@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -29,13 +30,13 @@ def softmax_topk(op: Any, run: Run, logits: mx.array) -> tuple[mx.array, ...]:
     return run(kernels.moe_softmax_topk(logits, op.k))
 
 
-def _noaux_fits(op: ops.MoeNoauxTopK) -> bool:
+def noaux_fits(op: ops.MoeNoauxTopK) -> bool:
     fits = op.n_experts <= kernels.MAX_EXPERTS and op.k <= kernels.MAX_K
     pairs = op.n_group == 1 or op.n_experts > op.n_group
     return fits and pairs and kernels.SIMD % op.n_group == 0
 
 
-@way(ops.MoeNoauxTopK, "moe_noaux_topk", _noaux_fits)
+@way(ops.MoeNoauxTopK, "moe_noaux_topk", noaux_fits)
 def noaux_topk(
     op: Any, run: Run, logits: mx.array, bias: Weight
 ) -> tuple[mx.array, ...]:
@@ -213,12 +214,8 @@ def gather_experts(
     """Run one launch for each projection of all experts."""
     if op.shared:
         mid = _gather_of_all_ranks(op, run, x, indices, source)
-        return run(kernels.moe_combine_topk(mid, weights))[0]
-    outs = []
-    for rows, slots in source.batches(indices):
-        outs.append(_gather(op, run, x[rows], indices[rows], slots, source))
-        ops.guard(source, outs[-1:])
-    mid = outs[0] if len(outs) == 1 else mx.concatenate(outs)
+    else:
+        mid = op.rows_in_portions(x, indices, source, partial(_gather, op, run))
     return run(kernels.moe_combine_topk(mid, weights))[0]
 
 

@@ -153,6 +153,15 @@ def embed_gather(_op: Any, run: Run, token_ids: mx.array, weight: Weight) -> mx.
     return run(launch)[0]
 
 
+def _dense_rows(op: embed_ops.EmbedGatherNTokens) -> bool:
+    return op.weight.quantization is None
+
+
+@way(embed_ops.EmbedGatherNTokens, "embed_gather_dense", _dense_rows)
+def dense_rows(_op: Any, run: Run, token_ids: mx.array, weight: Weight) -> mx.array:
+    return run(embed.embed_gather_dense(token_ids, weight.w, weight.w.dtype))[0]
+
+
 # Norms.
 @way(
     norm_ops.RmsNormBf16NTokens,

@@ -55,6 +55,7 @@ def begin_rows(
         "attention_mask": mask,
     }
     masks = {"attention_mask": mask is not None, "spare_rows": spare_rows}
+    masks["traced"] = traced
     if traced:
         return Begun(masks, inputs)
     host = cache_ops(heads, kv_heads, scale, cache, context, spare_rows)
@@ -99,6 +100,7 @@ def append_rows(
             num_kv_heads=heads,
             head_dim=width,
             value_dim=value_width,
+            of_arrays=call.traced,
         )
     )
     return keys, values

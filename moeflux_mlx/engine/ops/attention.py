@@ -108,7 +108,8 @@ class KvCacheAppendNTokens(Op):
     In a model, mlx-lm's cache object performs this Op, so that prompt caches, trimming
     and batches keep working; it may return a cache of another length. All rows must lie
     within the caches: kernels drop other rows, and MLX ends the process. Values may
-    have another width, ``value_dim``.
+    have another width, ``value_dim``. ``of_arrays``: no cache object performs the Op,
+    so that it may be fused with others.
     """
 
     k_src: In[KProjOutBuf]
@@ -121,6 +122,7 @@ class KvCacheAppendNTokens(Op):
     num_kv_heads: int
     head_dim: int
     value_dim: int = 0
+    of_arrays: bool = False
 
     @property
     def widths(self) -> tuple[int, int]:

@@ -8,13 +8,14 @@ from ...experts.weights import Weight
 from ..graph.buffers import Shape
 from ..graph.op import Cost, In, Op, Out, WeightRef
 from ..graph.roles import EmbedOutBuf, TokenIdsBuf
-from .functions import Array, embed
+from .functions import Array, embed, inside_rows
 
 
 class EmbedGatherNTokens(Op):
     """Unpack row ``token_ids[t]`` of the embedding for each of N tokens.
 
-    Kernels do not check the range of ids: callers do so before the graph runs.
+    Ids are those of the vocabulary, unless ``any_ids``: the rows of others are NaN.
+    Kernels always give NaN for them. ``token_ids`` may be a column ``[N, 1]``.
     """
 
     token_ids: In[TokenIdsBuf]
@@ -23,6 +24,7 @@ class EmbedGatherNTokens(Op):
     vocab_size: int
     hidden_dim: int
     n_tokens: int
+    any_ids: bool = False
 
     def shapes(self) -> dict[str, Shape]:
         return {
@@ -40,4 +42,5 @@ class EmbedGatherNTokens(Op):
         return Cost(flops=2 * n, bytes=4 * n + self.n_tokens * row_bytes)
 
     def reference(self, token_ids: Array, weight: Weight) -> Array:
-        return embed(token_ids, weight)
+        ids = token_ids.reshape(-1)
+        return (inside_rows if self.any_ids else embed)(ids, weight)

@@ -8,6 +8,7 @@ The same code serves both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ... import device
+from ...experts.compute.stacks import in_parts, lies_well
 from ...experts.weights import ExpertWeights, Weight
 from .host import host_linear, row_products, unpack, widen
 
@@ -300,6 +302,17 @@ def embed(token_ids: Array, weight: Weight) -> Array:
     return dequantize(Weight(w, scales, biases, weight.quantization))
 
 
+def inside_rows(token_ids: Array, weight: Weight) -> Array:
+    """Return rows as ``embed`` does; those of ids outside of ``weight`` are NaN."""
+    at = namespace(token_ids)
+    ids = at.clip(token_ids, 0, weight.w.shape[0] - 1)
+    rows = embed(ids, weight)
+    nan = at.array(math.nan, dtype=rows.dtype)
+    # In the shape of rows: MLX then compiles the mask and its use as one launch.
+    inside = token_ids.reshape(-1, 1) == ids.reshape(-1, 1)
+    return at.where(inside, rows, nan)
+
+
 def _scales_like(x: mx.array, weight: Weight) -> tuple[mx.array, mx.array | None]:
     scales, biases = weight.scales, weight.biases
     assert scales is not None
@@ -355,6 +368,7 @@ def experts_by_slot(
     if isinstance(x, np.ndarray):
         return _experts_on_host(x, slots, experts, activation)
     x = x[:, None, None]
+    experts, slots = _gatherable(experts, slots, x.dtype)
     gate = _gather_linear(x, experts.gate, slots, in_order)
     up = _gather_linear(x, experts.up, slots, in_order)
     act = activation(gate, up)
@@ -385,21 +399,44 @@ def _with_biases(
     ]
 
 
+def _gatherable(
+    experts: ExpertWeights, slots: mx.array, dtype: mx.Dtype
+) -> tuple[ExpertWeights, mx.array]:
+    """Return experts that MLX gathers rightly, without converting all, and their ids.
+
+    If it cannot where they are, they are contiguous copies of those in ``slots``.
+    """
+    if all(_gathers_in_place(w, dtype) for w in experts.by_name.values()):
+        return experts, slots
+    return experts.end_to_end(slots)
+
+
+def _gathers_in_place(weight: Weight, dtype: mx.Dtype) -> bool:
+    own = weight.w if weight.quantization is None else weight.scales
+    is_alike = not weight.strided or own.dtype in (dtype, mx.uint8)
+    return is_alike and lies_well(weight)
+
+
 def _gather_linear(
     x: mx.array, weight: Weight, slots: mx.array, in_order: bool
 ) -> mx.array:
     """Multiply rows ``[N, 1 or K, 1, I]`` by the matrices ``[n_slots, O, I]``."""
-    out = _gather_product(x, weight.on_device, slots, in_order)
+    weight = weight.on_device
+    bits = None if weight.quantization is None else weight.quantization.bits
+
+    def product(part: slice | None, ids: mx.array) -> mx.array:
+        stack = weight if part is None else weight[part]
+        return _gather_product(x, stack, ids, in_order)
+
+    out = in_parts(product, weight.w, bits, slots)
     if weight.bias is None:
         return out
-    return out + _bias_like(out, weight.on_device.bias[slots][..., None, :])
+    return out + _bias_like(out, weight.bias_of(slots)[..., None, :])
 
 
 def _gather_product(
     x: mx.array, weight: Weight, slots: mx.array, in_order: bool
 ) -> mx.array:
-    if weight.strided and not _gathers_in_place(weight, x.dtype):
-        weight, slots = _end_to_end(weight, slots)
     q = weight.quantization
     if q is None:
         # ``sorted_indices`` is left out: with it, MLX's CUDA product is wrong.
@@ -424,12 +461,6 @@ def _gather_product(
     return mx.unflatten(out, 0, shape) if in_order else out
 
 
-def _gathers_in_place(weight: Weight, dtype: mx.Dtype) -> bool:
-    """Return whether MLX gathers from slots without converting all of them first."""
-    own = weight.w if weight.quantization is None else weight.scales
-    return device.gathers_strided() and own.dtype in (dtype, mx.uint8)
-
-
 def dequantize(weight: Weight) -> Array:
     """Unpack ``weight`` to ``[..., O, I]``; NumPy arrays become float32."""
     q = weight.quantization
@@ -444,11 +475,3 @@ def dequantize(weight: Weight) -> Array:
             mode=q.mode,
         )
     return unpack(weight)
-
-
-def _end_to_end(weight: Weight, slots: mx.array) -> tuple[Weight, mx.array]:
-    """Return contiguous copies of the matrices in ``slots``, and their new indices."""
-    parts = (weight.w, weight.scales, weight.biases)
-    w, scales, biases = (None if x is None else x[slots.flatten()] for x in parts)
-    places = mx.arange(slots.size, dtype=mx.uint32).reshape(slots.shape)
-    return Weight(w, scales, biases, weight.quantization), places

@@ -8,6 +8,7 @@ decides when they are read, and never changes the result.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import ClassVar
 
 import mlx.core as mx
@@ -15,6 +16,8 @@ import numpy as np
 
 from ... import device
 from ...experts.compute.rank_experts import RankExperts
+from ...experts.compute.slot_block import SORTED_FROM
+from ...experts.compute.source import in_portions
 from ...experts.weights import ExpertWeights, Weight
 from ..graph.buffers import Shape
 from ..graph.experts import GraphExperts
@@ -53,6 +56,7 @@ SHARED_ROWS = 64
 # The rows of each expert, by expert.
 Ranges = dict[int, tuple[int, int]]
 RowsByExpert = Callable[[Array, np.ndarray, list[int], Ranges, GraphExperts], Array]
+RunRows = Callable[[Array, Array, Array, GraphExperts], Array]
 
 
 class MoeSoftmaxTopK(Op):
@@ -320,8 +324,9 @@ def as_they_come(
 class MoeGatherIdFuse(RoutedExperts, Op):
     """Run all N tokens' experts at once, rows sorted by slot on the device.
 
-    If their experts do not fit into memory together, tokens are divided into batches,
-    which changes no bit.
+    If not all experts fit into memory together, they are divided into portions, which
+    changes no bit: a row depends on its own expert only, and a token's sum runs over
+    its experts in the order of ``indices``.
     """
 
     out_sum: Out[MoeOutSumBuf]
@@ -335,22 +340,60 @@ class MoeGatherIdFuse(RoutedExperts, Op):
     ) -> Array:
         if self.shared:
             out = self.rows_of_all_ranks(mlp_in, indices, experts)
-            return (out * weights[..., None]).sum(axis=1)
-        outs = []
-        for rows, slots in experts.batches(to_device(indices)):
-            slots = to_host(slots) if isinstance(mlp_in, np.ndarray) else slots
-            outs.append(self._gather(mlp_in[rows], slots, experts.weights))
-            guard(experts, outs[-1:])
-        out = outs[0] if len(outs) == 1 else namespace(mlp_in).concatenate(outs)
+        else:
+            out = self.rows_in_portions(mlp_in, indices, experts, self._gather)
         return (out * weights[..., None]).sum(axis=1)
 
-    def _gather(self, mlp_in: Array, slots: Array, stacks: ExpertWeights) -> Array:
-        shape, slots = slots.shape, slots.reshape(-1)
+    def rows_in_portions(
+        self, mlp_in: Array, indices: Array, experts: GraphExperts, run: RunRows
+    ) -> Array:
+        """Return the rows ``[N, K, D]`` of tokens ``[N, D]`` through ``indices``.
+
+        Args:
+            run: returns the rows ``[P, k, D]`` of ``x`` ``[P, D]`` through the experts
+                ``ids`` ``[P, k]`` in ``slots`` ``[P, k]``.
+        """
+        on_host = isinstance(mlp_in, np.ndarray)
+
+        def rows(x: Array, ids: Array, slots: mx.array) -> mx.array:
+            found = to_host(slots) if on_host else slots
+            return to_device(run(x, ids, found, experts))
+
+        def part(places: np.ndarray, slots: mx.array) -> mx.array:
+            where = places if on_host else mx.array(places)
+            ids = indices.reshape(-1)[where][:, None]
+            return rows(mlp_in[where // self.k], ids, slots[:, None])[:, 0]
+
+        whole = partial(rows, mlp_in, indices)
+        out = in_portions(experts, to_device(indices), whole, part)
+        return to_host(out) if on_host else out
+
+    def _gather(
+        self, x: Array, _ids: Array, slots: Array, experts: GraphExperts
+    ) -> Array:
+        shape, k, slots = slots.shape, slots.shape[1], slots.reshape(-1)
         order = argsort(slots)
-        rows, chosen = mlp_in[order // self.k], slots[order][:, None]
+        rows, chosen, stacks = x[order // k], slots[order], experts.weights
+        by_blocks = device.multiplies_by_blocks(self.n_experts_used, self.n_experts)
+        n = least = len(chosen)
+        if not (device.multiplies_row_by_row() or experts.resident):
+            # MLX chooses a kernel by the number of rows and matrices. Have it choose
+            # that of the whole call with all experts in memory.
+            least = min(self.n_experts_used, SORTED_FROM)
+            if by_blocks:
+                stacks, chosen = stacks.end_to_end(chosen)
+                n_matrices = len(stacks.gate.w)
+                least = max(SORTED_FROM, device.METAL_ROWS_A_MATRIX * n_matrices)
+        if n < least:
+            every = mx.minimum(mx.arange(least), n - 1)
+            rows, chosen = rows[every], chosen[every]
         by_slot = experts_by_slot(
-            rows, chosen, stacks, activation=self.activation, in_order=True
-        )
+            rows,
+            chosen[:, None],
+            stacks,
+            activation=self.activation,
+            in_order=by_blocks or device.on_cpu(),
+        )[:n]
         return by_slot[argsort(order)].reshape(*shape, self.dim)
 
 

@@ -41,10 +41,6 @@ class ResidentExperts:
         """Return ``indices`` as uint32, without reading or copying them."""
         return indices.view(mx.uint32)
 
-    def batches(self, indices: mx.array) -> Iterator[tuple[slice, mx.array]]:
-        """Yield all tokens and their slots at once."""
-        yield slice(indices.shape[0]), self.slots(indices)
-
     def portions(self, indices: mx.array) -> Iterator[tuple[None, mx.array]]:
         """Yield all ids at once, as their own slots."""
         self.count(indices.size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import cast
 
 import mlx.core as mx
@@ -10,31 +12,60 @@ import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from ... import device
-from ..files.layout import ALL_PARTS
+from ..files.layout import ALL_PARTS, BIAS
 from ..files.modules import RoutedBlock
 from ..files.store import ExpertStore
 from ..pool.pool import pool_stride
-from ..weights import ExpertWeights, Weight
+from ..weights import ARRAYS, ExpertWeights, Weight
+from .stacks import in_parts, lies_well
 
 # mlx-lm sorts rows by expert from this many ids on, and MLX then uses another kernel.
 SORTED_FROM = 64
 # The field of a Weight for each of mlx-lm's parameter names.
-FIELDS = dict(
-    zip(ALL_PARTS, ("w", "scales", "biases", "bias", "global_scale"), strict=True)
-)
+FIELDS = dict(zip(ALL_PARTS, ARRAYS, strict=True))
 
 
-class SlotLinear(QuantizedSwitchLinear):
-    """mlx-lm's module, with a switch for the kernel that needs sorted ids."""
+class InSlots(nn.Module):
+    """Mixed into mlx-lm's projections while their matrices are in slots.
 
-    by_blocks = False
+    It has a switch for the kernel that needs sorted ids. It divides stacks that MLX
+    cannot index as one. It adds biases that are views of records, since MLX would index
+    such a view wrongly.
+    """
+
+    by_blocks = True
+    bias_of: Callable[[mx.array], mx.array] | None = None
 
     def __call__(
         self, x: mx.array, indices: mx.array, sorted_indices: bool = False
     ) -> mx.array:
         by_blocks = sorted_indices and self.by_blocks
-        out: mx.array = super().__call__(x, indices, sorted_indices=by_blocks)
+
+        def product(part: slice | None, ids: mx.array) -> mx.array:
+            module = self if part is None else self._of(part)
+            call = super(InSlots, module).__call__  # type: ignore[misc]
+            return cast(mx.array, call(x, ids, sorted_indices=by_blocks))
+
+        w, bits = self["weight"], getattr(self, "bits", None)
+        out = in_parts(product, w, bits, indices, in_order=by_blocks)
+        if self.bias_of is not None:
+            out = out + mx.expand_dims(self.bias_of(indices), -2)
         return out
+
+    def _of(self, part: slice) -> InSlots:
+        """Return a module of the same class with some of the matrices."""
+        module = type(self).__new__(type(self))
+        module.__dict__.update(self.__dict__)
+        for name, value in self.items():
+            is_stack = name in FIELDS and value is not None
+            dict.__setitem__(module, name, value[part] if is_stack else value)
+        return module
+
+
+@functools.cache
+def in_slots(kind: type[nn.Module]) -> type[InSlots]:
+    """Return the class of a projection of mlx-lm whose matrices are in slots."""
+    return cast(type[InSlots], type(f"Slot{kind.__name__}", (InSlots, kind), {}))
 
 
 class SlotBlock:
@@ -48,10 +79,11 @@ class SlotBlock:
     def __init__(self, block: RoutedBlock):
         self._module, self.projections = block.module, block.projections
         self.n_experts = max(len(array) for array in block.parts.values())
+        self._kinds = {name: type(m) for name, m in self.projections.items()}
         self._quantized: list[nn.Module] = [
             module
             for module in self.projections.values()
-            if type(module) is QuantizedSwitchLinear
+            if isinstance(module, QuantizedSwitchLinear)
         ]
         self._held: ExpertWeights | None = None
         self._last_by_blocks = False
@@ -75,11 +107,12 @@ class SlotBlock:
         """
         if resident and weights is self._held:
             return cast(mx.array, self._module(x, slots))
-        by_blocks = self._by_blocks(slots.size if n_ids is None else n_ids)
+        # With all experts, mlx-lm's module itself tells MLX whether ids are sorted.
+        by_blocks = resident or self._by_blocks(slots.size if n_ids is None else n_ids)
         in_place = resident or (not by_blocks and _converts_none(weights, x.dtype))
-        if in_place and _lies_well(weights):
+        if in_place and all(map(lies_well, weights.by_name.values())):
             return self._run(weights, x, slots, by_blocks, resident=resident)
-        weights, slots = _end_to_end(weights, slots, self.n_experts)
+        weights, slots = weights.end_to_end(slots, self.n_experts)
         try:
             return self._run(weights, x, slots, by_blocks, resident=resident)
         finally:
@@ -128,16 +161,22 @@ class SlotBlock:
         self._hold(None)
 
     def _hold(self, weights: ExpertWeights | None, *, resident: bool = True) -> None:
-        """Hold ``weights``; resident ones use mlx-lm's own module class."""
+        """Hold ``weights``; resident ones use mlx-lm's own module class if they can."""
         self._held = weights
-        for module in self._quantized:
-            module.__class__ = QuantizedSwitchLinear if resident else SlotLinear
         for name, module in self.projections.items():
+            weight = None if weights is None else weights.by_name[name]
+            own = self._kinds[name]
+            plain = weight is None or (resident and _is_plain(weight))
+            module.__class__ = own if plain else in_slots(own)
+            module.bias_of = None
             for part, field in FIELDS.items():
-                if weights is None:
+                if weight is None:
                     module.pop(part, None)
-                elif (array := getattr(weights.by_name[name], field)) is not None:
+                elif (array := getattr(weight, field)) is not None:
                     module[part] = array
+            if weight is not None and _has_bias_views(weight):
+                del module[BIAS]
+                module.bias_of = weight.bias_of
 
 
 def copied_bytes(store: ExpertStore, n_ids: int) -> int:
@@ -152,54 +191,19 @@ def copied_bytes(store: ExpertStore, n_ids: int) -> int:
     return max(copied, default=0) * stride
 
 
-def _lies_well(weights: ExpertWeights) -> bool:
-    """Return whether MLX can gather the matrices in place."""
-    return device.gathers_strided() or not any(
-        weight.strided for weight in weights.by_name.values()
-    )
+def _is_plain(weight: Weight) -> bool:
+    """Return whether mlx-lm's own call is right for these matrices."""
+    bits = None if weight.quantization is None else weight.quantization.bits
+    fits = len(weight.w) <= device.most_matrices(weight.w, bits)
+    return fits and not _has_bias_views(weight)
+
+
+def _has_bias_views(weight: Weight) -> bool:
+    """Return whether biases are views of records; MLX indexes these wrongly."""
+    return weight.strided and weight.bias is not None
 
 
 def _converts_none(weights: ExpertWeights, dtype: mx.Dtype) -> bool:
     """Return whether MLX needs no conversion of all slots to ``dtype``."""
     own = (w.w if w.scales is None else w.scales for w in weights.by_name.values())
     return all(array.dtype in (dtype, mx.uint8) for array in own)
-
-
-def _end_to_end(
-    weights: ExpertWeights, slots: mx.array, n_experts: int
-) -> tuple[ExpertWeights, mx.array]:
-    """Return contiguous copies of the matrices in ``slots``, and their indices.
-
-    There are no more copies than experts. Few slots are not read back, because the host
-    may not know them yet.
-    """
-    if slots.size <= min(n_experts, SORTED_FROM - 1):
-        # Few ids of many experts hardly repeat.
-        take = slots.flatten()
-        found = mx.arange(slots.size, dtype=mx.uint32).reshape(slots.shape)
-    elif slots.size < SORTED_FROM:
-        take, found = _distinct(slots, n_experts)
-    else:
-        chosen, places = np.unique(np.array(slots), return_inverse=True)
-        take = mx.array(chosen)
-        found = mx.array(places.reshape(slots.shape).astype(np.uint32))
-
-    def copy(weight: Weight) -> Weight:
-        arrays = {field: getattr(weight, field) for field in FIELDS.values()}
-        own = {f: None if x is None else x[take] for f, x in arrays.items()}
-        return Weight(**own, quantization=weight.quantization)
-
-    copies = {name: copy(weight) for name, weight in weights.by_name.items()}
-    return ExpertWeights.named(copies), found
-
-
-def _distinct(slots: mx.array, n: int) -> tuple[mx.array, mx.array]:
-    """Return ``n`` slots, among them all in ``slots``, and the place of each there."""
-    flat = slots.flatten()
-    order = mx.argsort(flat)
-    rising = flat[order]
-    is_other = mx.concatenate([mx.array([False]), rising[1:] != rising[:-1]])
-    places = mx.cumsum(is_other.astype(mx.uint32))
-    take, found = mx.zeros(n, mx.uint32), mx.zeros(slots.size, mx.uint32)
-    take[places], found[order] = rising, places
-    return take, found.reshape(slots.shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import mlx.core as mx
@@ -42,3 +42,27 @@ class ExpertSource(Protocol):
 
     def guard(self, *outputs: mx.array) -> None:
         """Evaluate ``outputs`` before any slot given out so far is overwritten."""
+
+
+def in_portions(
+    source: ExpertSource,
+    indices: mx.array,
+    whole: Callable[[mx.array], mx.array],
+    part: Callable[[np.ndarray, mx.array], mx.array],
+) -> mx.array:
+    """Return rows ``[..., K, D]`` of experts ``[..., K]``, each expert requested once.
+
+    Args:
+        whole: returns all rows for the slots ``[..., K]``, if one portion is enough.
+        part: returns the rows ``[P, D]`` of places and their slots.
+    """
+    outputs, places = [], []
+    for where, slots in source.portions(indices):
+        out = whole(slots) if where is None else part(where, slots)
+        source.guard(out)
+        if where is None:
+            return out
+        outputs.append(out)
+        places.append(where)
+    order = mx.array(np.argsort(np.concatenate(places)))
+    return mx.concatenate(outputs)[order].reshape(*indices.shape, -1)

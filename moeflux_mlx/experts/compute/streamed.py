@@ -33,11 +33,6 @@ class Streamer(Protocol):
     ) -> mx.array:
         """See ``StreamedExperts.slots``."""
 
-    def batches(
-        self, layer: int, indices: mx.array
-    ) -> Iterator[tuple[slice, mx.array]]:
-        """See ``StreamedExperts.batches``."""
-
     def parts(
         self, layer: int, indices: mx.array
     ) -> Iterator[tuple[list[int], list[int]]]:
@@ -134,14 +129,6 @@ class StreamedExperts:
         """
         return self._streamer.slots(self._layer, indices, self._expected)
 
-    def batches(self, indices: mx.array) -> Iterator[tuple[slice, mx.array]]:
-        """Yield runs of tokens whose experts fit into memory together, and their slots.
-
-        Raises:
-            ExpertStoreError: as ``slots``.
-        """
-        return self._streamer.batches(self._layer, indices)
-
     def portions(
         self, indices: mx.array
     ) -> Iterator[tuple[np.ndarray | None, mx.array]]:
@@ -218,10 +205,6 @@ class SpeculativeExperts:
         # After a missing expert activations may be NaN, and ids out of range.
         last = self._slot_of.size - 1
         return self._slot_of[mx.minimum(indices.view(mx.uint32), last)]
-
-    def batches(self, indices: mx.array) -> Iterator[tuple[slice, mx.array]]:
-        """Yield all tokens and their slots at once."""
-        yield slice(indices.shape[0]), self.slots(indices)
 
     def portions(self, indices: mx.array) -> Iterator[tuple[None, mx.array]]:
         """Yield the slots of all ids at once."""

@@ -25,7 +25,7 @@ from .blank import BlankSource
 from .exchange import Exchange, OtherChoiceError
 from .resident import ResidentExperts
 from .slot_block import SORTED_FROM, SlotBlock
-from .source import ExpertSource
+from .source import ExpertSource, in_portions
 
 PLAIN_FIRST = (
     "load a plain checkpoint without a bound on memory, which 'moeflux unpack PACK "
@@ -123,8 +123,10 @@ class StreamedSwitch(Uncopied, nn.Module):
         self.saved_dtype: mx.Dtype | None = None
         self._source, self._alone, self._token = source, alone, token
         self._exchange = exchange
-        # The projections that MLX multiplies on GPUs only.
-        self._for_gpus = [n for n, part in parts if part == GLOBAL_SCALE]
+        # A projection that MLX multiplies on GPUs only. A list would be among the
+        # module's parameters, where each call would search for it.
+        scaled = (name for name, part in parts if part == GLOBAL_SCALE)
+        self._for_gpus: str | None = next(scaled, None)
         # An output row's length and type, by the type of the block's input.
         self._rows_like: dict[mx.Dtype, tuple[int, mx.Dtype]] = {}
         # Keep the activation and every other child of mlx-lm's block.
@@ -169,9 +171,9 @@ class StreamedSwitch(Uncopied, nn.Module):
         return self._alone(self._called, x, indices)
 
     def _called(self, x: mx.array, indices: mx.array) -> mx.array:
-        if self._for_gpus and device.on_cpu():
+        if self._for_gpus is not None and device.on_cpu():
             raise ModelError(
-                f"[stream] {self.path}.{self._for_gpus[0]}: expected a GPU for a "
+                f"[stream] {self.path}.{self._for_gpus}: expected a GPU for a "
                 "global_scale but got a CPU: use a release of the model with "
                 "experts in another quantisation"
             )
@@ -304,19 +306,12 @@ class StreamedSwitch(Uncopied, nn.Module):
         return rows.reshape(*indices.shape, -1)
 
     def _run(self, source: ExpertSource, x: mx.array, indices: mx.array) -> mx.array:
-        outputs, places = [], []
-        for where, slots in source.portions(indices):
-            if where is None:
-                out = self.slot_block(source.weights, x, slots)
-                source.guard(out)
-                return out
+        def part(where: np.ndarray, slots: mx.array) -> mx.array:
             rows = _rows_of(x, indices, where)
-            out = self._portion(source.weights, rows, slots, indices)
-            source.guard(out)
-            outputs.append(out)
-            places.append(where)
-        order = mx.array(np.argsort(np.concatenate(places)))
-        return mx.concatenate(outputs)[order].reshape(*indices.shape, -1)
+            return self._portion(source.weights, rows, slots, indices)
+
+        whole = partial(self.slot_block, source.weights, x)
+        return in_portions(source, indices, whole, part)
 
     def _portion(
         self, weights: ExpertWeights, rows: mx.array, slots: mx.array, indices: mx.array

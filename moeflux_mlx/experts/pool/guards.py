@@ -13,7 +13,9 @@ class Guards:
 
     Only the thread that made a lazy array can begin to compute it. So a thread calls
     ``hand_over`` before another thread takes its turn. If it did not, Ctrl-C ended its
-    call: nobody has the results, and its guards are dropped.
+    call: nobody has the results, and its guards are dropped. What was handed over is
+    kept as a number that MLX has once the arrays are computed, so that no call's rows
+    stay in memory after it.
 
     Args:
         evaluate: computes arrays, like ``mx.eval``.
@@ -21,6 +23,8 @@ class Guards:
 
     def __init__(self, evaluate: Callable[..., None]):
         self._evaluate = evaluate
+        # A number that any thread may use.
+        self._nothing = mx.array(0)
         self._thread = 0
         self._own: list[mx.array] = []
         # Arrays to begin on hand-over without waiting for them later.
@@ -45,7 +49,8 @@ class Guards:
         """Begin to compute this thread's guards, so any thread can wait for them."""
         self._enter()
         unwaited, self._unwaited = self._unwaited, []
-        begun = [*self._own, *unwaited]
+        own = mx.depends([self._nothing], self._own) if self._own else []
+        begun = [*own, *unwaited]
         if not begun:
             return
         try:
@@ -53,7 +58,7 @@ class Guards:
         except ValueError:
             # Inside mx.grad, for example: MLX refuses async_eval there but not eval.
             mx.eval(*begun)
-        self._handed.extend(self._own)
+        self._handed.extend(own)
         self._own = []
 
     def wait(self, *others: mx.array) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ... import device
 from ...errors import BudgetError, ExpertStoreError
-from ..files.layout import BIAS, PARTS, TENSOR_ALIGNMENT, ExpertLayout, TensorSpec
+from ..files.layout import ALL_PARTS, TENSOR_ALIGNMENT, ExpertLayout, TensorSpec
 from ..files.reader import HostPlace, Place
 from ..weights import MLX_DTYPES, ExpertWeights, Records, Weight
 from .staging import StagedPlace, Staging, open_staging
@@ -224,12 +224,12 @@ class SlotPool:
 
         Until ``unstack`` these slots hold no records.
         """
-        region = self.bytes[first : first + count]
-        records = region[:, : layout.record_bytes].copy()
+        slots = range(first, first + count)
+        records = np.stack([self._get(slot, 0, layout.record_bytes) for slot in slots])
         tensors: dict[tuple[str, str], mx.array] = {}
         for spec, begin in _stacked(layout, count):
-            part = records[:, spec.offset : spec.offset + spec.n_bytes]
-            region.reshape(-1)[begin : begin + part.size] = part.ravel()
+            columns = slice(spec.offset, spec.offset + spec.n_bytes)
+            self._put(first, begin, records[:, columns].ravel())
             dtype = MLX_DTYPES[spec.dtype]
             # The region is too long for one axis, and as_strided uses only its buffer.
             row = self.array[first : first + 1].view(dtype)
@@ -242,13 +242,28 @@ class SlotPool:
 
     def unstack(self, layout: ExpertLayout, first: int, count: int) -> None:
         """Put a record into each slot again; the stacked tensors become invalid."""
-        region = self.bytes[first : first + count]
         records = np.zeros((count, layout.record_bytes), np.uint8)
         for spec, begin in _stacked(layout, count):
-            part = region.reshape(-1)[begin : begin + count * spec.n_bytes]
+            part = self._get(first, begin, count * spec.n_bytes)
             columns = slice(spec.offset, spec.offset + spec.n_bytes)
             records[:, columns] = part.reshape(count, -1)
-        region[:, : layout.record_bytes] = records
+        for slot, record in enumerate(records, first):
+            self._put(slot, 0, record)
+
+    def _get(self, slot: int, begin: int, n_bytes: int) -> np.ndarray:
+        """Return a copy of bytes from ``begin`` in a slot on, over any slots."""
+        if self._staging is not None:
+            return self._staging.fetch(self._address(slot) + begin, n_bytes)
+        start = slot * self.stride + begin
+        return self.bytes.reshape(-1)[start : start + n_bytes].copy()
+
+    def _put(self, slot: int, begin: int, values: np.ndarray) -> None:
+        """Write bytes from ``begin`` in a slot on, over any slots."""
+        if self._staging is not None:
+            self._staging.send(self._address(slot) + begin, values)
+            return
+        start = slot * self.stride + begin
+        self.bytes.reshape(-1)[start : start + len(values)] = values
 
 
 def open_pools(
@@ -275,10 +290,13 @@ def slot_weights(slots: mx.array, layout: ExpertLayout) -> ExpertWeights:
     """Return views of records, uint8 ``[n, stride]``, as tensors ``[n, O, I]``."""
     tensors: dict[tuple[str, str], mx.array] = {}
     records: dict[tuple[str, str], Records] = {}
+    # Tensors of one type share an array, by which a copy finds that they lie together.
+    dtypes = {MLX_DTYPES[spec.dtype] for spec in layout.tensors}
+    views = {dtype: slots.view(dtype) for dtype in dtypes}
     for spec in layout.tensors:
         dtype = MLX_DTYPES[spec.dtype]
         begin = spec.offset // dtype.size
-        rows = slots.view(dtype)
+        rows = views[dtype]
         columns = rows[:, begin : begin + math.prod(spec.shape)]
         name = spec.projection, spec.part
         # A scalar for each expert has no axis of its own.
@@ -299,7 +317,7 @@ def weights_of(
     def in_pool(projection: str) -> tuple[Records | None, ...] | None:
         if records is None:
             return None
-        return tuple(records.get((projection, part)) for part in (*PARTS, BIAS))
+        return tuple(records.get((projection, part)) for part in ALL_PARTS)
 
     return ExpertWeights.named(
         {

@@ -82,6 +82,10 @@ class Stage:
         """Copy the first ``n_bytes`` to a GPU address; return when they are there."""
         self.copy(address, self._address, n_bytes)
 
+    def fetch(self, address: int, n_bytes: int) -> None:
+        """Copy ``n_bytes`` from a GPU address to the buffer."""
+        self.copy(self._address, address, n_bytes)
+
     def copy(self, target: int, source: int, n_bytes: int) -> None:
         """Copy between two GPU addresses."""
         self._copier.copy(target, source, n_bytes, self._stream)
@@ -113,6 +117,25 @@ class Staging:
         """Copy between two GPU addresses."""
         stage = self.take()
         stage.copy(target, source, n_bytes)
+        self.give(stage)
+
+    def fetch(self, address: int, n_bytes: int) -> np.ndarray:
+        """Return a copy of any number of bytes at a GPU address, uint8."""
+        stage, values = self.take(), np.empty(n_bytes, np.uint8)
+        for at in range(0, n_bytes, self._n_bytes):
+            part = values[at : at + self._n_bytes]
+            stage.fetch(address + at, len(part))
+            part[:] = np.frombuffer(stage.buffer, np.uint8, len(part))
+        self.give(stage)
+        return values
+
+    def send(self, address: int, values: np.ndarray) -> None:
+        """Copy any number of bytes, uint8 ``[n]``, to a GPU address."""
+        stage = self.take()
+        for at in range(0, len(values), self._n_bytes):
+            part = values[at : at + self._n_bytes]
+            stage.buffer[: len(part)] = part.data
+            stage.send(address + at, len(part))
         self.give(stage)
 
 

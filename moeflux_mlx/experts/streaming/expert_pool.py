@@ -39,7 +39,7 @@ else:
     from typing_extensions import Self
 
 # Guarded results that may be pending where nothing is evicted. Few callers have more
-# calls in flight, and older arrays would only hold memory.
+# calls in flight.
 RESIDENT_GUARDS = 4
 
 Source = StreamedExperts | PreloadedExperts
@@ -383,8 +383,7 @@ class ExpertPool(Uncopied):
         Resident slots change only on ``resize``; streamed calls guard their own reads.
         """
         if self.resident:
-            # One element is enough: MLX computes the whole result for it.
-            self.guard(result.reshape(-1)[:1])
+            self.guard(result)
 
     def stay(self) -> None:
         """Refuse ``resize`` from now on, because unguarded arrays read the slots."""

@@ -115,22 +115,6 @@ class ExpertStreamer(ExpertPool):
             slots = np.array([places[e] for e in ids], dtype=np.uint32)
             return mx.array(slots.reshape(indices.shape))
 
-    def batches(
-        self, layer: int, indices: mx.array
-    ) -> Iterator[tuple[slice, mx.array]]:
-        """Yield the batches of ``StreamedExperts.batches``."""
-        with self.lock, self._repairs:
-            rows = self._read_back([indices])[0].tolist()
-        first = 0
-        while first < len(rows):
-            stop, needed = first, set(rows[first])
-            while stop < len(rows) and len(needed) <= self._table.capacity:
-                stop += 1
-                needed = needed.union(*rows[stop : stop + 1])
-            batch = slice(first, max(stop, first + 1))
-            yield batch, self.slots(layer, indices[batch])
-            first = batch.stop
-
     def parts(
         self, layer: int, indices: mx.array
     ) -> Iterator[tuple[list[int], list[int]]]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .... import device
+from ...graph.rows import RowPart, whole
 from ...launch import attention
-from ...ops.attention import RopeNTokens, SdpaCausalTiled
+from ...ops.attention import KvCacheAppendNTokens, RopeNTokens, SdpaCausalTiled
 from ...ops.elementwise import SigmoidGateNTokens, SplitQGate
 from ...ops.norm import RmsNormPerHeadNTokens
-from ..attention import SPARE_KERNELS, attend_spare, takes_spare
+from ..attention import SPARE_KERNELS, attend_spare, kv_cache_append, takes_spare
 from ..registry import Run, Values, fusion
 
 PLACED_HEADS = (
@@ -108,6 +110,79 @@ def turned_heads(ops: Sequence[Any], run: Run, values: Values) -> Values:
     )
     q, k = run(launch)
     return {q_rope.x: q, k_rope.x: k}
+
+
+def _appends(ops: Sequence[Any], n_placed: int) -> int:
+    """Count Ops that place one token's heads, and the append of its key and value."""
+    append, q_rope = ops[n_placed], ops[n_placed // 2 - 1]
+    linked = append.of_arrays and append.k_src == ops[n_placed - 1].x
+    one = append.n_tokens == append.n_seqs == q_rope.n_seqs == 1
+    width = append.head_dim == q_rope.head_dim and not append.value_dim
+    return n_placed + 1 if linked and one and width else 0
+
+
+def _inputs_and_append(ops: Sequence[Any]) -> int:
+    return _ungated_inputs(ops) and _appends(ops, 4)
+
+
+def _turned_and_append(ops: Sequence[Any]) -> int:
+    return _turned_heads(ops) and _appends(ops, 2)
+
+
+def _place_and_append(ops: Sequence[Any], run: Run, values: Values) -> Values:
+    """Place a token's heads and append its key and value to small caches."""
+    *placed, append = ops
+    q_rope, k_rope = placed[len(placed) // 2 - 1], placed[-1]
+    parts = [values[buf] for buf in (q_rope.x, k_rope.x, append.v_src)]
+    caches = [values[append.k_cache], values[append.v_cache]]
+    in_row = all(isinstance(part, RowPart) for part in parts)
+    in_row = in_row and len({id(part.row) for part in parts}) == 1
+    # Kernels copy caches, and a larger one costs more than MLX's update in place.
+    small = caches[0].nbytes <= device.COPIED_CACHE_BYTES
+    if not in_row or not small or any(c.dtype != parts[0].row.dtype for c in caches):
+        held = {key: whole(value) for key, value in values.items()}
+        place = turned_heads if len(placed) == 2 else ungated_attention_inputs
+        heads = place(placed, run, held)
+        names = append.v_src, append.k_cache, append.v_cache, append.row
+        given = heads[k_rope.x], *(held[name] for name in names)
+        keys, rows = kv_cache_append(append, run, *given)
+        return {**heads, append.k_cache: keys, append.v_cache: rows}
+    norms, eps = (None, None), 0.0
+    if len(placed) == 4:
+        q_weight, k_weight = (values[norm.weight.name].w for norm in placed[::2])
+        norms, eps = (q_weight, k_weight.astype(q_weight.dtype)), placed[0].eps
+    launch = attention.attention_inputs_append(
+        parts[0].row,
+        *norms,
+        values[q_rope.inv_freq],
+        values[q_rope.start],
+        *caches,
+        values[append.row],
+        q_rope.num_heads,
+        tuple(part.start for part in parts),
+        eps,
+        q_rope.scale,
+    )
+    q, keys, rows = run(launch)
+    return {q_rope.x: q, append.k_cache: keys, append.v_cache: rows}
+
+
+for types, takes in (
+    ((*PLACED_HEADS, KvCacheAppendNTokens), _inputs_and_append),
+    ((RopeNTokens, RopeNTokens, KvCacheAppendNTokens), _turned_and_append),
+):
+    fusion(
+        "attention_inputs_append",
+        types,
+        takes,
+        takes_parts=True,
+        # Caches that are too large to be copied, and rows in several arrays.
+        kernels=(
+            "attention_inputs_append",
+            "attention_inputs_ungated",
+            "kv_cache_append_n_tokens",
+        ),
+    )(_place_and_append)
 
 
 def _gated_attention(ops: Sequence[Any]) -> int:

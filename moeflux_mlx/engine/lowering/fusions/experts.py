@@ -15,12 +15,13 @@ from ...ops.elementwise import SwigluFusedBatched
 from ...ops.moe import (
     MoeCombineResidualNTokens,
     MoeDecodeExperts,
+    MoeNoauxTopK,
     MoeNormalizeWeights,
     MoeSoftmaxTopK,
     guard,
 )
 from ...ops.quant import MatvecNTokens
-from ..moe import all_known, experts_act, routing_fits
+from ..moe import all_known, experts_act, noaux_fits, routing_fits
 from ..registry import Run, Values, fusion
 from ..rows import form, parts
 from .one_by_one import one_by_one
@@ -137,9 +138,8 @@ def routed_experts(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Route in the experts' first launch, if each expert is in the slot of its id."""
     top, experts, source = ops[0], ops[2], values[ops[2].experts]
     x, logits = values[experts.mlp_in], values[top.logits]
-    both = isinstance(x, RowPart) and isinstance(logits, RowPart)
-    in_row = both and x.row is logits.row and logits.start == 0
-    if source.resident is None or not in_row or not _all_alike(ops[2:], values):
+    fits = source.resident is not None and _in_row(x, logits)
+    if not fits or not _all_alike(ops[2:], values):
         routed = route(ops[:2], run, values)
         return {**routed, **experts_and_shared(ops[2:], run, {**values, **routed})}
     stacks = source.weights
@@ -153,6 +153,47 @@ def routed_experts(ops: Sequence[Any], run: Run, values: Values) -> Values:
     out = _second_half(ops[2:], run, values, opened, chosen, weights)
     indices = chosen.view(mx.int32)
     return {**out, top.indices_out: indices, top.weights_out: weights}
+
+
+def _chosen_by_noaux(ops: Sequence[Any]) -> int:
+    """Count a choice by sigmoids and the Ops of the experts."""
+    top, experts = ops[0], ops[1]
+    linked = experts.indices == top.indices_out and experts.weights == top.weights_out
+    plain = linked and noaux_fits(top) and not experts.limit
+    n = _experts(ops[1:]) if plain and top.n_tokens == 1 else 0
+    return n and 1 + n
+
+
+def noaux_experts(ops: Sequence[Any], run: Run, values: Values) -> Values:
+    """Choose in the experts' first launch, if each expert is in the slot of its id."""
+    top, experts = ops[:2]
+    source, correction = values[experts.experts], values[top.bias.name].w
+    x, logits = values[experts.mlp_in], values[top.logits]
+    groups = top.n_group, top.topk_group, top.scale, top.normalised
+    stacks = source.weights
+    unbiased = stacks.gate.bias is None and stacks.up.bias is None
+    fits = source.resident is not None and unbiased and _in_row(x, logits)
+    if not fits or not _all_alike(ops[1:], values):
+        launch = moe.moe_noaux_topk(whole(logits), correction, top.k, *groups)
+        indices, weights = run(launch)
+        routed = {top.indices_out: indices, top.weights_out: weights}
+        return {**routed, **experts_and_shared(ops[1:], run, {**values, **routed})}
+    matrices = stacks.gate.records, stacks.up.records
+    sizes = (experts.expert_dim, *form(stacks.gate), x.start, x.size)
+    launch = expert_kernels.experts_noaux_gate_up(
+        x.row, correction, top.k, *groups, *matrices, *sizes
+    )
+    opened, chosen, weights = run(launch)
+    source.count(top.k)
+    out = _second_half(ops[1:], run, values, opened, chosen, weights)
+    indices = chosen.view(mx.int32)
+    return {**out, top.indices_out: indices, top.weights_out: weights}
+
+
+def _in_row(x: Any, logits: Any) -> bool:
+    """Return whether a row begins with the logits and holds the experts' input."""
+    both = isinstance(x, RowPart) and isinstance(logits, RowPart)
+    return both and x.row is logits.row and logits.start == 0
 
 
 def _add_experts(*shared: type[Op]) -> None:
@@ -176,6 +217,14 @@ def _add_experts(*shared: type[Op]) -> None:
         kernels=("experts_route_gate_up", "moe_softmax_topk", *EXPERT_KERNELS),
     )
     add(routed_experts)
+    add = fusion(
+        "experts_noaux_gate_up",
+        (MoeNoauxTopK, *types),
+        _chosen_by_noaux,
+        takes_parts=True,
+        kernels=("experts_noaux_gate_up", "moe_noaux_topk", *EXPERT_KERNELS),
+    )
+    add(noaux_experts)
 
 
 _add_experts(SwigluFusedBatched, MatvecNTokens)

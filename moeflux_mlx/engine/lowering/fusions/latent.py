@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ...graph.rows import RowPart, whole
 from ...launch import mla
 from ...ops.attention import RopeNTokens
 from ...ops.latent import MlaSplitQKv
@@ -34,13 +35,18 @@ def _latent_inputs(ops: Sequence[Any]) -> int:
     "mla_inputs",
     (MlaSplitQKv, RmsNormBf16NTokens, RopeNTokens, RopeNTokens),
     _latent_inputs,
+    takes_parts=True,
 )
 def latent_inputs(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Split queries and the token's row, norm its latents, and rotate rope parts."""
     split, norm, q_rope, k_rope = ops
+    q, kv, kv_at = values[split.q], values[split.kv], None
+    in_rows = isinstance(q, RowPart) and isinstance(kv, RowPart) and q.start == 0
+    if in_rows:
+        q, kv, kv_at = q.row, kv.row, kv.start
     launch = mla.mla_inputs(
-        values[split.q],
-        values[split.kv],
+        whole(q),
+        whole(kv),
         values[norm.weight.name].w,
         values[q_rope.inv_freq],
         values[q_rope.start],
@@ -48,6 +54,7 @@ def latent_inputs(ops: Sequence[Any], run: Run, values: Values) -> Values:
         split.nope_dim,
         norm.eps,
         q_rope.scale,
+        kv_at,
     )
     q_nope, q_pe, latent, k_pe = run(launch)
     parts = {split.q_nope: q_nope, norm.out: latent}

@@ -8,8 +8,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from ....experts.weights import Weight
 from ...graph.op import JointRows, Op
-from ...graph.rows import RowPart
+from ...graph.rows import RowPart, whole
 from ...launch import quant
 from ...ops.elementwise import ResidualAddNTokens
 from ...ops.norm import RmsNormBf16NTokens
@@ -31,6 +32,113 @@ def is_product(op: Op, *, with_bias: bool = False) -> bool:
 def _reads(op: Op, x: Any) -> bool:
     """Return whether an Op is a product with ``x``, with or without a bias."""
     return is_product(op, with_bias=True) and op.input == x  # type: ignore[attr-defined]
+
+
+def _is_dense(op: Any) -> bool:
+    """Return whether an Op is a product of one token with a dense matrix."""
+    one = isinstance(op, MatvecNTokens) and op.n_tokens == 1
+    return one and op.weight.quantization is None
+
+
+# The most rows of a dense matrix that our kernel multiplies. A larger one hides its
+# launches, and MLX has tuned its product longer than we have.
+MAX_DENSE = 1 << 14
+
+
+def _takes_dense(op: Any) -> bool:
+    """Return whether our kernels multiply a row by the dense matrix of an Op."""
+    if not _is_dense(op) or op.in_dim % quant.DENSE_VALUES:
+        return False
+    joint = op.weight.joint
+    return bool((joint.n_rows if joint else op.out_dim) <= MAX_DENSE)
+
+
+def _norm_and_dense(ops: Sequence[Any]) -> int:
+    """Count a norm, a dense product that reads it, and a quantised one if any."""
+    norm = ops[0]
+    if norm.n_tokens > 1:
+        return 0
+    n = 1
+    kinds: list[bool] = []
+    while len(kinds) < 2 and n < len(ops):
+        same = _of_one_matrix(ops[n:], norm.out)
+        if not same or _is_dense(same[0]) in kinds:
+            break
+        kinds.append(_is_dense(same[0]))
+        n += len(same)
+    return n if True in kinds else 0
+
+
+def _of_one_matrix(ops: Sequence[Any], x: Any) -> list[Any]:
+    """Return the leading products of ``x`` with one matrix that a kernel takes."""
+
+    def reads(op: Any) -> bool:
+        fits = _takes_dense(op) or is_product(op)
+        return fits and op.input == x
+
+    if not reads(ops[0]):
+        return []
+    n = _n_joint(ops, reads)
+    return list(ops[: n or (ops[0].weight.joint is None)])
+
+
+@fusion(
+    "norm_dense_matvecs",
+    (RmsNormBf16NTokens, MatvecNTokens),
+    _norm_and_dense,
+    joint=True,
+)
+def norm_dense_matvecs(ops: Sequence[Any], run: Run, values: Values) -> Values:
+    """Run a norm and the products with it; return all as parts of one row."""
+    norm, *products = ops
+    dense, *packed = sorted(
+        _by_matrix(products), key=lambda same: not _is_dense(same[0])
+    )
+    x, weight = values[norm.x], values[norm.weight.name].w
+    product, group_size = None, quant.GROUP_SIZES[0]
+    for same in packed:
+        matrix = _matrix(same, values)
+        bits, group_size = form(matrix)
+        product = *parts(matrix), bits
+    matrix, bias = _matrix(dense, values).w, _bias(dense, values, x.dtype)
+    launch = quant.norm_dense_matvecs(
+        x, weight, matrix, norm.eps, bias, product, group_size
+    )
+    (row,) = run(launch)
+    sizes = [sum(op.out_dim for op in same) for same in (dense, *packed)]
+    *starts, _ = quant.norm_row(norm.dim, sizes)
+    out = _row_parts(row, starts, (dense, *packed))
+    return {**out, norm.out: RowPart(row, starts[-1], norm.dim)}
+
+
+def _by_matrix(products: Sequence[Any]) -> list[list[Any]]:
+    """Return consecutive products in lists, one for each joint or single matrix."""
+    names = [
+        op.weight.joint.name if op.weight.joint else op.weight.name for op in products
+    ]
+    by_name: dict[str, list[Any]] = {}
+    for name, op in zip(names, products, strict=True):
+        by_name.setdefault(name, []).append(op)
+    return [*by_name.values()]
+
+
+def _matrix(products: Sequence[Any], values: Values) -> Weight:
+    """Return the matrix that products share."""
+    ref = products[0].weight
+    found: Weight = values[ref.joint.name if ref.joint else ref.name]
+    return found
+
+
+def _row_parts(
+    row: mx.array, starts: Sequence[int], products: Sequence[Sequence[Any]]
+) -> dict[Any, RowPart]:
+    """Return products as parts of a row; those of one matrix begin at its start."""
+    out: dict[Any, RowPart] = {}
+    for start, same in zip(starts, products, strict=False):
+        for op in same:
+            first = op.weight.joint.first if op.weight.joint else 0
+            out[op.output] = RowPart(row, start + first, op.out_dim)
+    return out
 
 
 def _norm_and_products(ops: Sequence[Any]) -> int:
@@ -81,16 +189,18 @@ def _n_joint(ops: Sequence[Any], reads: Callable[[Any], bool]) -> int:
     "norm_matvecs",
     (RmsNormBf16NTokens, MatvecNTokens),
     _norm_and_products,
+    takes_parts=True,
     joint=True,
 )
 def norm_matvecs(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Run a norm and the products with its output; return all as parts of one row."""
     norm, *products = ops
     x, weight = values[norm.x], values[norm.weight.name].w
+    # A part that begins its row need not be cut out.
+    x = x.row if isinstance(x, RowPart) and x.start == 0 else whole(x)
     matrices, biases, parts_of = [], [], []
     for same in _matrices(products, norm.out):
-        ref = same[0].weight
-        matrix = values[ref.joint.name if ref.joint else ref.name]
+        matrix = _matrix(same, values)
         group_size = form(matrix)[1]
         matrices.append((*parts(matrix), form(matrix)[0]))
         biases.append(_bias(same, values, x.dtype))
@@ -98,12 +208,8 @@ def norm_matvecs(ops: Sequence[Any], run: Run, values: Values) -> Values:
     launch = quant.norm_matvecs(x, weight, matrices, norm.eps, group_size, biases)
     (row,) = run(launch)
     *starts, _ = quant.norm_row(norm.dim, [m[0].shape[0] for m in matrices])
-    out: dict[Any, Any] = {norm.out: RowPart(row, starts[-1], norm.dim)}
-    for start, same in zip(starts, parts_of, strict=False):
-        for op in same:
-            first = op.weight.joint.first if op.weight.joint else 0
-            out[op.output] = RowPart(row, start + first, op.out_dim)
-    return out
+    out = _row_parts(row, starts, parts_of)
+    return {**out, norm.out: RowPart(row, starts[-1], norm.dim)}
 
 
 def _bias(products: Sequence[Any], values: Values, dtype: mx.Dtype) -> Any:
@@ -113,12 +219,6 @@ def _bias(products: Sequence[Any], values: Values, dtype: mx.Dtype) -> Any:
         return None
     bias: mx.array = values[ref.joint.name if ref.joint else ref.name].w
     return bias.astype(dtype)
-
-
-def _is_dense(op: Any) -> bool:
-    """Return whether an Op is a product of one token with a dense matrix."""
-    one = isinstance(op, MatvecNTokens) and op.n_tokens == 1
-    return one and op.weight.quantization is None
 
 
 def _dense_products(ops: Sequence[Any]) -> int:
@@ -145,22 +245,17 @@ def dense_products(ops: Sequence[Any], _run: Run, values: Values) -> Values:
 
 
 def _dense_and_residual(ops: Sequence[Any]) -> int:
-    biased = _is_dense(ops[0]) and ops[0].bias is not None
-    return 2 * (biased and ops[1].a == ops[0].output)
+    return 2 * (_takes_dense(ops[0]) and ops[1].a == ops[0].output)
 
 
-@fusion(
-    "mlx_product_residual",
-    (MatvecNTokens, ResidualAddNTokens),
-    _dense_and_residual,
-    kernels=(),
-)
-def dense_and_residual(ops: Sequence[Any], _run: Run, values: Values) -> Values:
-    """Run a dense product; MLX compiles both sums after it as one launch."""
+@fusion("dense_residual", (MatvecNTokens, ResidualAddNTokens), _dense_and_residual)
+def dense_residual(ops: Sequence[Any], run: Run, values: Values) -> Values:
+    """Run a dense product and its sum with the residual stream."""
     product, add = ops
-    x, bias = values[product.input], values[product.bias.name].w
-    out = x @ values[product.weight.name].w.astype(x.dtype).T
-    return {add.out: out + bias.astype(x.dtype) + values[add.b]}
+    x, residual = values[product.input], values[add.b]
+    bias = None if product.bias is None else values[product.bias.name].w.astype(x.dtype)
+    matrix = values[product.weight.name].w
+    return {add.out: run(quant.dense_residual(x, matrix, residual, bias))[0]}
 
 
 def _product_and_residual(ops: Sequence[Any]) -> int:
