@@ -42,7 +42,7 @@ def only_first_quick(names: list[str]) -> list[Any]:
 
 each_family = pytest.mark.parametrize("family", only_first_quick([*FIRST]))
 each_door_family = pytest.mark.parametrize(
-    "family", only_first_quick(["qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next"])
+    "family", only_first_quick(["qwen3_moe", "deepseek_v3", "qwen3_next"])
 )
 
 
@@ -118,23 +118,28 @@ def assert_same(got: list[mx.array], wanted: list[mx.array]) -> None:
 def assert_budgets_give_same_bits(
     path: Path, executor: str, *shapes: tuple[int, int], n_steps: int
 ) -> None:
-    """Compare the fewest slots, and some slots whose experts are read ahead, with all.
+    """Compare a pack with all experts in memory with other ways to hold them.
+
+    These are the experts of a plain checkpoint, the fewest slots, and some slots whose
+    experts are read ahead.
 
     Args:
+        path: the pack, beside its plain checkpoint.
         shapes: numbers of sequences and of their tokens.
     """
 
-    def of(**options: Any) -> list[mx.array]:
+    def of(path: Path, **options: Any) -> list[mx.array]:
         model = load(path, executor=executor, **options)
         return run(model, *shapes, n_steps=n_steps, vocab=SIZES["vocab_size"])
 
-    wanted = of()
+    wanted = of(path)
+    assert_same(of(path.with_name("plain")), wanted)
     few, some = least(path), least(path, 9)
     for options in (
         {"expert_memory": few},
         {"expert_memory": some, "read_ahead": "on"},
     ):
-        assert_same(of(**options), wanted)
+        assert_same(of(path, **options), wanted)
 
 
 @each_gpu
@@ -165,7 +170,7 @@ def test_a_streamed_block_gives_stocks_bits_at_every_budget(door, family, kind):
         everything = stream(load_model(path, lazy=True)[0], path, expert_memory="1GB")
         assert everything.streamer.resident
         assert_same(run(everything, *shapes), wanted)
-        for n_more in (0, 6):
+        for n_more in (0, 3):
             options = {"expert_memory": least(path, n_more), "optimistic": "on"}
             model = stream(load_model(path, lazy=True)[0], path, **options)
             assert not model.streamer.resident
