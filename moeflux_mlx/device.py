@@ -179,6 +179,11 @@ def multiplies_by_blocks(n_rows: int, n_matrices: int) -> bool:
     )
 
 
+def copies_slots(n_rows: int, n_matrices: int) -> bool:
+    """Tell whether quantised matrices in slots are copied before rows meet them."""
+    return not gathers_strided() or multiplies_by_blocks(n_rows, n_matrices)
+
+
 def multiplies_row_by_row() -> bool:
     """Tell whether MLX computes a row the same way for any number of rows."""
     return on_cpu()

@@ -15,8 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .. import device
-from ..experts.pool.pool import pool_stride
+from ..experts.compute.slot_block import copied_bytes
 from ..memory.caches import arrays_of, n_rows
 from .alone import OneAtATime
 from .small_calls import SmallCalls
@@ -73,7 +72,9 @@ class Gradients:
         finally:
             followed.put_back()
         n_bytes = taken.n_bytes(n_seqs, t, t + n_rows(cache))
-        n_bytes += N_TRAINED * followed.trained_bytes + self._copied_bytes(n_tokens)
+        store = self._calls.streamer.store
+        n_bytes += N_TRAINED * followed.trained_bytes
+        n_bytes += copied_bytes(store, n_tokens * store.top_k)
         keeper.hold(math.ceil(n_bytes), cache, n_seqs, t)
 
     def _step(self, followed: _Followed, tokens: mx.array) -> Any:
@@ -86,14 +87,6 @@ class Gradients:
 
         given = [tokens] if followed.has_tokens else []
         return mx.value_and_grad(loss)(followed.by, followed.beside, *given)
-
-    def _copied_bytes(self, n_tokens: int) -> int:
-        """Return the bytes of the chosen experts, if this device copies them."""
-        if device.gathers_strided():
-            return 0
-        store = self._calls.streamer.store
-        stride = pool_stride([store.layout(layer) for layer in store.layers])
-        return min(n_tokens * store.top_k, store.n_experts) * stride
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ import mlx.nn as nn
 
 from .. import device
 from ..experts.compute.blank import BlankExperts
+from ..experts.compute.slot_block import copied_bytes
 from ..experts.files.modules import RoutedBlock
 from ..experts.files.store import ExpertStore
-from ..experts.pool.pool import pool_stride
 from ..experts.weights import leaves
 from ..memory.cache_layouts import CacheLayout
 from ..memory.caches import CacheForm
@@ -58,9 +58,7 @@ class MeasuredNeeds:
     ):
         self._blocks, self._reads = blocks, reads
         self._model, self._calls, self._blank = model, calls, blank
-        self._n_experts = store.n_experts
-        self._stride = pool_stride([store.layout(layer) for layer in store.layers])
-        self._config = config
+        self._store, self._config = store, config
 
     def resident_bytes(self, unpack: bool) -> int:
         """Return the bytes of the parameters, which are never unpacked."""
@@ -77,10 +75,8 @@ class MeasuredNeeds:
         own += 2 * self.logits_bytes(n_seqs)
         # A batch needs a mask.
         own += 2 * n_tokens * n_cached if n_seqs > 1 else 0
-        if not device.gathers_strided():
-            # MLX copies the chosen matrices.
-            n_copied = min(n_tokens * self._blank.most_chosen, self._n_experts)
-            own += n_copied * self._stride
+        # Blank experts are a single slot, so no measured call copied more than that.
+        own += copied_bytes(self._store, n_tokens * self._blank.most_chosen)
         return math.ceil((1 + MARGIN) * own)
 
     def output_bytes(self, n_tokens: int) -> int:

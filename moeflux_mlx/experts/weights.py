@@ -194,13 +194,21 @@ class ExpertWeights:
 
         return self.named({n: own(n, weight) for n, weight in self.by_name.items()})
 
-    def end_to_end(self, slots: mx.array) -> tuple[ExpertWeights, mx.array]:
+    def end_to_end(
+        self, slots: mx.array, most: int | None = None
+    ) -> tuple[ExpertWeights, mx.array]:
         """Return contiguous copies of the matrices in ``slots``, and their indices.
 
         Many ids are read back, so that each matrix is copied once. Few ids hardly
         repeat, and the host may not know them yet.
+
+        Args:
+            most: number of distinct slots that there can be; there are no more copies.
         """
         if slots.size < READ_BACK_FROM or not has_values(slots):
+            if most is not None and slots.size > most:
+                take, found = _distinct(slots, most)
+                return self.copied(take), found
             found = mx.arange(slots.size, dtype=mx.uint32).reshape(slots.shape)
             return self.copied(slots.flatten()), found
         chosen, places = np.unique(np.array(slots), return_inverse=True)
@@ -221,6 +229,21 @@ class ExpertWeights:
     def on_host(self) -> ExpertWeights:
         """The same slots as NumPy views."""
         return ExpertWeights(self.gate.on_host, self.up.on_host, self.down.on_host)
+
+
+def _distinct(slots: mx.array, n: int) -> tuple[mx.array, mx.array]:
+    """Return ``n`` slots, among them all in ``slots``, and the place of each there.
+
+    Nothing is read back.
+    """
+    flat = slots.flatten()
+    order = mx.argsort(flat)
+    rising = flat[order]
+    is_other = mx.concatenate([mx.array([False]), rising[1:] != rising[:-1]])
+    places = mx.cumsum(is_other.astype(mx.uint32))
+    take, found = mx.zeros(n, mx.uint32), mx.zeros(slots.size, mx.uint32)
+    take[places], found[order] = rising, places
+    return take, found.reshape(slots.shape)
 
 
 def _pick(x: Any, index: Any) -> Any:

@@ -14,6 +14,8 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from ... import device
 from ..files.layout import ALL_PARTS, BIAS
 from ..files.modules import RoutedBlock
+from ..files.store import ExpertStore
+from ..pool.pool import pool_stride
 from ..weights import ARRAYS, ExpertWeights, Weight
 from .stacks import in_parts, lies_well
 
@@ -108,8 +110,26 @@ class SlotBlock:
         # With all experts, mlx-lm's module itself tells MLX whether ids are sorted.
         by_blocks = resident or self._by_blocks(slots.size if n_ids is None else n_ids)
         in_place = resident or (not by_blocks and _converts_none(weights, x.dtype))
-        if not (in_place and all(map(lies_well, weights.by_name.values()))):
-            weights, slots = weights.end_to_end(slots)
+        if in_place and all(map(lies_well, weights.by_name.values())):
+            return self._run(weights, x, slots, by_blocks, resident=resident)
+        weights, slots = weights.end_to_end(slots, self.n_experts)
+        try:
+            return self._run(weights, x, slots, by_blocks, resident=resident)
+        finally:
+            # Only the lazy result may hold the copies: those of all blocks together
+            # could take as much memory as the whole model.
+            self._hold(None)
+
+    def _run(
+        self,
+        weights: ExpertWeights,
+        x: mx.array,
+        slots: mx.array,
+        by_blocks: bool,
+        *,
+        resident: bool,
+    ) -> mx.array:
+        """Run rows through mlx-lm's block with ``weights``."""
         if weights is not self._held:
             self._hold(weights, resident=resident)
         if by_blocks is not self._last_by_blocks:
@@ -157,6 +177,18 @@ class SlotBlock:
             if weight is not None and _has_bias_views(weight):
                 del module[BIAS]
                 module.bias_of = weight.bias_of
+
+
+def copied_bytes(store: ExpertStore, n_ids: int) -> int:
+    """Return the most bytes of matrices that a block copies out of slots at a time.
+
+    Args:
+        n_ids: number of ids of the whole call.
+    """
+    counts = [store.count(layer) for layer in store.layers]
+    copied = (min(n_ids, n) for n in counts if device.copies_slots(n_ids, n))
+    stride = pool_stride([store.layout(layer) for layer in store.layers])
+    return max(copied, default=0) * stride
 
 
 def _is_plain(weight: Weight) -> bool:

@@ -1,0 +1,122 @@
+"""A stated GPU: a CPU computes, while all that asks about the device sees a GPU.
+
+Ways, places of slots, compiled steps and lazy checks are those of a GPU, but MLX adds
+up every row alone, and simulated kernels do so in one order. So where bits differ here,
+they differ because of the structure of a call, not because of a GPU's arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import mlx.core as mx
+import numpy as np
+from test_staging import Runtime
+
+from moeflux_mlx import device
+from moeflux_mlx.engine import compiled_layers
+from moeflux_mlx.engine.executors import EXECUTORS, compiled
+from moeflux_mlx.engine.executors.sim import SimExecutor
+from moeflux_mlx.engine.launch.prepared import Prepared
+from moeflux_mlx.experts.pool import staging
+from moeflux_mlx.experts.weights import leaves
+
+# Metal's limits on a stated Mac.
+LIMITS = device.GpuLimits(1 << 30, 4 << 30)
+
+
+class OnCuda(SimExecutor):
+    """The simulator under the name of CUDA's executor, by which ways are preferred."""
+
+    name = "cuda"
+    compiles = True
+
+
+class OnMetal(SimExecutor):
+    """The simulator under the name of a Mac's executor."""
+
+    name = "metal"
+
+
+@contextmanager
+def stated_gpu(kind: str) -> Iterator[None]:
+    """State a GPU: ``cuda`` or ``metal``.
+
+    The executor of that name runs simulated kernels. Matrices that the GPU's product
+    does not take, or of which it would copy all slots, raise an error.
+    """
+    is_cuda = kind == "cuda"
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (device, "on_cpu", lambda: False),
+            (device, "returns_pages", lambda: False),
+            (device, "gpu_limits", lambda: None if is_cuda else LIMITS),
+            (mx.cuda, "is_available", lambda: is_cuda),
+            (mx.metal, "is_available", lambda: not is_cuda),
+            (staging, "_runtime", Runtime),
+            (mx, "gather_mm", _gathering(mx.gather_mm)),
+            (mx, "gather_qmm", _gathering(mx.gather_qmm)),
+            (compiled, "Compiled", Replayed),
+            (compiled_layers, "Compiled", Replayed),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        executor = OnCuda if is_cuda else OnMetal
+        stack.enter_context(mock.patch.dict(EXECUTORS, {kind: executor}))
+        yield
+
+
+class Replayed:
+    """Stands for a function that MLX compiled, which the simulator cannot be part of.
+
+    MLX would replay the launches of the first call, so later ones must be the same.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+        self._launches: dict[Any, list[Any]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        made: list[Any] = []
+        original = SimExecutor.call
+
+        def call(executor: SimExecutor, built: Any, ready: Prepared) -> list[mx.array]:
+            made.append((ready.instance, ready.grid, ready.numbers))
+            return original(executor, built, ready)
+
+        with mock.patch.object(SimExecutor, "call", call):
+            out = self._function(*args)
+        forms = tuple((x.shape, x.dtype) for x in leaves(args))
+        first = self._launches.setdefault(forms, made)
+        assert made == first, "MLX would replay other launches"
+        return out
+
+
+def _gathering(gather: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Refuse matrices that a GPU's product does not take, or copies for each slot."""
+
+    def checked(x: mx.array, w: mx.array, *parts: Any, **options: Any) -> mx.array:
+        scales = parts[0] if parts and isinstance(parts[0], mx.array) else None
+        if scales is not None and scales.dtype not in (x.dtype, mx.uint8):
+            raise AssertionError(f"all slots become {x.dtype}: {scales.dtype}")
+        if scales is None and w.dtype != x.dtype:
+            raise AssertionError(f"all slots become {x.dtype}: {w.dtype}")
+        for part in (w, *parts):
+            if isinstance(part, mx.array) and not device.gathers_strided():
+                _check_contiguous(part)
+        return gather(x, w, *parts, **options)
+
+    return checked
+
+
+def _check_contiguous(array: mx.array) -> None:
+    try:
+        mx.eval(array)
+    except ValueError:
+        # A transformation traces it.
+        return
+    held = np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+    if not (held.flags.c_contiguous or held.swapaxes(-1, -2).flags.c_contiguous):
+        raise AssertionError(f"expected contiguous matrices: {held.strides}")
