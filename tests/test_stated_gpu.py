@@ -25,6 +25,7 @@ import moeflux_mlx
 from moeflux_mlx.calls import measured_scratch
 from moeflux_mlx.errors import ExpertStoreError
 from moeflux_mlx.experts.files.pack import pack
+from moeflux_mlx.experts.files.store import open_store
 from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
 from moeflux_mlx.memory import caches
 from moeflux_mlx.streaming import stream
@@ -138,6 +139,7 @@ def assert_budgets_give_same_bits(
     for options in (
         {"expert_memory": few},
         {"expert_memory": some, "read_ahead": "on"},
+        {"expert_memory": few, "optimistic": "off"},
     ):
         assert_same(of(path, **options), wanted)
 
@@ -199,6 +201,21 @@ def test_copies_of_matrices_are_planned_and_freed(door, kind, monkeypatch):
             planned += needs.output_bytes(n_tokens)
             assert taken <= planned <= 2 * taken + (1 << 20)
             assert mx.get_active_memory() - base < model.streamer.slot_bytes
+
+
+def test_our_own_classes_plan_copies_where_no_kernel_reads_the_slots(native):
+    """Without verified kernels CUDA copies the matrices of a prompt."""
+    path = native("qwen3_moe")
+    with stated_gpu("cuda"), open_store(path) as store:
+        layout = store.layout(store.layers[0])
+        planned = [
+            load(path, executor=executor, expert_memory=least(path)).needs
+            for executor in ("ops", "cuda")
+        ]
+        for n_tokens in (1, 2, 64):
+            copied = min(n_tokens * store.top_k, store.n_experts) * layout.stride
+            more, less = (needs.scratch_bytes(n_tokens, n_tokens) for needs in planned)
+            assert more - less >= copied / 2, n_tokens
 
 
 @each_gpu

@@ -4,6 +4,6 @@ This folder holds the blocks of models, the forward pass from tokens to logits, 
 runtime of a loaded model.
 
 Imports: errors, config, device, drafts, calls, engine.executors, engine.graph,
-engine.ops, experts, experts.compute, experts.files, experts.pool, experts.streaming,
-memory, saving, system, training.
+engine.lowering, engine.ops, experts, experts.compute, experts.files, experts.pool,
+experts.streaming, memory, saving, system, training.
 """

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .. import device
 from ..calls.module_call import is_tied
 from ..experts.compute.rank_experts import RankExperts
 from ..experts.compute.resident import ResidentExperts
@@ -19,10 +20,12 @@ from ..experts.weights import ExpertWeights, Weight
 from . import block_ops
 from .blocks import ROUTED, Call, DenseMlp, Moe, RoutedShape
 from .context import Context
+from .executors import KernelExecutor
 from .graph import Op, planned_peak_bytes
 from .graph import roles as b
 from .graph.experts import GraphExperts
 from .graph.lower import Kernel
+from .lowering.moe import knows
 from .mixers import Mixer
 from .model import GraphBuilder, GraphRunner, LayerGraph, LayerSample
 from .ops.functions import Array, to_device, to_host
@@ -157,7 +160,22 @@ class GraphLayer:
     def planned_bytes(self, call: Call) -> int:
         """Return the planned peak bytes of a call's graph; reads no weight's value."""
         self.weights.refresh()
-        return planned_peak_bytes(self.graph(call).graph)
+        return planned_peak_bytes(self.graph(call).graph) + self._copied_bytes(call)
+
+    def _copied_bytes(self, call: Call) -> int:
+        """Return the bytes of experts that MLX copies out of slots for a call.
+
+        Our kernels read experts in their slots.
+        """
+        routed, store = self.form.routed, self.runtime.store
+        if routed is None or store is None or self._parameters is not None:
+            return 0
+        n_ids, layout = call.n * routed.k, store.layout(self.index)
+        known = isinstance(self.runtime.executor, KernelExecutor)
+        if known and all(map(knows, layout.quantization)):
+            return 0
+        copies = device.copies_slots(n_ids, routed.n_experts)
+        return copies * min(n_ids, routed.n_experts) * layout.stride
 
     def experts(self, dtype: mx.Dtype) -> GraphExperts | None:
         """Return the layer's routed experts, if any."""

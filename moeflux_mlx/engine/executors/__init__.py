@@ -63,6 +63,7 @@ __all__ = [
     "EXECUTORS",
     "Encoding",
     "Executor",
+    "KernelExecutor",
     "OpsExecutor",
     "default_executor",
     "gpu_executor",

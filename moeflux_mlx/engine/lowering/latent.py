@@ -44,7 +44,7 @@ def rope(
 def _by_rows(op: ops.HeadMatvecNTokens) -> bool:
     q = op.weight.quantization
     narrow = op.in_dim % 32 == 0 and op.in_dim <= kernels.MAX_MATRIX_IN
-    four = kernel_form(op.weight) and q is not None and q.bits == 4
+    four = kernel_form(op.weight.quantization) and q is not None and q.bits == 4
     return four and narrow and op.n_tokens <= FEW
 
 

@@ -68,11 +68,15 @@ def combine(
 FLOATS = (Quantization(4, 32, "mxfp4"), Quantization(4, 16, "nvfp4"))
 
 
+def knows(form: Quantization | None) -> bool:
+    """Return whether our kernels know a quantisation of experts."""
+    return kernel_form(form) or form in FLOATS
+
+
 def all_known(experts: ExpertWeights) -> bool:
     """Return whether our kernels know the experts' quantisation."""
     gate, up, down = experts.gate, experts.up, experts.down
-    known = (kernel_form(w) or w.quantization in FLOATS for w in (gate, up, down))
-    if not all(known):
+    if not all(knows(w.quantization) for w in (gate, up, down)):
         return False
     same_type = gate.scales.dtype == up.scales.dtype
     return same_type and _added(gate) == _added(up) and _packed(gate) == _packed(up)

@@ -6,8 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...experts.weights import Weight
-from ..graph.op import WeightRef
+from ...experts.weights import Quantization, Weight
 from ..launch import Launch, elementwise, embed, norm, quant
 from ..ops import elementwise as elementwise_ops
 from ..ops import embed as embed_ops
@@ -21,9 +20,8 @@ KERNEL_GROUPS = (32, 64, 128)
 V3_MAX_IN_DIM = 4096
 
 
-def kernel_form(ref: WeightRef | Weight) -> bool:
+def kernel_form(q: Quantization | None) -> bool:
     """Return whether our kernels know a matrix's quantisation."""
-    q = ref.quantization
     return (
         q is not None
         and q.mode == "affine"
@@ -47,7 +45,7 @@ def form(weight: Weight) -> tuple[int, int]:
 # Products with a matrix: by rows of the matrix for one token, in tiles for more.
 def _bits(op: MatvecNTokens, bits: int) -> bool:
     q = op.weight.quantization
-    return kernel_form(op.weight) and q is not None and q.bits == bits
+    return kernel_form(op.weight.quantization) and q is not None and q.bits == bits
 
 
 def _one_token(op: MatvecNTokens, bits: int, max_in_dim: int | None = None) -> bool:
@@ -95,7 +93,7 @@ def by_rows(
     return _with_bias(out, x, bias)
 
 
-@way(MatvecNTokens, "qmm_t", lambda op: kernel_form(op.weight))
+@way(MatvecNTokens, "qmm_t", lambda op: kernel_form(op.weight.quantization))
 def qmm_t(
     _op: Any, run: Run, x: mx.array, weight: Weight, bias: Weight | None
 ) -> mx.array:
@@ -109,7 +107,9 @@ UNPACKED_TOKENS, UNPACKED_VALUES = 256, 1 << 26
 
 def _worth_unpacking(op: MatvecNTokens) -> bool:
     small = op.in_dim * op.out_dim <= UNPACKED_VALUES
-    return kernel_form(op.weight) and op.n_tokens >= UNPACKED_TOKENS and small
+    return (
+        kernel_form(op.weight.quantization) and op.n_tokens >= UNPACKED_TOKENS and small
+    )
 
 
 @way(MatvecNTokens, "mlx_dequantize", _worth_unpacking, kernels=())
@@ -145,7 +145,7 @@ def dense_matmul(
 @way(
     embed_ops.EmbedGatherNTokens,
     "embed_gather_4bit",
-    lambda op: kernel_form(op.weight),
+    lambda op: kernel_form(op.weight.quantization),
 )
 def embed_gather(_op: Any, run: Run, token_ids: mx.array, weight: Weight) -> mx.array:
     dtype = weight.scales.dtype

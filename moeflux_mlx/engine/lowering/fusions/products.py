@@ -25,7 +25,7 @@ def is_product(op: Op, *, with_bias: bool = False) -> bool:
         isinstance(op, MatvecNTokens)
         and op.n_tokens == 1
         and (with_bias or op.bias is None)
-        and kernel_form(op.weight)
+        and kernel_form(op.weight.quantization)
     )
 
 
