@@ -107,6 +107,34 @@ inline void rotate_row(
   }
 }
 
+// Norm a token's latents, and rotate its rope key, with the lanes of a simdgroup.
+template <typename T, typename P, typename N, typename F>
+inline void place_latents(
+    P row,
+    N weight,
+    F inv_freq,
+    float position,
+    float eps,
+    float mscale,
+    uint latent_dim,
+    uint rope_dim,
+    device T* latent,
+    device T* k_pe,
+    uint lane) {
+  float squares = 0.0f;
+  for (uint i = 4 * lane; i < latent_dim; i += 4 * SIMD) {
+    float4 values = read_columns(row, i, latent_dim);
+    squares += dot(values, values);
+  }
+  float scale = rsqrt(simd_sum(squares) / float(latent_dim) + eps);
+  for (uint i = 4 * lane; i < latent_dim; i += 4 * SIMD) {
+    float4 values = scale * read_columns(row, i, latent_dim);
+    values *= read_columns(weight, i, latent_dim);
+    write_columns(latent, i, latent_dim, values);
+  }
+  rotate_row(row + latent_dim, k_pe, inv_freq, position, mscale, rope_dim, lane);
+}
+
 // `mla_split_q_kv`, the norm of the latent row, and the rotation of all rope columns, for one token
 // of each sequence.
 //
@@ -144,20 +172,63 @@ template <typename T, typename W>
     copy_row(row, q_nope + head * nope_dim, nope_dim, lane);
     rotate_row(row + nope_dim, q_pe + head * rope_dim, inv_freq, position, mscale, rope_dim, lane);
   } else if (slice == n_heads) {
-    auto row = kv + kv_at + token * (latent_dim + rope_dim);
-    float squares = 0.0f;
-    for (uint i = 4 * lane; i < latent_dim; i += 4 * SIMD) {
-      float4 values = read_columns(row, i, latent_dim);
-      squares += dot(values, values);
-    }
-    float scale = rsqrt(simd_sum(squares) / float(latent_dim) + eps);
-    for (uint i = 4 * lane; i < latent_dim; i += 4 * SIMD) {
-      float4 values = scale * read_columns(row, i, latent_dim);
-      values *= read_columns(weight, i, latent_dim);
-      write_columns(latent + token * latent_dim, i, latent_dim, values);
-    }
+    place_latents<T>(
+        kv + kv_at + token * (latent_dim + rope_dim), weight, inv_freq, position, eps, mscale,
+        latent_dim, rope_dim, latent + token * latent_dim, k_pe + token * rope_dim, lane);
+  }
+}
+
+// `mla_inputs` of one token, then `mla_kv_cache_append` with its latents and rope key.
+//
+// latent_cache, latent_out: [S,L]; rope_cache, rope_out: [S,R]; place: [1], the row of the caches,
+// which is dropped outside of them. Other arguments: see `mla_inputs`. Launch: one simdgroup per
+// head, one for the key-value row, and one per cache row, four per threadgroup.
+template <typename T, typename W>
+[[kernel]] void mla_inputs_append(
+    device const T* q,
+    device const T* kv,
+    device const W* weight,
+    device const float* inv_freq,
+    device const int* start,
+    device const T* latent_cache,
+    device const T* rope_cache,
+    device const int* place,
+    constant float& eps,
+    constant float& mscale,
+    constant uint& kv_at,
+    constant uint& n_heads,
+    constant uint& nope_dim,
+    constant uint& rope_dim,
+    constant uint& latent_dim,
+    constant uint& n_rows,
+    device T* q_nope,
+    device T* q_pe,
+    device T* latent_out,
+    device T* rope_out,
+    uint i [[thread_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  uint slice = i / SIMD;
+  bool inside = place[0] >= 0 && place[0] < int(n_rows);
+  uint at = inside ? uint(place[0]) : 0u;
+  // The simdgroup of the key-value row writes a row of the caches, and the others copy the rest.
+  uint own = slice > n_heads ? slice - n_heads - 1 : at;
+  auto to_latent = latent_out + ulong(own) * latent_dim;
+  auto to_rope = rope_out + ulong(own) * rope_dim;
+  if (slice < n_heads) {
+    auto row = q + ulong(slice) * (nope_dim + rope_dim);
+    copy_row(row, q_nope + ulong(slice) * nope_dim, nope_dim, lane);
     rotate_row(
-        row + latent_dim, k_pe + token * rope_dim, inv_freq, position, mscale, rope_dim, lane);
+        row + nope_dim, q_pe + ulong(slice) * rope_dim, inv_freq, float(start[0]), mscale, rope_dim,
+        lane);
+  } else if (slice == n_heads) {
+    if (inside) {
+      place_latents<T>(
+          kv + kv_at, weight, inv_freq, float(start[0]), eps, mscale, latent_dim, rope_dim,
+          to_latent, to_rope, lane);
+    }
+  } else if (own < n_rows && !(inside && own == at)) {
+    copy_row(latent_cache + ulong(own) * latent_dim, to_latent, latent_dim, lane);
+    copy_row(rope_cache + ulong(own) * rope_dim, to_rope, rope_dim, lane);
   }
 }
 

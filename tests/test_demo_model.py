@@ -151,6 +151,7 @@ OF_OTHERS = (
     "attention_inputs_ungated",
     "attention_inputs_append",
     "mla_inputs",
+    "mla_inputs_append",
     "norm_dense_matvecs",
     "dense_residual",
     "experts_noaux_gate_up",

@@ -209,6 +209,16 @@ def placed(**changes):
     return mla.mla_inputs(**{**given, **changes})
 
 
+def appended(**changes):
+    """Return a launch of ``mla_inputs_append``, or fail at a changed argument."""
+    one, caches = mx.zeros((1,), mx.int32), (mx.zeros((1, 1, 6, n)) for n in (16, 32))
+    given = dict(q=Q[:1], kv=mx.zeros((1, 48)), weight=mx.zeros((16,)), num_heads=2)
+    given |= dict(inv_freq=mx.zeros((16,)), start=one, place=one)
+    given |= dict(zip(("latent_cache", "rope_cache"), caches, strict=True))
+    given |= dict(nope_dim=32, eps=1e-6, mscale=1.0)
+    return mla.mla_inputs_append(**{**given, **changes})
+
+
 # The fault, and the argument that the message must name.
 REFUSED = {
     "q: expected a multiple": lambda: mla.mla_split_q_kv(Q, Q, 3, 8),
@@ -223,6 +233,15 @@ REFUSED = {
         q=Q[:1], kv=mx.zeros((1, 80)), start=mx.zeros((1,), mx.int32), kv_at=33
     ),
     "q: expected one row": lambda: placed(kv_at=0),
+    r"start: expected shape \(1,\)": lambda: appended(start=mx.zeros((2,), mx.int32)),
+    "place: expected shape": lambda: appended(place=mx.zeros((2,), mx.int32)),
+    "latent_cache: expected one": lambda: appended(
+        latent_cache=mx.zeros((1, 2, 6, 16))
+    ),
+    "latent_cache: expected shape": lambda: appended(
+        latent_cache=mx.zeros((1, 1, 6, 8))
+    ),
+    "rope_cache": lambda: appended(rope_cache=mx.zeros((1, 1, 5, 32))),
     "x": lambda: mla.yarn_rope_apply(Q, mx.zeros((5,)), mx.array([0]), 1.0),
     "start": lambda: mla.yarn_rope_apply(Q, mx.zeros((4,)), mx.array([0, 1]), 1.0),
     "start: expected 0 to 2": lambda: mla.mla_kv_cache_append(

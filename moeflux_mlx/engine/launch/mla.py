@@ -386,6 +386,86 @@ def mla_kv_cache_append(
     )
 
 
+def _placed_and_appended(given: Given) -> tuple[mx.array, ...]:
+    q_nope, q_pe, latent, k_pe = _placed(given)
+    caches = given.latent_cache, given.rope_cache
+    # MLX ends the process for a row outside of the cache.
+    if 0 <= int(np.array(given.place)[0]) < caches[0].shape[2]:
+        new = {"latent": latent, "k_pe": k_pe, "start": given.place}
+        caches = _append(Given(**{**vars(given), **new}))
+    return q_nope, q_pe, *caches
+
+
+def _some_inputs_and_caches(case: Case) -> tuple[Any, ...]:
+    q, kv, weight, inv_freq, start, *rest = _some_inputs(case.but(t=1))
+    caches = (case.normal(1, 1, case.rows, n) for n in (case.l, case.r))
+    place = mx.array([case.row], mx.int32)
+    return q, kv, weight, inv_freq, start, *caches, place, *rest
+
+
+@kernel(
+    reference=_placed_and_appended,
+    sample=_some_inputs_and_caches,
+    sizes=[
+        {"h": 1, "n": 1, "r": 2, "l": 1, "start": 0, "s": 0, "rows": 1, "row": 0},
+        {"h": 5, "n": 6, "r": 10, "l": 161, "start": 7, "s": 1, "rows": 19, "row": 7},
+        {"h": 16, "n": 128, "r": 64, "l": 512, "start": 4095, "s": 1}
+        | {"rows": 33, "row": 32},
+        {"h": 3, "n": 12, "r": 196, "l": 96, "start": 100, "s": 0, "rows": 8, "row": 0},
+        {"h": 3, "n": 6, "r": 10, "l": 35, "start": 7, "s": 1, "at": 51}
+        | {"rows": 11, "row": 10},
+        {"h": 4, "n": 6, "r": 6, "l": 33, "start": 3, "s": 0, "rows": 7, "row": 7},
+        {"h": 2, "n": 5, "r": 4, "l": 31, "start": 3, "s": 1, "rows": 3, "row": -1},
+    ],
+    large={"h": 128, "n": 128, "r": 64, "l": 512, "start": 700, "s": 0}
+    | {"rows": 768, "row": 700},
+    varying=("n_rows",),
+)
+def mla_inputs_append(
+    q: mx.array,
+    kv: mx.array,
+    weight: mx.array,
+    inv_freq: mx.array,
+    start: mx.array,
+    latent_cache: mx.array,
+    rope_cache: mx.array,
+    place: mx.array,
+    num_heads: int,
+    nope_dim: int,
+    eps: float,
+    mscale: float,
+    kv_at: int | None = None,
+) -> Launch:
+    """``mla_inputs`` of one token, and both caches with its latents and rope key.
+
+    Caches are ``[1, 1, S, L]`` and ``[1, 1, S, R]``; the new row is ``place`` int32
+    ``[1]``, dropped if outside. The outputs are q_nope, q_pe and the caches.
+    """
+    expect("start", start, (1,))
+    given = q, kv, weight, inv_freq, start, num_heads, nope_dim, eps, mscale, kv_at
+    placed = mla_inputs(*given)
+    sizes = placed.inputs
+    *ones, n_rows, _ = dims("latent_cache", latent_cache, 4)
+    require("latent_cache", ones == [1, 1], "one sequence and head", tuple(ones))
+    require("latent_cache", n_rows < 1 << 26, "fewer than 2^26 rows", n_rows)
+    expect("latent_cache", latent_cache, (1, 1, n_rows, sizes["latent_dim"]))
+    expect("rope_cache", rope_cache, (1, 1, n_rows, sizes["rope_dim"]))
+    expect("place", place, (1,))
+    caches = {"latent_cache": latent_cache, "rope_cache": rope_cache}
+    grid, threadgroup = _simdgroup_rows(num_heads + 1 + n_rows)
+    return Launch(
+        "mla_inputs_append",
+        {**sizes, **caches, "place": place, "n_rows": n_rows},
+        {
+            **{name: placed.outputs[name] for name in ("q_nope", "q_pe")},
+            "latent_out": tuple(latent_cache.shape),
+            "rope_out": tuple(rope_cache.shape),
+        },
+        grid,
+        threadgroup,
+    )
+
+
 def _check_heads_matrix(
     x_name: str, x: mx.array, w: mx.array, scales: mx.array, biases: mx.array
 ) -> tuple[int, int, int, int, int]:

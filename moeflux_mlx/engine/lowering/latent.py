@@ -145,12 +145,12 @@ def _unpacked(weight: Weight, like: mx.array) -> mx.array:
     return dense.astype(like.dtype)
 
 
-def _compressed(op: attention_ops.KvCacheAppendNTokens) -> bool:
+def compressed(op: attention_ops.KvCacheAppendNTokens) -> bool:
     return bool(op.value_dim) and op.n_seqs == op.num_kv_heads == 1
 
 
-@way(attention_ops.KvCacheAppendNTokens, "mla_kv_cache_append", _compressed)
-def append(
+@way(attention_ops.KvCacheAppendNTokens, "mla_kv_cache_append", compressed)
+def append_latents(
     op: Any,
     run: Run,
     latent: mx.array,
