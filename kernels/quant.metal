@@ -317,6 +317,39 @@ template <
   }
 }
 
+// The SwiGLU of two products with the RMS norm of a row: out = silu(Wg y) * (Wu y), y = norm(x).
+//
+// x: [I]; norm: [I], the norm's weight; w, scales, biases: a matrix [2 O,I] in BITS bits, the rows
+// of Wg before those of Wu; out: [O]. Launch: threadgroups of 256, one per ROWS rows of both. The
+// products are rounded to T first, so that the bits are those of `norm_matvecs` and a SwiGLU of its
+// own. No threadgroup computes a value of another one again, which the down product would have to.
+template <typename T, typename N, typename S, int BITS, int G, int WORDS, int ROWS>
+[[kernel]] void norm_gate_up_swiglu(
+    device const T* x,
+    device const N* norm,
+    device const uint* w,
+    device const S* scales,
+    device const S* biases,
+    constant float& eps,
+    constant uint& n_in,
+    constant uint& n_out,
+    device T* out,
+    uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float sums[2 * ROWS];
+  uint row = group * ROWS;
+  ulong up = ulong(n_out) * n_in;
+  rows_of_matrices<BITS, false, G, WORDS, ROWS, 2, true>(
+      x, norm, eps, w, scales, biases, w + up / (32 / BITS), scales + up / G, biases + up / G, row,
+      n_in, n_out, sums, simdgroup, lane);
+  if (thread_index < ROWS && row + thread_index < n_out) {
+    float gate = float(T(sums[thread_index]));
+    out[row + thread_index] = T(silu(gate) * float(T(sums[ROWS + thread_index])));
+  }
+}
+
 // A thread's share of the product of x with four rows of a dense matrix, from `row` on, by a
 // threadgroup of 128. If NORM, x is multiplied by `norm` first, and sums[4] receives the share of
 // its sum of squares. Every thread reads parts of all four rows, so that x is read once.

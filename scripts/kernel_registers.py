@@ -65,6 +65,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], ...]] = {
     "dequant_matvec_4bit_v4": (dict(i=2048, o=8192, g=64, s=0),),
     "dequant_matvec_4bit_v3": (dict(i=512, o=2048, g=64, s=0),),
     "matvec_residual": (dict(i=4096, o=2048, bits=4, g=64, s=0),),
+    "norm_gate_up_swiglu": (dict(i=7168, o=18432, g=64, s=0),),
 }
 # Launches with too many registers, and the reason why they are accepted.
 EXCUSED = {

@@ -145,14 +145,15 @@ OTHER_FAMILIES = {
     ops.PartKeyHeadsNTokens,
     ops.SdpaLatentCausal,
 }
-# The demo model gates its attention, which is not latent. It has no dense matrices, and
-# a softmax chooses its experts.
+# The demo model gates its attention, which is not latent. Its matrices are
+# quantised, all its layers have experts, and a softmax chooses these.
 OF_OTHERS = (
     "attention_inputs_ungated",
     "attention_inputs_append",
     "mla_inputs",
     "mla_inputs_append",
     "norm_dense_matvecs",
+    "norm_gate_up_swiglu",
     "dense_residual",
     "experts_noaux_gate_up",
 )

@@ -11,7 +11,7 @@ import pytest
 from moeflux_mlx.engine import simulator
 from moeflux_mlx.engine.executors.kernels import metal_kernel
 from moeflux_mlx.engine.executors.sim import SimExecutor
-from moeflux_mlx.engine.launch import KERNELS, prepare
+from moeflux_mlx.engine.launch import KERNELS, elementwise, prepare, quant
 from moeflux_mlx.engine.launch.check import check, relative_error
 from moeflux_mlx.engine.launch.prepared import Prepared
 from moeflux_mlx.engine.metal import Input, library
@@ -62,6 +62,18 @@ def test_a_kernel_has_no_race_and_touches_only_its_own_memory(kernel, sizes):
 
 # Functions that Apple's compiler replaces by less exact ones.
 INEXACT = re.compile(r"(?<!precise::)\b(?:exp2?|log2?|r?sqrt)\(")
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32], ids=str)
+def test_a_swiglu_with_its_products_has_the_bits_of_one_after_them(dtype):
+    run, kernel = SimExecutor(checked=False).run, KERNELS["norm_gate_up_swiglu"]
+    for sizes in kernel.sizes[2:5]:
+        x, norm, *matrix, eps, bits, group = kernel.arguments(dtype, **sizes)
+        (row,) = run(quant.norm_matvecs(x, norm, [(*matrix, bits)], eps, group))
+        both = row.reshape(-1)[: 2 * sizes["o"]].reshape(2, 1, -1)
+        (apart,) = run(elementwise.swiglu_fused_batched(*both))
+        (got,) = run(quant.norm_gate_up_swiglu(x, norm, *matrix, eps, bits, group))
+        assert got.dtype == dtype and mx.array_equal(got.reshape(1, -1), apart)
 
 
 def calls_inexact(kernel) -> bool:

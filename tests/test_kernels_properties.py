@@ -92,6 +92,9 @@ ANY_SIZES: dict[str, st.SearchStrategy[dict[str, int]]] = {
     "matvec_residual": in_groups(
         sizes_of(o=st.integers(1, 80), bits=BITS, **QUANTISED), "i", 1500
     ),
+    "norm_gate_up_swiglu": in_groups(
+        sizes_of(o=st.integers(1, 80), bits=BITS, more=FEW, **QUANTISED), "i", 1500
+    ),
     "experts_gate_up_swiglu": in_groups(
         sizes_of(k=FEW, n=st.integers(1, 40), base=FEW, bits=BITS, **QUANTISED),
         "i",

@@ -12,6 +12,7 @@ from moeflux_mlx import ops
 from moeflux_mlx.engine import lowering, simulator
 from moeflux_mlx.engine.executors.sim import SimExecutor
 from moeflux_mlx.engine.graph import REGISTRY, BufferPool, WeightRef, roles
+from moeflux_mlx.engine.graph.op import JointRows
 from moeflux_mlx.engine.launch import KERNELS
 from moeflux_mlx.engine.launch.check import relative_error
 from moeflux_mlx.engine.lowering import MLX, PREFERRED, WAYS
@@ -106,6 +107,52 @@ def test_ops_run_together_unless_the_environment_says_otherwise(monkeypatch):
         assert lowering.fused([product, add], None) is None
     monkeypatch.setenv("MOEFLUX_LOWERING", "MatvecNTokens=qmm_t")
     assert lowering.fused([product, add], None) is None
+
+
+def norm_and_swiglu() -> list:
+    """Return a norm, both halves of a joint matrix, and their SwiGLU."""
+    pool = BufferPool(mx.float32)
+    x, normed, gate, up, act = (
+        pool.alloc(role, (1, n), role.__name__)
+        for role, n in (
+            (roles.HiddenBuf, 32),
+            (roles.MoeInputBuf, 32),
+            (roles.SharedFfnGateBuf, 8),
+            (roles.SharedFfnUpBuf, 8),
+            (roles.SharedFfnActBuf, 8),
+        )
+    )
+    weight = WeightRef("norm", (32,))
+    norm = dict(x=x, weight=weight, out=normed, dim=32, n_tokens=1, eps=1e-5)
+    half = dict(input=normed, in_dim=32, out_dim=8, n_tokens=1)
+    form = Quantization(4, 32)
+    halves = (
+        WeightRef("w", (8, 32), form, joint=JointRows("both", first, 16))
+        for first in (0, 8)
+    )
+    swiglu = dict(gate=gate, up=up, out=act, n_tokens=1, dim=8)
+    return [
+        ops.RmsNormBf16NTokens(label="norm", **norm),
+        *(
+            ops.MatvecNTokens(label="half", weight=ref, output=out, **half)
+            for ref, out in zip(halves, (gate, up), strict=True)
+        ),
+        ops.SwigluFusedBatched(label="swiglu", **swiglu),
+    ]
+
+
+def test_a_swiglu_runs_with_its_products_if_nothing_else_reads_them():
+    chain = norm_and_swiglu()
+    found = lowering.fused(chain, None)
+    assert found is not None and found.n == 4
+    assert set(found.weights) == {"norm", "both"}
+    norm, gate, up, swiglu = chain
+    for other in (gate, swiglu):
+        found = lowering.fused([*chain, other], None)
+        assert found is not None and found.n == 3
+    swapped = dataclasses.replace(swiglu, gate=up.output, up=gate.output)
+    found = lowering.fused([norm, gate, up, swapped], None)
+    assert found is not None and found.n == 3
 
 
 def test_preferred_ways_of_an_executor_exist_and_come_first(monkeypatch):

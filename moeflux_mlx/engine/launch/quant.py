@@ -432,6 +432,70 @@ def norm_matvecs(
     )
 
 
+def _norm_swiglu(given: Given) -> mx.array:
+    wide = given.wide
+    normed = rms_norm(wide.x.reshape(-1)[: wide.norm.size], wide.norm, wide.eps)
+    rounded = linear(normed, stored_in(given)).astype(given.x.dtype)
+    out = swiglu(*mx.split(rounded.astype(mx.float32), 2))
+    return out.reshape(*given.x.shape[:-1], -1).astype(given.x.dtype)
+
+
+def _some_norm_swiglu(case: Case) -> tuple[Any, ...]:
+    bits, width = case.get("bits", 4), case.i + case.get("more")
+    weight = 1 + normal(case.rng, case.other, case.i, scale=0.1)
+    x = case.normal(1, width) if case.s else case.normal(width)
+    parts = quantised(case, 2 * case.o, case.i, bits)
+    return x, weight, *parts, 0.05, bits, case.g
+
+
+@kernel(
+    reference=_norm_swiglu,
+    sample=_some_norm_swiglu,
+    sizes=[
+        dict(i=32, o=1, g=32, s=0),
+        dict(i=32, o=1029, g=32, s=0, bits=2),
+        dict(i=192, o=35, g=64, s=1, bits=8),
+        dict(i=2176, o=9, g=128, s=1, more=5),
+        dict(i=4224, o=19, g=64, s=0),
+        dict(i=32, o=4099, g=32, s=0),
+        dict(i=32, o=32801, g=32, s=0),
+        dict(i=576, o=18, g=64, s=1),
+    ],
+    large=dict(i=4096, o=10944, g=64, s=0),
+    varying=(),
+)
+def norm_gate_up_swiglu(
+    x: mx.array,
+    norm: mx.array,
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    eps: float,
+    bits: int,
+    group_size: int,
+) -> Launch:
+    """``silu(Wg y) * (Wu y)`` ``[O]``, where y is the norm of ``[I]``.
+
+    The matrix ``[2 O, I]`` holds the rows of Wg, then those of Wu. A row ``[1, I]``
+    gives ``[1, O]``. ``x`` may be longer: it then begins with the I values.
+    """
+    (n_in,) = dims("norm", norm, 1)
+    require_part("x", 0, n_in, one_row("x", x))
+    n_rows = check_rows(w, scales, biases, n_in, bits, group_size)
+    require("w", n_rows % 2 == 0, "as many rows of gate as of up", n_rows)
+    n_out = n_rows // 2
+    sizes = _rows_and_words(n_in, n_rows)
+    inputs: dict[str, Any] = {"x": x, "norm": norm, "w": w, "scales": scales}
+    return Launch(
+        "norm_gate_up_swiglu",
+        {**inputs, "biases": biases, "eps": eps, "n_in": n_in, "n_out": n_out},
+        {"out": (*x.shape[:-1], n_out)},
+        (256 * ceil_div(n_out, sizes["ROWS"]), 1, 1),
+        (256, 1, 1),
+        {"BITS": bits, "G": group_size, **sizes},
+    )
+
+
 @_one_token(4)
 def dequant_matvec_4bit_v5(
     x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, group_size: int

@@ -12,7 +12,7 @@ from ....experts.weights import Weight
 from ...graph.op import JointRows, Op
 from ...graph.rows import RowPart, whole
 from ...launch import quant
-from ...ops.elementwise import ResidualAddNTokens
+from ...ops.elementwise import ResidualAddNTokens, SwigluFusedBatched
 from ...ops.norm import RmsNormBf16NTokens
 from ...ops.quant import MatvecNTokens
 from ..registry import Run, Values, fusion
@@ -195,9 +195,7 @@ def _n_joint(ops: Sequence[Any], reads: Callable[[Any], bool]) -> int:
 def norm_matvecs(ops: Sequence[Any], run: Run, values: Values) -> Values:
     """Run a norm and the products with its output; return all as parts of one row."""
     norm, *products = ops
-    x, weight = values[norm.x], values[norm.weight.name].w
-    # A part that begins its row need not be cut out.
-    x = x.row if isinstance(x, RowPart) and x.start == 0 else whole(x)
+    x, weight = _beginning(values[norm.x]), values[norm.weight.name].w
     matrices, biases, parts_of = [], [], []
     for same in _matrices(products, norm.out):
         matrix = _matrix(same, values)
@@ -210,6 +208,45 @@ def norm_matvecs(ops: Sequence[Any], run: Run, values: Values) -> Values:
     *starts, _ = quant.norm_row(norm.dim, [m[0].shape[0] for m in matrices])
     out = _row_parts(row, starts, parts_of)
     return {**out, norm.out: RowPart(row, starts[-1], norm.dim)}
+
+
+def _beginning(x: Any) -> mx.array:
+    """Return the row that values begin; a part that begins its row is not cut out."""
+    row: mx.array = x.row if isinstance(x, RowPart) and x.start == 0 else whole(x)
+    return row
+
+
+def _norm_and_swiglu(ops: Sequence[Any]) -> int:
+    """Count a norm, the two halves of a joint matrix, and their SwiGLU."""
+    norm, gate, up, act, *later = ops
+    halves = gate.out_dim == up.out_dim and (act.gate, act.up) == (
+        gate.output,
+        up.output,
+    )
+    joint = _n_joint(ops[1:3], lambda op: is_product(op) and op.input == norm.out)
+    # The launch writes the activation alone.
+    inner = {norm.out, gate.output, up.output}
+    alone = not any(buf in inner for op in later for buf in op.reads)
+    return 4 * (norm.n_tokens == 1 and halves and joint == 2 and alone)
+
+
+@fusion(
+    "norm_gate_up_swiglu",
+    (RmsNormBf16NTokens, MatvecNTokens, MatvecNTokens, SwigluFusedBatched),
+    _norm_and_swiglu,
+    takes_parts=True,
+    joint=True,
+)
+def norm_gate_up_swiglu(ops: Sequence[Any], run: Run, values: Values) -> Values:
+    """Run a norm, two products with it and their SwiGLU."""
+    norm, gate, _, act = ops
+    x, weight, matrix = (
+        _beginning(values[norm.x]),
+        values[norm.weight.name].w,
+        _matrix([gate], values),
+    )
+    given = x, weight, *parts(matrix), norm.eps, *form(matrix)
+    return {act.out: run(quant.norm_gate_up_swiglu(*given))[0]}
 
 
 def _bias(products: Sequence[Any], values: Values, dtype: mx.Dtype) -> Any:
