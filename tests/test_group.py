@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
@@ -31,6 +33,7 @@ from moeflux_mlx.errors import ConfigError, ModelError
 from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.experts.files.share import SharedExperts, share_of
 from moeflux_mlx.experts.files.store import open_store
+from moeflux_mlx.server import server
 
 BIN = Path(sys.executable).parent
 E, LAYERS = 7, {"plain": 3, "pack": 3, "hybrid": 4}
@@ -320,6 +323,26 @@ def test_a_server_ends_in_one_line_with_one_of_its_processes(models, tmp_path):
     text = log.read_text()
     assert "[group] expected every process to serve but one ended" in text
     assert "Traceback" not in text
+
+
+def test_a_connection_lost_in_mlx_lms_own_sums_is_named(monkeypatch, caplog):
+    """A process may end before the first request, while mlx-lm adds up the seed."""
+    generator = object.__new__(server.Generator)
+    generator._loaded = threading.Event()
+    generator.model_provider = types.SimpleNamespace(load_default=lambda: None)
+    monkeypatch.setattr(server.guards, "kept_prompts", lambda _: None)
+
+    def fail(_: object) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(server.stock.ResponseGenerator, "_generate", fail)
+    text = "[ring] connection to a peer was lost"
+    generator._generate()
+    assert generator._generation_failed
+    assert "[group] expected every process to serve but one ended" in caplog.text
+    text = "[metal] another fault"
+    with pytest.raises(RuntimeError, match="another fault"):
+        generator._generate()
 
 
 @pytest.mark.slow

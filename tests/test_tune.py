@@ -348,7 +348,7 @@ def test_every_op_and_group_is_tried_at_every_length(tuned_tiny):
     }
     assert {(name, n) for name in both for n in (1, 3)} <= tried
     assert ("experts_down_combine", 1) in tried
-    assert ("MoeBatchedPermuteFuse", 3) in tried
+    assert ("MoeGatherIdFuse", 3) in tried
     # The cache object does this work, so there is nothing to choose.
     assert not any(name == "KvCacheAppendNTokens" for name, _ in tried)
     for e in tuned_tiny.entries:

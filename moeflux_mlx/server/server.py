@@ -32,6 +32,9 @@ from .record import Record
 from .replaced import replaced
 from .turns import generate_in_turns
 
+# MLX begins the errors of its connections with the backend's name.
+BACKENDS = ("[ring]", "[nccl]", "[jaccl]", "[mpi]")
+
 
 def serve(args: argparse.Namespace, options: dict[str, Any]) -> int:
     """Load a model and answer requests until the process is ended.
@@ -173,6 +176,12 @@ class Generator(stock.ResponseGenerator):
         except GroupError as error:
             logging.error("%s", error)
             self._generation_failed = True
+        except RuntimeError as error:
+            # mlx-lm itself adds numbers of all processes, as the first seed.
+            if not str(error).startswith(BACKENDS):
+                raise
+            logging.error("%s", _one_ended(error))
+            self._generation_failed = True
 
     def _tokenize(self, *args: Any) -> Any:
         found = super()._tokenize(*args)
@@ -201,11 +210,7 @@ class Generator(stock.ResponseGenerator):
         try:
             return super()._share_object(obj)
         except RuntimeError as error:
-            told = " ".join(str(error).split())
-            raise GroupError(
-                f"[group] expected every process to serve but one ended ({told}): its "
-                "own error says why, start all of them again"
-            ) from error
+            raise _one_ended(error) from error
 
     def _share_request(self, request: Any) -> Any:
         """Pass a request to all processes, or None to end them."""
@@ -286,6 +291,15 @@ class Generator(stock.ResponseGenerator):
         path = Path(name)
         found = [str(path.resolve()), name, path.name] if path.exists() else [name]
         return [*found, DEFAULT]
+
+
+def _one_ended(error: RuntimeError) -> GroupError:
+    """Return the error for a connection that another process has closed."""
+    told = " ".join(str(error).split())
+    return GroupError(
+        f"[group] expected every process to serve but one ended ({told}): its own error "
+        "says why, start all of them again"
+    )
 
 
 class _Unstoppable(stock.GenerationContext):
