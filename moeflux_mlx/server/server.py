@@ -297,8 +297,8 @@ def _one_ended(error: RuntimeError) -> GroupError:
     """Return the error for a connection that another process has closed."""
     told = " ".join(str(error).split())
     return GroupError(
-        f"[group] expected every process to serve but one ended ({told}): its own error "
-        "says why, start all of them again"
+        f"[group] expected every process to serve but one ended ({told}): its own "
+        "error says why, start all of them again"
     )
 
 
