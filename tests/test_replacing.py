@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import load_model
@@ -423,6 +423,8 @@ def test_a_pool_keeps_to_its_plan_while_it_moves(
     scratch=st.integers(0, 60),
     spares=st.booleans(),
 )
+@example(counts=[4, 4, 39, 32, 55, 35, 53], room=247, scratch=60, spares=False)
+@example([37, 35, 51, 21, 13, 71, 61, 20, 17, 61, 61], 414, 16, True)
 def test_a_planned_pool_can_be_moved_and_is_the_one_that_is_made(
     counts, room, scratch, spares
 ):
@@ -442,7 +444,8 @@ def test_a_planned_pool_can_be_moved_and_is_the_one_that_is_made(
         spared = divide(n_bytes, **options, spares=spares)
         assert spared.n_segments == planned.n_segments
         assert spared.n_bytes(stride) <= n_bytes
-        assert spared.replacing_bytes(stride) <= moved
+        spare = spared.replacing_bytes(stride)
+        assert spared.n_bytes(stride) + spare <= room + scratch
         one = divide(n_bytes, **options, gives_way=False)
         assert one.n_segments == 1 and one.n_slots >= made.n_slots
 

@@ -198,11 +198,11 @@ class _Room:
         n_fitting = bisect.bisect_left(
             found,
             True,
-            key=lambda n: not self._can_shrink(replace(most, n_slots=n)),
+            key=lambda n: not self.can_shrink(replace(most, n_slots=n)),
         )
         return replace(most, n_slots=found[max(0, n_fitting - 1)])
 
-    def _can_shrink(self, division: Division) -> bool:
+    def can_shrink(self, division: Division) -> bool:
         """Return whether ``replacing`` has room for a division and a second buffer."""
         assert self.replacing is not None
         taken = division.n_bytes(self.stride) + division.replacing_bytes(self.stride)
@@ -254,9 +254,28 @@ def divide(
         BudgetError: one token's experts do not fit into memory, or those of one layer
             do not fit into a buffer.
     """
-    limits = device.gpu_limits()
     n_bytes = most_bytes() if memory is None else within_working_set(memory)
     room = _Room(n_bytes, replacing, tuple(counts), stride, top_k, scope, spares)
+    found = _divided(room, gives_way)
+    if replacing is None:
+        return found
+    # The streamer divides the plan's bytes without regard to a second buffer. It may
+    # want more segments than the plan, or a blank slot in each.
+    n_bytes = found.n_bytes(stride)
+    while True:
+        alone = replace(room, bytes=n_bytes, replacing=None)
+        made = _divided(alone, gives_way)
+        spared = _divided(replace(alone, spares=True), gives_way)
+        if room.can_shrink(made) and room.can_shrink(spared):
+            return made
+        less = room.division(made.n_segments).n_bytes(stride)
+        n_bytes = min(less, n_bytes - stride)
+        if not replace(room, bytes=n_bytes).allows(1):
+            return found
+
+
+def _divided(room: _Room, gives_way: bool) -> Division:
+    limits, counts, stride = device.gpu_limits(), room.counts, room.stride
     n_wanted = room.wanted(gives_way=gives_way)
     found = None
     for n_segments in range(n_wanted, len(counts) + 1):
