@@ -457,7 +457,7 @@ def _some_norm_swiglu(case: Case) -> tuple[Any, ...]:
         dict(i=192, o=35, g=64, s=1, bits=8),
         dict(i=2176, o=9, g=128, s=1, more=5),
         dict(i=4224, o=19, g=64, s=0),
-        dict(i=32, o=4099, g=32, s=0),
+        dict(i=1024, o=4099, g=64, s=0),
         dict(i=32, o=32801, g=32, s=0),
         dict(i=576, o=18, g=64, s=1),
     ],
