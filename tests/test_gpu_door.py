@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
+from tiny import halved
 
 from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
 from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
@@ -53,15 +54,7 @@ def write(path: Path, family: str, bits: int | None, changes: dict) -> Path:
         patch.setattr(families, "configuration", lambda _: config)
         path.mkdir()
         family_trials.write_model(path, family, bits)
-    for file in map(str, path.glob("*.safetensors")):
-        tensors = mx.load(file)
-        mx.eval(tensors)
-        halved = {
-            name: x.astype(mx.bfloat16) if x.dtype == mx.float32 else x
-            for name, x in tensors.items()
-        }
-        mx.save_safetensors(file, halved, {"format": "mlx"})
-    return path
+    return halved(path)
 
 
 def ids(n_seqs: int, n: int, seed: int) -> mx.array:

@@ -19,7 +19,7 @@ from native_family_table import FAMILIES
 from native_family_table import write as write_native
 from native_models import least, load, simulated, tokens
 from stated_gpu import stated_gpu
-from tiny import SIZES
+from tiny import SIZES, halved
 
 import moeflux_mlx
 from moeflux_mlx.calls import measured_scratch
@@ -54,19 +54,6 @@ def scripts():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "scripts"))
         yield
-
-
-def halved(path: Path) -> Path:
-    """Store a checkpoint's float32 tensors in bfloat16, as published ones are."""
-    for file in map(str, path.glob("*.safetensors")):
-        tensors = mx.load(file)
-        mx.eval(tensors)
-        short = {
-            name: x.astype(mx.bfloat16) if x.dtype == mx.float32 else x
-            for name, x in tensors.items()
-        }
-        mx.save_safetensors(file, short, {"format": "mlx"})
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +172,7 @@ def test_a_streamed_block_gives_stocks_bits_at_every_budget(door, family, kind):
 
 @each_gpu
 def test_copies_of_matrices_are_planned_and_freed(door, kind, monkeypatch):
-    """CUDA copies what is chosen; Metal does so once many rows share a matrix."""
+    """CUDA copies chosen matrices; Metal does so once many rows share a matrix."""
     monkeypatch.setattr(measured_scratch, "MOST_ROWS", 256)
     path = door("qwen3_moe", moe_intermediate_size=256)
     with stated_gpu(kind):

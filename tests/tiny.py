@@ -301,3 +301,16 @@ def write_tokenizer(path: Path, vocab_size: int) -> None:
             }
         )
     )
+
+
+def halved(path: Path) -> Path:
+    """Store a checkpoint's float32 tensors in bfloat16, as published ones are."""
+    for file in map(str, path.glob("*.safetensors")):
+        tensors = mx.load(file)
+        mx.eval(tensors)
+        short = {
+            name: x.astype(mx.bfloat16) if x.dtype == mx.float32 else x
+            for name, x in tensors.items()
+        }
+        mx.save_safetensors(file, short, {"format": "mlx"})
+    return path
