@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -411,6 +412,32 @@ def test_a_library_runs_when_another_process_replaced_its_file(
             copy.write_bytes(path.read_bytes())
             copy.chmod(0o600)
             copy.replace(path)
+
+
+@pytest.mark.parametrize("declared", ["device const", "const device", "constant"])
+def test_what_another_thread_writes_to_an_input_meanwhile_stays(declared):
+    """As reading threads do, with slots that a running kernel does not read."""
+    program = simulator.Program(
+        HEAD + f"kernel void k({declared} uint* x, device uint* y,"
+        "  uint i [[thread_position_in_grid]]) { y[i] = x[0]; }"
+    )
+    x, y = np.full(1 << 20, 7, np.uint32), np.zeros(1 << 15, np.uint32)
+    is_over = False
+
+    def write() -> None:
+        for place in range(1, len(x)):
+            if is_over:
+                break
+            x[place] = 0
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    for _ in range(3):
+        program.run("k", [x, y], (len(y), 1, 1), (32, 1, 1))
+    is_over = True
+    writer.join()
+    n_written = np.count_nonzero(x == 0)
+    assert n_written and not x[1 : 1 + n_written].any() and (y == 7).all()
 
 
 def test_kernels_of_two_threads_run_one_after_the_other():

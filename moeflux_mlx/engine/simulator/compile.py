@@ -62,12 +62,16 @@ def available() -> bool:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter: of kind ``buffer``, ``reference``, ``threadgroup`` or ``ids``."""
+    """A parameter: of kind ``buffer``, ``reference``, ``threadgroup`` or ``ids``.
+
+    ``writable``: a kernel may write to the buffer, as it is not declared constant.
+    """
 
     kind: str
     type: str
     name: str
     index: int
+    writable: bool
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,9 @@ def _parameters(text: str) -> tuple[Parameter, ...]:
         if kind == "ids" and type_name not in _ATTRIBUTES:
             raise SimulatorError(f"[simulator] cannot bind parameter {part.strip()!r}")
         declared = head.split()[-2] if kind == "ids" else ""
-        found.append(Parameter(kind, declared, type_name or name, index))
+        target = re.split(r"[*&]", head)[0]
+        writable = index >= 0 and not re.search(r"\b(const|constant)\b", target)
+        found.append(Parameter(kind, declared, type_name or name, index, writable))
     return tuple(found)
 
 

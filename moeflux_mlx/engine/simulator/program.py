@@ -159,6 +159,8 @@ class Program:
     ) -> None:
         """Run a kernel over a grid of threads, writing into ``buffers`` in place.
 
+        Other threads may change what the kernel declares constant and does not read.
+
         Args:
             kernel: one of ``kernels``.
             buffers: C-contiguous arrays in the order of their ``[[buffer(i)]]``.
@@ -207,8 +209,9 @@ class Program:
         )
         with _RUNNING:
             n_found = _runtime().msl_run(ctypes.byref(request))
-        for array, copy in zip(buffers, guarded, strict=True):
-            copy.back_to(array)
+        # Not the others: expert slots, for example, are read into at the same time.
+        for index in {p.index for p in function.parameters if p.writable}:
+            guarded[index].back_to(buffers[index])
         if n_found:
             messages = [
                 self._describe(findings[i], function, arrays) for i in range(n_found)
@@ -313,6 +316,5 @@ class _Guarded:
         self._view[:] = array.reshape(-1).view(np.uint8)
 
     def back_to(self, array: np.ndarray) -> None:
-        """Copy written values back, if the array is writeable."""
-        if array.flags.writeable:
-            array.reshape(-1).view(np.uint8)[:] = self._view
+        """Copy written values back."""
+        array.reshape(-1).view(np.uint8)[:] = self._view
