@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -197,6 +198,46 @@ def test_scales_of_a_quantised_matrix_have_gradients(executor):
         return y.sum()
 
     close(mx.grad(loss)(w.scales), mx.grad(plain)(w.scales))
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("name", ["decode_experts", "gather_experts"])
+def test_experts_add_their_biases(name, bits, executor):
+    n = 1 if name == "decode_experts" else N
+    plain = experts(bits)
+    biases = {"gate_proj": noise(41, E, 32), "up_proj": noise(42, E, 32)}
+    biases["down_proj"] = noise(43, E, D)
+
+    def run(biases):
+        added = {p: replace(w, bias=biases[p]) for p, w in plain.by_name.items()}
+        weights = ExpertWeights.named(added)
+        return getattr(ops, name)(X[:n], CHOSEN[:n], SHARES[:n], weights)
+
+    def by_hand(biases):
+        def product(p, x, e):
+            w = plain.by_name[p]
+            dense = w.w if bits is None else mx.dequantize(w.w, w.scales, w.biases, 32)
+            return x @ dense[e].T + biases[p][e]
+
+        rows = []
+        for x, chosen, shares in zip(X[:n], CHOSEN[:n].tolist(), SHARES, strict=False):
+            inner = [
+                nn.silu(product("gate_proj", x, e)) * product("up_proj", x, e)
+                for e in chosen
+            ]
+            outs = [
+                product("down_proj", y, e) for y, e in zip(inner, chosen, strict=True)
+            ]
+            rows.append(shares @ mx.stack(outs))
+        return mx.stack(rows)
+
+    close(run(biases), by_hand(biases))
+    if bits is None:
+        got, wanted = (
+            mx.grad(lambda b, f=f: (f(b) * X[:n]).sum())(biases) for f in (run, by_hand)
+        )
+        for p in biases:
+            close(got[p], wanted[p])
 
 
 @pytest.mark.parametrize(

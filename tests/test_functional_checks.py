@@ -42,7 +42,7 @@ from moeflux_mlx.experts.files.pack import pack
 from moeflux_mlx.experts.files.packed import PackedExperts
 from moeflux_mlx.experts.pool.pool import POOL_ALIGNMENT
 from moeflux_mlx.experts.streaming.streamer import ExpertStreamer
-from moeflux_mlx.experts.weights import ExpertWeights, Quantization, Weight
+from moeflux_mlx.experts.weights import ARRAYS, ExpertWeights, Quantization, Weight
 from moeflux_mlx.ops import functional
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "fuzz_ops"
@@ -319,3 +319,33 @@ def test_streamed_experts_are_those_of_the_file_whichever_have_slots(
                 mx.eval(ops.gather_experts(X[:2], indices + 1, SHARES[:2], source))
             with pytest.raises(GraphError, match="indices: expected values from 0 to"):
                 ops.gather_experts(X[:2], indices - 1, SHARES[:2], source)
+
+
+@pytest.mark.parametrize("field", ["bias", "global_scale"])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_no_array_of_a_weight_is_ignored(field, bits):
+    """Also in a weight of experts, whose biases are added."""
+    dense = noise(1, 40, D)
+    plain = Weight(dense) if bits is None else ops.quantize(dense, 32, bits)
+    weight = dataclasses.replace(plain, **{field: mx.ones(40)})
+    for wrong in (
+        lambda: ops.linear(X, weight),
+        lambda: ops.embedding(IDS, weight),
+        lambda: ops.head_linear(X[:, :D], weight[None]),
+    ):
+        with pytest.raises(GraphError, match=rf"weight\.{field}: expected None"):
+            wrong()
+    stacks = experts(bits)
+    wrong_bias = dataclasses.replace(stacks.up, **{field: mx.ones((6, 31))})
+    with pytest.raises(GraphError, match=rf"experts\.up\.{field}: expected"):
+        ops.gather_experts(
+            X, CHOSEN, SHARES, ExpertWeights(stacks.gate, wrong_bias, stacks.down)
+        )
+
+
+def test_every_array_of_a_weight_is_changed_with_it():
+    given = {field: mx.zeros(2) for field in ARRAYS}
+    changed = Weight(**given, quantization=Quantization(4, 32)).mapped(lambda x: x + 1)
+    arrays = {f.name for f in dataclasses.fields(Weight)} - {"quantization", "in_pool"}
+    assert set(ARRAYS) == arrays
+    assert all((getattr(changed, field) == 1).all() for field in ARRAYS)

@@ -123,7 +123,7 @@ class Weight:
 
     @functools.cached_property
     def _viewed(self) -> Weight:
-        return self._like(_host_view)
+        return self.mapped(_host_view)
 
     @property
     def on_device(self) -> Weight:
@@ -132,7 +132,7 @@ class Weight:
 
     @functools.cached_property
     def _copied(self) -> Weight:
-        copied = self._like(_device_copy)
+        copied = self.mapped(_device_copy)
         has_values(*copied.arrays)
         return copied
 
@@ -141,12 +141,15 @@ class Weight:
 
         None gives a stack of one matrix. The result has no ``in_pool``.
         """
-        return self._like(lambda x: None if x is None else _pick(x, index))
+        return self.mapped(lambda x: None if x is None else _pick(x, index))
 
-    def _like(self, change: Callable[[Any], Any]) -> Weight:
-        parts = map(change, (self.w, self.scales, self.biases, self.bias))
-        w, scales, biases, bias = parts
-        return Weight(w, scales, biases, self.quantization, bias=bias)
+    def mapped(self, change: Callable[[Any], Any]) -> Weight:
+        """Return the weight with each of ``ARRAYS`` changed, None included.
+
+        The result has no ``in_pool``.
+        """
+        parts = {field: change(getattr(self, field)) for field in ARRAYS}
+        return Weight(**parts, quantization=self.quantization)
 
 
 class ExpertWeights:

@@ -143,8 +143,7 @@ def _wide(value: Any) -> Any:
         floating = mx.issubdtype(value.dtype, mx.floating)
         return value.astype(mx.float32) if floating else value
     if isinstance(value, Weight):
-        w, scales, biases = map(_wide, (value.w, value.scales, value.biases))
-        return Weight(w, scales, biases, value.quantization)
+        return value.mapped(_wide)
     if hasattr(value, "weights"):
         stacks = value.weights
         wide = (_wide(x) for x in (stacks.gate, stacks.up, stacks.down))

@@ -138,9 +138,7 @@ def _flatten(
         if isinstance(value, mx.array):
             return take(value)
         if isinstance(value, Weight) and value.in_pool is None:
-            own = (value.w, value.scales, value.biases)
-            w, scales, biases = [visit(x, take) for x in own]
-            return Weight(w, scales, biases, value.quantization)
+            return value.mapped(lambda x: visit(x, take))
         # Quantised experts are constants: MLX has no gradient for gathered scales.
         if type(value) is ResidentExperts and not value.weights.gate.quantization:
             stacks = value.weights

@@ -154,13 +154,23 @@ def at_most(name: str, things: str, value: int, limit: int) -> None:
         raise Misfit(name, f"at most {limit} {things}", value)
 
 
-def weight(name: str, value: Any) -> Weight:
+def weight(name: str, value: Any, *, with_bias: bool = False) -> Weight:
     """Return a weight, or raise unless its arrays fit together.
 
-    MLX's kernels do not check this.
+    MLX's kernels do not check this, and would ignore arrays that an Op does not take.
+
+    Args:
+        with_bias: whether the weight may have a bias of its own.
     """
     if not isinstance(value, Weight):
         raise Misfit(name, "a Weight or an mx.array", got(value))
+    if value.global_scale is not None:
+        raise Misfit(f"{name}.global_scale", "None", got(value.global_scale))
+    if value.bias is not None:
+        if not with_bias:
+            wanted = "None, as a matrix has its bias as an argument,"
+            raise Misfit(f"{name}.bias", wanted, got(value.bias))
+        like(f"{name}.bias", value.bias, array(name, value.w).shape[:-1], FLOATS)
     array(f"{name}.w" if value.quantization else name, value.w)
     if value.quantization is not None:
         _packed(name, value, quantization(f"{name}.", value.quantization))
@@ -241,7 +251,7 @@ def experts(name: str, value: Any) -> ExpertWeights | GraphExperts:
     """Return experts, or raise unless gate, up and down fit together."""
     stacks = value if isinstance(value, ExpertWeights) else _stacks(name, value)
     gate, up, down = (
-        weight(f"{name}.{stack}", getattr(stacks, stack))
+        weight(f"{name}.{stack}", getattr(stacks, stack), with_bias=True)
         for stack in ("gate", "up", "down")
     )
     for stack, found in (("gate", gate), ("up", up), ("down", down)):
