@@ -19,7 +19,7 @@ from .kernels import KernelExecutor
 
 
 class CudaExecutor(KernelExecutor):
-    """Launches lazily, like ``metal``; MLX caches compiled kernels on disk."""
+    """Launches lazily, like ``metal``; MLX compiles kernels again in each process."""
 
     name = "cuda"
     compiles = True
@@ -114,7 +114,7 @@ def _cuda_kernel(instance: Instance) -> Any:
     """
     kernel = instance.kernel
     body, header = cuda.body(instance), cuda.header(library(), kernel)
-    # MLX identifies compiled kernels by name, in memory and on disk.
+    # MLX identifies compiled kernels by name.
     digest = hashlib.sha256(f"{header}\0{body}".encode()).hexdigest()[:16]
     return mx.fast.cuda_kernel(
         name=f"moeflux_{kernel.name}_{digest}",
