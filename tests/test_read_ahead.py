@@ -242,6 +242,27 @@ def test_nothing_is_tried_where_no_read_delays_a_token():
     assert not any(machine.token() for _ in range(TURN_TOKENS + HOLD_TOKENS))
 
 
+@pytest.mark.parametrize(("ahead", "waits"), [(1.4, 0.01), (1.4, 0.3)])
+def test_the_trial_is_repeated_soon_where_tokens_begin_to_wait(ahead, waits):
+    """As when the page cache no longer holds the experts."""
+    machine = Machine(1.0, ahead, waits)
+    while not machine.chooser._left:
+        machine.token()
+    assert not any(machine.token() for _ in range(TURN_TOKENS * 10))
+    machine.seconds, machine.waits = {False: 3.0, True: 2.0}, 2.0 + waits
+    tried = [machine.token() for _ in range(3 * TURN_TOKENS)]
+    assert tried == [False] * 2 * TURN_TOKENS + [True] * TURN_TOKENS
+    assert all(machine.token() for _ in range(HOLD_TOKENS))
+
+
+def test_prompts_and_pauses_between_tokens_do_not_start_a_reading_ahead():
+    machine = Machine(1.0, 0.5, waits=0.01)
+    for i in range(HOLD_TOKENS):
+        if i % 20 == 0:
+            machine.now, machine.waited = machine.now + 9.0, machine.waited + 8.0
+        assert not machine.token()
+
+
 @pytest.mark.parametrize("choice", ["on", "off", "auto"])
 def test_only_a_trial_asks_how_long_tokens_waited(choice):
     asked = []

@@ -14,8 +14,10 @@ TURN_TOKENS = 8
 CLEAR_SHARE = 0.2
 # One token in this many, the slowest, is left out of a mean.
 SLOWEST_OF = 8
-# A decision holds for this many tokens; then the trial is repeated.
+# A decision holds for this many tokens; then the trial is repeated. Not to read ahead
+# holds only while tokens wait for at most WAITS_MORE times their share in the trial.
 HOLD_TOKENS = 512
+WAITS_MORE = 2.0
 # Reading ahead must save this share of a token's time. Without it, a token must spend
 # this share on waiting, or there is nothing to save.
 LEAST_SHARE = 0.02
@@ -50,7 +52,8 @@ class ReadAhead:
         check_read_ahead(choice)
         self._choice, self._waited, self._clock = choice, waited, clock
         self._winner, self._left = False, 0
-        self._began = 0.0, 0.0
+        self._began = self._looked = 0.0, 0.0
+        self._share = 0.0
         self._active = False
         self._forget()
 
@@ -76,6 +79,8 @@ class ReadAhead:
             return
         if self._left:
             self._left -= 1
+            if not self._winner and self._left % TURN_TOKENS == 0:
+                self._look()
             return
         seconds = self._clock() - self._began[0]
         self._times[self._active].append(seconds)
@@ -97,7 +102,19 @@ class ReadAhead:
 
     def _decide(self, winner: bool) -> None:
         self._winner, self._left = winner, HOLD_TOKENS
+        self._share = _trimmed_mean(self._waits) / _trimmed_mean(self._times[False])
+        self._looked = self._clock(), self._waited()
         self._forget()
+
+    def _look(self) -> None:
+        """Repeat the trial now if tokens wait longer than in the last one.
+
+        The page cache may have held the experts then, and no longer does.
+        """
+        (then, had_waited), self._looked = self._looked, (self._clock(), self._waited())
+        seconds, waited = self._looked[0] - then, self._looked[1] - had_waited
+        if waited > WAITS_MORE * max(self._share, LEAST_SHARE) * seconds:
+            self._left = 0
 
 
 def _trimmed_mean(times: Sequence[float]) -> float:
