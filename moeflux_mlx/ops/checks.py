@@ -164,14 +164,14 @@ def weight(name: str, value: Any, *, with_bias: bool = False) -> Weight:
     """
     if not isinstance(value, Weight):
         raise Misfit(name, "a Weight or an mx.array", got(value))
+    array(f"{name}.w" if value.quantization else name, value.w)
     if value.global_scale is not None:
         raise Misfit(f"{name}.global_scale", "None", got(value.global_scale))
     if value.bias is not None:
         if not with_bias:
             wanted = "None, as a matrix has its bias as an argument,"
             raise Misfit(f"{name}.bias", wanted, got(value.bias))
-        like(f"{name}.bias", value.bias, array(name, value.w).shape[:-1], FLOATS)
-    array(f"{name}.w" if value.quantization else name, value.w)
+        like(f"{name}.bias", value.bias, value.w.shape[:-1], FLOATS)
     if value.quantization is not None:
         _packed(name, value, quantization(f"{name}.", value.quantization))
         return value

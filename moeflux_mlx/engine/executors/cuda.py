@@ -114,7 +114,7 @@ def _cuda_kernel(instance: Instance) -> Any:
     """
     kernel = instance.kernel
     body, header = cuda.body(instance), cuda.header(library(), kernel)
-    # MLX identifies compiled kernels by name.
+    # MLX may identify compiled kernels by name alone.
     digest = hashlib.sha256(f"{header}\0{body}".encode()).hexdigest()[:16]
     return mx.fast.cuda_kernel(
         name=f"moeflux_{kernel.name}_{digest}",

@@ -159,7 +159,8 @@ class Program:
     ) -> None:
         """Run a kernel over a grid of threads, writing into ``buffers`` in place.
 
-        Other threads may change what the kernel declares constant and does not read.
+        During the run, other threads may write to constant buffers, except to the parts
+        that the kernel reads.
 
         Args:
             kernel: one of ``kernels``.
@@ -209,9 +210,10 @@ class Program:
         )
         with _RUNNING:
             n_found = _runtime().msl_run(ctypes.byref(request))
-        # Not the others: expert slots, for example, are read into at the same time.
-        for index in {p.index for p in function.parameters if p.writable}:
-            guarded[index].back_to(buffers[index])
+        # Constant buffers stay as they are: threads read experts into slots meanwhile.
+        for parameter in function.parameters:
+            if parameter.writable:
+                guarded[parameter.index].back_to(buffers[parameter.index])
         if n_found:
             messages = [
                 self._describe(findings[i], function, arrays) for i in range(n_found)

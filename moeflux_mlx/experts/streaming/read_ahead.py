@@ -52,8 +52,7 @@ class ReadAhead:
         check_read_ahead(choice)
         self._choice, self._waited, self._clock = choice, waited, clock
         self._winner, self._left = False, 0
-        self._began = self._looked = 0.0, 0.0
-        self._share = 0.0
+        self._began, self._share = (0.0, 0.0), 0.0
         self._active = False
         self._forget()
 
@@ -68,10 +67,13 @@ class ReadAhead:
         if self._left:
             self._active = self._winner
         else:
-            self._began = self._clock(), self._waited()
+            self._began = self._now()
             n = sum(map(len, self._times.values()))
             self._active = n // TURN_TOKENS % 2 == 1
         return self._active
+
+    def _now(self) -> tuple[float, float]:
+        return self._clock(), self._waited()
 
     def end(self) -> None:
         """End the timing of the token, and decide if enough tokens were timed."""
@@ -103,7 +105,7 @@ class ReadAhead:
     def _decide(self, winner: bool) -> None:
         self._winner, self._left = winner, HOLD_TOKENS
         self._share = _trimmed_mean(self._waits) / _trimmed_mean(self._times[False])
-        self._looked = self._clock(), self._waited()
+        self._began = self._now()
         self._forget()
 
     def _look(self) -> None:
@@ -111,8 +113,8 @@ class ReadAhead:
 
         The page cache may have held the experts then, and no longer does.
         """
-        (then, had_waited), self._looked = self._looked, (self._clock(), self._waited())
-        seconds, waited = self._looked[0] - then, self._looked[1] - had_waited
+        (began, had_waited), self._began = self._began, self._now()
+        seconds, waited = self._began[0] - began, self._began[1] - had_waited
         if waited > WAITS_MORE * max(self._share, LEAST_SHARE) * seconds:
             self._left = 0
 
