@@ -1,7 +1,7 @@
 // `combined_rows` on tensor cores, in CUDA C++. All eight warps share the rows of all experts, in
 // as many chunks at once as fit into shared memory; the shared expert's inputs follow there.
 
-constexpr uint EXPERTS_STAGED = 4096;
+constexpr uint EXPERTS_STAGED = 6144;
 constexpr uint SHARED_STAGED = STAGED - EXPERTS_STAGED;
 
 // This form takes neither 2-bit values, in either matrix, nor 4-bit floats.

@@ -299,7 +299,7 @@ inline typename TensorRows<T, FLOATS ? 0 : BITS>::result rows_of_matrices(
     uint lane) {
   using S = Shape<BITS, G>;
   constexpr int TILES = ROWS / 16;
-  constexpr uint AT_ONCE = 4096;
+  constexpr uint AT_ONCE = STAGED;
   uint warp = simdgroup % 4;
   bool aligned = is_aligned(x);
   uint thread_index = simdgroup * 32 + lane;

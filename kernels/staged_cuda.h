@@ -2,7 +2,7 @@
 // words yield their values, with the sum of every unit of inputs that share a scale. See
 // `rows_cuda.h`.
 
-constexpr int STAGED = 6144;
+constexpr int STAGED = 8192;
 constexpr int STAGED_WORDS = STAGED / 32 * 20;
 
 struct Staged {

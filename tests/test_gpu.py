@@ -206,7 +206,6 @@ def test_memory_falls_with_the_pool(device, packed, bound, share):
 
 @on_gpu
 @pytest.mark.parametrize("read_ahead", ["off", "on"])
-# With more slots a token that runs ahead finds its experts, and nothing is read ahead.
 @pytest.mark.parametrize("n_slots", [4, 20])
 def test_any_budget_gives_the_same_bits(device, packed, n_slots, read_ahead):
     whole, _ = moeflux_mlx.load(packed, executor=device)
@@ -218,8 +217,11 @@ def test_any_budget_gives_the_same_bits(device, packed, n_slots, read_ahead):
     # Threads read records of any size, so that layers are computed meanwhile.
     few.streamer._in_flight.reader.inline_bytes = 0
     assert mx.array_equal(logits(few), logits(whole))
-    assert bool(few.streamer.stats.total.read_ahead) == (read_ahead == "on")
-    assert few.streamer.stats.total.misses > 0
+    total = few.streamer.stats.total
+    assert total.misses > 0
+    # With more slots, families with few routed layers have nothing to read ahead.
+    if n_slots == 4 or read_ahead == "off":
+        assert bool(total.read_ahead) == (read_ahead == "on")
 
 
 @on_gpu

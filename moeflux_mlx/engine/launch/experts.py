@@ -528,7 +528,7 @@ FORM = {"floats": 1, "bias": 1}
     sizes=[
         dict(k=1, n=32, f=32, d=1, bits=2, shared_bits=4, g=32, s=0),
         dict(k=10, n=96, f=160, d=13, bits=4, shared_bits=8, g=32, s=1, base=2),
-        dict(k=10, n=512, f=2304, d=18, bits=4, shared_bits=4, g=128, s=1, base=4),
+        dict(k=10, n=640, f=2304, d=18, bits=4, shared_bits=4, g=128, s=1, base=4),
         dict(k=2, n=512, f=512, d=5, bits=4, shared_bits=4, g=64, s=0),
         dict(k=8, n=64, f=64, d=9, bits=8, shared_bits=2, g=64, s=0, base=3),
         dict(k=3, n=96, f=64, d=13, bits=4, shared_bits=4, g=32, s=1, gated=0),

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...experts.compute.rank_experts import RankExperts
+from ...experts.compute.source import filled
 from ...experts.weights import ExpertWeights, Quantization, Weight
 from ..graph.experts import GraphExperts
 from ..graph.rows import RowPart
@@ -189,7 +190,7 @@ def decode_of_all_ranks(
     def make(x: mx.array, _: Any, ids: mx.array, slots: mx.array) -> mx.array:
         # Always K slots, so that one compiled kernel serves any number of own experts.
         n = slots.size
-        every = slots if n == op.k else slots[mx.minimum(mx.arange(op.k), n - 1)]
+        every = slots if n == op.k else slots[filled(n, op.k)]
         act = act_in_slots(op, run, x, every, experts)
         sizes = (op.dim, *form(experts.down))
         launch = expert_kernels.experts_down_rows(

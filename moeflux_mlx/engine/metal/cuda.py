@@ -28,6 +28,7 @@ _ROWS = ("fragments_cuda.h", "staged_cuda.h", "rows_cuda.h")
 TWINS = {
     "multiply_tile": ("fragments_cuda.h", "tiles_cuda.h"),
     "dense_sums": ("fragments_cuda.h", "dense_cuda.h"),
+    "attend": ("fragments_cuda.h", "latent_cuda.h"),
     "attend_part": ("fragments_cuda.h", "attention_cuda.h"),
     "rows_of_matrices": _ROWS,
     "combined_rows": (*_ROWS, "experts_cuda.h"),

@@ -17,7 +17,7 @@ import numpy as np
 from ... import device
 from ...experts.compute.rank_experts import RankExperts
 from ...experts.compute.slot_block import SORTED_FROM
-from ...experts.compute.source import in_portions
+from ...experts.compute.source import filled, in_portions
 from ...experts.weights import ExpertWeights, Weight
 from ..graph.buffers import Shape
 from ..graph.experts import GraphExperts
@@ -252,6 +252,13 @@ class RoutedExperts(OpFields):
         """K per token."""
         return self.n_tokens * self.k
 
+    @property
+    def least_rows(self) -> int:
+        """Rows of a part of the call for which MLX chooses the whole call's kernel."""
+        if device.multiplies_row_by_row():
+            return 1
+        return min(self.n_experts_used, SORTED_FROM)
+
     def scratch_bytes(self, itemsize: int) -> int:
         """Count rows before and after the experts, and once more in token order."""
         chosen = self.n_tokens * self.k
@@ -271,10 +278,16 @@ class RoutedExperts(OpFields):
         stacks = experts.weights
 
         def make(x: Array, tokens: Array, _: Array, slots: Array) -> Array:
-            rows = x[tokens if isinstance(x, np.ndarray) else mx.array(tokens)]
-            chosen = slots.reshape(-1, 1)
-            out = experts_by_slot(rows, chosen, stacks, activation=self.activation)
-            return out[:, 0]
+            chosen, n = slots.reshape(-1), slots.size
+            if not isinstance(x, np.ndarray):
+                tokens = mx.array(tokens)
+                if n < self.least_rows:
+                    every = filled(n, self.least_rows)
+                    tokens, chosen = tokens[every], chosen[every]
+            out = experts_by_slot(
+                x[tokens], chosen[:, None], stacks, activation=self.activation
+            )
+            return out[:n, 0]
 
         return experts.by_slot(mlp_in, indices, make)
 
@@ -376,16 +389,14 @@ class MoeGatherIdFuse(RoutedExperts, Op):
         rows, chosen, stacks = x[order // k], slots[order], experts.weights
         by_blocks = device.multiplies_by_blocks(self.n_experts_used, self.n_experts)
         n = least = len(chosen)
-        if not (device.multiplies_row_by_row() or experts.resident):
-            # MLX chooses a kernel by the number of rows and matrices. Have it choose
-            # that of the whole call with all experts in memory.
-            least = min(self.n_experts_used, SORTED_FROM)
+        if not experts.resident:
+            least = self.least_rows
             if by_blocks:
                 stacks, chosen = stacks.end_to_end(chosen)
                 n_matrices = len(stacks.gate.w)
                 least = max(SORTED_FROM, device.METAL_ROWS_A_MATRIX * n_matrices)
         if n < least:
-            every = mx.minimum(mx.arange(least), n - 1)
+            every = filled(n, least)
             rows, chosen = rows[every], chosen[every]
         by_slot = experts_by_slot(
             rows,

@@ -44,6 +44,15 @@ class ExpertSource(Protocol):
         """Evaluate ``outputs`` before any slot given out so far is overwritten."""
 
 
+def filled(n: int, least: int) -> mx.array:
+    """Return the numbers of ``n`` rows, the last one repeated up to ``least``.
+
+    MLX chooses a kernel by the number of rows, and kernels differ in their rounding. So
+    a part of a call is filled up until MLX chooses the kernel of the whole call.
+    """
+    return mx.minimum(mx.arange(max(n, least)), n - 1)
+
+
 def in_portions(
     source: ExpertSource,
     indices: mx.array,

@@ -25,7 +25,7 @@ from .blank import BlankSource
 from .exchange import Exchange, OtherChoiceError
 from .resident import ResidentExperts
 from .slot_block import SORTED_FROM, SlotBlock
-from .source import ExpertSource, in_portions
+from .source import ExpertSource, filled, in_portions
 
 PLAIN_FIRST = (
     "load a plain checkpoint without a bound on memory, which 'moeflux unpack PACK "
@@ -321,7 +321,7 @@ class StreamedSwitch(Uncopied, nn.Module):
         # Repeat rows until MLX chooses the kernel of the whole call: see ``SlotBlock``.
         least = self.slot_block.least_rows(slots, n_ids)
         if n < least:
-            every = mx.minimum(mx.arange(least), n - 1)
+            every = filled(n, least)
             rows, slots = rows[every], slots[every]
         return self.slot_block(weights, rows, slots[:, None], n_ids)[:n, 0]
 
