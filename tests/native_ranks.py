@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import mlx.core as mx
 import ranks
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
+from stated_gpu import stated_gpu
 
 import moeflux_mlx
 from moeflux_mlx.engine.native import NativeModel
@@ -18,6 +20,8 @@ from moeflux_mlx.errors import BudgetError
 from moeflux_mlx.experts.compute.exchange import Exchange
 
 LARGE = 1 << 30
+# Bytes in which about half of a rank's wider experts fit.
+FEW = (1 << 21) + (12 << 14)
 # Two sequences of one length.
 BATCH = [[1, 5, 9, 200], [7, 3, 4, 11]]
 # How ranks get their experts: bytes for these, and whether layers wait for other ranks.
@@ -69,6 +73,31 @@ def generate(
                 "steps": model.runtime.steps,
             }
     return outcome
+
+
+def on_a_stated_gpu(exchange: Exchange, folder: Path) -> dict[str, Any]:
+    """Run on a stated GPU, with our kernels and with MLX's operations."""
+    outcome = {}
+    with stated_gpu("cuda"):
+        for executor, memory in product(("cuda", "ops"), (FEW, LARGE)):
+            model, _ = moeflux_mlx.load(
+                folder.parent / "wide",
+                expert_memory=memory,
+                executor=executor,
+                group=exchange._group,
+            )
+            streams = not model.streamer.resident
+            outcome[f"{executor}, streams: {streams}"] = logits_of(model)
+    return outcome
+
+
+def logits_of(model: Any) -> list[Any]:
+    """Return the logits of prompts of several lengths and of a token after each."""
+    found = []
+    for n in (1, 2, 5, 30):
+        cache, ids = make_prompt_cache(model), mx.arange(1, n + 1)[None] * 7
+        found += [model(x, cache=cache).tolist() for x in (ids, mx.array([[5]]))]
+    return found
 
 
 def bounded(exchange: Exchange, folder: Path) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from moeflux_mlx.engine.launch.prepared import Prepared
 from moeflux_mlx.experts.pool import staging
 from moeflux_mlx.experts.weights import leaves
 
+# The fewest rows of MLX's kernels for several rows.
+FEW_ROWS = 8
 # Metal's limits on a stated Mac.
 LIMITS = device.GpuLimits(1 << 30, 4 << 30)
 
@@ -95,7 +97,10 @@ class Replayed:
 
 
 def _gathering(gather: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """Refuse matrices that a GPU's product does not take, or copies for each slot."""
+    """Refuse matrices that a GPU's product does not take, or copies for each slot.
+
+    A product of few rows has other bits, as on a GPU, where it is another kernel's.
+    """
 
     def checked(x: mx.array, w: mx.array, *parts: Any, **options: Any) -> mx.array:
         scales = parts[0] if parts and isinstance(parts[0], mx.array) else None
@@ -106,9 +111,16 @@ def _gathering(gather: Callable[..., mx.array]) -> Callable[..., mx.array]:
         for part in (w, *parts):
             if isinstance(part, mx.array) and not device.gathers_strided():
                 _check_contiguous(part)
-        return gather(x, w, *parts, **options)
+        out = gather(x, w, *parts, **options)
+        return out if options["rhs_indices"].size >= FEW_ROWS else _nudged(out)
 
     return checked
+
+
+def _nudged(out: mx.array) -> mx.array:
+    """Move each value to a neighbouring one."""
+    bits = mx.uint32 if out.dtype == mx.float32 else mx.uint16
+    return mx.where(out == 0, out, (out.view(bits) ^ 1).view(out.dtype))
 
 
 def _check_contiguous(array: mx.array) -> None:

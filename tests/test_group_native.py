@@ -38,6 +38,7 @@ def models(tmp_path_factory) -> Path:
     make_checkpoint(folder / "hybrid", num_experts=E)
     make_deepseek_v3(folder / "deepseek", n_routed_experts=E, n_group=1, topk_group=1)
     make_gpt_oss(folder / "oss", num_local_experts=E)
+    make_qwen3_moe(folder / "wide", num_experts=16, num_experts_per_tok=8)
     return folder
 
 
@@ -87,6 +88,17 @@ def test_ranks_that_run_our_kernels_give_one_processs_tokens(models):
     for one in found:
         assert one["tokens"] == expected["tokens"]
         assert one["batch"] == expected["batch"]
+
+
+@pytest.mark.slow
+def test_on_a_stated_gpu_no_bit_depends_on_the_memory_of_the_ranks(models):
+    first, second = run(models, 2, native_ranks.on_a_stated_gpu)
+    assert first == second
+    for executor in "cuda", "ops":
+        streamed, resident = (
+            first[f"{executor}, streams: {streams}"] for streams in (True, False)
+        )
+        assert streamed == resident
 
 
 @pytest.mark.slow

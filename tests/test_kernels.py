@@ -60,6 +60,21 @@ def test_a_kernel_has_no_race_and_touches_only_its_own_memory(kernel, sizes):
     assert result.passed, str(result)
 
 
+@pytest.mark.parametrize(
+    ("o", "factor", "passes"),
+    [(1, 1 + 2**-7, True), (1, 1.05, False), (35, 1 + 2**-7, False)],
+)
+def test_only_few_values_may_all_be_rounded_the_other_way(o, factor, passes):
+    kernel = KERNELS["norm_gate_up_swiglu"]
+
+    def run(launch):
+        (out,) = SimExecutor(checked=False).run(launch)
+        return ((out.astype(mx.float32) * factor).astype(out.dtype),)
+
+    sizes = next(each for each in kernel.sizes if each["o"] == o)
+    assert check(kernel, mx.bfloat16, sizes, run).passed == passes
+
+
 # Functions that Apple's compiler replaces by less exact ones.
 INEXACT = re.compile(r"(?<!precise::)\b(?:exp2?|log2?|r?sqrt)\(")
 

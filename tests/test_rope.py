@@ -13,6 +13,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 import moeflux_mlx
+from moeflux_mlx.engine import checks
 from moeflux_mlx.errors import ModelError
 
 PLAIN = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}
@@ -116,3 +117,14 @@ def test_other_positions_are_refused_before_experts_are_read(
         moeflux_mlx.load(path, expert_memory=memory)
     message = str(caught.value)
     assert word in message and "\n" not in message, message
+
+
+def test_a_failure_of_the_device_is_not_one_of_the_configuration(
+    checkpoint, monkeypatch
+):
+    def fail(*_, **__):
+        raise RuntimeError("the device failed")
+
+    monkeypatch.setattr(checks, "rotation", fail)
+    with pytest.raises(RuntimeError, match="^the device failed$"):
+        moeflux_mlx.load(checkpoint)
