@@ -126,5 +126,5 @@ def test_a_failure_of_the_device_is_not_one_of_the_configuration(
         raise RuntimeError("the device failed")
 
     monkeypatch.setattr(checks, "rotation", fail)
-    with pytest.raises(RuntimeError, match="^the device failed$"):
+    with pytest.raises(RuntimeError, match=r"^the device failed$"):
         moeflux_mlx.load(checkpoint)
